@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test check check-long bench format lint servers matrix licences
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo: servers ## two throw-away servers, a replication, a crash in the middle, a comparison (20 s)
+	cargo build --locked --quiet --bin stream-replicator --example demo
+	target/debug/examples/demo
+
+test: servers ## all tests, on real nats-servers
+	cargo test --locked
+
+check: format lint licences test matrix ## what has to pass before a merge: format, clippy, tests, server versions, licences
+
+check-long: check ## check, the long tests and a short bench
+	cargo test --locked -- --ignored
+	cargo bench --locked --bench copy -- --quick
+
+bench: servers ## speed, CPU and memory beside a native source and a stop-and-wait copier
+	cargo bench --locked --bench copy -- $(ARGS)
+
+format:
+	cargo fmt --all --check
+
+lint:
+	cargo clippy --locked --all-targets -- -D warnings
+
+# Where nothing can be downloaded, a server of your own will do for most tests.
+servers:
+	@contrib/fetch-nats-server --all >/dev/null || test -n "$$NATS_SERVER"
+
+matrix: servers ## the tests that speak to both servers, on other server versions
+	contrib/version-matrix
+
+licences:
+	contrib/check-licences
+	contrib/check-advisories

@@ -1,0 +1,228 @@
+//! Composition root: builds the whole system top to bottom and stops it in order.
+
+use std::{fmt::Display, io, process, time::Duration};
+
+use anyhow::{Context as _, bail};
+use async_nats::Client;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::{
+    backoff::Backoff,
+    config::Endpoint,
+    control,
+    copy::Budget,
+    events::Events,
+    http::{Monitor, Progress, Sources},
+    names,
+    nats::client,
+    store::Buckets,
+    supervisor::{self, Deps, Supervisor},
+};
+
+/// Everything stops within this.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Of it, so much for the service to refuse what arrives...
+const SERVICE_GRACE: Duration = Duration::from_secs(1);
+
+/// ... and for the last words on the control connection.
+const CONNECTION_GRACE: Duration = Duration::from_secs(1);
+
+/// What `serve` runs with; every value has been checked.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The control connection.
+    pub server: Endpoint,
+    /// The name this installation goes by.
+    pub site: String,
+    /// This process.
+    pub instance: String,
+    /// Where metrics and health are served, `HOST:PORT`.
+    pub monitor: Option<String>,
+    /// Subject prefix of the service and of events.
+    pub prefix: String,
+    /// What bucket names begin with.
+    pub bucket_prefix: String,
+    /// Replicas of buckets that are created.
+    pub bucket_replicas: usize,
+}
+
+/// Runs until SIGTERM or SIGINT. An error means that the start or the stop was not in order.
+pub async fn run(settings: Settings) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
+    stop_on_signals(stop.clone()).context("cannot handle signals")?;
+    let mut system = System::start(&settings).await?;
+    let result = system.work(&settings, &stop).await;
+    let late = system.stop().await;
+    result?;
+    if late.is_empty() {
+        info!("stopped");
+        return Ok(());
+    }
+    bail!("did not stop in order: {}", late.join(", "))
+}
+
+/// Bytes that all replications together may have asked for or read and not sent.
+const READ_AHEAD: usize = 256 << 20;
+
+/// The first signal stops in order, the second at once.
+fn stop_on_signals(stop: CancellationToken) -> io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        let mut next = async || {
+            tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            }
+        };
+        let name = next().await;
+        info!("{name}: stopping, at most {GRACE:?}");
+        stop.cancel();
+        let name = next().await;
+        error!("{name} again: exiting at once");
+        process::exit(1);
+    });
+    Ok(())
+}
+
+/// What has been started, in the order in which it was.
+struct System {
+    client: Client,
+    events: Events,
+    progress: watch::Sender<Progress>,
+    monitor: Option<Monitor>,
+    supervisor: Option<Supervisor>,
+    service: Option<control::Service>,
+}
+
+impl System {
+    /// What works without a server: the control connection is made in the background.
+    async fn start(settings: &Settings) -> anyhow::Result<Self> {
+        let Settings { server, site, instance, monitor, prefix, .. } = settings;
+        let client = client::connect(server, &format!("{} {site}/{instance}", names::PROGRAM)).await?;
+        let events = Events::new(client.clone(), prefix, site, instance);
+        let (progress, view) = watch::channel(Progress::default());
+        let sources = Sources { site: site.clone(), client: client.clone(), events: events.clone(), progress: view };
+        let monitor = match monitor {
+            Some(address) => {
+                let started = Monitor::start(address, sources).await;
+                Some(started.with_context(|| format!("cannot listen on `--monitor {address}`"))?)
+            }
+            None => None,
+        };
+        Ok(Self { client, events, progress, monitor, supervisor: None, service: None })
+    }
+
+    /// Starts the rest, then waits for the stop.
+    async fn work(&mut self, settings: &Settings, stop: &CancellationToken) -> anyhow::Result<()> {
+        let Settings { site, instance, prefix, bucket_prefix, bucket_replicas, .. } = settings;
+        let open = async || Buckets::open(self.client.clone(), bucket_prefix, *bucket_replicas).await;
+        let Some(buckets) = persist("the buckets cannot be opened", stop, open).await else { return Ok(()) };
+
+        let deps = Deps {
+            site: site.clone(),
+            instance: instance.clone(),
+            config: buckets.config.clone(),
+            positions: buckets.positions.clone(),
+            events: self.events.clone(),
+            budget: Budget::new(READ_AHEAD),
+        };
+        // Not a child of `stop`: the service refuses before the lives stop.
+        let (handle, supervisor) = supervisor::start(deps, &CancellationToken::new());
+        let supervisor = self.supervisor.insert(supervisor);
+        self.progress.send_modify(|progress| progress.supervisor = Some(handle.clone()));
+
+        let register = async || {
+            let settings = control::ControlConfig {
+                prefix: prefix.clone(),
+                site: site.clone(),
+                instance: instance.clone(),
+                version: names::VERSION.to_owned(),
+            };
+            let Buckets { config, positions } = buckets.clone();
+            control::start(self.client.clone(), settings, config, positions, handle.clone()).await
+        };
+        let registered = persist("the control service cannot be registered", stop, register).await;
+        let Some(service) = registered else { return Ok(()) };
+        self.service = Some(service);
+        self.progress.send_modify(|progress| progress.registered = true);
+
+        let ready = async {
+            if handle.loaded().await {
+                let server = settings.server.to_string();
+                let replications = handle.rows().len();
+                info!(site, instance, server, prefix, buckets = bucket_prefix, replications, "ready");
+            }
+            supervisor.ended().await;
+        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(()),
+            () = ready => bail!("the supervisor ended unasked"),
+        }
+    }
+
+    /// Stops everything in order; returns what was late.
+    async fn stop(self) -> Vec<String> {
+        let end = Instant::now() + GRACE;
+        let mut late = Vec::new();
+        self.progress.send_modify(|progress| progress.registered = false);
+        if let Some(service) = self.service
+            && timeout(SERVICE_GRACE, service.stop()).await.is_err()
+        {
+            late.push("control service".to_owned());
+        }
+        if let Some(supervisor) = self.supervisor {
+            let grace = end.saturating_duration_since(Instant::now()).saturating_sub(CONNECTION_GRACE);
+            let lives = supervisor.stop(grace).await;
+            late.extend(lives.into_iter().map(|id| format!("replication `{id}`")));
+        }
+        let connected = self.client.connection_state() == async_nats::connection::State::Connected;
+        let close = async {
+            self.events.flush().await;
+            let _ = self.client.drain().await;
+        };
+        if connected && timeout_at(end, close).await.is_err() {
+            late.push("control connection".to_owned());
+        }
+        if let Some(monitor) = self.monitor {
+            monitor.stop().await;
+        }
+        late
+    }
+}
+
+/// Tries until it works or everything stops; each distinct error is told once.
+async fn persist<T, E: Display>(
+    what: &str,
+    stop: &CancellationToken,
+    attempt: impl AsyncFn() -> Result<T, E>,
+) -> Option<T> {
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+    let mut told = String::new();
+    let tries = async {
+        loop {
+            let error = match attempt().await {
+                Ok(done) => return done,
+                Err(error) => error.to_string(),
+            };
+            if error != told {
+                warn!("{what}, trying again: {error}");
+                told = error;
+            }
+            sleep(backoff.next(rand::random())).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => None,
+        done = tries => Some(done),
+    }
+}

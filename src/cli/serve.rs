@@ -1,0 +1,224 @@
+//! `stream-replicator serve`: what was written becomes [`Settings`] that cannot be wrong, all mistakes at once.
+
+use std::{env, fs, process::ExitCode};
+
+use tracing::error;
+
+use crate::{
+    app::{self, Settings},
+    config::Endpoint,
+    names, telemetry,
+};
+
+/// Exit code of wrong usage or configuration; clap uses the same.
+const USAGE: u8 = 2;
+
+/// Runs the replicator: one process of one site
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// NATS servers that hold the configuration and carry the service:
+    /// `nats://[user:password@]host[:port][,host...][?credentials=FILE&nkey=FILE&...]`
+    #[arg(long, value_name = "URL[,URL]", env = "STREAM_REPLICATOR_SERVER", hide_env_values = true)]
+    server: String,
+
+    /// Name of the site, for provenance, metrics and as the default for each replication's `name`
+    #[arg(long, value_name = "SITE", env = "STREAM_REPLICATOR_NAME", hide_env_values = true)]
+    name: String,
+
+    /// Id of this process [default: host name and a random part]
+    #[arg(long, value_name = "ID", env = "STREAM_REPLICATOR_INSTANCE", hide_env_values = true)]
+    instance: Option<String>,
+
+    /// Serve /metrics, /livez and /readyz here; port 0 takes any that is free
+    #[arg(long, value_name = "ADDR:PORT", env = "STREAM_REPLICATOR_MONITOR", hide_env_values = true)]
+    monitor: Option<String>,
+
+    /// error, warn, info, debug, trace, or a filter such as `info,stream_replicator::copy=debug`
+    #[arg(long, value_name = "L", env = "STREAM_REPLICATOR_LOG_LEVEL", hide_env_values = true, default_value = "info")]
+    log_level: String,
+
+    /// How log lines look
+    #[arg(long, value_enum, env = "STREAM_REPLICATOR_LOG_FORMAT", hide_env_values = true, default_value = "text")]
+    log_format: telemetry::Format,
+
+    /// What the names of the buckets begin with
+    #[arg(
+        long,
+        value_name = "P",
+        env = "STREAM_REPLICATOR_BUCKET_PREFIX",
+        hide_env_values = true,
+        default_value = names::DEFAULT_BUCKET_PREFIX
+    )]
+    bucket_prefix: String,
+
+    /// Replicas of buckets that have to be created
+    #[arg(
+        long,
+        value_name = "N",
+        env = "STREAM_REPLICATOR_BUCKET_REPLICAS",
+        hide_env_values = true,
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u8).range(1..=5)
+    )]
+    bucket_replicas: u8,
+
+    /// Subject prefix of the service and of events
+    #[arg(
+        long,
+        value_name = "SUBJECT",
+        env = "STREAM_REPLICATOR_PREFIX",
+        hide_env_values = true,
+        default_value = names::DEFAULT_PREFIX
+    )]
+    prefix: String,
+}
+
+/// Runs until a signal; returns the exit code.
+pub(super) fn main(args: &Args) -> ExitCode {
+    let settings = match args.settings() {
+        Ok(settings) => settings,
+        Err(problems) => return usage(&problems),
+    };
+    if let Err(problem) = telemetry::init(&args.log_level, args.log_format) {
+        return usage(&[problem]);
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            error!("cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(app::run(settings)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "there is no log yet")]
+fn usage(problems: &[String]) -> ExitCode {
+    for problem in problems {
+        eprintln!("error: {problem}");
+    }
+    eprintln!("\nFor more information, try '{} serve --help'.", names::PROGRAM);
+    ExitCode::from(USAGE)
+}
+
+impl Args {
+    fn settings(&self) -> Result<Settings, Vec<String>> {
+        let mut problems = Vec::new();
+        let mut check = |flag: &str, value: &str, result: Result<(), &str>| {
+            if let Err(right) = result {
+                problems.push(format!("`{flag}`: `{value}` is not possible; it must be {right}"));
+            }
+        };
+        let instance = given(self.instance.as_ref()).unwrap_or_else(default_instance);
+        let monitor = given(self.monitor.as_ref());
+        check("--name", &self.name, names::check_token(&self.name));
+        check("--instance", &instance, names::check_token(&instance));
+        check("--prefix", &self.prefix, names::check_prefix(&self.prefix));
+        check("--bucket-prefix", &self.bucket_prefix, names::check_bucket_prefix(&self.bucket_prefix));
+        if let Some(monitor) = &monitor {
+            check("--monitor", monitor, check_address(monitor));
+        }
+        // The value may hold a password: it is not repeated.
+        let server = Endpoint::parse(&self.server).map_err(|error| problems.push(format!("`--server`: {error}")));
+        let Ok(server) = server else { return Err(problems) };
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        Ok(Settings {
+            server,
+            site: self.name.clone(),
+            instance,
+            monitor,
+            prefix: self.prefix.clone(),
+            bucket_prefix: self.bucket_prefix.clone(),
+            bucket_replicas: usize::from(self.bucket_replicas),
+        })
+    }
+}
+
+/// An empty environment variable is as good as none.
+fn given(value: Option<&String>) -> Option<String> {
+    value.filter(|value| !value.is_empty()).cloned()
+}
+
+fn check_address(address: &str) -> Result<(), &'static str> {
+    let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse::<u16>());
+    if matches!(port, Some(Ok(_))) {
+        Ok(())
+    } else {
+        Err("an address and a port, such as `0.0.0.0:8080` or `[::]:8080`")
+    }
+}
+
+fn default_instance() -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| env::var("HOSTNAME").ok());
+    names::default_instance(host.unwrap_or_default().trim(), rand::random())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser, error::ErrorKind};
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    const NEEDED: [&str; 6] = ["stream-replicator", "serve", "--server", "nats://127.0.0.1:4222", "--name", "US"];
+
+    fn parse(more: &[&str]) -> Result<Box<Args>, clap::Error> {
+        let Command::Serve(args) = Cli::try_parse_from(NEEDED.iter().chain(more))?.command;
+        Ok(args)
+    }
+
+    #[track_caller]
+    fn refused(more: &[&str], expect: &str) {
+        let problems = parse(more).unwrap().settings().unwrap_err();
+        assert!(problems.iter().any(|problem| problem.contains(expect)), "{problems:?}");
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_filled_in() {
+        let settings = parse(&[]).unwrap().settings().unwrap();
+        assert_eq!((settings.prefix.as_str(), settings.bucket_prefix.as_str()), ("replicator", "REPLICATOR"));
+        assert_eq!((settings.bucket_replicas, settings.monitor), (1, None));
+        assert!(names::check_token(&settings.instance).is_ok());
+    }
+
+    #[test]
+    fn names_that_cannot_be_tokens_are_refused_with_flag_and_value() {
+        refused(&["--instance", "a.b"], "`--instance`: `a.b` is not possible; it must be 1 to 128 letters");
+        refused(&["--prefix", "a.*"], "`--prefix`: `a.*`");
+        refused(&["--bucket-prefix", "A B"], "`--bucket-prefix`: `A B`");
+        refused(&["--monitor", "8080"], "`--monitor`: `8080`");
+        refused(&["--monitor", "host:80800"], "`--monitor`: `host:80800`");
+    }
+
+    #[test]
+    fn all_mistakes_are_told_at_once() {
+        let problems = parse(&["--instance", "*", "--prefix", ""]).unwrap().settings().unwrap_err();
+        assert_eq!(problems.len(), 2, "{problems:?}");
+    }
+
+    #[test]
+    fn a_wrong_url_is_refused_without_showing_its_password() {
+        let args = ["stream-replicator", "serve", "--name", "US", "--server", "http://me:hunter2@host"];
+        let Command::Serve(args) = Cli::try_parse_from(args).unwrap().command;
+        let problems = args.settings().unwrap_err();
+        assert!(problems[0].starts_with("`--server`: ") && !problems[0].contains("hunter2"), "{problems:?}");
+    }
+
+    #[test]
+    fn replicas_are_bounded() {
+        assert_eq!(parse(&["--bucket-replicas", "6"]).unwrap_err().kind(), ErrorKind::ValueValidation);
+    }
+}

@@ -1,0 +1,19 @@
+//! Configuration, in two types and one direction: a [`Document`] is what people write, a
+//! [`Replication`] is what runs and cannot be wrong. [`parse`] goes from one to the other and reports
+//! every [`Problem`] at once.
+
+mod document;
+mod duration;
+mod endpoint;
+mod problems;
+mod replication;
+mod schema;
+mod secrets;
+
+pub use document::{Document, LimitsDocument, TlsDocument, document_id, parse, parse_value, to_value};
+pub use duration::parse_duration;
+pub use endpoint::{Auth, Endpoint, Host, MASK, Scheme, Tls, mask_url};
+pub use problems::{Problem, Problems};
+pub use replication::{Limits, Mapping, Replication, Side, Start};
+pub use schema::replication_schema;
+pub use secrets::{has_mask, mask_document, unmask_document};

@@ -1,0 +1,668 @@
+//! The document as people write it.
+
+use std::path::PathBuf;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{
+    Endpoint, Limits, Mapping, Problem, Problems, Replication, Side, Start, Tls, endpoint, parse_duration,
+    schema::{self, join, shorten},
+};
+
+/// A replication document, field for field as written. `schemas/replication.json` says what each field means.
+///
+/// An optional text that is empty is the same as leaving the field out.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Document {
+    /// Source stream.
+    pub stream: String,
+    /// Name of this copy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Target stream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_stream: Option<String>,
+    /// Where the source is.
+    pub source_url: String,
+    /// Where the target is.
+    pub target_url: String,
+    /// Only matching subjects are copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filter_subject: Option<String>,
+    /// Goes in front of subjects.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_subject_prefix: Option<String>,
+    /// Is removed from subjects.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_subject_remove: Option<String>,
+    /// Start with the next message.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_at_end: Option<bool>,
+    /// Start with this sequence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_sequence: Option<u64>,
+    /// Start this long ago.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_delta: Option<String>,
+    /// Start at this time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<String>,
+    /// Skip what is older.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_age: Option<String>,
+    /// Do not create the target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub no_target_create: Option<bool>,
+    /// Accepted, without effect.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_initiated: Option<bool>,
+    /// Accepted, without effect.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ephemeral: Option<bool>,
+    /// Free text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// Bounds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits: Option<LimitsDocument>,
+    /// TLS files of both sides.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsDocument>,
+    /// TLS files of the source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_tls: Option<TlsDocument>,
+    /// TLS files of the target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_tls: Option<TlsDocument>,
+}
+
+/// `limits` of a document.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LimitsDocument {
+    /// Unsettled messages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub messages_in_flight: Option<usize>,
+    /// Unsettled bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_in_flight: Option<usize>,
+}
+
+/// `tls`, `source_tls` and `target_tls` of a document.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TlsDocument {
+    /// Certificate authorities.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
+    /// Client certificate chain.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cert: Option<PathBuf>,
+    /// Client key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<PathBuf>,
+}
+
+/// Checks a document (schema first, then what a schema cannot say) and turns it into what runs. `site` is the
+/// default for `name`. All problems come at once.
+pub fn parse(json: &[u8], site: &str) -> Result<Replication, Problems> {
+    parse_value(&to_value(json)?, site)
+}
+
+/// Reads any JSON; what is none is one problem with its place.
+pub fn to_value(json: &[u8]) -> Result<Value, Problems> {
+    serde_json::from_slice(json)
+        .map_err(|error| Problems(vec![Problem::new("", format!("the document is not valid JSON: {error}"))]))
+}
+
+/// [`parse`] for a document that was read already.
+pub fn parse_value(value: &Value, site: &str) -> Result<Replication, Problems> {
+    let findings = schema::check(value);
+    let mut checker = Checker { problems: findings.problems };
+    let document = checker.readable_part(value);
+    let replication = checker.replication(&document, site);
+    for problem in findings.patterns {
+        if checker.problems.iter().all(|known| known.path != problem.path) {
+            checker.problems.push(problem);
+        }
+    }
+    match replication {
+        Some(replication) if checker.problems.is_empty() => Ok(replication),
+        _ => Err(checker.into_problems()),
+    }
+}
+
+/// The id that a document claims, whatever else is wrong with it.
+pub fn document_id(document: &Value, site: &str) -> Option<String> {
+    let stream = document.get("stream")?.as_str()?;
+    let name = document.get("name").and_then(Value::as_str).filter(|name| !name.is_empty() && *name != site);
+    Some(id(stream, name))
+}
+
+fn id(stream: &str, name: Option<&str>) -> String {
+    match name {
+        Some(name) => format!("{stream}.{name}"),
+        None => stream.to_owned(),
+    }
+}
+
+/// Collects problems while the fields are read one by one; a field with a problem reads as `None` or a default,
+/// which nobody sees, because a document with a problem is refused.
+struct Checker {
+    problems: Vec<Problem>,
+}
+
+impl Checker {
+    fn problem(&mut self, field: &str, message: String) {
+        self.problems.push(Problem::new(join("", field), message));
+    }
+
+    /// The document without the fields that the schema refused, so that the others can be checked too.
+    fn readable_part(&mut self, value: &Value) -> Document {
+        let Value::Object(fields) = value else { return Document::default() };
+        let refused = |field: &str| {
+            let path = join("", field);
+            let inside = format!("{path}/");
+            self.problems.iter().any(|problem| problem.path == path || problem.path.starts_with(&inside))
+        };
+        let kept = fields.iter().filter(|(field, _)| !refused(field));
+        let kept = kept.map(|(field, value)| (field.clone(), whole_numbers(value))).collect();
+        serde_json::from_value(Value::Object(kept)).unwrap_or_else(|error| {
+            self.problems.push(Problem::new("", format!("the document cannot be read: {error}")));
+            Document::default()
+        })
+    }
+
+    fn replication(&mut self, document: &Document, site: &str) -> Option<Replication> {
+        let stream = self.stream_name("stream", &document.stream);
+        let target_stream = match text(&document.target_stream) {
+            Some(name) => self.stream_name("target_stream", name),
+            None => stream.clone(),
+        };
+        let name = text(&document.name);
+        let own_name = name.filter(|name| *name != site);
+        if let Some(name) = name {
+            self.name(name);
+        }
+        let tls = document.tls.as_ref();
+        let (source_tls, target_tls) = (document.source_tls.as_ref(), document.target_tls.as_ref());
+        self.tls("tls", tls);
+        self.tls("source_tls", source_tls);
+        self.tls("target_tls", target_tls);
+        let source = self.side("source_url", &document.source_url, stream, source_tls.or(tls));
+        let target = self.side("target_url", &document.target_url, target_stream, target_tls.or(tls));
+        self.not_into_itself(source.as_ref(), target.as_ref());
+        let filter_subject = text(&document.filter_subject).map(str::to_owned);
+        if let Some(filter) = &filter_subject {
+            self.subject("filter_subject", filter, Wildcards::Allowed);
+        }
+        let mapping = self.mapping(document);
+        let start = self.start(document);
+        let max_age = self.duration("max_age", text(&document.max_age));
+        let id = self.id(&document.stream, own_name);
+        Some(Replication {
+            id,
+            name: name.unwrap_or(site).to_owned(),
+            description: document.description.clone().unwrap_or_default(),
+            source: source?,
+            target: target?,
+            filter_subject,
+            mapping,
+            start,
+            max_age,
+            create_target: !document.no_target_create.unwrap_or_default(),
+            limits: limits(document.limits.as_ref()),
+            notices: notices(document),
+        })
+    }
+
+    fn stream_name(&mut self, field: &str, name: &str) -> Option<String> {
+        if name.is_empty() {
+            return None; // the schema has said so
+        }
+        let illegal = |c: char| c.is_whitespace() || c.is_control() || ".*>/\\".contains(c);
+        if let Some(c) = name.chars().find(|c| illegal(*c)) {
+            let name = shorten(name);
+            self.problem(
+                field,
+                format!("`{field}` is `{name}`: a stream name cannot contain {c:?}, nor blanks or . * > / \\"),
+            );
+            return None;
+        }
+        Some(name.to_owned())
+    }
+
+    /// The name goes into a header with blanks between the fields and makes a consumer's name.
+    fn name(&mut self, name: &str) {
+        let illegal = |c: char| !c.is_ascii_graphic() || ".*>/\\".contains(c);
+        if let Some(c) = name.chars().find(|c| illegal(*c)) {
+            let name = shorten(name);
+            let message = format!(
+                "`name` is `{name}`: a name is one subject token, it cannot contain {c:?}: use letters, digits, - _ and ="
+            );
+            self.problem("name", message);
+        }
+    }
+
+    /// The id is the key of the document.
+    fn id(&mut self, stream: &str, name: Option<&str>) -> String {
+        let mut part = |field: &str, text: &str| {
+            let refused = self.problems.iter().any(|problem| problem.path == join("", field));
+            let illegal = |c: char| !c.is_ascii_alphanumeric() && !"-_=".contains(c);
+            if let (false, Some(c)) = (refused, text.chars().find(|c| illegal(*c))) {
+                let text = shorten(text);
+                self.problem(field, format!("`{field}` is `{text}`: it becomes part of the replication's id, where {c:?} is not possible: use letters, digits, - _ and ="));
+            }
+        };
+        part("stream", stream);
+        if let Some(name) = name {
+            part("name", name);
+        }
+        id(stream, name)
+    }
+
+    fn side(&mut self, field: &str, url: &str, stream: Option<String>, tls: Option<&TlsDocument>) -> Option<Side> {
+        if url.is_empty() {
+            return None; // the schema has said so
+        }
+        match Endpoint::parse(url) {
+            Err(error) => {
+                self.problem(field, format!("`{field}`: {error}"));
+                None
+            }
+            Ok(_) if endpoint::is_masked(url) => {
+                self.problem(field, format!("`{field}`: `***` stands for a secret that is not here: write the secret"));
+                None
+            }
+            Ok(mut endpoint) => {
+                let TlsDocument { ca, cert, key } = tls.cloned().unwrap_or_default();
+                endpoint.tls = Tls { ca, cert, key, ..endpoint.tls };
+                Some(Side { stream: stream?, endpoint })
+            }
+        }
+    }
+
+    fn tls(&mut self, field: &str, tls: Option<&TlsDocument>) {
+        let Some(tls) = tls else { return };
+        let missing = match (&tls.cert, &tls.key) {
+            (Some(_), None) => "key",
+            (None, Some(_)) => "cert",
+            _ => return,
+        };
+        self.problem(field, format!("`{field}` has no `{missing}`: `cert` and `key` go together"));
+    }
+
+    fn not_into_itself(&mut self, source: Option<&Side>, target: Option<&Side>) {
+        if source.is_some() && source == target {
+            let message =
+                "`target_url` and `target_stream` name the source stream: a stream cannot be copied into itself";
+            self.problem("target_url", message.to_owned());
+        }
+    }
+
+    fn mapping(&mut self, document: &Document) -> Mapping {
+        let prefix = text(&document.target_subject_prefix).unwrap_or_default().trim_matches('.');
+        if !prefix.is_empty() {
+            self.subject("target_subject_prefix", prefix, Wildcards::Refused);
+        }
+        let remove = text(&document.target_subject_remove).unwrap_or_default();
+        Mapping { prefix: prefix.to_owned(), remove: remove.to_owned() }
+    }
+
+    fn subject(&mut self, field: &str, subject: &str, wildcards: Wildcards) {
+        if let Some(wrong) = wrong_subject(subject, wildcards) {
+            let subject = shorten(subject);
+            self.problem(field, format!("`{field}` is `{subject}`: {wrong}"));
+        }
+    }
+
+    fn start(&mut self, document: &Document) -> Start {
+        let delta = self.duration("start_delta", text(&document.start_delta));
+        let time = text(&document.start_time).and_then(|time| self.time("start_time", time));
+        let sequence = document.start_sequence.filter(|sequence| *sequence > 0);
+        match (document.start_at_end, sequence, delta, time) {
+            (Some(true), ..) => Start::AtEnd,
+            (_, Some(sequence), ..) => Start::Sequence(sequence),
+            (.., Some(delta), _) => Start::Delta(delta),
+            (.., Some(time)) => Start::Time(time),
+            _ => Start::All,
+        }
+    }
+
+    fn duration(&mut self, field: &str, text: Option<&str>) -> Option<std::time::Duration> {
+        let text = text?;
+        let duration = parse_duration(text);
+        duration.map_err(|error| self.problem(field, format!("`{field}` is `{}`: it {error}", shorten(text)))).ok()
+    }
+
+    fn time(&mut self, field: &str, text: &str) -> Option<DateTime<Utc>> {
+        let time = DateTime::parse_from_rfc3339(text);
+        if time.is_err() {
+            let text = shorten(text);
+            self.problem(field, format!("`{field}` is `{text}`: it is not a time such as `2026-01-31T08:00:00Z`"));
+        }
+        time.ok().map(|time| time.with_timezone(&Utc))
+    }
+
+    fn into_problems(mut self) -> Problems {
+        self.problems.sort_by(|a, b| a.path.cmp(&b.path));
+        self.problems.dedup();
+        Problems(self.problems)
+    }
+}
+
+/// A text that is there and not empty.
+fn text(field: &Option<String>) -> Option<&str> {
+    field.as_deref().filter(|text| !text.is_empty())
+}
+
+fn limits(document: Option<&LimitsDocument>) -> Limits {
+    let default = Limits::default();
+    let Some(document) = document else { return default };
+    Limits {
+        messages_in_flight: document.messages_in_flight.unwrap_or(default.messages_in_flight),
+        bytes_in_flight: document.bytes_in_flight.unwrap_or(default.bytes_in_flight),
+    }
+}
+
+fn notices(document: &Document) -> Vec<String> {
+    let mut notices = Vec::new();
+    if document.target_initiated == Some(true) {
+        notices.push("`target_initiated` has no effect: the copy is equally fast from either side".to_owned());
+    }
+    if document.ephemeral == Some(true) {
+        notices.push("`ephemeral` has no effect: every copy goes on where it stopped".to_owned());
+    }
+    notices
+}
+
+/// JSON knows one kind of number: `1.0` and `1e3` are whole.
+fn whole_numbers(value: &Value) -> Value {
+    const EXACT: f64 = (1_u64 << 53) as f64;
+    match value {
+        Value::Number(number) => match number.as_f64() {
+            Some(float) if number.is_f64() && float.fract() == 0.0 && (0.0..=EXACT).contains(&float) => {
+                Value::from(float as u64)
+            }
+            _ => value.clone(),
+        },
+        Value::Object(fields) => {
+            Value::Object(fields.iter().map(|(field, value)| (field.clone(), whole_numbers(value))).collect())
+        }
+        other => other.clone(),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Wildcards {
+    Allowed,
+    Refused,
+}
+
+/// Says what is wrong with a subject, if anything is.
+fn wrong_subject(subject: &str, wildcards: Wildcards) -> Option<String> {
+    if let Some(c) = subject.chars().find(|c| c.is_whitespace() || c.is_control()) {
+        return Some(format!("a subject cannot contain {c:?}"));
+    }
+    let tokens: Vec<_> = subject.split('.').collect();
+    for (index, token) in tokens.iter().enumerate() {
+        let last = index + 1 == tokens.len();
+        match *token {
+            "" => return Some("a subject has no empty token: one dot between two tokens, none at the ends".to_owned()),
+            "*" | ">" if wildcards == Wildcards::Refused => return Some("wildcards are not possible here".to_owned()),
+            ">" if !last => return Some("`>` is only possible at the end".to_owned()),
+            "*" | ">" => {}
+            token if token.contains(['*', '>']) => return Some("`*` and `>` stand alone between dots".to_owned()),
+            _ => {}
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn with(more: Value) -> Value {
+        let mut document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b"});
+        let fields = document.as_object_mut().unwrap();
+        for (field, value) in more.as_object().unwrap() {
+            fields.insert(field.clone(), value.clone());
+        }
+        document
+    }
+
+    fn good(more: Value) -> Replication {
+        parse_value(&with(more.clone()), "SITE").unwrap_or_else(|problems| panic!("{more}: {problems}"))
+    }
+
+    fn problems(document: &Value) -> Vec<(String, String)> {
+        let problems = parse_value(document, "SITE").expect_err(&document.to_string());
+        problems.0.into_iter().map(|problem| (problem.path, problem.message)).collect()
+    }
+
+    #[test]
+    fn the_smallest_document() {
+        let replication = parse(br#"{"stream":"S","source_url":"nats://a","target_url":"b:1"}"#, "SITE").unwrap();
+        assert_eq!(replication.id, "S");
+        assert_eq!(replication.name, "SITE");
+        assert_eq!(replication.target.stream, "S");
+        assert_eq!(replication.target.endpoint, Endpoint::parse("nats://b:1").unwrap());
+        assert_eq!(replication.start, Start::All);
+        assert_eq!(replication.limits, Limits::default());
+        assert_eq!(replication.mapping, Mapping::default());
+        assert!(replication.create_target && replication.notices.is_empty() && replication.max_age.is_none());
+    }
+
+    #[test]
+    fn id_and_name() {
+        let check = |more: Value, id: &str, name: &str| {
+            let replication = good(more);
+            assert_eq!((replication.id.as_str(), replication.name.as_str()), (id, name));
+        };
+        check(json!({"name": "EAST"}), "S.EAST", "EAST");
+        check(json!({"name": "SITE"}), "S", "SITE");
+        check(json!({"name": ""}), "S", "SITE");
+    }
+
+    #[test]
+    fn start_in_order_of_precedence() {
+        let all = json!({"start_at_end": true, "start_sequence": 7, "start_delta": "1h", "start_time": "2026-01-01T00:00:00Z"});
+        let without = |fields: &[&str]| {
+            let mut all = all.clone();
+            fields.iter().for_each(|field| drop(all.as_object_mut().unwrap().remove(*field)));
+            good(all).start
+        };
+        assert_eq!(without(&[]), Start::AtEnd);
+        assert_eq!(without(&["start_at_end"]), Start::Sequence(7));
+        assert_eq!(without(&["start_at_end", "start_sequence"]), Start::Delta(Duration::from_secs(3600)));
+        assert!(matches!(without(&["start_at_end", "start_sequence", "start_delta"]), Start::Time(_)));
+        assert_eq!(good(json!({"start_at_end": false, "start_sequence": 0, "start_time": ""})).start, Start::All);
+        assert_eq!(good(json!({"start_sequence": 1e3})).start, Start::Sequence(1000));
+    }
+
+    #[test]
+    fn most_specific_tls_wins_as_a_whole() {
+        let replication = good(json!({
+            "tls": {"ca": "/ca", "cert": "/cert", "key": "/key"}, "target_tls": {"ca": "/other"},
+            "target_url": "tls://b?insecure=true"
+        }));
+        assert_eq!(replication.source.endpoint.tls.key, Some("/key".into()));
+        let target = replication.target.endpoint.tls;
+        assert_eq!((target.ca, target.cert, target.key), (Some("/other".into()), None, None));
+        assert!(target.insecure);
+    }
+
+    #[test]
+    fn the_rest_of_the_fields() {
+        let replication = good(json!({
+            "target_stream": "T", "filter_subject": "a.*.>", "target_subject_prefix": "east.", "target_subject_remove": "a.",
+            "max_age": "1d", "no_target_create": true, "target_initiated": true, "ephemeral": true, "description": "d",
+            "limits": {"messages_in_flight": 5}
+        }));
+        assert_eq!(replication.target.stream, "T");
+        assert_eq!(replication.filter_subject.as_deref(), Some("a.*.>"));
+        assert_eq!(replication.mapping.apply("a.b"), "east.b");
+        assert_eq!(replication.max_age, Some(Duration::from_secs(86_400)));
+        assert!(!replication.create_target);
+        assert_eq!(replication.notices.len(), 2);
+        assert_eq!(replication.limits, Limits { messages_in_flight: 5, ..Limits::default() });
+    }
+
+    #[test]
+    fn one_problem_each() {
+        let check = |more: Value, path: &str, expect: &str| {
+            let found = problems(&with(more.clone()));
+            assert_eq!(found.len(), 1, "{more}: {found:?}");
+            assert_eq!(found[0].0, path, "{more}: {found:?}");
+            assert!(found[0].1.contains(expect), "{more}: {found:?}");
+        };
+        check(json!({"stream": "a.b"}), "/stream", "`a.b`: a stream name cannot contain '.'");
+        check(json!({"stream": "a b"}), "/stream", "' '");
+        check(json!({"stream": "a+b"}), "/stream", "replication's id");
+        check(json!({"stream": ""}), "/stream", "must not be empty");
+        check(json!({"stream": 5}), "/stream", "`stream` is `5`: must be of type string");
+        check(json!({"stream": "S".repeat(256)}), "/stream", "longer than 255");
+        check(json!({"target_stream": "a>"}), "/target_stream", "'>'");
+        check(json!({"name": "a b"}), "/name", "one subject token");
+        check(json!({"name": "a.b"}), "/name", "one subject token");
+        check(json!({"name": "a:b"}), "/name", "replication's id");
+        check(json!({"source_url": "ws://h"}), "/source_url", "not supported yet");
+        check(json!({"source_url": "nats://a:***@h"}), "/source_url", "stands for a secret");
+        check(json!({"target_url": "nats://a"}), "/target_url", "into itself");
+        check(json!({"filter_subject": "a..b"}), "/filter_subject", "empty token");
+        check(json!({"filter_subject": "a.>.b"}), "/filter_subject", "only possible at the end");
+        check(json!({"filter_subject": "a.b*"}), "/filter_subject", "stand alone");
+        check(json!({"filter_subject": "a b"}), "/filter_subject", "cannot contain ' '");
+        check(json!({"target_subject_prefix": "a.*"}), "/target_subject_prefix", "wildcards are not possible");
+        check(json!({"start_sequence": -1}), "/start_sequence", "`-1`: must be 0 or more");
+        check(json!({"start_sequence": 1.5}), "/start_sequence", "of type integer");
+        check(json!({"start_sequence": 1e300}), "/start_sequence", "or less");
+        check(json!({"start_delta": "5x"}), "/start_delta", "`5x`: it is not a duration");
+        check(json!({"start_delta": "0s"}), "/start_delta", "more than 0");
+        check(json!({"start_time": "yesterday"}), "/start_time", "`yesterday`: it is not a time such as");
+        check(json!({"max_age": "-1h"}), "/max_age", "more than 0");
+        check(
+            json!({"limits": {"messages_in_flight": 0}}),
+            "/limits/messages_in_flight",
+            "`limits.messages_in_flight` is `0`: must be 1 or more",
+        );
+        check(json!({"limits": {"bytes_in_flight": 1}}), "/limits/bytes_in_flight", "65536 or more");
+        check(
+            json!({"limits": {"message_in_flight": 1}}),
+            "/limits/message_in_flight",
+            "did you mean `messages_in_flight`",
+        );
+        check(json!({"limits": []}), "/limits", "an array: must be of type object");
+        check(json!({"tls": {"cert": "/c"}}), "/tls", "go together");
+        check(json!({"source_tls": {"keys": "/c"}}), "/source_tls/keys", "did you mean `key`");
+        check(json!({"streem": "x"}), "/streem", "did you mean `stream`");
+        check(json!({"colour": "x"}), "/colour", "`colour` is unknown");
+        check(json!({"a/b~c": 1}), "/a~1b~0c", "`a/b~c` is unknown");
+    }
+
+    #[test]
+    fn all_problems_at_once() {
+        let document = json!({
+            "stream": "a b", "source_url": 5, "filter_subject": ">.>", "max_age": "x", "limits": {"bytes_in_flight": 0},
+            "tls": {"key": "/k"}, "colour": 1
+        });
+        let found = problems(&document);
+        let paths: Vec<_> = found.iter().map(|(path, _)| path.as_str()).collect();
+        let expect = [
+            "/colour",
+            "/filter_subject",
+            "/limits/bytes_in_flight",
+            "/max_age",
+            "/source_url",
+            "/stream",
+            "/target_url",
+            "/tls",
+        ];
+        assert_eq!(paths, expect, "{found:?}");
+    }
+
+    #[test]
+    fn any_bytes_are_an_answer() {
+        let check = |json: &[u8], expect: &str| {
+            let error = parse(json, "SITE").unwrap_err();
+            assert!(error.to_string().contains(expect), "{error}");
+        };
+        check(b"", "not valid JSON");
+        check(b"{\n  \"stream\": ,", "line 2 column 13");
+        check(b"\xff\xfe", "not valid JSON");
+        check("[".repeat(100_000).as_bytes(), "not valid JSON");
+        check(b"[]", "the document is an array: must be of type object");
+        check(b"null", "the document is `null`");
+        check(b"{}", "`stream` is required");
+        check(b"\"nats://a:s3cret@h\"", "nats://a:***@h");
+    }
+
+    #[test]
+    fn problems_show_no_secret() {
+        let documents = [
+            json!({"stream": "nats://u:s3cret@h", "source_url": ["nats://u:s3cret@h"], "target_url": "nats://u:s3cret@h:x"}),
+            with(json!({"limits": "nats://u:s3cret@h", "source_url": "nats://s3cret@h1,nats://s3cret2@h2"})),
+            with(json!({"name": "nats://u:s3cret@h", "filter_subject": "nats://u:s3cret@ h"})),
+        ];
+        for document in documents {
+            let text = parse_value(&document, "SITE").unwrap_err().to_string();
+            assert!(!text.contains("s3cret"), "{text}");
+        }
+    }
+
+    /// A field that only one of them knows would be accepted and ignored, or refused and documented.
+    #[test]
+    fn schema_and_types_agree() {
+        let schema = schema::replication_schema();
+        let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        let tls = TlsDocument { ca: Some("a".into()), cert: Some("b".into()), key: Some("c".into()) };
+        let some = || Some("x".to_owned());
+        // no `..Default::default()`: a new field has to be named here
+        let full = Document {
+            stream: "S".into(),
+            name: some(),
+            target_stream: some(),
+            source_url: "a".into(),
+            target_url: "b".into(),
+            filter_subject: some(),
+            target_subject_prefix: some(),
+            target_subject_remove: some(),
+            start_at_end: Some(true),
+            start_sequence: Some(1),
+            start_delta: some(),
+            start_time: some(),
+            max_age: some(),
+            no_target_create: Some(true),
+            target_initiated: Some(true),
+            ephemeral: Some(true),
+            description: some(),
+            limits: Some(LimitsDocument { messages_in_flight: Some(1), bytes_in_flight: Some(65536) }),
+            tls: Some(tls.clone()),
+            source_tls: Some(tls.clone()),
+            target_tls: Some(tls),
+        };
+        let full = serde_json::to_value(full).unwrap();
+        assert_eq!(keys(&full), keys(&schema["properties"]));
+        assert_eq!(keys(&full["limits"]), keys(&schema["properties"]["limits"]["properties"]));
+        assert_eq!(keys(&full["tls"]), keys(&schema["$defs"]["tls"]["properties"]));
+        let findings = schema::check(&full);
+        assert!(findings.problems.is_empty() && findings.patterns.is_empty(), "{findings:?}");
+
+        let required = serde_json::to_value(keys(&serde_json::to_value(Document::default()).unwrap())).unwrap();
+        let mut expect: Vec<_> = schema["required"].as_array().unwrap().clone();
+        expect.sort_by_key(Value::to_string);
+        assert_eq!(required, Value::from(expect));
+
+        let limits = &schema["properties"]["limits"]["properties"];
+        assert_eq!(limits["messages_in_flight"]["default"], Limits::default().messages_in_flight);
+        assert_eq!(limits["bytes_in_flight"]["default"], Limits::default().bytes_in_flight);
+    }
+}

@@ -1,0 +1,176 @@
+//! The JSON schema of a replication document.
+
+use std::{borrow::Cow, sync::LazyLock};
+
+use jsonschema::{
+    ValidationError, Validator,
+    error::{TypeKind, ValidationErrorKind},
+};
+use serde_json::Value;
+
+use super::{Problem, endpoint::mask_url};
+
+static SCHEMA: LazyLock<Value> = LazyLock::new(|| {
+    serde_json::from_str(include_str!("../../schemas/replication.json")).expect("the built-in schema is JSON")
+});
+
+static VALIDATOR: LazyLock<Validator> =
+    LazyLock::new(|| jsonschema::validator_for(&SCHEMA).expect("the built-in schema is a schema"));
+
+/// `schemas/replication.json` as compiled into the program.
+pub fn replication_schema() -> &'static Value {
+    &SCHEMA
+}
+
+/// What the schema says about a document.
+#[derive(Debug, Default)]
+pub(super) struct Findings {
+    /// What is wrong for certain.
+    pub(super) problems: Vec<Problem>,
+    /// Patterns that do not match: told only where no semantic check finds better words.
+    pub(super) patterns: Vec<Problem>,
+}
+
+/// Checks a document against the schema.
+pub(super) fn check(document: &Value) -> Findings {
+    let mut findings = Findings::default();
+    for error in VALIDATOR.iter_errors(document) {
+        let path = error.instance_path().as_str();
+        match error.kind() {
+            ValidationErrorKind::AdditionalProperties { unexpected } => {
+                let unknown = unexpected.iter().map(|field| unknown_field(path, field));
+                findings.problems.extend(unknown);
+            }
+            ValidationErrorKind::Required { property } => {
+                let field = property.as_str().unwrap_or_default();
+                findings.problems.push(Problem::new(join(path, field), format!("`{field}` is required")));
+            }
+            ValidationErrorKind::Pattern { .. } => findings.patterns.push(explain(&error)),
+            _ => findings.problems.push(explain(&error)),
+        }
+    }
+    findings
+}
+
+fn unknown_field(path: &str, field: &str) -> Problem {
+    let known = if path.is_empty() {
+        known_fields(&SCHEMA)
+    } else {
+        let property = path.trim_start_matches('/');
+        let schema = &SCHEMA["properties"][property];
+        known_fields(if schema.get("$ref").is_some() { &SCHEMA["$defs"]["tls"] } else { schema })
+    };
+    let shown = shorten(field);
+    let message = match nearest(field, known) {
+        Some(near) => format!("`{shown}` is unknown, did you mean `{near}`?"),
+        None => format!("`{shown}` is unknown"),
+    };
+    Problem::new(join(path, field), message)
+}
+
+fn known_fields(schema: &Value) -> impl Iterator<Item = &str> {
+    schema["properties"].as_object().into_iter().flat_map(|fields| fields.keys().map(String::as_str))
+}
+
+/// The known word that is most like `word`, if any is like it at all.
+pub(super) fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let word = word.to_lowercase();
+    known
+        .into_iter()
+        .map(|candidate| (strsim::jaro_winkler(&word, candidate), candidate))
+        .filter(|(likeness, _)| *likeness >= 0.85)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}
+
+fn explain(error: &ValidationError<'_>) -> Problem {
+    let path = error.instance_path().as_str();
+    let wanted = match error.kind() {
+        ValidationErrorKind::Type { kind: TypeKind::Single(kind) } => format!("must be of type {kind}"),
+        ValidationErrorKind::MinLength { .. } => "must not be empty".to_owned(),
+        ValidationErrorKind::MaxLength { limit } => format!("must not be longer than {limit} characters"),
+        ValidationErrorKind::Minimum { limit } => format!("must be {limit} or more"),
+        ValidationErrorKind::Maximum { limit } => format!("must be {limit} or less"),
+        ValidationErrorKind::Pattern { pattern } => format!("must match the pattern `{pattern}`"),
+        other => format!("does not follow the schema (`{}`)", other.keyword()),
+    };
+    let value = show(error.instance());
+    let message = match path.trim_start_matches('/').replace('/', ".") {
+        field if field.is_empty() => format!("the document is {value}: {wanted}"),
+        field => format!("`{field}` is {value}: {wanted}"),
+    };
+    Problem::new(path.to_owned(), message)
+}
+
+/// A value in a message: short, and never a secret, wherever in the document somebody put it.
+fn show(value: &Value) -> Cow<'static, str> {
+    match value {
+        Value::Object(_) => "an object".into(),
+        Value::Array(_) => "an array".into(),
+        Value::String(text) => format!("`{}`", shorten(text)).into(),
+        other => format!("`{other}`").into(),
+    }
+}
+
+/// The beginning of a text, for messages; a URL that strayed into another field loses its secret.
+pub(super) fn shorten(text: &str) -> Cow<'_, str> {
+    const MOST: usize = 80;
+    let text = if text.contains('@') || text.contains("://") { mask_url(text).into() } else { Cow::Borrowed(text) };
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}...", &text[..end]).into(),
+        None => text,
+    }
+}
+
+/// A JSON pointer one level deeper.
+pub(super) fn join(path: &str, field: &str) -> String {
+    format!("{path}/{}", field.replace('~', "~0").replace('/', "~1"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn properties<'a>(prefix: &str, schema: &'a Value, all: &mut Vec<(String, &'a Value)>) {
+        for (field, property) in schema["properties"].as_object().into_iter().flatten() {
+            let path = join(prefix, field);
+            properties(&path, property, all);
+            all.push((path, property));
+        }
+    }
+
+    #[test]
+    fn every_property_is_described() {
+        let mut all = Vec::new();
+        properties("", &SCHEMA, &mut all);
+        properties("/$defs", &SCHEMA["$defs"]["tls"], &mut all);
+        assert!(all.len() > 20);
+        for (path, property) in all {
+            assert!(property["title"].is_string(), "{path} has no title");
+            let text = property["description"].as_str().unwrap_or_default();
+            let required = SCHEMA["required"].as_array().unwrap().iter().any(|field| path[1..] == *field);
+            let said = text.contains("Default:") || required || property["type"] == "object";
+            assert!(said, "{path} does not say its default");
+        }
+    }
+
+    #[test]
+    fn examples_are_valid() {
+        for example in SCHEMA["examples"].as_array().unwrap() {
+            assert!(VALIDATOR.is_valid(example), "{example}");
+        }
+    }
+
+    #[test]
+    fn nearest_only_when_near() {
+        let check = |word: &str, expect: Option<&str>| {
+            assert_eq!(nearest(word, known_fields(&SCHEMA)), expect, "{word}");
+        };
+        check("streem", Some("stream"));
+        check("target_strem", Some("target_stream"));
+        check("Source_URL", Some("source_url"));
+        check("filter_subjct", Some("filter_subject"));
+        check("colour", None);
+        check("", None);
+    }
+}

@@ -1,0 +1,61 @@
+//! The NATS service `replicator`: how the outside asks and configures. Everything is answered within 3 s, queries
+//! from memory where they can be; what asks for a change goes through the configuration bucket, and the supervisor
+//! follows that.
+
+pub mod api;
+mod documents;
+mod endpoints;
+mod service;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+pub use self::service::Service;
+use self::{documents::Documents, endpoints::Context};
+use crate::{
+    store::{ConfigStore, PositionStore},
+    supervisor::Handle,
+};
+
+/// Name of the service, whatever its subjects begin with.
+pub const SERVICE_NAME: &str = "replicator";
+
+/// Who answers, and where.
+#[derive(Debug, Clone)]
+pub struct ControlConfig {
+    /// What the subjects begin with, `replicator` by default.
+    pub prefix: String,
+    /// The site's name.
+    pub site: String,
+    /// This process.
+    pub instance: String,
+    /// Version of the program.
+    pub version: String,
+}
+
+/// The service could not begin.
+#[derive(Debug, thiserror::Error)]
+#[error("service `{SERVICE_NAME}`: {0}")]
+pub struct Error(String);
+
+/// Begins to answer requests.
+pub async fn start(
+    client: async_nats::Client,
+    control: ControlConfig,
+    config: ConfigStore,
+    positions: PositionStore,
+    supervisor: Handle,
+) -> Result<Service, Error> {
+    let identity = service::Identity {
+        name: SERVICE_NAME.to_owned(),
+        version: control.version,
+        description: "copies JetStream streams between clusters".to_owned(),
+        metadata: BTreeMap::from([
+            ("site".to_owned(), control.site.clone()),
+            ("instance".to_owned(), control.instance),
+        ]),
+    };
+    let documents = Documents::follow(config.clone()).await.map_err(|error| Error(error.to_string()))?;
+    let context = Context { client: client.clone(), site: control.site, config, documents, positions, supervisor };
+    let routes = endpoints::routes(&Arc::new(context), &control.prefix);
+    Service::start(client, identity, routes).await.map_err(|error| Error(error.to_string()))
+}

@@ -1,0 +1,90 @@
+//! What the configuration bucket holds, kept in memory, so that questions are answered while the bucket is not
+//! there.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use futures_util::StreamExt;
+use tokio::{sync::watch, time::timeout};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::warn;
+
+use crate::store::{ConfigChange, ConfigEntry, ConfigStore, Error};
+
+/// How long a question waits for the newest revision before it is answered with what is known.
+const CATCH_UP: Duration = Duration::from_millis(100);
+/// How long the bucket may take to say what the newest revision is.
+const ASK: Duration = Duration::from_millis(250);
+
+/// All documents as they were last heard of.
+#[derive(Debug)]
+pub(super) struct Documents {
+    store: ConfigStore,
+    known: watch::Receiver<Known>,
+    _follower: AbortOnDropHandle<()>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    entries: BTreeMap<String, ConfigEntry>,
+    /// Newest revision heard of.
+    seen: u64,
+}
+
+impl Documents {
+    /// Reads everything and then follows the changes.
+    pub(super) async fn follow(store: ConfigStore) -> Result<Self, Error> {
+        let mut changes = store.watch().await?;
+        let (sender, known) = watch::channel(Known::default());
+        while let Some(change) = changes.next().await {
+            match change? {
+                ConfigChange::Loaded => break,
+                change => sender.send_modify(|known| known.apply(change)),
+            }
+        }
+        let follower = tokio::spawn(async move {
+            while let Some(change) = changes.next().await {
+                match change {
+                    Ok(change) => sender.send_modify(|known| known.apply(change)),
+                    Err(error) => warn!("{error}; questions are answered with what was known before"),
+                }
+            }
+        });
+        Ok(Self { store, known, _follower: AbortOnDropHandle::new(follower) })
+    }
+
+    /// One document.
+    pub(super) async fn get(&self, id: &str) -> Option<ConfigEntry> {
+        self.catch_up().await;
+        self.known.borrow().entries.get(id).cloned()
+    }
+
+    /// Id and revision of all documents, sorted by id.
+    pub(super) async fn list(&self) -> Vec<(String, u64)> {
+        self.catch_up().await;
+        self.known.borrow().entries.values().map(|entry| (entry.key.clone(), entry.revision)).collect()
+    }
+
+    /// Whoever just changed a document finds it changed, whichever instance answers. Where the bucket does not
+    /// answer, or its newest message is gone, a short wait is all.
+    async fn catch_up(&self) {
+        let Ok(Ok(newest)) = timeout(ASK, self.store.last_revision()).await else { return };
+        let mut known = self.known.clone();
+        let _ = timeout(CATCH_UP, known.wait_for(|known| known.seen >= newest)).await;
+    }
+}
+
+impl Known {
+    fn apply(&mut self, change: ConfigChange) {
+        match change {
+            ConfigChange::Put(entry) => {
+                self.seen = self.seen.max(entry.revision);
+                self.entries.insert(entry.key.clone(), entry);
+            }
+            ConfigChange::Deleted { key, revision } => {
+                self.seen = self.seen.max(revision);
+                self.entries.remove(&key);
+            }
+            ConfigChange::Loaded => {}
+        }
+    }
+}

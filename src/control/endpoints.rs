@@ -1,0 +1,355 @@
+//! What each endpoint does.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use chrono::Utc;
+use futures_util::FutureExt;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use super::{
+    api::{Changed, DeleteRequest, Document, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest},
+    documents::Documents,
+    service::{Handler, Kind, Request, Route},
+};
+use crate::{
+    config::{self, Problem, Problems},
+    names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
+    store::{ConfigStore, PositionStore, WriteError},
+    supervisor::Handle,
+};
+
+/// Size of a document; keeps every reply that shows one far from the limit of a message.
+const MAX_DOCUMENT: usize = 64 << 10;
+/// Rows of one page where the request does not say.
+const DEFAULT_LIMIT: usize = 1_000;
+/// How long a deletion waits for the copy to stop before it forgets the position all the same: from then on the
+/// copy cannot save and stops by itself.
+const STOP_WITHIN: Duration = Duration::from_secs(60);
+
+/// What the endpoints work with.
+#[derive(Debug)]
+pub(super) struct Context {
+    pub(super) client: async_nats::Client,
+    pub(super) site: String,
+    pub(super) config: ConfigStore,
+    pub(super) documents: Documents,
+    pub(super) positions: PositionStore,
+    pub(super) supervisor: Handle,
+}
+
+/// All endpoints below `prefix`.
+pub(super) fn routes(context: &Arc<Context>, prefix: &str) -> Vec<Route> {
+    let route = |name: &'static str, kind: Kind, handler: Handler| {
+        let subject = format!("{prefix}.{}", name.replace('-', "."));
+        Route { name, subject, kind, handler }
+    };
+    macro_rules! handler {
+        ($function:ident) => {{
+            let context = context.clone();
+            Arc::new(move |request| {
+                let context = context.clone();
+                async move { reply(&$function(&context, request).await?) }.boxed()
+            })
+        }};
+    }
+    vec![
+        route("config-add", Kind::Mutation, handler!(config_add)),
+        route("config-update", Kind::Mutation, handler!(config_update)),
+        route("config-delete", Kind::Mutation, handler!(config_delete)),
+        route("config-get", Kind::Query, handler!(config_get)),
+        route("config-list", Kind::Query, handler!(config_list)),
+        route("config-schema", Kind::Query, handler!(config_schema)),
+        route("status", Kind::Query, handler!(status)),
+    ]
+}
+
+async fn config_add(context: &Context, request: Request) -> Result<Changed, Failure> {
+    in_time(&request)?;
+    let (replication, document) = checked_document(context, &request.body).await?;
+    let written = context.config.create(&replication, document).await;
+    changed(replication, written, "added")
+}
+
+async fn config_update(context: &Context, request: Request) -> Result<Changed, Failure> {
+    in_time(&request)?;
+    let expected = expected_revision(&request)?;
+    let (replication, document) = checked_document(context, &request.body).await?;
+    let written = context.config.update(&replication, document, expected).await;
+    changed(replication, written, "updated")
+}
+
+async fn config_delete(context: &Context, request: Request) -> Result<Changed, Failure> {
+    in_time(&request)?;
+    let expected = expected_revision(&request)?;
+    let DeleteRequest { replication, keep } =
+        named(&request.body, |replication| DeleteRequest { replication, keep: false })?;
+    check_id(&replication)?;
+    let written = context.config.delete(&replication, expected).await;
+    let deleted = changed(replication, written, "deleted")?;
+    let id = deleted.replication.as_str();
+    if timeout(STOP_WITHIN, context.supervisor.stopped_since(id, deleted.revision)).await.is_err() {
+        warn!(replication = id, "was deleted and did not stop within {STOP_WITHIN:?}");
+    }
+    if !keep {
+        context.positions.remove(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
+    }
+    Ok(deleted)
+}
+
+async fn config_get(context: &Context, request: Request) -> Result<Document, Failure> {
+    let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
+    check_id(&replication)?;
+    let entry = context.documents.get(&replication).await.ok_or_else(|| not_found(&replication))?;
+    let problems = config::parse(&entry.value, &context.site).err().map(|problems| problems.0).unwrap_or_default();
+    let config = config::to_value(&entry.value).map_or(Value::Null, |document| config::mask_document(&document));
+    Ok(Document { replication, revision: entry.revision, config, problems })
+}
+
+async fn config_list(context: &Context, request: Request) -> Result<List, Failure> {
+    let ListRequest { offset, limit } = options(&request.body)?;
+    let all = context.documents.list().await.into_iter();
+    let all = all.map(|(replication, revision)| {
+        let state = context.supervisor.row(&replication).map(|row| row.state);
+        ListRow { replication, revision, origin: "kv".to_owned(), state }
+    });
+    let Page { rows: replications, limit, total } = page(all.collect(), offset, limit, context.room());
+    Ok(List { replications, offset, limit, total })
+}
+
+async fn config_schema(_: &Context, _: Request) -> Result<&'static Value, Failure> {
+    Ok(config::replication_schema())
+}
+
+async fn status(context: &Context, request: Request) -> Result<Status, Failure> {
+    let request = match request.body.trim_ascii() {
+        [] | [b'{', ..] => options(&request.body)?,
+        _ => named(&request.body, |id| StatusRequest { replication: Some(id), ..StatusRequest::default() })?,
+    };
+    let rows = match &request.replication {
+        Some(id) => vec![context.supervisor.row(id).ok_or_else(|| not_found(id))?],
+        None => context.supervisor.rows(),
+    };
+    let Page { rows: replications, limit, total } = page(rows, request.offset, request.limit, context.room());
+    Ok(Status { site: context.site.clone(), replications, offset: request.offset, limit, total })
+}
+
+impl Context {
+    /// Bytes that the rows of a reply may have.
+    fn room(&self) -> usize {
+        self.client.server_info().max_payload.saturating_sub(self.site.len() + 1024)
+    }
+}
+
+/// The id of a document and what is to be stored: the document as it was sent, or with its secrets again.
+async fn checked_document(context: &Context, body: &Bytes) -> Result<(String, Bytes), Failure> {
+    let mut document = config::to_value(body).map_err(refused)?;
+    let mut problems = Vec::new();
+    let unmasked = unmask(context, &mut document).await?.unwrap_or_else(|found| {
+        problems = found;
+        false
+    });
+    let replication = match config::parse_value(&document, &context.site) {
+        Ok(replication) if problems.is_empty() => replication,
+        result => {
+            // the words about a secret that is not stored are better than those about one that is missing
+            let others = result.err().map(|problems| problems.0).unwrap_or_default().into_iter();
+            let others: Vec<_> =
+                others.filter(|other| problems.iter().all(|problem| problem.path != other.path)).collect();
+            problems.extend(others);
+            return Err(refused(Problems(problems)));
+        }
+    };
+    let stored = if unmasked { Bytes::from(document.to_string()) } else { body.clone() };
+    if stored.len() > MAX_DOCUMENT {
+        let message = format!("the document has {} bytes, {MAX_DOCUMENT} are possible", stored.len());
+        return Err(refused(Problems(vec![Problem::new("", message)])));
+    }
+    Ok((replication.id, stored))
+}
+
+/// Puts stored secrets in the place of `***`; whether there were any, or what is wrong with them.
+async fn unmask(context: &Context, document: &mut Value) -> Result<Result<bool, Vec<Problem>>, Failure> {
+    let id = config::document_id(document, &context.site);
+    let Value::Object(fields) = document else { return Ok(Ok(false)) };
+    if !config::has_mask(fields) {
+        return Ok(Ok(false));
+    }
+    let stored = match id.filter(|id| check_id(id).is_ok()) {
+        Some(id) => context.config.get(&id).await.map_err(|error| Failure::new(503, error.to_string()))?,
+        None => None,
+    };
+    let stored = stored.and_then(|entry| config::to_value(&entry.value).ok());
+    Ok(config::unmask_document(fields, stored.as_ref()).map(|()| true))
+}
+
+fn changed(replication: String, written: Result<u64, WriteError>, how: &str) -> Result<Changed, Failure> {
+    match written {
+        Ok(revision) => {
+            info!(replication, revision, "document {how} by request");
+            Ok(Changed { replication, revision })
+        }
+        Err(WriteError::Missing) => Err(not_found(&replication)),
+        Err(WriteError::Exists { revision }) => {
+            Err(Failure::new(409, format!("replication `{replication}` exists at revision {revision}, update it")))
+        }
+        Err(WriteError::Conflict { revision }) => {
+            Err(Failure::new(409, format!("replication `{replication}` is at revision {revision}")))
+        }
+        Err(WriteError::Store(error)) => Err(Failure::new(503, error.to_string())),
+    }
+}
+
+fn not_found(id: &str) -> Failure {
+    let id: String = id.chars().take(80).collect();
+    Failure::new(404, format!("replication `{id}` does not exist"))
+}
+
+fn refused(problems: Problems) -> Failure {
+    Failure { problems: problems.0, ..Failure::new(400, "the document is not valid") }
+}
+
+/// A change that comes after the one who asked gave up is not made.
+fn in_time(request: &Request) -> Result<(), Failure> {
+    match number(request, DEADLINE_HEADER)? {
+        Some(deadline) if i64::try_from(deadline).is_ok_and(|deadline| deadline < Utc::now().timestamp_millis()) => {
+            Err(Failure::new(408, "the request came after its deadline"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn expected_revision(request: &Request) -> Result<Option<u64>, Failure> {
+    number(request, EXPECTED_REVISION_HEADER)
+}
+
+fn number(request: &Request, header: &str) -> Result<Option<u64>, Failure> {
+    let Some(value) = request.headers.get(header) else { return Ok(None) };
+    let number = value.as_str().trim().parse();
+    number.map(Some).map_err(|_| Failure::new(400, format!("header `{header}` is not a number")))
+}
+
+/// Reads a request that names a replication: JSON, or the plain id.
+fn named<T: DeserializeOwned>(body: &[u8], plain: impl FnOnce(String) -> T) -> Result<T, Failure> {
+    match body.trim_ascii() {
+        [] => Err(Failure::new(400, "the request names no replication: send its id")),
+        body @ [b'{', ..] => json(body),
+        body => match std::str::from_utf8(body) {
+            Ok(id) if check_id(id).is_ok() => Ok(plain(id.to_owned())),
+            _ => Err(Failure::new(400, "the request is neither the id of a replication nor JSON")),
+        },
+    }
+}
+
+/// Reads a request that may be empty.
+fn options<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Failure> {
+    match body.trim_ascii() {
+        [] => Ok(T::default()),
+        body => json(body),
+    }
+}
+
+fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(body).map_err(|error| Failure::new(400, format!("the request is not valid: {error}")))
+}
+
+fn check_id(id: &str) -> Result<(), Failure> {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-/_=.".contains(&byte);
+    let tokens = id.split('.').all(|token| !token.is_empty());
+    if tokens && id.len() <= 512 && id.bytes().all(legal) {
+        return Ok(());
+    }
+    Err(Failure::new(400, "the request does not name a replication: an id has letters, digits, - _ = and ."))
+}
+
+fn reply<T: Serialize>(reply: &T) -> Result<Vec<u8>, Failure> {
+    serde_json::to_vec(reply).map_err(|error| Failure::new(500, error.to_string()))
+}
+
+struct Page<T> {
+    rows: Vec<T>,
+    limit: usize,
+    total: usize,
+}
+
+/// The rows from `offset` on, as many as are wanted and fit into `room` bytes.
+fn page<T: Serialize>(all: Vec<T>, offset: usize, limit: Option<usize>, room: usize) -> Page<T> {
+    let (total, limit) = (all.len(), limit.unwrap_or(DEFAULT_LIMIT));
+    let mut used = 0;
+    let fits = |row: &T| {
+        used += serde_json::to_vec(row).map_or(0, |json| json.len() + 1);
+        used <= room
+    };
+    let rows = all.into_iter().skip(offset).take(limit).take_while(fits).collect();
+    Page { rows, limit, total }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plain(replication: String) -> DeleteRequest {
+        DeleteRequest { replication, keep: false }
+    }
+
+    #[test]
+    fn a_replication_is_named_by_json_or_by_plain_text() {
+        let check = |body: &str, replication: &str, keep: bool| {
+            let expect = DeleteRequest { replication: replication.to_owned(), keep };
+            assert_eq!(named(body.as_bytes(), plain), Ok(expect), "{body}");
+        };
+        check("ORDERS", "ORDERS", false);
+        check(" ORDERS.EAST\n", "ORDERS.EAST", false);
+        check(r#"{"replication":"ORDERS"}"#, "ORDERS", false);
+        check(r#" {"replication":"ORDERS","keep":true}"#, "ORDERS", true);
+    }
+
+    #[test]
+    fn what_names_no_replication_is_refused() {
+        let check = |body: &[u8], expect: &str| {
+            let failure = named(body, plain).unwrap_err();
+            assert_eq!(failure.code, 400);
+            assert!(failure.description.contains(expect), "{failure}");
+        };
+        check(b"", "names no replication");
+        check(b" \n", "names no replication");
+        check(b"a b", "neither");
+        check(b"\"A\"", "neither");
+        check(b"\xff\xfe", "neither");
+        check(b"{", "not valid");
+        check(br#"{"replication":5}"#, "expected a string");
+        check(br#"{"replication":"A","keep":"yes"}"#, "expected a boolean");
+        check(br#"{"replicaton":"A"}"#, "unknown field `replicaton`");
+        check(b"{}", "missing field `replication`");
+    }
+
+    #[test]
+    fn a_page_ends_with_the_rows_the_limit_or_the_room() {
+        let check = |offset: usize, limit: Option<usize>, room: usize, expect: &[u64]| {
+            let page = page(vec![10_u64, 11, 12, 13], offset, limit, room);
+            assert_eq!((page.rows.as_slice(), page.total), (expect, 4));
+        };
+        check(0, None, 100, &[10, 11, 12, 13]);
+        check(1, Some(2), 100, &[11, 12]);
+        check(0, None, 6, &[10, 11]);
+        check(4, None, 100, &[]);
+        check(usize::MAX, Some(usize::MAX), 100, &[]);
+    }
+
+    #[test]
+    fn a_change_after_its_deadline_is_refused() {
+        let check = |value: &str, expect: Option<u16>| {
+            let mut headers = async_nats::HeaderMap::new();
+            headers.insert(DEADLINE_HEADER, value);
+            let result = in_time(&Request { body: Bytes::new(), headers });
+            assert_eq!(result.err().map(|failure| failure.code), expect, "{value}");
+        };
+        check("1", Some(408));
+        check("x", Some(400));
+        check("99999999999999", None);
+        check("18446744073709551615", None);
+    }
+}

@@ -1,0 +1,127 @@
+//! One copy of one stream, from what was saved to the first error or the stop. A run owns its two lanes: when
+//! [`run`] returns, or its future is dropped, nothing more of it reaches either server.
+//!
+//! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
+
+mod budget;
+mod decide;
+mod gap;
+mod progress;
+mod provenance;
+mod reader;
+mod resume;
+mod run;
+mod target;
+mod transform;
+mod window;
+mod writer;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+pub use budget::Budget;
+pub use progress::Ledger;
+
+use crate::{
+    config::Replication,
+    events::Events,
+    nats,
+    status::{CopyStatus, Row, State},
+    store::SaveError,
+};
+
+/// What to copy, and in whose name.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// The site's name, for provenance.
+    pub site: String,
+    /// What to copy.
+    pub replication: Replication,
+    /// The row to save with the position; its `state` and `copy` are filled in by the run.
+    pub row: Row,
+    /// Bytes that all replications of the process may read ahead together.
+    pub budget: Budget,
+}
+
+/// What the caller can do about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// It passes: try again soon.
+    Retry,
+    /// People or the target have to change something: try again slowly.
+    Hold,
+    /// Another instance holds the replication: stop for good.
+    Superseded,
+}
+
+/// Why a run ended.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// What the caller can do.
+    pub kind: ErrorKind,
+    /// What happened, without secrets.
+    pub message: String,
+    /// Whether the target's last sequence was not what was expected.
+    chain_broken: bool,
+}
+
+impl Error {
+    /// An error of this kind.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), chain_broken: false }
+    }
+}
+
+impl From<nats::Error> for Error {
+    fn from(error: nats::Error) -> Self {
+        let kind = match error.kind {
+            nats::ErrorKind::Retry | nats::ErrorKind::ChainBroken => ErrorKind::Retry,
+            nats::ErrorKind::Hold | nats::ErrorKind::Poison | nats::ErrorKind::NotFound => ErrorKind::Hold,
+        };
+        Self { chain_broken: error.kind == nats::ErrorKind::ChainBroken, ..Self::new(kind, error.message) }
+    }
+}
+
+impl From<SaveError> for Error {
+    fn from(error: SaveError) -> Self {
+        match error {
+            SaveError::Conflict { .. } => Self::new(ErrorKind::Superseded, error.to_string()),
+            SaveError::Deleted { .. } | SaveError::Store(_) => Self::new(ErrorKind::Retry, error.to_string()),
+        }
+    }
+}
+
+/// Copies until `stop` is cancelled (then what is in the air settles and the position is saved) or something
+/// fails. `status` is kept current a few times a second: counters go on from the values found there, and `state`
+/// goes from [`State::Starting`] to [`State::Running`] once the run has found out where to resume.
+pub async fn run(
+    job: &Job,
+    ledger: &mut Ledger,
+    status: &watch::Sender<(State, CopyStatus)>,
+    events: &Events,
+    stop: CancellationToken,
+) -> Result<(), Error> {
+    let result = tokio::select! {
+        biased;
+        // Before the first message is read there is nothing to settle.
+        () = stop.cancelled() => return Ok(()),
+        started = run::Run::start(job, ledger, status, events) => started,
+    };
+    let result = match result {
+        Ok(run) => run.copy(ledger, stop).await,
+        Err(error) => Err(error),
+    };
+    status.send_modify(|(_, copy)| {
+        copy.source.connected = false;
+        copy.target.connected = false;
+        copy.in_flight = Default::default();
+    });
+    match result {
+        Err(error) if error.chain_broken => match ledger.chain_broke(tokio::time::Instant::now()) {
+            Ok(()) => Err(error),
+            Err(held) => Err(held),
+        },
+        result => result,
+    }
+}

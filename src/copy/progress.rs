@@ -1,0 +1,217 @@
+//! The position record of a replication: who may write it, and writing it beside the copy without holding it up.
+
+use std::{
+    collections::VecDeque,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use tokio::time::{Duration, Instant};
+
+use super::{Error, ErrorKind, window::Window};
+use crate::{
+    status::{Row, TargetMode},
+    store::{PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness},
+};
+
+/// At most one save in this time while a run is under way.
+const SAVE_EVERY: Duration = Duration::from_secs(1);
+/// So many breaks of the chain within [`CHAIN_BREAK_TIME`] that no foreign message explains mean that somebody
+/// else writes in our name.
+const CHAIN_BREAKS: usize = 6;
+const CHAIN_BREAK_TIME: Duration = Duration::from_secs(60);
+
+type Saving = Pin<Box<dyn Future<Output = Result<u64, SaveError>> + Send>>;
+
+/// The right to run a replication and its position record: claimed once per holder, lent to each run.
+pub struct Ledger {
+    store: PositionStore,
+    id: String,
+    record: PositionRecord,
+    revision: u64,
+    saving: Option<(Saving, PositionRecord)>,
+    last_save: Option<Instant>,
+    chain_breaks: VecDeque<Instant>,
+    /// Last sequence of the target when the run that was lent this began.
+    begun_at: Option<u64>,
+}
+
+impl std::fmt::Debug for Ledger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ledger").field("id", &self.id).field("record", &self.record).finish_non_exhaustive()
+    }
+}
+
+impl Ledger {
+    /// Takes over the position record (see [`PositionStore::claim`]).
+    pub async fn claim(store: PositionStore, id: &str, holder: &str) -> Result<Self, crate::store::Error> {
+        let (record, revision) = store.claim(id, holder).await?;
+        Ok(Self {
+            store,
+            id: id.to_owned(),
+            record,
+            revision,
+            saving: None,
+            last_save: None,
+            chain_breaks: VecDeque::new(),
+            begun_at: None,
+        })
+    }
+
+    /// The record as last saved.
+    pub fn record(&self) -> &PositionRecord {
+        &self.record
+    }
+
+    /// Saves the status row alone, for states in which no run is active.
+    pub async fn save_row(&mut self, row: Row) -> Result<(), SaveError> {
+        self.write(self.record.clone(), row).await
+    }
+
+    /// Begins to save if nothing is being saved and the last save is long enough ago.
+    pub(super) fn save(&mut self, now: Instant, witnesses: Witnesses<'_>, row: impl FnOnce() -> Row) {
+        let recent = self.last_save.is_some_and(|last| now.duration_since(last) < SAVE_EVERY);
+        if recent || self.saving.is_some() {
+            return;
+        }
+        self.last_save = Some(now);
+        let record = witnesses.record(&self.record);
+        let same = record.source == self.record.source && record.target == self.record.target;
+        let row = row();
+        // Nothing moved and nothing is told: a write would say the same again.
+        if same && record.target_mode == self.record.target_mode && self.record.status.as_ref() == Some(&row) {
+            return;
+        }
+        self.start(PositionRecord { status: Some(row), ..record });
+    }
+
+    /// Saves now and waits for it.
+    pub(super) async fn save_now(&mut self, witnesses: Witnesses<'_>, row: Row) -> Result<(), SaveError> {
+        self.write(witnesses.record(&self.record), row).await
+    }
+
+    /// Writes and waits. What stood in the way but is no other holder's is written over at the second try.
+    async fn write(&mut self, record: PositionRecord, row: Row) -> Result<(), SaveError> {
+        self.finish().await?;
+        let record = PositionRecord { status: Some(row), ..record };
+        self.start(record.clone());
+        if !self.finish().await? {
+            self.start(record);
+            self.finish().await?;
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, record: PositionRecord) {
+        // Never used twice, also when the write before had an unknown outcome.
+        self.record.nonce = self.record.nonce.wrapping_add(1);
+        let record = PositionRecord { nonce: self.record.nonce, ..record };
+        let saving = self.store.save(&self.id, record.clone(), self.revision);
+        self.saving = Some((Box::pin(saving), record));
+    }
+
+    /// Drives a save that is under way; ready when it is over.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SaveError>> {
+        let Some((saving, _)) = &mut self.saving else { return Poll::Pending };
+        let Poll::Ready(result) = saving.as_mut().poll(cx) else { return Poll::Pending };
+        let Some((_, record)) = self.saving.take() else { return Poll::Pending };
+        Poll::Ready(self.judge(result, record).map(|_| ()))
+    }
+
+    /// Whether the record was written; if not, the next write stands on what is there now.
+    fn judge(&mut self, result: Result<u64, SaveError>, record: PositionRecord) -> Result<bool, SaveError> {
+        match result {
+            Ok(revision) => {
+                self.revision = revision;
+                self.record = record;
+                Ok(true)
+            }
+            // A write of our own that arrived late, an edit by hand or a bucket put back to an older state: the
+            // holder's next save stands on it.
+            Err(SaveError::Conflict { record: there, revision })
+                if there.epoch < self.record.epoch
+                    || there.epoch == self.record.epoch && there.holder == self.record.holder =>
+            {
+                self.revision = revision;
+                self.record.nonce = self.record.nonce.max(there.nonce);
+                Ok(false)
+            }
+            // Deleted by hand while it is in use: it is written anew.
+            Err(SaveError::Deleted { revision }) => {
+                self.revision = revision;
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn finish(&mut self) -> Result<bool, SaveError> {
+        let Some((saving, record)) = self.saving.take() else { return Ok(true) };
+        let result = saving.await;
+        self.judge(result, record)
+    }
+
+    /// Notes where a run begins to write.
+    pub(super) fn begin_at(&mut self, target_seq: u64) {
+        self.begun_at = Some(target_seq);
+    }
+
+    /// Where to look for what broke the chain of the run before; `None` if it did not break.
+    pub(super) fn chain_broke_behind(&self) -> Option<u64> {
+        self.chain_breaks.back().and(self.begun_at)
+    }
+
+    /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it.
+    pub(super) fn chain_broke(&mut self, now: Instant) -> Result<(), Error> {
+        self.chain_breaks.push_back(now);
+        while self.chain_breaks.front().is_some_and(|at| now.duration_since(*at) > CHAIN_BREAK_TIME) {
+            self.chain_breaks.pop_front();
+        }
+        if self.chain_breaks.len() < CHAIN_BREAKS {
+            return Ok(());
+        }
+        self.chain_breaks.clear();
+        Err(Error::new(
+            ErrorKind::Hold,
+            format!(
+                "the target's last sequence moved {CHAIN_BREAKS} times within {CHAIN_BREAK_TIME:?} and only messages of this \
+                 replication are there: another replicator of the same site and name writes to it"
+            ),
+        ))
+    }
+
+    /// A foreign message explains why the chain broke.
+    pub(super) fn chain_explained(&mut self) {
+        self.chain_breaks.clear();
+    }
+}
+
+/// What a save says of both sides.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Witnesses<'a> {
+    pub window: &'a Window,
+    pub mode: TargetMode,
+    pub source_created: &'a str,
+    pub target_created: &'a str,
+}
+
+impl Witnesses<'_> {
+    fn record(&self, saved: &PositionRecord) -> PositionRecord {
+        let position = self.window.position();
+        PositionRecord {
+            source: Some(SourceWitness {
+                seq: position.seq,
+                time_ns: position.time_ns,
+                created: self.source_created.to_owned(),
+            }),
+            target: self.window.target().map(|target| TargetWitness {
+                seq: target.seq,
+                source_seq: target.source_seq,
+                created: self.target_created.to_owned(),
+            }),
+            target_mode: self.mode,
+            ..saved.clone()
+        }
+    }
+}

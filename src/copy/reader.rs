@@ -1,0 +1,391 @@
+//! Reads a stream in order from a pull consumer of its own: ephemeral, without acks, in memory. The position is
+//! ours, the server keeps no state that matters. Two overlapping pulls keep the messages flowing; what was asked
+//! for and not yet taken is bounded in bytes.
+
+use std::{collections::VecDeque, time::Duration};
+
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::budget::{Budget, PIECE_MIN, Reservation};
+use crate::nats::{
+    Batch, Error, Lane, Message, headers,
+    jetstream::{Api, Delivery, is_delivery, parse_delivery},
+    parser::number,
+};
+
+/// The server says that it is there this often while it has nothing to deliver.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Silence after which the consumer is taken for lost.
+const SILENCE: Duration = Duration::from_secs(13);
+/// A pull that got nothing is renewed after this time.
+const PULL_EXPIRES: Duration = Duration::from_secs(30);
+/// The server forgets a consumer that nobody pulls from after this time.
+const INACTIVE: Duration = Duration::from_secs(45);
+/// A pull that was smaller than one message is followed by one that is so many times as large.
+const PIECE_STEP: usize = 4;
+/// No message with its subjects and headers is larger.
+const PIECE_LARGEST: usize = 66 << 20;
+
+/// Size of the first pull where messages wait already.
+const PIECE_BACKLOG: usize = 1 << 20;
+
+/// What to read.
+#[derive(Debug, Clone)]
+pub(super) struct Range<'a> {
+    /// The stream.
+    pub stream: &'a str,
+    /// Only subjects that match.
+    pub filter: Option<&'a str>,
+    /// The first sequence wanted.
+    pub from: u64,
+    /// Without payloads.
+    pub headers_only: bool,
+}
+
+/// One message read.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Incoming<'a> {
+    /// Where it lies in the stream, and how many follow.
+    pub delivery: Delivery,
+    /// The sequence before the first one that this message stands for: what lies between was filtered or is
+    /// gone.
+    pub after: u64,
+    /// Subject, headers and payload.
+    pub message: Message<'a>,
+}
+
+impl Incoming<'_> {
+    /// Bytes of subject, headers and payload.
+    pub fn bytes(&self) -> usize {
+        self.message.subject.len() + self.message.header.len() + self.message.payload.len()
+    }
+}
+
+#[derive(Debug)]
+struct Chunk {
+    batch: Batch,
+    /// Index in the batch and what the reply subject says, for each delivered message.
+    items: Vec<(u32, Delivery)>,
+    next: usize,
+}
+
+#[derive(Debug)]
+struct Pull {
+    id: u64,
+    bytes: usize,
+}
+
+/// Reads one range of a stream.
+#[derive(Debug)]
+pub(super) struct Reader {
+    stream: String,
+    consumer: String,
+    sid: u64,
+    inbox: String,
+    pulls: VecDeque<Pull>,
+    next_pull: u64,
+    /// Bytes granted to the server in pulls that are open, less what it used, by its own way of counting.
+    unspent: i64,
+    /// Size of the next pull; grows while the server uses pulls up.
+    piece: usize,
+    piece_max: usize,
+    /// What the next message is known to need at least; 0 where nothing is known.
+    need: usize,
+    chunks: VecDeque<Chunk>,
+    stashed: usize,
+    reserved: Option<Reservation>,
+    consumer_seq: u64,
+    accepted: u64,
+    taken: u64,
+    pending: u64,
+    heard: Instant,
+}
+
+impl Reader {
+    /// Creates the consumer. `bytes` bounds what is read ahead (but one message always passes).
+    pub async fn open(lane: &mut Lane, range: &Range<'_>, bytes: usize) -> Result<Self, Error> {
+        let consumer = format!("sr_{}", nuid::next());
+        let mut config = json!({
+            "name": consumer,
+            "description": "stream-replicator",
+            "deliver_policy": "by_start_sequence",
+            "opt_start_seq": range.from.max(1),
+            "ack_policy": "none",
+            "replay_policy": "instant",
+            "inactive_threshold": INACTIVE.as_nanos() as u64,
+            "num_replicas": 1,
+            "mem_storage": true,
+            "headers_only": range.headers_only,
+        });
+        if let Some(filter) = range.filter {
+            config["filter_subject"] = filter.into();
+        }
+        let info = Api::new(lane).create_consumer(range.stream, &consumer, &config).await?;
+        let (sid, inbox) = lane.open_inbox();
+        let piece_max = (bytes / 2).max(PIECE_MIN);
+        Ok(Self {
+            stream: range.stream.to_owned(),
+            consumer,
+            sid,
+            inbox,
+            pulls: VecDeque::new(),
+            next_pull: 0,
+            unspent: 0,
+            // A backlog is asked for in large pieces at once.
+            piece: if info.num_pending > 0 { PIECE_BACKLOG.min(piece_max) } else { PIECE_MIN },
+            piece_max,
+            need: 0,
+            chunks: VecDeque::new(),
+            stashed: 0,
+            reserved: None,
+            consumer_seq: 0,
+            accepted: range.from.max(1) - 1,
+            taken: range.from.max(1) - 1,
+            pending: info.num_pending,
+            heard: Instant::now(),
+        })
+    }
+
+    /// Messages of the stream that match and are not taken yet, as last heard.
+    pub fn pending(&self) -> u64 {
+        let stashed: usize = self.chunks.iter().map(|chunk| chunk.items.len() - chunk.next).sum();
+        self.pending + stashed as u64
+    }
+
+    /// Stored time of the oldest message that was read and not taken.
+    pub fn oldest_time_ns(&self) -> Option<i64> {
+        self.chunks.front().map(|chunk| chunk.items[chunk.next].1.time_ns)
+    }
+
+    /// Takes in what the lane received; messages for other subscriptions are left alone.
+    pub fn accept(&mut self, batch: Batch) -> Result<(), Error> {
+        let now = Instant::now();
+        let mut items = Vec::with_capacity(batch.len());
+        for (index, message) in batch.iter().enumerate() {
+            if message.sid != self.sid {
+                continue;
+            }
+            self.heard = now;
+            if !is_delivery(message.reply) {
+                self.status(&message)?;
+                continue;
+            }
+            let delivery = self.delivery(&message)?;
+            items.push((index as u32, delivery));
+        }
+        if !items.is_empty() {
+            self.stashed += batch.bytes();
+            self.chunks.push_back(Chunk { batch, items, next: 0 });
+        }
+        Ok(())
+    }
+
+    fn delivery(&mut self, message: &Message<'_>) -> Result<Delivery, Error> {
+        let Some(delivery) = parse_delivery(message.reply) else {
+            let reply = String::from_utf8_lossy(message.reply).into_owned();
+            return Err(Error::retry(format!("a message with an unknown kind of reply subject `{reply}`")));
+        };
+        if delivery.consumer_seq != self.consumer_seq + 1 || delivery.stream_seq <= self.accepted {
+            return Err(Error::retry(format!(
+                "deliveries of stream `{}` are not contiguous: {} (sequence {}) after {} (sequence {})",
+                self.stream, delivery.consumer_seq, delivery.stream_seq, self.consumer_seq, self.accepted
+            )));
+        }
+        self.consumer_seq = delivery.consumer_seq;
+        self.accepted = delivery.stream_seq;
+        self.pending = delivery.pending;
+        self.need = 0;
+        // The server counts the same parts against max_bytes.
+        let parts = [message.subject, message.reply, message.header, message.payload];
+        self.unspent -= parts.iter().map(|part| part.len() as i64).sum::<i64>();
+        if self.unspent <= 0 {
+            // A pull that is used up to the last byte may end without a word.
+            self.pulls.clear();
+            self.unspent = 0;
+            self.grow();
+        }
+        Ok(delivery)
+    }
+
+    fn status(&mut self, message: &Message<'_>) -> Result<(), Error> {
+        let text = headers::status_text(message.header);
+        match headers::status(message.header) {
+            Some(100) => self.heartbeat(message),
+            Some(404 | 408) => {
+                if self.end_pull(message).is_some() {
+                    // Nothing came in all its time: what was pending is gone, and little need be reserved.
+                    self.pending = 0;
+                    self.piece = PIECE_MIN;
+                }
+                Ok(())
+            }
+            Some(409) if text.contains("Batch Completed") => {
+                self.end_pull(message);
+                self.grow();
+                Ok(())
+            }
+            Some(409) if text.contains("MaxBytes") => {
+                match self.end_pull(message) {
+                    // The next message is larger than the whole pull.
+                    Some(bytes) => self.need = self.need.max((bytes * PIECE_STEP).min(PIECE_LARGEST)),
+                    None => self.grow(),
+                }
+                Ok(())
+            }
+            Some(code) => Err(Error::retry(format!("consumer of stream `{}` ended: {code} {text}", self.stream))),
+            None => Err(Error::retry(format!("consumer of stream `{}` sent a message that is none", self.stream))),
+        }
+    }
+
+    /// A heartbeat names what was delivered last: so the loss of the very last message is seen too.
+    fn heartbeat(&self, message: &Message<'_>) -> Result<(), Error> {
+        let last = headers::last(message.header, b"Nats-Last-Consumer").and_then(number);
+        match last {
+            Some(last) if last != self.consumer_seq => Err(Error::retry(format!(
+                "deliveries of stream `{}` are missing: got {}, the server sent {last}",
+                self.stream, self.consumer_seq
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a pull off the list; its bytes if none of them were used.
+    fn end_pull(&mut self, message: &Message<'_>) -> Option<usize> {
+        let id = message.subject.rsplit(|b| *b == b'.').next().and_then(number);
+        let index = self.pulls.iter().position(|pull| Some(pull.id) == id)?;
+        let pull = self.pulls.remove(index)?;
+        let left = headers::last(message.header, b"Nats-Pending-Bytes").and_then(number).unwrap_or(pull.bytes as u64);
+        self.unspent -= left as i64;
+        if self.pulls.is_empty() || self.unspent <= 0 {
+            // What is left on the list was used up to the last byte and ended without a word.
+            self.pulls.clear();
+            self.unspent = 0;
+        }
+        (left == pull.bytes as u64).then_some(pull.bytes)
+    }
+
+    fn grow(&mut self) {
+        self.piece = (self.piece * 2).min(self.piece_max);
+    }
+
+    /// The next message, if one was read; taken for good by [`Reader::take`].
+    pub fn peek(&self) -> Option<Incoming<'_>> {
+        let chunk = self.chunks.front()?;
+        let (index, delivery) = chunk.items[chunk.next];
+        Some(Incoming { delivery, after: self.taken, message: chunk.batch.get(index as usize) })
+    }
+
+    /// Takes the message that [`Reader::peek`] shows.
+    pub fn take(&mut self) {
+        let Some(chunk) = self.chunks.front_mut() else { return };
+        self.taken = chunk.items[chunk.next].1.stream_seq;
+        chunk.next += 1;
+        if chunk.next == chunk.items.len() {
+            self.stashed -= chunk.batch.bytes();
+            self.chunks.pop_front();
+        }
+    }
+
+    /// Asks for more where that is due: two pulls while there is a backlog, one otherwise.
+    pub fn pull(&mut self, lane: &mut Lane, budget: &Budget) {
+        let open: usize = self.pulls.iter().map(|pull| pull.bytes).sum();
+        if let Some(reserved) = &mut self.reserved {
+            reserved.shrink_to(open + self.stashed);
+        }
+        let wanted = if self.pending > 0 { 2 } else { 1 };
+        while self.pulls.len() < wanted {
+            let held: usize = self.pulls.iter().map(|pull| pull.bytes).sum::<usize>() + self.stashed;
+            if held > 0 && held + self.piece.max(self.need) > self.piece_max * 2 {
+                break;
+            }
+            let Some(bytes) = self.reserve(budget, held == 0) else { break };
+            if self.pulls.is_empty() {
+                // Nobody owed a sign of life until now.
+                self.heard = Instant::now();
+            }
+            self.next_pull += 1;
+            let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", self.stream, self.consumer);
+            let request = json!({
+                // Never what ends a pull: no message counts less than its reply subject.
+                "batch": bytes / 32,
+                "max_bytes": bytes,
+                "expires": PULL_EXPIRES.as_nanos() as u64,
+                "idle_heartbeat": HEARTBEAT.as_nanos() as u64,
+            });
+            lane.publish(&subject, &format!("{}.{}", self.inbox, self.next_pull), request.to_string().as_bytes());
+            self.pulls.push_back(Pull { id: self.next_pull, bytes });
+            self.unspent += bytes as i64;
+        }
+    }
+
+    /// Room for the next pull: a piece, or the smallest useful one when the process is short of room. A reader
+    /// that holds nothing always gets that, so that none starves.
+    fn reserve(&mut self, budget: &Budget, holds_nothing: bool) -> Option<usize> {
+        let least = self.need.max(PIECE_MIN);
+        let reservation = match budget.reserve(self.piece.max(least)) {
+            Some(reservation) => reservation,
+            None if holds_nothing => budget.force(least),
+            None if self.need == 0 => budget.reserve(PIECE_MIN)?,
+            None => return None,
+        };
+        let bytes = reservation.bytes();
+        match &mut self.reserved {
+            Some(reserved) => reserved.join(reservation),
+            None => self.reserved = Some(reservation),
+        }
+        Some(bytes)
+    }
+
+    /// Whether the consumer still gives signs of life.
+    pub fn check(&self, now: Instant) -> Result<(), Error> {
+        if !self.pulls.is_empty() && now.duration_since(self.heard) > SILENCE {
+            return Err(Error::retry(format!("consumer of stream `{}` is silent for {SILENCE:?}", self.stream)));
+        }
+        Ok(())
+    }
+
+    /// Ends the subscription and asks the server to delete the consumer; nobody waits for the answer.
+    pub fn close(self, lane: &mut Lane) {
+        lane.close_inbox(self.sid);
+        lane.send_request(&format!("$JS.API.CONSUMER.DELETE.{}.{}", self.stream, self.consumer), b"");
+    }
+}
+
+/// Reads the headers of everything in a range of sequences, in order.
+pub(super) async fn scan(
+    lane: &mut Lane,
+    stream: &str,
+    from: u64,
+    to: u64,
+    mut each: impl FnMut(&Delivery, &Message<'_>),
+) -> Result<(), Error> {
+    let range = Range { stream, filter: None, from, headers_only: true };
+    let mut reader = Reader::open(lane, &range, 4 << 20).await?;
+    let budget = Budget::new(usize::MAX);
+    let mut done = reader.pending() == 0 || from > to;
+    let mut read = Instant::now();
+    while !done {
+        // What was counted may be gone before it is delivered; signs of life alone must not hold us up for ever.
+        if read.elapsed() > SILENCE {
+            return Err(Error::retry(format!("stream `{stream}` cannot be read: nothing came for {SILENCE:?}")));
+        }
+        reader.pull(lane, &budget);
+        if let crate::nats::Turn::Received(batch) = tokio::time::timeout(SILENCE, lane.turn())
+            .await
+            .map_err(|_| Error::retry(format!("stream `{stream}` cannot be read: nothing came for {SILENCE:?}")))??
+        {
+            reader.accept(batch)?;
+        }
+        while let Some(Incoming { delivery, message, .. }) = reader.peek() {
+            read = Instant::now();
+            if delivery.stream_seq <= to {
+                each(&delivery, &message);
+            }
+            done = delivery.stream_seq >= to || delivery.pending == 0;
+            reader.take();
+        }
+    }
+    reader.close(lane);
+    Ok(())
+}

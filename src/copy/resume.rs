@@ -1,0 +1,745 @@
+//! Where to go on: what was saved, held against what the source and the target say now. The rows are those of the
+//! table in ARCHITECTURE.md; every read goes through the leader of the stream.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+};
+
+use chrono::{SecondsFormat, Utc};
+use serde_json::json;
+
+use super::{
+    provenance::{Origin, Tag},
+    reader::scan,
+    window::{SourcePoint, TargetPoint},
+};
+use crate::{
+    config::{Limits, Replication, Start},
+    nats::{
+        Error, Lane, headers,
+        jetstream::{Api, StreamInfo},
+    },
+    status::TargetMode,
+    store::{PositionRecord, SourceWitness, TargetWitness},
+};
+
+/// Messages looked at first when a stream is searched from its end; each further step looks at four times as many.
+const SEARCH_STEP: u64 = 1_000;
+/// Marks what was sent in a chain: whatever lies before such a message is complete.
+const CHAIN: &[u8] = b"Nats-Expected-Last-Sequence";
+/// What was sent with many in the air bears an id; what bears neither was sent one at a time (by Choria).
+const ID: &[u8] = b"Nats-Msg-Id";
+
+/// Where to go on, and what was noticed on the way.
+#[derive(Debug)]
+pub(super) struct Resume {
+    /// Everything at the source up to here is settled.
+    pub position: SourcePoint,
+    /// The newest message of ours that is known to lie at the target.
+    pub target: Option<TargetPoint>,
+    /// Messages behind the position that lie at the target already.
+    pub already: Already,
+    /// Whether somebody else writes to the target.
+    pub mode: TargetMode,
+    /// What people have to know.
+    pub findings: Vec<Finding>,
+}
+
+impl Resume {
+    fn at(position: SourcePoint, target: Option<TargetPoint>) -> Self {
+        Self { position, target, already: Already::default(), mode: TargetMode::Exclusive, findings: Vec::new() }
+    }
+}
+
+/// What lies at the target behind the position. A message counts only with its stored time: a stream that was
+/// made anew gives the same sequences again.
+#[derive(Debug, Default)]
+pub(super) struct Already {
+    /// Source sequence and stored time (ms) to target sequence.
+    stored: BTreeMap<(u64, i64), u64>,
+    /// The same by target subject, where the target keeps only so many per subject.
+    subjects: HashMap<Box<[u8]>, Vec<(u64, i64)>>,
+    keeps: usize,
+}
+
+/// What is known of one source message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Known {
+    /// It lies at this target sequence.
+    Stored(u64),
+    /// The target has so many newer ones of its subject that it would keep none more.
+    Replaced,
+}
+
+impl Already {
+    fn new(ours: Vec<Ours>, keeps: usize) -> Self {
+        let mut already = Self { keeps, ..Self::default() };
+        for message in ours {
+            let key = (message.origin.seq, message.origin.time_ms);
+            already.stored.insert(key, message.target_seq);
+            if let Some(subject) = message.subject {
+                already.subjects.entry(subject).or_default().push(key);
+            }
+        }
+        already
+    }
+
+    /// Messages that wait for their turn.
+    pub fn len(&self) -> usize {
+        self.stored.len()
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.stored.is_empty()
+    }
+
+    /// Takes a message that was read; those before it are forgotten.
+    pub fn take<'a>(&mut self, seq: u64, time_ns: i64, subject: impl FnOnce() -> Cow<'a, [u8]>) -> Option<Known> {
+        if self.stored.is_empty() {
+            return None;
+        }
+        let key = (seq, time_ns.div_euclid(1_000_000));
+        while let Some(first) = self.stored.first_entry()
+            && *first.key() < key
+        {
+            first.remove();
+        }
+        let known = match self.stored.remove(&key) {
+            Some(target_seq) => Some(Known::Stored(target_seq)),
+            None if self.keeps > 0 => {
+                let newer = |known: &&(u64, i64)| known.0 > key.0 && known.1 >= key.1;
+                let newer = self.subjects.get(&*subject()).map_or(0, |known| known.iter().filter(newer).count());
+                (newer >= self.keeps).then_some(Known::Replaced)
+            }
+            None => None,
+        };
+        if self.stored.first_key_value().is_some_and(|(first, _)| first.0 <= seq) {
+            self.stored.retain(|known, _| known.0 > seq);
+        }
+        known
+    }
+
+    /// How many lie in a range of source sequences.
+    fn within(&self, from: u64, to: u64) -> u64 {
+        let mut seqs: Vec<u64> = self.stored.range((from, i64::MIN)..=(to, i64::MAX)).map(|(key, _)| key.0).collect();
+        seqs.dedup();
+        seqs.len() as u64
+    }
+}
+
+/// What people have to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Finding {
+    /// The source removed these before they were read.
+    Gap {
+        /// First sequence that is gone.
+        from: u64,
+        /// Last sequence that is gone.
+        to: u64,
+        /// How many of them were not copied.
+        messages: u64,
+    },
+    /// The source lost its end or is another stream.
+    SourceReset {
+        /// Position before.
+        saved: u64,
+        /// Position now.
+        resumed: u64,
+        /// What was seen.
+        reason: String,
+    },
+    /// The target lost stored messages or is another stream.
+    TargetReset {
+        /// Position before.
+        saved: u64,
+        /// Position now.
+        resumed: u64,
+        /// What was seen.
+        reason: String,
+    },
+    /// Somebody else writes to the target.
+    TargetShared {
+        /// Target sequence of a message that is not ours.
+        sequence: u64,
+    },
+}
+
+/// The two sides as they are now.
+pub(super) struct Sides<'a> {
+    pub replication: &'a Replication,
+    pub tag: &'a Tag,
+    pub source_lane: &'a mut Lane,
+    pub target_lane: &'a mut Lane,
+    pub source: &'a StreamInfo,
+    pub target: &'a StreamInfo,
+    /// Last sequence of the target when the run before began, if its chain broke.
+    pub chain_broke_behind: Option<u64>,
+}
+
+/// A message of ours at the target.
+#[derive(Debug, Clone)]
+struct Ours {
+    origin: Origin,
+    target_seq: u64,
+    /// Everything in scope up to this message was stored before it.
+    complete: bool,
+    /// Only where the target keeps so many per subject.
+    subject: Option<Box<[u8]>>,
+}
+
+impl Ours {
+    fn point(&self) -> TargetPoint {
+        TargetPoint { seq: self.target_seq, source_seq: self.origin.seq }
+    }
+}
+
+/// Messages of ours at the end of the target, in target order.
+#[derive(Debug)]
+struct Tail {
+    ours: Vec<Ours>,
+    /// Index of the newest that the source knows.
+    newest: usize,
+    /// Whether these are all that were ever stored.
+    whole: bool,
+}
+
+/// What the source says of a sequence and a time that were stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Witness {
+    /// The same message lies there.
+    Holds,
+    /// Another one lies there, or the stream does not reach so far.
+    Broken,
+    /// Nothing lies there any more.
+    Gone,
+}
+
+/// Finds out where to go on.
+pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: TargetMode) -> Result<Resume, Error> {
+    let mode = if record.target_mode == TargetMode::Shared { TargetMode::Shared } else { mode };
+    let mut resume = match &record.source {
+        Some(saved) => sides.with_record(saved, record.target.as_ref()).await?,
+        None => sides.without_record().await?,
+    };
+    if mode == TargetMode::Shared {
+        resume.mode = mode;
+        // Known before.
+        resume.findings.retain(|finding| !matches!(finding, Finding::TargetShared { .. }));
+    }
+    // What the source has not reached cannot be the same message when it does.
+    let last = sides.source.state.last_seq;
+    resume.already.stored.retain(|known, _| known.0 <= last);
+    sides.look_for_gap(&mut resume, record.source.is_some());
+    Ok(resume)
+}
+
+impl Sides<'_> {
+    async fn with_record(&mut self, saved: &SourceWitness, target: Option<&TargetWitness>) -> Result<Resume, Error> {
+        let target = target.filter(|witness| witness.seq > 0);
+        if let Some(reason) = self.source_contradicts(saved).await? {
+            let mut resume = self.source_went_back(saved.seq, &reason).await?;
+            if let Some(reason) = target.and_then(|target| self.target_is_short(target)) {
+                let resumed = resume.position.seq;
+                resume.findings.push(Finding::TargetReset { saved: saved.seq, resumed, reason });
+            }
+            return Ok(resume);
+        }
+        let position = SourcePoint { seq: saved.seq, time_ns: saved.time_ns };
+        let Some(target) = target else {
+            // Nothing of ours was known at the target: messages sent just before a crash are all there can be.
+            return self.with_tail(position, None).await;
+        };
+        if let Some(reason) = self.target_is_short(target) {
+            return self.target_lost(saved, reason).await;
+        }
+        let point = TargetPoint { seq: target.seq, source_seq: target.source_seq };
+        if target.seq < self.target.state.first_seq {
+            return self.with_tail(position, Some(point)).await;
+        }
+        match Api::new(self.target_lane).message(&self.replication.target.stream, target.seq).await? {
+            Some(message) if self.tag.origin(&message.header).is_some_and(|o| o.seq == target.source_seq) => {
+                self.with_tail(position, Some(point)).await
+            }
+            Some(_) => {
+                let reason = format!("another message lies at the saved sequence {}", target.seq);
+                self.target_lost(saved, reason).await
+            }
+            None => {
+                // Replaced by a newer message (a KV bucket keeps one per key), or lost.
+                let resume = self.with_tail(position, Some(point)).await?;
+                let newer = !resume.already.is_empty() || resume.target.is_some_and(|found| found.seq > target.seq);
+                let replaced = self.keeps() > 0 && self.target.state.last_seq > target.seq;
+                if newer || replaced || self.target.flag("allow_msg_ttl") {
+                    return Ok(resume);
+                }
+                let reason = format!("nothing lies at the saved sequence {}", target.seq);
+                self.target_lost(saved, reason).await
+            }
+        }
+    }
+
+    fn target_is_short(&self, target: &TargetWitness) -> Option<String> {
+        let last = self.target.state.last_seq;
+        match last {
+            0 => Some("it is empty and new".to_owned()),
+            _ if last < target.seq => Some(format!("its last sequence is {last}, below the saved {}", target.seq)),
+            _ => None,
+        }
+    }
+
+    /// Messages per subject that the target keeps; 0 for all.
+    fn keeps(&self) -> usize {
+        usize::try_from(self.target.number("max_msgs_per_subject")).unwrap_or(0)
+    }
+
+    /// So many later messages may lie before one that was refused and sent again, at the least: the document may
+    /// have said more before.
+    fn window(&self) -> usize {
+        self.replication.limits.messages_in_flight.max(Limits::default().messages_in_flight)
+    }
+
+    /// Witnesses hold: what lies behind the saved target sequence was stored after the last save.
+    async fn with_tail(&mut self, position: SourcePoint, target: Option<TargetPoint>) -> Result<Resume, Error> {
+        let mut resume = Resume::at(position, target);
+        let last = self.target.state.last_seq;
+        let behind = target.map_or(0, |point| point.seq);
+        if last <= behind {
+            return Ok(resume);
+        }
+        let quick = self.ours_at(last).await?.filter(|newest| newest.complete);
+        let mut ours = match (quick, target) {
+            (Some(newest), _) => vec![newest],
+            // Without a saved place at the target, what lies there from before is nobody's business: only what came
+            // while the run before was under way, if that broke its chain.
+            (None, None) => {
+                if let Some(behind) = self.chain_broke_behind {
+                    self.look_for_others(behind + 1, last, &mut resume).await?;
+                }
+                self.newest_behind(position.seq).await?
+            }
+            (None, Some(_)) => self.look_for_others(behind + 1, last, &mut resume).await?,
+        };
+        ours.retain(|message| message.origin.seq > position.seq);
+        let Some(newest) = ours.last() else { return Ok(resume) };
+        if self.witness(newest.origin).await? == Witness::Broken {
+            let mut back = self.source_went_back(position.seq, "its end is not what was copied").await?;
+            back.mode = resume.mode;
+            back.findings.append(&mut resume.findings);
+            return Ok(back);
+        }
+        if let Some((index, point)) = self.newest_complete(&ours).await? {
+            resume.position = point;
+            resume.target = Some(ours[index].point());
+        }
+        let through = resume.position.seq;
+        ours.retain(|message| message.origin.seq > through);
+        resume.already = Already::new(ours, self.keeps());
+        Ok(resume)
+    }
+
+    /// Messages of ours in a range of the target; one that is not makes the target shared.
+    async fn look_for_others(&mut self, from: u64, to: u64, resume: &mut Resume) -> Result<Vec<Ours>, Error> {
+        let mut foreign = None;
+        let ours = self.between(from, to, &mut foreign).await?;
+        if let Some(sequence) = foreign {
+            resume.mode = TargetMode::Shared;
+            resume.findings.push(Finding::TargetShared { sequence });
+        }
+        Ok(ours)
+    }
+
+    /// The newest of these behind which nothing is missing.
+    async fn newest_complete(&mut self, ours: &[Ours]) -> Result<Option<(usize, SourcePoint)>, Error> {
+        let Some(index) = ours.iter().rposition(|message| message.complete) else { return Ok(None) };
+        let origin = ours[index].origin;
+        if self.witness(origin).await? == Witness::Broken {
+            return Ok(None);
+        }
+        Ok(Some((index, self.point_at(origin.seq).await?)))
+    }
+
+    /// The target lost stored messages: go back to the newest one of ours that it still has.
+    async fn target_lost(&mut self, saved: &SourceWitness, reason: String) -> Result<Resume, Error> {
+        let mut resume = match self.newest_known(Proof::NoContradiction).await? {
+            Some(tail) => self.behind(tail, Some(saved.seq)).await?,
+            None => {
+                // A start at the end, or some time ago, means the first start: what arrived since then has to be
+                // copied again at least.
+                let start = self.configured_start().await?;
+                let start = if start.seq <= saved.seq { start } else { self.point_at(saved.seq).await? };
+                Resume::at(start, self.last_of_ours().await?)
+            }
+        };
+        resume.findings.push(Finding::TargetReset { saved: saved.seq, resumed: resume.position.seq, reason });
+        Ok(resume)
+    }
+
+    /// The source lost its end or is another stream: go on behind the newest copied message that it still has;
+    /// without one it is another stream, and all of it is new.
+    async fn source_went_back(&mut self, saved: u64, reason: &str) -> Result<Resume, Error> {
+        let mut resume = match self.newest_known(Proof::Message).await? {
+            Some(tail) => self.behind(tail, None).await?,
+            None => Resume::at(SourcePoint::default(), self.last_of_ours().await?),
+        };
+        let finding = Finding::SourceReset { saved, resumed: resume.position.seq, reason: reason.to_owned() };
+        resume.findings.push(finding);
+        Ok(resume)
+    }
+
+    async fn without_record(&mut self) -> Result<Resume, Error> {
+        if let Some(tail) = self.newest_known(Proof::NoContradiction).await? {
+            return self.behind(tail, None).await;
+        }
+        if let Some(ours) = self.newest_of_ours(1).await?.last() {
+            // Copied before, but from a stream that is not this one any more.
+            let seq = ours.origin.seq;
+            return self.source_went_back(seq, &format!("it does not have message {seq} that was copied last")).await;
+        }
+        let durable = format!("SR_{}", self.replication.name);
+        let choria = Api::new(self.source_lane).consumer_info(&self.replication.source.stream, &durable).await?;
+        let position = match choria.map(|info| info.ack_floor.stream_seq) {
+            Some(floor) if floor > 0 => self.point_at(floor).await?,
+            _ => self.configured_start().await?,
+        };
+        Ok(Resume::at(position, None))
+    }
+
+    /// Goes on behind what the target has. A message that was refused and sent again may lie behind a windowful of
+    /// later ones: unless the stamps say better, everything up to the oldest of these is there, and of the rest
+    /// what was found.
+    async fn behind(&mut self, tail: Tail, saved: Option<u64>) -> Result<Resume, Error> {
+        let Tail { mut ours, newest, whole } = tail;
+        ours.truncate(newest + 1);
+        let mut base = self.newest_complete(&ours).await?;
+        if base.is_none() {
+            let oldest = newest.saturating_sub(self.window());
+            let seen_whole = oldest == 0 && whole && newest < self.window();
+            if !seen_whole && self.witness(ours[oldest].origin).await? != Witness::Broken {
+                base = Some((oldest, self.point_at(ours[oldest].origin.seq).await?));
+            }
+        }
+        let mut resume = match base {
+            Some((index, position)) => Resume::at(position, Some(ours[index].point())),
+            None => {
+                let lowest = ours.iter().map(|message| message.origin.seq).min().unwrap_or(1) - 1;
+                let start = self.configured_start().await?.seq.min(lowest).min(saved.unwrap_or(u64::MAX));
+                Resume::at(self.point_at(start).await?, None)
+            }
+        };
+        let through = resume.position.seq;
+        ours.retain(|message| message.origin.seq > through);
+        resume.already = Already::new(ours, self.keeps());
+        Ok(resume)
+    }
+
+    fn look_for_gap(&self, resume: &mut Resume, started_before: bool) {
+        let from = resume.position.seq + 1;
+        let first = self.source.state.first_seq;
+        let anew = resume.findings.iter().any(|finding| matches!(finding, Finding::SourceReset { .. }));
+        let known = started_before || resume.target.is_some();
+        if !known || anew || first <= from || !is_plain(self.replication, self.source) {
+            return;
+        }
+        let to = first - 1;
+        let messages = first - from - resume.already.within(from, to);
+        if messages > 0 {
+            resume.findings.push(Finding::Gap { from, to, messages });
+        }
+        // Told once: the next start stands behind it.
+        resume.position = SourcePoint { seq: to, time_ns: None };
+        resume.already.stored.retain(|known, _| known.0 > to);
+    }
+
+    /// Where a first start begins.
+    async fn configured_start(&mut self) -> Result<SourcePoint, Error> {
+        // What is gone before a first start is no gap.
+        let gone = self.source.state.first_seq.saturating_sub(1);
+        let after = match &self.replication.start {
+            Start::All => gone,
+            Start::AtEnd => self.source.state.last_seq,
+            Start::Sequence(first) => first.saturating_sub(1).max(gone),
+            Start::Time(time) => self.before_time(*time).await?,
+            Start::Delta(delta) => {
+                let delta = chrono::Duration::from_std(*delta).unwrap_or(chrono::Duration::MAX);
+                let time = Utc::now().checked_sub_signed(delta).unwrap_or(chrono::DateTime::UNIX_EPOCH);
+                self.before_time(time).await?
+            }
+        };
+        self.point_at(after).await
+    }
+
+    /// The sequence before the first message stored at or after a time: the server knows, a consumer asks it.
+    async fn before_time(&mut self, time: chrono::DateTime<Utc>) -> Result<u64, Error> {
+        let stream = &self.replication.source.stream;
+        let name = format!("sr_{}", nuid::next());
+        let config = json!({
+            "name": name,
+            "deliver_policy": "by_start_time",
+            "opt_start_time": time.to_rfc3339_opts(SecondsFormat::Nanos, true),
+            "ack_policy": "none",
+            "inactive_threshold": 5_000_000_000u64,
+            "num_replicas": 1,
+            "mem_storage": true,
+        });
+        let mut api = Api::new(self.source_lane);
+        let info = api.create_consumer(stream, &name, &config).await?;
+        api.delete_consumer(stream, &name).await?;
+        Ok(info.delivered.stream_seq)
+    }
+
+    async fn point_at(&mut self, seq: u64) -> Result<SourcePoint, Error> {
+        if seq == 0 {
+            return Ok(SourcePoint::default());
+        }
+        let message = Api::new(self.source_lane).message(&self.replication.source.stream, seq).await?;
+        Ok(SourcePoint { seq, time_ns: message.map(|message| message.time_ns) })
+    }
+
+    /// Why the source is not what it was when the position was saved; `None` if it is.
+    async fn source_contradicts(&mut self, saved: &SourceWitness) -> Result<Option<String>, Error> {
+        let state = &self.source.state;
+        let (first, last) = (state.first_seq, state.last_seq);
+        let not_reached = saved.time_ns.is_none()
+            && matches!(self.replication.start, Start::Sequence(start) if start == saved.seq + 1);
+        if saved.seq == 0 || not_reached {
+            return Ok(None);
+        }
+        if saved.seq > last {
+            return Ok(Some(format!("its last sequence is {last}, below the saved {}", saved.seq)));
+        }
+        let same_hint = saved.created == self.source.created;
+        let found = self.point_at(saved.seq).await?.time_ns;
+        let holds = match (found, saved.time_ns) {
+            (Some(found), Some(saved)) => found == saved,
+            (Some(_), None) => same_hint,
+            (None, _) if saved.seq < first => true,
+            (None, Some(time_ns)) => !self.has_later_below(saved.seq, time_ns).await?,
+            (None, None) => same_hint || self.newest_known(Proof::Message).await?.is_some(),
+        };
+        Ok((!holds).then(|| format!("another message lies at the saved sequence {} or before it", saved.seq)))
+    }
+
+    /// Whether a message at or below a sequence was stored later than the one that lay there: not in one stream.
+    async fn has_later_below(&mut self, seq: u64, time_ns: i64) -> Result<bool, Error> {
+        let time = chrono::DateTime::from_timestamp_nanos(time_ns.saturating_add(1));
+        Ok(self.before_time(time).await? < seq)
+    }
+
+    async fn witness(&mut self, origin: Origin) -> Result<Witness, Error> {
+        if origin.seq > self.source.state.last_seq {
+            return Ok(Witness::Broken);
+        }
+        Ok(match self.point_at(origin.seq).await?.time_ns {
+            Some(time_ns) if time_ns.div_euclid(1_000_000) == origin.time_ms => Witness::Holds,
+            Some(_) => Witness::Broken,
+            None if origin.seq < self.source.state.first_seq => Witness::Gone,
+            None => {
+                let end_of_ms = origin.time_ms.saturating_mul(1_000_000).saturating_add(999_999);
+                if self.has_later_below(origin.seq, end_of_ms).await? { Witness::Broken } else { Witness::Gone }
+            }
+        })
+    }
+
+    async fn ours_at(&mut self, sequence: u64) -> Result<Option<Ours>, Error> {
+        let message = Api::new(self.target_lane).message(&self.replication.target.stream, sequence).await?;
+        Ok(message.and_then(|message| ours(self.tag, sequence, &message.header, None)))
+    }
+
+    /// Messages of ours in a range of the target, and one that is not.
+    async fn between(&mut self, from: u64, to: u64, foreign: &mut Option<u64>) -> Result<Vec<Ours>, Error> {
+        let mut found = Vec::new();
+        let (tag, by_subject) = (self.tag, self.keeps() > 0);
+        scan(self.target_lane, &self.replication.target.stream, from, to, |delivery, message| {
+            let subject = by_subject.then_some(message.subject);
+            match ours(tag, delivery.stream_seq, message.header, subject) {
+                Some(ours) => found.push(ours),
+                None => *foreign = Some(delivery.stream_seq),
+            }
+        })
+        .await?;
+        Ok(found)
+    }
+
+    /// At least `count` messages of ours from the end of the target, if there are so many, in target order.
+    async fn newest_of_ours(&mut self, count: usize) -> Result<Vec<Ours>, Error> {
+        self.backwards(count, |ours| ours.len() >= count).await
+    }
+
+    /// All messages of ours that come after a source sequence, and some more.
+    async fn newest_behind(&mut self, seq: u64) -> Result<Vec<Ours>, Error> {
+        let window = self.window();
+        self.backwards(1, |ours| {
+            let before = ours.iter().filter(|message| message.origin.seq <= seq).count();
+            before > window || ours.iter().any(|message| message.complete && message.origin.seq <= seq)
+        })
+        .await
+    }
+
+    /// Messages of ours from the end of the target backwards until there are enough, in target order.
+    async fn backwards(&mut self, step: usize, enough: impl Fn(&[Ours]) -> bool) -> Result<Vec<Ours>, Error> {
+        let first = self.target.state.first_seq.max(1);
+        let mut found: Vec<Ours> = Vec::new();
+        let mut to = self.target.state.last_seq;
+        let mut step = SEARCH_STEP.max(step as u64);
+        while to >= first && !enough(&found) {
+            let from = to.saturating_sub(step - 1).max(first);
+            let mut piece = self.between(from, to, &mut None).await?;
+            piece.append(&mut found);
+            found = piece;
+            to = from - 1;
+            step *= 4;
+        }
+        Ok(found)
+    }
+
+    async fn last_of_ours(&mut self) -> Result<Option<TargetPoint>, Error> {
+        Ok(self.newest_of_ours(1).await?.last().map(Ours::point))
+    }
+
+    /// Messages of ours from the end of the target back to the newest that the source knows, and as many before it
+    /// as can matter.
+    async fn newest_known(&mut self, mut proof: Proof) -> Result<Option<Tail>, Error> {
+        let first = self.target.state.first_seq.max(1);
+        let window = self.window();
+        let oldest = self.point_at(self.source.state.first_seq).await?.time_ns.map(|ns| ns.div_euclid(1_000_000));
+        let mut ours: Vec<Ours> = Vec::new();
+        let mut newest: Option<usize> = None;
+        let mut to = self.target.state.last_seq;
+        let mut step = SEARCH_STEP;
+        while to >= first {
+            let from = to.saturating_sub(step - 1).max(first);
+            let mut piece = self.between(from, to, &mut None).await?;
+            to = from - 1;
+            step *= 4;
+            let count = piece.len();
+            let seen = newest.map(|index| index + count);
+            newest = match (seen, piece.is_empty()) {
+                (Some(index), _) => Some(index),
+                (None, true) => None,
+                (None, false) => match self.newest_match(&piece).await? {
+                    Match::At(index) => Some(index),
+                    Match::Nothing if proof == Proof::NoContradiction => Some(count - 1),
+                    Match::Nothing | Match::Contradiction => {
+                        proof = Proof::Message;
+                        // Older ones than the oldest of the source cannot match either.
+                        let all_older = oldest.is_none_or(|oldest| piece.iter().all(|m| m.origin.time_ms < oldest));
+                        if all_older {
+                            return Ok(None);
+                        }
+                        None
+                    }
+                },
+            };
+            piece.append(&mut ours);
+            ours = piece;
+            if let Some(newest) = newest
+                && (newest > window || ours[..=newest].iter().any(|message| message.complete))
+            {
+                break;
+            }
+        }
+        let whole = to < first && first == 1;
+        Ok(newest.map(|newest| Tail { ours, newest, whole }))
+    }
+
+    /// The newest of these messages that the source still has.
+    async fn newest_match(&mut self, ours: &[Ours]) -> Result<Match, Error> {
+        let Some(newest) = ours.last() else { return Ok(Match::Nothing) };
+        let known = self.witness(newest.origin).await?;
+        if known == Witness::Holds {
+            return Ok(Match::At(ours.len() - 1));
+        }
+        let seqs = || ours.iter().map(|message| message.origin.seq);
+        let last = self.source.state.last_seq;
+        let (low, high) = (seqs().min().unwrap_or_default(), seqs().max().unwrap_or_default().min(last));
+        let mut times: HashMap<u64, i64> = HashMap::new();
+        if low <= high {
+            scan(self.source_lane, &self.replication.source.stream, low, high, |delivery, _| {
+                times.insert(delivery.stream_seq, delivery.time_ns.div_euclid(1_000_000));
+            })
+            .await?;
+        }
+        if let Some(found) = ours.iter().rposition(|m| times.get(&m.origin.seq) == Some(&m.origin.time_ms)) {
+            return Ok(Match::At(found));
+        }
+        let broken = |m: &Ours| m.origin.seq > last || times.get(&m.origin.seq).is_some_and(|t| *t != m.origin.time_ms);
+        let contradicted = known == Witness::Broken || ours.iter().any(broken);
+        Ok(if contradicted { Match::Contradiction } else { Match::Nothing })
+    }
+}
+
+/// What the source says of several messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Match {
+    /// It has this one, and none of those behind it.
+    At(usize),
+    /// It has none of them, and nothing in their places.
+    Nothing,
+    /// It has none of them, but others in their places.
+    Contradiction,
+}
+
+fn ours(tag: &Tag, target_seq: u64, header: &[u8], subject: Option<&[u8]>) -> Option<Ours> {
+    let origin = tag.origin(header)?;
+    let complete = headers::last(header, CHAIN).is_some() || headers::last(header, ID).is_none();
+    Some(Ours { origin, target_seq, complete, subject: subject.map(Box::from) })
+}
+
+/// What it takes to believe that a message of ours came from this source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Proof {
+    /// The source still has it.
+    Message,
+    /// The source has it, or all of them expired or were replaced so that nothing can be compared.
+    NoContradiction,
+}
+
+/// Whether every missing sequence of the source is a loss: no filter, and nothing that replaces messages.
+pub(super) fn is_plain(replication: &Replication, source: &StreamInfo) -> bool {
+    replication.filter_subject.is_none() && source.number("max_msgs_per_subject") <= 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ours(seq: u64, time_ms: i64, target_seq: u64, subject: Option<&str>) -> Ours {
+        let subject = subject.map(|subject| Box::from(subject.as_bytes()));
+        Ours { origin: Origin { seq, time_ms }, target_seq, complete: false, subject }
+    }
+
+    fn take(already: &mut Already, seq: u64, time_ms: i64, subject: &'static str) -> Option<Known> {
+        already.take(seq, time_ms * 1_000_000 + 999_999, || subject.as_bytes().into())
+    }
+
+    #[test]
+    fn a_message_is_known_by_sequence_and_time() {
+        let stored = vec![ours(5, 50, 1, None), ours(5, 500, 7, None), ours(7, 70, 2, None), ours(9, 90, 3, None)];
+        let mut already = Already::new(stored, 0);
+        assert_eq!((already.len(), already.within(1, 8)), (4, 2));
+        assert_eq!(take(&mut already, 4, 40, "a"), None);
+        assert_eq!(take(&mut already, 5, 500, "a"), Some(Known::Stored(7)));
+        assert_eq!(take(&mut already, 6, 60, "a"), None);
+        // Another one, stored at another time: the sequence alone proves nothing, and it does not come again.
+        assert_eq!(take(&mut already, 7, 71, "a"), None);
+        assert_eq!(already.len(), 1);
+        // 9 is not there any more.
+        assert_eq!(take(&mut already, 10, 100, "a"), None);
+        assert!(already.is_empty());
+    }
+
+    #[test]
+    fn what_the_target_would_not_keep_beside_newer_ones_is_left_out() {
+        let stored = || vec![ours(8, 80, 1, Some("a")), ours(9, 90, 2, Some("a")), ours(9, 1, 3, Some("b"))];
+        let mut one = Already::new(stored(), 1);
+        assert_eq!(take(&mut one, 5, 50, "a"), Some(Known::Replaced));
+        // Stored before the stream was made anew: not newer.
+        assert_eq!(take(&mut one, 6, 60, "b"), None);
+        assert_eq!(take(&mut one, 7, 70, "c"), None);
+        assert_eq!(take(&mut one, 8, 80, "a"), Some(Known::Stored(1)));
+        let mut three = Already::new(stored(), 3);
+        assert_eq!(take(&mut three, 5, 50, "a"), None);
+    }
+}

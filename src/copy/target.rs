@@ -1,0 +1,200 @@
+//! The target stream: what it can do, and making it where it is missing.
+
+use serde_json::{Map, Value, json};
+
+use super::transform::{self, Allowed};
+use crate::{
+    config::Replication,
+    nats::{
+        Error, ErrorKind, Lane, ServerInfo,
+        jetstream::{Api, StreamInfo},
+    },
+    status::{TargetMode, Transport},
+};
+
+/// Source settings that a target takes over when we make it. Everything else (placement, mirrors, sources,
+/// republish, transforms) belongs to the stream it was written for.
+const TAKEN_OVER: [&str; 15] = [
+    "retention",
+    "storage",
+    "max_msgs",
+    "max_bytes",
+    "max_age",
+    "max_msgs_per_subject",
+    "max_msg_size",
+    "discard",
+    "discard_new_per_subject",
+    "duplicate_window",
+    "compression",
+    "deny_delete",
+    "deny_purge",
+    "allow_rollup_hdrs",
+    "allow_direct",
+];
+
+/// Server version from which fast-ingest batches exist.
+const FAST_INGEST_SINCE: (u32, u32) = (2, 14);
+/// API level of the leader that goes with it (ADR-44).
+const FAST_INGEST_LEVEL: u32 = 4;
+/// Server version from which messages may carry a time to live.
+const TTL_SINCE: (u32, u32) = (2, 11);
+
+/// How to write to the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Abilities {
+    /// How messages go there.
+    pub transport: Transport,
+    /// Whether somebody else may write, by what the stream is.
+    pub mode: TargetMode,
+    /// Which headers it takes.
+    pub allowed: Allowed,
+}
+
+impl Abilities {
+    /// Takes over that the target turned out to be shared.
+    pub fn share(&mut self, mode: TargetMode) {
+        if mode == TargetMode::Shared {
+            self.mode = mode;
+            self.allowed.rollup_all = false;
+        }
+    }
+}
+
+/// Finds out what an existing target can do; refuses pairs of streams that need rules of their own.
+pub(super) fn abilities(
+    replication: &Replication,
+    source: &StreamInfo,
+    target: &StreamInfo,
+) -> Result<Abilities, Error> {
+    let name = &replication.target.stream;
+    for (flag, what) in [
+        ("sealed", "is sealed"),
+        ("no_ack", "does not acknowledge messages"),
+        ("allow_msg_counter", "is a counter stream, which needs rules of its own"),
+        ("allow_msg_schedules", "schedules messages, which needs rules of its own"),
+    ] {
+        if target.flag(flag) {
+            return Err(Error::hold(format!("target stream `{name}` {what}")));
+        }
+        if flag.starts_with("allow") && source.flag(flag) {
+            return Err(Error::hold(format!("source stream `{}` {what}", replication.source.stream)));
+        }
+    }
+    if target.has("mirror") {
+        return Err(Error::hold(format!("target stream `{name}` is a mirror: only its origin writes to it")));
+    }
+    let limits = |info: &StreamInfo| matches!(info.text("retention"), "" | "limits");
+    if !limits(source) {
+        let kind = source.text("retention");
+        return Err(Error::hold(format!(
+            "source stream `{}` has {kind} retention: only limits retention can be copied",
+            replication.source.stream
+        )));
+    }
+    let fast = target.flag("allow_batched") && target.api_level() >= FAST_INGEST_LEVEL;
+    // Whatever else moves the last sequence of the stream would break the chain again and again.
+    let others = target.has("sources") || target.number("subject_delete_marker_ttl") > 0 || !limits(target);
+    let mode = if others { TargetMode::Shared } else { TargetMode::Exclusive };
+    let rollup = target.flag("allow_rollup_hdrs");
+    Ok(Abilities {
+        transport: if fast { Transport::FastIngest } else { Transport::Pipelined },
+        mode,
+        allowed: Allowed {
+            ttl: target.flag("allow_msg_ttl"),
+            rollup_subject: rollup,
+            rollup_all: rollup && mode == TargetMode::Exclusive && replication.filter_subject.is_none(),
+        },
+    })
+}
+
+/// Asks for the target stream, and makes it if it is missing and may be made. The flag tells whether it was made.
+pub(super) async fn open(
+    lane: &mut Lane,
+    replication: &Replication,
+    source: &StreamInfo,
+) -> Result<(StreamInfo, bool), Error> {
+    let name = &replication.target.stream;
+    if let Some(info) = Api::new(lane).stream_info(name).await? {
+        return Ok((info, false));
+    }
+    if !replication.create_target {
+        return Err(Error::hold(format!("target stream `{name}` does not exist and `no_target_create` is set")));
+    }
+    let mut replicas = source.number("num_replicas").max(1);
+    loop {
+        let config = new_config(replication, source, lane.info(), replicas)?;
+        match Api::new(lane).create_stream(name, &config).await {
+            Ok(info) => return Ok((info, true)),
+            // Not clustered, or not enough servers: what the target can do is fewer replicas.
+            Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
+                replicas = if replicas > 3 { 3 } else { 1 };
+            }
+            Err(error) => {
+                let kind =
+                    if error.kind == ErrorKind::Retry && error.api.is_some() { ErrorKind::Hold } else { error.kind };
+                return Err(Error { kind, ..error.context(format!("cannot create target stream `{name}`")) });
+            }
+        }
+    }
+}
+
+fn new_config(
+    replication: &Replication,
+    source: &StreamInfo,
+    server: &ServerInfo,
+    replicas: i64,
+) -> Result<Value, Error> {
+    let subjects = target_subjects(replication, source)?;
+    let mut config = Map::new();
+    for name in TAKEN_OVER {
+        if let Some(value) = source.config.get(name) {
+            config.insert(name.to_owned(), value.clone());
+        }
+    }
+    config.insert("name".into(), replication.target.stream.clone().into());
+    config.insert("subjects".into(), json!(subjects));
+    config.insert("num_replicas".into(), replicas.into());
+    config.insert("description".into(), format!("copy of stream {}", replication.source.stream).into());
+    // The API refuses fields that a server does not know.
+    if since(&server.version, FAST_INGEST_SINCE) {
+        config.insert("allow_batched".into(), true.into());
+    }
+    if since(&server.version, TTL_SINCE) && source.flag("allow_msg_ttl") {
+        config.insert("allow_msg_ttl".into(), true.into());
+    }
+    Ok(Value::Object(config))
+}
+
+fn target_subjects(replication: &Replication, source: &StreamInfo) -> Result<Vec<String>, Error> {
+    let mut subjects = source.subjects();
+    if subjects.is_empty() {
+        subjects.extend(replication.filter_subject.as_deref());
+    }
+    if subjects.is_empty() {
+        return Err(Error::hold(format!(
+            "target stream `{}` cannot be created: source stream `{}` has no subjects of its own; create the target or set `filter_subject`",
+            replication.target.stream, replication.source.stream
+        )));
+    }
+    let mapped = subjects.iter().map(|subject| transform::subject(&replication.mapping, subject.as_bytes()));
+    Ok(mapped.map(|subject| String::from_utf8_lossy(&subject).into_owned()).collect())
+}
+
+/// Whether a server version is at least this one.
+fn since(version: &str, (major, minor): (u32, u32)) -> bool {
+    let mut parts = version.split('.').map(|part| part.parse::<u32>().unwrap_or_default());
+    (parts.next().unwrap_or_default(), parts.next().unwrap_or_default()) >= (major, minor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions() {
+        for (version, expect) in [("2.14.0", true), ("2.15.1", true), ("3.0.0", true), ("2.12.8", false), ("", false)] {
+            assert_eq!(since(version, FAST_INGEST_SINCE), expect, "{version}");
+        }
+        assert!(since("2.14.0-preview.1", FAST_INGEST_SINCE));
+    }
+}

@@ -1,0 +1,342 @@
+//! What was handed out and is not settled yet: the longest settled prefix is the position. Pure.
+
+use std::collections::VecDeque;
+
+/// A message's place in the source stream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SourcePoint {
+    /// Sequence; 0 stands before the first message.
+    pub seq: u64,
+    /// Stored time, nanoseconds since the Unix epoch; `None` where nothing was stored or known.
+    pub time_ns: Option<i64>,
+}
+
+/// A message of ours at the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TargetPoint {
+    /// Target sequence.
+    pub seq: u64,
+    /// Source sequence of the message that lies there.
+    pub source_seq: u64,
+}
+
+/// Names one message that was handed out. Numbers grow by one per message.
+pub type Token = u64;
+
+/// A settlement that cannot be: a bug here or an ack that is not ours.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WindowError {
+    /// The same message settled before.
+    #[error("message {0} settled twice")]
+    Twice(Token),
+    /// No such message was handed out.
+    #[error("message {0} settled but was never sent")]
+    Unknown(Token),
+}
+
+#[derive(Debug)]
+struct Entry {
+    own: SourcePoint,
+    /// Own place, or that of the last skipped message behind it.
+    through: SourcePoint,
+    bytes: usize,
+    read_at: u64,
+    settled: bool,
+    target_seq: Option<u64>,
+}
+
+/// One message that left the window at its front.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Done {
+    /// Its bytes.
+    pub bytes: usize,
+    /// The time it was handed out, as given to [`Window::hand_out`].
+    pub read_at: u64,
+}
+
+/// Messages that were sent and are not all settled.
+#[derive(Debug)]
+pub struct Window {
+    entries: VecDeque<Entry>,
+    first: Token,
+    bytes: usize,
+    position: SourcePoint,
+    target: Option<TargetPoint>,
+    last_popped: u64,
+    keep_target: bool,
+    /// The known place at the target stays until this message has left too.
+    keep_through: Token,
+}
+
+impl Window {
+    /// An empty window behind a position.
+    pub fn new(position: SourcePoint, target: Option<TargetPoint>) -> Self {
+        Self {
+            entries: VecDeque::new(),
+            first: 1,
+            bytes: 0,
+            position,
+            target,
+            last_popped: 0,
+            keep_target: false,
+            keep_through: 0,
+        }
+    }
+
+    /// Everything up to here is settled.
+    pub fn position(&self) -> SourcePoint {
+        self.position
+    }
+
+    /// The newest message of ours in the settled prefix whose place at the target is known.
+    pub fn target(&self) -> Option<TargetPoint> {
+        self.target
+    }
+
+    /// Messages handed out that are not in the settled prefix.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether everything handed out is settled.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Bytes of the messages that [`Window::len`] counts.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The oldest message that is not in the settled prefix.
+    pub fn oldest(&self) -> Option<SourcePoint> {
+        self.entries.front().map(|entry| entry.own)
+    }
+
+    /// The newest place that was handed out or skipped.
+    pub fn newest(&self) -> SourcePoint {
+        self.entries.back().map_or(self.position, |entry| entry.through)
+    }
+
+    /// Takes a message that is about to be sent. `target_seq` is its place at the target where the chain fixes
+    /// it beforehand.
+    pub fn hand_out(&mut self, source: SourcePoint, bytes: usize, read_at: u64, target_seq: Option<u64>) -> Token {
+        self.entries.push_back(Entry { own: source, through: source, bytes, read_at, settled: false, target_seq });
+        self.bytes += bytes;
+        self.first + self.entries.len() as u64 - 1
+    }
+
+    /// Takes a message that is not sent: it settles with the ones before it.
+    pub fn skip(&mut self, source: SourcePoint) {
+        match self.entries.back_mut() {
+            Some(entry) => entry.through = source,
+            None => self.position = source,
+        }
+    }
+
+    /// While messages that lie at the target already have not all come by, the known place at the target stays
+    /// before all of them: a search for what is behind the position begins there.
+    pub fn keep_target(&mut self, keep: bool) {
+        self.keep_target = keep;
+    }
+
+    /// Takes a message that lies at the target already. It settles with the ones before it, and may lie before them:
+    /// until they have left, the known place at the target stays where it is.
+    pub fn stored_before(&mut self, source: SourcePoint, target_seq: u64) {
+        self.skip(source);
+        if !self.entries.is_empty() {
+            self.keep_through = self.first + self.entries.len() as u64 - 1;
+        } else if !self.keep_target {
+            self.target = Some(TargetPoint { seq: target_seq, source_seq: source.seq });
+        }
+    }
+
+    /// Settles one message.
+    pub fn settle(&mut self, token: Token, target_seq: Option<u64>) -> Result<(), WindowError> {
+        let index = token.checked_sub(self.first).ok_or(WindowError::Twice(token))?;
+        let entry = self.entries.get_mut(index as usize).ok_or(WindowError::Unknown(token))?;
+        if entry.settled {
+            return Err(WindowError::Twice(token));
+        }
+        entry.settled = true;
+        entry.target_seq = target_seq.or(entry.target_seq);
+        Ok(())
+    }
+
+    /// Notes where a message lies at the target, if it is still here or was the last to leave.
+    pub fn place(&mut self, token: Token, target_seq: u64) {
+        if token + 1 == self.first {
+            if self.keep_target || token < self.keep_through {
+                return;
+            }
+            self.target = Some(TargetPoint { seq: target_seq, source_seq: self.last_popped });
+        } else if let Some(index) = token.checked_sub(self.first)
+            && let Some(entry) = self.entries.get_mut(index as usize)
+        {
+            entry.target_seq = Some(target_seq);
+        }
+    }
+
+    /// The source place of a message that is still here.
+    pub fn source_of(&self, token: Token) -> Option<SourcePoint> {
+        let index = token.checked_sub(self.first)?;
+        self.entries.get(index as usize).map(|entry| entry.own)
+    }
+
+    /// Messages handed out that are not settled, wherever they stand.
+    pub fn in_air(&self) -> usize {
+        self.entries.iter().filter(|entry| !entry.settled).count()
+    }
+
+    /// Settles every message up to and with this one; those settled before stay so.
+    pub fn settle_through(&mut self, token: Token) -> Result<(), WindowError> {
+        if token >= self.first + self.entries.len() as u64 {
+            return Err(WindowError::Unknown(token));
+        }
+        let count = (token + 1).saturating_sub(self.first) as usize;
+        for entry in self.entries.iter_mut().take(count) {
+            entry.settled = true;
+        }
+        Ok(())
+    }
+
+    /// Takes the next message off the settled prefix and moves the position behind it.
+    pub fn pop(&mut self) -> Option<Done> {
+        if !self.entries.front()?.settled {
+            return None;
+        }
+        let entry = self.entries.pop_front()?;
+        self.first += 1;
+        self.bytes -= entry.bytes;
+        self.position = entry.through;
+        self.last_popped = entry.own.seq;
+        let left = self.first - 1;
+        if let Some(seq) = entry.target_seq.filter(|_| left >= self.keep_through && !self.keep_target) {
+            self.target = Some(TargetPoint { seq, source_seq: entry.own.seq });
+        }
+        Some(Done { bytes: entry.bytes, read_at: entry.read_at })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+    use super::*;
+
+    fn at(seq: u64) -> SourcePoint {
+        SourcePoint { seq, time_ns: Some(seq as i64) }
+    }
+
+    fn drain(window: &mut Window) -> usize {
+        std::iter::from_fn(|| window.pop()).count()
+    }
+
+    #[test]
+    fn the_position_is_the_longest_settled_prefix() {
+        let mut window = Window::new(at(10), None);
+        let tokens: Vec<_> = (11..=14).map(|seq| window.hand_out(at(seq), 5, 0, None)).collect();
+        window.settle(tokens[1], Some(101)).unwrap();
+        assert_eq!((drain(&mut window), window.position()), (0, at(10)));
+        window.settle(tokens[0], Some(100)).unwrap();
+        assert_eq!((drain(&mut window), window.position()), (2, at(12)));
+        assert_eq!(window.target(), Some(TargetPoint { seq: 101, source_seq: 12 }));
+        window.settle_through(tokens[3]).unwrap();
+        assert_eq!((drain(&mut window), window.position(), window.bytes()), (2, at(14), 0));
+        assert_eq!(window.target(), Some(TargetPoint { seq: 101, source_seq: 12 }));
+    }
+
+    #[test]
+    fn skipped_messages_settle_with_those_before_them() {
+        let mut window = Window::new(at(0), None);
+        window.skip(at(1));
+        assert_eq!(window.position(), at(1));
+        let token = window.hand_out(at(2), 1, 0, Some(1));
+        window.skip(at(3));
+        window.skip(at(4));
+        assert_eq!((window.position(), window.newest()), (at(1), at(4)));
+        window.settle(token, None).unwrap();
+        assert_eq!(drain(&mut window), 1);
+        assert_eq!(window.position(), at(4));
+        assert_eq!(window.target(), Some(TargetPoint { seq: 1, source_seq: 2 }));
+    }
+
+    #[test]
+    fn settling_twice_or_out_of_nowhere_is_an_error() {
+        let mut window = Window::new(at(0), None);
+        let token = window.hand_out(at(1), 1, 0, None);
+        assert_eq!(window.settle(token + 1, None), Err(WindowError::Unknown(token + 1)));
+        assert_eq!(window.settle_through(token + 1), Err(WindowError::Unknown(token + 1)));
+        window.settle(token, None).unwrap();
+        assert_eq!(window.settle(token, None), Err(WindowError::Twice(token)));
+        drain(&mut window);
+        assert_eq!(window.settle(token, None), Err(WindowError::Twice(token)));
+    }
+
+    #[test]
+    fn what_lies_at_the_target_already_keeps_its_turn() {
+        let mut window = Window::new(at(0), None);
+        let token = window.hand_out(at(1), 1, 0, None);
+        window.stored_before(at(2), 7);
+        assert_eq!((drain(&mut window), window.position()), (0, at(0)));
+        window.settle(token, Some(9)).unwrap();
+        assert_eq!((drain(&mut window), window.position()), (1, at(2)));
+        assert_eq!(window.target(), Some(TargetPoint { seq: 9, source_seq: 1 }));
+    }
+
+    #[test]
+    fn the_known_place_waits_for_all_that_may_lie_behind_what_was_stored_before() {
+        let mut window = Window::new(at(0), Some(TargetPoint { seq: 3, source_seq: 0 }));
+        let tokens: Vec<_> = (1..=2).map(|seq| window.hand_out(at(seq), 1, 0, None)).collect();
+        window.stored_before(at(3), 4);
+        window.settle(tokens[0], Some(9)).unwrap();
+        // A search behind 9 would not find message 3, which lies at 4.
+        assert_eq!((drain(&mut window), window.position()), (1, at(1)));
+        assert_eq!(window.target().map(|target| target.seq), Some(3));
+        window.settle(tokens[1], Some(10)).unwrap();
+        assert_eq!((drain(&mut window), window.position()), (1, at(3)));
+        assert_eq!(window.target(), Some(TargetPoint { seq: 10, source_seq: 2 }));
+    }
+
+    #[test]
+    fn the_known_place_stays_before_what_has_not_come_by() {
+        let mut window = Window::new(at(0), Some(TargetPoint { seq: 3, source_seq: 0 }));
+        window.keep_target(true);
+        let token = window.hand_out(at(1), 1, 0, None);
+        window.settle(token, Some(9)).unwrap();
+        drain(&mut window);
+        window.stored_before(at(2), 7);
+        assert_eq!((window.position(), window.target().map(|t| t.seq)), (at(2), Some(3)));
+        window.keep_target(false);
+        window.stored_before(at(3), 8);
+        assert_eq!((window.position(), window.target().map(|t| t.seq)), (at(3), Some(8)));
+    }
+
+    /// Against the plainest model: a list of flags.
+    #[test]
+    fn random_settlements_agree_with_a_list() {
+        for seed in 0..200 {
+            let mut random = StdRng::seed_from_u64(seed);
+            let mut window = Window::new(at(0), None);
+            let mut model: Vec<(u64, bool)> = Vec::new();
+            let mut tokens = Vec::new();
+            for seq in 1..200u64 {
+                if random.random_bool(0.3) {
+                    window.skip(at(seq));
+                    model.push((seq, true));
+                } else {
+                    tokens.push((window.hand_out(at(seq), 1, 0, None), model.len()));
+                    model.push((seq, false));
+                }
+                while random.random_bool(0.45) && !tokens.is_empty() {
+                    let (token, index) = tokens.swap_remove(random.random_range(0..tokens.len()));
+                    window.settle(token, None).unwrap();
+                    model[index].1 = true;
+                }
+                drain(&mut window);
+                let prefix = model.iter().take_while(|(_, settled)| *settled).last().map_or(0, |(seq, _)| *seq);
+                assert_eq!(window.position().seq, prefix, "seed {seed} at {seq}");
+            }
+        }
+    }
+}

@@ -1,0 +1,628 @@
+//! Sends messages to the target with many in the air, and turns acks into settlements. Nothing is kept for
+//! sending again: after any refusal the run ends and is built anew from what the target then holds.
+
+use std::{borrow::Cow, fmt::Write as _, sync::Arc};
+
+use bytes::BytesMut;
+use serde::Deserialize;
+use tokio::time::{Duration, Instant};
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::{
+    provenance::{Origin, Tag},
+    reader::Incoming,
+    target::Abilities,
+    transform::{self, Passage, Stamp},
+    window::{SourcePoint, Token, Window, WindowError},
+};
+use crate::{
+    config::{Limits, Replication},
+    nats::{
+        ApiError, Error, ErrorKind, Lane, Message,
+        fast_ingest::{self, Ack, Operation},
+        headers,
+        jetstream::StreamInfo,
+        parser::number,
+    },
+    status::{TargetMode, Transport},
+};
+
+/// Longest protocol line that a server takes (its `max_control_line`); beyond it, it drops the connection.
+const MAX_LINE: usize = 4096;
+/// Longest header block that a server takes.
+const MAX_HEADER: usize = 65_535;
+/// The error of a publish that names another stream than the one that took it.
+const STREAM_NOT_EXPECTED: u32 = 10060;
+/// Messages between two acks that we ask for at the most; the server may choose fewer.
+const FLOW: u32 = 500;
+/// Acks that may be outstanding (ADR-50): so many times the server's distance may be in the air.
+const OUTSTANDING_ACKS: u64 = 32;
+/// An open batch is committed when nothing was sent for this time: the last messages get no ack otherwise.
+const COMMIT_IDLE: Duration = Duration::from_millis(20);
+/// An open batch is committed when its oldest unsettled message waits longer and no ack is due by itself.
+const COMMIT_AFTER: Duration = Duration::from_millis(250);
+
+/// On shared targets an open batch is committed this often: only the end of a batch tells where our messages lie.
+const COMMIT_SHARED: Duration = Duration::from_secs(2);
+/// How long the end of a refused batch, which tells what was stored, is waited for.
+const END_WAIT: Duration = Duration::from_millis(500);
+
+/// How long the answer to a commit may take.
+const COMMIT_WAIT: Duration = Duration::from_secs(10);
+
+fn window_error(error: WindowError) -> Error {
+    Error::retry(format!("acks of the target do not fit what was sent: {error}"))
+}
+
+/// What the ack of one publish says.
+#[derive(Debug, Clone, Copy)]
+struct Published {
+    seq: u64,
+    duplicate: bool,
+}
+
+/// An open fast-ingest batch.
+#[derive(Debug)]
+struct OpenBatch {
+    id: u64,
+    /// Token of the message with batch sequence 1.
+    first: Token,
+    /// Batch sequences given so far.
+    sent: u64,
+    /// Batch sequences settled.
+    settled: u64,
+    /// Distance between acks that we ask for.
+    flow: u32,
+    /// Distance between acks, as the server last said; `None` until it answered the start.
+    every: Option<u32>,
+    opened: Instant,
+    last_sent: Instant,
+    last_ack: Instant,
+    committing: Option<Instant>,
+    refused: Option<(Error, Instant)>,
+}
+
+/// Whether there will be more to send soon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Supply {
+    /// Nothing is known to wait at the source.
+    Dry,
+    /// More is on its way.
+    Coming,
+    /// More is here, but the bounds on what is in the air keep it back.
+    Barred,
+}
+
+#[derive(Debug)]
+enum Mode {
+    FastIngest { batch: Option<OpenBatch>, next_id: u64 },
+    Pipelined { sent: u64, refused: Option<Error> },
+}
+
+/// Sends to one target stream over one lane.
+#[derive(Debug)]
+pub(super) struct Writer {
+    replication: Arc<Replication>,
+    tag: Tag,
+    abilities: Abilities,
+    sid: u64,
+    inbox: String,
+    max_payload: usize,
+    mode: Mode,
+    /// Last sequence of the target after everything that was sent; kept by the chain.
+    expected_last: u64,
+    /// Last sequence of the target before this run: what it stores now lies behind it.
+    floor: u64,
+    /// A subject that the target listens on, for a commit.
+    last_subject: Vec<u8>,
+    domain: Option<String>,
+    header: Vec<u8>,
+    reply: BytesMut,
+    id: MessageId,
+    /// Messages in the window that were refused and so never settle.
+    unstored: usize,
+    /// Headers left out so far.
+    pub headers_removed: u64,
+    /// Messages refused so far.
+    pub refused: u64,
+}
+
+impl Writer {
+    /// Prepares for writing behind what `target` tells of the stream.
+    pub fn open(
+        lane: &mut Lane,
+        replication: Arc<Replication>,
+        tag: Tag,
+        abilities: Abilities,
+        target: &StreamInfo,
+    ) -> Self {
+        let (sid, inbox) = lane.open_inbox();
+        let mode = match abilities.transport {
+            // The server knows batches by this id alone, not by the inbox: those of other writers, and of our own
+            // runs before this one, must not have the same.
+            Transport::FastIngest => Mode::FastIngest { batch: None, next_id: rand::random::<u64>() >> 1 },
+            Transport::Pipelined => Mode::Pipelined { sent: 0, refused: None },
+        };
+        Self {
+            tag,
+            abilities,
+            sid,
+            inbox,
+            max_payload: lane.info().max_payload,
+            mode,
+            expected_last: target.state.last_seq,
+            floor: target.state.last_seq,
+            last_subject: Vec::new(),
+            domain: target.domain.clone(),
+            header: Vec::new(),
+            reply: BytesMut::new(),
+            id: MessageId::new(&replication.id, &replication.source.stream),
+            replication,
+            unstored: 0,
+            headers_removed: 0,
+            refused: 0,
+        }
+    }
+
+    fn chained(&self) -> bool {
+        self.abilities.transport == Transport::FastIngest && self.abilities.mode == TargetMode::Exclusive
+    }
+
+    /// Last sequence of the target as far as known here.
+    pub fn last_seq(&self) -> u64 {
+        self.expected_last
+    }
+
+    /// Whether the target's flow control takes another message now.
+    pub fn ready(&self) -> bool {
+        match &self.mode {
+            Mode::FastIngest { batch: None, .. } => true,
+            Mode::FastIngest { batch: Some(batch), .. } => {
+                let in_air = batch.sent - batch.settled;
+                let allowed = match batch.every {
+                    Some(every) => (u64::from(every) * OUTSTANDING_ACKS).max(64),
+                    None => u64::from(batch.flow),
+                };
+                batch.committing.is_none() && batch.refused.is_none() && in_air < allowed
+            }
+            Mode::Pipelined { refused, .. } => refused.is_none(),
+        }
+    }
+
+    /// Puts one message into the lane's output and into the window.
+    pub fn send(
+        &mut self,
+        lane: &mut Lane,
+        window: &mut Window,
+        incoming: &Incoming<'_>,
+        now: Instant,
+        now_ns: i64,
+        read_at: u64,
+    ) -> Result<(), Error> {
+        let source = SourcePoint { seq: incoming.delivery.stream_seq, time_ns: Some(incoming.delivery.time_ns) };
+        let opens = match &self.mode {
+            Mode::FastIngest { batch, .. } => batch.is_none(),
+            Mode::Pipelined { sent, .. } => *sent == 0,
+        };
+        self.write_header(incoming, now_ns, opens);
+        let subject = transform::subject(&self.replication.mapping, incoming.message.subject);
+        self.check(incoming, &subject)?;
+        let bytes = incoming.bytes();
+        let target_seq = self.chained().then_some(self.expected_last + 1);
+        let token = window.hand_out(source, bytes, read_at, target_seq);
+        self.write_reply(token, bytes, now);
+        hpub(lane.output(), &subject, &self.reply, &self.header, incoming.message.payload);
+        self.last_subject.clear();
+        self.last_subject.extend_from_slice(&subject);
+        if self.chained() {
+            self.expected_last += 1;
+        }
+        Ok(())
+    }
+
+    fn write_header(&mut self, incoming: &Incoming<'_>, now_ns: i64, opens: bool) {
+        let delivery = incoming.delivery;
+        let age_secs = now_ns.saturating_sub(delivery.time_ns).max(0) as u64 / 1_000_000_000;
+        let stamp = if self.chained() {
+            Stamp::Chain(self.expected_last)
+        } else {
+            Stamp::Id(self.id.of(delivery.stream_seq, delivery.time_ns))
+        };
+        let passage = Passage {
+            origin: Origin { seq: delivery.stream_seq, time_ms: delivery.time_ns.div_euclid(1_000_000) },
+            age_secs,
+            stamp,
+            expected_stream: opens.then_some(self.replication.target.stream.as_str()),
+        };
+        let block = incoming.message.header;
+        self.headers_removed +=
+            transform::header_block(&mut self.header, block, self.abilities.allowed, &self.tag, &passage);
+    }
+
+    fn write_reply(&mut self, token: Token, bytes: usize, now: Instant) {
+        self.reply.clear();
+        match &mut self.mode {
+            Mode::FastIngest { batch, next_id } => {
+                let operation = if batch.is_some() { Operation::Append } else { Operation::Start };
+                let batch = batch.get_or_insert_with(|| {
+                    let id = *next_id;
+                    *next_id += 1;
+                    OpenBatch {
+                        id,
+                        first: token,
+                        sent: 0,
+                        settled: 0,
+                        flow: flow(&self.replication.limits, bytes),
+                        every: None,
+                        opened: now,
+                        last_sent: now,
+                        last_ack: now,
+                        committing: None,
+                        refused: None,
+                    }
+                });
+                if batch.sent == batch.settled {
+                    batch.last_ack = now;
+                }
+                batch.sent += 1;
+                batch.last_sent = now;
+                fast_ingest::reply_subject(&mut self.reply, &self.inbox, batch.id, batch.flow, batch.sent, operation);
+            }
+            Mode::Pipelined { sent, .. } => {
+                *sent += 1;
+                let mut number = itoa::Buffer::new();
+                self.reply.extend_from_slice(self.inbox.as_bytes());
+                self.reply.extend_from_slice(b".");
+                self.reply.extend_from_slice(number.format(token).as_bytes());
+            }
+        }
+    }
+
+    /// What would make the server drop the connection is found here, before it is sent.
+    fn check(&self, incoming: &Incoming<'_>, subject: &[u8]) -> Result<(), Error> {
+        let size = self.header.len() + incoming.message.payload.len();
+        // Numbers of the reply subject; keyword, blanks, two sizes and the line end beside the words.
+        let line = subject.len() + self.inbox.len() + 64 + 32;
+        let what = if self.header.len() > MAX_HEADER {
+            format!("its headers of {} bytes are longer than {MAX_HEADER}", self.header.len())
+        } else if size > self.max_payload {
+            format!("its {size} bytes are more than the target's max_payload of {}", self.max_payload)
+        } else if line > MAX_LINE {
+            format!("its subject of {} bytes is too long", subject.len())
+        } else if subject.is_empty() {
+            "its subject is empty after the mapping".to_owned()
+        } else {
+            return Ok(());
+        };
+        let message = format!("message {} cannot be stored at the target: {what}", incoming.delivery.stream_seq);
+        Err(Error { kind: ErrorKind::Poison, message, api: None })
+    }
+
+    /// Takes an ack. What it settles is settled in the window; a refusal is kept until [`Writer::outcome`].
+    pub fn accept(&mut self, message: &Message<'_>, window: &mut Window, now: Instant) -> Result<(), Error> {
+        if message.sid != self.sid {
+            return Ok(());
+        }
+        let unavailable = headers::status(message.header) == Some(503);
+        match &mut self.mode {
+            Mode::FastIngest { batch, .. } => {
+                // Acks of a batch that is over are nobody's, but a wrong stream among them must not go unseen.
+                let current = batch.as_ref().map(|batch| batch.id);
+                let rest = &message.subject[self.inbox.len() + 1..];
+                let of_current = rest.split(|b| *b == b'.').next().and_then(number) == current;
+                if unavailable {
+                    self.batch_refused(no_responders(), now);
+                } else {
+                    self.accept_batch_ack(message.payload, of_current, window, now)?;
+                }
+            }
+            Mode::Pipelined { .. } => {
+                let token = message.subject.rsplit(|b| *b == b'.').next().and_then(number);
+                let Some(token) = token else { return Ok(()) };
+                let result = if unavailable { Err(no_responders()) } else { self.publish_ack(message.payload) };
+                match result {
+                    Ok(Published { seq, duplicate }) => {
+                        // What is stored now lies behind everything stored before.
+                        if !duplicate && seq <= self.known_end(window) {
+                            return Err(self.made_anew(seq, window));
+                        }
+                        self.expected_last = self.expected_last.max(seq);
+                        window.settle(token, Some(seq)).map_err(window_error)?;
+                    }
+                    // Another stream takes the subject too: whatever else is said about this message, no more may go there.
+                    Err(error)
+                        if error.is_api(STREAM_NOT_EXPECTED)
+                            || error.api.is_none() && error.kind == ErrorKind::Hold =>
+                    {
+                        return Err(error);
+                    }
+                    Err(error) => {
+                        self.refused += 1;
+                        self.unstored += 1;
+                        if let Mode::Pipelined { refused, .. } = &mut self.mode {
+                            refused.get_or_insert(error);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn publish_ack(&self, payload: &[u8]) -> Result<Published, Error> {
+        #[derive(Deserialize)]
+        struct PublishAck<'a> {
+            #[serde(default, borrow)]
+            stream: Cow<'a, str>,
+            #[serde(default, borrow)]
+            domain: Option<Cow<'a, str>>,
+            #[serde(default)]
+            seq: u64,
+            #[serde(default)]
+            duplicate: bool,
+            error: Option<ApiError>,
+        }
+        let ack: PublishAck<'_> = serde_json::from_slice(payload)
+            .map_err(|error| Error::retry(format!("the target sent an ack that is not valid: {error}")))?;
+        if let Some(error) = ack.error {
+            return Err(error.into());
+        }
+        self.expect_stream(&ack.stream, ack.domain.as_deref())?;
+        if ack.seq == 0 {
+            // 2.10 answers so for an id whose message is not stored yet: that proves nothing.
+            return Err(Error::retry("the target acknowledged a duplicate that it has not stored yet"));
+        }
+        Ok(Published { seq: ack.seq, duplicate: ack.duplicate })
+    }
+
+    /// The highest target sequence that is known to have been stored.
+    fn known_end(&self, window: &Window) -> u64 {
+        self.floor.max(window.target().map_or(0, |target| target.seq))
+    }
+
+    fn made_anew(&self, seq: u64, window: &Window) -> Error {
+        let before = self.known_end(window);
+        Error::retry(format!("the target stored a message at sequence {seq}, though it had {before} before"))
+    }
+
+    /// Only the target's own ack counts: over leafnodes a second stream may take the subject too.
+    fn expect_stream(&self, stream: &str, domain: Option<&str>) -> Result<(), Error> {
+        let target = &self.replication.target.stream;
+        let domain_fits = match (domain, &self.domain) {
+            (Some(told), Some(expected)) => told == expected,
+            _ => true,
+        };
+        if stream == target && domain_fits {
+            return Ok(());
+        }
+        let place = domain.map(|domain| format!(" of domain `{domain}`")).unwrap_or_default();
+        Err(Error::hold(format!(
+            "stream `{stream}`{place} acknowledged a message for target stream `{target}`: it listens on the same subjects"
+        )))
+    }
+
+    fn accept_batch_ack(
+        &mut self,
+        payload: &[u8],
+        of_current: bool,
+        window: &mut Window,
+        now: Instant,
+    ) -> Result<(), Error> {
+        let ack = fast_ingest::parse_ack(payload).map_err(|what| Error::retry(format!("the target sent {what}")))?;
+        match ack {
+            Ack::End { stream, domain, .. } if !of_current => self.expect_stream(&stream, domain.as_deref())?,
+            _ if !of_current => {}
+            Ack::Progress { sequence, every } => {
+                let Mode::FastIngest { batch: Some(batch), .. } = &mut self.mode else { return Ok(()) };
+                batch.every = Some(every);
+                batch.last_ack = now;
+                settle_batch(batch, sequence, window)?;
+            }
+            Ack::Failed { error: Some(error), .. } => self.batch_refused(error.into(), now),
+            Ack::Failed { error: None, .. } => {
+                self.batch_refused(Error::retry("a message of the batch went missing on its way to the target"), now);
+            }
+            Ack::End { stream, domain, stream_sequence, count } => {
+                self.expect_stream(&stream, domain.as_deref())?;
+                self.end_batch(stream_sequence, count, window)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn batch_refused(&mut self, error: Error, now: Instant) {
+        let Mode::FastIngest { batch: Some(batch), .. } = &mut self.mode else { return };
+        if batch.refused.is_none() {
+            self.refused += 1;
+            batch.refused = Some((error, now));
+        }
+    }
+
+    fn end_batch(&mut self, stream_sequence: u64, count: u64, window: &mut Window) -> Result<(), Error> {
+        let Mode::FastIngest { batch: slot, .. } = &mut self.mode else { return Ok(()) };
+        let Some(mut batch) = slot.take() else { return Ok(()) };
+        let shared = self.abilities.mode == TargetMode::Shared;
+        // On an exclusive target the chain would have told. Of a batch of duplicates the end may be an old place.
+        if shared && batch.refused.is_none() && count > 0 && stream_sequence < self.known_end(window) {
+            return Err(self.made_anew(stream_sequence, window));
+        }
+        // The commit message itself is no message of the window.
+        let count = count.min(batch.sent);
+        settle_batch(&mut batch, count, window)?;
+        if let Some((error, _)) = batch.refused {
+            return Err(refusal(error, window.source_of(batch.first + batch.settled)));
+        }
+        if batch.settled < batch.sent {
+            return Err(Error::retry("the target ended the batch before its end"));
+        }
+        if shared {
+            window.place(batch.first + batch.sent - 1, stream_sequence);
+            self.expected_last = self.expected_last.max(stream_sequence);
+        } else if stream_sequence != self.expected_last {
+            let expected = self.expected_last;
+            return Err(Error::retry(format!(
+                "the batch ended at target sequence {stream_sequence}, not at {expected}"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Whether the run has to end because the target refused something.
+    pub fn outcome(&mut self, window: &Window, now: Instant) -> Result<(), Error> {
+        match &mut self.mode {
+            Mode::FastIngest { batch: Some(OpenBatch { refused: Some((error, at)), .. }), .. }
+                if now.duration_since(*at) > END_WAIT =>
+            {
+                Err(refusal(error.clone(), window.oldest()))
+            }
+            Mode::FastIngest { batch: Some(OpenBatch { committing: Some(at), .. }), .. }
+                if now.duration_since(*at) > COMMIT_WAIT =>
+            {
+                Err(Error::retry(format!("the target has not confirmed the end of a batch for {COMMIT_WAIT:?}")))
+            }
+            // What is in the air behind a refusal settles first: it will be found at the target otherwise.
+            Mode::Pipelined { refused: Some(error), .. } if window.in_air() <= self.unstored => {
+                Err(refusal(error.clone(), window.oldest()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// When [`Writer::commit_if_due`] wants to be called next; `None` while nothing is open.
+    pub fn next_commit(&self, supply: Supply) -> Option<Instant> {
+        let Mode::FastIngest { batch: Some(batch), .. } = &self.mode else { return None };
+        if batch.committing.is_some() || batch.refused.is_some() {
+            return None;
+        }
+        let ack_is_due = batch.sent - batch.settled >= u64::from(batch.every.unwrap_or(batch.flow));
+        let mut due = match supply {
+            // Nothing more may be sent, and no ack comes by itself that would change that.
+            Supply::Barred if !ack_is_due && batch.every.is_some() => batch.last_sent,
+            Supply::Coming | Supply::Barred => batch.last_sent + COMMIT_AFTER,
+            Supply::Dry => batch.last_sent + COMMIT_IDLE,
+        };
+        if !ack_is_due && batch.sent > batch.settled {
+            due = due.min(batch.last_ack + COMMIT_AFTER);
+        }
+        if self.abilities.mode == TargetMode::Shared {
+            due = due.min(batch.opened + COMMIT_SHARED);
+        }
+        Some(due)
+    }
+
+    /// Commits an open batch that has nothing more to send for now, or whose last messages wait too long.
+    pub fn commit_if_due(&mut self, lane: &mut Lane, supply: Supply, now: Instant) {
+        if self.next_commit(supply).is_some_and(|at| at <= now) {
+            self.commit(lane, now);
+        }
+    }
+
+    /// Ends the open batch, if there is one, so that everything sent so far gets an ack.
+    pub fn commit(&mut self, lane: &mut Lane, now: Instant) {
+        let Mode::FastIngest { batch: Some(batch), .. } = &mut self.mode else { return };
+        if batch.committing.replace(now).is_some() {
+            return;
+        }
+        self.reply.clear();
+        let last = batch.sent + 1;
+        fast_ingest::reply_subject(&mut self.reply, &self.inbox, batch.id, batch.flow, last, Operation::Commit);
+        let out = lane.output();
+        out.extend_from_slice(b"PUB ");
+        out.extend_from_slice(&self.last_subject);
+        out.extend_from_slice(b" ");
+        out.extend_from_slice(&self.reply);
+        out.extend_from_slice(b" 0\r\n\r\n");
+    }
+}
+
+/// Distance between acks to ask for: several fit into what may be in the air, whatever the size of the messages.
+fn flow(limits: &Limits, message_bytes: usize) -> u32 {
+    let messages = limits.messages_in_flight.min(limits.bytes_in_flight / message_bytes.max(1));
+    FLOW.min(u32::try_from(messages / 4).unwrap_or(FLOW)).max(1)
+}
+
+fn no_responders() -> Error {
+    Error::retry("nobody stores messages for the target stream at the moment (no responders)")
+}
+
+fn settle_batch(batch: &mut OpenBatch, sequence: u64, window: &mut Window) -> Result<(), Error> {
+    if sequence > batch.settled {
+        if sequence > batch.sent {
+            return Err(Error::retry(format!(
+                "the target acknowledged message {sequence} of a batch of {}",
+                batch.sent
+            )));
+        }
+        batch.settled = sequence;
+        window.settle_through(batch.first + sequence - 1).map_err(window_error)?;
+    }
+    Ok(())
+}
+
+fn hpub(out: &mut BytesMut, subject: &[u8], reply: &[u8], header: &[u8], payload: &[u8]) {
+    let mut number = itoa::Buffer::new();
+    out.reserve(subject.len() + reply.len() + header.len() + payload.len() + 64);
+    out.extend_from_slice(b"HPUB ");
+    out.extend_from_slice(subject);
+    out.extend_from_slice(b" ");
+    out.extend_from_slice(reply);
+    out.extend_from_slice(b" ");
+    out.extend_from_slice(number.format(header.len()).as_bytes());
+    out.extend_from_slice(b" ");
+    out.extend_from_slice(number.format(header.len() + payload.len()).as_bytes());
+    out.extend_from_slice(b"\r\n");
+    out.extend_from_slice(header);
+    out.extend_from_slice(payload);
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Names the message that a refusal is about.
+fn refusal(error: Error, source: Option<SourcePoint>) -> Error {
+    match source {
+        Some(source) => error.context(format!("the target refused the message with source sequence {}", source.seq)),
+        None => error.context("the target refused a message"),
+    }
+}
+
+/// Makes ids of messages: neither a stream made anew or rolled back (other stored times) nor a second replication
+/// of the same stream can make the same one.
+#[derive(Debug)]
+struct MessageId {
+    key: Vec<u8>,
+    prefix: usize,
+    text: String,
+}
+
+impl MessageId {
+    fn new(replication: &str, stream: &str) -> Self {
+        let key = [replication.as_bytes(), b"\0", stream.as_bytes(), b"\0"].concat();
+        Self { prefix: key.len(), key, text: String::with_capacity(32) }
+    }
+
+    fn of(&mut self, seq: u64, time_ns: i64) -> &str {
+        self.key.truncate(self.prefix);
+        self.key.extend_from_slice(&seq.to_be_bytes());
+        self.key.extend_from_slice(&time_ns.to_be_bytes());
+        self.text.clear();
+        // Writing to a String cannot fail.
+        let _ = write!(self.text, "{:032x}", xxh3_128(&self.key));
+        &self.text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_differ_in_every_part_and_stay_the_same() {
+        let id =
+            |replication: &str, stream: &str, seq, time| MessageId::new(replication, stream).of(seq, time).to_owned();
+        let one = id("A", "S", 1, 2);
+        // The value is part of the contract: another program version must make the same one.
+        assert_eq!(one, id("A", "S", 1, 2));
+        for other in [id("B", "S", 1, 2), id("A", "T", 1, 2), id("A", "S", 2, 2), id("A", "S", 1, 3)] {
+            assert_ne!(one, other);
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Metrics and health over HTTP. Decides nothing: every answer is read from somebody else's state.
+
+use std::{io, net::SocketAddr, time::Duration};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header::CONTENT_TYPE},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info};
+
+use crate::{events::Events, metrics, supervisor::Handle};
+
+/// So long open connections may take to end when the monitor stops.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// What the monitor looks at.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    /// The site's name, for labels.
+    pub site: String,
+    /// The control connection.
+    pub client: async_nats::Client,
+    /// For what was dropped.
+    pub events: Events,
+    /// How far the process has come.
+    pub progress: watch::Receiver<Progress>,
+}
+
+/// How far the process has come.
+#[derive(Debug, Clone, Default)]
+pub struct Progress {
+    /// The supervisor, once the buckets are open.
+    pub supervisor: Option<Handle>,
+    /// Whether the control service answers.
+    pub registered: bool,
+}
+
+/// The running monitor.
+#[derive(Debug)]
+pub struct Monitor {
+    address: SocketAddr,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Monitor {
+    /// Listens on `address` (`HOST:PORT`; port 0 takes any that is free) and answers from now on.
+    pub async fn start(address: &str, sources: Sources) -> io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
+        let address = listener.local_addr()?;
+        let stop = CancellationToken::new();
+        let router = Router::new()
+            .route("/metrics", get(show_metrics))
+            .route("/livez", get(livez))
+            .route("/readyz", get(readyz))
+            .with_state(sources);
+        let server = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+        let task = tokio::spawn(async move {
+            if let Err(error) = server.await {
+                error!(%address, "monitor ended: {error}");
+            }
+        });
+        info!(%address, "monitor listens");
+        Ok(Self { address, stop, task })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Answers what is being asked, then stops.
+    pub async fn stop(mut self) {
+        self.stop.cancel();
+        if timeout(GRACE, &mut self.task).await.is_err() {
+            debug!("monitor connections were cut");
+            self.task.abort();
+        }
+    }
+}
+
+async fn show_metrics(State(sources): State<Sources>) -> Response {
+    let supervisor = sources.progress.borrow().supervisor.clone();
+    let rows = supervisor.map(|supervisor| supervisor.rows()).unwrap_or_default();
+    match metrics::render(&sources.site, &rows, sources.events.dropped()) {
+        Ok(text) => ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}
+
+async fn livez(State(sources): State<Sources>) -> Response {
+    answer(sources.progress.borrow().dead().map_or(Ok(()), Err))
+}
+
+async fn readyz(State(sources): State<Sources>) -> Response {
+    let connected = sources.client.connection_state() == async_nats::connection::State::Connected;
+    let ready = if connected { sources.progress.borrow().ready() } else { Err("the control connection is down") };
+    answer(ready)
+}
+
+impl Progress {
+    fn dead(&self) -> Option<&'static str> {
+        let dead = self.supervisor.as_ref().is_some_and(|supervisor| !supervisor.is_alive());
+        dead.then_some("the supervisor has ended")
+    }
+
+    fn ready(&self) -> Result<(), &'static str> {
+        match &self.supervisor {
+            None => Err("the buckets are not open"),
+            Some(supervisor) if !supervisor.is_alive() => Err("the supervisor has ended"),
+            Some(supervisor) if !supervisor.is_loaded() => Err("the configuration has not been read"),
+            Some(_) if !self.registered => Err("the control service is not registered"),
+            Some(_) => Ok(()),
+        }
+    }
+}
+
+fn answer(result: Result<(), &'static str>) -> Response {
+    match result {
+        Ok(()) => (StatusCode::OK, "ok\n").into_response(),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response(),
+    }
+}

@@ -1,0 +1,31 @@
+//! Copies NATS JetStream streams between independent clusters, domains or accounts: in order, without
+//! loss and without duplicates. `ARCHITECTURE.md` is the long version of this page.
+//!
+//! The modules, from the edge to the words. A module uses only what stands below it.
+//!
+//! | row | modules | what it is |
+//! |---|---|---|
+//! | edge | [`cli`], [`app`], [`telemetry`] | arguments, composition, ordered shutdown |
+//! | face | [`control`], [`http`] | how the outside asks |
+//! | work | [`supervisor`], [`copy`], [`events`] | what runs: desired set against running set, one copy |
+//! | world | [`store`], [`nats`] | the only I/O: buckets and connections |
+//! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`] | no sockets, no clock |
+//!
+//! One message's way: `copy::reader` -> `copy::decide` -> `copy::writer` -> `copy::window` ->
+//! `copy::progress`. Start reading at [`copy::run`].
+
+pub mod app;
+pub mod backoff;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod copy;
+pub mod events;
+pub mod http;
+pub mod metrics;
+pub mod names;
+pub mod nats;
+pub mod status;
+pub mod store;
+pub mod supervisor;
+pub mod telemetry;

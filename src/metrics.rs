@@ -1,0 +1,267 @@
+//! Metric names and help texts, rendered at scrape time from the status rows. There is no registry: a row is
+//! the only owner of its numbers. Names and labels are those of Choria's stream-replicator (counters without
+//! `_total`), and ours beside them.
+
+use prometheus::{
+    TextEncoder,
+    proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
+};
+
+use crate::status::{self, Row, State};
+
+/// What every name begins with.
+const PREFIX: &str = "choria_stream_replicator_replicator_";
+
+/// One number of a row.
+struct Reading {
+    name: &'static str,
+    help: &'static str,
+    kind: MetricType,
+    read: fn(&Row) -> f64,
+}
+
+const fn counter(name: &'static str, help: &'static str, read: fn(&Row) -> f64) -> Reading {
+    Reading { name, help, kind: MetricType::COUNTER, read }
+}
+
+const fn gauge(name: &'static str, help: &'static str, read: fn(&Row) -> f64) -> Reading {
+    Reading { name, help, kind: MetricType::GAUGE, read }
+}
+
+/// Every metric with one series per replication.
+#[rustfmt::skip]
+const READINGS: &[Reading] = &[
+    // Choria's.
+    counter("total_messages", "Messages read from the source", |r| r.copy.counters.received as f64),
+    counter("total_bytes", "Bytes of subject, headers and payload read from the source", |r| r.copy.counters.received_bytes as f64),
+    counter("copied_messages", "Messages stored at the target", |r| r.copy.counters.copied as f64),
+    counter("copied_bytes", "Bytes of the messages stored at the target, as read", |r| r.copy.counters.copied_bytes as f64),
+    counter("skipped_messages", "Messages skipped for any reason", |r| skipped(r) as f64),
+    counter("skipped_bytes", "Bytes of the skipped messages, as read", |r| r.copy.counters.skipped_bytes as f64),
+    counter("too_old_messages", "Messages skipped because they were older than max_age", |r| r.copy.counters.skipped_old as f64),
+    counter("handler_error_count", "Runs of the copy that ended with an error", |r| r.copy.counters.errors as f64),
+    counter("meta_parse_failed_count", "Always 0: a message without a place in its stream ends the run, see handler_error_count", |_| 0.0),
+    counter("ack_failed_count", "Messages that the target refused", |r| r.copy.counters.refused as f64),
+    counter("consumer_recreated", "Source consumers made anew after the first", |r| r.copy.counters.consumers_recreated as f64),
+    gauge("stream_sequence", "Source sequence up to which everything is settled", |r| r.copy.position.source_seq as f64),
+    gauge("stream_lag_messages", "Messages in scope that are not settled", |r| r.copy.lag.messages as f64),
+    // Ours.
+    gauge("stream_lag_seconds", "Age of the oldest message in scope that is not settled", |r| r.copy.lag.seconds),
+    gauge("in_flight_messages", "Messages read and not settled", |r| r.copy.in_flight.messages as f64),
+    gauge("in_flight_bytes", "Bytes of the messages read and not settled", |r| r.copy.in_flight.bytes as f64),
+    counter("skipped_sampled_messages", "Messages skipped by sampling", |r| r.copy.counters.skipped_sampled as f64),
+    counter("skipped_filtered_messages", "Messages skipped by a filter or because they had been here before", |r| r.copy.counters.skipped_filtered as f64),
+    counter("dead_lettered_messages", "Messages published to the dead letter subject", |r| r.copy.counters.dead_lettered as f64),
+    counter("gap_messages", "Source messages that were gone before they were read", |r| r.copy.counters.gap_messages as f64),
+    counter("headers_removed", "Headers left out because the target does not allow them", |r| r.copy.counters.headers_removed as f64),
+    gauge("epoch", "Grows with every new holder of the replication", |r| r.epoch as f64),
+    gauge("source_connected", "1 while the source connection is up", |r| f64::from(u8::from(r.copy.source.connected))),
+    gauge("target_connected", "1 while the target connection is up", |r| f64::from(u8::from(r.copy.target.connected))),
+    gauge("target_sequence", "Sequence of the newest message of ours at the target", |r| r.copy.position.target_seq as f64),
+];
+
+/// Every state and its label.
+const STATES: [(State, &str); 7] = [
+    (State::Starting, "starting"),
+    (State::Running, "running"),
+    (State::Paused, "paused"),
+    (State::Retrying, "retrying"),
+    (State::Held, "held"),
+    (State::Invalid, "invalid"),
+    (State::Stopped, "stopped"),
+];
+
+/// The rows in Prometheus' text format. `dropped_events` counts events that found their queue full.
+pub fn render(site: &str, rows: &[Row], dropped_events: u64) -> Result<String, prometheus::Error> {
+    let labels: Vec<_> = rows.iter().map(|row| labels(site, row)).collect();
+    let rows: Vec<_> = rows.iter().zip(&labels).collect();
+    let mut families: Vec<_> = READINGS.iter().map(|reading| reading_family(reading, &rows)).collect();
+    families.push(state_family(&rows));
+    families.push(processing_family(&rows));
+    families.retain(|family| !family.get_metric().is_empty());
+    families.push(dropped_events_family(site, dropped_events));
+    TextEncoder::new().encode_to_string(&families)
+}
+
+/// `stream, replicator, worker`; the first and the last are the two parts of a replication id.
+fn labels(site: &str, row: &Row) -> Vec<LabelPair> {
+    let (stream, worker) = row.replication.split_once('.').unwrap_or((&row.replication, site));
+    vec![label("stream", stream), label("replicator", site), label("worker", worker)]
+}
+
+fn label(name: &str, value: &str) -> LabelPair {
+    let mut pair = LabelPair::default();
+    pair.set_name(name.to_owned());
+    pair.set_value(value.to_owned());
+    pair
+}
+
+fn family(name: String, help: &str, kind: MetricType, series: Vec<Metric>) -> MetricFamily {
+    let mut family = MetricFamily::default();
+    family.set_name(name);
+    family.set_help(help.to_owned());
+    family.set_field_type(kind);
+    family.set_metric(series);
+    family
+}
+
+fn series(labels: Vec<LabelPair>, kind: MetricType, value: f64) -> Metric {
+    let mut metric = Metric::from_label(labels);
+    if kind == MetricType::COUNTER {
+        let mut counter = Counter::default();
+        counter.set_value(value);
+        metric.set_counter(counter);
+    } else {
+        let mut gauge = Gauge::default();
+        gauge.set_value(value);
+        metric.set_gauge(gauge);
+    }
+    metric
+}
+
+fn reading_family(reading: &Reading, rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
+    let all = rows.iter().map(|(row, labels)| series((*labels).clone(), reading.kind, (reading.read)(row))).collect();
+    family(format!("{PREFIX}{}", reading.name), reading.help, reading.kind, all)
+}
+
+fn state_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
+    let mut all = Vec::with_capacity(rows.len() * STATES.len());
+    for (row, labels) in rows {
+        for (state, name) in STATES {
+            let labels = labels.iter().cloned().chain([label("state", name)]).collect();
+            all.push(series(labels, MetricType::GAUGE, f64::from(u8::from(row.state == state))));
+        }
+    }
+    family(format!("{PREFIX}state"), "1 for the state that the replication is in", MetricType::GAUGE, all)
+}
+
+fn processing_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
+    let all = rows.iter().map(|(row, labels)| {
+        let mut metric = Metric::from_label((*labels).clone());
+        metric.set_histogram(histogram(&row.copy.processing));
+        metric
+    });
+    let help = "Time from reading a message to settling it";
+    family(format!("{PREFIX}processing_time_seconds"), help, MetricType::HISTOGRAM, all.collect())
+}
+
+/// Ours counts per bucket, Prometheus' counts up to a bound.
+fn histogram(times: &status::Histogram) -> Histogram {
+    let mut total = 0;
+    let buckets = status::Histogram::BOUNDS.iter().zip(&times.counts).map(|(bound, count)| {
+        total += count;
+        let mut bucket = Bucket::default();
+        bucket.set_upper_bound(*bound);
+        bucket.set_cumulative_count(total);
+        bucket
+    });
+    let mut histogram = Histogram::default();
+    histogram.set_bucket(buckets.collect());
+    histogram.set_sample_count(times.counts.iter().sum());
+    histogram.set_sample_sum(times.sum);
+    histogram
+}
+
+fn dropped_events_family(site: &str, dropped: u64) -> MetricFamily {
+    let labels = vec![label("replicator", site)];
+    let all = vec![series(labels, MetricType::COUNTER, dropped as f64)];
+    let help = "Events that were not published because too many were waiting";
+    family("choria_stream_replicator_events_dropped".to_owned(), help, MetricType::COUNTER, all)
+}
+
+fn skipped(row: &Row) -> u64 {
+    let counters = &row.copy.counters;
+    counters.skipped_sampled + counters.skipped_old + counters.skipped_filtered
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::CopyStatus;
+
+    fn row(id: &str) -> Row {
+        let mut copy = CopyStatus::default();
+        copy.counters.received = 5;
+        copy.counters.copied = 3;
+        copy.counters.skipped_old = 1;
+        copy.counters.skipped_filtered = 1;
+        copy.position.source_seq = 42;
+        copy.lag.seconds = 1.5;
+        copy.processing.observe(0.002, 2);
+        copy.processing.observe(60.0, 1);
+        Row {
+            replication: id.to_owned(),
+            state: State::Running,
+            origin: "kv".to_owned(),
+            leader: Some("one".to_owned()),
+            epoch: 3,
+            config_revision: 7,
+            copy,
+        }
+    }
+
+    #[track_caller]
+    fn check(text: &str, line: &str) {
+        assert!(text.lines().any(|l| l == line), "`{line}` is missing in\n{text}");
+    }
+
+    #[test]
+    fn counters_and_gauges_carry_choria_names_and_labels() {
+        let text = render("US", &[row("ORDERS")], 0).unwrap();
+        let labels = r#"{stream="ORDERS",replicator="US",worker="US"}"#;
+        check(&text, "# TYPE choria_stream_replicator_replicator_copied_messages counter");
+        check(&text, &format!("choria_stream_replicator_replicator_total_messages{labels} 5"));
+        check(&text, &format!("choria_stream_replicator_replicator_copied_messages{labels} 3"));
+        check(&text, &format!("choria_stream_replicator_replicator_skipped_messages{labels} 2"));
+        check(&text, &format!("choria_stream_replicator_replicator_stream_sequence{labels} 42"));
+        check(&text, &format!("choria_stream_replicator_replicator_stream_lag_seconds{labels} 1.5"));
+    }
+
+    #[test]
+    fn a_named_replication_is_its_own_worker() {
+        let text = render("US", &[row("ORDERS"), row("ORDERS.fast")], 0).unwrap();
+        let line = r#"choria_stream_replicator_replicator_epoch{stream="ORDERS",replicator="US",worker="fast"} 3"#;
+        check(&text, line);
+        assert_eq!(text.matches("# TYPE choria_stream_replicator_replicator_epoch ").count(), 1);
+    }
+
+    #[test]
+    fn one_state_is_current() {
+        let text = render("US", &[row("ORDERS")], 0).unwrap();
+        let line = |state, value| {
+            format!(
+                "choria_stream_replicator_replicator_state\
+                 {{stream=\"ORDERS\",replicator=\"US\",worker=\"US\",state=\"{state}\"}} {value}"
+            )
+        };
+        check(&text, &line("running", 1));
+        check(&text, &line("held", 0));
+    }
+
+    #[test]
+    fn state_labels_are_the_names_of_the_wire() {
+        for (state, name) in STATES {
+            assert_eq!(serde_json::to_value(state).unwrap(), name);
+        }
+    }
+
+    #[test]
+    fn histogram_buckets_are_cumulative() {
+        let text = render("US", &[row("ORDERS")], 0).unwrap();
+        let name = "choria_stream_replicator_replicator_processing_time_seconds";
+        let labels = r#"stream="ORDERS",replicator="US",worker="US""#;
+        check(&text, &format!("{name}_bucket{{{labels},le=\"0.001\"}} 0"));
+        check(&text, &format!("{name}_bucket{{{labels},le=\"0.0025\"}} 2"));
+        check(&text, &format!("{name}_bucket{{{labels},le=\"10\"}} 2"));
+        check(&text, &format!("{name}_bucket{{{labels},le=\"+Inf\"}} 3"));
+        check(&text, &format!("{name}_sum{{{labels}}} 60.004"));
+        check(&text, &format!("{name}_count{{{labels}}} 3"));
+    }
+
+    #[test]
+    fn no_replications_are_no_error() {
+        let text = render("US", &[], 2).unwrap();
+        check(&text, r#"choria_stream_replicator_events_dropped{replicator="US"} 2"#);
+        assert!(!text.contains("copied_messages"));
+    }
+}

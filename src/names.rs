@@ -1,0 +1,95 @@
+//! Names and subjects that users see, and the rules for those that they choose.
+
+/// Version of the program.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Name of the program.
+pub const PROGRAM: &str = "stream-replicator";
+
+/// Subject prefix of the service and of events, and the service's name.
+pub const DEFAULT_PREFIX: &str = "replicator";
+
+/// What bucket names begin with.
+pub const DEFAULT_BUCKET_PREFIX: &str = "REPLICATOR";
+
+/// Provenance: `<stream> <sequence> <site> <name> <stored at, unix ms>`, one group per hop, ours last.
+pub const SOURCE_HEADER: &str = "Choria-SR-Source";
+
+/// Message id that the source itself had stored; the first hop's stays.
+pub const ORIGINAL_ID_HEADER: &str = "Choria-SR-Msg-Id";
+
+/// Put before the name of a header that the target would act on or refuse.
+pub const RENAMED_HEADER_PREFIX: &str = "Choria-SR-";
+
+/// Deadline of a control request, unix ms; one that arrives later is refused.
+pub const DEADLINE_HEADER: &str = "Replicator-Deadline";
+
+/// Revision that a configuration change expects.
+pub const EXPECTED_REVISION_HEADER: &str = "Replicator-Expected-Revision";
+
+/// Instance id for a process that was given none: the host's name, made safe, and a short random part.
+pub fn default_instance(host: &str, random: u32) -> String {
+    let host: String = host.chars().map(|c| if is_token_char(c) { c } else { '-' }).take(64).collect();
+    let host = if host.is_empty() { "host" } else { &host };
+    format!("{host}-{:05x}", random & 0xf_ffff)
+}
+
+/// Checks a name that becomes one token of a subject and part of a key (site, instance).
+pub fn check_token(name: &str) -> Result<(), &'static str> {
+    if !name.is_empty() && name.len() <= 128 && name.chars().all(is_token_char) {
+        return Ok(());
+    }
+    Err("1 to 128 letters, digits, `-` and `_`")
+}
+
+/// Checks a subject prefix: tokens with dots between.
+pub fn check_prefix(prefix: &str) -> Result<(), &'static str> {
+    if prefix.split('.').all(|token| check_token(token).is_ok()) && !prefix.starts_with('_') {
+        return Ok(());
+    }
+    Err("tokens of letters, digits, `-` and `_`, with dots between, not beginning with `_`")
+}
+
+/// Checks what bucket names begin with.
+pub fn check_bucket_prefix(prefix: &str) -> Result<(), &'static str> {
+    if prefix.len() <= 64 && check_token(prefix).is_ok() {
+        return Ok(());
+    }
+    Err("1 to 64 letters, digits, `-` and `_`")
+}
+
+fn is_token_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_name_becomes_a_legal_instance() {
+        assert_eq!(default_instance("node-1.example.org", 0xabc12345), "node-1-example-org-12345");
+        assert_eq!(default_instance("", 7), "host-00007");
+        assert!(check_token(&default_instance("\u{fc}ber host", 1)).is_ok());
+    }
+
+    #[test]
+    fn tokens_are_single_and_without_wildcards() {
+        for good in ["US-EAST", "a", "node_7"] {
+            assert!(check_token(good).is_ok(), "{good}");
+        }
+        for bad in ["", "a.b", "a b", "*", ">", "tab\t", "\u{fc}", &"x".repeat(129)] {
+            assert!(check_token(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn prefixes_are_subjects_without_wildcards() {
+        for good in ["replicator", "acme.replicator"] {
+            assert!(check_prefix(good).is_ok(), "{good}");
+        }
+        for bad in ["", ".a", "a.", "a..b", "a.*", "$SYS", "_INBOX"] {
+            assert!(check_prefix(bad).is_err(), "{bad}");
+        }
+    }
+}

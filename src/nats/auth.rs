@@ -1,0 +1,112 @@
+//! From an [`Auth`] to the fields of CONNECT. Files are read at every connection attempt, so that rotated
+//! credentials are picked up.
+
+use std::{fs, path::Path};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use nkeys::KeyPair;
+use serde::Serialize;
+
+use super::Error;
+use crate::config::Auth;
+
+/// The identity fields of CONNECT.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Identity {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) user: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) pass: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) auth_token: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) jwt: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) nkey: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) sig: Option<String>,
+}
+
+/// Builds the identity for a server that sent `nonce`.
+pub(super) fn identity(auth: &Auth, nonce: Option<&str>) -> Result<Identity, Error> {
+    let mut identity = Identity::default();
+    match auth {
+        Auth::Anonymous => {}
+        Auth::UserPassword { user, password } => {
+            identity.user = Some(user.clone());
+            identity.pass = Some(password.clone());
+        }
+        Auth::Token(token) => identity.auth_token = Some(token.clone()),
+        Auth::CredentialsFile(path) => {
+            let text = read(path)?;
+            let jwt = section(&text, "NATS USER JWT")
+                .ok_or_else(|| Error::hold(format!("credentials file `{}` holds no user JWT", path.display())))?;
+            let seed = section(&text, "USER NKEY SEED")
+                .ok_or_else(|| Error::hold(format!("credentials file `{}` holds no nkey seed", path.display())))?;
+            identity.sig = sign(path, seed, nonce)?.1;
+            identity.jwt = Some(jwt.to_owned());
+        }
+        Auth::NkeyFile { seed, jwt } => {
+            let (public, sig) = sign(seed, read(seed)?.trim(), nonce)?;
+            identity.sig = sig;
+            match jwt {
+                Some(path) => identity.jwt = Some(read(path)?.trim().to_owned()),
+                None => identity.nkey = Some(public),
+            }
+        }
+    }
+    Ok(identity)
+}
+
+fn read(path: &Path) -> Result<String, Error> {
+    fs::read_to_string(path).map_err(|error| Error::hold(format!("cannot read `{}`: {error}", path.display())))
+}
+
+/// The text between `-----BEGIN <name>-----` and the dashes of its end line.
+fn section<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let begin = format!("BEGIN {name}");
+    let after = &text[text.find(&begin)? + begin.len()..];
+    let body = after.trim_start_matches('-');
+    let body = body.split_once("-----").map_or(body, |(body, _)| body).trim();
+    (!body.is_empty()).then_some(body)
+}
+
+/// Public key of the seed and, for a server that asks, the signature of its nonce.
+fn sign(path: &Path, seed: &str, nonce: Option<&str>) -> Result<(String, Option<String>), Error> {
+    // The library's message may quote the seed: it is not passed on.
+    let pair = KeyPair::from_seed(seed.trim())
+        .map_err(|_| Error::hold(format!("`{}` holds no valid nkey seed", path.display())))?;
+    let sig = match nonce {
+        Some(nonce) => {
+            let sig = pair
+                .sign(nonce.as_bytes())
+                .map_err(|_| Error::hold(format!("the seed in `{}` cannot sign", path.display())))?;
+            Some(URL_SAFE_NO_PAD.encode(sig))
+        }
+        None => None,
+    };
+    Ok((pair.public_key(), sig))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CREDS: &str = "-----BEGIN NATS USER JWT-----\neyJ0eXAi.abc-_.def\n------END NATS USER JWT------\n\n\
+        ************************* IMPORTANT *************************\nkeep it\n\n\
+        -----BEGIN USER NKEY SEED-----\nSUAXYZ\n------END USER NKEY SEED------\n";
+
+    #[test]
+    fn sections_of_a_credentials_file() {
+        assert_eq!(section(CREDS, "NATS USER JWT"), Some("eyJ0eXAi.abc-_.def"));
+        assert_eq!(section(CREDS, "USER NKEY SEED"), Some("SUAXYZ"));
+        assert_eq!(section(CREDS, "OTHER"), None);
+        assert_eq!(section("-----BEGIN NATS USER JWT-----\n", "NATS USER JWT"), None);
+    }
+
+    #[test]
+    fn a_bad_seed_is_named_by_its_file_and_not_shown() {
+        let error = sign(Path::new("/x/seed"), "SUASECRET", Some("n")).unwrap_err();
+        assert!(error.message.contains("/x/seed") && !error.message.contains("SUASECRET"), "{error}");
+    }
+}

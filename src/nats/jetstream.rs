@@ -1,0 +1,294 @@
+//! The few JetStream API calls that a copy needs, over its own lane. All reads are answered by the leader of the
+//! stream (`STREAM.INFO`, `STREAM.MSG.GET`); direct gets can be stale.
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+
+use super::{ApiError, Error, ErrorKind, Lane};
+
+/// `STREAM.INFO`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct StreamInfo {
+    /// The configuration exactly as the server tells it.
+    pub config: Value,
+    /// When the stream was made; a hint, not an identity.
+    #[serde(default)]
+    pub created: String,
+    /// Sequences and counts.
+    pub state: StreamState,
+    /// JetStream domain of the server that answered, if it has one.
+    #[serde(default)]
+    pub domain: Option<String>,
+}
+
+/// `state` of [`StreamInfo`].
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct StreamState {
+    /// Messages stored.
+    pub messages: u64,
+    /// First sequence; last + 1 when empty.
+    pub first_seq: u64,
+    /// Last sequence ever given.
+    pub last_seq: u64,
+}
+
+impl StreamInfo {
+    /// A configuration value that is a string; empty if there is none.
+    pub fn text(&self, name: &str) -> &str {
+        self.config.get(name).and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// A configuration value that is a number; 0 if there is none.
+    pub fn number(&self, name: &str) -> i64 {
+        self.config.get(name).and_then(Value::as_i64).unwrap_or_default()
+    }
+
+    /// A configuration value that is true.
+    pub fn flag(&self, name: &str) -> bool {
+        self.config.get(name).and_then(Value::as_bool).unwrap_or_default()
+    }
+
+    /// A configuration value that is a list or an object with something in it.
+    pub fn has(&self, name: &str) -> bool {
+        match self.config.get(name) {
+            Some(Value::Array(list)) => !list.is_empty(),
+            Some(Value::Object(fields)) => !fields.is_empty(),
+            _ => false,
+        }
+    }
+
+    /// The subjects that the stream listens on.
+    pub fn subjects(&self) -> Vec<&str> {
+        self.config
+            .get("subjects")
+            .and_then(Value::as_array)
+            .map(|list| list.iter().filter_map(Value::as_str).collect())
+            .unwrap_or_default()
+    }
+
+    /// API level of the server that leads the stream (ADR-44); 0 before 2.11.
+    pub fn api_level(&self) -> u32 {
+        let level = self.config.pointer("/metadata/_nats.level").and_then(Value::as_str);
+        level.and_then(|level| level.parse().ok()).unwrap_or_default()
+    }
+}
+
+/// A stored message, as `STREAM.MSG.GET` gives it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredMessage {
+    /// Stream sequence.
+    pub sequence: u64,
+    /// Stored time, nanoseconds since the Unix epoch.
+    pub time_ns: i64,
+    /// Header block; empty for none.
+    pub header: Vec<u8>,
+}
+
+/// `CONSUMER.CREATE` and `CONSUMER.INFO`, the parts that matter here.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ConsumerInfo {
+    /// Messages that match and have not been delivered.
+    #[serde(default)]
+    pub num_pending: u64,
+    /// What was delivered last.
+    #[serde(default)]
+    pub delivered: SequencePair,
+    /// Up to where everything is acknowledged.
+    #[serde(default)]
+    pub ack_floor: SequencePair,
+}
+
+/// A consumer's and a stream's sequence.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+pub struct SequencePair {
+    /// Sequence of the stream.
+    #[serde(default)]
+    pub stream_seq: u64,
+}
+
+#[derive(Deserialize)]
+struct Reply<T> {
+    error: Option<ApiError>,
+    #[serde(flatten)]
+    value: Option<T>,
+}
+
+/// The JetStream API of one side, over its lane.
+#[derive(Debug)]
+pub struct Api<'a> {
+    lane: &'a mut Lane,
+    prefix: &'a str,
+}
+
+/// The API's subjects begin with this unless a domain or an import says otherwise.
+pub const DEFAULT_PREFIX: &str = "$JS.API";
+
+impl<'a> Api<'a> {
+    /// The API below `$JS.API`.
+    pub fn new(lane: &'a mut Lane) -> Self {
+        Self { lane, prefix: DEFAULT_PREFIX }
+    }
+
+    async fn call<T: DeserializeOwned>(&mut self, what: &str, body: &Value) -> Result<T, Error> {
+        let subject = format!("{}.{what}", self.prefix);
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let reply = self.lane.request(&subject, body.as_bytes()).await?;
+        decode(&reply).map_err(|error| error.context(what))
+    }
+
+    /// Asks for a stream; `None` if there is none.
+    pub async fn stream_info(&mut self, stream: &str) -> Result<Option<StreamInfo>, Error> {
+        found(self.call(&format!("STREAM.INFO.{stream}"), &Value::Null).await)
+    }
+
+    /// Creates a stream.
+    pub async fn create_stream(&mut self, stream: &str, config: &Value) -> Result<StreamInfo, Error> {
+        self.call(&format!("STREAM.CREATE.{stream}"), config).await
+    }
+
+    /// Reads the message at a sequence; `None` if nothing lies there.
+    pub async fn message(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
+        #[derive(Deserialize)]
+        struct Got {
+            message: Raw,
+        }
+        #[derive(Deserialize)]
+        struct Raw {
+            seq: u64,
+            time: DateTime<Utc>,
+            #[serde(default)]
+            hdrs: String,
+        }
+        let what = format!("STREAM.MSG.GET.{stream}");
+        let got: Option<Got> = found(self.call(&what, &json!({ "seq": sequence })).await)?;
+        let Some(Got { message }) = got else { return Ok(None) };
+        let header = STANDARD
+            .decode(&message.hdrs)
+            .map_err(|error| Error::retry(format!("{what}: headers are not base64: {error}")))?;
+        Ok(Some(StoredMessage {
+            sequence: message.seq,
+            time_ns: message.time.timestamp_nanos_opt().unwrap_or_default(),
+            header,
+        }))
+    }
+
+    /// Creates a consumer under the given name.
+    pub async fn create_consumer(&mut self, stream: &str, name: &str, config: &Value) -> Result<ConsumerInfo, Error> {
+        let filter = config.get("filter_subject").and_then(Value::as_str);
+        let what = match filter {
+            Some(filter) => format!("CONSUMER.CREATE.{stream}.{name}.{filter}"),
+            None => format!("CONSUMER.CREATE.{stream}.{name}"),
+        };
+        self.call(&what, &json!({ "stream_name": stream, "config": config })).await
+    }
+
+    /// Asks for a consumer; `None` if there is none.
+    pub async fn consumer_info(&mut self, stream: &str, name: &str) -> Result<Option<ConsumerInfo>, Error> {
+        found(self.call(&format!("CONSUMER.INFO.{stream}.{name}"), &Value::Null).await)
+    }
+
+    /// Deletes a consumer; one that is gone already is no error.
+    pub async fn delete_consumer(&mut self, stream: &str, name: &str) -> Result<(), Error> {
+        found(self.call::<Value>(&format!("CONSUMER.DELETE.{stream}.{name}"), &Value::Null).await).map(|_| ())
+    }
+}
+
+/// Decodes a reply of the API: its value, or its error.
+pub fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, Error> {
+    let reply: Reply<T> =
+        serde_json::from_slice(payload).map_err(|error| Error::retry(format!("a reply that is not valid: {error}")))?;
+    match (reply.error, reply.value) {
+        (Some(error), _) => Err(error.into()),
+        (None, Some(value)) => Ok(value),
+        (None, None) => Err(Error::retry("a reply without the fields that were asked for")),
+    }
+}
+
+fn found<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// What the reply subject of a delivered message tells (ADR-15): `$JS.ACK.<stream>.<consumer>.<delivered>.<stream
+/// sequence>.<consumer sequence>.<time ns>.<pending>`, with `<domain>.<account>` behind `ACK` in the longer form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Delivery {
+    /// Sequence in the stream.
+    pub stream_seq: u64,
+    /// Sequence of this delivery of this consumer, from 1 without holes.
+    pub consumer_seq: u64,
+    /// Stored time, nanoseconds since the Unix epoch.
+    pub time_ns: i64,
+    /// Messages that match and come after this one.
+    pub pending: u64,
+}
+
+/// Whether a reply subject marks a delivered message. Only what has none is a status: servers up to 2.11 store
+/// messages whose own header block begins like one.
+pub fn is_delivery(reply: &[u8]) -> bool {
+    reply.starts_with(b"$JS.ACK.")
+}
+
+/// Takes a delivery's reply subject apart; `None` if it is none.
+pub fn parse_delivery(reply: &[u8]) -> Option<Delivery> {
+    let mut starts = [0usize; 16];
+    let mut count = 1;
+    for at in memchr::memchr_iter(b'.', reply) {
+        *starts.get_mut(count)? = at + 1;
+        count += 1;
+    }
+    let first = match count {
+        9 => 4,
+        11 | 12 => 6,
+        _ => return None,
+    };
+    let token = |n: usize| {
+        let end = if n + 1 < count { starts[n + 1] - 1 } else { reply.len() };
+        super::parser::number(&reply[starts[n]..end])
+    };
+    Some(Delivery {
+        stream_seq: token(first + 1)?,
+        consumer_seq: token(first + 2)?,
+        time_ns: i64::try_from(token(first + 3)?).ok()?,
+        pending: token(first + 4)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deliveries_in_both_forms() {
+        let expect = Delivery { stream_seq: 42, consumer_seq: 7, time_ns: 1_700_000_000_000_000_001, pending: 3 };
+        for reply in [
+            "$JS.ACK.S.C.1.42.7.1700000000000000001.3",
+            "$JS.ACK.hub.Abc.S.C.1.42.7.1700000000000000001.3",
+            "$JS.ACK._.Abc.S.C.1.42.7.1700000000000000001.3.rnd",
+        ] {
+            assert!(is_delivery(reply.as_bytes()));
+            assert_eq!(parse_delivery(reply.as_bytes()), Some(expect), "{reply}");
+        }
+        for reply in ["", "$JS.ACK.S.C.1.42.7", "$JS.ACK.S.C.1.x.7.1.3", "_INBOX.a.b"] {
+            assert_eq!(parse_delivery(reply.as_bytes()), None, "{reply}");
+        }
+    }
+
+    #[test]
+    fn an_error_in_a_reply_is_an_error() {
+        let missing = br#"{"type":"x","error":{"code":404,"err_code":10059,"description":"stream not found"}}"#;
+        assert_eq!(decode::<StreamInfo>(missing).unwrap_err().kind, ErrorKind::NotFound);
+        assert_eq!(decode::<StreamInfo>(b"{}").unwrap_err().kind, ErrorKind::Retry);
+        assert_eq!(decode::<StreamInfo>(b"").unwrap_err().kind, ErrorKind::Retry);
+        let info: StreamInfo =
+            decode(br#"{"config":{"name":"S","metadata":{"_nats.level":"4"}},"created":"c","state":{"last_seq":3}}"#)
+                .unwrap();
+        assert_eq!((info.api_level(), info.state.last_seq), (4, 3));
+    }
+}

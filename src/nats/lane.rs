@@ -1,0 +1,507 @@
+//! A connection of the copy path: one owner, raw bytes, no reconnect. Whoever holds it drives it: commands are
+//! put into the output buffer, [`Lane::turn`] writes and reads until something arrived or everything was
+//! written. Dropping the lane closes the connection, and nothing of it reaches the server any more.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use rustls_pki_types::ServerName;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    net::TcpStream,
+    time::{Instant, Interval, MissedTickBehavior, interval_at, timeout, timeout_at},
+};
+use tokio_util::io::poll_read_buf;
+
+use super::{
+    Error,
+    auth::identity,
+    parser::{self, Control, Frame},
+    tls::client_config,
+};
+use crate::config::{Endpoint, Host, Scheme};
+
+/// Smallest and largest piece read at once. A lane that is busy reads large, an idle one holds little memory.
+const READ_MIN: usize = 4 * 1024;
+const READ_MAX: usize = 512 * 1024;
+/// How often a silent connection is looked at: a PING at the first look, given up at the third.
+const KEEPALIVE: Duration = Duration::from_secs(5);
+/// Time limit for the answer to one request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// What the server said of itself in INFO.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct ServerInfo {
+    /// Name of the server.
+    pub server_name: String,
+    /// Version, such as `2.14.6`.
+    pub version: String,
+    /// Largest message it takes, headers included.
+    pub max_payload: usize,
+    /// Whether it takes headers.
+    pub headers: bool,
+    tls_required: bool,
+    nonce: Option<String>,
+}
+
+/// One message in a [`Batch`].
+#[derive(Debug, Clone, Copy)]
+pub struct Message<'a> {
+    /// Subscription it came for.
+    pub sid: u64,
+    /// Subject.
+    pub subject: &'a [u8],
+    /// Reply subject; empty for none.
+    pub reply: &'a [u8],
+    /// Header block; empty for none.
+    pub header: &'a [u8],
+    /// Payload.
+    pub payload: &'a [u8],
+}
+
+/// Messages that arrived together, still lying in the buffer they were read into.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    data: Bytes,
+    frames: Vec<Frame>,
+}
+
+impl Batch {
+    /// Number of messages.
+    pub fn len(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
+    /// Bytes of buffer that this batch keeps.
+    pub fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    /// The message at an index below [`Batch::len`].
+    pub fn get(&self, index: usize) -> Message<'_> {
+        let frame = &self.frames[index];
+        Message {
+            sid: frame.sid,
+            subject: frame.subject.of(&self.data),
+            reply: frame.reply.of(&self.data),
+            header: frame.header.of(&self.data),
+            payload: frame.payload.of(&self.data),
+        }
+    }
+
+    /// All messages in order.
+    pub fn iter(&self) -> impl Iterator<Item = Message<'_>> {
+        (0..self.len()).map(|index| self.get(index))
+    }
+}
+
+/// Why [`Lane::turn`] returned.
+#[derive(Debug)]
+pub enum Turn {
+    /// Messages arrived.
+    Received(Batch),
+    /// All output was handed to the system.
+    Flushed,
+}
+
+/// A connection of the copy path.
+pub struct Lane {
+    io: Box<dyn Stream>,
+    address: String,
+    info: ServerInfo,
+    input: BytesMut,
+    need: usize,
+    read_size: usize,
+    controls: Vec<Control>,
+    pongs: u64,
+    output: BytesMut,
+    unflushed: bool,
+    inbox: String,
+    next_sid: u64,
+    next_request: u64,
+    keepalive: Interval,
+    heard: bool,
+    busy: bool,
+    silent: u32,
+}
+
+impl std::fmt::Debug for Lane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lane").field("address", &self.address).field("server", &self.info.server_name).finish()
+    }
+}
+
+impl Lane {
+    /// Connects to the first server of the endpoint that lets us in. Every host gets `connect_timeout`; the
+    /// error tells what each of them said.
+    pub async fn connect(endpoint: &Endpoint, name: &str) -> Result<Self, Error> {
+        let mut errors: Vec<Error> = Vec::new();
+        for host in &endpoint.hosts {
+            let attempt = timeout(endpoint.connect_timeout, Self::connect_host(endpoint, host, name));
+            match attempt.await {
+                Ok(Ok(lane)) => return Ok(lane),
+                Ok(Err(error)) => {
+                    errors.push(error.context(format!("cannot connect to `{}:{}`", host.host, host.port)))
+                }
+                Err(_) => errors.push(Error::retry(format!(
+                    "cannot connect to `{}:{}`: no answer within {:?}",
+                    host.host, host.port, endpoint.connect_timeout
+                ))),
+            }
+        }
+        // One server that may let us in later is enough to try again soon.
+        let kind = errors.iter().map(|e| e.kind).find(|k| *k == super::ErrorKind::Retry);
+        let message = errors.iter().map(|e| e.message.as_str()).collect::<Vec<_>>().join("; ");
+        Err(Error { kind: kind.unwrap_or(super::ErrorKind::Hold), message, api: None })
+    }
+
+    async fn connect_host(endpoint: &Endpoint, host: &Host, name: &str) -> Result<Self, Error> {
+        let tcp = TcpStream::connect((host.host.as_str(), host.port)).await.map_err(|e| Error::retry(e.to_string()))?;
+        tcp.set_nodelay(true).map_err(|e| Error::retry(e.to_string()))?;
+        let io: Box<dyn Stream> =
+            if endpoint.tls.handshake_first { Box::new(start_tls(endpoint, host, tcp).await?) } else { Box::new(tcp) };
+        let mut lane = Self::over(io, format!("{}:{}", host.host, host.port));
+        lane.read_info().await?;
+        if !endpoint.tls.handshake_first && (lane.info.tls_required || endpoint.scheme == Scheme::Tls) {
+            if !lane.input.is_empty() {
+                return Err(Error::retry("the server went on in plain text where TLS was due"));
+            }
+            lane.io = Box::new(start_tls(endpoint, host, lane.io).await?);
+        }
+        lane.handshake(endpoint, name).await?;
+        Ok(lane)
+    }
+
+    fn over(io: Box<dyn Stream>, address: String) -> Self {
+        let mut keepalive = interval_at(Instant::now() + KEEPALIVE, KEEPALIVE);
+        keepalive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self {
+            io,
+            address,
+            info: ServerInfo::default(),
+            input: BytesMut::new(),
+            need: 0,
+            read_size: READ_MIN,
+            controls: Vec::new(),
+            pongs: 0,
+            output: BytesMut::new(),
+            unflushed: false,
+            inbox: format!("_INBOX.{}", nuid::next()),
+            next_sid: 1,
+            next_request: 0,
+            keepalive,
+            heard: false,
+            busy: false,
+            silent: 0,
+        }
+    }
+
+    async fn read_info(&mut self) -> Result<(), Error> {
+        while self.info.version.is_empty() {
+            self.read_more().await?;
+        }
+        if !self.info.headers {
+            return Err(Error::hold(format!("server version {} takes no headers", self.info.version)));
+        }
+        Ok(())
+    }
+
+    async fn handshake(&mut self, endpoint: &Endpoint, name: &str) -> Result<(), Error> {
+        let identity = identity(&endpoint.auth, self.info.nonce.as_deref())?;
+        let mut connect = json!({
+            "verbose": false,
+            "pedantic": false,
+            "lang": "rust",
+            "version": env!("CARGO_PKG_VERSION"),
+            "name": name,
+            "protocol": 1,
+            "headers": true,
+            "no_responders": true,
+            "echo": false,
+            "tls_required": endpoint.scheme == Scheme::Tls || endpoint.tls.handshake_first,
+        });
+        if let (Some(connect), Ok(serde_json::Value::Object(fields))) =
+            (connect.as_object_mut(), serde_json::to_value(&identity))
+        {
+            connect.extend(fields);
+        }
+        self.output.extend_from_slice(format!("CONNECT {connect}\r\nPING\r\n").as_bytes());
+        self.io.write_all(&self.output).await.map_err(|e| Error::retry(e.to_string()))?;
+        self.io.flush().await.map_err(|e| Error::retry(e.to_string()))?;
+        self.output.clear();
+        // The PONG proves that we were let in; an -ERR comes out as an error.
+        while self.pongs == 0 {
+            self.read_more().await?;
+        }
+        let subscription = format!("SUB {}.r.* {}\r\n", self.inbox, self.next_sid);
+        self.output.extend_from_slice(subscription.as_bytes());
+        self.next_sid += 1;
+        Ok(())
+    }
+
+    /// Reads and handles control lines while no subscription is there.
+    async fn read_more(&mut self) -> Result<(), Error> {
+        std::future::poll_fn(|cx| self.poll_read(cx)).await?;
+        self.take().map(|_| ())
+    }
+
+    /// What the server said of itself.
+    pub fn info(&self) -> &ServerInfo {
+        &self.info
+    }
+
+    /// `host:port` that this lane is connected to.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Where commands are put; [`Lane::turn`] writes them.
+    pub fn output(&mut self) -> &mut BytesMut {
+        &mut self.output
+    }
+
+    /// Subscribes to a new inbox of this lane. Returns its sid and its subject up to, and without, the last
+    /// token: anything published to `<subject>.<token>[.<token>]*` comes back for the sid.
+    pub fn open_inbox(&mut self) -> (u64, String) {
+        let sid = self.next_sid;
+        self.next_sid += 1;
+        let inbox = format!("{}.{sid}", self.inbox);
+        self.output.extend_from_slice(format!("SUB {inbox}.> {sid}\r\n").as_bytes());
+        (sid, inbox)
+    }
+
+    /// Ends a subscription.
+    pub fn close_inbox(&mut self, sid: u64) {
+        self.output.extend_from_slice(format!("UNSUB {sid}\r\n").as_bytes());
+    }
+
+    /// Publishes without headers.
+    pub fn publish(&mut self, subject: &str, reply: &str, payload: &[u8]) {
+        self.output.extend_from_slice(format!("PUB {subject} {reply} {}\r\n", payload.len()).as_bytes());
+        self.output.extend_from_slice(payload);
+        self.output.extend_from_slice(b"\r\n");
+    }
+
+    /// Sends a request whose answer will be received by [`Lane::turn`] as a message with sid
+    /// [`Lane::REQUEST_SID`] and the returned subject.
+    pub fn send_request(&mut self, subject: &str, payload: &[u8]) -> String {
+        self.next_request += 1;
+        let reply = format!("{}.r.{}", self.inbox, self.next_request);
+        self.publish(subject, &reply, payload);
+        reply
+    }
+
+    /// Subscription that answers to requests come for.
+    pub const REQUEST_SID: u64 = 1;
+
+    /// Sends a request and waits for its answer's payload. Messages for other subscriptions that arrive
+    /// meanwhile are lost: for use while no copy is under way.
+    pub async fn request(&mut self, subject: &str, payload: &[u8]) -> Result<Bytes, Error> {
+        let reply = self.send_request(subject, payload);
+        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        loop {
+            let turn = timeout_at(deadline, self.turn()).await.map_err(|_| {
+                Error::retry(format!("no answer to `{subject}` from `{}` within {REQUEST_TIMEOUT:?}", self.address))
+            })??;
+            let Turn::Received(batch) = turn else { continue };
+            if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
+                if super::headers::status(message.header) == Some(503) {
+                    return Err(Error::retry(format!("nobody answers `{subject}` at `{}`", self.address)));
+                }
+                return Ok(batch.data.slice_ref(message.payload));
+            }
+        }
+    }
+
+    /// Writes and reads until messages arrived or all output was written. Answers PINGs, and pings a silent
+    /// server itself. Cancel-safe: nothing is lost when the future is dropped. An error ends the lane's life.
+    pub async fn turn(&mut self) -> Result<Turn, Error> {
+        std::future::poll_fn(|cx| self.poll_turn(cx)).await
+    }
+
+    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Result<Turn, Error>> {
+        let flushed = self.poll_write(cx)?;
+        while let Poll::Ready(read) = self.poll_read(cx) {
+            read?;
+            if let Some(batch) = self.take()? {
+                return Poll::Ready(Ok(Turn::Received(batch)));
+            }
+        }
+        self.poll_keepalive(cx)?;
+        // A PONG or PING of our own may have joined the output.
+        let flushed = self.poll_write(cx)? || flushed;
+        if flushed { Poll::Ready(Ok(Turn::Flushed)) } else { Poll::Pending }
+    }
+
+    /// Writes what there is; whether that emptied the output.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<bool, Error> {
+        let had = !self.output.is_empty() || self.unflushed;
+        while !self.output.is_empty() {
+            match Pin::new(&mut self.io).poll_write(cx, &self.output) {
+                Poll::Ready(Ok(0)) => return Err(self.closed()),
+                Poll::Ready(Ok(n)) => {
+                    self.output.advance(n);
+                    self.busy |= n >= READ_MIN;
+                    self.unflushed = true;
+                }
+                Poll::Ready(Err(error)) => return Err(self.failed(&error)),
+                Poll::Pending => return Ok(false),
+            }
+        }
+        if self.unflushed {
+            match Pin::new(&mut self.io).poll_flush(cx) {
+                Poll::Ready(Ok(())) => self.unflushed = false,
+                Poll::Ready(Err(error)) => return Err(self.failed(&error)),
+                Poll::Pending => return Ok(false),
+            }
+        }
+        Ok(had)
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let room = self.input.capacity() - self.input.len();
+        let missing = self.need.saturating_sub(self.input.len());
+        if room < READ_MIN || room < missing {
+            self.input.reserve(self.read_size.max(missing));
+        }
+        let before = self.input.len();
+        match ready!(poll_read_buf(Pin::new(&mut self.io), cx, &mut self.input)) {
+            Ok(0) => Poll::Ready(Err(self.closed())),
+            Ok(n) => {
+                self.heard = true;
+                // Read more at once while the buffer fills up, less again when it does not.
+                if self.input.capacity() == self.input.len() {
+                    self.read_size = (self.read_size * 2).min(READ_MAX);
+                    self.busy = true;
+                } else if n < self.read_size / 8 && before == 0 {
+                    self.read_size = (self.read_size / 2).max(READ_MIN);
+                }
+                Poll::Ready(Ok(()))
+            }
+            Err(error) => Poll::Ready(Err(self.failed(&error))),
+        }
+    }
+
+    /// Takes what is complete out of the input and handles the control lines in it.
+    fn take(&mut self) -> Result<Option<Batch>, Error> {
+        if self.input.len() < self.need {
+            return Ok(None);
+        }
+        let mut frames = Vec::new();
+        let parsed = parser::parse(&self.input, &mut frames, &mut self.controls)?;
+        self.need = parsed.need;
+        let data = self.input.split_to(parsed.consumed);
+        let controls = std::mem::take(&mut self.controls);
+        for control in &controls {
+            self.control(control)?;
+        }
+        self.controls = controls;
+        self.controls.clear();
+        Ok((!frames.is_empty()).then(|| Batch { data: data.freeze(), frames }))
+    }
+
+    fn control(&mut self, control: &Control) -> Result<(), Error> {
+        match control {
+            Control::Ping => self.output.extend_from_slice(b"PONG\r\n"),
+            Control::Pong => self.pongs += 1,
+            Control::Info(json) => {
+                self.info = serde_json::from_slice(json).map_err(|error| {
+                    Error::retry(format!("`{}` sent an INFO that is not valid: {error}", self.address))
+                })?;
+            }
+            Control::Err(text) => return Err(self.refused(text)),
+        }
+        Ok(())
+    }
+
+    /// An -ERR: what it says decides whether trying again soon makes sense.
+    fn refused(&self, text: &str) -> Error {
+        let lower = text.to_ascii_lowercase();
+        let message = format!("`{}` says: {text}", self.address);
+        // The server's texts for what only people can change (server/errors.go).
+        if lower.contains("authorization")
+            || lower.contains("authentication")
+            || lower.contains("permissions violation")
+            || lower.contains("expired")
+        {
+            Error::hold(message)
+        } else {
+            Error::retry(message)
+        }
+    }
+
+    /// Counts the looks at a silent connection; sends a PING at the first and gives up at the third.
+    fn poll_keepalive(&mut self, cx: &mut Context<'_>) -> Result<(), Error> {
+        while self.keepalive.poll_tick(cx).is_ready() {
+            self.release_memory();
+            if std::mem::take(&mut self.heard) {
+                self.silent = 0;
+                continue;
+            }
+            self.silent += 1;
+            match self.silent {
+                1 => self.output.extend_from_slice(b"PING\r\n"),
+                2 => {}
+                _ => {
+                    return Err(Error::retry(format!(
+                        "`{}` is silent for {:?}",
+                        self.address,
+                        KEEPALIVE * self.silent
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets buffers go that were only needed while the lane was busy.
+    fn release_memory(&mut self) {
+        let busy = std::mem::replace(&mut self.busy, false);
+        if !busy && self.output.is_empty() && self.output.capacity() > READ_MIN {
+            self.output = BytesMut::new();
+        }
+        if !busy && self.input.is_empty() && self.input.capacity() > READ_MIN {
+            self.input = BytesMut::new();
+            self.read_size = READ_MIN;
+        }
+    }
+
+    fn closed(&self) -> Error {
+        Error::retry(format!("`{}` closed the connection", self.address))
+    }
+
+    fn failed(&self, error: &io::Error) -> Error {
+        Error::retry(format!("connection to `{}` failed: {error}", self.address))
+    }
+}
+
+async fn start_tls(
+    endpoint: &Endpoint,
+    host: &Host,
+    io: impl Stream + 'static,
+) -> Result<impl Stream + 'static, Error> {
+    let config = Arc::new(client_config(&endpoint.tls)?);
+    let name = ServerName::try_from(host.host.clone())
+        .map_err(|_| Error::hold(format!("`{}` is no name that TLS can verify", host.host)))?;
+    tokio_rustls::TlsConnector::from(config)
+        .connect(name, io)
+        .await
+        .map_err(|error| Error::retry(format!("TLS handshake with `{}:{}` failed: {error}", host.host, host.port)))
+}

@@ -1,0 +1,220 @@
+//! What a replication says about itself: one [`Row`] per replication, the same in `replicator.status`, in
+//! the position record and, as numbers, in the metrics. Field names are the wire contract.
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+
+/// One replication as its leader sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// Replication id.
+    pub replication: String,
+    /// What it is doing.
+    pub state: State,
+    /// Where its document lives: `kv`.
+    pub origin: String,
+    /// Instance that runs it; `None` while nobody does.
+    pub leader: Option<String>,
+    /// Grows with every new holder.
+    pub epoch: u64,
+    /// KV revision of the document that runs.
+    pub config_revision: u64,
+    /// What the copy says.
+    #[serde(flatten)]
+    pub copy: CopyStatus,
+}
+
+/// State of a replication.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Connecting, or finding out where to resume.
+    Starting,
+    /// Copying, or waiting for messages to copy.
+    Running,
+    /// Stopped by request, position kept.
+    Paused,
+    /// An error passed or is passing; the next try is scheduled.
+    Retrying,
+    /// Something that only people or the target can change; tried again slowly.
+    Held,
+    /// The document cannot run.
+    Invalid,
+    /// Not running here and not going to by itself.
+    Stopped,
+}
+
+/// The part of a row that the copy path fills in.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CopyStatus {
+    /// Source stream.
+    pub source: SourceStatus,
+    /// Target stream.
+    pub target: TargetStatus,
+    /// What is settled.
+    pub position: Position,
+    /// How far behind.
+    pub lag: Lag,
+    /// How messages go to the target.
+    pub transport: Transport,
+    /// Whether others write to the target.
+    pub target_mode: TargetMode,
+    /// Read and not settled.
+    pub in_flight: InFlight,
+    /// Totals since this leader began.
+    pub counters: Counters,
+    /// The last error, kept after it passed.
+    pub last_error: Option<LastError>,
+    /// Time from read to settled; a metric only.
+    #[serde(skip)]
+    pub processing: Histogram,
+}
+
+/// Source side of a row.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SourceStatus {
+    /// Stream name.
+    pub stream: String,
+    /// Name of the server that the lane is connected to.
+    pub server: String,
+    /// Whether the lane is up.
+    pub connected: bool,
+    /// First sequence of the stream when last asked.
+    pub first_seq: u64,
+    /// Last sequence of the stream when last heard.
+    pub last_seq: u64,
+}
+
+/// Target side of a row.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TargetStatus {
+    /// Stream name.
+    pub stream: String,
+    /// Name of the server that the lane is connected to.
+    pub server: String,
+    /// Whether the lane is up.
+    pub connected: bool,
+    /// Last sequence of the stream that we know of.
+    pub last_seq: u64,
+}
+
+/// The source sequence up to which everything is settled, and the newest message of ours at the target.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Position {
+    /// Source sequence.
+    pub source_seq: u64,
+    /// Target sequence.
+    pub target_seq: u64,
+}
+
+/// How far behind the source.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Lag {
+    /// Messages in scope that are not settled.
+    pub messages: u64,
+    /// Age of the oldest of them, seconds; 0 when there is none.
+    pub seconds: f64,
+}
+
+/// How messages go to the target.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// ADR-50 fast-ingest batches.
+    FastIngest,
+    /// One publish with an ack per message, many in the air.
+    #[default]
+    Pipelined,
+}
+
+/// Whether others write to the target.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetMode {
+    /// Nobody else does.
+    #[default]
+    Exclusive,
+    /// Somebody else may.
+    Shared,
+}
+
+/// Read and not settled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct InFlight {
+    /// Messages.
+    pub messages: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// Totals since this leader began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    /// Messages read.
+    pub received: u64,
+    /// Bytes of subject, headers and payload read.
+    pub received_bytes: u64,
+    /// Messages stored at the target.
+    pub copied: u64,
+    /// Bytes of those, as read.
+    pub copied_bytes: u64,
+    /// Bytes of skipped messages, as read.
+    pub skipped_bytes: u64,
+    /// Skipped by sampling.
+    pub skipped_sampled: u64,
+    /// Skipped because older than `max_age`.
+    pub skipped_old: u64,
+    /// Skipped by a filter or because they had been here before.
+    pub skipped_filtered: u64,
+    /// Published to the dead letter subject.
+    pub dead_lettered: u64,
+    /// Source messages that were gone before they were read.
+    pub gap_messages: u64,
+    /// Headers left out because the target does not allow them.
+    pub headers_removed: u64,
+    /// Messages that the target refused.
+    pub refused: u64,
+    /// Source consumers made anew after the first.
+    pub consumers_recreated: u64,
+    /// Runs that ended with an error.
+    pub errors: u64,
+}
+
+/// The last error of a replication.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastError {
+    /// When it happened.
+    pub at: DateTime<Utc>,
+    /// `retry`, `hold`, `superseded` or `invalid`.
+    pub kind: String,
+    /// What happened, without secrets.
+    pub message: String,
+}
+
+/// Times in seconds, counted in fixed buckets.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Histogram {
+    /// Observations per bucket of [`Histogram::BOUNDS`] (not cumulative); the last one is above all bounds.
+    pub counts: [u64; Histogram::BOUNDS.len() + 1],
+    /// Sum of all observations.
+    pub sum: f64,
+}
+
+impl Histogram {
+    /// Upper bounds, seconds.
+    pub const BOUNDS: [f64; 10] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5, 10.0];
+
+    /// Counts `times` observations of `seconds`.
+    pub fn observe(&mut self, seconds: f64, times: u64) {
+        let bucket = Self::BOUNDS.partition_point(|bound| *bound < seconds);
+        self.counts[bucket] += times;
+        self.sum += seconds * times as f64;
+    }
+}

@@ -1,0 +1,12 @@
+//! The JetStream KV buckets on the control connection, typed. What must be current (positions) is read
+//! from the stream's leader with `STREAM.MSG.GET`: direct gets were measured stale.
+
+mod bucket;
+mod buckets;
+mod config;
+mod positions;
+mod watch;
+
+pub use buckets::{Buckets, Error};
+pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
+pub use positions::{PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness};

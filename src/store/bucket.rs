@@ -1,0 +1,254 @@
+//! One bucket: current reads, writes by compare-and-swap, and nothing about what the values mean.
+
+use std::time::Duration;
+
+use async_nats::{
+    Client, HeaderMap, Request, RequestErrorKind,
+    header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE,
+    jetstream::{
+        self,
+        context::{ContextBuilder, GetStreamErrorKind},
+        kv,
+        message::StreamMessage,
+        publish::PublishAck,
+        response::Response,
+        stream::{Info, RawMessageErrorKind, Stream},
+    },
+};
+use bytes::Bytes;
+
+use super::buckets::Error;
+
+/// Time limit for one request to the server.
+const TIMEOUT: Duration = Duration::from_secs(3);
+
+const OPERATION: &str = "KV-Operation";
+/// "wrong last sequence", with and without the sequence in the text.
+const WRONG_LAST_SEQUENCE: [u64; 2] = [10071, 10164];
+const NO_MESSAGE_FOUND: u64 = 10037;
+const STREAM_NOT_FOUND: u64 = 10059;
+
+/// A bucket's handle; cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct Bucket {
+    client: Client,
+    /// Name of the bucket, for errors.
+    name: String,
+    stream: Stream<()>,
+    /// `$KV.<bucket>.`
+    prefix: String,
+}
+
+/// What lies at a key or lay there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Stored {
+    pub(super) revision: u64,
+    /// `None` for the marker of a deletion.
+    pub(super) value: Option<Bytes>,
+}
+
+/// Why a write was not confirmed.
+#[derive(Debug)]
+pub(super) enum PutError {
+    /// The key is not at the expected revision.
+    Conflict,
+    /// It did not happen.
+    Refused(Error),
+    /// It may have happened, or may still: read it back.
+    Unknown(Error),
+}
+
+impl Bucket {
+    /// Opens a bucket as it is, or creates it.
+    pub(super) async fn open(client: &Client, name: &str, history: i64, replicas: usize) -> Result<Self, Error> {
+        let context = ContextBuilder::new().timeout(TIMEOUT).build(client.clone());
+        let error = |message: String| Error { bucket: name.to_owned(), message };
+        if !exists(&context, name).await.map_err(error)? {
+            let config = kv::Config {
+                bucket: name.to_owned(),
+                description: "stream-replicator".to_owned(),
+                history,
+                num_replicas: replicas,
+                ..kv::Config::default()
+            };
+            let created = context.create_key_value(config).await;
+            if let Err(failed) = created {
+                // another instance may have been faster, with other settings
+                if !exists(&context, name).await.unwrap_or_default() {
+                    return Err(error(format!("cannot be created: {}", chain(&failed))));
+                }
+            }
+        }
+        let stream = context.get_stream_no_info(stream_name(name)).await.map_err(|failed| error(chain(&failed)))?;
+        Ok(Self { client: client.clone(), name: name.to_owned(), stream, prefix: format!("$KV.{name}.") })
+    }
+
+    pub(super) fn error(&self, message: impl Into<String>) -> Error {
+        Error { bucket: self.name.clone(), message: message.into() }
+    }
+
+    pub(super) fn new_inbox(&self) -> String {
+        self.client.new_inbox()
+    }
+
+    pub(super) fn stream(&self) -> &Stream<()> {
+        &self.stream
+    }
+
+    /// Subject of a key; `>` for all.
+    pub(super) fn subject(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
+    /// The key of a subject.
+    pub(super) fn key<'a>(&self, subject: &'a str) -> Option<&'a str> {
+        subject.strip_prefix(&self.prefix)
+    }
+
+    /// What lies at a key now, marker or value, read from the leader.
+    pub(super) async fn last(&self, key: &str) -> Result<Option<Stored>, Error> {
+        self.check_key(key)?;
+        let request = self.stream.raw_message_builder().last_by_subject(self.subject(key));
+        self.found(request.send().await)
+    }
+
+    /// The first revision of a key at or above `revision`, read from the leader.
+    pub(super) async fn next(&self, key: &str, revision: u64) -> Result<Option<Stored>, Error> {
+        self.check_key(key)?;
+        let request = self.stream.raw_message_builder().next_by_subject(self.subject(key)).sequence(revision);
+        self.found(request.send().await)
+    }
+
+    fn found(
+        &self,
+        result: Result<StreamMessage, jetstream::stream::RawMessageError>,
+    ) -> Result<Option<Stored>, Error> {
+        match result {
+            Ok(message) => {
+                let value = (!is_marker(&message.headers)).then_some(message.payload);
+                Ok(Some(Stored { revision: message.sequence, value }))
+            }
+            Err(error) => match error.kind() {
+                RawMessageErrorKind::NoMessageFound => Ok(None),
+                RawMessageErrorKind::JetStream(error) if error.error_code().0 == NO_MESSAGE_FOUND => Ok(None),
+                _ => Err(self.error(format!("cannot be read: {}", chain(&error)))),
+            },
+        }
+    }
+
+    /// Writes a value if the key is at `expected` (0: there is nothing); returns the new revision.
+    pub(super) async fn put(&self, key: &str, value: Bytes, expected: u64) -> Result<u64, PutError> {
+        self.publish(key, value, HeaderMap::new(), expected).await
+    }
+
+    /// Leaves the marker of a deletion if the key is at `expected`; returns the marker's revision.
+    pub(super) async fn mark_deleted(&self, key: &str, expected: u64) -> Result<u64, PutError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(OPERATION, "DEL");
+        self.publish(key, Bytes::new(), headers, expected).await
+    }
+
+    /// A request instead of the library's publish: no queue of pending acks, and its outcome is one of three.
+    async fn publish(&self, key: &str, value: Bytes, mut headers: HeaderMap, expected: u64) -> Result<u64, PutError> {
+        self.check_key(key).map_err(PutError::Refused)?;
+        headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string().as_str());
+        let request = Request::new().headers(headers).payload(value).timeout(Some(TIMEOUT));
+        let reply = match self.client.send_request(self.subject(key), request).await {
+            Ok(reply) => reply,
+            Err(error) => {
+                let outcome = match error.kind() {
+                    RequestErrorKind::TimedOut | RequestErrorKind::Other => PutError::Unknown,
+                    _ => PutError::Refused,
+                };
+                return Err(outcome(self.error(format!("cannot be written: {}", chain(&error)))));
+            }
+        };
+        match serde_json::from_slice::<Response<PublishAck>>(&reply.payload) {
+            Ok(Response::Ok(ack)) if ack.stream == stream_name(&self.name) => Ok(ack.sequence),
+            Ok(Response::Ok(ack)) => {
+                let message = format!("stream `{}` answers for it: its subjects overlap", ack.stream);
+                Err(PutError::Unknown(self.error(message)))
+            }
+            Ok(Response::Err { error }) if WRONG_LAST_SEQUENCE.contains(&error.error_code().0) => {
+                Err(PutError::Conflict)
+            }
+            Ok(Response::Err { error }) => Err(PutError::Refused(self.error(format!("cannot be written: {error}")))),
+            Err(_) => Err(PutError::Unknown(self.error("the answer to a write is no acknowledgement"))),
+        }
+    }
+
+    /// Removes a key without leaving a marker.
+    pub(super) async fn forget(&self, key: &str) -> Result<(), Error> {
+        self.check_key(key)?;
+        let purged = self.stream.purge().filter(self.subject(key)).await;
+        purged.map(|_| ()).map_err(|error| self.error(format!("key `{key}` cannot be removed: {}", chain(&error))))
+    }
+
+    /// The bucket's stream as it is now.
+    pub(super) async fn info(&self) -> Result<Info, Error> {
+        self.stream.get_info().await.map_err(|error| self.error(chain(&error)))
+    }
+
+    fn check_key(&self, key: &str) -> Result<(), Error> {
+        if valid_key(key) { Ok(()) } else { Err(self.error(format!("{key:?} is not a key"))) }
+    }
+}
+
+/// Whether a message is the marker of a deletion, by people, by us or by the server.
+pub(super) fn is_marker(headers: &HeaderMap) -> bool {
+    let deleted = headers.get(OPERATION).is_some_and(|operation| matches!(operation.as_str(), "DEL" | "PURGE"));
+    deleted || headers.get("Nats-Marker-Reason").is_some()
+}
+
+/// An error with its causes; async-nats names the cause in some of its texts and leaves it out of others.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let message = error.to_string();
+        if !text.contains(&message) {
+            text = format!("{text}: {message}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+fn stream_name(bucket: &str) -> String {
+    format!("KV_{bucket}")
+}
+
+async fn exists(context: &jetstream::Context, bucket: &str) -> Result<bool, String> {
+    match context.get_stream(stream_name(bucket)).await {
+        Ok(_) => Ok(true),
+        Err(error) => match error.kind() {
+            GetStreamErrorKind::JetStream(error) if error.error_code().0 == STREAM_NOT_FOUND => Ok(false),
+            _ => Err(format!("cannot be opened: {}", chain(&error))),
+        },
+    }
+}
+
+fn valid_key(key: &str) -> bool {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-/_=.".contains(&byte);
+    !key.is_empty() && key.split('.').all(|token| !token.is_empty()) && key.bytes().all(legal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys() {
+        let check = |key: &str, expect: bool| assert_eq!(valid_key(key), expect, "{key:?}");
+        check("ORDERS", true);
+        check("ORDERS.EAST-1_=/", true);
+        check("", false);
+        check(".A", false);
+        check("A.", false);
+        check("A..B", false);
+        check("A B", false);
+        check("A*", false);
+        check(">", false);
+        check("\u{e9}", false);
+    }
+}

@@ -1,0 +1,41 @@
+//! Opening, or creating, the buckets.
+
+use super::{ConfigStore, PositionStore, bucket::Bucket};
+
+/// Revisions of each document that are kept.
+const CONFIG_HISTORY: i64 = 10;
+
+/// The buckets of one installation.
+#[derive(Debug, Clone)]
+pub struct Buckets {
+    /// Replication documents.
+    pub config: ConfigStore,
+    /// Positions and status rows.
+    pub positions: PositionStore,
+}
+
+/// A bucket operation that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("bucket `{bucket}`: {message}")]
+pub struct Error {
+    /// Which bucket.
+    pub bucket: String,
+    /// What happened.
+    pub message: String,
+}
+
+impl Buckets {
+    /// Opens `<prefix>_CONFIG` and `<prefix>_POSITIONS`. What is missing is created with so many `replicas`; what
+    /// exists is used as it is.
+    pub async fn open(client: async_nats::Client, prefix: &str, replicas: usize) -> Result<Self, Error> {
+        let config = format!("{prefix}_CONFIG");
+        let legal = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        if !config.bytes().all(legal) {
+            let message = "a bucket's name has letters, digits, - and _ only".to_owned();
+            return Err(Error { bucket: config, message });
+        }
+        let config = Bucket::open(&client, &config, CONFIG_HISTORY, replicas).await?;
+        let positions = Bucket::open(&client, &format!("{prefix}_POSITIONS"), 1, replicas).await?;
+        Ok(Self { config: ConfigStore::new(config), positions: PositionStore::new(positions) })
+    }
+}

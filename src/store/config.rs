@@ -1,0 +1,172 @@
+//! The configuration bucket: key = replication id, value = the document.
+
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+
+use super::{
+    bucket::{Bucket, PutError, Stored},
+    buckets::Error,
+    watch,
+};
+
+/// One revision of a document, as it stands in the bucket (people edit there: it may be anything).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigEntry {
+    /// The key.
+    pub key: String,
+    /// Revision of the key.
+    pub revision: u64,
+    /// The document as written.
+    pub value: Bytes,
+}
+
+/// What the watch tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConfigChange {
+    /// A key was written, or was there when the watch began.
+    Put(ConfigEntry),
+    /// A key was deleted or purged.
+    Deleted {
+        /// The key.
+        key: String,
+        /// Revision of the deletion.
+        revision: u64,
+    },
+    /// Everything that was there when the watch began has been told.
+    Loaded,
+}
+
+/// Why a document was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// There is one already.
+    #[error("there is a document at revision {revision} already")]
+    Exists {
+        /// Its revision.
+        revision: u64,
+    },
+    /// There is none.
+    #[error("there is no such document")]
+    Missing,
+    /// It is not at the revision that was expected.
+    #[error("the document is at revision {revision}")]
+    Conflict {
+        /// Its revision.
+        revision: u64,
+    },
+    /// The write failed or its outcome could not be found out.
+    #[error(transparent)]
+    Store(#[from] Error),
+}
+
+/// The configuration bucket.
+#[derive(Debug, Clone)]
+pub struct ConfigStore {
+    bucket: Bucket,
+}
+
+impl ConfigStore {
+    pub(super) fn new(bucket: Bucket) -> Self {
+        Self { bucket }
+    }
+
+    /// All keys as they are, then [`ConfigChange::Loaded`], then every change as it happens.
+    ///
+    /// The stream never ends. An error is told once and passes: then follows what changed meanwhile, and nothing
+    /// that did not.
+    pub async fn watch(&self) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
+        watch::watch(self.bucket.clone()).await
+    }
+
+    /// Revisions of a key since its last deletion that the bucket still has, newest first.
+    pub async fn history(&self, key: &str) -> Result<Vec<ConfigEntry>, Error> {
+        let mut entries = Vec::new();
+        let mut from = 1;
+        while let Some(stored) = self.bucket.next(key, from).await? {
+            from = stored.revision + 1;
+            match stored.value {
+                Some(value) => entries.push(ConfigEntry { key: key.to_owned(), revision: stored.revision, value }),
+                None => entries.clear(),
+            }
+        }
+        entries.reverse();
+        Ok(entries)
+    }
+
+    /// The newest revision of a key, read from the leader of the bucket.
+    pub async fn get(&self, key: &str) -> Result<Option<ConfigEntry>, Error> {
+        Ok(self.bucket.last(key).await?.and_then(|stored| {
+            let value = stored.value?;
+            Some(ConfigEntry { key: key.to_owned(), revision: stored.revision, value })
+        }))
+    }
+
+    /// The newest revision of all keys, read from the leader of the bucket: what a watch has to have told to be
+    /// up to date.
+    pub async fn last_revision(&self) -> Result<u64, Error> {
+        Ok(self.bucket.info().await?.state.last_sequence)
+    }
+
+    /// Writes a document where there is none; returns its revision.
+    pub async fn create(&self, key: &str, value: Bytes) -> Result<u64, WriteError> {
+        self.write(key, Some(value), |current| match current {
+            Some(Stored { revision, value: Some(_) }) => Err(WriteError::Exists { revision: *revision }),
+            _ => Ok(()),
+        })
+        .await
+    }
+
+    /// Replaces a document, if given only when it is at the `expected` revision; returns its new revision.
+    pub async fn update(&self, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64, WriteError> {
+        self.write(key, Some(value), |current| allowed(current, expected)).await
+    }
+
+    /// Deletes a document, if given only when it is at the `expected` revision; returns the revision of the
+    /// deletion.
+    pub async fn delete(&self, key: &str, expected: Option<u64>) -> Result<u64, WriteError> {
+        self.write(key, None, |current| allowed(current, expected)).await
+    }
+
+    /// Writes by compare-and-swap what `check` allows in the face of what is there, and again if somebody else was
+    /// faster. A write whose outcome is unknown is read back.
+    async fn write(
+        &self,
+        key: &str,
+        value: Option<Bytes>,
+        check: impl Fn(Option<&Stored>) -> Result<(), WriteError>,
+    ) -> Result<u64, WriteError> {
+        for _ in 0..WRITE_TRIES {
+            let current = self.bucket.last(key).await?;
+            check(current.as_ref())?;
+            let at = current.as_ref().map_or(0, |stored| stored.revision);
+            let written = match &value {
+                Some(value) => self.bucket.put(key, value.clone(), at).await,
+                None => self.bucket.mark_deleted(key, at).await,
+            };
+            match written {
+                Ok(revision) => return Ok(revision),
+                Err(PutError::Conflict) => {}
+                Err(PutError::Refused(error)) => return Err(error.into()),
+                Err(PutError::Unknown(error)) => {
+                    return match self.bucket.last(key).await? {
+                        Some(found) if found.revision > at && found.value == value => Ok(found.revision),
+                        _ => Err(error.into()),
+                    };
+                }
+            }
+        }
+        Err(self.bucket.error(format!("key `{key}` cannot be written: others write it all the time")).into())
+    }
+}
+
+const WRITE_TRIES: usize = 5;
+
+fn allowed(current: Option<&Stored>, expected: Option<u64>) -> Result<(), WriteError> {
+    match current {
+        Some(Stored { revision, value: Some(_) }) if expected.is_some_and(|expected| expected != *revision) => {
+            Err(WriteError::Conflict { revision: *revision })
+        }
+        Some(Stored { value: Some(_), .. }) => Ok(()),
+        _ => Err(WriteError::Missing),
+    }
+}

@@ -1,0 +1,235 @@
+//! Position records: where each replication stands, who holds it, and its status row.
+
+use std::{collections::BTreeMap, future::Future};
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::{
+    bucket::{Bucket, PutError},
+    buckets::Error,
+};
+use crate::status::{Row, TargetMode};
+
+/// Value of a replication's key in the positions bucket. Readable JSON; fields that this version does not
+/// know are kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PositionRecord {
+    /// Format of the record: 1.
+    pub version: u32,
+    /// Grows with every new holder; the fence against older ones.
+    pub epoch: u64,
+    /// Instance that holds the replication.
+    pub holder: String,
+    /// Changes with every write, so that a write whose outcome is unknown can be recognised when read back.
+    pub nonce: u64,
+    /// Everything at the source up to here is settled.
+    pub source: Option<SourceWitness>,
+    /// The newest message of ours that is known to be at the target.
+    pub target: Option<TargetWitness>,
+    /// Kept because a target that turned out to be shared stays so.
+    #[serde(default)]
+    pub target_mode: TargetMode,
+    /// Status row at the time of the write. One that cannot be read (an edit by hand, another version) is none: the
+    /// rest of the record is worth more than it.
+    #[serde(default, deserialize_with = "readable")]
+    pub status: Option<Row>,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub other: BTreeMap<String, serde_json::Value>,
+}
+
+fn readable<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Row>, D::Error> {
+    let value = serde_json::Value::deserialize(deserializer)?;
+    Ok(serde_json::from_value(value).ok())
+}
+
+/// A place in the source stream and what proves that it is the same stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceWitness {
+    /// Source sequence; 0 before the first message.
+    pub seq: u64,
+    /// Stored time of the message at `seq`, nanoseconds since the Unix epoch; `None` if there was none.
+    pub time_ns: Option<i64>,
+    /// `created` of the stream; a hint, not an identity.
+    pub created: String,
+}
+
+/// A place in the target stream and what proves that it is the same stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetWitness {
+    /// Target sequence; 0 while nothing of ours is known to be there.
+    pub seq: u64,
+    /// Source sequence of the message that lies there.
+    pub source_seq: u64,
+    /// `created` of the stream; a hint, not an identity.
+    pub created: String,
+}
+
+/// Why a save did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// Somebody else wrote the record: its epoch decides who goes on.
+    #[error("the position record was written by instance `{}` (epoch {})", .record.holder, .record.epoch)]
+    Conflict {
+        /// What is there now.
+        record: Box<PositionRecord>,
+        /// Its revision.
+        revision: u64,
+    },
+    /// The record is gone: deleted by hand or with its bucket.
+    #[error("the position record was deleted")]
+    Deleted {
+        /// Revision that a new record has to be written at.
+        revision: u64,
+    },
+    /// The write failed or its outcome could not be found out; the same write may be tried again.
+    #[error(transparent)]
+    Store(#[from] Error),
+}
+
+/// The positions bucket.
+#[derive(Debug, Clone)]
+pub struct PositionStore {
+    bucket: Bucket,
+}
+
+impl PositionStore {
+    pub(super) fn new(bucket: Bucket) -> Self {
+        Self { bucket }
+    }
+
+    /// The record of a replication and its revision, read from the leader of the bucket.
+    pub async fn read(&self, id: &str) -> Result<Option<(PositionRecord, u64)>, Error> {
+        Ok(match self.current(id).await? {
+            Current::Record(record, revision) => Some((*record, revision)),
+            Current::Nothing { .. } => None,
+        })
+    }
+
+    async fn current(&self, id: &str) -> Result<Current, Error> {
+        let Some(stored) = self.bucket.last(id).await? else { return Ok(Current::Nothing { revision: 0 }) };
+        let Some(value) = stored.value else { return Ok(Current::Nothing { revision: stored.revision }) };
+        match serde_json::from_slice(&value) {
+            Ok(record) => Ok(Current::Record(record, stored.revision)),
+            Err(error) => {
+                let hint = "correct it, or delete the key to find the position anew";
+                Err(self.bucket.error(format!("key `{id}` holds no position record ({error}): {hint}")))
+            }
+        }
+    }
+
+    /// Makes `holder` the holder with an epoch greater than any before, by compare-and-swap (again if somebody
+    /// else writes at the same moment). Returns the record as written and its revision. This is the fence: from
+    /// now on every save of an older holder is refused.
+    pub async fn claim(&self, id: &str, holder: &str) -> Result<(PositionRecord, u64), Error> {
+        for _ in 0..CLAIM_TRIES {
+            let (before, revision) = match self.current(id).await? {
+                Current::Record(record, revision) => (*record, revision),
+                Current::Nothing { revision } => (PositionRecord::new(), revision),
+            };
+            let record = PositionRecord {
+                epoch: before.epoch + 1,
+                holder: holder.to_owned(),
+                nonce: u64::from(rand::random::<u32>()),
+                ..before
+            };
+            match self.save(id, record.clone(), revision).await {
+                Ok(revision) => return Ok((record, revision)),
+                Err(SaveError::Conflict { .. } | SaveError::Deleted { .. }) => {}
+                Err(SaveError::Store(error)) => return Err(error),
+            }
+        }
+        Err(self.bucket.error(format!("key `{id}` cannot be claimed: others write it all the time")))
+    }
+
+    /// Writes the record if the key is still at `revision`; returns the new revision. A write whose outcome is
+    /// unknown is read back before it is judged (content: holder, epoch, nonce).
+    pub fn save(
+        &self,
+        id: &str,
+        record: PositionRecord,
+        revision: u64,
+    ) -> impl Future<Output = Result<u64, SaveError>> + Send + 'static {
+        let (store, id) = (self.clone(), id.to_owned());
+        async move {
+            let value = serde_json::to_vec(&record).map_err(|error| store.bucket.error(error.to_string()))?;
+            let failed = match store.bucket.put(&id, value.into(), revision).await {
+                Ok(revision) => return Ok(revision),
+                Err(PutError::Refused(error)) => return Err(error.into()),
+                // a conflict may be with our own write, after a try with unknown outcome
+                Err(PutError::Conflict) => None,
+                Err(PutError::Unknown(error)) => Some(error),
+            };
+            match (store.current(&id).await?, failed) {
+                (Current::Record(found, at), _) if found.same_write(&record) => Ok(at),
+                (Current::Record(_, at) | Current::Nothing { revision: at }, Some(error)) if at == revision => {
+                    Err(error.into()) // nobody wrote, so far not even we
+                }
+                (Current::Record(record, revision), _) => Err(SaveError::Conflict { record, revision }),
+                (Current::Nothing { revision }, _) => Err(SaveError::Deleted { revision }),
+            }
+        }
+    }
+
+    /// Forgets a replication: the key is removed without a trace.
+    pub async fn remove(&self, id: &str) -> Result<(), Error> {
+        self.bucket.forget(id).await
+    }
+}
+
+const CLAIM_TRIES: usize = 10;
+
+/// What lies at a key.
+enum Current {
+    Record(Box<PositionRecord>, u64),
+    /// Never written (revision 0), removed, or the marker of a deletion by hand.
+    Nothing {
+        revision: u64,
+    },
+}
+
+impl PositionRecord {
+    fn new() -> Self {
+        Self {
+            version: 1,
+            epoch: 0,
+            holder: String::new(),
+            nonce: 0,
+            source: None,
+            target: None,
+            target_mode: TargetMode::default(),
+            status: None,
+            other: BTreeMap::new(),
+        }
+    }
+
+    fn same_write(&self, other: &Self) -> bool {
+        (&self.holder, self.epoch, self.nonce) == (&other.holder, other.epoch, other.nonce)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_of_other_versions_are_kept() {
+        let json = serde_json::json!({
+            "version": 2, "epoch": 3, "holder": "a", "nonce": 4, "source": {"seq": 5, "time_ns": 6, "created": "c"},
+            "target": null, "target_mode": "shared", "status": null, "later": {"x": [1]}
+        });
+        let record: PositionRecord = serde_json::from_value(json.clone()).unwrap();
+        assert_eq!(record.target_mode, TargetMode::Shared);
+        assert_eq!(serde_json::to_value(&record).unwrap(), json);
+    }
+
+    #[test]
+    fn a_status_row_that_cannot_be_read_does_not_cost_the_position() {
+        let json = serde_json::json!({
+            "version": 1, "epoch": 3, "holder": "a", "nonce": 4, "source": {"seq": 5, "time_ns": 6, "created": "c"},
+            "target": null, "status": {"state": "a state of the future"}
+        });
+        let record: PositionRecord = serde_json::from_value(json).unwrap();
+        assert_eq!((record.source.map(|source| source.seq), record.status), (Some(5), None));
+    }
+}

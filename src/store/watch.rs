@@ -1,0 +1,253 @@
+//! The watch on the configuration bucket: one stream of changes that outlives server restarts, lost consumers and
+//! a bucket made anew.
+//!
+//! async-nats' ordered consumer repairs most of that by itself, but it goes on behind the last sequence it saw:
+//! what was purged without a marker, or written to a bucket that began again, it never tells. So each time it is
+//! opened, and when a look at the stream shows that it fell behind, everything is read and compared with what was
+//! told.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    time::Duration,
+};
+
+use async_nats::jetstream::{
+    self,
+    consumer::{DeliverPolicy, push},
+    stream,
+};
+use futures_util::{
+    StreamExt,
+    stream::{BoxStream, unfold},
+};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::{
+    ConfigChange, ConfigEntry,
+    bucket::{Bucket, Stored, chain, is_marker},
+    buckets::Error,
+};
+use crate::backoff::Backoff;
+
+/// How often the stream is looked at.
+const LOOK: Duration = Duration::from_secs(5);
+/// Silence that ends the first read.
+const SNAPSHOT_SILENCE: Duration = Duration::from_secs(5);
+
+/// Opens the watch; fails if the bucket cannot be read now.
+pub(super) async fn watch(bucket: Bucket) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
+    let mut watch = Watch {
+        bucket,
+        live: None,
+        told: HashMap::new(),
+        seen: 0,
+        looked: None,
+        next_look: Instant::now() + LOOK,
+        queue: VecDeque::new(),
+        backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
+        failing: false,
+    };
+    watch.open().await?;
+    watch.queue.push_back(Ok(ConfigChange::Loaded));
+    Ok(unfold(watch, |mut watch| async { Some((watch.next().await, watch)) }).boxed())
+}
+
+struct Watch {
+    bucket: Bucket,
+    /// Changes as they happen; `None` when it has to be opened.
+    live: Option<push::Ordered>,
+    /// Revision last told of each key that has a value.
+    told: HashMap<String, u64>,
+    /// Newest revision of all keys that was seen.
+    seen: u64,
+    /// The stream when last looked at.
+    looked: Option<Look>,
+    next_look: Instant,
+    /// Read and not yet told.
+    queue: VecDeque<Result<ConfigChange, Error>>,
+    backoff: Backoff,
+    /// The current trouble was told.
+    failing: bool,
+}
+
+impl Watch {
+    async fn next(&mut self) -> Result<ConfigChange, Error> {
+        loop {
+            if let Some(change) = self.queue.pop_front() {
+                return change;
+            }
+            match self.live.take() {
+                Some(live) => self.live = self.follow(live).await,
+                None => self.reopen().await,
+            }
+        }
+    }
+
+    /// Waits for a change or finds that the consumer is of no more use.
+    async fn follow(&mut self, mut live: push::Ordered) -> Option<push::Ordered> {
+        loop {
+            tokio::select! {
+                message = live.next() => {
+                    let (key, stored) = read(&self.bucket, message?.ok()?)?;
+                    self.tell(key, stored);
+                    if !self.queue.is_empty() {
+                        return Some(live);
+                    }
+                }
+                _ = sleep_until(self.next_look) => {
+                    self.next_look = Instant::now() + LOOK;
+                    // while the server does not answer there is nothing to compare with
+                    let Ok(info) = self.bucket.info().await else { continue };
+                    let look = Look::new(&info);
+                    let behind = look.behind(self.looked.replace(look), self.seen);
+                    if behind {
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn reopen(&mut self) {
+        match self.open().await {
+            Ok(()) => {
+                self.backoff.reset();
+                self.failing = false;
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.failing, true) {
+                    self.queue.push_back(Err(error));
+                }
+                tokio::time::sleep(self.backoff.next(rand::random())).await;
+            }
+        }
+    }
+
+    /// Reads everything, tells what differs from what was told, and follows from there.
+    async fn open(&mut self) -> Result<(), Error> {
+        let before = self.bucket.info().await?;
+        let (live, snapshot) = snapshot(&self.bucket).await?;
+        let there: HashSet<_> = snapshot.iter().map(|(key, _)| key).collect();
+        let gone: Vec<_> = self.told.keys().filter(|key| !there.contains(key)).cloned().collect();
+        if Look::new(&before).is_another(self.looked, self.seen) {
+            self.seen = 0;
+            self.told.values_mut().for_each(|revision| *revision = 0);
+        }
+        for (key, stored) in snapshot {
+            self.tell(key, stored);
+        }
+        self.seen = self.seen.max(before.state.last_sequence);
+        for key in gone {
+            // no marker, so the revision is not known exactly: it was gone by the time of this one
+            self.tell(key, Stored { revision: self.seen, value: None });
+        }
+        self.looked = Some(Look::new(&before));
+        self.live = Some(live);
+        Ok(())
+    }
+
+    /// Queues a change, unless it was told. A deletion that is news is told for a key that was never there, too:
+    /// who made it waits for it.
+    fn tell(&mut self, key: String, stored: Stored) {
+        let revision = stored.revision;
+        let news = revision > self.seen;
+        self.seen = self.seen.max(revision);
+        match stored.value {
+            Some(_) if self.told.get(&key) == Some(&revision) => {}
+            Some(value) => {
+                self.told.insert(key.clone(), revision);
+                self.queue.push_back(Ok(ConfigChange::Put(ConfigEntry { key, revision, value })));
+            }
+            None if self.told.remove(&key).is_some() || news => {
+                self.queue.push_back(Ok(ConfigChange::Deleted { key, revision }));
+            }
+            None => {}
+        }
+    }
+}
+
+/// The last revision of every key, and the consumer behind them.
+async fn snapshot(bucket: &Bucket) -> Result<(push::Ordered, Vec<(String, Stored)>), Error> {
+    let config = push::OrderedConfig {
+        deliver_subject: bucket.new_inbox(),
+        description: Some("stream-replicator".to_owned()),
+        filter_subject: bucket.subject(">"),
+        deliver_policy: DeliverPolicy::LastPerSubject,
+        ..push::OrderedConfig::default()
+    };
+    let failed = |error: &dyn std::error::Error| bucket.error(format!("cannot be watched: {}", chain(error)));
+    let consumer = bucket.stream().create_consumer(config).await.map_err(|error| failed(&error))?;
+    let mut pending = consumer.cached_info().num_pending;
+    let mut live = consumer.messages().await.map_err(|error| failed(&error))?;
+    let mut snapshot = Vec::new();
+    while pending > 0 {
+        let Ok(Some(message)) = timeout(SNAPSHOT_SILENCE, live.next()).await else {
+            return Err(bucket.error("cannot be watched: the server stopped sending"));
+        };
+        let message = message.map_err(|error| failed(&error))?;
+        pending = message.info().map_err(|error| bucket.error(error.to_string()))?.pending;
+        snapshot.extend(read(bucket, message));
+    }
+    Ok((live, snapshot))
+}
+
+fn read(bucket: &Bucket, message: jetstream::Message) -> Option<(String, Stored)> {
+    let revision = message.info().ok()?.stream_sequence;
+    let key = bucket.key(&message.subject)?.to_owned();
+    let marker = message.headers.as_ref().is_some_and(is_marker);
+    let value = (!marker).then(|| message.payload.clone());
+    Some((key, Stored { revision, value }))
+}
+
+/// What a look at the stream shows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Look {
+    created_ns: i128,
+    last: u64,
+    messages: u64,
+}
+
+impl Look {
+    fn new(info: &stream::Info) -> Self {
+        Self {
+            created_ns: info.created.unix_timestamp_nanos(),
+            last: info.state.last_sequence,
+            messages: info.state.messages,
+        }
+    }
+
+    /// Whether revisions count anew: another stream, or one whose end went back.
+    fn is_another(self, before: Option<Self>, seen: u64) -> bool {
+        before.is_some_and(|before| self.created_ns != before.created_ns) || self.last < seen
+    }
+
+    /// Whether a watch that saw everything up to `seen` missed something: another stream, an end that went back,
+    /// a change that did not come within a whole interval, or messages that went without one.
+    fn behind(self, before: Option<Self>, seen: u64) -> bool {
+        let Some(before) = before else { return false };
+        let quiet = self.last == before.last;
+        self.is_another(Some(before), seen)
+            || (quiet && self.last > seen)
+            || (quiet && self.messages != before.messages)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_watch_that_missed_something_is_found_out() {
+        let look = |created_ns: i128, last: u64, messages: u64| Look { created_ns, last, messages };
+        let check = |before: Look, now: Look, seen: u64, expect: bool| {
+            assert_eq!(now.behind(Some(before), seen), expect, "{before:?} {now:?} {seen}");
+        };
+        check(look(1, 5, 3), look(1, 5, 3), 5, false);
+        check(look(1, 5, 3), look(1, 9, 3), 5, false); // on its way
+        check(look(1, 9, 3), look(1, 9, 3), 5, true);
+        check(look(1, 5, 3), look(1, 4, 3), 5, true);
+        check(look(1, 5, 3), look(1, 5, 2), 5, true);
+        check(look(1, 5, 3), look(2, 5, 3), 5, true);
+        assert!(!look(1, 5, 3).behind(None, 0));
+    }
+}

@@ -1,0 +1,158 @@
+//! What one replication shows: written by its life and its run, read by everybody.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use chrono::Utc;
+use tokio::sync::watch;
+
+use crate::{
+    config::Replication,
+    copy::ErrorKind,
+    status::{CopyStatus, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus},
+    store::PositionRecord,
+};
+
+/// The pieces of a status row.
+#[derive(Debug)]
+pub(super) struct Board {
+    id: String,
+    born: AtomicU64,
+    head: watch::Sender<Head>,
+    status: watch::Sender<(State, CopyStatus)>,
+}
+
+/// The part of a row that the life owns.
+#[derive(Debug, Clone, Default)]
+struct Head {
+    leader: Option<String>,
+    epoch: u64,
+    config_revision: u64,
+}
+
+/// How far the copy has come, to see whether it moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mark {
+    position: Position,
+    copied: u64,
+}
+
+impl Board {
+    /// The board of a life that begins with the document at `revision`.
+    pub(super) fn new(id: &str, revision: u64) -> Self {
+        let head = Head { config_revision: revision, ..Head::default() };
+        let mut copy = CopyStatus::default();
+        id.split('.').next().unwrap_or(id).clone_into(&mut copy.source.stream);
+        Self {
+            id: id.to_owned(),
+            born: AtomicU64::new(revision),
+            head: watch::Sender::new(head),
+            status: watch::Sender::new((State::Starting, copy)),
+        }
+    }
+
+    /// Revision of the document that the life began with.
+    pub(super) fn born(&self) -> u64 {
+        self.born.load(Ordering::Relaxed)
+    }
+
+    /// The life follows this revision, too: in a bucket made anew revisions begin anew.
+    pub(super) fn is_not_younger_than(&self, revision: u64) {
+        self.born.fetch_min(revision, Ordering::Relaxed);
+    }
+
+    /// What the run keeps current.
+    pub(super) fn status(&self) -> &watch::Sender<(State, CopyStatus)> {
+        &self.status
+    }
+
+    pub(super) fn row(&self) -> Row {
+        let head = self.head.borrow().clone();
+        let (state, copy) = self.status.borrow().clone();
+        Row {
+            replication: self.id.clone(),
+            state,
+            origin: "kv".to_owned(),
+            leader: head.leader,
+            epoch: head.epoch,
+            config_revision: head.config_revision,
+            copy,
+        }
+    }
+
+    pub(super) fn mark(&self) -> Mark {
+        let status = self.status.borrow();
+        Mark { position: status.1.position, copied: status.1.counters.copied }
+    }
+
+    pub(super) fn set_state(&self, state: State) {
+        self.status.send_modify(|status| status.0 = state);
+    }
+
+    pub(super) fn set_revision(&self, revision: u64) {
+        self.head.send_modify(|head| head.config_revision = revision);
+    }
+
+    /// A document begins to run.
+    pub(super) fn adopt(&self, replication: &Replication, revision: u64) {
+        self.set_revision(revision);
+        self.status.send_modify(|(_, copy)| {
+            if copy.source.stream != replication.source.stream {
+                copy.source = SourceStatus { stream: replication.source.stream.clone(), ..SourceStatus::default() };
+            }
+            if copy.target.stream != replication.target.stream {
+                copy.target = TargetStatus { stream: replication.target.stream.clone(), ..TargetStatus::default() };
+            }
+        });
+    }
+
+    /// The position record is ours.
+    pub(super) fn claimed(&self, record: &PositionRecord) {
+        self.head.send_modify(|head| {
+            head.leader = Some(record.holder.clone());
+            head.epoch = record.epoch;
+        });
+        self.status.send_modify(|(_, copy)| {
+            copy.position = Position {
+                source_seq: record.source.as_ref().map_or(0, |witness| witness.seq),
+                target_seq: record.target.as_ref().map_or(0, |witness| witness.seq),
+            };
+            copy.target_mode = record.target_mode;
+        });
+    }
+
+    /// The position record is not ours any more; says whether it was.
+    pub(super) fn released(&self) -> bool {
+        self.head.send_if_modified(|head| head.leader.take().is_some())
+    }
+
+    /// A run is over, however: it has neither connections nor messages in the air.
+    pub(super) fn run_over(&self) {
+        self.status.send_modify(|(_, copy)| {
+            copy.source.connected = false;
+            copy.target.connected = false;
+            copy.in_flight = InFlight::default();
+        });
+    }
+
+    /// A run ended with an error.
+    pub(super) fn failed(&self, kind: ErrorKind, message: &str) {
+        let kind = match kind {
+            ErrorKind::Retry => "retry",
+            ErrorKind::Hold => "hold",
+            ErrorKind::Superseded => "superseded",
+        };
+        self.status.send_modify(|(_, copy)| {
+            copy.counters.errors += 1;
+            copy.last_error = Some(last_error(kind, message));
+        });
+    }
+
+    /// A document cannot run.
+    pub(super) fn rejected(&self, message: &str) {
+        self.status.send_modify(|(_, copy)| copy.last_error = Some(last_error("invalid", message)));
+    }
+}
+
+fn last_error(kind: &str, message: &str) -> LastError {
+    LastError { at: Utc::now(), kind: kind.to_owned(), message: message.to_owned() }
+}

@@ -1,0 +1,212 @@
+//! What should run: the changes of the configuration bucket, and the newest document of one key that can run.
+
+use std::time::Duration;
+
+use futures_util::{
+    Stream, StreamExt,
+    stream::{self, BoxStream},
+};
+use tokio::{sync::watch, time::sleep};
+use tracing::{info, warn};
+
+use crate::{
+    backoff::Backoff,
+    config::{self, Problem, Problems, Replication},
+    store::{ConfigChange, ConfigEntry, ConfigStore, Error},
+};
+
+/// After a change, so much is waited for the next: a flood of edits becomes one.
+const SETTLE: Duration = Duration::from_millis(100);
+
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+
+/// What the watch of the bucket tells.
+#[derive(Debug)]
+pub(super) enum Signal {
+    /// A watch begins: everything is told anew.
+    Began,
+    /// Something changed.
+    Change(ConfigChange),
+}
+
+/// All changes, for ever: a watch that fails or ends is begun anew. Nothing is lost when a `next` is dropped.
+pub(super) fn changes(store: ConfigStore) -> impl Stream<Item = Signal> + Send {
+    let watcher = Watcher { store, watch: None, trouble: Trouble::new("the configuration is not watched") };
+    stream::unfold(watcher, |mut watcher| async move { Some((watcher.next().await, watcher)) })
+}
+
+struct Watcher {
+    store: ConfigStore,
+    watch: Option<BoxStream<'static, Result<ConfigChange, Error>>>,
+    trouble: Trouble,
+}
+
+impl Watcher {
+    async fn next(&mut self) -> Signal {
+        loop {
+            let Some(watch) = &mut self.watch else {
+                match self.store.watch().await {
+                    Ok(watch) => self.watch = Some(watch),
+                    Err(error) => {
+                        self.trouble.wait(&error.to_string()).await;
+                        continue;
+                    }
+                }
+                return Signal::Began;
+            };
+            let reason = match watch.next().await {
+                Some(Ok(change)) => {
+                    if change == ConfigChange::Loaded {
+                        self.trouble.over();
+                    }
+                    return Signal::Change(change);
+                }
+                Some(Err(error)) => error.to_string(),
+                None => "the watch ended".to_owned(),
+            };
+            self.watch = None;
+            self.trouble.wait(&reason).await;
+        }
+    }
+}
+
+/// What to run for one key.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// The newest revision that can run.
+    pub(super) work: Option<Work>,
+    /// The newest revision, if it cannot.
+    pub(super) rejected: Option<Rejected>,
+}
+
+/// A document that can run.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) replication: Replication,
+    pub(super) revision: u64,
+}
+
+/// A document that cannot.
+#[derive(Debug)]
+pub(super) struct Rejected {
+    pub(super) revision: u64,
+    pub(super) problems: Problems,
+}
+
+impl Rejected {
+    /// All problems in one line.
+    pub(super) fn message(&self) -> String {
+        let list: Vec<_> = self.problems.0.iter().map(one_line).collect();
+        format!("revision {} cannot run: {}", self.revision, list.join("; "))
+    }
+}
+
+fn one_line(problem: &Problem) -> String {
+    if problem.path.is_empty() { problem.message.clone() } else { format!("{}: {}", problem.path, problem.message) }
+}
+
+/// Turns the newest document of one key into a plan.
+#[derive(Debug)]
+pub(super) struct Planner {
+    store: ConfigStore,
+    site: String,
+    wanted: watch::Receiver<ConfigEntry>,
+    trouble: Trouble,
+}
+
+impl Planner {
+    pub(super) fn new(store: ConfigStore, site: String, wanted: watch::Receiver<ConfigEntry>) -> Self {
+        Self { store, site, wanted, trouble: Trouble::new("older revisions cannot be read") }
+    }
+
+    /// The plan for the newest document.
+    pub(super) async fn current(&mut self) -> Plan {
+        loop {
+            let entry = self.wanted.borrow_and_update().clone();
+            let mut newer = self.wanted.clone();
+            tokio::select! {
+                biased;
+                plan = self.plan(entry) => return plan,
+                Ok(()) = newer.changed() => {}
+            }
+        }
+    }
+
+    /// The plan for the next newer document. Dropped and called again it may forget one: ask [`Self::current`].
+    pub(super) async fn next(&mut self) -> Plan {
+        if self.wanted.changed().await.is_err() {
+            // Nobody is left to write documents; the stop is on its way.
+            std::future::pending::<()>().await;
+        }
+        sleep(SETTLE).await;
+        self.current().await
+    }
+
+    /// Whether there is a newer document than the last plan's.
+    pub(super) fn is_outdated(&self) -> bool {
+        self.wanted.has_changed().unwrap_or(false)
+    }
+
+    async fn plan(&mut self, entry: ConfigEntry) -> Plan {
+        let revision = entry.revision;
+        let problems = match accept(&entry, &self.site) {
+            Ok(replication) => return Plan { work: Some(Work { replication, revision }), rejected: None },
+            Err(problems) => problems,
+        };
+        Plan { work: self.newest_valid(&entry).await, rejected: Some(Rejected { revision, problems }) }
+    }
+
+    async fn newest_valid(&mut self, entry: &ConfigEntry) -> Option<Work> {
+        let history = loop {
+            match self.store.history(&entry.key).await {
+                Ok(history) => break history,
+                Err(error) => self.trouble.wait(&format!("{}: {error}", entry.key)).await,
+            }
+        };
+        self.trouble.over();
+        history.iter().find_map(|old| {
+            let replication = accept(old, &self.site).ok()?;
+            Some(Work { replication, revision: old.revision })
+        })
+    }
+}
+
+/// A document that is valid and lies under its own id.
+fn accept(entry: &ConfigEntry, site: &str) -> Result<Replication, Problems> {
+    let replication = config::parse(&entry.value, site)?;
+    if replication.id == entry.key {
+        return Ok(replication);
+    }
+    let message = format!("the document is that of replication `{}`, but its key is `{}`", replication.id, entry.key);
+    Err(Problems(vec![Problem { path: String::new(), message }]))
+}
+
+/// An operation that is tried until it works, with each distinct error told once.
+#[derive(Debug)]
+struct Trouble {
+    what: &'static str,
+    told: String,
+    backoff: Backoff,
+}
+
+impl Trouble {
+    const fn new(what: &'static str) -> Self {
+        Self { what, told: String::new(), backoff: BACKOFF }
+    }
+
+    async fn wait(&mut self, reason: &str) {
+        if self.told != reason {
+            warn!("{}: {reason}", self.what);
+            reason.clone_into(&mut self.told);
+        }
+        sleep(self.backoff.next(rand::random())).await;
+    }
+
+    fn over(&mut self) {
+        if !self.told.is_empty() {
+            info!("no longer: {}", self.what);
+            self.told.clear();
+        }
+        self.backoff.reset();
+    }
+}

@@ -1,0 +1,397 @@
+//! One life: claim the position record, copy, survive errors, follow the document, until it is deleted or the
+//! process stops.
+//!
+//! [`Life`] decides what runs; its [`Session`] keeps that running. The session is a future of the life, not a task:
+//! dropping the life drops the run and with it every connection of the copy path.
+
+use std::{convert::Infallible, future::pending, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
+
+use futures_util::FutureExt;
+use serde_json::{Map, Value, json};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use super::{
+    Deps,
+    board::{Board, Mark},
+    desired::{Plan, Planner, Rejected, Work},
+    outage::Outage,
+};
+use crate::{
+    backoff::{Backoff, jitter},
+    config::Replication,
+    copy::{self, Error, ErrorKind, Job, Ledger},
+    events::Kind,
+    status::{Row, State},
+    store::SaveError,
+};
+
+/// Attempts after an error that passes.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+
+/// Attempts while held.
+const HELD: Duration = Duration::from_secs(10);
+
+/// So long what is in the air may take to settle when a run stops; then the run is dropped.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// So long the last row may take to be saved.
+const LAST_SAVE: Duration = Duration::from_secs(2);
+
+/// So long a run must have been in order before an outage is over.
+const STEADY: Duration = Duration::from_secs(1);
+
+/// Whose life it is.
+#[derive(Debug, Clone)]
+pub(super) struct Context {
+    pub(super) deps: Arc<Deps>,
+    pub(super) id: String,
+    pub(super) board: Arc<Board>,
+}
+
+impl Context {
+    fn emit(&self, kind: Kind, detail: Value) {
+        let detail = if let Value::Object(detail) = detail { detail } else { Map::new() };
+        self.deps.events.emit(kind, &self.id, detail);
+    }
+}
+
+/// What follows the document of one replication.
+pub(super) struct Life {
+    context: Context,
+    planner: Planner,
+    stop: CancellationToken,
+    session: Session,
+    refusals: Refusals,
+}
+
+impl Life {
+    pub(super) fn new(context: Context, planner: Planner, stop: CancellationToken) -> Self {
+        let session = Session::new(context.clone());
+        Self { context, planner, stop, session, refusals: Refusals::default() }
+    }
+
+    /// Until the stop. Waits for `delay` first.
+    pub(super) async fn run(mut self, delay: Duration) {
+        let stop = self.stop.clone();
+        let first = async {
+            sleep(delay).await;
+            self.planner.current().await
+        };
+        let mut plan = tokio::select! {
+            biased;
+            () = stop.cancelled() => None,
+            plan = first => Some(plan),
+        };
+        while let Some(now) = plan {
+            self.refusals.report(&self.context, now.rejected);
+            plan = match now.work {
+                Some(work) => self.follow(work).await,
+                None => self.idle().await,
+            };
+        }
+        self.session.finish().await;
+    }
+
+    /// Nothing can run: waits for a better document.
+    async fn idle(&mut self) -> Option<Plan> {
+        self.context.board.set_state(State::Invalid);
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => None,
+            plan = self.planner.next() => Some(plan),
+        }
+    }
+
+    /// Runs a document until another one replaces it, and ends that run in order.
+    async fn follow(&mut self, mut work: Work) -> Option<Plan> {
+        let mut next = self.copy_until_replaced(&mut work).await?;
+        if self.planner.is_outdated() {
+            next = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return None,
+                plan = self.planner.current() => plan,
+            };
+        }
+        // Without one, everything valid was pushed out of the history meanwhile: what ran is the newest valid one.
+        let new = next.work.get_or_insert(work);
+        info!(replication = self.context.id, revision = new.revision, "follows the changed document");
+        self.context.emit(Kind::ConfigChanged, json!({"revision": new.revision}));
+        Some(next)
+    }
+
+    /// A document that cannot run replaces nothing, and one that says the same only brings its revision.
+    async fn copy_until_replaced(&mut self, work: &mut Work) -> Option<Plan> {
+        let replication = work.replication.clone();
+        let stop = CancellationToken::new();
+        let mut copying = pin!(self.session.copy(&replication, work.revision, &stop));
+        let next = loop {
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => break None,
+                plan = self.planner.next() => {
+                    if plan.work.as_ref().is_some_and(|new| new.replication != replication) {
+                        break Some(plan);
+                    }
+                    if let Some(new) = plan.work {
+                        self.context.board.set_revision(new.revision);
+                        work.revision = new.revision;
+                    }
+                    self.refusals.report(&self.context, plan.rejected);
+                }
+                // Superseded: nothing of ours may run again, whatever the document says.
+                () = &mut copying => {
+                    self.stop.cancelled().await;
+                    return None;
+                }
+            }
+        };
+        stop.cancel();
+        if timeout(SETTLE, copying).await.is_err() {
+            let id = &self.context.id;
+            warn!(replication = id, "did not settle within {SETTLE:?}; what was in the air is copied again");
+        }
+        next
+    }
+}
+
+/// Documents that were refused.
+#[derive(Default)]
+struct Refusals {
+    /// Revision that was told last.
+    told: u64,
+}
+
+impl Refusals {
+    /// Says once per revision why a document is not followed.
+    fn report(&mut self, context: &Context, rejected: Option<Rejected>) {
+        let Some(rejected) = rejected.filter(|rejected| rejected.revision != self.told) else { return };
+        self.told = rejected.revision;
+        let message = rejected.message();
+        error!(replication = context.id, "document refused: {message}");
+        context.board.rejected(&message);
+        context.emit(Kind::ConfigRejected, json!({"revision": rejected.revision, "problems": rejected.problems.0}));
+    }
+}
+
+/// What keeps a document running.
+struct Session {
+    context: Context,
+    /// Taken out while somebody writes with it: `None` until it is claimed, and when a write was dropped or
+    /// refused, so that what the bucket holds is in doubt.
+    ledger: Option<Ledger>,
+    backoff: Backoff,
+    outage: Outage,
+    /// Whether the start of this document has been told.
+    told: bool,
+    /// The last row was not saved, whatever the ledger remembers.
+    unsaved: bool,
+    /// Another instance holds the record: it is not touched again.
+    superseded: bool,
+}
+
+impl Session {
+    fn new(context: Context) -> Self {
+        let outage = Outage::default();
+        Self { context, ledger: None, backoff: RETRY, outage, told: false, unsaved: false, superseded: false }
+    }
+
+    /// Copies until `stop`, or until another instance holds the replication.
+    async fn copy(&mut self, replication: &Replication, revision: u64, stop: &CancellationToken) {
+        self.told = false;
+        self.backoff.reset();
+        self.context.board.adopt(replication, revision);
+        while !stop.is_cancelled() {
+            let result = self.attempt(replication, stop).await;
+            self.context.board.run_over();
+            let outcome = match result {
+                Ok(()) if stop.is_cancelled() => return,
+                Ok(()) => self.survive(Error::new(ErrorKind::Retry, "it ended unasked"), stop).await,
+                Err(error) if error.kind == ErrorKind::Superseded => Err(error),
+                Err(error) => self.survive(error, stop).await,
+            };
+            if let Err(superseded) = outcome {
+                return self.give_up(&superseded);
+            }
+        }
+    }
+
+    /// One run.
+    async fn attempt(&mut self, replication: &Replication, stop: &CancellationToken) -> Result<(), Error> {
+        self.context.board.set_state(State::Starting);
+        {
+            let mut claim = pin!(self.claim());
+            tokio::select! {
+                biased;
+                claimed = &mut claim => claimed?,
+                () = stop.cancelled() => {
+                    // Its write may be on the way: who waits for the end of this life to remove the record must
+                    // not find it written afterwards.
+                    let _ = timeout(LAST_SAVE, claim).await;
+                    return Ok(());
+                }
+            }
+        }
+        let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
+        let Self { context, told, outage, .. } = self;
+        let Context { deps, board, .. } = &*context;
+        let job = Job {
+            site: deps.site.clone(),
+            replication: replication.clone(),
+            row: board.row(),
+            budget: deps.budget.clone(),
+        };
+        let before = board.mark();
+        let run = copy::run(&job, &mut ledger, board.status(), &deps.events, stop.clone());
+        let run = AssertUnwindSafe(run).catch_unwind();
+        let result = tokio::select! {
+            biased;
+            result = run => result,
+            never = observe(context, before, replication, told, outage) => match never {},
+        };
+        if self.context.board.mark() != before {
+            self.backoff.reset();
+        }
+        let result = result
+            .map_err(|panic| Error::new(ErrorKind::Retry, format!("the copy panicked: {}", panic_text(&*panic))))?;
+        self.ledger = Some(ledger);
+        result
+    }
+
+    async fn claim(&mut self) -> Result<(), Error> {
+        if self.ledger.is_none() {
+            let Context { deps, id, board } = &self.context;
+            let ledger = Ledger::claim(deps.positions.clone(), id, &deps.instance).await.map_err(|error| {
+                Error::new(ErrorKind::Retry, format!("the position record cannot be claimed: {error}"))
+            })?;
+            board.claimed(ledger.record());
+            self.ledger = Some(ledger);
+        }
+        Ok(())
+    }
+
+    /// Reports an error and waits for the next attempt. There is none if the record turns out to be another's.
+    async fn survive(&mut self, error: Error, stop: &CancellationToken) -> Result<(), Error> {
+        if stop.is_cancelled() {
+            warn!(replication = self.context.id, "ended with an error while it was stopped: {error}");
+            self.context.board.failed(error.kind, &error.message);
+            return Ok(());
+        }
+        self.report(&error);
+        let (state, delay) = match error.kind {
+            ErrorKind::Hold => (State::Held, jitter(HELD, rand::random())),
+            _ => (State::Retrying, self.backoff.next(rand::random())),
+        };
+        let wake = Instant::now() + delay;
+        self.context.board.set_state(state);
+        let save_and_wait = async {
+            self.save_row().await?;
+            sleep_until(wake).await;
+            Ok(())
+        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(()),
+            result = save_and_wait => result,
+        }
+    }
+
+    fn give_up(&mut self, error: &Error) {
+        self.ledger = None;
+        self.superseded = true;
+        self.report(error);
+        self.context.board.released();
+        self.context.board.set_state(State::Stopped);
+    }
+
+    fn report(&mut self, error: &Error) {
+        let Error { kind, message, .. } = error;
+        let Context { id, board, .. } = &self.context;
+        board.failed(*kind, message);
+        let report = self.outage.failed(*kind, message);
+        match (report.news, kind) {
+            (false, _) => debug!(replication = id, "again: {message}"),
+            (true, ErrorKind::Retry) => warn!(replication = id, "stalled, trying again: {message}"),
+            (true, ErrorKind::Hold) => error!(replication = id, "held: {message}"),
+            (true, ErrorKind::Superseded) => error!(replication = id, "stopped for good: {message}"),
+        }
+        if let Some(event) = report.event {
+            self.context.emit(event, json!({"message": message}));
+        }
+    }
+
+    /// Saves the row if the record does not say the same already. The only error is that the record is another
+    /// instance's; what else fails is left to the next run, which needs the record.
+    async fn save_row(&mut self) -> Result<(), Error> {
+        let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
+        let row = self.context.board.row();
+        let text = |row: &Row| row.copy.last_error.as_ref().map(|error| error.message.clone());
+        let same = |saved: &Row| saved.state == row.state && text(saved) == text(&row);
+        let is_saved = !self.unsaved && ledger.record().status.as_ref().is_some_and(same);
+        let saved = if is_saved { Ok(()) } else { ledger.save_row(row).await };
+        if let Err(error) = &saved {
+            debug!(replication = self.context.id, "the status row was not saved: {error}");
+        }
+        self.unsaved = saved.is_err();
+        match saved {
+            Err(SaveError::Conflict { record, .. }) if record.epoch > ledger.record().epoch => {
+                let message = format!("instance `{}` took over with epoch {}", record.holder, record.epoch);
+                return Err(Error::new(ErrorKind::Superseded, message));
+            }
+            // Our own write of unknown outcome, or an edit by hand: the next attempt claims, and so reads, it.
+            Err(SaveError::Conflict { .. } | SaveError::Deleted { .. }) => {}
+            Ok(()) | Err(SaveError::Store(_)) => self.ledger = Some(ledger),
+        }
+        Ok(())
+    }
+
+    /// The life is over.
+    async fn finish(mut self) {
+        if self.superseded {
+            return;
+        }
+        let Context { id, board, .. } = &self.context;
+        board.run_over();
+        board.set_state(State::Stopped);
+        let position = board.row().copy.position.source_seq;
+        if board.released() {
+            info!(replication = id, position, "stopped");
+            self.context.emit(Kind::Stopped, json!({"position": position}));
+        }
+        let _ = timeout(LAST_SAVE, self.save_row()).await;
+    }
+}
+
+/// Tells when a run has begun to copy and when an outage is over: the run is in order for a while, and moves unless
+/// there is nothing to copy.
+async fn observe(
+    context: &Context,
+    before: Mark,
+    replication: &Replication,
+    told: &mut bool,
+    outage: &mut Outage,
+) -> Infallible {
+    let mut status = context.board.status().subscribe();
+    let _ = status.wait_for(|(state, _)| *state == State::Running).await;
+    if !std::mem::replace(told, true) {
+        let (source, target) = (&replication.source.stream, &replication.target.stream);
+        info!(replication = context.id, source, target, "copying");
+        context.emit(Kind::Started, json!({"epoch": context.board.row().epoch}));
+    }
+    while outage.is_open() {
+        sleep(STEADY).await;
+        let row = context.board.row();
+        if row.state == State::Running && (row.copy.lag.messages == 0 || context.board.mark() != before) {
+            outage.over();
+            info!(replication = context.id, position = row.copy.position.source_seq, "repaired");
+            context.emit(Kind::Repaired, json!({"position": row.copy.position.source_seq}));
+        }
+    }
+    pending().await
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}

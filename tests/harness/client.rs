@@ -1,0 +1,94 @@
+//! Helpers on async-nats, and waiting with a limit.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::LIMIT;
+
+/// How often a condition is looked at.
+const POLL: Duration = Duration::from_millis(15);
+
+/// Waits until `probe` is true; never longer than `limit`.
+pub async fn wait_for(what: &str, limit: Duration, mut probe: impl AsyncFnMut() -> bool) -> Result<()> {
+    wait_value(what, limit, async || probe().await.then_some(())).await
+}
+
+/// Waits until `probe` has a value; never longer than `limit`, even when a probe hangs.
+pub async fn wait_value<T>(what: &str, limit: Duration, mut probe: impl AsyncFnMut() -> Option<T>) -> Result<T> {
+    let end = Instant::now() + limit;
+    while let Ok(found) = tokio::time::timeout(end.saturating_duration_since(Instant::now()), probe()).await {
+        if let Some(value) = found {
+            return Ok(value);
+        }
+        if Instant::now() >= end {
+            break;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    bail!("waited {limit:?} for {what}")
+}
+
+/// The time that something takes.
+pub async fn timed<T>(work: impl Future<Output = Result<T>>) -> Result<(T, Duration)> {
+    let begun = Instant::now();
+    let result = work.await?;
+    Ok((result, begun.elapsed()))
+}
+
+/// Connects, trying again until [`LIMIT`]. The client itself ignores the user in a URL.
+pub async fn connect(url: &str) -> Result<async_nats::Client> {
+    let parsed = url::Url::parse(url)?;
+    let options = || match (parsed.username(), parsed.password()) {
+        ("", _) => async_nats::ConnectOptions::new(),
+        (token, None) => async_nats::ConnectOptions::with_token(token.to_owned()),
+        (user, Some(password)) => {
+            async_nats::ConnectOptions::with_user_and_password(user.to_owned(), password.to_owned())
+        }
+    };
+    let connect = async || options().connect(url).await.ok();
+    wait_value(&format!("a connection to {url}"), LIMIT, connect).await
+}
+
+/// The reply to a service request.
+#[derive(Debug, Clone)]
+pub struct Reply {
+    /// `Nats-Service-Error-Code`; `None` when the request was served.
+    pub error: Option<u16>,
+    pub body: Value,
+}
+
+/// Sends `body` and returns the reply, error replies too.
+pub async fn ask(client: &async_nats::Client, subject: &str, body: &[u8]) -> Result<Reply> {
+    let request = client.request(subject.to_owned(), body.to_vec().into());
+    let reply = tokio::time::timeout(Duration::from_secs(10), request)
+        .await
+        .with_context(|| format!("no reply to `{subject}`"))?
+        .with_context(|| format!("request `{subject}`"))?;
+    let header = |name: &str| reply.headers.as_ref().and_then(|h| h.get(name)).map(|v| v.as_str().to_owned());
+    let error = header("Nats-Service-Error-Code").map(|code| code.parse().unwrap_or(500));
+    let body = if reply.payload.is_empty() {
+        Value::Null
+    } else {
+        serde_json::from_slice(&reply.payload).with_context(|| format!("reply to `{subject}` is not JSON"))?
+    };
+    Ok(Reply { error, body })
+}
+
+/// Sends a JSON request (`Null` sends nothing) and returns the body; an error reply is an error.
+pub async fn request(client: &async_nats::Client, subject: &str, body: Value) -> Result<Value> {
+    let bytes = if body.is_null() { Vec::new() } else { serde_json::to_vec(&body)? };
+    let reply = ask(client, subject, &bytes).await?;
+    match reply.error {
+        None => Ok(reply.body),
+        Some(code) => bail!("`{subject}` was refused with {code}: {}", reply.body),
+    }
+}
+
+/// The status row of one replication; `None` when there is none or nobody answers yet.
+pub async fn status(client: &async_nats::Client, replication: &str) -> Option<Value> {
+    let reply = request(client, "replicator.status", Value::Null).await.ok()?;
+    let rows = reply.get("replications")?.as_array()?;
+    rows.iter().find(|r| r["replication"] == replication).cloned()
+}

@@ -1,0 +1,35 @@
+//! What the tests, the demo and the bench share: real nats-servers, the real service, a raw client, a
+//! checker and a faulty proxy. Nothing in here uses the product's own code, so that a mistake there cannot
+//! hide behind the same mistake here.
+//!
+//! Everything listens on loopback only, lives in a temporary folder and ends when it is dropped.
+
+// Each binary that includes this uses a part of it; `pub` is for readers.
+#![allow(dead_code, unused_imports, unreachable_pub)]
+
+pub mod checker;
+pub mod client;
+pub mod cluster;
+pub mod process;
+pub mod proxy;
+pub mod raw;
+pub mod server;
+pub mod service;
+pub mod site;
+
+pub use checker::{Expect, Report};
+pub use client::{connect, request, timed, wait_for, wait_value};
+pub use cluster::Cluster;
+pub use proxy::Proxy;
+pub use raw::{Outgoing, Raw, Stored};
+pub use server::{Role, Server};
+pub use service::Service;
+pub use site::{Events, SITE, Site};
+
+use std::time::Duration;
+
+/// How long anything in a test may take before it counts as failed. Generous: the machines are shared.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// What the design calls "within a second", and another one for a busy machine.
+pub const PROMPT: Duration = Duration::from_secs(2);

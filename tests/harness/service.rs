@@ -1,0 +1,201 @@
+//! The real binary, `stream-replicator serve`, as a child process.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::process::Signal;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::LIMIT;
+use super::client::wait_value;
+use super::process::{Process, Usage};
+
+/// In the log once the service takes requests.
+const READY: &str = "ready";
+
+/// How to start the service.
+#[derive(Debug, Clone)]
+pub struct Builder {
+    arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+}
+
+/// The service, running or stopped; killed when dropped.
+#[derive(Debug)]
+pub struct Service {
+    how: Builder,
+    folder: TempDir,
+    process: Option<Process>,
+    starts: usize,
+}
+
+impl Builder {
+    /// `--instance`
+    pub fn instance(self, id: &str) -> Self {
+        self.args(["--instance", id])
+    }
+
+    /// More arguments to `serve`.
+    pub fn args<A: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Starts it and waits until it is ready.
+    pub async fn start(self) -> Result<Service> {
+        let mut service = self.spawn()?;
+        service.wait_ready().await?;
+        Ok(service)
+    }
+
+    /// Starts it and waits for nothing: for tests of a start that fails or takes long.
+    pub fn spawn(self) -> Result<Service> {
+        let folder = tempfile::Builder::new().prefix("service-").tempdir()?;
+        let mut service = Service { how: self, folder, process: None, starts: 0 };
+        service.spawn()?;
+        Ok(service)
+    }
+}
+
+impl Service {
+    /// `serve --server <url> --name <site>`, to be refined.
+    pub fn builder(url: &str, site: &str) -> Builder {
+        let arguments = ["serve", "--server", url, "--name", site].map(OsString::from).to_vec();
+        Builder { arguments, environment: Vec::new() }
+    }
+
+    /// A service of site `TEST` on this control server.
+    pub async fn start(url: &str) -> Result<Self> {
+        Self::builder(url, "TEST").start().await
+    }
+
+    /// Starts it again after [`Self::kill`] or [`Self::stop`], with the same arguments.
+    pub async fn restart(&mut self) -> Result<()> {
+        if self.process.is_some() {
+            bail!("the service is still running");
+        }
+        self.spawn()?;
+        self.wait_ready().await
+    }
+
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
+    pub fn usage(&self) -> Usage {
+        self.process.as_ref().map(Process::usage).unwrap_or_default()
+    }
+
+    /// All that this start wrote.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(self.log_file()).unwrap_or_default()).into_owned()
+    }
+
+    /// kill -9
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.take().context("the service is not running")?.kill()
+    }
+
+    /// SIGTERM, and waits for the exit.
+    pub async fn stop(&mut self) -> Result<ExitStatus> {
+        self.process.take().context("the service is not running")?.terminate(LIMIT).await
+    }
+
+    /// Waits until it ends by itself.
+    pub async fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        self.process.take().context("the service is not running")?.wait(limit).await
+    }
+
+    /// SIGSTOP
+    pub fn freeze(&self) -> Result<()> {
+        self.process.as_ref().context("the service is not running")?.freeze()
+    }
+
+    /// SIGCONT
+    pub fn thaw(&self) -> Result<()> {
+        self.process.as_ref().context("the service is not running")?.signal(Signal::CONT)
+    }
+
+    /// Waits until the log says that it takes requests.
+    pub async fn wait_ready(&mut self) -> Result<()> {
+        let log = self.log_file();
+        let process = self.process.as_mut().context("the service is not running")?;
+        let probe = async || match process.exited() {
+            Some(status) => Some(Err(anyhow!("the service ended with {status}"))),
+            None => has_word(&std::fs::read_to_string(&log).unwrap_or_default(), READY).then_some(Ok(())),
+        };
+        let ready = wait_value("the service to be ready", LIMIT, probe).await.and_then(|r| r);
+        ready.map_err(|e| anyhow!("{e}\n{}", process.tail(30)))
+    }
+
+    /// GET from the monitor (`--monitor 127.0.0.1:0`); its status code and body.
+    pub async fn get(&self, path: &str) -> Result<(u16, String)> {
+        let address =
+            wait_value("the monitor's address in the log", LIMIT, async || monitor_address(&self.log())).await?;
+        let mut stream = TcpStream::connect(address).await?;
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await?;
+        let mut answer = String::new();
+        tokio::time::timeout(LIMIT, stream.read_to_string(&mut answer)).await??;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP")?;
+        let code = head.split(' ').nth(1).context("no status code")?.parse()?;
+        Ok((code, body.to_owned()))
+    }
+
+    fn spawn(&mut self) -> Result<()> {
+        // A log for each start, so that an old ready line says nothing about a new start.
+        self.starts += 1;
+        let mut command = Command::new(binary()?);
+        command.args(&self.how.arguments).envs(self.how.environment.iter().cloned());
+        self.process = Some(Process::spawn(&mut command, &self.log_file())?);
+        Ok(())
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.folder.path().join(format!("log.{}", self.starts))
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // Without the log a failed test says nothing about the reason.
+        if std::thread::panicking() || std::env::var_os("SHOW_LOGS").is_some() {
+            for start in 1..=self.starts {
+                let text = std::fs::read_to_string(self.folder.path().join(format!("log.{start}")));
+                let text = text.unwrap_or_default();
+                let lines: Vec<&str> = text.lines().collect();
+                let tail = lines[lines.len().saturating_sub(40)..].join("\n");
+                eprintln!("--- service {:?}, start {start}, last lines ---\n{tail}", self.how.arguments);
+            }
+        }
+    }
+}
+
+/// Our binary: cargo names it for tests and benches, for examples it lies one folder up.
+fn binary() -> Result<PathBuf> {
+    if let Some(path) = option_env!("CARGO_BIN_EXE_stream-replicator") {
+        return Ok(path.into());
+    }
+    let own = std::env::current_exe()?;
+    let folder = own.parent().and_then(|f| f.parent()).context("no target folder")?;
+    let path = folder.join("stream-replicator");
+    if path.exists() { Ok(path) } else { bail!("there is no {}: run cargo build first", path.display()) }
+}
+
+fn has_word(text: &str, word: &str) -> bool {
+    text.split(|c: char| !c.is_ascii_alphanumeric()).any(|w| w == word)
+}
+
+fn monitor_address(log: &str) -> Option<String> {
+    let line = log.lines().find(|line| line.contains("monitor listens"))?;
+    Some(line.split("address=").nth(1)?.split_whitespace().next()?.to_owned())
+}

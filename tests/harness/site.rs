@@ -1,0 +1,361 @@
+//! One installation as users have it: source, target, control server, the service, and a client that asks. What most
+//! tests begin with.
+
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use async_nats::jetstream::{self, kv};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+
+use super::checker::{Expect, compare_streams};
+use super::client::{Reply, ask, connect, request, status, wait_value};
+use super::raw::wait_messages;
+use super::{LIMIT, Outgoing, Raw, Role, Server, Service};
+
+/// The site's name in all of these tests.
+pub const SITE: &str = "TEST";
+
+/// How to start a site.
+#[derive(Default)]
+pub struct Builder {
+    servers: Option<(Server, Server)>,
+    control_at_source: bool,
+    login: Option<String>,
+    arguments: Vec<String>,
+}
+
+/// All of it; ends when dropped.
+pub struct Site {
+    pub source: Server,
+    pub target: Server,
+    /// `None` where the source is the control server too.
+    control: Option<Server>,
+    pub service: Service,
+    pub client: async_nats::Client,
+    /// Everything told since before the service started.
+    pub events: Events,
+}
+
+impl Builder {
+    /// On a source and a target that run already.
+    pub fn on(mut self, source: Server, target: Server) -> Self {
+        self.servers = Some((source, target));
+        self
+    }
+
+    /// Without a control server of its own: cheaper, where neither fault nor version of the source is the matter.
+    pub fn control_at_source(mut self) -> Self {
+        self.control_at_source = true;
+        self
+    }
+
+    /// How service and client log in to the control server.
+    pub fn login(mut self, login: &str) -> Self {
+        self.login = Some(login.to_owned());
+        self
+    }
+
+    /// More arguments to the service.
+    pub fn args<A: Into<String>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    pub async fn start(self) -> Result<Site> {
+        let (source, target) = match self.servers {
+            Some(servers) => servers,
+            None => tokio::try_join!(Server::start(Role::Source), Server::start(Role::Target))?,
+        };
+        let control = if self.control_at_source { None } else { Some(Server::start(Role::Control).await?) };
+        let server = control.as_ref().unwrap_or(&source);
+        let url = self.login.map_or_else(|| server.url(), |login| server.url_as(&login));
+        let client = connect(&url).await?;
+        let events = Events::of(&client, "replicator.event.>").await?;
+        let service = Service::builder(&url, SITE).args(self.arguments).start().await?;
+        Ok(Site { source, target, control, service, client, events })
+    }
+}
+
+impl Site {
+    /// Three servers and a service without a replication: neither fault nor version of source and target touches the
+    /// service's buckets.
+    pub async fn start() -> Result<Self> {
+        Self::builder().start().await
+    }
+
+    /// The cheap one: the source is the control server too.
+    pub async fn small() -> Result<Self> {
+        Self::builder().control_at_source().start().await
+    }
+
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// The control server, whichever it is.
+    pub fn control(&self) -> &Server {
+        self.control.as_ref().unwrap_or(&self.source)
+    }
+
+    pub async fn source(&self) -> Result<Raw> {
+        Raw::connect(&self.source.url()).await
+    }
+
+    pub async fn target(&self) -> Result<Raw> {
+        Raw::connect(&self.target.url()).await
+    }
+
+    /// Creates the source stream; on the subjects `<stream>.>` in lower case unless `config` has others.
+    pub async fn source_stream(&self, stream: &str, config: Value) -> Result<Raw> {
+        create(self.source().await?, stream, config).await
+    }
+
+    /// The same at the target: without `allow_batched` the transport is pipelined on every version.
+    pub async fn target_stream(&self, stream: &str, config: Value) -> Result<Raw> {
+        create(self.target().await?, stream, config).await
+    }
+
+    /// Publishes `<stream in lower case>.<i % 5>` with the payload `i` at the source; returns the last sequence.
+    pub async fn publish(&self, stream: &str, numbers: RangeInclusive<u64>) -> Result<u64> {
+        let stream = stream.to_lowercase();
+        let messages = numbers.map(|i| Outgoing::new(format!("{stream}.{}", i % 5), i.to_string()));
+        self.source().await?.publish_all(messages).await
+    }
+
+    /// The source stream with so many messages.
+    pub async fn filled(&self, stream: &str, messages: u64) -> Result<()> {
+        self.source_stream(stream, json!({})).await?;
+        self.publish(stream, 1..=messages).await?;
+        Ok(())
+    }
+
+    /// The smallest document that copies `stream`.
+    pub fn document(&self, stream: &str) -> Value {
+        json!({"stream": stream, "source_url": self.source.url(), "target_url": self.target.url()})
+    }
+
+    /// The smallest document and more fields.
+    pub fn document_with(&self, stream: &str, fields: Value) -> Value {
+        merged(self.document(stream), fields)
+    }
+
+    /// Adds a replication of `stream` with more fields.
+    pub async fn add(&self, stream: &str, fields: Value) -> Result<()> {
+        request(&self.client, "replicator.config.add", self.document_with(stream, fields)).await?;
+        Ok(())
+    }
+
+    /// The stream with messages and its replication; waits until everything is at the target.
+    pub async fn replicate(&self, stream: &str, messages: u64) -> Result<()> {
+        self.filled(stream, messages).await?;
+        self.add(stream, json!({})).await?;
+        self.copied(stream, messages).await
+    }
+
+    /// Waits until the target stream holds so many messages.
+    pub async fn copied(&self, stream: &str, messages: u64) -> Result<()> {
+        wait_messages(&mut self.target().await?, stream, messages, LIMIT).await
+    }
+
+    /// How many messages the target stream holds; 0 without a stream.
+    pub async fn at_target(&self, stream: &str) -> Result<u64> {
+        let state = self.target().await?.stream_state(stream).await;
+        Ok(state.ok().and_then(|state| state["messages"].as_u64()).unwrap_or_default())
+    }
+
+    /// The status row of a replication, if there is one.
+    pub async fn row(&self, id: &str) -> Option<Value> {
+        status(&self.client, id).await
+    }
+
+    /// Waits until the status row says what is expected, and returns it.
+    pub async fn row_when(&self, id: &str, what: &str, when: impl Fn(&Value) -> bool) -> Result<Value> {
+        self.row_within(id, what, LIMIT, when).await
+    }
+
+    async fn row_within(&self, id: &str, what: &str, limit: Duration, when: impl Fn(&Value) -> bool) -> Result<Value> {
+        let mut last = Value::Null;
+        let probe = async || {
+            last = self.row(id).await.unwrap_or_default();
+            when(&last).then(|| last.clone())
+        };
+        let found = wait_value(&format!("`{id}`: {what}"), limit, probe).await;
+        found.with_context(|| format!("the row is {last}\n{}", self.service.log()))
+    }
+
+    /// Waits until everything up to this source sequence is settled, and nothing is left.
+    pub async fn settled(&self, id: &str, seq: u64) -> Result<Value> {
+        self.settled_within(id, seq, LIMIT).await
+    }
+
+    /// The same for what takes longer.
+    pub async fn settled_within(&self, id: &str, seq: u64, limit: Duration) -> Result<Value> {
+        let settled = |row: &Value| {
+            row["state"] == "running" && row["position"]["source_seq"] == seq && row["lag"]["messages"] == 0
+        };
+        self.row_within(id, &format!("has settled {seq}"), limit, settled).await
+    }
+
+    /// Stops the service in order, so that the position is saved.
+    pub async fn stop(&mut self) -> Result<()> {
+        ensure!(self.service.stop().await?.success(), "{}", self.service.log());
+        Ok(())
+    }
+
+    /// Compares the target stream `to` with what is expected of it.
+    pub async fn verify(&self, to: &str, expect: &Expect<'_>) -> Result<()> {
+        let report = compare_streams(&mut self.source().await?, &mut self.target().await?, to, expect).await?;
+        report.verify().with_context(|| self.service.log())
+    }
+
+    /// Sends any bytes to `replicator.<endpoint>`.
+    pub async fn ask(&self, endpoint: &str, body: impl AsRef<[u8]>) -> Result<Reply> {
+        ask(&self.client, &format!("replicator.{endpoint}"), body.as_ref()).await
+    }
+
+    /// Sends JSON to `replicator.<endpoint>`.
+    pub async fn send(&self, endpoint: &str, body: Value) -> Result<Reply> {
+        self.ask(endpoint, body.to_string()).await
+    }
+
+    /// Sends bytes and a header.
+    pub async fn ask_with(&self, endpoint: &str, header: (&str, &str), body: impl Into<Bytes>) -> Result<Full> {
+        let mut headers = async_nats::HeaderMap::new();
+        headers.insert(header.0, header.1);
+        let request = async_nats::Request::new().headers(headers).payload(body.into()).timeout(Some(LIMIT));
+        let message = self.client.send_request(format!("replicator.{endpoint}"), request).await?;
+        let header = |name: &str| message.headers.as_ref()?.get(name).map(|value| value.as_str().to_owned());
+        Ok(Full {
+            code: header("Nats-Service-Error-Code"),
+            error: header("Nats-Service-Error"),
+            body: serde_json::from_slice(&message.payload)?,
+        })
+    }
+
+    /// A bucket, as the `nats` tool opens it.
+    pub async fn bucket(&self, name: &str) -> Result<kv::Store> {
+        Ok(jetstream::new(self.client.clone()).get_key_value(name).await?)
+    }
+
+    /// Writes a document past the service, as `nats kv put` does; returns its revision.
+    pub async fn put(&self, key: &str, value: impl Into<Bytes>) -> Result<u64> {
+        Ok(self.bucket("REPLICATOR_CONFIG").await?.put(key, value.into()).await?)
+    }
+
+    /// The position record of a replication.
+    pub async fn position(&self, id: &str) -> Result<Option<Value>> {
+        let value = self.bucket("REPLICATOR_POSITIONS").await?.get(id).await?;
+        Ok(value.map(|value| serde_json::from_slice(&value)).transpose()?)
+    }
+
+    /// Everything that is told from now on.
+    pub async fn listen(&self) -> Result<Events> {
+        Events::of(&self.client, "replicator.event.>").await
+    }
+}
+
+/// A reply with both error headers.
+#[derive(Debug)]
+pub struct Full {
+    pub code: Option<String>,
+    pub error: Option<String>,
+    pub body: Value,
+}
+
+/// Events, collected as they come.
+pub struct Events {
+    /// Subject and body.
+    seen: Arc<Mutex<Vec<(String, Value)>>>,
+    /// How many of them [`Self::wait`] is through with.
+    waited: usize,
+}
+
+impl Events {
+    /// Collects what is published on a subject from now on.
+    pub async fn of(client: &async_nats::Client, subject: &'static str) -> Result<Self> {
+        let mut subscription = client.subscribe(subject).await?;
+        // What the server answers now, it answers behind the subscription.
+        jetstream::new(client.clone()).query_account().await?;
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let into = seen.clone();
+        tokio::spawn(async move {
+            while let Some(message) = subscription.next().await {
+                let body = serde_json::from_slice(&message.payload).unwrap_or_default();
+                into.lock().expect("events").push((message.subject.to_string(), body));
+            }
+        });
+        Ok(Self { seen, waited: 0 })
+    }
+
+    /// Subject and body of all so far.
+    pub fn seen(&self) -> Vec<(String, Value)> {
+        self.seen.lock().expect("events").clone()
+    }
+
+    /// All of one kind so far.
+    pub fn told(&self, kind: &str) -> Vec<Value> {
+        self.seen().into_iter().map(|(_, body)| body).filter(|body| body["kind"] == kind).collect()
+    }
+
+    /// Kinds told so far about a replication, in order.
+    pub fn kinds(&self, id: &str) -> Vec<String> {
+        let of = self.seen().into_iter().filter(|(_, body)| body["replication"] == id);
+        of.filter_map(|(_, body)| body["kind"].as_str().map(str::to_owned)).collect()
+    }
+
+    /// No event of these kinds was told so far.
+    pub fn quiet(&self, kinds: &[&str]) -> Result<()> {
+        for kind in kinds {
+            let told = self.told(kind);
+            ensure!(told.is_empty(), "{kind} was told: {told:?}");
+        }
+        Ok(())
+    }
+
+    /// Waits until an event of this kind was told, now or before; returns the last one.
+    pub async fn ever(&self, kind: &str) -> Result<Value> {
+        let what = format!("event {kind}");
+        wait_value(&what, LIMIT, async || self.told(kind).pop()).await
+    }
+
+    /// Waits for `replicator.event.<kind>.<id>`, the first one behind what was waited for before; returns its body.
+    pub async fn wait(&mut self, kind: &str, id: &str) -> Result<Value> {
+        let subject = format!("replicator.event.{kind}.{id}");
+        let (seen, waited) = (&self.seen, self.waited);
+        let what = format!("an event on `{subject}`");
+        let found = wait_value(&what, LIMIT, async || {
+            let seen = seen.lock().expect("events");
+            let at = waited + seen[waited..].iter().position(|(of, _)| *of == subject)?;
+            Some((at, seen[at].1.clone()))
+        });
+        let (at, body) = found.await.with_context(|| format!("{:?} were told", self.seen()))?;
+        ensure!(self.seen().iter().all(|(_, body)| body.is_object()), "not all are JSON: {:?}", self.seen());
+        self.waited = at + 1;
+        Ok(body)
+    }
+}
+
+/// An object with the fields of another one.
+pub fn merged(mut to: Value, from: Value) -> Value {
+    for (name, value) in from.as_object().cloned().unwrap_or_default() {
+        to[name] = value;
+    }
+    to
+}
+
+/// Tries again, for servers that just restarted and streams that are just going.
+async fn create(mut raw: Raw, stream: &str, config: Value) -> Result<Raw> {
+    let config = merged(json!({"subjects": [format!("{}.>", stream.to_lowercase())]}), config);
+    let mut refused = None;
+    let what = format!("stream `{stream}`");
+    let made = wait_value(&what, LIMIT, async || {
+        let made = raw.create_stream(stream, config.clone()).await;
+        made.map_err(|error| refused = Some(error)).ok()
+    });
+    made.await.with_context(|| format!("{refused:?}"))?;
+    Ok(raw)
+}

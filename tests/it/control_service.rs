@@ -1,0 +1,199 @@
+//! The service as ADR-32 describes it, and requests that nobody should send.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use futures_util::{StreamExt, stream};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use serde_json::{Value, json};
+
+use crate::harness::Site;
+use crate::harness::client::{ask, request};
+
+/// Name, subject, queue group.
+const ENDPOINTS: [(&str, &str, &str); 7] = [
+    ("config-add", "replicator.config.add", "q"),
+    ("config-update", "replicator.config.update", "q"),
+    ("config-delete", "replicator.config.delete", "q"),
+    ("config-get", "replicator.config.get", ""),
+    ("config-list", "replicator.config.list", ""),
+    ("config-schema", "replicator.config.schema", ""),
+    ("status", "replicator.status", ""),
+];
+
+#[tokio::test]
+async fn the_service_is_found_by_all_by_name_and_by_id() -> Result<()> {
+    let site = Site::builder().control_at_source().args(["--instance", "one"]).start().await?;
+    let ping = request(&site.client, "$SRV.PING", Value::Null).await?;
+    let id = ping["id"].as_str().context("an id")?;
+    for (verb, kind) in [("PING", "ping"), ("INFO", "info"), ("STATS", "stats")] {
+        for subject in
+            [format!("$SRV.{verb}"), format!("$SRV.{verb}.replicator"), format!("$SRV.{verb}.replicator.{id}")]
+        {
+            let reply = request(&site.client, &subject, Value::Null).await?;
+            assert_eq!(reply["type"], format!("io.nats.micro.v1.{kind}_response"), "{subject}");
+            assert_eq!((&reply["name"], &reply["id"]), (&json!("replicator"), &json!(id)), "{subject}");
+            assert_eq!(reply["version"], env!("CARGO_PKG_VERSION"), "{subject}");
+            assert_eq!(reply["metadata"], json!({"site": "TEST", "instance": "one"}), "{subject}");
+        }
+    }
+    for subject in ["$SRV.PING.other", "$SRV.PING.replicator.other"] {
+        assert!(ask(&site.client, subject, b"").await.is_err(), "{subject} is answered");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn info_and_stats_list_the_endpoints() -> Result<()> {
+    let site = Site::small().await?;
+    let expect: Vec<_> = ENDPOINTS.map(|(name, subject, group)| json!([name, subject, group])).into();
+    for verb in ["INFO", "STATS"] {
+        let reply = request(&site.client, &format!("$SRV.{verb}.replicator"), Value::Null).await?;
+        let endpoints = reply["endpoints"].as_array().context("endpoints")?.iter();
+        let endpoints: Vec<_> = endpoints.map(|e| json!([e["name"], e["subject"], e["queue_group"]])).collect();
+        assert_eq!(endpoints, expect, "{verb}");
+    }
+    let info = request(&site.client, "$SRV.INFO", Value::Null).await?;
+    assert!(info["description"].as_str().is_some_and(|text| !text.is_empty()));
+    let stats = request(&site.client, "$SRV.STATS", Value::Null).await?;
+    let started = stats["started"].as_str().context("started")?;
+    assert!(chrono::DateTime::parse_from_rfc3339(started).is_ok(), "{started}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn requests_and_errors_are_counted() -> Result<()> {
+    let site = Site::small().await?;
+    let stats = async |name: &str| {
+        let stats = request(&site.client, "$SRV.STATS.replicator", Value::Null).await?;
+        let endpoints = stats["endpoints"].as_array().context("endpoints")?;
+        endpoints.iter().find(|endpoint| endpoint["name"] == name).cloned().context("the endpoint")
+    };
+    let before = stats("config-get").await?;
+    assert_eq!(
+        (&before["num_requests"], &before["num_errors"], &before["last_error"]),
+        (&json!(0), &json!(0), &json!(""))
+    );
+    site.send("config.add", site.document("ORDERS")).await?;
+    for id in ["ORDERS", "NONE", "ORDERS", "a b", "ORDERS"] {
+        site.ask("config.get", id).await?;
+    }
+    let after = stats("config-get").await?;
+    assert_eq!((&after["num_requests"], &after["num_errors"]), (&json!(5), &json!(2)), "{after}");
+    assert!(after["last_error"].as_str().is_some_and(|error| error.starts_with("400:")), "{after}");
+    let (total, average) = (after["processing_time"].as_u64(), after["average_processing_time"].as_u64());
+    assert!(total > Some(0) && average == total.map(|total| total / 5), "{after}");
+    assert_eq!(stats("config-add").await?["num_requests"], 1);
+    assert_eq!(stats("status").await?["num_errors"], 0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_error_is_in_the_headers_and_in_the_body() -> Result<()> {
+    let site = Site::small().await?;
+    let reply = site.ask_with("config.get", ("Any", "header"), "NONE").await?;
+    let text = "replication `NONE` does not exist";
+    assert_eq!((reply.code.as_deref(), reply.error.as_deref()), (Some("404"), Some(text)));
+    assert_eq!(reply.body, json!({"error": {"code": 404, "description": text, "problems": []}}));
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_prefix_moves_the_endpoints_and_not_the_name() -> Result<()> {
+    let site = Site::builder().control_at_source().args(["--prefix", "acme.copy"]).start().await?;
+    assert_eq!(request(&site.client, "acme.copy.status", Value::Null).await?["total"], 0);
+    assert_eq!(request(&site.client, "$SRV.PING.replicator", Value::Null).await?["name"], "replicator");
+    assert!(ask(&site.client, "replicator.status", b"").await.is_err());
+    Ok(())
+}
+
+#[tokio::test]
+async fn junk_is_always_answered_and_breaks_nothing() -> Result<()> {
+    const EACH: usize = 2_000;
+    const AT_ONCE: usize = 64;
+    const TIME: Duration = Duration::from_secs(20);
+    let site = Site::small().await?;
+    site.replicate("ORDERS", 10).await?;
+    let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
+    println!("SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    // In turns, so that the limit of time cuts all endpoints alike.
+    let junk: Vec<_> = (0..EACH)
+        .flat_map(|_| ENDPOINTS.map(|(_, subject, _)| subject))
+        .map(|subject| (subject, junk(&mut random, &site)))
+        .collect();
+
+    let end = Instant::now() + TIME;
+    let answers = stream::iter(junk)
+        .take_while(|_| std::future::ready(Instant::now() < end))
+        .map(async |(subject, body)| {
+            let answer = ask(&site.client, subject, &body).await;
+            answer.with_context(|| format!("SEED={seed}: {subject} of {:?}", String::from_utf8_lossy(&body)))
+        })
+        .buffer_unordered(AT_ONCE);
+    let mut answers = std::pin::pin!(answers);
+    let (mut served, mut refused) = (0, 0);
+    while let Some(answer) = answers.next().await {
+        let answer = answer?;
+        *if answer.error.is_none() { &mut served } else { &mut refused } += 1;
+        assert!(!matches!(answer.error, Some(500 | 504)), "SEED={seed}: {answer:?}");
+    }
+    println!("{served} served, {refused} refused");
+    assert!(served > 0 && refused > 0);
+
+    site.publish("ORDERS", 1..=10).await?;
+    site.copied("ORDERS", 20).await?;
+    let log = site.service.log();
+    assert!(!log.contains("panic"), "SEED={seed}");
+    Ok(())
+}
+
+/// Anything from noise to a document with one byte changed. Never the id of the replication that shall survive.
+fn junk(random: &mut StdRng, site: &Site) -> Vec<u8> {
+    let mut bytes = match random.random_range(0..6) {
+        0 => {
+            let mut noise = vec![0; random.random_range(0..64)];
+            random.fill(&mut noise[..]);
+            noise
+        }
+        1 => value(random, 4).to_string().into_bytes(),
+        // Refused but for a lucky change, so that not thousands of replications come to life.
+        2 => site
+            .document_with("JUNK", json!({"max_age": "x", "limits": {"bytes_in_flight": 0}}))
+            .to_string()
+            .into_bytes(),
+        3 => json!({"replication": value(random, 1), "keep": value(random, 1), "offset": value(random, 0)})
+            .to_string()
+            .into_bytes(),
+        4 => json!({"offset": random.random::<u32>(), "limit": value(random, 0)}).to_string().into_bytes(),
+        _ => ["JUNK", "JUNK.*", ">", "J.U.N.K.", "***", "{", "[]", "\"", "{}", " "][random.random_range(0..10)].into(),
+    };
+    for _ in 0..random.random_range(0..3) {
+        if bytes.is_empty() {
+            break;
+        }
+        let at = random.random_range(0..bytes.len());
+        match random.random_range(0..3) {
+            0 => bytes[at] = random.random(),
+            1 => bytes.truncate(at),
+            _ => bytes.insert(at, random.random()),
+        }
+    }
+    bytes
+}
+
+fn value(random: &mut StdRng, depth: usize) -> Value {
+    const WORDS: [&str; 9] =
+        ["stream", "source_url", "target_url", "name", "nats://u:p@h", "nats://u:***@h", "***", "", "\u{0}\u{fffd}"];
+    let mut word = || WORDS[random.random_range(0..WORDS.len())].to_owned();
+    let (key, text) = (word(), word());
+    match random.random_range(0..if depth == 0 { 5 } else { 7 }) {
+        0 => Value::Null,
+        1 => random.random::<bool>().into(),
+        2 => random.random::<i64>().into(),
+        3 => random.random::<f64>().into(),
+        4 => text.into(),
+        5 => (0..random.random_range(0..4)).map(|_| value(random, depth - 1)).collect(),
+        _ => json!({key: value(random, depth - 1), text: value(random, depth - 1)}),
+    }
+}

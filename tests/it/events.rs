@@ -1,0 +1,100 @@
+//! What is told on `replicator.event.<kind>.<replication>`.
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::harness::Site;
+
+/// What every event says; leaves what this kind says besides.
+fn detail(mut event: Value, kind: &str, replication: &str) -> Value {
+    let fields = event.as_object_mut().expect("an object");
+    let mut take = |field: &str| fields.remove(field).unwrap_or_default();
+    assert_eq!((take("kind"), take("replication")), (json!(kind), json!(replication)));
+    assert_eq!((take("site"), take("instance")), (json!("TEST"), json!("one")));
+    let time = take("time");
+    let at = chrono::DateTime::parse_from_rfc3339(time.as_str().unwrap_or_default()).expect("a time");
+    assert!((chrono::Utc::now() - at.to_utc()).num_seconds().abs() < 60, "{time}");
+    event
+}
+
+async fn begin() -> Result<Site> {
+    Site::builder().control_at_source().args(["--instance", "one"]).start().await
+}
+
+#[tokio::test]
+async fn start_change_and_stop_are_told() -> Result<()> {
+    let site = begin().await?;
+    let mut events = site.listen().await?;
+    site.replicate("ORDERS", 5).await?;
+    assert_eq!(detail(events.wait("started", "ORDERS").await?, "started", "ORDERS"), json!({"epoch": 1}));
+    site.send("config.update", site.document_with("ORDERS", json!({"max_age": "1d"}))).await?;
+    let changed = events.wait("config-changed", "ORDERS").await?;
+    assert_eq!(detail(changed, "config-changed", "ORDERS"), json!({"revision": 2}));
+    events.wait("started", "ORDERS").await?;
+    site.settled("ORDERS", 5).await?;
+    site.ask("config.delete", "ORDERS").await?;
+    assert_eq!(detail(events.wait("stopped", "ORDERS").await?, "stopped", "ORDERS"), json!({"position": 5}));
+    assert_eq!(events.kinds("ORDERS"), ["started", "config-changed", "started", "stopped"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_last_words_of_a_process_that_stops_are_sent() -> Result<()> {
+    let mut site = begin().await?;
+    site.replicate("ORDERS", 5).await?;
+    site.settled("ORDERS", 5).await?;
+    let mut events = site.listen().await?;
+    site.service.stop().await?;
+    assert_eq!(detail(events.wait("stopped", "ORDERS").await?, "stopped", "ORDERS"), json!({"position": 5}));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_missing_source_stream_is_held_told_once_and_repaired() -> Result<()> {
+    let site = begin().await?;
+    let mut events = site.listen().await?;
+    site.send("config.add", site.document("LATER")).await?;
+    let held = detail(events.wait("held", "LATER").await?, "held", "LATER");
+    assert!(held["message"].as_str().is_some_and(|text| text.contains("LATER")), "{held}");
+    let row = site.row_when("LATER", "is held", |row| row["state"] == "held").await?;
+    assert_eq!(
+        (&row["last_error"]["kind"], &row["last_error"]["message"]),
+        (&json!("hold"), &held["message"]),
+        "{row}"
+    );
+
+    site.filled("LATER", 5).await?;
+    // A changed document releases it at once.
+    site.send("config.update", site.document_with("LATER", json!({"max_age": "1d"}))).await?;
+    site.copied("LATER", 5).await?;
+    detail(events.wait("repaired", "LATER").await?, "repaired", "LATER");
+    assert_eq!(events.kinds("LATER").iter().filter(|kind| **kind == "held").count(), 1, "{:?}", events.seen());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_refused_document_is_told_with_its_problems() -> Result<()> {
+    let site = begin().await?;
+    let mut events = site.listen().await?;
+    site.put("ORDERS", site.document_with("ORDERS", json!({"max_age": "soon", "colour": 1})).to_string()).await?;
+    let told = detail(events.wait("config-rejected", "ORDERS").await?, "config-rejected", "ORDERS");
+    assert_eq!(told["revision"], 1);
+    let paths: Vec<_> = told["problems"].as_array().unwrap().iter().map(|problem| &problem["path"]).collect();
+    assert_eq!(paths, ["/colour", "/max_age"], "{told}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_target_that_goes_and_comes_back_is_stalled_and_repaired() -> Result<()> {
+    let mut site = begin().await?;
+    site.replicate("ORDERS", 5).await?;
+    let mut events = site.listen().await?;
+    site.target.kill()?;
+    site.publish("ORDERS", 1..=5).await?;
+    detail(events.wait("stalled", "ORDERS").await?, "stalled", "ORDERS");
+    site.target.restart().await?;
+    site.copied("ORDERS", 10).await?;
+    detail(events.wait("repaired", "ORDERS").await?, "repaired", "ORDERS");
+    assert_eq!(site.target().await?.read_stream("ORDERS").await?.len(), 10);
+    Ok(())
+}

@@ -1,0 +1,226 @@
+//! Documents that people write into the bucket themselves, as `nats kv put` and `nats kv del` do.
+
+use anyhow::{Context, Result};
+use async_nats::jetstream::kv;
+use serde_json::{Value, json};
+
+use crate::harness::raw::wait_messages;
+use crate::harness::{LIMIT, PROMPT, Site, timed, wait_for};
+
+/// A site whose target takes the subjects of `stream` also behind the prefix `east`.
+async fn with_target(stream: &str, messages: u64) -> Result<Site> {
+    let site = Site::small().await?;
+    site.filled(stream, messages).await?;
+    let subject = format!("{}.>", stream.to_lowercase());
+    site.target_stream(stream, json!({"subjects": [subject, format!("east.{subject}")]})).await?;
+    Ok(site)
+}
+
+/// How many messages of the target begin with `prefix`.
+async fn behind(site: &Site, stream: &str, prefix: &str) -> Result<usize> {
+    let stored = site.target().await?.read_stream(stream).await?;
+    Ok(stored.iter().filter(|message| message.subject.starts_with(prefix)).count())
+}
+
+fn error_text(row: &Value) -> &str {
+    row["last_error"]["message"].as_str().unwrap_or_default()
+}
+
+#[tokio::test]
+async fn a_put_starts_an_edit_changes_and_a_delete_stops_within_a_second() -> Result<()> {
+    let site = with_target("ORDERS", 5).await?;
+    let mut target = site.target().await?;
+    let (_, started) = timed(async {
+        site.put("ORDERS", site.document("ORDERS").to_string()).await?;
+        wait_messages(&mut target, "ORDERS", 1, LIMIT).await
+    })
+    .await?;
+    site.copied("ORDERS", 5).await?;
+
+    let edited = site.document_with("ORDERS", json!({"target_subject_prefix": "east"}));
+    let (_, changed) = timed(async {
+        let revision = site.put("ORDERS", edited.to_string()).await?;
+        let runs = |row: &Value| row["config_revision"] == revision && row["state"] == "running";
+        site.row_when("ORDERS", "runs the edited document", runs).await
+    })
+    .await?;
+    site.publish("ORDERS", 1..=5).await?;
+    site.copied("ORDERS", 10).await?;
+    assert_eq!(behind(&site, "ORDERS", "east.").await?, 5);
+
+    let (_, stopped) = timed(async {
+        site.bucket("REPLICATOR_CONFIG").await?.delete("ORDERS").await?;
+        wait_for("the row to go", LIMIT, async || site.row("ORDERS").await.is_none()).await
+    })
+    .await?;
+    let kept = site.position("ORDERS").await?.context("the position is kept")?;
+    assert_eq!(kept["source"]["seq"], 10, "{kept}");
+    println!("started in {started:?}, changed in {changed:?}, stopped in {stopped:?}");
+    assert!(started.max(changed).max(stopped) < PROMPT, "{started:?} {changed:?} {stopped:?}");
+
+    // It goes on where it was.
+    site.publish("ORDERS", 1..=1).await?;
+    site.put("ORDERS", edited.to_string()).await?;
+    let row = site.settled("ORDERS", 11).await?;
+    assert_eq!((&row["counters"]["copied"], &row["epoch"]), (&json!(1), &json!(2)), "{row}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn garbage_keeps_what_runs_and_is_told() -> Result<()> {
+    let site = Site::small().await?;
+    site.replicate("ORDERS", 5).await?;
+    let mut events = site.listen().await?;
+    for (garbage, path, why) in [
+        ("garbage".to_owned(), "", "not valid JSON"),
+        (site.document_with("ORDERS", json!({"max_age": "soon"})).to_string(), "/max_age", "`soon`"),
+        (String::new(), "", "not valid JSON"),
+    ] {
+        let revision = site.put("ORDERS", garbage).await?;
+        let event = events.wait("config-rejected", "ORDERS").await?;
+        assert_eq!((&event["revision"], &event["problems"][0]["path"]), (&json!(revision), &json!(path)), "{event}");
+        assert!(event["problems"][0]["message"].as_str().is_some_and(|text| text.contains(why)), "{event}");
+        let told = |row: &Value| row["last_error"]["kind"] == "invalid" && error_text(row).contains(why);
+        let row = site.row_when("ORDERS", "says what is wrong", told).await?;
+        assert!(error_text(&row).contains(&format!("revision {revision} ")), "{row}");
+        assert_eq!((&row["state"], &row["config_revision"]), (&json!("running"), &json!(1)), "{row}");
+    }
+    site.publish("ORDERS", 1..=5).await?;
+    site.copied("ORDERS", 10).await?;
+    assert_eq!(events.kinds("ORDERS"), ["config-rejected"; 3], "the run was touched");
+
+    // What is stored can be looked at, and put right by request.
+    let shown = site.ask("config.get", "ORDERS").await?.body;
+    assert_eq!((&shown["config"], shown["problems"].as_array().map(Vec::len)), (&Value::Null, Some(1)), "{shown}");
+    let fixed = site.send("config.update", site.document_with("ORDERS", json!({"max_age": "1h"}))).await?;
+    assert_eq!(fixed.error, None, "{fixed:?}");
+    let revision = &fixed.body["revision"];
+    site.row_when("ORDERS", "runs again", |r| r["config_revision"] == *revision && r["state"] == "running").await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_document_under_a_key_that_is_not_its_id_runs_nothing_and_is_told() -> Result<()> {
+    let site = Site::small().await?;
+    site.filled("ORDERS", 5).await?;
+    site.filled("OTHER", 5).await?;
+    let mut events = site.listen().await?;
+    site.put("WRONG", site.document("ORDERS").to_string()).await?;
+    let event = events.wait("config-rejected", "WRONG").await?;
+    assert!(event["problems"][0]["message"].as_str().is_some_and(|text| text.contains("`ORDERS`")), "{event}");
+    let row = site.row_when("WRONG", "is invalid", |row| row["state"] == "invalid").await?;
+    assert!(row["last_error"]["kind"] == "invalid" && error_text(&row).contains("`ORDERS`"), "{row}");
+    // Something put later runs, and this still does not.
+    site.put("OTHER", site.document("OTHER").to_string()).await?;
+    site.copied("OTHER", 5).await?;
+    assert_eq!(site.at_target("ORDERS").await?, 0);
+    assert_eq!((site.row("ORDERS").await, site.position("WRONG").await?), (None, None));
+    // It can be deleted like any other.
+    assert_eq!(site.ask("config.delete", "WRONG").await?.error, None);
+    assert_eq!(site.row("WRONG").await, None);
+    Ok(())
+}
+
+#[tokio::test]
+async fn after_a_crash_the_newest_valid_revision_runs() -> Result<()> {
+    let mut site = with_target("ORDERS", 5).await?;
+    site.put("ORDERS", site.document("ORDERS").to_string()).await?;
+    site.copied("ORDERS", 5).await?;
+    let edited = site.document_with("ORDERS", json!({"target_subject_prefix": "east"}));
+    let valid = site.put("ORDERS", edited.to_string()).await?;
+    site.row_when("ORDERS", "runs the edited document", |row| row["config_revision"] == valid).await?;
+    site.put("ORDERS", "garbage").await?;
+    let garbage = site.put("ORDERS", "more garbage").await?;
+    let told = |row: &Value| error_text(row).contains(&format!("revision {garbage} "));
+    site.row_when("ORDERS", "says what is wrong", told).await?;
+
+    site.service.kill()?;
+    site.publish("ORDERS", 1..=5).await?;
+    let mut events = site.listen().await?;
+    site.service.restart().await?;
+    site.copied("ORDERS", 10).await?;
+    assert_eq!(behind(&site, "ORDERS", "east.").await?, 5);
+    let row =
+        site.row_when("ORDERS", "runs and says what is wrong", |row| row["state"] == "running" && told(row)).await?;
+    assert_eq!((&row["config_revision"], &row["last_error"]["kind"]), (&json!(valid), &json!("invalid")), "{row}");
+    assert_eq!(events.wait("config-rejected", "ORDERS").await?["revision"], garbage);
+    Ok(())
+}
+
+#[tokio::test]
+async fn changes_of_one_replication_do_not_touch_another() -> Result<()> {
+    let site = Site::small().await?;
+    site.replicate("QUIET", 10).await?;
+    site.replicate("ORDERS", 10).await?;
+    let mut events = site.listen().await?;
+    let before = site.settled("QUIET", 10).await?;
+
+    let limited = site.document_with("ORDERS", json!({"limits": {"messages_in_flight": 7}}));
+    site.put("ORDERS", limited.to_string()).await?;
+    events.wait("config-changed", "ORDERS").await?;
+    site.put("ORDERS", "garbage").await?;
+    events.wait("config-rejected", "ORDERS").await?;
+    site.put("BROKEN", "garbage").await?;
+    events.wait("config-rejected", "BROKEN").await?;
+    site.send("config.add", site.document("MISSING")).await?;
+    events.wait("held", "MISSING").await?;
+    site.bucket("REPLICATOR_CONFIG").await?.purge("ORDERS").await?;
+    events.wait("stopped", "ORDERS").await?;
+    site.ask("config.delete", "BROKEN").await?;
+
+    let after = site.row("QUIET").await.context("the row")?;
+    for field in ["state", "leader", "epoch", "config_revision", "position", "counters", "last_error"] {
+        assert_eq!(after[field], before[field], "{field}");
+    }
+    site.publish("QUIET", 1..=10).await?;
+    site.copied("QUIET", 20).await?;
+    let after = site.row("QUIET").await.context("the row")?;
+    assert_eq!(after["counters"]["consumers_recreated"], before["counters"]["consumers_recreated"]);
+    assert!(events.kinds("QUIET").is_empty(), "{:?}", events.seen());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_bucket_that_was_lost_and_made_anew_is_followed() -> Result<()> {
+    let site = Site::small().await?;
+    site.filled("LOST", 5).await?;
+    site.replicate("ORDERS", 5).await?;
+    for i in 0..3 {
+        site.send("config.update", site.document_with("ORDERS", json!({"description": format!("{i}")}))).await?;
+    }
+    site.send("config.add", site.document("LOST")).await?;
+    site.copied("LOST", 5).await?;
+    let jetstream = async_nats::jetstream::new(site.client.clone());
+    jetstream.delete_key_value("REPLICATOR_CONFIG").await?;
+    let config = kv::Config { bucket: "REPLICATOR_CONFIG".to_owned(), history: 10, ..kv::Config::default() };
+    jetstream.create_key_value(config).await?;
+    site.put("ORDERS", site.document_with("ORDERS", json!({"max_age": "1d"})).to_string()).await?;
+    site.row_when("ORDERS", "follows the new bucket", |row| row["config_revision"] == 1).await?;
+    wait_for("what is not in it to stop", LIMIT, async || site.row("LOST").await.is_none()).await?;
+
+    let reply = site.ask("config.delete", "ORDERS").await?;
+    assert_eq!(reply.error, None, "{reply:?}");
+    assert_eq!((site.row("ORDERS").await, site.position("ORDERS").await?), (None, None));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_position_record_that_cannot_be_read_is_told_and_never_overwritten() -> Result<()> {
+    let mut site = Site::small().await?;
+    site.replicate("ORDERS", 5).await?;
+    site.service.stop().await?;
+    let positions = site.bucket("REPLICATOR_POSITIONS").await?;
+    positions.put("ORDERS", "garbage".into()).await?;
+    site.service.restart().await?;
+    let told = |row: &Value| error_text(row).contains("holds no position record");
+    let row = site.row_when("ORDERS", "says what is wrong", told).await?;
+    assert_eq!((&row["state"], &row["leader"]), (&json!("retrying"), &Value::Null), "{row}");
+    assert_eq!(positions.get("ORDERS").await?.as_deref(), Some(b"garbage".as_slice()));
+
+    // As the message says: without the record the position is found anew.
+    positions.delete("ORDERS").await?;
+    site.publish("ORDERS", 1..=5).await?;
+    site.settled("ORDERS", 10).await?;
+    assert_eq!(site.at_target("ORDERS").await?, 10);
+    Ok(())
+}
