@@ -1,5 +1,6 @@
 //! Command line. Exit codes: 0, 1 for errors while running, 2 for wrong usage or configuration.
 
+mod connection;
 mod serve;
 
 use std::process::ExitCode;

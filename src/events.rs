@@ -6,58 +6,202 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use chrono::{SecondsFormat, Utc};
-use serde_json::{Map, Value};
+use chrono::{DateTime, SubsecRound, Utc};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
+
+use crate::config::Problem;
 
 /// Events that may wait for the connection.
 const QUEUE: usize = 1024;
 
-/// What happened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+/// What happened, and what is said of it. The names of kinds and fields are the wire contract.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Event {
     /// A run began to copy.
-    Started,
-    /// A run ended by request.
-    Stopped,
+    Started {
+        /// Epoch of the holder.
+        epoch: u64,
+    },
+    /// The replication ended by request, or for good because another instance holds it.
+    Stopped {
+        /// Source sequence up to which everything is settled, where that is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        position: Option<u64>,
+        /// Why, if nobody asked for it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        message: Option<String>,
+    },
+    /// The replication was paused: nothing more is copied.
+    Paused {
+        /// Source sequence up to which everything is settled.
+        position: u64,
+    },
+    /// The replication goes on after a pause.
+    Resumed {
+        /// Source sequence behind which it goes on.
+        position: u64,
+    },
+    /// An instance took the replication.
+    Leader {
+        /// Its epoch.
+        epoch: u64,
+        /// Instance that held it before; none the first time.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        previous: Option<String>,
+    },
+    /// The position of a paused replication was moved by request.
+    PositionMoved {
+        /// Position before.
+        from: u64,
+        /// Position now.
+        to: u64,
+        /// Source messages in between that are copied again.
+        copied_again: u64,
+        /// Source messages in between that are passed over.
+        passed_over: u64,
+    },
     /// A document changed and the replication follows it.
-    ConfigChanged,
-    /// A document was refused.
-    ConfigRejected,
+    ConfigChanged {
+        /// Revision of the document.
+        revision: u64,
+    },
+    /// A document was refused; what ran before goes on.
+    ConfigRejected {
+        /// Revision of the document.
+        revision: u64,
+        /// What is wrong with it.
+        problems: Vec<Problem>,
+    },
     /// The replication went on after an error.
-    Repaired,
+    Repaired {
+        /// Source sequence up to which everything is settled.
+        position: u64,
+    },
     /// An error stopped the copy; it is tried again.
-    Stalled,
+    Stalled {
+        /// What happened.
+        message: String,
+    },
     /// Source messages were gone before they were read.
-    Gap,
+    Gap {
+        /// First source sequence that is gone.
+        from: u64,
+        /// Last source sequence that is gone.
+        to: u64,
+        /// How many of them were not copied.
+        messages: u64,
+    },
     /// Somebody has to act.
-    Held,
+    Held {
+        /// What happened.
+        message: String,
+    },
+    /// A message can never be stored at the target: it holds the replication, or was left out on request.
+    Poison {
+        /// Its source sequence.
+        source_seq: u64,
+        /// Why it cannot be stored.
+        message: String,
+        /// What became of it.
+        action: PoisonAction,
+    },
     /// The source lost its end or is another stream.
-    SourceReset,
+    SourceReset {
+        /// Position before.
+        saved: u64,
+        /// Position now.
+        resumed: u64,
+        /// What was seen.
+        reason: String,
+    },
     /// The target lost stored data or is another stream.
-    TargetReset,
+    TargetReset {
+        /// Position before.
+        saved: u64,
+        /// Position now.
+        resumed: u64,
+        /// What was seen.
+        reason: String,
+    },
     /// Somebody else writes to the target.
-    TargetShared,
+    TargetShared {
+        /// Target sequence of a message that is not ours.
+        target_seq: u64,
+    },
 }
 
-impl Kind {
+/// What became of a message that can never be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PoisonAction {
+    /// It holds the replication until somebody acts.
+    Held,
+    /// It was left out.
+    Skipped,
+}
+
+impl Event {
+    /// Names of all kinds, as in subjects and bodies.
+    pub const KINDS: [&str; 16] = [
+        "started",
+        "stopped",
+        "paused",
+        "resumed",
+        "leader",
+        "position-moved",
+        "config-changed",
+        "config-rejected",
+        "repaired",
+        "stalled",
+        "gap",
+        "held",
+        "poison",
+        "source-reset",
+        "target-reset",
+        "target-shared",
+    ];
+
     /// The name in the subject and in the body.
-    pub const fn name(self) -> &'static str {
+    pub const fn kind(&self) -> &'static str {
         match self {
-            Self::Started => "started",
-            Self::Stopped => "stopped",
-            Self::ConfigChanged => "config-changed",
-            Self::ConfigRejected => "config-rejected",
-            Self::Repaired => "repaired",
-            Self::Stalled => "stalled",
-            Self::Gap => "gap",
-            Self::Held => "held",
-            Self::SourceReset => "source-reset",
-            Self::TargetReset => "target-reset",
-            Self::TargetShared => "target-shared",
+            Self::Started { .. } => "started",
+            Self::Stopped { .. } => "stopped",
+            Self::Paused { .. } => "paused",
+            Self::Resumed { .. } => "resumed",
+            Self::Leader { .. } => "leader",
+            Self::PositionMoved { .. } => "position-moved",
+            Self::ConfigChanged { .. } => "config-changed",
+            Self::ConfigRejected { .. } => "config-rejected",
+            Self::Repaired { .. } => "repaired",
+            Self::Stalled { .. } => "stalled",
+            Self::Gap { .. } => "gap",
+            Self::Held { .. } => "held",
+            Self::Poison { .. } => "poison",
+            Self::SourceReset { .. } => "source-reset",
+            Self::TargetReset { .. } => "target-reset",
+            Self::TargetShared { .. } => "target-shared",
         }
     }
+}
+
+/// Body of an event: what happened, where, and when.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Notice {
+    /// What happened.
+    #[serde(flatten)]
+    pub event: Event,
+    /// Replication id.
+    pub replication: String,
+    /// The site's name.
+    pub site: String,
+    /// Instance that tells it.
+    pub instance: String,
+    /// When it was told.
+    pub time: DateTime<Utc>,
 }
 
 /// Publishes events; cheap to clone. Never blocks and never fails: an event that cannot be sent is logged.
@@ -96,14 +240,21 @@ impl Events {
         Self { shared: Arc::new(shared), queue }
     }
 
-    /// Publishes one event. `detail` goes into the body beside `kind`, `replication`, `site`, `instance`, `time`.
-    pub fn emit(&self, kind: Kind, replication: &str, detail: Map<String, Value>) {
-        let subject = format!("{}.event.{}.{replication}", self.shared.prefix, kind.name());
-        let body = self.body(kind, replication, detail);
-        if self.queue.try_send(Item::Event { subject, body }).is_err()
-            && self.shared.dropped.fetch_add(1, Ordering::Relaxed) == 0
-        {
-            warn!(replication, kind = kind.name(), "events are dropped: {QUEUE} wait for the control connection");
+    /// Publishes one event.
+    pub fn emit(&self, event: Event, replication: &str) {
+        let kind = event.kind();
+        let Shared { prefix, site, instance, dropped } = &*self.shared;
+        let subject = format!("{prefix}.event.{kind}.{replication}");
+        let notice = Notice {
+            event,
+            replication: replication.to_owned(),
+            site: site.clone(),
+            instance: instance.clone(),
+            time: Utc::now().trunc_subsecs(3),
+        };
+        let body = serde_json::to_vec(&notice).unwrap_or_default();
+        if self.queue.try_send(Item::Event { subject, body }).is_err() && dropped.fetch_add(1, Ordering::Relaxed) == 0 {
+            warn!(replication, kind, "events are dropped: {QUEUE} wait for the control connection");
         }
     }
 
@@ -118,16 +269,6 @@ impl Events {
         if self.queue.send(Item::Flush(done)).await.is_ok() {
             let _ = written.await;
         }
-    }
-
-    fn body(&self, kind: Kind, replication: &str, mut detail: Map<String, Value>) -> Vec<u8> {
-        let time = Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true);
-        detail.insert("kind".to_owned(), kind.name().into());
-        detail.insert("replication".to_owned(), replication.into());
-        detail.insert("site".to_owned(), self.shared.site.as_str().into());
-        detail.insert("instance".to_owned(), self.shared.instance.as_str().into());
-        detail.insert("time".to_owned(), time.into());
-        Value::Object(detail).to_string().into_bytes()
     }
 }
 

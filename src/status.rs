@@ -2,10 +2,11 @@
 //! the position record and, as numbers, in the metrics. Field names are the wire contract.
 
 use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// One replication as its leader sees it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Row {
     /// Replication id.
     pub replication: String,
@@ -25,7 +26,7 @@ pub struct Row {
 }
 
 /// State of a replication.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// Connecting, or finding out where to resume.
@@ -45,7 +46,7 @@ pub enum State {
 }
 
 /// The part of a row that the copy path fills in.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct CopyStatus {
     /// Source stream.
@@ -72,7 +73,7 @@ pub struct CopyStatus {
 }
 
 /// Source side of a row.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct SourceStatus {
     /// Stream name.
@@ -88,7 +89,7 @@ pub struct SourceStatus {
 }
 
 /// Target side of a row.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TargetStatus {
     /// Stream name.
@@ -102,7 +103,7 @@ pub struct TargetStatus {
 }
 
 /// The source sequence up to which everything is settled, and the newest message of ours at the target.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Position {
     /// Source sequence.
@@ -112,7 +113,7 @@ pub struct Position {
 }
 
 /// How far behind the source.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Lag {
     /// Messages in scope that are not settled.
@@ -122,7 +123,7 @@ pub struct Lag {
 }
 
 /// How messages go to the target.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Transport {
     /// ADR-50 fast-ingest batches.
@@ -133,7 +134,7 @@ pub enum Transport {
 }
 
 /// Whether others write to the target.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TargetMode {
     /// Nobody else does.
@@ -144,7 +145,7 @@ pub enum TargetMode {
 }
 
 /// Read and not settled.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct InFlight {
     /// Messages.
@@ -154,7 +155,7 @@ pub struct InFlight {
 }
 
 /// Totals since this leader began.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Counters {
     /// Messages read.
@@ -188,7 +189,7 @@ pub struct Counters {
 }
 
 /// The last error of a replication.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct LastError {
     /// When it happened.
     pub at: DateTime<Utc>,
@@ -196,6 +197,9 @@ pub struct LastError {
     pub kind: String,
     /// What happened, without secrets.
     pub message: String,
+    /// Source sequence of the message that can never be stored, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_seq: Option<u64>,
 }
 
 /// Times in seconds, counted in fixed buckets.

@@ -1,5 +1,7 @@
 //! The wire contract: what requests and replies look like, for the service and for those who ask it.
 
+use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -9,7 +11,7 @@ use crate::{
 };
 
 /// Names one replication; a request may also be the plain id.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NamedRequest {
     /// Replication id.
@@ -17,7 +19,7 @@ pub struct NamedRequest {
 }
 
 /// `config.delete`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeleteRequest {
     /// Replication id.
@@ -28,7 +30,7 @@ pub struct DeleteRequest {
 }
 
 /// `status`; empty for all.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct StatusRequest {
     /// Replication id, for one alone.
@@ -42,7 +44,7 @@ pub struct StatusRequest {
 }
 
 /// `config.list`; empty for all.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ListRequest {
     /// How many rows to leave out at the beginning.
@@ -52,8 +54,39 @@ pub struct ListRequest {
     pub limit: Option<usize>,
 }
 
+/// `position`: moves the position of a paused replication. One of `source_seq` and `time` is needed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PositionRequest {
+    /// Replication id.
+    pub replication: String,
+    /// The new position: the copy goes on behind this source sequence. 0 is before the first message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_seq: Option<u64>,
+    /// The copy goes on with the first source message stored at or after this time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time: Option<DateTime<Utc>>,
+    /// Only tells what would happen.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// `skip`: the message that holds a replication is left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SkipRequest {
+    /// Replication id.
+    pub replication: String,
+    /// Only if this is the message that holds it, by its source sequence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_seq: Option<u64>,
+}
+
+/// `instances`; empty for all.
+pub type InstancesRequest = ListRequest;
+
 /// A change was made.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Changed {
     /// Replication id.
     pub replication: String,
@@ -61,8 +94,144 @@ pub struct Changed {
     pub revision: u64,
 }
 
+/// Reply of `position`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Moved {
+    /// Replication id.
+    pub replication: String,
+    /// Revision of the position record; `null` after a dry run.
+    pub revision: Option<u64>,
+    /// Whether nothing was changed.
+    pub dry_run: bool,
+    /// Position before.
+    pub from: u64,
+    /// Position now, or as it would be.
+    pub to: u64,
+    /// Source messages between the two, filters not considered, that are copied again when the position goes back.
+    pub copied_again: u64,
+    /// Source messages between the two, filters not considered, that are passed over when the position goes forward.
+    pub passed_over: u64,
+}
+
+/// Reply of `skip`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Skipped {
+    /// Replication id.
+    pub replication: String,
+    /// Revision of the release.
+    pub revision: u64,
+    /// Source sequence of the message that is left out.
+    pub source_seq: u64,
+}
+
+/// Reply of `config.validate`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Validation {
+    /// Whether the document can run as it is: no problems.
+    pub valid: bool,
+    /// What is wrong with the document, or what both sides say against it.
+    pub problems: Vec<Problem>,
+    /// What may be meant so, or could not be found out.
+    pub warnings: Vec<Problem>,
+    /// What both sides say; `null` if the document alone is wrong, or if it was not asked for.
+    pub preflight: Option<Preflight>,
+}
+
+/// What both sides say to a document.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Preflight {
+    /// The source.
+    pub source: PreflightSide,
+    /// The target.
+    pub target: PreflightSide,
+}
+
+/// What one side says to a document.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PreflightSide {
+    /// Name of the server that let us in; empty if none did.
+    pub server: String,
+    /// Version of that server; empty if none let us in.
+    pub version: String,
+    /// The stream; `null` if there is none or if it could not be seen.
+    pub stream: Option<PreflightStream>,
+    /// What was looked at, in order.
+    pub checks: Vec<Check>,
+}
+
+/// A stream as a preflight found it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PreflightStream {
+    /// Messages stored.
+    pub messages: u64,
+    /// First sequence.
+    pub first_seq: u64,
+    /// Last sequence.
+    pub last_seq: u64,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Check {
+    /// What was looked at: `connect`, `stream`, `read`, `publish`, `subjects`, `max_payload`, `headers`, `cycle`, ...
+    pub name: String,
+    /// What came out.
+    pub result: CheckResult,
+    /// In words; empty when all is well.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+}
+
+/// What came out of a [`Check`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckResult {
+    /// As it should be.
+    Ok,
+    /// May be meant so.
+    Warning,
+    /// The copy would not work, or not as the document says.
+    Failed,
+    /// Could not be found out, because something before it failed or took too long.
+    Unknown,
+}
+
+/// Reply of `instances`. There are more rows if `offset` and those shown are less than `total`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Instances {
+    /// The site's name.
+    pub site: String,
+    /// Sorted by name.
+    pub instances: Vec<InstanceRow>,
+    /// Rows left out at the beginning.
+    pub offset: usize,
+    /// Rows shown at most.
+    pub limit: usize,
+    /// Rows there are.
+    pub total: usize,
+}
+
+/// One process.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct InstanceRow {
+    /// Its `--instance`.
+    pub instance: String,
+    /// Version of its program.
+    pub version: String,
+    /// Name of its host.
+    pub host: String,
+    /// When it started.
+    pub started: DateTime<Utc>,
+    /// Seconds since it was heard of last.
+    pub silent_seconds: f64,
+    /// How many replications it runs.
+    pub leads: usize,
+    /// Ids of these, sorted; the first 1,000.
+    pub replications: Vec<String>,
+}
+
 /// Reply of `config.get`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Document {
     /// Replication id.
     pub replication: String,
@@ -76,7 +245,7 @@ pub struct Document {
 }
 
 /// Reply of `config.list`. There are more rows if `offset` and those shown are less than `total`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct List {
     /// Sorted by id.
     pub replications: Vec<ListRow>,
@@ -89,7 +258,7 @@ pub struct List {
 }
 
 /// One document.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ListRow {
     /// Replication id.
     pub replication: String,
@@ -102,7 +271,7 @@ pub struct ListRow {
 }
 
 /// Reply of `status`. There are more rows if `offset` and those shown are less than `total`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Status {
     /// The site's name.
     pub site: String,
@@ -117,7 +286,7 @@ pub struct Status {
 }
 
 /// Body of an error reply.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorReply {
     /// What went wrong.
     pub error: Failure,
@@ -125,7 +294,7 @@ pub struct ErrorReply {
 
 /// What went wrong with a request; code and description are also in the headers `Nats-Service-Error-Code` and
 /// `Nats-Service-Error`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, thiserror::Error)]
 #[error("{description} ({code})")]
 pub struct Failure {
     /// 400 the request is wrong, 404 no such replication, 408 past its deadline, 409 not what is there, 500 a bug,

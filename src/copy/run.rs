@@ -3,7 +3,6 @@
 use std::{future::poll_fn, sync::Arc};
 
 use chrono::Utc;
-use serde_json::json;
 use tokio::{
     sync::watch,
     time::{Duration, Instant, sleep_until},
@@ -26,7 +25,7 @@ use super::{
 };
 use crate::{
     config::Replication,
-    events::{Events, Kind},
+    events::{Event, Events},
     names,
     nats::{
         self, Batch, Lane, Turn,
@@ -204,21 +203,17 @@ impl<'a> Run<'a> {
     }
 
     fn found(&mut self, finding: &Finding) {
-        let (kind, detail) = match finding {
+        let event = match finding.clone() {
             Finding::Gap { from, to, messages } => {
                 self.copy.counters.gap_messages += messages;
-                (Kind::Gap, json!({ "from": from, "to": to, "messages": messages }))
+                Event::Gap { from, to, messages }
             }
-            Finding::SourceReset { saved, resumed, reason } => {
-                (Kind::SourceReset, json!({ "saved": saved, "resumed": resumed, "reason": reason }))
-            }
-            Finding::TargetReset { saved, resumed, reason } => {
-                (Kind::TargetReset, json!({ "saved": saved, "resumed": resumed, "reason": reason }))
-            }
-            Finding::TargetShared { sequence } => (Kind::TargetShared, json!({ "target_seq": sequence })),
+            Finding::SourceReset { saved, resumed, reason } => Event::SourceReset { saved, resumed, reason },
+            Finding::TargetReset { saved, resumed, reason } => Event::TargetReset { saved, resumed, reason },
+            Finding::TargetShared { sequence } => Event::TargetShared { target_seq: sequence },
         };
-        warn!(replication = self.replication.id, kind = ?kind, %detail, "found");
-        self.events.emit(kind, &self.replication.id, detail.as_object().cloned().unwrap_or_default());
+        warn!(replication = self.replication.id, ?event, "found");
+        self.events.emit(event, &self.replication.id);
     }
 
     /// Copies until the stop or an error; the position is saved at the end of both.

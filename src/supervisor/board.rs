@@ -154,5 +154,5 @@ impl Board {
 }
 
 fn last_error(kind: &str, message: &str) -> LastError {
-    LastError { at: Utc::now(), kind: kind.to_owned(), message: message.to_owned() }
+    LastError { at: Utc::now(), kind: kind.to_owned(), message: message.to_owned(), source_seq: None }
 }

@@ -1,6 +1,6 @@
 //! Keeps an outage from being told at every attempt. Pure.
 
-use crate::{copy::ErrorKind, events::Kind};
+use crate::{copy::ErrorKind, events::Event};
 
 /// Distinct errors of one outage that are told; more of them are one that carries a number in its text.
 const TOLD: usize = 16;
@@ -13,12 +13,12 @@ pub(super) struct Outage {
 }
 
 /// What an error calls for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Report {
     /// Whether the error has not been told in this outage.
     pub(super) news: bool,
     /// The event to emit.
-    pub(super) event: Option<Kind>,
+    pub(super) event: Option<Event>,
 }
 
 impl Outage {
@@ -30,9 +30,9 @@ impl Outage {
         }
         let began = !std::mem::replace(&mut self.open, true);
         let event = match kind {
-            ErrorKind::Retry => began.then_some(Kind::Stalled),
-            ErrorKind::Hold => news.then_some(Kind::Held),
-            ErrorKind::Superseded => Some(Kind::Stopped),
+            ErrorKind::Retry => began.then(|| Event::Stalled { message: message.to_owned() }),
+            ErrorKind::Hold => news.then(|| Event::Held { message: message.to_owned() }),
+            ErrorKind::Superseded => Some(Event::Stopped { position: None, message: Some(message.to_owned()) }),
         };
         Report { news, event }
     }
@@ -52,11 +52,15 @@ impl Outage {
 mod tests {
     use super::*;
 
+    fn stalled(message: &str) -> Event {
+        Event::Stalled { message: message.to_owned() }
+    }
+
     #[test]
     fn an_outage_is_told_when_it_begins_and_not_per_attempt() {
         let mut outage = Outage::default();
         let first = outage.failed(ErrorKind::Retry, "connection refused");
-        assert_eq!(first, Report { news: true, event: Some(Kind::Stalled) });
+        assert_eq!(first, Report { news: true, event: Some(stalled("connection refused")) });
         let again = outage.failed(ErrorKind::Retry, "connection refused");
         assert_eq!(again, Report { news: false, event: None });
         let other = outage.failed(ErrorKind::Retry, "timed out");
@@ -66,9 +70,9 @@ mod tests {
     #[test]
     fn each_reason_to_hold_is_an_event_once() {
         let mut outage = Outage::default();
-        assert_eq!(outage.failed(ErrorKind::Hold, "full").event, Some(Kind::Held));
+        assert_eq!(outage.failed(ErrorKind::Hold, "full").event.map(|event| event.kind()), Some("held"));
         assert_eq!(outage.failed(ErrorKind::Hold, "full").event, None);
-        assert_eq!(outage.failed(ErrorKind::Hold, "sealed").event, Some(Kind::Held));
+        assert_eq!(outage.failed(ErrorKind::Hold, "sealed").event.map(|event| event.kind()), Some("held"));
         assert_eq!(outage.failed(ErrorKind::Hold, "full").event, None);
     }
 
@@ -80,7 +84,7 @@ mod tests {
         outage.over();
         assert!(!outage.is_open());
         let report = outage.failed(ErrorKind::Retry, "timed out");
-        assert_eq!(report, Report { news: true, event: Some(Kind::Stalled) });
+        assert_eq!(report, Report { news: true, event: Some(stalled("timed out")) });
     }
 
     #[test]

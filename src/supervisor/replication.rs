@@ -7,7 +7,6 @@
 use std::{convert::Infallible, future::pending, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
-use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -22,7 +21,7 @@ use crate::{
     backoff::{Backoff, jitter},
     config::Replication,
     copy::{self, Error, ErrorKind, Job, Ledger},
-    events::Kind,
+    events::Event,
     status::{Row, State},
     store::SaveError,
 };
@@ -51,9 +50,8 @@ pub(super) struct Context {
 }
 
 impl Context {
-    fn emit(&self, kind: Kind, detail: Value) {
-        let detail = if let Value::Object(detail) = detail { detail } else { Map::new() };
-        self.deps.events.emit(kind, &self.id, detail);
+    fn emit(&self, event: Event) {
+        self.deps.events.emit(event, &self.id);
     }
 }
 
@@ -117,7 +115,7 @@ impl Life {
         // Without one, everything valid was pushed out of the history meanwhile: what ran is the newest valid one.
         let new = next.work.get_or_insert(work);
         info!(replication = self.context.id, revision = new.revision, "follows the changed document");
-        self.context.emit(Kind::ConfigChanged, json!({"revision": new.revision}));
+        self.context.emit(Event::ConfigChanged { revision: new.revision });
         Some(next)
     }
 
@@ -171,7 +169,7 @@ impl Refusals {
         let message = rejected.message();
         error!(replication = context.id, "document refused: {message}");
         context.board.rejected(&message);
-        context.emit(Kind::ConfigRejected, json!({"revision": rejected.revision, "problems": rejected.problems.0}));
+        context.emit(Event::ConfigRejected { revision: rejected.revision, problems: rejected.problems.0 });
     }
 }
 
@@ -317,7 +315,7 @@ impl Session {
             (true, ErrorKind::Superseded) => error!(replication = id, "stopped for good: {message}"),
         }
         if let Some(event) = report.event {
-            self.context.emit(event, json!({"message": message}));
+            self.context.emit(event);
         }
     }
 
@@ -357,7 +355,7 @@ impl Session {
         let position = board.row().copy.position.source_seq;
         if board.released() {
             info!(replication = id, position, "stopped");
-            self.context.emit(Kind::Stopped, json!({"position": position}));
+            self.context.emit(Event::Stopped { position: Some(position), message: None });
         }
         let _ = timeout(LAST_SAVE, self.save_row()).await;
     }
@@ -377,7 +375,7 @@ async fn observe(
     if !std::mem::replace(told, true) {
         let (source, target) = (&replication.source.stream, &replication.target.stream);
         info!(replication = context.id, source, target, "copying");
-        context.emit(Kind::Started, json!({"epoch": context.board.row().epoch}));
+        context.emit(Event::Started { epoch: context.board.row().epoch });
     }
     while outage.is_open() {
         sleep(STEADY).await;
@@ -385,7 +383,7 @@ async fn observe(
         if row.state == State::Running && (row.copy.lag.messages == 0 || context.board.mark() != before) {
             outage.over();
             info!(replication = context.id, position = row.copy.position.source_seq, "repaired");
-            context.emit(Kind::Repaired, json!({"position": row.copy.position.source_seq}));
+            context.emit(Event::Repaired { position: row.copy.position.source_seq });
         }
     }
     pending().await
