@@ -1,6 +1,6 @@
 //! Composition root: builds the whole system top to bottom and stops it in order.
 
-use std::{fmt::Display, io, process, time::Duration};
+use std::{env, fmt::Display, fs, io, process, time::Duration};
 
 use anyhow::{Context as _, bail};
 use async_nats::Client;
@@ -22,7 +22,7 @@ use crate::{
     names,
     nats::client,
     store::Buckets,
-    supervisor::{self, Deps, Supervisor},
+    supervisor::{self, Deps, Identity, Presence, Supervisor},
 };
 
 /// Everything stops within this.
@@ -32,7 +32,7 @@ const GRACE: Duration = Duration::from_secs(10);
 const SERVICE_GRACE: Duration = Duration::from_secs(1);
 
 /// ... and for the last words on the control connection.
-const CONNECTION_GRACE: Duration = Duration::from_secs(1);
+const CONNECTION_GRACE: Duration = Duration::from_secs(2);
 
 /// What `serve` runs with; every value has been checked.
 #[derive(Debug, Clone)]
@@ -99,6 +99,7 @@ struct System {
     progress: watch::Sender<Progress>,
     monitor: Option<Monitor>,
     supervisor: Option<Supervisor>,
+    presence: Option<Presence>,
     service: Option<control::Service>,
 }
 
@@ -117,7 +118,7 @@ impl System {
             }
             None => None,
         };
-        Ok(Self { client, events, progress, monitor, supervisor: None, service: None })
+        Ok(Self { client, events, progress, monitor, supervisor: None, presence: None, service: None })
     }
 
     /// Starts the rest, then waits for the stop.
@@ -131,6 +132,7 @@ impl System {
             instance: instance.clone(),
             config: buckets.config.clone(),
             positions: buckets.positions.clone(),
+            sessions: buckets.sessions.clone(),
             events: self.events.clone(),
             budget: Budget::new(READ_AHEAD),
         };
@@ -138,6 +140,8 @@ impl System {
         let (handle, supervisor) = supervisor::start(deps, &CancellationToken::new());
         let supervisor = self.supervisor.insert(supervisor);
         self.progress.send_modify(|progress| progress.supervisor = Some(handle.clone()));
+        let identity = Identity { instance: instance.clone(), host: host_name(), program: names::VERSION.to_owned() };
+        self.presence = Some(Presence::start(buckets.sessions.clone(), identity, &handle));
 
         let register = async || {
             let settings = control::ControlConfig {
@@ -146,8 +150,9 @@ impl System {
                 instance: instance.clone(),
                 version: names::VERSION.to_owned(),
             };
-            let Buckets { config, positions } = buckets.clone();
-            control::start(self.client.clone(), settings, config, positions, handle.clone()).await
+            let Buckets { config, positions, .. } = buckets.clone();
+            let (client, events) = (self.client.clone(), self.events.clone());
+            control::start(client, settings, config, positions, handle.clone(), events).await
         };
         let registered = persist("the control service cannot be registered", stop, register).await;
         let Some(service) = registered else { return Ok(()) };
@@ -184,6 +189,9 @@ impl System {
             let lives = supervisor.stop(grace).await;
             late.extend(lives.into_iter().map(|id| format!("replication `{id}`")));
         }
+        if let Some(presence) = self.presence {
+            presence.stop().await;
+        }
         let connected = self.client.connection_state() == async_nats::connection::State::Connected;
         let close = async {
             self.events.flush().await;
@@ -197,6 +205,12 @@ impl System {
         }
         late
     }
+}
+
+/// Name of this host, as far as it can be found out.
+fn host_name() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| env::var("HOSTNAME").ok());
+    name.unwrap_or_default().trim().to_owned()
 }
 
 /// Tries until it works or everything stops; each distinct error is told once.

@@ -12,6 +12,7 @@ use std::{collections::BTreeMap, sync::Arc};
 pub use self::service::Service;
 use self::{documents::Documents, endpoints::Context};
 use crate::{
+    events::Events,
     store::{ConfigStore, PositionStore},
     supervisor::Handle,
 };
@@ -44,6 +45,7 @@ pub async fn start(
     config: ConfigStore,
     positions: PositionStore,
     supervisor: Handle,
+    events: Events,
 ) -> Result<Service, Error> {
     let identity = service::Identity {
         name: SERVICE_NAME.to_owned(),
@@ -51,11 +53,20 @@ pub async fn start(
         description: "copies JetStream streams between clusters".to_owned(),
         metadata: BTreeMap::from([
             ("site".to_owned(), control.site.clone()),
-            ("instance".to_owned(), control.instance),
+            ("instance".to_owned(), control.instance.clone()),
         ]),
     };
     let documents = Documents::follow(config.clone()).await.map_err(|error| Error(error.to_string()))?;
-    let context = Context { client: client.clone(), site: control.site, config, documents, positions, supervisor };
+    let context = Context {
+        client: client.clone(),
+        site: control.site,
+        instance: control.instance,
+        config,
+        documents,
+        positions,
+        supervisor,
+        events,
+    };
     let routes = endpoints::routes(&Arc::new(context), &control.prefix);
     Service::start(client, identity, routes).await.map_err(|error| Error(error.to_string()))
 }

@@ -6,6 +6,7 @@
 mod budget;
 mod decide;
 mod gap;
+mod locate;
 mod progress;
 mod provenance;
 mod reader;
@@ -20,6 +21,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use budget::Budget;
+pub use locate::{At, Located, Place, locate};
 pub use progress::Ledger;
 
 use crate::{
@@ -27,7 +29,7 @@ use crate::{
     events::Events,
     nats,
     status::{CopyStatus, Row, State},
-    store::SaveError,
+    store::{SaveError, SourceMessage},
 };
 
 /// What to copy, and in whose name.
@@ -41,6 +43,8 @@ pub struct Job {
     pub row: Row,
     /// Bytes that all replications of the process may read ahead together.
     pub budget: Budget,
+    /// A message that can never be stored and is left out by request.
+    pub skip: Option<SourceMessage>,
 }
 
 /// What the caller can do about an error.
@@ -62,6 +66,8 @@ pub struct Error {
     pub kind: ErrorKind,
     /// What happened, without secrets.
     pub message: String,
+    /// The message that can never be stored at the target, if that is the reason.
+    pub poison: Option<SourceMessage>,
     /// Whether the target's last sequence was not what was expected.
     chain_broken: bool,
 }
@@ -69,7 +75,7 @@ pub struct Error {
 impl Error {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), chain_broken: false }
+        Self { kind, message: message.into(), poison: None, chain_broken: false }
     }
 }
 

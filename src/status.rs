@@ -26,7 +26,7 @@ pub struct Row {
 }
 
 /// State of a replication.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// Connecting, or finding out where to resume.
@@ -43,6 +43,12 @@ pub enum State {
     Invalid,
     /// Not running here and not going to by itself.
     Stopped,
+}
+
+impl State {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Starting, Self::Running, Self::Paused, Self::Retrying, Self::Held, Self::Invalid, Self::Stopped];
 }
 
 /// The part of a row that the copy path fills in.
@@ -174,6 +180,8 @@ pub struct Counters {
     pub skipped_old: u64,
     /// Skipped by a filter or because they had been here before.
     pub skipped_filtered: u64,
+    /// Skipped by request because the target can never store them.
+    pub skipped_refused: u64,
     /// Published to the dead letter subject.
     pub dead_lettered: u64,
     /// Source messages that were gone before they were read.
@@ -200,6 +208,9 @@ pub struct LastError {
     /// Source sequence of the message that can never be stored, if it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_seq: Option<u64>,
+    /// Stored time of that message, nanoseconds since the Unix epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_time_ns: Option<i64>,
 }
 
 /// Times in seconds, counted in fixed buckets.

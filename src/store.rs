@@ -4,9 +4,13 @@
 mod bucket;
 mod buckets;
 mod config;
+mod marks;
 mod positions;
+mod sessions;
 mod watch;
 
 pub use buckets::{Buckets, Error};
 pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
-pub use positions::{PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness};
+pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
+pub use positions::{Claim, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness};
+pub use sessions::{SessionChange, SessionRecord, SessionStore};

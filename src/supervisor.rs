@@ -4,8 +4,12 @@
 
 mod board;
 mod desired;
+mod group;
+mod marks;
 mod outage;
+mod presence;
 mod replication;
+mod trouble;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -18,22 +22,30 @@ use futures_util::StreamExt;
 use tokio::{
     sync::watch,
     task::{Id, JoinError, JoinHandle, JoinSet},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
+pub use self::presence::{Identity, Presence};
 use self::{
     board::Board,
     desired::{Planner, Signal},
+    group::Group,
+    marks::Marks,
     replication::{Context, Life},
 };
 use crate::{
-    copy::{Budget, ErrorKind},
+    copy::{Budget, Error, ErrorKind},
     events::Events,
     status::{Row, State},
-    store::{ConfigChange, ConfigEntry, ConfigStore, PositionStore},
+    store::{
+        ConfigChange, ConfigEntry, ConfigStore, MarkKind, PositionRecord, PositionStore, SessionRecord, SessionStore,
+    },
 };
+
+/// How often a row is looked at that is waited for.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// A life that panicked outside a run starts again after this.
 const PANIC_DELAY: Duration = Duration::from_secs(5);
@@ -49,6 +61,8 @@ pub struct Deps {
     pub config: ConfigStore,
     /// Where each replication stands.
     pub positions: PositionStore,
+    /// Which processes are there.
+    pub sessions: SessionStore,
     /// Where notable things are told.
     pub events: Events,
     /// Bytes that all replications together may read ahead.
@@ -60,9 +74,18 @@ pub struct Deps {
 pub fn start(deps: Deps, root: &CancellationToken) -> (Handle, Supervisor) {
     let (table, view) = watch::channel(Table::default());
     let stop = root.child_token();
-    let work = Loop { deps: Arc::new(deps), stop: stop.clone(), table, lives: JoinSet::new(), slots: HashMap::new() };
+    let group = Group::follow(deps.positions.clone(), deps.sessions.clone());
+    let handle = Handle { table: view.clone(), group, instance: deps.instance.as_str().into() };
+    let work = Loop {
+        deps: Arc::new(deps),
+        stop: stop.clone(),
+        table,
+        lives: JoinSet::new(),
+        slots: HashMap::new(),
+        marks: HashMap::new(),
+    };
     let task = tokio::spawn(work.run());
-    (Handle { table: view.clone() }, Supervisor { stop, task, table: view })
+    (handle, Supervisor { stop, task, table: view })
 }
 
 /// The running supervisor, for the one who stops it.
@@ -97,17 +120,126 @@ impl Supervisor {
 #[derive(Debug, Clone)]
 pub struct Handle {
     table: watch::Receiver<Table>,
+    group: Group,
+    instance: Arc<str>,
+}
+
+/// One process of the group.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    /// What it says of itself.
+    pub session: SessionRecord,
+    /// Time since it was heard of last.
+    pub silent: Duration,
+    /// Ids of the replications that it leads, sorted.
+    pub leads: Vec<String>,
 }
 
 impl Handle {
-    /// All rows, sorted by id.
+    /// All rows as the group sees them, sorted by id.
     pub fn rows(&self) -> Vec<Row> {
+        self.table.borrow().boards.values().map(|board| self.view(board)).collect()
+    }
+
+    /// The row of one replication as the group sees it.
+    pub fn row(&self, id: &str) -> Option<Row> {
+        let board = self.table.borrow().boards.get(id).cloned()?;
+        Some(self.view(&board))
+    }
+
+    /// All rows as this process sees them, sorted by id.
+    pub fn own_rows(&self) -> Vec<Row> {
         self.table.borrow().boards.values().map(|board| board.row()).collect()
     }
 
-    /// The row of one replication.
-    pub fn row(&self, id: &str) -> Option<Row> {
-        self.table.borrow().boards.get(id).map(|board| board.row())
+    /// The processes that are there, sorted by name.
+    pub fn peers(&self) -> Vec<Peer> {
+        let mut leads: HashMap<String, Vec<String>> = HashMap::new();
+        for (id, board) in &self.table.borrow().boards {
+            let leader = match board.row().leader {
+                Some(leader) => Some(leader),
+                None => self.group.record(id).and_then(|record| record.leader().map(str::to_owned)),
+            };
+            // Whatever the record says, what we do not run is not ours.
+            if let Some(leader) = leader.filter(|leader| **leader != *self.instance || board.row().leader.is_some()) {
+                leads.entry(leader).or_default().push(id.clone());
+            }
+        }
+        let sessions = self.group.sessions();
+        let peer = |(session, silent): (&SessionRecord, Duration)| Peer {
+            leads: leads.remove(&session.instance).unwrap_or_default(),
+            session: session.clone(),
+            silent,
+        };
+        sessions.present().map(peer).collect()
+    }
+
+    /// How many replications are in each state, as the group sees them.
+    pub fn states(&self) -> BTreeMap<State, usize> {
+        let mut states: BTreeMap<_, _> = State::ALL.into_iter().map(|state| (state, 0)).collect();
+        for board in self.table.borrow().boards.values() {
+            *states.entry(self.view(board).state).or_default() += 1;
+        }
+        states
+    }
+
+    /// What this process runs, and of what another one runs what that one saved last.
+    fn view(&self, board: &Board) -> Row {
+        let own = board.row();
+        match own.state {
+            State::Stopped => match self.group.record(&own.replication) {
+                Some(record) if record.epoch > own.epoch => self.leaders_row(record, own),
+                _ => own,
+            },
+            // Moved, perhaps, by another instance.
+            State::Paused => match self.group.record(&own.replication).and_then(|record| record.source) {
+                Some(source) => {
+                    let mut row = own;
+                    row.copy.position.source_seq = source.seq;
+                    row
+                }
+                None => own,
+            },
+            _ => own,
+        }
+    }
+
+    fn leaders_row(&self, record: PositionRecord, own: Row) -> Row {
+        let leader = record.leader().map(str::to_owned);
+        let fresh = record.status.as_ref().is_some_and(|row| row.epoch == record.epoch);
+        let mut row = Row { leader, epoch: record.epoch, ..record.status.unwrap_or(own) };
+        if row.leader.as_ref().is_some_and(|leader| self.group.is_gone(leader)) {
+            row.leader = None;
+            row.state = State::Stopped;
+        } else if !fresh {
+            row.state = State::Starting;
+        }
+        row
+    }
+
+    /// Waits until the pause marked at `revision` of the configuration bucket has taken effect, here or where the
+    /// replication runs, and the position record, if there is one, says so.
+    pub async fn paused_since(&self, id: &str, revision: u64) {
+        let mut table = self.table.clone();
+        // An error means that the supervisor is gone, and with it what it ran.
+        let _ = table.wait_for(|table| table.marked >= revision).await;
+        let board = self.table.borrow().boards.get(id).cloned();
+        if let Some(board) = board {
+            let mut status = board.status().subscribe();
+            let _ = status.wait_for(|(state, _)| matches!(state, State::Paused | State::Stopped)).await;
+        }
+        let says_so = |record: &PositionRecord| record.status.as_ref().is_some_and(|row| row.state == State::Paused);
+        self.group.record_when(id, says_so).await;
+    }
+
+    /// Waits until the row of a replication says what is expected; for ever if it never does.
+    pub async fn row_when(&self, id: &str, when: impl Fn(&Row) -> bool) -> Row {
+        loop {
+            if let Some(row) = self.row(id).filter(|row| when(row)) {
+                return row;
+            }
+            sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// Waits until the deletion at `revision` of the configuration bucket has been seen and what ran before it is
@@ -141,8 +273,10 @@ impl Handle {
 struct Table {
     /// Whether the configuration has been read once.
     loaded: bool,
-    /// The last revision of the configuration bucket that was acted upon.
+    /// The last revision of a document that was acted upon.
     seen: u64,
+    /// The last revision of a mark that was acted upon.
+    marked: u64,
     /// One per life.
     boards: BTreeMap<String, Arc<Board>>,
 }
@@ -154,6 +288,8 @@ struct Loop {
     table: watch::Sender<Table>,
     lives: JoinSet<()>,
     slots: HashMap<String, Slot>,
+    /// By replication, also of those that are not there.
+    marks: HashMap<String, Marks>,
 }
 
 /// One life, from the outside.
@@ -161,6 +297,7 @@ struct Slot {
     task: Id,
     board: Arc<Board>,
     wanted: watch::Sender<ConfigEntry>,
+    marks: watch::Sender<Marks>,
     /// Cancelled when the document was deleted, or with the process.
     stop: CancellationToken,
     /// Written after the deletion: lives when the old life is over.
@@ -200,11 +337,51 @@ impl Loop {
                 self.delete(&key);
                 self.saw(revision);
             }
+            Signal::Change(ConfigChange::Marked(mark)) => {
+                let key = mark.kind.key(&mark.id);
+                if mark.value.is_some() {
+                    listed.insert(key);
+                } else {
+                    listed.remove(&key);
+                }
+                self.remark(&mark.id, |marks| marks.apply(&mark));
+                self.table.send_modify(|table| table.marked = mark.revision);
+            }
             Signal::Change(ConfigChange::Loaded) => {
+                self.unmark_all_but(listed);
                 let gone: Vec<_> = self.slots.keys().filter(|key| !listed.contains(*key)).cloned().collect();
                 gone.iter().for_each(|key| self.delete(key));
                 self.table.send_if_modified(|table| !std::mem::replace(&mut table.loaded, true));
             }
+        }
+    }
+
+    /// A mark that was removed while there was no watch is not listed.
+    fn unmark_all_but(&mut self, listed: &BTreeSet<String>) {
+        let gone = |id: &str, marks: &Marks| {
+            MarkKind::ALL.into_iter().filter(|kind| marks.has(*kind) && !listed.contains(&kind.key(id))).collect()
+        };
+        let all: Vec<(String, Vec<MarkKind>)> =
+            self.marks.iter().map(|(id, marks)| (id.clone(), gone(id, marks))).collect();
+        for (id, kinds) in all {
+            self.remark(&id, |marks| kinds.iter().for_each(|kind| marks.remove(*kind)));
+        }
+    }
+
+    /// Changes what is asked of a replication and tells its life.
+    fn remark(&mut self, id: &str, change: impl FnOnce(&mut Marks)) {
+        let mut marks = self.marks.remove(id).unwrap_or_default();
+        change(&mut marks);
+        if let Some(slot) = self.slots.get(id) {
+            slot.marks.send_if_modified(|old| {
+                *old != marks && {
+                    old.clone_from(&marks);
+                    true
+                }
+            });
+        }
+        if marks != Marks::default() {
+            self.marks.insert(id.to_owned(), marks);
         }
     }
 
@@ -245,9 +422,10 @@ impl Loop {
         let (wanted, latest) = watch::channel(entry);
         let context = Context { deps: self.deps.clone(), id: id.clone(), board: board.clone() };
         let planner = Planner::new(self.deps.config.clone(), self.deps.site.clone(), latest);
-        let life = Life::new(context, planner, stop.clone());
+        let (marks, asked) = watch::channel(self.marks.get(&id).cloned().unwrap_or_default());
+        let life = Life::new(context, planner, asked, stop.clone());
         let task = self.lives.spawn(life.run(delay)).id();
-        self.slots.insert(id, Slot { task, board, wanted, stop, again: None });
+        self.slots.insert(id, Slot { task, board, wanted, marks, stop, again: None });
     }
 
     fn ended(&mut self, ended: Result<(Id, ()), JoinError>) {
@@ -260,7 +438,7 @@ impl Loop {
             && !slot.stop.is_cancelled()
         {
             error!(replication = id, "starts again in {PANIC_DELAY:?}: {panic}");
-            slot.board.failed(ErrorKind::Retry, &panic.to_string());
+            slot.board.failed(&Error::new(ErrorKind::Retry, panic.to_string()));
             slot.board.set_state(State::Retrying);
             let entry = slot.wanted.borrow().clone();
             return self.spawn(entry, slot.board, PANIC_DELAY);

@@ -5,6 +5,14 @@ mod harness;
 
 #[path = "it/control_config.rs"]
 mod control_config;
+#[path = "it/control_instances.rs"]
+mod control_instances;
+#[path = "it/control_pause.rs"]
+mod control_pause;
+#[path = "it/control_position.rs"]
+mod control_position;
+#[path = "it/control_release.rs"]
+mod control_release;
 #[path = "it/control_service.rs"]
 mod control_service;
 #[path = "it/events.rs"]

@@ -90,7 +90,8 @@ pub type InstancesRequest = ListRequest;
 pub struct Changed {
     /// Replication id.
     pub replication: String,
-    /// Revision of the document; of its deletion after a delete.
+    /// Revision of the document; of its deletion after a delete; of the mark after a pause, its end or a release, 0 if
+    /// there never was one.
     pub revision: u64,
 }
 

@@ -84,6 +84,7 @@ impl Known {
                 self.seen = self.seen.max(revision);
                 self.entries.remove(&key);
             }
+            ConfigChange::Marked(mark) => self.seen = self.seen.max(mark.revision),
             ConfigChange::Loaded => {}
         }
     }

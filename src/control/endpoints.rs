@@ -1,24 +1,36 @@
 //! What each endpoint does.
 
+mod instances;
+mod pause;
+mod position;
+mod release;
+
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chrono::Utc;
 use futures_util::FutureExt;
 use serde::{Serialize, de::DeserializeOwned};
-use serde_json::Value;
+use serde_json::{Value, json as value};
 use tokio::time::timeout;
 use tracing::{info, warn};
 
+use self::{
+    instances::instances,
+    pause::{pause, resume},
+    position::position,
+    release::{retry, skip},
+};
 use super::{
     api::{Changed, DeleteRequest, Document, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest},
     documents::Documents,
-    service::{Handler, Kind, Request, Route},
+    service::{Data, Handler, Kind, Request, Route},
 };
 use crate::{
     config::{self, Problem, Problems},
+    events::Events,
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
-    store::{ConfigStore, PositionStore, WriteError},
+    store::{ConfigEntry, ConfigStore, MarkKind, PositionStore, WriteError},
     supervisor::Handle,
 };
 
@@ -35,17 +47,19 @@ const STOP_WITHIN: Duration = Duration::from_secs(60);
 pub(super) struct Context {
     pub(super) client: async_nats::Client,
     pub(super) site: String,
+    pub(super) instance: String,
     pub(super) config: ConfigStore,
     pub(super) documents: Documents,
     pub(super) positions: PositionStore,
     pub(super) supervisor: Handle,
+    pub(super) events: Events,
 }
 
 /// All endpoints below `prefix`.
 pub(super) fn routes(context: &Arc<Context>, prefix: &str) -> Vec<Route> {
     let route = |name: &'static str, kind: Kind, handler: Handler| {
         let subject = format!("{prefix}.{}", name.replace('-', "."));
-        Route { name, subject, kind, handler }
+        Route { name, subject, kind, handler, data: None }
     };
     macro_rules! handler {
         ($function:ident) => {{
@@ -63,8 +77,19 @@ pub(super) fn routes(context: &Arc<Context>, prefix: &str) -> Vec<Route> {
         route("config-get", Kind::Query, handler!(config_get)),
         route("config-list", Kind::Query, handler!(config_list)),
         route("config-schema", Kind::Query, handler!(config_schema)),
-        route("status", Kind::Query, handler!(status)),
+        Route { data: Some(states(context.clone())), ..route("status", Kind::Query, handler!(status)) },
+        route("instances", Kind::Query, handler!(instances)),
+        route("pause", Kind::Mutation, handler!(pause)),
+        route("resume", Kind::Mutation, handler!(resume)),
+        route("position", Kind::Mutation, handler!(position)),
+        route("retry", Kind::Mutation, handler!(retry)),
+        route("skip", Kind::Mutation, handler!(skip)),
     ]
+}
+
+/// How many replications are in each state: the same fields, however many there are.
+fn states(context: Arc<Context>) -> Data {
+    Arc::new(move || value!({"replications": context.supervisor.states()}))
 }
 
 async fn config_add(context: &Context, request: Request) -> Result<Changed, Failure> {
@@ -88,6 +113,9 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
     let DeleteRequest { replication, keep } =
         named(&request.body, |replication| DeleteRequest { replication, keep: false })?;
     check_id(&replication)?;
+    if MarkKind::of_key(&replication).is_some() {
+        return Err(not_found(&replication));
+    }
     let written = context.config.delete(&replication, expected).await;
     let deleted = changed(replication, written, "deleted")?;
     let id = deleted.replication.as_str();
@@ -96,14 +124,16 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
     }
     if !keep {
         context.positions.remove(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
+        for kind in MarkKind::ALL {
+            context.config.unmark(id, kind, None).await.map_err(|error| Failure::new(503, error.to_string()))?;
+        }
     }
     Ok(deleted)
 }
 
 async fn config_get(context: &Context, request: Request) -> Result<Document, Failure> {
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
-    check_id(&replication)?;
-    let entry = context.documents.get(&replication).await.ok_or_else(|| not_found(&replication))?;
+    let entry = context.existing(&replication).await?;
     let problems = config::parse(&entry.value, &context.site).err().map(|problems| problems.0).unwrap_or_default();
     let config = config::to_value(&entry.value).map_or(Value::Null, |document| config::mask_document(&document));
     Ok(Document { replication, revision: entry.revision, config, problems })
@@ -138,6 +168,12 @@ async fn status(context: &Context, request: Request) -> Result<Status, Failure> 
 }
 
 impl Context {
+    /// The document of a replication that a request names.
+    async fn existing(&self, id: &str) -> Result<ConfigEntry, Failure> {
+        check_id(id)?;
+        self.documents.get(id).await.ok_or_else(|| not_found(id))
+    }
+
     /// Bytes that the rows of a reply may have.
     fn room(&self) -> usize {
         self.client.server_info().max_payload.saturating_sub(self.site.len() + 1024)
@@ -201,6 +237,14 @@ fn changed(replication: String, written: Result<u64, WriteError>, how: &str) -> 
         }
         Err(WriteError::Store(error)) => Err(Failure::new(503, error.to_string())),
     }
+}
+
+/// The revision of a mark that was written or removed.
+fn written(id: &str, result: Result<u64, WriteError>) -> Result<u64, Failure> {
+    result.map_err(|error| match error {
+        WriteError::Store(error) => Failure::new(503, error.to_string()),
+        error => Failure::new(409, format!("replication `{id}`: {error}")),
+    })
 }
 
 fn not_found(id: &str) -> Failure {

@@ -37,6 +37,9 @@ const PARALLEL: usize = 256;
 /// Works on one request; may take longer than the answer can wait.
 pub(super) type Handler = Arc<dyn Fn(Request) -> BoxFuture<'static, Result<Vec<u8>, Failure>> + Send + Sync>;
 
+/// What an endpoint says in `$SRV.STATS` beside its numbers; of bounded size.
+pub(super) type Data = Arc<dyn Fn() -> Value + Send + Sync>;
+
 /// One endpoint.
 #[derive(Clone)]
 pub(super) struct Route {
@@ -44,6 +47,7 @@ pub(super) struct Route {
     pub(super) subject: String,
     pub(super) kind: Kind,
     pub(super) handler: Handler,
+    pub(super) data: Option<Data>,
 }
 
 /// Who answers.
@@ -319,6 +323,9 @@ impl Shared {
             endpoint["last_error"] = stats.last_error.into();
             endpoint["processing_time"] = nanoseconds.into();
             endpoint["average_processing_time"] = nanoseconds.checked_div(stats.requests).unwrap_or_default().into();
+            if let Some(data) = &route.data {
+                endpoint["data"] = data();
+            }
             endpoint
         });
         statistics["endpoints"] = endpoints.collect();

@@ -7,12 +7,15 @@ use std::{
     task::{Context, Poll},
 };
 
-use tokio::time::{Duration, Instant};
+use tokio::{
+    sync::watch,
+    time::{Duration, Instant},
+};
 
 use super::{Error, ErrorKind, window::Window};
 use crate::{
     status::{Row, TargetMode},
-    store::{PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness},
+    store::{Claim, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness},
 };
 
 /// At most one save in this time while a run is under way.
@@ -35,6 +38,8 @@ pub struct Ledger {
     chain_breaks: VecDeque<Instant>,
     /// Last sequence of the target when the run that was lent this began.
     begun_at: Option<u64>,
+    /// Source sequence in the record as last saved.
+    saved: watch::Sender<u64>,
 }
 
 impl std::fmt::Debug for Ledger {
@@ -44,10 +49,11 @@ impl std::fmt::Debug for Ledger {
 }
 
 impl Ledger {
-    /// Takes over the position record (see [`PositionStore::claim`]).
-    pub async fn claim(store: PositionStore, id: &str, holder: &str) -> Result<Self, crate::store::Error> {
-        let (record, revision) = store.claim(id, holder).await?;
-        Ok(Self {
+    /// What follows from having claimed a position record (see [`PositionStore::claim`]).
+    pub fn new(store: PositionStore, id: &str, claim: Claim) -> Self {
+        let Claim { record, revision, .. } = claim;
+        let saved = watch::Sender::new(saved_seq(&record));
+        Self {
             store,
             id: id.to_owned(),
             record,
@@ -56,7 +62,13 @@ impl Ledger {
             last_save: None,
             chain_breaks: VecDeque::new(),
             begun_at: None,
-        })
+            saved,
+        }
+    }
+
+    /// The position as last saved, a source sequence.
+    pub fn saved(&self) -> watch::Receiver<u64> {
+        self.saved.subscribe()
     }
 
     /// The record as last saved.
@@ -86,6 +98,17 @@ impl Ledger {
         self.start(PositionRecord { status: Some(row), ..record });
     }
 
+    /// After a move back: saves, before anything is sent, up to where the target says nothing about what was copied.
+    pub(super) async fn look_behind(&mut self, target_seq: u64, created: &str) -> Result<(), Error> {
+        self.finish().await?;
+        let target = Some(TargetWitness { seq: target_seq, source_seq: 0, created: created.to_owned() });
+        self.save_whole(PositionRecord { target, moved_back: false, ..self.record.clone() }).await?;
+        if self.record.moved_back {
+            return Err(Error::new(ErrorKind::Retry, "the position record changed under us after it was moved"));
+        }
+        Ok(())
+    }
+
     /// Saves now and waits for it.
     pub(super) async fn save_now(&mut self, witnesses: Witnesses<'_>, row: Row) -> Result<(), SaveError> {
         self.write(witnesses.record(&self.record), row).await
@@ -94,7 +117,10 @@ impl Ledger {
     /// Writes and waits. What stood in the way but is no other holder's is written over at the second try.
     async fn write(&mut self, record: PositionRecord, row: Row) -> Result<(), SaveError> {
         self.finish().await?;
-        let record = PositionRecord { status: Some(row), ..record };
+        self.save_whole(PositionRecord { status: Some(row), ..record }).await
+    }
+
+    async fn save_whole(&mut self, record: PositionRecord) -> Result<(), SaveError> {
         self.start(record.clone());
         if !self.finish().await? {
             self.start(record);
@@ -124,6 +150,7 @@ impl Ledger {
         match result {
             Ok(revision) => {
                 self.revision = revision;
+                self.saved.send_replace(saved_seq(&record));
                 self.record = record;
                 Ok(true)
             }
@@ -185,6 +212,10 @@ impl Ledger {
     pub(super) fn chain_explained(&mut self) {
         self.chain_breaks.clear();
     }
+}
+
+fn saved_seq(record: &PositionRecord) -> u64 {
+    record.source.as_ref().map_or(0, |source| source.seq)
 }
 
 /// What a save says of both sides.

@@ -6,10 +6,10 @@ use std::{
     collections::{BTreeMap, HashMap},
 };
 
-use chrono::{SecondsFormat, Utc};
-use serde_json::json;
+use chrono::Utc;
 
 use super::{
+    locate,
     provenance::{Origin, Tag},
     reader::scan,
     window::{SourcePoint, TargetPoint},
@@ -249,18 +249,21 @@ impl Sides<'_> {
         let position = SourcePoint { seq: saved.seq, time_ns: saved.time_ns };
         let Some(target) = target else {
             // Nothing of ours was known at the target: messages sent just before a crash are all there can be.
-            return self.with_tail(position, None).await;
+            return self.with_tail(position, None, true).await;
         };
         if let Some(reason) = self.target_is_short(target) {
-            return self.target_lost(saved, reason).await;
+            let resume = self.target_lost(saved, reason).await?;
+            return Ok(if target.source_seq == 0 { self.not_beyond(position, resume) } else { resume });
         }
         let point = TargetPoint { seq: target.seq, source_seq: target.source_seq };
-        if target.seq < self.target.state.first_seq {
-            return self.with_tail(position, Some(point)).await;
+        // After a move back there is nothing to compare; what lies behind was stored since.
+        if target.seq < self.target.state.first_seq || target.source_seq == 0 {
+            return self.with_tail(position, Some(point), false).await;
         }
         match Api::new(self.target_lane).message(&self.replication.target.stream, target.seq).await? {
             Some(message) if self.tag.origin(&message.header).is_some_and(|o| o.seq == target.source_seq) => {
-                self.with_tail(position, Some(point)).await
+                // Written in a chain, what lies behind may be too; otherwise some of it may wait for its turn.
+                self.with_tail(position, Some(point), is_complete(&message.header)).await
             }
             Some(_) => {
                 let reason = format!("another message lies at the saved sequence {}", target.seq);
@@ -268,7 +271,7 @@ impl Sides<'_> {
             }
             None => {
                 // Replaced by a newer message (a KV bucket keeps one per key), or lost.
-                let resume = self.with_tail(position, Some(point)).await?;
+                let resume = self.with_tail(position, Some(point), false).await?;
                 let newer = !resume.already.is_empty() || resume.target.is_some_and(|found| found.seq > target.seq);
                 let replaced = self.keeps() > 0 && self.target.state.last_seq > target.seq;
                 if newer || replaced || self.target.flag("allow_msg_ttl") {
@@ -300,15 +303,22 @@ impl Sides<'_> {
         self.replication.limits.messages_in_flight.max(Limits::default().messages_in_flight)
     }
 
-    /// Witnesses hold: what lies behind the saved target sequence was stored after the last save.
-    async fn with_tail(&mut self, position: SourcePoint, target: Option<TargetPoint>) -> Result<Resume, Error> {
+    /// Witnesses hold: what lies behind the saved target sequence was stored after the last save. Where that is one
+    /// `chain`, its end tells all; otherwise everything is looked at: what was sent many at a time and before it may
+    /// have left holes that the chain then filled.
+    async fn with_tail(
+        &mut self,
+        position: SourcePoint,
+        target: Option<TargetPoint>,
+        chain: bool,
+    ) -> Result<Resume, Error> {
         let mut resume = Resume::at(position, target);
         let last = self.target.state.last_seq;
         let behind = target.map_or(0, |point| point.seq);
         if last <= behind {
             return Ok(resume);
         }
-        let quick = self.ours_at(last).await?.filter(|newest| newest.complete);
+        let quick = if chain { self.ours_at(last).await?.filter(|newest| newest.complete) } else { None };
         let mut ours = match (quick, target) {
             (Some(newest), _) => vec![newest],
             // Without a saved place at the target, what lies there from before is nobody's business: only what came
@@ -374,6 +384,20 @@ impl Sides<'_> {
         };
         resume.findings.push(Finding::TargetReset { saved: saved.seq, resumed: resume.position.seq, reason });
         Ok(resume)
+    }
+
+    /// The target lost data after the position was moved back: what was copied before the move still proves nothing.
+    fn not_beyond(&self, position: SourcePoint, mut found: Resume) -> Resume {
+        if found.position.seq <= position.seq {
+            return found;
+        }
+        for finding in &mut found.findings {
+            if let Finding::TargetReset { resumed, .. } = finding {
+                *resumed = position.seq;
+            }
+        }
+        let target = TargetPoint { seq: self.target.state.last_seq, source_seq: 0 };
+        Resume { findings: found.findings, ..Resume::at(position, Some(target)) }
     }
 
     /// The source lost its end or is another stream: go on behind the newest copied message that it still has;
@@ -470,31 +494,12 @@ impl Sides<'_> {
         self.point_at(after).await
     }
 
-    /// The sequence before the first message stored at or after a time: the server knows, a consumer asks it.
     async fn before_time(&mut self, time: chrono::DateTime<Utc>) -> Result<u64, Error> {
-        let stream = &self.replication.source.stream;
-        let name = format!("sr_{}", nuid::next());
-        let config = json!({
-            "name": name,
-            "deliver_policy": "by_start_time",
-            "opt_start_time": time.to_rfc3339_opts(SecondsFormat::Nanos, true),
-            "ack_policy": "none",
-            "inactive_threshold": 5_000_000_000u64,
-            "num_replicas": 1,
-            "mem_storage": true,
-        });
-        let mut api = Api::new(self.source_lane);
-        let info = api.create_consumer(stream, &name, &config).await?;
-        api.delete_consumer(stream, &name).await?;
-        Ok(info.delivered.stream_seq)
+        locate::before_time(self.source_lane, &self.replication.source.stream, time).await
     }
 
     async fn point_at(&mut self, seq: u64) -> Result<SourcePoint, Error> {
-        if seq == 0 {
-            return Ok(SourcePoint::default());
-        }
-        let message = Api::new(self.source_lane).message(&self.replication.source.stream, seq).await?;
-        Ok(SourcePoint { seq, time_ns: message.map(|message| message.time_ns) })
+        locate::point_at(self.source_lane, &self.replication.source.stream, seq).await
     }
 
     /// Why the source is not what it was when the position was saved; `None` if it is.
@@ -683,8 +688,12 @@ enum Match {
 
 fn ours(tag: &Tag, target_seq: u64, header: &[u8], subject: Option<&[u8]>) -> Option<Ours> {
     let origin = tag.origin(header)?;
-    let complete = headers::last(header, CHAIN).is_some() || headers::last(header, ID).is_none();
-    Some(Ours { origin, target_seq, complete, subject: subject.map(Box::from) })
+    Some(Ours { origin, target_seq, complete: is_complete(header), subject: subject.map(Box::from) })
+}
+
+/// Whether a message of ours proves that all before it are there.
+fn is_complete(header: &[u8]) -> bool {
+    headers::last(header, CHAIN).is_some() || headers::last(header, ID).is_none()
 }
 
 /// What it takes to believe that a message of ours came from this source.

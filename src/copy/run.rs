@@ -20,19 +20,19 @@ use super::{
     resume::{self, Already, Finding, Known, Resume, Sides, is_plain},
     target::{self, Abilities},
     transform,
-    window::Window,
+    window::{SourcePoint, Window},
     writer::{Supply, Writer},
 };
 use crate::{
     config::Replication,
-    events::{Event, Events},
+    events::{Event, Events, PoisonAction},
     names,
     nats::{
         self, Batch, Lane, Turn,
         jetstream::{Api, StreamInfo, decode},
     },
     status::{CopyStatus, Lag, Position, Row, State},
-    store::SaveError,
+    store::{SaveError, SourceMessage},
 };
 
 /// Output that waits for the target's socket: filled up to the first mark, and again when it is below the second.
@@ -86,6 +86,8 @@ pub(super) struct Run<'a> {
     next_tick: Instant,
     moved: Instant,
     ending: Option<(Ending, Instant)>,
+    /// Left out by request, and not told yet.
+    skipped: Option<u64>,
 }
 
 impl<'a> Run<'a> {
@@ -119,6 +121,9 @@ impl<'a> Run<'a> {
         let again = Api::new(&mut source).stream_info(&replication.source.stream).await?;
         let source_info = again.unwrap_or(source_info);
         let mut abilities = target::abilities(&replication, &source_info, &target_info)?;
+        if ledger.record().moved_back {
+            ledger.look_behind(target_info.state.last_seq, &target_info.created).await?;
+        }
         let tag = Tag::new(&replication.source.stream, &job.site, &replication.name);
         let sides = Sides {
             replication: &replication,
@@ -139,7 +144,8 @@ impl<'a> Run<'a> {
         };
         let reader = Reader::open(&mut source, &range, replication.limits.bytes_in_flight).await?;
         ledger.begin_at(target_info.state.last_seq);
-        let writer = Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info);
+        let generation = ledger.record().generation;
+        let writer = Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, generation);
         let now = Instant::now();
         let mut copy = status.borrow().1.clone();
         if !copy.source.server.is_empty() {
@@ -176,6 +182,7 @@ impl<'a> Run<'a> {
             next_tick: now,
             moved: now,
             ending: None,
+            skipped: None,
         };
         run.resumed(resume, ledger);
         Ok(run)
@@ -213,6 +220,15 @@ impl<'a> Run<'a> {
             Finding::TargetShared { sequence } => Event::TargetShared { target_seq: sequence },
         };
         warn!(replication = self.replication.id, ?event, "found");
+        self.events.emit(event, &self.replication.id);
+    }
+
+    /// Tells that a message was left out by request, and why it was asked for.
+    fn left_out(&self, source_seq: u64) {
+        let error = self.status.borrow().1.last_error.clone().filter(|error| error.source_seq == Some(source_seq));
+        let message = error.map_or_else(|| "left out by request".to_owned(), |error| error.message);
+        warn!(replication = self.replication.id, source_seq, "left out by request: {message}");
+        let event = Event::Poison { source_seq, message, action: PoisonAction::Skipped };
         self.events.emit(event, &self.replication.id);
     }
 
@@ -310,19 +326,27 @@ impl<'a> Run<'a> {
                 break;
             }
             let seq = incoming.delivery.stream_seq;
-            let source = super::window::SourcePoint { seq, time_ns: Some(incoming.delivery.time_ns) };
+            let time_ns = incoming.delivery.time_ns;
+            let source = SourcePoint { seq, time_ns: Some(time_ns) };
             let expected = (incoming.after + 1).max(self.told_first);
             if self.plain && seq > expected {
                 self.gaps.jumped(expected, seq - 1);
             }
             let counters = &mut self.copy.counters;
             let mapped = || transform::subject(&self.replication.mapping, incoming.message.subject);
-            let known = self.already.take(seq, incoming.delivery.time_ns, mapped);
+            let known = self.already.take(seq, time_ns, mapped);
             self.window.keep_target(!self.already.is_empty());
             match known {
+                _ if self.job.skip == Some(SourceMessage { seq, time_ns }) => {
+                    counters.skipped_refused += 1;
+                    counters.skipped_bytes += bytes as u64;
+                    self.window.skip(source);
+                    self.moved = now;
+                    self.skipped = Some(seq);
+                }
                 Some(Known::Stored(target_seq)) => self.window.stored_before(source, target_seq),
                 Some(Known::Replaced) => self.window.skip(source),
-                None => match self.rules.decide(incoming.delivery.time_ns, incoming.message.header, now_ns) {
+                None => match self.rules.decide(time_ns, incoming.message.header, now_ns) {
                     Decision::Skip(reason) => {
                         match reason {
                             Reason::Old => counters.skipped_old += 1,
@@ -337,7 +361,7 @@ impl<'a> Run<'a> {
                         let sent = self.writer.send(&mut self.target, window, &incoming, now, now_ns, read_at);
                         if let Err(error) = sent {
                             counters.refused += 1;
-                            self.end(Ending::Failed(error.into()));
+                            self.end(Ending::Failed(error));
                             return Ok(());
                         }
                     }
@@ -347,6 +371,9 @@ impl<'a> Run<'a> {
             counters.received_bytes += bytes as u64;
             self.reader.take();
             self.next_tick = self.next_tick.min(now + TICK);
+        }
+        if let Some(seq) = self.skipped.take() {
+            self.left_out(seq);
         }
         self.reader.pull(&mut self.source, &self.job.budget);
         Ok(())

@@ -9,6 +9,7 @@ use tokio::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::{
+    Error as RunError,
     provenance::{Origin, Tag},
     reader::Incoming,
     target::Abilities,
@@ -25,6 +26,7 @@ use crate::{
         parser::number,
     },
     status::{TargetMode, Transport},
+    store::SourceMessage,
 };
 
 /// Longest protocol line that a server takes (its `max_control_line`); beyond it, it drops the connection.
@@ -79,7 +81,16 @@ struct OpenBatch {
     last_sent: Instant,
     last_ack: Instant,
     committing: Option<Instant>,
-    refused: Option<(Error, Instant)>,
+    refused: Option<Refused>,
+}
+
+/// The first refusal of a batch.
+#[derive(Debug, Clone)]
+struct Refused {
+    error: Error,
+    at: Instant,
+    /// Batch sequence of the message, where the server names it.
+    sequence: Option<u64>,
 }
 
 /// Whether there will be more to send soon.
@@ -95,8 +106,15 @@ pub(super) enum Supply {
 
 #[derive(Debug)]
 enum Mode {
-    FastIngest { batch: Option<OpenBatch>, next_id: u64 },
-    Pipelined { sent: u64, refused: Option<Error> },
+    FastIngest {
+        batch: Option<OpenBatch>,
+        next_id: u64,
+    },
+    /// Of several refusals that of the oldest message counts.
+    Pipelined {
+        sent: u64,
+        refused: Option<(Token, Error)>,
+    },
 }
 
 /// Sends to one target stream over one lane.
@@ -128,13 +146,14 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// Prepares for writing behind what `target` tells of the stream.
+    /// Prepares for writing behind what `target` tells of the stream. Ids differ between generations.
     pub fn open(
         lane: &mut Lane,
         replication: Arc<Replication>,
         tag: Tag,
         abilities: Abilities,
         target: &StreamInfo,
+        generation: u64,
     ) -> Self {
         let (sid, inbox) = lane.open_inbox();
         let mode = match abilities.transport {
@@ -156,7 +175,7 @@ impl Writer {
             domain: target.domain.clone(),
             header: Vec::new(),
             reply: BytesMut::new(),
-            id: MessageId::new(&replication.id, &replication.source.stream),
+            id: MessageId::new(&replication.id, &replication.source.stream, generation),
             replication,
             unstored: 0,
             headers_removed: 0,
@@ -198,7 +217,7 @@ impl Writer {
         now: Instant,
         now_ns: i64,
         read_at: u64,
-    ) -> Result<(), Error> {
+    ) -> Result<(), RunError> {
         let source = SourcePoint { seq: incoming.delivery.stream_seq, time_ns: Some(incoming.delivery.time_ns) };
         let opens = match &self.mode {
             Mode::FastIngest { batch, .. } => batch.is_none(),
@@ -206,7 +225,7 @@ impl Writer {
         };
         self.write_header(incoming, now_ns, opens);
         let subject = transform::subject(&self.replication.mapping, incoming.message.subject);
-        self.check(incoming, &subject)?;
+        self.check(incoming, &subject).map_err(|error| about(error, Some(source)))?;
         let bytes = incoming.bytes();
         let target_seq = self.chained().then_some(self.expected_last + 1);
         let token = window.hand_out(source, bytes, read_at, target_seq);
@@ -299,7 +318,7 @@ impl Writer {
     }
 
     /// Takes an ack. What it settles is settled in the window; a refusal is kept until [`Writer::outcome`].
-    pub fn accept(&mut self, message: &Message<'_>, window: &mut Window, now: Instant) -> Result<(), Error> {
+    pub fn accept(&mut self, message: &Message<'_>, window: &mut Window, now: Instant) -> Result<(), RunError> {
         if message.sid != self.sid {
             return Ok(());
         }
@@ -311,7 +330,7 @@ impl Writer {
                 let rest = &message.subject[self.inbox.len() + 1..];
                 let of_current = rest.split(|b| *b == b'.').next().and_then(number) == current;
                 if unavailable {
-                    self.batch_refused(no_responders(), now);
+                    self.batch_refused(no_responders(), None, now);
                 } else {
                     self.accept_batch_ack(message.payload, of_current, window, now)?;
                 }
@@ -324,7 +343,7 @@ impl Writer {
                     Ok(Published { seq, duplicate }) => {
                         // What is stored now lies behind everything stored before.
                         if !duplicate && seq <= self.known_end(window) {
-                            return Err(self.made_anew(seq, window));
+                            return Err(self.made_anew(seq, window).into());
                         }
                         self.expected_last = self.expected_last.max(seq);
                         window.settle(token, Some(seq)).map_err(window_error)?;
@@ -334,13 +353,15 @@ impl Writer {
                         if error.is_api(STREAM_NOT_EXPECTED)
                             || error.api.is_none() && error.kind == ErrorKind::Hold =>
                     {
-                        return Err(error);
+                        return Err(error.into());
                     }
                     Err(error) => {
                         self.refused += 1;
                         self.unstored += 1;
-                        if let Mode::Pipelined { refused, .. } = &mut self.mode {
-                            refused.get_or_insert(error);
+                        if let Mode::Pipelined { refused, .. } = &mut self.mode
+                            && refused.as_ref().is_none_or(|(oldest, _)| token < *oldest)
+                        {
+                            *refused = Some((token, error));
                         }
                     }
                 }
@@ -407,7 +428,7 @@ impl Writer {
         of_current: bool,
         window: &mut Window,
         now: Instant,
-    ) -> Result<(), Error> {
+    ) -> Result<(), RunError> {
         let ack = fast_ingest::parse_ack(payload).map_err(|what| Error::retry(format!("the target sent {what}")))?;
         match ack {
             Ack::End { stream, domain, .. } if !of_current => self.expect_stream(&stream, domain.as_deref())?,
@@ -418,9 +439,10 @@ impl Writer {
                 batch.last_ack = now;
                 settle_batch(batch, sequence, window)?;
             }
-            Ack::Failed { error: Some(error), .. } => self.batch_refused(error.into(), now),
+            Ack::Failed { error: Some(error), sequence } => self.batch_refused(error.into(), sequence, now),
             Ack::Failed { error: None, .. } => {
-                self.batch_refused(Error::retry("a message of the batch went missing on its way to the target"), now);
+                let error = Error::retry("a message of the batch went missing on its way to the target");
+                self.batch_refused(error, None, now);
             }
             Ack::End { stream, domain, stream_sequence, count } => {
                 self.expect_stream(&stream, domain.as_deref())?;
@@ -430,30 +452,30 @@ impl Writer {
         Ok(())
     }
 
-    fn batch_refused(&mut self, error: Error, now: Instant) {
+    fn batch_refused(&mut self, error: Error, sequence: Option<u64>, now: Instant) {
         let Mode::FastIngest { batch: Some(batch), .. } = &mut self.mode else { return };
         if batch.refused.is_none() {
             self.refused += 1;
-            batch.refused = Some((error, now));
+            batch.refused = Some(Refused { error, at: now, sequence });
         }
     }
 
-    fn end_batch(&mut self, stream_sequence: u64, count: u64, window: &mut Window) -> Result<(), Error> {
+    fn end_batch(&mut self, stream_sequence: u64, count: u64, window: &mut Window) -> Result<(), RunError> {
         let Mode::FastIngest { batch: slot, .. } = &mut self.mode else { return Ok(()) };
         let Some(mut batch) = slot.take() else { return Ok(()) };
         let shared = self.abilities.mode == TargetMode::Shared;
         // On an exclusive target the chain would have told. Of a batch of duplicates the end may be an old place.
         if shared && batch.refused.is_none() && count > 0 && stream_sequence < self.known_end(window) {
-            return Err(self.made_anew(stream_sequence, window));
+            return Err(self.made_anew(stream_sequence, window).into());
         }
         // The commit message itself is no message of the window.
         let count = count.min(batch.sent);
         settle_batch(&mut batch, count, window)?;
-        if let Some((error, _)) = batch.refused {
+        if let Some(Refused { error, .. }) = batch.refused {
             return Err(refusal(error, window.source_of(batch.first + batch.settled)));
         }
         if batch.settled < batch.sent {
-            return Err(Error::retry("the target ended the batch before its end"));
+            return Err(Error::retry("the target ended the batch before its end").into());
         }
         if shared {
             window.place(batch.first + batch.sent - 1, stream_sequence);
@@ -462,27 +484,30 @@ impl Writer {
             let expected = self.expected_last;
             return Err(Error::retry(format!(
                 "the batch ended at target sequence {stream_sequence}, not at {expected}"
-            )));
+            ))
+            .into());
         }
         Ok(())
     }
 
     /// Whether the run has to end because the target refused something.
-    pub fn outcome(&mut self, window: &Window, now: Instant) -> Result<(), Error> {
+    pub fn outcome(&mut self, window: &Window, now: Instant) -> Result<(), RunError> {
         match &mut self.mode {
-            Mode::FastIngest { batch: Some(OpenBatch { refused: Some((error, at)), .. }), .. }
-                if now.duration_since(*at) > END_WAIT =>
+            Mode::FastIngest { batch: Some(OpenBatch { refused: Some(refused), first, .. }), .. }
+                if now.duration_since(refused.at) > END_WAIT =>
             {
-                Err(refusal(error.clone(), window.oldest()))
+                // Without the end, and without its sequence, nobody knows which message it was.
+                let token = refused.sequence.and_then(|sequence| (*first + sequence).checked_sub(1));
+                Err(refusal(refused.error.clone(), token.and_then(|token| window.source_of(token))))
             }
             Mode::FastIngest { batch: Some(OpenBatch { committing: Some(at), .. }), .. }
                 if now.duration_since(*at) > COMMIT_WAIT =>
             {
-                Err(Error::retry(format!("the target has not confirmed the end of a batch for {COMMIT_WAIT:?}")))
+                Err(Error::retry(format!("the target has not confirmed the end of a batch for {COMMIT_WAIT:?}")).into())
             }
             // What is in the air behind a refusal settles first: it will be found at the target otherwise.
-            Mode::Pipelined { refused: Some(error), .. } if window.in_air() <= self.unstored => {
-                Err(refusal(error.clone(), window.oldest()))
+            Mode::Pipelined { refused: Some((token, error)), .. } if window.in_air() <= self.unstored => {
+                Err(refusal(error.clone(), window.source_of(*token)))
             }
             _ => Ok(()),
         }
@@ -491,8 +516,12 @@ impl Writer {
     /// When [`Writer::commit_if_due`] wants to be called next; `None` while nothing is open.
     pub fn next_commit(&self, supply: Supply) -> Option<Instant> {
         let Mode::FastIngest { batch: Some(batch), .. } = &self.mode else { return None };
-        if batch.committing.is_some() || batch.refused.is_some() {
+        if batch.committing.is_some() {
             return None;
+        }
+        if let Some(refused) = &batch.refused {
+            // Where the refused message was the last one, nothing but a commit makes the server end the batch.
+            return Some(refused.at);
         }
         let ack_is_due = batch.sent - batch.settled >= u64::from(batch.every.unwrap_or(batch.flow));
         let mut due = match supply {
@@ -577,15 +606,23 @@ fn hpub(out: &mut BytesMut, subject: &[u8], reply: &[u8], header: &[u8], payload
 }
 
 /// Names the message that a refusal is about.
-fn refusal(error: Error, source: Option<SourcePoint>) -> Error {
-    match source {
+fn refusal(error: Error, source: Option<SourcePoint>) -> RunError {
+    let error = match source {
         Some(source) => error.context(format!("the target refused the message with source sequence {}", source.seq)),
         None => error.context("the target refused a message"),
-    }
+    };
+    about(error, source)
+}
+
+/// An error about one message: poison, if it says that the message can never be stored.
+fn about(error: Error, source: Option<SourcePoint>) -> RunError {
+    let poison = source.filter(|_| error.kind == ErrorKind::Poison);
+    let poison = poison.and_then(|source| Some(SourceMessage { seq: source.seq, time_ns: source.time_ns? }));
+    RunError { poison, ..error.into() }
 }
 
 /// Makes ids of messages: neither a stream made anew or rolled back (other stored times) nor a second replication
-/// of the same stream can make the same one.
+/// of the same stream can make the same one, nor what is copied again after the position was moved back.
 #[derive(Debug)]
 struct MessageId {
     key: Vec<u8>,
@@ -594,8 +631,11 @@ struct MessageId {
 }
 
 impl MessageId {
-    fn new(replication: &str, stream: &str) -> Self {
-        let key = [replication.as_bytes(), b"\0", stream.as_bytes(), b"\0"].concat();
+    fn new(replication: &str, stream: &str, generation: u64) -> Self {
+        let mut key = [replication.as_bytes(), b"\0", stream.as_bytes(), b"\0"].concat();
+        if generation > 0 {
+            key.extend_from_slice(&generation.to_be_bytes());
+        }
         Self { prefix: key.len(), key, text: String::with_capacity(32) }
     }
 
@@ -616,12 +656,19 @@ mod tests {
 
     #[test]
     fn ids_differ_in_every_part_and_stay_the_same() {
-        let id =
-            |replication: &str, stream: &str, seq, time| MessageId::new(replication, stream).of(seq, time).to_owned();
-        let one = id("A", "S", 1, 2);
+        let id = |replication: &str, stream: &str, generation, seq, time| {
+            MessageId::new(replication, stream, generation).of(seq, time).to_owned()
+        };
+        let one = id("A", "S", 0, 1, 2);
         // The value is part of the contract: another program version must make the same one.
-        assert_eq!(one, id("A", "S", 1, 2));
-        for other in [id("B", "S", 1, 2), id("A", "T", 1, 2), id("A", "S", 2, 2), id("A", "S", 1, 3)] {
+        assert_eq!(one, id("A", "S", 0, 1, 2));
+        for other in [
+            id("B", "S", 0, 1, 2),
+            id("A", "T", 0, 1, 2),
+            id("A", "S", 1, 1, 2),
+            id("A", "S", 0, 2, 2),
+            id("A", "S", 0, 1, 3),
+        ] {
             assert_ne!(one, other);
         }
     }

@@ -184,6 +184,13 @@ impl Bucket {
         purged.map(|_| ()).map_err(|error| self.error(format!("key `{key}` cannot be removed: {}", chain(&error))))
     }
 
+    /// Removes what lies at a key up to and with a revision, without leaving a marker.
+    pub(super) async fn forget_through(&self, key: &str, revision: u64) -> Result<(), Error> {
+        self.check_key(key)?;
+        let purged = self.stream.purge().filter(self.subject(key)).sequence(revision + 1).await;
+        purged.map(|_| ()).map_err(|error| self.error(format!("key `{key}` cannot be removed: {}", chain(&error))))
+    }
+
     /// The bucket's stream as it is now.
     pub(super) async fn info(&self) -> Result<Info, Error> {
         self.stream.get_info().await.map_err(|error| self.error(chain(&error)))

@@ -1,6 +1,6 @@
 //! Opening, or creating, the buckets.
 
-use super::{ConfigStore, PositionStore, bucket::Bucket};
+use super::{ConfigStore, PositionStore, SessionStore, bucket::Bucket};
 
 /// Revisions of each document that are kept.
 const CONFIG_HISTORY: i64 = 10;
@@ -8,10 +8,12 @@ const CONFIG_HISTORY: i64 = 10;
 /// The buckets of one installation.
 #[derive(Debug, Clone)]
 pub struct Buckets {
-    /// Replication documents.
+    /// Replication documents, and marks beside them.
     pub config: ConfigStore,
     /// Positions and status rows.
     pub positions: PositionStore,
+    /// Which processes are there.
+    pub sessions: SessionStore,
 }
 
 /// A bucket operation that failed.
@@ -25,7 +27,7 @@ pub struct Error {
 }
 
 impl Buckets {
-    /// Opens `<prefix>_CONFIG` and `<prefix>_POSITIONS`. What is missing is created with so many `replicas`; what
+    /// Opens `<prefix>_CONFIG`, `<prefix>_POSITIONS` and `<prefix>_LEASES`. What is missing is created with so many `replicas`; what
     /// exists is used as it is.
     pub async fn open(client: async_nats::Client, prefix: &str, replicas: usize) -> Result<Self, Error> {
         let config = format!("{prefix}_CONFIG");
@@ -36,6 +38,11 @@ impl Buckets {
         }
         let config = Bucket::open(&client, &config, CONFIG_HISTORY, replicas).await?;
         let positions = Bucket::open(&client, &format!("{prefix}_POSITIONS"), 1, replicas).await?;
-        Ok(Self { config: ConfigStore::new(config), positions: PositionStore::new(positions) })
+        let leases = Bucket::open(&client, &format!("{prefix}_LEASES"), 1, replicas).await?;
+        Ok(Self {
+            config: ConfigStore::new(config),
+            positions: PositionStore::new(positions),
+            sessions: SessionStore::new(leases),
+        })
     }
 }

@@ -1,12 +1,13 @@
-//! The configuration bucket: key = replication id, value = the document.
+//! The configuration bucket: key = replication id, value = the document; beside it the replication's marks.
 
 use bytes::Bytes;
-use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, stream::BoxStream};
 
 use super::{
     bucket::{Bucket, PutError, Stored},
     buckets::Error,
-    watch,
+    marks::{Mark, MarkKind},
+    watch::{self, Change},
 };
 
 /// One revision of a document, as it stands in the bucket (people edit there: it may be anything).
@@ -23,15 +24,17 @@ pub struct ConfigEntry {
 /// What the watch tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConfigChange {
-    /// A key was written, or was there when the watch began.
+    /// A document was written, or was there when the watch began.
     Put(ConfigEntry),
-    /// A key was deleted or purged.
+    /// A document was deleted or purged.
     Deleted {
         /// The key.
         key: String,
         /// Revision of the deletion.
         revision: u64,
     },
+    /// A mark was put, changed or removed, or was there when the watch began.
+    Marked(Mark),
     /// Everything that was there when the watch began has been told.
     Loaded,
 }
@@ -70,12 +73,14 @@ impl ConfigStore {
         Self { bucket }
     }
 
-    /// All keys as they are, then [`ConfigChange::Loaded`], then every change as it happens.
+    /// All keys as they are, then [`ConfigChange::Loaded`], then every change as it happens. Of what is read together
+    /// the marks come first: who acts on a document knows whether it is paused.
     ///
     /// The stream never ends. An error is told once and passes: then follows what changed meanwhile, and nothing
     /// that did not.
     pub async fn watch(&self) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
-        watch::watch(self.bucket.clone()).await
+        let changes = watch::watch(self.bucket.clone(), |key| MarkKind::of_key(key).is_some()).await?;
+        Ok(changes.map(|change| change.map(typed)).boxed())
     }
 
     /// Revisions of a key since its last deletion that the bucket still has, newest first.
@@ -127,6 +132,26 @@ impl ConfigStore {
         self.write(key, None, |current| allowed(current, expected)).await
     }
 
+    /// Puts a mark, whatever is there; returns its revision.
+    pub async fn mark(&self, id: &str, kind: MarkKind, value: Bytes) -> Result<u64, WriteError> {
+        self.write(&kind.key(id), Some(value), |_| Ok(())).await
+    }
+
+    /// A mark, read from the leader of the bucket: its revision and its value.
+    pub async fn marked(&self, id: &str, kind: MarkKind) -> Result<Option<(u64, Bytes)>, Error> {
+        Ok(self.get(&kind.key(id)).await?.map(|entry| (entry.revision, entry.value)))
+    }
+
+    /// Removes a mark, if given only when it is at the `expected` revision; returns the revision of the removal. If
+    /// there is none, that of the one before, and 0 if there never was one.
+    pub async fn unmark(&self, id: &str, kind: MarkKind, expected: Option<u64>) -> Result<u64, WriteError> {
+        let key = kind.key(id);
+        match self.write(&key, None, |current| allowed(current, expected)).await {
+            Err(WriteError::Missing) => Ok(self.bucket.last(&key).await?.map_or(0, |stored| stored.revision)),
+            result => result,
+        }
+    }
+
     /// Writes by compare-and-swap what `check` allows in the face of what is there, and again if somebody else was
     /// faster. A write whose outcome is unknown is read back.
     async fn write(
@@ -160,6 +185,22 @@ impl ConfigStore {
 }
 
 const WRITE_TRIES: usize = 5;
+
+/// What a change of the bucket means.
+fn typed(change: Change) -> ConfigChange {
+    let mark = |key: &str, revision: u64, value: Option<&Bytes>| {
+        let (id, kind) = MarkKind::of_key(key)?;
+        Some(ConfigChange::Marked(Mark { id: id.to_owned(), kind, revision, value: value.cloned() }))
+    };
+    match change {
+        Change::Put { key, revision, value } => mark(&key, revision, Some(&value))
+            .unwrap_or_else(|| ConfigChange::Put(ConfigEntry { key, revision, value })),
+        Change::Deleted { key, revision } => {
+            mark(&key, revision, None).unwrap_or(ConfigChange::Deleted { key, revision })
+        }
+        Change::Loaded => ConfigChange::Loaded,
+    }
+}
 
 fn allowed(current: Option<&Stored>, expected: Option<u64>) -> Result<(), WriteError> {
     match current {

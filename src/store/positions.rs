@@ -2,11 +2,14 @@
 
 use std::{collections::BTreeMap, future::Future};
 
+use bytes::Bytes;
+use futures_util::{StreamExt, future::ready, stream::BoxStream};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
     bucket::{Bucket, PutError},
     buckets::Error,
+    watch::{self, Change},
 };
 use crate::status::{Row, TargetMode};
 
@@ -29,6 +32,14 @@ pub struct PositionRecord {
     /// Kept because a target that turned out to be shared stays so.
     #[serde(default)]
     pub target_mode: TargetMode,
+    /// The position was moved back, and no run has begun since: what lies at the target then is copied again as far
+    /// as it comes after the position.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub moved_back: bool,
+    /// How often the position was moved back. Part of the message ids, or the target would take what is copied again
+    /// for duplicates.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub generation: u64,
     /// Status row at the time of the write. One that cannot be read (an edit by hand, another version) is none: the
     /// rest of the record is worth more than it.
     #[serde(default, deserialize_with = "readable")]
@@ -36,6 +47,10 @@ pub struct PositionRecord {
     /// Fields of other versions.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn readable<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Row>, D::Error> {
@@ -59,10 +74,20 @@ pub struct SourceWitness {
 pub struct TargetWitness {
     /// Target sequence; 0 while nothing of ours is known to be there.
     pub seq: u64,
-    /// Source sequence of the message that lies there.
+    /// Source sequence of the message that lies there; 0 after the position was moved back, when what lies there and
+    /// before says nothing about what was copied.
     pub source_seq: u64,
     /// `created` of the stream; a hint, not an identity.
     pub created: String,
+}
+
+/// What the watch tells of one record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PositionChange {
+    /// Replication id.
+    pub id: String,
+    /// The record as it stands in the bucket; `None` when it was removed.
+    pub value: Option<Bytes>,
 }
 
 /// Why a save did not happen.
@@ -98,12 +123,24 @@ impl PositionStore {
         Self { bucket }
     }
 
-    /// The record of a replication and its revision, read from the leader of the bucket.
-    pub async fn read(&self, id: &str) -> Result<Option<(PositionRecord, u64)>, Error> {
+    /// The record of a replication and the revision to write it at, read from the leader of the bucket. Where there
+    /// is none it is one that nobody has held.
+    pub async fn read(&self, id: &str) -> Result<(PositionRecord, u64), Error> {
         Ok(match self.current(id).await? {
-            Current::Record(record, revision) => Some((*record, revision)),
-            Current::Nothing { .. } => None,
+            Current::Record(record, revision) => (*record, revision),
+            Current::Nothing { revision } => (PositionRecord::new(), revision),
         })
+    }
+
+    /// All records as they are, then every change as it happens, for ever.
+    pub async fn watch(&self) -> Result<BoxStream<'static, Result<PositionChange, Error>>, Error> {
+        let changes = watch::watch(self.bucket.clone(), |_| false).await?;
+        let told = |change| match change {
+            Change::Put { key, value, .. } => Some(PositionChange { id: key, value: Some(value) }),
+            Change::Deleted { key, .. } => Some(PositionChange { id: key, value: None }),
+            Change::Loaded => None,
+        };
+        Ok(changes.filter_map(move |change| ready(change.map(told).transpose())).boxed())
     }
 
     async fn current(&self, id: &str) -> Result<Current, Error> {
@@ -119,22 +156,14 @@ impl PositionStore {
     }
 
     /// Makes `holder` the holder with an epoch greater than any before, by compare-and-swap (again if somebody
-    /// else writes at the same moment). Returns the record as written and its revision. This is the fence: from
-    /// now on every save of an older holder is refused.
-    pub async fn claim(&self, id: &str, holder: &str) -> Result<(PositionRecord, u64), Error> {
+    /// else writes at the same moment). This is the fence: from now on every save of an older holder is refused.
+    pub async fn claim(&self, id: &str, holder: &str) -> Result<Claim, Error> {
         for _ in 0..CLAIM_TRIES {
-            let (before, revision) = match self.current(id).await? {
-                Current::Record(record, revision) => (*record, revision),
-                Current::Nothing { revision } => (PositionRecord::new(), revision),
-            };
-            let record = PositionRecord {
-                epoch: before.epoch + 1,
-                holder: holder.to_owned(),
-                nonce: u64::from(rand::random::<u32>()),
-                ..before
-            };
+            let (before, revision) = self.read(id).await?;
+            let previous = before.holder.clone();
+            let record = before.taken_by(holder);
             match self.save(id, record.clone(), revision).await {
-                Ok(revision) => return Ok((record, revision)),
+                Ok(revision) => return Ok(Claim { record, revision, previous }),
                 Err(SaveError::Conflict { .. } | SaveError::Deleted { .. }) => {}
                 Err(SaveError::Store(error)) => return Err(error),
             }
@@ -179,6 +208,17 @@ impl PositionStore {
 
 const CLAIM_TRIES: usize = 10;
 
+/// A record that was claimed.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    /// As written.
+    pub record: PositionRecord,
+    /// Its revision.
+    pub revision: u64,
+    /// Who held it before; empty if nobody did.
+    pub previous: String,
+}
+
 /// What lies at a key.
 enum Current {
     Record(Box<PositionRecord>, u64),
@@ -198,8 +238,39 @@ impl PositionRecord {
             source: None,
             target: None,
             target_mode: TargetMode::default(),
+            moved_back: false,
+            generation: 0,
             status: None,
             other: BTreeMap::new(),
+        }
+    }
+
+    /// The record with another holder and a greater epoch: every save of an older holder is refused.
+    fn taken_by(self, holder: &str) -> Self {
+        Self { epoch: self.epoch + 1, holder: holder.to_owned(), nonce: u64::from(rand::random::<u32>()), ..self }
+    }
+
+    /// The record with another position, taken by the instance that moves it.
+    #[must_use]
+    pub fn moved(self, to: SourceWitness, by: &str) -> Self {
+        let mut record = self.taken_by(by);
+        if record.source.as_ref().is_some_and(|from| to.seq < from.seq) {
+            record.moved_back = true;
+            record.generation += 1;
+        }
+        if let Some(row) = &mut record.status {
+            row.epoch = record.epoch;
+            row.copy.position.source_seq = to.seq;
+        }
+        record.source = Some(to);
+        record
+    }
+
+    /// Who leads the replication, as far as the record knows.
+    pub fn leader(&self) -> Option<&str> {
+        match &self.status {
+            Some(row) if row.epoch == self.epoch => row.leader.as_deref(),
+            _ => Some(self.holder.as_str()).filter(|holder| !holder.is_empty()),
         }
     }
 
@@ -221,6 +292,25 @@ mod tests {
         let record: PositionRecord = serde_json::from_value(json.clone()).unwrap();
         assert_eq!(record.target_mode, TargetMode::Shared);
         assert_eq!(serde_json::to_value(&record).unwrap(), json);
+    }
+
+    #[test]
+    fn a_move_back_is_remembered_and_fences_older_holders() {
+        let at = |seq| SourceWitness { seq, time_ns: Some(1), created: "c".to_owned() };
+        let check = |from: Option<u64>, to: u64, expect: (bool, u64)| {
+            let record = PositionRecord { epoch: 4, source: from.map(at), ..PositionRecord::new() };
+            let moved = record.moved(at(to), "b");
+            assert_eq!((moved.epoch, moved.holder.as_str(), moved.source), (5, "b", Some(at(to))));
+            assert_eq!((moved.moved_back, moved.generation), expect, "{from:?} {to}");
+        };
+        check(Some(5), 4, (true, 1));
+        check(Some(5), 0, (true, 1));
+        check(Some(5), 6, (false, 0));
+        check(Some(5), 5, (false, 0));
+        check(None, 0, (false, 0));
+        let back = PositionRecord { source: Some(at(5)), ..PositionRecord::new() }.moved(at(1), "b");
+        let forth = back.moved(at(3), "b");
+        assert!(forth.moved_back && forth.generation == 1);
     }
 
     #[test]

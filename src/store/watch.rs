@@ -1,4 +1,4 @@
-//! The watch on the configuration bucket: one stream of changes that outlives server restarts, lost consumers and
+//! The watch on a bucket: one stream of changes that outlives server restarts, lost consumers and
 //! a bucket made anew.
 //!
 //! async-nats' ordered consumer repairs most of that by itself, but it goes on behind the last sequence it saw:
@@ -16,6 +16,7 @@ use async_nats::jetstream::{
     consumer::{DeliverPolicy, push},
     stream,
 };
+use bytes::Bytes;
 use futures_util::{
     StreamExt,
     stream::{BoxStream, unfold},
@@ -23,7 +24,6 @@ use futures_util::{
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
-    ConfigChange, ConfigEntry,
     bucket::{Bucket, Stored, chain, is_marker},
     buckets::Error,
 };
@@ -34,10 +34,29 @@ const LOOK: Duration = Duration::from_secs(5);
 /// Silence that ends the first read.
 const SNAPSHOT_SILENCE: Duration = Duration::from_secs(5);
 
-/// Opens the watch; fails if the bucket cannot be read now.
-pub(super) async fn watch(bucket: Bucket) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
+/// What the watch tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Change {
+    /// A key was written, or was there when the watch began.
+    Put { key: String, revision: u64, value: Bytes },
+    /// A key was deleted or purged.
+    Deleted { key: String, revision: u64 },
+    /// Everything that was there when the watch began has been told.
+    Loaded,
+}
+
+/// Opens the watch; fails if the bucket cannot be read now. Of what is read together, the keys that are `first` are
+/// told before all others.
+///
+/// The stream never ends. An error is told once and passes: then follows what changed meanwhile, and nothing that did
+/// not.
+pub(super) async fn watch(
+    bucket: Bucket,
+    first: fn(&str) -> bool,
+) -> Result<BoxStream<'static, Result<Change, Error>>, Error> {
     let mut watch = Watch {
         bucket,
+        first,
         live: None,
         told: HashMap::new(),
         seen: 0,
@@ -48,12 +67,13 @@ pub(super) async fn watch(bucket: Bucket) -> Result<BoxStream<'static, Result<Co
         failing: false,
     };
     watch.open().await?;
-    watch.queue.push_back(Ok(ConfigChange::Loaded));
+    watch.queue.push_back(Ok(Change::Loaded));
     Ok(unfold(watch, |mut watch| async { Some((watch.next().await, watch)) }).boxed())
 }
 
 struct Watch {
     bucket: Bucket,
+    first: fn(&str) -> bool,
     /// Changes as they happen; `None` when it has to be opened.
     live: Option<push::Ordered>,
     /// Revision last told of each key that has a value.
@@ -64,14 +84,14 @@ struct Watch {
     looked: Option<Look>,
     next_look: Instant,
     /// Read and not yet told.
-    queue: VecDeque<Result<ConfigChange, Error>>,
+    queue: VecDeque<Result<Change, Error>>,
     backoff: Backoff,
     /// The current trouble was told.
     failing: bool,
 }
 
 impl Watch {
-    async fn next(&mut self) -> Result<ConfigChange, Error> {
+    async fn next(&mut self) -> Result<Change, Error> {
         loop {
             if let Some(change) = self.queue.pop_front() {
                 return change;
@@ -89,7 +109,7 @@ impl Watch {
             tokio::select! {
                 message = live.next() => {
                     let (key, stored) = read(&self.bucket, message?.ok()?)?;
-                    self.tell(key, stored);
+                    self.tell(key, stored, self.seen);
                     if !self.queue.is_empty() {
                         return Some(live);
                     }
@@ -126,40 +146,42 @@ impl Watch {
     /// Reads everything, tells what differs from what was told, and follows from there.
     async fn open(&mut self) -> Result<(), Error> {
         let before = self.bucket.info().await?;
-        let (live, snapshot) = snapshot(&self.bucket).await?;
+        let (live, mut snapshot) = snapshot(&self.bucket).await?;
+        snapshot.sort_by_key(|(key, _)| !(self.first)(key));
         let there: HashSet<_> = snapshot.iter().map(|(key, _)| key).collect();
         let gone: Vec<_> = self.told.keys().filter(|key| !there.contains(key)).cloned().collect();
         if Look::new(&before).is_another(self.looked, self.seen) {
             self.seen = 0;
             self.told.values_mut().for_each(|revision| *revision = 0);
         }
+        let known = self.seen;
         for (key, stored) in snapshot {
-            self.tell(key, stored);
+            self.tell(key, stored, known);
         }
         self.seen = self.seen.max(before.state.last_sequence);
         for key in gone {
             // no marker, so the revision is not known exactly: it was gone by the time of this one
-            self.tell(key, Stored { revision: self.seen, value: None });
+            self.tell(key, Stored { revision: self.seen, value: None }, known);
         }
         self.looked = Some(Look::new(&before));
         self.live = Some(live);
         Ok(())
     }
 
-    /// Queues a change, unless it was told. A deletion that is news is told for a key that was never there, too:
-    /// who made it waits for it.
-    fn tell(&mut self, key: String, stored: Stored) {
+    /// Queues a change, unless it was told. A deletion beyond what was `known` is told for a key that was never
+    /// there, too: who made it waits for it.
+    fn tell(&mut self, key: String, stored: Stored, known: u64) {
         let revision = stored.revision;
-        let news = revision > self.seen;
+        let news = revision > known;
         self.seen = self.seen.max(revision);
         match stored.value {
             Some(_) if self.told.get(&key) == Some(&revision) => {}
             Some(value) => {
                 self.told.insert(key.clone(), revision);
-                self.queue.push_back(Ok(ConfigChange::Put(ConfigEntry { key, revision, value })));
+                self.queue.push_back(Ok(Change::Put { key, revision, value }));
             }
             None if self.told.remove(&key).is_some() || news => {
-                self.queue.push_back(Ok(ConfigChange::Deleted { key, revision }));
+                self.queue.push_back(Ok(Change::Deleted { key, revision }));
             }
             None => {}
         }

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use crate::{
     config::Replication,
-    copy::ErrorKind,
+    copy::{Error, ErrorKind},
     status::{CopyStatus, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus},
     store::PositionRecord,
 };
@@ -134,16 +134,26 @@ impl Board {
         });
     }
 
+    /// The position record says this, and nobody here holds it.
+    pub(super) fn looked_up(&self, record: &PositionRecord) {
+        let position = record.source.as_ref().map_or(0, |witness| witness.seq);
+        self.status.send_modify(|(_, copy)| copy.position.source_seq = position);
+    }
+
     /// A run ended with an error.
-    pub(super) fn failed(&self, kind: ErrorKind, message: &str) {
-        let kind = match kind {
+    pub(super) fn failed(&self, error: &Error) {
+        let kind = match error.kind {
             ErrorKind::Retry => "retry",
             ErrorKind::Hold => "hold",
             ErrorKind::Superseded => "superseded",
         };
         self.status.send_modify(|(_, copy)| {
             copy.counters.errors += 1;
-            copy.last_error = Some(last_error(kind, message));
+            copy.last_error = Some(LastError {
+                source_seq: error.poison.map(|message| message.seq),
+                source_time_ns: error.poison.map(|message| message.time_ns),
+                ..last_error(kind, &error.message)
+            });
         });
     }
 
@@ -154,5 +164,11 @@ impl Board {
 }
 
 fn last_error(kind: &str, message: &str) -> LastError {
-    LastError { at: Utc::now(), kind: kind.to_owned(), message: message.to_owned(), source_seq: None }
+    LastError {
+        at: Utc::now(),
+        kind: kind.to_owned(),
+        message: message.to_owned(),
+        source_seq: None,
+        source_time_ns: None,
+    }
 }

@@ -7,18 +7,15 @@ use futures_util::{
     stream::{self, BoxStream},
 };
 use tokio::{sync::watch, time::sleep};
-use tracing::{info, warn};
 
+use super::trouble::Trouble;
 use crate::{
-    backoff::Backoff,
     config::{self, Problem, Problems, Replication},
     store::{ConfigChange, ConfigEntry, ConfigStore, Error},
 };
 
 /// After a change, so much is waited for the next: a flood of edits becomes one.
 const SETTLE: Duration = Duration::from_millis(100);
-
-const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
 
 /// What the watch of the bucket tells.
 #[derive(Debug)]
@@ -179,34 +176,4 @@ fn accept(entry: &ConfigEntry, site: &str) -> Result<Replication, Problems> {
     }
     let message = format!("the document is that of replication `{}`, but its key is `{}`", replication.id, entry.key);
     Err(Problems(vec![Problem { path: String::new(), message }]))
-}
-
-/// An operation that is tried until it works, with each distinct error told once.
-#[derive(Debug)]
-struct Trouble {
-    what: &'static str,
-    told: String,
-    backoff: Backoff,
-}
-
-impl Trouble {
-    const fn new(what: &'static str) -> Self {
-        Self { what, told: String::new(), backoff: BACKOFF }
-    }
-
-    async fn wait(&mut self, reason: &str) {
-        if self.told != reason {
-            warn!("{}: {reason}", self.what);
-            reason.clone_into(&mut self.told);
-        }
-        sleep(self.backoff.next(rand::random())).await;
-    }
-
-    fn over(&mut self) {
-        if !self.told.is_empty() {
-            info!("no longer: {}", self.what);
-            self.told.clear();
-        }
-        self.backoff.reset();
-    }
 }

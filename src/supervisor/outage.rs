@@ -1,6 +1,9 @@
 //! Keeps an outage from being told at every attempt. Pure.
 
-use crate::{copy::ErrorKind, events::Event};
+use crate::{
+    copy::{Error, ErrorKind},
+    events::{Event, PoisonAction},
+};
 
 /// Distinct errors of one outage that are told; more of them are one that carries a number in its text.
 const TOLD: usize = 16;
@@ -10,6 +13,8 @@ const TOLD: usize = 16;
 pub(super) struct Outage {
     open: bool,
     told: Vec<String>,
+    /// Source sequence of the message told last that can never be stored.
+    poison: Option<u64>,
 }
 
 /// What an error calls for.
@@ -17,24 +22,30 @@ pub(super) struct Outage {
 pub(super) struct Report {
     /// Whether the error has not been told in this outage.
     pub(super) news: bool,
-    /// The event to emit.
-    pub(super) event: Option<Event>,
+    /// The events to emit.
+    pub(super) events: Vec<Event>,
 }
 
 impl Outage {
     /// An error ended a run.
-    pub(super) fn failed(&mut self, kind: ErrorKind, message: &str) -> Report {
+    pub(super) fn failed(&mut self, error: &Error) -> Report {
+        let Error { kind, message, poison, .. } = error;
         let news = self.told.len() < TOLD && !self.told.iter().any(|told| told == message);
         if news {
-            self.told.push(message.to_owned());
+            self.told.push(message.clone());
         }
         let began = !std::mem::replace(&mut self.open, true);
         let event = match kind {
-            ErrorKind::Retry => began.then(|| Event::Stalled { message: message.to_owned() }),
-            ErrorKind::Hold => news.then(|| Event::Held { message: message.to_owned() }),
-            ErrorKind::Superseded => Some(Event::Stopped { position: None, message: Some(message.to_owned()) }),
+            ErrorKind::Retry => began.then(|| Event::Stalled { message: message.clone() }),
+            ErrorKind::Hold => news.then(|| Event::Held { message: message.clone() }),
+            ErrorKind::Superseded => Some(Event::Stopped { position: None, message: Some(message.clone()) }),
         };
-        Report { news, event }
+        let mut events: Vec<_> = event.into_iter().collect();
+        if let Some(source_seq) = poison.map(|message| message.seq).filter(|seq| self.poison != Some(*seq)) {
+            self.poison = Some(source_seq);
+            events.push(Event::Poison { source_seq, message: message.clone(), action: PoisonAction::Held });
+        }
+        Report { news, events }
     }
 
     /// Whether there is one.
@@ -51,46 +62,69 @@ impl Outage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::SourceMessage;
 
     fn stalled(message: &str) -> Event {
         Event::Stalled { message: message.to_owned() }
     }
 
+    fn retry(message: &str) -> Error {
+        Error::new(ErrorKind::Retry, message)
+    }
+
+    fn hold(message: &str) -> Error {
+        Error::new(ErrorKind::Hold, message)
+    }
+
     #[test]
     fn an_outage_is_told_when_it_begins_and_not_per_attempt() {
         let mut outage = Outage::default();
-        let first = outage.failed(ErrorKind::Retry, "connection refused");
-        assert_eq!(first, Report { news: true, event: Some(stalled("connection refused")) });
-        let again = outage.failed(ErrorKind::Retry, "connection refused");
-        assert_eq!(again, Report { news: false, event: None });
-        let other = outage.failed(ErrorKind::Retry, "timed out");
-        assert_eq!(other, Report { news: true, event: None });
+        let first = outage.failed(&retry("connection refused"));
+        assert_eq!(first, Report { news: true, events: vec![stalled("connection refused")] });
+        let again = outage.failed(&retry("connection refused"));
+        assert_eq!(again, Report { news: false, events: vec![] });
+        let other = outage.failed(&retry("timed out"));
+        assert_eq!(other, Report { news: true, events: vec![] });
     }
 
     #[test]
     fn each_reason_to_hold_is_an_event_once() {
         let mut outage = Outage::default();
-        assert_eq!(outage.failed(ErrorKind::Hold, "full").event.map(|event| event.kind()), Some("held"));
-        assert_eq!(outage.failed(ErrorKind::Hold, "full").event, None);
-        assert_eq!(outage.failed(ErrorKind::Hold, "sealed").event.map(|event| event.kind()), Some("held"));
-        assert_eq!(outage.failed(ErrorKind::Hold, "full").event, None);
+        let mut told = |message| -> Vec<_> { outage.failed(&hold(message)).events.iter().map(Event::kind).collect() };
+        assert_eq!(told("full"), ["held"]);
+        assert!(told("full").is_empty());
+        assert_eq!(told("sealed"), ["held"]);
+        assert!(told("full").is_empty());
+    }
+
+    #[test]
+    fn a_message_that_cannot_be_stored_is_told_once() {
+        let mut outage = Outage::default();
+        let mut told = |seq, text| -> Vec<_> {
+            let poison = Some(SourceMessage { seq, time_ns: 1 });
+            let report = outage.failed(&Error { poison, ..hold(text) });
+            report.events.iter().map(Event::kind).collect()
+        };
+        assert_eq!(told(5, "5 is too large"), ["held", "poison"]);
+        assert!(told(5, "5 is too large").is_empty());
+        assert_eq!(told(7, "7 is too large"), ["held", "poison"]);
     }
 
     #[test]
     fn after_a_repair_the_same_error_is_news() {
         let mut outage = Outage::default();
-        outage.failed(ErrorKind::Retry, "timed out");
+        outage.failed(&retry("timed out"));
         assert!(outage.is_open());
         outage.over();
         assert!(!outage.is_open());
-        let report = outage.failed(ErrorKind::Retry, "timed out");
-        assert_eq!(report, Report { news: true, event: Some(stalled("timed out")) });
+        let report = outage.failed(&retry("timed out"));
+        assert_eq!(report, Report { news: true, events: vec![stalled("timed out")] });
     }
 
     #[test]
     fn errors_that_never_repeat_do_not_fill_the_log() {
         let mut outage = Outage::default();
-        let news = (0..1000).filter(|i| outage.failed(ErrorKind::Hold, &format!("error {i}")).news).count();
+        let news = (0..1000).filter(|i| outage.failed(&hold(&format!("error {i}"))).news).count();
         assert_eq!(news, TOLD);
     }
 }

@@ -7,7 +7,10 @@
 use std::{convert::Infallible, future::pending, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, sleep_until, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -15,7 +18,9 @@ use super::{
     Deps,
     board::{Board, Mark},
     desired::{Plan, Planner, Rejected, Work},
+    marks::Marks,
     outage::Outage,
+    trouble::Trouble,
 };
 use crate::{
     backoff::{Backoff, jitter},
@@ -23,7 +28,7 @@ use crate::{
     copy::{self, Error, ErrorKind, Job, Ledger},
     events::Event,
     status::{Row, State},
-    store::SaveError,
+    store::{MarkKind, PositionRecord, SaveError, WriteError},
 };
 
 /// Attempts after an error that passes.
@@ -40,6 +45,12 @@ const LAST_SAVE: Duration = Duration::from_secs(2);
 
 /// So long a run must have been in order before an outage is over.
 const STEADY: Duration = Duration::from_secs(1);
+
+/// So long a replication that goes on looks for its position before it tells it.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// A mark that could not be removed is removed after this.
+const UNMARK_AGAIN: Duration = Duration::from_secs(5);
 
 /// Whose life it is.
 #[derive(Debug, Clone)]
@@ -59,15 +70,29 @@ impl Context {
 pub(super) struct Life {
     context: Context,
     planner: Planner,
+    marks: watch::Receiver<Marks>,
     stop: CancellationToken,
     session: Session,
     refusals: Refusals,
 }
 
+/// Why a document runs no longer.
+enum Next {
+    /// Another one replaces it.
+    Plan(Box<Plan>),
+    /// The replication was paused.
+    Pause,
+}
+
 impl Life {
-    pub(super) fn new(context: Context, planner: Planner, stop: CancellationToken) -> Self {
-        let session = Session::new(context.clone());
-        Self { context, planner, stop, session, refusals: Refusals::default() }
+    pub(super) fn new(
+        context: Context,
+        planner: Planner,
+        marks: watch::Receiver<Marks>,
+        stop: CancellationToken,
+    ) -> Self {
+        let session = Session::new(context.clone(), marks.clone());
+        Self { context, planner, marks, stop, session, refusals: Refusals::default() }
     }
 
     /// Until the stop. Waits for `delay` first.
@@ -85,6 +110,7 @@ impl Life {
         while let Some(now) = plan {
             self.refusals.report(&self.context, now.rejected);
             plan = match now.work {
+                work if self.marks.borrow().paused => self.rest(work).await,
                 Some(work) => self.follow(work).await,
                 None => self.idle().await,
             };
@@ -98,13 +124,56 @@ impl Life {
         tokio::select! {
             biased;
             () = self.stop.cancelled() => None,
+            () = paused(&mut self.marks) => Some(Plan { work: None, rejected: None }),
             plan = self.planner.next() => Some(plan),
         }
     }
 
+    /// Nothing runs, whatever the document says, until the pause is taken back.
+    async fn rest(&mut self, mut work: Option<Work>) -> Option<Plan> {
+        let Self { context, planner, marks, stop, session, refusals } = self;
+        {
+            let mut resting = pin!(session.rest());
+            let mut rested = false;
+            // A plan may have been forgotten on the way here, see `Planner::next`.
+            let mut newest = false;
+            loop {
+                let newer = async { if newest { planner.next().await } else { planner.current().await } };
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => return None,
+                    Ok(_) = marks.wait_for(|marks| !marks.paused) => break,
+                    () = &mut resting, if !rested => (rested, newest) = (true, false),
+                    plan = newer => {
+                        newest = true;
+                        refusals.report(context, plan.rejected);
+                        if let Some(new) = plan.work {
+                            context.board.set_revision(new.revision);
+                            if work.as_ref().is_some_and(|old| old.replication != new.replication) {
+                                context.emit(Event::ConfigChanged { revision: new.revision });
+                            }
+                            work = Some(new);
+                        }
+                    }
+                }
+            }
+        }
+        session.go_on().await;
+        let mut plan = tokio::select! {
+            biased;
+            () = stop.cancelled() => return None,
+            plan = planner.current() => plan,
+        };
+        plan.work = plan.work.or(work);
+        Some(plan)
+    }
+
     /// Runs a document until another one replaces it, and ends that run in order.
     async fn follow(&mut self, mut work: Work) -> Option<Plan> {
-        let mut next = self.copy_until_replaced(&mut work).await?;
+        let mut next = match self.copy_until_replaced(&mut work).await? {
+            Next::Plan(plan) => *plan,
+            Next::Pause => return Some(Plan { work: Some(work), rejected: None }),
+        };
         if self.planner.is_outdated() {
             next = tokio::select! {
                 biased;
@@ -120,7 +189,7 @@ impl Life {
     }
 
     /// A document that cannot run replaces nothing, and one that says the same only brings its revision.
-    async fn copy_until_replaced(&mut self, work: &mut Work) -> Option<Plan> {
+    async fn copy_until_replaced(&mut self, work: &mut Work) -> Option<Next> {
         let replication = work.replication.clone();
         let stop = CancellationToken::new();
         let mut copying = pin!(self.session.copy(&replication, work.revision, &stop));
@@ -128,9 +197,10 @@ impl Life {
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => break None,
+                () = paused(&mut self.marks) => break Some(Next::Pause),
                 plan = self.planner.next() => {
                     if plan.work.as_ref().is_some_and(|new| new.replication != replication) {
-                        break Some(plan);
+                        break Some(Next::Plan(Box::new(plan)));
                     }
                     if let Some(new) = plan.work {
                         self.context.board.set_revision(new.revision);
@@ -151,6 +221,14 @@ impl Life {
             warn!(replication = id, "did not settle within {SETTLE:?}; what was in the air is copied again");
         }
         next
+    }
+}
+
+/// Waits for a pause.
+async fn paused(marks: &mut watch::Receiver<Marks>) {
+    if marks.wait_for(|marks| marks.paused).await.is_err() {
+        // Nobody is left to pause anything; the stop is on its way.
+        pending::<()>().await;
     }
 }
 
@@ -176,6 +254,9 @@ impl Refusals {
 /// What keeps a document running.
 struct Session {
     context: Context,
+    marks: watch::Receiver<Marks>,
+    /// Revision of the release that was acted upon last.
+    released: Option<u64>,
     /// Taken out while somebody writes with it: `None` until it is claimed, and when a write was dropped or
     /// refused, so that what the bucket holds is in doubt.
     ledger: Option<Ledger>,
@@ -190,9 +271,18 @@ struct Session {
 }
 
 impl Session {
-    fn new(context: Context) -> Self {
-        let outage = Outage::default();
-        Self { context, ledger: None, backoff: RETRY, outage, told: false, unsaved: false, superseded: false }
+    fn new(context: Context, marks: watch::Receiver<Marks>) -> Self {
+        Self {
+            context,
+            marks,
+            released: None,
+            ledger: None,
+            backoff: RETRY,
+            outage: Outage::default(),
+            told: false,
+            unsaved: false,
+            superseded: false,
+        }
     }
 
     /// Copies until `stop`, or until another instance holds the replication.
@@ -232,14 +322,18 @@ impl Session {
             }
         }
         let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
-        let Self { context, told, outage, .. } = self;
+        let release = self.marks.borrow().release;
+        self.released = release.map(|release| release.revision);
+        let Self { context, marks, told, outage, .. } = self;
         let Context { deps, board, .. } = &*context;
         let job = Job {
             site: deps.site.clone(),
             replication: replication.clone(),
             row: board.row(),
             budget: deps.budget.clone(),
+            skip: release.and_then(|release| release.skip),
         };
+        let saved = ledger.saved();
         let before = board.mark();
         let run = copy::run(&job, &mut ledger, board.status(), &deps.events, stop.clone());
         let run = AssertUnwindSafe(run).catch_unwind();
@@ -247,6 +341,7 @@ impl Session {
             biased;
             result = run => result,
             never = observe(context, before, replication, told, outage) => match never {},
+            never = clear_release(context, marks.clone(), saved) => match never {},
         };
         if self.context.board.mark() != before {
             self.backoff.reset();
@@ -260,11 +355,14 @@ impl Session {
     async fn claim(&mut self) -> Result<(), Error> {
         if self.ledger.is_none() {
             let Context { deps, id, board } = &self.context;
-            let ledger = Ledger::claim(deps.positions.clone(), id, &deps.instance).await.map_err(|error| {
+            let claim = deps.positions.claim(id, &deps.instance).await.map_err(|error| {
                 Error::new(ErrorKind::Retry, format!("the position record cannot be claimed: {error}"))
             })?;
-            board.claimed(ledger.record());
-            self.ledger = Some(ledger);
+            board.claimed(&claim.record);
+            let another = |holder: &String| !holder.is_empty() && *holder != deps.instance;
+            let previous = Some(claim.previous.clone()).filter(another);
+            self.context.emit(Event::Leader { epoch: claim.record.epoch, previous });
+            self.ledger = Some(Ledger::new(deps.positions.clone(), id, claim));
         }
         Ok(())
     }
@@ -273,7 +371,7 @@ impl Session {
     async fn survive(&mut self, error: Error, stop: &CancellationToken) -> Result<(), Error> {
         if stop.is_cancelled() {
             warn!(replication = self.context.id, "ended with an error while it was stopped: {error}");
-            self.context.board.failed(error.kind, &error.message);
+            self.context.board.failed(&error);
             return Ok(());
         }
         self.report(&error);
@@ -283,16 +381,62 @@ impl Session {
         };
         let wake = Instant::now() + delay;
         self.context.board.set_state(state);
-        let save_and_wait = async {
-            self.save_row().await?;
-            sleep_until(wake).await;
-            Ok(())
+        let saved = self.ledger.as_ref().map(Ledger::saved);
+        let (context, mut marks, acted_upon) = (self.context.clone(), self.marks.clone(), self.released);
+        let asked = marks.clone();
+        let released = |marks: &Marks| marks.release.is_some_and(|release| Some(release.revision) != acted_upon);
+        let cleared = async {
+            match saved {
+                Some(saved) => clear_release(&context, asked, saved).await,
+                None => pending().await,
+            }
         };
+        let mut save_and_wait = pin!(async {
+            self.save_row().await?;
+            tokio::select! {
+                () = sleep_until(wake) => {}
+                Ok(_) = marks.wait_for(released) => self.backoff.reset(),
+            }
+            Ok(())
+        });
         tokio::select! {
             biased;
             () = stop.cancelled() => Ok(()),
-            result = save_and_wait => result,
+            result = &mut save_and_wait => result,
+            never = cleared => match never {},
         }
+    }
+
+    /// Paused: gives the record up, and says in it that the replication is paused.
+    async fn rest(&mut self) {
+        if self.superseded {
+            return;
+        }
+        let board = &self.context.board;
+        board.run_over();
+        board.released();
+        board.set_state(State::Paused);
+        self.outage.over();
+        let epoch = self.ledger.take().map(|ledger| ledger.record().epoch);
+        let mut trouble = Trouble::new("that a replication is paused cannot be saved");
+        while let Err(error) = note_pause(&self.context, epoch).await {
+            trouble.wait(&error.to_string()).await;
+        }
+    }
+
+    /// The pause is over; the position may have been moved meanwhile.
+    async fn go_on(&mut self) {
+        if self.superseded {
+            return;
+        }
+        let Context { deps, id, board } = &self.context;
+        board.set_state(State::Starting);
+        if let Ok(Ok((record, _))) = timeout(LOOK, deps.positions.read(id)).await {
+            board.looked_up(&record);
+        }
+        let position = board.row().copy.position.source_seq;
+        info!(replication = id, position, "goes on after a pause");
+        self.context.emit(Event::Resumed { position });
     }
 
     fn give_up(&mut self, error: &Error) {
@@ -306,15 +450,15 @@ impl Session {
     fn report(&mut self, error: &Error) {
         let Error { kind, message, .. } = error;
         let Context { id, board, .. } = &self.context;
-        board.failed(*kind, message);
-        let report = self.outage.failed(*kind, message);
+        board.failed(error);
+        let report = self.outage.failed(error);
         match (report.news, kind) {
             (false, _) => debug!(replication = id, "again: {message}"),
             (true, ErrorKind::Retry) => warn!(replication = id, "stalled, trying again: {message}"),
             (true, ErrorKind::Hold) => error!(replication = id, "held: {message}"),
             (true, ErrorKind::Superseded) => error!(replication = id, "stopped for good: {message}"),
         }
-        if let Some(event) = report.event {
+        for event in report.events {
             self.context.emit(event);
         }
     }
@@ -387,6 +531,61 @@ async fn observe(
         }
     }
     pending().await
+}
+
+/// Says in the record that the replication is paused, unless it says so; of a record that another instance took
+/// since `epoch` that one will say it.
+async fn note_pause(context: &Context, epoch: Option<u64>) -> Result<(), SaveError> {
+    let Context { deps, id, board } = context;
+    let (record, revision) = deps.positions.read(id).await?;
+    board.looked_up(&record);
+    let known = record.status.as_ref().is_some_and(|row| row.state == State::Paused);
+    if known || epoch.is_some_and(|epoch| epoch < record.epoch) {
+        return Ok(());
+    }
+    let row = Row { epoch: record.epoch, ..board.row() };
+    let position = row.copy.position.source_seq;
+    let nonce = u64::from(rand::random::<u32>());
+    deps.positions.save(id, PositionRecord { status: Some(row), nonce, ..record }, revision).await?;
+    info!(replication = id, position, "paused");
+    context.emit(Event::Paused { position });
+    Ok(())
+}
+
+/// Removes a release that has done its work: another try has begun, or the message to leave out lies behind the saved
+/// position.
+async fn clear_release(
+    context: &Context,
+    mut marks: watch::Receiver<Marks>,
+    mut saved: watch::Receiver<u64>,
+) -> Infallible {
+    let Context { deps, id, .. } = context;
+    loop {
+        let release = marks.borrow_and_update().release;
+        let cleared = async {
+            let Some(release) = release else { return pending().await };
+            if let Some(message) = release.skip
+                && saved.wait_for(|seq| *seq >= message.seq).await.is_err()
+            {
+                return pending().await;
+            }
+            while let Err(WriteError::Store(error)) =
+                deps.config.unmark(id, MarkKind::Release, Some(release.revision)).await
+            {
+                debug!(replication = id, "the release was not removed: {error}");
+                sleep(UNMARK_AGAIN).await;
+            }
+            // What follows is told by the watch.
+            pending::<()>().await;
+        };
+        tokio::select! {
+            biased;
+            changed = marks.changed() => if changed.is_err() {
+                return pending().await;
+            },
+            () = cleared => {}
+        }
+    }
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {

@@ -11,7 +11,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 7] = [
+const ENDPOINTS: [(&str, &str, &str); 13] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -19,6 +19,12 @@ const ENDPOINTS: [(&str, &str, &str); 7] = [
     ("config-list", "replicator.config.list", ""),
     ("config-schema", "replicator.config.schema", ""),
     ("status", "replicator.status", ""),
+    ("instances", "replicator.instances", ""),
+    ("pause", "replicator.pause", "q"),
+    ("resume", "replicator.resume", "q"),
+    ("position", "replicator.position", "q"),
+    ("retry", "replicator.retry", "q"),
+    ("skip", "replicator.skip", "q"),
 ];
 
 #[tokio::test]

@@ -26,6 +26,7 @@ async fn start_change_and_stop_are_told() -> Result<()> {
     let site = begin().await?;
     let mut events = site.listen().await?;
     site.replicate("ORDERS", 5).await?;
+    assert_eq!(detail(events.wait("leader", "ORDERS").await?, "leader", "ORDERS"), json!({"epoch": 1}));
     assert_eq!(detail(events.wait("started", "ORDERS").await?, "started", "ORDERS"), json!({"epoch": 1}));
     site.send("config.update", site.document_with("ORDERS", json!({"max_age": "1d"}))).await?;
     let changed = events.wait("config-changed", "ORDERS").await?;
@@ -34,7 +35,7 @@ async fn start_change_and_stop_are_told() -> Result<()> {
     site.settled("ORDERS", 5).await?;
     site.ask("config.delete", "ORDERS").await?;
     assert_eq!(detail(events.wait("stopped", "ORDERS").await?, "stopped", "ORDERS"), json!({"position": 5}));
-    assert_eq!(events.kinds("ORDERS"), ["started", "config-changed", "started", "stopped"]);
+    assert_eq!(events.kinds("ORDERS"), ["leader", "started", "config-changed", "started", "stopped"]);
     Ok(())
 }
 

@@ -1,0 +1,107 @@
+//! `position`: moves the position of a paused replication.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::info;
+
+use super::{Context, in_time, named};
+use crate::{
+    config::{self, Replication},
+    control::{
+        api::{Failure, Moved, PositionRequest},
+        service::Request,
+    },
+    copy::{At, Located, Place, locate},
+    events::Event,
+    status::State,
+    store::{ConfigEntry, MarkKind, SaveError},
+};
+
+/// So long everything may take but the last write.
+const WITHIN: Duration = Duration::from_millis(2_100);
+/// Of it, so long the end of a copy that was just paused is waited for.
+const STOPS_WITHIN: Duration = Duration::from_millis(700);
+
+pub(super) async fn position(context: &Context, request: Request) -> Result<Moved, Failure> {
+    let end = Instant::now() + WITHIN;
+    in_time(&request)?;
+    let PositionRequest { replication: id, source_seq, time, dry_run } =
+        named(&request.body, |replication| PositionRequest { replication, ..PositionRequest::default() })?;
+    let at = match (source_seq, time) {
+        (Some(seq), None) => At::Behind(seq),
+        (None, Some(time)) => At::Time(time),
+        _ => return Err(Failure::new(400, "the request needs one of `source_seq` and `time`")),
+    };
+    let entry = context.existing(&id).await?;
+    rests(context, &id).await?;
+    let (record, revision) = context.positions.read(&id).await.map_err(unavailable)?;
+    if record.status.as_ref().is_some_and(|row| row.state != State::Paused) {
+        return Err(stopping(&id));
+    }
+    let replication = runnable(context, entry).await?;
+    let place = at_source(&replication, at, end).await?;
+    let from = record.source.as_ref().map_or(0, |source| source.seq);
+    let to = place.position.seq;
+    let between = place.between(from, to);
+    let (copied_again, passed_over) = if to < from { (between, 0) } else { (0, between) };
+    let mut moved = Moved { replication: id, revision: None, dry_run, from, to, copied_again, passed_over };
+    if dry_run {
+        return Ok(moved);
+    }
+    let id = moved.replication.as_str();
+    let record = record.moved(place.position, &context.instance);
+    moved.revision = match context.positions.save(id, record, revision).await {
+        Ok(revision) => Some(revision),
+        Err(SaveError::Store(error)) => return Err(unavailable(error)),
+        Err(SaveError::Conflict { .. } | SaveError::Deleted { .. }) => {
+            let description = format!("the position of replication `{id}` was changed by somebody else meanwhile");
+            return Err(Failure::new(409, description));
+        }
+    };
+    info!(replication = id, from, to, "position moved by request");
+    context.events.emit(Event::PositionMoved { from, to, copied_again, passed_over }, id);
+    Ok(moved)
+}
+
+fn unavailable(error: crate::store::Error) -> Failure {
+    Failure::new(503, error.to_string())
+}
+
+fn stopping(id: &str) -> Failure {
+    Failure::new(409, format!("replication `{id}` is still stopping; try again when its state is `paused`"))
+}
+
+/// An error unless the replication is paused and has stopped.
+async fn rests(context: &Context, id: &str) -> Result<(), Failure> {
+    let marked = context.config.marked(id, MarkKind::Paused).await.map_err(unavailable)?;
+    let Some((revision, _)) = marked else {
+        return Err(Failure::new(409, format!("replication `{id}` is not paused; pause it first")));
+    };
+    timeout(STOPS_WITHIN, context.supervisor.paused_since(id, revision)).await.map_err(|_| stopping(id))
+}
+
+/// The newest document that can run.
+async fn runnable(context: &Context, entry: ConfigEntry) -> Result<Replication, Failure> {
+    let parse = |entry: &ConfigEntry| {
+        config::parse(&entry.value, &context.site).ok().filter(|replication| replication.id == entry.key)
+    };
+    if let Some(replication) = parse(&entry) {
+        return Ok(replication);
+    }
+    let older = context.config.history(&entry.key).await.map_err(unavailable)?;
+    let none = || Failure::new(409, format!("replication `{}` has no document that can run", entry.key));
+    older.iter().find_map(parse).ok_or_else(none)
+}
+
+async fn at_source(replication: &Replication, at: At, end: Instant) -> Result<Place, Failure> {
+    let stream = &replication.source.stream;
+    match timeout_at(end, locate(replication, at)).await {
+        Ok(Ok(Located::At(place))) => Ok(place),
+        Ok(Ok(Located::Beyond { last_seq })) => {
+            Err(Failure::new(409, format!("the last sequence of source stream `{stream}` is {last_seq}")))
+        }
+        Ok(Err(error)) => Err(Failure::new(503, format!("the source cannot be asked: {error}"))),
+        Err(_) => Err(Failure::new(503, format!("the source of stream `{stream}` did not answer in time"))),
+    }
+}

@@ -1,0 +1,90 @@
+//! `retry` and `skip`: a mark beside the document that releases a held replication.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use chrono::{TimeDelta, Utc};
+use tokio::time::timeout;
+use tracing::info;
+
+use super::{Context, in_time, named, reply, written};
+use crate::{
+    control::{
+        api::{Changed, Failure, NamedRequest, SkipRequest, Skipped},
+        service::Request,
+    },
+    status::{Row, State},
+    store::{MarkKind, ReleaseMark, SourceMessage},
+};
+
+/// While it is held a replication tries again now and then: so long such a try is waited for...
+const TRY_WITHIN: Duration = Duration::from_millis(1_500);
+/// ... and after an error at most so old it may be one.
+const TRY_AFTER: TimeDelta = TimeDelta::seconds(30);
+
+pub(super) async fn retry(context: &Context, request: Request) -> Result<Changed, Failure> {
+    in_time(&request)?;
+    let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
+    waiting(context, &replication, "held or retrying", |state| matches!(state, State::Held | State::Retrying)).await?;
+    // A message that is to be left out still is.
+    let marked = context.config.marked(&replication, MarkKind::Release).await;
+    let marked = marked.map_err(|error| Failure::new(503, error.to_string()))?;
+    let skip = marked.and_then(|(_, value)| ReleaseMark::skip_in(&value));
+    let revision = release(context, &replication, skip).await?;
+    info!(replication, revision, "tries again by request");
+    Ok(Changed { replication, revision })
+}
+
+pub(super) async fn skip(context: &Context, request: Request) -> Result<Skipped, Failure> {
+    in_time(&request)?;
+    let SkipRequest { replication, source_seq } =
+        named(&request.body, |replication| SkipRequest { replication, source_seq: None })?;
+    let row = waiting(context, &replication, "held", |state| state == State::Held).await?;
+    let message = message_that_holds(&row).ok_or_else(|| {
+        let why = row.copy.last_error.as_ref().map_or("", |error| &error.message);
+        let description = format!("replication `{replication}` is not held by a message that can be skipped: {why}");
+        Failure::new(409, description)
+    })?;
+    if let Some(other) = source_seq.filter(|seq| *seq != message.seq) {
+        let description = format!("replication `{replication}` is held by source message {}, not {other}", message.seq);
+        return Err(Failure::new(409, description));
+    }
+    let revision = release(context, &replication, Some(message)).await?;
+    info!(replication, revision, source_seq = message.seq, "leaves out a message by request");
+    Ok(Skipped { replication, revision, source_seq: message.seq })
+}
+
+fn message_that_holds(row: &Row) -> Option<SourceMessage> {
+    let error = row.copy.last_error.as_ref()?;
+    Some(SourceMessage { seq: error.source_seq?, time_ns: error.source_time_ns? })
+}
+
+async fn release(context: &Context, id: &str, skip: Option<SourceMessage>) -> Result<u64, Failure> {
+    let mark = Bytes::from(reply(&ReleaseMark::now(skip))?);
+    written(id, context.config.mark(id, MarkKind::Release, mark).await)
+}
+
+/// The row of a replication that waits for somebody to act; an error if it does not.
+async fn waiting(context: &Context, id: &str, what: &str, waits: fn(State) -> bool) -> Result<Row, Failure> {
+    context.existing(id).await?;
+    let starting = || Failure::new(409, format!("replication `{id}` is not {what}: it is about to start"));
+    let mut row = context.supervisor.row(id).ok_or_else(starting)?;
+    let recent = row.copy.last_error.as_ref().is_some_and(|error| Utc::now() - error.at < TRY_AFTER);
+    if recent && matches!(row.state, State::Starting | State::Running) {
+        let again = timeout(TRY_WITHIN, context.supervisor.row_when(id, |row| waits(row.state))).await;
+        row = again.unwrap_or(row);
+    }
+    if waits(row.state) {
+        return Ok(row);
+    }
+    let is = match row.state {
+        State::Starting => "starting",
+        State::Running => "running",
+        State::Paused => "paused; resume it",
+        State::Retrying => "retrying by itself",
+        State::Held => "held",
+        State::Invalid => "invalid; correct its document",
+        State::Stopped => "stopped",
+    };
+    Err(Failure::new(409, format!("replication `{id}` is not {what}: it is {is}")))
+}

@@ -1,0 +1,125 @@
+//! Places in a source stream: found by sequence or by time, over a lane.
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde_json::json;
+
+use super::{Error, ErrorKind, window::SourcePoint};
+use crate::{
+    config::Replication,
+    names,
+    nats::{
+        self, Lane,
+        jetstream::{Api, StreamState},
+    },
+    store::SourceWitness,
+};
+
+/// A place that somebody asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum At {
+    /// Behind this source sequence; 0 is before the first message.
+    Behind(u64),
+    /// Before the first message stored at or after this time.
+    Time(DateTime<Utc>),
+}
+
+/// What the source says of a place.
+#[derive(Debug, Clone)]
+pub enum Located {
+    /// It is there.
+    At(Place),
+    /// It is behind the last message of the stream.
+    Beyond {
+        /// Last sequence of the stream.
+        last_seq: u64,
+    },
+}
+
+/// A place in a source stream as it is now.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// Behind it the copy goes on.
+    pub position: SourceWitness,
+    /// First sequence of the stream.
+    pub first_seq: u64,
+    /// Last sequence of the stream.
+    pub last_seq: u64,
+}
+
+impl Place {
+    /// How many sequences of the stream lie between two positions, behind the lower one.
+    pub fn between(&self, one: u64, other: u64) -> u64 {
+        let before = self.first_seq.saturating_sub(1);
+        let in_stream = |seq: u64| seq.clamp(before, self.last_seq.max(before));
+        in_stream(one).abs_diff(in_stream(other))
+    }
+}
+
+/// Asks the source for a place, over a connection of its own. What is gone before the first message is no part of the
+/// stream: a place there is the one before its first message.
+pub async fn locate(replication: &Replication, at: At) -> Result<Located, Error> {
+    let name = format!("{} {}", names::PROGRAM, replication.id);
+    let connected = Lane::connect(&replication.source.endpoint, &name).await;
+    let mut lane = connected.map_err(|error| error.context("source"))?;
+    let stream = &replication.source.stream;
+    let info = Api::new(&mut lane).stream_info(stream).await?;
+    let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
+    let StreamState { first_seq, last_seq, .. } = info.state;
+    let seq = match at {
+        At::Behind(seq) if seq > last_seq => return Ok(Located::Beyond { last_seq }),
+        At::Behind(seq) => seq,
+        At::Time(time) => before_time(&mut lane, stream, time).await?.min(last_seq),
+    };
+    let SourcePoint { seq, time_ns } = point_at(&mut lane, stream, seq.max(first_seq.saturating_sub(1))).await?;
+    let position = SourceWitness { seq, time_ns, created: info.created };
+    Ok(Located::At(Place { position, first_seq, last_seq }))
+}
+
+/// The sequence before the first message stored at or after a time: the server knows, a consumer asks it.
+pub(super) async fn before_time(lane: &mut Lane, stream: &str, time: DateTime<Utc>) -> Result<u64, nats::Error> {
+    let name = format!("sr_{}", nuid::next());
+    let config = json!({
+        "name": name,
+        "deliver_policy": "by_start_time",
+        "opt_start_time": time.to_rfc3339_opts(SecondsFormat::Nanos, true),
+        "ack_policy": "none",
+        "inactive_threshold": 5_000_000_000u64,
+        "num_replicas": 1,
+        "mem_storage": true,
+    });
+    let mut api = Api::new(lane);
+    let info = api.create_consumer(stream, &name, &config).await?;
+    api.delete_consumer(stream, &name).await?;
+    Ok(info.delivered.stream_seq)
+}
+
+/// A sequence and the stored time of what lies there.
+pub(super) async fn point_at(lane: &mut Lane, stream: &str, seq: u64) -> Result<SourcePoint, nats::Error> {
+    if seq == 0 {
+        return Ok(SourcePoint::default());
+    }
+    let message = Api::new(lane).message(stream, seq).await?;
+    Ok(SourcePoint { seq, time_ns: message.map(|message| message.time_ns) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_stream_has_is_counted() {
+        let check = |first_seq, last_seq, one, other, expect| {
+            let position = SourceWitness { seq: 0, time_ns: None, created: String::new() };
+            let place = Place { position, first_seq, last_seq };
+            assert_eq!(place.between(one, other), expect, "{first_seq}..{last_seq} {one} {other}");
+            assert_eq!(place.between(other, one), expect);
+        };
+        check(1, 100, 0, 100, 100);
+        check(1, 100, 10, 100, 90);
+        check(51, 100, 0, 60, 10);
+        check(51, 100, 0, 50, 0);
+        check(51, 100, 60, 900, 40);
+        check(0, 0, 0, 7, 0); // never had a message
+        check(101, 100, 0, 100, 0); // has none any more
+    }
+}

@@ -1,0 +1,154 @@
+//! Marks: what people ask of a replication beside its document, under keys of their own in the configuration bucket.
+//! `/` cannot occur in an id, so no document is in the way, and people may put and delete them by hand.
+
+use bytes::Bytes;
+use chrono::{DateTime, SubsecRound, Utc};
+use serde::{Deserialize, Serialize};
+
+/// What a mark asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MarkKind {
+    /// `<id>/paused`: while it is there, whatever its value, nothing is copied.
+    Paused,
+    /// `<id>/release`: a held replication tries again at once, or leaves out the message that holds it.
+    Release,
+}
+
+impl MarkKind {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Paused, Self::Release];
+
+    /// The key of a replication's mark.
+    pub fn key(self, id: &str) -> String {
+        format!("{id}/{}", self.name())
+    }
+
+    /// The replication and the kind of a mark's key; `None` for any other key.
+    pub fn of_key(key: &str) -> Option<(&str, Self)> {
+        let (id, name) = key.split_once('/')?;
+        let kind = Self::ALL.into_iter().find(|kind| kind.name() == name)?;
+        (!id.is_empty()).then_some((id, kind))
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Paused => "paused",
+            Self::Release => "release",
+        }
+    }
+}
+
+/// A mark as it stands in the bucket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mark {
+    /// The replication.
+    pub id: String,
+    /// What is asked for.
+    pub kind: MarkKind,
+    /// Revision of the mark, or of its removal.
+    pub revision: u64,
+    /// As written, by us or by hand; `None` when it was removed.
+    pub value: Option<Bytes>,
+}
+
+/// One message of a source. The time tells it from another one at the same sequence of a stream that was made anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SourceMessage {
+    /// Source sequence.
+    pub seq: u64,
+    /// Stored time, nanoseconds since the Unix epoch.
+    pub time_ns: i64,
+}
+
+/// Value of a mark that pauses, as we write it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PauseMark {
+    /// Format of the value: 1.
+    pub version: u32,
+    /// When it was asked for.
+    pub at: DateTime<Utc>,
+    /// Instance that was asked.
+    pub instance: String,
+}
+
+impl PauseMark {
+    /// A pause that begins now.
+    pub fn now(instance: &str) -> Self {
+        Self { version: 1, at: Utc::now().trunc_subsecs(3), instance: instance.to_owned() }
+    }
+}
+
+/// Value of a mark that releases, as we write it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseMark {
+    /// Format of the value: 1.
+    pub version: u32,
+    /// What is to be done.
+    pub action: ReleaseAction,
+    /// The message to leave out: its source sequence...
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_seq: Option<u64>,
+    /// ... and its stored time, nanoseconds since the Unix epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_time_ns: Option<i64>,
+    /// When it was asked for.
+    pub at: DateTime<Utc>,
+}
+
+/// What is to be done with a held replication.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReleaseAction {
+    /// Try again at once.
+    Retry,
+    /// Leave out one message.
+    Skip,
+}
+
+impl ReleaseMark {
+    /// Tries again, and leaves out a message if one is given.
+    pub fn now(skip: Option<SourceMessage>) -> Self {
+        Self {
+            version: 1,
+            action: if skip.is_some() { ReleaseAction::Skip } else { ReleaseAction::Retry },
+            source_seq: skip.map(|message| message.seq),
+            source_time_ns: skip.map(|message| message.time_ns),
+            at: Utc::now().trunc_subsecs(3),
+        }
+    }
+
+    /// The message that a value asks to leave out. Whatever names none, exactly, asks for another try only.
+    pub fn skip_in(value: &[u8]) -> Option<SourceMessage> {
+        let mark: Self = serde_json::from_slice(value).ok()?;
+        let named = mark.source_seq.zip(mark.source_time_ns).filter(|_| mark.action == ReleaseAction::Skip)?;
+        Some(SourceMessage { seq: named.0, time_ns: named.1 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_is_known_by_its_key() {
+        for kind in MarkKind::ALL {
+            assert_eq!(MarkKind::of_key(&kind.key("ORDERS.EAST")), Some(("ORDERS.EAST", kind)));
+        }
+        for key in ["ORDERS", "ORDERS/", "ORDERS/pause", "/paused", "A/B/paused", "ORDERS/paused/"] {
+            assert_eq!(MarkKind::of_key(key), None, "{key}");
+        }
+    }
+
+    #[test]
+    fn only_a_message_named_by_sequence_and_time_is_left_out() {
+        let message = SourceMessage { seq: 5, time_ns: 6 };
+        let value = |mark: &ReleaseMark| serde_json::to_vec(mark).unwrap();
+        assert_eq!(ReleaseMark::skip_in(&value(&ReleaseMark::now(Some(message)))), Some(message));
+        assert_eq!(ReleaseMark::skip_in(&value(&ReleaseMark::now(None))), None);
+        let untimed = ReleaseMark { source_time_ns: None, ..ReleaseMark::now(Some(message)) };
+        assert_eq!(ReleaseMark::skip_in(&value(&untimed)), None);
+        for garbage in ["", "retry", "{}", "[1]"] {
+            assert_eq!(ReleaseMark::skip_in(garbage.as_bytes()), None, "{garbage}");
+        }
+    }
+}

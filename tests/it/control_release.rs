@@ -1,0 +1,1 @@
+//! `retry` and `skip`.
