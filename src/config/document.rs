@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Endpoint, Limits, Mapping, Problem, Problems, Replication, Side, Start, Tls, endpoint, parse_duration,
+    Connection, Endpoint, Limits, Mapping, Place, Problem, Problems, Replication, Side, Start, Tls, endpoint,
+    parse_duration,
     schema::{self, join, shorten},
 };
 
@@ -280,7 +281,7 @@ impl Checker {
             Ok(mut endpoint) => {
                 let TlsDocument { ca, cert, key } = tls.cloned().unwrap_or_default();
                 endpoint.tls = Tls { ca, cert, key, ..endpoint.tls };
-                Some(Side { stream: stream?, endpoint })
+                Some(Side { stream: stream?, place: Place::Known(Connection::to(endpoint)) })
             }
         }
     }
@@ -443,6 +444,11 @@ mod tests {
         parse_value(&with(more.clone()), "SITE").unwrap_or_else(|problems| panic!("{more}: {problems}"))
     }
 
+    fn endpoint(side: &Side) -> &Endpoint {
+        let Place::Known(connection) = &side.place else { panic!("{side:?}") };
+        &connection.endpoint
+    }
+
     fn problems(document: &Value) -> Vec<(String, String)> {
         let problems = parse_value(document, "SITE").expect_err(&document.to_string());
         problems.0.into_iter().map(|problem| (problem.path, problem.message)).collect()
@@ -454,7 +460,7 @@ mod tests {
         assert_eq!(replication.id, "S");
         assert_eq!(replication.name, "SITE");
         assert_eq!(replication.target.stream, "S");
-        assert_eq!(replication.target.endpoint, Endpoint::parse("nats://b:1").unwrap());
+        assert_eq!(*endpoint(&replication.target), Endpoint::parse("nats://b:1").unwrap());
         assert_eq!(replication.start, Start::All);
         assert_eq!(replication.limits, Limits::default());
         assert_eq!(replication.mapping, Mapping::default());
@@ -494,8 +500,8 @@ mod tests {
             "tls": {"ca": "/ca", "cert": "/cert", "key": "/key"}, "target_tls": {"ca": "/other"},
             "target_url": "tls://b?insecure=true"
         }));
-        assert_eq!(replication.source.endpoint.tls.key, Some("/key".into()));
-        let target = replication.target.endpoint.tls;
+        assert_eq!(endpoint(&replication.source).tls.key, Some("/key".into()));
+        let target = endpoint(&replication.target).tls.clone();
         assert_eq!((target.ca, target.cert, target.key), (Some("/other".into()), None, None));
         assert!(target.insecure);
     }
@@ -534,7 +540,7 @@ mod tests {
         check(json!({"name": "a b"}), "/name", "one subject token");
         check(json!({"name": "a.b"}), "/name", "one subject token");
         check(json!({"name": "a:b"}), "/name", "replication's id");
-        check(json!({"source_url": "ws://h"}), "/source_url", "not supported yet");
+        check(json!({"source_url": "http://h"}), "/source_url", "not `nats://`");
         check(json!({"source_url": "nats://a:***@h"}), "/source_url", "stands for a secret");
         check(json!({"target_url": "nats://a"}), "/target_url", "into itself");
         check(json!({"filter_subject": "a..b"}), "/filter_subject", "empty token");
