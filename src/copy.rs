@@ -16,6 +16,8 @@ mod transform;
 mod window;
 mod writer;
 
+use std::sync::Arc;
+
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -41,6 +43,8 @@ pub struct Job {
     pub row: Row,
     /// Bytes that all replications of the process may read ahead together.
     pub budget: Budget,
+    /// Makes the connections to both sides.
+    pub dial: Arc<dyn nats::Dial>,
 }
 
 /// What the caller can do about an error.

@@ -13,4 +13,4 @@ pub mod parser;
 mod tls;
 
 pub use error::{ApiError, Error, ErrorKind};
-pub use lane::{Batch, Lane, Message, ServerInfo, Turn};
+pub use lane::{Batch, Dial, Lane, Message, Network, ServerInfo, Stream, Turn};

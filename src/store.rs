@@ -7,6 +7,7 @@ mod config;
 mod positions;
 mod watch;
 
+pub use bucket::{Cells, PutError, Stored};
 pub use buckets::{Buckets, Error};
 pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
 pub use positions::{PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness};

@@ -104,8 +104,8 @@ impl<'a> Run<'a> {
         let replication = Arc::new(job.replication.clone());
         let name = format!("{} {}", names::PROGRAM, replication.id);
         let (mut source, mut target) = tokio::try_join!(
-            async { Lane::connect(&replication.source.endpoint, &name).await.map_err(|e| e.context("source")) },
-            async { Lane::connect(&replication.target.endpoint, &name).await.map_err(|e| e.context("target")) },
+            async { job.dial.dial(&replication.source.endpoint, &name).await.map_err(|e| e.context("source")) },
+            async { job.dial.dial(&replication.target.endpoint, &name).await.map_err(|e| e.context("target")) },
         )?;
         let source_info = Api::new(&mut source).stream_info(&replication.source.stream).await?;
         let source_info = source_info.ok_or_else(|| {
@@ -312,7 +312,8 @@ impl<'a> Run<'a> {
             let seq = incoming.delivery.stream_seq;
             let source = super::window::SourcePoint { seq, time_ns: Some(incoming.delivery.time_ns) };
             let expected = (incoming.after + 1).max(self.told_first);
-            if self.plain && seq > expected {
+            // What is gone at the source and lies at the target already is not lost.
+            if self.plain && seq > expected && self.already.within(expected, seq - 1) < seq - expected {
                 self.gaps.jumped(expected, seq - 1);
             }
             let counters = &mut self.copy.counters;

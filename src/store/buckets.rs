@@ -1,5 +1,7 @@
 //! Opening, or creating, the buckets.
 
+use std::sync::Arc;
+
 use super::{ConfigStore, PositionStore, bucket::Bucket};
 
 /// Revisions of each document that are kept.
@@ -36,6 +38,6 @@ impl Buckets {
         }
         let config = Bucket::open(&client, &config, CONFIG_HISTORY, replicas).await?;
         let positions = Bucket::open(&client, &format!("{prefix}_POSITIONS"), 1, replicas).await?;
-        Ok(Self { config: ConfigStore::new(config), positions: PositionStore::new(positions) })
+        Ok(Self { config: ConfigStore::new(config), positions: PositionStore::new(Arc::new(positions)) })
     }
 }

@@ -1,11 +1,11 @@
 //! Position records: where each replication stands, who holds it, and its status row.
 
-use std::{collections::BTreeMap, future::Future};
+use std::{collections::BTreeMap, future::Future, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
-    bucket::{Bucket, PutError},
+    bucket::{Cells, PutError},
     buckets::Error,
 };
 use crate::status::{Row, TargetMode};
@@ -90,12 +90,17 @@ pub enum SaveError {
 /// The positions bucket.
 #[derive(Debug, Clone)]
 pub struct PositionStore {
-    bucket: Bucket,
+    bucket: Arc<dyn Cells>,
 }
 
 impl PositionStore {
-    pub(super) fn new(bucket: Bucket) -> Self {
+    /// Position records in these cells.
+    pub fn new(bucket: Arc<dyn Cells>) -> Self {
         Self { bucket }
+    }
+
+    fn error(&self, message: impl Into<String>) -> Error {
+        Error { bucket: self.bucket.name().to_owned(), message: message.into() }
     }
 
     /// The record of a replication and its revision, read from the leader of the bucket.
@@ -113,7 +118,7 @@ impl PositionStore {
             Ok(record) => Ok(Current::Record(record, stored.revision)),
             Err(error) => {
                 let hint = "correct it, or delete the key to find the position anew";
-                Err(self.bucket.error(format!("key `{id}` holds no position record ({error}): {hint}")))
+                Err(self.error(format!("key `{id}` holds no position record ({error}): {hint}")))
             }
         }
     }
@@ -139,7 +144,7 @@ impl PositionStore {
                 Err(SaveError::Store(error)) => return Err(error),
             }
         }
-        Err(self.bucket.error(format!("key `{id}` cannot be claimed: others write it all the time")))
+        Err(self.error(format!("key `{id}` cannot be claimed: others write it all the time")))
     }
 
     /// Writes the record if the key is still at `revision`; returns the new revision. A write whose outcome is
@@ -152,7 +157,7 @@ impl PositionStore {
     ) -> impl Future<Output = Result<u64, SaveError>> + Send + 'static {
         let (store, id) = (self.clone(), id.to_owned());
         async move {
-            let value = serde_json::to_vec(&record).map_err(|error| store.bucket.error(error.to_string()))?;
+            let value = serde_json::to_vec(&record).map_err(|error| store.error(error.to_string()))?;
             let failed = match store.bucket.put(&id, value.into(), revision).await {
                 Ok(revision) => return Ok(revision),
                 Err(PutError::Refused(error)) => return Err(error.into()),

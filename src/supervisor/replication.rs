@@ -22,6 +22,7 @@ use crate::{
     config::Replication,
     copy::{self, Error, ErrorKind, Job, Ledger},
     events::Event,
+    nats::Network,
     status::{Row, State},
     store::SaveError,
 };
@@ -239,6 +240,7 @@ impl Session {
             replication: replication.clone(),
             row: board.row(),
             budget: deps.budget.clone(),
+            dial: Arc::new(Network),
         };
         let before = board.mark();
         let run = copy::run(&job, &mut ledger, board.status(), &deps.events, stop.clone());
