@@ -1,7 +1,8 @@
 //! The copy core on simulated servers, a simulated bucket and a simulated clock. Everything random comes from a
 //! seed: a seed that fails is printed and fails again in the same way.
 //!
-//! `SEEDS=10000 cargo test --test sim` runs so many; `SEED=n` runs that one.
+//! `SEEDS=10000 cargo test --test sim` runs so many, `FIRST=n` begins with that one; `SEED=n` runs only it, and with
+//! `RUST_LOG=debug` it tells what it does. `STOP=1` ends with the first that fails.
 
 #[path = "sim/keys.rs"]
 mod keys;
@@ -40,6 +41,9 @@ fn guarantees_hold_whatever_happens() {
         if let Err(error) = run::run(seed) {
             println!("{error}\n");
             failed.push(seed);
+            if std::env::var_os("STOP").is_some() {
+                break;
+            }
         }
     }
     assert!(failed.is_empty(), "seeds that fail: {failed:?}");

@@ -321,17 +321,16 @@ impl Scene {
             if !broken.is_empty() {
                 return Err(broken.join("\n"));
             }
-            let wrong = self.wrong();
+            let wrong = self.wrong().or_else(|| self.gaps_are_told().err());
             match wrong {
                 None => break,
                 Some(wrong) if Instant::now() > end => return Err(wrong),
                 Some(_) => sleep(Duration::from_millis(500)).await,
             }
         }
-        self.gaps_are_told()?;
         // And it stays right.
         sleep(Duration::from_secs(5)).await;
-        self.wrong().map_or(Ok(()), Err)
+        self.wrong().map_or_else(|| self.gaps_are_told(), Err)
     }
 
     /// What the source removed before it was copied is counted and told, once. Of two processes both may tell it, and
