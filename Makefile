@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-long bench format lint servers matrix licences
+.PHONY: help demo test sim check check-long bench format lint servers matrix licences
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -11,10 +11,15 @@ demo: servers ## two throw-away servers, a replication, a crash in the middle, a
 test: servers ## all tests, on real nats-servers
 	cargo test --locked
 
+sim: ## the copy core in simulation: SEEDS=n of them, or SEED=n alone
+	cargo test --locked --test sim -- --nocapture
+
 check: format lint licences test matrix ## what has to pass before a merge: format, clippy, tests, server versions, licences
 
 check-long: check ## check, the long tests and a short bench
 	cargo test --locked -- --ignored
+	SEEDS=10000 cargo test --locked --test sim
+	contrib/break-on-purpose
 	cargo bench --locked --bench copy -- --quick
 
 bench: servers ## speed, CPU and memory beside a native source and a stop-and-wait copier

@@ -17,6 +17,8 @@ mod transform;
 mod window;
 mod writer;
 
+use std::sync::Arc;
+
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +47,8 @@ pub struct Job {
     pub budget: Budget,
     /// A message that can never be stored and is left out by request.
     pub skip: Option<SourceMessage>,
+    /// Makes the connections to both sides.
+    pub dial: Arc<dyn nats::Dial>,
 }
 
 /// What the caller can do about an error.

@@ -229,15 +229,34 @@ enum Item {
 impl Events {
     /// Starts the task that publishes; it ends when the last clone is gone.
     pub fn new(client: async_nats::Client, prefix: &str, site: &str, instance: &str) -> Self {
-        let (queue, waiting) = mpsc::channel(QUEUE);
+        let (events, waiting) = Self::queue(prefix, site, instance);
         tokio::spawn(publish(client, waiting));
+        events
+    }
+
+    fn queue(prefix: &str, site: &str, instance: &str) -> (Self, mpsc::Receiver<Item>) {
+        let (queue, waiting) = mpsc::channel(QUEUE);
         let shared = Shared {
             prefix: prefix.to_owned(),
             site: site.to_owned(),
             instance: instance.to_owned(),
             dropped: AtomicU64::new(0),
         };
-        Self { shared: Arc::new(shared), queue }
+        (Self { shared: Arc::new(shared), queue }, waiting)
+    }
+
+    /// Events for somebody who takes them as subject and body, instead of a server.
+    pub fn to(sink: mpsc::UnboundedSender<(String, Vec<u8>)>, prefix: &str, site: &str, instance: &str) -> Self {
+        let (events, mut waiting) = Self::queue(prefix, site, instance);
+        tokio::spawn(async move {
+            while let Some(item) = waiting.recv().await {
+                match item {
+                    Item::Event { subject, body } => _ = sink.send((subject, body)),
+                    Item::Flush(done) => _ = done.send(()),
+                }
+            }
+        });
+        events
     }
 
     /// Publishes one event.

@@ -17,7 +17,7 @@ mod websocket;
 use crate::config::Place;
 
 pub use error::{ApiError, Error, ErrorKind};
-pub use lane::{Batch, Lane, Message, ServerInfo, Turn};
+pub use lane::{Batch, Dial, Lane, Message, Network, ServerInfo, Stream, Turn};
 
 /// A lane to a place; the file of a context is read now.
 pub async fn connect(place: &Place, name: &str) -> Result<Lane, Error> {

@@ -9,8 +9,10 @@ mod positions;
 mod sessions;
 mod watch;
 
+pub use bucket::{Cells, PutError, Stored};
 pub use buckets::{Buckets, Error};
 pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
 pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
 pub use positions::{Claim, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness};
 pub use sessions::{SessionChange, SessionRecord, SessionStore};
+pub use watch::{Change, Changes};

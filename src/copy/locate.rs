@@ -59,7 +59,7 @@ impl Place {
 /// stream: a place there is the one before its first message.
 pub async fn locate(replication: &Replication, at: At) -> Result<Located, Error> {
     let name = format!("{} {}", names::PROGRAM, replication.id);
-    let connected = Lane::connect(&replication.source.endpoint, &name).await;
+    let connected = nats::connect(&replication.source.place, &name).await;
     let mut lane = connected.map_err(|error| error.context("source"))?;
     let stream = &replication.source.stream;
     let info = Api::new(&mut lane).stream_info(stream).await?;

@@ -122,7 +122,7 @@ impl Already {
     }
 
     /// How many lie in a range of source sequences.
-    fn within(&self, from: u64, to: u64) -> u64 {
+    pub fn within(&self, from: u64, to: u64) -> u64 {
         let mut seqs: Vec<u64> = self.stored.range((from, i64::MIN)..=(to, i64::MAX)).map(|(key, _)| key.0).collect();
         seqs.dedup();
         seqs.len() as u64

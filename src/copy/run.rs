@@ -28,7 +28,7 @@ use crate::{
     events::{Event, Events, PoisonAction},
     names,
     nats::{
-        self, Batch, Lane, Turn,
+        Batch, Lane, Turn,
         jetstream::{Api, StreamInfo, decode},
     },
     status::{CopyStatus, Lag, Position, Row, State},
@@ -106,8 +106,8 @@ impl<'a> Run<'a> {
         let replication = Arc::new(job.replication.clone());
         let name = format!("{} {}", names::PROGRAM, replication.id);
         let (mut source, mut target) = tokio::try_join!(
-            async { nats::connect(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
-            async { nats::connect(&replication.target.place, &name).await.map_err(|e| e.context("target")) },
+            async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
+            async { job.dial.dial(&replication.target.place, &name).await.map_err(|e| e.context("target")) },
         )?;
         let source_info = Api::new(&mut source).stream_info(&replication.source.stream).await?;
         let source_info = source_info.ok_or_else(|| {
@@ -329,7 +329,8 @@ impl<'a> Run<'a> {
             let time_ns = incoming.delivery.time_ns;
             let source = SourcePoint { seq, time_ns: Some(time_ns) };
             let expected = (incoming.after + 1).max(self.told_first);
-            if self.plain && seq > expected {
+            // What is gone at the source and lies at the target already is not lost.
+            if self.plain && seq > expected && self.already.within(expected, seq - 1) < seq - expected {
                 self.gaps.jumped(expected, seq - 1);
             }
             let counters = &mut self.copy.counters;

@@ -526,17 +526,20 @@ impl Writer {
         let ack_is_due = batch.sent - batch.settled >= u64::from(batch.every.unwrap_or(batch.flow));
         let mut due = match supply {
             // Nothing more may be sent, and no ack comes by itself that would change that.
-            Supply::Barred if !ack_is_due && batch.every.is_some() => batch.last_sent,
-            Supply::Coming | Supply::Barred => batch.last_sent + COMMIT_AFTER,
-            Supply::Dry => batch.last_sent + COMMIT_IDLE,
+            Supply::Barred if !ack_is_due && batch.every.is_some() => Some(batch.last_sent),
+            // The ack is on its way, however long that is: a commit would only cost one more.
+            Supply::Coming | Supply::Barred if ack_is_due => None,
+            Supply::Coming | Supply::Barred => Some(batch.last_sent + COMMIT_AFTER),
+            Supply::Dry => Some(batch.last_sent + COMMIT_IDLE),
         };
         if !ack_is_due && batch.sent > batch.settled {
-            due = due.min(batch.last_ack + COMMIT_AFTER);
+            due = due.map(|at| at.min(batch.last_ack + COMMIT_AFTER));
         }
         if self.abilities.mode == TargetMode::Shared {
-            due = due.min(batch.opened + COMMIT_SHARED);
+            let shared = batch.opened + COMMIT_SHARED;
+            due = Some(due.map_or(shared, |at| at.min(shared)));
         }
-        Some(due)
+        due
     }
 
     /// Commits an open batch that has nothing more to send for now, or whose last messages wait too long.

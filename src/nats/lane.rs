@@ -3,7 +3,7 @@
 //! written. Dropping the lane closes the connection, and nothing of it reaches the server any more.
 
 use std::{
-    io,
+    fmt, io,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
+use futures_util::{FutureExt, future::BoxFuture};
 use rustls_pki_types::ServerName;
 use serde::Deserialize;
 use serde_json::json;
@@ -28,7 +29,7 @@ use super::{
     tls::client_config,
     websocket::WebSocket,
 };
-use crate::config::{Connection, Endpoint, Host, Scheme};
+use crate::config::{Place, Connection, Endpoint, Host, Scheme};
 
 /// Smallest and largest piece read at once. A lane that is busy reads large, an idle one holds little memory.
 const READ_MIN: usize = 4 * 1024;
@@ -38,8 +39,25 @@ const KEEPALIVE: Duration = Duration::from_secs(5);
 /// Time limit for the answer to one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+/// The bytes under a lane.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// Makes the lanes of a run: the one thing that a simulation does in another way.
+pub trait Dial: fmt::Debug + Send + Sync {
+    /// Connects to a place; `name` is what the server shows.
+    fn dial<'a>(&'a self, place: &'a Place, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>>;
+}
+
+/// Lanes over the network (see [`super::connect`]).
+#[derive(Debug, Clone, Copy)]
+pub struct Network;
+
+impl Dial for Network {
+    fn dial<'a>(&'a self, place: &'a Place, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
+        super::connect(place, name).boxed()
+    }
+}
 
 /// What the server said of itself in INFO.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -191,6 +209,14 @@ impl Lane {
             lane.upgrade(endpoint, host).await?;
         }
         lane.handshake(endpoint, name).await?;
+        Ok(lane)
+    }
+
+    /// A lane over bytes that flow already: greets the server at the other end.
+    pub async fn greet(io: Box<dyn Stream>, address: &str, connection: &Connection, name: &str) -> Result<Self, Error> {
+        let mut lane = Self::over(io, address.to_owned(), connection);
+        lane.read_info().await?;
+        lane.handshake(&connection.endpoint, name).await?;
         Ok(lane)
     }
 

@@ -1,6 +1,6 @@
 //! One bucket: current reads, writes by compare-and-swap, and nothing about what the values mean.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use async_nats::{
     Client, HeaderMap, Request, RequestErrorKind,
@@ -16,8 +16,12 @@ use async_nats::{
     },
 };
 use bytes::Bytes;
+use futures_util::{FutureExt, future::BoxFuture};
 
-use super::buckets::Error;
+use super::{
+    buckets::Error,
+    watch::{self, Changes},
+};
 
 /// Time limit for one request to the server.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -46,21 +50,58 @@ pub(super) struct Bucket {
 
 /// What lies at a key or lay there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Stored {
-    pub(super) revision: u64,
+pub struct Stored {
+    /// Revision of the key.
+    pub revision: u64,
     /// `None` for the marker of a deletion.
-    pub(super) value: Option<Bytes>,
+    pub value: Option<Bytes>,
 }
 
 /// Why a write was not confirmed.
 #[derive(Debug)]
-pub(super) enum PutError {
+pub enum PutError {
     /// The key is not at the expected revision.
     Conflict,
     /// It did not happen.
     Refused(Error),
     /// It may have happened, or may still: read it back.
     Unknown(Error),
+}
+
+/// Keys with compare-and-swap: a bucket, or what stands for one in a simulation.
+pub trait Cells: fmt::Debug + Send + Sync {
+    /// The bucket's name, for errors.
+    fn name(&self) -> &str;
+    /// What lies at a key now, marker or value, read from the leader.
+    fn last<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Stored>, Error>>;
+    /// Writes a value if the key is at `expected` (0: there is nothing); returns the new revision.
+    fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
+    /// Removes a key without leaving a marker.
+    fn forget<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), Error>>;
+    /// All keys as they are, then every change, for ever.
+    fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>>;
+}
+
+impl Cells for Bucket {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn last<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Stored>, Error>> {
+        self.last(key).boxed()
+    }
+
+    fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>> {
+        self.put(key, value, expected).boxed()
+    }
+
+    fn forget<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), Error>> {
+        self.forget(key).boxed()
+    }
+
+    fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>> {
+        watch::watch(self.clone(), |_| false).boxed()
+    }
 }
 
 impl Bucket {

@@ -1,5 +1,7 @@
 //! Opening, or creating, the buckets.
 
+use std::sync::Arc;
+
 use super::{ConfigStore, PositionStore, SessionStore, bucket::Bucket};
 
 /// Revisions of each document that are kept.
@@ -47,7 +49,7 @@ impl Buckets {
         let leases = open(&format!("{prefix}_LEASES"), 1).await?;
         Ok(Self {
             config: ConfigStore::new(config),
-            positions: PositionStore::new(positions),
+            positions: PositionStore::new(Arc::new(positions)),
             sessions: SessionStore::new(leases),
         })
     }

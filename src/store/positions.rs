@@ -1,15 +1,15 @@
 //! Position records: where each replication stands, who holds it, and its status row.
 
-use std::{collections::BTreeMap, future::Future};
+use std::{collections::BTreeMap, future::Future, sync::Arc};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, future::ready, stream::BoxStream};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
-    bucket::{Bucket, PutError},
+    bucket::{Cells, PutError},
     buckets::Error,
-    watch::{self, Change},
+    watch::Change,
 };
 use crate::status::{Row, TargetMode};
 
@@ -115,12 +115,17 @@ pub enum SaveError {
 /// The positions bucket.
 #[derive(Debug, Clone)]
 pub struct PositionStore {
-    bucket: Bucket,
+    bucket: Arc<dyn Cells>,
 }
 
 impl PositionStore {
-    pub(super) fn new(bucket: Bucket) -> Self {
+    /// Position records in these cells.
+    pub fn new(bucket: Arc<dyn Cells>) -> Self {
         Self { bucket }
+    }
+
+    fn error(&self, message: impl Into<String>) -> Error {
+        Error { bucket: self.bucket.name().to_owned(), message: message.into() }
     }
 
     /// The record of a replication and the revision to write it at, read from the leader of the bucket. Where there
@@ -134,7 +139,7 @@ impl PositionStore {
 
     /// All records as they are, then every change as it happens, for ever.
     pub async fn watch(&self) -> Result<BoxStream<'static, Result<PositionChange, Error>>, Error> {
-        let changes = watch::watch(self.bucket.clone(), |_| false).await?;
+        let changes = self.bucket.watch().await?;
         let told = |change| match change {
             Change::Put { key, value, .. } => Some(PositionChange { id: key, value: Some(value) }),
             Change::Deleted { key, .. } => Some(PositionChange { id: key, value: None }),
@@ -150,7 +155,7 @@ impl PositionStore {
             Ok(record) => Ok(Current::Record(record, stored.revision)),
             Err(error) => {
                 let hint = "correct it, or delete the key to find the position anew";
-                Err(self.bucket.error(format!("key `{id}` holds no position record ({error}): {hint}")))
+                Err(self.error(format!("key `{id}` holds no position record ({error}): {hint}")))
             }
         }
     }
@@ -168,7 +173,7 @@ impl PositionStore {
                 Err(SaveError::Store(error)) => return Err(error),
             }
         }
-        Err(self.bucket.error(format!("key `{id}` cannot be claimed: others write it all the time")))
+        Err(self.error(format!("key `{id}` cannot be claimed: others write it all the time")))
     }
 
     /// Writes the record if the key is still at `revision`; returns the new revision. A write whose outcome is
@@ -181,7 +186,7 @@ impl PositionStore {
     ) -> impl Future<Output = Result<u64, SaveError>> + Send + 'static {
         let (store, id) = (self.clone(), id.to_owned());
         async move {
-            let value = serde_json::to_vec(&record).map_err(|error| store.bucket.error(error.to_string()))?;
+            let value = serde_json::to_vec(&record).map_err(|error| store.error(error.to_string()))?;
             let failed = match store.bucket.put(&id, value.into(), revision).await {
                 Ok(revision) => return Ok(revision),
                 Err(PutError::Refused(error)) => return Err(error.into()),

@@ -36,14 +36,29 @@ const SNAPSHOT_SILENCE: Duration = Duration::from_secs(5);
 
 /// What the watch tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Change {
+pub enum Change {
     /// A key was written, or was there when the watch began.
-    Put { key: String, revision: u64, value: Bytes },
+    Put {
+        /// The key.
+        key: String,
+        /// Its revision.
+        revision: u64,
+        /// As written.
+        value: Bytes,
+    },
     /// A key was deleted or purged.
-    Deleted { key: String, revision: u64 },
+    Deleted {
+        /// The key.
+        key: String,
+        /// Revision of the deletion.
+        revision: u64,
+    },
     /// Everything that was there when the watch began has been told.
     Loaded,
 }
+
+/// Changes of a bucket, for ever.
+pub type Changes = BoxStream<'static, Result<Change, Error>>;
 
 /// Opens the watch; fails if the bucket cannot be read now. Of what is read together, the keys that are `first` are
 /// told before all others.
@@ -53,7 +68,7 @@ pub(super) enum Change {
 pub(super) async fn watch(
     bucket: Bucket,
     first: fn(&str) -> bool,
-) -> Result<BoxStream<'static, Result<Change, Error>>, Error> {
+) -> Result<Changes, Error> {
     let mut watch = Watch {
         bucket,
         first,

@@ -27,6 +27,7 @@ use crate::{
     config::Replication,
     copy::{self, Error, ErrorKind, Job, Ledger},
     events::Event,
+    nats::Network,
     status::{Row, State},
     store::{MarkKind, PositionRecord, SaveError, WriteError},
 };
@@ -332,6 +333,7 @@ impl Session {
             row: board.row(),
             budget: deps.budget.clone(),
             skip: release.and_then(|release| release.skip),
+            dial: Arc::new(Network),
         };
         let saved = ledger.saved();
         let before = board.mark();

@@ -1,0 +1,50 @@
+//! The copy core on simulated servers, a simulated bucket and a simulated clock. Everything random comes from a
+//! seed: a seed that fails is printed and fails again in the same way.
+//!
+//! `SEEDS=10000 cargo test --test sim` runs so many, `FIRST=n` begins with that one; `SEED=n` runs only it, and with
+//! `RUST_LOG=debug` it tells what it does. `STOP=1` ends with the first that fails.
+
+#[path = "sim/keys.rs"]
+mod keys;
+#[path = "sim/plan.rs"]
+mod plan;
+#[path = "sim/run.rs"]
+mod run;
+#[path = "sim/server.rs"]
+mod server;
+#[path = "sim/stream.rs"]
+mod stream;
+#[path = "sim/world.rs"]
+mod world;
+
+/// So many where nobody says how many.
+const SEEDS: u64 = 300;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+#[test]
+fn guarantees_hold_whatever_happens() {
+    let seeds = match number("SEED") {
+        Some(seed) => seed..=seed,
+        None => {
+            let first = number("FIRST").unwrap_or(1);
+            first..=first + number("SEEDS").unwrap_or(SEEDS) - 1
+        }
+    };
+    if std::env::var_os("RUST_LOG").is_some() {
+        tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).init();
+    }
+    let mut failed = Vec::new();
+    for seed in seeds {
+        if let Err(error) = run::run(seed) {
+            println!("{error}\n");
+            failed.push(seed);
+            if std::env::var_os("STOP").is_some() {
+                break;
+            }
+        }
+    }
+    assert!(failed.is_empty(), "seeds that fail: {failed:?}");
+}
