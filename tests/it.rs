@@ -7,6 +7,8 @@ mod harness;
 mod control_config;
 #[path = "it/control_service.rs"]
 mod control_service;
+#[path = "it/control_validate.rs"]
+mod control_validate;
 #[path = "it/events.rs"]
 mod events;
 #[path = "it/hand_edits.rs"]
