@@ -6,6 +6,7 @@ pub mod api;
 mod documents;
 mod endpoints;
 mod service;
+mod validate;
 
 use std::{collections::BTreeMap, sync::Arc};
 

@@ -12,7 +12,7 @@ mod provenance;
 mod reader;
 mod resume;
 mod run;
-mod target;
+pub(crate) mod target;
 mod transform;
 mod window;
 mod writer;

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | edge | [`cli`], [`app`], [`telemetry`] | arguments, composition, ordered shutdown |
 //! | face | [`control`], [`http`] | how the outside asks |
-//! | work | [`supervisor`], [`copy`], [`events`] | what runs: desired set against running set, one copy |
+//! | work | [`supervisor`], [`preflight`], [`copy`], [`events`] | what runs: desired set against running set, one copy |
 //! | world | [`store`], [`nats`] | the only I/O: buckets and connections |
 //! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`] | no sockets, no clock |
 //!
@@ -25,6 +25,7 @@ pub mod http;
 pub mod metrics;
 pub mod names;
 pub mod nats;
+pub mod preflight;
 pub mod status;
 pub mod store;
 pub mod supervisor;

@@ -15,6 +15,8 @@ mod control_position;
 mod control_release;
 #[path = "it/control_service.rs"]
 mod control_service;
+#[path = "it/control_validate.rs"]
+mod control_validate;
 #[path = "it/events.rs"]
 mod events;
 #[path = "it/hand_edits.rs"]

@@ -64,6 +64,12 @@ impl Documents {
         self.known.borrow().entries.values().map(|entry| (entry.key.clone(), entry.revision)).collect()
     }
 
+    /// All documents, sorted by id.
+    pub(super) async fn all(&self) -> Vec<ConfigEntry> {
+        self.catch_up().await;
+        self.known.borrow().entries.values().cloned().collect()
+    }
+
     /// Whoever just changed a document finds it changed, whichever instance answers. Where the bucket does not
     /// answer, or its newest message is gone, a short wait is all.
     async fn catch_up(&self) {

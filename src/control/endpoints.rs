@@ -25,9 +25,10 @@ use super::{
     api::{Changed, DeleteRequest, Document, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest},
     documents::Documents,
     service::{Data, Handler, Kind, Request, Route},
+    validate::config_validate,
 };
 use crate::{
-    config::{self, Problem, Problems},
+    config::{self, Problem, Problems, Replication},
     events::Events,
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
     store::{ConfigEntry, ConfigStore, MarkKind, PositionStore, WriteError},
@@ -74,6 +75,7 @@ pub(super) fn routes(context: &Arc<Context>, prefix: &str) -> Vec<Route> {
         route("config-add", Kind::Mutation, handler!(config_add)),
         route("config-update", Kind::Mutation, handler!(config_update)),
         route("config-delete", Kind::Mutation, handler!(config_delete)),
+        route("config-validate", Kind::Mutation, handler!(config_validate)),
         route("config-get", Kind::Query, handler!(config_get)),
         route("config-list", Kind::Query, handler!(config_list)),
         route("config-schema", Kind::Query, handler!(config_schema)),
@@ -94,17 +96,17 @@ fn states(context: Arc<Context>) -> Data {
 
 async fn config_add(context: &Context, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
-    let (replication, document) = checked_document(context, &request.body).await?;
-    let written = context.config.create(&replication, document).await;
-    changed(replication, written, "added")
+    let (Replication { id, .. }, document) = checked_document(context, &request.body).await?;
+    let written = context.config.create(&id, document).await;
+    changed(id, written, "added")
 }
 
 async fn config_update(context: &Context, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
     let expected = expected_revision(&request)?;
-    let (replication, document) = checked_document(context, &request.body).await?;
-    let written = context.config.update(&replication, document, expected).await;
-    changed(replication, written, "updated")
+    let (Replication { id, .. }, document) = checked_document(context, &request.body).await?;
+    let written = context.config.update(&id, document, expected).await;
+    changed(id, written, "updated")
 }
 
 async fn config_delete(context: &Context, request: Request) -> Result<Changed, Failure> {
@@ -180,8 +182,9 @@ impl Context {
     }
 }
 
-/// The id of a document and what is to be stored: the document as it was sent, or with its secrets again.
-async fn checked_document(context: &Context, body: &Bytes) -> Result<(String, Bytes), Failure> {
+/// A document, and what is to be stored: the document as it was sent, or with its secrets again. What is wrong with it
+/// is a 400.
+pub(super) async fn checked_document(context: &Context, body: &Bytes) -> Result<(Replication, Bytes), Failure> {
     let mut document = config::to_value(body).map_err(refused)?;
     let mut problems = Vec::new();
     let unmasked = unmask(context, &mut document).await?.unwrap_or_else(|found| {
@@ -204,7 +207,7 @@ async fn checked_document(context: &Context, body: &Bytes) -> Result<(String, By
         let message = format!("the document has {} bytes, {MAX_DOCUMENT} are possible", stored.len());
         return Err(refused(Problems(vec![Problem::new("", message)])));
     }
-    Ok((replication.id, stored))
+    Ok((replication, stored))
 }
 
 /// Puts stored secrets in the place of `***`; whether there were any, or what is wrong with them.

@@ -55,7 +55,7 @@ pub(super) struct Route {
 pub(super) enum Kind {
     /// Changes nothing: every instance answers, and the first answer wins.
     Query,
-    /// One instance acts, also if nobody waits for the answer.
+    /// One instance acts, also if nobody waits for the answer: it changes something, or costs something.
     Mutation,
 }
 

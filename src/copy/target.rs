@@ -41,7 +41,7 @@ const TTL_SINCE: (u32, u32) = (2, 11);
 
 /// How to write to the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Abilities {
+pub(crate) struct Abilities {
     /// How messages go there.
     pub transport: Transport,
     /// Whether somebody else may write, by what the stream is.
@@ -66,37 +66,55 @@ pub(super) fn abilities(
     source: &StreamInfo,
     target: &StreamInfo,
 ) -> Result<Abilities, Error> {
-    let name = &replication.target.stream;
-    for (flag, what) in [
-        ("sealed", "is sealed"),
-        ("no_ack", "does not acknowledge messages"),
-        ("allow_msg_counter", "is a counter stream, which needs rules of its own"),
-        ("allow_msg_schedules", "schedules messages, which needs rules of its own"),
-    ] {
-        if target.flag(flag) {
-            return Err(Error::hold(format!("target stream `{name}` {what}")));
-        }
-        if flag.starts_with("allow") && source.flag(flag) {
-            return Err(Error::hold(format!("source stream `{}` {what}", replication.source.stream)));
-        }
+    readable(&replication.source.stream, source)?;
+    writable(&replication.target.stream, target)?;
+    Ok(abilities_of(replication, target))
+}
+
+/// Kinds of streams that need rules of their own.
+const OWN_RULES: [(&str, &str); 2] = [
+    ("allow_msg_counter", "is a counter stream, which needs rules of its own"),
+    ("allow_msg_schedules", "schedules messages, which needs rules of its own"),
+];
+
+/// Refuses a source that cannot be copied.
+pub(crate) fn readable(name: &str, source: &StreamInfo) -> Result<(), Error> {
+    if let Some((_, what)) = OWN_RULES.iter().find(|(flag, _)| source.flag(flag)) {
+        return Err(Error::hold(format!("source stream `{name}` {what}")));
+    }
+    if !limits(source) {
+        let kind = source.text("retention");
+        return Err(Error::hold(format!(
+            "source stream `{name}` has {kind} retention: only limits retention can be copied"
+        )));
+    }
+    Ok(())
+}
+
+/// Refuses a target that cannot be written.
+pub(crate) fn writable(name: &str, target: &StreamInfo) -> Result<(), Error> {
+    let kinds = [("sealed", "is sealed"), ("no_ack", "does not acknowledge messages")];
+    if let Some((_, what)) = kinds.iter().chain(&OWN_RULES).find(|(flag, _)| target.flag(flag)) {
+        return Err(Error::hold(format!("target stream `{name}` {what}")));
     }
     if target.has("mirror") {
         return Err(Error::hold(format!("target stream `{name}` is a mirror: only its origin writes to it")));
     }
-    let limits = |info: &StreamInfo| matches!(info.text("retention"), "" | "limits");
-    if !limits(source) {
-        let kind = source.text("retention");
-        return Err(Error::hold(format!(
-            "source stream `{}` has {kind} retention: only limits retention can be copied",
-            replication.source.stream
-        )));
-    }
+    Ok(())
+}
+
+fn limits(info: &StreamInfo) -> bool {
+    matches!(info.text("retention"), "" | "limits")
+}
+
+/// What a target that is [`writable`] can do.
+pub(crate) fn abilities_of(replication: &Replication, target: &StreamInfo) -> Abilities {
     let fast = target.flag("allow_batched") && target.api_level() >= FAST_INGEST_LEVEL;
     // Whatever else moves the last sequence of the stream would break the chain again and again.
     let others = target.has("sources") || target.number("subject_delete_marker_ttl") > 0 || !limits(target);
     let mode = if others { TargetMode::Shared } else { TargetMode::Exclusive };
     let rollup = target.flag("allow_rollup_hdrs");
-    Ok(Abilities {
+    Abilities {
         transport: if fast { Transport::FastIngest } else { Transport::Pipelined },
         mode,
         allowed: Allowed {
@@ -104,7 +122,7 @@ pub(super) fn abilities(
             rollup_subject: rollup,
             rollup_all: rollup && mode == TargetMode::Exclusive && replication.filter_subject.is_none(),
         },
-    })
+    }
 }
 
 /// Asks for the target stream, and makes it if it is missing and may be made. The flag tells whether it was made.
@@ -118,7 +136,7 @@ pub(super) async fn open(
         return Ok((info, false));
     }
     if !replication.create_target {
-        return Err(Error::hold(format!("target stream `{name}` does not exist and `no_target_create` is set")));
+        return Err(Error::hold(missing(name)));
     }
     let mut replicas = source.number("num_replicas").max(1);
     loop {
@@ -138,7 +156,13 @@ pub(super) async fn open(
     }
 }
 
-fn new_config(
+/// Says that the target is missing and must not be made.
+pub(crate) fn missing(name: &str) -> String {
+    format!("target stream `{name}` does not exist and `no_target_create` is set")
+}
+
+/// The configuration of the target when we make it.
+pub(crate) fn new_config(
     replication: &Replication,
     source: &StreamInfo,
     server: &ServerInfo,

@@ -21,10 +21,21 @@ pub struct StreamInfo {
     /// JetStream domain of the server that answered, if it has one.
     #[serde(default)]
     pub domain: Option<String>,
+    /// Who holds the stream in a cluster; servers on their own say nothing.
+    #[serde(default)]
+    pub cluster: Option<StreamCluster>,
+}
+
+/// `cluster` of [`StreamInfo`].
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct StreamCluster {
+    /// Name of the server that leads the stream; empty while nobody does.
+    pub leader: String,
 }
 
 /// `state` of [`StreamInfo`].
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct StreamState {
     /// Messages stored.

@@ -29,7 +29,7 @@ use super::{
     tls::client_config,
     websocket::WebSocket,
 };
-use crate::config::{Place, Connection, Endpoint, Host, Scheme};
+use crate::config::{Connection, Endpoint, Host, Place, Scheme};
 
 /// Smallest and largest piece read at once. A lane that is busy reads large, an idle one holds little memory.
 const READ_MIN: usize = 4 * 1024;

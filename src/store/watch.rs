@@ -65,10 +65,7 @@ pub type Changes = BoxStream<'static, Result<Change, Error>>;
 ///
 /// The stream never ends. An error is told once and passes: then follows what changed meanwhile, and nothing that did
 /// not.
-pub(super) async fn watch(
-    bucket: Bucket,
-    first: fn(&str) -> bool,
-) -> Result<Changes, Error> {
+pub(super) async fn watch(bucket: Bucket, first: fn(&str) -> bool) -> Result<Changes, Error> {
     let mut watch = Watch {
         bucket,
         first,

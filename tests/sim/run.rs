@@ -187,14 +187,16 @@ impl Scene {
             replication,
             row,
             budget: Budget::new(1 << 20),
+            skip: None,
             dial: Arc::new(Network(vec![self.source.clone(), self.target.clone()])),
         };
         let store = PositionStore::new(Arc::new(keys::Handle(self.keys.clone())));
         loop {
-            let Ok(mut ledger) = Ledger::claim(store.clone(), ID, instance).await else {
+            let Ok(claim) = store.claim(ID, instance).await else {
                 sleep(self.world.millis(50, 1_000)).await;
                 continue;
             };
+            let mut ledger = Ledger::new(store.clone(), ID, claim);
             loop {
                 let stop = CancellationToken::new();
                 let result = copy::run(&job, &mut ledger, &status, &self.events, stop).await;

@@ -1,0 +1,107 @@
+//! Looks at both sides of a replication before it runs, over lanes that live for a moment. Nothing is changed and
+//! nothing is published that anybody could store: only questions are asked.
+//!
+//! [`look`] asks, [`judge`] decides what the answers mean.
+
+mod judge;
+mod look;
+mod permissions;
+mod ring;
+mod subjects;
+
+use tokio::time::{Duration, Instant};
+
+use self::{
+    judge::Pair,
+    look::{Look, Role},
+    subjects::Flow,
+};
+use crate::{config::Replication, copy::target, nats::jetstream::StreamState};
+
+/// Time kept for the questions to the target that need the answers of the source.
+const SECOND_LOOK: Duration = Duration::from_millis(300);
+
+/// A replication that is there already; what is judged may close a ring with it.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// What it copies.
+    pub replication: Replication,
+    /// Name of the server that it reads from; empty if it never connected.
+    pub source_server: String,
+    /// Name of the server that it writes to; empty if it never connected.
+    pub target_server: String,
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// At the source.
+    pub source: SideReport,
+    /// At the target.
+    pub target: SideReport,
+}
+
+/// What was found at one side.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SideReport {
+    /// Name of the server that let us in; empty if none did.
+    pub server: String,
+    /// Version of that server; empty if none let us in.
+    pub version: String,
+    /// The stream, if it was seen.
+    pub stream: Option<StreamState>,
+    /// What was looked at, in order.
+    pub findings: Vec<Finding>,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// What was looked at, in a word.
+    pub name: &'static str,
+    /// What came out.
+    pub outcome: Outcome,
+    /// In words, side and server named; empty where there is nothing to say.
+    pub message: String,
+    /// JSON pointer to the field of the document that it is about.
+    pub path: &'static str,
+}
+
+/// What came out of a look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// As it should be.
+    Ok,
+    /// May be meant so.
+    Warning,
+    /// The copy would not work.
+    Failed,
+    /// Could not be found out; without words where something before it says why.
+    Unknown,
+}
+
+/// Looks at both sides at once and is done at `until`; what was not reached by then is unknown.
+pub async fn run(replication: &Replication, known: &[Known], until: Instant) -> Report {
+    let early = until - SECOND_LOOK;
+    let (source, mut target) = tokio::join!(
+        Look::at(Role::Source, replication, early), //
+        Look::at(Role::Target, replication, early)
+    );
+    let flow = Flow::of(replication, source.facts.stream.there());
+    let planned = match (source.facts.stream.there(), target.facts.stream.got(), target.facts.connect.got()) {
+        (Some(source), Some(None), Some(server)) if replication.create_target => {
+            let replicas = source.number("num_replicas").max(1);
+            Some(target::new_config(replication, source, server, replicas))
+        }
+        _ => None,
+    };
+    if source.facts.stream.there().is_some() {
+        let mut wanted = flow.to.clone();
+        if let Some(Ok(config)) = &planned {
+            wanted.extend(judge::subjects_of(config));
+        }
+        target.ask_who_listens(wanted, until).await;
+    }
+    let pair = Pair { replication, source: &source.facts, target: &target.facts, flow: &flow, planned: &planned };
+    Report { source: pair.judge_source(), target: pair.judge_target(known) }
+}

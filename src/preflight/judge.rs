@@ -1,0 +1,469 @@
+//! What the answers of both sides mean for a replication. Pure.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::{
+    Finding, Known, Outcome, SideReport,
+    look::{Answer, Facts, Role, calls},
+    ring,
+    subjects::{Flow, Share, intersection, share},
+};
+use crate::{
+    config::{Replication, Start},
+    copy::target::{self, Abilities},
+    nats::{Error, jetstream::StreamInfo},
+    status::{TargetMode, Transport},
+};
+
+/// Where messages bear ids, the target should remember these for so long, nanoseconds: two minutes.
+const DUPLICATE_WINDOW: i64 = 120_000_000_000;
+/// Subjects that one message shows at most.
+const MAX_SHOWN: usize = 8;
+
+/// Everything that was asked and told.
+pub(super) struct Pair<'a> {
+    pub(super) replication: &'a Replication,
+    pub(super) source: &'a Facts,
+    pub(super) target: &'a Facts,
+    pub(super) flow: &'a Flow,
+    /// What a missing target would be made as.
+    pub(super) planned: &'a Option<Result<Value, Error>>,
+}
+
+/// Findings about one side.
+struct Findings {
+    side: &'static str,
+    address: String,
+    list: Vec<Finding>,
+}
+
+impl Findings {
+    fn new(side: &'static str, facts: &Facts) -> Self {
+        Self { side, address: facts.address.clone(), list: Vec::new() }
+    }
+
+    fn add(&mut self, name: &'static str, outcome: Outcome, path: &'static str, text: &str) {
+        let message = if text.is_empty() { String::new() } else { format!("{} `{}`: {text}", self.side, self.address) };
+        self.list.push(Finding { name, outcome, message, path });
+    }
+
+    fn ok(&mut self, name: &'static str) {
+        self.add(name, Outcome::Ok, "", "");
+    }
+
+    fn unknown(&mut self, name: &'static str) {
+        self.add(name, Outcome::Unknown, "", "");
+    }
+
+    /// What there is to say, or that all is well.
+    fn add_any(&mut self, name: &'static str, path: &'static str, said: Option<(Outcome, String)>) {
+        match said {
+            Some((outcome, text)) => self.add(name, outcome, path, &text),
+            None => self.ok(name),
+        }
+    }
+
+    fn add_answer<T>(&mut self, name: &'static str, path: &'static str, answer: &Answer<T>) {
+        match answer {
+            Answer::Got(_) => self.ok(name),
+            Answer::Failed(text) => self.add(name, Outcome::Failed, path, text),
+            Answer::Unclear(text) => self.add(name, Outcome::Unknown, path, text),
+            Answer::NotAsked => self.unknown(name),
+        }
+    }
+
+    fn report(self, facts: &Facts) -> SideReport {
+        let info = facts.connect.got();
+        SideReport {
+            server: info.map(|info| info.server_name.clone()).unwrap_or_default(),
+            version: info.map(|info| info.version.clone()).unwrap_or_default(),
+            stream: facts.stream.there().map(|stream| stream.state.clone()),
+            findings: self.list,
+        }
+    }
+}
+
+type Said = Option<(Outcome, String)>;
+
+impl Pair<'_> {
+    pub(super) fn judge_source(&self) -> SideReport {
+        const URL: &str = "/source_url";
+        let (facts, mut findings) = (self.source, Findings::new("source", self.source));
+        findings.add_answer("connect", URL, &facts.connect);
+        findings.add_answer("jetstream", URL, &facts.jetstream);
+        let name = &self.replication.source.stream;
+        match &facts.stream {
+            Answer::Got(None) => {
+                let text = format!("source stream `{name}` does not exist");
+                findings.add("stream", Outcome::Failed, "/stream", &text);
+            }
+            Answer::Got(Some(stream)) => {
+                let refused = target::readable(name, stream).err();
+                findings.add_any("stream", "/stream", refused.map(|error| (Outcome::Failed, error.message)));
+            }
+            answer => findings.add_answer("stream", URL, answer),
+        }
+        self.judge_calls(Role::Source, &mut findings);
+        match facts.stream.there() {
+            Some(stream) => {
+                findings.add_any("filter", "/filter_subject", self.filter(stream));
+                findings.add_any("start", "/start_sequence", self.start(stream));
+            }
+            None => {
+                findings.unknown("filter");
+                findings.unknown("start");
+            }
+        }
+        findings.report(facts)
+    }
+
+    pub(super) fn judge_target(&self, known: &[Known]) -> SideReport {
+        const URL: &str = "/target_url";
+        let (facts, mut findings) = (self.target, Findings::new("target", self.target));
+        findings.add_answer("connect", URL, &facts.connect);
+        findings.add_answer("jetstream", URL, &facts.jetstream);
+        let stream = self.judge_target_stream(&mut findings);
+        self.judge_calls(Role::Target, &mut findings);
+        self.judge_publish(&mut findings);
+        match (self.source.stream.there(), &stream) {
+            (Some(source), Some(stream)) => {
+                self.judge_subjects(stream, &mut findings);
+                self.judge_sizes(source, stream, &mut findings);
+                let abilities = target::abilities_of(self.replication, stream);
+                findings.add_any("headers", "/target_stream", headers(source, &abilities));
+                findings.add_any("duplicates", "/target_stream", duplicates(stream, &abilities));
+            }
+            _ => {
+                for name in ["subjects", "max_payload", "headers", "duplicates"] {
+                    findings.unknown(name);
+                }
+            }
+        }
+        findings.add_any("cycle", URL, self.cycle(known));
+        findings.report(facts)
+    }
+
+    /// The calls of a copy: by the permissions, or by what came of trying them.
+    fn judge_calls(&self, role: Role, findings: &mut Findings) {
+        let (facts, path) = match role {
+            Role::Source => (self.source, "/source_url"),
+            Role::Target => (self.target, "/target_url"),
+        };
+        match (&facts.permissions, &facts.stream) {
+            (Answer::Got(permissions), Answer::Got(stream)) => {
+                let calls = calls(role, self.replication, stream.is_none(), &facts.api_prefix).into_iter();
+                let calls = calls.map(|(subject, _)| subject);
+                let missing: Vec<_> = calls.filter(|subject| permissions.publish(subject) != Share::All).collect();
+                let said = if !missing.is_empty() {
+                    Some(format!("no permission to publish to {}", list(&missing)))
+                } else if !permissions.may_listen(&facts.inbox_prefix) {
+                    Some(format!("no permission to subscribe to `{}.>`", facts.inbox_prefix))
+                } else {
+                    None
+                };
+                findings.add_any("calls", path, said.map(|text| (Outcome::Failed, text)));
+            }
+            (_, Answer::Got(_)) => findings.add_answer("calls", path, &facts.calls),
+            _ => findings.unknown("calls"),
+        }
+    }
+
+    /// The target as it is, or as it would be made; `None` if it cannot be or is not known.
+    fn judge_target_stream(&self, findings: &mut Findings) -> Option<StreamInfo> {
+        let name = &self.replication.target.stream;
+        let mut said = |outcome, path, text: &str| findings.add("stream", outcome, path, text);
+        match (&self.target.stream, self.planned) {
+            (Answer::Got(Some(stream)), _) => {
+                if self.is_source(stream) {
+                    let text = format!("stream `{name}` is the source stream itself, by another address");
+                    said(Outcome::Failed, "/target_url", &text);
+                    return None;
+                }
+                match target::writable(name, stream) {
+                    Ok(()) => findings.ok("stream"),
+                    Err(error) => said(Outcome::Failed, "/target_stream", &error.message),
+                }
+                Some(stream.clone())
+            }
+            (Answer::Got(None), _) if !self.replication.create_target => {
+                said(Outcome::Failed, "/target_stream", &target::missing(name));
+                None
+            }
+            (Answer::Got(None), Some(Ok(config))) => {
+                let (outcome, path, text) = self.plan(config);
+                said(outcome, path, &text);
+                (outcome == Outcome::Ok).then(|| as_stream(config)).flatten()
+            }
+            (Answer::Got(None), Some(Err(error))) => {
+                said(Outcome::Failed, "/target_stream", &error.message);
+                None
+            }
+            (Answer::Got(None), None) => {
+                said(Outcome::Unknown, "", "");
+                None
+            }
+            (answer, _) => {
+                findings.add_answer("stream", "/target_url", answer);
+                None
+            }
+        }
+    }
+
+    /// Whether the stream is the source: no two streams are made in the same nanosecond and led by the same server.
+    /// A copy of a backup, which keeps the time, is led by another one.
+    fn is_source(&self, stream: &StreamInfo) -> bool {
+        let Some(source) = self.source.stream.there() else { return false };
+        fn leader<'a>(stream: &'a StreamInfo, facts: &'a Facts) -> &'a str {
+            let leader = stream.cluster.as_ref().map(|cluster| cluster.leader.as_str()).filter(|name| !name.is_empty());
+            leader.or_else(|| Some(&facts.connect.got()?.server_name)).unwrap_or_default()
+        }
+        self.replication.source.stream == self.replication.target.stream
+            && source.created == stream.created
+            && leader(source, self.source) == leader(stream, self.target)
+    }
+
+    /// What becomes of a target that would be made.
+    fn plan(&self, config: &Value) -> (Outcome, &'static str, String) {
+        let name = &self.replication.target.stream;
+        let path = self.mapping_path();
+        let subjects = subjects_of(config);
+        let would =
+            format!("target stream `{name}` does not exist and would be created with subjects {}", list(&subjects));
+        let clash = subjects.iter().enumerate().find_map(|(index, one)| {
+            let other = subjects[index + 1..].iter().find(|other| intersection(one, other).is_some())?;
+            Some(format!("{would}: `{one}` and `{other}` overlap"))
+        });
+        if let Some(text) = clash {
+            return (Outcome::Failed, path, text);
+        }
+        if let Some(bad) = subjects.iter().find(|subject| matches!(subject.as_str(), "" | ">")) {
+            return (Outcome::Failed, path, format!("{would}: no stream can have the subject `{bad}`"));
+        }
+        match &self.target.listeners {
+            Answer::Got(listeners) => match others(listeners, name, subjects.iter()) {
+                Some((subject, streams)) => {
+                    let text = format!("{would}: `{subject}` overlaps with stream {} there", list(&streams));
+                    (Outcome::Failed, path, text)
+                }
+                None => (Outcome::Ok, path, would),
+            },
+            Answer::Failed(text) | Answer::Unclear(text) => {
+                (Outcome::Unknown, path, format!("{would}; whether another stream has them is not known: {text}"))
+            }
+            Answer::NotAsked => (Outcome::Unknown, "", String::new()),
+        }
+    }
+
+    fn judge_publish(&self, findings: &mut Findings) {
+        const PATH: &str = "/target_url";
+        let subjects: Vec<_> = self.flow.to.iter().filter(|subject| !subject.is_empty()).collect();
+        match &self.target.permissions {
+            Answer::Got(permissions) => {
+                let of = |wanted: Share| -> Vec<&String> {
+                    let subjects = subjects.iter().copied();
+                    subjects.filter(|subject| permissions.publish(subject) == wanted).collect()
+                };
+                let (none, part) = (of(Share::None), of(Share::Part));
+                let said = if !none.is_empty() {
+                    let outcome = if self.flow.vague { Outcome::Warning } else { Outcome::Failed };
+                    Some((outcome, format!("no permission to publish to {}", list(&none))))
+                } else if !part.is_empty() && !self.flow.vague {
+                    let text = format!("permission to publish to a part of {} only", list(&part));
+                    Some((Outcome::Warning, text))
+                } else {
+                    None
+                };
+                findings.add_any("publish", PATH, said);
+            }
+            Answer::Failed(text) | Answer::Unclear(text) => {
+                let text = format!("whether {} may be published is not known: {text}", list(&subjects));
+                findings.add("publish", Outcome::Unknown, PATH, &text);
+            }
+            Answer::NotAsked => findings.unknown("publish"),
+        }
+    }
+
+    /// Whether what is copied arrives in the target stream, and not elsewhere or nowhere.
+    fn judge_subjects(&self, stream: &StreamInfo, findings: &mut Findings) {
+        let (name, path) = (&self.replication.target.stream, self.mapping_path());
+        let listens = stream.subjects();
+        let elsewhere = |subject: &String| match &self.target.listeners {
+            Answer::Got(listeners) => others(listeners, name, std::iter::once(subject)).map(|(_, streams)| streams),
+            _ => None,
+        };
+        let said = self.flow.to.iter().filter_map(|subject| {
+            if subject.is_empty() {
+                return Some((Outcome::Failed, "a subject is empty after the mapping".to_owned()));
+            }
+            let bound = elsewhere(subject);
+            match share(&listens, subject) {
+                Share::All => None,
+                Share::Part if self.flow.vague => None,
+                Share::Part => {
+                    let rest = bound.map(|streams| format!(", the rest goes to stream {}", list(&streams)));
+                    let text = format!(
+                        "target stream `{name}` listens on {} only, a part of `{subject}`{}: the copy stops at the first message beside it",
+                        list(&listens),
+                        rest.unwrap_or_default()
+                    );
+                    Some((Outcome::Warning, text))
+                }
+                Share::None => {
+                    let outcome = if self.flow.vague { Outcome::Warning } else { Outcome::Failed };
+                    let text = match bound {
+                        Some(streams) => {
+                            format!("`{subject}` belongs to stream {} there, not to `{name}`", list(&streams))
+                        }
+                        None => format!("target stream `{name}` does not listen on `{subject}`, only on {}", list(&listens)),
+                    };
+                    Some((outcome, text))
+                }
+            }
+        });
+        let mut said: Vec<Said> = said.map(Some).collect();
+        // The worst of them stands for all: they have one cause.
+        let worst = said.iter().position(|said| matches!(said, Some((Outcome::Failed, _)))).unwrap_or(0);
+        let said = if said.is_empty() { None } else { said.swap_remove(worst) };
+        findings.add_any("subjects", path, said);
+    }
+
+    /// The copy stops (`held`) at a message that is too large, and there may never be one: a warning.
+    fn judge_sizes(&self, source: &StreamInfo, stream: &StreamInfo, findings: &mut Findings) {
+        let (Some(from), Some(to)) = (self.source.connect.got(), self.target.connect.got()) else {
+            return findings.unknown("max_payload");
+        };
+        let bytes = |limit: i64| usize::try_from(limit).ok().filter(|limit| *limit > 0);
+        let largest =
+            bytes(source.number("max_msg_size")).map_or(from.max_payload, |limit| limit.min(from.max_payload));
+        let (path, what, limit) = match bytes(stream.number("max_msg_size")) {
+            Some(limit) if limit < to.max_payload => ("/target_stream", "`max_msg_size` of the stream", limit),
+            _ => ("/target_url", "`max_payload` of the server", to.max_payload),
+        };
+        let said = (limit < largest).then(|| {
+            let text = format!(
+                "{what} is {limit} bytes and the source has messages of up to {largest}: the copy stops at one that is larger"
+            );
+            (Outcome::Warning, text)
+        });
+        findings.add_any("max_payload", path, said);
+    }
+
+    fn filter(&self, source: &StreamInfo) -> Said {
+        let filter = self.replication.filter_subject.as_ref().filter(|_| self.flow.from.is_empty())?;
+        let text = format!(
+            "`filter_subject` `{filter}` matches no subject of source stream `{}`: {}",
+            self.replication.source.stream,
+            list(&source.subjects())
+        );
+        Some((Outcome::Warning, text))
+    }
+
+    fn start(&self, source: &StreamInfo) -> Said {
+        let last = source.state.last_seq;
+        match self.replication.start {
+            Start::Sequence(start) if start > last + 1 => {
+                let name = &self.replication.source.stream;
+                let text =
+                    format!("`start_sequence` {start} is beyond the end of source stream `{name}`, which is at {last}");
+                Some((Outcome::Warning, text))
+            }
+            _ => None,
+        }
+    }
+
+    /// A ring works: each message comes back to the stream it came from once and is left out there. It is stored
+    /// twice then, which may be meant so.
+    fn cycle(&self, known: &[Known]) -> Said {
+        let name = |facts: &Facts| facts.connect.got().map(|info| info.server_name.clone()).unwrap_or_default();
+        let (source, target) = (name(self.source), name(self.target));
+        let way = ring::find(self.replication, (&source, &target), self.flow, known)?;
+        let stream = &self.replication.source.stream;
+        let text = format!(
+            "closes a ring with replication {}: each message comes back once to source stream `{stream}`, where it is \
+             stored a second time, and goes no further",
+            list(&way)
+        );
+        Some((Outcome::Warning, text))
+    }
+
+    /// The field that subjects at the target depend on most.
+    fn mapping_path(&self) -> &'static str {
+        let mapping = &self.replication.mapping;
+        match (mapping.prefix.is_empty(), mapping.remove.is_empty()) {
+            (false, _) => "/target_subject_prefix",
+            (true, false) => "/target_subject_remove",
+            (true, true) => "/target_stream",
+        }
+    }
+}
+
+/// The subjects in the configuration of a stream.
+pub(super) fn subjects_of(config: &Value) -> Vec<String> {
+    let subjects = config["subjects"].as_array().into_iter().flatten();
+    subjects.filter_map(|subject| subject.as_str().map(str::to_owned)).collect()
+}
+
+/// A configuration as the stream that it becomes.
+fn as_stream(config: &Value) -> Option<StreamInfo> {
+    let mut config = config.clone();
+    if config["allow_batched"] == true {
+        // Only a server that knows it is sent this.
+        config["metadata"] = json!({"_nats.level": "4"});
+    }
+    serde_json::from_value(json!({ "config": config, "state": {} })).ok()
+}
+
+/// The first of the subjects that another stream than `name` listens on, with these streams.
+fn others<'a>(
+    listeners: &BTreeMap<String, Vec<String>>,
+    name: &str,
+    mut subjects: impl Iterator<Item = &'a String>,
+) -> Option<(&'a String, Vec<String>)> {
+    subjects.find_map(|subject| {
+        let streams = listeners.get(subject)?.iter().filter(|stream| *stream != name);
+        let streams: Vec<_> = streams.cloned().collect();
+        (!streams.is_empty()).then_some((subject, streams))
+    })
+}
+
+/// The copy leaves out what the target does not allow and copies the message: nothing is lost, but the header's effect.
+fn headers(source: &StreamInfo, abilities: &Abilities) -> Said {
+    let mut said = Vec::new();
+    if source.flag("allow_rollup_hdrs") && !abilities.allowed.rollup_subject {
+        said.push(
+            "does not allow rollups (`allow_rollup_hdrs`) and the source does: messages are copied without \
+             `Nats-Rollup`, and what they replace at the source stays",
+        );
+    }
+    if source.flag("allow_msg_ttl") && !abilities.allowed.ttl {
+        said.push(
+            "does not allow a time to live (`allow_msg_ttl`) and the source does: messages are copied without \
+             `Nats-TTL` and do not expire by it",
+        );
+    }
+    (!said.is_empty()).then(|| (Outcome::Warning, format!("the stream {}", said.join("; it "))))
+}
+
+fn duplicates(stream: &StreamInfo, abilities: &Abilities) -> Said {
+    let window = stream.number("duplicate_window");
+    let by_id = abilities.transport == Transport::Pipelined || abilities.mode == TargetMode::Shared;
+    (by_id && (1..DUPLICATE_WINDOW).contains(&window)).then(|| {
+        let window = std::time::Duration::from_nanos(window.unsigned_abs());
+        let text = format!(
+            "`duplicate_window` of the stream is {window:?}: what is sent again after a longer outage than this can be \
+             stored twice, 2 minutes or more are better"
+        );
+        (Outcome::Warning, text)
+    })
+}
+
+/// Names for a message: the first few.
+fn list(names: &[impl AsRef<str>]) -> String {
+    let mut shown: Vec<_> = names.iter().take(MAX_SHOWN).map(|name| format!("`{}`", name.as_ref())).collect();
+    if names.len() > MAX_SHOWN {
+        shown.push(format!("{} more", names.len() - MAX_SHOWN));
+    }
+    if shown.is_empty() { "nothing".to_owned() } else { shown.join(", ") }
+}

@@ -1,0 +1,298 @@
+//! Asks one side.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::time::{Duration, Instant, timeout_at};
+
+use super::permissions::Permissions;
+use crate::{
+    config::{Connection, Replication, Side},
+    names,
+    nats::{
+        self, ErrorKind, Lane, ServerInfo, Turn, context, headers,
+        jetstream::{StreamInfo, decode},
+    },
+};
+
+/// All servers of one side together may take so long to let us in.
+const CONNECT_WITHIN: Duration = Duration::from_millis(1_400);
+/// Subjects that are looked up at most.
+const MAX_SUBJECTS: usize = 64;
+/// Whom a server tells what a user may do.
+const USER_INFO: &str = "$SYS.REQ.USER.INFO";
+/// A consumer that nobody has.
+const NO_CONSUMER: &str = "sr_preflight";
+
+/// Source or target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Source,
+    Target,
+}
+
+/// What came of a question.
+#[derive(Debug, Clone, Default)]
+pub(super) enum Answer<T> {
+    Got(T),
+    /// The answer is no.
+    Failed(String),
+    /// There was no answer, or one that says nothing.
+    Unclear(String),
+    /// Something before it failed.
+    #[default]
+    NotAsked,
+}
+
+impl<T> Answer<T> {
+    pub(super) fn got(&self) -> Option<&T> {
+        match self {
+            Self::Got(value) => Some(value),
+            _ => None,
+        }
+    }
+}
+
+impl Answer<Option<StreamInfo>> {
+    /// The stream, if it was seen.
+    pub(super) fn there(&self) -> Option<&StreamInfo> {
+        self.got().and_then(Option::as_ref)
+    }
+}
+
+/// What one side told.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Facts {
+    /// Addresses, without secrets; the name of a context that could not be read.
+    pub(super) address: String,
+    /// What subjects of the JetStream API begin with.
+    pub(super) api_prefix: String,
+    /// What reply subjects begin with.
+    pub(super) inbox_prefix: String,
+    pub(super) connect: Answer<ServerInfo>,
+    pub(super) jetstream: Answer<()>,
+    pub(super) stream: Answer<Option<StreamInfo>>,
+    pub(super) permissions: Answer<Permissions>,
+    /// Whether the calls that a copy needs may be made, where the permissions are not told.
+    pub(super) calls: Answer<()>,
+    /// Which streams listen on a subject.
+    pub(super) listeners: Answer<BTreeMap<String, Vec<String>>>,
+}
+
+/// A side while it is asked.
+pub(super) struct Look {
+    pub(super) facts: Facts,
+    /// `None` if the context could not be read.
+    connection: Option<Connection>,
+    name: String,
+    lane: Option<Lane>,
+    until: Instant,
+}
+
+/// Why a question got no answer.
+enum Silence {
+    /// An error; whether people have to end it.
+    Error {
+        lasting: bool,
+        message: String,
+    },
+    Late,
+}
+
+/// What is asked; without a body nobody waits for the answer.
+type Question = (String, Option<String>);
+
+impl Look {
+    /// Connects and asks what does not depend on the other side.
+    pub(super) async fn at(role: Role, replication: &Replication, until: Instant) -> Self {
+        let side = match role {
+            Role::Source => &replication.source,
+            Role::Target => &replication.target,
+        };
+        let name = format!("{} {} preflight", names::PROGRAM, replication.id);
+        let mut look = Self { facts: Facts::default(), connection: None, name, lane: None, until };
+        match context::resolve(&side.place) {
+            Ok(connection) => look.take(connection),
+            Err(error) => {
+                look.facts.address = side.place.to_string();
+                look.facts.connect = Answer::Failed(error.message);
+                return look;
+            }
+        }
+        look.facts.connect = look.connect().await;
+        if look.facts.connect.got().is_some() {
+            look.ask_permissions().await;
+            look.ask_stream(side).await;
+            if look.facts.permissions.got().is_none() {
+                look.ask_calls(role, replication).await;
+            }
+        }
+        look
+    }
+
+    fn take(&mut self, mut connection: Connection) {
+        let endpoint = &mut connection.endpoint;
+        let hosts = u32::try_from(endpoint.hosts.len()).unwrap_or(u32::MAX).max(1);
+        endpoint.connect_timeout = endpoint.connect_timeout.min(CONNECT_WITHIN / hosts);
+        self.facts.address = endpoint.hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        self.facts.api_prefix.clone_from(&connection.api_prefix);
+        self.facts.inbox_prefix.clone_from(&connection.inbox_prefix);
+        self.connection = Some(connection);
+    }
+
+    fn lane(&self) -> impl Future<Output = Result<Lane, nats::Error>> + Send + use<> {
+        let (connection, name) = (self.connection.clone(), self.name.clone());
+        async move {
+            let connection = connection.ok_or_else(|| nats::Error::hold("there is nowhere to connect to"))?;
+            Lane::connect(&connection, &name).await
+        }
+    }
+
+    async fn connect(&mut self) -> Answer<ServerInfo> {
+        match timeout_at(self.until, self.lane()).await {
+            Ok(Ok(lane)) => Answer::Got(self.lane.insert(lane).info().clone()),
+            Ok(Err(error)) => Answer::Failed(error.message),
+            Err(_) => Answer::Failed(format!("cannot connect to `{}`: no answer in time", self.facts.address)),
+        }
+    }
+
+    async fn ask_permissions(&mut self) {
+        self.facts.permissions = match self.ask(&[(USER_INFO.to_owned(), Some(String::new()))]).await {
+            Ok(answers) => match answers.first().and_then(Option::as_ref).and_then(|body| Permissions::parse(body)) {
+                Some(permissions) => Answer::Got(permissions),
+                None => Answer::Unclear(format!("the server does not answer `{USER_INFO}`")),
+            },
+            Err(Silence::Error { message, .. }) => Answer::Unclear(message),
+            Err(Silence::Late) => Answer::Unclear(format!("no answer to `{USER_INFO}` in time")),
+        };
+    }
+
+    async fn ask_stream(&mut self, side: &Side) {
+        let subject = format!("{}.STREAM.INFO.{}", self.facts.api_prefix, side.stream);
+        let answer = self.ask(&[(subject.clone(), Some(String::new()))]).await;
+        (self.facts.jetstream, self.facts.stream) = match answer.as_deref() {
+            Ok([Some(body)]) => match decode::<StreamInfo>(body) {
+                Ok(info) => (Answer::Got(()), Answer::Got(Some(info))),
+                Err(error) if error.kind == ErrorKind::NotFound => (Answer::Got(()), Answer::Got(None)),
+                Err(error) if error.kind == ErrorKind::Hold => (Answer::Failed(error.message), Answer::NotAsked),
+                Err(error) => (Answer::Got(()), Answer::Unclear(format!("`{subject}`: {error}"))),
+            },
+            Ok(_) => {
+                let message = format!("nobody answers `{subject}`: JetStream is not enabled");
+                (Answer::Failed(message), Answer::NotAsked)
+            }
+            Err(Silence::Error { lasting: true, message }) => (Answer::NotAsked, Answer::Failed(message.clone())),
+            Err(Silence::Error { message, .. }) => (Answer::NotAsked, Answer::Unclear(message.clone())),
+            Err(Silence::Late) => (Answer::NotAsked, Answer::Unclear(format!("no answer to `{subject}` in time"))),
+        };
+    }
+
+    /// Where a server does not tell the permissions, the calls of a copy are made in a way that changes nothing:
+    /// what is asked for does not exist, or contradicts its subject.
+    async fn ask_calls(&mut self, role: Role, replication: &Replication) {
+        let Some(stream) = self.facts.stream.got() else { return };
+        let questions = calls(role, replication, stream.is_none(), &self.facts.api_prefix);
+        self.facts.calls = match self.ask(&questions).await {
+            Ok(_) => Answer::Got(()),
+            Err(Silence::Error { lasting: true, message }) => Answer::Failed(message),
+            Err(Silence::Error { message, .. }) => Answer::Unclear(message),
+            Err(Silence::Late) => Answer::Unclear("no answer to the calls of a copy in time".to_owned()),
+        };
+    }
+
+    /// Asks which streams listen on subjects.
+    pub(super) async fn ask_who_listens(&mut self, subjects: BTreeSet<String>, until: Instant) {
+        #[derive(Deserialize)]
+        struct Names {
+            streams: Option<Vec<String>>,
+        }
+        if self.facts.stream.got().is_none() {
+            return;
+        }
+        self.until = until;
+        let subjects: Vec<_> = subjects.into_iter().filter(|subject| !subject.is_empty()).take(MAX_SUBJECTS).collect();
+        let what = format!("{}.STREAM.NAMES", self.facts.api_prefix);
+        let question = |subject: &String| (what.clone(), Some(json!({ "subject": subject }).to_string()));
+        let answers = self.ask(&subjects.iter().map(question).collect::<Vec<_>>()).await;
+        self.facts.listeners = match answers {
+            Ok(answers) => {
+                let streams =
+                    answers.into_iter().map(|body| decode::<Names>(&body?).ok()?.streams.or(Some(Vec::new())));
+                match streams.collect::<Option<Vec<_>>>() {
+                    Some(streams) => Answer::Got(subjects.into_iter().zip(streams).collect()),
+                    None => Answer::Unclear(format!("`{what}` is not answered as it should be")),
+                }
+            }
+            Err(Silence::Error { message, .. }) => Answer::Unclear(message),
+            Err(Silence::Late) => Answer::Unclear(format!("no answer to `{what}` in time")),
+        };
+    }
+
+    /// Asks everything at once and waits for all answers; `None` where nobody is there to answer. A permission that
+    /// is missing ends the connection; the next question makes another one.
+    async fn ask(&mut self, questions: &[Question]) -> Result<Vec<Option<Bytes>>, Silence> {
+        let Ok(answers) = timeout_at(self.until, self.try_ask(questions)).await else {
+            self.lane = None;
+            return Err(Silence::Late);
+        };
+        answers.map_err(|error| {
+            self.lane = None;
+            Silence::Error { lasting: error.kind == ErrorKind::Hold, message: error.message }
+        })
+    }
+
+    async fn try_ask(&mut self, questions: &[Question]) -> Result<Vec<Option<Bytes>>, nats::Error> {
+        let lane = match self.lane.take() {
+            Some(lane) => lane,
+            None => self.lane().await?,
+        };
+        let lane = self.lane.insert(lane);
+        let mut waiting = BTreeMap::new();
+        for (index, (subject, body)) in questions.iter().enumerate() {
+            let reply = lane.send_request(subject, body.as_deref().unwrap_or_default().as_bytes());
+            if body.is_some() {
+                waiting.insert(reply.into_bytes(), index);
+            }
+        }
+        let mut answers = vec![None; questions.len()];
+        while !waiting.is_empty() {
+            let Turn::Received(batch) = lane.turn().await? else { continue };
+            for message in batch.iter().filter(|message| message.sid == Lane::REQUEST_SID) {
+                let Some(index) = waiting.remove(message.subject) else { continue };
+                if headers::status(message.header) != Some(503) {
+                    answers[index] = Some(Bytes::copy_from_slice(message.payload));
+                }
+            }
+        }
+        Ok(answers)
+    }
+}
+
+/// The calls of the JetStream API that a copy makes at one side, beside `STREAM.INFO`, with bodies that change
+/// nothing: the server looks at permissions first, and then finds nothing of that name or a body that is not meant
+/// for the subject.
+pub(super) fn calls(role: Role, replication: &Replication, missing: bool, prefix: &str) -> Vec<Question> {
+    const NOTHING_THERE: &str = r#"{"seq":9223372036854775807}"#;
+    let question = |what: String, body: Option<&str>| (format!("{prefix}.{what}"), body.map(str::to_owned));
+    let (stream, filter) = match role {
+        Role::Source => (&replication.source.stream, replication.filter_subject.as_deref()),
+        Role::Target => (&replication.target.stream, None),
+    };
+    let filter = filter.map(|filter| format!(".{filter}")).unwrap_or_default();
+    let mut calls = vec![
+        // First, because its refusal has to come before the answers to the others.
+        question(format!("CONSUMER.MSG.NEXT.{stream}.{NO_CONSUMER}"), None),
+        question(format!("STREAM.MSG.GET.{stream}"), Some(NOTHING_THERE)),
+        question(format!("CONSUMER.CREATE.{stream}.{NO_CONSUMER}{filter}"), Some("{}")),
+        question(format!("CONSUMER.DELETE.{stream}.{NO_CONSUMER}"), Some("")),
+    ];
+    if role == Role::Source {
+        calls.push(question(format!("CONSUMER.INFO.{stream}.SR_{}", replication.name), Some("")));
+    }
+    if missing && replication.create_target && role == Role::Target {
+        calls.push(question(format!("STREAM.CREATE.{stream}"), Some("{}")));
+    }
+    calls
+}

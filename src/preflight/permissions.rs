@@ -1,0 +1,111 @@
+//! What a user may do, by the answer to `$SYS.REQ.USER.INFO`. Pure. Servers from 2.10 to 2.15 answer it for every
+//! account, with `permissions` only where there are any; whoever may publish to listed subjects only has to be
+//! allowed to ask.
+
+use serde::Deserialize;
+
+use super::subjects::{Share, intersection, share};
+
+/// What a user may do; everything by default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub(super) struct Permissions {
+    publish: Rules,
+    subscribe: Rules,
+}
+
+/// An empty `allow` allows everything; `deny` wins.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+struct Rules {
+    allow: Vec<String>,
+    deny: Vec<String>,
+}
+
+impl Rules {
+    fn share(&self, subject: &str) -> Share {
+        let allowed = if self.allow.is_empty() { Share::All } else { share(&self.allow, subject) };
+        match share(&self.deny, subject) {
+            Share::All => Share::None,
+            // What is denied may be another part than what is allowed, but that is rare and only tells too much.
+            Share::Part => allowed.min(Share::Part),
+            Share::None => allowed,
+        }
+    }
+}
+
+impl Permissions {
+    /// Reads the answer of a server.
+    pub(super) fn parse(answer: &[u8]) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct Answer {
+            data: User,
+        }
+        #[derive(Deserialize)]
+        struct User {
+            #[serde(default)]
+            permissions: Option<Permissions>,
+        }
+        Some(serde_json::from_slice::<Answer>(answer).ok()?.data.permissions.unwrap_or_default())
+    }
+
+    /// How much of a subject the user may publish to.
+    pub(super) fn publish(&self, subject: &str) -> Share {
+        self.publish.share(subject)
+    }
+
+    /// Whether the user may subscribe to what comes back to us, on subjects that begin so.
+    pub(super) fn may_listen(&self, inbox_prefix: &str) -> bool {
+        // A queue group may stand behind the subject; ours has none.
+        let plain = |list: &[String]| -> Vec<String> {
+            list.iter().filter_map(|rule| rule.split(' ').next().map(str::to_owned)).collect()
+        };
+        let Rules { allow, deny } = &self.subscribe;
+        let inbox = &format!("{inbox_prefix}.*.>");
+        let allowed = allow.is_empty() || share(&plain(allow), inbox) == Share::All;
+        allowed && plain(deny).iter().all(|rule| intersection(rule, inbox).is_none())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_user_may_publish() {
+        let check = |permissions: &str, subject: &str, expect| {
+            let answer = format!(r#"{{"server":{{}},"data":{{"user":"u","account":"A"{permissions}}}}}"#);
+            let permissions = Permissions::parse(answer.as_bytes()).unwrap();
+            assert_eq!(permissions.publish(subject), expect, "{answer} {subject}");
+        };
+        check("", "a.>", Share::All);
+        check(r#","permissions":{"publish":{"deny":["a.>"]},"subscribe":{}}"#, "a.b", Share::None);
+        check(r#","permissions":{"publish":{"deny":["a.b"]},"subscribe":{}}"#, "a.>", Share::Part);
+        check(r#","permissions":{"publish":{"allow":["a.\u003e"],"deny":["a.b.>"]}}"#, "a.c", Share::All);
+        check(r#","permissions":{"publish":{"allow":["a.c"]}}"#, "a.>", Share::Part);
+        check(r#","permissions":{"publish":{"allow":["a.c"]}}"#, "b", Share::None);
+        check(r#","permissions":{"subscribe":{"deny":["b"]}}"#, "b", Share::All);
+    }
+
+    #[test]
+    fn what_a_user_may_hear() {
+        let check = |subscribe: &str, expect| {
+            let answer = format!(r#"{{"data":{{"permissions":{{"subscribe":{subscribe}}}}}}}"#);
+            assert_eq!(Permissions::parse(answer.as_bytes()).unwrap().may_listen("_INBOX"), expect, "{answer}");
+        };
+        check("{}", true);
+        check(r#"{"allow":["_INBOX.>"]}"#, true);
+        check(r#"{"allow":["_INBOX.mine.>"]}"#, false);
+        check(r#"{"deny":["_INBOX.x.>"]}"#, false);
+        check(r#"{"deny":["orders.> q"]}"#, true);
+        let mine = Permissions::parse(br#"{"data":{"permissions":{"subscribe":{"allow":["_INBOX.mine.>"]}}}}"#);
+        assert!(mine.unwrap().may_listen("_INBOX.mine"));
+    }
+
+    #[test]
+    fn what_is_no_answer_tells_nothing() {
+        for answer in ["", "{}", "NATS/1.0 503"] {
+            assert_eq!(Permissions::parse(answer.as_bytes()), None);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Whether a replication closes a ring with others. Pure.
+
+use std::collections::BTreeSet;
+
+use super::{Known, subjects::Flow};
+use crate::config::{self, Replication, Side};
+
+/// A stream somewhere.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    side: &'a Side,
+    /// Name of the server; empty if it is not known.
+    server: &'a str,
+}
+
+impl Place<'_> {
+    fn same_server(&self, other: &Self) -> bool {
+        !self.server.is_empty() && self.server == other.server || same_address(&self.side.place, &other.side.place)
+    }
+
+    fn same_login(&self, other: &Self) -> bool {
+        match (&self.side.place, &other.side.place) {
+            (config::Place::Known(one), config::Place::Known(other)) => {
+                one.endpoint.auth == other.endpoint.auth && one.api_prefix == other.api_prefix
+            }
+            (one, other) => one == other,
+        }
+    }
+}
+
+fn same_address(one: &config::Place, other: &config::Place) -> bool {
+    match (one, other) {
+        (config::Place::Known(one), config::Place::Known(other)) => {
+            one.endpoint.hosts.iter().any(|host| other.endpoint.hosts.contains(host))
+        }
+        (one, other) => one == other,
+    }
+}
+
+/// The ids of the replications that bring back to its source what `replication` copies, in the order of the way; those
+/// of the shortest way. Places are the same where the stream's name and an address or the server's name are.
+pub(super) fn find(
+    replication: &Replication,
+    servers: (&str, &str),
+    flow: &Flow,
+    known: &[Known],
+) -> Option<Vec<String>> {
+    let source = Place { side: &replication.source, server: servers.0 };
+    let target = Place { side: &replication.target, server: servers.1 };
+    // On one server only another account or domain makes it another stream: then login and API prefix tell them apart.
+    let accounts = source.same_server(&target);
+    let same = |one: &Place<'_>, other: &Place<'_>| {
+        one.side.stream == other.side.stream && one.same_server(other) && (!accounts || one.same_login(other))
+    };
+    let mut seen = BTreeSet::from([replication.id.as_str()]);
+    let mut ways = vec![(target, flow.clone(), Vec::new())];
+    while !ways.is_empty() {
+        let mut longer = Vec::new();
+        for (place, flow, way) in &ways {
+            for next in known {
+                let from = Place { side: &next.replication.source, server: &next.source_server };
+                if seen.contains(next.replication.id.as_str()) || !same(place, &from) {
+                    continue;
+                }
+                let onward = flow.onward(&next.replication);
+                if onward.to.is_empty() {
+                    continue;
+                }
+                seen.insert(&next.replication.id);
+                let to = Place { side: &next.replication.target, server: &next.target_server };
+                let mut way = way.clone();
+                way.push(next.replication.id.clone());
+                if same(&to, &source) {
+                    return Some(way);
+                }
+                longer.push((to, onward, way));
+            }
+        }
+        ways = longer;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::config;
+
+    /// `STREAM@host STREAM@host [filter [prefix]]`, with an id of its own.
+    fn copy(text: &str) -> Replication {
+        let mut words = text.split(' ');
+        let mut place = || words.next().unwrap().split_once('@').unwrap();
+        let ((stream, from), (target, to)) = (place(), place());
+        let name = text.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+        let document = json!({
+            "stream": stream, "target_stream": target, "source_url": from, "target_url": to, "name": name,
+            "filter_subject": words.next().unwrap_or_default(), "target_subject_prefix": words.next().unwrap_or_default(),
+        });
+        config::parse_value(&document, "SITE").unwrap()
+    }
+
+    fn known(text: &str) -> Known {
+        Known { replication: copy(text), source_server: String::new(), target_server: String::new() }
+    }
+
+    fn check(text: &str, others: &[&str], expect: Option<&[&str]>) {
+        let replication = copy(text);
+        let others: Vec<_> = others.iter().map(|text| known(text)).collect();
+        let flow = Flow::of(&replication, None);
+        let expect = expect.map(|ids| ids.iter().map(|text| copy(text).id).collect::<Vec<_>>());
+        assert_eq!(find(&replication, ("", ""), &flow, &others), expect, "{text}");
+    }
+
+    #[test]
+    fn a_ring_is_found_over_any_number_of_hops() {
+        check("S@a S@b", &[], None);
+        check("S@a S@b", &["S@b S@a"], Some(&["S@b S@a"]));
+        check("S@a T@b", &["T@b X@c", "X@c S@a", "T@b Y@d"], Some(&["T@b X@c", "X@c S@a"]));
+        check("S@a S@b", &["S@b S@c", "S@c S@d"], None);
+        check("S@a S@b", &["T@b T@a"], None);
+        // A ring of others that does not come back here.
+        check("S@a S@b", &["S@b S@c", "S@c S@b"], None);
+        // The document that is replaced.
+        check("S@a S@b", &["S@a S@b"], None);
+    }
+
+    #[test]
+    fn what_does_not_come_back_is_no_ring() {
+        check("S@a S@b east.>", &["S@b S@a west.>"], None);
+        check("S@a S@b > east", &["S@b S@a west.>"], None);
+        check("S@a S@b > east", &["S@b S@a east.>"], Some(&["S@b S@a east.>"]));
+    }
+
+    #[test]
+    fn places_are_told_by_server_name_and_on_one_server_by_login() {
+        let one = copy("S@a S@b");
+        let back = Known { source_server: "n2".to_owned(), target_server: "n1".to_owned(), ..known("S@x S@y") };
+        let flow = Flow::of(&one, None);
+        let ring = |servers| find(&one, servers, &flow, std::slice::from_ref(&back)).is_some();
+        assert!(ring(("n1", "n2")));
+        assert!(!ring(("n1", "n3")));
+        assert!(!ring(("", "")));
+        check("S@u:p@a S@v:p@a", &["S@v:p@a S@w:p@a"], None);
+        check("S@u:p@a S@v:p@a", &["S@v:p@a S@u:p@a"], Some(&["S@v:p@a S@u:p@a"]));
+    }
+}
