@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-long bench format lint servers matrix licences
+.PHONY: help demo generate test check check-long bench format lint servers matrix licences
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ check-long: check ## check, the long tests and a short bench
 
 bench: servers ## speed, CPU and memory beside a native source and a stop-and-wait copier
 	cargo bench --locked --bench copy -- $(ARGS)
+
+generate: ## what is made from the code: schemas/ and docs/configuration.md
+	GENERATE=1 cargo test --locked --quiet --test it current_ >/dev/null
 
 format:
 	cargo fmt --all --check

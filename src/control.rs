@@ -3,6 +3,7 @@
 //! follows that.
 
 pub mod api;
+pub mod schemas;
 mod documents;
 mod endpoints;
 mod service;

@@ -17,6 +17,8 @@ mod harness_self;
 mod process;
 #[path = "it/resume.rs"]
 mod resume;
+#[path = "it/schemas.rs"]
+mod schemas;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
 #[path = "it/wire_faults.rs"]
