@@ -3,9 +3,9 @@
 //! follows that.
 
 pub mod api;
-pub mod schemas;
 mod documents;
 mod endpoints;
+pub mod schemas;
 mod service;
 
 use std::{collections::BTreeMap, sync::Arc};

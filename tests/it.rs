@@ -3,10 +3,14 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
+#[path = "it/configuration.rs"]
+mod configuration;
 #[path = "it/control_config.rs"]
 mod control_config;
 #[path = "it/control_service.rs"]
 mod control_service;
+#[path = "it/docs.rs"]
+mod docs;
 #[path = "it/events.rs"]
 mod events;
 #[path = "it/hand_edits.rs"]

@@ -1,12 +1,13 @@
 //! The schemas in `schemas/` and the check that every test makes with them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Value, json};
 use stream_replicator::control::schemas;
+use stream_replicator::events::Event;
 
 use crate::harness::{Site, client::request, wire};
 
@@ -96,6 +97,29 @@ fn every_field_of_every_schema_is_described() -> Result<()> {
         check(&path, &schema)?;
     }
     Ok(())
+}
+
+#[test]
+fn every_kind_of_event_has_a_schema_and_nothing_else_has() {
+    let made = schemas::files();
+    let kinds: BTreeSet<_> =
+        made.keys().filter_map(|path| path.strip_prefix("event/")?.strip_suffix(".json")).collect();
+    assert_eq!(kinds, Event::KINDS.into());
+}
+
+#[test]
+fn requests_have_no_room_for_unknown_fields_and_replies_have() {
+    for (path, schema) in schemas::files() {
+        let open = schema["additionalProperties"] != false;
+        if !path.ends_with(".request.json") {
+            assert!(open, "{path}");
+        } else if schema["type"] == "object" {
+            assert!(!open, "{path}");
+        } else {
+            // A document, which has its own schema, or nothing that is looked at.
+            assert!(schema.get("$ref").is_some() || path == "config.schema.request.json", "{path}");
+        }
+    }
 }
 
 #[tokio::test]
