@@ -21,7 +21,7 @@ bench: servers ## speed, CPU and memory beside a native source and a stop-and-wa
 	cargo bench --locked --bench copy -- $(ARGS)
 
 generate: ## what is made from the code: schemas/ and docs/configuration.md
-	GENERATE=1 cargo test --locked --quiet --test it current_ >/dev/null
+	GENERATE=1 cargo test --locked --quiet --test it current_
 
 format:
 	cargo fmt --all --check

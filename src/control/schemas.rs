@@ -41,7 +41,11 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
     vec![
         ("config.add", document("The document to add."), reply::<Changed>()),
         ("config.update", document("The document that replaces the stored one as a whole."), reply::<Changed>()),
-        ("config.validate", document("The document to look at."), reply::<Validation>()),
+        (
+            "config.validate",
+            document("The document to look at; what does not follow the schema is told in `problems`."),
+            reply::<Validation>(),
+        ),
         ("config.delete", request::<DeleteRequest>(), reply::<Changed>()),
         ("config.get", request::<NamedRequest>(), config_get_reply()),
         ("config.list", request::<ListRequest>(), reply::<List>()),

@@ -81,7 +81,9 @@ pub async fn ask(client: &async_nats::Client, subject: &str, payload: &[u8]) -> 
 /// there is an answer shall not pass over it.
 #[track_caller]
 pub fn checked(subject: &str, request: &[u8], failed: bool, reply: &Value) {
-    let taken = if failed { Ok(()) } else { wire::check_request(subject, request) };
+    // A validation is served whatever it is asked about, and says whether that is a document.
+    let refused = failed || reply["valid"] == false;
+    let taken = if refused { Ok(()) } else { wire::check_request(subject, request) };
     if let Err(error) = wire::check_reply(subject, failed, reply).and(taken) {
         panic!("{error:#}");
     }
