@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test sim check check-long bench format lint servers matrix licences
+.PHONY: help demo generate test sim check check-long bench format lint servers matrix licences
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ check-long: check ## check, the long tests and a short bench
 
 bench: servers ## speed, CPU and memory beside a native source and a stop-and-wait copier
 	cargo bench --locked --bench copy -- $(ARGS)
+
+generate: ## what is made from the code: schemas/ and docs/configuration.md
+	GENERATE=1 cargo test --locked --quiet --test it current_
 
 format:
 	cargo fmt --all --check

@@ -5,6 +5,7 @@
 pub mod api;
 mod documents;
 mod endpoints;
+pub mod schemas;
 mod service;
 mod validate;
 

@@ -14,7 +14,7 @@ pub struct Row {
     pub state: State,
     /// Where its document lives: `kv`.
     pub origin: String,
-    /// Instance that runs it; `None` while nobody does.
+    /// Instance that runs it; `null` while nobody does.
     pub leader: Option<String>,
     /// Grows with every new holder.
     pub epoch: u64,
@@ -156,7 +156,7 @@ pub enum TargetMode {
 pub struct InFlight {
     /// Messages.
     pub messages: u64,
-    /// Bytes.
+    /// Bytes of their subjects, headers and payloads.
     pub bytes: u64,
 }
 
@@ -170,9 +170,9 @@ pub struct Counters {
     pub received_bytes: u64,
     /// Messages stored at the target.
     pub copied: u64,
-    /// Bytes of those, as read.
+    /// Bytes of those, as they were read.
     pub copied_bytes: u64,
-    /// Bytes of skipped messages, as read.
+    /// Bytes of skipped messages, as they were read.
     pub skipped_bytes: u64,
     /// Skipped by sampling.
     pub skipped_sampled: u64,
@@ -201,7 +201,9 @@ pub struct Counters {
 pub struct LastError {
     /// When it happened.
     pub at: DateTime<Utc>,
-    /// `retry`, `hold`, `superseded` or `invalid`.
+    /// What can be done about it: `retry` it passes and is tried again soon, `hold` people or the target have to change
+    /// something, `superseded` another instance runs the replication, `invalid` the document cannot run.
+    #[schemars(extend("enum" = Self::KINDS))]
     pub kind: String,
     /// What happened, without secrets.
     pub message: String,
@@ -211,6 +213,11 @@ pub struct LastError {
     /// Stored time of that message, nanoseconds since the Unix epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_time_ns: Option<i64>,
+}
+
+impl LastError {
+    /// All that `kind` can be.
+    pub const KINDS: [&str; 4] = ["retry", "hold", "superseded", "invalid"];
 }
 
 /// Times in seconds, counted in fixed buckets.

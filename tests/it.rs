@@ -3,6 +3,8 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
+#[path = "it/configuration.rs"]
+mod configuration;
 #[path = "it/control_config.rs"]
 mod control_config;
 #[path = "it/control_instances.rs"]
@@ -17,6 +19,8 @@ mod control_release;
 mod control_service;
 #[path = "it/control_validate.rs"]
 mod control_validate;
+#[path = "it/docs.rs"]
+mod docs;
 #[path = "it/events.rs"]
 mod events;
 #[path = "it/hand_edits.rs"]
@@ -27,6 +31,8 @@ mod harness_self;
 mod process;
 #[path = "it/resume.rs"]
 mod resume;
+#[path = "it/schemas.rs"]
+mod schemas;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
 #[path = "it/wire_faults.rs"]

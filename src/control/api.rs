@@ -10,55 +10,55 @@ use crate::{
     status::{Row, State},
 };
 
-/// Names one replication; a request may also be the plain id.
+/// Names one replication. The plain id, without JSON, means the same.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NamedRequest {
-    /// Replication id.
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
 }
 
-/// `config.delete`.
+/// Names what to delete. The plain id, without JSON, means `{"replication": id}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeleteRequest {
-    /// Replication id.
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
     /// Keeps position and state, so that the replication goes on where it was when it is added again.
     #[serde(default)]
     pub keep: bool,
 }
 
-/// `status`; empty for all.
+/// Which rows to show. An empty request means `{}`: all; the plain id, without JSON, means `{"replication": id}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct StatusRequest {
     /// Replication id, for one alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub replication: Option<String>,
-    /// How many rows to leave out at the beginning.
+    /// How many rows to leave out at the beginning; 0 by default.
     pub offset: usize,
-    /// How many rows to show at most; as many as one message holds by default.
+    /// How many rows to show at most, 1,000 by default; fewer are shown where one message does not hold them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,
 }
 
-/// `config.list`; empty for all.
+/// Which rows to show. An empty request means `{}`: all.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ListRequest {
-    /// How many rows to leave out at the beginning.
+    /// How many rows to leave out at the beginning; 0 by default.
     pub offset: usize,
-    /// How many rows to show at most; as many as one message holds by default.
+    /// How many rows to show at most, 1,000 by default; fewer are shown where one message does not hold them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,
 }
 
-/// `position`: moves the position of a paused replication. One of `source_seq` and `time` is needed.
+/// Moves the position of a paused replication. One of `source_seq` and `time` is needed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PositionRequest {
-    /// Replication id.
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
     /// The new position: the copy goes on behind this source sequence. 0 is before the first message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -71,11 +71,11 @@ pub struct PositionRequest {
     pub dry_run: bool,
 }
 
-/// `skip`: the message that holds a replication is left out.
+/// Leaves out the message that holds a replication. The plain id, without JSON, means `{"replication": id}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SkipRequest {
-    /// Replication id.
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
     /// Only if this is the message that holds it, by its source sequence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -88,7 +88,7 @@ pub type InstancesRequest = ListRequest;
 /// A change was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Changed {
-    /// Replication id.
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
     /// Revision of the document; of its deletion after a delete; of the mark after a pause, its end or a release, 0 if
     /// there never was one.
@@ -98,7 +98,7 @@ pub struct Changed {
 /// Reply of `position`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Moved {
-    /// Replication id.
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
     /// Revision of the position record; `null` after a dry run.
     pub revision: Option<u64>,
@@ -117,7 +117,7 @@ pub struct Moved {
 /// Reply of `skip`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Skipped {
-    /// Replication id.
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
     /// Revision of the release.
     pub revision: u64,
@@ -234,7 +234,7 @@ pub struct InstanceRow {
 /// Reply of `config.get`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Document {
-    /// Replication id.
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
     /// Revision of the document.
     pub revision: u64,
@@ -261,7 +261,7 @@ pub struct List {
 /// One document.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ListRow {
-    /// Replication id.
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
     /// Revision of the document.
     pub revision: u64,

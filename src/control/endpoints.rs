@@ -295,7 +295,8 @@ fn named<T: DeserializeOwned>(body: &[u8], plain: impl FnOnce(String) -> T) -> R
 fn options<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Failure> {
     match body.trim_ascii() {
         [] => Ok(T::default()),
-        body => json(body),
+        body @ [b'{', ..] => json(body),
+        _ => Err(Failure::new(400, "the request is neither empty nor a JSON object")),
     }
 }
 
@@ -371,6 +372,20 @@ mod tests {
         check(br#"{"replication":"A","keep":"yes"}"#, "expected a boolean");
         check(br#"{"replicaton":"A"}"#, "unknown field `replicaton`");
         check(b"{}", "missing field `replication`");
+    }
+
+    #[test]
+    fn a_request_that_may_be_empty_is_an_object_otherwise() {
+        let check = |body: &[u8], expect: Option<usize>| {
+            let request: Result<ListRequest, _> = options(body);
+            assert_eq!(request.ok().map(|request| request.offset), expect, "{body:?}");
+        };
+        check(b" ", Some(0));
+        check(b" {}", Some(0));
+        check(br#"{"offset":7}"#, Some(7));
+        check(b"[7, 1]", None);
+        check(b"7", None);
+        check(b"ORDERS", None);
     }
 
     #[test]

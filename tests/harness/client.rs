@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::LIMIT;
+use super::{LIMIT, wire};
 
 /// How often a condition is looked at.
 const POLL: Duration = Duration::from_millis(15);
@@ -59,9 +59,9 @@ pub struct Reply {
     pub body: Value,
 }
 
-/// Sends `body` and returns the reply, error replies too.
-pub async fn ask(client: &async_nats::Client, subject: &str, body: &[u8]) -> Result<Reply> {
-    let request = client.request(subject.to_owned(), body.to_vec().into());
+/// Sends `body` and returns the reply, error replies too. One that breaks its schema ends the test.
+pub async fn ask(client: &async_nats::Client, subject: &str, payload: &[u8]) -> Result<Reply> {
+    let request = client.request(subject.to_owned(), payload.to_vec().into());
     let reply = tokio::time::timeout(Duration::from_secs(10), request)
         .await
         .with_context(|| format!("no reply to `{subject}`"))?
@@ -73,7 +73,20 @@ pub async fn ask(client: &async_nats::Client, subject: &str, body: &[u8]) -> Res
     } else {
         serde_json::from_slice(&reply.payload).with_context(|| format!("reply to `{subject}` is not JSON"))?
     };
+    checked(subject, payload, error.is_some(), &body);
     Ok(Reply { error, body })
+}
+
+/// Panics where the service took or sent what its schemas do not tell of: a test that looks at nothing but whether
+/// there is an answer shall not pass over it.
+#[track_caller]
+pub fn checked(subject: &str, request: &[u8], failed: bool, reply: &Value) {
+    // A validation is served whatever it is asked about, and says whether that is a document.
+    let refused = failed || reply["valid"] == false;
+    let taken = if refused { Ok(()) } else { wire::check_request(subject, request) };
+    if let Err(error) = wire::check_reply(subject, failed, reply).and(taken) {
+        panic!("{error:#}");
+    }
 }
 
 /// Sends a JSON request (`Null` sends nothing) and returns the body; an error reply is an error.

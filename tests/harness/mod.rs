@@ -16,6 +16,7 @@ pub mod raw;
 pub mod server;
 pub mod service;
 pub mod site;
+pub mod wire;
 
 pub use checker::{Expect, Report};
 pub use client::{connect, request, timed, wait_for, wait_value};

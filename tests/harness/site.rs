@@ -12,9 +12,9 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 
 use super::checker::{Expect, compare_streams};
-use super::client::{Reply, ask, connect, request, status, wait_value};
+use super::client::{Reply, ask, checked, connect, request, status, wait_value};
 use super::raw::wait_messages;
-use super::{LIMIT, Outgoing, Raw, Role, Server, Service};
+use super::{LIMIT, Outgoing, Raw, Role, Server, Service, wire};
 
 /// The site's name in all of these tests.
 pub const SITE: &str = "TEST";
@@ -226,14 +226,14 @@ impl Site {
     pub async fn ask_with(&self, endpoint: &str, header: (&str, &str), body: impl Into<Bytes>) -> Result<Full> {
         let mut headers = async_nats::HeaderMap::new();
         headers.insert(header.0, header.1);
-        let request = async_nats::Request::new().headers(headers).payload(body.into()).timeout(Some(LIMIT));
-        let message = self.client.send_request(format!("replicator.{endpoint}"), request).await?;
+        let (subject, payload) = (format!("replicator.{endpoint}"), body.into());
+        let request = async_nats::Request::new().headers(headers).payload(payload.clone()).timeout(Some(LIMIT));
+        let message = self.client.send_request(subject.clone(), request).await?;
         let header = |name: &str| message.headers.as_ref()?.get(name).map(|value| value.as_str().to_owned());
-        Ok(Full {
-            code: header("Nats-Service-Error-Code"),
-            error: header("Nats-Service-Error"),
-            body: serde_json::from_slice(&message.payload)?,
-        })
+        let code = header("Nats-Service-Error-Code");
+        let body = serde_json::from_slice(&message.payload)?;
+        checked(&subject, &payload, code.is_some(), &body);
+        Ok(Full { code, error: header("Nats-Service-Error"), body })
     }
 
     /// A bucket, as the `nats` tool opens it.
@@ -266,10 +266,12 @@ pub struct Full {
     pub body: Value,
 }
 
-/// Events, collected as they come.
+/// Events, collected as they come. One that breaks its schema ends the test, at the latest when this is dropped.
 pub struct Events {
     /// Subject and body.
     seen: Arc<Mutex<Vec<(String, Value)>>>,
+    /// What broke its schema.
+    faults: Arc<Mutex<Vec<String>>>,
     /// How many of them [`Self::wait`] is through with.
     waited: usize,
 }
@@ -280,20 +282,31 @@ impl Events {
         let mut subscription = client.subscribe(subject).await?;
         // What the server answers now, it answers behind the subscription.
         jetstream::new(client.clone()).query_account().await?;
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let into = seen.clone();
+        let (seen, faults) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
+        let (into, wrong) = (seen.clone(), faults.clone());
         tokio::spawn(async move {
             while let Some(message) = subscription.next().await {
                 let body = serde_json::from_slice(&message.payload).unwrap_or_default();
+                if let Err(error) = wire::check_event(&message.subject, &body) {
+                    wrong.lock().expect("faults").push(format!("{error:#}"));
+                }
                 into.lock().expect("events").push((message.subject.to_string(), body));
             }
         });
-        Ok(Self { seen, waited: 0 })
+        Ok(Self { seen, faults, waited: 0 })
     }
 
     /// Subject and body of all so far.
+    #[track_caller]
     pub fn seen(&self) -> Vec<(String, Value)> {
+        self.check();
         self.seen.lock().expect("events").clone()
+    }
+
+    #[track_caller]
+    fn check(&self) {
+        let faults = self.faults.lock().expect("faults");
+        assert!(faults.is_empty(), "{faults:#?}");
     }
 
     /// All of one kind so far.
@@ -336,6 +349,14 @@ impl Events {
         ensure!(self.seen().iter().all(|(_, body)| body.is_object()), "not all are JSON: {:?}", self.seen());
         self.waited = at + 1;
         Ok(body)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.check();
+        }
     }
 }
 

@@ -1,0 +1,155 @@
+//! The JSON schemas of requests, replies and events, made from the types that go over the wire, so that neither can
+//! say what the other does not. The folder `schemas/` holds them as files.
+//!
+//! Requests are strict, as the service is. Replies and events may get more fields later: who reads them leaves out
+//! what it does not know.
+
+use std::collections::BTreeMap;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, transform::RecursiveTransform};
+use serde_json::{Map, Value, json};
+
+use super::api::{
+    Changed, DeleteRequest, Document, ErrorReply, Instances, InstancesRequest, List, ListRequest, Moved, NamedRequest,
+    PositionRequest, SkipRequest, Skipped, Status, StatusRequest, Validation,
+};
+use crate::events::Notice;
+
+/// The dialect of all schemas.
+const DIALECT: &str = "https://json-schema.org/draft/2020-12/schema";
+/// What a replication document follows; `schemas/replication.json`.
+const REPLICATION: &str = "urn:stream-replicator:replication:1";
+
+/// Every file of `schemas/` but `replication.json`, which is written by hand: path and content.
+pub fn files() -> BTreeMap<String, Value> {
+    let mut files = BTreeMap::new();
+    for (endpoint, request, reply) in endpoints() {
+        for (direction, schema) in [("request", request), ("reply", reply)] {
+            let name = format!("{endpoint}.{direction}");
+            files.insert(format!("{name}.json"), file(&name, &format!("{endpoint} {direction}"), schema));
+        }
+    }
+    files.insert("error.json".to_owned(), file("error", "error reply", reply::<ErrorReply>()));
+    for (kind, schema) in events() {
+        files.insert(format!("event/{kind}.json"), file(&format!("event.{kind}"), &format!("event {kind}"), schema));
+    }
+    files
+}
+
+/// Name, request and reply of every endpoint.
+fn endpoints() -> Vec<(&'static str, Value, Value)> {
+    vec![
+        ("config.add", document("The document to add."), reply::<Changed>()),
+        ("config.update", document("The document that replaces the stored one as a whole."), reply::<Changed>()),
+        (
+            "config.validate",
+            document("The document to look at; what does not follow the schema is told in `problems`."),
+            reply::<Validation>(),
+        ),
+        ("config.delete", request::<DeleteRequest>(), reply::<Changed>()),
+        ("config.get", request::<NamedRequest>(), config_get_reply()),
+        ("config.list", request::<ListRequest>(), reply::<List>()),
+        ("config.schema", json!({"description": "Empty; what is sent is not looked at."}), config_schema_reply()),
+        ("status", request::<StatusRequest>(), reply::<Status>()),
+        ("pause", request::<NamedRequest>(), reply::<Changed>()),
+        ("resume", request::<NamedRequest>(), reply::<Changed>()),
+        ("position", position_request(), reply::<Moved>()),
+        ("retry", request::<NamedRequest>(), reply::<Changed>()),
+        ("skip", request::<SkipRequest>(), reply::<Skipped>()),
+        ("instances", request::<InstancesRequest>(), reply::<Instances>()),
+    ]
+}
+
+fn request<T: JsonSchema>() -> Value {
+    generate::<T>(SchemaSettings::draft2020_12().for_deserialize())
+}
+
+/// Replies and events always say everything: a default would say nothing.
+fn reply<T: JsonSchema>() -> Value {
+    let without_defaults = RecursiveTransform(|schema: &mut Schema| {
+        schema.remove("default");
+    });
+    generate::<T>(SchemaSettings::draft2020_12().for_serialize().with_transform(without_defaults))
+}
+
+fn generate<T: JsonSchema>(settings: SchemaSettings) -> Value {
+    SchemaGenerator::new(settings).into_root_schema_for::<T>().to_value()
+}
+
+fn document(description: &str) -> Value {
+    json!({
+        "description": format!("{description} `***` in the place of a secret keeps the one that is stored."),
+        "$ref": REPLICATION,
+    })
+}
+
+fn position_request() -> Value {
+    let either = json!([{"required": ["source_seq"]}, {"required": ["time"]}]);
+    with(request::<PositionRequest>(), [("anyOf", either)])
+}
+
+/// What is shown without problems is a document.
+fn config_get_reply() -> Value {
+    with(
+        reply::<Document>(),
+        [
+            ("if", json!({"not": {"required": ["problems"]}})),
+            ("then", json!({"properties": {"config": {"$ref": REPLICATION}}})),
+        ],
+    )
+}
+
+fn config_schema_reply() -> Value {
+    json!({
+        "description": "The JSON schema of a replication document, with titles, descriptions, defaults and examples.",
+        "$ref": DIALECT,
+        "type": "object",
+        "required": ["$schema", "$id", "title", "properties"],
+    })
+}
+
+/// One schema for each kind of event: what is the same in all of them, and what the kind says besides.
+fn events() -> BTreeMap<String, Value> {
+    let mut notice = reply::<Notice>();
+    let definitions = notice["$defs"].take();
+    let kinds = notice["oneOf"].take();
+    let mut common = notice.as_object().cloned().unwrap_or_default();
+    common.retain(|_, value| !value.is_null());
+    let schemas = kinds.as_array().into_iter().flatten().map(|kind| {
+        let name = kind["properties"]["kind"]["const"].as_str().unwrap_or_default().to_owned();
+        let mut schema = common.clone();
+        schema.insert("description".to_owned(), kind["description"].clone());
+        if let (Some(all), Some(own)) = (schema["properties"].as_object_mut(), kind["properties"].as_object()) {
+            all.extend(own.clone());
+        }
+        if let (Some(all), Some(own)) = (schema["required"].as_array_mut(), kind["required"].as_array()) {
+            all.splice(0..0, own.clone());
+        }
+        let used = used_definitions(&schema, &definitions);
+        if !used.is_empty() {
+            schema.insert("$defs".to_owned(), used.into());
+        }
+        (name, schema.into())
+    });
+    schemas.collect()
+}
+
+/// Those definitions that a schema refers to; none of ours refers to another one.
+fn used_definitions(schema: &Map<String, Value>, definitions: &Value) -> Map<String, Value> {
+    let text = Value::from(schema.clone()).to_string();
+    let used = definitions.as_object().into_iter().flatten();
+    let used = used.filter(|(name, _)| text.contains(&format!("\"#/$defs/{name}\"")));
+    used.map(|(name, definition)| (name.clone(), definition.clone())).collect()
+}
+
+fn file(id: &str, title: &str, schema: Value) -> Value {
+    let id = format!("urn:stream-replicator:{id}:1");
+    with(schema, [("$schema", DIALECT.into()), ("$id", id.into()), ("title", title.into())])
+}
+
+fn with<const N: usize>(mut schema: Value, keywords: [(&str, Value); N]) -> Value {
+    for (keyword, value) in keywords {
+        schema[keyword] = value;
+    }
+    schema
+}

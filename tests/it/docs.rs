@@ -1,0 +1,306 @@
+//! The pages in `docs/` are right: what they show is sent, and what there is they tell of.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::{Value, json};
+use stream_replicator::events::Event;
+use stream_replicator::status::LastError;
+
+use crate::harness::{Outgoing, Site, client::request, wire};
+
+/// One `nats req` of the page and what it answers.
+#[derive(Debug)]
+struct Example {
+    line: usize,
+    endpoint: String,
+    headers: Vec<(String, String)>,
+    body: String,
+    /// `None` where the page does not show it.
+    reply: Option<Value>,
+}
+
+impl Example {
+    fn is_refused(&self) -> bool {
+        self.reply.as_ref().is_some_and(|reply| reply.get("error").is_some())
+    }
+}
+
+#[test]
+fn documented_requests_and_replies_follow_the_schemas() -> Result<()> {
+    for example in examples(&page("docs/requests.md")?)? {
+        let Example { line, endpoint, body, reply, .. } = &example;
+        let subject = format!("replicator.{endpoint}");
+        let context = || format!("docs/requests.md:{line}");
+        if !example.is_refused() {
+            wire::check_request(&subject, body.as_bytes()).with_context(context)?;
+        }
+        if let Some(reply) = reply {
+            wire::check_reply(&subject, example.is_refused(), reply).with_context(context)?;
+        }
+    }
+    Ok(())
+}
+
+/// From top to bottom, as a reader would who tries everything.
+#[tokio::test]
+async fn documented_requests_are_answered_as_documented() -> Result<()> {
+    let site = Site::small().await?;
+    let page = page("docs/requests.md")?;
+    let examples = examples(&page)?;
+    let mut answered = BTreeSet::new();
+    let served = endpoints(&site).await?;
+    prepare(&site).await?;
+    for example in examples.iter().filter(|example| served.contains_key(&example.endpoint)) {
+        before(&site, example).await?;
+        let body = on_this_site(&site, &example.body);
+        let reply = match example.headers.as_slice() {
+            [] => site.ask(&example.endpoint, &body).await?.body,
+            [(name, value)] => site.ask_with(&example.endpoint, (name, value), body).await?.body,
+            _ => bail!("line {}: one header at most", example.line),
+        };
+        if let Some(expect) = &example.reply {
+            // An error says the same everywhere, word for word.
+            let same = if example.is_refused() { reply == *expect } else { true };
+            let same = if same { same_shape("", expect, &reply) } else { Err(anyhow!("other words are documented")) };
+            same.with_context(|| format!("docs/requests.md:{}: {reply} is answered", example.line))?;
+            if !example.is_refused() {
+                answered.insert(example.endpoint.clone());
+            }
+        } else {
+            ensure!(reply.get("error").is_none(), "docs/requests.md:{}: {reply} is answered", example.line);
+            answered.insert(example.endpoint.clone());
+        }
+    }
+    for (endpoint, group) in served {
+        let heading = format!("### `replicator.{endpoint}`\n");
+        let (_, section) = page.split_once(&heading).with_context(|| format!("{endpoint} has no section"))?;
+        let section = section.split("\n##").next().unwrap_or_default();
+        ensure!(answered.contains(&endpoint), "{endpoint} has no example that is served");
+        let who = if group.is_empty() { "Every instance answers" } else { "One instance answers" };
+        ensure!(section.contains(who), "{endpoint}: \"{who}\" is not said");
+        for direction in ["request", "reply"] {
+            let link = format!("(../schemas/{endpoint}.{direction}.json)");
+            ensure!(section.contains(&link), "{endpoint}: no link to the schema of its {direction}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_state_error_and_event_is_explained() -> Result<()> {
+    let page = page("docs/states.md")?;
+    let status: Value = serde_json::from_str(&std::fs::read_to_string(wire::folder().join("status.reply.json"))?)?;
+    let states = status["$defs"]["State"]["oneOf"].as_array().context("states")?;
+    let states = states.iter().filter_map(|state| state["const"].as_str());
+    check_headings(&page, "States", states.collect())?;
+    check_headings(&page, "Errors", LastError::KINDS.into())?;
+    check_headings(&page, "Events", Event::KINDS.into())
+}
+
+/// Each name has a heading of its own below `## title`, and nothing else has.
+fn check_headings(page: &str, title: &str, names: BTreeSet<&str>) -> Result<()> {
+    let (_, part) = page.split_once(&format!("\n## {title}\n")).with_context(|| format!("no part {title}"))?;
+    let part = part.split("\n## ").next().unwrap_or_default();
+    let found = part.lines().filter_map(|line| line.strip_prefix("### `")?.strip_suffix('`'));
+    let found: BTreeSet<&str> = found.collect();
+    ensure!(found == names, "{title}: the page has {found:?}, the program {names:?}");
+    Ok(())
+}
+
+#[test]
+fn links_lead_somewhere() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut links = 0;
+    for page in [pages(root)?, pages(&root.join("docs"))?].concat() {
+        let text = std::fs::read_to_string(&page)?;
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if link.contains("://") {
+                continue;
+            }
+            links += 1;
+            let (file, anchor) = link.split_once('#').map_or((link, None), |(file, anchor)| (file, Some(anchor)));
+            let target = if file.is_empty() { page.clone() } else { page.with_file_name(file) };
+            ensure!(target.exists(), "{}: `{link}` does not exist", page.display());
+            if let Some(anchor) = anchor {
+                let found =
+                    std::fs::read_to_string(&target)?.lines().any(|line| anchor_of(line) == Some(anchor.into()));
+                ensure!(found, "{}: `{link}` has no such heading", page.display());
+            }
+        }
+    }
+    ensure!(links > 20, "only {links} links");
+    Ok(())
+}
+
+#[test]
+fn the_index_lists_every_page() -> Result<()> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let index = page("docs/README.md")?;
+    for page in pages(&folder)? {
+        let name = page.file_name().and_then(|name| name.to_str()).context("a name")?;
+        ensure!(name == "README.md" || index.contains(&format!("({name})")), "docs/README.md does not list {name}");
+    }
+    Ok(())
+}
+
+fn page(path: &str) -> Result<String> {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).with_context(|| path.to_owned())
+}
+
+fn pages(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    Ok(entries.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "md")).collect())
+}
+
+/// What a heading is linked by.
+fn anchor_of(line: &str) -> Option<String> {
+    let heading = line.strip_prefix('#')?.trim_start_matches('#').strip_prefix(' ')?;
+    let kept = heading.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    Some(kept.map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect())
+}
+
+/// All `nats req` in the console blocks of a page, with what stands behind them.
+fn examples(page: &str) -> Result<Vec<Example>> {
+    let mut examples = Vec::new();
+    let mut lines = page.lines().enumerate().peekable();
+    let mut in_console = false;
+    while let Some((number, line)) = lines.next() {
+        if line.starts_with("```") {
+            in_console = line == "```console";
+        }
+        let Some(command) = line.strip_prefix("$ ").filter(|_| in_console) else { continue };
+        let mut command = command.to_owned();
+        while command.matches('\'').count() % 2 == 1 {
+            let (_, more) = lines.next().context("a quote is not closed")?;
+            command = format!("{command}\n{more}");
+        }
+        let mut output = String::new();
+        while let Some((_, more)) = lines.next_if(|(_, line)| !line.starts_with("$ ") && !line.starts_with("```")) {
+            output.push_str(more);
+        }
+        let line = number + 1;
+        if let Some(rest) = command.strip_prefix("nats req ") {
+            let example = example(line, rest, &output);
+            examples.push(example.with_context(|| format!("line {line}: `{command}`"))?);
+        } else {
+            let known = ["stream-replicator ", "nats sub ", "nats kv ", "nats micro "];
+            ensure!(known.iter().any(|known| command.starts_with(known)), "line {line}: `{command}` is not checked");
+        }
+    }
+    ensure!(!examples.is_empty(), "no examples");
+    Ok(examples)
+}
+
+fn example(line: usize, command: &str, output: &str) -> Result<Example> {
+    let mut words = words(command)?.into_iter();
+    let (mut plain, mut headers, mut raw, mut hidden) = (Vec::new(), Vec::new(), false, false);
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--raw" => raw = true,
+            "-H" => {
+                let header = words.next().context("a header")?;
+                let (name, value) = header.split_once(':').context("a header is `name:value`")?;
+                headers.push((name.to_owned(), value.to_owned()));
+            }
+            "|" => ensure!(words.next().as_deref() == Some("jq"), "only jq can follow"),
+            ">" => hidden = words.next().is_some(),
+            _ => plain.push(word),
+        }
+    }
+    // Without `--raw` the tool says more than the reply, and without a body it reads its input.
+    ensure!(raw, "without --raw");
+    let [subject, body] = plain.try_into().ok().context("subject and body")?;
+    let endpoint = subject.strip_prefix("replicator.").context("the subject")?.to_owned();
+    let reply = if hidden { None } else { Some(serde_json::from_str(output).context("the reply")?) };
+    Ok(Example { line, endpoint, headers, body, reply })
+}
+
+/// Words as a shell splits them, as far as the pages need it.
+fn words(command: &str) -> Result<Vec<String>> {
+    let (mut words, mut word, mut quoted) = (Vec::new(), None, false);
+    for c in command.chars() {
+        match c {
+            '\'' => {
+                quoted = !quoted;
+                word.get_or_insert_with(String::new);
+            }
+            ' ' if !quoted => words.extend(word.take()),
+            '"' | '$' | '`' | '\\' if !quoted => bail!("`{c}` outside of quotes"),
+            c => word.get_or_insert_with(String::new).push(c),
+        }
+    }
+    ensure!(!quoted, "a quote is not closed");
+    words.extend(word);
+    Ok(words)
+}
+
+/// Name and queue group of all endpoints.
+async fn endpoints(site: &Site) -> Result<HashMap<String, String>> {
+    let info = request(&site.client, "$SRV.INFO.replicator", Value::Null).await?;
+    let endpoints = info["endpoints"].as_array().context("endpoints")?.iter().map(|endpoint| {
+        let name = endpoint["subject"].as_str().and_then(|subject| subject.strip_prefix("replicator."))?;
+        Some((name.to_owned(), endpoint["queue_group"].as_str()?.to_owned()))
+    });
+    endpoints.collect::<Option<_>>().context("subjects and groups")
+}
+
+/// A document of the page, with the servers of this site.
+fn on_this_site(site: &Site, body: &str) -> String {
+    let place = |url: String| url.trim_start_matches("nats://").to_owned();
+    body.replace("nats.east.example.net:4222", &place(site.source.url()))
+        .replace("nats.hub.example.net:4222", &place(site.target.url()))
+}
+
+/// The streams of the page: one to copy, one with a message that the target can never store; a third one is missing.
+async fn prepare(site: &Site) -> Result<()> {
+    site.filled("ORDERS", 1200).await?;
+    site.source_stream("PARCELS", json!({})).await?;
+    site.target_stream("PARCELS", json!({"max_msg_size": 512})).await?;
+    site.source().await?.publish(&Outgoing::new("parcels.1", "x".repeat(1000))).await?;
+    Ok(())
+}
+
+/// Waits until what the example is about is as the page says.
+async fn before(site: &Site, example: &Example) -> Result<()> {
+    if example.is_refused() {
+        return Ok(());
+    }
+    let state = async |id: &str, state: &str| site.row_when(id, state, |row| row["state"] == state).await;
+    match example.endpoint.as_str() {
+        // From here on the page knows more replications than the one that it added.
+        "config.list" if site.ask("config.get", "INVOICES").await?.error.is_some() => {
+            site.add("INVOICES", json!({})).await?;
+            site.add("PARCELS", json!({})).await?;
+            state("INVOICES", "held").await?;
+            state("PARCELS", "held").await?;
+        }
+        "status" | "pause" => drop(site.settled("ORDERS", 1200).await?),
+        "position" | "resume" => drop(state("ORDERS", "paused").await?),
+        "retry" => drop(state("INVOICES", "held").await?),
+        "skip" => drop(state("PARCELS", "held").await?),
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The same fields of the same types, whatever the values.
+fn same_shape(at: &str, documented: &Value, sent: &Value) -> Result<()> {
+    match (documented, sent) {
+        (Value::Object(documented), Value::Object(sent)) => {
+            let (ours, theirs): (BTreeSet<_>, BTreeSet<_>) = (documented.keys().collect(), sent.keys().collect());
+            ensure!(ours == theirs, "`{at}`: documented are {ours:?}, sent are {theirs:?}");
+            documented.iter().try_for_each(|(name, value)| same_shape(&format!("{at}/{name}"), value, &sent[name]))
+        }
+        (Value::Array(documented), Value::Array(sent)) => {
+            ensure!(documented.is_empty() == sent.is_empty(), "`{at}`: only one of both is empty");
+            documented.iter().zip(sent).try_for_each(|(ours, theirs)| same_shape(&format!("{at}/0"), ours, theirs))
+        }
+        (Value::Null, Value::Null)
+        | (Value::Bool(_), Value::Bool(_))
+        | (Value::Number(_), Value::Number(_))
+        | (Value::String(_), Value::String(_)) => Ok(()),
+        _ => bail!("`{at}`: documented is {documented}, sent is {sent}"),
+    }
+}
