@@ -90,7 +90,8 @@ pub type InstancesRequest = ListRequest;
 pub struct Changed {
     /// Replication id.
     pub replication: String,
-    /// Revision of the document; of its deletion after a delete.
+    /// Revision of the document: the one that it had before an update that changed nothing, and that of its deletion
+    /// after a delete.
     pub revision: u64,
 }
 

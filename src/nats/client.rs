@@ -1,11 +1,12 @@
 //! An async-nats connection for what is not the copy path: the control service, the buckets and events.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    error::Error as _,
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
-use async_nats::{Auth as Login, AuthError, Client, ConnectOptions, Event, ServerAddr};
+use async_nats::{Auth as Login, AuthError, Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use tracing::{debug, info, warn};
 
@@ -34,26 +35,49 @@ pub struct Error {
 /// Makes a client that connects in the background, and again whenever the connection is lost, for as long as it
 /// lives. `name` is what the server shows. Connection events are logged, each distinct error once.
 pub async fn connect(endpoint: &Endpoint, name: &str) -> Result<Client, Error> {
+    let log = EventLog { endpoint: endpoint.to_string(), told: Told::default() };
+    let options = options(endpoint, name, move |event| log.tell(&event))?.retry_on_initial_connect();
+    made(endpoint, options).await
+}
+
+/// Makes a client that is connected, for who asks one thing and goes: each server is tried once, and the error says
+/// why none let us in. A connection that is lost later comes back by itself. `tell` hears what happens to it.
+pub async fn connect_now(
+    endpoint: &Endpoint,
+    name: &str,
+    tell: impl Fn(Event) + Send + Sync + 'static,
+) -> Result<Client, Error> {
+    made(endpoint, options(endpoint, name, tell)?).await
+}
+
+async fn made(endpoint: &Endpoint, options: ConnectOptions) -> Result<Client, Error> {
     let fail = |message: String| Error { endpoint: endpoint.to_string(), message };
     let servers = servers(endpoint).map_err(fail)?;
-    let options = authenticate(&endpoint.auth);
-    let options = secure(options, endpoint).map_err(fail)?;
-    let log = Arc::new(EventLog { endpoint: endpoint.to_string(), told: Told::default() });
-    options
+    options.connect(servers).await.map_err(|error| match (error.kind(), error.source()) {
+        // the reason says more than that it was about logging in
+        (ConnectErrorKind::Authentication, Some(reason)) => fail(reason.to_string()),
+        _ => fail(error.to_string()),
+    })
+}
+
+fn options(
+    endpoint: &Endpoint,
+    name: &str,
+    tell: impl Fn(Event) + Send + Sync + 'static,
+) -> Result<ConnectOptions, Error> {
+    let fail = |message: String| Error { endpoint: endpoint.to_string(), message };
+    let options = secure(authenticate(&endpoint.auth), endpoint).map_err(fail)?;
+    Ok(options
         .name(name)
         .connection_timeout(endpoint.connect_timeout)
         .request_timeout(Some(REQUEST_TIMEOUT))
         .ping_interval(PING_INTERVAL)
-        .retry_on_initial_connect()
         .max_reconnects(None)
         .reconnect_delay_callback(reconnect_delay)
         .event_callback(move |event| {
-            log.tell(&event);
+            tell(event);
             std::future::ready(())
-        })
-        .connect(servers)
-        .await
-        .map_err(|error| fail(error.to_string()))
+        }))
 }
 
 fn servers(endpoint: &Endpoint) -> Result<Vec<ServerAddr>, String> {
