@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     backoff::Backoff,
-    config::Endpoint,
+    config::Place,
     control,
     copy::Budget,
     events::Events,
@@ -38,7 +38,7 @@ const CONNECTION_GRACE: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The control connection.
-    pub server: Endpoint,
+    pub server: Place,
     /// The name this installation goes by.
     pub site: String,
     /// This process.
@@ -95,6 +95,8 @@ fn stop_on_signals(stop: CancellationToken) -> io::Result<()> {
 /// What has been started, in the order in which it was.
 struct System {
     client: Client,
+    /// Of the JetStream that holds the buckets.
+    api_prefix: String,
     events: Events,
     progress: watch::Sender<Progress>,
     monitor: Option<Monitor>,
@@ -106,7 +108,7 @@ impl System {
     /// What works without a server: the control connection is made in the background.
     async fn start(settings: &Settings) -> anyhow::Result<Self> {
         let Settings { server, site, instance, monitor, prefix, .. } = settings;
-        let client = client::connect(server, &format!("{} {site}/{instance}", names::PROGRAM)).await?;
+        let (client, connection) = client::connect(server, &format!("{} {site}/{instance}", names::PROGRAM)).await?;
         let events = Events::new(client.clone(), prefix, site, instance);
         let (progress, view) = watch::channel(Progress::default());
         let sources = Sources { site: site.clone(), client: client.clone(), events: events.clone(), progress: view };
@@ -117,13 +119,14 @@ impl System {
             }
             None => None,
         };
-        Ok(Self { client, events, progress, monitor, supervisor: None, service: None })
+        let api_prefix = connection.api_prefix;
+        Ok(Self { client, api_prefix, events, progress, monitor, supervisor: None, service: None })
     }
 
     /// Starts the rest, then waits for the stop.
     async fn work(&mut self, settings: &Settings, stop: &CancellationToken) -> anyhow::Result<()> {
         let Settings { site, instance, prefix, bucket_prefix, bucket_replicas, .. } = settings;
-        let open = async || Buckets::open(self.client.clone(), bucket_prefix, *bucket_replicas).await;
+        let open = async || Buckets::open(self.client.clone(), &self.api_prefix, bucket_prefix, *bucket_replicas).await;
         let Some(buckets) = persist("the buckets cannot be opened", stop, open).await else { return Ok(()) };
 
         let deps = Deps {

@@ -109,7 +109,7 @@ impl Other {
     /// Whether a program reads what is printed.
     fn json(&self) -> bool {
         match self {
-            Self::Config(args) => args.global.json,
+            Self::Config(args) => args.global().json,
             Self::Status(args) => args.global.json,
             Self::Pause(args) | Self::Resume(args) | Self::Retry(args) => args.global.json,
             Self::Position(args) => args.global.json,

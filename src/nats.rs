@@ -4,6 +4,7 @@
 
 mod auth;
 pub mod client;
+pub mod context;
 mod error;
 pub mod fast_ingest;
 pub mod headers;
@@ -11,6 +12,14 @@ pub mod jetstream;
 mod lane;
 pub mod parser;
 mod tls;
+mod websocket;
+
+use crate::config::Place;
 
 pub use error::{ApiError, Error, ErrorKind};
 pub use lane::{Batch, Lane, Message, ServerInfo, Turn};
+
+/// A lane to a place; the file of a context is read now.
+pub async fn connect(place: &Place, name: &str) -> Result<Lane, Error> {
+    Lane::connect(&context::resolve(place)?, name).await
+}

@@ -51,6 +51,9 @@ pub(super) struct Args {
     /// Only show what would be done
     #[arg(long)]
     dry_run: bool,
+
+    #[command(flatten)]
+    pub(super) global: Global,
 }
 
 /// What `--json` prints.
@@ -106,12 +109,12 @@ enum Difference {
     None,
 }
 
-pub(super) async fn run(global: &Global, args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
     let found = files::documents(&args.files).map_err(|problems| refuse(&problems, out))?;
     if found.is_empty() && args.prune {
         return Err(Error::Failed("the files hold no document: `--prune` would remove everything".to_owned()));
     }
-    let client = Client::connect(global).await?;
+    let client = Client::connect(&args.global).await?;
     let site = site(&client).await?;
     let list: Reply<List> = client.pages("config.list").await?;
     let stored = list.value.replications.into_iter().filter(|row| row.origin == "kv");

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use async_nats::{Event, HeaderMap, Message, RequestErrorKind};
+use async_nats::{Event, HeaderMap, Message, RequestErrorKind, jetstream};
 use bytes::Bytes;
 use chrono::Utc;
 use serde::{Serialize, de::DeserializeOwned};
@@ -17,7 +17,7 @@ use super::{error::Error, global::Global, output::clean};
 use crate::{
     control::api::{ErrorReply, Failure, Instances, List, Status},
     names::{self, DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
-    nats::client::connect_now,
+    nats::client::connect_once,
 };
 
 /// A connection to where the service is asked.
@@ -26,6 +26,8 @@ pub(super) struct Client {
     nats: async_nats::Client,
     /// Without secrets.
     server: String,
+    /// What the JetStream API's subjects begin with.
+    api_prefix: String,
     prefix: String,
     answer_within: Duration,
     /// What the server last said against something of ours.
@@ -60,10 +62,8 @@ impl Paged for Instances {
 
 impl Client {
     pub(super) async fn connect(global: &Global) -> Result<Self, Error> {
-        let mut endpoint = global.connection.endpoint().map_err(Error::Usage)?;
-        let answer_within = global.answer_within();
-        endpoint.connect_timeout = endpoint.connect_timeout.min(answer_within);
-        let server = endpoint.to_string();
+        let answer_within = global.asking.timeout().map_err(Error::Usage)?;
+        let place = global.asking.place().map_err(Error::Usage)?;
         let refusal = Arc::new(Mutex::new(None));
         let last = refusal.clone();
         let tell = move |event| match event {
@@ -71,10 +71,17 @@ impl Client {
             Event::Disconnected => tell("the connection is lost"),
             _ => {}
         };
-        let connected = connect_now(&endpoint, &format!("{} command", names::PROGRAM), tell).await;
-        let nats = connected
-            .map_err(|error| Error::Failed(format!("cannot connect to `{server}`: {}", clean(&error.message))))?;
-        Ok(Self { nats, server, prefix: global.prefix.clone(), answer_within, refusal })
+        let connected = connect_once(&place, &format!("{} command", names::PROGRAM), tell).await;
+        let (nats, connection) = connected.map_err(|error| Error::Failed(clean(&error.to_string())))?;
+        let (server, api_prefix) = (connection.endpoint.to_string(), connection.api_prefix);
+        Ok(Self { nats, server, api_prefix, prefix: global.prefix.clone(), answer_within, refusal })
+    }
+
+    /// JetStream where it is connected to.
+    pub(super) fn jetstream(&self) -> jetstream::Context {
+        let mut context = jetstream::with_prefix(self.nats.clone(), &self.api_prefix);
+        context.set_timeout(self.answer_within);
+        context
     }
 
     /// Waits less for each answer: many are asked for.

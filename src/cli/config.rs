@@ -25,9 +25,6 @@ use crate::{
 pub(super) struct Args {
     #[command(subcommand)]
     verb: Verb,
-
-    #[command(flatten)]
-    pub(super) global: Global,
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -40,14 +37,14 @@ enum Verb {
     Get(GetArgs),
     /// List all replications
     #[command(visible_alias = "list")]
-    Ls,
+    Ls(Global),
     /// Remove replications, with position and state
     #[command(visible_alias = "delete")]
     Rm(RmArgs),
     /// Check a document and what both sides say to it; exit code 1 if it is not valid
     Validate(FileArgs),
     /// Show the JSON schema of a document
-    Schema,
+    Schema(Global),
     /// Change the document of a replication in `$VISUAL` or `$EDITOR`
     Edit(edit::Args),
     Apply(apply::Args),
@@ -57,6 +54,9 @@ enum Verb {
 struct FileArgs {
     /// JSON document; `-` for stdin
     file: PathBuf,
+
+    #[command(flatten)]
+    global: Global,
 }
 
 #[derive(Debug, clap::Args)]
@@ -67,6 +67,9 @@ struct UpdateArgs {
     /// Only if the document is at this revision
     #[arg(long, value_name = "N")]
     revision: Option<u64>,
+
+    #[command(flatten)]
+    global: Global,
 }
 
 #[derive(Debug, clap::Args)]
@@ -77,6 +80,9 @@ struct GetArgs {
     /// Print the document alone
     #[arg(long)]
     raw: bool,
+
+    #[command(flatten)]
+    global: Global,
 }
 
 #[derive(Debug, clap::Args)]
@@ -92,25 +98,42 @@ struct RmArgs {
     /// Do not ask; needed where nobody can be asked
     #[arg(long)]
     force: bool,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+impl Args {
+    pub(super) fn global(&self) -> &Global {
+        match &self.verb {
+            Verb::Add(args) | Verb::Validate(args) => &args.global,
+            Verb::Update(args) => &args.global,
+            Verb::Get(args) => &args.global,
+            Verb::Ls(global) | Verb::Schema(global) => global,
+            Verb::Rm(args) => &args.global,
+            Verb::Edit(args) => &args.global,
+            Verb::Apply(args) => &args.global,
+        }
+    }
 }
 
 /// Carries out the command.
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
-    let global = &args.global;
+    let global = args.global();
     match &args.verb {
         Verb::Add(args) => write(global, "config.add", &args.file, None, out).await,
         Verb::Update(args) => write(global, "config.update", &args.file, args.revision, out).await,
-        Verb::Get(args) => get(global, args, out).await,
-        Verb::Ls => list(global, out).await,
-        Verb::Rm(args) => remove(global, args, out).await,
-        Verb::Validate(args) => validate(global, args, out).await,
-        Verb::Schema => {
+        Verb::Get(args) => get(args, out).await,
+        Verb::Ls(_) => list(global, out).await,
+        Verb::Rm(args) => remove(args, out).await,
+        Verb::Validate(args) => validate(args, out).await,
+        Verb::Schema(_) => {
             let schema: Reply<Value> = Client::connect(global).await?.query("config.schema", &json!({})).await?;
             out.reply(&schema, pretty);
             Ok(Verdict::Good)
         }
-        Verb::Edit(args) => edit::run(global, args, out).await,
-        Verb::Apply(args) => apply::run(global, args, out).await,
+        Verb::Edit(args) => edit::run(args, out).await,
+        Verb::Apply(args) => apply::run(args, out).await,
     }
 }
 
@@ -141,8 +164,8 @@ fn at_revision(changed: &Changed) -> String {
     format!("{} is at revision {}", changed.replication, changed.revision)
 }
 
-async fn get(global: &Global, args: &GetArgs, out: &mut Output) -> Result<Verdict, Error> {
-    let reply = stored(&Client::connect(global).await?, &args.id).await?;
+async fn get(args: &GetArgs, out: &mut Output) -> Result<Verdict, Error> {
+    let reply = stored(&Client::connect(&args.global).await?, &args.id).await?;
     let found = reply.value.problems.clone();
     if args.raw {
         out.line(&pretty(&reply.value.config));
@@ -187,11 +210,11 @@ pub(super) fn state_colour(state: State) -> Colour {
     }
 }
 
-async fn remove(global: &Global, args: &RmArgs, out: &mut Output) -> Result<Verdict, Error> {
+async fn remove(args: &RmArgs, out: &mut Output) -> Result<Verdict, Error> {
     if !args.force && !sure(args)? {
         return Err(Error::Failed("nothing was removed".to_owned()));
     }
-    let client = Client::connect(global).await?;
+    let client = Client::connect(&args.global).await?;
     let mut verdict = Verdict::Good;
     for id in &args.ids {
         let request = DeleteRequest { replication: id.clone(), keep: args.keep };
@@ -215,9 +238,9 @@ fn sure(args: &RmArgs) -> Result<bool, Error> {
     Ok(output::ask(&format!("remove {} ({what})? [y/N]", args.ids.join(", "))) == Some(true))
 }
 
-async fn validate(global: &Global, args: &FileArgs, out: &mut Output) -> Result<Verdict, Error> {
+async fn validate(args: &FileArgs, out: &mut Output) -> Result<Verdict, Error> {
     let document = files::read(&args.file)?;
-    let reply: Reply<Validation> = Client::connect(global).await?.look("config.validate", document).await?;
+    let reply: Reply<Validation> = Client::connect(&args.global).await?.look("config.validate", document).await?;
     let verdict = if reply.value.valid { Verdict::Good } else { Verdict::Bad };
     if out.json() {
         out.reply(&reply, |_| String::new());

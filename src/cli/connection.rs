@@ -1,19 +1,259 @@
-//! Where a command finds the service, and as whom: flags, the environment and contexts, as the `nats` tool has them.
+//! Where a command finds its server, and as whom: flags, the environment and contexts, as the `nats` tool has them.
 
-use crate::config::Endpoint;
+use std::{env, path::PathBuf, time::Duration};
 
-/// The connection of a command.
-#[derive(Debug, clap::Args)]
+use crate::{
+    config::{FieldError, Fields, Place, Secret, check_context_name, parse_duration},
+    nats::context,
+};
+
+/// The service answers within 3 s.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How to connect; every flag goes before the same field of the context.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Connection")]
 pub(super) struct Connection {
-    /// NATS servers to ask: `nats://[user:password@]host[:port][,host...][?credentials=FILE&nkey=FILE&...]`
-    #[arg(long, short, value_name = "URL[,URL]", env = "NATS_URL", hide_env_values = true, global = true)]
-    server: Option<String>,
+    /// Servers: `nats://[user:password@]host[:port][,host...][?credentials=FILE&nkey=FILE&...]`, also `tls://`, `ws://`
+    /// and `wss://`
+    #[arg(long, short, value_name = "URL[,URL]", env = "NATS_URL", hide_env_values = true)]
+    server: Option<Secret>,
+
+    /// User, or a token where there is no password
+    #[arg(long, value_name = "USER", env = "NATS_USER", hide_env_values = true)]
+    user: Option<String>,
+
+    /// Password
+    #[arg(long, value_name = "PASSWORD", env = "NATS_PASSWORD", hide_env_values = true)]
+    password: Option<Secret>,
+
+    /// Credentials file: a JWT and its seed
+    #[arg(long, value_name = "FILE", env = "NATS_CREDS", hide_env_values = true)]
+    creds: Option<PathBuf>,
+
+    /// File of an nkey seed
+    #[arg(long, value_name = "FILE", env = "NATS_NKEY", hide_env_values = true)]
+    nkey: Option<PathBuf>,
+
+    /// Client certificate, PEM
+    #[arg(long, value_name = "FILE", env = "NATS_CERT", hide_env_values = true)]
+    tlscert: Option<PathBuf>,
+
+    /// Key of the client certificate, PEM
+    #[arg(long, value_name = "FILE", env = "NATS_KEY", hide_env_values = true)]
+    tlskey: Option<PathBuf>,
+
+    /// Certificate authorities to trust instead of the system's, PEM
+    #[arg(long, value_name = "FILE", env = "NATS_CA", hide_env_values = true)]
+    tlsca: Option<PathBuf>,
+
+    /// Begin with the TLS handshake
+    #[arg(long)]
+    tlsfirst: bool,
+
+    /// Context of the `nats` tool
+    #[arg(long, value_name = "NAME", env = "NATS_CONTEXT", hide_env_values = true)]
+    context: Option<String>,
+
+    /// JetStream domain
+    #[arg(long, value_name = "DOMAIN", env = "NATS_JS_DOMAIN", hide_env_values = true)]
+    js_domain: Option<String>,
+
+    /// Prefix of the JetStream API, where it is imported from another account
+    #[arg(long, value_name = "SUBJECT", env = "NATS_JS_API_PREFIX", hide_env_values = true)]
+    js_api_prefix: Option<String>,
+
+    /// What reply subjects begin with [default: _INBOX]
+    #[arg(long, value_name = "SUBJECT", env = "NATS_INBOX_PREFIX", hide_env_values = true)]
+    inbox_prefix: Option<String>,
+}
+
+/// The connection of a command that asks the service.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Asking {
+    #[command(flatten)]
+    connection: Connection,
+
+    /// How long to wait for an answer, or for what is waited for [default: 5s for an answer, or NATS_TIMEOUT]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, help_heading = "Connection")]
+    timeout: Option<Duration>,
+}
+
+impl Asking {
+    /// Where to go; without a server and a context the one that is selected in the `nats` tool counts. An error names
+    /// the flag or the file and shows no secret.
+    pub(super) fn place(&self) -> Result<Place, String> {
+        self.connection.place_or_selected()
+    }
+
+    /// How long to wait for an answer.
+    pub(super) fn timeout(&self) -> Result<Duration, String> {
+        let general = env::var("NATS_TIMEOUT").ok().filter(|text| !text.is_empty());
+        match (self.timeout, general) {
+            (Some(timeout), _) => Ok(timeout),
+            (None, Some(text)) => parse_duration(&text).map_err(|error| format!("`NATS_TIMEOUT` is `{text}`: {error}")),
+            (None, None) => Ok(DEFAULT_TIMEOUT),
+        }
+    }
+
+    /// How long a command may take that waits for something; for as long as that takes, if nothing was said.
+    pub(super) fn limit(&self) -> Option<Duration> {
+        self.timeout
+    }
 }
 
 impl Connection {
-    /// Everything that was given, put together; the error names the flag or the file, never a secret.
-    pub(super) fn endpoint(&self) -> Result<Endpoint, String> {
-        let server = self.server.as_deref().unwrap_or("nats://127.0.0.1:4222");
-        Endpoint::parse(server).map_err(|error| format!("`--server`: {error}"))
+    /// Whether something says where to go.
+    pub(super) fn names_a_place(&self) -> bool {
+        given(self.server.as_ref(), Secret::reveal).is_some() || given(self.context.as_ref(), String::as_str).is_some()
+    }
+
+    /// A server to go to unless another one is named.
+    pub(super) fn server_or(mut self, server: Option<Secret>) -> Self {
+        self.server = given(self.server.as_ref(), Secret::reveal).or(server);
+        self
+    }
+
+    /// Everything that was given, put together.
+    pub(super) fn place(&self) -> Result<Place, String> {
+        self.place_in(given(self.context.as_ref(), String::as_str))
+    }
+
+    fn place_or_selected(&self) -> Result<Place, String> {
+        if self.names_a_place() {
+            return self.place();
+        }
+        self.place_in(context::selected().map_err(|error| error.to_string())?)
+    }
+
+    fn place_in(&self, context: Option<String>) -> Result<Place, String> {
+        let fields = self.fields();
+        fields.check().map_err(told)?;
+        match context {
+            None => fields.connection().map(Place::Known).map_err(told),
+            Some(name) => {
+                check_context_name(&name).map_err(|right| format!("`--context`: `{name}` is not possible: {right}"))?;
+                let place = Place::Context { name, over: Box::new(fields), under: Box::default() };
+                context::resolve(&place).map_err(|error| error.to_string())?;
+                Ok(place)
+            }
+        }
+    }
+
+    fn fields(&self) -> Fields {
+        let text = |value: &Option<String>| given(value.as_ref(), String::as_str);
+        let file = |path: &Option<PathBuf>| {
+            let mut path = path.clone().filter(|path| !path.as_os_str().is_empty())?;
+            context::expand(&mut path);
+            Some(path)
+        };
+        Fields {
+            url: given(self.server.as_ref(), Secret::reveal),
+            user: text(&self.user),
+            password: given(self.password.as_ref(), Secret::reveal),
+            creds: file(&self.creds),
+            nkey: file(&self.nkey),
+            cert: file(&self.tlscert),
+            key: file(&self.tlskey),
+            ca: file(&self.tlsca),
+            tls_first: self.tlsfirst,
+            jetstream_domain: text(&self.js_domain),
+            jetstream_api_prefix: text(&self.js_api_prefix),
+            inbox_prefix: text(&self.inbox_prefix),
+            ..Fields::default()
+        }
+    }
+}
+
+/// An empty flag or environment variable is as good as none.
+fn given<T: Clone>(value: Option<&T>, text: impl Fn(&T) -> &str) -> Option<T> {
+    value.filter(|value| !text(value).is_empty()).cloned()
+}
+
+/// What is wrong, with the flag and the variable in front.
+fn told(error: FieldError) -> String {
+    let (flag, variable) = match error.field {
+        "url" => ("--server", "NATS_URL"),
+        "user" => ("--user", "NATS_USER"),
+        "password" => ("--password", "NATS_PASSWORD"),
+        "creds" => ("--creds", "NATS_CREDS"),
+        "nkey" => ("--nkey", "NATS_NKEY"),
+        "cert" => ("--tlscert", "NATS_CERT"),
+        "key" => ("--tlskey", "NATS_KEY"),
+        "ca" => ("--tlsca", "NATS_CA"),
+        "jetstream_domain" => ("--js-domain", "NATS_JS_DOMAIN"),
+        "jetstream_api_prefix" => ("--js-api-prefix", "NATS_JS_API_PREFIX"),
+        "inbox_prefix" => ("--inbox-prefix", "NATS_INBOX_PREFIX"),
+        field => return format!("`{field}`: {}", error.message),
+    };
+    format!("`{flag}` (or `{variable}`): {}", error.message)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Command {
+        #[command(flatten)]
+        asking: Asking,
+    }
+
+    fn place(arguments: &[&str]) -> Result<Place, String> {
+        let command = Command::try_parse_from(["x"].iter().chain(arguments)).unwrap();
+        command.asking.connection.place()
+    }
+
+    #[test]
+    fn flags_make_a_connection() {
+        let Place::Known(connection) = place(&[
+            "-s",
+            "tls://h",
+            "--creds",
+            "/c",
+            "--tlscert",
+            "/p",
+            "--tlskey",
+            "/k",
+            "--tlsca",
+            "/a",
+            "--tlsfirst",
+            "--js-domain",
+            "hub",
+            "--inbox-prefix",
+            "in",
+        ])
+        .unwrap() else {
+            panic!("a context")
+        };
+        assert_eq!(connection.endpoint.to_string(), "tls://h:4222?credentials=/c&tls_handshake_first=true");
+        assert_eq!(connection.endpoint.tls.ca, Some("/a".into()));
+        assert_eq!((connection.api_prefix.as_str(), connection.inbox_prefix.as_str()), ("$JS.hub.API", "in"));
+        let asking = Command::try_parse_from(["x", "--timeout", "1m"]).unwrap().asking;
+        assert_eq!((asking.timeout(), asking.limit()), (Ok(Duration::from_secs(60)), Some(Duration::from_secs(60))));
+    }
+
+    #[test]
+    fn errors_name_the_flag_and_show_no_secret() {
+        let check = |arguments: &[&str], expect: &str| {
+            let error = place(arguments).unwrap_err();
+            assert!(error.contains(expect) && !error.contains("s3cret"), "{error}");
+        };
+        check(&["--server", "http://u:s3cret@h"], "`--server` (or `NATS_URL`): the scheme");
+        check(&["--password", "s3cret"], "`--password` (or `NATS_PASSWORD`): there is no user");
+        check(&["--tlscert", "/c"], "`--tlscert` (or `NATS_CERT`): there is no key");
+        check(&["--js-domain", "a.b"], "`--js-domain` (or `NATS_JS_DOMAIN`): the name of a domain");
+        check(&["--js-domain", "a", "--js-api-prefix", "b"], "`--js-api-prefix` (or `NATS_JS_API_PREFIX`): a domain");
+        check(&["--context", "../x"], "`--context`: `../x` is not possible");
+        check(&["--context", "there is none"], "there is no such file");
+    }
+
+    #[test]
+    fn secrets_are_not_printed() {
+        let arguments = ["x", "-s", "nats://u:s3cret@h", "--password", "s3cret"];
+        let command = Command::try_parse_from(arguments).unwrap();
+        assert!(!format!("{command:?}").contains("s3cret"), "{command:?}");
     }
 }

@@ -25,10 +25,13 @@ use crate::{
 pub(super) struct Args {
     /// Replication
     id: String,
+
+    #[command(flatten)]
+    pub(super) global: Global,
 }
 
-pub(super) async fn run(global: &Global, args: &Args, out: &mut Output) -> Result<Verdict, Error> {
-    let client = Client::connect(global).await?;
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+    let client = Client::connect(&args.global).await?;
     let site = site(&client).await?;
     let document = stored(&client, &args.id).await?.value;
     problems(out, &document.problems);

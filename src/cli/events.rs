@@ -91,8 +91,7 @@ async fn live(client: &Client, subjects: Vec<String>, out: &mut Output) -> Resul
 }
 
 async fn stored(client: &Client, subjects: Vec<String>, args: &Args, out: &mut Output) -> Result<(), Error> {
-    let mut context = jetstream::new(client.nats().clone());
-    context.set_timeout(client.answer_within());
+    let context = client.jetstream();
     let stream = capturing(&context, client, out).await?;
     let failed = |error: &dyn Display| Error::Failed(format!("events in stream `{stream}`: {error}"));
     let deliver_policy = match args.since {

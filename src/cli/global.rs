@@ -1,17 +1,12 @@
 //! What all commands that ask the service have in common.
 
-use std::time::Duration;
-
-use super::connection::Connection;
-use crate::{config::parse_duration, names};
-
-/// How long a command waits for an answer: the service answers within 3 s.
-pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+use super::connection::Asking;
+use crate::names;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Global {
-    #[command(flatten, next_help_heading = "Connection")]
-    pub(super) connection: Connection,
+    #[command(flatten)]
+    pub(super) asking: Asking,
 
     /// Subject prefix of the service
     #[arg(
@@ -21,25 +16,13 @@ pub(super) struct Global {
         hide_env_values = true,
         default_value = names::DEFAULT_PREFIX,
         value_parser = prefix,
-        global = true,
         help_heading = "Connection"
     )]
     pub(super) prefix: String,
 
-    /// How long to wait for an answer, and for what is waited for [default: 5s for an answer]
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration, global = true)]
-    pub(super) timeout: Option<Duration>,
-
     /// Print JSON: the answer as the service sent it
-    #[arg(long, global = true)]
+    #[arg(long, help_heading = "Options")]
     pub(super) json: bool,
-}
-
-impl Global {
-    /// How long to wait for one answer.
-    pub(super) fn answer_within(&self) -> Duration {
-        self.timeout.unwrap_or(ANSWER_WITHIN)
-    }
 }
 
 fn prefix(text: &str) -> Result<String, String> {

@@ -4,9 +4,10 @@ use std::{env, fs, process::ExitCode};
 
 use tracing::error;
 
+use super::connection::Connection;
 use crate::{
     app::{self, Settings},
-    config::Endpoint,
+    config::{Place, Secret},
     names, telemetry,
 };
 
@@ -15,11 +16,14 @@ const USAGE: u8 = 2;
 
 /// Runs the replicator: one process of one site
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("server", |arg| {
+    arg.help("Servers that hold the configuration and carry the service, or NATS_URL: \
+              `nats://[user:password@]host[:port][,host...][?credentials=FILE&nkey=FILE&...]`")
+        .env("STREAM_REPLICATOR_SERVER")
+}))]
 pub(super) struct Args {
-    /// NATS servers that hold the configuration and carry the service:
-    /// `nats://[user:password@]host[:port][,host...][?credentials=FILE&nkey=FILE&...]`
-    #[arg(long, value_name = "URL[,URL]", env = "STREAM_REPLICATOR_SERVER", hide_env_values = true)]
-    server: String,
+    #[command(flatten)]
+    connection: Connection,
 
     /// Name of the site, for provenance, metrics and as the default for each replication's `name`
     #[arg(long, value_name = "SITE", env = "STREAM_REPLICATOR_NAME", hide_env_values = true)]
@@ -124,8 +128,7 @@ impl Args {
         if let Some(monitor) = &monitor {
             check("--monitor", monitor, check_address(monitor));
         }
-        // The value may hold a password: it is not repeated.
-        let server = Endpoint::parse(&self.server).map_err(|error| problems.push(format!("`--server`: {error}")));
+        let server = self.place().map_err(|problem| problems.push(problem));
         let Ok(server) = server else { return Err(problems) };
         if !problems.is_empty() {
             return Err(problems);
@@ -139,6 +142,20 @@ impl Args {
             bucket_prefix: self.bucket_prefix.clone(),
             bucket_replicas: usize::from(self.bucket_replicas),
         })
+    }
+}
+
+impl Args {
+    /// A service has to be told where to go: what happens to be selected in the `nats` tool does not count.
+    fn place(&self) -> Result<Place, String> {
+        let general = env::var("NATS_URL").ok().filter(|url| !url.is_empty()).map(Secret::from);
+        let connection = self.connection.clone().server_or(general);
+        if !connection.names_a_place() {
+            return Err(
+                "`--server` or `--context` is needed: where are the servers that hold the configuration?".to_owned()
+            );
+        }
+        connection.place()
     }
 }
 
@@ -216,7 +233,7 @@ mod tests {
         let args = ["stream-replicator", "serve", "--name", "US", "--server", "http://me:hunter2@host"];
         let Command::Serve(args) = Cli::try_parse_from(args).unwrap().command else { panic!("not `serve`") };
         let problems = args.settings().unwrap_err();
-        assert!(problems[0].starts_with("`--server`: ") && !problems[0].contains("hunter2"), "{problems:?}");
+        assert!(problems[0].starts_with("`--server` (") && !problems[0].contains("hunter2"), "{problems:?}");
     }
 
     #[test]

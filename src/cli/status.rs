@@ -1,5 +1,7 @@
 //! `stream-replicator status`: what runs and how far it is, once, as it changes, or when it has caught up.
 
+use std::time::Duration;
+
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -7,7 +9,7 @@ use super::{
     client::{Client, Reply},
     config::{state_colour, state_name},
     error::{Error, Verdict},
-    global::{ANSWER_WITHIN, Global},
+    global::Global,
     output::{Colour, Output, Table, clean},
     wait, watch,
     words::{bytes, count, counted, seconds, time},
@@ -16,6 +18,9 @@ use crate::{
     control::api::{NamedRequest, Status},
     status::{Row, TargetMode, Transport},
 };
+
+/// An answer that does not come within this time is asked for again by who waits long.
+const LOOK_WITHIN: Duration = Duration::from_secs(5);
 
 /// Show what runs and how far it is
 ///
@@ -71,8 +76,8 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
     let client = Client::connect(&args.global).await?;
     let id = args.id.as_deref();
     if args.wait_caught_up {
-        let client = client.answering_within(ANSWER_WITHIN);
-        return wait::until_caught_up(&client, id, args.global.timeout, out).await;
+        let client = client.answering_within(LOOK_WITHIN);
+        return wait::until_caught_up(&client, id, args.global.asking.limit(), out).await;
     }
     if args.watch {
         return watch::run(&client, id, out).await;

@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Endpoint, Limits, Mapping, Problem, Problems, Replication, Side, Start, Tls, endpoint, parse_duration,
+    Connection, Endpoint, Fields, Limits, Mapping, Place, Problem, Problems, Replication, Side, Start, Tls,
+    check_context_name, endpoint, parse_duration,
+    place::{domain_prefix, subject_prefix},
     schema::{self, join, shorten},
 };
 
@@ -26,9 +28,29 @@ pub struct Document {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_stream: Option<String>,
     /// Where the source is.
-    pub source_url: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_url: Option<String>,
     /// Where the target is.
-    pub target_url: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_url: Option<String>,
+    /// Where the source is, by a context.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_context: Option<String>,
+    /// Where the target is, by a context.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_context: Option<String>,
+    /// JetStream domain of the source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_domain: Option<String>,
+    /// JetStream domain of the target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_domain: Option<String>,
+    /// Prefix of the source's JetStream API.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_api_prefix: Option<String>,
+    /// Prefix of the target's JetStream API.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_api_prefix: Option<String>,
     /// Only matching subjects are copied.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub filter_subject: Option<String>,
@@ -149,6 +171,16 @@ fn id(stream: &str, name: Option<&str>) -> String {
     }
 }
 
+/// What a document says of one side: names and texts of its fields.
+struct SideFields<'a> {
+    url: (&'static str, Option<&'a str>),
+    context: (&'static str, Option<&'a str>),
+    domain: (&'static str, Option<&'a str>),
+    api_prefix: (&'static str, Option<&'a str>),
+    own_tls: Option<&'a TlsDocument>,
+    tls: Option<&'a TlsDocument>,
+}
+
 /// Collects problems while the fields are read one by one; a field with a problem reads as `None` or a default,
 /// which nobody sees, because a document with a problem is refused.
 struct Checker {
@@ -192,8 +224,24 @@ impl Checker {
         self.tls("tls", tls);
         self.tls("source_tls", source_tls);
         self.tls("target_tls", target_tls);
-        let source = self.side("source_url", &document.source_url, stream, source_tls.or(tls));
-        let target = self.side("target_url", &document.target_url, target_stream, target_tls.or(tls));
+        let source = SideFields {
+            url: ("source_url", text(&document.source_url)),
+            context: ("source_context", text(&document.source_context)),
+            domain: ("source_domain", text(&document.source_domain)),
+            api_prefix: ("source_api_prefix", text(&document.source_api_prefix)),
+            own_tls: source_tls,
+            tls,
+        };
+        let target = SideFields {
+            url: ("target_url", text(&document.target_url)),
+            context: ("target_context", text(&document.target_context)),
+            domain: ("target_domain", text(&document.target_domain)),
+            api_prefix: ("target_api_prefix", text(&document.target_api_prefix)),
+            own_tls: target_tls,
+            tls,
+        };
+        let source = self.side(&source, stream);
+        let target = self.side(&target, target_stream);
         self.not_into_itself(source.as_ref(), target.as_ref());
         let filter_subject = text(&document.filter_subject).map(str::to_owned);
         if let Some(filter) = &filter_subject {
@@ -264,25 +312,69 @@ impl Checker {
         id(stream, name)
     }
 
-    fn side(&mut self, field: &str, url: &str, stream: Option<String>, tls: Option<&TlsDocument>) -> Option<Side> {
-        if url.is_empty() {
-            return None; // the schema has said so
+    fn side(&mut self, fields: &SideFields<'_>, stream: Option<String>) -> Option<Side> {
+        let api = self.api(fields);
+        let (url, context) = (fields.url, fields.context);
+        let place = match (url.1, context.1) {
+            (Some(_), Some(_)) => {
+                let message = format!("`{}` and `{}` name the servers both: leave out one of them", url.0, context.0);
+                self.problem(context.0, message);
+                return None;
+            }
+            (None, None) => {
+                let told = |field: &str| self.problems.iter().any(|problem| problem.path == join("", field));
+                if !told(url.0) && !told(context.0) {
+                    self.problem(url.0, format!("`{}` or `{}` is required", url.0, context.0));
+                }
+                return None;
+            }
+            (Some(text), None) => Place::Known(self.known(url.0, text, fields, api)?),
+            (None, Some(name)) => self.context(context.0, name, fields, api)?,
+        };
+        Some(Side { stream: stream?, place })
+    }
+
+    fn known(&mut self, field: &str, url: &str, fields: &SideFields<'_>, api: Option<String>) -> Option<Connection> {
+        let endpoint = Endpoint::parse(url).map_err(|error| self.problem(field, format!("`{field}`: {error}"))).ok()?;
+        if endpoint::is_masked(url) {
+            self.problem(field, format!("`{field}`: `***` stands for a secret that is not here: write the secret"));
+            return None;
         }
-        match Endpoint::parse(url) {
-            Err(error) => {
-                self.problem(field, format!("`{field}`: {error}"));
-                None
-            }
-            Ok(_) if endpoint::is_masked(url) => {
-                self.problem(field, format!("`{field}`: `***` stands for a secret that is not here: write the secret"));
-                None
-            }
-            Ok(mut endpoint) => {
-                let TlsDocument { ca, cert, key } = tls.cloned().unwrap_or_default();
-                endpoint.tls = Tls { ca, cert, key, ..endpoint.tls };
-                Some(Side { stream: stream?, endpoint })
-            }
+        let TlsDocument { ca, cert, key } = fields.own_tls.or(fields.tls).cloned().unwrap_or_default();
+        let endpoint = Endpoint { tls: Tls { ca, cert, key, ..endpoint.tls }, ..endpoint };
+        let connection = Connection::to(endpoint);
+        Some(Connection { api_prefix: api.unwrap_or(connection.api_prefix), ..connection })
+    }
+
+    fn context(&mut self, field: &str, name: &str, fields: &SideFields<'_>, api: Option<String>) -> Option<Place> {
+        if let Err(right) = check_context_name(name) {
+            let name = shorten(name);
+            self.problem(field, format!("`{field}` is `{name}`: {right}"));
+            return None;
         }
+        let files = |tls: Option<&TlsDocument>| {
+            let TlsDocument { ca, cert, key } = tls.cloned().unwrap_or_default();
+            Fields { ca, cert, key, ..Fields::default() }
+        };
+        let over = Fields { jetstream_api_prefix: api, ..files(fields.own_tls) };
+        let (over, under) = (Box::new(over), Box::new(files(fields.tls)));
+        Some(Place::Context { name: name.to_owned(), over, under })
+    }
+
+    fn api(&mut self, fields: &SideFields<'_>) -> Option<String> {
+        let (domain, prefix) = (fields.domain, fields.api_prefix);
+        let (field, text, parsed) = match (domain.1, prefix.1) {
+            (None, None) => return None,
+            (Some(_), Some(_)) => {
+                let message = format!("`{}` and `{}` say the same: leave out one of them", domain.0, prefix.0);
+                self.problem(prefix.0, message);
+                return None;
+            }
+            (Some(text), None) => (domain.0, text, domain_prefix(text)),
+            (None, Some(text)) => (prefix.0, text, subject_prefix(text)),
+        };
+        let parsed = parsed.map_err(|error| self.problem(field, format!("`{field}` is `{}`: {error}", shorten(text))));
+        parsed.ok()
     }
 
     fn tls(&mut self, field: &str, tls: Option<&TlsDocument>) {
@@ -297,8 +389,7 @@ impl Checker {
 
     fn not_into_itself(&mut self, source: Option<&Side>, target: Option<&Side>) {
         if source.is_some() && source == target {
-            let message =
-                "`target_url` and `target_stream` name the source stream: a stream cannot be copied into itself";
+            let message = "target and `target_stream` name the source stream: a stream cannot be copied into itself";
             self.problem("target_url", message.to_owned());
         }
     }
@@ -443,6 +534,11 @@ mod tests {
         parse_value(&with(more.clone()), "SITE").unwrap_or_else(|problems| panic!("{more}: {problems}"))
     }
 
+    fn endpoint(side: &Side) -> &Endpoint {
+        let Place::Known(connection) = &side.place else { panic!("{side:?}") };
+        &connection.endpoint
+    }
+
     fn problems(document: &Value) -> Vec<(String, String)> {
         let problems = parse_value(document, "SITE").expect_err(&document.to_string());
         problems.0.into_iter().map(|problem| (problem.path, problem.message)).collect()
@@ -454,7 +550,7 @@ mod tests {
         assert_eq!(replication.id, "S");
         assert_eq!(replication.name, "SITE");
         assert_eq!(replication.target.stream, "S");
-        assert_eq!(replication.target.endpoint, Endpoint::parse("nats://b:1").unwrap());
+        assert_eq!(*endpoint(&replication.target), Endpoint::parse("nats://b:1").unwrap());
         assert_eq!(replication.start, Start::All);
         assert_eq!(replication.limits, Limits::default());
         assert_eq!(replication.mapping, Mapping::default());
@@ -494,10 +590,37 @@ mod tests {
             "tls": {"ca": "/ca", "cert": "/cert", "key": "/key"}, "target_tls": {"ca": "/other"},
             "target_url": "tls://b?insecure=true"
         }));
-        assert_eq!(replication.source.endpoint.tls.key, Some("/key".into()));
-        let target = replication.target.endpoint.tls;
+        assert_eq!(endpoint(&replication.source).tls.key, Some("/key".into()));
+        let target = endpoint(&replication.target).tls.clone();
         assert_eq!((target.ca, target.cert, target.key), (Some("/other".into()), None, None));
         assert!(target.insecure);
+    }
+
+    #[test]
+    fn contexts_instead_of_urls() {
+        let replication = parse(
+            br#"{"stream":"S","source_context":"east","source_url":"","target_context":"hub","target_domain":"d",
+                 "tls":{"ca":"/ca"},"target_tls":{"cert":"/c","key":"/k"}}"#,
+            "SITE",
+        )
+        .unwrap();
+        let Place::Context { name, over, under } = replication.target.place else { panic!("a URL") };
+        assert_eq!((name.as_str(), over.jetstream_api_prefix.as_deref()), ("hub", Some("$JS.d.API")));
+        assert_eq!((over.key, under.ca), (Some("/k".into()), Some("/ca".into())));
+        assert_eq!(replication.source.place.to_string(), "context `east`");
+    }
+
+    #[test]
+    fn domains_and_prefixes() {
+        let prefix = |side: &Side| {
+            let Place::Known(connection) = &side.place else { panic!("{side:?}") };
+            connection.api_prefix.clone()
+        };
+        let replication = good(json!({"source_domain": "east", "target_api_prefix": "hub.js.", "target_domain": ""}));
+        assert_eq!(prefix(&replication.source), "$JS.east.API");
+        assert_eq!(prefix(&replication.target), "hub.js");
+        // the same servers, another domain: not the same stream
+        good(json!({"target_url": "nats://a", "target_domain": "leaf"}));
     }
 
     #[test]
@@ -534,9 +657,19 @@ mod tests {
         check(json!({"name": "a b"}), "/name", "one subject token");
         check(json!({"name": "a.b"}), "/name", "one subject token");
         check(json!({"name": "a:b"}), "/name", "replication's id");
-        check(json!({"source_url": "ws://h"}), "/source_url", "not supported yet");
+        check(json!({"source_url": "http://h"}), "/source_url", "not `nats://`");
         check(json!({"source_url": "nats://a:***@h"}), "/source_url", "stands for a secret");
         check(json!({"target_url": "nats://a"}), "/target_url", "into itself");
+        check(json!({"source_url": ""}), "/source_url", "`source_url` or `source_context` is required");
+        check(json!({"source_context": "x"}), "/source_context", "leave out one of them");
+        check(json!({"source_url": "", "source_context": "../x"}), "/source_context", "`../x`: the name of a context");
+        check(json!({"source_domain": "a.b"}), "/source_domain", "`a.b`: the name of a domain is one token");
+        check(json!({"target_api_prefix": "a.*"}), "/target_api_prefix", "cannot contain '*'");
+        check(
+            json!({"target_domain": "a", "target_api_prefix": "b"}),
+            "/target_api_prefix",
+            "`target_domain` and `target_api_prefix` say the same",
+        );
         check(json!({"filter_subject": "a..b"}), "/filter_subject", "empty token");
         check(json!({"filter_subject": "a.>.b"}), "/filter_subject", "only possible at the end");
         check(json!({"filter_subject": "a.b*"}), "/filter_subject", "stand alone");
@@ -630,8 +763,14 @@ mod tests {
             stream: "S".into(),
             name: some(),
             target_stream: some(),
-            source_url: "a".into(),
-            target_url: "b".into(),
+            source_url: some(),
+            target_url: some(),
+            source_context: some(),
+            target_context: some(),
+            source_domain: some(),
+            target_domain: some(),
+            source_api_prefix: some(),
+            target_api_prefix: some(),
             filter_subject: some(),
             target_subject_prefix: some(),
             target_subject_remove: some(),

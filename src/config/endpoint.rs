@@ -1,16 +1,15 @@
-//! Where to connect and as whom: what a `nats://` URL with its options says. Only words: nothing here
-//! opens a file or a socket.
+//! Where to connect and as whom: what a `nats://`, `tls://`, `ws://` or `wss://` URL with its options says. Only
+//! words: nothing here opens a file or a socket.
 
 use std::{borrow::Cow, fmt, net::Ipv6Addr, path::PathBuf, time::Duration};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
-use super::{parse_duration, schema::nearest};
+use super::{Secret, parse_duration, schema::nearest};
 
 /// Stands for a secret wherever a URL is shown.
 pub const MASK: &str = "***";
 
-const DEFAULT_PORT: u16 = 4222;
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const OPTIONS: [&str; 6] = ["credentials", "jwt", "nkey", "tls_handshake_first", "insecure", "connect_timeout"];
 
@@ -23,6 +22,8 @@ pub struct Endpoint {
     pub hosts: Vec<Host>,
     /// How the connection is made.
     pub scheme: Scheme,
+    /// Path of the websocket on every server, with its leading `/`; empty for none and for other schemes.
+    pub path: String,
     /// Who we are.
     pub auth: Auth,
     /// TLS settings; used when the scheme or the server asks for TLS.
@@ -36,7 +37,7 @@ pub struct Endpoint {
 pub struct Host {
     /// Host name or address, IPv6 without brackets.
     pub host: String,
-    /// TCP port; 4222 when none was written.
+    /// TCP port; that of the scheme when none was written.
     pub port: u16,
 }
 
@@ -47,10 +48,42 @@ pub enum Scheme {
     Nats,
     /// `tls://`: TLS or nothing.
     Tls,
+    /// `ws://`: a websocket over plain TCP.
+    Ws,
+    /// `wss://`: a websocket over TLS.
+    Wss,
+}
+
+impl Scheme {
+    const ALL: [Self; 4] = [Self::Nats, Self::Tls, Self::Ws, Self::Wss];
+
+    /// As written in a URL, without `://`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Nats => "nats",
+            Self::Tls => "tls",
+            Self::Ws => "ws",
+            Self::Wss => "wss",
+        }
+    }
+
+    /// Whether the protocol goes through a websocket.
+    pub const fn is_websocket(self) -> bool {
+        matches!(self, Self::Ws | Self::Wss)
+    }
+
+    /// Port where a URL names none.
+    const fn default_port(self) -> u16 {
+        match self {
+            Self::Nats | Self::Tls => 4222,
+            Self::Ws => 80,
+            Self::Wss => 443,
+        }
+    }
 }
 
 /// Identity presented in CONNECT. Files are read at every connection attempt.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Auth {
     /// None.
     Anonymous,
@@ -58,11 +91,11 @@ pub enum Auth {
     UserPassword {
         /// User name.
         user: String,
-        /// Password, never shown.
-        password: String,
+        /// Password.
+        password: Secret,
     },
-    /// A bearer token, never shown.
-    Token(String),
+    /// A bearer token.
+    Token(Secret),
     /// A credentials file (JWT and seed in one), `?credentials=`.
     CredentialsFile(PathBuf),
     /// A seed file, `?nkey=`, and optionally a JWT file, `?jwt=`.
@@ -71,6 +104,13 @@ pub enum Auth {
         seed: PathBuf,
         /// File that holds the user JWT that belongs to the seed.
         jwt: Option<PathBuf>,
+    },
+    /// A user JWT and its seed themselves, from a context.
+    Jwt {
+        /// The user JWT.
+        jwt: Secret,
+        /// The seed that belongs to it; a bearer JWT needs none.
+        seed: Option<Secret>,
     },
 }
 
@@ -101,27 +141,37 @@ impl Endpoint {
             auth: one_identity(servers.auth, options.auth()?)?,
             hosts: servers.hosts,
             scheme: servers.scheme,
+            path: servers.path,
             tls: Tls { handshake_first: options.handshake_first, insecure: options.insecure, ..Tls::default() },
             connect_timeout: options.connect_timeout.unwrap_or(DEFAULT_CONNECT_TIMEOUT),
         })
+    }
+
+    /// Whether a connection without TLS is out of the question: by scheme, by handshake-first, or because somebody
+    /// named an authority or a certificate, which nobody does for plain text.
+    pub fn requires_tls(&self) -> bool {
+        let Tls { ca, cert, handshake_first, .. } = &self.tls;
+        matches!(self.scheme, Scheme::Tls | Scheme::Wss) || *handshake_first || ca.is_some() || cert.is_some()
+    }
+
+    /// Where one of the servers is: `scheme://host:port/path`.
+    pub fn server(&self, host: &Host) -> String {
+        format!("{}://{host}{}", self.scheme.name(), self.path)
     }
 }
 
 /// The URL with every secret as `***`.
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.scheme {
-            Scheme::Nats => "nats://",
-            Scheme::Tls => "tls://",
-        })?;
+        write!(f, "{}://", self.scheme.name())?;
         match &self.auth {
             Auth::UserPassword { user, .. } => write!(f, "{}:{MASK}@", encode(user))?,
             Auth::Token(_) => write!(f, "{MASK}@")?,
-            Auth::Anonymous | Auth::CredentialsFile(_) | Auth::NkeyFile { .. } => {}
+            Auth::Anonymous | Auth::CredentialsFile(_) | Auth::NkeyFile { .. } | Auth::Jwt { .. } => {}
         }
         for (index, host) in self.hosts.iter().enumerate() {
             let separator = if index == 0 { "" } else { "," };
-            write!(f, "{separator}{host}")?;
+            write!(f, "{separator}{host}{}", self.path)?;
         }
         for (index, option) in self.options().iter().enumerate() {
             let separator = if index == 0 { '?' } else { '&' };
@@ -142,7 +192,7 @@ impl Endpoint {
                 options.push(file("nkey", seed));
                 options.extend(jwt.iter().map(|jwt| file("jwt", jwt)));
             }
-            Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) => {}
+            Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::Jwt { .. } => {}
         }
         if self.tls.handshake_first {
             options.push("tls_handshake_first=true".to_owned());
@@ -160,18 +210,6 @@ impl Endpoint {
 impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Endpoint({self})")
-    }
-}
-
-impl fmt::Debug for Auth {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Anonymous => f.write_str("Anonymous"),
-            Self::UserPassword { user, .. } => write!(f, "UserPassword({user:?}, {MASK})"),
-            Self::Token(_) => write!(f, "Token({MASK})"),
-            Self::CredentialsFile(path) => write!(f, "CredentialsFile({path:?})"),
-            Self::NkeyFile { seed, jwt } => write!(f, "NkeyFile({seed:?}, {jwt:?})"),
-        }
     }
 }
 
@@ -242,7 +280,8 @@ pub(super) fn unmask(new: &str, stored: Option<&str>) -> Result<String, String> 
         return Err(NOT_THE_STORED.to_owned());
     }
     let farther = after.hosts.iter().any(|host| !before.hosts.contains(host));
-    if farther || after.scheme != before.scheme || (after.tls.insecure && !before.tls.insecure) {
+    let elsewhere = after.scheme != before.scheme || after.path != before.path;
+    if farther || elsewhere || (after.tls.insecure && !before.tls.insecure) {
         return Err(
             "`***` keeps the stored secret only for the servers it was stored with: write the secret".to_owned()
         );
@@ -275,9 +314,8 @@ fn unmask_server(server: &str, secret: &str) -> String {
 impl Auth {
     fn secret(&self) -> Option<&str> {
         match self {
-            Self::UserPassword { password, .. } => Some(password),
-            Self::Token(token) => Some(token),
-            Self::Anonymous | Self::CredentialsFile(_) | Self::NkeyFile { .. } => None,
+            Self::UserPassword { password: secret, .. } | Self::Token(secret) => Some(secret.reveal()),
+            Self::Anonymous | Self::CredentialsFile(_) | Self::NkeyFile { .. } | Self::Jwt { .. } => None,
         }
     }
 }
@@ -309,30 +347,57 @@ struct Servers {
     scheme: Scheme,
     auth: Auth,
     hosts: Vec<Host>,
+    path: String,
 }
 
 impl Servers {
     fn parse(list: &str) -> Result<Self, String> {
-        let mut scheme = None;
+        let mut schemes = None;
         let mut info = None;
+        let mut paths = None;
         let mut hosts = Vec::new();
         for (index, server) in list.split(',').enumerate() {
             let number = index + 1;
             let (written, rest) = split_scheme(server.trim());
-            same(&mut scheme, parse_scheme(written)?, "scheme", number)?;
+            same(&mut schemes, parse_scheme(written)?, "scheme", number)?;
+            let scheme = schemes.flatten().unwrap_or(Scheme::Nats);
             let (user, host) = match rest.rsplit_once('@') {
                 Some((user, host)) => (Some(user), host),
                 None => (None, rest),
             };
             same(&mut info, user, "user", number)?;
-            hosts.push(parse_host(host).map_err(|error| format!("server {number} of the URL: {error}"))?);
+            let (host, path) = split_path(host);
+            check_path(path, scheme).map_err(|error| format!("server {number} of the URL: {error}"))?;
+            same(&mut paths, Some(path), "path", number)?;
+            hosts.push(parse_host(host, scheme).map_err(|error| format!("server {number} of the URL: {error}"))?);
         }
         Ok(Self {
-            scheme: scheme.flatten().unwrap_or(Scheme::Nats),
+            scheme: schemes.flatten().unwrap_or(Scheme::Nats),
             auth: info.flatten().map_or(Ok(Auth::Anonymous), parse_user)?,
             hosts,
+            path: paths.flatten().unwrap_or_default().to_owned(),
         })
     }
+}
+
+/// The path behind a host, with its `/`; `/` alone is none.
+fn split_path(host: &str) -> (&str, &str) {
+    match host.find('/') {
+        Some(at) if at + 1 < host.len() => host.split_at(at),
+        Some(at) => (&host[..at], ""),
+        None => (host, ""),
+    }
+}
+
+fn check_path(path: &str, scheme: Scheme) -> Result<(), String> {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+;=:%/".contains(&byte);
+    if !path.is_empty() && !scheme.is_websocket() {
+        return Err("a path behind the host is only possible with `ws://` and `wss://`".to_owned());
+    }
+    if !path.bytes().all(legal) {
+        return Err("the path has a character that has to be percent-encoded".to_owned());
+    }
+    Ok(())
 }
 
 /// What the first server says holds for all: the others repeat it or say nothing.
@@ -351,18 +416,19 @@ fn same<T: PartialEq>(first: &mut Option<Option<T>>, this: Option<T>, what: &str
 }
 
 fn parse_scheme(written: &str) -> Result<Option<Scheme>, String> {
-    match written.to_ascii_lowercase().as_str() {
-        "" => Ok(None),
-        "nats://" => Ok(Some(Scheme::Nats)),
-        "tls://" => Ok(Some(Scheme::Tls)),
-        scheme @ ("ws://" | "wss://") => Err(format!("`{scheme}` is not supported yet, use `nats://` or `tls://`")),
-        // Only what is known to be a scheme: anything else may be a part of a secret.
-        scheme @ ("http://" | "https://" | "ftp://" | "tcp://" | "ssl://" | "mqtt://") => {
-            Err(format!("the scheme of the URL is `{scheme}`, not `nats://` or `tls://`"))
-        }
-        _ => Err("the scheme of the URL is not `nats://` or `tls://`".to_owned()),
+    let written = written.to_ascii_lowercase();
+    let Some(name) = written.strip_suffix("://") else { return Ok(None) };
+    let known = Scheme::ALL.into_iter().find(|scheme| scheme.name() == name);
+    // Only what is known to be a scheme is named: anything else may be a part of a secret.
+    let foreign = ["http", "https", "ftp", "tcp", "ssl", "mqtt"].contains(&name);
+    match known {
+        Some(scheme) => Ok(Some(scheme)),
+        None if foreign => Err(format!("the scheme of the URL is `{written}`, not {SCHEMES}")),
+        None => Err(format!("the scheme of the URL is not {SCHEMES}")),
     }
 }
+
+const SCHEMES: &str = "`nats://`, `tls://`, `ws://` or `wss://`";
 
 fn parse_user(info: &str) -> Result<Auth, String> {
     let (user, password) = match info.split_once(':') {
@@ -373,13 +439,12 @@ fn parse_user(info: &str) -> Result<Auth, String> {
         return Err("the user before `@` in the URL is empty".to_owned());
     }
     Ok(match password {
-        Some(password) => Auth::UserPassword { user, password },
-        None => Auth::Token(user),
+        Some(password) => Auth::UserPassword { user, password: password.into() },
+        None => Auth::Token(user.into()),
     })
 }
 
-fn parse_host(text: &str) -> Result<Host, String> {
-    let text = text.strip_suffix('/').unwrap_or(text);
+fn parse_host(text: &str, scheme: Scheme) -> Result<Host, String> {
     let (host, port) = match text.strip_prefix('[') {
         Some(text) => {
             let (host, rest) = text.split_once(']').ok_or("the `[` of an IPv6 address is not closed")?;
@@ -405,7 +470,7 @@ fn parse_host(text: &str) -> Result<Host, String> {
         return Err("the host name has a character other than letters, digits, `-`, `.` and `_`".to_owned());
     }
     let port = port
-        .map_or(Some(DEFAULT_PORT), parse_port)
+        .map_or(Some(scheme.default_port()), parse_port)
         .ok_or("the port is not a number from 1 to 65535 (a user and a password are followed by `@` and the host)")?;
     Ok(Host { host: host.to_owned(), port })
 }
@@ -431,7 +496,7 @@ impl Options {
         let mut options = Self::default();
         let mut seen = Vec::new();
         let query = query.unwrap_or_default();
-        if query.contains(",nats://") || query.contains(",tls://") {
+        if Scheme::ALL.iter().any(|scheme| query.contains(&format!(",{}://", scheme.name()))) {
             return Err("options of a URL go behind the last server".to_owned());
         }
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -553,6 +618,30 @@ mod tests {
         check("nats://a:b@h1:1, h2", Scheme::Nats, &[host("h1", 1), host("h2", 4222)]);
         check("tls://[::1],[2001:db8::1]:5", Scheme::Tls, &[host("::1", 4222), host("2001:db8::1", 5)]);
         check("10.0.0.1:4222", Scheme::Nats, &[host("10.0.0.1", 4222)]);
+        check("ws://h", Scheme::Ws, &[host("h", 80)]);
+        check("WSS://a:b@h,i:8443/", Scheme::Wss, &[host("h", 443), host("i", 8443)]);
+    }
+
+    #[test]
+    fn paths_of_websockets() {
+        let endpoint = Endpoint::parse("wss://u:p@h1/nats/%41,[::1]:9/nats/%41?insecure").unwrap();
+        assert_eq!(endpoint.path, "/nats/%41");
+        assert_eq!(endpoint.hosts, [host("h1", 443), host("::1", 9)]);
+        assert_eq!(endpoint.server(&endpoint.hosts[1]), "wss://[::1]:9/nats/%41");
+        assert_eq!(Endpoint::parse("ws://h/").unwrap().path, "");
+    }
+
+    #[test]
+    fn tls_is_required_by_scheme_and_by_what_only_makes_sense_with_it() {
+        let check = |url: &str, expect: bool| assert_eq!(Endpoint::parse(url).unwrap().requires_tls(), expect, "{url}");
+        check("nats://h?insecure", false);
+        check("ws://h", false);
+        check("tls://h", true);
+        check("wss://h", true);
+        check("nats://h?tls_handshake_first", true);
+        let mut endpoint = Endpoint::parse("nats://h").unwrap();
+        endpoint.tls.ca = Some("/ca".into());
+        assert!(endpoint.requires_tls());
     }
 
     #[test]
@@ -606,15 +695,17 @@ mod tests {
         check("nats://a:s3cret@h1,nats://a:s3cret2@h2", "another user");
         check("nats://h1,nats://a:s3cret@h2", "another user");
         check("nats://h1,tls://h2", "another scheme");
-        check("ws://a:s3cret@h", "`ws://` is not supported yet");
-        check("wss://h", "not supported yet");
-        check("http://a:s3cret@h", "not `nats://` or `tls://`");
+        check("ws://a:s3cret@h1,wss://h2", "another scheme");
+        check("ws://h1/a,h2/b", "another path");
+        check("ws://h1/a,h2", "another path");
+        check("ws://h/<a>", "percent-encoded");
+        check("http://a:s3cret@h", "is `http://`, not `nats://`, `tls://`, `ws://` or `wss://`");
         check("nats://::1", "brackets");
         check("nats://[::1", "not closed");
         check("nats://[s3cret]", "not an IPv6 address");
         check("nats://[::1]x", "behind `]`");
         check("nats://a b", "character");
-        check("nats://h/path", "character");
+        check("nats://h/path", "only possible with `ws://`");
         check("h1,,h2", "server 2 of the URL: the host name is empty");
         check("h?insecur=true", "did you mean `insecure`");
         check("h?cred=x", "did you mean `credentials`");
@@ -629,6 +720,7 @@ mod tests {
         check("h?credentials=/c&nkey=/s", "leave out");
         check("nats://a:s3cret@h?credentials=/c", "leave out one");
         check("h?insecure=true,nats://h2", "behind the last server");
+        check("ws://h?insecure=true,wss://h2", "behind the last server");
     }
 
     #[test]
@@ -654,7 +746,12 @@ mod tests {
 
     #[test]
     fn what_is_shown_parses_to_the_same() {
-        for url in ["tls://h,i:1?insecure", "[::1]?credentials=/a b,c.creds", "h?nkey=/n&jwt=/j&connect_timeout=1m5s"] {
+        for url in [
+            "tls://h,i:1?insecure",
+            "wss://h/a/b,i:1/a/b",
+            "[::1]?credentials=/a b,c.creds",
+            "h?nkey=/n&jwt=/j&connect_timeout=1m5s",
+        ] {
             let endpoint = Endpoint::parse(url).unwrap();
             assert_eq!(Endpoint::parse(&endpoint.to_string()), Ok(endpoint), "{url}");
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use super::endpoint::Endpoint;
+use super::Place;
 
 /// One configured copy of a source stream into a target stream, valid by construction
 /// (see [`super::parse`]).
@@ -41,8 +41,8 @@ pub struct Replication {
 pub struct Side {
     /// Name of the stream.
     pub stream: String,
-    /// The servers and the identity to use with them.
-    pub endpoint: Endpoint,
+    /// Where it is, and as whom to connect.
+    pub place: Place,
 }
 
 /// Choria's subject mapping: a prefix goes in front, then a literal text is removed.

@@ -45,6 +45,8 @@ pub(super) fn check(document: &Value) -> Findings {
                 let field = property.as_str().unwrap_or_default();
                 findings.problems.push(Problem::new(join(path, field), format!("`{field}` is required")));
             }
+            // "One of two fields": whoever reads the fields has better words.
+            ValidationErrorKind::AnyOf { .. } => {}
             ValidationErrorKind::Pattern { .. } => findings.patterns.push(explain(&error)),
             _ => findings.problems.push(explain(&error)),
         }

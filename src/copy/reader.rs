@@ -305,7 +305,7 @@ impl Reader {
                 self.heard = Instant::now();
             }
             self.next_pull += 1;
-            let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", self.stream, self.consumer);
+            let subject = format!("{}.CONSUMER.MSG.NEXT.{}.{}", lane.api_prefix(), self.stream, self.consumer);
             let request = json!({
                 // Never what ends a pull: no message counts less than its reply subject.
                 "batch": bytes / 32,
@@ -348,7 +348,8 @@ impl Reader {
     /// Ends the subscription and asks the server to delete the consumer; nobody waits for the answer.
     pub fn close(self, lane: &mut Lane) {
         lane.close_inbox(self.sid);
-        lane.send_request(&format!("$JS.API.CONSUMER.DELETE.{}.{}", self.stream, self.consumer), b"");
+        let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.consumer);
+        lane.send_request(&subject, b"");
     }
 }
 

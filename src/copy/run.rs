@@ -104,8 +104,8 @@ impl<'a> Run<'a> {
         let replication = Arc::new(job.replication.clone());
         let name = format!("{} {}", names::PROGRAM, replication.id);
         let (mut source, mut target) = tokio::try_join!(
-            async { Lane::connect(&replication.source.endpoint, &name).await.map_err(|e| e.context("source")) },
-            async { Lane::connect(&replication.target.endpoint, &name).await.map_err(|e| e.context("target")) },
+            async { nats::connect(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
+            async { nats::connect(&replication.target.place, &name).await.map_err(|e| e.context("target")) },
         )?;
         let source_info = Api::new(&mut source).stream_info(&replication.source.stream).await?;
         let source_info = source_info.ok_or_else(|| {
@@ -411,7 +411,7 @@ impl<'a> Run<'a> {
         ledger.save(now, witnesses, || row(self.job, &self.copy));
         if now >= self.next_info || (self.info_request.is_none() && self.gaps.ask(now)) {
             self.next_info = now + INFO_EVERY;
-            let subject = format!("{}.STREAM.INFO.{}", nats::jetstream::DEFAULT_PREFIX, self.replication.source.stream);
+            let subject = format!("{}.STREAM.INFO.{}", self.source.api_prefix(), self.replication.source.stream);
             self.info_request = Some(self.source.send_request(&subject, b""));
         }
         if self.window.is_empty() && self.reader.peek().is_none() {

@@ -10,8 +10,8 @@ use serde::Serialize;
 use super::Error;
 use crate::config::Auth;
 
-/// The identity fields of CONNECT.
-#[derive(Debug, Default, Serialize)]
+/// The identity fields of CONNECT. Without `Debug`: they are secrets on their way to the wire.
+#[derive(Default, Serialize)]
 pub(super) struct Identity {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) user: Option<String>,
@@ -34,28 +34,38 @@ pub(super) fn identity(auth: &Auth, nonce: Option<&str>) -> Result<Identity, Err
         Auth::Anonymous => {}
         Auth::UserPassword { user, password } => {
             identity.user = Some(user.clone());
-            identity.pass = Some(password.clone());
+            identity.pass = Some(password.reveal().to_owned());
         }
-        Auth::Token(token) => identity.auth_token = Some(token.clone()),
+        Auth::Token(token) => identity.auth_token = Some(token.reveal().to_owned()),
         Auth::CredentialsFile(path) => {
             let text = read(path)?;
             let jwt = section(&text, "NATS USER JWT")
                 .ok_or_else(|| Error::hold(format!("credentials file `{}` holds no user JWT", path.display())))?;
             let seed = section(&text, "USER NKEY SEED")
                 .ok_or_else(|| Error::hold(format!("credentials file `{}` holds no nkey seed", path.display())))?;
-            identity.sig = sign(path, seed, nonce)?.1;
+            identity.sig = sign(&in_file(path), seed, nonce)?.1;
             identity.jwt = Some(jwt.to_owned());
         }
         Auth::NkeyFile { seed, jwt } => {
-            let (public, sig) = sign(seed, read(seed)?.trim(), nonce)?;
+            let (public, sig) = sign(&in_file(seed), read(seed)?.trim(), nonce)?;
             identity.sig = sig;
             match jwt {
                 Some(path) => identity.jwt = Some(read(path)?.trim().to_owned()),
                 None => identity.nkey = Some(public),
             }
         }
+        Auth::Jwt { jwt, seed } => {
+            identity.jwt = Some(jwt.reveal().to_owned());
+            if let Some(seed) = seed {
+                identity.sig = sign("the user seed of the context", seed.reveal(), nonce)?.1;
+            }
+        }
     }
     Ok(identity)
+}
+
+fn in_file(path: &Path) -> String {
+    format!("`{}`", path.display())
 }
 
 fn read(path: &Path) -> Result<String, Error> {
@@ -71,16 +81,14 @@ fn section<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     (!body.is_empty()).then_some(body)
 }
 
-/// Public key of the seed and, for a server that asks, the signature of its nonce.
-fn sign(path: &Path, seed: &str, nonce: Option<&str>) -> Result<(String, Option<String>), Error> {
+/// Public key of the seed and, for a server that asks, the signature of its nonce. `place` is where the seed is from.
+fn sign(place: &str, seed: &str, nonce: Option<&str>) -> Result<(String, Option<String>), Error> {
     // The library's message may quote the seed: it is not passed on.
-    let pair = KeyPair::from_seed(seed.trim())
-        .map_err(|_| Error::hold(format!("`{}` holds no valid nkey seed", path.display())))?;
+    let pair = KeyPair::from_seed(seed.trim()).map_err(|_| Error::hold(format!("{place} holds no valid nkey seed")))?;
     let sig = match nonce {
         Some(nonce) => {
-            let sig = pair
-                .sign(nonce.as_bytes())
-                .map_err(|_| Error::hold(format!("the seed in `{}` cannot sign", path.display())))?;
+            let sig =
+                pair.sign(nonce.as_bytes()).map_err(|_| Error::hold(format!("the seed in {place} cannot sign")))?;
             Some(URL_SAFE_NO_PAD.encode(sig))
         }
         None => None,
@@ -106,7 +114,7 @@ mod tests {
 
     #[test]
     fn a_bad_seed_is_named_by_its_file_and_not_shown() {
-        let error = sign(Path::new("/x/seed"), "SUASECRET", Some("n")).unwrap_err();
+        let error = sign("`/x/seed`", "SUASECRET", Some("n")).unwrap_err();
         assert!(error.message.contains("/x/seed") && !error.message.contains("SUASECRET"), "{error}");
     }
 }

@@ -1,19 +1,18 @@
 //! An async-nats connection for what is not the copy path: the control service, the buckets and events.
 
 use std::{
-    error::Error as _,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use async_nats::{Auth as Login, AuthError, Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr};
+use async_nats::{Auth as Login, AuthError, Client, ConnectOptions, Event, ServerAddr};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use tracing::{debug, info, warn};
 
-use super::{auth, tls};
+use super::{Lane, auth, context, tls};
 use crate::{
     backoff::Backoff,
-    config::{Auth, Endpoint, Scheme},
+    config::{Connection, Endpoint, Place},
 };
 
 /// A dead server is noticed after about two of these.
@@ -22,78 +21,80 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Time limit of one request whose caller names none.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why a client could not be made. A server that is away is no error: the client goes on trying.
-#[derive(Debug, thiserror::Error)]
-#[error("control connection to `{endpoint}`: {message}")]
-pub struct Error {
-    /// Where to, without secrets.
-    pub endpoint: String,
-    /// What happened, without secrets.
-    pub message: String,
-}
-
 /// Makes a client that connects in the background, and again whenever the connection is lost, for as long as it
 /// lives. `name` is what the server shows. Connection events are logged, each distinct error once.
-pub async fn connect(endpoint: &Endpoint, name: &str) -> Result<Client, Error> {
-    let log = EventLog { endpoint: endpoint.to_string(), told: Told::default() };
-    let options = options(endpoint, name, move |event| log.tell(&event))?.retry_on_initial_connect();
-    made(endpoint, options).await
+///
+/// Identity and TLS files are read again for every connection, those of a context by what it says then. Its servers
+/// and prefixes are those of now; they come back with the client.
+pub async fn connect(place: &Place, name: &str) -> Result<(Client, Connection), super::Error> {
+    let connection = context::resolve(place)?;
+    if connection.endpoint.tls.insecure {
+        warn!("the certificate of `{}` is not verified", connection.endpoint);
+    }
+    let log = Arc::new(EventLog { place: place.clone(), name: name.to_owned(), told: Told::default() });
+    let client = options(place, &connection, name)
+        .retry_on_initial_connect()
+        .event_callback(move |event| {
+            log.tell(&event);
+            std::future::ready(())
+        })
+        .connect(servers(&connection.endpoint)?)
+        .await
+        .map_err(|error| super::Error::hold(format!("control connection: {error}")))?;
+    Ok((client, connection))
 }
 
-/// Makes a client that is connected, for who asks one thing and goes: each server is tried once, and the error says
-/// why none let us in. A connection that is lost later comes back by itself. `tell` hears what happens to it.
-pub async fn connect_now(
-    endpoint: &Endpoint,
+/// Makes a client for a command: an error comes at once and in full. Later the connection is made again when it is
+/// lost. `tell` hears of everything that happens to it.
+pub async fn connect_once(
+    place: &Place,
     name: &str,
     tell: impl Fn(Event) + Send + Sync + 'static,
-) -> Result<Client, Error> {
-    made(endpoint, options(endpoint, name, tell)?).await
+) -> Result<(Client, Connection), super::Error> {
+    let connection = context::resolve(place)?;
+    let options = options(place, &connection, name).event_callback(move |event| {
+        tell(event);
+        std::future::ready(())
+    });
+    let failed = match options.connect(servers(&connection.endpoint)?).await {
+        Ok(client) => return Ok((client, connection)),
+        Err(error) => error,
+    };
+    // The client's words leave out server and cause; a lane to the same place has them.
+    match Lane::connect(&connection, name).await {
+        Err(error) => Err(error),
+        Ok(_) => Err(super::Error::retry(format!("cannot connect to `{}`: {failed}", connection.endpoint))),
+    }
 }
 
-async fn made(endpoint: &Endpoint, options: ConnectOptions) -> Result<Client, Error> {
-    let fail = |message: String| Error { endpoint: endpoint.to_string(), message };
-    let servers = servers(endpoint).map_err(fail)?;
-    options.connect(servers).await.map_err(|error| match (error.kind(), error.source()) {
-        // the reason says more than that it was about logging in
-        (ConnectErrorKind::Authentication, Some(reason)) => fail(reason.to_string()),
-        _ => fail(error.to_string()),
-    })
-}
-
-fn options(
-    endpoint: &Endpoint,
-    name: &str,
-    tell: impl Fn(Event) + Send + Sync + 'static,
-) -> Result<ConnectOptions, Error> {
-    let fail = |message: String| Error { endpoint: endpoint.to_string(), message };
-    let options = secure(authenticate(&endpoint.auth), endpoint).map_err(fail)?;
-    Ok(options
+fn options(place: &Place, connection: &Connection, name: &str) -> ConnectOptions {
+    let Connection { endpoint, inbox_prefix, .. } = connection;
+    let mut options = authenticate(place.clone())
         .name(name)
+        .custom_inbox_prefix(inbox_prefix)
         .connection_timeout(endpoint.connect_timeout)
         .request_timeout(Some(REQUEST_TIMEOUT))
         .ping_interval(PING_INTERVAL)
         .max_reconnects(None)
         .reconnect_delay_callback(reconnect_delay)
-        .event_callback(move |event| {
-            tell(event);
-            std::future::ready(())
-        }))
+        .require_tls(endpoint.requires_tls())
+        .tls_client_config(secure(place.clone()));
+    if endpoint.tls.handshake_first {
+        options = options.tls_first();
+    }
+    if endpoint.scheme.is_websocket() {
+        // What servers tell are addresses without a scheme, which would be taken for `nats://`.
+        options = options.ignore_discovered_servers();
+    }
+    options
 }
 
-fn servers(endpoint: &Endpoint) -> Result<Vec<ServerAddr>, String> {
-    let scheme = match endpoint.scheme {
-        Scheme::Nats => "nats",
-        Scheme::Tls => "tls",
+fn servers(endpoint: &Endpoint) -> Result<Vec<ServerAddr>, super::Error> {
+    let server = |host| {
+        let server = endpoint.server(host);
+        server.parse().map_err(|error| super::Error::hold(format!("server `{server}`: {error}")))
     };
-    let addr = |host: &str, port: u16| {
-        let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
-        format!("{scheme}://{host}:{port}").parse::<ServerAddr>()
-    };
-    endpoint
-        .hosts
-        .iter()
-        .map(|h| addr(&h.host, h.port).map_err(|error| format!("host `{}`: {error}", h.host)))
-        .collect()
+    endpoint.hosts.iter().map(server).collect()
 }
 
 /// The first attempt is made at once; `attempts` counts from 1 since the last connection.
@@ -107,11 +108,10 @@ fn reconnect_delay(attempts: usize) -> Duration {
 }
 
 /// Files are read at every attempt: credentials are rotated under a running process.
-fn authenticate(auth: &Auth) -> ConnectOptions {
-    let auth = auth.clone();
+fn authenticate(place: Place) -> ConnectOptions {
     let told = Told::default();
     ConnectOptions::with_auth_callback(move |nonce| {
-        let login = login(&auth, &nonce);
+        let login = login(&place, &nonce);
         match &login {
             Ok(_) => told.forget(),
             // The client reports no more than "authentication error".
@@ -122,9 +122,10 @@ fn authenticate(auth: &Auth) -> ConnectOptions {
     })
 }
 
-fn login(auth: &Auth, nonce: &[u8]) -> Result<Login, String> {
+fn login(place: &Place, nonce: &[u8]) -> Result<Login, String> {
     let nonce = str::from_utf8(nonce).ok().filter(|nonce| !nonce.is_empty());
-    let identity = auth::identity(auth, nonce).map_err(|error| error.to_string())?;
+    let connection = context::resolve(place).map_err(|error| error.to_string())?;
+    let identity = auth::identity(&connection.endpoint.auth, nonce).map_err(|error| error.to_string())?;
     let mut login = Login::new();
     login.username = identity.user;
     login.password = identity.pass;
@@ -136,25 +137,8 @@ fn login(auth: &Auth, nonce: &[u8]) -> Result<Login, String> {
     Ok(login)
 }
 
-/// Certificate files, too, are read at every attempt, but for `insecure`.
-fn secure(mut options: ConnectOptions, endpoint: &Endpoint) -> Result<ConnectOptions, String> {
-    let settings = &endpoint.tls;
-    options = options.require_tls(endpoint.scheme == Scheme::Tls || settings.handshake_first);
-    if settings.handshake_first {
-        options = options.tls_first();
-    }
-    if settings.insecure {
-        warn!("the certificate of `{endpoint}` is not verified");
-        let config = tls::client_config(settings).map_err(|error| error.to_string())?;
-        return Ok(options.tls_client_config(config));
-    }
-    if let Some(ca) = &settings.ca {
-        options = options.add_root_certificates(ca.clone());
-    }
-    if let (Some(cert), Some(key)) = (&settings.cert, &settings.key) {
-        options = options.add_client_certificate(cert.clone(), key.clone());
-    }
-    Ok(options)
+fn secure(place: Place) -> rustls::ClientConfig {
+    tls::rereading_config(move || Ok(context::resolve(&place)?.endpoint.tls))
 }
 
 /// The last thing that was told, so that it is told once.
@@ -176,53 +160,58 @@ impl Told {
 
 /// Logs connection events; an error that repeats while a server is away is told once.
 struct EventLog {
-    endpoint: String,
+    place: Place,
+    name: String,
     told: Told,
 }
 
 impl EventLog {
     fn tell(&self, event: &Event) {
-        let server = &self.endpoint;
+        let server = &self.place;
         match event {
             Event::Connected => {
                 self.told.forget();
-                info!(server, "control connection is up");
+                info!(%server, "control connection is up");
             }
-            Event::Disconnected => warn!(server, "control connection is down"),
-            Event::LameDuckMode => info!(server, "control server is about to shut down"),
-            Event::Draining | Event::Closed => debug!(server, "control connection: {event}"),
+            Event::Disconnected => warn!(%server, "control connection is down"),
+            Event::LameDuckMode => info!(%server, "control server is about to shut down"),
+            Event::Draining | Event::Closed => debug!(%server, "control connection: {event}"),
+            Event::ClientError(_) if self.told.is_news(&event.to_string()) => {
+                tokio::spawn(explain(self.place.clone(), self.name.clone(), event.to_string()));
+            }
+            Event::SlowConsumer(_) | Event::ServerError(_) if self.told.is_news(&event.to_string()) => {
+                warn!(%server, "control connection: {event}");
+            }
             Event::SlowConsumer(_) | Event::ServerError(_) | Event::ClientError(_) => {
-                let what = event.to_string();
-                if self.told.is_news(&what) {
-                    warn!(server, "control connection: {what}");
-                } else {
-                    debug!(server, "control connection: {what}");
-                }
+                debug!(%server, "control connection: {event}");
             }
         }
+    }
+}
+
+/// The client's words for what went wrong leave out server and cause; a lane to the same place has them.
+async fn explain(place: Place, name: String, event: String) {
+    let tried = match context::resolve(&place) {
+        Ok(connection) => Lane::connect(&connection, &name).await.map(drop),
+        Err(error) => Err(error),
+    };
+    match tried {
+        Err(error) => warn!(server = %place, "control connection: {error}"),
+        Ok(()) => warn!(server = %place, "control connection: {event}"),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Host, Tls};
-
-    fn endpoint(scheme: Scheme, host: &str) -> Endpoint {
-        Endpoint {
-            hosts: vec![Host { host: host.to_owned(), port: 4333 }],
-            scheme,
-            auth: Auth::Anonymous,
-            tls: Tls::default(),
-            connect_timeout: Duration::from_secs(1),
-        }
-    }
 
     #[test]
-    fn ipv6_hosts_get_their_brackets_back() {
-        let servers = servers(&endpoint(Scheme::Tls, "::1")).unwrap();
-        assert_eq!(servers[0].as_url_str(), "tls://[::1]:4333");
-        assert!(servers[0].tls_required());
+    fn ipv6_hosts_keep_their_brackets_and_websockets_their_path() {
+        let servers = |url: &str| servers(&Endpoint::parse(url).unwrap()).unwrap();
+        assert_eq!(servers("tls://[::1]:4333")[0].as_url_str(), "tls://[::1]:4333");
+        assert!(servers("tls://[::1]:4333")[0].tls_required());
+        assert_eq!(servers("ws://a/nats,b:1/nats")[1].as_url_str(), "ws://b:1/nats");
+        assert_eq!(servers("wss://a")[0].port(), 443);
     }
 
     #[test]
@@ -239,7 +228,8 @@ mod tests {
         let path = dir.path().join("seed");
         let key = nkeys::KeyPair::new_user();
         std::fs::write(&path, format!("{}\n", key.seed().unwrap())).unwrap();
-        let login = login(&Auth::NkeyFile { seed: path, jwt: None }, b"nonce").unwrap();
+        let endpoint = Endpoint::parse(&format!("h?nkey={}", path.display())).unwrap();
+        let login = login(&Place::Known(Connection::to(endpoint)), b"nonce").unwrap();
         assert_eq!(login.nkey, Some(key.public_key()));
         assert!(key.verify(b"nonce", &login.signature.unwrap()).is_ok());
     }

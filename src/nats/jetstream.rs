@@ -116,24 +116,20 @@ struct Reply<T> {
     value: Option<T>,
 }
 
-/// The JetStream API of one side, over its lane.
+/// The JetStream API of one side, over its lane and below the lane's prefix.
 #[derive(Debug)]
 pub struct Api<'a> {
     lane: &'a mut Lane,
-    prefix: &'a str,
 }
 
-/// The API's subjects begin with this unless a domain or an import says otherwise.
-pub const DEFAULT_PREFIX: &str = "$JS.API";
-
 impl<'a> Api<'a> {
-    /// The API below `$JS.API`.
+    /// The API that the lane's prefix leads to.
     pub fn new(lane: &'a mut Lane) -> Self {
-        Self { lane, prefix: DEFAULT_PREFIX }
+        Self { lane }
     }
 
     async fn call<T: DeserializeOwned>(&mut self, what: &str, body: &Value) -> Result<T, Error> {
-        let subject = format!("{}.{what}", self.prefix);
+        let subject = format!("{}.{what}", self.lane.api_prefix());
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let reply = self.lane.request(&subject, body.as_bytes()).await?;
         decode(&reply).map_err(|error| error.context(what))

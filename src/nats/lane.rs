@@ -26,8 +26,9 @@ use super::{
     auth::identity,
     parser::{self, Control, Frame},
     tls::client_config,
+    websocket::WebSocket,
 };
-use crate::config::{Endpoint, Host, Scheme};
+use crate::config::{Connection, Endpoint, Host, Scheme};
 
 /// Smallest and largest piece read at once. A lane that is busy reads large, an idle one holds little memory.
 const READ_MIN: usize = 4 * 1024;
@@ -53,6 +54,7 @@ pub struct ServerInfo {
     /// Whether it takes headers.
     pub headers: bool,
     tls_required: bool,
+    tls_available: bool,
     nonce: Option<String>,
 }
 
@@ -134,6 +136,7 @@ pub struct Lane {
     output: BytesMut,
     unflushed: bool,
     inbox: String,
+    api_prefix: String,
     next_sid: u64,
     next_request: u64,
     keepalive: Interval,
@@ -151,20 +154,17 @@ impl std::fmt::Debug for Lane {
 impl Lane {
     /// Connects to the first server of the endpoint that lets us in. Every host gets `connect_timeout`; the
     /// error tells what each of them said.
-    pub async fn connect(endpoint: &Endpoint, name: &str) -> Result<Self, Error> {
+    pub async fn connect(connection: &Connection, name: &str) -> Result<Self, Error> {
+        let endpoint = &connection.endpoint;
         let mut errors: Vec<Error> = Vec::new();
         for host in &endpoint.hosts {
-            let attempt = timeout(endpoint.connect_timeout, Self::connect_host(endpoint, host, name));
-            match attempt.await {
+            let attempt = timeout(endpoint.connect_timeout, Self::connect_host(connection, host, name));
+            let error = match attempt.await {
                 Ok(Ok(lane)) => return Ok(lane),
-                Ok(Err(error)) => {
-                    errors.push(error.context(format!("cannot connect to `{}:{}`", host.host, host.port)))
-                }
-                Err(_) => errors.push(Error::retry(format!(
-                    "cannot connect to `{}:{}`: no answer within {:?}",
-                    host.host, host.port, endpoint.connect_timeout
-                ))),
-            }
+                Ok(Err(error)) => error,
+                Err(_) => Error::retry(format!("no answer within {:?}", endpoint.connect_timeout)),
+            };
+            errors.push(error.context(format!("cannot connect to `{}`", shown(endpoint, host))));
         }
         // One server that may let us in later is enough to try again soon.
         let kind = errors.iter().map(|e| e.kind).find(|k| *k == super::ErrorKind::Retry);
@@ -172,24 +172,45 @@ impl Lane {
         Err(Error { kind: kind.unwrap_or(super::ErrorKind::Hold), message, api: None })
     }
 
-    async fn connect_host(endpoint: &Endpoint, host: &Host, name: &str) -> Result<Self, Error> {
+    async fn connect_host(connection: &Connection, host: &Host, name: &str) -> Result<Self, Error> {
+        let endpoint = &connection.endpoint;
         let tcp = TcpStream::connect((host.host.as_str(), host.port)).await.map_err(|e| Error::retry(e.to_string()))?;
         tcp.set_nodelay(true).map_err(|e| Error::retry(e.to_string()))?;
-        let io: Box<dyn Stream> =
-            if endpoint.tls.handshake_first { Box::new(start_tls(endpoint, host, tcp).await?) } else { Box::new(tcp) };
-        let mut lane = Self::over(io, format!("{}:{}", host.host, host.port));
+        let mut io: Box<dyn Stream> = Box::new(tcp);
+        if endpoint.scheme == Scheme::Wss || (endpoint.tls.handshake_first && !endpoint.scheme.is_websocket()) {
+            io = start_tls(endpoint, host, io).await?;
+        }
+        if endpoint.scheme.is_websocket() {
+            let socket = WebSocket::open(io, &endpoint.server(host)).await;
+            io = Box::new(socket.map_err(|error| Error::retry(format!("no websocket: {error}")))?);
+        }
+        let mut lane = Self::over(io, shown(endpoint, host), connection);
         lane.read_info().await?;
-        if !endpoint.tls.handshake_first && (lane.info.tls_required || endpoint.scheme == Scheme::Tls) {
-            if !lane.input.is_empty() {
-                return Err(Error::retry("the server went on in plain text where TLS was due"));
-            }
-            lane.io = Box::new(start_tls(endpoint, host, lane.io).await?);
+        // A websocket has its TLS below it.
+        if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
+            lane.upgrade(endpoint, host).await?;
         }
         lane.handshake(endpoint, name).await?;
         Ok(lane)
     }
 
-    fn over(io: Box<dyn Stream>, address: String) -> Self {
+    /// Goes over to TLS if the server or we ask for it.
+    async fn upgrade(&mut self, endpoint: &Endpoint, host: &Host) -> Result<(), Error> {
+        let wanted = endpoint.requires_tls();
+        if wanted && !self.info.tls_required && !self.info.tls_available {
+            return Err(Error::hold("TLS is asked for, and the server offers none"));
+        }
+        if wanted || self.info.tls_required {
+            if !self.input.is_empty() {
+                return Err(Error::retry("the server went on in plain text where TLS was due"));
+            }
+            let io = std::mem::replace(&mut self.io, Box::new(tokio::io::empty()));
+            self.io = start_tls(endpoint, host, io).await?;
+        }
+        Ok(())
+    }
+
+    fn over(io: Box<dyn Stream>, address: String, connection: &Connection) -> Self {
         let mut keepalive = interval_at(Instant::now() + KEEPALIVE, KEEPALIVE);
         keepalive.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
@@ -203,7 +224,8 @@ impl Lane {
             pongs: 0,
             output: BytesMut::new(),
             unflushed: false,
-            inbox: format!("_INBOX.{}", nuid::next()),
+            inbox: format!("{}.{}", connection.inbox_prefix, nuid::next()),
+            api_prefix: connection.api_prefix.clone(),
             next_sid: 1,
             next_request: 0,
             keepalive,
@@ -235,7 +257,7 @@ impl Lane {
             "headers": true,
             "no_responders": true,
             "echo": false,
-            "tls_required": endpoint.scheme == Scheme::Tls || endpoint.tls.handshake_first,
+            "tls_required": endpoint.requires_tls(),
         });
         if let (Some(connect), Ok(serde_json::Value::Object(fields))) =
             (connect.as_object_mut(), serde_json::to_value(&identity))
@@ -267,7 +289,12 @@ impl Lane {
         &self.info
     }
 
-    /// `host:port` that this lane is connected to.
+    /// What subjects of the JetStream API begin with on this connection.
+    pub fn api_prefix(&self) -> &str {
+        &self.api_prefix
+    }
+
+    /// Server that this lane is connected to: `host:port`, or the URL of its websocket.
     pub fn address(&self) -> &str {
         &self.address
     }
@@ -492,16 +519,17 @@ impl Lane {
     }
 }
 
-async fn start_tls(
-    endpoint: &Endpoint,
-    host: &Host,
-    io: impl Stream + 'static,
-) -> Result<impl Stream + 'static, Error> {
+/// How a server is named in errors.
+fn shown(endpoint: &Endpoint, host: &Host) -> String {
+    if endpoint.scheme.is_websocket() { endpoint.server(host) } else { host.to_string() }
+}
+
+async fn start_tls(endpoint: &Endpoint, host: &Host, io: Box<dyn Stream>) -> Result<Box<dyn Stream>, Error> {
     let config = Arc::new(client_config(&endpoint.tls)?);
     let name = ServerName::try_from(host.host.clone())
         .map_err(|_| Error::hold(format!("`{}` is no name that TLS can verify", host.host)))?;
-    tokio_rustls::TlsConnector::from(config)
-        .connect(name, io)
-        .await
-        .map_err(|error| Error::retry(format!("TLS handshake with `{}:{}` failed: {error}", host.host, host.port)))
+    match tokio_rustls::TlsConnector::from(config).connect(name, io).await {
+        Ok(stream) => Ok(Box::new(stream)),
+        Err(error) => Err(Error::retry(format!("TLS handshake failed: {error}"))),
+    }
 }

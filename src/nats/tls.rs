@@ -1,39 +1,67 @@
 //! TLS settings to a rustls configuration, the same for lanes and for async-nats.
 
-use std::{path::Path, sync::Arc};
+use std::{fmt, path::Path, sync::Arc};
 
 use rustls::{
     ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    client::{
+        ResolvesClientCert, Resumption, WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
     crypto::{CryptoProvider, ring},
+    sign::CertifiedKey,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject};
+use tracing::warn;
 
 use super::Error;
 use crate::config::Tls;
 
-/// Builds the client configuration; files are read now.
+/// Builds the client configuration for one connection; files are read now.
 pub(super) fn client_config(tls: &Tls) -> Result<ClientConfig, Error> {
     let provider = Arc::new(ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()
-        .map_err(|error| Error::hold(format!("TLS: {error}")))?;
-    let builder = if tls.insecure {
-        builder.dangerous().with_custom_certificate_verifier(Arc::new(AcceptAny(provider)))
-    } else {
-        builder.with_root_certificates(roots(tls.ca.as_deref())?)
-    };
-    match (&tls.cert, &tls.key) {
-        (Some(cert), Some(key)) => {
-            let chain = certificates(cert)?;
-            let key_der = PrivateKeyDer::from_pem_file(key)
-                .map_err(|error| Error::hold(format!("cannot read the key in `{}`: {error}", key.display())))?;
-            builder
-                .with_client_auth_cert(chain, key_der)
-                .map_err(|error| Error::hold(format!("certificate `{}`: {error}", cert.display())))
-        }
-        _ => Ok(builder.with_no_client_auth()),
+    let verifier = verifier(tls, &provider)?;
+    let builder = builder(provider.clone()).dangerous().with_custom_certificate_verifier(verifier);
+    match certified_key(tls, &provider)? {
+        Some(key) => Ok(builder.with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(key)))),
+        None => Ok(builder.with_no_client_auth()),
     }
+}
+
+/// A configuration for all connections of a client, whose files are named and read anew at every handshake.
+pub(super) fn rereading_config(
+    settings: impl Fn() -> Result<Tls, Error> + Clone + Send + Sync + 'static,
+) -> ClientConfig {
+    let provider = Arc::new(ring::default_provider());
+    let rereading = Arc::new(Rereading { settings: Box::new(settings), provider: provider.clone() });
+    let builder = builder(provider).dangerous().with_custom_certificate_verifier(rereading.clone());
+    let mut config = builder.with_client_cert_resolver(rereading);
+    // A session that is taken up again keeps the certificates of the one before.
+    config.resumption = Resumption::disabled();
+    config
+}
+
+fn builder(provider: Arc<CryptoProvider>) -> rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier> {
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    builder.expect("the provider knows the default versions of TLS")
+}
+
+fn verifier(tls: &Tls, provider: &Arc<CryptoProvider>) -> Result<Arc<dyn ServerCertVerifier>, Error> {
+    if tls.insecure {
+        return Ok(Arc::new(AcceptAny(provider.clone())));
+    }
+    let roots = Arc::new(roots(tls.ca.as_deref())?);
+    let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider.clone()).build();
+    Ok(verifier.map_err(|error| Error::hold(format!("no certificate authority can be trusted: {error}")))?)
+}
+
+fn certified_key(tls: &Tls, provider: &CryptoProvider) -> Result<Option<CertifiedKey>, Error> {
+    let (Some(cert), Some(key)) = (&tls.cert, &tls.key) else { return Ok(None) };
+    let chain = certificates(cert)?;
+    let key = PrivateKeyDer::from_pem_file(key)
+        .map_err(|error| Error::hold(format!("cannot read the key in `{}`: {error}", key.display())))?;
+    let certified = CertifiedKey::from_der(chain, key, provider);
+    certified.map(Some).map_err(|error| Error::hold(format!("certificate `{}`: {error}", cert.display())))
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
@@ -62,6 +90,70 @@ fn roots(ca: Option<&Path>) -> Result<RootCertStore, Error> {
         }
     }
     Ok(roots)
+}
+
+/// Verifies and shows certificates by what the files say at the time.
+struct Rereading {
+    settings: Box<dyn Fn() -> Result<Tls, Error> + Send + Sync>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl fmt::Debug for Rereading {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Rereading")
+    }
+}
+
+impl ResolvesClientCert for Rereading {
+    fn resolve(&self, _root_hints: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        let key = (self.settings)().and_then(|tls| certified_key(&tls, &self.provider));
+        key.unwrap_or_else(|error| {
+            warn!("no client certificate is shown: {error}");
+            None
+        })
+        .map(Arc::new)
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+impl ServerCertVerifier for Rereading {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let verifier = (self.settings)().and_then(|tls| verifier(&tls, &self.provider));
+        let verifier = verifier.map_err(|error| rustls::Error::General(error.message))?;
+        verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 /// `insecure`: any certificate will do, but the handshake's signatures are still checked.

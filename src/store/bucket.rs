@@ -22,6 +22,9 @@ use super::buckets::Error;
 /// Time limit for one request to the server.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
+/// The API where no domain and no import is in between.
+const API_PREFIX: &str = "$JS.API";
+
 const OPERATION: &str = "KV-Operation";
 /// "wrong last sequence", with and without the sequence in the text.
 const WRONG_LAST_SEQUENCE: [u64; 2] = [10071, 10164];
@@ -35,8 +38,10 @@ pub(super) struct Bucket {
     /// Name of the bucket, for errors.
     name: String,
     stream: Stream<()>,
-    /// `$KV.<bucket>.`
+    /// `$KV.<bucket>.`, what subjects of stored messages begin with.
     prefix: String,
+    /// What subjects of writes have before that: nothing, or the prefix of the API and a dot.
+    put_prefix: String,
 }
 
 /// What lies at a key or lay there.
@@ -60,8 +65,14 @@ pub(super) enum PutError {
 
 impl Bucket {
     /// Opens a bucket as it is, or creates it.
-    pub(super) async fn open(client: &Client, name: &str, history: i64, replicas: usize) -> Result<Self, Error> {
-        let context = ContextBuilder::new().timeout(TIMEOUT).build(client.clone());
+    pub(super) async fn open(
+        client: &Client,
+        api_prefix: &str,
+        name: &str,
+        history: i64,
+        replicas: usize,
+    ) -> Result<Self, Error> {
+        let context = ContextBuilder::new().api_prefix(api_prefix).timeout(TIMEOUT).build(client.clone());
         let error = |message: String| Error { bucket: name.to_owned(), message };
         if !exists(&context, name).await.map_err(error)? {
             let config = kv::Config {
@@ -80,7 +91,10 @@ impl Bucket {
             }
         }
         let stream = context.get_stream_no_info(stream_name(name)).await.map_err(|failed| error(chain(&failed)))?;
-        Ok(Self { client: client.clone(), name: name.to_owned(), stream, prefix: format!("$KV.{name}.") })
+        // The way of all KV clients, and what servers map a domain's subjects by.
+        let put_prefix = if api_prefix == API_PREFIX { String::new() } else { format!("{api_prefix}.") };
+        let (client, name, prefix) = (client.clone(), name.to_owned(), format!("$KV.{name}."));
+        Ok(Self { client, name, stream, prefix, put_prefix })
     }
 
     pub(super) fn error(&self, message: impl Into<String>) -> Error {
@@ -153,7 +167,8 @@ impl Bucket {
         self.check_key(key).map_err(PutError::Refused)?;
         headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string().as_str());
         let request = Request::new().headers(headers).payload(value).timeout(Some(TIMEOUT));
-        let reply = match self.client.send_request(self.subject(key), request).await {
+        let subject = format!("{}{}", self.put_prefix, self.subject(key));
+        let reply = match self.client.send_request(subject, request).await {
             Ok(reply) => reply,
             Err(error) => {
                 let outcome = match error.kind() {

@@ -25,17 +25,23 @@ pub struct Error {
 }
 
 impl Buckets {
-    /// Opens `<prefix>_CONFIG` and `<prefix>_POSITIONS`. What is missing is created with so many `replicas`; what
-    /// exists is used as it is.
-    pub async fn open(client: async_nats::Client, prefix: &str, replicas: usize) -> Result<Self, Error> {
+    /// Opens `<prefix>_CONFIG` and `<prefix>_POSITIONS` of the JetStream whose API begins with `api_prefix`. What is
+    /// missing is created with so many `replicas`; what exists is used as it is.
+    pub async fn open(
+        client: async_nats::Client,
+        api_prefix: &str,
+        prefix: &str,
+        replicas: usize,
+    ) -> Result<Self, Error> {
         let config = format!("{prefix}_CONFIG");
         let legal = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
         if !config.bytes().all(legal) {
             let message = "a bucket's name has letters, digits, - and _ only".to_owned();
             return Err(Error { bucket: config, message });
         }
-        let config = Bucket::open(&client, &config, CONFIG_HISTORY, replicas).await?;
-        let positions = Bucket::open(&client, &format!("{prefix}_POSITIONS"), 1, replicas).await?;
+        let open = async |name: &str, history: i64| Bucket::open(&client, api_prefix, name, history, replicas).await;
+        let config = open(&config, CONFIG_HISTORY).await?;
+        let positions = open(&format!("{prefix}_POSITIONS"), 1).await?;
         Ok(Self { config: ConfigStore::new(config), positions: PositionStore::new(positions) })
     }
 }

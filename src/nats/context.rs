@@ -1,0 +1,69 @@
+//! The contexts of the `nats` tool: which one is selected, and what the file of one says. Files are read at every
+//! attempt to connect, so that a context that was changed is followed.
+
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::Error;
+use crate::config::{Connection, Fields, Place, check_context_name};
+
+/// The context that was selected with `nats context select`, if there is one.
+pub fn selected() -> Result<Option<String>, Error> {
+    let Ok(path) = folder().map(|folder| folder.join("context.txt")) else { return Ok(None) };
+    match fs::read_to_string(&path) {
+        Ok(name) => Ok(Some(name.trim().to_owned()).filter(|name| !name.is_empty())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::hold(format!("cannot read `{}`: {error}", path.display()))),
+    }
+}
+
+/// Everything that a connection needs; the file of a context is read now.
+pub fn resolve(place: &Place) -> Result<Connection, Error> {
+    let (name, over, under) = match place {
+        Place::Known(connection) => return Ok(connection.clone()),
+        Place::Context { name, over, under } => (name, over, under),
+    };
+    let path = file(name)?;
+    let told = |message: String| Error::hold(format!("context `{name}` (`{}`): {message}", path.display()));
+    let json = fs::read(&path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => told("there is no such file".to_owned()),
+        _ => told(error.to_string()),
+    })?;
+    let mut fields = Fields::of_context(&json).map_err(told)?;
+    fields.files_mut().for_each(expand);
+    let fields = over.as_ref().clone().over(fields).over(under.as_ref().clone());
+    fields.connection().map_err(|error| told(format!("`{}`: {}", error.field, error.message)))
+}
+
+/// Where the file of a context lies, if it is there.
+pub fn file(name: &str) -> Result<PathBuf, Error> {
+    check_context_name(name).map_err(|right| Error::hold(format!("context `{name}` is not possible: {right}")))?;
+    Ok(folder()?.join("context").join(format!("{name}.json")))
+}
+
+/// `~` at the beginning of a path is the home folder, as the `nats` tool has it.
+pub fn expand(path: &mut PathBuf) {
+    if let (Ok(rest), Some(home)) = (path.strip_prefix("~"), home()) {
+        *path = home.join(rest);
+    }
+}
+
+fn folder() -> Result<PathBuf, Error> {
+    let config = match set("XDG_CONFIG_HOME") {
+        Some(folder) => folder,
+        None => home().map(|home| home.join(".config")).ok_or_else(|| {
+            Error::hold("contexts cannot be found: neither `XDG_CONFIG_HOME` nor `HOME` is set in the environment")
+        })?,
+    };
+    Ok(Path::new(&config).join("nats"))
+}
+
+fn home() -> Option<PathBuf> {
+    set("HOME")
+}
+
+fn set(name: &str) -> Option<PathBuf> {
+    env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
