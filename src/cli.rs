@@ -1,15 +1,42 @@
-//! Command line. Exit codes: 0, 1 for errors while running, 2 for wrong usage or configuration.
+//! Command line. Exit codes: 0, 1 for errors while running, for what was refused or is not valid, 2 for wrong usage or
+//! configuration.
 
+mod apply;
+mod client;
+mod config;
 mod connection;
+mod edit;
+mod error;
+mod events;
+mod files;
+mod generate;
+mod global;
+mod instances;
+mod output;
 mod serve;
+mod status;
+mod steer;
+mod wait;
+mod watch;
+mod words;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
-/// Copies NATS JetStream streams between independent clusters: in order, without loss, without duplicates.
+use self::{
+    error::{Error, Verdict},
+    output::Output,
+};
+
+/// Copies NATS JetStream streams between independent clusters: in order, without loss, without duplicates
 #[derive(Debug, Parser)]
-#[command(name = crate::names::PROGRAM, version, propagate_version = true)]
+#[command(
+    name = crate::names::PROGRAM,
+    version,
+    propagate_version = true,
+    after_help = "Exit codes: 0 done, 1 failed, refused or not valid, 2 wrong usage."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -18,11 +45,94 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(Box<serve::Args>),
+    #[command(flatten)]
+    Other(Other),
+}
+
+/// Commands that end by themselves.
+#[derive(Debug, Subcommand)]
+enum Other {
+    Config(config::Args),
+    Status(status::Args),
+    /// Stop copying and keep the position, also over restarts
+    Pause(steer::IdsArgs),
+    /// Go on after a pause
+    Resume(steer::IdsArgs),
+    Position(steer::PositionArgs),
+    /// Try held replications again now
+    Retry(steer::IdsArgs),
+    Skip(steer::SkipArgs),
+    Instances(instances::Args),
+    Events(events::Args),
+    Completions(generate::CompletionsArgs),
+    Man(generate::ManArgs),
 }
 
 /// Runs the program with the process's arguments.
 pub fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => serve::main(&args),
+        Command::Other(command) => ask(&command),
+    }
+}
+
+fn ask(command: &Other) -> ExitCode {
+    let mut out = Output::new(command.json());
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            out.note(&format!("error: cannot start: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let verdict = runtime.block_on(command.run(&mut out));
+    // an answer that nobody gave yet is not waited for
+    runtime.shutdown_background();
+    let code = match verdict {
+        Ok(Verdict::Good) => ExitCode::SUCCESS,
+        Ok(Verdict::Bad) => ExitCode::FAILURE,
+        Err(error) => {
+            error.tell(&mut out);
+            error.exit_code()
+        }
+    };
+    match out.finish() {
+        None => code,
+        Some(error) => {
+            out.note(&format!("error: cannot write to stdout: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Other {
+    /// Whether a program reads what is printed.
+    fn json(&self) -> bool {
+        match self {
+            Self::Config(args) => args.global().json,
+            Self::Status(args) => args.global.json,
+            Self::Pause(args) | Self::Resume(args) | Self::Retry(args) => args.global.json,
+            Self::Position(args) => args.global.json,
+            Self::Skip(args) => args.global.json,
+            Self::Instances(args) => args.global.json,
+            Self::Events(args) => args.global.json,
+            Self::Completions(_) | Self::Man(_) => false,
+        }
+    }
+
+    async fn run(&self, out: &mut Output) -> Result<Verdict, Error> {
+        match self {
+            Self::Config(args) => config::run(args, out).await,
+            Self::Status(args) => status::run(args, out).await,
+            Self::Pause(args) => steer::each(args, "pause", "is paused", out).await,
+            Self::Resume(args) => steer::each(args, "resume", "goes on", out).await,
+            Self::Position(args) => steer::position(args, out).await,
+            Self::Retry(args) => steer::each(args, "retry", "is tried again", out).await,
+            Self::Skip(args) => steer::skip(args, out).await,
+            Self::Instances(args) => instances::run(args, out).await,
+            Self::Events(args) => events::run(args, out).await,
+            Self::Completions(args) => Ok(generate::completions(args, Cli::command(), out)),
+            Self::Man(args) => generate::man(args, Cli::command(), out),
+        }
     }
 }

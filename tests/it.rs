@@ -5,6 +5,20 @@ mod harness;
 
 #[path = "it/configuration.rs"]
 mod configuration;
+#[path = "it/cli_apply.rs"]
+mod cli_apply;
+#[path = "it/cli_config.rs"]
+mod cli_config;
+#[path = "it/cli_edit.rs"]
+mod cli_edit;
+#[path = "it/cli_events.rs"]
+mod cli_events;
+#[path = "it/cli_generate.rs"]
+mod cli_generate;
+#[path = "it/cli_status.rs"]
+mod cli_status;
+#[path = "it/cli_steer.rs"]
+mod cli_steer;
 #[path = "it/control_config.rs"]
 mod control_config;
 #[path = "it/control_instances.rs"]

@@ -1,11 +1,14 @@
 //! Where a command finds its server, and as whom: flags, the environment and contexts, as the `nats` tool has them.
 
-use std::{path::PathBuf, time::Duration};
+use std::{env, path::PathBuf, time::Duration};
 
 use crate::{
     config::{FieldError, Fields, Place, Secret, check_context_name, parse_duration},
-    nats::{client, context},
+    nats::context,
 };
+
+/// The service answers within 3 s.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How to connect; every flag goes before the same field of the context.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -71,29 +74,30 @@ pub(super) struct Asking {
     #[command(flatten)]
     connection: Connection,
 
-    /// How long to wait for an answer
-    #[arg(
-        long,
-        value_name = "DURATION",
-        env = "NATS_TIMEOUT",
-        hide_env_values = true,
-        default_value = "5s",
-        value_parser = parse_duration,
-        help_heading = "Connection"
-    )]
-    timeout: Duration,
+    /// How long to wait for an answer, or for what is waited for [default: 5s for an answer, or NATS_TIMEOUT]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, help_heading = "Connection")]
+    timeout: Option<Duration>,
 }
 
 impl Asking {
-    /// Connects; without a server and a context the one that is selected in the `nats` tool counts. An error comes
-    /// at once, names the flag, the file or the server, and shows no secret.
-    pub(super) async fn connect(&self, name: &str) -> Result<async_nats::Client, String> {
-        let place = self.connection.place_or_selected()?;
-        client::connect_once(&place, name).await.map_err(|error| error.to_string())
+    /// Where to go; without a server and a context the one that is selected in the `nats` tool counts. An error names
+    /// the flag or the file and shows no secret.
+    pub(super) fn place(&self) -> Result<Place, String> {
+        self.connection.place_or_selected()
     }
 
     /// How long to wait for an answer.
-    pub(super) fn timeout(&self) -> Duration {
+    pub(super) fn timeout(&self) -> Result<Duration, String> {
+        let general = env::var("NATS_TIMEOUT").ok().filter(|text| !text.is_empty());
+        match (self.timeout, general) {
+            (Some(timeout), _) => Ok(timeout),
+            (None, Some(text)) => parse_duration(&text).map_err(|error| format!("`NATS_TIMEOUT` is `{text}`: {error}")),
+            (None, None) => Ok(DEFAULT_TIMEOUT),
+        }
+    }
+
+    /// How long a command may take that waits for something; for as long as that takes, if nothing was said.
+    pub(super) fn limit(&self) -> Option<Duration> {
         self.timeout
     }
 }
@@ -227,8 +231,8 @@ mod tests {
         assert_eq!(connection.endpoint.to_string(), "tls://h:4222?credentials=/c&tls_handshake_first=true");
         assert_eq!(connection.endpoint.tls.ca, Some("/a".into()));
         assert_eq!((connection.api_prefix.as_str(), connection.inbox_prefix.as_str()), ("$JS.hub.API", "in"));
-        let timeout = Command::try_parse_from(["x", "--timeout", "1m"]).unwrap().asking.timeout();
-        assert_eq!(timeout, Duration::from_secs(60));
+        let asking = Command::try_parse_from(["x", "--timeout", "1m"]).unwrap().asking;
+        assert_eq!((asking.timeout(), asking.limit()), (Ok(Duration::from_secs(60)), Some(Duration::from_secs(60))));
     }
 
     #[test]

@@ -188,8 +188,10 @@ mod tests {
     const NEEDED: [&str; 6] = ["stream-replicator", "serve", "--server", "nats://127.0.0.1:4222", "--name", "US"];
 
     fn parse(more: &[&str]) -> Result<Box<Args>, clap::Error> {
-        let Command::Serve(args) = Cli::try_parse_from(NEEDED.iter().chain(more))?.command;
-        Ok(args)
+        match Cli::try_parse_from(NEEDED.iter().chain(more))?.command {
+            Command::Serve(args) => Ok(args),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[track_caller]
@@ -229,7 +231,7 @@ mod tests {
     #[test]
     fn a_wrong_url_is_refused_without_showing_its_password() {
         let args = ["stream-replicator", "serve", "--name", "US", "--server", "http://me:hunter2@host"];
-        let Command::Serve(args) = Cli::try_parse_from(args).unwrap().command;
+        let Command::Serve(args) = Cli::try_parse_from(args).unwrap().command else { panic!("not `serve`") };
         let problems = args.settings().unwrap_err();
         assert!(problems[0].starts_with("`--server` (") && !problems[0].contains("hunter2"), "{problems:?}");
     }

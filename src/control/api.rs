@@ -90,8 +90,8 @@ pub type InstancesRequest = ListRequest;
 pub struct Changed {
     /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
-    /// Revision of the document; of its deletion after a delete; of the mark after a pause, its end or a release, 0 if
-    /// there never was one.
+    /// Revision of the document: the one that it had before an update that changed nothing, and that of its deletion
+    /// after a delete; of the mark after a pause, its end or a release, 0 if there never was one.
     pub revision: u64,
 }
 

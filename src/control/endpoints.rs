@@ -105,8 +105,27 @@ async fn config_update(context: &Context, request: Request) -> Result<Changed, F
     in_time(&request)?;
     let expected = expected_revision(&request)?;
     let (Replication { id, .. }, document) = checked_document(context, &request.body).await?;
+    if let Some(revision) = stored_already(context, &id, &document, expected).await? {
+        return Ok(Changed { replication: id, revision });
+    }
     let written = context.config.update(&id, document, expected).await;
     changed(id, written, "updated")
+}
+
+/// Revision of what is stored, if it is what was sent, however it is formatted: then nothing is written, so that those
+/// who send their documents again and again neither use up the history nor disturb what runs.
+async fn stored_already(
+    context: &Context,
+    id: &str,
+    document: &Bytes,
+    expected: Option<u64>,
+) -> Result<Option<u64>, Failure> {
+    let stored = context.config.get(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
+    let Some(stored) = stored.filter(|stored| expected.is_none_or(|expected| expected == stored.revision)) else {
+        return Ok(None);
+    };
+    let equal = config::to_value(&stored.value).is_ok_and(|stored| config::to_value(document) == Ok(stored));
+    Ok(equal.then_some(stored.revision))
 }
 
 async fn config_delete(context: &Context, request: Request) -> Result<Changed, Failure> {

@@ -45,11 +45,19 @@ pub async fn connect(place: &Place, name: &str) -> Result<(Client, Connection), 
 }
 
 /// Makes a client for a command: an error comes at once and in full. Later the connection is made again when it is
-/// lost.
-pub async fn connect_once(place: &Place, name: &str) -> Result<Client, super::Error> {
+/// lost. `tell` hears of everything that happens to it.
+pub async fn connect_once(
+    place: &Place,
+    name: &str,
+    tell: impl Fn(Event) + Send + Sync + 'static,
+) -> Result<(Client, Connection), super::Error> {
     let connection = context::resolve(place)?;
-    let failed = match options(place, &connection, name).connect(servers(&connection.endpoint)?).await {
-        Ok(client) => return Ok(client),
+    let options = options(place, &connection, name).event_callback(move |event| {
+        tell(event);
+        std::future::ready(())
+    });
+    let failed = match options.connect(servers(&connection.endpoint)?).await {
+        Ok(client) => return Ok((client, connection)),
         Err(error) => error,
     };
     // The client's words leave out server and cause; a lane to the same place has them.

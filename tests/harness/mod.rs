@@ -8,6 +8,7 @@
 #![allow(dead_code, unused_imports, unreachable_pub)]
 
 pub mod checker;
+pub mod cli;
 pub mod client;
 pub mod cluster;
 pub mod process;
@@ -19,6 +20,7 @@ pub mod site;
 pub mod wire;
 
 pub use checker::{Expect, Report};
+pub use cli::Cli;
 pub use client::{connect, request, timed, wait_for, wait_value};
 pub use cluster::Cluster;
 pub use proxy::Proxy;

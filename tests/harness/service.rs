@@ -181,7 +181,7 @@ impl Drop for Service {
 }
 
 /// Our binary: cargo names it for tests and benches, for examples it lies one folder up.
-fn binary() -> Result<PathBuf> {
+pub fn binary() -> Result<PathBuf> {
     if let Some(path) = option_env!("CARGO_BIN_EXE_stream-replicator") {
         return Ok(path.into());
     }

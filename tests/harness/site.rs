@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::checker::{Expect, compare_streams};
 use super::client::{Reply, ask, checked, connect, request, status, wait_value};
 use super::raw::wait_messages;
-use super::{LIMIT, Outgoing, Raw, Role, Server, Service, wire};
+use super::{Cli, LIMIT, Outgoing, Raw, Role, Server, Service, wire};
 
 /// The site's name in all of these tests.
 pub const SITE: &str = "TEST";
@@ -34,6 +34,8 @@ pub struct Site {
     pub target: Server,
     /// `None` where the source is the control server too.
     control: Option<Server>,
+    /// Of the control server, with the login.
+    url: String,
     pub service: Service,
     pub client: async_nats::Client,
     /// Everything told since before the service started.
@@ -76,7 +78,7 @@ impl Builder {
         let client = connect(&url).await?;
         let events = Events::of(&client, "replicator.event.>").await?;
         let service = Service::builder(&url, SITE).args(self.arguments).start().await?;
-        Ok(Site { source, target, control, service, client, events })
+        Ok(Site { source, target, control, url, service, client, events })
     }
 }
 
@@ -99,6 +101,11 @@ impl Site {
     /// The control server, whichever it is.
     pub fn control(&self) -> &Server {
         self.control.as_ref().unwrap_or(&self.source)
+    }
+
+    /// Commands that ask this service.
+    pub fn cli(&self) -> Cli {
+        Cli::new(&self.url)
     }
 
     pub async fn source(&self) -> Result<Raw> {

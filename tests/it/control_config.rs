@@ -97,9 +97,32 @@ async fn a_change_is_made_at_the_expected_revision_only() -> Result<()> {
     let body = check("config.update", "7", &document, Some("409")).await?;
     assert_eq!(body["error"]["description"], "replication `ORDERS` is at revision 1");
     check("config.update", "x", &document, Some("400")).await?;
-    assert_eq!(check("config.update", "1", &document, None).await?["revision"], 2);
+    let changed = site.document_with("ORDERS", json!({"description": "changed"})).to_string();
+    assert_eq!(check("config.update", "1", &changed, None).await?["revision"], 2);
+    // What is stored already is expected at its revision, too.
+    check("config.update", "1", &changed, Some("409")).await?;
+    assert_eq!(check("config.update", "2", &changed, None).await?["revision"], 2);
     check("config.delete", "1", "ORDERS", Some("409")).await?;
     assert_eq!(check("config.delete", "2", "ORDERS", None).await?["revision"], 3);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_document_that_is_stored_already_is_left_alone() -> Result<()> {
+    let site = Site::small().await?;
+    let document = |password: &str| {
+        let url = site.target.url_as(&format!("copy:{password}"));
+        site.document_with("ORDERS", json!({"target_url": url}))
+    };
+    let at = |revision: u64| json!({"replication": "ORDERS", "revision": revision});
+    served(site.send("config.add", document("first")).await?, at(1));
+    served(site.send("config.update", document("first")).await?, at(1));
+    // However it is written, and with the stored secret.
+    served(site.ask("config.update", format!("{:#}\n", document("first"))).await?, at(1));
+    served(site.send("config.update", document("***")).await?, at(1));
+    // A secret counts, though it is not shown.
+    served(site.send("config.update", document("second")).await?, at(2));
+    served(site.send("config.update", document("second")).await?, at(2));
     Ok(())
 }
 

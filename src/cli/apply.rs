@@ -1,0 +1,438 @@
+//! `stream-replicator config apply`: what is stored becomes what files say.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+use serde::Serialize;
+use serde_json::Value;
+use similar::TextDiff;
+
+use super::{
+    client::{Client, Reply},
+    config::{pretty, stored},
+    edit::site,
+    error::{Error, Verdict, problem},
+    files::{self, Found},
+    global::Global,
+    output::{Colour, Output, clean},
+};
+use crate::{
+    config::{self, MASK, Problem, document_id, mask_document},
+    control::api::{Changed, DeleteRequest, Document, Failure, List},
+};
+
+/// Documents that are asked for at once.
+const PARALLEL: usize = 16;
+/// The URLs of a document, where `***` may stand for a secret.
+const URLS: [&str; 2] = ["source_url", "target_url"];
+
+/// Make what is stored what files say: add and update what differs
+///
+/// A file holds one document, an array of documents, or several one after another; a folder stands for its *.json.
+/// Everything is read and checked before anything is changed. Each change is shown, secrets as `***`, and is made only
+/// to the revision that it was compared with.
+///
+/// Stored secrets are not shown to anybody, so a document with a secret that looks equal is sent all the same: the
+/// service compares the secret and leaves an equal document alone. A dry run cannot know and says so. A `***` in a URL
+/// keeps the stored secret.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Files or folders; `-` for stdin
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+
+    /// Remove replications that are in none of the files, with position and state
+    #[arg(long)]
+    prune: bool,
+
+    /// Only show what would be done
+    #[arg(long)]
+    dry_run: bool,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+/// What `--json` prints.
+#[derive(Debug, Default, Serialize)]
+struct Report {
+    dry_run: bool,
+    results: Vec<Outcome>,
+}
+
+/// What became of one replication, or would.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    replication: String,
+    action: Action,
+    /// Revision that it has now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revision: Option<u64>,
+    /// Unified, secrets masked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    diff: Option<String>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<Failure>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Action {
+    Added,
+    Updated,
+    Unchanged,
+    /// It looks equal, and only the service can compare its secrets.
+    Unknown,
+    Removed,
+    Failed,
+}
+
+/// A document of a file beside what is stored.
+struct Step {
+    id: String,
+    place: String,
+    document: Value,
+    stored: Option<Document>,
+}
+
+/// How a document differs from what is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Difference {
+    New,
+    Visible,
+    /// None that can be seen, but it has a secret.
+    Secret,
+    None,
+}
+
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+    let found = files::documents(&args.files).map_err(|problems| refuse(&problems, out))?;
+    if found.is_empty() && args.prune {
+        return Err(Error::Failed("the files hold no document: `--prune` would remove everything".to_owned()));
+    }
+    let client = Client::connect(&args.global).await?;
+    let site = site(&client).await?;
+    let list: Reply<List> = client.pages("config.list").await?;
+    let stored = list.value.replications.into_iter().filter(|row| row.origin == "kv");
+    let revisions: BTreeMap<_, _> = stored.map(|row| (row.replication, row.revision)).collect();
+    let steps = plan(&client, found, &site, &revisions).await?;
+    let problems: Vec<_> = steps.iter().flat_map(|step| step.problems(&site)).chain(twice(&steps)).collect();
+    if !problems.is_empty() {
+        return Err(refuse(&problems, out));
+    }
+    let mut apply =
+        Apply { client, dry_run: args.dry_run, report: Report { dry_run: args.dry_run, ..Report::default() } };
+    for step in &steps {
+        apply.document(step, out).await;
+    }
+    if args.prune {
+        let wanted: BTreeSet<_> = steps.iter().map(|step| step.id.as_str()).collect();
+        let others: Vec<_> = revisions.iter().filter(|(id, _)| !wanted.contains(id.as_str())).collect();
+        apply.prune(&others, out).await;
+    }
+    Ok(apply.summary(out))
+}
+
+/// Says everything that is wrong with the files.
+fn refuse(problems: &[String], out: &Output) -> Error {
+    for problem in problems {
+        out.note(problem);
+    }
+    Error::Failed("the files cannot be applied, nothing was changed".to_owned())
+}
+
+/// Puts what is stored beside the documents. One that has no id has a problem, which is told with the others.
+async fn plan(
+    client: &Client,
+    found: Vec<Found>,
+    site: &str,
+    revisions: &BTreeMap<String, u64>,
+) -> Result<Vec<Step>, Error> {
+    let steps = found.into_iter().map(|Found { place, document }| async move {
+        let id = document_id(&document, site).unwrap_or_default();
+        if !revisions.contains_key(&id) {
+            return Ok(Step { id, place, document, stored: None });
+        }
+        let stored = match stored(client, &id).await {
+            Ok(reply) => Some(reply.value),
+            Err(error) if error.code() == Some(404) => None,
+            Err(error) => return Err(error),
+        };
+        Ok(Step { id, place, document, stored })
+    });
+    stream::iter(steps).buffered(PARALLEL).try_collect().await
+}
+
+/// Ids that more than one document has.
+fn twice(steps: &[Step]) -> Vec<String> {
+    let mut places = BTreeMap::<&str, Vec<&str>>::new();
+    for step in steps.iter().filter(|step| !step.id.is_empty()) {
+        places.entry(&step.id).or_default().push(&step.place);
+    }
+    let several = places.into_iter().filter(|(_, places)| places.len() > 1);
+    several.map(|(id, places)| clean(&format!("`{id}` is there more than once: {}", places.join("; ")))).collect()
+}
+
+impl Step {
+    /// What is wrong with the document, in lines that begin with its place.
+    fn problems(&self, site: &str) -> Vec<String> {
+        let found = match check(&self.document, self.stored.as_ref(), site) {
+            Ok(()) => return Vec::new(),
+            Err(found) => found,
+        };
+        found.iter().map(|one| format!("{}: {}", self.place, problem(one))).collect()
+    }
+
+    fn difference(&self) -> Difference {
+        let Some(stored) = &self.stored else { return Difference::New };
+        let shown = mask_document(&self.document);
+        match () {
+            () if shown != stored.config => Difference::Visible,
+            () if shown != self.document => Difference::Secret,
+            () => Difference::None,
+        }
+    }
+
+    /// Unified, secrets masked on both sides.
+    fn diff(&self) -> String {
+        let (before, was) = match &self.stored {
+            Some(stored) => (pretty(&stored.config) + "\n", format!("{} (revision {})", self.id, stored.revision)),
+            None => (String::new(), "/dev/null".to_owned()),
+        };
+        let after = pretty(&mask_document(&self.document)) + "\n";
+        let becomes = format!("{} ({})", self.id, self.place);
+        TextDiff::from_lines(&before, &after).unified_diff().header(&was, &becomes).to_string()
+    }
+}
+
+/// Checks a document as the service does. For a `***` that stands for a stored secret, some secret is put in.
+fn check(document: &Value, stored: Option<&Document>, site: &str) -> Result<(), Vec<Problem>> {
+    let mut document = document.clone();
+    if let (Value::Object(fields), Some(stored)) = (&mut document, stored)
+        && config::has_mask(fields)
+    {
+        let mut stored = stored.config.clone();
+        for url in URLS {
+            if let Some(Value::String(url)) = stored.get_mut(url) {
+                *url = url.replace(MASK, "x");
+            }
+        }
+        config::unmask_document(fields, Some(&stored))?;
+    }
+    config::parse_value(&document, site).map(drop).map_err(|problems| problems.0)
+}
+
+/// One after the other, going on behind what fails.
+struct Apply {
+    client: Client,
+    dry_run: bool,
+    report: Report,
+}
+
+impl Apply {
+    async fn document(&mut self, step: &Step, out: &mut Output) {
+        let difference = step.difference();
+        let before = step.stored.as_ref().map(|stored| stored.revision);
+        let diff = matches!(difference, Difference::New | Difference::Visible).then(|| step.diff());
+        if let Some(diff) = &diff {
+            show(diff, out);
+        }
+        let (action, sent) = match difference {
+            Difference::None => (Action::Unchanged, Ok(before)),
+            Difference::New if self.dry_run => (Action::Added, Ok(None)),
+            Difference::Visible if self.dry_run => (Action::Updated, Ok(None)),
+            Difference::Secret if self.dry_run => (Action::Unknown, Ok(before)),
+            Difference::New => (Action::Added, self.send("config.add", step, None).await),
+            Difference::Visible | Difference::Secret => {
+                let sent = self.send("config.update", step, before).await;
+                let unchanged = matches!(sent, Ok(after) if after == before);
+                (if unchanged { Action::Unchanged } else { Action::Updated }, sent)
+            }
+        };
+        let words = match (action, difference) {
+            (Action::Unknown, _) => "looks equal; only the service can compare its secrets",
+            (Action::Updated, Difference::Secret) => "updated: a secret differs",
+            (Action::Updated, _) => "updated",
+            (Action::Added, _) => "added",
+            _ => "unchanged",
+        };
+        self.tell(&step.id, action, words, sent, diff, out);
+    }
+
+    async fn send(&self, endpoint: &str, step: &Step, expected: Option<u64>) -> Result<Option<u64>, Error> {
+        let document = step.document.to_string().into();
+        let changed: Reply<Changed> = self.client.change_at(endpoint, document, expected).await?;
+        Ok(Some(changed.value.revision))
+    }
+
+    async fn prune(&mut self, others: &[(&String, &u64)], out: &mut Output) {
+        if self.report.results.iter().any(|outcome| outcome.action == Action::Failed) {
+            out.note("nothing is removed, because something failed");
+            return;
+        }
+        if !out.json() && !others.is_empty() {
+            let ids: Vec<_> = others.iter().map(|(id, _)| id.as_str()).collect();
+            out.line(&format!("in none of the files: {}", ids.join(", ")));
+        }
+        for (id, revision) in others {
+            let request = DeleteRequest { replication: (*id).clone(), keep: false };
+            let removed = if self.dry_run { Ok(None) } else { self.remove(&request, **revision).await };
+            self.tell(id, Action::Removed, "removed", removed, None, out);
+        }
+    }
+
+    async fn remove(&self, request: &DeleteRequest, revision: u64) -> Result<Option<u64>, Error> {
+        let body = serde_json::to_vec(request).map_err(|error| Error::Failed(error.to_string()))?;
+        let changed: Reply<Changed> = self.client.change_at("config.delete", body.into(), Some(revision)).await?;
+        Ok(Some(changed.value.revision))
+    }
+
+    fn tell(
+        &mut self,
+        id: &str,
+        action: Action,
+        words: &str,
+        result: Result<Option<u64>, Error>,
+        diff: Option<String>,
+        out: &mut Output,
+    ) {
+        let replication = id.to_owned();
+        let outcome = match result {
+            Ok(revision) => {
+                if !out.json() {
+                    let would = if self.dry_run && action != Action::Unchanged { " (dry run)" } else { "" };
+                    let at = revision.filter(|_| action != Action::Removed);
+                    let at = at.map_or_else(String::new, |revision| format!(", revision {revision}"));
+                    out.line(&format!("{id}: {words}{at}{would}"));
+                }
+                Outcome { replication, action, revision, diff, error: None }
+            }
+            Err(error) => {
+                out.note(&format!("{id}:"));
+                if out.json() {
+                    // stdout holds the report alone
+                    out.note(&format!("error: {error}"));
+                } else {
+                    error.tell(out);
+                }
+                let error = match error {
+                    Error::Refused(failure) => failure,
+                    other => Failure::new(503, other.to_string()),
+                };
+                Outcome { replication, action: Action::Failed, revision: None, diff, error: Some(error) }
+            }
+        };
+        self.report.results.push(outcome);
+    }
+
+    fn summary(self, out: &mut Output) -> Verdict {
+        let mut counts = BTreeMap::<Action, usize>::new();
+        for outcome in &self.report.results {
+            *counts.entry(outcome.action).or_default() += 1;
+        }
+        if out.json() {
+            out.value(&self.report);
+        } else {
+            let count = |action: Action| counts.get(&action).copied().unwrap_or_default();
+            let mut words: Vec<_> = [
+                (Action::Added, "added"),
+                (Action::Updated, "updated"),
+                (Action::Unchanged, "unchanged"),
+                (Action::Removed, "removed"),
+            ]
+            .map(|(action, word)| format!("{} {word}", count(action)))
+            .into();
+            for (action, word) in [(Action::Unknown, "unknown"), (Action::Failed, "failed")] {
+                if count(action) > 0 {
+                    words.push(format!("{} {word}", count(action)));
+                }
+            }
+            let dry = if self.dry_run { "dry run, nothing was changed: " } else { "" };
+            out.line(&format!("{dry}{}", words.join(", ")));
+        }
+        if counts.contains_key(&Action::Failed) { Verdict::Bad } else { Verdict::Good }
+    }
+}
+
+fn show(diff: &str, out: &mut Output) {
+    if out.json() {
+        return;
+    }
+    for line in diff.lines() {
+        let colour = match line.as_bytes().first() {
+            Some(b'+') => Colour::Green,
+            Some(b'-') => Colour::Red,
+            Some(b'@') => Colour::Cyan,
+            _ => Colour::Plain,
+        };
+        out.line(&out.paint(colour, &clean(line)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn step(document: Value, stored: Option<Value>) -> Step {
+        let stored = stored.map(|config| Document { replication: "S".into(), revision: 3, config, problems: vec![] });
+        Step { id: "S".into(), place: "s.json".into(), document, stored }
+    }
+
+    fn with_urls(source: &str, target: &str) -> Value {
+        json!({"stream": "S", "source_url": source, "target_url": target})
+    }
+
+    #[test]
+    fn a_secret_that_looks_equal_is_not_taken_for_equal() {
+        let check = |source: &str, stored: Option<&str>, expect: Difference| {
+            let stored = stored.map(|stored| with_urls(stored, "nats://t"));
+            assert_eq!(step(with_urls(source, "nats://t"), stored).difference(), expect, "{source}");
+        };
+        check("nats://s", None, Difference::New);
+        check("nats://s", Some("nats://s"), Difference::None);
+        check("nats://s", Some("nats://other"), Difference::Visible);
+        check("nats://u:p@s", Some("nats://u:***@s"), Difference::Secret);
+        check("nats://u:p@s", Some("nats://v:***@s"), Difference::Visible);
+        check("nats://u:***@s", Some("nats://u:***@s"), Difference::None);
+    }
+
+    #[test]
+    fn a_diff_shows_no_secret_of_either_side() {
+        let step = step(with_urls("nats://u:new-secret@s", "nats://t"), Some(with_urls("nats://u:***@r", "nats://t")));
+        let diff = step.diff();
+        assert!(diff.starts_with("--- S (revision 3)\n+++ S (s.json)\n@@"), "{diff}");
+        assert!(
+            diff.contains("\n-  \"source_url\": \"nats://u:***@r\",\n+  \"source_url\": \"nats://u:***@s\","),
+            "{diff}"
+        );
+        assert!(!diff.contains("new-secret"), "{diff}");
+    }
+
+    #[test]
+    fn a_mask_is_fine_where_a_secret_is_stored() {
+        let check = |source: &str, stored: Option<&str>, expect: bool| {
+            let stored = stored.map(|stored| with_urls(stored, "nats://t"));
+            let problems = step(with_urls(source, "nats://t"), stored).problems("SITE");
+            assert_eq!(problems.is_empty(), expect, "{source}: {problems:?}");
+        };
+        check("nats://u:***@s", Some("nats://u:***@s"), true);
+        check("nats://***@s", Some("nats://***@s"), true);
+        check("nats://u:***@s", Some("nats://s"), false);
+        check("nats://u:***@s", None, false);
+        check("nats://u:p@s", None, true);
+        check("http://s", None, false);
+    }
+
+    #[test]
+    fn the_same_id_twice_is_told_with_both_places() {
+        let steps = [step(json!({}), None), step(json!({}), None)];
+        assert_eq!(twice(&steps), ["`S` is there more than once: s.json; s.json"]);
+        assert!(twice(&steps[..1]).is_empty());
+    }
+}

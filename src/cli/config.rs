@@ -1,0 +1,288 @@
+//! `stream-replicator config`: documents in and out.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use super::{
+    apply,
+    client::{Client, Reply},
+    edit,
+    error::{Error, Verdict, problem, problems},
+    files,
+    global::Global,
+    output::{self, Colour, Output, Table},
+    words::count,
+};
+use crate::{
+    config::Problem,
+    control::api::{Changed, CheckResult, DeleteRequest, Document, List, NamedRequest, PreflightSide, Validation},
+    status::State,
+};
+
+/// Add, change, show and remove replications
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// Add a replication
+    Add(FileArgs),
+    /// Replace the document of a replication; one that is stored already is left alone
+    Update(UpdateArgs),
+    /// Show the document of a replication, secrets as `***`
+    Get(GetArgs),
+    /// List all replications
+    #[command(visible_alias = "list")]
+    Ls(Global),
+    /// Remove replications, with position and state
+    #[command(visible_alias = "delete")]
+    Rm(RmArgs),
+    /// Check a document and what both sides say to it; exit code 1 if it is not valid
+    Validate(FileArgs),
+    /// Show the JSON schema of a document
+    Schema(Global),
+    /// Change the document of a replication in `$VISUAL` or `$EDITOR`
+    Edit(edit::Args),
+    Apply(apply::Args),
+}
+
+#[derive(Debug, clap::Args)]
+struct FileArgs {
+    /// JSON document; `-` for stdin
+    file: PathBuf,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Debug, clap::Args)]
+struct UpdateArgs {
+    /// JSON document; `-` for stdin. A `***` in a URL keeps the stored secret
+    file: PathBuf,
+
+    /// Only if the document is at this revision
+    #[arg(long, value_name = "N")]
+    revision: Option<u64>,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Debug, clap::Args)]
+struct GetArgs {
+    /// Replication
+    id: String,
+
+    /// Print the document alone
+    #[arg(long)]
+    raw: bool,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Debug, clap::Args)]
+struct RmArgs {
+    /// Replications
+    #[arg(required = true, value_name = "ID")]
+    ids: Vec<String>,
+
+    /// Keep position and state, so that it goes on where it was when it is added again
+    #[arg(long)]
+    keep: bool,
+
+    /// Do not ask; needed where nobody can be asked
+    #[arg(long)]
+    force: bool,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+impl Args {
+    pub(super) fn global(&self) -> &Global {
+        match &self.verb {
+            Verb::Add(args) | Verb::Validate(args) => &args.global,
+            Verb::Update(args) => &args.global,
+            Verb::Get(args) => &args.global,
+            Verb::Ls(global) | Verb::Schema(global) => global,
+            Verb::Rm(args) => &args.global,
+            Verb::Edit(args) => &args.global,
+            Verb::Apply(args) => &args.global,
+        }
+    }
+}
+
+/// Carries out the command.
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+    let global = args.global();
+    match &args.verb {
+        Verb::Add(args) => write(global, "config.add", &args.file, None, out).await,
+        Verb::Update(args) => write(global, "config.update", &args.file, args.revision, out).await,
+        Verb::Get(args) => get(args, out).await,
+        Verb::Ls(_) => list(global, out).await,
+        Verb::Rm(args) => remove(args, out).await,
+        Verb::Validate(args) => validate(args, out).await,
+        Verb::Schema(_) => {
+            let schema: Reply<Value> = Client::connect(global).await?.query("config.schema", &json!({})).await?;
+            out.reply(&schema, pretty);
+            Ok(Verdict::Good)
+        }
+        Verb::Edit(args) => edit::run(args, out).await,
+        Verb::Apply(args) => apply::run(args, out).await,
+    }
+}
+
+/// JSON for people.
+pub(super) fn pretty(value: &Value) -> String {
+    serde_json::to_string_pretty(value).unwrap_or_default()
+}
+
+/// The document of a replication as the service shows it.
+pub(super) async fn stored(client: &Client, id: &str) -> Result<Reply<Document>, Error> {
+    client.query("config.get", &NamedRequest { replication: id.to_owned() }).await
+}
+
+async fn write(
+    global: &Global,
+    endpoint: &str,
+    file: &std::path::Path,
+    revision: Option<u64>,
+    out: &mut Output,
+) -> Result<Verdict, Error> {
+    let document = files::read(file)?;
+    let changed: Reply<Changed> = Client::connect(global).await?.change_at(endpoint, document, revision).await?;
+    out.reply(&changed, at_revision);
+    Ok(Verdict::Good)
+}
+
+fn at_revision(changed: &Changed) -> String {
+    format!("{} is at revision {}", changed.replication, changed.revision)
+}
+
+async fn get(args: &GetArgs, out: &mut Output) -> Result<Verdict, Error> {
+    let reply = stored(&Client::connect(&args.global).await?, &args.id).await?;
+    let found = reply.value.problems.clone();
+    if args.raw {
+        out.line(&pretty(&reply.value.config));
+        problems(out, &found);
+        return Ok(Verdict::Good);
+    }
+    out.reply(&reply, |document| {
+        let wrong = found.iter().map(|one| format!("\nproblem: {}", problem(one)));
+        let head = format!("{}, revision {}", document.replication, document.revision);
+        format!("{head}{}\n{}", wrong.collect::<String>(), pretty(&document.config))
+    });
+    Ok(Verdict::Good)
+}
+
+async fn list(global: &Global, out: &mut Output) -> Result<Verdict, Error> {
+    let reply: Reply<List> = Client::connect(global).await?.pages("config.list").await?;
+    if out.json() {
+        out.reply(&reply, |_| String::new());
+        return Ok(Verdict::Good);
+    }
+    let mut table = Table::new(&["REPLICATION", "STATE", "REVISION", "ORIGIN"]).right(&[2]).painted(1);
+    for row in reply.value.replications {
+        let state = row.state.map_or_else(|| "-".to_owned(), state_name);
+        let colour = row.state.map_or(Colour::Plain, state_colour);
+        table.row(colour, vec![row.replication, state, row.revision.to_string(), row.origin]);
+    }
+    out.table(&table);
+    Ok(Verdict::Good)
+}
+
+/// The name of a state, as in JSON.
+pub(super) fn state_name(state: State) -> String {
+    serde_json::to_value(state).ok().and_then(|name| name.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+pub(super) fn state_colour(state: State) -> Colour {
+    match state {
+        State::Running => Colour::Green,
+        State::Starting | State::Retrying => Colour::Yellow,
+        State::Paused => Colour::Cyan,
+        State::Held | State::Invalid | State::Stopped => Colour::Red,
+    }
+}
+
+async fn remove(args: &RmArgs, out: &mut Output) -> Result<Verdict, Error> {
+    if !args.force && !sure(args)? {
+        return Err(Error::Failed("nothing was removed".to_owned()));
+    }
+    let client = Client::connect(&args.global).await?;
+    let mut verdict = Verdict::Good;
+    for id in &args.ids {
+        let request = DeleteRequest { replication: id.clone(), keep: args.keep };
+        let removed: Result<Reply<Changed>, Error> = client.change("config.delete", &request).await;
+        match removed {
+            Ok(reply) => out.reply(&reply, |changed| format!("{} is removed", changed.replication)),
+            Err(error) => {
+                error.tell(out);
+                verdict = Verdict::Bad;
+            }
+        }
+    }
+    Ok(verdict)
+}
+
+fn sure(args: &RmArgs) -> Result<bool, Error> {
+    if !output::can_ask() {
+        return Err(Error::Usage("nobody can be asked: `--force` removes without asking".to_owned()));
+    }
+    let what = if args.keep { "position and state are kept" } else { "with position and state" };
+    Ok(output::ask(&format!("remove {} ({what})? [y/N]", args.ids.join(", "))) == Some(true))
+}
+
+async fn validate(args: &FileArgs, out: &mut Output) -> Result<Verdict, Error> {
+    let document = files::read(&args.file)?;
+    let reply: Reply<Validation> = Client::connect(&args.global).await?.look("config.validate", document).await?;
+    let verdict = if reply.value.valid { Verdict::Good } else { Verdict::Bad };
+    if out.json() {
+        out.reply(&reply, |_| String::new());
+        return Ok(verdict);
+    }
+    let Validation { valid, problems, warnings, preflight } = reply.value;
+    out.line(&if valid { out.paint(Colour::Green, "valid") } else { out.paint(Colour::Red, "not valid") });
+    told("problem", &problems, out);
+    told("warning", &warnings, out);
+    if let Some(preflight) = preflight {
+        side("source", &preflight.source, out);
+        side("target", &preflight.target, out);
+    }
+    Ok(verdict)
+}
+
+fn told(what: &str, problems: &[Problem], out: &mut Output) {
+    for one in problems {
+        out.line(&format!("{what}: {}", problem(one)));
+    }
+}
+
+fn side(name: &str, side: &PreflightSide, out: &mut Output) {
+    let server = match side.server.as_str() {
+        "" => "no server let us in".to_owned(),
+        server => format!("server {server}, version {}", side.version),
+    };
+    let stream = side.stream.as_ref().map(|stream| {
+        let (messages, first, last) = (count(stream.messages), stream.first_seq, stream.last_seq);
+        format!(", stream with {messages} messages, {first} to {last}")
+    });
+    out.line("");
+    out.line(&output::clean(&format!("{name}: {server}{}", stream.unwrap_or_default())));
+    let mut table = Table::new(&["CHECK", "RESULT", "MESSAGE"]).painted(1);
+    for check in &side.checks {
+        let (result, colour) = match check.result {
+            CheckResult::Ok => ("ok", Colour::Green),
+            CheckResult::Warning => ("warning", Colour::Yellow),
+            CheckResult::Failed => ("failed", Colour::Red),
+            CheckResult::Unknown => ("unknown", Colour::Cyan),
+        };
+        table.row(colour, vec![check.name.clone(), result.to_owned(), check.message.clone()]);
+    }
+    out.table(&table);
+}

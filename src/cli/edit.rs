@@ -1,0 +1,156 @@
+//! `stream-replicator config edit`: the document in an editor, and back if nobody else changed it meanwhile.
+
+use std::{env, fs, io::Write, path::Path, process::Command};
+
+use futures_util::FutureExt;
+use serde_json::Value;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    task::spawn_blocking,
+};
+
+use super::{
+    client::{Client, Reply},
+    config::{pretty, stored},
+    error::{Error, Verdict, problems},
+    global::Global,
+    output::{self, Output},
+};
+use crate::{
+    config::document_id,
+    control::api::{Changed, Document, Status, StatusRequest},
+};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Replication
+    id: String,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+    let client = Client::connect(&args.global).await?;
+    let site = site(&client).await?;
+    let document = stored(&client, &args.id).await?.value;
+    problems(out, &document.problems);
+    let before = pretty(&document.config) + "\n";
+    let file = draft(&before)?;
+    let edited = edit(&client, &document, &site, &before, file.path(), out).await;
+    // what was written is not lost with the change that was refused
+    let is_draft = fs::read_to_string(file.path()).is_ok_and(|text| text != before);
+    if edited.is_err()
+        && is_draft
+        && let Ok((_, path)) = file.keep()
+    {
+        out.note(&format!("your version is kept in `{}`", path.display()));
+    }
+    edited
+}
+
+/// Name of the site, which is in ids.
+pub(super) async fn site(client: &Client) -> Result<String, Error> {
+    let request = StatusRequest { limit: Some(0), ..StatusRequest::default() };
+    let status: Reply<Status> = client.query("status", &request).await?;
+    Ok(status.value.site)
+}
+
+/// A file with the document that only we can read; secrets may be written into it.
+fn draft(text: &str) -> Result<tempfile::NamedTempFile, Error> {
+    let failed = |error| Error::Failed(format!("cannot write a temporary file: {error}"));
+    let file = tempfile::Builder::new().prefix("stream-replicator-").suffix(".json").tempfile();
+    let mut file = file.map_err(failed)?;
+    file.write_all(text.as_bytes()).and_then(|()| file.flush()).map_err(failed)?;
+    Ok(file)
+}
+
+async fn edit(
+    client: &Client,
+    document: &Document,
+    site: &str,
+    before: &str,
+    path: &Path,
+    out: &mut Output,
+) -> Result<Verdict, Error> {
+    loop {
+        open_editor(path).await?;
+        let text = fs::read(path).map_err(|error| Error::Failed(format!("cannot read the edited file: {error}")))?;
+        if text == before.as_bytes() {
+            out.note("not changed");
+            return Ok(Verdict::Good);
+        }
+        let refused = match same(&text, document, site) {
+            Ok(()) => {
+                let changed = client.change_at("config.update", text.into(), Some(document.revision)).await;
+                let error = match changed {
+                    Ok(reply) => {
+                        let words =
+                            |changed: &Changed| format!("{} is at revision {}", changed.replication, changed.revision);
+                        out.reply(&reply, words);
+                        return Ok(Verdict::Good);
+                    }
+                    Err(error) => error,
+                };
+                match error.code() {
+                    Some(400) => error,
+                    Some(409) => {
+                        error.tell(out);
+                        let id = &document.replication;
+                        return Err(Error::Failed(format!(
+                            "somebody changed `{id}` meanwhile: nothing was overwritten"
+                        )));
+                    }
+                    _ => return Err(error),
+                }
+            }
+            Err(error) => error,
+        };
+        if !output::can_ask() {
+            return Err(refused);
+        }
+        refused.tell(out);
+        if !again().await {
+            return Err(Error::Failed("nothing was changed".to_owned()));
+        }
+    }
+}
+
+/// Refuses a document that would be another replication's. What is no JSON is the service's to refuse.
+fn same(text: &[u8], document: &Document, site: &str) -> Result<(), Error> {
+    let id = serde_json::from_slice::<Value>(text).ok().and_then(|edited| document_id(&edited, site));
+    match id {
+        Some(id) if id != document.replication => {
+            let (was, id) = (&document.replication, output::clean(&id));
+            let message =
+                format!("`stream` or `name` makes this `{id}`: only the document of `{was}` can be changed here");
+            Err(Error::Failed(message))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Lets the user edit; the connection is kept alive meanwhile. As in a shell, ctrl-c is the editor's.
+async fn open_editor(path: &Path) -> Result<(), Error> {
+    let editor = ["VISUAL", "EDITOR"].into_iter().filter_map(|name| env::var(name).ok());
+    let editor = editor.filter(|editor| !editor.trim().is_empty()).next().unwrap_or_else(|| "vi".to_owned());
+    let _interrupts = signal(SignalKind::interrupt());
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(format!("{editor} \"$1\"")).arg("sh").arg(path);
+    let ended = spawn_blocking(move || command.status()).await.map_err(std::io::Error::other).flatten();
+    match ended {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(Error::Failed(format!("the editor `{editor}` ended with {status}: nothing was changed"))),
+        Err(error) => Err(Error::Failed(format!("the editor `{editor}` cannot be started: {error}"))),
+    }
+}
+
+/// Whether the user wants to go on; ctrl-c means no.
+async fn again() -> bool {
+    let Ok(mut interrupts) = signal(SignalKind::interrupt()) else { return false };
+    while interrupts.recv().now_or_never().is_some() {}
+    tokio::select! {
+        answer = spawn_blocking(|| output::ask("edit again? [y/N]")) => matches!(answer, Ok(Some(true))),
+        _ = interrupts.recv() => false,
+    }
+}

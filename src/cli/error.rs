@@ -1,0 +1,77 @@
+//! How a command ends, and what it says of an error.
+
+use std::process::ExitCode;
+
+use super::output::{Output, clean};
+use crate::{
+    config::Problem,
+    control::api::{ErrorReply, Failure},
+};
+
+/// Exit code of wrong usage; clap uses the same.
+const USAGE: u8 = 2;
+
+/// What a command that was carried out found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// All is well.
+    Good,
+    /// Something is not; it has been said what.
+    Bad,
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    /// It was called in a way that cannot work.
+    #[error("{0}")]
+    Usage(String),
+    /// It did not work.
+    #[error("{0}")]
+    Failed(String),
+    /// The service refused it.
+    #[error("{0}")]
+    Refused(#[from] Failure),
+}
+
+impl Error {
+    /// Code of the service's refusal.
+    pub(super) fn code(&self) -> Option<u16> {
+        match self {
+            Self::Refused(failure) => Some(failure.code),
+            Self::Usage(_) | Self::Failed(_) => None,
+        }
+    }
+
+    /// Tells it on stderr, every problem with its path on a line; programs get a refusal on stdout as it was sent.
+    pub(super) fn tell(&self, out: &mut Output) {
+        out.note(&format!("error: {self}"));
+        if let Self::Refused(failure) = self {
+            problems(out, &failure.problems);
+            if out.json() {
+                out.value(&ErrorReply { error: failure.clone() });
+            }
+        }
+    }
+
+    /// What the process ends with.
+    pub(super) fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Usage(_) => ExitCode::from(USAGE),
+            Self::Failed(_) | Self::Refused(_) => ExitCode::FAILURE,
+        }
+    }
+}
+
+/// A problem in one line: where, and what.
+pub(super) fn problem(problem: &Problem) -> String {
+    let path = if problem.path.is_empty() { "document" } else { &problem.path };
+    clean(&format!("{path}: {}", problem.message))
+}
+
+/// Tells problems on stderr.
+pub(super) fn problems(out: &mut Output, problems: &[Problem]) {
+    for one in problems {
+        out.note(&format!("  {}", problem(one)));
+    }
+}

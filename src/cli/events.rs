@@ -1,0 +1,290 @@
+//! `stream-replicator events`: what was told, where a stream keeps it, and what is told now.
+
+use std::{fmt::Display, time::Duration};
+
+use async_nats::{
+    Message, datetime,
+    jetstream::{
+        self,
+        consumer::{DeliverPolicy, pull},
+        context::RequestErrorKind,
+        response::Response,
+    },
+};
+use chrono::{DateTime, Utc};
+use futures_util::{StreamExt, stream::select_all};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+
+use super::{
+    client::Client,
+    error::{Error, Verdict},
+    global::Global,
+    output::{Colour, Output, clean},
+    words::parse_time,
+};
+use crate::events::Event;
+
+/// Show events: stored ones, where a stream captures them, or live ones
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Replication
+    id: Option<String>,
+
+    /// Only events of this kind; can be given several times
+    #[arg(long = "kind", short, value_name = "KIND", value_parser = Event::KINDS)]
+    kinds: Vec<String>,
+
+    /// Show events as they are told; with `--since` those stored since then first
+    #[arg(long, short)]
+    follow: bool,
+
+    /// Only events stored since this time: RFC 3339, or how long ago, such as `1h`
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    since: Option<DateTime<Utc>>,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+    if let Some(id) = &args.id
+        && !is_id(id)
+    {
+        return Err(Error::Usage(format!("`{}` is not the id of a replication", clean(id))));
+    }
+    let client = Client::connect(&args.global).await?;
+    let subjects = subjects(client.prefix(), args.id.as_deref(), &args.kinds);
+    if args.follow && args.since.is_none() {
+        live(&client, subjects, out).await?;
+    } else {
+        stored(&client, subjects, args, out).await?;
+    }
+    Ok(Verdict::Good)
+}
+
+/// An id becomes part of a subject.
+fn is_id(id: &str) -> bool {
+    id.split('.').all(|token| !token.is_empty() && token.chars().all(|c| c.is_ascii_graphic() && !"*>".contains(c)))
+}
+
+fn subjects(prefix: &str, id: Option<&str>, kinds: &[String]) -> Vec<String> {
+    let id = id.unwrap_or(">");
+    let subject = |kind: &str| format!("{prefix}.event.{kind}.{id}");
+    if kinds.is_empty() { vec![subject("*")] } else { kinds.iter().map(|kind| subject(kind)).collect() }
+}
+
+async fn live(client: &Client, subjects: Vec<String>, out: &mut Output) -> Result<(), Error> {
+    let failed = |error: &dyn Display| Error::Failed(format!("events at `{}`: {error}", client.server()));
+    let mut subscriptions = Vec::new();
+    for subject in subjects {
+        subscriptions.push(client.nats().subscribe(subject).await.map_err(|error| failed(&error))?);
+    }
+    client.nats().flush().await.map_err(|error| failed(&error))?;
+    let mut messages = select_all(subscriptions);
+    while !out.closed()
+        && let Some(message) = messages.next().await
+    {
+        show(&message, out);
+    }
+    Ok(())
+}
+
+async fn stored(client: &Client, subjects: Vec<String>, args: &Args, out: &mut Output) -> Result<(), Error> {
+    let context = client.jetstream();
+    let stream = capturing(&context, client, out).await?;
+    let failed = |error: &dyn Display| Error::Failed(format!("events in stream `{stream}`: {error}"));
+    let deliver_policy = match args.since {
+        Some(since) => {
+            let start_time = datetime::parse_rfc3339(&since.to_rfc3339()).map_err(|error| failed(&error))?;
+            DeliverPolicy::ByStartTime { start_time }
+        }
+        None => DeliverPolicy::All,
+    };
+    let config = pull::OrderedConfig { filter_subjects: subjects, deliver_policy, ..pull::OrderedConfig::default() };
+    let consumer = context.create_consumer_on_stream(config, stream.as_str()).await.map_err(|error| failed(&error))?;
+    if !args.follow && consumer.cached_info().num_pending == 0 {
+        return Ok(());
+    }
+    let mut messages = consumer.messages().await.map_err(|error| failed(&error))?;
+    while !out.closed() {
+        let next = messages.next();
+        let next = if args.follow {
+            next.await
+        } else {
+            let within = client.answer_within().max(QUIET);
+            tokio::time::timeout(within, next).await.map_err(|_| failed(&format!("no answer within {within:?}")))?
+        };
+        let Some(message) = next else { break };
+        let message = message.map_err(|error| failed(&error))?;
+        let left = message.info().map(|info| info.pending).map_err(|error| failed(&error))?;
+        show(&message.message, out);
+        if left == 0 && !args.follow {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// A consumer that was lost is made again within this time.
+const QUIET: Duration = Duration::from_secs(20);
+
+/// Name of the stream that captures the events; best of all one that captures all of them.
+async fn capturing(context: &jetstream::Context, client: &Client, out: &Output) -> Result<String, Error> {
+    #[derive(Deserialize)]
+    struct Names {
+        streams: Option<Vec<String>>,
+    }
+    #[derive(Deserialize)]
+    struct Info {
+        config: Config,
+    }
+    #[derive(Deserialize)]
+    struct Config {
+        #[serde(default)]
+        subjects: Vec<String>,
+    }
+    let all = format!("{}.event.>", client.prefix());
+    let server = client.server();
+    let failed = |error: &dyn Display| Error::Failed(format!("streams at `{server}` cannot be looked at: {error}"));
+    let names: Names = ask(context, "STREAM.NAMES", &json!({"subject": all})).await.map_err(|error| failed(&error))?;
+    let names = names.streams.unwrap_or_default();
+    let mut partial = None;
+    for name in names {
+        let info: Info =
+            ask(context, &format!("STREAM.INFO.{name}"), &json!({})).await.map_err(|error| failed(&error))?;
+        let subjects = info.config.subjects;
+        if subjects.iter().any(|subject| covers(subject, &all)) {
+            return Ok(name);
+        }
+        partial.get_or_insert((name, subjects));
+    }
+    let Some((name, subjects)) = partial else {
+        return Err(Error::Failed(format!(
+            "no stream at `{server}` captures `{all}`: make one, such as with `nats stream add EVENTS \
+             --subjects '{all}' --max-age 30d --defaults`, or see what happens from now on with `--follow`"
+        )));
+    };
+    out.note(&format!("stream `{name}` captures only {}", subjects.join(", ")));
+    Ok(name)
+}
+
+async fn ask<T: DeserializeOwned>(context: &jetstream::Context, subject: &str, request: &Value) -> Result<T, String> {
+    match context.request(subject.to_owned(), request).await {
+        Ok(Response::Ok(reply)) => Ok(reply),
+        Ok(Response::Err { error }) => Err(error.to_string()),
+        Err(error) if error.kind() == RequestErrorKind::NoResponders => Err("there is no JetStream".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Whether all that matches `wanted` matches `subject`.
+fn covers(subject: &str, wanted: &str) -> bool {
+    let mut wanted = wanted.split('.');
+    for token in subject.split('.') {
+        match (token, wanted.next()) {
+            (">", Some(_)) => return true,
+            ("*", Some(other)) if other != ">" => {}
+            (token, Some(other)) if token == other => {}
+            _ => return false,
+        }
+    }
+    wanted.next().is_none()
+}
+
+/// One event in one line; what is no event is shown as it came.
+fn show(message: &Message, out: &mut Output) {
+    let body = serde_json::from_slice::<Value>(&message.payload);
+    let text = match (&body, out.json()) {
+        (Ok(event), true) => event.to_string(),
+        (Err(_), true) => {
+            json!({"subject": message.subject.as_str(), "raw": String::from_utf8_lossy(&message.payload)}).to_string()
+        }
+        (body, false) => {
+            let (kind, [before, after]) = body.as_ref().ok().and_then(words).unwrap_or_else(|| raw(message));
+            format!("{before}{}{after}", out.paint(colour(&kind), &format!("{kind:<15}")))
+        }
+    };
+    out.line(&text);
+    out.flush();
+}
+
+/// Kind of an event, what is said before it and what after it. Fields of all kinds look the same, so that one which
+/// this program does not know reads as well.
+fn words(event: &Value) -> Option<(String, [String; 2])> {
+    const COMMON: [&str; 5] = ["kind", "replication", "site", "instance", "time"];
+    let event = event.as_object()?;
+    let text = |name: &str| event.get(name).and_then(Value::as_str).map(clean);
+    let (kind, replication, time) = (text("kind")?, text("replication")?, text("time")?);
+    let fields = event.iter().filter(|(name, _)| !COMMON.contains(&name.as_str()));
+    let fields = fields.map(|(name, value)| match value {
+        Value::String(value) => format!("  {name}: {value}"),
+        value => format!("  {name}: {value}"),
+    });
+    let instance = text("instance").map(|instance| format!("  ({instance})"));
+    let after = format!(" {replication}{}{}", clean(&fields.collect::<String>()), instance.unwrap_or_default());
+    Some((kind, [format!("{time}  "), after]))
+}
+
+fn raw(message: &Message) -> (String, [String; 2]) {
+    let body = clean(&String::from_utf8_lossy(&message.payload));
+    ("?".to_owned(), [format!("{}  ", clean(&message.subject)), format!(" {body}")])
+}
+
+fn colour(kind: &str) -> Colour {
+    match kind {
+        "held" | "poison" | "gap" | "config-rejected" | "source-reset" | "target-reset" => Colour::Red,
+        "stalled" | "target-shared" | "position-moved" => Colour::Yellow,
+        "started" | "resumed" | "repaired" => Colour::Green,
+        _ => Colour::Cyan,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_captures_what_its_subjects_cover() {
+        let check = |subject: &str, expect: bool| assert_eq!(covers(subject, "a.event.>"), expect, "{subject}");
+        check("a.event.>", true);
+        check("a.>", true);
+        check(">", true);
+        check("*.event.>", true);
+        check("a.event.*", false);
+        check("a.event.held.>", false);
+        check("b.event.>", false);
+        check("a.event", false);
+    }
+
+    #[test]
+    fn an_event_is_one_line_whatever_its_kind() {
+        let check = |event: Value, expect: &str| {
+            let (kind, [before, after]) = words(&event).unwrap();
+            assert_eq!(format!("{before}{kind}{after}"), expect);
+        };
+        let common = json!({"kind": "held", "replication": "S", "site": "X", "instance": "i", "time": "2026"});
+        let with = |name: &str, value: Value| {
+            let mut event = common.clone();
+            event[name] = value;
+            event
+        };
+        check(common.clone(), "2026  held S  (i)");
+        check(with("message", json!("two\nlines\u{1b}[2J")), "2026  held S  message: two lines [2J  (i)");
+        check(with("from", json!(5)), "2026  held S  from: 5  (i)");
+        check(with("kind", json!("unheard-of")), "2026  unheard-of S  (i)");
+        for garbage in [json!(5), json!([]), json!({"kind": "held"}), with("time", json!(7))] {
+            assert!(words(&garbage).is_none(), "{garbage}");
+        }
+    }
+
+    #[test]
+    fn an_id_that_is_no_subject_is_refused() {
+        for good in ["ORDERS", "ORDERS.EAST", "a-b_c=d"] {
+            assert!(is_id(good), "{good}");
+        }
+        for bad in ["", ".", "a.", "a b", "*", "a.>", "\u{e9}", "a\n"] {
+            assert!(!is_id(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! What all commands that ask the service have in common.
+
+use super::connection::Asking;
+use crate::names;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Global {
+    #[command(flatten)]
+    pub(super) asking: Asking,
+
+    /// Subject prefix of the service
+    #[arg(
+        long,
+        value_name = "SUBJECT",
+        env = "STREAM_REPLICATOR_PREFIX",
+        hide_env_values = true,
+        default_value = names::DEFAULT_PREFIX,
+        value_parser = prefix,
+        help_heading = "Connection"
+    )]
+    pub(super) prefix: String,
+
+    /// Print JSON: the answer as the service sent it
+    #[arg(long, help_heading = "Options")]
+    pub(super) json: bool,
+}
+
+fn prefix(text: &str) -> Result<String, String> {
+    names::check_prefix(text).map_err(|right| format!("it must be {right}"))?;
+    Ok(text.to_owned())
+}

@@ -1,0 +1,254 @@
+//! `stream-replicator status`: what runs and how far it is, once, as it changes, or when it has caught up.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{
+    client::{Client, Reply},
+    config::{state_colour, state_name},
+    error::{Error, Verdict},
+    global::Global,
+    output::{Colour, Output, Table, clean},
+    wait, watch,
+    words::{bytes, count, counted, seconds, time},
+};
+use crate::{
+    control::api::{NamedRequest, Status},
+    status::{Row, TargetMode, Transport},
+};
+
+/// An answer that does not come within this time is asked for again by who waits long.
+const LOOK_WITHIN: Duration = Duration::from_secs(5);
+
+/// Show what runs and how far it is
+///
+/// With an id, everything about one replication.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Replication
+    id: Option<String>,
+
+    /// Show it again and again: once a second on a terminal, else a line for each change
+    #[arg(long, short)]
+    watch: bool,
+
+    /// Wait until nothing is left to copy, for two seconds; exit code 1 after `--timeout`, or when a replication is
+    /// held, invalid or stopped
+    #[arg(long, conflicts_with = "watch")]
+    wait_caught_up: bool,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+/// A status as it came, and the rows in it.
+pub(super) struct View {
+    pub(super) reply: Reply<Status>,
+}
+
+impl View {
+    /// Asks for one replication or for all.
+    pub(super) async fn ask(client: &Client, id: Option<&str>) -> Result<Self, Error> {
+        let reply = match id {
+            Some(id) => client.query("status", &NamedRequest { replication: id.to_owned() }).await?,
+            None => client.pages("status").await?,
+        };
+        Ok(Self { reply })
+    }
+
+    pub(super) fn rows(&self) -> &[Row] {
+        &self.reply.value.replications
+    }
+
+    /// The rows as they were sent.
+    pub(super) fn raw_rows(&self) -> Vec<Value> {
+        #[derive(Deserialize)]
+        struct Raw {
+            replications: Vec<Value>,
+        }
+        serde_json::from_slice::<Raw>(&self.reply.raw).map(|raw| raw.replications).unwrap_or_default()
+    }
+}
+
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+    let client = Client::connect(&args.global).await?;
+    let id = args.id.as_deref();
+    if args.wait_caught_up {
+        let client = client.answering_within(LOOK_WITHIN);
+        return wait::until_caught_up(&client, id, args.global.asking.limit(), out).await;
+    }
+    if args.watch {
+        return watch::run(&client, id, out).await;
+    }
+    let view = View::ask(&client, id).await?;
+    if out.json() {
+        out.reply(&view.reply, |_| String::new());
+    } else {
+        for line in lines(&view, id, None, out) {
+            out.line(&line);
+        }
+    }
+    Ok(Verdict::Good)
+}
+
+/// What people see: everything about one replication, or a table. `rates` are messages per second, in the order of
+/// the rows.
+pub(super) fn lines(view: &View, id: Option<&str>, rates: Option<&[Option<f64>]>, out: &Output) -> Vec<String> {
+    match (id, view.rows()) {
+        (Some(_), [row]) => detail(row, rates.and_then(|rates| *rates.first()?), out),
+        (_, rows) => out.render(&table(rows, rates)),
+    }
+}
+
+fn table(rows: &[Row], rates: Option<&[Option<f64>]>) -> Table {
+    let mut table = match rates {
+        None => Table::new(&["REPLICATION", "STATE", "LAG", "BEHIND", "POSITION", "TRANSPORT", "LEADER", "LAST ERROR"])
+            .right(&[2, 3, 4]),
+        Some(_) => Table::new(&[
+            "REPLICATION",
+            "STATE",
+            "LAG",
+            "BEHIND",
+            "POSITION",
+            "RATE",
+            "TRANSPORT",
+            "LEADER",
+            "LAST ERROR",
+        ])
+        .right(&[2, 3, 4, 5]),
+    }
+    .painted(1);
+    for (index, row) in rows.iter().enumerate() {
+        let copy = &row.copy;
+        let mut cells = vec![
+            row.replication.clone(),
+            state_name(row.state),
+            count(copy.lag.messages),
+            seconds(copy.lag.seconds),
+            count(copy.position.source_seq),
+        ];
+        if let Some(rates) = rates {
+            cells.push(rate(rates.get(index).copied().flatten()));
+        }
+        let error = copy.last_error.as_ref().map_or_else(String::new, |error| shortened(&error.message));
+        cells.extend([transport(copy.transport).to_owned(), leader(row), error]);
+        table.row(state_colour(row.state), cells);
+    }
+    table
+}
+
+fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
+    let copy = &row.copy;
+    let connected = |yes: bool| if yes { "connected" } else { "not connected" };
+    let server = |server: &str| if server.is_empty() { String::new() } else { format!(" at {server}") };
+    let counters = &copy.counters;
+    let mode = match copy.target_mode {
+        TargetMode::Exclusive => "exclusive",
+        TargetMode::Shared => "shared",
+    };
+    let (source, target) = (&copy.source, &copy.target);
+    let mut fields = vec![
+        ("state", out.paint(state_colour(row.state), &state_name(row.state))),
+        ("leader", format!("{}, epoch {}", leader(row), row.epoch)),
+        ("document", format!("{}, revision {}", row.origin, row.config_revision)),
+        (
+            "source",
+            format!(
+                "{}{}, {}, sequences {} to {}",
+                source.stream,
+                server(&source.server),
+                connected(source.connected),
+                count(source.first_seq),
+                count(source.last_seq)
+            ),
+        ),
+        (
+            "target",
+            format!(
+                "{}{}, {}, last sequence {}",
+                target.stream,
+                server(&target.server),
+                connected(target.connected),
+                count(target.last_seq)
+            ),
+        ),
+        ("position", format!("source {}, target {}", count(copy.position.source_seq), count(copy.position.target_seq))),
+        ("lag", format!("{}, {}", counted(copy.lag.messages, "message"), seconds(copy.lag.seconds))),
+        ("transport", format!("{}, {mode}", transport(copy.transport))),
+        ("in flight", format!("{}, {}", counted(copy.in_flight.messages, "message"), bytes(copy.in_flight.bytes))),
+        ("received", format!("{}, {}", counted(counters.received, "message"), bytes(counters.received_bytes))),
+        ("copied", format!("{}, {}", counted(counters.copied, "message"), bytes(counters.copied_bytes))),
+    ];
+    if now.is_some() {
+        fields.push(("rate", rate(now)));
+    }
+    let skipped = [
+        (counters.skipped_old, "too old"),
+        (counters.skipped_filtered, "filtered"),
+        (counters.skipped_sampled, "sampled"),
+        (counters.dead_lettered, "dead-lettered"),
+        (counters.gap_messages, "gone before they were read"),
+        (counters.refused, "refused"),
+    ];
+    let skipped: Vec<_> = skipped
+        .iter()
+        .filter(|(number, _)| *number > 0)
+        .map(|(number, why)| format!("{} {why}", count(*number)))
+        .collect();
+    if !skipped.is_empty() {
+        fields.push(("not copied", skipped.join(", ")));
+    }
+    fields.push(("errors", count(counters.errors)));
+    if let Some(error) = &copy.last_error {
+        let message = clean(&error.message);
+        fields.push(("last error", format!("{}, {}: {message}", time(error.at), error.kind)));
+        if let Some(seq) = error.source_seq {
+            fields.push(("message", format!("source sequence {seq} can never be stored")));
+        }
+    }
+    let head = out.paint(Colour::Bold, &clean(&row.replication));
+    let fields = fields.into_iter().map(|(name, text)| format!("  {name:<11} {text}"));
+    std::iter::once(head).chain(fields).collect()
+}
+
+/// One row in one line.
+pub(super) fn line(row: &Row) -> String {
+    let copy = &row.copy;
+    let error = copy.last_error.as_ref().map(|error| format!(", last error: {}", error.message));
+    clean(&format!(
+        "{} {}, lag {} and {}, position {}, leader {}{}",
+        row.replication,
+        state_name(row.state),
+        counted(copy.lag.messages, "message"),
+        seconds(copy.lag.seconds),
+        copy.position.source_seq,
+        leader(row),
+        error.unwrap_or_default()
+    ))
+}
+
+fn leader(row: &Row) -> String {
+    clean(row.leader.as_deref().unwrap_or("-"))
+}
+
+fn transport(transport: Transport) -> &'static str {
+    match transport {
+        Transport::FastIngest => "fast_ingest",
+        Transport::Pipelined => "pipelined",
+    }
+}
+
+fn rate(rate: Option<f64>) -> String {
+    rate.map_or_else(|| "-".to_owned(), |rate| format!("{}/s", count(rate.round() as u64)))
+}
+
+/// The beginning of a message, for a table.
+fn shortened(message: &str) -> String {
+    const MOST: usize = 70;
+    match message.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}...", &message[..end]),
+        None => message.to_owned(),
+    }
+}

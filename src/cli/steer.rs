@@ -1,0 +1,130 @@
+//! `stream-replicator pause`, `resume`, `position`, `retry` and `skip`.
+
+use chrono::{DateTime, Utc};
+
+use super::{
+    client::{Client, Reply},
+    error::{Error, Verdict},
+    global::Global,
+    output::Output,
+    words::{count, counted, parse_time},
+};
+use crate::control::api::{Changed, Moved, NamedRequest, PositionRequest, SkipRequest, Skipped};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct IdsArgs {
+    /// Replications
+    #[arg(required = true, value_name = "ID")]
+    ids: Vec<String>,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+/// Move the position of a paused replication
+///
+/// Back: messages are copied again. Forward: messages are passed over.
+#[derive(Debug, clap::Args)]
+pub(super) struct PositionArgs {
+    /// Replication
+    id: String,
+
+    #[command(flatten)]
+    to: To,
+
+    /// Only tell what would be copied again or passed over
+    #[arg(long)]
+    dry_run: bool,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct To {
+    /// Go on behind this source sequence; 0 is before the first message
+    #[arg(long, value_name = "N")]
+    source_seq: Option<u64>,
+
+    /// Go on with the first message stored at or after this time: RFC 3339, or how long ago, such as `1h`
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    time: Option<DateTime<Utc>>,
+}
+
+/// Leave out the message that holds a replication
+#[derive(Debug, clap::Args)]
+pub(super) struct SkipArgs {
+    /// Replication
+    id: String,
+
+    /// Only if this is the message that holds it, by its source sequence
+    #[arg(long, value_name = "N")]
+    source_seq: Option<u64>,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+/// Asks for the same for several replications, one after the other.
+pub(super) async fn each(args: &IdsArgs, endpoint: &str, done: &str, out: &mut Output) -> Result<Verdict, Error> {
+    let client = Client::connect(&args.global).await?;
+    let mut verdict = Verdict::Good;
+    for id in &args.ids {
+        let request = NamedRequest { replication: id.clone() };
+        let changed: Result<Reply<Changed>, Error> = client.change(endpoint, &request).await;
+        match changed {
+            Ok(reply) => out.reply(&reply, |changed| format!("{} {done}", changed.replication)),
+            Err(error) => {
+                error.tell(out);
+                verdict = Verdict::Bad;
+            }
+        }
+    }
+    Ok(verdict)
+}
+
+pub(super) async fn position(args: &PositionArgs, out: &mut Output) -> Result<Verdict, Error> {
+    let To { source_seq, time } = args.to;
+    let request = PositionRequest { replication: args.id.clone(), source_seq, time, dry_run: args.dry_run };
+    let moved: Reply<Moved> = Client::connect(&args.global).await?.change("position", &request).await?;
+    out.reply(&moved, moved_words);
+    Ok(Verdict::Good)
+}
+
+fn moved_words(moved: &Moved) -> String {
+    let effect = match (moved.copied_again, moved.passed_over) {
+        (0, 0) => "nothing is copied again or passed over".to_owned(),
+        (again, 0) => format!("{} in between: copied again", counted(again, "source message")),
+        (_, passed) => format!("{} in between: passed over", counted(passed, "source message")),
+    };
+    let dry = if moved.dry_run { " (dry run)" } else { "" };
+    let (from, to) = (count(moved.from), count(moved.to));
+    format!("{}: position {from} -> {to}, {effect}{dry}", moved.replication)
+}
+
+pub(super) async fn skip(args: &SkipArgs, out: &mut Output) -> Result<Verdict, Error> {
+    let request = SkipRequest { replication: args.id.clone(), source_seq: args.source_seq };
+    let skipped: Reply<Skipped> = Client::connect(&args.global).await?.change("skip", &request).await?;
+    out.reply(&skipped, |skipped| {
+        format!("{}: source message {} is left out", skipped.replication, count(skipped.source_seq))
+    });
+    Ok(Verdict::Good)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_move_says_what_it_means() {
+        let check = |to: u64, copied_again: u64, passed_over: u64, dry_run: bool, expect: &str| {
+            let (replication, from) = ("S".to_owned(), 1000);
+            let moved = Moved { replication, revision: None, dry_run, from, to, copied_again, passed_over };
+            assert_eq!(moved_words(&moved), expect);
+        };
+        check(10, 990, 0, false, "S: position 1,000 -> 10, 990 source messages in between: copied again");
+        check(1001, 0, 1, true, "S: position 1,000 -> 1,001, 1 source message in between: passed over (dry run)");
+        check(1000, 0, 0, false, "S: position 1,000 -> 1,000, nothing is copied again or passed over");
+    }
+}

@@ -1,0 +1,137 @@
+//! `status --wait-caught-up`.
+
+use std::time::{Duration, Instant};
+
+use tokio::time::{sleep, timeout};
+
+use super::{
+    client::Client,
+    config::state_name,
+    error::{Error, Verdict},
+    output::Output,
+    status::View,
+    words::{counted, seconds},
+};
+use crate::status::{Row, State};
+
+const EVERY: Duration = Duration::from_millis(250);
+
+/// Nothing is left to copy only when that was so all this time: a leader tells its status once a second, and the
+/// instance that answers hears of it later.
+const SETTLED: Duration = Duration::from_secs(2);
+
+/// How a replication stands to being caught up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stand {
+    CaughtUp,
+    Behind,
+    /// It will not catch up by itself.
+    Stuck,
+    /// It is not asked to copy.
+    Paused,
+}
+
+/// Waits for one replication, or for all that are to copy.
+pub(super) async fn until_caught_up(
+    client: &Client,
+    id: Option<&str>,
+    limit: Option<Duration>,
+    out: &mut Output,
+) -> Result<Verdict, Error> {
+    let mut behind = String::new();
+    let view = match limit {
+        None => caught_up(client, id, &mut behind).await?,
+        Some(limit) => match timeout(limit, caught_up(client, id, &mut behind)).await {
+            Ok(view) => view?,
+            Err(_) if behind.is_empty() => {
+                return Err(Error::Failed(format!("not caught up for {SETTLED:?} within {limit:?}")));
+            }
+            Err(_) => return Err(Error::Failed(format!("not caught up within {limit:?}: {behind}"))),
+        },
+    };
+    tell(&view, out);
+    Ok(Verdict::Good)
+}
+
+/// Looks until nothing was left to copy for a while. Who does not answer now may answer later, if it did once.
+async fn caught_up(client: &Client, id: Option<&str>, behind: &mut String) -> Result<View, Error> {
+    let mut answered = false;
+    let mut since: Option<Instant> = None;
+    loop {
+        let asked = Instant::now();
+        match View::ask(client, id).await {
+            Ok(view) => {
+                answered = true;
+                *behind = look(view.rows(), id.is_some())?;
+                if !behind.is_empty() {
+                    since = None;
+                } else if since.get_or_insert(asked).elapsed() >= SETTLED {
+                    return Ok(view);
+                }
+            }
+            Err(error @ Error::Failed(_)) if answered => {
+                *behind = error.to_string();
+                since = None;
+            }
+            Err(error) => return Err(error),
+        }
+        sleep(EVERY).await;
+    }
+}
+
+/// Who is behind, in words; an error if somebody will not catch up. One that is paused is waited for only if it is
+/// the one that was asked for.
+fn look(rows: &[Row], one: bool) -> Result<String, Error> {
+    let (mut stuck, mut behind) = (Vec::new(), Vec::new());
+    for row in rows {
+        match stand(row) {
+            Stand::Stuck => stuck.push(row),
+            Stand::Paused if one => stuck.push(row),
+            Stand::Behind => behind.push(row),
+            Stand::Paused | Stand::CaughtUp => {}
+        }
+    }
+    if stuck.is_empty() {
+        Ok(named(&behind))
+    } else {
+        Err(Error::Failed(format!("will not catch up: {}", named(&stuck))))
+    }
+}
+
+fn stand(row: &Row) -> Stand {
+    match row.state {
+        State::Running if row.copy.lag.messages == 0 => Stand::CaughtUp,
+        State::Running | State::Starting | State::Retrying => Stand::Behind,
+        State::Held | State::Invalid | State::Stopped => Stand::Stuck,
+        State::Paused => Stand::Paused,
+    }
+}
+
+fn tell(view: &View, out: &mut Output) {
+    out.reply(&view.reply, |status| {
+        let paused = status.replications.iter().filter(|row| stand(row) == Stand::Paused).count();
+        let running = status.replications.len() - paused;
+        let paused = if paused > 0 { format!(" ({paused} paused)") } else { String::new() };
+        format!("caught up: {}{paused}", counted(running as u64, "replication"))
+    });
+}
+
+/// Ids and why, the first of many.
+fn named(rows: &[&Row]) -> String {
+    const MOST: usize = 10;
+    let one = |row: &&Row| {
+        let (id, state, copy) = (&row.replication, state_name(row.state), &row.copy);
+        match (row.state, &copy.last_error) {
+            (State::Running, _) => {
+                format!("`{id}` is behind by {}, {}", counted(copy.lag.messages, "message"), seconds(copy.lag.seconds))
+            }
+            (State::Starting | State::Paused, _) | (_, None) => format!("`{id}` is {state}"),
+            (_, Some(error)) => format!("`{id}` is {state}: {}", error.message),
+        }
+    };
+    let mut names: Vec<_> = rows.iter().take(MOST).map(one).collect();
+    if rows.len() > MOST {
+        names.push(format!("{} more", rows.len() - MOST));
+    }
+    names.join("; ")
+}

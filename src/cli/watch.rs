@@ -1,0 +1,147 @@
+//! `status --watch`: a picture that is drawn again on a terminal, else a line for each change.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use chrono::Utc;
+use serde_json::{Value, json};
+
+use super::{
+    client::Client,
+    error::{Error, Verdict},
+    output::{Output, clean},
+    status::{View, line, lines},
+    words::time,
+};
+use crate::status::Row;
+
+const EVERY: Duration = Duration::from_secs(1);
+
+/// Runs until nobody looks any more, or the one replication that is looked at is gone.
+pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> Result<Verdict, Error> {
+    let mut first = true;
+    let mut picture = Picture::default();
+    let mut changes = Changes::default();
+    let mut ticks = tokio::time::interval(EVERY);
+    while !out.closed() {
+        ticks.tick().await;
+        let view = match View::ask(client, id).await {
+            Err(error) if first || error.code() == Some(404) => return Err(error),
+            other => other,
+        };
+        first = false;
+        if out.terminal() && !out.json() {
+            picture.draw(client, id, view, out);
+        } else {
+            changes.tell(view, out);
+        }
+    }
+    Ok(Verdict::Good)
+}
+
+/// What stands on the terminal.
+#[derive(Default)]
+struct Picture {
+    lines: Vec<String>,
+    rates: Rates,
+}
+
+impl Picture {
+    fn draw(&mut self, client: &Client, id: Option<&str>, view: Result<View, Error>, out: &mut Output) {
+        let heading = match view {
+            Ok(view) => {
+                let rates = self.rates.of(view.rows(), Instant::now());
+                self.lines = lines(&view, id, Some(&rates), out);
+                format!("{}  {}  {}", time(Utc::now()), clean(&view.reply.value.site), client.server())
+            }
+            // what was seen last stays
+            Err(error) => format!("{}  {}", time(Utc::now()), clean(&error.to_string())),
+        };
+        let height = rustix::termios::tcgetwinsize(std::io::stdout()).map_or(u16::MAX, |size| size.ws_row);
+        // home, each line to its end, then everything below
+        let mut picture = format!("\x1b[H{heading}\x1b[K\r\n\x1b[K");
+        for line in self.lines.iter().take(usize::from(height.saturating_sub(3))) {
+            picture += &format!("\r\n{line}\x1b[K");
+        }
+        picture += "\x1b[J\r\n";
+        if self.rates.drawn {
+            out.text(&picture);
+        } else {
+            out.text(&format!("\x1b[2J{picture}"));
+        }
+        self.rates.drawn = true;
+        out.flush();
+    }
+}
+
+/// Messages per second since the look before.
+#[derive(Default)]
+struct Rates {
+    drawn: bool,
+    /// Epoch and messages copied.
+    before: BTreeMap<String, (u64, u64)>,
+    at: Option<Instant>,
+}
+
+impl Rates {
+    fn of(&mut self, rows: &[Row], now: Instant) -> Vec<Option<f64>> {
+        let passed = self.at.map(|at| now.duration_since(at).as_secs_f64()).filter(|passed| *passed > 0.0);
+        let rate = |row: &Row| {
+            let (epoch, copied) = self.before.get(&row.replication)?;
+            // counters begin anew with each leader
+            let more = row.copy.counters.copied.checked_sub(*copied).filter(|_| *epoch == row.epoch)?;
+            Some(more as f64 / passed?)
+        };
+        let rates = rows.iter().map(rate).collect();
+        self.before = rows.iter().map(|row| (row.replication.clone(), (row.epoch, row.copy.counters.copied))).collect();
+        self.at = Some(now);
+        rates
+    }
+}
+
+/// What was told of each replication.
+#[derive(Default)]
+struct Changes {
+    told: BTreeMap<String, (String, Value)>,
+    error: String,
+}
+
+impl Changes {
+    fn tell(&mut self, view: Result<View, Error>, out: &mut Output) {
+        let view = match view {
+            Ok(view) => view,
+            Err(error) => {
+                let error = error.to_string();
+                if error != self.error {
+                    out.note(&format!("error: {error}"));
+                    self.error = error;
+                }
+                return;
+            }
+        };
+        self.error.clear();
+        let rows = view.rows().iter().zip(view.raw_rows());
+        let now: BTreeMap<_, _> = rows.map(|(row, raw)| (row.replication.clone(), (line(row), raw))).collect();
+        for (id, (words, raw)) in &now {
+            let before = self.told.get(id);
+            if out.json() {
+                if before.is_none_or(|(_, before)| before != raw) {
+                    out.value(raw);
+                }
+            } else if before.is_none_or(|(before, _)| before != words) {
+                out.line(&format!("{} {words}", time(Utc::now())));
+            }
+        }
+        for id in self.told.keys().filter(|id| !now.contains_key(*id)) {
+            if out.json() {
+                out.value(&json!({"replication": id, "gone": true}));
+            } else {
+                out.line(&format!("{} {} is gone", time(Utc::now()), clean(id)));
+            }
+        }
+        self.told = now;
+        out.flush();
+    }
+}

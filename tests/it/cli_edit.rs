@@ -1,0 +1,124 @@
+//! `stream-replicator config edit`: the editor is a shell script.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::harness::{Cli, Site};
+
+/// A site with one replication that has a password.
+async fn site() -> Result<Site> {
+    let site = Site::small().await?;
+    let target = site.target.url_as("copy:hunter2");
+    site.add("ORDERS", json!({"target_url": target, "max_age": "1h"})).await?;
+    Ok(site)
+}
+
+/// Commands whose editor runs this with the file as `$1`.
+fn with_editor(site: &Site, script: &str) -> Cli {
+    site.cli().env("EDITOR", &format!("sh -c '{script}' --"))
+}
+
+async fn stored(site: &Site) -> Result<(u64, Value)> {
+    let mut body = site.ask("config.get", "ORDERS").await?.body;
+    Ok((body["revision"].as_u64().context("a revision")?, body["config"].take()))
+}
+
+#[tokio::test]
+async fn what_was_edited_is_stored_and_the_secret_stays() -> Result<()> {
+    let site = site().await?;
+    let folder = tempfile::tempdir()?;
+    let seen = folder.path().join("seen");
+    let script = format!("stat -c %a \"$1\" > {0}; cat \"$1\" >> {0}; sed -i s/1h/2h/ \"$1\"", seen.display());
+    let edited = with_editor(&site, &script).ok(["config", "edit", "ORDERS"]).await?;
+    assert_eq!(edited, "ORDERS is at revision 2\n");
+    let seen = fs::read_to_string(seen)?;
+    assert!(seen.starts_with("600\n{\n") && seen.contains("copy:***@") && !seen.contains("hunter2"), "{seen}");
+    assert_eq!(stored(&site).await?.1["max_age"], "2h");
+    let entry = site.bucket("REPLICATOR_CONFIG").await?.get("ORDERS").await?.context("a document")?;
+    assert!(String::from_utf8_lossy(&entry).contains("copy:hunter2@"), "{entry:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn visual_goes_before_editor() -> Result<()> {
+    let site = site().await?;
+    let cli = with_editor(&site, "exit 7").env("VISUAL", "sed -i s/1h/3h/");
+    cli.ok(["config", "edit", "ORDERS"]).await?;
+    assert_eq!(stored(&site).await?.1["max_age"], "3h");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_was_not_changed_is_not_sent() -> Result<()> {
+    let site = site().await?;
+    for (script, code, told) in
+        [(":", 0, "not changed"), ("exit 7", 1, "ended with exit status: 7: nothing was changed")]
+    {
+        let ended = with_editor(&site, script).run(["config", "edit", "ORDERS"]).await?;
+        assert!(ended.code == Some(code) && ended.stderr.contains(told), "{ended:?}");
+    }
+    assert_eq!(stored(&site).await?.0, 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_refused_is_kept_in_a_file_that_only_we_can_read() -> Result<()> {
+    let site = site().await?;
+    for (script, told) in [
+        ("sed -i s/1h/soon/ \"$1\"", "/max_age: "),
+        ("sed -i s/1h// \"$1\"; echo x >> \"$1\"", "not valid JSON"),
+        ("sed -i s/ORDERS/OTHER/ \"$1\"", "makes this `OTHER`: only the document of `ORDERS`"),
+    ] {
+        let ended = with_editor(&site, script).run(["config", "edit", "ORDERS"]).await?;
+        assert!(ended.code == Some(1) && ended.stderr.contains(told), "{ended:?}");
+        let path = ended.stderr.split("kept in `").nth(1).and_then(|rest| rest.split('`').next());
+        let path = path.with_context(|| ended.stderr.clone())?;
+        assert_eq!(fs::metadata(path)?.permissions().mode() & 0o777, 0o600);
+        fs::remove_file(path)?;
+    }
+    assert_eq!(stored(&site).await?.0, 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_change_by_somebody_else_meanwhile_is_told_and_not_overwritten() -> Result<()> {
+    let site = site().await?;
+    // Somebody else is as fast as the editor.
+    let other = site.document_with("ORDERS", json!({"description": "from somebody else"}));
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("other.json");
+    fs::write(&file, other.to_string())?;
+    let binary = crate::harness::service::binary()?;
+    let script = format!("sed -i s/1h/2h/ \"$1\"; {} config update {}", binary.display(), file.display());
+    let ended = with_editor(&site, &script).run(["config", "edit", "ORDERS"]).await?;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    for text in ["somebody changed `ORDERS` meanwhile", "`ORDERS` is at revision 2 (409)", "kept in `"] {
+        assert!(ended.stderr.contains(text), "`{text}` is not in {ended:?}");
+    }
+    assert_eq!(stored(&site).await?, (2, other));
+    Ok(())
+}
+
+#[tokio::test]
+async fn on_a_terminal_it_can_be_edited_again() -> Result<()> {
+    let site = site().await?;
+    let script = "if grep -q 1h \"$1\"; then sed -i s/1h/soon/ \"$1\"; else sed -i s/soon/2d/ \"$1\"; fi";
+    let mut running = with_editor(&site, script).on_terminal(["config", "edit", "ORDERS"])?;
+    running.shows("/max_age: ").await?;
+    running.shows("edit again? [y/N]").await?;
+    running.types("y\n")?;
+    let ended = running.end().await?;
+    assert!(ended.code == Some(0) && ended.stdout.contains("ORDERS is at revision 2"), "{ended:?}");
+    assert_eq!(stored(&site).await?.1["max_age"], "2d");
+
+    let mut running = with_editor(&site, "sed -i s/2d/later/ \"$1\"").on_terminal(["config", "edit", "ORDERS"])?;
+    running.shows("edit again? [y/N]").await?;
+    running.types("n\n")?;
+    let ended = running.end().await?;
+    assert!(ended.code == Some(1) && ended.stdout.contains("kept in `"), "{ended:?}");
+    assert_eq!(stored(&site).await?.0, 2);
+    Ok(())
+}

@@ -1,0 +1,134 @@
+//! `stream-replicator events`: live, and from a stream.
+
+use anyhow::Result;
+use async_nats::jetstream;
+use serde_json::{Value, json};
+
+use crate::harness::cli::Running;
+use crate::harness::{Site, wait_for};
+
+/// Publishes until it is seen: a subscription takes a moment.
+async fn published(site: &Site, running: &Running, subject: &str, body: &str, seen: &str) -> Result<()> {
+    wait_for(&format!("`{seen}` to be shown"), crate::harness::LIMIT, async || {
+        let _ = site.client.publish(subject.to_owned(), body.to_owned().into()).await;
+        running.shown().contains(seen)
+    })
+    .await
+}
+
+async fn capture(site: &Site, name: &str, subject: &str) -> Result<()> {
+    let config = jetstream::stream::Config { name: name.into(), subjects: vec![subject.into()], ..Default::default() };
+    jetstream::new(site.client.clone()).create_stream(config).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn live_events_are_shown_one_a_line() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    let all = cli.start(["events", "--follow"], "")?;
+    let json = cli.start(["events", "--follow", "--json"], "")?;
+    let some = cli.start(["events", "ORDERS", "--follow", "--kind", "config-changed", "--kind", "stopped"], "")?;
+    for running in [&all, &json] {
+        published(
+            &site,
+            running,
+            "replicator.event.x.y",
+            "{\"kind\":\"hello\",\"replication\":\"y\",\"time\":\"t\"}",
+            "hello",
+        )
+        .await?;
+    }
+    published(&site, &some, "replicator.event.stopped.ORDERS", "hello", "hello").await?;
+
+    site.filled("OTHER", 1).await?;
+    site.add("OTHER", json!({})).await?;
+    site.replicate("ORDERS", 3).await?;
+    site.send("config.update", site.document_with("ORDERS", json!({"max_age": "1d"}))).await?;
+    for running in [&all, &some] {
+        running.shows("Z  config-changed  ORDERS  revision: 3  (").await?;
+    }
+    all.shows("Z  started         ORDERS  epoch: 1  (").await?;
+    all.shows("Z  started         OTHER  epoch: 1  (").await?;
+    let shown = some.shown();
+    assert!(!shown.contains("started") && !shown.contains("OTHER"), "{shown}");
+    json.shows("\"config-changed\"").await?;
+    for line in json.shown().lines() {
+        assert!(serde_json::from_str::<Value>(line)?.is_object(), "{line}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn stored_events_are_shown_and_can_be_followed() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    capture(&site, "EVENTS", "replicator.event.>").await?;
+    assert_eq!(cli.ok(["events"]).await?, "");
+    site.replicate("ORDERS", 3).await?;
+    site.send("config.update", site.document_with("ORDERS", json!({"max_age": "1d"}))).await?;
+    site.filled("OTHER", 1).await?;
+    site.add("OTHER", json!({})).await?;
+    wait_for("all to be stored", crate::harness::LIMIT, async || {
+        let shown = cli.ok(["events", "--kind", "started"]).await.unwrap_or_default();
+        shown.contains("ORDERS") && shown.contains("OTHER")
+    })
+    .await?;
+    let all = cli.ok(["events"]).await?;
+    assert!(all.contains("config-changed  ORDERS") && all.contains("started         OTHER"), "{all}");
+    let one = cli.ok(["events", "ORDERS"]).await?;
+    assert!(one.contains("config-changed") && !one.contains("OTHER"), "{one}");
+    assert_eq!(cli.ok(["events", "--kind", "held"]).await?, "");
+    for line in cli.ok(["events", "--json"]).await?.lines() {
+        assert!(serde_json::from_str::<Value>(line)?["kind"].is_string(), "{line}");
+    }
+    assert_eq!(cli.ok(["events", "--since", "2100-01-01T00:00:00Z"]).await?, "");
+    assert_eq!(cli.ok(["events", "--since", "1h"]).await?.lines().count(), all.lines().count());
+
+    let follow = cli.start(["events", "OTHER", "--follow", "--since", "1h"], "")?;
+    follow.shows("started         OTHER").await?;
+    site.ask("config.delete", "OTHER").await?;
+    follow.shows("stopped         OTHER").await
+}
+
+#[tokio::test]
+async fn where_no_stream_has_them_it_is_told_how_to_make_one() -> Result<()> {
+    let site = Site::small().await?;
+    let ended = site.cli().run(["events"]).await?;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    for text in ["captures `replicator.event.>`", "nats stream add", "--subjects 'replicator.event.>'", "--follow"] {
+        assert!(ended.stderr.contains(text), "`{text}` is not in {ended:?}");
+    }
+    // One that has a part of them is used, and it is said so; one that has all is better.
+    capture(&site, "A_PART", "replicator.event.held.>").await?;
+    let ended = site.cli().run(["events"]).await?;
+    assert_eq!(
+        (ended.code, ended.stderr.as_str()),
+        (Some(0), "stream `A_PART` captures only replicator.event.held.>\n")
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_no_event_is_shown_as_it_came() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    capture(&site, "EVENTS", "replicator.event.>").await?;
+    let bodies: [&[u8]; 6] = [b"", b"\xff\xfe", b"{", b"[1]", b"\x1b[2Jboo", b"{\"kind\":5}"];
+    let client = jetstream::new(site.client.clone());
+    for body in bodies {
+        client.publish("replicator.event.started.ORDERS", body.to_vec().into()).await?.await?;
+    }
+    let shown = cli.ok(["events"]).await?;
+    assert_eq!(shown.lines().count(), bodies.len(), "{shown}");
+    assert!(shown.lines().all(|line| line.starts_with("replicator.event.started.ORDERS  ?")), "{shown}");
+    assert!(shown.contains(" [2Jboo\n") && shown.contains(" [1]\n") && !shown.contains('\x1b'), "{shown:?}");
+    let json = cli.ok(["events", "--json"]).await?;
+    for line in json.lines() {
+        serde_json::from_str::<Value>(line)?;
+    }
+    assert_eq!(json.lines().count(), bodies.len());
+    let raw = json!({"subject": "replicator.event.started.ORDERS", "raw": "{"}).to_string();
+    assert!(json.lines().any(|line| line == raw), "{json}");
+    Ok(())
+}

@@ -1,0 +1,90 @@
+//! What is made from the definition of the commands: help, completions, manual pages.
+
+use anyhow::Result;
+
+use crate::harness::Cli;
+
+/// Every command that there is.
+const COMMANDS: [&str; 21] = [
+    "serve",
+    "config",
+    "config add",
+    "config update",
+    "config get",
+    "config ls",
+    "config rm",
+    "config validate",
+    "config schema",
+    "config edit",
+    "config apply",
+    "status",
+    "pause",
+    "resume",
+    "position",
+    "retry",
+    "skip",
+    "instances",
+    "events",
+    "completions",
+    "man",
+];
+
+fn cli() -> Cli {
+    Cli::new("nats://127.0.0.1:1")
+}
+
+#[tokio::test]
+async fn help_names_every_command_and_the_exit_codes() -> Result<()> {
+    let help = cli().ok(["--help"]).await?;
+    let config = cli().ok(["config", "--help"]).await?;
+    for command in COMMANDS {
+        let (text, name) = match command.split_once(' ') {
+            Some((_, name)) => (&config, name),
+            None => (&help, command),
+        };
+        let line = text.lines().find(|line| line.trim_start().split(' ').next() == Some(name));
+        let words = line.map(|line| line.split_whitespace().count());
+        assert!(words > Some(3), "`{command}` is not explained in\n{text}");
+        let arguments = command.split(' ').chain(["--help"]);
+        assert!(cli().ok(arguments).await?.contains(&format!("Usage: stream-replicator {command}")), "{command}");
+    }
+    assert!(help.contains("Exit codes: 0 done, 1 failed, refused or not valid, 2 wrong usage"), "{help}");
+    assert!(help.lines().all(|line| line.chars().count() <= 120), "{help}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn completions_name_every_command_and_its_options() -> Result<()> {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = cli().ok(["completions", shell]).await?;
+        for command in COMMANDS {
+            let name = command.rsplit(' ').next().unwrap_or_default();
+            let found = script.split(|c: char| !c.is_ascii_alphanumeric() && c != '-').any(|word| word == name);
+            assert!(found, "`{command}` is not in the completions for {shell}");
+        }
+        for option in ["wait-caught-up", "dry-run", "source-seq", "prune", "follow"] {
+            assert!(script.contains(option), "--{option} is not in the completions for {shell}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn there_is_a_manual_page_for_every_command() -> Result<()> {
+    let page = cli().ok(["man"]).await?;
+    for command in COMMANDS.iter().filter(|command| !command.contains(' ')) {
+        assert!(page.contains(&format!("stream\\-replicator\\-{command}(1)")), "`{command}` is not in\n{page}");
+    }
+    let folder = tempfile::tempdir()?;
+    let pages = folder.path().join("man1");
+    let pages = pages.to_str().expect("a path");
+    assert_eq!(cli().ok(["man", "--dir", pages]).await?, "");
+    for command in COMMANDS {
+        let file = format!("{pages}/stream-replicator-{}.1", command.replace(' ', "-"));
+        let text = std::fs::read_to_string(&file)?;
+        assert!(text.contains(".SH SYNOPSIS"), "{file}:\n{text}");
+    }
+    let ended = cli().run(["man", "--dir", "/dev/null/x"]).await?;
+    assert!(ended.code == Some(1) && ended.stderr.contains("`/dev/null/x`"), "{ended:?}");
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! `stream-replicator status`: once, as it changes, and when it has caught up.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::harness::cli::Ended;
+use crate::harness::{Site, wait_for};
+
+#[track_caller]
+fn failed(ended: &Ended, expect: &[&str]) {
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    for text in expect {
+        assert!(ended.stderr.contains(text), "`{text}` is not in {ended:?}");
+    }
+}
+
+#[tokio::test]
+async fn status_is_a_table_or_everything_about_one() -> Result<()> {
+    let site = Site::builder().control_at_source().args(["--instance", "one"]).start().await?;
+    let cli = site.cli();
+    let table = cli.ok(["status"]).await?;
+    assert_eq!(table, "REPLICATION  STATE  LAG  BEHIND  POSITION  TRANSPORT  LEADER  LAST ERROR\n");
+    site.replicate("ORDERS", 1500).await?;
+    site.settled("ORDERS", 1500).await?;
+    site.put("BROKEN", "{}").await?;
+    site.row_when("BROKEN", "is invalid", |row| row["state"] == "invalid").await?;
+
+    let table = cli.ok(["status"]).await?;
+    let lines: Vec<_> = table.lines().collect();
+    assert_eq!(lines.len(), 3, "{table}");
+    let words: Vec<_> = lines[2].split_whitespace().collect();
+    assert_eq!(words[..5], ["ORDERS", "running", "0", "0s", "1,500"], "{table}");
+    assert_eq!(words[6], "one", "{table}");
+    assert!(lines[1].starts_with("BROKEN       invalid") && lines[1].contains("revision 2 cannot run: "), "{table}");
+    assert!(!table.contains('\x1b'), "{table:?}");
+
+    let detail = cli.ok(["status", "ORDERS"]).await?;
+    for line in [
+        "ORDERS",
+        "  state       running",
+        "  position    source 1,500, target 1,500",
+        "  lag         0 messages, 0s",
+        "  errors      0",
+    ] {
+        assert!(detail.lines().any(|found| found == line), "`{line}` is not in\n{detail}");
+    }
+    assert!(detail.contains("\n  copied      1,500 messages, "), "{detail}");
+
+    let shown = cli.json(["status", "ORDERS"]).await?;
+    let asked = site.ask("status", "ORDERS").await?.body;
+    assert_eq!(shown["replications"][0]["replication"], asked["replications"][0]["replication"]);
+    assert_eq!(shown.as_object().map(|o| o.keys().collect::<Vec<_>>()), asked.as_object().map(|o| o.keys().collect()));
+    assert_eq!(cli.json(["status"]).await?["total"], 2);
+    failed(&cli.run(["status", "MISSING"]).await?, &["error: replication `MISSING` does not exist (404)"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_watch_prints_a_line_for_each_change() -> Result<()> {
+    let site = Site::small().await?;
+    site.replicate("ORDERS", 5).await?;
+    site.settled("ORDERS", 5).await?;
+    let words = site.cli().start(["status", "--watch"], "")?;
+    let json = site.cli().start(["status", "ORDERS", "--watch", "--json"], "")?;
+    words.shows("Z ORDERS running, lag 0 messages and 0s, position 5, leader ").await?;
+    json.shows("\"source_seq\":5").await?;
+    site.publish("ORDERS", 1..=3).await?;
+    words.shows("position 8,").await?;
+    json.shows("\"source_seq\":8").await?;
+    site.ask("config.delete", "ORDERS").await?;
+    words.shows("Z ORDERS is gone").await?;
+    // Nothing is said twice.
+    let shown = words.shown();
+    let lines: Vec<_> = shown.lines().filter_map(|line| line.split_once("Z ").map(|(_, words)| words)).collect();
+    assert!(lines.windows(2).all(|two| two[0] != two[1]), "{shown}");
+    for line in json.shown().lines() {
+        assert_eq!(serde_json::from_str::<Value>(line)?["replication"], "ORDERS", "{line}");
+    }
+    failed(&json.end().await?, &["`ORDERS` does not exist"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_watch_goes_on_when_the_service_was_away() -> Result<()> {
+    let mut site = Site::small().await?;
+    site.replicate("ORDERS", 5).await?;
+    site.settled("ORDERS", 5).await?;
+    let watch = site.cli().start(["status", "--watch", "--timeout", "1s"], "")?;
+    watch.shows("position 5,").await?;
+    site.stop().await?;
+    site.publish("ORDERS", 1..=1).await?;
+    site.service.restart().await?;
+    watch.shows("position 6,").await
+}
+
+#[tokio::test]
+async fn on_a_terminal_a_watch_is_drawn_again_and_again_in_colours() -> Result<()> {
+    let site = Site::small().await?;
+    site.replicate("ORDERS", 5).await?;
+    site.settled("ORDERS", 5).await?;
+    let watch = site.cli().on_terminal(["status", "--watch"])?;
+    wait_for("three pictures", crate::harness::LIMIT, async || watch.shown().matches("\x1b[H").count() >= 3).await?;
+    let shown = watch.shown();
+    assert_eq!(shown.matches("\x1b[2J").count(), 1, "{shown:?}");
+    assert!(shown.contains("RATE") && shown.contains("0/s"), "{shown:?}");
+    assert!(shown.contains("\x1b[32mrunning\x1b[0m"), "{shown:?}");
+
+    let plain = site.cli().env("NO_COLOR", "1").on_terminal(["status"])?.end().await?;
+    assert!(plain.stdout.contains("running") && !plain.stdout.contains('\x1b'), "{plain:?}");
+    let dumb = site.cli().on_terminal(["status", "ORDERS"])?.end().await?;
+    assert!(dumb.stdout.contains("\x1b[32mrunning\x1b[0m"), "{dumb:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn caught_up_is_waited_for() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    site.replicate("ORDERS", 10).await?;
+    let waited = cli.ok(["status", "--wait-caught-up"]).await?;
+    assert_eq!(waited, "caught up: 1 replication\n");
+    assert_eq!(cli.json(["status", "ORDERS", "--wait-caught-up"]).await?["replications"][0]["lag"]["messages"], 0);
+
+    // A target that confirms nothing holds it up.
+    site.target.freeze()?;
+    site.publish("ORDERS", 1..=10).await?;
+    site.row_when("ORDERS", "is behind", |row| row["lag"]["messages"].as_u64() > Some(0)).await?;
+    let late = cli.run(["status", "--wait-caught-up", "--timeout", "1s"]).await?;
+    failed(&late, &["not caught up within 1s: `ORDERS` is "]);
+    let waiting = cli.start(["status", "ORDERS", "--wait-caught-up", "--timeout", "1m"], "")?;
+    let (begun, thawed) = (Instant::now(), Duration::from_secs(1));
+    wait_for("a while", Duration::from_secs(2), async || begun.elapsed() > thawed).await?;
+    site.target.thaw()?;
+    let ended = waiting.end().await?;
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(0), "caught up: 1 replication\n"), "{ended:?}");
+    site.copied("ORDERS", 20).await?;
+    assert_eq!(site.at_target("ORDERS").await?, 20);
+    Ok(())
+}
+
+#[tokio::test]
+async fn who_will_not_catch_up_is_told() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    site.replicate("ORDERS", 10).await?;
+    site.put("BROKEN", "{}").await?;
+    site.row_when("BROKEN", "is invalid", |row| row["state"] == "invalid").await?;
+    for arguments in [&["status", "--wait-caught-up"][..], &["status", "BROKEN", "--wait-caught-up"]] {
+        failed(&cli.run(arguments).await?, &["error: will not catch up: `BROKEN` is invalid: "]);
+    }
+    assert_eq!(cli.run(["status", "ORDERS", "--wait-caught-up"]).await?.code, Some(0));
+    failed(&cli.run(["status", "MISSING", "--wait-caught-up"]).await?, &["`MISSING` does not exist"]);
+    Ok(())
+}

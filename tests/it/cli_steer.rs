@@ -1,0 +1,97 @@
+//! `stream-replicator pause`, `resume`, `position`, `retry`, `skip`, `instances` and `config validate`.
+
+use anyhow::Result;
+use serde_json::json;
+
+use crate::harness::Site;
+use crate::harness::cli::Ended;
+
+#[track_caller]
+fn failed(ended: &Ended, expect: &[&str]) {
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    for text in expect {
+        assert!(ended.stderr.contains(text), "`{text}` is not in {ended:?}");
+    }
+}
+
+#[tokio::test]
+async fn replications_are_paused_and_go_on() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    site.replicate("ORDERS", 10).await?;
+    site.replicate("OTHER", 10).await?;
+    assert_eq!(cli.ok(["pause", "ORDERS", "OTHER"]).await?, "ORDERS is paused\nOTHER is paused\n");
+    site.row_when("ORDERS", "is paused", |row| row["state"] == "paused").await?;
+    failed(&cli.run(["status", "ORDERS", "--wait-caught-up"]).await?, &["will not catch up: `ORDERS` is paused"]);
+    site.row_when("OTHER", "is paused", |row| row["state"] == "paused").await?;
+    assert_eq!(cli.ok(["status", "--wait-caught-up"]).await?, "caught up: 0 replications (2 paused)\n");
+    let ended = cli.run(["resume", "MISSING", "ORDERS"]).await?;
+    failed(&ended, &["`MISSING` does not exist"]);
+    assert_eq!(ended.stdout, "ORDERS goes on\n");
+    site.row_when("ORDERS", "goes on", |row| row["state"] == "running").await?;
+    assert_eq!(cli.json(["resume", "OTHER"]).await?["replication"], "OTHER");
+    assert_eq!(cli.ok(["status", "--wait-caught-up"]).await?, "caught up: 2 replications\n");
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_position_of_a_paused_replication_is_moved() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    site.replicate("ORDERS", 100).await?;
+    site.settled("ORDERS", 100).await?;
+    failed(&cli.run(["position", "ORDERS", "--source-seq", "10"]).await?, &["(409)"]);
+    cli.ok(["pause", "ORDERS"]).await?;
+    site.row_when("ORDERS", "is paused", |row| row["state"] == "paused").await?;
+    let words = "ORDERS: position 100 -> 10, 90 source messages in between: copied again";
+    let dry = cli.ok(["position", "ORDERS", "--source-seq", "10", "--dry-run"]).await?;
+    assert_eq!(dry, format!("{words} (dry run)\n"));
+    let moved = cli.json(["position", "ORDERS", "--time", "1h", "--dry-run"]).await?;
+    assert_eq!((&moved["from"], &moved["to"], &moved["dry_run"]), (&json!(100), &json!(0), &json!(true)));
+    assert_eq!(cli.ok(["position", "ORDERS", "--source-seq", "10"]).await?, format!("{words}\n"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_not_held_cannot_be_retried_or_skipped() -> Result<()> {
+    let site = Site::small().await?;
+    site.replicate("ORDERS", 10).await?;
+    for arguments in [&["retry", "MISSING"][..], &["skip", "MISSING"]] {
+        failed(&site.cli().run(arguments).await?, &["`MISSING` does not exist (404)"]);
+    }
+    failed(&site.cli().run(["skip", "ORDERS"]).await?, &["error: ", "(409)"]);
+    failed(&site.cli().run(["skip", "ORDERS", "--source-seq", "7"]).await?, &["error: ", "(409)"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn instances_are_listed_with_what_they_run() -> Result<()> {
+    let site = Site::builder().control_at_source().args(["--instance", "one"]).start().await?;
+    site.replicate("ORDERS", 10).await?;
+    let shown = site.cli().ok(["instances"]).await?;
+    let lines: Vec<_> = shown.lines().collect();
+    assert!(lines[0].starts_with("INSTANCE  VERSION") && lines[0].ends_with("REPLICATIONS"), "{shown}");
+    assert!(lines.len() == 2 && lines[1].starts_with("one ") && lines[1].ends_with(" 1  ORDERS"), "{shown}");
+    assert_eq!(site.cli().json(["instances"]).await?["instances"][0]["instance"], "one");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_document_is_checked_with_what_both_sides_say() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    site.filled("ORDERS", 5).await?;
+    let good = cli.run_with(["config", "validate", "-"], &site.document("ORDERS").to_string()).await?;
+    assert!(good.code == Some(0) && good.stdout.starts_with("valid\n"), "{good:?}");
+    for text in ["\nsource: server ", ", stream with 5 messages, 1 to 5\n", "\ntarget: server ", "CHECK", "RESULT"] {
+        assert!(good.stdout.contains(text), "`{text}` is not in {}", good.stdout);
+    }
+    let missing = cli.run_with(["config", "validate", "-"], &site.document("MISSING").to_string()).await?;
+    assert!(missing.code == Some(1) && missing.stdout.starts_with("not valid\n"), "{missing:?}");
+    assert!(missing.stdout.contains("stream ") && missing.stdout.contains("failed"), "{missing:?}");
+    let wrong = cli.run_with(["config", "validate", "-", "--json"], "{\"streem\": \"A\"}").await?;
+    let reply: serde_json::Value = serde_json::from_str(&wrong.stdout)?;
+    assert_eq!((wrong.code, &reply["valid"], &reply["preflight"]), (Some(1), &json!(false), &json!(null)));
+    assert_eq!(site.ask("config.list", "").await?.body["total"], 0);
+    Ok(())
+}
