@@ -10,8 +10,13 @@ mod service;
 use std::{collections::BTreeMap, sync::Arc};
 
 pub use self::service::Service;
-use self::{documents::Documents, endpoints::Context};
+use self::{
+    documents::Documents,
+    endpoints::Context,
+    service::{Kind, Route},
+};
 use crate::{
+    nats::Rules,
     store::{ConfigStore, PositionStore},
     supervisor::Handle,
 };
@@ -30,6 +35,10 @@ pub struct ControlConfig {
     pub instance: String,
     /// Version of the program.
     pub version: String,
+    /// Where documents may lead.
+    pub rules: Rules,
+    /// Whether every change by request is refused.
+    pub read_only: bool,
 }
 
 /// The service could not begin.
@@ -55,7 +64,11 @@ pub async fn start(
         ]),
     };
     let documents = Documents::follow(config.clone()).await.map_err(|error| Error(error.to_string()))?;
-    let context = Context { client: client.clone(), site: control.site, config, documents, positions, supervisor };
-    let routes = endpoints::routes(&Arc::new(context), &control.prefix);
+    let ControlConfig { site, rules, .. } = control;
+    let context = Context { client: client.clone(), site, rules, config, documents, positions, supervisor };
+    let mut routes = endpoints::routes(&Arc::new(context), &control.prefix);
+    if control.read_only {
+        routes.iter_mut().filter(|route| route.kind == Kind::Mutation).for_each(Route::refuse);
+    }
     Service::start(client, identity, routes).await.map_err(|error| Error(error.to_string()))
 }

@@ -25,7 +25,7 @@ pub use progress::Ledger;
 use crate::{
     config::Replication,
     events::Events,
-    nats,
+    nats::{self, Rules},
     status::{CopyStatus, Row, State},
     store::SaveError,
 };
@@ -37,6 +37,8 @@ pub struct Job {
     pub site: String,
     /// What to copy.
     pub replication: Replication,
+    /// Where it may lead.
+    pub rules: Rules,
     /// The row to save with the position; its `state` and `copy` are filled in by the run.
     pub row: Row,
     /// Bytes that all replications of the process may read ahead together.

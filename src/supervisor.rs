@@ -31,6 +31,7 @@ use self::{
 use crate::{
     copy::{Budget, ErrorKind},
     events::Events,
+    nats::Rules,
     status::{Row, State},
     store::{ConfigChange, ConfigEntry, ConfigStore, PositionStore},
 };
@@ -45,6 +46,8 @@ pub struct Deps {
     pub site: String,
     /// This process.
     pub instance: String,
+    /// Where documents may lead.
+    pub rules: Rules,
     /// What should run.
     pub config: ConfigStore,
     /// Where each replication stands.
@@ -244,7 +247,7 @@ impl Loop {
         let stop = self.stop.child_token();
         let (wanted, latest) = watch::channel(entry);
         let context = Context { deps: self.deps.clone(), id: id.clone(), board: board.clone() };
-        let planner = Planner::new(self.deps.config.clone(), self.deps.site.clone(), latest);
+        let planner = Planner::new(&self.deps, latest);
         let life = Life::new(context, planner, stop.clone());
         let task = self.lives.spawn(life.run(delay)).id();
         self.slots.insert(id, Slot { task, board, wanted, stop, again: None });

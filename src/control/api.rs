@@ -297,7 +297,7 @@ pub struct ErrorReply {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, thiserror::Error)]
 #[error("{description} ({code})")]
 pub struct Failure {
-    /// 400 the request is wrong, 404 no such replication, 408 past its deadline, 409 not what is there, 500 a bug,
+    /// 400 the request is wrong, 403 the service is read-only, 404 no such replication, 408 past its deadline, 409 not what is there, 500 a bug,
     /// 503 cannot be done now, 504 not done in time: it may still happen.
     pub code: u16,
     /// One line for people.

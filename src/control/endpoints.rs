@@ -18,6 +18,7 @@ use super::{
 use crate::{
     config::{self, Problem, Problems},
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
+    nats::Rules,
     store::{ConfigStore, PositionStore, WriteError},
     supervisor::Handle,
 };
@@ -35,6 +36,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(60);
 pub(super) struct Context {
     pub(super) client: async_nats::Client,
     pub(super) site: String,
+    pub(super) rules: Rules,
     pub(super) config: ConfigStore,
     pub(super) documents: Documents,
     pub(super) positions: PositionStore,
@@ -104,7 +106,8 @@ async fn config_get(context: &Context, request: Request) -> Result<Document, Fai
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
     check_id(&replication)?;
     let entry = context.documents.get(&replication).await.ok_or_else(|| not_found(&replication))?;
-    let problems = config::parse(&entry.value, &context.site).err().map(|problems| problems.0).unwrap_or_default();
+    let problems =
+        context.rules.parse(&entry.value, &context.site).err().map(|problems| problems.0).unwrap_or_default();
     let config = config::to_value(&entry.value).map_or(Value::Null, |document| config::mask_document(&document));
     Ok(Document { replication, revision: entry.revision, config, problems })
 }
@@ -152,7 +155,7 @@ async fn checked_document(context: &Context, body: &Bytes) -> Result<(String, By
         problems = found;
         false
     });
-    let replication = match config::parse_value(&document, &context.site) {
+    let replication = match context.rules.parse_value(&document, &context.site) {
         Ok(replication) if problems.is_empty() => replication,
         result => {
             // the words about a secret that is not stored are better than those about one that is missing

@@ -11,7 +11,7 @@ use std::{
 use async_nats::{Client, HeaderMap, HeaderValue, Message, SubscribeError, Subscriber};
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
-use futures_util::{StreamExt, future::BoxFuture, stream::select_all};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::select_all};
 use serde_json::{Value, json};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -44,6 +44,17 @@ pub(super) struct Route {
     pub(super) subject: String,
     pub(super) kind: Kind,
     pub(super) handler: Handler,
+}
+
+impl Route {
+    /// From now on the answer is that nothing can be changed here.
+    pub(super) fn refuse(&mut self) {
+        self.handler = Arc::new(|_| {
+            let failure =
+                Failure::new(403, "the service is read-only (`--read-only`): nothing can be changed by request");
+            async { Err(failure) }.boxed()
+        });
+    }
 }
 
 /// Who answers.

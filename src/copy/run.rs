@@ -28,7 +28,7 @@ use crate::{
     events::{Event, Events},
     names,
     nats::{
-        self, Batch, Lane, Turn,
+        Batch, Lane, Turn,
         jetstream::{Api, StreamInfo, decode},
     },
     status::{CopyStatus, Lag, Position, Row, State},
@@ -104,8 +104,8 @@ impl<'a> Run<'a> {
         let replication = Arc::new(job.replication.clone());
         let name = format!("{} {}", names::PROGRAM, replication.id);
         let (mut source, mut target) = tokio::try_join!(
-            async { nats::connect(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
-            async { nats::connect(&replication.target.place, &name).await.map_err(|e| e.context("target")) },
+            async { job.rules.connect(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
+            async { job.rules.connect(&replication.target.place, &name).await.map_err(|e| e.context("target")) },
         )?;
         let source_info = Api::new(&mut source).stream_info(&replication.source.stream).await?;
         let source_info = source_info.ok_or_else(|| {

@@ -237,6 +237,7 @@ impl Session {
         let job = Job {
             site: deps.site.clone(),
             replication: replication.clone(),
+            rules: deps.rules.clone(),
             row: board.row(),
             budget: deps.budget.clone(),
         };
