@@ -20,7 +20,7 @@ use crate::{
     events::Events,
     http::{Monitor, Progress, Sources},
     names,
-    nats::client,
+    nats::{Rules, client},
     store::Buckets,
     supervisor::{self, Deps, Identity, Presence, Supervisor},
 };
@@ -39,6 +39,10 @@ const CONNECTION_GRACE: Duration = Duration::from_secs(2);
 pub struct Settings {
     /// The control connection.
     pub server: Place,
+    /// Where documents may lead.
+    pub rules: Rules,
+    /// Whether every change by request is refused.
+    pub read_only: bool,
     /// The name this installation goes by.
     pub site: String,
     /// This process.
@@ -120,6 +124,12 @@ impl System {
             }
             None => None,
         };
+        if settings.rules.is_open() && !settings.read_only && !connection.endpoint.is_local() {
+            warn!(
+                "whoever may publish to `{prefix}.>` decides which servers this process connects to and which \
+                 credentials it uses there; limit that with `--allow-url`, `--allow-credentials` and `--read-only`"
+            );
+        }
         let api_prefix = connection.api_prefix;
         Ok(Self { client, api_prefix, events, progress, monitor, supervisor: None, presence: None, service: None })
     }
@@ -133,6 +143,7 @@ impl System {
         let deps = Deps {
             site: site.clone(),
             instance: instance.clone(),
+            rules: settings.rules.clone(),
             config: buckets.config.clone(),
             positions: buckets.positions.clone(),
             sessions: buckets.sessions.clone(),
@@ -152,6 +163,8 @@ impl System {
                 site: site.clone(),
                 instance: instance.clone(),
                 version: names::VERSION.to_owned(),
+                rules: settings.rules.clone(),
+                read_only: settings.read_only,
             };
             let Buckets { config, positions, .. } = buckets.clone();
             let (client, events) = (self.client.clone(), self.events.clone());

@@ -12,9 +12,14 @@ mod validate;
 use std::{collections::BTreeMap, sync::Arc};
 
 pub use self::service::Service;
-use self::{documents::Documents, endpoints::Context};
+use self::{
+    documents::Documents,
+    endpoints::Context,
+    service::{Kind, Route},
+};
 use crate::{
     events::Events,
+    nats::Rules,
     store::{ConfigStore, PositionStore},
     supervisor::Handle,
 };
@@ -33,6 +38,10 @@ pub struct ControlConfig {
     pub instance: String,
     /// Version of the program.
     pub version: String,
+    /// Where documents may lead.
+    pub rules: Rules,
+    /// Whether every change by request is refused.
+    pub read_only: bool,
 }
 
 /// The service could not begin.
@@ -59,16 +68,12 @@ pub async fn start(
         ]),
     };
     let documents = Documents::follow(config.clone()).await.map_err(|error| Error(error.to_string()))?;
-    let context = Context {
-        client: client.clone(),
-        site: control.site,
-        instance: control.instance,
-        config,
-        documents,
-        positions,
-        supervisor,
-        events,
-    };
-    let routes = endpoints::routes(&Arc::new(context), &control.prefix);
+    let ControlConfig { site, instance, rules, .. } = control;
+    let context =
+        Context { client: client.clone(), site, instance, rules, config, documents, positions, supervisor, events };
+    let mut routes = endpoints::routes(&Arc::new(context), &control.prefix);
+    if control.read_only {
+        routes.iter_mut().filter(|route| route.kind == Kind::Mutation).for_each(Route::refuse);
+    }
     Service::start(client, identity, routes).await.map_err(|error| Error(error.to_string()))
 }

@@ -11,15 +11,10 @@ pub mod headers;
 pub mod jetstream;
 mod lane;
 pub mod parser;
+mod rules;
 mod tls;
 mod websocket;
 
-use crate::config::Place;
-
 pub use error::{ApiError, Error, ErrorKind};
-pub use lane::{Batch, Dial, Lane, Message, Network, ServerInfo, Stream, Turn};
-
-/// A lane to a place; the file of a context is read now.
-pub async fn connect(place: &Place, name: &str) -> Result<Lane, Error> {
-    Lane::connect(&context::resolve(place)?, name).await
-}
+pub use lane::{Batch, Dial, Lane, Message, ServerInfo, Stream, Turn};
+pub use rules::Rules;

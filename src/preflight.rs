@@ -16,7 +16,11 @@ use self::{
     look::{Look, Role},
     subjects::Flow,
 };
-use crate::{config::Replication, copy::target, nats::jetstream::StreamState};
+use crate::{
+    config::Replication,
+    copy::target,
+    nats::{Rules, jetstream::StreamState},
+};
 
 /// Time kept for the questions to the target that need the answers of the source.
 const SECOND_LOOK: Duration = Duration::from_millis(300);
@@ -81,11 +85,11 @@ pub enum Outcome {
 }
 
 /// Looks at both sides at once and is done at `until`; what was not reached by then is unknown.
-pub async fn run(replication: &Replication, known: &[Known], until: Instant) -> Report {
+pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], until: Instant) -> Report {
     let early = until - SECOND_LOOK;
     let (source, mut target) = tokio::join!(
-        Look::at(Role::Source, replication, early), //
-        Look::at(Role::Target, replication, early)
+        Look::at(rules, Role::Source, replication, early), //
+        Look::at(rules, Role::Target, replication, early)
     );
     let flow = Flow::of(replication, source.facts.stream.there());
     let planned = match (source.facts.stream.there(), target.facts.stream.got(), target.facts.connect.got()) {

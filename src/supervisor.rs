@@ -38,6 +38,7 @@ use self::{
 use crate::{
     copy::{Budget, Error, ErrorKind},
     events::Events,
+    nats::Rules,
     status::{Row, State},
     store::{
         ConfigChange, ConfigEntry, ConfigStore, MarkKind, PositionRecord, PositionStore, SessionRecord, SessionStore,
@@ -57,6 +58,8 @@ pub struct Deps {
     pub site: String,
     /// This process.
     pub instance: String,
+    /// Where documents may lead.
+    pub rules: Rules,
     /// What should run.
     pub config: ConfigStore,
     /// Where each replication stands.
@@ -421,7 +424,7 @@ impl Loop {
         let stop = self.stop.child_token();
         let (wanted, latest) = watch::channel(entry);
         let context = Context { deps: self.deps.clone(), id: id.clone(), board: board.clone() };
-        let planner = Planner::new(self.deps.config.clone(), self.deps.site.clone(), latest);
+        let planner = Planner::new(&self.deps, latest);
         let (marks, asked) = watch::channel(self.marks.get(&id).cloned().unwrap_or_default());
         let life = Life::new(context, planner, asked, stop.clone());
         let task = self.lives.spawn(life.run(delay)).id();

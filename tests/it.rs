@@ -3,8 +3,6 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
-#[path = "it/configuration.rs"]
-mod configuration;
 #[path = "it/cli_apply.rs"]
 mod cli_apply;
 #[path = "it/cli_config.rs"]
@@ -19,6 +17,8 @@ mod cli_generate;
 mod cli_status;
 #[path = "it/cli_steer.rs"]
 mod cli_steer;
+#[path = "it/configuration.rs"]
+mod configuration;
 #[path = "it/control_config.rs"]
 mod control_config;
 #[path = "it/control_instances.rs"]

@@ -1,6 +1,6 @@
 //! `stream-replicator serve`: what was written becomes [`Settings`] that cannot be wrong, all mistakes at once.
 
-use std::{env, fs, process::ExitCode};
+use std::{env, fs, path::PathBuf, process::ExitCode};
 
 use tracing::error;
 
@@ -8,7 +8,9 @@ use super::connection::Connection;
 use crate::{
     app::{self, Settings},
     config::{Place, Secret},
-    names, telemetry,
+    names,
+    nats::Rules,
+    telemetry,
 };
 
 /// Exit code of wrong usage or configuration; clap uses the same.
@@ -65,6 +67,31 @@ pub(super) struct Args {
         value_parser = clap::value_parser!(u8).range(1..=5)
     )]
     bucket_replicas: u8,
+
+    /// Servers that documents may name, `[scheme://]host[:port]` with `*` for any text, such as
+    /// `nats://*.example.net:4222`; may be repeated [default: any]
+    #[arg(
+        long,
+        value_name = "PATTERN",
+        env = "STREAM_REPLICATOR_ALLOW_URL",
+        hide_env_values = true,
+        value_delimiter = ','
+    )]
+    allow_url: Vec<String>,
+
+    /// Folder below which the files lie that documents may name; may be repeated [default: any]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "STREAM_REPLICATOR_ALLOW_CREDENTIALS",
+        hide_env_values = true,
+        value_delimiter = ','
+    )]
+    allow_credentials: Vec<PathBuf>,
+
+    /// Refuse every request that changes something
+    #[arg(long, env = "STREAM_REPLICATOR_READ_ONLY", hide_env_values = true)]
+    read_only: bool,
 
     /// Subject prefix of the service and of events
     #[arg(
@@ -129,12 +156,15 @@ impl Args {
             check("--monitor", monitor, check_address(monitor));
         }
         let server = self.place().map_err(|problem| problems.push(problem));
-        let Ok(server) = server else { return Err(problems) };
+        let rules = Rules::new(&self.allow_url, &self.allow_credentials).map_err(|problem| problems.push(problem));
+        let (Ok(server), Ok(rules)) = (server, rules) else { return Err(problems) };
         if !problems.is_empty() {
             return Err(problems);
         }
         Ok(Settings {
             server,
+            rules,
+            read_only: self.read_only,
             site: self.name.clone(),
             instance,
             monitor,

@@ -1,7 +1,13 @@
 //! Where to connect and as whom: what a `nats://`, `tls://`, `ws://` or `wss://` URL with its options says. Only
 //! words: nothing here opens a file or a socket.
 
-use std::{borrow::Cow, fmt, net::Ipv6Addr, path::PathBuf, time::Duration};
+use std::{
+    borrow::Cow,
+    fmt,
+    net::{IpAddr, Ipv6Addr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
@@ -152,6 +158,14 @@ impl Endpoint {
     pub fn requires_tls(&self) -> bool {
         let Tls { ca, cert, handshake_first, .. } = &self.tls;
         matches!(self.scheme, Scheme::Tls | Scheme::Wss) || *handshake_first || ca.is_some() || cert.is_some()
+    }
+
+    /// Whether all servers are on this machine.
+    pub fn is_local(&self) -> bool {
+        let local = |host: &Host| {
+            host.host == "localhost" || host.host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+        };
+        self.hosts.iter().all(local)
     }
 
     /// Where one of the servers is: `scheme://host:port/path`.

@@ -174,7 +174,8 @@ pub struct PreflightStream {
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Check {
-    /// What was looked at: `connect`, `stream`, `read`, `publish`, `subjects`, `max_payload`, `headers`, `cycle`, ...
+    /// What was looked at: at both sides `connect`, `jetstream`, `stream`, `calls`; at the source
+    /// `filter`, `start`; at the target `publish`, `subjects`, `max_payload`, `headers`, `duplicates`, `cycle`.
     pub name: String,
     /// What came out.
     pub result: CheckResult,
@@ -298,7 +299,7 @@ pub struct ErrorReply {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, thiserror::Error)]
 #[error("{description} ({code})")]
 pub struct Failure {
-    /// 400 the request is wrong, 404 no such replication, 408 past its deadline, 409 not what is there, 500 a bug,
+    /// 400 the request is wrong, 403 the service is read-only, 404 no such replication, 408 past its deadline, 409 not what is there, 500 a bug,
     /// 503 cannot be done now, 504 not done in time: it may still happen.
     pub code: u16,
     /// One line for people.

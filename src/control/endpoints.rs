@@ -31,6 +31,7 @@ use crate::{
     config::{self, Problem, Problems, Replication},
     events::Events,
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
+    nats::Rules,
     store::{ConfigEntry, ConfigStore, MarkKind, PositionStore, WriteError},
     supervisor::Handle,
 };
@@ -49,6 +50,7 @@ pub(super) struct Context {
     pub(super) client: async_nats::Client,
     pub(super) site: String,
     pub(super) instance: String,
+    pub(super) rules: Rules,
     pub(super) config: ConfigStore,
     pub(super) documents: Documents,
     pub(super) positions: PositionStore,
@@ -75,7 +77,7 @@ pub(super) fn routes(context: &Arc<Context>, prefix: &str) -> Vec<Route> {
         route("config-add", Kind::Mutation, handler!(config_add)),
         route("config-update", Kind::Mutation, handler!(config_update)),
         route("config-delete", Kind::Mutation, handler!(config_delete)),
-        route("config-validate", Kind::Mutation, handler!(config_validate)),
+        route("config-validate", Kind::Inquiry, handler!(config_validate)),
         route("config-get", Kind::Query, handler!(config_get)),
         route("config-list", Kind::Query, handler!(config_list)),
         route("config-schema", Kind::Query, handler!(config_schema)),
@@ -155,7 +157,8 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
 async fn config_get(context: &Context, request: Request) -> Result<Document, Failure> {
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
     let entry = context.existing(&replication).await?;
-    let problems = config::parse(&entry.value, &context.site).err().map(|problems| problems.0).unwrap_or_default();
+    let problems =
+        context.rules.parse(&entry.value, &context.site).err().map(|problems| problems.0).unwrap_or_default();
     let config = config::to_value(&entry.value).map_or(Value::Null, |document| config::mask_document(&document));
     Ok(Document { replication, revision: entry.revision, config, problems })
 }
@@ -210,7 +213,7 @@ pub(super) async fn checked_document(context: &Context, body: &Bytes) -> Result<
         problems = found;
         false
     });
-    let replication = match config::parse_value(&document, &context.site) {
+    let replication = match context.rules.parse_value(&document, &context.site) {
         Ok(replication) if problems.is_empty() => replication,
         result => {
             // the words about a secret that is not stored are better than those about one that is missing

@@ -11,7 +11,7 @@ use std::{
 use async_nats::{Client, HeaderMap, HeaderValue, Message, SubscribeError, Subscriber};
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
-use futures_util::{StreamExt, future::BoxFuture, stream::select_all};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::select_all};
 use serde_json::{Value, json};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -50,12 +50,25 @@ pub(super) struct Route {
     pub(super) data: Option<Data>,
 }
 
+impl Route {
+    /// From now on the answer is that nothing can be changed here.
+    pub(super) fn refuse(&mut self) {
+        self.handler = Arc::new(|_| {
+            let failure =
+                Failure::new(403, "the service is read-only (`--read-only`): nothing can be changed by request");
+            async { Err(failure) }.boxed()
+        });
+    }
+}
+
 /// Who answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Changes nothing: every instance answers, and the first answer wins.
     Query,
-    /// One instance acts, also if nobody waits for the answer: it changes something, or costs something.
+    /// Changes nothing and costs something: one instance answers.
+    Inquiry,
+    /// One instance acts, also if nobody waits for the answer.
     Mutation,
 }
 
@@ -63,7 +76,7 @@ impl Kind {
     fn queue_group(self) -> &'static str {
         match self {
             Self::Query => "",
-            Self::Mutation => QUEUE_GROUP,
+            Self::Inquiry | Self::Mutation => QUEUE_GROUP,
         }
     }
 }
@@ -101,7 +114,7 @@ impl Service {
     pub(super) async fn start(client: Client, identity: Identity, routes: Vec<Route>) -> Result<Self, SubscribeError> {
         let id = nuid::next().to_string();
         let mut queries = Vec::new();
-        let mut mutations = Vec::new();
+        let mut others = Vec::new();
         for verb in [Verb::Ping, Verb::Info, Verb::Stats] {
             for subject in verb.subjects(&identity.name, &id) {
                 queries.push((Asked::Verb(verb), client.subscribe(subject).await?));
@@ -112,9 +125,9 @@ impl Service {
             let subject = route.subject.clone();
             match route.kind {
                 Kind::Query => queries.push((asked, client.subscribe(subject).await?)),
-                Kind::Mutation => {
+                Kind::Inquiry | Kind::Mutation => {
                     let group = route.kind.queue_group().to_owned();
-                    mutations.push((asked, client.queue_subscribe(subject, group).await?));
+                    others.push((asked, client.queue_subscribe(subject, group).await?));
                 }
             }
         }
@@ -123,7 +136,7 @@ impl Service {
         let shared = Arc::new(Shared { client, id, identity, routes, stats, started, tasks });
         let stop = CancellationToken::new();
         // two loops, so that slow changes never delay a question
-        let loops = [queries, mutations].into_iter();
+        let loops = [queries, others].into_iter();
         let loops = loops.map(|subscribers| tokio::spawn(serve(shared.clone(), subscribers, stop.clone()))).collect();
         let service = Self { shared, stop, loops };
         service.reachable().await;
@@ -225,7 +238,7 @@ impl Shared {
     /// Works on a request and answers in time, even where the work goes on.
     async fn work(self: Arc<Self>, index: usize, message: Message, permit: OwnedSemaphorePermit) {
         let route = &self.routes[index];
-        if message.reply.is_none() && route.kind == Kind::Query {
+        if message.reply.is_none() && route.kind != Kind::Mutation {
             return;
         }
         let begun = Instant::now();

@@ -8,7 +8,7 @@ use super::{
     service::Request,
 };
 use crate::{
-    config::{self, Problem, Replication},
+    config::{Problem, Replication},
     preflight::{self, Finding, Known, Outcome, SideReport},
 };
 
@@ -25,7 +25,7 @@ pub(super) async fn config_validate(context: &Context, request: Request) -> Resu
         Err(failure) => return Err(failure),
     };
     let (exists, known) = others(context, &replication).await;
-    let report = preflight::run(&replication, &known, until).await;
+    let report = preflight::run(&context.rules, &replication, &known, until).await;
     let mut validation = validation(&report);
     if let Some(revision) = exists {
         let id = &replication.id;
@@ -41,7 +41,7 @@ async fn others(context: &Context, replication: &Replication) -> (Option<u64>, V
     for entry in context.documents.all().await {
         if entry.key == replication.id {
             exists = Some(entry.revision);
-        } else if let Ok(other) = config::parse(&entry.value, &context.site) {
+        } else if let Ok(other) = context.rules.parse(&entry.value, &context.site) {
             let row = context.supervisor.row(&entry.key);
             let (source_server, target_server) =
                 row.map(|row| (row.copy.source.server, row.copy.target.server)).unwrap_or_default();

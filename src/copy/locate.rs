@@ -8,7 +8,7 @@ use crate::{
     config::Replication,
     names,
     nats::{
-        self, Lane,
+        self, Dial, Lane,
         jetstream::{Api, StreamState},
     },
     store::SourceWitness,
@@ -57,9 +57,9 @@ impl Place {
 
 /// Asks the source for a place, over a connection of its own. What is gone before the first message is no part of the
 /// stream: a place there is the one before its first message.
-pub async fn locate(replication: &Replication, at: At) -> Result<Located, Error> {
+pub async fn locate(dial: &dyn Dial, replication: &Replication, at: At) -> Result<Located, Error> {
     let name = format!("{} {}", names::PROGRAM, replication.id);
-    let connected = nats::connect(&replication.source.place, &name).await;
+    let connected = dial.dial(&replication.source.place, &name).await;
     let mut lane = connected.map_err(|error| error.context("source"))?;
     let stream = &replication.source.stream;
     let info = Api::new(&mut lane).stream_info(stream).await?;

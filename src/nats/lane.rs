@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::future::BoxFuture;
 use rustls_pki_types::ServerName;
 use serde::Deserialize;
 use serde_json::json;
@@ -47,16 +47,6 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 pub trait Dial: fmt::Debug + Send + Sync {
     /// Connects to a place; `name` is what the server shows.
     fn dial<'a>(&'a self, place: &'a Place, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>>;
-}
-
-/// Lanes over the network (see [`super::connect`]).
-#[derive(Debug, Clone, Copy)]
-pub struct Network;
-
-impl Dial for Network {
-    fn dial<'a>(&'a self, place: &'a Place, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
-        super::connect(place, name).boxed()
-    }
 }
 
 /// What the server said of itself in INFO.

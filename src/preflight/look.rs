@@ -12,7 +12,7 @@ use crate::{
     config::{Connection, Replication, Side},
     names,
     nats::{
-        self, ErrorKind, Lane, ServerInfo, Turn, context, headers,
+        self, ErrorKind, Lane, Rules, ServerInfo, Turn, headers,
         jetstream::{StreamInfo, decode},
     },
 };
@@ -106,14 +106,14 @@ type Question = (String, Option<String>);
 
 impl Look {
     /// Connects and asks what does not depend on the other side.
-    pub(super) async fn at(role: Role, replication: &Replication, until: Instant) -> Self {
+    pub(super) async fn at(rules: &Rules, role: Role, replication: &Replication, until: Instant) -> Self {
         let side = match role {
             Role::Source => &replication.source,
             Role::Target => &replication.target,
         };
         let name = format!("{} {} preflight", names::PROGRAM, replication.id);
         let mut look = Self { facts: Facts::default(), connection: None, name, lane: None, until };
-        match context::resolve(&side.place) {
+        match rules.resolve(&side.place) {
             Ok(connection) => look.take(connection),
             Err(error) => {
                 look.facts.address = side.place.to_string();

@@ -8,9 +8,10 @@ use futures_util::{
 };
 use tokio::{sync::watch, time::sleep};
 
-use super::trouble::Trouble;
+use super::{Deps, trouble::Trouble};
 use crate::{
-    config::{self, Problem, Problems, Replication},
+    config::{Problem, Problems, Replication},
+    nats::Rules,
     store::{ConfigChange, ConfigEntry, ConfigStore, Error},
 };
 
@@ -107,13 +108,15 @@ fn one_line(problem: &Problem) -> String {
 pub(super) struct Planner {
     store: ConfigStore,
     site: String,
+    rules: Rules,
     wanted: watch::Receiver<ConfigEntry>,
     trouble: Trouble,
 }
 
 impl Planner {
-    pub(super) fn new(store: ConfigStore, site: String, wanted: watch::Receiver<ConfigEntry>) -> Self {
-        Self { store, site, wanted, trouble: Trouble::new("older revisions cannot be read") }
+    pub(super) fn new(deps: &Deps, wanted: watch::Receiver<ConfigEntry>) -> Self {
+        let (store, site, rules) = (deps.config.clone(), deps.site.clone(), deps.rules.clone());
+        Self { store, site, rules, wanted, trouble: Trouble::new("older revisions cannot be read") }
     }
 
     /// The plan for the newest document.
@@ -146,7 +149,7 @@ impl Planner {
 
     async fn plan(&mut self, entry: ConfigEntry) -> Plan {
         let revision = entry.revision;
-        let problems = match accept(&entry, &self.site) {
+        let problems = match accept(&entry, &self.site, &self.rules) {
             Ok(replication) => return Plan { work: Some(Work { replication, revision }), rejected: None },
             Err(problems) => problems,
         };
@@ -162,15 +165,15 @@ impl Planner {
         };
         self.trouble.over();
         history.iter().find_map(|old| {
-            let replication = accept(old, &self.site).ok()?;
+            let replication = accept(old, &self.site, &self.rules).ok()?;
             Some(Work { replication, revision: old.revision })
         })
     }
 }
 
-/// A document that is valid and lies under its own id.
-fn accept(entry: &ConfigEntry, site: &str) -> Result<Replication, Problems> {
-    let replication = config::parse(&entry.value, site)?;
+/// A document that is valid, leads where it may, and lies under its own id.
+fn accept(entry: &ConfigEntry, site: &str, rules: &Rules) -> Result<Replication, Problems> {
+    let replication = rules.parse(&entry.value, site)?;
     if replication.id == entry.key {
         return Ok(replication);
     }

@@ -27,7 +27,6 @@ use crate::{
     config::Replication,
     copy::{self, Error, ErrorKind, Job, Ledger},
     events::Event,
-    nats::Network,
     status::{Row, State},
     store::{MarkKind, PositionRecord, SaveError, WriteError},
 };
@@ -333,7 +332,7 @@ impl Session {
             row: board.row(),
             budget: deps.budget.clone(),
             skip: release.and_then(|release| release.skip),
-            dial: Arc::new(Network),
+            dial: Arc::new(deps.rules.clone()),
         };
         let saved = ledger.saved();
         let before = board.mark();

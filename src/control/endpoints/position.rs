@@ -7,7 +7,7 @@ use tracing::info;
 
 use super::{Context, in_time, named};
 use crate::{
-    config::{self, Replication},
+    config::Replication,
     control::{
         api::{Failure, Moved, PositionRequest},
         service::Request,
@@ -40,7 +40,7 @@ pub(super) async fn position(context: &Context, request: Request) -> Result<Move
         return Err(stopping(&id));
     }
     let replication = runnable(context, entry).await?;
-    let place = at_source(&replication, at, end).await?;
+    let place = at_source(context, &replication, at, end).await?;
     let from = record.source.as_ref().map_or(0, |source| source.seq);
     let to = place.position.seq;
     let between = place.between(from, to);
@@ -84,7 +84,7 @@ async fn rests(context: &Context, id: &str) -> Result<(), Failure> {
 /// The newest document that can run.
 async fn runnable(context: &Context, entry: ConfigEntry) -> Result<Replication, Failure> {
     let parse = |entry: &ConfigEntry| {
-        config::parse(&entry.value, &context.site).ok().filter(|replication| replication.id == entry.key)
+        context.rules.parse(&entry.value, &context.site).ok().filter(|replication| replication.id == entry.key)
     };
     if let Some(replication) = parse(&entry) {
         return Ok(replication);
@@ -94,9 +94,9 @@ async fn runnable(context: &Context, entry: ConfigEntry) -> Result<Replication, 
     older.iter().find_map(parse).ok_or_else(none)
 }
 
-async fn at_source(replication: &Replication, at: At, end: Instant) -> Result<Place, Failure> {
+async fn at_source(context: &Context, replication: &Replication, at: At, end: Instant) -> Result<Place, Failure> {
     let stream = &replication.source.stream;
-    match timeout_at(end, locate(replication, at)).await {
+    match timeout_at(end, locate(&context.rules, replication, at)).await {
         Ok(Ok(Located::At(place))) => Ok(place),
         Ok(Ok(Located::Beyond { last_seq })) => {
             Err(Failure::new(409, format!("the last sequence of source stream `{stream}` is {last_seq}")))

@@ -1,0 +1,329 @@
+//! What the operator allows documents to name: servers, and files on this machine. Judged when a document is read
+//! and again before every connection, because contexts and links change.
+
+use std::{
+    fmt,
+    path::{Component, Path, PathBuf},
+    sync::Arc,
+};
+
+use futures_util::{FutureExt, future::BoxFuture};
+use serde_json::Value;
+use wildmatch::WildMatch;
+
+use super::{Dial, Error, Lane, context};
+use crate::config::{
+    self, Auth, Connection, Endpoint, Fields, Host, Place, Problem, Problems, Replication, Scheme, Side,
+};
+
+/// Allows everything by default; cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Rules(Arc<Lists>);
+
+#[derive(Debug, Default)]
+struct Lists {
+    /// Empty for any.
+    urls: Vec<UrlPattern>,
+    /// Folders without links in their paths; empty for any.
+    credentials: Vec<PathBuf>,
+}
+
+impl Dial for Rules {
+    fn dial<'a>(&'a self, place: &'a Place, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
+        async move { Lane::connect(&self.resolve(place)?, name).await }.boxed()
+    }
+}
+
+/// `[scheme://]host[:port]` with `*` for any text.
+#[derive(Debug)]
+struct UrlPattern {
+    written: String,
+    scheme: WildMatch,
+    host: WildMatch,
+    port: WildMatch,
+}
+
+/// Something that the rules do not allow.
+#[derive(Debug)]
+struct Breach {
+    part: Part,
+    message: String,
+}
+
+/// What of a side it is.
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    /// The URL, or the context where there is one.
+    Place,
+    /// One of the TLS files.
+    Tls(&'static str),
+}
+
+impl Rules {
+    /// Servers by patterns, files by folders; an empty list allows any.
+    pub fn new(urls: &[String], credentials: &[PathBuf]) -> Result<Self, String> {
+        let urls = urls.iter().map(|url| UrlPattern::parse(url).map_err(|e| format!("`--allow-url {url}`: {e}")));
+        let folder = |folder: &PathBuf| {
+            let found = folder.canonicalize().and_then(|path| path.read_dir().map(|_| path));
+            found.map_err(|error| format!("`--allow-credentials {}`: {error}", folder.display()))
+        };
+        let credentials = credentials.iter().map(folder).collect::<Result<_, _>>()?;
+        Ok(Self(Arc::new(Lists { urls: urls.collect::<Result<_, _>>()?, credentials })))
+    }
+
+    /// Whether any server may be named, or any file.
+    pub fn is_open(&self) -> bool {
+        self.0.urls.is_empty() || self.0.credentials.is_empty()
+    }
+
+    /// [`config::parse`] under these rules.
+    pub fn parse(&self, json: &[u8], site: &str) -> Result<Replication, Problems> {
+        self.parse_value(&config::to_value(json)?, site)
+    }
+
+    /// [`config::parse_value`] under these rules.
+    pub fn parse_value(&self, value: &Value, site: &str) -> Result<Replication, Problems> {
+        let replication = config::parse_value(value, site)?;
+        let mut problems = self.problems("source", &replication.source, value);
+        problems.extend(self.problems("target", &replication.target, value));
+        if problems.is_empty() { Ok(replication) } else { Err(Problems(problems)) }
+    }
+
+    /// Everything that a connection needs, if it is allowed; the file of a context is read now.
+    pub fn resolve(&self, place: &Place) -> Result<Connection, Error> {
+        let connection = context::resolve(place)?;
+        match self.breaches(place, Some(&connection)).into_iter().next() {
+            Some(breach) => Err(Error::hold(breach.message)),
+            None => Ok(connection),
+        }
+    }
+
+    fn problems(&self, side: &str, of: &Side, document: &Value) -> Vec<Problem> {
+        // A context that cannot be read now is judged before a connection is made.
+        let connection = context::resolve(&of.place).ok();
+        let breaches = self.breaches(&of.place, connection.as_ref()).into_iter();
+        let field = |part| match (part, &of.place) {
+            (Part::Place, Place::Known(_)) => format!("{side}_url"),
+            (Part::Place, Place::Context { .. }) => format!("{side}_context"),
+            (Part::Tls(file), _) => {
+                let own = format!("{side}_tls");
+                let tls = if document[&own][file].is_string() { own.as_str() } else { "tls" };
+                format!("{tls}/{file}")
+            }
+        };
+        breaches.map(|Breach { part, message }| Problem::new(format!("/{}", field(part)), message)).collect()
+    }
+
+    fn breaches(&self, place: &Place, connection: Option<&Connection>) -> Vec<Breach> {
+        let servers = connection.map(|connection| self.servers(&connection.endpoint)).unwrap_or_default();
+        let mut files: Vec<(Part, PathBuf)> = Vec::new();
+        match place {
+            Place::Known(Connection { endpoint: Endpoint { auth, tls, .. }, .. }) => {
+                files.extend(identity_files(auth).into_iter().map(|file| (Part::Place, file.clone())));
+                files.extend(tls_files(&tls.ca, &tls.cert, &tls.key));
+            }
+            // What the context itself names is the operator's own choice.
+            Place::Context { name, over, under } => {
+                files.extend(context::file(name).map(|file| (Part::Place, file)));
+                for Fields { ca, cert, key, .. } in [over.as_ref(), under.as_ref()] {
+                    files.extend(tls_files(ca, cert, key));
+                }
+            }
+        }
+        let files = files.into_iter().filter_map(|(part, file)| self.file(part, &file));
+        servers.into_iter().chain(files).collect()
+    }
+
+    fn servers(&self, endpoint: &Endpoint) -> Vec<Breach> {
+        let urls = &self.0.urls;
+        let allowed = |host: &&Host| urls.is_empty() || urls.iter().any(|url| url.matches(endpoint.scheme, host));
+        let refused = endpoint.hosts.iter().filter(|host| !allowed(host));
+        let breach = |host| {
+            let message = format!(
+                "server `{}://{host}` is not allowed by this service; allowed are {}",
+                endpoint.scheme.name(),
+                list(urls.iter().map(|url| &url.written))
+            );
+            Breach { part: Part::Place, message }
+        };
+        refused.map(breach).collect()
+    }
+
+    fn file(&self, part: Part, file: &Path) -> Option<Breach> {
+        let folders = &self.0.credentials;
+        let below = |path: PathBuf| folders.iter().any(|folder| path.starts_with(folder));
+        if folders.is_empty() || real_path(file).is_some_and(below) {
+            return None;
+        }
+        let allowed = list(folders.iter().map(|folder| folder.display()));
+        let file = file.display();
+        let message = format!("file `{file}` is not allowed by this service; allowed are files below {allowed}");
+        Some(Breach { part, message })
+    }
+}
+
+fn identity_files(auth: &Auth) -> Vec<&PathBuf> {
+    match auth {
+        Auth::CredentialsFile(file) => vec![file],
+        Auth::NkeyFile { seed, jwt } => std::iter::once(seed).chain(jwt).collect(),
+        Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::Jwt { .. } => Vec::new(),
+    }
+}
+
+fn tls_files(
+    ca: &Option<PathBuf>,
+    cert: &Option<PathBuf>,
+    key: &Option<PathBuf>,
+) -> impl Iterator<Item = (Part, PathBuf)> {
+    let files =
+        [("ca", ca), ("cert", cert), ("key", key)].map(|(name, file)| file.clone().map(|f| (Part::Tls(name), f)));
+    files.into_iter().flatten()
+}
+
+fn list(items: impl Iterator<Item = impl fmt::Display>) -> String {
+    items.map(|item| format!("`{item}`")).collect::<Vec<_>>().join(", ")
+}
+
+/// Where a file really lies, links and `..` resolved. One that is not there yet is judged by the nearest folder that
+/// is; `None` where that leads nowhere.
+fn real_path(file: &Path) -> Option<PathBuf> {
+    let mut missing = Vec::new();
+    let mut there = std::path::absolute(file).ok()?;
+    loop {
+        match there.canonicalize() {
+            Ok(real) => return Some(missing.iter().rev().fold(real, |path, name| path.join(name))),
+            // A link to what is not there may lead anywhere later.
+            Err(_) if there.is_symlink() => return None,
+            Err(_) => match there.components().next_back()? {
+                Component::Normal(name) => missing.push(name.to_owned()),
+                _ => return None,
+            },
+        }
+        there.pop();
+    }
+}
+
+impl UrlPattern {
+    fn parse(written: &str) -> Result<Self, &'static str> {
+        let (scheme, rest) = written.split_once("://").unwrap_or(("*", written));
+        let (host, port) = match rest.strip_prefix('[') {
+            Some(rest) => {
+                let (host, port) = rest.split_once(']').ok_or("the `[` of an IPv6 address is not closed")?;
+                (host, port.strip_prefix(':').or_else(|| port.is_empty().then_some("*")))
+            }
+            None => rest.split_once(':').map_or((rest, Some("*")), |(host, port)| (host, Some(port))),
+        };
+        let port = port.filter(|port| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit() || b == b'*'));
+        let port = port.ok_or("the port is neither a number nor `*`")?;
+        let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"*-._:".contains(&byte);
+        if host.is_empty() || !host.bytes().all(legal) {
+            return Err("it is not `scheme://host:port` with `*` for any text, such as `nats://*.example.net:4222`");
+        }
+        let schemes = [Scheme::Nats, Scheme::Tls, Scheme::Ws, Scheme::Wss];
+        let scheme = WildMatch::new(&scheme.to_ascii_lowercase());
+        if !schemes.iter().any(|known| scheme.matches(known.name())) {
+            return Err("its scheme is none of `nats`, `tls`, `ws` and `wss`");
+        }
+        let host = WildMatch::new(&host.to_ascii_lowercase());
+        Ok(Self { written: written.to_owned(), scheme, host, port: WildMatch::new(port) })
+    }
+
+    fn matches(&self, scheme: Scheme, host: &Host) -> bool {
+        let name = host.host.to_ascii_lowercase();
+        self.scheme.matches(scheme.name())
+            && self.host.matches(name.strip_suffix('.').unwrap_or(&name))
+            && self.port.matches(&host.port.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink};
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn patterns_of_servers() {
+        let check = |pattern: &str, url: &str, expect: bool| {
+            let (pattern, endpoint) = (UrlPattern::parse(pattern).unwrap(), Endpoint::parse(url).unwrap());
+            let matches = pattern.matches(endpoint.scheme, &endpoint.hosts[0]);
+            assert_eq!(matches, expect, "{pattern:?} {url}");
+        };
+        check("nats://*.example.net:4222", "nats://a.example.net", true);
+        check("nats://*.example.net:4222", "nats://A.b.Example.NET.:4222", true);
+        check("nats://*.example.net:4222", "nats://a.example.net:4223", false);
+        check("nats://*.example.net:4222", "tls://a.example.net", false);
+        check("nats://*.example.net:4222", "nats://example.net", false);
+        check("*.example.net", "wss://a.example.net:9", true);
+        check("*.example.net", "a.example.net.evil.org", false);
+        check("*.example.net", "nats://u:p@evil.org?connect_timeout=1s", false);
+        check("tls://h", "tls://h:1", true);
+        check("ws*://h:*", "wss://h", true);
+        check("[::1]:4222", "nats://[::1]", true);
+        check("[::*]", "nats://[::1]:5", true);
+        check("*", "ws://anything/path", true);
+        for bad in ["", "nats://", "h:x", "h:", "[::1", "[::1]x", "u@h", "http://h", "h/path", "a,b"] {
+            assert!(UrlPattern::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn every_server_and_every_file_of_a_document_is_judged() {
+        let folder = tempfile::tempdir().unwrap();
+        let (inside, outside) = (folder.path().join("in"), folder.path().join("out"));
+        fs::create_dir(&inside).unwrap();
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("x"), "").unwrap();
+        fs::write(inside.join("x"), "").unwrap();
+        symlink(outside.join("x"), inside.join("link")).unwrap();
+        symlink(outside.join("nothing"), inside.join("dangling")).unwrap();
+        symlink(&outside, inside.join("folder")).unwrap();
+        symlink(&inside, folder.path().join("in-too")).unwrap();
+        let rules = Rules::new(&["*.good".to_owned()], std::slice::from_ref(&inside)).unwrap();
+        let root = folder.path().display();
+        let check = |fields: Value, expect: &[(&str, &str)]| {
+            let mut document = json!({"stream": "S", "source_url": "a.good", "target_url": "b.good"});
+            for (name, value) in fields.as_object().unwrap() {
+                document[name] = value.clone();
+            }
+            let found = rules.parse_value(&document, "SITE").err().map(|problems| problems.0).unwrap_or_default();
+            let told: Vec<_> = found.iter().map(|problem| problem.path.as_str()).collect();
+            assert_eq!(told, expect.iter().map(|(path, _)| *path).collect::<Vec<_>>(), "{document} {found:?}");
+            for (problem, (_, text)) in found.iter().zip(expect) {
+                assert!(problem.message.contains(text), "{found:?}");
+            }
+        };
+        check(json!({}), &[]);
+        check(
+            json!({"source_url": "nats://a.good,b.bad", "target_url": "ws://c.bad"}),
+            &[
+                ("/source_url", "server `nats://b.bad:4222` is not allowed by this service; allowed are `*.good`"),
+                ("/target_url", "server `ws://c.bad:80`"),
+            ],
+        );
+        let credentials = |path: &str| json!({"source_url": format!("a.good?credentials={root}/{path}")});
+        for good in ["in/x", "in/later", "in/a/later", "in-too/x", "out/../in/x"] {
+            check(credentials(good), &[]);
+        }
+        for bad in ["out/x", "in/../out/x", "in/link", "in/dangling", "in/folder/x", "in/folder/later", "later"] {
+            check(credentials(bad), &[("/source_url", "allowed are files below")]);
+        }
+        check(
+            json!({"tls": {"ca": format!("{root}/out/x")}, "source_tls": {"cert": "/etc/c", "key": format!("{root}/in/x")}}),
+            &[("/source_tls/cert", "file `/etc/c`"), ("/tls/ca", "out/x")],
+        );
+        check(json!({"source_url": format!("a.good?nkey={root}/in/x&jwt={root}/out/x")}), &[("/source_url", "out/x")]);
+        check(json!({"source_url": "", "source_context": "hub"}), &[("/source_context", "hub.json` is not allowed")]);
+    }
+
+    #[test]
+    fn rules_that_make_no_sense_are_refused() {
+        let error = Rules::new(&["http://h".to_owned()], &[]).unwrap_err();
+        assert!(error.starts_with("`--allow-url http://h`: "), "{error}");
+        let error = Rules::new(&[], &["/there/is/none".into()]).unwrap_err();
+        assert!(error.starts_with("`--allow-credentials /there/is/none`: "), "{error}");
+        assert!(Rules::default().is_open());
+    }
+}
