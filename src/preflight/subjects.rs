@@ -31,11 +31,6 @@ pub(super) fn intersection(a: &str, b: &str) -> Option<String> {
     }
 }
 
-/// Whether all subjects of `narrow` are in `wide`.
-pub(super) fn covers(wide: &str, narrow: &str) -> bool {
-    intersection(wide, narrow).is_some_and(|shared| shared == narrow)
-}
-
 /// How much of a pattern a list of patterns holds. A pattern that only several of them hold together is held in part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Share {
