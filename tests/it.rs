@@ -3,6 +3,10 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
+#[path = "it/cli_connection.rs"]
+mod cli_connection;
+#[path = "it/control_allow.rs"]
+mod control_allow;
 #[path = "it/control_config.rs"]
 mod control_config;
 #[path = "it/control_service.rs"]
@@ -19,6 +23,8 @@ mod process;
 mod resume;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
+#[path = "it/wire_connections.rs"]
+mod wire_connections;
 #[path = "it/wire_faults.rs"]
 mod wire_faults;
 #[path = "it/wire_fidelity.rs"]
