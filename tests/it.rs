@@ -19,6 +19,10 @@ mod cli_status;
 mod cli_steer;
 #[path = "it/configuration.rs"]
 mod configuration;
+#[path = "it/cli_connection.rs"]
+mod cli_connection;
+#[path = "it/control_allow.rs"]
+mod control_allow;
 #[path = "it/control_config.rs"]
 mod control_config;
 #[path = "it/control_instances.rs"]
@@ -49,6 +53,8 @@ mod resume;
 mod schemas;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
+#[path = "it/wire_connections.rs"]
+mod wire_connections;
 #[path = "it/wire_faults.rs"]
 mod wire_faults;
 #[path = "it/wire_fidelity.rs"]

@@ -17,7 +17,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpStream, lookup_host},
     time::{Instant, Interval, MissedTickBehavior, interval_at, timeout, timeout_at},
 };
 use tokio_util::io::poll_read_buf;
@@ -182,7 +182,9 @@ impl Lane {
 
     async fn connect_host(connection: &Connection, host: &Host, name: &str) -> Result<Self, Error> {
         let endpoint = &connection.endpoint;
-        let tcp = TcpStream::connect((host.host.as_str(), host.port)).await.map_err(|e| Error::retry(e.to_string()))?;
+        let found = lookup_host((host.host.as_str(), host.port)).await;
+        let addresses: Vec<_> = found.map_err(|error| Error::retry(format!("cannot be resolved: {error}")))?.collect();
+        let tcp = TcpStream::connect(addresses.as_slice()).await.map_err(|e| Error::retry(e.to_string()))?;
         tcp.set_nodelay(true).map_err(|e| Error::retry(e.to_string()))?;
         let mut io: Box<dyn Stream> = Box::new(tcp);
         if endpoint.scheme == Scheme::Wss || (endpoint.tls.handshake_first && !endpoint.scheme.is_websocket()) {

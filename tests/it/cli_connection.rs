@@ -1,0 +1,83 @@
+//! Flags, environment and contexts of the command line's connection.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::Result;
+use serde_json::json;
+
+use crate::harness::{Role, Server, Service};
+
+/// Runs `serve` with nothing of the caller's environment; its exit code and everything that it wrote.
+fn serve(arguments: &[&str], home: &Path, environment: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_stream-replicator"));
+    command.arg("serve").args(arguments).env_clear().env("XDG_CONFIG_HOME", home);
+    let output = command.envs(environment.iter().copied()).output()?;
+    let text = [output.stdout, output.stderr].concat();
+    Ok((output.status.code(), String::from_utf8_lossy(&text).into_owned()))
+}
+
+fn context(home: &Path, name: &str, text: &str) -> Result<()> {
+    fs::create_dir_all(home.join("nats/context"))?;
+    Ok(fs::write(home.join(format!("nats/context/{name}.json")), text)?)
+}
+
+#[test]
+fn secrets_of_the_environment_are_not_in_the_help() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let environment = [
+        ("NATS_URL", "nats://u:s3cret@h"),
+        ("STREAM_REPLICATOR_SERVER", "nats://u:s3cret@h"),
+        ("NATS_USER", "s3cret"),
+        ("NATS_PASSWORD", "s3cret"),
+        ("NATS_CREDS", "/s3cret"),
+    ];
+    let (code, help) = serve(&["--help"], folder.path(), &environment)?;
+    assert_eq!(code, Some(0));
+    assert!(!help.contains("s3cret"), "{help}");
+    for flag in ["--context", "--creds", "--nkey", "--tlsca", "--js-domain", "--allow-url", "NATS_PASSWORD"] {
+        assert!(help.contains(flag), "`{flag}` is not in {help}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_service_has_to_be_told_where_to_go() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    context(folder.path(), "selected", "{}")?;
+    fs::write(folder.path().join("nats/context.txt"), "selected")?;
+    let name = ["--name", "US"];
+    let check = |arguments: &[&str], environment: &[(&str, &str)], expect: &str| -> Result<()> {
+        let (code, text) = serve(&[&name, arguments].concat(), folder.path(), environment)?;
+        assert_eq!(code, Some(2), "{text}");
+        assert!(text.contains(expect) && !text.contains("s3cret"), "{text}");
+        Ok(())
+    };
+    check(&[], &[], "`--server` or `--context` is needed")?;
+    check(&["--context", "none"], &[], "context `none`")?;
+    check(&["--context", "../none"], &[], "`--context`: `../none` is not possible")?;
+    check(&["--server", "http://u:s3cret@h"], &[], "`--server`")?;
+    check(&[], &[("NATS_URL", "http://u:s3cret@h")], "`NATS_URL`")?;
+    check(&[], &[("NATS_CONTEXT", "none")], "context `none`")?;
+    check(&["--server", "h", "--tlscert", "/c"], &[], "`--tlscert`")?;
+    check(&["--server", "h", "--allow-url", "http://h"], &[], "`--allow-url http://h`")?;
+    check(&["--server", "h", "--allow-credentials", "/there/is/none"], &[], "`--allow-credentials /there/is/none`")?;
+    context(folder.path(), "broken", "{\"password\": \"s3cret\"")?;
+    check(&["--context", "broken"], &[], "broken.json`): it is not a JSON object (line 1")?;
+    context(folder.path(), "proxy", "{\"socks_proxy\": \"socks5://u:s3cret@h\"}")?;
+    check(&["--context", "proxy"], &[], "`socks_proxy`: a SOCKS proxy is not supported")
+}
+
+#[tokio::test]
+async fn a_context_and_flags_before_it_make_the_connection() -> Result<()> {
+    let control =
+        Server::builder(Role::Control).config("authorization { users: [{user: u, password: right}] }").start().await?;
+    let folder = tempfile::tempdir()?;
+    let home = folder.path().display().to_string();
+    let fields = json!({"url": "nats://127.0.0.1:1", "user": "u", "password": "wr0ng"});
+    context(folder.path(), "hub", &fields.to_string())?;
+    // The server by the flag that the harness gives, the user by the context, the password by the environment.
+    let service = Service::builder(&control.url(), "TEST").args(["--context", "hub"]);
+    let service = service.env("XDG_CONFIG_HOME", &home).env("NATS_PASSWORD", "right").start().await?;
+    assert!(service.log().contains("ready"));
+    Ok(())
+}
