@@ -12,9 +12,9 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 
 use super::checker::{Expect, compare_streams};
-use super::client::{Reply, ask, connect, request, status, wait_value};
+use super::client::{Reply, ask, check_reply, connect, request, status, wait_value};
 use super::raw::wait_messages;
-use super::{LIMIT, Outgoing, Raw, Role, Server, Service};
+use super::{LIMIT, Outgoing, Raw, Role, Server, Service, secrets};
 
 /// The site's name in all of these tests.
 pub const SITE: &str = "TEST";
@@ -24,6 +24,7 @@ pub const SITE: &str = "TEST";
 pub struct Builder {
     servers: Option<(Server, Server)>,
     control_at_source: bool,
+    control: Option<Server>,
     login: Option<String>,
     arguments: Vec<String>,
 }
@@ -35,6 +36,7 @@ pub struct Site {
     /// `None` where the source is the control server too.
     control: Option<Server>,
     pub service: Service,
+    url: String,
     pub client: async_nats::Client,
     /// Everything told since before the service started.
     pub events: Events,
@@ -50,6 +52,12 @@ impl Builder {
     /// Without a control server of its own: cheaper, where neither fault nor version of the source is the matter.
     pub fn control_at_source(mut self) -> Self {
         self.control_at_source = true;
+        self
+    }
+
+    /// With a control server that runs already.
+    pub fn control(mut self, server: Server) -> Self {
+        self.control = Some(server);
         self
     }
 
@@ -70,13 +78,17 @@ impl Builder {
             Some(servers) => servers,
             None => tokio::try_join!(Server::start(Role::Source), Server::start(Role::Target))?,
         };
-        let control = if self.control_at_source { None } else { Some(Server::start(Role::Control).await?) };
+        let control = match self.control {
+            None if self.control_at_source => None,
+            None => Some(Server::start(Role::Control).await?),
+            given => given,
+        };
         let server = control.as_ref().unwrap_or(&source);
         let url = self.login.map_or_else(|| server.url(), |login| server.url_as(&login));
         let client = connect(&url).await?;
         let events = Events::of(&client, "replicator.event.>").await?;
         let service = Service::builder(&url, SITE).args(self.arguments).start().await?;
-        Ok(Site { source, target, control, service, client, events })
+        Ok(Site { source, target, control, service, url, client, events })
     }
 }
 
@@ -99,6 +111,16 @@ impl Site {
     /// The control server, whichever it is.
     pub fn control(&self) -> &Server {
         self.control.as_ref().unwrap_or(&self.source)
+    }
+
+    /// The control server's URL as service and client use it.
+    pub fn service_url(&self) -> String {
+        self.url.clone()
+    }
+
+    /// The control server, to be restarted.
+    pub fn control_mut(&mut self) -> &mut Server {
+        self.control.as_mut().unwrap_or(&mut self.source)
     }
 
     pub async fn source(&self) -> Result<Raw> {
@@ -226,8 +248,11 @@ impl Site {
     pub async fn ask_with(&self, endpoint: &str, header: (&str, &str), body: impl Into<Bytes>) -> Result<Full> {
         let mut headers = async_nats::HeaderMap::new();
         headers.insert(header.0, header.1);
-        let request = async_nats::Request::new().headers(headers).payload(body.into()).timeout(Some(LIMIT));
+        let body = body.into();
+        secrets::register_document(&serde_json::from_slice(&body).unwrap_or_default());
+        let request = async_nats::Request::new().headers(headers).payload(body).timeout(Some(LIMIT));
         let message = self.client.send_request(format!("replicator.{endpoint}"), request).await?;
+        check_reply(endpoint, &message);
         let header = |name: &str| message.headers.as_ref()?.get(name).map(|value| value.as_str().to_owned());
         Ok(Full {
             code: header("Nats-Service-Error-Code"),
@@ -243,12 +268,15 @@ impl Site {
 
     /// Writes a document past the service, as `nats kv put` does; returns its revision.
     pub async fn put(&self, key: &str, value: impl Into<Bytes>) -> Result<u64> {
-        Ok(self.bucket("REPLICATOR_CONFIG").await?.put(key, value.into()).await?)
+        let value = value.into();
+        secrets::register_document(&serde_json::from_slice(&value).unwrap_or_default());
+        Ok(self.bucket("REPLICATOR_CONFIG").await?.put(key, value).await?)
     }
 
     /// The position record of a replication.
     pub async fn position(&self, id: &str) -> Result<Option<Value>> {
         let value = self.bucket("REPLICATOR_POSITIONS").await?.get(id).await?;
+        secrets::check("a position record", &String::from_utf8_lossy(value.as_deref().unwrap_or_default()));
         Ok(value.map(|value| serde_json::from_slice(&value)).transpose()?)
     }
 
@@ -336,6 +364,15 @@ impl Events {
         ensure!(self.seen().iter().all(|(_, body)| body.is_object()), "not all are JSON: {:?}", self.seen());
         self.waited = at + 1;
         Ok(body)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let seen = self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            seen.iter().for_each(|(subject, body)| secrets::check(subject, &body.to_string()));
+        }
     }
 }
 
