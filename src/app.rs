@@ -1,5 +1,7 @@
 //! Composition root: builds the whole system top to bottom and stops it in order.
 
+mod files;
+
 use std::{env, fmt::Display, fs, io, process, time::Duration};
 
 use anyhow::{Context as _, bail};
@@ -59,6 +61,7 @@ pub struct Settings {
 
 /// Runs until SIGTERM or SIGINT. An error means that the start or the stop was not in order.
 pub async fn run(settings: Settings) -> anyhow::Result<()> {
+    files::raise_limit();
     let stop = CancellationToken::new();
     stop_on_signals(stop.clone()).context("cannot handle signals")?;
     let mut system = System::start(&settings).await?;
@@ -180,6 +183,7 @@ impl System {
                 let server = settings.server.to_string();
                 let replications = handle.rows().len();
                 info!(site, instance, server, prefix, buckets = bucket_prefix, replications, "ready");
+                files::check_limit(replications);
             }
             supervisor.ended().await;
         };

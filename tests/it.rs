@@ -7,6 +7,8 @@ mod harness;
 mod cli_apply;
 #[path = "it/cli_config.rs"]
 mod cli_config;
+#[path = "it/cli_connection.rs"]
+mod cli_connection;
 #[path = "it/cli_edit.rs"]
 mod cli_edit;
 #[path = "it/cli_events.rs"]
@@ -19,8 +21,6 @@ mod cli_status;
 mod cli_steer;
 #[path = "it/configuration.rs"]
 mod configuration;
-#[path = "it/cli_connection.rs"]
-mod cli_connection;
 #[path = "it/control_allow.rs"]
 mod control_allow;
 #[path = "it/control_config.rs"]
@@ -41,16 +41,28 @@ mod control_validate;
 mod docs;
 #[path = "it/events.rs"]
 mod events;
+#[path = "it/fuzz_twins.rs"]
+mod fuzz_twins;
 #[path = "it/hand_edits.rs"]
 mod hand_edits;
 #[path = "it/harness_self.rs"]
 mod harness_self;
 #[path = "it/process.rs"]
 mod process;
+#[path = "it/properties.rs"]
+mod properties;
+#[path = "it/random_requests.rs"]
+mod random_requests;
+#[path = "it/response_times.rs"]
+mod response_times;
 #[path = "it/resume.rs"]
 mod resume;
+#[path = "it/scale.rs"]
+mod scale;
 #[path = "it/schemas.rs"]
 mod schemas;
+#[path = "it/secrets.rs"]
+mod secrets;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
 #[path = "it/wire_connections.rs"]

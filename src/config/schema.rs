@@ -3,7 +3,7 @@
 use std::{borrow::Cow, sync::LazyLock};
 
 use jsonschema::{
-    ValidationError, Validator,
+    JsonType, ValidationError, Validator,
     error::{TypeKind, ValidationErrorKind},
 };
 use serde_json::Value;
@@ -96,7 +96,11 @@ fn explain(error: &ValidationError<'_>) -> Problem {
         ValidationErrorKind::Pattern { pattern } => format!("must match the pattern `{pattern}`"),
         other => format!("does not follow the schema (`{}`)", other.keyword()),
     };
-    let value = show(error.instance());
+    let value = match (error.kind(), error.instance().as_ref()) {
+        // Where a group of fields is due, a text says nothing to people and may be a secret.
+        (ValidationErrorKind::Type { kind: TypeKind::Single(JsonType::Object) }, Value::String(_)) => "a text".into(),
+        (_, value) => show(value),
+    };
     let message = match path.trim_start_matches('/').replace('/', ".") {
         field if field.is_empty() => format!("the document is {value}: {wanted}"),
         field => format!("`{field}` is {value}: {wanted}"),

@@ -4,14 +4,14 @@ use serde_json::{Map, Value};
 
 use super::{
     Problem,
-    endpoint::{is_masked, mask_url, unmask},
+    endpoint::{MASK, is_masked, mask_url, unmask},
     schema::{join, replication_schema},
 };
 
 const URLS: [&str; 2] = ["source_url", "target_url"];
 
-/// A document without its secrets. Documents that people wrote by hand may be anything, so a text that could be a
-/// URL is masked in fields that no document has, too.
+/// A document without its secrets. Documents that people wrote by hand may be anything: of a field that no document
+/// has (it may be a password that somebody thought to belong here) no text is shown.
 pub fn mask_document(document: &Value) -> Value {
     match document {
         Value::Object(fields) => Value::Object(fields.iter().map(mask_field).collect()),
@@ -44,7 +44,9 @@ fn mask_field((field, value): (&String, &Value)) -> (String, Value) {
     let is_tls = known.is_some_and(|property| property.get("$ref").is_some());
     let masked = match value {
         Value::String(url) if URLS.contains(&field.as_str()) => Value::String(mask_url(url)),
-        Value::String(text) if known.is_some() => Value::String(mask_words(text)),
+        Value::String(text) if known.is_some_and(|property| property["type"] == "string") => {
+            Value::String(mask_words(text))
+        }
         Value::Object(files) if is_tls => {
             let masked = files.iter().map(|(name, file)| match file {
                 Value::String(path) if schema["$defs"]["tls"]["properties"].get(name).is_some() => {
@@ -73,6 +75,7 @@ fn mask_words(text: &str) -> String {
 fn mask_anywhere(value: &Value) -> Value {
     match value {
         Value::String(text) if text.contains('@') || text.contains("://") => Value::String(mask_url(text)),
+        Value::String(_) => Value::String(MASK.to_owned()),
         Value::Array(values) => Value::Array(values.iter().map(mask_anywhere).collect()),
         Value::Object(fields) => {
             Value::Object(fields.iter().map(|(field, value)| (field.clone(), mask_anywhere(value))).collect())
@@ -95,6 +98,8 @@ mod tests {
             json!({"stream": "S", "source_url": "nats://u:***@h", "target_url": "***@h", "description": "ask a@b"}),
         );
         check(json!({"sorce_url": "nats://u:p@h"}), json!({"sorce_url": "nats://u:***@h"}));
+        check(json!({"tls": "p", "limits": "p"}), json!({"tls": "***", "limits": "***"}));
+        check(json!({"password": "p", "x": {"y": ["p", 5]}}), json!({"password": "***", "x": {"y": ["***", 5]}}));
         check(
             json!({"limits": {"x": ["u:p@h"]}, "source_url": ["p@h"]}),
             json!({"limits": {"x": ["u:***@h"]}, "source_url": ["***@h"]}),

@@ -184,7 +184,10 @@ async fn status(context: &Context, request: Request) -> Result<Status, Failure> 
         _ => named(&request.body, |id| StatusRequest { replication: Some(id), ..StatusRequest::default() })?,
     };
     let rows = match &request.replication {
-        Some(id) => vec![context.supervisor.row(id).ok_or_else(|| not_found(id))?],
+        Some(id) => {
+            check_id(id)?;
+            vec![context.supervisor.row(id).ok_or_else(|| not_found(id))?]
+        }
         None => context.supervisor.rows(),
     };
     let Page { rows: replications, limit, total } = page(rows, request.offset, request.limit, context.room());
@@ -323,7 +326,25 @@ fn options<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Failure> {
 }
 
 fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
-    serde_json::from_slice(body).map_err(|error| Failure::new(400, format!("the request is not valid: {error}")))
+    serde_json::from_slice(body)
+        .map_err(|error| Failure::new(400, format!("the request is not valid: {}", without_values(&error.to_string()))))
+}
+
+/// The text of a parse error without what it quotes of the request: it is counted and shown to others, and somebody may
+/// have pasted a URL with a password in the wrong place.
+fn without_values(error: &str) -> String {
+    let mut text = match (error.find('"'), error.rfind('"')) {
+        (Some(from), Some(to)) if from < to => format!("{}\"...\"{}", &error[..from], &error[to + 1..]),
+        _ => error.to_owned(),
+    };
+    let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    if let Some((start, rest)) = error.split_once("unknown field `")
+        && let Some((field, rest)) = rest.split_once("`, expected")
+        && !field.bytes().all(is_name)
+    {
+        text = format!("{start}unknown field, expected{rest}");
+    }
+    text
 }
 
 fn check_id(id: &str) -> Result<(), Failure> {
@@ -393,6 +414,8 @@ mod tests {
         check(br#"{"replication":5}"#, "expected a string");
         check(br#"{"replication":"A","keep":"yes"}"#, "expected a boolean");
         check(br#"{"replicaton":"A"}"#, "unknown field `replicaton`");
+        check(br#"{"nats://u:p@h":"A"}"#, "unknown field, expected `replication` or `keep`");
+        check(br#"{"replication":"A","keep":"nats://\"u\":p@h"}"#, "string \"...\", expected a boolean");
         check(b"{}", "missing field `replication`");
     }
 

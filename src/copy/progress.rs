@@ -81,11 +81,12 @@ impl Ledger {
         self.write(self.record.clone(), row).await
     }
 
-    /// Begins to save if nothing is being saved and the last save is long enough ago.
-    pub(super) fn save(&mut self, now: Instant, witnesses: Witnesses<'_>, row: impl FnOnce() -> Row) {
+    /// Begins to save if nothing is being saved and the last save is long enough ago; whether the record says all
+    /// of it already.
+    pub(super) fn save(&mut self, now: Instant, witnesses: Witnesses<'_>, row: impl FnOnce() -> Row) -> bool {
         let recent = self.last_save.is_some_and(|last| now.duration_since(last) < SAVE_EVERY);
         if recent || self.saving.is_some() {
-            return;
+            return false;
         }
         self.last_save = Some(now);
         let record = witnesses.record(&self.record);
@@ -93,9 +94,10 @@ impl Ledger {
         let row = row();
         // Nothing moved and nothing is told: a write would say the same again.
         if same && record.target_mode == self.record.target_mode && self.record.status.as_ref() == Some(&row) {
-            return;
+            return true;
         }
         self.start(PositionRecord { status: Some(row), ..record });
+        false
     }
 
     /// After a move back: saves, before anything is sent, up to where the target says nothing about what was copied.

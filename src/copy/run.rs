@@ -39,9 +39,10 @@ use crate::{
 /// In between, every message would move what waits to the front of the buffer.
 const OUTPUT_HIGH: usize = 256 * 1024;
 const OUTPUT_LOW: usize = 32 * 1024;
-/// How often the status is brought up to date: while something moves, and while nothing does.
+/// How often the status is brought up to date: while something moves, while nothing does, and once that is saved.
 const TICK: Duration = Duration::from_millis(250);
 const TICK_IDLE: Duration = Duration::from_secs(1);
+const TICK_SAVED: Duration = Duration::from_secs(5);
 /// How often the source is asked for its state.
 const INFO_EVERY: Duration = Duration::from_secs(10);
 /// Time without any settlement, while messages are in the air, after which the run is given up.
@@ -434,9 +435,14 @@ impl<'a> Run<'a> {
         self.tell(State::Running);
         let idle =
             self.window.is_empty() && self.reader.pending() == 0 && before.received == self.copy.counters.received;
-        self.next_tick = now + if idle { TICK_IDLE } else { TICK };
         let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
-        ledger.save(now, witnesses, || row(self.job, &self.copy));
+        let saved = ledger.save(now, witnesses, || row(self.job, &self.copy));
+        self.next_tick = now
+            + match (idle, saved) {
+                (true, true) => TICK_SAVED,
+                (true, false) => TICK_IDLE,
+                (false, _) => TICK,
+            };
         if now >= self.next_info || (self.info_request.is_none() && self.gaps.ask(now)) {
             self.next_info = now + INFO_EVERY;
             let subject = format!("{}.STREAM.INFO.{}", self.source.api_prefix(), self.replication.source.stream);

@@ -4,8 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
-use super::{LIMIT, wire};
+use super::{LIMIT, secrets, wire};
 
 /// How often a condition is looked at.
 const POLL: Duration = Duration::from_millis(15);
@@ -61,11 +63,13 @@ pub struct Reply {
 
 /// Sends `body` and returns the reply, error replies too. One that breaks its schema ends the test.
 pub async fn ask(client: &async_nats::Client, subject: &str, payload: &[u8]) -> Result<Reply> {
+    secrets::register_document(&serde_json::from_slice(payload).unwrap_or_default());
     let request = client.request(subject.to_owned(), payload.to_vec().into());
     let reply = tokio::time::timeout(Duration::from_secs(10), request)
         .await
         .with_context(|| format!("no reply to `{subject}`"))?
         .with_context(|| format!("request `{subject}`"))?;
+    check_reply(subject, &reply);
     let header = |name: &str| reply.headers.as_ref().and_then(|h| h.get(name)).map(|v| v.as_str().to_owned());
     let error = header("Nats-Service-Error-Code").map(|code| code.parse().unwrap_or(500));
     let body = if reply.payload.is_empty() {
@@ -89,6 +93,13 @@ pub fn checked(subject: &str, request: &[u8], failed: bool, reply: &Value) {
     }
 }
 
+/// No secret is in a reply.
+pub fn check_reply(subject: &str, reply: &async_nats::Message) {
+    let (body, headers) = (String::from_utf8_lossy(&reply.payload), format!("{:?}", reply.headers));
+    secrets::check(&format!("the reply to `{subject}`"), &body);
+    secrets::check(&format!("the headers of the reply to `{subject}`"), &headers);
+}
+
 /// Sends a JSON request (`Null` sends nothing) and returns the body; an error reply is an error.
 pub async fn request(client: &async_nats::Client, subject: &str, body: Value) -> Result<Value> {
     let bytes = if body.is_null() { Vec::new() } else { serde_json::to_vec(&body)? };
@@ -97,6 +108,19 @@ pub async fn request(client: &async_nats::Client, subject: &str, body: Value) ->
         None => Ok(reply.body),
         Some(code) => bail!("`{subject}` was refused with {code}: {}", reply.body),
     }
+}
+
+/// GET from `host:port`; status code and body.
+pub async fn http_get(address: &str, path: &str) -> Result<(u16, String)> {
+    let mut stream = TcpStream::connect(address).await?;
+    // 1.0: the answer comes in one piece and ends with the connection.
+    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: x\r\n\r\n").as_bytes()).await?;
+    let mut answer = String::new();
+    tokio::time::timeout(LIMIT, stream.read_to_string(&mut answer)).await??;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP")?;
+    let code = head.split(' ').nth(1).context("no status code")?.parse()?;
+    secrets::check(path, &answer);
+    Ok((code, body.to_owned()))
 }
 
 /// The status row of one replication; `None` when there is none or nobody answers yet.

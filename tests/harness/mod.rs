@@ -14,6 +14,7 @@ pub mod cluster;
 pub mod process;
 pub mod proxy;
 pub mod raw;
+pub mod secrets;
 pub mod server;
 pub mod service;
 pub mod site;

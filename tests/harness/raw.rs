@@ -107,6 +107,12 @@ impl Raw {
         self
     }
 
+    /// Publishes and waits for nothing.
+    pub async fn send_only(&mut self, message: &Outgoing) -> Result<()> {
+        let reply = self.reply();
+        self.send(message, &reply).await
+    }
+
     /// Publishes and waits for the ack; returns the sequence in the stream.
     pub async fn publish(&mut self, message: &Outgoing) -> Result<u64> {
         let reply = self.reply();

@@ -8,12 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::Signal;
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 
-use super::LIMIT;
-use super::client::wait_value;
+use super::client::{http_get, wait_value};
 use super::process::{Process, Usage};
+use super::{LIMIT, secrets};
 
 /// In the log once the service takes requests.
 const READY: &str = "ready";
@@ -23,6 +21,8 @@ const READY: &str = "ready";
 pub struct Builder {
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
+    /// What the shell says to its limits first.
+    ulimit: Option<String>,
 }
 
 /// The service, running or stopped; killed when dropped.
@@ -51,6 +51,12 @@ impl Builder {
         self
     }
 
+    /// Under the limits that the shell's `ulimit` sets with these arguments.
+    pub fn ulimit(mut self, arguments: &str) -> Self {
+        self.ulimit = Some(arguments.to_owned());
+        self
+    }
+
     /// Starts it and waits until it is ready.
     pub async fn start(self) -> Result<Service> {
         let mut service = self.spawn()?;
@@ -60,6 +66,8 @@ impl Builder {
 
     /// Starts it and waits for nothing: for tests of a start that fails or takes long.
     pub fn spawn(self) -> Result<Service> {
+        let texts = self.arguments.iter().chain(self.environment.iter().map(|(_, value)| value));
+        texts.filter_map(|text| text.to_str()).for_each(secrets::register_url);
         let folder = tempfile::Builder::new().prefix("service-").tempdir()?;
         let mut service = Service { how: self, folder, process: None, starts: 0 };
         service.spawn()?;
@@ -71,7 +79,7 @@ impl Service {
     /// `serve --server <url> --name <site>`, to be refined.
     pub fn builder(url: &str, site: &str) -> Builder {
         let arguments = ["serve", "--server", url, "--name", site].map(OsString::from).to_vec();
-        Builder { arguments, environment: Vec::new() }
+        Builder { arguments, environment: Vec::new(), ulimit: None }
     }
 
     /// A service of site `TEST` on this control server.
@@ -142,19 +150,20 @@ impl Service {
     pub async fn get(&self, path: &str) -> Result<(u16, String)> {
         let address =
             wait_value("the monitor's address in the log", LIMIT, async || monitor_address(&self.log())).await?;
-        let mut stream = TcpStream::connect(address).await?;
-        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await?;
-        let mut answer = String::new();
-        tokio::time::timeout(LIMIT, stream.read_to_string(&mut answer)).await??;
-        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP")?;
-        let code = head.split(' ').nth(1).context("no status code")?.parse()?;
-        Ok((code, body.to_owned()))
+        http_get(&address, path).await
     }
 
     fn spawn(&mut self) -> Result<()> {
         // A log for each start, so that an old ready line says nothing about a new start.
         self.starts += 1;
-        let mut command = Command::new(binary()?);
+        let mut command = match &self.how.ulimit {
+            None => Command::new(binary()?),
+            Some(ulimit) => {
+                let mut shell = Command::new("sh");
+                shell.args(["-c", &format!("ulimit {ulimit} && exec \"$0\" \"$@\"")]).arg(binary()?);
+                shell
+            }
+        };
         command.args(&self.how.arguments).envs(self.how.environment.iter().cloned());
         self.process = Some(Process::spawn(&mut command, &self.log_file())?);
         Ok(())
@@ -177,11 +186,21 @@ impl Drop for Service {
                 eprintln!("--- service {:?}, start {start}, last lines ---\n{tail}", self.how.arguments);
             }
         }
+        if !std::thread::panicking() {
+            for start in 1..=self.starts {
+                let log = std::fs::read(self.folder.path().join(format!("log.{start}"))).unwrap_or_default();
+                secrets::check("a log", &String::from_utf8_lossy(&log));
+            }
+        }
     }
 }
 
-/// Our binary: cargo names it for tests and benches, for examples it lies one folder up.
+/// Our binary: cargo names it for tests and benches, for examples it lies one folder up. `STREAM_REPLICATOR` names
+/// another one, such as that of a release.
 pub fn binary() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("STREAM_REPLICATOR").filter(|path| !path.is_empty()) {
+        return Ok(path.into());
+    }
     if let Some(path) = option_env!("CARGO_BIN_EXE_stream-replicator") {
         return Ok(path.into());
     }

@@ -12,9 +12,9 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 
 use super::checker::{Expect, compare_streams};
-use super::client::{Reply, ask, checked, connect, request, status, wait_value};
+use super::client::{Reply, ask, check_reply, checked, connect, request, status, wait_value};
 use super::raw::wait_messages;
-use super::{Cli, LIMIT, Outgoing, Raw, Role, Server, Service, wire};
+use super::{Cli, LIMIT, Outgoing, Raw, Role, Server, Service, secrets, wire};
 
 /// The site's name in all of these tests.
 pub const SITE: &str = "TEST";
@@ -24,6 +24,7 @@ pub const SITE: &str = "TEST";
 pub struct Builder {
     servers: Option<(Server, Server)>,
     control_at_source: bool,
+    control: Option<Server>,
     login: Option<String>,
     arguments: Vec<String>,
 }
@@ -55,6 +56,12 @@ impl Builder {
         self
     }
 
+    /// With a control server that runs already.
+    pub fn control(mut self, server: Server) -> Self {
+        self.control = Some(server);
+        self
+    }
+
     /// How service and client log in to the control server.
     pub fn login(mut self, login: &str) -> Self {
         self.login = Some(login.to_owned());
@@ -72,7 +79,11 @@ impl Builder {
             Some(servers) => servers,
             None => tokio::try_join!(Server::start(Role::Source), Server::start(Role::Target))?,
         };
-        let control = if self.control_at_source { None } else { Some(Server::start(Role::Control).await?) };
+        let control = match self.control {
+            None if self.control_at_source => None,
+            None => Some(Server::start(Role::Control).await?),
+            given => given,
+        };
         let server = control.as_ref().unwrap_or(&source);
         let url = self.login.map_or_else(|| server.url(), |login| server.url_as(&login));
         let client = connect(&url).await?;
@@ -106,6 +117,16 @@ impl Site {
     /// Commands that ask this service.
     pub fn cli(&self) -> Cli {
         Cli::new(&self.url)
+    }
+
+    /// The control server's URL as service and client use it.
+    pub fn service_url(&self) -> String {
+        self.url.clone()
+    }
+
+    /// The control server, to be restarted.
+    pub fn control_mut(&mut self) -> &mut Server {
+        self.control.as_mut().unwrap_or(&mut self.source)
     }
 
     pub async fn source(&self) -> Result<Raw> {
@@ -234,8 +255,10 @@ impl Site {
         let mut headers = async_nats::HeaderMap::new();
         headers.insert(header.0, header.1);
         let (subject, payload) = (format!("replicator.{endpoint}"), body.into());
+        secrets::register_document(&serde_json::from_slice(&payload).unwrap_or_default());
         let request = async_nats::Request::new().headers(headers).payload(payload.clone()).timeout(Some(LIMIT));
         let message = self.client.send_request(subject.clone(), request).await?;
+        check_reply(endpoint, &message);
         let header = |name: &str| message.headers.as_ref()?.get(name).map(|value| value.as_str().to_owned());
         let code = header("Nats-Service-Error-Code");
         let body = serde_json::from_slice(&message.payload)?;
@@ -250,12 +273,15 @@ impl Site {
 
     /// Writes a document past the service, as `nats kv put` does; returns its revision.
     pub async fn put(&self, key: &str, value: impl Into<Bytes>) -> Result<u64> {
-        Ok(self.bucket("REPLICATOR_CONFIG").await?.put(key, value.into()).await?)
+        let value = value.into();
+        secrets::register_document(&serde_json::from_slice(&value).unwrap_or_default());
+        Ok(self.bucket("REPLICATOR_CONFIG").await?.put(key, value).await?)
     }
 
     /// The position record of a replication.
     pub async fn position(&self, id: &str) -> Result<Option<Value>> {
         let value = self.bucket("REPLICATOR_POSITIONS").await?.get(id).await?;
+        secrets::check("a position record", &String::from_utf8_lossy(value.as_deref().unwrap_or_default()));
         Ok(value.map(|value| serde_json::from_slice(&value)).transpose()?)
     }
 
@@ -363,6 +389,8 @@ impl Drop for Events {
     fn drop(&mut self) {
         if !std::thread::panicking() {
             self.check();
+            let seen = self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            seen.iter().for_each(|(subject, body)| secrets::check(subject, &body.to_string()));
         }
     }
 }

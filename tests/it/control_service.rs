@@ -1,10 +1,6 @@
-//! The service as ADR-32 describes it, and requests that nobody should send.
-
-use std::time::{Duration, Instant};
+//! The service as ADR-32 describes it.
 
 use anyhow::{Context, Result};
-use futures_util::{StreamExt, stream};
-use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 
 use crate::harness::Site;
@@ -111,95 +107,4 @@ async fn the_prefix_moves_the_endpoints_and_not_the_name() -> Result<()> {
     assert_eq!(request(&site.client, "$SRV.PING.replicator", Value::Null).await?["name"], "replicator");
     assert!(ask(&site.client, "replicator.status", b"").await.is_err());
     Ok(())
-}
-
-#[tokio::test]
-async fn junk_is_always_answered_and_breaks_nothing() -> Result<()> {
-    const EACH: usize = 2_000;
-    const AT_ONCE: usize = 64;
-    const TIME: Duration = Duration::from_secs(20);
-    let site = Site::small().await?;
-    site.replicate("ORDERS", 10).await?;
-    let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
-    println!("SEED={seed}");
-    let mut random = StdRng::seed_from_u64(seed);
-    // In turns, so that the limit of time cuts all endpoints alike.
-    let junk: Vec<_> = (0..EACH)
-        .flat_map(|_| ENDPOINTS.map(|(_, subject, _)| subject))
-        .map(|subject| (subject, junk(&mut random, &site)))
-        .collect();
-
-    let end = Instant::now() + TIME;
-    let answers = stream::iter(junk)
-        .take_while(|_| std::future::ready(Instant::now() < end))
-        .map(async |(subject, body)| {
-            let answer = ask(&site.client, subject, &body).await;
-            answer.with_context(|| format!("SEED={seed}: {subject} of {:?}", String::from_utf8_lossy(&body)))
-        })
-        .buffer_unordered(AT_ONCE);
-    let mut answers = std::pin::pin!(answers);
-    let (mut served, mut refused) = (0, 0);
-    while let Some(answer) = answers.next().await {
-        let answer = answer?;
-        *if answer.error.is_none() { &mut served } else { &mut refused } += 1;
-        assert!(!matches!(answer.error, Some(500 | 504)), "SEED={seed}: {answer:?}");
-    }
-    println!("{served} served, {refused} refused");
-    assert!(served > 0 && refused > 0);
-
-    site.publish("ORDERS", 1..=10).await?;
-    site.copied("ORDERS", 20).await?;
-    let log = site.service.log();
-    assert!(!log.contains("panic"), "SEED={seed}");
-    Ok(())
-}
-
-/// Anything from noise to a document with one byte changed. Never the id of the replication that shall survive.
-fn junk(random: &mut StdRng, site: &Site) -> Vec<u8> {
-    let mut bytes = match random.random_range(0..6) {
-        0 => {
-            let mut noise = vec![0; random.random_range(0..64)];
-            random.fill(&mut noise[..]);
-            noise
-        }
-        1 => value(random, 4).to_string().into_bytes(),
-        // Refused but for a lucky change, so that not thousands of replications come to life.
-        2 => site
-            .document_with("JUNK", json!({"max_age": "x", "limits": {"bytes_in_flight": 0}}))
-            .to_string()
-            .into_bytes(),
-        3 => json!({"replication": value(random, 1), "keep": value(random, 1), "offset": value(random, 0)})
-            .to_string()
-            .into_bytes(),
-        4 => json!({"offset": random.random::<u32>(), "limit": value(random, 0)}).to_string().into_bytes(),
-        _ => ["JUNK", "JUNK.*", ">", "J.U.N.K.", "***", "{", "[]", "\"", "{}", " "][random.random_range(0..10)].into(),
-    };
-    for _ in 0..random.random_range(0..3) {
-        if bytes.is_empty() {
-            break;
-        }
-        let at = random.random_range(0..bytes.len());
-        match random.random_range(0..3) {
-            0 => bytes[at] = random.random(),
-            1 => bytes.truncate(at),
-            _ => bytes.insert(at, random.random()),
-        }
-    }
-    bytes
-}
-
-fn value(random: &mut StdRng, depth: usize) -> Value {
-    const WORDS: [&str; 9] =
-        ["stream", "source_url", "target_url", "name", "nats://u:p@h", "nats://u:***@h", "***", "", "\u{0}\u{fffd}"];
-    let mut word = || WORDS[random.random_range(0..WORDS.len())].to_owned();
-    let (key, text) = (word(), word());
-    match random.random_range(0..if depth == 0 { 5 } else { 7 }) {
-        0 => Value::Null,
-        1 => random.random::<bool>().into(),
-        2 => random.random::<i64>().into(),
-        3 => random.random::<f64>().into(),
-        4 => text.into(),
-        5 => (0..random.random_range(0..4)).map(|_| value(random, depth - 1)).collect(),
-        _ => json!({key: value(random, depth - 1), text: value(random, depth - 1)}),
-    }
 }

@@ -2,10 +2,11 @@
 
 use anyhow::{Context, Result};
 use async_nats::jetstream::kv;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 
 use crate::harness::raw::wait_messages;
-use crate::harness::{LIMIT, PROMPT, Site, timed, wait_for};
+use crate::harness::{LIMIT, Outgoing, PROMPT, Site, timed, wait_for};
 
 /// A site whose target takes the subjects of `stream` also behind the prefix `east`.
 async fn with_target(stream: &str, messages: u64) -> Result<Site> {
@@ -223,4 +224,145 @@ async fn a_position_record_that_cannot_be_read_is_told_and_never_overwritten() -
     site.settled("ORDERS", 10).await?;
     assert_eq!(site.at_target("ORDERS").await?, 10);
     Ok(())
+}
+
+/// What was written last to a key of the flood.
+#[derive(Clone, Copy, PartialEq)]
+enum Last {
+    Valid,
+    /// Behind a valid document.
+    Garbage,
+    Deleted,
+    /// Behind a deletion.
+    Again,
+    /// A document that belongs under another key, and before it nothing else either.
+    Wrong,
+}
+
+#[tokio::test]
+async fn of_a_thousand_edits_in_a_second_the_right_ones_run_also_after_a_restart() -> Result<()> {
+    const EDITS: usize = 1_000;
+    const KEYS: [(&str, Last); 6] = [
+        ("VALID", Last::Valid),
+        ("GARBAGE", Last::Garbage),
+        ("DELETED", Last::Deleted),
+        ("AGAIN", Last::Again),
+        ("WRONG", Last::Wrong),
+        ("NEW", Last::Valid),
+    ];
+    let mut site = Site::small().await?;
+    site.replicate("QUIET", 10).await?;
+    let quiet = site.settled("QUIET", 10).await?;
+    for (stream, _) in KEYS.iter().filter(|(_, last)| *last != Last::Wrong) {
+        site.filled(stream, 5).await?;
+    }
+    for stream in ["VALID", "GARBAGE", "DELETED", "AGAIN"] {
+        site.add(stream, json!({})).await?;
+        site.copied(stream, 5).await?;
+    }
+
+    let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
+    println!("SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let edits = edits(&mut random, &site, &KEYS, EDITS);
+    let mut raw = site.source().await?;
+    let first = raw.stream_state("KV_REPLICATOR_CONFIG").await?["last_seq"].as_u64().context("last_seq")? + 1;
+    let (last, time) = timed(raw.publish_all(edits)).await?;
+    println!("{EDITS} edits in {time:?}");
+    assert_eq!(last, first + EDITS as u64 - 1);
+    assert!(time < PROMPT, "{time:?}");
+
+    let revisions = right_ones_run(&site, &KEYS).await?;
+    let row = site.row("QUIET").await.context("the row")?;
+    for field in ["state", "leader", "epoch", "config_revision", "position", "counters", "last_error"] {
+        assert_eq!(row[field], quiet[field], "{field}");
+    }
+    for (stream, _) in KEYS.iter().filter(|(_, last)| matches!(last, Last::Valid | Last::Garbage | Last::Again)) {
+        site.publish(stream, 6..=10).await?;
+        site.copied(stream, 10).await?;
+    }
+    site.service.kill()?;
+    site.service.restart().await?;
+    assert_eq!(right_ones_run(&site, &KEYS).await?, revisions, "other revisions run after a restart");
+    site.publish("GARBAGE", 11..=15).await?;
+    site.copied("GARBAGE", 15).await?;
+    site.settled("QUIET", 10).await?;
+    assert!(!site.service.log().contains("panic"));
+    Ok(())
+}
+
+/// Puts of valid and invalid documents and deletions, in random order, but for the last ones of each key.
+fn edits(random: &mut StdRng, site: &Site, keys: &[(&str, Last)], count: usize) -> Vec<Outgoing> {
+    let to = |key: &str, text: String| Outgoing::new(format!("$KV.REPLICATOR_CONFIG.{key}"), text);
+    let delete = |key: &str| to(key, String::new()).with_lines(&["KV-Operation: DEL"]);
+    let mut number = 0;
+    let mut valid = |key: &str| {
+        number += 1;
+        let stream = if key == "WRONG" { "QUIET" } else { key };
+        let limits = json!({"messages_in_flight": 1_000 + number, "bytes_in_flight": 1 << 20});
+        to(key, site.document_with(stream, json!({"limits": limits, "description": format!("{number}")})).to_string())
+    };
+    let garbage = |key: &str| to(key, "{\"stream\": garbage".to_owned());
+    let mut last = Vec::new();
+    for (key, end) in keys {
+        last.extend(match end {
+            Last::Valid => vec![garbage(key), valid(key)],
+            Last::Garbage => vec![valid(key), garbage(key), garbage(key), garbage(key)],
+            Last::Deleted => vec![valid(key), delete(key)],
+            Last::Again => vec![valid(key), delete(key), valid(key)],
+            Last::Wrong => vec![garbage(key), valid(key)],
+        });
+    }
+    let mut edits = Vec::new();
+    while edits.len() + last.len() < count {
+        let key = keys[random.random_range(0..keys.len())].0;
+        edits.push(match random.random_range(0..10) {
+            0..=5 => valid(key),
+            6 => delete(key),
+            _ => garbage(key),
+        });
+    }
+    edits.extend(last);
+    edits
+}
+
+/// Revisions and texts that are kept of a key, oldest first.
+async fn history(site: &Site, key: &str) -> Result<Vec<(u64, String)>> {
+    let subject = format!("$KV.REPLICATOR_CONFIG.{key}");
+    let stored = site.source().await?.read_stream("KV_REPLICATOR_CONFIG").await?.into_iter();
+    let of_key = stored.filter(|message| message.subject == subject);
+    Ok(of_key.map(|message| (message.seq, String::from_utf8_lossy(&message.payload).into_owned())).collect())
+}
+
+/// Waits until each key does what was written last; the revisions that run.
+async fn right_ones_run(site: &Site, keys: &[(&str, Last)]) -> Result<Vec<(String, u64)>> {
+    let mut revisions = Vec::new();
+    for (key, last) in keys {
+        let history = history(site, key).await?;
+        let stored = history.last().context("nothing is stored")?.0;
+        let (right, what) = match last {
+            Last::Valid | Last::Again => (stored, "runs the last revision"),
+            // Three of garbage follow the last valid one.
+            Last::Garbage => {
+                let valid = history.iter().rev().find(|(_, text)| serde_json::from_str::<Value>(text).is_ok());
+                (valid.context("no valid revision")?.0, "runs the newest valid revision")
+            }
+            Last::Deleted => {
+                wait_for("the row of the deleted one to go", LIMIT, async || site.row(key).await.is_none()).await?;
+                continue;
+            }
+            Last::Wrong => {
+                let row = site.row_when(key, "is invalid", |row| row["state"] == "invalid").await?;
+                assert!(error_text(&row).contains(&format!("revision {stored} ")), "{row}");
+                continue;
+            }
+        };
+        site.row_when(key, what, |row| row["config_revision"] == right && row["state"] == "running").await?;
+        if *last == Last::Garbage {
+            let told = |row: &Value| error_text(row).contains(&format!("revision {stored} "));
+            site.row_when(key, "says what is wrong", told).await?;
+        }
+        revisions.push(((*key).to_owned(), right));
+    }
+    Ok(revisions)
 }

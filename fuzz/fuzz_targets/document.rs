@@ -1,0 +1,9 @@
+//! Any bytes are a document or told to be none: `cargo +nightly fuzz run document`.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+#[path = "../../tests/it/properties.rs"]
+mod properties;
+
+fuzz_target!(|bytes: &[u8]| properties::document(bytes));

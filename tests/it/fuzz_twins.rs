@@ -1,0 +1,158 @@
+//! The bounded, seeded twins of the fuzz targets in `fuzz/`; that of the protocol parser stands beside it.
+//! `SEED=<number>` runs the same inputs again.
+
+use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
+use serde_json::json;
+
+use crate::properties::{self, SECRET};
+
+const ROUNDS: usize = 20_000;
+
+fn random() -> StdRng {
+    let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
+    println!("SEED={seed}");
+    StdRng::seed_from_u64(seed)
+}
+
+/// Up to `longest` of these pieces in a row.
+fn words(random: &mut StdRng, longest: usize, pieces: &[&str]) -> String {
+    let count = random.random_range(0..=longest);
+    (0..count).filter_map(|_| pieces.choose(random).copied()).collect()
+}
+
+/// A few bytes of it are changed, so that it is no more text for certain.
+fn noise(random: &mut StdRng, text: &str) -> Vec<u8> {
+    let mut bytes = text.as_bytes().to_vec();
+    for _ in 0..random.random_range(0..4) {
+        let at = random.random_range(0..=bytes.len());
+        match random.random_range(0..4) {
+            0 => bytes.truncate(at),
+            1 if at < bytes.len() => bytes[at] = random.random(),
+            2 if at < bytes.len() => drop(bytes.remove(at)),
+            _ => bytes.insert(at, random.random()),
+        }
+    }
+    bytes
+}
+
+const URL: [&str; 40] = [
+    "nats://",
+    "tls://",
+    "ws://",
+    "wss://",
+    "http://",
+    "://",
+    "u",
+    "p",
+    ":",
+    "@",
+    "h",
+    "127.0.0.1",
+    "[::1]",
+    "[",
+    "]",
+    ":4222",
+    ":0",
+    ":99999",
+    ",",
+    "/",
+    "?",
+    "&",
+    "=",
+    "credentials=",
+    "/a/b.creds",
+    "nkey=",
+    "jwt=",
+    "insecure=",
+    "true",
+    "false",
+    "tls_handshake_first",
+    "connect_timeout=",
+    "1500ms",
+    "5s",
+    "1h30m",
+    "%2C",
+    "%",
+    "%ff",
+    "***",
+    " ",
+];
+
+#[test]
+fn any_text_is_a_url_or_told_to_be_none() {
+    let mut random = random();
+    for _ in 0..ROUNDS {
+        let text = words(&mut random, 12, &URL);
+        let text = noise(&mut random, &text);
+        properties::url(&String::from_utf8_lossy(&text));
+    }
+}
+
+#[test]
+fn valid_urls_are_shown_so_that_they_can_be_read_again() {
+    let mut random = random();
+    for _ in 0..ROUNDS {
+        let pick = |random: &mut StdRng, from: &[&str]| (*from.choose(random).expect("some")).to_owned();
+        let scheme = pick(&mut random, &["nats://", "tls://", "", "NATS://"]);
+        let user = pick(&mut random, &["", "u:p@", "token@", "u%40:p%2F@", "u:@", "u:p:q@", "a/b:c@"]);
+        let hosts = pick(&mut random, &["h", "h:1", "h,i:2", "[::1]:5", "127.0.0.1/", "a_b.c-d"]);
+        let mut options = Vec::new();
+        for option in ["tls_handshake_first", "insecure=1", "connect_timeout=1500ms", "connect_timeout=90s"] {
+            if random.random_bool(0.3) {
+                options.push(option.to_owned());
+            }
+        }
+        if user.is_empty() {
+            options.push(pick(&mut random, &["credentials=/a%20b", "nkey=n&jwt=j", "nkey=%25", ""]));
+        }
+        properties::url(&format!("{scheme}{user}{hosts}?{}", options.join("&")));
+    }
+}
+
+#[test]
+fn a_password_is_never_shown_whatever_stands_around_it() {
+    let mut random = random();
+    for _ in 0..ROUNDS {
+        let [before, after, host] = [(); 3].map(|()| words(&mut random, 4, &URL));
+        properties::secret_url(&before, &after, &host);
+    }
+}
+
+#[test]
+fn any_bytes_are_a_document_or_told_to_be_none() {
+    let mut random = random();
+    for _ in 0..ROUNDS / 4 {
+        let mut document =
+            json!({"stream": "ORDERS", "source_url": format!("nats://u:{SECRET}@h"), "target_url": "tls://h:1"});
+        let fields = [
+            ("name", json!("east")),
+            ("target_url", json!(words(&mut random, 8, &URL))),
+            ("description", json!(words(&mut random, 8, &URL))),
+            ("filter_subject", json!(words(&mut random, 5, &["a", ".", "*", ">", " "]))),
+            ("target_subject_prefix", json!(words(&mut random, 5, &["a", ".", "*", ">", " "]))),
+            ("max_age", json!(words(&mut random, 5, &["1", "9", "h", "ms", "M", ".", "-"]))),
+            ("start_time", json!("2026-01-01T00:00:00Z")),
+            ("limits", json!({"messages_in_flight": random.random::<i64>(), "bytes_in_flight": 1e6})),
+            ("tls", json!({"ca": "/ca", "cert": "/c", "key": "/k"})),
+            ("colour", json!([[["***"]], {"a": 1e308}])),
+        ];
+        for (field, value) in fields {
+            if random.random_bool(0.2) {
+                document[field] = value;
+            }
+        }
+        let bytes = document.to_string();
+        properties::document(bytes.as_bytes());
+        properties::document(&noise(&mut random, &bytes));
+    }
+}
+
+#[test]
+fn subjects_are_mapped_as_a_second_opinion_has_it() {
+    let mut random = random();
+    const PIECES: [&str; 7] = ["a", "b", "ab", ".", "..", "é", "$KV"];
+    for _ in 0..ROUNDS {
+        let [prefix, remove, subject] = [3, 3, 10].map(|longest| words(&mut random, longest, &PIECES));
+        properties::mapping(&prefix, &remove, &subject);
+    }
+}

@@ -1,0 +1,306 @@
+//! A thousand replications that have nothing to do: what they cost, and that one more touches none of them.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use serde_json::{Value, json};
+
+use crate::harness::client::http_get;
+use crate::harness::{LIMIT, Outgoing, Raw, Role, Server, Service, Site, connect, timed, wait_for, wait_value};
+
+/// What the bounds are made for.
+const THOUSAND: usize = 1_000;
+/// Of one core, while nothing is to copy.
+const IDLE_CPU: f64 = 0.05;
+/// Resident.
+const MEMORY: u64 = 200 << 20;
+/// `status` and `config.list`, each page.
+const ANSWER: Duration = Duration::from_millis(500);
+/// All of them run within this after the start of the process.
+const ALL_RUN: Duration = Duration::from_secs(60);
+/// So long the CPU time is watched.
+const WATCHED: Duration = Duration::from_secs(10);
+
+#[tokio::test]
+async fn a_thousand_idle_replications_are_cheap_and_answer_in_time_and_one_more_touches_none() -> Result<()> {
+    let site = start().await?;
+    let alone = Newcomers::add(&site, "ALONE").await?;
+    fill(&site, THOUSAND).await?;
+    let ((), time) = timed(all_run(&site, THOUSAND)).await?;
+    println!("all run {time:?} after the last was added");
+    answers_in_time(&site, THOUSAND).await?;
+    one_more_touches_none(&site, &alone).await?;
+    idle_messages_are_copied_at_once(&site).await?;
+    costs_little(&site).await?;
+    nothing_was_wrong(&site)
+}
+
+/// All at once, as after a crash. `make check-long` runs it.
+#[tokio::test]
+#[ignore = "takes a minute"]
+async fn a_thousand_replications_start_together_and_are_cheap_again() -> Result<()> {
+    let mut site = start().await?;
+    fill(&site, THOUSAND).await?;
+    all_run(&site, THOUSAND).await?;
+    for round in 0..2 {
+        site.service.kill()?;
+        let ((), time) = timed(async {
+            site.service.restart().await?;
+            all_run(&site, THOUSAND).await
+        })
+        .await?;
+        println!("all run {time:?} after start {round}");
+        answers_in_time(&site, THOUSAND).await?;
+        costs_little(&site).await?;
+        idle_messages_are_copied_at_once(&site).await?;
+        nothing_was_wrong(&site)?;
+    }
+    Ok(())
+}
+
+fn nothing_was_wrong(site: &Site) -> Result<()> {
+    let log = site.service.log();
+    let bad = log.lines().find(|line| ["WARN", "ERROR", "panic"].iter().any(|word| line.contains(word)));
+    ensure!(bad.is_none(), "{bad:?}");
+    Ok(())
+}
+
+/// Servers that tell who is connected.
+async fn start() -> Result<Site> {
+    let server = |role| Server::builder(role).config("http: \"127.0.0.1:-1\"").start();
+    let (source, target) = tokio::try_join!(server(Role::Source), server(Role::Target))?;
+    Site::builder().on(source, target).start().await
+}
+
+fn stream_name(index: usize) -> String {
+    format!("IDLE{index:04}")
+}
+
+/// So many streams, and a replication of each.
+async fn fill(site: &Site, count: usize) -> Result<()> {
+    let (_, made) = timed(async {
+        let mut source = site.source().await?;
+        for index in 0..count {
+            create(&mut source, &stream_name(index)).await?;
+        }
+        Ok(())
+    })
+    .await?;
+    let (_, added) = timed(async {
+        let indices = stream::iter((0..count).map(Ok));
+        indices.try_for_each_concurrent(32, async |index| site.add(&stream_name(index), json!({})).await).await
+    })
+    .await?;
+    println!("{count} streams made in {made:?}, replications added in {added:?}");
+    Ok(())
+}
+
+async fn create(raw: &mut Raw, stream: &str) -> Result<()> {
+    let subject = format!("{}.>", stream.to_lowercase());
+    raw.create_stream(stream, json!({"subjects": [subject], "storage": "memory"})).await?;
+    Ok(())
+}
+
+async fn all_run(site: &Site, count: usize) -> Result<()> {
+    wait_value("all to run", ALL_RUN, async || {
+        let rows = pages(site, "status").await.ok()?.0;
+        (rows.len() >= count && rows.iter().all(|row| row["state"] == "running")).then_some(())
+    })
+    .await
+}
+
+/// All rows, and the time that the slowest page took.
+async fn pages(site: &Site, endpoint: &str) -> Result<(Vec<Value>, Duration)> {
+    let (mut rows, mut slowest) = (Vec::new(), Duration::ZERO);
+    loop {
+        let asked = site.send(endpoint, json!({"offset": rows.len()}));
+        let (reply, time) = timed(asked).await?;
+        slowest = slowest.max(time);
+        let page = reply.body["replications"].as_array().with_context(|| format!("{reply:?}"))?;
+        rows.extend(page.iter().cloned());
+        if page.is_empty() || reply.body["total"] == rows.len() {
+            return Ok((rows, slowest));
+        }
+    }
+}
+
+async fn costs_little(site: &Site) -> Result<()> {
+    // What the start left to do is over: positions are saved, buffers are given back.
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let begun = Instant::now();
+    let before = site.service.usage();
+    tokio::time::sleep(WATCHED).await;
+    let after = site.service.usage();
+    let cpu = (after.cpu_seconds - before.cpu_seconds) / begun.elapsed().as_secs_f64();
+    println!(
+        "idle: {:.2} % of a core, {} MiB resident, at most {} MiB so far",
+        cpu * 100.0,
+        after.rss >> 20,
+        after.rss_peak >> 20
+    );
+    ensure!(cpu < IDLE_CPU, "{cpu} of a core");
+    ensure!(after.rss < MEMORY && after.rss_peak < MEMORY, "{after:?}");
+    Ok(())
+}
+
+async fn answers_in_time(site: &Site, count: usize) -> Result<()> {
+    for endpoint in ["status", "config.list"] {
+        let (rows, slowest) = pages(site, endpoint).await?;
+        println!("{endpoint}: {} rows, slowest page {slowest:?}", rows.len());
+        ensure!(rows.len() >= count && slowest < ANSWER, "{endpoint}: {} rows, {slowest:?}", rows.len());
+    }
+    Ok(())
+}
+
+/// Replications that are added, and how long each takes to copy its first message.
+struct Newcomers {
+    median: Duration,
+}
+
+impl Newcomers {
+    const COUNT: usize = 7;
+
+    async fn add(site: &Site, name: &str) -> Result<Self> {
+        let mut times = Vec::new();
+        for index in 0..Self::COUNT {
+            let stream = format!("{name}{index}");
+            let mut source = site.source().await?;
+            create(&mut source, &stream).await?;
+            source.publish(&Outgoing::new(format!("{}.x", stream.to_lowercase()), "first")).await?;
+            let arrival = Arrival::watch(site, &stream).await?;
+            let begun = Instant::now();
+            site.add(&stream, json!({})).await?;
+            arrival.wait().await?;
+            times.push(begun.elapsed());
+        }
+        let median = median(times);
+        println!("{name}: the first message is there {median:?} after the request");
+        Ok(Self { median })
+    }
+}
+
+/// The first message of a stream on its way into the target.
+struct Arrival {
+    messages: async_nats::Subscriber,
+    /// Keeps the subscription.
+    _client: async_nats::Client,
+}
+
+impl Arrival {
+    async fn watch(site: &Site, stream: &str) -> Result<Self> {
+        let client = connect(&site.target.url()).await?;
+        let messages = client.subscribe(format!("{}.>", stream.to_lowercase())).await?;
+        client.flush().await?;
+        Ok(Self { messages, _client: client })
+    }
+
+    async fn wait(mut self) -> Result<()> {
+        tokio::time::timeout(LIMIT, self.messages.next()).await?.context("no message")?;
+        Ok(())
+    }
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+async fn one_more_touches_none(site: &Site, alone: &Newcomers) -> Result<()> {
+    let (rows, connections) = (quiet_rows(site).await?, connections(site).await?);
+    ensure!(connections.len() >= 2 * THOUSAND, "{} connections", connections.len());
+    let crowded = Newcomers::add(site, "CROWDED").await?;
+    ensure!(
+        crowded.median < alone.median * 2 + Duration::from_millis(100),
+        "{:?} instead of {:?}",
+        crowded.median,
+        alone.median
+    );
+    let rows_after = quiet_rows(site).await?;
+    for (id, row) in &rows {
+        ensure!(rows_after.get(id) == Some(row), "`{id}` was {row} and is {:?}", rows_after.get(id));
+    }
+    let connections_after = self::connections(site).await?;
+    for connection in &connections {
+        ensure!(connections_after.contains_key(connection.0), "{connection:?} is gone");
+    }
+    Ok(())
+}
+
+/// What must not change of a replication that nothing happens to.
+async fn quiet_rows(site: &Site) -> Result<BTreeMap<String, Value>> {
+    let rows = pages(site, "status").await?.0.into_iter();
+    let keep = |row: Value| {
+        let fields = ["state", "leader", "epoch", "config_revision", "position", "counters", "last_error"];
+        let kept: Vec<_> = fields.iter().map(|field| row[field].clone()).collect();
+        (row["replication"].as_str().unwrap_or_default().to_owned(), Value::Array(kept))
+    };
+    Ok(rows.map(keep).collect())
+}
+
+/// Server and number of each connection of a copy.
+async fn connections(site: &Site) -> Result<BTreeMap<(String, u64), String>> {
+    let mut found = BTreeMap::new();
+    for server in [&site.source, &site.target] {
+        let log = server.log();
+        let line = log.lines().find(|line| line.contains("http monitor on ")).context("no monitor")?;
+        let address = line.rsplit(' ').next().context("no address")?;
+        let (_, body) = http_get(address, "/connz?limit=10000").await?;
+        let connz: Value = serde_json::from_str(&body)?;
+        for connection in connz["connections"].as_array().context("no connections")? {
+            let name = connection["name"].as_str().unwrap_or_default();
+            if name.starts_with("stream-replicator ") {
+                let number = connection["cid"].as_u64().context("no cid")?;
+                found.insert((server.name().to_owned(), number), name.to_owned());
+            }
+        }
+    }
+    Ok(found)
+}
+
+async fn idle_messages_are_copied_at_once(site: &Site) -> Result<()> {
+    let mut source = site.source().await?;
+    let mut times = Vec::new();
+    for index in (0..THOUSAND).step_by(THOUSAND / 25) {
+        let stream = stream_name(index);
+        let arrival = Arrival::watch(site, &stream).await?;
+        let begun = Instant::now();
+        source.publish(&Outgoing::new(format!("{}.x", stream.to_lowercase()), "late")).await?;
+        arrival.wait().await?;
+        times.push(begun.elapsed());
+    }
+    let slowest = times.iter().max().copied().unwrap_or_default();
+    let median = median(times);
+    println!("a message on an idle replication arrives after {median:?}, at most {slowest:?}");
+    ensure!(median < Duration::from_millis(50), "{median:?}");
+    Ok(())
+}
+
+/// Soft and hard limit of the files that a process may open.
+fn open_files(service: &Service) -> Result<(u64, u64)> {
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", service.pid().context("no pid")?))?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).context("no limit")?;
+    let mut numbers = line.split_whitespace().map_while(|number| number.parse().ok());
+    Ok((numbers.next().context("no soft limit")?, numbers.next().context("no hard limit")?))
+}
+
+#[tokio::test]
+async fn the_limit_of_open_files_is_raised_and_one_that_is_too_low_is_told() -> Result<()> {
+    let control = Server::start(Role::Control).await?;
+    let service = Service::builder(&control.url(), "TEST").ulimit("-S -n 128").start().await?;
+    let (soft, hard) = open_files(&service)?;
+    ensure!(soft == hard && soft > 128, "{soft} of {hard}");
+    ensure!(!service.log().contains("ulimit"), "{}", service.log());
+    drop(service);
+
+    let bucket = async_nats::jetstream::new(connect(&control.url()).await?).get_key_value("REPLICATOR_CONFIG").await?;
+    for index in 0..50 {
+        let (stream, url) = (stream_name(index), control.url());
+        let document = json!({"stream": stream, "source_url": url, "target_url": url, "target_stream": "COPY"});
+        bucket.put(stream, document.to_string().into()).await?;
+    }
+    let service = Service::builder(&control.url(), "TEST").ulimit("-n 128").start().await?;
+    let told = async || service.log().contains("raise `ulimit -n` limit=128 needed=132 replications=50");
+    wait_for("the log to tell", LIMIT, told).await
+}
