@@ -160,3 +160,37 @@ async fn follow<T>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+
+    use super::*;
+
+    #[test]
+    fn who_was_silent_for_long_is_gone() {
+        let heard = |instance: &str, seconds| {
+            let record = SessionRecord {
+                version: 1,
+                instance: instance.to_owned(),
+                session: "s".to_owned(),
+                host: String::new(),
+                pid: 1,
+                program: String::new(),
+                started: DateTime::UNIX_EPOCH,
+                nonce: 1,
+            };
+            let at = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("a clock that is old enough");
+            (instance.to_owned(), Heard { at, revision: 1, record: Some(record) })
+        };
+        let mut sessions = Sessions { known: BTreeMap::from([heard("a", 59), heard("b", 61)]), loaded: false };
+        let present: Vec<_> = sessions.present().map(|(record, _)| record.instance.as_str()).collect();
+        assert_eq!(present, ["a"]);
+        // Before all of them are read nobody is known to be gone.
+        assert!(!sessions.is_gone("b") && !sessions.is_gone("c"));
+        sessions.apply(SessionChange::Loaded);
+        assert!(!sessions.is_gone("a") && sessions.is_gone("b") && sessions.is_gone("c"));
+        sessions.apply(SessionChange::Deleted { instance: "a".to_owned(), revision: 2 });
+        assert!(sessions.is_gone("a"));
+    }
+}

@@ -1,1 +1,218 @@
-//! `retry` and `skip`.
+//! `retry` and `skip`: how people release a replication that is held.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::harness::client::Reply;
+use crate::harness::site::merged;
+use crate::harness::{Expect, LIMIT, Outgoing, Role, SITE, Server, Site, wait_for};
+
+#[track_caller]
+fn refused(reply: &Reply, code: u16, expect: &str) {
+    assert_eq!(reply.error, Some(code), "{reply:?}");
+    let description = reply.body["error"]["description"].as_str().unwrap_or_default();
+    assert!(description.contains(expect), "`{expect}` is not in {reply:?}");
+}
+
+fn is_held(row: &Value) -> bool {
+    row["state"] == "held"
+}
+
+/// 20 messages, of which these are large.
+async fn publish(site: &Site, large: &[u64]) -> Result<()> {
+    let payload = |i| if large.contains(&i) { "x".repeat(3_000) } else { i.to_string() };
+    let messages = (1..=20).map(|i| Outgoing::new(format!("orders.{i}"), payload(i)));
+    site.source().await?.publish_all(messages).await?;
+    Ok(())
+}
+
+/// A replication that messages 10 and 15 hold; the target takes no message of their size.
+async fn poisoned(target: Value) -> Result<Site> {
+    let site = Site::small().await?;
+    site.source_stream("ORDERS", json!({})).await?;
+    publish(&site, &[10, 15]).await?;
+    site.target_stream("ORDERS", merged(json!({"max_msg_size": 1_000}), target)).await?;
+    site.add("ORDERS", json!({})).await?;
+    Ok(site)
+}
+
+async fn held_by(site: &Site, seq: u64) -> Result<Value> {
+    let held = |row: &Value| is_held(row) && row["last_error"]["source_seq"] == seq;
+    site.row_when("ORDERS", &format!("is held by {seq}"), held).await
+}
+
+async fn mark_is_gone(site: &Site) -> Result<()> {
+    let bucket = site.bucket("REPLICATOR_CONFIG").await?;
+    let gone = async || bucket.get("ORDERS/release").await.is_ok_and(|mark| mark.is_none());
+    wait_for("the release to be removed", LIMIT, gone).await
+}
+
+/// Both transports.
+fn targets() -> [Value; 2] {
+    [json!({}), json!({"allow_batched": true})]
+}
+
+#[tokio::test]
+async fn a_message_that_can_never_be_stored_is_named_and_left_out_on_request() -> Result<()> {
+    for target in targets() {
+        let site = poisoned(target).await?;
+        let row = held_by(&site, 10).await?;
+        assert_eq!((&row["last_error"]["kind"], &row["position"]["source_seq"]), (&json!("hold"), &json!(9)), "{row}");
+        let told = site.events.ever("poison").await?;
+        assert_eq!((&told["source_seq"], &told["action"]), (&json!(10), &json!("held")), "{told}");
+        assert_eq!(told["message"], row["last_error"]["message"]);
+        refused(
+            &site.send("skip", json!({"replication": "ORDERS", "source_seq": 15})).await?,
+            409,
+            "by source message 10, not 15",
+        );
+
+        let begun = Instant::now();
+        let reply = site.send("skip", json!({"replication": "ORDERS", "source_seq": 10})).await?;
+        assert_eq!((reply.error, &reply.body["source_seq"]), (None, &json!(10)), "{reply:?}");
+        held_by(&site, 15).await?;
+        assert!(begun.elapsed() < Duration::from_secs(8), "it waited for the next try by itself");
+        let reply = site.ask("skip", "ORDERS").await?;
+        assert_eq!((reply.error, &reply.body["source_seq"]), (None, &json!(15)), "{reply:?}");
+        let row = site.settled("ORDERS", 20).await?;
+        assert_eq!(row["counters"]["skipped_refused"], 2, "{row}");
+        mark_is_gone(&site).await?;
+        let told: Vec<_> =
+            site.events.told("poison").iter().map(|event| json!([event["source_seq"], event["action"]])).collect();
+        assert_eq!(told, [json!([10, "held"]), json!([10, "skipped"]), json!([15, "held"]), json!([15, "skipped"])]);
+        refused(&site.ask("skip", "ORDERS").await?, 409, "is not held: it is running");
+        let expect = Expect::copy_of("ORDERS").site(SITE).only(|m| m.seq != 10 && m.seq != 15).late_allowed();
+        site.verify("ORDERS", &expect).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_refusal_of_the_last_message_names_it_too() -> Result<()> {
+    for target in targets() {
+        let site = Site::small().await?;
+        site.source_stream("ORDERS", json!({})).await?;
+        publish(&site, &[20]).await?;
+        site.target_stream("ORDERS", merged(json!({"max_msg_size": 1_000}), target)).await?;
+        site.add("ORDERS", json!({})).await?;
+        held_by(&site, 20).await?;
+        assert_eq!(site.at_target("ORDERS").await?, 19);
+        assert_eq!(site.ask("skip", "ORDERS").await?.error, None);
+        site.settled("ORDERS", 20).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_full_per_subject_is_a_message_that_can_be_left_out() -> Result<()> {
+    for target in targets() {
+        let site = Site::small().await?;
+        site.source_stream("ORDERS", json!({})).await?;
+        let full = json!({"max_msgs_per_subject": 2, "discard": "new", "discard_new_per_subject": true});
+        site.target_stream("ORDERS", merged(full, target)).await?;
+        let subjects = ["a", "b", "a", "a", "b", "c"].map(|name| Outgoing::new(format!("orders.{name}"), "x"));
+        site.source().await?.publish_all(subjects).await?;
+        site.add("ORDERS", json!({})).await?;
+        held_by(&site, 4).await?;
+        assert_eq!(site.ask("skip", "ORDERS").await?.error, None);
+        site.settled("ORDERS", 6).await?;
+        site.verify("ORDERS", &Expect::copy_of("ORDERS").site(SITE).only(|m| m.seq != 4).late_allowed()).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_the_target_connection_cannot_carry_is_found_before_it_is_sent() -> Result<()> {
+    let target = Server::builder(Role::Target).config("max_payload: 2048").start().await?;
+    let site = Site::builder().on(Server::start(Role::Source).await?, target).control_at_source().start().await?;
+    site.source_stream("ORDERS", json!({})).await?;
+    publish(&site, &[10]).await?;
+    site.add("ORDERS", json!({})).await?;
+    held_by(&site, 10).await?;
+    assert_eq!(site.ask("skip", "ORDERS").await?.error, None);
+    site.settled("ORDERS", 20).await?;
+    site.verify("ORDERS", &Expect::copy_of("ORDERS").site(SITE).only(|m| m.seq != 10)).await
+}
+
+#[tokio::test]
+async fn a_skip_outlives_a_kill() -> Result<()> {
+    for target in targets() {
+        let mut site = poisoned(target).await?;
+        for seq in [10, 15] {
+            held_by(&site, seq).await?;
+            site.ask("skip", "ORDERS").await?;
+            site.service.kill()?;
+            site.service.restart().await?;
+        }
+        site.settled("ORDERS", 20).await?;
+        mark_is_gone(&site).await?;
+        // Left out for good, also where everything is read again.
+        site.service.kill()?;
+        site.service.restart().await?;
+        site.settled("ORDERS", 20).await?;
+        let expect = Expect::copy_of("ORDERS").site(SITE).only(|m| m.seq != 10 && m.seq != 15).late_allowed();
+        site.verify("ORDERS", &expect).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn only_the_very_message_is_left_out() -> Result<()> {
+    let site = Site::small().await?;
+    site.filled("ORDERS", 20).await?;
+    // Message 10, but one that was stored at another time.
+    let mark =
+        json!({"version": 1, "action": "skip", "source_seq": 10, "source_time_ns": 1, "at": "2026-01-01T00:00:00Z"});
+    site.put("ORDERS/release", mark.to_string()).await?;
+    site.add("ORDERS", json!({})).await?;
+    let row = site.settled("ORDERS", 20).await?;
+    assert_eq!(row["counters"]["skipped_refused"], 0, "{row}");
+    mark_is_gone(&site).await?;
+    site.verify("ORDERS", &Expect::copy_of("ORDERS").site(SITE)).await
+}
+
+#[tokio::test]
+async fn retry_makes_a_held_replication_try_at_once() -> Result<()> {
+    let site = Site::small().await?;
+    site.send("config.add", site.document("ORDERS")).await?;
+    site.row_when("ORDERS", "is held", is_held).await?;
+    refused(
+        &site.ask("skip", "ORDERS").await?,
+        409,
+        "not held by a message that can be skipped: source stream `ORDERS`",
+    );
+    site.filled("ORDERS", 10).await?;
+    // A try by itself comes after 10 s only, and one may just have been made.
+    let begun = Instant::now();
+    let reply = site.ask("retry", "ORDERS").await?;
+    assert_eq!((reply.error, &reply.body["replication"]), (None, &json!("ORDERS")), "{reply:?}");
+    site.settled("ORDERS", 10).await?;
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    mark_is_gone(&site).await?;
+    refused(&site.ask("retry", "ORDERS").await?, 409, "is not held or retrying: it is running");
+    site.ask("pause", "ORDERS").await?;
+    for endpoint in ["retry", "skip"] {
+        refused(&site.ask(endpoint, "ORDERS").await?, 409, "it is paused; resume it");
+        refused(&site.ask(endpoint, "NONE").await?, 404, "`NONE` does not exist");
+        refused(&site.ask(endpoint, "").await?, 400, "send its id");
+        let reply = site.ask_with(endpoint, ("Replicator-Deadline", "1000"), "ORDERS").await?;
+        assert_eq!(reply.code.as_deref(), Some("408"), "{reply:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn any_value_by_hand_releases() -> Result<()> {
+    let site = Site::small().await?;
+    site.send("config.add", site.document("ORDERS")).await?;
+    site.row_when("ORDERS", "is held", is_held).await?;
+    site.filled("ORDERS", 10).await?;
+    site.put("ORDERS/release", "garbage").await?;
+    let begun = Instant::now();
+    site.settled("ORDERS", 10).await?;
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    mark_is_gone(&site).await?;
+    site.row("ORDERS").await.context("a row").map(|_| ())
+}

@@ -1012,3 +1012,25 @@ async fn a_foreign_message_while_down_is_told_once_and_kept() -> Result<()> {
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn a_change_to_batches_and_a_kill_before_the_first_save_double_nothing() -> Result<()> {
+    let mut site = copied(json!({}), Some(json!({})), json!({}), 100).await?;
+    if !site.target.at_least(2, 14) {
+        return Ok(());
+    }
+    // As if a refused message was still to be sent again when the service was killed...
+    let mut target = site.target().await?;
+    target.api(&format!("STREAM.MSG.DELETE.{STREAM}"), json!({"seq": 51})).await?;
+    save_was_at(&site, 40).await?;
+    // ... and then in a batch, behind all those that are there.
+    let config = json!({"name": STREAM, "subjects": ["s.>"], "storage": "file", "allow_batched": true});
+    target.api(&format!("STREAM.UPDATE.{STREAM}"), config).await?;
+    let row = resumed(&mut site, 100).await?;
+    assert_eq!(row["transport"], "fast_ingest");
+    site.stop().await?;
+    // Killed before the next save.
+    save_was_at(&site, 40).await?;
+    resumed_and_stopped(&mut site, 100).await?;
+    site.verify(STREAM, &copy().late_allowed()).await
+}
