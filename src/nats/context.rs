@@ -22,7 +22,7 @@ pub fn selected() -> Result<Option<String>, Error> {
 /// Everything that a connection needs; the file of a context is read now.
 pub fn resolve(place: &Place) -> Result<Connection, Error> {
     let (name, over, under) = match place {
-        Place::Known(connection) => return Ok(connection.clone()),
+        Place::Known(connection) => return Ok(connection.as_ref().clone()),
         Place::Context { name, over, under } => (name, over, under),
     };
     let path = file(name)?;
