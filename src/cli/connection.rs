@@ -130,7 +130,7 @@ impl Connection {
         let fields = self.fields();
         fields.check().map_err(told)?;
         match context {
-            None => fields.connection().map(Place::Known).map_err(told),
+            None => fields.connection().map(|connection| Place::Known(Box::new(connection))).map_err(told),
             Some(name) => {
                 check_context_name(&name).map_err(|right| format!("`--context`: `{name}` is not possible: {right}"))?;
                 let place = Place::Context { name, over: Box::new(fields), under: Box::default() };

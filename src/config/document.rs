@@ -328,7 +328,7 @@ impl Checker {
                 }
                 return None;
             }
-            (Some(text), None) => Place::Known(self.known(url.0, text, fields, api)?),
+            (Some(text), None) => Place::Known(Box::new(self.known(url.0, text, fields, api)?)),
             (None, Some(name)) => self.context(context.0, name, fields, api)?,
         };
         Some(Side { stream: stream?, place })

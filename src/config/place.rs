@@ -29,7 +29,7 @@ pub struct Connection {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
     /// By a URL and what else belongs to it.
-    Known(Connection),
+    Known(Box<Connection>),
     /// By a context of the `nats` tool, read again at every attempt to connect.
     Context {
         /// Name of the context.

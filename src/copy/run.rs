@@ -110,11 +110,13 @@ impl<'a> Run<'a> {
             async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
             async { job.dial.dial(&replication.target.place, &name).await.map_err(|e| e.context("target")) },
         )?;
-        let source_info = Api::new(&mut source).stream_info(&replication.source.stream).await?;
+        let source_info = Api::new(&mut source).stream_info(&replication.source.stream).await;
+        let source_info = source_info.map_err(|e| e.context("source"))?;
         let source_info = source_info.ok_or_else(|| {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
         })?;
-        let (target_info, made) = target::open(&mut target, &replication, &source_info).await?;
+        let opened = target::open(&mut target, &replication, &source_info).await;
+        let (target_info, made) = opened.map_err(|e| e.context("target"))?;
         if made {
             info!(replication = replication.id, stream = replication.target.stream, "target stream created");
         }

@@ -229,7 +229,7 @@ mod tests {
         let key = nkeys::KeyPair::new_user();
         std::fs::write(&path, format!("{}\n", key.seed().unwrap())).unwrap();
         let endpoint = Endpoint::parse(&format!("h?nkey={}", path.display())).unwrap();
-        let login = login(&Place::Known(Connection::to(endpoint)), b"nonce").unwrap();
+        let login = login(&Place::Known(Box::new(Connection::to(endpoint))), b"nonce").unwrap();
         assert_eq!(login.nkey, Some(key.public_key()));
         assert!(key.verify(b"nonce", &login.signature.unwrap()).is_ok());
     }

@@ -11,7 +11,11 @@ use crate::config::{Connection, Fields, Place, check_context_name};
 
 /// The context that was selected with `nats context select`, if there is one.
 pub fn selected() -> Result<Option<String>, Error> {
-    let Ok(path) = folder().map(|folder| folder.join("context.txt")) else { return Ok(None) };
+    folder().map_or(Ok(None), |folder| selected_in(&folder))
+}
+
+fn selected_in(folder: &Path) -> Result<Option<String>, Error> {
+    let path = folder.join("context.txt");
     match fs::read_to_string(&path) {
         Ok(name) => Ok(Some(name.trim().to_owned()).filter(|name| !name.is_empty())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -22,7 +26,7 @@ pub fn selected() -> Result<Option<String>, Error> {
 /// Everything that a connection needs; the file of a context is read now.
 pub fn resolve(place: &Place) -> Result<Connection, Error> {
     let (name, over, under) = match place {
-        Place::Known(connection) => return Ok(connection.clone()),
+        Place::Known(connection) => return Ok(connection.as_ref().clone()),
         Place::Context { name, over, under } => (name, over, under),
     };
     let path = file(name)?;
@@ -66,4 +70,37 @@ fn home() -> Option<PathBuf> {
 
 fn set(name: &str) -> Option<PathBuf> {
     env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_selected_context_is_the_one_that_the_file_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let selected = || selected_in(folder.path()).unwrap();
+        assert_eq!(selected(), None);
+        fs::write(folder.path().join("context.txt"), "hub\n").unwrap();
+        assert_eq!(selected(), Some("hub".to_owned()));
+        fs::write(folder.path().join("context.txt"), "\n").unwrap();
+        assert_eq!(selected(), None);
+        fs::remove_file(folder.path().join("context.txt")).unwrap();
+        fs::create_dir(folder.path().join("context.txt")).unwrap();
+        let error = selected_in(folder.path()).unwrap_err();
+        assert!(error.message.contains("context.txt"), "{error}");
+    }
+
+    #[test]
+    fn a_tilde_is_the_home_folder() {
+        let expanded = |path: &str| {
+            let mut path = PathBuf::from(path);
+            expand(&mut path);
+            path
+        };
+        let home = home().expect("tests run with a home folder");
+        assert_eq!(expanded("~/a/b"), home.join("a/b"));
+        assert_eq!(expanded("/~/a"), PathBuf::from("/~/a"));
+        assert_eq!(expanded("~other/a"), PathBuf::from("~other/a"));
+    }
 }

@@ -118,7 +118,8 @@ impl Rules {
         let servers = connection.map(|connection| self.servers(&connection.endpoint)).unwrap_or_default();
         let mut files: Vec<(Part, PathBuf)> = Vec::new();
         match place {
-            Place::Known(Connection { endpoint: Endpoint { auth, tls, .. }, .. }) => {
+            Place::Known(known) => {
+                let Endpoint { auth, tls, .. } = &known.endpoint;
                 files.extend(identity_files(auth).into_iter().map(|file| (Part::Place, file.clone())));
                 files.extend(tls_files(&tls.ca, &tls.cert, &tls.key));
             }

@@ -76,3 +76,69 @@ fn failed(error: Error) -> io::Error {
         other => io::Error::other(format!("websocket: {other}")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+
+    /// The client's end behind the handshake, and the socket of its server.
+    fn open() -> (WebSocket<tokio::io::DuplexStream>, tokio::io::DuplexStream) {
+        let (io, server) = duplex(1 << 20);
+        (WebSocket { inner: ClientBuilder::new().take_over(io), received: Bytes::new() }, server)
+    }
+
+    #[tokio::test]
+    async fn frames_end_anywhere_pings_are_answered_and_a_close_is_the_end() {
+        let (mut socket, mut server) = open();
+        let begin = b"\x02\x03INF";
+        let ping = b"\x89\x02hi";
+        let rest = b"\x80\x05O {}\r\x82\x00\x82\x01\n";
+        let close = b"\x88\x02\x03\xe8";
+        // Byte by byte: no read of the library meets a whole frame.
+        let sent = [begin.as_slice(), ping, rest, close].concat();
+        let serve = async {
+            for byte in &sent {
+                server.write_all(std::slice::from_ref(byte)).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+            let mut pong = [0; 8];
+            server.read_exact(&mut pong).await.unwrap();
+            let payload: Vec<_> = (0..2).map(|i| pong[6 + i] ^ pong[2 + i]).collect();
+            assert_eq!((pong[0], pong[1], payload.as_slice()), (0x8a, 0x82, b"hi".as_slice()));
+        };
+        let read = async {
+            let mut text = Vec::new();
+            socket.read_to_end(&mut text).await.unwrap();
+            text
+        };
+        let ((), text) = tokio::join!(serve, read);
+        assert_eq!(text, b"INFO {}\r\n");
+    }
+
+    #[tokio::test]
+    async fn what_is_written_goes_out_in_bounded_frames() {
+        let (mut socket, mut server) = open();
+        let bytes: Vec<u8> = (0..FRAME_OUT + 1000).map(|i| i as u8).collect();
+        socket.write_all(&bytes).await.unwrap();
+        socket.flush().await.unwrap();
+        let mut received = Vec::new();
+        for length in [FRAME_OUT, 1000] {
+            let mut kind = [0; 2];
+            server.read_exact(&mut kind).await.unwrap();
+            let told = match kind[1] & 0x7f {
+                126 => usize::from(server.read_u16().await.unwrap()),
+                127 => server.read_u64().await.unwrap() as usize,
+                short => usize::from(short),
+            };
+            assert_eq!((kind[0], told), (0x82, length));
+            let mut mask = [0; 4];
+            server.read_exact(&mut mask).await.unwrap();
+            let mut payload = vec![0; length];
+            server.read_exact(&mut payload).await.unwrap();
+            received.extend(payload.iter().enumerate().map(|(i, byte)| byte ^ mask[i % 4]));
+        }
+        assert_eq!(received, bytes);
+    }
+}
