@@ -159,12 +159,7 @@ impl Handle {
     pub fn peers(&self) -> Vec<Peer> {
         let mut leads: HashMap<String, Vec<String>> = HashMap::new();
         for (id, board) in &self.table.borrow().boards {
-            let leader = match board.row().leader {
-                Some(leader) => Some(leader),
-                None => self.group.record(id).and_then(|record| record.leader().map(str::to_owned)),
-            };
-            // Whatever the record says, what we do not run is not ours.
-            if let Some(leader) = leader.filter(|leader| **leader != *self.instance || board.row().leader.is_some()) {
+            if let Some(leader) = self.view(board).leader {
                 leads.entry(leader).or_default().push(id.clone());
             }
         }
@@ -188,21 +183,17 @@ impl Handle {
 
     /// What this process runs, and of what another one runs what that one saved last.
     fn view(&self, board: &Board) -> Row {
-        let own = board.row();
+        let mut own = board.row();
+        let Some(record) = self.group.record(&own.replication) else { return own };
+        // While there is nothing to save, who lost the record does not notice it.
+        let lost = own.leader.is_some() && *record.holder != *self.instance;
         match own.state {
-            State::Stopped => match self.group.record(&own.replication) {
-                Some(record) if record.epoch > own.epoch => self.leaders_row(record, own),
-                _ => own,
-            },
             // Moved, perhaps, by another instance.
-            State::Paused => match self.group.record(&own.replication).and_then(|record| record.source) {
-                Some(source) => {
-                    let mut row = own;
-                    row.copy.position.source_seq = source.seq;
-                    row
-                }
-                None => own,
-            },
+            State::Paused => {
+                own.copy.position.source_seq = record.source.map_or(0, |source| source.seq);
+                own
+            }
+            state if (lost || state == State::Stopped) && record.epoch > own.epoch => self.leaders_row(record, own),
             _ => own,
         }
     }

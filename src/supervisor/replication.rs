@@ -158,6 +158,10 @@ impl Life {
                 }
             }
         }
+        if session.superseded {
+            stop.cancelled().await;
+            return None;
+        }
         session.go_on().await;
         let mut plan = tokio::select! {
             biased;
@@ -420,16 +424,20 @@ impl Session {
         self.outage.over();
         let epoch = self.ledger.take().map(|ledger| ledger.record().epoch);
         let mut trouble = Trouble::new("that a replication is paused cannot be saved");
-        while let Err(error) = note_pause(&self.context, epoch).await {
-            trouble.wait(&error.to_string()).await;
+        loop {
+            match note_pause(&self.context, epoch).await {
+                Ok(Noted::Ours) => return,
+                Ok(Noted::Anothers) => {
+                    self.superseded = true;
+                    return self.context.board.set_state(State::Stopped);
+                }
+                Err(error) => trouble.wait(&error.to_string()).await,
+            }
         }
     }
 
     /// The pause is over; the position may have been moved meanwhile.
     async fn go_on(&mut self) {
-        if self.superseded {
-            return;
-        }
         let Context { deps, id, board } = &self.context;
         board.set_state(State::Starting);
         if let Ok(Ok((record, _))) = timeout(LOOK, deps.positions.read(id)).await {
@@ -534,15 +542,25 @@ async fn observe(
     pending().await
 }
 
+/// Whose record was found at a pause.
+enum Noted {
+    /// It says that the replication is paused.
+    Ours,
+    /// Another instance took it, and we had not noticed.
+    Anothers,
+}
+
 /// Says in the record that the replication is paused, unless it says so; of a record that another instance took
 /// since `epoch` that one will say it.
-async fn note_pause(context: &Context, epoch: Option<u64>) -> Result<(), SaveError> {
+async fn note_pause(context: &Context, epoch: Option<u64>) -> Result<Noted, SaveError> {
     let Context { deps, id, board } = context;
     let (record, revision) = deps.positions.read(id).await?;
     board.looked_up(&record);
-    let known = record.status.as_ref().is_some_and(|row| row.state == State::Paused);
-    if known || epoch.is_some_and(|epoch| epoch < record.epoch) {
-        return Ok(());
+    if epoch.is_some_and(|epoch| epoch < record.epoch) && record.holder != deps.instance {
+        return Ok(Noted::Anothers);
+    }
+    if record.status.as_ref().is_some_and(|row| row.state == State::Paused) {
+        return Ok(Noted::Ours);
     }
     let row = Row { epoch: record.epoch, ..board.row() };
     let position = row.copy.position.source_seq;
@@ -550,7 +568,7 @@ async fn note_pause(context: &Context, epoch: Option<u64>) -> Result<(), SaveErr
     deps.positions.save(id, PositionRecord { status: Some(row), nonce, ..record }, revision).await?;
     info!(replication = id, position, "paused");
     context.emit(Event::Paused { position });
-    Ok(())
+    Ok(Noted::Ours)
 }
 
 /// Removes a release that has done its work: another try has begun, or the message to leave out lies behind the saved

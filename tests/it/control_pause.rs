@@ -135,7 +135,8 @@ async fn a_pause_that_was_put_while_nothing_ran_holds_from_the_first_moment() ->
         site.service.restart().await?;
         site.row_when("ORDERS", "is paused", is_paused).await?;
         copies_nothing(&site, "ORDERS", round * 10).await?;
-        assert_eq!(events.wait("paused", "ORDERS").await?["position"], round * 10);
+        // What was copied since the last save before the kill is found out when it goes on.
+        assert!(events.wait("paused", "ORDERS").await?["position"].as_u64() <= Some(round * 10));
         site.bucket("REPLICATOR_CONFIG").await?.delete("ORDERS/paused").await?;
         site.settled("ORDERS", (round + 1) * 10).await?;
     }

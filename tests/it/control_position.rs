@@ -198,6 +198,7 @@ async fn a_time_is_the_first_message_stored_at_or_after_it() -> Result<()> {
 async fn only_what_the_source_still_has_is_counted_and_is_no_gap() -> Result<()> {
     let site = Site::small().await?;
     site.source_stream("ORDERS", json!({"max_msgs": 40})).await?;
+    site.target_stream("ORDERS", json!({})).await?;
     site.publish("ORDERS", 1..=40).await?;
     site.add("ORDERS", json!({})).await?;
     site.settled("ORDERS", 40).await?;
@@ -206,7 +207,7 @@ async fn only_what_the_source_still_has_is_counted_and_is_no_gap() -> Result<()>
     site.ask("pause", "ORDERS").await?;
     moved(&move_to(&site, 0).await?, false, 60, 20, 40, 0);
     resume(&site, 60).await?;
-    assert_eq!(origins(&site).await?.split_off(20), in_order(&[21..=60, 21..=60]).split_off(0));
+    assert_eq!(origins(&site).await?, in_order(&[1..=60, 21..=60]));
     site.events.quiet(&["gap", "source-reset", "target-reset"])
 }
 
