@@ -92,17 +92,15 @@ async fn edit(
                     }
                     Err(error) => error,
                 };
-                match error.code() {
-                    Some(400) => error,
-                    Some(409) => {
-                        error.tell(out);
-                        let id = &document.replication;
-                        return Err(Error::Failed(format!(
-                            "somebody changed `{id}` meanwhile: nothing was overwritten"
-                        )));
-                    }
-                    _ => return Err(error),
+                if was_overtaken(client, document, &error).await {
+                    error.tell(out);
+                    let id = &document.replication;
+                    return Err(Error::Failed(format!("somebody changed `{id}` meanwhile: nothing was overwritten")));
                 }
+                if error.code() != Some(400) {
+                    return Err(error);
+                }
+                error
             }
             Err(error) => error,
         };
@@ -113,6 +111,19 @@ async fn edit(
         if !again().await {
             return Err(Error::Failed("nothing was changed".to_owned()));
         }
+    }
+}
+
+/// Whether a change was refused because somebody else was faster. That may also read as a problem with the document:
+/// a secret that `***` stands for is gone.
+async fn was_overtaken(client: &Client, document: &Document, error: &Error) -> bool {
+    match error.code() {
+        Some(409) => true,
+        Some(400) => {
+            let now = stored(client, &document.replication).await;
+            now.is_ok_and(|now| now.value.revision != document.revision)
+        }
+        _ => false,
     }
 }
 

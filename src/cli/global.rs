@@ -5,8 +5,9 @@ use crate::names;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Global {
-    #[command(flatten)]
-    pub(super) asking: Asking,
+    /// Print JSON: the answer as the service sent it
+    #[arg(long)]
+    pub(super) json: bool,
 
     /// Subject prefix of the service
     #[arg(
@@ -20,9 +21,8 @@ pub(super) struct Global {
     )]
     pub(super) prefix: String,
 
-    /// Print JSON: the answer as the service sent it
-    #[arg(long, help_heading = "Options")]
-    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) asking: Asking,
 }
 
 fn prefix(text: &str) -> Result<String, String> {

@@ -16,7 +16,7 @@ use crate::{
 /// Exit code of wrong usage or configuration; clap uses the same.
 const USAGE: u8 = 2;
 
-/// Runs the replicator: one process of one site
+/// Run the replicator: one process of one site
 #[derive(Debug, clap::Args)]
 #[command(mut_arg("server", |arg| {
     arg.help("Servers that hold the configuration and carry the service, or NATS_URL: \

@@ -44,6 +44,7 @@ pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> 
 /// What stands on the terminal.
 #[derive(Default)]
 struct Picture {
+    drawn: bool,
     lines: Vec<String>,
     rates: Rates,
 }
@@ -59,19 +60,20 @@ impl Picture {
             // what was seen last stays
             Err(error) => format!("{}  {}", time(Utc::now()), clean(&error.to_string())),
         };
-        let height = rustix::termios::tcgetwinsize(std::io::stdout()).map_or(u16::MAX, |size| size.ws_row);
-        // home, each line to its end, then everything below
-        let mut picture = format!("\x1b[H{heading}\x1b[K\r\n\x1b[K");
-        for line in self.lines.iter().take(usize::from(height.saturating_sub(3))) {
-            picture += &format!("\r\n{line}\x1b[K");
+        // a terminal that does not know its size says 0
+        let size = rustix::termios::tcgetwinsize(std::io::stdout()).map_or(0, |size| usize::from(size.ws_row));
+        let room = if size == 0 { usize::MAX } else { size.saturating_sub(3) };
+        // home, long lines cut off, each line to its end, then everything below
+        let mut picture = format!("\x1b[H\x1b[?7l{heading}\x1b[K\n\x1b[K\n");
+        for line in self.lines.iter().take(room) {
+            picture += &format!("{line}\x1b[K\n");
         }
-        picture += "\x1b[J\r\n";
-        if self.rates.drawn {
-            out.text(&picture);
-        } else {
-            out.text(&format!("\x1b[2J{picture}"));
+        picture += "\x1b[?7h\x1b[J";
+        if !self.drawn {
+            picture.insert_str(0, "\x1b[2J");
         }
-        self.rates.drawn = true;
+        self.drawn = true;
+        out.text(&picture);
         out.flush();
     }
 }
@@ -79,7 +81,6 @@ impl Picture {
 /// Messages per second since the look before.
 #[derive(Default)]
 struct Rates {
-    drawn: bool,
     /// Epoch and messages copied.
     before: BTreeMap<String, (u64, u64)>,
     at: Option<Instant>,

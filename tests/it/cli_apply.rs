@@ -245,8 +245,12 @@ async fn what_the_service_refuses_is_told_and_the_rest_goes_on() -> Result<()> {
     let site = Site::small().await?;
     let cli = site.cli();
     site.add("OTHER", json!({})).await?;
-    // Larger than a document may be, which only the service says.
-    let large = site.document_with("LARGE", json!({"description": "x".repeat(100_000)}));
+    // Larger than somebody wants documents to be in the bucket.
+    let jetstream = async_nats::jetstream::new(site.client.clone());
+    let mut config = jetstream.get_stream("KV_REPLICATOR_CONFIG").await?.cached_info().config.clone();
+    config.max_message_size = 1000;
+    jetstream.update_stream(config).await?;
+    let large = site.document_with("LARGE", json!({"description": "x".repeat(2000)}));
     let documents = json!([large, site.document("NEW")]).to_string();
     let run = cli.run_with(["config", "apply", "-", "--prune"], &documents).await?;
     assert!(run.stderr.contains("LARGE:\nerror: ") && run.stderr.contains("nothing is removed"), "{run:?}");

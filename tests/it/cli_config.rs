@@ -115,7 +115,7 @@ async fn a_document_that_somebody_broke_is_shown_with_what_is_wrong() -> Result<
     let cli = site.cli();
     site.put("BROKEN", json!({"stream": "BROKEN", "source_url": "nats://u:hunter2@h"}).to_string()).await?;
     let shown = cli.ok(["config", "get", "BROKEN"]).await?;
-    assert!(shown.starts_with("BROKEN, revision 1\nproblem: /target_url: `target_url` is required\n{\n"), "{shown}");
+    assert!(shown.starts_with("BROKEN, revision 1\nproblem: /target_url: `target_url` or "), "{shown}");
     assert!(shown.contains("nats://u:***@h") && !shown.contains("hunter2"), "{shown}");
     let raw = cli.run(["config", "get", "BROKEN", "--raw"]).await?;
     assert!(serde_json::from_str::<Value>(&raw.stdout).is_ok() && raw.stderr.contains("/target_url: "), "{raw:?}");
@@ -189,10 +189,10 @@ async fn a_server_that_does_not_let_us_in_is_told_without_the_password() -> Resu
     let config = "authorization { users: [{user: me, password: \"right\"}] }";
     let server = Server::builder(Role::Control).config(config).start().await?;
     let ended = Cli::new(&server.url_as("me:hunter2")).run(["status"]).await?;
-    failed(&ended, 1, &["cannot connect to `nats://me:***@127.0.0.1:", "authorization violation"]);
+    failed(&ended, 1, &["cannot connect to `127.0.0.1:", "Authorization Violation"]);
     assert!(!ended.stderr.contains("hunter2"), "{ended:?}");
     let ended = Cli::new("nats://me:hunter2@127.0.0.1:1").run(["status"]).await?;
-    failed(&ended, 1, &["cannot connect to `nats://me:***@127.0.0.1:1`", "refused"]);
+    failed(&ended, 1, &["cannot connect to `127.0.0.1:1`", "refused"]);
     assert!(!ended.stderr.contains("hunter2"), "{ended:?}");
     Ok(())
 }

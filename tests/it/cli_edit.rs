@@ -26,6 +26,15 @@ async fn stored(site: &Site) -> Result<(u64, Value)> {
     Ok((body["revision"].as_u64().context("a revision")?, body["config"].take()))
 }
 
+/// Permissions of the file in which a refused version is said to be kept; removes it.
+fn kept(told: &str) -> Result<u32> {
+    let path = told.split("kept in `").nth(1).and_then(|rest| rest.split('`').next());
+    let path = path.with_context(|| told.to_owned())?;
+    let mode = fs::metadata(path)?.permissions().mode() & 0o777;
+    fs::remove_file(path)?;
+    Ok(mode)
+}
+
 #[tokio::test]
 async fn what_was_edited_is_stored_and_the_secret_stays() -> Result<()> {
     let site = site().await?;
@@ -74,10 +83,7 @@ async fn what_is_refused_is_kept_in_a_file_that_only_we_can_read() -> Result<()>
     ] {
         let ended = with_editor(&site, script).run(["config", "edit", "ORDERS"]).await?;
         assert!(ended.code == Some(1) && ended.stderr.contains(told), "{ended:?}");
-        let path = ended.stderr.split("kept in `").nth(1).and_then(|rest| rest.split('`').next());
-        let path = path.with_context(|| ended.stderr.clone())?;
-        assert_eq!(fs::metadata(path)?.permissions().mode() & 0o777, 0o600);
-        fs::remove_file(path)?;
+        assert_eq!(kept(&ended.stderr)?, 0o600);
     }
     assert_eq!(stored(&site).await?.0, 1);
     Ok(())
@@ -85,20 +91,27 @@ async fn what_is_refused_is_kept_in_a_file_that_only_we_can_read() -> Result<()>
 
 #[tokio::test]
 async fn a_change_by_somebody_else_meanwhile_is_told_and_not_overwritten() -> Result<()> {
-    let site = site().await?;
-    // Somebody else is as fast as the editor.
-    let other = site.document_with("ORDERS", json!({"description": "from somebody else"}));
-    let folder = tempfile::tempdir()?;
-    let file = folder.path().join("other.json");
-    fs::write(&file, other.to_string())?;
-    let binary = crate::harness::service::binary()?;
-    let script = format!("sed -i s/1h/2h/ \"$1\"; {} config update {}", binary.display(), file.display());
-    let ended = with_editor(&site, &script).run(["config", "edit", "ORDERS"]).await?;
-    assert_eq!(ended.code, Some(1), "{ended:?}");
-    for text in ["somebody changed `ORDERS` meanwhile", "`ORDERS` is at revision 2 (409)", "kept in `"] {
-        assert!(ended.stderr.contains(text), "`{text}` is not in {ended:?}");
+    // The one without the secret makes that `***` stands for nothing any more.
+    for secret in [true, false] {
+        let site = site().await?;
+        let mut other = site.document_with("ORDERS", json!({"description": "from somebody else"}));
+        if secret {
+            other["target_url"] = site.target.url_as("copy:hunter2").into();
+        }
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join("other.json");
+        fs::write(&file, other.to_string())?;
+        // Somebody else is as fast as the editor.
+        let binary = crate::harness::service::binary()?;
+        let script = format!("sed -i s/1h/2h/ \"$1\"; {} config update {}", binary.display(), file.display());
+        let ended = with_editor(&site, &script).run(["config", "edit", "ORDERS"]).await?;
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        let told = "somebody changed `ORDERS` meanwhile: nothing was overwritten";
+        assert!(ended.stderr.contains(told), "{ended:?}");
+        kept(&ended.stderr)?;
+        let (revision, now) = stored(&site).await?;
+        assert_eq!((revision, &now["description"], &now["max_age"]), (2, &other["description"], &Value::Null));
     }
-    assert_eq!(stored(&site).await?, (2, other));
     Ok(())
 }
 
@@ -118,7 +131,8 @@ async fn on_a_terminal_it_can_be_edited_again() -> Result<()> {
     running.shows("edit again? [y/N]").await?;
     running.types("n\n")?;
     let ended = running.end().await?;
-    assert!(ended.code == Some(1) && ended.stdout.contains("kept in `"), "{ended:?}");
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    kept(&ended.stdout)?;
     assert_eq!(stored(&site).await?.0, 2);
     Ok(())
 }

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
-use serde_json::{Value, json};
+use anyhow::{Context, Result};
+use serde_json::Value;
 
 use crate::harness::cli::Ended;
 use crate::harness::{Site, wait_for};
@@ -75,10 +75,12 @@ async fn a_watch_prints_a_line_for_each_change() -> Result<()> {
     let shown = words.shown();
     let lines: Vec<_> = shown.lines().filter_map(|line| line.split_once("Z ").map(|(_, words)| words)).collect();
     assert!(lines.windows(2).all(|two| two[0] != two[1]), "{shown}");
-    for line in json.shown().lines() {
-        assert_eq!(serde_json::from_str::<Value>(line)?["replication"], "ORDERS", "{line}");
-    }
-    failed(&json.end().await?, &["`ORDERS` does not exist"]);
+    let ended = json.end().await?;
+    failed(&ended, &["`ORDERS` does not exist"]);
+    let lines: Vec<Value> = ended.stdout.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let (refusal, rows) = lines.split_last().context("lines")?;
+    assert!(rows.len() >= 2 && rows.iter().all(|row| row["replication"] == "ORDERS"), "{ended:?}");
+    assert_eq!(refusal["error"]["code"], 404);
     Ok(())
 }
 
