@@ -46,7 +46,7 @@ struct Cli {
 enum Command {
     Serve(Box<serve::Args>),
     #[command(flatten)]
-    Other(Other),
+    Other(Box<Other>),
 }
 
 /// Commands that end by themselves.

@@ -143,8 +143,8 @@ fn same(text: &[u8], document: &Document, site: &str) -> Result<(), Error> {
 
 /// Lets the user edit; the connection is kept alive meanwhile. As in a shell, ctrl-c is the editor's.
 async fn open_editor(path: &Path) -> Result<(), Error> {
-    let editor = ["VISUAL", "EDITOR"].into_iter().filter_map(|name| env::var(name).ok());
-    let editor = editor.filter(|editor| !editor.trim().is_empty()).next().unwrap_or_else(|| "vi".to_owned());
+    let mut editors = ["VISUAL", "EDITOR"].into_iter().filter_map(|name| env::var(name).ok());
+    let editor = editors.find(|editor| !editor.trim().is_empty()).unwrap_or_else(|| "vi".to_owned());
     let _interrupts = signal(SignalKind::interrupt());
     let mut command = Command::new("sh");
     command.arg("-c").arg(format!("{editor} \"$1\"")).arg("sh").arg(path);
