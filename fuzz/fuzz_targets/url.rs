@@ -4,6 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 
 #[path = "../../tests/it/properties.rs"]
+#[allow(dead_code, reason = "each target uses a part of it")]
 mod properties;
 
 fuzz_target!(|texts: (String, String, String)| {
