@@ -101,9 +101,9 @@ mod tests {
     fn a_message_that_cannot_be_stored_is_told_once() {
         let mut outage = Outage::default();
         let mut told = |seq, text| -> Vec<_> {
-            let poison = Some(SourceMessage { seq, time_ns: 1 });
-            let report = outage.failed(&Error { poison, ..hold(text) });
-            report.events.iter().map(Event::kind).collect()
+            let mut error = hold(text);
+            error.poison = Some(SourceMessage { seq, time_ns: 1 });
+            outage.failed(&error).events.iter().map(Event::kind).collect()
         };
         assert_eq!(told(5, "5 is too large"), ["held", "poison"]);
         assert!(told(5, "5 is too large").is_empty());
