@@ -103,8 +103,7 @@ mod tests {
         let mut told = |seq, text| -> Vec<_> {
             let mut error = hold(text);
             error.poison = Some(SourceMessage { seq, time_ns: 1 });
-            let report = outage.failed(&error);
-            report.events.iter().map(Event::kind).collect()
+            outage.failed(&error).events.iter().map(Event::kind).collect()
         };
         assert_eq!(told(5, "5 is too large"), ["held", "poison"]);
         assert!(told(5, "5 is too large").is_empty());

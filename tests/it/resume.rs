@@ -925,11 +925,13 @@ async fn a_second_holder_fences_the_first() -> Result<()> {
         let stopped = wait_value("the first to stop", LIMIT, async || {
             site.publish(STREAM, count + 1..=count + 5).await.ok()?;
             count += 5;
-            row_of(&site.client, "replicator").await.filter(|row| row["state"] == "stopped")
+            site.events.told("stopped").pop()
         })
         .await?;
-        let message = stopped["last_error"]["message"].as_str().unwrap_or_default();
+        let message = stopped["message"].as_str().unwrap_or_default();
         ensure!(message.contains("`second`") && message.contains("epoch 2"), "{message}");
+        let led = async || row_of(&site.client, "replicator").await.is_some_and(|row| row["leader"] == "second");
+        wait_for("the first to tell what the second does", LIMIT, led).await?;
         let done =
             async || row_of(&site.client, "second").await.is_some_and(|row| row["position"]["source_seq"] == count);
         wait_for("the second to copy the rest", LIMIT, done).await?;
