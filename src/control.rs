@@ -68,11 +68,21 @@ pub async fn start(
         ]),
     };
     let documents = Documents::follow(config.clone()).await.map_err(|error| Error(error.to_string()))?;
-    let ControlConfig { site, instance, rules, .. } = control;
-    let context =
-        Context { client: client.clone(), site, instance, rules, config, documents, positions, supervisor, events };
+    let ControlConfig { site, instance, rules, read_only, .. } = control;
+    let context = Context {
+        client: client.clone(),
+        site,
+        instance,
+        rules,
+        read_only,
+        config,
+        documents,
+        positions,
+        supervisor,
+        events,
+    };
     let mut routes = endpoints::routes(&Arc::new(context), &control.prefix);
-    if control.read_only {
+    if read_only {
         routes.iter_mut().filter(|route| route.kind == Kind::Mutation).for_each(Route::refuse);
     }
     Service::start(client, identity, routes).await.map_err(|error| Error(error.to_string()))

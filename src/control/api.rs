@@ -134,7 +134,8 @@ pub struct Validation {
     pub problems: Vec<Problem>,
     /// What may be meant so, or could not be found out.
     pub warnings: Vec<Problem>,
-    /// What both sides say; `null` if the document alone is wrong, or if it was not asked for.
+    /// What both sides say; `null` if the document alone is wrong, and where the service is read-only: then it
+    /// connects to nobody on request.
     pub preflight: Option<Preflight>,
 }
 

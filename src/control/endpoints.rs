@@ -51,6 +51,8 @@ pub(super) struct Context {
     pub(super) site: String,
     pub(super) instance: String,
     pub(super) rules: Rules,
+    /// Nothing is changed by request, and nobody is connected to for a request.
+    pub(super) read_only: bool,
     pub(super) config: ConfigStore,
     pub(super) documents: Documents,
     pub(super) positions: PositionStore,

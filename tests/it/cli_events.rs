@@ -24,7 +24,8 @@ async fn capture(site: &Site, name: &str, subject: &str) -> Result<()> {
 
 #[tokio::test]
 async fn live_events_are_shown_one_a_line() -> Result<()> {
-    let site = Site::small().await?;
+    let mut site = Site::small().await?;
+    site.events.of_anybody();
     let cli = site.cli();
     let all = cli.start(["events", "--follow"], "")?;
     let json = cli.start(["events", "--follow", "--json"], "")?;
@@ -111,7 +112,8 @@ async fn where_no_stream_has_them_it_is_told_how_to_make_one() -> Result<()> {
 
 #[tokio::test]
 async fn what_is_no_event_is_shown_as_it_came() -> Result<()> {
-    let site = Site::small().await?;
+    let mut site = Site::small().await?;
+    site.events.of_anybody();
     let cli = site.cli();
     capture(&site, "EVENTS", "replicator.event.>").await?;
     let bodies: [&[u8]; 6] = [b"", b"\xff\xfe", b"{", b"[1]", b"\x1b[2Jboo", b"{\"kind\":5}"];

@@ -7,10 +7,11 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 13] = [
+const ENDPOINTS: [(&str, &str, &str); 14] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
+    ("config-validate", "replicator.config.validate", "q"),
     ("config-get", "replicator.config.get", ""),
     ("config-list", "replicator.config.list", ""),
     ("config-schema", "replicator.config.schema", ""),

@@ -52,7 +52,7 @@ async fn documented_requests_are_answered_as_documented() -> Result<()> {
     let mut answered = BTreeSet::new();
     let served = endpoints(&site).await?;
     prepare(&site).await?;
-    for example in examples.iter().filter(|example| served.contains_key(&example.endpoint)) {
+    for example in &examples {
         before(&site, example).await?;
         let body = on_this_site(&site, &example.body);
         let reply = match example.headers.as_slice() {
