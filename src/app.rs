@@ -228,7 +228,7 @@ impl System {
 }
 
 /// Name of this host, as far as it can be found out.
-fn host_name() -> String {
+pub fn host_name() -> String {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| env::var("HOSTNAME").ok());
     name.unwrap_or_default().trim().to_owned()
 }

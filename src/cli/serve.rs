@@ -1,6 +1,6 @@
 //! `stream-replicator serve`: what was written becomes [`Settings`] that cannot be wrong, all mistakes at once.
 
-use std::{env, fs, path::PathBuf, process::ExitCode};
+use std::{env, path::PathBuf, process::ExitCode};
 
 use tracing::error;
 
@@ -204,8 +204,7 @@ fn check_address(address: &str) -> Result<(), &'static str> {
 }
 
 fn default_instance() -> String {
-    let host = fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| env::var("HOSTNAME").ok());
-    names::default_instance(host.unwrap_or_default().trim(), rand::random())
+    names::default_instance(&app::host_name(), rand::random())
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     config::{Limits, Replication, Start},
+    events::Event,
     nats::{
         Error, Lane, headers,
         jetstream::{Api, StreamInfo},
@@ -43,7 +44,7 @@ pub(super) struct Resume {
     /// Whether somebody else writes to the target.
     pub mode: TargetMode,
     /// What people have to know.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<Event>,
 }
 
 impl Resume {
@@ -129,43 +130,6 @@ impl Already {
     }
 }
 
-/// What people have to know.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Finding {
-    /// The source removed these before they were read.
-    Gap {
-        /// First sequence that is gone.
-        from: u64,
-        /// Last sequence that is gone.
-        to: u64,
-        /// How many of them were not copied.
-        messages: u64,
-    },
-    /// The source lost its end or is another stream.
-    SourceReset {
-        /// Position before.
-        saved: u64,
-        /// Position now.
-        resumed: u64,
-        /// What was seen.
-        reason: String,
-    },
-    /// The target lost stored messages or is another stream.
-    TargetReset {
-        /// Position before.
-        saved: u64,
-        /// Position now.
-        resumed: u64,
-        /// What was seen.
-        reason: String,
-    },
-    /// Somebody else writes to the target.
-    TargetShared {
-        /// Target sequence of a message that is not ours.
-        sequence: u64,
-    },
-}
-
 /// The two sides as they are now.
 pub(super) struct Sides<'a> {
     pub replication: &'a Replication,
@@ -226,7 +190,7 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     if mode == TargetMode::Shared {
         resume.mode = mode;
         // Known before.
-        resume.findings.retain(|finding| !matches!(finding, Finding::TargetShared { .. }));
+        resume.findings.retain(|finding| !matches!(finding, Event::TargetShared { .. }));
     }
     // What the source has not reached cannot be the same message when it does.
     let last = sides.source.state.last_seq;
@@ -242,7 +206,7 @@ impl Sides<'_> {
             let mut resume = self.source_went_back(saved.seq, &reason).await?;
             if let Some(reason) = target.and_then(|target| self.target_is_short(target)) {
                 let resumed = resume.position.seq;
-                resume.findings.push(Finding::TargetReset { saved: saved.seq, resumed, reason });
+                resume.findings.push(Event::TargetReset { saved: saved.seq, resumed, reason });
             }
             return Ok(resume);
         }
@@ -355,7 +319,7 @@ impl Sides<'_> {
         let ours = self.between(from, to, &mut foreign).await?;
         if let Some(sequence) = foreign {
             resume.mode = TargetMode::Shared;
-            resume.findings.push(Finding::TargetShared { sequence });
+            resume.findings.push(Event::TargetShared { target_seq: sequence });
         }
         Ok(ours)
     }
@@ -382,7 +346,7 @@ impl Sides<'_> {
                 Resume::at(start, self.last_of_ours().await?)
             }
         };
-        resume.findings.push(Finding::TargetReset { saved: saved.seq, resumed: resume.position.seq, reason });
+        resume.findings.push(Event::TargetReset { saved: saved.seq, resumed: resume.position.seq, reason });
         Ok(resume)
     }
 
@@ -392,7 +356,7 @@ impl Sides<'_> {
             return found;
         }
         for finding in &mut found.findings {
-            if let Finding::TargetReset { resumed, .. } = finding {
+            if let Event::TargetReset { resumed, .. } = finding {
                 *resumed = position.seq;
             }
         }
@@ -407,7 +371,7 @@ impl Sides<'_> {
             Some(tail) => self.behind(tail, None).await?,
             None => Resume::at(SourcePoint::default(), self.last_of_ours().await?),
         };
-        let finding = Finding::SourceReset { saved, resumed: resume.position.seq, reason: reason.to_owned() };
+        let finding = Event::SourceReset { saved, resumed: resume.position.seq, reason: reason.to_owned() };
         resume.findings.push(finding);
         Ok(resume)
     }
@@ -461,7 +425,7 @@ impl Sides<'_> {
     fn look_for_gap(&self, resume: &mut Resume, started_before: bool) {
         let from = resume.position.seq + 1;
         let first = self.source.state.first_seq;
-        let anew = resume.findings.iter().any(|finding| matches!(finding, Finding::SourceReset { .. }));
+        let anew = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
         let known = started_before || resume.target.is_some();
         if !known || anew || first <= from || !is_plain(self.replication, self.source) {
             return;
@@ -469,7 +433,7 @@ impl Sides<'_> {
         let to = first - 1;
         let messages = first - from - resume.already.within(from, to);
         if messages > 0 {
-            resume.findings.push(Finding::Gap { from, to, messages });
+            resume.findings.push(Event::Gap { from, to, messages });
         }
         // Told once: the next start stands behind it.
         resume.position = SourcePoint { seq: to, time_ns: None };

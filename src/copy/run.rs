@@ -17,7 +17,7 @@ use super::{
     progress::{Ledger, Witnesses},
     provenance::Tag,
     reader::{Range, Reader},
-    resume::{self, Already, Finding, Known, Resume, Sides, is_plain},
+    resume::{self, Already, Known, Resume, Sides, is_plain},
     target::{self, Abilities},
     transform,
     window::{SourcePoint, Window},
@@ -193,11 +193,11 @@ impl<'a> Run<'a> {
 
     /// Tells where the run goes on and what was found on the way there.
     fn resumed(&mut self, resume: Resume, ledger: &mut Ledger) {
-        for finding in &resume.findings {
-            if matches!(finding, Finding::TargetShared { .. }) {
+        for event in resume.findings {
+            if matches!(event, Event::TargetShared { .. }) {
                 ledger.chain_explained();
             }
-            self.found(finding);
+            self.found(event);
         }
         info!(
             replication = self.replication.id,
@@ -212,16 +212,10 @@ impl<'a> Run<'a> {
         self.window.keep_target(!self.already.is_empty());
     }
 
-    fn found(&mut self, finding: &Finding) {
-        let event = match finding.clone() {
-            Finding::Gap { from, to, messages } => {
-                self.copy.counters.gap_messages += messages;
-                Event::Gap { from, to, messages }
-            }
-            Finding::SourceReset { saved, resumed, reason } => Event::SourceReset { saved, resumed, reason },
-            Finding::TargetReset { saved, resumed, reason } => Event::TargetReset { saved, resumed, reason },
-            Finding::TargetShared { sequence } => Event::TargetShared { target_seq: sequence },
-        };
+    fn found(&mut self, event: Event) {
+        if let Event::Gap { messages, .. } = &event {
+            self.copy.counters.gap_messages += messages;
+        }
         warn!(replication = self.replication.id, ?event, "found");
         self.events.emit(event, &self.replication.id);
     }
@@ -425,7 +419,7 @@ impl<'a> Run<'a> {
 
     fn source_says(&mut self, info: StreamInfo) {
         for (from, to) in self.gaps.first_is(info.state.first_seq) {
-            self.found(&Finding::Gap { from, to, messages: to - from + 1 });
+            self.found(Event::Gap { from, to, messages: to - from + 1 });
         }
         self.source_info.state = info.state;
     }

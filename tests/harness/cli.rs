@@ -190,3 +190,12 @@ impl Drop for Running {
 fn read(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
+
+/// The command failed, and said all of these texts.
+#[track_caller]
+pub fn failed(ended: &Ended, expect: &[&str]) {
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    for text in expect {
+        assert!(ended.stderr.contains(text), "`{text}` is not in {ended:?}");
+    }
+}

@@ -129,3 +129,11 @@ pub async fn status(client: &async_nats::Client, replication: &str) -> Option<Va
     let rows = reply.get("replications")?.as_array()?;
     rows.iter().find(|r| r["replication"] == replication).cloned()
 }
+
+/// The request was refused with this code and these words.
+#[track_caller]
+pub fn refused(reply: &Reply, code: u16, expect: &str) {
+    assert_eq!(reply.error, Some(code), "{reply:?}");
+    let description = reply.body["error"]["description"].as_str().unwrap_or_default();
+    assert!(description.contains(expect), "`{expect}` is not in {reply:?}");
+}

@@ -5,16 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::harness::cli::Ended;
+use crate::harness::cli::failed;
 use crate::harness::{Site, wait_for};
-
-#[track_caller]
-fn failed(ended: &Ended, expect: &[&str]) {
-    assert_eq!(ended.code, Some(1), "{ended:?}");
-    for text in expect {
-        assert!(ended.stderr.contains(text), "`{text}` is not in {ended:?}");
-    }
-}
 
 #[tokio::test]
 async fn status_is_a_table_or_everything_about_one() -> Result<()> {

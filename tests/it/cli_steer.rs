@@ -4,15 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::harness::Site;
-use crate::harness::cli::Ended;
-
-#[track_caller]
-fn failed(ended: &Ended, expect: &[&str]) {
-    assert_eq!(ended.code, Some(1), "{ended:?}");
-    for text in expect {
-        assert!(ended.stderr.contains(text), "`{text}` is not in {ended:?}");
-    }
-}
+use crate::harness::cli::failed;
 
 #[tokio::test]
 async fn replications_are_paused_and_go_on() -> Result<()> {

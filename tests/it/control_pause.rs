@@ -5,15 +5,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::harness::client::Reply;
+use crate::harness::client::{Reply, refused};
 use crate::harness::{Expect, Outgoing, PROMPT, Raw, SITE, Server, Service, Site, timed, wait_for};
-
-#[track_caller]
-fn refused(reply: &Reply, code: u16, expect: &str) {
-    assert_eq!(reply.error, Some(code), "{reply:?}");
-    let description = reply.body["error"]["description"].as_str().unwrap_or_default();
-    assert!(description.contains(expect), "`{expect}` is not in {reply:?}");
-}
 
 #[track_caller]
 fn changed(reply: &Reply, id: &str) -> u64 {

@@ -6,16 +6,9 @@ use anyhow::{Context, Result};
 use chrono::{SecondsFormat, Utc};
 use serde_json::{Value, json};
 
-use crate::harness::client::Reply;
+use crate::harness::client::{Reply, refused};
 use crate::harness::raw::header_values;
 use crate::harness::{Outgoing, Role, Server, Site, timed};
-
-#[track_caller]
-fn refused(reply: &Reply, code: u16, expect: &str) {
-    assert_eq!(reply.error, Some(code), "{reply:?}");
-    let description = reply.body["error"]["description"].as_str().unwrap_or_default();
-    assert!(description.contains(expect), "`{expect}` is not in {reply:?}");
-}
 
 /// What a move answers, but for the revision.
 #[track_caller]

@@ -5,16 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::harness::client::Reply;
+use crate::harness::client::refused;
 use crate::harness::site::merged;
 use crate::harness::{Expect, LIMIT, Outgoing, Role, SITE, Server, Site, wait_for};
-
-#[track_caller]
-fn refused(reply: &Reply, code: u16, expect: &str) {
-    assert_eq!(reply.error, Some(code), "{reply:?}");
-    let description = reply.body["error"]["description"].as_str().unwrap_or_default();
-    assert!(description.contains(expect), "`{expect}` is not in {reply:?}");
-}
 
 fn is_held(row: &Value) -> bool {
     row["state"] == "held"
