@@ -10,7 +10,7 @@ mod sessions;
 mod watch;
 
 pub use bucket::{Cells, PutError, Stored};
-pub use buckets::{Buckets, Error};
+pub use buckets::{Buckets, CONFIG_HISTORY, Error};
 pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
 pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
 pub use positions::{Claim, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness};

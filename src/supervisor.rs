@@ -78,7 +78,7 @@ pub fn start(deps: Deps, root: &CancellationToken) -> (Handle, Supervisor) {
     let (table, view) = watch::channel(Table::default());
     let stop = root.child_token();
     let group = Group::follow(deps.positions.clone(), deps.sessions.clone());
-    let handle = Handle { table: view.clone(), group, instance: deps.instance.as_str().into() };
+    let handle = Handle { table: view.clone(), group: group.clone(), instance: deps.instance.as_str().into() };
     let work = Loop {
         deps: Arc::new(deps),
         stop: stop.clone(),
@@ -86,6 +86,7 @@ pub fn start(deps: Deps, root: &CancellationToken) -> (Handle, Supervisor) {
         lives: JoinSet::new(),
         slots: HashMap::new(),
         marks: HashMap::new(),
+        group,
     };
     let task = tokio::spawn(work.run());
     (handle, Supervisor { stop, task, table: view })
@@ -245,6 +246,11 @@ impl Handle {
         let _ = table.wait_for(over).await;
     }
 
+    /// Whether this is the name of another instance that is there, as far as can be told.
+    pub fn is_other(&self, instance: &str) -> bool {
+        *instance != *self.instance && !self.group.is_gone(instance)
+    }
+
     /// Waits until the configuration has been read; `false` if the supervisor ended before.
     pub async fn loaded(&self) -> bool {
         let mut table = self.table.clone();
@@ -284,6 +290,7 @@ struct Loop {
     slots: HashMap<String, Slot>,
     /// By replication, also of those that are not there.
     marks: HashMap<String, Marks>,
+    group: Group,
 }
 
 /// One life, from the outside.
@@ -397,6 +404,13 @@ impl Loop {
     }
 
     fn delete(&mut self, key: &str) {
+        let (config, id) = (self.deps.config.clone(), key.to_owned());
+        // It must not come back behind wrong documents that are written later.
+        tokio::spawn(async move {
+            if let Err(error) = config.unmark(&id, MarkKind::Valid, None).await {
+                debug!(replication = id, "what was kept of a deleted document was not removed: {error}");
+            }
+        });
         if let Some(slot) = self.slots.get_mut(key) {
             slot.again = None;
             slot.stop.cancel();
@@ -414,7 +428,8 @@ impl Loop {
         let id = entry.key.clone();
         let stop = self.stop.child_token();
         let (wanted, latest) = watch::channel(entry);
-        let context = Context { deps: self.deps.clone(), id: id.clone(), board: board.clone() };
+        let context =
+            Context { deps: self.deps.clone(), id: id.clone(), board: board.clone(), group: self.group.clone() };
         let planner = Planner::new(&self.deps, latest);
         let (marks, asked) = watch::channel(self.marks.get(&id).cloned().unwrap_or_default());
         let life = Life::new(context, planner, asked, stop.clone());

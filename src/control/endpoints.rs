@@ -12,7 +12,7 @@ use chrono::Utc;
 use futures_util::FutureExt;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json as value};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use self::{
@@ -40,9 +40,12 @@ use crate::{
 const MAX_DOCUMENT: usize = 64 << 10;
 /// Rows of one page where the request does not say.
 const DEFAULT_LIMIT: usize = 1_000;
-/// How long a deletion waits for the copy to stop before it forgets the position all the same: from then on the
-/// copy cannot save and stops by itself.
+/// How long a deletion waits for the copy to stop before it forgets the position all the same. A copy that stops later
+/// may write it again: then it goes on there when it is added again.
 const STOP_WITHIN: Duration = Duration::from_secs(60);
+
+/// How often a record is looked at that another instance will write.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What the endpoints work with.
 #[derive(Debug)]
@@ -144,7 +147,11 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
     let written = context.config.delete(&replication, expected).await;
     let deleted = changed(replication, written, "deleted")?;
     let id = deleted.replication.as_str();
-    if timeout(STOP_WITHIN, context.supervisor.stopped_since(id, deleted.revision)).await.is_err() {
+    let stopped = async {
+        context.supervisor.stopped_since(id, deleted.revision).await;
+        stopped_elsewhere(context, id).await;
+    };
+    if timeout(STOP_WITHIN, stopped).await.is_err() {
         warn!(replication = id, "was deleted and did not stop within {STOP_WITHIN:?}");
     }
     if !keep {
@@ -154,6 +161,15 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
         }
     }
     Ok(deleted)
+}
+
+/// Waits until no other instance leads the replication, by what the record itself says.
+async fn stopped_elsewhere(context: &Context, id: &str) {
+    while let Ok((record, _)) = context.positions.read(id).await
+        && record.leader().is_some_and(|leader| context.supervisor.is_other(leader))
+    {
+        sleep(LOOK_AGAIN).await;
+    }
 }
 
 async fn config_get(context: &Context, request: Request) -> Result<Document, Failure> {

@@ -303,7 +303,14 @@ impl Sides<'_> {
             back.findings.append(&mut resume.findings);
             return Ok(back);
         }
-        if let Some((index, point)) = self.newest_complete(&ours).await? {
+        // After a move back, messages that were in the air before it may have arrived behind the saved place: complete
+        // is only what begins directly behind the position.
+        let moved = target.is_some_and(|point| point.source_seq == 0);
+        let next = position.seq.max(self.source.state.first_seq.saturating_sub(1)) + 1;
+        let directly = ours.first().is_some_and(|first| first.origin.seq <= next);
+        if (directly || !moved)
+            && let Some((index, point)) = self.newest_complete(&ours).await?
+        {
             resume.position = point;
             resume.target = Some(ours[index].point());
         }

@@ -360,7 +360,7 @@ impl<'a> Run<'a> {
                         if let Err(error) = sent {
                             counters.refused += 1;
                             self.end(Ending::Failed(error));
-                            return Ok(());
+                            break;
                         }
                     }
                 },
@@ -373,7 +373,9 @@ impl<'a> Run<'a> {
         if let Some(seq) = self.skipped.take() {
             self.left_out(seq);
         }
-        self.reader.pull(&mut self.source, &self.job.budget);
+        if self.ending.is_none() {
+            self.reader.pull(&mut self.source, &self.job.budget);
+        }
         Ok(())
     }
 
@@ -427,10 +429,8 @@ impl<'a> Run<'a> {
     /// What is due now and then: status, save, questions, and whether everything still moves.
     fn tick(&mut self, now: Instant, ledger: &mut Ledger) -> Result<(), Error> {
         self.settle();
-        let before = self.copy.counters;
         self.tell(State::Running);
-        let idle =
-            self.window.is_empty() && self.reader.pending() == 0 && before.received == self.copy.counters.received;
+        let idle = self.window.is_empty() && self.reader.pending() == 0;
         let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
         let saved = ledger.save(now, witnesses, || row(self.job, &self.copy));
         self.next_tick = now

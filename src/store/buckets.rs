@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{ConfigStore, PositionStore, SessionStore, bucket::Bucket};
 
 /// Revisions of each document that are kept.
-const CONFIG_HISTORY: i64 = 10;
+pub const CONFIG_HISTORY: usize = 10;
 
 /// The buckets of one installation.
 #[derive(Debug, Clone)]
@@ -44,7 +44,7 @@ impl Buckets {
             return Err(Error { bucket: config, message });
         }
         let open = async |name: &str, history: i64| Bucket::open(&client, api_prefix, name, history, replicas).await;
-        let config = open(&config, CONFIG_HISTORY).await?;
+        let config = open(&config, CONFIG_HISTORY as i64).await?;
         let positions = open(&format!("{prefix}_POSITIONS"), 1).await?;
         let leases = open(&format!("{prefix}_LEASES"), 1).await?;
         Ok(Self {

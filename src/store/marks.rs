@@ -1,4 +1,4 @@
-//! Marks: what people ask of a replication beside its document, under keys of their own in the configuration bucket.
+//! Marks: what lies beside a document, most of it asked for by people, under keys of their own in the configuration bucket.
 //! `/` cannot occur in an id, so no document is in the way, and people may put and delete them by hand.
 
 use bytes::Bytes;
@@ -12,11 +12,14 @@ pub enum MarkKind {
     Paused,
     /// `<id>/release`: a held replication tries again at once, or leaves out the message that holds it.
     Release,
+    /// `<id>/valid`: the newest document that was valid, kept while newer ones are not: these may be more than the
+    /// bucket remembers.
+    Valid,
 }
 
 impl MarkKind {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Paused, Self::Release];
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Paused, Self::Release, Self::Valid];
 
     /// The key of a replication's mark.
     pub fn key(self, id: &str) -> String {
@@ -34,6 +37,7 @@ impl MarkKind {
         match self {
             Self::Paused => "paused",
             Self::Release => "release",
+            Self::Valid => "valid",
         }
     }
 }

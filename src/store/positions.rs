@@ -11,7 +11,7 @@ use super::{
     buckets::Error,
     watch::Change,
 };
-use crate::status::{Row, TargetMode};
+use crate::status::{Row, State, TargetMode};
 
 /// Value of a replication's key in the positions bucket. Readable JSON; fields that this version does not
 /// know are kept.
@@ -166,7 +166,7 @@ impl PositionStore {
         for _ in 0..CLAIM_TRIES {
             let (before, revision) = self.read(id).await?;
             let previous = before.holder.clone();
-            let record = before.taken_by(holder);
+            let record = before.taken_by(holder).awake();
             match self.save(id, record.clone(), revision).await {
                 Ok(revision) => return Ok(Claim { record, revision, previous }),
                 Err(SaveError::Conflict { .. } | SaveError::Deleted { .. }) => {}
@@ -255,11 +255,20 @@ impl PositionRecord {
         Self { epoch: self.epoch + 1, holder: holder.to_owned(), nonce: u64::from(rand::random::<u32>()), ..self }
     }
 
+    /// Whoever claims it is not paused.
+    fn awake(mut self) -> Self {
+        if let Some(row) = self.status.as_mut().filter(|row| row.state == State::Paused) {
+            row.state = State::Starting;
+        }
+        self
+    }
+
     /// The record with another position, taken by the instance that moves it.
     #[must_use]
     pub fn moved(self, to: SourceWitness, by: &str) -> Self {
         let mut record = self.taken_by(by);
-        if record.source.as_ref().is_some_and(|from| to.seq < from.seq) {
+        // Where nothing was saved yet, the target may have copies from before all the same.
+        if record.source.as_ref().is_none_or(|from| to.seq < from.seq) {
             record.moved_back = true;
             record.generation += 1;
         }
@@ -312,7 +321,7 @@ mod tests {
         check(Some(5), 0, (true, 1));
         check(Some(5), 6, (false, 0));
         check(Some(5), 5, (false, 0));
-        check(None, 0, (false, 0));
+        check(None, 0, (true, 1));
         let back = PositionRecord { source: Some(at(5)), ..PositionRecord::new() }.moved(at(1), "b");
         let forth = back.moved(at(3), "b");
         assert!(forth.moved_back && forth.generation == 1);

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::{
     Stream, StreamExt,
     stream::{self, BoxStream},
@@ -12,7 +13,7 @@ use super::{Deps, trouble::Trouble};
 use crate::{
     config::{Problem, Problems, Replication},
     nats::Rules,
-    store::{ConfigChange, ConfigEntry, ConfigStore, Error},
+    store::{CONFIG_HISTORY, ConfigChange, ConfigEntry, ConfigStore, Error, MarkKind},
 };
 
 /// After a change, so much is waited for the next: a flood of edits becomes one.
@@ -82,6 +83,8 @@ pub(super) struct Plan {
 pub(super) struct Work {
     pub(super) replication: Replication,
     pub(super) revision: u64,
+    /// The document as written.
+    pub(super) document: Bytes,
 }
 
 /// A document that cannot.
@@ -150,7 +153,10 @@ impl Planner {
     async fn plan(&mut self, entry: ConfigEntry) -> Plan {
         let revision = entry.revision;
         let problems = match accept(&entry, &self.site, &self.rules) {
-            Ok(replication) => return Plan { work: Some(Work { replication, revision }), rejected: None },
+            Ok(replication) => {
+                let work = Work { replication, revision, document: entry.value };
+                return Plan { work: Some(work), rejected: None };
+            }
             Err(problems) => problems,
         };
         Plan { work: self.newest_valid(&entry).await, rejected: Some(Rejected { revision, problems }) }
@@ -163,11 +169,26 @@ impl Planner {
                 Err(error) => self.trouble.wait(&format!("{}: {error}", entry.key)).await,
             }
         };
+        // The history may reach no further back than the last edits that were all wrong.
+        let kept = if history.len() >= CONFIG_HISTORY { self.kept(&entry.key).await } else { None };
         self.trouble.over();
-        history.iter().find_map(|old| {
+        history.iter().chain(&kept).find_map(|old| {
             let replication = accept(old, &self.site, &self.rules).ok()?;
-            Some(Work { replication, revision: old.revision })
+            Some(Work { replication, revision: old.revision, document: old.value.clone() })
         })
+    }
+
+    /// The newest document that was valid, as a life kept it.
+    async fn kept(&mut self, key: &str) -> Option<ConfigEntry> {
+        loop {
+            match self.store.marked(key, MarkKind::Valid).await {
+                Ok(kept) => {
+                    let (revision, value) = kept?;
+                    return Some(ConfigEntry { key: key.to_owned(), revision, value });
+                }
+                Err(error) => self.trouble.wait(&format!("{key}: {error}")).await,
+            }
+        }
     }
 }
 

@@ -102,6 +102,12 @@ impl Group {
         self.sessions.borrow().is_gone(instance)
     }
 
+    /// Revision of an instance's session, if it has one.
+    pub(super) fn session(&self, instance: &str) -> Option<u64> {
+        let sessions = self.sessions.borrow();
+        sessions.known.get(instance).filter(|heard| heard.record.is_some()).map(|heard| heard.revision)
+    }
+
     /// Nothing is left of a session: its key was removed without a trace.
     pub(super) fn forget(&self, instance: &str, revision: u64) {
         let same = |heard: &Heard| heard.revision == revision;

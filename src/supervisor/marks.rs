@@ -29,6 +29,7 @@ impl Marks {
                 let release = |value: &_| Release { revision: mark.revision, skip: ReleaseMark::skip_in(value) };
                 self.release = mark.value.as_deref().map(release);
             }
+            MarkKind::Valid => {}
         }
     }
 
@@ -37,6 +38,7 @@ impl Marks {
         match kind {
             MarkKind::Paused => self.paused = false,
             MarkKind::Release => self.release = None,
+            MarkKind::Valid => {}
         }
     }
 
@@ -45,6 +47,7 @@ impl Marks {
         match kind {
             MarkKind::Paused => self.paused,
             MarkKind::Release => self.release.is_some(),
+            MarkKind::Valid => false,
         }
     }
 }

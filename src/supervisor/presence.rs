@@ -54,7 +54,14 @@ impl Presence {
             nonce: 0,
         };
         let stop = CancellationToken::new();
-        let work = Renewal { store, record, revision: None, group: handle.group.clone(), told: String::new() };
+        let work = Renewal {
+            store,
+            record,
+            revision: None,
+            group: handle.group.clone(),
+            told: String::new(),
+            taken_from: None,
+        };
         let task = tokio::spawn(work.run(stop.clone()));
         Self { stop, task }
     }
@@ -74,6 +81,8 @@ struct Renewal {
     group: Group,
     /// The trouble told last.
     told: String,
+    /// Session of another process that was told last.
+    taken_from: Option<String>,
 }
 
 impl Renewal {
@@ -83,7 +92,8 @@ impl Renewal {
         while stop.run_until_cancelled(renew.tick()).await.is_some() {
             // A write is brought to its end, so that the removal finds it.
             match self.renew().await {
-                Ok(()) => self.over(),
+                Ok(true) => self.over(),
+                Ok(false) => {}
                 Err(error) => self.trouble(&error.to_string()),
             }
             if let Err(error) = self.clear_away().await {
@@ -97,13 +107,17 @@ impl Renewal {
         }
     }
 
-    async fn renew(&mut self) -> Result<(), Error> {
+    /// Whether the session was written.
+    async fn renew(&mut self) -> Result<bool, Error> {
         self.record.nonce += 1;
         let revision = match self.revision.take() {
             Some(revision) => revision,
             None => {
                 let (there, revision) = self.store.read(&self.record.instance).await?;
-                if let Some(other) = there.filter(|other| other.session != self.record.session) {
+                let other = there.filter(|other| other.session != self.record.session);
+                if let Some(other) = other
+                    .filter(|other| self.taken_from.replace(other.session.clone()).as_ref() != Some(&other.session))
+                {
                     info!(
                         instance = other.instance,
                         host = other.host,
@@ -115,7 +129,7 @@ impl Renewal {
             }
         };
         self.revision = self.store.put(&self.record, revision).await?;
-        Ok(())
+        Ok(self.revision.is_some())
     }
 
     /// Removes sessions that were silent for long, and then what their removal left.

@@ -18,7 +18,8 @@ use super::{
     Deps,
     board::{Board, Mark},
     desired::{Plan, Planner, Rejected, Work},
-    marks::Marks,
+    group::Group,
+    marks::{Marks, Release},
     outage::Outage,
     trouble::Trouble,
 };
@@ -40,6 +41,15 @@ const HELD: Duration = Duration::from_secs(10);
 /// So long what is in the air may take to settle when a run stops; then the run is dropped.
 const SETTLE: Duration = Duration::from_secs(10);
 
+/// An instance that is there has renewed its session within this time.
+const RENEWED: Duration = Duration::from_secs(5);
+
+/// An instance that is there has stopped a paused replication within this time.
+const STOPPED: Duration = Duration::from_secs(15);
+
+/// How often a record is looked at that another instance will write.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
 /// So long the last row may take to be saved.
 const LAST_SAVE: Duration = Duration::from_secs(2);
 
@@ -58,6 +68,7 @@ pub(super) struct Context {
     pub(super) deps: Arc<Deps>,
     pub(super) id: String,
     pub(super) board: Arc<Board>,
+    pub(super) group: Group,
 }
 
 impl Context {
@@ -210,6 +221,7 @@ impl Life {
                         self.context.board.set_revision(new.revision);
                         work.revision = new.revision;
                     }
+                    self.refusals.keep(&self.context, work, plan.rejected.as_ref());
                     self.refusals.report(&self.context, plan.rejected);
                 }
                 // Superseded: nothing of ours may run again, whatever the document says.
@@ -241,9 +253,26 @@ async fn paused(marks: &mut watch::Receiver<Marks>) {
 struct Refusals {
     /// Revision that was told last.
     told: u64,
+    /// Revision of the document that was kept last.
+    kept: u64,
 }
 
 impl Refusals {
+    /// Keeps the document that runs beside newer ones that cannot: the bucket forgets it when these are many.
+    fn keep(&mut self, context: &Context, work: &Work, rejected: Option<&Rejected>) {
+        if rejected.is_none() || self.kept == work.revision {
+            return;
+        }
+        self.kept = work.revision;
+        let (context, document) = (context.clone(), work.document.clone());
+        // Beside the copy, without holding it up.
+        tokio::spawn(async move {
+            if let Err(error) = context.deps.config.mark(&context.id, MarkKind::Valid, document).await {
+                warn!(replication = context.id, "the newest valid document was not kept: {error}");
+            }
+        });
+    }
+
     /// Says once per revision why a document is not followed.
     fn report(&mut self, context: &Context, rejected: Option<Rejected>) {
         let Some(rejected) = rejected.filter(|rejected| rejected.revision != self.told) else { return };
@@ -272,6 +301,10 @@ struct Session {
     unsaved: bool,
     /// Another instance holds the record: it is not touched again.
     superseded: bool,
+    /// Epoch of the last claim, also when the ledger is lost.
+    epoch: Option<u64>,
+    /// The end of a pause was told, and no other pause since.
+    resumed: bool,
 }
 
 impl Session {
@@ -286,6 +319,8 @@ impl Session {
             told: false,
             unsaved: false,
             superseded: false,
+            epoch: None,
+            resumed: false,
         }
     }
 
@@ -312,6 +347,9 @@ impl Session {
     /// One run.
     async fn attempt(&mut self, replication: &Replication, stop: &CancellationToken) -> Result<(), Error> {
         self.context.board.set_state(State::Starting);
+        // Before anything can fail: what was acted upon is acted upon once.
+        let release = self.marks.borrow().release;
+        self.released = release.map(|release| release.revision);
         {
             let mut claim = pin!(self.claim());
             tokio::select! {
@@ -326,8 +364,6 @@ impl Session {
             }
         }
         let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
-        let release = self.marks.borrow().release;
-        self.released = release.map(|release| release.revision);
         let Self { context, marks, told, outage, .. } = self;
         let Context { deps, board, .. } = &*context;
         let job = Job {
@@ -346,7 +382,7 @@ impl Session {
             biased;
             result = run => result,
             never = observe(context, before, replication, told, outage) => match never {},
-            never = clear_release(context, marks.clone(), saved) => match never {},
+            never = clear_release(context, marks.clone(), saved, |_| true) => match never {},
         };
         if self.context.board.mark() != before {
             self.backoff.reset();
@@ -359,11 +395,12 @@ impl Session {
 
     async fn claim(&mut self) -> Result<(), Error> {
         if self.ledger.is_none() {
-            let Context { deps, id, board } = &self.context;
+            let Context { deps, id, board, .. } = &self.context;
             let claim = deps.positions.claim(id, &deps.instance).await.map_err(|error| {
                 Error::new(ErrorKind::Retry, format!("the position record cannot be claimed: {error}"))
             })?;
             board.claimed(&claim.record);
+            self.epoch = Some(claim.record.epoch);
             let another = |holder: &String| !holder.is_empty() && *holder != deps.instance;
             let previous = Some(claim.previous.clone()).filter(another);
             self.context.emit(Event::Leader { epoch: claim.record.epoch, previous });
@@ -392,7 +429,11 @@ impl Session {
         let released = |marks: &Marks| marks.release.is_some_and(|release| Some(release.revision) != acted_upon);
         let cleared = async {
             match saved {
-                Some(saved) => clear_release(&context, asked, saved).await,
+                Some(saved) => {
+                    // What nobody acted upon yet is for the next attempt.
+                    let due = |release: &Release| Some(release.revision) == acted_upon;
+                    clear_release(&context, asked, saved, due).await
+                }
                 None => pending().await,
             }
         };
@@ -422,11 +463,18 @@ impl Session {
         board.released();
         board.set_state(State::Paused);
         self.outage.over();
-        let epoch = self.ledger.take().map(|ledger| ledger.record().epoch);
+        self.ledger = None;
         let mut trouble = Trouble::new("that a replication is paused cannot be saved");
+        let mut other = Other { since: Instant::now(), session: None };
         loop {
-            match note_pause(&self.context, epoch).await {
-                Ok(Noted::Ours) => return,
+            match note_pause(&self.context, self.epoch, &mut other).await {
+                Ok(Noted::Ours { news }) => {
+                    if news || self.resumed {
+                        self.tell_pause();
+                    }
+                    return;
+                }
+                Ok(Noted::Theirs) => sleep(LOOK_AGAIN).await,
                 Ok(Noted::Anothers) => {
                     self.superseded = true;
                     return self.context.board.set_state(State::Stopped);
@@ -436,9 +484,18 @@ impl Session {
         }
     }
 
+    fn tell_pause(&mut self) {
+        let Context { id, board, .. } = &self.context;
+        let position = board.row().copy.position.source_seq;
+        info!(replication = id, position, "paused");
+        self.context.emit(Event::Paused { position });
+        self.resumed = false;
+    }
+
     /// The pause is over; the position may have been moved meanwhile.
     async fn go_on(&mut self) {
-        let Context { deps, id, board } = &self.context;
+        self.resumed = true;
+        let Context { deps, id, board, .. } = &self.context;
         board.set_state(State::Starting);
         if let Ok(Ok((record, _))) = timeout(LOOK, deps.positions.read(id)).await {
             board.looked_up(&record);
@@ -544,31 +601,50 @@ async fn observe(
 
 /// Whose record was found at a pause.
 enum Noted {
-    /// It says that the replication is paused.
-    Ours,
+    /// It says that the replication is paused, and did not before if that is `news`.
+    Ours { news: bool },
+    /// Another instance runs the replication: it will say so when it has stopped.
+    Theirs,
     /// Another instance took it, and we had not noticed.
     Anothers,
 }
 
+/// Another instance that led the replication when it was paused.
+struct Other {
+    since: Instant,
+    /// Revision of its session when it was looked at first.
+    session: Option<u64>,
+}
+
+impl Other {
+    /// Whether it is there, as far as can be told, and may not have stopped yet.
+    fn may_run(&mut self, group: &Group, leader: &str) -> bool {
+        let waited = self.since.elapsed();
+        let Some(revision) = group.session(leader) else { return waited < RENEWED && !group.is_gone(leader) };
+        let renewed = *self.session.get_or_insert(revision) != revision;
+        waited < RENEWED || (renewed && waited < STOPPED)
+    }
+}
+
 /// Says in the record that the replication is paused, unless it says so; of a record that another instance took
 /// since `epoch` that one will say it.
-async fn note_pause(context: &Context, epoch: Option<u64>) -> Result<Noted, SaveError> {
-    let Context { deps, id, board } = context;
+async fn note_pause(context: &Context, epoch: Option<u64>, other: &mut Other) -> Result<Noted, SaveError> {
+    let Context { deps, id, board, group } = context;
     let (record, revision) = deps.positions.read(id).await?;
     board.looked_up(&record);
     if epoch.is_some_and(|epoch| epoch < record.epoch) && record.holder != deps.instance {
         return Ok(Noted::Anothers);
     }
     if record.status.as_ref().is_some_and(|row| row.state == State::Paused) {
-        return Ok(Noted::Ours);
+        return Ok(Noted::Ours { news: false });
+    }
+    if record.leader().is_some_and(|leader| *leader != *deps.instance && other.may_run(group, leader)) {
+        return Ok(Noted::Theirs);
     }
     let row = Row { epoch: record.epoch, ..board.row() };
-    let position = row.copy.position.source_seq;
     let nonce = u64::from(rand::random::<u32>());
     deps.positions.save(id, PositionRecord { status: Some(row), nonce, ..record }, revision).await?;
-    info!(replication = id, position, "paused");
-    context.emit(Event::Paused { position });
-    Ok(Noted::Ours)
+    Ok(Noted::Ours { news: true })
 }
 
 /// Removes a release that has done its work: another try has begun, or the message to leave out lies behind the saved
@@ -577,10 +653,11 @@ async fn clear_release(
     context: &Context,
     mut marks: watch::Receiver<Marks>,
     mut saved: watch::Receiver<u64>,
+    due: impl Fn(&Release) -> bool,
 ) -> Infallible {
     let Context { deps, id, .. } = context;
     loop {
-        let release = marks.borrow_and_update().release;
+        let release = marks.borrow_and_update().release.filter(&due);
         let cleared = async {
             let Some(release) = release else { return pending().await };
             if let Some(message) = release.skip

@@ -12,9 +12,9 @@ use rustix::pty;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::LIMIT;
 use super::client::wait_value;
 use super::service::binary;
+use super::{LIMIT, secrets};
 
 /// How to call a command.
 #[derive(Debug, Clone)]
@@ -154,7 +154,11 @@ impl Running {
                 .await?
                 .map_err(|_| anyhow!("the terminal was not read"))?;
         }
-        Ok(Ended { code: status.code(), stdout: self.shown(), stderr: read(&self.folder.path().join("stderr")) })
+        let ended =
+            Ended { code: status.code(), stdout: self.shown(), stderr: read(&self.folder.path().join("stderr")) };
+        secrets::check("stdout of a command", &ended.stdout);
+        secrets::check("stderr of a command", &ended.stderr);
+        Ok(ended)
     }
 
     /// What it printed so far; on a terminal everything that is seen there.

@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command};
 use anyhow::Result;
 use serde_json::json;
 
-use crate::harness::{Role, Server, Service};
+use crate::harness::{Role, Server, Service, Site};
 
 /// Runs `serve` with nothing of the caller's environment; its exit code and everything that it wrote.
 fn serve(arguments: &[&str], home: &Path, environment: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
@@ -79,5 +79,73 @@ async fn a_context_and_flags_before_it_make_the_connection() -> Result<()> {
     let service = Service::builder(&control.url(), "TEST").args(["--context", "hub"]);
     let service = service.env("XDG_CONFIG_HOME", &home).env("NATS_PASSWORD", "right").start().await?;
     assert!(service.log().contains("ready"));
+    Ok(())
+}
+
+/// Runs a command that asks, with nothing of the caller's environment; its exit code and everything that it wrote.
+fn ask(home: &Path, environment: &[(&str, &str)], arguments: &[&str]) -> Result<(Option<i32>, String)> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_stream-replicator"));
+    command.args(arguments).env_clear().env("XDG_CONFIG_HOME", home).envs(environment.iter().copied());
+    let output = command.output()?;
+    let text = [output.stdout, output.stderr].concat();
+    Ok((output.status.code(), String::from_utf8_lossy(&text).into_owned()))
+}
+
+#[tokio::test]
+async fn a_command_goes_by_flag_environment_or_selected_context() -> Result<()> {
+    let site = Site::small().await?;
+    let url = site.control().url();
+    let folder = tempfile::tempdir()?;
+    context(folder.path(), "here", &json!({"url": url}).to_string())?;
+    let status = |environment: &[(&str, &str)], arguments: &[&str]| {
+        ask(folder.path(), environment, &[&["status"], arguments].concat())
+    };
+    let finds = |found: Result<(Option<i32>, String)>| -> Result<()> {
+        let (code, text) = found?;
+        assert!(code == Some(0) && text.starts_with("REPLICATION"), "{text}");
+        Ok(())
+    };
+    finds(status(&[], &["--server", &url]))?;
+    finds(status(&[], &["--context", "here"]))?;
+    finds(status(&[("NATS_CONTEXT", "here")], &[]))?;
+    finds(status(&[("NATS_URL", &url)], &[]))?;
+    fs::write(folder.path().join("nats/context.txt"), "here")?;
+    finds(status(&[], &[]))?;
+    // What is given goes before what is selected.
+    let (code, text) = status(&[("NATS_URL", "nats://127.0.0.1:1")], &[])?;
+    assert!(code == Some(1) && text.contains("127.0.0.1:1"), "{text}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn each_name_of_the_environment_has_its_effect() -> Result<()> {
+    let config = "authorization { user: me, password: right }";
+    let server = Server::builder(Role::Control).config(config).start().await?;
+    let folder = tempfile::tempdir()?;
+    let missing = folder.path().join("missing");
+    let missing = missing.to_str().unwrap_or_default();
+    let url = server.url();
+    let check = |more: &[(&str, &str)], code: i32, expect: &str| -> Result<()> {
+        let environment = [&[("NATS_URL", url.as_str())], more].concat();
+        let (got, text) = ask(folder.path(), &environment, &["status"])?;
+        assert_eq!(got, Some(code), "{more:?}: {text}");
+        assert!(text.to_lowercase().contains(&expect.to_lowercase()), "`{expect}` is not in {text}");
+        Ok(())
+    };
+    check(&[("NATS_USER", "me"), ("NATS_PASSWORD", "wrong")], 1, "authorization")?;
+    // Let in: nobody answers there.
+    check(&[("NATS_USER", "me"), ("NATS_PASSWORD", "right")], 1, "replicator.status")?;
+    let me = [("NATS_USER", "me"), ("NATS_PASSWORD", "right")];
+    check(&[&me[..], &[("STREAM_REPLICATOR_PREFIX", "acme.copy")]].concat(), 1, "acme.copy.status")?;
+    check(&[("NATS_CREDS", missing)], 1, missing)?;
+    check(&[("NATS_NKEY", missing)], 1, missing)?;
+    check(&[&me[..], &[("NATS_CA", missing)]].concat(), 1, "TLS")?;
+    check(&[("NATS_CERT", missing)], 2, "go together")?;
+    check(&[("NATS_KEY", missing)], 2, "go together")?;
+    check(&[("NATS_CONTEXT", "none")], 2, "context `none`")?;
+    check(&[("NATS_JS_DOMAIN", "a"), ("NATS_JS_API_PREFIX", "b")], 2, "NATS_JS_API_PREFIX")?;
+    check(&[("NATS_JS_DOMAIN", "a.b")], 2, "NATS_JS_DOMAIN")?;
+    check(&[("NATS_INBOX_PREFIX", "a b")], 2, "NATS_INBOX_PREFIX")?;
+    check(&[("NATS_TIMEOUT", "soon")], 2, "NATS_TIMEOUT")?;
     Ok(())
 }

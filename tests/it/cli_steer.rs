@@ -3,8 +3,8 @@
 use anyhow::Result;
 use serde_json::json;
 
-use crate::harness::Site;
 use crate::harness::cli::failed;
+use crate::harness::{Outgoing, Site};
 
 #[tokio::test]
 async fn replications_are_paused_and_go_on() -> Result<()> {
@@ -85,5 +85,26 @@ async fn a_document_is_checked_with_what_both_sides_say() -> Result<()> {
     let reply: serde_json::Value = serde_json::from_str(&wrong.stdout)?;
     assert_eq!((wrong.code, &reply["valid"], &reply["preflight"]), (Some(1), &json!(false), &json!(null)));
     assert_eq!(site.ask("config.list", "").await?.body["total"], 0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_held_is_tried_again_or_goes_on_without_a_message() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    site.send("config.add", site.document("LATER")).await?;
+    site.row_when("LATER", "is held", |row| row["state"] == "held").await?;
+    assert_eq!(cli.ok(["retry", "LATER"]).await?, "LATER is tried again\n");
+
+    site.source_stream("ORDERS", json!({})).await?;
+    let payload = |i| if i == 10 { "x".repeat(3_000) } else { String::new() };
+    site.source().await?.publish_all((1..=20).map(|i| Outgoing::new("orders.x", payload(i)))).await?;
+    site.target_stream("ORDERS", json!({"max_msg_size": 1_000})).await?;
+    site.add("ORDERS", json!({})).await?;
+    site.row_when("ORDERS", "is held", |row| row["last_error"]["source_seq"] == 10).await?;
+    failed(&cli.run(["skip", "ORDERS", "--source-seq", "11"]).await?, &["(409)"]);
+    let skipped = cli.ok(["skip", "ORDERS", "--source-seq", "10"]).await?;
+    assert!(skipped.contains("ORDERS") && skipped.contains("10"), "{skipped}");
+    site.settled("ORDERS", 20).await?;
     Ok(())
 }

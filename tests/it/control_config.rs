@@ -135,6 +135,13 @@ async fn a_change_after_its_deadline_is_not_made() -> Result<()> {
     refused(&site.ask("config.get", "ORDERS").await?, 404, "does not exist");
     let reply = site.ask_with("config.add", ("Replicator-Deadline", "9999999999999"), document).await?;
     assert_eq!(reply.code, None, "{reply:?}");
+    let changed = site.document_with("ORDERS", json!({"max_age": "1d"})).to_string();
+    for (endpoint, body) in [("config.update", changed), ("config.delete", "ORDERS".to_owned())] {
+        let reply = site.ask_with(endpoint, ("Replicator-Deadline", "1000"), body).await?;
+        assert_eq!(reply.code.as_deref(), Some("408"), "{endpoint}: {reply:?}");
+    }
+    let kept = site.ask("config.get", "ORDERS").await?.body;
+    assert_eq!((&kept["revision"], &kept["config"]["max_age"]), (&json!(1), &Value::Null), "{kept}");
     Ok(())
 }
 

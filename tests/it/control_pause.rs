@@ -119,7 +119,7 @@ async fn a_pause_that_was_put_while_nothing_ran_holds_from_the_first_moment() ->
     site.replicate("ORDERS", 10).await?;
     site.settled("ORDERS", 10).await?;
     let mut events = site.listen().await?;
-    for round in 1..=5 {
+    for round in 1..=3 {
         site.service.kill()?;
         site.publish("ORDERS", 1..=10).await?;
         site.put("ORDERS/paused", "by hand, no JSON").await?;
@@ -248,9 +248,10 @@ async fn a_frozen_target_does_not_hold_up_the_answer_to_a_pause() -> Result<()> 
     site.publish("ORDERS", 1..=10).await?;
     site.row_when("ORDERS", "has something in the air", |row| row["in_flight"]["messages"] == 10).await?;
     let (reply, took) = timed(site.ask("pause", "ORDERS")).await?;
-    changed(&reply, "ORDERS");
+    refused(&reply, 504, "has not stopped yet");
     assert!(took < Duration::from_secs(3), "{took:?}");
     site.row_when("ORDERS", "is paused", is_paused).await?;
+    changed(&site.ask("pause", "ORDERS").await?, "ORDERS");
     site.target.thaw()?;
     site.ask("resume", "ORDERS").await?;
     site.settled("ORDERS", 20).await?;
@@ -320,6 +321,28 @@ async fn an_instance_that_is_asked_pauses_what_another_one_runs() -> Result<()> 
     }
     two.stop().await?;
     led_by(Value::Null, "stopped").await
+}
+
+#[tokio::test]
+async fn an_instance_that_is_asked_deletes_what_another_one_runs_and_its_position() -> Result<()> {
+    let site = Site::builder().args(["--instance", "one"]).start().await?;
+    site.filled("ORDERS", 100).await?;
+    site.add("ORDERS", json!({})).await?;
+    site.settled("ORDERS", 100).await?;
+    let _two = Service::builder(&site.control().url(), SITE).instance("two").start().await?;
+    site.row_when("ORDERS", "is led by two", |row| row["leader"] == "two" && row["state"] == "running").await?;
+    for _ in 0..6 {
+        // Either instance takes the request.
+        assert_eq!(site.ask("config.delete", "ORDERS").await?.error, None);
+        assert_eq!(site.position("ORDERS").await?, None);
+        site.add("ORDERS", json!({})).await?;
+        let runs = async || {
+            let record = site.position("ORDERS").await.ok().flatten().unwrap_or_default();
+            record["status"]["state"] == "running"
+        };
+        wait_for("one of them to run it", crate::harness::LIMIT, runs).await?;
+    }
+    Ok(())
 }
 
 #[tokio::test]

@@ -121,12 +121,20 @@ async fn what_the_target_connection_cannot_carry_is_found_before_it_is_sent() ->
     let target = Server::builder(Role::Target).config("max_payload: 2048").start().await?;
     let site = Site::builder().on(Server::start(Role::Source).await?, target).control_at_source().start().await?;
     site.source_stream("ORDERS", json!({})).await?;
-    publish(&site, &[10]).await?;
+    publish(&site, &[10, 11]).await?;
     site.add("ORDERS", json!({})).await?;
-    held_by(&site, 10).await?;
-    assert_eq!(site.ask("skip", "ORDERS").await?.error, None);
+    for seq in [10, 11] {
+        held_by(&site, seq).await?;
+        assert_eq!(site.ask("skip", "ORDERS").await?.error, None);
+    }
     site.settled("ORDERS", 20).await?;
-    site.verify("ORDERS", &Expect::copy_of("ORDERS").site(SITE).only(|m| m.seq != 10)).await
+    let told = site.events.told("poison");
+    let told: Vec<_> = told.iter().map(|event| (event["source_seq"].clone(), event["action"].clone())).collect();
+    let expect = [(10, "held"), (10, "skipped"), (11, "held"), (11, "skipped")];
+    for (seq, action) in expect {
+        assert!(told.contains(&(json!(seq), json!(action))), "{seq} {action} is not in {told:?}");
+    }
+    site.verify("ORDERS", &Expect::copy_of("ORDERS").site(SITE).only(|m| m.seq != 10 && m.seq != 11)).await
 }
 
 #[tokio::test]
@@ -208,4 +216,29 @@ async fn any_value_by_hand_releases() -> Result<()> {
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     mark_is_gone(&site).await?;
     site.row("ORDERS").await.context("a row").map(|_| ())
+}
+
+#[tokio::test]
+async fn a_retry_that_cannot_begin_is_not_tried_without_end() -> Result<()> {
+    let site = Site::small().await?;
+    site.replicate("ORDERS", 10).await?;
+    site.settled("ORDERS", 10).await?;
+    site.ask("pause", "ORDERS").await?;
+    let positions = site.bucket("REPLICATOR_POSITIONS").await?;
+    positions.put("ORDERS", "no record".into()).await?;
+    site.ask("resume", "ORDERS").await?;
+    site.row_when("ORDERS", "is retrying", |row| row["state"] == "retrying").await?;
+    let errors = async || {
+        Ok::<_, anyhow::Error>(
+            site.row("ORDERS").await.unwrap_or_default()["counters"]["errors"].as_u64().unwrap_or_default(),
+        )
+    };
+    let before = errors().await?;
+    assert_eq!(site.ask("retry", "ORDERS").await?.error, None);
+    // One more at once, and then as the backoff has it.
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    assert!(errors().await? < before + 30, "{before}, then {}", errors().await?);
+    positions.delete("ORDERS").await?;
+    site.settled("ORDERS", 10).await?;
+    Ok(())
 }

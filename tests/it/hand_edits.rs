@@ -366,3 +366,28 @@ async fn right_ones_run(site: &Site, keys: &[(&str, Last)]) -> Result<Vec<(Strin
     }
     Ok(revisions)
 }
+
+#[tokio::test]
+async fn the_newest_valid_document_runs_also_behind_more_wrong_ones_than_the_bucket_keeps() -> Result<()> {
+    let mut site = Site::small().await?;
+    site.replicate("ORDERS", 10).await?;
+    for round in 0..12 {
+        site.put("ORDERS", format!("garbage {round}")).await?;
+    }
+    let kept = site.bucket("REPLICATOR_CONFIG").await?;
+    wait_for("the document to be kept", PROMPT, async || {
+        kept.get("ORDERS/valid").await.is_ok_and(|kept| kept.is_some())
+    })
+    .await?;
+    site.service.kill()?;
+    site.publish("ORDERS", 11..=20).await?;
+    site.service.restart().await?;
+    site.copied("ORDERS", 20).await?;
+    let row = site.row_when("ORDERS", "runs", |row| row["state"] == "running").await?;
+    assert_eq!(row["last_error"]["kind"], "invalid", "{row}");
+    // A deletion is one for all revisions.
+    kept.delete("ORDERS").await?;
+    wait_for("the kept one to go", PROMPT, async || kept.get("ORDERS/valid").await.is_ok_and(|kept| kept.is_none()))
+        .await?;
+    Ok(())
+}

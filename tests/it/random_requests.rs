@@ -12,7 +12,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::harness::client::{check_reply, request};
+use crate::harness::client::{check_reply, checked, request};
 use crate::harness::{LIMIT, Outgoing, Raw, Site, secrets, wait_for};
 
 /// The design's "within 3 s".
@@ -130,12 +130,13 @@ async fn ask(site: &Site, asked: &Asked) -> Result<Answer> {
     match code {
         None => ensure!(body.is_object() && error.is_null(), "{body}"),
         Some(code) => {
-            ensure!([400, 404, 408, 409, 503].contains(&code), "{body}");
+            ensure!([400, 404, 408, 409, 503, 504].contains(&code), "{body}");
             ensure!(error["code"] == code && error["problems"].is_array(), "{body}");
             ensure!(error["description"].as_str().is_some_and(|text| !text.is_empty()), "{body}");
             ensure!(header("Nats-Service-Error").is_some_and(|text| !text.is_empty()), "{body}");
         }
     }
+    checked(&asked.subject, &asked.body, code.is_some(), &body);
     Ok(Answer { endpoint: asked.endpoint.clone(), code, time })
 }
 

@@ -14,15 +14,23 @@ const SHOWN: usize = 1_000;
 
 pub(super) async fn instances(context: &Context, request: Request) -> Result<Instances, Failure> {
     let InstancesRequest { offset, limit } = options(&request.body)?;
-    let rows = context.supervisor.peers().into_iter().map(row).collect();
+    // A row is never so large that a page could hold none.
+    let most = context.room() / 4;
+    let rows = context.supervisor.peers().into_iter().map(|peer| row(peer, most)).collect();
     let Page { rows: instances, limit, total } = page(rows, offset, limit, context.room());
     Ok(Instances { site: context.site.clone(), instances, offset, limit, total })
 }
 
-fn row(peer: Peer) -> InstanceRow {
+fn row(peer: Peer, most: usize) -> InstanceRow {
     let Peer { session, silent, mut leads } = peer;
     let count = leads.len();
-    leads.truncate(SHOWN);
+    let mut bytes = 0;
+    let fits = |id: &&String| {
+        bytes += id.len() + 3;
+        bytes <= most
+    };
+    let shown = leads.iter().take(SHOWN).take_while(fits).count();
+    leads.truncate(shown);
     InstanceRow {
         instance: session.instance,
         version: session.program,

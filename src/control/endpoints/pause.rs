@@ -33,8 +33,10 @@ pub(super) async fn pause(context: &Context, request: Request) -> Result<Changed
             revision
         }
     };
-    let _ = timeout_at(end, context.supervisor.paused_since(&replication, revision)).await;
-    Ok(Changed { replication, revision })
+    match timeout_at(end, context.supervisor.paused_since(&replication, revision)).await {
+        Ok(()) => Ok(Changed { replication, revision }),
+        Err(_) => Err(Failure::new(504, format!("replication `{replication}` stops, and has not stopped yet"))),
+    }
 }
 
 pub(super) async fn resume(context: &Context, request: Request) -> Result<Changed, Failure> {
