@@ -20,4 +20,4 @@ pub use problems::{Problem, Problems};
 pub use replication::{Limits, Mapping, Replication, Side, Start};
 pub use schema::replication_schema;
 pub use secret::Secret;
-pub use secrets::{has_mask, mask_document, unmask_document};
+pub use secrets::{URLS, has_mask, mask_document, unmask_document};

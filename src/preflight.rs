@@ -1,5 +1,6 @@
-//! Looks at both sides of a replication before it runs, over lanes that live for a moment. Nothing is changed and
-//! nothing is published that anybody could store: only questions are asked.
+//! Looks at both sides of a replication before it runs, over lanes that live for a moment. Nothing is changed: only
+//! questions are asked. Where an API prefix is the subject of a stream that stores them, the first answer tells, and no
+//! other question follows.
 //!
 //! [`look`] asks, [`judge`] decides what the answers mean.
 

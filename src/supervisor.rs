@@ -208,6 +208,10 @@ impl Handle {
             row.state = State::Stopped;
         } else if !fresh {
             row.state = State::Starting;
+        } else if row.state == State::Running && row.leader.as_ref().is_some_and(|leader| self.group.is_doubted(leader))
+        {
+            // Nobody waits for what may be dead and looks caught up.
+            row.state = State::Retrying;
         }
         row
     }

@@ -20,14 +20,12 @@ use super::{
     output::{Colour, Output, clean},
 };
 use crate::{
-    config::{self, MASK, Problem, document_id, mask_document},
+    config::{self, MASK, Problem, URLS, document_id, mask_document},
     control::api::{Changed, DeleteRequest, Document, Failure, List},
 };
 
 /// Documents that are asked for at once.
 const PARALLEL: usize = 16;
-/// The URLs of a document, where `***` may stand for a secret.
-const URLS: [&str; 2] = ["source_url", "target_url"];
 
 /// Make what is stored what files say: add and update what differs
 ///

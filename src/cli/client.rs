@@ -1,17 +1,13 @@
 //! Asks the service: a request becomes a reply or the reason why there is none.
 
-use std::{
-    io::Write,
-    marker::PhantomData,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{io::Write, marker::PhantomData, time::Duration};
 
 use async_nats::{Event, HeaderMap, Message, RequestErrorKind, jetstream};
 use bytes::Bytes;
 use chrono::Utc;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use super::{error::Error, global::Global, output::clean};
 use crate::{
@@ -30,8 +26,8 @@ pub(super) struct Client {
     api_prefix: String,
     prefix: String,
     answer_within: Duration,
-    /// What the server last said against something of ours.
-    refusal: Arc<Mutex<Option<String>>>,
+    /// What the server last said against something of ours; empty for nothing.
+    refusal: watch::Sender<String>,
 }
 
 /// An answer.
@@ -64,14 +60,14 @@ impl Client {
     pub(super) async fn connect(global: &Global) -> Result<Self, Error> {
         let answer_within = global.asking.timeout().map_err(Error::Usage)?;
         let place = global.asking.place().map_err(Error::Usage)?;
-        let refusal = Arc::new(Mutex::new(None));
+        let refusal = watch::Sender::new(String::new());
         let last = refusal.clone();
         let tell = move |event| match event {
-            Event::ServerError(error) => *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string()),
+            Event::ServerError(error) => _ = last.send_replace(error.to_string()),
             Event::Disconnected => tell("the connection is lost"),
             _ => {}
         };
-        let connected = connect_once(&place, &format!("{} command", names::PROGRAM), tell).await;
+        let connected = connect_once(&place, &format!("{} command", names::PROGRAM), answer_within, tell).await;
         let (nats, connection) = connected.map_err(|error| Error::Failed(clean(&error.to_string())))?;
         let (server, api_prefix) = (connection.endpoint.to_string(), connection.api_prefix);
         Ok(Self { nats, server, api_prefix, prefix: global.prefix.clone(), answer_within, refusal })
@@ -102,6 +98,17 @@ impl Client {
     /// Where it is connected to, without secrets.
     pub(super) fn server(&self) -> &str {
         &self.server
+    }
+
+    /// Waits until the server refuses a subscription of ours; its words.
+    pub(super) async fn subscription_refused(&self) -> String {
+        let mut refusal = self.refusal.subscribe();
+        let refused = |said: &String| said.to_lowercase().contains("permissions violation for subscription");
+        match refusal.wait_for(refused).await {
+            Ok(said) => clean(&said),
+            // Nobody will say anything any more.
+            Err(_) => std::future::pending().await,
+        }
     }
 
     /// How long an answer is waited for.
@@ -190,10 +197,11 @@ impl Client {
                 format!("no service answers on `{subject}` at `{server}`: is it running, and is `--prefix` right?")
             }
             RequestErrorKind::TimedOut => {
-                let refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner).take();
-                let reason = refusal.map(|refusal| format!("; the server says: {}", clean(&refusal)));
+                let refusal = self.refusal.send_replace(String::new());
+                let reason =
+                    if refusal.is_empty() { String::new() } else { format!("; the server says: {}", clean(&refusal)) };
                 let within = self.answer_within;
-                format!("no answer on `{subject}` at `{server}` within {within:?}{}", reason.unwrap_or_default())
+                format!("no answer on `{subject}` at `{server}` within {within:?}{reason}")
             }
             _ => format!("request on `{subject}` at `{server}`: {}", clean(&error.to_string())),
         }

@@ -160,7 +160,8 @@ async fn write(
     Ok(Verdict::Good)
 }
 
-fn at_revision(changed: &Changed) -> String {
+/// What is said of a change that was made.
+pub(super) fn at_revision(changed: &Changed) -> String {
     format!("{} is at revision {}", changed.replication, changed.revision)
 }
 

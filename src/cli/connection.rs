@@ -189,9 +189,15 @@ fn told(error: FieldError) -> String {
     format!("`{flag}` (or `{variable}`): {}", error.message)
 }
 
+/// A command for tests whose flags are not read from the environment of whoever runs them.
+#[cfg(test)]
+pub(super) fn without_environment(command: clap::Command) -> clap::Command {
+    command.mut_args(|argument| argument.env(clap::builder::Resettable::Reset))
+}
+
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
+    use clap::{CommandFactory, FromArgMatches, Parser};
 
     use super::*;
 
@@ -201,9 +207,14 @@ mod tests {
         asking: Asking,
     }
 
+    fn parse(arguments: &[&str]) -> Command {
+        let command = without_environment(Command::command());
+        let matches = command.try_get_matches_from(["x"].iter().chain(arguments)).unwrap();
+        Command::from_arg_matches(&matches).unwrap()
+    }
+
     fn place(arguments: &[&str]) -> Result<Place, String> {
-        let command = Command::try_parse_from(["x"].iter().chain(arguments)).unwrap();
-        command.asking.connection.place()
+        parse(arguments).asking.connection.place()
     }
 
     #[test]
@@ -231,7 +242,7 @@ mod tests {
         assert_eq!(connection.endpoint.to_string(), "tls://h:4222?credentials=/c&tls_handshake_first=true");
         assert_eq!(connection.endpoint.tls.ca, Some("/a".into()));
         assert_eq!((connection.api_prefix.as_str(), connection.inbox_prefix.as_str()), ("$JS.hub.API", "in"));
-        let asking = Command::try_parse_from(["x", "--timeout", "1m"]).unwrap().asking;
+        let asking = parse(&["--timeout", "1m"]).asking;
         assert_eq!((asking.timeout(), asking.limit()), (Ok(Duration::from_secs(60)), Some(Duration::from_secs(60))));
     }
 
@@ -252,8 +263,7 @@ mod tests {
 
     #[test]
     fn secrets_are_not_printed() {
-        let arguments = ["x", "-s", "nats://u:s3cret@h", "--password", "s3cret"];
-        let command = Command::try_parse_from(arguments).unwrap();
+        let command = parse(&["-s", "nats://u:s3cret@h", "--password", "s3cret"]);
         assert!(!format!("{command:?}").contains("s3cret"), "{command:?}");
     }
 }

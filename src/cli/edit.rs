@@ -11,14 +11,14 @@ use tokio::{
 
 use super::{
     client::{Client, Reply},
-    config::{pretty, stored},
+    config::{at_revision, pretty, stored},
     error::{Error, Verdict, problems},
     global::Global,
     output::{self, Output},
 };
 use crate::{
     config::document_id,
-    control::api::{Changed, Document, Status, StatusRequest},
+    control::api::{Document, Status, StatusRequest},
 };
 
 #[derive(Debug, clap::Args)]
@@ -39,7 +39,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
     let file = draft(&before)?;
     let edited = edit(&client, &document, &site, &before, file.path(), out).await;
     // what was written is not lost with the change that was refused
-    let is_draft = fs::read_to_string(file.path()).is_ok_and(|text| text != before);
+    let is_draft = fs::read(file.path()).is_ok_and(|text| text != before.as_bytes());
     if edited.is_err()
         && is_draft
         && let Ok((_, path)) = file.keep()
@@ -85,9 +85,7 @@ async fn edit(
                 let changed = client.change_at("config.update", text.into(), Some(document.revision)).await;
                 let error = match changed {
                     Ok(reply) => {
-                        let words =
-                            |changed: &Changed| format!("{} is at revision {}", changed.replication, changed.revision);
-                        out.reply(&reply, words);
+                        out.reply(&reply, at_revision);
                         return Ok(Verdict::Good);
                     }
                     Err(error) => error,

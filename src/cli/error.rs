@@ -8,8 +8,8 @@ use crate::{
     control::api::{ErrorReply, Failure},
 };
 
-/// Exit code of wrong usage; clap uses the same.
-const USAGE: u8 = 2;
+/// Exit code of wrong usage or configuration; clap uses the same.
+pub(super) const USAGE: u8 = 2;
 
 /// What a command that was carried out found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

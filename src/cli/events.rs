@@ -1,6 +1,6 @@
 //! `stream-replicator events`: what was told, where a stream keeps it, and what is told now.
 
-use std::{fmt::Display, time::Duration};
+use std::{fmt::Display, pin::pin, time::Duration};
 
 use async_nats::{
     Message, datetime,
@@ -82,10 +82,15 @@ async fn live(client: &Client, subjects: Vec<String>, out: &mut Output) -> Resul
     }
     client.nats().flush().await.map_err(|error| failed(&error))?;
     let mut messages = select_all(subscriptions);
-    while !out.closed()
-        && let Some(message) = messages.next().await
-    {
-        show(&message, out);
+    let mut refused = pin!(client.subscription_refused());
+    while !out.closed() {
+        tokio::select! {
+            message = messages.next() => match message {
+                Some(message) => show(&message, out),
+                None => break,
+            },
+            said = &mut refused => return Err(failed(&said)),
+        }
     }
     Ok(())
 }

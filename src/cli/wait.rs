@@ -69,7 +69,7 @@ async fn caught_up(client: &Client, id: Option<&str>, behind: &mut String) -> Re
                     return Ok(view);
                 }
             }
-            Err(error @ Error::Failed(_)) if answered => {
+            Err(error) if answered && passes(&error) => {
                 *behind = error.to_string();
                 since = None;
             }
@@ -77,6 +77,11 @@ async fn caught_up(client: &Client, id: Option<&str>, behind: &mut String) -> Re
         }
         sleep(EVERY).await;
     }
+}
+
+/// Whether the next answer may be another one: nobody answered, or the service cannot just now.
+fn passes(error: &Error) -> bool {
+    matches!(error, Error::Failed(_)) || matches!(error.code(), Some(503 | 504))
 }
 
 /// Who is behind, in words; an error if somebody will not catch up. One that is paused is waited for only if it is
@@ -134,4 +139,17 @@ fn named(rows: &[&Row]) -> String {
         names.push(format!("{} more", rows.len() - MOST));
     }
     names.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::api::Failure;
+
+    #[test]
+    fn a_service_that_cannot_just_now_ends_no_wait() {
+        let refused = |code| passes(&Failure::new(code, "no").into());
+        assert_eq!([503, 504, 400, 404, 500].map(refused), [true, true, false, false, false]);
+        assert!(passes(&Error::Failed("no answer".to_owned())) && !passes(&Error::Usage("no".to_owned())));
+    }
 }

@@ -8,7 +8,8 @@ use super::{
     schema::{join, replication_schema},
 };
 
-const URLS: [&str; 2] = ["source_url", "target_url"];
+/// The fields of a document that are URLs: `***` may stand for a secret there.
+pub const URLS: [&str; 2] = ["source_url", "target_url"];
 
 /// A document without its secrets. Documents that people wrote by hand may be anything: of a field that no document
 /// has (it may be a password that somebody thought to belong here) no text is shown.

@@ -7,6 +7,7 @@ use std::{
 
 use async_nats::{Auth as Login, AuthError, Client, ConnectOptions, Event, ServerAddr};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::{Lane, auth, context, tls};
@@ -44,14 +45,30 @@ pub async fn connect(place: &Place, name: &str) -> Result<(Client, Connection), 
     Ok((client, connection))
 }
 
-/// Makes a client for a command: an error comes at once and in full. Later the connection is made again when it is
-/// lost. `tell` hears of everything that happens to it.
+/// Makes a client for a command: an error comes at once and in full, at the latest after `within`, of which every
+/// server gets its part. Later the connection is made again when it is lost. `tell` hears of everything that happens
+/// to it.
 pub async fn connect_once(
     place: &Place,
     name: &str,
+    within: Duration,
     tell: impl Fn(Event) + Send + Sync + 'static,
 ) -> Result<(Client, Connection), super::Error> {
-    let connection = context::resolve(place)?;
+    let mut connection = context::resolve(place)?;
+    let endpoint = &mut connection.endpoint;
+    let part = within / u32::try_from(endpoint.hosts.len()).unwrap_or(u32::MAX).max(1);
+    endpoint.connect_timeout = endpoint.connect_timeout.min(part);
+    let late = format!("cannot connect to `{endpoint}`: no answer within {within:?}");
+    let connected = timeout(within, connect_or_explain(place, connection, name, tell)).await;
+    connected.unwrap_or_else(|_| Err(super::Error::retry(late)))
+}
+
+async fn connect_or_explain(
+    place: &Place,
+    connection: Connection,
+    name: &str,
+    tell: impl Fn(Event) + Send + Sync + 'static,
+) -> Result<(Client, Connection), super::Error> {
     let options = options(place, &connection, name).event_callback(move |event| {
         tell(event);
         std::future::ready(())

@@ -11,7 +11,7 @@ use super::{
     subjects::{Flow, Share, intersection, share},
 };
 use crate::{
-    config::{Replication, Start},
+    config::{Connection, Replication, Start},
     copy::target::{self, Abilities},
     nats::{Error, jetstream::StreamInfo},
     status::{TargetMode, Transport},
@@ -89,10 +89,9 @@ type Said = Option<(Outcome, String)>;
 
 impl Pair<'_> {
     pub(super) fn judge_source(&self) -> SideReport {
-        const URL: &str = "/source_url";
         let (facts, mut findings) = (self.source, Findings::new("source", self.source));
-        findings.add_answer("connect", URL, &facts.connect);
-        findings.add_answer("jetstream", URL, &facts.jetstream);
+        findings.add_answer("connect", facts.path, &facts.connect);
+        findings.add_answer("jetstream", facts.path, &facts.jetstream);
         let name = &self.replication.source.stream;
         match &facts.stream {
             Answer::Got(None) => {
@@ -103,7 +102,7 @@ impl Pair<'_> {
                 let refused = target::readable(name, stream).err();
                 findings.add_any("stream", "/stream", refused.map(|error| (Outcome::Failed, error.message)));
             }
-            answer => findings.add_answer("stream", URL, answer),
+            answer => findings.add_answer("stream", facts.path, answer),
         }
         self.judge_calls(Role::Source, &mut findings);
         match facts.stream.there() {
@@ -120,10 +119,9 @@ impl Pair<'_> {
     }
 
     pub(super) fn judge_target(&self, known: &[Known]) -> SideReport {
-        const URL: &str = "/target_url";
         let (facts, mut findings) = (self.target, Findings::new("target", self.target));
-        findings.add_answer("connect", URL, &facts.connect);
-        findings.add_answer("jetstream", URL, &facts.jetstream);
+        findings.add_answer("connect", facts.path, &facts.connect);
+        findings.add_answer("jetstream", facts.path, &facts.jetstream);
         let stream = self.judge_target_stream(&mut findings);
         self.judge_calls(Role::Target, &mut findings);
         self.judge_publish(&mut findings);
@@ -141,31 +139,32 @@ impl Pair<'_> {
                 }
             }
         }
-        findings.add_any("cycle", URL, self.cycle(known));
+        findings.add_any("cycle", facts.path, self.cycle(known));
         findings.report(facts)
     }
 
     /// The calls of a copy: by the permissions, or by what came of trying them.
     fn judge_calls(&self, role: Role, findings: &mut Findings) {
-        let (facts, path) = match role {
-            Role::Source => (self.source, "/source_url"),
-            Role::Target => (self.target, "/target_url"),
+        let facts = match role {
+            Role::Source => self.source,
+            Role::Target => self.target,
         };
-        match (&facts.permissions, &facts.stream) {
-            (Answer::Got(permissions), Answer::Got(stream)) => {
-                let calls = calls(role, self.replication, stream.is_none(), &facts.api_prefix).into_iter();
+        let path = facts.path;
+        match (&facts.permissions, &facts.stream, &facts.connection) {
+            (Answer::Got(permissions), Answer::Got(stream), Some(Connection { api_prefix, inbox_prefix, .. })) => {
+                let calls = calls(role, self.replication, stream.is_none(), api_prefix).into_iter();
                 let calls = calls.map(|(subject, _)| subject);
                 let missing: Vec<_> = calls.filter(|subject| permissions.publish(subject) != Share::All).collect();
                 let said = if !missing.is_empty() {
                     Some(format!("no permission to publish to {}", list(&missing)))
-                } else if !permissions.may_listen(&facts.inbox_prefix) {
-                    Some(format!("no permission to subscribe to `{}.>`", facts.inbox_prefix))
+                } else if !permissions.may_listen(inbox_prefix) {
+                    Some(format!("no permission to subscribe to `{inbox_prefix}.>`"))
                 } else {
                     None
                 };
                 findings.add_any("calls", path, said.map(|text| (Outcome::Failed, text)));
             }
-            (_, Answer::Got(_)) => findings.add_answer("calls", path, &facts.calls),
+            (_, Answer::Got(_), _) => findings.add_answer("calls", path, &facts.calls),
             _ => findings.unknown("calls"),
         }
     }
@@ -176,12 +175,21 @@ impl Pair<'_> {
         let mut said = |outcome, path, text: &str| findings.add("stream", outcome, path, text);
         match (&self.target.stream, self.planned) {
             (Answer::Got(Some(stream)), _) => {
-                if self.is_source(stream) {
+                let path = self.target.path;
+                let is_source = self.is_source(stream);
+                if is_source && self.same_login() {
                     let text = format!("stream `{name}` is the source stream itself, by another address");
-                    said(Outcome::Failed, "/target_url", &text);
+                    said(Outcome::Failed, path, &text);
                     return None;
                 }
                 match target::writable(name, stream) {
+                    Ok(()) if is_source => {
+                        let text = format!(
+                            "stream `{name}` was made in the same moment on the same server as the source stream: it is \
+                             that stream itself, or restored from its backup"
+                        );
+                        said(Outcome::Warning, path, &text);
+                    }
                     Ok(()) => findings.ok("stream"),
                     Err(error) => said(Outcome::Failed, "/target_stream", &error.message),
                 }
@@ -205,14 +213,14 @@ impl Pair<'_> {
                 None
             }
             (answer, _) => {
-                findings.add_answer("stream", "/target_url", answer);
+                findings.add_answer("stream", self.target.path, answer);
                 None
             }
         }
     }
 
     /// Whether the stream is the source: no two streams are made in the same nanosecond and led by the same server.
-    /// A copy of a backup, which keeps the time, is led by another one.
+    /// A copy of a backup, which keeps the time, is led by another one, or in another account.
     fn is_source(&self, stream: &StreamInfo) -> bool {
         let Some(source) = self.source.stream.there() else { return false };
         fn leader<'a>(stream: &'a StreamInfo, facts: &'a Facts) -> &'a str {
@@ -222,6 +230,14 @@ impl Pair<'_> {
         self.replication.source.stream == self.replication.target.stream
             && source.created == stream.created
             && leader(source, self.source) == leader(stream, self.target)
+    }
+
+    /// Whether both sides are seen as the same user by the same API; else they may be different accounts.
+    fn same_login(&self) -> bool {
+        let seen = |facts: &Facts| {
+            facts.connection.as_ref().map(|there| (there.endpoint.auth.clone(), there.api_prefix.clone()))
+        };
+        seen(self.source) == seen(self.target)
     }
 
     /// What becomes of a target that would be made.
@@ -257,7 +273,7 @@ impl Pair<'_> {
     }
 
     fn judge_publish(&self, findings: &mut Findings) {
-        const PATH: &str = "/target_url";
+        let path = self.target.path;
         let subjects: Vec<_> = self.flow.to.iter().filter(|subject| !subject.is_empty()).collect();
         match &self.target.permissions {
             Answer::Got(permissions) => {
@@ -275,11 +291,11 @@ impl Pair<'_> {
                 } else {
                     None
                 };
-                findings.add_any("publish", PATH, said);
+                findings.add_any("publish", path, said);
             }
             Answer::Failed(text) | Answer::Unclear(text) => {
                 let text = format!("whether {} may be published is not known: {text}", list(&subjects));
-                findings.add("publish", Outcome::Unknown, PATH, &text);
+                findings.add("publish", Outcome::Unknown, path, &text);
             }
             Answer::NotAsked => findings.unknown("publish"),
         }
@@ -339,7 +355,7 @@ impl Pair<'_> {
             bytes(source.number("max_msg_size")).map_or(from.max_payload, |limit| limit.min(from.max_payload));
         let (path, what, limit) = match bytes(stream.number("max_msg_size")) {
             Some(limit) if limit < to.max_payload => ("/target_stream", "`max_msg_size` of the stream", limit),
-            _ => ("/target_url", "`max_payload` of the server", to.max_payload),
+            _ => (self.target.path, "`max_payload` of the server", to.max_payload),
         };
         let said = (limit < largest).then(|| {
             let text = format!(

@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::json;
-use tokio::time::{Duration, Instant, timeout_at};
+use tokio::time::{Duration, Instant, timeout, timeout_at};
 
 use super::permissions::Permissions;
 use crate::{
-    config::{Connection, Replication, Side},
+    config::{Connection, Place, Replication, Side},
     names,
     nats::{
         self, ErrorKind, Lane, Rules, ServerInfo, Turn, headers,
@@ -67,10 +67,10 @@ impl Answer<Option<StreamInfo>> {
 pub(super) struct Facts {
     /// Addresses, without secrets; the name of a context that could not be read.
     pub(super) address: String,
-    /// What subjects of the JetStream API begin with.
-    pub(super) api_prefix: String,
-    /// What reply subjects begin with.
-    pub(super) inbox_prefix: String,
+    /// JSON pointer to the field that says where this side is.
+    pub(super) path: &'static str,
+    /// As whom and where to; `None` if the context could not be read.
+    pub(super) connection: Option<Connection>,
     pub(super) connect: Answer<ServerInfo>,
     pub(super) jetstream: Answer<()>,
     pub(super) stream: Answer<Option<StreamInfo>>,
@@ -84,8 +84,6 @@ pub(super) struct Facts {
 /// A side while it is asked.
 pub(super) struct Look {
     pub(super) facts: Facts,
-    /// `None` if the context could not be read.
-    connection: Option<Connection>,
     name: String,
     lane: Option<Lane>,
     until: Instant,
@@ -112,7 +110,8 @@ impl Look {
             Role::Target => &replication.target,
         };
         let name = format!("{} {} preflight", names::PROGRAM, replication.id);
-        let mut look = Self { facts: Facts::default(), connection: None, name, lane: None, until };
+        let facts = Facts { path: place_path(role, &side.place), ..Facts::default() };
+        let mut look = Self { facts, name, lane: None, until };
         match rules.resolve(&side.place) {
             Ok(connection) => look.take(connection),
             Err(error) => {
@@ -132,30 +131,57 @@ impl Look {
         look
     }
 
-    fn take(&mut self, mut connection: Connection) {
-        let endpoint = &mut connection.endpoint;
-        let hosts = u32::try_from(endpoint.hosts.len()).unwrap_or(u32::MAX).max(1);
-        endpoint.connect_timeout = endpoint.connect_timeout.min(CONNECT_WITHIN / hosts);
-        self.facts.address = endpoint.hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-        self.facts.api_prefix.clone_from(&connection.api_prefix);
-        self.facts.inbox_prefix.clone_from(&connection.inbox_prefix);
-        self.connection = Some(connection);
+    fn take(&mut self, connection: Connection) {
+        let hosts = connection.endpoint.hosts.iter();
+        self.facts.address = hosts.map(ToString::to_string).collect::<Vec<_>>().join(",");
+        self.facts.connection = Some(connection);
     }
 
     fn lane(&self) -> impl Future<Output = Result<Lane, nats::Error>> + Send + use<> {
-        let (connection, name) = (self.connection.clone(), self.name.clone());
+        let (connection, name) = (self.facts.connection.clone(), self.name.clone());
         async move {
             let connection = connection.ok_or_else(|| nats::Error::hold("there is nowhere to connect to"))?;
             Lane::connect(&connection, &name).await
         }
     }
 
+    /// Tries one server after the other and stays with the one that lets us in. Each gets its part of our time; one
+    /// that a copy would give more time to says nothing by its silence.
     async fn connect(&mut self) -> Answer<ServerInfo> {
-        match timeout_at(self.until, self.lane()).await {
-            Ok(Ok(lane)) => Answer::Got(self.lane.insert(lane).info().clone()),
-            Ok(Err(error)) => Answer::Failed(error.message),
-            Err(_) => Answer::Failed(format!("cannot connect to `{}`: no answer in time", self.facts.address)),
+        let Some(all) = self.facts.connection.clone() else { return Answer::NotAsked };
+        let end = self.until.min(Instant::now() + CONNECT_WITHIN);
+        let (mut said, mut cut) = (Vec::new(), false);
+        for (index, host) in all.endpoint.hosts.iter().enumerate() {
+            let left = u32::try_from(all.endpoint.hosts.len() - index).unwrap_or(u32::MAX);
+            let part = end.saturating_duration_since(Instant::now()) / left;
+            let mut one = all.clone();
+            one.endpoint.hosts = vec![host.clone()];
+            let limit = one.endpoint.connect_timeout;
+            let attempt = Lane::connect(&one, &self.name);
+            // Within its own limit it is the lane that gives up, and says so.
+            let attempt = if limit <= part { Ok(attempt.await) } else { timeout(part, attempt).await };
+            match attempt {
+                Ok(Ok(lane)) => {
+                    self.facts.connection = Some(one);
+                    return Answer::Got(self.lane.insert(lane).info().clone());
+                }
+                Ok(Err(error)) => said.push(error.message),
+                Err(_) => {
+                    cut = true;
+                    said.push(format!(
+                        "no answer from `{host}` within {part:.1?}, and a copy would wait for {limit:?}: whether it lets \
+                         us in is not known"
+                    ));
+                }
+            }
         }
+        let said = said.join("; ");
+        if cut { Answer::Unclear(said) } else { Answer::Failed(said) }
+    }
+
+    /// What subjects of the JetStream API begin with.
+    fn api_prefix(&self) -> String {
+        self.facts.connection.as_ref().map(|connection| connection.api_prefix.clone()).unwrap_or_default()
     }
 
     async fn ask_permissions(&mut self) {
@@ -170,7 +196,7 @@ impl Look {
     }
 
     async fn ask_stream(&mut self, side: &Side) {
-        let subject = format!("{}.STREAM.INFO.{}", self.facts.api_prefix, side.stream);
+        let subject = format!("{}.STREAM.INFO.{}", self.api_prefix(), side.stream);
         let answer = self.ask(&[(subject.clone(), Some(String::new()))]).await;
         (self.facts.jetstream, self.facts.stream) = match answer.as_deref() {
             Ok([Some(body)]) => match decode::<StreamInfo>(body) {
@@ -193,7 +219,7 @@ impl Look {
     /// what is asked for does not exist, or contradicts its subject.
     async fn ask_calls(&mut self, role: Role, replication: &Replication) {
         let Some(stream) = self.facts.stream.got() else { return };
-        let questions = calls(role, replication, stream.is_none(), &self.facts.api_prefix);
+        let questions = calls(role, replication, stream.is_none(), &self.api_prefix());
         self.facts.calls = match self.ask(&questions).await {
             Ok(_) => Answer::Got(()),
             Err(Silence::Error { lasting: true, message }) => Answer::Failed(message),
@@ -213,7 +239,7 @@ impl Look {
         }
         self.until = until;
         let subjects: Vec<_> = subjects.into_iter().filter(|subject| !subject.is_empty()).take(MAX_SUBJECTS).collect();
-        let what = format!("{}.STREAM.NAMES", self.facts.api_prefix);
+        let what = format!("{}.STREAM.NAMES", self.api_prefix());
         let question = |subject: &String| (what.clone(), Some(json!({ "subject": subject }).to_string()));
         let answers = self.ask(&subjects.iter().map(question).collect::<Vec<_>>()).await;
         self.facts.listeners = match answers {
@@ -261,6 +287,12 @@ impl Look {
             let Turn::Received(batch) = lane.turn().await? else { continue };
             for message in batch.iter().filter(|message| message.sid == Lane::REQUEST_SID) {
                 let Some(index) = waiting.remove(message.subject) else { continue };
+                let subject = &questions[index].0;
+                if let Some(stream) = storing_stream(message.payload) {
+                    return Err(nats::Error::hold(format!(
+                        "`{subject}` was stored by stream `{stream}`: the API prefix is a subject of that stream"
+                    )));
+                }
                 if headers::status(message.header) != Some(503) {
                     answers[index] = Some(Bytes::copy_from_slice(message.payload));
                 }
@@ -268,6 +300,30 @@ impl Look {
         }
         Ok(answers)
     }
+}
+
+/// The field of a document that says where a side is.
+fn place_path(role: Role, place: &Place) -> &'static str {
+    match (role, place) {
+        (Role::Source, Place::Known(_)) => "/source_url",
+        (Role::Source, Place::Context { .. }) => "/source_context",
+        (Role::Target, Place::Known(_)) => "/target_url",
+        (Role::Target, Place::Context { .. }) => "/target_context",
+    }
+}
+
+/// The stream that took a question for a message, by what it says to whoever publishes; answers of the API have a
+/// `type`.
+fn storing_stream(answer: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Ack {
+        stream: String,
+        #[serde(rename = "seq")]
+        _seq: u64,
+        r#type: Option<String>,
+    }
+    let ack: Ack = serde_json::from_slice(answer).ok()?;
+    ack.r#type.is_none().then_some(ack.stream)
 }
 
 /// The calls of the JetStream API that a copy makes at one side, beside `STREAM.INFO`, with bodies that change
@@ -280,14 +336,17 @@ pub(super) fn calls(role: Role, replication: &Replication, missing: bool, prefix
         Role::Source => (&replication.source.stream, replication.filter_subject.as_deref()),
         Role::Target => (&replication.target.stream, None),
     };
-    let filter = filter.map(|filter| format!(".{filter}")).unwrap_or_default();
     let mut calls = vec![
         // First, because its refusal has to come before the answers to the others.
         question(format!("CONSUMER.MSG.NEXT.{stream}.{NO_CONSUMER}"), None),
         question(format!("STREAM.MSG.GET.{stream}"), Some(NOTHING_THERE)),
-        question(format!("CONSUMER.CREATE.{stream}.{NO_CONSUMER}{filter}"), Some("{}")),
+        // To look for a place to begin at, a copy also reads what its filter leaves out.
+        question(format!("CONSUMER.CREATE.{stream}.{NO_CONSUMER}"), Some("{}")),
         question(format!("CONSUMER.DELETE.{stream}.{NO_CONSUMER}"), Some("")),
     ];
+    if let Some(filter) = filter {
+        calls.push(question(format!("CONSUMER.CREATE.{stream}.{NO_CONSUMER}.{filter}"), Some("{}")));
+    }
     if role == Role::Source {
         calls.push(question(format!("CONSUMER.INFO.{stream}.SR_{}", replication.name), Some("")));
     }
@@ -295,4 +354,19 @@ pub(super) fn calls(role: Role, replication: &Replication, missing: bool, prefix
         calls.push(question(format!("STREAM.CREATE.{stream}"), Some("{}")));
     }
     calls
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_stream_says_to_a_publisher_is_no_answer() {
+        assert_eq!(storing_stream(br#"{"stream":"ORDERS","seq":5}"#).as_deref(), Some("ORDERS"));
+        assert_eq!(storing_stream(br#"{"stream":"ORDERS","domain":"d","seq":5}"#).as_deref(), Some("ORDERS"));
+        for answer in ["", "{}", r#"{"type":"io.nats.x","stream":"ORDERS","seq":5}"#, r#"{"streams":["A"],"total":1}"#]
+        {
+            assert_eq!(storing_stream(answer.as_bytes()), None, "{answer}");
+        }
+    }
 }

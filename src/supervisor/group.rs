@@ -18,6 +18,9 @@ use crate::store::{Error, PositionRecord, PositionStore, SessionChange, SessionR
 /// An instance that was silent for longer is gone.
 pub const GONE_AFTER: Duration = Duration::from_secs(60);
 
+/// An instance that was silent for longer missed two renewals: what it said last may not be so any more.
+const DOUBTED_AFTER: Duration = Duration::from_secs(10);
+
 /// The group as it was last heard of; cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Group {
@@ -108,6 +111,11 @@ impl Group {
         sessions.known.get(instance).filter(|heard| heard.record.is_some()).map(|heard| heard.revision)
     }
 
+    /// Whether an instance is there as far as is known, and what it said last may not be so any more.
+    pub(super) fn is_doubted(&self, instance: &str) -> bool {
+        self.sessions.borrow().is_doubted(instance)
+    }
+
     /// Nothing is left of a session: its key was removed without a trace.
     pub(super) fn forget(&self, instance: &str, revision: u64) {
         let same = |heard: &Heard| heard.revision == revision;
@@ -139,6 +147,11 @@ impl Sessions {
     /// Whether an instance is known not to be there any more.
     pub(super) fn is_gone(&self, instance: &str) -> bool {
         self.loaded && !self.present().any(|(record, _)| record.instance == instance)
+    }
+
+    /// Whether an instance is there as far as is known, and what it said last may not be so any more.
+    fn is_doubted(&self, instance: &str) -> bool {
+        self.present().any(|(record, silent)| record.instance == instance && silent > DOUBTED_AFTER)
     }
 }
 
@@ -173,22 +186,32 @@ mod tests {
 
     use super::*;
 
+    fn heard(instance: &str, seconds: u64) -> (String, Heard) {
+        let record = SessionRecord {
+            version: 1,
+            instance: instance.to_owned(),
+            session: "s".to_owned(),
+            host: String::new(),
+            pid: 1,
+            program: String::new(),
+            started: DateTime::UNIX_EPOCH,
+            nonce: 1,
+        };
+        let at = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("a clock that is old enough");
+        (instance.to_owned(), Heard { at, revision: 1, record: Some(record) })
+    }
+
+    #[test]
+    fn who_missed_renewals_is_doubted_until_it_is_gone() {
+        let known = BTreeMap::from([heard("fresh", 9), heard("late", 11), heard("gone", 61)]);
+        let sessions = Sessions { known, loaded: true };
+        let doubted: Vec<_> =
+            ["fresh", "late", "gone", "nobody"].into_iter().filter(|instance| sessions.is_doubted(instance)).collect();
+        assert_eq!(doubted, ["late"]);
+    }
+
     #[test]
     fn who_was_silent_for_long_is_gone() {
-        let heard = |instance: &str, seconds| {
-            let record = SessionRecord {
-                version: 1,
-                instance: instance.to_owned(),
-                session: "s".to_owned(),
-                host: String::new(),
-                pid: 1,
-                program: String::new(),
-                started: DateTime::UNIX_EPOCH,
-                nonce: 1,
-            };
-            let at = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("a clock that is old enough");
-            (instance.to_owned(), Heard { at, revision: 1, record: Some(record) })
-        };
         let mut sessions = Sessions { known: BTreeMap::from([heard("a", 59), heard("b", 61)]), loaded: false };
         let present: Vec<_> = sessions.present().map(|(record, _)| record.instance.as_str()).collect();
         assert_eq!(present, ["a"]);

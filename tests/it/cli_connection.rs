@@ -1,11 +1,17 @@
 //! Flags, environment and contexts of the command line's connection.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use serde_json::json;
 
-use crate::harness::{Role, Server, Service, Site};
+use crate::harness::cli::failed;
+use crate::harness::{Cli, PROMPT, Role, Server, Service, Site};
 
 /// Runs `serve` with nothing of the caller's environment; its exit code and everything that it wrote.
 fn serve(arguments: &[&str], home: &Path, environment: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
@@ -147,5 +153,20 @@ async fn each_name_of_the_environment_has_its_effect() -> Result<()> {
     check(&[("NATS_JS_DOMAIN", "a.b")], 2, "NATS_JS_DOMAIN")?;
     check(&[("NATS_INBOX_PREFIX", "a b")], 2, "NATS_INBOX_PREFIX")?;
     check(&[("NATS_TIMEOUT", "soon")], 2, "NATS_TIMEOUT")?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_command_takes_no_longer_than_it_may_to_connect() -> Result<()> {
+    let site = Site::small().await?;
+    site.target.freeze()?;
+    let silent = site.target.url();
+    let begun = Instant::now();
+    let ended = Cli::new(&format!("{silent},{silent}")).run(["status", "--timeout", "1s"]).await?;
+    let took = begun.elapsed();
+    failed(&ended, &["cannot connect to `", &format!("127.0.0.1:{}", site.target.port()), "no answer within 1s"]);
+    assert!(took < Duration::from_secs(1) + PROMPT, "{took:?}");
+    // Each server gets its part of the time.
+    Cli::new(&format!("{silent},{}", site.service_url())).ok(["status", "--timeout", "3s"]).await?;
     Ok(())
 }

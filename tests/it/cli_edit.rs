@@ -79,6 +79,7 @@ async fn what_is_refused_is_kept_in_a_file_that_only_we_can_read() -> Result<()>
     for (script, told) in [
         ("sed -i s/1h/soon/ \"$1\"", "/max_age: "),
         ("sed -i s/1h// \"$1\"; echo x >> \"$1\"", "not valid JSON"),
+        ("printf \"\\351\\n\" > \"$1\"", "not valid JSON"),
         ("sed -i s/ORDERS/OTHER/ \"$1\"", "makes this `OTHER`: only the document of `ORDERS`"),
     ] {
         let ended = with_editor(&site, script).run(["config", "edit", "ORDERS"]).await?;

@@ -4,8 +4,8 @@ use anyhow::Result;
 use async_nats::jetstream;
 use serde_json::{Value, json};
 
-use crate::harness::cli::Running;
-use crate::harness::{Site, wait_for};
+use crate::harness::cli::{Running, failed};
+use crate::harness::{Cli, Role, Server, Site, wait_for};
 
 /// Publishes until it is seen: a subscription takes a moment.
 async fn published(site: &Site, running: &Running, subject: &str, body: &str, seen: &str) -> Result<()> {
@@ -132,5 +132,15 @@ async fn what_is_no_event_is_shown_as_it_came() -> Result<()> {
     assert_eq!(json.lines().count(), bodies.len());
     let raw = json!({"subject": "replicator.event.started.ORDERS", "raw": "{"}).to_string();
     assert!(json.lines().any(|line| line == raw), "{json}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn who_may_not_listen_is_told() -> Result<()> {
+    let deaf = r#"{user: deaf, password: x, permissions: {subscribe: {deny: ["replicator.event.>"]}}}"#;
+    let config = format!("authorization {{ users: [{{user: test, password: test}}, {deaf}] }}");
+    let server = Server::builder(Role::Control).config(&config).start().await?;
+    let ended = Cli::new(&server.url_as("deaf:x")).run(["events", "--follow"]).await?;
+    failed(&ended, &["events at `nats://deaf:***@127.0.0.1:", "ermissions Violation for Subscription"]);
     Ok(())
 }

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use crate::harness::cli::failed;
 use crate::harness::{LIMIT, SITE, Service, Site, request, wait_for, wait_value};
 
 async fn instances(site: &Site) -> Result<Vec<Value>> {
@@ -63,6 +64,24 @@ async fn each_instance_is_shown_with_what_it_runs() -> Result<()> {
     let leases = site.bucket("REPLICATOR_LEASES").await?;
     assert_eq!(leases.get("session.two").await?, None);
     Ok(())
+}
+
+#[tokio::test]
+async fn what_a_silent_leader_said_last_is_not_believed() -> Result<()> {
+    let site = Site::builder().control_at_source().args(["--instance", "one"]).start().await?;
+    site.replicate("ORDERS", 5).await?;
+    let two = Service::builder(&site.control().url(), SITE).instance("two").start().await?;
+    let leads = |row: &Value, state: &str| row["leader"] == "two" && row["state"] == state;
+    site.row_when("ORDERS", "is caught up at `two`", |row| leads(row, "running") && row["lag"]["messages"] == 0)
+        .await?;
+    two.freeze()?;
+    site.publish("ORDERS", 1..=5).await?;
+    site.row_when("ORDERS", "is doubted", |row| leads(row, "retrying")).await?;
+    let late = site.cli().run(["status", "--wait-caught-up", "--timeout", "3s"]).await?;
+    failed(&late, &["not caught up within 3s: `ORDERS` is retrying"]);
+    two.thaw()?;
+    site.row_when("ORDERS", "is believed again", |row| leads(row, "running")).await?;
+    site.copied("ORDERS", 10).await
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::harness::server::free_port;
 use crate::harness::site::merged;
-use crate::harness::{Proxy, Raw, Role, Server, Site, timed};
+use crate::harness::{Proxy, Raw, Role, Server, Service, Site, request, timed};
 
 /// Within this an answer is there, whatever the sides do.
 const ANSWER: Duration = Duration::from_millis(2_500);
@@ -180,7 +180,8 @@ async fn who_cannot_connect_is_told_on_each_side_without_the_secret() -> Result<
     Ok(())
 }
 
-/// Frozen servers take connections and say nothing; a stalled path does not even do that.
+/// Frozen servers take connections and say nothing; a stalled path does not even do that. Who would be given more time
+/// by a copy than there is here may let us in.
 #[tokio::test]
 async fn a_side_that_is_silent_is_told_in_time() -> Result<()> {
     let site = Site::start().await?;
@@ -189,17 +190,25 @@ async fn a_side_that_is_silent_is_told_in_time() -> Result<()> {
     site.target.freeze()?;
     let body = validate(&site, site.document("ORDERS")).await?;
     let address = format!("127.0.0.1:{}", site.target.port());
-    fails(&body, "target", "connect", "/target_url", &[&address, "no answer within"]);
-    for check in ["jetstream", "stream", "calls", "publish", "subjects", "max_payload", "headers", "duplicates"] {
+    assert_eq!(body["valid"], true, "{body:#}");
+    tells(&body, "warnings", "target", "/target_url", &[&address, "no answer", "would wait for 5s", "not known"]);
+    for check in
+        ["connect", "jetstream", "stream", "calls", "publish", "subjects", "max_payload", "headers", "duplicates"]
+    {
         assert_eq!(outcome(&body, "target", check), "unknown", "{check}: {body:#}");
     }
     assert_eq!(outcome(&body, "source", "stream"), "ok", "{body:#}");
+    let impatient = format!("{}?connect_timeout=300ms", site.target.url());
+    let body = validate(&site, site.document_with("ORDERS", json!({"target_url": impatient}))).await?;
+    fails(&body, "target", "connect", "/target_url", &[&address, "no answer within 300ms"]);
     site.target.thaw()?;
 
     let proxy = Proxy::start(site.source.port()).await?;
     proxy.stall();
     let body = validate(&site, site.document_with("ORDERS", json!({"source_url": proxy.url()}))).await?;
-    fails(&body, "source", "connect", "/source_url", &[&format!("127.0.0.1:{}", proxy.port()), "no answer within"]);
+    let address = format!("127.0.0.1:{}", proxy.port());
+    assert_eq!((&body["valid"], outcome(&body, "source", "connect")), (&json!(true), "unknown"), "{body:#}");
+    tells(&body, "warnings", "source", "/source_url", &[&address, "no answer", "would wait for 5s"]);
 
     // An address that swallows everything among several: the others are still asked.
     proxy.stall();
@@ -264,6 +273,9 @@ async fn permissions(version: Option<&str>) -> Result<()> {
         {user: listed, password: x, permissions: {publish: ["$JS.API.>", "orders.>"]}},
         {user: asks, password: x, permissions: {publish: ["$JS.API.>", "$SYS.REQ.USER.INFO", "other.>"]}},
         {user: nocreate, password: x, permissions: {publish: {deny: ["$JS.API.CONSUMER.CREATE.>"]}}},
+        {user: filtered, password: x, permissions: {publish: {deny: ["$JS.API.CONSUMER.CREATE.ORDERS.*"]}}},
+        {user: tryfiltered, password: x, permissions: {publish: ["$JS.API.STREAM.>", "$JS.API.CONSUMER.MSG.NEXT.>",
+            "$JS.API.CONSUMER.CREATE.ORDERS.*.>", "$JS.API.CONSUMER.DELETE.>", "$JS.API.CONSUMER.INFO.>"]}},
         {user: trycreate, password: x, permissions: {publish: ["$JS.API.STREAM.>", "$JS.API.CONSUMER.MSG.NEXT.>"]}},
         {user: trynext, password: x, permissions: {publish: ["$JS.API.STREAM.>", "$JS.API.CONSUMER.CREATE.>"]}},
         {user: noinfo, password: x, permissions: {publish: {deny: ["$JS.API.STREAM.INFO.>"]}}},
@@ -303,6 +315,24 @@ async fn permissions(version: Option<&str>) -> Result<()> {
     let create = "$JS.API.CONSUMER.CREATE.ORDERS.sr_preflight";
     let body = with("nocreate", "denied").await?;
     tells(&body, "problems", "source", "/source_url", &["no permission to publish to", create]);
+    // With a filter there are consumers with it and without it.
+    let filtered = async |source: &str| {
+        let (source, target) = (url(&site.source, source), url(&site.target, "listed"));
+        let filter = "orders.eu.>";
+        let document =
+            json!({"stream": "ORDERS", "source_url": source, "target_url": target, "filter_subject": filter});
+        validate(&site, document).await
+    };
+    let body = filtered("nocreate").await?;
+    let both = format!("`{create}`, `{create}.orders.eu.>`");
+    fails(&body, "source", "calls", "/source_url", &["no permission to publish to", &both]);
+    let body = filtered("filtered").await?;
+    fails(&body, "source", "calls", "/source_url", &["no permission to publish to", &format!("`{create}`")]);
+    assert!(!body.to_string().contains(&format!("{create}.")), "{body:#}");
+    let body = filtered("tryfiltered").await?;
+    fails(&body, "source", "calls", "/source_url", &["Permissions Violation", create]);
+    let body = filtered("listed").await?;
+    assert_eq!(outcome(&body, "source", "calls"), "ok", "{body:#}");
     let body = with("trycreate", "listed").await?;
     fails(&body, "source", "calls", "/source_url", &["Permissions Violation", create]);
     let body = with("listed", "trycreate").await?;
@@ -433,6 +463,60 @@ async fn a_stream_into_itself_is_found_by_whatever_address() -> Result<()> {
     // Another stream of the same server is something else.
     let fields = json!({"target_url": proxy.url(), "target_stream": "COPY", "target_subject_prefix": "copy"});
     healthy(&validate(&site, site.document_with("ORDERS", fields)).await?);
+    Ok(())
+}
+
+/// Two accounts of one server may have copies of one backup, made in the same moment; from here they look like one
+/// stream that is seen by two users.
+#[tokio::test]
+async fn what_looks_like_the_source_to_another_user_may_be_a_copy() -> Result<()> {
+    let site = between(guarded(Role::Source, "{user: other, password: x}").await?, Server::start(Role::Target).await?);
+    let site = site.await?;
+    let url = site.source.url_as("test:test");
+    stream(&url, "ORDERS", json!({})).await?;
+    let document = |target: &str| json!({"stream": "ORDERS", "source_url": url, "target_url": target});
+    let body = validate(&site, document(&site.source.url_as("other:x"))).await?;
+    assert_eq!((&body["valid"], outcome(&body, "target", "stream")), (&json!(true), "warning"), "{body:#}");
+    let words = ["`ORDERS` was made in the same moment on the same server", "restored from its backup"];
+    tells(&body, "warnings", "target", "/target_url", &words);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_api_prefix_that_a_stream_stores_is_told_after_one_message() -> Result<()> {
+    let site = Site::small().await?;
+    site.filled("ORDERS", 1).await?;
+    site.target_stream("ODD", json!({"subjects": ["odd.>"]})).await?;
+    let body = validate(&site, site.document_with("ORDERS", json!({"target_api_prefix": "odd"}))).await?;
+    let words = ["`odd.STREAM.INFO.ORDERS` was stored by stream `ODD`", "the API prefix is a subject of that stream"];
+    fails(&body, "target", "stream", "/target_url", &words);
+    assert_eq!(site.target().await?.stream_state("ODD").await?["messages"], 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_fault_of_a_context_points_at_the_context() -> Result<()> {
+    let site = Site::small().await?;
+    site.filled("ORDERS", 1).await?;
+    let folder = tempfile::tempdir()?;
+    std::fs::create_dir_all(folder.path().join("nats/context"))?;
+    let closed = format!("nats://127.0.0.1:{}", free_port()?);
+    for (name, url) in [("closed", &closed), ("hub", &site.target.url())] {
+        let file = folder.path().join(format!("nats/context/{name}.json"));
+        std::fs::write(file, json!({"url": url}).to_string())?;
+    }
+    let service =
+        Service::builder(&site.service_url(), "OTHER").args(["--prefix", "other", "--bucket-prefix", "OTHER"]);
+    let _service = service.env("XDG_CONFIG_HOME", &folder.path().display().to_string()).start().await?;
+    let with = async |source: &str, target: &str| {
+        let document = json!({"stream": "ORDERS", "source_context": source, "target_context": target});
+        request(&site.client, "other.config.validate", document).await
+    };
+    fails(&with("closed", "hub").await?, "source", "connect", "/source_context", &["cannot connect to", "refused"]);
+    let body = with("hub", "closed").await?;
+    tells(&body, "problems", "target", "/target_context", &["cannot connect to", "refused"]);
+    let body = with("none", "hub").await?;
+    tells(&body, "problems", "source", "/source_context", &["no such file"]);
     Ok(())
 }
 
