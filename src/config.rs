@@ -12,10 +12,10 @@ mod schema;
 mod secret;
 mod secrets;
 
-pub use document::{Document, LimitsDocument, TlsDocument, document_id, parse, parse_value, to_value};
+pub use document::{Document, LimitsDocument, TlsDocument, document_id, parse, parse_judged, parse_value, to_value};
 pub use duration::parse_duration;
 pub use endpoint::{Auth, Endpoint, Host, MASK, Scheme, Tls, mask_url};
-pub use place::{Connection, FieldError, Fields, Place, check_context_name};
+pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};
 pub use replication::{Limits, Mapping, Replication, Side, Start};
 pub use schema::replication_schema;

@@ -142,10 +142,23 @@ pub fn to_value(json: &[u8]) -> Result<Value, Problems> {
 
 /// [`parse`] for a document that was read already.
 pub fn parse_value(value: &Value, site: &str) -> Result<Replication, Problems> {
+    parse_judged(value, site, |_, _| Vec::new())
+}
+
+/// [`parse_value`] with a judge of places, who is asked about each side (`source`, `target`) whose place can be read,
+/// whatever else is wrong with the document.
+pub fn parse_judged(
+    value: &Value,
+    site: &str,
+    judge: impl Fn(&str, &Place) -> Vec<Problem>,
+) -> Result<Replication, Problems> {
     let findings = schema::check(value);
-    let mut checker = Checker { problems: findings.problems };
+    let mut checker = Checker { problems: findings.problems, places: Vec::new() };
     let document = checker.readable_part(value);
     let replication = checker.replication(&document, site);
+    for (side, place) in std::mem::take(&mut checker.places) {
+        checker.problems.extend(judge(side, &place));
+    }
     for problem in findings.patterns {
         if checker.problems.iter().all(|known| known.path != problem.path) {
             checker.problems.push(problem);
@@ -173,6 +186,7 @@ fn id(stream: &str, name: Option<&str>) -> String {
 
 /// What a document says of one side: names and texts of its fields.
 struct SideFields<'a> {
+    side: &'static str,
     url: (&'static str, Option<&'a str>),
     context: (&'static str, Option<&'a str>),
     domain: (&'static str, Option<&'a str>),
@@ -185,6 +199,8 @@ struct SideFields<'a> {
 /// which nobody sees, because a document with a problem is refused.
 struct Checker {
     problems: Vec<Problem>,
+    /// Where the sides are, as far as that can be read.
+    places: Vec<(&'static str, Place)>,
 }
 
 impl Checker {
@@ -225,6 +241,7 @@ impl Checker {
         self.tls("source_tls", source_tls);
         self.tls("target_tls", target_tls);
         let source = SideFields {
+            side: "source",
             url: ("source_url", text(&document.source_url)),
             context: ("source_context", text(&document.source_context)),
             domain: ("source_domain", text(&document.source_domain)),
@@ -233,6 +250,7 @@ impl Checker {
             tls,
         };
         let target = SideFields {
+            side: "target",
             url: ("target_url", text(&document.target_url)),
             context: ("target_context", text(&document.target_context)),
             domain: ("target_domain", text(&document.target_domain)),
@@ -331,6 +349,7 @@ impl Checker {
             (Some(text), None) => Place::Known(Box::new(self.known(url.0, text, fields, api)?)),
             (None, Some(name)) => self.context(context.0, name, fields, api)?,
         };
+        self.places.push((fields.side, place.clone()));
         Some(Side { stream: stream?, place })
     }
 
@@ -341,7 +360,9 @@ impl Checker {
             return None;
         }
         let TlsDocument { ca, cert, key } = fields.own_tls.or(fields.tls).cloned().unwrap_or_default();
-        let endpoint = Endpoint { tls: Tls { ca, cert, key, ..endpoint.tls }, ..endpoint };
+        let tls = Tls { ca, cert, key, ..endpoint.tls };
+        let endpoint =
+            endpoint.with_tls(tls).map_err(|error| self.problem(field, format!("`{field}`: {error}"))).ok()?;
         let connection = Connection::to(endpoint);
         Some(Connection { api_prefix: api.unwrap_or(connection.api_prefix), ..connection })
     }
@@ -695,6 +716,10 @@ mod tests {
         );
         check(json!({"limits": []}), "/limits", "an array: must be of type object");
         check(json!({"tls": {"cert": "/c"}}), "/tls", "go together");
+        for tls in ["tls", "target_tls"] {
+            let fields = json!({"source_url": "wss://h", "target_url": "ws://h", tls: {"ca": "/ca"}});
+            check(fields, "/target_url", "`target_url`: `ws://` is without TLS");
+        }
         check(json!({"source_tls": {"keys": "/c"}}), "/source_tls/keys", "did you mean `key`");
         check(json!({"streem": "x"}), "/streem", "did you mean `stream`");
         check(json!({"colour": "x"}), "/colour", "`colour` is unknown");

@@ -143,14 +143,37 @@ impl Endpoint {
         let (servers, query) = split_query(url.trim());
         let servers = Servers::parse(servers)?;
         let options = Options::parse(query)?;
-        Ok(Self {
+        let endpoint = Self {
             auth: one_identity(servers.auth, options.auth()?)?,
             hosts: servers.hosts,
             scheme: servers.scheme,
             path: servers.path,
-            tls: Tls { handshake_first: options.handshake_first, insecure: options.insecure, ..Tls::default() },
+            tls: Tls::default(),
             connect_timeout: options.connect_timeout.unwrap_or(DEFAULT_CONNECT_TIMEOUT),
+        };
+        endpoint.with_tls(Tls {
+            handshake_first: options.handshake_first,
+            insecure: options.insecure,
+            ..Tls::default()
         })
+    }
+
+    /// The same servers with these TLS settings. What asks for TLS is refused where there can be none: a `ws://` would
+    /// send the identity in plain text all the same.
+    pub(super) fn with_tls(self, tls: Tls) -> Result<Self, String> {
+        let endpoint = Self { tls, ..self };
+        if endpoint.scheme == Scheme::Ws && endpoint.requires_tls() {
+            return Err("`ws://` is without TLS, and `tls_handshake_first`, a certificate authority or a client \
+                        certificate asks for it: write `wss://`"
+                .to_owned());
+        }
+        Ok(endpoint)
+    }
+
+    /// The same with these files, whatever its scheme.
+    fn tls_files(self, files: Tls) -> Self {
+        let Tls { ca, cert, key, .. } = files;
+        Self { tls: Tls { ca, cert, key, ..self.tls }, ..self }
     }
 
     /// Whether a connection without TLS is out of the question: by scheme, by handshake-first, or because somebody
@@ -258,7 +281,8 @@ fn mask_server(server: &str) -> String {
     }
 }
 
-/// Shows what stands behind the last `@`; without one, nothing but the scheme.
+/// Shows the host behind the last `@`, without options; without one, or where the `@` may stand in an option, nothing
+/// but the scheme.
 fn mask_broken(url: &str) -> String {
     let (scheme, rest) = match url.split_once("://") {
         Some((scheme, rest)) if scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()) => (scheme, rest),
@@ -266,8 +290,11 @@ fn mask_broken(url: &str) -> String {
     };
     let separator = if scheme.is_empty() { "" } else { "://" };
     match rest.rsplit_once('@') {
-        Some((_, host)) => format!("{scheme}{separator}{MASK}@{host}"),
-        None => format!("{scheme}{separator}{MASK}"),
+        Some((before, host)) if !before.contains('?') => match host.split_once('?') {
+            Some((host, _)) => format!("{scheme}{separator}{MASK}@{host}?{MASK}"),
+            None => format!("{scheme}{separator}{MASK}@{host}"),
+        },
+        _ => format!("{scheme}{separator}{MASK}"),
     }
 }
 
@@ -279,13 +306,19 @@ pub(super) fn is_masked(url: &str) -> bool {
     }
 }
 
-/// Puts the stored secret in the place of `***` in a URL that came back. The secret only goes where it went before:
-/// whoever may change a document is not thereby told a password by sending it to a server of their own.
-pub(super) fn unmask(new: &str, stored: Option<&str>) -> Result<String, String> {
+/// Puts the stored secret in the place of `***` in a URL that came back; with both, the TLS files that go with them.
+/// The secret only goes where it went before: whoever may change a document is not thereby told a password by sending
+/// it to a server of their own, or through the net in plain text.
+pub(super) fn unmask(new: (&str, Tls), stored: Option<(&str, Tls)>) -> Result<String, String> {
+    let ((new, tls), stored) = (new, stored);
     if !is_masked(new) {
         return Ok(new.to_owned());
     }
-    let stored = stored.ok_or("`***` stands for a stored secret, and none is stored: write the secret")?;
+    let (stored, stored_tls) =
+        stored.ok_or("`***` stands for a stored secret, and none is stored: write the secret")?;
+    if let (Ok(after), Ok(before)) = (Endpoint::parse(new), Endpoint::parse(stored)) {
+        keeps_tls(&after.tls_files(tls), &before.tls_files(stored_tls))?;
+    }
     if new == mask_url(stored) {
         return Ok(stored.to_owned());
     }
@@ -304,6 +337,16 @@ pub(super) fn unmask(new: &str, stored: Option<&str>) -> Result<String, String> 
     let secret = encode(before.auth.secret().unwrap_or_default()).into_owned();
     let servers: Vec<_> = servers.split(',').map(|server| unmask_server(server, &secret)).collect();
     Ok(with_query(servers.join(","), query))
+}
+
+/// Refuses what could bring a secret out of the TLS that it was stored with.
+fn keeps_tls(after: &Endpoint, before: &Endpoint) -> Result<(), String> {
+    if before.requires_tls() && (!after.requires_tls() || after.tls.ca != before.tls.ca) {
+        return Err("`***` keeps the stored secret only with the TLS that it was stored with (`tls_handshake_first`, \
+                    certificate authority and client certificate): write the secret"
+            .to_owned());
+    }
+    Ok(())
 }
 
 const NOT_THE_STORED: &str = "`***` stands for a stored secret, and none is stored for this user: write the secret";
@@ -735,6 +778,7 @@ mod tests {
         check("nats://a:s3cret@h?credentials=/c", "leave out one");
         check("h?insecure=true,nats://h2", "behind the last server");
         check("ws://h?insecure=true,wss://h2", "behind the last server");
+        check("ws://a:s3cret@h?tls_handshake_first", "write `wss://`");
     }
 
     #[test]
@@ -759,6 +803,22 @@ mod tests {
     }
 
     #[test]
+    fn a_broken_url_shows_its_host_and_no_option() {
+        let check = |url: &str, expect: &str| {
+            assert!(Endpoint::parse(url).is_err(), "{url}");
+            assert_eq!(mask_url(url), expect);
+            assert_eq!(mask_url(expect), expect);
+        };
+        check("nats://u:p@h:x", "nats://***@h:x");
+        check("nats://u:p@h?token=s3cret", "nats://***@h?***");
+        check("nats://u:p@h:1?colour=s?3cret", "nats://***@h:1?***");
+        check("u:p@h?nkey=SUAM", "***@h?***");
+        check("nats://h?password=s3cret", "nats://***");
+        check("nats://u:p@h?password=p@s3cret", "nats://***");
+        check("nats://u:p?w@h", "nats://***");
+    }
+
+    #[test]
     fn what_is_shown_parses_to_the_same() {
         for url in [
             "tls://h,i:1?insecure",
@@ -773,10 +833,13 @@ mod tests {
 
     #[test]
     fn unmasking() {
-        let check = |new: &str, stored: Option<&str>, expect: Result<&str, &str>| match (unmask(new, stored), expect) {
-            (Ok(url), Ok(expect)) => assert_eq!(url, expect),
-            (Err(error), Err(expect)) => assert!(error.contains(expect), "{new}: {error}"),
-            (got, _) => panic!("{new}: {got:?}"),
+        let check = |new: &str, stored: Option<&str>, expect: Result<&str, &str>| {
+            let without_files = |url| (url, Tls::default());
+            match (unmask(without_files(new), stored.map(without_files)), expect) {
+                (Ok(url), Ok(expect)) => assert_eq!(url, expect),
+                (Err(error), Err(expect)) => assert!(error.contains(expect), "{new}: {error}"),
+                (got, _) => panic!("{new}: {got:?}"),
+            }
         };
         let stored = Some("nats://a:p%3Fw@h1,h2:2");
         check("nats://a:new@h9", stored, Ok("nats://a:new@h9"));
@@ -793,5 +856,10 @@ mod tests {
         check("nats://***@h1", stored, Err("none is stored for this user"));
         check("nats://a:***@h1", Some("nats://h1"), Err("none is stored for this user"));
         check("nats://a:***@h1", None, Err("none is stored"));
+        let stored = Some("nats://a:pw@h?tls_handshake_first");
+        check("nats://a:***@h", stored, Err("only with the TLS"));
+        check("nats://a:***@h?tls_handshake_first=false", stored, Err("only with the TLS"));
+        check("nats://a:***@h?tls_handshake_first=1", stored, Ok("nats://a:pw@h?tls_handshake_first=1"));
+        check("nats://a:***@h?tls_handshake_first", Some("nats://a:pw@h"), Ok("nats://a:pw@h?tls_handshake_first"));
     }
 }

@@ -5,10 +5,10 @@ use std::{fmt, path::PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Auth, Endpoint, Secret};
+use super::{Auth, Endpoint, Secret, Tls};
 
 /// Where the subjects of the JetStream API begin unless a domain or a prefix says otherwise.
-const DEFAULT_API_PREFIX: &str = "$JS.API";
+pub const DEFAULT_API_PREFIX: &str = "$JS.API";
 /// Where the subjects of replies begin unless a context says otherwise.
 const DEFAULT_INBOX_PREFIX: &str = "_INBOX";
 /// Where the `nats` tool goes when nothing is said.
@@ -47,7 +47,7 @@ pub enum Place {
 pub struct Fields {
     /// Servers; may hold a password.
     pub url: Option<Secret>,
-    /// User; without a password it is a token.
+    /// User; a token where there is no password, not even an empty one.
     pub user: Option<String>,
     /// Password of the user.
     pub password: Option<Secret>,
@@ -109,7 +109,9 @@ impl fmt::Display for Place {
 }
 
 impl Fields {
-    /// Reads the fields of a context. Unknown ones are another tool's business; an empty text is as good as none.
+    /// Reads the fields of a context as the `nats` tool means them: a user without a password has an empty one, and
+    /// where domain and prefix are both there, the prefix holds. Unknown fields are another tool's business; an empty
+    /// text is as good as none.
     pub fn of_context(json: &[u8]) -> Result<Self, String> {
         // Not the parser's words: they may quote a secret.
         let fields: Map<String, Value> = serde_json::from_slice(json)
@@ -122,6 +124,15 @@ impl Fields {
         };
         let secret = |name: &str| text(name).map(|text| text.map(Secret::from));
         let file = |name: &str| text(name).map(|text| text.map(PathBuf::from));
+        let (user, mut password) = (text("user")?, secret("password")?);
+        if user.is_some() {
+            // Only on a command line a user without a password is a token.
+            password = password.or_else(|| Some("".into()));
+        }
+        let (mut domain, prefix) = (text("jetstream_domain")?, text("jetstream_api_prefix")?);
+        if prefix.is_some() {
+            domain = None;
+        }
         let tls_first = match fields.get("tls_first") {
             None | Some(Value::Null) => false,
             Some(Value::Bool(first)) => *first,
@@ -129,8 +140,8 @@ impl Fields {
         };
         Ok(Self {
             url: secret("url")?,
-            user: text("user")?,
-            password: secret("password")?,
+            user,
+            password,
             token: secret("token")?,
             creds: file("creds")?,
             nkey: file("nkey")?,
@@ -140,8 +151,8 @@ impl Fields {
             key: file("key")?,
             ca: file("ca")?,
             tls_first,
-            jetstream_domain: text("jetstream_domain")?,
-            jetstream_api_prefix: text("jetstream_api_prefix")?,
+            jetstream_domain: domain,
+            jetstream_api_prefix: prefix,
             inbox_prefix: text("inbox_prefix")?,
             nsc: secret("nsc")?,
             socks_proxy: secret("socks_proxy")?,
@@ -161,6 +172,9 @@ impl Fields {
             base.url = base.url.map(without_identity);
             if self.user.is_none() && self.password.is_none() {
                 (base.user, base.password) = (None, None);
+            }
+            if self.user.is_some() {
+                base.password = base.password.filter(|password| !password.reveal().is_empty());
             }
             (base.token, base.nsc, base.user_jwt, base.user_seed) = (None, None, None, None);
             (base.creds, base.nkey) = (None, None);
@@ -229,10 +243,14 @@ impl Fields {
             }
             _ => {}
         }
-        endpoint.tls.ca.clone_from(&self.ca);
-        endpoint.tls.cert.clone_from(&self.cert);
-        endpoint.tls.key.clone_from(&self.key);
-        endpoint.tls.handshake_first |= self.tls_first;
+        let tls = Tls {
+            ca: self.ca.clone(),
+            cert: self.cert.clone(),
+            key: self.key.clone(),
+            handshake_first: endpoint.tls.handshake_first || self.tls_first,
+            ..endpoint.tls
+        };
+        let endpoint = endpoint.with_tls(tls).map_err(|message| FieldError { field: "url", message })?;
         Ok(Connection {
             api_prefix: self.api_prefix()?.unwrap_or_else(|| DEFAULT_API_PREFIX.to_owned()),
             inbox_prefix: self.inbox()?.unwrap_or_else(|| DEFAULT_INBOX_PREFIX.to_owned()),
@@ -362,6 +380,8 @@ mod tests {
         assert_eq!(endpoint.to_string(), "nats://hub.example.net:4222?credentials=/hub.creds&tls_handshake_first=true");
         assert_eq!(endpoint.tls.key, Some("/k".into()));
         assert_eq!((api_prefix.as_str(), inbox_prefix.as_str()), ("$JS.hub.API", "_INBOX.me"));
+        let both = connection(json!({"jetstream_domain": "a", "jetstream_api_prefix": "js.b"}));
+        assert_eq!(both.api_prefix, "js.b");
         let default = connection(json!({"url": null}));
         assert_eq!(default, Connection::to(Endpoint::parse("nats://127.0.0.1:4222").unwrap()));
     }
@@ -372,7 +392,8 @@ mod tests {
         let password = |password: &str| Auth::UserPassword { user: "u".into(), password: password.into() };
         check(json!({"user": "u", "password": "p"}), password("p"));
         check(json!({"user": "u", "password": "p", "url": "nats://u:q@h"}), password("q"));
-        check(json!({"user": "t"}), Auth::Token("t".into()));
+        check(json!({"user": "u"}), password(""));
+        check(json!({"user": "u", "password": "", "token": "t"}), password(""));
         check(json!({"token": "t"}), Auth::Token("t".into()));
         check(json!({"nkey": "/n"}), Auth::NkeyFile { seed: "/n".into(), jwt: None });
         check(json!({"user_jwt": "j", "user_seed": "s"}), Auth::Jwt { jwt: "j".into(), seed: Some("s".into()) });
@@ -390,9 +411,14 @@ mod tests {
         let mixed = over(json!({"jetstream_api_prefix": "js.hub.", "cert": "/c", "key": "/k"}));
         assert_eq!((mixed.api_prefix.as_str(), mixed.endpoint.tls.ca), ("js.hub", Some("/ca".into())));
         assert_eq!(mixed.endpoint.tls.cert, Some("/c".into()));
-        let user = context(json!({"user": "v"})).over(context(json!({"user": "u", "password": "p", "token": "t"})));
+        let flag = |user: &str| Fields { user: Some(user.to_owned()), ..Fields::default() };
+        let user = flag("v").over(context(json!({"user": "u", "password": "p", "token": "t"})));
         assert_eq!(user.connection().unwrap().endpoint.to_string(), "nats://v:***@127.0.0.1:4222");
         assert_eq!((user.token, user.password), (None, Some("p".into())));
+        // A user of a command line, alone and before a context without a password.
+        for base in [Fields::default(), context(json!({"user": "u"}))] {
+            assert_eq!(flag("t").over(base).connection().unwrap().endpoint.auth, Auth::Token("t".into()));
+        }
     }
 
     #[test]
@@ -406,12 +432,21 @@ mod tests {
         check(json!({"password": "s3cret"}), "password", "no user");
         check(json!({"cert": "/c"}), "cert", "go together");
         check(json!({"key": "/c"}), "key", "go together");
+        for asks in [json!({"ca": "/ca"}), json!({"cert": "/c", "key": "/k"}), json!({"tls_first": true})] {
+            let mut fields = asks;
+            fields["url"] = "ws://u:s3cret@h".into();
+            check(fields, "url", "`ws://` is without TLS");
+        }
         check(json!({"nsc": "nsc://o/a/u?s3cret"}), "nsc", "`creds`");
         check(json!({"socks_proxy": "socks5://u:s3cret@h"}), "socks_proxy", "not supported");
-        check(json!({"jetstream_domain": "a", "jetstream_api_prefix": "b"}), "jetstream_api_prefix", "leave out one");
         check(json!({"jetstream_domain": "a.b"}), "jetstream_domain", "one token");
         check(json!({"jetstream_api_prefix": "a.>"}), "jetstream_api_prefix", "cannot contain '>'");
         check(json!({"inbox_prefix": "a..b"}), "inbox_prefix", "empty token");
+        let both =
+            Fields { jetstream_domain: Some("a".into()), jetstream_api_prefix: Some("b".into()), ..Fields::default() };
+        let error = both.connection().unwrap_err();
+        assert_eq!(error.field, "jetstream_api_prefix");
+        assert!(error.message.contains("leave out one"), "{error:?}");
         for (json, expect) in [
             ("[]", "not a JSON object"),
             ("\"s3cret\"", "not a JSON object"),

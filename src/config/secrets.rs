@@ -1,9 +1,10 @@
 //! Documents as they are shown, and as they come back.
 
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    Problem,
+    Problem, Tls, TlsDocument,
     endpoint::{MASK, is_masked, mask_url, unmask},
     schema::{join, replication_schema},
 };
@@ -12,52 +13,89 @@ use super::{
 pub const URLS: [&str; 2] = ["source_url", "target_url"];
 
 /// A document without its secrets. Documents that people wrote by hand may be anything: of a field that no document
-/// has (it may be a password that somebody thought to belong here) no text is shown.
+/// has (it may be a password that somebody thought to belong here) no text and no number is shown.
 pub fn mask_document(document: &Value) -> Value {
-    match document {
-        Value::Object(fields) => Value::Object(fields.iter().map(mask_field).collect()),
-        other => mask_anywhere(other),
-    }
+    mask_as(document, replication_schema())
 }
 
-/// Replaces `***` in the URLs of a document that came back by what is stored.
+/// Replaces `***` in a document that came back by what is stored: the secrets in its URLs, and texts that are as they
+/// were shown.
 pub fn unmask_document(document: &mut Map<String, Value>, stored: Option<&Value>) -> Result<(), Vec<Problem>> {
     let mut problems = Vec::new();
-    for field in URLS {
-        let Some(Value::String(url)) = document.get_mut(field) else { continue };
-        let stored = stored.and_then(|stored| stored[field].as_str());
-        match unmask(url, stored) {
-            Ok(unmasked) => *url = unmasked,
+    if let Some(stored) = stored {
+        let texts = document.iter_mut().filter(|(field, _)| !URLS.contains(&field.as_str()));
+        texts.for_each(|(field, value)| unmask_words(value, &stored[field]));
+    }
+    for (field, own_tls) in URLS.into_iter().zip(["source_tls", "target_tls"]) {
+        let Some(url) = document.get(field).and_then(Value::as_str) else { continue };
+        let new = (url, tls_files(|name| document.get(name), own_tls));
+        let stored = stored.and_then(|stored| {
+            let url = stored[field].as_str()?;
+            Some((url, tls_files(|name| stored.get(name), own_tls)))
+        });
+        match unmask(new, stored) {
+            Ok(unmasked) => _ = document.insert(field.to_owned(), unmasked.into()),
             Err(error) => problems.push(Problem::new(join("", field), format!("`{field}`: {error}"))),
         }
     }
     if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
-/// Whether a URL of the document has `***` in the place of a secret.
+/// Whether something in the document may stand for what is stored.
 pub fn has_mask(document: &Map<String, Value>) -> bool {
-    URLS.iter().any(|field| document.get(*field).and_then(Value::as_str).is_some_and(is_masked))
+    document.iter().any(|(field, value)| match value {
+        Value::String(url) if URLS.contains(&field.as_str()) => is_masked(url),
+        value => has_masked_words(value),
+    })
 }
 
-fn mask_field((field, value): (&String, &Value)) -> (String, Value) {
-    let schema = replication_schema();
-    let known = schema["properties"].get(field);
-    let is_tls = known.is_some_and(|property| property.get("$ref").is_some());
-    let masked = match value {
-        Value::String(url) if URLS.contains(&field.as_str()) => Value::String(mask_url(url)),
-        Value::String(text) if known.is_some_and(|property| property["type"] == "string") => {
-            Value::String(mask_words(text))
+/// The TLS files that a side goes by: its own, else those of both.
+fn tls_files<'a>(field: impl Fn(&str) -> Option<&'a Value>, own: &str) -> Tls {
+    let files = [own, "tls"].into_iter().find_map(|name| {
+        // What cannot be read is refused with the document.
+        Option::<TlsDocument>::deserialize(field(name)?).ok().flatten()
+    });
+    let TlsDocument { ca, cert, key } = files.unwrap_or_default();
+    Tls { ca, cert, key, ..Tls::default() }
+}
+
+fn unmask_words(value: &mut Value, stored: &Value) {
+    match (value, stored) {
+        (Value::String(text), Value::String(stored)) if *text == mask_words(stored) => text.clone_from(stored),
+        (Value::Object(fields), stored) => {
+            fields.iter_mut().for_each(|(name, value)| unmask_words(value, &stored[name]))
         }
-        Value::Object(files) if is_tls => {
-            let masked = files.iter().map(|(name, file)| match file {
-                Value::String(path) if schema["$defs"]["tls"]["properties"].get(name).is_some() => {
-                    (name.clone(), Value::String(mask_words(path)))
-                }
-                other => (name.clone(), mask_anywhere(other)),
-            });
-            Value::Object(masked.collect())
-        }
-        other => mask_anywhere(other),
+        _ => {}
+    }
+}
+
+fn has_masked_words(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains(MASK),
+        Value::Object(fields) => fields.values().any(has_masked_words),
+        _ => false,
+    }
+}
+
+/// Masks a value by the schema of its field; that of an unknown field is `null`.
+fn mask_as(value: &Value, schema: &Value) -> Value {
+    match value {
+        Value::String(text) if schema["type"] == "string" => Value::String(mask_words(text)),
+        Value::String(text) if text.contains('@') || text.contains("://") => Value::String(mask_url(text)),
+        Value::Number(_) if schema["type"] != "integer" => Value::String(MASK.to_owned()),
+        Value::String(_) => Value::String(MASK.to_owned()),
+        Value::Array(values) => Value::Array(values.iter().map(|value| mask_as(value, &Value::Null)).collect()),
+        Value::Object(fields) => Value::Object(fields.iter().map(|field| mask_field(field, schema)).collect()),
+        Value::Number(_) | Value::Bool(_) | Value::Null => value.clone(),
+    }
+}
+
+fn mask_field((field, value): (&String, &Value), schema: &Value) -> (String, Value) {
+    let root = replication_schema();
+    let masked = match (&schema["properties"][field], value) {
+        (known, Value::String(url)) if known.is_object() && URLS.contains(&field.as_str()) => mask_url(url).into(),
+        (known, value) if known.get("$ref").is_some() => mask_as(value, &root["$defs"]["tls"]),
+        (known, value) => mask_as(value, known),
     };
     (field.clone(), masked)
 }
@@ -71,18 +109,6 @@ fn mask_words(text: &str) -> String {
         if is_url { mask_url(word) + blank } else { format!("{word}{blank}") }
     });
     words.collect()
-}
-
-fn mask_anywhere(value: &Value) -> Value {
-    match value {
-        Value::String(text) if text.contains('@') || text.contains("://") => Value::String(mask_url(text)),
-        Value::String(_) => Value::String(MASK.to_owned()),
-        Value::Array(values) => Value::Array(values.iter().map(mask_anywhere).collect()),
-        Value::Object(fields) => {
-            Value::Object(fields.iter().map(|(field, value)| (field.clone(), mask_anywhere(value))).collect())
-        }
-        other => other.clone(),
-    }
 }
 
 #[cfg(test)]
@@ -100,7 +126,13 @@ mod tests {
         );
         check(json!({"sorce_url": "nats://u:p@h"}), json!({"sorce_url": "nats://u:***@h"}));
         check(json!({"tls": "p", "limits": "p"}), json!({"tls": "***", "limits": "***"}));
-        check(json!({"password": "p", "x": {"y": ["p", 5]}}), json!({"password": "***", "x": {"y": ["***", 5]}}));
+        check(json!({"password": 53, "x": {"y": ["p", 5]}}), json!({"password": "***", "x": {"y": ["***", "***"]}}));
+        check(
+            json!({"limits": {"messages_in_flight": 5, "pin": 5}}),
+            json!({"limits": {"messages_in_flight": 5, "pin": "***"}}),
+        );
+        check(json!({"start_sequence": 5, "name": 5}), json!({"start_sequence": 5, "name": "***"}));
+        check(json!({"ephemeral": true, "x": [false, null]}), json!({"ephemeral": true, "x": [false, null]}));
         check(
             json!({"limits": {"x": ["u:p@h"]}, "source_url": ["p@h"]}),
             json!({"limits": {"x": ["u:***@h"]}, "source_url": ["***@h"]}),
@@ -113,7 +145,7 @@ mod tests {
         );
         check(json!({"tls": {"ca": "/a@b", "x": "p@h"}}), json!({"tls": {"ca": "/a@b", "x": "***@h"}}));
         check(json!({"filter_subject": "a@b.>"}), json!({"filter_subject": "a@b.>"}));
-        check(json!(5), json!(5));
+        check(json!(53), json!("***"));
     }
 
     #[test]
@@ -125,5 +157,62 @@ mod tests {
         let mut back = mask_document(&stored);
         let problems = unmask_document(back.as_object_mut().unwrap(), None).unwrap_err();
         assert_eq!(problems[0].path, "/source_url");
+    }
+
+    #[test]
+    fn a_text_that_comes_back_as_it_was_shown_is_kept() {
+        let stored = json!({
+            "stream": "S", "source_url": "nats://h", "description": "see https://chat/@ops or nats://u:p@h",
+            "tls": {"ca": "/x://y@z"}
+        });
+        let shown = mask_document(&stored);
+        assert_eq!(shown["description"], "see https://***@ops or nats://u:***@h");
+        let mut back = shown.clone();
+        assert!(has_mask(back.as_object().unwrap()));
+        unmask_document(back.as_object_mut().unwrap(), Some(&stored)).unwrap();
+        assert_eq!(back, stored);
+        let mut changed = shown;
+        changed["description"] = "***, by hand".into();
+        let expect = changed["description"].clone();
+        unmask_document(changed.as_object_mut().unwrap(), Some(&stored)).unwrap();
+        assert_eq!(changed["description"], expect);
+        assert!(!has_mask(stored.as_object().unwrap()));
+    }
+
+    #[test]
+    fn a_stored_secret_does_not_leave_its_tls() {
+        let document = |url: &str, fields: Value| {
+            let mut document = json!({"stream": "S", "target_url": url});
+            document.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            document
+        };
+        let check = |stored: (&str, Value), new: (&str, Value), allowed: bool| {
+            let (stored, mut new) = (
+                document(&format!("nats://u:p@{}", stored.0), stored.1),
+                document(&format!("nats://u:***@{}", new.0), new.1),
+            );
+            let told = new.to_string();
+            match unmask_document(new.as_object_mut().unwrap(), Some(&stored)) {
+                Ok(()) => assert!(allowed && new["target_url"].as_str().unwrap().contains("u:p@"), "{told}"),
+                Err(problems) => {
+                    assert!(!allowed && problems[0].path == "/target_url", "{told}");
+                    assert!(problems[0].message.contains("only with the TLS"), "{told}: {problems:?}");
+                }
+            }
+        };
+        let none = json!({});
+        let ca = json!({"tls": {"ca": "/ca"}});
+        check(("h", ca.clone()), ("h", ca.clone()), true);
+        check(("h", ca.clone()), ("h?connect_timeout=1s", ca.clone()), true);
+        check(("h", ca.clone()), ("h", json!({"target_tls": {"ca": "/ca"}})), true);
+        check(("h", none.clone()), ("h", ca.clone()), true);
+        check(("h", ca.clone()), ("h", none.clone()), false);
+        check(("h", ca.clone()), ("h?connect_timeout=1s", none.clone()), false);
+        check(("h", ca.clone()), ("h", json!({"tls": {"ca": "/mine"}})), false);
+        check(("h", ca.clone()), ("h", json!({"tls": {"ca": "/ca"}, "target_tls": {}})), false);
+        check(("h", ca.clone()), ("h", json!({"tls": {"ca": "/ca"}, "source_tls": {}})), true);
+        check(("h", ca), ("h?tls_handshake_first", none.clone()), false);
+        check(("h?tls_handshake_first", none.clone()), ("h", none.clone()), false);
+        check(("h", json!({"target_tls": {"cert": "/c", "key": "/k"}})), ("h", none), false);
     }
 }

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::transform::{self, Allowed};
 use crate::{
-    config::Replication,
+    config::{DEFAULT_API_PREFIX, Replication},
     nats::{
         Error, ErrorKind, Lane, ServerInfo,
         jetstream::{Api, StreamInfo},
@@ -38,6 +38,8 @@ const FAST_INGEST_SINCE: (u32, u32) = (2, 14);
 const FAST_INGEST_LEVEL: u32 = 4;
 /// Server version from which messages may carry a time to live.
 const TTL_SINCE: (u32, u32) = (2, 11);
+/// What the API says from 2.12 on to a field that its server does not know; before, it leaves the field out.
+const INVALID_JSON: u32 = 10025;
 
 /// How to write to the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,20 +141,41 @@ pub(super) async fn open(
         return Err(Error::hold(missing(name)));
     }
     let mut replicas = source.number("num_replicas").max(1);
+    let mut maker = Maker::of(lane.info(), lane.api_prefix());
     loop {
-        let config = new_config(replication, source, lane.info(), replicas)?;
+        let config = new_config(replication, source, maker, replicas)?;
         match Api::new(lane).create_stream(name, &config).await {
             Ok(info) => return Ok((info, true)),
             // Not clustered, or not enough servers: what the target can do is fewer replicas.
             Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
                 replicas = if replicas > 3 { 3 } else { 1 };
             }
+            // The API refuses a field that its server does not know.
+            Err(error) if maker.batches && error.is_api(INVALID_JSON) => maker.batches = false,
             Err(error) => {
                 let kind =
                     if error.kind == ErrorKind::Retry && error.api.is_some() { ErrorKind::Hold } else { error.kind };
                 return Err(Error { kind, ..error.context(format!("cannot create target stream `{name}`")) });
             }
         }
+    }
+}
+
+/// What the server that makes a stream knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Maker {
+    /// Fast-ingest batches.
+    batches: bool,
+    /// Messages with a time to live.
+    ttl: bool,
+}
+
+impl Maker {
+    /// By the server that we are connected to. Behind another prefix of the API there may be another server, of a
+    /// version that nobody tells us: it is taken for a new one.
+    pub(crate) fn of(server: &ServerInfo, api_prefix: &str) -> Self {
+        let knows = |version| api_prefix != DEFAULT_API_PREFIX || since(&server.version, version);
+        Self { batches: knows(FAST_INGEST_SINCE), ttl: knows(TTL_SINCE) }
     }
 }
 
@@ -165,7 +188,7 @@ pub(crate) fn missing(name: &str) -> String {
 pub(crate) fn new_config(
     replication: &Replication,
     source: &StreamInfo,
-    server: &ServerInfo,
+    maker: Maker,
     replicas: i64,
 ) -> Result<Value, Error> {
     let subjects = target_subjects(replication, source)?;
@@ -179,11 +202,10 @@ pub(crate) fn new_config(
     config.insert("subjects".into(), json!(subjects));
     config.insert("num_replicas".into(), replicas.into());
     config.insert("description".into(), format!("copy of stream {}", replication.source.stream).into());
-    // The API refuses fields that a server does not know.
-    if since(&server.version, FAST_INGEST_SINCE) {
+    if maker.batches {
         config.insert("allow_batched".into(), true.into());
     }
-    if since(&server.version, TTL_SINCE) && source.flag("allow_msg_ttl") {
+    if maker.ttl && source.flag("allow_msg_ttl") {
         config.insert("allow_msg_ttl".into(), true.into());
     }
     Ok(Value::Object(config))
@@ -220,5 +242,19 @@ mod tests {
             assert_eq!(since(version, FAST_INGEST_SINCE), expect, "{version}");
         }
         assert!(since("2.14.0-preview.1", FAST_INGEST_SINCE));
+    }
+
+    #[test]
+    fn another_prefix_may_lead_to_another_version() {
+        let maker = |version: &str, prefix: &str| {
+            let mut server = ServerInfo::default();
+            version.clone_into(&mut server.version);
+            let Maker { batches, ttl } = Maker::of(&server, prefix);
+            (batches, ttl)
+        };
+        assert_eq!(maker("2.14.6", "$JS.API"), (true, true));
+        assert_eq!(maker("2.12.8", "$JS.API"), (false, true));
+        assert_eq!(maker("2.10.26", "$JS.API"), (false, false));
+        assert_eq!(maker("2.10.26", "$JS.hub.API"), (true, true));
     }
 }

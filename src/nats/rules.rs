@@ -12,9 +12,7 @@ use serde_json::Value;
 use wildmatch::WildMatch;
 
 use super::{Dial, Error, Lane, context};
-use crate::config::{
-    self, Auth, Connection, Endpoint, Fields, Host, Place, Problem, Problems, Replication, Scheme, Side,
-};
+use crate::config::{self, Auth, Connection, Endpoint, Fields, Host, Place, Problem, Problems, Replication, Scheme};
 
 /// Allows everything by default; cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -83,10 +81,7 @@ impl Rules {
 
     /// [`config::parse_value`] under these rules.
     pub fn parse_value(&self, value: &Value, site: &str) -> Result<Replication, Problems> {
-        let replication = config::parse_value(value, site)?;
-        let mut problems = self.problems("source", &replication.source, value);
-        problems.extend(self.problems("target", &replication.target, value));
-        if problems.is_empty() { Ok(replication) } else { Err(Problems(problems)) }
+        config::parse_judged(value, site, |side, place| self.problems(side, place, value))
     }
 
     /// Everything that a connection needs, if it is allowed; the file of a context is read now.
@@ -98,11 +93,11 @@ impl Rules {
         }
     }
 
-    fn problems(&self, side: &str, of: &Side, document: &Value) -> Vec<Problem> {
+    fn problems(&self, side: &str, place: &Place, document: &Value) -> Vec<Problem> {
         // A context that cannot be read now is judged before a connection is made.
-        let connection = context::resolve(&of.place).ok();
-        let breaches = self.breaches(&of.place, connection.as_ref()).into_iter();
-        let field = |part| match (part, &of.place) {
+        let connection = context::resolve(place).ok();
+        let breaches = self.breaches(place, connection.as_ref()).into_iter();
+        let field = |part| match (part, place) {
             (Part::Place, Place::Known(_)) => format!("{side}_url"),
             (Part::Place, Place::Context { .. }) => format!("{side}_context"),
             (Part::Tls(file), _) => {
@@ -302,6 +297,15 @@ mod tests {
             &[
                 ("/source_url", "server `nats://b.bad:4222` is not allowed by this service; allowed are `*.good`"),
                 ("/target_url", "server `ws://c.bad:80`"),
+            ],
+        );
+        check(
+            json!({"source_url": "b.bad", "max_age": "soon", "target_url": "c.bad:x", "stream": ""}),
+            &[
+                ("/max_age", "not a duration"),
+                ("/source_url", "server `nats://b.bad:4222` is not allowed"),
+                ("/stream", "`stream`"),
+                ("/target_url", "port"),
             ],
         );
         let credentials = |path: &str| json!({"source_url": format!("a.good?credentials={root}/{path}")});

@@ -13,8 +13,12 @@ use tokio::{
 };
 
 use crate::harness::{
-    Expect, LIMIT, Outgoing, Raw, Role, Server, Service, Site, checker::compare_streams, client::status, connect,
-    request, server::free_port, wait_for, wait_value,
+    Expect, LIMIT, Outgoing, Raw, Role, Server, Service, Site,
+    checker::compare_streams,
+    client::status,
+    connect, request,
+    server::{Builder, NEWEST, free_port},
+    wait_for, wait_value,
 };
 
 const COUNT: u64 = 300;
@@ -94,14 +98,42 @@ async fn websockets_carry_both_sides_and_the_control_connection() -> Result<()> 
 
 /// A hub and a leaf with JetStream domains of their own.
 async fn hub_and_leaf() -> Result<(Server, Server)> {
+    join_leaf(Server::builder(Role::Target), Server::builder(Role::Source)).await
+}
+
+async fn join_leaf(hub: Builder, leaf: Builder) -> Result<(Server, Server)> {
     let port = free_port()?;
     let listen = format!("leafnodes {{ host: \"127.0.0.1\", port: {port} }}");
-    let hub = Server::builder(Role::Target).domain("hub").config(&listen).start().await?;
+    let hub = hub.domain("hub").config(&listen).start().await?;
     let remote = format!("leafnodes {{ remotes: [{{ url: \"nats://127.0.0.1:{port}\" }}] }}");
-    let leaf = Server::builder(Role::Source).domain("leaf").config(&remote).start().await?;
+    let leaf = leaf.domain("leaf").config(&remote).start().await?;
     let mut raw = Raw::connect(&leaf.url()).await?.with_api("$JS.hub.API");
     wait_for("the leafnode connection", LIMIT, async || raw.api("INFO", Value::Null).await.is_ok()).await?;
     Ok((hub, leaf))
+}
+
+/// The server that makes the target is of another version than the one that the service is connected to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_target_in_another_domain_is_made_by_what_its_own_server_can_do() -> Result<()> {
+    for (hub, leaf, batched) in [("2.12.8", NEWEST, false), (NEWEST, "2.12.8", true)] {
+        let (to, from) =
+            join_leaf(Server::builder(Role::Target).version(hub), Server::builder(Role::Source).version(leaf)).await?;
+        let mut at_leaf = Raw::connect(&from.url()).await?;
+        at_leaf.create_stream("L", json!({"subjects": ["l.>"], "allow_msg_ttl": true})).await?;
+        at_leaf.publish_all(messages("l")).await?;
+        let service = Service::start(&from.url()).await?;
+        let client = connect(&from.url()).await?;
+        let url = from.url();
+        let document = json!({"stream": "L", "source_url": url, "target_url": url, "target_domain": "hub",
+            "target_subject_prefix": "at.hub"});
+        request(&client, "replicator.config.add", document).await?;
+        let settled = async || status(&client, "L").await.is_some_and(|row| row["position"]["source_seq"] == COUNT);
+        wait_for("the copy into the hub", LIMIT, settled).await.with_context(|| service.log())?;
+        let made = Raw::connect(&to.url()).await?.api("STREAM.INFO.L", Value::Null).await?;
+        assert_eq!(made["config"]["allow_batched"] == true, batched, "{made}");
+        assert_eq!(made["config"]["allow_msg_ttl"], true, "{made}");
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
