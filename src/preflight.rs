@@ -96,7 +96,8 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
     let planned = match (source.facts.stream.there(), target.facts.stream.got(), target.facts.connect.got()) {
         (Some(source), Some(None), Some(server)) if replication.create_target => {
             let replicas = source.number("num_replicas").max(1);
-            let maker = target::Maker::of(server, &target.facts.api_prefix);
+            let api_prefix = target.facts.connection.as_ref().map_or("", |connection| connection.api_prefix.as_str());
+            let maker = target::Maker::of(server, api_prefix);
             Some(target::new_config(replication, source, maker, replicas))
         }
         _ => None,

@@ -425,7 +425,7 @@ pub(super) fn subjects_of(config: &Value) -> Vec<String> {
 fn as_stream(config: &Value) -> Option<StreamInfo> {
     let mut config = config.clone();
     if config["allow_batched"] == true {
-        // Only a server that knows it is sent this.
+        // Only where the server knows it is a stream made with this.
         config["metadata"] = json!({"_nats.level": "4"});
     }
     serde_json::from_value(json!({ "config": config, "state": {} })).ok()
