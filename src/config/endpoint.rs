@@ -284,6 +284,7 @@ fn mask_server(server: &str) -> String {
 /// Shows the host behind the last `@`, without options; without one, or where the `@` may stand in an option, nothing
 /// but the scheme.
 fn mask_broken(url: &str) -> String {
+    let url = url.trim();
     let (scheme, rest) = match url.split_once("://") {
         Some((scheme, rest)) if scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()) => (scheme, rest),
         _ => ("", url),

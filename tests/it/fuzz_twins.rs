@@ -120,6 +120,8 @@ fn a_password_is_never_shown_whatever_stands_around_it() {
 
 #[test]
 fn any_bytes_are_a_document_or_told_to_be_none() {
+    // Found by fuzzing.
+    properties::document(br#"" i://t ist@em ""#);
     let mut random = random();
     for _ in 0..ROUNDS / 4 {
         let mut document =
