@@ -250,4 +250,30 @@ mod tests {
         assert_eq!(login.nkey, Some(key.public_key()));
         assert!(key.verify(b"nonce", &login.signature.unwrap()).is_ok());
     }
+
+    #[test]
+    fn files_of_an_identity_are_read_again_at_every_login() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str| dir.path().join(name);
+        let place =
+            |options: String| Place::Known(Box::new(Connection::to(Endpoint::parse(&format!("h?{options}")).unwrap())));
+        let creds = place(format!("credentials={}", file("creds").display()));
+        let pair = place(format!("nkey={}&jwt={}", file("seed").display(), file("jwt").display()));
+        for jwt in ["one", "two"] {
+            let key = nkeys::KeyPair::new_user();
+            let seed = key.seed().unwrap();
+            let text = format!(
+                "-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n\
+                 -----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+            );
+            std::fs::write(file("creds"), text).unwrap();
+            std::fs::write(file("seed"), seed).unwrap();
+            std::fs::write(file("jwt"), jwt).unwrap();
+            for place in [&creds, &pair] {
+                let login = login(place, b"nonce").unwrap();
+                assert_eq!(login.jwt.as_deref(), Some(jwt));
+                assert!(key.verify(b"nonce", &login.signature.unwrap()).is_ok());
+            }
+        }
+    }
 }

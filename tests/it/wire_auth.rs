@@ -1,4 +1,4 @@
-//! Every way to log in and every kind of TLS, for the lanes of a copy, against real servers.
+//! Every way to log in and every kind of TLS, for the lanes of a copy and for commands, against real servers.
 
 use std::{fs, path::Path};
 
@@ -9,7 +9,7 @@ use nkeys::KeyPair;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair as CertificateKey};
 use serde_json::{Value, json};
 
-use crate::harness::{Role, Server, Site};
+use crate::harness::{Cli, Role, Server, Site};
 
 const COUNT: u64 = 25;
 
@@ -27,10 +27,24 @@ async fn begin(source: Server, login: ConnectOptions) -> Result<Site> {
 }
 
 async fn copies(site: &Site, fields: Value) -> Result<()> {
+    commands_come_in(&fields).await?;
     site.add("A", fields).await?;
     site.settled("A", COUNT).await?;
     let copied = site.target().await?.read_stream("A").await?;
     assert_eq!(copied.len() as u64, COUNT);
+    Ok(())
+}
+
+/// A command is let in with the same URL and files; that nobody answers there is told by who was let in only.
+async fn commands_come_in(fields: &Value) -> Result<()> {
+    let mut cli = Cli::new(fields["source_url"].as_str().context("a URL")?);
+    for (name, field) in [("NATS_CA", "ca"), ("NATS_CERT", "cert"), ("NATS_KEY", "key")] {
+        if let Some(file) = fields["source_tls"][field].as_str() {
+            cli = cli.env(name, file);
+        }
+    }
+    let ended = cli.run(["status"]).await?;
+    assert!(ended.stderr.contains("`replicator.status`"), "{ended:?}");
     Ok(())
 }
 
@@ -119,6 +133,7 @@ async fn a_credentials_file_and_a_jwt_beside_a_seed() -> Result<()> {
     fields["name"] = "second".into();
     fields["target_stream"] = "B".into();
     fields["target_subject_prefix"] = "b".into();
+    commands_come_in(&fields).await?;
     site.add("A", fields).await?;
     site.settled("A.second", COUNT).await.map(|_| ())
 }
@@ -199,6 +214,7 @@ async fn an_unknown_authority_is_refused_unless_insecure_is_asked_for() -> Resul
     assert!(message(&row).contains("certificate"), "{row}");
     let mut fields = url(&site, "", "?insecure=true");
     fields["name"] = "insecure".into();
+    commands_come_in(&fields).await?;
     site.add("A", fields).await?;
     site.settled("A.insecure", COUNT).await.map(|_| ())
 }
