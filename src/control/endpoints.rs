@@ -156,7 +156,8 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
     }
     if !keep {
         context.positions.remove(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
-        for kind in MarkKind::ALL {
+        // What was kept of the document goes with the document.
+        for kind in [MarkKind::Paused, MarkKind::Release] {
             context.config.unmark(id, kind, None).await.map_err(|error| Failure::new(503, error.to_string()))?;
         }
     }

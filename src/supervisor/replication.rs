@@ -6,6 +6,7 @@
 
 use std::{convert::Infallible, future::pending, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::{
     sync::watch,
@@ -253,17 +254,17 @@ async fn paused(marks: &mut watch::Receiver<Marks>) {
 struct Refusals {
     /// Revision that was told last.
     told: u64,
-    /// Revision of the document that was kept last.
-    kept: u64,
+    /// The document that was kept last.
+    kept: Option<Bytes>,
 }
 
 impl Refusals {
     /// Keeps the document that runs beside newer ones that cannot: the bucket forgets it when these are many.
     fn keep(&mut self, context: &Context, work: &Work, rejected: Option<&Rejected>) {
-        if rejected.is_none() || self.kept == work.revision {
+        if rejected.is_none() || self.kept.as_ref() == Some(&work.document) {
             return;
         }
-        self.kept = work.revision;
+        self.kept = Some(work.document.clone());
         let (context, document) = (context.clone(), work.document.clone());
         // Beside the copy, without holding it up.
         tokio::spawn(async move {

@@ -32,7 +32,7 @@ async fn random_requests_are_answered_counted_and_break_nothing() -> Result<()> 
 
 /// `make check-long` runs it.
 #[tokio::test]
-#[ignore = "takes minutes"]
+#[ignore = "takes half a minute"]
 async fn ten_thousand_random_requests_are_answered_counted_and_break_nothing() -> Result<()> {
     survives(10_000).await
 }

@@ -236,6 +236,9 @@ async fn requests_are_answered_while_the_buckets_do_not_answer_and_when_they_are
     ask_all(&site, "ORDERS", &changed).await?.judge("they are just back")?;
     let possible = async || site.send("config.update", changed.clone()).await.is_ok_and(|reply| reply.error.is_none());
     wait_for("changes to be possible again", LIMIT, possible).await?;
+    // The last pause may have been taken, and what was to end it not.
+    let resumed = async || site.ask("resume", "ORDERS").await.is_ok_and(|reply| reply.error.is_none());
+    wait_for("the pause to be over", LIMIT, resumed).await?;
     site.publish("ORDERS", 11..=20).await?;
     site.settled("ORDERS", 20).await?;
     site.stop().await

@@ -128,7 +128,12 @@ async fn pages(site: &Site, endpoint: &str) -> Result<(Vec<Value>, Duration)> {
 
 async fn costs_little(site: &Site) -> Result<()> {
     // What the start left to do is over: positions are saved, buffers are given back.
-    tokio::time::sleep(Duration::from_secs(8)).await;
+    let quiet = async || {
+        let before = site.service.usage().cpu_seconds;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        site.service.usage().cpu_seconds - before < IDLE_CPU
+    };
+    wait_for("the start to be over", LIMIT, quiet).await?;
     let begun = Instant::now();
     let before = site.service.usage();
     tokio::time::sleep(WATCHED).await;
