@@ -109,6 +109,17 @@ pub enum Event {
         /// What became of it.
         action: PoisonAction,
     },
+    /// The description of an object (of an object store) was left out: the target does not have all of its chunks.
+    ObjectIncomplete {
+        /// Source sequence of the description.
+        source_seq: u64,
+        /// Name of the object.
+        object: String,
+        /// Chunks that it has at the source.
+        chunks: u64,
+        /// Chunks that lie at the target.
+        found: u64,
+    },
     /// The source lost its end or is another stream.
     SourceReset {
         /// Position before.
@@ -146,7 +157,7 @@ pub enum PoisonAction {
 
 impl Event {
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 16] = [
+    pub const KINDS: [&str; 17] = [
         "started",
         "stopped",
         "paused",
@@ -160,6 +171,7 @@ impl Event {
         "gap",
         "held",
         "poison",
+        "object-incomplete",
         "source-reset",
         "target-reset",
         "target-shared",
@@ -181,6 +193,7 @@ impl Event {
             Self::Gap { .. } => "gap",
             Self::Held { .. } => "held",
             Self::Poison { .. } => "poison",
+            Self::ObjectIncomplete { .. } => "object-incomplete",
             Self::SourceReset { .. } => "source-reset",
             Self::TargetReset { .. } => "target-reset",
             Self::TargetShared { .. } => "target-shared",

@@ -182,6 +182,8 @@ pub struct Counters {
     pub skipped_filtered: u64,
     /// Skipped by request because the target can never store them.
     pub skipped_refused: u64,
+    /// Descriptions of objects skipped because the target does not have all of their chunks.
+    pub skipped_incomplete: u64,
     /// Published to the dead letter subject.
     pub dead_lettered: u64,
     /// Source messages that were gone before they were read.

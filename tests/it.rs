@@ -71,7 +71,11 @@ mod wire_connections;
 mod wire_faults;
 #[path = "it/wire_fidelity.rs"]
 mod wire_fidelity;
+#[path = "it/wire_kinds.rs"]
+mod wire_kinds;
 #[path = "it/wire_kv.rs"]
 mod wire_kv;
+#[path = "it/wire_objects.rs"]
+mod wire_objects;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;

@@ -14,6 +14,7 @@ use super::{
     Error, ErrorKind, Job,
     decide::{Decision, Reason, Rules},
     gap::Gaps,
+    objects::{Gate, Incomplete, Pass},
     progress::{Ledger, Witnesses},
     provenance::Tag,
     reader::{Range, Reader},
@@ -76,6 +77,8 @@ pub(super) struct Run<'a> {
     window: Window,
     already: Already,
     gaps: Gaps,
+    /// Keeps objects whole, where the source is an object store.
+    gate: Option<Gate>,
     /// Whether jumps in the source's sequences may be losses.
     plain: bool,
     /// What the source had removed below this when the run began is told already.
@@ -160,6 +163,7 @@ impl<'a> Run<'a> {
         copy.target.connected = true;
         copy.transport = abilities.transport;
         copy.target_mode = abilities.mode;
+        let gate = Gate::of(&replication.source.stream, &replication.target.stream);
         let mut run = Self {
             job,
             status,
@@ -178,6 +182,7 @@ impl<'a> Run<'a> {
             window: Window::new(resume.position, resume.target),
             already: Already::default(),
             gaps: Gaps::default(),
+            gate,
             info_request: None,
             next_info: now + INFO_EVERY,
             copy,
@@ -227,6 +232,12 @@ impl<'a> Run<'a> {
         warn!(replication = self.replication.id, source_seq, "left out by request: {message}");
         let event = Event::Poison { source_seq, message, action: PoisonAction::Skipped };
         self.events.emit(event, &self.replication.id);
+    }
+
+    /// Tells that the description of an object was left out.
+    fn incomplete(&self, source_seq: u64, Incomplete { object, chunks, found }: Incomplete) {
+        warn!(replication = self.replication.id, source_seq, object, chunks, found, "object left out: not all chunks");
+        self.events.emit(Event::ObjectIncomplete { source_seq, object, chunks, found }, &self.replication.id);
     }
 
     /// Copies until the stop or an error; the position is saved at the end of both.
@@ -317,6 +328,7 @@ impl<'a> Run<'a> {
         let now_ns = Utc::now().timestamp_nanos_opt().unwrap_or(i64::MAX);
         let read_at = now.duration_since(self.began).as_micros() as u64;
         let writable = self.target.output().len() < OUTPUT_LOW;
+        let mut incomplete = None;
         while let Some(incoming) = self.reader.peek().filter(|_| writable) {
             let bytes = incoming.bytes();
             if self.full(bytes) || !self.writer.ready() || self.target.output().len() >= OUTPUT_HIGH {
@@ -355,12 +367,32 @@ impl<'a> Run<'a> {
                         self.moved = now;
                     }
                     Decision::Copy => {
-                        let window = &mut self.window;
-                        let sent = self.writer.send(&mut self.target, window, &incoming, now, now_ns, read_at);
-                        if let Err(error) = sent {
-                            counters.refused += 1;
-                            self.end(Ending::Failed(error));
-                            break;
+                        let pass = match &mut self.gate {
+                            Some(gate) => {
+                                let message = (incoming.message.subject, incoming.message.payload);
+                                let settled = self.window.is_empty();
+                                gate.pass(message, settled, &mut self.target, &self.replication.mapping, now)
+                            }
+                            None => Pass::Send,
+                        };
+                        match pass {
+                            Pass::Wait => break,
+                            Pass::LeaveOut(object) => {
+                                counters.skipped_incomplete += 1;
+                                counters.skipped_bytes += bytes as u64;
+                                self.window.skip(source);
+                                self.moved = now;
+                                incomplete = Some(object);
+                            }
+                            Pass::Send => {
+                                let window = &mut self.window;
+                                let sent = self.writer.send(&mut self.target, window, &incoming, now, now_ns, read_at);
+                                if let Err(error) = sent {
+                                    counters.refused += 1;
+                                    self.end(Ending::Failed(error));
+                                    break;
+                                }
+                            }
                         }
                     }
                 },
@@ -369,6 +401,9 @@ impl<'a> Run<'a> {
             counters.received_bytes += bytes as u64;
             self.reader.take();
             self.next_tick = self.next_tick.min(now + TICK);
+            if let Some(object) = incomplete.take() {
+                self.incomplete(seq, object);
+            }
         }
         if let Some(seq) = self.skipped.take() {
             self.left_out(seq);
@@ -381,6 +416,9 @@ impl<'a> Run<'a> {
 
     fn take_acks(&mut self, batch: &Batch) -> Result<(), Error> {
         let now = Instant::now();
+        if let Some(gate) = &mut self.gate {
+            gate.accept(batch)?;
+        }
         for message in batch.iter() {
             self.writer.accept(&message, &mut self.window, now)?;
         }

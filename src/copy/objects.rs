@@ -1,0 +1,275 @@
+//! Object stores (ADR-20) at the target are never seen broken: what describes an object is copied only when all of its
+//! chunks lie there. [`Objects`] decides and is pure; [`Gate`] asks the target what it needs for that.
+//!
+//! An object is any number of chunks on `$O.<bucket>.C.<nuid>` and, behind them, one description on
+//! `$O.<bucket>.M.<name>`, which names the nuid and the number of chunks. Readers begin with the description.
+//! Chunks can be missing where a copy does not begin at the beginning, leaves out what is too old, or has a filter.
+
+use std::collections::HashMap;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::time::{Duration, Instant};
+
+use super::transform;
+use crate::{
+    config::Mapping,
+    nats::{Batch, Error, Lane, jetstream::decode},
+};
+
+/// A question that got no answer is asked again after this.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+
+/// Objects whose chunks were sent and whose description has not come; of more, the target is asked.
+const MAX_OPEN: usize = 4_096;
+
+/// What is to be done with a message of an object store.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Copy it.
+    Copy,
+    /// Only the target knows how many chunks it has on the subject that this source subject becomes. It is to be asked
+    /// when everything before is settled, and the message judged again then.
+    Ask(String),
+    /// Leave it out: the description would point at chunks that are not there.
+    LeaveOut(Incomplete),
+}
+
+/// An object that the target does not have whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Incomplete {
+    /// Its name.
+    pub object: String,
+    /// Chunks that it has at the source.
+    pub chunks: u64,
+    /// Chunks that lie at the target.
+    pub found: u64,
+}
+
+/// The parts of a description that matter here.
+#[derive(Deserialize)]
+struct Description {
+    name: String,
+    nuid: String,
+    #[serde(default)]
+    chunks: u64,
+    #[serde(default)]
+    deleted: bool,
+}
+
+/// What was sent of the objects of one store.
+#[derive(Debug, Default)]
+struct Objects {
+    /// Chunks sent by this run, by nuid.
+    sent: HashMap<Box<[u8]>, u64>,
+    /// What the target said last: nuid and chunks.
+    answer: Option<(Box<[u8]>, u64)>,
+}
+
+impl Objects {
+    /// Decides about a message that is to be copied.
+    fn judge(&self, subject: &[u8], payload: &[u8]) -> Verdict {
+        let Some((bucket, b"M", _)) = parts(subject) else { return Verdict::Copy };
+        // What no reader understands misleads none.
+        let Ok(Description { name, nuid, chunks, deleted }) = serde_json::from_slice(payload) else {
+            return Verdict::Copy;
+        };
+        if deleted || chunks == 0 || self.sent.get(nuid.as_bytes()) == Some(&chunks) {
+            return Verdict::Copy;
+        }
+        match &self.answer {
+            Some((of, found)) if **of == *nuid.as_bytes() => {
+                let found = *found;
+                if found == chunks {
+                    Verdict::Copy
+                } else {
+                    Verdict::LeaveOut(Incomplete { object: name, chunks, found })
+                }
+            }
+            _ => Verdict::Ask(format!("$O.{}.C.{nuid}", String::from_utf8_lossy(bucket))),
+        }
+    }
+
+    /// Takes the target's answer to [`Verdict::Ask`]: the chunks on the subject that was asked about.
+    fn answered(&mut self, subject: &str, chunks: u64) {
+        if let Some((_, b"C", nuid)) = parts(subject.as_bytes()) {
+            self.answer = Some((nuid.into(), chunks));
+        }
+    }
+
+    /// Notes a message that was sent.
+    fn sent(&mut self, subject: &[u8], payload: &[u8]) {
+        match parts(subject) {
+            Some((_, b"C", nuid)) => match self.sent.get_mut(nuid) {
+                Some(count) => *count += 1,
+                None => {
+                    if self.sent.len() == MAX_OPEN {
+                        self.sent.clear();
+                    }
+                    self.sent.insert(nuid.into(), 1);
+                }
+            },
+            Some((_, b"M", _)) => {
+                if let Ok(Description { nuid, .. }) = serde_json::from_slice(payload) {
+                    self.sent.remove(nuid.as_bytes());
+                }
+                self.answer = None;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What the run does with a message of the source.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Pass {
+    /// Send it.
+    Send,
+    /// Look at it again later: the target was asked, or has to be when everything before is settled.
+    Wait,
+    /// Leave it out.
+    LeaveOut(Incomplete),
+}
+
+/// Holds back what the target is not ready for.
+#[derive(Debug)]
+pub(super) struct Gate {
+    stream: String,
+    objects: Objects,
+    question: Option<Question>,
+}
+
+#[derive(Debug)]
+struct Question {
+    /// Subject of the answer.
+    reply: String,
+    /// Source subject of the chunks.
+    chunks: String,
+    asked: Instant,
+}
+
+impl Gate {
+    /// For a copy of the stream `source` into `target`; `None` where it is no object store.
+    pub fn of(source: &str, target: &str) -> Option<Self> {
+        let gate = || Self { stream: target.to_owned(), objects: Objects::default(), question: None };
+        source.starts_with("OBJ_").then(gate)
+    }
+
+    /// Whether a message may be sent; `settled` says that nothing is in the air.
+    pub fn pass(
+        &mut self,
+        (subject, payload): (&[u8], &[u8]),
+        settled: bool,
+        lane: &mut Lane,
+        mapping: &Mapping,
+        now: Instant,
+    ) -> Pass {
+        match self.objects.judge(subject, payload) {
+            Verdict::Copy => {
+                self.objects.sent(subject, payload);
+                Pass::Send
+            }
+            Verdict::LeaveOut(incomplete) => Pass::LeaveOut(incomplete),
+            Verdict::Ask(chunks) => {
+                let waits = self.question.as_ref().is_some_and(|question| now < question.asked + ASK_AGAIN);
+                if settled && !waits {
+                    let mapped = transform::subject(mapping, chunks.as_bytes());
+                    let subjects = json!({ "subjects_filter": String::from_utf8_lossy(&mapped) });
+                    let api = format!("{}.STREAM.INFO.{}", lane.api_prefix(), self.stream);
+                    let reply = lane.send_request(&api, subjects.to_string().as_bytes());
+                    self.question = Some(Question { reply, chunks, asked: now });
+                }
+                Pass::Wait
+            }
+        }
+    }
+
+    /// Takes the target's answer, if it is among what was received.
+    pub fn accept(&mut self, batch: &Batch) -> Result<(), Error> {
+        let Some(question) = &self.question else { return Ok(()) };
+        let answer = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == question.reply.as_bytes());
+        let Some(answer) = answer else { return Ok(()) };
+        let info: Value = decode(answer.payload).map_err(|error| error.context("chunks of an object"))?;
+        let counts = info.pointer("/state/subjects").and_then(Value::as_object);
+        let found = counts.into_iter().flat_map(|counts| counts.values()).filter_map(Value::as_u64).sum();
+        self.objects.answered(&question.chunks, found);
+        self.question = None;
+        Ok(())
+    }
+}
+
+/// Bucket, kind and the rest of a subject of an object store.
+fn parts(subject: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let mut tokens = subject.strip_prefix(b"$O.")?.splitn(3, |b| *b == b'.');
+    Some((tokens.next()?, tokens.next()?, tokens.next()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn description(nuid: &str, chunks: u64, deleted: bool) -> Vec<u8> {
+        let body = json!({"name": "report", "bucket": "b", "nuid": nuid, "size": 9, "chunks": chunks, "deleted": deleted});
+        body.to_string().into_bytes()
+    }
+
+    const META: &[u8] = b"$O.b.M.cmVwb3J0";
+
+    #[test]
+    fn a_description_follows_all_of_its_chunks() {
+        let mut objects = Objects::default();
+        for _ in 0..3 {
+            assert_eq!(objects.judge(b"$O.b.C.one", b"chunk"), Verdict::Copy);
+            objects.sent(b"$O.b.C.one", b"chunk");
+        }
+        assert_eq!(objects.judge(META, &description("one", 3, false)), Verdict::Copy);
+        objects.sent(META, &description("one", 3, false));
+        assert!(objects.sent.is_empty());
+        // What this run has not sent, the target may have.
+        assert_eq!(objects.judge(META, &description("one", 3, false)), Verdict::Ask("$O.b.C.one".to_owned()));
+    }
+
+    #[test]
+    fn the_target_is_asked_for_what_this_run_did_not_send() {
+        let mut objects = Objects::default();
+        objects.sent(b"$O.b.C.two", b"chunk");
+        let ask = Verdict::Ask("$O.b.C.two".to_owned());
+        assert_eq!(objects.judge(META, &description("two", 2, false)), ask);
+        objects.answered("$O.b.C.other", 2);
+        assert_eq!(objects.judge(META, &description("two", 2, false)), ask);
+        objects.answered("$O.b.C.two", 1);
+        let incomplete = Incomplete { object: "report".to_owned(), chunks: 2, found: 1 };
+        assert_eq!(objects.judge(META, &description("two", 2, false)), Verdict::LeaveOut(incomplete));
+        objects.answered("$O.b.C.two", 2);
+        assert_eq!(objects.judge(META, &description("two", 2, false)), Verdict::Copy);
+        // Chunks that lie there twice break an object as well.
+        objects.answered("$O.b.C.two", 4);
+        assert!(matches!(objects.judge(META, &description("two", 2, false)), Verdict::LeaveOut(_)));
+    }
+
+    #[test]
+    fn what_needs_no_chunks_is_copied() {
+        let objects = Objects::default();
+        for (subject, payload) in [
+            (META, description("x", 0, false)),
+            (META, description("x", 5, true)),
+            (META, b"not json".to_vec()),
+            (b"$KV.b.M.key".as_slice(), description("x", 5, false)),
+            (b"$O.b".as_slice(), Vec::new()),
+            (b"orders.new".as_slice(), Vec::new()),
+        ] {
+            assert_eq!(objects.judge(subject, &payload), Verdict::Copy, "{}", String::from_utf8_lossy(subject));
+        }
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let mut objects = Objects::default();
+        for i in 0..3 * MAX_OPEN {
+            objects.sent(format!("$O.b.C.{i}").as_bytes(), b"");
+            assert!(objects.sent.len() <= MAX_OPEN);
+        }
+    }
+}
