@@ -75,3 +75,7 @@ mod wire_fidelity;
 mod wire_kv;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_scope.rs"]
+mod wire_scope;
+#[path = "it/wire_subjects.rs"]
+mod wire_subjects;
