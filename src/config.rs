@@ -5,19 +5,28 @@
 mod document;
 mod duration;
 mod endpoint;
+mod mapping;
+pub(crate) mod patterns;
 mod place;
 mod problems;
 mod replication;
 mod schema;
+mod scope;
 mod secret;
 mod secrets;
+mod transform;
 
-pub use document::{Document, LimitsDocument, TlsDocument, document_id, parse, parse_judged, parse_value, to_value};
+pub use document::{
+    Document, LimitsDocument, TlsDocument, TransformDocument, document_id, parse, parse_judged, parse_value, to_value,
+};
 pub use duration::parse_duration;
 pub use endpoint::{Auth, Endpoint, Host, MASK, Scheme, Tls, mask_url};
+pub use mapping::Mapping;
 pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};
-pub use replication::{Limits, Mapping, Replication, Side, Start};
+pub use replication::{Limits, Replication, Side, Start};
 pub use schema::replication_schema;
+pub use scope::Scope;
 pub use secret::Secret;
 pub use secrets::{URLS, has_mask, mask_document, unmask_document};
+pub use transform::{Transform, Wrong as WrongTransform};

@@ -13,6 +13,7 @@ mod provenance;
 mod reader;
 mod resume;
 mod run;
+pub(crate) mod subjects;
 pub(crate) mod target;
 mod transform;
 mod window;

@@ -79,3 +79,7 @@ mod wire_kv;
 mod wire_objects;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_scope.rs"]
+mod wire_scope;
+#[path = "it/wire_subjects.rs"]
+mod wire_subjects;

@@ -1,4 +1,5 @@
-//! Subjects are mapped as a second, naive implementation has it: `cargo +nightly fuzz run mapping`.
+//! Subjects are mapped as a second, naive implementation has it, and what is said of patterns holds for them:
+//! `cargo +nightly fuzz run mapping`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -7,7 +8,9 @@ use libfuzzer_sys::fuzz_target;
 #[allow(dead_code, reason = "each target uses a part of it")]
 mod properties;
 
-fuzz_target!(|texts: (String, String, String)| {
-    let (prefix, remove, subject) = texts;
+fuzz_target!(|texts: ((String, String, String), [(String, String); 2], String)| {
+    let ((prefix, remove, subject), pairs, other) = texts;
     properties::mapping(&prefix, &remove, &subject);
+    let pairs = pairs.each_ref().map(|(src, dest)| (src.as_str(), dest.as_str()));
+    properties::transforms(&pairs, [&subject, &other]);
 });

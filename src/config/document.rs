@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Connection, Endpoint, Fields, Limits, Mapping, Place, Problem, Problems, Replication, Side, Start, Tls,
-    check_context_name, endpoint, parse_duration,
+    Connection, Endpoint, Fields, Limits, Mapping, Place, Problem, Problems, Replication, Scope, Side, Start, Tls,
+    Transform, check_context_name, endpoint, parse_duration, patterns,
     place::{domain_prefix, subject_prefix},
     schema::{self, join, shorten},
 };
@@ -54,6 +54,15 @@ pub struct Document {
     /// Only matching subjects are copied.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub filter_subject: Option<String>,
+    /// Only subjects that match one of these are copied.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub filter_subjects: Vec<String>,
+    /// Subjects that match one of these are not copied.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub exclude_subjects: Vec<String>,
+    /// What subjects become.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub subject_transforms: Vec<TransformDocument>,
     /// Goes in front of subjects.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_subject_prefix: Option<String>,
@@ -111,6 +120,16 @@ pub struct LimitsDocument {
     /// Unsettled bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_in_flight: Option<usize>,
+}
+
+/// One of the `subject_transforms` of a document.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TransformDocument {
+    /// Subjects that it is for.
+    pub src: String,
+    /// What they become.
+    pub dest: String,
 }
 
 /// `tls`, `source_tls` and `target_tls` of a document.
@@ -261,10 +280,7 @@ impl Checker {
         let source = self.side(&source, stream);
         let target = self.side(&target, target_stream);
         self.not_into_itself(source.as_ref(), target.as_ref());
-        let filter_subject = text(&document.filter_subject).map(str::to_owned);
-        if let Some(filter) = &filter_subject {
-            self.subject("filter_subject", filter, Wildcards::Allowed);
-        }
+        let scope = self.scope(document);
         let mapping = self.mapping(document);
         let start = self.start(document);
         let max_age = self.duration("max_age", text(&document.max_age));
@@ -275,7 +291,7 @@ impl Checker {
             description: document.description.clone().unwrap_or_default(),
             source: source?,
             target: target?,
-            filter_subject,
+            scope,
             mapping,
             start,
             max_age,
@@ -421,14 +437,67 @@ impl Checker {
             self.subject("target_subject_prefix", prefix, Wildcards::Refused);
         }
         let remove = text(&document.target_subject_remove).unwrap_or_default();
-        Mapping { prefix: prefix.to_owned(), remove: remove.to_owned() }
+        let transforms = document.subject_transforms.iter().enumerate();
+        let transforms = transforms.filter_map(|(index, transform)| self.transform(index, transform)).collect();
+        Mapping { transforms, prefix: prefix.to_owned(), remove: remove.to_owned() }
     }
 
-    fn subject(&mut self, field: &str, subject: &str, wildcards: Wildcards) {
-        if let Some(wrong) = wrong_subject(subject, wildcards) {
-            let subject = shorten(subject);
-            self.problem(field, format!("`{field}` is `{subject}`: {wrong}"));
+    fn transform(&mut self, index: usize, TransformDocument { src, dest }: &TransformDocument) -> Option<Transform> {
+        if !self.subject(&format!("subject_transforms/{index}/src"), src, Wildcards::Allowed) {
+            return None;
         }
+        let transform = Transform::parse(src, dest).map_err(|wrong| {
+            let (field, text) = if wrong.in_src { ("src", src) } else { ("dest", dest) };
+            self.wrong_subject(&format!("subject_transforms/{index}/{field}"), text, &wrong.message);
+        });
+        transform.ok()
+    }
+
+    fn scope(&mut self, document: &Document) -> Scope {
+        let one = text(&document.filter_subject);
+        if let Some(filter) = one {
+            self.subject("filter_subject", filter, Wildcards::Allowed);
+        }
+        let several = &document.filter_subjects;
+        if one.is_some() && !several.is_empty() {
+            let message = "`filter_subject` and `filter_subjects` say both what is copied: leave out one of them";
+            self.problem("filter_subjects", message.to_owned());
+        }
+        self.patterns("filter_subjects", several);
+        for (index, filter) in several.iter().enumerate() {
+            // Servers refuse such a consumer.
+            if let Some(other) = several[..index].iter().find(|other| patterns::overlap(other, filter)) {
+                let message = format!(
+                    "it overlaps with `{}`, and each message is read by one of them: leave out one, or write one pattern \
+                     for both",
+                    shorten(other)
+                );
+                self.wrong_subject(&format!("filter_subjects/{index}"), filter, &message);
+            }
+        }
+        self.patterns("exclude_subjects", &document.exclude_subjects);
+        let filters = one.map_or_else(|| several.clone(), |filter| vec![filter.to_owned()]);
+        Scope::new(filters, document.exclude_subjects.clone())
+    }
+
+    fn patterns(&mut self, field: &str, patterns: &[String]) {
+        for (index, pattern) in patterns.iter().enumerate() {
+            self.subject(&format!("{field}/{index}"), pattern, Wildcards::Allowed);
+        }
+    }
+
+    /// Whether a subject is valid; if not, what is wrong is a problem of the field, whose path is given with slashes.
+    fn subject(&mut self, field: &str, subject: &str, wildcards: Wildcards) -> bool {
+        let wrong = wrong_subject(subject, wildcards);
+        if let Some(wrong) = &wrong {
+            self.wrong_subject(field, subject, wrong);
+        }
+        wrong.is_none()
+    }
+
+    fn wrong_subject(&mut self, field: &str, subject: &str, wrong: &str) {
+        let (name, subject) = (field.replace('/', "."), shorten(subject));
+        self.problems.push(Problem::new(format!("/{field}"), format!("`{name}` is `{subject}`: {wrong}")));
     }
 
     fn start(&mut self, document: &Document) -> Start {
@@ -652,12 +721,24 @@ mod tests {
             "limits": {"messages_in_flight": 5}
         }));
         assert_eq!(replication.target.stream, "T");
-        assert_eq!(replication.filter_subject.as_deref(), Some("a.*.>"));
-        assert_eq!(replication.mapping.apply("a.b"), "east.b");
+        assert_eq!(replication.scope, Scope::new(vec!["a.*.>".to_owned()], Vec::new()));
+        assert_eq!(replication.mapping.apply(b"a.b", &mut Vec::new()), b"east.b");
         assert_eq!(replication.max_age, Some(Duration::from_secs(86_400)));
         assert!(!replication.create_target);
         assert_eq!(replication.notices.len(), 2);
         assert_eq!(replication.limits, Limits { messages_in_flight: 5, ..Limits::default() });
+    }
+
+    #[test]
+    fn scope_and_transforms() {
+        let replication = good(json!({
+            "filter_subject": "", "filter_subjects": ["a.>", "b"], "exclude_subjects": ["a.x"],
+            "subject_transforms": [{"src": "a.*", "dest": "{{wildcard(1)}}"}], "target_subject_prefix": "p"
+        }));
+        assert_eq!(replication.scope.filters(), ["a.>", "b"]);
+        assert!(replication.scope.excludes(b"a.x") && !replication.scope.excludes(b"b"));
+        assert_eq!(replication.mapping.apply(b"a.b", &mut Vec::new()), b"p.b");
+        assert!(good(json!({"exclude_subjects": [], "subject_transforms": []})).scope.is_whole());
     }
 
     #[test]
@@ -695,6 +776,39 @@ mod tests {
         check(json!({"filter_subject": "a.>.b"}), "/filter_subject", "only possible at the end");
         check(json!({"filter_subject": "a.b*"}), "/filter_subject", "stand alone");
         check(json!({"filter_subject": "a b"}), "/filter_subject", "cannot contain ' '");
+        check(json!({"filter_subjects": []}), "/filter_subjects", "`filter_subjects` has no entry: 1 or more");
+        check(json!({"filter_subjects": vec!["a"; 257]}), "/filter_subjects", "257 entries: 256 or fewer");
+        check(json!({"filter_subjects": "a"}), "/filter_subjects", "must be of type array");
+        check(
+            json!({"filter_subjects": ["a", "b..c"]}),
+            "/filter_subjects/1",
+            "`filter_subjects.1` is `b..c`: a subject",
+        );
+        check(json!({"filter_subjects": ["a", ""]}), "/filter_subjects/1", "must not be empty");
+        check(
+            json!({"filter_subjects": ["a.*", "b", "*.b"]}),
+            "/filter_subjects/2",
+            "`filter_subjects.2` is `*.b`: it overlaps with `a.*`",
+        );
+        check(json!({"filter_subjects": ["a", "a"]}), "/filter_subjects/1", "overlaps with `a`");
+        check(
+            json!({"filter_subject": "a", "filter_subjects": ["b"]}),
+            "/filter_subjects",
+            "`filter_subject` and `filter_subjects` say both",
+        );
+        check(json!({"exclude_subjects": ["a", "a.>.b"]}), "/exclude_subjects/1", "`exclude_subjects.1` is `a.>.b`");
+        let transform = |src: &str, dest: &str| json!({"subject_transforms": [{"src": "a", "dest": "b"}, {"src": src, "dest": dest}]});
+        check(transform("a b", "x"), "/subject_transforms/1/src", "`subject_transforms.1.src` is `a b`: a subject");
+        check(transform("a.*", "x.$2"), "/subject_transforms/1/dest", "`subject_transforms.1.dest` is `x.$2`: `$2`");
+        check(transform("a.>", "x"), "/subject_transforms/1/dest", "has to end with `>` too");
+        check(transform("a", "x.>"), "/subject_transforms/1/src", "`src` has to end with `>` too");
+        check(transform("a", ""), "/subject_transforms/1/dest", "must not be empty");
+        check(json!({"subject_transforms": [{"src": "a"}]}), "/subject_transforms/0/dest", "`dest` is required");
+        check(
+            json!({"subject_transforms": [{"src": "a", "dest": "b", "dst": "b"}]}),
+            "/subject_transforms/0/dst",
+            "did you mean `dest`",
+        );
         check(json!({"target_subject_prefix": "a.*"}), "/target_subject_prefix", "wildcards are not possible");
         check(json!({"start_sequence": -1}), "/start_sequence", "`-1`: must be 0 or more");
         check(json!({"start_sequence": 1.5}), "/start_sequence", "of type integer");
@@ -797,6 +911,9 @@ mod tests {
             source_api_prefix: some(),
             target_api_prefix: some(),
             filter_subject: some(),
+            filter_subjects: vec!["a".to_owned(), "b.*".to_owned()],
+            exclude_subjects: vec!["c".to_owned()],
+            subject_transforms: vec![TransformDocument { src: "a".to_owned(), dest: "b".to_owned() }],
             target_subject_prefix: some(),
             target_subject_remove: some(),
             start_at_end: Some(true),
@@ -817,6 +934,8 @@ mod tests {
         assert_eq!(keys(&full), keys(&schema["properties"]));
         assert_eq!(keys(&full["limits"]), keys(&schema["properties"]["limits"]["properties"]));
         assert_eq!(keys(&full["tls"]), keys(&schema["$defs"]["tls"]["properties"]));
+        let transform = &schema["properties"]["subject_transforms"]["items"];
+        assert_eq!(keys(&full["subject_transforms"][0]), keys(&transform["properties"]));
         let findings = schema::check(&full);
         assert!(findings.problems.is_empty() && findings.patterns.is_empty(), "{findings:?}");
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use super::Place;
+use super::{Mapping, Place, Scope};
 
 /// One configured copy of a source stream into a target stream, valid by construction
 /// (see [`super::parse`]).
@@ -20,8 +20,8 @@ pub struct Replication {
     pub source: Side,
     /// Where messages are stored.
     pub target: Side,
-    /// Only messages whose subject matches are copied; `None` copies all.
-    pub filter_subject: Option<String>,
+    /// Which subjects are copied.
+    pub scope: Scope,
     /// How a source subject becomes a target subject.
     pub mapping: Mapping,
     /// Where a first start begins.
@@ -43,36 +43,6 @@ pub struct Side {
     pub stream: String,
     /// Where it is, and as whom to connect.
     pub place: Place,
-}
-
-/// Choria's subject mapping: a prefix goes in front, then a literal text is removed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Mapping {
-    /// Goes in front of the subject with a dot between; empty for none.
-    pub prefix: String,
-    /// Every literal occurrence is removed after the prefix was added; empty for none.
-    pub remove: String,
-}
-
-impl Mapping {
-    /// The target subject of a source subject: prefix and a dot in front, then every literal occurrence of the
-    /// removed text goes, then runs of dots become one and none stays at the ends. Empty if nothing is left.
-    pub fn apply(&self, subject: &str) -> String {
-        let mut mapped = String::with_capacity(self.prefix.len() + 1 + subject.len());
-        if !self.prefix.is_empty() {
-            mapped.push_str(&self.prefix);
-            mapped.push('.');
-        }
-        mapped.push_str(subject);
-        if !self.remove.is_empty() && mapped.contains(&self.remove) {
-            mapped = mapped.replace(&self.remove, "");
-        }
-        if mapped.contains("..") || mapped.starts_with('.') || mapped.ends_with('.') {
-            let tokens: Vec<_> = mapped.split('.').filter(|token| !token.is_empty()).collect();
-            mapped = tokens.join(".");
-        }
-        mapped
-    }
 }
 
 /// Where a first start begins.
@@ -103,31 +73,5 @@ impl Default for Limits {
     /// Enough for 100,000 messages/s of 1 KiB over a round trip of 80 ms; more would only wait at the target.
     fn default() -> Self {
         Self { messages_in_flight: 8_192, bytes_in_flight: 16 << 20 }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn subjects_are_mapped() {
-        let check = |prefix: &str, remove: &str, subject: &str, expect: &str| {
-            let mapping = Mapping { prefix: prefix.to_owned(), remove: remove.to_owned() };
-            assert_eq!(mapping.apply(subject), expect, "prefix {prefix:?}, remove {remove:?}, subject {subject:?}");
-        };
-        check("", "", "a.b", "a.b");
-        check("east", "", "a.b", "east.a.b");
-        check("east.", "", "a.b", "east.a.b");
-        check("east", "a", "a.b", "est.b");
-        check("x", "b", "a.b.c", "x.a.c");
-        check("", "b.", "a.b.c", "a.c");
-        check("", ".b", "a.b.c", "a.c");
-        check("", "a", "a.b.a.c.a", "b.c");
-        check("", "b", "a.bb.c", "a.c");
-        check("", "ab", "aabb", "ab");
-        check("x", "x.a", "a.b", "b");
-        check("", "a.b", "a.b", "");
-        check("", "nothing", "a.b", "a.b");
     }
 }

@@ -58,8 +58,9 @@ fn unknown_field(path: &str, field: &str) -> Problem {
     let known = if path.is_empty() {
         known_fields(&SCHEMA)
     } else {
-        let property = path.trim_start_matches('/');
+        let property = path.trim_start_matches('/').split('/').next().unwrap_or_default();
         let schema = &SCHEMA["properties"][property];
+        let schema = schema.get("items").unwrap_or(schema);
         known_fields(if schema.get("$ref").is_some() { &SCHEMA["$defs"]["tls"] } else { schema })
     };
     let shown = shorten(field);
@@ -91,12 +92,17 @@ fn explain(error: &ValidationError<'_>) -> Problem {
         ValidationErrorKind::Type { kind: TypeKind::Single(kind) } => format!("must be of type {kind}"),
         ValidationErrorKind::MinLength { .. } => "must not be empty".to_owned(),
         ValidationErrorKind::MaxLength { limit } => format!("must not be longer than {limit} characters"),
+        ValidationErrorKind::MinItems { limit } => format!("{limit} or more are needed"),
+        ValidationErrorKind::MaxItems { limit } => format!("{limit} or fewer are possible"),
         ValidationErrorKind::Minimum { limit } => format!("must be {limit} or more"),
         ValidationErrorKind::Maximum { limit } => format!("must be {limit} or less"),
         ValidationErrorKind::Pattern { pattern } => format!("must match the pattern `{pattern}`"),
         other => format!("does not follow the schema (`{}`)", other.keyword()),
     };
     let value = match (error.kind(), error.instance().as_ref()) {
+        (ValidationErrorKind::MinItems { .. } | ValidationErrorKind::MaxItems { .. }, Value::Array(list)) => {
+            return Problem::new(path.to_owned(), entries(path, list.len(), &wanted));
+        }
         // Where a group of fields is due, a text says nothing to people and may be a secret.
         (ValidationErrorKind::Type { kind: TypeKind::Single(JsonType::Object) }, Value::String(_)) => "a text".into(),
         (_, value) => show(value),
@@ -106,6 +112,14 @@ fn explain(error: &ValidationError<'_>) -> Problem {
         field => format!("`{field}` is {value}: {wanted}"),
     };
     Problem::new(path.to_owned(), message)
+}
+
+fn entries(path: &str, count: usize, wanted: &str) -> String {
+    let field = path.trim_start_matches('/').replace('/', ".");
+    match count {
+        0 => format!("`{field}` has no entry: {wanted}"),
+        count => format!("`{field}` has {count} entries: {wanted}"),
+    }
 }
 
 /// A value in a message: short, and never a secret, wherever in the document somebody put it.

@@ -11,7 +11,6 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::{Duration, Instant};
 
-use super::transform;
 use crate::{
     config::Mapping,
     nats::{Batch, Error, Lane, jetstream::decode},
@@ -173,8 +172,9 @@ impl Gate {
             Verdict::Ask(chunks) => {
                 let waits = self.question.as_ref().is_some_and(|question| now < question.asked + ASK_AGAIN);
                 if settled && !waits {
-                    let mapped = transform::subject(mapping, chunks.as_bytes());
-                    let subjects = json!({ "subjects_filter": String::from_utf8_lossy(&mapped) });
+                    let mut room = Vec::new();
+                    let mapped = mapping.apply(chunks.as_bytes(), &mut room);
+                    let subjects = json!({ "subjects_filter": String::from_utf8_lossy(mapped) });
                     let api = format!("{}.STREAM.INFO.{}", lane.api_prefix(), self.stream);
                     let reply = lane.send_request(&api, subjects.to_string().as_bytes());
                     self.question = Some(Question { reply, chunks, asked: now });

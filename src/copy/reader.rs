@@ -35,8 +35,8 @@ const PIECE_BACKLOG: usize = 1 << 20;
 pub(super) struct Range<'a> {
     /// The stream.
     pub stream: &'a str,
-    /// Only subjects that match.
-    pub filter: Option<&'a str>,
+    /// Only subjects that match one of these; empty for all.
+    pub filters: &'a [String],
     /// The first sequence wanted.
     pub from: u64,
     /// Without payloads.
@@ -118,8 +118,10 @@ impl Reader {
             "mem_storage": true,
             "headers_only": range.headers_only,
         });
-        if let Some(filter) = range.filter {
-            config["filter_subject"] = filter.into();
+        match range.filters {
+            [] => {}
+            [filter] => config["filter_subject"] = filter.as_str().into(),
+            filters => config["filter_subjects"] = filters.into(),
         }
         let info = Api::new(lane).create_consumer(range.stream, &consumer, &config).await?;
         let (sid, inbox) = lane.open_inbox();
@@ -361,7 +363,7 @@ pub(super) async fn scan(
     to: u64,
     mut each: impl FnMut(&Delivery, &Message<'_>),
 ) -> Result<(), Error> {
-    let range = Range { stream, filter: None, from, headers_only: true };
+    let range = Range { stream, filters: &[], from, headers_only: true };
     let mut reader = Reader::open(lane, &range, 4 << 20).await?;
     let budget = Budget::new(usize::MAX);
     let mut done = reader.pending() == 0 || from > to;

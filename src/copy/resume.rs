@@ -1,10 +1,7 @@
 //! Where to go on: what was saved, held against what the source and the target say now. The rows are those of the
 //! table in ARCHITECTURE.md; every read goes through the leader of the stream.
 
-use std::{
-    borrow::Cow,
-    collections::{BTreeMap, HashMap},
-};
+use std::collections::{BTreeMap, HashMap};
 
 use chrono::Utc;
 
@@ -15,7 +12,7 @@ use super::{
     window::{SourcePoint, TargetPoint},
 };
 use crate::{
-    config::{Limits, Replication, Start},
+    config::{Limits, Mapping, Replication, Start},
     events::Event,
     nats::{
         Error, Lane, headers,
@@ -62,6 +59,8 @@ pub(super) struct Already {
     /// The same by target subject, where the target keeps only so many per subject.
     subjects: HashMap<Box<[u8]>, Vec<(u64, i64)>>,
     keeps: usize,
+    /// Room for a mapped subject.
+    room: Vec<u8>,
 }
 
 /// What is known of one source message.
@@ -97,7 +96,7 @@ impl Already {
     }
 
     /// Takes a message that was read; those before it are forgotten.
-    pub fn take<'a>(&mut self, seq: u64, time_ns: i64, subject: impl FnOnce() -> Cow<'a, [u8]>) -> Option<Known> {
+    pub fn take(&mut self, seq: u64, time_ns: i64, subject: &[u8], mapping: &Mapping) -> Option<Known> {
         if self.stored.is_empty() {
             return None;
         }
@@ -111,7 +110,8 @@ impl Already {
             Some(target_seq) => Some(Known::Stored(target_seq)),
             None if self.keeps > 0 => {
                 let newer = |known: &&(u64, i64)| known.0 > key.0 && known.1 >= key.1;
-                let newer = self.subjects.get(&*subject()).map_or(0, |known| known.iter().filter(newer).count());
+                let mapped = mapping.apply(subject, &mut self.room);
+                let newer = self.subjects.get(mapped).map_or(0, |known| known.iter().filter(newer).count());
                 (newer >= self.keeps).then_some(Known::Replaced)
             }
             None => None,
@@ -676,9 +676,10 @@ enum Proof {
     NoContradiction,
 }
 
-/// Whether every missing sequence of the source is a loss: no filter, and nothing that replaces messages.
+/// Whether every missing sequence of the source is a loss: no filter, and nothing that replaces messages. What is
+/// excluded is read, but nobody can tell whether what is gone would have been: it counts as lost.
 pub(super) fn is_plain(replication: &Replication, source: &StreamInfo) -> bool {
-    replication.filter_subject.is_none() && source.number("max_msgs_per_subject") <= 0
+    !replication.scope.is_filtered() && source.number("max_msgs_per_subject") <= 0
 }
 
 #[cfg(test)]
@@ -690,8 +691,8 @@ mod tests {
         Ours { origin: Origin { seq, time_ms }, target_seq, complete: false, subject }
     }
 
-    fn take(already: &mut Already, seq: u64, time_ms: i64, subject: &'static str) -> Option<Known> {
-        already.take(seq, time_ms * 1_000_000 + 999_999, || subject.as_bytes().into())
+    fn take(already: &mut Already, seq: u64, time_ms: i64, subject: &str) -> Option<Known> {
+        already.take(seq, time_ms * 1_000_000 + 999_999, subject.as_bytes(), &Mapping::default())
     }
 
     #[test]
@@ -719,6 +720,10 @@ mod tests {
         assert_eq!(take(&mut one, 6, 60, "b"), None);
         assert_eq!(take(&mut one, 7, 70, "c"), None);
         assert_eq!(take(&mut one, 8, 80, "a"), Some(Known::Stored(1)));
+        // What counts is the subject at the target.
+        let mapping = Mapping { prefix: String::new(), remove: "x.".to_owned(), ..Mapping::default() };
+        let mut mapped = Already::new(stored(), 1);
+        assert_eq!(mapped.take(5, 50_000_000, b"x.a", &mapping), Some(Known::Replaced));
         let mut three = Already::new(stored(), 3);
         assert_eq!(take(&mut three, 5, 50, "a"), None);
     }

@@ -20,7 +20,6 @@ use super::{
     reader::{Range, Reader},
     resume::{self, Already, Known, Resume, Sides, is_plain},
     target::{self, Abilities},
-    transform,
     window::{SourcePoint, Window},
     writer::{Supply, Writer},
 };
@@ -144,7 +143,7 @@ impl<'a> Run<'a> {
         abilities.share(resume.mode);
         let range = Range {
             stream: &replication.source.stream,
-            filter: replication.filter_subject.as_deref(),
+            filters: replication.scope.filters(),
             from: resume.position.seq + 1,
             headers_only: false,
         };
@@ -170,7 +169,7 @@ impl<'a> Run<'a> {
             events,
             plain: is_plain(&replication, &source_info),
             told_first: source_info.state.first_seq,
-            rules: Rules { max_age: replication.max_age, tag },
+            rules: Rules { scope: replication.scope.clone(), max_age: replication.max_age, tag },
             replication,
             source,
             target,
@@ -343,8 +342,8 @@ impl<'a> Run<'a> {
                 self.gaps.jumped(expected, seq - 1);
             }
             let counters = &mut self.copy.counters;
-            let mapped = || transform::subject(&self.replication.mapping, incoming.message.subject);
-            let known = self.already.take(seq, time_ns, mapped);
+            let subject = incoming.message.subject;
+            let known = self.already.take(seq, time_ns, subject, &self.replication.mapping);
             self.window.keep_target(!self.already.is_empty());
             match known {
                 _ if self.job.skip == Some(SourceMessage { seq, time_ns }) => {
@@ -356,11 +355,11 @@ impl<'a> Run<'a> {
                 }
                 Some(Known::Stored(target_seq)) => self.window.stored_before(source, target_seq),
                 Some(Known::Replaced) => self.window.skip(source),
-                None => match self.rules.decide(time_ns, incoming.message.header, now_ns) {
+                None => match self.rules.decide(subject, time_ns, incoming.message.header, now_ns) {
                     Decision::Skip(reason) => {
                         match reason {
                             Reason::Old => counters.skipped_old += 1,
-                            Reason::Loop => counters.skipped_filtered += 1,
+                            Reason::Excluded | Reason::Loop => counters.skipped_filtered += 1,
                         }
                         counters.skipped_bytes += bytes as u64;
                         self.window.skip(source);

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::transform::{self, Allowed};
+use super::{subjects, transform::Allowed};
 use crate::{
     config::{DEFAULT_API_PREFIX, Replication},
     nats::{
@@ -31,6 +31,9 @@ const TAKEN_OVER: [&str; 15] = [
     "allow_rollup_hdrs",
     "allow_direct",
 ];
+
+/// Of these, what would make a target forget messages, or refuse them, where several subjects become one.
+const PER_SUBJECT: [&str; 2] = ["max_msgs_per_subject", "discard_new_per_subject"];
 
 /// Server version from which fast-ingest batches exist.
 const FAST_INGEST_SINCE: (u32, u32) = (2, 14);
@@ -70,7 +73,7 @@ pub(super) fn abilities(
 ) -> Result<Abilities, Error> {
     readable(&replication.source.stream, source)?;
     writable(&replication.target.stream, target)?;
-    Ok(abilities_of(replication, target))
+    Ok(abilities_of(replication, source, target))
 }
 
 /// Kinds of streams that need rules of their own.
@@ -110,7 +113,7 @@ fn limits(info: &StreamInfo) -> bool {
 }
 
 /// What a target that is [`writable`] can do.
-pub(crate) fn abilities_of(replication: &Replication, target: &StreamInfo) -> Abilities {
+pub(crate) fn abilities_of(replication: &Replication, source: &StreamInfo, target: &StreamInfo) -> Abilities {
     let fast = target.flag("allow_batched") && target.api_level() >= FAST_INGEST_LEVEL;
     // Whatever else moves the last sequence of the stream would break the chain again and again.
     let others = target.has("sources") || target.number("subject_delete_marker_ttl") > 0 || !limits(target);
@@ -121,8 +124,8 @@ pub(crate) fn abilities_of(replication: &Replication, target: &StreamInfo) -> Ab
         mode,
         allowed: Allowed {
             ttl: target.flag("allow_msg_ttl"),
-            rollup_subject: rollup,
-            rollup_all: rollup && mode == TargetMode::Exclusive && replication.filter_subject.is_none(),
+            rollup_subject: rollup && subjects::stay_apart(replication, source),
+            rollup_all: rollup && mode == TargetMode::Exclusive && replication.scope.is_whole(),
         },
     }
 }
@@ -191,9 +194,10 @@ pub(crate) fn new_config(
     maker: Maker,
     replicas: i64,
 ) -> Result<Value, Error> {
-    let subjects = target_subjects(replication, source)?;
+    let subjects = subjects::of_target(replication, source)?;
+    let apart = subjects::stay_apart(replication, source);
     let mut config = Map::new();
-    for name in TAKEN_OVER {
+    for name in TAKEN_OVER.into_iter().filter(|name| apart || !PER_SUBJECT.contains(name)) {
         if let Some(value) = source.config.get(name) {
             config.insert(name.to_owned(), value.clone());
         }
@@ -209,21 +213,6 @@ pub(crate) fn new_config(
         config.insert("allow_msg_ttl".into(), true.into());
     }
     Ok(Value::Object(config))
-}
-
-fn target_subjects(replication: &Replication, source: &StreamInfo) -> Result<Vec<String>, Error> {
-    let mut subjects = source.subjects();
-    if subjects.is_empty() {
-        subjects.extend(replication.filter_subject.as_deref());
-    }
-    if subjects.is_empty() {
-        return Err(Error::hold(format!(
-            "target stream `{}` cannot be created: source stream `{}` has no subjects of its own; create the target or set `filter_subject`",
-            replication.target.stream, replication.source.stream
-        )));
-    }
-    let mapped = subjects.iter().map(|subject| transform::subject(&replication.mapping, subject.as_bytes()));
-    Ok(mapped.map(|subject| String::from_utf8_lossy(&subject).into_owned()).collect())
 }
 
 /// Whether a server version is at least this one.

@@ -1,4 +1,4 @@
-//! From a source message's subject and header block to the target's. Pure. Everything is kept byte for byte but
+//! From a source message's header block to the target's. Pure. Everything is kept byte for byte but
 //! the headers that a server acts on: a publish is checked where a stored message was not.
 
 use std::sync::LazyLock;
@@ -6,11 +6,7 @@ use std::sync::LazyLock;
 use memchr::memmem;
 
 use super::provenance::{Origin, Tag};
-use crate::{
-    config::{Mapping, parse_duration},
-    names,
-    nats::headers,
-};
+use crate::{config::parse_duration, names, nats::headers};
 
 /// What the target allows in a message.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -181,19 +177,6 @@ fn shorter_ttl(line: &[u8], age_secs: u64) -> Option<u64> {
     };
     // A server takes nothing below a second; the message was still there a moment ago.
     Some(seconds.saturating_sub(age_secs).max(1))
-}
-
-/// The target subject of a source subject. Unchanged subjects are not copied.
-pub fn subject<'a>(mapping: &Mapping, subject: &'a [u8]) -> std::borrow::Cow<'a, [u8]> {
-    if mapping.prefix.is_empty() && mapping.remove.is_empty() {
-        return subject.into();
-    }
-    match std::str::from_utf8(subject) {
-        Ok(text) => mapping.apply(text).into_bytes().into(),
-        // A server takes any bytes; such a subject has no place for the mapping's text but in front.
-        Err(_) if mapping.prefix.is_empty() => subject.into(),
-        Err(_) => [mapping.prefix.as_bytes(), b".", subject].concat().into(),
-    }
 }
 
 #[cfg(test)]

@@ -134,6 +134,8 @@ pub(super) struct Writer {
     /// A subject that the target listens on, for a commit.
     last_subject: Vec<u8>,
     domain: Option<String>,
+    /// Room for a mapped subject.
+    subject: Vec<u8>,
     header: Vec<u8>,
     reply: BytesMut,
     id: MessageId,
@@ -173,6 +175,7 @@ impl Writer {
             floor: target.state.last_seq,
             last_subject: Vec::new(),
             domain: target.domain.clone(),
+            subject: Vec::new(),
             header: Vec::new(),
             reply: BytesMut::new(),
             id: MessageId::new(&replication.id, &replication.source.stream, generation),
@@ -218,21 +221,37 @@ impl Writer {
         now_ns: i64,
         read_at: u64,
     ) -> Result<(), RunError> {
-        let source = SourcePoint { seq: incoming.delivery.stream_seq, time_ns: Some(incoming.delivery.time_ns) };
         let opens = match &self.mode {
             Mode::FastIngest { batch, .. } => batch.is_none(),
             Mode::Pipelined { sent, .. } => *sent == 0,
         };
         self.write_header(incoming, now_ns, opens);
-        let subject = transform::subject(&self.replication.mapping, incoming.message.subject);
-        self.check(incoming, &subject).map_err(|error| about(error, Some(source)))?;
+        let mut room = std::mem::take(&mut self.subject);
+        let subject = self.replication.mapping.apply(incoming.message.subject, &mut room);
+        let sent = self.send_as(lane, window, incoming, subject, now, read_at);
+        self.subject = room;
+        sent
+    }
+
+    /// Sends what the header block is written for.
+    fn send_as(
+        &mut self,
+        lane: &mut Lane,
+        window: &mut Window,
+        incoming: &Incoming<'_>,
+        subject: &[u8],
+        now: Instant,
+        read_at: u64,
+    ) -> Result<(), RunError> {
+        let source = SourcePoint { seq: incoming.delivery.stream_seq, time_ns: Some(incoming.delivery.time_ns) };
+        self.check(incoming, subject).map_err(|error| about(error, Some(source)))?;
         let bytes = incoming.bytes();
         let target_seq = self.chained().then_some(self.expected_last + 1);
         let token = window.hand_out(source, bytes, read_at, target_seq);
         self.write_reply(token, bytes, now);
-        hpub(lane.output(), &subject, &self.reply, &self.header, incoming.message.payload);
+        hpub(lane.output(), subject, &self.reply, &self.header, incoming.message.payload);
         self.last_subject.clear();
-        self.last_subject.extend_from_slice(&subject);
+        self.last_subject.extend_from_slice(subject);
         if self.chained() {
             self.expected_last += 1;
         }

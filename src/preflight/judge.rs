@@ -8,11 +8,14 @@ use super::{
     Finding, Known, Outcome, SideReport,
     look::{Answer, Facts, Role, calls},
     ring,
-    subjects::{Flow, Share, intersection, share},
+    subjects::{Flow, Share, share},
 };
 use crate::{
-    config::{Connection, Replication, Start},
-    copy::target::{self, Abilities},
+    config::{Connection, Replication, Scope, Start, patterns},
+    copy::{
+        subjects,
+        target::{self, Abilities},
+    },
     nats::{Error, jetstream::StreamInfo},
     status::{TargetMode, Transport},
 };
@@ -107,7 +110,8 @@ impl Pair<'_> {
         self.judge_calls(Role::Source, &mut findings);
         match facts.stream.there() {
             Some(stream) => {
-                findings.add_any("filter", "/filter_subject", self.filter(stream));
+                let (path, said) = self.filter(stream);
+                findings.add_any("filter", path, said);
                 findings.add_any("start", "/start_sequence", self.start(stream));
             }
             None => {
@@ -129,8 +133,8 @@ impl Pair<'_> {
             (Some(source), Some(stream)) => {
                 self.judge_subjects(stream, &mut findings);
                 self.judge_sizes(source, stream, &mut findings);
-                let abilities = target::abilities_of(self.replication, stream);
-                findings.add_any("headers", "/target_stream", headers(source, &abilities));
+                let abilities = target::abilities_of(self.replication, source, stream);
+                findings.add_any("headers", "/target_stream", self.headers(source, stream, &abilities));
                 findings.add_any("duplicates", "/target_stream", duplicates(stream, &abilities));
             }
             _ => {
@@ -248,7 +252,7 @@ impl Pair<'_> {
         let would =
             format!("target stream `{name}` does not exist and would be created with subjects {}", list(&subjects));
         let clash = subjects.iter().enumerate().find_map(|(index, one)| {
-            let other = subjects[index + 1..].iter().find(|other| intersection(one, other).is_some())?;
+            let other = subjects[index + 1..].iter().find(|other| patterns::overlap(one, other))?;
             Some(format!("{would}: `{one}` and `{other}` overlap"))
         });
         if let Some(text) = clash {
@@ -366,14 +370,59 @@ impl Pair<'_> {
         findings.add_any("max_payload", path, said);
     }
 
-    fn filter(&self, source: &StreamInfo) -> Said {
-        let filter = self.replication.filter_subject.as_ref().filter(|_| self.flow.from.is_empty())?;
-        let text = format!(
-            "`filter_subject` `{filter}` matches no subject of source stream `{}`: {}",
-            self.replication.source.stream,
-            list(&source.subjects())
-        );
-        Some((Outcome::Warning, text))
+    /// Whether everything that says what is copied has something to say, with the field that does not.
+    fn filter(&self, source: &StreamInfo) -> (&'static str, Said) {
+        let Replication { scope, mapping, .. } = self.replication;
+        let (stream, subjects) = (&self.replication.source.stream, list(&source.subjects()));
+        let in_vain =
+            |what: &str| Some((Outcome::Warning, format!("{what} no subject of source stream `{stream}`: {subjects}")));
+        let (path, name) = match scope.filters() {
+            [_] => ("/filter_subject", "`filter_subject`"),
+            _ => ("/filter_subjects", "of `filter_subjects`,"),
+        };
+        let all = Scope::default().of(if self.flow.vague { vec![">"] } else { source.subjects() });
+        let unused = |pattern: &&str| !all.iter().any(|subject| patterns::overlap(subject, pattern));
+        let filters: Vec<&str> = scope.filters().iter().map(String::as_str).filter(unused).collect();
+        if !filters.is_empty() {
+            return (path, in_vain(&format!("{name} {} matches", list(&filters))));
+        }
+        if self.flow.from.is_empty() {
+            return ("/exclude_subjects", in_vain("`exclude_subjects` leaves"));
+        }
+        let used = |src: &str| self.flow.from.iter().any(|subject| patterns::overlap(subject, src));
+        let transforms: Vec<&str> = mapping.transforms.iter().map(|t| t.src()).filter(|src| !used(src)).collect();
+        if !transforms.is_empty() {
+            let what = format!("of `subject_transforms`, {} matches, of what is copied,", list(&transforms));
+            return ("/subject_transforms", in_vain(&what));
+        }
+        ("/filter_subject", None)
+    }
+
+    /// The copy leaves out what the target does not allow and copies the message: nothing is lost, but the header's
+    /// effect.
+    fn headers(&self, source: &StreamInfo, target: &StreamInfo, abilities: &Abilities) -> Said {
+        let mut said = Vec::new();
+        if source.flag("allow_rollup_hdrs") && !target.flag("allow_rollup_hdrs") {
+            said.push(
+                "does not allow rollups (`allow_rollup_hdrs`) and the source does: messages are copied without \
+                 `Nats-Rollup`, and what they replace at the source stays",
+            );
+        }
+        if source.flag("allow_msg_ttl") && !abilities.allowed.ttl {
+            said.push(
+                "does not allow a time to live (`allow_msg_ttl`) and the source does: messages are copied without \
+                 `Nats-TTL` and do not expire by it",
+            );
+        }
+        let replaces = source.flag("allow_rollup_hdrs") || source.number("max_msgs_per_subject") > 0;
+        if replaces && !subjects::stay_apart(self.replication, source) {
+            said.push(
+                "gets several subjects of the source as one (`subject_transforms`), and messages of the source replace \
+                 older ones of their subject: messages are copied without `Nats-Rollup`, and at the target nothing is \
+                 replaced unless the stream says so",
+            );
+        }
+        (!said.is_empty()).then(|| (Outcome::Warning, format!("the stream {}", said.join("; it "))))
     }
 
     fn start(&self, source: &StreamInfo) -> Said {
@@ -407,10 +456,11 @@ impl Pair<'_> {
     /// The field that subjects at the target depend on most.
     fn mapping_path(&self) -> &'static str {
         let mapping = &self.replication.mapping;
-        match (mapping.prefix.is_empty(), mapping.remove.is_empty()) {
-            (false, _) => "/target_subject_prefix",
-            (true, false) => "/target_subject_remove",
-            (true, true) => "/target_stream",
+        match (mapping.transforms.is_empty(), mapping.prefix.is_empty(), mapping.remove.is_empty()) {
+            (false, ..) => "/subject_transforms",
+            (true, false, _) => "/target_subject_prefix",
+            (true, true, false) => "/target_subject_remove",
+            (true, true, true) => "/target_stream",
         }
     }
 }
@@ -442,24 +492,6 @@ fn others<'a>(
         let streams: Vec<_> = streams.cloned().collect();
         (!streams.is_empty()).then_some((subject, streams))
     })
-}
-
-/// The copy leaves out what the target does not allow and copies the message: nothing is lost, but the header's effect.
-fn headers(source: &StreamInfo, abilities: &Abilities) -> Said {
-    let mut said = Vec::new();
-    if source.flag("allow_rollup_hdrs") && !abilities.allowed.rollup_subject {
-        said.push(
-            "does not allow rollups (`allow_rollup_hdrs`) and the source does: messages are copied without \
-             `Nats-Rollup`, and what they replace at the source stays",
-        );
-    }
-    if source.flag("allow_msg_ttl") && !abilities.allowed.ttl {
-        said.push(
-            "does not allow a time to live (`allow_msg_ttl`) and the source does: messages are copied without \
-             `Nats-TTL` and do not expire by it",
-        );
-    }
-    (!said.is_empty()).then(|| (Outcome::Warning, format!("the stream {}", said.join("; it "))))
 }
 
 fn duplicates(stream: &StreamInfo, abilities: &Abilities) -> Said {

@@ -332,9 +332,11 @@ fn storing_stream(answer: &[u8]) -> Option<String> {
 pub(super) fn calls(role: Role, replication: &Replication, missing: bool, prefix: &str) -> Vec<Question> {
     const NOTHING_THERE: &str = r#"{"seq":9223372036854775807}"#;
     let question = |what: String, body: Option<&str>| (format!("{prefix}.{what}"), body.map(str::to_owned));
-    let (stream, filter) = match role {
-        Role::Source => (&replication.source.stream, replication.filter_subject.as_deref()),
-        Role::Target => (&replication.target.stream, None),
+    // Only a consumer with one filter bears it in its subject.
+    let (stream, filter) = match (role, replication.scope.filters()) {
+        (Role::Source, [filter]) => (&replication.source.stream, Some(filter)),
+        (Role::Source, _) => (&replication.source.stream, None),
+        (Role::Target, _) => (&replication.target.stream, None),
     };
     let mut calls = vec![
         // First, because its refusal has to come before the answers to the others.

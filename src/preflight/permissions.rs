@@ -4,7 +4,8 @@
 
 use serde::Deserialize;
 
-use super::subjects::{Share, intersection, share};
+use super::subjects::{Share, share};
+use crate::config::patterns::intersection;
 
 /// What a user may do; everything by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]

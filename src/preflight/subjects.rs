@@ -3,33 +3,10 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    config::{Mapping, Replication},
+    config::{Mapping, Replication, patterns::intersection},
+    copy::subjects::InScope,
     nats::jetstream::StreamInfo,
 };
-
-/// The subjects that two patterns share: always one pattern, or none.
-pub(super) fn intersection(a: &str, b: &str) -> Option<String> {
-    let (mut a, mut b) = (a.split('.'), b.split('.'));
-    let mut shared = Vec::new();
-    loop {
-        match (a.next(), b.next()) {
-            (None, None) => return Some(shared.join(".")),
-            (Some(">"), Some(token)) => {
-                shared.push(token);
-                shared.extend(b);
-                return Some(shared.join("."));
-            }
-            (Some(token), Some(">")) => {
-                shared.push(token);
-                shared.extend(a);
-                return Some(shared.join("."));
-            }
-            (Some("*"), Some(token)) | (Some(token), Some("*")) => shared.push(token),
-            (Some(one), Some(other)) if one == other => shared.push(one),
-            _ => return None,
-        }
-    }
-}
 
 /// How much of a pattern a list of patterns holds. A pattern that only several of them hold together is held in part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -64,27 +41,19 @@ pub(super) struct Flow {
 impl Flow {
     /// What a replication copies of a stream; of a stream that is not known everything is possible.
     pub(super) fn of(replication: &Replication, source: Option<&StreamInfo>) -> Self {
-        let own = source.map(StreamInfo::subjects).unwrap_or_default();
-        let elsewhere = ["mirror", "sources", "subject_transform"];
-        let vague = own.is_empty() || source.is_some_and(|source| elsewhere.iter().any(|field| source.has(field)));
-        let subjects = if vague { vec![">"] } else { own };
-        let mut flow = Self { from: BTreeSet::new(), to: BTreeSet::new(), vague };
-        flow.through(subjects.into_iter(), replication.filter_subject.as_deref(), &replication.mapping);
-        flow
+        let InScope { from, vague } = InScope::of(replication, source);
+        Self::through(from, &replication.mapping, vague)
     }
 
     /// What a further replication copies of what arrived.
     pub(super) fn onward(&self, replication: &Replication) -> Self {
-        let mut flow = Self { from: BTreeSet::new(), to: BTreeSet::new(), vague: self.vague };
-        let subjects = self.to.iter().map(String::as_str);
-        flow.through(subjects, replication.filter_subject.as_deref(), &replication.mapping);
-        flow
+        Self::through(replication.scope.of(self.to.iter().map(String::as_str)), &replication.mapping, self.vague)
     }
 
-    fn through<'a>(&mut self, subjects: impl Iterator<Item = &'a str>, filter: Option<&str>, mapping: &Mapping) {
-        self.from = subjects.filter_map(|subject| intersection(subject, filter.unwrap_or(">"))).collect();
-        self.to = self.from.iter().map(|subject| mapping.apply(subject)).collect();
-        self.vague |= !mapping.remove.is_empty() && self.from.iter().any(|subject| subject.contains(['*', '>']));
+    fn through(from: BTreeSet<String>, mapping: &Mapping, vague: bool) -> Self {
+        let to = mapping.patterns(&from);
+        let vague = vague || !mapping.remove.is_empty() && from.iter().any(|subject| subject.contains(['*', '>']));
+        Self { from, to, vague }
     }
 }
 
@@ -94,24 +63,6 @@ mod tests {
 
     use super::*;
     use crate::config;
-
-    #[test]
-    fn patterns_share_one_pattern_or_nothing() {
-        let check = |a: &str, b: &str, expect: Option<&str>| {
-            assert_eq!(intersection(a, b).as_deref(), expect, "{a} and {b}");
-            assert_eq!(intersection(b, a).as_deref(), expect, "{b} and {a}");
-        };
-        check("a.b", "a.b", Some("a.b"));
-        check("a.b", "a.c", None);
-        check("a.b", "a", None);
-        check("a.>", "a", None);
-        check("a.>", "a.b.c", Some("a.b.c"));
-        check("a.>", "*.b.*", Some("a.b.*"));
-        check("a.*", "*.b", Some("a.b"));
-        check("a.*.>", "*.b.>", Some("a.b.>"));
-        check(">", ">", Some(">"));
-        check("*", "a.b", None);
-    }
 
     #[test]
     fn a_list_holds_all_part_or_nothing_of_a_pattern() {
@@ -138,6 +89,10 @@ mod tests {
         check(json!({}), orders.clone(), &["orders.*", "returns"], &["orders.*", "returns"], false);
         check(json!({"filter_subject": "orders.eu"}), orders.clone(), &["orders.eu"], &["orders.eu"], false);
         check(json!({"filter_subject": "x"}), orders.clone(), &[], &[], false);
+        let several = json!({"filter_subjects": ["*.eu", "*.us", "x"], "exclude_subjects": ["orders.us"]});
+        check(several, orders.clone(), &["orders.eu"], &["orders.eu"], false);
+        let transform = json!({"subject_transforms": [{"src": "orders.*", "dest": "{{left(1,2)}}.orders"}]});
+        check(transform, orders.clone(), &["orders.*", "returns"], &["*.orders", "returns"], false);
         let prefix = json!({"target_subject_prefix": "east"});
         check(prefix, orders.clone(), &["orders.*", "returns"], &["east.orders.*", "east.returns"], false);
         let remove = json!({"target_subject_remove": "orders."});

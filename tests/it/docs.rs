@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
+use stream_replicator::config;
 use stream_replicator::events::Event;
 use stream_replicator::status::LastError;
 
@@ -303,4 +304,27 @@ fn same_shape(at: &str, documented: &Value, sent: &Value) -> Result<()> {
         | (Value::String(_), Value::String(_)) => Ok(()),
         _ => bail!("`{at}`: documented is {documented}, sent is {sent}"),
     }
+}
+
+#[test]
+fn the_subjects_in_the_readme_are_what_its_document_makes() -> Result<()> {
+    let page = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"))?;
+    let (_, part) = page.split_once("\n## Subjects\n").context("no part Subjects")?;
+    let (_, json) = part.split_once("```json\n").context("no document")?;
+    let (json, rest) = json.split_once("```").context("no end of the document")?;
+    let replication = config::parse(json.as_bytes(), "SITE").map_err(|problems| anyhow!("{problems}"))?;
+    let (_, table) = rest.split_once("| source | target |\n").context("no table")?;
+    let rows: Vec<_> = table.lines().skip(1).take_while(|line| line.starts_with('|')).collect();
+    ensure!(rows.len() >= 3, "{rows:?}");
+    for row in rows {
+        let cells: Vec<_> = row.split('|').map(|cell| cell.trim().trim_matches('`')).collect();
+        let (subject, expect) = (cells[1].as_bytes(), cells[2]);
+        let mut room = Vec::new();
+        let found = match replication.scope.excludes(subject) {
+            true => "not copied".as_bytes(),
+            false => replication.mapping.apply(subject, &mut room),
+        };
+        ensure!(found == expect.as_bytes(), "{row}: {}", found.escape_ascii());
+    }
+    Ok(())
 }

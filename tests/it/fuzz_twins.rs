@@ -158,3 +158,61 @@ fn subjects_are_mapped_as_a_second_opinion_has_it() {
         properties::mapping(&prefix, &remove, &subject);
     }
 }
+
+#[test]
+fn what_is_said_of_patterns_holds_for_every_subject_in_them() {
+    let mut random = random();
+    const SRC: [&str; 6] = ["a", "b", ".", ".", "*", ">"];
+    const DEST: [&str; 16] = [
+        "a",
+        "b",
+        ".",
+        ".",
+        ".",
+        "$1",
+        "$2",
+        "{{wildcard(1)}}",
+        "{{wildcard(2)}}",
+        "{{partition(2,1)}}",
+        "{{partition(3)}}",
+        "{{left(1,1)}}",
+        "{{sliceFromLeft(2,1)}}",
+        "{{split(1,b)}}",
+        "{{",
+        ">",
+    ];
+    const TOKENS: [&str; 6] = ["a", "b", "ab", "aba", "bb", "\u{e9}b"];
+    let mut read = 0;
+    for _ in 0..ROUNDS {
+        let count = random.random_range(1..4);
+        let pairs: Vec<(String, String)> = (0..count)
+            .map(|_| {
+                // Right often enough: one token each, with dots between.
+                let mut src = (0..random.random_range(1..4))
+                    .filter_map(|_| ["a", "b", "*", "*"].choose(&mut random).copied())
+                    .collect::<Vec<_>>();
+                let mut dest = (0..random.random_range(1..4))
+                    .filter_map(|_| DEST.choose(&mut random).copied())
+                    .filter(|t| *t != ".")
+                    .collect::<Vec<_>>();
+                if random.random_bool(0.3) {
+                    src.push(">");
+                    dest.retain(|token| *token != ">");
+                    dest.push(">");
+                }
+                match random.random_range(0..10) {
+                    0 => (words(&mut random, 6, &SRC), words(&mut random, 6, &DEST)),
+                    _ => (src.join("."), dest.join(".")),
+                }
+            })
+            .collect();
+        let pairs: Vec<(&str, &str)> = pairs.iter().map(|(src, dest)| (src.as_str(), dest.as_str())).collect();
+        let mut subject = || {
+            let count = random.random_range(1..5);
+            (0..count).filter_map(|_| TOKENS.choose(&mut random).copied()).collect::<Vec<_>>().join(".")
+        };
+        let subjects = [subject(), subject()];
+        read += usize::from(properties::transforms(&pairs, [&subjects[0], &subjects[1]]));
+    }
+    assert!(read > ROUNDS / 20, "only {read} were read");
+}

@@ -1,5 +1,7 @@
 //! What must hold for any input. Shared by the fuzz targets in `fuzz/` and by their bounded twins in `fuzz_twins.rs`.
 
+use std::collections::BTreeSet;
+
 use stream_replicator::config::{self, Endpoint, Mapping, mask_document, mask_url, unmask_document};
 
 /// Stands for a password: nothing else looks like it.
@@ -85,15 +87,72 @@ pub fn secret_url(before: &str, after: &str, host: &str) {
 
 /// The mapping of a subject against a second opinion.
 pub fn mapping(prefix: &str, remove: &str, subject: &str) {
-    let mapping = Mapping { prefix: prefix.to_owned(), remove: remove.to_owned() };
-    let mapped = mapping.apply(subject);
-    assert_eq!(mapped, model(prefix, remove, subject), "{mapping:?} of {subject:?}");
+    let mapping = Mapping { transforms: Vec::new(), prefix: prefix.to_owned(), remove: remove.to_owned() };
+    let mut room = b"left over".to_vec();
+    let mapped = std::str::from_utf8(mapping.apply(subject.as_bytes(), &mut room)).expect("text stays text");
+    // What is not mapped at all is not touched.
+    let expect = if mapping.is_identity() { subject.to_owned() } else { model(prefix, remove, subject) };
+    assert_eq!(mapped, expect, "{mapping:?} of {subject:?}");
     let whole = mapped.is_empty() || mapped.split('.').all(|token| !token.is_empty());
-    assert!(whole, "{mapping:?} makes {mapped:?} of {subject:?}");
+    assert!(whole || mapping.is_identity(), "{mapping:?} makes {mapped:?} of {subject:?}");
     let blank = |text: &str| text.contains(|c: char| c.is_whitespace() || c.is_control());
     if !blank(prefix) && !blank(subject) {
-        assert!(!blank(&mapped), "{mapping:?} makes {mapped:?} of {subject:?}");
+        assert!(!blank(mapped), "{mapping:?} makes {mapped:?} of {subject:?}");
     }
+}
+
+/// Transforms of two subjects: whatever is in a document is read or told to be wrong, and what is said about patterns
+/// holds for the subjects in them. What single functions do is compared with servers, in `wire_subjects.rs`. Tells
+/// whether they were read.
+pub fn transforms(pairs: &[(&str, &str)], subjects: [&str; 2]) -> bool {
+    let list: Vec<_> = pairs.iter().map(|(src, dest)| serde_json::json!({"src": src, "dest": dest})).collect();
+    let document = serde_json::json!({"stream": "S", "source_url": "a", "target_url": "b", "subject_transforms": list});
+    let mapping = match config::parse_value(&document, "SITE") {
+        Ok(replication) => replication.mapping,
+        Err(problems) => {
+            for problem in &problems.0 {
+                let path = &problem.path;
+                assert!(
+                    path.starts_with("/subject_transforms/") && !problem.message.is_empty(),
+                    "{document}: {problems}"
+                );
+            }
+            return false;
+        }
+    };
+    let literal = |subject: &&str| subject.split('.').all(|token| !matches!(token, "" | "*" | ">"));
+    let subjects: Vec<&str> = subjects.into_iter().filter(literal).collect();
+    let mut room = Vec::new();
+    let mut mapped = |subject: &str| mapping.apply(subject.as_bytes(), &mut room).to_vec();
+    // Everything, and what only says how many tokens there are.
+    let shapes = subjects.iter().map(|subject| vec!["*"; subject.split('.').count()].join("."));
+    for from in [BTreeSet::from([">".to_owned()]), shapes.collect()] {
+        let patterns = mapping.patterns(&from);
+        for subject in &subjects {
+            let mapped = mapped(subject);
+            let held = patterns.iter().any(|pattern| holds(pattern, &mapped));
+            // A token of deliminators alone vanishes.
+            let vanishes = pairs.iter().any(|(_, dest)| dest.to_lowercase().contains("split"));
+            assert!(held || vanishes, "{pairs:?}: {subject:?} is {:?}, not in {patterns:?}", mapped.escape_ascii());
+        }
+        if let [one, other] = subjects[..]
+            && one != other
+            && mapping.keeps_apart(&from)
+        {
+            assert_ne!(mapped(one), mapped(other), "{pairs:?}: {one:?} and {other:?}");
+        }
+    }
+    true
+}
+
+/// Whether a subject is in a pattern.
+fn holds(pattern: &str, subject: &[u8]) -> bool {
+    let pattern: Vec<&str> = pattern.split('.').collect();
+    let subject: Vec<&[u8]> = subject.split(|byte| *byte == b'.').collect();
+    let open = pattern.last() == Some(&">");
+    let fixed = pattern.len() - usize::from(open);
+    let fits = if open { subject.len() > fixed } else { subject.len() == fixed };
+    fits && pattern[..fixed].iter().zip(&subject).all(|(token, found)| *token == "*" || token.as_bytes() == *found)
 }
 
 /// Letter by letter.
