@@ -75,3 +75,5 @@ mod wire_fidelity;
 mod wire_kv;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_stalls.rs"]
+mod wire_stalls;
