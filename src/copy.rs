@@ -11,11 +11,13 @@ mod objects;
 mod progress;
 mod provenance;
 mod reader;
+mod renewal;
 mod resume;
 mod run;
 pub(crate) mod subjects;
 pub(crate) mod target;
 mod transform;
+mod watchdog;
 mod window;
 mod writer;
 
@@ -27,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 pub use budget::Budget;
 pub use locate::{At, Located, Place, locate};
 pub use progress::Ledger;
+pub use watchdog::Escalation;
 
 use crate::{
     config::Replication,
@@ -76,12 +79,19 @@ pub struct Error {
     pub poison: Option<SourceMessage>,
     /// Whether the target's last sequence was not what was expected.
     chain_broken: bool,
+    /// Whether the run was given up because nothing moved.
+    stalled: bool,
 }
 
 impl Error {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), poison: None, chain_broken: false }
+        Self { kind, message: message.into(), poison: None, chain_broken: false, stalled: false }
+    }
+
+    /// Nothing moved any more.
+    pub(crate) fn stalled(message: impl Into<String>) -> Self {
+        Self { stalled: true, ..Self::new(ErrorKind::Retry, message) }
     }
 }
 

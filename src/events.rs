@@ -81,10 +81,12 @@ pub enum Event {
         /// Source sequence up to which everything is settled.
         position: u64,
     },
-    /// An error stopped the copy; it is tried again.
+    /// The copy stands still and is being repaired.
     Stalled {
         /// What happened.
         message: String,
+        /// What is made anew.
+        step: Step,
     },
     /// Source messages were gone before they were read.
     Gap {
@@ -143,6 +145,18 @@ pub enum Event {
         /// Target sequence of a message that is not ours.
         target_seq: u64,
     },
+}
+
+/// What is made anew to end a stall, each time more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Step {
+    /// The consumer at the source, inside the run: connections and what is in the air stay.
+    Consumer,
+    /// Both connections: the run ends, and the next one finds out where to go on.
+    Connections,
+    /// Everything: the record is claimed anew and the document taken up again, as after a start.
+    Everything,
 }
 
 /// What became of a message that can never be stored.

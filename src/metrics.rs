@@ -7,7 +7,7 @@ use prometheus::{
     proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
 };
 
-use crate::status::{self, Row, State};
+use crate::status::{self, Repairs, Row, State};
 
 /// What every name begins with.
 const PREFIX: &str = "choria_stream_replicator_replicator_";
@@ -78,6 +78,7 @@ pub fn render(site: &str, rows: &[Row], dropped_events: u64) -> Result<String, p
     let labels: Vec<_> = rows.iter().map(|row| labels(site, row)).collect();
     let rows: Vec<_> = rows.iter().zip(&labels).collect();
     let mut families: Vec<_> = READINGS.iter().map(|reading| reading_family(reading, &rows)).collect();
+    families.push(repairs_family(&rows));
     families.push(state_family(&rows));
     families.push(processing_family(&rows));
     families.retain(|family| !family.get_metric().is_empty());
@@ -124,6 +125,20 @@ fn series(labels: Vec<LabelPair>, kind: MetricType, value: f64) -> Metric {
 fn reading_family(reading: &Reading, rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
     let all = rows.iter().map(|(row, labels)| series((*labels).clone(), reading.kind, (reading.read)(row))).collect();
     family(format!("{PREFIX}{}", reading.name), reading.help, reading.kind, all)
+}
+
+/// How often each step of a repair was taken.
+fn repairs_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
+    let mut all = Vec::with_capacity(rows.len() * 3);
+    for (row, labels) in rows {
+        let Repairs { consumer, connections, everything } = row.copy.counters.repairs;
+        for (step, count) in [("consumer", consumer), ("connections", connections), ("everything", everything)] {
+            let labels = labels.iter().cloned().chain([label("step", step)]).collect();
+            all.push(series(labels, MetricType::COUNTER, count as f64));
+        }
+    }
+    let help = "What was made anew to end a stall or after an error that passes";
+    family(format!("{PREFIX}repairs"), help, MetricType::COUNTER, all)
 }
 
 fn state_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {

@@ -196,6 +196,20 @@ pub struct Counters {
     pub consumers_recreated: u64,
     /// Runs that ended with an error.
     pub errors: u64,
+    /// What was made anew to end a stall, or after an error that passes.
+    pub repairs: Repairs,
+}
+
+/// How often each step of a repair was taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Repairs {
+    /// The consumer at the source, inside a run.
+    pub consumer: u64,
+    /// Both connections, by ending the run.
+    pub connections: u64,
+    /// Everything, the claim of the record included.
+    pub everything: u64,
 }
 
 /// The last error of a replication.
@@ -220,6 +234,17 @@ pub struct LastError {
 impl LastError {
     /// All that `kind` can be.
     pub const KINDS: [&str; 4] = ["retry", "hold", "superseded", "invalid"];
+
+    /// One of these kinds that happens now and is about no message.
+    pub fn now(kind: &str, message: &str) -> Self {
+        Self {
+            at: Utc::now(),
+            kind: kind.to_owned(),
+            message: message.to_owned(),
+            source_seq: None,
+            source_time_ns: None,
+        }
+    }
 }
 
 /// Times in seconds, counted in fixed buckets.

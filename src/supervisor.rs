@@ -451,7 +451,7 @@ impl Loop {
             && !slot.stop.is_cancelled()
         {
             error!(replication = id, "starts again in {PANIC_DELAY:?}: {panic}");
-            slot.board.failed(&Error::new(ErrorKind::Retry, panic.to_string()));
+            slot.board.failed(&Error::new(ErrorKind::Retry, panic.to_string()), None);
             slot.board.set_state(State::Retrying);
             let entry = slot.wanted.borrow().clone();
             return self.spawn(entry, slot.board, PANIC_DELAY);

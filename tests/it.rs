@@ -83,3 +83,5 @@ mod wire_limits;
 mod wire_scope;
 #[path = "it/wire_subjects.rs"]
 mod wire_subjects;
+#[path = "it/wire_stalls.rs"]
+mod wire_stalls;

@@ -16,12 +16,14 @@ use crate::nats::{
 
 /// The server says that it is there this often while it has nothing to deliver.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Silence after which the consumer is taken for lost.
+/// Silence after which a stream that is scanned is given up.
 const SILENCE: Duration = Duration::from_secs(13);
 /// A pull that got nothing is renewed after this time.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// The server forgets a consumer that nobody pulls from after this time.
 const INACTIVE: Duration = Duration::from_secs(45);
+/// After so long without a pull it may have done so.
+const FORGOTTEN: Duration = Duration::from_secs(40);
 /// A pull that was smaller than one message is followed by one that is so many times as large.
 const PIECE_STEP: usize = 4;
 /// No message with its subjects and headers is larger.
@@ -59,6 +61,21 @@ impl Incoming<'_> {
     /// Bytes of subject, headers and payload.
     pub fn bytes(&self) -> usize {
         self.message.subject.len() + self.message.header.len() + self.message.payload.len()
+    }
+}
+
+/// Why a consumer is of no use any more.
+#[derive(Debug)]
+pub(super) struct Lost {
+    /// What was seen.
+    pub error: Error,
+    /// Nobody pulled for so long that the server had to forget it: nothing is wrong.
+    pub forgotten: bool,
+}
+
+impl From<Error> for Lost {
+    fn from(error: Error) -> Self {
+        Self { error, forgotten: false }
     }
 }
 
@@ -100,33 +117,56 @@ pub(super) struct Reader {
     taken: u64,
     pending: u64,
     heard: Instant,
+    /// When a pull was open last.
+    asked: Instant,
+    /// How long none was before the present ones; zero once one of them got something.
+    rested: Duration,
+    abandoned: bool,
 }
 
-impl Reader {
-    /// Creates the consumer. `bytes` bounds what is read ahead (but one message always passes).
-    pub async fn open(lane: &mut Lane, range: &Range<'_>, bytes: usize) -> Result<Self, Error> {
-        let consumer = format!("sr_{}", nuid::next());
+impl Range<'_> {
+    /// How a consumer of this range is configured.
+    pub fn config(&self, name: &str) -> serde_json::Value {
         let mut config = json!({
-            "name": consumer,
+            "name": name,
             "description": "stream-replicator",
             "deliver_policy": "by_start_sequence",
-            "opt_start_seq": range.from.max(1),
+            "opt_start_seq": self.from.max(1),
             "ack_policy": "none",
             "replay_policy": "instant",
             "inactive_threshold": INACTIVE.as_nanos() as u64,
             "num_replicas": 1,
             "mem_storage": true,
-            "headers_only": range.headers_only,
+            "headers_only": self.headers_only,
         });
-        match range.filters {
+        match self.filters {
             [] => {}
             [filter] => config["filter_subject"] = filter.as_str().into(),
             filters => config["filter_subjects"] = filters.into(),
         }
-        let info = Api::new(lane).create_consumer(range.stream, &consumer, &config).await?;
+        config
+    }
+}
+
+/// A name for a consumer of our own.
+pub(super) fn consumer_name() -> String {
+    format!("sr_{}", nuid::next())
+}
+
+impl Reader {
+    /// Creates the consumer. `bytes` bounds what is read ahead (but one message always passes).
+    pub async fn open(lane: &mut Lane, range: &Range<'_>, bytes: usize) -> Result<Self, Error> {
+        let consumer = consumer_name();
+        let info = Api::new(lane).create_consumer(range.stream, &consumer, &range.config(&consumer)).await?;
+        Ok(Self::of(lane, range, consumer, bytes, info.num_pending))
+    }
+
+    /// Reads from a consumer that was just created for this range, with so many messages before it.
+    pub fn of(lane: &mut Lane, range: &Range<'_>, consumer: String, bytes: usize, pending: u64) -> Self {
         let (sid, inbox) = lane.open_inbox();
         let piece_max = (bytes / 2).max(PIECE_MIN);
-        Ok(Self {
+        let now = Instant::now();
+        Self {
             stream: range.stream.to_owned(),
             consumer,
             sid,
@@ -135,7 +175,7 @@ impl Reader {
             next_pull: 0,
             unspent: 0,
             // A backlog is asked for in large pieces at once.
-            piece: if info.num_pending > 0 { PIECE_BACKLOG.min(piece_max) } else { PIECE_MIN },
+            piece: if pending > 0 { PIECE_BACKLOG.min(piece_max) } else { PIECE_MIN },
             piece_max,
             need: 0,
             chunks: VecDeque::new(),
@@ -144,9 +184,48 @@ impl Reader {
             consumer_seq: 0,
             accepted: range.from.max(1) - 1,
             taken: range.from.max(1) - 1,
-            pending: info.num_pending,
-            heard: Instant::now(),
-        })
+            pending,
+            heard: now,
+            asked: now,
+            rested: Duration::ZERO,
+            abandoned: false,
+        }
+    }
+
+    /// The consumer is of no use: what was read and not taken is let go, and nothing more is asked for.
+    pub fn abandon(&mut self, lane: &mut Lane) {
+        self.pending = self.pending();
+        self.chunks.clear();
+        self.pulls.clear();
+        (self.stashed, self.unspent) = (0, 0);
+        self.reserved = None;
+        self.abandoned = true;
+        self.end(lane);
+    }
+
+    /// Whether the server owes deliveries, or signs of life.
+    pub fn is_asking(&self) -> bool {
+        !self.pulls.is_empty()
+    }
+
+    /// When the consumer gave its last sign of life, or was asked for the first after a rest.
+    pub fn heard(&self) -> Instant {
+        self.heard
+    }
+
+    /// Name of the consumer.
+    pub fn consumer(&self) -> &str {
+        &self.consumer
+    }
+
+    /// The newest source sequence that was delivered.
+    pub fn delivered(&self) -> u64 {
+        self.accepted
+    }
+
+    /// The server says that so many messages wait behind the newest one delivered.
+    pub fn correct_pending(&mut self, pending: u64) {
+        self.pending = pending;
     }
 
     /// Messages of the stream that match and are not taken yet, as last heard.
@@ -161,7 +240,10 @@ impl Reader {
     }
 
     /// Takes in what the lane received; messages for other subscriptions are left alone.
-    pub fn accept(&mut self, batch: Batch) -> Result<(), Error> {
+    pub fn accept(&mut self, batch: Batch) -> Result<(), Lost> {
+        if self.abandoned {
+            return Ok(());
+        }
         let now = Instant::now();
         let mut items = Vec::with_capacity(batch.len());
         for (index, message) in batch.iter().enumerate() {
@@ -194,6 +276,7 @@ impl Reader {
                 self.stream, delivery.consumer_seq, delivery.stream_seq, self.consumer_seq, self.accepted
             )));
         }
+        self.rested = Duration::ZERO;
         self.consumer_seq = delivery.consumer_seq;
         self.accepted = delivery.stream_seq;
         self.pending = delivery.pending;
@@ -210,10 +293,13 @@ impl Reader {
         Ok(delivery)
     }
 
-    fn status(&mut self, message: &Message<'_>) -> Result<(), Error> {
+    fn status(&mut self, message: &Message<'_>) -> Result<(), Lost> {
         let text = headers::status_text(message.header);
         match headers::status(message.header) {
-            Some(100) => self.heartbeat(message),
+            Some(100) => {
+                self.rested = Duration::ZERO;
+                Ok(self.heartbeat(message)?)
+            }
             Some(404 | 408) => {
                 if self.end_pull(message).is_some() {
                     // Nothing came in all its time: what was pending is gone, and little need be reserved.
@@ -235,8 +321,13 @@ impl Reader {
                 }
                 Ok(())
             }
-            Some(code) => Err(Error::retry(format!("consumer of stream `{}` ended: {code} {text}", self.stream))),
-            None => Err(Error::retry(format!("consumer of stream `{}` sent a message that is none", self.stream))),
+            Some(code) => {
+                let error = Error::retry(format!("consumer of stream `{}` ended: {code} {text}", self.stream));
+                Err(Lost { error, forgotten: code == 503 && self.rested >= FORGOTTEN })
+            }
+            None => {
+                Err(Error::retry(format!("consumer of stream `{}` sent a message that is none", self.stream)).into())
+            }
         }
     }
 
@@ -291,6 +382,13 @@ impl Reader {
 
     /// Asks for more where that is due: two pulls while there is a backlog, one otherwise.
     pub fn pull(&mut self, lane: &mut Lane, budget: &Budget) {
+        if self.abandoned {
+            return;
+        }
+        let now = Instant::now();
+        if !self.pulls.is_empty() {
+            self.asked = now;
+        }
         let open: usize = self.pulls.iter().map(|pull| pull.bytes).sum();
         if let Some(reserved) = &mut self.reserved {
             reserved.shrink_to(open + self.stashed);
@@ -304,7 +402,9 @@ impl Reader {
             let Some(bytes) = self.reserve(budget, held == 0) else { break };
             if self.pulls.is_empty() {
                 // Nobody owed a sign of life until now.
-                self.heard = Instant::now();
+                self.heard = now;
+                self.rested = now.duration_since(self.asked);
+                self.asked = now;
             }
             self.next_pull += 1;
             let subject = format!("{}.CONSUMER.MSG.NEXT.{}.{}", lane.api_prefix(), self.stream, self.consumer);
@@ -339,16 +439,14 @@ impl Reader {
         Some(bytes)
     }
 
-    /// Whether the consumer still gives signs of life.
-    pub fn check(&self, now: Instant) -> Result<(), Error> {
-        if !self.pulls.is_empty() && now.duration_since(self.heard) > SILENCE {
-            return Err(Error::retry(format!("consumer of stream `{}` is silent for {SILENCE:?}", self.stream)));
-        }
-        Ok(())
-    }
-
     /// Ends the subscription and asks the server to delete the consumer; nobody waits for the answer.
     pub fn close(self, lane: &mut Lane) {
+        if !self.abandoned {
+            self.end(lane);
+        }
+    }
+
+    fn end(&self, lane: &mut Lane) {
         lane.close_inbox(self.sid);
         let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.consumer);
         lane.send_request(&subject, b"");
@@ -378,7 +476,7 @@ pub(super) async fn scan(
             .await
             .map_err(|_| Error::retry(format!("stream `{stream}` cannot be read: nothing came for {SILENCE:?}")))??
         {
-            reader.accept(batch)?;
+            reader.accept(batch).map_err(|lost| lost.error)?;
         }
         while let Some(Incoming { delivery, message, .. }) = reader.peek() {
             read = Instant::now();

@@ -8,7 +8,7 @@ use tokio::{
     time::{Duration, Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Error, ErrorKind, Job,
@@ -17,21 +17,23 @@ use super::{
     objects::{Gate, Incomplete, Pass},
     progress::{Ledger, Witnesses},
     provenance::Tag,
-    reader::{Range, Reader},
+    reader::{Lost, Range, Reader},
+    renewal::Renewal,
     resume::{self, Already, Known, Resume, Sides, is_plain},
     target::{self, Abilities},
+    watchdog::{Action, Consumer, Seen, Tell, Watchdog},
     window::{SourcePoint, Window},
     writer::{Supply, Writer},
 };
 use crate::{
     config::Replication,
-    events::{Event, Events, PoisonAction},
+    events::{Event, Events, PoisonAction, Step},
     names,
     nats::{
-        Batch, Lane, Turn,
-        jetstream::{Api, StreamInfo, decode},
+        Batch, ErrorKind as NatsErrorKind, Lane, Turn,
+        jetstream::{Api, ConsumerInfo, StreamInfo, answer_in, decode},
     },
-    status::{CopyStatus, Lag, Position, Row, State},
+    status::{CopyStatus, Lag, LastError, Position, Row, State},
     store::{SaveError, SourceMessage},
 };
 
@@ -45,8 +47,6 @@ const TICK_IDLE: Duration = Duration::from_secs(1);
 const TICK_SAVED: Duration = Duration::from_secs(5);
 /// How often the source is asked for its state.
 const INFO_EVERY: Duration = Duration::from_secs(10);
-/// Time without any settlement, while messages are in the air, after which the run is given up.
-const STALL: Duration = Duration::from_secs(30);
 /// Time for what is in the air to settle when a run ends by request or at a message that cannot be stored.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Time for the last save of a run that failed.
@@ -84,6 +84,10 @@ pub(super) struct Run<'a> {
     told_first: u64,
     info_request: Option<String>,
     next_info: Instant,
+    watchdog: Watchdog,
+    /// What the server has for the consumer, when that was asked.
+    consumer_request: Option<String>,
+    renewal: Option<Renewal>,
     copy: CopyStatus,
     began: Instant,
     next_tick: Instant,
@@ -184,6 +188,9 @@ impl<'a> Run<'a> {
             gate,
             info_request: None,
             next_info: now + INFO_EVERY,
+            watchdog: Watchdog::new(now, resume.position.seq),
+            consumer_request: None,
+            renewal: None,
             copy,
             began: now,
             next_tick: now,
@@ -446,14 +453,112 @@ impl<'a> Run<'a> {
     }
 
     fn take_messages(&mut self, batch: Batch) -> Result<(), Error> {
-        if let Some(request) = &self.info_request {
-            let answer = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == request.as_bytes());
-            if let Some(info) = answer.map(|message| decode::<StreamInfo>(message.payload)) {
-                self.info_request = None;
-                self.source_says(info?);
+        let answer = |request: &Option<String>| request.as_deref().and_then(|request| answer_in(&batch, request));
+        if let Some(info) = answer(&self.info_request) {
+            self.info_request = None;
+            self.source_says(decode::<StreamInfo>(info?)?);
+        }
+        if let Some(info) = answer(&self.consumer_request) {
+            self.consumer_request = None;
+            self.consumer_is(info.and_then(decode::<ConsumerInfo>))?;
+        }
+        self.go_on_with_renewal(&batch)?;
+        match self.reader.accept(batch) {
+            Ok(()) => Ok(()),
+            Err(Lost { error, forgotten }) => {
+                let action = self.watchdog.lost(Instant::now(), &self.seen(), error.message, forgotten);
+                self.act(action)
             }
         }
-        Ok(self.reader.accept(batch)?)
+    }
+
+    /// What the server says of our consumer when the watchdog asked.
+    fn consumer_is(&mut self, info: Result<ConsumerInfo, crate::nats::Error>) -> Result<(), Error> {
+        let consumer = match info {
+            Ok(info) => {
+                if info.delivered.stream_seq <= self.reader.delivered() {
+                    // What was pending may be gone, by age or by hand.
+                    self.reader.correct_pending(info.num_pending);
+                }
+                Consumer::Has(info.num_pending)
+            }
+            Err(error) if error.kind == NatsErrorKind::NotFound => Consumer::Gone,
+            // Nobody knows; it is asked again.
+            Err(_) => return Ok(()),
+        };
+        let action = self.watchdog.answered(Instant::now(), consumer, self.source_info.state.last_seq);
+        action.map_or(Ok(()), |action| self.act(action))
+    }
+
+    fn go_on_with_renewal(&mut self, batch: &Batch) -> Result<(), Error> {
+        let Some(renewal) = &mut self.renewal else { return Ok(()) };
+        let Some(made) = renewal.accept(&mut self.source, batch, self.replication.limits.bytes_in_flight) else {
+            return Ok(());
+        };
+        self.renewal = None;
+        self.reader = made.map_err(|error| {
+            let stream = &self.replication.source.stream;
+            Error::stalled(format!("the consumer of stream `{stream}` was not made anew: {error}"))
+        })?;
+        self.copy.counters.consumers_recreated += 1;
+        self.watchdog.renewed(Instant::now());
+        Ok(())
+    }
+
+    /// Does what the watchdog wants.
+    fn act(&mut self, action: Action) -> Result<(), Error> {
+        let Replication { id, scope, source: of, .. } = &*self.replication;
+        match action {
+            Action::Ask => {
+                let (prefix, consumer) = (self.source.api_prefix(), self.reader.consumer());
+                let subject = format!("{prefix}.CONSUMER.INFO.{}.{consumer}", of.stream);
+                self.consumer_request = Some(self.source.send_request(&subject, b""));
+            }
+            Action::Renew { reason, tell } => {
+                let message = format!("the consumer of stream `{}` is made anew: {reason}", of.stream);
+                self.consumer_request = None;
+                self.reader.abandon(&mut self.source);
+                let behind = self.window.newest();
+                self.renewal = Some(Renewal::begin(&mut self.source, &of.stream, scope.filters(), behind));
+                self.next_tick = self.next_tick.min(Instant::now() + TICK);
+                self.copy.counters.repairs.consumer += u64::from(tell != Tell::Nothing);
+                if tell == Tell::All {
+                    warn!(replication = id, "stalled: {message}");
+                    let error = LastError::now("retry", &message);
+                    self.status.send_modify(|(_, told)| told.last_error = Some(error));
+                    self.events.emit(Event::Stalled { message, step: Step::Consumer }, id);
+                } else {
+                    debug!(replication = id, "{message}");
+                }
+            }
+            Action::GiveUp { reason } => return Err(Error::stalled(reason)),
+            Action::Repaired => {
+                let position = self.window.position().seq;
+                info!(replication = id, position, "repaired");
+                self.events.emit(Event::Repaired { position }, id);
+            }
+        }
+        Ok(())
+    }
+
+    fn seen(&self) -> Seen {
+        Seen {
+            asking: self.reader.is_asking(),
+            delivered: self.reader.delivered(),
+            handed_out: self.window.newest().seq,
+            pending: self.reader.pending(),
+            last_seq: self.source_info.state.last_seq,
+            consumer_heard: self.reader.heard(),
+            source_heard: self.source.heard_at(),
+            receiving: self.source.is_receiving(),
+            in_air: self.window.len(),
+            waiting: self.reader.peek().is_some(),
+            // Nothing but the bounds on what is in the air keeps a message back.
+            held_back: false,
+            settled: self.moved,
+            written: self.target.written(),
+            unwritten: self.target.unwritten(),
+        }
     }
 
     fn source_says(&mut self, info: StreamInfo) {
@@ -467,7 +572,7 @@ impl<'a> Run<'a> {
     fn tick(&mut self, now: Instant, ledger: &mut Ledger) -> Result<(), Error> {
         self.settle();
         self.tell(State::Running);
-        let idle = self.window.is_empty() && self.reader.pending() == 0;
+        let idle = self.window.is_empty() && self.reader.pending() == 0 && !self.watchdog.is_alert();
         let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
         let saved = ledger.save(now, witnesses, || row(self.job, &self.copy));
         self.next_tick = now
@@ -481,14 +586,8 @@ impl<'a> Run<'a> {
             let subject = format!("{}.STREAM.INFO.{}", self.source.api_prefix(), self.replication.source.stream);
             self.info_request = Some(self.source.send_request(&subject, b""));
         }
-        if self.window.is_empty() && self.reader.peek().is_none() {
-            self.moved = now;
-        } else if now.duration_since(self.moved) > STALL {
-            let count = self.window.len();
-            let message = format!("nothing moved for {STALL:?}: {count} messages wait for the target's confirmation");
-            return Err(Error::new(ErrorKind::Retry, message));
-        }
-        Ok(self.reader.check(now)?)
+        let action = self.watchdog.look(now, &self.seen());
+        action.map_or(Ok(()), |action| self.act(action))
     }
 
     /// Brings the status up to date.

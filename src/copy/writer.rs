@@ -522,7 +522,7 @@ impl Writer {
             Mode::FastIngest { batch: Some(OpenBatch { committing: Some(at), .. }), .. }
                 if now.duration_since(*at) > COMMIT_WAIT =>
             {
-                Err(Error::retry(format!("the target has not confirmed the end of a batch for {COMMIT_WAIT:?}")).into())
+                Err(RunError::stalled(format!("the target has not confirmed the end of a batch for {COMMIT_WAIT:?}")))
             }
             // What is in the air behind a refusal settles first: it will be found at the target otherwise.
             Mode::Pipelined { refused: Some((token, error)), .. } if window.in_air() <= self.unstored => {

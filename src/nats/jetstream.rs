@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use super::{ApiError, Error, ErrorKind, Lane};
+use super::{ApiError, Batch, Error, ErrorKind, Lane, headers};
 
 /// `STREAM.INFO`.
 #[derive(Debug, Clone, Deserialize)]
@@ -44,6 +44,8 @@ pub struct StreamState {
     pub first_seq: u64,
     /// Last sequence ever given.
     pub last_seq: u64,
+    /// Bytes of all messages stored, as the server counts them.
+    pub bytes: u64,
 }
 
 impl StreamInfo {
@@ -158,38 +160,27 @@ impl<'a> Api<'a> {
 
     /// Reads the message at a sequence; `None` if nothing lies there.
     pub async fn message(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
-        #[derive(Deserialize)]
-        struct Got {
-            message: Raw,
-        }
-        #[derive(Deserialize)]
-        struct Raw {
-            seq: u64,
-            time: DateTime<Utc>,
-            #[serde(default)]
-            hdrs: String,
-        }
+        let (what, body) = message_call(stream, sequence);
+        let got: Option<Got> = found(self.call(&what, &body).await)?;
+        got.map(Got::message).transpose().map_err(|error| error.context(what))
+    }
+
+    /// Reads the first message at or behind a sequence whose subject matches; `None` if there is none.
+    pub async fn next_message(
+        &mut self,
+        stream: &str,
+        sequence: u64,
+        subject: &str,
+    ) -> Result<Option<StoredMessage>, Error> {
         let what = format!("STREAM.MSG.GET.{stream}");
-        let got: Option<Got> = found(self.call(&what, &json!({ "seq": sequence })).await)?;
-        let Some(Got { message }) = got else { return Ok(None) };
-        let header = STANDARD
-            .decode(&message.hdrs)
-            .map_err(|error| Error::retry(format!("{what}: headers are not base64: {error}")))?;
-        Ok(Some(StoredMessage {
-            sequence: message.seq,
-            time_ns: message.time.timestamp_nanos_opt().unwrap_or_default(),
-            header,
-        }))
+        let got: Option<Got> = found(self.call(&what, &json!({ "seq": sequence, "next_by_subj": subject })).await)?;
+        got.map(Got::message).transpose().map_err(|error| error.context(what))
     }
 
     /// Creates a consumer under the given name.
     pub async fn create_consumer(&mut self, stream: &str, name: &str, config: &Value) -> Result<ConsumerInfo, Error> {
-        let filter = config.get("filter_subject").and_then(Value::as_str);
-        let what = match filter {
-            Some(filter) => format!("CONSUMER.CREATE.{stream}.{name}.{filter}"),
-            None => format!("CONSUMER.CREATE.{stream}.{name}"),
-        };
-        self.call(&what, &json!({ "stream_name": stream, "config": config })).await
+        let (what, body) = create_consumer_call(stream, name, config);
+        self.call(&what, &body).await
     }
 
     /// Asks for a consumer; `None` if there is none.
@@ -200,6 +191,58 @@ impl<'a> Api<'a> {
     /// Deletes a consumer; one that is gone already is no error.
     pub async fn delete_consumer(&mut self, stream: &str, name: &str) -> Result<(), Error> {
         found(self.call::<Value>(&format!("CONSUMER.DELETE.{stream}.{name}"), &Value::Null).await).map(|_| ())
+    }
+}
+
+/// What creates a consumer under the given name: the end of the subject, and the body.
+pub fn create_consumer_call(stream: &str, name: &str, config: &Value) -> (String, Value) {
+    let filter = config.get("filter_subject").and_then(Value::as_str);
+    let what = match filter {
+        Some(filter) => format!("CONSUMER.CREATE.{stream}.{name}.{filter}"),
+        None => format!("CONSUMER.CREATE.{stream}.{name}"),
+    };
+    (what, json!({ "stream_name": stream, "config": config }))
+}
+
+/// What reads the message at a sequence: the end of the subject, and the body.
+pub fn message_call(stream: &str, sequence: u64) -> (String, Value) {
+    (format!("STREAM.MSG.GET.{stream}"), json!({ "seq": sequence }))
+}
+
+/// Decodes the answer to [`message_call`]; `None` if nothing lies there.
+pub fn decode_message(payload: &[u8]) -> Result<Option<StoredMessage>, Error> {
+    let got: Option<Got> = found(decode(payload))?;
+    got.map(Got::message).transpose()
+}
+
+/// The answer to a request that was sent with [`Lane::send_request`], if it is among these messages.
+pub fn answer_in<'b>(batch: &'b Batch, request: &str) -> Option<Result<&'b [u8], Error>> {
+    let message = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == request.as_bytes())?;
+    if headers::status(message.header) == Some(503) {
+        return Some(Err(Error::retry("nobody answers")));
+    }
+    Some(Ok(message.payload))
+}
+
+#[derive(Deserialize)]
+struct Got {
+    message: Raw,
+}
+
+#[derive(Deserialize)]
+struct Raw {
+    seq: u64,
+    time: DateTime<Utc>,
+    #[serde(default)]
+    hdrs: String,
+}
+
+impl Got {
+    fn message(self) -> Result<StoredMessage, Error> {
+        let Raw { seq, time, hdrs } = self.message;
+        let header =
+            STANDARD.decode(&hdrs).map_err(|error| Error::retry(format!("headers are not base64: {error}")))?;
+        Ok(StoredMessage { sequence: seq, time_ns: time.timestamp_nanos_opt().unwrap_or_default(), header })
     }
 }
 

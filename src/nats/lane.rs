@@ -149,6 +149,8 @@ pub struct Lane {
     next_request: u64,
     keepalive: Interval,
     heard: bool,
+    heard_at: Instant,
+    written: u64,
     busy: bool,
     silent: u32,
 }
@@ -248,6 +250,8 @@ impl Lane {
             next_request: 0,
             keepalive,
             heard: false,
+            heard_at: Instant::now(),
+            written: 0,
             busy: false,
             silent: 0,
         }
@@ -315,6 +319,26 @@ impl Lane {
     /// Server that this lane is connected to: `host:port`, or the URL of its websocket.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// When something was received last, whatever it was.
+    pub fn heard_at(&self) -> Instant {
+        self.heard_at
+    }
+
+    /// Whether a message has begun to arrive and is not complete: nothing else can come before it is.
+    pub fn is_receiving(&self) -> bool {
+        !self.input.is_empty()
+    }
+
+    /// Bytes that the system has taken from this lane.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Bytes of commands that it has not taken yet.
+    pub fn unwritten(&self) -> usize {
+        self.output.len()
     }
 
     /// Where commands are put; [`Lane::turn`] writes them.
@@ -403,6 +427,7 @@ impl Lane {
                 Poll::Ready(Ok(0)) => return Err(self.closed()),
                 Poll::Ready(Ok(n)) => {
                     self.output.advance(n);
+                    self.written += n as u64;
                     self.busy |= n >= READ_MIN;
                     self.unflushed = true;
                 }
@@ -431,6 +456,7 @@ impl Lane {
             Ok(0) => Poll::Ready(Err(self.closed())),
             Ok(n) => {
                 self.heard = true;
+                self.heard_at = Instant::now();
                 // Read more at once while the buffer fills up, less again when it does not.
                 if self.input.capacity() == self.input.len() {
                     self.read_size = (self.read_size * 2).min(READ_MAX);

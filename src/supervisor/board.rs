@@ -2,12 +2,12 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use chrono::Utc;
 use tokio::sync::watch;
 
 use crate::{
     config::Replication,
     copy::{Error, ErrorKind},
+    events::Step,
     status::{CopyStatus, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus},
     store::PositionRecord,
 };
@@ -140,8 +140,8 @@ impl Board {
         self.status.send_modify(|(_, copy)| copy.position.source_seq = position);
     }
 
-    /// A run ended with an error.
-    pub(super) fn failed(&self, error: &Error) {
+    /// A run ended with an error; `step` is what is made anew, if that is how it goes on.
+    pub(super) fn failed(&self, error: &Error, step: Option<Step>) {
         let kind = match error.kind {
             ErrorKind::Retry => "retry",
             ErrorKind::Hold => "hold",
@@ -149,26 +149,22 @@ impl Board {
         };
         self.status.send_modify(|(_, copy)| {
             copy.counters.errors += 1;
+            let repairs = &mut copy.counters.repairs;
+            match step {
+                Some(Step::Everything) => repairs.everything += 1,
+                Some(_) => repairs.connections += 1,
+                None => {}
+            }
             copy.last_error = Some(LastError {
                 source_seq: error.poison.map(|message| message.seq),
                 source_time_ns: error.poison.map(|message| message.time_ns),
-                ..last_error(kind, &error.message)
+                ..LastError::now(kind, &error.message)
             });
         });
     }
 
     /// A document cannot run.
     pub(super) fn rejected(&self, message: &str) {
-        self.status.send_modify(|(_, copy)| copy.last_error = Some(last_error("invalid", message)));
-    }
-}
-
-fn last_error(kind: &str, message: &str) -> LastError {
-    LastError {
-        at: Utc::now(),
-        kind: kind.to_owned(),
-        message: message.to_owned(),
-        source_seq: None,
-        source_time_ns: None,
+        self.status.send_modify(|(_, copy)| copy.last_error = Some(LastError::now("invalid", message)));
     }
 }

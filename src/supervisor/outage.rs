@@ -2,7 +2,7 @@
 
 use crate::{
     copy::{Error, ErrorKind},
-    events::{Event, PoisonAction},
+    events::{Event, PoisonAction, Step},
 };
 
 /// Distinct errors of one outage that are told; more of them are one that carries a number in its text.
@@ -12,6 +12,8 @@ const TOLD: usize = 16;
 #[derive(Debug, Default)]
 pub(super) struct Outage {
     open: bool,
+    /// The last step of the repair that was told.
+    step: Option<Step>,
     told: Vec<String>,
     /// Source sequence of the message told last that can never be stored.
     poison: Option<u64>,
@@ -27,8 +29,8 @@ pub(super) struct Report {
 }
 
 impl Outage {
-    /// An error ended a run.
-    pub(super) fn failed(&mut self, error: &Error) -> Report {
+    /// An error ended a run; `step` is what is made anew if it passes.
+    pub(super) fn failed(&mut self, error: &Error, step: Step) -> Report {
         let Error { kind, message, poison, .. } = error;
         let news = self.told.len() < TOLD && !self.told.iter().any(|told| told == message);
         if news {
@@ -36,7 +38,12 @@ impl Outage {
         }
         let began = !std::mem::replace(&mut self.open, true);
         let event = match kind {
-            ErrorKind::Retry => began.then(|| Event::Stalled { message: message.clone() }),
+            // Told when an outage begins, and when a repair goes further than before.
+            ErrorKind::Retry if began || step == Step::Everything && self.step != Some(step) => {
+                self.step = Some(step);
+                Some(Event::Stalled { message: message.clone(), step })
+            }
+            ErrorKind::Retry => None,
             ErrorKind::Hold => news.then(|| Event::Held { message: message.clone() }),
             ErrorKind::Superseded => Some(Event::Stopped { position: None, message: Some(message.clone()) }),
         };
@@ -64,8 +71,10 @@ mod tests {
     use super::*;
     use crate::store::SourceMessage;
 
+    const STEP: Step = Step::Connections;
+
     fn stalled(message: &str) -> Event {
-        Event::Stalled { message: message.to_owned() }
+        Event::Stalled { message: message.to_owned(), step: STEP }
     }
 
     fn retry(message: &str) -> Error {
@@ -79,18 +88,31 @@ mod tests {
     #[test]
     fn an_outage_is_told_when_it_begins_and_not_per_attempt() {
         let mut outage = Outage::default();
-        let first = outage.failed(&retry("connection refused"));
+        let first = outage.failed(&retry("connection refused"), STEP);
         assert_eq!(first, Report { news: true, events: vec![stalled("connection refused")] });
-        let again = outage.failed(&retry("connection refused"));
+        let again = outage.failed(&retry("connection refused"), STEP);
         assert_eq!(again, Report { news: false, events: vec![] });
-        let other = outage.failed(&retry("timed out"));
+        let other = outage.failed(&retry("timed out"), STEP);
         assert_eq!(other, Report { news: true, events: vec![] });
+    }
+
+    #[test]
+    fn a_repair_that_goes_further_is_told() {
+        let mut outage = Outage::default();
+        let mut told = |step| -> Vec<_> { outage.failed(&retry("nothing moved"), step).events };
+        assert_eq!(told(Step::Connections), [stalled("nothing moved")]);
+        assert!(told(Step::Connections).is_empty());
+        let everything = Event::Stalled { message: "nothing moved".to_owned(), step: Step::Everything };
+        assert_eq!(told(Step::Everything), [everything]);
+        assert!(told(Step::Connections).is_empty());
+        assert!(told(Step::Everything).is_empty());
     }
 
     #[test]
     fn each_reason_to_hold_is_an_event_once() {
         let mut outage = Outage::default();
-        let mut told = |message| -> Vec<_> { outage.failed(&hold(message)).events.iter().map(Event::kind).collect() };
+        let mut told =
+            |message| -> Vec<_> { outage.failed(&hold(message), STEP).events.iter().map(Event::kind).collect() };
         assert_eq!(told("full"), ["held"]);
         assert!(told("full").is_empty());
         assert_eq!(told("sealed"), ["held"]);
@@ -103,7 +125,7 @@ mod tests {
         let mut told = |seq, text| -> Vec<_> {
             let mut error = hold(text);
             error.poison = Some(SourceMessage { seq, time_ns: 1 });
-            outage.failed(&error).events.iter().map(Event::kind).collect()
+            outage.failed(&error, STEP).events.iter().map(Event::kind).collect()
         };
         assert_eq!(told(5, "5 is too large"), ["held", "poison"]);
         assert!(told(5, "5 is too large").is_empty());
@@ -113,18 +135,18 @@ mod tests {
     #[test]
     fn after_a_repair_the_same_error_is_news() {
         let mut outage = Outage::default();
-        outage.failed(&retry("timed out"));
+        outage.failed(&retry("timed out"), STEP);
         assert!(outage.is_open());
         outage.over();
         assert!(!outage.is_open());
-        let report = outage.failed(&retry("timed out"));
+        let report = outage.failed(&retry("timed out"), STEP);
         assert_eq!(report, Report { news: true, events: vec![stalled("timed out")] });
     }
 
     #[test]
     fn errors_that_never_repeat_do_not_fill_the_log() {
         let mut outage = Outage::default();
-        let news = (0..1000).filter(|i| outage.failed(&hold(&format!("error {i}"))).news).count();
+        let news = (0..1000).filter(|i| outage.failed(&hold(&format!("error {i}")), STEP).news).count();
         assert_eq!(news, TOLD);
     }
 }

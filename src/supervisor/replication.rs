@@ -27,8 +27,8 @@ use super::{
 use crate::{
     backoff::{Backoff, jitter},
     config::Replication,
-    copy::{self, Error, ErrorKind, Job, Ledger},
-    events::Event,
+    copy::{self, Error, ErrorKind, Escalation, Job, Ledger},
+    events::{Event, Step},
     status::{Row, State},
     store::{MarkKind, PositionRecord, SaveError, WriteError},
 };
@@ -92,6 +92,8 @@ pub(super) struct Life {
 enum Next {
     /// Another one replaces it.
     Plan(Box<Plan>),
+    /// It stalls: everything begins anew.
+    Anew,
     /// The replication was paused.
     Pause,
 }
@@ -189,6 +191,7 @@ impl Life {
         let mut next = match self.copy_until_replaced(&mut work).await? {
             Next::Plan(plan) => *plan,
             Next::Pause => return Some(Plan { work: Some(work), rejected: None }),
+            Next::Anew => return self.begin_anew(work).await,
         };
         if self.planner.is_outdated() {
             next = tokio::select! {
@@ -202,6 +205,17 @@ impl Life {
         info!(replication = self.context.id, revision = new.revision, "follows the changed document");
         self.context.emit(Event::ConfigChanged { revision: new.revision });
         Some(next)
+    }
+
+    /// As after a start, but with what ran if nothing else can.
+    async fn begin_anew(&mut self, work: Work) -> Option<Plan> {
+        let mut plan = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return None,
+            plan = self.planner.current() => plan,
+        };
+        plan.work.get_or_insert(work);
+        Some(plan)
     }
 
     /// A document that cannot run replaces nothing, and one that says the same only brings its revision.
@@ -225,8 +239,11 @@ impl Life {
                     self.refusals.keep(&self.context, work, plan.rejected.as_ref());
                     self.refusals.report(&self.context, plan.rejected);
                 }
-                // Superseded: nothing of ours may run again, whatever the document says.
-                () = &mut copying => {
+                ended = &mut copying => {
+                    if ended == Ended::Stalled {
+                        return Some(Next::Anew);
+                    }
+                    // Superseded: nothing of ours may run again, whatever the document says.
                     self.stop.cancelled().await;
                     return None;
                 }
@@ -285,6 +302,17 @@ impl Refusals {
     }
 }
 
+/// Why nothing is copied any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// By request.
+    Stopped,
+    /// Another instance holds the replication.
+    Superseded,
+    /// Nothing moves, whatever connections are made.
+    Stalled,
+}
+
 /// What keeps a document running.
 struct Session {
     context: Context,
@@ -296,6 +324,7 @@ struct Session {
     ledger: Option<Ledger>,
     backoff: Backoff,
     outage: Outage,
+    escalation: Escalation,
     /// Whether the start of this document has been told.
     told: bool,
     /// The last row was not saved, whatever the ledger remembers.
@@ -317,6 +346,7 @@ impl Session {
             ledger: None,
             backoff: RETRY,
             outage: Outage::default(),
+            escalation: Escalation::default(),
             told: false,
             unsaved: false,
             superseded: false,
@@ -325,24 +355,37 @@ impl Session {
         }
     }
 
-    /// Copies until `stop`, or until another instance holds the replication.
-    async fn copy(&mut self, replication: &Replication, revision: u64, stop: &CancellationToken) {
+    /// Copies until `stop`, until another instance holds the replication, or until only a new beginning may help.
+    async fn copy(&mut self, replication: &Replication, revision: u64, stop: &CancellationToken) -> Ended {
         self.told = false;
         self.backoff.reset();
         self.context.board.adopt(replication, revision);
         while !stop.is_cancelled() {
             let result = self.attempt(replication, stop).await;
             self.context.board.run_over();
-            let outcome = match result {
-                Ok(()) if stop.is_cancelled() => return,
-                Ok(()) => self.survive(Error::new(ErrorKind::Retry, "it ended unasked"), stop).await,
-                Err(error) if error.kind == ErrorKind::Superseded => Err(error),
-                Err(error) => self.survive(error, stop).await,
+            let error = match result {
+                Ok(()) if stop.is_cancelled() => return Ended::Stopped,
+                Ok(()) => Error::new(ErrorKind::Retry, "it ended unasked"),
+                Err(error) => error,
             };
-            if let Err(superseded) = outcome {
-                return self.give_up(&superseded);
+            let outcome = match error.kind {
+                ErrorKind::Superseded => Err(error),
+                _ => self.survive(error, stop).await,
+            };
+            match outcome {
+                Ok(Step::Everything) if !stop.is_cancelled() => {
+                    // What the bucket says counts, not what is remembered of it.
+                    self.ledger = None;
+                    return Ended::Stalled;
+                }
+                Ok(_) => {}
+                Err(superseded) => {
+                    self.give_up(&superseded);
+                    return Ended::Superseded;
+                }
             }
         }
+        Ended::Stopped
     }
 
     /// One run.
@@ -387,6 +430,7 @@ impl Session {
         };
         if self.context.board.mark() != before {
             self.backoff.reset();
+            self.escalation.over();
         }
         let result = result
             .map_err(|panic| Error::new(ErrorKind::Retry, format!("the copy panicked: {}", panic_text(&*panic))))?;
@@ -410,14 +454,19 @@ impl Session {
         Ok(())
     }
 
-    /// Reports an error and waits for the next attempt. There is none if the record turns out to be another's.
-    async fn survive(&mut self, error: Error, stop: &CancellationToken) -> Result<(), Error> {
+    /// Reports an error and waits for the next attempt; says what is made anew for it. There is none if the record
+    /// turns out to be another's.
+    async fn survive(&mut self, error: Error, stop: &CancellationToken) -> Result<Step, Error> {
         if stop.is_cancelled() {
             warn!(replication = self.context.id, "ended with an error while it was stopped: {error}");
-            self.context.board.failed(&error);
-            return Ok(());
+            self.context.board.failed(&error, None);
+            return Ok(Step::Connections);
         }
-        self.report(&error);
+        if !self.outage.is_open() {
+            self.escalation.over();
+        }
+        let step = self.escalation.failed(&error);
+        self.report(&error, step);
         let (state, delay) = match error.kind {
             ErrorKind::Hold => (State::Held, jitter(HELD, rand::random())),
             _ => (State::Retrying, self.backoff.next(rand::random())),
@@ -448,8 +497,8 @@ impl Session {
         });
         tokio::select! {
             biased;
-            () = stop.cancelled() => Ok(()),
-            result = &mut save_and_wait => result,
+            () = stop.cancelled() => Ok(step),
+            result = &mut save_and_wait => result.map(|()| step),
             never = cleared => match never {},
         }
     }
@@ -509,16 +558,16 @@ impl Session {
     fn give_up(&mut self, error: &Error) {
         self.ledger = None;
         self.superseded = true;
-        self.report(error);
+        self.report(error, Step::Connections);
         self.context.board.released();
         self.context.board.set_state(State::Stopped);
     }
 
-    fn report(&mut self, error: &Error) {
+    fn report(&mut self, error: &Error, step: Step) {
         let Error { kind, message, .. } = error;
         let Context { id, board, .. } = &self.context;
-        board.failed(error);
-        let report = self.outage.failed(error);
+        board.failed(error, (*kind == ErrorKind::Retry).then_some(step));
+        let report = self.outage.failed(error, step);
         match (report.news, kind) {
             (false, _) => debug!(replication = id, "again: {message}"),
             (true, ErrorKind::Retry) => warn!(replication = id, "stalled, trying again: {message}"),

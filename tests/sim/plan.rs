@@ -38,6 +38,8 @@ pub enum Fault {
     Leaderless(Side, Duration),
     /// The copying process is killed, wherever it stands, and starts again.
     Crash(Duration),
+    /// The source's consumers of now deliver nothing more, though they give signs of life.
+    Mute,
     /// The bucket loses answers, and writes arrive late.
     Trouble(Duration),
     /// The servers' wall clock is set, forward or back.
@@ -100,13 +102,14 @@ impl Plan {
         let side = if world.once_in(2) { Side::Source } else { Side::Target };
         let short = world.millis(1, 3_000);
         let long = world.millis(1, 20_000);
-        match world.between(1, 9) {
+        match world.between(1, 10) {
             1 => Fault::Cut(side),
             2 => Fault::Freeze(side, if world.once_in(3) { long } else { short }),
             3 => Fault::Restart(side, short),
             4 => Fault::Leaderless(side, short),
             5..=7 => Fault::Crash(short),
             8 => Fault::Clock { by: world.millis(1, 3_600_000), back: world.once_in(2) },
+            9 => Fault::Mute,
             _ => Fault::Trouble(long),
         }
     }

@@ -250,6 +250,7 @@ impl Scene {
             Fault::Cut(side) => server(side).cut(),
             Fault::Freeze(side, time) => server(side).freeze(time),
             Fault::Leaderless(side, time) => server(side).leaderless(time),
+            Fault::Mute => self.source.mute(),
             Fault::Restart(side, time) => {
                 server(side).kill();
                 sleep(time).await;

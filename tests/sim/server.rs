@@ -63,6 +63,7 @@ struct Consumer {
     delivered: u64,
     last_stream_seq: u64,
     headers_only: bool,
+    mute: bool,
     pulls: Vec<Pull>,
 }
 
@@ -150,6 +151,11 @@ impl Server {
     /// Nothing is read, done or sent for a while.
     pub fn freeze(&self, time: Duration) {
         self.lock().frozen = Some(Instant::now() + time);
+    }
+
+    /// The consumers of now deliver nothing more: heartbeats and the ends of pulls are all that comes.
+    pub fn mute(&self) {
+        self.lock().consumers.values_mut().for_each(|consumer| consumer.mute = true);
     }
 
     /// Streams have no leader for a while: nobody takes messages or answers.
@@ -412,9 +418,17 @@ impl State {
                 self.answer(reply, &answer);
             }
             ["CONSUMER", "CREATE", stream, name, ..] => self.create_consumer(stream, name, &body["config"], reply),
-            ["CONSUMER", "INFO", ..] => {
-                let error = json!({"code": 404, "err_code": 10014, "description": "consumer not found"});
-                self.answer(reply, &json!({"error": error}));
+            ["CONSUMER", "INFO", _, name] => {
+                let known = self.consumers.get(*name).and_then(|of| Some((of, self.streams.get(&of.stream)?)));
+                let answer = match known {
+                    Some((consumer, stream)) => json!({
+                        "name": name,
+                        "num_pending": stream.messages.range(consumer.next..).count(),
+                        "delivered": {"consumer_seq": consumer.delivered, "stream_seq": consumer.last_stream_seq},
+                    }),
+                    None => json!({"error": {"code": 404, "err_code": 10014, "description": "consumer not found"}}),
+                };
+                self.answer(reply, &answer);
             }
             ["CONSUMER", "DELETE", _, name] => {
                 self.consumers.remove(*name);
@@ -463,6 +477,7 @@ impl State {
             delivered: 0,
             last_stream_seq: next - 1,
             headers_only: config["headers_only"] == true,
+            mute: false,
             pulls: Vec::new(),
         };
         self.consumers.insert(name.to_owned(), consumer);
@@ -478,7 +493,7 @@ impl State {
     /// Delivers what there is to the pulls that wait, oldest first.
     fn deliver(&mut self, name: &str) {
         loop {
-            let Some(consumer) = self.consumers.get_mut(name) else { return };
+            let Some(consumer) = self.consumers.get_mut(name).filter(|consumer| !consumer.mute) else { return };
             let Some(stream) = self.streams.get(&consumer.stream) else { return };
             let Some(pull) = consumer.pulls.first_mut() else { return };
             let next = consumer.next.max(stream.first);
