@@ -12,12 +12,14 @@ mod schema;
 mod secret;
 mod secrets;
 
-pub use document::{Document, LimitsDocument, TlsDocument, document_id, parse, parse_judged, parse_value, to_value};
+pub use document::{
+    DeadLetterDocument, Document, LimitsDocument, TlsDocument, document_id, parse, parse_judged, parse_value, to_value,
+};
 pub use duration::parse_duration;
 pub use endpoint::{Auth, Endpoint, Host, MASK, Scheme, Tls, mask_url};
 pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};
-pub use replication::{Limits, Mapping, Replication, Side, Start};
+pub use replication::{Limits, Mapping, OnReject, Replication, Side, Start};
 pub use schema::replication_schema;
 pub use secret::Secret;
 pub use secrets::{URLS, has_mask, mask_document, unmask_document};

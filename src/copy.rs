@@ -4,15 +4,18 @@
 //! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
 
 mod budget;
+pub(crate) mod dead_letter;
 mod decide;
 mod gap;
 mod locate;
 mod progress;
 mod provenance;
 mod reader;
+mod reject;
 mod resume;
 mod run;
 pub(crate) mod target;
+mod throttle;
 mod transform;
 mod window;
 mod writer;
@@ -27,7 +30,7 @@ pub use locate::{At, Located, Place, locate};
 pub use progress::Ledger;
 
 use crate::{
-    config::Replication,
+    config::{OnReject, Replication},
     events::Events,
     nats,
     status::{CopyStatus, Row, State},
@@ -72,6 +75,8 @@ pub struct Error {
     pub message: String,
     /// The message that can never be stored at the target, if that is the reason.
     pub poison: Option<SourceMessage>,
+    /// Messages that the server refused for good.
+    refused: Vec<reject::Refusal>,
     /// Whether the target's last sequence was not what was expected.
     chain_broken: bool,
 }
@@ -79,7 +84,7 @@ pub struct Error {
 impl Error {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), poison: None, chain_broken: false }
+        Self { kind, message: message.into(), poison: None, refused: Vec::new(), chain_broken: false }
     }
 }
 
@@ -112,15 +117,28 @@ pub async fn run(
     events: &Events,
     stop: CancellationToken,
 ) -> Result<(), Error> {
-    let result = tokio::select! {
-        biased;
-        // Before the first message is read there is nothing to settle.
-        () = stop.cancelled() => return Ok(()),
-        started = run::Run::start(job, ledger, status, events) => started,
-    };
-    let result = match result {
-        Ok(run) => run.copy(ledger, stop).await,
-        Err(error) => Err(error),
+    let mut refused = reject::Refused::default();
+    let result = loop {
+        let started = tokio::select! {
+            biased;
+            // Before the first message is read there is nothing to settle.
+            () = stop.cancelled() => return Ok(()),
+            started = run::Run::start(job, ledger, status, events, &mut refused) => started,
+        };
+        let mut result = match started {
+            Ok(run) => run.copy(ledger, stop.clone()).await,
+            Err(error) => Err(error),
+        };
+        let again = match &mut result {
+            // Nobody has to act upon it: the next run knows what becomes of these messages.
+            Err(error) if error.poison.is_some() && job.replication.on_reject != OnReject::Hold => {
+                refused.add(std::mem::take(&mut error.refused))
+            }
+            _ => false,
+        };
+        if !again {
+            break result;
+        }
     };
     status.send_modify(|(_, copy)| {
         copy.source.connected = false;

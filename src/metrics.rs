@@ -51,7 +51,7 @@ const READINGS: &[Reading] = &[
     gauge("in_flight_bytes", "Bytes of the messages read and not settled", |r| r.copy.in_flight.bytes as f64),
     counter("skipped_sampled_messages", "Messages skipped by sampling", |r| r.copy.counters.skipped_sampled as f64),
     counter("skipped_filtered_messages", "Messages skipped by a filter or because they had been here before", |r| r.copy.counters.skipped_filtered as f64),
-    counter("skipped_refused_messages", "Messages skipped by request because the target can never store them", |r| r.copy.counters.skipped_refused as f64),
+    counter("skipped_refused_messages", "Messages skipped, by request or by on_reject, because the target can never store them", |r| r.copy.counters.skipped_refused as f64),
     counter("dead_lettered_messages", "Messages published to the dead letter subject", |r| r.copy.counters.dead_lettered as f64),
     counter("gap_messages", "Source messages that were gone before they were read", |r| r.copy.counters.gap_messages as f64),
     counter("headers_removed", "Headers left out because the target does not allow them", |r| r.copy.counters.headers_removed as f64),

@@ -75,3 +75,9 @@ mod wire_fidelity;
 mod wire_kv;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_rates.rs"]
+mod wire_rates;
+#[path = "it/wire_refusals.rs"]
+mod wire_refusals;
+#[path = "it/wire_rejects.rs"]
+mod wire_rejects;

@@ -22,6 +22,10 @@ const SILENCE: Duration = Duration::from_secs(13);
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// The server forgets a consumer that nobody pulls from after this time.
 const INACTIVE: Duration = Duration::from_secs(45);
+/// A consumer that there is nothing to ask of is kept by a pull that gets nothing, after this time.
+const KEEP: Duration = Duration::from_secs(15);
+/// Last token of the reply subject of such a pull.
+const KEPT: &str = ".keep";
 /// A pull that was smaller than one message is followed by one that is so many times as large.
 const PIECE_STEP: usize = 4;
 /// No message with its subjects and headers is larger.
@@ -100,6 +104,8 @@ pub(super) struct Reader {
     taken: u64,
     pending: u64,
     heard: Instant,
+    /// When the server was asked for anything last.
+    asked: Instant,
 }
 
 impl Reader {
@@ -144,6 +150,7 @@ impl Reader {
             taken: range.from.max(1) - 1,
             pending: info.num_pending,
             heard: Instant::now(),
+            asked: Instant::now(),
         })
     }
 
@@ -210,7 +217,10 @@ impl Reader {
 
     fn status(&mut self, message: &Message<'_>) -> Result<(), Error> {
         let text = headers::status_text(message.header);
+        let kept = message.subject.ends_with(KEPT.as_bytes());
         match headers::status(message.header) {
+            Some(404 | 408) if kept => Ok(()),
+            Some(409) if kept && text.contains("MaxBytes") => Ok(()),
             Some(100) => self.heartbeat(message),
             Some(404 | 408) => {
                 if self.end_pull(message).is_some() {
@@ -314,9 +324,21 @@ impl Reader {
                 "idle_heartbeat": HEARTBEAT.as_nanos() as u64,
             });
             lane.publish(&subject, &format!("{}.{}", self.inbox, self.next_pull), request.to_string().as_bytes());
+            self.asked = Instant::now();
             self.pulls.push_back(Pull { id: self.next_pull, bytes });
             self.unspent += bytes as i64;
         }
+    }
+
+    /// Keeps the consumer while what was read waits to be sent, however long: the server forgets one that nobody pulls
+    /// from. What is asked for is smaller than any message.
+    pub fn keep(&mut self, lane: &mut Lane, now: Instant) {
+        if !self.pulls.is_empty() || now.duration_since(self.asked) < KEEP {
+            return;
+        }
+        self.asked = now;
+        let subject = format!("{}.CONSUMER.MSG.NEXT.{}.{}", lane.api_prefix(), self.stream, self.consumer);
+        lane.publish(&subject, &format!("{}{KEPT}", self.inbox), br#"{"batch":1,"max_bytes":1,"no_wait":true}"#);
     }
 
     /// Room for the next pull: a piece, or the smallest useful one when the process is short of room. A reader
