@@ -4,6 +4,7 @@
 //! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
 
 mod budget;
+pub(crate) mod dead_letter;
 mod decide;
 mod gap;
 mod locate;
@@ -11,11 +12,13 @@ mod objects;
 mod progress;
 mod provenance;
 mod reader;
+mod reject;
 mod renewal;
 mod resume;
 mod run;
 pub(crate) mod subjects;
 pub(crate) mod target;
+mod throttle;
 mod transform;
 mod watchdog;
 mod window;
@@ -32,7 +35,7 @@ pub use progress::Ledger;
 pub use watchdog::Escalation;
 
 use crate::{
-    config::Replication,
+    config::{OnReject, Replication},
     events::Events,
     nats,
     status::{CopyStatus, Row, State},
@@ -77,6 +80,8 @@ pub struct Error {
     pub message: String,
     /// The message that can never be stored at the target, if that is the reason.
     pub poison: Option<SourceMessage>,
+    /// Messages that the server refused for good.
+    refused: Vec<reject::Refusal>,
     /// Whether the target's last sequence was not what was expected.
     chain_broken: bool,
     /// Whether the run was given up because nothing moved.
@@ -86,7 +91,7 @@ pub struct Error {
 impl Error {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), poison: None, chain_broken: false, stalled: false }
+        Self { kind, message: message.into(), poison: None, refused: Vec::new(), chain_broken: false, stalled: false }
     }
 
     /// Nothing moved any more.
@@ -124,15 +129,28 @@ pub async fn run(
     events: &Events,
     stop: CancellationToken,
 ) -> Result<(), Error> {
-    let result = tokio::select! {
-        biased;
-        // Before the first message is read there is nothing to settle.
-        () = stop.cancelled() => return Ok(()),
-        started = run::Run::start(job, ledger, status, events) => started,
-    };
-    let result = match result {
-        Ok(run) => run.copy(ledger, stop).await,
-        Err(error) => Err(error),
+    let mut refused = reject::Refused::default();
+    let result = loop {
+        let started = tokio::select! {
+            biased;
+            // Before the first message is read there is nothing to settle.
+            () = stop.cancelled() => return Ok(()),
+            started = run::Run::start(job, ledger, status, events, &mut refused) => started,
+        };
+        let mut result = match started {
+            Ok(run) => run.copy(ledger, stop.clone()).await,
+            Err(error) => Err(error),
+        };
+        let again = match &mut result {
+            // Nobody has to act upon it: the next run knows what becomes of these messages.
+            Err(error) if error.poison.is_some() && job.replication.on_reject != OnReject::Hold => {
+                refused.add(std::mem::take(&mut error.refused))
+            }
+            _ => false,
+        };
+        if !again {
+            break result;
+        }
     };
     status.send_modify(|(_, copy)| {
         copy.source.connected = false;

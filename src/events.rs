@@ -102,7 +102,7 @@ pub enum Event {
         /// What happened.
         message: String,
     },
-    /// A message can never be stored at the target: it holds the replication, or was left out on request.
+    /// A message can never be stored at the target: it holds the replication, was left out, or went to the dead letters.
     Poison {
         /// Its source sequence.
         source_seq: u64,
@@ -110,6 +110,12 @@ pub enum Event {
         message: String,
         /// What became of it.
         action: PoisonAction,
+        /// Where many come within a moment, one event tells of several: source sequence of the last one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        to: Option<u64>,
+        /// How many these are, between `source_seq` and `to`, both included.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        messages: Option<u64>,
     },
     /// The description of an object (of an object store) was left out: the target does not have all of its chunks.
     ObjectIncomplete {
@@ -167,9 +173,17 @@ pub enum PoisonAction {
     Held,
     /// It was left out.
     Skipped,
+    /// It was published to the dead letter subject.
+    #[serde(rename = "dead_lettered")]
+    DeadLettered,
 }
 
 impl Event {
+    /// One message that can never be stored.
+    pub fn poison(source_seq: u64, message: impl Into<String>, action: PoisonAction) -> Self {
+        Self::Poison { source_seq, message: message.into(), action, to: None, messages: None }
+    }
+
     /// Names of all kinds, as in subjects and bodies.
     pub const KINDS: [&str; 17] = [
         "started",

@@ -21,6 +21,12 @@ pub const ORIGINAL_ID_HEADER: &str = "Choria-SR-Msg-Id";
 /// Put before the name of a header that the target would act on or refuse.
 pub const RENAMED_HEADER_PREFIX: &str = "Choria-SR-";
 
+/// Subject at the source of a message that became a dead letter.
+pub const DEAD_SUBJECT_HEADER: &str = "Choria-SR-Subject";
+
+/// Why a message became a dead letter.
+pub const DEAD_ERROR_HEADER: &str = "Choria-SR-Error";
+
 /// Deadline of a control request, unix ms; one that arrives later is refused.
 pub const DEADLINE_HEADER: &str = "Replicator-Deadline";
 

@@ -18,7 +18,7 @@ use self::{
     subjects::Flow,
 };
 use crate::{
-    config::Replication,
+    config::{OnReject, Replication},
     copy::target,
     nats::{Rules, jetstream::StreamState},
 };
@@ -88,7 +88,7 @@ pub enum Outcome {
 /// Looks at both sides at once and is done at `until`; what was not reached by then is unknown.
 pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], until: Instant) -> Report {
     let early = until - SECOND_LOOK;
-    let (source, mut target) = tokio::join!(
+    let (mut source, mut target) = tokio::join!(
         Look::at(rules, Role::Source, replication, early), //
         Look::at(rules, Role::Target, replication, early)
     );
@@ -102,13 +102,22 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
         }
         _ => None,
     };
-    if source.facts.stream.there().is_some() {
-        let mut wanted = flow.to.clone();
-        if let Some(Ok(config)) = &planned {
-            wanted.extend(judge::subjects_of(config));
-        }
-        target.ask_who_listens(wanted, until).await;
+    let mut wanted = flow.to.clone();
+    if let Some(Ok(config)) = &planned {
+        wanted.extend(judge::subjects_of(config));
     }
+    let target_asks = source.facts.stream.there().is_some();
+    let at_target = async {
+        if target_asks {
+            target.ask_who_listens(wanted, until).await;
+        }
+    };
+    let at_source = async {
+        if let OnReject::DeadLetter { subject } = &replication.on_reject {
+            source.ask_who_listens([subject.clone()].into(), until).await;
+        }
+    };
+    tokio::join!(at_target, at_source);
     let pair = Pair { replication, source: &source.facts, target: &target.facts, flow: &flow, planned: &planned };
     Report { source: pair.judge_source(), target: pair.judge_target(known) }
 }

@@ -180,7 +180,7 @@ pub struct Counters {
     pub skipped_old: u64,
     /// Skipped by a filter or because they had been here before.
     pub skipped_filtered: u64,
-    /// Skipped by request because the target can never store them.
+    /// Skipped, by request or by `on_reject`, because the target can never store them.
     pub skipped_refused: u64,
     /// Descriptions of objects skipped because the target does not have all of their chunks.
     pub skipped_incomplete: u64,

@@ -75,13 +75,19 @@ mod wire_fidelity;
 mod wire_kinds;
 #[path = "it/wire_kv.rs"]
 mod wire_kv;
-#[path = "it/wire_objects.rs"]
-mod wire_objects;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_objects.rs"]
+mod wire_objects;
+#[path = "it/wire_rates.rs"]
+mod wire_rates;
+#[path = "it/wire_refusals.rs"]
+mod wire_refusals;
+#[path = "it/wire_rejects.rs"]
+mod wire_rejects;
 #[path = "it/wire_scope.rs"]
 mod wire_scope;
-#[path = "it/wire_subjects.rs"]
-mod wire_subjects;
 #[path = "it/wire_stalls.rs"]
 mod wire_stalls;
+#[path = "it/wire_subjects.rs"]
+mod wire_subjects;

@@ -188,6 +188,7 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
         (counters.skipped_old, "too old"),
         (counters.skipped_filtered, "filtered"),
         (counters.skipped_sampled, "sampled"),
+        (counters.skipped_refused, "left out"),
         (counters.dead_lettered, "dead-lettered"),
         (counters.gap_messages, "gone before they were read"),
         (counters.refused, "refused"),

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Connection, Endpoint, Fields, Limits, Mapping, Place, Problem, Problems, Replication, Scope, Side, Start, Tls,
-    Transform, check_context_name, endpoint, parse_duration, patterns,
+    Connection, Endpoint, Fields, Limits, Mapping, OnReject, Place, Problem, Problems, Replication, Scope, Side, Start,
+    Tls, Transform, check_context_name, endpoint, parse_duration, patterns,
     place::{domain_prefix, subject_prefix},
     schema::{self, join, shorten},
 };
@@ -93,6 +93,12 @@ pub struct Document {
     /// Accepted, without effect.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ephemeral: Option<bool>,
+    /// What becomes of messages that the target can never store.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_reject: Option<String>,
+    /// Where they go.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dead_letter: Option<DeadLetterDocument>,
     /// Free text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
@@ -120,6 +126,20 @@ pub struct LimitsDocument {
     /// Unsettled bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_in_flight: Option<usize>,
+    /// Messages sent in a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub messages_per_second: Option<u64>,
+    /// Bytes sent in a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
+}
+
+/// `dead_letter` of a document.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DeadLetterDocument {
+    /// Subject at the source side.
+    pub subject: String,
 }
 
 /// One of the `subject_transforms` of a document.
@@ -284,6 +304,7 @@ impl Checker {
         let mapping = self.mapping(document);
         let start = self.start(document);
         let max_age = self.duration("max_age", text(&document.max_age));
+        let on_reject = self.on_reject(document);
         let id = self.id(&document.stream, own_name);
         Some(Replication {
             id,
@@ -295,6 +316,7 @@ impl Checker {
             mapping,
             start,
             max_age,
+            on_reject,
             create_target: !document.no_target_create.unwrap_or_default(),
             limits: limits(document.limits.as_ref()),
             notices: notices(document),
@@ -500,6 +522,51 @@ impl Checker {
         self.problems.push(Problem::new(format!("/{field}"), format!("`{name}` is `{subject}`: {wrong}")));
     }
 
+    fn on_reject(&mut self, document: &Document) -> OnReject {
+        let subject = document.dead_letter.as_ref().map(|dead_letter| dead_letter.subject.as_str());
+        if let Some(subject) = subject.filter(|subject| !subject.is_empty()) {
+            self.dead_letter_subject(subject);
+        }
+        match (text(&document.on_reject), subject) {
+            (Some("dead_letter"), Some(subject)) => return OnReject::DeadLetter { subject: subject.to_owned() },
+            (Some("dead_letter"), None) => {
+                let refused = self.problems.iter().any(|problem| problem.path.starts_with("/dead_letter"));
+                if !refused {
+                    let message =
+                        "`dead_letter` is required where `on_reject` is `dead_letter`: write {\"subject\": \"...\"}";
+                    self.problem("dead_letter", message.to_owned());
+                }
+            }
+            (other, Some(_)) => {
+                let is = other.map_or_else(|| "is not set".to_owned(), |other| format!("is `{}`", shorten(other)));
+                let message =
+                    format!("`dead_letter` has no effect, because `on_reject` {is}: it goes with `dead_letter`");
+                self.problem("dead_letter", message);
+            }
+            (Some("skip"), None) => return OnReject::Skip,
+            (Some("hold") | None, None) => {}
+            (Some(other), None) => {
+                let other = shorten(other);
+                let message = format!("`on_reject` is `{other}`: it is `hold`, `skip` or `dead_letter`");
+                self.problem("on_reject", message);
+            }
+        }
+        OnReject::Hold
+    }
+
+    /// Beside what makes a subject: the servers' own subjects take no messages for a stream.
+    fn dead_letter_subject(&mut self, subject: &str) {
+        let of_server = ["$JS.", "$SYS.", "_"].iter().find(|start| subject.starts_with(**start));
+        let wrong = match of_server {
+            Some(start) => Some(format!("subjects that begin with `{start}` are the servers' own")),
+            None => wrong_subject(subject, Wildcards::Refused),
+        };
+        if let Some(wrong) = wrong {
+            let message = format!("`dead_letter.subject` is `{}`: {wrong}", shorten(subject));
+            self.problems.push(Problem::new("/dead_letter/subject", message));
+        }
+    }
+
     fn start(&mut self, document: &Document) -> Start {
         let delta = self.duration("start_delta", text(&document.start_delta));
         let time = text(&document.start_time).and_then(|time| self.time("start_time", time));
@@ -546,6 +613,8 @@ fn limits(document: Option<&LimitsDocument>) -> Limits {
     Limits {
         messages_in_flight: document.messages_in_flight.unwrap_or(default.messages_in_flight),
         bytes_in_flight: document.bytes_in_flight.unwrap_or(default.bytes_in_flight),
+        messages_per_second: document.messages_per_second,
+        bytes_per_second: document.bytes_per_second,
     }
 }
 
@@ -727,6 +796,20 @@ mod tests {
         assert!(!replication.create_target);
         assert_eq!(replication.notices.len(), 2);
         assert_eq!(replication.limits, Limits { messages_in_flight: 5, ..Limits::default() });
+        assert_eq!(replication.on_reject, OnReject::Hold);
+    }
+
+    #[test]
+    fn what_becomes_of_refused_messages_and_how_fast() {
+        let on_reject = |more: Value| good(more).on_reject;
+        assert_eq!(on_reject(json!({"on_reject": ""})), OnReject::Hold);
+        assert_eq!(on_reject(json!({"on_reject": "hold"})), OnReject::Hold);
+        assert_eq!(on_reject(json!({"on_reject": "skip"})), OnReject::Skip);
+        let dead = json!({"on_reject": "dead_letter", "dead_letter": {"subject": "dead.orders"}});
+        assert_eq!(on_reject(dead), OnReject::DeadLetter { subject: "dead.orders".to_owned() });
+        let limits = good(json!({"limits": {"messages_per_second": 10, "bytes_per_second": 2048}})).limits;
+        assert_eq!((limits.messages_per_second, limits.bytes_per_second), (Some(10), Some(2048)));
+        assert_eq!((Limits::default().messages_per_second, Limits::default().bytes_per_second), (None, None));
     }
 
     #[test]
@@ -828,6 +911,9 @@ mod tests {
             "/limits/message_in_flight",
             "did you mean `messages_in_flight`",
         );
+        check(json!({"limits": {"messages_per_second": 0}}), "/limits/messages_per_second", "must be 1 or more");
+        check(json!({"limits": {"bytes_per_second": 1000}}), "/limits/bytes_per_second", "must be 1024 or more");
+        check(json!({"limits": {"bytes_per_second": 1e12}}), "/limits/bytes_per_second", "must be 10737418240 or less");
         check(json!({"limits": []}), "/limits", "an array: must be of type object");
         check(json!({"tls": {"cert": "/c"}}), "/tls", "go together");
         for tls in ["tls", "target_tls"] {
@@ -835,6 +921,24 @@ mod tests {
             check(fields, "/target_url", "`target_url`: `ws://` is without TLS");
         }
         check(json!({"source_tls": {"keys": "/c"}}), "/source_tls/keys", "did you mean `key`");
+        let dead = |subject: &str| json!({"on_reject": "dead_letter", "dead_letter": {"subject": subject}});
+        check(json!({"on_reject": "drop"}), "/on_reject", "`drop`: it is `hold`, `skip` or `dead_letter`");
+        check(json!({"on_reject": 1}), "/on_reject", "of type string");
+        check(json!({"on_reject": "dead_letter"}), "/dead_letter", "`dead_letter` is required");
+        check(json!({"on_reject": "skip", "dead_letter": {"subject": "a"}}), "/dead_letter", "`on_reject` is `skip`");
+        check(json!({"dead_letter": {"subject": "a"}}), "/dead_letter", "`on_reject` is not set");
+        check(json!({"on_reject": "dead_letter", "dead_letter": {}}), "/dead_letter/subject", "`subject` is required");
+        check(dead(""), "/dead_letter/subject", "must not be empty");
+        check(dead("dead.>"), "/dead_letter/subject", "`dead.>`: wildcards are not possible");
+        check(dead("dead..x"), "/dead_letter/subject", "empty token");
+        check(dead("$JS.API.x"), "/dead_letter/subject", "the servers' own");
+        check(dead("_INBOX.x"), "/dead_letter/subject", "the servers' own");
+        check(json!({"on_reject": "dead_letter", "dead_letter": "x"}), "/dead_letter", "of type object");
+        check(
+            json!({"dead_letter": {"subjet": "a", "subject": "a"}, "on_reject": "dead_letter"}),
+            "/dead_letter/subjet",
+            "did you mean `subject`",
+        );
         check(json!({"streem": "x"}), "/streem", "did you mean `stream`");
         check(json!({"colour": "x"}), "/colour", "`colour` is unknown");
         check(json!({"a/b~c": 1}), "/a~1b~0c", "`a/b~c` is unknown");
@@ -924,8 +1028,15 @@ mod tests {
             no_target_create: Some(true),
             target_initiated: Some(true),
             ephemeral: Some(true),
+            on_reject: Some("dead_letter".into()),
+            dead_letter: Some(DeadLetterDocument { subject: "x".into() }),
             description: some(),
-            limits: Some(LimitsDocument { messages_in_flight: Some(1), bytes_in_flight: Some(65536) }),
+            limits: Some(LimitsDocument {
+                messages_in_flight: Some(1),
+                bytes_in_flight: Some(65536),
+                messages_per_second: Some(1),
+                bytes_per_second: Some(1024),
+            }),
             tls: Some(tls.clone()),
             source_tls: Some(tls.clone()),
             target_tls: Some(tls),
@@ -933,6 +1044,7 @@ mod tests {
         let full = serde_json::to_value(full).unwrap();
         assert_eq!(keys(&full), keys(&schema["properties"]));
         assert_eq!(keys(&full["limits"]), keys(&schema["properties"]["limits"]["properties"]));
+        assert_eq!(keys(&full["dead_letter"]), keys(&schema["properties"]["dead_letter"]["properties"]));
         assert_eq!(keys(&full["tls"]), keys(&schema["$defs"]["tls"]["properties"]));
         let transform = &schema["properties"]["subject_transforms"]["items"];
         assert_eq!(keys(&full["subject_transforms"][0]), keys(&transform["properties"]));

@@ -28,6 +28,8 @@ pub struct Replication {
     pub start: Start,
     /// Messages stored longer ago than this are skipped and counted.
     pub max_age: Option<Duration>,
+    /// What becomes of messages that the target can never store.
+    pub on_reject: OnReject,
     /// Whether a missing target stream is created.
     pub create_target: bool,
     /// Bounds on what is in the air.
@@ -60,18 +62,37 @@ pub enum Start {
     Time(DateTime<Utc>),
 }
 
-/// Bounds on what one replication has read but not settled.
+/// What becomes of a message that the target can never store.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum OnReject {
+    /// It holds the replication until somebody acts.
+    #[default]
+    Hold,
+    /// It is left out and counted.
+    Skip,
+    /// It is published at the source side instead.
+    DeadLetter {
+        /// The subject, without wildcards.
+        subject: String,
+    },
+}
+
+/// Bounds on what one replication has read but not settled, and on how fast it sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Unsettled messages, 1 to 1,000,000.
     pub messages_in_flight: usize,
     /// Unsettled bytes, 64 KiB to 1 GiB. One message larger than this still passes, alone.
     pub bytes_in_flight: usize,
+    /// Messages sent in a second, 1 to 10,000,000; `None` for no bound.
+    pub messages_per_second: Option<u64>,
+    /// Bytes of subjects, headers and payloads sent in a second, as they were read, 1 KiB to 10 GiB; `None` for no bound.
+    pub bytes_per_second: Option<u64>,
 }
 
 impl Default for Limits {
     /// Enough for 100,000 messages/s of 1 KiB over a round trip of 80 ms; more would only wait at the target.
     fn default() -> Self {
-        Self { messages_in_flight: 8_192, bytes_in_flight: 16 << 20 }
+        Self { messages_in_flight: 8_192, bytes_in_flight: 16 << 20, messages_per_second: None, bytes_per_second: None }
     }
 }

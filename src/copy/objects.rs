@@ -164,10 +164,7 @@ impl Gate {
         now: Instant,
     ) -> Pass {
         match self.objects.judge(subject, payload) {
-            Verdict::Copy => {
-                self.objects.sent(subject, payload);
-                Pass::Send
-            }
+            Verdict::Copy => Pass::Send,
             Verdict::LeaveOut(incomplete) => Pass::LeaveOut(incomplete),
             Verdict::Ask(chunks) => {
                 let waits = self.question.as_ref().is_some_and(|question| now < question.asked + ASK_AGAIN);
@@ -182,6 +179,11 @@ impl Gate {
                 Pass::Wait
             }
         }
+    }
+
+    /// Notes a message that was sent.
+    pub fn sent(&mut self, (subject, payload): (&[u8], &[u8])) {
+        self.objects.sent(subject, payload);
     }
 
     /// Takes the target's answer, if it is among what was received.
@@ -211,7 +213,8 @@ mod tests {
     use super::*;
 
     fn description(nuid: &str, chunks: u64, deleted: bool) -> Vec<u8> {
-        let body = json!({"name": "report", "bucket": "b", "nuid": nuid, "size": 9, "chunks": chunks, "deleted": deleted});
+        let body =
+            json!({"name": "report", "bucket": "b", "nuid": nuid, "size": 9, "chunks": chunks, "deleted": deleted});
         body.to_string().into_bytes()
     }
 

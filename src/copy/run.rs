@@ -11,22 +11,24 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    Error, ErrorKind, Job,
+    Error, ErrorKind, Job, dead_letter,
     decide::{Decision, Reason, Rules},
     gap::Gaps,
     objects::{Gate, Incomplete, Pass},
     progress::{Ledger, Witnesses},
     provenance::Tag,
     reader::{Lost, Range, Reader},
+    reject::{Refused, Rejects},
     renewal::Renewal,
     resume::{self, Already, Known, Resume, Sides, is_plain},
     target::{self, Abilities},
+    throttle::{self, Throttle},
     watchdog::{Action, Consumer, Seen, Tell, Watchdog},
     window::{SourcePoint, Window},
-    writer::{Supply, Writer},
+    writer::{Supply, TOO_LARGE, Writer},
 };
 use crate::{
-    config::Replication,
+    config::{OnReject, Replication},
     events::{Event, Events, PoisonAction, Step},
     names,
     nats::{
@@ -74,13 +76,17 @@ pub(super) struct Run<'a> {
     reader: Reader,
     writer: Writer,
     window: Window,
+    rejects: Rejects<'a>,
+    throttle: Throttle,
+    /// Until then the limits per second keep the next message back.
+    throttled: Option<Instant>,
     already: Already,
     gaps: Gaps,
     /// Keeps objects whole, where the source is an object store.
     gate: Option<Gate>,
     /// Whether jumps in the source's sequences may be losses.
     plain: bool,
-    /// What the source had removed below this when the run began is told already.
+    /// What the source has removed below this is told or noted already.
     told_first: u64,
     info_request: Option<String>,
     next_info: Instant,
@@ -104,6 +110,7 @@ impl<'a> Run<'a> {
         ledger: &mut Ledger,
         status: &'a watch::Sender<(State, CopyStatus)>,
         events: &'a Events,
+        refused: &'a mut Refused,
     ) -> Result<Self, Error> {
         status.send_modify(|(state, copy)| {
             *state = State::Starting;
@@ -121,6 +128,9 @@ impl<'a> Run<'a> {
         let source_info = source_info.ok_or_else(|| {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
         })?;
+        if let OnReject::DeadLetter { subject } = &replication.on_reject {
+            dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
+        }
         let opened = target::open(&mut target, &replication, &source_info).await;
         let (target_info, made) = opened.map_err(|e| e.context("target"))?;
         if made {
@@ -151,9 +161,11 @@ impl<'a> Run<'a> {
             from: resume.position.seq + 1,
             headers_only: false,
         };
-        let reader = Reader::open(&mut source, &range, replication.limits.bytes_in_flight).await?;
+        let reader = Reader::open(&mut source, &range, throttle::read_ahead(&replication.limits)).await?;
         ledger.begin_at(target_info.state.last_seq);
         let generation = ledger.record().generation;
+        refused.begin(&target_info, resume.position.seq);
+        let rejects = Rejects::open(&mut source, &replication, &tag, generation, refused);
         let writer = Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, generation);
         let now = Instant::now();
         let mut copy = status.borrow().1.clone();
@@ -167,6 +179,7 @@ impl<'a> Run<'a> {
         copy.transport = abilities.transport;
         copy.target_mode = abilities.mode;
         let gate = Gate::of(&replication.source.stream, &replication.target.stream);
+        let throttle = Throttle::new(&replication.limits, now);
         let mut run = Self {
             job,
             status,
@@ -183,6 +196,9 @@ impl<'a> Run<'a> {
             reader,
             writer,
             window: Window::new(resume.position, resume.target),
+            rejects,
+            throttle,
+            throttled: None,
             already: Already::default(),
             gaps: Gaps::default(),
             gate,
@@ -236,7 +252,7 @@ impl<'a> Run<'a> {
         let error = self.status.borrow().1.last_error.clone().filter(|error| error.source_seq == Some(source_seq));
         let message = error.map_or_else(|| "left out by request".to_owned(), |error| error.message);
         warn!(replication = self.replication.id, source_seq, "left out by request: {message}");
-        let event = Event::Poison { source_seq, message, action: PoisonAction::Skipped };
+        let event = Event::poison(source_seq, message, PoisonAction::Skipped);
         self.events.emit(event, &self.replication.id);
     }
 
@@ -250,6 +266,7 @@ impl<'a> Run<'a> {
     pub async fn copy(mut self, ledger: &mut Ledger, stop: CancellationToken) -> Result<(), Error> {
         let result = self.copy_loop(ledger, &stop).await;
         self.settle();
+        self.tell_rejected(true);
         self.tell(State::Running);
         match result {
             Ok(()) => {
@@ -288,7 +305,8 @@ impl<'a> Run<'a> {
             }
             let supply = self.supply();
             self.writer.commit_if_due(&mut self.target, supply, now);
-            let wake = self.writer.next_commit(supply).map_or(self.next_tick, |at| at.min(self.next_tick));
+            let due = [self.writer.next_commit(supply), self.throttled].into_iter().flatten();
+            let wake = due.fold(self.next_tick, Instant::min);
             tokio::select! {
                 biased;
                 () = stop.cancelled(), if self.ending.is_none() => self.end(Ending::Stopped),
@@ -324,20 +342,46 @@ impl<'a> Run<'a> {
         let limits = &self.replication.limits;
         self.window.len() >= limits.messages_in_flight
             || (!self.window.is_empty() && self.window.bytes() + bytes > limits.bytes_in_flight)
+            || self.rejects.full(limits, bytes)
+    }
+
+    /// Whether nothing that was read waits for an ack.
+    fn all_settled(&self) -> bool {
+        self.window.is_empty() && !self.rejects.in_the_air()
+    }
+
+    /// Whether the next message will be a dead letter too: only such a one may follow those that are in the air.
+    fn is_dead_letter(&mut self, now_ns: i64) -> bool {
+        let Some(incoming) = self.reader.peek() else { return false };
+        let message = SourceMessage { seq: incoming.delivery.stream_seq, time_ns: incoming.delivery.time_ns };
+        let decision = self.rules.decide(incoming.message.subject, message.time_ns, incoming.message.header, now_ns);
+        self.already.is_empty()
+            && self.job.skip != Some(message)
+            && decision == Decision::Copy
+            && (self.rejects.known(&incoming).is_some() || self.writer.prepare(&incoming, now_ns).is_err())
     }
 
     /// Decides about what was read and sends it, as far as the bounds allow; then asks for more.
     fn pump(&mut self, now: Instant) -> Result<(), Error> {
+        self.throttled = None;
         if self.ending.is_some() {
             return Ok(());
         }
         let now_ns = Utc::now().timestamp_nanos_opt().unwrap_or(i64::MAX);
         let read_at = now.duration_since(self.began).as_micros() as u64;
-        let writable = self.target.output().len() < OUTPUT_LOW;
+        let writable = self.target.output().len() < OUTPUT_LOW && self.source.output().len() < OUTPUT_HIGH;
         let mut incomplete = None;
-        while let Some(incoming) = self.reader.peek().filter(|_| writable) {
+        loop {
+            if self.rejects.in_the_air() && !self.is_dead_letter(now_ns) {
+                break;
+            }
+            let Some(incoming) = self.reader.peek().filter(|_| writable) else { break };
             let bytes = incoming.bytes();
             if self.full(bytes) || !self.writer.ready() || self.target.output().len() >= OUTPUT_HIGH {
+                break;
+            }
+            self.throttled = self.throttle.wait(bytes, now);
+            if self.throttled.is_some() {
                 break;
             }
             let seq = incoming.delivery.stream_seq;
@@ -348,6 +392,8 @@ impl<'a> Run<'a> {
             if self.plain && seq > expected && self.already.within(expected, seq - 1) < seq - expected {
                 self.gaps.jumped(expected, seq - 1);
             }
+            // Once, also where the message has to wait.
+            self.told_first = self.told_first.max(seq);
             let counters = &mut self.copy.counters;
             let subject = incoming.message.subject;
             let known = self.already.take(seq, time_ns, subject, &self.replication.mapping);
@@ -373,14 +419,15 @@ impl<'a> Run<'a> {
                         self.moved = now;
                     }
                     Decision::Copy => {
+                        let message = (incoming.message.subject, incoming.message.payload);
                         let pass = match &mut self.gate {
                             Some(gate) => {
-                                let message = (incoming.message.subject, incoming.message.payload);
                                 let settled = self.window.is_empty();
                                 gate.pass(message, settled, &mut self.target, &self.replication.mapping, now)
                             }
                             None => Pass::Send,
                         };
+                        let known = self.rejects.known(&incoming);
                         match pass {
                             Pass::Wait => break,
                             Pass::LeaveOut(object) => {
@@ -390,15 +437,28 @@ impl<'a> Run<'a> {
                                 self.moved = now;
                                 incomplete = Some(object);
                             }
-                            Pass::Send => {
-                                let window = &mut self.window;
-                                let sent = self.writer.send(&mut self.target, window, &incoming, now, now_ns, read_at);
-                                if let Err(error) = sent {
-                                    counters.refused += 1;
-                                    self.end(Ending::Failed(error));
+                            Pass::Send => match known.map_or_else(|| self.writer.prepare(&incoming, now_ns), Err) {
+                                Ok(()) => {
+                                    self.throttle.take(bytes);
+                                    self.writer.send(&mut self.target, &mut self.window, &incoming, now, read_at);
+                                    if let Some(gate) = &mut self.gate {
+                                        gate.sent(message);
+                                    }
+                                }
+                                Err(error) if error.is_api(TOO_LARGE) && self.rejects.ask(&mut self.target, now) => {
                                     break;
                                 }
-                            }
+                                Err(error) => {
+                                    counters.refused += 1;
+                                    self.moved = now;
+                                    let (source, window) = (&mut self.source, &mut self.window);
+                                    let dealt = self.rejects.reject(source, window, counters, &incoming, error, now);
+                                    if let Err(error) = dealt {
+                                        self.end(Ending::Failed(error));
+                                        break;
+                                    }
+                                }
+                            },
                         }
                     }
                 },
@@ -414,6 +474,7 @@ impl<'a> Run<'a> {
         if let Some(seq) = self.skipped.take() {
             self.left_out(seq);
         }
+        self.tell_rejected(false);
         if self.ending.is_none() {
             self.reader.pull(&mut self.source, &self.job.budget);
         }
@@ -424,6 +485,9 @@ impl<'a> Run<'a> {
         let now = Instant::now();
         if let Some(gate) = &mut self.gate {
             gate.accept(batch)?;
+        }
+        if let Some(info) = self.rejects.answer(batch, now)? {
+            self.writer.target_is(&info);
         }
         for message in batch.iter() {
             self.writer.accept(&message, &mut self.window, now)?;
@@ -463,6 +527,12 @@ impl<'a> Run<'a> {
             self.consumer_is(info.and_then(decode::<ConsumerInfo>))?;
         }
         self.go_on_with_renewal(&batch)?;
+        let dead_lettered = self.rejects.accept(&batch, &mut self.window)?;
+        if dead_lettered > 0 {
+            self.copy.counters.dead_lettered += dead_lettered;
+            self.moved = Instant::now();
+            self.tell_rejected(false);
+        }
         match self.reader.accept(batch) {
             Ok(()) => Ok(()),
             Err(Lost { error, forgotten }) => {
@@ -553,11 +623,19 @@ impl<'a> Run<'a> {
             receiving: self.source.is_receiving(),
             in_air: self.window.len(),
             waiting: self.reader.peek().is_some(),
-            // Nothing but the bounds on what is in the air keeps a message back.
-            held_back: false,
+            // By the limit of its rate, or by dead letters, whose clock is their own.
+            held_back: self.throttled.is_some() || self.rejects.in_the_air(),
             settled: self.moved,
             written: self.target.written(),
             unwritten: self.target.unwritten(),
+        }
+    }
+
+    /// Tells of messages that could not be stored; of all that are not told yet at the end and now and then.
+    fn tell_rejected(&mut self, all: bool) {
+        for event in self.rejects.tell(all) {
+            warn!(replication = self.replication.id, ?event, "left out, because the target can never store it");
+            self.events.emit(event, &self.replication.id);
         }
     }
 
@@ -571,8 +649,9 @@ impl<'a> Run<'a> {
     /// What is due now and then: status, save, questions, and whether everything still moves.
     fn tick(&mut self, now: Instant, ledger: &mut Ledger) -> Result<(), Error> {
         self.settle();
+        self.tell_rejected(true);
         self.tell(State::Running);
-        let idle = self.window.is_empty() && self.reader.pending() == 0 && !self.watchdog.is_alert();
+        let idle = self.all_settled() && self.reader.pending() == 0 && !self.watchdog.is_alert();
         let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
         let saved = ledger.save(now, witnesses, || row(self.job, &self.copy));
         self.next_tick = now
@@ -586,6 +665,7 @@ impl<'a> Run<'a> {
             let subject = format!("{}.STREAM.INFO.{}", self.source.api_prefix(), self.replication.source.stream);
             self.info_request = Some(self.source.send_request(&subject, b""));
         }
+        self.rejects.check(now)?;
         let action = self.watchdog.look(now, &self.seen());
         action.map_or(Ok(()), |action| self.act(action))
     }
@@ -599,14 +679,16 @@ impl<'a> Run<'a> {
         copy.source.first_seq = self.source_info.state.first_seq;
         copy.source.last_seq = self.source_info.state.last_seq.max(self.window.newest().seq);
         copy.target.last_seq = self.writer.last_seq();
-        let oldest = self.window.oldest().and_then(|point| point.time_ns).or(self.reader.oldest_time_ns());
+        let (letters, letter_bytes, letter) = self.rejects.in_flight();
+        let oldest = self.window.oldest().or(letter).and_then(|point| point.time_ns);
+        let oldest = oldest.or(self.reader.oldest_time_ns());
         let now_ns = Utc::now().timestamp_nanos_opt().unwrap_or_default();
         copy.lag = Lag {
-            messages: self.reader.pending() + self.window.len() as u64,
+            messages: self.reader.pending() + (self.window.len() + letters) as u64,
             seconds: oldest.map_or(0.0, |time| now_ns.saturating_sub(time).max(0) as f64 / 1e9),
         };
-        copy.in_flight.messages = self.window.len() as u64;
-        copy.in_flight.bytes = self.window.bytes() as u64;
+        copy.in_flight.messages = (self.window.len() + letters) as u64;
+        copy.in_flight.bytes = (self.window.bytes() + letter_bytes) as u64;
         copy.counters.headers_removed += std::mem::take(&mut self.writer.headers_removed);
         copy.counters.refused += std::mem::take(&mut self.writer.refused);
         self.status.send_modify(|(told_state, told)| {
@@ -639,11 +721,11 @@ impl<'a> Run<'a> {
     /// Whether an ending that was begun is complete.
     fn ended(&mut self, now: Instant) -> Option<Result<(), Error>> {
         let (_, deadline) = self.ending.as_ref()?;
-        if !self.window.is_empty() && now < *deadline {
+        if !self.all_settled() && now < *deadline {
             return None;
         }
-        if !self.window.is_empty() {
-            let messages = self.window.len();
+        if !self.all_settled() {
+            let messages = self.window.len() + self.rejects.in_flight().0;
             warn!(replication = self.replication.id, messages, "not settled in time; the next run looks for them");
         }
         let (ending, _) = self.ending.take()?;

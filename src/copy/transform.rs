@@ -46,21 +46,11 @@ static NATS_LINE: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::F
 /// Writes the header block of the target message into `out` (cleared first). Returns how many headers were left
 /// out because the target does not allow them.
 pub fn header_block(out: &mut Vec<u8>, block: &[u8], allowed: Allowed, tag: &Tag, passage: &Passage<'_>) -> u64 {
-    out.clear();
     let mut removed = 0;
     // The stamp goes behind the version line, before every other header: servers up to 2.10 look no further than the
     // first place where its name stands, be it in another name or in a value.
-    let end = headers::find_line_end(block).map_or(block.len(), |at| at + 2);
-    let (version, body) = block.split_at(end);
-    if block.is_empty() {
-        out.extend_from_slice(headers::VERSION);
-    } else {
-        out.extend_from_slice(version);
-    }
-    end_line(out);
+    let body = first_line(out, block);
     stamp(out, passage);
-    // The empty line at the end goes; it comes again behind ours.
-    let body = body.strip_suffix(b"\r\n").unwrap_or(body);
     if body.starts_with(b"Nats-") || NATS_LINE.find(body).is_some() {
         removed = copy_lines(out, body, allowed, passage.age_secs);
     } else {
@@ -70,6 +60,17 @@ pub fn header_block(out: &mut Vec<u8>, block: &[u8], allowed: Allowed, tag: &Tag
     tag.write(out, passage.origin);
     out.extend_from_slice(b"\r\n");
     removed
+}
+
+/// Writes the version line into `out` (cleared first). Returns the other lines, without the empty one at the end: it comes
+/// again behind ours.
+pub(super) fn first_line<'b>(out: &mut Vec<u8>, block: &'b [u8]) -> &'b [u8] {
+    out.clear();
+    let end = headers::find_line_end(block).map_or(block.len(), |at| at + 2);
+    let (version, body) = block.split_at(end);
+    out.extend_from_slice(if block.is_empty() { headers::VERSION } else { version });
+    end_line(out);
+    body.strip_suffix(b"\r\n").unwrap_or(body)
 }
 
 fn stamp(out: &mut Vec<u8>, passage: &Passage<'_>) {
@@ -85,13 +86,13 @@ fn stamp(out: &mut Vec<u8>, passage: &Passage<'_>) {
     }
 }
 
-fn end_line(out: &mut Vec<u8>) {
+pub(super) fn end_line(out: &mut Vec<u8>) {
     if !out.ends_with(b"\r\n") {
         out.extend_from_slice(b"\r\n");
     }
 }
 
-fn push(out: &mut Vec<u8>, name: &str, value: &[u8]) {
+pub(super) fn push(out: &mut Vec<u8>, name: &str, value: &[u8]) {
     out.extend_from_slice(name.as_bytes());
     out.extend_from_slice(b": ");
     out.extend_from_slice(value);

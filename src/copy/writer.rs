@@ -1,10 +1,9 @@
 //! Sends messages to the target with many in the air, and turns acks into settlements. Nothing is kept for
 //! sending again: after any refusal the run ends and is built anew from what the target then holds.
 
-use std::{borrow::Cow, fmt::Write as _, sync::Arc};
+use std::{fmt::Write as _, sync::Arc};
 
 use bytes::BytesMut;
-use serde::Deserialize;
 use tokio::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -12,6 +11,7 @@ use super::{
     Error as RunError,
     provenance::{Origin, Tag},
     reader::Incoming,
+    reject::Refusal,
     target::Abilities,
     transform::{self, Passage, Stamp},
     window::{SourcePoint, Token, Window, WindowError},
@@ -22,7 +22,7 @@ use crate::{
         ApiError, Error, ErrorKind, Lane, Message,
         fast_ingest::{self, Ack, Operation},
         headers,
-        jetstream::StreamInfo,
+        jetstream::{PublishAck, StreamInfo},
         parser::number,
     },
     status::{TargetMode, Transport},
@@ -32,7 +32,9 @@ use crate::{
 /// Longest protocol line that a server takes (its `max_control_line`); beyond it, it drops the connection.
 const MAX_LINE: usize = 4096;
 /// Longest header block that a server takes.
-const MAX_HEADER: usize = 65_535;
+pub(super) const MAX_HEADER: usize = 65_535;
+/// The error of a message that is larger than the stream allows.
+pub(super) const TOO_LARGE: u32 = 10054;
 /// The error of a publish that names another stream than the one that took it.
 const STREAM_NOT_EXPECTED: u32 = 10060;
 /// Messages between two acks that we ask for at the most; the server may choose fewer.
@@ -110,10 +112,11 @@ enum Mode {
         batch: Option<OpenBatch>,
         next_id: u64,
     },
-    /// Of several refusals that of the oldest message counts.
+    /// Of several refusals that of the oldest message counts; the others are known to the next run if they are for good.
     Pipelined {
         sent: u64,
         refused: Option<(Token, Error)>,
+        for_good: Vec<(Token, Error)>,
     },
 }
 
@@ -126,6 +129,8 @@ pub(super) struct Writer {
     sid: u64,
     inbox: String,
     max_payload: usize,
+    /// Largest message that the stream takes, headers included; `None` for no bound.
+    max_msg_size: Option<usize>,
     mode: Mode,
     /// Last sequence of the target after everything that was sent; kept by the chain.
     expected_last: u64,
@@ -135,8 +140,11 @@ pub(super) struct Writer {
     last_subject: Vec<u8>,
     domain: Option<String>,
     /// Room for a mapped subject.
+    room: Vec<u8>,
+    /// Subject, header block and what was left out of it: the message that was prepared last.
     subject: Vec<u8>,
     header: Vec<u8>,
+    removed: u64,
     reply: BytesMut,
     id: MessageId,
     /// Messages in the window that were refused and so never settle.
@@ -162,28 +170,38 @@ impl Writer {
             // The server knows batches by this id alone, not by the inbox: those of other writers, and of our own
             // runs before this one, must not have the same.
             Transport::FastIngest => Mode::FastIngest { batch: None, next_id: rand::random::<u64>() >> 1 },
-            Transport::Pipelined => Mode::Pipelined { sent: 0, refused: None },
+            Transport::Pipelined => Mode::Pipelined { sent: 0, refused: None, for_good: Vec::new() },
         };
-        Self {
+        let mut writer = Self {
             tag,
             abilities,
             sid,
             inbox,
             max_payload: lane.info().max_payload,
+            max_msg_size: None,
             mode,
             expected_last: target.state.last_seq,
             floor: target.state.last_seq,
             last_subject: Vec::new(),
             domain: target.domain.clone(),
+            room: Vec::new(),
             subject: Vec::new(),
             header: Vec::new(),
+            removed: 0,
             reply: BytesMut::new(),
             id: MessageId::new(&replication.id, &replication.source.stream, generation),
             replication,
             unstored: 0,
             headers_removed: 0,
             refused: 0,
-        }
+        };
+        writer.target_is(target);
+        writer
+    }
+
+    /// What the stream takes now.
+    pub fn target_is(&mut self, target: &StreamInfo) {
+        self.max_msg_size = usize::try_from(target.number("max_msg_size")).ok().filter(|limit| *limit > 0);
     }
 
     fn chained(&self) -> bool {
@@ -211,51 +229,32 @@ impl Writer {
         }
     }
 
-    /// Puts one message into the lane's output and into the window.
-    pub fn send(
-        &mut self,
-        lane: &mut Lane,
-        window: &mut Window,
-        incoming: &Incoming<'_>,
-        now: Instant,
-        now_ns: i64,
-        read_at: u64,
-    ) -> Result<(), RunError> {
+    /// Makes subject and headers of the next message; an error is one that can never be stored as it is.
+    pub fn prepare(&mut self, incoming: &Incoming<'_>, now_ns: i64) -> Result<(), Error> {
         let opens = match &self.mode {
             Mode::FastIngest { batch, .. } => batch.is_none(),
             Mode::Pipelined { sent, .. } => *sent == 0,
         };
         self.write_header(incoming, now_ns, opens);
-        let mut room = std::mem::take(&mut self.subject);
-        let subject = self.replication.mapping.apply(incoming.message.subject, &mut room);
-        let sent = self.send_as(lane, window, incoming, subject, now, read_at);
-        self.subject = room;
-        sent
+        self.subject.clear();
+        let subject = self.replication.mapping.apply(incoming.message.subject, &mut self.room);
+        self.subject.extend_from_slice(subject);
+        self.check(incoming)
     }
 
-    /// Sends what the header block is written for.
-    fn send_as(
-        &mut self,
-        lane: &mut Lane,
-        window: &mut Window,
-        incoming: &Incoming<'_>,
-        subject: &[u8],
-        now: Instant,
-        read_at: u64,
-    ) -> Result<(), RunError> {
+    /// Puts the message that was prepared into the lane's output and into the window.
+    pub fn send(&mut self, lane: &mut Lane, window: &mut Window, incoming: &Incoming<'_>, now: Instant, read_at: u64) {
         let source = SourcePoint { seq: incoming.delivery.stream_seq, time_ns: Some(incoming.delivery.time_ns) };
-        self.check(incoming, subject).map_err(|error| about(error, Some(source)))?;
         let bytes = incoming.bytes();
         let target_seq = self.chained().then_some(self.expected_last + 1);
         let token = window.hand_out(source, bytes, read_at, target_seq);
         self.write_reply(token, bytes, now);
-        hpub(lane.output(), subject, &self.reply, &self.header, incoming.message.payload);
-        self.last_subject.clear();
-        self.last_subject.extend_from_slice(subject);
+        hpub(lane.output(), &self.subject, &self.reply, &self.header, incoming.message.payload);
+        self.headers_removed += self.removed;
+        std::mem::swap(&mut self.last_subject, &mut self.subject);
         if self.chained() {
             self.expected_last += 1;
         }
-        Ok(())
     }
 
     fn write_header(&mut self, incoming: &Incoming<'_>, now_ns: i64, opens: bool) {
@@ -273,8 +272,7 @@ impl Writer {
             expected_stream: opens.then_some(self.replication.target.stream.as_str()),
         };
         let block = incoming.message.header;
-        self.headers_removed +=
-            transform::header_block(&mut self.header, block, self.abilities.allowed, &self.tag, &passage);
+        self.removed = transform::header_block(&mut self.header, block, self.abilities.allowed, &self.tag, &passage);
     }
 
     fn write_reply(&mut self, token: Token, bytes: usize, now: Instant) {
@@ -316,15 +314,20 @@ impl Writer {
         }
     }
 
-    /// What would make the server drop the connection is found here, before it is sent.
-    fn check(&self, incoming: &Incoming<'_>, subject: &[u8]) -> Result<(), Error> {
-        let size = self.header.len() + incoming.message.payload.len();
+    /// What would make the server drop the connection or refuse the message is found here, before it is sent, as far as it
+    /// can be known.
+    fn check(&self, incoming: &Incoming<'_>) -> Result<(), Error> {
+        let (size, subject) = (self.header.len() + incoming.message.payload.len(), &self.subject);
+        let mut api = None;
         // Numbers of the reply subject; keyword, blanks, two sizes and the line end beside the words.
         let line = subject.len() + self.inbox.len() + 64 + 32;
         let what = if self.header.len() > MAX_HEADER {
             format!("its headers of {} bytes are longer than {MAX_HEADER}", self.header.len())
         } else if size > self.max_payload {
             format!("its {size} bytes are more than the target's max_payload of {}", self.max_payload)
+        } else if let Some(limit) = self.max_msg_size.filter(|limit| size > *limit) {
+            api = Some(ApiError { code: 400, err_code: TOO_LARGE, ..ApiError::default() });
+            format!("its {size} bytes are more than the target stream's max_msg_size of {limit}")
         } else if line > MAX_LINE {
             format!("its subject of {} bytes is too long", subject.len())
         } else if subject.is_empty() {
@@ -333,7 +336,7 @@ impl Writer {
             return Ok(());
         };
         let message = format!("message {} cannot be stored at the target: {what}", incoming.delivery.stream_seq);
-        Err(Error { kind: ErrorKind::Poison, message, api: None })
+        Err(Error { kind: ErrorKind::Poison, message, api })
     }
 
     /// Takes an ack. What it settles is settled in the window; a refusal is kept until [`Writer::outcome`].
@@ -377,9 +380,11 @@ impl Writer {
                     Err(error) => {
                         self.refused += 1;
                         self.unstored += 1;
-                        if let Mode::Pipelined { refused, .. } = &mut self.mode
-                            && refused.as_ref().is_none_or(|(oldest, _)| token < *oldest)
-                        {
+                        let Mode::Pipelined { refused, for_good, .. } = &mut self.mode else { return Ok(()) };
+                        if error.kind == ErrorKind::Poison {
+                            for_good.push((token, error.clone()));
+                        }
+                        if refused.as_ref().is_none_or(|(oldest, _)| token < *oldest) {
                             *refused = Some((token, error));
                         }
                     }
@@ -390,23 +395,7 @@ impl Writer {
     }
 
     fn publish_ack(&self, payload: &[u8]) -> Result<Published, Error> {
-        #[derive(Deserialize)]
-        struct PublishAck<'a> {
-            #[serde(default, borrow)]
-            stream: Cow<'a, str>,
-            #[serde(default, borrow)]
-            domain: Option<Cow<'a, str>>,
-            #[serde(default)]
-            seq: u64,
-            #[serde(default)]
-            duplicate: bool,
-            error: Option<ApiError>,
-        }
-        let ack: PublishAck<'_> = serde_json::from_slice(payload)
-            .map_err(|error| Error::retry(format!("the target sent an ack that is not valid: {error}")))?;
-        if let Some(error) = ack.error {
-            return Err(error.into());
-        }
+        let ack = PublishAck::parse(payload, "the target")?;
         self.expect_stream(&ack.stream, ack.domain.as_deref())?;
         if ack.seq == 0 {
             // 2.10 answers so for an id whose message is not stored yet: that proves nothing.
@@ -525,8 +514,9 @@ impl Writer {
                 Err(RunError::stalled(format!("the target has not confirmed the end of a batch for {COMMIT_WAIT:?}")))
             }
             // What is in the air behind a refusal settles first: it will be found at the target otherwise.
-            Mode::Pipelined { refused: Some((token, error)), .. } if window.in_air() <= self.unstored => {
-                Err(refusal(error.clone(), window.source_of(*token)))
+            Mode::Pipelined { refused: Some((token, error)), for_good, .. } if window.in_air() <= self.unstored => {
+                let all = for_good.drain(..).flat_map(|(token, error)| refusal(error, window.source_of(token)).refused);
+                Err(RunError { refused: all.collect(), ..refusal(error.clone(), window.source_of(*token)) })
             }
             _ => Ok(()),
         }
@@ -610,7 +600,7 @@ fn settle_batch(batch: &mut OpenBatch, sequence: u64, window: &mut Window) -> Re
     Ok(())
 }
 
-fn hpub(out: &mut BytesMut, subject: &[u8], reply: &[u8], header: &[u8], payload: &[u8]) {
+pub(super) fn hpub(out: &mut BytesMut, subject: &[u8], reply: &[u8], header: &[u8], payload: &[u8]) {
     let mut number = itoa::Buffer::new();
     out.reserve(subject.len() + reply.len() + header.len() + payload.len() + 64);
     out.extend_from_slice(b"HPUB ");
@@ -633,11 +623,13 @@ fn refusal(error: Error, source: Option<SourcePoint>) -> RunError {
         Some(source) => error.context(format!("the target refused the message with source sequence {}", source.seq)),
         None => error.context("the target refused a message"),
     };
-    about(error, source)
+    let error = about(error, source);
+    let refused: Option<Refusal> = error.poison.map(|message| (message, error.message.clone()));
+    RunError { refused: refused.into_iter().collect(), ..error }
 }
 
 /// An error about one message: poison, if it says that the message can never be stored.
-fn about(error: Error, source: Option<SourcePoint>) -> RunError {
+pub(super) fn about(error: Error, source: Option<SourcePoint>) -> RunError {
     let poison = source.filter(|_| error.kind == ErrorKind::Poison);
     let poison = poison.and_then(|source| Some(SourceMessage { seq: source.seq, time_ns: source.time_ns? }));
     RunError { poison, ..error.into() }
@@ -646,14 +638,14 @@ fn about(error: Error, source: Option<SourcePoint>) -> RunError {
 /// Makes ids of messages: neither a stream made anew or rolled back (other stored times) nor a second replication
 /// of the same stream can make the same one, nor what is copied again after the position was moved back.
 #[derive(Debug)]
-struct MessageId {
+pub(super) struct MessageId {
     key: Vec<u8>,
     prefix: usize,
     text: String,
 }
 
 impl MessageId {
-    fn new(replication: &str, stream: &str, generation: u64) -> Self {
+    pub fn new(replication: &str, stream: &str, generation: u64) -> Self {
         let mut key = [replication.as_bytes(), b"\0", stream.as_bytes(), b"\0"].concat();
         if generation > 0 {
             key.extend_from_slice(&generation.to_be_bytes());
@@ -661,7 +653,8 @@ impl MessageId {
         Self { prefix: key.len(), key, text: String::with_capacity(32) }
     }
 
-    fn of(&mut self, seq: u64, time_ns: i64) -> &str {
+    /// The id of one message.
+    pub fn of(&mut self, seq: u64, time_ns: i64) -> &str {
         self.key.truncate(self.prefix);
         self.key.extend_from_slice(&seq.to_be_bytes());
         self.key.extend_from_slice(&time_ns.to_be_bytes());

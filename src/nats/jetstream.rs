@@ -1,6 +1,8 @@
 //! The few JetStream API calls that a copy needs, over its own lane. All reads are answered by the leader of the
 //! stream (`STREAM.INFO`, `STREAM.MSG.GET`); direct gets can be stale.
 
+use std::borrow::Cow;
+
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, de::DeserializeOwned};
@@ -120,6 +122,36 @@ pub struct SequencePair {
     /// Sequence of the stream.
     #[serde(default)]
     pub stream_seq: u64,
+}
+
+/// The ack of one publish: which stream stored it, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct PublishAck<'a> {
+    /// Stream that stored the message.
+    #[serde(default, borrow)]
+    pub stream: Cow<'a, str>,
+    /// JetStream domain of that stream, if it has one.
+    #[serde(default, borrow)]
+    pub domain: Option<Cow<'a, str>>,
+    /// Sequence in the stream; 0 where nothing is stored yet.
+    #[serde(default)]
+    pub seq: u64,
+    /// Whether the stream has a message of the same id already.
+    #[serde(default)]
+    pub duplicate: bool,
+    error: Option<ApiError>,
+}
+
+impl<'a> PublishAck<'a> {
+    /// Reads an ack; the error is the server's, or says that `whose` ack is none.
+    pub fn parse(payload: &'a [u8], whose: &str) -> Result<Self, Error> {
+        let mut ack: Self = serde_json::from_slice(payload)
+            .map_err(|error| Error::retry(format!("{whose} sent an ack that is not valid: {error}")))?;
+        match ack.error.take() {
+            Some(error) => Err(error.into()),
+            None => Ok(ack),
+        }
+    }
 }
 
 #[derive(Deserialize)]

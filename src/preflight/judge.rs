@@ -11,9 +11,9 @@ use super::{
     subjects::{Flow, Share, share},
 };
 use crate::{
-    config::{Connection, Replication, Scope, Start, patterns},
+    config::{Connection, OnReject, Replication, Scope, Start, patterns},
     copy::{
-        subjects,
+        dead_letter, subjects,
         target::{self, Abilities},
     },
     nats::{Error, jetstream::StreamInfo},
@@ -119,7 +119,47 @@ impl Pair<'_> {
                 findings.unknown("start");
             }
         }
+        if let OnReject::DeadLetter { subject } = &self.replication.on_reject {
+            findings.add_any("dead_letter", "/dead_letter/subject", self.dead_letter(subject));
+        }
         findings.report(facts)
+    }
+
+    /// Whether a dead letter would be stored, and neither by the source nor by the target.
+    fn dead_letter(&self, subject: &String) -> Said {
+        let facts = self.source;
+        let (source, target) = (&self.replication.source.stream, &self.replication.target.stream);
+        if let Some(stream) = facts.stream.there()
+            && let Err(error) = dead_letter::not_into_source(source, stream, subject)
+        {
+            return Some((Outcome::Failed, error.message));
+        }
+        if facts.permissions.got().is_some_and(|permissions| permissions.publish(subject) != Share::All) {
+            return Some((Outcome::Failed, format!("no permission to publish dead letters to `{subject}`")));
+        }
+        let streams = match &facts.listeners {
+            Answer::Got(listeners) => listeners.get(subject).map(Vec::as_slice).unwrap_or_default(),
+            Answer::Failed(text) | Answer::Unclear(text) => {
+                let text = format!("whether a stream stores dead letters to `{subject}` is not known: {text}");
+                return Some((Outcome::Unknown, text));
+            }
+            Answer::NotAsked => return Some((Outcome::Unknown, String::new())),
+        };
+        if streams.contains(target) && self.same_server() && self.same_login() {
+            let text =
+                format!("`{subject}` is a subject of target stream `{target}`: choose one that another stream stores");
+            return Some((Outcome::Failed, text));
+        }
+        streams.is_empty().then(|| {
+            let text = format!("no stream stores dead letters to `{subject}`: the copy stops at the first one");
+            (Outcome::Warning, text)
+        })
+    }
+
+    /// Whether both sides are let in by the same server.
+    fn same_server(&self) -> bool {
+        let name = |facts: &Facts| facts.connect.got().map(|info| info.server_name.clone());
+        name(self.source).is_some_and(|source| Some(source) == name(self.target))
     }
 
     pub(super) fn judge_target(&self, known: &[Known]) -> SideReport {
@@ -362,9 +402,12 @@ impl Pair<'_> {
             _ => (self.target.path, "`max_payload` of the server", to.max_payload),
         };
         let said = (limit < largest).then(|| {
-            let text = format!(
-                "{what} is {limit} bytes and the source has messages of up to {largest}: the copy stops at one that is larger"
-            );
+            let larger = match &self.replication.on_reject {
+                OnReject::Hold => "the copy stops at one that is larger".to_owned(),
+                OnReject::Skip => "one that is larger is left out".to_owned(),
+                OnReject::DeadLetter { subject } => format!("one that is larger goes to `{subject}`"),
+            };
+            let text = format!("{what} is {limit} bytes and the source has messages of up to {largest}: {larger}");
             (Outcome::Warning, text)
         });
         findings.add_any("max_payload", path, said);

@@ -50,7 +50,7 @@ impl Outage {
         let mut events: Vec<_> = event.into_iter().collect();
         if let Some(source_seq) = poison.map(|message| message.seq).filter(|seq| self.poison != Some(*seq)) {
             self.poison = Some(source_seq);
-            events.push(Event::Poison { source_seq, message: message.clone(), action: PoisonAction::Held });
+            events.push(Event::poison(source_seq, message, PoisonAction::Held));
         }
         Report { news, events }
     }

@@ -207,6 +207,16 @@ impl Server {
         self.restart().await
     }
 
+    /// SIGHUP with other configuration lines: the server goes on and takes them over.
+    pub async fn reload_with(&mut self, config: &str) -> Result<()> {
+        config.clone_into(&mut self.how.config);
+        fs::write(self.folder.path().join("nats.conf"), self.config_text())?;
+        let reloads = || self.log().matches("Reloaded server configuration").count();
+        let before = reloads();
+        self.process.as_ref().context("the server is not running")?.signal(Signal::HUP)?;
+        super::client::wait_for("the server to reload", LIMIT, async || reloads() > before).await
+    }
+
     /// SIGSTOP: connections stay, nothing moves.
     pub fn freeze(&self) -> Result<()> {
         self.process.as_ref().context("the server is not running")?.freeze()

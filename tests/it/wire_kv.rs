@@ -86,9 +86,8 @@ async fn a_key_that_expires_is_gone_from_the_copy_too() -> Result<()> {
     raw.publish(&Outgoing::new("$KV.t.short", "here").with_lines(&["Nats-TTL: 3s"])).await?;
     raw.publish(&Outgoing::new("$KV.t.long", "here").with_lines(&["Nats-TTL: 1h"])).await?;
     site.add("KV_t", json!({})).await?;
-    let bucket = |url: String| async move {
-        anyhow::Ok(jetstream::new(connect(&url).await?).get_key_value("t").await?)
-    };
+    let bucket =
+        |url: String| async move { anyhow::Ok(jetstream::new(connect(&url).await?).get_key_value("t").await?) };
     site.settled("KV_t", 2).await?;
     let (source, copy) = (bucket(site.source.url()).await?, bucket(site.target.url()).await?);
     assert_eq!(copy.get("short").await?.as_deref(), Some(b"here".as_slice()));
