@@ -7,6 +7,7 @@ mod budget;
 mod decide;
 mod gap;
 mod locate;
+mod probe;
 mod progress;
 mod provenance;
 mod reader;

@@ -47,6 +47,8 @@ mod fuzz_twins;
 mod hand_edits;
 #[path = "it/harness_self.rs"]
 mod harness_self;
+#[path = "it/memory.rs"]
+mod memory;
 #[path = "it/process.rs"]
 mod process;
 #[path = "it/properties.rs"]
@@ -65,6 +67,8 @@ mod schemas;
 mod secrets;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
+#[path = "it/wire_clusters.rs"]
+mod wire_clusters;
 #[path = "it/wire_connections.rs"]
 mod wire_connections;
 #[path = "it/wire_faults.rs"]
@@ -75,3 +79,5 @@ mod wire_fidelity;
 mod wire_kv;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_networks.rs"]
+mod wire_networks;

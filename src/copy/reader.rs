@@ -15,9 +15,9 @@ use crate::nats::{
 };
 
 /// The server says that it is there this often while it has nothing to deliver.
-const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Silence after which the consumer is taken for lost.
-const SILENCE: Duration = Duration::from_secs(13);
+const HEARTBEAT: Duration = Duration::from_secs(3);
+/// Silence after which the consumer is taken for lost: two heartbeats and a second.
+const SILENCE: Duration = Duration::from_secs(7);
 /// A pull that got nothing is renewed after this time.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// The server forgets a consumer that nobody pulls from after this time.
@@ -337,9 +337,14 @@ impl Reader {
         Some(bytes)
     }
 
+    /// When the consumer is lost if it gives no sign of life until then; `None` while it owes none.
+    pub fn silent_at(&self) -> Option<Instant> {
+        (!self.pulls.is_empty()).then(|| self.heard + SILENCE)
+    }
+
     /// Whether the consumer still gives signs of life.
     pub fn check(&self, now: Instant) -> Result<(), Error> {
-        if !self.pulls.is_empty() && now.duration_since(self.heard) > SILENCE {
+        if self.silent_at().is_some_and(|at| at <= now) {
             return Err(Error::retry(format!("consumer of stream `{}` is silent for {SILENCE:?}", self.stream)));
         }
         Ok(())

@@ -14,6 +14,7 @@ use super::{
     Error, ErrorKind, Job,
     decide::{Decision, Reason, Rules},
     gap::Gaps,
+    probe::{Probe, Step},
     progress::{Ledger, Witnesses},
     provenance::Tag,
     reader::{Range, Reader},
@@ -28,7 +29,7 @@ use crate::{
     events::{Event, Events, PoisonAction},
     names,
     nats::{
-        Batch, Lane, Turn,
+        Batch, Lane, Message, Turn,
         jetstream::{Api, StreamInfo, decode},
     },
     status::{CopyStatus, Lag, Position, Row, State},
@@ -82,6 +83,8 @@ pub(super) struct Run<'a> {
     told_first: u64,
     info_request: Option<String>,
     next_info: Instant,
+    probe: Probe,
+    probe_request: Option<String>,
     copy: CopyStatus,
     began: Instant,
     next_tick: Instant,
@@ -180,6 +183,8 @@ impl<'a> Run<'a> {
             gaps: Gaps::default(),
             info_request: None,
             next_info: now + INFO_EVERY,
+            probe: Probe::new(target_info.cluster.unwrap_or_default().leader),
+            probe_request: None,
             copy,
             began: now,
             next_tick: now,
@@ -269,9 +274,11 @@ impl<'a> Run<'a> {
             if now >= self.next_tick {
                 self.tick(now, ledger)?;
             }
+            self.reader.check(now)?;
             let supply = self.supply();
             self.writer.commit_if_due(&mut self.target, supply, now);
-            let wake = self.writer.next_commit(supply).map_or(self.next_tick, |at| at.min(self.next_tick));
+            let due = [Some(self.next_tick), self.writer.next_commit(supply), self.reader.silent_at()];
+            let wake = due.into_iter().flatten().min().unwrap_or(now);
             tokio::select! {
                 biased;
                 () = stop.cancelled(), if self.ending.is_none() => self.end(Ending::Stopped),
@@ -356,6 +363,10 @@ impl<'a> Run<'a> {
                     }
                     Decision::Copy => {
                         let window = &mut self.window;
+                        if window.is_empty() {
+                            // Nothing was waited for until now.
+                            self.moved = now;
+                        }
                         let sent = self.writer.send(&mut self.target, window, &incoming, now, now_ns, read_at);
                         if let Err(error) = sent {
                             counters.refused += 1;
@@ -382,6 +393,9 @@ impl<'a> Run<'a> {
     fn take_acks(&mut self, batch: &Batch) -> Result<(), Error> {
         let now = Instant::now();
         for message in batch.iter() {
+            if message.sid == Lane::REQUEST_SID {
+                self.target_says(&message)?;
+            }
             self.writer.accept(&message, &mut self.window, now)?;
         }
         self.settle();
@@ -426,6 +440,33 @@ impl<'a> Run<'a> {
         self.source_info.state = info.state;
     }
 
+    /// An answer to the probe.
+    fn target_says(&mut self, message: &Message<'_>) -> Result<(), Error> {
+        if self.probe_request.as_ref().is_none_or(|request| request.as_bytes() != message.subject) {
+            return Ok(());
+        }
+        self.probe_request = None;
+        // An error says that nobody leads the stream, or that it is gone: the next run will tell.
+        let Ok(info) = decode::<StreamInfo>(message.payload) else { return Ok(()) };
+        let leader = info.cluster.unwrap_or_default().leader;
+        self.probe.answered(&leader).map_err(|why| Error::new(ErrorKind::Retry, why))
+    }
+
+    /// Asks the target where confirmations are overdue.
+    fn look_after_target(&mut self, now: Instant) -> Result<(), Error> {
+        let waits = !self.window.is_empty() || self.writer.is_committing();
+        match self.probe.step(waits.then_some(self.moved), self.target.alive(), now) {
+            Step::Wait => Ok(()),
+            Step::Ask => {
+                self.target.ping();
+                let subject = format!("{}.STREAM.INFO.{}", self.target.api_prefix(), self.replication.target.stream);
+                self.probe_request = Some(self.target.send_request(&subject, b""));
+                Ok(())
+            }
+            Step::Lost(why) => Err(Error::new(ErrorKind::Retry, why)),
+        }
+    }
+
     /// What is due now and then: status, save, questions, and whether everything still moves.
     fn tick(&mut self, now: Instant, ledger: &mut Ledger) -> Result<(), Error> {
         self.settle();
@@ -451,7 +492,7 @@ impl<'a> Run<'a> {
             let message = format!("nothing moved for {STALL:?}: {count} messages wait for the target's confirmation");
             return Err(Error::new(ErrorKind::Retry, message));
         }
-        Ok(self.reader.check(now)?)
+        self.look_after_target(now)
     }
 
     /// Brings the status up to date.

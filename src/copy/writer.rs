@@ -490,6 +490,11 @@ impl Writer {
         Ok(())
     }
 
+    /// Whether the answer to a commit is waited for.
+    pub fn is_committing(&self) -> bool {
+        matches!(&self.mode, Mode::FastIngest { batch: Some(batch), .. } if batch.committing.is_some())
+    }
+
     /// Whether the run has to end because the target refused something.
     pub fn outcome(&mut self, window: &Window, now: Instant) -> Result<(), RunError> {
         match &mut self.mode {

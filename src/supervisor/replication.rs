@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// Attempts after an error that passes.
-const RETRY: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+const RETRY: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(3));
 
 /// Attempts while held.
 const HELD: Duration = Duration::from_secs(10);
