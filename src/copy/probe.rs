@@ -6,9 +6,9 @@
 use tokio::time::{Duration, Instant};
 
 /// Nothing was confirmed for so long: the target is asked, and again and again after this time.
-const ASK: Duration = Duration::from_secs(2);
+const ASK: Duration = Duration::from_millis(1500);
 /// Not a byte came for so long after the first question: the connection is dead.
-const SILENT: Duration = Duration::from_secs(5);
+const SILENT: Duration = Duration::from_millis(4500);
 /// So often the leader may answer while it confirms nothing. What it was asked reached it behind all messages.
 const ANSWERS: u32 = 3;
 
@@ -105,18 +105,20 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_connection_without_a_sign_of_life_is_given_up() {
         let (mut probe, begun) = (Probe::new("a".into()), Instant::now());
-        let steps: Vec<_> = (0..8).map(|second| probe.step(Some(begun), begun, begun + SECOND * second)).collect();
-        assert_eq!(&steps[..7], [Step::Wait, Step::Wait, Step::Ask, Step::Wait, Step::Ask, Step::Wait, Step::Ask]);
-        assert_eq!(steps[7], Step::Lost("the target is silent for 7s".into()));
+        let mut step = |halves: u32| probe.step(Some(begun), begun, begun + SECOND * halves / 2);
+        let steps: Vec<_> = (0..12).map(&mut step).collect();
+        let asked: Vec<_> = (0..12).filter(|at| steps[*at] == Step::Ask).collect();
+        assert_eq!(asked, [3, 6, 9], "{steps:?}");
+        assert_eq!(step(12), Step::Lost("the target is silent for 6s".into()));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_target_without_a_leader_is_asked_as_long_as_its_server_lives() {
         let (mut probe, begun) = (Probe::new("a".into()), Instant::now());
-        for second in 0..60 {
-            let now = begun + SECOND * second;
+        for halves in 0..100 {
+            let now = begun + SECOND * halves / 2;
             let step = probe.step(Some(begun), now, now);
-            assert_eq!(step, if second > 0 && second % 2 == 0 { Step::Ask } else { Step::Wait }, "{second}");
+            assert_eq!(step, if halves > 0 && halves % 3 == 0 { Step::Ask } else { Step::Wait }, "{halves}");
         }
         assert!(probe.answered("b").unwrap_err().contains("`b` leads the target instead of `a`"));
     }

@@ -15,9 +15,9 @@ use crate::nats::{
 };
 
 /// The server says that it is there this often while it has nothing to deliver.
-const HEARTBEAT: Duration = Duration::from_secs(3);
+const HEARTBEAT: Duration = Duration::from_millis(2500);
 /// Silence after which the consumer is taken for lost: two heartbeats and a second.
-const SILENCE: Duration = Duration::from_secs(7);
+const SILENCE: Duration = Duration::from_secs(6);
 /// A pull that got nothing is renewed after this time.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// The server forgets a consumer that nobody pulls from after this time.

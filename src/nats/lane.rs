@@ -43,6 +43,8 @@ const KEEPALIVE: Duration = Duration::from_secs(5);
 const HEAD_START: Duration = Duration::from_secs(1);
 /// Time limit for the answer to one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// A request without an answer is sent again after this time: what meets no leader gets none, whoever leads then.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The bytes under a lane.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -394,14 +396,27 @@ impl Lane {
     pub const REQUEST_SID: u64 = 1;
 
     /// Sends a request and waits for its answer's payload. Messages for other subscriptions that arrive
-    /// meanwhile are lost: for use while no copy is under way.
+    /// meanwhile are lost: for use while no copy is under way. It may be carried out twice.
     pub async fn request(&mut self, subject: &str, payload: &[u8]) -> Result<Bytes, Error> {
         let reply = self.send_request(subject, payload);
-        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        let sent = Instant::now();
+        let mut again = sent + ASK_AGAIN;
         loop {
-            let turn = timeout_at(deadline, self.turn()).await.map_err(|_| {
-                Error::retry(format!("no answer to `{subject}` from `{}` within {REQUEST_TIMEOUT:?}", self.address))
-            })??;
+            let turn = match timeout_at(again, self.turn()).await {
+                Ok(turn) => turn?,
+                Err(_) if sent.elapsed() < REQUEST_TIMEOUT => {
+                    again += ASK_AGAIN;
+                    self.publish(subject, &reply, payload);
+                    continue;
+                }
+                Err(_) => {
+                    let limit = REQUEST_TIMEOUT;
+                    return Err(Error::retry(format!(
+                        "no answer to `{subject}` from `{}` within {limit:?}",
+                        self.address
+                    )));
+                }
+            };
             let Turn::Received(batch) = turn else { continue };
             if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
                 if super::headers::status(message.header) == Some(503) {

@@ -88,9 +88,12 @@ impl Cluster {
         None
     }
 
-    /// Waits until each of these streams has a leader that answers, other than the server `not`.
+    /// Waits until each of these streams has a leader that answers, other than the server `not`, and so has the
+    /// cluster, without which nobody can make a consumer.
     pub async fn wait_leaders(&self, streams: &[&str], not: Option<usize>) -> Result<()> {
         let not = not.map(|not| self.servers[not].name());
+        let led = async || self.ask("INFO", &Value::Null).await.is_some();
+        wait_for("a leader of the cluster", 2 * LIMIT, led).await?;
         for stream in streams {
             let led = async || {
                 for server in self.servers.iter().filter(|s| s.pid().is_some() && Some(s.name()) != not) {

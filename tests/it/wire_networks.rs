@@ -168,6 +168,23 @@ async fn a_service_that_was_frozen_goes_on() -> Result<()> {
     copies.verify().await
 }
 
+/// What is on its way for long is not lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_line_is_not_taken_for_a_silent_one() -> Result<()> {
+    const COUNT: u64 = 500;
+    let site = Site::small().await?;
+    let target = Proxy::start(site.target.port()).await?;
+    target.throttle(BOTH, Some(1 << 20));
+    let mut raw = site.source_stream("T", json!({})).await?;
+    raw.publish_all((0..COUNT).map(|i| Outgoing::new("t.a", format!("{i:0>16384}")))).await?;
+    let begun = Instant::now();
+    site.add("T", json!({"target_url": target.url()})).await?;
+    let row = site.settled("T", COUNT).await?;
+    println!("8 MiB at 1 MiB/s in {:?}", begun.elapsed());
+    assert_eq!((&row["counters"]["errors"], &row["counters"]["received"]), (&json!(0), &json!(COUNT)), "{row}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn latency_costs_the_copy_little_of_its_speed() -> Result<()> {
     const COUNT: u64 = 100_000;
