@@ -36,6 +36,9 @@ use crate::{
 /// Attempts after an error that passes.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(3));
 
+/// The next attempt after one that took long.
+const SOON: Duration = Duration::from_millis(200);
+
 /// Attempts while held.
 const HELD: Duration = Duration::from_secs(10);
 
@@ -331,13 +334,14 @@ impl Session {
         self.backoff.reset();
         self.context.board.adopt(replication, revision);
         while !stop.is_cancelled() {
+            let begun = Instant::now();
             let result = self.attempt(replication, stop).await;
             self.context.board.run_over();
             let outcome = match result {
                 Ok(()) if stop.is_cancelled() => return,
-                Ok(()) => self.survive(Error::new(ErrorKind::Retry, "it ended unasked"), stop).await,
+                Ok(()) => self.survive(Error::new(ErrorKind::Retry, "it ended unasked"), begun, stop).await,
                 Err(error) if error.kind == ErrorKind::Superseded => Err(error),
-                Err(error) => self.survive(error, stop).await,
+                Err(error) => self.survive(error, begun, stop).await,
             };
             if let Err(superseded) = outcome {
                 return self.give_up(&superseded);
@@ -410,8 +414,9 @@ impl Session {
         Ok(())
     }
 
-    /// Reports an error and waits for the next attempt. There is none if the record turns out to be another's.
-    async fn survive(&mut self, error: Error, stop: &CancellationToken) -> Result<(), Error> {
+    /// Reports an error of the attempt that began at `begun`, and waits for the next one. There is none if the record
+    /// turns out to be another's.
+    async fn survive(&mut self, error: Error, begun: Instant, stop: &CancellationToken) -> Result<(), Error> {
         if stop.is_cancelled() {
             warn!(replication = self.context.id, "ended with an error while it was stopped: {error}");
             self.context.board.failed(&error);
@@ -420,7 +425,12 @@ impl Session {
         self.report(&error);
         let (state, delay) = match error.kind {
             ErrorKind::Hold => (State::Held, jitter(HELD, rand::random())),
-            _ => (State::Retrying, self.backoff.next(rand::random())),
+            _ => {
+                // What waits for answers that do not come has waited enough.
+                let delay = self.backoff.next(rand::random());
+                let left = delay.saturating_sub(begun.elapsed());
+                (State::Retrying, left.max(delay.min(jitter(SOON, rand::random()))))
+            }
         };
         let wake = Instant::now() + delay;
         self.context.board.set_state(state);

@@ -170,13 +170,13 @@ impl Cluster {
         let read = async || {
             for server in self.servers.iter().filter(|s| s.pid().is_some()) {
                 let attempt = async { Raw::connect(&server.url()).await?.read_stream(stream).await };
-                if let Ok(Ok(stored)) = timeout(3 * ANSWER, attempt).await {
+                if let Ok(Ok(stored)) = timeout(LIMIT, attempt).await {
                     return Some(stored);
                 }
             }
             None
         };
-        wait_value(&format!("`{stream}` to be readable"), LIMIT, read).await
+        wait_value(&format!("`{stream}` to be readable"), 3 * LIMIT, read).await
     }
 
     async fn wait_ready(&self) -> Result<()> {
