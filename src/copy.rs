@@ -9,6 +9,7 @@ mod decide;
 mod gap;
 mod locate;
 mod objects;
+mod probe;
 mod progress;
 mod provenance;
 mod reader;

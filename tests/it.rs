@@ -47,6 +47,8 @@ mod fuzz_twins;
 mod hand_edits;
 #[path = "it/harness_self.rs"]
 mod harness_self;
+#[path = "it/memory.rs"]
+mod memory;
 #[path = "it/process.rs"]
 mod process;
 #[path = "it/properties.rs"]
@@ -65,6 +67,8 @@ mod schemas;
 mod secrets;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
+#[path = "it/wire_clusters.rs"]
+mod wire_clusters;
 #[path = "it/wire_connections.rs"]
 mod wire_connections;
 #[path = "it/wire_faults.rs"]
@@ -77,6 +81,8 @@ mod wire_kinds;
 mod wire_kv;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_networks.rs"]
+mod wire_networks;
 #[path = "it/wire_objects.rs"]
 mod wire_objects;
 #[path = "it/wire_rates.rs"]

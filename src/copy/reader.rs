@@ -15,9 +15,9 @@ use crate::nats::{
 };
 
 /// The server says that it is there this often while it has nothing to deliver.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+const HEARTBEAT: Duration = Duration::from_millis(2500);
 /// Silence after which a stream that is scanned is given up.
-const SILENCE: Duration = Duration::from_secs(13);
+const SILENCE: Duration = Duration::from_secs(6);
 /// A pull that got nothing is renewed after this time.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// The server forgets a consumer that nobody pulls from after this time.

@@ -15,6 +15,7 @@ use super::{
     decide::{Decision, Reason, Rules},
     gap::Gaps,
     objects::{Gate, Incomplete, Pass},
+    probe::{self, Probe},
     progress::{Ledger, Witnesses},
     provenance::Tag,
     reader::{Lost, Range, Reader},
@@ -32,7 +33,7 @@ use crate::{
     events::{Event, Events, PoisonAction, Step},
     names,
     nats::{
-        Batch, ErrorKind as NatsErrorKind, Lane, Turn,
+        Batch, ErrorKind as NatsErrorKind, Lane, Message, Turn,
         jetstream::{Api, ConsumerInfo, StreamInfo, answer_in, decode},
     },
     status::{CopyStatus, Lag, LastError, Position, Row, State},
@@ -94,6 +95,8 @@ pub(super) struct Run<'a> {
     /// What the server has for the consumer, when that was asked.
     consumer_request: Option<String>,
     renewal: Option<Renewal>,
+    probe: Probe,
+    probe_request: Option<String>,
     copy: CopyStatus,
     began: Instant,
     next_tick: Instant,
@@ -207,6 +210,8 @@ impl<'a> Run<'a> {
             watchdog: Watchdog::new(now, resume.position.seq),
             consumer_request: None,
             renewal: None,
+            probe: Probe::new(target_info.cluster.unwrap_or_default().leader),
+            probe_request: None,
             copy,
             began: now,
             next_tick: now,
@@ -439,6 +444,10 @@ impl<'a> Run<'a> {
                             }
                             Pass::Send => match known.map_or_else(|| self.writer.prepare(&incoming, now_ns), Err) {
                                 Ok(()) => {
+                                    if self.window.is_empty() {
+                                        // Nothing was waited for until now.
+                                        self.moved = now;
+                                    }
                                     self.throttle.take(bytes);
                                     self.writer.send(&mut self.target, &mut self.window, &incoming, now, read_at);
                                     if let Some(gate) = &mut self.gate {
@@ -490,6 +499,9 @@ impl<'a> Run<'a> {
             self.writer.target_is(&info);
         }
         for message in batch.iter() {
+            if message.sid == Lane::REQUEST_SID {
+                self.target_says(&message)?;
+            }
             self.writer.accept(&message, &mut self.window, now)?;
         }
         self.settle();
@@ -646,6 +658,33 @@ impl<'a> Run<'a> {
         self.source_info.state = info.state;
     }
 
+    /// An answer to the probe.
+    fn target_says(&mut self, message: &Message<'_>) -> Result<(), Error> {
+        if self.probe_request.as_ref().is_none_or(|request| request.as_bytes() != message.subject) {
+            return Ok(());
+        }
+        self.probe_request = None;
+        // An error says that nobody leads the stream, or that it is gone: the next run will tell.
+        let Ok(info) = decode::<StreamInfo>(message.payload) else { return Ok(()) };
+        let leader = info.cluster.unwrap_or_default().leader;
+        self.probe.answered(&leader).map_err(Error::stalled)
+    }
+
+    /// Asks the target where confirmations are overdue.
+    fn look_after_target(&mut self, now: Instant) -> Result<(), Error> {
+        let owed = self.writer.is_owed(&self.window).then_some(self.moved);
+        match self.probe.step(owed, self.target.alive(), now) {
+            probe::Step::Wait => Ok(()),
+            probe::Step::Ask => {
+                self.target.ping();
+                let subject = format!("{}.STREAM.INFO.{}", self.target.api_prefix(), self.replication.target.stream);
+                self.probe_request = Some(self.target.send_request(&subject, b""));
+                Ok(())
+            }
+            probe::Step::Lost(why) => Err(Error::stalled(why)),
+        }
+    }
+
     /// What is due now and then: status, save, questions, and whether everything still moves.
     fn tick(&mut self, now: Instant, ledger: &mut Ledger) -> Result<(), Error> {
         self.settle();
@@ -667,7 +706,11 @@ impl<'a> Run<'a> {
         }
         self.rejects.check(now)?;
         let action = self.watchdog.look(now, &self.seen());
-        action.map_or(Ok(()), |action| self.act(action))
+        action.map_or(Ok(()), |action| self.act(action))?;
+        // What is silent is looked at in time.
+        let silent = self.watchdog.silent_at(&self.seen()).filter(|at| *at > now);
+        self.next_tick = silent.map_or(self.next_tick, |at| at.min(self.next_tick));
+        self.look_after_target(now)
     }
 
     /// Brings the status up to date.

@@ -11,10 +11,10 @@ use tokio::time::{Duration, Instant};
 use super::{Error, ErrorKind};
 use crate::events::Step;
 
-/// Silence after which a consumer that owes signs of life every 5 s is taken for lost.
-const SILENCE: Duration = Duration::from_secs(13);
-/// A connection that heard nothing for so long may be the one that is silent: it says so itself.
-const ALIVE: Duration = Duration::from_secs(10);
+/// Silence after which a consumer that owes a sign of life every 2.5 s is taken for lost: two of them and a second.
+const SILENCE: Duration = Duration::from_secs(6);
+/// One sign of life was missed: the server is asked, and so is whether the connection lives.
+const MISSED: Duration = Duration::from_millis(3_500);
 /// Time without a delivery, though messages wait, after which the server is asked what its consumer has.
 const QUIET: Duration = Duration::from_secs(5);
 /// It is asked at most so often.
@@ -162,14 +162,23 @@ impl Watchdog {
             self.open = false;
             return Some(Action::Repaired);
         }
-        let silent = now.duration_since(seen.consumer_heard) > SILENCE;
         if !seen.asking || seen.receiving {
             return None;
         }
-        if silent {
+        let silent = now.duration_since(seen.consumer_heard);
+        if silent >= SILENCE {
             // On a connection that lives the consumer is lost.
-            let alive = now.duration_since(seen.source_heard) < ALIVE;
-            return alive.then(|| self.renew(now, format!("it is silent for {SILENCE:?}")));
+            let alive = seen.source_heard > seen.consumer_heard;
+            let reason = format!("it is silent for {SILENCE:?}");
+            return Some(if alive {
+                self.renew(now, reason)
+            } else {
+                Action::GiveUp { reason: format!("nothing came from the source for {SILENCE:?}") }
+            });
+        }
+        if silent >= MISSED && !self.asked_since(seen) {
+            self.asked = Some(now);
+            return Some(Action::Ask);
         }
         if self.owed.is_some_and(|since| now.duration_since(since) >= OWED) {
             return Some(self.renew(now, "it delivers nothing, though messages wait for it".to_owned()));
@@ -180,6 +189,16 @@ impl Watchdog {
             return Some(Action::Ask);
         }
         None
+    }
+
+    /// When the consumer has to be looked at if it gives no sign of life until then; `None` while it owes none.
+    pub fn silent_at(&self, seen: &Seen) -> Option<Instant> {
+        let patience = if self.asked_since(seen) { SILENCE } else { MISSED };
+        (seen.asking && !seen.receiving).then(|| seen.consumer_heard + patience)
+    }
+
+    fn asked_since(&self, seen: &Seen) -> bool {
+        self.asked.is_some_and(|asked| asked >= seen.consumer_heard + MISSED)
     }
 
     /// Whether a stall is suspected or being repaired: what comes next is due soon.

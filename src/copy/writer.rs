@@ -498,6 +498,19 @@ impl Writer {
         Ok(())
     }
 
+    /// Whether the target owes an ack for what was sent: of a batch it sends one every so many messages only, so that
+    /// over a slow way none may come for long.
+    pub fn is_owed(&self, window: &Window) -> bool {
+        match &self.mode {
+            Mode::FastIngest { batch: None, .. } => false,
+            Mode::FastIngest { batch: Some(batch), .. } => {
+                let distance = batch.every.map_or(0, u64::from);
+                batch.committing.is_some() || batch.sent - batch.settled >= distance
+            }
+            Mode::Pipelined { .. } => !window.is_empty(),
+        }
+    }
+
     /// Whether the run has to end because the target refused something.
     pub fn outcome(&mut self, window: &Window, now: Instant) -> Result<(), RunError> {
         match &mut self.mode {

@@ -11,7 +11,10 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use futures_util::future::BoxFuture;
+use futures_util::{
+    future::BoxFuture,
+    stream::{FuturesUnordered, StreamExt},
+};
 use rustls_pki_types::ServerName;
 use serde::Deserialize;
 use serde_json::json;
@@ -36,8 +39,12 @@ const READ_MIN: usize = 4 * 1024;
 const READ_MAX: usize = 512 * 1024;
 /// How often a silent connection is looked at: a PING at the first look, given up at the third.
 const KEEPALIVE: Duration = Duration::from_secs(5);
+/// A server that has not let us in after this time gets company: the next one is tried as well.
+const HEAD_START: Duration = Duration::from_secs(1);
 /// Time limit for the answer to one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// A request without an answer is sent again after this time: what meets no leader gets none, whoever leads then.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The bytes under a lane.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -153,6 +160,10 @@ pub struct Lane {
     written: u64,
     busy: bool,
     silent: u32,
+    /// When the other end gave the last sign of life.
+    alive: Instant,
+    /// The system took no more output.
+    blocked: bool,
 }
 
 impl std::fmt::Debug for Lane {
@@ -162,24 +173,40 @@ impl std::fmt::Debug for Lane {
 }
 
 impl Lane {
-    /// Connects to the first server of the endpoint that lets us in. Every host gets `connect_timeout`; the
-    /// error tells what each of them said.
+    /// Connects to the first server of the endpoint that lets us in: the next one is tried as soon as the one before
+    /// refuses, and beside it when that takes long. Every host gets `connect_timeout`; the error tells what each of
+    /// them said.
     pub async fn connect(connection: &Connection, name: &str) -> Result<Self, Error> {
-        let endpoint = &connection.endpoint;
-        let mut errors: Vec<Error> = Vec::new();
-        for host in &endpoint.hosts {
-            let attempt = timeout(endpoint.connect_timeout, Self::connect_host(connection, host, name));
-            let error = match attempt.await {
-                Ok(Ok(lane)) => return Ok(lane),
-                Ok(Err(error)) => error,
-                Err(_) => Error::retry(format!("no answer within {:?}", endpoint.connect_timeout)),
-            };
-            errors.push(error.context(format!("cannot connect to `{}`", shown(endpoint, host))));
+        let mut hosts = connection.endpoint.hosts.iter().enumerate();
+        let mut attempts = FuturesUnordered::new();
+        let mut errors: Vec<(usize, Error)> = Vec::new();
+        loop {
+            if let Some((index, host)) = hosts.next() {
+                attempts.push(async move { (index, Self::try_host(connection, host, name).await) });
+            }
+            match timeout(HEAD_START, attempts.next()).await {
+                Ok(Some((_, Ok(lane)))) => return Ok(lane),
+                Ok(Some((index, Err(error)))) => errors.push((index, error)),
+                Ok(None) => break,
+                Err(_) => {}
+            }
         }
+        errors.sort_by_key(|(index, _)| *index);
         // One server that may let us in later is enough to try again soon.
-        let kind = errors.iter().map(|e| e.kind).find(|k| *k == super::ErrorKind::Retry);
-        let message = errors.iter().map(|e| e.message.as_str()).collect::<Vec<_>>().join("; ");
+        let kind = errors.iter().map(|(_, e)| e.kind).find(|k| *k == super::ErrorKind::Retry);
+        let message = errors.iter().map(|(_, e)| e.message.as_str()).collect::<Vec<_>>().join("; ");
         Err(Error { kind: kind.unwrap_or(super::ErrorKind::Hold), message, api: None })
+    }
+
+    async fn try_host(connection: &Connection, host: &Host, name: &str) -> Result<Self, Error> {
+        let endpoint = &connection.endpoint;
+        let attempt = timeout(endpoint.connect_timeout, Self::connect_host(connection, host, name));
+        let error = match attempt.await {
+            Ok(Ok(lane)) => return Ok(lane),
+            Ok(Err(error)) => error,
+            Err(_) => Error::retry(format!("no answer within {:?}", endpoint.connect_timeout)),
+        };
+        Err(error.context(format!("cannot connect to `{}`", shown(endpoint, host))))
     }
 
     async fn connect_host(connection: &Connection, host: &Host, name: &str) -> Result<Self, Error> {
@@ -254,6 +281,8 @@ impl Lane {
             written: 0,
             busy: false,
             silent: 0,
+            alive: Instant::now(),
+            blocked: false,
         }
     }
 
@@ -361,6 +390,16 @@ impl Lane {
         self.output.extend_from_slice(format!("UNSUB {sid}\r\n").as_bytes());
     }
 
+    /// When the other end gave the last sign of life: something came, or full buffers on the way there emptied.
+    pub fn alive(&self) -> Instant {
+        self.alive
+    }
+
+    /// Asks the server for a sign of life.
+    pub fn ping(&mut self) {
+        self.output.extend_from_slice(b"PING\r\n");
+    }
+
     /// Publishes without headers.
     pub fn publish(&mut self, subject: &str, reply: &str, payload: &[u8]) {
         self.output.extend_from_slice(format!("PUB {subject} {reply} {}\r\n", payload.len()).as_bytes());
@@ -381,14 +420,27 @@ impl Lane {
     pub const REQUEST_SID: u64 = 1;
 
     /// Sends a request and waits for its answer's payload. Messages for other subscriptions that arrive
-    /// meanwhile are lost: for use while no copy is under way.
+    /// meanwhile are lost: for use while no copy is under way. It may be carried out twice.
     pub async fn request(&mut self, subject: &str, payload: &[u8]) -> Result<Bytes, Error> {
         let reply = self.send_request(subject, payload);
-        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        let sent = Instant::now();
+        let mut again = sent + ASK_AGAIN;
         loop {
-            let turn = timeout_at(deadline, self.turn()).await.map_err(|_| {
-                Error::retry(format!("no answer to `{subject}` from `{}` within {REQUEST_TIMEOUT:?}", self.address))
-            })??;
+            let turn = match timeout_at(again, self.turn()).await {
+                Ok(turn) => turn?,
+                Err(_) if sent.elapsed() < REQUEST_TIMEOUT => {
+                    again += ASK_AGAIN;
+                    self.publish(subject, &reply, payload);
+                    continue;
+                }
+                Err(_) => {
+                    let limit = REQUEST_TIMEOUT;
+                    return Err(Error::retry(format!(
+                        "no answer to `{subject}` from `{}` within {limit:?}",
+                        self.address
+                    )));
+                }
+            };
             let Turn::Received(batch) = turn else { continue };
             if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
                 if super::headers::status(message.header) == Some(503) {
@@ -428,11 +480,18 @@ impl Lane {
                 Poll::Ready(Ok(n)) => {
                     self.output.advance(n);
                     self.written += n as u64;
+                    // There is room again: the other end took something.
+                    if std::mem::take(&mut self.blocked) {
+                        self.alive = Instant::now();
+                    }
                     self.busy |= n >= READ_MIN;
                     self.unflushed = true;
                 }
                 Poll::Ready(Err(error)) => return Err(self.failed(&error)),
-                Poll::Pending => return Ok(false),
+                Poll::Pending => {
+                    self.blocked = true;
+                    return Ok(false);
+                }
             }
         }
         if self.unflushed {
@@ -457,6 +516,7 @@ impl Lane {
             Ok(n) => {
                 self.heard = true;
                 self.heard_at = Instant::now();
+                self.alive = self.heard_at;
                 // Read more at once while the buffer fills up, less again when it does not.
                 if self.input.capacity() == self.input.len() {
                     self.read_size = (self.read_size * 2).min(READ_MAX);
@@ -528,7 +588,7 @@ impl Lane {
             }
             self.silent += 1;
             match self.silent {
-                1 => self.output.extend_from_slice(b"PING\r\n"),
+                1 => self.ping(),
                 2 => {}
                 _ => {
                     return Err(Error::retry(format!(

@@ -34,7 +34,10 @@ use crate::{
 };
 
 /// Attempts after an error that passes.
-const RETRY: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+const RETRY: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(3));
+
+/// The next attempt after one that took long.
+const SOON: Duration = Duration::from_millis(200);
 
 /// Attempts while held.
 const HELD: Duration = Duration::from_secs(10);
@@ -361,6 +364,7 @@ impl Session {
         self.backoff.reset();
         self.context.board.adopt(replication, revision);
         while !stop.is_cancelled() {
+            let begun = Instant::now();
             let result = self.attempt(replication, stop).await;
             self.context.board.run_over();
             let error = match result {
@@ -370,7 +374,7 @@ impl Session {
             };
             let outcome = match error.kind {
                 ErrorKind::Superseded => Err(error),
-                _ => self.survive(error, stop).await,
+                _ => self.survive(error, begun, stop).await,
             };
             match outcome {
                 Ok(Step::Everything) if !stop.is_cancelled() => {
@@ -454,9 +458,9 @@ impl Session {
         Ok(())
     }
 
-    /// Reports an error and waits for the next attempt; says what is made anew for it. There is none if the record
-    /// turns out to be another's.
-    async fn survive(&mut self, error: Error, stop: &CancellationToken) -> Result<Step, Error> {
+    /// Reports an error of the attempt that began at `begun`, and waits for the next one; says what is made anew for
+    /// it. There is none if the record turns out to be another's.
+    async fn survive(&mut self, error: Error, begun: Instant, stop: &CancellationToken) -> Result<Step, Error> {
         if stop.is_cancelled() {
             warn!(replication = self.context.id, "ended with an error while it was stopped: {error}");
             self.context.board.failed(&error, None);
@@ -469,7 +473,12 @@ impl Session {
         self.report(&error, step);
         let (state, delay) = match error.kind {
             ErrorKind::Hold => (State::Held, jitter(HELD, rand::random())),
-            _ => (State::Retrying, self.backoff.next(rand::random())),
+            _ => {
+                // What waits for answers that do not come has waited enough.
+                let delay = self.backoff.next(rand::random());
+                let left = delay.saturating_sub(begun.elapsed());
+                (State::Retrying, left.max(delay.min(jitter(SOON, rand::random()))))
+            }
         };
         let wake = Instant::now() + delay;
         self.context.board.set_state(state);

@@ -1,23 +1,38 @@
-//! Three servers that form a cluster, for replicated streams and leader changes.
+//! Servers that form a cluster, for replicated streams, leader changes and restarts, with a proxy in front of each.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use futures_util::future::try_join_all;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::client::{wait_for, wait_value};
+use super::proxy::Proxy;
 use super::raw::{Raw, Stored};
 use super::server::{Role, Server, free_port};
 use super::{LIMIT, client};
 
 /// While there is no leader a request is not answered at all: ask again after this.
 const ANSWER: Duration = Duration::from_secs(2);
+/// The same where the moment matters.
+const QUICK: Duration = Duration::from_millis(300);
+
+/// How a server ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// kill -9
+    Killed,
+    /// SIGTERM, and its own time to hand over.
+    Stopped,
+}
 
 /// A running cluster.
 #[derive(Debug)]
 pub struct Cluster {
     pub servers: Vec<Server>,
+    /// One in front of each server, in the same order.
+    pub proxies: Vec<Proxy>,
 }
 
 impl Cluster {
@@ -27,16 +42,27 @@ impl Cluster {
         let routes: Vec<String> = ports.iter().map(|p| format!("\"nats-route://127.0.0.1:{p}\"")).collect();
         let mut servers = Vec::new();
         for (i, port) in ports.iter().enumerate() {
+            // Nobody learns the addresses behind the proxies.
             let config = format!(
-                "cluster {{ name: \"{role:?}\", listen: \"127.0.0.1:{port}\", routes: [{}] }}",
+                "cluster {{ name: \"{role:?}\", listen: \"127.0.0.1:{port}\", no_advertise: true, routes: [{}] }}",
                 routes.join(", ")
             );
             let name = format!("{role:?}-{}", i + 1).to_lowercase();
             servers.push(Server::builder(role).name(&name).config(&config).start().await?);
         }
-        let cluster = Self { servers };
+        let cluster = Self::behind_proxies(servers).await?;
         cluster.wait_ready().await?;
         Ok(cluster)
+    }
+
+    /// One server, with the same handles.
+    pub async fn single(role: Role) -> Result<Self> {
+        Self::behind_proxies(vec![Server::start(role).await?]).await
+    }
+
+    async fn behind_proxies(servers: Vec<Server>) -> Result<Self> {
+        let proxies = try_join_all(servers.iter().map(|server| Proxy::start(server.port()))).await?;
+        Ok(Self { servers, proxies })
     }
 
     /// All addresses, as a client takes them.
@@ -44,14 +70,77 @@ impl Cluster {
         self.servers.iter().map(Server::url).collect::<Vec<_>>().join(",")
     }
 
+    /// All addresses of the proxies.
+    pub fn proxied_url(&self) -> String {
+        self.proxies.iter().map(Proxy::url).collect::<Vec<_>>().join(",")
+    }
+
     /// Which server leads a stream now; `None` while nobody does.
     pub async fn leader(&self, stream: &str) -> Option<usize> {
+        if self.servers.len() == 1 {
+            return Some(0);
+        }
         for server in &self.servers {
             let Ok(Ok(info)) = timeout(ANSWER, info(server, stream)).await else { continue };
             let name = info["cluster"]["leader"].as_str()?;
             return self.servers.iter().position(|s| s.name() == name);
         }
         None
+    }
+
+    /// Waits until each of these streams has a leader that answers, other than the server `not`, and so has the
+    /// cluster, without which nobody can make a consumer.
+    pub async fn wait_leaders(&self, streams: &[&str], not: Option<usize>) -> Result<()> {
+        let not = not.map(|not| self.servers[not].name());
+        let led = async || self.ask("INFO", &Value::Null).await.is_some();
+        wait_for("a leader of the cluster", 2 * LIMIT, led).await?;
+        for stream in streams {
+            let led = async || {
+                for server in self.servers.iter().filter(|s| s.pid().is_some() && Some(s.name()) != not) {
+                    let Ok(Ok(info)) = timeout(QUICK, info(server, stream)).await else { continue };
+                    return self.servers.len() == 1 || info["cluster"]["leader"].as_str() != not;
+                }
+                false
+            };
+            wait_for(&format!("a leader of `{stream}` that answers"), 2 * LIMIT, led).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until all replicas of these streams have everything.
+    pub async fn wait_current(&self, streams: &[&str]) -> Result<()> {
+        for stream in streams {
+            let current = async || {
+                for server in self.servers.iter().filter(|s| s.pid().is_some()) {
+                    let Ok(Ok(info)) = timeout(QUICK, info(server, stream)).await else { continue };
+                    let replicas = info["cluster"]["replicas"].as_array().cloned().unwrap_or_default();
+                    return replicas.iter().all(|r| r["current"] == true && r["offline"] != true);
+                }
+                false
+            };
+            wait_for(&format!("all replicas of `{stream}`"), 2 * LIMIT, current).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends one server.
+    pub async fn end(&mut self, server: usize, how: End) -> Result<()> {
+        match how {
+            End::Killed => self.servers[server].kill(),
+            End::Stopped => self.servers[server].stop().await,
+        }
+    }
+
+    /// Ends all servers at one moment and starts them again.
+    pub async fn restart_all(&mut self, how: End) -> Result<()> {
+        match how {
+            End::Killed => self.servers.iter_mut().try_for_each(Server::kill)?,
+            End::Stopped => {
+                try_join_all(self.servers.iter_mut().map(Server::stop)).await?;
+            }
+        }
+        try_join_all(self.servers.iter_mut().map(Server::restart)).await?;
+        Ok(())
     }
 
     /// Makes the leader of a stream hand over, and waits until there is a leader again.
@@ -65,18 +154,29 @@ impl Cluster {
         wait_for("another leader", LIMIT, again).await
     }
 
+    /// Asks the JetStream API through any server that runs; `None` if nobody answers, or with an error.
+    pub async fn ask(&self, what: &str, body: &Value) -> Option<Value> {
+        for server in self.servers.iter().filter(|s| s.pid().is_some()) {
+            let asked = async { Raw::connect(&server.url()).await?.api(what, body.clone()).await };
+            if let Ok(Ok(answer)) = timeout(QUICK, asked).await {
+                return Some(answer);
+            }
+        }
+        None
+    }
+
     /// Reads a whole stream through a server that runs, trying again while there is no leader.
     pub async fn read_stream(&self, stream: &str) -> Result<Vec<Stored>> {
         let read = async || {
             for server in self.servers.iter().filter(|s| s.pid().is_some()) {
                 let attempt = async { Raw::connect(&server.url()).await?.read_stream(stream).await };
-                if let Ok(Ok(stored)) = timeout(3 * ANSWER, attempt).await {
+                if let Ok(Ok(stored)) = timeout(LIMIT, attempt).await {
                     return Some(stored);
                 }
             }
             None
         };
-        wait_value(&format!("`{stream}` to be readable"), LIMIT, read).await
+        wait_value(&format!("`{stream}` to be readable"), 3 * LIMIT, read).await
     }
 
     async fn wait_ready(&self) -> Result<()> {

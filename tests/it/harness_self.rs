@@ -1,12 +1,17 @@
 //! The harness judges the product, so it is tested itself first.
 
-use std::time::Duration;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::harness::checker::compare;
-use crate::harness::{Cluster, Expect, LIMIT, Outgoing, Proxy, Raw, Role, Server, Stored, connect, wait_for};
+use crate::harness::{
+    BOTH, Cluster, Direction, Expect, LIMIT, Newcomers, Outgoing, Proxy, Raw, Role, Server, Stored, connect, wait_for,
+};
 
 type Alteration = Box<dyn Fn(&mut Stored)>;
 
@@ -201,6 +206,138 @@ async fn proxy_cuts_stalls_and_lets_through_again() -> Result<()> {
     assert!(Raw::connect(&proxy.url()).await.is_err());
     proxy.resume();
     Raw::connect(&proxy.url()).await?.publish(&Outgoing::new("s.1", "x")).await?;
+    Ok(())
+}
+
+/// Both ends of a connection through a proxy, without NATS.
+struct Pipe {
+    proxy: Proxy,
+    listener: TcpListener,
+}
+
+impl Pipe {
+    async fn start() -> Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        Ok(Self { proxy: Proxy::start(listener.local_addr()?.port()).await?, listener })
+    }
+
+    /// Client and server.
+    async fn connect(&self) -> Result<(TcpStream, TcpStream)> {
+        let client = TcpStream::connect((Ipv4Addr::LOCALHOST, self.proxy.port())).await?;
+        let (server, _) = self.listener.accept().await?;
+        client.set_nodelay(true)?;
+        server.set_nodelay(true)?;
+        Ok((client, server))
+    }
+}
+
+/// The time from the first byte sent to the last one received.
+async fn transfer(from: &mut TcpStream, to: &mut TcpStream, bytes: usize) -> Result<Duration> {
+    let begun = Instant::now();
+    let (data, mut received) = (vec![7; bytes], vec![0; bytes]);
+    tokio::try_join!(from.write_all(&data), to.read_exact(&mut received))?;
+    assert_eq!(data, received);
+    Ok(begun.elapsed())
+}
+
+/// Nothing is there to be read for a while, not even an end.
+async fn silent(stream: &mut TcpStream) -> bool {
+    tokio::time::timeout(Duration::from_millis(200), stream.read(&mut [0; 16])).await.is_err()
+}
+
+#[tokio::test]
+async fn latency_adds_what_was_asked_in_each_direction_and_keeps_the_rate() -> Result<()> {
+    const MIB: usize = 1 << 20;
+    let pipe = Pipe::start().await?;
+    let (mut client, mut server) = pipe.connect().await?;
+    for (directions, there, back) in [(BOTH, 25, 25), (&[Direction::ToServer], 25, 0), (&[Direction::ToClient], 0, 25)]
+    {
+        pipe.proxy.latency(BOTH, Duration::ZERO);
+        pipe.proxy.latency(directions, Duration::from_millis(25));
+        let (mut fastest_there, mut fastest_back) = (LIMIT, LIMIT);
+        for _ in 0..10 {
+            fastest_there = fastest_there.min(transfer(&mut client, &mut server, 1).await?);
+            fastest_back = fastest_back.min(transfer(&mut server, &mut client, 1).await?);
+        }
+        for (took, asked) in [(fastest_there, there), (fastest_back, back)] {
+            let range = Duration::from_millis(asked)..Duration::from_millis(asked + 10);
+            assert!(range.contains(&took), "{directions:?}: {took:?} instead of {asked} ms");
+        }
+    }
+    pipe.proxy.latency(BOTH, Duration::from_millis(25));
+    let took = transfer(&mut client, &mut server, 64 * MIB).await?;
+    println!("64 MiB with 25 ms of latency in {took:?}");
+    // Held back one after the other, pieces of 64 KiB would make 2.5 MiB/s.
+    assert!(took < Duration::from_secs(4), "64 MiB in {took:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_throttle_passes_on_what_was_asked_in_its_direction() -> Result<()> {
+    const RATE: usize = 4 << 20;
+    let pipe = Pipe::start().await?;
+    let (mut client, mut server) = pipe.connect().await?;
+    pipe.proxy.throttle(&[Direction::ToServer], Some(RATE as u64));
+    let took = transfer(&mut client, &mut server, 2 * RATE).await?.as_secs_f64();
+    assert!((1.6..2.4).contains(&took), "two seconds' worth took {took} s");
+    let back = transfer(&mut server, &mut client, 2 * RATE).await?.as_secs_f64();
+    assert!(back < 1.0, "the other direction took {back} s");
+    pipe.proxy.throttle(BOTH, None);
+    let free = transfer(&mut client, &mut server, 2 * RATE).await?.as_secs_f64();
+    assert!(free < 1.0, "without a throttle it took {free} s");
+    Ok(())
+}
+
+#[tokio::test]
+async fn half_open_connections_stay_open_and_never_recover() -> Result<()> {
+    let pipe = Pipe::start().await?;
+    for (directions, newcomers) in [
+        (BOTH, Newcomers::Work),
+        (BOTH, Newcomers::Hang),
+        (&[Direction::ToServer], Newcomers::Hang),
+        (&[Direction::ToClient], Newcomers::Work),
+    ] {
+        let lost = |direction| directions.contains(&direction);
+        let (mut client, mut server) = pipe.connect().await?;
+        transfer(&mut client, &mut server, 1000).await?;
+        pipe.proxy.half_open(directions, newcomers);
+        let (mut late_client, mut late_server) = pipe.connect().await?;
+        for during in [true, false] {
+            client.write_all(b"there").await?;
+            server.write_all(b"back").await?;
+            assert_eq!(silent(&mut server).await, lost(Direction::ToServer), "{directions:?}, {during}");
+            assert_eq!(silent(&mut client).await, lost(Direction::ToClient), "{directions:?}, {during}");
+            late_client.write_all(b"there").await?;
+            let hangs = newcomers == Newcomers::Hang && lost(Direction::ToServer);
+            assert_eq!(silent(&mut late_server).await, hangs, "{directions:?}, {newcomers:?}, {during}");
+            pipe.proxy.resume();
+        }
+        // Nor is the other end told.
+        drop(client);
+        assert_eq!(silent(&mut server).await, lost(Direction::ToServer), "{directions:?}");
+        let (mut client, mut server) = pipe.connect().await?;
+        transfer(&mut client, &mut server, 1000).await?;
+        transfer(&mut server, &mut client, 1000).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_connection_is_cut_after_as_many_bytes_as_asked() -> Result<()> {
+    let pipe = Pipe::start().await?;
+    for (direction, bytes) in [(Direction::ToServer, 1), (Direction::ToServer, 100_001), (Direction::ToClient, 70_000)]
+    {
+        let (client, server) = pipe.connect().await?;
+        let (mut from, mut to) = if direction == Direction::ToServer { (client, server) } else { (server, client) };
+        pipe.proxy.cut_after(direction, bytes);
+        let (sent, mut received) = (vec![7; 200_000], Vec::new());
+        // What is written after the end may fail.
+        let (_, read) = tokio::join!(from.write_all(&sent), to.read_to_end(&mut received));
+        assert!(read.is_ok() || !received.is_empty(), "{read:?}");
+        assert_eq!(received.len() as u64, bytes, "{direction:?}");
+    }
+    let (mut client, mut server) = pipe.connect().await?;
+    transfer(&mut client, &mut server, 200_000).await?;
     Ok(())
 }
 
