@@ -4,16 +4,28 @@
 //! `SEEDS=10000 cargo test --test sim` runs so many, `FIRST=n` begins with that one; `SEED=n` runs only it, and with
 //! `RUST_LOG=debug` it tells what it does. `STOP=1` ends with the first that fails.
 
+#[path = "sim/history.rs"]
+mod history;
+#[path = "sim/jetstream.rs"]
+mod jetstream;
+#[path = "sim/judge.rs"]
+mod judge;
 #[path = "sim/keys.rs"]
 mod keys;
+#[path = "sim/life.rs"]
+mod life;
 #[path = "sim/plan.rs"]
 mod plan;
+#[path = "sim/process.rs"]
+mod process;
 #[path = "sim/run.rs"]
 mod run;
 #[path = "sim/server.rs"]
 mod server;
 #[path = "sim/stream.rs"]
 mod stream;
+#[path = "sim/traffic.rs"]
+mod traffic;
 #[path = "sim/world.rs"]
 mod world;
 
@@ -47,4 +59,11 @@ fn guarantees_hold_whatever_happens() {
         }
     }
     assert!(failed.is_empty(), "seeds that fail: {failed:?}");
+}
+
+#[test]
+fn a_seed_gives_the_same_run_to_the_byte() {
+    for seed in 1..=20 {
+        assert_eq!(run::run(seed).expect("a run"), run::run(seed).expect("a run"), "seed {seed}");
+    }
 }

@@ -8,10 +8,13 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::budget::{Budget, PIECE_MIN, Reservation};
-use crate::nats::{
-    Batch, Error, Lane, Message, headers,
-    jetstream::{Api, Delivery, is_delivery, parse_delivery},
-    parser::number,
+use crate::{
+    chance,
+    nats::{
+        Batch, Error, Lane, Message, headers,
+        jetstream::{Api, Delivery, is_delivery, parse_delivery},
+        parser::number,
+    },
 };
 
 /// The server says that it is there this often while it has nothing to deliver.
@@ -105,7 +108,7 @@ pub(super) struct Reader {
 impl Reader {
     /// Creates the consumer. `bytes` bounds what is read ahead (but one message always passes).
     pub async fn open(lane: &mut Lane, range: &Range<'_>, bytes: usize) -> Result<Self, Error> {
-        let consumer = format!("sr_{}", nuid::next());
+        let consumer = format!("sr_{}", chance::name());
         let mut config = json!({
             "name": consumer,
             "description": "stream-replicator",

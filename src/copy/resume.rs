@@ -15,6 +15,7 @@ use super::{
     window::{SourcePoint, TargetPoint},
 };
 use crate::{
+    chance,
     config::{Limits, Replication, Start},
     events::Event,
     nats::{
@@ -458,7 +459,7 @@ impl Sides<'_> {
             Start::Time(time) => self.before_time(*time).await?,
             Start::Delta(delta) => {
                 let delta = chrono::Duration::from_std(*delta).unwrap_or(chrono::Duration::MAX);
-                let time = Utc::now().checked_sub_signed(delta).unwrap_or(chrono::DateTime::UNIX_EPOCH);
+                let time = chance::now().checked_sub_signed(delta).unwrap_or(chrono::DateTime::UNIX_EPOCH);
                 self.before_time(time).await?
             }
         };

@@ -2,7 +2,6 @@
 
 use std::{future::poll_fn, sync::Arc};
 
-use chrono::Utc;
 use tokio::{
     sync::watch,
     time::{Duration, Instant, sleep_until},
@@ -24,6 +23,7 @@ use super::{
     writer::{Supply, Writer},
 };
 use crate::{
+    chance,
     config::Replication,
     events::{Event, Events, PoisonAction},
     names,
@@ -314,7 +314,7 @@ impl<'a> Run<'a> {
         if self.ending.is_some() {
             return Ok(());
         }
-        let now_ns = Utc::now().timestamp_nanos_opt().unwrap_or(i64::MAX);
+        let now_ns = chance::now().timestamp_nanos_opt().unwrap_or(i64::MAX);
         let read_at = now.duration_since(self.began).as_micros() as u64;
         let writable = self.target.output().len() < OUTPUT_LOW;
         while let Some(incoming) = self.reader.peek().filter(|_| writable) {
@@ -464,7 +464,7 @@ impl<'a> Run<'a> {
         copy.source.last_seq = self.source_info.state.last_seq.max(self.window.newest().seq);
         copy.target.last_seq = self.writer.last_seq();
         let oldest = self.window.oldest().and_then(|point| point.time_ns).or(self.reader.oldest_time_ns());
-        let now_ns = Utc::now().timestamp_nanos_opt().unwrap_or_default();
+        let now_ns = chance::now().timestamp_nanos_opt().unwrap_or_default();
         copy.lag = Lag {
             messages: self.reader.pending() + self.window.len() as u64,
             seconds: oldest.map_or(0.0, |time| now_ns.saturating_sub(time).max(0) as f64 / 1e9),
