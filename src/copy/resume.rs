@@ -242,6 +242,11 @@ impl Sides<'_> {
                 if newer || replaced || self.target.flag("allow_msg_ttl") {
                     return Ok(resume);
                 }
+                // What an older run had in the air may have arrived, and replaced it, since the stream was asked for.
+                let now = Api::new(self.target_lane).stream_info(&self.replication.target.stream).await?;
+                if self.keeps() > 0 && now.is_some_and(|now| now.state.last_seq > self.target.state.last_seq) {
+                    return Err(Error::retry("the target stored messages while it was looked at"));
+                }
                 let reason = format!("nothing lies at the saved sequence {}", target.seq);
                 self.target_lost(saved, reason).await
             }

@@ -48,6 +48,14 @@ struct Copy {
     generation: usize,
     /// When the target lost it.
     lost: Option<Duration>,
+    /// The target keeps so many per subject, and has newer ones.
+    replaced: bool,
+}
+
+impl Copy {
+    fn is_there(&self) -> bool {
+        self.lost.is_none() && !self.replaced
+    }
 }
 
 /// What comes to the target.
@@ -256,8 +264,7 @@ impl History {
             self.breach(format!("{seq} was copied, which nobody asked for"));
         }
         let original = &self.originals[number];
-        let before: Vec<usize> =
-            original.copies.iter().copied().filter(|copy| self.copies[*copy].lost.is_none()).collect();
+        let before: Vec<usize> = original.copies.iter().copied().filter(|copy| self.copies[*copy].is_there()).collect();
         for copy in &before {
             let copy = &self.copies[*copy];
             // Copied again because people want it so.
@@ -275,8 +282,13 @@ impl History {
                 return self.breach(what);
             }
         }
+        if let Some(newer) = self.newer_of_subject(number) {
+            self.breach(format!("{seq} stands behind {newer} of its subject, which replaced it"));
+        }
+        let original = &self.originals[number];
         let newest = self.newest.entry((original.incarnation, generation)).or_default();
-        if before.is_empty() && *newest > number && (arrival.batched || !original.refused) {
+        let first = !original.copies.iter().any(|copy| self.copies[*copy].lost.is_none());
+        if first && *newest > number && (arrival.batched || !original.refused) {
             let newest = self.originals[*newest].seq;
             self.breach(format!("{seq} stands behind {newest}, and was never refused"));
         } else {
@@ -284,7 +296,32 @@ impl History {
         }
         self.originals[number].copies.push(self.copies.len());
         self.by_target.entry(target_seq).or_default().push((self.copies.len(), seq));
-        self.copies.push(Copy { target_seq, at, opened: arrival.opened, generation, lost: None });
+        self.copies.push(Copy { target_seq, at, opened: arrival.opened, generation, lost: None, replaced: false });
+        self.replace(number);
+    }
+
+    /// Copies of newer messages of the same subject that are so many that nobody needs this one any more.
+    fn newer_of_subject(&self, number: usize) -> Option<u64> {
+        let keep = self.plan.keeps?;
+        let original = &self.originals[number];
+        let newer = self.originals[number + 1..].iter().filter(|other| {
+            let same = other.subject == original.subject && other.incarnation == original.incarnation;
+            same && !self.moves.iter().any(|(_, to)| *to < original.seq)
+                && other.copies.iter().any(|copy| self.copies[*copy].is_there())
+        });
+        newer.map(|other| other.seq).nth(keep - 1)
+    }
+
+    /// The target keeps the newest few of a subject.
+    fn replace(&mut self, number: usize) {
+        let Some(keep) = self.plan.keeps else { return };
+        let subject = &self.originals[number].subject;
+        let same = self.originals.iter().filter(|other| other.subject == *subject);
+        let mut there: Vec<usize> =
+            same.flat_map(|other| &other.copies).copied().filter(|copy| self.copies[*copy].is_there()).collect();
+        there.sort_unstable();
+        let old = there.len().saturating_sub(keep);
+        there[..old].iter().for_each(|copy| self.copies[*copy].replaced = true);
     }
 
     /// Payload, subject and headers by the rules of the documents, written down a second time.

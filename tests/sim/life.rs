@@ -50,10 +50,6 @@ impl Drop for Running<'_> {
     }
 }
 
-async fn is(paused: &mut watch::Receiver<bool>, wanted: bool) {
-    let _ = paused.wait_for(|paused| *paused == wanted).await;
-}
-
 impl Scene {
     fn replication(&self) -> Replication {
         let mut document = json!({
@@ -98,10 +94,9 @@ impl Scene {
             dial: Arc::new(self.network(&hands)),
         };
         let status = watch::Sender::new((State::Starting, CopyStatus::default()));
-        let mut paused = self.paused.subscribe();
         let mut backoff = RETRY;
         loop {
-            is(&mut paused, false).await;
+            self.paused.is(false).await;
             let running = Running::new(&self.running);
             let claim = match self.store().claim(ID, instance).await {
                 Ok(claim) => claim,
@@ -113,7 +108,7 @@ impl Scene {
             };
             let mut ledger = Ledger::new(self.store(), ID, claim);
             drop(running);
-            while !*paused.borrow() {
+            while !self.paused.now() {
                 let running = Running::new(&self.running);
                 job.skip = *self.release.lock().expect("release");
                 let before = status.borrow().1.position.source_seq;
@@ -123,7 +118,7 @@ impl Scene {
                     tokio::select! {
                         biased;
                         result = &mut run => result,
-                        () = is(&mut paused, true) => {
+                        () = self.paused.is(true) => {
                             stop.cancel();
                             timeout(SETTLE, run).await.unwrap_or(Ok(()))
                         }
@@ -141,7 +136,7 @@ impl Scene {
                     ErrorKind::Hold => jitter(HELD, self.chance()),
                     ErrorKind::Retry => backoff.next(self.chance()),
                 };
-                let _ = timeout(delay, is(&mut paused, true)).await;
+                let _ = timeout(delay, self.paused.is(true)).await;
                 // Somebody looks at what is held, and wants it left out.
                 if let Some(message) = error.poison {
                     let mut release = self.release.lock().expect("release");

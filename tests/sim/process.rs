@@ -68,6 +68,31 @@ impl Hands {
     }
 }
 
+/// On or off. Who waits wakes up in the order in which it came: a watch of tokio's draws lots.
+#[derive(Debug, Default)]
+pub struct Switch {
+    on: AtomicBool,
+    changed: Notify,
+}
+
+impl Switch {
+    pub fn set(&self, on: bool) {
+        self.on.store(on, Ordering::Relaxed);
+        self.changed.notify_waiters();
+    }
+
+    pub fn now(&self) -> bool {
+        self.on.load(Ordering::Relaxed)
+    }
+
+    /// Waits until it is so.
+    pub async fn is(&self, on: bool) {
+        while self.now() != on {
+            self.changed.notified().await;
+        }
+    }
+}
+
 /// Lives again and again. A process that ended by itself stays so until it is killed and started again.
 pub async fn process(hands: Arc<Hands>, life: impl Fn() -> BoxFuture<'static, ()>) {
     loop {

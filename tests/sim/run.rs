@@ -12,7 +12,7 @@ use futures_util::FutureExt;
 use serde_json::Value;
 use stream_replicator::{chance, events::Events, store::SourceMessage};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::mpsc,
     task::JoinHandle,
     time::{Duration, Instant, sleep, sleep_until},
 };
@@ -21,7 +21,7 @@ use super::{
     history::History,
     keys::Keys,
     plan::{Fault, Plan, Poison, Side},
-    process::{Hands, process},
+    process::{Hands, Switch, process},
     server::{Server, Tamper},
     stream::{Config, Stream},
     traffic,
@@ -42,7 +42,7 @@ pub struct Scene {
     pub history: Arc<Mutex<History>>,
     pub events: Events,
     /// What people ask for: kept, whoever runs the replication.
-    pub paused: watch::Sender<bool>,
+    pub paused: Switch,
     pub release: Mutex<Option<SourceMessage>>,
     /// Runs that are under way.
     pub running: AtomicUsize,
@@ -108,7 +108,7 @@ impl Scene {
             keys,
             history,
             events,
-            paused: watch::Sender::new(false),
+            paused: Switch::default(),
             release: Mutex::default(),
             running: AtomicUsize::new(0),
             ends: Mutex::default(),
@@ -213,9 +213,9 @@ impl Scene {
             }
             Fault::Clock { by, back } => self.world.set_clock(by, back),
             Fault::Pause(time) => {
-                self.paused.send_replace(true);
+                self.paused.set(true);
                 sleep(time).await;
-                self.paused.send_replace(false);
+                self.paused.set(false);
             }
             Fault::Full(time) => {
                 self.target.with("T", |stream| stream.max_messages = Some(stream.messages.len() + 5));
@@ -223,7 +223,7 @@ impl Scene {
                 self.target.with("T", |stream| stream.max_messages = None);
             }
             Fault::Move { by, back } => {
-                self.paused.send_replace(true);
+                self.paused.set(true);
                 let end = Instant::now() + Duration::from_secs(15);
                 while self.running.load(Ordering::Relaxed) > 0 && Instant::now() < end {
                     sleep(Duration::from_millis(100)).await;
@@ -231,7 +231,7 @@ impl Scene {
                 if let Err(error) = self.move_position(by, back).await {
                     self.ends.lock().expect("ends").push(format!("not moved: {error}"));
                 }
-                self.paused.send_replace(false);
+                self.paused.set(false);
             }
             Fault::Foreign(count) => self.foreign(count).await,
             Fault::TargetForgets(_) | Fault::TargetDeleted => self.target_loses(fault),
@@ -311,7 +311,7 @@ impl Scene {
             server.heal();
         }
         self.keys.trouble(false);
-        self.paused.send_replace(false);
+        self.paused.set(false);
         self.hands.iter().for_each(|hands| hands.heal());
     }
 }

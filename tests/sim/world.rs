@@ -80,7 +80,6 @@ impl World {
 
     /// Notes bytes that were exchanged, and when.
     pub fn note(&self, who: &str, bytes: &[u8]) {
-        if std::env::var_os("TRACE").is_some() { println!("N {:?} {who} {:?}", self.elapsed(), String::from_utf8_lossy(bytes)); }
         (self.elapsed(), who, bytes).hash(&mut *self.trace.lock().expect("trace"));
     }
 
