@@ -48,16 +48,23 @@ fn guarantees_hold_whatever_happens() {
     if std::env::var_os("RUST_LOG").is_some() {
         tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).init();
     }
-    let mut failed = Vec::new();
+    let (mut failed, mut slowest) = (Vec::new(), (0.0, 0));
     for seed in seeds {
-        if let Err(error) = run::run(seed) {
-            println!("{error}\n");
-            failed.push(seed);
-            if std::env::var_os("STOP").is_some() {
-                break;
+        match run::run(seed) {
+            Ok(told) => {
+                let share = told.took.as_secs_f64() / told.limit.as_secs_f64();
+                slowest = if share > slowest.0 { (share, seed) } else { slowest };
+            }
+            Err(error) => {
+                println!("{error}\n");
+                failed.push(seed);
+                if std::env::var_os("STOP").is_some() {
+                    break;
+                }
             }
         }
     }
+    println!("seed {} took {:.0} % of the time it had", slowest.1, slowest.0 * 100.0);
     assert!(failed.is_empty(), "seeds that fail: {failed:?}");
 }
 

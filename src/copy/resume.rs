@@ -123,6 +123,11 @@ impl Already {
         known
     }
 
+    /// Whether all that wait lie behind a target sequence.
+    pub fn all_behind(&self, target_seq: u64) -> bool {
+        self.stored.values().all(|waiting| *waiting > target_seq)
+    }
+
     /// How many lie in a range of source sequences.
     pub fn within(&self, from: u64, to: u64) -> u64 {
         let mut seqs: Vec<u64> = self.stored.range((from, i64::MIN)..=(to, i64::MAX)).map(|(key, _)| key.0).collect();
@@ -705,6 +710,7 @@ mod tests {
         let stored = vec![ours(5, 50, 1, None), ours(5, 500, 7, None), ours(7, 70, 2, None), ours(9, 90, 3, None)];
         let mut already = Already::new(stored, 0);
         assert_eq!((already.len(), already.within(1, 8)), (4, 2));
+        assert!(already.all_behind(0) && !already.all_behind(1));
         assert_eq!(take(&mut already, 4, 40, "a"), None);
         assert_eq!(take(&mut already, 5, 500, "a"), Some(Known::Stored(7)));
         assert_eq!(take(&mut already, 6, 60, "a"), None);

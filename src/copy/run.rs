@@ -193,6 +193,7 @@ impl<'a> Run<'a> {
 
     /// Tells where the run goes on and what was found on the way there.
     fn resumed(&mut self, resume: Resume, ledger: &mut Ledger) {
+        self.explain(std::mem::take(&mut ledger.gaps), &resume);
         for event in resume.findings {
             if matches!(event, Event::TargetShared { .. }) {
                 ledger.chain_explained();
@@ -210,6 +211,19 @@ impl<'a> Run<'a> {
         );
         self.already = resume.already;
         self.window.keep_target(!self.already.is_empty());
+    }
+
+    /// Tells what the run before could not: it ended before the source had answered.
+    fn explain(&mut self, mut gaps: Gaps, resume: &Resume) {
+        if resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. })) {
+            return;
+        }
+        let told =
+            |seq| matches!(resume.findings.last(), Some(Event::Gap { from, to, .. }) if (*from..=*to).contains(&seq));
+        gaps.left_over(resume.position.seq, told);
+        for (from, to) in gaps.first_is(self.told_first) {
+            self.found(Event::Gap { from, to, messages: to - from + 1 });
+        }
     }
 
     fn found(&mut self, event: Event) {
@@ -232,6 +246,7 @@ impl<'a> Run<'a> {
     /// Copies until the stop or an error; the position is saved at the end of both.
     pub async fn copy(mut self, ledger: &mut Ledger, stop: CancellationToken) -> Result<(), Error> {
         let result = self.copy_loop(ledger, &stop).await;
+        ledger.gaps = std::mem::take(&mut self.gaps);
         self.settle();
         self.tell(State::Running);
         match result {
@@ -342,7 +357,13 @@ impl<'a> Run<'a> {
                     self.moved = now;
                     self.skipped = Some(seq);
                 }
-                Some(Known::Stored(target_seq)) => self.window.stored_before(source, target_seq),
+                Some(Known::Stored(target_seq)) => {
+                    // A position without any place at the target could not tell that the target lost all of it.
+                    let first = self.window.target().is_none() && self.already.all_behind(target_seq);
+                    self.window.keep_target(!first && !self.already.is_empty());
+                    self.window.stored_before(source, target_seq);
+                    self.window.keep_target(!self.already.is_empty());
+                }
                 Some(Known::Replaced) => self.window.skip(source),
                 None => match self.rules.decide(time_ns, incoming.message.header, now_ns) {
                     Decision::Skip(reason) => {

@@ -253,7 +253,8 @@ impl State {
             let Some(pull) = consumer.pulls.first_mut() else { return };
             let next = consumer.next.max(stream.first);
             let filter = consumer.filter.as_deref();
-            let mut waiting = stream.messages.range(next..).filter(|(_, m)| filter.is_none_or(|filter| matches(filter, &m.subject)));
+            let mut waiting =
+                stream.messages.range(next..).filter(|(_, m)| filter.is_none_or(|filter| matches(filter, &m.subject)));
             let Some((seq, message)) = waiting.next() else { return };
             let seq = *seq;
             let pending = waiting.count();

@@ -71,8 +71,32 @@ impl Scene {
                 return Some(format!("told without a cause: {event}"));
             }
         }
+        for kind in ["source-reset", "target-reset"] {
+            let told = history.events(kind).count();
+            if told == 0 && history.due.contains(&kind) {
+                return Some(format!("a {kind} was never told"));
+            }
+            // Who is killed before it saved what it told tells it again.
+            if told > 1 && !self.told_again() {
+                return Some(format!("a {kind} was told {told} times"));
+            }
+        }
+        if let Some(seq) = history.left_out_untold() {
+            return Some(format!("that {seq} was left out was never told"));
+        }
         drop(history);
         self.gaps_told_wrong()
+    }
+
+    /// Whether the same may be told more than once: by two processes, or when what follows from it was not saved.
+    fn told_again(&self) -> bool {
+        let unsaved = |fault| {
+            matches!(
+                fault,
+                Fault::Crash(..) | Fault::CrashAt(..) | Fault::Trouble(_) | Fault::Pause(_) | Fault::PutBack
+            )
+        };
+        self.plan.second.is_some() || self.plan.has(unsaved)
     }
 
     /// What the source removed before it was copied is counted and told, and told once unless the one who told it was
@@ -97,11 +121,7 @@ impl Scene {
         if told != gone {
             return Some(format!("{gone:?} were lost at the source, {told:?} were told"));
         }
-        let again = self.plan.second.is_some()
-            || self.plan.has(|fault| {
-                matches!(fault, Fault::Crash(..) | Fault::CrashAt(..) | Fault::Trouble(_) | Fault::Pause(_))
-            });
-        let right = if again { count >= gone.len() as u64 } else { count == gone.len() as u64 };
+        let right = if self.told_again() { count >= gone.len() as u64 } else { count == gone.len() as u64 };
         (!right).then(|| format!("{} were lost at the source, {count} were told", gone.len()))
     }
 }
@@ -132,7 +152,13 @@ impl Plan {
             Fault::HalfOpen(Side::Source, Way::To) => 43,
             Fault::HalfOpen(..) => 15,
             // An ack that never comes: nothing moves for 30 s. In a batch, the end is asked for for 10 s.
-            Fault::Lose(Side::Target, _) => if self.batched { 10 } else { 30 },
+            Fault::Lose(Side::Target, _) => {
+                if self.batched {
+                    10
+                } else {
+                    30
+                }
+            }
             // A silent consumer.
             Fault::Restart(..) | Fault::SourceAnew | Fault::SourceForgets(_) | Fault::Lose(Side::Source, _) => 13,
             _ => 0,
@@ -145,7 +171,13 @@ impl Plan {
             Fault::Trouble(_) => 10,
             Fault::Slow(..) | Fault::Leaderless(..) | Fault::Freeze(..) => 8,
             Fault::Stop(..) => 5,
-            _ => if self.poison == Some(Poison::Noticed) { 1 } else { 0 },
+            _ => {
+                if self.poison == Some(Poison::Noticed) {
+                    1
+                } else {
+                    0
+                }
+            }
         }
     }
 }

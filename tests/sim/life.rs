@@ -165,7 +165,8 @@ impl Scene {
         let Some(from) = record.source.map(|source| source.seq) else { return Ok(()) };
         let seq = if back { from.saturating_sub(by) } else { from + by };
         let network = self.network(&Arc::default());
-        let located = locate(&network, &self.replication(), At::Behind(seq)).await.map_err(|error| error.to_string())?;
+        let located =
+            locate(&network, &self.replication(), At::Behind(seq)).await.map_err(|error| error.to_string())?;
         let Located::At(place) = located else { return Ok(()) };
         for _ in 0..20 {
             let Ok((record, revision)) = store.read(ID).await else { continue };

@@ -228,7 +228,10 @@ impl Scene {
                 while self.running.load(Ordering::Relaxed) > 0 && Instant::now() < end {
                     sleep(Duration::from_millis(100)).await;
                 }
-                if let Err(error) = self.move_position(by, back).await {
+                // As the service does: while one runs, or is stopped in the middle, nothing is moved.
+                if self.running.load(Ordering::Relaxed) == 0
+                    && let Err(error) = self.move_position(by, back).await
+                {
                     self.ends.lock().expect("ends").push(format!("not moved: {error}"));
                 }
                 self.paused.set(false);
@@ -237,7 +240,8 @@ impl Scene {
             Fault::TargetForgets(_) | Fault::TargetDeleted => self.target_loses(fault),
             Fault::SourceForgets(_) | Fault::SourceAnew => self.source_changes(fault),
             Fault::Purge(count) => {
-                self.purged_behind_start.store(self.record().is_some_and(|r| !r["source"].is_null()), Ordering::Relaxed);
+                self.purged_behind_start
+                    .store(self.record().is_some_and(|r| !r["source"].is_null()), Ordering::Relaxed);
                 let first = self.source.with("S", |stream| {
                     stream.purge_below(stream.first + count);
                     stream.first

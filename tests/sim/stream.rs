@@ -146,7 +146,8 @@ impl Stream {
     pub fn restart(&mut self, now_ns: i64) {
         let window_ns = self.config.window_ns;
         let young = self.messages.iter().filter(|(_, message)| now_ns - message.time_ns < window_ns);
-        let ids = young.filter_map(|(seq, message)| Some((value(&message.header, "Nats-Msg-Id")?, (*seq, message.time_ns))));
+        let ids =
+            young.filter_map(|(seq, message)| Some((value(&message.header, "Nats-Msg-Id")?, (*seq, message.time_ns))));
         self.ids = ids.collect();
     }
 
