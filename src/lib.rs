@@ -9,13 +9,14 @@
 //! | face | [`control`], [`http`] | how the outside asks |
 //! | work | [`supervisor`], [`preflight`], [`copy`], [`events`] | what runs: desired set against running set, one copy |
 //! | world | [`store`], [`nats`] | the only I/O: buckets and connections |
-//! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`] | no sockets, no clock |
+//! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`], [`chance`] | no sockets |
 //!
 //! One message's way: `copy::reader` -> `copy::decide` -> `copy::writer` -> `copy::window` ->
 //! `copy::progress`. Start reading at [`copy::run`].
 
 pub mod app;
 pub mod backoff;
+pub mod chance;
 pub mod cli;
 pub mod config;
 pub mod control;

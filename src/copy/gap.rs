@@ -36,6 +36,13 @@ impl Gaps {
         due
     }
 
+    /// What a run left unexplained, for the next one, which goes on behind `position` and tells by itself what lies in
+    /// `told`: only jumps that it will not see again are left.
+    pub fn left_over(&mut self, position: u64, told: impl Fn(u64) -> bool) {
+        self.jumps.retain(|(from, to)| *to <= position && !told(*from));
+        self.asked = None;
+    }
+
     /// The first sequence of the stream is known: returns the losses, first and last sequence of each.
     pub fn first_is(&mut self, first: u64) -> Vec<(u64, u64)> {
         let lost = self.jumps.iter().filter(|(from, _)| *from < first).map(|(from, to)| (*from, (*to).min(first - 1)));
@@ -65,5 +72,15 @@ mod tests {
         gaps.jumped(50, 51);
         assert!(gaps.ask(now + ASK_EVERY));
         assert_eq!(gaps.first_is(25), []);
+    }
+
+    #[test]
+    fn what_the_next_run_does_not_see_again_is_left_for_it() {
+        let mut gaps = Gaps::default();
+        gaps.jumped(5, 9);
+        gaps.jumped(20, 29);
+        gaps.jumped(40, 44);
+        gaps.left_over(30, |seq| seq == 5);
+        assert_eq!(gaps.first_is(100), [(20, 29)]);
     }
 }

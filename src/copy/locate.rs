@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::{Error, ErrorKind, window::SourcePoint};
 use crate::{
+    chance,
     config::Replication,
     names,
     nats::{
@@ -77,7 +78,7 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, at: At) -> Resul
 
 /// The sequence before the first message stored at or after a time: the server knows, a consumer asks it.
 pub(super) async fn before_time(lane: &mut Lane, stream: &str, time: DateTime<Utc>) -> Result<u64, nats::Error> {
-    let name = format!("sr_{}", nuid::next());
+    let name = format!("sr_{}", chance::name());
     let config = json!({
         "name": name,
         "deliver_policy": "by_start_time",

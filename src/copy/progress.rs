@@ -12,7 +12,7 @@ use tokio::{
     time::{Duration, Instant},
 };
 
-use super::{Error, ErrorKind, window::Window};
+use super::{Error, ErrorKind, gap::Gaps, window::Window};
 use crate::{
     status::{Row, TargetMode},
     store::{Claim, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness},
@@ -38,6 +38,8 @@ pub struct Ledger {
     chain_breaks: VecDeque<Instant>,
     /// Last sequence of the target when the run that was lent this began.
     begun_at: Option<u64>,
+    /// Jumps in the source's sequences that the run before could not explain in its time.
+    pub(super) gaps: Gaps,
     /// Source sequence in the record as last saved.
     saved: watch::Sender<u64>,
 }
@@ -62,6 +64,7 @@ impl Ledger {
             last_save: None,
             chain_breaks: VecDeque::new(),
             begun_at: None,
+            gaps: Gaps::default(),
             saved,
         }
     }

@@ -8,10 +8,13 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::budget::{Budget, PIECE_MIN, Reservation};
-use crate::nats::{
-    Batch, Error, Lane, Message, headers,
-    jetstream::{Api, Delivery, is_delivery, parse_delivery},
-    parser::number,
+use crate::{
+    chance,
+    nats::{
+        Batch, Error, Lane, Message, headers,
+        jetstream::{Api, Delivery, is_delivery, parse_delivery},
+        parser::number,
+    },
 };
 
 /// The server says that it is there this often while it has nothing to deliver.
@@ -150,7 +153,7 @@ impl Range<'_> {
 
 /// A name for a consumer of our own.
 pub(super) fn consumer_name() -> String {
-    format!("sr_{}", nuid::next())
+    format!("sr_{}", chance::name())
 }
 
 impl Reader {

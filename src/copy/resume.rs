@@ -12,6 +12,7 @@ use super::{
     window::{SourcePoint, TargetPoint},
 };
 use crate::{
+    chance,
     config::{Limits, Mapping, Replication, Start},
     events::Event,
     nats::{
@@ -120,6 +121,11 @@ impl Already {
             self.stored.retain(|known, _| known.0 > seq);
         }
         known
+    }
+
+    /// Whether all that wait lie behind a target sequence.
+    pub fn all_behind(&self, target_seq: u64) -> bool {
+        self.stored.values().all(|waiting| *waiting > target_seq)
     }
 
     /// How many lie in a range of source sequences.
@@ -240,6 +246,11 @@ impl Sides<'_> {
                 let replaced = self.keeps() > 0 && self.target.state.last_seq > target.seq;
                 if newer || replaced || self.target.flag("allow_msg_ttl") {
                     return Ok(resume);
+                }
+                // What an older run had in the air may have arrived, and replaced it, since the stream was asked for.
+                let now = Api::new(self.target_lane).stream_info(&self.replication.target.stream).await?;
+                if self.keeps() > 0 && now.is_some_and(|now| now.state.last_seq > self.target.state.last_seq) {
+                    return Err(Error::retry("the target stored messages while it was looked at"));
                 }
                 let reason = format!("nothing lies at the saved sequence {}", target.seq);
                 self.target_lost(saved, reason).await
@@ -458,7 +469,7 @@ impl Sides<'_> {
             Start::Time(time) => self.before_time(*time).await?,
             Start::Delta(delta) => {
                 let delta = chrono::Duration::from_std(*delta).unwrap_or(chrono::Duration::MAX);
-                let time = Utc::now().checked_sub_signed(delta).unwrap_or(chrono::DateTime::UNIX_EPOCH);
+                let time = chance::now().checked_sub_signed(delta).unwrap_or(chrono::DateTime::UNIX_EPOCH);
                 self.before_time(time).await?
             }
         };
@@ -700,6 +711,7 @@ mod tests {
         let stored = vec![ours(5, 50, 1, None), ours(5, 500, 7, None), ours(7, 70, 2, None), ours(9, 90, 3, None)];
         let mut already = Already::new(stored, 0);
         assert_eq!((already.len(), already.within(1, 8)), (4, 2));
+        assert!(already.all_behind(0) && !already.all_behind(1));
         assert_eq!(take(&mut already, 4, 40, "a"), None);
         assert_eq!(take(&mut already, 5, 500, "a"), Some(Known::Stored(7)));
         assert_eq!(take(&mut already, 6, 60, "a"), None);

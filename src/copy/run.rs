@@ -2,7 +2,6 @@
 
 use std::{future::poll_fn, sync::Arc};
 
-use chrono::Utc;
 use tokio::{
     sync::watch,
     time::{Duration, Instant, sleep_until},
@@ -29,6 +28,7 @@ use super::{
     writer::{Supply, TOO_LARGE, Writer},
 };
 use crate::{
+    chance,
     config::{OnReject, Replication},
     events::{Event, Events, PoisonAction, Step},
     names,
@@ -225,6 +225,7 @@ impl<'a> Run<'a> {
 
     /// Tells where the run goes on and what was found on the way there.
     fn resumed(&mut self, resume: Resume, ledger: &mut Ledger) {
+        self.explain(std::mem::take(&mut ledger.gaps), &resume);
         for event in resume.findings {
             if matches!(event, Event::TargetShared { .. }) {
                 ledger.chain_explained();
@@ -242,6 +243,19 @@ impl<'a> Run<'a> {
         );
         self.already = resume.already;
         self.window.keep_target(!self.already.is_empty());
+    }
+
+    /// Tells what the run before could not: it ended before the source had answered.
+    fn explain(&mut self, mut gaps: Gaps, resume: &Resume) {
+        if resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. })) {
+            return;
+        }
+        let told =
+            |seq| matches!(resume.findings.last(), Some(Event::Gap { from, to, .. }) if (*from..=*to).contains(&seq));
+        gaps.left_over(resume.position.seq, told);
+        for (from, to) in gaps.first_is(self.told_first) {
+            self.found(Event::Gap { from, to, messages: to - from + 1 });
+        }
     }
 
     fn found(&mut self, event: Event) {
@@ -270,6 +284,7 @@ impl<'a> Run<'a> {
     /// Copies until the stop or an error; the position is saved at the end of both.
     pub async fn copy(mut self, ledger: &mut Ledger, stop: CancellationToken) -> Result<(), Error> {
         let result = self.copy_loop(ledger, &stop).await;
+        ledger.gaps = std::mem::take(&mut self.gaps);
         self.settle();
         self.tell_rejected(true);
         self.tell(State::Running);
@@ -372,7 +387,7 @@ impl<'a> Run<'a> {
         if self.ending.is_some() {
             return Ok(());
         }
-        let now_ns = Utc::now().timestamp_nanos_opt().unwrap_or(i64::MAX);
+        let now_ns = chance::now().timestamp_nanos_opt().unwrap_or(i64::MAX);
         let read_at = now.duration_since(self.began).as_micros() as u64;
         let writable = self.target.output().len() < OUTPUT_LOW && self.source.output().len() < OUTPUT_HIGH;
         let mut incomplete = None;
@@ -411,7 +426,13 @@ impl<'a> Run<'a> {
                     self.moved = now;
                     self.skipped = Some(seq);
                 }
-                Some(Known::Stored(target_seq)) => self.window.stored_before(source, target_seq),
+                Some(Known::Stored(target_seq)) => {
+                    // A position without any place at the target could not tell that the target lost all of it.
+                    let first = self.window.target().is_none() && self.already.all_behind(target_seq);
+                    self.window.keep_target(!first && !self.already.is_empty());
+                    self.window.stored_before(source, target_seq);
+                    self.window.keep_target(!self.already.is_empty());
+                }
                 Some(Known::Replaced) => self.window.skip(source),
                 None => match self.rules.decide(subject, time_ns, incoming.message.header, now_ns) {
                     Decision::Skip(reason) => {
@@ -725,7 +746,7 @@ impl<'a> Run<'a> {
         let (letters, letter_bytes, letter) = self.rejects.in_flight();
         let oldest = self.window.oldest().or(letter).and_then(|point| point.time_ns);
         let oldest = oldest.or(self.reader.oldest_time_ns());
-        let now_ns = Utc::now().timestamp_nanos_opt().unwrap_or_default();
+        let now_ns = chance::now().timestamp_nanos_opt().unwrap_or_default();
         copy.lag = Lag {
             messages: self.reader.pending() + (self.window.len() + letters) as u64,
             seconds: oldest.map_or(0.0, |time| now_ns.saturating_sub(time).max(0) as f64 / 1e9),

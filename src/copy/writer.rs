@@ -17,6 +17,7 @@ use super::{
     window::{SourcePoint, Token, Window, WindowError},
 };
 use crate::{
+    chance,
     config::{Limits, Replication},
     nats::{
         ApiError, Error, ErrorKind, Lane, Message,
@@ -169,7 +170,7 @@ impl Writer {
         let mode = match abilities.transport {
             // The server knows batches by this id alone, not by the inbox: those of other writers, and of our own
             // runs before this one, must not have the same.
-            Transport::FastIngest => Mode::FastIngest { batch: None, next_id: rand::random::<u64>() >> 1 },
+            Transport::FastIngest => Mode::FastIngest { batch: None, next_id: chance::random() >> 1 },
             Transport::Pipelined => Mode::Pipelined { sent: 0, refused: None, for_good: Vec::new() },
         };
         let mut writer = Self {

@@ -32,7 +32,10 @@ use super::{
     tls::client_config,
     websocket::WebSocket,
 };
-use crate::config::{Connection, Endpoint, Host, Place, Scheme};
+use crate::{
+    chance,
+    config::{Connection, Endpoint, Host, Place, Scheme},
+};
 
 /// Smallest and largest piece read at once. A lane that is busy reads large, an idle one holds little memory.
 const READ_MIN: usize = 4 * 1024;
@@ -271,7 +274,7 @@ impl Lane {
             pongs: 0,
             output: BytesMut::new(),
             unflushed: false,
-            inbox: format!("{}.{}", connection.inbox_prefix, nuid::next()),
+            inbox: format!("{}.{}", connection.inbox_prefix, chance::name()),
             api_prefix: connection.api_prefix.clone(),
             next_sid: 1,
             next_request: 0,

@@ -11,7 +11,10 @@ use super::{
     buckets::Error,
     watch::Change,
 };
-use crate::status::{Row, State, TargetMode};
+use crate::{
+    chance,
+    status::{Row, State, TargetMode},
+};
 
 /// Value of a replication's key in the positions bucket. Readable JSON; fields that this version does not
 /// know are kept.
@@ -252,7 +255,7 @@ impl PositionRecord {
 
     /// The record with another holder and a greater epoch: every save of an older holder is refused.
     fn taken_by(self, holder: &str) -> Self {
-        Self { epoch: self.epoch + 1, holder: holder.to_owned(), nonce: u64::from(rand::random::<u32>()), ..self }
+        Self { epoch: self.epoch + 1, holder: holder.to_owned(), nonce: chance::random() >> 32, ..self }
     }
 
     /// Whoever claims it is not paused.

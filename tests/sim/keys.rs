@@ -64,11 +64,20 @@ impl Keys {
         state.keys.insert(key.to_owned(), Stored { revision, value: Some(value) });
     }
 
+    /// Somebody deletes a key.
+    pub fn lose(&self, key: &str) {
+        let mut state = self.state.lock().expect("keys");
+        state.revision += 1;
+        let revision = state.revision;
+        state.keys.insert(key.to_owned(), Stored { revision, value: None });
+    }
+
     fn apply(&self, key: &str, value: Bytes, expected: u64) -> Result<u64, PutError> {
         let mut state = self.state.lock().expect("keys");
         if state.keys.get(key).map_or(0, |stored| stored.revision) != expected {
             return Err(PutError::Conflict);
         }
+        self.world.note("keys", &value);
         (self.witness)(&value);
         state.revision += 1;
         let revision = state.revision;

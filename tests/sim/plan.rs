@@ -4,14 +4,24 @@ use tokio::time::Duration;
 
 use super::world::World;
 
-/// Faults come within this time; then everything has to become right by itself.
-pub const STORMY: Duration = Duration::from_secs(30);
-
 #[derive(Debug, Clone)]
 pub struct Plan {
+    /// Faults come within this time; then everything has to become right by itself.
+    pub stormy: Duration,
     /// Whether the target takes fast-ingest batches.
     pub batched: bool,
     pub in_flight: usize,
+    /// How long the target remembers message ids.
+    pub window: Duration,
+    /// Only these subjects are copied.
+    pub filter: Option<String>,
+    /// Older messages are skipped.
+    pub max_age: Option<Duration>,
+    /// So many messages are kept per subject: at the target, and at the source.
+    pub keeps: Option<usize>,
+    pub source_keeps: Option<usize>,
+    /// Some messages are larger than the target takes: who finds out.
+    pub poison: Option<Poison>,
     /// Source messages: when, and how many at once.
     pub bursts: Vec<(Duration, u64)>,
     /// When a second process begins to copy the same, if one does.
@@ -21,9 +31,35 @@ pub struct Plan {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Poison {
+    /// The server, when it is sent.
+    Refused,
+    /// The writer, before it is sent.
+    Noticed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     Source,
     Target,
+}
+
+/// Which way bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// To the server.
+    To,
+    /// From the server.
+    From,
+}
+
+/// Where a process ends that is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// After it was polled so often.
+    Polls(u64),
+    /// After it sent so many bytes to the target.
+    Bytes(u64),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,14 +72,30 @@ pub enum Fault {
     Restart(Side, Duration),
     /// The stream of a side has no leader for a while.
     Leaderless(Side, Duration),
-    /// The copying process is killed, wherever it stands, and starts again.
-    Crash(Duration),
+    /// Of what goes to subscribers, the next but so many is lost, as for a slow consumer.
+    Lose(Side, u64),
+    /// The same comes twice.
+    Twice(Side, u64),
+    /// Connections that are open are dead in one direction and nobody is told; new ones are not.
+    HalfOpen(Side, Way),
+    /// Bytes of the connections that are open take so much longer in one direction.
+    Slow(Side, Way, Duration),
+    /// A copying process is killed, wherever it stands, and starts again.
+    Crash(usize, Duration),
+    /// The same, at an exact step.
+    CrashAt(usize, Step, Duration),
+    /// A copying process is stopped and goes on: its timers jump.
+    Stop(usize, Duration),
     /// The source's consumers of now deliver nothing more, though they give signs of life.
     Mute,
     /// The bucket loses answers, and writes arrive late.
     Trouble(Duration),
-    /// The servers' wall clock is set, forward or back.
+    /// The wall clock is set, forward or back.
     Clock { by: Duration, back: bool },
+    /// The replication is paused and goes on.
+    Pause(Duration),
+    /// The target is full for a while.
+    Full(Duration),
     /// Somebody else writes so many messages into the target.
     Foreign(u64),
     /// The target restarts without its last messages.
@@ -58,12 +110,27 @@ pub enum Fault {
     Purge(u64),
     /// The bucket is put back to what it held a while ago.
     PutBack,
+    /// The position record is deleted.
+    RecordLost,
+    /// The replication is paused and its position moved by so many sequences.
+    Move { by: u64, back: bool },
+}
+
+impl Fault {
+    /// Whether the target loses what it had stored.
+    pub fn target_loses(self) -> bool {
+        matches!(self, Self::TargetForgets(_) | Self::TargetDeleted)
+    }
+
+    /// Whether the source becomes another stream.
+    pub fn source_changes(self) -> bool {
+        matches!(self, Self::SourceForgets(_) | Self::SourceAnew)
+    }
 }
 
 impl Plan {
     pub fn draw(world: &World) -> Self {
-        let batched = world.once_in(2);
-        let stormy = STORMY.as_millis() as u64;
+        let stormy = if world.once_in(8) { 200_000 } else { 30_000 };
         let mut bursts: Vec<_> =
             (0..world.between(1, 5)).map(|_| (world.millis(0, stormy), world.between(1, 150))).collect();
         bursts.sort_unstable();
@@ -75,46 +142,92 @@ impl Plan {
             let burst = world.between(0, bursts.len() as u64 - 1) as usize;
             bursts[burst].0 + world.millis(0, 1_500)
         };
+        let second = world.once_in(4).then(at);
+        let processes = 1 + usize::from(second.is_some());
         let mut faults = Vec::new();
         for _ in 0..world.between(0, 8) {
-            faults.push((at(), Self::ordinary(world)));
+            faults.push((at(), Self::ordinary(world, processes)));
         }
         // At most one fault that loses data or changes what the streams are.
         if world.once_in(2) {
             let count = world.between(1, 40);
-            let fault = match world.between(1, 7) {
+            let fault = match world.between(1, 9) {
                 1 => Fault::Foreign(count),
                 2 => Fault::TargetForgets(count),
                 3 => Fault::TargetDeleted,
                 4 => Fault::SourceForgets(count),
                 5 => Fault::SourceAnew,
                 6 => Fault::Purge(count),
-                _ => Fault::PutBack,
+                7 => Fault::PutBack,
+                8 => Fault::RecordLost,
+                _ => Fault::Move { by: count, back: world.once_in(2) },
             };
             faults.push((at(), fault));
         }
         faults.sort_by_key(|(at, _)| *at);
-        let second = world.once_in(4).then(at);
-        Self { batched, in_flight: world.between(1, 64) as usize, bursts, second, faults }
+        let keeps = world.once_in(8).then(|| world.between(1, 3) as usize);
+        Self {
+            stormy: Duration::from_millis(stormy),
+            batched: world.once_in(2),
+            in_flight: world.between(1, 64) as usize,
+            window: Duration::from_secs([120, 120, 20, 3][world.between(0, 3) as usize]),
+            filter: world.once_in(6).then(|| ["s.1", "s.*", "s.>", "s.none"][world.between(0, 3) as usize].to_owned()),
+            max_age: world.once_in(8).then(|| world.millis(2_000, 20_000)),
+            keeps,
+            // Of two holders at once, the slower one could send what the source has not got any more behind what the
+            // other read later: pipelined, no id stops that.
+            source_keeps: keeps.filter(|_| second.is_none() && world.once_in(2)),
+            poison: match world.between(1, 12) {
+                1 => Some(Poison::Refused),
+                2 => Some(Poison::Noticed),
+                _ => None,
+            },
+            bursts,
+            second,
+            faults,
+        }
     }
 
-    fn ordinary(world: &World) -> Fault {
+    fn ordinary(world: &World, processes: usize) -> Fault {
         let side = if world.once_in(2) { Side::Source } else { Side::Target };
+        let way = if world.once_in(2) { Way::To } else { Way::From };
+        let who = world.between(1, processes as u64) as usize - 1;
         let short = world.millis(1, 3_000);
         let long = world.millis(1, 20_000);
-        match world.between(1, 10) {
+        let time = if world.once_in(3) { long } else { short };
+        match world.between(1, 21) {
             1 => Fault::Cut(side),
-            2 => Fault::Freeze(side, if world.once_in(3) { long } else { short }),
+            2 => Fault::Freeze(side, time),
             3 => Fault::Restart(side, short),
             4 => Fault::Leaderless(side, short),
-            5..=7 => Fault::Crash(short),
-            8 => Fault::Clock { by: world.millis(1, 3_600_000), back: world.once_in(2) },
-            9 => Fault::Mute,
+            5 => Fault::Lose(side, world.between(0, 60)),
+            6 => Fault::Twice(side, world.between(0, 60)),
+            7 => Fault::HalfOpen(side, way),
+            8 | 9 => Fault::Slow(side, way, world.millis(1, 8_000)),
+            10 | 11 => Fault::Crash(who, short),
+            12 | 13 => Fault::CrashAt(who, Step::Polls(world.between(1, 400)), short),
+            14 | 15 => Fault::CrashAt(who, Step::Bytes(world.between(1, 20_000)), short),
+            16 => Fault::Stop(who, time),
+            17 => Fault::Clock { by: world.millis(1, 3_600_000), back: world.once_in(2) },
+            18 => Fault::Pause(short),
+            19 => Fault::Full(time),
+            20 => Fault::Mute,
             _ => Fault::Trouble(long),
         }
     }
 
     pub fn has(&self, wanted: impl Fn(Fault) -> bool) -> bool {
         self.faults.iter().any(|(_, fault)| wanted(*fault))
+    }
+
+    /// How long the messages of a fault are told before the fault is known: until then a record may speak of what was.
+    /// Connections break with the fault, a last save may take 3 s and arrive after 6 s more, and a process that is
+    /// stopped meanwhile saves later.
+    pub fn grace(&self) -> Duration {
+        let stops = self.faults.iter().map(|(_, fault)| match fault {
+            Fault::Stop(_, time) => *time,
+            _ => Duration::ZERO,
+        });
+        Duration::from_secs(15) + stops.sum::<Duration>()
     }
 }

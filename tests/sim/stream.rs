@@ -4,9 +4,6 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde_json::{Value, json};
 
-/// As the stream tells it.
-const DUPLICATE_WINDOW_NS: i64 = 120_000_000_000;
-
 /// A stored message.
 #[derive(Debug, Clone)]
 pub struct Stored {
@@ -31,29 +28,58 @@ pub struct Refusal {
 }
 
 impl Refusal {
+    pub fn new(err_code: u32, description: impl Into<String>) -> Self {
+        Self { err_code, description: description.into() }
+    }
+
     pub fn json(&self) -> Value {
         json!({"code": 400, "err_code": self.err_code, "description": self.description})
     }
+}
+
+/// What a stream is made with.
+#[derive(Debug, Clone, Copy)]
+pub struct Config {
+    pub batched: bool,
+    /// How long message ids are remembered, by the wall clock.
+    pub window_ns: i64,
+    /// So many are kept of each subject, the newest.
+    pub per_subject: Option<usize>,
+    /// Larger payloads are refused.
+    pub max_size: Option<usize>,
 }
 
 #[derive(Debug)]
 pub struct Stream {
     pub name: String,
     pub created: String,
-    pub batched: bool,
+    pub config: Config,
+    /// Full with so many: more are refused.
+    pub max_messages: Option<usize>,
     pub messages: BTreeMap<u64, Stored>,
     pub first: u64,
     pub last: u64,
-    /// Never forgotten: no run lasts as long as the duplicate window.
-    ids: HashMap<String, u64>,
+    /// Sequence and time of the message that bore the id.
+    ids: HashMap<String, (u64, i64)>,
 }
 
+/// What this target does not take, as servers of some version do not.
+const REFUSED: [(&str, u32); 6] = [
+    ("Nats-TTL", 10166),
+    ("Nats-Rollup", 10111),
+    ("Nats-Stream-Source", 10227),
+    ("Nats-Batch-Id", 10188),
+    ("Nats-Schedule-Next", 10212),
+    ("Nats-Incr", 10168),
+];
+
 impl Stream {
-    pub fn new(name: &str, batched: bool, now_ns: i64) -> Self {
+    pub fn new(name: &str, config: Config, now_ns: i64) -> Self {
         Self {
             name: name.to_owned(),
             created: chrono::DateTime::from_timestamp_nanos(now_ns).to_rfc3339(),
-            batched,
+            config,
+            max_messages: None,
             messages: BTreeMap::new(),
             first: 1,
             last: 0,
@@ -68,47 +94,86 @@ impl Stream {
 
     /// What the server checks before it stores, in its order.
     pub fn publish(&mut self, subject: &str, header: &[u8], payload: &[u8], now_ns: i64) -> Result<Ack, Refusal> {
-        let refuse = |err_code, description: String| Err(Refusal { err_code, description });
+        let refuse = |err_code, description: &str| Err(Refusal::new(err_code, description));
+        if let Some((name, code)) = REFUSED.iter().find(|(name, _)| value(header, name).is_some()) {
+            return refuse(*code, &format!("{name} is not taken"));
+        }
         if value(header, "Nats-Expected-Stream").is_some_and(|expected| expected != self.name) {
-            return refuse(10060, "expected stream does not match".into());
+            return refuse(10060, "expected stream does not match");
         }
         let id = value(header, "Nats-Msg-Id");
-        if let Some(seq) = id.as_ref().and_then(|id| self.ids.get(id)) {
-            return Ok(Ack { seq: *seq, duplicate: true });
+        if let Some(id) = &id
+            && let Some((seq, time_ns)) = self.ids.get(id)
+        {
+            if now_ns - time_ns < self.config.window_ns {
+                return Ok(Ack { seq: *seq, duplicate: true });
+            }
+            self.ids.remove(id);
         }
         let expected = value(header, "Nats-Expected-Last-Sequence").and_then(|text| text.parse::<u64>().ok());
         if expected.is_some_and(|expected| expected != self.last) {
-            return refuse(10071, format!("wrong last sequence: {}", self.last));
+            return refuse(10071, &format!("wrong last sequence: {}", self.last));
         }
-        self.last += 1;
+        if self.config.max_size.is_some_and(|max| payload.len() > max) {
+            return refuse(10054, "message size exceeds maximum allowed");
+        }
+        if self.max_messages.is_some_and(|max| self.messages.len() >= max) {
+            return refuse(10077, "maximum messages exceeded");
+        }
         if let Some(id) = id {
-            self.ids.insert(id, self.last);
+            self.ids.insert(id, (self.last + 1, now_ns));
         }
-        let (header, payload) = (header.to_vec(), payload.to_vec());
-        self.messages.insert(self.last, Stored { subject: subject.to_owned(), header, payload, time_ns: now_ns });
-        Ok(Ack { seq: self.last, duplicate: false })
+        Ok(Ack { seq: self.store(subject, header, payload, now_ns), duplicate: false })
     }
 
-    /// The end of the stream is lost, as after a power cut: the same sequences are given again.
-    pub fn lose_end(&mut self, count: u64) {
+    /// Stores without a check.
+    pub fn store(&mut self, subject: &str, header: &[u8], payload: &[u8], now_ns: i64) -> u64 {
+        self.last += 1;
+        let (header, payload) = (header.to_vec(), payload.to_vec());
+        self.messages.insert(self.last, Stored { subject: subject.to_owned(), header, payload, time_ns: now_ns });
+        if let Some(keep) = self.config.per_subject {
+            let same: Vec<u64> =
+                self.messages.iter().filter(|(_, kept)| kept.subject == subject).map(|(seq, _)| *seq).collect();
+            for seq in &same[..same.len().saturating_sub(keep)] {
+                self.messages.remove(seq);
+            }
+        }
+        self.first = self.messages.keys().next().copied().unwrap_or(self.last + 1);
+        self.last
+    }
+
+    /// The server started again: ids are found in what is stored, as far as they are younger than the window.
+    pub fn restart(&mut self, now_ns: i64) {
+        let window_ns = self.config.window_ns;
+        let young = self.messages.iter().filter(|(_, message)| now_ns - message.time_ns < window_ns);
+        let ids =
+            young.filter_map(|(seq, message)| Some((value(&message.header, "Nats-Msg-Id")?, (*seq, message.time_ns))));
+        self.ids = ids.collect();
+    }
+
+    /// The end of the stream is lost, as after a power cut: the same sequences are given again. Returns the last that
+    /// is left.
+    pub fn lose_end(&mut self, count: u64) -> u64 {
         let keep = self.last.saturating_sub(count).max(self.first - 1);
         self.messages.split_off(&(keep + 1));
         self.last = keep;
-        self.ids.retain(|_, seq| *seq <= keep);
+        self.first = self.messages.keys().next().copied().unwrap_or(keep + 1);
+        keep
     }
 
     /// Removes everything below a sequence.
     pub fn purge_below(&mut self, seq: u64) {
-        self.first = seq.clamp(self.first, self.last + 1);
-        self.messages = self.messages.split_off(&self.first);
+        self.messages = self.messages.split_off(&seq.min(self.last + 1));
+        self.first = self.messages.keys().next().copied().unwrap_or(self.last + 1);
     }
 
     pub fn info(&self) -> Value {
         json!({
             "config": {
                 "name": self.name, "subjects": [format!("{}.>", self.name.to_lowercase())], "retention": "limits",
-                "storage": "file", "num_replicas": 1, "duplicate_window": DUPLICATE_WINDOW_NS,
-                "allow_batched": self.batched, "metadata": {"_nats.level": "4"},
+                "storage": "file", "num_replicas": 1, "duplicate_window": self.config.window_ns,
+                "allow_batched": self.config.batched, "metadata": {"_nats.level": "4"},
+                "max_msgs_per_subject": self.config.per_subject.map_or(-1, |keep| keep as i64),
             },
             "created": self.created,
             "state": {"messages": self.messages.len(), "first_seq": self.first, "last_seq": self.last},
@@ -121,4 +186,16 @@ pub fn value(header: &[u8], name: &str) -> Option<String> {
     let text = std::str::from_utf8(header).ok()?;
     let line = text.split("\r\n").find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     Some(line.trim().to_owned())
+}
+
+/// Whether a filter takes a subject.
+pub fn matches(filter: &str, subject: &str) -> bool {
+    let (mut filter, mut subject) = (filter.split('.'), subject.split('.'));
+    loop {
+        match (filter.next(), subject.next()) {
+            (Some(">"), Some(_)) | (None, None) => return true,
+            (Some(one), Some(other)) if one == "*" || one == other => {}
+            _ => return false,
+        }
+    }
 }

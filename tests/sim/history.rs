@@ -1,0 +1,569 @@
+//! All that was ever sent and stored, and what may be said of it: every copy is judged in the moment in which the
+//! target stores it, every save in the moment in which it is written.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use serde_json::Value;
+use tokio::time::Duration;
+
+use super::{
+    plan::{Fault, Plan},
+    stream::{Ack, Stream, matches, value},
+    world::World,
+};
+
+const LEFT_OUT: &str = "left out by request";
+
+/// Sequence and stored time (ns).
+type Key = (u64, i64);
+
+/// A source message; its index is its number, in the order in which they were sent.
+#[derive(Debug)]
+pub struct Original {
+    pub seq: u64,
+    pub time_ns: i64,
+    pub subject: String,
+    pub payload: Vec<u8>,
+    /// Header lines that its copy has to have.
+    pub lines: String,
+    /// Streams that were cut or made anew are others from there on.
+    incarnation: u32,
+    /// Whether it is to be copied at all.
+    wanted: bool,
+    /// Need not be copied (any more), and why.
+    pub excused: Option<&'static str>,
+    /// When it was lost with the end of its stream, or with all of it.
+    cut: Option<Duration>,
+    purged: bool,
+    copies: Vec<usize>,
+    refused: bool,
+    /// Its message id, by generation.
+    ids: Vec<(usize, String)>,
+}
+
+/// A copy that the target stored.
+#[derive(Debug)]
+struct Copy {
+    target_seq: u64,
+    at: Duration,
+    opened: Duration,
+    generation: usize,
+    /// When the target lost it.
+    lost: Option<Duration>,
+    /// The target keeps so many per subject, and has newer ones.
+    replaced: bool,
+}
+
+impl Copy {
+    fn is_there(&self) -> bool {
+        self.lost.is_none() && !self.replaced
+    }
+}
+
+/// What comes to the target.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrival<'a> {
+    pub subject: &'a str,
+    pub header: &'a [u8],
+    pub payload: &'a [u8],
+    /// When its connection was opened.
+    pub opened: Duration,
+    pub batched: bool,
+}
+
+/// The record as it was saved last.
+#[derive(Debug, Default, Clone)]
+struct Saved {
+    epoch: u64,
+    holder: String,
+    source: Value,
+    target: Value,
+    resets: usize,
+}
+
+pub struct History {
+    world: World,
+    plan: Plan,
+    pub originals: Vec<Original>,
+    by_key: HashMap<Key, usize>,
+    /// What the source holds, by sequence.
+    held: BTreeMap<u64, usize>,
+    incarnation: u32,
+    copies: Vec<Copy>,
+    by_target: HashMap<u64, Vec<(usize, u64)>>,
+    ids: HashMap<String, usize>,
+    /// The newest that is stored, by incarnation and generation.
+    newest: HashMap<(u32, usize), usize>,
+    /// Moves of the position back: when, and behind which sequence.
+    moves: Vec<(Duration, u64)>,
+    saved: Saved,
+    /// The position went back, after so many resets were told: one more has to be told by now.
+    back: Option<(usize, String)>,
+    /// The next save may stand anywhere: people changed the record.
+    pub any_position: bool,
+    pub told: Vec<Value>,
+    /// Kinds of events that have to be told in the end.
+    pub due: Vec<&'static str>,
+    pub broken: Vec<String>,
+}
+
+impl History {
+    pub fn new(world: World, plan: Plan) -> Self {
+        Self {
+            world,
+            plan,
+            originals: Vec::new(),
+            by_key: HashMap::new(),
+            held: BTreeMap::new(),
+            incarnation: 0,
+            copies: Vec::new(),
+            by_target: HashMap::new(),
+            ids: HashMap::new(),
+            newest: HashMap::new(),
+            moves: Vec::new(),
+            saved: Saved::default(),
+            back: None,
+            any_position: false,
+            told: Vec::new(),
+            due: Vec::new(),
+            broken: Vec::new(),
+        }
+    }
+
+    fn breach(&mut self, what: String) {
+        let at = self.world.elapsed();
+        self.broken.push(format!("{at:?}: {what}"));
+    }
+
+    /// Somebody sent a message to the source. `lines` are what its copy has to have; `passed` if it came through this
+    /// replication before.
+    pub fn sent(&mut self, stream: &Stream, lines: &str, passed: bool) {
+        let seq = stream.last;
+        let message = &stream.messages[&seq];
+        let wanted = !passed && self.plan.filter.as_ref().is_none_or(|filter| matches(filter, &message.subject));
+        let number = self.originals.len();
+        self.originals.push(Original {
+            seq,
+            time_ns: message.time_ns,
+            subject: message.subject.clone(),
+            payload: message.payload.clone(),
+            lines: lines.to_owned(),
+            incarnation: self.incarnation,
+            wanted,
+            excused: None,
+            cut: None,
+            purged: false,
+            copies: Vec::new(),
+            refused: false,
+            ids: Vec::new(),
+        });
+        self.by_key.insert((seq, message.time_ns), number);
+        self.held.insert(seq, number);
+        if stream.config.per_subject.is_some() {
+            self.held.retain(|seq, _| stream.messages.contains_key(seq));
+        }
+    }
+
+    /// The source removed its oldest messages, as far as `first`.
+    pub fn purged(&mut self, first: u64) {
+        let kept = self.held.split_off(&first);
+        for number in std::mem::replace(&mut self.held, kept).into_values() {
+            self.originals[number].purged = true;
+        }
+    }
+
+    /// The source lost what lies behind a sequence.
+    pub fn cut(&mut self, keep: u64) {
+        let at = self.world.elapsed();
+        if self.saved.source["seq"].as_u64().is_some_and(|seq| seq > keep) {
+            self.due.push("source-reset");
+        }
+        for number in self.held.split_off(&(keep + 1)).into_values() {
+            self.originals[number].cut = Some(at);
+        }
+        // Those that went before count as well: their stream is another one.
+        if keep == 0 {
+            self.originals.iter_mut().for_each(|original| original.cut = original.cut.or(Some(at)));
+        }
+        self.incarnation += 1;
+    }
+
+    /// The target lost what lies behind a sequence.
+    pub fn lost(&mut self, keep: u64) {
+        let at = self.world.elapsed();
+        if self.saved.target["seq"].as_u64().is_some_and(|seq| seq > keep) {
+            self.due.push("target-reset");
+        }
+        for copy in self.copies.iter_mut().filter(|copy| copy.target_seq > keep && copy.lost.is_none()) {
+            copy.lost = Some(at);
+        }
+        self.newest.clear();
+        for (number, original) in self.originals.iter().enumerate() {
+            for copy in original.copies.iter().map(|copy| &self.copies[*copy]).filter(|copy| copy.lost.is_none()) {
+                let newest = self.newest.entry((original.incarnation, copy.generation)).or_default();
+                *newest = number.max(*newest);
+            }
+        }
+    }
+
+    /// The position was moved by request: `from` is where it stood.
+    pub fn moved(&mut self, from: u64, to: u64) {
+        if to < from {
+            self.moves.push((self.world.elapsed(), to));
+        }
+        for number in
+            self.held.range(..=to).filter(|(seq, _)| **seq > from).map(|(_, number)| *number).collect::<Vec<_>>()
+        {
+            let stored = self.is_stored(number, None);
+            if !stored {
+                self.originals[number].excused = Some("passed over by request");
+            }
+        }
+    }
+
+    /// A message is left out by request.
+    pub fn skipped(&mut self, seq: u64, time_ns: i64) {
+        match self.by_key.get(&(seq, time_ns)) {
+            // What is gone already is lost, whatever is asked for.
+            Some(number) if self.originals[*number].purged => {}
+            Some(number) => self.originals[*number].excused = Some(LEFT_OUT),
+            None => self.breach(format!("asked to leave out {seq} of {time_ns}, which never was")),
+        }
+    }
+
+    fn generation(&self, opened: Duration) -> usize {
+        self.moves.iter().filter(|(at, _)| *at <= opened).count()
+    }
+
+    /// The position record is gone, and its epoch with it.
+    pub fn record_lost(&mut self) {
+        self.saved = Saved::default();
+    }
+
+    /// Something came to the target, and this is what it did with it.
+    pub fn arrived(&mut self, arrival: Arrival<'_>, result: Option<Result<Ack, u32>>) {
+        let origin = arrival.header.rsplit(|byte| *byte == b'\n').find_map(|line| {
+            let line = std::str::from_utf8(line).ok()?.trim_end().strip_prefix("Choria-SR-Source: S ")?;
+            let words: Vec<&str> = line.split(' ').collect();
+            let [seq, "SITE", "SITE", time_ms] = words.as_slice() else { return None };
+            Some((seq.parse::<u64>().ok()?, time_ms.parse::<i64>().ok()?))
+        });
+        let found = origin.and_then(|(seq, time_ms)| {
+            // Streams made anew give the same sequences again.
+            self.originals.iter().rposition(|o| o.seq == seq && o.time_ns.div_euclid(1_000_000) == time_ms)
+        });
+        let Some(number) = found else {
+            let header = String::from_utf8_lossy(arrival.header).into_owned();
+            return self.breach(format!("nobody sent what came to the target: {header:?}"));
+        };
+        match result {
+            Some(Ok(ack)) if !ack.duplicate => self.stored(number, ack.seq, arrival),
+            Some(Ok(_)) => {}
+            None | Some(Err(_)) => self.originals[number].refused = true,
+        }
+    }
+
+    fn stored(&mut self, number: usize, target_seq: u64, arrival: Arrival<'_>) {
+        let at = self.world.elapsed();
+        let generation = self.generation(arrival.opened);
+        let chained = value(arrival.header, "Nats-Expected-Last-Sequence").is_some();
+        if let Err(what) = self.content(number, target_seq, generation, arrival) {
+            let header = String::from_utf8_lossy(arrival.header).into_owned();
+            let original = &self.originals[number];
+            let what =
+                format!("{what}: {header:?} of {:?} {:?} at {:?}", original.seq, original.lines, arrival.subject);
+            self.breach(what);
+        }
+        let original = &self.originals[number];
+        let seq = original.seq;
+        if !original.wanted {
+            self.breach(format!("{seq} was copied, which nobody asked for"));
+        }
+        let original = &self.originals[number];
+        let before: Vec<usize> = original.copies.iter().copied().filter(|copy| self.copies[*copy].is_there()).collect();
+        for copy in &before {
+            let copy = &self.copies[*copy];
+            // Copied again because people want it so.
+            if self.moves.iter().any(|(moved, to)| copy.opened <= *moved && *moved <= arrival.opened && *to < seq) {
+                continue;
+            }
+            // Of two runs, what the older one had in the air may come when the newer one has looked: then the ids have
+            // to drop it, as long as they are remembered. The chain refuses it always.
+            let late =
+                !chained && (arrival.opened < copy.opened || copy.opened < arrival.opened && copy.at >= arrival.opened);
+            if !late {
+                let what = format!(
+                    "{seq} is stored twice: at {} ({:?}, connection of {:?}) and at {target_seq} (connection of {:?})",
+                    copy.target_seq, copy.at, copy.opened, arrival.opened
+                );
+                return self.breach(what);
+            }
+        }
+        if let Some(newer) = self.newer_of_subject(number, (!chained).then_some(arrival.opened)) {
+            self.breach(format!("{seq} stands behind {newer} of its subject, which replaced it"));
+        }
+        let original = &self.originals[number];
+        let newest = self.newest.entry((original.incarnation, generation)).or_default();
+        let first = !original.copies.iter().any(|copy| self.copies[*copy].lost.is_none());
+        // The newer run does not send again, so that the ids cannot drop it, what is gone at the source or passed over.
+        let alone = !chained && (!self.held.contains_key(&seq) || original.excused.is_some());
+        if first && !alone && *newest > number && (arrival.batched || !original.refused) {
+            let newest = self.originals[*newest].seq;
+            self.breach(format!("{seq} stands behind {newest}, and was never refused"));
+        } else {
+            *newest = number.max(*newest);
+        }
+        self.originals[number].copies.push(self.copies.len());
+        self.by_target.entry(target_seq).or_default().push((self.copies.len(), seq));
+        self.copies.push(Copy { target_seq, at, opened: arrival.opened, generation, lost: None, replaced: false });
+        self.replace(number);
+    }
+
+    /// Copies of newer messages of the same subject that are so many that nobody needs this one any more. Those of
+    /// connections that were opened after `late` do not count: nothing but the ids, as long as they are remembered,
+    /// keeps what is late from coming behind them.
+    fn newer_of_subject(&self, number: usize, late: Option<Duration>) -> Option<u64> {
+        let keep = self.plan.keeps?;
+        let original = &self.originals[number];
+        let newer = self.originals[number + 1..].iter().filter(|other| {
+            let same = other.subject == original.subject && other.incarnation == original.incarnation;
+            let counts = |copy: &Copy| copy.is_there() && late.is_none_or(|late| copy.opened <= late);
+            same && other.cut.is_none()
+                && !self.moves.iter().any(|(_, to)| *to < original.seq)
+                && other.copies.iter().any(|copy| counts(&self.copies[*copy]))
+        });
+        newer.map(|other| other.seq).nth(keep - 1)
+    }
+
+    /// The target keeps the newest few of a subject.
+    fn replace(&mut self, number: usize) {
+        let Some(keep) = self.plan.keeps else { return };
+        let subject = &self.originals[number].subject;
+        let same = self.originals.iter().filter(|other| other.subject == *subject);
+        let mut there: Vec<usize> =
+            same.flat_map(|other| &other.copies).copied().filter(|copy| self.copies[*copy].is_there()).collect();
+        there.sort_unstable();
+        let old = there.len().saturating_sub(keep);
+        there[..old].iter().for_each(|copy| self.copies[*copy].replaced = true);
+    }
+
+    /// Payload, subject and headers by the rules of the documents, written down a second time.
+    fn content(
+        &mut self,
+        number: usize,
+        target_seq: u64,
+        generation: usize,
+        arrival: Arrival<'_>,
+    ) -> Result<(), String> {
+        let original = &mut self.originals[number];
+        if arrival.payload != original.payload {
+            return Err("another payload".to_owned());
+        }
+        if arrival.subject != format!("t.{}", original.subject) {
+            return Err("another subject".to_owned());
+        }
+        let header = std::str::from_utf8(arrival.header).map_err(|error| error.to_string())?;
+        let rest = header.strip_prefix("NATS/1.0\r\n").ok_or("no version line")?;
+        let (stamp, rest) = rest.split_once("\r\n").ok_or("no stamp")?;
+        match stamp.split_once(": ") {
+            Some(("Nats-Expected-Last-Sequence", last)) if arrival.batched => {
+                if last != (target_seq - 1).to_string() {
+                    return Err("another expected sequence".to_owned());
+                }
+            }
+            Some(("Nats-Msg-Id", id)) if id.len() == 32 => {
+                let known = original.ids.iter().find(|(of, _)| *of == generation);
+                if known.is_some_and(|(_, known)| known != id) {
+                    return Err(format!("had id {known:?} before"));
+                }
+                original.ids.push((generation, id.to_owned()));
+                if *self.ids.entry(id.to_owned()).or_insert(number) != number {
+                    return Err("an id of another message".to_owned());
+                }
+            }
+            _ => return Err("no stamp".to_owned()),
+        }
+        let rest = rest.strip_prefix("Nats-Expected-Stream: T\r\n").unwrap_or(rest);
+        let time_ms = original.time_ns.div_euclid(1_000_000);
+        let expected = format!("{}Choria-SR-Source: S {} SITE SITE {time_ms}\r\n\r\n", original.lines, original.seq);
+        if rest == expected { Ok(()) } else { Err("other headers".to_owned()) }
+    }
+
+    /// Whether a copy is there; what the target lost counts until `grace` after the loss.
+    fn is_stored(&self, number: usize, grace: Option<Duration>) -> bool {
+        let original = &self.originals[number];
+        let now = self.world.elapsed();
+        let since = self.moves.iter().filter(|(_, to)| *to < original.seq).map(|(at, _)| *at).max();
+        original.copies.iter().map(|copy| &self.copies[*copy]).any(|copy| {
+            let there = copy.lost.is_none_or(|lost| grace.is_some_and(|grace| now <= lost + grace));
+            there && since.is_none_or(|since| copy.at >= since)
+        })
+    }
+
+    fn is_old(&self, original: &Original) -> bool {
+        let age = self.world.latest_ns() - original.time_ns;
+        self.plan.max_age.is_some_and(|max_age| i128::from(age) > max_age.as_nanos() as i128)
+    }
+
+    /// So many newer ones of its subject are stored that the target would keep none more.
+    fn is_replaced(&self, number: usize) -> bool {
+        let Some(keep) = self.plan.keeps else { return false };
+        let subject = &self.originals[number].subject;
+        let newer = (number + 1..self.originals.len())
+            .filter(|newer| self.originals[*newer].subject == *subject && self.is_stored(*newer, None));
+        newer.take(keep).count() >= keep
+    }
+
+    /// A position that goes back is told before it is saved; the event is on its way for a moment.
+    pub fn back_was_told(&mut self) {
+        if let Some((resets, what)) = self.back.take()
+            && resets == self.told.iter().filter(|event| is_reset(event)).count()
+        {
+            self.breach(what);
+        }
+    }
+
+    /// Judges a record in the moment in which it is written.
+    pub fn saves(&mut self, record: &[u8]) {
+        self.back_was_told();
+        let record: Value = serde_json::from_slice(record).expect("a record");
+        let epoch = record["epoch"].as_u64().expect("an epoch");
+        let holder = record["holder"].as_str().expect("a holder").to_owned();
+        let resets = self.told.iter().filter(|event| is_reset(event)).count();
+        let now = Saved { epoch, holder, source: record["source"].clone(), target: record["target"].clone(), resets };
+        let before = std::mem::replace(&mut self.saved, now.clone());
+        if epoch < before.epoch {
+            self.breach(format!("epoch {epoch} saved behind epoch {}", before.epoch));
+        }
+        if epoch == before.epoch && now.holder != before.holder {
+            self.breach(format!("`{}` and `{}` hold epoch {epoch}", before.holder, now.holder));
+        }
+        let Some(seq) = now.source["seq"].as_u64() else { return };
+        let last = before.source["seq"].as_u64().unwrap_or(0);
+        // A write of unknown outcome that arrives after all is the holder's own: it writes over it what it knows.
+        let late = epoch == before.epoch && self.plan.has(|fault| matches!(fault, Fault::Trouble(_)));
+        if seq < last && !late && !std::mem::take(&mut self.any_position) {
+            self.back =
+                Some((before.resets, format!("the position goes back from {last} to {seq}, and nobody was told")));
+        }
+        if now.source != before.source {
+            self.source_witness(seq, &now.source);
+        }
+        if now.target != before.target {
+            self.target_witness(&now.target);
+        }
+    }
+
+    fn grace(&self) -> Duration {
+        self.plan.grace()
+    }
+
+    /// The source witness is true, and all before it is settled.
+    fn source_witness(&mut self, seq: u64, witness: &Value) {
+        let now = self.world.elapsed();
+        let recently = |cut: Option<Duration>| cut.is_none_or(|cut| now <= cut + self.grace());
+        match witness["time_ns"].as_i64() {
+            None if seq == 0 => return,
+            None => {
+                let there = self.held.get(&seq).map(|number| &self.originals[*number]);
+                // Gone then, and there again in a stream made anew a moment ago.
+                let anew = self.originals.iter().filter_map(|original| original.cut).max();
+                if let Some(there) = there
+                    && (anew.is_none() || !recently(anew))
+                {
+                    let what = format!("saved {witness}, but the source has {seq} of {}", there.time_ns);
+                    return self.breach(what);
+                }
+            }
+            Some(time_ns) => {
+                let Some(number) = self.by_key.get(&(seq, time_ns)) else {
+                    return self.breach(format!("saved {witness}, which never was"));
+                };
+                let cut = self.originals[*number].cut;
+                if !recently(cut) {
+                    return self.breach(format!("saved {witness}, which was lost at {cut:?}"));
+                }
+                if cut.is_some() {
+                    return;
+                }
+            }
+        }
+        let settled: Vec<usize> = self.held.range(..=seq).map(|(_, number)| *number).collect();
+        for number in settled {
+            let original = &self.originals[number];
+            if !original.wanted || original.excused.is_some() || self.is_stored(number, Some(self.grace())) {
+                continue;
+            }
+            if self.is_old(original) {
+                self.originals[number].excused = Some("too old");
+            } else if !self.is_replaced(number) {
+                let (seq, time_ns) = (original.seq, original.time_ns);
+                return self.breach(format!("saved {witness} before {seq} of {time_ns} was settled"));
+            }
+        }
+    }
+
+    fn target_witness(&mut self, witness: &Value) {
+        let Some(seq) = witness["seq"].as_u64() else { return };
+        let source_seq = witness["source_seq"].as_u64().expect("a sequence");
+        // What lies there says nothing: the position was moved.
+        if source_seq == 0 {
+            return;
+        }
+        let (now, grace) = (self.world.elapsed(), self.grace());
+        let there = self.by_target.get(&seq).into_iter().flatten().any(|(copy, source)| {
+            *source == source_seq && self.copies[*copy].lost.is_none_or(|lost| now <= lost + grace)
+        });
+        if !there {
+            self.breach(format!("saved {witness}, which does not lie there"));
+        }
+    }
+
+    /// What is missing, if anything is.
+    pub fn missing(&self) -> Option<String> {
+        let missing: Vec<usize> = self.held.values().copied().filter(|number| self.is_missing(*number)).collect();
+        let first = &self.originals[*missing.first()?];
+        Some(format!("{} are missing, first {} of {}", missing.len(), first.seq, first.time_ns))
+    }
+
+    /// How many.
+    pub fn backlog(&self) -> usize {
+        self.held.values().filter(|number| self.is_missing(**number)).count()
+    }
+
+    fn is_missing(&self, number: usize) -> bool {
+        let original = &self.originals[number];
+        if !original.wanted || original.excused.is_some() || self.is_stored(number, None) {
+            return false;
+        }
+        // What the target lost may be too old by now.
+        let lost = self.plan.has(|fault| fault.target_loses()) && self.is_old(original);
+        !lost && !self.is_replaced(number)
+    }
+
+    /// Source messages that were gone before they were copied.
+    pub fn gone(&self) -> BTreeSet<u64> {
+        let gone = self.originals.iter().filter(|o| o.purged && o.copies.is_empty() && o.excused.is_none());
+        gone.map(|original| original.seq).collect()
+    }
+
+    /// Whether a message was copied, or need not be.
+    pub fn is_settled(&self, seq: u64) -> bool {
+        self.originals.iter().any(|o| o.seq == seq && (!o.copies.is_empty() || o.excused.is_some()))
+    }
+
+    /// A message that was left out by request, which nobody was told.
+    pub fn left_out_untold(&self) -> Option<u64> {
+        let asked = self.originals.iter().filter(|o| o.excused == Some(LEFT_OUT) && o.cut.is_none() && !o.purged);
+        let told: BTreeSet<u64> = self.events("poison").filter_map(|event| event["source_seq"].as_u64()).collect();
+        asked.map(|original| original.seq).find(|seq| !told.contains(seq))
+    }
+
+    pub fn events(&self, kind: &str) -> impl Iterator<Item = &Value> {
+        self.told.iter().filter(move |event| event["kind"] == kind)
+    }
+}
+
+fn is_reset(event: &Value) -> bool {
+    event["kind"] == "source-reset" || event["kind"] == "target-reset"
+}

@@ -1,0 +1,185 @@
+//! Holds the end of a run against the guarantees: all is there, all that happened was told, and in time.
+
+use std::{collections::BTreeSet, sync::atomic::Ordering};
+
+use tokio::time::{Duration, Instant, sleep};
+
+use super::{
+    plan::{Fault, Plan, Poison, Side, Way},
+    run::Scene,
+};
+
+impl Scene {
+    /// Waits until everything is right; how long that took, and the limit for it.
+    pub async fn wait_until_right(&self) -> Result<(Duration, Duration), String> {
+        let began = Instant::now();
+        let limit = self.limit();
+        loop {
+            self.nothing_broken()?;
+            match self.wrong() {
+                None => break,
+                Some(wrong) if began.elapsed() > limit => {
+                    return Err(format!("{wrong} {limit:?} after the last fault"));
+                }
+                Some(_) => sleep(Duration::from_millis(500)).await,
+            }
+        }
+        let took = began.elapsed();
+        // And it stays right.
+        sleep(Duration::from_secs(60)).await;
+        self.nothing_broken()?;
+        self.wrong().map_or(Ok((took, limit)), Err)
+    }
+
+    fn nothing_broken(&self) -> Result<(), String> {
+        let mut history = self.history();
+        history.back_was_told();
+        let broken = &history.broken;
+        if broken.is_empty() { Ok(()) } else { Err(broken.join("\n")) }
+    }
+
+    fn wrong(&self) -> Option<String> {
+        let missing = self.history().missing();
+        missing.or_else(|| self.told_wrong())
+    }
+
+    /// How long it may take until everything is right.
+    fn limit(&self) -> Duration {
+        let seconds = |seconds: f64| Duration::from_secs_f64(seconds);
+        // A retry comes after 5 s at the latest; finding out where to go on takes a dozen questions over the slowest
+        // connection, 0.6 s each.
+        let mut limit = seconds(5.0 + 12.0 * 0.6);
+        // What is left to copy: each windowful takes a way there and back, and the wait for the end of a batch.
+        let backlog = self.history().backlog();
+        limit += seconds((backlog / self.plan.in_flight + 1) as f64 * 0.9);
+        limit + self.plan.aftermath(backlog)
+    }
+
+    /// What was told wrongly or not at all.
+    fn told_wrong(&self) -> Option<String> {
+        let history = self.history();
+        let causes: [(&str, fn(Fault) -> bool); 4] = [
+            ("gap", |fault| matches!(fault, Fault::Purge(_))),
+            ("source-reset", Fault::source_changes),
+            ("target-reset", Fault::target_loses),
+            ("target-shared", |fault| matches!(fault, Fault::Foreign(_))),
+        ];
+        for (kind, cause) in causes {
+            if let Some(event) = history.events(kind).next()
+                && !self.plan.has(cause)
+            {
+                return Some(format!("told without a cause: {event}"));
+            }
+        }
+        for kind in ["source-reset", "target-reset"] {
+            let told = history.events(kind).count();
+            if told == 0 && history.due.contains(&kind) {
+                return Some(format!("a {kind} was never told"));
+            }
+            // Who is killed before it saved what it told tells it again.
+            if told > 1 && !self.told_again() {
+                return Some(format!("a {kind} was told {told} times"));
+            }
+        }
+        if let Some(seq) = history.left_out_untold() {
+            return Some(format!("that {seq} was left out was never told"));
+        }
+        drop(history);
+        self.gaps_told_wrong()
+    }
+
+    /// Whether the same may be told more than once: by two processes, or when what follows from it was not saved.
+    fn told_again(&self) -> bool {
+        let unsaved = |fault| {
+            matches!(
+                fault,
+                Fault::Crash(..) | Fault::CrashAt(..) | Fault::Trouble(_) | Fault::Pause(_) | Fault::PutBack
+            )
+        };
+        self.plan.second.is_some() || self.plan.has(unsaved)
+    }
+
+    /// What the source removed before it was copied is counted and told, and told once unless the one who told it was
+    /// killed before it saved that. What was gone before a first start is no loss.
+    fn gaps_told_wrong(&self) -> Option<String> {
+        let history = self.history();
+        let plain = self.plan.filter.is_none() && self.plan.source_keeps.is_none();
+        if !plain {
+            return history.events("gap").next().map(|event| format!("no gap can be told apart: {event}"));
+        }
+        if !self.purged_behind_start.load(Ordering::Relaxed) || self.plan.max_age.is_some() {
+            return None;
+        }
+        let gone = history.gone();
+        let mut told = BTreeSet::new();
+        let mut count = 0;
+        for event in history.events("gap") {
+            let number = |field: &str| event[field].as_u64().expect("a number");
+            told.extend((number("from")..=number("to")).filter(|seq| !history.is_settled(*seq)));
+            count += number("messages");
+        }
+        if told != gone {
+            return Some(format!("{gone:?} were lost at the source, {told:?} were told"));
+        }
+        let right = if self.told_again() { count >= gone.len() as u64 } else { count == gone.len() as u64 };
+        (!right).then(|| format!("{} were lost at the source, {count} were told", gone.len()))
+    }
+}
+
+impl Plan {
+    /// What the faults of a plan leave behind when they are over.
+    fn aftermath(&self, backlog: usize) -> Duration {
+        let longest = |part: fn(&Self, Fault) -> u64| {
+            let parts = self.faults.iter().map(|(_, fault)| part(self, *fault));
+            parts.max().unwrap_or_default()
+        };
+        let mut seconds = longest(Self::silence) + longest(Self::answers);
+        if self.has(|fault| matches!(fault, Fault::Full(_) | Fault::Foreign(_))) || self.second.is_some() {
+            // Held: tried again after 10 s.
+            seconds += 10;
+        }
+        if self.poison.is_some() {
+            // Each is held for 10 s before it is left out, and one may be found in each hundred.
+            seconds += 13 * (3 + backlog as u64 / 20);
+        }
+        Duration::from_secs(seconds)
+    }
+
+    /// Until a connection or consumer that is dead is given up.
+    fn silence(&self, fault: Fault) -> u64 {
+        match fault {
+            // A pull that is never heard of is renewed after 30 s, and the silence behind it lasts 13 s.
+            Fault::HalfOpen(Side::Source, Way::To) => 43,
+            Fault::HalfOpen(..) => 15,
+            // An ack that never comes: nothing moves for 30 s. In a batch, the end is asked for for 10 s.
+            Fault::Lose(Side::Target, _) => {
+                if self.batched {
+                    10
+                } else {
+                    30
+                }
+            }
+            // Where only the stream's last sequence tells that messages wait.
+            Fault::Mute => 35,
+            // A silent consumer.
+            Fault::Restart(..) | Fault::SourceAnew | Fault::SourceForgets(_) | Fault::Lose(Side::Source, _) => 13,
+            _ => 0,
+        }
+    }
+
+    /// Until a bucket or server has answered what it was asked while the fault lasted.
+    fn answers(&self, fault: Fault) -> u64 {
+        match fault {
+            Fault::Trouble(_) => 10,
+            Fault::Slow(..) | Fault::Leaderless(..) | Fault::Freeze(..) => 8,
+            Fault::Stop(..) => 5,
+            _ => {
+                if self.poison == Some(Poison::Noticed) {
+                    1
+                } else {
+                    0
+                }
+            }
+        }
+    }
+}
