@@ -501,7 +501,7 @@ mod tests {
         check(">", ">", "a.b", Some("a.b"));
         check("a.*.>", "$1.x.>", "a.b.c.d", Some("b.x.c.d"));
         check("*.*", "{{wildcard(2)}}.{{left(1,1)}}.{{wildcard(2)}}", "abc.d", Some("d.a.d"));
-        check("a.>", "x.{{partition(3)}}.>", "a.b.c", Some("x.2.b.c"));
+        check("t.>", "x.{{partition(3)}}.>", "t.a.b.c", Some("x.2.a.b.c"));
         check("a.>", "x.>", "a..b", None);
         check("a.>", "x.>", "a.*", None);
     }

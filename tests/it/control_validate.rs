@@ -394,7 +394,7 @@ async fn where_subjects_end_up_is_told() -> Result<()> {
 
     // The same for a target that would be made.
     let body = with(merged(prefix, json!({"target_stream": "NEW"}))).await?;
-    let words = ["would be created with subjects `east.orders.*.new`, `east.returns`", "overlaps with stream `OTHER`"];
+    let words = ["would be created with subjects `east.orders.*.new`: ", "overlaps with stream `OTHER`"];
     fails(&body, "target", "stream", "/target_subject_prefix", &words);
     let body = with(json!({"target_stream": "NEW", "target_subject_remove": "orders.*.new"})).await?;
     fails(&body, "target", "stream", "/target_subject_remove", &["no stream can have the subject ``"]);
@@ -445,7 +445,12 @@ async fn what_a_target_does_not_take_is_told() -> Result<()> {
 async fn a_filter_or_a_start_that_finds_nothing_is_told() -> Result<()> {
     let site = Site::small().await?;
     site.filled("ORDERS", 5).await?;
-    let body = validate(&site, site.document_with("ORDERS", json!({"filter_subject": "returns.>"}))).await?;
+    let filtered = site.document_with("ORDERS", json!({"filter_subject": "returns.>"}));
+    // A target that is made listens on what is in scope: on nothing.
+    let body = validate(&site, filtered.clone()).await?;
+    tells(&body, "problems", "target", "/target_stream", &["cannot be created: filters and exclusions leave nothing"]);
+    site.target_stream("ORDERS", json!({})).await?;
+    let body = validate(&site, filtered).await?;
     warns(&body, "source", "filter", "/filter_subject", &["`returns.>` matches no subject", "`ORDERS`", "`orders.>`"]);
     healthy(&validate(&site, site.document_with("ORDERS", json!({"start_sequence": 6}))).await?);
     let body = validate(&site, site.document_with("ORDERS", json!({"start_sequence": 7}))).await?;
