@@ -38,6 +38,7 @@ pub struct Builder {
     name: String,
     domain: Option<String>,
     jetstream: bool,
+    store_limit: Option<u64>,
     config: String,
     handshake_first: bool,
 }
@@ -68,6 +69,12 @@ impl Builder {
     /// JetStream domain.
     pub fn domain(mut self, domain: &str) -> Self {
         self.domain = Some(domain.to_owned());
+        self
+    }
+
+    /// A disk of so many bytes.
+    pub fn store_limit(mut self, bytes: u64) -> Self {
+        self.store_limit = Some(bytes);
         self
     }
 
@@ -118,7 +125,8 @@ impl Server {
     pub fn builder(role: Role) -> Builder {
         let name = format!("{role:?}-{}", nuid::next()).to_lowercase();
         let (config, domain) = (String::new(), None);
-        Builder { binary: binary(role), name, domain, jetstream: true, config, handshake_first: false }
+        let binary = binary(role);
+        Builder { binary, name, domain, jetstream: true, store_limit: None, config, handshake_first: false }
     }
 
     /// A plain server with JetStream.
@@ -253,7 +261,9 @@ impl Server {
         let mut text = format!("host: \"127.0.0.1\"\nport: {}\nserver_name: \"{name}\"\n", self.port);
         if *jetstream {
             let domain = domain.as_ref().map(|d| format!("domain: \"{d}\"")).unwrap_or_default();
-            text += &format!("jetstream {{\n  store_dir: \"{}\"\n  {domain}\n}}\n", self.store_dir().display());
+            let limit = self.how.store_limit.map(|bytes| format!("max_file_store: {bytes}")).unwrap_or_default();
+            let store = self.store_dir();
+            text += &format!("jetstream {{\n  store_dir: \"{}\"\n  {limit}\n  {domain}\n}}\n", store.display());
         }
         text + config
     }

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use anyhow::Result;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::harness::{Expect, Outgoing, Site, wait_for};
+use crate::harness::{Expect, Outgoing, Role, Server, Site, wait_for};
 
 const LONG: Duration = Duration::from_secs(120);
 const COUNT: u64 = 60_000;
@@ -115,4 +115,50 @@ async fn a_stop_in_order_settles_what_is_in_the_air() -> Result<()> {
     // Everything that the first run sent had been settled and saved: the second one began right behind it.
     assert_eq!(row["counters"]["copied"], COUNT - stored, "{row}");
     site.verify("K", &Expect::copy_of("K")).await
+}
+
+/// The disk of the target fills up, or the account may use no more of it, and then there is room again.
+async fn full_disk(target: Target, account: bool) -> Result<()> {
+    let builder = Server::builder(Role::Target);
+    let builder = match account {
+        true => builder.config(
+            "accounts { A { users: [{user: a, password: b}], jetstream { max_file: 24MB } } }\nno_auth_user: a",
+        ),
+        false => builder.store_limit(24 << 20),
+    };
+    let (source, server) = tokio::try_join!(Server::start(Role::Source), builder.start())?;
+    let site = Site::builder().on(source, server).start().await?;
+    let mut raw = site.source_stream("D", json!({})).await?;
+    let count = raw.publish_all((0..800).map(|i| Outgoing::new("d.a", format!("{i:0>16384}")))).await?;
+    let mut other = site.target_stream("OTHER", json!({})).await?;
+    other.publish_all((0..1000).map(|_| Outgoing::new("other.a", vec![b'x'; 16384]))).await?;
+    if target == Target::Plain {
+        site.target_stream("D", json!({})).await?;
+    }
+    site.add("D", json!({})).await?;
+    let stopped = |row: &Value| row["state"] == "retrying" || row["state"] == "held";
+    let row = site.row_when("D", "finds the disk full", |row| stopped(row) && row["counters"]["copied"] != 0).await?;
+    println!("{target:?}: {} ({})", row["last_error"]["message"], row["state"]);
+    let before = site.at_target("D").await?;
+    assert!(before < count, "{row}");
+    other.api("STREAM.PURGE.OTHER", Value::Null).await?;
+    let begun = std::time::Instant::now();
+    wait_for("the copy to go on by itself", Duration::from_secs(10), async || {
+        site.at_target("D").await.is_ok_and(|now| now > before)
+    })
+    .await?;
+    println!("{target:?}: went on {:?} after there was room", begun.elapsed());
+    site.settled_within("D", count, LONG).await?;
+    site.verify("D", &Expect::copy_of("D")).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_of_the_target_stops_the_copy_until_there_is_room() -> Result<()> {
+    tokio::try_join!(
+        full_disk(Target::Made, false),
+        full_disk(Target::Plain, false),
+        full_disk(Target::Made, true),
+        full_disk(Target::Plain, true),
+    )?;
+    Ok(())
 }
