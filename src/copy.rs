@@ -6,6 +6,8 @@
 mod budget;
 mod decide;
 mod gap;
+mod glance;
+mod headroom;
 mod locate;
 mod progress;
 mod provenance;
@@ -25,6 +27,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use budget::Budget;
+pub use glance::{Glance, glance};
+pub use headroom::{Looks, Outlook, Shortage, Turn};
 pub use locate::{At, Located, Place, locate};
 pub use progress::Ledger;
 pub use watchdog::Escalation;

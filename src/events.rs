@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
 
-use crate::config::Problem;
+use crate::{config::Problem, status::RetentionLimit};
 
 /// Events that may wait for the connection.
 const QUEUE: usize = 1024;
@@ -97,6 +97,20 @@ pub enum Event {
         /// How many of them were not copied.
         messages: u64,
     },
+    /// The source will soon remove messages that are not copied.
+    HeadroomLow {
+        /// Until then, seconds, as it looks now.
+        seconds: u64,
+        /// What will remove them.
+        limit: RetentionLimit,
+        /// Source sequence up to which everything is settled.
+        position: u64,
+    },
+    /// What is not copied stays at the source for long enough again, or there is nothing left.
+    HeadroomOk {
+        /// Source sequence up to which everything is settled.
+        position: u64,
+    },
     /// Somebody has to act.
     Held {
         /// What happened.
@@ -160,7 +174,7 @@ pub enum PoisonAction {
 
 impl Event {
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 16] = [
+    pub const KINDS: [&str; 18] = [
         "started",
         "stopped",
         "paused",
@@ -172,6 +186,8 @@ impl Event {
         "repaired",
         "stalled",
         "gap",
+        "headroom-low",
+        "headroom-ok",
         "held",
         "poison",
         "source-reset",
@@ -193,6 +209,8 @@ impl Event {
             Self::Repaired { .. } => "repaired",
             Self::Stalled { .. } => "stalled",
             Self::Gap { .. } => "gap",
+            Self::HeadroomLow { .. } => "headroom-low",
+            Self::HeadroomOk { .. } => "headroom-ok",
             Self::Held { .. } => "held",
             Self::Poison { .. } => "poison",
             Self::SourceReset { .. } => "source-reset",
