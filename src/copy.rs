@@ -7,6 +7,8 @@ mod budget;
 pub(crate) mod dead_letter;
 mod decide;
 mod gap;
+mod glance;
+mod headroom;
 mod locate;
 mod objects;
 mod probe;
@@ -31,6 +33,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use budget::Budget;
+pub use glance::{Glance, glance};
+pub use headroom::{Looks, Outlook, Shortage, Turn};
 pub use locate::{At, Located, Place, locate};
 pub use progress::Ledger;
 pub use watchdog::Escalation;

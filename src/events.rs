@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
 
-use crate::config::Problem;
+use crate::{config::Problem, status::RetentionLimit};
 
 /// Events that may wait for the connection.
 const QUEUE: usize = 1024;
@@ -96,6 +96,20 @@ pub enum Event {
         to: u64,
         /// How many of them were not copied.
         messages: u64,
+    },
+    /// The source will soon remove messages that are not copied.
+    HeadroomLow {
+        /// Until then, seconds, as it looks now.
+        seconds: u64,
+        /// What will remove them.
+        limit: RetentionLimit,
+        /// Source sequence up to which everything is settled.
+        position: u64,
+    },
+    /// What is not copied stays at the source for long enough again, or there is nothing left.
+    HeadroomOk {
+        /// Source sequence up to which everything is settled.
+        position: u64,
     },
     /// Somebody has to act.
     Held {
@@ -185,7 +199,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 17] = [
+    pub const KINDS: [&str; 19] = [
         "started",
         "stopped",
         "paused",
@@ -197,6 +211,8 @@ impl Event {
         "repaired",
         "stalled",
         "gap",
+        "headroom-low",
+        "headroom-ok",
         "held",
         "poison",
         "object-incomplete",
@@ -219,6 +235,8 @@ impl Event {
             Self::Repaired { .. } => "repaired",
             Self::Stalled { .. } => "stalled",
             Self::Gap { .. } => "gap",
+            Self::HeadroomLow { .. } => "headroom-low",
+            Self::HeadroomOk { .. } => "headroom-ok",
             Self::Held { .. } => "held",
             Self::Poison { .. } => "poison",
             Self::ObjectIncomplete { .. } => "object-incomplete",

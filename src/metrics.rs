@@ -79,6 +79,7 @@ pub fn render(site: &str, rows: &[Row], dropped_events: u64) -> Result<String, p
     let rows: Vec<_> = rows.iter().zip(&labels).collect();
     let mut families: Vec<_> = READINGS.iter().map(|reading| reading_family(reading, &rows)).collect();
     families.push(repairs_family(&rows));
+    families.push(headroom_family(&rows));
     families.push(state_family(&rows));
     families.push(processing_family(&rows));
     families.retain(|family| !family.get_metric().is_empty());
@@ -125,6 +126,17 @@ fn series(labels: Vec<LabelPair>, kind: MetricType, value: f64) -> Metric {
 fn reading_family(reading: &Reading, rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
     let all = rows.iter().map(|(row, labels)| series((*labels).clone(), reading.kind, (reading.read)(row))).collect();
     family(format!("{PREFIX}{}", reading.name), reading.help, reading.kind, all)
+}
+
+/// Only for those that lose something one day: no value would say that rightly of the others.
+fn headroom_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
+    let all = rows.iter().filter_map(|(row, labels)| {
+        let headroom = row.copy.headroom?;
+        Some(series((*labels).clone(), MetricType::GAUGE, headroom.seconds))
+    });
+    let help =
+        "Time until the source removes the oldest message that is not copied; absent where nothing lags or limits";
+    family(format!("{PREFIX}retention_headroom_seconds"), help, MetricType::GAUGE, all.collect())
 }
 
 /// How often each step of a repair was taken.
@@ -198,7 +210,7 @@ fn skipped(row: &Row) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::CopyStatus;
+    use crate::status::{CopyStatus, RetentionLimit};
 
     fn row(id: &str) -> Row {
         let mut copy = CopyStatus::default();
@@ -257,6 +269,28 @@ mod tests {
         };
         check(&text, &line("running", 1));
         check(&text, &line("held", 0));
+    }
+
+    #[test]
+    fn repairs_are_counted_by_step() {
+        let mut row = row("ORDERS");
+        row.copy.counters.repairs.consumer = 2;
+        let text = render("US", &[row], 0).unwrap();
+        let labels = r#"stream="ORDERS",replicator="US",worker="US""#;
+        check(&text, &format!("choria_stream_replicator_replicator_repairs{{{labels},step=\"consumer\"}} 2"));
+        check(&text, &format!("choria_stream_replicator_replicator_repairs{{{labels},step=\"everything\"}} 0"));
+    }
+
+    #[test]
+    fn headroom_has_a_value_only_where_something_can_be_lost() {
+        let text = render("US", &[row("ORDERS")], 0).unwrap();
+        assert!(!text.contains("retention_headroom_seconds"), "{text}");
+        let mut short = row("ORDERS");
+        short.copy.headroom = Some(status::Headroom { seconds: 12.5, limit: RetentionLimit::Age, low_below: 600.0 });
+        let text = render("US", &[short, row("OTHER")], 0).unwrap();
+        let line = r#"choria_stream_replicator_replicator_retention_headroom_seconds{stream="ORDERS",replicator="US",worker="US"} 12.5"#;
+        check(&text, line);
+        assert_eq!(text.matches("retention_headroom_seconds{").count(), 1, "{text}");
     }
 
     #[test]

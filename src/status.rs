@@ -63,6 +63,9 @@ pub struct CopyStatus {
     pub position: Position,
     /// How far behind.
     pub lag: Lag,
+    /// How long the source still keeps what is not copied yet; `null` where nothing lags, nothing limits the source, or
+    /// it is not known.
+    pub headroom: Option<Headroom>,
     /// How messages go to the target.
     pub transport: Transport,
     /// Whether others write to the target.
@@ -126,6 +129,29 @@ pub struct Lag {
     pub messages: u64,
     /// Age of the oldest of them, seconds; 0 when there is none.
     pub seconds: f64,
+}
+
+/// How long the source still keeps the oldest message that is not copied yet.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Headroom {
+    /// Until the source removes it, seconds.
+    pub seconds: f64,
+    /// What will remove it.
+    pub limit: RetentionLimit,
+    /// Below this, seconds, it is low: the event `headroom-low` is told.
+    pub low_below: f64,
+}
+
+/// What makes a stream remove messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RetentionLimit {
+    /// `max_age`.
+    Age,
+    /// `max_msgs`.
+    Messages,
+    /// `max_bytes`.
+    Bytes,
 }
 
 /// How messages go to the target.

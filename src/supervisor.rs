@@ -5,6 +5,7 @@
 mod board;
 mod desired;
 mod group;
+mod headroom;
 mod marks;
 mod outage;
 mod presence;

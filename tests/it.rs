@@ -47,6 +47,8 @@ mod fuzz_twins;
 mod hand_edits;
 #[path = "it/harness_self.rs"]
 mod harness_self;
+#[path = "it/headroom.rs"]
+mod headroom;
 #[path = "it/memory.rs"]
 mod memory;
 #[path = "it/process.rs"]

@@ -238,9 +238,9 @@ fn raw(message: &Message) -> (String, [String; 2]) {
 
 fn colour(kind: &str) -> Colour {
     match kind {
-        "held" | "poison" | "gap" | "config-rejected" | "source-reset" | "target-reset" => Colour::Red,
+        "held" | "poison" | "gap" | "config-rejected" | "source-reset" | "target-reset" | "headroom-low" => Colour::Red,
         "stalled" | "target-shared" | "position-moved" => Colour::Yellow,
-        "started" | "resumed" | "repaired" => Colour::Green,
+        "started" | "resumed" | "repaired" | "headroom-ok" => Colour::Green,
         _ => Colour::Cyan,
     }
 }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     control::api::{NamedRequest, Status},
-    status::{Row, TargetMode, Transport},
+    status::{Headroom, RetentionLimit, Row, TargetMode, Transport},
 };
 
 /// An answer that does not come within this time is asked for again by who waits long.
@@ -176,6 +176,7 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
         ),
         ("position", format!("source {}, target {}", count(copy.position.source_seq), count(copy.position.target_seq))),
         ("lag", format!("{}, {}", counted(copy.lag.messages, "message"), seconds(copy.lag.seconds))),
+        ("headroom", headroom(copy.headroom)),
         ("transport", format!("{}, {mode}", transport(copy.transport))),
         ("in flight", format!("{}, {}", counted(copy.in_flight.messages, "message"), bytes(copy.in_flight.bytes))),
         ("received", format!("{}, {}", counted(counters.received, "message"), bytes(counters.received_bytes))),
@@ -232,6 +233,18 @@ pub(super) fn line(row: &Row) -> String {
 
 fn leader(row: &Row) -> String {
     clean(row.leader.as_deref().unwrap_or("-"))
+}
+
+/// How long the source keeps what is not copied.
+fn headroom(headroom: Option<Headroom>) -> String {
+    let Some(Headroom { seconds: left, limit, low_below }) = headroom else { return "-".to_owned() };
+    let limit = match limit {
+        RetentionLimit::Age => "age",
+        RetentionLimit::Messages => "messages",
+        RetentionLimit::Bytes => "bytes",
+    };
+    let low = if left < low_below { ", low" } else { "" };
+    format!("{} by the limit of {limit}{low}", seconds(left))
 }
 
 fn transport(transport: Transport) -> &'static str {

@@ -7,7 +7,10 @@ use std::{collections::VecDeque, time::Duration};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::budget::{Budget, PIECE_MIN, Reservation};
+use super::{
+    budget::{Budget, PIECE_MIN, Reservation},
+    window::SourcePoint,
+};
 use crate::{
     chance,
     nats::{
@@ -237,9 +240,10 @@ impl Reader {
         self.pending + stashed as u64
     }
 
-    /// Stored time of the oldest message that was read and not taken.
-    pub fn oldest_time_ns(&self) -> Option<i64> {
-        self.chunks.front().map(|chunk| chunk.items[chunk.next].1.time_ns)
+    /// The oldest message that was read and not taken.
+    pub fn next(&self) -> Option<SourcePoint> {
+        let delivery = self.chunks.front().map(|chunk| chunk.items[chunk.next].1)?;
+        Some(SourcePoint { seq: delivery.stream_seq, time_ns: Some(delivery.time_ns) })
     }
 
     /// Takes in what the lane received; messages for other subscriptions are left alone.

@@ -13,6 +13,7 @@ use super::{
     Error, ErrorKind, Job, dead_letter,
     decide::{Decision, Reason, Rules},
     gap::Gaps,
+    headroom::{Looks, Oldest, Outlook, Retention},
     objects::{Gate, Incomplete, Pass},
     probe::{self, Probe},
     progress::{Ledger, Witnesses},
@@ -50,6 +51,8 @@ const TICK_IDLE: Duration = Duration::from_secs(1);
 const TICK_SAVED: Duration = Duration::from_secs(5);
 /// How often the source is asked for its state.
 const INFO_EVERY: Duration = Duration::from_secs(10);
+/// The same while messages wait that the source may soon remove.
+const INFO_SOONEST: Duration = Duration::from_secs(1);
 /// Time for what is in the air to settle when a run ends by request or at a message that cannot be stored.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Time for the last save of a run that failed.
@@ -90,7 +93,11 @@ pub(super) struct Run<'a> {
     /// What the source has removed below this is told or noted already.
     told_first: u64,
     info_request: Option<String>,
-    next_info: Instant,
+    /// When the source was asked for its state last.
+    asked_info: Instant,
+    /// What removes messages at the source, and what that did lately.
+    retention: Retention,
+    looks: Looks,
     watchdog: Watchdog,
     /// What the server has for the consumer, when that was asked.
     consumer_request: Option<String>,
@@ -206,7 +213,9 @@ impl<'a> Run<'a> {
             gaps: Gaps::default(),
             gate,
             info_request: None,
-            next_info: now + INFO_EVERY,
+            asked_info: now,
+            retention: Retention::default(),
+            looks: Looks::default(),
             watchdog: Watchdog::new(now, resume.position.seq),
             consumer_request: None,
             renewal: None,
@@ -219,6 +228,7 @@ impl<'a> Run<'a> {
             ending: None,
             skipped: None,
         };
+        run.source_says(run.source_info.clone());
         run.resumed(resume, ledger);
         Ok(run)
     }
@@ -676,6 +686,8 @@ impl<'a> Run<'a> {
         for (from, to) in self.gaps.first_is(info.state.first_seq) {
             self.found(Event::Gap { from, to, messages: to - from + 1 });
         }
+        self.retention = Retention::of(&info);
+        self.looks.add(Instant::now(), info.state.clone());
         self.source_info.state = info.state;
     }
 
@@ -706,6 +718,15 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// More often while the first messages may soon go and nothing but the stream's state tells when.
+    fn info_every(&self) -> Duration {
+        if self.copy.lag.messages == 0 || !self.retention.by_count() {
+            return INFO_EVERY;
+        }
+        let headroom = self.copy.headroom.map_or(0.0, |headroom| headroom.seconds);
+        Duration::from_secs_f64(headroom / 10.0).clamp(INFO_SOONEST, INFO_EVERY)
+    }
+
     /// What is due now and then: status, save, questions, and whether everything still moves.
     fn tick(&mut self, now: Instant, ledger: &mut Ledger) -> Result<(), Error> {
         self.settle();
@@ -720,8 +741,9 @@ impl<'a> Run<'a> {
                 (true, false) => TICK_IDLE,
                 (false, _) => TICK,
             };
-        if now >= self.next_info || (self.info_request.is_none() && self.gaps.ask(now)) {
-            self.next_info = now + INFO_EVERY;
+        let due = now.duration_since(self.asked_info) >= self.info_every();
+        if due || (self.info_request.is_none() && self.gaps.ask(now)) {
+            self.asked_info = now;
             let subject = format!("{}.STREAM.INFO.{}", self.source.api_prefix(), self.replication.source.stream);
             self.info_request = Some(self.source.send_request(&subject, b""));
         }
@@ -744,12 +766,22 @@ impl<'a> Run<'a> {
         copy.source.last_seq = self.source_info.state.last_seq.max(self.window.newest().seq);
         copy.target.last_seq = self.writer.last_seq();
         let (letters, letter_bytes, letter) = self.rejects.in_flight();
-        let oldest = self.window.oldest().or(letter).and_then(|point| point.time_ns);
-        let oldest = oldest.or(self.reader.oldest_time_ns());
+        let oldest = self.window.oldest().or(letter).or_else(|| self.reader.next());
         let now_ns = chance::now().timestamp_nanos_opt().unwrap_or_default();
+        let age = |time_ns: i64| Duration::from_nanos(now_ns.saturating_sub(time_ns).max(0) as u64);
         copy.lag = Lag {
             messages: self.reader.pending() + (self.window.len() + letters) as u64,
-            seconds: oldest.map_or(0.0, |time| now_ns.saturating_sub(time).max(0) as f64 / 1e9),
+            seconds: oldest.and_then(|point| point.time_ns).map_or(0.0, |time| age(time).as_secs_f64()),
+        };
+        let oldest = oldest.map_or(Oldest { seq: position.seq + 1, age: None }, |point| Oldest {
+            seq: point.seq,
+            age: point.time_ns.map(age),
+        });
+        copy.headroom = match self.looks.outlook(&self.retention, &oldest) {
+            _ if copy.lag.messages == 0 => None,
+            Outlook::Left(headroom) => Some(headroom),
+            Outlook::Safe => None,
+            Outlook::Unknown => copy.headroom,
         };
         copy.in_flight.messages = (self.window.len() + letters) as u64;
         copy.in_flight.bytes = (self.window.bytes() + letter_bytes) as u64;

@@ -197,18 +197,6 @@ impl<'a> Api<'a> {
         got.map(Got::message).transpose().map_err(|error| error.context(what))
     }
 
-    /// Reads the first message at or behind a sequence whose subject matches; `None` if there is none.
-    pub async fn next_message(
-        &mut self,
-        stream: &str,
-        sequence: u64,
-        subject: &str,
-    ) -> Result<Option<StoredMessage>, Error> {
-        let what = format!("STREAM.MSG.GET.{stream}");
-        let got: Option<Got> = found(self.call(&what, &json!({ "seq": sequence, "next_by_subj": subject })).await)?;
-        got.map(Got::message).transpose().map_err(|error| error.context(what))
-    }
-
     /// Creates a consumer under the given name.
     pub async fn create_consumer(&mut self, stream: &str, name: &str, config: &Value) -> Result<ConsumerInfo, Error> {
         let (what, body) = create_consumer_call(stream, name, config);

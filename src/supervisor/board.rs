@@ -8,7 +8,7 @@ use crate::{
     config::Replication,
     copy::{Error, ErrorKind},
     events::Step,
-    status::{CopyStatus, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus},
+    status::{CopyStatus, Headroom, InFlight, Lag, LastError, Position, Row, SourceStatus, State, TargetStatus},
     store::PositionRecord,
 };
 
@@ -138,6 +138,14 @@ impl Board {
     pub(super) fn looked_up(&self, record: &PositionRecord) {
         let position = record.source.as_ref().map_or(0, |witness| witness.seq);
         self.status.send_modify(|(_, copy)| copy.position.source_seq = position);
+    }
+
+    /// The source was looked at while no run was under way; what could not be told is `None`.
+    pub(super) fn glanced(&self, lag: Option<Lag>, headroom: Option<Headroom>) {
+        self.status.send_modify(|(_, copy)| {
+            copy.lag = lag.unwrap_or(copy.lag);
+            copy.headroom = headroom;
+        });
     }
 
     /// A run ended with an error; `step` is what is made anew, if that is how it goes on.

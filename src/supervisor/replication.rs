@@ -20,6 +20,7 @@ use super::{
     board::{Board, Mark},
     desired::{Plan, Planner, Rejected, Work},
     group::Group,
+    headroom::Watch,
     marks::{Marks, Release},
     outage::Outage,
     trouble::Trouble,
@@ -76,7 +77,7 @@ pub(super) struct Context {
 }
 
 impl Context {
-    fn emit(&self, event: Event) {
+    pub(super) fn emit(&self, event: Event) {
         self.deps.events.emit(event, &self.id);
     }
 }
@@ -149,6 +150,7 @@ impl Life {
     /// Nothing runs, whatever the document says, until the pause is taken back.
     async fn rest(&mut self, mut work: Option<Work>) -> Option<Plan> {
         let Self { context, planner, marks, stop, session, refusals } = self;
+        let mut headroom = std::mem::take(&mut session.headroom);
         {
             let mut resting = pin!(session.rest());
             let mut rested = false;
@@ -161,6 +163,7 @@ impl Life {
                     () = stop.cancelled() => return None,
                     Ok(_) = marks.wait_for(|marks| !marks.paused) => break,
                     () = &mut resting, if !rested => (rested, newest) = (true, false),
+                    never = headroom.alone(context, work.as_ref().map(|work| &work.replication)) => match never {},
                     plan = newer => {
                         newest = true;
                         refusals.report(context, plan.rejected);
@@ -175,6 +178,7 @@ impl Life {
                 }
             }
         }
+        session.headroom = headroom;
         if session.superseded {
             stop.cancelled().await;
             return None;
@@ -328,6 +332,7 @@ struct Session {
     backoff: Backoff,
     outage: Outage,
     escalation: Escalation,
+    headroom: Watch,
     /// Whether the start of this document has been told.
     told: bool,
     /// The last row was not saved, whatever the ledger remembers.
@@ -350,6 +355,7 @@ impl Session {
             backoff: RETRY,
             outage: Outage::default(),
             escalation: Escalation::default(),
+            headroom: Watch::default(),
             told: false,
             unsaved: false,
             superseded: false,
@@ -374,7 +380,7 @@ impl Session {
             };
             let outcome = match error.kind {
                 ErrorKind::Superseded => Err(error),
-                _ => self.survive(error, begun, stop).await,
+                _ => self.survive(error, replication, begun, stop).await,
             };
             match outcome {
                 Ok(Step::Everything) if !stop.is_cancelled() => {
@@ -412,7 +418,7 @@ impl Session {
             }
         }
         let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
-        let Self { context, marks, told, outage, .. } = self;
+        let Self { context, marks, told, outage, headroom, .. } = self;
         let Context { deps, board, .. } = &*context;
         let job = Job {
             site: deps.site.clone(),
@@ -431,6 +437,7 @@ impl Session {
             result = run => result,
             never = observe(context, before, replication, told, outage) => match never {},
             never = clear_release(context, marks.clone(), saved, |_| true) => match never {},
+            never = headroom.beside(context) => match never {},
         };
         if self.context.board.mark() != before {
             self.backoff.reset();
@@ -460,7 +467,13 @@ impl Session {
 
     /// Reports an error of the attempt that began at `begun`, and waits for the next one; says what is made anew for
     /// it. There is none if the record turns out to be another's.
-    async fn survive(&mut self, error: Error, begun: Instant, stop: &CancellationToken) -> Result<Step, Error> {
+    async fn survive(
+        &mut self,
+        error: Error,
+        replication: &Replication,
+        begun: Instant,
+        stop: &CancellationToken,
+    ) -> Result<Step, Error> {
         if stop.is_cancelled() {
             warn!(replication = self.context.id, "ended with an error while it was stopped: {error}");
             self.context.board.failed(&error, None);
@@ -496,20 +509,26 @@ impl Session {
                 None => pending().await,
             }
         };
-        let mut save_and_wait = pin!(async {
-            self.save_row().await?;
+        let mut headroom = std::mem::take(&mut self.headroom);
+        let result = {
+            let mut save_and_wait = pin!(async {
+                self.save_row().await?;
+                tokio::select! {
+                    () = sleep_until(wake) => {}
+                    Ok(_) = marks.wait_for(released) => self.backoff.reset(),
+                }
+                Ok(())
+            });
             tokio::select! {
-                () = sleep_until(wake) => {}
-                Ok(_) = marks.wait_for(released) => self.backoff.reset(),
+                biased;
+                () = stop.cancelled() => Ok(step),
+                result = &mut save_and_wait => result.map(|()| step),
+                never = cleared => match never {},
+                never = headroom.alone(&context, Some(replication)) => match never {},
             }
-            Ok(())
-        });
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => Ok(step),
-            result = &mut save_and_wait => result.map(|()| step),
-            never = cleared => match never {},
-        }
+        };
+        self.headroom = headroom;
+        result
     }
 
     /// Paused: gives the record up, and says in it that the replication is paused.

@@ -1,0 +1,79 @@
+//! A look at the source of a replication that does not run: what waits there, and what is going to be removed. Over a
+//! connection of its own, which is closed at once.
+
+use tokio::time::{Duration, Instant, timeout};
+
+use super::{
+    Budget, Error, ErrorKind,
+    headroom::{Looks, Oldest, Outlook, Retention},
+    reader::{Range, Reader},
+};
+use crate::{
+    chance,
+    config::Replication,
+    names,
+    nats::{Dial, Lane, Turn, jetstream::Api},
+    status::Lag,
+};
+
+/// What is read ahead: the headers of the first messages.
+const AHEAD: usize = 64 * 1024;
+/// Time for the first message that waits.
+const FIRST: Duration = Duration::from_secs(5);
+
+/// What was seen.
+#[derive(Debug, Clone, Copy)]
+pub struct Glance {
+    /// Messages in scope behind the position.
+    pub lag: Lag,
+    /// How long the oldest of them will still be there; nothing waits: [`Outlook::Safe`].
+    pub outlook: Outlook,
+    /// How long the source keeps a message that comes now, seconds, as it looks; `None` where nothing removes it.
+    pub kept: Option<f64>,
+}
+
+/// Asks the source what lies behind a position. `looks` remembers what was seen before.
+pub async fn glance(
+    dial: &dyn Dial,
+    replication: &Replication,
+    position: u64,
+    looks: &mut Looks,
+) -> Result<Glance, Error> {
+    let name = format!("{} {}", names::PROGRAM, replication.id);
+    let mut lane = dial.dial(&replication.source.place, &name).await?;
+    let stream = &replication.source.stream;
+    let info = Api::new(&mut lane).stream_info(stream).await?;
+    let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
+    let retention = Retention::of(&info);
+    looks.add(Instant::now(), info.state);
+    let kept = looks.kept(&retention);
+    let range = Range { stream, filters: replication.scope.filters(), from: position + 1, headers_only: true };
+    let mut reader = Reader::open(&mut lane, &range, AHEAD).await?;
+    let messages = reader.pending();
+    let first = timeout(FIRST, first(&mut lane, &mut reader)).await;
+    reader.close(&mut lane);
+    let _ = timeout(FIRST, lane.turn()).await;
+    let first = first.map_err(|_| Error::new(ErrorKind::Retry, format!("nothing came for {FIRST:?}")))??;
+    let Some((seq, time_ns)) = first else {
+        return Ok(Glance { lag: Lag::default(), outlook: Outlook::Safe, kept });
+    };
+    let now_ns = chance::now().timestamp_nanos_opt().unwrap_or_default();
+    let age = Duration::from_nanos(now_ns.saturating_sub(time_ns).max(0) as u64);
+    let outlook = looks.outlook(&retention, &Oldest { seq, age: Some(age) });
+    Ok(Glance { lag: Lag { messages, seconds: age.as_secs_f64() }, outlook, kept })
+}
+
+/// Sequence and stored time of the first message, if there is one.
+async fn first(lane: &mut Lane, reader: &mut Reader) -> Result<Option<(u64, i64)>, Error> {
+    let budget = Budget::new(usize::MAX);
+    while reader.pending() > 0 {
+        if let Some(incoming) = reader.peek() {
+            return Ok(Some((incoming.delivery.stream_seq, incoming.delivery.time_ns)));
+        }
+        reader.pull(lane, &budget);
+        if let Turn::Received(batch) = lane.turn().await? {
+            reader.accept(batch).map_err(|lost| lost.error)?;
+        }
+    }
+    Ok(None)
+}

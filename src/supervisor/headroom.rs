@@ -1,0 +1,116 @@
+//! Tells when the source is going to remove what is not copied yet. While a run is under way its status says how long
+//! that will take. While none is, which is when people need to know most, the source is looked at now and then, by few
+//! at a time.
+
+use std::{convert::Infallible, future::pending, time::Duration};
+
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, sleep_until, timeout},
+};
+use tracing::{debug, info, warn};
+
+use super::replication::Context;
+use crate::{
+    config::Replication,
+    copy::{Looks, Outlook, Shortage, Turn, glance},
+    events::Event,
+    status::{Headroom, State},
+};
+
+/// Looks at sources of the whole process that may be under way: a thousand paused replications must not connect at once.
+static AT_ONCE: Semaphore = Semaphore::const_new(4);
+/// The first look after the end of a run.
+const FIRST: Duration = Duration::from_secs(1);
+/// Then after a tenth of the time that is left, or that the source keeps what comes now, within these bounds.
+const SOONEST: Duration = Duration::from_secs(5);
+const LATEST: Duration = Duration::from_secs(60);
+/// Where nothing removes messages, somebody may set a limit.
+const UNLIMITED: Duration = Duration::from_secs(300);
+/// So long a look may take.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// What is known of one replication's headroom.
+#[derive(Debug, Default)]
+pub(super) struct Watch {
+    looks: Looks,
+    shortage: Shortage,
+    /// When the source is looked at next, while no run is under way.
+    next: Option<Instant>,
+}
+
+impl Watch {
+    /// While a run is under way.
+    pub(super) async fn beside(&mut self, context: &Context) -> Infallible {
+        self.next = None;
+        let mut status = context.board.status().subscribe();
+        loop {
+            let (headroom, caught_up) = {
+                let (state, copy) = &*status.borrow_and_update();
+                (copy.headroom, *state == State::Running && copy.lag.messages == 0)
+            };
+            self.judge(context, headroom, caught_up);
+            if status.changed().await.is_err() {
+                return pending().await;
+            }
+        }
+    }
+
+    /// While no run is under way. Dropped and called again it goes on.
+    pub(super) async fn alone(&mut self, context: &Context, replication: Option<&Replication>) -> Infallible {
+        let Some(replication) = replication else { return pending().await };
+        loop {
+            let next = *self.next.get_or_insert_with(|| Instant::now() + FIRST);
+            sleep_until(next).await;
+            let pause = self.look(context, replication).await;
+            self.next = Some(Instant::now() + pause);
+        }
+    }
+
+    /// Looks once; returns how long to wait for the next look.
+    async fn look(&mut self, context: &Context, replication: &Replication) -> Duration {
+        let Ok(_one_of_few) = AT_ONCE.acquire().await else { return LATEST };
+        let position = context.board.row().copy.position.source_seq;
+        if position == 0 {
+            // It has not begun: where it will, and so what waits, is not known.
+            return LATEST;
+        }
+        let looked = glance(&context.deps.rules, replication, position, &mut self.looks);
+        let glance = match timeout(LIMIT, looked).await {
+            Ok(Ok(glance)) => glance,
+            Ok(Err(error)) => {
+                debug!(replication = context.id, "the source was not looked at: {error}");
+                context.board.glanced(None, None);
+                return LATEST;
+            }
+            Err(_) => return LATEST,
+        };
+        let headroom = match glance.outlook {
+            Outlook::Left(headroom) => Some(headroom),
+            Outlook::Unknown | Outlook::Safe => None,
+        };
+        context.board.glanced(Some(glance.lag), headroom);
+        self.judge(context, headroom, glance.lag.messages == 0);
+        let left = headroom.map(|headroom| headroom.seconds);
+        match left.into_iter().chain(glance.kept).reduce(f64::min) {
+            _ if glance.outlook == Outlook::Unknown => SOONEST,
+            Some(seconds) => Duration::from_secs_f64(seconds.min(1e6) / 10.0).clamp(SOONEST, LATEST),
+            None => UNLIMITED,
+        }
+    }
+
+    fn judge(&mut self, context: &Context, headroom: Option<Headroom>, caught_up: bool) {
+        let position = context.board.row().copy.position.source_seq;
+        match self.shortage.judge(headroom, caught_up) {
+            Some(Turn::Low(Headroom { seconds, limit, .. })) => {
+                warn!(replication = context.id, seconds, ?limit, "the source will soon remove what is not copied");
+                context.emit(Event::HeadroomLow { seconds: seconds as u64, limit, position });
+            }
+            Some(Turn::Restored) => {
+                info!(replication = context.id, "what is not copied stays at the source for long enough again");
+                context.emit(Event::HeadroomOk { position });
+            }
+            None => {}
+        }
+    }
+}
