@@ -17,7 +17,7 @@ pub use duration::parse_duration;
 pub use endpoint::{Auth, Endpoint, Host, MASK, Scheme, Tls, mask_url};
 pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};
-pub use replication::{Limits, Mapping, Replication, Side, Start};
+pub use replication::{Limits, Mapping, Replication, Sharing, Side, Start};
 pub use schema::replication_schema;
 pub use secret::Secret;
 pub use secrets::{URLS, has_mask, mask_document, unmask_document};

@@ -5,6 +5,7 @@
 
 mod budget;
 mod decide;
+pub(crate) mod duplicates;
 mod gap;
 mod locate;
 mod progress;
@@ -12,6 +13,7 @@ mod provenance;
 mod reader;
 mod resume;
 mod run;
+pub(crate) mod sharing;
 pub(crate) mod target;
 mod transform;
 mod window;
@@ -23,6 +25,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use budget::Budget;
+pub(crate) use duplicates::LONGEST_PAUSE;
 pub use locate::{At, Located, Place, locate};
 pub use progress::Ledger;
 
@@ -47,6 +50,8 @@ pub struct Job {
     pub budget: Budget,
     /// A message that can never be stored and is left out by request.
     pub skip: Option<SourceMessage>,
+    /// Another replication of this service that writes to the same target stream.
+    pub neighbour: Option<String>,
     /// Makes the connections to both sides.
     pub dial: Arc<dyn nats::Dial>,
 }

@@ -88,7 +88,7 @@ pub enum Outcome {
 /// Looks at both sides at once and is done at `until`; what was not reached by then is unknown.
 pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], until: Instant) -> Report {
     let early = until - SECOND_LOOK;
-    let (source, mut target) = tokio::join!(
+    let (mut source, mut target) = tokio::join!(
         Look::at(rules, Role::Source, replication, early), //
         Look::at(rules, Role::Target, replication, early)
     );
@@ -108,6 +108,15 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
             wanted.extend(judge::subjects_of(config));
         }
         target.ask_who_listens(wanted, until).await;
+    }
+    // Two domains may be one account: then a stream beside the source takes what is copied, too.
+    if let (Some(from), Some(to)) = (source.facts.stream.there(), target.facts.stream.there())
+        && let Some(domain) = to.domain.clone().filter(|domain| from.domain.as_ref() != Some(domain))
+    {
+        source.ask_across(&domain, &replication.target.stream, &to.created, until).await;
+        if source.facts.bridged {
+            source.ask_who_listens(flow.to.clone(), until).await;
+        }
     }
     let pair = Pair { replication, source: &source.facts, target: &target.facts, flow: &flow, planned: &planned };
     Report { source: pair.judge_source(), target: pair.judge_target(known) }

@@ -75,3 +75,9 @@ mod wire_fidelity;
 mod wire_kv;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_order.rs"]
+mod wire_order;
+#[path = "it/wire_second_stream.rs"]
+mod wire_second_stream;
+#[path = "it/wire_shared.rs"]
+mod wire_shared;

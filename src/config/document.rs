@@ -7,11 +7,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Connection, Endpoint, Fields, Limits, Mapping, Place, Problem, Problems, Replication, Side, Start, Tls,
+    Connection, Endpoint, Fields, Limits, Mapping, Place, Problem, Problems, Replication, Sharing, Side, Start, Tls,
     check_context_name, endpoint, parse_duration,
     place::{domain_prefix, subject_prefix},
     schema::{self, join, shorten},
 };
+use crate::status::Ordering;
 
 /// A replication document, field for field as written. `schemas/replication.json` says what each field means.
 ///
@@ -84,6 +85,12 @@ pub struct Document {
     /// Accepted, without effect.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ephemeral: Option<bool>,
+    /// Who else may write to the target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_mode: Option<String>,
+    /// Whether a refusal may change the order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ordering: Option<String>,
     /// Free text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
@@ -280,6 +287,8 @@ impl Checker {
             start,
             max_age,
             create_target: !document.no_target_create.unwrap_or_default(),
+            target_mode: sharing(document),
+            ordering: ordering(document),
             limits: limits(document.limits.as_ref()),
             notices: notices(document),
         })
@@ -480,6 +489,22 @@ fn limits(document: Option<&LimitsDocument>) -> Limits {
     }
 }
 
+/// Other words are refused by the schema.
+fn sharing(document: &Document) -> Sharing {
+    match text(&document.target_mode) {
+        Some("exclusive") => Sharing::Exclusive,
+        Some("shared") => Sharing::Shared,
+        _ => Sharing::Auto,
+    }
+}
+
+fn ordering(document: &Document) -> Ordering {
+    match text(&document.ordering) {
+        Some("strict") => Ordering::Strict,
+        _ => Ordering::Relaxed,
+    }
+}
+
 fn notices(document: &Document) -> Vec<String> {
     let mut notices = Vec::new();
     if document.target_initiated == Some(true) {
@@ -661,6 +686,20 @@ mod tests {
     }
 
     #[test]
+    fn words_choose_mode_and_order() {
+        let check = |mode: &str, ordering: &str, expect: (Sharing, Ordering)| {
+            let replication = good(json!({"target_mode": mode, "ordering": ordering}));
+            assert_eq!((replication.target_mode, replication.ordering), expect, "{mode} {ordering}");
+        };
+        check("", "", (Sharing::Auto, Ordering::Relaxed));
+        check("auto", "relaxed", (Sharing::Auto, Ordering::Relaxed));
+        check("exclusive", "strict", (Sharing::Exclusive, Ordering::Strict));
+        check("shared", "", (Sharing::Shared, Ordering::Relaxed));
+        let replication = good(json!({}));
+        assert_eq!((replication.target_mode, replication.ordering), Default::default());
+    }
+
+    #[test]
     fn one_problem_each() {
         let check = |more: Value, path: &str, expect: &str| {
             let found = problems(&with(more.clone()));
@@ -721,6 +760,9 @@ mod tests {
             check(fields, "/target_url", "`target_url`: `ws://` is without TLS");
         }
         check(json!({"source_tls": {"keys": "/c"}}), "/source_tls/keys", "did you mean `key`");
+        check(json!({"target_mode": "alone"}), "/target_mode", "`alone`: must be `auto`, `exclusive` or `shared`");
+        check(json!({"ordering": "STRICT"}), "/ordering", "`STRICT`: must be `relaxed` or `strict`");
+        check(json!({"ordering": true}), "/ordering", "must be of type string");
         check(json!({"streem": "x"}), "/streem", "did you mean `stream`");
         check(json!({"colour": "x"}), "/colour", "`colour` is unknown");
         check(json!({"a/b~c": 1}), "/a~1b~0c", "`a/b~c` is unknown");
@@ -807,6 +849,8 @@ mod tests {
             no_target_create: Some(true),
             target_initiated: Some(true),
             ephemeral: Some(true),
+            target_mode: Some("shared".into()),
+            ordering: Some("strict".into()),
             description: some(),
             limits: Some(LimitsDocument { messages_in_flight: Some(1), bytes_in_flight: Some(65536) }),
             tls: Some(tls.clone()),

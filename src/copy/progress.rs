@@ -7,13 +7,16 @@ use std::{
     task::{Context, Poll},
 };
 
+use chrono::{SubsecRound, Utc};
 use tokio::{
     sync::watch,
     time::{Duration, Instant},
 };
 
-use super::{Error, ErrorKind, window::Window};
+use super::{Error, ErrorKind, resume::Resume, sharing::Intruders, window::Window};
 use crate::{
+    config::{Replication, Sharing},
+    events::Event,
     status::{Row, TargetMode},
     store::{Claim, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness},
 };
@@ -38,6 +41,10 @@ pub struct Ledger {
     chain_breaks: VecDeque<Instant>,
     /// Last sequence of the target when the run that was lent this began.
     begun_at: Option<u64>,
+    /// Foreign messages at a target that is to be exclusive.
+    pub(super) intruders: Intruders,
+    /// Whether a duplicate window that is too short was told.
+    pub(super) window_told: bool,
     /// Source sequence in the record as last saved.
     saved: watch::Sender<u64>,
 }
@@ -62,6 +69,8 @@ impl Ledger {
             last_save: None,
             chain_breaks: VecDeque::new(),
             begun_at: None,
+            intruders: Intruders::default(),
+            window_told: false,
             saved,
         }
     }
@@ -210,6 +219,21 @@ impl Ledger {
         ))
     }
 
+    /// What becomes of foreign messages that were found where the document wants nobody else to write.
+    pub(super) fn unwanted(&mut self, resume: &mut Resume, replication: &Replication) -> Result<(), Error> {
+        if replication.target_mode != Sharing::Exclusive {
+            return Ok(());
+        }
+        let Some(foreign) = resume.foreign.take() else { return Ok(()) };
+        self.chain_explained();
+        resume.mode = TargetMode::Exclusive;
+        resume.findings.retain(|finding| !matches!(finding, Event::TargetShared { .. }));
+        match self.intruders.found(&replication.target.stream, foreign) {
+            Some(message) => Err(Error::new(ErrorKind::Hold, message)),
+            None => Ok(()),
+        }
+    }
+
     /// A foreign message explains why the chain broke.
     pub(super) fn chain_explained(&mut self) {
         self.chain_breaks.clear();
@@ -243,6 +267,7 @@ impl Witnesses<'_> {
                 source_seq: target.source_seq,
                 created: self.target_created.to_owned(),
             }),
+            saved_at: Some(Utc::now().trunc_subsecs(3)),
             target_mode: self.mode,
             ..saved.clone()
         }

@@ -13,11 +13,13 @@ use tracing::{info, warn};
 use super::{
     Error, ErrorKind, Job,
     decide::{Decision, Reason, Rules},
+    duplicates::Look,
     gap::Gaps,
     progress::{Ledger, Witnesses},
     provenance::Tag,
     reader::{Range, Reader},
-    resume::{self, Already, Known, Resume, Sides, is_plain},
+    resume::{self, Already, Known, Resume, Sides, is_consumed, is_plain},
+    sharing,
     target::{self, Abilities},
     transform,
     window::{SourcePoint, Window},
@@ -46,11 +48,11 @@ const TICK_SAVED: Duration = Duration::from_secs(5);
 /// How often the source is asked for its state.
 const INFO_EVERY: Duration = Duration::from_secs(10);
 /// Time without any settlement, while messages are in the air, after which the run is given up.
-const STALL: Duration = Duration::from_secs(30);
+pub(super) const STALL: Duration = Duration::from_secs(30);
 /// Time for what is in the air to settle when a run ends by request or at a message that cannot be stored.
-const DRAIN: Duration = Duration::from_secs(5);
+pub(super) const DRAIN: Duration = Duration::from_secs(5);
 /// Time for the last save of a run that failed.
-const LAST_SAVE: Duration = Duration::from_secs(3);
+pub(super) const LAST_SAVE: Duration = Duration::from_secs(3);
 
 /// Why the loop should end once nothing is in the air.
 #[derive(Debug)]
@@ -137,7 +139,12 @@ impl<'a> Run<'a> {
             target: &target_info,
             chain_broke_behind: ledger.chain_broke_behind(),
         };
-        let resume = resume::find(sides, ledger.record(), abilities.mode).await?;
+        let (mode, news) = sharing::begin(&replication, &target_info, ledger.record(), job.neighbour.as_deref());
+        abilities.share(mode);
+        status.send_modify(|(_, copy)| copy.target_mode = mode);
+        let mut resume = resume::find(sides, ledger.record(), mode).await?;
+        resume.findings.extend(news);
+        ledger.unwanted(&mut resume, &replication)?;
         abilities.share(resume.mode);
         let range = Range {
             stream: &replication.source.stream,
@@ -148,7 +155,9 @@ impl<'a> Run<'a> {
         let reader = Reader::open(&mut source, &range, replication.limits.bytes_in_flight).await?;
         ledger.begin_at(target_info.state.last_seq);
         let generation = ledger.record().generation;
-        let writer = Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, generation);
+        let mut writer =
+            Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, generation);
+        writer.after(resume.before);
         let now = Instant::now();
         let mut copy = status.borrow().1.clone();
         if !copy.source.server.is_empty() {
@@ -160,6 +169,7 @@ impl<'a> Run<'a> {
         copy.target.connected = true;
         copy.transport = abilities.transport;
         copy.target_mode = abilities.mode;
+        copy.ordering = writer.ordering();
         let mut run = Self {
             job,
             status,
@@ -171,7 +181,7 @@ impl<'a> Run<'a> {
             source,
             target,
             source_info,
-            target_created: target_info.created,
+            target_created: target_info.created.clone(),
             abilities,
             reader,
             writer,
@@ -187,8 +197,22 @@ impl<'a> Run<'a> {
             ending: None,
             skipped: None,
         };
+        run.remembered(&target_info, resume.unseen, ledger);
         run.resumed(resume, ledger);
         Ok(run)
+    }
+
+    /// Tells, once per start, where the target may forget ids too soon.
+    fn remembered(&mut self, target: &StreamInfo, unseen: u64, ledger: &mut Ledger) {
+        if !self.writer.relies_on_ids() || std::mem::replace(&mut ledger.window_told, true) {
+            return;
+        }
+        let window = Duration::from_nanos(target.number("duplicate_window").unsigned_abs());
+        let unseen = if is_consumed(target) { unseen } else { 0 };
+        let look = Look { window, unseen, saved_at: ledger.record().saved_at, now: Utc::now() };
+        for event in [look.short_window(), look.long_downtime()].into_iter().flatten() {
+            self.found(event);
+        }
     }
 
     /// Tells where the run goes on and what was found on the way there.
@@ -305,7 +329,7 @@ impl<'a> Run<'a> {
     /// Whether the bounds keep back a message of so many bytes.
     fn full(&self, bytes: usize) -> bool {
         let limits = &self.replication.limits;
-        self.window.len() >= limits.messages_in_flight
+        self.window.len() >= limits.messages_in_flight.min(self.writer.most_in_air())
             || (!self.window.is_empty() && self.window.bytes() + bytes > limits.bytes_in_flight)
     }
 

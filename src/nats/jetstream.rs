@@ -1,6 +1,8 @@
 //! The few JetStream API calls that a copy needs, over its own lane. All reads are answered by the leader of the
 //! stream (`STREAM.INFO`, `STREAM.MSG.GET`); direct gets can be stale.
 
+use std::ops::RangeInclusive;
+
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, de::DeserializeOwned};
@@ -92,10 +94,37 @@ impl StreamInfo {
 pub struct StoredMessage {
     /// Stream sequence.
     pub sequence: u64,
+    /// Its subject.
+    pub subject: String,
     /// Stored time, nanoseconds since the Unix epoch.
     pub time_ns: i64,
     /// Header block; empty for none.
     pub header: Vec<u8>,
+}
+
+/// A reply of `STREAM.MSG.GET`.
+#[derive(Deserialize)]
+struct Got {
+    message: Raw,
+}
+
+#[derive(Deserialize)]
+struct Raw {
+    seq: u64,
+    #[serde(default)]
+    subject: String,
+    time: DateTime<Utc>,
+    #[serde(default)]
+    hdrs: String,
+}
+
+impl Got {
+    fn stored(self, what: &str) -> Result<StoredMessage, Error> {
+        let Raw { seq, subject, time, hdrs } = self.message;
+        let header =
+            STANDARD.decode(&hdrs).map_err(|error| Error::retry(format!("{what}: headers are not base64: {error}")))?;
+        Ok(StoredMessage { sequence: seq, subject, time_ns: time.timestamp_nanos_opt().unwrap_or_default(), header })
+    }
 }
 
 /// `CONSUMER.CREATE` and `CONSUMER.INFO`, the parts that matter here.
@@ -158,28 +187,23 @@ impl<'a> Api<'a> {
 
     /// Reads the message at a sequence; `None` if nothing lies there.
     pub async fn message(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
-        #[derive(Deserialize)]
-        struct Got {
-            message: Raw,
-        }
-        #[derive(Deserialize)]
-        struct Raw {
-            seq: u64,
-            time: DateTime<Utc>,
-            #[serde(default)]
-            hdrs: String,
-        }
         let what = format!("STREAM.MSG.GET.{stream}");
         let got: Option<Got> = found(self.call(&what, &json!({ "seq": sequence })).await)?;
-        let Some(Got { message }) = got else { return Ok(None) };
-        let header = STANDARD
-            .decode(&message.hdrs)
-            .map_err(|error| Error::retry(format!("{what}: headers are not base64: {error}")))?;
-        Ok(Some(StoredMessage {
-            sequence: message.seq,
-            time_ns: message.time.timestamp_nanos_opt().unwrap_or_default(),
-            header,
-        }))
+        got.map(|got| got.stored(&what)).transpose()
+    }
+
+    /// Reads what lies at these sequences, in order and whole; what is gone is left out. All are asked for at once.
+    pub async fn messages(&mut self, stream: &str, range: RangeInclusive<u64>) -> Result<Vec<StoredMessage>, Error> {
+        let what = format!("STREAM.MSG.GET.{stream}");
+        let subject = format!("{}.{what}", self.lane.api_prefix());
+        let mut replies = self.lane.requests(&subject, range.map(|seq| json!({ "seq": seq }).to_string())).await?;
+        let mut stored = Vec::new();
+        for reply in replies.drain(..) {
+            if let Some(got) = found(decode::<Got>(&reply).map_err(|error| error.context(&what)))? {
+                stored.push(got.stored(&what)?);
+            }
+        }
+        Ok(stored)
     }
 
     /// Creates a consumer under the given name.

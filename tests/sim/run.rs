@@ -188,6 +188,7 @@ impl Scene {
             row,
             budget: Budget::new(1 << 20),
             skip: None,
+            neighbour: None,
             dial: Arc::new(Network(vec![self.source.clone(), self.target.clone()])),
         };
         let store = PositionStore::new(Arc::new(keys::Handle(self.keys.clone())));
