@@ -41,6 +41,8 @@ pub struct Ledger {
     chain_breaks: VecDeque<Instant>,
     /// Last sequence of the target when the run that was lent this began.
     begun_at: Option<u64>,
+    /// Whether the chain of the run before broke.
+    broken: bool,
     /// Foreign messages at a target that is to be exclusive.
     pub(super) intruders: Intruders,
     /// Whether a duplicate window that is too short was told.
@@ -69,6 +71,7 @@ impl Ledger {
             last_save: None,
             chain_breaks: VecDeque::new(),
             begun_at: None,
+            broken: false,
             intruders: Intruders::default(),
             window_told: false,
             saved,
@@ -190,18 +193,20 @@ impl Ledger {
         self.judge(result, record)
     }
 
-    /// Notes where a run begins to write.
+    /// Notes where a run begins to write, or up to where nobody else has written.
     pub(super) fn begin_at(&mut self, target_seq: u64) {
         self.begun_at = Some(target_seq);
+        self.broken = false;
     }
 
     /// Where to look for what broke the chain of the run before; `None` if it did not break.
     pub(super) fn chain_broke_behind(&self) -> Option<u64> {
-        self.chain_breaks.back().and(self.begun_at)
+        self.begun_at.filter(|_| self.broken)
     }
 
     /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it.
     pub(super) fn chain_broke(&mut self, now: Instant) -> Result<(), Error> {
+        self.broken = true;
         self.chain_breaks.push_back(now);
         while self.chain_breaks.front().is_some_and(|at| now.duration_since(*at) > CHAIN_BREAK_TIME) {
             self.chain_breaks.pop_front();

@@ -308,6 +308,10 @@ impl Sides<'_> {
         let mut resume = Resume::at(position, target);
         let last = self.target.state.last_seq;
         let behind = target.map_or(0, |point| point.seq);
+        // Without batches it is noticed late, when what was copied behind it is saved already.
+        if let Some(exact) = self.chain_broke_behind.filter(|exact| *exact < behind) {
+            self.look_for_others(exact + 1, behind.min(last), &mut resume).await?;
+        }
         if last <= behind {
             return Ok(resume);
         }
@@ -359,6 +363,7 @@ impl Sides<'_> {
         resume.unseen = (to + 1 - from).saturating_sub(seen.messages);
         if let Some(foreign) = seen.foreign {
             resume.mode = TargetMode::Shared;
+            resume.findings.retain(|finding| !matches!(finding, Event::TargetShared { .. }));
             resume.findings.push(sharing::turned_shared(&foreign));
             resume.foreign = Some(foreign);
         }

@@ -271,6 +271,9 @@ impl<'a> Run<'a> {
             Err(error) => {
                 // First of all nothing more may be sent.
                 drop((self.source, self.target));
+                if error.chain_broken {
+                    ledger.begin_at(self.writer.exact(&self.window));
+                }
                 let row = row(self.job, &self.copy);
                 let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
                 match tokio::time::timeout(LAST_SAVE, ledger.save_now(witnesses, row)).await {

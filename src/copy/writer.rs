@@ -116,7 +116,7 @@ enum Mode {
     /// Of several refusals that of the oldest message counts.
     Pipelined {
         sent: u64,
-        /// Messages that lie behind where the target ended when the run began.
+        /// Messages of ours behind [`Writer::exact`].
         stored: u64,
         refused: Option<(Token, Error)>,
     },
@@ -144,6 +144,8 @@ pub(super) struct Writer {
     unproven: bool,
     /// Last sequence of the target before this run: what it stores now lies behind it.
     floor: u64,
+    /// Every sequence behind the floor and up to here is that of a message of ours. Pipelined only.
+    exact: u64,
     /// A subject that the target listens on, for a commit.
     last_subject: Vec<u8>,
     domain: Option<String>,
@@ -189,6 +191,7 @@ impl Writer {
             overlap: 0,
             unproven: true,
             floor: target.state.last_seq,
+            exact: target.state.last_seq,
             last_subject: Vec::new(),
             domain: target.domain.clone(),
             header: Vec::new(),
@@ -404,10 +407,7 @@ impl Writer {
                             return Err(self.made_anew(seq, window).into());
                         }
                         self.expected_last = self.expected_last.max(seq);
-                        if let Mode::Pipelined { stored, .. } = &mut self.mode {
-                            // Also what a run before sent, and what arrived behind the start of this one.
-                            *stored += u64::from(seq > self.floor);
-                        }
+                        self.count(seq);
                         window.settle(token, Some(seq)).map_err(window_error)?;
                     }
                     // Another stream takes the subject too: whatever else is said about this message, no more may go there.
@@ -430,6 +430,24 @@ impl Writer {
             }
         }
         Ok(())
+    }
+
+    /// Counts a message of ours at this place; also what a run before sent and what arrived behind the start of this
+    /// one.
+    fn count(&mut self, seq: u64) {
+        let Mode::Pipelined { stored, .. } = &mut self.mode else { return };
+        *stored += u64::from(seq > self.exact);
+        if self.exact + *stored == self.expected_last {
+            (self.exact, *stored) = (self.expected_last, 0);
+        }
+    }
+
+    /// Behind this place at the target somebody else may have written, and nowhere before it since the run began.
+    pub fn exact(&self, window: &Window) -> u64 {
+        match self.mode {
+            Mode::FastIngest { .. } => self.known_end(window),
+            Mode::Pipelined { .. } => self.exact,
+        }
     }
 
     fn publish_ack(&self, payload: &[u8]) -> Result<Published, Error> {
@@ -505,6 +523,9 @@ impl Writer {
         let ack = fast_ingest::parse_ack(payload).map_err(|what| Error::retry(format!("the target sent {what}")))?;
         match ack {
             Ack::End { stream, domain, .. } if !of_current => self.expect_stream(&stream, domain.as_deref())?,
+            Ack::Failed { error: Some(error), .. } if !of_current && error.err_code == STREAM_NOT_EXPECTED => {
+                return Err(self.explained(error).into());
+            }
             _ if !of_current => {}
             Ack::Progress { sequence, every } => {
                 let Mode::FastIngest { batch: Some(batch), .. } = &mut self.mode else { return Ok(()) };
@@ -543,7 +564,9 @@ impl Writer {
         self.unproven = false;
         let shared = self.abilities.mode == TargetMode::Shared;
         // On an exclusive target the chain would have told. Of a batch of duplicates the end may be an old place.
-        if shared && batch.refused.is_none() && count > 0 && stream_sequence < self.known_end(window) {
+        // Without a place nothing was stored: all of it lay there already.
+        let placed = stream_sequence > 0;
+        if shared && placed && batch.refused.is_none() && count > 0 && stream_sequence < self.known_end(window) {
             return Err(self.made_anew(stream_sequence, window).into());
         }
         // The commit message itself is no message of the window.
@@ -564,7 +587,9 @@ impl Writer {
             return Err(Error::retry("the target ended the batch before its end").into());
         }
         if shared {
-            window.place(batch.first + batch.sent - 1, stream_sequence);
+            if placed {
+                window.place(batch.first + batch.sent - 1, stream_sequence);
+            }
             self.expected_last = self.expected_last.max(stream_sequence);
         } else if stream_sequence != self.expected_last {
             let expected = self.expected_last;
@@ -582,9 +607,9 @@ impl Writer {
             // Every sequence is that of a message which we sent.
             Mode::Pipelined { stored, .. }
                 if self.abilities.mode == TargetMode::Exclusive
-                    && self.expected_last > self.floor + *stored + window.len() as u64 =>
+                    && self.expected_last > self.exact + *stored + window.len() as u64 =>
             {
-                let (last, ours) = (self.expected_last, self.floor + *stored);
+                let (last, ours) = (self.expected_last, self.exact + *stored);
                 let message = format!("the target's last sequence is {last} where our messages would make it {ours}");
                 Err(Error { kind: ErrorKind::ChainBroken, message, api: None }.into())
             }

@@ -150,7 +150,7 @@ async fn consume(site: &Site) -> Result<u64> {
     let last = raw.stream_state("S").await?["last_seq"].as_u64().unwrap_or_default();
     let mut taken = 0;
     let client = connect(&site.target.url()).await?;
-    let stream = async_nats::jetstream::new(client).get_stream("S").await?;
+    let stream = async_nats::jetstream::new(client.clone()).get_stream("S").await?;
     let consumer: async_nats::jetstream::consumer::PullConsumer =
         stream.get_consumer("reader").await.map_err(|error| anyhow::anyhow!("{error}"))?;
     let mut messages = consumer.fetch().max_messages(last as usize).expires(Duration::from_secs(2)).messages().await?;
@@ -161,6 +161,9 @@ async fn consume(site: &Site) -> Result<u64> {
             taken += 1;
         }
     }
+    client.flush().await?;
+    let gone = async || raw.stream_state("S").await.is_ok_and(|s| s["messages"].as_u64() <= Some(last / 10 + 1));
+    wait_for("the messages to be gone", LONG, gone).await?;
     Ok(taken)
 }
 

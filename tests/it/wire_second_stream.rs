@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::harness::server::free_port;
 use crate::harness::site::merged;
-use crate::harness::{Expect, LIMIT, Outgoing, Raw, Role, Server, Site, request, wait_for};
+use crate::harness::{Expect, LIMIT, Outgoing, Raw, Role, Server, Site, request, wait_for, wait_value};
 
 const COUNT: u64 = 3_000;
 /// So much the target takes before it is full.
@@ -65,9 +65,17 @@ async fn copies(site: &Site) -> Result<u64> {
 
 async fn check(second: Second, batched: bool, mode: &str) -> Result<()> {
     let (site, leaf) = begin(second, batched, json!({"target_mode": mode})).await?;
-    let row = site.row_when("A", "is held", |row| row["state"] == "held").await?;
-    let message = row["last_error"]["message"].as_str().unwrap_or_default();
-    ensure!(message.contains("listens on the same subjects") && message.contains("target stream `A`"), "{message}");
+    // The target, soon full, may be the first to refuse something.
+    let row = wait_value("the second stream to be told", LIMIT, async || {
+        let row = site.row_when("A", "is held", |row| row["state"] == "held").await.ok()?;
+        let message = row["last_error"]["message"].as_str().unwrap_or_default();
+        if message.contains("listens on the same subjects") && message.contains("target stream `A`") {
+            return Some(row);
+        }
+        let _ = site.send("retry", json!({"replication": "A"})).await;
+        None
+    })
+    .await?;
     // It is tried again; however often, the target has what counts as copied.
     let errors = row["counters"]["errors"].as_u64();
     request(&site.client, "replicator.retry", json!({"replication": "A"})).await?;

@@ -349,8 +349,10 @@ async fn the_document_goes_before_what_turned_out() -> Result<()> {
     target(&site, true, json!({})).await?;
     sources(&site, 100).await?;
     let mode = async |word: &str, seq: u64| {
-        request(&site.client, "replicator.config.update", into_target(&site, "A", json!({"target_mode": word})))
-            .await?;
+        let document = into_target(&site, "A", json!({"target_mode": word}));
+        let revision = request(&site.client, "replicator.config.update", document).await?["revision"].take();
+        let follows = |row: &Value| row["config_revision"] == revision && row["state"] == "running";
+        site.row_when("A", "follows the document", follows).await?;
         site.publish("A", seq..=seq).await?;
         let row = site.settled("A", seq).await?;
         anyhow::Ok(row["target_mode"].as_str().unwrap_or_default().to_owned())
