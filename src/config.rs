@@ -25,7 +25,7 @@ pub use endpoint::{Auth, Endpoint, Host, MASK, Scheme, Tls, mask_url};
 pub use mapping::Mapping;
 pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};
-pub use replication::{Limits, OnReject, Replication, Side, Start};
+pub use replication::{Limits, OnReject, Replication, Sharing, Side, Start};
 pub use schema::replication_schema;
 pub use scope::Scope;
 pub use secret::Secret;

@@ -6,6 +6,7 @@
 mod budget;
 pub(crate) mod dead_letter;
 mod decide;
+pub(crate) mod duplicates;
 mod gap;
 mod glance;
 mod headroom;
@@ -19,6 +20,7 @@ mod reject;
 mod renewal;
 mod resume;
 mod run;
+pub(crate) mod sharing;
 pub(crate) mod subjects;
 pub(crate) mod target;
 mod throttle;
@@ -33,6 +35,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use budget::Budget;
+pub(crate) use duplicates::LONGEST_PAUSE;
 pub use glance::{Glance, glance};
 pub use headroom::{Looks, Outlook, Shortage, Turn};
 pub use locate::{At, Located, Place, locate};
@@ -60,6 +63,8 @@ pub struct Job {
     pub budget: Budget,
     /// A message that can never be stored and is left out by request.
     pub skip: Option<SourceMessage>,
+    /// Another replication of this service that writes to the same target stream.
+    pub neighbour: Option<String>,
     /// Makes the connections to both sides.
     pub dial: Arc<dyn nats::Dial>,
 }

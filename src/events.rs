@@ -162,8 +162,20 @@ pub enum Event {
     },
     /// Somebody else writes to the target.
     TargetShared {
-        /// Target sequence of a message that is not ours.
-        target_seq: u64,
+        /// Target sequence of a message that is not ours, if one was found.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        target_seq: Option<u64>,
+        /// What was seen.
+        reason: String,
+    },
+    /// Messages may be stored twice at the target, because it forgets ids too soon.
+    DuplicateWindow {
+        /// The target's duplicate window, milliseconds.
+        window_ms: u64,
+        /// What it would have to be, milliseconds.
+        needed_ms: u64,
+        /// What was seen.
+        reason: String,
     },
 }
 
@@ -199,7 +211,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 19] = [
+    pub const KINDS: [&str; 20] = [
         "started",
         "stopped",
         "paused",
@@ -219,6 +231,7 @@ impl Event {
         "source-reset",
         "target-reset",
         "target-shared",
+        "duplicate-window",
     ];
 
     /// The name in the subject and in the body.
@@ -243,6 +256,7 @@ impl Event {
             Self::SourceReset { .. } => "source-reset",
             Self::TargetReset { .. } => "target-reset",
             Self::TargetShared { .. } => "target-shared",
+            Self::DuplicateWindow { .. } => "duplicate-window",
         }
     }
 }

@@ -118,6 +118,15 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
         }
     };
     tokio::join!(at_target, at_source);
+    // Two domains may be one account: then a stream beside the source takes what is copied, too.
+    if let (Some(from), Some(to)) = (source.facts.stream.there(), target.facts.stream.there())
+        && let Some(domain) = to.domain.clone().filter(|domain| from.domain.as_ref() != Some(domain))
+    {
+        source.ask_across(&domain, &replication.target.stream, &to.created, until).await;
+        if source.facts.bridged {
+            source.ask_who_listens(flow.to.clone(), until).await;
+        }
+    }
     let pair = Pair { replication, source: &source.facts, target: &target.facts, flow: &flow, planned: &planned };
     Report { source: pair.judge_source(), target: pair.judge_target(known) }
 }

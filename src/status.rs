@@ -70,6 +70,8 @@ pub struct CopyStatus {
     pub transport: Transport,
     /// Whether others write to the target.
     pub target_mode: TargetMode,
+    /// What a refusal by the target can do to the order.
+    pub ordering: Ordering,
     /// Read and not settled.
     pub in_flight: InFlight,
     /// Totals since this leader began.
@@ -174,6 +176,17 @@ pub enum TargetMode {
     Exclusive,
     /// Somebody else may.
     Shared,
+}
+
+/// What a refusal by the target, while others are in the air, can do to the order.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Ordering {
+    /// The refused message comes after those that were in the air with it.
+    #[default]
+    Relaxed,
+    /// Nothing.
+    Strict,
 }
 
 /// Read and not settled.

@@ -7,6 +7,7 @@ mod desired;
 mod group;
 mod headroom;
 mod marks;
+mod neighbours;
 mod outage;
 mod presence;
 mod replication;
@@ -34,6 +35,7 @@ use self::{
     desired::{Planner, Signal},
     group::Group,
     marks::Marks,
+    neighbours::Neighbours,
     replication::{Context, Life},
 };
 use crate::{
@@ -80,8 +82,10 @@ pub fn start(deps: Deps, root: &CancellationToken) -> (Handle, Supervisor) {
     let stop = root.child_token();
     let group = Group::follow(deps.positions.clone(), deps.sessions.clone());
     let handle = Handle { table: view.clone(), group: group.clone(), instance: deps.instance.as_str().into() };
+    let neighbours = Neighbours::new(&deps.site, &deps.rules);
     let work = Loop {
         deps: Arc::new(deps),
+        neighbours,
         stop: stop.clone(),
         table,
         lives: JoinSet::new(),
@@ -289,6 +293,7 @@ struct Table {
 /// Owner of all lives.
 struct Loop {
     deps: Arc<Deps>,
+    neighbours: Neighbours,
     stop: CancellationToken,
     table: watch::Sender<Table>,
     lives: JoinSet<()>,
@@ -397,6 +402,7 @@ impl Loop {
     }
 
     fn put(&mut self, entry: ConfigEntry) {
+        self.neighbours.put(&entry);
         match self.slots.get_mut(&entry.key) {
             None => self.begin(entry),
             Some(slot) if slot.stop.is_cancelled() => slot.again = Some(entry),
@@ -409,6 +415,7 @@ impl Loop {
     }
 
     fn delete(&mut self, key: &str) {
+        self.neighbours.remove(key);
         let (config, id) = (self.deps.config.clone(), key.to_owned());
         // It must not come back behind wrong documents that are written later.
         tokio::spawn(async move {
@@ -433,8 +440,13 @@ impl Loop {
         let id = entry.key.clone();
         let stop = self.stop.child_token();
         let (wanted, latest) = watch::channel(entry);
-        let context =
-            Context { deps: self.deps.clone(), id: id.clone(), board: board.clone(), group: self.group.clone() };
+        let context = Context {
+            deps: self.deps.clone(),
+            id: id.clone(),
+            board: board.clone(),
+            group: self.group.clone(),
+            neighbours: self.neighbours.clone(),
+        };
         let planner = Planner::new(&self.deps, latest);
         let (marks, asked) = watch::channel(self.marks.get(&id).cloned().unwrap_or_default());
         let life = Life::new(context, planner, asked, stop.clone());

@@ -87,6 +87,8 @@ mod wire_limits;
 mod wire_networks;
 #[path = "it/wire_objects.rs"]
 mod wire_objects;
+#[path = "it/wire_order.rs"]
+mod wire_order;
 #[path = "it/wire_rates.rs"]
 mod wire_rates;
 #[path = "it/wire_refusals.rs"]
@@ -95,6 +97,10 @@ mod wire_refusals;
 mod wire_rejects;
 #[path = "it/wire_scope.rs"]
 mod wire_scope;
+#[path = "it/wire_second_stream.rs"]
+mod wire_second_stream;
+#[path = "it/wire_shared.rs"]
+mod wire_shared;
 #[path = "it/wire_stalls.rs"]
 mod wire_stalls;
 #[path = "it/wire_subjects.rs"]

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     control::api::{NamedRequest, Status},
-    status::{Headroom, RetentionLimit, Row, TargetMode, Transport},
+    status::{Headroom, Ordering, RetentionLimit, Row, TargetMode, Transport},
 };
 
 /// An answer that does not come within this time is asked for again by who waits long.
@@ -148,6 +148,10 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
         TargetMode::Exclusive => "exclusive",
         TargetMode::Shared => "shared",
     };
+    let order = match copy.ordering {
+        Ordering::Relaxed => "relaxed",
+        Ordering::Strict => "strict",
+    };
     let (source, target) = (&copy.source, &copy.target);
     let mut fields = vec![
         ("state", out.paint(state_colour(row.state), &state_name(row.state))),
@@ -177,7 +181,7 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
         ("position", format!("source {}, target {}", count(copy.position.source_seq), count(copy.position.target_seq))),
         ("lag", format!("{}, {}", counted(copy.lag.messages, "message"), seconds(copy.lag.seconds))),
         ("headroom", headroom(copy.headroom)),
-        ("transport", format!("{}, {mode}", transport(copy.transport))),
+        ("transport", format!("{}, {mode}, {order} order", transport(copy.transport))),
         ("in flight", format!("{}, {}", counted(copy.in_flight.messages, "message"), bytes(copy.in_flight.bytes))),
         ("received", format!("{}, {}", counted(counters.received, "message"), bytes(counters.received_bytes))),
         ("copied", format!("{}, {}", counted(counters.copied, "message"), bytes(counters.copied_bytes))),

@@ -7,11 +7,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Connection, Endpoint, Fields, Limits, Mapping, OnReject, Place, Problem, Problems, Replication, Scope, Side, Start,
-    Tls, Transform, check_context_name, endpoint, parse_duration, patterns,
+    Connection, Endpoint, Fields, Limits, Mapping, OnReject, Place, Problem, Problems, Replication, Scope, Sharing,
+    Side, Start, Tls, Transform, check_context_name, endpoint, parse_duration, patterns,
     place::{domain_prefix, subject_prefix},
     schema::{self, join, shorten},
 };
+use crate::status::Ordering;
 
 /// A replication document, field for field as written. `schemas/replication.json` says what each field means.
 ///
@@ -99,6 +100,12 @@ pub struct Document {
     /// Where they go.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_letter: Option<DeadLetterDocument>,
+    /// Who else may write to the target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_mode: Option<String>,
+    /// Whether a refusal may change the order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ordering: Option<String>,
     /// Free text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
@@ -318,6 +325,8 @@ impl Checker {
             max_age,
             on_reject,
             create_target: !document.no_target_create.unwrap_or_default(),
+            target_mode: sharing(document),
+            ordering: ordering(document),
             limits: limits(document.limits.as_ref()),
             notices: notices(document),
         })
@@ -618,6 +627,22 @@ fn limits(document: Option<&LimitsDocument>) -> Limits {
     }
 }
 
+/// Other words are refused by the schema.
+fn sharing(document: &Document) -> Sharing {
+    match text(&document.target_mode) {
+        Some("exclusive") => Sharing::Exclusive,
+        Some("shared") => Sharing::Shared,
+        _ => Sharing::Auto,
+    }
+}
+
+fn ordering(document: &Document) -> Ordering {
+    match text(&document.ordering) {
+        Some("strict") => Ordering::Strict,
+        _ => Ordering::Relaxed,
+    }
+}
+
 fn notices(document: &Document) -> Vec<String> {
     let mut notices = Vec::new();
     if document.target_initiated == Some(true) {
@@ -825,6 +850,20 @@ mod tests {
     }
 
     #[test]
+    fn words_choose_mode_and_order() {
+        let check = |mode: &str, ordering: &str, expect: (Sharing, Ordering)| {
+            let replication = good(json!({"target_mode": mode, "ordering": ordering}));
+            assert_eq!((replication.target_mode, replication.ordering), expect, "{mode} {ordering}");
+        };
+        check("", "", (Sharing::Auto, Ordering::Relaxed));
+        check("auto", "relaxed", (Sharing::Auto, Ordering::Relaxed));
+        check("exclusive", "strict", (Sharing::Exclusive, Ordering::Strict));
+        check("shared", "", (Sharing::Shared, Ordering::Relaxed));
+        let replication = good(json!({}));
+        assert_eq!((replication.target_mode, replication.ordering), Default::default());
+    }
+
+    #[test]
     fn one_problem_each() {
         let check = |more: Value, path: &str, expect: &str| {
             let found = problems(&with(more.clone()));
@@ -939,6 +978,9 @@ mod tests {
             "/dead_letter/subjet",
             "did you mean `subject`",
         );
+        check(json!({"target_mode": "alone"}), "/target_mode", "`alone`: must be `auto`, `exclusive` or `shared`");
+        check(json!({"ordering": "STRICT"}), "/ordering", "`STRICT`: must be `relaxed` or `strict`");
+        check(json!({"ordering": true}), "/ordering", "must be of type string");
         check(json!({"streem": "x"}), "/streem", "did you mean `stream`");
         check(json!({"colour": "x"}), "/colour", "`colour` is unknown");
         check(json!({"a/b~c": 1}), "/a~1b~0c", "`a/b~c` is unknown");
@@ -1030,6 +1072,8 @@ mod tests {
             ephemeral: Some(true),
             on_reject: Some("dead_letter".into()),
             dead_letter: Some(DeadLetterDocument { subject: "x".into() }),
+            target_mode: Some("shared".into()),
+            ordering: Some("strict".into()),
             description: some(),
             limits: Some(LimitsDocument {
                 messages_in_flight: Some(1),

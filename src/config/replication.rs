@@ -5,6 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use super::{Mapping, Place, Scope};
+use crate::status::Ordering;
 
 /// One configured copy of a source stream into a target stream, valid by construction
 /// (see [`super::parse`]).
@@ -32,6 +33,10 @@ pub struct Replication {
     pub on_reject: OnReject,
     /// Whether a missing target stream is created.
     pub create_target: bool,
+    /// Who else may write to the target.
+    pub target_mode: Sharing,
+    /// Whether a refusal by the target may change the order, where it can.
+    pub ordering: Ordering,
     /// Bounds on what is in the air.
     pub limits: Limits,
     /// What a document says that is accepted and changes nothing; to be logged once.
@@ -60,6 +65,18 @@ pub enum Start {
     Delta(Duration),
     /// With the first message stored at or after this time.
     Time(DateTime<Utc>),
+}
+
+/// Who else may write to the target stream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Sharing {
+    /// Nobody, until it turns out that somebody does.
+    #[default]
+    Auto,
+    /// Nobody: who does stops the copy.
+    Exclusive,
+    /// Anybody.
+    Shared,
 }
 
 /// What becomes of a message that the target can never store.

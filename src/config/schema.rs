@@ -97,6 +97,7 @@ fn explain(error: &ValidationError<'_>) -> Problem {
         ValidationErrorKind::Minimum { limit } => format!("must be {limit} or more"),
         ValidationErrorKind::Maximum { limit } => format!("must be {limit} or less"),
         ValidationErrorKind::Pattern { pattern } => format!("must match the pattern `{pattern}`"),
+        ValidationErrorKind::Enum { options } => format!("must be {}", choice(options)),
         other => format!("does not follow the schema (`{}`)", other.keyword()),
     };
     let value = match (error.kind(), error.instance().as_ref()) {
@@ -119,6 +120,17 @@ fn entries(path: &str, count: usize, wanted: &str) -> String {
     match count {
         0 => format!("`{field}` has no entry: {wanted}"),
         count => format!("`{field}` has {count} entries: {wanted}"),
+    }
+}
+
+/// `a`, `b` or `c`; an empty text is the same as none.
+fn choice(options: &Value) -> String {
+    let words = options.as_array().into_iter().flatten().filter_map(Value::as_str).filter(|word| !word.is_empty());
+    let words: Vec<_> = words.map(|word| format!("`{word}`")).collect();
+    match words.split_last() {
+        Some((last, [])) => last.clone(),
+        Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
+        None => String::new(),
     }
 }
 

@@ -7,13 +7,16 @@ use std::{
     task::{Context, Poll},
 };
 
+use chrono::{SubsecRound, Utc};
 use tokio::{
     sync::watch,
     time::{Duration, Instant},
 };
 
-use super::{Error, ErrorKind, gap::Gaps, window::Window};
+use super::{Error, ErrorKind, gap::Gaps, resume::Resume, sharing::Intruders, window::Window};
 use crate::{
+    config::{Replication, Sharing},
+    events::Event,
     status::{Row, TargetMode},
     store::{Claim, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness},
 };
@@ -40,6 +43,12 @@ pub struct Ledger {
     begun_at: Option<u64>,
     /// Jumps in the source's sequences that the run before could not explain in its time.
     pub(super) gaps: Gaps,
+    /// Whether the chain of the run before broke.
+    broken: bool,
+    /// Foreign messages at a target that is to be exclusive.
+    pub(super) intruders: Intruders,
+    /// Whether a duplicate window that is too short was told.
+    pub(super) window_told: bool,
     /// Source sequence in the record as last saved.
     saved: watch::Sender<u64>,
 }
@@ -65,6 +74,9 @@ impl Ledger {
             chain_breaks: VecDeque::new(),
             begun_at: None,
             gaps: Gaps::default(),
+            broken: false,
+            intruders: Intruders::default(),
+            window_told: false,
             saved,
         }
     }
@@ -184,18 +196,20 @@ impl Ledger {
         self.judge(result, record)
     }
 
-    /// Notes where a run begins to write.
+    /// Notes where a run begins to write, or up to where nobody else has written.
     pub(super) fn begin_at(&mut self, target_seq: u64) {
         self.begun_at = Some(target_seq);
+        self.broken = false;
     }
 
     /// Where to look for what broke the chain of the run before; `None` if it did not break.
     pub(super) fn chain_broke_behind(&self) -> Option<u64> {
-        self.chain_breaks.back().and(self.begun_at)
+        self.begun_at.filter(|_| self.broken)
     }
 
     /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it.
     pub(super) fn chain_broke(&mut self, now: Instant) -> Result<(), Error> {
+        self.broken = true;
         self.chain_breaks.push_back(now);
         while self.chain_breaks.front().is_some_and(|at| now.duration_since(*at) > CHAIN_BREAK_TIME) {
             self.chain_breaks.pop_front();
@@ -211,6 +225,21 @@ impl Ledger {
                  replication are there: another replicator of the same site and name writes to it"
             ),
         ))
+    }
+
+    /// What becomes of foreign messages that were found where the document wants nobody else to write.
+    pub(super) fn unwanted(&mut self, resume: &mut Resume, replication: &Replication) -> Result<(), Error> {
+        if replication.target_mode != Sharing::Exclusive {
+            return Ok(());
+        }
+        let Some(foreign) = resume.foreign.take() else { return Ok(()) };
+        self.chain_explained();
+        resume.mode = TargetMode::Exclusive;
+        resume.findings.retain(|finding| !matches!(finding, Event::TargetShared { .. }));
+        match self.intruders.found(&replication.target.stream, foreign) {
+            Some(message) => Err(Error::new(ErrorKind::Hold, message)),
+            None => Ok(()),
+        }
     }
 
     /// A foreign message explains why the chain broke.
@@ -246,6 +275,7 @@ impl Witnesses<'_> {
                 source_seq: target.source_seq,
                 created: self.target_created.to_owned(),
             }),
+            saved_at: Some(chance::now().trunc_subsecs(3)),
             target_mode: self.mode,
             ..saved.clone()
         }

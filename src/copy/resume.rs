@@ -9,6 +9,7 @@ use super::{
     locate,
     provenance::{Origin, Tag},
     reader::scan,
+    sharing::{self, Before, Foreign},
     window::{SourcePoint, TargetPoint},
 };
 use crate::{
@@ -25,6 +26,8 @@ use crate::{
 
 /// Messages looked at first when a stream is searched from its end; each further step looks at four times as many.
 const SEARCH_STEP: u64 = 1_000;
+/// Messages that are asked for at once, where they cannot be read by a consumer; each comes whole.
+const ASK_AT_ONCE: u64 = 32;
 /// Marks what was sent in a chain: whatever lies before such a message is complete.
 const CHAIN: &[u8] = b"Nats-Expected-Last-Sequence";
 /// What was sent with many in the air bears an id; what bears neither was sent one at a time (by Choria).
@@ -41,13 +44,28 @@ pub(super) struct Resume {
     pub already: Already,
     /// Whether somebody else writes to the target.
     pub mode: TargetMode,
+    /// How the newest message there is stamped.
+    pub before: Before,
+    /// The newest message there that is not ours, among those that were looked at.
+    pub foreign: Option<Foreign>,
+    /// Messages behind the saved place at the target that were consumed or removed before they were looked at.
+    pub unseen: u64,
     /// What people have to know.
     pub findings: Vec<Event>,
 }
 
 impl Resume {
     fn at(position: SourcePoint, target: Option<TargetPoint>) -> Self {
-        Self { position, target, already: Already::default(), mode: TargetMode::Exclusive, findings: Vec::new() }
+        Self {
+            position,
+            target,
+            already: Already::default(),
+            mode: TargetMode::Exclusive,
+            before: Before::Nothing,
+            foreign: None,
+            unseen: 0,
+            findings: Vec::new(),
+        }
     }
 }
 
@@ -165,6 +183,15 @@ impl Ours {
     }
 }
 
+/// What a look at a range of the target found beside messages of ours.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Messages of anybody.
+    messages: u64,
+    /// The newest that is not ours.
+    foreign: Option<Foreign>,
+}
+
 /// Messages of ours at the end of the target, in target order.
 #[derive(Debug)]
 struct Tail {
@@ -186,9 +213,8 @@ enum Witness {
     Gone,
 }
 
-/// Finds out where to go on.
+/// Finds out where to go on. `mode` is what is known of the target before it is looked at.
 pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: TargetMode) -> Result<Resume, Error> {
-    let mode = if record.target_mode == TargetMode::Shared { TargetMode::Shared } else { mode };
     let mut resume = match &record.source {
         Some(saved) => sides.with_record(saved, record.target.as_ref()).await?,
         None => sides.without_record().await?,
@@ -202,6 +228,9 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     let last = sides.source.state.last_seq;
     resume.already.stored.retain(|known, _| known.0 <= last);
     sides.look_for_gap(&mut resume, record.source.is_some());
+    if resume.target.is_some() || record.target.is_some() {
+        resume.before = sides.stamp_at_end().await?;
+    }
     Ok(resume)
 }
 
@@ -240,11 +269,11 @@ impl Sides<'_> {
                 self.target_lost(saved, reason).await
             }
             None => {
-                // Replaced by a newer message (a KV bucket keeps one per key), or lost.
+                // Replaced by a newer message (a KV bucket keeps one per key), consumed, or lost.
                 let resume = self.with_tail(position, Some(point), false).await?;
                 let newer = !resume.already.is_empty() || resume.target.is_some_and(|found| found.seq > target.seq);
                 let replaced = self.keeps() > 0 && self.target.state.last_seq > target.seq;
-                if newer || replaced || self.target.flag("allow_msg_ttl") {
+                if newer || replaced || self.target.flag("allow_msg_ttl") || is_consumed(self.target) {
                     return Ok(resume);
                 }
                 // What an older run had in the air may have arrived, and replaced it, since the stream was asked for.
@@ -290,6 +319,10 @@ impl Sides<'_> {
         let mut resume = Resume::at(position, target);
         let last = self.target.state.last_seq;
         let behind = target.map_or(0, |point| point.seq);
+        // Without batches it is noticed late, when what was copied behind it is saved already.
+        if let Some(exact) = self.chain_broke_behind.filter(|exact| *exact < behind) {
+            self.look_for_others(exact + 1, behind.min(last), &mut resume).await?;
+        }
         if last <= behind {
             return Ok(resume);
         }
@@ -302,6 +335,8 @@ impl Sides<'_> {
                 if let Some(behind) = self.chain_broke_behind {
                     self.look_for_others(behind + 1, last, &mut resume).await?;
                 }
+                // Others may have consumed all of them.
+                resume.unseen = last;
                 self.newest_behind(position.seq).await?
             }
             (None, Some(_)) => self.look_for_others(behind + 1, last, &mut resume).await?,
@@ -311,6 +346,7 @@ impl Sides<'_> {
         if self.witness(newest.origin).await? == Witness::Broken {
             let mut back = self.source_went_back(position.seq, "its end is not what was copied").await?;
             back.mode = resume.mode;
+            back.foreign = resume.foreign.take();
             back.findings.append(&mut resume.findings);
             return Ok(back);
         }
@@ -333,11 +369,14 @@ impl Sides<'_> {
 
     /// Messages of ours in a range of the target; one that is not makes the target shared.
     async fn look_for_others(&mut self, from: u64, to: u64, resume: &mut Resume) -> Result<Vec<Ours>, Error> {
-        let mut foreign = None;
-        let ours = self.between(from, to, &mut foreign).await?;
-        if let Some(sequence) = foreign {
+        let mut seen = Seen::default();
+        let ours = self.between(from, to, &mut seen).await?;
+        resume.unseen = (to + 1 - from).saturating_sub(seen.messages);
+        if let Some(foreign) = seen.foreign {
             resume.mode = TargetMode::Shared;
-            resume.findings.push(Event::TargetShared { target_seq: sequence });
+            resume.findings.retain(|finding| !matches!(finding, Event::TargetShared { .. }));
+            resume.findings.push(sharing::turned_shared(&foreign));
+            resume.foreign = Some(foreign);
         }
         Ok(ours)
     }
@@ -534,15 +573,49 @@ impl Sides<'_> {
         Ok(message.and_then(|message| ours(self.tag, sequence, &message.header, None)))
     }
 
-    /// Messages of ours in a range of the target, and one that is not.
-    async fn between(&mut self, from: u64, to: u64, foreign: &mut Option<u64>) -> Result<Vec<Ours>, Error> {
+    /// How the newest message of the target is stamped.
+    async fn stamp_at_end(&mut self) -> Result<Before, Error> {
+        let (stream, last) = (&self.replication.target.stream, self.target.state.last_seq);
+        if last == 0 {
+            return Ok(Before::Nothing);
+        }
+        let message = Api::new(self.target_lane).message(stream, last).await?;
+        let ours = message.filter(|message| self.tag.origin(&message.header).is_some());
+        let chained = ours.is_some_and(|message| headers::last(&message.header, CHAIN).is_some());
+        Ok(if chained { Before::Chain } else { Before::Ids })
+    }
+
+    /// Messages of ours in a range of the target, and the newest that is not.
+    async fn between(&mut self, from: u64, to: u64, seen: &mut Seen) -> Result<Vec<Ours>, Error> {
         let mut found = Vec::new();
         let (tag, by_subject) = (self.tag, self.keeps() > 0);
+        if self.target.text("retention") == "workqueue" {
+            // No second consumer can be there beside those of the stream's own readers.
+            let mut next = from.max(self.target.state.first_seq);
+            while next <= to {
+                let end = to.min(next + ASK_AT_ONCE - 1);
+                let stream = &self.replication.target.stream;
+                for message in Api::new(self.target_lane).messages(stream, next..=end).await? {
+                    seen.messages += 1;
+                    let subject = by_subject.then_some(message.subject.as_bytes());
+                    match ours(tag, message.sequence, &message.header, subject) {
+                        Some(ours) => found.push(ours),
+                        None => seen.foreign = Some(Foreign { seq: message.sequence, subject: message.subject }),
+                    }
+                }
+                next = end + 1;
+            }
+            return Ok(found);
+        }
         scan(self.target_lane, &self.replication.target.stream, from, to, |delivery, message| {
+            seen.messages += 1;
             let subject = by_subject.then_some(message.subject);
             match ours(tag, delivery.stream_seq, message.header, subject) {
                 Some(ours) => found.push(ours),
-                None => *foreign = Some(delivery.stream_seq),
+                None => {
+                    let subject = String::from_utf8_lossy(message.subject).into_owned();
+                    seen.foreign = Some(Foreign { seq: delivery.stream_seq, subject });
+                }
             }
         })
         .await?;
@@ -572,7 +645,7 @@ impl Sides<'_> {
         let mut step = SEARCH_STEP.max(step as u64);
         while to >= first && !enough(&found) {
             let from = to.saturating_sub(step - 1).max(first);
-            let mut piece = self.between(from, to, &mut None).await?;
+            let mut piece = self.between(from, to, &mut Seen::default()).await?;
             piece.append(&mut found);
             found = piece;
             to = from - 1;
@@ -597,7 +670,7 @@ impl Sides<'_> {
         let mut step = SEARCH_STEP;
         while to >= first {
             let from = to.saturating_sub(step - 1).max(first);
-            let mut piece = self.between(from, to, &mut None).await?;
+            let mut piece = self.between(from, to, &mut Seen::default()).await?;
             to = from - 1;
             step *= 4;
             let count = piece.len();
@@ -685,6 +758,11 @@ enum Proof {
     Message,
     /// The source has it, or all of them expired or were replaced so that nothing can be compared.
     NoContradiction,
+}
+
+/// Whether messages go from a stream when they were read.
+pub(super) fn is_consumed(stream: &StreamInfo) -> bool {
+    !matches!(stream.text("retention"), "" | "limits")
 }
 
 /// Whether every missing sequence of the source is a loss: no filter, and nothing that replaces messages. What is

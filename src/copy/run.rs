@@ -12,6 +12,7 @@ use tracing::{debug, info, warn};
 use super::{
     Error, ErrorKind, Job, dead_letter,
     decide::{Decision, Reason, Rules},
+    duplicates::Look,
     gap::Gaps,
     headroom::{Looks, Oldest, Outlook, Retention},
     objects::{Gate, Incomplete, Pass},
@@ -21,7 +22,8 @@ use super::{
     reader::{Lost, Range, Reader},
     reject::{Refused, Rejects},
     renewal::Renewal,
-    resume::{self, Already, Known, Resume, Sides, is_plain},
+    resume::{self, Already, Known, Resume, Sides, is_consumed, is_plain},
+    sharing,
     target::{self, Abilities},
     throttle::{self, Throttle},
     watchdog::{Action, Consumer, Seen, Tell, Watchdog},
@@ -54,9 +56,9 @@ const INFO_EVERY: Duration = Duration::from_secs(10);
 /// The same while messages wait that the source may soon remove.
 const INFO_SOONEST: Duration = Duration::from_secs(1);
 /// Time for what is in the air to settle when a run ends by request or at a message that cannot be stored.
-const DRAIN: Duration = Duration::from_secs(5);
+pub(super) const DRAIN: Duration = Duration::from_secs(5);
 /// Time for the last save of a run that failed.
-const LAST_SAVE: Duration = Duration::from_secs(3);
+pub(super) const LAST_SAVE: Duration = Duration::from_secs(3);
 
 /// Why the loop should end once nothing is in the air.
 #[derive(Debug)]
@@ -163,7 +165,12 @@ impl<'a> Run<'a> {
             target: &target_info,
             chain_broke_behind: ledger.chain_broke_behind(),
         };
-        let resume = resume::find(sides, ledger.record(), abilities.mode).await?;
+        let (mode, news) = sharing::begin(&replication, &target_info, ledger.record(), job.neighbour.as_deref());
+        abilities.share(mode);
+        status.send_modify(|(_, copy)| copy.target_mode = mode);
+        let mut resume = resume::find(sides, ledger.record(), mode).await?;
+        resume.findings.extend(news);
+        ledger.unwanted(&mut resume, &replication)?;
         abilities.share(resume.mode);
         let range = Range {
             stream: &replication.source.stream,
@@ -176,7 +183,9 @@ impl<'a> Run<'a> {
         let generation = ledger.record().generation;
         refused.begin(&target_info, resume.position.seq);
         let rejects = Rejects::open(&mut source, &replication, &tag, generation, refused);
-        let writer = Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, generation);
+        let mut writer =
+            Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, generation);
+        writer.after(resume.before);
         let now = Instant::now();
         let mut copy = status.borrow().1.clone();
         if !copy.source.server.is_empty() {
@@ -190,6 +199,7 @@ impl<'a> Run<'a> {
         copy.target_mode = abilities.mode;
         let gate = Gate::of(&replication.source.stream, &replication.target.stream);
         let throttle = Throttle::new(&replication.limits, now);
+        copy.ordering = writer.ordering();
         let mut run = Self {
             job,
             status,
@@ -201,7 +211,7 @@ impl<'a> Run<'a> {
             source,
             target,
             source_info,
-            target_created: target_info.created,
+            target_created: target_info.created.clone(),
             abilities,
             reader,
             writer,
@@ -219,7 +229,7 @@ impl<'a> Run<'a> {
             watchdog: Watchdog::new(now, resume.position.seq),
             consumer_request: None,
             renewal: None,
-            probe: Probe::new(target_info.cluster.unwrap_or_default().leader),
+            probe: Probe::new(target_info.cluster.clone().unwrap_or_default().leader),
             probe_request: None,
             copy,
             began: now,
@@ -229,8 +239,22 @@ impl<'a> Run<'a> {
             skipped: None,
         };
         run.source_says(run.source_info.clone());
+        run.remembered(&target_info, resume.unseen, ledger);
         run.resumed(resume, ledger);
         Ok(run)
+    }
+
+    /// Tells, once per start, where the target may forget ids too soon.
+    fn remembered(&mut self, target: &StreamInfo, unseen: u64, ledger: &mut Ledger) {
+        if !self.writer.relies_on_ids() || std::mem::replace(&mut ledger.window_told, true) {
+            return;
+        }
+        let window = Duration::from_nanos(target.number("duplicate_window").unsigned_abs());
+        let unseen = if is_consumed(target) { unseen } else { 0 };
+        let look = Look { window, unseen, saved_at: ledger.record().saved_at, now: chance::now() };
+        for event in [look.short_window(), look.long_downtime()].into_iter().flatten() {
+            self.found(event);
+        }
     }
 
     /// Tells where the run goes on and what was found on the way there.
@@ -311,6 +335,9 @@ impl<'a> Run<'a> {
             Err(error) => {
                 // First of all nothing more may be sent.
                 drop((self.source, self.target));
+                if error.chain_broken {
+                    ledger.begin_at(self.writer.exact(&self.window));
+                }
                 let row = row(self.job, &self.copy);
                 let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
                 match tokio::time::timeout(LAST_SAVE, ledger.save_now(witnesses, row)).await {
@@ -370,7 +397,7 @@ impl<'a> Run<'a> {
     /// Whether the bounds keep back a message of so many bytes.
     fn full(&self, bytes: usize) -> bool {
         let limits = &self.replication.limits;
-        self.window.len() >= limits.messages_in_flight
+        self.window.len() >= limits.messages_in_flight.min(self.writer.most_in_air())
             || (!self.window.is_empty() && self.window.bytes() + bytes > limits.bytes_in_flight)
             || self.rejects.full(limits, bytes)
     }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{subjects, transform::Allowed};
+use super::{sharing, subjects, transform::Allowed};
 use crate::{
     config::{DEFAULT_API_PREFIX, Replication},
     nats::{
@@ -73,6 +73,7 @@ pub(super) fn abilities(
 ) -> Result<Abilities, Error> {
     readable(&replication.source.stream, source)?;
     writable(&replication.target.stream, target)?;
+    sharing::mode(replication, target).map_err(Error::hold)?;
     Ok(abilities_of(replication, source, target))
 }
 
@@ -116,8 +117,7 @@ fn limits(info: &StreamInfo) -> bool {
 pub(crate) fn abilities_of(replication: &Replication, source: &StreamInfo, target: &StreamInfo) -> Abilities {
     let fast = target.flag("allow_batched") && target.api_level() >= FAST_INGEST_LEVEL;
     // Whatever else moves the last sequence of the stream would break the chain again and again.
-    let others = target.has("sources") || target.number("subject_delete_marker_ttl") > 0 || !limits(target);
-    let mode = if others { TargetMode::Shared } else { TargetMode::Exclusive };
+    let mode = sharing::mode(replication, target).unwrap_or(TargetMode::Shared);
     let rollup = target.flag("allow_rollup_hdrs");
     Abilities {
         transport: if fast { Transport::FastIngest } else { Transport::Pipelined },

@@ -21,11 +21,11 @@ pub struct Allowed {
 
 /// What makes a second arrival of the same message harmless.
 #[derive(Debug, Clone, Copy)]
-pub enum Stamp<'a> {
+pub struct Stamp<'a> {
     /// The target's last sequence before this message.
-    Chain(u64),
+    pub chain: Option<u64>,
     /// An id that the target remembers for its duplicate window.
-    Id(&'a str),
+    pub id: Option<&'a str>,
 }
 
 /// One message on its way.
@@ -74,12 +74,12 @@ pub(super) fn first_line<'b>(out: &mut Vec<u8>, block: &'b [u8]) -> &'b [u8] {
 }
 
 fn stamp(out: &mut Vec<u8>, passage: &Passage<'_>) {
-    match passage.stamp {
-        Stamp::Chain(last) => {
-            let mut number = itoa::Buffer::new();
-            push(out, "Nats-Expected-Last-Sequence", number.format(last).as_bytes());
-        }
-        Stamp::Id(id) => push(out, "Nats-Msg-Id", id.as_bytes()),
+    if let Some(last) = passage.stamp.chain {
+        let mut number = itoa::Buffer::new();
+        push(out, "Nats-Expected-Last-Sequence", number.format(last).as_bytes());
+    }
+    if let Some(id) = passage.stamp.id {
+        push(out, "Nats-Msg-Id", id.as_bytes());
     }
     if let Some(stream) = passage.expected_stream {
         push(out, "Nats-Expected-Stream", stream.as_bytes());
@@ -188,8 +188,12 @@ mod tests {
 
     fn run(block: &[u8], allowed: Allowed, expected_stream: Option<&str>) -> (String, u64) {
         let mut out = b"old".to_vec();
-        let passage =
-            Passage { origin: Origin { seq: 7, time_ms: 5 }, age_secs: 10, stamp: Stamp::Chain(41), expected_stream };
+        let passage = Passage {
+            origin: Origin { seq: 7, time_ms: 5 },
+            age_secs: 10,
+            stamp: Stamp { chain: Some(41), id: None },
+            expected_stream,
+        };
         let removed = header_block(&mut out, block, allowed, &Tag::new("S", "SITE", "w"), &passage);
         (String::from_utf8_lossy(&out).into_owned(), removed)
     }

@@ -24,7 +24,7 @@ const OWED: Duration = Duration::from_secs(2);
 /// Time within which a new consumer has to be there.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Time without any settlement, while messages are in the air, after which the run is given up.
-const STALL: Duration = Duration::from_secs(30);
+pub(super) const STALL: Duration = Duration::from_secs(30);
 /// A consumer that was in order for so long was repaired, though nothing came: a later stall is another one. For the
 /// same time nothing is told again.
 const CALM: Duration = Duration::from_secs(60);

@@ -12,6 +12,7 @@ use super::{
     provenance::{Origin, Tag},
     reader::Incoming,
     reject::Refusal,
+    sharing::Before,
     target::Abilities,
     transform::{self, Passage, Stamp},
     window::{SourcePoint, Token, Window, WindowError},
@@ -26,7 +27,7 @@ use crate::{
         jetstream::{PublishAck, StreamInfo},
         parser::number,
     },
-    status::{TargetMode, Transport},
+    status::{Ordering, TargetMode, Transport},
     store::SourceMessage,
 };
 
@@ -85,6 +86,8 @@ struct OpenBatch {
     last_ack: Instant,
     committing: Option<Instant>,
     refused: Option<Refused>,
+    /// A second stream may answer: acks that name no stream do not count.
+    doubted: bool,
 }
 
 /// The first refusal of a batch.
@@ -116,6 +119,8 @@ enum Mode {
     /// Of several refusals that of the oldest message counts; the others are known to the next run if they are for good.
     Pipelined {
         sent: u64,
+        /// Messages of ours behind [`Writer::exact`].
+        stored: u64,
         refused: Option<(Token, Error)>,
         for_good: Vec<(Token, Error)>,
     },
@@ -135,8 +140,18 @@ pub(super) struct Writer {
     mode: Mode,
     /// Last sequence of the target after everything that was sent; kept by the chain.
     expected_last: u64,
+    /// Only one message is in the air at a time, which makes the chain sound without batches too.
+    single: bool,
+    /// The next message bears the chain beside its id: what a run before sent by the chain must not arrive behind it.
+    fence: bool,
+    /// So many messages bear ids beside the chain: what a run before sent by ids may still arrive.
+    overlap: usize,
+    /// Nothing has been confirmed by a stream that names itself.
+    unproven: bool,
     /// Last sequence of the target before this run: what it stores now lies behind it.
     floor: u64,
+    /// Every sequence behind the floor and up to here is that of a message of ours. Pipelined only.
+    exact: u64,
     /// A subject that the target listens on, for a commit.
     last_subject: Vec<u8>,
     domain: Option<String>,
@@ -171,8 +186,9 @@ impl Writer {
             // The server knows batches by this id alone, not by the inbox: those of other writers, and of our own
             // runs before this one, must not have the same.
             Transport::FastIngest => Mode::FastIngest { batch: None, next_id: chance::random() >> 1 },
-            Transport::Pipelined => Mode::Pipelined { sent: 0, refused: None, for_good: Vec::new() },
+            Transport::Pipelined => Mode::Pipelined { sent: 0, stored: 0, refused: None, for_good: Vec::new() },
         };
+        let single = abilities.transport == Transport::Pipelined && replication.ordering == Ordering::Strict;
         let mut writer = Self {
             tag,
             abilities,
@@ -182,7 +198,12 @@ impl Writer {
             max_msg_size: None,
             mode,
             expected_last: target.state.last_seq,
+            single,
+            fence: false,
+            overlap: 0,
+            unproven: true,
             floor: target.state.last_seq,
+            exact: target.state.last_seq,
             last_subject: Vec::new(),
             domain: target.domain.clone(),
             room: Vec::new(),
@@ -205,8 +226,44 @@ impl Writer {
         self.max_msg_size = usize::try_from(target.number("max_msg_size")).ok().filter(|limit| *limit > 0);
     }
 
+    /// Takes over that the run before stamped its messages in another way, and that some of them may still be on
+    /// their way.
+    pub fn after(&mut self, before: Before) {
+        let fast = self.abilities.transport == Transport::FastIngest;
+        match before {
+            Before::Chain => self.fence = fast && !self.chained(),
+            Before::Ids if fast && self.chained() => {
+                let default = Limits::default().messages_in_flight;
+                self.overlap = self.replication.limits.messages_in_flight.max(default);
+            }
+            Before::Ids | Before::Nothing => {}
+        }
+    }
+
     fn chained(&self) -> bool {
-        self.abilities.transport == Transport::FastIngest && self.abilities.mode == TargetMode::Exclusive
+        let sound = self.single || self.abilities.transport == Transport::FastIngest;
+        sound && self.abilities.mode == TargetMode::Exclusive
+    }
+
+    /// Whether the place of a message at the target is certain before it is sent.
+    fn places_ahead(&self) -> bool {
+        self.chained() && !self.single
+    }
+
+    /// Whether only ids keep a message from being stored twice.
+    pub fn relies_on_ids(&self) -> bool {
+        !self.chained()
+    }
+
+    /// Messages that may be in the air; the document may allow fewer.
+    pub fn most_in_air(&self) -> usize {
+        if self.single { 1 } else { usize::MAX }
+    }
+
+    /// What a refusal can do to the order.
+    pub fn ordering(&self) -> Ordering {
+        let strict = self.single || self.abilities.transport == Transport::FastIngest;
+        if strict { Ordering::Strict } else { Ordering::Relaxed }
     }
 
     /// Last sequence of the target as far as known here.
@@ -224,7 +281,8 @@ impl Writer {
                     Some(every) => (u64::from(every) * OUTSTANDING_ACKS).max(64),
                     None => u64::from(batch.flow),
                 };
-                batch.committing.is_none() && batch.refused.is_none() && in_air < allowed
+                let alone = self.unproven || batch.doubted;
+                batch.committing.is_none() && batch.refused.is_none() && in_air < allowed && !alone
             }
             Mode::Pipelined { refused, .. } => refused.is_none(),
         }
@@ -247,24 +305,26 @@ impl Writer {
     pub fn send(&mut self, lane: &mut Lane, window: &mut Window, incoming: &Incoming<'_>, now: Instant, read_at: u64) {
         let source = SourcePoint { seq: incoming.delivery.stream_seq, time_ns: Some(incoming.delivery.time_ns) };
         let bytes = incoming.bytes();
-        let target_seq = self.chained().then_some(self.expected_last + 1);
+        let target_seq = self.places_ahead().then_some(self.expected_last + 1);
         let token = window.hand_out(source, bytes, read_at, target_seq);
         self.write_reply(token, bytes, now);
         hpub(lane.output(), &self.subject, &self.reply, &self.header, incoming.message.payload);
         self.headers_removed += self.removed;
         std::mem::swap(&mut self.last_subject, &mut self.subject);
-        if self.chained() {
+        if self.places_ahead() {
             self.expected_last += 1;
         }
+        self.fence = false;
+        self.overlap = self.overlap.saturating_sub(1);
     }
 
     fn write_header(&mut self, incoming: &Incoming<'_>, now_ns: i64, opens: bool) {
         let delivery = incoming.delivery;
         let age_secs = now_ns.saturating_sub(delivery.time_ns).max(0) as u64 / 1_000_000_000;
-        let stamp = if self.chained() {
-            Stamp::Chain(self.expected_last)
-        } else {
-            Stamp::Id(self.id.of(delivery.stream_seq, delivery.time_ns))
+        let ids = !self.chained() || self.single || self.overlap > 0;
+        let stamp = Stamp {
+            chain: (self.chained() || self.fence).then_some(self.expected_last),
+            id: if ids { Some(self.id.of(delivery.stream_seq, delivery.time_ns)) } else { None },
         };
         let passage = Passage {
             origin: Origin { seq: delivery.stream_seq, time_ms: delivery.time_ns.div_euclid(1_000_000) },
@@ -296,6 +356,7 @@ impl Writer {
                         last_ack: now,
                         committing: None,
                         refused: None,
+                        doubted: false,
                     }
                 });
                 if batch.sent == batch.settled {
@@ -369,6 +430,7 @@ impl Writer {
                             return Err(self.made_anew(seq, window).into());
                         }
                         self.expected_last = self.expected_last.max(seq);
+                        self.count(seq);
                         window.settle(token, Some(seq)).map_err(window_error)?;
                     }
                     // Another stream takes the subject too: whatever else is said about this message, no more may go there.
@@ -395,14 +457,42 @@ impl Writer {
         Ok(())
     }
 
+    /// Counts a message of ours at this place; also what a run before sent and what arrived behind the start of this
+    /// one.
+    fn count(&mut self, seq: u64) {
+        let Mode::Pipelined { stored, .. } = &mut self.mode else { return };
+        *stored += u64::from(seq > self.exact);
+        if self.exact + *stored == self.expected_last {
+            (self.exact, *stored) = (self.expected_last, 0);
+        }
+    }
+
+    /// Behind this place at the target somebody else may have written, and nowhere before it since the run began.
+    pub fn exact(&self, window: &Window) -> u64 {
+        match self.mode {
+            Mode::FastIngest { .. } => self.known_end(window),
+            Mode::Pipelined { .. } => self.exact,
+        }
+    }
+
     fn publish_ack(&self, payload: &[u8]) -> Result<Published, Error> {
-        let ack = PublishAck::parse(payload, "the target")?;
+        let ack = PublishAck::parse(payload, "the target").map_err(|error| self.explained(error))?;
         self.expect_stream(&ack.stream, ack.domain.as_deref())?;
         if ack.seq == 0 {
             // 2.10 answers so for an id whose message is not stored yet: that proves nothing.
             return Err(Error::retry("the target acknowledged a duplicate that it has not stored yet"));
         }
         Ok(Published { seq: ack.seq, duplicate: ack.duplicate })
+    }
+
+    /// What a refusal means here.
+    fn explained(&self, error: impl Into<Error>) -> Error {
+        let error = error.into();
+        if !error.is_api(STREAM_NOT_EXPECTED) {
+            return error;
+        }
+        let target = &self.replication.target.stream;
+        error.context(format!("another stream than target stream `{target}` listens on the same subjects"))
     }
 
     /// The highest target sequence that is known to have been stored.
@@ -418,14 +508,15 @@ impl Writer {
     /// Only the target's own ack counts: over leafnodes a second stream may take the subject too.
     fn expect_stream(&self, stream: &str, domain: Option<&str>) -> Result<(), Error> {
         let target = &self.replication.target.stream;
-        let domain_fits = match (domain, &self.domain) {
-            (Some(told), Some(expected)) => told == expected,
-            _ => true,
-        };
-        if stream == target && domain_fits {
+        // A server tells its domain, if it has one, in the state of a stream as in every ack.
+        if stream == target && domain == self.domain.as_deref() {
             return Ok(());
         }
-        let place = domain.map(|domain| format!(" of domain `{domain}`")).unwrap_or_default();
+        let place = match (domain, &self.domain) {
+            (Some(domain), _) => format!(" of domain `{domain}`"),
+            (None, Some(_)) => " of a server without a domain".to_owned(),
+            (None, None) => String::new(),
+        };
         Err(Error::hold(format!(
             "stream `{stream}`{place} acknowledged a message for target stream `{target}`: it listens on the same subjects"
         )))
@@ -441,14 +532,21 @@ impl Writer {
         let ack = fast_ingest::parse_ack(payload).map_err(|what| Error::retry(format!("the target sent {what}")))?;
         match ack {
             Ack::End { stream, domain, .. } if !of_current => self.expect_stream(&stream, domain.as_deref())?,
+            Ack::Failed { error: Some(error), .. } if !of_current && error.err_code == STREAM_NOT_EXPECTED => {
+                return Err(self.explained(error).into());
+            }
             _ if !of_current => {}
             Ack::Progress { sequence, every } => {
                 let Mode::FastIngest { batch: Some(batch), .. } = &mut self.mode else { return Ok(()) };
+                // The answer to the start comes once. Only the end of a batch names the stream that stored it.
+                batch.doubted |= sequence == 0 && batch.every.is_some();
                 batch.every = Some(every);
                 batch.last_ack = now;
-                settle_batch(batch, sequence, window)?;
+                if !batch.doubted && !self.unproven {
+                    settle_batch(batch, sequence, window)?;
+                }
             }
-            Ack::Failed { error: Some(error), sequence } => self.batch_refused(error.into(), sequence, now),
+            Ack::Failed { error: Some(error), sequence } => self.batch_refused(self.explained(error), sequence, now),
             Ack::Failed { error: None, .. } => {
                 let error = Error::retry("a message of the batch went missing on its way to the target");
                 self.batch_refused(error, None, now);
@@ -472,22 +570,35 @@ impl Writer {
     fn end_batch(&mut self, stream_sequence: u64, count: u64, window: &mut Window) -> Result<(), RunError> {
         let Mode::FastIngest { batch: slot, .. } = &mut self.mode else { return Ok(()) };
         let Some(mut batch) = slot.take() else { return Ok(()) };
+        self.unproven = false;
         let shared = self.abilities.mode == TargetMode::Shared;
         // On an exclusive target the chain would have told. Of a batch of duplicates the end may be an old place.
-        if shared && batch.refused.is_none() && count > 0 && stream_sequence < self.known_end(window) {
+        // Without a place nothing was stored: all of it lay there already.
+        let placed = stream_sequence > 0;
+        if shared && placed && batch.refused.is_none() && count > 0 && stream_sequence < self.known_end(window) {
             return Err(self.made_anew(stream_sequence, window).into());
         }
         // The commit message itself is no message of the window.
         let count = count.min(batch.sent);
         settle_batch(&mut batch, count, window)?;
         if let Some(Refused { error, .. }) = batch.refused {
+            if error.api.is_some() && count == batch.sent {
+                let target = &self.replication.target.stream;
+                let text = format!(
+                    "another stream than target stream `{target}` listens on the same subjects: it refused what the target \
+                     stored: {error}"
+                );
+                return Err(Error::hold(text).into());
+            }
             return Err(refusal(error, window.source_of(batch.first + batch.settled)));
         }
         if batch.settled < batch.sent {
             return Err(Error::retry("the target ended the batch before its end").into());
         }
         if shared {
-            window.place(batch.first + batch.sent - 1, stream_sequence);
+            if placed {
+                window.place(batch.first + batch.sent - 1, stream_sequence);
+            }
             self.expected_last = self.expected_last.max(stream_sequence);
         } else if stream_sequence != self.expected_last {
             let expected = self.expected_last;
@@ -512,9 +623,18 @@ impl Writer {
         }
     }
 
-    /// Whether the run has to end because the target refused something.
+    /// Whether the run has to end because the target refused something, or somebody else wrote to it.
     pub fn outcome(&mut self, window: &Window, now: Instant) -> Result<(), RunError> {
         match &mut self.mode {
+            // Every sequence is that of a message which we sent.
+            Mode::Pipelined { stored, .. }
+                if self.abilities.mode == TargetMode::Exclusive
+                    && self.expected_last > self.exact + *stored + window.len() as u64 =>
+            {
+                let (last, ours) = (self.expected_last, self.exact + *stored);
+                let message = format!("the target's last sequence is {last} where our messages would make it {ours}");
+                Err(Error { kind: ErrorKind::ChainBroken, message, api: None }.into())
+            }
             Mode::FastIngest { batch: Some(OpenBatch { refused: Some(refused), first, .. }), .. }
                 if now.duration_since(refused.at) > END_WAIT =>
             {
@@ -545,6 +665,9 @@ impl Writer {
         if let Some(refused) = &batch.refused {
             // Where the refused message was the last one, nothing but a commit makes the server end the batch.
             return Some(refused.at);
+        }
+        if self.unproven || batch.doubted {
+            return Some(batch.last_sent);
         }
         let ack_is_due = batch.sent - batch.settled >= u64::from(batch.every.unwrap_or(batch.flow));
         let mut due = match supply {

@@ -97,3 +97,22 @@ impl From<super::parser::ParseError> for Error {
         Self::retry(error.to_string())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_is_tried_again() {
+        let check = |err_code, expect| {
+            let error = ApiError { code: 400, err_code, description: String::new() };
+            assert_eq!(error.kind(), expect, "{err_code}");
+        };
+        // An id whose message is still on its way, too many open batches, a batch that was forgotten.
+        for err_code in [10158, 10211, 10208] {
+            check(err_code, ErrorKind::Retry);
+        }
+        check(10071, ErrorKind::ChainBroken);
+        check(10060, ErrorKind::Hold);
+    }
+}

@@ -1,7 +1,7 @@
 //! The few JetStream API calls that a copy needs, over its own lane. All reads are answered by the leader of the
 //! stream (`STREAM.INFO`, `STREAM.MSG.GET`); direct gets can be stale.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, ops::RangeInclusive};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use chrono::{DateTime, Utc};
@@ -96,6 +96,8 @@ impl StreamInfo {
 pub struct StoredMessage {
     /// Stream sequence.
     pub sequence: u64,
+    /// Its subject.
+    pub subject: String,
     /// Stored time, nanoseconds since the Unix epoch.
     pub time_ns: i64,
     /// Header block; empty for none.
@@ -197,6 +199,20 @@ impl<'a> Api<'a> {
         got.map(Got::message).transpose().map_err(|error| error.context(what))
     }
 
+    /// Reads what lies at these sequences, in order and whole; what is gone is left out. All are asked for at once.
+    pub async fn messages(&mut self, stream: &str, range: RangeInclusive<u64>) -> Result<Vec<StoredMessage>, Error> {
+        let what = format!("STREAM.MSG.GET.{stream}");
+        let subject = format!("{}.{what}", self.lane.api_prefix());
+        let mut replies = self.lane.requests(&subject, range.map(|seq| json!({ "seq": seq }).to_string())).await?;
+        let mut stored = Vec::new();
+        for reply in replies.drain(..) {
+            if let Some(got) = found(decode::<Got>(&reply).map_err(|error| error.context(&what)))? {
+                stored.push(got.message().map_err(|error| error.context(&what))?);
+            }
+        }
+        Ok(stored)
+    }
+
     /// Creates a consumer under the given name.
     pub async fn create_consumer(&mut self, stream: &str, name: &str, config: &Value) -> Result<ConsumerInfo, Error> {
         let (what, body) = create_consumer_call(stream, name, config);
@@ -252,6 +268,8 @@ struct Got {
 #[derive(Deserialize)]
 struct Raw {
     seq: u64,
+    #[serde(default)]
+    subject: String,
     time: DateTime<Utc>,
     #[serde(default)]
     hdrs: String,
@@ -259,10 +277,10 @@ struct Raw {
 
 impl Got {
     fn message(self) -> Result<StoredMessage, Error> {
-        let Raw { seq, time, hdrs } = self.message;
+        let Raw { seq, subject, time, hdrs } = self.message;
         let header =
             STANDARD.decode(&hdrs).map_err(|error| Error::retry(format!("headers are not base64: {error}")))?;
-        Ok(StoredMessage { sequence: seq, time_ns: time.timestamp_nanos_opt().unwrap_or_default(), header })
+        Ok(StoredMessage { sequence: seq, subject, time_ns: time.timestamp_nanos_opt().unwrap_or_default(), header })
     }
 }
 

@@ -3,6 +3,7 @@
 //! written. Dropping the lane closes the connection, and nothing of it reaches the server any more.
 
 use std::{
+    collections::HashMap,
     fmt, io,
     pin::Pin,
     sync::Arc,
@@ -436,13 +437,7 @@ impl Lane {
                     self.publish(subject, &reply, payload);
                     continue;
                 }
-                Err(_) => {
-                    let limit = REQUEST_TIMEOUT;
-                    return Err(Error::retry(format!(
-                        "no answer to `{subject}` from `{}` within {limit:?}",
-                        self.address
-                    )));
-                }
+                Err(_) => return Err(self.silent(subject)),
             };
             let Turn::Received(batch) = turn else { continue };
             if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
@@ -452,6 +447,36 @@ impl Lane {
                 return Ok(batch.data.slice_ref(message.payload));
             }
         }
+    }
+
+    /// Sends several requests to one subject and waits for all answers; their payloads in the order of the requests.
+    /// For use while no copy is under way.
+    pub async fn requests(
+        &mut self,
+        subject: &str,
+        payloads: impl IntoIterator<Item = String>,
+    ) -> Result<Vec<Bytes>, Error> {
+        let replies: Vec<_> = payloads.into_iter().map(|body| self.send_request(subject, body.as_bytes())).collect();
+        let mut waiting: HashMap<Vec<u8>, usize> =
+            replies.into_iter().enumerate().map(|(index, reply)| (reply.into_bytes(), index)).collect();
+        let mut answers = vec![Bytes::new(); waiting.len()];
+        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        while !waiting.is_empty() {
+            let turn = timeout_at(deadline, self.turn()).await.map_err(|_| self.silent(subject))??;
+            let Turn::Received(batch) = turn else { continue };
+            for message in batch.iter().filter(|message| message.sid == Self::REQUEST_SID) {
+                let Some(index) = waiting.remove(message.subject) else { continue };
+                if super::headers::status(message.header) == Some(503) {
+                    return Err(Error::retry(format!("nobody answers `{subject}` at `{}`", self.address)));
+                }
+                answers[index] = batch.data.slice_ref(message.payload);
+            }
+        }
+        Ok(answers)
+    }
+
+    fn silent(&self, subject: &str) -> Error {
+        Error::retry(format!("no answer to `{subject}` from `{}` within {REQUEST_TIMEOUT:?}", self.address))
     }
 
     /// Writes and reads until messages arrived or all output was written. Answers PINGs, and pings a silent

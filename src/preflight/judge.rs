@@ -11,17 +11,15 @@ use super::{
     subjects::{Flow, Share, share},
 };
 use crate::{
-    config::{Connection, OnReject, Replication, Scope, Start, patterns},
+    config::{Connection, OnReject, Replication, Scope, Sharing, Start, patterns},
     copy::{
-        dead_letter, subjects,
+        dead_letter, duplicates, sharing, subjects,
         target::{self, Abilities},
     },
     nats::{Error, jetstream::StreamInfo},
     status::{TargetMode, Transport},
 };
 
-/// Where messages bear ids, the target should remember these for so long, nanoseconds: two minutes.
-const DUPLICATE_WINDOW: i64 = 120_000_000_000;
 /// Subjects that one message shows at most.
 const MAX_SHOWN: usize = 8;
 
@@ -174,11 +172,12 @@ impl Pair<'_> {
                 self.judge_subjects(stream, &mut findings);
                 self.judge_sizes(source, stream, &mut findings);
                 let abilities = target::abilities_of(self.replication, source, stream);
+                findings.add_any("target_mode", "/target_mode", self.sharing(stream, known));
                 findings.add_any("headers", "/target_stream", self.headers(source, stream, &abilities));
-                findings.add_any("duplicates", "/target_stream", duplicates(stream, &abilities));
+                findings.add_any("duplicates", "/target_stream", remembered(stream, &abilities));
             }
             _ => {
-                for name in ["subjects", "max_payload", "headers", "duplicates"] {
+                for name in ["subjects", "max_payload", "target_mode", "headers", "duplicates"] {
                     findings.unknown(name);
                 }
             }
@@ -383,10 +382,21 @@ impl Pair<'_> {
             }
         });
         let mut said: Vec<Said> = said.map(Some).collect();
+        said.extend(self.second_stream().map(|text| Some((Outcome::Warning, text))));
         // The worst of them stands for all: they have one cause.
         let worst = said.iter().position(|said| matches!(said, Some((Outcome::Failed, _)))).unwrap_or(0);
         let said = if said.is_empty() { None } else { said.swap_remove(worst) };
         findings.add_any("subjects", path, said);
+    }
+
+    /// A stream beside the source that would store what is copied, too.
+    fn second_stream(&self) -> Option<String> {
+        let listeners = self.source.listeners.got().filter(|_| self.source.bridged)?;
+        let (subject, streams) = listeners.iter().find(|(_, streams)| !streams.is_empty())?;
+        Some(format!(
+            "stream {} beside the source listens on `{subject}` too, in the same account by way of leafnodes: what is copied              would be stored there as well, and the copy is held; map the subjects apart, with `target_subject_prefix` for              example",
+            list(streams)
+        ))
     }
 
     /// The copy stops (`held`) at a message that is too large, and there may never be one: a warning.
@@ -411,6 +421,23 @@ impl Pair<'_> {
             (Outcome::Warning, text)
         });
         findings.add_any("max_payload", path, said);
+    }
+
+    /// Whether the target can be what `target_mode` says.
+    fn sharing(&self, stream: &StreamInfo, known: &[Known]) -> Said {
+        if let Err(refused) = sharing::mode(self.replication, stream) {
+            return Some((Outcome::Failed, refused));
+        }
+        let name = self.target.connect.got().map(|info| info.server_name.as_str()).unwrap_or_default();
+        let others = ring::into_same_target(self.replication, name, known);
+        (self.replication.target_mode == Sharing::Exclusive && !others.is_empty()).then(|| {
+            let text = format!(
+                "replication {} writes to target stream `{}` too, which `target_mode` says is exclusive: the copy is held                  while it does",
+                list(&others),
+                self.replication.target.stream
+            );
+            (Outcome::Warning, text)
+        })
     }
 
     /// Whether everything that says what is copied has something to say, with the field that does not.
@@ -537,17 +564,11 @@ fn others<'a>(
     })
 }
 
-fn duplicates(stream: &StreamInfo, abilities: &Abilities) -> Said {
-    let window = stream.number("duplicate_window");
+fn remembered(stream: &StreamInfo, abilities: &Abilities) -> Said {
     let by_id = abilities.transport == Transport::Pipelined || abilities.mode == TargetMode::Shared;
-    (by_id && (1..DUPLICATE_WINDOW).contains(&window)).then(|| {
-        let window = std::time::Duration::from_nanos(window.unsigned_abs());
-        let text = format!(
-            "`duplicate_window` of the stream is {window:?}: what is sent again after a longer outage than this can be \
-             stored twice, 2 minutes or more are better"
-        );
-        (Outcome::Warning, text)
-    })
+    let window = std::time::Duration::from_nanos(stream.number("duplicate_window").unsigned_abs());
+    let short = duplicates::too_short(window).filter(|_| by_id);
+    short.map(|text| (Outcome::Warning, text))
 }
 
 /// Names for a message: the first few.

@@ -79,6 +79,8 @@ pub(super) struct Facts {
     pub(super) calls: Answer<()>,
     /// Which streams listen on a subject.
     pub(super) listeners: Answer<BTreeMap<String, Vec<String>>>,
+    /// Whether the other side is the same account, reached through leafnodes.
+    pub(super) bridged: bool,
 }
 
 /// A side while it is asked.
@@ -254,6 +256,18 @@ impl Look {
             Err(Silence::Error { message, .. }) => Answer::Unclear(message),
             Err(Silence::Late) => Answer::Unclear(format!("no answer to `{what}` in time")),
         };
+    }
+
+    /// Asks for a stream of another JetStream domain, which only answers within one account.
+    pub(super) async fn ask_across(&mut self, domain: &str, stream: &str, created: &str, until: Instant) {
+        self.until = until;
+        let subject = format!("$JS.{domain}.API.STREAM.INFO.{stream}");
+        let answer = self.ask(&[(subject, Some(String::new()))]).await;
+        let info = match answer.as_deref() {
+            Ok([Some(body)]) => decode::<StreamInfo>(body).ok(),
+            _ => None,
+        };
+        self.facts.bridged = info.is_some_and(|info| info.created == created);
     }
 
     /// Asks everything at once and waits for all answers; `None` where nobody is there to answer. A permission that

@@ -81,6 +81,17 @@ pub(super) fn find(
     None
 }
 
+/// The ids of the others that write to the same target stream with the same login. `server` is the name of the server
+/// there.
+pub(super) fn into_same_target(replication: &Replication, server: &str, known: &[Known]) -> Vec<String> {
+    let target = Place { side: &replication.target, server };
+    let same = |other: &&Known| {
+        let there = Place { side: &other.replication.target, server: &other.target_server };
+        there.side.stream == target.side.stream && there.same_server(&target) && there.same_login(&target)
+    };
+    known.iter().filter(same).map(|other| other.replication.id.clone()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

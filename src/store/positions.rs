@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, future::Future, sync::Arc};
 
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, future::ready, stream::BoxStream};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -32,6 +33,9 @@ pub struct PositionRecord {
     pub source: Option<SourceWitness>,
     /// The newest message of ours that is known to be at the target.
     pub target: Option<TargetWitness>,
+    /// When source and target were saved last, by the clock of the holder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saved_at: Option<DateTime<Utc>>,
     /// Kept because a target that turned out to be shared stays so.
     #[serde(default)]
     pub target_mode: TargetMode,
@@ -245,6 +249,7 @@ impl PositionRecord {
             nonce: 0,
             source: None,
             target: None,
+            saved_at: None,
             target_mode: TargetMode::default(),
             moved_back: false,
             generation: 0,

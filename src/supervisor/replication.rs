@@ -22,6 +22,7 @@ use super::{
     group::Group,
     headroom::Watch,
     marks::{Marks, Release},
+    neighbours::Neighbours,
     outage::Outage,
     trouble::Trouble,
 };
@@ -41,7 +42,7 @@ const RETRY: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_se
 const SOON: Duration = Duration::from_millis(200);
 
 /// Attempts while held.
-const HELD: Duration = Duration::from_secs(10);
+const HELD: Duration = copy::LONGEST_PAUSE;
 
 /// So long what is in the air may take to settle when a run stops; then the run is dropped.
 const SETTLE: Duration = Duration::from_secs(10);
@@ -74,6 +75,7 @@ pub(super) struct Context {
     pub(super) id: String,
     pub(super) board: Arc<Board>,
     pub(super) group: Group,
+    pub(super) neighbours: Neighbours,
 }
 
 impl Context {
@@ -426,6 +428,7 @@ impl Session {
             row: board.row(),
             budget: deps.budget.clone(),
             skip: release.and_then(|release| release.skip),
+            neighbour: context.neighbours.of(replication),
             dial: Arc::new(deps.rules.clone()),
         };
         let saved = ledger.saved();
@@ -707,7 +710,7 @@ impl Other {
 /// Says in the record that the replication is paused, unless it says so; of a record that another instance took
 /// since `epoch` that one will say it.
 async fn note_pause(context: &Context, epoch: Option<u64>, other: &mut Other) -> Result<Noted, SaveError> {
-    let Context { deps, id, board, group } = context;
+    let Context { deps, id, board, group, .. } = context;
     let (record, revision) = deps.positions.read(id).await?;
     board.looked_up(&record);
     if epoch.is_some_and(|epoch| epoch < record.epoch) && record.holder != deps.instance {

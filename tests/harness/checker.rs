@@ -46,6 +46,7 @@ const NEGOTIABLE: &[&str] = &["Nats-TTL", "Nats-Rollup"];
 pub struct Expect<'a> {
     stream: &'a str,
     site: Option<&'a str>,
+    name: Option<&'a str>,
     map: Box<dyn Fn(&str) -> String + 'a>,
     scope: Box<dyn Fn(&Stored) -> bool + 'a>,
     foreign: bool,
@@ -56,12 +57,18 @@ impl<'a> Expect<'a> {
     /// A whole copy of `stream` under the same subjects.
     pub fn copy_of(stream: &'a str) -> Self {
         let (map, scope) = (Box::new(str::to_owned), Box::new(|_: &Stored| true));
-        Self { stream, site: None, map, scope, foreign: false, late: false }
+        Self { stream, site: None, name: None, map, scope, foreign: false, late: false }
     }
 
     /// The site that the provenance must name.
     pub fn site(mut self, site: &'a str) -> Self {
         self.site = Some(site);
+        self
+    }
+
+    /// Only what came through the replication of this name.
+    pub fn name(mut self, name: &'a str) -> Self {
+        self.name = Some(name);
         self
     }
 
@@ -176,7 +183,8 @@ pub fn compare(source: &[Stored], target: &[Stored], expect: &Expect<'_>) -> Rep
 
     let mut highest = 0;
     for copy in target {
-        let Some(origin) = Provenance::of(copy).filter(|p| p.stream == expect.stream) else {
+        let ours = |p: &Provenance| p.stream == expect.stream && expect.name.is_none_or(|name| p.name == name);
+        let Some(origin) = Provenance::of(copy).filter(ours) else {
             if !expect.foreign {
                 report
                     .foreign
@@ -217,6 +225,7 @@ struct Provenance {
     stream: String,
     seq: u64,
     site: String,
+    name: String,
     unix_ms: u64,
 }
 
@@ -225,9 +234,9 @@ impl Provenance {
     fn of(message: &Stored) -> Option<Self> {
         let value = header_values(&message.header, PROVENANCE).pop()?;
         let fields: Vec<&str> = value.split(' ').collect();
-        let [stream, seq, site, _name, unix_ms] = fields[..] else { return None };
-        let (stream, site) = (stream.to_owned(), site.to_owned());
-        Some(Self { stream, seq: seq.parse().ok()?, site, unix_ms: unix_ms.parse().ok()? })
+        let [stream, seq, site, name, unix_ms] = fields[..] else { return None };
+        let (stream, site, name) = (stream.to_owned(), site.to_owned(), name.to_owned());
+        Some(Self { stream, seq: seq.parse().ok()?, site, name, unix_ms: unix_ms.parse().ok()? })
     }
 }
 

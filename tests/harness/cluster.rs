@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::client::{wait_for, wait_value};
 use super::proxy::Proxy;
 use super::raw::{Raw, Stored};
-use super::server::{Role, Server, free_port};
+use super::server::{Builder, Role, Server, free_port};
 use super::{LIMIT, client};
 
 /// While there is no leader a request is not answered at all: ask again after this.
@@ -38,6 +38,11 @@ pub struct Cluster {
 impl Cluster {
     /// Three servers of one role; returns when a stream with three replicas can be made.
     pub async fn start(role: Role) -> Result<Self> {
+        Self::start_with(role, |server| server).await
+    }
+
+    /// The same with each server refined.
+    pub async fn start_with(role: Role, refine: impl Fn(Builder) -> Builder) -> Result<Self> {
         let ports = [free_port()?, free_port()?, free_port()?];
         let routes: Vec<String> = ports.iter().map(|p| format!("\"nats-route://127.0.0.1:{p}\"")).collect();
         let mut servers = Vec::new();
@@ -48,7 +53,7 @@ impl Cluster {
                 routes.join(", ")
             );
             let name = format!("{role:?}-{}", i + 1).to_lowercase();
-            servers.push(Server::builder(role).name(&name).config(&config).start().await?);
+            servers.push(refine(Server::builder(role).name(&name).config(&config)).start().await?);
         }
         let cluster = Self::behind_proxies(servers).await?;
         cluster.wait_ready().await?;

@@ -113,6 +113,11 @@ impl Raw {
         self.send(message, &reply).await
     }
 
+    /// Publishes with any reply subject and waits for nothing.
+    pub async fn send_with_reply(&mut self, message: &Outgoing, reply: &str) -> Result<()> {
+        self.send(message, reply).await
+    }
+
     /// Publishes and waits for the ack; returns the sequence in the stream.
     pub async fn publish(&mut self, message: &Outgoing) -> Result<u64> {
         let reply = self.reply();

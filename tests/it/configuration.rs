@@ -187,7 +187,9 @@ impl Field {
         };
         let mut words: Vec<_> = kinds.into_iter().map(kind_in_words).collect();
         if !self.values.is_empty() {
-            let values: Vec<_> = self.values.iter().map(|value| format!("`{value}`")).collect();
+            // An empty text is as good as none.
+            let values: Vec<_> =
+                self.values.iter().filter(|value| *value != "").map(|value| format!("`{value}`")).collect();
             words = vec![format!("one of {}", values.join(", "))];
         }
         let mut shape = words.join(" or ");

@@ -192,9 +192,18 @@ async fn a_side_that_is_silent_is_told_in_time() -> Result<()> {
     let address = format!("127.0.0.1:{}", site.target.port());
     assert_eq!(body["valid"], true, "{body:#}");
     tells(&body, "warnings", "target", "/target_url", &[&address, "no answer", "would wait for 5s", "not known"]);
-    for check in
-        ["connect", "jetstream", "stream", "calls", "publish", "subjects", "max_payload", "headers", "duplicates"]
-    {
+    for check in [
+        "connect",
+        "jetstream",
+        "stream",
+        "calls",
+        "publish",
+        "subjects",
+        "max_payload",
+        "target_mode",
+        "headers",
+        "duplicates",
+    ] {
         assert_eq!(outcome(&body, "target", check), "unknown", "{check}: {body:#}");
     }
     assert_eq!(outcome(&body, "source", "stream"), "ok", "{body:#}");
@@ -423,7 +432,7 @@ async fn what_a_target_does_not_take_is_told() -> Result<()> {
         warns(&body, "target", "headers", "/target_stream", &["`allow_msg_ttl`", "copied without `Nats-TTL`"]);
     }
     let body = pair("WINDOW", json!({}), json!({"duplicate_window": 10_000_000_000_u64})).await?;
-    warns(&body, "target", "duplicates", "/target_stream", &["`duplicate_window` of the stream is 10s"]);
+    warns(&body, "target", "duplicates", "/target_stream", &["duplicate window of the target is 10s", "58s"]);
     let body = pair("NOACK", json!({}), json!({"no_ack": true})).await?;
     fails(&body, "target", "stream", "/target_stream", &["`NOACK` does not acknowledge messages"]);
     let body = pair("QUEUE", json!({"retention": "workqueue"}), json!({})).await?;

@@ -284,6 +284,8 @@ impl Generator {
             ("start_delta", json!("5m")),
             ("start_time", json!("2026-01-01T00:00:00Z")),
             ("no_target_create", json!(true)),
+            ("target_mode", json!("exclusive")),
+            ("ordering", json!("strict")),
             ("limits", json!({"messages_in_flight": 5, "bytes_in_flight": 100_000})),
             ("tls", json!({"ca": "/nowhere/ca.pem"})),
         ];

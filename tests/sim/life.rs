@@ -90,6 +90,7 @@ impl Scene {
             replication: self.replication(),
             row,
             budget: Budget::new(1 << 20),
+            neighbour: None,
             skip: None,
             dial: Arc::new(self.network(&hands)),
         };

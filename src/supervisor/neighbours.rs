@@ -1,0 +1,116 @@
+//! Which replications of this service write to the same target stream: from all documents, whether they run here, run
+//! elsewhere or are paused. In memory.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use crate::{
+    config::{Connection, Replication, Side},
+    nats::Rules,
+    store::ConfigEntry,
+};
+
+/// The targets of all replications, by id; cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct Neighbours {
+    site: String,
+    rules: Rules,
+    targets: Arc<Mutex<BTreeMap<String, Side>>>,
+}
+
+impl Neighbours {
+    pub(super) fn new(site: &str, rules: &Rules) -> Self {
+        Self { site: site.to_owned(), rules: rules.clone(), targets: Arc::default() }
+    }
+
+    /// Takes over a document; one that cannot run replaces nothing.
+    pub(super) fn put(&self, entry: &ConfigEntry) {
+        if let Ok(Replication { id, target, .. }) = self.rules.parse(&entry.value, &self.site)
+            && id == entry.key
+        {
+            self.targets.lock().unwrap_or_else(PoisonError::into_inner).insert(id, target);
+        }
+    }
+
+    /// The document is gone.
+    pub(super) fn remove(&self, id: &str) {
+        self.targets.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+    }
+
+    /// Another replication that writes to the same stream: by the stream's name, a server, the login and the prefix of
+    /// the API. What is the same stream by other names or users is found out when the chain breaks.
+    pub(super) fn of(&self, replication: &Replication) -> Option<String> {
+        let Replication { id, target, .. } = replication;
+        let others: Vec<(String, Side)> = {
+            let targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+            let same = targets.iter().filter(|(other, side)| *other != id && side.stream == target.stream);
+            same.map(|(other, side)| (other.clone(), side.clone())).collect()
+        };
+        if others.is_empty() {
+            return None;
+        }
+        let own = self.rules.resolve(&target.place).ok()?;
+        let resolved = |side: &Side| self.rules.resolve(&side.place).ok();
+        others.into_iter().find(|(_, side)| resolved(side).is_some_and(|there| same(&own, &there))).map(|(id, _)| id)
+    }
+}
+
+fn same(one: &Connection, other: &Connection) -> bool {
+    let (here, there) = (&one.endpoint, &other.endpoint);
+    one.api_prefix == other.api_prefix
+        && here.auth == there.auth
+        && here.hosts.iter().any(|host| there.hosts.contains(host))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn entry(name: &str, fields: Value) -> ConfigEntry {
+        let mut document =
+            json!({"stream": "S", "name": name, "source_url": "a", "target_url": "b", "target_stream": "T"});
+        for (field, value) in fields.as_object().unwrap() {
+            document[field] = value.clone();
+        }
+        ConfigEntry { key: format!("S.{name}"), revision: 1, value: document.to_string().into() }
+    }
+
+    #[test]
+    fn a_neighbour_is_told_by_stream_server_login_and_prefix() {
+        let rules = Rules::default();
+        let check = |own: Value, other: Value, expect: bool| {
+            let neighbours = Neighbours::new("SITE", &rules);
+            let (own, other) = (entry("own", own), entry("other", other));
+            neighbours.put(&own);
+            neighbours.put(&other);
+            let replication = rules.parse(&own.value, "SITE").unwrap();
+            let found = neighbours.of(&replication);
+            assert_eq!(found, expect.then(|| "S.other".to_owned()), "{own:?} {other:?}");
+            neighbours.remove("S.other");
+            assert_eq!(neighbours.of(&replication), None);
+        };
+        check(json!({}), json!({}), true);
+        check(json!({}), json!({"target_url": "c,b:4222"}), true);
+        check(json!({}), json!({"target_url": "c"}), false);
+        check(json!({}), json!({"target_url": "b:4223"}), false);
+        check(json!({}), json!({"target_stream": "U"}), false);
+        check(json!({}), json!({"target_domain": "hub"}), false);
+        check(json!({"target_api_prefix": "$JS.hub.API"}), json!({"target_domain": "hub"}), true);
+        check(json!({"target_url": "u:p@b"}), json!({"target_url": "v:p@b"}), false);
+    }
+
+    #[test]
+    fn a_document_that_cannot_run_replaces_nothing() {
+        let rules = Rules::default();
+        let neighbours = Neighbours::new("SITE", &rules);
+        neighbours.put(&entry("other", json!({})));
+        neighbours.put(&entry("other", json!({"target_stream": 5})));
+        neighbours.put(&ConfigEntry { key: "X".to_owned(), ..entry("third", json!({})) });
+        let replication = rules.parse(&entry("own", json!({})).value, "SITE").unwrap();
+        assert_eq!(neighbours.of(&replication).as_deref(), Some("S.other"));
+    }
+}

@@ -1,0 +1,149 @@
+//! A second stream, behind a leafnode and in the same account, listens on the subjects of the target: its acks say
+//! nothing about the target.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::harness::server::free_port;
+use crate::harness::site::merged;
+use crate::harness::{Expect, LIMIT, Outgoing, Raw, Role, Server, Site, request, wait_for, wait_value};
+
+const COUNT: u64 = 3_000;
+/// So much the target takes before it is full.
+const ROOM: u64 = 700;
+
+/// Where a second stream is, and what it is called.
+#[derive(Debug, Clone, Copy)]
+struct Second {
+    name: &'static str,
+    /// Domain of the leaf.
+    domain: Option<&'static str>,
+}
+
+/// A hub, and a leaf of it in the same account.
+async fn hub_and_leaf(second: Second) -> Result<(Server, Server)> {
+    let port = free_port()?;
+    let listen = format!("leafnodes {{ host: \"127.0.0.1\", port: {port} }}");
+    let hub = Server::builder(Role::Target).domain("hub").config(&listen).start().await?;
+    let remote = format!("leafnodes {{ remotes: [{{ url: \"nats://127.0.0.1:{port}\" }}] }}");
+    let leaf = Server::builder(Role::Target).config(&remote);
+    let leaf = second.domain.into_iter().fold(leaf, |leaf, domain| leaf.domain(domain)).start().await?;
+    Ok((hub, leaf))
+}
+
+/// The source stream, a target that is soon full, and a second stream that is not.
+async fn begin(second: Second, batched: bool, fields: Value) -> Result<(Site, Server)> {
+    let (hub, leaf) = hub_and_leaf(second).await?;
+    let site = Site::builder().on(Server::start(Role::Source).await?, hub).start().await?;
+    let mut raw = site.source_stream("A", json!({})).await?;
+    raw.publish_all((1..=COUNT).map(|i| Outgoing::new(format!("a.{}", i % 3), i.to_string()))).await?;
+    let batches = if batched && site.target.at_least(2, 14) { json!({"allow_batched": true}) } else { json!({}) };
+    let listens = merged(json!({"subjects": ["a.>"]}), batches);
+    site.target_stream("A", merged(listens.clone(), json!({"max_msgs": ROOM, "discard": "new"}))).await?;
+    let mut at_leaf = Raw::connect(&leaf.url()).await?;
+    at_leaf.create_stream(second.name, listens).await?;
+    // Both take the same: also the chain fits both.
+    let mut target = site.target().await?;
+    let reaches = async || {
+        let _ = target.send_only(&Outgoing::new("a.probe", "x")).await;
+        at_leaf.stream_state(second.name).await.is_ok_and(|state| state["messages"].as_u64() > Some(0))
+    };
+    wait_for("the leaf to take what is published at the hub", LIMIT, reaches).await?;
+    for raw in [&mut target, &mut at_leaf] {
+        let stream = if raw.stream_state("A").await.is_ok() { "A" } else { second.name };
+        raw.api(&format!("STREAM.PURGE.{stream}"), Value::Null).await?;
+    }
+    request(&site.client, "replicator.config.add", site.document_with("A", fields)).await?;
+    Ok((site, leaf))
+}
+
+/// Copies of the source at the target.
+async fn copies(site: &Site) -> Result<u64> {
+    let stored = site.target().await?.read_stream("A").await?;
+    Ok(stored.iter().filter(|message| message.subject != "a.probe").count() as u64)
+}
+
+async fn check(second: Second, batched: bool, mode: &str) -> Result<()> {
+    let (site, leaf) = begin(second, batched, json!({"target_mode": mode})).await?;
+    // The target, soon full, may be the first to refuse something.
+    let row = wait_value("the second stream to be told", LIMIT, async || {
+        let row = site.row_when("A", "is held", |row| row["state"] == "held").await.ok()?;
+        let message = row["last_error"]["message"].as_str().unwrap_or_default();
+        if message.contains("listens on the same subjects") && message.contains("target stream `A`") {
+            return Some(row);
+        }
+        let _ = site.send("retry", json!({"replication": "A"})).await;
+        None
+    })
+    .await?;
+    // It is tried again; however often, the target has what counts as copied.
+    let errors = row["counters"]["errors"].as_u64();
+    request(&site.client, "replicator.retry", json!({"replication": "A"})).await?;
+    let again = |row: &Value| row["state"] == "held" && row["counters"]["errors"].as_u64() > errors;
+    let row = site.row_when("A", "is held again", again).await?;
+    let (settled, there) = (row["position"]["source_seq"].as_u64(), copies(&site).await?);
+    ensure!(settled <= Some(there), "{settled:?} settled, {there} at the target: {row}");
+    let record = site.position("A").await?.context("a record")?;
+    ensure!(record["source"]["seq"].as_u64().unwrap_or_default() <= there, "{there} at the target: {record}");
+    let held = site.events.told("held");
+    ensure!(held.iter().any(|told| told["message"].as_str().is_some_and(|text| text.contains("listens"))), "{held:?}");
+    // The second stream goes, and the target gets room.
+    Raw::connect(&leaf.url()).await?.api(&format!("STREAM.DELETE.{}", second.name), Value::Null).await?;
+    let mut config = site.target().await?.api("STREAM.INFO.A", Value::Null).await?["config"].take();
+    config["max_msgs"] = (-1).into();
+    site.target().await?.api("STREAM.UPDATE.A", config).await?;
+    wait_for("the copy to go on", LIMIT, async || {
+        let _ = site.send("retry", json!({"replication": "A"})).await;
+        site.row("A").await.is_some_and(|row| row["state"] == "running")
+    })
+    .await?;
+    site.settled("A", COUNT).await?;
+    site.verify("A", &Expect::copy_of("A").shared().late_allowed()).await?;
+    assert_eq!(copies(&site).await?, COUNT);
+    Ok(())
+}
+
+const SECONDS: [Second; 3] = [
+    Second { name: "A", domain: Some("leaf") },
+    Second { name: "A", domain: None },
+    Second { name: "OTHER", domain: Some("leaf") },
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acks_of_a_second_stream_do_not_count_by_fast_ingest() -> Result<()> {
+    for second in SECONDS {
+        for mode in ["auto", "shared"] {
+            check(second, true, mode).await.with_context(|| format!("{second:?} {mode}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acks_of_a_second_stream_do_not_count_pipelined() -> Result<()> {
+    for second in SECONDS {
+        for mode in ["auto", "shared"] {
+            check(second, false, mode).await.with_context(|| format!("{second:?} {mode}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_second_stream_at_the_source_is_told_before_anything_runs() -> Result<()> {
+    let second = Second { name: "A", domain: Some("leaf") };
+    let (hub, leaf) = hub_and_leaf(second).await?;
+    Raw::connect(&hub.url()).await?.create_stream("A", json!({"subjects": ["a.>", "to.>"]})).await?;
+    let mut raw = Raw::connect(&leaf.url()).await?;
+    raw.create_stream("A", json!({"subjects": ["a.>"]})).await?;
+    let bridge = async || raw.request("$JS.hub.API.INFO", b"").await.is_ok();
+    wait_for("the leafnode connection", LIMIT, bridge).await?;
+    let site = Site::builder().on(leaf, hub).control(Server::start(Role::Control).await?).start().await?;
+    let reply = request(&site.client, "replicator.config.validate", site.document("A")).await?;
+    let warning = reply["warnings"][0]["message"].as_str().unwrap_or_default();
+    ensure!(warning.contains("stream `A` beside the source listens on `a.>` too"), "{reply:#}");
+    let mapped = site.document_with("A", json!({"target_subject_prefix": "to"}));
+    let reply = request(&site.client, "replicator.config.validate", mapped).await?;
+    assert_eq!((&reply["valid"], &reply["warnings"]), (&json!(true), &json!([])), "{reply:#}");
+    Ok(())
+}
