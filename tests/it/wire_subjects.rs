@@ -37,13 +37,29 @@ struct Peer {
     raw: Raw,
     /// `partition` of the whole subject; 2.10 does not know it.
     whole_partition: bool,
+    /// `left` and `right`; 2.12 and 2.14 refuse them in a stream, 2.10 and 2.15 do not.
+    left_and_right: bool,
     streams: usize,
 }
 
 impl Peer {
     async fn of(server: &Server) -> Result<Self> {
         let raw = Raw::connect(&server.url()).await?;
-        Ok(Self { raw, whole_partition: server.at_least(2, 12), streams: 0 })
+        let whole_partition = server.at_least(2, 12);
+        let left_and_right = !whole_partition || server.at_least(2, 15);
+        Ok(Self { raw, whole_partition, left_and_right, streams: 0 })
+    }
+
+    /// Whether a server of this version does not know something that is in a destination, by what it says.
+    fn is_too_old(&self, dest: &str, words: &str) -> bool {
+        let any = |test: fn(&str) -> bool| dest.to_lowercase().split('.').any(test);
+        let whole = |token: &str| token.contains("partition") && !token.contains(',');
+        let side = |token: &str| {
+            let call = token.trim_start_matches(['{', ' ']);
+            ["left", "right"].iter().any(|name| call.starts_with(name))
+        };
+        !self.whole_partition && words.contains("not enough arguments") && any(whole)
+            || !self.left_and_right && words.contains("unknown function") && any(side)
     }
 
     /// Makes a stream with this transform; the words of the refusal, if there is one.
@@ -163,7 +179,7 @@ fn transform(random: &mut StdRng, root: &str) -> (String, String) {
         dest.push(">".to_owned());
     }
     // Without the fixed beginning, too.
-    if dest.len() > 1 && random.random_bool(0.3) {
+    if dest.len() > 1 && !dest[1].is_empty() && random.random_bool(0.3) {
         dest.remove(0);
     }
     (src.join("."), dest.join("."))
@@ -206,11 +222,7 @@ async fn random_transforms_make_the_subjects_that_the_server_stores() -> Result<
                 refused += 1;
                 continue;
             }
-            (Ok(_), Err(words))
-                if !peer.whole_partition && words.contains("not enough arguments") && has_whole_partition(&dest) =>
-            {
-                continue;
-            }
+            (Ok(_), Err(words)) if peer.is_too_old(&dest, &words) => continue,
             // Of no wildcards at all, newer servers take numbers that mean nothing.
             (Err(_), Ok(_)) if !src.contains(['*', '>']) && dest.to_lowercase().contains("partition") => {
                 refused += 1;
@@ -230,14 +242,8 @@ async fn random_transforms_make_the_subjects_that_the_server_stores() -> Result<
         }
     }
     println!("{}: {pairs} subjects equal, {matched} of them mapped; {refused} transforms refused", server.version());
-    ensure!(matched > 3_000 && refused > 20, "{matched} mapped, {refused} refused: too few to say anything");
+    ensure!(matched > 2_000 && refused > 20, "{matched} mapped, {refused} refused: too few to say anything");
     Ok(())
-}
-
-/// Whether a destination has `partition` with buckets alone.
-fn has_whole_partition(dest: &str) -> bool {
-    let call = |token: &str| token.to_lowercase().contains("partition") && !token.contains(',');
-    dest.split('.').any(call)
 }
 
 #[tokio::test]
