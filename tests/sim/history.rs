@@ -552,9 +552,12 @@ impl History {
         self.originals.iter().any(|o| o.seq == seq && (!o.copies.is_empty() || o.excused.is_some()))
     }
 
-    /// A message that was left out by request, which nobody was told.
+    /// A message that the source still has and that was left out by request, which nobody was told.
     pub fn left_out_untold(&self) -> Option<u64> {
-        let asked = self.originals.iter().filter(|o| o.excused == Some(LEFT_OUT) && o.cut.is_none() && !o.purged);
+        let asked = self
+            .originals
+            .iter()
+            .filter(|o| o.excused == Some(LEFT_OUT) && self.held.contains_key(&o.seq) && o.cut.is_none());
         let told: BTreeSet<u64> = self.events("poison").filter_map(|event| event["source_seq"].as_u64()).collect();
         asked.map(|original| original.seq).find(|seq| !told.contains(seq))
     }

@@ -90,13 +90,15 @@ impl Scene {
 
     /// Whether the same may be told more than once: by two processes, or when what follows from it was not saved.
     fn told_again(&self) -> bool {
-        let unsaved = |fault| {
-            matches!(
-                fault,
-                Fault::Crash(..) | Fault::CrashAt(..) | Fault::Trouble(_) | Fault::Pause(_) | Fault::PutBack
-            )
+        let cause = |fault: &Fault| fault.source_changes() || fault.target_loses() || matches!(fault, Fault::Purge(_));
+        let faults = &self.plan.faults;
+        let happened = faults.iter().find(|(_, fault)| cause(fault)).map(|(at, _)| *at).unwrap_or_default();
+        let unsaved = |(at, fault): &(Duration, Fault)| match fault {
+            Fault::Crash(..) => *at >= happened,
+            Fault::CrashAt(..) | Fault::Trouble(_) | Fault::Pause(_) | Fault::PutBack => true,
+            _ => false,
         };
-        self.plan.second.is_some() || self.plan.has(unsaved)
+        self.plan.second.is_some() || faults.iter().any(unsaved)
     }
 
     /// What the source removed before it was copied is counted and told, and told once unless the one who told it was

@@ -157,12 +157,18 @@ impl Plan {
                 3 => Fault::TargetDeleted,
                 4 => Fault::SourceForgets(count),
                 5 => Fault::SourceAnew,
-                6 => Fault::Purge(count),
+                6 => Fault::Purge(5 * count),
                 7 => Fault::PutBack,
                 8 => Fault::RecordLost,
                 _ => Fault::Move { by: count, back: world.once_in(2) },
             };
-            faults.push((at(), fault));
+            let at = at();
+            faults.push((at, fault));
+            // What is removed while nobody reads is lost.
+            if matches!(fault, Fault::Purge(_)) {
+                let before = at.saturating_sub(Duration::from_millis(1_500));
+                faults.push((before, Fault::Crash(0, Duration::from_secs(3))));
+            }
         }
         faults.sort_by_key(|(at, _)| *at);
         let keeps = world.once_in(8).then(|| world.between(1, 3) as usize);
