@@ -5,7 +5,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use serde_json::json;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::budget::{Budget, PIECE_MIN, Reservation};
 use crate::nats::{
@@ -18,6 +18,9 @@ use crate::nats::{
 const HEARTBEAT: Duration = Duration::from_millis(2500);
 /// Silence after which the consumer is taken for lost: two heartbeats and a second.
 const SILENCE: Duration = Duration::from_secs(6);
+/// A consumer that was not made within this time is asked for under another name, so often.
+const PLACED: Duration = Duration::from_secs(2);
+const ELSEWHERE: u32 = 2;
 /// A pull that got nothing is renewed after this time.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// The server forgets a consumer that nobody pulls from after this time.
@@ -105,9 +108,7 @@ pub(super) struct Reader {
 impl Reader {
     /// Creates the consumer. `bytes` bounds what is read ahead (but one message always passes).
     pub async fn open(lane: &mut Lane, range: &Range<'_>, bytes: usize) -> Result<Self, Error> {
-        let consumer = format!("sr_{}", nuid::next());
         let mut config = json!({
-            "name": consumer,
             "description": "stream-replicator",
             "deliver_policy": "by_start_sequence",
             "opt_start_seq": range.from.max(1),
@@ -121,7 +122,21 @@ impl Reader {
         if let Some(filter) = range.filter {
             config["filter_subject"] = filter.into();
         }
-        let info = Api::new(lane).create_consumer(range.stream, &consumer, &config).await?;
+        let mut left = ELSEWHERE;
+        let (consumer, info) = loop {
+            let consumer = format!("sr_{}", nuid::next());
+            config["name"] = consumer.as_str().into();
+            let mut api = Api::new(lane);
+            let created = api.create_consumer(range.stream, &consumer, &config);
+            if left == 0 {
+                break (consumer.clone(), created.await?);
+            }
+            // What a cluster gave to a server that does not answer is asked for again under another name.
+            match timeout(PLACED, created).await {
+                Ok(info) => break (consumer.clone(), info?),
+                Err(_) => left -= 1,
+            }
+        };
         let (sid, inbox) = lane.open_inbox();
         let piece_max = (bytes / 2).max(PIECE_MIN);
         Ok(Self {
