@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use chrono::{SubsecRound, Utc};
+use chrono::SubsecRound;
 use tokio::{
     sync::watch,
     time::{Duration, Instant},
@@ -15,6 +15,7 @@ use tokio::{
 
 use super::{Error, ErrorKind, gap::Gaps, resume::Resume, sharing::Intruders, window::Window};
 use crate::{
+    chance,
     config::{Replication, Sharing},
     events::Event,
     status::{Row, TargetMode},

@@ -5,7 +5,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use serde_json::json;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::{
     budget::{Budget, PIECE_MIN, Reservation},
@@ -24,6 +24,9 @@ use crate::{
 const HEARTBEAT: Duration = Duration::from_millis(2500);
 /// Silence after which a stream that is scanned is given up.
 const SILENCE: Duration = Duration::from_secs(6);
+/// A consumer that was not made within this time is asked for under another name, so often.
+const PLACED: Duration = Duration::from_secs(2);
+const ELSEWHERE: u32 = 2;
 /// A pull that got nothing is renewed after this time.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// The server forgets a consumer that nobody pulls from after this time.
@@ -162,9 +165,26 @@ pub(super) fn consumer_name() -> String {
 impl Reader {
     /// Creates the consumer. `bytes` bounds what is read ahead (but one message always passes).
     pub async fn open(lane: &mut Lane, range: &Range<'_>, bytes: usize) -> Result<Self, Error> {
-        let consumer = consumer_name();
-        let info = Api::new(lane).create_consumer(range.stream, &consumer, &range.config(&consumer)).await?;
-        Ok(Self::of(lane, range, consumer, bytes, info.num_pending))
+        let mut left = ELSEWHERE;
+        loop {
+            let consumer = consumer_name();
+            let config = range.config(&consumer);
+            let mut api = Api::new(lane);
+            let created = api.create_consumer(range.stream, &consumer, &config);
+            // What a cluster gave to a server that does not answer is asked for again under another name.
+            let info = match timeout(PLACED, created).await {
+                Ok(info) => info?,
+                Err(_) if left > 0 => {
+                    left -= 1;
+                    continue;
+                }
+                Err(_) => {
+                    let stream = range.stream;
+                    return Err(Error::retry(format!("no consumer of stream `{stream}` was made within {PLACED:?}")));
+                }
+            };
+            return Ok(Self::of(lane, range, consumer, bytes, info.num_pending));
+        }
     }
 
     /// Reads from a consumer that was just created for this range, with so many messages before it.
