@@ -73,7 +73,8 @@ pub(super) struct Rejects<'a> {
     fate: Fate,
     telling: Telling,
     target: String,
-    answered: Instant,
+    /// When the target was asked about itself last because of a message.
+    answered: Option<Instant>,
     /// Reply subject of a question to the target.
     asked: Option<String>,
 }
@@ -97,7 +98,7 @@ impl<'a> Rejects<'a> {
             }
         };
         let target = replication.target.stream.clone();
-        Self { refused, fate, telling: Telling::default(), target, answered: Instant::now(), asked: None }
+        Self { refused, fate, telling: Telling::default(), target, answered: None, asked: None }
     }
 
     /// Why the target refused a message in a run before.
@@ -131,7 +132,8 @@ impl<'a> Rejects<'a> {
 
     /// Whether a limit of the target stream may be another one by now: it is asked then, and the message waits.
     pub fn ask(&mut self, lane: &mut Lane, now: Instant) -> bool {
-        if now.duration_since(self.answered) <= FRESH && self.asked.is_none() {
+        let fresh = self.answered.is_some_and(|answered| now.duration_since(answered) <= FRESH);
+        if fresh && self.asked.is_none() {
             return false;
         }
         if self.asked.is_none() {
@@ -147,7 +149,7 @@ impl<'a> Rejects<'a> {
         let answer = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == asked.as_bytes());
         let Some(message) = answer else { return Ok(None) };
         self.asked = None;
-        self.answered = now;
+        self.answered = Some(now);
         decode(message.payload).map(Some)
     }
 

@@ -236,7 +236,14 @@ impl Writer {
         let subject = transform::subject(&self.replication.mapping, incoming.message.subject);
         self.subject.clear();
         self.subject.extend_from_slice(&subject);
-        self.check(incoming)
+        match self.check(incoming) {
+            // What only the first message of a batch says is no reason to leave it out.
+            Err(_) if opens => {
+                self.write_header(incoming, now_ns, false);
+                self.check(incoming)
+            }
+            checked => checked,
+        }
     }
 
     /// Puts the message that was prepared into the lane's output and into the window.
