@@ -178,11 +178,12 @@ impl<'a> Rejects<'a> {
         Ok(())
     }
 
-    /// Takes acks of dead letters; what they settle is settled in the window. Returns how many.
-    pub fn accept(&mut self, batch: &Batch, window: &mut Window) -> Result<u64, RunError> {
-        let Fate::DeadLetter(letters) = &mut self.fate else { return Ok(0) };
+    /// Takes acks of dead letters; what they settle is settled in the window. Returns how many, and why the run has to end
+    /// if one was refused: those that are left are nobody's then.
+    pub fn accept(&mut self, batch: &Batch, window: &mut Window) -> (u64, Option<RunError>) {
+        let Fate::DeadLetter(letters) = &mut self.fate else { return (0, None) };
         if letters.len() == 0 {
-            return Ok(0);
+            return (0, None);
         }
         let refused = batch.iter().find_map(|message| letters.accept(&message).err());
         let mut settled = 0;
@@ -191,7 +192,10 @@ impl<'a> Rejects<'a> {
             self.telling.note(letter.source.seq, letter.reason, PoisonAction::DeadLettered);
             settled += 1;
         }
-        refused.map_or(Ok(settled), Err)
+        if refused.is_some() {
+            letters.give_up();
+        }
+        (settled, refused)
     }
 
     /// Whether everything in the air is on its way.

@@ -91,7 +91,7 @@ struct OpenBatch {
 struct Refused {
     error: Error,
     at: Instant,
-    /// Batch sequence of the message, where the server names it.
+    /// Batch sequence of the message, where it is known.
     sequence: Option<u64>,
 }
 
@@ -354,11 +354,14 @@ impl Writer {
                 // Acks of a batch that is over are nobody's, but a wrong stream among them must not go unseen.
                 let current = batch.as_ref().map(|batch| batch.id);
                 let rest = &message.subject[self.inbox.len() + 1..];
-                let of_current = rest.split(|b| *b == b'.').next().and_then(number) == current;
+                let mut words = rest.split(|b| *b == b'.');
+                let of_current = words.next().and_then(number) == current;
+                // Behind distance and gap mode: whatever is said comes back on the subject of a message.
+                let of_message = words.nth(2).and_then(number);
                 if unavailable {
                     self.batch_refused(no_responders(), None, now);
                 } else {
-                    self.accept_batch_ack(message.payload, of_current, window, now)?;
+                    self.accept_batch_ack(message.payload, of_current, of_message, window, now)?;
                 }
             }
             Mode::Pipelined { .. } => {
@@ -438,6 +441,7 @@ impl Writer {
         &mut self,
         payload: &[u8],
         of_current: bool,
+        of_message: Option<u64>,
         window: &mut Window,
         now: Instant,
     ) -> Result<(), RunError> {
@@ -451,7 +455,9 @@ impl Writer {
                 batch.last_ack = now;
                 settle_batch(batch, sequence, window)?;
             }
-            Ack::Failed { error: Some(error), sequence } => self.batch_refused(error.into(), sequence, now),
+            Ack::Failed { error: Some(error), sequence } => {
+                self.batch_refused(error.into(), sequence.or(of_message), now);
+            }
             Ack::Failed { error: None, .. } => {
                 let error = Error::retry("a message of the batch went missing on its way to the target");
                 self.batch_refused(error, None, now);
@@ -505,8 +511,9 @@ impl Writer {
     /// Whether the run has to end because the target refused something.
     pub fn outcome(&mut self, window: &Window, now: Instant) -> Result<(), RunError> {
         match &mut self.mode {
+            // A batch whose first message was refused never began, and has no end.
             Mode::FastIngest { batch: Some(OpenBatch { refused: Some(refused), first, .. }), .. }
-                if now.duration_since(refused.at) > END_WAIT =>
+                if refused.sequence == Some(1) || now.duration_since(refused.at) > END_WAIT =>
             {
                 // Without the end, and without its sequence, nobody knows which message it was.
                 let token = refused.sequence.and_then(|sequence| (*first + sequence).checked_sub(1));
