@@ -157,6 +157,13 @@ impl DeadLetters {
         Some(letter)
     }
 
+    /// Forgets what is in the air.
+    pub fn give_up(&mut self) {
+        self.first += self.waiting.len() as u64;
+        self.waiting.clear();
+        self.bytes = 0;
+    }
+
     /// Whether an ack is overdue: whoever listens on the subject is no stream.
     pub fn check(&self, now: Instant) -> Result<(), RunError> {
         match self.waiting.front() {

@@ -73,7 +73,8 @@ pub(super) struct Rejects<'a> {
     fate: Fate,
     telling: Telling,
     target: String,
-    answered: Instant,
+    /// When the target was asked about itself last because of a message.
+    answered: Option<Instant>,
     /// Reply subject of a question to the target.
     asked: Option<String>,
 }
@@ -97,7 +98,7 @@ impl<'a> Rejects<'a> {
             }
         };
         let target = replication.target.stream.clone();
-        Self { refused, fate, telling: Telling::default(), target, answered: Instant::now(), asked: None }
+        Self { refused, fate, telling: Telling::default(), target, answered: None, asked: None }
     }
 
     /// Why the target refused a message in a run before.
@@ -131,7 +132,8 @@ impl<'a> Rejects<'a> {
 
     /// Whether a limit of the target stream may be another one by now: it is asked then, and the message waits.
     pub fn ask(&mut self, lane: &mut Lane, now: Instant) -> bool {
-        if now.duration_since(self.answered) <= FRESH && self.asked.is_none() {
+        let fresh = self.answered.is_some_and(|answered| now.duration_since(answered) <= FRESH);
+        if fresh && self.asked.is_none() {
             return false;
         }
         if self.asked.is_none() {
@@ -147,7 +149,7 @@ impl<'a> Rejects<'a> {
         let answer = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == asked.as_bytes());
         let Some(message) = answer else { return Ok(None) };
         self.asked = None;
-        self.answered = now;
+        self.answered = Some(now);
         decode(message.payload).map(Some)
     }
 
@@ -176,11 +178,12 @@ impl<'a> Rejects<'a> {
         Ok(())
     }
 
-    /// Takes acks of dead letters; what they settle is settled in the window. Returns how many.
-    pub fn accept(&mut self, batch: &Batch, window: &mut Window) -> Result<u64, RunError> {
-        let Fate::DeadLetter(letters) = &mut self.fate else { return Ok(0) };
+    /// Takes acks of dead letters; what they settle is settled in the window. Returns how many, and why the run has to end
+    /// if one was refused: those that are left are nobody's then.
+    pub fn accept(&mut self, batch: &Batch, window: &mut Window) -> (u64, Option<RunError>) {
+        let Fate::DeadLetter(letters) = &mut self.fate else { return (0, None) };
         if letters.len() == 0 {
-            return Ok(0);
+            return (0, None);
         }
         let refused = batch.iter().find_map(|message| letters.accept(&message).err());
         let mut settled = 0;
@@ -189,7 +192,10 @@ impl<'a> Rejects<'a> {
             self.telling.note(letter.source.seq, letter.reason, PoisonAction::DeadLettered);
             settled += 1;
         }
-        refused.map_or(Ok(settled), Err)
+        if refused.is_some() {
+            letters.give_up();
+        }
+        (settled, refused)
     }
 
     /// Whether everything in the air is on its way.

@@ -597,11 +597,14 @@ impl<'a> Run<'a> {
             self.consumer_is(info.and_then(decode::<ConsumerInfo>))?;
         }
         self.go_on_with_renewal(&batch)?;
-        let dead_lettered = self.rejects.accept(&batch, &mut self.window)?;
+        let (dead_lettered, refused) = self.rejects.accept(&batch, &mut self.window);
         if dead_lettered > 0 {
             self.copy.counters.dead_lettered += dead_lettered;
             self.moved = Instant::now();
             self.tell_rejected(false);
+        }
+        if let Some(error) = refused {
+            self.end(Ending::Failed(error));
         }
         match self.reader.accept(batch) {
             Ok(()) => Ok(()),

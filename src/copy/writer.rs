@@ -95,7 +95,7 @@ struct OpenBatch {
 struct Refused {
     error: Error,
     at: Instant,
-    /// Batch sequence of the message, where the server names it.
+    /// Batch sequence of the message, where it is known.
     sequence: Option<u64>,
 }
 
@@ -298,7 +298,14 @@ impl Writer {
         self.subject.clear();
         let subject = self.replication.mapping.apply(incoming.message.subject, &mut self.room);
         self.subject.extend_from_slice(subject);
-        self.check(incoming)
+        match self.check(incoming) {
+            // What only the first message of a batch says is no reason to leave it out.
+            Err(_) if opens => {
+                self.write_header(incoming, now_ns, false);
+                self.check(incoming)
+            }
+            checked => checked,
+        }
     }
 
     /// Puts the message that was prepared into the lane's output and into the window.
@@ -412,11 +419,14 @@ impl Writer {
                 // Acks of a batch that is over are nobody's, but a wrong stream among them must not go unseen.
                 let current = batch.as_ref().map(|batch| batch.id);
                 let rest = &message.subject[self.inbox.len() + 1..];
-                let of_current = rest.split(|b| *b == b'.').next().and_then(number) == current;
+                let mut words = rest.split(|b| *b == b'.');
+                let of_current = words.next().and_then(number) == current;
+                // Behind distance and gap mode: whatever is said comes back on the subject of a message.
+                let of_message = words.nth(2).and_then(number);
                 if unavailable {
                     self.batch_refused(no_responders(), None, now);
                 } else {
-                    self.accept_batch_ack(message.payload, of_current, window, now)?;
+                    self.accept_batch_ack(message.payload, of_current, of_message, window, now)?;
                 }
             }
             Mode::Pipelined { .. } => {
@@ -526,6 +536,7 @@ impl Writer {
         &mut self,
         payload: &[u8],
         of_current: bool,
+        of_message: Option<u64>,
         window: &mut Window,
         now: Instant,
     ) -> Result<(), RunError> {
@@ -546,7 +557,9 @@ impl Writer {
                     settle_batch(batch, sequence, window)?;
                 }
             }
-            Ack::Failed { error: Some(error), sequence } => self.batch_refused(self.explained(error), sequence, now),
+            Ack::Failed { error: Some(error), sequence } => {
+                self.batch_refused(self.explained(error), sequence.or(of_message), now);
+            }
             Ack::Failed { error: None, .. } => {
                 let error = Error::retry("a message of the batch went missing on its way to the target");
                 self.batch_refused(error, None, now);
@@ -635,8 +648,9 @@ impl Writer {
                 let message = format!("the target's last sequence is {last} where our messages would make it {ours}");
                 Err(Error { kind: ErrorKind::ChainBroken, message, api: None }.into())
             }
+            // A batch whose first message was refused never began, and has no end.
             Mode::FastIngest { batch: Some(OpenBatch { refused: Some(refused), first, .. }), .. }
-                if now.duration_since(refused.at) > END_WAIT =>
+                if refused.sequence == Some(1) || now.duration_since(refused.at) > END_WAIT =>
             {
                 // Without the end, and without its sequence, nobody knows which message it was.
                 let token = refused.sequence.and_then(|sequence| (*first + sequence).checked_sub(1));
