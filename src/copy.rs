@@ -5,7 +5,9 @@
 
 mod budget;
 mod decide;
+pub(crate) mod durable;
 mod gap;
+mod intake;
 mod locate;
 mod progress;
 mod provenance;

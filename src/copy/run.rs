@@ -13,10 +13,11 @@ use tracing::{info, warn};
 use super::{
     Error, ErrorKind, Job,
     decide::{Decision, Reason, Rules},
+    durable::Durable,
     gap::Gaps,
+    intake::Intake,
     progress::{Ledger, Witnesses},
     provenance::Tag,
-    reader::{Range, Reader},
     resume::{self, Already, Known, Resume, Sides, is_plain},
     target::{self, Abilities},
     transform,
@@ -49,6 +50,8 @@ const INFO_EVERY: Duration = Duration::from_secs(10);
 const STALL: Duration = Duration::from_secs(30);
 /// Time for what is in the air to settle when a run ends by request or at a message that cannot be stored.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Time for the source to take the last acks of a run that ends by request.
+const LAST_ACKS: Duration = Duration::from_millis(1_500);
 /// Time for the last save of a run that failed.
 const LAST_SAVE: Duration = Duration::from_secs(3);
 
@@ -71,7 +74,9 @@ pub(super) struct Run<'a> {
     target_created: String,
     abilities: Abilities,
     rules: Rules,
-    reader: Reader,
+    reader: Intake,
+    /// Whether the source is read now.
+    reads: bool,
     writer: Writer,
     window: Window,
     already: Already,
@@ -127,6 +132,10 @@ impl<'a> Run<'a> {
         if ledger.record().moved_back {
             ledger.look_behind(target_info.state.last_seq, &target_info.created).await?;
         }
+        let durable = match Durable::is_needed(&source_info) {
+            true => Durable::find(&mut source, &replication).await.map_err(|e| e.context("source"))?,
+            false => None,
+        };
         let tag = Tag::new(&replication.source.stream, &job.site, &replication.name);
         let sides = Sides {
             replication: &replication,
@@ -135,17 +144,16 @@ impl<'a> Run<'a> {
             target_lane: &mut target,
             source: &source_info,
             target: &target_info,
+            durable: durable.as_ref(),
             chain_broke_behind: ledger.chain_broke_behind(),
         };
         let resume = resume::find(sides, ledger.record(), abilities.mode).await?;
         abilities.share(resume.mode);
-        let range = Range {
-            stream: &replication.source.stream,
-            filter: replication.filter_subject.as_deref(),
-            from: resume.position.seq + 1,
-            headers_only: false,
-        };
-        let reader = Reader::open(&mut source, &range, replication.limits.bytes_in_flight).await?;
+        if Durable::is_needed(&source_info) {
+            ledger.uses_durable().await?;
+        }
+        let reader = Intake::open(&mut source, &replication, &source_info, durable, resume.position.seq).await;
+        let reader = reader.map_err(|e| e.context("source"))?;
         ledger.begin_at(target_info.state.last_seq);
         let generation = ledger.record().generation;
         let writer = Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, generation);
@@ -174,6 +182,7 @@ impl<'a> Run<'a> {
             target_created: target_info.created,
             abilities,
             reader,
+            reads: true,
             writer,
             window: Window::new(resume.position, resume.target),
             already: Already::default(),
@@ -236,9 +245,10 @@ impl<'a> Run<'a> {
         self.tell(State::Running);
         match result {
             Ok(()) => {
+                let _ = tokio::time::timeout(LAST_ACKS, self.tell_all()).await;
                 self.reader.close(&mut self.source);
                 // The consumer would go by itself; its deletion is a courtesy that must not hold up a stop.
-                let _ = tokio::time::timeout(LAST_SAVE, self.source.turn()).await;
+                let _ = tokio::time::timeout(LAST_SAVE, flush(&mut self.source)).await;
                 let row = row(self.job, &self.copy);
                 let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
                 Ok(ledger.save_now(witnesses, row).await?)
@@ -258,6 +268,20 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Waits until the source knows what was copied: some consumers take acks only now and then. What it does not learn
+    /// is delivered to the next run, which leaves it out.
+    async fn tell_all(&mut self) -> Result<(), Error> {
+        loop {
+            self.reader.settled(&mut self.source, self.window.position().seq);
+            if self.reader.is_told() {
+                return Ok(());
+            }
+            if let Turn::Received(batch) = self.source.turn().await? {
+                self.reader.accept(batch)?;
+            }
+        }
+    }
+
     async fn copy_loop(&mut self, ledger: &mut Ledger, stop: &CancellationToken) -> Result<(), Error> {
         loop {
             let now = Instant::now();
@@ -271,6 +295,8 @@ impl<'a> Run<'a> {
             }
             let supply = self.supply();
             self.writer.commit_if_due(&mut self.target, supply, now);
+            self.reader.settled(&mut self.source, self.window.position().seq);
+            self.reads = self.reader.may_read(&self.job.budget);
             let wake = self.writer.next_commit(supply).map_or(self.next_tick, |at| at.min(self.next_tick));
             tokio::select! {
                 biased;
@@ -282,7 +308,7 @@ impl<'a> Run<'a> {
                         self.take_acks(&batch)?;
                     }
                 }
-                turn = self.source.turn() => {
+                turn = self.source.turn(), if self.reads => {
                     if let Turn::Received(batch) = turn.map_err(|e| e.context("source"))? {
                         self.take_messages(batch)?;
                     }
@@ -295,7 +321,7 @@ impl<'a> Run<'a> {
     fn supply(&self) -> Supply {
         if self.ending.is_some() || self.reader.pending() == 0 {
             Supply::Dry
-        } else if self.reader.peek().is_some_and(|incoming| self.full(incoming.bytes())) {
+        } else if self.reader.is_barred() || self.reader.peek().is_some_and(|incoming| self.full(incoming.bytes())) {
             Supply::Barred
         } else {
             Supply::Coming
@@ -451,7 +477,7 @@ impl<'a> Run<'a> {
             let message = format!("nothing moved for {STALL:?}: {count} messages wait for the target's confirmation");
             return Err(Error::new(ErrorKind::Retry, message));
         }
-        Ok(self.reader.check(now)?)
+        Ok(self.reader.check(now, self.reads)?)
     }
 
     /// Brings the status up to date.
@@ -525,6 +551,14 @@ fn witnesses<'w>(
     target_created: &'w str,
 ) -> Witnesses<'w> {
     Witnesses { window, mode: abilities.mode, source_created: &source.created, target_created }
+}
+
+/// Writes everything; what arrives meanwhile is nobody's.
+async fn flush(lane: &mut Lane) -> Result<(), Error> {
+    while !lane.output().is_empty() {
+        lane.turn().await?;
+    }
+    Ok(())
 }
 
 fn row(job: &Job, copy: &CopyStatus) -> Row {

@@ -1,12 +1,18 @@
 //! The few JetStream API calls that a copy needs, over its own lane. All reads are answered by the leader of the
 //! stream (`STREAM.INFO`, `STREAM.MSG.GET`); direct gets can be stale.
 
+use std::collections::{HashMap, VecDeque};
+
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use super::{ApiError, Error, ErrorKind, Lane};
+
+/// Questions of one kind that are on their way together.
+const ASKED_TOGETHER: usize = 64;
 
 /// `STREAM.INFO`.
 #[derive(Debug, Clone, Deserialize)]
@@ -40,6 +46,8 @@ pub struct StreamCluster {
 pub struct StreamState {
     /// Messages stored.
     pub messages: u64,
+    /// Bytes that they take.
+    pub bytes: u64,
     /// First sequence; last + 1 when empty.
     pub first_seq: u64,
     /// Last sequence ever given.
@@ -90,6 +98,8 @@ impl StreamInfo {
 /// A stored message, as `STREAM.MSG.GET` gives it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredMessage {
+    /// Subject.
+    pub subject: String,
     /// Stream sequence.
     pub sequence: u64,
     /// Stored time, nanoseconds since the Unix epoch.
@@ -101,6 +111,9 @@ pub struct StoredMessage {
 /// `CONSUMER.CREATE` and `CONSUMER.INFO`, the parts that matter here.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ConsumerInfo {
+    /// The configuration exactly as the server tells it.
+    #[serde(default)]
+    pub config: Value,
     /// Messages that match and have not been delivered.
     #[serde(default)]
     pub num_pending: u64,
@@ -110,11 +123,17 @@ pub struct ConsumerInfo {
     /// Up to where everything is acknowledged.
     #[serde(default)]
     pub ack_floor: SequencePair,
+    /// Messages that were delivered and are not acknowledged.
+    #[serde(default)]
+    pub num_ack_pending: u64,
 }
 
 /// A consumer's and a stream's sequence.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 pub struct SequencePair {
+    /// Sequence of the deliveries of the consumer.
+    #[serde(default)]
+    pub consumer_seq: u64,
     /// Sequence of the stream.
     #[serde(default)]
     pub stream_seq: u64,
@@ -158,31 +177,52 @@ impl<'a> Api<'a> {
 
     /// Reads the message at a sequence; `None` if nothing lies there.
     pub async fn message(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
-        #[derive(Deserialize)]
-        struct Got {
-            message: Raw,
-        }
-        #[derive(Deserialize)]
-        struct Raw {
-            seq: u64,
-            time: DateTime<Utc>,
-            #[serde(default)]
-            hdrs: String,
-        }
-        let what = format!("STREAM.MSG.GET.{stream}");
-        let got: Option<Got> = found(self.call(&what, &json!({ "seq": sequence })).await)?;
-        let Some(Got { message }) = got else { return Ok(None) };
-        let header = STANDARD
-            .decode(&message.hdrs)
-            .map_err(|error| Error::retry(format!("{what}: headers are not base64: {error}")))?;
-        Ok(Some(StoredMessage {
-            sequence: message.seq,
-            time_ns: message.time.timestamp_nanos_opt().unwrap_or_default(),
-            header,
-        }))
+        self.get(stream, &json!({ "seq": sequence })).await
     }
 
-    /// Creates a consumer under the given name.
+    /// Reads the first message at or behind a sequence; `None` if nothing lies there.
+    pub async fn message_from(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
+        self.get(stream, &json!({ "seq": sequence, "next_by_subj": ">" })).await
+    }
+
+    async fn get(&mut self, stream: &str, wanted: &Value) -> Result<Option<StoredMessage>, Error> {
+        let what = format!("STREAM.MSG.GET.{stream}");
+        let subject = format!("{}.{what}", self.lane.api_prefix());
+        let reply = self.lane.request(&subject, wanted.to_string().as_bytes()).await?;
+        decode_message(&reply).map_err(|error| error.context(what))
+    }
+
+    /// Reads everything in a range of sequences, in order, by asking for each, many at a time: for streams on which a
+    /// consumer would count as one that takes messages away.
+    pub async fn messages(
+        &mut self,
+        stream: &str,
+        from: u64,
+        to: u64,
+        mut each: impl FnMut(StoredMessage),
+    ) -> Result<(), Error> {
+        let what = format!("STREAM.MSG.GET.{stream}");
+        let subject = format!("{}.{what}", self.lane.api_prefix());
+        let mut asked = VecDeque::new();
+        let mut next = from;
+        let mut answers: HashMap<Vec<u8>, Bytes> = HashMap::new();
+        while next <= to || !asked.is_empty() {
+            while next <= to && asked.len() < ASKED_TOGETHER {
+                let body = json!({ "seq": next }).to_string();
+                asked.push_back(self.lane.send_request(&subject, body.as_bytes()).into_bytes());
+                next += 1;
+            }
+            answers.extend(self.lane.answers().await?);
+            while let Some(answer) = asked.front().and_then(|first| answers.remove(first)) {
+                asked.pop_front();
+                let message = decode_message(&answer).map_err(|error| error.context(&what))?;
+                message.into_iter().for_each(&mut each);
+            }
+        }
+        Ok(())
+    }
+
+    /// Creates a consumer under the given name, or changes the one that is there.
     pub async fn create_consumer(&mut self, stream: &str, name: &str, config: &Value) -> Result<ConsumerInfo, Error> {
         let filter = config.get("filter_subject").and_then(Value::as_str);
         let what = match filter {
@@ -197,10 +237,43 @@ impl<'a> Api<'a> {
         found(self.call(&format!("CONSUMER.INFO.{stream}.{name}"), &Value::Null).await)
     }
 
+    /// Lets a consumer begin again (server 2.14): at a sequence, or behind what is acknowledged. Its deliveries are
+    /// counted from 1 again.
+    pub async fn reset_consumer(&mut self, stream: &str, name: &str, from: Option<u64>) -> Result<ConsumerInfo, Error> {
+        let body = from.map_or(Value::Null, |from| json!({ "seq": from }));
+        self.call(&format!("CONSUMER.RESET.{stream}.{name}"), &body).await
+    }
+
     /// Deletes a consumer; one that is gone already is no error.
     pub async fn delete_consumer(&mut self, stream: &str, name: &str) -> Result<(), Error> {
         found(self.call::<Value>(&format!("CONSUMER.DELETE.{stream}.{name}"), &Value::Null).await).map(|_| ())
     }
+}
+
+/// Decodes the answer to `STREAM.MSG.GET`; `None` if nothing lies there.
+fn decode_message(payload: &[u8]) -> Result<Option<StoredMessage>, Error> {
+    #[derive(Deserialize)]
+    struct Got {
+        message: Raw,
+    }
+    #[derive(Deserialize)]
+    struct Raw {
+        subject: String,
+        seq: u64,
+        time: DateTime<Utc>,
+        #[serde(default)]
+        hdrs: String,
+    }
+    let Some(Got { message }) = found(decode(payload))? else { return Ok(None) };
+    let header = STANDARD
+        .decode(&message.hdrs)
+        .map_err(|error| Error::retry(format!("headers that are not base64: {error}")))?;
+    Ok(Some(StoredMessage {
+        subject: message.subject,
+        sequence: message.seq,
+        time_ns: message.time.timestamp_nanos_opt().unwrap_or_default(),
+        header,
+    }))
 }
 
 /// Decodes a reply of the API: its value, or its error.

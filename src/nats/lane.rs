@@ -325,11 +325,21 @@ impl Lane {
     /// Subscribes to a new inbox of this lane. Returns its sid and its subject up to, and without, the last
     /// token: anything published to `<subject>.<token>[.<token>]*` comes back for the sid.
     pub fn open_inbox(&mut self) -> (u64, String) {
+        let (sid, inbox) = self.reserve_inbox();
+        self.listen(sid, &format!("{inbox}.>"));
+        (sid, inbox)
+    }
+
+    /// The same without subscribing: nothing comes back before [`Lane::listen`].
+    pub fn reserve_inbox(&mut self) -> (u64, String) {
         let sid = self.next_sid;
         self.next_sid += 1;
-        let inbox = format!("{}.{sid}", self.inbox);
-        self.output.extend_from_slice(format!("SUB {inbox}.> {sid}\r\n").as_bytes());
-        (sid, inbox)
+        (sid, format!("{}.{sid}", self.inbox))
+    }
+
+    /// Subscribes to a subject below an inbox that was reserved.
+    pub fn listen(&mut self, sid: u64, subject: &str) {
+        self.output.extend_from_slice(format!("SUB {subject} {sid}\r\n").as_bytes());
     }
 
     /// Ends a subscription.
@@ -371,6 +381,24 @@ impl Lane {
                     return Err(Error::retry(format!("nobody answers `{subject}` at `{}`", self.address)));
                 }
                 return Ok(batch.data.slice_ref(message.payload));
+            }
+        }
+    }
+
+    /// Waits for answers to requests that were sent: reply subjects and payloads of what arrived. Like
+    /// [`Lane::request`], for use while no copy is under way.
+    pub async fn answers(&mut self) -> Result<Vec<(Vec<u8>, Bytes)>, Error> {
+        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        loop {
+            let turn = timeout_at(deadline, self.turn())
+                .await
+                .map_err(|_| Error::retry(format!("no answer from `{}` within {REQUEST_TIMEOUT:?}", self.address)))??;
+            let Turn::Received(batch) = turn else { continue };
+            let answers = batch.iter().filter(|message| message.sid == Self::REQUEST_SID);
+            let answers: Vec<_> =
+                answers.map(|message| (message.subject.to_vec(), batch.data.slice_ref(message.payload))).collect();
+            if !answers.is_empty() {
+                return Ok(answers);
             }
         }
     }
