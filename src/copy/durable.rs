@@ -106,12 +106,24 @@ impl Durable {
             changed.map_err(|error| not_made(error, &name, source, stream))?
         };
         if way == Way::FlowControl {
-            // What it counts as acknowledged may lie behind the end of a stream that lost it.
-            let beyond = info.ack_floor.stream_seq > source.state.last_seq;
-            info = Api::new(lane).reset_consumer(stream, &name, beyond.then_some(position + 1)).await?;
+            let from = begin_again(source, info.ack_floor.stream_seq, position);
+            info = Api::new(lane).reset_consumer(stream, &name, from).await?;
         }
         Ok(Self { name, way, info })
     }
+}
+
+/// Where a consumer that pushes begins again; `None` for behind what is acknowledged.
+fn begin_again(source: &StreamInfo, floor: u64, position: u64) -> Option<u64> {
+    let state = &source.state;
+    if floor > state.last_seq {
+        // The stream lost its end, and with it what was acknowledged.
+        return Some(position + 1);
+    }
+    // A work queue has nothing that was acknowledged, unless its server was killed and forgot that it is gone: it is
+    // delivered, left out and acknowledged again.
+    let left = source.text("retention") == "workqueue" && state.messages > 0 && state.first_seq <= floor;
+    left.then_some(state.first_seq)
 }
 
 /// Deletes the durable consumer of a replication at its source, if we made it; whether there was one.
@@ -345,6 +357,17 @@ mod tests {
         check(10, 100_000, true, 209);
         check(10, 10_000_000, true, LEAST_PENDING);
         check(10, 10_000_000, false, 2000);
+    }
+
+    #[test]
+    fn a_consumer_begins_again_behind_its_acks_unless_the_stream_contradicts_them() {
+        let check = |retention: &str, floor: u64, expect: Option<u64>| {
+            assert_eq!(begin_again(&stream(retention, "4", 5, 5), floor, 12), expect, "{retention} {floor}");
+        };
+        check("workqueue", 9, None);
+        check("workqueue", 11, Some(10));
+        check("interest", 11, None);
+        check("interest", 16, Some(13));
     }
 
     #[test]

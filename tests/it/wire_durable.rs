@@ -251,6 +251,7 @@ fn number(message: &Stored) -> Result<u64> {
 
 /// Servers are killed and stopped in the middle of one copy.
 async fn servers_go(way: Way) -> Result<()> {
+    println!("{way:?}");
     let mut site = Site::start().await?;
     let all = prepare(&site, way, COUNT, json!({"limits": {"messages_in_flight": 500}})).await?;
     resume(&site).await?;

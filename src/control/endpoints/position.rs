@@ -43,9 +43,11 @@ pub(super) async fn position(context: &Context, request: Request) -> Result<Move
     let place = at_source(context, &replication, at, end).await?;
     let from = record.source.as_ref().map_or(0, |source| source.seq);
     let to = place.position.seq;
-    if place.forgets && to < from {
+    // What was asked for, not what is left of the stream.
+    let asked = if let At::Behind(seq) = at { seq } else { to };
+    if place.forgets && asked < from {
         let description = format!(
-            "source stream `{}` forgets what was copied: the position {from} can only be moved forward, not to {to}",
+            "source stream `{}` forgets what was copied: the position {from} can only be moved forward, not to {asked}",
             replication.source.stream
         );
         return Err(Failure::new(409, description));

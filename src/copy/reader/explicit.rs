@@ -103,9 +103,9 @@ impl Explicit {
             }
         }
         let acks = &mut self.acks;
-        let pending = self.reader.pending;
+        let (pending, last) = (self.reader.pending, self.reader.consumer_seq);
         self.reader.accept_if(batch, |delivery| acks.judge(delivery.stream_seq))?;
-        if self.reader.pending == 0 && self.is_barred() {
+        if self.reader.consumer_seq == last && self.is_barred() {
             // A pull that ran out while the server waits for acks says nothing about what follows.
             self.reader.pending = pending;
         }
