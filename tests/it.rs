@@ -73,6 +73,8 @@ mod wire_auth;
 mod wire_clusters;
 #[path = "it/wire_connections.rs"]
 mod wire_connections;
+#[path = "it/wire_durable.rs"]
+mod wire_durable;
 #[path = "it/wire_faults.rs"]
 mod wire_faults;
 #[path = "it/wire_fidelity.rs"]

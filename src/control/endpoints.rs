@@ -1,5 +1,6 @@
 //! What each endpoint does.
 
+mod durable;
 mod instances;
 mod pause;
 mod position;
@@ -16,6 +17,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use self::{
+    durable::Leaving,
     instances::instances,
     pause::{pause, resume},
     position::position,
@@ -144,6 +146,7 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
     if MarkKind::of_key(&replication).is_some() {
         return Err(not_found(&replication));
     }
+    let leaving = Leaving::of(context, &replication).await;
     let written = context.config.delete(&replication, expected).await;
     let deleted = changed(replication, written, "deleted")?;
     let id = deleted.replication.as_str();
@@ -155,6 +158,7 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
         warn!(replication = id, "was deleted and did not stop within {STOP_WITHIN:?}");
     }
     if !keep {
+        leaving.remove_durable(context, id).await;
         context.positions.remove(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
         // What was kept of the document goes with the document.
         for kind in [MarkKind::Paused, MarkKind::Release] {

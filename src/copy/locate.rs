@@ -3,14 +3,14 @@
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::json;
 
-use super::{Error, ErrorKind, window::SourcePoint};
+use super::{Error, ErrorKind, durable::Durable, window::SourcePoint};
 use crate::{
     chance,
     config::Replication,
     names,
     nats::{
         self, Dial, Lane,
-        jetstream::{Api, StreamState},
+        jetstream::{Api, StreamInfo, StreamState},
     },
     store::SourceWitness,
 };
@@ -45,6 +45,8 @@ pub struct Place {
     pub first_seq: u64,
     /// Last sequence of the stream.
     pub last_seq: u64,
+    /// Whether the stream forgets what was copied: it cannot be copied again.
+    pub forgets: bool,
 }
 
 impl Place {
@@ -69,15 +71,25 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, at: At) -> Resul
     let seq = match at {
         At::Behind(seq) if seq > last_seq => return Ok(Located::Beyond { last_seq }),
         At::Behind(seq) => seq,
-        At::Time(time) => before_time(&mut lane, stream, time).await?.min(last_seq),
+        At::Time(time) => before_time(&mut lane, stream, &info, time).await?.min(last_seq),
     };
     let SourcePoint { seq, time_ns } = point_at(&mut lane, stream, seq.max(first_seq.saturating_sub(1))).await?;
+    let forgets = Durable::is_needed(&info);
     let position = SourceWitness { seq, time_ns, created: info.created };
-    Ok(Located::At(Place { position, first_seq, last_seq }))
+    Ok(Located::At(Place { position, first_seq, last_seq, forgets }))
 }
 
-/// The sequence before the first message stored at or after a time: the server knows, a consumer asks it.
-pub(super) async fn before_time(lane: &mut Lane, stream: &str, time: DateTime<Utc>) -> Result<u64, nats::Error> {
+/// The sequence before the first message stored at or after a time: the server knows, a consumer asks it. A stream that
+/// forgets what was acknowledged takes no consumer for a question, and is searched.
+pub(super) async fn before_time(
+    lane: &mut Lane,
+    stream: &str,
+    info: &StreamInfo,
+    time: DateTime<Utc>,
+) -> Result<u64, nats::Error> {
+    if Durable::is_needed(info) {
+        return search_time(lane, stream, &info.state, time.timestamp_nanos_opt().unwrap_or(i64::MAX)).await;
+    }
     let name = format!("sr_{}", chance::name());
     let config = json!({
         "name": name,
@@ -92,6 +104,19 @@ pub(super) async fn before_time(lane: &mut Lane, stream: &str, time: DateTime<Ut
     let info = api.create_consumer(stream, &name, &config).await?;
     api.delete_consumer(stream, &name).await?;
     Ok(info.delivered.stream_seq)
+}
+
+async fn search_time(lane: &mut Lane, stream: &str, state: &StreamState, time_ns: i64) -> Result<u64, nats::Error> {
+    // Everything below `low` was stored before the time, nothing from `high` on.
+    let (mut low, mut high) = (state.first_seq.max(1), state.last_seq + 1);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match Api::new(lane).message_from(stream, middle).await? {
+            Some(found) if found.time_ns < time_ns => low = found.sequence + 1,
+            _ => high = middle,
+        }
+    }
+    Ok(low - 1)
 }
 
 /// A sequence and the stored time of what lies there.
@@ -111,7 +136,7 @@ mod tests {
     fn only_what_the_stream_has_is_counted() {
         let check = |first_seq, last_seq, one, other, expect| {
             let position = SourceWitness { seq: 0, time_ns: None, created: String::new() };
-            let place = Place { position, first_seq, last_seq };
+            let place = Place { position, first_seq, last_seq, forgets: false };
             assert_eq!(place.between(one, other), expect, "{first_seq}..{last_seq} {one} {other}");
             assert_eq!(place.between(other, one), expect);
         };

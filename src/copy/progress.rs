@@ -127,6 +127,15 @@ impl Ledger {
         Ok(())
     }
 
+    /// Notes, before one is made, that the replication has a durable consumer at its source: it goes with it.
+    pub(super) async fn uses_durable(&mut self) -> Result<(), Error> {
+        if !self.record.durable {
+            self.finish().await?;
+            self.save_whole(PositionRecord { durable: true, ..self.record.clone() }).await?;
+        }
+        Ok(())
+    }
+
     /// Saves now and waits for it.
     pub(super) async fn save_now(&mut self, witnesses: Witnesses<'_>, row: Row) -> Result<(), SaveError> {
         self.write(witnesses.record(&self.record), row).await

@@ -2,11 +2,16 @@
 //! ours, the server keeps no state that matters. Two overlapping pulls keep the messages flowing; what was asked
 //! for and not yet taken is bounded in bytes.
 
+pub(super) mod explicit;
+pub(super) mod pushed;
+mod stash;
+
 use std::{collections::VecDeque, time::Duration};
 
 use serde_json::json;
 use tokio::time::{Instant, timeout};
 
+use self::stash::Stash;
 use super::{
     budget::{Budget, PIECE_MIN, Reservation},
     window::SourcePoint,
@@ -15,14 +20,14 @@ use crate::{
     chance,
     nats::{
         Batch, Error, Lane, Message, headers,
-        jetstream::{Api, Delivery, is_delivery, parse_delivery},
+        jetstream::{Api, ConsumerInfo, Delivery, is_delivery, parse_delivery},
         parser::number,
     },
 };
 
 /// The server says that it is there this often while it has nothing to deliver.
 const HEARTBEAT: Duration = Duration::from_millis(2500);
-/// Silence after which a stream that is scanned is given up.
+/// Silence after which a stream that is scanned, or a durable consumer, is given up.
 const SILENCE: Duration = Duration::from_secs(6);
 /// A consumer that was not made within this time is asked for under another name, so often.
 const PLACED: Duration = Duration::from_secs(2);
@@ -89,14 +94,6 @@ impl From<Error> for Lost {
 }
 
 #[derive(Debug)]
-struct Chunk {
-    batch: Batch,
-    /// Index in the batch and what the reply subject says, for each delivered message.
-    items: Vec<(u32, Delivery)>,
-    next: usize,
-}
-
-#[derive(Debug)]
 struct Pull {
     id: u64,
     bytes: usize,
@@ -118,12 +115,10 @@ pub(super) struct Reader {
     piece_max: usize,
     /// What the next message is known to need at least; 0 where nothing is known.
     need: usize,
-    chunks: VecDeque<Chunk>,
-    stashed: usize,
+    stash: Stash,
     reserved: Option<Reservation>,
     consumer_seq: u64,
     accepted: u64,
-    taken: u64,
     pending: u64,
     heard: Instant,
     /// When a pull was open last.
@@ -183,17 +178,23 @@ impl Reader {
                     return Err(Error::retry(format!("no consumer of stream `{stream}` was made within {PLACED:?}")));
                 }
             };
-            return Ok(Self::of(lane, range, consumer, bytes, info.num_pending));
+            return Ok(Self::of(lane, range, consumer, bytes, &info));
         }
     }
 
-    /// Reads from a consumer that was just created for this range, with so many messages before it.
-    pub fn of(lane: &mut Lane, range: &Range<'_>, consumer: String, bytes: usize, pending: u64) -> Self {
+    /// Reads from a consumer that was just created for this range.
+    pub fn of(lane: &mut Lane, range: &Range<'_>, consumer: String, bytes: usize, info: &ConsumerInfo) -> Self {
+        let before = range.from.max(1) - 1;
+        Self { accepted: before, ..Self::over(lane, range.stream, consumer, before, info, bytes) }
+    }
+
+    /// Reads from a consumer that is there, behind what it delivered so far; what is behind `after` comes next.
+    fn over(lane: &mut Lane, stream: &str, consumer: String, after: u64, info: &ConsumerInfo, bytes: usize) -> Self {
         let (sid, inbox) = lane.open_inbox();
         let piece_max = (bytes / 2).max(PIECE_MIN);
         let now = Instant::now();
         Self {
-            stream: range.stream.to_owned(),
+            stream: stream.to_owned(),
             consumer,
             sid,
             inbox,
@@ -201,16 +202,14 @@ impl Reader {
             next_pull: 0,
             unspent: 0,
             // A backlog is asked for in large pieces at once.
-            piece: if pending > 0 { PIECE_BACKLOG.min(piece_max) } else { PIECE_MIN },
+            piece: if info.num_pending > 0 { PIECE_BACKLOG.min(piece_max) } else { PIECE_MIN },
             piece_max,
             need: 0,
-            chunks: VecDeque::new(),
-            stashed: 0,
+            stash: Stash::new(after),
             reserved: None,
-            consumer_seq: 0,
-            accepted: range.from.max(1) - 1,
-            taken: range.from.max(1) - 1,
-            pending,
+            consumer_seq: info.delivered.consumer_seq,
+            accepted: 0,
+            pending: info.num_pending,
             heard: now,
             asked: now,
             rested: Duration::ZERO,
@@ -221,9 +220,9 @@ impl Reader {
     /// The consumer is of no use: what was read and not taken is let go, and nothing more is asked for.
     pub fn abandon(&mut self, lane: &mut Lane) {
         self.pending = self.pending();
-        self.chunks.clear();
+        self.stash = Stash::new(self.accepted);
         self.pulls.clear();
-        (self.stashed, self.unspent) = (0, 0);
+        self.unspent = 0;
         self.reserved = None;
         self.abandoned = true;
         self.end(lane);
@@ -256,18 +255,27 @@ impl Reader {
 
     /// Messages of the stream that match and are not taken yet, as last heard.
     pub fn pending(&self) -> u64 {
-        let stashed: usize = self.chunks.iter().map(|chunk| chunk.items.len() - chunk.next).sum();
-        self.pending + stashed as u64
+        self.pending + self.stash.len() as u64
     }
 
     /// The oldest message that was read and not taken.
     pub fn next(&self) -> Option<SourcePoint> {
-        let delivery = self.chunks.front().map(|chunk| chunk.items[chunk.next].1)?;
-        Some(SourcePoint { seq: delivery.stream_seq, time_ns: Some(delivery.time_ns) })
+        self.stash.next()
     }
 
     /// Takes in what the lane received; messages for other subscriptions are left alone.
     pub fn accept(&mut self, batch: Batch) -> Result<(), Lost> {
+        let mut accepted = self.accepted;
+        let outcome = self.accept_if(batch, |delivery| {
+            let before = std::mem::replace(&mut accepted, delivery.stream_seq);
+            if delivery.stream_seq <= before { Verdict::Wrong(before) } else { Verdict::Keep }
+        });
+        self.accepted = accepted;
+        outcome
+    }
+
+    /// The same for deliveries whose order somebody else judges.
+    fn accept_if(&mut self, batch: Batch, mut judge: impl FnMut(&Delivery) -> Verdict) -> Result<(), Lost> {
         if self.abandoned {
             return Ok(());
         }
@@ -283,29 +291,21 @@ impl Reader {
                 continue;
             }
             let delivery = self.delivery(&message)?;
-            items.push((index as u32, delivery));
+            match judge(&delivery) {
+                Verdict::Keep => items.push((index as u32, delivery)),
+                Verdict::Drop => {}
+                Verdict::Wrong(before) => {
+                    return Err(not_contiguous(&self.stream, &delivery, self.consumer_seq, before).into());
+                }
+            }
         }
-        if !items.is_empty() {
-            self.stashed += batch.bytes();
-            self.chunks.push_back(Chunk { batch, items, next: 0 });
-        }
+        self.stash.push(batch, items);
         Ok(())
     }
 
     fn delivery(&mut self, message: &Message<'_>) -> Result<Delivery, Error> {
-        let Some(delivery) = parse_delivery(message.reply) else {
-            let reply = String::from_utf8_lossy(message.reply).into_owned();
-            return Err(Error::retry(format!("a message with an unknown kind of reply subject `{reply}`")));
-        };
-        if delivery.consumer_seq != self.consumer_seq + 1 || delivery.stream_seq <= self.accepted {
-            return Err(Error::retry(format!(
-                "deliveries of stream `{}` are not contiguous: {} (sequence {}) after {} (sequence {})",
-                self.stream, delivery.consumer_seq, delivery.stream_seq, self.consumer_seq, self.accepted
-            )));
-        }
         self.rested = Duration::ZERO;
-        self.consumer_seq = delivery.consumer_seq;
-        self.accepted = delivery.stream_seq;
+        let delivery = next_delivery(&self.stream, message, &mut self.consumer_seq)?;
         self.pending = delivery.pending;
         self.need = 0;
         // The server counts the same parts against max_bytes.
@@ -325,7 +325,7 @@ impl Reader {
         match headers::status(message.header) {
             Some(100) => {
                 self.rested = Duration::ZERO;
-                Ok(self.heartbeat(message)?)
+                Ok(heartbeat(&self.stream, message, self.consumer_seq)?)
             }
             Some(404 | 408) => {
                 if self.end_pull(message).is_some() {
@@ -358,18 +358,6 @@ impl Reader {
         }
     }
 
-    /// A heartbeat names what was delivered last: so the loss of the very last message is seen too.
-    fn heartbeat(&self, message: &Message<'_>) -> Result<(), Error> {
-        let last = headers::last(message.header, b"Nats-Last-Consumer").and_then(number);
-        match last {
-            Some(last) if last != self.consumer_seq => Err(Error::retry(format!(
-                "deliveries of stream `{}` are missing: got {}, the server sent {last}",
-                self.stream, self.consumer_seq
-            ))),
-            _ => Ok(()),
-        }
-    }
-
     /// Takes a pull off the list; its bytes if none of them were used.
     fn end_pull(&mut self, message: &Message<'_>) -> Option<usize> {
         let id = message.subject.rsplit(|b| *b == b'.').next().and_then(number);
@@ -391,20 +379,12 @@ impl Reader {
 
     /// The next message, if one was read; taken for good by [`Reader::take`].
     pub fn peek(&self) -> Option<Incoming<'_>> {
-        let chunk = self.chunks.front()?;
-        let (index, delivery) = chunk.items[chunk.next];
-        Some(Incoming { delivery, after: self.taken, message: chunk.batch.get(index as usize) })
+        self.stash.peek()
     }
 
     /// Takes the message that [`Reader::peek`] shows.
     pub fn take(&mut self) {
-        let Some(chunk) = self.chunks.front_mut() else { return };
-        self.taken = chunk.items[chunk.next].1.stream_seq;
-        chunk.next += 1;
-        if chunk.next == chunk.items.len() {
-            self.stashed -= chunk.batch.bytes();
-            self.chunks.pop_front();
-        }
+        self.stash.take();
     }
 
     /// Asks for more where that is due: two pulls while there is a backlog, one otherwise.
@@ -418,11 +398,11 @@ impl Reader {
         }
         let open: usize = self.pulls.iter().map(|pull| pull.bytes).sum();
         if let Some(reserved) = &mut self.reserved {
-            reserved.shrink_to(open + self.stashed);
+            reserved.shrink_to(open + self.stash.bytes());
         }
         let wanted = if self.pending > 0 { 2 } else { 1 };
         while self.pulls.len() < wanted {
-            let held: usize = self.pulls.iter().map(|pull| pull.bytes).sum::<usize>() + self.stashed;
+            let held: usize = self.pulls.iter().map(|pull| pull.bytes).sum::<usize>() + self.stash.bytes();
             if held > 0 && held + self.piece.max(self.need) > self.piece_max * 2 {
                 break;
             }
@@ -466,6 +446,14 @@ impl Reader {
         Some(bytes)
     }
 
+    /// Whether the consumer still gives signs of life.
+    pub fn check(&self, now: Instant) -> Result<(), Error> {
+        if self.is_asking() && now.duration_since(self.heard) > SILENCE {
+            return Err(Error::retry(format!("consumer of stream `{}` is silent for {SILENCE:?}", self.stream)));
+        }
+        Ok(())
+    }
+
     /// Ends the subscription and asks the server to delete the consumer; nobody waits for the answer.
     pub fn close(self, lane: &mut Lane) {
         if !self.abandoned {
@@ -477,6 +465,47 @@ impl Reader {
         lane.close_inbox(self.sid);
         let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.consumer);
         lane.send_request(&subject, b"");
+    }
+}
+
+/// What becomes of a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Keep,
+    Drop,
+    /// It cannot be: the stream sequence that came before it.
+    Wrong(u64),
+}
+
+/// What a delivered message says of its place. Deliveries are counted without holes.
+fn next_delivery(stream: &str, message: &Message<'_>, consumer_seq: &mut u64) -> Result<Delivery, Error> {
+    let Some(delivery) = parse_delivery(message.reply) else {
+        let reply = String::from_utf8_lossy(message.reply).into_owned();
+        return Err(Error::retry(format!("a message with an unknown kind of reply subject `{reply}`")));
+    };
+    if delivery.consumer_seq != *consumer_seq + 1 {
+        return Err(not_contiguous(stream, &delivery, *consumer_seq, 0));
+    }
+    *consumer_seq = delivery.consumer_seq;
+    Ok(delivery)
+}
+
+fn not_contiguous(stream: &str, delivery: &Delivery, consumer_seq: u64, before: u64) -> Error {
+    let Delivery { consumer_seq: got, stream_seq, .. } = delivery;
+    let behind = if before > 0 { format!("sequence {before}") } else { format!("delivery {consumer_seq}") };
+    Error::retry(format!(
+        "deliveries of stream `{stream}` are not contiguous: {got} (sequence {stream_seq}) behind {behind}"
+    ))
+}
+
+/// A heartbeat names what was delivered last: so the loss of the very last message is seen too.
+fn heartbeat(stream: &str, message: &Message<'_>, consumer_seq: u64) -> Result<(), Error> {
+    let last = headers::last(message.header, b"Nats-Last-Consumer").and_then(number);
+    match last {
+        Some(last) if last != consumer_seq => Err(Error::retry(format!(
+            "deliveries of stream `{stream}` are missing: got {consumer_seq}, the server sent {last}"
+        ))),
+        _ => Ok(()),
     }
 }
 

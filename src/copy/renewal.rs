@@ -26,10 +26,10 @@ pub(super) struct Renewal {
     request: String,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 enum Waits {
     Consumer,
-    Witness { pending: u64 },
+    Witness(Box<ConsumerInfo>),
 }
 
 impl Renewal {
@@ -61,16 +61,16 @@ impl Renewal {
     }
 
     fn step(&mut self, lane: &mut Lane, answer: Result<&[u8], Error>, bytes: usize) -> Result<Option<Reader>, Error> {
-        match self.waits_for {
+        match &self.waits_for {
             Waits::Consumer => {
                 let info: ConsumerInfo = decode(answer?)?;
                 let (what, body) = message_call(&self.stream, self.behind.seq);
                 let subject = format!("{}.{what}", lane.api_prefix());
                 self.request = lane.send_request(&subject, body.to_string().as_bytes());
-                self.waits_for = Waits::Witness { pending: info.num_pending };
+                self.waits_for = Waits::Witness(Box::new(info));
                 Ok(None)
             }
-            Waits::Witness { pending } => {
+            Waits::Witness(info) => {
                 let found = decode_message(answer?)?;
                 let found = found.map(|message| message.time_ns);
                 if found.is_none() || found != self.behind.time_ns {
@@ -79,7 +79,7 @@ impl Renewal {
                         "message {seq} is not there to tell that the source is the same"
                     )));
                 }
-                Ok(Some(Reader::of(lane, &self.range(), self.consumer.clone(), bytes, pending)))
+                Ok(Some(Reader::of(lane, &self.range(), self.consumer.clone(), bytes, info)))
             }
         }
     }

@@ -6,10 +6,12 @@ use std::collections::{BTreeMap, HashMap};
 use chrono::Utc;
 
 use super::{
+    durable::{self, Durable},
     locate,
     provenance::{Origin, Tag},
     reader::scan,
     sharing::{self, Before, Foreign},
+    target::limits,
     window::{SourcePoint, TargetPoint},
 };
 use crate::{
@@ -18,7 +20,7 @@ use crate::{
     events::Event,
     nats::{
         Error, Lane, headers,
-        jetstream::{Api, StreamInfo},
+        jetstream::{Api, StoredMessage, StreamInfo},
     },
     status::TargetMode,
     store::{PositionRecord, SourceWitness, TargetWitness},
@@ -26,8 +28,6 @@ use crate::{
 
 /// Messages looked at first when a stream is searched from its end; each further step looks at four times as many.
 const SEARCH_STEP: u64 = 1_000;
-/// Messages that are asked for at once, where they cannot be read by a consumer; each comes whole.
-const ASK_AT_ONCE: u64 = 32;
 /// Marks what was sent in a chain: whatever lies before such a message is complete.
 const CHAIN: &[u8] = b"Nats-Expected-Last-Sequence";
 /// What was sent with many in the air bears an id; what bears neither was sent one at a time (by Choria).
@@ -162,6 +162,8 @@ pub(super) struct Sides<'a> {
     pub target_lane: &'a mut Lane,
     pub source: &'a StreamInfo,
     pub target: &'a StreamInfo,
+    /// The durable consumer at the source, if there is one: what is acknowledged there is settled.
+    pub durable: Option<&'a Durable>,
     /// Last sequence of the target when the run before began, if its chain broke.
     pub chain_broke_behind: Option<u64>,
 }
@@ -227,6 +229,7 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     // What the source has not reached cannot be the same message when it does.
     let last = sides.source.state.last_seq;
     resume.already.stored.retain(|known, _| known.0 <= last);
+    sides.behind_acks(&mut resume).await?;
     sides.look_for_gap(&mut resume, record.source.is_some());
     if resume.target.is_some() || record.target.is_some() {
         resume.before = sides.stamp_at_end().await?;
@@ -272,8 +275,9 @@ impl Sides<'_> {
                 // Replaced by a newer message (a KV bucket keeps one per key), consumed, or lost.
                 let resume = self.with_tail(position, Some(point), false).await?;
                 let newer = !resume.already.is_empty() || resume.target.is_some_and(|found| found.seq > target.seq);
-                let replaced = self.keeps() > 0 && self.target.state.last_seq > target.seq;
-                if newer || replaced || self.target.flag("allow_msg_ttl") || is_consumed(self.target) {
+                // Or worked off, or of no interest to anybody any more.
+                let replaced = is_consumed(self.target) || self.keeps() > 0 && self.target.state.last_seq > target.seq;
+                if newer || replaced || self.target.flag("allow_msg_ttl") {
                     return Ok(resume);
                 }
                 // What an older run had in the air may have arrived, and replaced it, since the stream was asked for.
@@ -442,13 +446,45 @@ impl Sides<'_> {
             let seq = ours.origin.seq;
             return self.source_went_back(seq, &format!("it does not have message {seq} that was copied last")).await;
         }
-        let durable = format!("SR_{}", self.replication.name);
-        let choria = Api::new(self.source_lane).consumer_info(&self.replication.source.stream, &durable).await?;
-        let position = match choria.map(|info| info.ack_floor.stream_seq) {
+        let position = match self.acked().await? {
             Some(floor) if floor > 0 => self.point_at(floor).await?,
-            _ => self.configured_start().await?,
+            // It says itself where it begins.
+            Some(_) if self.durable.is_some() => SourcePoint::default(),
+            _ => match durable::start_refused(self.replication, self.source) {
+                Some(why) => return Err(Error::hold(why)),
+                None => self.configured_start().await?,
+            },
         };
         Ok(Resume::at(position, None))
+    }
+
+    /// Up to where a durable consumer says that everything is acknowledged: one of this run, or the one that Choria's
+    /// replicator left at a stream that keeps its messages.
+    async fn acked(&mut self) -> Result<Option<u64>, Error> {
+        if Durable::is_needed(self.source) {
+            return Ok(self.durable.map(|durable| durable.floor(self.source)));
+        }
+        let name = Durable::name(self.replication);
+        let choria = Api::new(self.source_lane).consumer_info(&self.replication.source.stream, &name).await?;
+        Ok(choria.map(|info| info.ack_floor.stream_seq))
+    }
+
+    /// What is acknowledged at the source is settled, whatever else was found: it does not come again.
+    async fn behind_acks(&mut self, resume: &mut Resume) -> Result<(), Error> {
+        let Some(durable) = self.durable else { return Ok(()) };
+        let floor = durable.floor(self.source);
+        if floor <= resume.position.seq {
+            return Ok(());
+        }
+        for finding in &mut resume.findings {
+            if let Event::TargetReset { resumed, reason, .. } | Event::SourceReset { resumed, reason, .. } = finding {
+                *reason = format!("{reason}; what was acknowledged at the source, up to {floor}, does not come again");
+                *resumed = floor;
+            }
+        }
+        resume.position = self.point_at(floor).await?;
+        resume.already.stored.retain(|known, _| known.0 > floor);
+        Ok(())
     }
 
     /// Goes on behind what the target has. A message that was refused and sent again may lie behind a windowful of
@@ -516,7 +552,7 @@ impl Sides<'_> {
     }
 
     async fn before_time(&mut self, time: chrono::DateTime<Utc>) -> Result<u64, Error> {
-        locate::before_time(self.source_lane, &self.replication.source.stream, time).await
+        locate::before_time(self.source_lane, &self.replication.source.stream, self.source, time).await
     }
 
     async fn point_at(&mut self, seq: u64) -> Result<SourcePoint, Error> {
@@ -589,22 +625,18 @@ impl Sides<'_> {
     async fn between(&mut self, from: u64, to: u64, seen: &mut Seen) -> Result<Vec<Ours>, Error> {
         let mut found = Vec::new();
         let (tag, by_subject) = (self.tag, self.keeps() > 0);
-        if self.target.text("retention") == "workqueue" {
-            // No second consumer can be there beside those of the stream's own readers.
-            let mut next = from.max(self.target.state.first_seq);
-            while next <= to {
-                let end = to.min(next + ASK_AT_ONCE - 1);
-                let stream = &self.replication.target.stream;
-                for message in Api::new(self.target_lane).messages(stream, next..=end).await? {
-                    seen.messages += 1;
-                    let subject = by_subject.then_some(message.subject.as_bytes());
-                    match ours(tag, message.sequence, &message.header, subject) {
-                        Some(ours) => found.push(ours),
-                        None => seen.foreign = Some(Foreign { seq: message.sequence, subject: message.subject }),
-                    }
+        if is_consumed(self.target) {
+            // A consumer would count as one that takes messages away.
+            let from = from.max(self.target.state.first_seq);
+            let look = |stored: StoredMessage| {
+                seen.messages += 1;
+                let subject = by_subject.then_some(stored.subject.as_bytes());
+                match ours(tag, stored.sequence, &stored.header, subject) {
+                    Some(ours) => found.push(ours),
+                    None => seen.foreign = Some(Foreign { seq: stored.sequence, subject: stored.subject }),
                 }
-                next = end + 1;
-            }
+            };
+            Api::new(self.target_lane).messages(&self.replication.target.stream, from, to, look).await?;
             return Ok(found);
         }
         scan(self.target_lane, &self.replication.target.stream, from, to, |delivery, message| {
@@ -715,7 +747,11 @@ impl Sides<'_> {
         let last = self.source.state.last_seq;
         let (low, high) = (seqs().min().unwrap_or_default(), seqs().max().unwrap_or_default().min(last));
         let mut times: HashMap<u64, i64> = HashMap::new();
-        if low <= high {
+        if low <= high && Durable::is_needed(self.source) {
+            let note = |found: StoredMessage| _ = times.insert(found.sequence, found.time_ns.div_euclid(1_000_000));
+            let first = self.source.state.first_seq.max(low);
+            Api::new(self.source_lane).messages(&self.replication.source.stream, first, high, note).await?;
+        } else if low <= high {
             scan(self.source_lane, &self.replication.source.stream, low, high, |delivery, _| {
                 times.insert(delivery.stream_seq, delivery.time_ns.div_euclid(1_000_000));
             })
@@ -762,13 +798,13 @@ enum Proof {
 
 /// Whether messages go from a stream when they were read.
 pub(super) fn is_consumed(stream: &StreamInfo) -> bool {
-    !matches!(stream.text("retention"), "" | "limits")
+    !limits(stream)
 }
 
-/// Whether every missing sequence of the source is a loss: no filter, and nothing that replaces messages. What is
-/// excluded is read, but nobody can tell whether what is gone would have been: it counts as lost.
+/// Whether every missing sequence of the source is a loss: no filter, nothing that replaces messages, and nobody who
+/// works them off. What is excluded is read, but nobody can tell whether what is gone would have been: it counts as lost.
 pub(super) fn is_plain(replication: &Replication, source: &StreamInfo) -> bool {
-    !replication.scope.is_filtered() && source.number("max_msgs_per_subject") <= 0
+    limits(source) && !replication.scope.is_filtered() && source.number("max_msgs_per_subject") <= 0
 }
 
 #[cfg(test)]

@@ -13,19 +13,21 @@ use super::{
     Error, ErrorKind, Job, dead_letter,
     decide::{Decision, Reason, Rules},
     duplicates::Look,
+    durable::Durable,
     gap::Gaps,
     headroom::{Looks, Oldest, Outlook, Retention},
+    intake::Intake,
     objects::{Gate, Incomplete, Pass},
     probe::{self, Probe},
     progress::{Ledger, Witnesses},
     provenance::Tag,
-    reader::{Lost, Range, Reader},
+    reader::{Lost, Reader},
     reject::{Refused, Rejects},
     renewal::Renewal,
     resume::{self, Already, Known, Resume, Sides, is_consumed, is_plain},
     sharing,
     target::{self, Abilities},
-    throttle::{self, Throttle},
+    throttle::Throttle,
     watchdog::{Action, Consumer, Seen, Tell, Watchdog},
     window::{SourcePoint, Window},
     writer::{Supply, TOO_LARGE, Writer},
@@ -57,6 +59,8 @@ const INFO_EVERY: Duration = Duration::from_secs(10);
 const INFO_SOONEST: Duration = Duration::from_secs(1);
 /// Time for what is in the air to settle when a run ends by request or at a message that cannot be stored.
 pub(super) const DRAIN: Duration = Duration::from_secs(5);
+/// Time for the source to take the last acks of a run that ends by request.
+const LAST_ACKS: Duration = Duration::from_millis(1_500);
 /// Time for the last save of a run that failed.
 pub(super) const LAST_SAVE: Duration = Duration::from_secs(3);
 
@@ -79,7 +83,9 @@ pub(super) struct Run<'a> {
     target_created: String,
     abilities: Abilities,
     rules: Rules,
-    reader: Reader,
+    reader: Intake,
+    /// Whether the source is read now.
+    reads: bool,
     writer: Writer,
     window: Window,
     rejects: Rejects<'a>,
@@ -155,6 +161,10 @@ impl<'a> Run<'a> {
         if ledger.record().moved_back {
             ledger.look_behind(target_info.state.last_seq, &target_info.created).await?;
         }
+        let durable = match Durable::is_needed(&source_info) {
+            true => Durable::find(&mut source, &replication).await.map_err(|e| e.context("source"))?,
+            false => None,
+        };
         let tag = Tag::new(&replication.source.stream, &job.site, &replication.name);
         let sides = Sides {
             replication: &replication,
@@ -163,6 +173,7 @@ impl<'a> Run<'a> {
             target_lane: &mut target,
             source: &source_info,
             target: &target_info,
+            durable: durable.as_ref(),
             chain_broke_behind: ledger.chain_broke_behind(),
         };
         let (mode, news) = sharing::begin(&replication, &target_info, ledger.record(), job.neighbour.as_deref());
@@ -172,13 +183,11 @@ impl<'a> Run<'a> {
         resume.findings.extend(news);
         ledger.unwanted(&mut resume, &replication)?;
         abilities.share(resume.mode);
-        let range = Range {
-            stream: &replication.source.stream,
-            filters: replication.scope.filters(),
-            from: resume.position.seq + 1,
-            headers_only: false,
-        };
-        let reader = Reader::open(&mut source, &range, throttle::read_ahead(&replication.limits)).await?;
+        if Durable::is_needed(&source_info) {
+            ledger.uses_durable().await?;
+        }
+        let reader = Intake::open(&mut source, &replication, &source_info, durable, resume.position.seq).await;
+        let reader = reader.map_err(|e| e.context("source"))?;
         ledger.begin_at(target_info.state.last_seq);
         let generation = ledger.record().generation;
         refused.begin(&target_info, resume.position.seq);
@@ -214,6 +223,7 @@ impl<'a> Run<'a> {
             target_created: target_info.created.clone(),
             abilities,
             reader,
+            reads: true,
             writer,
             window: Window::new(resume.position, resume.target),
             rejects,
@@ -324,9 +334,10 @@ impl<'a> Run<'a> {
         self.tell(State::Running);
         match result {
             Ok(()) => {
+                let _ = tokio::time::timeout(LAST_ACKS, self.tell_all()).await;
                 self.reader.close(&mut self.source);
                 // The consumer would go by itself; its deletion is a courtesy that must not hold up a stop.
-                let _ = tokio::time::timeout(LAST_SAVE, self.source.turn()).await;
+                let _ = tokio::time::timeout(LAST_SAVE, flush(&mut self.source)).await;
                 let row = row(self.job, &self.copy);
                 let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
                 Ok(ledger.save_now(witnesses, row).await?)
@@ -349,6 +360,20 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Waits until the source knows what was copied: some consumers take acks only now and then. What it does not learn
+    /// is delivered to the next run, which leaves it out.
+    async fn tell_all(&mut self) -> Result<(), Error> {
+        loop {
+            self.reader.settled(&mut self.source, self.window.position().seq);
+            if self.reader.is_told() {
+                return Ok(());
+            }
+            if let Turn::Received(batch) = self.source.turn().await? {
+                self.reader.accept(batch).map_err(|lost| lost.error)?;
+            }
+        }
+    }
+
     async fn copy_loop(&mut self, ledger: &mut Ledger, stop: &CancellationToken) -> Result<(), Error> {
         loop {
             let now = Instant::now();
@@ -362,6 +387,8 @@ impl<'a> Run<'a> {
             }
             let supply = self.supply();
             self.writer.commit_if_due(&mut self.target, supply, now);
+            self.reader.settled(&mut self.source, self.window.position().seq);
+            self.reads = self.reader.may_read(&self.job.budget);
             let due = [self.writer.next_commit(supply), self.throttled].into_iter().flatten();
             let wake = due.fold(self.next_tick, Instant::min);
             tokio::select! {
@@ -374,7 +401,7 @@ impl<'a> Run<'a> {
                         self.take_acks(&batch)?;
                     }
                 }
-                turn = self.source.turn() => {
+                turn = self.source.turn(), if self.reads => {
                     if let Turn::Received(batch) = turn.map_err(|e| e.context("source"))? {
                         self.take_messages(batch)?;
                     }
@@ -387,7 +414,7 @@ impl<'a> Run<'a> {
     fn supply(&self) -> Supply {
         if self.ending.is_some() || self.reader.pending() == 0 {
             Supply::Dry
-        } else if self.reader.peek().is_some_and(|incoming| self.full(incoming.bytes())) {
+        } else if self.reader.is_barred() || self.reader.peek().is_some_and(|incoming| self.full(incoming.bytes())) {
             Supply::Barred
         } else {
             Supply::Coming
@@ -608,6 +635,7 @@ impl<'a> Run<'a> {
         }
         match self.reader.accept(batch) {
             Ok(()) => Ok(()),
+            Err(Lost { error, .. }) if self.reader.plain().is_none() => Err(error.into()),
             Err(Lost { error, forgotten }) => {
                 let action = self.watchdog.lost(Instant::now(), &self.seen(), error.message, forgotten);
                 self.act(action)
@@ -619,9 +647,11 @@ impl<'a> Run<'a> {
     fn consumer_is(&mut self, info: Result<ConsumerInfo, crate::nats::Error>) -> Result<(), Error> {
         let consumer = match info {
             Ok(info) => {
-                if info.delivered.stream_seq <= self.reader.delivered() {
+                if let Some(reader) = self.reader.plain_mut()
+                    && info.delivered.stream_seq <= reader.delivered()
+                {
                     // What was pending may be gone, by age or by hand.
-                    self.reader.correct_pending(info.num_pending);
+                    reader.correct_pending(info.num_pending);
                 }
                 Consumer::Has(info.num_pending)
             }
@@ -639,10 +669,11 @@ impl<'a> Run<'a> {
             return Ok(());
         };
         self.renewal = None;
-        self.reader = made.map_err(|error| {
+        let made = made.map_err(|error| {
             let stream = &self.replication.source.stream;
             Error::stalled(format!("the consumer of stream `{stream}` was not made anew: {error}"))
         })?;
+        self.reader = Intake::Plain(Box::new(made));
         self.copy.counters.consumers_recreated += 1;
         self.watchdog.renewed(Instant::now());
         Ok(())
@@ -653,14 +684,16 @@ impl<'a> Run<'a> {
         let Replication { id, scope, source: of, .. } = &*self.replication;
         match action {
             Action::Ask => {
-                let (prefix, consumer) = (self.source.api_prefix(), self.reader.consumer());
+                let Some(reader) = self.reader.plain() else { return Ok(()) };
+                let (prefix, consumer) = (self.source.api_prefix(), reader.consumer());
                 let subject = format!("{prefix}.CONSUMER.INFO.{}.{consumer}", of.stream);
                 self.consumer_request = Some(self.source.send_request(&subject, b""));
             }
             Action::Renew { reason, tell } => {
                 let message = format!("the consumer of stream `{}` is made anew: {reason}", of.stream);
+                let Some(reader) = self.reader.plain_mut() else { return Err(Error::stalled(message)) };
                 self.consumer_request = None;
-                self.reader.abandon(&mut self.source);
+                reader.abandon(&mut self.source);
                 let behind = self.window.newest();
                 self.renewal = Some(Renewal::begin(&mut self.source, &of.stream, scope.filters(), behind));
                 self.next_tick = self.next_tick.min(Instant::now() + TICK);
@@ -685,13 +718,15 @@ impl<'a> Run<'a> {
     }
 
     fn seen(&self) -> Seen {
+        // A durable consumer is looked after by its own reader.
+        let plain = self.reader.plain();
         Seen {
-            asking: self.reader.is_asking(),
-            delivered: self.reader.delivered(),
+            asking: plain.is_some_and(Reader::is_asking),
+            delivered: plain.map_or(0, Reader::delivered),
             handed_out: self.window.newest().seq,
             pending: self.reader.pending(),
             last_seq: self.source_info.state.last_seq,
-            consumer_heard: self.reader.heard(),
+            consumer_heard: plain.map_or(self.began, Reader::heard),
             source_heard: self.source.heard_at(),
             receiving: self.source.is_receiving(),
             in_air: self.window.len(),
@@ -783,7 +818,8 @@ impl<'a> Run<'a> {
         // What is silent is looked at in time.
         let silent = self.watchdog.silent_at(&self.seen()).filter(|at| *at > now);
         self.next_tick = silent.map_or(self.next_tick, |at| at.min(self.next_tick));
-        self.look_after_target(now)
+        self.look_after_target(now)?;
+        Ok(self.reader.check(now, self.reads)?)
     }
 
     /// Brings the status up to date.
@@ -869,6 +905,14 @@ fn witnesses<'w>(
     target_created: &'w str,
 ) -> Witnesses<'w> {
     Witnesses { window, mode: abilities.mode, source_created: &source.created, target_created }
+}
+
+/// Writes everything; what arrives meanwhile is nobody's.
+async fn flush(lane: &mut Lane) -> Result<(), Error> {
+    while !lane.output().is_empty() {
+        lane.turn().await?;
+    }
+    Ok(())
 }
 
 fn row(job: &Job, copy: &CopyStatus) -> Row {

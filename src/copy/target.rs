@@ -13,17 +13,12 @@ use crate::{
 };
 
 /// Source settings that a target takes over when we make it. Everything else (placement, mirrors, sources,
-/// republish, transforms) belongs to the stream it was written for.
-const TAKEN_OVER: [&str; 15] = [
-    "retention",
+/// republish, transforms) belongs to the stream it was written for. A target that we make always has limits retention:
+/// who would work it off, or be interested in it, nobody has said yet.
+const TAKEN_OVER: [&str; 9] = [
     "storage",
-    "max_msgs",
-    "max_bytes",
     "max_age",
-    "max_msgs_per_subject",
     "max_msg_size",
-    "discard",
-    "discard_new_per_subject",
     "duplicate_window",
     "compression",
     "deny_delete",
@@ -32,13 +27,17 @@ const TAKEN_OVER: [&str; 15] = [
     "allow_direct",
 ];
 
+/// The same for how much it keeps, where the source keeps so much too: how many messages may wait in a work queue says
+/// nothing about how many of a copy to keep, which nobody works off.
+const TAKEN_OVER_LIMITS: [&str; 5] =
+    ["max_msgs", "max_bytes", "max_msgs_per_subject", "discard", "discard_new_per_subject"];
 /// Of these, what would make a target forget messages, or refuse them, where several subjects become one.
 const PER_SUBJECT: [&str; 2] = ["max_msgs_per_subject", "discard_new_per_subject"];
 
 /// Server version from which fast-ingest batches exist.
 const FAST_INGEST_SINCE: (u32, u32) = (2, 14);
 /// API level of the leader that goes with it (ADR-44).
-const FAST_INGEST_LEVEL: u32 = 4;
+pub(crate) const API_LEVEL_2_14: u32 = 4;
 /// Server version from which messages may carry a time to live.
 const TTL_SINCE: (u32, u32) = (2, 11);
 /// What the API says from 2.12 on to a field that its server does not know; before, it leaves the field out.
@@ -88,12 +87,6 @@ pub(crate) fn readable(name: &str, source: &StreamInfo) -> Result<(), Error> {
     if let Some((_, what)) = OWN_RULES.iter().find(|(flag, _)| source.flag(flag)) {
         return Err(Error::hold(format!("source stream `{name}` {what}")));
     }
-    if !limits(source) {
-        let kind = source.text("retention");
-        return Err(Error::hold(format!(
-            "source stream `{name}` has {kind} retention: only limits retention can be copied"
-        )));
-    }
     Ok(())
 }
 
@@ -109,13 +102,14 @@ pub(crate) fn writable(name: &str, target: &StreamInfo) -> Result<(), Error> {
     Ok(())
 }
 
-fn limits(info: &StreamInfo) -> bool {
+/// Whether a stream keeps what it has up to its limits, and not until somebody has it.
+pub(crate) fn limits(info: &StreamInfo) -> bool {
     matches!(info.text("retention"), "" | "limits")
 }
 
 /// What a target that is [`writable`] can do.
 pub(crate) fn abilities_of(replication: &Replication, source: &StreamInfo, target: &StreamInfo) -> Abilities {
-    let fast = target.flag("allow_batched") && target.api_level() >= FAST_INGEST_LEVEL;
+    let fast = target.flag("allow_batched") && target.api_level() >= API_LEVEL_2_14;
     // Whatever else moves the last sequence of the stream would break the chain again and again.
     let mode = sharing::mode(replication, target).unwrap_or(TargetMode::Shared);
     let rollup = target.flag("allow_rollup_hdrs");
@@ -197,12 +191,15 @@ pub(crate) fn new_config(
     let subjects = subjects::of_target(replication, source)?;
     let apart = subjects::stay_apart(replication, source);
     let mut config = Map::new();
-    for name in TAKEN_OVER.into_iter().filter(|name| apart || !PER_SUBJECT.contains(name)) {
+    let kept: &[&str] = if limits(source) { &TAKEN_OVER_LIMITS } else { &[] };
+    let taken_over = TAKEN_OVER.iter().chain(kept).filter(|name| apart || !PER_SUBJECT.contains(name));
+    for name in taken_over {
         if let Some(value) = source.config.get(name) {
-            config.insert(name.to_owned(), value.clone());
+            config.insert((*name).to_owned(), value.clone());
         }
     }
     config.insert("name".into(), replication.target.stream.clone().into());
+    config.insert("retention".into(), "limits".into());
     config.insert("subjects".into(), json!(subjects));
     config.insert("num_replicas".into(), replicas.into());
     config.insert("description".into(), format!("copy of stream {}", replication.source.stream).into());

@@ -1,14 +1,21 @@
 //! The few JetStream API calls that a copy needs, over its own lane. All reads are answered by the leader of the
 //! stream (`STREAM.INFO`, `STREAM.MSG.GET`); direct gets can be stale.
 
-use std::{borrow::Cow, ops::RangeInclusive};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, VecDeque},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use super::{ApiError, Batch, Error, ErrorKind, Lane, headers};
+
+/// Questions of one kind that are on their way together.
+const ASKED_TOGETHER: usize = 64;
 
 /// `STREAM.INFO`.
 #[derive(Debug, Clone, Deserialize)]
@@ -42,12 +49,12 @@ pub struct StreamCluster {
 pub struct StreamState {
     /// Messages stored.
     pub messages: u64,
+    /// Bytes that they take.
+    pub bytes: u64,
     /// First sequence; last + 1 when empty.
     pub first_seq: u64,
     /// Last sequence ever given.
     pub last_seq: u64,
-    /// Bytes of all messages stored, as the server counts them.
-    pub bytes: u64,
 }
 
 impl StreamInfo {
@@ -94,10 +101,10 @@ impl StreamInfo {
 /// A stored message, as `STREAM.MSG.GET` gives it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredMessage {
+    /// Subject.
+    pub subject: String,
     /// Stream sequence.
     pub sequence: u64,
-    /// Its subject.
-    pub subject: String,
     /// Stored time, nanoseconds since the Unix epoch.
     pub time_ns: i64,
     /// Header block; empty for none.
@@ -107,6 +114,9 @@ pub struct StoredMessage {
 /// `CONSUMER.CREATE` and `CONSUMER.INFO`, the parts that matter here.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ConsumerInfo {
+    /// The configuration exactly as the server tells it.
+    #[serde(default)]
+    pub config: Value,
     /// Messages that match and have not been delivered.
     #[serde(default)]
     pub num_pending: u64,
@@ -116,11 +126,17 @@ pub struct ConsumerInfo {
     /// Up to where everything is acknowledged.
     #[serde(default)]
     pub ack_floor: SequencePair,
+    /// Messages that were delivered and are not acknowledged.
+    #[serde(default)]
+    pub num_ack_pending: u64,
 }
 
 /// A consumer's and a stream's sequence.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 pub struct SequencePair {
+    /// Sequence of the deliveries of the consumer.
+    #[serde(default)]
+    pub consumer_seq: u64,
     /// Sequence of the stream.
     #[serde(default)]
     pub stream_seq: u64,
@@ -194,26 +210,52 @@ impl<'a> Api<'a> {
 
     /// Reads the message at a sequence; `None` if nothing lies there.
     pub async fn message(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
-        let (what, body) = message_call(stream, sequence);
-        let got: Option<Got> = found(self.call(&what, &body).await)?;
-        got.map(Got::message).transpose().map_err(|error| error.context(what))
+        self.get(stream, &json!({ "seq": sequence })).await
     }
 
-    /// Reads what lies at these sequences, in order and whole; what is gone is left out. All are asked for at once.
-    pub async fn messages(&mut self, stream: &str, range: RangeInclusive<u64>) -> Result<Vec<StoredMessage>, Error> {
+    /// Reads the first message at or behind a sequence; `None` if nothing lies there.
+    pub async fn message_from(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
+        self.get(stream, &json!({ "seq": sequence, "next_by_subj": ">" })).await
+    }
+
+    async fn get(&mut self, stream: &str, wanted: &Value) -> Result<Option<StoredMessage>, Error> {
         let what = format!("STREAM.MSG.GET.{stream}");
         let subject = format!("{}.{what}", self.lane.api_prefix());
-        let mut replies = self.lane.requests(&subject, range.map(|seq| json!({ "seq": seq }).to_string())).await?;
-        let mut stored = Vec::new();
-        for reply in replies.drain(..) {
-            if let Some(got) = found(decode::<Got>(&reply).map_err(|error| error.context(&what)))? {
-                stored.push(got.message().map_err(|error| error.context(&what))?);
-            }
-        }
-        Ok(stored)
+        let reply = self.lane.request(&subject, wanted.to_string().as_bytes()).await?;
+        decode_message(&reply).map_err(|error| error.context(what))
     }
 
-    /// Creates a consumer under the given name.
+    /// Reads everything in a range of sequences, in order, by asking for each, many at a time: for streams on which a
+    /// consumer would count as one that takes messages away.
+    pub async fn messages(
+        &mut self,
+        stream: &str,
+        from: u64,
+        to: u64,
+        mut each: impl FnMut(StoredMessage),
+    ) -> Result<(), Error> {
+        let what = format!("STREAM.MSG.GET.{stream}");
+        let subject = format!("{}.{what}", self.lane.api_prefix());
+        let mut asked = VecDeque::new();
+        let mut next = from;
+        let mut answers: HashMap<Vec<u8>, Bytes> = HashMap::new();
+        while next <= to || !asked.is_empty() {
+            while next <= to && asked.len() < ASKED_TOGETHER {
+                let body = json!({ "seq": next }).to_string();
+                asked.push_back(self.lane.send_request(&subject, body.as_bytes()).into_bytes());
+                next += 1;
+            }
+            answers.extend(self.lane.answers().await?);
+            while let Some(answer) = asked.front().and_then(|first| answers.remove(first)) {
+                asked.pop_front();
+                let message = decode_message(&answer).map_err(|error| error.context(&what))?;
+                message.into_iter().for_each(&mut each);
+            }
+        }
+        Ok(())
+    }
+
+    /// Creates a consumer under the given name, or changes the one that is there.
     pub async fn create_consumer(&mut self, stream: &str, name: &str, config: &Value) -> Result<ConsumerInfo, Error> {
         let (what, body) = create_consumer_call(stream, name, config);
         self.call(&what, &body).await
@@ -222,6 +264,13 @@ impl<'a> Api<'a> {
     /// Asks for a consumer; `None` if there is none.
     pub async fn consumer_info(&mut self, stream: &str, name: &str) -> Result<Option<ConsumerInfo>, Error> {
         found(self.call(&format!("CONSUMER.INFO.{stream}.{name}"), &Value::Null).await)
+    }
+
+    /// Lets a consumer begin again (server 2.14): at a sequence, or behind what is acknowledged. Its deliveries are
+    /// counted from 1 again.
+    pub async fn reset_consumer(&mut self, stream: &str, name: &str, from: Option<u64>) -> Result<ConsumerInfo, Error> {
+        let body = from.map_or(Value::Null, |from| json!({ "seq": from }));
+        self.call(&format!("CONSUMER.RESET.{stream}.{name}"), &body).await
     }
 
     /// Deletes a consumer; one that is gone already is no error.

@@ -3,7 +3,6 @@
 //! written. Dropping the lane closes the connection, and nothing of it reaches the server any more.
 
 use std::{
-    collections::HashMap,
     fmt, io,
     pin::Pin,
     sync::Arc,
@@ -382,11 +381,21 @@ impl Lane {
     /// Subscribes to a new inbox of this lane. Returns its sid and its subject up to, and without, the last
     /// token: anything published to `<subject>.<token>[.<token>]*` comes back for the sid.
     pub fn open_inbox(&mut self) -> (u64, String) {
+        let (sid, inbox) = self.reserve_inbox();
+        self.listen(sid, &format!("{inbox}.>"));
+        (sid, inbox)
+    }
+
+    /// The same without subscribing: nothing comes back before [`Lane::listen`].
+    pub fn reserve_inbox(&mut self) -> (u64, String) {
         let sid = self.next_sid;
         self.next_sid += 1;
-        let inbox = format!("{}.{sid}", self.inbox);
-        self.output.extend_from_slice(format!("SUB {inbox}.> {sid}\r\n").as_bytes());
-        (sid, inbox)
+        (sid, format!("{}.{sid}", self.inbox))
+    }
+
+    /// Subscribes to a subject below an inbox that was reserved.
+    pub fn listen(&mut self, sid: u64, subject: &str) {
+        self.output.extend_from_slice(format!("SUB {subject} {sid}\r\n").as_bytes());
     }
 
     /// Ends a subscription.
@@ -449,30 +458,20 @@ impl Lane {
         }
     }
 
-    /// Sends several requests to one subject and waits for all answers; their payloads in the order of the requests.
-    /// For use while no copy is under way.
-    pub async fn requests(
-        &mut self,
-        subject: &str,
-        payloads: impl IntoIterator<Item = String>,
-    ) -> Result<Vec<Bytes>, Error> {
-        let replies: Vec<_> = payloads.into_iter().map(|body| self.send_request(subject, body.as_bytes())).collect();
-        let mut waiting: HashMap<Vec<u8>, usize> =
-            replies.into_iter().enumerate().map(|(index, reply)| (reply.into_bytes(), index)).collect();
-        let mut answers = vec![Bytes::new(); waiting.len()];
+    /// Waits for answers to requests that were sent: reply subjects and payloads of what arrived. Like
+    /// [`Lane::request`], for use while no copy is under way.
+    pub async fn answers(&mut self) -> Result<Vec<(Vec<u8>, Bytes)>, Error> {
         let deadline = Instant::now() + REQUEST_TIMEOUT;
-        while !waiting.is_empty() {
-            let turn = timeout_at(deadline, self.turn()).await.map_err(|_| self.silent(subject))??;
+        loop {
+            let turn = timeout_at(deadline, self.turn()).await.map_err(|_| self.silent("several requests"))??;
             let Turn::Received(batch) = turn else { continue };
-            for message in batch.iter().filter(|message| message.sid == Self::REQUEST_SID) {
-                let Some(index) = waiting.remove(message.subject) else { continue };
-                if super::headers::status(message.header) == Some(503) {
-                    return Err(Error::retry(format!("nobody answers `{subject}` at `{}`", self.address)));
-                }
-                answers[index] = batch.data.slice_ref(message.payload);
+            let answers = batch.iter().filter(|message| message.sid == Self::REQUEST_SID);
+            let answers: Vec<_> =
+                answers.map(|message| (message.subject.to_vec(), batch.data.slice_ref(message.payload))).collect();
+            if !answers.is_empty() {
+                return Ok(answers);
             }
         }
-        Ok(answers)
     }
 
     fn silent(&self, subject: &str) -> Error {

@@ -13,10 +13,15 @@ use super::{
 use crate::{
     config::{Connection, OnReject, Replication, Scope, Sharing, Start, patterns},
     copy::{
-        dead_letter, duplicates, sharing, subjects,
+        dead_letter, duplicates,
+        durable::{self, Durable},
+        sharing, subjects,
         target::{self, Abilities},
     },
-    nats::{Error, jetstream::StreamInfo},
+    nats::{
+        Error,
+        jetstream::{ConsumerInfo, StreamInfo},
+    },
     status::{TargetMode, Transport},
 };
 
@@ -100,8 +105,9 @@ impl Pair<'_> {
                 findings.add("stream", Outcome::Failed, "/stream", &text);
             }
             Answer::Got(Some(stream)) => {
-                let refused = target::readable(name, stream).err();
-                findings.add_any("stream", "/stream", refused.map(|error| (Outcome::Failed, error.message)));
+                let refused = target::readable(name, stream).map_err(|error| error.message);
+                let refused = refused.and_then(|()| self.consumers(stream)).err();
+                findings.add_any("stream", "/stream", refused.map(|text| (Outcome::Failed, text)));
             }
             answer => findings.add_answer("stream", facts.path, answer),
         }
@@ -110,7 +116,7 @@ impl Pair<'_> {
             Some(stream) => {
                 let (path, said) = self.filter(stream);
                 findings.add_any("filter", path, said);
-                findings.add_any("start", "/start_sequence", self.start(stream));
+                findings.add_any("start", self.start_path(), self.start(stream));
             }
             None => {
                 findings.unknown("filter");
@@ -195,7 +201,7 @@ impl Pair<'_> {
         let path = facts.path;
         match (&facts.permissions, &facts.stream, &facts.connection) {
             (Answer::Got(permissions), Answer::Got(stream), Some(Connection { api_prefix, inbox_prefix, .. })) => {
-                let calls = calls(role, self.replication, stream.is_none(), api_prefix).into_iter();
+                let calls = calls(role, self.replication, stream.as_ref(), api_prefix).into_iter();
                 let calls = calls.map(|(subject, _)| subject);
                 let missing: Vec<_> = calls.filter(|subject| permissions.publish(subject) != Share::All).collect();
                 let said = if !missing.is_empty() {
@@ -495,8 +501,46 @@ impl Pair<'_> {
         (!said.is_empty()).then(|| (Outcome::Warning, format!("the stream {}", said.join("; it "))))
     }
 
+    /// Whether the durable consumer of the copy can be used or made, by those that are there.
+    fn consumers(&self, source: &StreamInfo) -> Result<(), String> {
+        let name = Durable::name(self.replication);
+        let mut others = self.source.consumers.got().into_iter().flatten();
+        let replication = self.replication;
+        let wanted = replication.scope.of([">"].into_iter());
+        others.try_for_each(|consumer| match consumer.config["name"].as_str().unwrap_or_default() {
+            ours if ours == name => durable::judge(replication, &name, &consumer.config).map(drop).map_err(|e| e.message),
+            other if source.text("retention") == "workqueue" => {
+                let taken = durable::filters(&consumer.config);
+                let all = taken.is_empty().then_some(">");
+                match taken.into_iter().chain(all).find(|taken| wanted.iter().any(|wanted| patterns::overlap(taken, wanted))) {
+                    Some(taken) => Err(format!(
+                        "work-queue stream `{}` gives each message to one consumer, and consumer `{other}` takes `{taken}` \
+                         already",
+                        replication.source.stream
+                    )),
+                    None => Ok(()),
+                }
+            }
+            _ => Ok(()),
+        })
+    }
+
+    fn start_path(&self) -> &'static str {
+        match self.replication.start {
+            Start::All | Start::Sequence(_) => "/start_sequence",
+            Start::AtEnd => "/start_at_end",
+            Start::Delta(_) => "/start_delta",
+            Start::Time(_) => "/start_time",
+        }
+    }
+
     fn start(&self, source: &StreamInfo) -> Said {
         let last = source.state.last_seq;
+        let is_there = |consumer: &ConsumerInfo| consumer.config["name"] == Durable::name(self.replication);
+        let began = self.source.consumers.got().is_some_and(|consumers| consumers.iter().any(is_there));
+        if let Some(text) = durable::start_refused(self.replication, source).filter(|_| !began) {
+            return Some((Outcome::Failed, text));
+        }
         match self.replication.start {
             Start::Sequence(start) if start > last + 1 => {
                 let name = &self.replication.source.stream;

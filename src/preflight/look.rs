@@ -7,13 +7,14 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::time::{Duration, Instant, timeout, timeout_at};
 
-use super::permissions::Permissions;
+use super::{permissions::Permissions, subjects::Share};
 use crate::{
     config::{Connection, Place, Replication, Side},
+    copy::durable::{Durable, Way},
     names,
     nats::{
         self, ErrorKind, Lane, Rules, ServerInfo, Turn, headers,
-        jetstream::{StreamInfo, decode},
+        jetstream::{ConsumerInfo, StreamInfo, decode},
     },
 };
 
@@ -77,6 +78,8 @@ pub(super) struct Facts {
     pub(super) permissions: Answer<Permissions>,
     /// Whether the calls that a copy needs may be made, where the permissions are not told.
     pub(super) calls: Answer<()>,
+    /// The consumers of a source that forgets what was acknowledged.
+    pub(super) consumers: Answer<Vec<ConsumerInfo>>,
     /// Which streams listen on a subject.
     pub(super) listeners: Answer<BTreeMap<String, Vec<String>>>,
     /// Whether the other side is the same account, reached through leafnodes.
@@ -128,6 +131,9 @@ impl Look {
             look.ask_stream(side).await;
             if look.facts.permissions.got().is_none() {
                 look.ask_calls(role, replication).await;
+            }
+            if role == Role::Source && look.facts.stream.there().is_some_and(Durable::is_needed) {
+                look.ask_consumers(side).await;
             }
         }
         look
@@ -217,11 +223,29 @@ impl Look {
         };
     }
 
+    /// A copy need not be allowed to ask this: then nothing is known.
+    async fn ask_consumers(&mut self, side: &Side) {
+        #[derive(Deserialize)]
+        struct List {
+            consumers: Option<Vec<ConsumerInfo>>,
+        }
+        let subject = format!("{}.CONSUMER.LIST.{}", self.api_prefix(), side.stream);
+        let allowed = self.facts.permissions.got().is_some_and(|user| user.publish(&subject) == Share::All);
+        if !allowed {
+            return;
+        }
+        if let Ok(answers) = self.ask(&[(subject, Some("{}".to_owned()))]).await
+            && let Some(list) = answers.first().and_then(Option::as_ref).and_then(|body| decode::<List>(body).ok())
+        {
+            self.facts.consumers = Answer::Got(list.consumers.unwrap_or_default());
+        }
+    }
+
     /// Where a server does not tell the permissions, the calls of a copy are made in a way that changes nothing:
     /// what is asked for does not exist, or contradicts its subject.
     async fn ask_calls(&mut self, role: Role, replication: &Replication) {
         let Some(stream) = self.facts.stream.got() else { return };
-        let questions = calls(role, replication, stream.is_none(), &self.api_prefix());
+        let questions = calls(role, replication, stream.as_ref(), &self.api_prefix());
         self.facts.calls = match self.ask(&questions).await {
             Ok(_) => Answer::Got(()),
             Err(Silence::Error { lasting: true, message }) => Answer::Failed(message),
@@ -343,7 +367,7 @@ fn storing_stream(answer: &[u8]) -> Option<String> {
 /// The calls of the JetStream API that a copy makes at one side, beside `STREAM.INFO`, with bodies that change
 /// nothing: the server looks at permissions first, and then finds nothing of that name or a body that is not meant
 /// for the subject.
-pub(super) fn calls(role: Role, replication: &Replication, missing: bool, prefix: &str) -> Vec<Question> {
+pub(super) fn calls(role: Role, replication: &Replication, there: Option<&StreamInfo>, prefix: &str) -> Vec<Question> {
     const NOTHING_THERE: &str = r#"{"seq":9223372036854775807}"#;
     let question = |what: String, body: Option<&str>| (format!("{prefix}.{what}"), body.map(str::to_owned));
     // Only a consumer with one filter bears it in its subject.
@@ -352,21 +376,35 @@ pub(super) fn calls(role: Role, replication: &Replication, missing: bool, prefix
         (Role::Source, _) => (&replication.source.stream, None),
         (Role::Target, _) => (&replication.target.stream, None),
     };
+    let durable = there.filter(|stream| role == Role::Source && Durable::is_needed(stream));
+    let consumer = durable.map_or_else(|| NO_CONSUMER.to_owned(), |_| Durable::name(replication));
     let mut calls = vec![
         // First, because its refusal has to come before the answers to the others.
         question(format!("CONSUMER.MSG.NEXT.{stream}.{NO_CONSUMER}"), None),
         question(format!("STREAM.MSG.GET.{stream}"), Some(NOTHING_THERE)),
         // To look for a place to begin at, a copy also reads what its filter leaves out.
-        question(format!("CONSUMER.CREATE.{stream}.{NO_CONSUMER}"), Some("{}")),
+        question(format!("CONSUMER.CREATE.{stream}.{consumer}"), Some("{}")),
         question(format!("CONSUMER.DELETE.{stream}.{NO_CONSUMER}"), Some("")),
     ];
     if let Some(filter) = filter {
-        calls.push(question(format!("CONSUMER.CREATE.{stream}.{NO_CONSUMER}.{filter}"), Some("{}")));
+        calls.push(question(format!("CONSUMER.CREATE.{stream}.{consumer}.{filter}"), Some("{}")));
     }
     if role == Role::Source {
-        calls.push(question(format!("CONSUMER.INFO.{stream}.SR_{}", replication.name), Some("")));
+        calls.push(question(format!("CONSUMER.INFO.{stream}.{}", Durable::name(replication)), Some("")));
     }
-    if missing && replication.create_target && role == Role::Target {
+    if let Some(source) = durable {
+        let way = Way::of(source);
+        if way == Way::FlowControl {
+            calls.push(question(format!("CONSUMER.RESET.{stream}.{NO_CONSUMER}"), Some("")));
+        }
+        // Beside the API; nobody answers these.
+        let acks = match way {
+            Way::Explicit => format!("$JS.ACK.{stream}.{NO_CONSUMER}.1.1.1.0.0"),
+            Way::FlowControl => format!("$JS.FC.{stream}.{NO_CONSUMER}.none"),
+        };
+        calls.insert(0, (acks, None));
+    }
+    if there.is_none() && replication.create_target && role == Role::Target {
         calls.push(question(format!("STREAM.CREATE.{stream}"), Some("{}")));
     }
     calls

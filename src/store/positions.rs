@@ -47,6 +47,9 @@ pub struct PositionRecord {
     /// for duplicates.
     #[serde(default, skip_serializing_if = "is_default")]
     pub generation: u64,
+    /// Whether a durable consumer may have been made at the source, to be deleted with the replication.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub durable: bool,
     /// Status row at the time of the write. One that cannot be read (an edit by hand, another version) is none: the
     /// rest of the record is worth more than it.
     #[serde(default, deserialize_with = "readable")]
@@ -253,6 +256,7 @@ impl PositionRecord {
             target_mode: TargetMode::default(),
             moved_back: false,
             generation: 0,
+            durable: false,
             status: None,
             other: BTreeMap::new(),
         }

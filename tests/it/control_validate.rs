@@ -435,8 +435,7 @@ async fn what_a_target_does_not_take_is_told() -> Result<()> {
     warns(&body, "target", "duplicates", "/target_stream", &["duplicate window of the target is 10s", "58s"]);
     let body = pair("NOACK", json!({}), json!({"no_ack": true})).await?;
     fails(&body, "target", "stream", "/target_stream", &["`NOACK` does not acknowledge messages"]);
-    let body = pair("QUEUE", json!({"retention": "workqueue"}), json!({})).await?;
-    fails(&body, "source", "stream", "/stream", &["`QUEUE` has workqueue retention"]);
+    healthy(&pair("QUEUE", json!({"retention": "workqueue"}), json!({"retention": "interest"})).await?);
 
     site.filled("SEALED", 1).await?;
     let mut raw = site.target_stream("SEALED", json!({"max_msg_size": -1})).await?;

@@ -43,6 +43,15 @@ pub(super) async fn position(context: &Context, request: Request) -> Result<Move
     let place = at_source(context, &replication, at, end).await?;
     let from = record.source.as_ref().map_or(0, |source| source.seq);
     let to = place.position.seq;
+    // What was asked for, not what is left of the stream.
+    let asked = if let At::Behind(seq) = at { seq } else { to };
+    if place.forgets && asked < from {
+        let description = format!(
+            "source stream `{}` forgets what was copied: the position {from} can only be moved forward, not to {asked}",
+            replication.source.stream
+        );
+        return Err(Failure::new(409, description));
+    }
     let between = place.between(from, to);
     let (copied_again, passed_over) = if to < from { (between, 0) } else { (0, between) };
     let mut moved = Moved { replication: id, revision: None, dry_run, from, to, copied_again, passed_over };
@@ -82,7 +91,7 @@ async fn rests(context: &Context, id: &str) -> Result<(), Failure> {
 }
 
 /// The newest document that can run.
-async fn runnable(context: &Context, entry: ConfigEntry) -> Result<Replication, Failure> {
+pub(super) async fn runnable(context: &Context, entry: ConfigEntry) -> Result<Replication, Failure> {
     let parse = |entry: &ConfigEntry| {
         context.rules.parse(&entry.value, &context.site).ok().filter(|replication| replication.id == entry.key)
     };

@@ -1,0 +1,59 @@
+//! The durable consumer at the source goes with its replication.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
+use tracing::{info, warn};
+
+use super::{Context, position::runnable};
+use crate::{
+    config::Replication,
+    copy::durable::{self, Durable},
+};
+
+/// So long a deletion may take with all of it: less than a request may.
+const WITHIN: Duration = Duration::from_millis(2_000);
+/// So long the source gets in any case.
+const LEAST: Duration = Duration::from_millis(300);
+
+/// A replication that is about to be deleted, with what is needed to find its consumer.
+pub(super) struct Leaving {
+    replication: Option<Replication>,
+    end: Instant,
+}
+
+impl Leaving {
+    /// Before its document is gone.
+    pub(super) async fn of(context: &Context, id: &str) -> Self {
+        let end = Instant::now() + WITHIN;
+        let replication = match context.existing(id).await {
+            Ok(entry) => runnable(context, entry).await.ok(),
+            Err(_) => None,
+        };
+        Self { replication, end }
+    }
+
+    /// Deletes the consumer that we made, if the position record says that there may be one. What cannot be deleted
+    /// in time stays, and the log says so: the answer does not wait for a source that is away.
+    pub(super) async fn remove_durable(self, context: &Context, id: &str) {
+        let made = context.positions.read(id).await.is_ok_and(|(record, _)| record.durable);
+        let Some(replication) = self.replication.filter(|_| made) else { return };
+        let (name, stream) = (Durable::name(&replication), replication.source.stream.as_str());
+        let end = self.end.max(Instant::now() + LEAST);
+        let why = match timeout_at(end, durable::remove(&context.rules, &replication)).await {
+            Ok(Ok(true)) => {
+                info!(replication = id, consumer = name, stream, "durable consumer deleted at the source");
+                return;
+            }
+            Ok(Ok(false)) => return,
+            Ok(Err(error)) => error.message,
+            Err(_) => "the source did not answer in time".to_owned(),
+        };
+        warn!(
+            replication = id,
+            consumer = name,
+            stream,
+            "the durable consumer was left at the source, which keeps messages for it; delete it there: {why}"
+        );
+    }
+}

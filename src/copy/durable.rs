@@ -1,0 +1,389 @@
+//! The durable consumer of a replication at a source that forgets what was acknowledged (interest and work-queue
+//! retention): whether there is one, whether it can be used, and making it.
+//!
+//! One that is there already, such as that of Choria's replicator, is used as it is. Ours bears [`MARK`]: only such a
+//! one is ever changed, and deleted with its replication. None is ever deleted to read something again.
+
+use serde_json::{Value, json};
+use tokio::time::Duration;
+
+use super::target::{self, API_LEVEL_2_14};
+use crate::{
+    config::{Replication, Start},
+    names,
+    nats::{
+        Dial, Error, ErrorKind, Lane,
+        jetstream::{Api, ConsumerInfo, StreamInfo},
+    },
+};
+
+/// Metadata of the consumers that we made; the value is the id of the replication.
+const MARK: &str = names::PROGRAM;
+/// What is not acknowledged in this time is delivered again: of no use to us, who ask for it when we need it.
+const ACK_WAIT: Duration = Duration::from_secs(300);
+/// A consumer that pushes says that it is there this often while it has nothing to deliver, and asks for the acks of what
+/// it delivered last.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Messages that may wait for their ack at the least.
+const LEAST_PENDING: u64 = 16;
+
+/// How a consumer wants its acks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// One for each message, which is pulled.
+    Explicit,
+    /// With the flow control of what is pushed: server 2.14.
+    FlowControl,
+}
+
+impl Way {
+    /// The way of a consumer that we make.
+    pub(crate) fn of(source: &StreamInfo) -> Self {
+        if source.api_level() >= API_LEVEL_2_14 { Self::FlowControl } else { Self::Explicit }
+    }
+}
+
+/// A durable consumer at the source.
+#[derive(Debug, Clone)]
+pub(crate) struct Durable {
+    pub(super) name: String,
+    pub(super) way: Way,
+    pub(super) info: ConsumerInfo,
+}
+
+impl Durable {
+    /// Whether a source is read with a durable consumer.
+    pub(crate) fn is_needed(source: &StreamInfo) -> bool {
+        !target::limits(source)
+    }
+
+    /// Name of the durable consumer of a replication.
+    pub(crate) fn name(replication: &Replication) -> String {
+        format!("SR_{}", replication.name)
+    }
+
+    /// The one that is there; an error if it cannot be used.
+    pub(super) async fn find(lane: &mut Lane, replication: &Replication) -> Result<Option<Self>, Error> {
+        let name = Self::name(replication);
+        let found = Api::new(lane).consumer_info(&replication.source.stream, &name).await?;
+        found.map(|info| Ok(Self { way: judge(replication, &name, &info.config)?, name, info })).transpose()
+    }
+
+    /// Up to where the source says that everything is acknowledged, if it has so much.
+    pub(super) fn floor(&self, source: &StreamInfo) -> u64 {
+        let floor = self.info.ack_floor.stream_seq;
+        if floor <= source.state.last_seq { floor } else { 0 }
+    }
+
+    /// Takes the consumer that was found, or makes one that begins behind `position`. One that pushes delivers to
+    /// `subject` from now on, behind what is acknowledged.
+    pub(super) async fn open(
+        lane: &mut Lane,
+        replication: &Replication,
+        source: &StreamInfo,
+        found: Option<Self>,
+        subject: Option<&str>,
+        position: u64,
+    ) -> Result<Self, Error> {
+        let stream = &replication.source.stream;
+        let Some(Self { name, way, info }) = found else {
+            let (name, way) = (Self::name(replication), Way::of(source));
+            let mut config = new_config(replication, source, &name, position);
+            change(&mut config, replication, source, subject);
+            let created = Api::new(lane).create_consumer(stream, &name, &config).await;
+            let info = created.map_err(|error| not_made(error, &name, source, stream))?;
+            return Ok(Self { name, way, info });
+        };
+        let mut config = info.config.clone();
+        if !is_ours(&config) {
+            return Ok(Self { name, way, info });
+        }
+        change(&mut config, replication, source, subject);
+        let mut info = if config == info.config {
+            info
+        } else {
+            let changed = Api::new(lane).create_consumer(stream, &name, &config).await;
+            changed.map_err(|error| not_made(error, &name, source, stream))?
+        };
+        if way == Way::FlowControl {
+            let from = begin_again(source, info.ack_floor.stream_seq, position);
+            info = Api::new(lane).reset_consumer(stream, &name, from).await?;
+        }
+        Ok(Self { name, way, info })
+    }
+}
+
+/// Where a consumer that pushes begins again; `None` for behind what is acknowledged.
+fn begin_again(source: &StreamInfo, floor: u64, position: u64) -> Option<u64> {
+    let state = &source.state;
+    if floor > state.last_seq {
+        // The stream lost its end, and with it what was acknowledged.
+        return Some(position + 1);
+    }
+    // A work queue has nothing that was acknowledged, unless its server was killed and forgot that it is gone: it is
+    // delivered, left out and acknowledged again.
+    let left = source.text("retention") == "workqueue" && state.messages > 0 && state.first_seq <= floor;
+    left.then_some(state.first_seq)
+}
+
+/// Deletes the durable consumer of a replication at its source, if we made it; whether there was one.
+pub(crate) async fn remove(dial: &dyn Dial, replication: &Replication) -> Result<bool, Error> {
+    let connection = format!("{} {}", names::PROGRAM, replication.id);
+    let mut lane = dial.dial(&replication.source.place, &connection).await?;
+    let (stream, name) = (&replication.source.stream, Durable::name(replication));
+    let mut api = Api::new(&mut lane);
+    match api.consumer_info(stream, &name).await? {
+        Some(info) if is_ours(&info.config) => api.delete_consumer(stream, &name).await.map(|()| true),
+        _ => Ok(false),
+    }
+}
+
+/// Why a first start cannot begin where the document says: a work queue is worked off from its beginning.
+pub(crate) fn start_refused(replication: &Replication, source: &StreamInfo) -> Option<String> {
+    let field = match &replication.start {
+        Start::All => return None,
+        Start::Sequence(first) if *first <= source.state.first_seq.max(1) => return None,
+        Start::AtEnd => "start_at_end",
+        Start::Sequence(_) => "start_sequence",
+        Start::Delta(_) => "start_delta",
+        Start::Time(_) => "start_time",
+    };
+    (source.text("retention") == "workqueue").then(|| {
+        format!(
+            "source stream `{}` is a work queue, which is copied from its beginning: `{field}` would take messages out of \
+             it without a copy",
+            replication.source.stream
+        )
+    })
+}
+
+fn is_ours(config: &Value) -> bool {
+    config.pointer(&format!("/metadata/{MARK}")).is_some()
+}
+
+/// How a consumer is used that is there; an error if it cannot be.
+pub(crate) fn judge(replication: &Replication, name: &str, config: &Value) -> Result<Way, Error> {
+    let text = |field: &str| config[field].as_str().unwrap_or_default();
+    let ours = is_ours(config);
+    let pushes = !text("deliver_subject").is_empty();
+    let way = match (pushes, text("ack_policy")) {
+        (false, "explicit") => Way::Explicit,
+        (true, "flow_control") if ours => Way::FlowControl,
+        (true, _) => return Err(unusable(replication, name, "it delivers to a subject of somebody else")),
+        (false, policy) => {
+            let what = format!("its `ack_policy` is `{policy}`, and only `explicit` tells what was copied");
+            return Err(unusable(replication, name, &what));
+        }
+    };
+    if config["max_deliver"].as_i64().is_some_and(|most| most > 0) {
+        return Err(unusable(replication, name, "its `max_deliver` makes it give up messages"));
+    }
+    if config["headers_only"] == true {
+        return Err(unusable(replication, name, "it delivers headers only (`headers_only`)"));
+    }
+    if config["priority_groups"].as_array().is_some_and(|groups| !groups.is_empty()) {
+        return Err(unusable(replication, name, "it has `priority_groups`"));
+    }
+    let wanted: Vec<&str> = replication.scope.filters().iter().map(String::as_str).collect();
+    if !ours && filters(config) != wanted {
+        let what = format!("it is filtered by {:?}, and the document by {wanted:?}", filters(config));
+        return Err(unusable(replication, name, &what));
+    }
+    Ok(way)
+}
+
+fn unusable(replication: &Replication, name: &str, why: &str) -> Error {
+    let stream = &replication.source.stream;
+    Error::hold(format!(
+        "durable consumer `{name}` of source stream `{stream}` cannot be used: {why}; delete or rename it"
+    ))
+}
+
+/// The subjects that a consumer takes; none for all.
+pub(crate) fn filters(config: &Value) -> Vec<&str> {
+    let one = config["filter_subject"].as_str().filter(|filter| !filter.is_empty());
+    let many = config["filter_subjects"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    one.into_iter().chain(many).collect()
+}
+
+/// What never changes in a consumer of ours.
+fn new_config(replication: &Replication, source: &StreamInfo, name: &str, position: u64) -> Value {
+    let mut config = json!({
+        "name": name,
+        "durable_name": name,
+        "description": format!("replication {}", replication.id),
+        "replay_policy": "instant",
+        "metadata": { MARK: replication.id },
+    });
+    // A work queue knows no other beginning.
+    if position == 0 || source.text("retention") == "workqueue" {
+        config["deliver_policy"] = "all".into();
+    } else {
+        config["deliver_policy"] = "by_start_sequence".into();
+        config["opt_start_seq"] = (position + 1).into();
+    }
+    match Way::of(source) {
+        Way::Explicit => {
+            config["ack_policy"] = "explicit".into();
+            config["ack_wait"] = (ACK_WAIT.as_nanos() as u64).into();
+        }
+        Way::FlowControl => {
+            config["ack_policy"] = "flow_control".into();
+            config["flow_control"] = true.into();
+            config["idle_heartbeat"] = (HEARTBEAT.as_nanos() as u64).into();
+        }
+    }
+    config
+}
+
+/// What follows the document and the connection.
+fn change(config: &mut Value, replication: &Replication, source: &StreamInfo, subject: Option<&str>) {
+    let Some(fields) = config.as_object_mut() else { return };
+    fields.remove("filter_subject");
+    fields.remove("filter_subjects");
+    match replication.scope.filters() {
+        [] => {}
+        [filter] => _ = fields.insert("filter_subject".to_owned(), filter.as_str().into()),
+        filters => _ = fields.insert("filter_subjects".to_owned(), filters.into()),
+    }
+    fields.insert("max_ack_pending".to_owned(), max_ack_pending(replication, source, subject.is_some()).into());
+    if let Some(subject) = subject {
+        fields.insert("deliver_subject".to_owned(), subject.into());
+    }
+}
+
+/// Twice what may be in the air, so that what is read next is there when that settles. What is pulled is bounded in
+/// bytes by the pulls; what is pushed is so by this alone, for messages of the size that the stream has on the average.
+fn max_ack_pending(replication: &Replication, source: &StreamInfo, pushed: bool) -> u64 {
+    let limits = &replication.limits;
+    let most = (limits.messages_in_flight as u64).saturating_mul(2).max(LEAST_PENDING);
+    let average = source.state.bytes.checked_div(source.state.messages).unwrap_or_default();
+    match (limits.bytes_in_flight as u64).saturating_mul(2).checked_div(average) {
+        Some(fits) if pushed => most.min(fits.max(LEAST_PENDING)),
+        _ => most,
+    }
+}
+
+/// Why the consumer cannot be made or changed, in words that tell what to do.
+fn not_made(error: Error, name: &str, source: &StreamInfo, stream: &str) -> Error {
+    let refused = error.api.as_ref().is_some_and(|api| api.code == 400);
+    let kind = if refused { ErrorKind::Hold } else { error.kind };
+    let doing = match (error.is_api(10099) || error.is_api(10100), source.text("retention")) {
+        (true, "workqueue") => format!(
+            "work-queue stream `{stream}` gives each message to one consumer, and another one takes those of this \
+             replication: durable consumer `{name}` cannot be made"
+        ),
+        _ => format!("durable consumer `{name}` of source stream `{stream}` cannot be made or changed"),
+    };
+    Error { kind, ..error.context(doing) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn replication(fields: Value) -> Replication {
+        let mut document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b", "name": "x"});
+        for (name, value) in fields.as_object().unwrap() {
+            document[name] = value.clone();
+        }
+        crate::config::parse(document.to_string().as_bytes(), "SITE").unwrap()
+    }
+
+    fn stream(retention: &str, level: &str, messages: u64, bytes: u64) -> StreamInfo {
+        let config = json!({"name": "S", "retention": retention, "metadata": {"_nats.level": level}});
+        let state = json!({"messages": messages, "bytes": bytes, "first_seq": 10, "last_seq": 10 + messages});
+        serde_json::from_value(json!({"config": config, "state": state})).unwrap()
+    }
+
+    #[test]
+    fn what_is_there_is_used_if_it_loses_nothing() {
+        let check = |config: Value, expect: Result<Way, &str>| {
+            let judged = judge(&replication(json!({"filter_subject": "s.a"})), "SR_x", &config);
+            match (judged, expect) {
+                (Ok(way), Ok(expect)) => assert_eq!(way, expect, "{config}"),
+                (Err(error), Err(expect)) => {
+                    assert_eq!(error.kind, ErrorKind::Hold);
+                    assert!(error.message.contains(expect), "{error}");
+                }
+                (judged, _) => panic!("{config}: {judged:?}"),
+            }
+        };
+        let choria =
+            json!({"ack_policy": "explicit", "max_deliver": -1, "max_ack_pending": 1, "filter_subject": "s.a"});
+        let with = |field: &str, value: Value| {
+            let mut config = choria.clone();
+            config[field] = value;
+            config
+        };
+        check(choria.clone(), Ok(Way::Explicit));
+        check(with("max_deliver", json!(5)), Err("max_deliver"));
+        check(with("headers_only", json!(true)), Err("headers_only"));
+        check(with("ack_policy", json!("none")), Err("`none`"));
+        check(with("ack_policy", json!("all")), Err("`all`"));
+        check(with("filter_subject", json!("s.b")), Err("s.b"));
+        check(with("deliver_subject", json!("d")), Err("somebody else"));
+        check(with("priority_groups", json!(["g"])), Err("priority_groups"));
+        let ours = json!({"ack_policy": "flow_control", "deliver_subject": "d", "metadata": {MARK: "S.x"}});
+        check(ours, Ok(Way::FlowControl));
+        check(json!({"ack_policy": "flow_control", "deliver_subject": "d"}), Err("somebody else"));
+    }
+
+    #[test]
+    fn what_we_make_follows_the_server_and_the_document() {
+        let config = |retention: &str, level: &str, position: u64| {
+            let source = stream(retention, level, 0, 0);
+            new_config(&replication(json!({})), &source, "SR_x", position)
+        };
+        let new = config("interest", "4", 7);
+        assert_eq!((&new["ack_policy"], &new["opt_start_seq"]), (&json!("flow_control"), &json!(8)));
+        let old = config("interest", "3", 0);
+        assert_eq!((&old["ack_policy"], &old["deliver_policy"]), (&json!("explicit"), &json!("all")));
+        assert_eq!(config("workqueue", "4", 7)["deliver_policy"], "all");
+        assert!(is_ours(&new));
+        let mut changed = new.clone();
+        change(&mut changed, &replication(json!({"filter_subject": "s.a"})), &stream("interest", "4", 0, 0), Some("d"));
+        assert_eq!((&changed["filter_subject"], &changed["deliver_subject"]), (&json!("s.a"), &json!("d")));
+        change(&mut changed, &replication(json!({})), &stream("interest", "4", 0, 0), Some("e"));
+        assert_eq!((changed.get("filter_subject"), &changed["deliver_subject"]), (None, &json!("e")));
+    }
+
+    #[test]
+    fn what_waits_for_its_ack_is_bounded_by_messages_and_by_their_size() {
+        let check = |messages: u64, bytes: u64, pushed: bool, expect: u64| {
+            let replication = replication(json!({"limits": {"messages_in_flight": 1000, "bytes_in_flight": 1048576}}));
+            let source = stream("interest", "4", messages, bytes);
+            assert_eq!(max_ack_pending(&replication, &source, pushed), expect, "{messages} {bytes} {pushed}");
+        };
+        check(0, 0, true, 2000);
+        check(10, 1000, true, 2000);
+        check(10, 100_000, true, 209);
+        check(10, 10_000_000, true, LEAST_PENDING);
+        check(10, 10_000_000, false, 2000);
+    }
+
+    #[test]
+    fn a_consumer_begins_again_behind_its_acks_unless_the_stream_contradicts_them() {
+        let check = |retention: &str, floor: u64, expect: Option<u64>| {
+            assert_eq!(begin_again(&stream(retention, "4", 5, 5), floor, 12), expect, "{retention} {floor}");
+        };
+        check("workqueue", 9, None);
+        check("workqueue", 11, Some(10));
+        check("interest", 11, None);
+        check("interest", 16, Some(13));
+    }
+
+    #[test]
+    fn a_work_queue_begins_at_its_beginning() {
+        let check = |fields: Value, retention: &str, refused: bool| {
+            let source = stream(retention, "4", 5, 5);
+            assert_eq!(start_refused(&replication(fields.clone()), &source).is_some(), refused, "{fields} {retention}");
+        };
+        check(json!({}), "workqueue", false);
+        check(json!({"start_sequence": 10}), "workqueue", false);
+        check(json!({"start_sequence": 11}), "workqueue", true);
+        check(json!({"start_at_end": true}), "workqueue", true);
+        check(json!({"start_delta": "1h"}), "workqueue", true);
+        check(json!({"start_at_end": true}), "interest", false);
+    }
+}

@@ -1,0 +1,76 @@
+//! What was read and not taken yet, still lying in the buffers that it was read into.
+
+use std::collections::VecDeque;
+
+use super::{Incoming, SourcePoint};
+use crate::nats::{Batch, jetstream::Delivery};
+
+#[derive(Debug)]
+struct Chunk {
+    batch: Batch,
+    /// Index in the batch and what the reply subject says, for each delivered message.
+    items: Vec<(u32, Delivery)>,
+    next: usize,
+}
+
+/// Messages that wait to be taken, in order.
+#[derive(Debug)]
+pub(super) struct Stash {
+    chunks: VecDeque<Chunk>,
+    bytes: usize,
+    /// Stream sequence of what was taken last.
+    taken: u64,
+}
+
+impl Stash {
+    /// An empty one; everything up to a stream sequence counts as taken.
+    pub(super) fn new(taken: u64) -> Self {
+        Self { chunks: VecDeque::new(), bytes: 0, taken }
+    }
+
+    /// Bytes of buffers that are held.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Messages.
+    pub(super) fn len(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.items.len() - chunk.next).sum()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    /// Where the oldest message lies in the stream.
+    pub(super) fn next(&self) -> Option<SourcePoint> {
+        let delivery = self.chunks.front().map(|chunk| chunk.items[chunk.next].1)?;
+        Some(SourcePoint { seq: delivery.stream_seq, time_ns: Some(delivery.time_ns) })
+    }
+
+    /// Keeps some messages of a batch.
+    pub(super) fn push(&mut self, batch: Batch, items: Vec<(u32, Delivery)>) {
+        if !items.is_empty() {
+            self.bytes += batch.bytes();
+            self.chunks.push_back(Chunk { batch, items, next: 0 });
+        }
+    }
+
+    /// The next message.
+    pub(super) fn peek(&self) -> Option<Incoming<'_>> {
+        let chunk = self.chunks.front()?;
+        let (index, delivery) = chunk.items[chunk.next];
+        Some(Incoming { delivery, after: self.taken, message: chunk.batch.get(index as usize) })
+    }
+
+    /// Takes the message that [`Stash::peek`] shows.
+    pub(super) fn take(&mut self) {
+        let Some(chunk) = self.chunks.front_mut() else { return };
+        self.taken = chunk.items[chunk.next].1.stream_seq;
+        chunk.next += 1;
+        if chunk.next == chunk.items.len() {
+            self.bytes -= chunk.batch.bytes();
+            self.chunks.pop_front();
+        }
+    }
+}
