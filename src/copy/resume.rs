@@ -232,7 +232,8 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     sides.behind_acks(&mut resume).await?;
     sides.look_for_gap(&mut resume, record.source.is_some());
     if resume.target.is_some() || record.target.is_some() {
-        resume.before = sides.stamp_at_end().await?;
+        let shared = record.target_mode == TargetMode::Shared;
+        resume.before = sides.stamp_at_end().await?.of_run(shared);
     }
     Ok(resume)
 }

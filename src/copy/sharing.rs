@@ -29,6 +29,13 @@ pub(super) enum Before {
     Ids,
 }
 
+impl Before {
+    /// Only a run on a shared target may have batches under way whose messages bear ids.
+    pub fn of_run(self, shared: bool) -> Self {
+        if self == Self::Ids && !shared { Self::Nothing } else { self }
+    }
+}
+
 /// Why nobody can have this stream for himself; `None` if one writer can.
 pub(crate) fn obstacle(target: &StreamInfo) -> Option<String> {
     let retention = target.text("retention");

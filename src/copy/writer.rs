@@ -591,6 +591,12 @@ impl Writer {
         if shared && placed && batch.refused.is_none() && count > 0 && stream_sequence < self.known_end(window) {
             return Err(self.made_anew(stream_sequence, window).into());
         }
+        // Nothing settles by an id alone where the chain says that it was not stored.
+        if !shared && batch.refused.is_none() && count >= batch.sent && stream_sequence != self.expected_last {
+            let expected = self.expected_last;
+            let text = format!("the batch ended at target sequence {stream_sequence}, not at {expected}");
+            return Err(Error::retry(text).into());
+        }
         // The commit message itself is no message of the window.
         let count = count.min(batch.sent);
         settle_batch(&mut batch, count, window)?;
@@ -613,12 +619,6 @@ impl Writer {
                 window.place(batch.first + batch.sent - 1, stream_sequence);
             }
             self.expected_last = self.expected_last.max(stream_sequence);
-        } else if stream_sequence != self.expected_last {
-            let expected = self.expected_last;
-            return Err(Error::retry(format!(
-                "the batch ended at target sequence {stream_sequence}, not at {expected}"
-            ))
-            .into());
         }
         Ok(())
     }
