@@ -46,7 +46,7 @@ async fn begun(site: &Site, stream: &str) -> Result<()> {
 /// one counts.
 async fn near(site: &Site, stream: &str, time: Duration, limit: f64) -> Result<()> {
     let mut measured = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..5 {
         let rate = rate(site, stream, time).await?;
         println!("{stream}: {rate:.1} messages/s where {limit:.1} are allowed");
         if (rate / limit - 1.0).abs() < 0.1 {
