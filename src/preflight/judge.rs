@@ -506,7 +506,7 @@ impl Pair<'_> {
         let name = Durable::name(self.replication);
         let mut others = self.source.consumers.got().into_iter().flatten();
         let replication = self.replication;
-        let wanted = replication.scope.of([">"].into_iter());
+        let wanted = replication.scope.of([">"]);
         others.try_for_each(|consumer| match consumer.config["name"].as_str().unwrap_or_default() {
             ours if ours == name => durable::judge(replication, &name, &consumer.config).map(drop).map_err(|e| e.message),
             other if source.text("retention") == "workqueue" => {

@@ -9,6 +9,9 @@ use super::{
     run::Scene,
 };
 
+/// A kind of event, and what may be behind it.
+type Cause = (&'static str, fn(Fault) -> bool);
+
 impl Scene {
     /// Waits until everything is right; how long that took, and the limit for it.
     pub async fn wait_until_right(&self) -> Result<(Duration, Duration), String> {
@@ -58,7 +61,7 @@ impl Scene {
     /// What was told wrongly or not at all.
     fn told_wrong(&self) -> Option<String> {
         let history = self.history();
-        let causes: [(&str, fn(Fault) -> bool); 4] = [
+        let causes: [Cause; 4] = [
             ("gap", |fault| matches!(fault, Fault::Purge(_))),
             ("source-reset", Fault::source_changes),
             ("target-reset", Fault::target_loses),
