@@ -9,7 +9,7 @@ demo: servers ## two throw-away servers, a replication, a crash in the middle, a
 	target/debug/examples/demo
 
 test: servers ## all tests, on real nats-servers
-	cargo test --locked
+	cargo test --locked -- --test-threads 4
 
 sim: ## the copy core in simulation: SEEDS=n of them, or SEED=n alone
 	cargo test --locked --test sim -- --nocapture
@@ -18,6 +18,7 @@ check: format lint licences test matrix ## what has to pass before a merge: form
 
 check-long: check ## check, the long tests and a short bench
 	cargo test --locked -- --ignored
+	MATRIX=all contrib/version-matrix
 	SEEDS=10000 cargo test --locked --test sim
 	contrib/break-on-purpose
 	cargo bench --locked --bench copy -- --quick

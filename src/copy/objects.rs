@@ -119,6 +119,12 @@ impl Objects {
     }
 }
 
+/// Whether a stream of this name is an object store. The chunks of an object are read in the order of the stream: there
+/// strict order is kept, whatever the document says.
+pub(super) fn is_store(stream: &str) -> bool {
+    stream.starts_with("OBJ_")
+}
+
 /// What the run does with a message of the source.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Pass {
@@ -151,7 +157,7 @@ impl Gate {
     /// For a copy of the stream `source` into `target`; `None` where it is no object store.
     pub fn of(source: &str, target: &str) -> Option<Self> {
         let gate = || Self { stream: target.to_owned(), objects: Objects::default(), question: None };
-        source.starts_with("OBJ_").then(gate)
+        is_store(source).then(gate)
     }
 
     /// Whether a message may be sent; `settled` says that nothing is in the air.

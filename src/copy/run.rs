@@ -53,6 +53,8 @@ const OUTPUT_LOW: usize = 32 * 1024;
 const TICK: Duration = Duration::from_millis(250);
 const TICK_IDLE: Duration = Duration::from_secs(1);
 const TICK_SAVED: Duration = Duration::from_secs(5);
+/// A consumer that was heard of more recently is not expected to say anything yet.
+const HEARTBEAT_MISSED: Duration = Duration::from_millis(2_600);
 /// How often the source is asked for its state.
 const INFO_EVERY: Duration = Duration::from_secs(10);
 /// The same while messages wait that the source may soon remove.
@@ -815,8 +817,10 @@ impl<'a> Run<'a> {
         self.rejects.check(now)?;
         let action = self.watchdog.look(now, &self.seen());
         action.map_or(Ok(()), |action| self.act(action))?;
-        // What is silent is looked at in time.
-        let silent = self.watchdog.silent_at(&self.seen()).filter(|at| *at > now);
+        // What is silent is looked at in time; most are not, and a thousand idle ones would look for nothing.
+        let seen = self.seen();
+        let late = now.duration_since(seen.consumer_heard) >= HEARTBEAT_MISSED;
+        let silent = self.watchdog.silent_at(&seen).filter(|at| late && *at > now);
         self.next_tick = silent.map_or(self.next_tick, |at| at.min(self.next_tick));
         self.look_after_target(now)?;
         Ok(self.reader.check(now, self.reads)?)

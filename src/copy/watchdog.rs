@@ -166,7 +166,7 @@ impl Watchdog {
             return None;
         }
         let silent = now.duration_since(seen.consumer_heard);
-        if silent >= SILENCE {
+        if silent >= SILENCE && self.asked_since(seen) && !self.asked_within(now, SILENCE - MISSED) {
             // On a connection that lives the consumer is lost.
             let alive = seen.source_heard > seen.consumer_heard;
             let reason = format!("it is silent for {SILENCE:?}");
@@ -193,8 +193,15 @@ impl Watchdog {
 
     /// When the consumer has to be looked at if it gives no sign of life until then; `None` while it owes none.
     pub fn silent_at(&self, seen: &Seen) -> Option<Instant> {
-        let patience = if self.asked_since(seen) { SILENCE } else { MISSED };
-        (seen.asking && !seen.receiving).then(|| seen.consumer_heard + patience)
+        let at = match self.asked {
+            Some(asked) if self.asked_since(seen) => asked + (SILENCE - MISSED),
+            _ => seen.consumer_heard + MISSED,
+        };
+        (seen.asking && !seen.receiving).then_some(at)
+    }
+
+    fn asked_within(&self, now: Instant, time: Duration) -> bool {
+        self.asked.is_some_and(|asked| now.duration_since(asked) < time)
     }
 
     fn asked_since(&self, seen: &Seen) -> bool {
@@ -362,7 +369,7 @@ mod tests {
     #[test]
     fn what_waits_on_purpose_or_moves_is_no_stall() {
         type Change = fn(u64, Instant, &mut Seen);
-        let table: [(&str, Change); 9] = [
+        let table: [(&str, Change); 8] = [
             ("deliveries come", |second, _, seen| seen.delivered = 10 + second),
             ("no lag", |_, _, seen| (seen.pending, seen.last_seq) = (0, 10)),
             ("no pull is open", |_, began, seen| (seen.asking, seen.consumer_heard) = (false, began)),
@@ -380,9 +387,6 @@ mod tests {
                 seen.asking = false;
                 seen.settled = began + Duration::from_secs(second / 25 * 25);
             }),
-            ("both sides are silent: the connection says so itself", |_, began, seen| {
-                *seen = Seen { pending: 0, last_seq: 10, consumer_heard: began, source_heard: began, ..*seen }
-            }),
         ];
         for (what, change) in table {
             assert_eq!(first(change), None, "{what}");
@@ -392,14 +396,9 @@ mod tests {
     #[test]
     fn each_stall_has_its_step_and_its_time() {
         type Change = fn(u64, Instant, &mut Seen);
-        let table: [(&str, Change, (u64, &str)); 6] = [
+        let table: [(&str, Change, (u64, &str)); 5] = [
             ("nothing is delivered", |_, _, _| {}, (5, "ask")),
             ("and only the stream knows", |_, _, seen| seen.pending = 0, (5, "ask")),
-            (
-                "the consumer is silent on a connection that lives",
-                |_, began, seen| *seen = Seen { pending: 0, last_seq: 10, consumer_heard: began, ..*seen },
-                (14, "renew"),
-            ),
             (
                 "the target confirms nothing",
                 |second, began, seen| (seen.delivered, seen.settled) = (10 + second, began),
@@ -424,6 +423,23 @@ mod tests {
         for (what, change, expect) in table {
             assert_eq!(first(change), Some(expect), "{what}");
         }
+    }
+
+    #[test]
+    fn a_silent_consumer_is_asked_about_and_a_silent_connection_ends_the_run() {
+        let check = |lives: bool, expect: &[(u64, &'static str)]| {
+            let began = Instant::now();
+            let mut watchdog = Watchdog::new(began, 10);
+            let done = (0..=7).filter_map(|second| {
+                let now = began + Duration::from_secs(second);
+                let source_heard = if lives { now } else { began };
+                let seen = Seen { pending: 0, last_seq: 10, consumer_heard: began, source_heard, ..seen(now) };
+                short(watchdog.look(now, &seen)).map(|action| (second, action))
+            });
+            assert_eq!(done.collect::<Vec<_>>(), expect);
+        };
+        check(true, &[(4, "ask"), (7, "renew")]);
+        check(false, &[(4, "ask"), (7, "give up")]);
     }
 
     /// A watchdog whose consumer delivers nothing, with the clock in seconds.

@@ -8,7 +8,7 @@ use tokio::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::{
-    Error as RunError,
+    Error as RunError, objects,
     provenance::{Origin, Tag},
     reader::Incoming,
     reject::Refusal,
@@ -188,7 +188,8 @@ impl Writer {
             Transport::FastIngest => Mode::FastIngest { batch: None, next_id: chance::random() >> 1 },
             Transport::Pipelined => Mode::Pipelined { sent: 0, stored: 0, refused: None, for_good: Vec::new() },
         };
-        let single = abilities.transport == Transport::Pipelined && replication.ordering == Ordering::Strict;
+        let strict = replication.ordering == Ordering::Strict || objects::is_store(&replication.source.stream);
+        let single = abilities.transport == Transport::Pipelined && strict;
         let mut writer = Self {
             tag,
             abilities,

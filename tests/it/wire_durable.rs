@@ -186,16 +186,19 @@ async fn an_interest_stream_is_copied_once_and_in_order_over_twenty_kills() -> R
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn a_work_queue_is_pipelined_once_and_in_order_over_twenty_kills() -> Result<()> {
     twenty_kills(Way { plain: true, ..QUEUE }).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn a_work_queue_is_read_with_the_consumer_that_choria_made_over_twenty_kills() -> Result<()> {
     twenty_kills(Way { choria: true, ..QUEUE }).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn an_interest_stream_is_pipelined_with_the_consumer_that_choria_made_over_twenty_kills() -> Result<()> {
     twenty_kills(Way { choria: true, plain: true, ..INTEREST }).await
 }
@@ -275,12 +278,14 @@ async fn servers_go(way: Way) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn servers_are_killed_in_the_copy_of_a_work_queue() -> Result<()> {
     servers_go(QUEUE).await?;
     servers_go(Way { choria: true, plain: true, ..QUEUE }).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn servers_are_killed_in_the_copy_of_an_interest_stream() -> Result<()> {
     servers_go(INTEREST).await?;
     servers_go(Way { choria: true, ..INTEREST }).await
@@ -302,6 +307,7 @@ async fn cuts(way: Way) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn connections_are_cut_in_the_copy_of_a_work_queue() -> Result<()> {
     cuts(QUEUE).await?;
     cuts(Way { choria: true, plain: true, ..QUEUE }).await
@@ -337,11 +343,13 @@ async fn leaders_step_down(choria: bool) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn leaders_step_down_in_the_copy_of_a_replicated_work_queue() -> Result<()> {
     leaders_step_down(false).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn leaders_step_down_in_the_copy_with_the_consumer_that_choria_made() -> Result<()> {
     leaders_step_down(true).await
 }
@@ -609,12 +617,14 @@ async fn target_is_worked_off(retention: &str, batched: bool) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn a_target_that_is_a_work_queue_gets_each_message_once() -> Result<()> {
     target_is_worked_off("workqueue", true).await?;
     target_is_worked_off("workqueue", false).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn a_target_that_only_keeps_what_is_of_interest_gets_each_message_once() -> Result<()> {
     target_is_worked_off("interest", true).await?;
     target_is_worked_off("interest", false).await
@@ -664,6 +674,7 @@ async fn a_target_that_we_make_keeps_its_messages_whatever_the_source_does() -> 
 
 /// For information: how fast the ways are beside a stream that keeps its messages.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn a_stream_that_forgets_is_copied_without_waiting_for_each_message() -> Result<()> {
     const COUNT: u64 = 100_000;
     let mut rates = Vec::new();

@@ -116,3 +116,19 @@ async fn an_object_without_all_of_its_chunks_is_left_out_and_told() -> Result<()
     assert_eq!(read(&target, "whole").await?, Some(body(2, 10 * CHUNK)));
     Ok(())
 }
+
+/// Chunks are read in the order of the stream: on a target without batches one message is in the air at a time.
+#[tokio::test]
+async fn the_order_of_chunks_is_strict_on_a_target_without_batches() -> Result<()> {
+    let site = Site::start().await?;
+    let source = store(&site.source.url()).await?;
+    put(&source, "object", &body(1, 200 * CHUNK)).await?;
+    let subjects = json!({"subjects": ["$O.files.C.>", "$O.files.M.>"], "allow_rollup_hdrs": true, "discard": "new"});
+    site.target_stream("OBJ_files", subjects).await?;
+    site.add("OBJ_files", json!({"ordering": "relaxed"})).await?;
+    let row = copied(&site).await?;
+    assert_eq!((&row["transport"], &row["ordering"]), (&json!("pipelined"), &json!("strict")), "{row}");
+    let target = jetstream::new(connect(&site.target.url()).await?).get_object_store("files").await?;
+    assert_eq!(read(&target, "object").await?, Some(body(1, 200 * CHUNK)));
+    Ok(())
+}

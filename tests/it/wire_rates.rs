@@ -58,6 +58,7 @@ async fn near(site: &Site, stream: &str, time: Duration, limit: f64) -> Result<(
 }
 
 #[tokio::test]
+#[ignore = "takes long: make check-long"]
 async fn messages_and_bytes_per_second_are_what_the_limits_say() -> Result<()> {
     let site = Site::start().await?;
     let bytes = |stream: &str| SIZE + stream.len() + ".a".len();
@@ -89,6 +90,7 @@ async fn messages_and_bytes_per_second_are_what_the_limits_say() -> Result<()> {
 }
 
 #[tokio::test]
+#[ignore = "takes long: make check-long"]
 async fn a_limit_changes_within_a_second_by_request_and_by_hand() -> Result<()> {
     let site = Site::start().await?;
     for (stream, target) in transports(&site.target) {
@@ -123,6 +125,7 @@ async fn a_limit_changes_within_a_second_by_request_and_by_hand() -> Result<()> 
 }
 
 #[tokio::test]
+#[ignore = "takes long: make check-long"]
 async fn one_message_larger_than_a_seconds_worth_passes() -> Result<()> {
     let mut site = Site::start().await?;
     for (stream, target) in transports(&site.target) {

@@ -88,6 +88,7 @@ async fn filters_exclusions_and_transforms_hold_over_kills_on_a_target_that_is_m
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn filters_exclusions_and_transforms_hold_over_kills_on_a_pipelined_target() -> Result<()> {
     over_kills(Some(json!({"subjects": ["hub.>"]}))).await
 }

@@ -161,11 +161,13 @@ async fn three_services_that_are_killed_again_and_again_each_copy_exactly() -> R
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn three_killed_services_and_foreign_publishers_by_fast_ingest() -> Result<()> {
     three_services(true, true).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn three_killed_services_and_foreign_publishers_pipelined() -> Result<()> {
     three_services(false, true).await
 }
@@ -223,6 +225,7 @@ async fn a_second_replication_turns_the_first_one_shared_at_its_next_start() -> 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn one_source_under_two_names_is_copied_twice_and_each_once() -> Result<()> {
     const COUNT: u64 = 20_000;
     for batched in [true, false] {
@@ -256,7 +259,7 @@ async fn in_the_middle_of_a_fast_copy_a_target_turns_shared_and_nothing_is_lost_
             let mut site = Site::builder().args(["--instance", "one"]).start().await?;
             let fast = target(&site, batched, json!({})).await?;
             sources(&site, COUNT).await?;
-            let slow = json!({"limits": {"messages_in_flight": 500}});
+            let slow = json!({"limits": {"messages_in_flight": 500, "messages_per_second": 20_000}});
             request(&site.client, "replicator.config.add", into_target(&site, "A", slow)).await?;
             wait_for("the copy to begin", LONG, async || stored(&site).await >= COUNT / 10).await?;
             // What lies there before a first save is nobody's business.
@@ -471,6 +474,7 @@ async fn open_batch(raw: &mut Raw, id: u64) -> Result<()> {
 }
 
 #[tokio::test]
+#[ignore = "takes long: make check-long"]
 async fn more_open_batches_than_a_server_takes_are_waited_for() -> Result<()> {
     let mut site = Site::start().await?;
     if !target(&site, true, json!({})).await? {
