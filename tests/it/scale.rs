@@ -197,7 +197,11 @@ impl Arrival {
     async fn watch(site: &Site, stream: &str) -> Result<Self> {
         let client = connect(&site.target.url()).await?;
         let messages = client.subscribe(format!("{}.>", stream.to_lowercase())).await?;
-        client.flush().await?;
+        // What comes back on the same connection says that the server knows of the subscription.
+        let inbox = client.new_inbox();
+        let mut answers = client.subscribe(inbox.clone()).await?;
+        client.publish(inbox, "".into()).await?;
+        tokio::time::timeout(LIMIT, answers.next()).await?.context("no answer")?;
         Ok(Self { messages, _client: client })
     }
 
