@@ -5,6 +5,8 @@ use chrono::{DateTime, Utc};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::chance;
+
 /// One replication as its leader sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Row {
@@ -277,7 +279,7 @@ impl LastError {
     /// One of these kinds that happens now and is about no message.
     pub fn now(kind: &str, message: &str) -> Self {
         Self {
-            at: Utc::now(),
+            at: chance::now(),
             kind: kind.to_owned(),
             message: message.to_owned(),
             source_seq: None,
