@@ -5,24 +5,25 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::harness::{Service, connect, request, wait_for};
-use crate::pair::{Pair, SOURCE};
-use crate::ways::document;
+use crate::pair::{Load, Pair, source_stream};
+use crate::ways::Way;
 
 const PAYLOAD: usize = 1024;
 const FROZEN: Duration = Duration::from_secs(5);
 
 /// Prints the peak memory of the service.
 pub(crate) async fn run(pair: &mut Pair, messages: u64) -> Result<()> {
-    pair.preload(PAYLOAD, messages).await?;
+    pair.preload(Load { payload: PAYLOAD, messages, streams: 1, replicas: pair.load.replicas }).await?;
+    Way::Exclusive.make_targets(pair).await?;
     let mut service = Service::builder(&pair.source.url(), "BENCH").instance("bench").start().await?;
     let idle = service.usage().rss;
     let client = connect(&pair.source.url()).await?;
-    request(&client, "replicator.config.add", document(pair, &pair.target.url())).await?;
+    request(&client, "replicator.config.add", Way::Exclusive.document(pair, 0)).await?;
     let begun = async || pair.copied().await.is_ok_and(|n| n > messages / 20);
     wait_for("the copy to be under way", Duration::from_secs(30), begun).await?;
 
     let at = pair.copied().await?;
-    pair.target.freeze()?;
+    pair.targets[0].freeze()?;
     let begin = Instant::now();
     let mut peak = 0;
     // Sampled, because the highest value ever would include what came before and after.
@@ -30,7 +31,7 @@ pub(crate) async fn run(pair: &mut Pair, messages: u64) -> Result<()> {
         peak = peak.max(service.usage().rss);
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    pair.target.thaw()?;
+    pair.targets[0].thaw()?;
     pair.wait_copied(messages).await?;
 
     let mib = |bytes: u64| bytes as f64 / 1048576.0;
@@ -44,9 +45,9 @@ pub(crate) async fn run(pair: &mut Pair, messages: u64) -> Result<()> {
         mib(peak),
         mib(service.usage().rss_peak)
     );
-    request(&client, "replicator.config.delete", serde_json::json!({"replication": SOURCE}))
+    request(&client, "replicator.config.delete", serde_json::json!({"replication": source_stream(0)}))
         .await
         .context("clean-up")?;
     service.stop().await?;
-    pair.delete_target().await
+    pair.delete_targets().await
 }

@@ -1,96 +1,206 @@
-//! The two servers that all ways are measured on.
+//! The servers that all ways are measured on.
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use futures_util::future::try_join_all;
 use serde_json::{Value, json};
 
 use crate::harness::server::free_port;
-use crate::harness::{Outgoing, Raw, Role, Server, wait_for};
+use crate::harness::{Outgoing, Proxy, Raw, Role, Server, wait_for};
 
-/// Stream at the source.
-pub(crate) const SOURCE: &str = "BENCH";
-/// Stream at the target.
-pub(crate) const TARGET: &str = "COPY";
-/// What the subjects of copies that are published at the target begin with. The source's stream is interested in the
-/// subjects of the originals, and its interest reaches the target over the leafnode that only the native source
-/// needs: with the same subjects every copy would be matched against that leafnode too.
+/// What the subjects of copies that are published at the target begin with. The source's streams are interested in the
+/// subjects of the originals, and their interest reaches the target over the leafnode that only the native ways
+/// need: with the same subjects every copy would be matched against that leafnode too.
 pub(crate) const PREFIX: &str = "copy";
-/// JetStream domain of the source, by which the target's native source reaches it.
+/// JetStream domain of the source, by which the target's native ways reach it.
 pub(crate) const DOMAIN: &str = "factory";
 
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(300);
 
-/// A source with messages, and a target that is a leaf of it.
+/// What is copied, and onto what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Load {
+    /// Bytes of each message.
+    pub(crate) payload: usize,
+    /// Messages of all streams together.
+    pub(crate) messages: u64,
+    /// Streams, each copied by a replication of its own, at once.
+    pub(crate) streams: usize,
+    /// Replicas of each target stream.
+    pub(crate) replicas: usize,
+}
+
+/// A source with messages, and a target (one server, or three in a cluster) that is a leaf of it.
 pub(crate) struct Pair {
     pub(crate) source: Server,
-    pub(crate) target: Server,
-    pub(crate) messages: u64,
+    pub(crate) targets: Vec<Server>,
+    pub(crate) load: Load,
+    /// Between us and the servers, where the way is long.
+    distance: Distance,
+}
+
+/// Proxies that a way goes through.
+#[derive(Default)]
+struct Distance {
+    source: Option<Proxy>,
+    target: Option<Proxy>,
+}
+
+/// Name of a stream at the source.
+pub(crate) fn source_stream(index: usize) -> String {
+    format!("BENCH{index}")
+}
+
+/// Name of its copy.
+pub(crate) fn target_stream(index: usize) -> String {
+    format!("COPY{index}")
 }
 
 impl Pair {
-    pub(crate) async fn start() -> Result<Self> {
+    /// Servers without messages; `replicas` target servers.
+    pub(crate) async fn start(replicas: usize) -> Result<Self> {
         let port = free_port()?;
         let listen = format!("leafnodes {{ host: \"127.0.0.1\", port: {port} }}");
         let source = Server::builder(Role::Source).domain(DOMAIN).config(&listen).start().await?;
-        let remote = format!("leafnodes {{ remotes: [{{ url: \"nats-leaf://127.0.0.1:{port}\" }}] }}");
-        let target = Server::builder(Role::Target).domain("headquarters").config(&remote).start().await?;
-        let pair = Self { source, target, messages: 0 };
-        pair.wait_leafnode().await?;
+        let routes = (0..replicas).map(|_| free_port()).collect::<Result<Vec<_>, _>>()?;
+        let all: Vec<String> = routes.iter().map(|port| format!("\"nats-route://127.0.0.1:{port}\"")).collect();
+        let mut targets = Vec::new();
+        for (index, route) in routes.iter().enumerate() {
+            let mut config = format!("leafnodes {{ remotes: [{{ url: \"nats-leaf://127.0.0.1:{port}\" }}] }}\n");
+            if replicas > 1 {
+                let routes = all.join(", ");
+                config += &format!("cluster {{ name: hq, listen: \"127.0.0.1:{route}\", routes: [{routes}] }}");
+            }
+            let name = format!("target-{index}");
+            let builder = Server::builder(Role::Target).domain("headquarters").name(&name).config(&config);
+            targets.push(builder.start().await?);
+        }
+        let load = Load { payload: 0, messages: 0, streams: 0, replicas };
+        let pair = Self { source, targets, load, distance: Distance::default() };
+        pair.wait_ready().await?;
         Ok(pair)
     }
 
-    /// Fills the source with `messages` of `payload` bytes, instead of what was there.
-    pub(crate) async fn preload(&mut self, payload: usize, messages: u64) -> Result<()> {
-        let mut raw = Raw::connect(&self.source.url()).await?;
-        if self.messages > 0 {
-            raw.api(&format!("STREAM.DELETE.{SOURCE}"), Value::Null).await?;
+    /// Fills the source, instead of what was there.
+    pub(crate) async fn preload(&mut self, load: Load) -> Result<()> {
+        if load == self.load {
+            return Ok(());
         }
-        raw.create_stream(SOURCE, json!({"subjects": ["bench.>"]})).await?;
-        let body = vec![b'x'; payload];
-        let last = raw.publish_all((0..messages).map(|i| Outgoing::new(subject(i), body.clone()))).await?;
-        ensure!(last == messages, "the source holds {last} of {messages} messages");
-        self.messages = messages;
+        let mut raw = Raw::connect(&self.source.url()).await?;
+        for index in 0..self.load.streams {
+            raw.api(&format!("STREAM.DELETE.{}", source_stream(index)), Value::Null).await?;
+        }
+        let body = vec![b'x'; load.payload];
+        let each = load.messages / load.streams as u64;
+        for index in 0..load.streams {
+            raw.create_stream(&source_stream(index), json!({"subjects": [format!("bench{index}.>")]})).await?;
+            let messages = (0..each).map(|i| Outgoing::new(subject(index, i), body.clone()));
+            let last = raw.publish_all(messages).await?;
+            ensure!(last == each, "the source holds {last} of {each} messages");
+        }
+        self.load = Load { messages: each * load.streams as u64, ..load };
         Ok(())
     }
 
-    /// Waits until the target's stream holds everything, and looks that it is not more.
+    /// What the source holds is not what was loaded any more: the next load is made anew.
+    pub(crate) fn forget(&mut self) {
+        self.load.messages = 0;
+    }
+
+    /// Puts `delay` between us and the servers, in each direction; a side without delay is reached directly.
+    pub(crate) async fn move_away(&mut self, source: Option<Duration>, target: Option<Duration>) -> Result<()> {
+        let proxy = async |delay: Option<Duration>, server: &Server| -> Result<Option<Proxy>> {
+            let Some(delay) = delay else { return Ok(None) };
+            let proxy = Proxy::start(server.port()).await?;
+            proxy.delay(delay);
+            Ok(Some(proxy))
+        };
+        self.distance =
+            Distance { source: proxy(source, &self.source).await?, target: proxy(target, &self.targets[0]).await? };
+        Ok(())
+    }
+
+    /// Where a copier reaches the source.
+    pub(crate) fn source_url(&self) -> String {
+        self.distance.source.as_ref().map_or_else(|| self.source.url(), Proxy::url)
+    }
+
+    /// Where a copier reaches the target.
+    pub(crate) fn target_url(&self) -> String {
+        self.distance.target.as_ref().map_or_else(|| self.targets[0].url(), Proxy::url)
+    }
+
+    /// The target as the bench itself asks it.
+    pub(crate) async fn target(&self) -> Result<Raw> {
+        Raw::connect(&self.targets[0].url()).await
+    }
+
+    /// Makes the target streams with these settings, all replicas of each ready to take messages.
+    pub(crate) async fn make_targets(&self, settings: impl Fn(usize) -> Value) -> Result<()> {
+        let mut raw = self.target().await?;
+        for index in 0..self.load.streams {
+            let mut config = settings(index);
+            config["num_replicas"] = self.load.replicas.into();
+            raw.create_stream(&target_stream(index), config).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the target's streams hold everything, and looks that it is not more.
     pub(crate) async fn wait_copied(&self, messages: u64) -> Result<()> {
-        let mut raw = Raw::connect(&self.target.url()).await?;
-        let what = format!("{messages} messages at the target");
-        wait_for(&what, LIMIT, async || count(&mut raw).await >= messages).await?;
-        let found = count(&mut raw).await;
-        ensure!(found == messages, "the target holds {found} messages instead of {messages}");
+        let each = messages / self.load.streams as u64;
+        try_join_all((0..self.load.streams).map(|index| async move {
+            let mut raw = self.target().await?;
+            let stream = target_stream(index);
+            let what = format!("{each} messages in {stream}");
+            wait_for(&what, LIMIT, async || count(&mut raw, &stream).await >= each).await?;
+            let found = count(&mut raw, &stream).await;
+            ensure!(found == each, "{stream} holds {found} messages instead of {each}");
+            Ok(())
+        }))
+        .await?;
         Ok(())
     }
 
-    /// Messages at the target now.
+    /// Messages in the first target stream now.
     pub(crate) async fn copied(&self) -> Result<u64> {
-        Ok(count(&mut Raw::connect(&self.target.url()).await?).await)
+        Ok(count(&mut self.target().await?, &target_stream(0)).await)
     }
 
-    pub(crate) async fn delete_target(&self) -> Result<()> {
-        let mut raw = Raw::connect(&self.target.url()).await?;
-        raw.api(&format!("STREAM.DELETE.{TARGET}"), Value::Null).await?;
+    pub(crate) async fn delete_targets(&self) -> Result<()> {
+        let mut raw = self.target().await?;
+        for index in 0..self.load.streams {
+            raw.api(&format!("STREAM.DELETE.{}", target_stream(index)), Value::Null).await?;
+        }
         Ok(())
     }
 
-    /// CPU seconds of source and target server so far.
+    /// CPU seconds of the source's server and of all target servers so far.
     pub(crate) fn cpu(&self) -> (f64, f64) {
-        (self.source.usage().cpu_seconds, self.target.usage().cpu_seconds)
+        (self.source.usage().cpu_seconds, self.targets.iter().map(|server| server.usage().cpu_seconds).sum())
     }
 
-    async fn wait_leafnode(&self) -> Result<()> {
-        let mut raw = Raw::connect(&self.target.url()).await?.with_api(&format!("$JS.{DOMAIN}.API"));
-        wait_for("the leafnode", LIMIT, async || raw.api("INFO", Value::Null).await.is_ok()).await
+    async fn wait_ready(&self) -> Result<()> {
+        for server in &self.targets {
+            let mut raw = Raw::connect(&server.url()).await?.with_api(&format!("$JS.{DOMAIN}.API"));
+            wait_for("the leafnode", LIMIT, async || raw.api("INFO", Value::Null).await.is_ok()).await?;
+        }
+        // A cluster refuses a stream until all know each other.
+        let probe = json!({"name": "PROBE", "subjects": ["probe"], "num_replicas": self.targets.len()});
+        let mut raw = self.target().await?;
+        let made = async || raw.api("STREAM.CREATE.PROBE", probe.clone()).await.is_ok();
+        wait_for("the target to take a stream", LIMIT, made).await?;
+        self.target().await?.api("STREAM.DELETE.PROBE", Value::Null).await?;
+        Ok(())
     }
 }
 
-async fn count(raw: &mut Raw) -> u64 {
-    let state = raw.stream_state(TARGET).await.unwrap_or_default();
+async fn count(raw: &mut Raw, stream: &str) -> u64 {
+    let state = raw.stream_state(stream).await.unwrap_or_default();
     state["messages"].as_u64().unwrap_or(0)
 }
 
-fn subject(i: u64) -> String {
-    format!("bench.n{}.example", i % 1000)
+fn subject(index: usize, i: u64) -> String {
+    format!("bench{index}.n{}.example", i % 1000)
 }

@@ -1,59 +1,82 @@
-//! What is printed: a markdown table.
+//! What is printed: markdown tables.
 
-use crate::pair::Pair;
+use crate::pair::Load;
 use crate::ways::{Sample, Way};
 
 const MIB: f64 = 1_048_576.0;
 
-/// What was measured on what.
-pub(crate) fn head(pair: &Pair, rounds: usize) {
-    println!("nats-server {} to {}, file storage, one replica;", pair.source.version(), pair.target.version());
-    println!("two servers and the copier share {} cores; medians of {rounds} round(s).", cores());
-    println!("CPU is in seconds per million messages. The last columns compare within each round.\n");
-    let columns = "payload | way | messages | msg/s | least - most | MiB/s | CPU source server | CPU target server | \
-        CPU copier | copier peak MiB | x native | x stop-and-wait";
-    println!("| {columns} |");
-    println!("|--:|---{}|", "|--:".repeat(columns.matches('|').count() - 1));
+/// The samples of one row: what was copied, in which way, from where.
+#[derive(Debug, Clone)]
+pub(crate) struct Row {
+    pub(crate) load: Load,
+    pub(crate) way: Way,
+    /// What else tells this row from others of its table.
+    pub(crate) note: String,
+    pub(crate) samples: Vec<Sample>,
 }
 
-/// The lines of one payload size.
-pub(crate) fn rows(payload: usize, ways: &[Way], samples: &[(Way, Sample)]) {
-    for way in ways {
-        let mine = of(*way, samples);
-        let median_of = |value: &dyn Fn(&Sample) -> f64| median(mine.iter().map(value).collect());
-        let rate = median_of(&Sample::rate);
-        let (least, most) = range(mine.iter().map(Sample::rate));
-        let memory = median_of(&|s| s.memory as f64) / MIB;
-        println!(
-            "| {payload} | {way} | {} | {rate:.0} | {least:.0} - {most:.0} | {:.1} | {:.1} | {:.1} | {} | {} | {:.2} | {:.1} |",
-            mine.first().map_or(0, |s| s.messages),
-            rate * payload as f64 / MIB,
-            median_of(&|s| s.per_million(s.source_cpu)),
-            median_of(&|s| s.per_million(s.target_cpu)),
-            or_dash(*way != Way::Native, median_of(&|s| s.per_million(s.copier_cpu))),
-            or_dash(memory > 0.0, memory),
-            ratio(&mine, &of(Way::Native, samples)),
-            ratio(&mine, &of(Way::StopAndWait, samples)),
-        );
+/// What was measured on what.
+pub(crate) fn head(version: &str, rounds: usize) {
+    println!("nats-server {version} on both sides, file storage; all servers and the copier share {} cores;", cores());
+    println!("medians of {rounds} round(s). CPU is in microseconds per message. The last columns compare within rounds.");
+}
+
+/// One table: each row, and its rate against the rows of the ways that it is to be held against.
+pub(crate) fn print(title: &str, rows: &[Row], against: &[Way]) {
+    println!("\n### {title}\n");
+    let mut columns = "payload | streams | replicas | way | msg/s | least - most | MiB/s | CPU source server | \
+        CPU target servers | CPU copier | copier peak MiB"
+        .to_owned();
+    for way in against {
+        columns += &format!(" | x {way}");
+    }
+    println!("| {columns} |");
+    println!("|--:|--:|--:|---{}|", "|--:".repeat(columns.matches(" | ").count() - 3));
+    for row in rows {
+        println!("{}", line(row, rows, against));
     }
 }
 
+fn line(row: &Row, rows: &[Row], against: &[Way]) -> String {
+    let Row { load, way, note, samples } = row;
+    let median_of = |value: &dyn Fn(&Sample) -> f64| median(samples.iter().map(value).collect());
+    let rate = median_of(&Sample::rate);
+    let (least, most) = range(samples.iter().map(Sample::rate));
+    let memory = median_of(&|s| s.memory as f64) / MIB;
+    let native = matches!(way, Way::Source | Way::Mirror);
+    let mut line = format!(
+        "| {} | {} | {} | {way}{note} | {rate:.0} | {least:.0} - {most:.0} | {:.1} | {:.1} | {:.1} | {} | {}",
+        load.payload,
+        load.streams,
+        load.replicas,
+        rate * load.payload as f64 / MIB,
+        median_of(&|s| s.per_message(s.source_cpu)),
+        median_of(&|s| s.per_message(s.target_cpu)),
+        or_dash(!native, median_of(&|s| s.per_message(s.copier_cpu))),
+        or_dash(memory > 0.0, memory),
+    );
+    for other in against {
+        // The same load and the same distance first; else the same load as it was measured without any.
+        let same = |other_row: &&Row| other_row.load == *load && other_row.way == *other;
+        let found = rows.iter().filter(same).find(|r| r.note == *note).or_else(|| rows.iter().find(same));
+        line += &format!(" | {}", found.map_or_else(|| "-".to_owned(), |found| format!("{:.2}", ratio(samples, &found.samples))));
+    }
+    line + " |"
+}
+
 /// Whether the machine was ours: what others take, the copies do not get.
-pub(crate) fn foot(samples: &[(Way, Sample)]) {
-    let (_, most) = range(samples.iter().map(|(_, s)| s.others));
-    let middle = median(samples.iter().map(|(_, s)| s.others).collect());
+pub(crate) fn foot(rows: &[Row]) {
+    let others = || rows.iter().flat_map(|row| &row.samples).map(|sample| sample.others);
+    let (_, most) = range(others());
+    let middle = median(others().collect());
     println!("\nOther processes kept {middle:.1} of {} cores busy meanwhile (most: {most:.1}).", cores());
     if most > 0.3 {
         println!("That is too much for msg/s to be compared with other runs; the CPU columns hold.");
     }
 }
 
-fn of(way: Way, samples: &[(Way, Sample)]) -> Vec<Sample> {
-    samples.iter().filter(|(w, _)| *w == way).map(|(_, s)| *s).collect()
-}
-
 /// Round by round, because what disturbs the machine disturbs a whole round.
-fn ratio(mine: &[Sample], theirs: &[Sample]) -> f64 {
+pub(crate) fn ratio(mine: &[Sample], theirs: &[Sample]) -> f64 {
     median(mine.iter().zip(theirs).map(|(a, b)| a.rate() / b.rate()).collect())
 }
 
@@ -61,7 +84,8 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     values.fold((f64::INFINITY, 0.0), |(least, most), v| (f64::min(least, v), f64::max(most, v)))
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// The middle one; of an even number, the upper of the two.
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -4,23 +4,26 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use async_nats::jetstream::{self, AckKind, consumer, stream};
+use async_nats::jetstream::{self, AckKind, consumer};
 use futures_util::StreamExt;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::process::{Usage, machine_cpu_seconds};
-use crate::harness::{Raw, Service, connect, request};
-use crate::pair::{DOMAIN, PREFIX, Pair, SOURCE, TARGET};
-
-/// The slow way gets no more than this, at any payload.
-const STOP_AND_WAIT_MESSAGES: u64 = 10_000;
+use crate::harness::{Service, connect, request};
+use crate::pair::{DOMAIN, PREFIX, Pair, source_stream, target_stream};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// This program.
-    Service,
+    /// This program into a target of its own, which takes fast-ingest batches.
+    Exclusive,
+    /// This program into such a target that is shared.
+    Shared,
+    /// This program into a target without batches.
+    Pipelined,
     /// A stream at the target that sources the one at the source, over the leafnode.
-    Native,
+    Source,
+    /// A stream at the target that mirrors it.
+    Mirror,
     /// Read one, publish it, wait for the ack, acknowledge it, read the next.
     StopAndWait,
 }
@@ -44,8 +47,8 @@ impl Sample {
         self.messages as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// CPU seconds per million messages.
-    pub(crate) fn per_million(&self, cpu: f64) -> f64 {
+    /// CPU in microseconds per message.
+    pub(crate) fn per_message(&self, cpu: f64) -> f64 {
         cpu * 1e6 / self.messages as f64
     }
 }
@@ -53,27 +56,87 @@ impl Sample {
 impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Service => "stream-replicator",
-            Self::Native => "native source",
+            Self::Exclusive => "fast-ingest, exclusive",
+            Self::Shared => "fast-ingest, shared",
+            Self::Pipelined => "pipelined",
+            Self::Source => "native source",
+            Self::Mirror => "native mirror",
             Self::StopAndWait => "stop-and-wait",
         })
     }
 }
 
 impl Way {
-    pub(crate) const ALL: [Self; 3] = [Self::Service, Self::Native, Self::StopAndWait];
+    /// This program, and what it is held against where all of a table are measured.
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Exclusive, Self::Shared, Self::Pipelined, Self::Source, Self::Mirror, Self::StopAndWait];
 
-    /// Copies the source's stream into a new stream and removes that again.
+    /// Copies the source's streams into new streams and removes these again.
     pub(crate) async fn measure(self, pair: &Pair) -> Result<Sample> {
         let sample = match self {
-            Self::Service => service(pair).await,
-            Self::Native => native(pair).await,
+            Self::Exclusive | Self::Shared | Self::Pipelined => self.service(pair).await,
+            Self::Source | Self::Mirror => self.native(pair).await,
             Self::StopAndWait => stop_and_wait(pair).await,
         };
         let sample = sample.with_context(|| self.to_string())?;
-        pair.delete_target().await?;
+        pair.delete_targets().await?;
         Ok(sample)
     }
+
+    /// Makes the target streams as this way needs them; the native ways begin with this.
+    pub(crate) async fn make_targets(self, pair: &Pair) -> Result<()> {
+        let origin = |index| json!({"name": source_stream(index), "external": {"api": format!("$JS.{DOMAIN}.API")}});
+        pair.make_targets(|index| match self {
+            Self::Source => json!({"sources": [origin(index)]}),
+            Self::Mirror => json!({"mirror": origin(index)}),
+            Self::Exclusive | Self::Shared => json!({"subjects": [copied(index)], "allow_batched": true}),
+            Self::Pipelined | Self::StopAndWait => json!({"subjects": [copied(index)]}),
+        })
+        .await
+    }
+
+    /// The document of one copy by this program.
+    pub(crate) fn document(self, pair: &Pair, index: usize) -> Value {
+        let mut document = json!({"stream": source_stream(index), "target_stream": target_stream(index),
+            "target_subject_prefix": PREFIX, "source_url": pair.source_url(), "target_url": pair.target_url()});
+        if self == Self::Shared {
+            document["target_mode"] = "shared".into();
+        }
+        document
+    }
+
+    async fn service(self, pair: &Pair) -> Result<Sample> {
+        self.make_targets(pair).await?;
+        // A new process each time, so that its peak memory is that of this copy. Its time to start is not counted,
+        // the time from the request on is.
+        let mut service = Service::builder(&pair.source.url(), "BENCH").instance("bench").start().await?;
+        let client = connect(&pair.source.url()).await?;
+        let before = service.usage().cpu_seconds;
+        let clock = Clock::start(pair);
+        for index in 0..pair.load.streams {
+            request(&client, "replicator.config.add", self.document(pair, index)).await?;
+        }
+        pair.wait_copied(pair.load.messages).await?;
+        let usage = service.usage();
+        let sample = clock.stop(pair, pair.load.messages, usage.cpu_seconds - before, usage.rss_peak);
+        for index in 0..pair.load.streams {
+            request(&client, "replicator.config.delete", json!({"replication": source_stream(index)})).await?;
+        }
+        service.stop().await?;
+        Ok(sample)
+    }
+
+    async fn native(self, pair: &Pair) -> Result<Sample> {
+        let clock = Clock::start(pair);
+        self.make_targets(pair).await?;
+        pair.wait_copied(pair.load.messages).await?;
+        Ok(clock.stop(pair, pair.load.messages, 0.0, 0))
+    }
+}
+
+/// Subjects of a target stream that messages are published to.
+fn copied(index: usize) -> String {
+    format!("{PREFIX}.bench{index}.>")
 }
 
 /// CPU and time since its creation.
@@ -106,58 +169,28 @@ impl Clock {
     }
 }
 
-/// The document that copies the bench's stream.
-pub(crate) fn document(pair: &Pair, target_url: &str) -> serde_json::Value {
-    json!({"stream": SOURCE, "target_stream": TARGET, "target_subject_prefix": PREFIX,
-        "source_url": pair.source.url(), "target_url": target_url})
-}
-
-async fn service(pair: &Pair) -> Result<Sample> {
-    // A new process each time, so that its peak memory is that of this copy. Its time to start is not counted,
-    // the time from the request on is.
-    let mut service = Service::builder(&pair.source.url(), "BENCH").instance("bench").start().await?;
-    let client = connect(&pair.source.url()).await?;
-    let before = service.usage().cpu_seconds;
-    let clock = Clock::start(pair);
-    request(&client, "replicator.config.add", document(pair, &pair.target.url())).await?;
-    pair.wait_copied(pair.messages).await?;
-    let usage = service.usage();
-    let sample = clock.stop(pair, pair.messages, usage.cpu_seconds - before, usage.rss_peak);
-    request(&client, "replicator.config.delete", json!({"replication": SOURCE})).await?;
-    service.stop().await?;
-    Ok(sample)
-}
-
-async fn native(pair: &Pair) -> Result<Sample> {
-    let mut raw = Raw::connect(&pair.target.url()).await?;
-    let clock = Clock::start(pair);
-    let source = json!({"name": SOURCE, "external": {"api": format!("$JS.{DOMAIN}.API")}});
-    raw.create_stream(TARGET, json!({"sources": [source]})).await?;
-    pair.wait_copied(pair.messages).await?;
-    Ok(clock.stop(pair, pair.messages, 0.0, 0))
-}
+/// The slow way takes part of the first stream only: the time that this takes, at the least.
+const STOP_AND_WAIT: Duration = Duration::from_secs(2);
 
 async fn stop_and_wait(pair: &Pair) -> Result<Sample> {
-    let messages = pair.messages.min(STOP_AND_WAIT_MESSAGES);
-    let source = jetstream::new(connect(&pair.source.url()).await?);
-    let target = jetstream::new(connect(&pair.target.url()).await?);
-    let subjects = vec![format!("{PREFIX}.bench.>")];
-    let config = stream::Config { name: TARGET.to_owned(), subjects, ..Default::default() };
-    target.create_stream(config).await?;
-    let from = source.get_stream(SOURCE).await?;
+    Way::StopAndWait.make_targets(pair).await?;
+    let source = jetstream::new(connect(&pair.source_url()).await?);
+    let target = jetstream::new(connect(&pair.target_url()).await?);
+    let from = source.get_stream(source_stream(0)).await?;
     let config = consumer::pull::Config { ack_policy: consumer::AckPolicy::Explicit, ..Default::default() };
     let mut reader = from.create_consumer(config).await?.stream().max_messages_per_batch(500).messages().await?;
 
     let clock = Clock::start(pair);
-    for _ in 0..messages {
+    let mut messages = 0;
+    while clock.begin.elapsed() < STOP_AND_WAIT && messages < pair.load.messages {
         let next = tokio::time::timeout(Duration::from_secs(10), reader.next()).await;
         let message = next.context("no message")?.context("the consumer ended")??;
         let ack = target.publish(format!("{PREFIX}.{}", message.subject), message.payload.clone()).await?;
         ack.await?;
         message.ack_with(AckKind::Ack).await.map_err(|e| anyhow!("{e}"))?;
+        messages += 1;
     }
     let copier_cpu = clock.bench_cpu();
     let sample = clock.stop(pair, messages, 0.0, 0);
-    pair.wait_copied(messages).await?;
     Ok(Sample { copier_cpu, ..sample })
 }
