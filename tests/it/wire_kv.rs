@@ -7,7 +7,7 @@ use async_nats::jetstream::{self, kv};
 use futures_util::TryStreamExt;
 use serde_json::json;
 
-use crate::harness::{LIMIT, Outgoing, Site, connect, wait_for};
+use crate::harness::{LIMIT, Site, connect, wait_for};
 
 async fn contents(bucket: &kv::Store) -> Result<BTreeMap<String, Vec<u8>>> {
     let keys: Vec<String> = bucket.keys().await?.try_collect().await?;
@@ -70,39 +70,5 @@ async fn a_bucket_reads_the_same_live() -> Result<()> {
     }
     let row = site.row("KV_x").await.unwrap_or_default();
     assert_eq!((&row["counters"]["errors"], &row["counters"]["headers_removed"]), (&json!(0), &json!(0)), "{row}");
-    Ok(())
-}
-
-/// A key with a time to live of its own goes from the copy as well, and is marked as gone there as at the source.
-#[tokio::test]
-async fn a_key_that_expires_is_gone_from_the_copy_too() -> Result<()> {
-    let site = Site::start().await?;
-    if !site.source.at_least(2, 11) || !site.target.at_least(2, 11) {
-        return Ok(());
-    }
-    let config = json!({"subjects": ["$KV.t.>"], "max_msgs_per_subject": 5, "allow_rollup_hdrs": true,
-        "deny_delete": true, "allow_msg_ttl": true, "subject_delete_marker_ttl": 3_600_000_000_000_u64});
-    let mut raw = site.source_stream("KV_t", config).await?;
-    raw.publish(&Outgoing::new("$KV.t.short", "here").with_lines(&["Nats-TTL: 3s"])).await?;
-    raw.publish(&Outgoing::new("$KV.t.long", "here").with_lines(&["Nats-TTL: 1h"])).await?;
-    site.add("KV_t", json!({})).await?;
-    let bucket = |url: String| async move {
-        anyhow::Ok(jetstream::new(connect(&url).await?).get_key_value("t").await?)
-    };
-    site.settled("KV_t", 2).await?;
-    let (source, copy) = (bucket(site.source.url()).await?, bucket(site.target.url()).await?);
-    assert_eq!(copy.get("short").await?.as_deref(), Some(b"here".as_slice()));
-    for (bucket, where_) in [(&source, "source"), (&copy, "copy")] {
-        // What is left is the server's marker: empty to clients that do not know such markers.
-        let gone = async || bucket.get("short").await.is_ok_and(|value| value.is_none_or(|value| value.is_empty()));
-        wait_for(&format!("the key to expire at the {where_}"), LIMIT, gone).await?;
-    }
-    // The server's marker is a message like any other.
-    let state = site.source().await?.stream_state("KV_t").await?;
-    site.settled("KV_t", state["last_seq"].as_u64().unwrap_or_default()).await?;
-    assert_eq!(contents(&copy).await?, contents(&source).await?);
-    assert_eq!(copy.get("long").await?.as_deref(), Some(b"here".as_slice()));
-    let row = site.row("KV_t").await.unwrap_or_default();
-    assert_eq!(row["counters"]["headers_removed"], 0, "{row}");
     Ok(())
 }
