@@ -75,7 +75,7 @@ mod wire_fidelity;
 mod wire_kinds;
 #[path = "it/wire_kv.rs"]
 mod wire_kv;
-#[path = "it/wire_objects.rs"]
-mod wire_objects;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_objects.rs"]
+mod wire_objects;

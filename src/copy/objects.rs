@@ -211,7 +211,8 @@ mod tests {
     use super::*;
 
     fn description(nuid: &str, chunks: u64, deleted: bool) -> Vec<u8> {
-        let body = json!({"name": "report", "bucket": "b", "nuid": nuid, "size": 9, "chunks": chunks, "deleted": deleted});
+        let body =
+            json!({"name": "report", "bucket": "b", "nuid": nuid, "size": 9, "chunks": chunks, "deleted": deleted});
         body.to_string().into_bytes()
     }
 
