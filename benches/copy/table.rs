@@ -18,7 +18,9 @@ pub(crate) struct Row {
 /// What was measured on what.
 pub(crate) fn head(version: &str, rounds: usize) {
     println!("nats-server {version} on both sides, file storage; all servers and the copier share {} cores;", cores());
-    println!("medians of {rounds} round(s). CPU is in microseconds per message. The last columns compare within rounds.");
+    println!(
+        "medians of {rounds} round(s). CPU is in microseconds per message. The last columns compare within rounds."
+    );
 }
 
 /// One table: each row, and its rate against the rows of the ways that it is to be held against.
@@ -59,7 +61,10 @@ fn line(row: &Row, rows: &[Row], against: &[Way]) -> String {
         // The same load and the same distance first; else the same load as it was measured without any.
         let same = |other_row: &&Row| other_row.load == *load && other_row.way == *other;
         let found = rows.iter().filter(same).find(|r| r.note == *note).or_else(|| rows.iter().find(same));
-        line += &format!(" | {}", found.map_or_else(|| "-".to_owned(), |found| format!("{:.2}", ratio(samples, &found.samples))));
+        line += &format!(
+            " | {}",
+            found.map_or_else(|| "-".to_owned(), |found| format!("{:.2}", ratio(samples, &found.samples)))
+        );
     }
     line + " |"
 }
