@@ -142,7 +142,8 @@ pub(super) async fn open(
     loop {
         let config = new_config(replication, source, maker, replicas)?;
         match Api::new(lane).create_stream(name, &config).await {
-            Ok(info) => return Ok((info, true)),
+            // What is said of a stream that was just made may lack the domain, by which its acks are known (2.12).
+            Ok(made) => return Ok((Api::new(lane).stream_info(name).await?.unwrap_or(made), true)),
             // Not clustered, or not enough servers: what the target can do is fewer replicas.
             Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
                 replicas = if replicas > 3 { 3 } else { 1 };
