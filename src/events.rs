@@ -295,7 +295,13 @@ struct Shared {
 
 #[derive(Debug)]
 enum Item {
-    Event { subject: String, body: Vec<u8> },
+    Event {
+        subject: String,
+        body: Vec<u8>,
+    },
+    /// Tells that what was queued before is with the client.
+    Mark(oneshot::Sender<()>),
+    /// The same, when it is written.
     Flush(oneshot::Sender<()>),
 }
 
@@ -325,7 +331,7 @@ impl Events {
             while let Some(item) = waiting.recv().await {
                 match item {
                     Item::Event { subject, body } => _ = sink.send((subject, body)),
-                    Item::Flush(done) => _ = done.send(()),
+                    Item::Mark(done) | Item::Flush(done) => _ = done.send(()),
                 }
             }
         });
@@ -355,6 +361,17 @@ impl Events {
         self.shared.dropped.load(Ordering::Relaxed)
     }
 
+    /// Waits until everything emitted so far is on its way: what the same connection is given behind it comes behind it.
+    pub fn on_the_way(&self) -> impl Future<Output = ()> + Send + 'static {
+        let queue = self.queue.clone();
+        async move {
+            let (done, passed) = oneshot::channel();
+            if queue.send(Item::Mark(done)).await.is_ok() {
+                let _ = passed.await;
+            }
+        }
+    }
+
     /// Waits until everything emitted so far has been written to the server.
     pub async fn flush(&self) {
         let (done, written) = oneshot::channel();
@@ -374,6 +391,7 @@ async fn publish(client: async_nats::Client, mut waiting: mpsc::Receiver<Item>) 
                     warn!(subject, "event was not published: {error}");
                 }
             }
+            Item::Mark(done) => _ = done.send(()),
             Item::Flush(done) => {
                 if let Err(error) = client.flush().await {
                     debug!("events may not have been written: {error}");

@@ -17,7 +17,7 @@ use super::{Error, ErrorKind, gap::Gaps, resume::Resume, sharing::Intruders, win
 use crate::{
     chance,
     config::{Replication, Sharing},
-    events::Event,
+    events::{Event, Events},
     status::{Row, TargetMode},
     store::{Claim, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness},
 };
@@ -34,6 +34,7 @@ type Saving = Pin<Box<dyn Future<Output = Result<u64, SaveError>> + Send>>;
 /// The right to run a replication and its position record: claimed once per holder, lent to each run.
 pub struct Ledger {
     store: PositionStore,
+    events: Events,
     id: String,
     record: PositionRecord,
     revision: u64,
@@ -62,11 +63,13 @@ impl std::fmt::Debug for Ledger {
 
 impl Ledger {
     /// What follows from having claimed a position record (see [`PositionStore::claim`]).
-    pub fn new(store: PositionStore, id: &str, claim: Claim) -> Self {
+    /// `events` are what the runs tell: a record that makes something known is written behind them.
+    pub fn new(store: PositionStore, events: Events, id: &str, claim: Claim) -> Self {
         let Claim { record, revision, .. } = claim;
         let saved = watch::Sender::new(saved_seq(&record));
         Self {
             store,
+            events,
             id: id.to_owned(),
             record,
             revision,
@@ -160,7 +163,13 @@ impl Ledger {
         // Never used twice, also when the write before had an unknown outcome.
         self.record.nonce = self.record.nonce.wrapping_add(1);
         let record = PositionRecord { nonce: self.record.nonce, ..record };
+        // What the record makes known is not told again: a crash in between tells it twice rather than never.
+        let told = self.events.on_the_way();
         let saving = self.store.save(&self.id, record.clone(), self.revision);
+        let saving = async move {
+            told.await;
+            saving.await
+        };
         self.saving = Some((Box::pin(saving), record));
     }
 

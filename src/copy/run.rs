@@ -27,7 +27,7 @@ use super::{
     resume::{self, Already, Known, Resume, Sides, is_consumed, is_plain},
     sharing,
     target::{self, Abilities},
-    throttle::Throttle,
+    throttle::{self, Throttle},
     watchdog::{Action, Consumer, Seen, Tell, Watchdog},
     window::{SourcePoint, Window},
     writer::{Supply, TOO_LARGE, Writer},
@@ -53,8 +53,6 @@ const OUTPUT_LOW: usize = 32 * 1024;
 const TICK: Duration = Duration::from_millis(250);
 const TICK_IDLE: Duration = Duration::from_secs(1);
 const TICK_SAVED: Duration = Duration::from_secs(5);
-/// A consumer that was heard of more recently is not expected to say anything yet.
-const HEARTBEAT_MISSED: Duration = Duration::from_millis(2_600);
 /// How often the source is asked for its state.
 const INFO_EVERY: Duration = Duration::from_secs(10);
 /// The same while messages wait that the source may soon remove.
@@ -667,9 +665,8 @@ impl<'a> Run<'a> {
 
     fn go_on_with_renewal(&mut self, batch: &Batch) -> Result<(), Error> {
         let Some(renewal) = &mut self.renewal else { return Ok(()) };
-        let Some(made) = renewal.accept(&mut self.source, batch, self.replication.limits.bytes_in_flight) else {
-            return Ok(());
-        };
+        let ahead = throttle::read_ahead(&self.replication.limits);
+        let Some(made) = renewal.accept(&mut self.source, batch, ahead) else { return Ok(()) };
         self.renewal = None;
         let made = made.map_err(|error| {
             let stream = &self.replication.source.stream;
@@ -815,13 +812,10 @@ impl<'a> Run<'a> {
             self.info_request = Some(self.source.send_request(&subject, b""));
         }
         self.rejects.check(now)?;
-        let action = self.watchdog.look(now, &self.seen());
-        action.map_or(Ok(()), |action| self.act(action))?;
-        // What is silent is looked at in time; most are not, and a thousand idle ones would look for nothing.
         let seen = self.seen();
-        let late = now.duration_since(seen.consumer_heard) >= HEARTBEAT_MISSED;
-        let silent = self.watchdog.silent_at(&seen).filter(|at| late && *at > now);
-        self.next_tick = silent.map_or(self.next_tick, |at| at.min(self.next_tick));
+        let action = self.watchdog.look(now, &seen);
+        action.map_or(Ok(()), |action| self.act(action))?;
+        self.next_tick = self.watchdog.silent_at(now, &seen).map_or(self.next_tick, |at| at.min(self.next_tick));
         self.look_after_target(now)?;
         Ok(self.reader.check(now, self.reads)?)
     }

@@ -13,6 +13,8 @@ use crate::events::Step;
 
 /// Silence after which a consumer that owes a sign of life every 2.5 s is taken for lost: two of them and a second.
 const SILENCE: Duration = Duration::from_secs(6);
+/// A sign of life is late.
+const LATE: Duration = Duration::from_millis(2_600);
 /// One sign of life was missed: the server is asked, and so is whether the connection lives.
 const MISSED: Duration = Duration::from_millis(3_500);
 /// Time without a delivery, though messages wait, after which the server is asked what its consumer has.
@@ -54,7 +56,7 @@ pub(super) struct Seen {
     pub in_air: usize,
     /// A message is here and not sent.
     pub waiting: bool,
-    /// It waits on purpose, for a limit of the rate.
+    /// It waits on purpose: for a limit of the rate, or for dead letters before it.
     pub held_back: bool,
     /// When something settled or was skipped last.
     pub settled: Instant,
@@ -191,13 +193,15 @@ impl Watchdog {
         None
     }
 
-    /// When the consumer has to be looked at if it gives no sign of life until then; `None` while it owes none.
-    pub fn silent_at(&self, seen: &Seen) -> Option<Instant> {
+    /// When the consumer has to be looked at if it gives no sign of life until then; `None` while it owes none. Most are
+    /// heard of in time, and a thousand idle ones would wake for nothing: one that is not late waits for the next look.
+    pub fn silent_at(&self, now: Instant, seen: &Seen) -> Option<Instant> {
         let at = match self.asked {
             Some(asked) if self.asked_since(seen) => asked + (SILENCE - MISSED),
             _ => seen.consumer_heard + MISSED,
         };
-        (seen.asking && !seen.receiving).then_some(at)
+        let late = now.duration_since(seen.consumer_heard) >= LATE;
+        (seen.asking && !seen.receiving && late && at > now).then_some(at)
     }
 
     fn asked_within(&self, now: Instant, time: Duration) -> bool {

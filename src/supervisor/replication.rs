@@ -463,7 +463,7 @@ impl Session {
             let another = |holder: &String| !holder.is_empty() && *holder != deps.instance;
             let previous = Some(claim.previous.clone()).filter(another);
             self.context.emit(Event::Leader { epoch: claim.record.epoch, previous });
-            self.ledger = Some(Ledger::new(deps.positions.clone(), id, claim));
+            self.ledger = Some(Ledger::new(deps.positions.clone(), deps.events.clone(), id, claim));
         }
         Ok(())
     }

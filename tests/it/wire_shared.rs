@@ -278,7 +278,8 @@ async fn in_the_middle_of_a_fast_copy_a_target_turns_shared_and_nothing_is_lost_
             let told = site.events.told("target-shared");
             let reason = format!("message {at} on `x.foreign` is not of this replication");
             // Killed before it was saved, it turned out again.
-            ensure!(!told.is_empty() && told.len() <= 1 + usize::from(killed), "{told:?}");
+            let enough = !told.is_empty() && told.len() <= 1 + usize::from(killed);
+            ensure!(enough, "batched {batched}, killed {killed}: {told:?}\n{}", site.service.log());
             assert_eq!((&told[0]["target_seq"], &told[0]["reason"]), (&json!(at), &json!(reason)));
             ensure!(site.service.log().contains("TargetShared"), "{}", site.service.log());
             let expect = Expect::copy_of("A").shared();

@@ -153,10 +153,11 @@ impl Plan {
     /// Until a connection or consumer that is dead is given up.
     fn silence(&self, fault: Fault) -> u64 {
         match fault {
-            // A pull that is never heard of is renewed after 30 s, and the silence behind it lasts 13 s.
+            // At the most: a pull that is never heard of is renewed after 30 s, and what is silent behind it is given up.
             Fault::HalfOpen(Side::Source, Way::To) => 43,
             Fault::HalfOpen(..) => 15,
-            // An ack that never comes: nothing moves for 30 s. In a batch, the end is asked for for 10 s.
+            // An ack that never comes: the target is asked, and at the latest nothing has moved for 30 s, or the end of a
+            // batch has not come for 10 s.
             Fault::Lose(Side::Target, _) => {
                 if self.batched {
                     10
@@ -166,7 +167,7 @@ impl Plan {
             }
             // Where only the stream's last sequence tells that messages wait.
             Fault::Mute => 35,
-            // A silent consumer.
+            // A consumer that is silent until it is given up.
             Fault::Restart(..) | Fault::SourceAnew | Fault::SourceForgets(_) | Fault::Lose(Side::Source, _) => 13,
             _ => 0,
         }

@@ -107,7 +107,7 @@ impl Scene {
                     continue;
                 }
             };
-            let mut ledger = Ledger::new(self.store(), ID, claim);
+            let mut ledger = Ledger::new(self.store(), self.events.clone(), ID, claim);
             drop(running);
             while !self.paused.now() {
                 let running = Running::new(&self.running);
