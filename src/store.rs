@@ -13,6 +13,8 @@ pub use bucket::{Cells, PutError, Stored};
 pub use buckets::{Buckets, CONFIG_HISTORY, Error};
 pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
 pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
-pub use positions::{Claim, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness};
+pub use positions::{
+    Claim, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness,
+};
 pub use sessions::{SessionChange, SessionRecord, SessionStore};
 pub use watch::{Change, Changes};

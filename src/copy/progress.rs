@@ -19,7 +19,7 @@ use crate::{
     config::{Replication, Sharing},
     events::{Event, Events},
     status::{Row, TargetMode},
-    store::{Claim, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness},
+    store::{Claim, Orphans, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness},
 };
 
 /// At most one save in this time while a run is under way.
@@ -128,6 +128,11 @@ impl Ledger {
             return Err(Error::new(ErrorKind::Retry, "the position record changed under us after it was moved"));
         }
         Ok(())
+    }
+
+    /// Notes copies whose source is lost; saved with the position.
+    pub(super) fn orphans(&mut self, orphans: Option<Orphans>) {
+        self.record.orphans = orphans;
     }
 
     /// Notes, before one is made, that the replication has a durable consumer at its source: it goes with it.
@@ -283,13 +288,15 @@ pub(super) struct Witnesses<'a> {
 impl Witnesses<'_> {
     fn record(&self, saved: &PositionRecord) -> PositionRecord {
         let position = self.window.position();
+        let target = self.window.target();
         PositionRecord {
             source: Some(SourceWitness {
                 seq: position.seq,
                 time_ns: position.time_ns,
                 created: self.source_created.to_owned(),
             }),
-            target: self.window.target().map(|target| TargetWitness {
+            orphans: saved.orphans.filter(|orphans| target.is_none_or(|target| target.seq < orphans.to)),
+            target: target.map(|target| TargetWitness {
                 seq: target.seq,
                 source_seq: target.source_seq,
                 created: self.target_created.to_owned(),

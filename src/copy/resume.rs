@@ -23,7 +23,7 @@ use crate::{
         jetstream::{Api, StoredMessage, StreamInfo},
     },
     status::TargetMode,
-    store::{PositionRecord, SourceWitness, TargetWitness},
+    store::{Orphans, PositionRecord, SourceWitness, TargetWitness},
 };
 
 /// Messages looked at first when a stream is searched from its end; each further step looks at four times as many.
@@ -50,6 +50,8 @@ pub(super) struct Resume {
     pub foreign: Option<Foreign>,
     /// Messages behind the saved place at the target that were consumed or removed before they were looked at.
     pub unseen: u64,
+    /// Copies of what the source has lost: they were told.
+    pub orphans: Option<Orphans>,
     /// What people have to know.
     pub findings: Vec<Event>,
 }
@@ -64,6 +66,7 @@ impl Resume {
             before: Before::Nothing,
             foreign: None,
             unseen: 0,
+            orphans: None,
             findings: Vec::new(),
         }
     }
@@ -166,6 +169,8 @@ pub(super) struct Sides<'a> {
     pub durable: Option<&'a Durable>,
     /// Last sequence of the target when the run before began, if its chain broke.
     pub chain_broke_behind: Option<u64>,
+    /// What the record says of copies whose source is lost.
+    pub orphans: Option<Orphans>,
 }
 
 /// A message of ours at the target.
@@ -217,6 +222,9 @@ enum Witness {
 
 /// Finds out where to go on. `mode` is what is known of the target before it is looked at.
 pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: TargetMode) -> Result<Resume, Error> {
+    // Of a target that lost its end, other messages may lie there by now.
+    let same = record.target.as_ref().is_none_or(|target| target.created == sides.target.created);
+    sides.orphans = sides.orphans.filter(|orphans| same && orphans.to <= sides.target.state.last_seq);
     let mut resume = match &record.source {
         Some(saved) => sides.with_record(saved, record.target.as_ref()).await?,
         None => sides.without_record().await?,
@@ -225,6 +233,9 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
         resume.mode = mode;
         // Known before.
         resume.findings.retain(|finding| !matches!(finding, Event::TargetShared { .. }));
+    }
+    if !resume.findings.iter().any(|finding| matches!(finding, Event::TargetReset { .. })) {
+        resume.orphans = resume.orphans.or(sides.orphans);
     }
     // What the source has not reached cannot be the same message when it does.
     let last = sides.source.state.last_seq;
@@ -324,14 +335,13 @@ impl Sides<'_> {
         let mut resume = Resume::at(position, target);
         let last = self.target.state.last_seq;
         let behind = target.map_or(0, |point| point.seq);
-        // Without batches it is noticed late, when what was copied behind it is saved already.
-        if let Some(exact) = self.chain_broke_behind.filter(|exact| *exact < behind) {
-            self.look_for_others(exact + 1, behind.min(last), &mut resume).await?;
-        }
         if last <= behind {
             return Ok(resume);
         }
-        let quick = if chain { self.ours_at(last).await?.filter(|newest| newest.complete) } else { None };
+        let orphans = self.orphans;
+        let orphan = |message: &Ours| orphans.is_some_and(|orphans| orphans.contains(message.target_seq));
+        let quick = if chain { self.ours_at(last).await? } else { None };
+        let quick = quick.filter(|newest| newest.complete && !orphan(newest));
         let mut ours = match (quick, target) {
             (Some(newest), _) => vec![newest],
             // Without a saved place at the target, what lies there from before is nobody's business: only what came
@@ -346,7 +356,7 @@ impl Sides<'_> {
             }
             (None, Some(_)) => self.look_for_others(behind + 1, last, &mut resume).await?,
         };
-        ours.retain(|message| message.origin.seq > position.seq);
+        ours.retain(|message| message.origin.seq > position.seq && !orphan(message));
         let Some(newest) = ours.last() else { return Ok(resume) };
         if self.witness(newest.origin).await? == Witness::Broken {
             let mut back = self.source_went_back(position.seq, "its end is not what was copied").await?;
@@ -430,7 +440,11 @@ impl Sides<'_> {
     /// without one it is another stream, and all of it is new.
     async fn source_went_back(&mut self, saved: u64, reason: &str) -> Result<Resume, Error> {
         let mut resume = match self.newest_known(Proof::Message).await? {
-            Some(tail) => self.behind(tail, None).await?,
+            Some(tail) => {
+                let from = tail.ours[tail.newest].target_seq + 1;
+                let to = self.target.state.last_seq;
+                Resume { orphans: (from <= to).then_some(Orphans { from, to }), ..self.behind(tail, None).await? }
+            }
             None => Resume::at(SourcePoint::default(), self.last_of_ours().await?),
         };
         let finding = Event::SourceReset { saved, resumed: resume.position.seq, reason: reason.to_owned() };
@@ -577,7 +591,8 @@ impl Sides<'_> {
         let holds = match (found, saved.time_ns) {
             (Some(found), Some(saved)) => found == saved,
             (Some(_), None) => same_hint,
-            (None, _) if saved.seq < first => true,
+            // Nothing left that could contradict. Where the stream says it is another one, it is.
+            (None, _) if saved.seq < first => same_hint || saved.created.is_empty(),
             (None, Some(time_ns)) => !self.has_later_below(saved.seq, time_ns).await?,
             (None, None) => same_hint || self.newest_known(Proof::Message).await?.is_some(),
         };

@@ -175,6 +175,7 @@ impl<'a> Run<'a> {
             target: &target_info,
             durable: durable.as_ref(),
             chain_broke_behind: ledger.chain_broke_behind(),
+            orphans: ledger.record().orphans,
         };
         let (mode, news) = sharing::begin(&replication, &target_info, ledger.record(), job.neighbour.as_deref());
         abilities.share(mode);
@@ -182,6 +183,7 @@ impl<'a> Run<'a> {
         let mut resume = resume::find(sides, ledger.record(), mode).await?;
         resume.findings.extend(news);
         ledger.unwanted(&mut resume, &replication)?;
+        ledger.orphans(resume.orphans);
         abilities.share(resume.mode);
         if Durable::is_needed(&source_info) {
             ledger.uses_durable().await?;
@@ -286,7 +288,7 @@ impl<'a> Run<'a> {
             "copying"
         );
         self.already = resume.already;
-        self.window.keep_target(!self.already.is_empty());
+        self.window.keep_target(keeps_target(&self.already, &self.writer));
     }
 
     /// Tells what the run before could not: it ended before the source had answered.
@@ -481,7 +483,7 @@ impl<'a> Run<'a> {
             let counters = &mut self.copy.counters;
             let subject = incoming.message.subject;
             let known = self.already.take(seq, time_ns, subject, &self.replication.mapping);
-            self.window.keep_target(!self.already.is_empty());
+            self.window.keep_target(keeps_target(&self.already, &self.writer));
             match known {
                 _ if self.job.skip == Some(SourceMessage { seq, time_ns }) => {
                     counters.skipped_refused += 1;
@@ -493,9 +495,9 @@ impl<'a> Run<'a> {
                 Some(Known::Stored(target_seq)) => {
                     // A position without any place at the target could not tell that the target lost all of it.
                     let first = self.window.target().is_none() && self.already.all_behind(target_seq);
-                    self.window.keep_target(!first && !self.already.is_empty());
+                    self.window.keep_target(!first && keeps_target(&self.already, &self.writer));
                     self.window.stored_before(source, target_seq);
-                    self.window.keep_target(!self.already.is_empty());
+                    self.window.keep_target(keeps_target(&self.already, &self.writer));
                 }
                 Some(Known::Replaced) => self.window.skip(source),
                 None => match self.rules.decide(subject, time_ns, incoming.message.header, now_ns) {
@@ -598,6 +600,7 @@ impl<'a> Run<'a> {
         let now = Instant::now();
         let elapsed = now.duration_since(self.began).as_micros() as u64;
         let mut observed = (0, 0);
+        self.window.keep_target(keeps_target(&self.already, &self.writer));
         while let Some(done) = self.window.pop() {
             self.moved = now;
             let counters = &mut self.copy.counters;
@@ -894,6 +897,12 @@ impl<'a> Run<'a> {
             Ending::Stopped => Ok(()),
         })
     }
+}
+
+/// Whether the known place at the target has to stay where it is: messages of ours may lie behind it that have not come
+/// by. Those of before the run, or those that an older holder sent while it began.
+fn keeps_target(already: &Already, writer: &Writer) -> bool {
+    !already.is_empty() || !writer.adds_up()
 }
 
 fn witnesses<'w>(

@@ -478,6 +478,12 @@ impl Writer {
         }
     }
 
+    /// Whether the target holds nothing but messages of ours up to the newest that it confirmed, as far as sequences tell.
+    pub fn adds_up(&self) -> bool {
+        let counts = matches!(self.mode, Mode::Pipelined { .. }) && self.abilities.mode == TargetMode::Exclusive;
+        !counts || self.exact == self.expected_last
+    }
+
     /// Behind this place at the target somebody else may have written, and nowhere before it since the run began.
     pub fn exact(&self, window: &Window) -> u64 {
         match self.mode {

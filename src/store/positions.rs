@@ -47,6 +47,9 @@ pub struct PositionRecord {
     /// for duplicates.
     #[serde(default, skip_serializing_if = "is_default")]
     pub generation: u64,
+    /// Copies at the target of what the source has lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub orphans: Option<Orphans>,
     /// Whether a durable consumer may have been made at the source, to be deleted with the replication.
     #[serde(default, skip_serializing_if = "is_default")]
     pub durable: bool,
@@ -89,6 +92,23 @@ pub struct TargetWitness {
     pub source_seq: u64,
     /// `created` of the stream; a hint, not an identity.
     pub created: String,
+}
+
+/// The copies, behind all others at the time, whose source messages went with the end of the source. They stay, and
+/// say nothing any more: a start that finds them at the end of the target does not take them for news.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Orphans {
+    /// First target sequence.
+    pub from: u64,
+    /// Last target sequence.
+    pub to: u64,
+}
+
+impl Orphans {
+    /// Whether a target sequence is one of theirs.
+    pub fn contains(&self, seq: u64) -> bool {
+        (self.from..=self.to).contains(&seq)
+    }
 }
 
 /// What the watch tells of one record.
@@ -256,6 +276,7 @@ impl PositionRecord {
             target_mode: TargetMode::default(),
             moved_back: false,
             generation: 0,
+            orphans: None,
             durable: false,
             status: None,
             other: BTreeMap::new(),

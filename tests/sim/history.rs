@@ -175,7 +175,9 @@ impl History {
     /// The source lost what lies behind a sequence.
     pub fn cut(&mut self, keep: u64) {
         let at = self.world.elapsed();
-        if self.saved.source["seq"].as_u64().is_some_and(|seq| seq > keep) {
+        // A stream that keeps few messages of a subject may have none left that tells of the loss, if it is not made anew.
+        let tells = keep == 0 || self.plan.source_keeps.is_none();
+        if tells && self.saved.source["seq"].as_u64().is_some_and(|seq| seq > keep) && !self.plan.unsure() {
             self.due.push("source-reset");
         }
         for number in self.held.split_off(&(keep + 1)).into_values() {
@@ -191,7 +193,7 @@ impl History {
     /// The target lost what lies behind a sequence.
     pub fn lost(&mut self, keep: u64) {
         let at = self.world.elapsed();
-        if self.saved.target["seq"].as_u64().is_some_and(|seq| seq > keep) {
+        if self.saved.target["seq"].as_u64().is_some_and(|seq| seq > keep) && !self.plan.unsure() {
             self.due.push("target-reset");
         }
         for copy in self.copies.iter_mut().filter(|copy| copy.target_seq > keep && copy.lost.is_none()) {
@@ -319,15 +321,15 @@ impl History {
         self.replace(number);
     }
 
-    /// Copies of newer messages of the same subject that are so many that nobody needs this one any more. Those of
-    /// connections that were opened after `late` do not count: nothing but the ids, as long as they are remembered,
-    /// keeps what is late from coming behind them.
+    /// Copies of newer messages of the same subject that are so many that nobody needs this one any more. Those that
+    /// came over other connections, after the one of this message was opened at `late`, do not count: nothing but the
+    /// ids, as long as they are remembered, keeps it from coming behind them.
     fn newer_of_subject(&self, number: usize, late: Option<Duration>) -> Option<u64> {
         let keep = self.plan.keeps?;
         let original = &self.originals[number];
         let newer = self.originals[number + 1..].iter().filter(|other| {
             let same = other.subject == original.subject && other.incarnation == original.incarnation;
-            let counts = |copy: &Copy| copy.is_there() && late.is_none_or(|late| copy.opened <= late);
+            let counts = |copy: &Copy| copy.is_there() && late.is_none_or(|late| copy.opened == late || copy.at < late);
             same && other.cut.is_none()
                 && !self.moves.iter().any(|(_, to)| *to < original.seq)
                 && other.copies.iter().any(|copy| counts(&self.copies[*copy]))
@@ -441,8 +443,10 @@ impl History {
         let Some(seq) = now.source["seq"].as_u64() else { return };
         let last = before.source["seq"].as_u64().unwrap_or(0);
         // A write of unknown outcome that arrives after all is the holder's own: it writes over it what it knows.
-        let late = epoch == before.epoch && self.plan.has(|fault| matches!(fault, Fault::Trouble(_)));
-        if seq < last && !late && !std::mem::take(&mut self.any_position) {
+        let late = epoch == before.epoch && self.plan.unsure();
+        // With the record, the fence between two holders is gone: each writes what it knows until they meet.
+        let unfenced = self.plan.second.is_some() && self.plan.has(|fault| fault == Fault::RecordLost);
+        if seq < last && !late && !unfenced && !std::mem::take(&mut self.any_position) {
             self.back =
                 Some((before.resets, format!("the position goes back from {last} to {seq}, and nobody was told")));
         }
@@ -526,9 +530,11 @@ impl History {
         Some(format!("{} are missing, first {} of {}", missing.len(), first.seq, first.time_ns))
     }
 
-    /// How many.
+    /// How many may have to be copied yet: what the source has removed may have been read before.
     pub fn backlog(&self) -> usize {
-        self.held.values().filter(|number| self.is_missing(**number)).count()
+        let waits = |o: &&Original| o.wanted && o.excused.is_none() && o.cut.is_none() && o.copies.is_empty();
+        let unread = self.originals.iter().filter(waits).count();
+        unread.max(self.held.values().filter(|number| self.is_missing(**number)).count())
     }
 
     fn is_missing(&self, number: usize) -> bool {
@@ -552,12 +558,19 @@ impl History {
         self.originals.iter().any(|o| o.seq == seq && (!o.copies.is_empty() || o.excused.is_some()))
     }
 
-    /// A message that the source still has and that was left out by request, which nobody was told.
+    /// Messages that were left out by request.
+    pub fn left_out(&self) -> BTreeSet<u64> {
+        self.originals.iter().filter(|o| o.excused == Some(LEFT_OUT)).map(|original| original.seq).collect()
+    }
+
+    /// A message that the source still has and that was left out by request, which nobody was told. Another holder may
+    /// have found it too old, or replaced, before it was asked.
     pub fn left_out_untold(&self) -> Option<u64> {
-        let asked = self
-            .originals
-            .iter()
-            .filter(|o| o.excused == Some(LEFT_OUT) && self.held.contains_key(&o.seq) && o.cut.is_none());
+        let asked = self.originals.iter().enumerate().filter(|(number, o)| {
+            let asked = o.excused == Some(LEFT_OUT) && self.held.contains_key(&o.seq) && o.cut.is_none();
+            asked && !self.is_old(o) && !self.is_replaced(*number)
+        });
+        let asked = asked.map(|(_, original)| original);
         let told: BTreeSet<u64> = self.events("poison").filter_map(|event| event["source_seq"].as_u64()).collect();
         asked.map(|original| original.seq).find(|seq| !told.contains(seq))
     }

@@ -226,6 +226,11 @@ impl Plan {
         self.faults.iter().any(|(_, fault)| wanted(*fault))
     }
 
+    /// Whether a process may not know what it saved: it goes by what it knows.
+    pub fn unsure(&self) -> bool {
+        self.has(|fault| matches!(fault, Fault::Trouble(_)))
+    }
+
     /// How long the messages of a fault are told before the fault is known: until then a record may speak of what was.
     /// Connections break with the fault, a last save may take 3 s and arrive after 6 s more, and a process that is
     /// stopped meanwhile saves later.

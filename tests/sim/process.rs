@@ -54,6 +54,10 @@ impl Hands {
         *self.frozen.lock().expect("frozen") = Some(Instant::now() + time);
     }
 
+    pub fn is_frozen(&self) -> bool {
+        self.frozen.lock().expect("frozen").is_some_and(|until| until > Instant::now())
+    }
+
     /// No more of that.
     pub fn heal(&self) {
         self.polls.store(0, Ordering::Relaxed);

@@ -225,12 +225,14 @@ impl Scene {
             }
             Fault::Move { by, back } => {
                 self.paused.set(true);
+                // As the service does: while one runs, or is stopped in the middle, nothing is moved.
+                let busy =
+                    || self.running.load(Ordering::Relaxed) > 0 || self.hands.iter().any(|hands| hands.is_frozen());
                 let end = Instant::now() + Duration::from_secs(15);
-                while self.running.load(Ordering::Relaxed) > 0 && Instant::now() < end {
+                while busy() && Instant::now() < end {
                     sleep(Duration::from_millis(100)).await;
                 }
-                // As the service does: while one runs, or is stopped in the middle, nothing is moved.
-                if self.running.load(Ordering::Relaxed) == 0
+                if !busy()
                     && let Err(error) = self.move_position(by, back).await
                 {
                     self.ends.lock().expect("ends").push(format!("not moved: {error}"));
