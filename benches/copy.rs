@@ -41,6 +41,12 @@ struct Arguments {
     /// Only this payload size, in bytes, where there are several.
     #[arg(long, value_name = "BYTES")]
     only: Option<usize>,
+    /// Only these ways, where several are compared.
+    #[arg(long, value_delimiter = ',')]
+    way: Vec<Way>,
+    /// Fields that are added to the documents of this program, as JSON: `{"limits": {"messages_in_flight": 1000}}`.
+    #[arg(long, value_name = "JSON")]
+    fields: Option<serde_json::Value>,
     /// Rounds; the tables show medians.
     #[arg(long)]
     rounds: Option<usize>,
@@ -113,8 +119,14 @@ impl<'a> Bench<'a> {
         Load { payload, messages, streams, replicas }
     }
 
+    /// Servers for all that follows, `replicas` at the target.
+    async fn pair(&self, replicas: usize) -> Result<Pair> {
+        let fields = self.arguments.fields.clone().unwrap_or_default();
+        Pair::start(replicas, fields).await
+    }
+
     async fn run(mut self) -> Result<()> {
-        let mut pair = Pair::start(1).await?;
+        let mut pair = self.pair(1).await?;
         table::head(pair.source.version(), self.rounds);
         if self.wants(Section::Payloads) {
             self.payloads(&mut pair).await?;
@@ -133,7 +145,7 @@ impl<'a> Bench<'a> {
         }
         drop(pair);
         if self.wants(Section::Replicas) {
-            let mut cluster = Pair::start(3).await?;
+            let mut cluster = self.pair(3).await?;
             let load = self.load(1024, 200_000, 1, 3);
             let rows = self.compare(&mut cluster, load, &Way::ALL).await?;
             self.table("Three replicas at the target", rows);
@@ -208,8 +220,9 @@ impl<'a> Bench<'a> {
     /// All ways with one load; interleaved, so that what disturbs the machine for a while disturbs all of them.
     async fn compare(&self, pair: &mut Pair, load: Load, ways: &[Way]) -> Result<Vec<Row>> {
         pair.preload(load).await?;
+        let wanted = |way: &&Way| self.arguments.way.is_empty() || self.arguments.way.contains(way);
         let row = |way: &Way| Row { load, way: *way, note: String::new(), samples: Vec::new() };
-        let mut rows: Vec<Row> = ways.iter().map(row).collect();
+        let mut rows: Vec<Row> = ways.iter().filter(wanted).map(row).collect();
         for round in 1..=self.rounds {
             for row in &mut rows {
                 let sample = row.way.measure(pair).await?;

@@ -36,6 +36,8 @@ pub(crate) struct Pair {
     pub(crate) source: Server,
     pub(crate) targets: Vec<Server>,
     pub(crate) load: Load,
+    /// Fields that the documents of this program have beside the usual ones.
+    pub(crate) fields: Value,
     /// Between us and the servers, where the way is long.
     distance: Distance,
 }
@@ -59,7 +61,7 @@ pub(crate) fn target_stream(index: usize) -> String {
 
 impl Pair {
     /// Servers without messages; `replicas` target servers.
-    pub(crate) async fn start(replicas: usize) -> Result<Self> {
+    pub(crate) async fn start(replicas: usize, fields: Value) -> Result<Self> {
         let port = free_port()?;
         let listen = format!("leafnodes {{ host: \"127.0.0.1\", port: {port} }}");
         let source = Server::builder(Role::Source).domain(DOMAIN).config(&listen).start().await?;
@@ -77,7 +79,7 @@ impl Pair {
             targets.push(builder.start().await?);
         }
         let load = Load { payload: 0, messages: 0, streams: 0, replicas };
-        let pair = Self { source, targets, load, distance: Distance::default() };
+        let pair = Self { source, targets, load, fields, distance: Distance::default() };
         pair.wait_ready().await?;
         Ok(pair)
     }

@@ -5,14 +5,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use async_nats::jetstream::{self, AckKind, consumer};
+use clap::ValueEnum;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 
 use crate::harness::process::{Usage, machine_cpu_seconds};
+use crate::harness::site::merged;
 use crate::harness::{Service, connect, request};
 use crate::pair::{DOMAIN, PREFIX, Pair, source_stream, target_stream};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Way {
     /// This program into a target of its own, which takes fast-ingest batches.
     Exclusive,
@@ -24,7 +26,7 @@ pub(crate) enum Way {
     Source,
     /// A stream at the target that mirrors it.
     Mirror,
-    /// Read one, publish it, wait for the ack, acknowledge it, read the next.
+    /// Ask for one, publish it, wait for the ack, acknowledge it, ask for the next.
     StopAndWait,
 }
 
@@ -102,7 +104,7 @@ impl Way {
         if self == Self::Shared {
             document["target_mode"] = "shared".into();
         }
-        document
+        merged(document, pair.fields.clone())
     }
 
     async fn service(self, pair: &Pair) -> Result<Sample> {
@@ -178,13 +180,13 @@ async fn stop_and_wait(pair: &Pair) -> Result<Sample> {
     let target = jetstream::new(connect(&pair.target_url()).await?);
     let from = source.get_stream(source_stream(0)).await?;
     let config = consumer::pull::Config { ack_policy: consumer::AckPolicy::Explicit, ..Default::default() };
-    let mut reader = from.create_consumer(config).await?.stream().max_messages_per_batch(500).messages().await?;
+    let reader = from.create_consumer(config).await?;
 
     let clock = Clock::start(pair);
     let mut messages = 0;
     while clock.begin.elapsed() < STOP_AND_WAIT && messages < pair.load.messages {
-        let next = tokio::time::timeout(Duration::from_secs(10), reader.next()).await;
-        let message = next.context("no message")?.context("the consumer ended")??;
+        let mut next = reader.fetch().max_messages(1).expires(Duration::from_secs(10)).messages().await?;
+        let message = next.next().await.context("no message")?.map_err(|e| anyhow!("{e}"))?;
         let ack = target.publish(format!("{PREFIX}.{}", message.subject), message.payload.clone()).await?;
         ack.await?;
         message.ack_with(AckKind::Ack).await.map_err(|e| anyhow!("{e}"))?;

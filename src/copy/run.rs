@@ -115,6 +115,8 @@ pub(super) struct Run<'a> {
     copy: CopyStatus,
     began: Instant,
     next_tick: Instant,
+    /// The consumer is looked at then if it is not heard of before.
+    silent_at: Option<Instant>,
     moved: Instant,
     ending: Option<(Ending, Instant)>,
     /// Left out by request, and not told yet.
@@ -246,6 +248,7 @@ impl<'a> Run<'a> {
             copy,
             began: now,
             next_tick: now,
+            silent_at: None,
             moved: now,
             ending: None,
             skipped: None,
@@ -384,14 +387,15 @@ impl<'a> Run<'a> {
             if let Some(end) = self.ended(now) {
                 return end;
             }
-            if now >= self.next_tick {
+            if now >= self.next_tick || self.silent_at.is_some_and(|at| now >= at) {
                 self.tick(now, ledger)?;
             }
+            self.silent_at = self.watchdog.silent_at(now, &self.seen());
             let supply = self.supply();
             self.writer.commit_if_due(&mut self.target, supply, now);
             self.reader.settled(&mut self.source, self.window.position().seq);
             self.reads = self.reader.may_read(&self.job.budget);
-            let due = [self.writer.next_commit(supply), self.throttled].into_iter().flatten();
+            let due = [self.writer.next_commit(supply), self.throttled, self.silent_at].into_iter().flatten();
             let wake = due.fold(self.next_tick, Instant::min);
             tokio::select! {
                 biased;
@@ -818,7 +822,6 @@ impl<'a> Run<'a> {
         let seen = self.seen();
         let action = self.watchdog.look(now, &seen);
         action.map_or(Ok(()), |action| self.act(action))?;
-        self.next_tick = self.watchdog.silent_at(now, &seen).map_or(self.next_tick, |at| at.min(self.next_tick));
         self.look_after_target(now)?;
         Ok(self.reader.check(now, self.reads)?)
     }

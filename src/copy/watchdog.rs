@@ -13,8 +13,6 @@ use crate::events::Step;
 
 /// Silence after which a consumer that owes a sign of life every 2.5 s is taken for lost: two of them and a second.
 const SILENCE: Duration = Duration::from_secs(6);
-/// A sign of life is late.
-const LATE: Duration = Duration::from_millis(2_600);
 /// One sign of life was missed: the server is asked, and so is whether the connection lives.
 const MISSED: Duration = Duration::from_millis(3_500);
 /// Time without a delivery, though messages wait, after which the server is asked what its consumer has.
@@ -193,15 +191,14 @@ impl Watchdog {
         None
     }
 
-    /// When the consumer has to be looked at if it gives no sign of life until then; `None` while it owes none. Most are
-    /// heard of in time, and a thousand idle ones would wake for nothing: one that is not late waits for the next look.
+    /// When the consumer has to be looked at if it gives no sign of life until then; `None` while it owes none, and when it
+    /// was looked at. A sign of life that comes moves it on, which wakes nobody beside.
     pub fn silent_at(&self, now: Instant, seen: &Seen) -> Option<Instant> {
         let at = match self.asked {
             Some(asked) if self.asked_since(seen) => asked + (SILENCE - MISSED),
             _ => seen.consumer_heard + MISSED,
         };
-        let late = now.duration_since(seen.consumer_heard) >= LATE;
-        (seen.asking && !seen.receiving && late && at > now).then_some(at)
+        (seen.asking && !seen.receiving && at > now).then_some(at)
     }
 
     fn asked_within(&self, now: Instant, time: Duration) -> bool {
