@@ -11,15 +11,15 @@ demo: servers ## two throw-away servers, a replication, a crash in the middle, a
 test: servers ## all tests, on real nats-servers
 	cargo test --locked -- --test-threads 4
 
-sim: ## the copy core in simulation: SEEDS=n of them, or SEED=n alone
-	cargo test --locked --test sim -- --nocapture
+sim: ## the copy core in simulation: 10,000 seeds, SEEDS=n of them, or SEED=n alone
+	SEEDS=$(or $(SEEDS),10000) cargo test --locked --test sim -- --nocapture
 
 check: format lint licences test matrix ## what has to pass before a merge: format, clippy, tests, server versions, licences
 
 check-long: check ## check, the long tests and a short bench
 	cargo test --locked -- --ignored
 	MATRIX=all contrib/version-matrix
-	SEEDS=10000 cargo test --locked --test sim
+	$(MAKE) --no-print-directory sim
 	contrib/break-on-purpose
 	cargo bench --locked --bench copy -- --quick
 
@@ -34,6 +34,7 @@ format:
 
 lint:
 	cargo clippy --locked --all-targets -- -D warnings
+	contrib/break-on-purpose --check
 
 # Where nothing can be downloaded, a server of your own will do for most tests.
 servers:
