@@ -114,7 +114,6 @@ async fn the_targets_leader_steps_down_is_killed_and_frozen() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes long: make check-long"]
 async fn the_sources_leader_steps_down_is_killed_and_frozen() -> Result<()> {
     let mut copies = cluster_at_source().await?;
     step_down(&copies, Side::Source, 2).await?;
@@ -124,7 +123,6 @@ async fn the_sources_leader_steps_down_is_killed_and_frozen() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes long: make check-long"]
 async fn all_servers_of_the_target_are_restarted_one_by_one_and_at_once() -> Result<()> {
     let mut copies = cluster_at_target().await?;
     one_by_one(&mut copies, Side::Target, End::Stopped).await?;
@@ -133,7 +131,6 @@ async fn all_servers_of_the_target_are_restarted_one_by_one_and_at_once() -> Res
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes long: make check-long"]
 async fn all_servers_of_the_source_are_restarted_one_by_one_and_at_once() -> Result<()> {
     let mut copies = cluster_at_source().await?;
     one_by_one(&mut copies, Side::Source, End::Stopped).await?;

@@ -617,14 +617,12 @@ async fn target_is_worked_off(retention: &str, batched: bool) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes long: make check-long"]
 async fn a_target_that_is_a_work_queue_gets_each_message_once() -> Result<()> {
     target_is_worked_off("workqueue", true).await?;
     target_is_worked_off("workqueue", false).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes long: make check-long"]
 async fn a_target_that_only_keeps_what_is_of_interest_gets_each_message_once() -> Result<()> {
     target_is_worked_off("interest", true).await?;
     target_is_worked_off("interest", false).await

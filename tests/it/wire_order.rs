@@ -39,7 +39,6 @@ async fn under_step_downs(ordering: &str, count: u64, step_downs: usize) -> Resu
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes long: make check-long"]
 async fn strict_order_is_kept_under_step_downs() -> Result<()> {
     let (row, in_order) = under_step_downs("strict", 3_000, 4).await?;
     assert_eq!((&row["transport"], &row["ordering"]), (&json!("pipelined"), &json!("strict")), "{row}");
@@ -49,7 +48,6 @@ async fn strict_order_is_kept_under_step_downs() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes long: make check-long"]
 async fn relaxed_order_loses_and_doubles_nothing_under_step_downs() -> Result<()> {
     let (row, in_order) = under_step_downs("relaxed", 60_000, 4).await?;
     assert_eq!((&row["transport"], &row["ordering"]), (&json!("pipelined"), &json!("relaxed")), "{row}");
@@ -211,7 +209,6 @@ async fn a_consumed_target_is_not_filled_again_and_doubt_is_told() -> Result<()>
 }
 
 #[tokio::test]
-#[ignore = "takes long: make check-long"]
 async fn a_strict_and_exclusive_pipelined_copy_is_held_by_a_foreign_message() -> Result<()> {
     let target = Server::start(Role::Target).await?;
     let mut site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;

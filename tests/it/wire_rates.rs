@@ -125,7 +125,6 @@ async fn a_limit_changes_within_a_second_by_request_and_by_hand() -> Result<()> 
 }
 
 #[tokio::test]
-#[ignore = "takes long: make check-long"]
 async fn one_message_larger_than_a_seconds_worth_passes() -> Result<()> {
     let mut site = Site::start().await?;
     for (stream, target) in transports(&site.target) {

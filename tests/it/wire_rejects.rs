@@ -464,7 +464,6 @@ async fn the_preflight_knows_whether_dead_letters_would_be_stored() -> Result<()
 }
 
 #[tokio::test]
-#[ignore = "takes long: make check-long"]
 async fn whoever_listens_without_storing_is_no_stream_for_dead_letters() -> Result<()> {
     let site = Site::start().await?;
     let listener = crate::harness::connect(&site.source.url()).await?;

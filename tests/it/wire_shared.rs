@@ -161,13 +161,11 @@ async fn three_services_that_are_killed_again_and_again_each_copy_exactly() -> R
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes long: make check-long"]
 async fn three_killed_services_and_foreign_publishers_by_fast_ingest() -> Result<()> {
     three_services(true, true).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes long: make check-long"]
 async fn three_killed_services_and_foreign_publishers_pipelined() -> Result<()> {
     three_services(false, true).await
 }
@@ -225,7 +223,6 @@ async fn a_second_replication_turns_the_first_one_shared_at_its_next_start() -> 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes long: make check-long"]
 async fn one_source_under_two_names_is_copied_twice_and_each_once() -> Result<()> {
     const COUNT: u64 = 20_000;
     for batched in [true, false] {
@@ -479,7 +476,6 @@ async fn open_batch(raw: &mut Raw, id: u64) -> Result<()> {
 }
 
 #[tokio::test]
-#[ignore = "takes long: make check-long"]
 async fn more_open_batches_than_a_server_takes_are_waited_for() -> Result<()> {
     let mut site = Site::start().await?;
     if !target(&site, true, json!({})).await? {

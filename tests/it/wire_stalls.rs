@@ -247,7 +247,6 @@ async fn a_silent_source_and_a_frozen_target_are_noticed_in_time_and_repaired() 
 
 /// Whoever takes the messages is not the stream: they are received, and nothing is ever confirmed.
 #[tokio::test]
-#[ignore = "takes a minute"]
 async fn a_target_that_never_confirms_leads_to_a_new_beginning() -> Result<()> {
     let target = Server::builder(Role::Target).config("mappings = {\"s.>\": \"elsewhere.>\"}").start().await?;
     let mut site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;
