@@ -12,7 +12,7 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 
 use super::checker::{Expect, compare_streams};
-use super::client::{Reply, ask, check_reply, checked, connect, request, status, wait_value};
+use super::client::{Reply, ask, check_reply, checked, connect, request, status, wait_for, wait_value};
 use super::raw::wait_messages;
 use super::{Cli, LIMIT, Outgoing, Raw, Role, Server, Service, secrets, wire};
 
@@ -375,6 +375,16 @@ impl Events {
     pub async fn ever(&self, kind: &str) -> Result<Value> {
         let what = format!("event {kind}");
         wait_value(&what, LIMIT, async || self.told(kind).pop()).await
+    }
+
+    /// Waits until so many events of this kind were told, and holds that there are no more; returns them. What is told goes
+    /// another way than what the status says, and may come later.
+    pub async fn all(&self, kind: &str, count: usize) -> Result<Vec<Value>> {
+        let what = format!("{count} events {kind}");
+        wait_for(&what, LIMIT, async || self.told(kind).len() >= count).await?;
+        let told = self.told(kind);
+        ensure!(told.len() == count, "{kind} was told {} times instead of {count}: {told:?}", told.len());
+        Ok(told)
     }
 
     /// Waits for `replicator.event.<kind>.<id>`, the first one behind what was waited for before; returns its body.

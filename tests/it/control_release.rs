@@ -72,8 +72,8 @@ async fn a_message_that_can_never_be_stored_is_named_and_left_out_on_request() -
         let row = site.settled("ORDERS", 20).await?;
         assert_eq!(row["counters"]["skipped_refused"], 2, "{row}");
         mark_is_gone(&site).await?;
-        let told: Vec<_> =
-            site.events.told("poison").iter().map(|event| json!([event["source_seq"], event["action"]])).collect();
+        let told = site.events.all("poison", 4).await?;
+        let told: Vec<_> = told.iter().map(|event| json!([event["source_seq"], event["action"]])).collect();
         assert_eq!(told, [json!([10, "held"]), json!([10, "skipped"]), json!([15, "held"]), json!([15, "skipped"])]);
         refused(&site.ask("skip", "ORDERS").await?, 409, "is not held: it is running");
         let expect = Expect::copy_of("ORDERS").site(SITE).only(|m| m.seq != 10 && m.seq != 15).late_allowed();
@@ -128,7 +128,7 @@ async fn what_the_target_connection_cannot_carry_is_found_before_it_is_sent() ->
         assert_eq!(site.ask("skip", "ORDERS").await?.error, None);
     }
     site.settled("ORDERS", 20).await?;
-    let told = site.events.told("poison");
+    let told = site.events.all("poison", 4).await?;
     let told: Vec<_> = told.iter().map(|event| (event["source_seq"].clone(), event["action"].clone())).collect();
     let expect = [(10, "held"), (10, "skipped"), (11, "held"), (11, "skipped")];
     for (seq, action) in expect {

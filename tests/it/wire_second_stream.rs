@@ -85,8 +85,8 @@ async fn check(second: Second, batched: bool, mode: &str) -> Result<()> {
     ensure!(settled <= Some(there), "{settled:?} settled, {there} at the target: {row}");
     let record = site.position("A").await?.context("a record")?;
     ensure!(record["source"]["seq"].as_u64().unwrap_or_default() <= there, "{there} at the target: {record}");
-    let held = site.events.told("held");
-    ensure!(held.iter().any(|told| told["message"].as_str().is_some_and(|text| text.contains("listens"))), "{held:?}");
+    let listens = |told: &Value| told["message"].as_str().is_some_and(|text| text.contains("listens"));
+    wait_for("an event that tells it", LIMIT, async || site.events.told("held").iter().any(listens)).await?;
     // The second stream goes, and the target gets room.
     Raw::connect(&leaf.url()).await?.api(&format!("STREAM.DELETE.{}", second.name), Value::Null).await?;
     let mut config = site.target().await?.api("STREAM.INFO.A", Value::Null).await?["config"].take();
