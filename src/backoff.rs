@@ -12,6 +12,9 @@ pub struct Backoff {
 }
 
 impl Backoff {
+    /// Attempts of a replication after an error that passes.
+    pub const RETRY: Self = Self::new(Duration::from_millis(50), Duration::from_secs(3));
+
     /// A backoff whose first delay is at most `first` and whose later ones are at most `max`.
     pub const fn new(first: Duration, max: Duration) -> Self {
         Self { first, max, step: first }

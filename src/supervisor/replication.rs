@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// Attempts after an error that passes.
-const RETRY: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(3));
+const RETRY: Backoff = Backoff::RETRY;
 
 /// The next attempt after one that took long.
 const SOON: Duration = Duration::from_millis(200);

@@ -30,7 +30,6 @@ use super::{
 };
 
 /// As in the supervisor.
-const RETRY: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
 const HELD: Duration = Duration::from_secs(10);
 const SETTLE: Duration = Duration::from_secs(10);
 
@@ -95,7 +94,7 @@ impl Scene {
             dial: Arc::new(self.network(&hands)),
         };
         let status = watch::Sender::new((State::Starting, CopyStatus::default()));
-        let mut backoff = RETRY;
+        let mut backoff = Backoff::RETRY;
         loop {
             self.paused.is(false).await;
             let running = Running::new(&self.running);
