@@ -390,7 +390,7 @@ impl<'a> Run<'a> {
             if now >= self.next_tick || self.silent_at.is_some_and(|at| now >= at) {
                 self.tick(now, ledger)?;
             }
-            self.silent_at = self.watchdog.silent_at(now, &self.seen());
+            self.silent_at = self.silent_at(now);
             let supply = self.supply();
             self.writer.commit_if_due(&mut self.target, supply, now);
             self.reader.settled(&mut self.source, self.window.position().seq);
@@ -745,6 +745,13 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// When the consumer has to be looked at if nothing is heard of it until then. Asked at each turn of the loop.
+    fn silent_at(&self, now: Instant) -> Option<Instant> {
+        let reader = self.reader.plain()?;
+        let owes = reader.is_asking() && !self.source.is_receiving();
+        owes.then(|| self.watchdog.silent_at(now, reader.heard())).flatten()
+    }
+
     /// Tells of messages that could not be stored; of all that are not told yet at the end and now and then.
     fn tell_rejected(&mut self, all: bool) {
         for event in self.rejects.tell(all) {
@@ -819,8 +826,7 @@ impl<'a> Run<'a> {
             self.info_request = Some(self.source.send_request(&subject, b""));
         }
         self.rejects.check(now)?;
-        let seen = self.seen();
-        let action = self.watchdog.look(now, &seen);
+        let action = self.watchdog.look(now, &self.seen());
         action.map_or(Ok(()), |action| self.act(action))?;
         self.look_after_target(now)?;
         Ok(self.reader.check(now, self.reads)?)

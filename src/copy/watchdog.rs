@@ -166,7 +166,7 @@ impl Watchdog {
             return None;
         }
         let silent = now.duration_since(seen.consumer_heard);
-        if silent >= SILENCE && self.asked_since(seen) && !self.asked_within(now, SILENCE - MISSED) {
+        if silent >= SILENCE && self.asked_since(seen.consumer_heard) && !self.asked_within(now, SILENCE - MISSED) {
             // On a connection that lives the consumer is lost.
             let alive = seen.source_heard > seen.consumer_heard;
             let reason = format!("it is silent for {SILENCE:?}");
@@ -176,7 +176,7 @@ impl Watchdog {
                 Action::GiveUp { reason: format!("nothing came from the source for {SILENCE:?}") }
             });
         }
-        if silent >= MISSED && !self.asked_since(seen) {
+        if silent >= MISSED && !self.asked_since(seen.consumer_heard) {
             self.asked = Some(now);
             return Some(Action::Ask);
         }
@@ -191,22 +191,22 @@ impl Watchdog {
         None
     }
 
-    /// When the consumer has to be looked at if it gives no sign of life until then; `None` while it owes none, and when it
-    /// was looked at. A sign of life that comes moves it on, which wakes nobody beside.
-    pub fn silent_at(&self, now: Instant, seen: &Seen) -> Option<Instant> {
+    /// When a consumer that owes a sign of life, and gave its last one at `heard`, has to be looked at; `None` when it was.
+    /// A sign of life that comes moves it on, which wakes nobody beside.
+    pub fn silent_at(&self, now: Instant, heard: Instant) -> Option<Instant> {
         let at = match self.asked {
-            Some(asked) if self.asked_since(seen) => asked + (SILENCE - MISSED),
-            _ => seen.consumer_heard + MISSED,
+            Some(asked) if self.asked_since(heard) => asked + (SILENCE - MISSED),
+            _ => heard + MISSED,
         };
-        (seen.asking && !seen.receiving && at > now).then_some(at)
+        (at > now).then_some(at)
     }
 
     fn asked_within(&self, now: Instant, time: Duration) -> bool {
         self.asked.is_some_and(|asked| now.duration_since(asked) < time)
     }
 
-    fn asked_since(&self, seen: &Seen) -> bool {
-        self.asked.is_some_and(|asked| asked >= seen.consumer_heard + MISSED)
+    fn asked_since(&self, heard: Instant) -> bool {
+        self.asked.is_some_and(|asked| asked >= heard + MISSED)
     }
 
     /// Whether a stall is suspected or being repaired: what comes next is due soon.
@@ -441,6 +441,24 @@ mod tests {
         };
         check(true, &[(4, "ask"), (7, "renew")]);
         check(false, &[(4, "ask"), (7, "give up")]);
+    }
+
+    #[test]
+    fn a_silent_consumer_is_looked_at_when_it_missed_a_sign_of_life_and_when_the_answer_is_due() {
+        let began = Instant::now();
+        let at = |ms: u64| began + Duration::from_millis(ms);
+        let mut watchdog = Watchdog::new(began, 10);
+        assert_eq!(watchdog.silent_at(began, began), Some(at(3_500)));
+        assert_eq!(watchdog.silent_at(at(3_000), at(2_500)), Some(at(6_000)), "a sign of life moves it on");
+        // It was looked at a little late.
+        assert_eq!(watchdog.silent_at(at(3_600), began), None);
+        let silent = Seen { pending: 0, last_seq: 10, consumer_heard: began, ..seen(at(3_600)) };
+        assert_eq!(short(watchdog.look(at(3_600), &silent)), Some("ask"));
+        assert_eq!(watchdog.silent_at(at(3_700), began), Some(at(6_100)));
+        assert_eq!(short(watchdog.look(at(6_100), &silent)), Some("renew"));
+        assert_eq!(watchdog.silent_at(at(6_100), began), None);
+        // What was asked before the last sign of life says nothing of a silence after it.
+        assert_eq!(watchdog.silent_at(at(6_200), at(6_150)), Some(at(9_650)));
     }
 
     /// A watchdog whose consumer delivers nothing, with the clock in seconds.
