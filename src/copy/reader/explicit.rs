@@ -19,7 +19,7 @@ use crate::{
     copy::durable::Durable,
     nats::{
         Batch, Error, Lane, Turn, headers,
-        jetstream::{Api, ConsumerInfo, decode, is_delivery},
+        jetstream::{ConsumerInfo, decode, is_delivery},
     },
 };
 
@@ -31,6 +31,8 @@ const AUDIT_MOST: u64 = 100_000;
 const BACK_EXPIRES: Duration = Duration::from_secs(2);
 /// Commands that are written before the lane is flushed.
 const FLUSH_EVERY: usize = 4_096;
+/// Asks for a message again.
+const NAK: &[u8] = b"-NAK";
 
 /// Reads and acknowledges.
 #[derive(Debug)]
@@ -214,8 +216,7 @@ async fn bring_back(
     // A NAK counts only with a delivery that is neither acknowledged nor to come.
     let last = info.delivered.consumer_seq;
     let asked = info.ack_floor.stream_seq + 1..=info.delivered.stream_seq;
-    nak(lane, subject, asked.clone(), last).await?;
-    taken(lane, stream, name).await?;
+    ask_back(lane, subject, asked.clone(), last).await?;
     let mut seen = BTreeSet::new();
     let deadline = Instant::now() + SILENCE;
     loop {
@@ -237,15 +238,8 @@ async fn bring_back(
         }
     }
     lane.close_inbox(sid);
-    nak(lane, subject, seen.iter().copied(), info.delivered.consumer_seq).await?;
-    taken(lane, stream, name).await?;
+    ask_back(lane, subject, seen.iter().copied(), info.delivered.consumer_seq).await?;
     Ok(seen.into_iter().collect())
-}
-
-/// The server takes NAKs from a queue: new messages must not be asked for before it is through. What it answers now
-/// it answers behind them, as a rule; where not, what comes is not what is owed, and the next run tries again.
-async fn taken(lane: &mut Lane, stream: &str, name: &str) -> Result<(), Error> {
-    Api::new(lane).consumer_info(stream, name).await.map(drop)
 }
 
 /// Receives what a pull brings, by sequence; whether it brought all of it.
@@ -284,14 +278,22 @@ async fn receive(
     Ok(true)
 }
 
-async fn nak(lane: &mut Lane, subject: &str, seqs: impl Iterator<Item = u64>, delivery: u64) -> Result<(), Error> {
+/// Sends NAKs and waits until the server is through with them: it takes them from a queue of its own, in order, and answers
+/// the last one. A pull that it serves before that would bring new messages in front of what was asked back.
+async fn ask_back(lane: &mut Lane, subject: &str, seqs: impl Iterator<Item = u64>, delivery: u64) -> Result<(), Error> {
+    let mut last = None;
     for (index, seq) in seqs.enumerate() {
-        write(lane.output(), subject, seq, delivery, b"-NAK");
+        if let Some(before) = last.replace(seq) {
+            write(lane.output(), subject, before, delivery, NAK);
+        }
         if index % FLUSH_EVERY == FLUSH_EVERY - 1 {
             flush(lane).await?;
         }
     }
-    flush(lane).await
+    match last {
+        Some(seq) => lane.request(&format!("{subject}.{seq}.{delivery}.0.0"), NAK).await.map(drop),
+        None => Ok(()),
+    }
 }
 
 /// Writes everything; what arrives meanwhile is nobody's.
@@ -364,7 +366,7 @@ mod tests {
     fn an_ack_is_one_line() {
         let mut output = BytesMut::new();
         write(&mut output, "$JS.ACK.S.C.1", 42, 42, b"");
-        write(&mut output, "$JS.ACK.S.C.1", 43, 7, b"-NAK");
+        write(&mut output, "$JS.ACK.S.C.1", 43, 7, NAK);
         assert_eq!(&output[..], b"PUB $JS.ACK.S.C.1.42.42.0.0 0\r\n\r\nPUB $JS.ACK.S.C.1.43.7.0.0 4\r\n-NAK\r\n");
     }
 }
