@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use futures_util::future::try_join_all;
 use serde_json::{Value, json};
 use tokio::time::timeout;
@@ -17,6 +17,9 @@ use super::{LIMIT, client};
 const ANSWER: Duration = Duration::from_secs(2);
 /// The same where the moment matters.
 const QUICK: Duration = Duration::from_millis(300);
+
+/// How often ports are looked for.
+const ATTEMPTS: usize = 5;
 
 /// How a server ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +46,17 @@ impl Cluster {
 
     /// The same with each server refined.
     pub async fn start_with(role: Role, refine: impl Fn(Builder) -> Builder) -> Result<Self> {
+        for _ in 0..ATTEMPTS {
+            if let Some(cluster) = Self::attempt(role, &refine).await? {
+                cluster.wait_ready().await?;
+                return Ok(cluster);
+            }
+        }
+        bail!("no free ports for routes")
+    }
+
+    /// `None` if somebody else has taken a port for routes meanwhile: a server notices that after it took clients.
+    async fn attempt(role: Role, refine: &impl Fn(Builder) -> Builder) -> Result<Option<Self>> {
         let ports = [free_port()?, free_port()?, free_port()?];
         let routes: Vec<String> = ports.iter().map(|p| format!("\"nats-route://127.0.0.1:{p}\"")).collect();
         let mut servers = Vec::new();
@@ -53,11 +67,18 @@ impl Cluster {
                 routes.join(", ")
             );
             let name = format!("{role:?}-{}", i + 1).to_lowercase();
-            servers.push(refine(Server::builder(role).name(&name).config(&config)).start().await?);
+            let server = refine(Server::builder(role).name(&name).config(&config)).start().await?;
+            let listens = wait_value("nats-server to listen for routes", LIMIT, async || {
+                let log = server.log();
+                let taken = log.contains("address already in use");
+                (taken || log.contains("Listening for route connections")).then_some(!taken)
+            });
+            if !listens.await? {
+                return Ok(None);
+            }
+            servers.push(server);
         }
-        let cluster = Self::behind_proxies(servers).await?;
-        cluster.wait_ready().await?;
-        Ok(cluster)
+        Self::behind_proxies(servers).await.map(Some)
     }
 
     /// One server, with the same handles.

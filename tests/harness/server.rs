@@ -1,10 +1,12 @@
 //! A real nats-server on a loopback port of its own, with JetStream in a temporary folder.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -300,12 +302,14 @@ async fn info(port: u16, handshake_first: bool) -> Option<serde_json::Value> {
     serde_json::from_str(line.strip_prefix("INFO ")?).ok()
 }
 
-/// A port that nobody listens on. Not from the range that the system gives to outgoing connections: a client
-/// that tries to reconnect to a stopped server there can be given that very port and talk to itself.
+/// A port that nobody listens on, and that no test beside was given. Not from the range that the system gives to outgoing
+/// connections: a client that tries to reconnect to a stopped server there can be given that very port and talk to itself.
 pub fn free_port() -> io::Result<u16> {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {
         let port = rand::random_range(10_000..32_000);
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
+        if free && GIVEN.lock().expect("ports").insert(port) {
             return Ok(port);
         }
     }

@@ -1,5 +1,6 @@
 //! The harness judges the product, so it is tested itself first.
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::harness::checker::compare;
+use crate::harness::server::free_port;
 use crate::harness::{
     BOTH, Cluster, Direction, Expect, LIMIT, Newcomers, Outgoing, Proxy, Raw, Role, Server, Stored, connect, wait_for,
 };
@@ -154,6 +156,14 @@ async fn servers_take_users_and_further_configuration() -> Result<()> {
     assert_eq!(raw.read_stream("S").await?.len(), 1);
     assert!(raw.publish(&Outgoing::new("s.1", vec![0; 4096])).await.is_err());
     assert!(server.at_least(2, 10), "{}", server.version());
+    Ok(())
+}
+
+#[test]
+fn a_port_is_given_to_one_test_only() -> Result<()> {
+    let ports = (0..500).map(|_| free_port()).collect::<Result<Vec<_>, _>>()?;
+    let different: BTreeSet<_> = ports.iter().collect();
+    assert_eq!(different.len(), ports.len());
     Ok(())
 }
 
