@@ -161,6 +161,7 @@ async fn three_services_that_are_killed_again_and_again_each_copy_exactly() -> R
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes long: make check-long"]
 async fn three_killed_services_and_foreign_publishers_by_fast_ingest() -> Result<()> {
     three_services(true, true).await
 }
