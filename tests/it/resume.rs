@@ -533,7 +533,7 @@ async fn a_target_made_anew_under_a_running_copy_gets_everything() -> Result<()>
         let mut raw = site.target().await?;
         delete_stream(&mut raw).await?;
         if target.is_some() || site.target.at_least(2, 14) {
-            raw.create_stream(STREAM, merged(config, json!({"subjects": ["s.>"]}))).await?;
+            site.target_stream(STREAM, config).await?;
         }
         site.publish(STREAM, 301..=400).await?;
         site.events.ever("target-reset").await?;

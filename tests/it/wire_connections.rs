@@ -470,7 +470,7 @@ async fn each_failure_to_connect_says_what_and_where_and_no_secret() -> Result<(
         ("CERTIFICATE", json!({"source_url": strict.url(), "source_tls": ca()}), "retrying", vec![at(&strict)]),
         (
             "CA",
-            json!({"source_url": encrypted.url(), "tls": {"ca": file("none.pem")}}),
+            json!({"source_url": encrypted.url(), "source_tls": {"ca": file("none.pem")}}),
             "held",
             vec![format!("cannot read certificates in `{}`", file("none.pem"))],
         ),
