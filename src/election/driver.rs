@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 use tokio::{
     sync::watch,
-    time::{Duration, Instant, sleep, sleep_until, timeout, timeout_at},
+    time::{Duration, Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -39,8 +39,9 @@ const TTL_MAX: Duration = Duration::from_secs(3600);
 /// Attempts after an error.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
 
-/// Time for the answer of the bucket's stream about itself.
-const INFO_LIMIT: Duration = Duration::from_secs(5);
+/// How often the bucket's stream is asked about itself, and the time for each answer.
+const INFO_ASKED: u32 = 3;
+const INFO_WAIT: Duration = Duration::from_secs(2);
 
 /// A question that a login may be forbidden to ask: then it is not asked again.
 #[derive(Debug)]
@@ -166,19 +167,20 @@ impl Driver {
     }
 
     async fn terms(&self, lane: &mut Lane) -> Result<Terms, Error> {
-        let request = lane.send_request(&format!("{}.{}", lane.api_prefix(), self.info.what), b"");
-        let deadline = Instant::now() + INFO_LIMIT;
+        let subject = format!("{}.{}", lane.api_prefix(), self.info.what);
+        let mut asked = 0;
         let answer = loop {
-            let turn = timeout_at(deadline, lane.turn()).await;
-            let turn = turn.map_err(|_| Error::retry(format!("no answer about bucket `{BUCKET}`")))?;
-            if let Turn::Received(batch) = turn?
-                && let Some(answer) = answer_in(&batch, &request)
-            {
-                break answer.map(Bytes::copy_from_slice);
+            let request = lane.send_request(&subject, b"");
+            asked += 1;
+            match timeout(INFO_WAIT, answer_to(lane, &request)).await {
+                Ok(answer) => break answer?,
+                // While the stream has no leader nobody answers, whoever leads then.
+                Err(_) if asked < INFO_ASKED => {}
+                Err(_) => return Err(Error::retry(format!("no answer about bucket `{BUCKET}`"))),
             }
         };
         // Where only the bucket is imported, nobody answers for its stream.
-        let Ok(answer) = answer else { return Ok(Terms::unknown()) };
+        let Some(answer) = answer else { return Ok(Terms::unknown()) };
         match decode::<StreamInfo>(&answer) {
             Ok(info) => terms_of(&info),
             Err(error) if error.kind == ErrorKind::NotFound => {
@@ -278,6 +280,17 @@ impl Booth {
     fn ask(&mut self, what: &str, key_subject: &str) {
         let body = json!({ "last_by_subj": key_subject }).to_string();
         self.read = self.lane.send_request(&format!("{}.{what}", self.lane.api_prefix()), body.as_bytes());
+    }
+}
+
+/// Waits for an answer; `None` if nobody is there to give one.
+async fn answer_to(lane: &mut Lane, request: &str) -> Result<Option<Bytes>, Error> {
+    loop {
+        if let Turn::Received(batch) = lane.turn().await?
+            && let Some(answer) = answer_in(&batch, request)
+        {
+            return Ok(answer.ok().map(Bytes::copy_from_slice));
+        }
     }
 }
 
