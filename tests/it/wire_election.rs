@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::raw::header_values;
+use crate::harness::server::free_port;
 use crate::harness::{Cluster, LIMIT, Outgoing, Proxy, Raw, Role, Server, wait_for};
 
 const STREAM: &str = "KV_CHORIA_LEADER_ELECTION";
@@ -418,10 +419,14 @@ async fn a_bucket_that_changes_its_leader_is_written_again_from_our_own_revision
 
 #[tokio::test]
 async fn the_bucket_of_a_domain_is_written_by_way_of_the_domain() -> Result<()> {
-    let server = Server::builder(Role::Source).domain("hub").start().await?;
-    let mut raw = Raw::connect(&server.url()).await?;
+    let port = free_port()?;
+    let listen = format!("leafnodes {{ host: \"127.0.0.1\", port: {port} }}");
+    let hub = Server::builder(Role::Source).domain("hub").config(&listen).start().await?;
+    let remote = format!("leafnodes {{ remotes: [{{ url: \"nats://127.0.0.1:{port}\" }}] }}");
+    let leaf = Server::builder(Role::Source).domain("leaf").config(&remote).start().await?;
+    let mut raw = Raw::connect(&hub.url()).await?;
     make_bucket(&mut raw, LONG).await?;
-    let Place::Known(mut connection) = place(&server.url())? else { anyhow::bail!("no place") };
+    let Place::Known(mut connection) = place(&leaf.url())? else { anyhow::bail!("no place") };
     connection.api_prefix = "$JS.hub.API".to_owned();
     let election = Election { key: KEY.to_owned(), candidate: NEW.to_owned() };
     let campaign = Campaign::start(Arc::new(Rules::default()), Place::Known(connection), election);
