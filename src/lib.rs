@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | edge | [`cli`], [`app`], [`telemetry`] | arguments, composition, ordered shutdown |
 //! | face | [`control`], [`http`] | how the outside asks |
-//! | work | [`supervisor`], [`preflight`], [`copy`], [`events`] | what runs: desired set against running set, one copy |
+//! | work | [`supervisor`], [`preflight`], [`copy`], [`election`], [`events`] | what runs: desired set against running set, one copy |
 //! | world | [`store`], [`nats`] | the only I/O: buckets and connections |
 //! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`], [`chance`] | no sockets |
 //!
@@ -21,6 +21,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod copy;
+pub mod election;
 pub mod events;
 pub mod http;
 pub mod metrics;

@@ -2,6 +2,8 @@
 //! the only owner of its numbers. Names and labels are those of Choria's stream-replicator (counters without
 //! `_total`), and ours beside them.
 
+use std::time::Duration;
+
 use prometheus::{
     TextEncoder,
     proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
@@ -11,6 +13,7 @@ use crate::status::{self, Repairs, Row, State};
 
 /// What every name begins with.
 const PREFIX: &str = "choria_stream_replicator_replicator_";
+const ELECTION_PREFIX: &str = "choria_stream_replicator_election_";
 
 /// One number of a row.
 struct Reading {
@@ -84,6 +87,48 @@ pub fn render(site: &str, rows: &[Row], dropped_events: u64) -> Result<String, p
     families.push(processing_family(&rows));
     families.retain(|family| !family.get_metric().is_empty());
     families.push(dropped_events_family(site, dropped_events));
+    TextEncoder::new().encode_to_string(&families)
+}
+
+/// One replication's part in Choria's leader election.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Election {
+    /// Its key.
+    pub election: String,
+    /// The candidate's name.
+    pub identity: String,
+    /// Campaigns while the key was not ours.
+    pub as_candidate: u64,
+    /// Campaigns while it was.
+    pub as_leader: u64,
+    /// Whether it is won now.
+    pub leads: bool,
+    /// Between the last campaign and the next one.
+    pub interval: Duration,
+}
+
+/// What is known of elections in Prometheus' text format, to stand behind what [`render`] says.
+pub fn render_elections(site: &str, elections: &[Election]) -> Result<String, prometheus::Error> {
+    let labels = |of: &Election| -> Vec<_> {
+        vec![label("election", &of.election), label("identity", &of.identity), label("replicator", site)]
+    };
+    let gauges = |name, help, read: fn(&Election) -> f64| {
+        let all = elections.iter().map(|of| series(labels(of), MetricType::GAUGE, read(of))).collect();
+        family(format!("{ELECTION_PREFIX}{name}"), help, MetricType::GAUGE, all)
+    };
+    let campaigns = elections.iter().flat_map(|of| {
+        [("candidate", of.as_candidate), ("leader", of.as_leader)].map(|(state, count)| {
+            let labels = labels(of).into_iter().chain([label("state", state)]).collect();
+            series(labels, MetricType::COUNTER, count as f64)
+        })
+    });
+    let help = "Attempts to get or to keep the key of the election";
+    let mut families = vec![
+        family(format!("{ELECTION_PREFIX}campaigns"), help, MetricType::COUNTER, campaigns.collect()),
+        gauges("leader", "1 while the election is won", |of| f64::from(u8::from(of.leads))),
+        gauges("interval_seconds", "Time between the last campaign and the next one", |of| of.interval.as_secs_f64()),
+    ];
+    families.retain(|family| !family.get_metric().is_empty());
     TextEncoder::new().encode_to_string(&families)
 }
 
@@ -291,6 +336,28 @@ mod tests {
         let line = r#"choria_stream_replicator_replicator_retention_headroom_seconds{stream="ORDERS",replicator="US",worker="US"} 12.5"#;
         check(&text, line);
         assert_eq!(text.matches("retention_headroom_seconds{").count(), 1, "{text}");
+    }
+
+    #[test]
+    fn elections_carry_choria_names_and_labels() {
+        let election = |key: &str, leads| Election {
+            election: key.to_owned(),
+            identity: "new".to_owned(),
+            as_candidate: 3,
+            as_leader: 2,
+            leads,
+            interval: Duration::from_millis(1250),
+        };
+        let text = render_elections("US", &[election("SR_US_A", true), election("SR_US_B", false)]).unwrap();
+        let labels = r#"election="SR_US_A",identity="new",replicator="US""#;
+        check(&text, "# TYPE choria_stream_replicator_election_campaigns counter");
+        check(&text, &format!("choria_stream_replicator_election_campaigns{{{labels},state=\"candidate\"}} 3"));
+        check(&text, &format!("choria_stream_replicator_election_campaigns{{{labels},state=\"leader\"}} 2"));
+        check(&text, &format!("choria_stream_replicator_election_leader{{{labels}}} 1"));
+        check(&text, &format!("choria_stream_replicator_election_interval_seconds{{{labels}}} 1.25"));
+        let other = r#"{election="SR_US_B",identity="new",replicator="US"}"#;
+        check(&text, &format!("choria_stream_replicator_election_leader{other} 0"));
+        assert_eq!(render_elections("US", &[]).unwrap(), "");
     }
 
     #[test]

@@ -40,6 +40,13 @@ pub fn default_instance(host: &str, random: u32) -> String {
     format!("{host}-{:05x}", random & 0xf_ffff)
 }
 
+/// Consumer name of Choria's replicator for a copy of this name, also the beginning of its key in the leader election.
+/// Names that are themselves a beginning of `SR_` get no prefix there, and all others do, `SR_A` too.
+pub fn choria_consumer(name: &str) -> String {
+    const PREFIX: &str = "SR_";
+    if PREFIX.starts_with(name) { name.to_owned() } else { format!("{PREFIX}{name}") }
+}
+
 /// Checks a name that becomes one token of a subject and part of a key (site, instance).
 pub fn check_token(name: &str) -> Result<(), &'static str> {
     if !name.is_empty() && name.len() <= 128 && name.chars().all(is_token_char) {
@@ -77,6 +84,15 @@ mod tests {
         assert_eq!(default_instance("node-1.example.org", 0xabc12345), "node-1-example-org-12345");
         assert_eq!(default_instance("", 7), "host-00007");
         assert!(check_token(&default_instance("\u{fc}ber host", 1)).is_ok());
+    }
+
+    #[test]
+    fn consumers_are_named_as_choria_does() {
+        for (name, expect) in
+            [("EAST", "SR_EAST"), ("S", "S"), ("SR", "SR"), ("SR_", "SR_"), ("SR_A", "SR_SR_A"), ("SRA", "SR_SRA")]
+        {
+            assert_eq!(choria_consumer(name), expect);
+        }
     }
 
     #[test]

@@ -75,6 +75,8 @@ mod wire_clusters;
 mod wire_connections;
 #[path = "it/wire_durable.rs"]
 mod wire_durable;
+#[path = "it/wire_election.rs"]
+mod wire_election;
 #[path = "it/wire_faults.rs"]
 mod wire_faults;
 #[path = "it/wire_fidelity.rs"]

@@ -94,6 +94,9 @@ pub struct Document {
     /// Accepted, without effect.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ephemeral: Option<bool>,
+    /// Candidate in Choria's leader election.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub leader_election_name: Option<String>,
     /// What becomes of messages that the target can never store.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_reject: Option<String>,
@@ -323,6 +326,7 @@ impl Checker {
             mapping,
             start,
             max_age,
+            leader_election_name: text(&document.leader_election_name).map(str::to_owned),
             on_reject,
             create_target: !document.no_target_create.unwrap_or_default(),
             target_mode: sharing(document),
@@ -812,7 +816,7 @@ mod tests {
         let replication = good(json!({
             "target_stream": "T", "filter_subject": "a.*.>", "target_subject_prefix": "east.", "target_subject_remove": "a.",
             "max_age": "1d", "no_target_create": true, "target_initiated": true, "ephemeral": true, "description": "d",
-            "limits": {"messages_in_flight": 5}
+            "limits": {"messages_in_flight": 5}, "leader_election_name": "rust1.example.net"
         }));
         assert_eq!(replication.target.stream, "T");
         assert_eq!(replication.scope, Scope::new(vec!["a.*.>".to_owned()], Vec::new()));
@@ -822,6 +826,8 @@ mod tests {
         assert_eq!(replication.notices.len(), 2);
         assert_eq!(replication.limits, Limits { messages_in_flight: 5, ..Limits::default() });
         assert_eq!(replication.on_reject, OnReject::Hold);
+        assert_eq!(replication.leader_election_name.as_deref(), Some("rust1.example.net"));
+        assert_eq!(good(json!({"leader_election_name": ""})).leader_election_name, None);
     }
 
     #[test]
@@ -978,6 +984,8 @@ mod tests {
             "/dead_letter/subjet",
             "did you mean `subject`",
         );
+        check(json!({"leader_election_name": "n".repeat(129)}), "/leader_election_name", "longer than 128");
+        check(json!({"leader_election": "n"}), "/leader_election", "did you mean `leader_election_name`");
         check(json!({"target_mode": "alone"}), "/target_mode", "`alone`: must be `auto`, `exclusive` or `shared`");
         check(json!({"ordering": "STRICT"}), "/ordering", "`STRICT`: must be `relaxed` or `strict`");
         check(json!({"streem": "x"}), "/streem", "did you mean `stream`");
@@ -1069,6 +1077,7 @@ mod tests {
             no_target_create: Some(true),
             target_initiated: Some(true),
             ephemeral: Some(true),
+            leader_election_name: some(),
             on_reject: Some("dead_letter".into()),
             dead_letter: Some(DeadLetterDocument { subject: "x".into() }),
             target_mode: Some("shared".into()),

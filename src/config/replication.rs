@@ -29,6 +29,9 @@ pub struct Replication {
     pub start: Start,
     /// Messages stored longer ago than this are skipped and counted.
     pub max_age: Option<Duration>,
+    /// As whom to stand in Choria's leader election at the source: messages are copied only while that is won. `None`:
+    /// there is no such election.
+    pub leader_election_name: Option<String>,
     /// What becomes of messages that the target can never store.
     pub on_reject: OnReject,
     /// Whether a missing target stream is created.

@@ -59,7 +59,7 @@ impl Durable {
 
     /// Name of the durable consumer of a replication.
     pub(crate) fn name(replication: &Replication) -> String {
-        format!("SR_{}", replication.name)
+        names::choria_consumer(&replication.name)
     }
 
     /// The one that is there; an error if it cannot be used.

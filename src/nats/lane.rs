@@ -429,6 +429,18 @@ impl Lane {
         reply
     }
 
+    /// The same with a header block.
+    pub fn send_request_with(&mut self, subject: &str, header: &[u8], payload: &[u8]) -> String {
+        self.next_request += 1;
+        let reply = format!("{}.r.{}", self.inbox, self.next_request);
+        let (header_size, size) = (header.len(), header.len() + payload.len());
+        self.output.extend_from_slice(format!("HPUB {subject} {reply} {header_size} {size}\r\n").as_bytes());
+        for part in [header, payload, b"\r\n"] {
+            self.output.extend_from_slice(part);
+        }
+        reply
+    }
+
     /// Subscription that answers to requests come for.
     pub const REQUEST_SID: u64 = 1;
 

@@ -1,0 +1,219 @@
+//! Choria's leader election, for the time in which its replicators and this service run side by side. Whoever leads
+//! copies: theirs ask the key in the bucket alone, ours holds its record first and then stands for election with them.
+//!
+//! A [`Campaign`] stands for one replication, over a connection of its own to the source. It needs the right to publish
+//! to its key and nothing else; where it may, it also asks for the bucket's TTL and looks whether a key that it does not
+//! get was deleted. `machine` has the rules and `driver` the connection.
+
+mod driver;
+mod machine;
+
+use std::sync::Arc;
+
+use tokio::{
+    sync::watch,
+    time::{Duration, Instant, sleep_until, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+pub use machine::Campaigns;
+
+use crate::{
+    config::{Place, Replication},
+    metrics,
+    names::choria_consumer,
+    nats::Dial,
+};
+
+/// The bucket, with a TTL of 1 s to 1 h. Choria's brokers make it; elsewhere people do.
+pub const BUCKET: &str = "CHORIA_LEADER_ELECTION";
+
+/// So long the end of a campaign may take.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What is campaigned for, and as whom.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Election {
+    /// Key in the bucket: what Choria's replicator of the same stream and name uses.
+    pub key: String,
+    /// What lies there while we hold it.
+    pub candidate: String,
+}
+
+impl Election {
+    /// The election that a replication takes part in, if it does.
+    pub fn of(replication: &Replication) -> Option<Self> {
+        let candidate = replication.leader_election_name.clone()?;
+        let key = format!("{}_{}", choria_consumer(&replication.name), replication.source.stream);
+        Some(Self { key, candidate })
+    }
+}
+
+/// How a campaign stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Leadership {
+    /// By our own clock we lead until then, unless we hear otherwise before. Grows with every write that is confirmed.
+    /// `None` while we do not lead.
+    pub until: Option<Instant>,
+    /// What keeps us from standing for election; `None` where others merely lead.
+    pub error: Option<String>,
+    /// How often we wrote, or tried to.
+    pub campaigns: Campaigns,
+    /// From the last answer to the next write; 0 before the first answer.
+    pub interval: Duration,
+}
+
+impl Leadership {
+    /// Whether we lead at this moment.
+    pub fn leads(&self, now: Instant) -> bool {
+        self.until.is_some_and(|until| now < until)
+    }
+}
+
+/// Waits until we lead; `false` if the campaign is over.
+pub async fn won(led: &mut watch::Receiver<Leadership>) -> bool {
+    loop {
+        if led.borrow_and_update().leads(Instant::now()) {
+            return true;
+        }
+        if led.changed().await.is_err() {
+            return false;
+        }
+    }
+}
+
+/// Waits until we do not lead: we heard so, heard nothing for too long, or the campaign is over. Whoever acts as leader
+/// asks this before anything else whenever it wakes: a process that was stopped for a while hears nothing else first.
+pub async fn lost(led: &mut watch::Receiver<Leadership>) {
+    loop {
+        let until = led.borrow_and_update().until;
+        let Some(until) = until.filter(|until| Instant::now() < *until) else { return };
+        tokio::select! {
+            biased;
+            changed = led.changed() => if changed.is_err() { return },
+            () = sleep_until(until) => {}
+        }
+    }
+}
+
+/// Stands for election until it is stopped. When it is dropped its connection is closed, and what it holds stays with
+/// the key until its TTL.
+#[derive(Debug)]
+pub struct Campaign {
+    election: Election,
+    led: watch::Receiver<Leadership>,
+    stop: CancellationToken,
+    task: AbortOnDropHandle<()>,
+}
+
+impl Campaign {
+    /// Begins at once; `place` is where the source of the replication is.
+    pub fn start(dial: Arc<dyn Dial>, place: Place, election: Election) -> Self {
+        let (told, led) = watch::channel(Leadership::default());
+        let stop = CancellationToken::new();
+        let driver = driver::Driver::new(dial, place, election.clone(), told);
+        let task = AbortOnDropHandle::new(tokio::spawn(driver.run(stop.clone())));
+        Self { election, led, stop, task }
+    }
+
+    /// How it stands, now and later; see [`won`] and [`lost`].
+    pub fn led(&self) -> watch::Receiver<Leadership> {
+        self.led.clone()
+    }
+
+    /// What the metrics page shows of it.
+    pub fn reading(&self) -> metrics::Election {
+        let Leadership { until, campaigns, interval, .. } = &*self.led.borrow();
+        metrics::Election {
+            election: self.election.key.clone(),
+            identity: self.election.candidate.clone(),
+            as_candidate: campaigns.candidate,
+            as_leader: campaigns.leader,
+            leads: until.is_some_and(|until| Instant::now() < until),
+            interval: *interval,
+        }
+    }
+
+    /// Ends it within 2 s. A key that is ours is freed, so that others need not wait for the TTL; one that is not is left
+    /// alone. Nothing may be copied any more when this is called.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        let _ = timeout(LAST_WORDS, self.task).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::config;
+
+    fn election(more: &[(&str, &str)]) -> Option<Election> {
+        let mut document = json!({"stream": "ORDERS", "source_url": "a", "target_url": "b"});
+        more.iter().for_each(|(field, text)| document[*field] = (*text).into());
+        Election::of(&config::parse_value(&document, "SITE").unwrap())
+    }
+
+    #[test]
+    fn keys_and_candidates_are_named_as_choria_names_them() {
+        let check = |name: &str, expect: &str| {
+            let election = election(&[("name", name), ("leader_election_name", "new.example.net")]).unwrap();
+            assert_eq!((election.key.as_str(), election.candidate.as_str()), (expect, "new.example.net"), "{name}");
+        };
+        check("", "SR_SITE_ORDERS");
+        check("SITE", "SR_SITE_ORDERS");
+        check("EAST", "SR_EAST_ORDERS");
+        check("SR", "SR_ORDERS");
+        check("SR_EAST", "SR_SR_EAST_ORDERS");
+        assert_eq!(election(&[("leader_election_name", "")]), None);
+        assert_eq!(election(&[]), None);
+    }
+
+    fn leading(from: Instant, ms: u64) -> Leadership {
+        Leadership { until: Some(from + Duration::from_millis(ms)), ..Leadership::default() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn leadership_is_lost_by_word_by_the_clock_and_with_the_campaign() {
+        let begin = Instant::now();
+        let (told, mut led) = watch::channel(leading(begin, 1000));
+        // what is confirmed meanwhile counts
+        let confirm = async {
+            sleep_until(begin + Duration::from_millis(900)).await;
+            told.send_replace(leading(begin, 2000));
+        };
+        tokio::join!(confirm, lost(&mut led));
+        assert_eq!(begin.elapsed(), Duration::from_secs(2));
+        lost(&mut led).await;
+        assert_eq!(begin.elapsed(), Duration::from_secs(2));
+
+        told.send_replace(leading(begin, 9000));
+        let hear = async {
+            sleep_until(begin + Duration::from_secs(3)).await;
+            told.send_replace(Leadership::default());
+        };
+        tokio::join!(hear, lost(&mut led));
+        assert_eq!(begin.elapsed(), Duration::from_secs(3));
+
+        told.send_replace(leading(begin, 9000));
+        drop(told);
+        lost(&mut led).await;
+        assert_eq!(begin.elapsed(), Duration::from_secs(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_victory_that_is_over_by_the_clock_is_none() {
+        let begin = Instant::now();
+        let (told, mut led) = watch::channel(leading(begin, 0));
+        let win = async {
+            sleep_until(begin + Duration::from_secs(1)).await;
+            told.send_replace(leading(begin, 5000));
+        };
+        assert!(tokio::join!(win, won(&mut led)).1);
+        assert_eq!(begin.elapsed(), Duration::from_secs(1));
+        told.send_replace(Leadership::default());
+        drop(told);
+        assert!(!won(&mut led).await);
+    }
+}

@@ -1,0 +1,335 @@
+//! The connection of a campaign: writes what the machine decides, hears what became of it, and connects again when it
+//! is lost.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+use tokio::{
+    sync::watch,
+    time::{Duration, Instant, sleep, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::{
+    BUCKET, Election, LAST_WORDS, Leadership,
+    machine::{Machine, Step, Terms, Written},
+};
+use crate::{
+    backoff::Backoff,
+    config::{DEFAULT_API_PREFIX, Place},
+    names,
+    nats::{
+        Batch, Dial, Error, ErrorKind, Lane, Turn, headers,
+        jetstream::{PublishAck, StreamInfo, answer_in, decode, decode_message},
+    },
+};
+
+/// The bucket's stream.
+const STREAM: &str = "KV_CHORIA_LEADER_ELECTION";
+
+/// How people make the bucket.
+const ADD: &str = "nats kv add CHORIA_LEADER_ELECTION --ttl 10s --replicas 3";
+
+/// TTLs that Choria's replicators campaign with.
+const TTL_MIN: Duration = Duration::from_secs(1);
+const TTL_MAX: Duration = Duration::from_secs(3600);
+
+/// Attempts after an error.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+
+/// How often the bucket's stream is asked about itself, and the time for each answer.
+const INFO_ASKED: u32 = 3;
+const INFO_WAIT: Duration = Duration::from_secs(2);
+
+/// A question that a login may be forbidden to ask: then it is not asked again.
+#[derive(Debug)]
+struct Question {
+    /// End of its subject.
+    what: String,
+    allowed: bool,
+}
+
+impl Question {
+    fn new(what: &str) -> Self {
+        Self { what: format!("{what}.{STREAM}"), allowed: true }
+    }
+
+    /// Whether this error tells that it may not be asked.
+    fn is_refused_by(&mut self, error: &Error) -> bool {
+        let denied = error.message.to_ascii_lowercase().contains("permissions violation for publish");
+        let refused = self.allowed && denied && error.message.contains(&self.what);
+        self.allowed &= !refused;
+        refused
+    }
+}
+
+pub(super) struct Driver {
+    dial: Arc<dyn Dial>,
+    place: Place,
+    election: Election,
+    machine: Machine,
+    told: watch::Sender<Leadership>,
+    /// For the TTL of the bucket.
+    info: Question,
+    /// For what lies at the key.
+    last: Question,
+    retry: Backoff,
+    /// What went wrong last, until it is over.
+    error: Option<String>,
+}
+
+/// A lane on which the bucket is written, and what waits for an answer on it.
+struct Booth {
+    lane: Lane,
+    /// Subject that writes go to.
+    subject: String,
+    /// The write that is on its way.
+    write: String,
+    /// The question what lies at the key that is on its way.
+    read: String,
+}
+
+impl Driver {
+    pub(super) fn new(dial: Arc<dyn Dial>, place: Place, election: Election, told: watch::Sender<Leadership>) -> Self {
+        let (info, last) = (Question::new("STREAM.INFO"), Question::new("STREAM.MSG.GET"));
+        let machine = Machine::new(Instant::now());
+        Self { dial, place, election, machine, told, info, last, retry: RETRY, error: None }
+    }
+
+    /// Until the stop.
+    pub(super) async fn run(mut self, stop: CancellationToken) {
+        while let Err(error) = self.session(&stop).await {
+            self.machine.disconnected();
+            if self.info.is_refused_by(&error) || self.last.is_refused_by(&error) {
+                debug!(election = self.election.key, "does without what may not be asked: {error}");
+                self.tell(&error.message);
+                continue;
+            }
+            if self.error.as_ref() != Some(&error.message) {
+                warn!(election = self.election.key, "does not stand for election: {error}");
+                self.error = Some(error.message.clone());
+            }
+            self.tell(&error.message);
+            let pause = self.retry.next(rand::random());
+            if stop.run_until_cancelled(sleep(pause)).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// One connection, until the stop; any other end is an error.
+    async fn session(&mut self, stop: &CancellationToken) -> Result<(), Error> {
+        let opened = stop.run_until_cancelled(self.open()).await;
+        let Some(mut booth) = opened.transpose()? else { return Ok(()) };
+        loop {
+            let now = Instant::now();
+            let next = match self.machine.step(now) {
+                Step::Write(revision) => {
+                    booth.write(&self.election.candidate, revision);
+                    continue;
+                }
+                Step::Overdue => return Err(Error::retry(format!("a write to bucket `{BUCKET}` is not answered"))),
+                Step::Wait(next) => next,
+            };
+            self.tell("no write was confirmed in time");
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                turn = booth.lane.turn() => if let Turn::Received(batch) = turn? { self.hear(&mut booth, &batch)? },
+                () = sleep_until(next) => {}
+            }
+        }
+        self.told.send_modify(|led| led.until = None);
+        if timeout(LAST_WORDS, self.leave(&mut booth)).await.is_err() {
+            debug!(election = self.election.key, "the key was not freed in time");
+        }
+        Ok(())
+    }
+
+    /// Connects, and learns the terms of the bucket as far as that is allowed.
+    async fn open(&mut self) -> Result<Booth, Error> {
+        let name = format!("{} election {}", names::PROGRAM, self.election.key);
+        let mut lane = self.dial.dial(&self.place, &name).await?;
+        let terms = if self.info.allowed { self.terms(&mut lane).await? } else { Terms::unknown() };
+        // The way of all KV clients, and what servers map a domain's subjects by.
+        let api = lane.api_prefix();
+        let prefix = if api == DEFAULT_API_PREFIX { String::new() } else { format!("{api}.") };
+        let subject = format!("{prefix}{}", self.key_subject());
+        self.machine.connected(terms, Instant::now());
+        Ok(Booth { lane, subject, write: String::new(), read: String::new() })
+    }
+
+    /// Subject of the key as it is stored.
+    fn key_subject(&self) -> String {
+        format!("$KV.{BUCKET}.{}", self.election.key)
+    }
+
+    async fn terms(&self, lane: &mut Lane) -> Result<Terms, Error> {
+        let subject = format!("{}.{}", lane.api_prefix(), self.info.what);
+        let mut asked = 0;
+        let answer = loop {
+            let request = lane.send_request(&subject, b"");
+            asked += 1;
+            match timeout(INFO_WAIT, answer_to(lane, &request)).await {
+                Ok(answer) => break answer?,
+                // While the stream has no leader nobody answers, whoever leads then.
+                Err(_) if asked < INFO_ASKED => {}
+                Err(_) => return Err(Error::retry(format!("no answer about bucket `{BUCKET}`"))),
+            }
+        };
+        // Where only the bucket is imported, nobody answers for its stream.
+        let Some(answer) = answer else { return Ok(Terms::unknown()) };
+        match decode::<StreamInfo>(&answer) {
+            Ok(info) => terms_of(&info),
+            Err(error) if error.kind == ErrorKind::NotFound => {
+                Err(Error::hold(format!("bucket `{BUCKET}` does not exist: make it with `{ADD}`")))
+            }
+            Err(error) => Err(error.context(format!("bucket `{BUCKET}`"))),
+        }
+    }
+
+    /// Takes what arrived.
+    fn hear(&mut self, booth: &mut Booth, batch: &Batch) -> Result<(), Error> {
+        if let Some(answer) = answer_in(batch, &booth.read)
+            && let Some(revision) = marker_in(answer)
+        {
+            self.machine.saw_marker(revision, Instant::now());
+        }
+        let Some(answer) = answer_in(batch, &booth.write).filter(|_| self.machine.is_writing()) else { return Ok(()) };
+        let written = written(answer)?;
+        let stood = self.machine.held().is_none();
+        self.machine.written(written, Instant::now(), rand::random());
+        self.retry.reset();
+        if self.error.take().is_some() {
+            info!(election = self.election.key, "stands for election again");
+        }
+        if written == Written::Conflict {
+            self.tell("the key was deleted, or is another candidate's");
+            // Who just lost it leaves others the first chance.
+            if stood && self.last.allowed {
+                booth.ask(&self.last.what, &self.key_subject());
+            }
+        }
+        Ok(())
+    }
+
+    /// Frees the key if it is ours.
+    async fn leave(&mut self, booth: &mut Booth) {
+        let mut freeing = false;
+        loop {
+            // What is on its way may make it ours, and tells its revision.
+            if !self.machine.is_writing() && !freeing {
+                let Some(revision) = self.machine.held() else { return };
+                booth.free(revision);
+                freeing = true;
+            }
+            let heard = match booth.lane.turn().await {
+                Ok(Turn::Flushed) => continue,
+                Ok(Turn::Received(batch)) if freeing => match answer_in(&batch, &booth.write) {
+                    Some(answer) => {
+                        return debug!(election = self.election.key, "freed the key: {:?}", written(answer));
+                    }
+                    None => continue,
+                },
+                Ok(Turn::Received(batch)) => self.hear(booth, &batch),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = heard {
+                return debug!(election = self.election.key, "the key was not freed: {error}");
+            }
+        }
+    }
+
+    /// Publishes how it stands; `reason` says why it is over if it is.
+    fn tell(&mut self, reason: &str) {
+        let now = Instant::now();
+        let (election, candidate) = (&self.election.key, &self.election.candidate);
+        let led = Leadership {
+            until: self.machine.leads_until(now),
+            error: self.error.clone(),
+            campaigns: self.machine.campaigns(),
+            interval: self.machine.interval(),
+        };
+        self.told.send_if_modified(|before| {
+            match (before.until, led.until) {
+                (None, Some(_)) => info!(election, candidate, "leads"),
+                (Some(_), None) => warn!(election, candidate, "leads no longer: {reason}"),
+                _ => {}
+            }
+            let changed = *before != led;
+            *before = led;
+            changed
+        });
+    }
+}
+
+impl Booth {
+    fn write(&mut self, candidate: &str, revision: u64) {
+        self.write = self.lane.send_request_with(&self.subject, &header_block(revision, ""), candidate.as_bytes());
+    }
+
+    /// Leaves the marker of a deletion.
+    fn free(&mut self, revision: u64) {
+        let block = header_block(revision, "KV-Operation: DEL\r\n");
+        self.write = self.lane.send_request_with(&self.subject, &block, b"");
+    }
+
+    /// Asks what lies at the key.
+    fn ask(&mut self, what: &str, key_subject: &str) {
+        let body = json!({ "last_by_subj": key_subject }).to_string();
+        self.read = self.lane.send_request(&format!("{}.{what}", self.lane.api_prefix()), body.as_bytes());
+    }
+}
+
+/// Waits for an answer; `None` if nobody is there to give one.
+async fn answer_to(lane: &mut Lane, request: &str) -> Result<Option<Bytes>, Error> {
+    loop {
+        if let Turn::Received(batch) = lane.turn().await?
+            && let Some(answer) = answer_in(&batch, request)
+        {
+            return Ok(answer.ok().map(Bytes::copy_from_slice));
+        }
+    }
+}
+
+fn header_block(revision: u64, more: &str) -> Vec<u8> {
+    format!("NATS/1.0\r\n{more}Nats-Expected-Last-Subject-Sequence: {revision}\r\n\r\n").into_bytes()
+}
+
+/// The terms of a bucket that Choria's replicators would take.
+fn terms_of(info: &StreamInfo) -> Result<Terms, Error> {
+    let ttl = Duration::from_nanos(info.config.get("max_age").and_then(Value::as_u64).unwrap_or_default());
+    if (TTL_MIN..=TTL_MAX).contains(&ttl) {
+        return Ok(Terms::of(ttl));
+    }
+    let is = if ttl.is_zero() { "has no TTL".to_owned() } else { format!("has a TTL of {ttl:?}") };
+    Err(Error::hold(format!("bucket `{BUCKET}` {is}, and 1 s to 1 h is right, as made by `{ADD}`")))
+}
+
+/// What the answer to a write tells; an error where its fate is not known, or where nothing can be written.
+fn written(answer: Result<&[u8], Error>) -> Result<Written, Error> {
+    let answer = answer.map_err(|_| {
+        let message = format!("nobody takes writes to bucket `{BUCKET}`: it has no leader now, or it does not exist");
+        Error::hold(format!("{message} and is made with `{ADD}`"))
+    })?;
+    match PublishAck::parse(answer, &format!("bucket `{BUCKET}`")) {
+        Ok(ack) if ack.stream == STREAM => Ok(Written::Stored(ack.seq)),
+        Ok(ack) => {
+            let message = format!("bucket `{BUCKET}`: stream `{}` answers for it, its subjects overlap", ack.stream);
+            Err(Error::hold(message))
+        }
+        Err(error) if error.kind == ErrorKind::ChainBroken => Ok(Written::Conflict),
+        Err(error) => Err(error.context(format!("bucket `{BUCKET}`"))),
+    }
+}
+
+/// Revision of the marker of a deletion, if nothing else lies at the key.
+fn marker_in(answer: Result<&[u8], Error>) -> Option<u64> {
+    let message = decode_message(answer.ok()?).ok()??;
+    let operation = headers::last(&message.header, b"KV-Operation");
+    let deleted = operation.is_some_and(|operation| matches!(operation, b"DEL" | b"PURGE"));
+    let marker = deleted || headers::last(&message.header, b"Nats-Marker-Reason").is_some();
+    marker.then_some(message.sequence)
+}
