@@ -21,10 +21,11 @@ use crate::{
     copy::Budget,
     events::Events,
     http::{Monitor, Progress, Sources},
+    lease::{self, Driver, Identity},
     names,
     nats::{Rules, client},
     store::Buckets,
-    supervisor::{self, Deps, Identity, Presence, Supervisor},
+    supervisor::{self, Deps, Supervisor},
 };
 
 /// Everything stops within this.
@@ -57,6 +58,10 @@ pub struct Settings {
     pub bucket_prefix: String,
     /// Replicas of buckets that are created.
     pub bucket_replicas: usize,
+    /// How long this process may be silent before others take its leases. 1 s to 1 h.
+    pub lease_ttl: Duration,
+    /// No other process is to be reckoned with.
+    pub standalone: bool,
 }
 
 /// Runs until SIGTERM or SIGINT. An error means that the start or the stop was not in order.
@@ -107,8 +112,8 @@ struct System {
     events: Events,
     progress: watch::Sender<Progress>,
     monitor: Option<Monitor>,
+    driver: Option<Driver>,
     supervisor: Option<Supervisor>,
-    presence: Option<Presence>,
     service: Option<control::Service>,
 }
 
@@ -134,7 +139,7 @@ impl System {
             );
         }
         let api_prefix = connection.api_prefix;
-        Ok(Self { client, api_prefix, events, progress, monitor, supervisor: None, presence: None, service: None })
+        Ok(Self { client, api_prefix, events, progress, monitor, driver: None, supervisor: None, service: None })
     }
 
     /// Starts the rest, then waits for the stop.
@@ -143,13 +148,17 @@ impl System {
         let open = async || Buckets::open(self.client.clone(), &self.api_prefix, bucket_prefix, *bucket_replicas).await;
         let Some(buckets) = persist("the buckets cannot be opened", stop, open).await else { return Ok(()) };
 
+        let identity = Identity { instance: instance.clone(), host: host_name(), program: names::VERSION.to_owned() };
+        let Buckets { leases, positions, .. } = buckets.clone();
+        let (leases, driver) = lease::start(leases, positions, identity, settings.lease_ttl, settings.standalone);
+        let driver = self.driver.insert(driver);
         let deps = Deps {
             site: site.clone(),
             instance: instance.clone(),
             rules: settings.rules.clone(),
             config: buckets.config.clone(),
             positions: buckets.positions.clone(),
-            sessions: buckets.sessions.clone(),
+            leases: leases.clone(),
             events: self.events.clone(),
             budget: Budget::new(READ_AHEAD),
         };
@@ -157,8 +166,6 @@ impl System {
         let (handle, supervisor) = supervisor::start(deps, &CancellationToken::new());
         let supervisor = self.supervisor.insert(supervisor);
         self.progress.send_modify(|progress| progress.supervisor = Some(handle.clone()));
-        let identity = Identity { instance: instance.clone(), host: host_name(), program: names::VERSION.to_owned() };
-        self.presence = Some(Presence::start(buckets.sessions.clone(), identity, &handle));
 
         let register = async || {
             let settings = control::ControlConfig {
@@ -171,7 +178,7 @@ impl System {
             };
             let Buckets { config, positions, .. } = buckets.clone();
             let (client, events) = (self.client.clone(), self.events.clone());
-            control::start(client, settings, config, positions, handle.clone(), events).await
+            control::start(client, settings, config, positions, leases.clone(), handle.clone(), events).await
         };
         let registered = persist("the control service cannot be registered", stop, register).await;
         let Some(service) = registered else { return Ok(()) };
@@ -191,6 +198,7 @@ impl System {
             biased;
             () = stop.cancelled() => Ok(()),
             () = ready => bail!("the supervisor ended unasked"),
+            reason = driver.ended() => bail!(reason),
         }
     }
 
@@ -209,8 +217,8 @@ impl System {
             let lives = supervisor.stop(grace).await;
             late.extend(lives.into_iter().map(|id| format!("replication `{id}`")));
         }
-        if let Some(presence) = self.presence {
-            presence.stop().await;
+        if let Some(driver) = self.driver {
+            driver.stop().await;
         }
         let connected = self.client.connection_state() == async_nats::connection::State::Connected;
         let close = async {

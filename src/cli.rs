@@ -61,6 +61,8 @@ enum Other {
     Position(steer::PositionArgs),
     /// Try held replications again now
     Retry(steer::IdsArgs),
+    /// Have another instance take over what one leads
+    Stepdown(steer::IdsArgs),
     Skip(steer::SkipArgs),
     Instances(instances::Args),
     Events(events::Args),
@@ -111,7 +113,7 @@ impl Other {
         match self {
             Self::Config(args) => args.global().json,
             Self::Status(args) => args.global.json,
-            Self::Pause(args) | Self::Resume(args) | Self::Retry(args) => args.global.json,
+            Self::Pause(args) | Self::Resume(args) | Self::Retry(args) | Self::Stepdown(args) => args.global.json,
             Self::Position(args) => args.global.json,
             Self::Skip(args) => args.global.json,
             Self::Instances(args) => args.global.json,
@@ -128,6 +130,7 @@ impl Other {
             Self::Resume(args) => steer::each(args, "resume", "goes on", out).await,
             Self::Position(args) => steer::position(args, out).await,
             Self::Retry(args) => steer::each(args, "retry", "is tried again", out).await,
+            Self::Stepdown(args) => steer::stepdown(args, out).await,
             Self::Skip(args) => steer::skip(args, out).await,
             Self::Instances(args) => instances::run(args, out).await,
             Self::Events(args) => events::run(args, out).await,

@@ -19,6 +19,7 @@ use self::{
 };
 use crate::{
     events::Events,
+    lease::Leases,
     nats::Rules,
     store::{ConfigStore, PositionStore},
     supervisor::Handle,
@@ -55,6 +56,7 @@ pub async fn start(
     control: ControlConfig,
     config: ConfigStore,
     positions: PositionStore,
+    leases: Leases,
     supervisor: Handle,
     events: Events,
 ) -> Result<Service, Error> {
@@ -78,6 +80,7 @@ pub async fn start(
         config,
         documents,
         positions,
+        leases,
         supervisor,
         events,
     };

@@ -121,6 +121,27 @@ impl Campaign {
         self.led.clone()
     }
 
+    /// For those who look on.
+    pub fn poll(&self) -> Poll {
+        Poll { election: self.election.clone(), led: self.led() }
+    }
+
+    /// Ends it within 2 s. A key that is ours is freed, so that others need not wait for the TTL; one that is not is left
+    /// alone. Nothing may be copied any more when this is called.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        let _ = timeout(LAST_WORDS, self.task).await;
+    }
+}
+
+/// A campaign, from the outside.
+#[derive(Debug, Clone)]
+pub struct Poll {
+    election: Election,
+    led: watch::Receiver<Leadership>,
+}
+
+impl Poll {
     /// What the metrics page shows of it.
     pub fn reading(&self) -> metrics::Election {
         let Leadership { until, campaigns, interval, .. } = &*self.led.borrow();
@@ -132,13 +153,6 @@ impl Campaign {
             leads: until.is_some_and(|until| Instant::now() < until),
             interval: *interval,
         }
-    }
-
-    /// Ends it within 2 s. A key that is ours is freed, so that others need not wait for the TTL; one that is not is left
-    /// alone. Nothing may be copied any more when this is called.
-    pub async fn stop(self) {
-        self.stop.cancel();
-        let _ = timeout(LAST_WORDS, self.task).await;
     }
 }
 

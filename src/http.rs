@@ -86,8 +86,11 @@ impl Monitor {
 
 async fn show_metrics(State(sources): State<Sources>) -> Response {
     let supervisor = sources.progress.borrow().supervisor.clone();
-    let rows = supervisor.map(|supervisor| supervisor.own_rows()).unwrap_or_default();
-    match metrics::render(&sources.site, &rows, sources.events.dropped()) {
+    let (rows, elections) =
+        supervisor.map(|supervisor| (supervisor.own_rows(), supervisor.elections())).unwrap_or_default();
+    let page = metrics::render(&sources.site, &rows, sources.events.dropped())
+        .and_then(|page| Ok(page + &metrics::render_elections(&sources.site, &elections)?));
+    match page {
         Ok(text) => ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }

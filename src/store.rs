@@ -4,17 +4,19 @@
 mod bucket;
 mod buckets;
 mod config;
+mod leases;
 mod marks;
 mod positions;
-mod sessions;
+mod trouble;
 mod watch;
 
 pub use bucket::{Cells, PutError, Stored};
 pub use buckets::{Buckets, CONFIG_HISTORY, Error};
 pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
+pub use leases::{LeaseChange, LeaseRecord, LeaseStore, SessionRecord, Written};
 pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
 pub use positions::{
-    Claim, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness,
+    Claim, ClaimError, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness,
 };
-pub use sessions::{SessionChange, SessionRecord, SessionStore};
+pub(crate) use trouble::{Trouble, follow};
 pub use watch::{Change, Changes};

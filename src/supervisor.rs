@@ -9,9 +9,7 @@ mod headroom;
 mod marks;
 mod neighbours;
 mod outage;
-mod presence;
 mod replication;
-mod trouble;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -29,7 +27,6 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-pub use self::presence::{Identity, Presence};
 use self::{
     board::Board,
     desired::{Planner, Signal},
@@ -41,11 +38,11 @@ use self::{
 use crate::{
     copy::{Budget, Error, ErrorKind},
     events::Events,
+    lease::Leases,
+    metrics,
     nats::Rules,
     status::{Row, State},
-    store::{
-        ConfigChange, ConfigEntry, ConfigStore, MarkKind, PositionRecord, PositionStore, SessionRecord, SessionStore,
-    },
+    store::{ConfigChange, ConfigEntry, ConfigStore, MarkKind, PositionRecord, PositionStore, SessionRecord},
 };
 
 /// How often a row is looked at that is waited for.
@@ -67,8 +64,8 @@ pub struct Deps {
     pub config: ConfigStore,
     /// Where each replication stands.
     pub positions: PositionStore,
-    /// Which processes are there.
-    pub sessions: SessionStore,
+    /// Which processes are there, and what each may run.
+    pub leases: Leases,
     /// Where notable things are told.
     pub events: Events,
     /// Bytes that all replications together may read ahead.
@@ -80,8 +77,8 @@ pub struct Deps {
 pub fn start(deps: Deps, root: &CancellationToken) -> (Handle, Supervisor) {
     let (table, view) = watch::channel(Table::default());
     let stop = root.child_token();
-    let group = Group::follow(deps.positions.clone(), deps.sessions.clone());
-    let handle = Handle { table: view.clone(), group: group.clone(), instance: deps.instance.as_str().into() };
+    let group = Group::follow(deps.positions.clone(), deps.leases.clone());
+    let handle = Handle { table: view.clone(), group, instance: deps.instance.as_str().into() };
     let neighbours = Neighbours::new(&deps.site, &deps.rules);
     let work = Loop {
         deps: Arc::new(deps),
@@ -91,7 +88,6 @@ pub fn start(deps: Deps, root: &CancellationToken) -> (Handle, Supervisor) {
         lives: JoinSet::new(),
         slots: HashMap::new(),
         marks: HashMap::new(),
-        group,
     };
     let task = tokio::spawn(work.run());
     (handle, Supervisor { stop, task, table: view })
@@ -161,6 +157,11 @@ impl Handle {
         self.table.borrow().boards.values().map(|board| board.row()).collect()
     }
 
+    /// How Choria's elections stand that this process takes part in.
+    pub fn elections(&self) -> Vec<metrics::Election> {
+        self.table.borrow().boards.values().filter_map(|board| board.election()).collect()
+    }
+
     /// The processes that are there, sorted by name.
     pub fn peers(&self) -> Vec<Peer> {
         let mut leads: HashMap<String, Vec<String>> = HashMap::new();
@@ -191,17 +192,14 @@ impl Handle {
     fn view(&self, board: &Board) -> Row {
         let mut own = board.row();
         let Some(record) = self.group.record(&own.replication) else { return own };
-        // While there is nothing to save, who lost the record does not notice it.
-        let lost = own.leader.is_some() && *record.holder != *self.instance;
-        match own.state {
-            // Moved, perhaps, by another instance.
-            State::Paused => {
-                own.copy.position.source_seq = record.source.map_or(0, |source| source.seq);
-                own
-            }
-            state if (lost || state == State::Stopped) && record.epoch > own.epoch => self.leaders_row(record, own),
-            _ => own,
+        if !board.leads() {
+            return self.leaders_row(record, own);
         }
+        if own.state == State::Paused {
+            // Moved, perhaps, by another instance.
+            own.copy.position.source_seq = record.source.map_or(0, |source| source.seq);
+        }
+        own
     }
 
     fn leaders_row(&self, record: PositionRecord, own: Row) -> Row {
@@ -215,7 +213,7 @@ impl Handle {
             row.state = State::Starting;
         } else if row.state == State::Running && row.leader.as_ref().is_some_and(|leader| self.group.is_doubted(leader))
         {
-            // Nobody waits for what may be dead and looks caught up.
+            // Nobody waits for what has stopped and looks caught up.
             row.state = State::Retrying;
         }
         row
@@ -228,7 +226,7 @@ impl Handle {
         // An error means that the supervisor is gone, and with it what it ran.
         let _ = table.wait_for(|table| table.marked >= revision).await;
         let board = self.table.borrow().boards.get(id).cloned();
-        if let Some(board) = board {
+        if let Some(board) = board.filter(|board| board.leads()) {
             let mut status = board.status().subscribe();
             let _ = status.wait_for(|(state, _)| matches!(state, State::Paused | State::Stopped)).await;
         }
@@ -300,7 +298,6 @@ struct Loop {
     slots: HashMap<String, Slot>,
     /// By replication, also of those that are not there.
     marks: HashMap<String, Marks>,
-    group: Group,
 }
 
 /// One life, from the outside.
@@ -444,12 +441,12 @@ impl Loop {
             deps: self.deps.clone(),
             id: id.clone(),
             board: board.clone(),
-            group: self.group.clone(),
             neighbours: self.neighbours.clone(),
         };
         let planner = Planner::new(&self.deps, latest);
         let (marks, asked) = watch::channel(self.marks.get(&id).cloned().unwrap_or_default());
-        let life = Life::new(context, planner, asked, stop.clone());
+        let seat = self.deps.leases.seat(&id);
+        let life = Life::new(context, planner, asked, seat, stop.clone());
         let task = self.lives.spawn(life.run(delay)).id();
         self.slots.insert(id, Slot { task, board, wanted, marks, stop, again: None });
     }

@@ -49,6 +49,8 @@ mod hand_edits;
 mod harness_self;
 #[path = "it/headroom.rs"]
 mod headroom;
+#[path = "it/leases.rs"]
+mod leases;
 #[path = "it/memory.rs"]
 mod memory;
 #[path = "it/process.rs"]

@@ -12,6 +12,8 @@ mod jetstream;
 mod judge;
 #[path = "sim/keys.rs"]
 mod keys;
+#[path = "sim/leases.rs"]
+mod leases;
 #[path = "sim/life.rs"]
 mod life;
 #[path = "sim/plan.rs"]
@@ -29,6 +31,8 @@ mod traffic;
 #[path = "sim/world.rs"]
 mod world;
 
+use std::ops::RangeInclusive;
+
 /// So many where nobody says how many.
 const SEEDS: u64 = 300;
 
@@ -36,20 +40,31 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-#[test]
-fn guarantees_hold_whatever_happens() {
-    let seeds = match number("SEED") {
+/// Those that are asked for.
+fn seeds() -> RangeInclusive<u64> {
+    match number("SEED") {
         Some(seed) => seed..=seed,
         None => {
             let first = number("FIRST").unwrap_or(1);
             first..=first + number("SEEDS").unwrap_or(SEEDS) - 1
         }
-    };
-    if std::env::var_os("RUST_LOG").is_some() {
-        tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).init();
     }
+}
+
+/// Tells what happens, where that is asked for.
+fn trace() {
+    if std::env::var_os("RUST_LOG").is_some() {
+        let subscriber = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env());
+        // An error means that another test was faster.
+        let _ = subscriber.try_init();
+    }
+}
+
+#[test]
+fn guarantees_hold_whatever_happens() {
+    trace();
     let (mut failed, mut slowest) = (Vec::new(), (0.0, 0));
-    for seed in seeds {
+    for seed in seeds() {
         match run::run(seed) {
             Ok(told) => {
                 let share = told.took.as_secs_f64() / told.limit.as_secs_f64();

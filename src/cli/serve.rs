@@ -1,17 +1,20 @@
 //! `stream-replicator serve`: what was written becomes [`Settings`] that cannot be wrong, all mistakes at once.
 
-use std::{env, path::PathBuf, process::ExitCode};
+use std::{env, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
 use tracing::error;
 
 use super::{connection::Connection, error::USAGE};
 use crate::{
     app::{self, Settings},
-    config::{Place, Secret},
+    config::{Place, Secret, parse_duration},
     names,
     nats::Rules,
     telemetry,
 };
+
+/// Shorter ones would be lost by a server's pause, longer ones would leave replications alone for too long.
+const LEASE_TTL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
 
 /// Run the replicator: one process of one site
 #[derive(Debug, clap::Args)]
@@ -64,6 +67,14 @@ pub(super) struct Args {
         value_parser = clap::value_parser!(u8).range(1..=5)
     )]
     bucket_replicas: u8,
+
+    /// How long this process may be silent before others take over what it leads, 1s to 1h; the same for all of a group
+    #[arg(long, value_name = "D", env = "STREAM_REPLICATOR_LEASE_TTL", hide_env_values = true, default_value = "15s")]
+    lease_ttl: String,
+
+    /// This is the only process of its site: it goes on copying while the control connection is away
+    #[arg(long, env = "STREAM_REPLICATOR_STANDALONE", hide_env_values = true)]
+    standalone: bool,
 
     /// Servers that documents may name, `[scheme://]host[:port]` with `*` for any text, such as
     /// `nats://*.example.net:4222`; may be repeated [default: any]
@@ -152,6 +163,9 @@ impl Args {
         if let Some(monitor) = &monitor {
             check("--monitor", monitor, check_address(monitor));
         }
+        let lease_ttl = parse_duration(&self.lease_ttl).ok().filter(|ttl| LEASE_TTL.contains(ttl));
+        let right = "a duration from 1s to 1h, such as `15s`";
+        check("--lease-ttl", &self.lease_ttl, lease_ttl.map(|_| ()).ok_or(right));
         let server = self.place().map_err(|problem| problems.push(problem));
         let rules = Rules::new(&self.allow_url, &self.allow_credentials).map_err(|problem| problems.push(problem));
         let (Ok(server), Ok(rules)) = (server, rules) else { return Err(problems) };
@@ -168,6 +182,8 @@ impl Args {
             prefix: self.prefix.clone(),
             bucket_prefix: self.bucket_prefix.clone(),
             bucket_replicas: usize::from(self.bucket_replicas),
+            lease_ttl: lease_ttl.unwrap_or_default(),
+            standalone: self.standalone,
         })
     }
 }

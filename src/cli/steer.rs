@@ -1,6 +1,7 @@
-//! `stream-replicator pause`, `resume`, `position`, `retry` and `skip`.
+//! `stream-replicator pause`, `resume`, `position`, `retry`, `skip` and `stepdown`.
 
 use chrono::{DateTime, Utc};
+use serde::de::DeserializeOwned;
 
 use super::{
     client::{Client, Reply},
@@ -9,7 +10,7 @@ use super::{
     output::Output,
     words::{count, counted, parse_time},
 };
-use crate::control::api::{Changed, Moved, NamedRequest, PositionRequest, SkipRequest, Skipped};
+use crate::control::api::{Changed, Moved, NamedRequest, PositionRequest, SkipRequest, Skipped, SteppedDown};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct IdsArgs {
@@ -66,15 +67,33 @@ pub(super) struct SkipArgs {
     pub(super) global: Global,
 }
 
-/// Asks for the same for several replications, one after the other.
+/// Asks for a change of several replications, one after the other.
 pub(super) async fn each(args: &IdsArgs, endpoint: &str, done: &str, out: &mut Output) -> Result<Verdict, Error> {
+    all(args, endpoint, out, |changed: &Changed| format!("{} {done}", changed.replication)).await
+}
+
+pub(super) async fn stepdown(args: &IdsArgs, out: &mut Output) -> Result<Verdict, Error> {
+    all(args, "stepdown", out, |stepped: &SteppedDown| {
+        let to = stepped.to.as_deref().unwrap_or("nobody yet");
+        format!("{}: handed over, {} -> {to}", stepped.replication, stepped.from)
+    })
+    .await
+}
+
+/// Asks for the same for several replications, one after the other.
+async fn all<T: DeserializeOwned>(
+    args: &IdsArgs,
+    endpoint: &str,
+    out: &mut Output,
+    words: impl Fn(&T) -> String,
+) -> Result<Verdict, Error> {
     let client = Client::connect(&args.global).await?;
     let mut verdict = Verdict::Good;
     for id in &args.ids {
         let request = NamedRequest { replication: id.clone() };
-        let changed: Result<Reply<Changed>, Error> = client.change(endpoint, &request).await;
+        let changed: Result<Reply<T>, Error> = client.change(endpoint, &request).await;
         match changed {
-            Ok(reply) => out.reply(&reply, |changed| format!("{} {done}", changed.replication)),
+            Ok(reply) => out.reply(&reply, &words),
             Err(error) => {
                 error.tell(out);
                 verdict = Verdict::Bad;

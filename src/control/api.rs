@@ -125,6 +125,17 @@ pub struct Skipped {
     pub source_seq: u64,
 }
 
+/// Reply of `stepdown`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SteppedDown {
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
+    pub replication: String,
+    /// Instance that led it and was asked to hand over.
+    pub from: String,
+    /// Instance that leads it now; `null` if none does yet.
+    pub to: Option<String>,
+}
+
 /// Reply of `config.validate`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Validation {

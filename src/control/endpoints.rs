@@ -5,6 +5,7 @@ mod instances;
 mod pause;
 mod position;
 mod release;
+mod stepdown;
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,6 +23,7 @@ use self::{
     pause::{pause, resume},
     position::position,
     release::{retry, skip},
+    stepdown::stepdown,
 };
 use super::{
     api::{Changed, DeleteRequest, Document, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest},
@@ -32,6 +34,7 @@ use super::{
 use crate::{
     config::{self, Problem, Problems, Replication},
     events::Events,
+    lease::Leases,
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
     nats::Rules,
     store::{ConfigEntry, ConfigStore, MarkKind, PositionStore, WriteError},
@@ -61,6 +64,7 @@ pub(super) struct Context {
     pub(super) config: ConfigStore,
     pub(super) documents: Documents,
     pub(super) positions: PositionStore,
+    pub(super) leases: Leases,
     pub(super) supervisor: Handle,
     pub(super) events: Events,
 }
@@ -93,6 +97,7 @@ pub(super) fn routes(context: &Arc<Context>, prefix: &str) -> Vec<Route> {
         route("pause", Kind::Mutation, handler!(pause)),
         route("resume", Kind::Mutation, handler!(resume)),
         route("position", Kind::Mutation, handler!(position)),
+        route("stepdown", Kind::Mutation, handler!(stepdown)),
         route("retry", Kind::Mutation, handler!(retry)),
         route("skip", Kind::Mutation, handler!(skip)),
     ]
@@ -160,6 +165,7 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
     if !keep {
         leaving.remove_durable(context, id).await;
         context.positions.remove(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
+        context.leases.forget(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
         // What was kept of the document goes with the document.
         for kind in [MarkKind::Paused, MarkKind::Release] {
             context.config.unmark(id, kind, None).await.map_err(|error| Failure::new(503, error.to_string()))?;

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::api::{
     Changed, DeleteRequest, Document, ErrorReply, Instances, InstancesRequest, List, ListRequest, Moved, NamedRequest,
-    PositionRequest, SkipRequest, Skipped, Status, StatusRequest, Validation,
+    PositionRequest, SkipRequest, Skipped, Status, StatusRequest, SteppedDown, Validation,
 };
 use crate::events::Notice;
 
@@ -56,6 +56,7 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("position", position_request(), reply::<Moved>()),
         ("retry", request::<NamedRequest>(), reply::<Changed>()),
         ("skip", request::<SkipRequest>(), reply::<Skipped>()),
+        ("stepdown", request::<NamedRequest>(), reply::<SteppedDown>()),
         ("instances", request::<InstancesRequest>(), reply::<Instances>()),
     ]
 }

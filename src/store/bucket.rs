@@ -76,8 +76,12 @@ pub trait Cells: fmt::Debug + Send + Sync {
     fn last<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Stored>, Error>>;
     /// Writes a value if the key is at `expected` (0: there is nothing); returns the new revision.
     fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
+    /// Leaves the marker of a deletion if the key is at `expected`; returns the marker's revision.
+    fn mark_deleted<'a>(&'a self, key: &'a str, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
     /// Removes a key without leaving a marker.
     fn forget<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), Error>>;
+    /// Removes what lies at a key up to and with a revision, without leaving a marker.
+    fn forget_through<'a>(&'a self, key: &'a str, revision: u64) -> BoxFuture<'a, Result<(), Error>>;
     /// All keys as they are, then every change, for ever.
     fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>>;
 }
@@ -95,8 +99,16 @@ impl Cells for Bucket {
         self.put(key, value, expected).boxed()
     }
 
+    fn mark_deleted<'a>(&'a self, key: &'a str, expected: u64) -> BoxFuture<'a, Result<u64, PutError>> {
+        self.mark_deleted(key, expected).boxed()
+    }
+
     fn forget<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), Error>> {
         self.forget(key).boxed()
+    }
+
+    fn forget_through<'a>(&'a self, key: &'a str, revision: u64) -> BoxFuture<'a, Result<(), Error>> {
+        self.forget_through(key, revision).boxed()
     }
 
     fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>> {

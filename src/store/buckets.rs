@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{ConfigStore, PositionStore, SessionStore, bucket::Bucket};
+use super::{ConfigStore, LeaseStore, PositionStore, bucket::Bucket};
 
 /// Revisions of each document that are kept.
 pub const CONFIG_HISTORY: usize = 10;
@@ -14,8 +14,8 @@ pub struct Buckets {
     pub config: ConfigStore,
     /// Positions and status rows.
     pub positions: PositionStore,
-    /// Which processes are there.
-    pub sessions: SessionStore,
+    /// Which processes are there and what each may run.
+    pub leases: LeaseStore,
 }
 
 /// A bucket operation that failed.
@@ -50,7 +50,7 @@ impl Buckets {
         Ok(Self {
             config: ConfigStore::new(config),
             positions: PositionStore::new(Arc::new(positions)),
-            sessions: SessionStore::new(leases),
+            leases: LeaseStore::new(Arc::new(leases)),
         })
     }
 }

@@ -181,7 +181,14 @@ impl PositionStore {
     async fn current(&self, id: &str) -> Result<Current, Error> {
         let Some(stored) = self.bucket.last(id).await? else { return Ok(Current::Nothing { revision: 0 }) };
         let Some(value) = stored.value else { return Ok(Current::Nothing { revision: stored.revision }) };
-        match serde_json::from_slice(&value) {
+        match serde_json::from_slice::<Box<PositionRecord>>(&value) {
+            Ok(record) if record.version > VERSION => {
+                let version = record.version;
+                let hint = "run that program, or delete the key to find the position anew";
+                Err(self.error(format!(
+                    "key `{id}` holds a record of version {version}, of a newer program than this one, which knows {VERSION}: {hint}"
+                )))
+            }
             Ok(record) => Ok(Current::Record(record, stored.revision)),
             Err(error) => {
                 let hint = "correct it, or delete the key to find the position anew";
@@ -190,20 +197,24 @@ impl PositionStore {
         }
     }
 
-    /// Makes `holder` the holder with an epoch greater than any before, by compare-and-swap (again if somebody
-    /// else writes at the same moment). This is the fence: from now on every save of an older holder is refused.
-    pub async fn claim(&self, id: &str, holder: &str) -> Result<Claim, Error> {
+    /// Makes `holder` the holder with the epoch of its lease, by compare-and-swap (again if somebody else writes at the
+    /// same moment). This is the fence: from now on every save of an older holder is refused. It is refused itself if
+    /// the record is that of a newer one.
+    pub async fn claim(&self, id: &str, holder: &str, epoch: u64) -> Result<Claim, ClaimError> {
         for _ in 0..CLAIM_TRIES {
             let (before, revision) = self.read(id).await?;
+            if before.epoch > epoch || (before.epoch == epoch && before.holder != holder) {
+                return Err(ClaimError::Newer { holder: before.holder, epoch: before.epoch });
+            }
             let previous = before.holder.clone();
-            let record = before.taken_by(holder).awake();
+            let record = before.taken_by(holder, epoch).awake();
             match self.save(id, record.clone(), revision).await {
                 Ok(revision) => return Ok(Claim { record, revision, previous }),
                 Err(SaveError::Conflict { .. } | SaveError::Deleted { .. }) => {}
-                Err(SaveError::Store(error)) => return Err(error),
+                Err(SaveError::Store(error)) => return Err(error.into()),
             }
         }
-        Err(self.error(format!("key `{id}` cannot be claimed: others write it all the time")))
+        Err(self.error(format!("key `{id}` cannot be claimed: others write it all the time")).into())
     }
 
     /// Writes the record if the key is still at `revision`; returns the new revision. A write whose outcome is
@@ -242,6 +253,24 @@ impl PositionStore {
 }
 
 const CLAIM_TRIES: usize = 10;
+/// Format of the record that this program writes. What a newer one wrote is not written over.
+const VERSION: u32 = 1;
+
+/// Why a record was not claimed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// Somebody else wrote it with a greater epoch.
+    #[error("the position record was written by instance `{holder}` with epoch {epoch}")]
+    Newer {
+        /// Who wrote it.
+        holder: String,
+        /// Its epoch.
+        epoch: u64,
+    },
+    /// It cannot be read or written now.
+    #[error(transparent)]
+    Store(#[from] Error),
+}
 
 /// A record that was claimed.
 #[derive(Debug, Clone)]
@@ -266,7 +295,7 @@ enum Current {
 impl PositionRecord {
     fn new() -> Self {
         Self {
-            version: 1,
+            version: VERSION,
             epoch: 0,
             holder: String::new(),
             nonce: 0,
@@ -283,9 +312,9 @@ impl PositionRecord {
         }
     }
 
-    /// The record with another holder and a greater epoch: every save of an older holder is refused.
-    fn taken_by(self, holder: &str) -> Self {
-        Self { epoch: self.epoch + 1, holder: holder.to_owned(), nonce: chance::random() >> 32, ..self }
+    /// The record with another holder and epoch: every save of an older holder is refused.
+    fn taken_by(self, holder: &str, epoch: u64) -> Self {
+        Self { epoch, holder: holder.to_owned(), nonce: chance::random() >> 32, ..self }
     }
 
     /// Whoever claims it is not paused.
@@ -299,7 +328,8 @@ impl PositionRecord {
     /// The record with another position, taken by the instance that moves it.
     #[must_use]
     pub fn moved(self, to: SourceWitness, by: &str) -> Self {
-        let mut record = self.taken_by(by);
+        let epoch = self.epoch + 1;
+        let mut record = self.taken_by(by, epoch);
         // Where nothing was saved yet, the target may have copies from before all the same.
         if record.source.as_ref().is_none_or(|from| to.seq < from.seq) {
             record.moved_back = true;

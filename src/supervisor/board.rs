@@ -7,7 +7,9 @@ use tokio::sync::watch;
 use crate::{
     config::Replication,
     copy::{Error, ErrorKind},
+    election::Poll,
     events::Step,
+    metrics,
     status::{CopyStatus, Headroom, InFlight, Lag, LastError, Position, Row, SourceStatus, State, TargetStatus},
     store::PositionRecord,
 };
@@ -19,6 +21,8 @@ pub(super) struct Board {
     born: AtomicU64,
     head: watch::Sender<Head>,
     status: watch::Sender<(State, CopyStatus)>,
+    /// Our part in Choria's election.
+    poll: watch::Sender<Option<Poll>>,
 }
 
 /// The part of a row that the life owns.
@@ -27,6 +31,8 @@ struct Head {
     leader: Option<String>,
     epoch: u64,
     config_revision: u64,
+    /// The right to run it is ours.
+    leads: bool,
 }
 
 /// How far the copy has come, to see whether it moves.
@@ -47,6 +53,7 @@ impl Board {
             born: AtomicU64::new(revision),
             head: watch::Sender::new(head),
             status: watch::Sender::new((State::Starting, copy)),
+            poll: watch::Sender::new(None),
         }
     }
 
@@ -103,6 +110,26 @@ impl Board {
                 copy.target = TargetStatus { stream: replication.target.stream.clone(), ..TargetStatus::default() };
             }
         });
+    }
+
+    /// Our part in Choria's election, or none any more.
+    pub(super) fn set_poll(&self, poll: Option<Poll>) {
+        self.poll.send_replace(poll);
+    }
+
+    /// How our part in Choria's election stands, if we have one.
+    pub(super) fn election(&self) -> Option<metrics::Election> {
+        self.poll.borrow().as_ref().map(Poll::reading)
+    }
+
+    /// Whether the right to run it is ours.
+    pub(super) fn leads(&self) -> bool {
+        self.head.borrow().leads
+    }
+
+    /// The right to run it is ours, or not any more.
+    pub(super) fn set_leads(&self, leads: bool) {
+        self.head.send_modify(|head| head.leads = leads);
     }
 
     /// The position record is ours.

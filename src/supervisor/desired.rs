@@ -9,11 +9,11 @@ use futures_util::{
 };
 use tokio::{sync::watch, time::sleep};
 
-use super::{Deps, trouble::Trouble};
+use super::Deps;
 use crate::{
     config::{Problem, Problems, Replication},
     nats::Rules,
-    store::{CONFIG_HISTORY, ConfigChange, ConfigEntry, ConfigStore, Error, MarkKind},
+    store::{CONFIG_HISTORY, ConfigChange, ConfigEntry, ConfigStore, Error, MarkKind, Trouble},
 };
 
 /// After a change, so much is waited for the next: a flood of edits becomes one.

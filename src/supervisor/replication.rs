@@ -1,8 +1,9 @@
-//! One life: claim the position record, copy, survive errors, follow the document, until it is deleted or the
-//! process stops.
+//! One life: stand by until the lease is ours; then claim the position record, copy, survive errors, follow the
+//! document, until the lease goes, the document is deleted or the process stops.
 //!
-//! [`Life`] decides what runs; its [`Session`] keeps that running. The session is a future of the life, not a task:
-//! dropping the life drops the run and with it every connection of the copy path.
+//! [`Life`] stands by; its [`Reign`] decides what runs, for as long as the lease is ours; that one's [`Session`] keeps
+//! it running. These are futures of the life, not tasks: dropping the reign drops the run and with it every connection
+//! of the copy path.
 
 use std::{convert::Infallible, future::pending, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
@@ -19,20 +20,20 @@ use super::{
     Deps,
     board::{Board, Mark},
     desired::{Plan, Planner, Rejected, Work},
-    group::Group,
     headroom::Watch,
     marks::{Marks, Release},
     neighbours::Neighbours,
     outage::Outage,
-    trouble::Trouble,
 };
 use crate::{
     backoff::{Backoff, jitter},
     config::Replication,
     copy::{self, Error, ErrorKind, Escalation, Job, Ledger},
+    election::{Campaign, Election, Leadership, lost, won},
     events::{Event, Step},
+    lease::{Seat, Tenure},
     status::{Row, State},
-    store::{MarkKind, PositionRecord, SaveError, WriteError},
+    store::{ClaimError, MarkKind, PositionRecord, SaveError, Trouble, WriteError},
 };
 
 /// Attempts after an error that passes.
@@ -47,14 +48,8 @@ const HELD: Duration = copy::LONGEST_PAUSE;
 /// So long what is in the air may take to settle when a run stops; then the run is dropped.
 const SETTLE: Duration = Duration::from_secs(10);
 
-/// An instance that is there has renewed its session within this time.
-const RENEWED: Duration = Duration::from_secs(5);
-
-/// An instance that is there has stopped a paused replication within this time.
-const STOPPED: Duration = Duration::from_secs(15);
-
-/// How often a record is looked at that another instance will write.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// Who found the record of somebody else under its own lease takes the lease again after this.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// So long the last row may take to be saved.
 const LAST_SAVE: Duration = Duration::from_secs(2);
@@ -74,7 +69,6 @@ pub(super) struct Context {
     pub(super) deps: Arc<Deps>,
     pub(super) id: String,
     pub(super) board: Arc<Board>,
-    pub(super) group: Group,
     pub(super) neighbours: Neighbours,
 }
 
@@ -84,14 +78,24 @@ impl Context {
     }
 }
 
-/// What follows the document of one replication.
+/// One replication in this process.
 pub(super) struct Life {
     context: Context,
     planner: Planner,
     marks: watch::Receiver<Marks>,
+    seat: Seat,
+    stop: CancellationToken,
+    refusals: Refusals,
+}
+
+/// What follows the document while the lease is ours.
+struct Reign<'a> {
+    context: &'a Context,
+    planner: &'a mut Planner,
+    marks: watch::Receiver<Marks>,
     stop: CancellationToken,
     session: Session,
-    refusals: Refusals,
+    refusals: &'a mut Refusals,
 }
 
 /// Why a document runs no longer.
@@ -109,33 +113,102 @@ impl Life {
         context: Context,
         planner: Planner,
         marks: watch::Receiver<Marks>,
+        seat: Seat,
         stop: CancellationToken,
     ) -> Self {
-        let session = Session::new(context.clone(), marks.clone());
-        Self { context, planner, marks, stop, session, refusals: Refusals::default() }
+        Self { context, planner, marks, seat, stop, refusals: Refusals::default() }
     }
 
     /// Until the stop. Waits for `delay` first.
     pub(super) async fn run(mut self, delay: Duration) {
         let stop = self.stop.clone();
-        let first = async {
-            sleep(delay).await;
-            self.planner.current().await
-        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            () = sleep(delay) => {}
+        }
+        loop {
+            let tenure = tokio::select! {
+                biased;
+                () = stop.cancelled() => return self.context.board.set_state(State::Stopped),
+                tenure = self.stand_by() => tenure,
+            };
+            let again = self.reign(&tenure).await;
+            self.seat.ended(again);
+        }
+    }
+
+    /// Waits for the lease, and shows meanwhile whether the document could run.
+    async fn stand_by(&mut self) -> Tenure {
+        let Self { context, planner, seat, .. } = self;
+        let mut granted = pin!(seat.granted());
+        let mut newest = false;
+        loop {
+            let plan = async { if newest { planner.next().await } else { planner.current().await } };
+            tokio::select! {
+                biased;
+                tenure = &mut granted => return tenure,
+                plan = plan => {
+                    newest = true;
+                    let board = &context.board;
+                    if let Some(rejected) = &plan.rejected {
+                        board.rejected(&rejected.message());
+                    }
+                    match plan.work {
+                        Some(work) => {
+                            board.adopt(&work.replication, work.revision);
+                            board.set_state(State::Starting);
+                        }
+                        None => board.set_state(State::Invalid),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Runs what is to run for as long as the lease is ours; says how long to leave it alone then.
+    async fn reign(&mut self, tenure: &Tenure) -> Duration {
+        let stop = self.stop.child_token();
+        let Self { context, planner, marks, refusals, .. } = self;
+        context.board.set_leads(true);
+        let session = Session::new(context.clone(), marks.clone(), tenure.epoch);
+        let reign = Reign { context, planner, marks: marks.clone(), stop: stop.clone(), session, refusals };
+        // In a box: a future in a future takes its room twice.
+        let held = tenure.hold(&stop, Box::pin(reign.run())).await;
+        let Context { id, board, .. } = &*context;
+        board.set_leads(false);
+        held.unwrap_or_else(|| {
+            board.run_over();
+            board.released();
+            board.set_state(State::Stopped);
+            let position = board.row().copy.position.source_seq;
+            let why = tenure.why_lost();
+            warn!(replication = id, epoch = tenure.epoch, position, "stopped, the lease is lost: {why}");
+            let message = Some(why.to_owned());
+            context.emit(Event::Stopped { position: Some(position), message });
+            Duration::ZERO
+        })
+    }
+}
+
+impl Reign<'_> {
+    /// Until the stop, or until the record turns out to be somebody else's; says how long to leave it alone then.
+    async fn run(mut self) -> Duration {
+        let stop = self.stop.clone();
         let mut plan = tokio::select! {
             biased;
             () = stop.cancelled() => None,
-            plan = first => Some(plan),
+            plan = self.planner.current() => Some(plan),
         };
         while let Some(now) = plan {
-            self.refusals.report(&self.context, now.rejected);
+            self.refusals.report(self.context, now.rejected);
             plan = match now.work {
                 work if self.marks.borrow().paused => self.rest(work).await,
                 Some(work) => self.follow(work).await,
                 None => self.idle().await,
             };
         }
-        self.session.finish().await;
+        self.session.finish().await
     }
 
     /// Nothing can run: waits for a better document.
@@ -181,11 +254,9 @@ impl Life {
             }
         }
         session.headroom = headroom;
-        if session.superseded {
-            stop.cancelled().await;
+        if session.superseded || !session.go_on().await {
             return None;
         }
-        session.go_on().await;
         let mut plan = tokio::select! {
             biased;
             () = stop.cancelled() => return None,
@@ -245,15 +316,14 @@ impl Life {
                         self.context.board.set_revision(new.revision);
                         work.revision = new.revision;
                     }
-                    self.refusals.keep(&self.context, work, plan.rejected.as_ref());
-                    self.refusals.report(&self.context, plan.rejected);
+                    self.refusals.keep(self.context, work, plan.rejected.as_ref());
+                    self.refusals.report(self.context, plan.rejected);
                 }
                 ended = &mut copying => {
                     if ended == Ended::Stalled {
                         return Some(Next::Anew);
                     }
-                    // Superseded: nothing of ours may run again, whatever the document says.
-                    self.stop.cancelled().await;
+                    // Superseded: nothing of ours may run again under this lease, whatever the document says.
                     return None;
                 }
             }
@@ -341,14 +411,16 @@ struct Session {
     unsaved: bool,
     /// Another instance holds the record: it is not touched again.
     superseded: bool,
-    /// Epoch of the last claim, also when the ledger is lost.
-    epoch: Option<u64>,
+    /// Of the lease.
+    epoch: u64,
+    /// The beginning of our time was told.
+    announced: bool,
     /// The end of a pause was told, and no other pause since.
     resumed: bool,
 }
 
 impl Session {
-    fn new(context: Context, marks: watch::Receiver<Marks>) -> Self {
+    fn new(context: Context, marks: watch::Receiver<Marks>, epoch: u64) -> Self {
         Self {
             context,
             marks,
@@ -361,13 +433,65 @@ impl Session {
             told: false,
             unsaved: false,
             superseded: false,
-            epoch: None,
+            epoch,
+            announced: false,
             resumed: false,
         }
     }
 
-    /// Copies until `stop`, until another instance holds the replication, or until only a new beginning may help.
+    /// Copies until `stop`, until another instance holds the replication, or until only a new beginning may help; with
+    /// Choria's election only while that is won.
     async fn copy(&mut self, replication: &Replication, revision: u64, stop: &CancellationToken) -> Ended {
+        let Some(election) = Election::of(replication) else {
+            return Box::pin(self.keep_copying(replication, revision, stop)).await;
+        };
+        let dial = Arc::new(self.context.deps.rules.clone());
+        let campaign = Campaign::start(dial, replication.source.place.clone(), election);
+        self.context.board.set_poll(Some(campaign.poll()));
+        let ended = Box::pin(self.copy_while_won(replication, revision, stop, campaign.led())).await;
+        self.context.board.set_poll(None);
+        // What is in the air has settled, and the position is saved.
+        campaign.stop().await;
+        ended
+    }
+
+    async fn copy_while_won(
+        &mut self,
+        replication: &Replication,
+        revision: u64,
+        stop: &CancellationToken,
+        mut led: watch::Receiver<Leadership>,
+    ) -> Ended {
+        let (id, board) = (self.context.id.clone(), self.context.board.clone());
+        board.adopt(replication, revision);
+        loop {
+            board.set_state(State::Stopped);
+            let seen = led.clone();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ended::Stopped,
+                won = won(&mut led) => if !won {
+                    return Ended::Stalled;
+                },
+                never = show_trouble(&board, seen) => match never {},
+            }
+            info!(replication = id, "won Choria's election");
+            tokio::select! {
+                biased;
+                // Whenever this task wakes, it is asked first.
+                () = lost(&mut led) => {
+                    warn!(replication = id, "lost Choria's election: nothing is copied until it is won again");
+                    board.run_over();
+                    // What was saved last is read again.
+                    self.ledger = None;
+                }
+                ended = self.keep_copying(replication, revision, stop) => return ended,
+            }
+        }
+    }
+
+    /// Copies until `stop`, until another instance holds the replication, or until only a new beginning may help.
+    async fn keep_copying(&mut self, replication: &Replication, revision: u64, stop: &CancellationToken) -> Ended {
         self.told = false;
         self.backoff.reset();
         self.context.board.adopt(replication, revision);
@@ -455,14 +579,18 @@ impl Session {
     async fn claim(&mut self) -> Result<(), Error> {
         if self.ledger.is_none() {
             let Context { deps, id, board, .. } = &self.context;
-            let claim = deps.positions.claim(id, &deps.instance).await.map_err(|error| {
-                Error::new(ErrorKind::Retry, format!("the position record cannot be claimed: {error}"))
+            let claim = deps.positions.claim(id, &deps.instance, self.epoch).await.map_err(|error| match error {
+                ClaimError::Newer { .. } => Error::new(ErrorKind::Superseded, error.to_string()),
+                ClaimError::Store(error) => {
+                    Error::new(ErrorKind::Retry, format!("the position record cannot be claimed: {error}"))
+                }
             })?;
             board.claimed(&claim.record);
-            self.epoch = Some(claim.record.epoch);
-            let another = |holder: &String| !holder.is_empty() && *holder != deps.instance;
-            let previous = Some(claim.previous.clone()).filter(another);
-            self.context.emit(Event::Leader { epoch: claim.record.epoch, previous });
+            if !std::mem::replace(&mut self.announced, true) {
+                let another = |holder: &String| !holder.is_empty() && *holder != deps.instance;
+                let previous = Some(claim.previous.clone()).filter(another);
+                self.context.emit(Event::Leader { epoch: claim.record.epoch, previous });
+            }
             self.ledger = Some(Ledger::new(deps.positions.clone(), deps.events.clone(), id, claim));
         }
         Ok(())
@@ -546,16 +674,14 @@ impl Session {
         self.outage.over();
         self.ledger = None;
         let mut trouble = Trouble::new("that a replication is paused cannot be saved");
-        let mut other = Other { since: Instant::now(), session: None };
         loop {
-            match note_pause(&self.context, self.epoch, &mut other).await {
+            match note_pause(&self.context, self.epoch).await {
                 Ok(Noted::Ours { news }) => {
                     if news || self.resumed {
                         self.tell_pause();
                     }
                     return;
                 }
-                Ok(Noted::Theirs) => sleep(LOOK_AGAIN).await,
                 Ok(Noted::Anothers) => {
                     self.superseded = true;
                     return self.context.board.set_state(State::Stopped);
@@ -573,17 +699,21 @@ impl Session {
         self.resumed = false;
     }
 
-    /// The pause is over; the position may have been moved meanwhile.
-    async fn go_on(&mut self) {
+    /// The pause is over. The position may have been moved meanwhile: then the lease has to be taken again with a greater
+    /// epoch, and nothing goes on under this one.
+    async fn go_on(&mut self) -> bool {
         self.resumed = true;
         let Context { deps, id, board, .. } = &self.context;
         board.set_state(State::Starting);
+        let mut newest = true;
         if let Ok(Ok((record, _))) = timeout(LOOK, deps.positions.read(id)).await {
             board.looked_up(&record);
+            newest = record.epoch <= self.epoch;
         }
         let position = board.row().copy.position.source_seq;
         info!(replication = id, position, "goes on after a pause");
         self.context.emit(Event::Resumed { position });
+        newest
     }
 
     fn give_up(&mut self, error: &Error) {
@@ -603,7 +733,7 @@ impl Session {
             (false, _) => debug!(replication = id, "again: {message}"),
             (true, ErrorKind::Retry) => warn!(replication = id, "stalled, trying again: {message}"),
             (true, ErrorKind::Hold) => error!(replication = id, "held: {message}"),
-            (true, ErrorKind::Superseded) => error!(replication = id, "stopped for good: {message}"),
+            (true, ErrorKind::Superseded) => error!(replication = id, "gives it up: {message}"),
         }
         for event in report.events {
             self.context.emit(event);
@@ -635,10 +765,10 @@ impl Session {
         Ok(())
     }
 
-    /// The life is over.
-    async fn finish(mut self) {
+    /// The time with this lease is over; says how long to leave the lease alone.
+    async fn finish(mut self) -> Duration {
         if self.superseded {
-            return;
+            return AGAIN;
         }
         let Context { id, board, .. } = &self.context;
         board.run_over();
@@ -649,6 +779,22 @@ impl Session {
             self.context.emit(Event::Stopped { position: Some(position), message: None });
         }
         let _ = timeout(LAST_SAVE, self.save_row()).await;
+        Duration::ZERO
+    }
+}
+
+/// Shows what keeps us from standing for election.
+async fn show_trouble(board: &Board, mut led: watch::Receiver<Leadership>) -> Infallible {
+    let mut told = None;
+    loop {
+        let error = led.borrow_and_update().error.clone();
+        if let Some(text) = error.as_ref().filter(|_| error != told) {
+            board.failed(&Error::new(ErrorKind::Retry, format!("Choria's election: {text}")), None);
+        }
+        told = error;
+        if led.changed().await.is_err() {
+            return pending().await;
+        }
     }
 }
 
@@ -684,43 +830,20 @@ async fn observe(
 enum Noted {
     /// It says that the replication is paused, and did not before if that is `news`.
     Ours { news: bool },
-    /// Another instance runs the replication: it will say so when it has stopped.
-    Theirs,
     /// Another instance took it, and we had not noticed.
     Anothers,
 }
 
-/// Another instance that led the replication when it was paused.
-struct Other {
-    since: Instant,
-    /// Revision of its session when it was looked at first.
-    session: Option<u64>,
-}
-
-impl Other {
-    /// Whether it is there, as far as can be told, and may not have stopped yet.
-    fn may_run(&mut self, group: &Group, leader: &str) -> bool {
-        let waited = self.since.elapsed();
-        let Some(revision) = group.session(leader) else { return waited < RENEWED && !group.is_gone(leader) };
-        let renewed = *self.session.get_or_insert(revision) != revision;
-        waited < RENEWED || (renewed && waited < STOPPED)
-    }
-}
-
-/// Says in the record that the replication is paused, unless it says so; of a record that another instance took
-/// since `epoch` that one will say it.
-async fn note_pause(context: &Context, epoch: Option<u64>, other: &mut Other) -> Result<Noted, SaveError> {
-    let Context { deps, id, board, group, .. } = context;
+/// Says in the record that the replication is paused, unless it says so, or is that of a newer holder.
+async fn note_pause(context: &Context, epoch: u64) -> Result<Noted, SaveError> {
+    let Context { deps, id, board, .. } = context;
     let (record, revision) = deps.positions.read(id).await?;
     board.looked_up(&record);
-    if epoch.is_some_and(|epoch| epoch < record.epoch) && record.holder != deps.instance {
-        return Ok(Noted::Anothers);
-    }
     if record.status.as_ref().is_some_and(|row| row.state == State::Paused) {
         return Ok(Noted::Ours { news: false });
     }
-    if record.leader().is_some_and(|leader| *leader != *deps.instance && other.may_run(group, leader)) {
-        return Ok(Noted::Theirs);
+    if epoch < record.epoch && record.holder != deps.instance {
+        return Ok(Noted::Anothers);
     }
     let row = Row { epoch: record.epoch, ..board.row() };
     let nonce = u64::from(rand::random::<u32>());

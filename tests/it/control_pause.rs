@@ -289,13 +289,12 @@ async fn an_instance_that_is_asked_pauses_what_another_one_runs() -> Result<()> 
     let (source, target) =
         (Server::start(crate::harness::Role::Source).await?, Server::start(crate::harness::Role::Target).await?);
     let client = crate::harness::connect(&control.url()).await?;
-    let _one = Service::builder(&control.url(), SITE).instance("one").start().await?;
+    let mut one = Service::builder(&control.url(), SITE).instance("one").start().await?;
     let document = json!({"stream": "ORDERS", "source_url": source.url(), "target_url": target.url()});
     let mut raw = Raw::connect(&source.url()).await?;
     raw.create_stream("ORDERS", json!({"subjects": ["orders.>"]})).await?;
     crate::harness::request(&client, "replicator.config.add", document).await?;
-    // The one that starts last takes it: the first one stops for good, and tells what the other one does.
-    let mut two = Service::builder(&control.url(), SITE).instance("two").start().await?;
+    let _two = Service::builder(&control.url(), SITE).instance("two").start().await?;
     let ask = async |subject: &str| crate::harness::request(&client, subject, json!({"replication": "ORDERS"})).await;
     let row = async || anyhow::Ok(ask("replicator.status").await?["replications"][0].clone());
     let led_by = async |leader: Value, state: &str| {
@@ -308,7 +307,7 @@ async fn an_instance_that_is_asked_pauses_what_another_one_runs() -> Result<()> 
         })
         .await
     };
-    led_by(json!("two"), "running").await?;
+    led_by(json!("one"), "running").await?;
     raw.publish_all((0..100).map(|i| Outgoing::new("orders.x", i.to_string()))).await?;
     wait_for("the position", PROMPT, async || row().await.is_ok_and(|row| row["position"]["source_seq"] == 100))
         .await?;
@@ -317,10 +316,14 @@ async fn an_instance_that_is_asked_pauses_what_another_one_runs() -> Result<()> 
         ask("replicator.pause").await?;
         led_by(Value::Null, "paused").await?;
         ask("replicator.resume").await?;
-        led_by(json!("two"), "running").await?;
+        led_by(json!("one"), "running").await?;
     }
-    two.stop().await?;
-    led_by(Value::Null, "stopped").await
+    // A pause outlives who led before it.
+    ask("replicator.pause").await?;
+    one.stop().await?;
+    led_by(Value::Null, "paused").await?;
+    ask("replicator.resume").await?;
+    led_by(json!("two"), "running").await
 }
 
 #[tokio::test]
@@ -330,7 +333,11 @@ async fn an_instance_that_is_asked_deletes_what_another_one_runs_and_its_positio
     site.add("ORDERS", json!({})).await?;
     site.settled("ORDERS", 100).await?;
     let _two = Service::builder(&site.control().url(), SITE).instance("two").start().await?;
-    site.row_when("ORDERS", "is led by two", |row| row["leader"] == "two" && row["state"] == "running").await?;
+    let both = async || {
+        let reply = crate::harness::request(&site.client, "replicator.instances", Value::Null).await;
+        reply.is_ok_and(|reply| reply["total"] == 2)
+    };
+    wait_for("both to be there", crate::harness::LIMIT, both).await?;
     for _ in 0..6 {
         // Either instance takes the request.
         assert_eq!(site.ask("config.delete", "ORDERS").await?.error, None);

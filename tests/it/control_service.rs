@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 14] = [
+const ENDPOINTS: [(&str, &str, &str); 15] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -20,6 +20,7 @@ const ENDPOINTS: [(&str, &str, &str); 14] = [
     ("pause", "replicator.pause", "q"),
     ("resume", "replicator.resume", "q"),
     ("position", "replicator.position", "q"),
+    ("stepdown", "replicator.stepdown", "q"),
     ("retry", "replicator.retry", "q"),
     ("skip", "replicator.skip", "q"),
 ];

@@ -9,7 +9,7 @@ use stream_replicator::config;
 use stream_replicator::events::Event;
 use stream_replicator::status::LastError;
 
-use crate::harness::{Outgoing, Site, client::request, wire};
+use crate::harness::{LIMIT, Outgoing, SITE, Service, Site, client::request, wait_for, wire};
 
 /// One `nats req` of the page and what it answers.
 #[derive(Debug)]
@@ -53,8 +53,12 @@ async fn documented_requests_are_answered_as_documented() -> Result<()> {
     let mut answered = BTreeSet::new();
     let served = endpoints(&site).await?;
     prepare(&site).await?;
+    let mut second = None;
     for example in &examples {
         before(&site, example).await?;
+        if example.endpoint == "stepdown" {
+            second = Some(another_instance(&site).await?);
+        }
         let body = on_this_site(&site, &example.body);
         let reply = match example.headers.as_slice() {
             [] => site.ask(&example.endpoint, &body).await?.body,
@@ -74,6 +78,7 @@ async fn documented_requests_are_answered_as_documented() -> Result<()> {
             answered.insert(example.endpoint.clone());
         }
     }
+    drop(second);
     for (endpoint, group) in served {
         let heading = format!("### `replicator.{endpoint}`\n");
         let (_, section) = page.split_once(&heading).with_context(|| format!("{endpoint} has no section"))?;
@@ -284,6 +289,15 @@ async fn before(site: &Site, example: &Example) -> Result<()> {
         _ => {}
     }
     Ok(())
+}
+
+/// A second instance, which the first knows of.
+async fn another_instance(site: &Site) -> Result<Service> {
+    let second = Service::builder(&site.service_url(), SITE).instance("node2-0b7de").start().await?;
+    let both = async || request(&site.client, "replicator.instances", Value::Null).await.is_ok_and(|r| r["total"] == 2);
+    wait_for("both instances", LIMIT, both).await?;
+    site.row_when("ORDERS", "is led", |row| row["leader"].is_string()).await?;
+    Ok(second)
 }
 
 /// The same fields of the same types, whatever the values.

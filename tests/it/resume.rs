@@ -920,7 +920,7 @@ async fn row_of(client: &async_nats::Client, prefix: &str) -> Option<Value> {
 async fn a_second_holder_fences_the_first() -> Result<()> {
     for target in targets() {
         let site = running(json!({}), target, json!({}), 100).await?;
-        let _second = second(site.control(), &[]).await?;
+        let _second = second(site.control(), &["--standalone"]).await?;
         let mut count = 100;
         let stopped = wait_value("the first to stop", LIMIT, async || {
             site.publish(STREAM, count + 1..=count + 5).await.ok()?;

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::raw::header_values;
 use crate::harness::server::free_port;
-use crate::harness::{Cluster, LIMIT, Outgoing, Proxy, Raw, Role, Server, wait_for};
+use crate::harness::{Cluster, Expect, LIMIT, Outgoing, Proxy, Raw, Role, Server, Site, wait_for};
 
 const STREAM: &str = "KV_CHORIA_LEADER_ELECTION";
 const KEY: &str = "SR_EAST_ORDERS";
@@ -187,7 +187,7 @@ async fn while_an_old_leader_lives_we_wait_and_when_it_dies_we_lead() -> Result<
     ensure!(!other.create().await?, "two lead");
     let Leadership { error, campaigns, .. } = led.borrow().clone();
     ensure!(error.is_none() && campaigns.candidate >= 4 && campaigns.leader >= 1, "{error:?} {campaigns:?}");
-    let reading = campaign.reading();
+    let reading = campaign.poll().reading();
     ensure!((reading.election.as_str(), reading.identity.as_str(), reading.leads) == (KEY, NEW, true), "{reading:?}");
     Ok(())
 }
@@ -435,5 +435,46 @@ async fn the_bucket_of_a_domain_is_written_by_way_of_the_domain() -> Result<()> 
     ensure!(value.as_deref() == Some(NEW), "{value:?}");
     campaign.stop().await;
     ensure!(matches!(key(&mut raw).await?, Some((_, None))), "the key is not free");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_replication_is_copied_only_while_its_election_is_won() -> Result<()> {
+    const ID: &str = "ORDERS.EAST";
+    let (server, mut raw) = start(SHORT).await?;
+    let site = Site::builder().on(server, Server::start(Role::Target).await?).args(["--monitor", "127.0.0.1:0"]);
+    let mut site = site.start().await?;
+    site.filled("ORDERS", 10).await?;
+    let mut old = Old::connect(&site.source.url()).await?;
+    ensure!(old.create().await?);
+    let old = old.lead();
+    site.add("ORDERS", json!({"name": "EAST", "leader_election_name": NEW})).await?;
+    let waits = |row: &Value| row["state"] == "stopped" && row["leader"].is_null();
+    site.row_when(ID, "waits for the election", waits).await?;
+    old.goes_on().await?;
+    let row = site.row(ID).await.context("a row")?;
+    ensure!(row["state"] == "stopped" && row["counters"]["copied"] == 0, "{row}");
+    old.task.abort();
+    site.settled(ID, 10).await?;
+    let (_, page) = site.service.get("/metrics").await?;
+    let leads = "choria_stream_replicator_election_leader{election=\"SR_EAST_ORDERS\",identity=\"new.example.net\"";
+    ensure!(page.lines().any(|line| line.starts_with(leads) && line.ends_with(" 1")), "{page}");
+
+    // Frozen for longer than the bucket keeps the key: the old one leads, and nothing is copied after the thaw.
+    site.service.freeze()?;
+    let mut old = Old::connect(&site.source.url()).await?;
+    wait_for("the old one to win", LIMIT, async || old.create().await.unwrap_or(false)).await?;
+    let old = old.lead();
+    site.publish("ORDERS", 11..=20).await?;
+    site.service.thaw()?;
+    site.row_when(ID, "finds that it has lost", waits).await?;
+    old.goes_on().await?;
+    assert_eq!(site.at_target("ORDERS").await?, 10);
+    old.task.abort();
+    site.settled(ID, 20).await?;
+    site.verify("ORDERS", &Expect::copy_of("ORDERS").name("EAST")).await?;
+
+    site.stop().await?;
+    ensure!(key(&mut raw).await?.is_none_or(|(_, value)| value.is_none()), "the key is not freed");
     Ok(())
 }

@@ -63,19 +63,32 @@ async fn copies(site: &Site) -> Result<u64> {
     Ok(stored.iter().filter(|message| message.subject != "a.probe").count() as u64)
 }
 
+/// The target takes so many messages from now on.
+async fn resize(site: &Site, max_msgs: i64) -> Result<()> {
+    let mut target = site.target().await?;
+    let mut config = target.api("STREAM.INFO.A", Value::Null).await?["config"].take();
+    config["max_msgs"] = max_msgs.into();
+    target.api("STREAM.UPDATE.A", config).await?;
+    Ok(())
+}
+
 async fn check(second: Second, batched: bool, mode: &str) -> Result<()> {
     let (site, leaf) = begin(second, batched, json!({"target_mode": mode})).await?;
-    // The target, soon full, may be the first to refuse something.
+    // The target, soon full, may be the first to refuse something. With more room both take messages again.
+    let mut room = ROOM;
     let row = wait_value("the second stream to be told", LIMIT, async || {
         let row = site.row_when("A", "is held", |row| row["state"] == "held").await.ok()?;
         let message = row["last_error"]["message"].as_str().unwrap_or_default();
         if message.contains("listens on the same subjects") && message.contains("target stream `A`") {
             return Some(row);
         }
+        room += 50;
+        resize(&site, room.cast_signed()).await.ok()?;
         let _ = site.send("retry", json!({"replication": "A"})).await;
         None
     })
-    .await?;
+    .await
+    .with_context(|| site.service.log())?;
     // It is tried again; however often, the target has what counts as copied.
     let errors = row["counters"]["errors"].as_u64();
     request(&site.client, "replicator.retry", json!({"replication": "A"})).await?;
@@ -89,9 +102,7 @@ async fn check(second: Second, batched: bool, mode: &str) -> Result<()> {
     wait_for("an event that tells it", LIMIT, async || site.events.told("held").iter().any(listens)).await?;
     // The second stream goes, and the target gets room.
     Raw::connect(&leaf.url()).await?.api(&format!("STREAM.DELETE.{}", second.name), Value::Null).await?;
-    let mut config = site.target().await?.api("STREAM.INFO.A", Value::Null).await?["config"].take();
-    config["max_msgs"] = (-1).into();
-    site.target().await?.api("STREAM.UPDATE.A", config).await?;
+    resize(&site, -1).await?;
     wait_for("the copy to go on", LIMIT, async || {
         let _ = site.send("retry", json!({"replication": "A"})).await;
         site.row("A").await.is_some_and(|row| row["state"] == "running")

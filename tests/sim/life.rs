@@ -98,7 +98,13 @@ impl Scene {
         loop {
             self.paused.is(false).await;
             let running = Running::new(&self.running);
-            let claim = match self.store().claim(ID, instance).await {
+            // Without a lease: whoever comes last goes on.
+            let store = self.store();
+            let claimed = async {
+                let (record, _) = store.read(ID).await?;
+                store.claim(ID, instance, record.epoch + 1).await
+            };
+            let claim = match claimed.await {
                 Ok(claim) => claim,
                 Err(_) => {
                     drop(running);

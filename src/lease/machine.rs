@@ -1,0 +1,1040 @@
+//! The rules of sessions and leases (no I/O, no clock): what was seen and what became of writes goes in with the time,
+//! what to do comes out of [`Machine::poll`].
+//!
+//! * A lease is held by a session and is valid while that session is renewed. A session that was silent for its time to
+//!   live, on our own clock, is looked at once more, and then counts as ended: watches may stall.
+//! * Whoever holds leases stops by itself when two thirds of that time have passed since its last confirmed renewal was
+//!   sent: before anybody else can take them, also with clocks that run a little differently.
+//! * Each grant stands on a write of the lease with a greater epoch.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::placement;
+use crate::store::{LeaseRecord, SessionRecord};
+
+/// So long, at least, an instance must have been there before leases are handed over to it, and gone before the others
+/// share among themselves: who comes and goes moves nothing.
+const SETTLED: Duration = Duration::from_secs(10);
+/// Leases that are on their way to another instance at the same time.
+const HANDED_AT_ONCE: usize = 8;
+/// Format of leases that this program writes. What a newer one wrote is not written over.
+const VERSION: u32 = 1;
+/// So long what was handed over and came back stays where it is.
+const KEPT: Duration = Duration::from_secs(120);
+/// So long nothing is tried again that just failed.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// What an instance is started with.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Its `--instance`.
+    pub instance: String,
+    /// So long the others hear nothing of it before they take its leases. 1 s to 1 h.
+    pub ttl: Duration,
+    /// It is the only one, by declaration: it takes what it finds, and keeps it while it hears nothing.
+    pub standalone: bool,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Write our session record, with this session and nonce.
+    Renew {
+        /// Random; another one when the one before was lost.
+        session: String,
+        /// Grows with every renewal.
+        nonce: u64,
+    },
+    /// Read the session of an instance from the leader of the bucket.
+    Look(String),
+    /// Write a lease at its revision; `take` if it is to become ours, and then with an epoch above that of the position.
+    Write {
+        /// Replication.
+        id: String,
+        /// What to write.
+        record: LeaseRecord,
+        /// Revision of the key.
+        revision: u64,
+        /// Whether it becomes ours.
+        take: bool,
+    },
+    /// The replication may run here, with this epoch.
+    Grant {
+        /// Replication.
+        id: String,
+        /// Of the lease.
+        epoch: u64,
+    },
+    /// What runs has to end in order.
+    Yield(String),
+    /// What runs has to end at once.
+    Revoke {
+        /// Replication.
+        id: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What became of a renewal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Renewal {
+    /// It lies there.
+    Confirmed,
+    /// Our session was removed.
+    Removed,
+    /// Nobody knows, or it did not happen.
+    Failed,
+}
+
+/// Sessions and leases as one instance knows them.
+#[derive(Debug)]
+pub struct Machine {
+    settings: Settings,
+    own: Own,
+    loaded: bool,
+    others: BTreeMap<String, Other>,
+    leases: BTreeMap<String, Lease>,
+    /// Best place of each wanted replication among those that count, and those that may take what is free.
+    members: Places,
+    electors: Places,
+}
+
+/// Our own session.
+#[derive(Debug)]
+struct Own {
+    session: String,
+    nonce: u64,
+    /// The renewal that is under way, and when it was sent.
+    sent: Option<Instant>,
+    /// When it was confirmed first.
+    since: Option<Instant>,
+    /// Until then we may lead.
+    until: Option<Instant>,
+    next: Instant,
+    member: bool,
+}
+
+/// Another instance.
+#[derive(Debug)]
+struct Other {
+    /// Its session; `None` when it was removed.
+    session: Option<String>,
+    ttl: Duration,
+    revision: u64,
+    /// When it was heard of last.
+    heard: Instant,
+    /// Since when it has been there without a break.
+    since: Instant,
+    /// When it was found that it is there no more.
+    ended: Option<Instant>,
+    /// It is being looked at.
+    looking: bool,
+    /// Not before then is it looked at again.
+    look_at: Option<Instant>,
+    /// Whether leases are to be placed there.
+    member: bool,
+}
+
+impl Other {
+    fn is_alive(&self) -> bool {
+        self.session.is_some() && self.ended.is_none()
+    }
+
+    /// Whether it was heard of for so long without a break.
+    fn was_there(&self, long: Duration) -> bool {
+        self.heard.saturating_duration_since(self.since) >= long
+    }
+}
+
+#[derive(Debug)]
+struct Lease {
+    record: LeaseRecord,
+    revision: u64,
+    /// When this revision was seen.
+    seen: Instant,
+    /// It lay there when the bucket was read first.
+    old: bool,
+    /// Our document wants it to run.
+    wanted: bool,
+    role: Role,
+    /// It has to be given away before it may run here again.
+    leaving: bool,
+    /// It was handed over and came back: until then it stays.
+    kept: Option<Instant>,
+    handed: bool,
+    /// Nothing is written before then.
+    not_before: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// Nothing runs here.
+    Idle,
+    /// A write is under way, and nothing runs here.
+    Writing { take: bool },
+    /// Granted.
+    Leading,
+    /// What runs was asked to end.
+    Yielding,
+    /// What runs was told to end at once, and has not said yet that it did.
+    Revoked,
+}
+
+/// Replications over instances.
+#[derive(Debug, Default)]
+struct Places {
+    instances: Vec<String>,
+    best: HashMap<String, usize>,
+    /// The replications have changed.
+    stale: bool,
+}
+
+impl Places {
+    fn of(&self, id: &str) -> Option<&str> {
+        self.best.get(id).map(|at| self.instances[*at].as_str())
+    }
+
+    fn update(&mut self, instances: Vec<String>, leases: &BTreeMap<String, Lease>) {
+        if !self.stale && instances == self.instances {
+            return;
+        }
+        let wanted = leases.iter().filter(|(_, lease)| lease.wanted).map(|(id, _)| id.as_str());
+        let names: Vec<&str> = instances.iter().map(String::as_str).collect();
+        self.best = placement::place(wanted, &names).into_iter().map(|(id, at)| (id.to_owned(), at)).collect();
+        self.instances = instances;
+        self.stale = false;
+    }
+}
+
+impl Machine {
+    /// An instance that has seen nothing yet. `session` is random.
+    pub fn new(settings: Settings, session: String, now: Instant) -> Self {
+        let own = Own { session, nonce: 0, sent: None, since: None, until: None, next: now, member: false };
+        Self {
+            settings,
+            own,
+            loaded: false,
+            others: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            members: Places::default(),
+            electors: Places::default(),
+        }
+    }
+
+    /// Until when what was granted may run; `None` while nothing may.
+    pub fn until(&self) -> Option<Instant> {
+        self.own.until
+    }
+
+    /// Whether a lease is written, or is ours and not released.
+    pub fn is_busy(&self) -> bool {
+        self.leases.values().any(|lease| self.is_ours(lease) || lease.role != Role::Idle)
+    }
+
+    /// The bucket has been read once.
+    pub fn loaded(&mut self) {
+        self.loaded = true;
+    }
+
+    /// The session of an instance lies there, by the watch or by a look.
+    pub fn session(&mut self, now: Instant, instance: &str, revision: u64, record: Option<&SessionRecord>) {
+        if instance == self.settings.instance {
+            return;
+        }
+        let other = self.others.entry(instance.to_owned()).or_insert_with(|| Other {
+            session: None,
+            ttl: Duration::ZERO,
+            revision: 0,
+            heard: now,
+            since: now,
+            ended: None,
+            looking: false,
+            look_at: None,
+            member: false,
+        });
+        // Not only greater ones: a bucket that was made anew counts from the beginning.
+        if revision == other.revision {
+            return;
+        }
+        other.revision = revision;
+        let Some(record) = record else {
+            other.session = None;
+            other.ended.get_or_insert(now);
+            return;
+        };
+        if other.session.as_ref() != Some(&record.session) || other.ended.is_some() {
+            other.session = Some(record.session.clone());
+            other.since = now;
+            other.ended = None;
+        }
+        other.ttl = Duration::from_millis(record.ttl_ms);
+        other.heard = now;
+        other.look_at = None;
+    }
+
+    /// A look at an instance brought nothing: whether it is there is not known.
+    pub fn look_failed(&mut self, now: Instant, instance: &str) {
+        if let Some(other) = self.others.get_mut(instance) {
+            other.looking = false;
+            other.look_at = Some(now + AGAIN);
+        }
+    }
+
+    /// A look at an instance found this revision of its session.
+    pub fn looked(&mut self, now: Instant, instance: &str, revision: u64, record: Option<&SessionRecord>) {
+        self.session(now, instance, revision, record);
+        if let Some(other) = self.others.get_mut(instance) {
+            let silent = now.saturating_duration_since(other.heard) >= other.ttl;
+            if other.looking && silent {
+                other.ended.get_or_insert(now);
+            }
+            other.looking = false;
+        }
+    }
+
+    /// The process of a session is known to be gone.
+    pub fn gone(&mut self, now: Instant, instance: &str) {
+        if let Some(other) = self.others.get_mut(instance) {
+            other.ended.get_or_insert(now);
+        }
+    }
+
+    /// What lies at the key of a lease, by the watch.
+    pub fn lease(&mut self, now: Instant, id: &str, revision: u64, record: Option<LeaseRecord>) {
+        let (loaded, me) = (self.loaded, self.settings.instance.clone());
+        let lease = self.entry(now, id);
+        if revision <= lease.revision {
+            return;
+        }
+        let record = record.unwrap_or_else(|| LeaseRecord { epoch: lease.record.epoch, ..LeaseRecord::default() });
+        let (holder, session) = (record.instance.clone(), record.session.clone());
+        lease.becomes(now, record, revision, &me);
+        lease.old = !loaded;
+        self.wrote_lease(now, &holder, &session, revision);
+    }
+
+    /// Who takes a lease is there, also where its session has not come by since.
+    fn wrote_lease(&mut self, now: Instant, holder: &str, session: &str, revision: u64) {
+        let Some(other) = self.others.get_mut(holder) else { return };
+        if other.session.as_deref() == Some(session) && revision > other.revision {
+            other.heard = now;
+            if other.ended.take().is_some() {
+                other.since = now;
+            }
+        }
+    }
+
+    fn entry(&mut self, now: Instant, id: &str) -> &mut Lease {
+        self.leases.entry(id.to_owned()).or_insert_with(|| Lease {
+            record: LeaseRecord::default(),
+            revision: 0,
+            seen: now,
+            old: false,
+            wanted: false,
+            role: Role::Idle,
+            leaving: false,
+            kept: None,
+            handed: false,
+            not_before: None,
+        })
+    }
+
+    /// A replication is to run somewhere, and may run here.
+    pub fn want(&mut self, now: Instant, id: &str) {
+        let lease = self.entry(now, id);
+        lease.wanted = true;
+        lease.not_before = None;
+        self.members.stale = true;
+        self.electors.stale = true;
+    }
+
+    /// A replication runs here no longer and is not to.
+    pub fn unwant(&mut self, id: &str) {
+        if let Some(lease) = self.leases.get_mut(id) {
+            lease.wanted = false;
+            lease.over();
+        }
+        self.members.stale = true;
+        self.electors.stale = true;
+    }
+
+    /// What ran under a grant has ended; nothing is granted again before `pause` has passed.
+    pub fn ended(&mut self, now: Instant, id: &str, pause: Duration) {
+        if let Some(lease) = self.leases.get_mut(id) {
+            lease.over();
+            lease.not_before = Some(now + pause);
+        }
+    }
+
+    /// What became of the renewal that is under way.
+    pub fn renewed(&mut self, now: Instant, outcome: Renewal) {
+        let Some(sent) = self.own.sent.take() else { return };
+        match outcome {
+            Renewal::Confirmed => {
+                self.own.since.get_or_insert(sent);
+                let until = match self.settings.standalone {
+                    true => now + Duration::from_secs(u64::from(u32::MAX)),
+                    false => sent + self.settings.ttl.mul_f64(2.0 / 3.0),
+                };
+                self.own.until = Some(until);
+                self.own.next = sent + self.settings.ttl / 4;
+            }
+            // Others may have taken our leases since: what we hold, we hold no more.
+            Renewal::Removed if !self.settings.standalone => {
+                self.own.session = crate::chance::name();
+                (self.own.since, self.own.until, self.own.next) = (None, None, now);
+            }
+            Renewal::Removed => self.own.next = now,
+            Renewal::Failed => self.own.next = now + AGAIN.min(self.settings.ttl / 16),
+        }
+    }
+
+    /// What became of a write of a lease: what lies there now, if that is known.
+    pub fn wrote(&mut self, now: Instant, id: &str, done: bool, found: Option<(LeaseRecord, u64)>) -> Option<Action> {
+        let holds = self.own.until.is_some_and(|until| now < until);
+        let session = self.own.session.clone();
+        let lease = self.leases.get_mut(id)?;
+        let Role::Writing { take } = lease.role else { return None };
+        lease.role = Role::Idle;
+        // What was read back is from the leader, also where a bucket that was made anew counts from the beginning.
+        if let Some((record, revision)) = found
+            && (!done || revision > lease.revision)
+        {
+            lease.becomes(now, record, revision, &self.settings.instance);
+        }
+        if !done {
+            lease.not_before = Some(now + AGAIN);
+            let (record, revision) = (lease.record.clone(), lease.revision);
+            self.wrote_lease(now, &record.instance, &record.session, revision);
+            return None;
+        }
+        if !take {
+            lease.leaving = false;
+            return None;
+        }
+        // Seen since: somebody else's write behind ours.
+        let ours = lease.record.session == session;
+        if std::mem::take(&mut lease.handed) {
+            lease.kept = Some(now + KEPT);
+        }
+        (lease.wanted && holds && ours).then(|| {
+            lease.role = Role::Leading;
+            Action::Grant { id: id.to_owned(), epoch: lease.record.epoch }
+        })
+    }
+
+    /// Everything that is due.
+    pub fn poll(&mut self, now: Instant) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.own.sent.is_none() && now >= self.own.next {
+            self.own.nonce += 1;
+            self.own.sent = Some(now);
+            actions.push(Action::Renew { session: self.own.session.clone(), nonce: self.own.nonce });
+        }
+        for (instance, other) in &mut self.others {
+            let silent = now.saturating_duration_since(other.heard) >= other.ttl;
+            if silent && other.is_alive() && !other.looking && other.look_at.is_none_or(|at| now >= at) {
+                other.looking = true;
+                actions.push(Action::Look(instance.clone()));
+            }
+        }
+        self.count_members(now);
+        let mut handed = self.leases.values().filter(|lease| lease.role == Role::Yielding).count();
+        let ids: Vec<String> = self.leases.keys().cloned().collect();
+        for id in ids {
+            let Some(mut lease) = self.leases.remove(&id) else { continue };
+            let action = self.decide(now, &id, &mut lease, &mut handed);
+            // Nothing is known or wanted of it any more.
+            if lease.wanted || lease.revision > 0 || lease.role != Role::Idle {
+                self.leases.insert(id, lease);
+            }
+            actions.extend(action);
+        }
+        actions
+    }
+
+    fn decide(&self, now: Instant, id: &str, lease: &mut Lease, handed: &mut usize) -> Option<Action> {
+        let holds = self.own.until.is_some_and(|until| now < until);
+        let ours = self.is_ours(lease);
+        match lease.role {
+            Role::Leading | Role::Yielding if !holds || !ours => {
+                lease.role = Role::Revoked;
+                let reason = match (holds, lease.record.instance.as_str()) {
+                    (false, _) => "the session of this instance was not renewed in time".to_owned(),
+                    (true, "") => format!("its lease was released by hand, with epoch {}", lease.record.epoch),
+                    (true, by) => format!("instance `{by}` took over with epoch {}", lease.record.epoch),
+                };
+                Some(Action::Revoke { id: id.to_owned(), reason })
+            }
+            Role::Leading if lease.record.step_down || self.better_elsewhere(now, id, lease, *handed) => {
+                *handed += 1;
+                lease.role = Role::Yielding;
+                lease.leaving = true;
+                lease.handed = !lease.record.step_down;
+                Some(Action::Yield(id.to_owned()))
+            }
+            Role::Idle if !holds || self.due_at(id, lease).is_none_or(|at| now < at) => None,
+            Role::Idle if self.is_to_go(lease) => {
+                let stepped_down = match lease.record.step_down {
+                    true => self.settings.instance.clone(),
+                    false => lease.record.stepped_down.clone(),
+                };
+                let (instance, session) = Default::default();
+                let record = LeaseRecord { instance, session, step_down: false, stepped_down, ..lease.record.clone() };
+                Some(lease.write(id, record, false))
+            }
+            Role::Idle => {
+                let record = LeaseRecord {
+                    version: VERSION,
+                    instance: self.settings.instance.clone(),
+                    session: self.own.session.clone(),
+                    epoch: lease.record.epoch + 1,
+                    step_down: false,
+                    stepped_down: Some(lease.record.stepped_down.clone())
+                        .filter(|instance| *instance != self.settings.instance)
+                        .unwrap_or_default(),
+                    other: lease.record.other.clone(),
+                };
+                Some(lease.write(id, record, true))
+            }
+            _ => None,
+        }
+    }
+
+    fn is_ours(&self, lease: &Lease) -> bool {
+        lease.record.instance == self.settings.instance && lease.record.session == self.own.session
+    }
+
+    /// Whether a lease is ours and is to be released.
+    fn is_to_go(&self, lease: &Lease) -> bool {
+        self.is_ours(lease) && (lease.leaving || !lease.wanted)
+    }
+
+    /// When a lease under which nothing runs is to be written; `None` while nothing is wanted of it, or while somebody
+    /// else has it.
+    fn due_at(&self, id: &str, lease: &Lease) -> Option<Instant> {
+        let at = match self.is_ours(lease) {
+            true => lease.seen,
+            false if lease.wanted => self.free_since(lease)? + self.patience(id, lease),
+            false => return None,
+        };
+        Some(lease.not_before.map_or(at, |not_before| at.max(not_before)))
+    }
+
+    /// Since when nobody has the right to run it.
+    fn free_since(&self, lease: &Lease) -> Option<Instant> {
+        if !self.loaded || lease.record.version > VERSION {
+            return None;
+        }
+        let holder = &lease.record.instance;
+        if holder.is_empty() || *holder == self.settings.instance || (self.settings.standalone && lease.old) {
+            return Some(lease.seen);
+        }
+        let Some(other) = self.others.get(holder) else {
+            // Of a holder that we read of before its session comes by, we will hear.
+            return Some(if lease.old { lease.seen } else { lease.seen + self.settings.ttl * 2 });
+        };
+        let held = other.session.as_ref() == Some(&lease.record.session);
+        match other.ended {
+            Some(ended) if held || other.revision > lease.revision => Some(ended.max(lease.seen)),
+            // Its process began anew. A session that is older than the lease is not the last that we hear.
+            None if !held && other.revision > lease.revision => Some(other.since.max(lease.seen)),
+            _ => None,
+        }
+    }
+
+    /// So long others who are nearer to it may take a lease that is free.
+    fn patience(&self, id: &str, lease: &Lease) -> Duration {
+        let me = &self.settings.instance;
+        let step = (self.settings.ttl / 2).clamp(Duration::from_millis(500), Duration::from_secs(5));
+        if lease.record.stepped_down == *me || !self.electors.instances.contains(me) {
+            return step * 2;
+        }
+        if self.electors.of(id) == Some(me) { Duration::ZERO } else { step }
+    }
+
+    /// Whether a lease of ours is to go to the instance that it is best placed at.
+    fn better_elsewhere(&self, now: Instant, id: &str, lease: &Lease, handed: usize) -> bool {
+        let Some(best) = self.members.of(id).filter(|best| *best != self.settings.instance) else { return false };
+        let settled = |other: &Other| other.is_alive() && other.was_there(self.settled());
+        handed < HANDED_AT_ONCE
+            && lease.kept.is_none_or(|until| now >= until)
+            && !self.settings.standalone
+            && lease.record.stepped_down != best
+            && self.others.get(best).is_some_and(settled)
+    }
+
+    fn settled(&self) -> Duration {
+        SETTLED.max(self.settings.ttl)
+    }
+
+    /// Who counts where leases are placed, and who may take what is free.
+    fn count_members(&mut self, now: Instant) {
+        let settled = self.settled();
+        let long = |since: Instant| now.saturating_duration_since(since) >= settled;
+        self.own.member |= self.own.since.is_some_and(long);
+        let me = (self.settings.instance.clone(), self.own.member, true);
+        for other in self.others.values_mut() {
+            match other.ended {
+                None => other.member |= other.was_there(settled),
+                Some(ended) => other.member &= !long(ended),
+            }
+        }
+        let others = self.others.iter().map(|(instance, other)| (instance.clone(), other.member, other.is_alive()));
+        let mut all: Vec<(String, bool, bool)> = others.chain([me]).collect();
+        all.sort_unstable();
+        let names = |pick: fn(&(String, bool, bool)) -> bool| -> Vec<String> {
+            all.iter().filter(|entry| pick(entry)).map(|(instance, ..)| instance.clone()).collect()
+        };
+        let mut electors = names(|(_, member, alive)| *member && *alive);
+        if electors.is_empty() {
+            electors = names(|(_, _, alive)| *alive);
+        }
+        if self.members.instances != names(|(_, member, _)| *member) {
+            // Another group: what came back once may find a place now.
+            self.leases.values_mut().for_each(|lease| lease.kept = None);
+        }
+        self.members.update(names(|(_, member, _)| *member), &self.leases);
+        self.electors.update(electors, &self.leases);
+    }
+
+    /// When [`Machine::poll`] has something to do without any news; at once if that lies behind.
+    pub fn next(&self, now: Instant) -> Instant {
+        let mut next = self.own.next;
+        if self.own.sent.is_some() {
+            // The renewal tells; until then only what ends by itself is due.
+            next = now + self.settings.ttl;
+        }
+        let mut due = |at: Option<Instant>| next = at.map_or(next, |at| next.min(at));
+        let runs = |lease: &Lease| matches!(lease.role, Role::Leading | Role::Yielding);
+        due(self.own.until.filter(|until| now < *until || self.leases.values().any(runs)));
+        let settled = self.settled();
+        due(self.own.since.filter(|_| !self.own.member).map(|since| since + settled));
+        for other in self.others.values() {
+            if other.is_alive() {
+                let silent = other.heard + other.ttl;
+                due(Some(silent.max(other.look_at.unwrap_or(silent))).filter(|_| !other.looking));
+            } else {
+                due(other.ended.filter(|_| other.member).map(|ended| ended + settled));
+            }
+        }
+        if self.own.until.is_some_and(|until| now < until) {
+            for (id, lease) in &self.leases {
+                due(lease.kept.filter(|until| lease.role == Role::Leading && *until > now));
+                if lease.role == Role::Idle {
+                    due(self.due_at(id, lease));
+                }
+            }
+        }
+        next
+    }
+}
+
+impl Lease {
+    /// Another revision lies there.
+    fn becomes(&mut self, now: Instant, record: LeaseRecord, revision: u64, me: &str) {
+        if !record.instance.is_empty() && record.instance != me {
+            (self.handed, self.kept) = (false, None);
+        }
+        self.record = record;
+        self.revision = revision;
+        self.seen = now;
+        self.old = false;
+    }
+
+    fn over(&mut self) {
+        if !matches!(self.role, Role::Writing { .. }) {
+            self.role = Role::Idle;
+        }
+    }
+
+    fn write(&mut self, id: &str, record: LeaseRecord, take: bool) -> Action {
+        self.role = Role::Writing { take };
+        Action::Write { id: id.to_owned(), record, revision: self.revision, take }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+
+    use super::*;
+
+    const TTL: Duration = Duration::from_secs(3);
+    const EPSILON: Duration = Duration::from_millis(1);
+
+    /// One instance, `me`, and a bucket in which every write of it works.
+    struct Bench {
+        machine: Machine,
+        now: Instant,
+        revision: u64,
+        /// Renewals are answered.
+        answers: bool,
+        granted: Vec<(String, u64)>,
+        yielded: Vec<String>,
+        revoked: Vec<String>,
+        looked: Vec<String>,
+        written: Vec<LeaseRecord>,
+    }
+
+    impl Bench {
+        fn new(standalone: bool) -> Self {
+            let now = Instant::now();
+            let settings = Settings { instance: "me".to_owned(), ttl: TTL, standalone };
+            Self {
+                machine: Machine::new(settings, "mine".to_owned(), now),
+                now,
+                revision: 0,
+                answers: true,
+                granted: Vec::new(),
+                yielded: Vec::new(),
+                revoked: Vec::new(),
+                looked: Vec::new(),
+                written: Vec::new(),
+            }
+        }
+
+        /// With the bucket read and one replication wanted.
+        fn ready() -> Self {
+            let mut bench = Self::new(false);
+            bench.machine.loaded();
+            bench.machine.want(bench.now, "R");
+            bench
+        }
+
+        fn session(&mut self, instance: &str, session: &str) {
+            self.revision += 1;
+            let record = record(instance, session);
+            self.machine.session(self.now, instance, self.revision, Some(&record));
+        }
+
+        fn lease(&mut self, instance: &str, session: &str, epoch: u64) {
+            self.revision += 1;
+            let record = lease(instance, session, epoch);
+            self.machine.lease(self.now, "R", self.revision, Some(record));
+        }
+
+        /// Lets so much time pass, in which others renew their sessions.
+        fn pass(&mut self, time: Duration, others: &[(&str, &str)]) {
+            let end = self.now + time;
+            let mut renew = self.now + TTL / 4;
+            loop {
+                self.poll();
+                let next = self.machine.next(self.now).min(renew).max(self.now + EPSILON);
+                if next > end {
+                    break;
+                }
+                self.now = next;
+                if self.now >= renew {
+                    renew += TTL / 4;
+                    others.iter().for_each(|(instance, session)| self.session(instance, session));
+                }
+            }
+            self.now = end;
+            self.poll();
+        }
+
+        fn poll(&mut self) {
+            // What it does leads to more.
+            for _ in 0..10 {
+                for action in self.machine.poll(self.now) {
+                    self.act(action);
+                }
+            }
+        }
+
+        fn act(&mut self, action: Action) {
+            match action {
+                Action::Renew { .. } if self.answers => {
+                    self.revision += 1;
+                    self.machine.renewed(self.now, Renewal::Confirmed);
+                }
+                Action::Renew { .. } => self.machine.renewed(self.now, Renewal::Failed),
+                Action::Look(instance) => {
+                    let revision = self.machine.others[&instance].revision;
+                    let found =
+                        record(&instance, self.machine.others[&instance].session.as_deref().unwrap_or_default());
+                    self.machine.looked(self.now, &instance, revision, Some(&found));
+                    self.looked.push(instance);
+                }
+                Action::Write { id, record, revision, .. } => {
+                    assert_eq!(revision, self.machine.leases[&id].revision);
+                    self.revision += 1;
+                    self.written.push(record.clone());
+                    let found = Some((record, self.revision));
+                    if let Some(grant) = self.machine.wrote(self.now, &id, true, found) {
+                        self.act(grant);
+                    }
+                }
+                Action::Grant { id, epoch } => self.granted.push((id, epoch)),
+                Action::Yield(id) => {
+                    self.machine.ended(self.now, &id, Duration::ZERO);
+                    self.yielded.push(id);
+                }
+                Action::Revoke { id, .. } => {
+                    self.machine.ended(self.now, &id, Duration::ZERO);
+                    self.revoked.push(id);
+                }
+            }
+        }
+
+        fn grants(&self) -> Vec<u64> {
+            self.granted.iter().map(|(_, epoch)| *epoch).collect()
+        }
+    }
+
+    fn record(instance: &str, session: &str) -> SessionRecord {
+        SessionRecord {
+            version: 1,
+            instance: instance.to_owned(),
+            session: session.to_owned(),
+            ttl_ms: TTL.as_millis() as u64,
+            host: String::new(),
+            pid: 1,
+            process: String::new(),
+            program: String::new(),
+            started: DateTime::UNIX_EPOCH,
+            nonce: 1,
+            other: BTreeMap::new(),
+        }
+    }
+
+    fn lease(instance: &str, session: &str, epoch: u64) -> LeaseRecord {
+        let (instance, session) = (instance.to_owned(), session.to_owned());
+        LeaseRecord { version: 1, instance, session, epoch, ..LeaseRecord::default() }
+    }
+
+    #[test]
+    fn what_nobody_has_is_taken_once_the_bucket_is_read_and_the_session_stands() {
+        let mut bench = Bench::new(false);
+        bench.machine.want(bench.now, "R");
+        bench.answers = false;
+        bench.pass(TTL, &[]);
+        bench.answers = true;
+        bench.pass(TTL, &[]);
+        assert_eq!(bench.written, []);
+        bench.machine.loaded();
+        bench.poll();
+        assert_eq!(bench.written, [lease("me", "mine", 1)]);
+        assert_eq!(bench.grants(), [1]);
+    }
+
+    #[test]
+    fn a_leader_stops_when_two_thirds_of_its_time_are_over_and_begins_again_with_a_greater_epoch() {
+        let mut bench = Bench::ready();
+        bench.poll();
+        assert_eq!(bench.machine.until(), Some(bench.now + Duration::from_secs(2)));
+        bench.answers = false;
+        bench.pass(Duration::from_secs(2) - EPSILON, &[]);
+        assert!(bench.revoked.is_empty());
+        bench.pass(EPSILON, &[]);
+        assert_eq!(bench.revoked, ["R"]);
+        bench.pass(TTL, &[]);
+        assert_eq!(bench.grants(), [1]);
+        bench.answers = true;
+        bench.pass(TTL, &[]);
+        assert_eq!(bench.grants(), [1, 2]);
+    }
+
+    #[test]
+    fn a_session_is_looked_at_when_it_was_silent_for_its_time_and_then_its_leases_are_free() {
+        let mut bench = Bench::ready();
+        bench.session("other", "s");
+        bench.lease("other", "s", 7);
+        bench.pass(TTL - EPSILON, &[]);
+        assert!(bench.looked.is_empty() && bench.written.is_empty());
+        bench.pass(EPSILON, &[]);
+        assert_eq!(bench.looked, ["other"]);
+        // The other one is first in nobody's list any more.
+        assert_eq!(bench.grants(), [8]);
+    }
+
+    #[test]
+    fn who_is_found_to_be_there_by_a_look_keeps_its_leases() {
+        let mut bench = Bench::ready();
+        bench.session("other", "s");
+        bench.lease("other", "s", 7);
+        bench.poll();
+        bench.now += TTL;
+        let actions = bench.machine.poll(bench.now);
+        assert!(actions.contains(&Action::Look("other".to_owned())), "{actions:?}");
+        actions.into_iter().filter(|action| !matches!(action, Action::Look(_))).for_each(|action| bench.act(action));
+        bench.machine.looked(bench.now, "other", bench.revision + 1, Some(&record("other", "s")));
+        bench.pass(TTL - EPSILON, &[]);
+        assert!(bench.granted.is_empty());
+        bench.machine.look_failed(bench.now, "other");
+        bench.pass(AGAIN, &[]);
+        assert_eq!(bench.grants(), [8]);
+    }
+
+    #[test]
+    fn a_lease_that_was_released_or_whose_session_began_anew_is_taken_at_once() {
+        for (instance, session) in [("", ""), ("me", "mine before"), ("other", "before"), ("removed", "x")] {
+            let mut bench = Bench::ready();
+            bench.machine.loaded = false;
+            bench.lease(instance, session, 3);
+            bench.session("other", "now");
+            bench.revision += 1;
+            bench.machine.session(bench.now, "removed", bench.revision, None);
+            bench.machine.loaded();
+            bench.pass(EPSILON, &[]);
+            // Others might be nearer to it.
+            bench.pass(TTL / 2, &[("other", "now")]);
+            assert_eq!(bench.grants(), [4], "{instance} {session}");
+        }
+    }
+
+    #[test]
+    fn a_lease_of_a_session_that_was_not_heard_of_yet_is_not_free() {
+        for known in [false, true] {
+            let mut bench = Bench::ready();
+            bench.poll();
+            if known {
+                bench.session("new", "older");
+            }
+            bench.lease("new", "newer", 9);
+            bench.pass(TTL / 2, &[]);
+            assert_eq!((bench.revoked.len(), bench.grants()), (1, vec![1]), "{known}");
+            bench.pass(TTL * 4, &[("new", "newer")]);
+            assert_eq!(bench.grants(), [1], "{known}");
+        }
+    }
+
+    #[test]
+    fn who_takes_a_lease_is_there_though_its_session_was_silent() {
+        let mut bench = Bench::ready();
+        bench.session("other", "s");
+        bench.lease("other", "s", 1);
+        bench.pass(TTL, &[]);
+        assert_eq!(bench.grants(), [2]);
+        bench.lease("other", "s", 3);
+        bench.pass(TTL - EPSILON, &[]);
+        assert_eq!((bench.revoked.len(), bench.grants()), (1, vec![2]));
+        bench.pass(EPSILON, &[]);
+        assert_eq!((bench.looked.len(), bench.grants()), (2, vec![2, 4]));
+    }
+
+    #[test]
+    fn a_lease_of_a_newer_format_is_left_alone() {
+        let mut bench = Bench::ready();
+        bench.revision += 1;
+        let newer = LeaseRecord { version: VERSION + 1, ..LeaseRecord::default() };
+        bench.machine.lease(bench.now, "R", bench.revision, Some(newer));
+        bench.pass(TTL * 10, &[]);
+        assert_eq!(bench.written, []);
+    }
+
+    #[test]
+    fn a_process_that_is_known_to_be_gone_keeps_nothing() {
+        let mut bench = Bench::ready();
+        bench.session("other", "s");
+        bench.lease("other", "s", 1);
+        bench.machine.gone(bench.now, "other");
+        bench.poll();
+        assert_eq!(bench.grants(), [2]);
+    }
+
+    /// A replication that is best placed at `best`, of the two.
+    fn best_at(best: &str) -> String {
+        let of = |n: u32| format!("R{n}");
+        let at = |id: &String| placement::place([id.as_str()], &["me", "other"])[id.as_str()];
+        let wanted = usize::from(best == "other");
+        (0..100).map(of).find(|id| at(id) == wanted).expect("one of so many")
+    }
+
+    #[test]
+    fn what_is_better_placed_elsewhere_is_handed_over_once_that_one_has_settled() {
+        let id = best_at("other");
+        let mut bench = Bench::new(false);
+        bench.machine.loaded();
+        bench.machine.want(bench.now, &id);
+        bench.pass(SETTLED * 2, &[]);
+        assert_eq!(bench.grants(), [1]);
+        bench.session("other", "s");
+        bench.pass(SETTLED - EPSILON, &[("other", "s")]);
+        assert!(bench.yielded.is_empty());
+        bench.pass(TTL / 4, &[("other", "s")]);
+        assert_eq!((bench.yielded.len(), bench.written.last().unwrap().instance.as_str()), (1, ""));
+        // Nobody takes it: it comes back, and stays.
+        bench.pass(SETTLED * 2, &[("other", "s")]);
+        assert_eq!((bench.yielded.len(), bench.grants()), (1, vec![1, 2]));
+        bench.pass(KEPT, &[("other", "s")]);
+        assert_eq!((bench.yielded.len(), bench.grants()), (2, vec![1, 2, 3]));
+    }
+
+    #[test]
+    fn nothing_is_handed_to_one_that_comes_and_goes() {
+        let id = best_at("other");
+        let mut bench = Bench::new(false);
+        bench.machine.loaded();
+        bench.machine.want(bench.now, &id);
+        bench.pass(SETTLED * 2, &[]);
+        for round in 0..5 {
+            let session = format!("s{round}");
+            bench.session("other", &session);
+            bench.pass(SETTLED - Duration::from_secs(1), &[("other", &session)]);
+            bench.pass(TTL * 2, &[]);
+        }
+        assert!(bench.yielded.is_empty());
+    }
+
+    #[test]
+    fn who_hands_over_by_request_is_the_last_to_take_it_back() {
+        let mut bench = Bench::ready();
+        bench.poll();
+        let asked = LeaseRecord { step_down: true, ..bench.written[0].clone() };
+        bench.revision += 1;
+        bench.machine.lease(bench.now, "R", bench.revision, Some(asked));
+        bench.pass(TTL - EPSILON, &[]);
+        let released = bench.written.last().unwrap();
+        assert_eq!((released.instance.as_str(), released.stepped_down.as_str()), ("", "me"));
+        assert!(!released.step_down);
+        assert_eq!(bench.grants(), [1]);
+        bench.pass(EPSILON, &[]);
+        assert_eq!((bench.grants(), bench.written.last().unwrap().stepped_down.as_str()), (vec![1, 2], ""));
+    }
+
+    #[test]
+    fn who_stands_alone_takes_what_it_finds_and_keeps_it_in_silence() {
+        let mut bench = Bench::new(true);
+        bench.machine.want(bench.now, "R");
+        bench.session("other", "s");
+        bench.lease("other", "s", 4);
+        bench.machine.loaded();
+        bench.pass(TTL * 2, &[("other", "s")]);
+        assert_eq!(bench.grants(), [5]);
+        bench.answers = false;
+        bench.pass(TTL * 100, &[("other", "s")]);
+        assert!(bench.revoked.is_empty());
+        // Against its declaration there is another one, which took it.
+        bench.lease("other", "s", 6);
+        bench.pass(TTL, &[("other", "s")]);
+        assert_eq!((bench.revoked.len(), bench.grants()), (1, vec![5]));
+    }
+
+    #[test]
+    fn what_is_not_wanted_any_more_is_released_and_what_was_removed_is_lost() {
+        let mut bench = Bench::ready();
+        bench.poll();
+        bench.machine.unwant("R");
+        bench.poll();
+        assert_eq!(bench.written.last(), Some(&lease("", "", 1)));
+        assert!(!bench.machine.is_busy());
+        bench.machine.want(bench.now, "R");
+        bench.poll();
+        assert_eq!(bench.grants(), [1, 2]);
+        let actions = bench.machine.poll(bench.now + TTL / 4);
+        assert_eq!(actions.len(), 1, "{actions:?}");
+        bench.machine.renewed(bench.now, Renewal::Removed);
+        bench.poll();
+        assert_eq!(bench.revoked, ["R"]);
+        bench.poll();
+        assert_eq!(bench.grants(), [1, 2, 3]);
+    }
+}

@@ -1,0 +1,84 @@
+//! Where each replication would best run: rendezvous hashing, so that an instance that comes or goes moves hardly more
+//! than its own share, with a bound on each instance's load, so that chance gives nobody too much.
+
+use std::collections::HashMap;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Hundredths of the even share that an instance gets at the most, rounded up to whole replications.
+const MOST: usize = 125;
+
+/// The best instance for each replication, as a place in `instances`. Whoever computes it from the same names gets the
+/// same, in whatever order they come. Empty without instances.
+pub(super) fn place<'a>(ids: impl IntoIterator<Item = &'a str>, instances: &[&str]) -> HashMap<&'a str, usize> {
+    if instances.is_empty() {
+        return HashMap::new();
+    }
+    let mut ids: Vec<&str> = ids.into_iter().collect();
+    // Who is first has its choice: an order that has nothing to do with the names.
+    ids.sort_unstable_by_key(|id| (xxh3_64(id.as_bytes()), *id));
+    let most = (ids.len() * MOST).div_ceil(100 * instances.len());
+    let mut load = vec![0; instances.len()];
+    let mut places = HashMap::with_capacity(ids.len());
+    let mut order: Vec<usize> = (0..instances.len()).collect();
+    for id in ids {
+        order.sort_unstable_by_key(|instance| {
+            let name = instances[*instance];
+            (std::cmp::Reverse(weight(id, name)), name)
+        });
+        if let Some(instance) = order.iter().copied().find(|instance| load[*instance] < most) {
+            load[instance] += 1;
+            places.insert(id, instance);
+        }
+    }
+    places
+}
+
+fn weight(id: &str, instance: &str) -> u64 {
+    xxh3_64([id.as_bytes(), b"\0", instance.as_bytes()].concat().as_slice())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ids(count: usize) -> Vec<String> {
+        (0..count).map(|n| format!("STREAM-{n}")).collect()
+    }
+
+    fn names<'a>(ids: &'a [String], instances: &[&'a str]) -> HashMap<&'a str, &'a str> {
+        let places = place(ids.iter().map(String::as_str), instances);
+        places.into_iter().map(|(id, at)| (id, instances[at])).collect()
+    }
+
+    #[test]
+    fn every_replication_has_a_place_and_nobody_much_more_than_its_share() {
+        for (count, instances) in [(0, 3), (1, 3), (3, 3), (20, 3), (200, 3), (1_000, 7), (5, 1)] {
+            let all = ["a", "b", "c", "d", "e", "f", "g"];
+            let ids = ids(count);
+            let places = names(&ids, &all[..instances]);
+            assert_eq!(places.len(), count);
+            let even = count as f64 / instances as f64;
+            for instance in &all[..instances] {
+                let load = places.values().filter(|at| *at == instance).count();
+                assert!(load as f64 <= (even * 1.25).ceil(), "{instance} has {load} of {count} on {instances}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_of_the_names_does_not_matter() {
+        let ids = ids(50);
+        let turned: Vec<_> = ids.iter().rev().cloned().collect();
+        assert_eq!(names(&ids, &["a", "b", "c"]), names(&turned, &["c", "a", "b"]));
+    }
+
+    #[test]
+    fn an_instance_that_comes_or_goes_moves_little_more_than_its_share() {
+        let ids = ids(300);
+        let (three, four) = (names(&ids, &["a", "b", "c"]), names(&ids, &["a", "b", "c", "d"]));
+        let moved = ids.iter().filter(|id| three[id.as_str()] != four[id.as_str()]).count();
+        let new = four.values().filter(|at| **at == "d").count();
+        assert!(new >= 50 && moved <= new + 45, "{moved} moved for {new}");
+    }
+}

@@ -1,0 +1,69 @@
+//! Who this process is, and whether another one of the same host is gone.
+
+use std::fs;
+
+/// Who this process is.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Its `--instance`.
+    pub instance: String,
+    /// Name of its host.
+    pub host: String,
+    /// Version of its program.
+    pub program: String,
+}
+
+/// What a process id is one of and when the process began: `<boot>/<pid namespace>/<ticks since boot>`. Empty where the
+/// system does not say. Process ids of another boot or of another container mean nothing here.
+pub(super) fn mark(pid: u32) -> String {
+    match (place(), began(pid)) {
+        (Some(place), Some(began)) => format!("{place}/{began}"),
+        _ => String::new(),
+    }
+}
+
+/// Whether a process, by what it said of itself, is known not to be there any more.
+pub(super) fn is_gone(pid: u32, mark: &str) -> bool {
+    let Some((of, there)) = mark.rsplit_once('/') else { return false };
+    place().is_some_and(|place| place == of) && began(pid).is_none_or(|began| began != there)
+}
+
+fn place() -> Option<String> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let space = fs::read_link("/proc/self/ns/pid").ok()?;
+    Some(format!("{}/{}", boot.trim(), space.to_string_lossy()))
+}
+
+/// When a process began, in ticks since the boot; `None` if there is none.
+fn began(pid: u32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name of the program, in brackets, may have blanks and brackets in it (proc_pid_stat(5): field 22).
+    let (_, fields) = stat.rsplit_once(')')?;
+    // A dead one whose parent has not looked yet (field 3) does nothing more.
+    let dead = fields.trim_start().starts_with(['Z', 'X']);
+    fields.split_ascii_whitespace().nth(19).filter(|_| !dead).map(str::to_owned)
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::process::{Command, id};
+
+    use super::*;
+
+    #[test]
+    fn a_process_is_gone_when_its_id_is_another_ones_or_nobodys() {
+        let own = mark(id());
+        assert!(!own.is_empty() && !is_gone(id(), &own), "{own}");
+        let (place, began) = own.rsplit_once('/').unwrap();
+        assert!(is_gone(id(), &format!("{place}/1{began}")));
+        let mut child = Command::new("sleep").arg("0.2").spawn().unwrap();
+        let (pid, of_child) = (child.id(), mark(child.id()));
+        child.wait().unwrap();
+        assert!(!of_child.is_empty() && is_gone(pid, &of_child));
+    }
+
+    #[test]
+    fn what_another_host_says_tells_nothing() {
+        assert!(!is_gone(u32::MAX, "") && !is_gone(u32::MAX, "other-boot/pid:[1]/5") && !is_gone(u32::MAX, "x"));
+    }
+}

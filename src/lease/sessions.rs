@@ -1,0 +1,110 @@
+//! The processes that were heard of, for those who ask about the group.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use tokio::time::Instant;
+
+use crate::store::SessionRecord;
+
+/// An instance that was silent for longer is not shown any more.
+pub(super) const GONE_AFTER: Duration = Duration::from_secs(60);
+
+/// All sessions by instance.
+#[derive(Debug, Clone, Default)]
+pub struct Sessions {
+    pub(super) known: BTreeMap<String, Heard>,
+    /// Whether all of them have been read once.
+    pub(super) loaded: bool,
+}
+
+/// What was heard of one instance.
+#[derive(Debug, Clone)]
+pub(super) struct Heard {
+    /// When, on our own clock: nobody else's can be trusted.
+    pub(super) at: Instant,
+    pub(super) revision: u64,
+    /// `None` for what a removal left, or what cannot be read.
+    pub(super) record: Option<SessionRecord>,
+}
+
+impl Sessions {
+    /// What lies at the key of an instance now.
+    pub(super) fn saw(&mut self, instance: String, revision: u64, record: Option<SessionRecord>) {
+        self.known.insert(instance, Heard { at: Instant::now(), revision, record });
+    }
+
+    /// Those that are there, with the time since they were heard of.
+    pub fn present(&self) -> impl Iterator<Item = (&SessionRecord, Duration)> {
+        let all = self.known.values().filter_map(|heard| Some((heard.record.as_ref()?, heard.at.elapsed())));
+        all.filter(|(_, silent)| *silent <= GONE_AFTER)
+    }
+
+    /// Whether an instance is known not to be there any more.
+    pub fn is_gone(&self, instance: &str) -> bool {
+        self.loaded && !self.present().any(|(record, _)| record.instance == instance)
+    }
+
+    /// Whether an instance is there as far as is known, but was silent for so long that it has stopped by itself.
+    pub fn is_doubted(&self, instance: &str) -> bool {
+        let late = |record: &SessionRecord| Duration::from_millis(record.ttl_ms).mul_f64(2.0 / 3.0);
+        self.present().any(|(record, silent)| record.instance == instance && silent > late(record))
+    }
+
+    /// Sessions that were silent for so long that somebody has to clear them away: instance, revision, and whether only
+    /// a marker is left.
+    pub(super) fn stale(&self) -> Vec<(String, u64, bool)> {
+        let old = self.known.iter().filter(|(_, heard)| {
+            let ttl = heard.record.as_ref().map_or(Duration::ZERO, |record| Duration::from_millis(record.ttl_ms));
+            heard.at.elapsed() > GONE_AFTER.max(ttl * 4)
+        });
+        old.map(|(instance, heard)| (instance.clone(), heard.revision, heard.record.is_none())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+
+    use super::*;
+
+    fn heard(instance: &str, seconds: u64) -> (String, Heard) {
+        let record = SessionRecord {
+            version: 1,
+            instance: instance.to_owned(),
+            session: "s".to_owned(),
+            ttl_ms: 15_000,
+            host: String::new(),
+            pid: 1,
+            process: String::new(),
+            program: String::new(),
+            started: DateTime::UNIX_EPOCH,
+            nonce: 1,
+            other: BTreeMap::new(),
+        };
+        let at = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("a clock that is old enough");
+        (instance.to_owned(), Heard { at, revision: 1, record: Some(record) })
+    }
+
+    #[test]
+    fn who_has_stopped_by_itself_is_doubted_until_it_is_gone() {
+        let known = BTreeMap::from([heard("fresh", 9), heard("late", 11), heard("gone", 61)]);
+        let sessions = Sessions { known, loaded: true };
+        let all = ["fresh", "late", "gone", "nobody"];
+        let doubted: Vec<_> = all.into_iter().filter(|instance| sessions.is_doubted(instance)).collect();
+        assert_eq!(doubted, ["late"]);
+        assert_eq!(sessions.stale(), [("gone".to_owned(), 1, false)]);
+    }
+
+    #[test]
+    fn who_was_silent_for_long_is_gone() {
+        let mut sessions = Sessions { known: BTreeMap::from([heard("a", 59), heard("b", 61)]), loaded: false };
+        let present: Vec<_> = sessions.present().map(|(record, _)| record.instance.as_str()).collect();
+        assert_eq!(present, ["a"]);
+        // Before all of them are read nobody is known to be gone.
+        assert!(!sessions.is_gone("b") && !sessions.is_gone("c"));
+        sessions.loaded = true;
+        assert!(!sessions.is_gone("a") && sessions.is_gone("b") && sessions.is_gone("c"));
+        sessions.saw("a".to_owned(), 2, None);
+        assert!(sessions.is_gone("a"));
+    }
+}

@@ -1,0 +1,171 @@
+//! The right to run one replication, as the one who runs it has it: it ends with a signal, or by the clock.
+
+use std::{
+    future::{Future, poll_fn},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
+
+use futures_util::{FutureExt, task::AtomicWaker};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Until when the leases of this process hold, by its own clock; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Term {
+    begin: Instant,
+    /// Nanoseconds behind `begin`.
+    until: Arc<AtomicU64>,
+}
+
+impl Term {
+    /// One that is over.
+    pub(super) fn new(now: Instant) -> Self {
+        Self { begin: now, until: Arc::new(AtomicU64::new(0)) }
+    }
+
+    /// It holds until then; `None` for not at all.
+    pub(super) fn set(&self, until: Option<Instant>) {
+        let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(self.begin));
+        self.until.store(u64::try_from(left.as_nanos()).unwrap_or(u64::MAX), Ordering::Release);
+    }
+
+    fn holds(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.begin).as_nanos() < u128::from(self.until.load(Ordering::Acquire))
+    }
+}
+
+/// The right to run one replication, from a grant to its end.
+#[derive(Debug, Clone)]
+pub struct Tenure {
+    /// Greater than that of every holder before.
+    pub epoch: u64,
+    term: Term,
+    signals: Arc<Signals>,
+}
+
+/// What its holder hears; looked at whenever the work is polled, so nothing that costs.
+#[derive(Debug, Default)]
+struct Signals {
+    /// Somebody else gets it.
+    yields: AtomicBool,
+    /// It is lost.
+    lost: AtomicBool,
+    reason: OnceLock<String>,
+    waker: AtomicWaker,
+}
+
+impl Tenure {
+    pub(super) fn new(epoch: u64, term: Term) -> Self {
+        Self { epoch, term, signals: Arc::default() }
+    }
+
+    /// Asks the holder to end in order.
+    pub(super) fn ask_back(&self) {
+        self.signals.yields.store(true, Ordering::Release);
+        self.signals.waker.wake();
+    }
+
+    /// From now on nothing more may happen.
+    pub(super) fn revoke(&self, reason: String) {
+        let _ = self.signals.reason.set(reason);
+        self.signals.lost.store(true, Ordering::Release);
+        self.signals.waker.wake();
+    }
+
+    /// Why it was lost.
+    pub fn why_lost(&self) -> &str {
+        self.signals.reason.get().map_or("the session of this instance was not renewed in time", String::as_str)
+    }
+
+    /// Does the work for as long as the right to it holds: `None` when it was lost. Before each step of the work the
+    /// clock is asked: a process that was frozen or starved does nothing more, whatever it finds ready when it wakes.
+    /// `stop` is cancelled when somebody else is to get it: then the work has to end in order. One holder at a time.
+    pub async fn hold<T>(&self, stop: &CancellationToken, mut work: impl Future<Output = T> + Unpin) -> Option<T> {
+        let Signals { yields, lost, waker, .. } = &*self.signals;
+        poll_fn(|cx| {
+            waker.register(cx.waker());
+            if lost.load(Ordering::Acquire) || !self.term.holds(Instant::now()) {
+                return Poll::Ready(None);
+            }
+            if yields.swap(false, Ordering::AcqRel) {
+                stop.cancel();
+            }
+            work.poll_unpin(cx).map(Some)
+        })
+        .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::pending, pin::pin};
+
+    use tokio::time::{advance, sleep};
+
+    use super::*;
+
+    async fn tenure(seconds: u64) -> Tenure {
+        let term = Term::new(Instant::now());
+        term.set(Some(Instant::now() + Duration::from_secs(seconds)));
+        Tenure::new(1, term)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn work_that_was_frozen_beyond_the_term_is_not_touched_again() {
+        let tenure = tenure(2).await;
+        let mut done = false;
+        let work = async {
+            sleep(Duration::from_secs(1)).await;
+            done = true;
+        };
+        {
+            let stop = CancellationToken::new();
+            let mut held = pin!(tenure.hold(&stop, Box::pin(work)));
+            assert!(futures_util::poll!(held.as_mut()).is_pending());
+            // Both the work and the end of the term are ready now.
+            advance(Duration::from_secs(5)).await;
+            assert_eq!(held.await, None);
+        }
+        assert!(!done);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_revocation_ends_the_work_at_once_and_a_term_is_prolonged() {
+        let tenure = tenure(2).await;
+        tenure.term.set(Some(Instant::now() + Duration::from_secs(10)));
+        let revoke = async {
+            sleep(Duration::from_secs(5)).await;
+            tenure.revoke("lost".to_owned());
+            pending::<()>().await;
+        };
+        let stop = CancellationToken::new();
+        let held = tenure.hold(&stop, pending::<()>());
+        let begun = Instant::now();
+        tokio::select! {
+            result = held => assert_eq!(result, None),
+            () = revoke => {}
+        }
+        assert_eq!((begun.elapsed(), tenure.why_lost()), (Duration::from_secs(5), "lost"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_asked_back_ends_in_order() {
+        let tenure = tenure(60).await;
+        let stop = CancellationToken::new();
+        let work = Box::pin(async {
+            stop.cancelled().await;
+            sleep(Duration::from_secs(1)).await;
+            "settled"
+        });
+        let ask = async {
+            sleep(Duration::from_secs(5)).await;
+            tenure.ask_back();
+        };
+        assert_eq!(tokio::join!(tenure.hold(&stop, work), ask).0, Some("settled"));
+    }
+}
