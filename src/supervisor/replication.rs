@@ -482,6 +482,7 @@ impl Session {
                 () = lost(&mut led) => {
                     warn!(replication = id, "lost Choria's election: nothing is copied until it is won again");
                     board.run_over();
+                    board.released();
                     // What was saved last is read again.
                     self.ledger = None;
                 }
