@@ -414,8 +414,8 @@ impl Machine {
             self.wrote_lease(now, &record.instance, &record.session, revision);
             return None;
         }
+        lease.leaving = false;
         if !take {
-            lease.leaving = false;
             return None;
         }
         // Seen since: somebody else's write behind ours.
@@ -446,16 +446,13 @@ impl Machine {
         }
         self.count_members(now);
         let mut handed = self.leases.values().filter(|lease| lease.role == Role::Yielding).count();
-        let ids: Vec<String> = self.leases.keys().cloned().collect();
-        for id in ids {
-            let Some(mut lease) = self.leases.remove(&id) else { continue };
-            let action = self.decide(now, &id, &mut lease, &mut handed);
-            // Nothing is known or wanted of it any more.
-            if lease.wanted || lease.revision > 0 || lease.role != Role::Idle {
-                self.leases.insert(id, lease);
-            }
-            actions.extend(action);
-        }
+        let mut leases = std::mem::take(&mut self.leases);
+        leases.retain(|id, lease| {
+            actions.extend(self.decide(now, id, lease, &mut handed));
+            // Otherwise nothing is known or wanted of it any more.
+            lease.wanted || lease.revision > 0 || lease.role != Role::Idle
+        });
+        self.leases = leases;
         actions
     }
 
@@ -662,8 +659,6 @@ impl Lease {
 
 #[cfg(test)]
 mod tests {
-    use chrono::DateTime;
-
     use super::*;
 
     const TTL: Duration = Duration::from_secs(3);
@@ -790,19 +785,8 @@ mod tests {
     }
 
     fn record(instance: &str, session: &str) -> SessionRecord {
-        SessionRecord {
-            version: 1,
-            instance: instance.to_owned(),
-            session: session.to_owned(),
-            ttl_ms: TTL.as_millis() as u64,
-            host: String::new(),
-            pid: 1,
-            process: String::new(),
-            program: String::new(),
-            started: DateTime::UNIX_EPOCH,
-            nonce: 1,
-            other: BTreeMap::new(),
-        }
+        let (instance, session) = (instance.to_owned(), session.to_owned());
+        SessionRecord { instance, session, ttl_ms: TTL.as_millis() as u64, ..SessionRecord::default() }
     }
 
     fn lease(instance: &str, session: &str, epoch: u64) -> LeaseRecord {

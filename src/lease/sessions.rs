@@ -63,24 +63,10 @@ impl Sessions {
 
 #[cfg(test)]
 mod tests {
-    use chrono::DateTime;
-
     use super::*;
 
     fn heard(instance: &str, seconds: u64) -> (String, Heard) {
-        let record = SessionRecord {
-            version: 1,
-            instance: instance.to_owned(),
-            session: "s".to_owned(),
-            ttl_ms: 15_000,
-            host: String::new(),
-            pid: 1,
-            process: String::new(),
-            program: String::new(),
-            started: DateTime::UNIX_EPOCH,
-            nonce: 1,
-            other: BTreeMap::new(),
-        };
+        let record = SessionRecord { instance: instance.to_owned(), ttl_ms: 15_000, ..SessionRecord::default() };
         let at = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("a clock that is old enough");
         (instance.to_owned(), Heard { at, revision: 1, record: Some(record) })
     }

@@ -18,7 +18,7 @@ const SESSION: &str = "session.";
 const LEASE: &str = "lease.";
 
 /// Value of a session's key. Readable JSON; fields that this version does not know are kept.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionRecord {
     /// Format of the record: 1.
     pub version: u32,

@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use chrono::DateTime;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use stream_replicator::{
     lease::{Action, Machine, Renewal, Settings},
@@ -140,19 +139,8 @@ impl World {
 
     fn process(&mut self, at: usize, began: u32, ahead: Duration, drift: i64) -> Process {
         let session = format!("s{at}-{began}");
-        let record = SessionRecord {
-            version: 1,
-            instance: format!("i{at}"),
-            session: session.clone(),
-            ttl_ms: TTL.as_millis() as u64,
-            host: String::new(),
-            pid: 1,
-            process: String::new(),
-            program: String::new(),
-            started: DateTime::UNIX_EPOCH,
-            nonce: 0,
-            other: BTreeMap::new(),
-        };
+        let (instance, ttl_ms) = (format!("i{at}"), TTL.as_millis() as u64);
+        let record = SessionRecord { instance, session: session.clone(), ttl_ms, ..SessionRecord::default() };
         let settings = Settings { instance: record.instance.clone(), ttl: TTL, standalone: false };
         let now = self.base + local(self.now, ahead, drift);
         Process {
