@@ -14,6 +14,8 @@ mod frozen;
 mod latency;
 #[path = "copy/pair.rs"]
 mod pair;
+#[path = "copy/sampling.rs"]
+mod sampling;
 #[path = "copy/table.rs"]
 mod table;
 #[path = "copy/ways.rs"]
@@ -69,6 +71,8 @@ enum Section {
     Latency,
     /// A target that stalls under a backlog.
     Frozen,
+    /// Very many senders, of which few messages are copied.
+    Sampling,
 }
 
 /// Payload size and number of messages.
@@ -144,6 +148,12 @@ impl<'a> Bench<'a> {
             frozen::run(&mut pair, if self.arguments.quick { 50_000 } else { 200_000 }).await?;
         }
         drop(pair);
+        if self.wants(Section::Sampling) {
+            let quick = self.arguments.quick;
+            sampling::decide(if quick { 0.5 } else { 5.0 })?;
+            sampling::nameless(if quick { 20_000 } else { 1_000_000 }, self.rounds).await?;
+            sampling::run(if quick { 20_000 } else { 1_000_000 }).await?;
+        }
         if self.wants(Section::Replicas) {
             let mut cluster = self.pair(3).await?;
             let load = self.load(1024, 200_000, 1, 3);

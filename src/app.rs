@@ -145,7 +145,10 @@ impl System {
     /// Starts the rest, then waits for the stop.
     async fn work(&mut self, settings: &Settings, stop: &CancellationToken) -> anyhow::Result<()> {
         let Settings { site, instance, prefix, bucket_prefix, bucket_replicas, .. } = settings;
-        let open = async || Buckets::open(self.client.clone(), &self.api_prefix, bucket_prefix, *bucket_replicas).await;
+        let open = async || {
+            let (client, api_prefix) = (self.client.clone(), &self.api_prefix);
+            Buckets::open(client, api_prefix, bucket_prefix, *bucket_replicas, instance).await
+        };
         let Some(buckets) = persist("the buckets cannot be opened", stop, open).await else { return Ok(()) };
 
         let identity = Identity { instance: instance.clone(), host: host_name(), program: names::VERSION.to_owned() };
@@ -159,6 +162,7 @@ impl System {
             config: buckets.config.clone(),
             positions: buckets.positions.clone(),
             leases: leases.clone(),
+            senders: buckets.senders.clone(),
             events: self.events.clone(),
             budget: Budget::new(READ_AHEAD),
         };
@@ -176,9 +180,9 @@ impl System {
                 rules: settings.rules.clone(),
                 read_only: settings.read_only,
             };
-            let Buckets { config, positions, .. } = buckets.clone();
+            let Buckets { config, positions, senders, .. } = buckets.clone();
             let (client, events) = (self.client.clone(), self.events.clone());
-            control::start(client, settings, config, positions, leases.clone(), handle.clone(), events).await
+            control::start(client, settings, config, positions, leases.clone(), senders, handle.clone(), events).await
         };
         let registered = persist("the control service cannot be registered", stop, register).await;
         let Some(service) = registered else { return Ok(()) };

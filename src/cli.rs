@@ -1,6 +1,7 @@
 //! Command line. Exit codes: 0, 1 for errors while running, for what was refused or is not valid, 2 for wrong usage or
 //! configuration.
 
+mod admin;
 mod apply;
 mod client;
 mod config;
@@ -66,6 +67,7 @@ enum Other {
     Skip(steer::SkipArgs),
     Instances(instances::Args),
     Events(events::Args),
+    Admin(admin::Args),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
 }
@@ -118,6 +120,7 @@ impl Other {
             Self::Skip(args) => args.global.json,
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
+            Self::Admin(args) => args.global().json,
             Self::Completions(_) | Self::Man(_) => false,
         }
     }
@@ -134,6 +137,7 @@ impl Other {
             Self::Skip(args) => steer::skip(args, out).await,
             Self::Instances(args) => instances::run(args, out).await,
             Self::Events(args) => events::run(args, out).await,
+            Self::Admin(args) => admin::run(args, out).await,
             Self::Completions(args) => Ok(generate::completions(args, Cli::command(), out)),
             Self::Man(args) => generate::man(args, Cli::command(), out),
         }

@@ -17,15 +17,15 @@ mod secrets;
 mod transform;
 
 pub use document::{
-    DeadLetterDocument, Document, LimitsDocument, TlsDocument, TransformDocument, document_id, parse, parse_judged,
-    parse_value, to_value,
+    AdvisoryDocument, DeadLetterDocument, Document, LimitsDocument, TlsDocument, TransformDocument, document_id, parse,
+    parse_judged, parse_value, to_value,
 };
 pub use duration::parse_duration;
 pub use endpoint::{Auth, Endpoint, Host, MASK, Scheme, Tls, mask_url};
 pub use mapping::Mapping;
 pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};
-pub use replication::{Limits, OnReject, Replication, Sharing, Side, Start};
+pub use replication::{Advisory, Inspect, Limits, OnReject, Replication, Sampling, Sharing, Side, Start};
 pub use schema::replication_schema;
 pub use scope::Scope;
 pub use secret::Secret;

@@ -21,7 +21,7 @@ use crate::{
     events::Events,
     lease::Leases,
     nats::Rules,
-    store::{ConfigStore, PositionStore},
+    store::{ConfigStore, PositionStore, SenderStore},
     supervisor::Handle,
 };
 
@@ -51,12 +51,14 @@ pub struct ControlConfig {
 pub struct Error(String);
 
 /// Begins to answer requests.
+#[expect(clippy::too_many_arguments, reason = "each is a part of the system that requests are about")]
 pub async fn start(
     client: async_nats::Client,
     control: ControlConfig,
     config: ConfigStore,
     positions: PositionStore,
     leases: Leases,
+    senders: SenderStore,
     supervisor: Handle,
     events: Events,
 ) -> Result<Service, Error> {
@@ -81,6 +83,7 @@ pub async fn start(
         documents,
         positions,
         leases,
+        senders,
         supervisor,
         events,
     };

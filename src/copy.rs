@@ -22,6 +22,7 @@ mod reject;
 mod renewal;
 mod resume;
 mod run;
+mod sampler;
 pub(crate) mod sharing;
 pub(crate) mod subjects;
 pub(crate) mod target;
@@ -42,6 +43,7 @@ pub use glance::{Glance, glance};
 pub use headroom::{Looks, Outlook, Shortage, Turn};
 pub use locate::{At, Located, Place, locate};
 pub use progress::Ledger;
+pub use sampler::Samples;
 pub use watchdog::Escalation;
 
 use crate::{
@@ -67,6 +69,8 @@ pub struct Job {
     pub skip: Option<SourceMessage>,
     /// Another replication of this service that writes to the same target stream.
     pub neighbour: Option<String>,
+    /// What is known of senders; a replication that is sampled and has none copies everything.
+    pub samples: Option<Samples>,
     /// Makes the connections to both sides.
     pub dial: Arc<dyn nats::Dial>,
 }

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | edge | [`cli`], [`app`], [`telemetry`] | arguments, composition, ordered shutdown |
 //! | face | [`control`], [`http`] | how the outside asks |
-//! | work | [`supervisor`], [`lease`], [`preflight`], [`copy`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
+//! | work | [`supervisor`], [`lease`], [`preflight`], [`copy`], [`sampling`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
 //! | world | [`store`], [`nats`] | the only I/O: buckets and connections |
 //! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`], [`chance`] | no sockets |
 //!
@@ -29,6 +29,7 @@ pub mod metrics;
 pub mod names;
 pub mod nats;
 pub mod preflight;
+pub mod sampling;
 pub mod status;
 pub mod store;
 pub mod supervisor;

@@ -9,11 +9,37 @@ use prometheus::{
     proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
 };
 
-use crate::status::{self, Repairs, Row, State};
+use crate::{
+    names::choria_consumer,
+    status::{self, Advised, Repairs, Row, SamplingStatus, State},
+};
 
 /// What every name begins with.
 const PREFIX: &str = "choria_stream_replicator_replicator_";
 const ELECTION_PREFIX: &str = "choria_stream_replicator_election_";
+
+/// What sampling knows, with the labels of Choria's parts: their prefix, name and labels differ.
+struct Sampled {
+    name: &'static str,
+    help: &'static str,
+    kind: MetricType,
+    labels: fn(&str, &Row) -> Vec<LabelPair>,
+    read: fn(&SamplingStatus) -> f64,
+}
+
+/// Every metric with one series per sampled replication, behind `choria_stream_replicator_`.
+#[rustfmt::skip]
+const SAMPLED: &[Sampled] = &[
+    // Choria's.
+    Sampled { name: "tracker_total_items", help: "Senders that are known", kind: MetricType::GAUGE, labels, read: |s| s.senders as f64 },
+    Sampled { name: "limiter_messages_without_limit_field_count", help: "Messages that name no sender and were copied", kind: MetricType::COUNTER, labels: limiter_labels, read: |s| s.without_sender as f64 },
+    Sampled { name: "limiter_messages_copy_forced_count", help: "Messages copied because they say so themselves", kind: MetricType::COUNTER, labels: limiter_labels, read: |s| s.forced as f64 },
+    // Ours.
+    Sampled { name: "tracker_records_written", help: "Records of senders written", kind: MetricType::COUNTER, labels, read: |s| s.records_written as f64 },
+    Sampled { name: "tracker_write_lag_seconds", help: "Time since everything known of senders was written last; 0 while all of it is", kind: MetricType::GAUGE, labels, read: |s| s.write_lag_seconds },
+    Sampled { name: "advisor_waiting", help: "Advisories that wait to be published or confirmed", kind: MetricType::GAUGE, labels, read: |s| s.advisories_waiting as f64 },
+    Sampled { name: "advisor_dropped", help: "Advisories that were dropped because too many waited", kind: MetricType::COUNTER, labels, read: |s| s.advisories_dropped as f64 },
+];
 
 /// One number of a row.
 struct Reading {
@@ -85,6 +111,7 @@ pub fn render(site: &str, rows: &[Row], dropped_events: u64) -> Result<String, p
     families.push(headroom_family(&rows));
     families.push(state_family(&rows));
     families.push(processing_family(&rows));
+    families.extend(sampling_families(site, &rows));
     families.retain(|family| !family.get_metric().is_empty());
     families.push(dropped_events_family(site, dropped_events));
     TextEncoder::new().encode_to_string(&families)
@@ -171,6 +198,63 @@ fn series(labels: Vec<LabelPair>, kind: MetricType, value: f64) -> Metric {
 fn reading_family(reading: &Reading, rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
     let all = rows.iter().map(|(row, labels)| series((*labels).clone(), reading.kind, (reading.read)(row))).collect();
     family(format!("{PREFIX}{}", reading.name), reading.help, reading.kind, all)
+}
+
+/// Only of those that are sampled.
+fn sampling_families(site: &str, rows: &[(&Row, &Vec<LabelPair>)]) -> Vec<MetricFamily> {
+    let name = |name: &str| format!("choria_stream_replicator_{name}");
+    let sampled: Vec<_> = rows.iter().filter_map(|(row, _)| Some((*row, row.copy.sampling.as_ref()?))).collect();
+    let mut families: Vec<_> = SAMPLED
+        .iter()
+        .map(|Sampled { name: of, help, kind, labels, read }| {
+            let all = sampled.iter().map(|(row, sampling)| (labels(site, row), read(sampling)));
+            family(name(of), help, *kind, summed(*kind, all))
+        })
+        .collect();
+    let by_event = |of: &dyn Fn(&SamplingStatus) -> [u64; 4]| {
+        let mut all = Vec::new();
+        for (row, sampling) in &sampled {
+            for (event, count) in ["new", "timeout", "recover", "expire"].into_iter().zip(of(sampling)) {
+                let labels = [label("advisory", event)].into_iter().chain(stream_labels(site, row)).collect();
+                all.push((labels, count as f64));
+            }
+        }
+        summed(MetricType::COUNTER, all)
+    };
+    let told = by_event(&|sampling| events_of(sampling.advised));
+    let help = "Advisories published, and confirmed where they are reliable";
+    families.push(family(name("advisor_total_messages"), help, MetricType::COUNTER, told));
+    let failed = by_event(&|sampling| events_of(sampling.advisory_errors));
+    let help = "Attempts to publish an advisory that failed";
+    families.push(family(name("advisor_publish_errors"), help, MetricType::COUNTER, failed));
+    families
+}
+
+/// One series for each set of labels: some of Choria's do not tell all replications apart.
+fn summed(kind: MetricType, readings: impl IntoIterator<Item = (Vec<LabelPair>, f64)>) -> Vec<Metric> {
+    let mut sums: Vec<(Vec<LabelPair>, f64)> = Vec::new();
+    for (labels, value) in readings {
+        match sums.iter_mut().find(|(known, _)| *known == labels) {
+            Some((_, sum)) => *sum += value,
+            None => sums.push((labels, value)),
+        }
+    }
+    sums.into_iter().map(|(labels, value)| series(labels, kind, value)).collect()
+}
+
+fn events_of(Advised { new, timeout, recover, expire }: Advised) -> [u64; 4] {
+    [new, timeout, recover, expire]
+}
+
+/// Choria's limiter is named by its consumer.
+fn limiter_labels(site: &str, row: &Row) -> Vec<LabelPair> {
+    let worker = row.replication.split_once('.').map_or(site, |(_, worker)| worker);
+    vec![label("limiter", "memory"), label("stream", &choria_consumer(worker)), label("replicator", site)]
+}
+
+fn stream_labels(site: &str, row: &Row) -> Vec<LabelPair> {
+    let stream = row.replication.split_once('.').map_or(row.replication.as_str(), |(stream, _)| stream);
+    vec![label("stream", stream), label("replicator", site)]
 }
 
 /// Only for those that lose something one day: no value would say that rightly of the others.

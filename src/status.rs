@@ -78,6 +78,8 @@ pub struct CopyStatus {
     pub in_flight: InFlight,
     /// Totals since this leader began.
     pub counters: Counters,
+    /// What sampling knows and tells; `null` without it.
+    pub sampling: Option<SamplingStatus>,
     /// The last error, kept after it passed.
     pub last_error: Option<LastError>,
     /// Time from read to settled; a metric only.
@@ -239,6 +241,44 @@ pub struct Counters {
     pub errors: u64,
     /// What was made anew to end a stall, or after an error that passes.
     pub repairs: Repairs,
+}
+
+/// What sampling knows and tells. Totals are since this leader began.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct SamplingStatus {
+    /// Senders that are known.
+    pub senders: u64,
+    /// Messages that name no sender; they are copied.
+    pub without_sender: u64,
+    /// Messages copied because they say so themselves.
+    pub forced: u64,
+    /// Advisories that were published, and confirmed if they are reliable, by event.
+    pub advised: Advised,
+    /// Advisories that wait to be published or confirmed.
+    pub advisories_waiting: u64,
+    /// Advisories that were dropped because too many waited.
+    pub advisories_dropped: u64,
+    /// Attempts to publish an advisory that failed, by event.
+    pub advisory_errors: Advised,
+    /// Records of senders written.
+    pub records_written: u64,
+    /// How long ago everything known of senders was written last, seconds; 0 while all of it is.
+    pub write_lag_seconds: f64,
+}
+
+/// Advisories by event.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Advised {
+    /// Senders seen for the first time.
+    pub new: u64,
+    /// Senders unseen for `warn_duration`.
+    pub timeout: u64,
+    /// Senders seen again after that.
+    pub recover: u64,
+    /// Senders unseen for `inspect_duration`, and forgotten.
+    pub expire: u64,
 }
 
 /// How often each step of a repair was taken.

@@ -7,6 +7,7 @@ mod config;
 mod leases;
 mod marks;
 mod positions;
+mod senders;
 mod trouble;
 mod watch;
 
@@ -18,5 +19,6 @@ pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
 pub use positions::{
     Claim, ClaimError, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness,
 };
+pub use senders::{PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, token as sender_token};
 pub(crate) use trouble::{Trouble, follow};
 pub use watch::{Change, Changes};

@@ -10,6 +10,7 @@ mod marks;
 mod neighbours;
 mod outage;
 mod replication;
+mod roll;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -36,13 +37,15 @@ use self::{
     replication::{Context, Life},
 };
 use crate::{
-    copy::{Budget, Error, ErrorKind},
+    copy::{Budget, Error, ErrorKind, Samples},
     events::Events,
     lease::Leases,
     metrics,
     nats::Rules,
     status::{Row, State},
-    store::{ConfigChange, ConfigEntry, ConfigStore, MarkKind, PositionRecord, PositionStore, SessionRecord},
+    store::{
+        ConfigChange, ConfigEntry, ConfigStore, MarkKind, PositionRecord, PositionStore, SenderStore, SessionRecord,
+    },
 };
 
 /// How often a row is looked at that is waited for.
@@ -66,6 +69,8 @@ pub struct Deps {
     pub positions: PositionStore,
     /// Which processes are there, and what each may run.
     pub leases: Leases,
+    /// What sampling knows of senders.
+    pub senders: SenderStore,
     /// Where notable things are told.
     pub events: Events,
     /// Bytes that all replications together may read ahead.
@@ -150,6 +155,12 @@ impl Handle {
     pub fn row(&self, id: &str) -> Option<Row> {
         let board = self.table.borrow().boards.get(id).cloned()?;
         Some(self.view(&board))
+    }
+
+    /// The senders of a replication as this process knows them, if it is sampled; and whether this process leads it.
+    pub fn samples(&self, id: &str) -> Option<(Samples, bool)> {
+        let board = self.table.borrow().boards.get(id).cloned()?;
+        Some((board.samples()?, board.leads()))
     }
 
     /// All rows as this process sees them, sorted by id.

@@ -3,6 +3,8 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
+#[path = "it/cli_admin.rs"]
+mod cli_admin;
 #[path = "it/cli_apply.rs"]
 mod cli_apply;
 #[path = "it/cli_config.rs"]
@@ -101,6 +103,8 @@ mod wire_rates;
 mod wire_refusals;
 #[path = "it/wire_rejects.rs"]
 mod wire_rejects;
+#[path = "it/wire_sampling.rs"]
+mod wire_sampling;
 #[path = "it/wire_scope.rs"]
 mod wire_scope;
 #[path = "it/wire_second_stream.rs"]

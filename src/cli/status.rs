@@ -206,6 +206,10 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
     if !skipped.is_empty() {
         fields.push(("not copied", skipped.join(", ")));
     }
+    if let Some(sampling) = &copy.sampling {
+        let waiting = counted(sampling.advisories_waiting, "advisory to be told").replace("advisorys", "advisories");
+        fields.push(("senders", format!("{}, {waiting}", count(sampling.senders))));
+    }
     fields.push(("errors", count(counters.errors)));
     if let Some(error) = &copy.last_error {
         let message = clean(&error.message);

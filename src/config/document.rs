@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Connection, Endpoint, Fields, Limits, Mapping, OnReject, Place, Problem, Problems, Replication, Scope, Sharing,
-    Side, Start, Tls, Transform, check_context_name, endpoint, parse_duration, patterns,
+    Advisory, Connection, Endpoint, Fields, Inspect, Limits, Mapping, OnReject, Place, Problem, Problems, Replication,
+    Sampling, Scope, Sharing, Side, Start, Tls, Transform, check_context_name, endpoint, parse_duration, patterns,
     place::{domain_prefix, subject_prefix},
     schema::{self, join, shorten},
 };
@@ -97,6 +97,30 @@ pub struct Document {
     /// Candidate in Choria's leader election.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub leader_election_name: Option<String>,
+    /// Senders are told apart by this field of the payload.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inspect_field: Option<String>,
+    /// Senders are told apart by this header.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inspect_header: Option<String>,
+    /// Senders are told apart by this token of the subject.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inspect_subject_token: Option<i64>,
+    /// Where this field is true, the message is copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inspect_force_field: Option<String>,
+    /// How often each sender is copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inspect_duration: Option<String>,
+    /// How long a sender may be unseen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warn_duration: Option<String>,
+    /// Change of size that has a message copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size_trigger: Option<u64>,
+    /// Where to tell of senders.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advisory: Option<AdvisoryDocument>,
     /// What becomes of messages that the target can never store.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_reject: Option<String>,
@@ -150,6 +174,17 @@ pub struct LimitsDocument {
 pub struct DeadLetterDocument {
     /// Subject at the source side.
     pub subject: String,
+}
+
+/// `advisory` of a document.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AdvisoryDocument {
+    /// Subject at the source side.
+    pub subject: String,
+    /// Whether each one is confirmed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reliable: Option<bool>,
 }
 
 /// One of the `subject_transforms` of a document.
@@ -314,6 +349,7 @@ impl Checker {
         let mapping = self.mapping(document);
         let start = self.start(document);
         let max_age = self.duration("max_age", text(&document.max_age));
+        let sampling = self.sampling(document);
         let on_reject = self.on_reject(document);
         let id = self.id(&document.stream, own_name);
         Some(Replication {
@@ -327,6 +363,7 @@ impl Checker {
             start,
             max_age,
             leader_election_name: text(&document.leader_election_name).map(str::to_owned),
+            sampling,
             on_reject,
             create_target: !document.no_target_create.unwrap_or_default(),
             target_mode: sharing(document),
@@ -535,6 +572,56 @@ impl Checker {
         self.problems.push(Problem::new(format!("/{field}"), format!("`{name}` is `{subject}`: {wrong}")));
     }
 
+    /// How senders are sampled; `None`, with a notice elsewhere, also where something is missing: Choria's replicator
+    /// takes such documents and copies everything.
+    fn sampling(&mut self, document: &Document) -> Option<Sampling> {
+        let token = document.inspect_subject_token.filter(|token| *token != 0);
+        let field = text(&document.inspect_field).map(|field| ("inspect_field", Inspect::Field(field.to_owned())));
+        let header = text(&document.inspect_header).map(|name| ("inspect_header", Inspect::Header(name.to_owned())));
+        let token = token.map(|token| {
+            let whole = Inspect::Subject;
+            ("inspect_subject_token", usize::try_from(token).map_or(whole, Inspect::Token))
+        });
+        let mut modes = [field, header, token].into_iter().flatten();
+        let mode = modes.next();
+        for (other, _) in modes {
+            let first = mode.as_ref().map_or("", |(first, _)| first);
+            let message = format!("`{first}` and `{other}` both say how senders are told apart: leave out one of them");
+            self.problem(other, message);
+        }
+        if let Some(name) = text(&document.inspect_header)
+            && let Some(c) = name.chars().find(|c| !c.is_ascii_graphic() || *c == ':')
+        {
+            let message = format!("`inspect_header` is `{}`: a header's name cannot contain {c:?}", shorten(name));
+            self.problem("inspect_header", message);
+        }
+        let every = self.duration("inspect_duration", text(&document.inspect_duration));
+        let warn = self.duration("warn_duration", text(&document.warn_duration));
+        let advisory = document.advisory.as_ref().and_then(|advisory| self.advisory(advisory));
+        let (inspect, every) = (mode?.1, every?);
+        Some(Sampling {
+            inspect,
+            every,
+            warn: warn.unwrap_or(every / 2),
+            size_trigger: document.size_trigger.filter(|bytes| *bytes > 0),
+            force_field: text(&document.inspect_force_field).map(str::to_owned),
+            advisory,
+        })
+    }
+
+    fn advisory(&mut self, AdvisoryDocument { subject, reliable }: &AdvisoryDocument) -> Option<Advisory> {
+        if subject.is_empty() {
+            return None; // the schema has said so
+        }
+        let example = subject.replace("%s", "new").replace("%v", "sender");
+        let wrong = of_server(&example).or_else(|| wrong_subject(&example, Wildcards::Refused));
+        if let Some(wrong) = wrong {
+            let message = format!("`advisory.subject` is `{}`: {wrong}", shorten(subject));
+            self.problems.push(Problem::new("/advisory/subject", message));
+        }
+        Some(Advisory { subject: subject.clone(), reliable: reliable.unwrap_or_default() })
+    }
+
     fn on_reject(&mut self, document: &Document) -> OnReject {
         let subject = document.dead_letter.as_ref().map(|dead_letter| dead_letter.subject.as_str());
         if let Some(subject) = subject.filter(|subject| !subject.is_empty()) {
@@ -569,11 +656,7 @@ impl Checker {
 
     /// Beside what makes a subject: the servers' own subjects take no messages for a stream.
     fn dead_letter_subject(&mut self, subject: &str) {
-        let of_server = ["$JS.", "$SYS.", "_"].iter().find(|start| subject.starts_with(**start));
-        let wrong = match of_server {
-            Some(start) => Some(format!("subjects that begin with `{start}` are the servers' own")),
-            None => wrong_subject(subject, Wildcards::Refused),
-        };
+        let wrong = of_server(subject).or_else(|| wrong_subject(subject, Wildcards::Refused));
         if let Some(wrong) = wrong {
             let message = format!("`dead_letter.subject` is `{}`: {wrong}", shorten(subject));
             self.problems.push(Problem::new("/dead_letter/subject", message));
@@ -613,6 +696,12 @@ impl Checker {
         self.problems.dedup();
         Problems(self.problems)
     }
+}
+
+/// What is wrong with a subject that belongs to the servers.
+fn of_server(subject: &str) -> Option<String> {
+    let start = ["$JS.", "$SYS.", "_"].into_iter().find(|start| subject.starts_with(start))?;
+    Some(format!("subjects that begin with `{start}` are the servers' own"))
 }
 
 /// A text that is there and not empty.
@@ -655,7 +744,34 @@ fn notices(document: &Document) -> Vec<String> {
     if document.ephemeral == Some(true) {
         notices.push("`ephemeral` has no effect: every copy goes on where it stopped".to_owned());
     }
+    notices.extend(incomplete_sampling(document));
     notices
+}
+
+/// What a document says of sampling that changes nothing. Choria's replicator takes it and copies everything.
+fn incomplete_sampling(document: &Document) -> Option<String> {
+    let mode = [
+        ("inspect_field", text(&document.inspect_field).is_some()),
+        ("inspect_header", text(&document.inspect_header).is_some()),
+        ("inspect_subject_token", document.inspect_subject_token.is_some_and(|token| token != 0)),
+    ];
+    let mode = mode.into_iter().find(|(_, set)| *set);
+    let others = [
+        ("inspect_duration", text(&document.inspect_duration).is_some()),
+        ("warn_duration", text(&document.warn_duration).is_some()),
+        ("size_trigger", document.size_trigger.is_some_and(|bytes| bytes > 0)),
+        ("inspect_force_field", text(&document.inspect_force_field).is_some()),
+        ("advisory", document.advisory.is_some()),
+    ];
+    match (mode, others.into_iter().find(|(_, set)| *set)) {
+        (Some((mode, _)), _) if text(&document.inspect_duration).is_none() => {
+            Some(format!("`{mode}` has no effect without `inspect_duration`: every message is copied"))
+        }
+        (None, Some((field, _))) => Some(format!(
+            "`{field}` has no effect without `inspect_field`, `inspect_header` or `inspect_subject_token`: every message is copied"
+        )),
+        _ => None,
+    }
 }
 
 /// JSON knows one kind of number: `1.0` and `1e3` are whole.
@@ -743,6 +859,52 @@ mod tests {
         assert_eq!(replication.limits, Limits::default());
         assert_eq!(replication.mapping, Mapping::default());
         assert!(replication.create_target && replication.notices.is_empty() && replication.max_age.is_none());
+    }
+
+    #[test]
+    fn sampling_has_one_mode_and_defaults() {
+        let hourly = |more: Value| {
+            let mut document = json!({"inspect_duration": "1h"});
+            document.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            document
+        };
+        let sampling = good(hourly(json!({"inspect_field": "sender"}))).sampling.unwrap();
+        let minutes = |minutes: u64| Duration::from_secs(minutes * 60);
+        assert_eq!((sampling.inspect, sampling.every), (Inspect::Field("sender".into()), minutes(60)));
+        assert_eq!((sampling.warn, sampling.size_trigger, sampling.advisory), (minutes(30), None, None));
+        let mode = |more: Value| good(hourly(more)).sampling.unwrap().inspect;
+        assert_eq!(mode(json!({"inspect_header": "A"})), Inspect::Header("A".into()));
+        assert_eq!(mode(json!({"inspect_subject_token": 3, "inspect_field": ""})), Inspect::Token(3));
+        assert_eq!(mode(json!({"inspect_subject_token": -1})), Inspect::Subject);
+        let told =
+            json!({"inspect_field": "a", "advisory": {"subject": "x.%s.%v", "reliable": true}, "size_trigger": 7});
+        let sampling = good(hourly(told)).sampling.unwrap();
+        assert_eq!(sampling.advisory, Some(Advisory { subject: "x.%s.%v".into(), reliable: true }));
+        assert_eq!(sampling.size_trigger, Some(7));
+        // Choria's replicator takes these and copies everything.
+        for (more, words) in [
+            (json!({"inspect_field": "a"}), "without `inspect_duration`"),
+            (json!({"inspect_duration": "1h"}), "without `inspect_field`"),
+            (json!({"inspect_subject_token": 0, "warn_duration": "1h"}), "`warn_duration` has no effect"),
+        ] {
+            let replication = good(more);
+            assert_eq!(replication.sampling, None);
+            assert!(replication.notices[0].contains(words), "{:?}", replication.notices);
+        }
+        let check = |more: Value, path: &str, words: &str| {
+            let found = problems(&with(hourly(more.clone())));
+            assert!(found.iter().any(|(at, text)| at == path && text.contains(words)), "{more}: {found:?}");
+        };
+        check(json!({"inspect_field": "a", "inspect_header": "b"}), "/inspect_header", "`inspect_field` and");
+        check(json!({"inspect_header": "a", "inspect_subject_token": 1}), "/inspect_subject_token", "leave out one");
+        check(json!({"inspect_header": "a b"}), "/inspect_header", "cannot contain ' '");
+        check(json!({"inspect_subject_token": -2}), "/inspect_subject_token", "-1");
+        check(json!({"inspect_field": "a", "warn_duration": "x"}), "/warn_duration", "`x`");
+        check(json!({"inspect_field": "a", "advisory": {}}), "/advisory/subject", "required");
+        check(json!({"inspect_field": "a", "advisory": {"subject": "a b"}}), "/advisory/subject", "cannot contain");
+        check(json!({"inspect_field": "a", "advisory": {"subject": "$JS.%v"}}), "/advisory/subject", "servers' own");
+        check(json!({"inspect_field": "a", "advisory": {"subject": "a", "x": 1}}), "/advisory/x", "unknown");
+        check(json!({"inspect_fields": "a"}), "/inspect_fields", "did you mean `inspect_field`");
     }
 
     #[test]
@@ -1078,6 +1240,14 @@ mod tests {
             target_initiated: Some(true),
             ephemeral: Some(true),
             leader_election_name: some(),
+            inspect_field: some(),
+            inspect_header: some(),
+            inspect_subject_token: Some(1),
+            inspect_force_field: some(),
+            inspect_duration: some(),
+            warn_duration: some(),
+            size_trigger: Some(1),
+            advisory: Some(AdvisoryDocument { subject: "x".into(), reliable: Some(true) }),
             on_reject: Some("dead_letter".into()),
             dead_letter: Some(DeadLetterDocument { subject: "x".into() }),
             target_mode: Some("shared".into()),
@@ -1096,6 +1266,7 @@ mod tests {
         let full = serde_json::to_value(full).unwrap();
         assert_eq!(keys(&full), keys(&schema["properties"]));
         assert_eq!(keys(&full["limits"]), keys(&schema["properties"]["limits"]["properties"]));
+        assert_eq!(keys(&full["advisory"]), keys(&schema["properties"]["advisory"]["properties"]));
         assert_eq!(keys(&full["dead_letter"]), keys(&schema["properties"]["dead_letter"]["properties"]));
         assert_eq!(keys(&full["tls"]), keys(&schema["$defs"]["tls"]["properties"]));
         let transform = &schema["properties"]["subject_transforms"]["items"];

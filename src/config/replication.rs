@@ -32,6 +32,8 @@ pub struct Replication {
     /// As whom to stand in Choria's leader election at the source: messages are copied only while that is won. `None`:
     /// there is no such election.
     pub leader_election_name: Option<String>,
+    /// Which messages of each sender are copied; `None`: all of them.
+    pub sampling: Option<Sampling>,
     /// What becomes of messages that the target can never store.
     pub on_reject: OnReject,
     /// Whether a missing target stream is created.
@@ -53,6 +55,56 @@ pub struct Side {
     pub stream: String,
     /// Where it is, and as whom to connect.
     pub place: Place,
+}
+
+/// Which messages of each sender are copied, and what is told of senders.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sampling {
+    /// Where a message says who sent it.
+    pub inspect: Inspect,
+    /// Each sender is copied once in this time, a tenth less for some; one that is unseen for so long is forgotten.
+    pub every: Duration,
+    /// A sender that is unseen for so long is told of.
+    pub warn: Duration,
+    /// A payload whose size differs by so many bytes from the one copied last is copied at once.
+    pub size_trigger: Option<u64>,
+    /// Path of a field (gjson) that has a message copied at once where it is true.
+    pub force_field: Option<String>,
+    /// Where to tell of senders.
+    pub advisory: Option<Advisory>,
+}
+
+/// Where a message says who sent it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Inspect {
+    /// In a field of its JSON payload, by a path (gjson).
+    Field(String),
+    /// In a header, by its exact name.
+    Header(String),
+    /// In a token of its subject, counted from 1.
+    Token(usize),
+    /// The subject as a whole says it.
+    Subject,
+}
+
+impl Inspect {
+    /// What advisories call it.
+    pub fn label(&self) -> String {
+        match self {
+            Self::Field(name) | Self::Header(name) => name.clone(),
+            Self::Token(token) => format!("subject token {token}"),
+            Self::Subject => "subject".to_owned(),
+        }
+    }
+}
+
+/// Where to tell of senders.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Advisory {
+    /// Subject at the source side, with `%s` for the event and `%v` for the sender.
+    pub subject: String,
+    /// Whether each one is confirmed by a stream, and sent again until it is.
+    pub reliable: bool,
 }
 
 /// Where a first start begins.

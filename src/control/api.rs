@@ -85,6 +85,29 @@ pub struct SkipRequest {
 /// `instances`; empty for all.
 pub type InstancesRequest = ListRequest;
 
+/// `senders`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SendersRequest {
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
+    pub replication: String,
+    /// Only senders that match this regular expression, anywhere in their value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
+    /// Only senders seen since this time (RFC 3339), or for so long, such as `1h`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<String>,
+    /// Only senders that are unseen for `warn_duration`, or only the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advised: Option<bool>,
+    /// Rows to leave out at the beginning.
+    #[serde(default)]
+    pub offset: usize,
+    /// Rows to show at most; 1,000 by default, fewer if they do not fit into one message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<usize>,
+}
+
 /// A change was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Changed {
@@ -242,6 +265,40 @@ pub struct InstanceRow {
     pub leads: usize,
     /// Ids of these, sorted; the first 1,000.
     pub replications: Vec<String>,
+}
+
+/// Reply of `senders`. There are more rows if `offset` and those shown are less than `total`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Senders {
+    /// The site's name.
+    pub site: String,
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
+    pub replication: String,
+    /// Seen last comes first.
+    pub senders: Vec<SenderRow>,
+    /// Rows left out at the beginning.
+    pub offset: usize,
+    /// Rows shown at most.
+    pub limit: usize,
+    /// Rows there are.
+    pub total: usize,
+}
+
+/// What is known of one sender.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct SenderRow {
+    /// The value that messages bear.
+    pub sender: String,
+    /// Stored time of its newest message.
+    pub seen: DateTime<Utc>,
+    /// Stored time of its message that was copied last; `null` if none was.
+    pub copied: Option<DateTime<Utc>>,
+    /// Bytes of that message's payload.
+    pub size: u32,
+    /// Whether it is unseen for `warn_duration` and that was told.
+    pub advised: bool,
+    /// Source sequence of the message that was copied last.
+    pub sequence: u64,
 }
 
 /// Reply of `config.get`.

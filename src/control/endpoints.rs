@@ -5,6 +5,7 @@ mod instances;
 mod pause;
 mod position;
 mod release;
+mod senders;
 mod stepdown;
 
 use std::{sync::Arc, time::Duration};
@@ -23,6 +24,7 @@ use self::{
     pause::{pause, resume},
     position::position,
     release::{retry, skip},
+    senders::senders,
     stepdown::stepdown,
 };
 use super::{
@@ -37,7 +39,7 @@ use crate::{
     lease::Leases,
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
     nats::Rules,
-    store::{ConfigEntry, ConfigStore, MarkKind, PositionStore, WriteError},
+    store::{ConfigEntry, ConfigStore, MarkKind, PositionStore, SenderStore, WriteError},
     supervisor::Handle,
 };
 
@@ -65,6 +67,7 @@ pub(super) struct Context {
     pub(super) documents: Documents,
     pub(super) positions: PositionStore,
     pub(super) leases: Leases,
+    pub(super) senders: SenderStore,
     pub(super) supervisor: Handle,
     pub(super) events: Events,
 }
@@ -94,6 +97,7 @@ pub(super) fn routes(context: &Arc<Context>, prefix: &str) -> Vec<Route> {
         route("config-schema", Kind::Query, handler!(config_schema)),
         Route { data: Some(states(context.clone())), ..route("status", Kind::Query, handler!(status)) },
         route("instances", Kind::Query, handler!(instances)),
+        route("senders", Kind::Query, handler!(senders)),
         route("pause", Kind::Mutation, handler!(pause)),
         route("resume", Kind::Mutation, handler!(resume)),
         route("position", Kind::Mutation, handler!(position)),
@@ -165,6 +169,7 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
     if !keep {
         leaving.remove_durable(context, id).await;
         context.positions.remove(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
+        context.senders.remove(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
         context.leases.forget(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
         // What was kept of the document goes with the document.
         for kind in [MarkKind::Paused, MarkKind::Release] {

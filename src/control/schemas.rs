@@ -11,9 +11,9 @@ use serde_json::{Map, Value, json};
 
 use super::api::{
     Changed, DeleteRequest, Document, ErrorReply, Instances, InstancesRequest, List, ListRequest, Moved, NamedRequest,
-    PositionRequest, SkipRequest, Skipped, Status, StatusRequest, SteppedDown, Validation,
+    PositionRequest, Senders, SendersRequest, SkipRequest, Skipped, Status, StatusRequest, SteppedDown, Validation,
 };
-use crate::events::Notice;
+use crate::{events::Notice, sampling::AgeAdvisory};
 
 /// The dialect of all schemas.
 const DIALECT: &str = "https://json-schema.org/draft/2020-12/schema";
@@ -30,6 +30,8 @@ pub fn files() -> BTreeMap<String, Value> {
         }
     }
     files.insert("error.json".to_owned(), file("error", "error reply", reply::<ErrorReply>()));
+    let advisory = reply::<AgeAdvisory>();
+    files.insert("age_advisory.json".to_owned(), file("age_advisory", "advisory about a sender", advisory));
     for (kind, schema) in events() {
         files.insert(format!("event/{kind}.json"), file(&format!("event.{kind}"), &format!("event {kind}"), schema));
     }
@@ -57,6 +59,7 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("retry", request::<NamedRequest>(), reply::<Changed>()),
         ("skip", request::<SkipRequest>(), reply::<Skipped>()),
         ("stepdown", request::<NamedRequest>(), reply::<SteppedDown>()),
+        ("senders", request::<SendersRequest>(), reply::<Senders>()),
         ("instances", request::<InstancesRequest>(), reply::<Instances>()),
     ]
 }

@@ -34,6 +34,8 @@ pub enum Reason {
     Excluded,
     /// It came round a ring of replications.
     Loop,
+    /// Its sender was copied not long ago.
+    Sampled,
 }
 
 impl Rules {

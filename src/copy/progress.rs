@@ -109,7 +109,9 @@ impl Ledger {
         }
         self.last_save = Some(now);
         let record = witnesses.record(&self.record);
-        let same = record.source == self.record.source && record.target == self.record.target;
+        let same = record.source == self.record.source
+            && record.target == self.record.target
+            && record.sampled == self.record.sampled;
         let row = row();
         // Nothing moved and nothing is told: a write would say the same again.
         if same && record.target_mode == self.record.target_mode && self.record.status.as_ref() == Some(&row) {
@@ -140,6 +142,15 @@ impl Ledger {
         if !self.record.durable {
             self.finish().await?;
             self.save_whole(PositionRecord { durable: true, ..self.record.clone() }).await?;
+        }
+        Ok(())
+    }
+
+    /// Notes, before anything is read, up to where the records of senders hold; `None` without sampling.
+    pub(super) async fn samples_from(&mut self, sampled: Option<u64>) -> Result<(), Error> {
+        if self.record.sampled.is_some() != sampled.is_some() {
+            self.finish().await?;
+            self.save_whole(PositionRecord { sampled, ..self.record.clone() }).await?;
         }
         Ok(())
     }
@@ -283,6 +294,8 @@ pub(super) struct Witnesses<'a> {
     pub mode: TargetMode,
     pub source_created: &'a str,
     pub target_created: &'a str,
+    /// Up to where the records of senders hold.
+    pub sampled: Option<u64>,
 }
 
 impl Witnesses<'_> {
@@ -303,6 +316,7 @@ impl Witnesses<'_> {
             }),
             saved_at: Some(chance::now().trunc_subsecs(3)),
             target_mode: self.mode,
+            sampled: self.sampled,
             ..saved.clone()
         }
     }

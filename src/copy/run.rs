@@ -1,6 +1,6 @@
 //! The loop of one run: one owner of both lanes, of what was read and of what is in the air.
 
-use std::{future::poll_fn, sync::Arc};
+use std::{future::poll_fn, sync::Arc, task::Poll};
 
 use tokio::{
     sync::watch,
@@ -21,10 +21,11 @@ use super::{
     probe::{self, Probe},
     progress::{Ledger, Witnesses},
     provenance::Tag,
-    reader::{Lost, Reader},
+    reader::{Incoming, Lost, Reader},
     reject::{Refused, Rejects},
     renewal::Renewal,
     resume::{self, Already, Known, Resume, Sides, is_consumed, is_plain},
+    sampler::Sampler,
     sharing,
     target::{self, Abilities},
     throttle::{self, Throttle},
@@ -41,6 +42,7 @@ use crate::{
         Batch, ErrorKind as NatsErrorKind, Lane, Message, Turn,
         jetstream::{Api, ConsumerInfo, StreamInfo, answer_in, decode},
     },
+    sampling::Fate,
     status::{CopyStatus, Lag, LastError, Position, Row, State},
     store::{SaveError, SourceMessage},
 };
@@ -89,6 +91,7 @@ pub(super) struct Run<'a> {
     writer: Writer,
     window: Window,
     rejects: Rejects<'a>,
+    sampler: Option<Sampler>,
     throttle: Throttle,
     /// Until then the limits per second keep the next message back.
     throttled: Option<Instant>,
@@ -190,7 +193,13 @@ impl<'a> Run<'a> {
         if Durable::is_needed(&source_info) {
             ledger.uses_durable().await?;
         }
-        let reader = Intake::open(&mut source, &replication, &source_info, durable, resume.position.seq).await;
+        let another = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
+        let (position, first_seq) = (resume.position.seq, source_info.state.first_seq);
+        let sampled = ledger.record().sampled;
+        let sampler = Sampler::begin(job, &mut source, position, sampled, another, first_seq);
+        ledger.samples_from(sampler.as_ref().map(|(_, from)| *from)).await?;
+        let (sampler, from) = sampler.map_or((None, position), |(sampler, from)| (Some(sampler), from));
+        let reader = Intake::open(&mut source, &replication, &source_info, durable, from).await;
         let reader = reader.map_err(|e| e.context("source"))?;
         ledger.begin_at(target_info.state.last_seq);
         let generation = ledger.record().generation;
@@ -213,6 +222,7 @@ impl<'a> Run<'a> {
         let gate = Gate::of(&replication.source.stream, &replication.target.stream);
         let throttle = Throttle::new(&replication.limits, now);
         copy.ordering = writer.ordering();
+        copy.sampling = sampler.is_some().then(|| copy.sampling.unwrap_or_default());
         let mut run = Self {
             job,
             status,
@@ -231,6 +241,7 @@ impl<'a> Run<'a> {
             writer,
             window: Window::new(resume.position, resume.target),
             rejects,
+            sampler,
             throttle,
             throttled: None,
             already: Already::default(),
@@ -339,23 +350,28 @@ impl<'a> Run<'a> {
         self.tell(State::Running);
         match result {
             Ok(()) => {
+                self.write_senders().await;
                 let _ = tokio::time::timeout(LAST_ACKS, self.tell_all()).await;
                 self.reader.close(&mut self.source);
                 // The consumer would go by itself; its deletion is a courtesy that must not hold up a stop.
                 let _ = tokio::time::timeout(LAST_SAVE, flush(&mut self.source)).await;
                 let row = row(self.job, &self.copy);
-                let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
+                let sampled = self.sampler.as_ref().map(Sampler::written_to);
+                let witnesses =
+                    witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
                 Ok(ledger.save_now(witnesses, row).await?)
             }
             Err(error) if error.kind == ErrorKind::Superseded => Err(error),
             Err(error) => {
+                let sampled = self.sampler.as_ref().map(Sampler::written_to);
                 // First of all nothing more may be sent.
                 drop((self.source, self.target));
                 if error.chain_broken {
                     ledger.begin_at(self.writer.exact(&self.window));
                 }
                 let row = row(self.job, &self.copy);
-                let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
+                let witnesses =
+                    witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
                 match tokio::time::timeout(LAST_SAVE, ledger.save_now(witnesses, row)).await {
                     Ok(Err(conflict @ SaveError::Conflict { .. })) => Err(conflict.into()),
                     // What was not saved is found out at the target.
@@ -365,11 +381,26 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Waits, but not long, until the records of senders say what is known of them.
+    async fn write_senders(&mut self) {
+        let position = self.window.position().seq;
+        if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
+            let _ = tokio::time::timeout(LAST_SAVE, sampler.finish(position, status)).await;
+        }
+    }
+
+    /// Up to where the source may forget what was copied.
+    fn forgettable(&self, now: Instant) -> u64 {
+        let position = self.window.position().seq;
+        self.sampler.as_ref().map_or(position, |sampler| sampler.may_forget(position, now))
+    }
+
     /// Waits until the source knows what was copied: some consumers take acks only now and then. What it does not learn
     /// is delivered to the next run, which leaves it out.
     async fn tell_all(&mut self) -> Result<(), Error> {
         loop {
-            self.reader.settled(&mut self.source, self.window.position().seq);
+            let forgettable = self.forgettable(Instant::now());
+            self.reader.settled(&mut self.source, forgettable);
             if self.reader.is_told() {
                 return Ok(());
             }
@@ -393,7 +424,9 @@ impl<'a> Run<'a> {
             self.silent_at = self.silent_at(now);
             let supply = self.supply();
             self.writer.commit_if_due(&mut self.target, supply, now);
-            self.reader.settled(&mut self.source, self.window.position().seq);
+            self.sample(now);
+            let forgettable = self.forgettable(now);
+            self.reader.settled(&mut self.source, forgettable);
             self.reads = self.reader.may_read(&self.job.budget);
             let due = [self.writer.next_commit(supply), self.throttled, self.silent_at].into_iter().flatten();
             let wake = due.fold(self.next_tick, Instant::min);
@@ -402,6 +435,9 @@ impl<'a> Run<'a> {
                 () = stop.cancelled(), if self.ending.is_none() => self.end(Ending::Stopped),
                 // Before the lanes: it is rarely ready, and while both are busy it would never be looked at.
                 saved = poll_fn(|cx| ledger.poll(cx)) => self.saved(saved)?,
+                records = poll_fn(|cx| self.sampler.as_mut().map_or(Poll::Pending, |sampler| sampler.poll(cx))) => {
+                    self.copy.sampling.get_or_insert_default().records_written += records;
+                }
                 turn = self.target.turn() => {
                     if let Turn::Received(batch) = turn.map_err(|e| e.context("target"))? {
                         self.take_acks(&batch)?;
@@ -413,6 +449,16 @@ impl<'a> Run<'a> {
                     }
                 }
                 () = sleep_until(wake) => {}
+            }
+        }
+    }
+
+    /// Writes what is known of senders and publishes what is to be told of them, as far as that is due.
+    fn sample(&mut self, now: Instant) {
+        if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
+            sampler.write(self.window.position().seq, now);
+            if self.source.output().len() < OUTPUT_HIGH {
+                sampler.publish(&mut self.source, status, now);
             }
         }
     }
@@ -444,7 +490,7 @@ impl<'a> Run<'a> {
     fn is_dead_letter(&mut self, now_ns: i64) -> bool {
         let Some(incoming) = self.reader.peek() else { return false };
         let message = SourceMessage { seq: incoming.delivery.stream_seq, time_ns: incoming.delivery.time_ns };
-        let decision = self.rules.decide(incoming.message.subject, message.time_ns, incoming.message.header, now_ns);
+        let decision = decide(&self.rules, self.sampler.as_mut(), &incoming, now_ns);
         self.already.is_empty()
             && self.job.skip != Some(message)
             && decision == Decision::Copy
@@ -476,6 +522,14 @@ impl<'a> Run<'a> {
             }
             let seq = incoming.delivery.stream_seq;
             let time_ns = incoming.delivery.time_ns;
+            if let Some(sampler) = self.sampler.as_mut().filter(|sampler| sampler.is_replay(seq)) {
+                let (subject, header) = (incoming.message.subject, incoming.message.header);
+                if self.rules.decide(subject, time_ns, header, now_ns) == Decision::Copy {
+                    sampler.replay(&incoming, self.replication.on_reject != OnReject::Hold);
+                }
+                self.reader.take();
+                continue;
+            }
             let source = SourcePoint { seq, time_ns: Some(time_ns) };
             let expected = (incoming.after + 1).max(self.told_first);
             // What is gone at the source and lies at the target already is not lost.
@@ -488,6 +542,8 @@ impl<'a> Run<'a> {
             let subject = incoming.message.subject;
             let known = self.already.take(seq, time_ns, subject, &self.replication.mapping);
             self.window.keep_target(keeps_target(&self.already, &self.writer));
+            // What sampling is told; what is left out before it is asked is none of its business.
+            let mut fate = Some(Fate::Passed);
             match known {
                 _ if self.job.skip == Some(SourceMessage { seq, time_ns }) => {
                     counters.skipped_refused += 1;
@@ -502,13 +558,20 @@ impl<'a> Run<'a> {
                     self.window.keep_target(!first && keeps_target(&self.already, &self.writer));
                     self.window.stored_before(source, target_seq);
                     self.window.keep_target(keeps_target(&self.already, &self.writer));
+                    fate = Some(Fate::Stored);
                 }
-                Some(Known::Replaced) => self.window.skip(source),
-                None => match self.rules.decide(subject, time_ns, incoming.message.header, now_ns) {
+                Some(Known::Replaced) => {
+                    self.window.skip(source);
+                    fate = Some(Fate::Stored);
+                }
+                None => match decide(&self.rules, self.sampler.as_mut(), &incoming, now_ns) {
                     Decision::Skip(reason) => {
                         match reason {
-                            Reason::Old => counters.skipped_old += 1,
-                            Reason::Excluded | Reason::Loop => counters.skipped_filtered += 1,
+                            Reason::Sampled => counters.skipped_sampled += 1,
+                            Reason::Old => (counters.skipped_old, fate) = (counters.skipped_old + 1, None),
+                            Reason::Excluded | Reason::Loop => {
+                                (counters.skipped_filtered, fate) = (counters.skipped_filtered + 1, None);
+                            }
                         }
                         counters.skipped_bytes += bytes as u64;
                         self.window.skip(source);
@@ -541,6 +604,7 @@ impl<'a> Run<'a> {
                                     }
                                     self.throttle.take(bytes);
                                     self.writer.send(&mut self.target, &mut self.window, &incoming, now, read_at);
+                                    fate = Some(Fate::Sent);
                                     if let Some(gate) = &mut self.gate {
                                         gate.sent(message);
                                     }
@@ -565,6 +629,9 @@ impl<'a> Run<'a> {
             }
             counters.received += 1;
             counters.received_bytes += bytes as u64;
+            if let (Some(sampler), Some(fate), Some(status)) = (&mut self.sampler, fate, &mut self.copy.sampling) {
+                sampler.took(&incoming, fate, status);
+            }
             self.reader.take();
             self.next_tick = self.next_tick.min(now + TICK);
             if let Some(object) = incomplete.take() {
@@ -618,6 +685,9 @@ impl<'a> Run<'a> {
             observed.1 += 1;
         }
         self.copy.processing.observe((elapsed - observed.0.min(elapsed)) as f64 / 1e6, observed.1);
+        if let Some(sampler) = &mut self.sampler {
+            sampler.settled(self.window.position().seq);
+        }
     }
 
     fn take_messages(&mut self, batch: Batch) -> Result<(), Error> {
@@ -631,6 +701,9 @@ impl<'a> Run<'a> {
             self.consumer_is(info.and_then(decode::<ConsumerInfo>))?;
         }
         self.go_on_with_renewal(&batch)?;
+        if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
+            sampler.accept(&batch, status, Instant::now());
+        }
         let (dead_lettered, refused) = self.rejects.accept(&batch, &mut self.window);
         if dead_lettered > 0 {
             self.copy.counters.dead_lettered += dead_lettered;
@@ -811,12 +884,16 @@ impl<'a> Run<'a> {
         self.tell_rejected(true);
         self.tell(State::Running);
         let idle = self.all_settled() && self.reader.pending() == 0 && !self.watchdog.is_alert();
-        let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created);
+        if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
+            sampler.tick(idle, status, now);
+        }
+        let sampled = self.sampler.as_ref().map(Sampler::written_to);
+        let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
         let saved = ledger.save(now, witnesses, || row(self.job, &self.copy));
         self.next_tick = now
             + match (idle, saved) {
-                (true, true) => TICK_SAVED,
-                (true, false) => TICK_IDLE,
+                (true, true) if self.sampler.is_none() => TICK_SAVED,
+                (true, _) => TICK_IDLE,
                 (false, _) => TICK,
             };
         let due = now.duration_since(self.asked_info) >= self.info_every();
@@ -861,6 +938,9 @@ impl<'a> Run<'a> {
         };
         copy.in_flight.messages = (self.window.len() + letters) as u64;
         copy.in_flight.bytes = (self.window.bytes() + letter_bytes) as u64;
+        if let (Some(sampler), Some(status)) = (&self.sampler, &mut copy.sampling) {
+            sampler.tell(status, Instant::now());
+        }
         copy.counters.headers_removed += std::mem::take(&mut self.writer.headers_removed);
         copy.counters.refused += std::mem::take(&mut self.writer.refused);
         self.status.send_modify(|(told_state, told)| {
@@ -919,8 +999,20 @@ fn witnesses<'w>(
     abilities: &Abilities,
     source: &'w StreamInfo,
     target_created: &'w str,
+    sampled: Option<u64>,
 ) -> Witnesses<'w> {
-    Witnesses { window, mode: abilities.mode, source_created: &source.created, target_created }
+    Witnesses { window, mode: abilities.mode, source_created: &source.created, target_created, sampled }
+}
+
+/// What is to be done with the message that comes next.
+fn decide(rules: &Rules, sampler: Option<&mut Sampler>, incoming: &Incoming<'_>, now_ns: i64) -> Decision {
+    let message = &incoming.message;
+    let decision = rules.decide(message.subject, incoming.delivery.time_ns, message.header, now_ns);
+    let asked = sampler.filter(|_| decision == Decision::Copy);
+    match asked.is_some_and(|sampler| !sampler.wants(incoming)) {
+        true => Decision::Skip(Reason::Sampled),
+        false => decision,
+    }
 }
 
 /// Writes everything; what arrives meanwhile is nobody's.

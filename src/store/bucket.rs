@@ -3,7 +3,7 @@
 use std::{fmt, time::Duration};
 
 use async_nats::{
-    Client, HeaderMap, Request, RequestErrorKind,
+    Client, HeaderMap, Message, Request, RequestErrorKind, StatusCode,
     header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE,
     jetstream::{
         self,
@@ -117,13 +117,14 @@ impl Cells for Bucket {
 }
 
 impl Bucket {
-    /// Opens a bucket as it is, or creates it.
+    /// Opens a bucket as it is, or creates it: then, where the server can (2.11), markers of deletions may be given an end.
     pub(super) async fn open(
         client: &Client,
         api_prefix: &str,
         name: &str,
         history: i64,
         replicas: usize,
+        markers: Option<Duration>,
     ) -> Result<Self, Error> {
         let context = ContextBuilder::new().api_prefix(api_prefix).timeout(TIMEOUT).build(client.clone());
         let error = |message: String| Error { bucket: name.to_owned(), message };
@@ -133,6 +134,7 @@ impl Bucket {
                 description: "stream-replicator".to_owned(),
                 history,
                 num_replicas: replicas,
+                limit_markers: markers,
                 ..kv::Config::default()
             };
             let created = context.create_key_value(config).await;
@@ -162,6 +164,15 @@ impl Bucket {
         &self.stream
     }
 
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Subject that a key is written by.
+    pub(super) fn put_subject(&self, key: &str) -> String {
+        format!("{}{}", self.put_prefix, self.subject(key))
+    }
+
     /// Subject of a key; `>` for all.
     pub(super) fn subject(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
@@ -175,7 +186,12 @@ impl Bucket {
     /// What lies at a key now, marker or value, read from the leader.
     pub(super) async fn last(&self, key: &str) -> Result<Option<Stored>, Error> {
         self.check_key(key)?;
-        let request = self.stream.raw_message_builder().last_by_subject(self.subject(key));
+        self.last_matching(key).await
+    }
+
+    /// What was written last to any key that matches, read from the leader.
+    pub(super) async fn last_matching(&self, pattern: &str) -> Result<Option<Stored>, Error> {
+        let request = self.stream.raw_message_builder().last_by_subject(self.subject(pattern));
         self.found(request.send().await)
     }
 
@@ -220,8 +236,7 @@ impl Bucket {
         self.check_key(key).map_err(PutError::Refused)?;
         headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string().as_str());
         let request = Request::new().headers(headers).payload(value).timeout(Some(TIMEOUT));
-        let subject = format!("{}{}", self.put_prefix, self.subject(key));
-        let reply = match self.client.send_request(subject, request).await {
+        let reply = match self.client.send_request(self.put_subject(key), request).await {
             Ok(reply) => reply,
             Err(error) => {
                 let outcome = match error.kind() {
@@ -243,6 +258,24 @@ impl Bucket {
             Ok(Response::Err { error }) => Err(PutError::Refused(self.error(format!("cannot be written: {error}")))),
             Err(_) => Err(PutError::Unknown(self.error("the answer to a write is no acknowledgement"))),
         }
+    }
+
+    /// Whether the answer to a write says that it is stored.
+    pub(super) fn check_ack(&self, reply: &Message) -> Result<(), Error> {
+        let why = match serde_json::from_slice::<Response<PublishAck>>(&reply.payload) {
+            _ if reply.status == Some(StatusCode::NO_RESPONDERS) => "nobody takes it".to_owned(),
+            Ok(Response::Ok(ack)) if ack.stream == stream_name(&self.name) => return Ok(()),
+            Ok(Response::Ok(ack)) => format!("stream `{}` answers for it: its subjects overlap", ack.stream),
+            Ok(Response::Err { error }) => error.to_string(),
+            Err(_) => "the answer to a write is no acknowledgement".to_owned(),
+        };
+        Err(self.error(format!("cannot be written: {why}")))
+    }
+
+    /// Removes all keys that match, without leaving markers.
+    pub(super) async fn forget_matching(&self, pattern: &str) -> Result<(), Error> {
+        let purged = self.stream.purge().filter(self.subject(pattern)).await;
+        purged.map(|_| ()).map_err(|error| self.error(format!("keys `{pattern}` cannot be removed: {}", chain(&error))))
     }
 
     /// Removes a key without leaving a marker.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{ConfigStore, LeaseStore, PositionStore, bucket::Bucket};
+use super::{ConfigStore, LeaseStore, PositionStore, SenderStore, bucket::Bucket};
 
 /// Revisions of each document that are kept.
 pub const CONFIG_HISTORY: usize = 10;
@@ -16,6 +16,8 @@ pub struct Buckets {
     pub positions: PositionStore,
     /// Which processes are there and what each may run.
     pub leases: LeaseStore,
+    /// What sampling knows of senders.
+    pub senders: SenderStore,
 }
 
 /// A bucket operation that failed.
@@ -29,13 +31,15 @@ pub struct Error {
 }
 
 impl Buckets {
-    /// Opens `<prefix>_CONFIG`, `<prefix>_POSITIONS` and `<prefix>_LEASES` of the JetStream whose API begins with
-    /// `api_prefix`. What is missing is created with so many `replicas`; what exists is used as it is.
+    /// Opens `<prefix>_CONFIG`, `<prefix>_POSITIONS`, `<prefix>_LEASES` and `<prefix>_STATE` of the JetStream whose API
+    /// begins with `api_prefix`. What is missing is created with so many `replicas`; what exists is used as it is. What
+    /// `instance` writes in numbers says so.
     pub async fn open(
         client: async_nats::Client,
         api_prefix: &str,
         prefix: &str,
         replicas: usize,
+        instance: &str,
     ) -> Result<Self, Error> {
         let config = format!("{prefix}_CONFIG");
         let legal = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
@@ -43,7 +47,11 @@ impl Buckets {
             let message = "a bucket's name has letters, digits, - and _ only".to_owned();
             return Err(Error { bucket: config, message });
         }
-        let open = async |name: &str, history: i64| Bucket::open(&client, api_prefix, name, history, replicas).await;
+        let open =
+            async |name: &str, history: i64| Bucket::open(&client, api_prefix, name, history, replicas, None).await;
+        let state = format!("{prefix}_STATE");
+        let senders = Bucket::open(&client, api_prefix, &state, 1, replicas, Some(SenderStore::MARKER_TTL)).await?;
+        let senders = SenderStore::open(senders, instance).await?;
         let config = open(&config, CONFIG_HISTORY as i64).await?;
         let positions = open(&format!("{prefix}_POSITIONS"), 1).await?;
         let leases = open(&format!("{prefix}_LEASES"), 1).await?;
@@ -51,6 +59,7 @@ impl Buckets {
             config: ConfigStore::new(config),
             positions: PositionStore::new(Arc::new(positions)),
             leases: LeaseStore::new(Arc::new(leases)),
+            senders,
         })
     }
 }

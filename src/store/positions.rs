@@ -53,6 +53,9 @@ pub struct PositionRecord {
     /// Whether a durable consumer may have been made at the source, to be deleted with the replication.
     #[serde(default, skip_serializing_if = "is_default")]
     pub durable: bool,
+    /// With sampling: what the records of senders say holds for everything up to this source sequence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampled: Option<u64>,
     /// Status row at the time of the write. One that cannot be read (an edit by hand, another version) is none: the
     /// rest of the record is worth more than it.
     #[serde(default, deserialize_with = "readable")]
@@ -307,6 +310,7 @@ impl PositionRecord {
             generation: 0,
             orphans: None,
             durable: false,
+            sampled: None,
             status: None,
             other: BTreeMap::new(),
         }
@@ -339,6 +343,8 @@ impl PositionRecord {
             row.epoch = record.epoch;
             row.copy.position.source_seq = to.seq;
         }
+        // What senders sent in between was not seen, or is seen as if it were news.
+        record.sampled = record.sampled.map(|_| to.seq);
         record.source = Some(to);
         record
     }

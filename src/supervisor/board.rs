@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use crate::{
     config::Replication,
-    copy::{Error, ErrorKind},
+    copy::{Error, ErrorKind, Samples},
     election::Poll,
     events::Step,
     metrics,
@@ -23,6 +23,8 @@ pub(super) struct Board {
     status: watch::Sender<(State, CopyStatus)>,
     /// Our part in Choria's election.
     poll: watch::Sender<Option<Poll>>,
+    /// The senders, where it is sampled.
+    samples: watch::Sender<Option<Samples>>,
 }
 
 /// The part of a row that the life owns.
@@ -54,6 +56,7 @@ impl Board {
             head: watch::Sender::new(head),
             status: watch::Sender::new((State::Starting, copy)),
             poll: watch::Sender::new(None),
+            samples: watch::Sender::new(None),
         }
     }
 
@@ -110,6 +113,16 @@ impl Board {
                 copy.target = TargetStatus { stream: replication.target.stream.clone(), ..TargetStatus::default() };
             }
         });
+    }
+
+    /// The senders that this process knows of, or none any more.
+    pub(super) fn set_samples(&self, samples: Option<Samples>) {
+        self.samples.send_replace(samples);
+    }
+
+    /// The senders that this process knows of.
+    pub(super) fn samples(&self) -> Option<Samples> {
+        self.samples.borrow().clone()
     }
 
     /// Our part in Choria's election, or none any more.

@@ -24,6 +24,7 @@ use super::{
     marks::{Marks, Release},
     neighbours::Neighbours,
     outage::Outage,
+    roll::Roll,
 };
 use crate::{
     backoff::{Backoff, jitter},
@@ -86,6 +87,8 @@ pub(super) struct Life {
     seat: Seat,
     stop: CancellationToken,
     refusals: Refusals,
+    /// The senders, where it is sampled, as long as another instance leads.
+    roll: Option<Roll>,
 }
 
 /// What follows the document while the lease is ours.
@@ -116,7 +119,7 @@ impl Life {
         seat: Seat,
         stop: CancellationToken,
     ) -> Self {
-        Self { context, planner, marks, seat, stop, refusals: Refusals::default() }
+        Self { context, planner, marks, seat, stop, refusals: Refusals::default(), roll: None }
     }
 
     /// Until the stop. Waits for `delay` first.
@@ -140,7 +143,7 @@ impl Life {
 
     /// Waits for the lease, and shows meanwhile whether the document could run.
     async fn stand_by(&mut self) -> Tenure {
-        let Self { context, planner, seat, .. } = self;
+        let Self { context, planner, seat, roll, .. } = self;
         let mut granted = pin!(seat.granted());
         let mut newest = false;
         loop {
@@ -154,6 +157,14 @@ impl Life {
                     if let Some(rejected) = &plan.rejected {
                         board.rejected(&rejected.message());
                     }
+                    let sampling = plan.work.as_ref().and_then(|work| work.replication.sampling.as_ref());
+                    if roll.as_ref().is_some_and(|roll| sampling.is_none_or(|sampling| !roll.fits(sampling))) {
+                        *roll = None;
+                    }
+                    if let (None, Some(sampling)) = (&roll, sampling) {
+                        *roll = Some(Roll::follow(&context.deps.senders, &context.id, sampling));
+                    }
+                    board.set_samples(roll.as_ref().map(Roll::samples));
                     match plan.work {
                         Some(work) => {
                             board.adopt(&work.replication, work.revision);
@@ -169,9 +180,9 @@ impl Life {
     /// Runs what is to run for as long as the lease is ours; says how long to leave it alone then.
     async fn reign(&mut self, tenure: &Tenure) -> Duration {
         let stop = self.stop.child_token();
-        let Self { context, planner, marks, refusals, .. } = self;
+        let Self { context, planner, marks, refusals, roll, .. } = self;
         context.board.set_leads(true);
-        let session = Session::new(context.clone(), marks.clone(), tenure.epoch);
+        let session = Session::new(context.clone(), marks.clone(), tenure.epoch, roll.take());
         let reign = Reign { context, planner, marks: marks.clone(), stop: stop.clone(), session, refusals };
         // In a box: a future in a future takes its room twice.
         let held = tenure.hold(&stop, Box::pin(reign.run())).await;
@@ -417,10 +428,12 @@ struct Session {
     announced: bool,
     /// The end of a pause was told, and no other pause since.
     resumed: bool,
+    /// The senders, where it is sampled.
+    roll: Option<Roll>,
 }
 
 impl Session {
-    fn new(context: Context, marks: watch::Receiver<Marks>, epoch: u64) -> Self {
+    fn new(context: Context, marks: watch::Receiver<Marks>, epoch: u64, roll: Option<Roll>) -> Self {
         Self {
             context,
             marks,
@@ -436,6 +449,7 @@ impl Session {
             epoch,
             announced: false,
             resumed: false,
+            roll,
         }
     }
 
@@ -532,7 +546,10 @@ impl Session {
         let release = self.marks.borrow().release;
         self.released = release.map(|release| release.revision);
         {
-            let mut claim = pin!(self.claim());
+            let mut claim = pin!(async {
+                self.claim().await?;
+                self.know_senders(replication).await
+            });
             tokio::select! {
                 biased;
                 claimed = &mut claim => claimed?,
@@ -545,7 +562,7 @@ impl Session {
             }
         }
         let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
-        let Self { context, marks, told, outage, headroom, .. } = self;
+        let Self { context, marks, told, outage, headroom, roll, .. } = self;
         let Context { deps, board, .. } = &*context;
         let job = Job {
             site: deps.site.clone(),
@@ -554,6 +571,7 @@ impl Session {
             budget: deps.budget.clone(),
             skip: release.and_then(|release| release.skip),
             neighbour: context.neighbours.of(replication),
+            samples: roll.as_ref().map(Roll::samples),
             dial: Arc::new(deps.rules.clone()),
         };
         let saved = ledger.saved();
@@ -575,6 +593,27 @@ impl Session {
             .map_err(|panic| Error::new(ErrorKind::Retry, format!("the copy panicked: {}", panic_text(&*panic))))?;
         self.ledger = Some(ledger);
         result
+    }
+
+    /// Knows the senders of a replication that is sampled; those of one that is not, or that tells them apart in another
+    /// way than before, are forgotten.
+    async fn know_senders(&mut self, replication: &Replication) -> Result<(), Error> {
+        let Self { context: Context { deps, id, board, .. }, roll, ledger, .. } = self;
+        let sampling = replication.sampling.as_ref();
+        let were_known = ledger.as_ref().is_some_and(|ledger| ledger.record().sampled.is_some());
+        let unfit = roll.as_ref().is_some_and(|roll| sampling.is_none_or(|sampling| !roll.fits(sampling)));
+        if unfit || (sampling.is_none() && were_known) {
+            *roll = None;
+            let removed = deps.senders.remove(id).await;
+            removed.map_err(|error| Error::new(ErrorKind::Retry, error.to_string()))?;
+        }
+        if let Some(sampling) = sampling {
+            let roll = roll.get_or_insert_with(|| Roll::follow(&deps.senders, id, sampling));
+            let known = roll.lead(sampling).await;
+            known.map_err(|error| Error::new(ErrorKind::Retry, error.to_string()))?;
+        }
+        board.set_samples(roll.as_ref().map(Roll::samples));
+        Ok(())
     }
 
     async fn claim(&mut self) -> Result<(), Error> {

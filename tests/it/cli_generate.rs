@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::harness::Cli;
 
 /// Every command that there is.
-const COMMANDS: [&str; 21] = [
+const COMMANDS: [&str; 25] = [
     "serve",
     "config",
     "config add",
@@ -25,6 +25,10 @@ const COMMANDS: [&str; 21] = [
     "skip",
     "instances",
     "events",
+    "admin",
+    "admin senders",
+    "admin advisories",
+    "admin watch",
     "completions",
     "man",
 ];
@@ -36,10 +40,10 @@ fn cli() -> Cli {
 #[tokio::test]
 async fn help_names_every_command_and_the_exit_codes() -> Result<()> {
     let help = cli().ok(["--help"]).await?;
-    let config = cli().ok(["config", "--help"]).await?;
+    let (config, admin) = (cli().ok(["config", "--help"]).await?, cli().ok(["admin", "--help"]).await?);
     for command in COMMANDS {
         let (text, name) = match command.split_once(' ') {
-            Some((_, name)) => (&config, name),
+            Some((group, name)) => (if group == "admin" { &admin } else { &config }, name),
             None => (&help, command),
         };
         let line = text.lines().find(|line| line.trim_start().split(' ').next() == Some(name));

@@ -262,6 +262,8 @@ fn on_this_site(site: &Site, body: &str) -> String {
 /// The streams of the page: one to copy, one with a message that the target can never store; a third one is missing.
 async fn prepare(site: &Site) -> Result<()> {
     site.filled("ORDERS", 1200).await?;
+    site.source_stream("NODES", json!({})).await?;
+    site.source().await?.publish(&Outgoing::new("nodes.1", r#"{"sender": "n1.example.net"}"#)).await?;
     site.source_stream("PARCELS", json!({})).await?;
     site.target_stream("PARCELS", json!({"max_msg_size": 512})).await?;
     site.source().await?.publish(&Outgoing::new("parcels.1", "x".repeat(1000))).await?;
@@ -281,6 +283,10 @@ async fn before(site: &Site, example: &Example) -> Result<()> {
             site.add("PARCELS", json!({})).await?;
             state("INVOICES", "held").await?;
             state("PARCELS", "held").await?;
+        }
+        "senders" => {
+            site.add("NODES", json!({"inspect_field": "sender", "inspect_duration": "1h"})).await?;
+            site.settled("NODES", 1).await?;
         }
         "status" | "pause" => drop(site.settled("ORDERS", 1200).await?),
         "position" | "resume" => drop(state("ORDERS", "paused").await?),
@@ -341,4 +347,118 @@ fn the_subjects_in_the_readme_are_what_its_document_makes() -> Result<()> {
         ensure!(found == expect.as_bytes(), "{row}: {}", found.escape_ascii());
     }
     Ok(())
+}
+
+/// One command of a page and what it shows behind it.
+struct Shown {
+    line: usize,
+    words: Vec<String>,
+    output: Vec<String>,
+}
+
+/// All commands in the console blocks of a part of a page.
+fn commands(part: &str) -> Result<Vec<Shown>> {
+    let mut shown: Vec<Shown> = Vec::new();
+    let (mut in_console, mut lines) = (false, part.lines().enumerate());
+    while let Some((number, line)) = lines.next() {
+        if line.starts_with("```") {
+            in_console = line == "```console";
+        } else if let Some(command) = line.strip_prefix("$ ").filter(|_| in_console) {
+            let mut command = command.to_owned();
+            while command.matches('\'').count() % 2 == 1 {
+                let (_, more) = lines.next().context("a quote is not closed")?;
+                command = format!("{command}\n{more}");
+            }
+            shown.push(Shown { line: number + 1, words: words(&command)?, output: Vec::new() });
+        } else if in_console {
+            shown.last_mut().context("output before a command")?.output.push(line.to_owned());
+        }
+    }
+    Ok(shown)
+}
+
+/// The stream that `nats stream add` makes.
+fn stream_of(words: &[String]) -> Result<(String, Value)> {
+    let mut config = json!({});
+    let mut words = words.iter();
+    let name = words.next().context("a name")?.clone();
+    while let Some(word) = words.next() {
+        let mut value = || words.next().context("a value");
+        let seconds = |text: &str| config::parse_duration(text).map(|duration| duration.as_nanos() as u64);
+        match word.as_str() {
+            "--subjects" => config["subjects"] = json!([value()?]),
+            "--max-msgs-per-subject" => config["max_msgs_per_subject"] = value()?.parse::<u64>()?.into(),
+            "--max-age" => config["max_age"] = seconds(value()?).map_err(|error| anyhow!(error))?.into(),
+            "--dupe-window" => config["duplicate_window"] = seconds(value()?).map_err(|error| anyhow!(error))?.into(),
+            "--defaults" => {}
+            other => bail!("`{other}` is not known here"),
+        }
+    }
+    Ok((name, config))
+}
+
+#[tokio::test]
+async fn the_registration_walk_through_in_the_readme_works_as_it_is_written() -> Result<()> {
+    let site = Site::builder().control_at_source().start().await?;
+    let page = page("README.md")?;
+    let (_, part) = page.split_once("\n## Sampling\n").context("no part Sampling")?;
+    let part = part.split("\n## ").next().unwrap_or_default();
+    let mut raw = site.source().await?;
+    let mut ran = 0;
+    for Shown { line, words, output } in commands(part)? {
+        let context = || format!("line {line} of the part: {words:?}");
+        let text: Vec<&str> = words.iter().map(String::as_str).collect();
+        let printed = match text.as_slice() {
+            ["nats", "stream", "add", ..] => {
+                let (name, config) = stream_of(&words[3..]).with_context(context)?;
+                raw.create_stream(&name, config).await?;
+                String::new()
+            }
+            ["nats", "pub", subject, body] => {
+                raw.publish(&Outgoing::new(*subject, *body)).await?;
+                String::new()
+            }
+            ["nats", "req", "--raw", subject, body] => {
+                let body = body
+                    .replace("nats://east.example.net", &site.source.url())
+                    .replace("nats://central.example.net", &site.target.url());
+                let endpoint = subject.strip_prefix("replicator.").context("the subject")?;
+                site.ask(endpoint, body).await?.body.to_string()
+            }
+            ["nats", "kv", "get", bucket, key, "--raw"] => {
+                let bucket = site.bucket(bucket).await?;
+                wait_for("the record", LIMIT, async || bucket.get(*key).await.is_ok_and(|it| it.is_some())).await?;
+                String::from_utf8_lossy(&bucket.get(*key).await?.context("a value")?).into_owned()
+            }
+            ["stream-replicator", arguments @ ..] => {
+                let run = async || site.cli().ok(arguments).await;
+                // What it shows is written behind.
+                wait_for("as many lines", LIMIT, async || {
+                    run().await.is_ok_and(|printed| printed.lines().count() == output.len())
+                })
+                .await
+                .with_context(context)?;
+                run().await?
+            }
+            _ => bail!("line {line}: {words:?} is not run"),
+        };
+        ran += 1;
+        let printed: Vec<&str> = printed.lines().collect();
+        assert_eq!(printed.len(), output.len(), "line {line}: {words:?} prints {printed:?}");
+        for (expect, printed) in output.iter().zip(printed) {
+            match (serde_json::from_str::<Value>(expect), serde_json::from_str::<Value>(printed)) {
+                (Ok(expect), Ok(printed)) => same_shape("", &expect, &printed).with_context(context)?,
+                _ => assert!(same_words(expect, printed), "line {line}: {expect:?} is documented, {printed:?} printed"),
+            }
+        }
+    }
+    ensure!(ran >= 8, "{ran} commands");
+    Ok(())
+}
+
+/// The same words, but for times, names of this site and how long ago something was.
+fn same_words(expect: &str, printed: &str) -> bool {
+    let plain = |word: &&str| !word.starts_with(|c: char| c.is_ascii_digit()) && !word.starts_with('(');
+    let words = |line: &str| line.split_whitespace().filter(plain).map(str::to_owned).collect::<Vec<_>>();
+    words(expect) == words(printed)
 }

@@ -288,6 +288,10 @@ impl Generator {
             ("ordering", json!("strict")),
             ("limits", json!({"messages_in_flight": 5, "bytes_in_flight": 100_000})),
             ("tls", json!({"ca": "/nowhere/ca.pem"})),
+            ("inspect_subject_token", json!(2)),
+            ("inspect_header", json!("Who")),
+            ("inspect_duration", json!("1h")),
+            ("advisory", json!({"subject": "told.%s.%v", "reliable": true})),
         ];
         while self.chance(60) {
             let (field, value) = self.pick(&fields);

@@ -91,6 +91,7 @@ impl Scene {
             budget: Budget::new(1 << 20),
             neighbour: None,
             skip: None,
+            samples: None,
             dial: Arc::new(self.network(&hands)),
         };
         let status = watch::Sender::new((State::Starting, CopyStatus::default()));

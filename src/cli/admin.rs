@@ -1,0 +1,274 @@
+//! `stream-replicator admin`: what sampling knows of senders and tells of them.
+
+use std::{fmt::Display, time::Duration};
+
+use async_nats::{
+    Message, datetime,
+    jetstream::consumer::{DeliverPolicy, pull},
+};
+use chrono::{DateTime, TimeDelta, Utc};
+use clap::{Args as ClapArgs, Subcommand};
+use futures_util::StreamExt;
+use serde_json::json;
+
+use super::{
+    client::{Client, Reply},
+    error::{Error, Verdict},
+    global::Global,
+    output::{Colour, Output, Table, clean},
+    words::{bytes, parse_time, seconds, time},
+};
+use crate::{
+    control::api::{SenderRow, Senders, SendersRequest},
+    names,
+    sampling::{AgeAdvisory, Kind},
+    store::SenderRecord,
+};
+
+/// A consumer that was lost is made again within this time.
+const QUIET: Duration = Duration::from_secs(20);
+
+/// Look at the senders of sampled replications
+#[derive(Debug, ClapArgs)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Senders(SendersArgs),
+    Advisories(AdvisoriesArgs),
+    Watch(WatchArgs),
+}
+
+/// Show the senders that are known, newest first
+#[derive(Debug, ClapArgs)]
+struct SendersArgs {
+    /// Replication
+    id: String,
+
+    /// Only senders that match this regular expression
+    #[arg(long, value_name = "REGEX")]
+    value: Option<String>,
+
+    /// Only senders seen since this time: RFC 3339, or how long ago, such as `1h`
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    since: Option<DateTime<Utc>>,
+
+    /// Only senders that are missing: unseen for `warn_duration`
+    #[arg(long)]
+    advised: bool,
+
+    /// Rows to show at most
+    #[arg(long, value_name = "ROWS", default_value_t = 100)]
+    limit: usize,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+/// Show advisories that a stream keeps
+#[derive(Debug, ClapArgs)]
+struct AdvisoriesArgs {
+    /// Stream that stores the advisories, where `--server` or `--context` leads
+    stream: String,
+
+    /// Only advisories about this sender
+    value: Option<String>,
+
+    /// Only advisories stored since this time: RFC 3339, or how long ago, such as `1h`
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    since: Option<DateTime<Utc>>,
+
+    /// Go on with those that come
+    #[arg(long, short)]
+    follow: bool,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+/// Show what becomes known of senders as it is written
+#[derive(Debug, ClapArgs)]
+struct WatchArgs {
+    /// Replication
+    id: String,
+
+    /// What names of buckets begin with
+    #[arg(long, value_name = "PREFIX", default_value = names::DEFAULT_BUCKET_PREFIX, value_parser = bucket_prefix)]
+    bucket_prefix: String,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+fn bucket_prefix(text: &str) -> Result<String, String> {
+    names::check_bucket_prefix(text).map_err(|right| format!("it must be {right}"))?;
+    Ok(text.to_owned())
+}
+
+impl Args {
+    pub(super) fn global(&self) -> &Global {
+        match &self.command {
+            Command::Senders(args) => &args.global,
+            Command::Advisories(args) => &args.global,
+            Command::Watch(args) => &args.global,
+        }
+    }
+}
+
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+    let client = Client::connect(args.global()).await?;
+    match &args.command {
+        Command::Senders(args) => senders(args, &client, out).await?,
+        Command::Advisories(args) => advisories(args, &client, out).await?,
+        Command::Watch(args) => watch(args, &client, out).await?,
+    }
+    Ok(Verdict::Good)
+}
+
+async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
+    let request = SendersRequest {
+        replication: args.id.clone(),
+        value: args.value.clone(),
+        since: args.since.map(|since| since.to_rfc3339()),
+        advised: args.advised.then_some(true),
+        offset: 0,
+        limit: Some(args.limit),
+    };
+    let reply: Reply<Senders> = client.query("senders", &request).await?;
+    if out.json() {
+        out.reply(&reply, |_| String::new());
+        return Ok(());
+    }
+    let mut table = Table::new(&["SENDER", "SEEN", "COPIED", "SIZE", "SEQUENCE", ""]).right(&[1, 2, 3, 4]);
+    let shown = reply.value.senders.len();
+    for SenderRow { sender, seen, copied, size, advised, sequence } in reply.value.senders {
+        let copied = copied.map_or_else(|| "never".to_owned(), ago);
+        let colour = if advised { Colour::Yellow } else { Colour::Plain };
+        let missing = if advised { "missing" } else { "" };
+        let cells =
+            vec![clean(&sender), ago(seen), copied, bytes(size.into()), sequence.to_string(), missing.to_owned()];
+        table.row(colour, cells);
+    }
+    out.table(&table);
+    if shown < reply.value.total {
+        out.note(&format!("{shown} of {} senders; `--limit`, `--value` and `--since` choose", reply.value.total));
+    }
+    Ok(())
+}
+
+fn ago(time: DateTime<Utc>) -> String {
+    format!("{} ago", seconds((Utc::now() - time).max(TimeDelta::zero()).as_seconds_f64()))
+}
+
+async fn advisories(args: &AdvisoriesArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
+    let stream = clean(&args.stream);
+    let failed = |error: &dyn Display| Error::Failed(format!("advisories in stream `{stream}`: {error}"));
+    let deliver_policy = match args.since {
+        Some(since) => {
+            let start_time = datetime::parse_rfc3339(&since.to_rfc3339()).map_err(|error| failed(&error))?;
+            DeliverPolicy::ByStartTime { start_time }
+        }
+        None if args.follow => DeliverPolicy::New,
+        None => DeliverPolicy::All,
+    };
+    let config = pull::OrderedConfig { deliver_policy, ..pull::OrderedConfig::default() };
+    let context = client.jetstream();
+    let consumer =
+        context.create_consumer_on_stream(config, args.stream.as_str()).await.map_err(|error| failed(&error))?;
+    if !args.follow && consumer.cached_info().num_pending == 0 {
+        return Ok(());
+    }
+    let mut messages = consumer.messages().await.map_err(|error| failed(&error))?;
+    while !out.closed() {
+        let next = messages.next();
+        let next = if args.follow {
+            next.await
+        } else {
+            let within = client.answer_within().max(QUIET);
+            tokio::time::timeout(within, next).await.map_err(|_| failed(&format!("no answer within {within:?}")))?
+        };
+        let Some(message) = next else { break };
+        let message = message.map_err(|error| failed(&error))?;
+        let left = message.info().map(|info| info.pending).map_err(|error| failed(&error))?;
+        show_advisory(&message.message, args.value.as_deref(), out);
+        if left == 0 && !args.follow {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// One advisory in one line; what is none is passed over.
+fn show_advisory(message: &Message, wanted: Option<&str>, out: &mut Output) {
+    let Ok(advisory) = serde_json::from_slice::<AgeAdvisory>(&message.payload) else { return };
+    if wanted.is_some_and(|wanted| wanted != advisory.value) {
+        return;
+    }
+    if out.json() {
+        out.line(String::from_utf8_lossy(&message.payload).trim());
+    } else {
+        let AgeAdvisory { event, value, age, replicator, timestamp, .. } = advisory;
+        let at = DateTime::from_timestamp(timestamp, 0).unwrap_or_default();
+        let kind = out.paint(colour(event), &format!("{:<7}", event.name()));
+        let unseen = if age > 0 { format!("  unseen for {}", seconds(age as f64)) } else { String::new() };
+        out.line(&format!("{}  {kind} {}{unseen}  ({})", time(at), clean(&value), clean(&replicator)));
+    }
+    out.flush();
+}
+
+fn colour(kind: Kind) -> Colour {
+    match kind {
+        Kind::New => Colour::Cyan,
+        Kind::Timeout => Colour::Yellow,
+        Kind::Recover => Colour::Green,
+        Kind::Expire => Colour::Red,
+    }
+}
+
+async fn watch(args: &WatchArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
+    let bucket = format!("{}_STATE", args.bucket_prefix);
+    let failed = |error: &dyn Display| Error::Failed(format!("bucket `{bucket}`: {error}"));
+    let store = client.jetstream().get_key_value(bucket.as_str()).await.map_err(|error| failed(&error))?;
+    // Refuses an id that is no part of a key.
+    let mut changes = store.watch(format!("{}.*", args.id)).await.map_err(|error| failed(&error))?;
+    while !out.closed() {
+        let Some(change) = changes.next().await else { break };
+        let entry = change.map_err(|error| failed(&error))?;
+        let line = match serde_json::from_slice::<SenderRecord>(&entry.value) {
+            Ok(record) if out.json() => serde_json::to_string(&record).unwrap_or_default(),
+            Ok(record) => words(&record),
+            Err(_) if out.json() => json!({"key": entry.key, "removed": true}).to_string(),
+            Err(_) => format!("{}  forgotten", clean(&entry.key)),
+        };
+        out.line(&line);
+        out.flush();
+    }
+    Ok(())
+}
+
+/// One record in one line.
+fn words(record: &SenderRecord) -> String {
+    let copied = record.copied.map_or_else(|| "never copied".to_owned(), |at| format!("copied {}", time(at)));
+    let missing = if record.advised { "  missing" } else { "" };
+    let waiting: Vec<_> = record.pending.iter().map(|pending| pending.event.as_str()).collect();
+    let waiting = if waiting.is_empty() { String::new() } else { format!("  to be told: {}", waiting.join(", ")) };
+    let line = format!("{}  seen {}  {copied}{missing}{waiting}", record.sender, time(record.seen));
+    clean(&line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_one_line() {
+        let seen = DateTime::from_timestamp(1_700_000_000, 0).unwrap();
+        let mut record = SenderRecord::new("n1\n", seen);
+        assert_eq!(words(&record), "n1   seen 2023-11-14T22:13:20.000Z  never copied");
+        (record.copied, record.advised) = (Some(seen), true);
+        assert!(words(&record).ends_with("copied 2023-11-14T22:13:20.000Z  missing"));
+    }
+}

@@ -1,0 +1,421 @@
+//! Sampling in one run: who sent what was read, what is known of senders written behind, and advisories published over
+//! the source lane.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
+};
+
+use tokio::time::{Duration, Instant};
+use tracing::{info, warn};
+
+use super::{Job, reader::Incoming, transform::push, writer::hpub};
+use crate::{
+    backoff::Backoff,
+    chance,
+    nats::{Batch, Lane, headers, jetstream::PublishAck, parser::number},
+    sampling::{Cause, Fate, Inspector, Kind, Senders, Sighting, Verdict, Voice, Write},
+    status::{Advised, SamplingStatus},
+    store::{self, SenderStore},
+};
+
+/// Records that are written together: what is asked of senders meanwhile waits no longer than it takes to make so many.
+const TOGETHER: usize = 4_096;
+/// At most one round of writes in this time, unless something can only be published then.
+const WRITE_EVERY: Duration = Duration::from_secs(1);
+/// The same where something can only be published then.
+const WRITE_SOON: Duration = Duration::from_millis(20);
+/// Advisories on their way.
+const IN_FLIGHT: usize = 256;
+/// How long the ack of an advisory may take.
+const ACK_WAIT: Duration = Duration::from_secs(5);
+/// Nobody is judged by the clock before it is so much later: what was stored meanwhile is on its way.
+const GRACE: Duration = Duration::from_secs(1);
+/// Acknowledgements at a source that forgets wait for the records of senders, but not longer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What outlives a run: the senders that are known and where their records are.
+#[derive(Debug, Clone)]
+pub struct Samples {
+    /// The senders.
+    pub senders: Arc<Mutex<Senders>>,
+    /// Their records.
+    pub store: SenderStore,
+}
+
+impl Samples {
+    /// The senders, for a moment.
+    pub fn lock(&self) -> MutexGuard<'_, Senders> {
+        self.senders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+type Writing = Pin<Box<dyn Future<Output = Result<(), store::Error>> + Send>>;
+
+/// The sampling of one run.
+pub(super) struct Sampler {
+    samples: Samples,
+    replication: String,
+    inspector: Inspector,
+    voice: Option<Voice>,
+    /// Messages up to here settled before this run.
+    replay_to: u64,
+    /// What was found in the message that comes next.
+    looked: Looked,
+    /// Messages before the first one that is read were lost.
+    gap: bool,
+    writing: Option<(Writing, Arc<Write>)>,
+    /// When everything was written last.
+    written_at: Instant,
+    next_write: Instant,
+    write_failed: bool,
+    sid: u64,
+    inbox: String,
+    /// What is on its way, oldest first.
+    in_flight: VecDeque<OnItsWay>,
+    next_publish: Instant,
+    backoff: Backoff,
+    publish_failed: bool,
+    header: Vec<u8>,
+    reliable: bool,
+}
+
+impl fmt::Debug for Sampler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sampler").field("replication", &self.replication).finish_non_exhaustive()
+    }
+}
+
+/// A reliable advisory.
+#[derive(Debug, Clone, Copy)]
+struct OnItsWay {
+    number: u64,
+    kind: Kind,
+    sent: Instant,
+}
+
+/// What was found in a message.
+#[derive(Debug, Default)]
+struct Looked {
+    seq: u64,
+    /// Whether it names a sender.
+    named: bool,
+    sender: String,
+    time_ns: i64,
+    size: u32,
+    forced: bool,
+    verdict: Option<Verdict>,
+}
+
+impl Looked {
+    fn sighting(&self) -> Sighting<'_> {
+        let Self { seq, sender, time_ns, size, forced, .. } = self;
+        Sighting { sender, seq: *seq, time_ns: *time_ns, size: *size, forced: *forced }
+    }
+}
+
+impl Sampler {
+    /// The sampling of a run that begins behind `position`, if the replication is sampled; and behind which message it
+    /// has to read. `saved` is how far the records hold; in `another` source stream none of that counts.
+    pub fn begin(
+        job: &Job,
+        lane: &mut Lane,
+        position: u64,
+        saved: Option<u64>,
+        another: bool,
+        first_seq: u64,
+    ) -> Option<(Self, u64)> {
+        let replication = &job.replication;
+        let (sampling, samples) = (replication.sampling.as_ref()?, job.samples.clone()?);
+        let from = samples.lock().begin(position, saved, another);
+        let (sid, inbox) = lane.open_inbox();
+        let now = Instant::now();
+        let sampler = Self {
+            samples,
+            replication: replication.id.clone(),
+            inspector: Inspector::new(sampling),
+            voice: Voice::new(replication, &job.site, sampling),
+            replay_to: position,
+            looked: Looked::default(),
+            gap: from > 0 && first_seq > from + 1,
+            writing: None,
+            written_at: now,
+            next_write: now,
+            write_failed: false,
+            sid,
+            inbox,
+            in_flight: VecDeque::new(),
+            next_publish: now,
+            backoff: Backoff::RETRY,
+            publish_failed: false,
+            header: Vec::new(),
+            reliable: sampling.advisory.as_ref().is_some_and(|advisory| advisory.reliable),
+        };
+        Some((sampler, from))
+    }
+
+    /// Up to where the records hold.
+    pub fn written_to(&self) -> u64 {
+        self.samples.lock().written_to()
+    }
+
+    /// Up to where a source that forgets may be told that messages are settled.
+    pub fn may_forget(&self, position: u64, now: Instant) -> u64 {
+        let late = now.duration_since(self.written_at) > PATIENCE;
+        if late { position } else { position.min(self.written_to()) }
+    }
+
+    /// Whether a message settled before this run, and only sampling wants to see it.
+    pub fn is_replay(&self, seq: u64) -> bool {
+        seq <= self.replay_to
+    }
+
+    /// Whether the message is to be copied. Changes nothing; asked again about the same message, it is not looked into
+    /// again.
+    pub fn wants(&mut self, incoming: &Incoming<'_>) -> bool {
+        self.look(incoming);
+        let Some(verdict) = self.looked.verdict else { return true };
+        verdict != Verdict::Skip
+    }
+
+    fn look(&mut self, incoming: &Incoming<'_>) {
+        let (seq, time_ns) = (incoming.delivery.stream_seq, incoming.delivery.time_ns);
+        let looked = &mut self.looked;
+        if looked.seq == seq && looked.time_ns == time_ns {
+            return;
+        }
+        let sender = self.inspector.sender(&incoming.message);
+        looked.sender.clear();
+        looked.sender.push_str(sender.as_deref().unwrap_or_default());
+        looked.named = sender.is_some();
+        looked.size = u32::try_from(incoming.message.payload.len()).unwrap_or(u32::MAX);
+        looked.forced = looked.named && self.inspector.forced(incoming.message.payload);
+        (looked.seq, looked.time_ns) = (seq, time_ns);
+        looked.verdict = looked
+            .named
+            .then(|| self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner).verdict(&looked.sighting()));
+    }
+
+    /// What became of the message that was asked about last.
+    pub fn took(&mut self, incoming: &Incoming<'_>, fate: Fate, status: &mut SamplingStatus) {
+        self.look(incoming);
+        let mut senders = self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::take(&mut self.gap) {
+            senders.begin_at(self.looked.time_ns);
+        }
+        if self.looked.named {
+            senders.observe(&self.looked.sighting(), fate);
+            let forced = self.looked.verdict == Some(Verdict::Copy(Cause::Forced));
+            status.forced += u64::from(forced && fate == Fate::Sent);
+        } else {
+            status.without_sender += 1;
+            senders.advance(self.looked.time_ns);
+        }
+        // The next one may be of the same sender.
+        self.looked.seq = 0;
+    }
+
+    /// A message that settled before is read again. Where refused messages are left out, it may be one of those and not
+    /// at the target: then an extra copy is the lesser evil.
+    pub fn replay(&mut self, incoming: &Incoming<'_>, may_be_refused: bool) {
+        self.look(incoming);
+        if self.looked.named {
+            let fate = if may_be_refused { Fate::Passed } else { Fate::Stored };
+            self.samples.lock().replay(&self.looked.sighting(), fate);
+        }
+        self.looked.seq = 0;
+    }
+
+    /// Everything up to here has settled.
+    pub fn settled(&mut self, position: u64) {
+        self.samples.lock().settled(position);
+    }
+
+    /// What is due: who is unseen, by the clock if there is nothing to read.
+    pub fn tick(&mut self, idle: bool, status: &mut SamplingStatus, now: Instant) {
+        if idle {
+            let grace = i64::try_from(GRACE.as_nanos()).unwrap_or_default();
+            let clock = chance::now().timestamp_nanos_opt().unwrap_or_default() - grace;
+            let mut senders = self.samples.lock();
+            if std::mem::take(&mut self.gap) {
+                senders.begin_at(clock);
+            }
+            senders.advance(clock);
+        }
+        let oldest = self.in_flight.front().filter(|oldest| now.duration_since(oldest.sent) > ACK_WAIT);
+        if let Some(kind) = oldest.map(|oldest| oldest.kind) {
+            count(&mut status.advisory_errors, kind);
+            self.failed_to_publish("no confirmation in time", now);
+        }
+    }
+
+    /// Begins to write what is to be written, if nothing is being written and it is time. `position` is settled.
+    pub fn write(&mut self, position: u64, now: Instant) {
+        let urgent = now >= self.written_at + WRITE_SOON && !self.write_failed && self.samples.lock().is_urgent();
+        if self.writing.is_some() || (now < self.next_write && !urgent) {
+            return;
+        }
+        let next = self.samples.lock().next_write(position, TOGETHER);
+        let Some(write) = next else {
+            self.written_at = now;
+            self.next_write = now + WRITE_EVERY;
+            return;
+        };
+        let write = Arc::new(write);
+        let (store, id, records) = (self.samples.store.clone(), self.replication.clone(), write.clone());
+        let writing = async move { store.write(&id, &records.records).await };
+        self.writing = Some((Box::pin(writing), write));
+    }
+
+    /// Drives a write that is under way; ready, with the number of records, when it is over.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<u64> {
+        let Some((writing, _)) = &mut self.writing else { return Poll::Pending };
+        let Poll::Ready(result) = writing.as_mut().poll(cx) else { return Poll::Pending };
+        Poll::Ready(self.wrote(result))
+    }
+
+    fn wrote(&mut self, result: Result<(), store::Error>) -> u64 {
+        let Some((_, write)) = self.writing.take() else { return 0 };
+        let now = Instant::now();
+        match result {
+            Ok(()) => {
+                if std::mem::take(&mut self.write_failed) {
+                    info!(replication = self.replication, "the records of senders are written again");
+                }
+                self.next_write = now;
+                self.samples.lock().wrote(&write);
+                write.records.len() as u64
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.write_failed, true) {
+                    warn!(replication = self.replication, "the records of senders are not written: {error}");
+                }
+                self.next_write = now + WRITE_EVERY;
+                self.samples.lock().not_wrote(&write);
+                0
+            }
+        }
+    }
+
+    /// Writes everything that is to be written and waits for it; nothing else happens to senders meanwhile.
+    pub async fn finish(&mut self, position: u64, status: &mut SamplingStatus) {
+        loop {
+            if let Some((writing, _)) = &mut self.writing {
+                let result = writing.await;
+                status.records_written += self.wrote(result);
+            }
+            if self.write_failed {
+                return;
+            }
+            self.next_write = Instant::now();
+            self.write(position, self.next_write);
+            if self.writing.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Publishes what is to be told, as far as the bounds allow.
+    pub fn publish(&mut self, lane: &mut Lane, status: &mut SamplingStatus, now: Instant) {
+        let Some(voice) = &self.voice else { return };
+        if now < self.next_publish {
+            return;
+        }
+        let mut senders = self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.in_flight.len() < IN_FLIGHT {
+            let Some((number, advisory)) = senders.outbox.take() else { return };
+            let (subject, body) = (voice.subject(advisory), voice.body(advisory));
+            let payload = serde_json::to_vec(&body).unwrap_or_default();
+            if self.reliable {
+                self.header.clear();
+                self.header.extend_from_slice(headers::VERSION);
+                self.header.extend_from_slice(b"\r\n");
+                push(&mut self.header, "Nats-Msg-Id", body.event_id.as_bytes());
+                self.header.extend_from_slice(b"\r\n");
+                let reply = format!("{}.{number}", self.inbox);
+                hpub(lane.output(), subject.as_bytes(), reply.as_bytes(), &self.header, &payload);
+                self.in_flight.push_back(OnItsWay { number, kind: body.event, sent: now });
+            } else {
+                lane.publish(&subject, "", &payload);
+                if let Some(kind) = senders.confirmed(number) {
+                    count(&mut status.advised, kind);
+                }
+            }
+        }
+    }
+
+    /// Takes what confirms advisories.
+    pub fn accept(&mut self, batch: &Batch, status: &mut SamplingStatus, now: Instant) {
+        if self.in_flight.is_empty() {
+            return;
+        }
+        for message in batch.iter().filter(|message| message.sid == self.sid) {
+            let id = message.subject.rsplit(|byte| *byte == b'.').next().and_then(number);
+            let Some(at) = self.in_flight.iter().position(|one| Some(one.number) == id) else { continue };
+            let refused = if headers::status(message.header) == Some(503) {
+                Some("no stream listens there (no responders)".to_owned())
+            } else {
+                PublishAck::parse(message.payload, "the source").err().map(|error| error.to_string())
+            };
+            let Some(OnItsWay { number, kind, .. }) = self.in_flight.remove(at) else { continue };
+            if let Some(refused) = refused {
+                count(&mut status.advisory_errors, kind);
+                self.failed_to_publish(&refused, now);
+                return;
+            }
+            if self.samples.lock().confirmed(number).is_some() {
+                count(&mut status.advised, kind);
+            }
+            self.backoff.reset();
+            if std::mem::take(&mut self.publish_failed) {
+                info!(replication = self.replication, "advisories are confirmed again");
+            }
+        }
+    }
+
+    /// Everything on its way is published again, later.
+    fn failed_to_publish(&mut self, why: &str, now: Instant) {
+        self.in_flight.clear();
+        self.samples.lock().outbox.take_back();
+        self.next_publish = now + self.backoff.next(chance_part());
+        if !std::mem::replace(&mut self.publish_failed, true) {
+            warn!(replication = self.replication, "advisories are not confirmed, trying again: {why}");
+        }
+    }
+
+    /// Brings the status up to date.
+    pub fn tell(&self, status: &mut SamplingStatus, now: Instant) {
+        let senders = self.samples.lock();
+        status.senders = senders.len() as u64;
+        status.advisories_waiting = senders.outbox.len() as u64;
+        status.advisories_dropped = senders.outbox.dropped();
+        let late = now.duration_since(self.written_at).saturating_sub(WRITE_EVERY);
+        status.write_lag_seconds = late.as_secs_f64();
+    }
+}
+
+impl Drop for Sampler {
+    fn drop(&mut self) {
+        // Nobody knows whether what is being written will be.
+        if let Some((_, write)) = self.writing.take() {
+            self.samples.lock().not_wrote(&write);
+        }
+    }
+}
+
+fn count(advised: &mut Advised, kind: Kind) {
+    *match kind {
+        Kind::New => &mut advised.new,
+        Kind::Timeout => &mut advised.timeout,
+        Kind::Recover => &mut advised.recover,
+        Kind::Expire => &mut advised.expire,
+    } += 1;
+}
+
+fn chance_part() -> f64 {
+    (chance::random() >> 11) as f64 / (1_u64 << 53) as f64
+}

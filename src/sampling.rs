@@ -1,0 +1,17 @@
+//! Which messages of each sender are copied, and what is told of senders. Pure: messages and times come in, decisions,
+//! records and advisories come out, and nothing in here waits.
+//!
+//! [`Inspector`] finds who sent a message, [`Senders`] knows when each was seen and copied last and decides,
+//! [`Outbox`] keeps what is to be told until somebody has it.
+
+mod advisory;
+mod inspect;
+mod outbox;
+mod path;
+mod senders;
+
+pub use advisory::{Advisory, AgeAdvisory, Kind, Voice};
+pub use inspect::{Inspector, MAX_VALUE};
+pub use outbox::Outbox;
+pub use path::Path;
+pub use senders::{Cause, Fate, Listed, Senders, Sighting, Totals, Verdict, Write};

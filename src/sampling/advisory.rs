@@ -1,0 +1,213 @@
+//! Advisories: what is told of a sender (Choria's schema `io.choria.sr.v2.age_advisory`).
+
+use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use svix_ksuid::{Ksuid, KsuidLike};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::config::{self, Replication};
+
+/// What happened to a sender.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Seen for the first time, or again after it was forgotten.
+    New,
+    /// Unseen for `warn_duration`.
+    Timeout,
+    /// Seen again after a timeout.
+    Recover,
+    /// Unseen for `inspect_duration`, and forgotten.
+    Expire,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::New, Self::Timeout, Self::Recover, Self::Expire];
+
+    /// The name in subjects, bodies and labels.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Timeout => "timeout",
+            Self::Recover => "recover",
+            Self::Expire => "expire",
+        }
+    }
+}
+
+/// Something that happened to a sender. Times are nanoseconds since the Unix epoch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Advisory {
+    /// What.
+    pub kind: Kind,
+    /// To whom.
+    pub sender: Box<str>,
+    /// When it was due, by the times of the source.
+    pub due_ns: i64,
+    /// When the sender was seen before that.
+    pub seen_ns: i64,
+}
+
+/// In whose name advisories of one replication are told, and where.
+#[derive(Debug, Clone)]
+pub struct Voice {
+    replication: String,
+    site: String,
+    inspected: String,
+    subject: String,
+}
+
+/// Body of an advisory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct AgeAdvisory {
+    /// `io.choria.sr.v2.age_advisory`.
+    #[schemars(extend("enum" = [PROTOCOL]))]
+    pub protocol: String,
+    /// KSUID of what happened: the same each time it is told.
+    pub event_id: String,
+    /// Where messages say who sent them: the path of a field, the name of a header, or the token of the subject.
+    #[schemars(length(min = 1))]
+    pub inspect_field: String,
+    /// How long the sender was unseen, seconds; 0 for `new`.
+    pub age: i64,
+    /// When it was seen last, seconds since the Unix epoch.
+    pub seen: i64,
+    /// The site's name.
+    pub replicator: String,
+    /// When it happened, by the times of the source, seconds since the Unix epoch.
+    pub timestamp: i64,
+    /// What happened.
+    pub event: Kind,
+    /// The sender.
+    #[schemars(length(min = 1))]
+    pub value: String,
+}
+
+const PROTOCOL: &str = "io.choria.sr.v2.age_advisory";
+const NANO: i64 = 1_000_000_000;
+
+impl Voice {
+    /// For the advisories of one replication.
+    pub fn new(replication: &Replication, site: &str, sampling: &config::Sampling) -> Option<Self> {
+        let advisory = sampling.advisory.as_ref()?;
+        Some(Self {
+            replication: replication.id.clone(),
+            site: site.to_owned(),
+            inspected: sampling.inspect.label(),
+            subject: advisory.subject.clone(),
+        })
+    }
+
+    /// Id of an advisory: a KSUID of the time it was due and of what it says, so that whoever tells it again uses the
+    /// same one.
+    pub fn id(&self, advisory: &Advisory) -> String {
+        let Advisory { kind, sender, due_ns, seen_ns } = advisory;
+        let (name, site) = (kind.name(), &self.site);
+        // No part contains the byte between them.
+        let whole = format!("{}\0{site}\0{sender}\0{name}\0{seen_ns}", self.replication);
+        let due = DateTime::<Utc>::from_timestamp(due_ns.div_euclid(NANO), 0);
+        Ksuid::new(due, Some(&xxh3_128(whole.as_bytes()).to_be_bytes())).to_string()
+    }
+
+    /// The subject: `%s` is the event, `%v` the sender, in which what a subject cannot hold is `_`.
+    pub fn subject(&self, advisory: &Advisory) -> String {
+        let mut parts = self.subject.split('%');
+        let mut subject = parts.next().unwrap_or_default().to_owned();
+        for part in parts {
+            let mut rest = part.chars();
+            match rest.next() {
+                Some('s') => subject.push_str(advisory.kind.name()),
+                Some('v') => subject.push_str(&tokens(&advisory.sender)),
+                _ => {
+                    subject.push('%');
+                    rest = part.chars();
+                }
+            }
+            subject.push_str(rest.as_str());
+        }
+        subject
+    }
+
+    /// The body.
+    pub fn body(&self, advisory: &Advisory) -> AgeAdvisory {
+        let Advisory { kind, sender, due_ns, seen_ns } = advisory;
+        AgeAdvisory {
+            protocol: PROTOCOL.to_owned(),
+            event_id: self.id(advisory),
+            inspect_field: self.inspected.clone(),
+            // To the nearest second, as Choria's replicator does.
+            age: (due_ns - seen_ns + NANO / 2).div_euclid(NANO),
+            seen: seen_ns.div_euclid(NANO),
+            replicator: self.site.clone(),
+            timestamp: due_ns.div_euclid(NANO),
+            event: *kind,
+            value: sender.to_string(),
+        }
+    }
+}
+
+/// A sender as tokens of a subject.
+fn tokens(sender: &str) -> String {
+    let legal = |c: char| if c.is_whitespace() || c.is_control() || "*>".contains(c) { '_' } else { c };
+    let token = |token: &str| if token.is_empty() { "_".to_owned() } else { token.chars().map(legal).collect() };
+    sender.split('.').map(token).collect::<Vec<_>>().join(".")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn voice(subject: &str) -> Voice {
+        Voice {
+            replication: "NODES".to_owned(),
+            site: "EAST".to_owned(),
+            inspected: "sender".to_owned(),
+            subject: subject.to_owned(),
+        }
+    }
+
+    fn advisory(kind: Kind, sender: &str) -> Advisory {
+        Advisory { kind, sender: sender.into(), due_ns: 1_700_000_660 * NANO, seen_ns: 1_700_000_000 * NANO }
+    }
+
+    #[test]
+    fn subjects_hold_event_and_sender() {
+        let check = |subject: &str, sender: &str, expect: &str| {
+            assert_eq!(voice(subject).subject(&advisory(Kind::Timeout, sender)), expect);
+        };
+        check("adv", "n1", "adv");
+        check("adv.%s.%v", "n1.example.net", "adv.timeout.n1.example.net");
+        check("adv.%v", "a b*>\t.é..", "adv.a_b___.é._._");
+        check("%v.%s", "%s", "%s.timeout");
+        check("a%b.%%s", "n", "a%b.%timeout");
+    }
+
+    #[test]
+    fn an_id_is_the_same_each_time_and_of_nothing_else() {
+        let id = |kind, sender, shift: i64| {
+            let one = advisory(kind, sender);
+            voice("x").id(&Advisory { seen_ns: one.seen_ns + shift, ..one })
+        };
+        let first = id(Kind::Timeout, "n1", 0);
+        assert_eq!(first, id(Kind::Timeout, "n1", 0));
+        assert_eq!(first.len(), 27);
+        for other in [id(Kind::Expire, "n1", 0), id(Kind::Timeout, "n2", 0), id(Kind::Timeout, "n1", 1)] {
+            assert_ne!(first, other);
+        }
+        assert_eq!(first[..5], id(Kind::Timeout, "n2", 0)[..5], "begins with the time");
+    }
+
+    #[test]
+    fn a_body_is_chorias() {
+        let body = voice("x").body(&advisory(Kind::Timeout, "n1"));
+        let json = serde_json::to_value(&body).unwrap();
+        assert_eq!(json["protocol"], PROTOCOL);
+        assert_eq!((json["age"].as_i64(), json["seen"].as_i64()), (Some(660), Some(1_700_000_000)));
+        assert_eq!((json["event"].as_str(), json["timestamp"].as_i64()), (Some("timeout"), Some(1_700_000_660)));
+        assert_eq!((json["value"].as_str(), json["replicator"].as_str()), (Some("n1"), Some("EAST")));
+        assert_eq!(json["inspect_field"], "sender");
+        assert_eq!(json.as_object().unwrap().len(), 9);
+    }
+}

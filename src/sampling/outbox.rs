@@ -1,0 +1,195 @@
+//! What is to be told of senders and nobody has confirmed yet, in the order in which it happened.
+//!
+//! A reliable advisory is first kept with its sender's record, then published until it is confirmed, and then no longer
+//! kept: whatever crashes in between, it is told, and each time with the same id. Any other is published once.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+
+use super::advisory::Advisory;
+
+/// Advisories of one sender that are kept while nobody confirms them; the oldest goes first, counted.
+const PER_SENDER: usize = 8;
+/// Advisories that are not reliable and wait for a connection.
+const UNRELIABLE: usize = 1_000;
+
+/// The advisories of one replication that are not confirmed.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    reliable: bool,
+    next: u64,
+    entries: BTreeMap<u64, Advisory>,
+    /// Numbers of the reliable ones, by sender.
+    of: HashMap<Box<str>, Vec<u64>>,
+    /// Numbers of those that can be published now.
+    ready: VecDeque<u64>,
+    /// Numbers of those that are not kept with their sender's record.
+    fresh: BTreeSet<u64>,
+    /// Numbers of those that are on their way.
+    taken: BTreeSet<u64>,
+    dropped: u64,
+}
+
+impl Outbox {
+    /// An empty one.
+    pub fn new(reliable: bool) -> Self {
+        Self { reliable, ..Self::default() }
+    }
+
+    /// From now on advisories are confirmed, or not; what waits is published as it would have been.
+    pub(super) fn set_reliable(&mut self, reliable: bool) {
+        self.reliable = reliable;
+    }
+
+    /// Advisories that are not confirmed.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether all are confirmed.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Advisories that were dropped: too many wait already.
+    pub fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// Takes one that happened now; says whether it has to be kept with its sender's record before it is published.
+    pub(super) fn add(&mut self, advisory: Advisory) -> bool {
+        let number = self.enter(advisory);
+        if self.reliable {
+            self.fresh.insert(number);
+        } else {
+            self.ready.push_back(number);
+            while self.entries.len() > UNRELIABLE {
+                let Some(oldest) = self.ready.pop_front() else { break };
+                self.entries.remove(&oldest);
+                self.dropped += 1;
+            }
+        }
+        self.reliable
+    }
+
+    /// Takes one that is kept with its sender's record already.
+    pub(super) fn restore(&mut self, advisory: Advisory) {
+        if self.reliable {
+            let number = self.enter(advisory);
+            self.ready.push_back(number);
+        }
+    }
+
+    fn enter(&mut self, advisory: Advisory) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        if self.reliable {
+            let of = self.of.entry(advisory.sender.clone()).or_default();
+            of.push(number);
+            if of.len() > PER_SENDER {
+                let oldest = of.remove(0);
+                self.entries.remove(&oldest);
+                self.fresh.remove(&oldest);
+                self.dropped += 1;
+            }
+        }
+        self.entries.insert(number, advisory);
+        number
+    }
+
+    /// What has to be kept of a sender, oldest first.
+    pub(super) fn of(&self, sender: &str) -> impl Iterator<Item = (u64, &Advisory)> {
+        let numbers = self.of.get(sender).into_iter().flatten();
+        numbers.filter_map(|number| Some((*number, self.entries.get(number)?)))
+    }
+
+    /// Whether something is to be told of a sender.
+    pub(super) fn has(&self, sender: &str) -> bool {
+        self.of.contains_key(sender)
+    }
+
+    /// These are kept with their sender's record now: they can be published.
+    pub(super) fn kept(&mut self, numbers: &[u64]) {
+        let fresh = &mut self.fresh;
+        self.ready.extend(numbers.iter().filter(|number| fresh.remove(number)));
+    }
+
+    /// The next one to publish; it counts as on its way until it is confirmed or all are taken back.
+    pub fn take(&mut self) -> Option<(u64, &Advisory)> {
+        while let Some(number) = self.ready.pop_front() {
+            // It may have been dropped meanwhile.
+            if self.entries.contains_key(&number) {
+                self.taken.insert(number);
+                return self.entries.get(&number).map(|advisory| (number, advisory));
+            }
+        }
+        None
+    }
+
+    /// Whatever is on its way may be lost: it is published again, before all others.
+    pub fn take_back(&mut self) {
+        for number in std::mem::take(&mut self.taken).into_iter().rev() {
+            self.ready.push_front(number);
+        }
+    }
+
+    /// It is confirmed, or published if nobody confirms it; what it was.
+    pub(super) fn confirm(&mut self, number: u64) -> Option<Advisory> {
+        self.taken.remove(&number);
+        let advisory = self.entries.remove(&number)?;
+        if let Some(numbers) = self.of.get_mut(&advisory.sender) {
+            numbers.retain(|other| *other != number);
+            if numbers.is_empty() {
+                self.of.remove(&advisory.sender);
+            }
+        }
+        Some(advisory)
+    }
+
+    /// Forgets what is kept of a sender.
+    pub(super) fn forget(&mut self, sender: &str) {
+        for number in self.of.remove(sender).unwrap_or_default() {
+            self.entries.remove(&number);
+            self.fresh.remove(&number);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::Kind, *};
+
+    fn advisory(sender: &str, due_ns: i64) -> Advisory {
+        Advisory { kind: Kind::New, sender: sender.into(), due_ns, seen_ns: 0 }
+    }
+
+    fn take(outbox: &mut Outbox) -> Option<(u64, i64)> {
+        outbox.take().map(|(number, advisory)| (number, advisory.due_ns))
+    }
+
+    #[test]
+    fn a_reliable_one_is_published_when_it_is_kept_and_goes_when_it_is_confirmed() {
+        let mut outbox = Outbox::new(true);
+        assert!(outbox.add(advisory("a", 1)) && outbox.add(advisory("a", 2)) && outbox.add(advisory("b", 3)));
+        assert_eq!(take(&mut outbox), None);
+        let numbers: Vec<u64> = outbox.of("a").map(|(number, _)| number).collect();
+        outbox.kept(&numbers);
+        assert_eq!((take(&mut outbox), take(&mut outbox), take(&mut outbox)), (Some((0, 1)), Some((1, 2)), None));
+        assert_eq!(outbox.confirm(0).map(|advisory| advisory.due_ns), Some(1));
+        assert_eq!(outbox.confirm(0), None);
+        outbox.take_back();
+        assert_eq!(take(&mut outbox), Some((1, 2)));
+        outbox.confirm(1);
+        assert!(!outbox.has("a") && outbox.has("b") && outbox.len() == 1);
+    }
+
+    #[test]
+    fn what_is_too_much_is_dropped_oldest_first_and_counted() {
+        let mut outbox = Outbox::new(true);
+        (0..20).for_each(|due| _ = outbox.add(advisory("a", due)));
+        assert_eq!((outbox.len(), outbox.dropped()), (PER_SENDER, 12));
+        assert_eq!(outbox.of("a").map(|(_, advisory)| advisory.due_ns).min(), Some(12));
+        let mut outbox = Outbox::new(false);
+        (0..1_005).for_each(|due| _ = outbox.add(advisory("a", due)));
+        assert_eq!((outbox.len(), outbox.dropped(), take(&mut outbox)), (UNRELIABLE, 5, Some((5, 5))));
+    }
+}

@@ -1,0 +1,1189 @@
+//! When each sender was seen and copied last: what is copied, and who is missing. One million senders is the design
+//! size: a sender takes one slot and its name.
+//!
+//! Times are stored times at the source, nanoseconds since the Unix epoch. Each message moves the time on, and what was
+//! due before it is judged first: what is decided and told depends on the messages alone, whenever and however often they
+//! are read. Only when there is nothing to read is it told by the clock.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap, HashMap, HashSet, VecDeque},
+    time::Duration,
+};
+
+use chrono::{DateTime, Utc};
+use hashbrown::HashTable;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use super::{
+    advisory::{Advisory, Kind},
+    outbox::Outbox,
+};
+use crate::{
+    chance,
+    config::Sampling,
+    store::{PendingAdvisory, SenderRecord, sender_token},
+};
+
+/// No time.
+const NEVER: i64 = i64::MIN;
+
+/// A message of a sender.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sighting<'a> {
+    /// Who sent it.
+    pub sender: &'a str,
+    /// Source sequence.
+    pub seq: u64,
+    /// Stored time.
+    pub time_ns: i64,
+    /// Bytes of the payload.
+    pub size: u32,
+    /// Whether the message itself wants to be copied.
+    pub forced: bool,
+}
+
+/// What is to be done with a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Copy it.
+    Copy(Cause),
+    /// Its sender was copied not long ago.
+    Skip,
+}
+
+/// Why a message is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// Nothing of its sender was copied before.
+    New,
+    /// Its sender was copied long enough ago.
+    Due,
+    /// Its size changed.
+    Size,
+    /// It says so itself.
+    Forced,
+    /// It is not behind the message that was copied last: the target lost that one, or the position was moved back.
+    Again,
+    /// It is older than what was copied last, by more than a tenth of the interval: the source's clock went back.
+    Clock,
+}
+
+/// What became of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It is on its way to the target, and counts as copied when it has settled.
+    Sent,
+    /// It lies at the target.
+    Stored,
+    /// It is not copied.
+    Passed,
+}
+
+/// What was told of senders since this began, by [`Kind`].
+pub type Totals = BTreeMap<Kind, u64>;
+
+/// Records to be written together.
+#[derive(Debug, Default)]
+pub struct Write {
+    /// What the bucket is to hold of each sender; `None` for nothing.
+    pub records: Vec<(String, Option<SenderRecord>)>,
+    /// Advisories that are kept by it.
+    kept: Vec<u64>,
+}
+
+/// Everything that was to be written at one moment.
+#[derive(Debug)]
+struct Round {
+    /// Everything up to here had settled.
+    position: u64,
+    slots: Vec<u32>,
+    gone: Vec<Box<str>>,
+}
+
+/// One sender, for people.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Listed<'a> {
+    /// The value that messages bear.
+    pub sender: &'a str,
+    /// When it was seen last.
+    pub seen_ns: i64,
+    /// When it was copied last, if it was.
+    pub copied_ns: Option<i64>,
+    /// Bytes of that message's payload.
+    pub size: u32,
+    /// Whether it was told that it is unseen.
+    pub advised: bool,
+    /// Source sequence of the message that was copied last.
+    pub sequence: u64,
+}
+
+/// The rules, in nanoseconds.
+#[derive(Debug, Clone, Copy)]
+struct Rules {
+    every: i64,
+    warn: i64,
+    size_trigger: Option<u32>,
+    /// Whether anything is told.
+    advises: bool,
+}
+
+#[derive(Debug)]
+struct Slot {
+    name: Box<str>,
+    seen: i64,
+    copied: i64,
+    /// Source sequence of the message copied last; of the first one seen while none was.
+    sequence: u64,
+    /// `seen` as last written.
+    written: i64,
+    /// When it is looked at next.
+    due: i64,
+    size: u32,
+    generation: u32,
+    /// Number of the last load that told of it.
+    told: u32,
+    live: bool,
+    dirty: bool,
+    /// It timed out, and was not seen since.
+    late: bool,
+    /// `seen` is as it was written, so up to a quarter of `warn` too old.
+    loaded: bool,
+}
+
+/// A copy that is on its way.
+#[derive(Debug, Clone, Copy)]
+struct Sent {
+    seq: u64,
+    time: i64,
+    size: u32,
+    slot: u32,
+    generation: u32,
+}
+
+/// All senders of one replication.
+#[derive(Debug)]
+pub struct Senders {
+    rules: Rules,
+    salt: u64,
+    seed: u64,
+    table: HashTable<u32>,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    due: BinaryHeap<Reverse<(i64, u32)>>,
+    /// In source order.
+    sent: VecDeque<Sent>,
+    /// The newest copy on its way, by slot.
+    newest: HashMap<u32, Sent>,
+    dirty: Vec<u32>,
+    /// Forgotten senders whose records are still there, with the newest source sequence when that was found.
+    gone: HashMap<Box<str>, u64>,
+    leaving: Vec<Box<str>>,
+    round: Option<Round>,
+    /// What is to be told.
+    pub outbox: Outbox,
+    told: Totals,
+    /// Everything up to here has been seen, and what was to be written of it is written.
+    written_to: u64,
+    /// Newest source sequence that was seen.
+    read: u64,
+    /// Nobody counts as unseen before this.
+    floor: i64,
+    /// Whether a run has begun.
+    begun: bool,
+    load: u32,
+    /// Fields of other versions.
+    other: HashMap<Box<str>, BTreeMap<String, serde_json::Value>>,
+    /// Records of a newer program, not to be written over.
+    newer: HashSet<Box<str>>,
+}
+
+impl Senders {
+    /// Nobody is known.
+    pub fn new(replication: &str, sampling: &Sampling) -> Self {
+        let reliable = sampling.advisory.as_ref().is_some_and(|advisory| advisory.reliable);
+        Self {
+            rules: Rules::new(sampling),
+            salt: xxh3_64(replication.as_bytes()),
+            seed: chance::random(),
+            table: HashTable::new(),
+            slots: Vec::new(),
+            free: Vec::new(),
+            due: BinaryHeap::new(),
+            sent: VecDeque::new(),
+            newest: HashMap::new(),
+            dirty: Vec::new(),
+            gone: HashMap::new(),
+            leaving: Vec::new(),
+            round: None,
+            outbox: Outbox::new(reliable),
+            told: Totals::new(),
+            written_to: 0,
+            read: 0,
+            floor: NEVER,
+            begun: false,
+            load: 0,
+            other: HashMap::new(),
+            newer: HashSet::new(),
+        }
+    }
+
+    /// Follows other rules.
+    pub fn adopt(&mut self, sampling: &Sampling) {
+        self.rules = Rules::new(sampling);
+        self.outbox.set_reliable(sampling.advisory.as_ref().is_some_and(|advisory| advisory.reliable));
+        self.due.clear();
+        for index in 0..self.slots.len() as u32 {
+            if self.slots[index as usize].live {
+                self.schedule(index);
+            }
+        }
+    }
+
+    /// Senders that are known.
+    pub fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Whether nobody is known.
+    pub fn is_empty(&self) -> bool {
+        self.table.is_empty()
+    }
+
+    /// What happened to senders since this began.
+    pub fn told(&self) -> &Totals {
+        &self.told
+    }
+
+    /// Decides about a message; changes nothing.
+    pub fn verdict(&self, sighting: &Sighting<'_>) -> Verdict {
+        let Some(index) = self.find(sighting.sender) else { return Verdict::Copy(Cause::New) };
+        let slot = &self.slots[index as usize];
+        let (copied, sequence, size) = match self.newest.get(&index) {
+            Some(sent) => (sent.time, sent.seq, sent.size),
+            None => (slot.copied, slot.sequence, slot.size),
+        };
+        let since = sighting.time_ns.saturating_sub(copied);
+        let resized = |trigger: u32| (i64::from(size) - i64::from(sighting.size)).unsigned_abs() >= u64::from(trigger);
+        Verdict::Copy(match () {
+            () if copied == NEVER => Cause::New,
+            () if sighting.seq <= sequence => Cause::Again,
+            () if sighting.forced => Cause::Forced,
+            () if since >= self.rules.every - self.splay(sighting.sender, sequence) => Cause::Due,
+            () if since < -(self.rules.every / 10) => Cause::Clock,
+            () if self.rules.size_trigger.is_some_and(resized) => Cause::Size,
+            () => return Verdict::Skip,
+        })
+    }
+
+    /// What this sender's interval is shorter this time: up to a tenth.
+    fn splay(&self, sender: &str, sequence: u64) -> i64 {
+        let hash = xxh3_64_with_seed(sender.as_bytes(), self.salt ^ sequence);
+        ((i128::from(self.rules.every / 10) * i128::from(hash >> 32)) >> 32) as i64
+    }
+
+    /// Takes note of a message and of what became of it. One that is read again says nothing of when its sender was seen.
+    pub fn observe(&mut self, sighting: &Sighting<'_>, fate: Fate) {
+        let Sighting { sender, seq, time_ns, size, .. } = *sighting;
+        let news = seq > self.read;
+        if news {
+            self.read = seq;
+            self.advance(time_ns);
+        }
+        let index = match self.find(sender) {
+            Some(index) => {
+                if news {
+                    self.seen_again(index, time_ns);
+                }
+                index
+            }
+            None if !news => return,
+            None => {
+                let index = self.insert(sender, time_ns, seq);
+                self.schedule(index);
+                self.touch(index);
+                self.happened(Kind::New, sender.into(), time_ns, time_ns);
+                index
+            }
+        };
+        let slot = &mut self.slots[index as usize];
+        match fate {
+            Fate::Passed => {}
+            Fate::Sent => {
+                let sent = Sent { seq, time: time_ns, size, slot: index, generation: slot.generation };
+                self.sent.push_back(sent);
+                self.newest.insert(index, sent);
+            }
+            Fate::Stored => {
+                (slot.copied, slot.sequence, slot.size) = (time_ns, seq, size);
+                self.newest.remove(&index);
+                self.touch(index);
+            }
+        }
+    }
+
+    fn seen_again(&mut self, index: u32, time: i64) {
+        let slot = &mut self.slots[index as usize];
+        let before = std::mem::replace(&mut slot.seen, time);
+        slot.loaded = false;
+        let moved = slot.written == NEVER || time.abs_diff(slot.written) >= self.rules.slack().unsigned_abs();
+        let back = std::mem::replace(&mut slot.late, false);
+        if moved || back {
+            self.touch(index);
+        }
+        if back {
+            let sender = self.slots[index as usize].name.clone();
+            self.schedule(index);
+            self.happened(Kind::Recover, sender, time, before);
+        }
+    }
+
+    /// Takes note of a message that settled before, as it is read again: the same that was noted then, as far as it is
+    /// not known still.
+    pub fn replay(&mut self, sighting: &Sighting<'_>, fate: Fate) {
+        let known = self.find(sighting.sender).map(|index| &self.slots[index as usize]);
+        let ahead = known.is_some_and(|slot| {
+            (slot.copied != NEVER && sighting.seq <= slot.sequence) || (slot.loaded && sighting.time_ns <= slot.seen)
+        });
+        let gone = self.gone.get(sighting.sender).is_some_and(|read| sighting.seq <= *read);
+        if !ahead && !gone {
+            let fate = if self.verdict(sighting) == Verdict::Skip { Fate::Passed } else { fate };
+            self.observe(sighting, fate);
+        }
+    }
+
+    /// Everything up to `position` has settled: what was sent up to there is copied.
+    pub fn settled(&mut self, position: u64) {
+        while let Some(sent) = self.sent.front().copied().filter(|sent| sent.seq <= position) {
+            self.sent.pop_front();
+            let slot = &mut self.slots[sent.slot as usize];
+            if slot.generation != sent.generation {
+                continue;
+            }
+            (slot.copied, slot.sequence, slot.size) = (sent.time, sent.seq, sent.size);
+            if self.newest.get(&sent.slot).is_some_and(|newest| newest.seq == sent.seq) {
+                self.newest.remove(&sent.slot);
+            }
+            self.touch(sent.slot);
+        }
+    }
+
+    /// A run begins behind `position`. What was on its way is lost, or nobody knows: it is read again. Returns behind which
+    /// message to read, so that what is known holds for everything up to the position: `saved` says how far it held when
+    /// it was written, which counts for the first run only; in `another` stream nothing of before does.
+    pub fn begin(&mut self, position: u64, saved: Option<u64>, another: bool) -> u64 {
+        self.sent.clear();
+        self.newest.clear();
+        self.outbox.take_back();
+        if !std::mem::replace(&mut self.begun, true) {
+            self.written_to = saved.unwrap_or(position);
+            self.read = self.written_to;
+            self.leaving.extend(self.gone.keys().cloned());
+        }
+        if another {
+            (self.written_to, self.read) = (position, position);
+        }
+        self.written_to.min(position)
+    }
+
+    /// Judges who is unseen for too long at this time. What is due both ways times out before it expires.
+    pub fn advance(&mut self, now: i64) {
+        while let Some(Reverse((at, index))) = self.due.peek().copied().filter(|Reverse((at, _))| *at < now) {
+            self.due.pop();
+            let slot = &self.slots[index as usize];
+            if !slot.live || slot.due != at {
+                continue;
+            }
+            let due = self.next_due(index);
+            if due >= now {
+                self.schedule(index);
+                continue;
+            }
+            let slot = &mut self.slots[index as usize];
+            let (seen, sender) = (slot.seen, slot.name.clone());
+            let from = seen.max(self.floor);
+            if self.rules.warns() && !slot.late {
+                slot.late = true;
+                self.touch(index);
+                self.schedule(index);
+                self.happened(Kind::Timeout, sender, from.saturating_add(self.rules.warn), seen);
+            } else {
+                self.remove(index);
+                self.gone.insert(sender.clone(), self.read);
+                self.leaving.push(sender.clone());
+                self.happened(Kind::Expire, sender, from.saturating_add(self.rules.every), seen);
+            }
+        }
+    }
+
+    /// Messages before this time were lost before they were read: until then nobody counts as unseen.
+    pub fn begin_at(&mut self, time: i64) {
+        self.floor = self.floor.max(time);
+    }
+
+    fn happened(&mut self, kind: Kind, sender: Box<str>, due_ns: i64, seen_ns: i64) {
+        *self.told.entry(kind).or_default() += 1;
+        if !self.rules.advises {
+            return;
+        }
+        let index = self.find(&sender);
+        if self.outbox.add(Advisory { kind, sender, due_ns, seen_ns })
+            && let Some(index) = index
+        {
+            self.touch(index);
+        }
+    }
+
+    /// The advisory was confirmed, or published if nobody confirms it.
+    pub fn confirmed(&mut self, number: u64) -> Option<Kind> {
+        let advisory = self.outbox.confirm(number)?;
+        match self.find(&advisory.sender) {
+            Some(index) => self.touch(index),
+            None if self.gone.contains_key(&advisory.sender) => self.leaving.push(advisory.sender),
+            None => {}
+        }
+        Some(advisory.kind)
+    }
+
+    fn find(&self, sender: &str) -> Option<u32> {
+        let hash = xxh3_64_with_seed(sender.as_bytes(), self.seed);
+        self.table.find(hash, |index| *self.slots[*index as usize].name == *sender).copied()
+    }
+
+    fn insert(&mut self, sender: &str, seen: i64, sequence: u64) -> u32 {
+        let slot = Slot {
+            name: sender.into(),
+            seen,
+            copied: NEVER,
+            sequence,
+            written: NEVER,
+            due: NEVER,
+            size: 0,
+            generation: 0,
+            told: self.load,
+            live: true,
+            dirty: false,
+            late: false,
+            loaded: false,
+        };
+        let index = match self.free.pop() {
+            Some(index) => {
+                let generation = self.slots[index as usize].generation;
+                self.slots[index as usize] = Slot { generation, ..slot };
+                index
+            }
+            None => {
+                self.slots.push(slot);
+                (self.slots.len() - 1) as u32
+            }
+        };
+        let (slots, seed) = (&self.slots, self.seed);
+        let hash = |index: &u32| xxh3_64_with_seed(slots[*index as usize].name.as_bytes(), seed);
+        self.table.insert_unique(hash(&index), index, hash);
+        index
+    }
+
+    fn remove(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        slot.live = false;
+        slot.dirty = false;
+        slot.generation = slot.generation.wrapping_add(1);
+        let hash = xxh3_64_with_seed(slot.name.as_bytes(), self.seed);
+        if let Ok(entry) = self.table.find_entry(hash, |other| *other == index) {
+            entry.remove();
+        }
+        self.newest.remove(&index);
+        self.free.push(index);
+    }
+
+    fn next_due(&self, index: u32) -> i64 {
+        let slot = &self.slots[index as usize];
+        let after = if self.rules.warns() && !slot.late { self.rules.warn } else { self.rules.every };
+        let slack = if slot.loaded { self.rules.slack() } else { 0 };
+        slot.seen.max(self.floor).saturating_add(after).saturating_add(slack)
+    }
+
+    fn schedule(&mut self, index: u32) {
+        let due = self.next_due(index);
+        self.slots[index as usize].due = due;
+        self.due.push(Reverse((due, index)));
+    }
+
+    /// Its record has to be written.
+    fn touch(&mut self, index: u32) {
+        if !std::mem::replace(&mut self.slots[index as usize].dirty, true) {
+            self.dirty.push(index);
+        }
+    }
+
+    // Records.
+
+    /// Everything up to here has been seen, and what was to be written of it is written.
+    pub fn written_to(&self) -> u64 {
+        self.written_to
+    }
+
+    /// Whether something waits to be published only for being written.
+    pub fn is_urgent(&self) -> bool {
+        self.rules.advises && !self.outbox.is_empty() && !(self.dirty.is_empty() && self.leaving.is_empty())
+    }
+
+    /// The next records to write, at most so many, of what was to be written when everything up to `position` had settled;
+    /// `None` when all of that is written.
+    pub fn next_write(&mut self, position: u64, most: usize) -> Option<Write> {
+        if self.round.is_none() {
+            let (slots, gone) = (std::mem::take(&mut self.dirty), std::mem::take(&mut self.leaving));
+            self.round = Some(Round { position, slots, gone });
+        }
+        let mut round = self.round.take()?;
+        let mut write = Write::default();
+        while write.records.len() < most
+            && let Some(index) = round.slots.pop()
+        {
+            self.compose(index, round.position, &mut write);
+        }
+        while write.records.len() < most
+            && let Some(sender) = round.gone.pop()
+        {
+            self.compose_gone(&sender, &mut write);
+        }
+        if write.records.is_empty() {
+            self.written_to = self.written_to.max(round.position);
+            let (outbox, written_to) = (&self.outbox, self.written_to);
+            let done = self.gone.iter().filter(|(sender, read)| **read <= written_to && !outbox.has(sender));
+            self.leaving.extend(done.map(|(sender, _)| sender.clone()));
+            return None;
+        }
+        self.round = Some(round);
+        Some(write)
+    }
+
+    fn compose(&mut self, index: u32, position: u64, write: &mut Write) {
+        let slot = &mut self.slots[index as usize];
+        if !slot.live || !std::mem::replace(&mut slot.dirty, false) {
+            return;
+        }
+        if slot.copied == NEVER && slot.sequence > position {
+            // It is new with a message that has not settled: a crash before that finds it new again.
+            return self.touch(index);
+        }
+        if self.newer.contains(&slot.name) {
+            return;
+        }
+        slot.written = slot.seen;
+        let slot = &self.slots[index as usize];
+        let mut record = SenderRecord::new(&slot.name, time(slot.seen));
+        record.copied = (slot.copied != NEVER).then(|| time(slot.copied));
+        (record.size, record.sequence) = (slot.size, slot.sequence);
+        for (number, advisory) in self.outbox.of(&slot.name) {
+            record.pending.push(pending(advisory));
+            write.kept.push(number);
+        }
+        let waits = record.pending.iter().any(|pending| pending.event == Kind::Timeout.name());
+        record.advised = slot.late && !waits;
+        if let Some(other) = self.other.get(&slot.name) {
+            record.other.clone_from(other);
+        }
+        write.records.push((slot.name.to_string(), Some(record)));
+    }
+
+    fn compose_gone(&mut self, sender: &str, write: &mut Write) {
+        if self.find(sender).is_some() || self.newer.contains(sender) {
+            self.gone.remove(sender);
+            return;
+        }
+        let Some(read) = self.gone.get(sender).copied() else { return };
+        if !self.outbox.has(sender) && (read <= self.written_to || !self.rules.advises) {
+            self.gone.remove(sender);
+            self.other.remove(sender);
+            return write.records.push((sender.to_owned(), None));
+        }
+        let mut record = SenderRecord::new(sender, DateTime::UNIX_EPOCH);
+        (record.expired, record.sequence) = (true, read);
+        for (number, advisory) in self.outbox.of(sender) {
+            record.seen = time(advisory.seen_ns);
+            record.pending.push(pending(advisory));
+            write.kept.push(number);
+        }
+        write.records.push((sender.to_owned(), Some(record)));
+    }
+
+    /// These records are stored: what they keep can be published.
+    pub fn wrote(&mut self, write: &Write) {
+        self.outbox.kept(&write.kept);
+    }
+
+    /// These records may not be stored: they are written again.
+    pub fn not_wrote(&mut self, write: &Write) {
+        // What is not written yet of this round goes into the next one.
+        if let Some(round) = self.round.take() {
+            self.dirty.extend(round.slots);
+            self.leaving.extend(round.gone);
+        }
+        for (sender, _) in &write.records {
+            match self.find(sender) {
+                Some(index) => self.touch(index),
+                None => {
+                    self.gone.entry(sender.as_str().into()).or_insert(self.read);
+                    self.leaving.push(sender.as_str().into());
+                }
+            }
+        }
+    }
+
+    // What others wrote.
+
+    /// All records are told from now on.
+    pub fn begin_load(&mut self) {
+        self.load = self.load.wrapping_add(1);
+    }
+
+    /// All records have been told: whoever is not among them is forgotten.
+    pub fn end_load(&mut self) {
+        let missing = |(index, slot): (usize, &Slot)| (slot.live && slot.told != self.load).then_some(index as u32);
+        let missing: Vec<u32> = self.slots.iter().enumerate().filter_map(missing).collect();
+        for index in missing {
+            self.drop_slot(index);
+        }
+    }
+
+    /// Takes over what somebody else wrote of a sender.
+    pub fn take_over(&mut self, record: SenderRecord) {
+        let sender = record.sender.as_str();
+        if record.is_newer() {
+            self.newer.insert(sender.into());
+        }
+        self.outbox.forget(sender);
+        if record.expired {
+            if let Some(index) = self.find(sender) {
+                self.remove(index);
+            }
+            self.gone.insert(sender.into(), record.sequence);
+        } else {
+            let seen = nanos(record.seen);
+            let index = match self.find(sender) {
+                Some(index) => index,
+                None => self.insert(sender, seen, record.sequence),
+            };
+            self.gone.remove(sender);
+            self.newest.remove(&index);
+            let waits = record.pending.iter().rev().find_map(|pending| match pending.event.as_str() {
+                "timeout" => Some(true),
+                "recover" | "new" => Some(false),
+                _ => None,
+            });
+            let slot = &mut self.slots[index as usize];
+            slot.seen = seen;
+            slot.written = seen;
+            slot.copied = record.copied.map_or(NEVER, nanos);
+            (slot.size, slot.sequence) = (record.size, record.sequence);
+            slot.late = waits.unwrap_or(record.advised);
+            slot.loaded = true;
+            slot.told = self.load;
+            // What is on its way was decided by what was known before.
+            slot.generation = slot.generation.wrapping_add(1);
+            self.schedule(index);
+            if !record.other.is_empty() {
+                self.other.insert(sender.into(), record.other);
+            }
+        }
+        for PendingAdvisory { event, due, seen } in &record.pending {
+            let kind = Kind::ALL.into_iter().find(|kind| kind.name() == event);
+            if let Some(kind) = kind {
+                let (due_ns, seen_ns) = (nanos(*due), nanos(*seen));
+                self.outbox.restore(Advisory { kind, sender: sender.into(), due_ns, seen_ns });
+            }
+        }
+    }
+
+    /// Somebody else removed the record of a sender, named by the last part of its key.
+    pub fn taken_away(&mut self, token: &str) {
+        let found = match decoded(token) {
+            Some(sender) => {
+                self.gone.remove(sender.as_str());
+                self.find(&sender)
+            }
+            // Too long to be in the key: rare enough to look for.
+            None => {
+                let slots = self.slots.iter().enumerate();
+                let is = |slot: &Slot| slot.live && sender_token(&slot.name) == token;
+                slots.filter(|(_, slot)| is(slot)).map(|(index, _)| index as u32).next()
+            }
+        };
+        if let Some(index) = found {
+            self.drop_slot(index);
+        }
+    }
+
+    fn drop_slot(&mut self, index: u32) {
+        let name = self.slots[index as usize].name.clone();
+        self.outbox.forget(&name);
+        self.other.remove(&name);
+        self.newer.remove(&name);
+        self.remove(index);
+    }
+
+    /// Slots that there are, for [`Senders::list`].
+    pub fn slots(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The senders in a part of the slots, each with its slot.
+    pub fn list(&self, part: std::ops::Range<usize>) -> impl Iterator<Item = (usize, Listed<'_>)> {
+        let part = part.start.min(self.slots.len())..part.end.min(self.slots.len());
+        let slots = part.clone().zip(&self.slots[part]).filter(|(_, slot)| slot.live);
+        slots.map(|(at, slot)| {
+            let listed = Listed {
+                sender: &slot.name,
+                seen_ns: slot.seen,
+                copied_ns: (slot.copied != NEVER).then_some(slot.copied),
+                size: slot.size,
+                advised: slot.late,
+                sequence: slot.sequence,
+            };
+            (at, listed)
+        })
+    }
+}
+
+impl Rules {
+    fn new(sampling: &Sampling) -> Self {
+        let nanos = |duration: Duration| i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX);
+        let trigger = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
+        Self {
+            every: nanos(sampling.every),
+            warn: nanos(sampling.warn),
+            size_trigger: sampling.size_trigger.map(trigger),
+            advises: sampling.advisory.is_some(),
+        }
+    }
+
+    /// Whether it is told of anybody before it expires.
+    fn warns(&self) -> bool {
+        self.advises && self.warn < self.every
+    }
+
+    /// `seen` as written may be older than it is by so much.
+    fn slack(&self) -> i64 {
+        self.warn.min(self.every) / 4
+    }
+}
+
+fn time(ns: i64) -> DateTime<Utc> {
+    DateTime::from_timestamp_nanos(ns)
+}
+
+fn nanos(time: DateTime<Utc>) -> i64 {
+    time.timestamp_nanos_opt().unwrap_or_default()
+}
+
+fn pending(advisory: &Advisory) -> PendingAdvisory {
+    let (due, seen) = (time(advisory.due_ns), time(advisory.seen_ns));
+    PendingAdvisory { event: advisory.kind.name().to_owned(), due, seen }
+}
+
+/// The sender that a part of a key stands for; `None` if it is too long to be in there.
+fn decoded(token: &str) -> Option<String> {
+    if token.contains("==") {
+        return None;
+    }
+    let mut bytes = Vec::with_capacity(token.len());
+    let mut parts = token.split('=');
+    bytes.extend_from_slice(parts.next()?.as_bytes());
+    for part in parts {
+        bytes.push(u8::from_str_radix(part.get(..2)?, 16).ok()?);
+        bytes.extend_from_slice(&part.as_bytes()[2..]);
+    }
+    String::from_utf8(bytes).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+    use super::*;
+    use crate::config::{self, Inspect};
+
+    const SECOND: i64 = 1_000_000_000;
+
+    /// Every 100 s, warned after 40 s.
+    fn sampling(advises: bool) -> Sampling {
+        Sampling {
+            inspect: Inspect::Field("sender".to_owned()),
+            every: Duration::from_secs(100),
+            warn: Duration::from_secs(40),
+            size_trigger: Some(10),
+            force_field: None,
+            advisory: advises.then(|| config::Advisory { subject: "a".to_owned(), reliable: true }),
+        }
+    }
+
+    fn senders() -> Senders {
+        let mut senders = Senders::new("NODES", &sampling(true));
+        senders.begin(0, None, false);
+        senders
+    }
+
+    fn sight(seq: u64, seconds: f64, sender: &str) -> Sighting<'_> {
+        let time_ns = 1_000_000 * SECOND + (seconds * SECOND as f64) as i64;
+        Sighting { sender, seq, time_ns, size: 100, forced: false }
+    }
+
+    /// Takes a message as a run does; it settles at once.
+    fn take(senders: &mut Senders, sighting: Sighting<'_>) -> Verdict {
+        let verdict = senders.verdict(&sighting);
+        senders.observe(&sighting, if verdict == Verdict::Skip { Fate::Passed } else { Fate::Sent });
+        senders.settled(sighting.seq);
+        verdict
+    }
+
+    /// Everything that is told, as it is written and confirmed.
+    fn tell(senders: &mut Senders, position: u64) -> Vec<(Kind, String, i64)> {
+        let mut told = Vec::new();
+        loop {
+            while let Some(write) = senders.next_write(position, 3) {
+                senders.wrote(&write);
+            }
+            let Some((number, advisory)) = senders.outbox.take() else { return told };
+            told.push((advisory.kind, advisory.sender.to_string(), advisory.due_ns / SECOND - 1_000_000));
+            senders.confirmed(number);
+        }
+    }
+
+    fn all_records(senders: &mut Senders, position: u64) -> Vec<(String, Option<SenderRecord>)> {
+        let mut records = Vec::new();
+        while let Some(write) = senders.next_write(position, 100) {
+            senders.wrote(&write);
+            records.extend(write.records);
+        }
+        records
+    }
+
+    #[test]
+    fn a_slot_is_small() {
+        assert!(size_of::<Slot>() <= 80, "{}", size_of::<Slot>());
+    }
+
+    #[test]
+    fn what_is_copied_row_by_row() {
+        use Cause::{Again, Clock, Due, Forced, New, Size};
+        use Verdict::{Copy, Skip};
+        // Seconds, sender, size, force, and what is due.
+        let rows: &[(f64, &str, u32, bool, Verdict)] = &[
+            (0.0, "a", 100, false, Copy(New)),
+            (0.0, "a", 100, false, Skip),
+            (0.5, "b", 100, true, Copy(New)),
+            (10.0, "a", 109, false, Skip),
+            (10.0, "a", 110, false, Copy(Size)),
+            (11.0, "a", 101, false, Skip),
+            (11.0, "a", 100, false, Copy(Size)),
+            (12.0, "a", 100, true, Copy(Forced)),
+            // No interval is shorter by more than a tenth, or longer.
+            (101.9, "a", 100, false, Skip),
+            (112.0, "a", 100, false, Copy(Due)),
+            (112.0, "a", 100, false, Skip),
+            // The clock goes back, a little and then by more than a tenth of the interval.
+            (102.5, "a", 100, false, Skip),
+            (101.5, "a", 100, false, Copy(Clock)),
+            (101.6, "a", 100, false, Skip),
+        ];
+        let mut senders = senders();
+        for (index, (at, sender, size, forced, expect)) in rows.iter().enumerate() {
+            let sighting = Sighting { size: *size, forced: *forced, ..sight(index as u64 + 1, *at, sender) };
+            assert_eq!(take(&mut senders, sighting), *expect, "row {index}: {sighting:?}");
+        }
+        // What is read again begins anew with the first of it.
+        assert_eq!(take(&mut senders, sight(12, 101.55, "a")), Copy(Again));
+        assert_eq!(take(&mut senders, sight(13, 101.5, "a")), Skip);
+    }
+
+    #[test]
+    fn intervals_differ_by_up_to_a_tenth() {
+        let mut senders = senders();
+        let mut gone = Vec::new();
+        for number in 0..1_000 {
+            take(&mut senders, sight(number + 1, 0.0, &format!("n{number}")));
+        }
+        for tenth in 890..=1_000 {
+            let at = f64::from(tenth) / 10.0;
+            let due = (0..1_000)
+                .filter(|number| senders.verdict(&sight(5_000, at, &format!("n{number}"))) != Verdict::Skip)
+                .count();
+            gone.push(due);
+        }
+        assert_eq!((gone[0], gone[9], *gone.last().unwrap()), (0, 0, 1_000));
+        assert!((400..600).contains(&gone[60]), "half of them in the middle: {}", gone[60]);
+    }
+
+    #[test]
+    fn who_is_told_of_row_by_row() {
+        use Kind::{Expire, New, Recover, Timeout};
+        let check = |messages: &[(f64, &str)], until: f64, expect: &[(Kind, &str, i64)]| {
+            let mut senders = senders();
+            for (index, (at, sender)) in messages.iter().enumerate() {
+                take(&mut senders, sight(index as u64 + 1, *at, sender));
+            }
+            senders.advance(sight(0, until, "").time_ns);
+            let told = tell(&mut senders, 1_000);
+            let told: Vec<_> = told.iter().map(|(kind, sender, due)| (*kind, sender.as_str(), *due)).collect();
+            assert_eq!(told, expect, "{messages:?} {until}");
+        };
+        check(&[(0.0, "a")], 40.0, &[(New, "a", 0)]);
+        check(&[(0.0, "a")], 40.1, &[(New, "a", 0), (Timeout, "a", 40)]);
+        check(&[(0.0, "a")], 100.0, &[(New, "a", 0), (Timeout, "a", 40)]);
+        let gone = [(New, "a", 0), (Timeout, "a", 40), (Expire, "a", 100)];
+        check(&[(0.0, "a")], 100.1, &gone);
+        check(&[(0.0, "a")], 100_000.0, &gone);
+        // Exactly at the border it is in time.
+        check(&[(0.0, "a"), (40.0, "a")], 80.0, &[(New, "a", 0)]);
+        check(&[(0.0, "a"), (40.1, "a")], 80.0, &[(New, "a", 0), (Timeout, "a", 40), (Recover, "a", 40)]);
+        check(&[(0.0, "a"), (100.0, "a")], 101.0, &[(New, "a", 0), (Timeout, "a", 40), (Recover, "a", 100)]);
+        let back = [(New, "a", 0), (Timeout, "a", 40), (Expire, "a", 100), (New, "a", 101)];
+        check(&[(0.0, "a"), (101.0, "a")], 101.0, &back);
+        // Others move the time on, and each is told of in its own order.
+        check(
+            &[(0.0, "a"), (30.0, "b"), (90.0, "b"), (200.0, "b")],
+            200.0,
+            &[
+                (New, "a", 0),
+                (New, "b", 30),
+                (Timeout, "a", 40),
+                (Timeout, "b", 70),
+                (Recover, "b", 90),
+                (Expire, "a", 100),
+                (Timeout, "b", 130),
+                (Expire, "b", 190),
+                (New, "b", 200),
+            ],
+        );
+        // A clock that goes back loses nobody.
+        check(&[(50.0, "a"), (20.0, "a"), (55.0, "a")], 60.0, &[(New, "a", 50)]);
+    }
+
+    #[test]
+    fn after_a_restart_nobody_is_lost_before_its_time() {
+        let mut before = senders();
+        take(&mut before, sight(1, 0.0, "a"));
+        // Not written again: it moved by less than a quarter of 40 s.
+        let mut records = all_records(&mut before, 1);
+        take(&mut before, sight(2, 9.0, "a"));
+        records.extend(all_records(&mut before, 2));
+        assert_eq!(records.len(), 1, "{records:?}");
+        let load = || {
+            let mut after = Senders::new("NODES", &sampling(true));
+            after.take_over(records[0].1.clone().unwrap());
+            after.begin(2, Some(2), false);
+            after
+        };
+        let mut after = load();
+        after.advance(sight(0, 50.0, "").time_ns);
+        let kinds = |senders: &mut Senders| -> Vec<Kind> { tell(senders, 9).into_iter().map(|told| told.0).collect() };
+        assert_eq!(kinds(&mut after), [Kind::New], "not confirmed before");
+        after.advance(sight(0, 50.1, "").time_ns);
+        assert_eq!(kinds(&mut after), [Kind::Timeout]);
+        // It was down for hours, and the source lost what was sent meanwhile.
+        let mut after = load();
+        after.begin_at(sight(0, 20_000.0, "").time_ns);
+        take(&mut after, sight(900, 20_000.0, "b"));
+        after.advance(sight(0, 20_040.0, "").time_ns);
+        assert_eq!(kinds(&mut after), [Kind::New, Kind::New]);
+        after.advance(sight(0, 20_051.0, "").time_ns);
+        assert_eq!(kinds(&mut after), [Kind::Timeout, Kind::Timeout]);
+        assert_eq!(after.verdict(&sight(901, 20_052.0, "a")), Verdict::Copy(Cause::Due));
+    }
+
+    #[test]
+    fn only_what_settled_is_written_as_copied() {
+        let mut senders = senders();
+        senders.observe(&sight(1, 0.0, "a"), Fate::Sent);
+        assert_eq!(senders.verdict(&sight(2, 1.0, "a")), Verdict::Skip);
+        assert!(all_records(&mut senders, 0).is_empty(), "it is new with what has not settled");
+        senders.settled(1);
+        let records = all_records(&mut senders, 1);
+        assert_eq!(records[0].1.as_ref().unwrap().sequence, 1);
+        assert_eq!(senders.written_to(), 1);
+        senders.observe(&sight(2, 100.0, "a"), Fate::Sent);
+        let records = all_records(&mut senders, 1);
+        assert_eq!(records[0].1.as_ref().unwrap().sequence, 1, "seen, and not copied");
+        // The run ends; what was sent is sent again.
+        senders.begin(1, None, false);
+        assert_eq!(senders.verdict(&sight(2, 100.0, "a")), Verdict::Copy(Cause::Due));
+    }
+
+    #[test]
+    fn what_settled_before_a_crash_is_known_when_it_is_read_again() {
+        let mut senders = Senders::new("NODES", &sampling(true));
+        // Written up to 1, and 4 messages lie behind that.
+        assert_eq!(senders.begin(5, Some(1), false), 1);
+        for (seq, sender) in [(2, "a"), (3, "a"), (4, "b"), (5, "b")] {
+            senders.replay(&sight(seq, 0.0, sender), Fate::Stored);
+        }
+        assert_eq!(senders.verdict(&sight(6, 1.0, "a")), Verdict::Skip);
+        let records: BTreeMap<_, _> = all_records(&mut senders, 5).into_iter().collect();
+        assert_eq!(records["a"].as_ref().unwrap().sequence, 2);
+        assert_eq!(records["b"].as_ref().unwrap().sequence, 4);
+        assert_eq!(senders.written_to(), 5);
+        // Read once more, it changes nothing.
+        senders.begin(5, None, false);
+        senders.replay(&sight(2, 0.0, "a"), Fate::Stored);
+        assert!(all_records(&mut senders, 5).is_empty());
+        // Where some of it may have been refused, an extra copy is the lesser evil.
+        let mut senders = Senders::new("NODES", &sampling(true));
+        senders.begin(5, Some(1), false);
+        senders.replay(&sight(2, 0.0, "a"), Fate::Passed);
+        assert_eq!(senders.verdict(&sight(6, 1.0, "a")), Verdict::Copy(Cause::New));
+    }
+
+    #[test]
+    fn a_forgotten_sender_is_kept_until_that_is_told_and_cannot_come_back_by_a_replay() {
+        let mut senders = senders();
+        take(&mut senders, sight(1, 0.0, "a"));
+        tell(&mut senders, 1);
+        take(&mut senders, sight(2, 200.0, "b"));
+        let mut records = all_records(&mut senders, 1);
+        let at = records.iter().position(|(sender, _)| sender == "a").unwrap();
+        let record = records.swap_remove(at).1.unwrap();
+        let events: Vec<_> = record.pending.iter().map(|pending| pending.event.as_str()).collect();
+        assert_eq!((record.expired, events), (true, vec!["timeout", "expire"]));
+        // A crash.
+        let mut after = Senders::new("NODES", &sampling(true));
+        after.take_over(record);
+        after.begin(2, Some(0), false);
+        after.replay(&sight(1, 0.0, "a"), Fate::Stored);
+        assert!(after.is_empty());
+        after.replay(&sight(2, 200.0, "b"), Fate::Stored);
+        let told: Vec<_> = tell(&mut after, 2).into_iter().map(|told| told.0).collect();
+        assert_eq!(told, [Kind::Timeout, Kind::Expire, Kind::New]);
+        let records = all_records(&mut after, 2);
+        assert!(records.contains(&("a".to_owned(), None)), "{records:?}");
+    }
+
+    #[test]
+    fn a_record_by_hand_counts_and_fields_and_records_of_newer_programs_stay() {
+        let mut senders = senders();
+        take(&mut senders, sight(1, 0.0, "a"));
+        let mut record = all_records(&mut senders, 1)[0].1.clone().unwrap();
+        record.copied = None;
+        record.other.insert("note".to_owned(), "mine".into());
+        senders.take_over(record.clone());
+        assert_eq!(take(&mut senders, sight(2, 1.0, "a")), Verdict::Copy(Cause::New));
+        let written = all_records(&mut senders, 2)[0].1.clone().unwrap();
+        assert_eq!((written.sequence, written.other.get("note")), (2, Some(&"mine".into())));
+        senders.taken_away("a");
+        assert!(senders.is_empty());
+        assert_eq!(take(&mut senders, sight(3, 2.0, "a")), Verdict::Copy(Cause::New));
+        record.version = 2;
+        senders.take_over(record);
+        take(&mut senders, sight(4, 3.0, "a"));
+        assert!(all_records(&mut senders, 4).is_empty());
+    }
+
+    #[test]
+    fn who_is_not_told_by_a_load_is_forgotten() {
+        let mut senders = Senders::new("NODES", &sampling(true));
+        let record = |sender: &str| SenderRecord::new(sender, DateTime::UNIX_EPOCH);
+        senders.begin_load();
+        senders.take_over(record("a"));
+        senders.take_over(record("b"));
+        senders.end_load();
+        senders.begin_load();
+        senders.take_over(record("b"));
+        senders.end_load();
+        let left: Vec<_> = senders.list(0..9).map(|(_, listed)| listed.sender).collect();
+        assert_eq!(left, ["b"]);
+        let long = "x.".repeat(400);
+        senders.take_over(record(&long));
+        senders.taken_away(&sender_token(&long));
+        senders.taken_away(&sender_token("b"));
+        assert!(senders.is_empty());
+    }
+
+    /// What the rules say, by a list of everything that ever came: no slots, no order of what is due, no records.
+    #[derive(Default)]
+    struct Plain(HashMap<String, PlainSender>);
+
+    #[derive(Clone, Copy)]
+    struct PlainSender {
+        seen: i64,
+        copied: i64,
+        size: u32,
+        late: bool,
+    }
+
+    impl Plain {
+        fn take(&mut self, sighting: &Sighting<'_>) -> (Option<bool>, Vec<(Kind, String)>) {
+            let mut told = self.advance(sighting.time_ns);
+            let sender = sighting.sender.to_owned();
+            let Some(known) = self.0.get_mut(&sender) else {
+                told.push((Kind::New, sender.clone()));
+                let Sighting { time_ns, size, .. } = *sighting;
+                self.0.insert(sender, PlainSender { seen: time_ns, copied: time_ns, size, late: false });
+                return (Some(true), told);
+            };
+            if std::mem::take(&mut known.late) {
+                told.push((Kind::Recover, sender));
+            }
+            known.seen = sighting.time_ns;
+            let since = sighting.time_ns - known.copied;
+            let must = sighting.forced || since >= 100 * SECOND || known.size.abs_diff(sighting.size) >= 10;
+            (if must { Some(true) } else { (since < 90 * SECOND).then_some(false) }, told)
+        }
+
+        fn copied(&mut self, sighting: &Sighting<'_>) {
+            let known = self.0.get_mut(sighting.sender).unwrap();
+            (known.copied, known.size) = (sighting.time_ns, sighting.size);
+        }
+
+        fn advance(&mut self, now: i64) -> Vec<(Kind, String)> {
+            let mut told = Vec::new();
+            self.0.retain(|sender, known| {
+                let unseen = now - known.seen;
+                if unseen > 40 * SECOND && !std::mem::replace(&mut known.late, true) {
+                    told.push((Kind::Timeout, sender.clone()));
+                } else if unseen <= 40 * SECOND {
+                    known.late = false;
+                }
+                if unseen > 100 * SECOND {
+                    told.push((Kind::Expire, sender.clone()));
+                }
+                unseen <= 100 * SECOND
+            });
+            told
+        }
+    }
+
+    #[test]
+    fn decisions_are_those_of_the_plain_rules() {
+        for seed in 0..200 {
+            let mut random = StdRng::seed_from_u64(seed);
+            let (mut senders, mut plain) = (senders(), Plain::default());
+            let (mut at, mut told, mut expect) = (0.0, Vec::new(), Vec::new());
+            for seq in 1..500 {
+                at += f64::from(random.random_range(0..200)) / 10.0;
+                let sender = format!("n{}", random.random_range(0..12));
+                let size = if random.random_ratio(1, 10) { 110 } else { 100 };
+                let sighting = Sighting { size, forced: random.random_ratio(1, 30), ..sight(seq, at, &sender) };
+                let (must, events) = plain.take(&sighting);
+                expect.extend(events);
+                let verdict = take(&mut senders, sighting);
+                if let Some(must) = must {
+                    assert_eq!(verdict != Verdict::Skip, must, "seed {seed}: {sighting:?}");
+                }
+                if verdict != Verdict::Skip {
+                    plain.copied(&sighting);
+                }
+                if random.random_ratio(1, 5) {
+                    told.extend(tell(&mut senders, seq));
+                }
+            }
+            told.extend(tell(&mut senders, 500));
+            // Of each sender in its order; of several that are due between two messages, in any.
+            for number in 0..12 {
+                let name = format!("n{number}");
+                let ours: Vec<_> = told.iter().filter(|told| told.1 == name).map(|told| told.0).collect();
+                let plain: Vec<_> = expect.iter().filter(|told| told.1 == name).map(|told| told.0).collect();
+                assert_eq!(ours, plain, "seed {seed} {name}");
+            }
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! What sampling knows of each sender: one record per sender, written in numbers.
+//!
+//! There is one writer, the leader, and a record that is lost or old costs an extra copy at most: so the writes are
+//! without compare-and-swap, many at a time. The leader's own writes bear a header that those made by hand do not.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use async_nats::{
+    HeaderMap,
+    jetstream::consumer::{DeliverPolicy, push},
+};
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use futures_util::{StreamExt, stream::BoxStream};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::time::timeout;
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::{
+    bucket::{Bucket, chain, is_marker},
+    buckets::Error,
+};
+
+/// Format of the record that this program writes. What a newer one wrote is not written over.
+const VERSION: u32 = 1;
+/// Writes that wait for their acks together.
+const TOGETHER: usize = 512;
+/// The acks of writes that went together come within this.
+const ACK_WAIT: Duration = Duration::from_secs(5);
+/// Silence that ends the first read.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Longest part of a key that is a sender as it is.
+const LONGEST: usize = 200;
+/// Says that the program wrote a record, and not somebody by hand.
+const WRITER: &str = "Replicator-Instance";
+
+/// What sampling knows of one sender. Readable JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SenderRecord {
+    /// Format of the record: 1.
+    #[serde(default)]
+    pub version: u32,
+    /// The value that messages bear.
+    pub sender: String,
+    /// Stored time of its newest message, as last written: it is written again only when it has moved by a quarter of
+    /// `warn_duration`.
+    pub seen: DateTime<Utc>,
+    /// Stored time of its message that was copied last; `null` if none was.
+    #[serde(default)]
+    pub copied: Option<DateTime<Utc>>,
+    /// Bytes of that message's payload.
+    #[serde(default)]
+    pub size: u32,
+    /// Whether it was told that it is unseen, and it has not been seen since.
+    #[serde(default)]
+    pub advised: bool,
+    /// Source sequence of the message that was copied last.
+    #[serde(default)]
+    pub sequence: u64,
+    /// What is to be told of it and has not been confirmed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending: Vec<PendingAdvisory>,
+    /// Unseen for too long: kept only until that has been told.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub expired: bool,
+    /// Fields of other versions.
+    #[serde(flatten)]
+    pub other: BTreeMap<String, Value>,
+}
+
+/// An advisory that has not been confirmed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingAdvisory {
+    /// What happened.
+    pub event: String,
+    /// When it was due.
+    pub due: DateTime<Utc>,
+    /// When the sender was seen before that.
+    pub seen: DateTime<Utc>,
+}
+
+impl SenderRecord {
+    /// Whether a newer program wrote it.
+    pub fn is_newer(&self) -> bool {
+        self.version > VERSION
+    }
+
+    /// A record of this program for a sender that was seen.
+    pub fn new(sender: &str, seen: DateTime<Utc>) -> Self {
+        Self {
+            version: VERSION,
+            sender: sender.to_owned(),
+            seen,
+            copied: None,
+            size: 0,
+            advised: false,
+            sequence: 0,
+            pending: Vec::new(),
+            expired: false,
+            other: BTreeMap::new(),
+        }
+    }
+}
+
+/// What the watch tells.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SenderChange {
+    /// A record as it was there or was written now.
+    Put {
+        /// The record.
+        record: Box<SenderRecord>,
+        /// Whether somebody wrote it by hand.
+        by_hand: bool,
+    },
+    /// A record was removed.
+    Removed {
+        /// Last part of its key.
+        token: String,
+        /// Whether somebody did it by hand.
+        by_hand: bool,
+    },
+    /// All records that were there have been told.
+    Loaded,
+    /// Something lies at a key that is no record of its sender.
+    Unreadable {
+        /// The key.
+        key: String,
+        /// What is wrong.
+        message: String,
+    },
+}
+
+/// Changes of records with their revisions; the first error ends them.
+pub type SenderChanges = BoxStream<'static, Result<(u64, SenderChange), Error>>;
+
+/// The bucket of senders.
+#[derive(Debug, Clone)]
+pub struct SenderStore {
+    bucket: Bucket,
+    instance: String,
+    /// Whether markers of removed records can go by themselves.
+    marker_ttl: bool,
+}
+
+impl SenderStore {
+    /// The marker of a removed record goes by itself after this, where the bucket allows that: whoever follows has seen
+    /// it by then.
+    pub(super) const MARKER_TTL: Duration = Duration::from_secs(3600);
+
+    pub(super) async fn open(bucket: Bucket, instance: &str) -> Result<Self, Error> {
+        let marker_ttl = bucket.info().await?.config.allow_message_ttl;
+        Ok(Self { bucket, instance: instance.to_owned(), marker_ttl })
+    }
+
+    /// Writes records, or removes what is `None`, and waits until all of it is stored. After an error any part of it may
+    /// be: all of it can be written again.
+    pub async fn write(&self, replication: &str, writes: &[(String, Option<SenderRecord>)]) -> Result<(), Error> {
+        for part in writes.chunks(TOGETHER) {
+            self.write_together(replication, part).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_together(&self, id: &str, writes: &[(String, Option<SenderRecord>)]) -> Result<(), Error> {
+        let client = self.bucket.client();
+        let failed = |what: &dyn std::error::Error| self.bucket.error(format!("cannot be written: {}", chain(what)));
+        let inbox = client.new_inbox();
+        let mut acks = client.subscribe(inbox.clone()).await.map_err(|error| failed(&error))?;
+        for (sender, record) in writes {
+            let mut headers = HeaderMap::new();
+            headers.insert(WRITER, self.instance.as_str());
+            let value = match record {
+                Some(record) => Bytes::from(serde_json::to_vec(record).map_err(|error| failed(&error))?),
+                None => {
+                    headers.insert("KV-Operation", "DEL");
+                    if self.marker_ttl {
+                        headers.insert("Nats-TTL", Self::MARKER_TTL.as_secs().to_string().as_str());
+                    }
+                    Bytes::new()
+                }
+            };
+            let subject = self.bucket.put_subject(&format!("{id}.{}", token(sender)));
+            let published = client.publish_with_reply_and_headers(subject, inbox.clone(), headers, value).await;
+            published.map_err(|error| failed(&error))?;
+        }
+        for _ in writes {
+            let ack = timeout(ACK_WAIT, acks.next()).await;
+            let Ok(Some(ack)) = ack else { return Err(self.bucket.error("cannot be written: no answer in time")) };
+            self.bucket.check_ack(&ack)?;
+        }
+        let _ = acks.unsubscribe().await;
+        Ok(())
+    }
+
+    /// All records of a replication as they are, then every change, until something breaks. Begun again, it tells all
+    /// from the beginning.
+    pub async fn watch(&self, replication: &str) -> Result<SenderChanges, Error> {
+        let config = push::OrderedConfig {
+            deliver_subject: self.bucket.new_inbox(),
+            description: Some("stream-replicator".to_owned()),
+            filter_subject: self.bucket.subject(&format!("{replication}.*")),
+            deliver_policy: DeliverPolicy::All,
+            ..push::OrderedConfig::default()
+        };
+        let failed = |error: &dyn std::error::Error| self.bucket.error(format!("cannot be watched: {}", chain(error)));
+        let consumer = self.bucket.stream().create_consumer(config).await.map_err(|error| failed(&error))?;
+        let pending = consumer.cached_info().num_pending;
+        let messages = consumer.messages().await.map_err(|error| failed(&error))?;
+        let following = Following {
+            bucket: self.bucket.clone(),
+            messages,
+            loading: true,
+            pending,
+            prefix: self.bucket.subject(&format!("{replication}.")),
+        };
+        let stream = futures_util::stream::unfold(Some(following), |following| async {
+            let mut following = following?;
+            match following.next().await {
+                Ok(change) => Some((Ok(change), Some(following))),
+                Err(error) => Some((Err(error), None)),
+            }
+        });
+        Ok(stream.boxed())
+    }
+
+    /// Revision of the newest record of a replication, read from the leader; 0 if there is none.
+    pub async fn newest(&self, replication: &str) -> Result<u64, Error> {
+        Ok(self.bucket.last_matching(&format!("{replication}.*")).await?.map_or(0, |stored| stored.revision))
+    }
+
+    /// Forgets all senders of a replication, without a trace.
+    pub async fn remove(&self, replication: &str) -> Result<(), Error> {
+        self.bucket.forget_matching(&format!("{replication}.*")).await
+    }
+}
+
+/// A watch under way.
+struct Following {
+    bucket: Bucket,
+    messages: push::Ordered,
+    loading: bool,
+    /// Messages that were there when it began and are not told.
+    pending: u64,
+    prefix: String,
+}
+
+impl Following {
+    async fn next(&mut self) -> Result<(u64, SenderChange), Error> {
+        if self.loading && self.pending == 0 {
+            self.loading = false;
+            return Ok((0, SenderChange::Loaded));
+        }
+        let next = self.messages.next();
+        let message = match self.loading {
+            true => timeout(SILENCE, next).await.map_err(|_| self.bucket.error("cannot be read: no more comes"))?,
+            false => next.await,
+        };
+        let message = message.ok_or_else(|| self.bucket.error("the watch ended"))?;
+        let message = message.map_err(|error| self.bucket.error(format!("cannot be watched: {}", chain(&error))))?;
+        let info = message.info().map_err(|error| self.bucket.error(error.to_string()))?;
+        let revision = info.stream_sequence;
+        self.pending = info.pending;
+        let headers = message.headers.as_ref();
+        let by_hand = !headers
+            .is_some_and(|headers| headers.get(WRITER).is_some() || headers.get("Nats-Marker-Reason").is_some());
+        let found = message.subject.strip_prefix(self.prefix.as_str()).unwrap_or_default().to_owned();
+        if headers.is_some_and(is_marker) {
+            return Ok((revision, SenderChange::Removed { token: found, by_hand }));
+        }
+        let unreadable = |message: String| SenderChange::Unreadable { key: found.clone(), message };
+        let change = match serde_json::from_slice::<Box<SenderRecord>>(&message.payload) {
+            Ok(record) if token(&record.sender) == found => SenderChange::Put { record, by_hand },
+            Ok(record) => unreadable(format!("its `sender` is `{}`, which belongs to another key", record.sender)),
+            Err(error) => unreadable(error.to_string()),
+        };
+        Ok((revision, change))
+    }
+}
+
+/// A sender as one token of a key: letters, digits, `-`, `_` and `/` as they are, every other byte as `=` and two digits.
+/// What would be too long ends in a hash instead.
+pub fn token(sender: &str) -> String {
+    let mut token = String::with_capacity(sender.len() + 8);
+    for byte in sender.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'/' => token.push(char::from(byte)),
+            _ => token.push_str(&format!("={byte:02X}")),
+        }
+    }
+    if token.len() > LONGEST {
+        token.truncate(LONGEST - 34);
+        // Two in a row stand in no other token.
+        token.push_str(&format!("=={:032x}", xxh3_128(sender.as_bytes())));
+    }
+    token
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn any_sender_is_one_token_of_its_own() {
+        let check = |sender: &str, expect: &str| assert_eq!(token(sender), expect);
+        check("n1", "n1");
+        check("n1.example.net", "n1=2Eexample=2Enet");
+        check("a b*>=", "a=20b=2A=3E=3D");
+        check("\u{e9}", "=C3=A9");
+        let long = "x.".repeat(512);
+        let senders =
+            [long.clone(), long[1..].to_owned(), format!("{long}y"), "a.b".into(), "a=2Eb".into(), "=".into()];
+        let tokens: HashSet<_> = senders.iter().map(|sender| token(sender)).collect();
+        assert_eq!(tokens.len(), senders.len());
+        let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-/_=".contains(&byte);
+        assert!(tokens.iter().all(|token| token.len() <= LONGEST && token.bytes().all(legal)));
+    }
+
+    #[test]
+    fn fields_of_other_versions_are_kept() {
+        let json = serde_json::json!({
+            "version": 2, "sender": "a", "seen": "2026-01-02T03:04:05.123456789Z", "copied": null, "size": 5,
+            "advised": false, "sequence": 6, "later": [1]
+        });
+        let record: SenderRecord = serde_json::from_value(json.clone()).unwrap();
+        assert!(record.is_newer());
+        assert_eq!(serde_json::to_value(&record).unwrap(), json);
+    }
+}

@@ -1,0 +1,133 @@
+//! What this process knows of the senders of one replication. While another instance leads, it follows what that one
+//! writes, to be warm when it takes over; while this one leads, only what people write is news.
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering},
+};
+
+use futures_util::StreamExt;
+use tokio::{sync::watch, task::JoinHandle};
+use tracing::{info, warn};
+
+use crate::{
+    config::{Inspect, Sampling},
+    copy::Samples,
+    sampling::Senders,
+    store::{self, SenderChange, SenderStore, Trouble},
+};
+
+/// The senders of one replication, and the task that follows their records; it ends with this.
+#[derive(Debug)]
+pub(super) struct Roll {
+    id: String,
+    inspect: Inspect,
+    samples: Samples,
+    leads: Arc<AtomicBool>,
+    /// Newest revision that was told, once all that was there has been.
+    told: watch::Receiver<Option<u64>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Roll {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Roll {
+    /// Begins to follow.
+    pub(super) fn follow(store: &SenderStore, id: &str, sampling: &Sampling) -> Self {
+        let senders = Arc::new(Mutex::new(Senders::new(id, sampling)));
+        let samples = Samples { senders, store: store.clone() };
+        let leads = Arc::new(AtomicBool::new(false));
+        let (tell, told) = watch::channel(None);
+        let following = Following { id: id.to_owned(), samples: samples.clone(), leads: leads.clone(), tell };
+        let task = tokio::spawn(following.run());
+        Self { id: id.to_owned(), inspect: sampling.inspect.clone(), samples, leads, told, task }
+    }
+
+    /// Whether senders are told apart in this way.
+    pub(super) fn fits(&self, sampling: &Sampling) -> bool {
+        self.inspect == sampling.inspect
+    }
+
+    /// What the copy needs.
+    pub(super) fn samples(&self) -> Samples {
+        self.samples.clone()
+    }
+
+    /// From now on this process writes: waits until it knows what is there.
+    pub(super) async fn lead(&mut self, sampling: &Sampling) -> Result<(), store::Error> {
+        if !self.leads.load(Ordering::Relaxed) {
+            let newest = self.samples.store.newest(&self.id).await?;
+            // An error means that the task is gone, and with it everything.
+            let _ = self.told.wait_for(|told| told.is_some_and(|told| told >= newest)).await;
+            let known = self.samples.lock().len();
+            info!(replication = self.id, senders = known, "senders are known");
+            self.leads.store(true, Ordering::Relaxed);
+        }
+        self.samples.lock().adopt(sampling);
+        Ok(())
+    }
+}
+
+struct Following {
+    id: String,
+    samples: Samples,
+    leads: Arc<AtomicBool>,
+    tell: watch::Sender<Option<u64>>,
+}
+
+impl Following {
+    async fn run(self) {
+        let mut trouble = Trouble::new("the records of senders cannot be followed");
+        loop {
+            let error = match self.samples.store.watch(&self.id).await {
+                Ok(mut changes) => {
+                    let standby = !self.leads();
+                    if standby {
+                        self.samples.lock().begin_load();
+                    }
+                    let mut newest = 0;
+                    loop {
+                        match changes.next().await {
+                            Some(Ok((revision, change))) => {
+                                newest = newest.max(revision);
+                                self.apply(change, standby, newest);
+                                trouble.over();
+                            }
+                            Some(Err(error)) => break error.to_string(),
+                            None => break "the watch ended".to_owned(),
+                        }
+                    }
+                }
+                Err(error) => error.to_string(),
+            };
+            trouble.wait(&error).await;
+        }
+    }
+
+    fn leads(&self) -> bool {
+        self.leads.load(Ordering::Relaxed)
+    }
+
+    fn apply(&self, change: SenderChange, standby: bool, newest: u64) {
+        let mut senders = self.samples.lock();
+        match change {
+            SenderChange::Put { record, by_hand } if by_hand || !self.leads() => senders.take_over(*record),
+            SenderChange::Removed { token, by_hand } if by_hand || !self.leads() => senders.taken_away(&token),
+            SenderChange::Put { .. } | SenderChange::Removed { .. } => {}
+            SenderChange::Loaded => {
+                if standby && !self.leads() {
+                    senders.end_load();
+                }
+                self.tell.send_replace(Some(newest));
+            }
+            SenderChange::Unreadable { key, message } => {
+                warn!(replication = self.id, key, "not a record of a sender: {message}; delete or correct it");
+            }
+        }
+        self.tell.send_if_modified(|told| told.as_mut().is_some_and(|told| std::mem::replace(told, newest) != newest));
+    }
+}
