@@ -11,6 +11,7 @@ mod events;
 mod files;
 mod generate;
 mod global;
+mod heartbeat;
 mod instances;
 mod output;
 mod serve;
@@ -66,6 +67,7 @@ enum Other {
     Skip(steer::SkipArgs),
     Instances(instances::Args),
     Events(events::Args),
+    Heartbeat(heartbeat::Args),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
 }
@@ -118,6 +120,7 @@ impl Other {
             Self::Skip(args) => args.global.json,
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
+            Self::Heartbeat(args) => args.global().json,
             Self::Completions(_) | Self::Man(_) => false,
         }
     }
@@ -134,6 +137,7 @@ impl Other {
             Self::Skip(args) => steer::skip(args, out).await,
             Self::Instances(args) => instances::run(args, out).await,
             Self::Events(args) => events::run(args, out).await,
+            Self::Heartbeat(args) => heartbeat::run(args, out).await,
             Self::Completions(args) => Ok(generate::completions(args, Cli::command(), out)),
             Self::Man(args) => generate::man(args, Cli::command(), out),
         }

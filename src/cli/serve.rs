@@ -1,13 +1,14 @@
 //! `stream-replicator serve`: what was written becomes [`Settings`] that cannot be wrong, all mistakes at once.
 
-use std::{env, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
+use std::{env, fs, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
+use serde_json::Value;
 use tracing::error;
 
 use super::{connection::Connection, error::USAGE};
 use crate::{
     app::{self, Settings},
-    config::{Place, Secret, parse_duration},
+    config::{Place, Problem, Secret, SiteFile, parse_duration, parse_file},
     names,
     nats::Rules,
     telemetry,
@@ -27,9 +28,20 @@ pub(super) struct Args {
     #[command(flatten)]
     connection: Connection,
 
-    /// Name of the site, for provenance, metrics and as the default for each replication's `name`
-    #[arg(long, value_name = "SITE", env = "STREAM_REPLICATOR_NAME", hide_env_values = true)]
-    name: String,
+    /// Name of the site, for provenance, metrics and as the default for each replication's `name`; not needed beside
+    /// `--config`
+    #[arg(
+        long,
+        value_name = "SITE",
+        env = "STREAM_REPLICATOR_NAME",
+        hide_env_values = true,
+        required_unless_present = "config"
+    )]
+    name: Option<String>,
+
+    /// YAML file of the site: `name` and `heartbeats`
+    #[arg(long, value_name = "FILE", env = "STREAM_REPLICATOR_CONFIG", hide_env_values = true)]
+    config: Option<PathBuf>,
 
     /// Id of this process [default: host name and a random part]
     #[arg(long, value_name = "ID", env = "STREAM_REPLICATOR_INSTANCE", hide_env_values = true)]
@@ -156,7 +168,10 @@ impl Args {
         };
         let instance = given(self.instance.as_ref()).unwrap_or_else(default_instance);
         let monitor = given(self.monitor.as_ref());
-        check("--name", &self.name, names::check_token(&self.name));
+        let name = given(self.name.as_ref());
+        if let Some(name) = &name {
+            check("--name", name, names::check_token(name));
+        }
         check("--instance", &instance, names::check_token(&instance));
         check("--prefix", &self.prefix, names::check_prefix(&self.prefix));
         check("--bucket-prefix", &self.bucket_prefix, names::check_bucket_prefix(&self.bucket_prefix));
@@ -168,7 +183,8 @@ impl Args {
         check("--lease-ttl", &self.lease_ttl, lease_ttl.map(|_| ()).ok_or(right));
         let server = self.place().map_err(|problem| problems.push(problem));
         let rules = Rules::new(&self.allow_url, &self.allow_credentials).map_err(|problem| problems.push(problem));
-        let (Ok(server), Ok(rules)) = (server, rules) else { return Err(problems) };
+        let file = self.file(name.as_deref(), rules.as_ref().ok()).map_err(|found| problems.extend(found));
+        let (Ok(server), Ok(rules), Ok(file)) = (server, rules, file) else { return Err(problems) };
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -176,7 +192,7 @@ impl Args {
             server,
             rules,
             read_only: self.read_only,
-            site: self.name.clone(),
+            site: file.name,
             instance,
             monitor,
             prefix: self.prefix.clone(),
@@ -184,11 +200,35 @@ impl Args {
             bucket_replicas: usize::from(self.bucket_replicas),
             lease_ttl: lease_ttl.unwrap_or_default(),
             standalone: self.standalone,
+            heartbeats: file.heartbeats,
         })
     }
 }
 
 impl Args {
+    /// What the file of the site says, or what goes without one.
+    fn file(&self, name: Option<&str>, rules: Option<&Rules>) -> Result<SiteFile, Vec<String>> {
+        let Some(path) = self.config.as_ref().filter(|path| !path.as_os_str().is_empty()) else {
+            let name = name.ok_or("`--name` or `--config` is needed: what is the name of the site?");
+            return Ok(SiteFile {
+                name: name.map_err(|problem| vec![problem.to_owned()])?.to_owned(),
+                heartbeats: Value::Null,
+            });
+        };
+        let told = |problem: String| format!("`--config {}`: {problem}", path.display());
+        let yaml = fs::read_to_string(path).map_err(|error| vec![told(error.to_string())])?;
+        let file = parse_file(&yaml, name).map_err(|problems| problems.into_iter().map(told).collect::<Vec<_>>())?;
+        // Rules that are themselves wrong are told, and nothing can be said by them.
+        match rules.map(|rules| rules.parse_heartbeats(&file.heartbeats)) {
+            Some(Ok(None)) => Ok(SiteFile { heartbeats: Value::Null, ..file }),
+            None | Some(Ok(_)) => Ok(file),
+            Some(Err(problems)) => {
+                let place = |problem: &Problem| told(format!("`/heartbeats{}`: {}", problem.path, problem.message));
+                Err(problems.0.iter().map(place).collect())
+            }
+        }
+    }
+
     /// A service has to be told where to go: what happens to be selected in the `nats` tool does not count.
     fn place(&self) -> Result<Place, String> {
         let general = env::var("NATS_URL").ok().filter(|url| !url.is_empty()).map(Secret::from);

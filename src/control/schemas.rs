@@ -10,10 +10,11 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, tr
 use serde_json::{Map, Value, json};
 
 use super::api::{
-    Changed, DeleteRequest, Document, ErrorReply, Instances, InstancesRequest, List, ListRequest, Moved, NamedRequest,
-    PositionRequest, SkipRequest, Skipped, Status, StatusRequest, SteppedDown, Validation,
+    Changed, DeleteRequest, Document, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest,
+    List, ListRequest, Moved, NamedRequest, PositionRequest, SkipRequest, Skipped, Status, StatusRequest, SteppedDown,
+    Validation,
 };
-use crate::events::Notice;
+use crate::{config, events::Notice};
 
 /// The dialect of all schemas.
 const DIALECT: &str = "https://json-schema.org/draft/2020-12/schema";
@@ -58,6 +59,8 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("skip", request::<SkipRequest>(), reply::<Skipped>()),
         ("stepdown", request::<NamedRequest>(), reply::<SteppedDown>()),
         ("instances", request::<InstancesRequest>(), reply::<Instances>()),
+        ("heartbeat.get", json!({"description": "Empty; what is sent is not looked at."}), reply::<HeartbeatsShown>()),
+        ("heartbeat.set", config::heartbeats_schema().clone(), reply::<HeartbeatsChanged>()),
     ]
 }
 

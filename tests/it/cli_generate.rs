@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::harness::Cli;
 
 /// Every command that there is.
-const COMMANDS: [&str; 21] = [
+const COMMANDS: [&str; 24] = [
     "serve",
     "config",
     "config add",
@@ -25,6 +25,9 @@ const COMMANDS: [&str; 21] = [
     "skip",
     "instances",
     "events",
+    "heartbeat",
+    "heartbeat get",
+    "heartbeat set",
     "completions",
     "man",
 ];
