@@ -64,7 +64,7 @@ pub struct Settings {
     pub lease_ttl: Duration,
     /// No other process is to be reckoned with.
     pub standalone: bool,
-    /// Heartbeats of the site's file, checked; `null` for none.
+    /// Heartbeats as the site's file has them, checked; `null` for none.
     pub heartbeats: Value,
 }
 

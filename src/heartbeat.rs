@@ -195,7 +195,7 @@ impl Work {
         let Some(heartbeats) = heartbeats else { return info!("no heartbeats are published") };
         let (origin, subjects, server) = (view.origin.name(), heartbeats.subjects.len(), &heartbeats.place);
         info!(origin, revision = view.revision, subjects, %server, "heartbeats are published");
-        if view.origin == Origin::Kv && !self.deps.file.is_null() {
+        if view.origin == Origin::Kv && self.planner.has_file() {
             warn!("the heartbeats in the configuration bucket go before those of the file, which are not published");
         }
         if let Place::Known(connection) = &heartbeats.place

@@ -8,7 +8,7 @@ use tracing::error;
 use super::{connection::Connection, error::USAGE};
 use crate::{
     app::{self, Settings},
-    config::{Place, Problem, Secret, SiteFile, parse_duration, parse_file},
+    config::{Place, Secret, SiteFile, parse_duration, parse_file},
     names,
     nats::Rules,
     telemetry,
@@ -217,16 +217,12 @@ impl Args {
         };
         let told = |problem: String| format!("`--config {}`: {problem}", path.display());
         let yaml = fs::read_to_string(path).map_err(|error| vec![told(error.to_string())])?;
-        let file = parse_file(&yaml, name).map_err(|problems| problems.into_iter().map(told).collect::<Vec<_>>())?;
-        // Rules that are themselves wrong are told, and nothing can be said by them.
-        match rules.map(|rules| rules.parse_heartbeats(&file.heartbeats)) {
-            Some(Ok(None)) => Ok(SiteFile { heartbeats: Value::Null, ..file }),
-            None | Some(Ok(_)) => Ok(file),
-            Some(Err(problems)) => {
-                let place = |problem: &Problem| told(format!("`/heartbeats{}`: {}", problem.path, problem.message));
-                Err(problems.0.iter().map(place).collect())
-            }
-        }
+        // Where the rules are themselves wrong nothing can be said by them.
+        let judge = |heartbeats: &Value| {
+            let found = rules.and_then(|rules| rules.parse_heartbeats(heartbeats).err());
+            found.map(|problems| problems.0).unwrap_or_default()
+        };
+        parse_file(&yaml, name, judge).map_err(|problems| problems.into_iter().map(told).collect())
     }
 
     /// A service has to be told where to go: what happens to be selected in the `nats` tool does not count.
@@ -321,6 +317,30 @@ mod tests {
         let args = ["stream-replicator", "serve", "--name", "US", "--server", "http://me:hunter2@host"];
         let problems = parse_all(&args).unwrap().settings().unwrap_err();
         assert!(problems[0].starts_with("`--server` (") && !problems[0].contains("hunter2"), "{problems:?}");
+    }
+
+    #[test]
+    fn the_name_of_the_site_comes_from_the_file_or_from_the_command_line_and_agrees() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("site.yaml");
+        let write = |text: &str| fs::write(&file, text).unwrap();
+        let place = ["stream-replicator", "serve", "--server", "nats://127.0.0.1:4222"];
+        let of_file = ["--config", file.to_str().unwrap()];
+        let settings = |more: &[&str]| parse_all(&[&place, more].concat()).unwrap().settings();
+        write("name: EU\nheartbeats: {url: 'nats://h', subjects: [{subject: a}]}");
+        let found = settings(&of_file).unwrap();
+        assert_eq!((found.site.as_str(), &found.heartbeats["url"]), ("EU", &Value::from("nats://h")));
+        assert_eq!(settings(&[&of_file[..], &["--name", "EU"]].concat()).unwrap().site, "EU");
+        let problems = settings(&[&of_file[..], &["--name", "US"]].concat()).unwrap_err();
+        assert!(problems[0].contains("`name` is `EU`, and `--name` is `US`"), "{problems:?}");
+        let rules = [&of_file[..], &["--allow-url", "other"]].concat();
+        let problems = settings(&rules).unwrap_err();
+        assert!(problems[0].contains("`/heartbeats/url`: server `nats://h:4222` is not allowed"), "{problems:?}");
+        write("name: EU");
+        assert_eq!(settings(&of_file).unwrap().heartbeats, Value::Null);
+        let problems = settings(&["--config", "/there/is/none"]).unwrap_err();
+        assert!(problems[0].starts_with("`--config /there/is/none`: "), "{problems:?}");
+        assert_eq!(parse_all(&place).unwrap_err().kind(), ErrorKind::MissingRequiredArgument);
     }
 
     #[test]

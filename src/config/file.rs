@@ -2,7 +2,10 @@
 
 use serde_json::{Map, Value};
 
-use super::schema::{nearest, shorten};
+use super::{
+    Problem,
+    schema::{nearest, shorten},
+};
 use crate::names;
 
 /// The fields of the first level.
@@ -13,13 +16,17 @@ const KNOWN: [&str; 2] = ["name", "heartbeats"];
 pub struct SiteFile {
     /// Name of the site.
     pub name: String,
-    /// Heartbeats as written, not checked; `null` for none.
+    /// Heartbeats as written; `null` for none.
     pub heartbeats: Value,
 }
 
 /// Reads the file's text. Everything that is wrong comes at once, without the file's name and without secrets. `name` is
-/// that of the site if it is known from elsewhere.
-pub fn parse_file(yaml: &str, name: Option<&str>) -> Result<SiteFile, Vec<String>> {
+/// that of the site if it is known from elsewhere; `judge` says what is wrong with the heartbeats, `null` for none.
+pub fn parse_file(
+    yaml: &str,
+    name: Option<&str>,
+    judge: impl FnOnce(&Value) -> Vec<Problem>,
+) -> Result<SiteFile, Vec<String>> {
     let mut fields = read(yaml).map_err(|problem| vec![problem])?;
     let unknown = fields.keys().filter(|field| !KNOWN.contains(&field.as_str()));
     let mut problems: Vec<_> = unknown.map(|field| unknown_field(field)).collect();
@@ -43,10 +50,11 @@ pub fn parse_file(yaml: &str, name: Option<&str>) -> Result<SiteFile, Vec<String
                 .push(format!("`name` is `{shown}`, and `--name` is `{name}`: leave out `--name`, or make both agree"));
         }
     }
+    let heartbeats = fields.remove("heartbeats").unwrap_or_default();
+    let place = |problem: Problem| format!("`/heartbeats{}`: {}", problem.path, problem.message);
+    problems.extend(judge(&heartbeats).into_iter().map(place));
     match own {
-        Some(name) if problems.is_empty() => {
-            Ok(SiteFile { name, heartbeats: fields.remove("heartbeats").unwrap_or_default() })
-        }
+        Some(name) if problems.is_empty() => Ok(SiteFile { name, heartbeats }),
         _ => Err(problems),
     }
 }
@@ -79,22 +87,29 @@ mod tests {
 
     use super::*;
 
+    fn parsed(yaml: &str, name: Option<&str>) -> Result<SiteFile, Vec<String>> {
+        parse_file(yaml, name, |heartbeats| match heartbeats["url"] {
+            Value::Number(_) => vec![Problem::new("/url", "is wrong")],
+            _ => Vec::new(),
+        })
+    }
+
     #[test]
     fn a_file_names_the_site_and_its_heartbeats() {
-        let file = parse_file("name: US\nheartbeats:\n  interval: 10s\n  subjects:\n    - subject: a.b\n", None);
+        let file = parsed("name: US\nheartbeats:\n  interval: 10s\n  subjects:\n    - subject: a.b\n", None);
         let heartbeats = json!({"interval": "10s", "subjects": [{"subject": "a.b"}]});
         assert_eq!(file, Ok(SiteFile { name: "US".to_owned(), heartbeats }));
         let merged =
             "name: US\nheartbeats:\n  headers: &a {x: y}\n  subjects: [{subject: s, headers: {<<: *a, z: z}}]\n";
-        let merged = parse_file(merged, Some("US")).unwrap();
+        let merged = parsed(merged, Some("US")).unwrap();
         assert_eq!(merged.heartbeats["subjects"][0]["headers"], json!({"x": "y", "z": "z"}));
-        assert_eq!(parse_file("name: US", None).unwrap().heartbeats, Value::Null);
+        assert_eq!(parsed("name: US", None).unwrap().heartbeats, Value::Null);
     }
 
     #[test]
     fn what_is_not_known_or_does_not_agree_is_told_all_at_once() {
         let check = |yaml: &str, expect: &[&str]| {
-            let problems = parse_file(yaml, Some("US")).unwrap_err();
+            let problems = parsed(yaml, Some("US")).unwrap_err();
             assert_eq!(problems.len(), expect.len(), "{yaml}: {problems:?}");
             for (problem, expect) in problems.iter().zip(expect) {
                 assert!(problem.contains(expect), "{yaml}: {problems:?}");
@@ -110,6 +125,7 @@ mod tests {
             &["`heartbeat` is unknown on the first level, did you mean `heartbeats`?", "`streams` is unknown"],
         );
         check("name: US\nstreams: []", &["`streams` is unknown on the first level; known are `name` and `heartbeats`"]);
+        check("name: EU\nheartbeats: {url: 5}", &["`name` is `EU`", "`/heartbeats/url`: is wrong"]);
         check("- name", &["no mapping"]);
         check("name: US\nname: US", &["not valid YAML"]);
         check("name: US\nheartbeats: {url: 'nats://u:hunter2@h", &["not valid YAML (line "]);
@@ -119,7 +135,7 @@ mod tests {
     #[test]
     fn what_is_no_yaml_is_told_without_its_content() {
         for yaml in ["name: *hunter2", "a: hunter2: b", "hunter2: 1\nhunter2: 2", "[hunter2"] {
-            let problems = parse_file(yaml, None).unwrap_err();
+            let problems = parsed(yaml, None).unwrap_err();
             assert!(!problems.concat().contains("hunter2"), "{yaml}: {problems:?}");
         }
     }

@@ -49,6 +49,11 @@ impl Planner {
         Self { config, rules, file, valid: None, kept: None, trouble }
     }
 
+    /// Whether the file asks for heartbeats too.
+    pub(super) fn has_file(&self) -> bool {
+        matches!(self.rules.parse_heartbeats(&self.file), Ok(Some(_)))
+    }
+
     /// The plan for what lies in the bucket now. Dropped, it can be asked for again.
     pub(super) async fn plan(&mut self, newest: &Stored) -> Plan {
         let revision = newest.revision;
