@@ -39,10 +39,10 @@ fn cli() -> Cli {
 #[tokio::test]
 async fn help_names_every_command_and_the_exit_codes() -> Result<()> {
     let help = cli().ok(["--help"]).await?;
-    let config = cli().ok(["config", "--help"]).await?;
+    let groups = [cli().ok(["config", "--help"]).await?, cli().ok(["heartbeat", "--help"]).await?];
     for command in COMMANDS {
         let (text, name) = match command.split_once(' ') {
-            Some((_, name)) => (&config, name),
+            Some((group, name)) => (&groups[usize::from(group == "heartbeat")], name),
             None => (&help, command),
         };
         let line = text.lines().find(|line| line.trim_start().split(' ').next() == Some(name));
