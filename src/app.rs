@@ -6,6 +6,7 @@ use std::{env, fmt::Display, fs, io, process, time::Duration};
 
 use anyhow::{Context as _, bail};
 use async_nats::Client;
+use serde_json::Value;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -20,6 +21,7 @@ use crate::{
     control,
     copy::Budget,
     events::Events,
+    heartbeat,
     http::{Monitor, Progress, Sources},
     lease::{self, Driver, Identity},
     names,
@@ -62,6 +64,8 @@ pub struct Settings {
     pub lease_ttl: Duration,
     /// No other process is to be reckoned with.
     pub standalone: bool,
+    /// Heartbeats as the site's file has them, checked; `null` for none.
+    pub heartbeats: Value,
 }
 
 /// Runs until SIGTERM or SIGINT. An error means that the start or the stop was not in order.
@@ -114,6 +118,7 @@ struct System {
     monitor: Option<Monitor>,
     driver: Option<Driver>,
     supervisor: Option<Supervisor>,
+    heartbeats: Option<heartbeat::Runner>,
     service: Option<control::Service>,
 }
 
@@ -139,7 +144,17 @@ impl System {
             );
         }
         let api_prefix = connection.api_prefix;
-        Ok(Self { client, api_prefix, events, progress, monitor, driver: None, supervisor: None, service: None })
+        Ok(Self {
+            client,
+            api_prefix,
+            events,
+            progress,
+            monitor,
+            driver: None,
+            supervisor: None,
+            heartbeats: None,
+            service: None,
+        })
     }
 
     /// Starts the rest, then waits for the stop.
@@ -155,6 +170,7 @@ impl System {
         let Buckets { leases, positions, .. } = buckets.clone();
         let (leases, driver) = lease::start(leases, positions, identity, settings.lease_ttl, settings.standalone);
         let driver = self.driver.insert(driver);
+        let (told, stored) = watch::channel(None);
         let deps = Deps {
             site: site.clone(),
             instance: instance.clone(),
@@ -165,11 +181,26 @@ impl System {
             senders: buckets.senders.clone(),
             events: self.events.clone(),
             budget: Budget::new(READ_AHEAD),
+            heartbeats: told,
         };
         // Not a child of `stop`: the service refuses before the lives stop.
         let (handle, supervisor) = supervisor::start(deps, &CancellationToken::new());
         let supervisor = self.supervisor.insert(supervisor);
-        self.progress.send_modify(|progress| progress.supervisor = Some(handle.clone()));
+        let (heartbeats, runner) = heartbeat::start(heartbeat::Deps {
+            site: site.clone(),
+            instance: instance.clone(),
+            host: Some(host_name()).filter(|host| !host.is_empty()).unwrap_or_else(|| instance.clone()),
+            rules: settings.rules.clone(),
+            config: buckets.config.clone(),
+            stored,
+            file: settings.heartbeats.clone(),
+            events: self.events.clone(),
+        });
+        self.heartbeats = Some(runner);
+        self.progress.send_modify(|progress| {
+            progress.supervisor = Some(handle.clone());
+            progress.heartbeats = Some(heartbeats.clone());
+        });
 
         let register = async || {
             let settings = control::ControlConfig {
@@ -180,9 +211,9 @@ impl System {
                 rules: settings.rules.clone(),
                 read_only: settings.read_only,
             };
-            let Buckets { config, positions, senders, .. } = buckets.clone();
             let (client, events) = (self.client.clone(), self.events.clone());
-            control::start(client, settings, config, positions, leases.clone(), senders, handle.clone(), events).await
+            let (leases, supervisor) = (leases.clone(), handle.clone());
+            control::start(client, settings, buckets.clone(), leases, supervisor, heartbeats.clone(), events).await
         };
         let registered = persist("the control service cannot be registered", stop, register).await;
         let Some(service) = registered else { return Ok(()) };
@@ -216,11 +247,22 @@ impl System {
         {
             late.push("control service".to_owned());
         }
-        if let Some(supervisor) = self.supervisor {
+        let heartbeats = async {
+            match self.heartbeats {
+                Some(heartbeats) => heartbeats.stop().await,
+                None => true,
+            }
+        };
+        let lives = async {
+            let Some(supervisor) = self.supervisor else { return Vec::new() };
             let grace = end.saturating_duration_since(Instant::now()).saturating_sub(CONNECTION_GRACE);
-            let lives = supervisor.stop(grace).await;
-            late.extend(lives.into_iter().map(|id| format!("replication `{id}`")));
+            supervisor.stop(grace).await
+        };
+        let (in_time, lives) = tokio::join!(heartbeats, lives);
+        if !in_time {
+            late.push("heartbeats".to_owned());
         }
+        late.extend(lives.into_iter().map(|id| format!("replication `{id}`")));
         if let Some(driver) = self.driver {
             driver.stop().await;
         }

@@ -12,6 +12,7 @@ mod events;
 mod files;
 mod generate;
 mod global;
+mod heartbeat;
 mod instances;
 mod output;
 mod serve;
@@ -68,6 +69,7 @@ enum Other {
     Instances(instances::Args),
     Events(events::Args),
     Admin(admin::Args),
+    Heartbeat(heartbeat::Args),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
 }
@@ -121,6 +123,7 @@ impl Other {
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
             Self::Admin(args) => args.global().json,
+            Self::Heartbeat(args) => args.global().json,
             Self::Completions(_) | Self::Man(_) => false,
         }
     }
@@ -138,6 +141,7 @@ impl Other {
             Self::Instances(args) => instances::run(args, out).await,
             Self::Events(args) => events::run(args, out).await,
             Self::Admin(args) => admin::run(args, out).await,
+            Self::Heartbeat(args) => heartbeat::run(args, out).await,
             Self::Completions(args) => Ok(generate::completions(args, Cli::command(), out)),
             Self::Man(args) => generate::man(args, Cli::command(), out),
         }

@@ -5,6 +5,8 @@
 mod document;
 mod duration;
 mod endpoint;
+mod file;
+mod heartbeats;
 mod mapping;
 pub(crate) mod patterns;
 mod place;
@@ -21,7 +23,11 @@ pub use document::{
     parse_judged, parse_value, to_value,
 };
 pub use duration::parse_duration;
-pub use endpoint::{Auth, Endpoint, Host, MASK, Scheme, Tls, mask_url};
+pub use endpoint::{Auth, ChoriaIdentity, Endpoint, Host, MASK, Scheme, Tls, mask_url};
+pub use file::{SiteFile, parse_file};
+pub use heartbeats::{
+    ChoriaDocument, Heartbeat, HeartbeatDocument, Heartbeats, HeartbeatsDocument, heartbeats_schema, parse_heartbeats,
+};
 pub use mapping::Mapping;
 pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};
@@ -29,5 +35,7 @@ pub use replication::{Advisory, Inspect, Limits, OnReject, Replication, Sampling
 pub use schema::replication_schema;
 pub use scope::Scope;
 pub use secret::Secret;
-pub use secrets::{URLS, has_mask, mask_document, unmask_document};
+pub use secrets::{
+    URLS, has_heartbeats_mask, has_mask, mask_document, mask_heartbeats, unmask_document, unmask_heartbeats,
+};
 pub use transform::{Transform, Wrong as WrongTransform};

@@ -17,13 +17,7 @@ use self::{
     endpoints::Context,
     service::{Kind, Route},
 };
-use crate::{
-    events::Events,
-    lease::Leases,
-    nats::Rules,
-    store::{ConfigStore, PositionStore, SenderStore},
-    supervisor::Handle,
-};
+use crate::{events::Events, heartbeat, lease::Leases, nats::Rules, store::Buckets, supervisor::Handle};
 
 /// Name of the service, whatever its subjects begin with.
 pub const SERVICE_NAME: &str = "replicator";
@@ -51,15 +45,13 @@ pub struct ControlConfig {
 pub struct Error(String);
 
 /// Begins to answer requests.
-#[expect(clippy::too_many_arguments, reason = "each is a part of the system that requests are about")]
 pub async fn start(
     client: async_nats::Client,
     control: ControlConfig,
-    config: ConfigStore,
-    positions: PositionStore,
+    buckets: Buckets,
     leases: Leases,
-    senders: SenderStore,
     supervisor: Handle,
+    heartbeats: heartbeat::Handle,
     events: Events,
 ) -> Result<Service, Error> {
     let identity = service::Identity {
@@ -71,6 +63,7 @@ pub async fn start(
             ("instance".to_owned(), control.instance.clone()),
         ]),
     };
+    let Buckets { config, positions, senders, .. } = buckets;
     let documents = Documents::follow(config.clone()).await.map_err(|error| Error(error.to_string()))?;
     let ControlConfig { site, instance, rules, read_only, .. } = control;
     let context = Context {
@@ -85,6 +78,7 @@ pub async fn start(
         leases,
         senders,
         supervisor,
+        heartbeats,
         events,
     };
     let mut routes = endpoints::routes(&Arc::new(context), &control.prefix);

@@ -1,7 +1,7 @@
 //! Choria's leader election, for the time in which its replicators and this service run side by side. Whoever leads
 //! copies: theirs ask the key in the bucket alone, ours holds its record first and then stands for election with them.
 //!
-//! A [`Campaign`] stands for one replication, over a connection of its own to the source. It needs the right to publish
+//! A [`Campaign`] stands for one replication, over a connection of its own to the source, or for the heartbeats. It needs the right to publish
 //! to its key and nothing else; where it may, it also asks for the bucket's TTL and looks whether a key that it does not
 //! get was deleted. `machine` has the rules and `driver` the connection.
 
@@ -46,6 +46,11 @@ impl Election {
         let candidate = replication.leader_election_name.clone()?;
         let key = format!("{}_{}", choria_consumer(&replication.name), replication.source.stream);
         Some(Self { key, candidate })
+    }
+
+    /// The election of those who publish the heartbeats of a site: hosts are the candidates.
+    pub fn of_heartbeats(site: &str, host: &str) -> Self {
+        Self { key: format!("SR_{site}_HB"), candidate: host.to_owned() }
     }
 }
 

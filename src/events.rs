@@ -267,7 +267,7 @@ pub struct Notice {
     /// What happened.
     #[serde(flatten)]
     pub event: Event,
-    /// Replication id.
+    /// Replication id; `heartbeats` for the heartbeats.
     pub replication: String,
     /// The site's name.
     pub site: String,

@@ -13,7 +13,7 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
-use crate::{events::Events, metrics, supervisor::Handle};
+use crate::{events::Events, heartbeat, metrics, supervisor::Handle};
 
 /// So long open connections may take to end when the monitor stops.
 const GRACE: Duration = Duration::from_millis(500);
@@ -36,6 +36,8 @@ pub struct Sources {
 pub struct Progress {
     /// The supervisor, once the buckets are open.
     pub supervisor: Option<Handle>,
+    /// The heartbeats, from the same moment on.
+    pub heartbeats: Option<heartbeat::Handle>,
     /// Whether the control service answers.
     pub registered: bool,
 }
@@ -85,15 +87,23 @@ impl Monitor {
 }
 
 async fn show_metrics(State(sources): State<Sources>) -> Response {
-    let supervisor = sources.progress.borrow().supervisor.clone();
-    let (rows, elections) =
-        supervisor.map(|supervisor| (supervisor.own_rows(), supervisor.elections())).unwrap_or_default();
-    let page = metrics::render(&sources.site, &rows, sources.events.dropped())
-        .and_then(|page| Ok(page + &metrics::render_elections(&sources.site, &elections)?));
-    match page {
+    match metrics_page(&sources) {
         Ok(text) => ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
+}
+
+fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
+    let Progress { supervisor, heartbeats, .. } = sources.progress.borrow().clone();
+    let (rows, mut elections) =
+        supervisor.map(|supervisor| (supervisor.own_rows(), supervisor.elections())).unwrap_or_default();
+    elections.extend(heartbeats.as_ref().and_then(heartbeat::Handle::election));
+    let mut page = metrics::render(&sources.site, &rows, sources.events.dropped())?;
+    page += &metrics::render_elections(&sources.site, &elections)?;
+    if let Some(reading) = heartbeats.and_then(|heartbeats| heartbeats.reading()) {
+        page += &metrics::render_heartbeats(&sources.site, &reading)?;
+    }
+    Ok(page)
 }
 
 async fn livez(State(sources): State<Sources>) -> Response {

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | edge | [`cli`], [`app`], [`telemetry`] | arguments, composition, ordered shutdown |
 //! | face | [`control`], [`http`] | how the outside asks |
-//! | work | [`supervisor`], [`lease`], [`preflight`], [`copy`], [`sampling`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
+//! | work | [`supervisor`], [`lease`], [`preflight`], [`copy`], [`sampling`], [`heartbeat`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
 //! | world | [`store`], [`nats`] | the only I/O: buckets and connections |
 //! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`], [`chance`] | no sockets |
 //!
@@ -23,6 +23,7 @@ pub mod control;
 pub mod copy;
 pub mod election;
 pub mod events;
+pub mod heartbeat;
 pub mod http;
 pub mod lease;
 pub mod metrics;

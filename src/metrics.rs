@@ -16,6 +16,7 @@ use crate::{
 
 /// What every name begins with.
 const PREFIX: &str = "choria_stream_replicator_replicator_";
+const HEARTBEAT_PREFIX: &str = "choria_stream_replicator_heartbeat_";
 const ELECTION_PREFIX: &str = "choria_stream_replicator_election_";
 
 /// What sampling knows, with the labels of Choria's parts: their prefix, name and labels differ.
@@ -154,6 +155,62 @@ pub fn render_elections(site: &str, elections: &[Election]) -> Result<String, pr
         family(format!("{ELECTION_PREFIX}campaigns"), help, MetricType::COUNTER, campaigns.collect()),
         gauges("leader", "1 while the election is won", |of| f64::from(u8::from(of.leads))),
         gauges("interval_seconds", "Time between the last campaign and the next one", |of| of.interval.as_secs_f64()),
+    ];
+    families.retain(|family| !family.get_metric().is_empty());
+    TextEncoder::new().encode_to_string(&families)
+}
+
+/// What this process publishes as heartbeats.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Heartbeats {
+    /// Name of this host.
+    pub host: String,
+    /// Whether another instance publishes.
+    pub paused: bool,
+    /// One per subject.
+    pub subjects: Vec<HeartbeatSubject>,
+}
+
+/// One subject of the heartbeats.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct HeartbeatSubject {
+    /// The subject.
+    pub subject: String,
+    /// Heartbeats that a stream stored.
+    pub published: u64,
+    /// Heartbeats that were due and were not stored.
+    pub errors: u64,
+    /// From sending one to its confirmation.
+    pub times: status::Histogram,
+}
+
+/// Heartbeats in Prometheus' text format, to stand behind what [`render`] says.
+pub fn render_heartbeats(site: &str, heartbeats: &Heartbeats) -> Result<String, prometheus::Error> {
+    let replicator = || label("replicator", site);
+    let gauge = |name, help, labels, value| {
+        let all = vec![series(labels, MetricType::GAUGE, value)];
+        family(format!("{HEARTBEAT_PREFIX}{name}"), help, MetricType::GAUGE, all)
+    };
+    let labels = |of: &HeartbeatSubject| vec![replicator(), label("subject", &of.subject)];
+    let counters = |name, help, read: fn(&HeartbeatSubject) -> u64| {
+        let all = heartbeats.subjects.iter();
+        let all = all.map(|of| series(labels(of), MetricType::COUNTER, read(of) as f64)).collect();
+        family(format!("{HEARTBEAT_PREFIX}{name}"), help, MetricType::COUNTER, all)
+    };
+    let times = heartbeats.subjects.iter().map(|of| {
+        let mut metric = Metric::from_label(labels(of));
+        metric.set_histogram(histogram(&of.times));
+        metric
+    });
+    let help = "Time from publishing a heartbeat to its confirmation";
+    let host = vec![label("hostname", &heartbeats.host), replicator()];
+    let (count, paused) = (heartbeats.subjects.len() as f64, f64::from(u8::from(heartbeats.paused)));
+    let mut families = vec![
+        gauge("subjects_count", "Subjects that heartbeats are configured for", vec![replicator()], count),
+        gauge("paused", "1 while another instance publishes the heartbeats", host, paused),
+        counters("published_count", "Heartbeats that a stream stored", |of| of.published),
+        counters("published_error_count", "Heartbeats that were due and not stored", |of| of.errors),
+        family(format!("{HEARTBEAT_PREFIX}publish_time"), help, MetricType::HISTOGRAM, times.collect()),
     ];
     families.retain(|family| !family.get_metric().is_empty());
     TextEncoder::new().encode_to_string(&families)
@@ -442,6 +499,23 @@ mod tests {
         let other = r#"{election="SR_US_B",identity="new",replicator="US"}"#;
         check(&text, &format!("choria_stream_replicator_election_leader{other} 0"));
         assert_eq!(render_elections("US", &[]).unwrap(), "");
+    }
+
+    #[test]
+    fn heartbeats_carry_choria_names_and_labels() {
+        let mut subject =
+            HeartbeatSubject { subject: "a.b".to_owned(), published: 3, errors: 2, ..HeartbeatSubject::default() };
+        subject.times.observe(0.25, 3);
+        let heartbeats = Heartbeats { host: "one.example.net".to_owned(), paused: true, subjects: vec![subject] };
+        let text = render_heartbeats("US", &heartbeats).unwrap();
+        let name = "choria_stream_replicator_heartbeat_";
+        check(&text, &format!("{name}subjects_count{{replicator=\"US\"}} 1"));
+        check(&text, &format!("{name}paused{{hostname=\"one.example.net\",replicator=\"US\"}} 1"));
+        check(&text, &format!("# TYPE {name}published_count counter"));
+        check(&text, &format!("{name}published_count{{replicator=\"US\",subject=\"a.b\"}} 3"));
+        check(&text, &format!("{name}published_error_count{{replicator=\"US\",subject=\"a.b\"}} 2"));
+        check(&text, &format!("{name}publish_time_count{{replicator=\"US\",subject=\"a.b\"}} 3"));
+        check(&text, &format!("{name}publish_time_sum{{replicator=\"US\",subject=\"a.b\"}} 0.75"));
     }
 
     #[test]

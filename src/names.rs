@@ -21,6 +21,15 @@ pub const ORIGINAL_ID_HEADER: &str = "Choria-SR-Msg-Id";
 /// Put before the name of a header that the target would act on or refuse.
 pub const RENAMED_HEADER_PREFIX: &str = "Choria-SR-";
 
+/// Key of the heartbeats in the configuration bucket, beside replication ids; no replication may have this id.
+pub const HEARTBEATS_KEY: &str = "heartbeats";
+
+/// Name of the host that a heartbeat comes from.
+pub const ORIGINATOR_HEADER: &str = "Choria-SR-Originator";
+
+/// Subject that a heartbeat was published on: it stays where a copy changes the subject.
+pub const HEARTBEAT_SUBJECT_HEADER: &str = "Choria-SR-Subject";
+
 /// Subject at the source of a message that became a dead letter.
 pub const DEAD_SUBJECT_HEADER: &str = "Choria-SR-Subject";
 

@@ -3,6 +3,7 @@
 //! certain. Everything else uses async-nats.
 
 mod auth;
+mod choria;
 pub mod client;
 pub mod context;
 mod error;

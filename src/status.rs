@@ -27,6 +27,30 @@ pub struct Row {
     pub copy: CopyStatus,
 }
 
+/// Where a document lives.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// In the configuration bucket.
+    Kv,
+    /// In the file of the site, `serve --config`.
+    File,
+    /// Nowhere.
+    #[default]
+    None,
+}
+
+impl Origin {
+    /// As on the wire.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kv => "kv",
+            Self::File => "file",
+            Self::None => "none",
+        }
+    }
+}
+
 /// State of a replication.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

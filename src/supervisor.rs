@@ -41,10 +41,12 @@ use crate::{
     events::Events,
     lease::Leases,
     metrics,
+    names::HEARTBEATS_KEY,
     nats::Rules,
     status::{Row, State},
     store::{
         ConfigChange, ConfigEntry, ConfigStore, MarkKind, PositionRecord, PositionStore, SenderStore, SessionRecord,
+        Stored,
     },
 };
 
@@ -75,6 +77,8 @@ pub struct Deps {
     pub events: Events,
     /// Bytes that all replications together may read ahead.
     pub budget: Budget,
+    /// Gets what the configuration bucket says of heartbeats: revision 0 where nothing lies there.
+    pub heartbeats: watch::Sender<Option<Stored>>,
 }
 
 /// Begins to follow the configuration. Everything stops in order when `root` is cancelled; call
@@ -360,6 +364,14 @@ impl Loop {
                 self.delete(&key);
                 self.saw(revision);
             }
+            Signal::Change(ConfigChange::Heartbeats(stored)) => {
+                if stored.value.is_some() {
+                    listed.insert(HEARTBEATS_KEY.to_owned());
+                } else {
+                    listed.remove(HEARTBEATS_KEY);
+                }
+                self.heartbeats(stored);
+            }
             Signal::Change(ConfigChange::Marked(mark)) => {
                 let key = mark.kind.key(&mark.id);
                 if mark.value.is_some() {
@@ -372,10 +384,30 @@ impl Loop {
             }
             Signal::Change(ConfigChange::Loaded) => {
                 self.unmark_all_but(listed);
+                if !listed.contains(HEARTBEATS_KEY) {
+                    self.no_heartbeats();
+                }
                 let gone: Vec<_> = self.slots.keys().filter(|key| !listed.contains(*key)).cloned().collect();
                 gone.iter().for_each(|key| self.delete(key));
                 self.table.send_if_modified(|table| !std::mem::replace(&mut table.loaded, true));
             }
+        }
+    }
+
+    /// A watch that began anew tells what is already known.
+    fn heartbeats(&self, stored: Stored) {
+        self.deps.heartbeats.send_if_modified(|known| {
+            let news = known.as_ref() != Some(&stored);
+            *known = Some(stored);
+            news
+        });
+    }
+
+    /// There are none, or they were removed while there was no watch.
+    fn no_heartbeats(&self) {
+        let known = self.deps.heartbeats.borrow().clone();
+        if known.is_none_or(|known| known.value.is_some()) {
+            self.heartbeats(Stored { revision: 0, value: None });
         }
     }
 

@@ -51,6 +51,10 @@ mod hand_edits;
 mod harness_self;
 #[path = "it/headroom.rs"]
 mod headroom;
+#[path = "it/heartbeats.rs"]
+mod heartbeats;
+#[path = "it/heartbeats_choria.rs"]
+mod heartbeats_choria;
 #[path = "it/leases.rs"]
 mod leases;
 #[path = "it/memory.rs"]

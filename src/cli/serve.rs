@@ -1,13 +1,14 @@
 //! `stream-replicator serve`: what was written becomes [`Settings`] that cannot be wrong, all mistakes at once.
 
-use std::{env, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
+use std::{env, fs, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
+use serde_json::Value;
 use tracing::error;
 
 use super::{connection::Connection, error::USAGE};
 use crate::{
     app::{self, Settings},
-    config::{Place, Secret, parse_duration},
+    config::{Place, Secret, SiteFile, parse_duration, parse_file},
     names,
     nats::Rules,
     telemetry,
@@ -27,9 +28,20 @@ pub(super) struct Args {
     #[command(flatten)]
     connection: Connection,
 
-    /// Name of the site, for provenance, metrics and as the default for each replication's `name`
-    #[arg(long, value_name = "SITE", env = "STREAM_REPLICATOR_NAME", hide_env_values = true)]
-    name: String,
+    /// Name of the site, for provenance, metrics and as the default for each replication's `name`; not needed beside
+    /// `--config`
+    #[arg(
+        long,
+        value_name = "SITE",
+        env = "STREAM_REPLICATOR_NAME",
+        hide_env_values = true,
+        required_unless_present = "config"
+    )]
+    name: Option<String>,
+
+    /// YAML file of the site: `name` and `heartbeats`
+    #[arg(long, value_name = "FILE", env = "STREAM_REPLICATOR_CONFIG", hide_env_values = true)]
+    config: Option<PathBuf>,
 
     /// Id of this process [default: host name and a random part]
     #[arg(long, value_name = "ID", env = "STREAM_REPLICATOR_INSTANCE", hide_env_values = true)]
@@ -156,7 +168,10 @@ impl Args {
         };
         let instance = given(self.instance.as_ref()).unwrap_or_else(default_instance);
         let monitor = given(self.monitor.as_ref());
-        check("--name", &self.name, names::check_token(&self.name));
+        let name = given(self.name.as_ref());
+        if let Some(name) = &name {
+            check("--name", name, names::check_token(name));
+        }
         check("--instance", &instance, names::check_token(&instance));
         check("--prefix", &self.prefix, names::check_prefix(&self.prefix));
         check("--bucket-prefix", &self.bucket_prefix, names::check_bucket_prefix(&self.bucket_prefix));
@@ -168,7 +183,8 @@ impl Args {
         check("--lease-ttl", &self.lease_ttl, lease_ttl.map(|_| ()).ok_or(right));
         let server = self.place().map_err(|problem| problems.push(problem));
         let rules = Rules::new(&self.allow_url, &self.allow_credentials).map_err(|problem| problems.push(problem));
-        let (Ok(server), Ok(rules)) = (server, rules) else { return Err(problems) };
+        let file = self.file(name.as_deref(), rules.as_ref().ok()).map_err(|found| problems.extend(found));
+        let (Ok(server), Ok(rules), Ok(file)) = (server, rules, file) else { return Err(problems) };
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -176,7 +192,7 @@ impl Args {
             server,
             rules,
             read_only: self.read_only,
-            site: self.name.clone(),
+            site: file.name,
             instance,
             monitor,
             prefix: self.prefix.clone(),
@@ -184,11 +200,31 @@ impl Args {
             bucket_replicas: usize::from(self.bucket_replicas),
             lease_ttl: lease_ttl.unwrap_or_default(),
             standalone: self.standalone,
+            heartbeats: file.heartbeats,
         })
     }
 }
 
 impl Args {
+    /// What the file of the site says, or what goes without one.
+    fn file(&self, name: Option<&str>, rules: Option<&Rules>) -> Result<SiteFile, Vec<String>> {
+        let Some(path) = self.config.as_ref().filter(|path| !path.as_os_str().is_empty()) else {
+            let name = name.ok_or("`--name` or `--config` is needed: what is the name of the site?");
+            return Ok(SiteFile {
+                name: name.map_err(|problem| vec![problem.to_owned()])?.to_owned(),
+                heartbeats: Value::Null,
+            });
+        };
+        let told = |problem: String| format!("`--config {}`: {problem}", path.display());
+        let yaml = fs::read_to_string(path).map_err(|error| vec![told(error.to_string())])?;
+        // Where the rules are themselves wrong nothing can be said by them.
+        let judge = |heartbeats: &Value| {
+            let found = rules.and_then(|rules| rules.parse_heartbeats(heartbeats).err());
+            found.map(|problems| problems.0).unwrap_or_default()
+        };
+        parse_file(&yaml, name, judge).map_err(|problems| problems.into_iter().map(told).collect())
+    }
+
     /// A service has to be told where to go: what happens to be selected in the `nats` tool does not count.
     fn place(&self) -> Result<Place, String> {
         let general = env::var("NATS_URL").ok().filter(|url| !url.is_empty()).map(Secret::from);
@@ -281,6 +317,30 @@ mod tests {
         let args = ["stream-replicator", "serve", "--name", "US", "--server", "http://me:hunter2@host"];
         let problems = parse_all(&args).unwrap().settings().unwrap_err();
         assert!(problems[0].starts_with("`--server` (") && !problems[0].contains("hunter2"), "{problems:?}");
+    }
+
+    #[test]
+    fn the_name_of_the_site_comes_from_the_file_or_from_the_command_line_and_agrees() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("site.yaml");
+        let write = |text: &str| fs::write(&file, text).unwrap();
+        let place = ["stream-replicator", "serve", "--server", "nats://127.0.0.1:4222"];
+        let of_file = ["--config", file.to_str().unwrap()];
+        let settings = |more: &[&str]| parse_all(&[&place, more].concat()).unwrap().settings();
+        write("name: EU\nheartbeats: {url: 'nats://h', subjects: [{subject: a}]}");
+        let found = settings(&of_file).unwrap();
+        assert_eq!((found.site.as_str(), &found.heartbeats["url"]), ("EU", &Value::from("nats://h")));
+        assert_eq!(settings(&[&of_file[..], &["--name", "EU"]].concat()).unwrap().site, "EU");
+        let problems = settings(&[&of_file[..], &["--name", "US"]].concat()).unwrap_err();
+        assert!(problems[0].contains("`name` is `EU`, and `--name` is `US`"), "{problems:?}");
+        let rules = [&of_file[..], &["--allow-url", "other"]].concat();
+        let problems = settings(&rules).unwrap_err();
+        assert!(problems[0].contains("`/heartbeats/url`: server `nats://h:4222` is not allowed"), "{problems:?}");
+        write("name: EU");
+        assert_eq!(settings(&of_file).unwrap().heartbeats, Value::Null);
+        let problems = settings(&["--config", "/there/is/none"]).unwrap_err();
+        assert!(problems[0].starts_with("`--config /there/is/none`: "), "{problems:?}");
+        assert_eq!(parse_all(&place).unwrap_err().kind(), ErrorKind::MissingRequiredArgument);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -12,7 +13,7 @@ use super::{
     place::{domain_prefix, subject_prefix},
     schema::{self, join, shorten},
 };
-use crate::status::Ordering;
+use crate::{names::HEARTBEATS_KEY, status::Ordering};
 
 /// A replication document, field for field as written. `schemas/replication.json` says what each field means.
 ///
@@ -197,18 +198,22 @@ pub struct TransformDocument {
     pub dest: String,
 }
 
-/// `tls`, `source_tls` and `target_tls` of a document.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+/// `tls`, `source_tls` and `target_tls` of a document. PEM files on the machine of the replicator.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(rename = "Tls", deny_unknown_fields)]
 pub struct TlsDocument {
-    /// Certificate authorities.
+    /// Certificate authorities to trust instead of the system's.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String")]
     pub ca: Option<PathBuf>,
-    /// Client certificate chain.
+    /// Client certificate chain; together with `key`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String")]
     pub cert: Option<PathBuf>,
-    /// Client key.
+    /// Client private key; together with `cert`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String")]
     pub key: Option<PathBuf>,
 }
 
@@ -236,7 +241,7 @@ pub fn parse_judged(
     site: &str,
     judge: impl Fn(&str, &Place) -> Vec<Problem>,
 ) -> Result<Replication, Problems> {
-    let findings = schema::check(value);
+    let findings = schema::REPLICATION.check(value);
     let mut checker = Checker { problems: findings.problems, places: Vec::new() };
     let document = checker.readable_part(value);
     let replication = checker.replication(&document, site);
@@ -415,7 +420,15 @@ impl Checker {
         if let Some(name) = name {
             part("name", name);
         }
-        id(stream, name)
+        let id = id(stream, name);
+        if id == HEARTBEATS_KEY {
+            let message = format!(
+                "the id of this replication would be `{id}`, the key under which the heartbeats are configured: give it a \
+                 `name`, which makes the id `{id}.<name>`"
+            );
+            self.problem("stream", message);
+        }
+        id
     }
 
     fn side(&mut self, fields: &SideFields<'_>, stream: Option<String>) -> Option<Side> {
@@ -792,13 +805,13 @@ fn whole_numbers(value: &Value) -> Value {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Wildcards {
+pub(super) enum Wildcards {
     Allowed,
     Refused,
 }
 
 /// Says what is wrong with a subject, if anything is.
-fn wrong_subject(subject: &str, wildcards: Wildcards) -> Option<String> {
+pub(super) fn wrong_subject(subject: &str, wildcards: Wildcards) -> Option<String> {
     if let Some(c) = subject.chars().find(|c| c.is_whitespace() || c.is_control()) {
         return Some(format!("a subject cannot contain {c:?}"));
     }
@@ -1271,7 +1284,7 @@ mod tests {
         assert_eq!(keys(&full["tls"]), keys(&schema["$defs"]["tls"]["properties"]));
         let transform = &schema["properties"]["subject_transforms"]["items"];
         assert_eq!(keys(&full["subject_transforms"][0]), keys(&transform["properties"]));
-        let findings = schema::check(&full);
+        let findings = schema::REPLICATION.check(&full);
         assert!(findings.problems.is_empty() && findings.patterns.is_empty(), "{findings:?}");
 
         let required = serde_json::to_value(keys(&serde_json::to_value(Document::default()).unwrap())).unwrap();

@@ -118,6 +118,19 @@ pub enum Auth {
         /// The seed that belongs to it; a bearer JWT needs none.
         seed: Option<Secret>,
     },
+    /// A token of Choria's organization issuer or AAA service and the seed that it is bound to.
+    Choria(ChoriaIdentity),
+}
+
+/// What Choria calls a client's or server's identity. Connections that bear it are TLS or nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChoriaIdentity {
+    /// File that holds the ed25519 seed, 64 hexadecimal digits.
+    pub seed: PathBuf,
+    /// File that holds the signed token.
+    pub jwt: PathBuf,
+    /// First token of the subjects that replies come on.
+    pub collective: String,
 }
 
 /// TLS settings of a connection.
@@ -176,11 +189,29 @@ impl Endpoint {
         Self { tls: Tls { ca, cert, key, ..self.tls }, ..self }
     }
 
-    /// Whether a connection without TLS is out of the question: by scheme, by handshake-first, or because somebody
-    /// named an authority or a certificate, which nobody does for plain text.
+    /// The same servers with an identity of Choria's. As in Choria, the server's certificate is verified where an
+    /// authority or a client certificate is given, and otherwise not.
+    pub(super) fn with_choria(self, identity: ChoriaIdentity) -> Result<Self, String> {
+        if self.auth != Auth::Anonymous {
+            return Err("the URL has an identity, and `choria` is another one: leave out one of them".to_owned());
+        }
+        if self.scheme == Scheme::Ws {
+            return Err("`ws://` is without TLS, and an identity of Choria's needs it: write `wss://`".to_owned());
+        }
+        let insecure = self.tls.insecure || (self.tls.ca.is_none() && self.tls.cert.is_none());
+        Ok(Self { auth: Auth::Choria(identity), tls: Tls { insecure, ..self.tls }, ..self })
+    }
+
+    /// Whether a connection without TLS is out of the question: by scheme, by handshake-first, by the kind of identity, or
+    /// because somebody named an authority or a certificate, which nobody does for plain text.
     pub fn requires_tls(&self) -> bool {
         let Tls { ca, cert, handshake_first, .. } = &self.tls;
-        matches!(self.scheme, Scheme::Tls | Scheme::Wss) || *handshake_first || ca.is_some() || cert.is_some()
+        let by_identity = matches!(self.auth, Auth::Choria(_));
+        matches!(self.scheme, Scheme::Tls | Scheme::Wss)
+            || *handshake_first
+            || by_identity
+            || ca.is_some()
+            || cert.is_some()
     }
 
     /// Whether all servers are on this machine.
@@ -204,7 +235,8 @@ impl fmt::Display for Endpoint {
         match &self.auth {
             Auth::UserPassword { user, .. } => write!(f, "{}:{MASK}@", encode(user))?,
             Auth::Token(_) => write!(f, "{MASK}@")?,
-            Auth::Anonymous | Auth::CredentialsFile(_) | Auth::NkeyFile { .. } | Auth::Jwt { .. } => {}
+            Auth::Anonymous | Auth::CredentialsFile(_) | Auth::NkeyFile { .. } | Auth::Jwt { .. } | Auth::Choria(_) => {
+            }
         }
         for (index, host) in self.hosts.iter().enumerate() {
             let separator = if index == 0 { "" } else { "," };
@@ -229,7 +261,7 @@ impl Endpoint {
                 options.push(file("nkey", seed));
                 options.extend(jwt.iter().map(|jwt| file("jwt", jwt)));
             }
-            Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::Jwt { .. } => {}
+            Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::Jwt { .. } | Auth::Choria(_) => {}
         }
         if self.tls.handshake_first {
             options.push("tls_handshake_first=true".to_owned());
@@ -373,7 +405,9 @@ impl Auth {
     fn secret(&self) -> Option<&str> {
         match self {
             Self::UserPassword { password: secret, .. } | Self::Token(secret) => Some(secret.reveal()),
-            Self::Anonymous | Self::CredentialsFile(_) | Self::NkeyFile { .. } | Self::Jwt { .. } => None,
+            Self::Anonymous | Self::CredentialsFile(_) | Self::NkeyFile { .. } | Self::Jwt { .. } | Self::Choria(_) => {
+                None
+            }
         }
     }
 }

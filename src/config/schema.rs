@@ -10,16 +10,22 @@ use serde_json::Value;
 
 use super::{Problem, endpoint::mask_url};
 
-static SCHEMA: LazyLock<Value> = LazyLock::new(|| {
-    serde_json::from_str(include_str!("../../schemas/replication.json")).expect("the built-in schema is JSON")
+/// Of a replication document.
+pub(super) static REPLICATION: LazyLock<Schema> = LazyLock::new(|| {
+    let json = include_str!("../../schemas/replication.json");
+    Schema::new(serde_json::from_str(json).expect("the built-in schema is JSON"))
 });
-
-static VALIDATOR: LazyLock<Validator> =
-    LazyLock::new(|| jsonschema::validator_for(&SCHEMA).expect("the built-in schema is a schema"));
 
 /// `schemas/replication.json` as compiled into the program.
 pub fn replication_schema() -> &'static Value {
-    &SCHEMA
+    &REPLICATION.root
+}
+
+/// What documents of one kind look like.
+#[derive(Debug)]
+pub(super) struct Schema {
+    pub(super) root: Value,
+    validator: Validator,
 }
 
 /// What the schema says about a document.
@@ -31,44 +37,59 @@ pub(super) struct Findings {
     pub(super) patterns: Vec<Problem>,
 }
 
-/// Checks a document against the schema.
-pub(super) fn check(document: &Value) -> Findings {
-    let mut findings = Findings::default();
-    for error in VALIDATOR.iter_errors(document) {
-        let path = error.instance_path().as_str();
-        match error.kind() {
-            ValidationErrorKind::AdditionalProperties { unexpected } => {
-                let unknown = unexpected.iter().map(|field| unknown_field(path, field));
-                findings.problems.extend(unknown);
+impl Schema {
+    /// A schema that was built in.
+    pub(super) fn new(root: Value) -> Self {
+        let validator = jsonschema::validator_for(&root).expect("the built-in schema is a schema");
+        Self { root, validator }
+    }
+
+    /// Checks a document.
+    pub(super) fn check(&self, document: &Value) -> Findings {
+        let mut findings = Findings::default();
+        for error in self.validator.iter_errors(document) {
+            let path = error.instance_path().as_str();
+            match error.kind() {
+                ValidationErrorKind::AdditionalProperties { unexpected } => {
+                    let unknown = unexpected.iter().map(|field| self.unknown_field(path, field));
+                    findings.problems.extend(unknown);
+                }
+                ValidationErrorKind::Required { property } => {
+                    let field = property.as_str().unwrap_or_default();
+                    findings.problems.push(Problem::new(join(path, field), format!("`{field}` is required")));
+                }
+                // "One of two fields": whoever reads the fields has better words.
+                ValidationErrorKind::AnyOf { .. } => {}
+                ValidationErrorKind::Pattern { .. } => findings.patterns.push(explain(&error)),
+                _ => findings.problems.push(explain(&error)),
             }
-            ValidationErrorKind::Required { property } => {
-                let field = property.as_str().unwrap_or_default();
-                findings.problems.push(Problem::new(join(path, field), format!("`{field}` is required")));
-            }
-            // "One of two fields": whoever reads the fields has better words.
-            ValidationErrorKind::AnyOf { .. } => {}
-            ValidationErrorKind::Pattern { .. } => findings.patterns.push(explain(&error)),
-            _ => findings.problems.push(explain(&error)),
+        }
+        findings
+    }
+
+    fn unknown_field(&self, path: &str, field: &str) -> Problem {
+        let parts = path.split('/').skip(1);
+        let schema = parts.fold(&self.root, |schema, part| self.part(schema, part));
+        let shown = shorten(field);
+        let message = match nearest(field, known_fields(schema)) {
+            Some(near) => format!("`{shown}` is unknown, did you mean `{near}`?"),
+            None => format!("`{shown}` is unknown"),
+        };
+        Problem::new(join(path, field), message)
+    }
+
+    /// The schema of a field of an object, or of an entry of a list; `null` where nothing is known of it.
+    pub(super) fn part<'a>(&'a self, schema: &'a Value, part: &str) -> &'a Value {
+        let part = match (&schema["properties"][part], schema.get("items")) {
+            (Value::Null, Some(items)) => items,
+            (Value::Null, None) => &schema["additionalProperties"],
+            (known, _) => known,
+        };
+        match part["$ref"].as_str().and_then(|to| self.root.pointer(to.strip_prefix('#')?)) {
+            Some(definition) => definition,
+            None => part,
         }
     }
-    findings
-}
-
-fn unknown_field(path: &str, field: &str) -> Problem {
-    let known = if path.is_empty() {
-        known_fields(&SCHEMA)
-    } else {
-        let property = path.trim_start_matches('/').split('/').next().unwrap_or_default();
-        let schema = &SCHEMA["properties"][property];
-        let schema = schema.get("items").unwrap_or(schema);
-        known_fields(if schema.get("$ref").is_some() { &SCHEMA["$defs"]["tls"] } else { schema })
-    };
-    let shown = shorten(field);
-    let message = match nearest(field, known) {
-        Some(near) => format!("`{shown}` is unknown, did you mean `{near}`?"),
-        None => format!("`{shown}` is unknown"),
-    };
-    Problem::new(join(path, field), message)
 }
 
 fn known_fields(schema: &Value) -> impl Iterator<Item = &str> {
@@ -174,13 +195,13 @@ mod tests {
     #[test]
     fn every_property_is_described() {
         let mut all = Vec::new();
-        properties("", &SCHEMA, &mut all);
-        properties("/$defs", &SCHEMA["$defs"]["tls"], &mut all);
+        properties("", replication_schema(), &mut all);
+        properties("/$defs", &replication_schema()["$defs"]["tls"], &mut all);
         assert!(all.len() > 20);
         for (path, property) in all {
             assert!(property["title"].is_string(), "{path} has no title");
             let text = property["description"].as_str().unwrap_or_default();
-            let required = SCHEMA["required"].as_array().unwrap().iter().any(|field| path[1..] == *field);
+            let required = replication_schema()["required"].as_array().unwrap().iter().any(|field| path[1..] == *field);
             let said = text.contains("Default:") || required || property["type"] == "object";
             assert!(said, "{path} does not say its default");
         }
@@ -188,15 +209,15 @@ mod tests {
 
     #[test]
     fn examples_are_valid() {
-        for example in SCHEMA["examples"].as_array().unwrap() {
-            assert!(VALIDATOR.is_valid(example), "{example}");
+        for example in replication_schema()["examples"].as_array().unwrap() {
+            assert!(REPLICATION.validator.is_valid(example), "{example}");
         }
     }
 
     #[test]
     fn nearest_only_when_near() {
         let check = |word: &str, expect: Option<&str>| {
-            assert_eq!(nearest(word, known_fields(&SCHEMA)), expect, "{word}");
+            assert_eq!(nearest(word, known_fields(replication_schema())), expect, "{word}");
         };
         check("streem", Some("stream"));
         check("target_strem", Some("target_stream"));

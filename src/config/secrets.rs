@@ -6,52 +6,128 @@ use serde_json::{Map, Value};
 use super::{
     Problem, Tls, TlsDocument,
     endpoint::{MASK, is_masked, mask_url, unmask},
-    schema::{join, replication_schema},
+    heartbeats::HEARTBEATS,
+    schema::{REPLICATION, Schema, join},
 };
 
 /// The fields of a document that are URLs: `***` may stand for a secret there.
 pub const URLS: [&str; 2] = ["source_url", "target_url"];
 
+/// One kind of document: its schema, and its URLs with the fields that say with which TLS files.
+struct Kind {
+    schema: &'static Schema,
+    urls: &'static [(&'static str, &'static [&'static str])],
+}
+
+fn replication() -> Kind {
+    Kind {
+        schema: &REPLICATION,
+        urls: &[("source_url", &["source_tls", "tls"]), ("target_url", &["target_tls", "tls"])],
+    }
+}
+
+fn heartbeats() -> Kind {
+    Kind { schema: &HEARTBEATS, urls: &[("url", &["tls"])] }
+}
+
 /// A document without its secrets. Documents that people wrote by hand may be anything: of a field that no document
 /// has (it may be a password that somebody thought to belong here) no text and no number is shown.
 pub fn mask_document(document: &Value) -> Value {
-    mask_as(document, replication_schema())
+    replication().mask(document)
 }
 
 /// Replaces `***` in a document that came back by what is stored: the secrets in its URLs, and texts that are as they
 /// were shown.
 pub fn unmask_document(document: &mut Map<String, Value>, stored: Option<&Value>) -> Result<(), Vec<Problem>> {
-    let mut problems = Vec::new();
-    if let Some(stored) = stored {
-        let texts = document.iter_mut().filter(|(field, _)| !URLS.contains(&field.as_str()));
-        texts.for_each(|(field, value)| unmask_words(value, &stored[field]));
-    }
-    for (field, own_tls) in URLS.into_iter().zip(["source_tls", "target_tls"]) {
-        let Some(url) = document.get(field).and_then(Value::as_str) else { continue };
-        let new = (url, tls_files(|name| document.get(name), own_tls));
-        let stored = stored.and_then(|stored| {
-            let url = stored[field].as_str()?;
-            Some((url, tls_files(|name| stored.get(name), own_tls)))
-        });
-        match unmask(new, stored) {
-            Ok(unmasked) => _ = document.insert(field.to_owned(), unmasked.into()),
-            Err(error) => problems.push(Problem::new(join("", field), format!("`{field}`: {error}"))),
-        }
-    }
-    if problems.is_empty() { Ok(()) } else { Err(problems) }
+    replication().unmask(document, stored)
 }
 
 /// Whether something in the document may stand for what is stored.
 pub fn has_mask(document: &Map<String, Value>) -> bool {
-    document.iter().any(|(field, value)| match value {
-        Value::String(url) if URLS.contains(&field.as_str()) => is_masked(url),
-        value => has_masked_words(value),
-    })
+    replication().has_mask(document)
 }
 
-/// The TLS files that a side goes by: its own, else those of both.
-fn tls_files<'a>(field: impl Fn(&str) -> Option<&'a Value>, own: &str) -> Tls {
-    let files = [own, "tls"].into_iter().find_map(|name| {
+/// [`mask_document`] for heartbeats.
+pub fn mask_heartbeats(document: &Value) -> Value {
+    heartbeats().mask(document)
+}
+
+/// [`unmask_document`] for heartbeats.
+pub fn unmask_heartbeats(document: &mut Map<String, Value>, stored: Option<&Value>) -> Result<(), Vec<Problem>> {
+    heartbeats().unmask(document, stored)
+}
+
+/// [`has_mask`] for heartbeats.
+pub fn has_heartbeats_mask(document: &Map<String, Value>) -> bool {
+    heartbeats().has_mask(document)
+}
+
+impl Kind {
+    fn is_url(&self, field: &str) -> bool {
+        self.urls.iter().any(|(url, _)| *url == field)
+    }
+
+    fn mask(&self, document: &Value) -> Value {
+        self.mask_as(document, &self.schema.root)
+    }
+
+    fn unmask(&self, document: &mut Map<String, Value>, stored: Option<&Value>) -> Result<(), Vec<Problem>> {
+        let mut problems = Vec::new();
+        if let Some(stored) = stored {
+            let texts = document.iter_mut().filter(|(field, _)| !self.is_url(field));
+            texts.for_each(|(field, value)| unmask_words(value, &stored[field]));
+        }
+        for (field, tls) in self.urls {
+            let Some(url) = document.get(*field).and_then(Value::as_str) else { continue };
+            let new = (url, tls_files(|name| document.get(name), tls));
+            let stored = stored.and_then(|stored| {
+                let url = stored[field].as_str()?;
+                Some((url, tls_files(|name| stored.get(name), tls)))
+            });
+            match unmask(new, stored) {
+                Ok(unmasked) => _ = document.insert((*field).to_owned(), unmasked.into()),
+                Err(error) => problems.push(Problem::new(join("", field), format!("`{field}`: {error}"))),
+            }
+        }
+        if problems.is_empty() { Ok(()) } else { Err(problems) }
+    }
+
+    fn has_mask(&self, document: &Map<String, Value>) -> bool {
+        document.iter().any(|(field, value)| match value {
+            Value::String(url) if self.is_url(field) => is_masked(url),
+            value => has_masked_words(value),
+        })
+    }
+
+    /// Masks a value by the schema of its field; that of an unknown field is `null`.
+    fn mask_as(&self, value: &Value, schema: &Value) -> Value {
+        match value {
+            Value::String(text) if schema["type"] == "string" => Value::String(mask_words(text)),
+            Value::String(text) if text.contains('@') || text.contains("://") => Value::String(mask_url(text)),
+            Value::Number(_) if schema["type"] != "integer" => Value::String(MASK.to_owned()),
+            Value::String(_) => Value::String(MASK.to_owned()),
+            Value::Array(values) => {
+                let each = |value| self.mask_as(value, self.schema.part(schema, ""));
+                Value::Array(values.iter().map(each).collect())
+            }
+            Value::Object(fields) => {
+                let each = |(field, value): (&String, &Value)| {
+                    let masked = match (self.schema.part(schema, field), value) {
+                        (known, Value::String(url)) if known.is_object() && self.is_url(field) => mask_url(url).into(),
+                        (known, value) => self.mask_as(value, known),
+                    };
+                    (field.clone(), masked)
+                };
+                Value::Object(fields.iter().map(each).collect())
+            }
+            Value::Number(_) | Value::Bool(_) | Value::Null => value.clone(),
+        }
+    }
+}
+
+/// The TLS files that a URL goes with: those of the first of these fields that is there.
+fn tls_files<'a>(field: impl Fn(&str) -> Option<&'a Value>, names: &[&str]) -> Tls {
+    let files = names.iter().find_map(|name| {
         // What cannot be read is refused with the document.
         Option::<TlsDocument>::deserialize(field(name)?).ok().flatten()
     });
@@ -65,6 +141,9 @@ fn unmask_words(value: &mut Value, stored: &Value) {
         (Value::Object(fields), stored) => {
             fields.iter_mut().for_each(|(name, value)| unmask_words(value, &stored[name]))
         }
+        (Value::Array(values), Value::Array(stored)) => {
+            values.iter_mut().zip(stored).for_each(|(value, stored)| unmask_words(value, stored));
+        }
         _ => {}
     }
 }
@@ -73,31 +152,9 @@ fn has_masked_words(value: &Value) -> bool {
     match value {
         Value::String(text) => text.contains(MASK),
         Value::Object(fields) => fields.values().any(has_masked_words),
+        Value::Array(values) => values.iter().any(has_masked_words),
         _ => false,
     }
-}
-
-/// Masks a value by the schema of its field; that of an unknown field is `null`.
-fn mask_as(value: &Value, schema: &Value) -> Value {
-    match value {
-        Value::String(text) if schema["type"] == "string" => Value::String(mask_words(text)),
-        Value::String(text) if text.contains('@') || text.contains("://") => Value::String(mask_url(text)),
-        Value::Number(_) if schema["type"] != "integer" => Value::String(MASK.to_owned()),
-        Value::String(_) => Value::String(MASK.to_owned()),
-        Value::Array(values) => Value::Array(values.iter().map(|value| mask_as(value, &Value::Null)).collect()),
-        Value::Object(fields) => Value::Object(fields.iter().map(|field| mask_field(field, schema)).collect()),
-        Value::Number(_) | Value::Bool(_) | Value::Null => value.clone(),
-    }
-}
-
-fn mask_field((field, value): (&String, &Value), schema: &Value) -> (String, Value) {
-    let root = replication_schema();
-    let masked = match (&schema["properties"][field], value) {
-        (known, Value::String(url)) if known.is_object() && URLS.contains(&field.as_str()) => mask_url(url).into(),
-        (known, value) if known.get("$ref").is_some() => mask_as(value, &root["$defs"]["tls"]),
-        (known, value) => mask_as(value, known),
-    };
-    (field.clone(), masked)
 }
 
 /// A text that is no URL, where `@` means nothing by itself; a URL that strayed into it loses its secret all the
@@ -145,7 +202,36 @@ mod tests {
         );
         check(json!({"tls": {"ca": "/a@b", "x": "p@h"}}), json!({"tls": {"ca": "/a@b", "x": "***@h"}}));
         check(json!({"filter_subject": "a@b.>"}), json!({"filter_subject": "a@b.>"}));
+        check(
+            json!({"filter_subjects": ["a.>", 5], "subject_transforms": [{"src": "a", "dest": "b", "x": "p"}]}),
+            json!({"filter_subjects": ["a.>", "***"], "subject_transforms": [{"src": "a", "dest": "b", "x": "***"}]}),
+        );
         check(json!(53), json!("***"));
+    }
+
+    #[test]
+    fn heartbeats_are_shown_without_secrets_and_come_back_as_they_were() {
+        let stored = json!({
+            "url": "nats://u:p@h", "headers": {"X-Site": "a@b", "X-Url": "nats://u:p@h"},
+            "subjects": [{"subject": "a", "headers": {"X-Url": "nats://u:p@h"}}], "tls": {"ca": "/ca"}
+        });
+        let shown = mask_heartbeats(&stored);
+        let expect = json!({
+            "url": "nats://u:***@h", "headers": {"X-Site": "a@b", "X-Url": "nats://u:***@h"},
+            "subjects": [{"subject": "a", "headers": {"X-Url": "nats://u:***@h"}}], "tls": {"ca": "/ca"}
+        });
+        assert_eq!(shown, expect);
+        let mut back = shown.clone();
+        assert!(has_heartbeats_mask(back.as_object().unwrap()));
+        unmask_heartbeats(back.as_object_mut().unwrap(), Some(&stored)).unwrap();
+        assert_eq!(back, stored);
+        let mut elsewhere = shown;
+        elsewhere["tls"] = json!({});
+        let problems = unmask_heartbeats(elsewhere.as_object_mut().unwrap(), Some(&stored)).unwrap_err();
+        assert_eq!(problems[0].path, "/url", "{problems:?}");
+        let garbage = json!({"password": "p", "subjects": ["p", {"pin": 5}], "choria": {"seed": "p"}});
+        let expect = json!({"password": "***", "subjects": ["***", {"pin": "***"}], "choria": {"seed": "***"}});
+        assert_eq!(mask_heartbeats(&garbage), expect);
     }
 
     #[test]

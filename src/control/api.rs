@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::{
     config::Problem,
-    status::{Row, State},
+    status::{Origin, Row, State},
 };
 
 /// Names one replication. The plain id, without JSON, means the same.
@@ -354,6 +354,37 @@ pub struct Status {
     pub limit: usize,
     /// Rows there are.
     pub total: usize,
+}
+
+/// Reply of `heartbeat.get`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct HeartbeatsShown {
+    /// Where what is published is from. The configuration bucket goes before the file.
+    pub origin: Origin,
+    /// Revision of what is published; `null` if it is not from the bucket.
+    pub revision: Option<u64>,
+    /// What is published, secrets as `***`; `null` for nothing.
+    pub config: Value,
+    /// What lies in the bucket, if it cannot be published; `null` if it can, or if nothing lies there.
+    pub rejected: Option<RejectedHeartbeats>,
+}
+
+/// Heartbeats that somebody wrote past the service, and that cannot be published.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RejectedHeartbeats {
+    /// Their revision.
+    pub revision: u64,
+    /// As written, secrets as `***`; `null` if that is no JSON.
+    pub config: Value,
+    /// What is wrong with them.
+    pub problems: Vec<Problem>,
+}
+
+/// Reply of `heartbeat.set`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct HeartbeatsChanged {
+    /// Revision of what is stored now, the one before where that is the same; of the removal after `{}`.
+    pub revision: u64,
 }
 
 /// Body of an error reply.

@@ -26,6 +26,8 @@ pub(super) struct Documents {
 #[derive(Debug, Default)]
 struct Known {
     entries: BTreeMap<String, ConfigEntry>,
+    /// Of the heartbeats, or of their removal; 0 if there never were any.
+    heartbeats: u64,
     /// Newest revision heard of.
     seen: u64,
 }
@@ -70,6 +72,12 @@ impl Documents {
         self.known.borrow().entries.values().cloned().collect()
     }
 
+    /// Revision of the heartbeats, or of their removal; 0 if there never were any.
+    pub(super) async fn heartbeats(&self) -> u64 {
+        self.catch_up().await;
+        self.known.borrow().heartbeats
+    }
+
     /// Whoever just changed a document finds it changed, whichever instance answers. Where the bucket does not
     /// answer, or its newest message is gone, a short wait is all.
     async fn catch_up(&self) {
@@ -89,6 +97,10 @@ impl Known {
             ConfigChange::Deleted { key, revision } => {
                 self.seen = self.seen.max(revision);
                 self.entries.remove(&key);
+            }
+            ConfigChange::Heartbeats(stored) => {
+                self.seen = self.seen.max(stored.revision);
+                self.heartbeats = stored.revision;
             }
             ConfigChange::Marked(mark) => self.seen = self.seen.max(mark.revision),
             ConfigChange::Loaded => {}

@@ -1,6 +1,7 @@
 //! What each endpoint does.
 
 mod durable;
+mod heartbeat;
 mod instances;
 mod pause;
 mod position;
@@ -20,6 +21,7 @@ use tracing::{info, warn};
 
 use self::{
     durable::Leaving,
+    heartbeat::{heartbeat_get, heartbeat_set},
     instances::instances,
     pause::{pause, resume},
     position::position,
@@ -36,8 +38,9 @@ use super::{
 use crate::{
     config::{self, Problem, Problems, Replication},
     events::Events,
+    heartbeat as heartbeats,
     lease::Leases,
-    names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
+    names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER, HEARTBEATS_KEY},
     nats::Rules,
     store::{ConfigEntry, ConfigStore, MarkKind, PositionStore, SenderStore, WriteError},
     supervisor::Handle,
@@ -69,6 +72,7 @@ pub(super) struct Context {
     pub(super) leases: Leases,
     pub(super) senders: SenderStore,
     pub(super) supervisor: Handle,
+    pub(super) heartbeats: heartbeats::Handle,
     pub(super) events: Events,
 }
 
@@ -104,6 +108,8 @@ pub(super) fn routes(context: &Arc<Context>, prefix: &str) -> Vec<Route> {
         route("stepdown", Kind::Mutation, handler!(stepdown)),
         route("retry", Kind::Mutation, handler!(retry)),
         route("skip", Kind::Mutation, handler!(skip)),
+        route("heartbeat-get", Kind::Query, handler!(heartbeat_get)),
+        route("heartbeat-set", Kind::Mutation, handler!(heartbeat_set)),
     ]
 }
 
@@ -152,7 +158,7 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
     let DeleteRequest { replication, keep } =
         named(&request.body, |replication| DeleteRequest { replication, keep: false })?;
     check_id(&replication)?;
-    if MarkKind::of_key(&replication).is_some() {
+    if MarkKind::of_key(&replication).is_some() || replication == HEARTBEATS_KEY {
         return Err(not_found(&replication));
     }
     let leaving = Leaving::of(context, &replication).await;
@@ -262,11 +268,16 @@ pub(super) async fn checked_document(context: &Context, body: &Bytes) -> Result<
         }
     };
     let stored = if unmasked { Bytes::from(document.to_string()) } else { body.clone() };
-    if stored.len() > MAX_DOCUMENT {
-        let message = format!("the document has {} bytes, {MAX_DOCUMENT} are possible", stored.len());
+    check_size(&stored)?;
+    Ok((replication, stored))
+}
+
+fn check_size(document: &Bytes) -> Result<(), Failure> {
+    if document.len() > MAX_DOCUMENT {
+        let message = format!("the document has {} bytes, {MAX_DOCUMENT} are possible", document.len());
         return Err(refused(Problems(vec![Problem::new("", message)])));
     }
-    Ok((replication, stored))
+    Ok(())
 }
 
 /// Puts stored secrets in the place of `***`; whether there were any, or what is wrong with them.

@@ -10,10 +10,11 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, tr
 use serde_json::{Map, Value, json};
 
 use super::api::{
-    Changed, DeleteRequest, Document, ErrorReply, Instances, InstancesRequest, List, ListRequest, Moved, NamedRequest,
-    PositionRequest, Senders, SendersRequest, SkipRequest, Skipped, Status, StatusRequest, SteppedDown, Validation,
+    Changed, DeleteRequest, Document, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest,
+    List, ListRequest, Moved, NamedRequest, PositionRequest, Senders, SendersRequest, SkipRequest, Skipped, Status,
+    StatusRequest, SteppedDown, Validation,
 };
-use crate::{events::Notice, sampling::AgeAdvisory};
+use crate::{config, events::Notice, sampling::AgeAdvisory};
 
 /// The dialect of all schemas.
 const DIALECT: &str = "https://json-schema.org/draft/2020-12/schema";
@@ -61,6 +62,8 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("stepdown", request::<NamedRequest>(), reply::<SteppedDown>()),
         ("senders", request::<SendersRequest>(), reply::<Senders>()),
         ("instances", request::<InstancesRequest>(), reply::<Instances>()),
+        ("heartbeat.get", json!({"description": "Empty; what is sent is not looked at."}), reply::<HeartbeatsShown>()),
+        ("heartbeat.set", config::heartbeats_schema().clone(), reply::<HeartbeatsChanged>()),
     ]
 }
 

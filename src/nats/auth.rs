@@ -1,14 +1,17 @@
 //! From an [`Auth`] to the fields of CONNECT. Files are read at every connection attempt, so that rotated
 //! credentials are picked up.
 
-use std::{fs, path::Path};
+use std::{borrow::Cow, fs, path::Path};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use nkeys::KeyPair;
 use serde::Serialize;
 
-use super::Error;
-use crate::config::Auth;
+use super::{Error, choria};
+use crate::{
+    chance,
+    config::{Auth, Connection},
+};
 
 /// The identity fields of CONNECT. Without `Debug`: they are secrets on their way to the wire.
 #[derive(Default, Serialize)]
@@ -60,15 +63,29 @@ pub(super) fn identity(auth: &Auth, nonce: Option<&str>) -> Result<Identity, Err
                 identity.sig = sign("the user seed of the context", seed.reveal(), nonce)?.1;
             }
         }
+        Auth::Choria(choria) => {
+            let token = choria::Token::read(choria)?;
+            token.check_time(choria, chance::now().timestamp())?;
+            identity.sig = choria::sign(choria, nonce)?;
+            (identity.auth_token, identity.jwt) = (Some(token.text.clone()), Some(token.text));
+        }
     }
     Ok(identity)
+}
+
+/// What the subjects of replies begin with: for an identity of Choria's what its token says now.
+pub(super) fn inbox_prefix(connection: &Connection) -> Result<Cow<'_, str>, Error> {
+    match &connection.endpoint.auth {
+        Auth::Choria(choria) => Ok(choria::Token::read(choria)?.inbox_prefix(&choria.collective).into()),
+        _ => Ok(connection.inbox_prefix.as_str().into()),
+    }
 }
 
 fn in_file(path: &Path) -> String {
     format!("`{}`", path.display())
 }
 
-fn read(path: &Path) -> Result<String, Error> {
+pub(super) fn read(path: &Path) -> Result<String, Error> {
     fs::read_to_string(path).map_err(|error| Error::hold(format!("cannot read `{}`: {error}", path.display())))
 }
 

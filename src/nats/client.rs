@@ -8,6 +8,7 @@ use std::{
 use async_nats::{Auth as Login, AuthError, Client, ConnectOptions, Event, ServerAddr};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{Lane, auth, context, tls};
@@ -33,7 +34,7 @@ pub async fn connect(place: &Place, name: &str) -> Result<(Client, Connection), 
         warn!("the certificate of `{}` is not verified", connection.endpoint);
     }
     let log = Arc::new(EventLog { place: place.clone(), name: name.to_owned(), told: Told::default() });
-    let client = options(place, &connection, name)
+    let client = options(place, &connection, name)?
         .retry_on_initial_connect()
         .event_callback(move |event| {
             log.tell(&event);
@@ -63,32 +64,81 @@ pub async fn connect_once(
     connected.unwrap_or_else(|_| Err(super::Error::retry(late)))
 }
 
+/// A connection that is not made again when it is lost, so that whoever holds it begins with what files and contexts say
+/// then.
+#[derive(Debug)]
+pub struct Session {
+    /// The client; of no use when the connection is lost.
+    pub client: Client,
+    lost: CancellationToken,
+    refusal: Arc<Mutex<String>>,
+}
+
+impl Session {
+    /// Connects to the first server that lets us in; every host gets its `connect_timeout`.
+    pub async fn open(place: &Place, connection: &Connection, name: &str) -> Result<Self, super::Error> {
+        let lost = CancellationToken::new();
+        let refusal = Arc::new(Mutex::new(String::new()));
+        let (ended, refused) = (lost.clone(), refusal.clone());
+        let tell = move |event| match event {
+            Event::Disconnected | Event::Closed => ended.cancel(),
+            Event::ServerError(error) => *refused.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string(),
+            _ => {}
+        };
+        let hosts = connection.endpoint.hosts.len();
+        let options = options(place, connection, name)?.max_reconnects(hosts);
+        let client = connect_with(options, connection, name, tell).await?;
+        Ok(Self { client, lost, refusal })
+    }
+
+    /// Waits until the connection is lost.
+    pub async fn lost(&self) {
+        self.lost.cancelled().await;
+    }
+
+    /// What the server refused last, if it names `what`.
+    pub fn refusal_of(&self, what: &str) -> Option<String> {
+        let refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
+        refusal.contains(what).then(|| refusal.clone())
+    }
+}
+
 async fn connect_or_explain(
     place: &Place,
     connection: Connection,
     name: &str,
     tell: impl Fn(Event) + Send + Sync + 'static,
 ) -> Result<(Client, Connection), super::Error> {
-    let options = options(place, &connection, name).event_callback(move |event| {
+    let client = connect_with(options(place, &connection, name)?, &connection, name, tell).await?;
+    Ok((client, connection))
+}
+
+async fn connect_with(
+    options: ConnectOptions,
+    connection: &Connection,
+    name: &str,
+    tell: impl Fn(Event) + Send + Sync + 'static,
+) -> Result<Client, super::Error> {
+    let options = options.event_callback(move |event| {
         tell(event);
         std::future::ready(())
     });
     let failed = match options.connect(servers(&connection.endpoint)?).await {
-        Ok(client) => return Ok((client, connection)),
+        Ok(client) => return Ok(client),
         Err(error) => error,
     };
     // The client's words leave out server and cause; a lane to the same place has them.
-    match Lane::connect(&connection, name).await {
+    match Lane::connect(connection, name).await {
         Err(error) => Err(error),
         Ok(_) => Err(super::Error::retry(format!("cannot connect to `{}`: {failed}", connection.endpoint))),
     }
 }
 
-fn options(place: &Place, connection: &Connection, name: &str) -> ConnectOptions {
-    let Connection { endpoint, inbox_prefix, .. } = connection;
+fn options(place: &Place, connection: &Connection, name: &str) -> Result<ConnectOptions, super::Error> {
+    let endpoint = &connection.endpoint;
     let mut options = authenticate(place.clone())
         .name(name)
-        .custom_inbox_prefix(inbox_prefix)
+        .custom_inbox_prefix(auth::inbox_prefix(connection)?)
         .connection_timeout(endpoint.connect_timeout)
         .request_timeout(Some(REQUEST_TIMEOUT))
         .ping_interval(PING_INTERVAL)
@@ -103,7 +153,7 @@ fn options(place: &Place, connection: &Connection, name: &str) -> ConnectOptions
         // What servers tell are addresses without a scheme, which would be taken for `nats://`.
         options = options.ignore_discovered_servers();
     }
-    options
+    Ok(options)
 }
 
 fn servers(endpoint: &Endpoint) -> Result<Vec<ServerAddr>, super::Error> {

@@ -27,7 +27,7 @@ use tokio_util::io::poll_read_buf;
 
 use super::{
     Error,
-    auth::identity,
+    auth::{identity, inbox_prefix},
     parser::{self, Control, Frame},
     tls::client_config,
     websocket::WebSocket,
@@ -226,7 +226,7 @@ impl Lane {
             let socket = WebSocket::open(io, &endpoint.server(host)).await;
             io = Box::new(socket.map_err(|error| Error::retry(format!("no websocket: {error}")))?);
         }
-        let mut lane = Self::over(io, shown(endpoint, host), connection);
+        let mut lane = Self::over(io, shown(endpoint, host), connection)?;
         lane.read_info().await?;
         // A websocket has its TLS below it.
         if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
@@ -238,7 +238,7 @@ impl Lane {
 
     /// A lane over bytes that flow already: greets the server at the other end.
     pub async fn greet(io: Box<dyn Stream>, address: &str, connection: &Connection, name: &str) -> Result<Self, Error> {
-        let mut lane = Self::over(io, address.to_owned(), connection);
+        let mut lane = Self::over(io, address.to_owned(), connection)?;
         lane.read_info().await?;
         lane.handshake(&connection.endpoint, name).await?;
         Ok(lane)
@@ -260,10 +260,10 @@ impl Lane {
         Ok(())
     }
 
-    fn over(io: Box<dyn Stream>, address: String, connection: &Connection) -> Self {
+    fn over(io: Box<dyn Stream>, address: String, connection: &Connection) -> Result<Self, Error> {
         let mut keepalive = interval_at(Instant::now() + KEEPALIVE, KEEPALIVE);
         keepalive.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self {
+        Ok(Self {
             io,
             address,
             info: ServerInfo::default(),
@@ -274,7 +274,7 @@ impl Lane {
             pongs: 0,
             output: BytesMut::new(),
             unflushed: false,
-            inbox: format!("{}.{}", connection.inbox_prefix, chance::name()),
+            inbox: format!("{}.{}", inbox_prefix(connection)?, chance::name()),
             api_prefix: connection.api_prefix.clone(),
             next_sid: 1,
             next_request: 0,
@@ -286,7 +286,7 @@ impl Lane {
             silent: 0,
             alive: Instant::now(),
             blocked: false,
-        }
+        })
     }
 
     async fn read_info(&mut self) -> Result<(), Error> {

@@ -12,7 +12,10 @@ use serde_json::Value;
 use wildmatch::WildMatch;
 
 use super::{Dial, Error, Lane, context};
-use crate::config::{self, Auth, Connection, Endpoint, Fields, Host, Place, Problem, Problems, Replication, Scheme};
+use crate::config::{
+    self, Auth, ChoriaIdentity, Connection, Endpoint, Fields, Heartbeats, Host, Place, Problem, Problems, Replication,
+    Scheme,
+};
 
 /// Allows everything by default; cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -55,6 +58,8 @@ enum Part {
     Place,
     /// One of the TLS files.
     Tls(&'static str),
+    /// One of the files of an identity of Choria's.
+    Choria(&'static str),
 }
 
 impl Rules {
@@ -84,6 +89,22 @@ impl Rules {
         config::parse_judged(value, site, |side, place| self.problems(side, place, value))
     }
 
+    /// [`config::parse_heartbeats`] under these rules.
+    pub fn parse_heartbeats(&self, value: &Value) -> Result<Option<Heartbeats>, Problems> {
+        config::parse_heartbeats(value, |place| {
+            let breaches = self.breaches(place, context::resolve(place).ok().as_ref()).into_iter();
+            let problem = |Breach { part, message }| {
+                let path = match part {
+                    Part::Place => "/url".to_owned(),
+                    Part::Tls(file) => format!("/tls/{file}"),
+                    Part::Choria(file) => format!("/choria/{file}"),
+                };
+                Problem::new(path, message)
+            };
+            breaches.map(problem).collect()
+        })
+    }
+
     /// Everything that a connection needs, if it is allowed; the file of a context is read now.
     pub fn resolve(&self, place: &Place) -> Result<Connection, Error> {
         let connection = context::resolve(place)?;
@@ -105,6 +126,7 @@ impl Rules {
                 let tls = if document[&own][file].is_string() { own.as_str() } else { "tls" };
                 format!("{tls}/{file}")
             }
+            (Part::Choria(file), _) => format!("{side}_choria/{file}"),
         };
         breaches.map(|Breach { part, message }| Problem::new(format!("/{}", field(part)), message)).collect()
     }
@@ -116,6 +138,7 @@ impl Rules {
             Place::Known(known) => {
                 let Endpoint { auth, tls, .. } = &known.endpoint;
                 files.extend(identity_files(auth).into_iter().map(|file| (Part::Place, file.clone())));
+                files.extend(choria_files(auth));
                 files.extend(tls_files(&tls.ca, &tls.cert, &tls.key));
             }
             // What the context itself names is the operator's own choice.
@@ -162,8 +185,13 @@ fn identity_files(auth: &Auth) -> Vec<&PathBuf> {
     match auth {
         Auth::CredentialsFile(file) => vec![file],
         Auth::NkeyFile { seed, jwt } => std::iter::once(seed).chain(jwt).collect(),
-        Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::Jwt { .. } => Vec::new(),
+        Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::Jwt { .. } | Auth::Choria(_) => Vec::new(),
     }
+}
+
+fn choria_files(auth: &Auth) -> Vec<(Part, PathBuf)> {
+    let Auth::Choria(ChoriaIdentity { seed, jwt, .. }) = auth else { return Vec::new() };
+    vec![(Part::Choria("seed_file"), seed.clone()), (Part::Choria("jwt_file"), jwt.clone())]
 }
 
 fn tls_files(

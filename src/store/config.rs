@@ -1,4 +1,5 @@
-//! The configuration bucket: key = replication id, value = the document; beside it the replication's marks.
+//! The configuration bucket: key = replication id, value = the document; beside it the replication's marks. The key
+//! `heartbeats` is no replication's: what lies there goes to the heartbeats.
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::BoxStream};
@@ -9,6 +10,7 @@ use super::{
     marks::{Mark, MarkKind},
     watch::{self, Change},
 };
+use crate::names::HEARTBEATS_KEY;
 
 /// One revision of a document, as it stands in the bucket (people edit there: it may be anything).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +35,8 @@ pub enum ConfigChange {
         /// Revision of the deletion.
         revision: u64,
     },
+    /// The heartbeats were written or removed, or were there when the watch began.
+    Heartbeats(Stored),
     /// A mark was put, changed or removed, or was there when the watch began.
     Marked(Mark),
     /// Everything that was there when the watch began has been told.
@@ -126,6 +130,20 @@ impl ConfigStore {
         self.write(key, Some(value), |current| allowed(current, expected)).await
     }
 
+    /// Writes a document whatever is there, or if given only what is at the `expected` revision (0: nothing); returns its
+    /// revision.
+    pub async fn put(&self, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64, WriteError> {
+        self.write(key, Some(value), |current| {
+            let there = current.filter(|stored| stored.value.is_some()).map_or(0, |stored| stored.revision);
+            match expected {
+                Some(expected) if expected != there && there == 0 => Err(WriteError::Missing),
+                Some(expected) if expected != there => Err(WriteError::Conflict { revision: there }),
+                _ => Ok(()),
+            }
+        })
+        .await
+    }
+
     /// Deletes a document, if given only when it is at the `expected` revision; returns the revision of the
     /// deletion.
     pub async fn delete(&self, key: &str, expected: Option<u64>) -> Result<u64, WriteError> {
@@ -193,6 +211,12 @@ fn typed(change: Change) -> ConfigChange {
         Some(ConfigChange::Marked(Mark { id: id.to_owned(), kind, revision, value: value.cloned() }))
     };
     match change {
+        Change::Put { key, revision, value } if key == HEARTBEATS_KEY => {
+            ConfigChange::Heartbeats(Stored { revision, value: Some(value) })
+        }
+        Change::Deleted { key, revision } if key == HEARTBEATS_KEY => {
+            ConfigChange::Heartbeats(Stored { revision, value: None })
+        }
         Change::Put { key, revision, value } => mark(&key, revision, Some(&value))
             .unwrap_or_else(|| ConfigChange::Put(ConfigEntry { key, revision, value })),
         Change::Deleted { key, revision } => {

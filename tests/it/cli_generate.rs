@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::harness::Cli;
 
 /// Every command that there is.
-const COMMANDS: [&str; 25] = [
+const COMMANDS: [&str; 28] = [
     "serve",
     "config",
     "config add",
@@ -29,6 +29,9 @@ const COMMANDS: [&str; 25] = [
     "admin senders",
     "admin advisories",
     "admin watch",
+    "heartbeat",
+    "heartbeat get",
+    "heartbeat set",
     "completions",
     "man",
 ];
@@ -40,10 +43,13 @@ fn cli() -> Cli {
 #[tokio::test]
 async fn help_names_every_command_and_the_exit_codes() -> Result<()> {
     let help = cli().ok(["--help"]).await?;
-    let (config, admin) = (cli().ok(["config", "--help"]).await?, cli().ok(["admin", "--help"]).await?);
+    let mut groups = Vec::new();
+    for group in ["config", "admin", "heartbeat"] {
+        groups.push((group, cli().ok([group, "--help"]).await?));
+    }
     for command in COMMANDS {
         let (text, name) = match command.split_once(' ') {
-            Some((group, name)) => (if group == "admin" { &admin } else { &config }, name),
+            Some((group, name)) => (&groups.iter().find(|(of, _)| *of == group).expect("a group").1, name),
             None => (&help, command),
         };
         let line = text.lines().find(|line| line.trim_start().split(' ').next() == Some(name));

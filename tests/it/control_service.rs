@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 15] = [
+const ENDPOINTS: [(&str, &str, &str); 17] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -23,6 +23,8 @@ const ENDPOINTS: [(&str, &str, &str); 15] = [
     ("stepdown", "replicator.stepdown", "q"),
     ("retry", "replicator.retry", "q"),
     ("skip", "replicator.skip", "q"),
+    ("heartbeat-get", "replicator.heartbeat.get", ""),
+    ("heartbeat-set", "replicator.heartbeat.set", "q"),
 ];
 
 #[tokio::test]

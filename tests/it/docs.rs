@@ -9,7 +9,9 @@ use stream_replicator::config;
 use stream_replicator::events::Event;
 use stream_replicator::status::LastError;
 
-use crate::harness::{LIMIT, Outgoing, SITE, Service, Site, client::request, wait_for, wire};
+use crate::harness::client::{ask, connect, request};
+use crate::harness::raw::wait_messages;
+use crate::harness::{LIMIT, Outgoing, Raw, Role, SITE, Server, Service, Site, wait_for, wire};
 
 /// One `nats req` of the page and what it answers.
 #[derive(Debug)]
@@ -90,6 +92,40 @@ async fn documented_requests_are_answered_as_documented() -> Result<()> {
             let link = format!("(../schemas/{endpoint}.{direction}.json)");
             ensure!(section.contains(&link), "{endpoint}: no link to the schema of its {direction}");
         }
+    }
+    Ok(())
+}
+
+/// The file of the page is started with, then its requests are sent from top to bottom.
+#[tokio::test]
+async fn documented_heartbeats_are_published() -> Result<()> {
+    let page = page("docs/heartbeats.md")?;
+    let (_, yaml) = page.split_once("```yaml\n").context("no YAML")?;
+    let (yaml, _) = yaml.split_once("```").context("no end of the YAML")?;
+    let source = Server::start(Role::Source).await?;
+    let place = source.url().trim_start_matches("nats://").to_owned();
+    let mut raw = Raw::connect(&source.url()).await?;
+    raw.create_stream("HB", json!({"subjects": ["heartbeats.>"]})).await?;
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("site.yaml");
+    std::fs::write(&file, yaml.replace("nats.east.example.net:4222", &place))?;
+    let file = file.display().to_string();
+    let service = Service::builder(&source.url(), "US-EAST").args(["--config", file.as_str()]).start().await?;
+    wait_messages(&mut raw, "HB", 4, LIMIT).await.with_context(|| service.log())?;
+    let stored = raw.read_stream("HB").await?;
+    let often = stored.iter().filter(|message| message.subject == "heartbeats.us-east.often");
+    for message in often.clone() {
+        let lines = ["X-Site: us-east", "X-Pace: often", "Choria-SR-Subject: heartbeats.us-east.often"];
+        let header = String::from_utf8_lossy(&message.header);
+        ensure!(lines.iter().all(|line| header.contains(line)), "{header}");
+    }
+    ensure!(often.count() >= 3, "{stored:?}");
+    let client = connect(&source.url()).await?;
+    for Example { line, endpoint, body, reply, .. } in examples(&page)? {
+        let body = body.replace("nats.east.example.net:4222", &place);
+        let sent = ask(&client, &format!("replicator.{endpoint}"), body.as_bytes()).await?.body;
+        same_shape("", &reply.context("a reply")?, &sent)
+            .with_context(|| format!("docs/heartbeats.md:{line}: {sent}"))?;
     }
     Ok(())
 }

@@ -111,13 +111,14 @@ fn every_kind_of_event_has_a_schema_and_nothing_else_has() {
 fn requests_have_no_room_for_unknown_fields_and_replies_have() {
     for (path, schema) in schemas::files() {
         let open = schema["additionalProperties"] != false;
+        let unread = ["config.schema.request.json", "heartbeat.get.request.json"].contains(&path.as_str());
         if !path.ends_with(".request.json") {
             assert!(open, "{path}");
         } else if schema["type"] == "object" {
             assert!(!open, "{path}");
         } else {
             // A document, which has its own schema, or nothing that is looked at.
-            assert!(schema.get("$ref").is_some() || path == "config.schema.request.json", "{path}");
+            assert!(schema.get("$ref").is_some() || unread, "{path}");
         }
     }
 }

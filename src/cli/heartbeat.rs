@@ -1,0 +1,79 @@
+//! `stream-replicator heartbeat`: what is published as heartbeats.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::{
+    client::{Client, Reply},
+    config::pretty,
+    error::{Error, Verdict, problems},
+    files,
+    global::Global,
+    output::Output,
+};
+use crate::control::api::{HeartbeatsChanged, HeartbeatsShown};
+
+/// Show and set the heartbeats of the site
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// Show what is published, secrets as `***`
+    Get(Global),
+    /// Store what is to be published instead; `{}` removes what is stored
+    Set(SetArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct SetArgs {
+    /// JSON document; `-` for stdin. A `***` in the URL keeps the stored secret
+    file: PathBuf,
+
+    /// Only if what is stored is at this revision
+    #[arg(long, value_name = "N")]
+    revision: Option<u64>,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+impl Args {
+    pub(super) fn global(&self) -> &Global {
+        match &self.verb {
+            Verb::Get(global) => global,
+            Verb::Set(args) => &args.global,
+        }
+    }
+}
+
+/// Carries out the command.
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+    let global = args.global();
+    match &args.verb {
+        Verb::Get(_) => {
+            let shown: Reply<HeartbeatsShown> =
+                Client::connect(global).await?.query("heartbeat.get", &json!({})).await?;
+            let rejected = shown.value.rejected.clone();
+            out.reply(&shown, |shown| {
+                let revision = shown.revision.map(|revision| format!(", revision {revision}")).unwrap_or_default();
+                format!("origin {}{revision}\n{}", shown.origin.name(), pretty(&shown.config))
+            });
+            if let Some(rejected) = rejected {
+                out.note(&format!("revision {} cannot be published:", rejected.revision));
+                problems(out, &rejected.problems);
+            }
+        }
+        Verb::Set(args) => {
+            let document = files::read(&args.file)?;
+            let client = Client::connect(global).await?;
+            let changed: Reply<HeartbeatsChanged> = client.change_at("heartbeat.set", document, args.revision).await?;
+            out.reply(&changed, |changed| format!("heartbeats are at revision {}", changed.revision));
+        }
+    }
+    Ok(Verdict::Good)
+}

@@ -1,0 +1,113 @@
+//! `heartbeat.get` and `heartbeat.set`.
+
+use bytes::Bytes;
+use serde_json::{Map, Value};
+use tokio::time::{Duration, timeout};
+use tracing::info;
+
+use super::{
+    super::{
+        api::{Failure, HeartbeatsChanged, HeartbeatsShown, RejectedHeartbeats},
+        service::Request,
+    },
+    Context, check_size, expected_revision, in_time, refused,
+};
+use crate::{
+    config::{self, Problem, Problems},
+    names::HEARTBEATS_KEY,
+    status::Origin,
+    store::{Error, WriteError},
+};
+
+/// How long a question waits until what was just stored is considered.
+const CONSIDER: Duration = Duration::from_millis(100);
+
+pub(super) async fn heartbeat_get(context: &Context, _: Request) -> Result<HeartbeatsShown, Failure> {
+    let newest = context.documents.heartbeats().await;
+    let _ = timeout(CONSIDER, context.heartbeats.considered(newest)).await;
+    let view = context.heartbeats.view();
+    let rejected = view.rejected.map(|rejected| RejectedHeartbeats {
+        revision: rejected.revision,
+        config: config::mask_heartbeats(&rejected.document),
+        problems: rejected.problems,
+    });
+    let config = config::mask_heartbeats(&view.document);
+    Ok(HeartbeatsShown { origin: view.origin, revision: view.revision, config, rejected })
+}
+
+pub(super) async fn heartbeat_set(context: &Context, request: Request) -> Result<HeartbeatsChanged, Failure> {
+    in_time(&request)?;
+    let expected = expected_revision(&request)?;
+    let body = &request.body;
+    if body.trim_ascii().is_empty() {
+        return Err(Failure::new(400, "the request is empty: send the heartbeats, or `{}` to remove them"));
+    }
+    let mut document = config::to_value(body).map_err(refused)?;
+    let stored = context.config.get(HEARTBEATS_KEY).await.map_err(unavailable)?;
+    let before = stored.as_ref().and_then(|entry| config::to_value(&entry.value).ok());
+    let (unmasked, problems) = match &mut document {
+        Value::Object(fields) => unmask(context, fields, before.as_ref()),
+        _ => (false, Vec::new()),
+    };
+    let heartbeats = match context.rules.parse_heartbeats(&document) {
+        Ok(heartbeats) if problems.is_empty() => heartbeats,
+        result => return Err(refused(all(problems, result.err()))),
+    };
+    if heartbeats.is_none() {
+        return changed(context.config.delete(HEARTBEATS_KEY, expected).await, "removed");
+    }
+    if let (Some(entry), Some(before)) = (&stored, &before)
+        && *before == document
+        && expected.is_none_or(|expected| expected == entry.revision)
+    {
+        return Ok(HeartbeatsChanged { revision: entry.revision });
+    }
+    let value = if unmasked { Bytes::from(document.to_string()) } else { body.clone() };
+    check_size(&value)?;
+    changed(context.config.put(HEARTBEATS_KEY, value, expected).await, "stored")
+}
+
+/// Puts stored secrets in the place of `***`: those of what lies in the bucket, or else, where that cannot run, those of
+/// what runs from there. Says whether there were any, and what is wrong with them.
+fn unmask(context: &Context, fields: &mut Map<String, Value>, before: Option<&Value>) -> (bool, Vec<Problem>) {
+    if !config::has_heartbeats_mask(fields) {
+        return (false, Vec::new());
+    }
+    let view = context.heartbeats.view();
+    let runs = (view.origin == Origin::Kv).then_some(view.document);
+    let mut tried = fields.clone();
+    let Err(problems) = config::unmask_heartbeats(&mut tried, before) else {
+        *fields = tried;
+        return (true, Vec::new());
+    };
+    match config::unmask_heartbeats(fields, runs.as_ref()) {
+        Ok(()) => (true, Vec::new()),
+        Err(_) => (false, problems),
+    }
+}
+
+/// The words about a secret that is not stored are better than those about one that is missing.
+fn all(mut problems: Vec<Problem>, others: Option<Problems>) -> Problems {
+    let others = others.map(|others| others.0).unwrap_or_default().into_iter();
+    let others: Vec<_> = others.filter(|other| problems.iter().all(|problem| problem.path != other.path)).collect();
+    problems.extend(others);
+    Problems(problems)
+}
+
+fn changed(written: Result<u64, WriteError>, how: &str) -> Result<HeartbeatsChanged, Failure> {
+    match written {
+        Ok(revision) => {
+            info!(revision, "heartbeats {how} by request");
+            Ok(HeartbeatsChanged { revision })
+        }
+        Err(WriteError::Missing) => Err(Failure::new(404, "no heartbeats are stored")),
+        Err(WriteError::Exists { revision } | WriteError::Conflict { revision }) => {
+            Err(Failure::new(409, format!("the heartbeats are at revision {revision}")))
+        }
+        Err(WriteError::Store(error)) => Err(unavailable(error)),
+    }
+}
+
+fn unavailable(error: Error) -> Failure {
+    Failure::new(503, error.to_string())
+}

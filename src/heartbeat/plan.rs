@@ -1,0 +1,162 @@
+//! What should be published: the newest valid revision in the configuration bucket, else what the file says.
+
+use bytes::Bytes;
+use serde_json::Value;
+use tracing::warn;
+
+use super::{Deps, Rejected, View};
+use crate::{
+    config::{self, Heartbeats},
+    names::HEARTBEATS_KEY,
+    nats::Rules,
+    status::Origin,
+    store::{CONFIG_HISTORY, ConfigStore, MarkKind, Stored, Trouble},
+};
+
+/// What should run.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) heartbeats: Option<Heartbeats>,
+    pub(super) view: View,
+}
+
+/// Turns what lies in the bucket into a plan.
+#[derive(Debug)]
+pub(super) struct Planner {
+    config: ConfigStore,
+    rules: Rules,
+    file: Value,
+    /// The newest valid revision in the bucket that is known.
+    valid: Option<Valid>,
+    /// The document that was kept beside wrong ones.
+    kept: Option<Bytes>,
+    trouble: Trouble,
+}
+
+/// Heartbeats from the bucket that can run.
+#[derive(Debug, Clone)]
+struct Valid {
+    revision: u64,
+    written: Bytes,
+    document: Value,
+    heartbeats: Heartbeats,
+}
+
+impl Planner {
+    pub(super) fn new(deps: &Deps) -> Self {
+        let (config, rules, file) = (deps.config.clone(), deps.rules.clone(), deps.file.clone());
+        let trouble = Trouble::new("older revisions of the heartbeats cannot be read");
+        Self { config, rules, file, valid: None, kept: None, trouble }
+    }
+
+    /// Whether the file asks for heartbeats too.
+    pub(super) fn has_file(&self) -> bool {
+        matches!(self.rules.parse_heartbeats(&self.file), Ok(Some(_)))
+    }
+
+    /// The plan for what lies in the bucket now. Dropped, it can be asked for again.
+    pub(super) async fn plan(&mut self, newest: &Stored) -> Plan {
+        let revision = newest.revision;
+        let Some(written) = &newest.value else {
+            self.forget();
+            return self.file_or_nothing(revision, None);
+        };
+        let rejected = match read(&self.rules, written) {
+            Ok((document, Some(heartbeats))) => {
+                self.valid = Some(Valid { revision, written: written.clone(), document, heartbeats });
+                None
+            }
+            // Somebody wrote by hand what removes them by request.
+            Ok((_, None)) => {
+                self.forget();
+                return self.file_or_nothing(revision, None);
+            }
+            Err((document, problems)) => {
+                if self.valid.is_none() {
+                    self.valid = self.newest_valid().await;
+                }
+                self.keep();
+                Some(Rejected::new(revision, document, problems))
+            }
+        };
+        let Some(Valid { revision: runs, document, heartbeats, .. }) = self.valid.clone() else {
+            return self.file_or_nothing(revision, rejected);
+        };
+        let view = View { origin: Origin::Kv, revision: Some(runs), document, rejected, seen: revision };
+        Plan { heartbeats: Some(heartbeats), view }
+    }
+
+    fn file_or_nothing(&self, seen: u64, rejected: Option<Rejected>) -> Plan {
+        let heartbeats = self.rules.parse_heartbeats(&self.file).unwrap_or_else(|problems| {
+            // A folder that the rules name may have changed since the start.
+            warn!("the heartbeats of the file are not published: {problems}");
+            None
+        });
+        let (origin, document) = match &heartbeats {
+            Some(_) => (Origin::File, self.file.clone()),
+            None => (Origin::None, Value::Null),
+        };
+        Plan { heartbeats, view: View { origin, revision: None, document, rejected, seen } }
+    }
+
+    /// After a removal nothing older comes back.
+    fn forget(&mut self) {
+        (self.valid, self.kept) = (None, None);
+        let config = self.config.clone();
+        tokio::spawn(async move {
+            if let Err(error) = config.unmark(HEARTBEATS_KEY, MarkKind::Valid, None).await {
+                warn!("what was kept of the removed heartbeats was not removed: {error}");
+            }
+        });
+    }
+
+    /// Keeps what runs beside what cannot: the bucket forgets it when wrong revisions are many.
+    fn keep(&mut self) {
+        let Some(written) = self.valid.as_ref().map(|valid| valid.written.clone()) else { return };
+        if self.kept.as_ref() == Some(&written) {
+            return;
+        }
+        self.kept = Some(written.clone());
+        let config = self.config.clone();
+        tokio::spawn(async move {
+            if let Err(error) = config.mark(HEARTBEATS_KEY, MarkKind::Valid, written).await {
+                warn!("the newest valid heartbeats were not kept: {error}");
+            }
+        });
+    }
+
+    async fn newest_valid(&mut self) -> Option<Valid> {
+        let history = loop {
+            match self.config.history(HEARTBEATS_KEY).await {
+                Ok(history) => break history,
+                Err(error) => self.trouble.wait(&error.to_string()).await,
+            }
+        };
+        let mut all: Vec<_> = history.into_iter().map(|entry| (entry.revision, entry.value)).collect();
+        // The history may reach no further back than the last edits that were all wrong.
+        while all.len() >= CONFIG_HISTORY {
+            match self.config.marked(HEARTBEATS_KEY, MarkKind::Valid).await {
+                Ok(kept) => {
+                    all.extend(kept);
+                    break;
+                }
+                Err(error) => self.trouble.wait(&error.to_string()).await,
+            }
+        }
+        self.trouble.over();
+        all.into_iter().find_map(|(revision, written)| {
+            let (document, heartbeats) = read(&self.rules, &written).ok()?;
+            Some(Valid { revision, document, heartbeats: heartbeats?, written })
+        })
+    }
+}
+
+type Read = Result<(Value, Option<Heartbeats>), (Value, config::Problems)>;
+
+fn read(rules: &Rules, written: &[u8]) -> Read {
+    let document = config::to_value(written).map_err(|problems| (Value::Null, problems))?;
+    match rules.parse_heartbeats(&document) {
+        Ok(heartbeats) => Ok((document, heartbeats)),
+        Err(problems) => Err((document, problems)),
+    }
+}
