@@ -305,6 +305,16 @@ impl Machine {
         }
     }
 
+    /// Nothing is left of the session of an instance: what its removal left at this revision is gone too.
+    pub fn forget(&mut self, instance: &str, revision: u64) {
+        if let Some(other) = self.others.get(instance)
+            && other.session.is_none()
+            && other.revision == revision
+        {
+            self.others.remove(instance);
+        }
+    }
+
     /// What lies at the key of a lease, by the watch.
     pub fn lease(&mut self, now: Instant, id: &str, revision: u64, record: Option<LeaseRecord>) {
         let (loaded, me) = (self.loaded, self.settings.instance.clone());
@@ -902,6 +912,28 @@ mod tests {
         assert_eq!((bench.revoked.len(), bench.grants()), (1, vec![2]));
         bench.pass(EPSILON, &[]);
         assert_eq!((bench.looked.len(), bench.grants()), (2, vec![2, 4]));
+    }
+
+    #[test]
+    fn an_instance_whose_session_is_cleared_away_is_forgotten_unless_it_came_back() {
+        let mut bench = Bench::ready();
+        bench.session("other", "s");
+        bench.machine.forget("other", bench.revision);
+        assert_eq!(bench.machine.others.len(), 1);
+        bench.revision += 1;
+        let removed = bench.revision;
+        bench.machine.session(bench.now, "other", removed, None);
+        bench.session("other", "t");
+        bench.machine.forget("other", removed);
+        assert!(bench.machine.others["other"].is_alive());
+        bench.revision += 1;
+        bench.machine.session(bench.now, "other", bench.revision, None);
+        bench.machine.forget("other", bench.revision);
+        assert!(bench.machine.others.is_empty());
+        // What it held is free.
+        bench.lease("other", "t", 3);
+        bench.pass(TTL * 3, &[]);
+        assert_eq!(bench.grants(), [1, 4]);
     }
 
     #[test]
