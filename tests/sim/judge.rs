@@ -109,7 +109,7 @@ impl Scene {
             Fault::Crash(..) | Fault::Stop(..) => *at >= happened,
             Fault::CrashAt(..) | Fault::Trouble(_) | Fault::Pause(_) | Fault::PutBack => true,
             // The lease is lost, and what runs is dropped.
-            Fault::CutOff(..) | Fault::Evict(..) => true,
+            Fault::CutOff(..) | Fault::Evict(..) | Fault::LeasePutBack => true,
             _ => false,
         };
         self.plan.begins.len() > 1 || faults.iter().any(unsaved)

@@ -126,6 +126,8 @@ pub enum Fault {
     Purge(u64),
     /// The bucket is put back to what it held a while ago.
     PutBack,
+    /// The lease is put back to what it was a while ago.
+    LeasePutBack,
     /// The position record is deleted.
     RecordLost,
     /// The replication is paused and its position moved by so many sequences.
@@ -153,8 +155,13 @@ impl Fault {
 impl Plan {
     pub fn draw(world: &World) -> Self {
         let stormy = if world.once_in(8) { 200_000 } else { 30_000 };
+        let instances = [1, 1, 2, 3][world.between(0, 3) as usize];
         let mut bursts: Vec<_> =
             (0..world.between(1, 5)).map(|_| (world.millis(0, stormy), world.between(1, 150))).collect();
+        // Messages all the time: whoever takes over has something to do.
+        if instances > 1 && world.once_in(2) {
+            bursts.extend((0..60).map(|_| (world.millis(0, stormy.min(40_000)), world.between(1, 12))));
+        }
         bursts.sort_unstable();
         // Most faults come while there is something to copy.
         let at = || {
@@ -164,7 +171,6 @@ impl Plan {
             let burst = world.between(0, bursts.len() as u64 - 1) as usize;
             bursts[burst].0 + world.millis(0, 1_500)
         };
-        let instances = [1, 1, 2, 3][world.between(0, 3) as usize];
         let begins = (0..instances).map(|which| if which == 0 { Duration::ZERO } else { at() }).collect();
         // By up to 3 % their clocks may differ and leases still keep two from copying at once. Rarely one is so slow that
         // only what lies behind the leases does.
@@ -181,7 +187,7 @@ impl Plan {
         // At most one fault that loses data or changes what the streams are.
         if world.once_in(2) {
             let count = world.between(1, 40);
-            let fault = match world.between(1, 9) {
+            let fault = match world.between(1, 10) {
                 1 => Fault::Foreign(count),
                 2 => Fault::TargetForgets(count),
                 3 => Fault::TargetDeleted,
@@ -190,6 +196,7 @@ impl Plan {
                 6 => Fault::Purge(5 * count),
                 7 => Fault::PutBack,
                 8 => Fault::RecordLost,
+                9 => Fault::LeasePutBack,
                 _ => Fault::Move { by: count, back: world.once_in(2) },
             };
             let at = at();
@@ -269,10 +276,10 @@ impl Plan {
     }
 
     /// Whether leases alone keep an older holder from doing anything once a newer one has: clocks do not differ by more
-    /// than they may, and nobody removes a session that is alive.
+    /// than they may, nobody removes a session that is alive, and nobody writes leases by hand.
     pub fn is_lawful(&self) -> bool {
         let drifts = self.ttls.iter().any(|ttl| ttl.abs_diff(TTL_MS) > TTL_MS / 10);
-        !drifts && !self.has(|fault| matches!(fault, Fault::Evict(..)))
+        !drifts && !self.has(|fault| matches!(fault, Fault::Evict(..) | Fault::LeasePutBack))
     }
 
     /// How long the messages of a fault are told before the fault is known: until then a record may speak of what was.

@@ -179,14 +179,16 @@ impl Scene {
         let publisher = tokio::spawn(traffic::publish(self.clone()));
         let begins = self.plan.begins.iter().enumerate();
         let processes: Vec<_> = begins.map(|(which, after)| self.start(which, *after)).collect();
-        let mut saved = Vec::new();
+        let (mut saved, mut leased) = (Vec::new(), Vec::new());
+        let lease = format!("lease.{ID}");
         for (at, fault) in self.plan.faults.clone() {
             sleep_until(Instant::now() + at.saturating_sub(self.world.elapsed())).await;
             saved.extend(self.keys.value(ID));
-            if fault == Fault::PutBack {
-                self.put_back(saved.first());
-            } else {
-                self.happen(fault).await;
+            leased.extend(self.leases.value(&lease));
+            match fault {
+                Fault::PutBack => self.put_back(saved.first()),
+                Fault::LeasePutBack => self.leases.put_by_hand(&lease, leased.first().cloned()),
+                _ => self.happen(fault).await,
             }
         }
         publisher.await.expect("the publisher");
@@ -281,7 +283,7 @@ impl Scene {
                 self.keys.put_by_hand(ID, None);
                 self.history().record_lost();
             }
-            Fault::PutBack => {}
+            Fault::PutBack | Fault::LeasePutBack => {}
         }
     }
 
