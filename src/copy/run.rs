@@ -291,7 +291,7 @@ impl<'a> Run<'a> {
             "copying"
         );
         self.already = resume.already;
-        self.window.keep_target(keeps_target(&self.already, &self.writer));
+        self.window.limit_target(target_limit(&self.already, &self.writer));
     }
 
     /// Tells what the run before could not: it ended before the source had answered.
@@ -487,7 +487,7 @@ impl<'a> Run<'a> {
             let counters = &mut self.copy.counters;
             let subject = incoming.message.subject;
             let known = self.already.take(seq, time_ns, subject, &self.replication.mapping);
-            self.window.keep_target(keeps_target(&self.already, &self.writer));
+            self.window.limit_target(target_limit(&self.already, &self.writer));
             match known {
                 _ if self.job.skip == Some(SourceMessage { seq, time_ns }) => {
                     counters.skipped_refused += 1;
@@ -499,9 +499,10 @@ impl<'a> Run<'a> {
                 Some(Known::Stored(target_seq)) => {
                     // A position without any place at the target could not tell that the target lost all of it.
                     let first = self.window.target().is_none() && self.already.all_behind(target_seq);
-                    self.window.keep_target(!first && keeps_target(&self.already, &self.writer));
+                    let limit = target_limit(&self.already, &self.writer);
+                    self.window.limit_target(if first { u64::MAX } else { limit });
                     self.window.stored_before(source, target_seq);
-                    self.window.keep_target(keeps_target(&self.already, &self.writer));
+                    self.window.limit_target(limit);
                 }
                 Some(Known::Replaced) => self.window.skip(source),
                 None => match self.rules.decide(subject, time_ns, incoming.message.header, now_ns) {
@@ -604,7 +605,7 @@ impl<'a> Run<'a> {
         let now = Instant::now();
         let elapsed = now.duration_since(self.began).as_micros() as u64;
         let mut observed = (0, 0);
-        self.window.keep_target(keeps_target(&self.already, &self.writer));
+        self.window.limit_target(target_limit(&self.already, &self.writer));
         while let Some(done) = self.window.pop() {
             self.moved = now;
             let counters = &mut self.copy.counters;
@@ -908,10 +909,10 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Whether the known place at the target has to stay where it is: messages of ours may lie behind it that have not come
-/// by. Those of before the run, or those that an older holder sent while it began.
-fn keeps_target(already: &Already, writer: &Writer) -> bool {
-    !already.is_empty() || !writer.adds_up()
+/// How far the known place at the target may move: behind it messages of ours may lie that have not come by. Those of
+/// before the run, or those that an older holder sent while it began.
+fn target_limit(already: &Already, writer: &Writer) -> u64 {
+    if already.is_empty() { writer.adds_up_to() } else { 0 }
 }
 
 fn witnesses<'w>(

@@ -156,6 +156,8 @@ impl Other {
 struct Lease {
     record: LeaseRecord,
     revision: u64,
+    /// Greatest epoch that was seen: a lease that was put back to what it was does not bring an epoch again.
+    epoch: u64,
     /// When this revision was seen.
     seen: Instant,
     /// It lay there when the bucket was read first.
@@ -344,6 +346,7 @@ impl Machine {
         self.leases.entry(id.to_owned()).or_insert_with(|| Lease {
             record: LeaseRecord::default(),
             revision: 0,
+            epoch: 0,
             seen: now,
             old: false,
             wanted: false,
@@ -501,7 +504,7 @@ impl Machine {
                     version: VERSION,
                     instance: self.settings.instance.clone(),
                     session: self.own.session.clone(),
-                    epoch: lease.record.epoch + 1,
+                    epoch: lease.epoch + 1,
                     step_down: false,
                     stepped_down: Some(lease.record.stepped_down.clone())
                         .filter(|instance| *instance != self.settings.instance)
@@ -649,6 +652,7 @@ impl Lease {
         if !record.instance.is_empty() && record.instance != me {
             (self.handed, self.kept) = (false, None);
         }
+        self.epoch = self.epoch.max(record.epoch);
         self.record = record;
         self.revision = revision;
         self.seen = now;
@@ -934,6 +938,17 @@ mod tests {
         bench.lease("other", "t", 3);
         bench.pass(TTL * 3, &[]);
         assert_eq!(bench.grants(), [1, 4]);
+    }
+
+    #[test]
+    fn a_lease_that_was_put_back_to_what_it_was_brings_no_epoch_again() {
+        let mut bench = Bench::ready();
+        bench.lease("", "", 4);
+        bench.poll();
+        bench.lease("", "", 2);
+        bench.poll();
+        bench.pass(TTL, &[]);
+        assert_eq!((bench.grants(), bench.revoked.len()), (vec![5, 6], 1));
     }
 
     #[test]

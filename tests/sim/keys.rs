@@ -84,6 +84,7 @@ impl Keys {
             return Err(PutError::Conflict);
         }
         let written = value.as_deref().unwrap_or_default();
+        tracing::debug!(at = ?self.world.elapsed(), key, value = %String::from_utf8_lossy(written), "written");
         self.world.note(self.name, written);
         if value.is_some() {
             (self.witness)(written);

@@ -187,7 +187,7 @@ impl Scene {
             leased.extend(self.leases.value(&lease));
             match fault {
                 Fault::PutBack => self.put_back(saved.first()),
-                Fault::LeasePutBack => self.leases.put_by_hand(&lease, leased.first().cloned()),
+                Fault::LeasePutBack if !leased.is_empty() => self.leases.put_by_hand(&lease, leased.first().cloned()),
                 _ => self.happen(fault).await,
             }
         }
