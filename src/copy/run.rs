@@ -186,6 +186,7 @@ impl<'a> Run<'a> {
         resume.findings.extend(news);
         ledger.unwanted(&mut resume, &replication)?;
         ledger.orphans(resume.orphans);
+        let goes_back = ledger.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
         abilities.share(resume.mode);
         if Durable::is_needed(&source_info) {
             ledger.uses_durable().await?;
@@ -256,6 +257,12 @@ impl<'a> Run<'a> {
         run.source_says(run.source_info.clone());
         run.remembered(&target_info, resume.unseen, ledger);
         run.resumed(resume, ledger);
+        if goes_back {
+            // Told now, and saved before anything is sent: where few messages of a subject are kept, what is copied again
+            // replaces what would tell the next start that the saved place is not what it was.
+            let witnesses = witnesses(&run.window, &run.abilities, &run.source_info, &run.target_created);
+            ledger.save_now(witnesses, row(job, &run.copy)).await?;
+        }
         Ok(run)
     }
 

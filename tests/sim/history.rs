@@ -564,6 +564,10 @@ impl History {
 
     /// How many may have to be copied yet: what the source has removed may have been read before.
     pub fn backlog(&self) -> usize {
+        // With few messages of each subject at the target, nobody can tell how far the copy was: it begins anew.
+        if self.plan.keeps.is_some() && self.plan.has(Fault::target_loses) {
+            return self.held.len();
+        }
         let waits = |o: &&Original| o.wanted && o.excused.is_none() && o.cut.is_none() && o.copies.is_empty();
         let unread = self.originals.iter().filter(waits).count();
         unread.max(self.held.values().filter(|number| self.is_missing(**number)).count())
