@@ -166,7 +166,7 @@ impl System {
         };
         let Some(buckets) = persist("the buckets cannot be opened", stop, open).await else { return Ok(()) };
 
-        let identity = Identity { instance: instance.clone(), host: host_name(), program: names::VERSION.to_owned() };
+        let identity = Identity::own(instance.clone(), host_name(), names::VERSION.to_owned());
         let Buckets { leases, positions, .. } = buckets.clone();
         let (leases, driver) = lease::start(leases, positions, identity, settings.lease_ttl, settings.standalone);
         let driver = self.driver.insert(driver);

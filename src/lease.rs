@@ -8,7 +8,7 @@ mod process;
 mod sessions;
 mod tenure;
 
-pub use driver::{Driver, Leases, Seat, start};
+pub use driver::{Driver, Leases, Seat, enter, start};
 pub use machine::{Action, Machine, Renewal, Settings};
 pub use process::Identity;
 pub use sessions::Sessions;

@@ -189,6 +189,7 @@ impl<'a> Run<'a> {
         resume.findings.extend(news);
         ledger.unwanted(&mut resume, &replication)?;
         ledger.orphans(resume.orphans);
+        let goes_back = ledger.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
         abilities.share(resume.mode);
         if Durable::is_needed(&source_info) {
             ledger.uses_durable().await?;
@@ -267,6 +268,12 @@ impl<'a> Run<'a> {
         run.source_says(run.source_info.clone());
         run.remembered(&target_info, resume.unseen, ledger);
         run.resumed(resume, ledger);
+        if goes_back {
+            // Told now, and saved before anything is sent: where few messages of a subject are kept, what is copied again
+            // replaces what would tell the next start that the saved place is not what it was.
+            let witnesses = witnesses(&run.window, &run.abilities, &run.source_info, &run.target_created);
+            ledger.save_now(witnesses, row(job, &run.copy)).await?;
+        }
         Ok(run)
     }
 
@@ -302,7 +309,7 @@ impl<'a> Run<'a> {
             "copying"
         );
         self.already = resume.already;
-        self.window.keep_target(keeps_target(&self.already, &self.writer));
+        self.window.limit_target(target_limit(&self.already, &self.writer));
     }
 
     /// Tells what the run before could not: it ended before the source had answered.
@@ -541,7 +548,7 @@ impl<'a> Run<'a> {
             let counters = &mut self.copy.counters;
             let subject = incoming.message.subject;
             let known = self.already.take(seq, time_ns, subject, &self.replication.mapping);
-            self.window.keep_target(keeps_target(&self.already, &self.writer));
+            self.window.limit_target(target_limit(&self.already, &self.writer));
             // What sampling is told; what is left out before it is asked is none of its business.
             let mut fate = Some(Fate::Passed);
             match known {
@@ -555,9 +562,10 @@ impl<'a> Run<'a> {
                 Some(Known::Stored(target_seq)) => {
                     // A position without any place at the target could not tell that the target lost all of it.
                     let first = self.window.target().is_none() && self.already.all_behind(target_seq);
-                    self.window.keep_target(!first && keeps_target(&self.already, &self.writer));
+                    let limit = target_limit(&self.already, &self.writer);
+                    self.window.limit_target(if first { u64::MAX } else { limit });
                     self.window.stored_before(source, target_seq);
-                    self.window.keep_target(keeps_target(&self.already, &self.writer));
+                    self.window.limit_target(limit);
                     fate = Some(Fate::Stored);
                 }
                 Some(Known::Replaced) => {
@@ -671,7 +679,7 @@ impl<'a> Run<'a> {
         let now = Instant::now();
         let elapsed = now.duration_since(self.began).as_micros() as u64;
         let mut observed = (0, 0);
-        self.window.keep_target(keeps_target(&self.already, &self.writer));
+        self.window.limit_target(target_limit(&self.already, &self.writer));
         while let Some(done) = self.window.pop() {
             self.moved = now;
             let counters = &mut self.copy.counters;
@@ -988,10 +996,10 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Whether the known place at the target has to stay where it is: messages of ours may lie behind it that have not come
-/// by. Those of before the run, or those that an older holder sent while it began.
-fn keeps_target(already: &Already, writer: &Writer) -> bool {
-    !already.is_empty() || !writer.adds_up()
+/// How far the known place at the target may move: behind it messages of ours may lie that have not come by. Those of
+/// before the run, or those that an older holder sent while it began.
+fn target_limit(already: &Already, writer: &Writer) -> u64 {
+    if already.is_empty() { writer.adds_up_to() } else { 0 }
 }
 
 fn witnesses<'w>(

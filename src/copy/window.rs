@@ -63,7 +63,8 @@ pub struct Window {
     position: SourcePoint,
     target: Option<TargetPoint>,
     last_popped: u64,
-    keep_target: bool,
+    /// The known place at the target goes no further.
+    target_limit: u64,
     /// The known place at the target stays until this message has left too.
     keep_through: Token,
 }
@@ -78,7 +79,7 @@ impl Window {
             position,
             target,
             last_popped: 0,
-            keep_target: false,
+            target_limit: u64::MAX,
             keep_through: 0,
         }
     }
@@ -134,10 +135,10 @@ impl Window {
         }
     }
 
-    /// While messages that lie at the target already have not all come by, the known place at the target stays
-    /// before all of them: a search for what is behind the position begins there.
-    pub fn keep_target(&mut self, keep: bool) {
-        self.keep_target = keep;
+    /// The known place at the target moves no further than this sequence, for messages of ours that have not come by may
+    /// lie behind it: a search for what is behind the position begins at the known place.
+    pub fn limit_target(&mut self, limit: u64) {
+        self.target_limit = limit;
     }
 
     /// Takes a message that lies at the target already. It settles with the ones before it, and may lie before them:
@@ -146,7 +147,7 @@ impl Window {
         self.skip(source);
         if !self.entries.is_empty() {
             self.keep_through = self.first + self.entries.len() as u64 - 1;
-        } else if !self.keep_target {
+        } else if target_seq <= self.target_limit {
             self.target = Some(TargetPoint { seq: target_seq, source_seq: source.seq });
         }
     }
@@ -166,7 +167,7 @@ impl Window {
     /// Notes where a message lies at the target, if it is still here or was the last to leave.
     pub fn place(&mut self, token: Token, target_seq: u64) {
         if token + 1 == self.first {
-            if self.keep_target || token < self.keep_through {
+            if target_seq > self.target_limit || token < self.keep_through {
                 return;
             }
             self.target = Some(TargetPoint { seq: target_seq, source_seq: self.last_popped });
@@ -211,7 +212,7 @@ impl Window {
         self.position = entry.through;
         self.last_popped = entry.own.seq;
         let left = self.first - 1;
-        if let Some(seq) = entry.target_seq.filter(|_| left >= self.keep_through && !self.keep_target) {
+        if let Some(seq) = entry.target_seq.filter(|seq| left >= self.keep_through && *seq <= self.target_limit) {
             self.target = Some(TargetPoint { seq, source_seq: entry.own.seq });
         }
         Some(Done { bytes: entry.bytes, read_at: entry.read_at })
@@ -301,15 +302,28 @@ mod tests {
     #[test]
     fn the_known_place_stays_before_what_has_not_come_by() {
         let mut window = Window::new(at(0), Some(TargetPoint { seq: 3, source_seq: 0 }));
-        window.keep_target(true);
+        window.limit_target(0);
         let token = window.hand_out(at(1), 1, 0, None);
         window.settle(token, Some(9)).unwrap();
         drain(&mut window);
         window.stored_before(at(2), 7);
         assert_eq!((window.position(), window.target().map(|t| t.seq)), (at(2), Some(3)));
-        window.keep_target(false);
+        window.limit_target(u64::MAX);
         window.stored_before(at(3), 8);
         assert_eq!((window.position(), window.target().map(|t| t.seq)), (at(3), Some(8)));
+    }
+
+    #[test]
+    fn the_known_place_goes_as_far_as_all_places_before_it_are_accounted_for() {
+        let mut window = Window::new(at(0), None);
+        let tokens: Vec<_> = (1..=3).map(|seq| window.hand_out(at(seq), 1, 0, None)).collect();
+        // The confirmation of what lies at 2 was lost.
+        window.limit_target(1);
+        window.settle(tokens[0], Some(1)).unwrap();
+        window.settle(tokens[1], Some(3)).unwrap();
+        assert_eq!((drain(&mut window), window.position()), (2, at(2)));
+        // Not nothing: a target that loses all could not be told from one that nothing was sent to.
+        assert_eq!(window.target(), Some(TargetPoint { seq: 1, source_seq: 1 }));
     }
 
     /// Against the plainest model: a list of flags.

@@ -478,10 +478,10 @@ impl Writer {
         }
     }
 
-    /// Whether the target holds nothing but messages of ours up to the newest that it confirmed, as far as sequences tell.
-    pub fn adds_up(&self) -> bool {
+    /// Up to here, as far as sequences tell, the target holds nothing but messages of ours that it confirmed.
+    pub fn adds_up_to(&self) -> u64 {
         let counts = matches!(self.mode, Mode::Pipelined { .. }) && self.abilities.mode == TargetMode::Exclusive;
-        !counts || self.exact == self.expected_last
+        if counts && self.exact != self.expected_last { self.exact } else { u64::MAX }
     }
 
     /// Behind this place at the target somebody else may have written, and nowhere before it since the run began.

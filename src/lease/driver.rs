@@ -36,18 +36,32 @@ pub fn start(
     ttl: Duration,
     standalone: bool,
 ) -> (Leases, Driver) {
+    let stop = CancellationToken::new();
+    let (leases, work) = enter(store, positions, identity, ttl, standalone, stop.clone());
+    (leases, Driver { stop, task: tokio::spawn(work) })
+}
+
+/// Enters the group as [`start`] does, without a task of its own: leases are held while the future is polled. It ends
+/// when this instance may do nothing more, and says why, or some time after the stop.
+pub fn enter(
+    store: LeaseStore,
+    positions: PositionStore,
+    identity: Identity,
+    ttl: Duration,
+    standalone: bool,
+    stop: CancellationToken,
+) -> (Leases, impl Future<Output = Option<String>> + Send) {
     let now = Instant::now();
     let session = chance::name();
     let settings = Settings { instance: identity.instance.clone(), ttl, standalone };
-    let pid = std::process::id();
     let record = SessionRecord {
         version: 1,
         instance: identity.instance,
         session: session.clone(),
         ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
         host: identity.host,
-        pid,
-        process: process::mark(pid),
+        pid: identity.pid,
+        process: identity.mark,
         program: identity.program,
         started: chance::now().trunc_subsecs(3),
         nonce: 0,
@@ -82,9 +96,7 @@ pub fn start(
         next_clear: now + CLEAR_EVERY,
         _follower: AbortOnDropHandle::new(follower),
     };
-    let stop = CancellationToken::new();
-    let task = tokio::spawn(work.run(stop.clone()));
-    (leases, Driver { stop, task })
+    (leases, work.run(stop))
 }
 
 /// The running driver, for the one who stops it.
@@ -444,11 +456,14 @@ impl Work {
                     self.act(grant);
                 }
             }
-            Done::Forgot { instance, revision } => self.sessions.send_modify(|sessions| {
-                if sessions.known.get(&instance).is_some_and(|heard| heard.revision == revision) {
-                    sessions.known.remove(&instance);
-                }
-            }),
+            Done::Forgot { instance, revision } => {
+                self.machine.forget(&instance, revision);
+                self.sessions.send_modify(|sessions| {
+                    if sessions.known.get(&instance).is_some_and(|heard| heard.revision == revision) {
+                        sessions.known.remove(&instance);
+                    }
+                });
+            }
             Done::Nothing => {}
         }
         None

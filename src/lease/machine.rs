@@ -156,6 +156,8 @@ impl Other {
 struct Lease {
     record: LeaseRecord,
     revision: u64,
+    /// Greatest epoch that was seen: a lease that was put back to what it was does not bring an epoch again.
+    epoch: u64,
     /// When this revision was seen.
     seen: Instant,
     /// It lay there when the bucket was read first.
@@ -305,6 +307,16 @@ impl Machine {
         }
     }
 
+    /// Nothing is left of the session of an instance: what its removal left at this revision is gone too.
+    pub fn forget(&mut self, instance: &str, revision: u64) {
+        if let Some(other) = self.others.get(instance)
+            && other.session.is_none()
+            && other.revision == revision
+        {
+            self.others.remove(instance);
+        }
+    }
+
     /// What lies at the key of a lease, by the watch.
     pub fn lease(&mut self, now: Instant, id: &str, revision: u64, record: Option<LeaseRecord>) {
         let (loaded, me) = (self.loaded, self.settings.instance.clone());
@@ -334,6 +346,7 @@ impl Machine {
         self.leases.entry(id.to_owned()).or_insert_with(|| Lease {
             record: LeaseRecord::default(),
             revision: 0,
+            epoch: 0,
             seen: now,
             old: false,
             wanted: false,
@@ -491,7 +504,7 @@ impl Machine {
                     version: VERSION,
                     instance: self.settings.instance.clone(),
                     session: self.own.session.clone(),
-                    epoch: lease.record.epoch + 1,
+                    epoch: lease.epoch + 1,
                     step_down: false,
                     stepped_down: Some(lease.record.stepped_down.clone())
                         .filter(|instance| *instance != self.settings.instance)
@@ -639,6 +652,7 @@ impl Lease {
         if !record.instance.is_empty() && record.instance != me {
             (self.handed, self.kept) = (false, None);
         }
+        self.epoch = self.epoch.max(record.epoch);
         self.record = record;
         self.revision = revision;
         self.seen = now;
@@ -902,6 +916,39 @@ mod tests {
         assert_eq!((bench.revoked.len(), bench.grants()), (1, vec![2]));
         bench.pass(EPSILON, &[]);
         assert_eq!((bench.looked.len(), bench.grants()), (2, vec![2, 4]));
+    }
+
+    #[test]
+    fn an_instance_whose_session_is_cleared_away_is_forgotten_unless_it_came_back() {
+        let mut bench = Bench::ready();
+        bench.session("other", "s");
+        bench.machine.forget("other", bench.revision);
+        assert_eq!(bench.machine.others.len(), 1);
+        bench.revision += 1;
+        let removed = bench.revision;
+        bench.machine.session(bench.now, "other", removed, None);
+        bench.session("other", "t");
+        bench.machine.forget("other", removed);
+        assert!(bench.machine.others["other"].is_alive());
+        bench.revision += 1;
+        bench.machine.session(bench.now, "other", bench.revision, None);
+        bench.machine.forget("other", bench.revision);
+        assert!(bench.machine.others.is_empty());
+        // What it held is free.
+        bench.lease("other", "t", 3);
+        bench.pass(TTL * 3, &[]);
+        assert_eq!(bench.grants(), [1, 4]);
+    }
+
+    #[test]
+    fn a_lease_that_was_put_back_to_what_it_was_brings_no_epoch_again() {
+        let mut bench = Bench::ready();
+        bench.lease("", "", 4);
+        bench.poll();
+        bench.lease("", "", 2);
+        bench.poll();
+        bench.pass(TTL, &[]);
+        assert_eq!((bench.grants(), bench.revoked.len()), (vec![5, 6], 1));
     }
 
     #[test]

@@ -11,11 +11,23 @@ pub struct Identity {
     pub host: String,
     /// Version of its program.
     pub program: String,
+    /// Its process id on that host.
+    pub pid: u32,
+    /// What its process id is one of, and when the process began; empty where the system does not say.
+    pub mark: String,
+}
+
+impl Identity {
+    /// Of this process.
+    pub fn own(instance: String, host: String, program: String) -> Self {
+        let pid = std::process::id();
+        Self { instance, host, program, pid, mark: mark(pid) }
+    }
 }
 
 /// What a process id is one of and when the process began: `<boot>/<pid namespace>/<ticks since boot>`. Empty where the
 /// system does not say. Process ids of another boot or of another container mean nothing here.
-pub(super) fn mark(pid: u32) -> String {
+fn mark(pid: u32) -> String {
     match (place(), began(pid)) {
         (Some(place), Some(began)) => format!("{place}/{began}"),
         _ => String::new(),

@@ -68,6 +68,8 @@ pub struct Arrival<'a> {
     pub payload: &'a [u8],
     /// When its connection was opened.
     pub opened: Duration,
+    /// That its sender copies with.
+    pub epoch: u64,
     pub batched: bool,
 }
 
@@ -97,6 +99,10 @@ pub struct History {
     /// Moves of the position back: when, and behind which sequence.
     moves: Vec<(Duration, u64)>,
     saved: Saved,
+    /// The greatest epoch that somebody acted with, and who that was.
+    acted: (u64, &'static str),
+    /// The greatest epoch of a chained message that was stored.
+    chained: u64,
     /// The position went back, after so many resets were told: one more has to be told by now.
     back: Option<(usize, String)>,
     /// The next save may stand anywhere: people changed the record.
@@ -122,6 +128,8 @@ impl History {
             newest: HashMap::new(),
             moves: Vec::new(),
             saved: Saved::default(),
+            acted: (0, ""),
+            chained: 0,
             back: None,
             any_position: false,
             told: Vec::new(),
@@ -237,6 +245,20 @@ impl History {
         self.moves.iter().filter(|(at, _)| *at <= opened).count()
     }
 
+    /// Somebody who was granted a lease with this epoch does a step of its work.
+    pub fn acts(&mut self, instance: &'static str, epoch: u64) {
+        let (greatest, by) = self.acted;
+        if epoch == greatest && by != instance && !self.plan.has(|fault| fault == Fault::LeasePutBack) {
+            self.breach(format!("`{by}` and `{instance}` both act with epoch {epoch}"));
+        }
+        if epoch < greatest && self.plan.is_lawful() {
+            self.breach(format!("`{instance}` acts with epoch {epoch}, and `{by}` did with epoch {greatest}"));
+        }
+        if epoch > greatest {
+            self.acted = (epoch, instance);
+        }
+    }
+
     /// The position record is gone, and its epoch with it.
     pub fn record_lost(&mut self) {
         self.saved = Saved::default();
@@ -280,6 +302,15 @@ impl History {
         let seq = original.seq;
         if !original.wanted {
             self.breach(format!("{seq} was copied, which nobody asked for"));
+        }
+        // What an older holder had in the air comes before all of the newer one's or not at all: the first that does not
+        // fit ends its batch, and nothing follows. Without the leases the two could take turns.
+        if chained && arrival.epoch < self.chained && self.plan.is_lawful() {
+            let (epoch, chained) = (arrival.epoch, self.chained);
+            self.breach(format!("{seq} of epoch {epoch} is stored behind what was chained with epoch {chained}"));
+        }
+        if chained {
+            self.chained = self.chained.max(arrival.epoch);
         }
         let original = &self.originals[number];
         let before: Vec<usize> = original.copies.iter().copied().filter(|copy| self.copies[*copy].is_there()).collect();
@@ -445,7 +476,8 @@ impl History {
         // A write of unknown outcome that arrives after all is the holder's own: it writes over it what it knows.
         let late = epoch == before.epoch && self.plan.unsure();
         // With the record, the fence between two holders is gone: each writes what it knows until they meet.
-        let unfenced = self.plan.second.is_some() && self.plan.has(|fault| fault == Fault::RecordLost);
+        let unfenced =
+            self.plan.begins.len() > 1 && !self.plan.is_lawful() && self.plan.has(|fault| fault == Fault::RecordLost);
         if seq < last && !late && !unfenced && !std::mem::take(&mut self.any_position) {
             self.back =
                 Some((before.resets, format!("the position goes back from {last} to {seq}, and nobody was told")));
@@ -532,6 +564,10 @@ impl History {
 
     /// How many may have to be copied yet: what the source has removed may have been read before.
     pub fn backlog(&self) -> usize {
+        // With few messages of each subject at the target, nobody can tell how far the copy was: it begins anew.
+        if self.plan.keeps.is_some() && self.plan.has(Fault::target_loses) {
+            return self.held.len();
+        }
         let waits = |o: &&Original| o.wanted && o.excused.is_none() && o.cut.is_none() && o.copies.is_empty();
         let unread = self.originals.iter().filter(waits).count();
         unread.max(self.held.values().filter(|number| self.is_missing(**number)).count())

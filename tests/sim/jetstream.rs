@@ -53,9 +53,16 @@ pub struct FastBatch {
 
 impl State {
     /// Somebody whose connection was opened at a time sends something.
-    pub(super) fn publish(&mut self, opened: Duration, subject: &str, reply: &str, header: &[u8], payload: &[u8]) {
+    pub(super) fn publish(
+        &mut self,
+        (opened, epoch): (Duration, u64),
+        subject: &str,
+        reply: &str,
+        header: &[u8],
+        payload: &[u8],
+    ) {
         let batched = reply.ends_with(".$FI");
-        let arrival = Arrival { subject, header, payload, opened, batched };
+        let arrival = Arrival { subject, header, payload, opened, epoch, batched };
         if self.leaderless.is_some_and(|until| until > Instant::now()) {
             if !header.is_empty() {
                 self.judge(arrival, None);

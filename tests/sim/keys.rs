@@ -1,4 +1,4 @@
-//! The positions bucket in memory: compare-and-swap, answers that get lost, and writes that arrive late.
+//! A bucket in memory: compare-and-swap, answers that get lost, writes that arrive late, and a watch that may stall.
 
 use std::{
     collections::BTreeMap,
@@ -7,24 +7,28 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::pending};
-use stream_replicator::store::{Cells, Changes, Error, PutError, Stored};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::unfold};
+use stream_replicator::store::{Cells, Change, Changes, Error, PutError, Stored};
 use tokio::{
-    sync::oneshot,
+    sync::{Notify, oneshot},
     time::{Duration, sleep},
 };
 
-use super::world::World;
+use super::{process::Until, world::World};
 
 /// What a request waits for its answer at most.
 const TIMEOUT: Duration = Duration::from_secs(3);
+/// How often somebody looks whether a watch goes on.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Looks at every value in the moment in which it is written.
 type Witness = Box<dyn Fn(&[u8]) + Send + Sync>;
 
 pub struct Keys {
     world: World,
+    name: &'static str,
     state: Mutex<State>,
+    changed: Notify,
     witness: Witness,
 }
 
@@ -37,16 +41,16 @@ struct State {
 
 impl fmt::Debug for Keys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Keys")
+        f.write_str(self.name)
     }
 }
 
 impl Keys {
-    pub fn new(world: World, witness: Witness) -> Arc<Self> {
-        Arc::new(Self { world, state: Mutex::default(), witness })
+    pub fn new(world: World, name: &'static str, witness: Witness) -> Arc<Self> {
+        Arc::new(Self { world, name, state: Mutex::default(), changed: Notify::new(), witness })
     }
 
-    /// While there is trouble, answers get lost and writes arrive late or never.
+    /// While there is trouble, answers get lost, writes arrive late or never, and watches are behind.
     pub fn trouble(&self, on: bool) {
         self.state.lock().expect("keys").trouble = on;
     }
@@ -56,37 +60,43 @@ impl Keys {
         self.state.lock().expect("keys").keys.get(key)?.value.clone()
     }
 
-    /// Puts an older value back, as from a backup.
-    pub fn put_back(&self, key: &str, value: Bytes) {
+    /// Somebody writes a value, as from a backup, or deletes a key.
+    pub fn put_by_hand(&self, key: &str, value: Option<Bytes>) {
+        self.store(key, value);
+    }
+
+    fn store(&self, key: &str, value: Option<Bytes>) -> u64 {
         let mut state = self.state.lock().expect("keys");
         state.revision += 1;
         let revision = state.revision;
-        state.keys.insert(key.to_owned(), Stored { revision, value: Some(value) });
+        state.keys.insert(key.to_owned(), Stored { revision, value });
+        drop(state);
+        self.changed.notify_waiters();
+        revision
     }
 
-    /// Somebody deletes a key.
-    pub fn lose(&self, key: &str) {
-        let mut state = self.state.lock().expect("keys");
-        state.revision += 1;
-        let revision = state.revision;
-        state.keys.insert(key.to_owned(), Stored { revision, value: None });
+    fn revision(&self, key: &str) -> u64 {
+        self.state.lock().expect("keys").keys.get(key).map_or(0, |stored| stored.revision)
     }
 
-    fn apply(&self, key: &str, value: Bytes, expected: u64) -> Result<u64, PutError> {
-        let mut state = self.state.lock().expect("keys");
-        if state.keys.get(key).map_or(0, |stored| stored.revision) != expected {
+    fn apply(&self, key: &str, value: Option<Bytes>, expected: u64) -> Result<u64, PutError> {
+        if self.revision(key) != expected {
             return Err(PutError::Conflict);
         }
-        self.world.note("keys", &value);
-        (self.witness)(&value);
-        state.revision += 1;
-        let revision = state.revision;
-        state.keys.insert(key.to_owned(), Stored { revision, value: Some(value) });
-        Ok(revision)
+        let written = value.as_deref().unwrap_or_default();
+        tracing::debug!(at = ?self.world.elapsed(), key, value = %String::from_utf8_lossy(written), "written");
+        self.world.note(self.name, written);
+        if value.is_some() {
+            (self.witness)(written);
+        }
+        Ok(self.store(key, value))
     }
 
-    fn error(&self) -> Error {
-        Error { bucket: "positions".to_owned(), message: "no answer".to_owned() }
+    /// The first change behind a revision.
+    fn behind(&self, told: u64) -> Option<(String, Stored)> {
+        let state = self.state.lock().expect("keys");
+        let newer = state.keys.iter().filter(|(_, stored)| stored.revision > told);
+        newer.min_by_key(|(_, stored)| stored.revision).map(|(key, stored)| (key.clone(), stored.clone()))
     }
 
     fn in_trouble(&self) -> bool {
@@ -94,45 +104,65 @@ impl Keys {
     }
 }
 
-/// Own copy of the handle, for what goes on when the one who asked is gone.
+/// What lies between one instance and the buckets.
+#[derive(Debug, Default)]
+pub struct Link {
+    /// Nothing gets through.
+    pub cut: Until,
+    /// Watches tell nothing.
+    pub deaf: Until,
+}
+
+/// A bucket as one instance has it. By the clock of each instance the time to live of all is the same; in the time of
+/// the world it is not, which is how their clocks drift.
 #[derive(Debug, Clone)]
-pub struct Handle(pub Arc<Keys>);
+pub struct Handle {
+    pub keys: Arc<Keys>,
+    pub link: Arc<Link>,
+    /// Milliseconds of the world that this instance takes for its time to live, and that everybody says it is.
+    pub ttl_ms: (u64, u64),
+}
 
-impl Cells for Handle {
-    fn name(&self) -> &str {
-        "positions"
+impl Handle {
+    fn error(&self) -> Error {
+        Error { bucket: self.keys.name.to_owned(), message: "no answer".to_owned() }
     }
 
-    fn last<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Stored>, Error>> {
-        let keys = &self.0;
-        async move {
-            if keys.in_trouble() {
-                sleep(TIMEOUT).await;
-                return Err(keys.error());
-            }
-            sleep(keys.world.millis(0, 5)).await;
-            Ok(keys.state.lock().expect("keys").keys.get(key).cloned())
-        }
-        .boxed()
+    fn with_ttl(value: &Bytes, from: u64, to: u64) -> Bytes {
+        let text = String::from_utf8_lossy(value);
+        text.replace(&format!("\"ttl_ms\":{from}"), &format!("\"ttl_ms\":{to}")).into()
     }
 
-    fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>> {
-        let keys = self.0.clone();
-        let key = key.to_owned();
+    fn said(&self, value: &Bytes) -> Bytes {
+        Self::with_ttl(value, self.ttl_ms.0, self.ttl_ms.1)
+    }
+
+    fn heard(&self, stored: Stored) -> Stored {
+        let value = stored.value.map(|value| Self::with_ttl(&value, self.ttl_ms.1, self.ttl_ms.0));
+        Stored { value, ..stored }
+    }
+
+    /// Goes on when the one who asked is gone.
+    fn write(&self, key: &str, value: Option<Bytes>, expected: u64) -> BoxFuture<'static, Result<u64, PutError>> {
+        let (this, key) = (self.clone(), key.to_owned());
+        let value = value.map(|value| self.said(&value));
+        let world = self.keys.world.clone();
         // How long it takes, whether it arrives at all, and whether the answer does.
-        let (mut way, mut arrives, mut answered) = (keys.world.millis(0, 20), true, true);
-        if keys.in_trouble() {
-            way = keys.world.millis(0, 6_000);
-            arrives = !keys.world.once_in(3);
-            answered = keys.world.once_in(2);
+        let (mut way, mut arrives, mut answered) = (world.millis(0, 20), true, true);
+        if self.keys.in_trouble() {
+            way = world.millis(0, 6_000);
+            arrives = !world.once_in(3);
+            answered = world.once_in(2);
         }
+        let back = world.millis(0, 20);
         let (answer, waiting) = oneshot::channel();
-        let writer = keys.clone();
+        let Handle { keys, link, .. } = self.clone();
         tokio::spawn(async move {
             sleep(way).await;
-            if arrives {
-                let result = writer.apply(&key, value, expected);
-                if answered {
+            if arrives && !link.cut.lasts() {
+                let result = keys.apply(&key, value, expected);
+                sleep(back).await;
+                if answered && !link.cut.lasts() {
                     let _ = answer.send(result);
                     return;
                 }
@@ -143,27 +173,93 @@ impl Cells for Handle {
         async move {
             match tokio::time::timeout(TIMEOUT, waiting).await {
                 Ok(Ok(result)) => result,
-                _ => Err(PutError::Unknown(keys.error())),
+                _ => Err(PutError::Unknown(this.error())),
             }
         }
         .boxed()
     }
 
-    fn mark_deleted<'a>(&'a self, key: &'a str, _: u64) -> BoxFuture<'a, Result<u64, PutError>> {
-        self.0.lose(key);
-        async { Ok(0) }.boxed()
+    async fn reach(&self) -> Result<(), Error> {
+        if self.keys.in_trouble() || self.link.cut.lasts() {
+            sleep(TIMEOUT).await;
+            return Err(self.error());
+        }
+        sleep(self.keys.world.millis(0, 5)).await;
+        Ok(())
     }
 
-    fn forget_through<'a>(&'a self, key: &'a str, _: u64) -> BoxFuture<'a, Result<(), Error>> {
-        self.forget(key)
+    /// The next that a watch tells that has told all up to a revision.
+    async fn next(&self, told: &mut u64, loaded: &mut bool) -> Change {
+        let Self { keys, link, .. } = self;
+        loop {
+            let changed = keys.changed.notified();
+            if link.cut.lasts() || link.deaf.lasts() {
+                sleep(LOOK).await;
+                continue;
+            }
+            let Some((key, stored)) = keys.behind(*told) else {
+                if !std::mem::replace(loaded, true) {
+                    return Change::Loaded;
+                }
+                changed.await;
+                continue;
+            };
+            sleep(keys.world.millis(0, if keys.in_trouble() { 3_000 } else { 20 })).await;
+            if link.cut.lasts() || link.deaf.lasts() {
+                continue;
+            }
+            *told = stored.revision;
+            let Stored { revision, value } = self.heard(stored);
+            return match value {
+                Some(value) => Change::Put { key, revision, value },
+                None => Change::Deleted { key, revision },
+            };
+        }
+    }
+}
+
+impl Cells for Handle {
+    fn name(&self) -> &str {
+        self.keys.name
+    }
+
+    fn last<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Stored>, Error>> {
+        async move {
+            self.reach().await?;
+            let stored = self.keys.state.lock().expect("keys").keys.get(key).cloned();
+            Ok(stored.map(|stored| self.heard(stored)))
+        }
+        .boxed()
+    }
+
+    fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>> {
+        self.write(key, Some(value), expected)
+    }
+
+    fn mark_deleted<'a>(&'a self, key: &'a str, expected: u64) -> BoxFuture<'a, Result<u64, PutError>> {
+        self.write(key, None, expected)
+    }
+
+    fn forget_through<'a>(&'a self, key: &'a str, revision: u64) -> BoxFuture<'a, Result<(), Error>> {
+        async move {
+            self.reach().await?;
+            if self.keys.revision(key) <= revision {
+                self.keys.state.lock().expect("keys").keys.remove(key);
+            }
+            Ok(())
+        }
+        .boxed()
     }
 
     fn forget<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), Error>> {
-        self.0.state.lock().expect("keys").keys.remove(key);
-        async { Ok(()) }.boxed()
+        self.forget_through(key, u64::MAX)
     }
 
     fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>> {
-        async { Ok(pending().boxed()) }.boxed()
+        let changes = unfold((self.clone(), 0, false), |(handle, mut told, mut loaded)| async move {
+            let change = handle.next(&mut told, &mut loaded).await;
+            Some((Ok(change), (handle, told, loaded)))
+        });
+        async { Ok(changes.boxed()) }.boxed()
     }
 }

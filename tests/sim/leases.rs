@@ -416,7 +416,11 @@ impl World {
                     _ => None,
                 };
                 let first = revision == 0;
+                // It stands on what was read before: what a process sent that is gone does not come behind its successor.
+                let late = began < self.all[at].began
+                    && found.as_ref().is_some_and(|found| found.session == self.all[at].record.session);
                 match found {
+                    _ if late => return,
                     Some(found) if found.session != record.session && !first => return,
                     None if !first => News::Renewed(Renewal::Removed, 0),
                     _ => {

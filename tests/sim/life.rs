@@ -1,37 +1,53 @@
-//! What a supervisor does with one replication: claim, run, back off, pause, leave out what people want left out.
+//! What a supervisor does with one replication while its lease is ours: claim, run, back off, pause, leave out what
+//! people want left out. The lease is that of the product.
 
 use std::{
+    fmt::Display,
+    future::poll_fn,
     pin::pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::Poll,
 };
 
 use serde_json::json;
 use stream_replicator::{
     backoff::{Backoff, jitter},
     config::{self, Replication},
-    copy::{self, At, Budget, Error, ErrorKind, Job, Ledger, Located, locate},
+    copy::{self, At, Budget, ErrorKind, Job, Ledger, Located, locate},
+    lease::{self, Identity, Seat},
     status::{CopyStatus, Row, State},
-    store::PositionStore,
+    store::{ClaimError, LeaseStore, PositionStore},
 };
 use tokio::{
     sync::watch,
-    time::{Duration, sleep, timeout},
+    time::{Duration, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    keys,
+    keys::{Handle, Keys},
+    plan::TTL_MS,
     process::Hands,
-    run::{ID, Scene},
-    server::Network,
+    run::{ID, INSTANCES, Scene},
+    server::{Network, Who},
 };
 
 /// As in the supervisor.
 const HELD: Duration = Duration::from_secs(10);
 const SETTLE: Duration = Duration::from_secs(10);
+const AGAIN: Duration = Duration::from_secs(1);
+const LAST_SAVE: Duration = Duration::from_secs(2);
+
+/// An instance.
+struct Me {
+    instance: &'static str,
+    /// Of its session, in the time of the world.
+    ttl_ms: u64,
+    hands: Arc<Hands>,
+}
 
 /// Counts what runs, also when it is dropped.
 struct Running<'a>(&'a AtomicUsize);
@@ -65,22 +81,90 @@ impl Scene {
         config::parse_value(&document, "SITE").expect("a document")
     }
 
-    fn network(&self, hands: &Arc<Hands>) -> Network {
-        Network { servers: vec![self.source.clone(), self.target.clone()], hands: hands.clone() }
+    fn network(&self, me: &Me, epoch: u64) -> Network {
+        let who = Who { instance: me.instance, epoch };
+        Network { servers: vec![self.source.clone(), self.target.clone()], who, hands: me.hands.clone() }
     }
 
-    fn store(&self) -> PositionStore {
-        PositionStore::new(Arc::new(keys::Handle(self.keys.clone())))
+    /// A bucket as an instance has it.
+    fn reached_by(&self, me: &Me, keys: &Arc<Keys>) -> Handle {
+        Handle { link: me.hands.link.clone(), ttl_ms: (me.ttl_ms, TTL_MS), ..self.handle(keys) }
     }
 
-    /// One life of a process, until another one holds the replication.
-    pub async fn live(self: Arc<Self>, instance: &'static str, hands: Arc<Hands>) {
+    fn store(&self, me: &Me) -> PositionStore {
+        PositionStore::new(Arc::new(self.reached_by(me, &self.keys)))
+    }
+
+    /// One life of a process: leases, and what runs under them, until it is asked to end.
+    pub async fn live(self: Arc<Self>, which: usize, hands: Arc<Hands>) {
+        let me = Me { instance: INSTANCES[which], ttl_ms: self.plan.ttls[which], hands: hands.clone() };
+        let identity = Identity {
+            instance: me.instance.to_owned(),
+            host: "host".to_owned(),
+            program: "simulated".to_owned(),
+            pid: which as u32,
+            mark: String::new(),
+        };
+        let ttl = Duration::from_millis(me.ttl_ms);
+        let store = LeaseStore::new(Arc::new(self.reached_by(&me, &self.leases)));
+        let (over, stop) = (CancellationToken::new(), CancellationToken::new());
+        let (leases, driver) = lease::enter(store, self.store(&me), identity, ttl, false, over.clone());
+        let mut driver = pin!(driver);
+        {
+            let mut life = pin!(self.life(&me, leases.seat(ID), &stop));
+            let mut asked = pin!(hands.leaving.notified());
+            poll_fn(|cx| {
+                if asked.as_mut().poll(cx).is_ready() {
+                    stop.cancel();
+                    asked.set(hands.leaving.notified());
+                }
+                // Two tasks of one process: either may be first.
+                let first = self.world.once_in(2);
+                let ended = first && life.as_mut().poll(cx).is_ready();
+                if let Poll::Ready(reason) = driver.as_mut().poll(cx) {
+                    self.history().broken.push(format!("`{}` gives up: {reason:?}", me.instance));
+                    return Poll::Ready(());
+                }
+                if ended || (!first && life.as_mut().poll(cx).is_ready()) { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+        }
+        over.cancel();
+        driver.await;
+    }
+
+    /// Runs the replication whenever the lease is ours, until the stop.
+    async fn life(&self, me: &Me, mut seat: Seat, stop: &CancellationToken) {
+        loop {
+            let tenure = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                tenure = seat.granted() => tenure,
+            };
+            let stop = stop.child_token();
+            let mut reign = Box::pin(self.reign(me, tenure.epoch, &stop));
+            let steps = poll_fn(|cx| {
+                self.history().acts(me.instance, tenure.epoch);
+                reign.as_mut().poll(cx)
+            });
+            let again = tenure.hold(&stop, steps).await;
+            drop(reign);
+            if again.is_none() {
+                self.note(me.instance, tenure.why_lost());
+            }
+            seat.ended(again.unwrap_or_default());
+        }
+    }
+
+    /// What runs while the lease is ours; says how long to leave it alone then.
+    async fn reign(&self, me: &Me, epoch: u64, stop: &CancellationToken) -> Duration {
+        let _leading = Running::new(&self.leading);
         let row = Row {
             replication: ID.to_owned(),
             state: State::Starting,
             origin: "kv".to_owned(),
-            leader: Some(instance.to_owned()),
-            epoch: 0,
+            leader: Some(me.instance.to_owned()),
+            epoch,
             config_revision: 1,
             copy: CopyStatus::default(),
         };
@@ -92,41 +176,62 @@ impl Scene {
             neighbour: None,
             skip: None,
             samples: None,
-            dial: Arc::new(self.network(&hands)),
+            dial: Arc::new(self.network(me, epoch)),
         };
         let status = watch::Sender::new((State::Starting, CopyStatus::default()));
         let mut backoff = Backoff::RETRY;
         loop {
-            self.paused.is(false).await;
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Duration::ZERO,
+                () = self.paused.is(false) => {}
+            }
             let running = Running::new(&self.running);
-            // Without a lease: whoever comes last goes on.
-            let store = self.store();
-            let claimed = async {
-                let (record, _) = store.read(ID).await?;
-                store.claim(ID, instance, record.epoch + 1).await
+            let store = self.store(me);
+            let claimed = {
+                let mut claim = pin!(store.claim(ID, me.instance, epoch));
+                tokio::select! {
+                    biased;
+                    claimed = &mut claim => claimed,
+                    () = stop.cancelled() => {
+                        let _ = timeout(LAST_SAVE, claim).await;
+                        return Duration::ZERO;
+                    }
+                }
             };
-            let claim = match claimed.await {
+            let claim = match claimed {
                 Ok(claim) => claim,
-                Err(_) => {
+                Err(error @ ClaimError::Newer { .. }) => {
+                    self.note(me.instance, error);
+                    return AGAIN;
+                }
+                Err(ClaimError::Store(_)) => {
                     drop(running);
-                    sleep(backoff.next(self.chance())).await;
+                    let _ = timeout(backoff.next(self.chance()), stop.cancelled()).await;
                     continue;
                 }
             };
-            let mut ledger = Ledger::new(self.store(), self.events.clone(), ID, claim);
+            let mut ledger = Ledger::new(self.store(me), self.events.clone(), ID, claim);
             drop(running);
-            while !self.paused.now() {
+            let interrupted = async || {
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => {}
+                    () = self.paused.is(true) => {}
+                }
+            };
+            while !self.paused.now() && !stop.is_cancelled() {
                 let running = Running::new(&self.running);
                 job.skip = *self.release.lock().expect("release");
                 let before = status.borrow().1.position.source_seq;
-                let stop = CancellationToken::new();
+                let end = CancellationToken::new();
                 let result = {
-                    let mut run = pin!(copy::run(&job, &mut ledger, &status, &self.events, stop.clone()));
+                    let mut run = pin!(copy::run(&job, &mut ledger, &status, &self.events, end.clone()));
                     tokio::select! {
                         biased;
                         result = &mut run => result,
-                        () = self.paused.is(true) => {
-                            stop.cancel();
+                        () = interrupted() => {
+                            end.cancel();
                             timeout(SETTLE, run).await.unwrap_or(Ok(()))
                         }
                     }
@@ -136,14 +241,14 @@ impl Scene {
                     backoff.reset();
                 }
                 let Err(error) = result else { break };
-                tracing::debug!(at = ?self.world.elapsed(), instance, %error, "a run ended");
-                self.note(instance, &error);
+                tracing::debug!(at = ?self.world.elapsed(), me.instance, %error, "a run ended");
+                self.note(me.instance, format!("{:?}: {error}", error.kind));
                 let delay = match error.kind {
-                    ErrorKind::Superseded => return,
+                    ErrorKind::Superseded => return AGAIN,
                     ErrorKind::Hold => jitter(HELD, self.chance()),
                     ErrorKind::Retry => backoff.next(self.chance()),
                 };
-                let _ = timeout(delay, self.paused.is(true)).await;
+                let _ = timeout(delay, interrupted()).await;
                 // Somebody looks at what is held, and wants it left out.
                 if let Some(message) = error.poison {
                     let mut release = self.release.lock().expect("release");
@@ -160,18 +265,19 @@ impl Scene {
         self.world.between(0, 1_000) as f64 / 1_000.0
     }
 
-    fn note(&self, instance: &str, error: &Error) {
-        let at = format!("{:?}", self.world.elapsed());
-        self.ends.lock().expect("ends").push(format!("{at} `{instance}` {:?}: {error}", error.kind));
+    fn note(&self, instance: &str, end: impl Display) {
+        let at = self.world.elapsed();
+        self.ends.lock().expect("ends").push(format!("{at:?} `{instance}` {end}"));
     }
 
     /// Moves the position of the replication, which is paused.
     pub async fn move_position(&self, by: u64, back: bool) -> Result<(), String> {
-        let store = self.store();
+        let me = Me { instance: "operator", ttl_ms: TTL_MS, hands: Arc::default() };
+        let store = self.store(&me);
         let (record, _) = store.read(ID).await.map_err(|error| error.to_string())?;
         let Some(from) = record.source.map(|source| source.seq) else { return Ok(()) };
         let seq = if back { from.saturating_sub(by) } else { from + by };
-        let network = self.network(&Arc::default());
+        let network = self.network(&me, 0);
         let located =
             locate(&network, &self.replication(), At::Behind(seq)).await.map_err(|error| error.to_string())?;
         let Located::At(place) = located else { return Ok(()) };

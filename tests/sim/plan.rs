@@ -24,8 +24,10 @@ pub struct Plan {
     pub poison: Option<Poison>,
     /// Source messages: when, and how many at once.
     pub bursts: Vec<(Duration, u64)>,
-    /// When a second process begins to copy the same, if one does.
-    pub second: Option<Duration>,
+    /// When each instance begins.
+    pub begins: Vec<Duration>,
+    /// So many milliseconds of the world each of them takes for the time to live of leases, by its own clock.
+    pub ttls: Vec<u64>,
     /// What happens when.
     pub faults: Vec<(Duration, Fault)>,
 }
@@ -86,12 +88,26 @@ pub enum Fault {
     CrashAt(usize, Step, Duration),
     /// A copying process is stopped and goes on: its timers jump.
     Stop(usize, Duration),
+    /// A copying process is asked to end, and starts again.
+    Leave(usize, Duration),
+    /// An instance cannot reach the buckets for a while, or only its watches stall.
+    CutOff(usize, Duration),
+    Deaf(usize, Duration),
+    /// An instance alone cannot reach one of the servers.
+    Apart(usize, Side, Duration),
+    /// An operator asks who copies to hand over.
+    StepDown,
+    /// Somebody removes the session of an instance, whose watches stall for a while.
+    Evict(usize, Duration),
     /// The source's consumers of now deliver nothing more, though they give signs of life.
     Mute,
     /// The bucket loses answers, and writes arrive late.
     Trouble(Duration),
     /// The wall clock is set, forward or back.
-    Clock { by: Duration, back: bool },
+    Clock {
+        by: Duration,
+        back: bool,
+    },
     /// The replication is paused and goes on.
     Pause(Duration),
     /// The target is full for a while.
@@ -110,11 +126,19 @@ pub enum Fault {
     Purge(u64),
     /// The bucket is put back to what it held a while ago.
     PutBack,
+    /// The lease is put back to what it was a while ago.
+    LeasePutBack,
     /// The position record is deleted.
     RecordLost,
     /// The replication is paused and its position moved by so many sequences.
-    Move { by: u64, back: bool },
+    Move {
+        by: u64,
+        back: bool,
+    },
 }
+
+/// What all instances say that their leases live, in milliseconds.
+pub const TTL_MS: u64 = 3_000;
 
 impl Fault {
     /// Whether the target loses what it had stored.
@@ -131,8 +155,13 @@ impl Fault {
 impl Plan {
     pub fn draw(world: &World) -> Self {
         let stormy = if world.once_in(8) { 200_000 } else { 30_000 };
+        let instances = [1, 1, 2, 3][world.between(0, 3) as usize];
         let mut bursts: Vec<_> =
             (0..world.between(1, 5)).map(|_| (world.millis(0, stormy), world.between(1, 150))).collect();
+        // Messages all the time: whoever takes over has something to do.
+        if instances > 1 && world.once_in(2) {
+            bursts.extend((0..60).map(|_| (world.millis(0, stormy.min(40_000)), world.between(1, 12))));
+        }
         bursts.sort_unstable();
         // Most faults come while there is something to copy.
         let at = || {
@@ -142,16 +171,23 @@ impl Plan {
             let burst = world.between(0, bursts.len() as u64 - 1) as usize;
             bursts[burst].0 + world.millis(0, 1_500)
         };
-        let second = world.once_in(4).then(at);
-        let processes = 1 + usize::from(second.is_some());
+        let begins = (0..instances).map(|which| if which == 0 { Duration::ZERO } else { at() }).collect();
+        // By up to 3 % their clocks may differ and leases still keep two from copying at once. Rarely one is so slow that
+        // only what lies behind the leases does.
+        let wild = (instances > 1 && world.once_in(6)).then(|| world.between(0, instances as u64 - 1));
+        let ttls = (0..instances as u64).map(|which| match wild == Some(which) {
+            true => TTL_MS * world.between(2, 4),
+            false => TTL_MS + world.between(0, 180) - 90,
+        });
+        let ttls = ttls.collect();
         let mut faults = Vec::new();
         for _ in 0..world.between(0, 8) {
-            faults.push((at(), Self::ordinary(world, processes)));
+            faults.push((at(), Self::ordinary(world, instances)));
         }
         // At most one fault that loses data or changes what the streams are.
         if world.once_in(2) {
             let count = world.between(1, 40);
-            let fault = match world.between(1, 9) {
+            let fault = match world.between(1, 10) {
                 1 => Fault::Foreign(count),
                 2 => Fault::TargetForgets(count),
                 3 => Fault::TargetDeleted,
@@ -160,6 +196,7 @@ impl Plan {
                 6 => Fault::Purge(5 * count),
                 7 => Fault::PutBack,
                 8 => Fault::RecordLost,
+                9 => Fault::LeasePutBack,
                 _ => Fault::Move { by: count, back: world.once_in(2) },
             };
             let at = at();
@@ -167,7 +204,7 @@ impl Plan {
             // What is removed while nobody reads is lost.
             if matches!(fault, Fault::Purge(_)) {
                 let before = at.saturating_sub(Duration::from_millis(1_500));
-                faults.push((before, Fault::Crash(0, Duration::from_secs(3))));
+                faults.extend((0..instances).map(|which| (before, Fault::Crash(which, Duration::from_secs(3)))));
             }
         }
         faults.sort_by_key(|(at, _)| *at);
@@ -180,16 +217,17 @@ impl Plan {
             filter: world.once_in(6).then(|| ["s.1", "s.*", "s.>", "s.none"][world.between(0, 3) as usize].to_owned()),
             max_age: world.once_in(8).then(|| world.millis(2_000, 20_000)),
             keeps,
-            // Of two holders at once, the slower one could send what the source has not got any more behind what the
-            // other read later: pipelined, no id stops that.
-            source_keeps: keeps.filter(|_| second.is_none() && world.once_in(2)),
+            // What an older holder had in the air may come behind what a newer one read later, and the source may not have
+            // it any more: pipelined, no id stops that.
+            source_keeps: keeps.filter(|_| instances == 1 && world.once_in(2)),
             poison: match world.between(1, 12) {
                 1 => Some(Poison::Refused),
                 2 => Some(Poison::Noticed),
                 _ => None,
             },
             bursts,
-            second,
+            begins,
+            ttls,
             faults,
         }
     }
@@ -201,7 +239,7 @@ impl Plan {
         let short = world.millis(1, 3_000);
         let long = world.millis(1, 20_000);
         let time = if world.once_in(3) { long } else { short };
-        match world.between(1, 21) {
+        match world.between(1, 29) {
             1 => Fault::Cut(side),
             2 => Fault::Freeze(side, time),
             3 => Fault::Restart(side, short),
@@ -218,6 +256,12 @@ impl Plan {
             18 => Fault::Pause(short),
             19 => Fault::Full(time),
             20 => Fault::Mute,
+            21 | 22 => Fault::Leave(who, short),
+            23 | 24 => Fault::CutOff(who, time),
+            25 => Fault::Deaf(who, time),
+            26 => Fault::Apart(who, side, time),
+            27 => Fault::StepDown,
+            28 if world.once_in(2) => Fault::Evict(who, short),
             _ => Fault::Trouble(long),
         }
     }
@@ -228,7 +272,14 @@ impl Plan {
 
     /// Whether a process may not know what it saved: it goes by what it knows.
     pub fn unsure(&self) -> bool {
-        self.has(|fault| matches!(fault, Fault::Trouble(_)))
+        self.has(|fault| matches!(fault, Fault::Trouble(_) | Fault::CutOff(..)))
+    }
+
+    /// Whether leases alone keep an older holder from doing anything once a newer one has: clocks do not differ by more
+    /// than they may, nobody removes a session that is alive, and nobody writes leases by hand.
+    pub fn is_lawful(&self) -> bool {
+        let drifts = self.ttls.iter().any(|ttl| ttl.abs_diff(TTL_MS) > TTL_MS / 10);
+        !drifts && !self.has(|fault| matches!(fault, Fault::Evict(..) | Fault::LeasePutBack))
     }
 
     /// How long the messages of a fault are told before the fault is known: until then a record may speak of what was.

@@ -1,5 +1,5 @@
-//! A copying process: what a supervisor does with one replication, in a shell that can be killed at an exact step,
-//! stopped like a process by a signal, and started again.
+//! A copying process: what leases and a supervisor do with one replication, in a shell that can be killed at an exact
+//! step, stopped like a process by a signal, asked to end, and started again.
 
 use std::{
     io,
@@ -18,15 +18,41 @@ use tokio::{
     time::{Duration, Instant, Sleep, sleep, sleep_until},
 };
 
-use super::plan::Step;
+use super::{keys::Link, plan::Step};
+
+/// Something that lasts for a while.
+#[derive(Debug, Default)]
+pub struct Until(Mutex<Option<Instant>>);
+
+impl Until {
+    pub fn begin(&self, time: Duration) {
+        *self.0.lock().expect("until") = Some(Instant::now() + time);
+    }
+
+    pub fn end(&self) {
+        *self.0.lock().expect("until") = None;
+    }
+
+    pub fn lasts(&self) -> bool {
+        self.when().is_some()
+    }
+
+    /// When it ends, if that is not over.
+    fn when(&self) -> Option<Instant> {
+        self.0.lock().expect("until").filter(|until| *until > Instant::now())
+    }
+}
 
 /// What others can do to a process.
 #[derive(Debug, Default)]
 pub struct Hands {
     kill: Notify,
-    /// How long it stays away when it is killed.
+    /// It is asked to end in order.
+    pub leaving: Notify,
+    /// How long it stays away when it is killed or has ended.
     away: Mutex<Duration>,
-    frozen: Mutex<Option<Instant>>,
+    pub frozen: Until,
+    pub link: Arc<Link>,
     /// Polls and bytes that are left; 0 for no end.
     polls: AtomicU64,
     bytes: AtomicU64,
@@ -49,20 +75,19 @@ impl Hands {
         }
     }
 
-    /// Stops it for a while: nothing in it moves, and its connections stay.
-    pub fn freeze(&self, time: Duration) {
-        *self.frozen.lock().expect("frozen") = Some(Instant::now() + time);
-    }
-
-    pub fn is_frozen(&self) -> bool {
-        self.frozen.lock().expect("frozen").is_some_and(|until| until > Instant::now())
+    /// Asks it to end in order; it starts again after a while.
+    pub fn leave(&self, away: Duration) {
+        *self.away.lock().expect("away") = away;
+        self.leaving.notify_one();
     }
 
     /// No more of that.
     pub fn heal(&self) {
         self.polls.store(0, Ordering::Relaxed);
         self.bytes.store(0, Ordering::Relaxed);
-        *self.frozen.lock().expect("frozen") = None;
+        self.frozen.end();
+        self.link.cut.end();
+        self.link.deaf.end();
     }
 
     fn is_last(left: &AtomicU64) -> bool {
@@ -97,17 +122,14 @@ impl Switch {
     }
 }
 
-/// Lives again and again. A process that ended by itself stays so until it is killed and started again.
+/// Lives again and again.
 pub async fn process(hands: Arc<Hands>, life: impl Fn() -> BoxFuture<'static, ()>) {
     loop {
         let steps = Steps { life: Some(life()), hands: hands.clone(), thaw: None };
-        let over = tokio::select! {
+        tokio::select! {
             biased;
-            () = hands.kill.notified() => false,
-            over = steps => over,
-        };
-        if over {
-            hands.kill.notified().await;
+            () = hands.kill.notified() => {}
+            () = steps => {}
         }
         let away = *hands.away.lock().expect("away");
         sleep(away).await;
@@ -115,7 +137,7 @@ pub async fn process(hands: Arc<Hands>, life: impl Fn() -> BoxFuture<'static, ()
     }
 }
 
-/// Polls a life as far as it may go; `true` when that is over, `false` when it was killed.
+/// Polls a life as far as it may go.
 struct Steps {
     life: Option<BoxFuture<'static, ()>>,
     hands: Arc<Hands>,
@@ -123,11 +145,10 @@ struct Steps {
 }
 
 impl Future for Steps {
-    type Output = bool;
+    type Output = ();
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<bool> {
-        let frozen = *self.hands.frozen.lock().expect("frozen");
-        if let Some(until) = frozen.filter(|until| *until > Instant::now()) {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(until) = self.hands.frozen.when() {
             let thaw = self.thaw.insert(Box::pin(sleep_until(until)));
             if thaw.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
@@ -136,14 +157,14 @@ impl Future for Steps {
         let killed = Hands::is_last(&self.hands.polls);
         let Some(life) = self.life.as_mut().filter(|_| !killed) else {
             self.life = None;
-            return Poll::Ready(false);
+            return Poll::Ready(());
         };
-        let over = life.as_mut().poll(cx).is_ready();
+        let over = life.as_mut().poll(cx);
         if self.hands.dead.load(Ordering::Relaxed) {
             self.life = None;
-            return Poll::Ready(false);
+            return Poll::Ready(());
         }
-        if over { Poll::Ready(true) } else { Poll::Pending }
+        over
     }
 }
 

@@ -10,7 +10,11 @@ use std::{
 
 use futures_util::FutureExt;
 use serde_json::Value;
-use stream_replicator::{chance, events::Events, store::SourceMessage};
+use stream_replicator::{
+    chance,
+    events::Events,
+    store::{LeaseRecord, LeaseStore, SourceMessage},
+};
 use tokio::{
     sync::mpsc,
     task::JoinHandle,
@@ -19,8 +23,8 @@ use tokio::{
 
 use super::{
     history::History,
-    keys::Keys,
-    plan::{Fault, Plan, Poison, Side},
+    keys::{Handle, Keys},
+    plan::{Fault, Plan, Poison, Side, TTL_MS},
     process::{Hands, Switch, process},
     server::{Server, Tamper},
     stream::{Config, Stream},
@@ -29,7 +33,7 @@ use super::{
 };
 
 pub const ID: &str = "S";
-const INSTANCES: [&str; 2] = ["one", "two"];
+pub const INSTANCES: [&str; 3] = ["one", "two", "three"];
 /// Larger payloads are poison where a plan has any.
 pub const LARGE: usize = 1_500;
 
@@ -38,7 +42,9 @@ pub struct Scene {
     pub plan: Plan,
     pub source: Arc<Server>,
     pub target: Arc<Server>,
+    /// Position records, and sessions and leases.
     pub keys: Arc<Keys>,
+    pub leases: Arc<Keys>,
     pub history: Arc<Mutex<History>>,
     pub events: Events,
     /// What people ask for: kept, whoever runs the replication.
@@ -46,13 +52,15 @@ pub struct Scene {
     pub release: Mutex<Option<SourceMessage>>,
     /// Runs that are under way.
     pub running: AtomicUsize,
+    /// Those that have the lease.
+    pub leading: AtomicUsize,
     /// How runs ended, for the report of a seed that fails.
     pub ends: Mutex<Vec<String>>,
     /// Whether something was copied before the source removed what it had.
     pub purged_behind_start: AtomicBool,
     /// Streams made anew do not give the same sequence twice in one millisecond.
     pub cuts: AtomicUsize,
-    hands: [Arc<Hands>; 2],
+    hands: [Arc<Hands>; 3],
 }
 
 /// What is told of a seed that went well.
@@ -90,7 +98,8 @@ impl Scene {
             let history = history.clone();
             Box::new(move |record: &[u8]| history.lock().expect("history").saves(record))
         };
-        let keys = Keys::new(world.clone(), witness);
+        let keys = Keys::new(world.clone(), "positions", witness);
+        let leases = Keys::new(world.clone(), "leases", Box::new(|_| {}));
         let (sink, mut events) = mpsc::unbounded_channel::<(String, Vec<u8>)>();
         let into = history.clone();
         tokio::spawn(async move {
@@ -106,11 +115,13 @@ impl Scene {
             source,
             target,
             keys,
+            leases,
             history,
             events,
             paused: Switch::default(),
             release: Mutex::default(),
             running: AtomicUsize::new(0),
+            leading: AtomicUsize::new(0),
             ends: Mutex::default(),
             purged_behind_start: AtomicBool::new(false),
             cuts: AtomicUsize::new(0),
@@ -144,35 +155,40 @@ impl Scene {
     fn report(&self) -> String {
         let told = self.history().told.clone();
         let ends = self.ends.lock().expect("ends").join("\n  ");
-        let record = self.keys.value(ID).map(|value| String::from_utf8_lossy(&value).into_owned());
+        let text = |value: bytes::Bytes| String::from_utf8_lossy(&value).into_owned();
+        let record = (self.keys.value(ID).map(text), self.leases.value(&format!("lease.{ID}")).map(text));
         let told: Vec<_> = told.iter().map(ToString::to_string).collect();
-        format!("ends:\n  {ends}\ntold:\n  {}\nrecord: {record:?}", told.join("\n  "))
+        format!("ends:\n  {ends}\ntold:\n  {}\nrecord and lease: {record:?}", told.join("\n  "))
     }
 
-    fn start(self: &Arc<Self>, which: usize) -> JoinHandle<()> {
+    fn start(self: &Arc<Self>, which: usize, after: Duration) -> JoinHandle<()> {
         let (scene, hands) = (self.clone(), self.hands[which].clone());
         let mine = hands.clone();
-        tokio::spawn(process(hands, move || scene.clone().live(INSTANCES[which], mine.clone()).boxed()))
+        tokio::spawn(async move {
+            sleep(after).await;
+            process(hands, move || scene.clone().live(which, mine.clone()).boxed()).await;
+        })
+    }
+
+    /// Buckets as they are reached without faults.
+    pub fn handle(&self, keys: &Arc<Keys>) -> Handle {
+        Handle { keys: keys.clone(), link: Arc::default(), ttl_ms: (TTL_MS, TTL_MS) }
     }
 
     async fn play(self: Arc<Self>) -> Result<Told, String> {
         let publisher = tokio::spawn(traffic::publish(self.clone()));
-        let mut processes = vec![self.start(0)];
-        if let Some(at) = self.plan.second {
-            let scene = self.clone();
-            processes.push(tokio::spawn(async move {
-                sleep(at).await;
-                let _ = scene.start(1).await;
-            }));
-        }
-        let mut saved = Vec::new();
+        let begins = self.plan.begins.iter().enumerate();
+        let processes: Vec<_> = begins.map(|(which, after)| self.start(which, *after)).collect();
+        let (mut saved, mut leased) = (Vec::new(), Vec::new());
+        let lease = format!("lease.{ID}");
         for (at, fault) in self.plan.faults.clone() {
             sleep_until(Instant::now() + at.saturating_sub(self.world.elapsed())).await;
             saved.extend(self.keys.value(ID));
-            if fault == Fault::PutBack {
-                self.put_back(saved.first());
-            } else {
-                self.happen(fault).await;
+            leased.extend(self.leases.value(&lease));
+            match fault {
+                Fault::PutBack => self.put_back(saved.first()),
+                Fault::LeasePutBack if !leased.is_empty() => self.leases.put_by_hand(&lease, leased.first().cloned()),
+                _ => self.happen(fault).await,
             }
         }
         publisher.await.expect("the publisher");
@@ -206,11 +222,23 @@ impl Scene {
             Fault::Slow(side, way, by) => server(side).slow(way, by),
             Fault::Crash(which, away) => self.hands[which].kill(away),
             Fault::CrashAt(which, step, away) => self.hands[which].kill_at(step, away),
-            Fault::Stop(which, time) => self.hands[which].freeze(time),
+            Fault::Stop(which, time) => self.hands[which].frozen.begin(time),
+            Fault::Leave(which, away) => self.hands[which].leave(away),
+            Fault::CutOff(which, time) => self.hands[which].link.cut.begin(time),
+            Fault::Deaf(which, time) => self.hands[which].link.deaf.begin(time),
+            Fault::Apart(which, side, time) => server(side).apart(INSTANCES[which], time),
+            Fault::StepDown => self.step_down().await,
+            Fault::Evict(which, time) => {
+                self.hands[which].link.deaf.begin(time);
+                let session = format!("session.{}", INSTANCES[which]);
+                if self.leases.value(&session).is_some() {
+                    self.leases.put_by_hand(&session, None);
+                }
+            }
             Fault::Trouble(time) => {
-                self.keys.trouble(true);
+                self.trouble(true);
                 sleep(time).await;
-                self.keys.trouble(false);
+                self.trouble(false);
             }
             Fault::Clock { by, back } => self.world.set_clock(by, back),
             Fault::Pause(time) => {
@@ -227,7 +255,7 @@ impl Scene {
                 self.paused.set(true);
                 // As the service does: while one runs, or is stopped in the middle, nothing is moved.
                 let busy =
-                    || self.running.load(Ordering::Relaxed) > 0 || self.hands.iter().any(|hands| hands.is_frozen());
+                    || self.running.load(Ordering::Relaxed) > 0 || self.hands.iter().any(|hands| hands.frozen.lasts());
                 let end = Instant::now() + Duration::from_secs(15);
                 while busy() && Instant::now() < end {
                     sleep(Duration::from_millis(100)).await;
@@ -252,10 +280,23 @@ impl Scene {
                 self.history().purged(first);
             }
             Fault::RecordLost => {
-                self.keys.lose(ID);
+                self.keys.put_by_hand(ID, None);
                 self.history().record_lost();
             }
-            Fault::PutBack => {}
+            Fault::PutBack | Fault::LeasePutBack => {}
+        }
+    }
+
+    fn trouble(&self, on: bool) {
+        [&self.keys, &self.leases].into_iter().for_each(|keys| keys.trouble(on));
+    }
+
+    async fn step_down(&self) {
+        let store = LeaseStore::new(Arc::new(self.handle(&self.leases)));
+        if let Ok((Some(lease), revision)) = store.lease(ID).await
+            && !lease.instance.is_empty()
+        {
+            let _ = store.put_lease(ID, &LeaseRecord { step_down: true, ..lease }, revision).await;
         }
     }
 
@@ -309,7 +350,7 @@ impl Scene {
         let mut record: Value = serde_json::from_slice(old).expect("a record");
         record["epoch"] = now["epoch"].clone();
         self.history().any_position = true;
-        self.keys.put_back(ID, record.to_string().into());
+        self.keys.put_by_hand(ID, Some(record.to_string().into()));
     }
 
     fn calm(&self) {
@@ -317,7 +358,7 @@ impl Scene {
             server.revive();
             server.heal();
         }
-        self.keys.trouble(false);
+        self.trouble(false);
         self.paused.set(false);
         self.hands.iter().for_each(|hands| hands.heal());
     }

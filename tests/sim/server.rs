@@ -50,6 +50,8 @@ pub struct State {
     pub(super) batches: HashMap<String, FastBatch>,
     connections: BTreeMap<u64, Connection>,
     next_connection: u64,
+    /// Instances that cannot reach it, and until when.
+    apart: BTreeMap<&'static str, Instant>,
     /// What happens to a frame for a subscriber after so many others: lost, or sent twice.
     tampers: Vec<(u64, Tamper)>,
 }
@@ -66,8 +68,16 @@ struct Connection {
     cut: CancellationToken,
     latency: Duration,
     opened: Duration,
+    who: Who,
     to: Path,
     from: Path,
+}
+
+/// Who connects: an instance, and the epoch that it copies with.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Who {
+    pub instance: &'static str,
+    pub epoch: u64,
 }
 
 /// One direction of a connection.
@@ -102,6 +112,7 @@ impl Server {
             batches: HashMap::new(),
             connections: BTreeMap::new(),
             next_connection: 0,
+            apart: BTreeMap::new(),
             tampers: Vec::new(),
         };
         let server = Arc::new(Self { world: world.clone(), name, state: Mutex::new(state) });
@@ -187,6 +198,19 @@ impl Server {
         self.lock().paths(way).for_each(|path| path.dead = true);
     }
 
+    /// Nothing gets through between an instance and this server for a while: what is open stays dead.
+    pub fn apart(&self, instance: &'static str, time: Duration) {
+        let mut state = self.lock();
+        state.apart.insert(instance, Instant::now() + time);
+        for connection in state.connections.values_mut().filter(|connection| connection.who.instance == instance) {
+            (connection.to.dead, connection.from.dead) = (true, true);
+        }
+    }
+
+    fn is_apart(&self, instance: &str) -> bool {
+        self.lock().apart.get(instance).is_some_and(|until| *until > Instant::now())
+    }
+
     /// Connections that are open are slower in one direction.
     pub fn slow(&self, way: Way, by: Duration) {
         self.lock().paths(way).for_each(|path| path.slower = by);
@@ -197,13 +221,14 @@ impl Server {
         let mut state = self.lock();
         (state.frozen, state.leaderless) = (None, None);
         state.tampers.clear();
+        state.apart.clear();
         for way in [Way::To, Way::From] {
             state.paths(way).for_each(|path| path.slower = Duration::ZERO);
         }
         state.streams.values_mut().for_each(|stream| stream.max_messages = None);
     }
 
-    fn connect(self: &Arc<Self>) -> Option<DuplexStream> {
+    fn connect(self: &Arc<Self>, who: Who) -> Option<DuplexStream> {
         let mut state = self.lock();
         if state.down {
             return None;
@@ -223,6 +248,7 @@ impl Server {
             cut: cut.clone(),
             latency,
             opened: self.world.elapsed(),
+            who,
             to: Path::default(),
             from: Path::default(),
         };
@@ -335,8 +361,9 @@ impl State {
                 ("HPUB", 5) => words[2],
                 _ => "",
             };
-            let opened = self.connections.get(&id).map(|connection| connection.opened).unwrap_or_default();
-            self.publish(opened, words[1], reply, header, payload);
+            let connection = self.connections.get(&id);
+            let sender = connection.map(|connection| (connection.opened, connection.who.epoch)).unwrap_or_default();
+            self.publish(sender, words[1], reply, header, payload);
             at = body + size + 2;
         }
         at
@@ -412,6 +439,7 @@ impl State {
 #[derive(Debug, Clone)]
 pub struct Network {
     pub servers: Vec<Arc<Server>>,
+    pub who: Who,
     /// Counts what goes to the target.
     pub hands: Arc<Hands>,
 }
@@ -424,10 +452,14 @@ impl Dial for Network {
             let host = endpoint.hosts[0].host.as_str();
             let server = self.servers.iter().find(|server| server.name == host).expect("a known server");
             sleep(server.world.millis(0, 20)).await;
-            let pipe = server.connect().ok_or_else(|| Error::retry(format!("`{host}`: connection refused")))?;
+            let limit = endpoint.connect_timeout;
+            if server.is_apart(self.who.instance) {
+                sleep(limit).await;
+                return Err(Error::retry(format!("`{host}`: no answer within {limit:?}")));
+            }
+            let pipe = server.connect(self.who).ok_or_else(|| Error::retry(format!("`{host}`: connection refused")))?;
             let pipe = Meter { pipe, hands: (host == "target").then(|| self.hands.clone()) };
             let greeting = Lane::greet(Box::new(pipe), host, connection, name);
-            let limit = endpoint.connect_timeout;
             tokio::time::timeout(limit, greeting)
                 .await
                 .map_err(|_| Error::retry(format!("`{host}`: no answer within {limit:?}")))?
