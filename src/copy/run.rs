@@ -197,7 +197,7 @@ impl<'a> Run<'a> {
         refused.begin(&target_info, resume.position.seq);
         let rejects = Rejects::open(&mut source, &replication, &tag, generation, refused);
         let mut writer =
-            Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, generation);
+            Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, ledger.record());
         writer.after(resume.before);
         let now = Instant::now();
         let mut copy = status.borrow().1.clone();
