@@ -207,7 +207,7 @@ impl<'a> Run<'a> {
         refused.begin(&target_info, resume.position.seq);
         let rejects = Rejects::open(&mut source, &replication, &tag, generation, refused);
         let mut writer =
-            Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, generation);
+            Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, ledger.record());
         writer.after(resume.before);
         let now = Instant::now();
         let mut copy = status.borrow().1.clone();
@@ -842,6 +842,9 @@ impl<'a> Run<'a> {
     }
 
     fn source_says(&mut self, info: StreamInfo) {
+        if !info.is_leaders() {
+            return;
+        }
         for (from, to) in self.gaps.first_is(info.state.first_seq) {
             self.found(Event::Gap { from, to, messages: to - from + 1 });
         }

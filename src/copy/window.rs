@@ -184,6 +184,12 @@ impl Window {
         self.entries.get(index as usize).map(|entry| entry.own)
     }
 
+    /// The place at the target of a message that is still here, where it is known.
+    pub fn place_of(&self, token: Token) -> Option<u64> {
+        let index = token.checked_sub(self.first)?;
+        self.entries.get(index as usize).and_then(|entry| entry.target_seq)
+    }
+
     /// Messages handed out that are not settled, wherever they stand.
     pub fn in_air(&self) -> usize {
         self.entries.iter().filter(|entry| !entry.settled).count()

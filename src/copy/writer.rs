@@ -1,10 +1,11 @@
 //! Sends messages to the target with many in the air, and turns acks into settlements. Nothing is kept for
 //! sending again: after any refusal the run ends and is built anew from what the target then holds.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{fmt::Write as _, ops::Range, sync::Arc};
 
 use bytes::BytesMut;
 use tokio::time::{Duration, Instant};
+use tracing::trace;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::{
@@ -28,7 +29,7 @@ use crate::{
         parser::number,
     },
     status::{Ordering, TargetMode, Transport},
-    store::SourceMessage,
+    store::{PositionRecord, SourceMessage},
 };
 
 /// Longest protocol line that a server takes (its `max_control_line`); beyond it, it drops the connection.
@@ -163,6 +164,8 @@ pub(super) struct Writer {
     removed: u64,
     reply: BytesMut,
     id: MessageId,
+    /// Of the lease that this is written under.
+    epoch: u64,
     /// Messages in the window that were refused and so never settle.
     unstored: usize,
     /// Headers left out so far.
@@ -172,14 +175,14 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// Prepares for writing behind what `target` tells of the stream. Ids differ between generations.
+    /// Prepares for writing behind what `target` tells of the stream. Ids differ between generations of `record`.
     pub fn open(
         lane: &mut Lane,
         replication: Arc<Replication>,
         tag: Tag,
         abilities: Abilities,
         target: &StreamInfo,
-        generation: u64,
+        record: &PositionRecord,
     ) -> Self {
         let (sid, inbox) = lane.open_inbox();
         let mode = match abilities.transport {
@@ -212,7 +215,8 @@ impl Writer {
             header: Vec::new(),
             removed: 0,
             reply: BytesMut::new(),
-            id: MessageId::new(&replication.id, &replication.source.stream, generation),
+            id: MessageId::new(&replication.id, &replication.source.stream, record.generation),
+            epoch: record.epoch,
             replication,
             unstored: 0,
             headers_removed: 0,
@@ -443,6 +447,7 @@ impl Writer {
                         self.expected_last = self.expected_last.max(seq);
                         self.count(seq);
                         window.settle(token, Some(seq)).map_err(window_error)?;
+                        self.log_settled(seq, seq);
                     }
                     // Another stream takes the subject too: whatever else is said about this message, no more may go there.
                     Err(error)
@@ -561,7 +566,8 @@ impl Writer {
                 batch.every = Some(every);
                 batch.last_ack = now;
                 if !batch.doubted && !self.unproven {
-                    settle_batch(batch, sequence, window)?;
+                    let settled = settle_batch(batch, sequence, window)?;
+                    self.log_batch(settled, window);
                 }
             }
             Ack::Failed { error: Some(error), sequence } => {
@@ -606,7 +612,8 @@ impl Writer {
         }
         // The commit message itself is no message of the window.
         let count = count.min(batch.sent);
-        settle_batch(&mut batch, count, window)?;
+        let settled = settle_batch(&mut batch, count, window)?;
+        self.log_batch(settled, window);
         if let Some(Refused { error, .. }) = batch.refused {
             if error.api.is_some() && count == batch.sent {
                 let target = &self.replication.target.stream;
@@ -624,10 +631,26 @@ impl Writer {
         if shared {
             if placed {
                 window.place(batch.first + batch.sent - 1, stream_sequence);
+                self.log_settled(stream_sequence, stream_sequence);
             }
             self.expected_last = self.expected_last.max(stream_sequence);
         }
         Ok(())
+    }
+
+    /// Logs what an ack inside a batch settled, where the chain says which places that are.
+    fn log_batch(&self, settled: Range<Token>, window: &Window) {
+        let first = window.place_of(settled.start);
+        let last = settled.end.checked_sub(1).and_then(|token| window.place_of(token));
+        if let (false, Some(first), Some(last)) = (settled.is_empty(), first, last) {
+            self.log_settled(first, last);
+        }
+    }
+
+    /// One line for each ack: under which epoch it settled which target sequences (docs/operations.md). Nothing reads it but
+    /// people and tests, who hold one instance against the other by it.
+    fn log_settled(&self, first: u64, last: u64) {
+        trace!(target: "stream_replicator::settled", replication = self.replication.id, epoch = self.epoch, first, last);
     }
 
     /// Whether the target owes an ack for what was sent: of a batch it sends one every so many messages only, so that
@@ -744,7 +767,9 @@ fn no_responders() -> Error {
     Error::retry("nobody stores messages for the target stream at the moment (no responders)")
 }
 
-fn settle_batch(batch: &mut OpenBatch, sequence: u64, window: &mut Window) -> Result<(), Error> {
+/// Settles a batch up to and with this sequence of it; returns what that settled.
+fn settle_batch(batch: &mut OpenBatch, sequence: u64, window: &mut Window) -> Result<Range<Token>, Error> {
+    let first = batch.first + batch.settled;
     if sequence > batch.settled {
         if sequence > batch.sent {
             return Err(Error::retry(format!(
@@ -755,7 +780,7 @@ fn settle_batch(batch: &mut OpenBatch, sequence: u64, window: &mut Window) -> Re
         batch.settled = sequence;
         window.settle_through(batch.first + sequence - 1).map_err(window_error)?;
     }
-    Ok(())
+    Ok(first..batch.first + batch.settled)
 }
 
 pub(super) fn hpub(out: &mut BytesMut, subject: &[u8], reply: &[u8], header: &[u8], payload: &[u8]) {

@@ -74,6 +74,8 @@ pub enum Fault {
     Restart(Side, Duration),
     /// The stream of a side has no leader for a while.
     Leaderless(Side, Duration),
+    /// Connections to the target break, and for a while its consumers live on a server that lacks the end of the stream.
+    Behind(Duration),
     /// Of what goes to subscribers, the next but so many is lost, as for a slow consumer.
     Lose(Side, u64),
     /// The same comes twice.
@@ -239,7 +241,7 @@ impl Plan {
         let short = world.millis(1, 3_000);
         let long = world.millis(1, 20_000);
         let time = if world.once_in(3) { long } else { short };
-        match world.between(1, 29) {
+        match world.between(1, 30) {
             1 => Fault::Cut(side),
             2 => Fault::Freeze(side, time),
             3 => Fault::Restart(side, short),
@@ -262,6 +264,7 @@ impl Plan {
             26 => Fault::Apart(who, side, time),
             27 => Fault::StepDown,
             28 if world.once_in(2) => Fault::Evict(who, short),
+            29 => Fault::Behind(short),
             _ => Fault::Trouble(long),
         }
     }
