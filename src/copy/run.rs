@@ -271,7 +271,8 @@ impl<'a> Run<'a> {
         if goes_back {
             // Told now, and saved before anything is sent: where few messages of a subject are kept, what is copied again
             // replaces what would tell the next start that the saved place is not what it was.
-            let witnesses = witnesses(&run.window, &run.abilities, &run.source_info, &run.target_created);
+            let sampled = run.sampler.as_ref().map(Sampler::written_to);
+            let witnesses = witnesses(&run.window, &run.abilities, &run.source_info, &run.target_created, sampled);
             ledger.save_now(witnesses, row(job, &run.copy)).await?;
         }
         Ok(run)
