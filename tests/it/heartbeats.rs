@@ -93,7 +93,7 @@ async fn those_of_a_file_have_body_and_headers_and_each_subject_its_interval() -
         let stored = i64::try_from(message.time / 1_000_000_000)?;
         assert!((stored - 2..=stored).contains(&body), "{body} was stored at {stored}");
         assert_eq!(header(message, "Choria-SR-Originator"), [host()]);
-        assert_eq!(header(message, "Choria-SR-Subject"), [message.subject.clone()]);
+        assert_eq!(header(message, "Choria-SR-Subject"), std::slice::from_ref(&message.subject));
         assert_eq!((header(message, "X-All"), header(message, "X-Both")), (vec!["all".into()], vec![both.into()]));
     }
     // Never more often than they should be; the first of all may have been late by itself.
