@@ -180,6 +180,15 @@ impl Cluster {
         wait_for("another leader", LIMIT, again).await
     }
 
+    /// Makes a stream with a replica on each server, and waits for its leader.
+    pub async fn create_stream(&self, stream: &str, mut config: Value) -> Result<()> {
+        config["name"] = stream.into();
+        config["num_replicas"] = self.servers.len().into();
+        let made = async || self.ask(&format!("STREAM.CREATE.{stream}"), &config).await;
+        wait_value(&format!("stream `{stream}`"), LIMIT, made).await?;
+        self.wait_leaders(&[stream], None).await
+    }
+
     /// Asks the JetStream API through any server that runs; `None` if nobody answers, or with an error.
     pub async fn ask(&self, what: &str, body: &Value) -> Option<Value> {
         for server in self.servers.iter().filter(|s| s.pid().is_some()) {

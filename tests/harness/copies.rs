@@ -82,14 +82,14 @@ impl Copies {
         let client = connect(&control.url()).await?;
         let events = Events::of(&client, "replicator.event.>").await?;
         let service = Service::builder(&control.url(), SITE).args(["--instance", "one"]).start().await?;
-        create(&source, SOURCE, json!({"subjects": ["load.>"]})).await?;
+        source.create_stream(SOURCE, json!({"subjects": ["load.>"]})).await?;
         let batched = target.servers[0].at_least(2, 14);
         for kind in kinds {
             let mut config = json!({"subjects": [format!("{}.>", kind.prefix())]});
             if batched && *kind != Kind::Plain {
                 config["allow_batched"] = true.into();
             }
-            create(&target, kind.stream(), config).await?;
+            target.create_stream(kind.stream(), config).await?;
         }
         let load = Load::start(&source, "load.", BURST, PAUSE).await?;
         let foreign = match kinds.contains(&Kind::Shared) {
@@ -228,14 +228,6 @@ impl Copies {
         }
         Ok(())
     }
-}
-
-/// A stream with a replica on each server.
-async fn create(cluster: &Cluster, stream: &str, config: Value) -> Result<()> {
-    let config = merged(config, json!({"name": stream, "num_replicas": cluster.servers.len()}));
-    let made = async || cluster.ask(&format!("STREAM.CREATE.{stream}"), &config).await;
-    wait_value(&format!("stream `{stream}`"), LIMIT, made).await?;
-    cluster.wait_leaders(&[stream], None).await
 }
 
 fn provenance(message: &Value) -> Option<u64> {

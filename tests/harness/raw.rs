@@ -2,6 +2,7 @@
 //! and reads a stream exactly as it is stored. Client libraries parse, sort, trim or refuse headers, and the
 //! product has a protocol client of its own, which must not be judged by itself.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -150,6 +151,31 @@ impl Raw {
             last = last.max(ack(&self.next_for(&reply).await?)?);
         }
         Ok(last)
+    }
+
+    /// Publishes all of them at once and waits so long for the acks: the sequence of each that was confirmed, `None` where
+    /// that is refused or not known. Then the connection is of no use any more.
+    pub async fn publish_each(&mut self, messages: &[Outgoing], limit: Duration) -> Vec<Option<u64>> {
+        let mut sequences = vec![None; messages.len()];
+        let mut waiting = HashMap::new();
+        let mut buffer = Vec::new();
+        for (index, message) in messages.iter().enumerate() {
+            let reply = self.reply();
+            encode(&mut buffer, message, &reply);
+            waiting.insert(reply, index);
+        }
+        let acks = async {
+            self.write.write_all(&buffer).await?;
+            while !waiting.is_empty() {
+                let frame = self.read_frame().await?;
+                let Some(index) = waiting.remove(&frame.subject) else { continue };
+                // Sequence 0: a duplicate of what is not stored yet.
+                sequences[index] = ack(&frame).ok().filter(|sequence| *sequence > 0);
+            }
+            anyhow::Ok(())
+        };
+        let _ = tokio::time::timeout(limit, acks).await;
+        sequences
     }
 
     /// Sends a request and returns the reply's payload.

@@ -109,6 +109,16 @@ impl Service {
         String::from_utf8_lossy(&std::fs::read(self.log_file()).unwrap_or_default()).into_owned()
     }
 
+    /// All that it wrote, over all starts; without a last line that a kill cut off.
+    pub fn logs(&self) -> String {
+        let whole = |start| {
+            let text = std::fs::read(self.folder.path().join(format!("log.{start}"))).unwrap_or_default();
+            let end = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            String::from_utf8_lossy(&text[..end]).into_owned()
+        };
+        (1..=self.starts).map(whole).collect()
+    }
+
     /// kill -9
     pub fn kill(&mut self) -> Result<()> {
         self.process.take().context("the service is not running")?.kill()
