@@ -97,6 +97,7 @@ pub struct Proxy {
     state: watch::Sender<State>,
     accept: JoinHandle<()>,
     accepted: Arc<AtomicU64>,
+    open: Arc<()>,
 }
 
 impl Proxy {
@@ -106,8 +107,10 @@ impl Proxy {
         let port = listener.local_addr()?.port();
         let (state, watch) = watch::channel(State::default());
         let accepted = Arc::new(AtomicU64::new(0));
-        let accept = tokio::spawn(accept(listener, (Ipv4Addr::LOCALHOST, to).into(), watch, accepted.clone()));
-        Ok(Self { port, state, accept, accepted })
+        let open = Arc::new(());
+        let to = (Ipv4Addr::LOCALHOST, to).into();
+        let accept = tokio::spawn(accept(listener, to, watch, accepted.clone(), open.clone()));
+        Ok(Self { port, state, accept, accepted, open })
     }
 
     pub fn url(&self) -> String {
@@ -121,6 +124,12 @@ impl Proxy {
     /// Connections that were made through it so far.
     pub fn accepted(&self) -> u64 {
         self.accepted.load(Ordering::SeqCst)
+    }
+
+    /// Connections that it still has something to pass on for, or whose ends are both open.
+    pub fn open(&self) -> usize {
+        // Two are of this and of the task that takes new ones.
+        Arc::strong_count(&self.open) - 2
     }
 
     /// Closes all connections and lets nobody in until [`Self::resume`].
@@ -198,11 +207,21 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, to: SocketAddr, state: watch::Receiver<State>, accepted: Arc<AtomicU64>) {
+async fn accept(
+    listener: TcpListener,
+    to: SocketAddr,
+    state: watch::Receiver<State>,
+    accepted: Arc<AtomicU64>,
+    open: Arc<()>,
+) {
     while let Ok((client, _)) = listener.accept().await {
         if state.borrow().mode != Mode::Cut {
             let number = accepted.fetch_add(1, Ordering::SeqCst);
-            tokio::spawn(connection(client, to, state.clone(), number));
+            let (open, state) = (open.clone(), state.clone());
+            tokio::spawn(async move {
+                connection(client, to, state, number).await;
+                drop(open);
+            });
         }
     }
 }
