@@ -13,7 +13,10 @@ use tokio::time::{Duration, Instant};
 
 use crate::{
     config::Mapping,
-    nats::{Batch, Error, Lane, jetstream::decode},
+    nats::{
+        Batch, Error, Lane,
+        jetstream::{StreamInfo, decode},
+    },
 };
 
 /// A question that got no answer is asked again after this.
@@ -197,7 +200,12 @@ impl Gate {
         let Some(question) = &self.question else { return Ok(()) };
         let answer = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == question.reply.as_bytes());
         let Some(answer) = answer else { return Ok(()) };
-        let info: Value = decode(answer.payload).map_err(|error| error.context("chunks of an object"))?;
+        let wrong = |error: Error| error.context("chunks of an object");
+        if !decode::<StreamInfo>(answer.payload).map_err(wrong)?.is_leaders() {
+            // It is asked again.
+            return Ok(());
+        }
+        let info: Value = decode(answer.payload).map_err(wrong)?;
         let counts = info.pointer("/state/subjects").and_then(Value::as_object);
         let found = counts.into_iter().flat_map(|counts| counts.values()).filter_map(Value::as_u64).sum();
         self.objects.answered(&question.chunks, found);

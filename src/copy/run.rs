@@ -761,6 +761,9 @@ impl<'a> Run<'a> {
     }
 
     fn source_says(&mut self, info: StreamInfo) {
+        if !info.is_leaders() {
+            return;
+        }
         for (from, to) in self.gaps.first_is(info.state.first_seq) {
             self.found(Event::Gap { from, to, messages: to - from + 1 });
         }

@@ -41,6 +41,16 @@ pub struct StreamInfo {
 pub struct StreamCluster {
     /// Name of the server that leads the stream; empty while nobody does.
     pub leader: String,
+    /// The others that hold the stream: all but the server that answered.
+    pub replicas: Vec<Peer>,
+}
+
+/// One of `replicas` of [`StreamCluster`].
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Peer {
+    /// Name of the server.
+    pub name: String,
 }
 
 /// `state` of [`StreamInfo`].
@@ -57,7 +67,22 @@ pub struct StreamState {
     pub last_seq: u64,
 }
 
+/// Whether the leader of a stream answered a question about it: not if nobody leads, or if the leader is one of the others.
+/// While there is no leader, and for some seconds after it was started, a server answers from whatever it has of the stream:
+/// with an empty disk, nothing.
+pub fn is_leaders_answer<'a>(leader: &str, mut others: impl Iterator<Item = &'a str>) -> bool {
+    !leader.is_empty() && others.all(|other| other != leader)
+}
+
 impl StreamInfo {
+    /// Whether the leader of the stream says this: nothing else proves what the stream holds.
+    pub fn is_leaders(&self) -> bool {
+        let names = |cluster: &StreamCluster| {
+            is_leaders_answer(&cluster.leader, cluster.replicas.iter().map(|peer| peer.name.as_str()))
+        };
+        self.cluster.as_ref().is_none_or(names)
+    }
+
     /// A configuration value that is a string; empty if there is none.
     pub fn text(&self, name: &str) -> &str {
         self.config.get(name).and_then(Value::as_str).unwrap_or_default()
@@ -198,9 +223,15 @@ impl<'a> Api<'a> {
         decode(&reply).map_err(|error| error.context(what))
     }
 
-    /// Asks for a stream; `None` if there is none.
+    /// Asks for a stream; `None` if there is none. It passes that somebody else than its leader answers.
     pub async fn stream_info(&mut self, stream: &str) -> Result<Option<StreamInfo>, Error> {
-        found(self.call(&format!("STREAM.INFO.{stream}"), &Value::Null).await)
+        let info: Option<StreamInfo> = found(self.call(&format!("STREAM.INFO.{stream}"), &Value::Null).await)?;
+        match info {
+            Some(info) if !info.is_leaders() => {
+                Err(Error::retry(format!("stream `{stream}` has no leader, or not the one that answered")))
+            }
+            info => Ok(info),
+        }
     }
 
     /// Creates a stream.
@@ -427,5 +458,20 @@ mod tests {
             decode(br#"{"config":{"name":"S","metadata":{"_nats.level":"4"}},"created":"c","state":{"last_seq":3}}"#)
                 .unwrap();
         assert_eq!((info.api_level(), info.state.last_seq), (4, 3));
+    }
+
+    #[track_caller]
+    fn is_leaders(cluster: &str, expect: bool) {
+        let info = format!(r#"{{"config":{{}},"state":{{}}{cluster}}}"#);
+        assert_eq!(decode::<StreamInfo>(info.as_bytes()).unwrap().is_leaders(), expect, "{cluster}");
+    }
+
+    #[test]
+    fn what_a_server_says_that_does_not_lead_the_stream_is_told_from_what_the_leader_says() {
+        is_leaders("", true);
+        is_leaders(r#","cluster":{"leader":"a"}"#, true);
+        is_leaders(r#","cluster":{"leader":"a","replicas":[{"name":"b"},{"name":"c"}]}"#, true);
+        is_leaders(r#","cluster":{"leader":"b","replicas":[{"name":"b"},{"name":"c"}]}"#, false);
+        is_leaders(r#","cluster":{"replicas":[{"name":"a"},{"name":"b"},{"name":"c"}]}"#, false);
     }
 }

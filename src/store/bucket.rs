@@ -12,7 +12,7 @@ use async_nats::{
         message::StreamMessage,
         publish::PublishAck,
         response::Response,
-        stream::{Info, RawMessageErrorKind, Stream},
+        stream::{ClusterInfo, Info, RawMessageErrorKind, Stream},
     },
 };
 use bytes::Bytes;
@@ -22,6 +22,7 @@ use super::{
     buckets::Error,
     watch::{self, Changes},
 };
+use crate::nats::jetstream::is_leaders_answer;
 
 /// Time limit for one request to the server.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -259,9 +260,17 @@ impl Bucket {
         purged.map(|_| ()).map_err(|error| self.error(format!("key `{key}` cannot be removed: {}", chain(&error))))
     }
 
-    /// The bucket's stream as it is now.
+    /// The bucket's stream as its leader sees it now.
     pub(super) async fn info(&self) -> Result<Info, Error> {
-        self.stream.get_info().await.map_err(|error| self.error(chain(&error)))
+        let info = self.stream.get_info().await.map_err(|error| self.error(chain(&error)))?;
+        let leads = |cluster: &ClusterInfo| {
+            let leader = cluster.leader.as_deref().unwrap_or_default();
+            is_leaders_answer(leader, cluster.replicas.iter().map(|peer| peer.name.as_str()))
+        };
+        match info.cluster.as_ref().is_none_or(leads) {
+            true => Ok(info),
+            false => Err(self.error("it has no leader, or not the one that answered")),
+        }
     }
 
     fn check_key(&self, key: &str) -> Result<(), Error> {

@@ -138,6 +138,22 @@ async fn all_servers_of_the_source_are_restarted_one_by_one_and_at_once() -> Res
     copies.verify().await
 }
 
+/// While nobody leads, and for some seconds after its start, a server answers for a stream from what it has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_server_of_the_target_says_that_lost_its_disk_is_not_believed() -> Result<()> {
+    let mut copies = cluster_at_target().await?;
+    // The streams' first leaders are those that answer for them when they start anew.
+    let leader = copies.target.leader("EXCLUSIVE").await.expect("a leader");
+    copies.target.end(leader, End::Killed).await?;
+    copies.target.servers[leader].wipe()?;
+    copies.target.servers[leader].restart().await?;
+    copies.wait_leaders().await?;
+    copies.go_on("a disk of the target lost").await?;
+    copies.wait_current().await?;
+    copies.verify().await?;
+    copies.events.quiet(&["target-reset"])
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes minutes: make check-long"]
 async fn everything_happens_to_the_clusters_of_both_sides() -> Result<()> {
