@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo generate test sim check check-long bench format lint servers matrix licences
+.PHONY: help demo generate test sim chaos check check-long bench format lint servers matrix licences
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -13,6 +13,9 @@ test: servers ## all tests, on real nats-servers
 
 sim: ## the copy core in simulation: 10,000 seeds, SEEDS=n of them, or SEED=n alone
 	SEEDS=$(or $(SEEDS),10000) cargo test --locked --test sim -- --nocapture
+
+chaos: servers ## three instances between two clusters while everything fails: SECONDS=n of it (120), a SEED=n again
+	CHAOS_SECONDS=$(or $(SECONDS),120) SEED=$(SEED) cargo test --locked --test it -- --ignored --nocapture long_storm
 
 check: format lint licences test matrix ## what has to pass before a merge: format, clippy, tests, server versions, licences
 
