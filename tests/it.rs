@@ -3,6 +3,8 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
+#[path = "it/chaos.rs"]
+mod chaos;
 #[path = "it/cli_apply.rs"]
 mod cli_apply;
 #[path = "it/cli_config.rs"]
@@ -37,6 +39,8 @@ mod control_release;
 mod control_service;
 #[path = "it/control_validate.rs"]
 mod control_validate;
+#[path = "it/cut_off.rs"]
+mod cut_off;
 #[path = "it/docs.rs"]
 mod docs;
 #[path = "it/events.rs"]

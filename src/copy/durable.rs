@@ -266,7 +266,8 @@ fn max_ack_pending(replication: &Replication, source: &StreamInfo, pushed: bool)
 
 /// Why the consumer cannot be made or changed, in words that tell what to do.
 fn not_made(error: Error, name: &str, source: &StreamInfo, stream: &str) -> Error {
-    let refused = error.api.as_ref().is_some_and(|api| api.code == 400);
+    // While the servers elect, a consumer that is just being made is not found and cannot be made again (10013).
+    let refused = error.api.as_ref().is_some_and(|api| api.code == 400) && !error.is_api(10013);
     let kind = if refused { ErrorKind::Hold } else { error.kind };
     let doing = match (error.is_api(10099) || error.is_api(10100), source.text("retention")) {
         (true, "workqueue") => format!(

@@ -509,7 +509,8 @@ fn heartbeat(stream: &str, message: &Message<'_>, consumer_seq: u64) -> Result<(
     }
 }
 
-/// Reads the headers of everything in a range of sequences, in order.
+/// Reads the headers of everything in a range of sequences, in order. The consumer for it may live on a server that has less
+/// of the stream than its leader: then this is an error that passes.
 pub(super) async fn scan(
     lane: &mut Lane,
     stream: &str,
@@ -521,6 +522,7 @@ pub(super) async fn scan(
     let mut reader = Reader::open(lane, &range, 4 << 20).await?;
     let budget = Budget::new(usize::MAX);
     let mut done = reader.pending() == 0 || from > to;
+    let mut seen = from.saturating_sub(1);
     let mut read = Instant::now();
     while !done {
         // What was counted may be gone before it is delivered; signs of life alone must not hold us up for ever.
@@ -539,10 +541,21 @@ pub(super) async fn scan(
             if delivery.stream_seq <= to {
                 each(&delivery, &message);
             }
-            done = delivery.stream_seq >= to || delivery.pending == 0;
+            seen = delivery.stream_seq;
+            done = seen >= to || delivery.pending == 0;
             reader.take();
         }
     }
     reader.close(lane);
-    Ok(())
+    if seen >= to {
+        return Ok(());
+    }
+    match Api::new(lane).message_from(stream, seen + 1).await? {
+        Some(next) if next.sequence <= to => Err(Error::retry(format!(
+            "stream `{stream}` was read up to sequence {seen}, but its leader has a message at {}: a server that has to catch up \
+             was asked",
+            next.sequence
+        ))),
+        _ => Ok(()),
+    }
 }

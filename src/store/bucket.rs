@@ -187,6 +187,12 @@ impl Bucket {
         self.found(request.send().await)
     }
 
+    /// The first revision of any key at or above `revision`, read from the leader.
+    pub(super) async fn next_of_any(&self, revision: u64) -> Result<Option<u64>, Error> {
+        let request = self.stream.raw_message_builder().next_by_subject(self.subject(">")).sequence(revision);
+        Ok(self.found(request.send().await)?.map(|stored| stored.revision))
+    }
+
     fn found(
         &self,
         result: Result<StreamMessage, jetstream::stream::RawMessageError>,

@@ -158,7 +158,16 @@ impl Watch {
     /// Reads everything, tells what differs from what was told, and follows from there.
     async fn open(&mut self) -> Result<(), Error> {
         let before = self.bucket.info().await?;
-        let (live, mut snapshot) = snapshot(&self.bucket).await?;
+        let (live, newest, mut snapshot) = snapshot(&self.bucket).await?;
+        let last = before.state.last_sequence;
+        // The consumer may live on a server that has less of the bucket than its leader.
+        if newest < last
+            && let Some(missed) = self.bucket.next_of_any(newest + 1).await?
+            && missed <= last
+        {
+            let reason = format!("read up to revision {newest}, but the leader has {missed}: a server has to catch up");
+            return Err(self.bucket.error(reason));
+        }
         snapshot.sort_by_key(|(key, _)| !(self.first)(key));
         let there: HashSet<_> = snapshot.iter().map(|(key, _)| key).collect();
         let gone: Vec<_> = self.told.keys().filter(|key| !there.contains(key)).cloned().collect();
@@ -170,7 +179,7 @@ impl Watch {
         for (key, stored) in snapshot {
             self.tell(key, stored, known);
         }
-        self.seen = self.seen.max(before.state.last_sequence);
+        self.seen = self.seen.max(last);
         for key in gone {
             // no marker, so the revision is not known exactly: it was gone by the time of this one
             self.tell(key, Stored { revision: self.seen, value: None }, known);
@@ -200,8 +209,8 @@ impl Watch {
     }
 }
 
-/// The last revision of every key, and the consumer behind them.
-async fn snapshot(bucket: &Bucket) -> Result<(push::Ordered, Vec<(String, Stored)>), Error> {
+/// The consumer, the newest revision that it had, and the last revision of every key.
+async fn snapshot(bucket: &Bucket) -> Result<(push::Ordered, u64, Vec<(String, Stored)>), Error> {
     let config = push::OrderedConfig {
         deliver_subject: bucket.new_inbox(),
         description: Some("stream-replicator".to_owned()),
@@ -213,16 +222,17 @@ async fn snapshot(bucket: &Bucket) -> Result<(push::Ordered, Vec<(String, Stored
     let consumer = bucket.stream().create_consumer(config).await.map_err(|error| failed(&error))?;
     let mut pending = consumer.cached_info().num_pending;
     let mut live = consumer.messages().await.map_err(|error| failed(&error))?;
-    let mut snapshot = Vec::new();
+    let (mut newest, mut snapshot) = (0, Vec::new());
     while pending > 0 {
         let Ok(Some(message)) = timeout(SNAPSHOT_SILENCE, live.next()).await else {
             return Err(bucket.error("cannot be watched: the server stopped sending"));
         };
         let message = message.map_err(|error| failed(&error))?;
-        pending = message.info().map_err(|error| bucket.error(error.to_string()))?.pending;
+        let info = message.info().map_err(|error| bucket.error(error.to_string()))?;
+        (pending, newest) = (info.pending, info.stream_sequence);
         snapshot.extend(read(bucket, message));
     }
-    Ok((live, snapshot))
+    Ok((live, newest, snapshot))
 }
 
 fn read(bucket: &Bucket, message: jetstream::Message) -> Option<(String, Stored)> {

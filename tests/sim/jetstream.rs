@@ -174,8 +174,9 @@ impl State {
             }
             ["STREAM", "MSG", "GET", stream] => {
                 let found = self.streams.get(*stream).and_then(|stream| {
-                    let seq = body["seq"].as_u64()?;
-                    Some((seq, stream.messages.get(&seq)?))
+                    let wanted = body["seq"].as_u64()?;
+                    let (seq, message) = stream.messages.range(wanted..).next()?;
+                    (*seq == wanted || body["next_by_subj"] == ">").then_some((*seq, message))
                 });
                 let answer = match found {
                     Some((seq, message)) => json!({"message": {
@@ -189,10 +190,11 @@ impl State {
             ["CONSUMER", "CREATE", stream, name, ..] => self.create_consumer(stream, name, &body["config"], reply),
             ["CONSUMER", "INFO", _, name] => {
                 let known = self.consumers.get(*name).and_then(|of| Some((of, self.streams.get(&of.stream)?)));
+                let reach = self.reach();
                 let answer = match known {
                     Some((consumer, stream)) => json!({
                         "name": name,
-                        "num_pending": stream.messages.range(consumer.next..).filter(|(_, m)| consumer.takes(&m.subject)).count(),
+                        "num_pending": stream.messages.range(consumer.next..).filter(|(seq, m)| **seq <= reach && consumer.takes(&m.subject)).count(),
                         "delivered": {"consumer_seq": consumer.delivered, "stream_seq": consumer.last_stream_seq},
                     }),
                     None => json!({"error": {"code": 404, "err_code": 10014, "description": "consumer not found"}}),
@@ -241,7 +243,9 @@ impl State {
         };
         let filter = config["filter_subject"].as_str().map(str::to_owned);
         let taken = |subject: &str| filter.as_ref().is_none_or(|filter| matches(filter, subject));
-        let pending = of.messages.range(next..).filter(|(_, message)| taken(&message.subject)).count();
+        let reach = self.reach();
+        let there = of.messages.range(next..).filter(|(seq, message)| **seq <= reach && taken(&message.subject));
+        let pending = there.count();
         let consumer = Consumer {
             filter,
             stream: stream.to_owned(),
@@ -257,6 +261,11 @@ impl State {
         self.answer(reply, &json!({"name": name, "num_pending": pending, "delivered": at, "ack_floor": at}));
     }
 
+    /// The last sequence that consumers have.
+    fn reach(&self) -> u64 {
+        self.behind.filter(|(until, _)| *until > Instant::now()).map_or(u64::MAX, |(_, last)| last)
+    }
+
     pub(super) fn deliver_all(&mut self) {
         let names: Vec<_> = self.consumers.keys().cloned().collect();
         names.iter().for_each(|name| self.deliver(name));
@@ -264,14 +273,15 @@ impl State {
 
     /// Delivers what there is to the pulls that wait, oldest first.
     fn deliver(&mut self, name: &str) {
+        let reach = self.reach();
         loop {
             let Some(consumer) = self.consumers.get_mut(name).filter(|consumer| !consumer.mute) else { return };
             let Some(stream) = self.streams.get(&consumer.stream) else { return };
             let Some(pull) = consumer.pulls.first_mut() else { return };
             let next = consumer.next.max(stream.first);
             let filter = consumer.filter.as_deref();
-            let mut waiting =
-                stream.messages.range(next..).filter(|(_, m)| filter.is_none_or(|filter| matches(filter, &m.subject)));
+            let takes = |seq: u64, subject: &str| seq <= reach && filter.is_none_or(|filter| matches(filter, subject));
+            let mut waiting = stream.messages.range(next..).filter(|(seq, m)| takes(**seq, &m.subject));
             let Some((seq, message)) = waiting.next() else { return };
             let seq = *seq;
             let pending = waiting.count();

@@ -180,7 +180,7 @@ impl Plan {
     fn answers(&self, fault: Fault) -> u64 {
         match fault {
             Fault::Trouble(_) => 10,
-            Fault::Slow(..) | Fault::Leaderless(..) | Fault::Freeze(..) => 8,
+            Fault::Slow(..) | Fault::Leaderless(..) | Fault::Freeze(..) | Fault::Behind(..) => 8,
             Fault::Stop(..) => 5,
             _ => {
                 if self.poison == Some(Poison::Noticed) {

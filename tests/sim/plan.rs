@@ -72,6 +72,8 @@ pub enum Fault {
     Restart(Side, Duration),
     /// The stream of a side has no leader for a while.
     Leaderless(Side, Duration),
+    /// Connections to the target break, and for a while its consumers live on a server that lacks the end of the stream.
+    Behind(Duration),
     /// Of what goes to subscribers, the next but so many is lost, as for a slow consumer.
     Lose(Side, u64),
     /// The same comes twice.
@@ -201,7 +203,7 @@ impl Plan {
         let short = world.millis(1, 3_000);
         let long = world.millis(1, 20_000);
         let time = if world.once_in(3) { long } else { short };
-        match world.between(1, 21) {
+        match world.between(1, 22) {
             1 => Fault::Cut(side),
             2 => Fault::Freeze(side, time),
             3 => Fault::Restart(side, short),
@@ -218,6 +220,7 @@ impl Plan {
             18 => Fault::Pause(short),
             19 => Fault::Full(time),
             20 => Fault::Mute,
+            21 => Fault::Behind(short),
             _ => Fault::Trouble(long),
         }
     }

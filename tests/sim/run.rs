@@ -195,6 +195,7 @@ impl Scene {
             Fault::Freeze(side, time) => server(side).freeze(time),
             Fault::Leaderless(side, time) => server(side).leaderless(time),
             Fault::Mute => self.source.mute(),
+            Fault::Behind(time) => self.target.behind(time),
             Fault::Restart(side, time) => {
                 server(side).kill();
                 sleep(time).await;

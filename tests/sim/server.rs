@@ -45,6 +45,8 @@ pub struct State {
     pub(super) down: bool,
     pub(super) frozen: Option<Instant>,
     pub(super) leaderless: Option<Instant>,
+    /// Until then consumers have the streams only up to this sequence.
+    pub(super) behind: Option<(Instant, u64)>,
     pub(super) streams: BTreeMap<String, Stream>,
     pub(super) consumers: BTreeMap<String, Consumer>,
     pub(super) batches: HashMap<String, FastBatch>,
@@ -97,6 +99,7 @@ impl Server {
             down: false,
             frozen: None,
             leaderless: None,
+            behind: None,
             streams: BTreeMap::new(),
             consumers: BTreeMap::new(),
             batches: HashMap::new(),
@@ -177,6 +180,17 @@ impl Server {
         self.lock().leaderless = Some(Instant::now() + time);
     }
 
+    /// Connections break, and consumers live for a while on a server that lacks the end of the stream.
+    pub fn behind(&self, time: Duration) {
+        {
+            let mut state = self.lock();
+            let last = state.streams.values().map(|stream| stream.last).max().unwrap_or_default();
+            let lacking = state.world.between(1, 200);
+            state.behind = Some((Instant::now() + time, last.saturating_sub(lacking)));
+        }
+        self.cut();
+    }
+
     /// A frame for a subscriber, after so many others, is lost or comes twice.
     pub fn tamper(&self, after: u64, what: Tamper) {
         self.lock().tampers.push((after, what));
@@ -195,7 +209,7 @@ impl Server {
     /// No more faults; what is dead stays so, and what is on its way takes its time.
     pub fn heal(&self) {
         let mut state = self.lock();
-        (state.frozen, state.leaderless) = (None, None);
+        (state.frozen, state.leaderless, state.behind) = (None, None, None);
         state.tampers.clear();
         for way in [Way::To, Way::From] {
             state.paths(way).for_each(|path| path.slower = Duration::ZERO);
