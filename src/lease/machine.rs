@@ -937,7 +937,7 @@ mod tests {
         // What it held is free.
         bench.lease("other", "t", 3);
         bench.pass(TTL * 3, &[]);
-        assert_eq!(bench.grants(), [1, 4]);
+        assert_eq!(bench.grants(), [4]);
     }
 
     #[test]

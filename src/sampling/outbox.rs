@@ -3,7 +3,7 @@
 //! A reliable advisory is first kept with its sender's record, then published until it is confirmed, and then no longer
 //! kept: whatever crashes in between, it is told, and each time with the same id. Any other is published once.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::advisory::Advisory;
 
@@ -21,7 +21,7 @@ pub struct Outbox {
     /// Numbers of the reliable ones, by sender.
     of: HashMap<Box<str>, Vec<u64>>,
     /// Numbers of those that can be published now.
-    ready: VecDeque<u64>,
+    ready: BTreeSet<u64>,
     /// Numbers of those that are not kept with their sender's record.
     fresh: BTreeSet<u64>,
     /// Numbers of those that are on their way.
@@ -61,9 +61,9 @@ impl Outbox {
         if self.reliable {
             self.fresh.insert(number);
         } else {
-            self.ready.push_back(number);
+            self.ready.insert(number);
             while self.entries.len() > UNRELIABLE {
-                let Some(oldest) = self.ready.pop_front() else { break };
+                let Some(oldest) = self.ready.pop_first() else { break };
                 self.entries.remove(&oldest);
                 self.dropped += 1;
             }
@@ -75,7 +75,7 @@ impl Outbox {
     pub(super) fn restore(&mut self, advisory: Advisory) {
         if self.reliable {
             let number = self.enter(advisory);
-            self.ready.push_back(number);
+            self.ready.insert(number);
         }
     }
 
@@ -115,7 +115,7 @@ impl Outbox {
 
     /// The next one to publish; it counts as on its way until it is confirmed or all are taken back.
     pub fn take(&mut self) -> Option<(u64, &Advisory)> {
-        while let Some(number) = self.ready.pop_front() {
+        while let Some(number) = self.ready.pop_first() {
             // It may have been dropped meanwhile.
             if self.entries.contains_key(&number) {
                 self.taken.insert(number);
@@ -127,9 +127,7 @@ impl Outbox {
 
     /// Whatever is on its way may be lost: it is published again, before all others.
     pub fn take_back(&mut self) {
-        for number in std::mem::take(&mut self.taken).into_iter().rev() {
-            self.ready.push_front(number);
-        }
+        self.ready.append(&mut self.taken);
     }
 
     /// It is confirmed, or published if nobody confirms it; what it was.

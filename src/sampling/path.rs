@@ -257,7 +257,7 @@ mod tests {
         // The library's part of the syntax.
         check(json, "a.b.#", Some("3"));
         check(json, "a.b.#(x==\"deep\").x", Some("deep"));
-        check(json, "?", Some("n1.example.net"));
+        check(json, "sen*", Some("é\n"));
         check(json, "a.b.#.x", None);
     }
 
@@ -299,7 +299,7 @@ mod tests {
         ] {
             check(json, "a", None);
             check(json, "a.b", None);
-            check(json, "0", None);
+            check(json, "1", None);
             check(json, "a*", None);
         }
         assert_eq!(Path::new("a").text(b"{\"a\":\"\xff\"}"), None);

@@ -100,6 +100,11 @@ impl Plan {
         }
     }
 
+    /// Whether a server of the source starts empty.
+    pub fn source_loses_a_disk(&self) -> bool {
+        self.source.iter().any(|step| matches!(step.fault, ServerFault::Lose(_)))
+    }
+
     /// Faults in all lanes.
     pub fn faults(&self) -> usize {
         self.instances.len() + self.source.len() + self.target.len()
