@@ -23,7 +23,7 @@ fn report(sender: &str, number: u64) -> Outgoing {
 }
 
 async fn site(fields: Value) -> Result<Site> {
-    let site = Site::builder().control_at_source().start().await?;
+    let site = Site::builder().control_at_source().args(["--monitor", "127.0.0.1:0"]).start().await?;
     site.source_stream("NODES", json!({})).await?;
     site.add("NODES", fields).await?;
     Ok(site)
@@ -293,8 +293,7 @@ async fn senders_that_come_go_and_return_are_told_of_once() -> Result<()> {
     }
     assert_eq!(of["goes"][..4], ["new", "timeout", "expire", "new"]);
     assert_eq!(of["returns"][..3], ["new", "timeout", "recover"]);
-    let row = site.row("NODES").await.context("a row")?;
-    assert!(row["sampling"]["advised"]["new"].as_u64() >= Some(4), "{row}");
+    site.row_when("NODES", "counts them", |row| row["sampling"]["advised"]["new"].as_u64() >= Some(4)).await?;
     Ok(())
 }
 
