@@ -135,7 +135,7 @@ impl Bucket {
                 description: "stream-replicator".to_owned(),
                 history,
                 num_replicas: replicas,
-                limit_markers: markers,
+                limit_markers: markers.filter(|_| client.is_server_compatible(2, 11, 0)),
                 ..kv::Config::default()
             };
             let created = context.create_key_value(config).await;

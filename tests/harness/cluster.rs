@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 use futures_util::future::try_join_all;
 use serde_json::{Value, json};
 use tokio::time::timeout;
@@ -46,13 +46,16 @@ impl Cluster {
 
     /// The same with each server refined.
     pub async fn start_with(role: Role, refine: impl Fn(Builder) -> Builder) -> Result<Self> {
+        let mut last = anyhow!("no free ports for routes");
         for _ in 0..ATTEMPTS {
-            if let Some(cluster) = Self::attempt(role, &refine).await? {
-                cluster.wait_ready().await?;
-                return Ok(cluster);
+            let Some(cluster) = Self::attempt(role, &refine).await? else { continue };
+            match cluster.wait_ready().await {
+                Ok(()) => return Ok(cluster),
+                // Old servers on a busy machine sometimes do not find together: begun anew they do.
+                Err(error) => last = error,
             }
         }
-        bail!("no free ports for routes")
+        Err(last)
     }
 
     /// `None` if somebody else has taken a port for routes meanwhile: a server notices that after it took clients.
