@@ -207,8 +207,8 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
         fields.push(("not copied", skipped.join(", ")));
     }
     if let Some(sampling) = &copy.sampling {
-        let waiting = counted(sampling.advisories_waiting, "advisory to be told").replace("advisorys", "advisories");
-        fields.push(("senders", format!("{}, {waiting}", count(sampling.senders))));
+        let (senders, waiting) = (count(sampling.senders), count(sampling.advisories_waiting));
+        fields.push(("senders", format!("{senders}, advisories to be told: {waiting}")));
     }
     fields.push(("errors", count(counters.errors)));
     if let Some(error) = &copy.last_error {
