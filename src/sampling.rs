@@ -14,4 +14,4 @@ pub use advisory::{Advisory, AgeAdvisory, Kind, Voice};
 pub use inspect::{Inspector, MAX_VALUE};
 pub use outbox::Outbox;
 pub use path::Path;
-pub use senders::{Cause, Fate, Listed, Senders, Sighting, Totals, Verdict, Write};
+pub use senders::{Cause, Fate, Listed, Senders, Sighting, Verdict, Write};

@@ -57,7 +57,7 @@ impl Path {
 
     fn library<T>(&self, json: &[u8], take: impl FnOnce(&gjson::Value<'_>) -> Option<T>) -> Option<T> {
         serde_json::from_slice::<IgnoredAny>(json).ok()?;
-        if Scan::new(json).is_deep() {
+        if Scan::new(json).ends_deep() {
             return None;
         }
         let json = std::str::from_utf8(json).ok()?;
@@ -200,7 +200,7 @@ impl<'a> Scan<'a> {
     }
 
     /// Whether anything in the document is nested too deeply.
-    fn is_deep(mut self) -> bool {
+    fn ends_deep(mut self) -> bool {
         let mut depth = 0_usize;
         while let Some(byte) = self.json.get(self.at) {
             match byte {

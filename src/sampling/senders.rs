@@ -80,9 +80,6 @@ pub enum Fate {
     Passed,
 }
 
-/// What was told of senders since this began, by [`Kind`].
-pub type Totals = BTreeMap<Kind, u64>;
-
 /// Records to be written together.
 #[derive(Debug, Default)]
 pub struct Write {
@@ -182,7 +179,6 @@ pub struct Senders {
     round: Option<Round>,
     /// What is to be told.
     pub outbox: Outbox,
-    told: Totals,
     /// Everything up to here has been seen, and what was to be written of it is written.
     written_to: u64,
     /// Newest source sequence that was seen.
@@ -217,7 +213,6 @@ impl Senders {
             leaving: Vec::new(),
             round: None,
             outbox: Outbox::new(reliable),
-            told: Totals::new(),
             written_to: 0,
             read: 0,
             floor: NEVER,
@@ -248,11 +243,6 @@ impl Senders {
     /// Whether nobody is known.
     pub fn is_empty(&self) -> bool {
         self.table.is_empty()
-    }
-
-    /// What happened to senders since this began.
-    pub fn told(&self) -> &Totals {
-        &self.told
     }
 
     /// Decides about a message; changes nothing.
@@ -422,7 +412,6 @@ impl Senders {
     }
 
     fn happened(&mut self, kind: Kind, sender: Box<str>, due_ns: i64, seen_ns: i64) {
-        *self.told.entry(kind).or_default() += 1;
         if !self.rules.advises {
             return;
         }

@@ -219,7 +219,11 @@ fn told(fields: Value) -> Value {
 }
 
 async fn advised_site(fields: Value) -> Result<Site> {
-    let site = Site::builder().control_at_source().start().await?;
+    advised(Site::builder().control_at_source().start().await?, fields).await
+}
+
+/// With a stream for advisories and a replication that tells them.
+async fn advised(site: Site, fields: Value) -> Result<Site> {
     site.source_stream("ADVISORIES", json!({})).await?;
     site.source_stream("NODES", json!({})).await?;
     site.add("NODES", told(fields)).await?;
@@ -418,16 +422,20 @@ async fn check_copies(site: &Site, sent: &HashMap<u64, String>) -> Result<usize>
     Ok(copied.len() - first.len())
 }
 
-#[tokio::test]
-async fn twenty_kills_lose_no_copy_and_tell_each_advisory_once() -> Result<()> {
+/// Kills the service so often while it copies.
+async fn kills(rounds: u64, batched: bool) -> Result<()> {
     const SENDERS: u64 = 4_000;
-    let mut site = advised_site(json!({})).await?;
+    let site = Site::builder().control_at_source().start().await?;
+    if !batched {
+        site.target_stream("NODES", json!({})).await?;
+    }
+    let mut site = advised(site, json!({})).await?;
     let (url, mut sent, mut next) = (site.source.url(), HashMap::new(), 0);
     let mut raw = Raw::connect(&url).await?;
-    for round in 0..20_u64 {
+    for round in 0..rounds {
         // New senders in each round, and those of before again.
-        let from = round * SENDERS / 20;
-        let senders = (0..from + SENDERS / 20).rev().take(400).map(|number| format!("n{number}"));
+        let from = round * SENDERS / rounds;
+        let senders = (0..from + SENDERS / rounds).rev().take(400).map(|number| format!("n{number}"));
         let batch: Vec<String> = senders.collect();
         let messages = batch.iter().map(|sender| report(sender, round));
         let last = raw.publish_all(messages).await?;
@@ -450,6 +458,16 @@ async fn twenty_kills_lose_no_copy_and_tell_each_advisory_once() -> Result<()> {
     assert_eq!(told, senders);
     assert_eq!(all.len(), senders.len(), "each once");
     Ok(())
+}
+
+#[tokio::test]
+async fn twenty_kills_lose_no_copy_and_tell_each_advisory_once_by_fast_ingest() -> Result<()> {
+    kills(20, true).await
+}
+
+#[tokio::test]
+async fn ten_kills_lose_no_copy_and_tell_each_advisory_once_pipelined() -> Result<()> {
+    kills(10, false).await
 }
 
 #[tokio::test]
