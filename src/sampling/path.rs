@@ -4,7 +4,7 @@
 //! Plain paths (keys and indexes between dots) are followed here: what is not on the way is passed over without being
 //! looked at, and nothing recurses. All others are the library's, which wants valid JSON: that is checked first.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, slice};
 
 use serde::de::IgnoredAny;
 
@@ -96,6 +96,43 @@ fn unescaped(raw: &[u8]) -> Option<String> {
     serde_json::from_slice(&quoted).ok()
 }
 
+/// What a byte means outside of strings.
+#[derive(Clone, Copy)]
+enum Class {
+    Other,
+    Quote,
+    Open,
+    Close,
+}
+
+static CLASSES: [Class; 256] = {
+    let mut classes = [Class::Other; 256];
+    classes[b'"' as usize] = Class::Quote;
+    classes[b'{' as usize] = Class::Open;
+    classes[b'[' as usize] = Class::Open;
+    classes[b'}' as usize] = Class::Close;
+    classes[b']' as usize] = Class::Close;
+    classes
+};
+
+/// Passes what is left of a string, and its last quote.
+fn pass_string(rest: &mut slice::Iter<'_, u8>) -> Option<()> {
+    let mut near = SHORT;
+    loop {
+        match *rest.next()? {
+            b'"' => return Some(()),
+            b'\\' => _ = rest.next()?,
+            _ => {}
+        }
+        near -= 1;
+        if near == 0 {
+            near = SHORT;
+            let bytes = rest.as_slice();
+            *rest = bytes[memchr::memchr2(b'"', b'\\', bytes)?..].iter();
+        }
+    }
+}
+
 enum Found<'a> {
     /// What stands between the quotes.
     String { raw: &'a [u8], escaped: bool },
@@ -180,21 +217,22 @@ impl<'a> Scan<'a> {
         }
     }
 
+    /// Passes the object or array that begins here. Most of a document is passed so: byte by byte without a bounds check.
     fn pass_nested(&mut self) -> Option<()> {
+        let mut rest = self.json.get(self.at..)?.iter();
         let mut depth = 0_usize;
         loop {
-            match self.json.get(self.at)? {
-                b'"' => {
-                    self.string()?;
-                    continue;
+            match CLASSES[usize::from(*rest.next()?)] {
+                Class::Other => {}
+                Class::Quote => pass_string(&mut rest)?,
+                Class::Open => depth += 1,
+                Class::Close => {
+                    depth -= 1;
+                    if depth == 0 {
+                        self.at = self.json.len() - rest.len();
+                        return Some(());
+                    }
                 }
-                b'{' | b'[' => depth += 1,
-                b'}' | b']' => depth -= 1,
-                _ => {}
-            }
-            self.at += 1;
-            if depth == 0 {
-                return Some(());
             }
         }
     }

@@ -7,7 +7,7 @@ use async_nats::{
     header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE,
     jetstream::{
         self,
-        context::{ContextBuilder, GetStreamErrorKind},
+        context::{ContextBuilder, CreateKeyValueError, CreateKeyValueErrorKind, GetStreamErrorKind},
         kv,
         message::StreamMessage,
         publish::PublishAck,
@@ -130,15 +130,23 @@ impl Bucket {
         let context = ContextBuilder::new().api_prefix(api_prefix).timeout(TIMEOUT).build(client.clone());
         let error = |message: String| Error { bucket: name.to_owned(), message };
         if !exists(&context, name).await.map_err(error)? {
-            let config = kv::Config {
-                bucket: name.to_owned(),
-                description: "stream-replicator".to_owned(),
-                history,
-                num_replicas: replicas,
-                limit_markers: markers.filter(|_| client.is_server_compatible(2, 11, 0)),
-                ..kv::Config::default()
+            let create = async |limit_markers: Option<Duration>| {
+                let config = kv::Config {
+                    bucket: name.to_owned(),
+                    description: "stream-replicator".to_owned(),
+                    history,
+                    num_replicas: replicas,
+                    limit_markers,
+                    ..kv::Config::default()
+                };
+                context.create_key_value(config).await
             };
-            let created = context.create_key_value(config).await;
+            let mut created = create(markers).await;
+            let too_old =
+                |error: &CreateKeyValueError| error.kind() == CreateKeyValueErrorKind::LimitMarkersNotSupported;
+            if created.as_ref().is_err_and(too_old) {
+                created = create(None).await;
+            }
             if let Err(failed) = created {
                 // another instance may have been faster, with other settings
                 if !exists(&context, name).await.unwrap_or_default() {
