@@ -131,7 +131,7 @@ pub(crate) async fn run(senders: u64) -> Result<()> {
     request(&client, "replicator.resume", json!({"replication": STREAM})).await?;
     settled(STREAM, 2 * senders).await?;
     rates.push(senders as f64 / begin.elapsed().as_secs_f64());
-    let unseen = json!({"name": "UNSEEN", "start_sequence": senders + 1, "exclude_subjects": ["nodes"], "target_stream": "UNSEEN"});
+    let unseen = json!({"name": "UNSEEN", "start_sequence": senders + 1, "exclude_subjects": ["nodes"], "target_stream": "UNSEEN", "target_subject_prefix": "unseen"});
     let begin = Instant::now();
     request(&client, "replicator.config.add", document_of(unseen)).await?;
     settled("NODES.UNSEEN", 2 * senders).await?;
