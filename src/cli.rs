@@ -18,6 +18,7 @@ mod output;
 mod serve;
 mod status;
 mod steer;
+mod stored;
 mod wait;
 mod watch;
 mod words;

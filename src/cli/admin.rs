@@ -1,11 +1,8 @@
 //! `stream-replicator admin`: what sampling knows of senders and tells of them.
 
-use std::{fmt::Display, time::Duration};
+use std::fmt::Display;
 
-use async_nats::{
-    Message, datetime,
-    jetstream::consumer::{DeliverPolicy, pull},
-};
+use async_nats::{Message, jetstream::consumer::DeliverPolicy};
 use chrono::{DateTime, TimeDelta, Utc};
 use clap::{Args as ClapArgs, Subcommand};
 use futures_util::StreamExt;
@@ -16,6 +13,7 @@ use super::{
     error::{Error, Verdict},
     global::Global,
     output::{Colour, Output, Table, clean},
+    stored::{self, Stored},
     words::{bytes, parse_time, seconds, time},
 };
 use crate::{
@@ -24,9 +22,6 @@ use crate::{
     sampling::{AgeAdvisory, Kind},
     store::SenderRecord,
 };
-
-/// A consumer that was lost is made again within this time.
-const QUIET: Duration = Duration::from_secs(20);
 
 /// Look at the senders of sampled replications
 #[derive(Debug, ClapArgs)]
@@ -164,41 +159,10 @@ fn ago(time: DateTime<Utc>) -> String {
 }
 
 async fn advisories(args: &AdvisoriesArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
-    let stream = clean(&args.stream);
-    let failed = |error: &dyn Display| Error::Failed(format!("advisories in stream `{stream}`: {error}"));
-    let deliver_policy = match args.since {
-        Some(since) => {
-            let start_time = datetime::parse_rfc3339(&since.to_rfc3339()).map_err(|error| failed(&error))?;
-            DeliverPolicy::ByStartTime { start_time }
-        }
-        None if args.follow => DeliverPolicy::New,
-        None => DeliverPolicy::All,
-    };
-    let config = pull::OrderedConfig { deliver_policy, ..pull::OrderedConfig::default() };
-    let context = client.jetstream();
-    let consumer =
-        context.create_consumer_on_stream(config, args.stream.as_str()).await.map_err(|error| failed(&error))?;
-    if !args.follow && consumer.cached_info().num_pending == 0 {
-        return Ok(());
-    }
-    let mut messages = consumer.messages().await.map_err(|error| failed(&error))?;
-    while !out.closed() {
-        let next = messages.next();
-        let next = if args.follow {
-            next.await
-        } else {
-            let within = client.answer_within().max(QUIET);
-            tokio::time::timeout(within, next).await.map_err(|_| failed(&format!("no answer within {within:?}")))?
-        };
-        let Some(message) = next else { break };
-        let message = message.map_err(|error| failed(&error))?;
-        let left = message.info().map(|info| info.pending).map_err(|error| failed(&error))?;
-        show_advisory(&message.message, args.value.as_deref(), out);
-        if left == 0 && !args.follow {
-            break;
-        }
-    }
-    Ok(())
+    let from = if args.follow { DeliverPolicy::New } else { DeliverPolicy::All };
+    let (stream, since, follow) = (args.stream.as_str(), args.since, args.follow);
+    let stored = Stored { what: "advisories", stream, subjects: Vec::new(), since, from, follow };
+    stored::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
 }
 
 /// One advisory in one line; what is none is passed over.

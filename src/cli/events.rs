@@ -1,15 +1,10 @@
 //! `stream-replicator events`: what was told, where a stream keeps it, and what is told now.
 
-use std::{fmt::Display, pin::pin, time::Duration};
+use std::{fmt::Display, pin::pin};
 
 use async_nats::{
-    Message, datetime,
-    jetstream::{
-        self,
-        consumer::{DeliverPolicy, pull},
-        context::RequestErrorKind,
-        response::Response,
-    },
+    Message,
+    jetstream::{self, consumer::DeliverPolicy, context::RequestErrorKind, response::Response},
 };
 use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, stream::select_all};
@@ -21,6 +16,7 @@ use super::{
     error::{Error, Verdict},
     global::Global,
     output::{Colour, Output, clean},
+    stored::{self, Stored},
     words::parse_time,
 };
 use crate::events::Event;
@@ -96,43 +92,11 @@ async fn live(client: &Client, subjects: Vec<String>, out: &mut Output) -> Resul
 }
 
 async fn stored(client: &Client, subjects: Vec<String>, args: &Args, out: &mut Output) -> Result<(), Error> {
-    let context = client.jetstream();
-    let stream = capturing(&context, client, out).await?;
-    let failed = |error: &dyn Display| Error::Failed(format!("events in stream `{stream}`: {error}"));
-    let deliver_policy = match args.since {
-        Some(since) => {
-            let start_time = datetime::parse_rfc3339(&since.to_rfc3339()).map_err(|error| failed(&error))?;
-            DeliverPolicy::ByStartTime { start_time }
-        }
-        None => DeliverPolicy::All,
-    };
-    let config = pull::OrderedConfig { filter_subjects: subjects, deliver_policy, ..pull::OrderedConfig::default() };
-    let consumer = context.create_consumer_on_stream(config, stream.as_str()).await.map_err(|error| failed(&error))?;
-    if !args.follow && consumer.cached_info().num_pending == 0 {
-        return Ok(());
-    }
-    let mut messages = consumer.messages().await.map_err(|error| failed(&error))?;
-    while !out.closed() {
-        let next = messages.next();
-        let next = if args.follow {
-            next.await
-        } else {
-            let within = client.answer_within().max(QUIET);
-            tokio::time::timeout(within, next).await.map_err(|_| failed(&format!("no answer within {within:?}")))?
-        };
-        let Some(message) = next else { break };
-        let message = message.map_err(|error| failed(&error))?;
-        let left = message.info().map(|info| info.pending).map_err(|error| failed(&error))?;
-        show(&message.message, out);
-        if left == 0 && !args.follow {
-            break;
-        }
-    }
-    Ok(())
+    let stream = capturing(&client.jetstream(), client, out).await?;
+    let (since, follow) = (args.since, args.follow);
+    let stored = Stored { what: "events", stream: &stream, subjects, since, from: DeliverPolicy::All, follow };
+    stored::read(client, stored, out, show).await
 }
-
-/// A consumer that was lost is made again within this time.
-const QUIET: Duration = Duration::from_secs(20);
 
 /// Name of the stream that captures the events; best of all one that captures all of them.
 async fn capturing(context: &jetstream::Context, client: &Client, out: &Output) -> Result<String, Error> {

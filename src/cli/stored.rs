@@ -1,0 +1,74 @@
+//! Reads what a stream keeps, in its order, and what comes if that is wanted.
+
+use std::{fmt::Display, time::Duration};
+
+use async_nats::{
+    Message, datetime,
+    jetstream::consumer::{DeliverPolicy, pull},
+};
+use chrono::{DateTime, Utc};
+use futures_util::StreamExt;
+
+use super::{client::Client, error::Error, output::Output};
+
+/// A consumer that was lost is made again within this time.
+const QUIET: Duration = Duration::from_secs(20);
+
+/// What to read.
+#[derive(Debug)]
+pub(super) struct Stored<'a> {
+    /// What it is, for errors.
+    pub(super) what: &'a str,
+    /// Where it is kept.
+    pub(super) stream: &'a str,
+    /// Empty for all.
+    pub(super) subjects: Vec<String>,
+    /// Only what was stored since then.
+    pub(super) since: Option<DateTime<Utc>>,
+    /// Where to begin without that.
+    pub(super) from: DeliverPolicy,
+    /// Whether to go on with what comes.
+    pub(super) follow: bool,
+}
+
+/// Shows each message, until there are no more or nobody reads any more.
+pub(super) async fn read(
+    client: &Client,
+    stored: Stored<'_>,
+    out: &mut Output,
+    show: impl Fn(&Message, &mut Output),
+) -> Result<(), Error> {
+    let Stored { what, stream, subjects, since, from, follow } = stored;
+    let failed = |error: &dyn Display| Error::Failed(format!("{what} in stream `{stream}`: {error}"));
+    let deliver_policy = match since {
+        Some(since) => {
+            let start_time = datetime::parse_rfc3339(&since.to_rfc3339()).map_err(|error| failed(&error))?;
+            DeliverPolicy::ByStartTime { start_time }
+        }
+        None => from,
+    };
+    let config = pull::OrderedConfig { filter_subjects: subjects, deliver_policy, ..pull::OrderedConfig::default() };
+    let consumer = client.jetstream().create_consumer_on_stream(config, stream).await;
+    let consumer = consumer.map_err(|error| failed(&error))?;
+    if !follow && consumer.cached_info().num_pending == 0 {
+        return Ok(());
+    }
+    let mut messages = consumer.messages().await.map_err(|error| failed(&error))?;
+    while !out.closed() {
+        let next = messages.next();
+        let next = if follow {
+            next.await
+        } else {
+            let within = client.answer_within().max(QUIET);
+            tokio::time::timeout(within, next).await.map_err(|_| failed(&format!("no answer within {within:?}")))?
+        };
+        let Some(message) = next else { break };
+        let message = message.map_err(|error| failed(&error))?;
+        let left = message.info().map(|info| info.pending).map_err(|error| failed(&error))?;
+        show(&message.message, out);
+        if left == 0 && !follow {
+            break;
+        }
+    }
+    Ok(())
+}
