@@ -117,12 +117,12 @@ impl Intake {
         }
     }
 
-    /// Asks for more where that is due.
+    /// Asks for more where that is due, and about what was passed over.
     pub fn pull(&mut self, lane: &mut Lane, budget: &Budget) {
         match self {
             Self::Plain(reader) => reader.pull(lane, budget),
             Self::Explicit(explicit) => explicit.reader.pull(lane, budget),
-            Self::Pushed(_) => {}
+            Self::Pushed(pushed) => pushed.ask(lane),
         }
     }
 

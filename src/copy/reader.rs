@@ -3,6 +3,7 @@
 //! for and not yet taken is bounded in bytes.
 
 pub(super) mod explicit;
+mod jumps;
 pub(super) mod pushed;
 mod stash;
 

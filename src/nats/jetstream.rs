@@ -246,7 +246,7 @@ impl<'a> Api<'a> {
 
     /// Reads the first message at or behind a sequence; `None` if nothing lies there.
     pub async fn message_from(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
-        self.get(stream, &json!({ "seq": sequence, "next_by_subj": ">" })).await
+        self.get(stream, &message_from_call(stream, sequence).1).await
     }
 
     async fn get(&mut self, stream: &str, wanted: &Value) -> Result<Option<StoredMessage>, Error> {
@@ -325,7 +325,12 @@ pub fn message_call(stream: &str, sequence: u64) -> (String, Value) {
     (format!("STREAM.MSG.GET.{stream}"), json!({ "seq": sequence }))
 }
 
-/// Decodes the answer to [`message_call`]; `None` if nothing lies there.
+/// What reads the first message at a sequence or behind it: the end of the subject, and the body.
+pub fn message_from_call(stream: &str, sequence: u64) -> (String, Value) {
+    (format!("STREAM.MSG.GET.{stream}"), json!({ "seq": sequence, "next_by_subj": ">" }))
+}
+
+/// Decodes the answer to [`message_call`] or [`message_from_call`]; `None` if nothing lies there.
 pub fn decode_message(payload: &[u8]) -> Result<Option<StoredMessage>, Error> {
     let got: Option<Got> = found(decode(payload))?;
     got.map(Got::message).transpose()

@@ -432,6 +432,55 @@ async fn a_consumer_that_lets_one_message_wait_for_its_ack_is_enough() -> Result
     Ok(())
 }
 
+/// Somebody filters our consumer behind our back, and another consumer keeps what it passes over.
+#[tokio::test]
+async fn what_the_consumer_passed_over_is_copied_in_its_place_all_the_same() -> Result<()> {
+    let site = Site::start().await?;
+    if !site.source.at_least(2, 14) {
+        // Nothing can be read again there.
+        return Ok(());
+    }
+    let mut raw = begin(&site, INTEREST, json!({})).await?;
+    make_consumer(&mut raw, "Q", "OTHER", json!({"ack_policy": "explicit"})).await?;
+    resume(&site).await?;
+    fill(&mut raw, 1..=100).await?;
+    site.settled("Q", 100).await?;
+    let mut config = consumer(&mut raw, "Q", "SR_TEST").await?["config"].take();
+    config["filter_subject"] = "q.3".into();
+    make_consumer(&mut raw, "Q", "SR_TEST", config).await?;
+    fill(&mut raw, 101..=210).await?;
+    site.settled("Q", 210).await?;
+    verify(&site, "Q", &snapshot(&mut raw, "Q").await?, &Expect::copy_of("Q").site(SITE)).await?;
+    let row = site.row("Q").await.context("a row")?;
+    let said = row["last_error"]["message"].as_str().unwrap_or_default();
+    assert!(
+        said.contains("the consumer of stream `Q` passed over sequence 101, which the stream's leader has"),
+        "{row}"
+    );
+    assert!(consumer(&mut raw, "Q", "SR_TEST").await?["config"].get("filter_subject").is_none());
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_was_deleted_at_the_source_is_passed_over_without_a_word() -> Result<()> {
+    for way in [INTEREST, QUEUE, Way { choria: true, ..INTEREST }] {
+        let site = Site::start().await?;
+        let mut raw = begin(&site, way, json!({})).await?;
+        raw.publish_all((1..=1_000).map(message)).await?;
+        for seq in (1..=1_000u64).filter(|seq| seq % 3 == 0) {
+            raw.api("STREAM.MSG.DELETE.Q", json!({"seq": seq, "no_erase": true})).await?;
+        }
+        let all = snapshot(&mut raw, "Q").await?;
+        assert_eq!(all.len(), 667);
+        resume(&site).await?;
+        finish(&site, &all).await?;
+        let row = site.row("Q").await.context("a row")?;
+        assert_eq!(row["counters"]["errors"], 0, "{row}");
+        assert_eq!(row["last_error"], Value::Null, "{row}");
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_consumer_that_cannot_be_used_holds_the_replication_and_says_why() -> Result<()> {
     let site = Site::small().await?;

@@ -8,17 +8,18 @@
 //! is out stays bounded. Neither bound knows our limits in bytes. Where messages turn out larger than those of the
 //! stream on the average, and where the process is short of room, the socket is not read ([`Pushed::may_read`]): that
 //! is the hard bound of what we hold. Then the rest waits in the socket and at the server, which drops the connection
-//! of one that does not read for 10 s: a new run begins.
+//! of one that does not read for 10 s: a new run begins. Only while the stream's leader is asked about a jump is
+//! everything read: its answer comes behind what was pushed before it.
 
 use std::{collections::VecDeque, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{Incoming, SILENCE, SourcePoint, heartbeat, next_delivery, not_contiguous, stash::Stash};
+use super::{Incoming, SILENCE, SourcePoint, heartbeat, jumps::Jumps, next_delivery, not_contiguous, stash::Stash};
 use crate::{
     copy::{
         budget::{Budget, PIECE_MIN, Reservation},
-        durable::Durable,
+        durable::{self, Durable},
     },
     nats::{Batch, Error, Lane, Message, headers, jetstream::is_delivery},
 };
@@ -40,6 +41,9 @@ pub(in crate::copy) struct Pushed {
     newest: u64,
     pending: u64,
     heard: Instant,
+    /// Whether all of the stream is delivered.
+    all: bool,
+    jumps: Jumps,
     acks: Acks,
 }
 
@@ -85,6 +89,8 @@ impl Pushed {
             newest: info.ack_floor.stream_seq,
             pending: info.num_pending,
             heard: Instant::now(),
+            all: durable::filters(&info.config).is_empty(),
+            jumps: Jumps::default(),
             acks: Acks { settled: position, ..Acks::default() },
         }
     }
@@ -98,7 +104,12 @@ impl Pushed {
     }
 
     pub(in crate::copy) fn peek(&self) -> Option<Incoming<'_>> {
-        self.stash.peek()
+        self.stash.peek().filter(|incoming| self.jumps.are_explained(incoming.delivery.stream_seq))
+    }
+
+    /// Asks the stream's leader about what was passed over.
+    pub(in crate::copy) fn ask(&mut self, lane: &mut Lane) {
+        self.jumps.ask(lane, &self.stream, Instant::now());
     }
 
     pub(in crate::copy) fn take(&mut self) {
@@ -107,6 +118,7 @@ impl Pushed {
 
     /// Takes in what the lane received.
     pub(in crate::copy) fn accept(&mut self, batch: Batch) -> Result<(), Error> {
+        self.jumps.accept(&batch, &self.stream)?;
         let mut items = Vec::with_capacity(batch.len());
         for (index, message) in batch.iter().enumerate() {
             if message.sid != self.sid {
@@ -121,6 +133,11 @@ impl Pushed {
             let seq = delivery.stream_seq;
             if seq <= self.newest {
                 return Err(not_contiguous(&self.stream, &delivery, self.consumer_seq, self.newest));
+            }
+            // What lies at or before the position is settled, whoever acknowledged it.
+            let expected = self.newest.max(self.acks.settled) + 1;
+            if self.all && seq > expected {
+                self.jumps.jumped(expected, seq);
             }
             self.newest = seq;
             self.pending = delivery.pending;
@@ -167,6 +184,10 @@ impl Pushed {
             reserved.join(budget.force(held - reserved.bytes()));
         }
         reserved.shrink_to(held + PIECE_MIN);
+        if self.jumps.is_asking() {
+            // The answer comes behind what was pushed before it.
+            return true;
+        }
         if held >= self.limit {
             return false;
         }
@@ -203,6 +224,7 @@ impl Pushed {
 
     /// Whether the consumer still gives signs of life; while nobody reads there are none.
     pub(in crate::copy) fn check(&mut self, now: Instant, reads: bool) -> Result<(), Error> {
+        self.jumps.check(&self.stream, now)?;
         if !reads {
             self.heard = now;
         } else if now.duration_since(self.heard) > SILENCE {

@@ -1,0 +1,103 @@
+//! Jumps in what a durable consumer without a filter delivers, each held against the stream's leader before anything
+//! behind it is copied. Most are harmless: what lay between was deleted or expired. But a consumer may live on a server
+//! that has yet to catch up with the stream, or somebody may have changed it; then the acks of what it delivers later
+//! would take away what it passed over.
+
+use std::collections::VecDeque;
+
+use tokio::time::Instant;
+
+use super::SILENCE;
+use crate::nats::{
+    Batch, Error, Lane,
+    jetstream::{answer_in, decode_message, message_from_call},
+};
+
+/// So many questions are on their way at a time.
+const ASKED_TOGETHER: usize = 64;
+
+/// Jumps whose reason is not known yet, in order.
+#[derive(Debug, Default)]
+pub(super) struct Jumps {
+    open: VecDeque<Jump>,
+}
+
+#[derive(Debug)]
+struct Jump {
+    /// Nothing was delivered from here to the sequence before `to`.
+    from: u64,
+    to: u64,
+    asked: Option<Asked>,
+}
+
+#[derive(Debug)]
+struct Asked {
+    request: String,
+    at: Instant,
+}
+
+impl Jumps {
+    /// Notes that `to` was delivered, and what lies from `from` to there was not.
+    pub(super) fn jumped(&mut self, from: u64, to: u64) {
+        self.open.push_back(Jump { from, to, asked: None });
+    }
+
+    /// Whether a message may be copied: nothing before it is in question.
+    pub(super) fn are_explained(&self, seq: u64) -> bool {
+        self.open.front().is_none_or(|jump| seq < jump.to)
+    }
+
+    /// Whether the leader owes an answer.
+    pub(super) fn is_asking(&self) -> bool {
+        self.open.front().is_some_and(|jump| jump.asked.is_some())
+    }
+
+    /// Asks the leader for the message behind each beginning.
+    pub(super) fn ask(&mut self, lane: &mut Lane, stream: &str, now: Instant) {
+        for jump in self.open.iter_mut().take(ASKED_TOGETHER).filter(|jump| jump.asked.is_none()) {
+            let (what, body) = message_from_call(stream, jump.from);
+            let subject = format!("{}.{what}", lane.api_prefix());
+            let request = lane.send_request(&subject, body.to_string().as_bytes());
+            jump.asked = Some(Asked { request, at: now });
+        }
+    }
+
+    /// Takes the leader's answers; an error if it has a message that was passed over.
+    pub(super) fn accept(&mut self, batch: &Batch, stream: &str) -> Result<(), Error> {
+        let mut passed_over = None;
+        let mut failed = None;
+        self.open.retain(|jump| {
+            let answer = jump.asked.as_ref().and_then(|asked| answer_in(batch, &asked.request));
+            match answer.map(|answer| answer.and_then(decode_message)) {
+                None => true,
+                Some(Ok(found)) => {
+                    let seq = found.map(|message| message.sequence).filter(|seq| *seq < jump.to);
+                    passed_over = passed_over.or(seq.map(|seq| (seq, jump.to)));
+                    false
+                }
+                Some(Err(error)) => {
+                    failed.get_or_insert(error);
+                    true
+                }
+            }
+        });
+        if let Some((seq, to)) = passed_over {
+            return Err(Error::retry(format!(
+                "the consumer of stream `{stream}` passed over sequence {seq}, which the stream's leader has, and went on at \
+                 {to}: it lives on a server that has to catch up, or somebody changed it"
+            )));
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Whether the leader answers.
+    pub(super) fn check(&self, stream: &str, now: Instant) -> Result<(), Error> {
+        let asked = self.open.front().and_then(|jump| jump.asked.as_ref());
+        if asked.is_some_and(|asked| now.duration_since(asked.at) > SILENCE) {
+            return Err(Error::retry(format!(
+                "the leader of stream `{stream}` does not say within {SILENCE:?} what its consumer passed over"
+            )));
+        }
+        Ok(())
+    }
+}
