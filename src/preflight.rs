@@ -19,7 +19,7 @@ use self::{
 };
 use crate::{
     config::{OnReject, Replication},
-    copy::target,
+    copy::target::{self, Maker, Update},
     nats::{Rules, jetstream::StreamState},
 };
 
@@ -93,16 +93,25 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
         Look::at(rules, Role::Target, replication, early)
     );
     let flow = Flow::of(replication, source.facts.stream.there());
-    let planned = match (source.facts.stream.there(), target.facts.stream.got(), target.facts.connect.got()) {
-        (Some(source), Some(None), Some(server)) if replication.create_target => {
-            let replicas = source.number("num_replicas").max(1);
-            let api_prefix = target.facts.connection.as_ref().map_or("", |connection| connection.api_prefix.as_str());
-            let maker = target::Maker::of(server, api_prefix);
-            Some(target::new_config(replication, source, maker, replicas))
+    let (mut planned, mut update) = (None, None);
+    if let (Some(source), Some(server)) = (source.facts.stream.there(), target.facts.connect.got()) {
+        let api_prefix = target.facts.connection.as_ref().map_or("", |connection| connection.api_prefix.as_str());
+        let maker = Maker::of(server, api_prefix);
+        match target.facts.stream.got() {
+            Some(None) if replication.create_target => {
+                let replicas = source.number("num_replicas").max(1);
+                planned = Some(target::new_config(replication, source, maker, replicas));
+            }
+            Some(Some(target)) if replication.update_target => {
+                update = Update::of(replication, source, target, maker);
+            }
+            _ => {}
         }
-        _ => None,
-    };
+    }
     let mut wanted = flow.to.clone();
+    if let Some(update) = &update {
+        wanted.extend(judge::subjects_of(&update.config));
+    }
     if let Some(Ok(config)) = &planned {
         wanted.extend(judge::subjects_of(config));
     }
@@ -127,6 +136,13 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
             source.ask_who_listens(flow.to.clone(), until).await;
         }
     }
-    let pair = Pair { replication, source: &source.facts, target: &target.facts, flow: &flow, planned: &planned };
+    let pair = Pair {
+        replication,
+        source: &source.facts,
+        target: &target.facts,
+        flow: &flow,
+        planned: &planned,
+        update: &update,
+    };
     Report { source: pair.judge_source(), target: pair.judge_target(known) }
 }

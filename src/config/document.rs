@@ -131,6 +131,9 @@ pub struct Document {
     /// Who else may write to the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_mode: Option<String>,
+    /// Give the target what it lacks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_update: Option<bool>,
     /// Whether a refusal may change the order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ordering: Option<String>,
@@ -371,6 +374,7 @@ impl Checker {
             sampling,
             on_reject,
             create_target: !document.no_target_create.unwrap_or_default(),
+            update_target: document.target_update.unwrap_or_default(),
             target_mode: sharing(document),
             ordering: ordering(document),
             limits: limits(document.limits.as_ref()),
@@ -871,7 +875,12 @@ mod tests {
         assert_eq!(replication.start, Start::All);
         assert_eq!(replication.limits, Limits::default());
         assert_eq!(replication.mapping, Mapping::default());
-        assert!(replication.create_target && replication.notices.is_empty() && replication.max_age.is_none());
+        assert!(
+            replication.create_target
+                && !replication.update_target
+                && replication.notices.is_empty()
+                && replication.max_age.is_none()
+        );
     }
 
     #[test]
@@ -990,14 +999,14 @@ mod tests {
     fn the_rest_of_the_fields() {
         let replication = good(json!({
             "target_stream": "T", "filter_subject": "a.*.>", "target_subject_prefix": "east.", "target_subject_remove": "a.",
-            "max_age": "1d", "no_target_create": true, "target_initiated": true, "ephemeral": true, "description": "d",
+            "max_age": "1d", "no_target_create": true, "target_update": true, "target_initiated": true, "ephemeral": true, "description": "d",
             "limits": {"messages_in_flight": 5}, "leader_election_name": "rust1.example.net"
         }));
         assert_eq!(replication.target.stream, "T");
         assert_eq!(replication.scope, Scope::new(vec!["a.*.>".to_owned()], Vec::new()));
         assert_eq!(replication.mapping.apply(b"a.b", &mut Vec::new()), b"east.b");
         assert_eq!(replication.max_age, Some(Duration::from_secs(86_400)));
-        assert!(!replication.create_target);
+        assert!(!replication.create_target && replication.update_target);
         assert_eq!(replication.notices.len(), 2);
         assert_eq!(replication.limits, Limits { messages_in_flight: 5, ..Limits::default() });
         assert_eq!(replication.on_reject, OnReject::Hold);
@@ -1264,6 +1273,7 @@ mod tests {
             on_reject: Some("dead_letter".into()),
             dead_letter: Some(DeadLetterDocument { subject: "x".into() }),
             target_mode: Some("shared".into()),
+            target_update: Some(true),
             ordering: Some("strict".into()),
             description: some(),
             limits: Some(LimitsDocument {

@@ -38,6 +38,8 @@ pub struct Replication {
     pub on_reject: OnReject,
     /// Whether a missing target stream is created.
     pub create_target: bool,
+    /// Whether an existing target stream is given what it lacks for this copy.
+    pub update_target: bool,
     /// Who else may write to the target.
     pub target_mode: Sharing,
     /// Whether a refusal by the target may change the order, where it can.

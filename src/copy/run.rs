@@ -27,7 +27,7 @@ use super::{
     resume::{self, Already, Known, Resume, Sides, is_consumed, is_plain},
     sampler::Sampler,
     sharing,
-    target::{self, Abilities},
+    target::{self, Abilities, Opened},
     throttle::{self, Throttle},
     watchdog::{Action, Consumer, Seen, Tell, Watchdog},
     window::{SourcePoint, Window},
@@ -155,9 +155,15 @@ impl<'a> Run<'a> {
             dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
         }
         let opened = target::open(&mut target, &replication, &source_info).await;
-        let (target_info, made) = opened.map_err(|e| e.context("target"))?;
-        if made {
-            info!(replication = replication.id, stream = replication.target.stream, "target stream created");
+        let (target_info, opened) = opened.map_err(|e| e.context("target"))?;
+        match &opened {
+            Opened::Found => {}
+            Opened::Made => {
+                info!(replication = replication.id, stream = replication.target.stream, "target stream created");
+            }
+            Opened::Updated(what) => {
+                info!(replication = replication.id, stream = replication.target.stream, what, "target stream updated");
+            }
         }
         // Again: what an older holder copied meanwhile is no proof that the source lost its end.
         let again = Api::new(&mut source).stream_info(&replication.source.stream).await?;

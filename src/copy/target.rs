@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::{sharing, subjects, transform::Allowed};
 use crate::{
-    config::{DEFAULT_API_PREFIX, Replication},
+    config::{DEFAULT_API_PREFIX, Replication, patterns},
     nats::{
         Error, ErrorKind, Lane, ServerInfo,
         jetstream::{Api, StreamInfo},
@@ -33,6 +33,9 @@ const TAKEN_OVER_LIMITS: [&str; 5] =
     ["max_msgs", "max_bytes", "max_msgs_per_subject", "discard", "discard_new_per_subject"];
 /// Of these, what would make a target forget messages, or refuse them, where several subjects become one.
 const PER_SUBJECT: [&str; 2] = ["max_msgs_per_subject", "discard_new_per_subject"];
+
+/// Source settings that an existing target is given where it lacks them, if it may be changed: whatever it holds stays.
+const SWITCHED_ON: [&str; 3] = ["allow_rollup_hdrs", "allow_msg_ttl", "allow_direct"];
 
 /// Server version from which fast-ingest batches exist.
 const FAST_INGEST_SINCE: (u32, u32) = (2, 14);
@@ -124,38 +127,130 @@ pub(crate) fn abilities_of(replication: &Replication, source: &StreamInfo, targe
     }
 }
 
-/// Asks for the target stream, and makes it if it is missing and may be made. The flag tells whether it was made.
+/// What became of the target stream before a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Opened {
+    /// It is as it was.
+    Found,
+    /// It was missing.
+    Made,
+    /// It lacked what is named here.
+    Updated(String),
+}
+
+/// Asks for the target stream. Makes it if it is missing and may be made, changes it if it lacks something and may be
+/// changed.
 pub(super) async fn open(
     lane: &mut Lane,
     replication: &Replication,
     source: &StreamInfo,
-) -> Result<(StreamInfo, bool), Error> {
+) -> Result<(StreamInfo, Opened), Error> {
     let name = &replication.target.stream;
-    if let Some(info) = Api::new(lane).stream_info(name).await? {
-        return Ok((info, false));
+    match Api::new(lane).stream_info(name).await? {
+        Some(info) if replication.update_target => update(lane, replication, source, info).await,
+        Some(info) => Ok((info, Opened::Found)),
+        None if replication.create_target => make(lane, replication, source).await,
+        None => Err(Error::hold(missing(name))),
     }
-    if !replication.create_target {
-        return Err(Error::hold(missing(name)));
-    }
+}
+
+async fn make(lane: &mut Lane, replication: &Replication, source: &StreamInfo) -> Result<(StreamInfo, Opened), Error> {
+    let name = &replication.target.stream;
     let mut replicas = source.number("num_replicas").max(1);
     let mut maker = Maker::of(lane.info(), lane.api_prefix());
     loop {
         let config = new_config(replication, source, maker, replicas)?;
         match Api::new(lane).create_stream(name, &config).await {
             // What is said of a stream that was just made may lack the domain, by which its acks are known (2.12).
-            Ok(made) => return Ok((Api::new(lane).stream_info(name).await?.unwrap_or(made), true)),
+            Ok(made) => return Ok((Api::new(lane).stream_info(name).await?.unwrap_or(made), Opened::Made)),
             // Not clustered, or not enough servers: what the target can do is fewer replicas.
             Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
                 replicas = if replicas > 3 { 3 } else { 1 };
             }
             // The API refuses a field that its server does not know.
             Err(error) if maker.batches && error.is_api(INVALID_JSON) => maker.batches = false,
+            Err(error) => return Err(refused(error, format!("cannot create target stream `{name}`"))),
+        }
+    }
+}
+
+async fn update(
+    lane: &mut Lane,
+    replication: &Replication,
+    source: &StreamInfo,
+    info: StreamInfo,
+) -> Result<(StreamInfo, Opened), Error> {
+    let name = &replication.target.stream;
+    writable(name, &info)?;
+    let mut maker = Maker::of(lane.info(), lane.api_prefix());
+    while let Some(Update { config, what }) = Update::of(replication, source, &info, maker) {
+        match Api::new(lane).update_stream(name, &config).await {
+            Ok(changed) => {
+                return Ok((Api::new(lane).stream_info(name).await?.unwrap_or(changed), Opened::Updated(what)));
+            }
+            Err(error) if maker.batches && error.is_api(INVALID_JSON) => maker.batches = false,
             Err(error) => {
-                let kind =
-                    if error.kind == ErrorKind::Retry && error.api.is_some() { ErrorKind::Hold } else { error.kind };
-                return Err(Error { kind, ..error.context(format!("cannot create target stream `{name}`")) });
+                let doing = format!("target stream `{name}` cannot be given what it lacks ({what}; `target_update`)");
+                return Err(refused(error, doing));
             }
         }
+    }
+    Ok((info, Opened::Found))
+}
+
+/// What the API refuses stays refused until somebody changes something.
+fn refused(error: Error, doing: String) -> Error {
+    let kind = if error.kind == ErrorKind::Retry && error.api.is_some() { ErrorKind::Hold } else { error.kind };
+    Error { kind, ..error.context(doing) }
+}
+
+/// What an existing target lacks for this copy. Nothing is switched off, taken away or limited by it: how much a stream
+/// keeps, where and how often is for those who made it to say.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Update {
+    /// The whole configuration, changed.
+    pub(crate) config: Value,
+    /// What changes, in words.
+    pub(crate) what: String,
+}
+
+impl Update {
+    /// `None` if the target lacks nothing.
+    pub(crate) fn of(
+        replication: &Replication,
+        source: &StreamInfo,
+        target: &StreamInfo,
+        maker: Maker,
+    ) -> Option<Self> {
+        let (mut config, mut what) = (target.config.clone(), Vec::new());
+        // Of a source that does not tell its subjects nothing is known to be missing.
+        let wanted = subjects::of_target(replication, source).unwrap_or_default();
+        let there = target.subjects();
+        let lacks = |subject: &&String| !there.iter().any(|pattern| patterns::holds(pattern, subject));
+        let missing: Vec<_> = wanted.iter().filter(lacks).map(|subject| format!("`{subject}`")).collect();
+        if !missing.is_empty() {
+            let all = there.iter().map(|subject| (*subject).to_owned()).chain(wanted.iter().cloned());
+            config["subjects"] = json!(patterns::disjoint(all));
+            what.push(format!("subjects {}", missing.join(", ")));
+        }
+        let mut switch_on = |flag: &str| {
+            config[flag] = true.into();
+            what.push(format!("`{flag}`"));
+        };
+        if maker.batches && !target.flag("allow_batched") {
+            switch_on("allow_batched");
+        }
+        for flag in SWITCHED_ON {
+            let possible = match flag {
+                "allow_rollup_hdrs" => !target.flag("deny_purge"),
+                "allow_msg_ttl" => maker.ttl,
+                _ => true,
+            };
+            if source.flag(flag) && !target.flag(flag) && possible {
+                switch_on(flag);
+            }
+        }
+        (!what.is_empty()).then(|| Self { config, what: what.join(", ") })
     }
 }
 
@@ -229,6 +324,34 @@ mod tests {
             assert_eq!(since(version, FAST_INGEST_SINCE), expect, "{version}");
         }
         assert!(since("2.14.0-preview.1", FAST_INGEST_SINCE));
+    }
+
+    #[test]
+    fn a_target_is_given_what_it_lacks_and_loses_nothing() {
+        let stream =
+            |config: Value| -> StreamInfo { serde_json::from_value(json!({"config": config, "state": {}})).unwrap() };
+        let source =
+            stream(json!({"subjects": ["a.>", "b"], "allow_rollup_hdrs": true, "allow_msg_ttl": true, "max_msgs": 5}));
+        let document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b"});
+        let replication = crate::config::parse_value(&document, "SITE").unwrap();
+        let check = |maker: Maker, target: Value, expect: Option<(Value, &str)>| {
+            let found = Update::of(&replication, &source, &stream(target.clone()), maker);
+            let expect = expect.map(|(config, what)| Update { config, what: what.to_owned() });
+            assert_eq!(found, expect, "{target}");
+        };
+        let (new, old) = (Maker { batches: true, ttl: true }, Maker { batches: false, ttl: false });
+        let lacking = json!({"subjects": ["a.x", "c"], "max_msgs": 9, "deny_delete": true});
+        let given = json!({
+            "subjects": ["a.>", "b", "c"], "max_msgs": 9, "deny_delete": true, "allow_batched": true,
+            "allow_rollup_hdrs": true, "allow_msg_ttl": true
+        });
+        let what = "subjects `a.>`, `b`, `allow_batched`, `allow_rollup_hdrs`, `allow_msg_ttl`";
+        check(new, lacking, Some((given.clone(), what)));
+        check(new, given, None);
+        let wide = json!({"subjects": [">"], "deny_purge": true});
+        check(old, wide.clone(), None);
+        let batched = json!({"subjects": [">"], "deny_purge": true, "allow_batched": true, "allow_msg_ttl": true});
+        check(new, wide, Some((batched, "`allow_batched`, `allow_msg_ttl`")));
     }
 
     #[test]

@@ -239,6 +239,11 @@ impl<'a> Api<'a> {
         self.call(&format!("STREAM.CREATE.{stream}"), config).await
     }
 
+    /// Gives a stream another configuration, the whole of it.
+    pub async fn update_stream(&mut self, stream: &str, config: &Value) -> Result<StreamInfo, Error> {
+        self.call(&format!("STREAM.UPDATE.{stream}"), config).await
+    }
+
     /// Reads the message at a sequence; `None` if nothing lies there.
     pub async fn message(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
         self.get(stream, &json!({ "seq": sequence })).await

@@ -16,7 +16,7 @@ use crate::{
         dead_letter, duplicates,
         durable::{self, Durable},
         sharing, subjects,
-        target::{self, Abilities},
+        target::{self, Abilities, Update},
     },
     nats::{
         Error,
@@ -36,6 +36,8 @@ pub(super) struct Pair<'a> {
     pub(super) flow: &'a Flow,
     /// What a missing target would be made as.
     pub(super) planned: &'a Option<Result<Value, Error>>,
+    /// What an existing one would be given.
+    pub(super) update: &'a Option<Update>,
 }
 
 /// Findings about one side.
@@ -239,7 +241,15 @@ impl Pair<'_> {
                         );
                         said(Outcome::Warning, path, &text);
                     }
-                    Ok(()) => findings.ok("stream"),
+                    Ok(()) => match self.update {
+                        Some(update) => {
+                            let (outcome, path, text) = self.change(update);
+                            said(outcome, path, &text);
+                            return as_stream(&update.config)
+                                .map(|changed| StreamInfo { config: changed.config, ..stream.clone() });
+                        }
+                        None => findings.ok("stream"),
+                    },
                     Err(error) => said(Outcome::Failed, "/target_stream", &error.message),
                 }
                 Some(stream.clone())
@@ -306,6 +316,18 @@ impl Pair<'_> {
         if let Some(bad) = subjects.iter().find(|subject| matches!(subject.as_str(), "" | ">")) {
             return (Outcome::Failed, path, format!("{would}: no stream can have the subject `{bad}`"));
         }
+        self.free(&subjects, path, would)
+    }
+
+    /// What becomes of a target that would be changed.
+    fn change(&self, update: &Update) -> (Outcome, &'static str, String) {
+        let would = format!("target stream `{}` would be given {}", self.replication.target.stream, update.what);
+        self.free(&subjects_of(&update.config), self.mapping_path(), would)
+    }
+
+    /// Whether no other stream has the subjects that the target would have.
+    fn free(&self, subjects: &[String], path: &'static str, would: String) -> (Outcome, &'static str, String) {
+        let name = &self.replication.target.stream;
         match &self.target.listeners {
             Answer::Got(listeners) => match others(listeners, name, subjects.iter()) {
                 Some((subject, streams)) => {
@@ -400,7 +422,9 @@ impl Pair<'_> {
         let listeners = self.source.listeners.got().filter(|_| self.source.bridged)?;
         let (subject, streams) = listeners.iter().find(|(_, streams)| !streams.is_empty())?;
         Some(format!(
-            "stream {} beside the source listens on `{subject}` too, in the same account by way of leafnodes: what is copied              would be stored there as well, and the copy is held; map the subjects apart, with `target_subject_prefix` for              example",
+            "stream {} beside the source listens on `{subject}` too, in the same account by way of leafnodes: what is copied \
+             would be stored there as well, and the copy is held; map the subjects apart, with `target_subject_prefix` for \
+             example",
             list(streams)
         ))
     }
@@ -438,7 +462,8 @@ impl Pair<'_> {
         let others = ring::into_same_target(self.replication, name, known);
         (self.replication.target_mode == Sharing::Exclusive && !others.is_empty()).then(|| {
             let text = format!(
-                "replication {} writes to target stream `{}` too, which `target_mode` says is exclusive: the copy is held                  while it does",
+                "replication {} writes to target stream `{}` too, which `target_mode` says is exclusive: the copy is held \
+                 while it does",
                 list(&others),
                 self.replication.target.stream
             );

@@ -407,6 +407,9 @@ pub(super) fn calls(role: Role, replication: &Replication, there: Option<&Stream
     if there.is_none() && replication.create_target && role == Role::Target {
         calls.push(question(format!("STREAM.CREATE.{stream}"), Some("{}")));
     }
+    if there.is_some() && replication.update_target && role == Role::Target {
+        calls.push(question(format!("STREAM.UPDATE.{stream}"), Some("{}")));
+    }
     calls
 }
 

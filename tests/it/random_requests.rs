@@ -285,6 +285,7 @@ impl Generator {
             ("start_time", json!("2026-01-01T00:00:00Z")),
             ("no_target_create", json!(true)),
             ("target_mode", json!("exclusive")),
+            ("target_update", json!(true)),
             ("ordering", json!("strict")),
             ("limits", json!({"messages_in_flight": 5, "bytes_in_flight": 100_000})),
             ("tls", json!({"ca": "/nowhere/ca.pem"})),

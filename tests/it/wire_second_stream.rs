@@ -8,9 +8,11 @@ use crate::harness::server::free_port;
 use crate::harness::site::merged;
 use crate::harness::{Expect, LIMIT, Outgoing, Raw, Role, Server, Site, request, wait_for, wait_value};
 
-const COUNT: u64 = 3_000;
+const COUNT: u64 = 12_000;
 /// So much the target takes before it is full.
 const ROOM: u64 = 700;
+/// So much more each time: enough that the second stream, which is further away, answers while it is copied.
+const MORE_ROOM: u64 = 500;
 
 /// Where a second stream is, and what it is called.
 #[derive(Debug, Clone, Copy)]
@@ -39,20 +41,16 @@ async fn begin(second: Second, batched: bool, fields: Value) -> Result<(Site, Se
     raw.publish_all((1..=COUNT).map(|i| Outgoing::new(format!("a.{}", i % 3), i.to_string()))).await?;
     let batches = if batched && site.target.at_least(2, 14) { json!({"allow_batched": true}) } else { json!({}) };
     let listens = merged(json!({"subjects": ["a.>"]}), batches);
-    site.target_stream("A", merged(listens.clone(), json!({"max_msgs": ROOM, "discard": "new"}))).await?;
     let mut at_leaf = Raw::connect(&leaf.url()).await?;
-    at_leaf.create_stream(second.name, listens).await?;
-    // Both take the same: also the chain fits both.
+    at_leaf.create_stream(second.name, listens.clone()).await?;
     let mut target = site.target().await?;
-    let reaches = async || {
-        let _ = target.send_only(&Outgoing::new("a.probe", "x")).await;
-        at_leaf.stream_state(second.name).await.is_ok_and(|state| state["messages"].as_u64() > Some(0))
-    };
+    let reaches = async || target.request("a.probe", b"x").await.is_ok();
     wait_for("the leaf to take what is published at the hub", LIMIT, reaches).await?;
-    for raw in [&mut target, &mut at_leaf] {
-        let stream = if raw.stream_state("A").await.is_ok() { "A" } else { second.name };
-        raw.api(&format!("STREAM.PURGE.{stream}"), Value::Null).await?;
-    }
+    // Both begin at the same sequence: also the chain fits both.
+    let probes = at_leaf.stream_state(second.name).await?["last_seq"].as_u64().context("last_seq")?;
+    at_leaf.api(&format!("STREAM.PURGE.{}", second.name), Value::Null).await?;
+    let soon_full = json!({"max_msgs": ROOM, "discard": "new", "first_seq": probes + 1});
+    site.target_stream("A", merged(listens, soon_full)).await?;
     request(&site.client, "replicator.config.add", site.document_with("A", fields)).await?;
     Ok((site, leaf))
 }
@@ -82,7 +80,7 @@ async fn check(second: Second, batched: bool, mode: &str) -> Result<()> {
         if message.contains("listens on the same subjects") && message.contains("target stream `A`") {
             return Some(row);
         }
-        room += 50;
+        room += MORE_ROOM;
         resize(&site, room.cast_signed()).await.ok()?;
         let _ = site.send("retry", json!({"replication": "A"})).await;
         None
