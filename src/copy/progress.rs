@@ -308,7 +308,8 @@ impl Witnesses<'_> {
                 time_ns: position.time_ns,
                 created: self.source_created.to_owned(),
             }),
-            orphans: saved.orphans.filter(|orphans| target.is_none_or(|target| target.seq < orphans.to)),
+            // At their end the place may still go back: what is sent again is a duplicate and is acked with its old place.
+            orphans: saved.orphans.filter(|orphans| target.is_none_or(|target| target.seq <= orphans.to)),
             target: target.map(|target| TargetWitness {
                 seq: target.seq,
                 source_seq: target.source_seq,

@@ -439,14 +439,15 @@ impl Sides<'_> {
     /// The source lost its end or is another stream: go on behind the newest copied message that it still has;
     /// without one it is another stream, and all of it is new.
     async fn source_went_back(&mut self, saved: u64, reason: &str) -> Result<Resume, Error> {
-        let mut resume = match self.newest_known(Proof::Message).await? {
+        let (resume, from) = match self.newest_known(Proof::Message).await? {
             Some(tail) => {
                 let from = tail.ours[tail.newest].target_seq + 1;
-                let to = self.target.state.last_seq;
-                Resume { orphans: (from <= to).then_some(Orphans { from, to }), ..self.behind(tail, None).await? }
+                (self.behind(tail, None).await?, from)
             }
-            None => Resume::at(SourcePoint::default(), self.last_of_ours().await?),
+            None => (Resume::at(SourcePoint::default(), self.last_of_ours().await?), self.target.state.first_seq),
         };
+        let to = self.target.state.last_seq;
+        let mut resume = Resume { orphans: (from <= to).then_some(Orphans { from, to }), ..resume };
         let finding = Event::SourceReset { saved, resumed: resume.position.seq, reason: reason.to_owned() };
         resume.findings.push(finding);
         Ok(resume)

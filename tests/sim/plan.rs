@@ -186,6 +186,14 @@ impl Plan {
         for _ in 0..world.between(0, 8) {
             faults.push((at(), Self::ordinary(world, instances)));
         }
+        // Silent for the others and not for itself: only the fence is between it and its successor.
+        if let Some(wild) = wild.map(|which| which as usize) {
+            for _ in 0..world.between(0, 3) {
+                let time = world.millis(TTL_MS, 4 * TTL_MS);
+                let fault = if world.once_in(2) { Fault::Stop(wild, time) } else { Fault::CutOff(wild, time) };
+                faults.push((at(), fault));
+            }
+        }
         // At most one fault that loses data or changes what the streams are.
         if world.once_in(2) {
             let count = world.between(1, 40);
@@ -203,6 +211,10 @@ impl Plan {
             };
             let at = at();
             faults.push((at, fault));
+            // Each new run looks at what the source lost and the target still has.
+            if matches!(fault, Fault::SourceForgets(_)) && world.once_in(2) {
+                faults.extend((1..=4).map(|cut| (at + Duration::from_millis(1_500 * cut), Fault::Cut(Side::Target))));
+            }
             // What is removed while nobody reads is lost.
             if matches!(fault, Fault::Purge(_)) {
                 let before = at.saturating_sub(Duration::from_millis(1_500));
