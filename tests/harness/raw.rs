@@ -3,7 +3,7 @@
 //! product has a protocol client of its own, which must not be judged by itself.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -198,10 +198,19 @@ impl Raw {
         }
     }
 
-    /// Creates a stream: `config` needs no `name`.
+    /// Creates a stream: `config` needs no `name`. While the server still removes what a deleted one of this name left on
+    /// the disk (10049), it is asked again.
     pub async fn create_stream(&mut self, name: &str, mut config: Value) -> Result<Value> {
         config["name"] = name.into();
-        self.api(&format!("STREAM.CREATE.{name}"), config).await
+        let begun = Instant::now();
+        loop {
+            match self.api(&format!("STREAM.CREATE.{name}"), config.clone()).await {
+                Err(error) if error.to_string().contains("\"err_code\":10049") && begun.elapsed() < LIMIT => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                made => return made,
+            }
+        }
     }
 
     /// `state` of a stream: `messages`, `first_seq`, `last_seq`, ...
