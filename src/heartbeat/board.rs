@@ -42,7 +42,8 @@ impl Board {
                 None => HeartbeatSubject { subject: one.subject.clone(), ..HeartbeatSubject::default() },
             })
             .collect();
-        inner.paused = false;
+        // Nobody leads before the campaign has said so.
+        inner.paused = heartbeats.is_some_and(|heartbeats| heartbeats.leader_election);
         inner.poll = None;
     }
 
@@ -69,5 +70,33 @@ impl Board {
 
     pub(super) fn election(&self) -> Option<metrics::Election> {
         self.inner().poll.as_ref().map(Poll::reading)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::config::parse_heartbeats;
+
+    fn heartbeats(leader_election: bool) -> Heartbeats {
+        let document = json!({"url": "a", "subjects": [{"subject": "hb.a"}], "leader_election": leader_election});
+        parse_heartbeats(&document, |_| Vec::new()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn what_an_election_decides_is_paused_until_it_is_won() {
+        let board = Board::new("host");
+        let paused = || board.reading().map(|reading| reading.paused);
+        assert_eq!(paused(), None);
+        board.begin(Some(&heartbeats(false)));
+        assert_eq!(paused(), Some(false));
+        board.begin(Some(&heartbeats(true)));
+        assert_eq!(paused(), Some(true));
+        board.paused(false);
+        assert_eq!(paused(), Some(false));
+        board.begin(None);
+        assert_eq!(paused(), None);
     }
 }
