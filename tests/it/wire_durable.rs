@@ -461,6 +461,31 @@ async fn what_the_consumer_passed_over_is_copied_in_its_place_all_the_same() -> 
     Ok(())
 }
 
+/// As where a replica has expired what its leader has not: it goes a moment later.
+#[tokio::test]
+async fn what_goes_from_the_leader_a_moment_after_it_was_passed_over_is_no_error() -> Result<()> {
+    let site = Site::builder().args(["--log-level", "info,stream_replicator=debug"]).start().await?;
+    if !site.source.at_least(2, 14) {
+        // Nothing is asked there.
+        return Ok(());
+    }
+    let mut raw = begin(&site, INTEREST, json!({})).await?;
+    make_consumer(&mut raw, "Q", "OTHER", json!({"ack_policy": "explicit"})).await?;
+    resume(&site).await?;
+    fill(&mut raw, 1..=3).await?;
+    site.settled("Q", 3).await?;
+    let mut config = consumer(&mut raw, "Q", "SR_TEST").await?["config"].take();
+    config["filter_subject"] = "q.5".into();
+    make_consumer(&mut raw, "Q", "SR_TEST", config).await?;
+    fill(&mut raw, 4..=5).await?;
+    let asked = "the consumer passed over what the leader has: the leader is asked again";
+    wait_for("the leader to be asked", LIMIT, async || site.service.log().contains(asked)).await?;
+    raw.api("STREAM.MSG.DELETE.Q", json!({"seq": 4, "no_erase": true})).await?;
+    let row = site.settled("Q", 5).await?;
+    assert_eq!((&row["counters"]["errors"], &row["last_error"]), (&json!(0), &Value::Null), "{row}");
+    verify(&site, "Q", &snapshot(&mut raw, "Q").await?, &Expect::copy_of("Q").site(SITE)).await
+}
+
 #[tokio::test]
 async fn what_was_deleted_at_the_source_is_passed_over_without_a_word() -> Result<()> {
     for way in [INTEREST, QUEUE, Way { choria: true, ..INTEREST }] {

@@ -1,11 +1,13 @@
 //! Jumps in what a durable consumer without a filter delivers, each held against the stream's leader before anything
 //! behind it is copied. Most are harmless: what lay between was deleted or expired. But a consumer may live on a server
 //! that has yet to catch up with the stream, or somebody may have changed it; then the acks of what it delivers later
-//! would take away what it passed over.
+//! would take away what it passed over. Each server expires messages by its own clock, so the leader may have some for a
+//! moment longer: what it has is asked for again for a while.
 
 use std::collections::VecDeque;
 
-use tokio::time::Instant;
+use tokio::time::{Duration, Instant};
+use tracing::debug;
 
 use super::SILENCE;
 use crate::nats::{
@@ -15,6 +17,9 @@ use crate::nats::{
 
 /// So many questions are on their way at a time.
 const ASKED_TOGETHER: usize = 64;
+
+/// Between two questions about the same jump.
+const AGAIN: Duration = Duration::from_millis(200);
 
 /// Jumps whose reason is not known yet, in order.
 #[derive(Debug, Default)]
@@ -28,6 +33,7 @@ struct Jump {
     from: u64,
     to: u64,
     asked: Option<Asked>,
+    doubt: Option<Doubt>,
 }
 
 #[derive(Debug)]
@@ -36,10 +42,23 @@ struct Asked {
     at: Instant,
 }
 
+/// The leader has a message that was passed over.
+#[derive(Debug, Clone, Copy)]
+struct Doubt {
+    since: Instant,
+    ask_at: Instant,
+}
+
+impl Jump {
+    fn is_due(&self, now: Instant) -> bool {
+        self.asked.is_none() && self.doubt.is_none_or(|doubt| now >= doubt.ask_at)
+    }
+}
+
 impl Jumps {
     /// Notes that `to` was delivered, and what lies from `from` to there was not.
     pub(super) fn jumped(&mut self, from: u64, to: u64) {
-        self.open.push_back(Jump { from, to, asked: None });
+        self.open.push_back(Jump { from, to, asked: None, doubt: None });
     }
 
     /// Whether a message may be copied: nothing before it is in question.
@@ -54,7 +73,7 @@ impl Jumps {
 
     /// Asks the leader for the message behind each beginning.
     pub(super) fn ask(&mut self, lane: &mut Lane, stream: &str, now: Instant) {
-        for jump in self.open.iter_mut().take(ASKED_TOGETHER).filter(|jump| jump.asked.is_none()) {
+        for jump in self.open.iter_mut().take(ASKED_TOGETHER).filter(|jump| jump.is_due(now)) {
             let (what, body) = message_from_call(stream, jump.from);
             let subject = format!("{}.{what}", lane.api_prefix());
             let request = lane.send_request(&subject, body.to_string().as_bytes());
@@ -62,42 +81,54 @@ impl Jumps {
         }
     }
 
-    /// Takes the leader's answers; an error if it has a message that was passed over.
-    pub(super) fn accept(&mut self, batch: &Batch, stream: &str) -> Result<(), Error> {
-        let mut passed_over = None;
+    /// Takes the leader's answers; an error if it goes on to have a message that was passed over.
+    pub(super) fn accept(&mut self, batch: &Batch, stream: &str, now: Instant) -> Result<(), Error> {
         let mut failed = None;
-        self.open.retain(|jump| {
+        self.open.retain_mut(|jump| {
             let answer = jump.asked.as_ref().and_then(|asked| answer_in(batch, &asked.request));
-            match answer.map(|answer| answer.and_then(decode_message)) {
-                None => true,
-                Some(Ok(found)) => {
-                    let seq = found.map(|message| message.sequence).filter(|seq| *seq < jump.to);
-                    passed_over = passed_over.or(seq.map(|seq| (seq, jump.to)));
-                    false
-                }
+            let found = match answer.map(|answer| answer.and_then(decode_message)) {
+                None => return true,
+                Some(Ok(found)) => found.map(|message| message.sequence).filter(|seq| *seq < jump.to),
                 Some(Err(error)) => {
                     failed.get_or_insert(error);
-                    true
+                    return true;
                 }
+            };
+            let Some(seq) = found else { return false };
+            let since = jump.doubt.map_or(now, |doubt| doubt.since);
+            if now.duration_since(since) > SILENCE {
+                failed.get_or_insert_with(|| passed_over(stream, seq, jump.to));
             }
+            if jump.doubt.is_none() {
+                debug!(
+                    stream,
+                    seq,
+                    to = jump.to,
+                    "the consumer passed over what the leader has: the leader is asked again"
+                );
+            }
+            jump.asked = None;
+            jump.doubt = Some(Doubt { since, ask_at: now + AGAIN });
+            true
         });
-        if let Some((seq, to)) = passed_over {
-            return Err(Error::retry(format!(
-                "the consumer of stream `{stream}` passed over sequence {seq}, which the stream's leader has, and went on at \
-                 {to}: it lives on a server that has to catch up, or somebody changed it"
-            )));
-        }
         failed.map_or(Ok(()), Err)
     }
 
-    /// Whether the leader answers.
-    pub(super) fn check(&self, stream: &str, now: Instant) -> Result<(), Error> {
+    /// Whether the leader answers. What was delivered meanwhile, lastly at `delivered`, came before its answer.
+    pub(super) fn check(&self, stream: &str, delivered: Instant, now: Instant) -> Result<(), Error> {
         let asked = self.open.front().and_then(|jump| jump.asked.as_ref());
-        if asked.is_some_and(|asked| now.duration_since(asked.at) > SILENCE) {
+        if asked.is_some_and(|asked| now.duration_since(asked.at.max(delivered)) > SILENCE) {
             return Err(Error::retry(format!(
                 "the leader of stream `{stream}` does not say within {SILENCE:?} what its consumer passed over"
             )));
         }
         Ok(())
     }
+}
+
+fn passed_over(stream: &str, seq: u64, to: u64) -> Error {
+    Error::retry(format!(
+        "the consumer of stream `{stream}` passed over sequence {seq}, which the stream's leader has, and went on at {to}: it \
+         lives on a server that has to catch up, or somebody changed it"
+    ))
 }

@@ -41,6 +41,8 @@ pub(in crate::copy) struct Pushed {
     newest: u64,
     pending: u64,
     heard: Instant,
+    /// When the newest delivery came.
+    delivered: Instant,
     /// Whether all of the stream is delivered.
     all: bool,
     jumps: Jumps,
@@ -89,6 +91,7 @@ impl Pushed {
             newest: info.ack_floor.stream_seq,
             pending: info.num_pending,
             heard: Instant::now(),
+            delivered: Instant::now(),
             all: durable::filters(&info.config).is_empty(),
             jumps: Jumps::default(),
             acks: Acks { settled: position, ..Acks::default() },
@@ -118,13 +121,14 @@ impl Pushed {
 
     /// Takes in what the lane received.
     pub(in crate::copy) fn accept(&mut self, batch: Batch) -> Result<(), Error> {
-        self.jumps.accept(&batch, &self.stream)?;
+        let now = Instant::now();
+        self.jumps.accept(&batch, &self.stream, now)?;
         let mut items = Vec::with_capacity(batch.len());
         for (index, message) in batch.iter().enumerate() {
             if message.sid != self.sid {
                 continue;
             }
-            self.heard = Instant::now();
+            self.heard = now;
             if !is_delivery(message.reply) {
                 self.status(&message)?;
                 continue;
@@ -140,6 +144,7 @@ impl Pushed {
                 self.jumps.jumped(expected, seq);
             }
             self.newest = seq;
+            self.delivered = now;
             self.pending = delivery.pending;
             if self.acks.delivered(seq) {
                 items.push((index as u32, delivery));
@@ -224,7 +229,7 @@ impl Pushed {
 
     /// Whether the consumer still gives signs of life; while nobody reads there are none.
     pub(in crate::copy) fn check(&mut self, now: Instant, reads: bool) -> Result<(), Error> {
-        self.jumps.check(&self.stream, now)?;
+        self.jumps.check(&self.stream, self.delivered, now)?;
         if !reads {
             self.heard = now;
         } else if now.duration_since(self.heard) > SILENCE {
