@@ -10,6 +10,8 @@ mod permissions;
 mod ring;
 mod subjects;
 
+use std::collections::BTreeSet;
+
 use tokio::time::{Duration, Instant};
 
 use self::{
@@ -21,6 +23,7 @@ use crate::{
     config::{OnReject, Replication},
     copy::target::{self, Maker, Update},
     nats::{Rules, jetstream::StreamState},
+    sampling,
 };
 
 /// Time kept for the questions to the target that need the answers of the source.
@@ -103,14 +106,14 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
                 planned = Some(target::new_config(replication, source, maker, replicas));
             }
             Some(Some(target)) if replication.update_target => {
-                update = Update::of(replication, source, target, maker);
+                update = Update::of(replication, source, target, Maker::of_leader(target)).transpose();
             }
             _ => {}
         }
     }
     let mut wanted = flow.to.clone();
-    if let Some(update) = &update {
-        wanted.extend(judge::subjects_of(&update.config));
+    if let Some(Ok(update)) = &update {
+        wanted.extend(update.subjects.iter().cloned());
     }
     if let Some(Ok(config)) = &planned {
         wanted.extend(judge::subjects_of(config));
@@ -118,12 +121,13 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
     let target_asks = source.facts.stream.there().is_some();
     let at_target = async {
         if target_asks {
-            target.ask_who_listens(wanted, until).await;
+            target.facts.listeners = target.ask_who_listens(wanted, until).await;
         }
     };
+    let told = told_at_source(replication);
     let at_source = async {
-        if let OnReject::DeadLetter { subject } = &replication.on_reject {
-            source.ask_who_listens([subject.clone()].into(), until).await;
+        if !told.is_empty() {
+            source.facts.listeners = source.ask_who_listens(told, until).await;
         }
     };
     tokio::join!(at_target, at_source);
@@ -131,9 +135,9 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
     if let (Some(from), Some(to)) = (source.facts.stream.there(), target.facts.stream.there())
         && let Some(domain) = to.domain.clone().filter(|domain| from.domain.as_ref() != Some(domain))
     {
-        source.ask_across(&domain, &replication.target.stream, &to.created, until).await;
-        if source.facts.bridged {
-            source.ask_who_listens(flow.to.clone(), until).await;
+        let created = to.created.clone();
+        if source.is_bridged(&domain, &replication.target.stream, &created, until).await {
+            source.facts.beside = source.ask_who_listens(flow.to.clone(), until).await;
         }
     }
     let pair = Pair {
@@ -145,4 +149,16 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
         update: &update,
     };
     Report { source: pair.judge_source(), target: pair.judge_target(known) }
+}
+
+/// Subjects that a copy publishes to at the source side.
+fn told_at_source(replication: &Replication) -> BTreeSet<String> {
+    let mut told = BTreeSet::new();
+    if let OnReject::DeadLetter { subject } = &replication.on_reject {
+        told.insert(subject.clone());
+    }
+    if let Some(advisory) = replication.advisory() {
+        told.extend(sampling::advisory_patterns(&advisory.subject));
+    }
+    told
 }

@@ -50,6 +50,13 @@ pub struct Replication {
     pub notices: Vec<String>,
 }
 
+impl Replication {
+    /// Where to tell of senders, if that is asked for.
+    pub fn advisory(&self) -> Option<&Advisory> {
+        self.sampling.as_ref()?.advisory.as_ref()
+    }
+}
+
 /// A stream on a connection.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Side {

@@ -18,7 +18,7 @@ use crate::{
     backoff::Backoff,
     chance,
     nats::{Batch, Lane, headers, jetstream::PublishAck, parser::number},
-    sampling::{Cause, Fate, Inspector, Kind, Senders, Sighting, Verdict, Voice, Write},
+    sampling::{self, Cause, Fate, Inspector, Kind, Senders, Sighting, Verdict, Voice, Write},
     status::{Advised, SamplingStatus},
     store::{self, SenderStore},
 };
@@ -188,12 +188,14 @@ impl Sampler {
         if looked.seq == seq && looked.time_ns == time_ns {
             return;
         }
-        let sender = self.inspector.sender(&incoming.message);
+        let message = &incoming.message;
+        let is_told = self.voice.is_some() && sampling::is_advisory(message.payload);
+        let sender = if is_told { None } else { self.inspector.sender(message) };
         looked.sender.clear();
         looked.sender.push_str(sender.as_deref().unwrap_or_default());
         looked.named = sender.is_some();
-        looked.size = u32::try_from(incoming.message.payload.len()).unwrap_or(u32::MAX);
-        looked.forced = looked.named && self.inspector.forced(incoming.message.payload);
+        looked.size = u32::try_from(message.payload.len()).unwrap_or(u32::MAX);
+        looked.forced = looked.named && self.inspector.forced(message.payload);
         (looked.seq, looked.time_ns) = (seq, time_ns);
         looked.verdict = looked
             .named

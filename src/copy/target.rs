@@ -41,6 +41,8 @@ const SWITCHED_ON: [&str; 3] = ["allow_rollup_hdrs", "allow_msg_ttl", "allow_dir
 const FAST_INGEST_SINCE: (u32, u32) = (2, 14);
 /// API level of the leader that goes with it (ADR-44).
 pub(crate) const API_LEVEL_2_14: u32 = 4;
+/// The same with messages that carry a time to live; servers before tell none.
+const API_LEVEL_2_11: u32 = 1;
 /// Server version from which messages may carry a time to live.
 const TTL_SINCE: (u32, u32) = (2, 11);
 /// What the API says from 2.12 on to a field that its server does not know; before, it leaves the field out.
@@ -182,13 +184,14 @@ async fn update(
 ) -> Result<(StreamInfo, Opened), Error> {
     let name = &replication.target.stream;
     writable(name, &info)?;
-    let mut maker = Maker::of(lane.info(), lane.api_prefix());
-    while let Some(Update { config, what }) = Update::of(replication, source, &info, maker) {
+    let mut leader = Maker::of_leader(&info);
+    while let Some(Update { config, what, .. }) = Update::of(replication, source, &info, leader)? {
         match Api::new(lane).update_stream(name, &config).await {
             Ok(changed) => {
                 return Ok((Api::new(lane).stream_info(name).await?.unwrap_or(changed), Opened::Updated(what)));
             }
-            Err(error) if maker.batches && error.is_api(INVALID_JSON) => maker.batches = false,
+            // Not the stream's leader is asked, but the one that leads all, and it may be older.
+            Err(error) if leader.batches && error.is_api(INVALID_JSON) => leader.batches = false,
             Err(error) => {
                 let doing = format!("target stream `{name}` cannot be given what it lacks ({what}; `target_update`)");
                 return Err(refused(error, doing));
@@ -198,9 +201,10 @@ async fn update(
     Ok((info, Opened::Found))
 }
 
-/// What the API refuses stays refused until somebody changes something.
+/// What the API refuses as wrong stays refused until somebody changes something.
 fn refused(error: Error, doing: String) -> Error {
-    let kind = if error.kind == ErrorKind::Retry && error.api.is_some() { ErrorKind::Hold } else { error.kind };
+    let lasting = error.kind == ErrorKind::Retry && error.api.as_ref().is_some_and(|api| api.code < 500);
+    let kind = if lasting { ErrorKind::Hold } else { error.kind };
     Error { kind, ..error.context(doing) }
 }
 
@@ -212,49 +216,71 @@ pub(crate) struct Update {
     pub(crate) config: Value,
     /// What changes, in words.
     pub(crate) what: String,
+    /// Subjects that it does not listen on yet.
+    pub(crate) subjects: Vec<String>,
 }
 
 impl Update {
-    /// `None` if the target lacks nothing.
+    /// `None` if the target lacks nothing; an error if it would have to listen on more than anybody asked for.
     pub(crate) fn of(
         replication: &Replication,
         source: &StreamInfo,
         target: &StreamInfo,
-        maker: Maker,
-    ) -> Option<Self> {
+        leader: Maker,
+    ) -> Result<Option<Self>, Error> {
         let (mut config, mut what) = (target.config.clone(), Vec::new());
         // Of a source that does not tell its subjects nothing is known to be missing.
         let wanted = subjects::of_target(replication, source).unwrap_or_default();
         let there = target.subjects();
         let lacks = |subject: &&String| !there.iter().any(|pattern| patterns::holds(pattern, subject));
-        let missing: Vec<_> = wanted.iter().filter(lacks).map(|subject| format!("`{subject}`")).collect();
+        let missing: Vec<String> = wanted.iter().filter(lacks).cloned().collect();
         if !missing.is_empty() {
-            let all = there.iter().map(|subject| (*subject).to_owned()).chain(wanted.iter().cloned());
-            config["subjects"] = json!(patterns::disjoint(all));
-            what.push(format!("subjects {}", missing.join(", ")));
+            let all = || there.iter().copied().chain(wanted.iter().map(String::as_str));
+            let listens = patterns::disjoint(all().map(str::to_owned));
+            if let Some(wide) = listens.iter().find(|subject| !all().any(|known| known == subject.as_str())) {
+                return Err(too_wide(&replication.target.stream, &missing, &there, wide));
+            }
+            config["subjects"] = json!(listens);
+            what.push(format!("subjects {}", quoted(&missing)));
         }
         let mut switch_on = |flag: &str| {
             config[flag] = true.into();
             what.push(format!("`{flag}`"));
         };
-        if maker.batches && !target.flag("allow_batched") {
+        if leader.batches && !target.flag("allow_batched") {
             switch_on("allow_batched");
         }
         for flag in SWITCHED_ON {
             let possible = match flag {
                 "allow_rollup_hdrs" => !target.flag("deny_purge"),
-                "allow_msg_ttl" => maker.ttl,
+                "allow_msg_ttl" => leader.ttl,
                 _ => true,
             };
             if source.flag(flag) && !target.flag(flag) && possible {
                 switch_on(flag);
             }
         }
-        (!what.is_empty()).then(|| Self { config, what: what.join(", ") })
+        Ok((!what.is_empty()).then(|| Self { config, what: what.join(", "), subjects: missing }))
     }
 }
 
-/// What the server that makes a stream knows.
+/// A stream takes no two subjects that overlap, and one that holds both would take what is nobody's here.
+fn too_wide(name: &str, missing: &[String], there: &[&str], wide: &str) -> Error {
+    Error::hold(format!(
+        "target stream `{name}` cannot be given subjects {} (`target_update`): it listens on {}, and only `{wide}` would hold \
+         both, which is more than is copied: change its subjects by hand, or what is copied with `filter_subject` or \
+         `subject_transforms`",
+        quoted(missing),
+        quoted(there)
+    ))
+}
+
+fn quoted(subjects: &[impl AsRef<str>]) -> String {
+    let quoted: Vec<_> = subjects.iter().map(|subject| format!("`{}`", subject.as_ref())).collect();
+    quoted.join(", ")
+}
+
+/// What the server that makes or changes a stream knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Maker {
     /// Fast-ingest batches.
@@ -269,6 +295,12 @@ impl Maker {
     pub(crate) fn of(server: &ServerInfo, api_prefix: &str) -> Self {
         let knows = |version| api_prefix != DEFAULT_API_PREFIX || since(&server.version, version);
         Self { batches: knows(FAST_INGEST_SINCE), ttl: knows(TTL_SINCE) }
+    }
+
+    /// By the leader of a stream that is there.
+    pub(crate) fn of_leader(stream: &StreamInfo) -> Self {
+        let level = stream.api_level();
+        Self { batches: level >= API_LEVEL_2_14, ttl: level >= API_LEVEL_2_11 }
     }
 }
 
@@ -334,10 +366,14 @@ mod tests {
             stream(json!({"subjects": ["a.>", "b"], "allow_rollup_hdrs": true, "allow_msg_ttl": true, "max_msgs": 5}));
         let document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b"});
         let replication = crate::config::parse_value(&document, "SITE").unwrap();
-        let check = |maker: Maker, target: Value, expect: Option<(Value, &str)>| {
-            let found = Update::of(&replication, &source, &stream(target.clone()), maker);
-            let expect = expect.map(|(config, what)| Update { config, what: what.to_owned() });
-            assert_eq!(found, expect, "{target}");
+        let check = |leader: Maker, target: Value, expect: Option<(Value, &str, &[&str])>| {
+            let found = Update::of(&replication, &source, &stream(target.clone()), leader);
+            let expect = expect.map(|(config, what, subjects)| Update {
+                config,
+                what: what.to_owned(),
+                subjects: subjects.iter().map(|subject| (*subject).to_owned()).collect(),
+            });
+            assert_eq!(found, Ok(expect), "{target}");
         };
         let (new, old) = (Maker { batches: true, ttl: true }, Maker { batches: false, ttl: false });
         let lacking = json!({"subjects": ["a.x", "c"], "max_msgs": 9, "deny_delete": true});
@@ -346,12 +382,32 @@ mod tests {
             "allow_rollup_hdrs": true, "allow_msg_ttl": true
         });
         let what = "subjects `a.>`, `b`, `allow_batched`, `allow_rollup_hdrs`, `allow_msg_ttl`";
-        check(new, lacking, Some((given.clone(), what)));
+        check(new, lacking, Some((given.clone(), what, &["a.>", "b"])));
         check(new, given, None);
         let wide = json!({"subjects": [">"], "deny_purge": true});
         check(old, wide.clone(), None);
         let batched = json!({"subjects": [">"], "deny_purge": true, "allow_batched": true, "allow_msg_ttl": true});
-        check(new, wide, Some((batched, "`allow_batched`, `allow_msg_ttl`")));
+        check(new, wide, Some((batched, "`allow_batched`, `allow_msg_ttl`", &[])));
+
+        // `*.>` would take what nobody asked for.
+        let across = stream(json!({"subjects": ["*.x", "b"]}));
+        let error = Update::of(&replication, &source, &across, new).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Hold);
+        assert!(error.message.contains("cannot be given subjects `a.>`"), "{error}");
+        assert!(error.message.contains("listens on `*.x`, `b`, and only `*.>` would hold both"), "{error}");
+    }
+
+    #[test]
+    fn the_leader_of_a_stream_says_what_it_knows() {
+        let check = |metadata: Value, expect: (bool, bool)| {
+            let config = json!({"config": {"metadata": metadata.clone()}, "state": {}});
+            let Maker { batches, ttl } = Maker::of_leader(&serde_json::from_value(config).unwrap());
+            assert_eq!((batches, ttl), expect, "{metadata}");
+        };
+        check(json!({"_nats.level": "4"}), (true, true));
+        check(json!({"_nats.level": "2"}), (false, true));
+        check(json!({"_nats.level": "1"}), (false, true));
+        check(json!({}), (false, false));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::{
     subjects::{Flow, Share, share},
 };
 use crate::{
-    config::{Connection, OnReject, Replication, Scope, Sharing, Start, patterns},
+    config::{Advisory, Connection, OnReject, Replication, Scope, Sharing, Start, patterns},
     copy::{
         dead_letter, duplicates,
         durable::{self, Durable},
@@ -22,6 +22,7 @@ use crate::{
         Error,
         jetstream::{ConsumerInfo, StreamInfo},
     },
+    sampling::{self, PER_SENDER},
     status::{TargetMode, Transport},
 };
 
@@ -37,7 +38,7 @@ pub(super) struct Pair<'a> {
     /// What a missing target would be made as.
     pub(super) planned: &'a Option<Result<Value, Error>>,
     /// What an existing one would be given.
-    pub(super) update: &'a Option<Update>,
+    pub(super) update: &'a Option<Result<Update, Error>>,
 }
 
 /// Findings about one side.
@@ -128,6 +129,9 @@ impl Pair<'_> {
         if let OnReject::DeadLetter { subject } = &self.replication.on_reject {
             findings.add_any("dead_letter", "/dead_letter/subject", self.dead_letter(subject));
         }
+        if let Some(advisory) = self.replication.advisory() {
+            findings.add_any("advisory", "/advisory/subject", self.advisory(advisory));
+        }
         findings.report(facts)
     }
 
@@ -158,6 +162,54 @@ impl Pair<'_> {
         }
         streams.is_empty().then(|| {
             let text = format!("no stream stores dead letters to `{subject}`: the copy stops at the first one");
+            (Outcome::Warning, text)
+        })
+    }
+
+    /// Whether advisories can be published, else the copy is held at the first one, and where they end up.
+    fn advisory(&self, advisory: &Advisory) -> Said {
+        let facts = self.source;
+        let subjects: Vec<_> = sampling::advisory_patterns(&advisory.subject).into_iter().collect();
+        if let Some(permissions) = facts.permissions.got() {
+            let of = |wanted: Share| -> Vec<_> {
+                subjects.iter().filter(|subject| permissions.publish(subject) == wanted).collect()
+            };
+            let (none, part) = (of(Share::None), of(Share::Part));
+            if !none.is_empty() {
+                return Some((Outcome::Failed, format!("no permission to publish advisories to {}", list(&none))));
+            }
+            if !part.is_empty() {
+                let text = format!("permission to publish advisories to a part of {} only", list(&part));
+                return Some((Outcome::Warning, text));
+            }
+        }
+        let is_own = |one: &&String| self.flow.from.iter().any(|subject| patterns::overlap(subject, one));
+        let own: Vec<_> = subjects.iter().filter(is_own).collect();
+        match &facts.listeners {
+            Answer::Got(listeners) if advisory.reliable => {
+                let nowhere = |one: &&String| listeners.get(*one).is_none_or(Vec::is_empty);
+                let nowhere: Vec<_> = subjects.iter().filter(nowhere).collect();
+                if !nowhere.is_empty() {
+                    let text = format!(
+                        "no stream stores reliable advisories to {}: they wait, at most {PER_SENDER} of each sender, until one does",
+                        list(&nowhere)
+                    );
+                    return Some((Outcome::Warning, text));
+                }
+            }
+            Answer::Failed(text) | Answer::Unclear(text) if advisory.reliable => {
+                let text = format!("whether a stream stores advisories to {} is not known: {text}", list(&subjects));
+                return Some((Outcome::Unknown, text));
+            }
+            Answer::NotAsked => return Some((Outcome::Unknown, String::new())),
+            _ => {}
+        }
+        (!own.is_empty() && !self.flow.vague).then(|| {
+            let text = format!(
+                "source stream `{}` stores advisories to {} itself: they are copied as messages without a sender",
+                self.replication.source.stream,
+                list(&own)
+            );
             (Outcome::Warning, text)
         })
     }
@@ -242,7 +294,8 @@ impl Pair<'_> {
                         said(Outcome::Warning, path, &text);
                     }
                     Ok(()) => match self.update {
-                        Some(update) => {
+                        Some(Err(error)) => said(Outcome::Failed, "/target_stream", &error.message),
+                        Some(Ok(update)) => {
                             let (outcome, path, text) = self.change(update);
                             said(outcome, path, &text);
                             return as_stream(&update.config)
@@ -322,7 +375,10 @@ impl Pair<'_> {
     /// What becomes of a target that would be changed.
     fn change(&self, update: &Update) -> (Outcome, &'static str, String) {
         let would = format!("target stream `{}` would be given {}", self.replication.target.stream, update.what);
-        self.free(&subjects_of(&update.config), self.mapping_path(), would)
+        if update.subjects.is_empty() {
+            return (Outcome::Ok, "", would);
+        }
+        self.free(&update.subjects, self.mapping_path(), would)
     }
 
     /// Whether no other stream has the subjects that the target would have.
@@ -419,8 +475,7 @@ impl Pair<'_> {
 
     /// A stream beside the source that would store what is copied, too.
     fn second_stream(&self) -> Option<String> {
-        let listeners = self.source.listeners.got().filter(|_| self.source.bridged)?;
-        let (subject, streams) = listeners.iter().find(|(_, streams)| !streams.is_empty())?;
+        let (subject, streams) = self.source.beside.got()?.iter().find(|(_, streams)| !streams.is_empty())?;
         Some(format!(
             "stream {} beside the source listens on `{subject}` too, in the same account by way of leafnodes: what is copied \
              would be stored there as well, and the copy is held; map the subjects apart, with `target_subject_prefix` for \

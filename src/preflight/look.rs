@@ -63,6 +63,9 @@ impl Answer<Option<StreamInfo>> {
     }
 }
 
+/// Streams by a subject, or a pattern, that they listen on.
+pub(super) type Listeners = Answer<BTreeMap<String, Vec<String>>>;
+
 /// What one side told.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Facts {
@@ -80,10 +83,11 @@ pub(super) struct Facts {
     pub(super) calls: Answer<()>,
     /// The consumers of a source that forgets what was acknowledged.
     pub(super) consumers: Answer<Vec<ConsumerInfo>>,
-    /// Which streams listen on a subject.
-    pub(super) listeners: Answer<BTreeMap<String, Vec<String>>>,
-    /// Whether the other side is the same account, reached through leafnodes.
-    pub(super) bridged: bool,
+    /// Which streams listen on the subjects that something is published to.
+    pub(super) listeners: Listeners,
+    /// Where the other side is the same account, reached through leafnodes: which streams listen here on what is
+    /// published there.
+    pub(super) beside: Listeners,
 }
 
 /// A side while it is asked.
@@ -255,20 +259,20 @@ impl Look {
     }
 
     /// Asks which streams listen on subjects.
-    pub(super) async fn ask_who_listens(&mut self, subjects: BTreeSet<String>, until: Instant) {
+    pub(super) async fn ask_who_listens(&mut self, subjects: BTreeSet<String>, until: Instant) -> Listeners {
         #[derive(Deserialize)]
         struct Names {
             streams: Option<Vec<String>>,
         }
         if self.facts.stream.got().is_none() {
-            return;
+            return Answer::NotAsked;
         }
         self.until = until;
         let subjects: Vec<_> = subjects.into_iter().filter(|subject| !subject.is_empty()).take(MAX_SUBJECTS).collect();
         let what = format!("{}.STREAM.NAMES", self.api_prefix());
         let question = |subject: &String| (what.clone(), Some(json!({ "subject": subject }).to_string()));
         let answers = self.ask(&subjects.iter().map(question).collect::<Vec<_>>()).await;
-        self.facts.listeners = match answers {
+        match answers {
             Ok(answers) => {
                 let streams =
                     answers.into_iter().map(|body| decode::<Names>(&body?).ok()?.streams.or(Some(Vec::new())));
@@ -279,11 +283,11 @@ impl Look {
             }
             Err(Silence::Error { message, .. }) => Answer::Unclear(message),
             Err(Silence::Late) => Answer::Unclear(format!("no answer to `{what}` in time")),
-        };
+        }
     }
 
-    /// Asks for a stream of another JetStream domain, which only answers within one account.
-    pub(super) async fn ask_across(&mut self, domain: &str, stream: &str, created: &str, until: Instant) {
+    /// Whether a stream of another JetStream domain can be asked for here, which it only can within one account.
+    pub(super) async fn is_bridged(&mut self, domain: &str, stream: &str, created: &str, until: Instant) -> bool {
         self.until = until;
         let subject = format!("$JS.{domain}.API.STREAM.INFO.{stream}");
         let answer = self.ask(&[(subject, Some(String::new()))]).await;
@@ -291,7 +295,7 @@ impl Look {
             Ok([Some(body)]) => decode::<StreamInfo>(body).ok(),
             _ => None,
         };
-        self.facts.bridged = info.is_some_and(|info| info.created == created);
+        info.is_some_and(|info| info.created == created)
     }
 
     /// Asks everything at once and waits for all answers; `None` where nobody is there to answer. A permission that

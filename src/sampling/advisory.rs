@@ -1,5 +1,7 @@
 //! Advisories: what is told of a sender (Choria's schema `io.choria.sr.v2.age_advisory`).
 
+use std::collections::BTreeSet;
+
 use chrono::{DateTime, Utc};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -86,6 +88,8 @@ pub struct AgeAdvisory {
 }
 
 const PROTOCOL: &str = "io.choria.sr.v2.age_advisory";
+/// What bodies begin with.
+const BEGIN: &[u8] = br#"{"protocol":"io.choria.sr.v2.age_advisory","#;
 const NANO: i64 = 1_000_000_000;
 
 impl Voice {
@@ -113,21 +117,11 @@ impl Voice {
 
     /// The subject: `%s` is the event, `%v` the sender, in which what a subject cannot hold is `_`.
     pub fn subject(&self, advisory: &Advisory) -> String {
-        let mut parts = self.subject.split('%');
-        let mut subject = parts.next().unwrap_or_default().to_owned();
-        for part in parts {
-            let mut rest = part.chars();
-            match rest.next() {
-                Some('s') => subject.push_str(advisory.kind.name()),
-                Some('v') => subject.push_str(&tokens(&advisory.sender)),
-                _ => {
-                    subject.push('%');
-                    rest = part.chars();
-                }
-            }
-            subject.push_str(rest.as_str());
-        }
-        subject
+        self.subject_of(advisory.kind, &advisory.sender)
+    }
+
+    fn subject_of(&self, kind: Kind, sender: &str) -> String {
+        fill(&self.subject, kind, &tokens(sender))
     }
 
     /// The body.
@@ -146,6 +140,42 @@ impl Voice {
             value: sender.to_string(),
         }
     }
+}
+
+/// Whether a payload is an advisory, of this replicator or another one. Whoever tells of senders takes none for the message of
+/// one: a stream may store what several tell about it, and each advisory would bring others.
+pub fn is_advisory(payload: &[u8]) -> bool {
+    // As bodies are written, by Choria's replicator too; nothing need be parsed.
+    payload.starts_with(BEGIN)
+}
+
+/// Where the advisories of a document's `advisory.subject` are, as patterns. A sender may be several tokens, so what comes
+/// behind one may be anything.
+pub fn patterns(subject: &str) -> BTreeSet<String> {
+    let pattern = |kind| match subject.split_once("%v") {
+        None => fill(subject, kind, ""),
+        Some((before, _)) => fill(&before[..before.rfind('.').map_or(0, |dot| dot + 1)], kind, "") + ">",
+    };
+    Kind::ALL.map(pattern).into()
+}
+
+/// A subject with the event for `%s` and the sender for `%v`.
+fn fill(subject: &str, kind: Kind, sender: &str) -> String {
+    let mut parts = subject.split('%');
+    let mut filled = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let mut rest = part.chars();
+        match rest.next() {
+            Some('s') => filled.push_str(kind.name()),
+            Some('v') => filled.push_str(sender),
+            _ => {
+                filled.push('%');
+                rest = part.chars();
+            }
+        }
+        filled.push_str(rest.as_str());
+    }
+    filled
 }
 
 /// A sender as tokens of a subject.
@@ -185,6 +215,19 @@ mod tests {
     }
 
     #[test]
+    fn patterns_hold_all_subjects_of_a_document() {
+        let check = |subject: &str, expect: &[&str]| {
+            assert_eq!(patterns(subject), expect.iter().map(|pattern| (*pattern).to_owned()).collect(), "{subject}");
+        };
+        check("adv", &["adv"]);
+        check("adv.%s", &["adv.new", "adv.timeout", "adv.recover", "adv.expire"]);
+        check("adv.%v", &["adv.>"]);
+        check("adv.%v.%s", &["adv.>"]);
+        check("%s.node-%v.x", &["new.>", "timeout.>", "recover.>", "expire.>"]);
+        check("%v", &[">"]);
+    }
+
+    #[test]
     fn an_id_is_the_same_each_time_and_of_nothing_else() {
         let id = |kind, sender, shift: i64| {
             let one = advisory(kind, sender);
@@ -209,5 +252,7 @@ mod tests {
         assert_eq!((json["value"].as_str(), json["replicator"].as_str()), (Some("n1"), Some("EAST")));
         assert_eq!(json["inspect_field"], "sender");
         assert_eq!(json.as_object().unwrap().len(), 9);
+        assert!(is_advisory(&serde_json::to_vec(&body).unwrap()));
+        assert!(!is_advisory(b"") && !is_advisory(br#"{"sender":"n1"}"#));
     }
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::advisory::Advisory;
 
 /// Advisories of one sender that are kept while nobody confirms them; the oldest goes first, counted.
-const PER_SENDER: usize = 8;
+pub const PER_SENDER: usize = 8;
 /// Advisories that are not reliable and wait for a connection.
 const UNRELIABLE: usize = 1_000;
 

@@ -467,6 +467,35 @@ async fn a_filter_or_a_start_that_finds_nothing_is_told() -> Result<()> {
 }
 
 #[tokio::test]
+async fn where_advisories_go_is_told() -> Result<()> {
+    let users = r#"{user: quiet, password: x, permissions: {publish: {deny: ["told.>"]}}}"#;
+    let site = between(guarded(Role::Source, users).await?, Server::start(Role::Target).await?).await?;
+    let admin = site.source.url_as("test:test");
+    stream(&admin, "NODES", json!({})).await?;
+    let with = async |user: &str, subject: &str, reliable: bool| {
+        let advisory = json!({"subject": subject, "reliable": reliable});
+        let sampling = json!({"inspect_field": "sender", "inspect_duration": "1h", "advisory": advisory});
+        let (source, target) = (site.source.url_as(user), site.target.url());
+        let document = json!({"stream": "NODES", "source_url": source, "target_url": target});
+        validate(&site, merged(document, sampling)).await
+    };
+    let (path, subject) = ("/advisory/subject", "told.%s.%v");
+    healthy(&with("test:test", subject, false).await?);
+    let body = with("test:test", subject, true).await?;
+    warns(&body, "source", "advisory", path, &["no stream stores reliable advisories", "`told.new.>`", "at most 8"]);
+    stream(&admin, "TOLD", json!({"subjects": ["told.new.>", "told.timeout.>", "told.recover.*"]})).await?;
+    let body = with("test:test", subject, true).await?;
+    warns(&body, "source", "advisory", path, &["no stream stores reliable advisories to `told.expire.>`:"]);
+    stream(&admin, "LOST", json!({"subjects": ["told.expire.>"]})).await?;
+    healthy(&with("test:test", subject, true).await?);
+    let body = with("quiet:x", subject, true).await?;
+    fails(&body, "source", "advisory", path, &["no permission to publish advisories to", "`told.expire.>`"]);
+    let body = with("test:test", "nodes.told.%v", true).await?;
+    warns(&body, "source", "advisory", path, &["source stream `NODES`", "`nodes.told.>`", "without a sender"]);
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_stream_into_itself_is_found_by_whatever_address() -> Result<()> {
     let site = Site::small().await?;
     site.filled("ORDERS", 1).await?;

@@ -359,6 +359,41 @@ async fn advisories_that_are_not_reliable_are_published_once() -> Result<()> {
 }
 
 #[tokio::test]
+async fn advisories_that_the_source_stores_too_bring_no_others() -> Result<()> {
+    // Each subject is a sender, so each advisory would be the first message of one.
+    let advisory = json!({"subject": "nodes.told.%s.%v", "reliable": true});
+    let site = site(json!({"inspect_subject_token": -1, "inspect_duration": "1h", "advisory": advisory})).await?;
+    let first = ["a", "b", "c"].map(|node| Outgoing::new(format!("nodes.{node}"), ""));
+    publish(&site, first).await?;
+    site.row_when("NODES", "three advisories", |row| row["sampling"]["advised"]["new"] == 3).await?;
+    publish(&site, [Outgoing::new("nodes.d", "")]).await?;
+    site.row_when("NODES", "the fourth", |row| row["sampling"]["advised"]["new"] == 4).await?;
+    let row = site.settled("NODES", 8).await?;
+    let sampling = &row["sampling"];
+    assert_eq!((&sampling["senders"], &sampling["without_sender"]), (&json!(4), &json!(4)), "{row}");
+    assert_eq!(sampling["advisories_waiting"], 0, "{row}");
+    assert_eq!(copied(&site).await?, (1..=8).collect::<Vec<_>>());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_login_that_may_not_publish_advisories_holds_the_replication() -> Result<()> {
+    let quiet = r#"{user: quiet, password: x, permissions: {publish: {deny: ["told.>"]}}}"#;
+    let users = format!("authorization {{ users: [{{user: test, password: test}}, {quiet}] }}");
+    let source = Server::builder(Role::Source).config(&users).start().await?;
+    let site = Site::builder().on(source, Server::start(Role::Target).await?).start().await?;
+    let mut raw = Raw::connect(&site.source.url_as("test:test")).await?;
+    raw.create_stream("NODES", json!({"subjects": ["nodes.>"]})).await?;
+    let advisory = json!({"subject": "told.%s.%v"});
+    site.add("NODES", by_field(json!({"source_url": site.source.url_as("quiet:x"), "advisory": advisory}))).await?;
+    raw.publish_all([report("n1", 1)]).await?;
+    let row = site.row_when("NODES", "is held", |row| row["state"] == "held").await?;
+    let message = row["last_error"]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("Permissions Violation") && message.contains("told.new.n1"), "{row}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn records_edited_or_deleted_by_hand_take_effect() -> Result<()> {
     let site = site(by_field(json!({}))).await?;
     let last = publish(&site, [report("n1", 1), report("n2", 2), report("n3", 3)]).await?;

@@ -99,3 +99,20 @@ async fn what_the_target_cannot_be_given_is_told_and_it_stays_as_it_is() -> Resu
     assert_eq!(config(&mut target).await?, before);
     Ok(())
 }
+
+#[tokio::test]
+async fn a_target_is_not_made_to_listen_on_more_than_is_copied() -> Result<()> {
+    let site = Site::start().await?;
+    site.source_stream(STREAM, json!({"subjects": ["u.*.c"]})).await?;
+    let mut target = site.target_stream(STREAM, json!({"subjects": ["u.b.*"]})).await?;
+    let before = config(&mut target).await?;
+    let words = "it listens on `u.b.*`, and only `u.*.*` would hold both";
+    let said = preflight(&site).await?;
+    assert_eq!(said["result"], "failed", "{said}");
+    assert!(said["message"].as_str().unwrap_or_default().contains(words), "{said}");
+    site.add(STREAM, json!({"target_update": true})).await?;
+    let row = site.row_when(STREAM, "is held", |row| row["state"] == "held").await?;
+    assert!(row["last_error"]["message"].as_str().unwrap_or_default().contains(words), "{row}");
+    assert_eq!(config(&mut target).await?, before);
+    Ok(())
+}
