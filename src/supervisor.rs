@@ -63,6 +63,8 @@ pub struct Deps {
     pub site: String,
     /// This process.
     pub instance: String,
+    /// It is the only one, by declaration, and goes on where its buckets are out of reach.
+    pub standalone: bool,
     /// Where documents may lead.
     pub rules: Rules,
     /// What should run.
@@ -225,7 +227,7 @@ impl Handle {
         if row.leader.as_ref().is_some_and(|leader| self.group.is_gone(leader)) {
             row.leader = None;
             row.state = State::Stopped;
-        } else if row.state == State::Stopped {
+        } else if row.state == State::Stopped && self.group.is_gone(&record.holder) {
             // Whoever ended it in order is done with it, and somebody stands by to take it: we do.
             row.state = standing;
         } else if !fresh {

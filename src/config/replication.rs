@@ -83,6 +83,13 @@ pub struct Sampling {
     pub advisory: Option<Advisory>,
 }
 
+impl Sampling {
+    /// Whether each advisory is to be confirmed.
+    pub fn is_reliable(&self) -> bool {
+        self.advisory.as_ref().is_some_and(|advisory| advisory.reliable)
+    }
+}
+
 /// Where a message says who sent it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Inspect {
@@ -97,6 +104,16 @@ pub enum Inspect {
 }
 
 impl Inspect {
+    /// Tells this way from all others, in records.
+    pub fn mark(&self) -> String {
+        match self {
+            Self::Field(path) => format!("field {path}"),
+            Self::Header(name) => format!("header {name}"),
+            Self::Token(token) => format!("token {token}"),
+            Self::Subject => "subject".to_owned(),
+        }
+    }
+
     /// What advisories call it.
     pub fn label(&self) -> String {
         match self {

@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use chrono::SubsecRound;
+use chrono::{DateTime, SubsecRound, Utc};
 use tokio::{
     sync::watch,
     time::{Duration, Instant},
@@ -111,7 +111,8 @@ impl Ledger {
         let record = witnesses.record(&self.record);
         let same = record.source == self.record.source
             && record.target == self.record.target
-            && record.sampled == self.record.sampled;
+            && record.sampled == self.record.sampled
+            && record.unseen_from == self.record.unseen_from;
         let row = row();
         // Nothing moved and nothing is told: a write would say the same again.
         if same && record.target_mode == self.record.target_mode && self.record.status.as_ref() == Some(&row) {
@@ -146,11 +147,13 @@ impl Ledger {
         Ok(())
     }
 
-    /// Notes, before anything is read, up to where the records of senders hold; `None` without sampling.
-    pub(super) async fn samples_from(&mut self, sampled: Option<u64>) -> Result<(), Error> {
-        if self.record.sampled.is_some() != sampled.is_some() {
+    /// Notes, before anything is read, up to where the records of senders hold, and how they are told apart; `None`
+    /// without sampling.
+    pub(super) async fn samples_from(&mut self, sampled: Option<(u64, String)>) -> Result<(), Error> {
+        let (sampled, inspected) = sampled.unzip();
+        if self.record.sampled.is_some() != sampled.is_some() || self.record.inspected != inspected {
             self.finish().await?;
-            self.save_whole(PositionRecord { sampled, ..self.record.clone() }).await?;
+            self.save_whole(PositionRecord { sampled, inspected, ..self.record.clone() }).await?;
         }
         Ok(())
     }
@@ -294,8 +297,17 @@ pub(super) struct Witnesses<'a> {
     pub mode: TargetMode,
     pub source_created: &'a str,
     pub target_created: &'a str,
-    /// Up to where the records of senders hold.
-    pub sampled: Option<u64>,
+    /// What is known of senders, with sampling.
+    pub sampled: Option<Sampled>,
+}
+
+/// What is known of senders.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sampled {
+    /// Up to where their records hold.
+    pub written_to: u64,
+    /// What was stored before this may not have been seen.
+    pub unseen_from: Option<DateTime<Utc>>,
 }
 
 impl Witnesses<'_> {
@@ -317,7 +329,8 @@ impl Witnesses<'_> {
             }),
             saved_at: Some(chance::now().trunc_subsecs(3)),
             target_mode: self.mode,
-            sampled: self.sampled,
+            sampled: self.sampled.map(|sampled| sampled.written_to),
+            unseen_from: self.sampled.and_then(|sampled| sampled.unseen_from),
             ..saved.clone()
         }
     }

@@ -19,7 +19,7 @@ use super::{
     intake::Intake,
     objects::{Gate, Incomplete, Pass},
     probe::{self, Probe},
-    progress::{Ledger, Witnesses},
+    progress::{Ledger, Sampled, Witnesses},
     provenance::Tag,
     reader::{Incoming, Lost, Reader},
     reject::{Refused, Rejects},
@@ -202,9 +202,10 @@ impl<'a> Run<'a> {
         }
         let another = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
         let (position, first_seq) = (resume.position.seq, source_info.state.first_seq);
-        let sampled = ledger.record().sampled;
-        let sampler = Sampler::begin(job, &mut source, position, sampled, another, first_seq);
-        ledger.samples_from(sampler.as_ref().map(|(_, from)| *from)).await?;
+        let sampler = Sampler::begin(job, &mut source, position, ledger.record(), another, first_seq);
+        let inspected = replication.sampling.as_ref().map(|sampling| sampling.inspect.mark());
+        let from = sampler.as_ref().map(|(_, from)| *from);
+        ledger.samples_from(from.zip(inspected)).await?;
         let (sampler, from) = sampler.map_or((None, position), |(sampler, from)| (Some(sampler), from));
         let reader = Intake::open(&mut source, &replication, &source_info, durable, from).await;
         let reader = reader.map_err(|e| e.context("source"))?;
@@ -277,7 +278,7 @@ impl<'a> Run<'a> {
         if goes_back {
             // Told now, and saved before anything is sent: where few messages of a subject are kept, what is copied again
             // replaces what would tell the next start that the saved place is not what it was.
-            let sampled = run.sampler.as_ref().map(Sampler::written_to);
+            let sampled = run.sampler.as_ref().map(Sampler::sampled);
             let witnesses = witnesses(&run.window, &run.abilities, &run.source_info, &run.target_created, sampled);
             ledger.save_now(witnesses, row(job, &run.copy)).await?;
         }
@@ -370,14 +371,14 @@ impl<'a> Run<'a> {
                 // The consumer would go by itself; its deletion is a courtesy that must not hold up a stop.
                 let _ = tokio::time::timeout(LAST_SAVE, flush(&mut self.source)).await;
                 let row = row(self.job, &self.copy);
-                let sampled = self.sampler.as_ref().map(Sampler::written_to);
+                let sampled = self.sampler.as_ref().map(Sampler::sampled);
                 let witnesses =
                     witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
                 Ok(ledger.save_now(witnesses, row).await?)
             }
             Err(error) if error.kind == ErrorKind::Superseded => Err(error),
             Err(error) => {
-                let sampled = self.sampler.as_ref().map(Sampler::written_to);
+                let sampled = self.sampler.as_ref().map(Sampler::sampled);
                 // First of all nothing more may be sent.
                 drop((self.source, self.target));
                 if error.chain_broken {
@@ -583,7 +584,12 @@ impl<'a> Run<'a> {
                     Decision::Skip(reason) => {
                         match reason {
                             Reason::Sampled => counters.skipped_sampled += 1,
-                            Reason::Old => (counters.skipped_old, fate) = (counters.skipped_old + 1, None),
+                            Reason::Old => {
+                                (counters.skipped_old, fate) = (counters.skipped_old + 1, None);
+                                if let Some(sampler) = &mut self.sampler {
+                                    sampler.passed_over();
+                                }
+                            }
                             Reason::Excluded | Reason::Loop => {
                                 (counters.skipped_filtered, fate) = (counters.skipped_filtered + 1, None);
                             }
@@ -905,7 +911,7 @@ impl<'a> Run<'a> {
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
             sampler.tick(idle, status, now);
         }
-        let sampled = self.sampler.as_ref().map(Sampler::written_to);
+        let sampled = self.sampler.as_ref().map(Sampler::sampled);
         let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
         let saved = ledger.save(now, witnesses, || row(self.job, &self.copy));
         self.next_tick = now
@@ -1017,7 +1023,7 @@ fn witnesses<'w>(
     abilities: &Abilities,
     source: &'w StreamInfo,
     target_created: &'w str,
-    sampled: Option<u64>,
+    sampled: Option<Sampled>,
 ) -> Witnesses<'w> {
     Witnesses { window, mode: abilities.mode, source_created: &source.created, target_created, sampled }
 }

@@ -13,14 +13,14 @@ use std::{
 use tokio::time::{Duration, Instant};
 use tracing::{info, warn};
 
-use super::{Job, reader::Incoming, transform::push, writer::hpub};
+use super::{Job, progress::Sampled, reader::Incoming, transform::push, writer::hpub};
 use crate::{
     backoff::Backoff,
     chance,
     nats::{Batch, Lane, headers, jetstream::PublishAck, parser::number},
     sampling::{self, Cause, Fate, Inspector, Kind, Senders, Sighting, Verdict, Voice, Write},
     status::{Advised, SamplingStatus},
-    store::{self, SenderStore},
+    store::{self, PositionRecord, SenderStore},
 };
 
 /// Records that are written together: what is asked of senders meanwhile waits no longer than it takes to make so many.
@@ -78,6 +78,8 @@ pub(super) struct Sampler {
     /// What is on its way, oldest first.
     in_flight: VecDeque<OnItsWay>,
     next_publish: Instant,
+    /// When those that were refused are tried again.
+    try_again: Option<Instant>,
     backoff: Backoff,
     publish_failed: bool,
     header: Vec<u8>,
@@ -120,18 +122,24 @@ impl Looked {
 
 impl Sampler {
     /// The sampling of a run that begins behind `position`, if the replication is sampled; and behind which message it
-    /// has to read. `saved` is how far the records hold; in `another` source stream none of that counts.
+    /// has to read. `saved` says how far the records hold; in `another` source stream none of that counts.
     pub fn begin(
         job: &Job,
         lane: &mut Lane,
         position: u64,
-        saved: Option<u64>,
+        saved: &PositionRecord,
         another: bool,
         first_seq: u64,
     ) -> Option<(Self, u64)> {
         let replication = &job.replication;
         let (sampling, samples) = (replication.sampling.as_ref()?, job.samples.clone()?);
-        let from = samples.lock().begin(position, saved, another);
+        let from = {
+            let mut senders = samples.lock();
+            if let Some(time) = saved.unseen_from.and_then(|time| time.timestamp_nanos_opt()) {
+                senders.begin_at(time);
+            }
+            senders.begin(position, saved.sampled, another)
+        };
         let (sid, inbox) = lane.open_inbox();
         let now = Instant::now();
         let sampler = Self {
@@ -150,10 +158,11 @@ impl Sampler {
             inbox,
             in_flight: VecDeque::new(),
             next_publish: now,
+            try_again: None,
             backoff: Backoff::RETRY,
             publish_failed: false,
             header: Vec::new(),
-            reliable: sampling.advisory.as_ref().is_some_and(|advisory| advisory.reliable),
+            reliable: sampling.is_reliable(),
         };
         Some((sampler, from))
     }
@@ -161,6 +170,12 @@ impl Sampler {
     /// Up to where the records hold.
     pub fn written_to(&self) -> u64 {
         self.samples.lock().written_to()
+    }
+
+    /// What is known of senders, to be saved with the position.
+    pub fn sampled(&self) -> Sampled {
+        let senders = self.samples.lock();
+        Sampled { written_to: senders.written_to(), unseen_from: senders.unseen_from() }
     }
 
     /// Up to where a source that forgets may be told that messages are settled.
@@ -219,6 +234,12 @@ impl Sampler {
         }
         // The next one may be of the same sender.
         self.looked.seq = 0;
+    }
+
+    /// A message was left out unseen, because it is too old: so were those before it, and nobody counts as unseen for the
+    /// time before the next one.
+    pub fn passed_over(&mut self) {
+        self.gap = true;
     }
 
     /// A message that settled before is read again. Where refused messages are left out, it may be one of those and not
@@ -328,6 +349,10 @@ impl Sampler {
             return;
         }
         let mut senders = self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.try_again.is_some_and(|at| now >= at) {
+            self.try_again = None;
+            senders.outbox.try_again(IN_FLIGHT);
+        }
         while self.in_flight.len() < IN_FLIGHT {
             let Some((number, advisory)) = senders.outbox.take() else { return };
             let (subject, body) = (voice.subject(advisory), voice.body(advisory));
@@ -364,22 +389,31 @@ impl Sampler {
                 PublishAck::parse(message.payload, "the source").err().map(|error| error.to_string())
             };
             let Some(OnItsWay { number, kind, .. }) = self.in_flight.remove(at) else { continue };
+            let mut senders = self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(refused) = refused {
                 count(&mut status.advisory_errors, kind);
-                self.failed_to_publish(&refused, now);
-                return;
+                senders.outbox.refuse(number);
+                self.try_again.get_or_insert_with(|| now + self.backoff.next(chance_part()));
+                if !std::mem::replace(&mut self.publish_failed, true) {
+                    let replication = &self.replication;
+                    warn!(replication, event = kind.name(), "advisories are refused, they are tried again: {refused}");
+                }
+                continue;
             }
-            if self.samples.lock().confirmed(number).is_some() {
+            if senders.confirmed(number).is_some() {
                 count(&mut status.advised, kind);
             }
-            self.backoff.reset();
-            if std::mem::take(&mut self.publish_failed) {
-                info!(replication = self.replication, "advisories are confirmed again");
+            // Where only some are refused, their pauses go on growing.
+            if !senders.outbox.has_refused() && self.try_again.is_none() {
+                self.backoff.reset();
+                if std::mem::take(&mut self.publish_failed) {
+                    info!(replication = self.replication, "advisories are confirmed again");
+                }
             }
         }
     }
 
-    /// Everything on its way is published again, later.
+    /// Nobody answers: everything on its way is published again, later.
     fn failed_to_publish(&mut self, why: &str, now: Instant) {
         self.in_flight.clear();
         self.samples.lock().outbox.take_back();

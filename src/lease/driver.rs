@@ -347,6 +347,10 @@ impl Work {
                 self.sessions.send_modify(|sessions| sessions.saw(instance, revision, record));
             }
             LeaseChange::Lease { id, revision, record } => self.machine.lease(now, &id, revision, record),
+            LeaseChange::Anew => {
+                warn!("the lease bucket was made anew, or put back: what it holds now counts");
+                self.machine.anew();
+            }
             LeaseChange::Loaded => {
                 self.machine.loaded();
                 self.sessions.send_modify(|sessions| sessions.loaded = true);
@@ -436,7 +440,10 @@ impl Work {
                         self.confirmed = revision;
                         self.trouble.over();
                     }
-                    Renewal::Removed => warn!("the session of this instance was removed: it begins a new one"),
+                    Renewal::Removed => {
+                        warn!("the session of this instance was removed: it is written anew");
+                        self.confirmed = None;
+                    }
                     Renewal::Failed => {
                         let reason = error.map_or_else(|| "no answer in time".to_owned(), |error| error.to_string());
                         self.trouble.tell(&reason);

@@ -239,6 +239,11 @@ impl Machine {
         self.leases.values().any(|lease| self.is_ours(lease) || lease.role != Role::Idle)
     }
 
+    /// The bucket was made anew, or put back: its revisions begin elsewhere, and what it holds comes by next.
+    pub fn anew(&mut self) {
+        self.leases.values_mut().for_each(|lease| lease.revision = 0);
+    }
+
     /// The bucket has been read once.
     pub fn loaded(&mut self) {
         self.loaded = true;
@@ -563,7 +568,8 @@ impl Machine {
     fn patience(&self, id: &str, lease: &Lease) -> Duration {
         let me = &self.settings.instance;
         let step = (self.settings.ttl / 2).clamp(Duration::from_millis(500), Duration::from_secs(5));
-        if lease.record.stepped_down == *me || !self.electors.instances.contains(me) {
+        let others = self.electors.instances.iter().any(|instance| instance != me);
+        if (lease.record.stepped_down == *me && others) || !self.electors.instances.contains(me) {
             return step * 2;
         }
         if self.electors.of(id) == Some(me) { Duration::ZERO } else { step }
@@ -1016,19 +1022,48 @@ mod tests {
     }
 
     #[test]
-    fn who_hands_over_by_request_is_the_last_to_take_it_back() {
+    fn a_bucket_that_was_made_anew_is_believed() {
         let mut bench = Bench::ready();
+        bench.revision = 1_000;
+        bench.session("other", "s");
+        bench.lease("other", "s", 5);
         bench.poll();
-        let asked = LeaseRecord { step_down: true, ..bench.written[0].clone() };
-        bench.revision += 1;
-        bench.machine.lease(bench.now, "R", bench.revision, Some(asked));
-        bench.pass(TTL - EPSILON, &[]);
+        bench.revision = 0;
+        bench.machine.anew();
+        bench.session("other", "t");
+        bench.lease("other", "t", 6);
+        bench.pass(TTL * 2, &[("other", "t")]);
+        assert_eq!(bench.grants(), [0; 0]);
+        bench.lease("", "", 6);
+        bench.pass(TTL, &[("other", "t")]);
+        assert_eq!(bench.grants(), [7]);
+    }
+
+    #[test]
+    fn who_hands_over_by_request_is_the_last_to_take_it_back() {
+        let stepped_down = |others: &[(&str, &str)]| {
+            let mut bench = Bench::ready();
+            bench.poll();
+            others.iter().for_each(|(other, session)| bench.session(other, session));
+            let asked = LeaseRecord { step_down: true, ..bench.written[0].clone() };
+            bench.revision += 1;
+            bench.machine.lease(bench.now, "R", bench.revision, Some(asked));
+            bench
+        };
+        let other = [("other", "s")];
+        let mut bench = stepped_down(&other);
+        bench.pass(TTL - EPSILON, &other);
         let released = bench.written.last().unwrap();
         assert_eq!((released.instance.as_str(), released.stepped_down.as_str()), ("", "me"));
         assert!(!released.step_down);
         assert_eq!(bench.grants(), [1]);
-        bench.pass(EPSILON, &[]);
+        bench.pass(EPSILON, &other);
         assert_eq!((bench.grants(), bench.written.last().unwrap().stepped_down.as_str()), (vec![1, 2], ""));
+
+        // With nobody else there is nobody to wait for.
+        let mut bench = stepped_down(&[]);
+        bench.pass(EPSILON, &[]);
+        assert_eq!(bench.grants(), [1, 2]);
     }
 
     #[test]

@@ -1,6 +1,11 @@
 //! Who this process is, and whether another one of the same host is gone.
 
-use std::fs;
+use std::{fs, io};
+
+use rustix::{
+    io::Errno,
+    process::{Pid, test_kill_process},
+};
 
 /// Who this process is.
 #[derive(Debug, Clone)]
@@ -29,7 +34,7 @@ impl Identity {
 /// system does not say. Process ids of another boot or of another container mean nothing here.
 fn mark(pid: u32) -> String {
     match (place(), began(pid)) {
-        (Some(place), Some(began)) => format!("{place}/{began}"),
+        (Some(place), Ok(Some(began))) => format!("{place}/{began}"),
         _ => String::new(),
     }
 }
@@ -37,7 +42,14 @@ fn mark(pid: u32) -> String {
 /// Whether a process, by what it said of itself, is known not to be there any more.
 pub(super) fn is_gone(pid: u32, mark: &str) -> bool {
     let Some((of, there)) = mark.rsplit_once('/') else { return false };
-    place().is_some_and(|place| place == of) && began(pid).is_none_or(|began| began != there)
+    let gone = || began(pid).map_or_else(|_| !answers(pid), |began| began.is_none_or(|began| began != there));
+    place().is_some_and(|place| place == of) && gone()
+}
+
+/// Whether a process id is a process's, also where the system hides what others run (`hidepid`, `ProtectProc=`).
+fn answers(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH))
 }
 
 fn place() -> Option<String> {
@@ -46,14 +58,14 @@ fn place() -> Option<String> {
     Some(format!("{}/{}", boot.trim(), space.to_string_lossy()))
 }
 
-/// When a process began, in ticks since the boot; `None` if there is none.
-fn began(pid: u32) -> Option<String> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+/// When a process began, in ticks since the boot; `None` if it is dead, an error where that cannot be seen.
+fn began(pid: u32) -> io::Result<Option<String>> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The name of the program, in brackets, may have blanks and brackets in it (proc_pid_stat(5): field 22).
-    let (_, fields) = stat.rsplit_once(')')?;
+    let (_, fields) = stat.rsplit_once(')').ok_or(io::ErrorKind::InvalidData)?;
     // A dead one whose parent has not looked yet (field 3) does nothing more.
     let dead = fields.trim_start().starts_with(['Z', 'X']);
-    fields.split_ascii_whitespace().nth(19).filter(|_| !dead).map(str::to_owned)
+    Ok(fields.split_ascii_whitespace().nth(19).filter(|_| !dead).map(str::to_owned))
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -70,7 +82,9 @@ mod tests {
         assert!(is_gone(id(), &format!("{place}/1{began}")));
         let mut child = Command::new("sleep").arg("0.2").spawn().unwrap();
         let (pid, of_child) = (child.id(), mark(child.id()));
+        assert!(answers(pid) && !is_gone(pid, &of_child));
         child.wait().unwrap();
+        assert!(!answers(pid));
         assert!(!of_child.is_empty() && is_gone(pid, &of_child));
     }
 

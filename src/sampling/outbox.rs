@@ -9,6 +9,8 @@ use super::advisory::Advisory;
 
 /// Advisories of one sender that are kept while nobody confirms them; the oldest goes first, counted.
 pub const PER_SENDER: usize = 8;
+/// Reliable advisories that are kept in all, some 200 bytes each; of more, the newest go, counted.
+const RELIABLE: usize = 1_000_000;
 /// Advisories that are not reliable and wait for a connection.
 const UNRELIABLE: usize = 1_000;
 
@@ -26,6 +28,10 @@ pub struct Outbox {
     fresh: BTreeSet<u64>,
     /// Numbers of those that are on their way.
     taken: BTreeSet<u64>,
+    /// Numbers of those that were refused and wait, so that they are in nobody's way.
+    refused: BTreeSet<u64>,
+    /// Those of them that are tried again.
+    probes: BTreeSet<u64>,
     dropped: u64,
 }
 
@@ -57,7 +63,7 @@ impl Outbox {
 
     /// Takes one that happened now; says whether it has to be kept with its sender's record before it is published.
     pub(super) fn add(&mut self, advisory: Advisory) -> bool {
-        let number = self.enter(advisory);
+        let Some(number) = self.enter(advisory) else { return false };
         if self.reliable {
             self.fresh.insert(number);
         } else {
@@ -73,13 +79,18 @@ impl Outbox {
 
     /// Takes one that is kept with its sender's record already.
     pub(super) fn restore(&mut self, advisory: Advisory) {
-        if self.reliable {
-            let number = self.enter(advisory);
+        if self.reliable
+            && let Some(number) = self.enter(advisory)
+        {
             self.ready.insert(number);
         }
     }
 
-    fn enter(&mut self, advisory: Advisory) -> u64 {
+    fn enter(&mut self, advisory: Advisory) -> Option<u64> {
+        if self.reliable && self.entries.len() >= RELIABLE {
+            self.dropped += 1;
+            return None;
+        }
         let number = self.next;
         self.next += 1;
         if self.reliable {
@@ -89,11 +100,12 @@ impl Outbox {
                 let oldest = of.remove(0);
                 self.entries.remove(&oldest);
                 self.fresh.remove(&oldest);
+                self.refused.remove(&oldest);
                 self.dropped += 1;
             }
         }
         self.entries.insert(number, advisory);
-        number
+        Some(number)
     }
 
     /// What has to be kept of a sender, oldest first.
@@ -130,9 +142,35 @@ impl Outbox {
         self.ready.append(&mut self.taken);
     }
 
+    /// Nobody takes it: it waits until it is tried again, and others go on.
+    pub fn refuse(&mut self, number: u64) {
+        if self.taken.remove(&number) && self.entries.contains_key(&number) {
+            self.refused.insert(number);
+        }
+    }
+
+    /// Whether some were refused and wait.
+    pub fn has_refused(&self) -> bool {
+        !self.refused.is_empty()
+    }
+
+    /// The oldest of those that were refused are tried again, so many at most. If one of them is confirmed, all are.
+    pub fn try_again(&mut self, most: usize) {
+        self.probes.clear();
+        while self.probes.len() < most
+            && let Some(number) = self.refused.pop_first()
+        {
+            self.probes.insert(number);
+        }
+        self.ready.extend(&self.probes);
+    }
+
     /// It is confirmed, or published if nobody confirms it; what it was.
     pub(super) fn confirm(&mut self, number: u64) -> Option<Advisory> {
         self.taken.remove(&number);
+        if self.probes.remove(&number) {
+            self.ready.append(&mut self.refused);
+        }
         let advisory = self.entries.remove(&number)?;
         if let Some(numbers) = self.of.get_mut(&advisory.sender) {
             numbers.retain(|other| *other != number);
@@ -147,8 +185,15 @@ impl Outbox {
     pub(super) fn forget(&mut self, sender: &str) {
         for number in self.of.remove(sender).unwrap_or_default() {
             self.entries.remove(&number);
-            self.fresh.remove(&number);
+            for numbers in [&mut self.fresh, &mut self.ready, &mut self.taken, &mut self.refused] {
+                numbers.remove(&number);
+            }
         }
+    }
+
+    /// Forgets everything: nobody is to be told any more.
+    pub(super) fn clear(&mut self) {
+        *self = Self { next: self.next, dropped: self.dropped, ..Self::new(self.reliable) };
     }
 }
 
@@ -178,6 +223,39 @@ mod tests {
         assert_eq!(take(&mut outbox), Some((1, 2)));
         outbox.confirm(1);
         assert!(!outbox.has("a") && outbox.has("b") && outbox.len() == 1);
+    }
+
+    #[test]
+    fn one_that_is_refused_is_in_nobodys_way_and_tried_again_later() {
+        let mut outbox = Outbox::new(true);
+        (1..=4).for_each(|due| outbox.restore(advisory(&due.to_string(), due)));
+        for number in 0..3 {
+            assert_eq!(take(&mut outbox).map(|(taken, _)| taken), Some(number));
+            outbox.refuse(number);
+        }
+        assert!(outbox.has_refused());
+        assert_eq!((take(&mut outbox), take(&mut outbox)), (Some((3, 4)), None));
+        // What is confirmed without having been refused says nothing about those that were.
+        outbox.confirm(3);
+        assert_eq!(take(&mut outbox), None);
+        outbox.try_again(1);
+        assert_eq!((take(&mut outbox), take(&mut outbox)), (Some((0, 1)), None));
+        outbox.refuse(0);
+        outbox.try_again(1);
+        assert_eq!((take(&mut outbox), take(&mut outbox)), (Some((0, 1)), None));
+        outbox.confirm(0);
+        assert_eq!((take(&mut outbox), take(&mut outbox), take(&mut outbox)), (Some((1, 2)), Some((2, 3)), None));
+        assert!(!outbox.has_refused());
+    }
+
+    #[test]
+    fn what_is_forgotten_leaves_nothing() {
+        let mut outbox = Outbox::new(true);
+        for round in 0..3 {
+            outbox.restore(advisory("a", round));
+            outbox.forget("a");
+        }
+        assert!(outbox.ready.is_empty() && outbox.of.is_empty() && outbox.is_empty());
     }
 
     #[test]

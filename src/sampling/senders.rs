@@ -176,6 +176,8 @@ pub struct Senders {
     /// Forgotten senders whose records are still there, with the newest source sequence when that was found.
     gone: HashMap<Box<str>, u64>,
     leaving: Vec<Box<str>>,
+    /// Those of them that wait for nothing but that no message of theirs can be read again.
+    unsettled: Vec<Box<str>>,
     round: Option<Round>,
     /// What is to be told.
     pub outbox: Outbox,
@@ -197,7 +199,7 @@ pub struct Senders {
 impl Senders {
     /// Nobody is known.
     pub fn new(replication: &str, sampling: &Sampling) -> Self {
-        let reliable = sampling.advisory.as_ref().is_some_and(|advisory| advisory.reliable);
+        let reliable = sampling.is_reliable();
         Self {
             rules: Rules::new(sampling),
             salt: xxh3_64(replication.as_bytes()),
@@ -211,6 +213,7 @@ impl Senders {
             dirty: Vec::new(),
             gone: HashMap::new(),
             leaving: Vec::new(),
+            unsettled: Vec::new(),
             round: None,
             outbox: Outbox::new(reliable),
             written_to: 0,
@@ -226,7 +229,17 @@ impl Senders {
     /// Follows other rules.
     pub fn adopt(&mut self, sampling: &Sampling) {
         self.rules = Rules::new(sampling);
-        self.outbox.set_reliable(sampling.advisory.as_ref().is_some_and(|advisory| advisory.reliable));
+        self.outbox.set_reliable(sampling.is_reliable());
+        if !self.rules.advises {
+            self.outbox.clear();
+            self.leaving.extend(self.gone.keys().cloned());
+        }
+        if self.begun {
+            self.schedule_all();
+        }
+    }
+
+    fn schedule_all(&mut self) {
         self.due.clear();
         for index in 0..self.slots.len() as u32 {
             if self.slots[index as usize].live {
@@ -299,15 +312,15 @@ impl Senders {
         let slot = &mut self.slots[index as usize];
         match fate {
             Fate::Passed => {}
-            Fate::Sent => {
+            // One that is stored behind others that are on their way counts after them.
+            Fate::Stored if !self.newest.contains_key(&index) => {
+                (slot.copied, slot.sequence, slot.size) = (time_ns, seq, size);
+                self.touch(index);
+            }
+            Fate::Sent | Fate::Stored => {
                 let sent = Sent { seq, time: time_ns, size, slot: index, generation: slot.generation };
                 self.sent.push_back(sent);
                 self.newest.insert(index, sent);
-            }
-            Fate::Stored => {
-                (slot.copied, slot.sequence, slot.size) = (time_ns, seq, size);
-                self.newest.remove(&index);
-                self.touch(index);
             }
         }
     }
@@ -366,6 +379,7 @@ impl Senders {
         self.newest.clear();
         self.outbox.take_back();
         if !std::mem::replace(&mut self.begun, true) {
+            self.schedule_all();
             self.written_to = saved.unwrap_or(position);
             self.read = self.written_to;
             self.leaving.extend(self.gone.keys().cloned());
@@ -409,6 +423,11 @@ impl Senders {
     /// Messages before this time were lost before they were read: until then nobody counts as unseen.
     pub fn begin_at(&mut self, time: i64) {
         self.floor = self.floor.max(time);
+    }
+
+    /// The time until then, if messages before it were lost.
+    pub fn unseen_from(&self) -> Option<DateTime<Utc>> {
+        (self.floor != NEVER).then(|| DateTime::from_timestamp_nanos(self.floor))
     }
 
     fn happened(&mut self, kind: Kind, sender: Box<str>, due_ns: i64, seen_ns: i64) {
@@ -538,9 +557,9 @@ impl Senders {
         }
         if write.records.is_empty() {
             self.written_to = self.written_to.max(round.position);
-            let (outbox, written_to) = (&self.outbox, self.written_to);
-            let done = self.gone.iter().filter(|(sender, read)| **read <= written_to && !outbox.has(sender));
-            self.leaving.extend(done.map(|(sender, _)| sender.clone()));
+            let (gone, written_to) = (&self.gone, self.written_to);
+            let is_settled = |sender: &mut Box<str>| gone.get(sender).is_none_or(|read| *read <= written_to);
+            self.leaving.extend(self.unsettled.extract_if(.., is_settled));
             return None;
         }
         self.round = Some(round);
@@ -582,10 +601,13 @@ impl Senders {
             return;
         }
         let Some(read) = self.gone.get(sender).copied() else { return };
-        if !self.outbox.has(sender) && (read <= self.written_to || !self.rules.advises) {
-            self.gone.remove(sender);
-            self.other.remove(sender);
-            return write.records.push((sender.to_owned(), None));
+        if !self.outbox.has(sender) {
+            if read <= self.written_to || !self.rules.advises {
+                self.gone.remove(sender);
+                self.other.remove(sender);
+                return write.records.push((sender.to_owned(), None));
+            }
+            self.unsettled.push(sender.into());
         }
         let mut record = SenderRecord::new(sender, DateTime::UNIX_EPOCH);
         (record.expired, record.sequence) = (true, read);
@@ -636,6 +658,14 @@ impl Senders {
         }
     }
 
+    /// All records are gone: nobody is known any more.
+    pub fn forget_all(&mut self) {
+        self.begin_load();
+        self.end_load();
+        self.gone.clear();
+        self.outbox.clear();
+    }
+
     /// Takes over what somebody else wrote of a sender.
     pub fn take_over(&mut self, record: SenderRecord) {
         let sender = record.sender.as_str();
@@ -648,6 +678,9 @@ impl Senders {
                 self.remove(index);
             }
             self.gone.insert(sender.into(), record.sequence);
+            if self.begun {
+                self.leaving.push(sender.into());
+            }
         } else {
             let seen = nanos(record.seen);
             let index = match self.find(sender) {
@@ -671,7 +704,10 @@ impl Senders {
             slot.told = self.load;
             // What is on its way was decided by what was known before.
             slot.generation = slot.generation.wrapping_add(1);
-            self.schedule(index);
+            // Before that nothing takes away what is due: it would pile up where another instance leads.
+            if self.begun {
+                self.schedule(index);
+            }
             if !record.other.is_empty() {
                 self.other.insert(sender.into(), record.other);
             }
@@ -884,6 +920,43 @@ mod tests {
         // What is read again begins anew with the first of it.
         assert_eq!(take(&mut senders, sight(12, 101.55, "a")), Copy(Again));
         assert_eq!(take(&mut senders, sight(13, 101.5, "a")), Skip);
+    }
+
+    #[test]
+    fn a_copy_that_settles_late_does_not_hide_a_newer_one() {
+        let mut senders = senders();
+        let sized = |seq: u64, size: u32| Sighting { size, ..sight(seq, seq as f64, "a") };
+        // After a restart 10 is sent again, and 20, of another size, is at the target already.
+        senders.observe(&sized(10, 100), Fate::Sent);
+        senders.observe(&sized(20, 200), Fate::Stored);
+        senders.settled(15);
+        senders.settled(20);
+        assert_eq!(senders.verdict(&sized(30, 100)), Verdict::Copy(Cause::Size));
+        assert_eq!(senders.verdict(&sized(30, 200)), Verdict::Skip);
+    }
+
+    #[test]
+    fn who_only_follows_keeps_nothing_that_piles_up() {
+        let mut senders = Senders::new("NODES", &sampling(true));
+        let record = |seen: i64| {
+            let mut record = SenderRecord::new("a", time(sight(0, 0.0, "").time_ns + seen * SECOND));
+            record.pending.push(pending(&Advisory {
+                kind: Kind::New,
+                sender: "a".into(),
+                due_ns: seen,
+                seen_ns: seen,
+            }));
+            record
+        };
+        (0..100).for_each(|seen| senders.take_over(record(seen)));
+        assert_eq!((senders.due.len(), senders.outbox.len(), senders.len()), (0, 1, 1));
+        // Who takes over knows when it is due, once.
+        senders.adopt(&sampling(true));
+        senders.begin(0, None, false);
+        assert_eq!(senders.due.len(), 1);
+        senders.advance(sight(0, 300.0, "").time_ns);
+        let kinds: Vec<_> = tell(&mut senders, 0).into_iter().map(|(kind, ..)| kind).collect();
+        assert_eq!(kinds, [Kind::New, Kind::Timeout, Kind::Expire]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use async_nats::{
 };
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
+use tokio::time::timeout;
 
 use super::{
     buckets::Error,
@@ -201,20 +202,20 @@ impl Bucket {
     /// What was written last to any key that matches, read from the leader.
     pub(super) async fn last_matching(&self, pattern: &str) -> Result<Option<Stored>, Error> {
         let request = self.stream.raw_message_builder().last_by_subject(self.subject(pattern));
-        self.found(request.send().await)
+        self.found(self.in_time(request.send()).await?)
     }
 
     /// The first revision of a key at or above `revision`, read from the leader.
     pub(super) async fn next(&self, key: &str, revision: u64) -> Result<Option<Stored>, Error> {
         self.check_key(key)?;
         let request = self.stream.raw_message_builder().next_by_subject(self.subject(key)).sequence(revision);
-        self.found(request.send().await)
+        self.found(self.in_time(request.send()).await?)
     }
 
     /// The first revision of any key at or above `revision`, read from the leader.
     pub(super) async fn next_of_any(&self, revision: u64) -> Result<Option<u64>, Error> {
         let request = self.stream.raw_message_builder().next_by_subject(self.subject(">")).sequence(revision);
-        Ok(self.found(request.send().await)?.map(|stored| stored.revision))
+        Ok(self.found(self.in_time(request.send()).await?)?.map(|stored| stored.revision))
     }
 
     fn found(
@@ -251,7 +252,11 @@ impl Bucket {
         self.check_key(key).map_err(PutError::Refused)?;
         headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string().as_str());
         let request = Request::new().headers(headers).payload(value).timeout(Some(TIMEOUT));
-        let reply = match self.client.send_request(self.put_subject(key), request).await {
+        let reply = match self
+            .in_time(self.client.send_request(self.put_subject(key), request))
+            .await
+            .map_err(PutError::Unknown)?
+        {
             Ok(reply) => reply,
             Err(error) => {
                 let outcome = match error.kind() {
@@ -289,27 +294,28 @@ impl Bucket {
 
     /// Removes all keys that match, without leaving markers.
     pub(super) async fn forget_matching(&self, pattern: &str) -> Result<(), Error> {
-        let purged = self.stream.purge().filter(self.subject(pattern)).await;
+        let purged = self.in_time(self.stream.purge().filter(self.subject(pattern)).into_future()).await?;
         purged.map(|_| ()).map_err(|error| self.error(format!("keys `{pattern}` cannot be removed: {}", chain(&error))))
     }
 
     /// Removes a key without leaving a marker.
     pub(super) async fn forget(&self, key: &str) -> Result<(), Error> {
         self.check_key(key)?;
-        let purged = self.stream.purge().filter(self.subject(key)).await;
+        let purged = self.in_time(self.stream.purge().filter(self.subject(key)).into_future()).await?;
         purged.map(|_| ()).map_err(|error| self.error(format!("key `{key}` cannot be removed: {}", chain(&error))))
     }
 
     /// Removes what lies at a key up to and with a revision, without leaving a marker.
     pub(super) async fn forget_through(&self, key: &str, revision: u64) -> Result<(), Error> {
         self.check_key(key)?;
-        let purged = self.stream.purge().filter(self.subject(key)).sequence(revision + 1).await;
+        let purge = self.stream.purge().filter(self.subject(key)).sequence(revision + 1);
+        let purged = self.in_time(purge.into_future()).await?;
         purged.map(|_| ()).map_err(|error| self.error(format!("key `{key}` cannot be removed: {}", chain(&error))))
     }
 
     /// The bucket's stream as its leader sees it now.
     pub(super) async fn info(&self) -> Result<Info, Error> {
-        let info = self.stream.get_info().await.map_err(|error| self.error(chain(&error)))?;
+        let info = self.in_time(self.stream.get_info()).await?.map_err(|error| self.error(chain(&error)))?;
         let leads = |cluster: &ClusterInfo| {
             let leader = cluster.leader.as_deref().unwrap_or_default();
             is_leaders_answer(leader, cluster.replicas.iter().map(|peer| peer.name.as_str()))
@@ -318,6 +324,12 @@ impl Bucket {
             true => Ok(info),
             false => Err(self.error("it has no leader, or not the one that answered")),
         }
+    }
+
+    /// The client's own limit begins when it has room for the request, which it may not have for as long as it is not
+    /// connected.
+    async fn in_time<T>(&self, request: impl Future<Output = T>) -> Result<T, Error> {
+        timeout(TIMEOUT * 2, request).await.map_err(|_| self.error("no answer in time"))
     }
 
     fn check_key(&self, key: &str) -> Result<(), Error> {

@@ -2,7 +2,7 @@
 //! `heartbeats` is no replication's: what lies there goes to the heartbeats.
 
 use bytes::Bytes;
-use futures_util::{StreamExt, stream::BoxStream};
+use futures_util::{StreamExt, future::ready, stream::BoxStream};
 
 use super::{
     bucket::{Bucket, PutError, Stored},
@@ -84,7 +84,7 @@ impl ConfigStore {
     /// that did not.
     pub async fn watch(&self) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
         let changes = watch::watch(self.bucket.clone(), |key| MarkKind::of_key(key).is_some()).await?;
-        Ok(changes.map(|change| change.map(typed)).boxed())
+        Ok(changes.filter_map(|change| ready(change.map(typed).transpose())).boxed())
     }
 
     /// Revisions of a key since its last deletion that the bucket still has, newest first.
@@ -205,12 +205,12 @@ impl ConfigStore {
 const WRITE_TRIES: usize = 5;
 
 /// What a change of the bucket means.
-fn typed(change: Change) -> ConfigChange {
+fn typed(change: Change) -> Option<ConfigChange> {
     let mark = |key: &str, revision: u64, value: Option<&Bytes>| {
         let (id, kind) = MarkKind::of_key(key)?;
         Some(ConfigChange::Marked(Mark { id: id.to_owned(), kind, revision, value: value.cloned() }))
     };
-    match change {
+    Some(match change {
         Change::Put { key, revision, value } if key == HEARTBEATS_KEY => {
             ConfigChange::Heartbeats(Stored { revision, value: Some(value) })
         }
@@ -223,7 +223,9 @@ fn typed(change: Change) -> ConfigChange {
             mark(&key, revision, None).unwrap_or(ConfigChange::Deleted { key, revision })
         }
         Change::Loaded => ConfigChange::Loaded,
-    }
+        // What differs is told.
+        Change::Anew => return None,
+    })
 }
 
 fn allowed(current: Option<&Stored>, expected: Option<u64>) -> Result<(), WriteError> {

@@ -96,6 +96,8 @@ pub enum LeaseChange {
         /// What lies there.
         record: Option<LeaseRecord>,
     },
+    /// The bucket was made anew, or put back: from now on revisions say nothing about those of before.
+    Anew,
     /// Everything that was there when the watch began has been told.
     Loaded,
 }
@@ -211,6 +213,7 @@ fn told(change: Change) -> Option<LeaseChange> {
     let (key, revision, value) = match change {
         Change::Put { key, revision, value } => (key, revision, Some(value)),
         Change::Deleted { key, revision } => (key, revision, None),
+        Change::Anew => return Some(LeaseChange::Anew),
         Change::Loaded => return Some(LeaseChange::Loaded),
     };
     if let Some(instance) = key.strip_prefix(SESSION) {

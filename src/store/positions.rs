@@ -56,6 +56,12 @@ pub struct PositionRecord {
     /// With sampling: what the records of senders say holds for everything up to this source sequence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampled: Option<u64>,
+    /// With sampling: how senders are told apart there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inspected: Option<String>,
+    /// With sampling: what was stored before this may not have been seen, so nobody counts as unseen for that time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unseen_from: Option<DateTime<Utc>>,
     /// Status row at the time of the write. One that cannot be read (an edit by hand, another version) is none: the
     /// rest of the record is worth more than it.
     #[serde(default, deserialize_with = "readable")]
@@ -176,7 +182,7 @@ impl PositionStore {
         let told = |change| match change {
             Change::Put { key, value, .. } => Some(PositionChange { id: key, value: Some(value) }),
             Change::Deleted { key, .. } => Some(PositionChange { id: key, value: None }),
-            Change::Loaded => None,
+            Change::Anew | Change::Loaded => None,
         };
         Ok(changes.filter_map(move |change| ready(change.map(told).transpose())).boxed())
     }
@@ -311,6 +317,8 @@ impl PositionRecord {
             orphans: None,
             durable: false,
             sampled: None,
+            inspected: None,
+            unseen_from: None,
             status: None,
             other: BTreeMap::new(),
         }
@@ -344,7 +352,10 @@ impl PositionRecord {
             row.copy.position.source_seq = to.seq;
         }
         // What senders sent in between was not seen, or is seen as if it were news.
-        record.sampled = record.sampled.map(|_| to.seq);
+        if record.sampled.is_some() {
+            record.sampled = Some(to.seq);
+            record.unseen_from = Some(chance::now());
+        }
         record.source = Some(to);
         record
     }
@@ -394,6 +405,10 @@ mod tests {
         let back = PositionRecord { source: Some(at(5)), ..PositionRecord::new() }.moved(at(1), "b");
         let forth = back.moved(at(3), "b");
         assert!(forth.moved_back && forth.generation == 1);
+        assert_eq!(forth.unseen_from, None);
+        let sampled = PositionRecord { source: Some(at(5)), sampled: Some(4), ..PositionRecord::new() };
+        let moved = sampled.moved(at(9), "b");
+        assert_eq!((moved.sampled, moved.unseen_from.is_some()), (Some(9), true));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use async_nats::{
-    HeaderMap,
+    HeaderMap, Request,
     jetstream::consumer::{DeliverPolicy, push},
 };
 use bytes::Bytes;
@@ -103,6 +103,9 @@ impl SenderRecord {
     }
 }
 
+/// Last part of the key whose marker says that all records were removed; no sender's.
+const EMPTIED: &str = "=";
+
 /// What the watch tells.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SenderChange {
@@ -120,6 +123,8 @@ pub enum SenderChange {
         /// Whether somebody did it by hand.
         by_hand: bool,
     },
+    /// All records were removed at once.
+    Emptied,
     /// All records that were there have been told.
     Loaded,
     /// Something lies at a key that is no record of its sender.
@@ -168,17 +173,13 @@ impl SenderStore {
         let inbox = client.new_inbox();
         let mut acks = client.subscribe(inbox.clone()).await.map_err(|error| failed(&error))?;
         for (sender, record) in writes {
-            let mut headers = HeaderMap::new();
-            headers.insert(WRITER, self.instance.as_str());
-            let value = match record {
-                Some(record) => Bytes::from(serde_json::to_vec(record).map_err(|error| failed(&error))?),
-                None => {
-                    headers.insert("KV-Operation", "DEL");
-                    if self.marker_ttl {
-                        headers.insert("Nats-TTL", Self::MARKER_TTL.as_secs().to_string().as_str());
-                    }
-                    Bytes::new()
+            let (headers, value) = match record {
+                Some(record) => {
+                    let mut headers = HeaderMap::new();
+                    headers.insert(WRITER, self.instance.as_str());
+                    (headers, Bytes::from(serde_json::to_vec(record).map_err(|error| failed(&error))?))
                 }
+                None => (self.marker(), Bytes::new()),
             };
             let subject = self.bucket.put_subject(&format!("{id}.{}", token(sender)));
             let published = client.publish_with_reply_and_headers(subject, inbox.clone(), headers, value).await;
@@ -229,6 +230,27 @@ impl SenderStore {
         Ok(self.bucket.last_matching(&format!("{replication}.*")).await?.map_or(0, |stored| stored.revision))
     }
 
+    /// Removes all records of a replication, for others to come; whoever follows hears of it.
+    pub async fn empty(&self, replication: &str) -> Result<(), Error> {
+        self.remove(replication).await?;
+        let subject = self.bucket.put_subject(&format!("{replication}.{EMPTIED}"));
+        let acked =
+            self.bucket.client().send_request(subject, Request::new().headers(self.marker()).timeout(Some(ACK_WAIT)));
+        let ack = acked.await.map_err(|error| self.bucket.error(format!("cannot be written: {}", chain(&error))))?;
+        self.bucket.check_ack(&ack)
+    }
+
+    /// Headers of what is left of a removed record.
+    fn marker(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(WRITER, self.instance.as_str());
+        headers.insert("KV-Operation", "DEL");
+        if self.marker_ttl {
+            headers.insert("Nats-TTL", Self::MARKER_TTL.as_secs().to_string().as_str());
+        }
+        headers
+    }
+
     /// Forgets all senders of a replication, without a trace.
     pub async fn remove(&self, replication: &str) -> Result<(), Error> {
         self.bucket.forget_matching(&format!("{replication}.*")).await
@@ -265,6 +287,9 @@ impl Following {
         let by_hand = !headers
             .is_some_and(|headers| headers.get(WRITER).is_some() || headers.get("Nats-Marker-Reason").is_some());
         let found = message.subject.strip_prefix(self.prefix.as_str()).unwrap_or_default().to_owned();
+        if found == EMPTIED {
+            return Ok((revision, SenderChange::Emptied));
+        }
         if headers.is_some_and(is_marker) {
             return Ok((revision, SenderChange::Removed { token: found, by_hand }));
         }

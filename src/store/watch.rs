@@ -53,6 +53,9 @@ pub enum Change {
         /// Revision of the deletion.
         revision: u64,
     },
+    /// The bucket was made anew, or put back: from now on revisions say nothing about those of before. What it holds
+    /// follows.
+    Anew,
     /// Everything that was there when the watch began has been told.
     Loaded,
 }
@@ -174,6 +177,7 @@ impl Watch {
         if Look::new(&before).is_another(self.looked, self.seen) {
             self.seen = 0;
             self.told.values_mut().for_each(|revision| *revision = 0);
+            self.queue.push_back(Ok(Change::Anew));
         }
         let known = self.seen;
         for (key, stored) in snapshot {

@@ -34,7 +34,7 @@ use crate::{
     events::{Event, Step},
     lease::{Seat, Tenure},
     status::{Row, State},
-    store::{ClaimError, MarkKind, PositionRecord, SaveError, Trouble, WriteError},
+    store::{Claim, ClaimError, MarkKind, PositionRecord, SaveError, Trouble, WriteError},
 };
 
 /// Attempts after an error that passes.
@@ -158,7 +158,7 @@ impl Life {
                         board.rejected(&rejected.message());
                     }
                     let sampling = plan.work.as_ref().and_then(|work| work.replication.sampling.as_ref());
-                    if roll.as_ref().is_some_and(|roll| sampling.is_none_or(|sampling| !roll.fits(sampling))) {
+                    if roll.as_ref().is_some_and(|roll| sampling.is_none_or(|sampling| !roll.knows_enough(sampling))) {
                         *roll = None;
                     }
                     if let (None, Some(sampling)) = (&roll, sampling) {
@@ -412,6 +412,8 @@ struct Session {
     /// Taken out while somebody writes with it: `None` until it is claimed, and when a write was dropped or
     /// refused, so that what the bucket holds is in doubt.
     ledger: Option<Ledger>,
+    /// The one that is in doubt, for who stands alone and cannot reach the bucket.
+    doubted: Option<Ledger>,
     backoff: Backoff,
     outage: Outage,
     escalation: Escalation,
@@ -439,6 +441,7 @@ impl Session {
             marks,
             released: None,
             ledger: None,
+            doubted: None,
             backoff: RETRY,
             outage: Outage::default(),
             escalation: Escalation::default(),
@@ -488,6 +491,7 @@ impl Session {
                     return Ended::Stalled;
                 },
                 never = show_trouble(&board, seen) => match never {},
+                never = note_wait(&self.context, self.epoch) => match never {},
             }
             info!(replication = id, "won Choria's election");
             tokio::select! {
@@ -498,7 +502,10 @@ impl Session {
                     board.run_over();
                     board.released();
                     // What was saved last is read again.
-                    self.ledger = None;
+                    self.doubt();
+                    let message = Some("Choria's election was lost".to_owned());
+                    let position = Some(board.row().copy.position.source_seq);
+                    self.context.emit(Event::Stopped { position, message });
                 }
                 ended = self.keep_copying(replication, revision, stop) => return ended,
             }
@@ -526,7 +533,7 @@ impl Session {
             match outcome {
                 Ok(Step::Everything) if !stop.is_cancelled() => {
                     // What the bucket says counts, not what is remembered of it.
-                    self.ledger = None;
+                    self.doubt();
                     return Ended::Stalled;
                 }
                 Ok(_) => {}
@@ -600,14 +607,20 @@ impl Session {
     async fn know_senders(&mut self, replication: &Replication) -> Result<(), Error> {
         let Self { context: Context { deps, id, board, .. }, roll, ledger, .. } = self;
         let sampling = replication.sampling.as_ref();
-        let were_known = ledger.as_ref().is_some_and(|ledger| ledger.record().sampled.is_some());
+        let record = ledger.as_ref().map(Ledger::record);
+        let were_known = record.is_some_and(|record| record.sampled.is_some());
+        let known_by = record.and_then(|record| record.inspected.as_ref());
+        let others = known_by.is_some_and(|mark| sampling.is_some_and(|sampling| sampling.inspect.mark() != *mark));
         let unfit = roll.as_ref().is_some_and(|roll| sampling.is_none_or(|sampling| !roll.fits(sampling)));
-        if unfit || (sampling.is_none() && were_known) {
+        if unfit || others || (sampling.is_none() && were_known) {
             *roll = None;
-            let removed = deps.senders.remove(id).await;
-            removed.map_err(|error| Error::new(ErrorKind::Retry, error.to_string()))?;
+            let emptied = deps.senders.empty(id).await;
+            emptied.map_err(|error| Error::new(ErrorKind::Retry, error.to_string()))?;
         }
         if let Some(sampling) = sampling {
+            if roll.as_ref().is_some_and(|roll| !roll.knows_enough(sampling)) {
+                *roll = None;
+            }
             let roll = roll.get_or_insert_with(|| Roll::follow(&deps.senders, id, sampling));
             let known = roll.lead(sampling).await;
             known.map_err(|error| Error::new(ErrorKind::Retry, error.to_string()))?;
@@ -616,15 +629,30 @@ impl Session {
         Ok(())
     }
 
+    /// What is remembered of the record may not be what it says.
+    fn doubt(&mut self) {
+        self.doubted = self.ledger.take().filter(|_| self.context.deps.standalone).or(self.doubted.take());
+    }
+
     async fn claim(&mut self) -> Result<(), Error> {
         if self.ledger.is_none() {
             let Context { deps, id, board, .. } = &self.context;
-            let claim = deps.positions.claim(id, &deps.instance, self.epoch).await.map_err(|error| match error {
-                ClaimError::Newer { .. } => Error::new(ErrorKind::Superseded, error.to_string()),
-                ClaimError::Store(error) => {
-                    Error::new(ErrorKind::Retry, format!("the position record cannot be claimed: {error}"))
+            let claim = match deps.positions.claim(id, &deps.instance, self.epoch).await {
+                Ok(claim) => claim,
+                Err(error @ ClaimError::Newer { .. }) => {
+                    return Err(Error::new(ErrorKind::Superseded, error.to_string()));
                 }
-            })?;
+                Err(ClaimError::Store(error)) => {
+                    if let Some(doubted) = self.doubted.take() {
+                        warn!(replication = id, "stands alone and goes on with the position it remembers: {error}");
+                        self.ledger = Some(doubted);
+                        return Ok(());
+                    }
+                    let message = format!("the position record cannot be claimed: {error}");
+                    return Err(Error::new(ErrorKind::Retry, message));
+                }
+            };
+            self.doubted = None;
             board.claimed(&claim.record);
             if !std::mem::replace(&mut self.announced, true) {
                 let another = |holder: &String| !holder.is_empty() && *holder != deps.instance;
@@ -748,7 +776,8 @@ impl Session {
         let mut newest = true;
         if let Ok(Ok((record, _))) = timeout(LOOK, deps.positions.read(id)).await {
             board.looked_up(&record);
-            newest = record.epoch <= self.epoch;
+            // As a claim sees it: who moved the position has taken the epoch.
+            newest = record.epoch < self.epoch || (record.epoch == self.epoch && record.holder == deps.instance);
         }
         let position = board.row().copy.position.source_seq;
         info!(replication = id, position, "goes on after a pause");
@@ -889,6 +918,25 @@ async fn note_pause(context: &Context, epoch: u64) -> Result<Noted, SaveError> {
     let nonce = u64::from(rand::random::<u32>());
     deps.positions.save(id, PositionRecord { status: Some(row), nonce, ..record }, revision).await?;
     Ok(Noted::Ours { news: true })
+}
+
+/// Says in the record, for those who ask other instances, that the replication is ours and waits for Choria's election.
+async fn note_wait(context: &Context, epoch: u64) -> Infallible {
+    let Context { deps, id, board, .. } = context;
+    let noted: Result<(), String> = async {
+        let claim = deps.positions.claim(id, &deps.instance, epoch).await.map_err(|error| error.to_string())?;
+        let Claim { record, revision, .. } = claim;
+        board.looked_up(&record);
+        let row = Row { epoch: record.epoch, ..board.row() };
+        let nonce = u64::from(rand::random::<u32>());
+        let record = PositionRecord { status: Some(row), nonce, ..record };
+        deps.positions.save(id, record, revision).await.map(drop).map_err(|error| error.to_string())
+    }
+    .await;
+    if let Err(error) = noted {
+        debug!(replication = id, "that it waits for Choria's election was not saved: {error}");
+    }
+    pending().await
 }
 
 /// Removes a release that has done its work: another try has begun, or the message to leave out lies behind the saved

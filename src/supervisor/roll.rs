@@ -22,6 +22,8 @@ use crate::{
 pub(super) struct Roll {
     id: String,
     inspect: Inspect,
+    /// Whether what nobody has confirmed was taken over from the records.
+    reliable: bool,
     samples: Samples,
     leads: Arc<AtomicBool>,
     /// Newest revision that was told, once all that was there has been.
@@ -44,7 +46,13 @@ impl Roll {
         let (tell, told) = watch::channel(None);
         let following = Following { id: id.to_owned(), samples: samples.clone(), leads: leads.clone(), tell };
         let task = tokio::spawn(following.run());
-        Self { id: id.to_owned(), inspect: sampling.inspect.clone(), samples, leads, told, task }
+        let (inspect, reliable) = (sampling.inspect.clone(), sampling.is_reliable());
+        Self { id: id.to_owned(), inspect, reliable, samples, leads, told, task }
+    }
+
+    /// Whether what was taken over from the records so far is what is needed to lead.
+    pub(super) fn knows_enough(&self, sampling: &Sampling) -> bool {
+        self.fits(sampling) && (self.reliable == sampling.is_reliable() || self.leads.load(Ordering::Relaxed))
     }
 
     /// Whether senders are told apart in this way.
@@ -117,7 +125,8 @@ impl Following {
         match change {
             SenderChange::Put { record, by_hand } if by_hand || !self.leads() => senders.take_over(*record),
             SenderChange::Removed { token, by_hand } if by_hand || !self.leads() => senders.taken_away(&token),
-            SenderChange::Put { .. } | SenderChange::Removed { .. } => {}
+            SenderChange::Emptied if !self.leads() => senders.forget_all(),
+            SenderChange::Put { .. } | SenderChange::Removed { .. } | SenderChange::Emptied => {}
             SenderChange::Loaded => {
                 if standby && !self.leads() {
                     senders.end_load();

@@ -199,13 +199,13 @@ impl Raw {
     }
 
     /// Creates a stream: `config` needs no `name`. While the server still removes what a deleted one of this name left on
-    /// the disk (10049), it is asked again.
+    /// the disk (10049, which says other things too), it is asked again.
     pub async fn create_stream(&mut self, name: &str, mut config: Value) -> Result<Value> {
         config["name"] = name.into();
         let begun = Instant::now();
         loop {
             match self.api(&format!("STREAM.CREATE.{name}"), config.clone()).await {
-                Err(error) if error.to_string().contains("\"err_code\":10049") && begun.elapsed() < LIMIT => {
+                Err(error) if is_still_removed(&error.to_string()) && begun.elapsed() < LIMIT => {
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
                 made => return made,
@@ -376,6 +376,11 @@ impl Meta {
         let number = |i: usize| -> Result<u64> { Ok(tokens.get(i).context("short ack subject")?.parse()?) };
         Ok(Self { seq: number(at)?, time: number(at + 2)?, pending: number(at + 3)? })
     }
+}
+
+/// Whether a stream cannot be made because the folder of a deleted one is on its way out.
+fn is_still_removed(error: &str) -> bool {
+    error.contains("\"err_code\":10049") && error.contains("directory")
 }
 
 fn encode(buffer: &mut Vec<u8>, message: &Outgoing, reply: &str) {

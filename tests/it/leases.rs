@@ -217,6 +217,45 @@ async fn who_stands_alone_goes_on_without_its_control_server_and_catches_up() ->
 }
 
 #[tokio::test]
+async fn who_stands_alone_writes_its_session_again_when_it_was_removed() -> Result<()> {
+    let site = one(&["--standalone"]).await?;
+    site.replicate("ORDERS", 10).await?;
+    let epoch = led_by(&site, "ORDERS", "one").await?["epoch"].clone();
+    let leases = site.bucket("REPLICATOR_LEASES").await?;
+    leases.delete("session.one").await?;
+    wait_for("a session again", LIMIT, async || leases.get("session.one").await.is_ok_and(|found| found.is_some()))
+        .await?;
+    let last = copies_again(&site, "ORDERS", 10).await?.1;
+    assert_eq!(site.settled("ORDERS", last).await?["epoch"], epoch);
+    assert_eq!(site.service.log().matches("the session of this instance was removed").count(), 1);
+    verify(&site, "ORDERS").await
+}
+
+#[tokio::test]
+async fn a_lease_bucket_that_is_made_anew_is_followed_from_its_beginning() -> Result<()> {
+    let mut site = one(&[]).await?;
+    site.replicate("ORDERS", 10).await?;
+    led_by(&site, "ORDERS", "one").await?;
+    let two = another(&site, "two").await?;
+    let mut raw = Raw::connect(&site.control().url()).await?;
+    let bucket = "KV_REPLICATOR_LEASES";
+    // Some renewals, so that the new revisions are smaller for a while.
+    let renewed = async |raw: &mut Raw| raw.stream_state(bucket).await.ok()?["last_seq"].as_u64();
+    wait_for("renewals", LIMIT, async || renewed(&mut raw).await > Some(20)).await?;
+    let config = raw.api(&format!("STREAM.INFO.{bucket}"), Value::Null).await?["config"].take();
+    raw.api(&format!("STREAM.DELETE.{bucket}"), Value::Null).await?;
+    raw.create_stream(bucket, config).await?;
+    let is_one = async || lease(&site, "ORDERS").await.is_ok_and(|lease| lease["instance"] == "one");
+    wait_for("the lease to be taken again", LIMIT, is_one).await?;
+    wait_for("the other to see it", LIMIT, async || two.log().contains("the lease bucket was made anew")).await?;
+    let last = copies_again(&site, "ORDERS", 10).await?.1;
+    site.stop().await?;
+    let (took, _) = copies_again(&site, "ORDERS", last).await?;
+    ensure!(took < SILENT, "{took:?}\n{}", two.log());
+    verify(&site, "ORDERS").await
+}
+
+#[tokio::test]
 async fn a_leader_hands_over_by_request() -> Result<()> {
     let mut site = one(&[]).await?;
     site.replicate("ORDERS", 10).await?;

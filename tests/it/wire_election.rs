@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use stream_replicator::config::{Connection, Endpoint, Place};
 use stream_replicator::election::{self, BUCKET, Campaign, Election, Leadership};
@@ -16,7 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::raw::header_values;
 use crate::harness::server::free_port;
-use crate::harness::{Cluster, Expect, LIMIT, Outgoing, Proxy, Raw, Role, Server, Site, wait_for};
+use crate::harness::{Cluster, Expect, LIMIT, Outgoing, Proxy, Raw, Role, SITE, Server, Service, Site, wait_for};
 
 const STREAM: &str = "KV_CHORIA_LEADER_ELECTION";
 const KEY: &str = "SR_EAST_ORDERS";
@@ -436,6 +437,50 @@ async fn the_bucket_of_a_domain_is_written_by_way_of_the_domain() -> Result<()> 
     campaign.stop().await;
     ensure!(matches!(key(&mut raw).await?, Some((_, None))), "the key is not free");
     Ok(())
+}
+
+/// What each of so many instances says of a replication.
+async fn said_by_all(site: &Site, id: &str, instances: usize) -> Result<Vec<Value>> {
+    let inbox = site.client.new_inbox();
+    let replies = site.client.subscribe(inbox.clone()).await?.take(instances);
+    site.client.publish_with_reply("replicator.status", inbox, "".into()).await?;
+    let replies: Vec<_> = timeout(Duration::from_secs(2), replies.collect()).await?;
+    let row = |message: &async_nats::Message| -> Option<Value> {
+        let body: Value = serde_json::from_slice(&message.payload).ok()?;
+        body["replications"].as_array()?.iter().find(|row| row["replication"] == id).cloned()
+    };
+    replies.iter().map(row).collect::<Option<Vec<_>>>().context("no row")
+}
+
+#[tokio::test]
+async fn all_instances_say_who_waits_for_an_election() -> Result<()> {
+    const ID: &str = "ORDERS.EAST";
+    let (server, _) = start(SHORT).await?;
+    let site = Site::builder().on(server, Server::start(Role::Target).await?).args(["--instance", "one"]);
+    let mut site = site.start().await?;
+    site.filled("ORDERS", 10).await?;
+    site.add("ORDERS", json!({"name": "EAST", "leader_election_name": NEW})).await?;
+    site.settled(ID, 10).await?;
+    let _two = Service::builder(&site.control().url(), SITE).instance("two").start().await?;
+    let all_say = async |site: &Site, what: &str, is: fn(&Value) -> bool| {
+        let all = async || said_by_all(site, ID, 2).await.is_ok_and(|rows| rows.iter().all(is));
+        wait_for(what, LIMIT, all).await
+    };
+    all_say(&site, "both to say that it runs", |row| row["state"] == "running" && row["leader"] == "one").await?;
+    // An old replicator takes the key.
+    let mut old = Old::connect(&site.source.url()).await?;
+    let (revision, _) = key(&mut old.raw).await?.context("no key")?;
+    let mut won = old.write(revision).await;
+    while !won {
+        let (revision, _) = key(&mut old.raw).await?.context("no key")?;
+        won = old.write(revision).await;
+    }
+    let old = old.lead();
+    all_say(&site, "both to say that it waits", |row| row["state"] == "stopped" && row["leader"].is_null()).await?;
+    let told = site.events.wait("stopped", ID).await?;
+    ensure!(told["message"].as_str().unwrap_or_default().contains("election was lost"), "{told}");
+    old.task.abort();
+    all_say(&site, "both to say that it runs again", |row| row["state"] == "running" && row["leader"] == "one").await
 }
 
 #[tokio::test]

@@ -344,6 +344,100 @@ async fn a_reliable_advisory_waits_for_its_stream_also_over_a_restart() -> Resul
 }
 
 #[tokio::test]
+async fn an_advisory_that_no_stream_takes_is_in_nobodys_way() -> Result<()> {
+    let site = Site::builder().control_at_source().start().await?;
+    let mut raw = site.source_stream("ADVISORIES", json!({"subjects": ["advisories.*.taken.>"]})).await?;
+    site.source_stream("NODES", json!({})).await?;
+    site.add("NODES", told(json!({}))).await?;
+    let senders = |kind: &'static str| (0..300u64).map(move |number| report(&format!("{kind}.{number}"), number));
+    publish(&site, senders("lost").chain(senders("taken"))).await?;
+    let taken = |row: &Value| row["sampling"]["advised"]["new"] == 300 && row["sampling"]["advisories_waiting"] == 300;
+    site.row_when("NODES", "has told what is taken", taken).await?;
+    let refused = site.row("NODES").await.context("a row")?["sampling"]["advisory_errors"]["new"].as_u64();
+    let again = |row: &Value| row["sampling"]["advisory_errors"]["new"].as_u64() > refused.map(|count| count + 300);
+    let row = site.row_when("NODES", "has tried again", again).await?;
+    assert!(taken(&row), "{row}");
+    raw.api("STREAM.UPDATE.ADVISORIES", json!({"name": "ADVISORIES", "subjects": ["advisories.>"]})).await?;
+    let row = site.row_when("NODES", "has told all", |row| row["sampling"]["advisories_waiting"] == 0).await?;
+    assert_eq!(row["sampling"]["advised"]["new"], 600, "{row}");
+    assert_eq!(advisories(&site).await?.len(), 600);
+    assert_eq!(site.service.log().matches("advisories are refused").count(), 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_standby_tells_what_nobody_confirmed_where_that_was_asked_for_later() -> Result<()> {
+    let site = Site::builder().control_at_source().args(["--instance", "one", "--lease-ttl", "2s"]);
+    let mut site = site.start().await?;
+    site.source_stream("NODES", json!({})).await?;
+    site.add("NODES", by_field(json!({}))).await?;
+    let service = Service::builder(&site.control().url(), SITE).instance("two").args(["--lease-ttl", "2s"]);
+    let _two = service.start().await?;
+    let stands_by =
+        async || site.cli().run(["instances", "--json"]).await.is_ok_and(|it| it.stdout.contains("\"two\""));
+    wait_for("the second one to be known", LIMIT, stands_by).await?;
+    let last = publish(&site, [report("n0", 0)]).await?;
+    site.settled("NODES", last).await?;
+    request(&site.client, "replicator.config.update", site.document_with("NODES", told(json!({})))).await?;
+    site.row_when("NODES", "follows the update", |row| row["config_revision"] == 2 && row["state"] == "running")
+        .await?;
+    publish(&site, (1..=20).map(|number| report(&format!("n{number}"), number))).await?;
+    let waits = |row: &Value| row["sampling"]["advisories_waiting"] == 20;
+    site.row_when("NODES", "has advisories that wait", waits).await?;
+    record_when(&site, "NODES.n20", |record| record["pending"][0]["event"] == "new").await?;
+    site.service.kill()?;
+    site.source_stream("ADVISORIES", json!({})).await?;
+    let led = |row: &Value| row["leader"] == "two" && row["state"] == "running";
+    site.row_when("NODES", "is led by two", led).await?;
+    let all = async || advisories(&site).await.map_or(0, |all| all.len());
+    wait_for("all advisories", LIMIT, async || all().await == 20).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_standby_forgets_senders_with_those_of_the_leader() -> Result<()> {
+    let site = Site::builder().control_at_source().args(["--instance", "one", "--lease-ttl", "2s"]);
+    let mut site = site.start().await?;
+    site.source_stream("NODES", json!({})).await?;
+    site.add("NODES", by_field(json!({}))).await?;
+    let service = Service::builder(&site.control().url(), SITE).instance("two").args(["--lease-ttl", "2s"]);
+    let two = service.start().await?;
+    let last = publish(&site, (1..=20).map(|number| report(&format!("n{number}"), number))).await?;
+    site.settled("NODES", last).await?;
+    record_when(&site, "NODES.n20", |record| record["sequence"] == 20).await?;
+    let stands_by =
+        async || site.cli().run(["instances", "--json"]).await.is_ok_and(|it| it.stdout.contains("\"two\""));
+    wait_for("the second one to be known", LIMIT, stands_by).await?;
+    let document = site.document_with("NODES", json!({"inspect_subject_token": 2, "inspect_duration": "1h"}));
+    request(&site.client, "replicator.config.update", document).await?;
+    let gone = async || record(&site, "NODES.n1").await.is_ok_and(|record| record.is_none());
+    wait_for("the old records to go", LIMIT, gone).await?;
+    let last = publish(&site, [report("n1", 21)]).await?;
+    site.settled("NODES", last).await?;
+    record_when(&site, "NODES.report", |record| record["sequence"] == 21).await?;
+    site.service.kill()?;
+    let led = |row: &Value| row["leader"] == "two" && row["state"] == "running" && row["sampling"]["senders"] == 1;
+    site.row_when("NODES", "is led by two, which knows one sender", led).await.with_context(|| two.log())?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_too_old_to_be_read_makes_nobody_lost() -> Result<()> {
+    let mut site = advised_site(json!({"inspect_duration": "1m", "warn_duration": "3s", "max_age": "2s"})).await?;
+    publish(&site, [report("n1", 1)]).await?;
+    advisory(&site, "new", "n1").await?;
+    site.stop().await?;
+    // Nobody sees that `n1` goes on, and later nobody reads it.
+    publish(&site, [report("n1", 2)]).await?;
+    sleep(Duration::from_secs(4)).await;
+    let restarted = chrono::Utc::now().timestamp();
+    site.service.restart().await?;
+    let told = advisory(&site, "timeout", "n1").await?;
+    assert!(told["timestamp"].as_i64() >= Some(restarted + 2), "{told} after {restarted}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn advisories_that_are_not_reliable_are_published_once() -> Result<()> {
     let site = Site::builder().control_at_source().start().await?;
     let mut listener = futures_util::StreamExt::boxed(site.client.subscribe("told.>").await?);

@@ -19,6 +19,8 @@ use crate::{
 
 /// Senders that are looked at before the copy may go on.
 const TOGETHER: usize = 8_192;
+/// Bytes that a row takes at the least.
+const ROW: usize = 64;
 /// Memory that the compiled form of an expression may take.
 const EXPRESSION: usize = 1 << 20;
 /// Who does not lead leaves the first word to the one that does: what it knows is newer.
@@ -49,7 +51,9 @@ pub(super) async fn senders(context: &Context, request: Request) -> Result<Sende
     }
     let room = context.room();
     let (site, limit) = (context.site.clone(), limit.unwrap_or(DEFAULT_LIMIT));
-    let found = spawn_blocking(move || find(&samples, &wanted, offset, limit)).await;
+    // More would not fit into the reply.
+    let rows = limit.min(room / ROW);
+    let found = spawn_blocking(move || find(&samples, &wanted, offset, rows)).await;
     let (rows, total) = found.map_err(|error| Failure::new(500, error.to_string()))?;
     let Page { rows: senders, .. } = page(rows, 0, Some(limit), room);
     Ok(Senders { site, replication, senders, offset, limit, total })
@@ -76,10 +80,16 @@ fn find(samples: &Samples, wanted: &Wanted, offset: usize, limit: usize) -> (Vec
     let slots = samples.lock().slots();
     let mut matching = Vec::new();
     for from in (0..slots).step_by(TOGETHER) {
-        let senders = samples.lock();
-        let listed = senders.list(from..from + TOGETHER);
-        matching
-            .extend(listed.filter(|(_, sender)| wanted.matches(sender)).map(|(slot, sender)| (sender.seen_ns, slot)));
+        let mut part = Vec::new();
+        {
+            let senders = samples.lock();
+            let listed = senders.list(from..from + TOGETHER).filter(|(_, sender)| wanted.may_match(sender));
+            // Only what is to be matched is needed outside of the lock.
+            let name = |sender: &Listed<'_>| wanted.value.as_ref().map(|_| sender.sender.to_owned());
+            part.extend(listed.map(|(slot, sender)| (sender.seen_ns, slot, name(&sender))));
+        }
+        part.retain(|(.., name)| wanted.is_match(name.as_deref()));
+        matching.extend(part.into_iter().map(|(seen, slot, _)| (seen, slot)));
     }
     let total = matching.len();
     let end = offset.saturating_add(limit).min(total);
@@ -89,16 +99,22 @@ fn find(samples: &Samples, wanted: &Wanted, offset: usize, limit: usize) -> (Vec
     }
     matching.truncate(end);
     matching.sort_unstable_by_key(|(seen, slot)| (Reverse(*seen), *slot));
-    let senders = samples.lock();
-    let row = |(_, slot): &(i64, usize)| Some(row(senders.list(*slot..*slot + 1).next()?.1));
-    (matching.iter().skip(offset).filter_map(row).collect(), total)
+    let mut rows = Vec::new();
+    for part in matching.get(offset..).unwrap_or_default().chunks(TOGETHER) {
+        let senders = samples.lock();
+        rows.extend(part.iter().filter_map(|(_, slot)| Some(row(senders.list(*slot..*slot + 1).next()?.1))));
+    }
+    (rows, total)
 }
 
 impl Wanted {
-    fn matches(&self, sender: &Listed<'_>) -> bool {
-        sender.seen_ns >= self.since_ns
-            && self.advised.is_none_or(|advised| advised == sender.advised)
-            && self.value.as_ref().is_none_or(|value| value.is_match(sender.sender))
+    /// All but the expression.
+    fn may_match(&self, sender: &Listed<'_>) -> bool {
+        sender.seen_ns >= self.since_ns && self.advised.is_none_or(|advised| advised == sender.advised)
+    }
+
+    fn is_match(&self, sender: Option<&str>) -> bool {
+        self.value.as_ref().is_none_or(|value| sender.is_some_and(|sender| value.is_match(sender)))
     }
 }
 
