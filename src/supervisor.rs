@@ -223,11 +223,12 @@ impl Handle {
         let leader = record.leader().map(str::to_owned);
         let standing = own.state;
         let fresh = record.status.as_ref().is_some_and(|row| row.epoch == record.epoch);
+        let waits = record.electing && fresh && !self.group.is_gone(&record.holder);
         let mut row = Row { leader, epoch: record.epoch, ..record.status.unwrap_or(own) };
         if row.leader.as_ref().is_some_and(|leader| self.group.is_gone(leader)) {
             row.leader = None;
             row.state = State::Stopped;
-        } else if row.state == State::Stopped && self.group.is_gone(&record.holder) {
+        } else if row.state == State::Stopped && !waits {
             // Whoever ended it in order is done with it, and somebody stands by to take it: we do.
             row.state = standing;
         } else if !fresh {

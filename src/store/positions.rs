@@ -62,6 +62,9 @@ pub struct PositionRecord {
     /// With sampling: what was stored before this may not have been seen, so nobody counts as unseen for that time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unseen_from: Option<DateTime<Utc>>,
+    /// The holder waits for Choria's election, and somebody else copies.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub electing: bool,
     /// Status row at the time of the write. One that cannot be read (an edit by hand, another version) is none: the
     /// rest of the record is worth more than it.
     #[serde(default, deserialize_with = "readable")]
@@ -319,6 +322,7 @@ impl PositionRecord {
             sampled: None,
             inspected: None,
             unseen_from: None,
+            electing: false,
             status: None,
             other: BTreeMap::new(),
         }
@@ -329,8 +333,9 @@ impl PositionRecord {
         Self { epoch, holder: holder.to_owned(), nonce: chance::random() >> 32, ..self }
     }
 
-    /// Whoever claims it is not paused.
+    /// Whoever claims it is not paused, and waits for nobody.
     fn awake(mut self) -> Self {
+        self.electing = false;
         if let Some(row) = self.status.as_mut().filter(|row| row.state == State::Paused) {
             row.state = State::Starting;
         }

@@ -929,7 +929,7 @@ async fn note_wait(context: &Context, epoch: u64) -> Infallible {
         board.looked_up(&record);
         let row = Row { epoch: record.epoch, ..board.row() };
         let nonce = u64::from(rand::random::<u32>());
-        let record = PositionRecord { status: Some(row), nonce, ..record };
+        let record = PositionRecord { status: Some(row), electing: true, nonce, ..record };
         deps.positions.save(id, record, revision).await.map(drop).map_err(|error| error.to_string())
     }
     .await;
