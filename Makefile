@@ -9,7 +9,7 @@ demo: servers ## two throw-away servers, a replication, a crash in the middle, a
 	target/debug/examples/demo
 
 test: servers ## all tests, on real nats-servers
-	cargo test --locked -- --test-threads 4
+	contrib/run-tests -- --test-threads 4
 
 sim: ## the copy core in simulation: 10,000 seeds, SEEDS=n of them, or SEED=n alone
 	SEEDS=$(or $(SEEDS),10000) cargo test --locked --test sim -- --nocapture
@@ -20,7 +20,7 @@ chaos: servers ## three instances between two clusters while everything fails: S
 check: format lint licences test matrix ## what has to pass before a merge: format, clippy, tests, server versions, licences
 
 check-long: check ## check, the long tests and a short bench
-	cargo test --locked -- --ignored
+	contrib/run-tests -- --ignored
 	MATRIX=all contrib/version-matrix
 	$(MAKE) --no-print-directory sim
 	contrib/break-on-purpose
