@@ -239,9 +239,11 @@ impl Machine {
         self.leases.values().any(|lease| self.is_ours(lease) || lease.role != Role::Idle)
     }
 
-    /// The bucket was made anew, or put back: its revisions begin elsewhere, and what it holds comes by next.
+    /// The bucket was made anew, or put back: its revisions begin elsewhere, and what it holds comes by next. Those of
+    /// before say nothing about what is older than what.
     pub fn anew(&mut self) {
         self.leases.values_mut().for_each(|lease| lease.revision = 0);
+        self.others.values_mut().for_each(|other| other.revision = 0);
     }
 
     /// The bucket has been read once.
@@ -1037,6 +1039,17 @@ mod tests {
         bench.lease("", "", 6);
         bench.pass(TTL, &[("other", "t")]);
         assert_eq!(bench.grants(), [7]);
+
+        // Who was gone and is back holds what it took, though its session does not come by.
+        let mut bench = Bench::ready();
+        bench.revision = 1_000;
+        bench.session("other", "s");
+        bench.machine.session(bench.now, "other", 1_001, None);
+        bench.revision = 7;
+        bench.machine.anew();
+        bench.lease("other", "t", 6);
+        bench.pass(TTL - EPSILON, &[]);
+        assert_eq!(bench.grants(), [0; 0]);
     }
 
     #[test]

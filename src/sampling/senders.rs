@@ -313,10 +313,7 @@ impl Senders {
         match fate {
             Fate::Passed => {}
             // One that is stored behind others that are on their way counts after them.
-            Fate::Stored if !self.newest.contains_key(&index) => {
-                (slot.copied, slot.sequence, slot.size) = (time_ns, seq, size);
-                self.touch(index);
-            }
+            Fate::Stored if !self.newest.contains_key(&index) => self.stored(index, sighting),
             Fate::Sent | Fate::Stored => {
                 let sent = Sent { seq, time: time_ns, size, slot: index, generation: slot.generation };
                 self.sent.push_back(sent);
@@ -344,15 +341,28 @@ impl Senders {
     /// Takes note of a message that settled before, as it is read again: the same that was noted then, as far as it is
     /// not known still.
     pub fn replay(&mut self, sighting: &Sighting<'_>, fate: Fate) {
-        let known = self.find(sighting.sender).map(|index| &self.slots[index as usize]);
-        let ahead = known.is_some_and(|slot| {
-            (slot.copied != NEVER && sighting.seq <= slot.sequence) || (slot.loaded && sighting.time_ns <= slot.seen)
-        });
-        let gone = self.gone.get(sighting.sender).is_some_and(|read| sighting.seq <= *read);
-        if !ahead && !gone {
-            let fate = if self.verdict(sighting) == Verdict::Skip { Fate::Passed } else { fate };
-            self.observe(sighting, fate);
+        let known = self.find(sighting.sender);
+        let slot = known.map(|index| &self.slots[index as usize]);
+        let is_copied = slot.is_some_and(|slot| slot.copied != NEVER && sighting.seq <= slot.sequence);
+        let is_gone = self.gone.get(sighting.sender).is_some_and(|read| sighting.seq <= *read);
+        if is_copied || is_gone {
+            return;
         }
+        let is_seen = slot.is_some_and(|slot| slot.loaded && sighting.time_ns <= slot.seen);
+        let fate = if self.verdict(sighting) == Verdict::Skip { Fate::Passed } else { fate };
+        match known.filter(|_| is_seen) {
+            // Its record was written while the copy was on its way.
+            Some(index) if fate == Fate::Stored => self.stored(index, sighting),
+            Some(_) => {}
+            None => self.observe(sighting, fate),
+        }
+    }
+
+    /// The message is the sender's newest copy.
+    fn stored(&mut self, index: u32, Sighting { seq, time_ns, size, .. }: &Sighting<'_>) {
+        let slot = &mut self.slots[index as usize];
+        (slot.copied, slot.sequence, slot.size) = (*time_ns, *seq, *size);
+        self.touch(index);
     }
 
     /// Everything up to `position` has settled: what was sent up to there is copied.
@@ -1094,6 +1104,29 @@ mod tests {
         senders.begin(5, Some(1), false);
         senders.replay(&sight(2, 0.0, "a"), Fate::Passed);
         assert_eq!(senders.verdict(&sight(6, 1.0, "a")), Verdict::Copy(Cause::New));
+    }
+
+    #[test]
+    fn a_copy_that_was_on_its_way_when_its_record_was_written_counts_after_a_crash() {
+        let mut senders = senders();
+        take(&mut senders, sight(1, 0.0, "a"));
+        for (seq, at) in [(10, 30.0), (20, 60.0), (30, 89.0)] {
+            assert_eq!(take(&mut senders, sight(seq, at, "a")), Verdict::Skip);
+        }
+        let due = sight(50, 100.0, "a");
+        assert_eq!(senders.verdict(&due), Verdict::Copy(Cause::Due));
+        senders.observe(&due, Fate::Sent);
+        let record = all_records(&mut senders, 30).swap_remove(0).1.unwrap();
+        assert_eq!((record.sequence, nanos(record.seen)), (1, due.time_ns));
+        // A crash after it has settled: it is read again, and so is one that was skipped.
+        let mut after = Senders::new("NODES", &sampling(true));
+        after.take_over(record);
+        after.begin(60, Some(30), false);
+        after.replay(&due, Fate::Stored);
+        after.replay(&sight(52, 101.0, "a"), Fate::Stored);
+        assert_eq!(after.verdict(&sight(61, 189.0, "a")), Verdict::Skip);
+        assert_eq!(after.verdict(&sight(61, 200.0, "a")), Verdict::Copy(Cause::Due));
+        assert_eq!(all_records(&mut after, 60)[0].1.as_ref().map(|record| record.sequence), Some(50));
     }
 
     #[test]

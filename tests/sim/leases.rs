@@ -50,7 +50,8 @@ enum Step {
 
 #[derive(Debug, Clone)]
 enum News {
-    Changed(String, u64, Value),
+    /// In the bucket that was made so many times.
+    Changed(u32, String, u64, Value),
     Loaded,
     Renewed(Renewal, u64),
     Looked(String, u64, Option<SessionRecord>),
@@ -87,6 +88,8 @@ struct Process {
     /// Somebody removed its session by hand: until it hears of that, or stops by itself, it acts beside its successor, and
     /// only the fence is between them.
     removed: Option<Duration>,
+    /// How often it has heard that the bucket was made anew.
+    heard: u32,
 }
 
 struct World {
@@ -98,6 +101,8 @@ struct World {
     count: u64,
     revision: u64,
     bucket: BTreeMap<String, (u64, Value)>,
+    /// How often it was made anew.
+    made: u32,
     all: Vec<Process>,
     ids: Vec<String>,
     /// Greatest epoch that somebody acted with.
@@ -118,6 +123,7 @@ impl World {
             count: 0,
             revision: 0,
             bucket: BTreeMap::new(),
+            made: 0,
             all: Vec::new(),
             ids,
             acted: BTreeMap::new(),
@@ -158,6 +164,7 @@ impl World {
             open: BTreeSet::new(),
             polls: 0,
             removed: None,
+            heard: self.made,
         }
     }
 
@@ -343,7 +350,7 @@ impl World {
             return;
         }
         let at = self.rng.random_range(0..INSTANCES);
-        let kind = self.rng.random_range(0..6);
+        let kind = self.rng.random_range(0..7);
         tracing::debug!(now = ?self.now, at, kind, "fault");
         match kind {
             0 => {
@@ -381,6 +388,12 @@ impl World {
                 self.put(format!("session.i{at}"), Value::Session(None));
                 self.all[at].removed = Some(self.now);
             }
+            5 => {
+                // The bucket is made anew: nothing is in it, and its revisions begin at 1.
+                (self.bucket, self.revision) = (BTreeMap::new(), 0);
+                self.made += 1;
+                self.all.iter_mut().for_each(|process| process.removed = Some(self.now));
+            }
             _ => self.all[at].cut = true,
         }
         let next = self.millis(100, 4_000);
@@ -394,15 +407,15 @@ impl World {
         for at in 0..self.all.len() {
             let began = self.all[at].began;
             // A watch delivers in order: none overtakes another by much, and what is lost is told again later.
-            self.send(at, Step::Reaches(at, began, News::Changed(key.clone(), revision, value.clone())));
+            self.send(at, Step::Reaches(at, began, News::Changed(self.made, key.clone(), revision, value.clone())));
         }
         revision
     }
 
     fn tell_all(&mut self, at: usize) {
-        let began = self.all[at].began;
+        let (began, made) = (self.all[at].began, self.made);
         for (key, (revision, value)) in self.bucket.clone() {
-            self.after(Duration::from_millis(20), Step::Reaches(at, began, News::Changed(key, revision, value)));
+            self.after(Duration::from_millis(20), Step::Reaches(at, began, News::Changed(made, key, revision, value)));
         }
         self.after(Duration::from_millis(30), Step::Reaches(at, began, News::Loaded));
     }
@@ -462,14 +475,22 @@ impl World {
 
     fn reaches(&mut self, at: usize, news: News) {
         let now = self.clock(at);
-        let machine = &mut self.all[at].machine;
+        let Process { machine, heard, .. } = &mut self.all[at];
         match news {
-            News::Changed(key, revision, Value::Session(record)) => {
-                let instance = key.trim_start_matches("session.");
-                machine.session(now, instance, revision, record.as_ref());
-            }
-            News::Changed(key, revision, Value::Lease(record)) => {
-                machine.lease(now, key.trim_start_matches("lease."), revision, Some(record));
+            // A watch tells nothing of the bucket of before when it has told of the new one.
+            News::Changed(made, ..) if made < *heard => {}
+            News::Changed(made, key, revision, value) => {
+                if made > std::mem::replace(heard, made) {
+                    machine.anew();
+                }
+                match value {
+                    Value::Session(record) => {
+                        machine.session(now, key.trim_start_matches("session."), revision, record.as_ref());
+                    }
+                    Value::Lease(record) => {
+                        machine.lease(now, key.trim_start_matches("lease."), revision, Some(record));
+                    }
+                }
             }
             News::Loaded => machine.loaded(),
             News::Renewed(outcome, revision) => {
@@ -511,7 +532,11 @@ impl World {
                     let failed = News::LookFailed(instance.clone());
                     self.ask(at, Request::Look(instance), Duration::from_secs(1), failed);
                 }
-                Action::Write { id, record, revision, .. } => {
+                Action::Write { id, mut record, revision, take } => {
+                    if let Some((acted, _)) = self.acted.get(&id).filter(|_| take) {
+                        // As the position record says, which outlives the lease.
+                        record.epoch = record.epoch.max(acted + 1);
+                    }
                     let failed = News::Wrote(id.clone(), false, None);
                     self.ask(at, Request::Write(id, record, revision), Duration::from_secs(1), failed);
                 }
