@@ -7,6 +7,7 @@ mod duration;
 mod endpoint;
 mod file;
 mod heartbeats;
+mod json;
 mod mapping;
 pub(crate) mod patterns;
 mod place;
@@ -20,7 +21,7 @@ mod transform;
 
 pub use document::{
     AdvisoryDocument, DeadLetterDocument, Document, LimitsDocument, TlsDocument, TransformDocument, document_id, parse,
-    parse_judged, parse_value, to_value,
+    parse_judged, parse_value,
 };
 pub use duration::parse_duration;
 pub use endpoint::{Auth, ChoriaIdentity, Endpoint, Host, MASK, Scheme, Tls, mask_url};
@@ -28,6 +29,7 @@ pub use file::{SiteFile, parse_file};
 pub use heartbeats::{
     ChoriaDocument, Heartbeat, HeartbeatDocument, Heartbeats, HeartbeatsDocument, heartbeats_schema, parse_heartbeats,
 };
+pub use json::{Json, why_not_json};
 pub use mapping::Mapping;
 pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};

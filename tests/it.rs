@@ -125,3 +125,5 @@ mod wire_stalls;
 mod wire_subjects;
 #[path = "it/wire_target_update.rs"]
 mod wire_target_update;
+#[path = "it/written_json.rs"]
+mod written_json;

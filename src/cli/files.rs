@@ -10,6 +10,7 @@ use bytes::Bytes;
 use serde_json::Value;
 
 use super::{error::Error, output::clean};
+use crate::config::{Json, why_not_json};
 
 /// Stands for stdin.
 const STDIN: &str = "-";
@@ -65,11 +66,15 @@ fn folder(path: &Path) -> Result<Vec<PathBuf>, String> {
 /// One document, an array of them, or several one after another.
 fn split(text: &[u8], file: &str) -> Result<Vec<Found>, String> {
     let mut documents = Vec::new();
-    for value in serde_json::Deserializer::from_slice(text).into_iter::<Value>() {
+    for json in serde_json::Deserializer::from_slice(text).into_iter::<Json>() {
+        let Json { value, problems } =
+            json.map_err(|error| format!("`{file}` is not valid JSON: {}", why_not_json(text, &error)))?;
+        if let Some(problem) = problems.first() {
+            return Err(format!("`{file}`: {}: {problem}", problem.path));
+        }
         match value {
-            Ok(Value::Array(values)) => documents.extend(values),
-            Ok(value) => documents.push(value),
-            Err(error) => return Err(format!("`{file}` is not valid JSON: {error}")),
+            Value::Array(values) => documents.extend(values),
+            value => documents.push(value),
         }
     }
     let several = documents.len() > 1;

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Advisory, Connection, Endpoint, Fields, Inspect, Limits, Mapping, OnReject, Place, Problem, Problems, Replication,
-    Sampling, Scope, Sharing, Side, Start, Tls, Transform, check_context_name, endpoint, parse_duration, patterns,
+    Advisory, Connection, Endpoint, Fields, Inspect, Json, Limits, Mapping, OnReject, Place, Problem, Problems,
+    Replication, Sampling, Scope, Sharing, Side, Start, Tls, Transform, check_context_name, endpoint, parse_duration,
+    patterns,
     place::{domain_prefix, subject_prefix},
     schema::{self, join, shorten},
 };
@@ -223,13 +224,9 @@ pub struct TlsDocument {
 /// Checks a document (schema first, then what a schema cannot say) and turns it into what runs. `site` is the
 /// default for `name`. All problems come at once.
 pub fn parse(json: &[u8], site: &str) -> Result<Replication, Problems> {
-    parse_value(&to_value(json)?, site)
-}
-
-/// Reads any JSON; what is none is one problem with its place.
-pub fn to_value(json: &[u8]) -> Result<Value, Problems> {
-    serde_json::from_slice(json)
-        .map_err(|error| Problems(vec![Problem::new("", format!("the document is not valid JSON: {error}"))]))
+    let json = Json::read(json)?;
+    let result = parse_value(&json.value, site);
+    json.checked(result)
 }
 
 /// [`parse`] for a document that was read already.

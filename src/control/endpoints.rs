@@ -36,7 +36,7 @@ use super::{
     validate::config_validate,
 };
 use crate::{
-    config::{self, Problem, Problems, Replication},
+    config::{self, Json, Problem, Problems, Replication},
     events::Events,
     heartbeat as heartbeats,
     lease::Leases,
@@ -148,7 +148,7 @@ async fn stored_already(
     let Some(stored) = stored.filter(|stored| expected.is_none_or(|expected| expected == stored.revision)) else {
         return Ok(None);
     };
-    let equal = config::to_value(&stored.value).is_ok_and(|stored| config::to_value(document) == Ok(stored));
+    let equal = Json::read(&stored.value).is_ok_and(|stored| Json::read(document) == Ok(stored));
     Ok(equal.then_some(stored.revision))
 }
 
@@ -199,7 +199,7 @@ async fn config_get(context: &Context, request: Request) -> Result<Document, Fai
     let entry = context.existing(&replication).await?;
     let problems =
         context.rules.parse(&entry.value, &context.site).err().map(|problems| problems.0).unwrap_or_default();
-    let config = config::to_value(&entry.value).map_or(Value::Null, |document| config::mask_document(&document));
+    let config = Json::read(&entry.value).map_or(Value::Null, |json| config::mask_document(&json.value));
     Ok(Document { replication, revision: entry.revision, config, problems })
 }
 
@@ -250,10 +250,9 @@ impl Context {
 /// A document, and what is to be stored: the document as it was sent, or with its secrets again. What is wrong with it
 /// is a 400.
 pub(super) async fn checked_document(context: &Context, body: &Bytes) -> Result<(Replication, Bytes), Failure> {
-    let mut document = config::to_value(body).map_err(refused)?;
-    let mut problems = Vec::new();
+    let Json { value: mut document, mut problems } = Json::read(body).map_err(refused)?;
     let unmasked = unmask(context, &mut document).await?.unwrap_or_else(|found| {
-        problems = found;
+        problems.extend(found);
         false
     });
     let replication = match context.rules.parse_value(&document, &context.site) {
@@ -291,7 +290,7 @@ async fn unmask(context: &Context, document: &mut Value) -> Result<Result<bool, 
         Some(id) => context.config.get(&id).await.map_err(|error| Failure::new(503, error.to_string()))?,
         None => None,
     };
-    let stored = stored.and_then(|entry| config::to_value(&entry.value).ok());
+    let stored = stored.and_then(|entry| Json::read(&entry.value).ok()).map(|json| json.value);
     Ok(config::unmask_document(fields, stored.as_ref()).map(|()| true))
 }
 
@@ -371,6 +370,11 @@ fn options<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Failure> {
 }
 
 fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+    if let Ok(Json { problems, .. }) = Json::read(body)
+        && !problems.is_empty()
+    {
+        return Err(Failure { problems, ..Failure::new(400, "the request is not valid") });
+    }
     serde_json::from_slice(body)
         .map_err(|error| Failure::new(400, format!("the request is not valid: {}", without_values(&error.to_string()))))
 }

@@ -6,7 +6,7 @@ use tracing::warn;
 
 use super::{Deps, Rejected, View};
 use crate::{
-    config::{self, Heartbeats},
+    config::{self, Heartbeats, Json},
     names::HEARTBEATS_KEY,
     nats::Rules,
     status::Origin,
@@ -154,8 +154,10 @@ impl Planner {
 type Read = Result<(Value, Option<Heartbeats>), (Value, config::Problems)>;
 
 fn read(rules: &Rules, written: &[u8]) -> Read {
-    let document = config::to_value(written).map_err(|problems| (Value::Null, problems))?;
-    match rules.parse_heartbeats(&document) {
+    let json = Json::read(written).map_err(|problems| (Value::Null, problems))?;
+    let document = json.value.clone();
+    let result = rules.parse_heartbeats(&document);
+    match json.checked(result) {
         Ok(heartbeats) => Ok((document, heartbeats)),
         Err(problems) => Err((document, problems)),
     }

@@ -13,8 +13,8 @@ use wildmatch::WildMatch;
 
 use super::{Dial, Error, Lane, context};
 use crate::config::{
-    self, Auth, ChoriaIdentity, Connection, Endpoint, Fields, Heartbeats, Host, Place, Problem, Problems, Replication,
-    Scheme,
+    self, Auth, ChoriaIdentity, Connection, Endpoint, Fields, Heartbeats, Host, Json, Place, Problem, Problems,
+    Replication, Scheme,
 };
 
 /// Allows everything by default; cheap to clone.
@@ -81,7 +81,9 @@ impl Rules {
 
     /// [`config::parse`] under these rules.
     pub fn parse(&self, json: &[u8], site: &str) -> Result<Replication, Problems> {
-        self.parse_value(&config::to_value(json)?, site)
+        let json = Json::read(json)?;
+        let result = self.parse_value(&json.value, site);
+        json.checked(result)
     }
 
     /// [`config::parse_value`] under these rules.

@@ -13,7 +13,7 @@ use super::{
     Context, check_size, expected_revision, in_time, refused,
 };
 use crate::{
-    config::{self, Problem, Problems},
+    config::{self, Json, Problem, Problems},
     names::HEARTBEATS_KEY,
     status::Origin,
     store::{Error, WriteError},
@@ -42,13 +42,15 @@ pub(super) async fn heartbeat_set(context: &Context, request: Request) -> Result
     if body.trim_ascii().is_empty() {
         return Err(Failure::new(400, "the request is empty: send the heartbeats, or `{}` to remove them"));
     }
-    let mut document = config::to_value(body).map_err(refused)?;
+    let Json { value: mut document, problems: mut twice } = Json::read(body).map_err(refused)?;
     let stored = context.config.get(HEARTBEATS_KEY).await.map_err(unavailable)?;
-    let before = stored.as_ref().and_then(|entry| config::to_value(&entry.value).ok());
+    let before = stored.as_ref().and_then(|entry| Json::read(&entry.value).ok()).map(|json| json.value);
     let (unmasked, problems) = match &mut document {
         Value::Object(fields) => unmask(context, fields, before.as_ref()),
         _ => (false, Vec::new()),
     };
+    twice.extend(problems);
+    let problems = twice;
     let heartbeats = match context.rules.parse_heartbeats(&document) {
         Ok(heartbeats) if problems.is_empty() => heartbeats,
         result => return Err(refused(all(problems, result.err()))),
