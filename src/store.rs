@@ -17,7 +17,8 @@ pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
 pub use leases::{LeaseChange, LeaseRecord, LeaseStore, SessionRecord, Written};
 pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
 pub use positions::{
-    Claim, ClaimError, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness,
+    Claim, ClaimError, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps,
+    TargetWitness,
 };
 pub use senders::{PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, token as sender_token};
 pub(crate) use trouble::{Trouble, follow};

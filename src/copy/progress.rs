@@ -19,7 +19,7 @@ use crate::{
     config::{Replication, Sharing},
     events::{Event, Events},
     status::{Row, TargetMode},
-    store::{Claim, Orphans, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness},
+    store::{Claim, Orphans, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps, TargetWitness},
 };
 
 /// At most one save in this time while a run is under way.
@@ -115,7 +115,8 @@ impl Ledger {
             && record.unseen_from == self.record.unseen_from;
         let row = row();
         // Nothing moved and nothing is told: a write would say the same again.
-        if same && record.target_mode == self.record.target_mode && self.record.status.as_ref() == Some(&row) {
+        let marked = record.target_mode == self.record.target_mode && record.stamps == self.record.stamps;
+        if same && marked && self.record.status.as_ref() == Some(&row) {
             return true;
         }
         self.start(PositionRecord { status: Some(row), ..record });
@@ -154,6 +155,15 @@ impl Ledger {
         if self.record.sampled.is_some() != sampled.is_some() || self.record.inspected != inspected {
             self.finish().await?;
             self.save_whole(PositionRecord { sampled, inspected, ..self.record.clone() }).await?;
+        }
+        Ok(())
+    }
+
+    /// Notes, before anything is sent, how it is stamped, and what is in flight from before.
+    pub(super) async fn stamps(&mut self, stamps: Stamps) -> Result<(), Error> {
+        if self.record.stamps != Some(stamps) {
+            self.finish().await?;
+            self.save_whole(PositionRecord { stamps: Some(stamps), ..self.record.clone() }).await?;
         }
         Ok(())
     }
@@ -295,6 +305,7 @@ fn saved_seq(record: &PositionRecord) -> u64 {
 pub(super) struct Witnesses<'a> {
     pub window: &'a Window,
     pub mode: TargetMode,
+    pub stamps: Stamps,
     pub source_created: &'a str,
     pub target_created: &'a str,
     /// What is known of senders, with sampling.
@@ -329,6 +340,7 @@ impl Witnesses<'_> {
             }),
             saved_at: Some(chance::now().trunc_subsecs(3)),
             target_mode: self.mode,
+            stamps: Some(self.stamps),
             sampled: self.sampled.map(|sampled| sampled.written_to),
             unseen_from: self.sampled.and_then(|sampled| sampled.unseen_from),
             ..saved.clone()

@@ -10,7 +10,7 @@ use super::{
     locate,
     provenance::{Origin, Tag},
     reader::scan,
-    sharing::{self, Before, Foreign},
+    sharing::{self, Foreign},
     target::limits,
     window::{SourcePoint, TargetPoint},
 };
@@ -23,7 +23,7 @@ use crate::{
         jetstream::{Api, StoredMessage, StreamInfo},
     },
     status::TargetMode,
-    store::{Orphans, PositionRecord, SourceWitness, TargetWitness},
+    store::{Orphans, PositionRecord, SourceWitness, Stamps, TargetWitness},
 };
 
 /// Messages looked at first when a stream is searched from its end; each further step looks at four times as many.
@@ -45,7 +45,7 @@ pub(super) struct Resume {
     /// Whether somebody else writes to the target.
     pub mode: TargetMode,
     /// How the newest message there is stamped.
-    pub before: Before,
+    pub before: Option<Stamps>,
     /// The newest message there that is not ours, among those that were looked at.
     pub foreign: Option<Foreign>,
     /// Messages behind the saved place at the target that were consumed or removed before they were looked at.
@@ -63,7 +63,7 @@ impl Resume {
             target,
             already: Already::default(),
             mode: TargetMode::Exclusive,
-            before: Before::Nothing,
+            before: None,
             foreign: None,
             unseen: 0,
             orphans: None,
@@ -242,10 +242,9 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     resume.already.stored.retain(|known, _| known.0 <= last);
     sides.behind_acks(&mut resume).await?;
     sides.look_for_gap(&mut resume, record.source.is_some());
-    if resume.target.is_some() || record.target.is_some() {
-        let shared = record.target_mode == TargetMode::Shared;
-        resume.before = sides.stamp_at_end().await?.of_run(shared);
-    }
+    let known = resume.target.is_some() || record.target.is_some();
+    let newest = if known && record.stamps.is_none() { sides.stamps_at_end().await? } else { None };
+    resume.before = sharing::stamps_before(record, newest);
     Ok(resume)
 }
 
@@ -626,16 +625,16 @@ impl Sides<'_> {
         Ok(message.and_then(|message| ours(self.tag, sequence, &message.header, None)))
     }
 
-    /// How the newest message of the target is stamped.
-    async fn stamp_at_end(&mut self) -> Result<Before, Error> {
+    /// How the newest message of the target is stamped; `None` where there is none.
+    async fn stamps_at_end(&mut self) -> Result<Option<Stamps>, Error> {
         let (stream, last) = (&self.replication.target.stream, self.target.state.last_seq);
         if last == 0 {
-            return Ok(Before::Nothing);
+            return Ok(None);
         }
         let message = Api::new(self.target_lane).message(stream, last).await?;
         let ours = message.filter(|message| self.tag.origin(&message.header).is_some());
         let chained = ours.is_some_and(|message| headers::last(&message.header, CHAIN).is_some());
-        Ok(if chained { Before::Chain } else { Before::Ids })
+        Ok(Some(if chained { Stamps::Chain } else { Stamps::Ids }))
     }
 
     /// Messages of ours in a range of the target, and the newest that is not.

@@ -215,7 +215,10 @@ impl<'a> Run<'a> {
         let rejects = Rejects::open(&mut source, &replication, &tag, generation, refused);
         let mut writer =
             Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, ledger.record());
-        writer.after(resume.before);
+        if let Some(before) = resume.before {
+            writer.after(before);
+        }
+        ledger.stamps(writer.stamps()).await?;
         let now = Instant::now();
         let mut copy = status.borrow().1.clone();
         if !copy.source.server.is_empty() {
@@ -279,7 +282,7 @@ impl<'a> Run<'a> {
             // Told now, and saved before anything is sent: where few messages of a subject are kept, what is copied again
             // replaces what would tell the next start that the saved place is not what it was.
             let sampled = run.sampler.as_ref().map(Sampler::sampled);
-            let witnesses = witnesses(&run.window, &run.abilities, &run.source_info, &run.target_created, sampled);
+            let witnesses = witnesses(&run.window, &run.writer, &run.source_info, &run.target_created, sampled);
             ledger.save_now(witnesses, row(job, &run.copy)).await?;
         }
         Ok(run)
@@ -372,8 +375,7 @@ impl<'a> Run<'a> {
                 let _ = tokio::time::timeout(LAST_SAVE, flush(&mut self.source)).await;
                 let row = row(self.job, &self.copy);
                 let sampled = self.sampler.as_ref().map(Sampler::sampled);
-                let witnesses =
-                    witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
+                let witnesses = witnesses(&self.window, &self.writer, &self.source_info, &self.target_created, sampled);
                 Ok(ledger.save_now(witnesses, row).await?)
             }
             Err(error) if error.kind == ErrorKind::Superseded => Err(error),
@@ -385,8 +387,7 @@ impl<'a> Run<'a> {
                     ledger.begin_at(self.writer.exact(&self.window));
                 }
                 let row = row(self.job, &self.copy);
-                let witnesses =
-                    witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
+                let witnesses = witnesses(&self.window, &self.writer, &self.source_info, &self.target_created, sampled);
                 match tokio::time::timeout(LAST_SAVE, ledger.save_now(witnesses, row)).await {
                     Ok(Err(conflict @ SaveError::Conflict { .. })) => Err(conflict.into()),
                     // What was not saved is found out at the target.
@@ -912,7 +913,7 @@ impl<'a> Run<'a> {
             sampler.tick(idle, status, now);
         }
         let sampled = self.sampler.as_ref().map(Sampler::sampled);
-        let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
+        let witnesses = witnesses(&self.window, &self.writer, &self.source_info, &self.target_created, sampled);
         let saved = ledger.save(now, witnesses, || row(self.job, &self.copy));
         self.next_tick = now
             + match (idle, saved) {
@@ -1020,12 +1021,19 @@ fn target_limit(already: &Already, writer: &Writer) -> u64 {
 
 fn witnesses<'w>(
     window: &'w Window,
-    abilities: &Abilities,
+    writer: &Writer,
     source: &'w StreamInfo,
     target_created: &'w str,
     sampled: Option<Sampled>,
 ) -> Witnesses<'w> {
-    Witnesses { window, mode: abilities.mode, source_created: &source.created, target_created, sampled }
+    Witnesses {
+        window,
+        mode: writer.mode(),
+        stamps: writer.stamps(),
+        source_created: &source.created,
+        target_created,
+        sampled,
+    }
 }
 
 /// What is to be done with the message that comes next.

@@ -6,7 +6,7 @@ use crate::{
     events::Event,
     nats::jetstream::StreamInfo,
     status::TargetMode,
-    store::PositionRecord,
+    store::{PositionRecord, Stamps},
 };
 
 /// A message at the target that is not of this replication.
@@ -18,22 +18,12 @@ pub(super) struct Foreign {
     pub subject: String,
 }
 
-/// How the newest message at the target is stamped: what an earlier run sent may still be on its way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Before {
-    /// Nothing of ours is known to be there.
-    Nothing,
-    /// It is ours, and sent by the chain.
-    Chain,
-    /// It may be ours, and if so bears an id.
-    Ids,
-}
-
-impl Before {
-    /// Only a run on a shared target may have batches under way whose messages bear ids.
-    pub fn of_run(self, shared: bool) -> Self {
-        if self == Self::Ids && !shared { Self::Nothing } else { self }
-    }
+/// How the messages are stamped that earlier runs sent and that may still be in flight, as far as is known.
+pub(super) fn stamps_before(record: &PositionRecord, newest: Option<Stamps>) -> Option<Stamps> {
+    // Records of older versions do not say it. There, only the newest message at the target can tell, and an id is no
+    // proof: it may be that of another writer, unless the target was shared.
+    let shared = record.target_mode == TargetMode::Shared;
+    record.stamps.or_else(|| newest.filter(|newest| *newest == Stamps::Chain || shared))
 }
 
 /// Why nobody can have this stream for himself; `None` if one writer can.

@@ -13,7 +13,6 @@ use super::{
     provenance::{Origin, Tag},
     reader::Incoming,
     reject::Refusal,
-    sharing::Before,
     target::Abilities,
     transform::{self, Passage, Stamp},
     window::{SourcePoint, Token, Window, WindowError},
@@ -29,7 +28,7 @@ use crate::{
         parser::number,
     },
     status::{Ordering, TargetMode, Transport},
-    store::{PositionRecord, SourceMessage},
+    store::{PositionRecord, SourceMessage, Stamps},
 };
 
 /// Longest protocol line that a server takes (its `max_control_line`); beyond it, it drops the connection.
@@ -147,6 +146,8 @@ pub(super) struct Writer {
     fence: bool,
     /// So many messages bear ids beside the chain: what a run before sent by ids may still arrive.
     overlap: usize,
+    /// How messages of earlier runs are stamped.
+    before: Option<Stamps>,
     /// Nothing has been confirmed by a stream that names itself.
     unproven: bool,
     /// Last sequence of the target before this run: what it stores now lies behind it.
@@ -205,6 +206,7 @@ impl Writer {
             single,
             fence: false,
             overlap: 0,
+            before: None,
             unproven: true,
             floor: target.state.last_seq,
             exact: target.state.last_seq,
@@ -233,16 +235,34 @@ impl Writer {
 
     /// Takes over that the run before stamped its messages in another way, and that some of them may still be on
     /// their way.
-    pub fn after(&mut self, before: Before) {
+    pub fn after(&mut self, before: Stamps) {
         let fast = self.abilities.transport == Transport::FastIngest;
-        match before {
-            Before::Chain => self.fence = fast && !self.chained(),
-            Before::Ids if fast && self.chained() => {
-                let default = Limits::default().messages_in_flight;
-                self.overlap = self.replication.limits.messages_in_flight.max(default);
-            }
-            Before::Ids | Before::Nothing => {}
+        if before.has_chain() {
+            self.fence = fast && !self.chained();
         }
+        if before.has_ids() && fast && self.chained() {
+            let default = Limits::default().messages_in_flight;
+            self.overlap = self.replication.limits.messages_in_flight.max(default);
+        }
+        self.before = Some(before);
+    }
+
+    /// Who else may write to the target.
+    pub fn mode(&self) -> TargetMode {
+        self.abilities.mode
+    }
+
+    /// How the messages of this run are stamped.
+    fn own_stamps(&self) -> Stamps {
+        if self.chained() && !self.single { Stamps::Chain } else { Stamps::Ids }
+    }
+
+    /// How the messages are stamped that may be in flight, those of earlier runs included.
+    pub fn stamps(&self) -> Stamps {
+        // The first message that is confirmed, or the last one with an id, leaves nothing to what came before.
+        let over = if self.chained() { self.overlap == 0 } else { !self.unproven };
+        let before = self.before.filter(|_| !over);
+        before.map_or(self.own_stamps(), |before| before.and(self.own_stamps()))
     }
 
     fn chained(&self) -> bool {

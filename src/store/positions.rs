@@ -39,6 +39,10 @@ pub struct PositionRecord {
     /// Kept because a target that turned out to be shared stays so.
     #[serde(default)]
     pub target_mode: TargetMode,
+    /// How the messages that may be in flight are stamped; `None` where no run has said so. Saved before a run sends
+    /// the first message that is stamped in another way than the record says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stamps: Option<Stamps>,
     /// The position was moved back, and no run has begun since: what lies at the target then is copied again as far
     /// as it comes after the position.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -104,6 +108,36 @@ pub struct TargetWitness {
     pub source_seq: u64,
     /// `created` of the stream; a hint, not an identity.
     pub created: String,
+}
+
+/// What keeps a message from being stored twice, or two runs from writing beside each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stamps {
+    /// `Nats-Expected-Last-Sequence`.
+    Chain,
+    /// `Nats-Msg-Id`.
+    Ids,
+    /// Some of the messages have the one, some the other.
+    Both,
+}
+
+impl Stamps {
+    /// Whether some of the messages may carry an expected sequence and no id.
+    pub fn has_chain(self) -> bool {
+        self != Self::Ids
+    }
+
+    /// Whether some of the messages may carry ids.
+    pub fn has_ids(self) -> bool {
+        self != Self::Chain
+    }
+
+    /// Of these messages and those.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        if self == other { self } else { Self::Both }
+    }
 }
 
 /// The copies, behind all others at the time, whose source messages went with the end of the source. They stay, and
@@ -315,6 +349,7 @@ impl PositionRecord {
             target: None,
             saved_at: None,
             target_mode: TargetMode::default(),
+            stamps: None,
             moved_back: false,
             generation: 0,
             orphans: None,

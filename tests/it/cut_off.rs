@@ -167,3 +167,26 @@ async fn what_a_leader_sent_before_it_stepped_down_does_no_harm_when_it_arrives_
 async fn what_a_leader_sent_before_it_stepped_down_does_no_harm_when_it_arrives_beside_its_successor() -> Result<()> {
     late_messages(true).await
 }
+
+/// The leader publishes one by one with ids; its successor finds a target that takes batches and chains its messages.
+#[tokio::test]
+async fn late_messages_of_another_transport_are_not_stored_twice() -> Result<()> {
+    let pair = Pair::start().await?;
+    assert_eq!(pair.site.row("PLAIN").await.context("a row")?["transport"], "pipelined");
+    pair.proxy.stall();
+    pair.publish(101, 3_100).await?;
+    let sent = |row: &Value| row["in_flight"]["messages"].as_u64() > Some(0);
+    pair.site.row_when("PLAIN", "has messages in flight", sent).await.with_context(|| pair.logs())?;
+    let mut target = pair.site.target().await?;
+    let mut config = target.api("STREAM.INFO.PLAIN", Value::Null).await?["config"].take();
+    config["allow_batched"] = true.into();
+    target.api("STREAM.UPDATE.PLAIN", config).await?;
+    pair.hand_over("one").await?;
+    pair.verify(3_100).await?;
+    assert_eq!(pair.site.row("PLAIN").await.context("a row")?["transport"], "fast_ingest");
+    ensure!(pair.proxy.open() > 0, "nothing is in flight any more");
+    pair.proxy.resume();
+    wait_for("what was in flight to arrive", LIMIT, async || pair.proxy.open() == 0).await?;
+    pair.publish(3_101, 3_200).await?;
+    pair.verify(3_200).await
+}

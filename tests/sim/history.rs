@@ -400,24 +400,22 @@ impl History {
         }
         let header = std::str::from_utf8(arrival.header).map_err(|error| error.to_string())?;
         let rest = header.strip_prefix("NATS/1.0\r\n").ok_or("no version line")?;
-        let (stamp, rest) = rest.split_once("\r\n").ok_or("no stamp")?;
-        match stamp.split_once(": ") {
-            Some(("Nats-Expected-Last-Sequence", last)) if arrival.batched => {
-                if last != (target_seq - 1).to_string() {
-                    return Err("another expected sequence".to_owned());
-                }
+        let (last, rest) = value_of(rest, "Nats-Expected-Last-Sequence");
+        let (id, rest) = value_of(rest, "Nats-Msg-Id");
+        if last.is_some_and(|last| last != (target_seq - 1).to_string()) {
+            return Err("another expected sequence".to_owned());
+        }
+        if let Some(id) = id.filter(|id| id.len() == 32) {
+            let known = original.ids.iter().find(|(of, _)| *of == generation);
+            if known.is_some_and(|(_, known)| known != id) {
+                return Err(format!("had id {known:?} before"));
             }
-            Some(("Nats-Msg-Id", id)) if id.len() == 32 => {
-                let known = original.ids.iter().find(|(of, _)| *of == generation);
-                if known.is_some_and(|(_, known)| known != id) {
-                    return Err(format!("had id {known:?} before"));
-                }
-                original.ids.push((generation, id.to_owned()));
-                if *self.ids.entry(id.to_owned()).or_insert(number) != number {
-                    return Err("an id of another message".to_owned());
-                }
+            original.ids.push((generation, id.to_owned()));
+            if *self.ids.entry(id.to_owned()).or_insert(number) != number {
+                return Err("an id of another message".to_owned());
             }
-            _ => return Err("no stamp".to_owned()),
+        } else if last.is_none() || !arrival.batched {
+            return Err("no stamp".to_owned());
         }
         let rest = rest.strip_prefix("Nats-Expected-Stream: T\r\n").unwrap_or(rest);
         let time_ms = original.time_ns.div_euclid(1_000_000);
@@ -621,4 +619,10 @@ impl History {
 
 fn is_reset(event: &Value) -> bool {
     event["kind"] == "source-reset" || event["kind"] == "target-reset"
+}
+
+/// The value of the header that comes next, if it has this name, and what follows it.
+fn value_of<'h>(rest: &'h str, name: &str) -> (Option<&'h str>, &'h str) {
+    let line = rest.strip_prefix(name).and_then(|rest| rest.strip_prefix(": ")?.split_once("\r\n"));
+    line.map_or((None, rest), |(value, rest)| (Some(value), rest))
 }

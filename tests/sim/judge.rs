@@ -181,7 +181,7 @@ impl Plan {
             // An ack that never comes: the target is asked, and at the latest nothing has moved for 30 s, or the end of a
             // batch has not come for 10 s.
             Fault::Lose(Side::Target, _) => {
-                if self.batched {
+                if self.batched && !self.has(|fault| fault == Fault::Batches) {
                     10
                 } else {
                     30

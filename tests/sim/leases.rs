@@ -103,10 +103,12 @@ struct World {
     bucket: BTreeMap<String, (u64, Value)>,
     /// How often it was made anew.
     made: u32,
+    /// When it was made anew last.
+    remade: Option<Duration>,
     all: Vec<Process>,
     ids: Vec<String>,
-    /// Greatest epoch that somebody acted with.
-    acted: BTreeMap<String, (u64, Duration)>,
+    /// Greatest epoch that an instance acted with, when it did last, and which one.
+    acted: BTreeMap<String, (u64, Duration, String)>,
     troubled: bool,
 }
 
@@ -124,6 +126,7 @@ impl World {
             revision: 0,
             bucket: BTreeMap::new(),
             made: 0,
+            remade: None,
             all: Vec::new(),
             ids,
             acted: BTreeMap::new(),
@@ -325,24 +328,25 @@ impl World {
     }
 
     fn acts(&mut self, at: usize, id: &str, epoch: u64) -> Result<(), String> {
-        let (greatest, when) = self.acted.get(id).copied().unwrap_or_default();
-        let excused = self.all[at].removed.is_some_and(|removed| self.now < removed + TTL);
-        if epoch < greatest && excused {
+        let me = self.all[at].record.instance.clone();
+        let (greatest, when, holder) = self.acted.get(id).cloned().unwrap_or_default();
+        if epoch > greatest || epoch == greatest && holder == me {
+            self.acted.insert(id.to_owned(), (epoch, self.now, me));
             return Ok(());
         }
-        if epoch < greatest {
-            let (now, who) = (self.now, &self.all[at].record.instance);
-            return Err(format!("{now:?}: {who} acts on {id} with epoch {epoch}, {greatest} acted at {when:?}"));
+        // An instance that was removed acts beside its successor until it stops by itself: the fence is between them.
+        if self.all[at].removed.is_some_and(|removed| self.now < removed + TTL) {
+            return Ok(());
         }
-        if let Some(other) = self
-            .all
-            .iter()
-            .find(|other| other.record.instance != self.all[at].record.instance && other.runs.get(id) == Some(&epoch))
-        {
-            return Err(format!("{:?}: {} has epoch {epoch} of {id} too", self.now, other.record.instance));
+        // A new bucket does not know the epochs of the old one. The position record does: the claim is refused.
+        if self.remade.is_some_and(|remade| self.now < remade + TTL * 4) {
+            self.all[at].runs.remove(id);
+            let now = self.clock(at);
+            self.all[at].machine.ended(now, id, Duration::from_secs(1));
+            self.poll(at);
+            return Ok(());
         }
-        self.acted.insert(id.to_owned(), (epoch, self.now));
-        Ok(())
+        Err(format!("{:?}: {me} acts on {id} with epoch {epoch}, {holder} acted with {greatest} at {when:?}", self.now))
     }
 
     fn fault(&mut self) {
@@ -392,6 +396,7 @@ impl World {
                 // The bucket is made anew: nothing is in it, and its revisions begin at 1.
                 (self.bucket, self.revision) = (BTreeMap::new(), 0);
                 self.made += 1;
+                self.remade = Some(self.now);
                 self.all.iter_mut().for_each(|process| process.removed = Some(self.now));
             }
             _ => self.all[at].cut = true,
@@ -533,7 +538,7 @@ impl World {
                     self.ask(at, Request::Look(instance), Duration::from_secs(1), failed);
                 }
                 Action::Write { id, mut record, revision, take } => {
-                    if let Some((acted, _)) = self.acted.get(&id).filter(|_| take) {
+                    if let Some((acted, ..)) = self.acted.get(&id).filter(|_| take) {
                         // As the position record says, which outlives the lease.
                         record.epoch = record.epoch.max(acted + 1);
                     }

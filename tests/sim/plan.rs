@@ -114,6 +114,8 @@ pub enum Fault {
     Pause(Duration),
     /// The target is full for a while.
     Full(Duration),
+    /// The target stream begins or ceases to take fast-ingest batches, while copying processes are killed.
+    Batches,
     /// Somebody else writes so many messages into the target.
     Foreign(u64),
     /// The target restarts without its last messages.
@@ -192,6 +194,22 @@ impl Plan {
                 let time = world.millis(TTL_MS, 4 * TTL_MS);
                 let fault = if world.once_in(2) { Fault::Stop(wild, time) } else { Fault::CutOff(wild, time) };
                 faults.push((at(), fault));
+            }
+        }
+        // Copies change their transport, again and again and with messages in flight.
+        if world.once_in(6) {
+            for _ in 0..world.between(1, 4) {
+                let at = at();
+                faults.push((at, Fault::Batches));
+                for _ in 0..world.between(0, 3) {
+                    let which = world.between(0, instances as u64 - 1) as usize;
+                    let at = at + world.millis(0, 1_500);
+                    faults
+                        .push((at, Fault::CrashAt(which, Step::Bytes(world.between(1, 5_000)), world.millis(1, 500))));
+                }
+                if world.once_in(2) {
+                    faults.push((at, Fault::Slow(Side::Target, Way::To, world.millis(1, 4_000))));
+                }
             }
         }
         // At most one fault that loses data or changes what the streams are.

@@ -252,6 +252,7 @@ impl Scene {
                 sleep(time).await;
                 self.target.with("T", |stream| stream.max_messages = None);
             }
+            Fault::Batches => self.target.with("T", |stream| stream.config.batched = !stream.config.batched),
             Fault::Move { by, back } => {
                 self.paused.set(true);
                 // As the service does: while one runs, or is stopped in the middle, nothing is moved.
