@@ -944,6 +944,8 @@ impl<'a> Run<'a> {
     fn tell(&mut self) {
         let copy = &mut self.copy;
         let position = self.window.position();
+        // As long as nothing settles, the oldest is the same, also where it has not been read (again) yet.
+        let before = copy.lag.filter(|_| copy.position.source_seq == position.seq).and_then(|lag| lag.oldest);
         copy.position =
             Position { source_seq: position.seq, target_seq: self.window.target().map_or(0, |target| target.seq) };
         copy.target.last_seq = Some(self.writer.last_seq());
@@ -959,7 +961,8 @@ impl<'a> Run<'a> {
         // What is replayed for sampling is settled.
         let oldest = oldest.filter(|point| point.seq > position.seq);
         let now = chance::now();
-        let lag = Lag::new(messages, oldest.and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos), now);
+        let stored = oldest.and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
+        let lag = Lag::new(messages, stored.or(before), now);
         copy.lag = Some(lag);
         let oldest = Oldest {
             seq: oldest.map_or(position.seq + 1, |point| point.seq),
