@@ -29,15 +29,17 @@ impl Series {
     async fn until(&mut self, site: &Site, what: &str, when: impl Fn(&Value) -> bool) -> Result<Value> {
         let seen = async {
             loop {
-                let row = site.row(STREAM).await.context("a row")?;
-                self.0.push(row.clone());
-                if when(&row) {
-                    return Ok(row);
+                // There is none in the moment after it was added.
+                if let Some(row) = site.row(STREAM).await {
+                    self.0.push(row.clone());
+                    if when(&row) {
+                        return row;
+                    }
                 }
                 sleep(OFTEN).await;
             }
         };
-        timeout(LONG, seen).await.with_context(|| format!("it never {what}"))?
+        timeout(LONG, seen).await.with_context(|| format!("it never {what}"))
     }
 
     /// States in the order in which they were seen.
