@@ -137,7 +137,8 @@ impl From<SaveError> for Error {
 
 /// Copies until `stop` is cancelled (then what is in the air settles and the position is saved) or something
 /// fails. `status` is kept current a few times a second: counters go on from the values found there, and `state`
-/// goes from [`State::Starting`] to [`State::Running`] once the run has found out where to resume.
+/// goes from [`State::Starting`] to [`State::Running`] once the run has found out where to resume, but from
+/// [`State::Retrying`] and [`State::Held`] only once it has copied or found nothing to copy.
 pub async fn run(
     job: &Job,
     ledger: &mut Ledger,

@@ -42,19 +42,19 @@ const SAMPLED: &[Sampled] = &[
     Sampled { name: "advisor_dropped", help: "Advisories that were dropped because too many waited", kind: MetricType::COUNTER, labels, read: |s| s.advisories_dropped as f64 },
 ];
 
-/// One number of a row.
+/// One number of a row; rows that do not know it have no series.
 struct Reading {
     name: &'static str,
     help: &'static str,
     kind: MetricType,
-    read: fn(&Row) -> f64,
+    read: fn(&Row) -> Option<f64>,
 }
 
-const fn counter(name: &'static str, help: &'static str, read: fn(&Row) -> f64) -> Reading {
+const fn counter(name: &'static str, help: &'static str, read: fn(&Row) -> Option<f64>) -> Reading {
     Reading { name, help, kind: MetricType::COUNTER, read }
 }
 
-const fn gauge(name: &'static str, help: &'static str, read: fn(&Row) -> f64) -> Reading {
+const fn gauge(name: &'static str, help: &'static str, read: fn(&Row) -> Option<f64>) -> Reading {
     Reading { name, help, kind: MetricType::GAUGE, read }
 }
 
@@ -62,34 +62,34 @@ const fn gauge(name: &'static str, help: &'static str, read: fn(&Row) -> f64) ->
 #[rustfmt::skip]
 const READINGS: &[Reading] = &[
     // Choria's.
-    counter("total_messages", "Messages read from the source", |r| r.copy.counters.received as f64),
-    counter("total_bytes", "Bytes of subject, headers and payload read from the source", |r| r.copy.counters.received_bytes as f64),
-    counter("copied_messages", "Messages stored at the target", |r| r.copy.counters.copied as f64),
-    counter("copied_bytes", "Bytes of the messages stored at the target, as read", |r| r.copy.counters.copied_bytes as f64),
-    counter("skipped_messages", "Messages skipped for any reason", |r| skipped(r) as f64),
-    counter("skipped_bytes", "Bytes of the skipped messages, as read", |r| r.copy.counters.skipped_bytes as f64),
-    counter("too_old_messages", "Messages skipped because they were older than max_age", |r| r.copy.counters.skipped_old as f64),
-    counter("handler_error_count", "Runs of the copy that ended with an error", |r| r.copy.counters.errors as f64),
-    counter("meta_parse_failed_count", "Always 0: a message without a place in its stream ends the run, see handler_error_count", |_| 0.0),
-    counter("ack_failed_count", "Messages that the target refused", |r| r.copy.counters.refused as f64),
-    counter("consumer_recreated", "Source consumers made anew after the first", |r| r.copy.counters.consumers_recreated as f64),
-    gauge("stream_sequence", "Source sequence up to which everything is settled", |r| r.copy.position.source_seq as f64),
-    gauge("stream_lag_messages", "Messages in scope that are not settled", |r| r.copy.lag.messages as f64),
+    counter("total_messages", "Messages read from the source", |r| Some(r.copy.counters.received as f64)),
+    counter("total_bytes", "Bytes of subject, headers and payload read from the source", |r| Some(r.copy.counters.received_bytes as f64)),
+    counter("copied_messages", "Messages stored at the target", |r| Some(r.copy.counters.copied as f64)),
+    counter("copied_bytes", "Bytes of the messages stored at the target, as read", |r| Some(r.copy.counters.copied_bytes as f64)),
+    counter("skipped_messages", "Messages skipped for any reason", |r| Some(skipped(r) as f64)),
+    counter("skipped_bytes", "Bytes of the skipped messages, as read", |r| Some(r.copy.counters.skipped_bytes as f64)),
+    counter("too_old_messages", "Messages skipped because they were older than max_age", |r| Some(r.copy.counters.skipped_old as f64)),
+    counter("handler_error_count", "Runs of the copy that ended with an error", |r| Some(r.copy.counters.errors as f64)),
+    counter("meta_parse_failed_count", "Always 0: a message without a place in its stream ends the run, see handler_error_count", |_| Some(0.0)),
+    counter("ack_failed_count", "Messages that the target refused", |r| Some(r.copy.counters.refused as f64)),
+    counter("consumer_recreated", "Source consumers made anew after the first", |r| Some(r.copy.counters.consumers_recreated as f64)),
+    gauge("stream_sequence", "Source sequence up to which everything is settled", |r| Some(r.copy.position.source_seq as f64).filter(|_| r.knows_position())),
+    gauge("stream_lag_messages", "Messages in scope that are not settled; absent where the source does not tell", |r| r.copy.lag.map(|lag| lag.messages as f64)),
     // Ours.
-    gauge("stream_lag_seconds", "Age of the oldest message in scope that is not settled", |r| r.copy.lag.seconds),
-    gauge("in_flight_messages", "Messages read and not settled", |r| r.copy.in_flight.messages as f64),
-    gauge("in_flight_bytes", "Bytes of the messages read and not settled", |r| r.copy.in_flight.bytes as f64),
-    counter("skipped_sampled_messages", "Messages skipped by sampling", |r| r.copy.counters.skipped_sampled as f64),
-    counter("skipped_filtered_messages", "Messages skipped by a filter or because they had been here before", |r| r.copy.counters.skipped_filtered as f64),
-    counter("skipped_incomplete_messages", "Descriptions of objects skipped because the target does not have all of their chunks", |r| r.copy.counters.skipped_incomplete as f64),
-    counter("skipped_refused_messages", "Messages skipped, by request or by on_reject, because the target can never store them", |r| r.copy.counters.skipped_refused as f64),
-    counter("dead_lettered_messages", "Messages published to the dead letter subject", |r| r.copy.counters.dead_lettered as f64),
-    counter("gap_messages", "Source messages that were gone before they were read", |r| r.copy.counters.gap_messages as f64),
-    counter("headers_removed", "Headers left out because the target does not allow them", |r| r.copy.counters.headers_removed as f64),
-    gauge("epoch", "Grows with every new holder of the replication", |r| r.epoch as f64),
-    gauge("source_connected", "1 while the source connection is up", |r| f64::from(u8::from(r.copy.source.connected))),
-    gauge("target_connected", "1 while the target connection is up", |r| f64::from(u8::from(r.copy.target.connected))),
-    gauge("target_sequence", "Sequence of the newest message of ours at the target", |r| r.copy.position.target_seq as f64),
+    gauge("stream_lag_seconds", "Age of the oldest message in scope that is not settled, counted when it is read; absent where it is not known", |r| r.copy.lag?.seconds),
+    gauge("in_flight_messages", "Messages read and not settled", |r| Some(r.copy.in_flight.messages as f64)),
+    gauge("in_flight_bytes", "Bytes of the messages read and not settled", |r| Some(r.copy.in_flight.bytes as f64)),
+    counter("skipped_sampled_messages", "Messages skipped by sampling", |r| Some(r.copy.counters.skipped_sampled as f64)),
+    counter("skipped_filtered_messages", "Messages skipped by a filter or because they had been here before", |r| Some(r.copy.counters.skipped_filtered as f64)),
+    counter("skipped_incomplete_messages", "Descriptions of objects skipped because the target does not have all of their chunks", |r| Some(r.copy.counters.skipped_incomplete as f64)),
+    counter("skipped_refused_messages", "Messages skipped, by request or by on_reject, because the target can never store them", |r| Some(r.copy.counters.skipped_refused as f64)),
+    counter("dead_lettered_messages", "Messages published to the dead letter subject", |r| Some(r.copy.counters.dead_lettered as f64)),
+    counter("gap_messages", "Source messages that were gone before they were read", |r| Some(r.copy.counters.gap_messages as f64)),
+    counter("headers_removed", "Headers left out because the target does not allow them", |r| Some(r.copy.counters.headers_removed as f64)),
+    gauge("epoch", "Grows with every new holder of the replication", |r| Some(r.epoch as f64)),
+    gauge("source_connected", "1 while the source connection is up", |r| Some(f64::from(u8::from(r.copy.source.connected)))),
+    gauge("target_connected", "1 while the target connection is up", |r| Some(f64::from(u8::from(r.copy.target.connected)))),
+    gauge("target_sequence", "Sequence of the newest message of ours at the target", |r| Some(r.copy.position.target_seq as f64).filter(|_| r.knows_position())),
 ];
 
 /// Every state and its label.
@@ -253,7 +253,8 @@ fn series(labels: Vec<LabelPair>, kind: MetricType, value: f64) -> Metric {
 }
 
 fn reading_family(reading: &Reading, rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
-    let all = rows.iter().map(|(row, labels)| series((*labels).clone(), reading.kind, (reading.read)(row))).collect();
+    let known = rows.iter().filter_map(|(row, labels)| Some((labels, (reading.read)(row)?)));
+    let all = known.map(|(labels, value)| series((*labels).clone(), reading.kind, value)).collect();
     family(format!("{PREFIX}{}", reading.name), reading.help, reading.kind, all)
 }
 
@@ -405,7 +406,7 @@ mod tests {
         copy.counters.skipped_old = 1;
         copy.counters.skipped_filtered = 1;
         copy.position.source_seq = 42;
-        copy.lag.seconds = 1.5;
+        copy.lag = Some(status::Lag { messages: 2, seconds: Some(1.5), oldest: None });
         copy.processing.observe(0.002, 2);
         copy.processing.observe(60.0, 1);
         Row {
@@ -416,6 +417,7 @@ mod tests {
             epoch: 3,
             config_revision: 7,
             copy,
+            todo: None,
         }
     }
 
@@ -434,6 +436,21 @@ mod tests {
         check(&text, &format!("choria_stream_replicator_replicator_skipped_messages{labels} 2"));
         check(&text, &format!("choria_stream_replicator_replicator_stream_sequence{labels} 42"));
         check(&text, &format!("choria_stream_replicator_replicator_stream_lag_seconds{labels} 1.5"));
+    }
+
+    #[test]
+    fn what_is_not_known_has_no_value() {
+        let mut unknown = row("NEVER");
+        unknown.leader = None;
+        unknown.copy = CopyStatus::default();
+        let text = render("US", &[row("ORDERS"), unknown], 0).unwrap();
+        for name in ["stream_lag_messages", "stream_lag_seconds", "stream_sequence", "target_sequence"] {
+            let prefix = format!("choria_stream_replicator_replicator_{name}{{");
+            let found: Vec<_> = text.lines().filter(|line| line.starts_with(&prefix)).collect();
+            assert!(found.len() == 1 && found[0].contains("\"ORDERS\""), "{name} in\n{text}");
+        }
+        let labels = r#"{stream="NEVER",replicator="US",worker="US"}"#;
+        check(&text, &format!("choria_stream_replicator_replicator_source_connected{labels} 0"));
     }
 
     #[test]

@@ -25,6 +25,66 @@ pub struct Row {
     /// What the copy says.
     #[serde(flatten)]
     pub copy: CopyStatus,
+    /// What the operator should do, in short; `null` where nothing is to be done.
+    #[serde(rename = "do", default)]
+    pub todo: Option<String>,
+}
+
+impl Row {
+    /// Brings everything that depends on the time up to `now`, the source's time: to be called when a row is read.
+    pub fn at(&mut self, now: DateTime<Utc>) {
+        let copy = &mut self.copy;
+        if let Some(lag) = &mut copy.lag {
+            let passed = lag.at(now);
+            if let Some(headroom) = &mut copy.headroom {
+                headroom.seconds = (headroom.seconds - passed).max(0.0);
+            }
+        }
+        self.todo = self.advice();
+    }
+
+    /// The leader is gone, or has not reported for itself yet: so are its connections and what was in flight, and whether
+    /// nothing waits any more is not known.
+    pub fn not_running(&mut self) {
+        let Self { copy, .. } = self;
+        (copy.source.connected, copy.target.connected) = (false, false);
+        copy.in_flight = InFlight::default();
+        copy.lag = copy.lag.filter(|lag| lag.messages > 0);
+        if copy.lag.is_none() {
+            (copy.source.first_seq, copy.source.last_seq) = (None, None);
+        }
+    }
+
+    /// Whether it is known up to where everything is settled; otherwise the position is 0 only because nothing is known.
+    pub fn knows_position(&self) -> bool {
+        self.leader.is_some() || self.copy.position.source_seq > 0
+    }
+
+    fn advice(&self) -> Option<String> {
+        let error = self.copy.last_error.as_ref().filter(|error| error.current);
+        let low = self.copy.headroom.is_some_and(|headroom| headroom.seconds < headroom.low_below);
+        let advice = match (self.state, error) {
+            (State::Held, Some(LastError { source_seq: Some(seq), .. })) => {
+                return Some(format!("let the target take source message {seq}, or skip it: `skip`"));
+            }
+            (State::Held, _) => "change what `last_error` names; it is tried every 10 s, at once with `retry`",
+            (State::Invalid, _) => "correct the document: `last_error` names its problems",
+            (State::Running | State::Paused, Some(error)) if error.kind == "invalid" => {
+                "correct the newest revision of the document: `last_error` names its problems"
+            }
+            (State::Retrying, _) => {
+                "nothing if it ends within minutes; otherwise check the server that `last_error` names"
+            }
+            (State::Stopped, _) => "nothing if an instance takes it over soon; otherwise check `instances`",
+            (State::Paused, _) if low => {
+                "`resume` it, or give the source stream more room: it will soon remove messages"
+            }
+            (State::Paused, _) => "`resume` it when it should continue",
+            (State::Running, _) if low => "give the source stream more room, or find out what slows the copy down",
+            (State::Starting | State::Running, _) => return None,
+        };
+        Some(advice.to_owned())
+    }
 }
 
 /// Where a document lives.
@@ -55,15 +115,15 @@ impl Origin {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Connecting, or finding out where to resume.
+    /// Connecting, or finding out where to resume, for the first time: after an error it stays `retrying` or `held`.
     Starting,
     /// Copying, or waiting for messages to copy.
     Running,
     /// Stopped by request, position kept.
     Paused,
-    /// An error passed or is passing; the next try is scheduled.
+    /// A run ended with a transient error, and none since has copied or found nothing to copy.
     Retrying,
-    /// Something that only people or the target can change; tried again slowly.
+    /// Something that only people or the target can change; tried again slowly, and `held` meanwhile.
     Held,
     /// The document cannot run.
     Invalid,
@@ -87,8 +147,8 @@ pub struct CopyStatus {
     pub target: TargetStatus,
     /// What is settled.
     pub position: Position,
-    /// How far behind.
-    pub lag: Lag,
+    /// How far behind; `null` where the source has not been asked or does not answer.
+    pub lag: Option<Lag>,
     /// How long the source still keeps what is not copied yet; `null` where nothing lags, nothing limits the source, or
     /// it is not known.
     pub headroom: Option<Headroom>,
@@ -104,7 +164,7 @@ pub struct CopyStatus {
     pub counters: Counters,
     /// What sampling knows and tells; `null` without it.
     pub sampling: Option<SamplingStatus>,
-    /// The last error, kept after it passed.
+    /// The last error; kept when it is over, with `current` as `false`.
     pub last_error: Option<LastError>,
     /// Time from read to settled; a metric only.
     #[serde(skip)]
@@ -121,10 +181,10 @@ pub struct SourceStatus {
     pub server: String,
     /// Whether the lane is up.
     pub connected: bool,
-    /// First sequence of the stream when last asked.
-    pub first_seq: u64,
-    /// Last sequence of the stream when last heard.
-    pub last_seq: u64,
+    /// First sequence of the stream, from the same check as `lag`; `null` where that is.
+    pub first_seq: Option<u64>,
+    /// Last sequence of the stream, from the same check as `lag`; `null` where that is.
+    pub last_seq: Option<u64>,
 }
 
 /// Target side of a row.
@@ -137,8 +197,8 @@ pub struct TargetStatus {
     pub server: String,
     /// Whether the lane is up.
     pub connected: bool,
-    /// Last sequence of the stream that we know of.
-    pub last_seq: u64,
+    /// Last sequence of the stream that we know of; `null` before the first run.
+    pub last_seq: Option<u64>,
 }
 
 /// The source sequence up to which everything is settled, and the newest message of ours at the target.
@@ -147,7 +207,7 @@ pub struct TargetStatus {
 pub struct Position {
     /// Source sequence.
     pub source_seq: u64,
-    /// Target sequence.
+    /// Target sequence; 0 while none of ours is known to be there.
     pub target_seq: u64,
 }
 
@@ -157,8 +217,38 @@ pub struct Position {
 pub struct Lag {
     /// Messages in scope that are not settled.
     pub messages: u64,
-    /// Age of the oldest of them, seconds; 0 when there is none.
-    pub seconds: f64,
+    /// Age of the oldest of them at the time of the answer, seconds; 0 when there is none, `null` when it is not known.
+    pub seconds: Option<f64>,
+    /// Stored time of the oldest of them; absent when there is none or it is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oldest: Option<DateTime<Utc>>,
+}
+
+impl Lag {
+    /// So many messages wait, the oldest of them stored at `oldest`, as seen at `now`, the source's time.
+    pub fn new(messages: u64, oldest: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Self {
+        let mut lag = Self { messages, seconds: None, oldest: oldest.filter(|_| messages > 0) };
+        lag.at(now);
+        lag
+    }
+
+    /// Counts the seconds up to `now`; returns how many passed since they were counted last.
+    fn at(&mut self, now: DateTime<Utc>) -> f64 {
+        let seconds = match self.oldest {
+            _ if self.messages == 0 => Some(0.0),
+            Some(oldest) => Some(seconds_between(oldest, now)),
+            // As an older program left it, which saved no time.
+            None => self.seconds,
+        };
+        let passed = seconds.zip(self.seconds).map_or(0.0, |(now, before)| (now - before).max(0.0));
+        self.seconds = seconds;
+        passed
+    }
+}
+
+/// Seconds from the stored time of a message to `now`, which is the source's time; none for one that is younger.
+pub fn seconds_between(stored: DateTime<Utc>, now: DateTime<Utc>) -> f64 {
+    (now - stored).as_seconds_f64().max(0.0)
 }
 
 /// How long the source still keeps the oldest message that is not copied yet.
@@ -328,6 +418,9 @@ pub struct LastError {
     pub kind: String,
     /// What happened, without secrets.
     pub message: String,
+    /// Whether it is still so; `false` once it is over.
+    #[serde(default = "yes")]
+    pub current: bool,
     /// Source sequence of the message that can never be stored, if it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_seq: Option<u64>,
@@ -346,10 +439,21 @@ impl LastError {
             at: chance::now(),
             kind: kind.to_owned(),
             message: message.to_owned(),
+            current: true,
             source_seq: None,
             source_time_ns: None,
         }
     }
+
+    /// What a copy that runs proves to be over: everything but a wrong document.
+    pub fn ran(&mut self) {
+        self.current &= self.kind == "invalid";
+    }
+}
+
+/// An older program does not say whether an error is over.
+fn yes() -> bool {
+    true
 }
 
 /// Times in seconds, counted in fixed buckets.
@@ -370,5 +474,115 @@ impl Histogram {
         let bucket = Self::BOUNDS.partition_point(|bound| *bound < seconds);
         self.counts[bucket] += times;
         self.sum += seconds * times as f64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn time(second: i64) -> DateTime<Utc> {
+        DateTime::from_timestamp(1_800_000_000 + second, 0).unwrap()
+    }
+
+    fn row(state: State, lag: Option<Lag>) -> Row {
+        Row {
+            replication: "ORDERS".to_owned(),
+            state,
+            origin: "kv".to_owned(),
+            leader: Some("one".to_owned()),
+            epoch: 1,
+            config_revision: 1,
+            copy: CopyStatus { lag, ..CopyStatus::default() },
+            todo: None,
+        }
+    }
+
+    #[test]
+    fn the_age_of_what_waits_is_counted_when_it_is_read() {
+        let waits = Lag::new(5, Some(time(0)), time(3));
+        assert_eq!(waits.seconds, Some(3.0));
+        let mut row = row(State::Held, Some(waits));
+        row.copy.headroom = Some(Headroom { seconds: 50.0, limit: RetentionLimit::Age, low_below: 10.0 });
+        // As it is saved and read elsewhere.
+        let mut row: Row = serde_json::from_value(serde_json::to_value(row).unwrap()).unwrap();
+        for (now, lag, headroom) in
+            [(3, 3.0, 50.0), (10, 10.0, 43.0), (10, 10.0, 43.0), (9, 9.0, 43.0), (90, 90.0, 0.0)]
+        {
+            row.at(time(now));
+            let left = row.copy.headroom.map(|headroom| headroom.seconds);
+            assert_eq!((row.copy.lag.and_then(|lag| lag.seconds), left), (Some(lag), Some(headroom)), "{now}");
+        }
+        // A source whose clock is ahead.
+        row.at(time(-5));
+        assert_eq!(row.copy.lag.and_then(|lag| lag.seconds), Some(0.0));
+    }
+
+    #[test]
+    fn what_is_not_known_is_no_number() {
+        let seconds = |messages, oldest| Lag::new(messages, oldest, time(3)).seconds;
+        assert_eq!((seconds(0, None), seconds(0, Some(time(0))), seconds(5, None)), (Some(0.0), Some(0.0), None));
+        let json = serde_json::to_value(row(State::Starting, None)).unwrap();
+        for field in ["/lag", "/source/first_seq", "/source/last_seq", "/target/last_seq", "/headroom", "/do"] {
+            assert_eq!(json.pointer(field), Some(&serde_json::Value::Null), "{field} of {json}");
+        }
+        let json = serde_json::to_value(Lag::new(0, None, time(0))).unwrap();
+        assert_eq!(json, serde_json::json!({"messages": 0, "seconds": 0.0}));
+    }
+
+    #[test]
+    fn a_row_of_an_older_program_is_read() {
+        let mut json = serde_json::to_value(row(State::Retrying, None)).unwrap();
+        json.as_object_mut().unwrap().remove("do");
+        json["lag"] = serde_json::json!({"messages": 5, "seconds": 1.5});
+        json["source"]["last_seq"] = 10.into();
+        json["last_error"] = serde_json::json!({"at": time(0), "kind": "retry", "message": "timed out"});
+        let mut row: Row = serde_json::from_value(json).unwrap();
+        row.at(time(100));
+        assert_eq!((row.copy.lag.and_then(|lag| lag.seconds), row.copy.source.last_seq), (Some(1.5), Some(10)));
+        assert!(row.copy.last_error.is_some_and(|error| error.current));
+    }
+
+    #[test]
+    fn without_a_leader_it_is_not_known_that_nothing_waits() {
+        let mut caught_up = row(State::Stopped, Some(Lag::new(0, None, time(0))));
+        caught_up.copy.source = SourceStatus { connected: true, last_seq: Some(10), ..SourceStatus::default() };
+        caught_up.copy.in_flight = InFlight { messages: 3, bytes: 30 };
+        caught_up.not_running();
+        let CopyStatus { lag, source, in_flight, .. } = caught_up.copy;
+        assert_eq!((lag, source.connected, source.last_seq), (None, false, None));
+        assert_eq!(in_flight, InFlight::default());
+        let mut behind = row(State::Stopped, Some(Lag::new(5, Some(time(0)), time(0))));
+        behind.not_running();
+        behind.at(time(60));
+        assert_eq!(behind.copy.lag.and_then(|lag| lag.seconds), Some(60.0));
+    }
+
+    #[test]
+    fn what_to_do_follows_from_the_state_and_the_error() {
+        let advice = |state, kind: &str, source_seq| {
+            let mut row = row(state, None);
+            row.copy.last_error = Some(LastError { source_seq, ..LastError::now(kind, "why") });
+            row.at(time(0));
+            row.todo
+        };
+        assert_eq!(
+            advice(State::Held, "hold", Some(7)).as_deref(),
+            Some("let the target take source message 7, or skip it: `skip`")
+        );
+        assert!(advice(State::Held, "hold", None).is_some_and(|text| text.contains("`retry`")));
+        assert!(advice(State::Running, "invalid", None).is_some_and(|text| text.contains("document")));
+        assert_eq!(advice(State::Running, "retry", None), None);
+        assert_eq!(advice(State::Starting, "retry", None), None);
+    }
+
+    #[test]
+    fn an_error_is_over_when_it_copies_but_a_wrong_document_stays_wrong() {
+        let after = |kind| {
+            let mut error = LastError::now(kind, "why");
+            error.ran();
+            error.current
+        };
+        assert_eq!(LastError::KINDS.map(after), [false, false, false, true]);
     }
 }

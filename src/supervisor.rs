@@ -37,6 +37,7 @@ use self::{
     replication::{Context, Life},
 };
 use crate::{
+    chance,
     copy::{Budget, Error, ErrorKind, Samples},
     events::Events,
     lease::Leases,
@@ -212,9 +213,12 @@ impl Handle {
         if !board.leads() {
             return self.leaders_row(record, own);
         }
-        if own.state == State::Paused {
-            // Moved, perhaps, by another instance.
-            own.copy.position.source_seq = record.source.map_or(0, |source| source.seq);
+        let position = record.source.map_or(0, |source| source.seq);
+        if own.state == State::Paused && own.copy.position.source_seq != position {
+            // Moved by another instance: what waits behind it is not known yet.
+            own.copy.position.source_seq = position;
+            (own.copy.lag, own.copy.headroom) = (None, None);
+            (own.copy.source.first_seq, own.copy.source.last_seq) = (None, None);
         }
         own
     }
@@ -237,7 +241,12 @@ impl Handle {
         {
             // Nobody waits for what has stopped and looks caught up.
             row.state = State::Retrying;
+            row.not_running();
         }
+        if matches!(row.state, State::Stopped | State::Starting) {
+            row.not_running();
+        }
+        row.at(chance::now());
         row
     }
 

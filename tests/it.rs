@@ -79,6 +79,8 @@ mod scale;
 mod schemas;
 #[path = "it/secrets.rs"]
 mod secrets;
+#[path = "it/states.rs"]
+mod states;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
 #[path = "it/wire_clusters.rs"]

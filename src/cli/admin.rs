@@ -143,8 +143,9 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
         let copied = copied.map_or_else(|| "never".to_owned(), ago);
         let colour = if advised { Colour::Yellow } else { Colour::Plain };
         let missing = if advised { "missing" } else { "" };
-        let cells =
-            vec![clean(&sender), ago(seen), copied, bytes(size.into()), sequence.to_string(), missing.to_owned()];
+        let size = size.map_or_else(|| "-".to_owned(), |size| bytes(size.into()));
+        let sequence = sequence.map_or_else(|| "-".to_owned(), |sequence| sequence.to_string());
+        let cells = vec![clean(&sender), ago(seen), copied, size, sequence, missing.to_owned()];
         table.row(colour, cells);
     }
     out.table(&table);

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chrono::Utc;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -16,7 +17,7 @@ use super::{
 };
 use crate::{
     control::api::{NamedRequest, Status},
-    status::{Headroom, Ordering, RetentionLimit, Row, TargetMode, Transport},
+    status::{Headroom, Lag, LastError, Ordering, RetentionLimit, Row, TargetMode, Transport},
 };
 
 /// An answer that does not come within this time is asked for again by who waits long.
@@ -125,14 +126,14 @@ fn table(rows: &[Row], rates: Option<&[Option<f64>]>) -> Table {
         let mut cells = vec![
             row.replication.clone(),
             state_name(row.state),
-            count(copy.lag.messages),
-            seconds(copy.lag.seconds),
-            count(copy.position.source_seq),
+            known(copy.lag.map(|lag| count(lag.messages))),
+            known(copy.lag.and_then(|lag| lag.seconds).map(seconds)),
+            known(row.knows_position().then(|| count(copy.position.source_seq))),
         ];
         if let Some(rates) = rates {
             cells.push(rate(rates.get(index).copied().flatten()));
         }
-        let error = copy.last_error.as_ref().map_or_else(String::new, |error| shortened(&error.message));
+        let error = current_error(row).map_or_else(String::new, |error| shortened(&error.message));
         cells.extend([transport(copy.transport).to_owned(), leader(row), error]);
         table.row(state_colour(row.state), cells);
     }
@@ -164,8 +165,8 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
                 source.stream,
                 server(&source.server),
                 connected(source.connected),
-                count(source.first_seq),
-                count(source.last_seq)
+                known(source.first_seq.map(count)),
+                known(source.last_seq.map(count))
             ),
         ),
         (
@@ -175,11 +176,11 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
                 target.stream,
                 server(&target.server),
                 connected(target.connected),
-                count(target.last_seq)
+                known(target.last_seq.map(count))
             ),
         ),
         ("position", format!("source {}, target {}", count(copy.position.source_seq), count(copy.position.target_seq))),
-        ("lag", format!("{}, {}", counted(copy.lag.messages, "message"), seconds(copy.lag.seconds))),
+        ("lag", lag(copy.lag, ", ")),
         ("headroom", headroom(copy.headroom)),
         ("transport", format!("{}, {mode}, {order} order", transport(copy.transport))),
         ("in flight", format!("{}, {}", counted(copy.in_flight.messages, "message"), bytes(copy.in_flight.bytes))),
@@ -213,10 +214,15 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
     fields.push(("errors", count(counters.errors)));
     if let Some(error) = &copy.last_error {
         let message = clean(&error.message);
-        fields.push(("last error", format!("{}, {}: {message}", time(error.at), error.kind)));
+        let age = seconds((Utc::now() - error.at).as_seconds_f64());
+        let over = if error.current { "" } else { ", over" };
+        fields.push(("last error", format!("{}, {age} ago{over}, {}: {message}", time(error.at), error.kind)));
         if let Some(seq) = error.source_seq {
             fields.push(("message", format!("source sequence {seq} can never be stored")));
         }
+    }
+    if let Some(todo) = &row.todo {
+        fields.push(("do", clean(todo)));
     }
     let head = out.paint(Colour::Bold, &clean(&row.replication));
     let fields = fields.into_iter().map(|(name, text)| format!("  {name:<11} {text}"));
@@ -226,17 +232,32 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
 /// One row in one line.
 pub(super) fn line(row: &Row) -> String {
     let copy = &row.copy;
-    let error = copy.last_error.as_ref().map(|error| format!(", last error: {}", error.message));
+    let error = current_error(row).map(|error| format!(", last error: {}", error.message));
     clean(&format!(
-        "{} {}, lag {} and {}, position {}, leader {}{}",
+        "{} {}, lag {}, position {}, leader {}{}",
         row.replication,
         state_name(row.state),
-        counted(copy.lag.messages, "message"),
-        seconds(copy.lag.seconds),
-        copy.position.source_seq,
+        lag(copy.lag, " and "),
+        known(row.knows_position().then(|| copy.position.source_seq.to_string())),
         leader(row),
         error.unwrap_or_default()
     ))
+}
+
+/// `-` where it is not known.
+fn known(text: Option<String>) -> String {
+    text.unwrap_or_else(|| "-".to_owned())
+}
+
+/// How far behind, in words: messages and seconds.
+pub(super) fn lag(lag: Option<Lag>, between: &str) -> String {
+    let Some(lag) = lag else { return "-".to_owned() };
+    format!("{}{between}{}", counted(lag.messages, "message"), known(lag.seconds.map(seconds)))
+}
+
+/// The last error, as long as it matters.
+fn current_error(row: &Row) -> Option<&LastError> {
+    row.copy.last_error.as_ref().filter(|error| error.current)
 }
 
 fn leader(row: &Row) -> String {

@@ -9,8 +9,8 @@ use super::{
     config::state_name,
     error::{Error, Verdict},
     output::Output,
-    status::View,
-    words::{counted, seconds},
+    status::{View, lag},
+    words::counted,
 };
 use crate::status::{Row, State};
 
@@ -105,7 +105,7 @@ fn look(rows: &[Row], one: bool) -> Result<String, Error> {
 
 fn stand(row: &Row) -> Stand {
     match row.state {
-        State::Running if row.copy.lag.messages == 0 => Stand::CaughtUp,
+        State::Running if row.copy.lag.is_some_and(|lag| lag.messages == 0) => Stand::CaughtUp,
         State::Running | State::Starting | State::Retrying => Stand::Behind,
         State::Held | State::Invalid | State::Stopped => Stand::Stuck,
         State::Paused => Stand::Paused,
@@ -128,7 +128,7 @@ fn named(rows: &[&Row]) -> String {
         let (id, state, copy) = (&row.replication, state_name(row.state), &row.copy);
         match (row.state, &copy.last_error) {
             (State::Running, _) => {
-                format!("`{id}` is behind by {}, {}", counted(copy.lag.messages, "message"), seconds(copy.lag.seconds))
+                format!("`{id}` is behind by {}", lag(copy.lag, ", "))
             }
             (State::Starting | State::Paused, _) | (_, None) => format!("`{id}` is {state}"),
             (_, Some(error)) => format!("`{id}` is {state}: {}", error.message),

@@ -123,17 +123,18 @@ impl Changes {
             }
         };
         self.error.clear();
-        let rows = view.rows().iter().zip(view.raw_rows());
-        let now: BTreeMap<_, _> = rows.map(|(row, raw)| (row.replication.clone(), (line(row), raw))).collect();
-        for (id, (words, raw)) in &now {
-            let before = self.told.get(id);
+        let mut now = BTreeMap::new();
+        for (row, raw) in view.rows().iter().zip(view.raw_rows()) {
+            let change = (line(&timeless(row)), timeless_value(raw.clone()));
+            let before = self.told.get(&row.replication);
             if out.json() {
-                if before.is_none_or(|(_, before)| before != raw) {
-                    out.value(raw);
+                if before.is_none_or(|(_, before)| *before != change.1) {
+                    out.value(&raw);
                 }
-            } else if before.is_none_or(|(before, _)| before != words) {
-                out.line(&format!("{} {words}", time(Utc::now())));
+            } else if before.is_none_or(|(before, _)| *before != change.0) {
+                out.line(&format!("{} {}", time(Utc::now()), line(row)));
             }
+            now.insert(row.replication.clone(), change);
         }
         for id in self.told.keys().filter(|id| !now.contains_key(*id)) {
             if out.json() {
@@ -145,4 +146,23 @@ impl Changes {
         self.told = now;
         out.flush();
     }
+}
+
+/// A row without what changes by the passing of time alone.
+fn timeless(row: &Row) -> Row {
+    let mut row = row.clone();
+    if let Some(lag) = &mut row.copy.lag {
+        lag.seconds = lag.seconds.map(|seconds| if seconds > 0.0 { 1.0 } else { 0.0 });
+    }
+    row
+}
+
+/// The same of a row as it was sent.
+fn timeless_value(mut row: Value) -> Value {
+    for seconds in ["/lag/seconds", "/headroom/seconds"] {
+        if let Some(value) = row.pointer_mut(seconds) {
+            *value = Value::Null;
+        }
+    }
+    row
 }

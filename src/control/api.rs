@@ -294,12 +294,12 @@ pub struct SenderRow {
     pub seen: DateTime<Utc>,
     /// Stored time of its message that was copied last; `null` if none was.
     pub copied: Option<DateTime<Utc>>,
-    /// Bytes of that message's payload.
-    pub size: u32,
+    /// Bytes of that message's payload; `null` if none was.
+    pub size: Option<u32>,
     /// Whether it is unseen for `warn_duration` and that was told.
     pub advised: bool,
-    /// Source sequence of the message that was copied last.
-    pub sequence: u64,
+    /// Source sequence of the message that was copied last; `null` if none was.
+    pub sequence: Option<u64>,
 }
 
 /// Reply of `config.get`.

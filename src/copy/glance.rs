@@ -1,11 +1,12 @@
 //! A look at the source of a replication that does not run: what waits there, and what is going to be removed. Over a
 //! connection of its own, which is closed at once.
 
+use chrono::DateTime;
 use tokio::time::{Duration, Instant, timeout};
 
 use super::{
     Budget, Error, ErrorKind,
-    headroom::{Looks, Oldest, Outlook, Retention},
+    headroom::{Looks, Oldest, Outlook, Retention, Waiting},
     reader::{Range, Reader},
 };
 use crate::{
@@ -26,6 +27,10 @@ const FIRST: Duration = Duration::from_secs(5);
 pub struct Glance {
     /// Messages in scope behind the position.
     pub lag: Lag,
+    /// First sequence of the stream.
+    pub first_seq: u64,
+    /// Last sequence of the stream; it agrees with the lag.
+    pub last_seq: u64,
     /// How long the oldest of them will still be there; nothing waits: [`Outlook::Safe`].
     pub outlook: Outlook,
     /// How long the source keeps a message that comes now, seconds, as it looks; `None` where nothing removes it.
@@ -45,22 +50,25 @@ pub async fn glance(
     let info = Api::new(&mut lane).stream_info(stream).await?;
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
     let retention = Retention::of(&info);
-    looks.add(Instant::now(), info.state);
+    looks.add(Instant::now(), info.state.clone());
     let kept = looks.kept(&retention);
     let range = Range { stream, filters: replication.scope.filters(), from: position + 1, headers_only: true };
     let mut reader = Reader::open(&mut lane, &range, AHEAD).await?;
-    let messages = reader.pending();
+    let pending = reader.pending();
     let first = timeout(FIRST, first(&mut lane, &mut reader)).await;
     reader.close(&mut lane);
     let _ = timeout(FIRST, lane.turn()).await;
     let first = first.map_err(|_| Error::new(ErrorKind::Retry, format!("nothing came for {FIRST:?}")))??;
-    let Some((seq, time_ns)) = first else {
-        return Ok(Glance { lag: Lag::default(), outlook: Outlook::Safe, kept });
-    };
-    let now_ns = chance::now().timestamp_nanos_opt().unwrap_or_default();
-    let age = Duration::from_nanos(now_ns.saturating_sub(time_ns).max(0) as u64);
-    let outlook = looks.outlook(&retention, &Oldest { seq, age: Some(age) });
-    Ok(Glance { lag: Lag { messages, seconds: age.as_secs_f64() }, outlook, kept })
+    let now = chance::now();
+    let all = replication.scope.filters().is_empty();
+    let (counted, seen) = first.map_or((0, 0), |(seq, _)| (pending, seq + pending.saturating_sub(1)));
+    let Waiting { last_seq, messages } = Waiting::of(&info.state, all && first.is_some(), position, counted, seen);
+    let oldest = first.map(|(_, time_ns)| DateTime::from_timestamp_nanos(time_ns));
+    let lag = Lag::new(messages, oldest, now);
+    let outlook = first.map_or(Outlook::Safe, |(seq, _)| {
+        looks.outlook(&retention, &Oldest { seq, age: lag.seconds.map(Duration::from_secs_f64) })
+    });
+    Ok(Glance { lag, first_seq: info.state.first_seq, last_seq, outlook, kept })
 }
 
 /// Sequence and stored time of the first message, if there is one.

@@ -22,6 +22,28 @@ const FULL: f64 = 20.0;
 /// People need so long to do something about it.
 const TIME_TO_ACT: f64 = 600.0;
 
+/// What waits at a source, so that the last sequence and the number agree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waiting {
+    /// Last sequence of the stream.
+    pub last_seq: u64,
+    /// Messages in scope that are not settled.
+    pub messages: u64,
+}
+
+impl Waiting {
+    /// `counted` messages are said to wait, and the stream has, or had, a message at `seen`. Both are as old as what
+    /// told them. Where each sequence is one message in scope (`all`), the number follows from the sequences: then it
+    /// is as new as the newer of both.
+    pub fn of(state: &StreamState, all: bool, position: u64, counted: u64, seen: u64) -> Self {
+        let last_seq = state.last_seq.max(seen);
+        let before = state.first_seq.saturating_sub(1);
+        let whole = state.messages == state.last_seq.saturating_sub(before);
+        let messages = if all && whole { last_seq.saturating_sub(position.max(before)) } else { counted };
+        Self { last_seq, messages }
+    }
+}
+
 /// What makes a source remove messages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Retention {
@@ -282,6 +304,26 @@ mod tests {
         // A stream made anew has no past.
         let anew = looks(&[state(1, 1_000, 100), state(1, 500, 100)]);
         assert_eq!(anew.outlook(&count, &old), Outlook::Unknown);
+    }
+
+    #[test]
+    fn the_last_sequence_and_what_waits_agree() {
+        let of = |state: StreamState, all, position, counted, seen| {
+            let Waiting { last_seq, messages } = Waiting::of(&state, all, position, counted, seen);
+            (last_seq, messages)
+        };
+        // The consumer has heard of more than the last check of the stream, and the other way round.
+        assert_eq!(of(state(1, 100, 1), true, 90, 30, 120), (120, 30));
+        assert_eq!(of(state(1, 130, 1), true, 90, 30, 120), (130, 40));
+        // What the source removed before it was read does not wait.
+        assert_eq!(of(state(101, 130, 1), true, 90, 30, 90), (130, 30));
+        assert_eq!(of(state(1, 0, 1), true, 0, 0, 0), (0, 0));
+        // With a filter, or with holes, the sequences say nothing about the number.
+        assert_eq!(of(state(1, 130, 1), false, 90, 5, 95), (130, 5));
+        let holes = StreamState { messages: 20, ..state(1, 130, 1) };
+        assert_eq!(of(holes, true, 90, 12, 95), (130, 12));
+        // Replayed for sampling: settled already.
+        assert_eq!(of(state(1, 130, 1), true, 130, 40, 130), (130, 0));
     }
 
     #[test]

@@ -259,6 +259,12 @@ impl Reader {
         self.pending + self.stash.len() as u64
     }
 
+    /// The stream had a message at this sequence, or a later one: each of those that wait behind the newest one
+    /// delivered has a sequence of its own.
+    pub fn seen(&self) -> u64 {
+        if self.abandoned { 0 } else { self.accepted + self.pending }
+    }
+
     /// The oldest message that was read and not taken.
     pub fn next(&self) -> Option<SourcePoint> {
         self.stash.next()

@@ -2,6 +2,7 @@
 
 use std::{future::poll_fn, sync::Arc, task::Poll};
 
+use chrono::DateTime;
 use tokio::{
     sync::watch,
     time::{Duration, Instant, sleep_until},
@@ -15,7 +16,7 @@ use super::{
     duplicates::Look,
     durable::Durable,
     gap::Gaps,
-    headroom::{Looks, Oldest, Outlook, Retention},
+    headroom::{Looks, Oldest, Outlook, Retention, Waiting},
     intake::Intake,
     objects::{Gate, Incomplete, Pass},
     probe::{self, Probe},
@@ -116,6 +117,10 @@ pub(super) struct Run<'a> {
     probe: Probe,
     probe_request: Option<String>,
     copy: CopyStatus,
+    /// What is reported: as it was before, where that was an error, until this run has copied.
+    state: State,
+    /// Where the run began.
+    from: u64,
     began: Instant,
     next_tick: Instant,
     /// The consumer is looked at then if it is not heard of before.
@@ -135,8 +140,7 @@ impl<'a> Run<'a> {
         events: &'a Events,
         refused: &'a mut Refused,
     ) -> Result<Self, Error> {
-        status.send_modify(|(state, copy)| {
-            *state = State::Starting;
+        status.send_modify(|(_, copy)| {
             copy.source.stream.clone_from(&job.replication.source.stream);
             copy.target.stream.clone_from(&job.replication.target.stream);
         });
@@ -220,7 +224,7 @@ impl<'a> Run<'a> {
         }
         ledger.stamps(writer.stamps()).await?;
         let now = Instant::now();
-        let mut copy = status.borrow().1.clone();
+        let (state, mut copy) = status.borrow().clone();
         if !copy.source.server.is_empty() {
             copy.counters.consumers_recreated += 1;
         }
@@ -250,6 +254,8 @@ impl<'a> Run<'a> {
             reader,
             reads: true,
             writer,
+            state: if matches!(state, State::Retrying | State::Held) { state } else { State::Running },
+            from: resume.position.seq,
             window: Window::new(resume.position, resume.target),
             rejects,
             sampler,
@@ -283,7 +289,7 @@ impl<'a> Run<'a> {
             // replaces what would tell the next start that the saved place is not what it was.
             let sampled = run.sampler.as_ref().map(Sampler::sampled);
             let witnesses = witnesses(&run.window, &run.writer, &run.source_info, &run.target_created, sampled);
-            ledger.save_now(witnesses, row(job, &run.copy)).await?;
+            ledger.save_now(witnesses, row(job, run.state, &run.copy)).await?;
         }
         Ok(run)
     }
@@ -365,7 +371,7 @@ impl<'a> Run<'a> {
         ledger.gaps = std::mem::take(&mut self.gaps);
         self.settle();
         self.tell_rejected(true);
-        self.tell(State::Running);
+        self.tell();
         match result {
             Ok(()) => {
                 self.write_senders().await;
@@ -373,7 +379,7 @@ impl<'a> Run<'a> {
                 self.reader.close(&mut self.source);
                 // The consumer would go by itself; its deletion is a courtesy that must not hold up a stop.
                 let _ = tokio::time::timeout(LAST_SAVE, flush(&mut self.source)).await;
-                let row = row(self.job, &self.copy);
+                let row = row(self.job, self.state, &self.copy);
                 let sampled = self.sampler.as_ref().map(Sampler::sampled);
                 let witnesses = witnesses(&self.window, &self.writer, &self.source_info, &self.target_created, sampled);
                 Ok(ledger.save_now(witnesses, row).await?)
@@ -386,7 +392,7 @@ impl<'a> Run<'a> {
                 if error.chain_broken {
                     ledger.begin_at(self.writer.exact(&self.window));
                 }
-                let row = row(self.job, &self.copy);
+                let row = row(self.job, self.state, &self.copy);
                 let witnesses = witnesses(&self.window, &self.writer, &self.source_info, &self.target_created, sampled);
                 match tokio::time::timeout(LAST_SAVE, ledger.save_now(witnesses, row)).await {
                     Ok(Err(conflict @ SaveError::Conflict { .. })) => Err(conflict.into()),
@@ -813,6 +819,7 @@ impl<'a> Run<'a> {
                 let position = self.window.position().seq;
                 info!(replication = id, position, "repaired");
                 self.events.emit(Event::Repaired { position }, id);
+                self.tell();
             }
         }
         Ok(())
@@ -896,7 +903,7 @@ impl<'a> Run<'a> {
 
     /// More often while the first messages may soon go and nothing but the stream's state tells when.
     fn info_every(&self) -> Duration {
-        if self.copy.lag.messages == 0 || !self.retention.by_count() {
+        if self.copy.lag.is_none_or(|lag| lag.messages == 0) || !self.retention.by_count() {
             return INFO_EVERY;
         }
         let headroom = self.copy.headroom.map_or(0.0, |headroom| headroom.seconds);
@@ -907,14 +914,14 @@ impl<'a> Run<'a> {
     fn tick(&mut self, now: Instant, ledger: &mut Ledger) -> Result<(), Error> {
         self.settle();
         self.tell_rejected(true);
-        self.tell(State::Running);
+        self.tell();
         let idle = self.all_settled() && self.reader.pending() == 0 && !self.watchdog.is_alert();
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
             sampler.tick(idle, status, now);
         }
         let sampled = self.sampler.as_ref().map(Sampler::sampled);
         let witnesses = witnesses(&self.window, &self.writer, &self.source_info, &self.target_created, sampled);
-        let saved = ledger.save(now, witnesses, || row(self.job, &self.copy));
+        let saved = ledger.save(now, witnesses, || row(self.job, self.state, &self.copy));
         self.next_tick = now
             + match (idle, saved) {
                 (true, true) if self.sampler.is_none() => TICK_SAVED,
@@ -935,28 +942,35 @@ impl<'a> Run<'a> {
     }
 
     /// Brings the status up to date.
-    fn tell(&mut self, state: State) {
+    fn tell(&mut self) {
         let copy = &mut self.copy;
         let position = self.window.position();
+        // As long as nothing settles, the oldest is the same, also where it has not been read (again) yet.
+        let before = copy.lag.filter(|_| copy.position.source_seq == position.seq).and_then(|lag| lag.oldest);
         copy.position =
             Position { source_seq: position.seq, target_seq: self.window.target().map_or(0, |target| target.seq) };
-        copy.source.first_seq = self.source_info.state.first_seq;
-        copy.source.last_seq = self.source_info.state.last_seq.max(self.window.newest().seq);
-        copy.target.last_seq = self.writer.last_seq();
+        copy.target.last_seq = Some(self.writer.last_seq());
         let (letters, letter_bytes, letter) = self.rejects.in_flight();
+        let counted = self.reader.pending() + (self.window.len() + letters) as u64;
+        let plain = self.reader.plain();
+        let seen = self.window.newest().seq.max(plain.map_or(0, Reader::seen));
+        let all = plain.is_some() && self.replication.scope.filters().is_empty();
+        let Waiting { last_seq, messages } = Waiting::of(&self.source_info.state, all, position.seq, counted, seen);
+        copy.source.first_seq = Some(self.source_info.state.first_seq);
+        copy.source.last_seq = Some(last_seq);
         let oldest = self.window.oldest().or(letter).or_else(|| self.reader.next());
-        let now_ns = chance::now().timestamp_nanos_opt().unwrap_or_default();
-        let age = |time_ns: i64| Duration::from_nanos(now_ns.saturating_sub(time_ns).max(0) as u64);
-        copy.lag = Lag {
-            messages: self.reader.pending() + (self.window.len() + letters) as u64,
-            seconds: oldest.and_then(|point| point.time_ns).map_or(0.0, |time| age(time).as_secs_f64()),
+        // What is replayed for sampling is settled.
+        let oldest = oldest.filter(|point| point.seq > position.seq);
+        let now = chance::now();
+        let stored = oldest.and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
+        let lag = Lag::new(messages, stored.or(before), now);
+        copy.lag = Some(lag);
+        let oldest = Oldest {
+            seq: oldest.map_or(position.seq + 1, |point| point.seq),
+            age: lag.oldest.and(lag.seconds).map(Duration::from_secs_f64),
         };
-        let oldest = oldest.map_or(Oldest { seq: position.seq + 1, age: None }, |point| Oldest {
-            seq: point.seq,
-            age: point.time_ns.map(age),
-        });
         copy.headroom = match self.looks.outlook(&self.retention, &oldest) {
-            _ if copy.lag.messages == 0 => None,
+            _ if messages == 0 => None,
             Outlook::Left(headroom) => Some(headroom),
             Outlook::Safe => None,
             Outlook::Unknown => copy.headroom,
@@ -968,12 +982,19 @@ impl<'a> Run<'a> {
         }
         copy.counters.headers_removed += std::mem::take(&mut self.writer.headers_removed);
         copy.counters.refused += std::mem::take(&mut self.writer.refused);
-        self.status.send_modify(|(told_state, told)| {
-            *told_state = state;
+        if messages == 0 || position.seq > self.from {
+            self.state = State::Running;
+        }
+        let well = self.state == State::Running && !self.watchdog.is_open();
+        self.status.send_modify(|(state, told)| {
+            *state = self.state;
             // The caller's notes on earlier errors stay.
-            let last_error = told.last_error.take();
+            let mut last_error = told.last_error.take();
+            if let Some(error) = last_error.as_mut().filter(|_| well) {
+                error.ran();
+            }
+            copy.last_error = last_error;
             *told = copy.clone();
-            told.last_error = last_error;
         });
     }
 
@@ -1055,6 +1076,6 @@ async fn flush(lane: &mut Lane) -> Result<(), Error> {
     Ok(())
 }
 
-fn row(job: &Job, copy: &CopyStatus) -> Row {
-    Row { state: State::Running, copy: copy.clone(), ..job.row.clone() }
+fn row(job: &Job, state: State, copy: &CopyStatus) -> Row {
+    Row { state, copy: copy.clone(), todo: None, ..job.row.clone() }
 }

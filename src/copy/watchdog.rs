@@ -209,6 +209,11 @@ impl Watchdog {
         self.asked.is_some_and(|asked| asked >= heard + MISSED)
     }
 
+    /// Whether a stall was reported, and its end not yet.
+    pub fn is_open(&self) -> bool {
+        self.open
+    }
+
     /// Whether a stall is suspected or being repaired: what comes next is due soon.
     pub fn is_alert(&self) -> bool {
         self.owed.is_some() || self.renewing.is_some() || self.open

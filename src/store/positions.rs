@@ -390,6 +390,9 @@ impl PositionRecord {
         if let Some(row) = &mut record.status {
             row.epoch = record.epoch;
             row.copy.position.source_seq = to.seq;
+            // What waits behind it is not known yet.
+            (row.copy.lag, row.copy.headroom) = (None, None);
+            (row.copy.source.first_seq, row.copy.source.last_seq) = (None, None);
         }
         // What senders sent in between was not seen, or is seen as if it were news.
         if record.sampled.is_some() {

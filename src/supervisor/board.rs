@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::watch;
 
 use crate::{
+    chance,
     config::Replication,
-    copy::{Error, ErrorKind, Samples},
+    copy::{Error, ErrorKind, Glance, Samples},
     election::Poll,
     events::Step,
     metrics,
-    status::{CopyStatus, Headroom, InFlight, Lag, LastError, Position, Row, SourceStatus, State, TargetStatus},
+    status::{CopyStatus, Headroom, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus},
     store::PositionRecord,
 };
 
@@ -35,12 +36,14 @@ struct Head {
     config_revision: u64,
     /// The right to run it is ours.
     leads: bool,
+    /// Revision of the newest document that cannot run; 0 for none.
+    rejected: u64,
 }
 
 /// How far the copy has come, to see whether it moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Mark {
-    position: Position,
+    pub(super) position: Position,
     copied: u64,
 }
 
@@ -78,7 +81,7 @@ impl Board {
     pub(super) fn row(&self) -> Row {
         let head = self.head.borrow().clone();
         let (state, copy) = self.status.borrow().clone();
-        Row {
+        let mut row = Row {
             replication: self.id.clone(),
             state,
             origin: "kv".to_owned(),
@@ -86,7 +89,10 @@ impl Board {
             epoch: head.epoch,
             config_revision: head.config_revision,
             copy,
-        }
+            todo: None,
+        };
+        row.at(chance::now());
+        row
     }
 
     pub(super) fn mark(&self) -> Mark {
@@ -98,8 +104,38 @@ impl Board {
         self.status.send_modify(|status| status.0 = state);
     }
 
+    /// The state of an attempt that begins: what keeps a replication from copying is over only when it copies.
+    pub(super) fn begin(&self) {
+        self.status.send_if_modified(|(state, _)| {
+            let first = !matches!(state, State::Retrying | State::Held);
+            if first {
+                *state = State::Starting;
+            }
+            first
+        });
+    }
+
     pub(super) fn set_revision(&self, revision: u64) {
-        self.head.send_modify(|head| head.config_revision = revision);
+        let corrected = self.head.send_if_modified(|head| {
+            head.config_revision = revision;
+            revision > head.rejected
+        });
+        if corrected {
+            self.error_over(|error| error.kind == "invalid");
+        }
+    }
+
+    /// The last error is over, if it is one of these.
+    fn error_over(&self, which: impl FnOnce(&LastError) -> bool) {
+        self.status.send_if_modified(|(_, copy)| {
+            let error = copy.last_error.as_mut().filter(|error| error.current && which(error));
+            error.map(|error| error.current = false).is_some()
+        });
+    }
+
+    /// Nothing is tried any more that the last error could be about.
+    pub(super) fn at_rest(&self) {
+        self.error_over(|error| error.kind != "invalid");
     }
 
     /// A document begins to run.
@@ -176,14 +212,19 @@ impl Board {
 
     /// The position record says this, and nobody here holds it.
     pub(super) fn looked_up(&self, record: &PositionRecord) {
-        let position = record.source.as_ref().map_or(0, |witness| witness.seq);
-        self.status.send_modify(|(_, copy)| copy.position.source_seq = position);
+        let position = Position {
+            source_seq: record.source.as_ref().map_or(0, |witness| witness.seq),
+            target_seq: record.target.as_ref().map_or(0, |witness| witness.seq),
+        };
+        self.status.send_modify(|(_, copy)| copy.position = position);
     }
 
-    /// The source was looked at while no run was under way; what could not be told is `None`.
-    pub(super) fn glanced(&self, lag: Option<Lag>, headroom: Option<Headroom>) {
+    /// The source was checked while no run was under way; `None` if it did not answer, or has no such stream.
+    pub(super) fn glanced(&self, glance: Option<&Glance>, headroom: Option<Headroom>) {
         self.status.send_modify(|(_, copy)| {
-            copy.lag = lag.unwrap_or(copy.lag);
+            copy.lag = glance.map(|glance| glance.lag);
+            copy.source.first_seq = glance.map(|glance| glance.first_seq);
+            copy.source.last_seq = glance.map(|glance| glance.last_seq);
             copy.headroom = headroom;
         });
     }
@@ -212,7 +253,8 @@ impl Board {
     }
 
     /// A document cannot run.
-    pub(super) fn rejected(&self, message: &str) {
+    pub(super) fn rejected(&self, message: &str, revision: u64) {
+        self.head.send_modify(|head| head.rejected = revision);
         self.status.send_modify(|(_, copy)| copy.last_error = Some(LastError::now("invalid", message)));
     }
 }

@@ -33,7 +33,7 @@ use crate::{
     election::{Campaign, Election, Leadership, lost, won},
     events::{Event, Step},
     lease::{Seat, Tenure},
-    status::{Row, State},
+    status::{CopyStatus, Row, State},
     store::{Claim, ClaimError, MarkKind, PositionRecord, SaveError, Trouble, WriteError},
 };
 
@@ -155,7 +155,7 @@ impl Life {
                     newest = true;
                     let board = &context.board;
                     if let Some(rejected) = &plan.rejected {
-                        board.rejected(&rejected.message());
+                        board.rejected(&rejected.message(), rejected.revision);
                     }
                     let sampling = plan.work.as_ref().and_then(|work| work.replication.sampling.as_ref());
                     if roll.as_ref().is_some_and(|roll| sampling.is_none_or(|sampling| !roll.knows_enough(sampling))) {
@@ -250,6 +250,7 @@ impl Reign<'_> {
                     Ok(_) = marks.wait_for(|marks| !marks.paused) => break,
                     () = &mut resting, if !rested => (rested, newest) = (true, false),
                     never = headroom.alone(context, work.as_ref().map(|work| &work.replication)) => match never {},
+                    never = keep_noted(context), if rested => match never {},
                     plan = newer => {
                         newest = true;
                         refusals.report(context, plan.rejected);
@@ -295,6 +296,8 @@ impl Reign<'_> {
         let new = next.work.get_or_insert(work);
         info!(replication = self.context.id, revision = new.revision, "follows the changed document");
         self.context.emit(Event::ConfigChanged { revision: new.revision });
+        // Whether it can run is not known yet.
+        self.context.board.set_state(State::Starting);
         Some(next)
     }
 
@@ -387,7 +390,7 @@ impl Refusals {
         self.told = rejected.revision;
         let message = rejected.message();
         error!(replication = context.id, "document refused: {message}");
-        context.board.rejected(&message);
+        context.board.rejected(&message, rejected.revision);
         context.emit(Event::ConfigRejected { revision: rejected.revision, problems: rejected.problems.0 });
     }
 }
@@ -512,8 +515,20 @@ impl Session {
         }
     }
 
-    /// Copies until `stop`, until another instance holds the replication, or until only a new beginning may help.
+    /// Copies until `stop`, until another instance holds the replication, or until only a new beginning may help; follows
+    /// the lag and the headroom all the time.
     async fn keep_copying(&mut self, replication: &Replication, revision: u64, stop: &CancellationToken) -> Ended {
+        let (context, mut headroom) = (self.context.clone(), std::mem::take(&mut self.headroom));
+        let ended = tokio::select! {
+            biased;
+            ended = self.keep_trying(replication, revision, stop) => ended,
+            never = headroom.follow(&context, replication) => match never {},
+        };
+        self.headroom = headroom;
+        ended
+    }
+
+    async fn keep_trying(&mut self, replication: &Replication, revision: u64, stop: &CancellationToken) -> Ended {
         self.told = false;
         self.backoff.reset();
         self.context.board.adopt(replication, revision);
@@ -528,7 +543,7 @@ impl Session {
             };
             let outcome = match error.kind {
                 ErrorKind::Superseded => Err(error),
-                _ => self.survive(error, replication, begun, stop).await,
+                _ => self.survive(error, begun, stop).await,
             };
             match outcome {
                 Ok(Step::Everything) if !stop.is_cancelled() => {
@@ -548,7 +563,7 @@ impl Session {
 
     /// One run.
     async fn attempt(&mut self, replication: &Replication, stop: &CancellationToken) -> Result<(), Error> {
-        self.context.board.set_state(State::Starting);
+        self.context.board.begin();
         // Before anything can fail: what was acted upon is acted upon once.
         let release = self.marks.borrow().release;
         self.released = release.map(|release| release.revision);
@@ -569,7 +584,7 @@ impl Session {
             }
         }
         let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
-        let Self { context, marks, told, outage, headroom, roll, .. } = self;
+        let Self { context, marks, told, outage, roll, .. } = self;
         let Context { deps, board, .. } = &*context;
         let job = Job {
             site: deps.site.clone(),
@@ -590,7 +605,6 @@ impl Session {
             result = run => result,
             never = observe(context, before, replication, told, outage) => match never {},
             never = clear_release(context, marks.clone(), saved, |_| true) => match never {},
-            never = headroom.beside(context) => match never {},
         };
         if self.context.board.mark() != before {
             self.backoff.reset();
@@ -666,13 +680,7 @@ impl Session {
 
     /// Reports an error of the attempt that began at `begun`, and waits for the next one; says what is made anew for
     /// it. There is none if the record turns out to be another's.
-    async fn survive(
-        &mut self,
-        error: Error,
-        replication: &Replication,
-        begun: Instant,
-        stop: &CancellationToken,
-    ) -> Result<Step, Error> {
+    async fn survive(&mut self, error: Error, begun: Instant, stop: &CancellationToken) -> Result<Step, Error> {
         if stop.is_cancelled() {
             warn!(replication = self.context.id, "ended with an error while it was stopped: {error}");
             self.context.board.failed(&error, None);
@@ -708,26 +716,24 @@ impl Session {
                 None => pending().await,
             }
         };
-        let mut headroom = std::mem::take(&mut self.headroom);
-        let result = {
-            let mut save_and_wait = pin!(async {
-                self.save_row().await?;
-                tokio::select! {
-                    () = sleep_until(wake) => {}
-                    Ok(_) = marks.wait_for(released) => self.backoff.reset(),
-                }
-                Ok(())
-            });
+        let mut save_and_wait = pin!(async {
+            self.save_row().await?;
             tokio::select! {
-                biased;
-                () = stop.cancelled() => Ok(step),
-                result = &mut save_and_wait => result.map(|()| step),
-                never = cleared => match never {},
-                never = headroom.alone(&context, Some(replication)) => match never {},
+                () = sleep_until(wake) => {}
+                Ok(_) = marks.wait_for(released) => {
+                    // Somebody acted: whether that helped is not known yet.
+                    self.backoff.reset();
+                    context.board.set_state(State::Starting);
+                }
             }
-        };
-        self.headroom = headroom;
-        result
+            Ok(())
+        });
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(step),
+            result = &mut save_and_wait => result.map(|()| step),
+            never = cleared => match never {},
+        }
     }
 
     /// Paused: gives the record up, and says in it that the replication is paused.
@@ -739,6 +745,7 @@ impl Session {
         board.run_over();
         board.released();
         board.set_state(State::Paused);
+        board.at_rest();
         self.outage.over();
         self.ledger = None;
         let mut trouble = Trouble::new("that a replication is paused cannot be saved");
@@ -814,8 +821,10 @@ impl Session {
     async fn save_row(&mut self) -> Result<(), Error> {
         let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
         let row = self.context.board.row();
-        let text = |row: &Row| row.copy.last_error.as_ref().map(|error| error.message.clone());
-        let same = |saved: &Row| saved.state == row.state && text(saved) == text(&row);
+        let error = |row: &Row| row.copy.last_error.as_ref().map(|error| (error.message.clone(), error.current));
+        // Its seconds are counted by those who read it.
+        let lag = |row: &Row| row.copy.lag.map(|lag| (lag.messages, lag.oldest));
+        let same = |saved: &Row| saved.state == row.state && error(saved) == error(&row) && lag(saved) == lag(&row);
         let is_saved = !self.unsaved && ledger.record().status.as_ref().is_some_and(same);
         let saved = if is_saved { Ok(()) } else { ledger.save_row(row).await };
         if let Err(error) = &saved {
@@ -860,6 +869,9 @@ async fn show_trouble(board: &Board, mut led: watch::Receiver<Leadership>) -> In
         if let Some(text) = error.as_ref().filter(|_| error != told) {
             board.failed(&Error::new(ErrorKind::Retry, format!("Choria's election: {text}")), None);
         }
+        if error.is_none() && told.is_some() {
+            board.at_rest();
+        }
         told = error;
         if led.changed().await.is_err() {
             return pending().await;
@@ -886,7 +898,8 @@ async fn observe(
     while outage.is_open() {
         sleep(STEADY).await;
         let row = context.board.row();
-        if row.state == State::Running && (row.copy.lag.messages == 0 || context.board.mark() != before) {
+        let caught_up = row.copy.lag.is_some_and(|lag| lag.messages == 0);
+        if row.state == State::Running && (caught_up || context.board.mark() != before) {
             outage.over();
             info!(replication = context.id, position = row.copy.position.source_seq, "repaired");
             context.emit(Event::Repaired { position: row.copy.position.source_seq });
@@ -918,6 +931,42 @@ async fn note_pause(context: &Context, epoch: u64) -> Result<Noted, SaveError> {
     let nonce = u64::from(rand::random::<u32>());
     deps.positions.save(id, PositionRecord { status: Some(row), nonce, ..record }, revision).await?;
     Ok(Noted::Ours { news: true })
+}
+
+/// While it is paused, keeps in the record what waits at the source, as far as that is seen here: other instances answer
+/// from there.
+async fn keep_noted(context: &Context) -> Infallible {
+    let Context { deps, id, board, .. } = context;
+    let mut status = board.status().subscribe();
+    let waits = |copy: &CopyStatus| copy.lag.map(|lag| (lag.messages, lag.oldest));
+    let mut noted = None;
+    loop {
+        let seen = waits(&status.borrow_and_update().1);
+        if noted != Some(seen) {
+            let result: Result<(), String> = async {
+                let (mut record, revision) = deps.positions.read(id).await.map_err(|error| error.to_string())?;
+                let own = board.row().copy;
+                let Some(row) = record.status.as_mut().filter(|row| row.state == State::Paused) else { return Ok(()) };
+                let moved = row.copy.position.source_seq != own.position.source_seq;
+                if moved || waits(&row.copy) == seen {
+                    return Ok(());
+                }
+                (row.copy.lag, row.copy.headroom) = (own.lag, own.headroom);
+                row.copy.source.first_seq = own.source.first_seq;
+                row.copy.source.last_seq = own.source.last_seq;
+                record.nonce = u64::from(rand::random::<u32>());
+                deps.positions.save(id, record, revision).await.map(drop).map_err(|error| error.to_string())
+            }
+            .await;
+            match result {
+                Ok(()) => noted = Some(seen),
+                Err(error) => debug!(replication = id, "what waits at the source was not saved: {error}"),
+            }
+        }
+        if status.changed().await.is_err() {
+            return pending().await;
+        }
+    }
 }
 
 /// Says in the record, for those who ask other instances, that the replication is ours and waits for Choria's election.

@@ -167,6 +167,7 @@ impl Scene {
             epoch,
             config_revision: 1,
             copy: CopyStatus::default(),
+            todo: None,
         };
         let mut job = Job {
             site: "SITE".to_owned(),

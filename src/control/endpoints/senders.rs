@@ -123,9 +123,9 @@ fn row(sender: Listed<'_>) -> SenderRow {
         sender: sender.sender.to_owned(),
         seen: DateTime::from_timestamp_nanos(sender.seen_ns),
         copied: sender.copied_ns.map(DateTime::from_timestamp_nanos),
-        size: sender.size,
+        size: sender.copied_ns.map(|_| sender.size),
         advised: sender.advised,
-        sequence: sender.sequence,
+        sequence: sender.copied_ns.map(|_| sender.sequence),
     }
 }
 
