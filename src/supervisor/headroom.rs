@@ -75,7 +75,8 @@ impl Watch {
             // It has not begun: where it will, and so what waits, is not known.
             return LATEST;
         }
-        let looked = glance(&context.deps.rules, replication, position, &mut self.looks);
+        let consumers = context.consumers();
+        let looked = glance(&context.deps.rules, replication, &consumers, position, &mut self.looks);
         let glance = match timeout(LIMIT, looked).await {
             Ok(Ok(glance)) => glance,
             Ok(Err(error)) => {
