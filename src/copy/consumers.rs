@@ -7,7 +7,7 @@ use serde_json::Value;
 use tokio::time::{Duration, Instant, timeout_at};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::nats::{Error, Lane, jetstream::decode};
+use crate::nats::{Error, ErrorKind, Lane, jetstream::decode};
 
 /// Names that are used in turn. A run that was superseded and does not know it finds its consumer deleted, not another
 /// one of the same name; and a consumer can be recreated while the old one still exists.
@@ -45,18 +45,22 @@ impl Names {
             asked.insert(names.delete(lane, stream, &names.slot(slot)), Some(slot));
         }
         asked.insert(names.delete(lane, stream, &names.by_time()), None);
+        // What is not answered may still exist.
+        let (mut free, mut last) = ([false; SLOTS as usize], SLOTS - 1);
         let deadline = Instant::now() + ANSWER;
         while !asked.is_empty() {
             let Ok(answers) = timeout_at(deadline, lane.answers()).await else { break };
             for (subject, payload) in answers? {
                 let slot = str::from_utf8(&subject).ok().and_then(|subject| asked.remove(subject)).flatten();
-                if let Some(slot) = slot
-                    && decode::<Value>(&payload).is_ok()
-                {
-                    names.next = (slot + 1) % SLOTS;
+                let Some(slot) = slot else { continue };
+                match decode::<Value>(&payload) {
+                    Ok(_) => last = slot,
+                    Err(error) => free[usize::from(slot)] = error.kind == ErrorKind::NotFound,
                 }
             }
         }
+        let mut after = (1..=SLOTS).map(|step| (last + step) % SLOTS);
+        names.next = after.find(|slot| free[usize::from(*slot)]).unwrap_or((last + 1) % SLOTS);
         Ok(names)
     }
 

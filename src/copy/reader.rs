@@ -23,7 +23,7 @@ use crate::{
     chance,
     nats::{
         Batch, Error, Lane, Message, headers,
-        jetstream::{Api, ConsumerInfo, Delivery, TOO_MANY_CONSUMERS, is_delivery, parse_delivery},
+        jetstream::{Api, CONSUMER_EXISTS, ConsumerInfo, Delivery, TOO_MANY_CONSUMERS, is_delivery, parse_delivery},
         parser::number,
     },
 };
@@ -174,6 +174,11 @@ impl Reader {
                 Ok(Err(error)) if error.is_api(TOO_MANY_CONSUMERS) && counted > 0 => {
                     counted -= 1;
                     sleep(COUNTED).await;
+                    continue;
+                }
+                // Deleted, but not yet, or of a run that does not know that it was superseded.
+                Ok(Err(error)) if error.is_api(CONSUMER_EXISTS) && left > 0 => {
+                    left -= 1;
                     continue;
                 }
                 Ok(info) => info?,

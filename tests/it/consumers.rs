@@ -83,7 +83,7 @@ async fn cut_connections_leave_no_consumers() -> Result<()> {
 }
 
 #[tokio::test]
-#[ignore = "long"]
+#[ignore = "takes long: make check-long"]
 async fn fifty_cut_connections_leave_no_consumers() -> Result<()> {
     cuts(OFTEN).await
 }
@@ -134,7 +134,7 @@ async fn kills_of_other_instances_leave_no_consumers() -> Result<()> {
 }
 
 #[tokio::test]
-#[ignore = "long"]
+#[ignore = "takes long: make check-long"]
 async fn fifty_kills_leave_no_consumers() -> Result<()> {
     kills(OFTEN, false).await
 }
@@ -174,7 +174,7 @@ async fn stepdowns_leave_no_consumers() -> Result<()> {
 }
 
 #[tokio::test]
-#[ignore = "long"]
+#[ignore = "takes long: make check-long"]
 async fn fifty_stepdowns_leave_no_consumers() -> Result<()> {
     stepdowns(OFTEN).await
 }
