@@ -174,6 +174,7 @@ impl System {
         let deps = Deps {
             site: site.clone(),
             instance: instance.clone(),
+            installation: buckets.installation.clone(),
             standalone: settings.standalone,
             rules: settings.rules.clone(),
             config: buckets.config.clone(),

@@ -63,13 +63,14 @@ pub async fn start(
             ("instance".to_owned(), control.instance.clone()),
         ]),
     };
-    let Buckets { config, positions, senders, .. } = buckets;
+    let Buckets { config, positions, senders, installation, .. } = buckets;
     let documents = Documents::follow(config.clone()).await.map_err(|error| Error(error.to_string()))?;
     let ControlConfig { site, instance, rules, read_only, .. } = control;
     let context = Context {
         client: client.clone(),
         site,
         instance,
+        installation,
         rules,
         read_only,
         config,

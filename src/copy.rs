@@ -4,6 +4,7 @@
 //! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
 
 mod budget;
+mod consumers;
 pub(crate) mod dead_letter;
 mod decide;
 pub(crate) mod duplicates;
@@ -38,6 +39,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use budget::Budget;
+pub use consumers::consumer_prefix;
 pub(crate) use duplicates::LONGEST_PAUSE;
 pub use glance::{Glance, glance};
 pub use headroom::{Looks, Outlook, Shortage, Turn};
@@ -69,6 +71,8 @@ pub struct Job {
     pub skip: Option<SourceMessage>,
     /// Another replication of this service that writes to the same target stream.
     pub neighbour: Option<String>,
+    /// What the names of its own consumers begin with, see [`consumer_prefix`].
+    pub consumers: String,
     /// What is known of senders; a replication that is sampled and has none copies everything.
     pub samples: Option<Samples>,
     /// Makes the connections to both sides.

@@ -5,6 +5,7 @@ mod bucket;
 mod buckets;
 mod config;
 mod leases;
+mod live;
 mod marks;
 mod positions;
 mod senders;

@@ -64,6 +64,8 @@ pub struct Deps {
     pub site: String,
     /// This process.
     pub instance: String,
+    /// What it shares with the other instances of its installation, and with no other installation.
+    pub installation: String,
     /// It is the only one, by declaration, and goes on where its buckets are out of reach.
     pub standalone: bool,
     /// Where documents may lead.

@@ -25,6 +25,8 @@ mod cli_status;
 mod cli_steer;
 #[path = "it/configuration.rs"]
 mod configuration;
+#[path = "it/consumers.rs"]
+mod consumers;
 #[path = "it/control_allow.rs"]
 mod control_allow;
 #[path = "it/control_config.rs"]

@@ -4,7 +4,7 @@ use std::{fmt::Display, time::Duration};
 
 use async_nats::{
     Message, datetime,
-    jetstream::consumer::{DeliverPolicy, pull},
+    jetstream::consumer::{Consumer, DeliverPolicy, pull},
 };
 use chrono::{DateTime, Utc};
 use futures_util::StreamExt;
@@ -13,6 +13,9 @@ use super::{client::Client, error::Error, output::Output};
 
 /// A consumer that was lost is made again within this time.
 const QUIET: Duration = Duration::from_secs(20);
+
+/// Time limit for the deletion of the consumer.
+const DELETED: Duration = Duration::from_secs(1);
 
 /// What to read.
 #[derive(Debug)]
@@ -50,9 +53,26 @@ pub(super) async fn read(
     let config = pull::OrderedConfig { filter_subjects: subjects, deliver_policy, ..pull::OrderedConfig::default() };
     let consumer = client.jetstream().create_consumer_on_stream(config, stream).await;
     let consumer = consumer.map_err(|error| failed(&error))?;
-    if !follow && consumer.cached_info().num_pending == 0 {
-        return Ok(());
-    }
+    let (name, pending) = (consumer.cached_info().name.clone(), consumer.cached_info().num_pending);
+    let shown = match follow || pending > 0 {
+        true => show_all(client, (what, stream), consumer, follow, out, show).await,
+        false => Ok(()),
+    };
+    // The server would delete it too, half a minute later.
+    let context = client.jetstream();
+    let _ = tokio::time::timeout(DELETED, context.delete_consumer_from_stream(name, stream)).await;
+    shown
+}
+
+async fn show_all(
+    client: &Client,
+    (what, stream): (&str, &str),
+    consumer: Consumer<pull::OrderedConfig>,
+    follow: bool,
+    out: &mut Output,
+    show: impl Fn(&Message, &mut Output),
+) -> Result<(), Error> {
+    let failed = |error: &dyn Display| Error::Failed(format!("{what} in stream `{stream}`: {error}"));
     let mut messages = consumer.messages().await.map_err(|error| failed(&error))?;
     while !out.closed() {
         let next = messages.next();

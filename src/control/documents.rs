@@ -35,7 +35,7 @@ struct Known {
 impl Documents {
     /// Reads everything and then follows the changes.
     pub(super) async fn follow(store: ConfigStore) -> Result<Self, Error> {
-        let mut changes = store.watch().await?;
+        let mut changes = store.watch("control").await?;
         let (sender, known) = watch::channel(Known::default());
         while let Some(change) = changes.next().await {
             match change? {

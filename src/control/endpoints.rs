@@ -63,6 +63,7 @@ pub(super) struct Context {
     pub(super) client: async_nats::Client,
     pub(super) site: String,
     pub(super) instance: String,
+    pub(super) installation: String,
     pub(super) rules: Rules,
     /// Nothing is changed by request, and nobody is connected to for a request.
     pub(super) read_only: bool,

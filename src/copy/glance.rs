@@ -6,6 +6,7 @@ use tokio::time::{Duration, Instant, timeout};
 
 use super::{
     Budget, Error, ErrorKind,
+    consumers::Names,
     headroom::{Looks, Oldest, Outlook, Retention, Waiting},
     reader::{Range, Reader},
 };
@@ -37,23 +38,26 @@ pub struct Glance {
     pub kept: Option<f64>,
 }
 
-/// Asks the source what lies behind a position. `looks` remembers what was seen before.
+/// Asks the source what lies behind a position. `looks` remembers what was seen before. Names of consumers begin with
+/// `consumers`; no run of the replication may be under way.
 pub async fn glance(
     dial: &dyn Dial,
     replication: &Replication,
+    consumers: &str,
     position: u64,
     looks: &mut Looks,
 ) -> Result<Glance, Error> {
     let name = format!("{} {}", names::PROGRAM, replication.id);
     let mut lane = dial.dial(&replication.source.place, &name).await?;
     let stream = &replication.source.stream;
+    let mut names = Names::clear(&mut lane, stream, consumers).await?;
     let info = Api::new(&mut lane).stream_info(stream).await?;
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
     let retention = Retention::of(&info);
     looks.add(Instant::now(), info.state.clone());
     let kept = looks.kept(&retention);
     let range = Range { stream, filters: replication.scope.filters(), from: position + 1, headers_only: true };
-    let mut reader = Reader::open(&mut lane, &range, AHEAD).await?;
+    let mut reader = Reader::open(&mut lane, &range, &mut names, AHEAD).await?;
     let pending = reader.pending();
     let first = timeout(FIRST, first(&mut lane, &mut reader)).await;
     reader.close(&mut lane);

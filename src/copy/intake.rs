@@ -4,6 +4,7 @@ use tokio::time::Instant;
 
 use super::{
     budget::Budget,
+    consumers::Names,
     durable::{Durable, Way},
     reader::{Incoming, Lost, Range, Reader, explicit::Explicit, pushed::Pushed},
     throttle,
@@ -32,6 +33,7 @@ impl Intake {
         replication: &Replication,
         source: &StreamInfo,
         durable: Option<Durable>,
+        names: &mut Names,
         position: u64,
     ) -> Result<Self, Error> {
         let stream = &replication.source.stream;
@@ -39,7 +41,7 @@ impl Intake {
         if !Durable::is_needed(source) {
             let filters = replication.scope.filters();
             let range = Range { stream, filters, from: position + 1, headers_only: false };
-            return Ok(Self::Plain(Box::new(Reader::open(lane, &range, bytes).await?)));
+            return Ok(Self::Plain(Box::new(Reader::open(lane, &range, names, bytes).await?)));
         }
         let way = durable.as_ref().map_or_else(|| Way::of(source), |durable| durable.way);
         match way {

@@ -3,14 +3,14 @@
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::json;
 
-use super::{Error, ErrorKind, durable::Durable, window::SourcePoint};
+use super::{Error, ErrorKind, consumers::Names, durable::Durable, window::SourcePoint};
 use crate::{
     chance,
     config::Replication,
     names,
     nats::{
         self, Dial, Lane,
-        jetstream::{Api, StreamInfo, StreamState},
+        jetstream::{Api, CONSUMER_EXISTS, StreamInfo, StreamState, TOO_MANY_CONSUMERS},
     },
     store::SourceWitness,
 };
@@ -60,7 +60,7 @@ impl Place {
 
 /// Asks the source for a place, over a connection of its own. What is gone before the first message is no part of the
 /// stream: a place there is the one before its first message.
-pub async fn locate(dial: &dyn Dial, replication: &Replication, at: At) -> Result<Located, Error> {
+pub async fn locate(dial: &dyn Dial, replication: &Replication, consumers: &str, at: At) -> Result<Located, Error> {
     let name = format!("{} {}", names::PROGRAM, replication.id);
     let connected = dial.dial(&replication.source.place, &name).await;
     let mut lane = connected.map_err(|error| error.context("source"))?;
@@ -71,7 +71,7 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, at: At) -> Resul
     let seq = match at {
         At::Behind(seq) if seq > last_seq => return Ok(Located::Beyond { last_seq }),
         At::Behind(seq) => seq,
-        At::Time(time) => before_time(&mut lane, stream, &info, time).await?.min(last_seq),
+        At::Time(time) => before_time(&mut lane, stream, &info, &Names::new(consumers), time).await?.min(last_seq),
     };
     let SourcePoint { seq, time_ns } = point_at(&mut lane, stream, seq.max(first_seq.saturating_sub(1))).await?;
     let forgets = Durable::is_needed(&info);
@@ -80,17 +80,19 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, at: At) -> Resul
 }
 
 /// The sequence before the first message stored at or after a time: the server knows, a consumer asks it. A stream that
-/// forgets what was acknowledged takes no consumer for a question, and is searched.
+/// forgets what was acknowledged takes no consumer for a question, and is searched; so is one that takes no more consumers.
 pub(super) async fn before_time(
     lane: &mut Lane,
     stream: &str,
     info: &StreamInfo,
+    names: &Names,
     time: DateTime<Utc>,
 ) -> Result<u64, nats::Error> {
+    let time_ns = time.timestamp_nanos_opt().unwrap_or(i64::MAX);
     if Durable::is_needed(info) {
-        return search_time(lane, stream, &info.state, time.timestamp_nanos_opt().unwrap_or(i64::MAX)).await;
+        return search_time(lane, stream, &info.state, time_ns).await;
     }
-    let name = format!("sr_{}", chance::name());
+    let name = names.by_time();
     let config = json!({
         "name": name,
         "deliver_policy": "by_start_time",
@@ -99,11 +101,19 @@ pub(super) async fn before_time(
         "inactive_threshold": 5_000_000_000u64,
         "num_replicas": 1,
         "mem_storage": true,
+        "metadata": { "run": chance::name() },
     });
     let mut api = Api::new(lane);
-    let info = api.create_consumer(stream, &name, &config).await?;
-    api.delete_consumer(stream, &name).await?;
-    Ok(info.delivered.stream_seq)
+    match api.create_new_consumer(stream, &name, &config).await {
+        Ok(created) => {
+            api.delete_consumer(stream, &name).await?;
+            Ok(created.delivered.stream_seq)
+        }
+        Err(error) if error.is_api(TOO_MANY_CONSUMERS) || error.is_api(CONSUMER_EXISTS) => {
+            search_time(lane, stream, &info.state, time_ns).await
+        }
+        Err(error) => Err(error),
+    }
 }
 
 async fn search_time(lane: &mut Lane, stream: &str, state: &StreamState, time_ns: i64) -> Result<u64, nats::Error> {

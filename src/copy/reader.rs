@@ -10,18 +10,20 @@ mod stash;
 use std::{collections::VecDeque, time::Duration};
 
 use serde_json::json;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::debug;
 
 use self::stash::Stash;
 use super::{
     budget::{Budget, PIECE_MIN, Reservation},
+    consumers::Names,
     window::SourcePoint,
 };
 use crate::{
     chance,
     nats::{
         Batch, Error, Lane, Message, headers,
-        jetstream::{Api, ConsumerInfo, Delivery, is_delivery, parse_delivery},
+        jetstream::{Api, CONSUMER_EXISTS, ConsumerInfo, Delivery, TOO_MANY_CONSUMERS, is_delivery, parse_delivery},
         parser::number,
     },
 };
@@ -33,6 +35,9 @@ const SILENCE: Duration = Duration::from_secs(6);
 /// A consumer that was not made within this time is asked for under another name, so often.
 const PLACED: Duration = Duration::from_secs(2);
 const ELSEWHERE: u32 = 2;
+/// A cluster may count a consumer for a moment after it was deleted: the next one is asked for again, so often.
+const COUNTED: Duration = Duration::from_millis(100);
+const COUNTED_AGAIN: u32 = 5;
 /// A pull that got nothing is renewed after this time.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// The server forgets a consumer that nobody pulls from after this time.
@@ -143,6 +148,8 @@ impl Range<'_> {
             "num_replicas": 1,
             "mem_storage": true,
             "headers_only": self.headers_only,
+            // Unlike any other: a run that was superseded must not take its successor's consumer for its own.
+            "metadata": { "run": chance::name() },
         });
         match self.filters {
             [] => {}
@@ -153,22 +160,27 @@ impl Range<'_> {
     }
 }
 
-/// A name for a consumer of our own.
-pub(super) fn consumer_name() -> String {
-    format!("sr_{}", chance::name())
-}
-
 impl Reader {
     /// Creates the consumer. `bytes` bounds what is read ahead (but one message always passes).
-    pub async fn open(lane: &mut Lane, range: &Range<'_>, bytes: usize) -> Result<Self, Error> {
-        let mut left = ELSEWHERE;
+    pub async fn open(lane: &mut Lane, range: &Range<'_>, names: &mut Names, bytes: usize) -> Result<Self, Error> {
+        let (mut left, mut counted) = (ELSEWHERE, COUNTED_AGAIN);
         loop {
-            let consumer = consumer_name();
+            let consumer = names.next();
             let config = range.config(&consumer);
             let mut api = Api::new(lane);
-            let created = api.create_consumer(range.stream, &consumer, &config);
+            let created = api.create_new_consumer(range.stream, &consumer, &config);
             // What a cluster gave to a server that does not answer is asked for again under another name.
             let info = match timeout(PLACED, created).await {
+                Ok(Err(error)) if error.is_api(TOO_MANY_CONSUMERS) && counted > 0 => {
+                    counted -= 1;
+                    sleep(COUNTED).await;
+                    continue;
+                }
+                // Deleted, but not yet, or of a run that does not know that it was superseded.
+                Ok(Err(error)) if error.is_api(CONSUMER_EXISTS) && left > 0 => {
+                    left -= 1;
+                    continue;
+                }
                 Ok(info) => info?,
                 Err(_) if left > 0 => {
                     left -= 1;
@@ -218,15 +230,16 @@ impl Reader {
         }
     }
 
-    /// The consumer is of no use: what was read and not taken is let go, and nothing more is asked for.
-    pub fn abandon(&mut self, lane: &mut Lane) {
+    /// The consumer is of no use: what was read and not taken is let go, and nothing more is asked for. Returns the request
+    /// that deletes it.
+    pub fn abandon(&mut self, lane: &mut Lane) -> String {
         self.pending = self.pending();
         self.stash = Stash::new(self.accepted);
         self.pulls.clear();
         self.unspent = 0;
         self.reserved = None;
         self.abandoned = true;
-        self.end(lane);
+        self.end(lane)
     }
 
     /// Whether the server owes deliveries, or signs of life.
@@ -468,10 +481,20 @@ impl Reader {
         }
     }
 
-    fn end(&self, lane: &mut Lane) {
+    /// Closes a reader and waits, but not long, until its consumer is deleted: the next one may be the last that the
+    /// stream allows.
+    async fn close_now(self, lane: &mut Lane) {
+        lane.close_inbox(self.sid);
+        let deleted = timeout(PLACED, Api::new(lane).delete_consumer(&self.stream, &self.consumer)).await;
+        if !matches!(deleted, Ok(Ok(()))) {
+            debug!(stream = self.stream, consumer = self.consumer, "deletion of a consumer was not confirmed");
+        }
+    }
+
+    fn end(&self, lane: &mut Lane) -> String {
         lane.close_inbox(self.sid);
         let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.consumer);
-        lane.send_request(&subject, b"");
+        lane.send_request(&subject, b"")
     }
 }
 
@@ -521,12 +544,13 @@ fn heartbeat(stream: &str, message: &Message<'_>, consumer_seq: u64) -> Result<(
 pub(super) async fn scan(
     lane: &mut Lane,
     stream: &str,
+    names: &mut Names,
     from: u64,
     to: u64,
     mut each: impl FnMut(&Delivery, &Message<'_>),
 ) -> Result<(), Error> {
     let range = Range { stream, filters: &[], from, headers_only: true };
-    let mut reader = Reader::open(lane, &range, 4 << 20).await?;
+    let mut reader = Reader::open(lane, &range, names, 4 << 20).await?;
     let budget = Budget::new(usize::MAX);
     let mut done = reader.pending() == 0 || from > to;
     let mut seen = from.saturating_sub(1);
@@ -553,7 +577,7 @@ pub(super) async fn scan(
             reader.take();
         }
     }
-    reader.close(lane);
+    reader.close_now(lane).await;
     if seen >= to {
         return Ok(());
     }

@@ -5,12 +5,14 @@
 //! this the stream that was read before.
 
 use super::{
-    reader::{Range, Reader, consumer_name},
+    reader::{Range, Reader},
     window::SourcePoint,
 };
 use crate::nats::{
     Batch, Error, Lane,
-    jetstream::{ConsumerInfo, answer_in, create_consumer_call, decode, decode_message, message_call},
+    jetstream::{
+        ConsumerInfo, TOO_MANY_CONSUMERS, answer_in, create_new_consumer_call, decode, decode_message, message_call,
+    },
 };
 
 /// One attempt.
@@ -24,6 +26,12 @@ pub(super) struct Renewal {
     waits_for: Waits,
     /// The request that was sent last.
     request: String,
+    /// Deletes the consumer before it; `None` once that is answered.
+    deletion: Option<String>,
+    /// The stream had no room for the consumer beside the one before it.
+    no_room: bool,
+    /// That happened, and it is asked for once more.
+    again: bool,
 }
 
 #[derive(Debug)]
@@ -33,20 +41,34 @@ enum Waits {
 }
 
 impl Renewal {
-    /// Asks for the consumer.
-    pub fn begin(lane: &mut Lane, stream: &str, filters: &[String], behind: SourcePoint) -> Self {
+    /// Asks for the consumer. `deletion` is the request that deletes the one before it.
+    pub fn begin(
+        lane: &mut Lane,
+        stream: &str,
+        filters: &[String],
+        behind: SourcePoint,
+        consumer: String,
+        deletion: String,
+    ) -> Self {
         let mut renewal = Self {
             stream: stream.to_owned(),
             filters: filters.to_vec(),
             behind,
-            consumer: consumer_name(),
+            consumer,
             waits_for: Waits::Consumer,
             request: String::new(),
+            deletion: Some(deletion),
+            no_room: false,
+            again: false,
         };
-        let config = renewal.range().config(&renewal.consumer);
-        let (what, body) = create_consumer_call(stream, &renewal.consumer, &config);
-        renewal.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
+        renewal.create(lane);
         renewal
+    }
+
+    fn create(&mut self, lane: &mut Lane) {
+        let config = self.range().config(&self.consumer);
+        let (what, body) = create_new_consumer_call(&self.stream, &self.consumer, &config);
+        self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
     }
 
     fn range(&self) -> Range<'_> {
@@ -56,14 +78,27 @@ impl Renewal {
     /// Takes what the lane received; the new reader, or why there is none, once that is known. `bytes` as for
     /// [`Reader::open`].
     pub fn accept(&mut self, lane: &mut Lane, batch: &Batch, bytes: usize) -> Option<Result<Reader, Error>> {
-        let answer = answer_in(batch, &self.request)?;
-        self.step(lane, answer, bytes).transpose()
+        let answer = answer_in(batch, &self.request);
+        let made = answer.and_then(|answer| self.step(lane, answer, bytes).transpose());
+        if self.deletion.as_deref().is_some_and(|deletion| answer_in(batch, deletion).is_some()) {
+            self.deletion = None;
+        }
+        if self.deletion.is_none() && std::mem::take(&mut self.no_room) {
+            self.create(lane);
+        }
+        made
     }
 
     fn step(&mut self, lane: &mut Lane, answer: Result<&[u8], Error>, bytes: usize) -> Result<Option<Reader>, Error> {
         match &self.waits_for {
             Waits::Consumer => {
-                let info: ConsumerInfo = decode(answer?)?;
+                let info: ConsumerInfo = match decode(answer?) {
+                    Err(error) if error.is_api(TOO_MANY_CONSUMERS) && !std::mem::replace(&mut self.again, true) => {
+                        self.no_room = true;
+                        return Ok(None);
+                    }
+                    info => info?,
+                };
                 let (what, body) = message_call(&self.stream, self.behind.seq);
                 let subject = format!("{}.{what}", lane.api_prefix());
                 self.request = lane.send_request(&subject, body.to_string().as_bytes());

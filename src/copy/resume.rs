@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use chrono::Utc;
 
 use super::{
+    consumers::Names,
     durable::{self, Durable},
     locate,
     provenance::{Origin, Tag},
@@ -163,6 +164,9 @@ pub(super) struct Sides<'a> {
     pub tag: &'a Tag,
     pub source_lane: &'a mut Lane,
     pub target_lane: &'a mut Lane,
+    /// Names of consumers at the source and at the target.
+    pub source_names: &'a mut Names,
+    pub target_names: &'a mut Names,
     pub source: &'a StreamInfo,
     pub target: &'a StreamInfo,
     /// The durable consumer at the source, if there is one: what is acknowledged there is settled.
@@ -567,7 +571,8 @@ impl Sides<'_> {
     }
 
     async fn before_time(&mut self, time: chrono::DateTime<Utc>) -> Result<u64, Error> {
-        locate::before_time(self.source_lane, &self.replication.source.stream, self.source, time).await
+        let stream = &self.replication.source.stream;
+        locate::before_time(self.source_lane, stream, self.source, self.source_names, time).await
     }
 
     async fn point_at(&mut self, seq: u64) -> Result<SourcePoint, Error> {
@@ -655,7 +660,7 @@ impl Sides<'_> {
             Api::new(self.target_lane).messages(&self.replication.target.stream, from, to, look).await?;
             return Ok(found);
         }
-        scan(self.target_lane, &self.replication.target.stream, from, to, |delivery, message| {
+        scan(self.target_lane, &self.replication.target.stream, self.target_names, from, to, |delivery, message| {
             seen.messages += 1;
             let subject = by_subject.then_some(message.subject);
             match ours(tag, delivery.stream_seq, message.header, subject) {
@@ -768,7 +773,7 @@ impl Sides<'_> {
             let first = self.source.state.first_seq.max(low);
             Api::new(self.source_lane).messages(&self.replication.source.stream, first, high, note).await?;
         } else if low <= high {
-            scan(self.source_lane, &self.replication.source.stream, low, high, |delivery, _| {
+            scan(self.source_lane, &self.replication.source.stream, self.source_names, low, high, |delivery, _| {
                 times.insert(delivery.stream_seq, delivery.time_ns.div_euclid(1_000_000));
             })
             .await?;

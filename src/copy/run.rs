@@ -11,7 +11,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    Error, ErrorKind, Job, dead_letter,
+    Error, ErrorKind, Job,
+    consumers::Names,
+    dead_letter,
     decide::{Decision, Reason, Rules},
     duplicates::Look,
     durable::Durable,
@@ -36,11 +38,11 @@ use super::{
 };
 use crate::{
     chance,
-    config::{OnReject, Replication},
+    config::{OnReject, Replication, Side},
     events::{Event, Events, PoisonAction, Step},
     names,
     nats::{
-        Batch, ErrorKind as NatsErrorKind, Lane, Message, Turn,
+        self, Batch, ErrorKind as NatsErrorKind, Lane, Message, Turn,
         jetstream::{Api, ConsumerInfo, StreamInfo, answer_in, decode},
     },
     sampling::Fate,
@@ -87,6 +89,8 @@ pub(super) struct Run<'a> {
     abilities: Abilities,
     rules: Rules,
     reader: Intake,
+    /// Names of consumers at the source.
+    names: Names,
     /// Whether the source is read now.
     reads: bool,
     writer: Writer,
@@ -146,9 +150,9 @@ impl<'a> Run<'a> {
         });
         let replication = Arc::new(job.replication.clone());
         let name = format!("{} {}", names::PROGRAM, replication.id);
-        let (mut source, mut target) = tokio::try_join!(
-            async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
-            async { job.dial.dial(&replication.target.place, &name).await.map_err(|e| e.context("target")) },
+        let ((mut source, mut names), (mut target, mut target_names)) = tokio::try_join!(
+            async { open(job, &replication.source, &name).await.map_err(|e| e.context("source")) },
+            async { open(job, &replication.target, &name).await.map_err(|e| e.context("target")) },
         )?;
         let source_info = Api::new(&mut source).stream_info(&replication.source.stream).await;
         let source_info = source_info.map_err(|e| e.context("source"))?;
@@ -186,6 +190,8 @@ impl<'a> Run<'a> {
             tag: &tag,
             source_lane: &mut source,
             target_lane: &mut target,
+            source_names: &mut names,
+            target_names: &mut target_names,
             source: &source_info,
             target: &target_info,
             durable: durable.as_ref(),
@@ -211,7 +217,7 @@ impl<'a> Run<'a> {
         let from = sampler.as_ref().map(|(_, from)| *from);
         ledger.samples_from(from.zip(inspected)).await?;
         let (sampler, from) = sampler.map_or((None, position), |(sampler, from)| (Some(sampler), from));
-        let reader = Intake::open(&mut source, &replication, &source_info, durable, from).await;
+        let reader = Intake::open(&mut source, &replication, &source_info, durable, &mut names, from).await;
         let reader = reader.map_err(|e| e.context("source"))?;
         ledger.begin_at(target_info.state.last_seq);
         let generation = ledger.record().generation;
@@ -252,6 +258,7 @@ impl<'a> Run<'a> {
             target_created: target_info.created.clone(),
             abilities,
             reader,
+            names,
             reads: true,
             writer,
             state: if matches!(state, State::Retrying | State::Held) { state } else { State::Running },
@@ -800,9 +807,10 @@ impl<'a> Run<'a> {
                 let message = format!("the consumer of stream `{}` is made anew: {reason}", of.stream);
                 let Some(reader) = self.reader.plain_mut() else { return Err(Error::stalled(message)) };
                 self.consumer_request = None;
-                reader.abandon(&mut self.source);
-                let behind = self.window.newest();
-                self.renewal = Some(Renewal::begin(&mut self.source, &of.stream, scope.filters(), behind));
+                let deletion = reader.abandon(&mut self.source);
+                let (behind, name) = (self.window.newest(), self.names.next());
+                let renewal = Renewal::begin(&mut self.source, &of.stream, scope.filters(), behind, name, deletion);
+                self.renewal = Some(renewal);
                 self.next_tick = self.next_tick.min(Instant::now() + TICK);
                 self.copy.counters.repairs.consumer += u64::from(tell != Tell::Nothing);
                 if tell == Tell::All {
@@ -1066,6 +1074,13 @@ fn decide(rules: &Rules, sampler: Option<&mut Sampler>, incoming: &Incoming<'_>,
         true => Decision::Skip(Reason::Sampled),
         false => decision,
     }
+}
+
+/// Connects to a side and deletes the consumers that runs before this one left there.
+async fn open(job: &Job, side: &Side, name: &str) -> Result<(Lane, Names), nats::Error> {
+    let mut lane = job.dial.dial(&side.place, name).await?;
+    let names = Names::clear(&mut lane, &side.stream, &job.consumers).await?;
+    Ok((lane, names))
 }
 
 /// Writes everything; what arrives meanwhile is nobody's.

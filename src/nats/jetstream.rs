@@ -14,6 +14,11 @@ use serde_json::{Value, json};
 
 use super::{ApiError, Batch, Error, ErrorKind, Lane, headers};
 
+/// The stream or the account has as many consumers as it may have.
+pub const TOO_MANY_CONSUMERS: u32 = 10026;
+/// A consumer of this name exists, with another configuration.
+pub const CONSUMER_EXISTS: u32 = 10148;
+
 /// Questions of one kind that are on their way together.
 const ASKED_TOGETHER: usize = 64;
 
@@ -297,6 +302,17 @@ impl<'a> Api<'a> {
         self.call(&what, &body).await
     }
 
+    /// Creates a consumer under a name that no other consumer may have.
+    pub async fn create_new_consumer(
+        &mut self,
+        stream: &str,
+        name: &str,
+        config: &Value,
+    ) -> Result<ConsumerInfo, Error> {
+        let (what, body) = create_new_consumer_call(stream, name, config);
+        self.call(&what, &body).await
+    }
+
     /// Asks for a consumer; `None` if there is none.
     pub async fn consumer_info(&mut self, stream: &str, name: &str) -> Result<Option<ConsumerInfo>, Error> {
         found(self.call(&format!("CONSUMER.INFO.{stream}.{name}"), &Value::Null).await)
@@ -323,6 +339,13 @@ pub fn create_consumer_call(stream: &str, name: &str, config: &Value) -> (String
         None => format!("CONSUMER.CREATE.{stream}.{name}"),
     };
     (what, json!({ "stream_name": stream, "config": config }))
+}
+
+/// The same for a name that no other consumer may have.
+pub fn create_new_consumer_call(stream: &str, name: &str, config: &Value) -> (String, Value) {
+    let (what, mut body) = create_consumer_call(stream, name, config);
+    body["action"] = "create".into();
+    (what, body)
 }
 
 /// What reads the message at a sequence: the end of the subject, and the body.

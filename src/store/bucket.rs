@@ -43,6 +43,8 @@ pub(super) struct Bucket {
     client: Client,
     /// Name of the bucket, for errors.
     name: String,
+    /// This process, in names of consumers.
+    instance: String,
     stream: Stream<()>,
     /// `$KV.<bucket>.`, what subjects of stored messages begin with.
     prefix: String,
@@ -114,7 +116,7 @@ impl Cells for Bucket {
     }
 
     fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>> {
-        watch::watch(self.clone(), |_| false).boxed()
+        watch::watch(self.clone(), "watch", |_| false).boxed()
     }
 }
 
@@ -124,6 +126,7 @@ impl Bucket {
         client: &Client,
         api_prefix: &str,
         name: &str,
+        instance: &str,
         history: i64,
         replicas: usize,
         markers: Option<Duration>,
@@ -159,15 +162,16 @@ impl Bucket {
         // The way of all KV clients, and what servers map a domain's subjects by.
         let put_prefix = if api_prefix == API_PREFIX { String::new() } else { format!("{api_prefix}.") };
         let (client, name, prefix) = (client.clone(), name.to_owned(), format!("$KV.{name}."));
-        Ok(Self { client, name, stream, prefix, put_prefix })
+        let instance = instance.to_owned();
+        Ok(Self { client, name, instance, stream, prefix, put_prefix })
     }
 
     pub(super) fn error(&self, message: impl Into<String>) -> Error {
         Error { bucket: self.name.clone(), message: message.into() }
     }
 
-    pub(super) fn new_inbox(&self) -> String {
-        self.client.new_inbox()
+    pub(super) fn instance(&self) -> &str {
+        &self.instance
     }
 
     pub(super) fn stream(&self) -> &Stream<()> {

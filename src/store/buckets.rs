@@ -18,6 +18,8 @@ pub struct Buckets {
     pub leases: LeaseStore,
     /// What sampling knows of senders.
     pub senders: SenderStore,
+    /// Identifies the installation to itself: when its configuration bucket was created.
+    pub installation: String,
 }
 
 /// A bucket operation that failed.
@@ -33,7 +35,7 @@ pub struct Error {
 impl Buckets {
     /// Opens `<prefix>_CONFIG`, `<prefix>_POSITIONS`, `<prefix>_LEASES` and `<prefix>_STATE` of the JetStream whose API
     /// begins with `api_prefix`. What is missing is created with so many `replicas`; what exists is used as it is. What
-    /// `instance` writes in numbers says so.
+    /// `instance` writes in numbers says so, and names of its consumers begin with it.
     pub async fn open(
         client: async_nats::Client,
         api_prefix: &str,
@@ -47,19 +49,23 @@ impl Buckets {
             let message = "a bucket's name has letters, digits, - and _ only".to_owned();
             return Err(Error { bucket: config, message });
         }
-        let open =
-            async |name: &str, history: i64| Bucket::open(&client, api_prefix, name, history, replicas, None).await;
+        let open = async |name: &str, history: i64| {
+            Bucket::open(&client, api_prefix, name, instance, history, replicas, None).await
+        };
         let state = format!("{prefix}_STATE");
-        let senders = Bucket::open(&client, api_prefix, &state, 1, replicas, Some(SenderStore::MARKER_TTL)).await?;
+        let senders =
+            Bucket::open(&client, api_prefix, &state, instance, 1, replicas, Some(SenderStore::MARKER_TTL)).await?;
         let senders = SenderStore::open(senders, instance).await?;
         let config = open(&config, CONFIG_HISTORY as i64).await?;
         let positions = open(&format!("{prefix}_POSITIONS"), 1).await?;
         let leases = open(&format!("{prefix}_LEASES"), 1).await?;
+        let installation = config.info().await?.created.unix_timestamp_nanos().to_string();
         Ok(Self {
             config: ConfigStore::new(config),
             positions: PositionStore::new(Arc::new(positions)),
             leases: LeaseStore::new(Arc::new(leases)),
             senders,
+            installation,
         })
     }
 }

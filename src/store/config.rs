@@ -82,8 +82,9 @@ impl ConfigStore {
     ///
     /// The stream never ends. An error is told once and passes: then follows what changed meanwhile, and nothing
     /// that did not.
-    pub async fn watch(&self) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
-        let changes = watch::watch(self.bucket.clone(), |key| MarkKind::of_key(key).is_some()).await?;
+    /// `purpose` is one word, another one for each watch of a process.
+    pub async fn watch(&self, purpose: &str) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
+        let changes = watch::watch(self.bucket.clone(), purpose, |key| MarkKind::of_key(key).is_some()).await?;
         Ok(changes.filter_map(|change| ready(change.map(typed).transpose())).boxed())
     }
 

@@ -5,22 +5,21 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use async_nats::{
-    HeaderMap, Request,
-    jetstream::consumer::{DeliverPolicy, push},
-};
+use async_nats::{HeaderMap, Request, jetstream::consumer::DeliverPolicy};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, stream::BoxStream};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::time::timeout;
-use xxhash_rust::xxh3::xxh3_128;
+use tokio::time::{Instant, sleep, timeout};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::{
     bucket::{Bucket, chain, is_marker},
     buckets::Error,
+    live::Live,
 };
+use crate::backoff::Backoff;
 
 /// Format of the record that this program writes. What a newer one wrote is not written over.
 const VERSION: u32 = 1;
@@ -197,22 +196,14 @@ impl SenderStore {
     /// All records of a replication as they are, then every change, until something breaks. Begun again, it tells all
     /// from the beginning.
     pub async fn watch(&self, replication: &str) -> Result<SenderChanges, Error> {
-        let config = push::OrderedConfig {
-            deliver_subject: self.bucket.new_inbox(),
-            description: Some("stream-replicator".to_owned()),
-            filter_subject: self.bucket.subject(&format!("{replication}.*")),
-            deliver_policy: DeliverPolicy::All,
-            ..push::OrderedConfig::default()
-        };
-        let failed = |error: &dyn std::error::Error| self.bucket.error(format!("cannot be watched: {}", chain(error)));
-        let consumer = self.bucket.stream().create_consumer(config).await.map_err(|error| failed(&error))?;
-        let pending = consumer.cached_info().num_pending;
-        let messages = consumer.messages().await.map_err(|error| failed(&error))?;
+        let purpose = format!("senders_{:016x}", xxh3_64(replication.as_bytes()));
+        let live = Live::open(&self.bucket, &purpose, &format!("{replication}.*"), DeliverPolicy::All).await?;
         let following = Following {
             bucket: self.bucket.clone(),
-            messages,
             loading: true,
-            pending,
+            pending: live.pending,
+            live,
+            seen: 0,
             prefix: self.bucket.subject(&format!("{replication}.")),
         };
         let stream = futures_util::stream::unfold(Some(following), |following| async {
@@ -260,7 +251,9 @@ impl SenderStore {
 /// A watch under way.
 struct Following {
     bucket: Bucket,
-    messages: push::Ordered,
+    live: Live,
+    /// Newest revision that was read.
+    seen: u64,
     loading: bool,
     /// Messages that were there when it began and are not told.
     pending: u64,
@@ -268,21 +261,39 @@ struct Following {
 }
 
 impl Following {
+    /// Continues after what was read. For a while an error is one of a server that has just started.
+    async fn resume(&mut self) -> Result<(), Error> {
+        let since = Instant::now();
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
+        loop {
+            match self.live.resume(self.seen).await {
+                Err(_) if since.elapsed() < SILENCE => sleep(backoff.next(rand::random())).await,
+                resumed => return resumed,
+            }
+        }
+    }
+
     async fn next(&mut self) -> Result<(u64, SenderChange), Error> {
         if self.loading && self.pending == 0 {
             self.loading = false;
             return Ok((0, SenderChange::Loaded));
         }
-        let next = self.messages.next();
-        let message = match self.loading {
-            true => timeout(SILENCE, next).await.map_err(|_| self.bucket.error("cannot be read: no more comes"))?,
-            false => next.await,
+        let message = loop {
+            let next = self.live.next();
+            let message = match self.loading {
+                true => timeout(SILENCE, next).await.map_err(|_| self.bucket.error("cannot be read: no more comes"))?,
+                false => next.await,
+            };
+            match message {
+                Some((delivery, message)) => {
+                    (self.seen, self.pending) = (delivery.stream_seq, delivery.pending);
+                    break message;
+                }
+                None if self.loading => return Err(self.bucket.error("cannot be read: the consumer was lost")),
+                None => self.resume().await?,
+            }
         };
-        let message = message.ok_or_else(|| self.bucket.error("the watch ended"))?;
-        let message = message.map_err(|error| self.bucket.error(format!("cannot be watched: {}", chain(&error))))?;
-        let info = message.info().map_err(|error| self.bucket.error(error.to_string()))?;
-        let revision = info.stream_sequence;
-        self.pending = info.pending;
+        let revision = self.seen;
         let headers = message.headers.as_ref();
         let by_hand = !headers
             .is_some_and(|headers| headers.get(WRITER).is_some() || headers.get("Nats-Marker-Reason").is_some());

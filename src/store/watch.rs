@@ -1,20 +1,18 @@
 //! The watch on a bucket: one stream of changes that outlives server restarts, lost consumers and
 //! a bucket made anew.
 //!
-//! async-nats' ordered consumer repairs most of that by itself, but it goes on behind the last sequence it saw:
-//! what was purged without a marker, or written to a bucket that began again, it never tells. So each time it is
-//! opened, and when a look at the stream shows that it fell behind, everything is read and compared with what was
-//! told.
+//! A consumer that is lost is replaced by one that continues after the last sequence that was seen: what was purged without
+//! a marker, or written to a bucket that was recreated, that one never delivers. So each time the watch is opened, and when
+//! the state of the stream shows that it fell behind, everything is read and compared with what was reported.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     time::Duration,
 };
 
-use async_nats::jetstream::{
-    self,
-    consumer::{DeliverPolicy, push},
-    stream,
+use async_nats::{
+    Message,
+    jetstream::{consumer::DeliverPolicy, stream},
 };
 use bytes::Bytes;
 use futures_util::{
@@ -24,15 +22,18 @@ use futures_util::{
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
-    bucket::{Bucket, Stored, chain, is_marker},
+    bucket::{Bucket, Stored, is_marker},
     buckets::Error,
+    live::Live,
 };
-use crate::backoff::Backoff;
+use crate::{backoff::Backoff, nats::jetstream::Delivery};
 
 /// How often the stream is looked at.
 const LOOK: Duration = Duration::from_secs(5);
 /// Silence that ends the first read.
 const SNAPSHOT_SILENCE: Duration = Duration::from_secs(5);
+/// A watch that was lost is opened again within this time, or that is an error.
+const LOST: Duration = Duration::from_secs(5);
 
 /// What the watch tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,16 +64,19 @@ pub enum Change {
 /// Changes of a bucket, for ever.
 pub type Changes = BoxStream<'static, Result<Change, Error>>;
 
-/// Opens the watch; fails if the bucket cannot be read now. Of what is read together, the keys that are `first` are
+/// Opens the watch; fails if the bucket cannot be read now. `purpose` is one word, another one for each watch of a bucket in
+/// a process. Of what is read together, the keys that are `first` are
 /// told before all others.
 ///
 /// The stream never ends. An error is told once and passes: then follows what changed meanwhile, and nothing that did
 /// not.
-pub(super) async fn watch(bucket: Bucket, first: fn(&str) -> bool) -> Result<Changes, Error> {
+pub(super) async fn watch(bucket: Bucket, purpose: &str, first: fn(&str) -> bool) -> Result<Changes, Error> {
     let mut watch = Watch {
         bucket,
+        purpose: purpose.to_owned(),
         first,
         live: None,
+        lost: None,
         told: HashMap::new(),
         seen: 0,
         looked: None,
@@ -88,9 +92,12 @@ pub(super) async fn watch(bucket: Bucket, first: fn(&str) -> bool) -> Result<Cha
 
 struct Watch {
     bucket: Bucket,
+    purpose: String,
     first: fn(&str) -> bool,
     /// Changes as they happen; `None` when it has to be opened.
-    live: Option<push::Ordered>,
+    live: Option<Live>,
+    /// The consumer that is to be replaced, and since when; `None` where everything has to be read.
+    lost: Option<(Live, Instant)>,
     /// Revision last told of each key that has a value.
     told: HashMap<String, u64>,
     /// Newest revision of all keys that was seen.
@@ -119,11 +126,15 @@ impl Watch {
     }
 
     /// Waits for a change or finds that the consumer is of no more use.
-    async fn follow(&mut self, mut live: push::Ordered) -> Option<push::Ordered> {
+    async fn follow(&mut self, mut live: Live) -> Option<Live> {
         loop {
             tokio::select! {
                 message = live.next() => {
-                    let (key, stored) = read(&self.bucket, message?.ok()?)?;
+                    let Some((delivery, message)) = message else {
+                        self.lost = Some((live, Instant::now()));
+                        return None;
+                    };
+                    let (key, stored) = read(&self.bucket, delivery, &message)?;
                     self.tell(key, stored, self.seen);
                     if !self.queue.is_empty() {
                         return Some(live);
@@ -144,13 +155,17 @@ impl Watch {
     }
 
     async fn reopen(&mut self) {
-        match self.open().await {
+        let opened = match self.lost.take() {
+            Some((live, since)) => self.resume(live, since).await,
+            None => self.open().await,
+        };
+        match opened {
             Ok(()) => {
                 self.backoff.reset();
                 self.failing = false;
             }
             Err(error) => {
-                if !std::mem::replace(&mut self.failing, true) {
+                if self.lost.is_none() && !std::mem::replace(&mut self.failing, true) {
                     self.queue.push_back(Err(error));
                 }
                 tokio::time::sleep(self.backoff.next(rand::random())).await;
@@ -158,10 +173,34 @@ impl Watch {
         }
     }
 
+    /// Continues after what was seen, if this is the same bucket. For a while an error is one of a server that has just
+    /// started.
+    async fn resume(&mut self, mut live: Live, since: Instant) -> Result<(), Error> {
+        let resumed = async {
+            let look = Look::new(&self.bucket.info().await?);
+            let same = !look.is_another(self.looked, self.seen);
+            if same {
+                live.resume(self.seen).await?;
+            }
+            Ok(same)
+        };
+        match resumed.await {
+            Ok(true) => {
+                self.live = Some(live);
+                Ok(())
+            }
+            Ok(false) => self.open().await,
+            Err(error) => {
+                self.lost = (since.elapsed() < LOST).then_some((live, since));
+                Err(error)
+            }
+        }
+    }
+
     /// Reads everything, tells what differs from what was told, and follows from there.
     async fn open(&mut self) -> Result<(), Error> {
         let before = self.bucket.info().await?;
-        let (live, newest, mut snapshot) = snapshot(&self.bucket).await?;
+        let (live, newest, mut snapshot) = snapshot(&self.bucket, &self.purpose).await?;
         let last = before.state.last_sequence;
         // The consumer may live on a server that has less of the bucket than its leader.
         if newest < last
@@ -214,37 +253,25 @@ impl Watch {
 }
 
 /// The consumer, the newest revision that it had, and the last revision of every key.
-async fn snapshot(bucket: &Bucket) -> Result<(push::Ordered, u64, Vec<(String, Stored)>), Error> {
-    let config = push::OrderedConfig {
-        deliver_subject: bucket.new_inbox(),
-        description: Some("stream-replicator".to_owned()),
-        filter_subject: bucket.subject(">"),
-        deliver_policy: DeliverPolicy::LastPerSubject,
-        ..push::OrderedConfig::default()
-    };
-    let failed = |error: &dyn std::error::Error| bucket.error(format!("cannot be watched: {}", chain(error)));
-    let consumer = bucket.stream().create_consumer(config).await.map_err(|error| failed(&error))?;
-    let mut pending = consumer.cached_info().num_pending;
-    let mut live = consumer.messages().await.map_err(|error| failed(&error))?;
+async fn snapshot(bucket: &Bucket, purpose: &str) -> Result<(Live, u64, Vec<(String, Stored)>), Error> {
+    let mut live = Live::open(bucket, purpose, ">", DeliverPolicy::LastPerSubject).await?;
+    let mut pending = live.pending;
     let (mut newest, mut snapshot) = (0, Vec::new());
     while pending > 0 {
-        let Ok(Some(message)) = timeout(SNAPSHOT_SILENCE, live.next()).await else {
+        let Ok(Some((delivery, message))) = timeout(SNAPSHOT_SILENCE, live.next()).await else {
             return Err(bucket.error("cannot be watched: the server stopped sending"));
         };
-        let message = message.map_err(|error| failed(&error))?;
-        let info = message.info().map_err(|error| bucket.error(error.to_string()))?;
-        (pending, newest) = (info.pending, info.stream_sequence);
-        snapshot.extend(read(bucket, message));
+        (pending, newest) = (delivery.pending, delivery.stream_seq);
+        snapshot.extend(read(bucket, delivery, &message));
     }
     Ok((live, newest, snapshot))
 }
 
-fn read(bucket: &Bucket, message: jetstream::Message) -> Option<(String, Stored)> {
-    let revision = message.info().ok()?.stream_sequence;
+fn read(bucket: &Bucket, delivery: Delivery, message: &Message) -> Option<(String, Stored)> {
     let key = bucket.key(&message.subject)?.to_owned();
     let marker = message.headers.as_ref().is_some_and(is_marker);
     let value = (!marker).then(|| message.payload.clone());
-    Some((key, Stored { revision, value }))
+    Some((key, Stored { revision: delivery.stream_seq, value }))
 }
 
 /// What a look at the stream shows.

@@ -44,7 +44,7 @@ impl Watcher {
     async fn next(&mut self) -> Signal {
         loop {
             let Some(watch) = &mut self.watch else {
-                match self.store.watch().await {
+                match self.store.watch("supervisor").await {
                     Ok(watch) => self.watch = Some(watch),
                     Err(error) => {
                         self.trouble.wait(&error.to_string()).await;

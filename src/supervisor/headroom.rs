@@ -102,7 +102,8 @@ impl Watch {
             // It has not begun: where it will, and so what waits, is not known.
             return LATEST;
         }
-        let looked = glance(&context.deps.rules, replication, position, &mut self.looks);
+        let consumers = context.consumers();
+        let looked = glance(&context.deps.rules, replication, &consumers, position, &mut self.looks);
         let looked = timeout(LIMIT, looked).await;
         let looked = looked.unwrap_or_else(|_| Err(Error::new(ErrorKind::Retry, format!("no answer for {LIMIT:?}"))));
         if looked.is_ok() != known {

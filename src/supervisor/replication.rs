@@ -74,6 +74,11 @@ pub(super) struct Context {
 }
 
 impl Context {
+    /// What the names of the copy's own consumers begin with.
+    pub(super) fn consumers(&self) -> String {
+        copy::consumer_prefix(&self.deps.site, &self.deps.installation, &self.id)
+    }
+
     pub(super) fn emit(&self, event: Event) {
         self.deps.events.emit(event, &self.id);
     }
@@ -594,6 +599,7 @@ impl Session {
             skip: release.and_then(|release| release.skip),
             neighbour: context.neighbours.of(replication),
             samples: roll.as_ref().map(Roll::samples),
+            consumers: context.consumers(),
             dial: Arc::new(deps.rules.clone()),
         };
         let saved = ledger.saved();

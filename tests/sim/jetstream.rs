@@ -19,6 +19,7 @@ const DEFAULT: Config = Config { batched: false, window_ns: 120_000_000_000, per
 
 pub struct Consumer {
     pub stream: String,
+    config: Value,
     filter: Option<String>,
     next: u64,
     delivered: u64,
@@ -194,23 +195,20 @@ impl State {
                 };
                 self.answer(reply, &answer);
             }
-            ["CONSUMER", "CREATE", stream, name, ..] => self.create_consumer(stream, name, &body["config"], reply),
+            ["CONSUMER", "CREATE", stream, name, ..] => {
+                assert_eq!(body["action"], "create", "a copy creates consumers under names of its own");
+                self.create_consumer(stream, name, &body["config"], reply);
+            }
             ["CONSUMER", "INFO", _, name] => {
-                let known = self.consumers.get(*name).and_then(|of| Some((of, self.streams.get(&of.stream)?)));
-                let reach = self.reach();
-                let answer = match known {
-                    Some((consumer, stream)) => json!({
-                        "name": name,
-                        "num_pending": stream.messages.range(consumer.next..).filter(|(seq, m)| **seq <= reach && consumer.takes(&m.subject)).count(),
-                        "delivered": {"consumer_seq": consumer.delivered, "stream_seq": consumer.last_stream_seq},
-                    }),
+                let info = self.consumer_info(name);
+                self.answer(reply, &info);
+            }
+            ["CONSUMER", "DELETE", _, name] => {
+                let answer = match self.consumers.remove(*name) {
+                    Some(_) => json!({"success": true}),
                     None => json!({"error": {"code": 404, "err_code": 10014, "description": "consumer not found"}}),
                 };
                 self.answer(reply, &answer);
-            }
-            ["CONSUMER", "DELETE", _, name] => {
-                self.consumers.remove(*name);
-                self.answer(reply, &json!({"success": true}));
             }
             ["CONSUMER", "MSG", "NEXT", _, name] => {
                 let Some(consumer) = self.consumers.get_mut(*name) else {
@@ -233,11 +231,34 @@ impl State {
         }
     }
 
+    fn consumer_info(&self, name: &str) -> Value {
+        let known = self.consumers.get(name).and_then(|of| Some((of, self.streams.get(&of.stream)?)));
+        let reach = self.reach();
+        let Some((consumer, stream)) = known else {
+            return json!({"error": {"code": 404, "err_code": 10014, "description": "consumer not found"}});
+        };
+        let takes = |seq: u64, subject: &str| seq <= reach && consumer.takes(subject);
+        json!({
+            "name": name,
+            "num_pending": stream.messages.range(consumer.next..).filter(|(seq, m)| takes(**seq, &m.subject)).count(),
+            "delivered": {"consumer_seq": consumer.delivered, "stream_seq": consumer.last_stream_seq},
+        })
+    }
+
     fn create_consumer(&mut self, stream: &str, name: &str, config: &Value, reply: &str) {
         let Some(of) = self.streams.get(stream) else {
             let error = json!({"code": 404, "err_code": 10059, "description": "stream not found"});
             return self.answer(reply, &json!({"error": error}));
         };
+        if let Some(existing) = self.consumers.get(name) {
+            if existing.config != *config {
+                let error = json!({"code": 400, "err_code": 10148, "description": "consumer already exists"});
+                return self.answer(reply, &json!({"error": error}));
+            }
+            // The same request, sent once more.
+            let info = self.consumer_info(name);
+            return self.answer(reply, &info);
+        }
         let next = match config["deliver_policy"].as_str() {
             Some("by_start_sequence") => config["opt_start_seq"].as_u64().expect("a sequence").max(of.first),
             Some("by_start_time") => {
@@ -255,6 +276,7 @@ impl State {
         let pending = there.count();
         let consumer = Consumer {
             filter,
+            config: config.clone(),
             stream: stream.to_owned(),
             next,
             delivered: 0,

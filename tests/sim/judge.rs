@@ -37,7 +37,7 @@ impl Scene {
             sleep(HANDED_OVER / 10).await;
         }
         self.nothing_broken()?;
-        self.wrong().map_or(Ok((took, limit)), Err)
+        self.wrong().or_else(|| self.left_behind()).map_or(Ok((took, limit)), Err)
     }
 
     fn nothing_broken(&self) -> Result<(), String> {
@@ -45,6 +45,14 @@ impl Scene {
         history.back_was_told();
         let broken = &history.broken;
         if broken.is_empty() { Ok(()) } else { Err(broken.join("\n")) }
+    }
+
+    /// The consumer of the run, and one that a superseded run created when its successor had begun. Servers here never
+    /// remove a consumer by themselves.
+    fn left_behind(&self) -> Option<String> {
+        let (source, target) = (self.source.consumers(), self.target.consumers());
+        (source.len() > 2 || !target.is_empty())
+            .then(|| format!("consumers are left behind: {source:?} at the source, {target:?} at the target"))
     }
 
     fn wrong(&self) -> Option<String> {

@@ -177,6 +177,7 @@ impl Scene {
             neighbour: None,
             skip: None,
             samples: None,
+            consumers: consumers(),
             dial: Arc::new(self.network(me, epoch)),
         };
         let status = watch::Sender::new((State::Starting, CopyStatus::default()));
@@ -279,8 +280,9 @@ impl Scene {
         let Some(from) = record.source.map(|source| source.seq) else { return Ok(()) };
         let seq = if back { from.saturating_sub(by) } else { from + by };
         let network = self.network(&me, 0);
-        let located =
-            locate(&network, &self.replication(), At::Behind(seq)).await.map_err(|error| error.to_string())?;
+        let located = locate(&network, &self.replication(), &consumers(), At::Behind(seq))
+            .await
+            .map_err(|error| error.to_string())?;
         let Located::At(place) = located else { return Ok(()) };
         for _ in 0..20 {
             let Ok((record, revision)) = store.read(ID).await else { continue };
@@ -299,4 +301,9 @@ impl Scene {
         self.history().any_position = false;
         Ok(())
     }
+}
+
+/// What the names of the copy's own consumers begin with.
+fn consumers() -> String {
+    copy::consumer_prefix("SITE", "", ID)
 }

@@ -181,6 +181,11 @@ impl Server {
         self.lock().frozen = Some(Instant::now() + time);
     }
 
+    /// Names of the consumers that exist.
+    pub fn consumers(&self) -> Vec<String> {
+        self.lock().consumers.keys().cloned().collect()
+    }
+
     /// The consumers of now deliver nothing more: heartbeats and the ends of pulls are all that comes.
     pub fn mute(&self) {
         self.lock().consumers.values_mut().for_each(|consumer| consumer.mute = true);

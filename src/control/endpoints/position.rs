@@ -12,7 +12,7 @@ use crate::{
         api::{Failure, Moved, PositionRequest},
         service::Request,
     },
-    copy::{At, Located, Place, locate},
+    copy::{At, Located, Place, consumer_prefix, locate},
     events::Event,
     status::State,
     store::{ConfigEntry, MarkKind, SaveError},
@@ -105,7 +105,8 @@ pub(super) async fn runnable(context: &Context, entry: ConfigEntry) -> Result<Re
 
 async fn at_source(context: &Context, replication: &Replication, at: At, end: Instant) -> Result<Place, Failure> {
     let stream = &replication.source.stream;
-    match timeout_at(end, locate(&context.rules, replication, at)).await {
+    let consumers = consumer_prefix(&context.site, &context.installation, &replication.id);
+    match timeout_at(end, locate(&context.rules, replication, &consumers, at)).await {
         Ok(Ok(Located::At(place))) => Ok(place),
         Ok(Ok(Located::Beyond { last_seq })) => {
             Err(Failure::new(409, format!("the last sequence of source stream `{stream}` is {last_seq}")))
