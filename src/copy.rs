@@ -28,6 +28,7 @@ pub(crate) mod subjects;
 pub(crate) mod target;
 mod throttle;
 mod transform;
+mod untaken;
 mod watchdog;
 mod window;
 mod writer;
@@ -96,6 +97,8 @@ pub struct Error {
     pub message: String,
     /// The message that can never be stored at the target, if that is the reason.
     pub poison: Option<SourceMessage>,
+    /// The message that no stream took, if that is the reason.
+    untaken: Option<SourceMessage>,
     /// Messages that the server refused for good.
     refused: Vec<reject::Refusal>,
     /// Whether the target's last sequence was not what was expected.
@@ -107,7 +110,15 @@ pub struct Error {
 impl Error {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), poison: None, refused: Vec::new(), chain_broken: false, stalled: false }
+        Self {
+            kind,
+            message: message.into(),
+            poison: None,
+            untaken: None,
+            refused: Vec::new(),
+            chain_broken: false,
+            stalled: false,
+        }
     }
 
     /// Nothing moved any more.
@@ -119,7 +130,7 @@ impl Error {
 impl From<nats::Error> for Error {
     fn from(error: nats::Error) -> Self {
         let kind = match error.kind {
-            nats::ErrorKind::Retry | nats::ErrorKind::ChainBroken => ErrorKind::Retry,
+            nats::ErrorKind::Retry | nats::ErrorKind::ChainBroken | nats::ErrorKind::NoResponders => ErrorKind::Retry,
             nats::ErrorKind::Hold | nats::ErrorKind::Poison | nats::ErrorKind::NotFound => ErrorKind::Hold,
         };
         Self { chain_broken: error.kind == nats::ErrorKind::ChainBroken, ..Self::new(kind, error.message) }
@@ -158,6 +169,7 @@ pub async fn run(
             Err(error) => Err(error),
         };
         let again = match &mut result {
+            Ok(run::Ended::LogsInAgain) => true,
             // Nobody has to act upon it: the next run knows what becomes of these messages.
             Err(error) if error.poison.is_some() && job.replication.on_reject != OnReject::Hold => {
                 refused.add(std::mem::take(&mut error.refused))
@@ -165,7 +177,7 @@ pub async fn run(
             _ => false,
         };
         if !again {
-            break result;
+            break result.map(|_| ());
         }
     };
     status.send_modify(|(_, copy)| {
@@ -178,6 +190,10 @@ pub async fn run(
             Ok(()) => Err(error),
             Err(held) => Err(held),
         },
-        result => result,
+        Err(error) => Err(match error.untaken {
+            Some(message) => untaken::explain(job, error, message).await,
+            None => error,
+        }),
+        Ok(()) => Ok(()),
     }
 }

@@ -14,6 +14,7 @@ mod lane;
 pub mod parser;
 mod rules;
 mod tls;
+mod verdicts;
 mod websocket;
 
 pub use error::{ApiError, Error, ErrorKind};

@@ -4,13 +4,15 @@
 //! the witness: it is read when the consumer is there, and only if the source still has it with the same stored time is
 //! this the stream that was read before.
 
+use serde_json::Value;
+
 use super::{
     reader::{Range, Reader, consumer_name},
     window::SourcePoint,
 };
 use crate::nats::{
     Batch, Error, Lane,
-    jetstream::{ConsumerInfo, answer_in, create_consumer_call, decode, decode_message, message_call},
+    jetstream::{ConsumerInfo, answer_in, create_consumer_call, decode, decode_message, message_call, within_limit},
 };
 
 /// One attempt.
@@ -21,6 +23,8 @@ pub(super) struct Renewal {
     /// The newest message that was handed out.
     behind: SourcePoint,
     consumer: String,
+    /// What the consumer is asked for.
+    config: Value,
     waits_for: Waits,
     /// The request that was sent last.
     request: String,
@@ -40,13 +44,18 @@ impl Renewal {
             filters: filters.to_vec(),
             behind,
             consumer: consumer_name(),
+            config: Value::Null,
             waits_for: Waits::Consumer,
             request: String::new(),
         };
-        let config = renewal.range().config(&renewal.consumer);
-        let (what, body) = create_consumer_call(stream, &renewal.consumer, &config);
-        renewal.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
+        renewal.config = renewal.range().config(&renewal.consumer);
+        renewal.ask(lane);
         renewal
+    }
+
+    fn ask(&mut self, lane: &mut Lane) {
+        let (what, body) = create_consumer_call(&self.stream, &self.consumer, &self.config);
+        self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
     }
 
     fn range(&self) -> Range<'_> {
@@ -63,7 +72,14 @@ impl Renewal {
     fn step(&mut self, lane: &mut Lane, answer: Result<&[u8], Error>, bytes: usize) -> Result<Option<Reader>, Error> {
         match &self.waits_for {
             Waits::Consumer => {
-                let info: ConsumerInfo = decode(answer?)?;
+                let info: ConsumerInfo = match decode(answer?) {
+                    Ok(info) => info,
+                    Err(error) => {
+                        self.config = within_limit(&self.config, &error).ok_or(error)?;
+                        self.ask(lane);
+                        return Ok(None);
+                    }
+                };
                 let (what, body) = message_call(&self.stream, self.behind.seq);
                 let subject = format!("{}.{what}", lane.api_prefix());
                 self.request = lane.send_request(&subject, body.to_string().as_bytes());

@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     chance,
-    config::{OnReject, Replication},
+    config::{OnReject, Replication, Side},
     events::{Event, Events, PoisonAction, Step},
     names,
     nats::{
@@ -65,12 +65,27 @@ pub(super) const DRAIN: Duration = Duration::from_secs(5);
 const LAST_ACKS: Duration = Duration::from_millis(1_500);
 /// Time for the last save of a run that failed.
 pub(super) const LAST_SAVE: Duration = Duration::from_secs(3);
+/// A run logs in again this long before its login ends, if the files have a newer one by then.
+const LOGIN_AHEAD_SECS: i64 = 30;
+/// How often the files are read while they have none.
+const LOGIN_EVERY: Duration = Duration::from_secs(1);
 
 /// Why the loop should end once nothing is in the air.
 #[derive(Debug)]
 enum Ending {
     Stopped,
+    /// A login is about to end, and its successor is there.
+    LogsInAgain,
     Failed(Error),
+}
+
+/// Why a run ended without an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// By request.
+    Stopped,
+    /// To log in again: the next run begins at once.
+    LogsInAgain,
 }
 
 /// One run, with everything that dies with it.
@@ -122,6 +137,8 @@ pub(super) struct Run<'a> {
     silent_at: Option<Instant>,
     moved: Instant,
     ending: Option<(Ending, Instant)>,
+    /// The files of a login that is about to end are read then.
+    next_login: Instant,
     /// Left out by request, and not told yet.
     skipped: Option<u64>,
 }
@@ -270,6 +287,7 @@ impl<'a> Run<'a> {
             silent_at: None,
             moved: now,
             ending: None,
+            next_login: now,
             skipped: None,
         };
         run.source_says(run.source_info.clone());
@@ -357,14 +375,14 @@ impl<'a> Run<'a> {
     }
 
     /// Copies until the stop or an error; the position is saved at the end of both.
-    pub async fn copy(mut self, ledger: &mut Ledger, stop: CancellationToken) -> Result<(), Error> {
+    pub async fn copy(mut self, ledger: &mut Ledger, stop: CancellationToken) -> Result<Ended, Error> {
         let result = self.copy_loop(ledger, &stop).await;
         ledger.gaps = std::mem::take(&mut self.gaps);
         self.settle();
         self.tell_rejected(true);
         self.tell(State::Running);
         match result {
-            Ok(()) => {
+            Ok(ended) => {
                 self.write_senders().await;
                 let _ = tokio::time::timeout(LAST_ACKS, self.tell_all()).await;
                 self.reader.close(&mut self.source);
@@ -374,7 +392,8 @@ impl<'a> Run<'a> {
                 let sampled = self.sampler.as_ref().map(Sampler::sampled);
                 let witnesses =
                     witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
-                Ok(ledger.save_now(witnesses, row).await?)
+                ledger.save_now(witnesses, row).await?;
+                Ok(ended)
             }
             Err(error) if error.kind == ErrorKind::Superseded => Err(error),
             Err(error) => {
@@ -425,7 +444,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    async fn copy_loop(&mut self, ledger: &mut Ledger, stop: &CancellationToken) -> Result<(), Error> {
+    async fn copy_loop(&mut self, ledger: &mut Ledger, stop: &CancellationToken) -> Result<Ended, Error> {
         loop {
             let now = Instant::now();
             self.pump(now)?;
@@ -930,7 +949,26 @@ impl<'a> Run<'a> {
         let action = self.watchdog.look(now, &self.seen());
         action.map_or(Ok(()), |action| self.act(action))?;
         self.look_after_target(now)?;
+        self.look_after_logins(now);
         Ok(self.reader.check(now, self.reads)?)
+    }
+
+    /// Ends the run in time where a login is about to end and the files have its successor.
+    fn look_after_logins(&mut self, now: Instant) {
+        let soon = chance::now().timestamp() + LOGIN_AHEAD_SECS;
+        let sides = [(&self.source, &self.replication.source), (&self.target, &self.replication.target)];
+        let ending = |(lane, side): &(&Lane, &Side)| {
+            lane.login_expires().is_some_and(|at| at <= soon && self.job.dial.login_expires(&side.place) > Some(at))
+        };
+        let ends = sides.iter().any(|(lane, _)| lane.login_expires().is_some_and(|at| at <= soon));
+        if !ends || self.ending.is_some() || now < self.next_login {
+            return;
+        }
+        self.next_login = now + LOGIN_EVERY;
+        if sides.iter().any(ending) {
+            info!(replication = self.replication.id, "credentials were renewed: logging in again");
+            self.end(Ending::LogsInAgain);
+        }
     }
 
     /// Brings the status up to date.
@@ -995,7 +1033,7 @@ impl<'a> Run<'a> {
     }
 
     /// Whether an ending that was begun is complete.
-    fn ended(&mut self, now: Instant) -> Option<Result<(), Error>> {
+    fn ended(&mut self, now: Instant) -> Option<Result<Ended, Error>> {
         let (_, deadline) = self.ending.as_ref()?;
         if !self.all_settled() && now < *deadline {
             return None;
@@ -1007,7 +1045,8 @@ impl<'a> Run<'a> {
         let (ending, _) = self.ending.take()?;
         Some(match ending {
             Ending::Failed(error) => Err(error),
-            Ending::Stopped => Ok(()),
+            Ending::Stopped => Ok(Ended::Stopped),
+            Ending::LogsInAgain => Ok(Ended::LogsInAgain),
         })
     }
 }

@@ -429,7 +429,7 @@ impl Writer {
                 // Behind distance and gap mode: whatever is said comes back on the subject of a message.
                 let of_message = words.nth(2).and_then(number);
                 if unavailable {
-                    self.batch_refused(no_responders(), None, now);
+                    self.batch_refused(no_responders(), of_message, now);
                 } else {
                     self.accept_batch_ack(message.payload, of_current, of_message, window, now)?;
                 }
@@ -764,7 +764,8 @@ fn flow(limits: &Limits, message_bytes: usize) -> u32 {
 }
 
 fn no_responders() -> Error {
-    Error::retry("nobody stores messages for the target stream at the moment (no responders)")
+    let message = "nobody stores messages for the target stream at the moment (no responders)".to_owned();
+    Error { kind: ErrorKind::NoResponders, message, api: None }
 }
 
 /// Settles a batch up to and with this sequence of it; returns what that settled.
@@ -806,16 +807,20 @@ fn refusal(error: Error, source: Option<SourcePoint>) -> RunError {
         Some(source) => error.context(format!("the target refused the message with source sequence {}", source.seq)),
         None => error.context("the target refused a message"),
     };
+    let untaken = source.filter(|_| error.kind == ErrorKind::NoResponders).and_then(named);
     let error = about(error, source);
     let refused: Option<Refusal> = error.poison.map(|message| (message, error.message.clone()));
-    RunError { refused: refused.into_iter().collect(), ..error }
+    RunError { untaken, refused: refused.into_iter().collect(), ..error }
 }
 
 /// An error about one message: poison, if it says that the message can never be stored.
 pub(super) fn about(error: Error, source: Option<SourcePoint>) -> RunError {
     let poison = source.filter(|_| error.kind == ErrorKind::Poison);
-    let poison = poison.and_then(|source| Some(SourceMessage { seq: source.seq, time_ns: source.time_ns? }));
-    RunError { poison, ..error.into() }
+    RunError { poison: poison.and_then(named), ..error.into() }
+}
+
+fn named(source: SourcePoint) -> Option<SourceMessage> {
+    Some(SourceMessage { seq: source.seq, time_ns: source.time_ns? })
 }
 
 /// Makes ids of messages: neither a stream made anew or rolled back (other stored times) nor a second replication
