@@ -3,6 +3,7 @@
 //!
 //! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
 
+mod appetite;
 mod budget;
 pub(crate) mod dead_letter;
 mod decide;
@@ -12,6 +13,7 @@ mod gap;
 mod glance;
 mod headroom;
 mod intake;
+mod line;
 mod locate;
 mod objects;
 mod probe;
@@ -99,6 +101,8 @@ pub struct Error {
     pub poison: Option<SourceMessage>,
     /// The message that no stream took, if that is the reason.
     untaken: Option<SourceMessage>,
+    /// The longest protocol line that the target did not confirm, where it ended the connection.
+    unconfirmed_line: Option<usize>,
     /// Messages that the server refused for good.
     refused: Vec<reject::Refusal>,
     /// Whether the target's last sequence was not what was expected.
@@ -115,6 +119,7 @@ impl Error {
             message: message.into(),
             poison: None,
             untaken: None,
+            unconfirmed_line: None,
             refused: Vec::new(),
             chain_broken: false,
             stalled: false,
@@ -157,6 +162,13 @@ pub async fn run(
     stop: CancellationToken,
 ) -> Result<(), Error> {
     let mut refused = reject::Refused::default();
+    if let Some(limit) = ledger.max_line {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(()),
+            raised = line::is_raised(job, limit) => ledger.max_line = ledger.max_line.filter(|_| !raised),
+        }
+    }
     let result = loop {
         let started = tokio::select! {
             biased;
@@ -173,6 +185,13 @@ pub async fn run(
             // Nobody has to act upon it: the next run knows what becomes of these messages.
             Err(error) if error.poison.is_some() && job.replication.on_reject != OnReject::Hold => {
                 refused.add(std::mem::take(&mut error.refused))
+            }
+            Err(Error { unconfirmed_line: Some(sent), .. }) => {
+                let found =
+                    line::limit(job, *sent).await.filter(|limit| ledger.max_line.is_none_or(|old| *limit < old));
+                ledger.max_line = found.or(ledger.max_line);
+                // The next run finds these messages before they are sent.
+                found.is_some()
             }
             _ => false,
         };

@@ -157,7 +157,10 @@ impl<'a> Run<'a> {
             copy.source.stream.clone_from(&job.replication.source.stream);
             copy.target.stream.clone_from(&job.replication.target.stream);
         });
-        let replication = Arc::new(job.replication.clone());
+        let mut replication = job.replication.clone();
+        let in_flight = &mut replication.limits.bytes_in_flight;
+        *in_flight = ledger.appetite.begin(*in_flight, Instant::now());
+        let replication = Arc::new(replication);
         let name = format!("{} {}", names::PROGRAM, replication.id);
         let (mut source, mut target) = tokio::try_join!(
             async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
@@ -233,6 +236,7 @@ impl<'a> Run<'a> {
         let mut writer =
             Writer::open(&mut target, replication.clone(), tag.clone(), abilities, &target_info, ledger.record());
         writer.after(resume.before);
+        writer.limit_line(ledger.max_line);
         let now = Instant::now();
         let mut copy = status.borrow().1.clone();
         if !copy.source.server.is_empty() {
@@ -473,18 +477,37 @@ impl<'a> Run<'a> {
                     self.copy.sampling.get_or_insert_default().records_written += records;
                 }
                 turn = self.target.turn() => {
-                    if let Turn::Received(batch) = turn.map_err(|e| e.context("target"))? {
+                    if let Turn::Received(batch) = turn.map_err(|error| self.lost_target(error))? {
                         self.take_acks(&batch)?;
                     }
                 }
                 turn = self.source.turn(), if self.reads => {
-                    if let Turn::Received(batch) = turn.map_err(|e| e.context("source"))? {
+                    if let Turn::Received(batch) = turn.map_err(|error| self.lost_source(ledger, error))? {
                         self.take_messages(batch)?;
                     }
                 }
                 () = sleep_until(wake) => {}
             }
         }
+    }
+
+    /// The target ended the connection: perhaps for a line that was too long.
+    fn lost_target(&self, error: crate::nats::Error) -> Error {
+        let unconfirmed_line = self.writer.unconfirmed_line(&self.window);
+        Error { unconfirmed_line, ..error.context("target").into() }
+    }
+
+    /// The source ended the connection: perhaps because more was asked for than it lets wait.
+    fn lost_source(&self, ledger: &mut Ledger, error: crate::nats::Error) -> Error {
+        let now = Instant::now();
+        if self.reader.pending() > 0 {
+            let asked = throttle::read_ahead(&self.replication.limits);
+            if let Some(bytes) = ledger.appetite.cut(asked, now.duration_since(self.began), now) {
+                let id = &self.replication.id;
+                warn!(replication = id, bytes, "the source cut the connection again: asking it for less at once");
+            }
+        }
+        error.context("source").into()
     }
 
     /// Writes what is known of senders and publishes what is to be told of them, as far as that is due.

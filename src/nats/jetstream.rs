@@ -69,6 +69,9 @@ pub struct StreamState {
     pub first_seq: u64,
     /// Last sequence ever given.
     pub last_seq: u64,
+    /// Consumers of the stream.
+    #[serde(rename = "consumer_count")]
+    pub consumers: i64,
 }
 
 /// Whether the leader of a stream answered a question about it: not if nobody leads, or if the leader is one of the others.

@@ -436,6 +436,25 @@ impl Lane {
         self.output.extend_from_slice(b"PING\r\n");
     }
 
+    /// Writes everything and waits until the server has read it. For use while no copy is under way.
+    pub async fn round_trip(&mut self) -> Result<(), Error> {
+        let before = self.pongs;
+        self.ping();
+        let answered = async {
+            while !self.output.is_empty() || self.unflushed {
+                self.turn().await?;
+            }
+            while self.pongs == before {
+                self.read_more().await?;
+            }
+            Ok(())
+        };
+        match timeout(REQUEST_TIMEOUT, answered).await {
+            Ok(answered) => answered,
+            Err(_) => Err(self.silent("PING")),
+        }
+    }
+
     /// Publishes without headers.
     pub fn publish(&mut self, subject: &str, reply: &str, payload: &[u8]) {
         self.output.extend_from_slice(format!("PUB {subject} {reply} {}\r\n", payload.len()).as_bytes());
