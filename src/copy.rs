@@ -187,8 +187,12 @@ pub async fn run(
                 refused.add(std::mem::take(&mut error.refused))
             }
             Err(Error { unconfirmed_line: Some(sent), .. }) => {
-                let found =
-                    line::limit(job, *sent).await.filter(|limit| ledger.max_line.is_none_or(|old| *limit < old));
+                let found = tokio::select! {
+                    biased;
+                    () = stop.cancelled() => None,
+                    found = line::limit(job, *sent) => found,
+                };
+                let found = found.filter(|limit| ledger.max_line.is_none_or(|old| *limit < old));
                 ledger.max_line = found.or(ledger.max_line);
                 // The next run finds these messages before they are sent.
                 found.is_some()

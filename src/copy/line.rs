@@ -9,8 +9,8 @@ use crate::{names, nats::Lane};
 
 /// Limit for the whole search.
 const WITHIN: Duration = Duration::from_secs(8);
-/// A server whose limit is below this takes no client at all.
-const LEAST: usize = 256;
+/// The line with which a client introduces itself is hardly shorter: nothing is searched below.
+pub(super) const LEAST: usize = 512;
 
 /// The longest line that the target takes, if that is shorter than `sent`; `None` if it is not, or cannot be known.
 pub(super) async fn limit(job: &Job, sent: usize) -> Option<usize> {
@@ -62,7 +62,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_limit_is_found_to_the_byte() {
-        for limit in [257, 1_000, 1_024, 2_047] {
+        for limit in [512, 1_000, 1_024, 2_047] {
             assert_eq!(search(2_048, |line| ready(Some(line <= limit)).boxed()).await, Some(limit));
         }
         assert_eq!(search(2_048, |line| ready(Some(line <= 4_096)).boxed()).await, None);

@@ -17,6 +17,7 @@ use super::{
     gap::Gaps,
     headroom::{Looks, Oldest, Outlook, Retention},
     intake::Intake,
+    line,
     objects::{Gate, Incomplete, Pass},
     probe::{self, Probe},
     progress::{Ledger, Sampled, Witnesses},
@@ -493,7 +494,7 @@ impl<'a> Run<'a> {
 
     /// The target ended the connection: perhaps for a line that was too long.
     fn lost_target(&self, error: crate::nats::Error) -> Error {
-        let unconfirmed_line = self.writer.unconfirmed_line(&self.window);
+        let unconfirmed_line = self.writer.unconfirmed_line(&self.window).filter(|line| *line > line::LEAST);
         Error { unconfirmed_line, ..error.context("target").into() }
     }
 

@@ -12,8 +12,8 @@ use crate::{
     store::SourceMessage,
 };
 
-/// Limit for both questions together.
-const ASKED_FOR: Duration = Duration::from_secs(5);
+/// Limit for both questions together: without a leader there is no answer, and the next run waits for one anyway.
+const ASKED_FOR: Duration = Duration::from_secs(2);
 
 /// The error itself, or what an operator has to do about it.
 pub(super) async fn explain(job: &Job, error: Error, message: SourceMessage) -> Error {
