@@ -3,6 +3,7 @@
 //!
 //! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
 
+mod appetite;
 mod budget;
 mod consumers;
 pub(crate) mod dead_letter;
@@ -13,6 +14,7 @@ mod gap;
 mod glance;
 mod headroom;
 mod intake;
+mod line;
 mod locate;
 mod objects;
 mod probe;
@@ -29,6 +31,7 @@ pub(crate) mod subjects;
 pub(crate) mod target;
 mod throttle;
 mod transform;
+mod untaken;
 mod watchdog;
 mod window;
 mod writer;
@@ -100,6 +103,10 @@ pub struct Error {
     pub message: String,
     /// The message that can never be stored at the target, if that is the reason.
     pub poison: Option<SourceMessage>,
+    /// The message that no stream took, if that is the reason.
+    untaken: Option<SourceMessage>,
+    /// The longest protocol line that the target did not confirm, where it ended the connection.
+    unconfirmed_line: Option<usize>,
     /// Messages that the server refused for good.
     refused: Vec<reject::Refusal>,
     /// Whether the target's last sequence was not what was expected.
@@ -111,7 +118,16 @@ pub struct Error {
 impl Error {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), poison: None, refused: Vec::new(), chain_broken: false, stalled: false }
+        Self {
+            kind,
+            message: message.into(),
+            poison: None,
+            untaken: None,
+            unconfirmed_line: None,
+            refused: Vec::new(),
+            chain_broken: false,
+            stalled: false,
+        }
     }
 
     /// Nothing moved any more.
@@ -123,7 +139,7 @@ impl Error {
 impl From<nats::Error> for Error {
     fn from(error: nats::Error) -> Self {
         let kind = match error.kind {
-            nats::ErrorKind::Retry | nats::ErrorKind::ChainBroken => ErrorKind::Retry,
+            nats::ErrorKind::Retry | nats::ErrorKind::ChainBroken | nats::ErrorKind::NoResponders => ErrorKind::Retry,
             nats::ErrorKind::Hold | nats::ErrorKind::Poison | nats::ErrorKind::NotFound => ErrorKind::Hold,
         };
         Self { chain_broken: error.kind == nats::ErrorKind::ChainBroken, ..Self::new(kind, error.message) }
@@ -151,6 +167,13 @@ pub async fn run(
     stop: CancellationToken,
 ) -> Result<(), Error> {
     let mut refused = reject::Refused::default();
+    if let Some(limit) = ledger.max_line {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(()),
+            raised = line::is_raised(job, limit) => ledger.max_line = ledger.max_line.filter(|_| !raised),
+        }
+    }
     let result = loop {
         let started = tokio::select! {
             biased;
@@ -163,14 +186,26 @@ pub async fn run(
             Err(error) => Err(error),
         };
         let again = match &mut result {
+            Ok(run::Ended::LogsInAgain) => true,
             // Nobody has to act upon it: the next run knows what becomes of these messages.
             Err(error) if error.poison.is_some() && job.replication.on_reject != OnReject::Hold => {
                 refused.add(std::mem::take(&mut error.refused))
             }
+            Err(Error { unconfirmed_line: Some(sent), .. }) => {
+                let found = tokio::select! {
+                    biased;
+                    () = stop.cancelled() => None,
+                    found = line::limit(job, *sent) => found,
+                };
+                let found = found.filter(|limit| ledger.max_line.is_none_or(|old| *limit < old));
+                ledger.max_line = found.or(ledger.max_line);
+                // The next run finds these messages before they are sent.
+                found.is_some()
+            }
             _ => false,
         };
         if !again {
-            break result;
+            break result.map(|_| ());
         }
     };
     status.send_modify(|(_, copy)| {
@@ -183,6 +218,10 @@ pub async fn run(
             Ok(()) => Err(error),
             Err(held) => Err(held),
         },
-        result => result,
+        Err(error) => Err(match error.untaken {
+            Some(message) => untaken::explain(job, error, message).await,
+            None => error,
+        }),
+        Ok(()) => Ok(()),
     }
 }

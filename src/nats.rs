@@ -2,6 +2,7 @@
 //! bytes in and out, large writes, nothing queued behind our back, and dropping it is how a run stops for
 //! certain. Everything else uses async-nats.
 
+pub mod account;
 mod auth;
 mod choria;
 pub mod client;
@@ -14,6 +15,7 @@ mod lane;
 pub mod parser;
 mod rules;
 mod tls;
+mod verdicts;
 mod websocket;
 
 pub use error::{ApiError, Error, ErrorKind};

@@ -5,6 +5,7 @@
 //! [`look`] asks, [`judge`] decides what the answers mean.
 
 mod judge;
+mod limits;
 mod look;
 mod permissions;
 mod ring;
@@ -148,7 +149,7 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
         planned: &planned,
         update: &update,
     };
-    Report { source: pair.judge_source(), target: pair.judge_target(known) }
+    Report { source: pair.judge_source(known), target: pair.judge_target(known) }
 }
 
 /// Subjects that a copy publishes to at the source side.

@@ -97,6 +97,8 @@ mod wire_election;
 mod wire_faults;
 #[path = "it/wire_fidelity.rs"]
 mod wire_fidelity;
+#[path = "it/wire_holds.rs"]
+mod wire_holds;
 #[path = "it/wire_kinds.rs"]
 mod wire_kinds;
 #[path = "it/wire_kv.rs"]
@@ -109,6 +111,8 @@ mod wire_networks;
 mod wire_objects;
 #[path = "it/wire_order.rs"]
 mod wire_order;
+#[path = "it/wire_quotas.rs"]
+mod wire_quotas;
 #[path = "it/wire_rates.rs"]
 mod wire_rates;
 #[path = "it/wire_refusals.rs"]

@@ -210,8 +210,8 @@ pub struct PreflightStream {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Check {
     /// What was looked at: at both sides `connect`, `jetstream`, `stream`, `calls`; at the source
-    /// `filter`, `start`, and `dead_letter` and `advisory` where these are set; at the target `publish`, `subjects`,
-    /// `max_payload`, `target_mode`, `headers`, `duplicates`, `cycle`.
+    /// `filter`, `start`, `limits`, and `dead_letter` and `advisory` where these are set; at the target `publish`, `subjects`,
+    /// `max_payload`, `limits`, `target_mode`, `headers`, `duplicates`, `cycle`.
     pub name: String,
     /// What came out.
     pub result: CheckResult,

@@ -258,10 +258,12 @@ fn max_ack_pending(replication: &Replication, source: &StreamInfo, pushed: bool)
     let limits = &replication.limits;
     let most = (limits.messages_in_flight as u64).saturating_mul(2).max(LEAST_PENDING);
     let average = source.state.bytes.checked_div(source.state.messages).unwrap_or_default();
-    match (limits.bytes_in_flight as u64).saturating_mul(2).checked_div(average) {
+    let wanted = match (limits.bytes_in_flight as u64).saturating_mul(2).checked_div(average) {
         Some(fits) if pushed => most.min(fits.max(LEAST_PENDING)),
         _ => most,
-    }
+    };
+    let allowed = source.config.pointer("/consumer_limits/max_ack_pending").and_then(Value::as_u64);
+    allowed.filter(|allowed| *allowed > 0).map_or(wanted, |allowed| wanted.min(allowed))
 }
 
 /// Why the consumer cannot be made or changed, in words that tell what to do.
@@ -361,6 +363,12 @@ mod tests {
         check(10, 100_000, true, 209);
         check(10, 10_000_000, true, LEAST_PENDING);
         check(10, 10_000_000, false, 2000);
+        let limited = |limit: Value| {
+            let mut source = stream("interest", "4", 0, 0);
+            source.config["consumer_limits"] = json!({ "max_ack_pending": limit });
+            max_ack_pending(&replication(json!({})), &source, false)
+        };
+        assert_eq!((limited(json!(7)), limited(json!(0)) > 7, limited(json!(1_000_000)) < 1_000_000), (7, true, true));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tokio::{
     time::{Duration, Instant},
 };
 
-use super::{Error, ErrorKind, gap::Gaps, resume::Resume, sharing::Intruders, window::Window};
+use super::{Error, ErrorKind, appetite::Appetite, gap::Gaps, resume::Resume, sharing::Intruders, window::Window};
 use crate::{
     chance,
     config::{Replication, Sharing},
@@ -51,6 +51,10 @@ pub struct Ledger {
     pub(super) intruders: Intruders,
     /// Whether a duplicate window that is too short was told.
     pub(super) window_told: bool,
+    /// The longest protocol line that the target takes, where that turned out to be less than servers take by default.
+    pub(super) max_line: Option<usize>,
+    /// What the source may be asked for at once.
+    pub(super) appetite: Appetite,
     /// Source sequence in the record as last saved.
     saved: watch::Sender<u64>,
 }
@@ -81,6 +85,8 @@ impl Ledger {
             broken: false,
             intruders: Intruders::default(),
             window_told: false,
+            max_line: None,
+            appetite: Appetite::default(),
             saved,
         }
     }

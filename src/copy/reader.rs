@@ -42,8 +42,6 @@ const COUNTED_AGAIN: u32 = 5;
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// The server forgets a consumer that nobody pulls from after this time.
 const INACTIVE: Duration = Duration::from_secs(45);
-/// After so long without a pull it may have done so.
-const FORGOTTEN: Duration = Duration::from_secs(40);
 /// A pull that was smaller than one message is followed by one that is so many times as large.
 const PIECE_STEP: usize = 4;
 /// No message with its subjects and headers is larger.
@@ -131,6 +129,8 @@ pub(super) struct Reader {
     asked: Instant,
     /// How long none was before the present ones; zero once one of them got something.
     rested: Duration,
+    /// How long the server keeps the consumer while nobody pulls from it.
+    inactive: Duration,
     abandoned: bool,
 }
 
@@ -226,6 +226,7 @@ impl Reader {
             heard: now,
             asked: now,
             rested: Duration::ZERO,
+            inactive: inactive(&info.config),
             abandoned: false,
         }
     }
@@ -369,8 +370,10 @@ impl Reader {
                 Ok(())
             }
             Some(code) => {
-                let error = Error::retry(format!("consumer of stream `{}` ended: {code} {text}", self.stream));
-                Err(Lost { error, forgotten: code == 503 && self.rested >= FORGOTTEN })
+                let error = Error::of_status(&self.stream, code, &text);
+                // A little before that the answer to a pull may cross its end.
+                let forgotten = code == 503 && self.rested >= self.inactive * 8 / 9;
+                Err(Lost { error, forgotten })
             }
             None => {
                 Err(Error::retry(format!("consumer of stream `{}` sent a message that is none", self.stream)).into())
@@ -496,6 +499,11 @@ impl Reader {
         let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.consumer);
         lane.send_request(&subject, b"")
     }
+}
+
+/// How long a consumer is kept while nobody pulls from it: what was asked for, or less where the stream limits it.
+fn inactive(config: &serde_json::Value) -> Duration {
+    config["inactive_threshold"].as_u64().filter(|nanos| *nanos > 0).map_or(INACTIVE, Duration::from_nanos)
 }
 
 /// What becomes of a delivery.

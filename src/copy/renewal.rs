@@ -4,6 +4,8 @@
 //! the witness: it is read when the consumer is there, and only if the source still has it with the same stored time is
 //! this the stream that was read before.
 
+use serde_json::Value;
+
 use super::{
     reader::{Range, Reader},
     window::SourcePoint,
@@ -12,6 +14,7 @@ use crate::nats::{
     Batch, Error, Lane,
     jetstream::{
         ConsumerInfo, TOO_MANY_CONSUMERS, answer_in, create_new_consumer_call, decode, decode_message, message_call,
+        within_limit,
     },
 };
 
@@ -23,6 +26,8 @@ pub(super) struct Renewal {
     /// The newest message that was handed out.
     behind: SourcePoint,
     consumer: String,
+    /// What the consumer is asked for.
+    config: Value,
     waits_for: Waits,
     /// The request that was sent last.
     request: String,
@@ -55,19 +60,20 @@ impl Renewal {
             filters: filters.to_vec(),
             behind,
             consumer,
+            config: Value::Null,
             waits_for: Waits::Consumer,
             request: String::new(),
             deletion: Some(deletion),
             no_room: false,
             again: false,
         };
+        renewal.config = renewal.range().config(&renewal.consumer);
         renewal.create(lane);
         renewal
     }
 
     fn create(&mut self, lane: &mut Lane) {
-        let config = self.range().config(&self.consumer);
-        let (what, body) = create_new_consumer_call(&self.stream, &self.consumer, &config);
+        let (what, body) = create_new_consumer_call(&self.stream, &self.consumer, &self.config);
         self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
     }
 
@@ -93,11 +99,16 @@ impl Renewal {
         match &self.waits_for {
             Waits::Consumer => {
                 let info: ConsumerInfo = match decode(answer?) {
+                    Ok(info) => info,
                     Err(error) if error.is_api(TOO_MANY_CONSUMERS) && !std::mem::replace(&mut self.again, true) => {
                         self.no_room = true;
                         return Ok(None);
                     }
-                    info => info?,
+                    Err(error) => {
+                        self.config = within_limit(&self.config, &error).ok_or(error)?;
+                        self.create(lane);
+                        return Ok(None);
+                    }
                 };
                 let (what, body) = message_call(&self.stream, self.behind.seq);
                 let subject = format!("{}.{what}", lane.api_prefix());

@@ -20,6 +20,7 @@ use super::{
     gap::Gaps,
     headroom::{Looks, Oldest, Outlook, Retention, Waiting},
     intake::Intake,
+    line,
     objects::{Gate, Incomplete, Pass},
     probe::{self, Probe},
     progress::{Ledger, Sampled, Witnesses},
@@ -68,12 +69,27 @@ pub(super) const DRAIN: Duration = Duration::from_secs(5);
 const LAST_ACKS: Duration = Duration::from_millis(1_500);
 /// Time for the last save of a run that failed.
 pub(super) const LAST_SAVE: Duration = Duration::from_secs(3);
+/// A run logs in again this long before its login ends, if the files have a newer one by then.
+const LOGIN_AHEAD_SECS: i64 = 30;
+/// How often the files are read while they have none.
+const LOGIN_EVERY: Duration = Duration::from_secs(1);
 
 /// Why the loop should end once nothing is in the air.
 #[derive(Debug)]
 enum Ending {
     Stopped,
+    /// A login is about to end, and its successor is there.
+    LogsInAgain,
     Failed(Error),
+}
+
+/// Why a run ended without an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// By request.
+    Stopped,
+    /// To log in again: the next run begins at once.
+    LogsInAgain,
 }
 
 /// One run, with everything that dies with it.
@@ -131,6 +147,8 @@ pub(super) struct Run<'a> {
     silent_at: Option<Instant>,
     moved: Instant,
     ending: Option<(Ending, Instant)>,
+    /// The files of a login that is about to end are read then.
+    next_login: Instant,
     /// Left out by request, and not told yet.
     skipped: Option<u64>,
 }
@@ -148,7 +166,10 @@ impl<'a> Run<'a> {
             copy.source.stream.clone_from(&job.replication.source.stream);
             copy.target.stream.clone_from(&job.replication.target.stream);
         });
-        let replication = Arc::new(job.replication.clone());
+        let mut replication = job.replication.clone();
+        let in_flight = &mut replication.limits.bytes_in_flight;
+        *in_flight = ledger.appetite.begin(*in_flight, Instant::now());
+        let replication = Arc::new(replication);
         let name = format!("{} {}", names::PROGRAM, replication.id);
         let ((mut source, mut names), (mut target, mut target_names)) = tokio::try_join!(
             async { open(job, &replication.source, &name).await.map_err(|e| e.context("source")) },
@@ -228,6 +249,7 @@ impl<'a> Run<'a> {
         if let Some(before) = resume.before {
             writer.after(before);
         }
+        writer.limit_line(ledger.max_line);
         ledger.stamps(writer.stamps()).await?;
         let now = Instant::now();
         let (state, mut copy) = status.borrow().clone();
@@ -286,6 +308,7 @@ impl<'a> Run<'a> {
             silent_at: None,
             moved: now,
             ending: None,
+            next_login: now,
             skipped: None,
         };
         run.source_says(run.source_info.clone());
@@ -373,14 +396,14 @@ impl<'a> Run<'a> {
     }
 
     /// Copies until the stop or an error; the position is saved at the end of both.
-    pub async fn copy(mut self, ledger: &mut Ledger, stop: CancellationToken) -> Result<(), Error> {
+    pub async fn copy(mut self, ledger: &mut Ledger, stop: CancellationToken) -> Result<Ended, Error> {
         let result = self.copy_loop(ledger, &stop).await;
         ledger.gaps = std::mem::take(&mut self.gaps);
         self.settle();
         self.tell_rejected(true);
         self.tell();
         match result {
-            Ok(()) => {
+            Ok(ended) => {
                 self.write_senders().await;
                 let _ = tokio::time::timeout(LAST_ACKS, self.tell_all()).await;
                 self.reader.close(&mut self.source);
@@ -389,7 +412,8 @@ impl<'a> Run<'a> {
                 let row = row(self.job, self.state, &self.copy);
                 let sampled = self.sampler.as_ref().map(Sampler::sampled);
                 let witnesses = witnesses(&self.window, &self.writer, &self.source_info, &self.target_created, sampled);
-                Ok(ledger.save_now(witnesses, row).await?)
+                ledger.save_now(witnesses, row).await?;
+                Ok(ended)
             }
             Err(error) if error.kind == ErrorKind::Superseded => Err(error),
             Err(error) => {
@@ -439,7 +463,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    async fn copy_loop(&mut self, ledger: &mut Ledger, stop: &CancellationToken) -> Result<(), Error> {
+    async fn copy_loop(&mut self, ledger: &mut Ledger, stop: &CancellationToken) -> Result<Ended, Error> {
         loop {
             let now = Instant::now();
             self.pump(now)?;
@@ -468,18 +492,37 @@ impl<'a> Run<'a> {
                     self.copy.sampling.get_or_insert_default().records_written += records;
                 }
                 turn = self.target.turn() => {
-                    if let Turn::Received(batch) = turn.map_err(|e| e.context("target"))? {
+                    if let Turn::Received(batch) = turn.map_err(|error| self.lost_target(error))? {
                         self.take_acks(&batch)?;
                     }
                 }
                 turn = self.source.turn(), if self.reads => {
-                    if let Turn::Received(batch) = turn.map_err(|e| e.context("source"))? {
+                    if let Turn::Received(batch) = turn.map_err(|error| self.lost_source(ledger, error))? {
                         self.take_messages(batch)?;
                     }
                 }
                 () = sleep_until(wake) => {}
             }
         }
+    }
+
+    /// The target ended the connection: perhaps for a line that was too long.
+    fn lost_target(&self, error: crate::nats::Error) -> Error {
+        let unconfirmed_line = self.writer.unconfirmed_line(&self.window).filter(|line| *line > line::LEAST);
+        Error { unconfirmed_line, ..error.context("target").into() }
+    }
+
+    /// The source ended the connection: perhaps because more was asked for than it lets wait.
+    fn lost_source(&self, ledger: &mut Ledger, error: crate::nats::Error) -> Error {
+        let now = Instant::now();
+        if self.reader.pending() > 0 {
+            let asked = throttle::read_ahead(&self.replication.limits);
+            if let Some(bytes) = ledger.appetite.cut(asked, now.duration_since(self.began), now) {
+                let id = &self.replication.id;
+                warn!(replication = id, bytes, "the source cut the connection again: asking it for less at once");
+            }
+        }
+        error.context("source").into()
     }
 
     /// Writes what is known of senders and publishes what is to be told of them, as far as that is due.
@@ -946,7 +989,26 @@ impl<'a> Run<'a> {
         let action = self.watchdog.look(now, &self.seen());
         action.map_or(Ok(()), |action| self.act(action))?;
         self.look_after_target(now)?;
+        self.look_after_logins(now);
         Ok(self.reader.check(now, self.reads)?)
+    }
+
+    /// Ends the run in time where a login is about to end and the files have its successor.
+    fn look_after_logins(&mut self, now: Instant) {
+        let soon = chance::now().timestamp() + LOGIN_AHEAD_SECS;
+        let sides = [(&self.source, &self.replication.source), (&self.target, &self.replication.target)];
+        let ending = |(lane, side): &(&Lane, &Side)| {
+            lane.login_expires().is_some_and(|at| at <= soon && self.job.dial.login_expires(&side.place) > Some(at))
+        };
+        let ends = sides.iter().any(|(lane, _)| lane.login_expires().is_some_and(|at| at <= soon));
+        if !ends || self.ending.is_some() || now < self.next_login {
+            return;
+        }
+        self.next_login = now + LOGIN_EVERY;
+        if sides.iter().any(ending) {
+            info!(replication = self.replication.id, "credentials were renewed: logging in again");
+            self.end(Ending::LogsInAgain);
+        }
     }
 
     /// Brings the status up to date.
@@ -1025,7 +1087,7 @@ impl<'a> Run<'a> {
     }
 
     /// Whether an ending that was begun is complete.
-    fn ended(&mut self, now: Instant) -> Option<Result<(), Error>> {
+    fn ended(&mut self, now: Instant) -> Option<Result<Ended, Error>> {
         let (_, deadline) = self.ending.as_ref()?;
         if !self.all_settled() && now < *deadline {
             return None;
@@ -1037,7 +1099,8 @@ impl<'a> Run<'a> {
         let (ending, _) = self.ending.take()?;
         Some(match ending {
             Ending::Failed(error) => Err(error),
-            Ending::Stopped => Ok(()),
+            Ending::Stopped => Ok(Ended::Stopped),
+            Ending::LogsInAgain => Ok(Ended::LogsInAgain),
         })
     }
 }

@@ -48,6 +48,11 @@ const TTL_SINCE: (u32, u32) = (2, 11);
 /// What the API says from 2.12 on to a field that its server does not know; before, it leaves the field out.
 const INVALID_JSON: u32 = 10025;
 
+/// The account of the target requires `max_bytes` of each stream.
+const MAX_BYTES_REQUIRED: u32 = 10113;
+/// A copy takes at most so many times the bytes of its message: what is added counts most where messages are small.
+const COPIES_TAKE: i64 = 4;
+
 /// How to write to the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Abilities {
@@ -160,8 +165,12 @@ async fn make(lane: &mut Lane, replication: &Replication, source: &StreamInfo) -
     let name = &replication.target.stream;
     let mut replicas = source.number("num_replicas").max(1);
     let mut maker = Maker::of(lane.info(), lane.api_prefix());
+    let mut bounded = false;
     loop {
-        let config = new_config(replication, source, maker, replicas)?;
+        let mut config = new_config(replication, source, maker, replicas)?;
+        if bounded {
+            bound(&mut config, source.number("max_bytes"));
+        }
         match Api::new(lane).create_stream(name, &config).await {
             // What is said of a stream that was just made may lack the domain, by which its acks are known (2.12).
             Ok(made) => return Ok((Api::new(lane).stream_info(name).await?.unwrap_or(made), Opened::Made)),
@@ -169,11 +178,22 @@ async fn make(lane: &mut Lane, replication: &Replication, source: &StreamInfo) -
             Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
                 replicas = if replicas > 3 { 3 } else { 1 };
             }
+            // The account requires a bound, and that of the source tells how much there may be.
+            Err(error) if !bounded && error.is_api(MAX_BYTES_REQUIRED) && source.number("max_bytes") > 0 => {
+                bounded = true;
+            }
             // The API refuses a field that its server does not know.
             Err(error) if maker.batches && error.is_api(INVALID_JSON) => maker.batches = false,
             Err(error) => return Err(refused(error, format!("cannot create target stream `{name}`"))),
         }
     }
+}
+
+/// Bounds a target by what the source may hold. Copies are larger than their messages, and nothing may be dropped that the
+/// source keeps: a target that is full nevertheless refuses, and the copy is held.
+fn bound(config: &mut Value, source_bytes: i64) {
+    config["max_bytes"] = source_bytes.saturating_mul(COPIES_TAKE).into();
+    config["discard"] = "new".into();
 }
 
 async fn update(

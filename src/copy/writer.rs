@@ -31,7 +31,8 @@ use crate::{
     store::{PositionRecord, SourceMessage, Stamps},
 };
 
-/// Longest protocol line that a server takes (its `max_control_line`); beyond it, it drops the connection.
+/// Longest protocol line, without its keyword, that a server takes unless it is configured otherwise (`max_control_line`);
+/// beyond it, it drops the connection.
 const MAX_LINE: usize = 4096;
 /// Longest header block that a server takes.
 pub(super) const MAX_HEADER: usize = 65_535;
@@ -137,6 +138,10 @@ pub(super) struct Writer {
     max_payload: usize,
     /// Largest message that the stream takes, headers included; `None` for no bound.
     max_msg_size: Option<usize>,
+    /// Longest protocol line that the target takes.
+    max_line: usize,
+    /// The longest line that was sent, and its message.
+    longest: (usize, Token),
     mode: Mode,
     /// Last sequence of the target after everything that was sent; kept by the chain.
     expected_last: u64,
@@ -201,6 +206,8 @@ impl Writer {
             inbox,
             max_payload: lane.info().max_payload,
             max_msg_size: None,
+            max_line: MAX_LINE,
+            longest: (0, 0),
             mode,
             expected_last: target.state.last_seq,
             single,
@@ -226,6 +233,17 @@ impl Writer {
         };
         writer.target_is(target);
         writer
+    }
+
+    /// Takes over which protocol line was found to be the longest that the target takes.
+    pub fn limit_line(&mut self, found: Option<usize>) {
+        self.max_line = found.unwrap_or(MAX_LINE);
+    }
+
+    /// The longest protocol line that was sent, unless its message is confirmed.
+    pub fn unconfirmed_line(&self, window: &Window) -> Option<usize> {
+        let (line, token) = self.longest;
+        window.source_of(token).map(|_| line)
     }
 
     /// What the stream takes now.
@@ -340,7 +358,14 @@ impl Writer {
         let target_seq = self.places_ahead().then_some(self.expected_last + 1);
         let token = window.hand_out(source, bytes, read_at, target_seq);
         self.write_reply(token, bytes, now);
+        let before = lane.output().len();
         hpub(lane.output(), &self.subject, &self.reply, &self.header, incoming.message.payload);
+        let size = self.header.len() + incoming.message.payload.len();
+        // Without keyword, blank and the two line ends.
+        let line = lane.output().len() - before - size - 9;
+        if line > self.longest.0 {
+            self.longest = (line, token);
+        }
         self.headers_removed += self.removed;
         std::mem::swap(&mut self.last_subject, &mut self.subject);
         if self.places_ahead() {
@@ -413,8 +438,7 @@ impl Writer {
     fn check(&self, incoming: &Incoming<'_>) -> Result<(), Error> {
         let (size, subject) = (self.header.len() + incoming.message.payload.len(), &self.subject);
         let mut api = None;
-        // Numbers of the reply subject; keyword, blanks, two sizes and the line end beside the words.
-        let line = subject.len() + self.inbox.len() + 64 + 32;
+        let line = self.line(self.header.len(), size);
         let what = if self.header.len() > MAX_HEADER {
             format!("its headers of {} bytes are longer than {MAX_HEADER}", self.header.len())
         } else if size > self.max_payload {
@@ -422,8 +446,12 @@ impl Writer {
         } else if let Some(limit) = self.max_msg_size.filter(|limit| size > *limit) {
             api = Some(ApiError { code: 400, err_code: TOO_LARGE, ..ApiError::default() });
             format!("its {size} bytes are more than the target stream's max_msg_size of {limit}")
-        } else if line > MAX_LINE {
-            format!("its subject of {} bytes is too long", subject.len())
+        } else if line > self.max_line {
+            let (subject, limit) = (subject.len(), self.max_line);
+            format!(
+                "its subject of {subject} bytes is too long: a protocol line of {line} bytes is more than the target's \
+                 max_control_line of {limit}"
+            )
         } else if subject.is_empty() {
             "its subject is empty after the mapping".to_owned()
         } else {
@@ -431,6 +459,21 @@ impl Writer {
         };
         let message = format!("message {} cannot be stored at the target: {what}", incoming.delivery.stream_seq);
         Err(Error { kind: ErrorKind::Poison, message, api })
+    }
+
+    /// Length of the protocol line of the message that was prepared, without its keyword; a byte or two more where its
+    /// place in the batch is not known yet.
+    fn line(&self, header: usize, size: usize) -> usize {
+        let digits = |number: u64| number.checked_ilog10().unwrap_or(0) as usize + 1;
+        let reply = match &self.mode {
+            // Distance, gap mode, operation, mark and dots beside the numbers.
+            Mode::FastIngest { batch, next_id } => {
+                let (id, sent) = batch.as_ref().map_or((*next_id, 0), |batch| (batch.id, batch.sent));
+                digits(id) + digits(sent + 1) + 3 + 4 + 1 + 3 + 6
+            }
+            Mode::Pipelined { sent, .. } => digits(sent + 1) + 1,
+        };
+        self.subject.len() + self.inbox.len() + reply + digits(header as u64) + digits(size as u64) + 3
     }
 
     /// Takes an ack. What it settles is settled in the window; a refusal is kept until [`Writer::outcome`].
@@ -449,7 +492,7 @@ impl Writer {
                 // Behind distance and gap mode: whatever is said comes back on the subject of a message.
                 let of_message = words.nth(2).and_then(number);
                 if unavailable {
-                    self.batch_refused(no_responders(), None, now);
+                    self.batch_refused(no_responders(), of_message, now);
                 } else {
                     self.accept_batch_ack(message.payload, of_current, of_message, window, now)?;
                 }
@@ -784,7 +827,8 @@ fn flow(limits: &Limits, message_bytes: usize) -> u32 {
 }
 
 fn no_responders() -> Error {
-    Error::retry("nobody stores messages for the target stream at the moment (no responders)")
+    let message = "nobody stores messages for the target stream at the moment (no responders)".to_owned();
+    Error { kind: ErrorKind::NoResponders, message, api: None }
 }
 
 /// Settles a batch up to and with this sequence of it; returns what that settled.
@@ -826,16 +870,20 @@ fn refusal(error: Error, source: Option<SourcePoint>) -> RunError {
         Some(source) => error.context(format!("the target refused the message with source sequence {}", source.seq)),
         None => error.context("the target refused a message"),
     };
+    let untaken = source.filter(|_| error.kind == ErrorKind::NoResponders).and_then(named);
     let error = about(error, source);
     let refused: Option<Refusal> = error.poison.map(|message| (message, error.message.clone()));
-    RunError { refused: refused.into_iter().collect(), ..error }
+    RunError { untaken, refused: refused.into_iter().collect(), ..error }
 }
 
 /// An error about one message: poison, if it says that the message can never be stored.
 pub(super) fn about(error: Error, source: Option<SourcePoint>) -> RunError {
     let poison = source.filter(|_| error.kind == ErrorKind::Poison);
-    let poison = poison.and_then(|source| Some(SourceMessage { seq: source.seq, time_ns: source.time_ns? }));
-    RunError { poison, ..error.into() }
+    RunError { poison: poison.and_then(named), ..error.into() }
+}
+
+fn named(source: SourcePoint) -> Option<SourceMessage> {
+    Some(SourceMessage { seq: source.seq, time_ns: source.time_ns? })
 }
 
 /// Makes ids of messages: neither a stream made anew or rolled back (other stored times) nor a second replication

@@ -5,7 +5,7 @@ use std::{borrow::Cow, fs, path::Path};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use nkeys::KeyPair;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Error, choria};
 use crate::{
@@ -73,6 +73,28 @@ pub(super) fn identity(auth: &Auth, nonce: Option<&str>) -> Result<Identity, Err
     Ok(identity)
 }
 
+/// When the login that the files say now ends, in seconds since the Unix epoch; `None` for one without an end.
+pub(super) fn expires(auth: &Auth) -> Option<i64> {
+    match auth {
+        Auth::CredentialsFile(path) => jwt_expires(section(&read(path).ok()?, "NATS USER JWT")?),
+        Auth::NkeyFile { jwt: Some(path), .. } => jwt_expires(read(path).ok()?.trim()),
+        Auth::Jwt { jwt, .. } => jwt_expires(jwt.reveal()),
+        Auth::Choria(files) => jwt_expires(read(&files.jwt).ok()?.trim()),
+        Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::NkeyFile { jwt: None, .. } => None,
+    }
+}
+
+/// The claim `exp` of a JWT; `None` where there is none, or 0, which means no end.
+pub(super) fn jwt_expires(jwt: &str) -> Option<i64> {
+    #[derive(Deserialize)]
+    struct Claims {
+        exp: Option<f64>,
+    }
+    let claims = URL_SAFE_NO_PAD.decode(jwt.split('.').nth(1)?.trim_end_matches('=')).ok()?;
+    let claims: Claims = serde_json::from_slice(&claims).ok()?;
+    claims.exp.map(|exp| exp as i64).filter(|exp| *exp > 0)
+}
+
 /// What the subjects of replies begin with: for an identity of Choria's what its token says now.
 pub(super) fn inbox_prefix(connection: &Connection) -> Result<Cow<'_, str>, Error> {
     match &connection.endpoint.auth {
@@ -127,6 +149,22 @@ mod tests {
         assert_eq!(section(CREDS, "USER NKEY SEED"), Some("SUAXYZ"));
         assert_eq!(section(CREDS, "OTHER"), None);
         assert_eq!(section("-----BEGIN NATS USER JWT-----\n", "NATS USER JWT"), None);
+    }
+
+    #[test]
+    fn the_end_of_a_login_is_the_claim_of_its_jwt() {
+        let jwt = |claims: &str| format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims));
+        assert_eq!(jwt_expires(&jwt(r#"{"exp":1800000000}"#)), Some(1_800_000_000));
+        for endless in [r#"{"exp":0}"#, "{}", "no json"] {
+            assert_eq!(jwt_expires(&jwt(endless)), None, "{endless}");
+        }
+        assert_eq!(jwt_expires("no jwt"), None);
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("user.creds");
+        let auth = Auth::CredentialsFile(file.clone());
+        assert_eq!(expires(&auth), None);
+        fs::write(&file, CREDS.replace("eyJ0eXAi.abc-_.def", &jwt(r#"{"exp":7}"#))).unwrap();
+        assert_eq!(expires(&auth), Some(7));
     }
 
     #[test]

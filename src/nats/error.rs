@@ -1,6 +1,10 @@
 //! Errors of connections and of the JetStream API: the kind says what the caller can do.
 
+use std::io;
+
 use serde::Deserialize;
+
+use super::verdicts::{self, Verdict};
 
 /// What the caller can do about an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +19,8 @@ pub enum ErrorKind {
     ChainBroken,
     /// The thing asked for is not there.
     NotFound,
+    /// No stream took the message: it has no leader at the moment, or no stream listens on the subject.
+    NoResponders,
 }
 
 /// A failed connection or request. Never holds a secret.
@@ -38,6 +44,29 @@ impl Error {
     /// An error that people have to end.
     pub fn hold(message: impl Into<String>) -> Self {
         Self { kind: ErrorKind::Hold, message: message.into(), api: None }
+    }
+
+    /// An `-ERR` line; `let_in`: of a connection that was in use already.
+    pub(super) fn of_err_line(address: &str, text: &str, let_in: bool) -> Self {
+        let verdict = verdicts::err_line(text, let_in);
+        Self {
+            kind: verdict.kind,
+            message: with_remedy(format!("`{address}` says: {text}"), verdict.remedy),
+            api: None,
+        }
+    }
+
+    /// A failed TLS handshake.
+    pub(super) fn of_tls(error: &io::Error) -> Self {
+        let Verdict { kind, remedy } = verdicts::tls(error);
+        Self { kind, message: with_remedy(format!("TLS handshake failed: {error}"), remedy), api: None }
+    }
+
+    /// A consumer or a pull ended with a status.
+    pub fn of_status(stream: &str, code: u16, text: &str) -> Self {
+        let Verdict { kind, remedy } = verdicts::status(code, text);
+        let message = format!("consumer of stream `{stream}` ended: {code} {text}");
+        Self { kind, message: with_remedy(message, remedy), api: None }
     }
 
     /// The same error with what was being done in front.
@@ -66,29 +95,17 @@ pub struct ApiError {
 }
 
 impl ApiError {
-    /// What the caller can do. The codes are those of the server's `errors.json`.
+    /// What the caller can do.
     pub fn kind(&self) -> ErrorKind {
-        match self.err_code {
-            10014 | 10037 | 10059 => ErrorKind::NotFound,
-            // With and without the sequence in the text.
-            10071 | 10164 => ErrorKind::ChainBroken,
-            // "maximum messages per subject exceeded" shares its code with "maximum messages exceeded".
-            10077 if self.description.contains("per subject") => ErrorKind::Poison,
-            // Stream full; other errors of the store bear the same code and pass.
-            10077 if self.description.contains("maximum") => ErrorKind::Hold,
-            // Sealed, not the stream expected (a second stream takes the subject), no JetStream for us.
-            10109 | 10060 | 10039 | 10076 => ErrorKind::Hold,
-            // Message or headers too large, a header that this stream does not take.
-            10054 | 10097 | 10111 | 10165 | 10166 | 10168 | 10188 | 10212 | 10227 => ErrorKind::Poison,
-            _ if self.code == 403 || self.code == 401 => ErrorKind::Hold,
-            _ => ErrorKind::Retry,
-        }
+        verdicts::api(self).kind
     }
 }
 
 impl From<ApiError> for Error {
     fn from(api: ApiError) -> Self {
-        Self { kind: api.kind(), message: format!("{} ({})", api.description, api.err_code), api: Some(api) }
+        let Verdict { kind, remedy } = verdicts::api(&api);
+        let message = format!("{} ({})", api.description, api.err_code);
+        Self { kind, message: with_remedy(message, remedy), api: Some(api) }
     }
 }
 
@@ -96,6 +113,10 @@ impl From<super::parser::ParseError> for Error {
     fn from(error: super::parser::ParseError) -> Self {
         Self::retry(error.to_string())
     }
+}
+
+fn with_remedy(message: String, remedy: &str) -> String {
+    if remedy.is_empty() { message } else { format!("{message}: {remedy}") }
 }
 
 #[cfg(test)]

@@ -22,6 +22,10 @@ pub const CONSUMER_EXISTS: u32 = 10148;
 /// Questions of one kind that are on their way together.
 const ASKED_TOGETHER: usize = 64;
 
+/// A consumer that asks for more unacknowledged messages than it may, and for a longer rest without being deleted.
+const MAX_ACK_PENDING_EXCEEDED: u32 = 10121;
+const INACTIVE_THRESHOLD_EXCEEDED: u32 = 10153;
+
 /// `STREAM.INFO`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct StreamInfo {
@@ -70,6 +74,9 @@ pub struct StreamState {
     pub first_seq: u64,
     /// Last sequence ever given.
     pub last_seq: u64,
+    /// Consumers of the stream.
+    #[serde(rename = "consumer_count")]
+    pub consumers: i64,
 }
 
 /// Whether the leader of a stream answered a question about it: not if nobody leads, or if the leader is one of the others.
@@ -296,10 +303,18 @@ impl<'a> Api<'a> {
         Ok(())
     }
 
-    /// Creates a consumer under the given name, or changes the one that is there.
+    /// Creates a consumer under the given name, or changes the one that is there. Where the stream, the account or the
+    /// server limits what a consumer may ask for, it asks for that much.
     pub async fn create_consumer(&mut self, stream: &str, name: &str, config: &Value) -> Result<ConsumerInfo, Error> {
-        let (what, body) = create_consumer_call(stream, name, config);
-        self.call(&what, &body).await
+        let mut config = Cow::Borrowed(config);
+        loop {
+            let (what, body) = create_consumer_call(stream, name, &config);
+            let error = match self.call(&what, &body).await {
+                Ok(info) => return Ok(info),
+                Err(error) => error,
+            };
+            config = Cow::Owned(within_limit(&config, &error).ok_or(error)?);
+        }
     }
 
     /// Creates a consumer under a name that no other consumer may have.
@@ -329,6 +344,45 @@ impl<'a> Api<'a> {
     pub async fn delete_consumer(&mut self, stream: &str, name: &str) -> Result<(), Error> {
         found(self.call::<Value>(&format!("CONSUMER.DELETE.{stream}.{name}"), &Value::Null).await).map(|_| ())
     }
+}
+
+/// The configuration of a consumer that was refused because it asks for more than a limit, within that limit, which the
+/// refusal names; `None` if that was not the reason. Only what is lowered by it counts, so that trying comes to an end.
+pub fn within_limit(config: &Value, error: &Error) -> Option<Value> {
+    let api = error.api.as_ref()?;
+    let limit = api.description.rsplit_once("limit of ")?.1.trim();
+    let (field, limit) = match api.err_code {
+        MAX_ACK_PENDING_EXCEEDED => ("max_ack_pending", limit.parse().ok()?),
+        INACTIVE_THRESHOLD_EXCEEDED => ("inactive_threshold", go_duration(limit)?),
+        _ => return None,
+    };
+    let lowers = limit > 0 && config[field].as_u64().is_none_or(|wanted| wanted > limit);
+    lowers.then(|| {
+        let mut config = config.clone();
+        config[field] = limit.into();
+        config
+    })
+}
+
+/// Nanoseconds of a duration as the server writes it, such as `1m30s` or `1.5s`.
+fn go_duration(text: &str) -> Option<u64> {
+    let (mut rest, mut sum) = (text, 0.0);
+    while !rest.is_empty() {
+        let (number, tail) = rest.split_at(rest.find(|c: char| c != '.' && !c.is_ascii_digit())?);
+        let (unit, tail) = tail.split_at(tail.find(|c: char| c.is_ascii_digit()).unwrap_or(tail.len()));
+        let nanos = match unit {
+            "h" => 3_600e9,
+            "m" => 60e9,
+            "s" => 1e9,
+            "ms" => 1e6,
+            "µs" | "us" => 1e3,
+            "ns" => 1.0,
+            _ => return None,
+        };
+        sum += number.parse::<f64>().ok()? * nanos;
+        rest = tail;
+    }
+    (sum >= 1.0).then_some(sum as u64)
 }
 
 /// What creates a consumer under the given name: the end of the subject, and the body.
@@ -491,6 +545,39 @@ mod tests {
             decode(br#"{"config":{"name":"S","metadata":{"_nats.level":"4"}},"created":"c","state":{"last_seq":3}}"#)
                 .unwrap();
         assert_eq!((info.api_level(), info.state.last_seq), (4, 3));
+    }
+
+    #[test]
+    fn durations_of_the_server() {
+        for (text, expect) in [
+            ("5s", Some(5_000_000_000)),
+            ("1m30s", Some(90_000_000_000)),
+            ("1.5s", Some(1_500_000_000)),
+            ("1h0m0s", Some(3_600_000_000_000)),
+            ("250ms", Some(250_000_000)),
+            ("", None),
+            ("0s", None),
+            ("5", None),
+            ("5 apples", None),
+        ] {
+            assert_eq!(go_duration(text), expect, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_consumer_is_asked_for_within_the_limit_that_its_refusal_names() {
+        let check = |err_code, description: &str, expect: Option<Value>| {
+            let config = json!({"inactive_threshold": 45_000_000_000u64, "max_ack_pending": 512});
+            let error = ApiError { code: 400, err_code, description: description.to_owned() };
+            assert_eq!(within_limit(&config, &error.into()), expect, "{description}");
+        };
+        let inactive = json!({"inactive_threshold": 5_000_000_000u64, "max_ack_pending": 512});
+        check(10153, "consumer inactive threshold exceeds system limit of 5s", Some(inactive));
+        let pending = json!({"inactive_threshold": 45_000_000_000u64, "max_ack_pending": 100});
+        check(10121, "consumer max ack pending exceeds system limit of 100", Some(pending));
+        check(10121, "consumer max ack pending exceeds system limit of 512", None);
+        check(10121, "consumer max ack pending exceeds system limit of -1", None);
+        check(10026, "maximum consumers limit reached", None);
     }
 
     #[track_caller]

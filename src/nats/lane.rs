@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
+use chrono::DateTime;
 use futures_util::{
     future::BoxFuture,
     stream::{FuturesUnordered, StreamExt},
@@ -26,8 +27,8 @@ use tokio::{
 use tokio_util::io::poll_read_buf;
 
 use super::{
-    Error,
-    auth::{identity, inbox_prefix},
+    Error, ErrorKind,
+    auth::{identity, inbox_prefix, jwt_expires},
     parser::{self, Control, Frame},
     tls::client_config,
     websocket::WebSocket,
@@ -57,6 +58,11 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 pub trait Dial: fmt::Debug + Send + Sync {
     /// Connects to a place; `name` is what the server shows.
     fn dial<'a>(&'a self, place: &'a Place, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>>;
+
+    /// When a login with the credentials of now would end, in seconds since the Unix epoch; `None` for never.
+    fn login_expires(&self, _place: &Place) -> Option<i64> {
+        None
+    }
 }
 
 /// What the server said of itself in INFO.
@@ -167,6 +173,8 @@ pub struct Lane {
     alive: Instant,
     /// The system took no more output.
     blocked: bool,
+    /// When the login ends, in seconds since the Unix epoch; `None` for never.
+    expires: Option<i64>,
 }
 
 impl std::fmt::Debug for Lane {
@@ -196,9 +204,9 @@ impl Lane {
         }
         errors.sort_by_key(|(index, _)| *index);
         // One server that may let us in later is enough to try again soon.
-        let kind = errors.iter().map(|(_, e)| e.kind).find(|k| *k == super::ErrorKind::Retry);
+        let kind = errors.iter().map(|(_, e)| e.kind).find(|k| *k == ErrorKind::Retry);
         let message = errors.iter().map(|(_, e)| e.message.as_str()).collect::<Vec<_>>().join("; ");
-        Err(Error { kind: kind.unwrap_or(super::ErrorKind::Hold), message, api: None })
+        Err(Error { kind: kind.unwrap_or(ErrorKind::Hold), message, api: None })
     }
 
     async fn try_host(connection: &Connection, host: &Host, name: &str) -> Result<Self, Error> {
@@ -286,6 +294,7 @@ impl Lane {
             silent: 0,
             alive: Instant::now(),
             blocked: false,
+            expires: None,
         })
     }
 
@@ -301,6 +310,7 @@ impl Lane {
 
     async fn handshake(&mut self, endpoint: &Endpoint, name: &str) -> Result<(), Error> {
         let identity = identity(&endpoint.auth, self.info.nonce.as_deref())?;
+        self.expires = identity.jwt.as_deref().and_then(jwt_expires);
         let mut connect = json!({
             "verbose": false,
             "pedantic": false,
@@ -324,7 +334,7 @@ impl Lane {
         self.output.clear();
         // The PONG proves that we were let in; an -ERR comes out as an error.
         while self.pongs == 0 {
-            self.read_more().await?;
+            self.read_more().await.map_err(|error| self.expired(error))?;
         }
         let subscription = format!("SUB {}.r.* {}\r\n", self.inbox, self.next_sid);
         self.output.extend_from_slice(subscription.as_bytes());
@@ -332,10 +342,23 @@ impl Lane {
         Ok(())
     }
 
+    /// A server does not say that it refuses a login because it has ended.
+    fn expired(&self, error: Error) -> Error {
+        let ended = self.expires.filter(|at| error.kind == ErrorKind::Hold && *at <= chance::now().timestamp());
+        let Some(time) = ended.and_then(|at| DateTime::from_timestamp(at, 0)) else { return error };
+        let message = format!("{}: the user JWT expired at {}: renew it", error.message, time.format("%FT%TZ"));
+        Error { message, ..error }
+    }
+
     /// Reads and handles control lines while no subscription is there.
     async fn read_more(&mut self) -> Result<(), Error> {
         std::future::poll_fn(|cx| self.poll_read(cx)).await?;
         self.take().map(|_| ())
+    }
+
+    /// When the login ends, in seconds since the Unix epoch; `None` for never.
+    pub fn login_expires(&self) -> Option<i64> {
+        self.expires
     }
 
     /// What the server said of itself.
@@ -411,6 +434,25 @@ impl Lane {
     /// Asks the server for a sign of life.
     pub fn ping(&mut self) {
         self.output.extend_from_slice(b"PING\r\n");
+    }
+
+    /// Writes everything and waits until the server has read it. For use while no copy is under way.
+    pub async fn round_trip(&mut self) -> Result<(), Error> {
+        let before = self.pongs;
+        self.ping();
+        let answered = async {
+            while !self.output.is_empty() || self.unflushed {
+                self.turn().await?;
+            }
+            while self.pongs == before {
+                self.read_more().await?;
+            }
+            Ok(())
+        };
+        match timeout(REQUEST_TIMEOUT, answered).await {
+            Ok(answered) => answered,
+            Err(_) => Err(self.silent("PING")),
+        }
     }
 
     /// Publishes without headers.
@@ -596,25 +638,9 @@ impl Lane {
                     Error::retry(format!("`{}` sent an INFO that is not valid: {error}", self.address))
                 })?;
             }
-            Control::Err(text) => return Err(self.refused(text)),
+            Control::Err(text) => return Err(Error::of_err_line(&self.address, text, self.pongs > 0)),
         }
         Ok(())
-    }
-
-    /// An -ERR: what it says decides whether trying again soon makes sense.
-    fn refused(&self, text: &str) -> Error {
-        let lower = text.to_ascii_lowercase();
-        let message = format!("`{}` says: {text}", self.address);
-        // The server's texts for what only people can change (server/errors.go).
-        if lower.contains("authorization")
-            || lower.contains("authentication")
-            || lower.contains("permissions violation")
-            || lower.contains("expired")
-        {
-            Error::hold(message)
-        } else {
-            Error::retry(message)
-        }
     }
 
     /// Counts the looks at a silent connection; sends a PING at the first and gives up at the third.
@@ -673,6 +699,6 @@ async fn start_tls(endpoint: &Endpoint, host: &Host, io: Box<dyn Stream>) -> Res
         .map_err(|_| Error::hold(format!("`{}` is no name that TLS can verify", host.host)))?;
     match tokio_rustls::TlsConnector::from(config).connect(name, io).await {
         Ok(stream) => Ok(Box::new(stream)),
-        Err(error) => Err(Error::retry(format!("TLS handshake failed: {error}"))),
+        Err(error) => Err(Error::of_tls(&error)),
     }
 }

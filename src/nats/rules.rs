@@ -11,7 +11,7 @@ use futures_util::{FutureExt, future::BoxFuture};
 use serde_json::Value;
 use wildmatch::WildMatch;
 
-use super::{Dial, Error, Lane, context};
+use super::{Dial, Error, Lane, auth, context};
 use crate::config::{
     self, Auth, ChoriaIdentity, Connection, Endpoint, Fields, Heartbeats, Host, Json, Place, Problem, Problems,
     Replication, Scheme,
@@ -32,6 +32,10 @@ struct Lists {
 impl Dial for Rules {
     fn dial<'a>(&'a self, place: &'a Place, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
         async move { Lane::connect(&self.resolve(place)?, name).await }.boxed()
+    }
+
+    fn login_expires(&self, place: &Place) -> Option<i64> {
+        auth::expires(&self.resolve(place).ok()?.endpoint.auth)
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::{
-    Finding, Known, Outcome, SideReport,
+    Finding, Known, Outcome, SideReport, limits,
     look::{Answer, Facts, Role, calls},
     ring,
     subjects::{Flow, Share, share},
@@ -97,7 +97,7 @@ impl Findings {
 type Said = Option<(Outcome, String)>;
 
 impl Pair<'_> {
-    pub(super) fn judge_source(&self) -> SideReport {
+    pub(super) fn judge_source(&self, known: &[Known]) -> SideReport {
         let (facts, mut findings) = (self.source, Findings::new("source", self.source));
         findings.add_answer("connect", facts.path, &facts.connect);
         findings.add_answer("jetstream", facts.path, &facts.jetstream);
@@ -120,6 +120,7 @@ impl Pair<'_> {
                 let (path, said) = self.filter(stream);
                 findings.add_any("filter", path, said);
                 findings.add_any("start", self.start_path(), self.start(stream));
+                findings.add_any("limits", facts.path, self.source_limits(known, stream));
             }
             None => {
                 findings.unknown("filter");
@@ -231,6 +232,7 @@ impl Pair<'_> {
             (Some(source), Some(stream)) => {
                 self.judge_subjects(stream, &mut findings);
                 self.judge_sizes(source, stream, &mut findings);
+                findings.add_any("limits", facts.path, self.target_limits(source));
                 let abilities = target::abilities_of(self.replication, source, stream);
                 findings.add_any("target_mode", "/target_mode", self.sharing(stream, known));
                 findings.add_any("headers", "/target_stream", self.headers(source, stream, &abilities));
@@ -482,6 +484,25 @@ impl Pair<'_> {
              example",
             list(streams)
         ))
+    }
+
+    /// Whether the source has room for the consumer of the copy.
+    fn source_limits(&self, known: &[Known], stream: &StreamInfo) -> Said {
+        // What runs already has its consumer.
+        let begun = known.iter().any(|known| known.replication.id == self.replication.id);
+        limits::source(self.source.account.got(), &self.replication.source.stream, stream, begun)
+    }
+
+    /// Whether the account of the target has room for what is created and stored there.
+    fn target_limits(&self, source: &StreamInfo) -> Said {
+        let account = self.target.account.got()?;
+        match (self.target.stream.there(), self.planned) {
+            (Some(stream), _) => {
+                limits::room(account, stream.number("num_replicas"), stream.text("storage") == "memory")
+            }
+            (None, Some(Ok(config))) => limits::planned(account, config, source.number("max_bytes")),
+            _ => None,
+        }
     }
 
     /// The copy stops (`held`) at a message that is too large, and there may never be one: a warning.

@@ -13,7 +13,9 @@ use crate::{
     copy::durable::{Durable, Way},
     names,
     nats::{
-        self, ErrorKind, Lane, Rules, ServerInfo, Turn, headers,
+        self, ErrorKind, Lane, Rules, ServerInfo, Turn,
+        account::AccountInfo,
+        headers,
         jetstream::{ConsumerInfo, StreamInfo, decode},
     },
 };
@@ -79,6 +81,8 @@ pub(super) struct Facts {
     pub(super) jetstream: Answer<()>,
     pub(super) stream: Answer<Option<StreamInfo>>,
     pub(super) permissions: Answer<Permissions>,
+    /// What the account uses and may use.
+    pub(super) account: Answer<AccountInfo>,
     /// Whether the calls that a copy needs may be made, where the permissions are not told.
     pub(super) calls: Answer<()>,
     /// The consumers of a source that forgets what was acknowledged.
@@ -133,6 +137,7 @@ impl Look {
         if look.facts.connect.got().is_some() {
             look.ask_permissions().await;
             look.ask_stream(side).await;
+            look.ask_account().await;
             if look.facts.permissions.got().is_none() {
                 look.ask_calls(role, replication).await;
             }
@@ -204,6 +209,21 @@ impl Look {
             },
             Err(Silence::Error { message, .. }) => Answer::Unclear(message),
             Err(Silence::Late) => Answer::Unclear(format!("no answer to `{USER_INFO}` in time")),
+        };
+    }
+
+    /// Only where it is known to be allowed: a refusal would cost the connection.
+    async fn ask_account(&mut self) {
+        let subject = format!("{}.INFO", self.api_prefix());
+        let allowed = self.facts.permissions.got().is_some_and(|all| all.publish(&subject) == Share::All);
+        if !allowed || self.facts.jetstream.got().is_none() {
+            return;
+        }
+        self.facts.account = match self.ask(&[(subject.clone(), Some(String::new()))]).await.as_deref() {
+            Ok([Some(body)]) => decode(body).map_or_else(|error| Answer::Unclear(error.message), Answer::Got),
+            Ok(_) => Answer::Unclear(format!("there was no answer to `{subject}`")),
+            Err(Silence::Error { message, .. }) => Answer::Unclear(message.clone()),
+            Err(Silence::Late) => Answer::Unclear(format!("no answer to `{subject}` in time")),
         };
     }
 

@@ -458,13 +458,13 @@ async fn each_failure_to_connect_says_what_and_where_and_no_secret() -> Result<(
         (
             "AUTHORITY",
             json!({"source_url": encrypted.url()}),
-            "retrying",
+            "held",
             vec![at(&encrypted), "TLS handshake failed: invalid peer certificate: UnknownIssuer".into()],
         ),
         (
             "HOSTNAME",
             json!({"source_url": misnamed.url(), "source_tls": ca()}),
-            "retrying",
+            "held",
             vec![at(&misnamed), "TLS handshake failed: invalid peer certificate".into(), "other.example.net".into()],
         ),
         ("CERTIFICATE", json!({"source_url": strict.url(), "source_tls": ca()}), "retrying", vec![at(&strict)]),

@@ -29,6 +29,8 @@ const AUDIT: Duration = Duration::from_secs(10);
 const AUDIT_MOST: u64 = 100_000;
 /// A pull for what comes back ends after this.
 const BACK_EXPIRES: Duration = Duration::from_secs(2);
+/// A pull for what comes back asks for so many bytes: a server may cut a client for which much waits.
+const BACK_BYTES: usize = 128 * 1024;
 /// Commands that are written before the lane is flushed.
 const FLUSH_EVERY: usize = 4_096;
 /// Asks for a message again.
@@ -218,7 +220,7 @@ async fn bring_back(
     let asked = info.ack_floor.stream_seq + 1..=info.delivered.stream_seq;
     ask_back(lane, subject, asked.clone(), last).await?;
     let mut seen = BTreeSet::new();
-    let deadline = Instant::now() + SILENCE;
+    let (mut number, mut bytes) = (0u64, BACK_BYTES);
     loop {
         // New ones among them come back too.
         let back = seen.iter().filter(|seq| asked.contains(seq)).count() as u64;
@@ -226,12 +228,18 @@ async fn bring_back(
         if batch == 0 {
             break;
         }
-        let pull = json!({ "batch": batch, "expires": BACK_EXPIRES.as_nanos() as u64 });
+        number += 1;
+        let pull = json!({ "batch": batch, "max_bytes": bytes, "expires": BACK_EXPIRES.as_nanos() as u64 });
         let next = format!("{}.CONSUMER.MSG.NEXT.{stream}.{name}", lane.api_prefix());
-        lane.publish(&next, &format!("{inbox}.1"), pull.to_string().as_bytes());
+        let reply = format!("{inbox}.{number}");
+        lane.publish(&next, &reply, pull.to_string().as_bytes());
         let before = seen.len();
-        let all = receive(lane, stream, sid, batch, &mut info.delivered.consumer_seq, &mut seen, deadline).await?;
-        if !all && seen.len() == before {
+        let pull = (sid, reply.as_str(), batch, bytes);
+        let end = receive(lane, stream, pull, &mut info.delivered.consumer_seq, &mut seen).await?;
+        if end == Back::Bytes && seen.len() == before {
+            // The next message alone needs more.
+            bytes *= 2;
+        } else if end == Back::Nothing && seen.len() == before {
             // The rest is gone: expired, or acknowledged by what the run before had on the way. If it comes all the
             // same, it is noticed.
             break;
@@ -242,17 +250,29 @@ async fn bring_back(
     Ok(seen.into_iter().collect())
 }
 
-/// Receives what a pull brings, by sequence; whether it brought all of it.
+/// How a pull for what comes back ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Back {
+    /// It brought all that was asked for.
+    All,
+    /// Its bytes were used up, or less than the next message.
+    Bytes,
+    /// Nothing more came.
+    Nothing,
+}
+
+/// Receives what a pull brings, by sequence. Of the pull: its subscription, its reply subject, and how many messages and
+/// bytes it asks for.
 async fn receive(
     lane: &mut Lane,
     stream: &str,
-    sid: u64,
-    mut left: u64,
+    (sid, reply, mut left, bytes): (u64, &str, u64, usize),
     consumer_seq: &mut u64,
     seen: &mut BTreeSet<u64>,
-    deadline: Instant,
-) -> Result<bool, Error> {
-    while left > 0 {
+) -> Result<Back, Error> {
+    let deadline = Instant::now() + SILENCE;
+    let mut unspent = bytes as i64;
+    while left > 0 && unspent > 0 {
         let turn = timeout_at(deadline, lane.turn()).await.map_err(|_| {
             Error::retry(format!(
                 "what was delivered of stream `{stream}` before does not come back within {SILENCE:?}"
@@ -263,19 +283,25 @@ async fn receive(
             if is_delivery(message.reply) {
                 seen.insert(next_delivery(stream, &message, consumer_seq)?.stream_seq);
                 left = left.saturating_sub(1);
+                // The server counts the same parts. A pull that is used up to the last byte may end without a word.
+                let parts = [message.subject, message.reply, message.header, message.payload];
+                unspent -= parts.iter().map(|part| part.len() as i64).sum::<i64>();
                 continue;
             }
+            let text = headers::status_text(message.header);
             match headers::status(message.header) {
-                Some(404 | 408) => return Ok(false),
+                // Of a pull before.
+                _ if message.subject != reply.as_bytes() => {}
+                Some(404 | 408) => return Ok(Back::Nothing),
+                Some(409) if text.contains("MaxBytes") || text.contains("Batch Completed") => return Ok(Back::Bytes),
                 Some(100) => {}
                 _ => {
-                    let text = headers::status_text(message.header);
                     return Err(Error::retry(format!("consumer of stream `{stream}` ended: {text}")));
                 }
             }
         }
     }
-    Ok(true)
+    Ok(if left == 0 { Back::All } else { Back::Bytes })
 }
 
 /// Sends NAKs and waits until the server is through with them: it takes them from a queue of its own, in order, and answers
