@@ -243,6 +243,9 @@ impl System {
         let end = Instant::now() + GRACE;
         let mut late = Vec::new();
         self.progress.send_modify(|progress| progress.registered = false);
+        if let Some(driver) = &self.driver {
+            driver.leave();
+        }
         if let Some(service) = self.service
             && timeout(SERVICE_GRACE, service.stop()).await.is_err()
         {

@@ -519,12 +519,12 @@ impl World {
         let began = self.all[at].began;
         for action in self.all[at].machine.poll(now) {
             match action {
-                Action::Renew { session, nonce } => {
+                Action::Renew { session, nonce, leaving } => {
                     let process = &mut self.all[at];
                     if process.record.session != session {
                         process.revision = 0;
                     }
-                    process.record = SessionRecord { session, nonce, ..process.record.clone() };
+                    process.record = SessionRecord { session, nonce, leaving, ..process.record.clone() };
                     let request = Request::Renew(process.record.clone(), process.revision);
                     self.ask(at, request, TTL / 3, News::Renewed(Renewal::Failed, 0));
                 }
