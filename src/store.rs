@@ -8,6 +8,7 @@ mod leases;
 mod marks;
 mod positions;
 mod senders;
+mod site;
 mod trouble;
 mod watch;
 
@@ -20,5 +21,6 @@ pub use positions::{
     Claim, ClaimError, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, TargetWitness,
 };
 pub use senders::{PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, token as sender_token};
+pub use site::{SiteKey, SiteRecord};
 pub(crate) use trouble::{Trouble, follow};
 pub use watch::{Change, Changes};

@@ -155,6 +155,21 @@ impl Bucket {
                 }
             }
         }
+        Self::of(client, &context, api_prefix, name).await
+    }
+
+    /// Opens a bucket that has to be there.
+    pub(super) async fn existing(client: &Client, api_prefix: &str, name: &str) -> Result<Self, Error> {
+        let context = ContextBuilder::new().api_prefix(api_prefix).timeout(TIMEOUT).build(client.clone());
+        let error = |message: String| Error { bucket: name.to_owned(), message };
+        if !exists(&context, name).await.map_err(error)? {
+            return Err(error("does not exist: is `--bucket-prefix` right?".to_owned()));
+        }
+        Self::of(client, &context, api_prefix, name).await
+    }
+
+    async fn of(client: &Client, context: &jetstream::Context, api_prefix: &str, name: &str) -> Result<Self, Error> {
+        let error = |message: String| Error { bucket: name.to_owned(), message };
         let stream = context.get_stream_no_info(stream_name(name)).await.map_err(|failed| error(chain(&failed)))?;
         // The way of all KV clients, and what servers map a domain's subjects by.
         let put_prefix = if api_prefix == API_PREFIX { String::new() } else { format!("{api_prefix}.") };
