@@ -328,6 +328,7 @@ impl World {
         let (greatest, when) = self.acted.get(id).copied().unwrap_or_default();
         let excused = self.all[at].removed.is_some_and(|removed| self.now < removed + TTL);
         if epoch < greatest && excused {
+            self.refused(at, id);
             return Ok(());
         }
         if epoch < greatest {
@@ -339,10 +340,24 @@ impl World {
             .iter()
             .find(|other| other.record.instance != self.all[at].record.instance && other.runs.get(id) == Some(&epoch))
         {
+            // Granted before the bucket was lost, and not acted with yet.
+            if excused || other.removed.is_some_and(|removed| self.now < removed + TTL) {
+                self.refused(at, id);
+                return Ok(());
+            }
             return Err(format!("{:?}: {} has epoch {epoch} of {id} too", self.now, other.record.instance));
         }
         self.acted.insert(id.to_owned(), (epoch, self.now));
         Ok(())
+    }
+
+    /// The position record takes no epoch below its own, and each epoch of one holder only: what runs ends, and its lease is
+    /// written again.
+    fn refused(&mut self, at: usize, id: &str) {
+        self.all[at].runs.remove(id);
+        let now = self.clock(at);
+        self.all[at].machine.ended(now, id, Duration::from_secs(1));
+        self.poll(at);
     }
 
     fn fault(&mut self) {
