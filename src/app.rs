@@ -1,8 +1,9 @@
 //! Composition root: builds the whole system top to bottom and stops it in order.
 
 mod files;
+mod site;
 
-use std::{env, fmt::Display, fs, io, process, time::Duration};
+use std::{env, fmt::Display, fs, io, pin::pin, process, time::Duration};
 
 use anyhow::{Context as _, bail};
 use async_nats::Client;
@@ -29,6 +30,8 @@ use crate::{
     store::Buckets,
     supervisor::{self, Deps, Supervisor},
 };
+
+pub use self::site::Misconfigured;
 
 /// Everything stops within this.
 const GRACE: Duration = Duration::from_secs(10);
@@ -166,6 +169,14 @@ impl System {
         };
         let Some(buckets) = persist("the buckets cannot be opened", stop, open).await else { return Ok(()) };
 
+        let claim = async || site::claim(&buckets.config, site, bucket_prefix).await;
+        let Some(record) = persist("the site of the buckets cannot be found out", stop, claim).await else {
+            return Ok(());
+        };
+        let record = record?;
+        let rules = settings.rules.clone().with_former(&record.former);
+        let (tell_site, site_record) = watch::channel(None);
+
         let identity = Identity::own(instance.clone(), host_name(), names::VERSION.to_owned());
         let Buckets { leases, positions, .. } = buckets.clone();
         let (leases, driver) = lease::start(leases, positions, identity, settings.lease_ttl, settings.standalone);
@@ -176,7 +187,7 @@ impl System {
             instance: instance.clone(),
             installation: buckets.installation.clone(),
             standalone: settings.standalone,
-            rules: settings.rules.clone(),
+            rules: rules.clone(),
             config: buckets.config.clone(),
             positions: buckets.positions.clone(),
             leases: leases.clone(),
@@ -184,6 +195,7 @@ impl System {
             events: self.events.clone(),
             budget: Budget::new(READ_AHEAD),
             heartbeats: told,
+            site_record: tell_site,
         };
         // Not a child of `stop`: the service refuses before the lives stop.
         let (handle, supervisor) = supervisor::start(deps, &CancellationToken::new());
@@ -210,14 +222,18 @@ impl System {
                 site: site.clone(),
                 instance: instance.clone(),
                 version: names::VERSION.to_owned(),
-                rules: settings.rules.clone(),
+                rules: rules.clone(),
                 read_only: settings.read_only,
             };
             let (client, events) = (self.client.clone(), self.events.clone());
             let (leases, supervisor) = (leases.clone(), handle.clone());
             control::start(client, settings, buckets.clone(), leases, supervisor, heartbeats.clone(), events).await
         };
-        let registered = persist("the control service cannot be registered", stop, register).await;
+        let mut keep = pin!(site::keep(&buckets.config, &record, site_record, bucket_prefix));
+        let registered = tokio::select! {
+            registered = persist("the control service cannot be registered", stop, register) => registered,
+            other = &mut keep => return Err(other.into()),
+        };
         let Some(service) = registered else { return Ok(()) };
         self.service = Some(service);
         self.progress.send_modify(|progress| progress.registered = true);
@@ -236,6 +252,7 @@ impl System {
             () = stop.cancelled() => Ok(()),
             () = ready => bail!("the supervisor ended unasked"),
             reason = driver.ended() => bail!(reason),
+            other = keep => Err(other.into()),
         }
     }
 
@@ -244,6 +261,9 @@ impl System {
         let end = Instant::now() + GRACE;
         let mut late = Vec::new();
         self.progress.send_modify(|progress| progress.registered = false);
+        if let Some(driver) = &self.driver {
+            driver.leave();
+        }
         if let Some(service) = self.service
             && timeout(SERVICE_GRACE, service.stop()).await.is_err()
         {

@@ -16,6 +16,7 @@ mod heartbeat;
 mod instances;
 mod output;
 mod serve;
+mod site;
 mod status;
 mod steer;
 mod stored;
@@ -71,6 +72,7 @@ enum Other {
     Events(events::Args),
     Admin(admin::Args),
     Heartbeat(heartbeat::Args),
+    Site(site::Args),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
 }
@@ -125,6 +127,7 @@ impl Other {
             Self::Events(args) => args.global.json,
             Self::Admin(args) => args.global().json,
             Self::Heartbeat(args) => args.global().json,
+            Self::Site(args) => args.global().json,
             Self::Completions(_) | Self::Man(_) => false,
         }
     }
@@ -143,6 +146,7 @@ impl Other {
             Self::Events(args) => events::run(args, out).await,
             Self::Admin(args) => admin::run(args, out).await,
             Self::Heartbeat(args) => heartbeat::run(args, out).await,
+            Self::Site(args) => site::run(args, out).await,
             Self::Completions(args) => Ok(generate::completions(args, Cli::command(), out)),
             Self::Man(args) => generate::man(args, Cli::command(), out),
         }

@@ -24,6 +24,9 @@ pub const RENAMED_HEADER_PREFIX: &str = "Choria-SR-";
 /// Key of the heartbeats in the configuration bucket, beside replication ids; no replication may have this id.
 pub const HEARTBEATS_KEY: &str = "heartbeats";
 
+/// Key of the site's record in the configuration bucket, beside replication ids; no replication may have this id.
+pub const SITE_KEY: &str = "site";
+
 /// Name of the host that a heartbeat comes from.
 pub const ORIGINATOR_HEADER: &str = "Choria-SR-Originator";
 

@@ -9,6 +9,7 @@ mod live;
 mod marks;
 mod positions;
 mod senders;
+mod site;
 mod trouble;
 mod watch;
 
@@ -22,5 +23,6 @@ pub use positions::{
     TargetWitness,
 };
 pub use senders::{PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, token as sender_token};
+pub use site::{SiteKey, SiteRecord};
 pub(crate) use trouble::{Trouble, follow};
 pub use watch::{Change, Changes};

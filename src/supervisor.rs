@@ -42,7 +42,7 @@ use crate::{
     events::Events,
     lease::Leases,
     metrics,
-    names::HEARTBEATS_KEY,
+    names::{HEARTBEATS_KEY, SITE_KEY},
     nats::Rules,
     status::{Row, State},
     store::{
@@ -84,6 +84,8 @@ pub struct Deps {
     pub budget: Budget,
     /// Gets what the configuration bucket says of heartbeats: revision 0 where nothing lies there.
     pub heartbeats: watch::Sender<Option<Stored>>,
+    /// Gets what the configuration bucket says of the site: revision 0 where there is nothing.
+    pub site_record: watch::Sender<Option<Stored>>,
 }
 
 /// Begins to follow the configuration. Everything stops in order when `root` is cancelled; call
@@ -132,6 +134,23 @@ impl Supervisor {
         self.task.abort();
         warn!(replications = late.join(", "), "did not stop within {grace:.1?}; what was in the air is copied again");
         late
+    }
+}
+
+/// A watch that begins again tells what is already known.
+fn news(key: &watch::Sender<Option<Stored>>, stored: Stored) {
+    key.send_if_modified(|known| {
+        let news = known.as_ref() != Some(&stored);
+        *known = Some(stored);
+        news
+    });
+}
+
+/// Nothing is there, or it was removed while there was no watch.
+fn removed(key: &watch::Sender<Option<Stored>>) {
+    let known = key.borrow().clone();
+    if known.is_none_or(|known| known.value.is_some()) {
+        news(key, Stored { revision: 0, value: None });
     }
 }
 
@@ -384,7 +403,15 @@ impl Loop {
                 } else {
                     listed.remove(HEARTBEATS_KEY);
                 }
-                self.heartbeats(stored);
+                news(&self.deps.heartbeats, stored);
+            }
+            Signal::Change(ConfigChange::Site(stored)) => {
+                if stored.value.is_some() {
+                    listed.insert(SITE_KEY.to_owned());
+                } else {
+                    listed.remove(SITE_KEY);
+                }
+                news(&self.deps.site_record, stored);
             }
             Signal::Change(ConfigChange::Marked(mark)) => {
                 let key = mark.kind.key(&mark.id);
@@ -399,29 +426,15 @@ impl Loop {
             Signal::Change(ConfigChange::Loaded) => {
                 self.unmark_all_but(listed);
                 if !listed.contains(HEARTBEATS_KEY) {
-                    self.no_heartbeats();
+                    removed(&self.deps.heartbeats);
+                }
+                if !listed.contains(SITE_KEY) {
+                    removed(&self.deps.site_record);
                 }
                 let gone: Vec<_> = self.slots.keys().filter(|key| !listed.contains(*key)).cloned().collect();
                 gone.iter().for_each(|key| self.delete(key));
                 self.table.send_if_modified(|table| !std::mem::replace(&mut table.loaded, true));
             }
-        }
-    }
-
-    /// A watch that began anew tells what is already known.
-    fn heartbeats(&self, stored: Stored) {
-        self.deps.heartbeats.send_if_modified(|known| {
-            let news = known.as_ref() != Some(&stored);
-            *known = Some(stored);
-            news
-        });
-    }
-
-    /// There are none, or they were removed while there was no watch.
-    fn no_heartbeats(&self) {
-        let known = self.deps.heartbeats.borrow().clone();
-        if known.is_none_or(|known| known.value.is_some()) {
-            self.heartbeats(Stored { revision: 0, value: None });
         }
     }
 

@@ -81,8 +81,12 @@ mod scale;
 mod schemas;
 #[path = "it/secrets.rs"]
 mod secrets;
+#[path = "it/site_name.rs"]
+mod site_name;
 #[path = "it/states.rs"]
 mod states;
+#[path = "it/stepdown.rs"]
+mod stepdown;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
 #[path = "it/wire_clusters.rs"]

@@ -90,6 +90,11 @@ impl Client {
         &self.nats
     }
 
+    /// What the JetStream API's subjects begin with.
+    pub(super) fn api_prefix(&self) -> &str {
+        &self.api_prefix
+    }
+
     /// What the service's subjects begin with.
     pub(super) fn prefix(&self) -> &str {
         &self.prefix

@@ -144,7 +144,8 @@ pub(super) fn main(args: &Args) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error:#}");
-            ExitCode::FAILURE
+            let code = if error.is::<app::Misconfigured>() { USAGE } else { 1 };
+            ExitCode::from(code)
         }
     }
 }

@@ -14,7 +14,10 @@ use super::{
     place::{domain_prefix, subject_prefix},
     schema::{self, join, shorten},
 };
-use crate::{names::HEARTBEATS_KEY, status::Ordering};
+use crate::{
+    names::{HEARTBEATS_KEY, SITE_KEY},
+    status::Ordering,
+};
 
 /// A replication document, field for field as written. `schemas/replication.json` says what each field means.
 ///
@@ -360,6 +363,7 @@ impl Checker {
         Some(Replication {
             id,
             name: name.unwrap_or(site).to_owned(),
+            former: Vec::new(),
             description: document.description.clone().unwrap_or_default(),
             source: source?,
             target: target?,
@@ -426,6 +430,13 @@ impl Checker {
             let message = format!(
                 "the id of this replication would be `{id}`, the key under which the heartbeats are configured: give it a \
                  `name`, which makes the id `{id}.<name>`"
+            );
+            self.problem("stream", message);
+        }
+        if id == SITE_KEY {
+            let message = format!(
+                "the id of this replication would be `{id}`, the key of the site's own record: give it a `name`, which makes \
+                 the id `{id}.<name>`"
             );
             self.problem("stream", message);
         }

@@ -15,6 +15,8 @@ pub struct Replication {
     pub id: String,
     /// The worker's name in provenance, metrics and consumer names; the site's name by default.
     pub name: String,
+    /// What stood in provenance for site and name while the site had other names, oldest first.
+    pub former: Vec<Former>,
     /// Free text for people.
     pub description: String,
     /// Where messages are read.
@@ -55,6 +57,15 @@ impl Replication {
     pub fn advisory(&self) -> Option<&Advisory> {
         self.sampling.as_ref()?.advisory.as_ref()
     }
+}
+
+/// Site and name of a replication under a former name of the site.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Former {
+    /// Name of the site.
+    pub site: String,
+    /// Name of the replication: the same, unless its document gives it one.
+    pub name: String,
 }
 
 /// A stream on a connection.

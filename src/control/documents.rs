@@ -102,6 +102,7 @@ impl Known {
                 self.seen = self.seen.max(stored.revision);
                 self.heartbeats = stored.revision;
             }
+            ConfigChange::Site(stored) => self.seen = self.seen.max(stored.revision),
             ConfigChange::Marked(mark) => self.seen = self.seen.max(mark.revision),
             ConfigChange::Loaded => {}
         }

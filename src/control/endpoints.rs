@@ -40,7 +40,7 @@ use crate::{
     events::Events,
     heartbeat as heartbeats,
     lease::Leases,
-    names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER, HEARTBEATS_KEY},
+    names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER, HEARTBEATS_KEY, SITE_KEY},
     nats::Rules,
     store::{ConfigEntry, ConfigStore, MarkKind, PositionStore, SenderStore, WriteError},
     supervisor::Handle,
@@ -159,7 +159,7 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
     let DeleteRequest { replication, keep } =
         named(&request.body, |replication| DeleteRequest { replication, keep: false })?;
     check_id(&replication)?;
-    if MarkKind::of_key(&replication).is_some() || replication == HEARTBEATS_KEY {
+    if MarkKind::of_key(&replication).is_some() || [HEARTBEATS_KEY, SITE_KEY].contains(&replication.as_str()) {
         return Err(not_found(&replication));
     }
     let leaving = Leaving::of(context, &replication).await;

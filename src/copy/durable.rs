@@ -62,11 +62,22 @@ impl Durable {
         names::choria_consumer(&replication.name)
     }
 
+    /// The same, and then the names that it had while the site had other names, newest first: what one of them has
+    /// acknowledged is settled, and what waits for it has to be read.
+    pub(crate) fn names(replication: &Replication) -> impl Iterator<Item = String> + '_ {
+        let former = replication.former.iter().rev().map(|former| former.name.as_str());
+        let former = former.filter(|name| *name != replication.name);
+        std::iter::once(Self::name(replication)).chain(former.map(names::choria_consumer))
+    }
+
     /// The one that is there; an error if it cannot be used.
     pub(super) async fn find(lane: &mut Lane, replication: &Replication) -> Result<Option<Self>, Error> {
-        let name = Self::name(replication);
-        let found = Api::new(lane).consumer_info(&replication.source.stream, &name).await?;
-        found.map(|info| Ok(Self { way: judge(replication, &name, &info.config)?, name, info })).transpose()
+        for name in Self::names(replication) {
+            if let Some(info) = Api::new(lane).consumer_info(&replication.source.stream, &name).await? {
+                return Ok(Some(Self { way: judge(replication, &name, &info.config)?, name, info }));
+            }
+        }
+        Ok(None)
     }
 
     /// Up to where the source says that everything is acknowledged, if it has so much.
@@ -130,12 +141,15 @@ fn begin_again(source: &StreamInfo, floor: u64, position: u64) -> Option<u64> {
 pub(crate) async fn remove(dial: &dyn Dial, replication: &Replication) -> Result<bool, Error> {
     let connection = format!("{} {}", names::PROGRAM, replication.id);
     let mut lane = dial.dial(&replication.source.place, &connection).await?;
-    let (stream, name) = (&replication.source.stream, Durable::name(replication));
-    let mut api = Api::new(&mut lane);
-    match api.consumer_info(stream, &name).await? {
-        Some(info) if is_ours(&info.config) => api.delete_consumer(stream, &name).await.map(|()| true),
-        _ => Ok(false),
+    let stream = &replication.source.stream;
+    let (mut api, mut removed) = (Api::new(&mut lane), false);
+    for name in Durable::names(replication) {
+        if api.consumer_info(stream, &name).await?.is_some_and(|info| is_ours(&info.config)) {
+            api.delete_consumer(stream, &name).await?;
+            removed = true;
+        }
     }
+    Ok(removed)
 }
 
 /// Why a first start cannot begin where the document says: a work queue is worked off from its beginning.

@@ -4,6 +4,7 @@
 use memchr::memmem;
 
 use crate::{
+    config::Former,
     names,
     nats::{headers, parser::number},
 };
@@ -14,6 +15,17 @@ pub struct Tag {
     stream: String,
     site: String,
     name: String,
+    /// Site and name, as they were before.
+    former: Vec<Former>,
+}
+
+/// The last hop of a message that another site copied from the same stream, under the same name or its own default.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Other {
+    /// Name of that site.
+    pub site: String,
+    /// The message's own part.
+    pub origin: Origin,
 }
 
 /// One message's own part of its provenance.
@@ -28,7 +40,19 @@ pub struct Origin {
 impl Tag {
     /// The tag of a replication: source stream, site and the replication's name.
     pub fn new(stream: &str, site: &str, name: &str) -> Self {
-        Self { stream: stream.to_owned(), site: site.to_owned(), name: name.to_owned() }
+        Self { stream: stream.to_owned(), site: site.to_owned(), name: name.to_owned(), former: Vec::new() }
+    }
+
+    /// The same, recognizing also what was copied under former names.
+    #[must_use]
+    pub fn with_former(mut self, former: &[Former]) -> Self {
+        self.former = former.to_vec();
+        self
+    }
+
+    /// Name of the site.
+    pub fn site(&self) -> &str {
+        &self.site
     }
 
     /// Appends our header line.
@@ -62,15 +86,46 @@ impl Tag {
                 .any(|value| self.matches(value).is_some())
     }
 
+    /// Where a message came from, if its last hop differs from ours in the site alone.
+    pub fn other_site(&self, header: &[u8]) -> Option<Other> {
+        let hop = Hop::parse(headers::last(header, names::SOURCE_HEADER.as_bytes())?)?;
+        let default = self.name == self.site && hop.name == hop.site;
+        if hop.stream != self.stream.as_bytes() || self.is_ours(&hop) || !(hop.name == self.name.as_bytes() || default)
+        {
+            return None;
+        }
+        Some(Other { site: String::from_utf8_lossy(hop.site).into_owned(), origin: hop.origin })
+    }
+
     fn matches(&self, value: &[u8]) -> Option<Origin> {
+        Hop::parse(value).filter(|hop| self.is_ours(hop)).map(|hop| hop.origin)
+    }
+
+    fn is_ours(&self, hop: &Hop<'_>) -> bool {
+        let named = |site: &str, name: &str| hop.site == site.as_bytes() && hop.name == name.as_bytes();
+        let ours = named(&self.site, &self.name) || self.former.iter().any(|former| named(&former.site, &former.name));
+        ours && hop.stream == self.stream.as_bytes()
+    }
+}
+
+/// One value of the header.
+struct Hop<'a> {
+    stream: &'a [u8],
+    site: &'a [u8],
+    name: &'a [u8],
+    origin: Origin,
+}
+
+impl<'a> Hop<'a> {
+    fn parse(value: &'a [u8]) -> Option<Self> {
         let mut words = value.split(|b| *b == b' ').filter(|word| !word.is_empty());
         let mut next = || words.next();
         let (stream, seq, site, name, time) = (next()?, next()?, next()?, next()?, next()?);
-        let ours = stream == self.stream.as_bytes() && site == self.site.as_bytes() && name == self.name.as_bytes();
-        if !ours || next().is_some() {
+        if next().is_some() {
             return None;
         }
-        Some(Origin { seq: number(seq)?, time_ms: i64::try_from(number(time)?).ok()? })
+        let origin = Origin { seq: number(seq)?, time_ms: i64::try_from(number(time)?).ok()? };
+        Some(Self { stream, site, name, origin })
     }
 }
 
@@ -89,6 +144,37 @@ mod tests {
         assert!(tag.passed(&block));
         assert!(Tag::new("ORDERS", "EU", "w0").passed(&block));
         assert_eq!(Tag::new("ORDERS", "EU", "w0").origin(&block), None);
+    }
+
+    #[test]
+    fn former_names_of_the_site_are_ours_and_other_sites_are_not() {
+        let block = |site: &str, name: &str| format!("NATS/1.0\r\nChoria-SR-Source: ORDERS 7 {site} {name} 5\r\n\r\n");
+        let origin = Origin { seq: 7, time_ms: 5 };
+        let check = |tag: &Tag, site: &str, name: &str, ours: bool, other: bool| {
+            let block = block(site, name);
+            let block = block.as_bytes();
+            let found = (tag.origin(block), tag.passed(block), tag.other_site(block));
+            let expect = other.then(|| Other { site: site.to_owned(), origin });
+            assert_eq!(found, (ours.then_some(origin), ours, expect), "{site} {name}");
+        };
+        let former = |site: &str, name: &str| Former { site: site.to_owned(), name: name.to_owned() };
+        let default = Tag::new("ORDERS", "TWO", "TWO").with_former(&[former("ONE", "ONE")]);
+        for (site, name, ours, other) in [
+            ("TWO", "TWO", true, false),
+            ("ONE", "ONE", true, false),
+            ("ONE", "TWO", false, true),
+            ("THREE", "THREE", false, true),
+            ("THREE", "w1", false, false),
+        ] {
+            check(&default, site, name, ours, other);
+        }
+        let named = Tag::new("ORDERS", "TWO", "w1").with_former(&[former("ONE", "w1")]);
+        for (site, name, ours, other) in
+            [("ONE", "w1", true, false), ("THREE", "w1", false, true), ("THREE", "THREE", false, false)]
+        {
+            check(&named, site, name, ours, other);
+        }
+        assert_eq!(Tag::new("RETURNS", "TWO", "TWO").other_site(block("ONE", "ONE").as_bytes()), None);
     }
 
     #[test]

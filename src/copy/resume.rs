@@ -9,7 +9,7 @@ use super::{
     consumers::Names,
     durable::{self, Durable},
     locate,
-    provenance::{Origin, Tag},
+    provenance::{Origin, Other, Tag},
     reader::scan,
     sharing::{self, Foreign},
     target::limits,
@@ -201,6 +201,18 @@ struct Seen {
     messages: u64,
     /// The newest that is not ours.
     foreign: Option<Foreign>,
+    /// Those that differ from ours in the site alone, if they are asked for.
+    others: Option<Vec<Other>>,
+}
+
+impl Seen {
+    /// A message that is not ours.
+    fn foreign(&mut self, tag: &Tag, header: &[u8], foreign: Foreign) {
+        if let Some(others) = &mut self.others {
+            others.extend(tag.other_site(header));
+        }
+        self.foreign = Some(foreign);
+    }
 }
 
 /// Messages of ours at the end of the target, in target order.
@@ -411,6 +423,7 @@ impl Sides<'_> {
 
     /// The target lost stored messages: go back to the newest one of ours that it still has.
     async fn target_lost(&mut self, saved: &SourceWitness, reason: String) -> Result<Resume, Error> {
+        self.no_other_site().await?;
         let mut resume = match self.newest_known(Proof::NoContradiction).await? {
             Some(tail) => self.behind(tail, Some(saved.seq)).await?,
             None => {
@@ -447,7 +460,10 @@ impl Sides<'_> {
                 let from = tail.ours[tail.newest].target_seq + 1;
                 (self.behind(tail, None).await?, from)
             }
-            None => (Resume::at(SourcePoint::default(), self.last_of_ours().await?), self.target.state.first_seq),
+            None => {
+                self.no_other_site().await?;
+                (Resume::at(SourcePoint::default(), self.last_of_ours().await?), self.target.state.first_seq)
+            }
         };
         let to = self.target.state.last_seq;
         let mut resume = Resume { orphans: (from <= to).then_some(Orphans { from, to }), ..resume };
@@ -460,6 +476,7 @@ impl Sides<'_> {
         if let Some(tail) = self.newest_known(Proof::NoContradiction).await? {
             return self.behind(tail, None).await;
         }
+        self.no_other_site().await?;
         if let Some(ours) = self.newest_of_ours(1).await?.last() {
             // Copied before, but from a stream that is not this one any more.
             let seq = ours.origin.seq;
@@ -483,9 +500,13 @@ impl Sides<'_> {
         if Durable::is_needed(self.source) {
             return Ok(self.durable.map(|durable| durable.floor(self.source)));
         }
-        let name = Durable::name(self.replication);
-        let choria = Api::new(self.source_lane).consumer_info(&self.replication.source.stream, &name).await?;
-        Ok(choria.map(|info| info.ack_floor.stream_seq))
+        for name in Durable::names(self.replication) {
+            let choria = Api::new(self.source_lane).consumer_info(&self.replication.source.stream, &name).await?;
+            if let Some(info) = choria {
+                return Ok(Some(info.ack_floor.stream_seq));
+            }
+        }
+        Ok(None)
     }
 
     /// What is acknowledged at the source is settled, whatever else was found: it does not come again.
@@ -642,6 +663,53 @@ impl Sides<'_> {
         Ok(Some(if chained { Stamps::Chain } else { Stamps::Ids }))
     }
 
+    /// Copies of messages that this source still has, made under another name of a site, are no reason to copy them again:
+    /// an error that says what to do. Checks the newest messages of the target.
+    async fn no_other_site(&mut self) -> Result<(), Error> {
+        let (first, last) = (self.target.state.first_seq.max(1), self.target.state.last_seq);
+        let from = last.saturating_sub(SEARCH_STEP - 1).max(first);
+        let mut seen = Seen { others: Some(Vec::new()), ..Seen::default() };
+        if last >= from {
+            self.between(from, last, &mut seen).await?;
+        }
+        let mut others = seen.others.unwrap_or_default();
+        let Some(theirs) = others.last().map(|other| other.site.clone()) else { return Ok(()) };
+        others.retain(|other| other.site == theirs);
+        // Where many sites write to one target, single messages may agree by chance.
+        let times = self.source_times(others.iter().map(|other| other.origin.seq)).await?;
+        let end = self.source.state.last_seq;
+        let of = |origin: &Origin| times.get(&origin.seq).map(|time| *time == origin.time_ms);
+        let same = others.iter().filter(|other| of(&other.origin) == Some(true)).count();
+        let broken = |other: &&Other| of(&other.origin) == Some(false) || other.origin.seq > end;
+        if same <= others.iter().filter(broken).count() {
+            return Ok(());
+        }
+        let (ours, name) = (self.tag.site(), &self.replication.target.stream);
+        Err(Error::hold(format!(
+            "two sites write one target: the newest copies in target stream `{name}` were made by site `{theirs}` from this very \
+             source, and this is site `{ours}`: stop the copy of one of them; if `{theirs}` is a former name of this site, stop all \
+             of its instances and run `stream-replicator site rename {theirs} {ours}`"
+        )))
+    }
+
+    /// Stored times (ms) of what the source has in the range of these sequences.
+    async fn source_times(&mut self, seqs: impl Iterator<Item = u64> + Clone) -> Result<HashMap<u64, i64>, Error> {
+        let (low, high) = (seqs.clone().min().unwrap_or_default(), seqs.max().unwrap_or_default());
+        let high = high.min(self.source.state.last_seq);
+        let mut times: HashMap<u64, i64> = HashMap::new();
+        if low <= high && Durable::is_needed(self.source) {
+            let note = |found: StoredMessage| _ = times.insert(found.sequence, found.time_ns.div_euclid(1_000_000));
+            let first = self.source.state.first_seq.max(low);
+            Api::new(self.source_lane).messages(&self.replication.source.stream, first, high, note).await?;
+        } else if low <= high {
+            scan(self.source_lane, &self.replication.source.stream, self.source_names, low, high, |delivery, _| {
+                times.insert(delivery.stream_seq, delivery.time_ns.div_euclid(1_000_000));
+            })
+            .await?;
+        }
+        Ok(times)
+    }
+
     /// Messages of ours in a range of the target, and the newest that is not.
     async fn between(&mut self, from: u64, to: u64, seen: &mut Seen) -> Result<Vec<Ours>, Error> {
         let mut found = Vec::new();
@@ -654,7 +722,10 @@ impl Sides<'_> {
                 let subject = by_subject.then_some(stored.subject.as_bytes());
                 match ours(tag, stored.sequence, &stored.header, subject) {
                     Some(ours) => found.push(ours),
-                    None => seen.foreign = Some(Foreign { seq: stored.sequence, subject: stored.subject }),
+                    None => {
+                        let foreign = Foreign { seq: stored.sequence, subject: stored.subject };
+                        seen.foreign(tag, &stored.header, foreign);
+                    }
                 }
             };
             Api::new(self.target_lane).messages(&self.replication.target.stream, from, to, look).await?;
@@ -667,7 +738,7 @@ impl Sides<'_> {
                 Some(ours) => found.push(ours),
                 None => {
                     let subject = String::from_utf8_lossy(message.subject).into_owned();
-                    seen.foreign = Some(Foreign { seq: delivery.stream_seq, subject });
+                    seen.foreign(tag, message.header, Foreign { seq: delivery.stream_seq, subject });
                 }
             }
         })
@@ -764,20 +835,8 @@ impl Sides<'_> {
         if known == Witness::Holds {
             return Ok(Match::At(ours.len() - 1));
         }
-        let seqs = || ours.iter().map(|message| message.origin.seq);
+        let times = self.source_times(ours.iter().map(|message| message.origin.seq)).await?;
         let last = self.source.state.last_seq;
-        let (low, high) = (seqs().min().unwrap_or_default(), seqs().max().unwrap_or_default().min(last));
-        let mut times: HashMap<u64, i64> = HashMap::new();
-        if low <= high && Durable::is_needed(self.source) {
-            let note = |found: StoredMessage| _ = times.insert(found.sequence, found.time_ns.div_euclid(1_000_000));
-            let first = self.source.state.first_seq.max(low);
-            Api::new(self.source_lane).messages(&self.replication.source.stream, first, high, note).await?;
-        } else if low <= high {
-            scan(self.source_lane, &self.replication.source.stream, self.source_names, low, high, |delivery, _| {
-                times.insert(delivery.stream_seq, delivery.time_ns.div_euclid(1_000_000));
-            })
-            .await?;
-        }
         if let Some(found) = ours.iter().rposition(|m| times.get(&m.origin.seq) == Some(&m.origin.time_ms)) {
             return Ok(Match::At(found));
         }

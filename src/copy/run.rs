@@ -206,6 +206,7 @@ impl<'a> Run<'a> {
             false => None,
         };
         let tag = Tag::new(&replication.source.stream, &job.site, &replication.name);
+        let tag = tag.with_former(&replication.former);
         let sides = Sides {
             replication: &replication,
             tag: &tag,

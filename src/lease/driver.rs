@@ -38,7 +38,7 @@ pub fn start(
 ) -> (Leases, Driver) {
     let stop = CancellationToken::new();
     let (leases, work) = enter(store, positions, identity, ttl, standalone, stop.clone());
-    (leases, Driver { stop, task: tokio::spawn(work) })
+    (leases.clone(), Driver { leases, stop, task: tokio::spawn(work) })
 }
 
 /// Enters the group as [`start`] does, without a task of its own: leases are held while the future is polled. It ends
@@ -65,6 +65,7 @@ pub fn enter(
         program: identity.program,
         started: chance::now().trunc_subsecs(3),
         nonce: 0,
+        leaving: false,
         other: Default::default(),
     };
     let (commands, asked) = mpsc::unbounded_channel();
@@ -102,6 +103,7 @@ pub fn enter(
 /// The running driver, for the one who stops it.
 #[derive(Debug)]
 pub struct Driver {
+    leases: Leases,
     stop: CancellationToken,
     task: JoinHandle<Option<String>>,
 }
@@ -113,6 +115,11 @@ impl Driver {
             Ok(reason) => reason.unwrap_or_else(|| "the leases are not looked after any more".to_owned()),
             Err(panic) => format!("the leases are not looked after any more: {panic}"),
         }
+    }
+
+    /// Announces the stop, see [`Leases::leave`].
+    pub fn leave(&self) {
+        self.leases.leave();
     }
 
     /// Releases what is held, and removes the session. What runs under a grant must have ended.
@@ -144,6 +151,12 @@ impl Leases {
         let (grant, grants) = watch::channel(None);
         let _ = self.commands.send(Command::Want { id: id.to_owned(), grant });
         Seat { id: id.to_owned(), commands: self.commands.clone(), grants, last: 0 }
+    }
+
+    /// Announces that this process stops: it takes nothing any more, and the others do not wait for it. What runs goes on
+    /// until its seat is given up.
+    pub fn leave(&self) {
+        let _ = self.commands.send(Command::Leave);
     }
 
     /// Processes that were heard of.
@@ -210,6 +223,7 @@ enum Command {
     Want { id: String, grant: watch::Sender<Option<Tenure>> },
     Unwant { id: String },
     Ended { id: String, pause: Duration },
+    Leave,
 }
 
 /// What became of an operation.
@@ -320,6 +334,7 @@ impl Work {
                 self.machine.want(now, &id);
                 self.seats.insert(id, Place { grant, tenure: None });
             }
+            Command::Leave => self.machine.leave(now),
             Command::Unwant { id } => {
                 self.machine.unwant(&id);
                 self.seats.remove(&id);
@@ -376,11 +391,11 @@ impl Work {
 
     fn act(&mut self, action: Action) {
         let operation = match action {
-            Action::Renew { session, nonce } => {
+            Action::Renew { session, nonce, leaving } => {
                 if session != self.record.session {
                     (self.confirmed, self.revision) = (None, None);
                 }
-                self.record = SessionRecord { session, nonce, ..self.record.clone() };
+                self.record = SessionRecord { session, nonce, leaving, ..self.record.clone() };
                 let first = self.confirmed.is_none();
                 let renewal = renew(self.store.clone(), self.record.clone(), self.revision.take(), first);
                 let limit = self.limit;

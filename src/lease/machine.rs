@@ -49,6 +49,8 @@ pub enum Action {
         session: String,
         /// Grows with every renewal.
         nonce: u64,
+        /// This instance takes nothing any more.
+        leaving: bool,
     },
     /// Read the session of an instance from the leader of the bucket.
     Look(String),
@@ -118,6 +120,10 @@ struct Own {
     until: Option<Instant>,
     next: Instant,
     member: bool,
+    /// The process is on its way out: it gives its leases back and takes none.
+    leaving: bool,
+    /// The last renewal that was sent says so.
+    announced: bool,
 }
 
 /// Another instance.
@@ -139,11 +145,18 @@ struct Other {
     look_at: Option<Instant>,
     /// Whether leases are to be placed there.
     member: bool,
+    /// It announced that it takes nothing any more.
+    leaving: bool,
 }
 
 impl Other {
     fn is_alive(&self) -> bool {
         self.session.is_some() && self.ended.is_none()
+    }
+
+    /// Whether it takes a lease that is free.
+    fn may_take(&self) -> bool {
+        self.is_alive() && !self.leaving
     }
 
     /// Whether it was heard of for so long without a break.
@@ -217,7 +230,17 @@ impl Places {
 impl Machine {
     /// An instance that has seen nothing yet. `session` is random.
     pub fn new(settings: Settings, session: String, now: Instant) -> Self {
-        let own = Own { session, nonce: 0, sent: None, since: None, until: None, next: now, member: false };
+        let own = Own {
+            session,
+            nonce: 0,
+            sent: None,
+            since: None,
+            until: None,
+            next: now,
+            member: false,
+            leaving: false,
+            announced: false,
+        };
         Self {
             settings,
             own,
@@ -232,6 +255,12 @@ impl Machine {
     /// Until when what was granted may run; `None` while nothing may.
     pub fn until(&self) -> Option<Instant> {
         self.own.until
+    }
+
+    /// From now on this instance takes nothing, and the others do not wait for it.
+    pub fn leave(&mut self, now: Instant) {
+        self.own.leaving = true;
+        self.own.next = now;
     }
 
     /// Whether a lease is written, or is ours and not released.
@@ -266,6 +295,7 @@ impl Machine {
             looking: false,
             look_at: None,
             member: false,
+            leaving: false,
         });
         // Not only greater ones: a bucket that was made anew counts from the beginning.
         if revision == other.revision {
@@ -283,6 +313,7 @@ impl Machine {
             other.ended = None;
         }
         other.ttl = Duration::from_millis(record.ttl_ms);
+        other.leaving = record.leaving;
         other.heard = now;
         other.look_at = None;
     }
@@ -403,7 +434,8 @@ impl Machine {
                     false => sent + self.settings.ttl.mul_f64(2.0 / 3.0),
                 };
                 self.own.until = Some(until);
-                self.own.next = sent + self.settings.ttl / 4;
+                let announced = self.own.announced == self.own.leaving;
+                self.own.next = if announced { sent + self.settings.ttl / 4 } else { now };
             }
             // Others may have taken our leases since: what we hold, we hold no more.
             Renewal::Removed if !self.settings.standalone => {
@@ -455,7 +487,9 @@ impl Machine {
         if self.own.sent.is_none() && now >= self.own.next {
             self.own.nonce += 1;
             self.own.sent = Some(now);
-            actions.push(Action::Renew { session: self.own.session.clone(), nonce: self.own.nonce });
+            self.own.announced = self.own.leaving;
+            let Own { session, nonce, leaving, .. } = &self.own;
+            actions.push(Action::Renew { session: session.clone(), nonce: *nonce, leaving: *leaving });
         }
         for (instance, other) in &mut self.others {
             let silent = now.saturating_duration_since(other.heard) >= other.ttl;
@@ -538,7 +572,7 @@ impl Machine {
     fn due_at(&self, id: &str, lease: &Lease) -> Option<Instant> {
         let at = match self.is_ours(lease) {
             true => lease.seen,
-            false if lease.wanted => self.free_since(lease)? + self.patience(id, lease),
+            false if lease.wanted && !self.own.leaving => self.free_since(lease)? + self.patience(id, lease),
             false => return None,
         };
         Some(lease.not_before.map_or(at, |not_before| at.max(not_before)))
@@ -566,21 +600,43 @@ impl Machine {
         }
     }
 
-    /// So long others who are nearer to it may take a lease that is free.
+    /// How long a lease that is free is left to instances that come before this one.
     fn patience(&self, id: &str, lease: &Lease) -> Duration {
-        let me = &self.settings.instance;
+        let me = self.settings.instance.as_str();
         let step = (self.settings.ttl / 2).clamp(Duration::from_millis(500), Duration::from_secs(5));
-        let others = self.electors.instances.iter().any(|instance| instance != me);
-        if (lease.record.stepped_down == *me && others) || !self.electors.instances.contains(me) {
+        let gave = lease.record.stepped_down.as_str();
+        if !gave.is_empty() {
+            return self.patience_after(id, gave, step);
+        }
+        if !self.electors.instances.iter().any(|instance| instance == me) {
             return step * 2;
         }
         if self.electors.of(id) == Some(me) { Duration::ZERO } else { step }
     }
 
+    /// The same for a lease that instance `gave` handed over by request: another instance is first, and `gave` is last.
+    fn patience_after(&self, id: &str, gave: &str, step: Duration) -> Duration {
+        let me = self.settings.instance.as_str();
+        let electors = || self.electors.instances.iter().map(String::as_str).filter(|instance| *instance != gave);
+        // By request, one that has not settled yet is better than the one that gave it.
+        let alive = self.others.iter().filter(|(_, other)| other.may_take()).map(|(instance, _)| instance.as_str());
+        let present = alive.chain((!self.own.leaving).then_some(me)).filter(|instance| *instance != gave);
+        let first = match self.electors.of(id).filter(|best| *best != gave) {
+            Some(best) => Some(best),
+            None => placement::first(id, electors()).or_else(|| placement::first(id, present)),
+        };
+        match first {
+            None => Duration::ZERO,
+            Some(first) if first == me => Duration::ZERO,
+            Some(_) if me == gave || !electors().any(|instance| instance == me) => step * 2,
+            Some(_) => step,
+        }
+    }
+
     /// Whether a lease of ours is to go to the instance that it is best placed at.
     fn better_elsewhere(&self, now: Instant, id: &str, lease: &Lease, handed: usize) -> bool {
         let Some(best) = self.members.of(id).filter(|best| *best != self.settings.instance) else { return false };
-        let settled = |other: &Other| other.is_alive() && other.was_there(self.settled());
+        let settled = |other: &Other| other.may_take() && other.was_there(self.settled());
         handed < HANDED_AT_ONCE
             && lease.kept.is_none_or(|until| now >= until)
             && !self.settings.standalone
@@ -597,14 +653,14 @@ impl Machine {
         let settled = self.settled();
         let long = |since: Instant| now.saturating_duration_since(since) >= settled;
         self.own.member |= self.own.since.is_some_and(long);
-        let me = (self.settings.instance.clone(), self.own.member, true);
+        let me = (self.settings.instance.clone(), self.own.member, !self.own.leaving);
         for other in self.others.values_mut() {
             match other.ended {
                 None => other.member |= other.was_there(settled),
                 Some(ended) => other.member &= !long(ended),
             }
         }
-        let others = self.others.iter().map(|(instance, other)| (instance.clone(), other.member, other.is_alive()));
+        let others = self.others.iter().map(|(instance, other)| (instance.clone(), other.member, other.may_take()));
         let mut all: Vec<(String, bool, bool)> = others.chain([me]).collect();
         all.sort_unstable();
         let names = |pick: fn(&(String, bool, bool)) -> bool| -> Vec<String> {
@@ -1077,6 +1133,98 @@ mod tests {
         let mut bench = stepped_down(&[]);
         bench.pass(EPSILON, &[]);
         assert_eq!(bench.grants(), [1, 2]);
+    }
+
+    /// A replication that is best placed at `best` of the three, and then at `second`.
+    fn best_at_and_then_at(best: &str, second: &str) -> String {
+        let ranked = |id: &String| {
+            let rest = ["me", "other", "third"].into_iter().filter(|instance| *instance != best);
+            placement::first(id, ["me", "other", "third"].into_iter()) == Some(best)
+                && placement::first(id, rest) == Some(second)
+        };
+        (0..200).map(|n| format!("R{n}")).find(ranked).expect("one of so many")
+    }
+
+    #[test]
+    fn the_next_best_instance_takes_at_once_what_the_best_one_handed_over() {
+        let others = [("other", "s"), ("third", "t")];
+        for (second, expect) in [("me", vec![2]), ("third", vec![])] {
+            let id = best_at_and_then_at("other", second);
+            let mut bench = Bench::new(false);
+            bench.machine.loaded();
+            bench.machine.want(bench.now, &id);
+            others.iter().for_each(|(instance, session)| bench.session(instance, session));
+            bench.revision += 1;
+            bench.machine.lease(bench.now, &id, bench.revision, Some(lease("other", "s", 1)));
+            bench.pass(SETTLED * 2, &others);
+            let given = LeaseRecord { stepped_down: "other".to_owned(), ..lease("", "", 1) };
+            bench.revision += 1;
+            bench.machine.lease(bench.now, &id, bench.revision, Some(given));
+            bench.poll();
+            assert_eq!(bench.grants(), expect, "second is {second}");
+            // It is the next one after the one that is nearer and did not take it.
+            bench.pass(TTL / 2, &others);
+            assert_eq!(bench.grants(), [2], "second is {second}");
+        }
+    }
+
+    #[test]
+    fn a_request_hands_over_to_an_instance_that_has_just_come() {
+        let id = best_at("other");
+        for (gave, expect) in [("me", vec![1]), ("other", vec![1, 2])] {
+            let mut bench = Bench::new(false);
+            bench.machine.loaded();
+            bench.machine.want(bench.now, &id);
+            bench.pass(SETTLED * 2, &[]);
+            assert_eq!(bench.grants(), [1]);
+            bench.session("other", "s");
+            let given = LeaseRecord { stepped_down: gave.to_owned(), ..lease("", "", 1) };
+            bench.revision += 1;
+            bench.machine.lease(bench.now, &id, bench.revision, Some(given));
+            bench.pass(TTL / 2, &[("other", "s")]);
+            assert_eq!(bench.grants(), expect, "given by {gave}");
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_an_instance_that_is_leaving() {
+        let id = best_at("other");
+        let mut bench = Bench::new(false);
+        bench.machine.loaded();
+        bench.machine.want(bench.now, &id);
+        bench.session("other", "s");
+        bench.revision += 1;
+        bench.machine.lease(bench.now, &id, bench.revision, Some(lease("other", "s", 1)));
+        bench.pass(SETTLED * 2, &[("other", "s")]);
+        bench.revision += 1;
+        let leaving = SessionRecord { leaving: true, ..record("other", "s") };
+        bench.machine.session(bench.now, "other", bench.revision, Some(&leaving));
+        bench.poll();
+        assert!(bench.grants().is_empty(), "what it still has stays its own");
+        bench.revision += 1;
+        bench.machine.lease(bench.now, &id, bench.revision, Some(lease("", "", 1)));
+        bench.poll();
+        assert_eq!(bench.grants(), [2]);
+    }
+
+    #[test]
+    fn an_instance_that_is_leaving_announces_it_and_takes_nothing() {
+        let mut bench = Bench::ready();
+        let renewals = |actions: &[Action]| -> Vec<bool> {
+            let leaving = |action: &Action| match action {
+                Action::Renew { leaving, .. } => Some(*leaving),
+                _ => None,
+            };
+            actions.iter().filter_map(leaving).collect()
+        };
+        // Also where a renewal is in flight.
+        assert_eq!(renewals(&bench.machine.poll(bench.now)), [false]);
+        bench.machine.leave(bench.now);
+        bench.machine.renewed(bench.now, Renewal::Confirmed);
+        assert_eq!(renewals(&bench.machine.poll(bench.now)), [true]);
+        bench.machine.renewed(bench.now, Renewal::Confirmed);
+        bench.pass(TTL * 4, &[]);
+        assert!(bench.granted.is_empty(), "{:?}", bench.granted);
     }
 
     #[test]

@@ -34,6 +34,12 @@ pub(super) fn place<'a>(ids: impl IntoIterator<Item = &'a str>, instances: &[&st
     places
 }
 
+/// The instance that comes first for one replication, whatever else runs where. Every instance computes the same from the
+/// same names.
+pub(super) fn first<'a>(id: &str, instances: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    instances.max_by_key(|instance| (weight(id, instance), std::cmp::Reverse(*instance)))
+}
+
 fn weight(id: &str, instance: &str) -> u64 {
     xxh3_64([id.as_bytes(), b"\0", instance.as_bytes()].concat().as_slice())
 }

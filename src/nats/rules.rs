@@ -13,13 +13,13 @@ use wildmatch::WildMatch;
 
 use super::{Dial, Error, Lane, auth, context};
 use crate::config::{
-    self, Auth, ChoriaIdentity, Connection, Endpoint, Fields, Heartbeats, Host, Json, Place, Problem, Problems,
+    self, Auth, ChoriaIdentity, Connection, Endpoint, Fields, Former, Heartbeats, Host, Json, Place, Problem, Problems,
     Replication, Scheme,
 };
 
 /// Allows everything by default; cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Rules(Arc<Lists>);
+pub struct Rules(Arc<Lists>, Arc<[String]>);
 
 #[derive(Debug, Default)]
 struct Lists {
@@ -75,7 +75,14 @@ impl Rules {
             found.map_err(|error| format!("`--allow-credentials {}`: {error}", folder.display()))
         };
         let credentials = credentials.iter().map(folder).collect::<Result<_, _>>()?;
-        Ok(Self(Arc::new(Lists { urls: urls.collect::<Result<_, _>>()?, credentials })))
+        let lists = Lists { urls: urls.collect::<Result<_, _>>()?, credentials };
+        Ok(Self(Arc::new(lists), Arc::default()))
+    }
+
+    /// The same for a site that had other names before: replications know what their copies were made under.
+    #[must_use]
+    pub fn with_former(self, sites: &[String]) -> Self {
+        Self(self.0, sites.into())
     }
 
     /// Whether any server may be named, or any file.
@@ -92,7 +99,14 @@ impl Rules {
 
     /// [`config::parse_value`] under these rules.
     pub fn parse_value(&self, value: &Value, site: &str) -> Result<Replication, Problems> {
-        config::parse_judged(value, site, |side, place| self.problems(side, place, value))
+        let mut replication = config::parse_judged(value, site, |side, place| self.problems(side, place, value))?;
+        let default = replication.name == site;
+        let former = self.1.iter().map(|former| Former {
+            site: former.clone(),
+            name: if default { former.clone() } else { replication.name.clone() },
+        });
+        replication.former = former.collect();
+        Ok(replication)
     }
 
     /// [`config::parse_heartbeats`] under these rules.

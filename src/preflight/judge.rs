@@ -604,12 +604,14 @@ impl Pair<'_> {
 
     /// Whether the durable consumer of the copy can be used or made, by those that are there.
     fn consumers(&self, source: &StreamInfo) -> Result<(), String> {
-        let name = Durable::name(self.replication);
+        let names: Vec<String> = Durable::names(self.replication).collect();
         let mut others = self.source.consumers.got().into_iter().flatten();
         let replication = self.replication;
         let wanted = replication.scope.of([">"]);
         others.try_for_each(|consumer| match consumer.config["name"].as_str().unwrap_or_default() {
-            ours if ours == name => durable::judge(replication, &name, &consumer.config).map(drop).map_err(|e| e.message),
+            ours if names.iter().any(|name| name == ours) => {
+                durable::judge(replication, ours, &consumer.config).map(drop).map_err(|e| e.message)
+            }
             other if source.text("retention") == "workqueue" => {
                 let taken = durable::filters(&consumer.config);
                 let all = taken.is_empty().then_some(">");
@@ -637,7 +639,10 @@ impl Pair<'_> {
 
     fn start(&self, source: &StreamInfo) -> Said {
         let last = source.state.last_seq;
-        let is_there = |consumer: &ConsumerInfo| consumer.config["name"] == Durable::name(self.replication);
+        let is_there = |consumer: &ConsumerInfo| {
+            let name = consumer.config["name"].as_str().unwrap_or_default();
+            Durable::names(self.replication).any(|ours| ours == name)
+        };
         let began = self.source.consumers.got().is_some_and(|consumers| consumers.iter().any(is_there));
         if let Some(text) = durable::start_refused(self.replication, source).filter(|_| !began) {
             return Some((Outcome::Failed, text));

@@ -57,6 +57,8 @@ pub struct Advisory {
 pub struct Voice {
     replication: String,
     site: String,
+    /// Name of the site in ids: the first that it had, so that an advisory keeps its id when the site is renamed.
+    first_site: String,
     inspected: String,
     subject: String,
 }
@@ -99,6 +101,7 @@ impl Voice {
         Some(Self {
             replication: replication.id.clone(),
             site: site.to_owned(),
+            first_site: replication.former.first().map_or(site, |former| &former.site).to_owned(),
             inspected: sampling.inspect.label(),
             subject: advisory.subject.clone(),
         })
@@ -108,7 +111,7 @@ impl Voice {
     /// same one.
     pub fn id(&self, advisory: &Advisory) -> String {
         let Advisory { kind, sender, due_ns, seen_ns } = advisory;
-        let (name, site) = (kind.name(), &self.site);
+        let (name, site) = (kind.name(), &self.first_site);
         // No part contains the byte between them.
         let whole = format!("{}\0{site}\0{sender}\0{name}\0{seen_ns}", self.replication);
         let due = DateTime::<Utc>::from_timestamp(due_ns.div_euclid(NANO), 0);
@@ -193,6 +196,7 @@ mod tests {
         Voice {
             replication: "NODES".to_owned(),
             site: "EAST".to_owned(),
+            first_site: "EAST".to_owned(),
             inspected: "sender".to_owned(),
             subject: subject.to_owned(),
         }

@@ -23,7 +23,7 @@ use super::{
     buckets::Error,
     watch::{self, Changes},
 };
-use crate::nats::jetstream::is_leaders_answer;
+use crate::{chance, nats::jetstream::is_leaders_answer};
 
 /// Time limit for one request to the server.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -158,11 +158,32 @@ impl Bucket {
                 }
             }
         }
+        Self::of(client, &context, api_prefix, name, instance.to_owned()).await
+    }
+
+    /// Opens a bucket that has to be there.
+    pub(super) async fn existing(client: &Client, api_prefix: &str, name: &str) -> Result<Self, Error> {
+        let context = ContextBuilder::new().api_prefix(api_prefix).timeout(TIMEOUT).build(client.clone());
+        let error = |message: String| Error { bucket: name.to_owned(), message };
+        if !exists(&context, name).await.map_err(error)? {
+            return Err(error("does not exist: is `--bucket-prefix` right?".to_owned()));
+        }
+        // A command has no name of its own: its consumers go with its connection.
+        Self::of(client, &context, api_prefix, name, chance::name()).await
+    }
+
+    async fn of(
+        client: &Client,
+        context: &jetstream::Context,
+        api_prefix: &str,
+        name: &str,
+        instance: String,
+    ) -> Result<Self, Error> {
+        let error = |message: String| Error { bucket: name.to_owned(), message };
         let stream = context.get_stream_no_info(stream_name(name)).await.map_err(|failed| error(chain(&failed)))?;
         // The way of all KV clients, and what servers map a domain's subjects by.
         let put_prefix = if api_prefix == API_PREFIX { String::new() } else { format!("{api_prefix}.") };
         let (client, name, prefix) = (client.clone(), name.to_owned(), format!("$KV.{name}."));
-        let instance = instance.to_owned();
         Ok(Self { client, name, instance, stream, prefix, put_prefix })
     }
 

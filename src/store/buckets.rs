@@ -33,6 +33,17 @@ pub struct Error {
 }
 
 impl Buckets {
+    /// Configuration and leases of an installation; nothing is created.
+    pub async fn existing(
+        client: async_nats::Client,
+        api_prefix: &str,
+        prefix: &str,
+    ) -> Result<(ConfigStore, LeaseStore), Error> {
+        let config = Bucket::existing(&client, api_prefix, &format!("{prefix}_CONFIG")).await?;
+        let leases = Bucket::existing(&client, api_prefix, &format!("{prefix}_LEASES")).await?;
+        Ok((ConfigStore::new(config), LeaseStore::new(Arc::new(leases))))
+    }
+
     /// Opens `<prefix>_CONFIG`, `<prefix>_POSITIONS`, `<prefix>_LEASES` and `<prefix>_STATE` of the JetStream whose API
     /// begins with `api_prefix`. What is missing is created with so many `replicas`; what exists is used as it is. What
     /// `instance` writes in numbers says so, and names of its consumers begin with it.

@@ -1,5 +1,6 @@
 //! The configuration bucket: key = replication id, value = the document; beside it the replication's marks. The key
-//! `heartbeats` is no replication's: what lies there goes to the heartbeats.
+//! `heartbeats` is no replication's: what lies there goes to the heartbeats. Nor is the key `site`: it names the site that
+//! the buckets belong to.
 
 use bytes::Bytes;
 use futures_util::{StreamExt, future::ready, stream::BoxStream};
@@ -10,7 +11,7 @@ use super::{
     marks::{Mark, MarkKind},
     watch::{self, Change},
 };
-use crate::names::HEARTBEATS_KEY;
+use crate::names::{HEARTBEATS_KEY, SITE_KEY};
 
 /// One revision of a document, as it stands in the bucket (people edit there: it may be anything).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +38,8 @@ pub enum ConfigChange {
     },
     /// The heartbeats were written or removed, or were there when the watch began.
     Heartbeats(Stored),
+    /// The record of the site was written or removed, or was there when the watch began.
+    Site(Stored),
     /// A mark was put, changed or removed, or was there when the watch began.
     Marked(Mark),
     /// Everything that was there when the watch began has been told.
@@ -218,6 +221,10 @@ fn typed(change: Change) -> Option<ConfigChange> {
         Change::Deleted { key, revision } if key == HEARTBEATS_KEY => {
             ConfigChange::Heartbeats(Stored { revision, value: None })
         }
+        Change::Put { key, revision, value } if key == SITE_KEY => {
+            ConfigChange::Site(Stored { revision, value: Some(value) })
+        }
+        Change::Deleted { key, revision } if key == SITE_KEY => ConfigChange::Site(Stored { revision, value: None }),
         Change::Put { key, revision, value } => mark(&key, revision, Some(&value))
             .unwrap_or_else(|| ConfigChange::Put(ConfigEntry { key, revision, value })),
         Change::Deleted { key, revision } => {

@@ -43,6 +43,9 @@ pub struct SessionRecord {
     pub started: DateTime<Utc>,
     /// Grows with every renewal.
     pub nonce: u64,
+    /// The process is stopping: it gives its leases back and takes none.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
     /// Fields of other versions.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,

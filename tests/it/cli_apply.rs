@@ -67,7 +67,7 @@ async fn what_differs_is_added_and_updated_and_the_rest_is_left_alone() -> Resul
     files.write("notes.txt", "no JSON")?;
     let first = files.apply(&cli, &[]).await?;
     ended(&first, 0, "5 added, 0 updated, 0 unchanged, 0 removed");
-    let all = at(&[("A", 1), ("B1", 2), ("B2", 3), ("C1", 4), ("C2.x", 5)]);
+    let all = at(&[("A", 2), ("B1", 3), ("B2", 4), ("C1", 5), ("C2.x", 6)]);
     assert_eq!(revisions(&site).await?, all);
 
     ended(&files.apply(&cli, &[]).await?, 0, "0 added, 0 updated, 5 unchanged, 0 removed");
@@ -80,10 +80,10 @@ async fn what_differs_is_added_and_updated_and_the_rest_is_left_alone() -> Resul
     ended(&changed, 0, "0 added, 1 updated, 4 unchanged, 0 removed");
     let place = files.path().join("a.json");
     let diff =
-        format!("--- A (revision 1)\n+++ A ({})\n@@ -1,4 +1,5 @@\n {{\n+  \"max_age\": \"1d\",\n", place.display());
+        format!("--- A (revision 2)\n+++ A ({})\n@@ -1,4 +1,5 @@\n {{\n+  \"max_age\": \"1d\",\n", place.display());
     assert!(changed.stdout.starts_with(&diff), "{diff}\n{}", changed.stdout);
-    assert!(changed.stdout.contains("\nA: updated, revision 6\nB2: unchanged, revision 3\n"), "{}", changed.stdout);
-    assert_eq!(revisions(&site).await?, at(&[("A", 6), ("B1", 2), ("B2", 3), ("C1", 4), ("C2.x", 5)]));
+    assert!(changed.stdout.contains("\nA: updated, revision 7\nB2: unchanged, revision 4\n"), "{}", changed.stdout);
+    assert_eq!(revisions(&site).await?, at(&[("A", 7), ("B1", 3), ("B2", 4), ("C1", 5), ("C2.x", 6)]));
     Ok(())
 }
 
@@ -115,7 +115,7 @@ async fn a_dry_run_shows_the_same_and_changes_nothing() -> Result<()> {
     assert_eq!(revisions(&site).await?, before);
     let wet = files.apply(&cli, &["--prune"]).await?;
     ended(&wet, 0, "1 added, 1 updated, 1 unchanged, 1 removed");
-    assert_eq!(revisions(&site).await?, at(&[("NEW", 4), ("OLD", 5), ("SAME", 2)]));
+    assert_eq!(revisions(&site).await?, at(&[("NEW", 5), ("OLD", 6), ("SAME", 3)]));
     Ok(())
 }
 
@@ -144,7 +144,7 @@ async fn a_secret_that_differs_is_found_and_one_that_does_not_is_left_alone() ->
     assert!(stored().await?.contains(&format!("{SECRET}-1")));
 
     let second = files.apply(&cli, &[]).await?;
-    assert_eq!(second.stdout.lines().next(), Some("ORDERS: updated: a secret differs, revision 2"));
+    assert_eq!(second.stdout.lines().next(), Some("ORDERS: updated: a secret differs, revision 3"));
     ended(&second, 0, "0 added, 1 updated, 0 unchanged, 0 removed");
     assert!(stored().await?.contains(&format!("{SECRET}-2")));
 
@@ -178,7 +178,7 @@ async fn nothing_is_changed_when_one_document_is_wrong() -> Result<()> {
         for text in expect.iter().chain(&["error: the files cannot be applied, nothing was changed"]) {
             assert!(refused.stderr.contains(text), "`{text}` is not in {refused:?}");
         }
-        assert_eq!(revisions(&site).await?, at(&[("KEPT", 1)]));
+        assert_eq!(revisions(&site).await?, at(&[("KEPT", 2)]));
         anyhow::Ok(())
     };
     let secret = format!("http://u:{SECRET}@h");
@@ -213,7 +213,7 @@ async fn nothing_is_changed_when_one_document_is_wrong() -> Result<()> {
     let refused = empty.apply(&cli, &["--prune"]).await?;
     assert!(refused.code == Some(1) && refused.stderr.contains("`--prune` would remove everything"), "{refused:?}");
     ended(&empty.apply(&cli, &[]).await?, 0, "0 added, 0 updated, 0 unchanged, 0 removed");
-    assert_eq!(revisions(&site).await?, at(&[("KEPT", 1)]));
+    assert_eq!(revisions(&site).await?, at(&[("KEPT", 2)]));
     let missing = cli.run(["config", "apply", "/no/such/folder"]).await?;
     assert!(missing.code == Some(1) && missing.stderr.contains("cannot read `/no/such/folder`"), "{missing:?}");
     Ok(())
@@ -230,10 +230,10 @@ async fn a_program_gets_one_report() -> Result<()> {
     let report: Value = serde_json::from_str(&run.stdout)?;
     let results = report["results"].as_array().cloned().unwrap_or_default();
     assert_eq!((run.code, &report["dry_run"], results.len()), (Some(0), &json!(false), 3), "{report}");
-    assert_eq!(results[0], json!({"replication": "SAME", "action": "unchanged", "revision": 1}));
+    assert_eq!(results[0], json!({"replication": "SAME", "action": "unchanged", "revision": 2}));
     assert_eq!(
         (&results[1]["replication"], &results[1]["action"], &results[1]["revision"]),
-        (&json!("NEW"), &json!("added"), &json!(3))
+        (&json!("NEW"), &json!("added"), &json!(4))
     );
     assert!(results[1]["diff"].as_str().is_some_and(|diff| diff.contains("+++ NEW (stdin, document 2)")), "{report}");
     assert_eq!((&results[2]["replication"], &results[2]["action"]), (&json!("OTHER"), &json!("removed")));

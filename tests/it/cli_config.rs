@@ -22,29 +22,29 @@ async fn a_document_goes_in_is_shown_listed_changed_and_removed() -> Result<()> 
     let document = site.document("ORDERS");
 
     let added = cli.run_with(["config", "add", "-"], &document.to_string()).await?;
-    assert_eq!((added.code, added.stdout.as_str()), (Some(0), "ORDERS is at revision 1\n"), "{added:?}");
+    assert_eq!((added.code, added.stdout.as_str()), (Some(0), "ORDERS is at revision 2\n"), "{added:?}");
     site.settled("ORDERS", 3).await?;
 
     let raw = cli.ok(["config", "get", "ORDERS", "--raw"]).await?;
     assert_eq!(serde_json::from_str::<Value>(&raw)?, document);
     let shown = cli.ok(["config", "get", "ORDERS"]).await?;
-    assert_eq!(shown, format!("ORDERS, revision 1\n{raw}"));
-    let reply = json!({"replication": "ORDERS", "revision": 1, "config": document});
+    assert_eq!(shown, format!("ORDERS, revision 2\n{raw}"));
+    let reply = json!({"replication": "ORDERS", "revision": 2, "config": document});
     assert_eq!(cli.json(["config", "get", "ORDERS"]).await?, reply);
 
     // Every column begins at the same place.
     let listed = cli.ok(["config", "ls"]).await?;
-    assert_eq!(listed, "REPLICATION  STATE    REVISION  ORIGIN\nORDERS       running         1  kv\n");
-    let row = json!({"replication": "ORDERS", "revision": 1, "origin": "kv", "state": "running"});
+    assert_eq!(listed, "REPLICATION  STATE    REVISION  ORIGIN\nORDERS       running         2  kv\n");
+    let row = json!({"replication": "ORDERS", "revision": 2, "origin": "kv", "state": "running"});
     assert_eq!(cli.json(["config", "ls"]).await?["replications"], json!([row]));
 
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("orders.json");
     std::fs::write(&file, site.document_with("ORDERS", json!({"max_age": "1d"})).to_string())?;
     let update = ["config".as_ref(), "update".as_ref(), file.as_os_str()];
-    assert_eq!(cli.ok(update).await?, "ORDERS is at revision 2\n");
-    let late = cli.run(update.into_iter().chain(["--revision".as_ref(), "1".as_ref()])).await?;
-    failed(&late, 1, &["error: replication `ORDERS` is at revision 2 (409)"]);
+    assert_eq!(cli.ok(update).await?, "ORDERS is at revision 3\n");
+    let late = cli.run(update.into_iter().chain(["--revision".as_ref(), "2".as_ref()])).await?;
+    failed(&late, 1, &["error: replication `ORDERS` is at revision 3 (409)"]);
 
     assert_eq!(cli.ok(["config", "rm", "ORDERS", "--force"]).await?, "ORDERS is removed\n");
     failed(&cli.run(["config", "get", "ORDERS"]).await?, 1, &["`ORDERS` does not exist (404)"]);
@@ -115,7 +115,7 @@ async fn a_document_that_somebody_broke_is_shown_with_what_is_wrong() -> Result<
     let cli = site.cli();
     site.put("BROKEN", json!({"stream": "BROKEN", "source_url": "nats://u:hunter2@h"}).to_string()).await?;
     let shown = cli.ok(["config", "get", "BROKEN"]).await?;
-    assert!(shown.starts_with("BROKEN, revision 1\nproblem: /target_url: `target_url` or "), "{shown}");
+    assert!(shown.starts_with("BROKEN, revision 2\nproblem: /target_url: `target_url` or "), "{shown}");
     assert!(shown.contains("nats://u:***@h") && !shown.contains("hunter2"), "{shown}");
     let raw = cli.run(["config", "get", "BROKEN", "--raw"]).await?;
     assert!(serde_json::from_str::<Value>(&raw.stdout).is_ok() && raw.stderr.contains("/target_url: "), "{raw:?}");

@@ -42,7 +42,7 @@ async fn what_was_edited_is_stored_and_the_secret_stays() -> Result<()> {
     let seen = folder.path().join("seen");
     let script = format!("stat -c %a \"$1\" > {0}; cat \"$1\" >> {0}; sed -i s/1h/2h/ \"$1\"", seen.display());
     let edited = with_editor(&site, &script).ok(["config", "edit", "ORDERS"]).await?;
-    assert_eq!(edited, "ORDERS is at revision 2\n");
+    assert_eq!(edited, "ORDERS is at revision 3\n");
     let seen = fs::read_to_string(seen)?;
     assert!(seen.starts_with("600\n{\n") && seen.contains("copy:***@") && !seen.contains("hunter2"), "{seen}");
     assert_eq!(stored(&site).await?.1["max_age"], "2h");
@@ -69,7 +69,7 @@ async fn what_was_not_changed_is_not_sent() -> Result<()> {
         let ended = with_editor(&site, script).run(["config", "edit", "ORDERS"]).await?;
         assert!(ended.code == Some(code) && ended.stderr.contains(told), "{ended:?}");
     }
-    assert_eq!(stored(&site).await?.0, 1);
+    assert_eq!(stored(&site).await?.0, 2);
     Ok(())
 }
 
@@ -86,7 +86,7 @@ async fn what_is_refused_is_kept_in_a_file_that_only_we_can_read() -> Result<()>
         assert!(ended.code == Some(1) && ended.stderr.contains(told), "{ended:?}");
         assert_eq!(kept(&ended.stderr)?, 0o600);
     }
-    assert_eq!(stored(&site).await?.0, 1);
+    assert_eq!(stored(&site).await?.0, 2);
     Ok(())
 }
 
@@ -111,7 +111,7 @@ async fn a_change_by_somebody_else_meanwhile_is_told_and_not_overwritten() -> Re
         assert!(ended.stderr.contains(told), "{ended:?}");
         kept(&ended.stderr)?;
         let (revision, now) = stored(&site).await?;
-        assert_eq!((revision, &now["description"], &now["max_age"]), (2, &other["description"], &Value::Null));
+        assert_eq!((revision, &now["description"], &now["max_age"]), (3, &other["description"], &Value::Null));
     }
     Ok(())
 }
@@ -125,7 +125,7 @@ async fn on_a_terminal_it_can_be_edited_again() -> Result<()> {
     running.shows("edit again? [y/N]").await?;
     running.types("y\n")?;
     let ended = running.end().await?;
-    assert!(ended.code == Some(0) && ended.stdout.contains("ORDERS is at revision 2"), "{ended:?}");
+    assert!(ended.code == Some(0) && ended.stdout.contains("ORDERS is at revision 3"), "{ended:?}");
     assert_eq!(stored(&site).await?.1["max_age"], "2d");
 
     let mut running = with_editor(&site, "sed -i s/2d/later/ \"$1\"").on_terminal(["config", "edit", "ORDERS"])?;
@@ -134,6 +134,6 @@ async fn on_a_terminal_it_can_be_edited_again() -> Result<()> {
     let ended = running.end().await?;
     assert_eq!(ended.code, Some(1), "{ended:?}");
     kept(&ended.stdout)?;
-    assert_eq!(stored(&site).await?.0, 2);
+    assert_eq!(stored(&site).await?.0, 3);
     Ok(())
 }

@@ -47,7 +47,7 @@ async fn live_events_are_shown_one_a_line() -> Result<()> {
     site.replicate("ORDERS", 3).await?;
     site.send("config.update", site.document_with("ORDERS", json!({"max_age": "1d"}))).await?;
     for running in [&all, &some] {
-        running.shows("Z  config-changed  ORDERS  revision: 3  (").await?;
+        running.shows("Z  config-changed  ORDERS  revision: 4  (").await?;
     }
     all.shows("Z  started         ORDERS  epoch: 1  (").await?;
     all.shows("Z  started         OTHER  epoch: 1  (").await?;

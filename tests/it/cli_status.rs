@@ -25,7 +25,7 @@ async fn status_is_a_table_or_everything_about_one() -> Result<()> {
     let words: Vec<_> = lines[2].split_whitespace().collect();
     assert_eq!(words[..5], ["ORDERS", "running", "0", "0s", "1,500"], "{table}");
     assert_eq!(words[6], "one", "{table}");
-    assert!(lines[1].starts_with("BROKEN       invalid") && lines[1].contains("revision 2 cannot run: "), "{table}");
+    assert!(lines[1].starts_with("BROKEN       invalid") && lines[1].contains("revision 3 cannot run: "), "{table}");
     assert!(!table.contains('\x1b'), "{table:?}");
 
     let detail = cli.ok(["status", "ORDERS"]).await?;

@@ -31,26 +31,26 @@ async fn a_replication_is_added_shown_updated_listed_and_deleted() -> Result<()>
     let document = site.document("ORDERS");
     served(site.ask("config.list", "").await?, json!({"replications": [], "offset": 0, "limit": 1000, "total": 0}));
 
-    served(site.send("config.add", document.clone()).await?, json!({"replication": "ORDERS", "revision": 1}));
+    served(site.send("config.add", document.clone()).await?, json!({"replication": "ORDERS", "revision": 2}));
     site.copied("ORDERS", 10).await?;
-    refused(&site.send("config.add", document.clone()).await?, 409, "`ORDERS` exists at revision 1");
+    refused(&site.send("config.add", document.clone()).await?, 409, "`ORDERS` exists at revision 2");
 
-    let shown = json!({"replication": "ORDERS", "revision": 1, "config": document});
+    let shown = json!({"replication": "ORDERS", "revision": 2, "config": document});
     served(site.ask("config.get", "ORDERS").await?, shown.clone());
     served(site.ask("config.get", " ORDERS\n").await?, shown.clone());
     served(site.send("config.get", json!({"replication": "ORDERS"})).await?, shown);
 
     let described = site.document_with("ORDERS", json!({"description": "all orders"}));
-    served(site.send("config.update", described.clone()).await?, json!({"replication": "ORDERS", "revision": 2}));
-    let shown = json!({"replication": "ORDERS", "revision": 2, "config": described});
+    served(site.send("config.update", described.clone()).await?, json!({"replication": "ORDERS", "revision": 3}));
+    let shown = json!({"replication": "ORDERS", "revision": 3, "config": described});
     served(site.ask("config.get", "ORDERS").await?, shown);
-    site.row_when("ORDERS", "runs revision 2", |row| row["config_revision"] == 2 && row["state"] == "running").await?;
-    let row = json!({"replication": "ORDERS", "revision": 2, "origin": "kv", "state": "running"});
+    site.row_when("ORDERS", "runs revision 3", |row| row["config_revision"] == 3 && row["state"] == "running").await?;
+    let row = json!({"replication": "ORDERS", "revision": 3, "origin": "kv", "state": "running"});
     served(site.ask("config.list", "").await?, json!({"replications": [row], "offset": 0, "limit": 1000, "total": 1}));
     site.publish("ORDERS", 1..=5).await?;
     site.copied("ORDERS", 15).await?;
 
-    served(site.ask("config.delete", "ORDERS").await?, json!({"replication": "ORDERS", "revision": 3}));
+    served(site.ask("config.delete", "ORDERS").await?, json!({"replication": "ORDERS", "revision": 4}));
     refused(&site.ask("config.get", "ORDERS").await?, 404, "`ORDERS` does not exist");
     refused(&site.ask("status", "ORDERS").await?, 404, "`ORDERS` does not exist");
     served(site.ask("config.list", "").await?, json!({"replications": [], "offset": 0, "limit": 1000, "total": 0}));
@@ -95,15 +95,15 @@ async fn a_change_is_made_at_the_expected_revision_only() -> Result<()> {
     };
     site.ask("config.add", &document).await?;
     let body = check("config.update", "7", &document, Some("409")).await?;
-    assert_eq!(body["error"]["description"], "replication `ORDERS` is at revision 1");
+    assert_eq!(body["error"]["description"], "replication `ORDERS` is at revision 2");
     check("config.update", "x", &document, Some("400")).await?;
     let changed = site.document_with("ORDERS", json!({"description": "changed"})).to_string();
-    assert_eq!(check("config.update", "1", &changed, None).await?["revision"], 2);
+    assert_eq!(check("config.update", "2", &changed, None).await?["revision"], 3);
     // What is stored already is expected at its revision, too.
-    check("config.update", "1", &changed, Some("409")).await?;
-    assert_eq!(check("config.update", "2", &changed, None).await?["revision"], 2);
-    check("config.delete", "1", "ORDERS", Some("409")).await?;
-    assert_eq!(check("config.delete", "2", "ORDERS", None).await?["revision"], 3);
+    check("config.update", "2", &changed, Some("409")).await?;
+    assert_eq!(check("config.update", "3", &changed, None).await?["revision"], 3);
+    check("config.delete", "2", "ORDERS", Some("409")).await?;
+    assert_eq!(check("config.delete", "3", "ORDERS", None).await?["revision"], 4);
     Ok(())
 }
 
@@ -115,14 +115,14 @@ async fn a_document_that_is_stored_already_is_left_alone() -> Result<()> {
         site.document_with("ORDERS", json!({"target_url": url}))
     };
     let at = |revision: u64| json!({"replication": "ORDERS", "revision": revision});
-    served(site.send("config.add", document("first")).await?, at(1));
-    served(site.send("config.update", document("first")).await?, at(1));
+    served(site.send("config.add", document("first")).await?, at(2));
+    served(site.send("config.update", document("first")).await?, at(2));
     // However it is written, and with the stored secret.
-    served(site.ask("config.update", format!("{:#}\n", document("first"))).await?, at(1));
-    served(site.send("config.update", document("***")).await?, at(1));
+    served(site.ask("config.update", format!("{:#}\n", document("first"))).await?, at(2));
+    served(site.send("config.update", document("***")).await?, at(2));
     // A secret counts, though it is not shown.
-    served(site.send("config.update", document("second")).await?, at(2));
-    served(site.send("config.update", document("second")).await?, at(2));
+    served(site.send("config.update", document("second")).await?, at(3));
+    served(site.send("config.update", document("second")).await?, at(3));
     Ok(())
 }
 
@@ -141,7 +141,7 @@ async fn a_change_after_its_deadline_is_not_made() -> Result<()> {
         assert_eq!(reply.code.as_deref(), Some("408"), "{endpoint}: {reply:?}");
     }
     let kept = site.ask("config.get", "ORDERS").await?.body;
-    assert_eq!((&kept["revision"], &kept["config"]["max_age"]), (&json!(1), &Value::Null), "{kept}");
+    assert_eq!((&kept["revision"], &kept["config"]["max_age"]), (&json!(2), &Value::Null), "{kept}");
     Ok(())
 }
 
@@ -159,7 +159,7 @@ async fn delete_answers_after_the_copy_stopped_and_forgets_the_position() -> Res
             raw.publish_all((0..20_000).map(|i| Outgoing::new("orders.x", format!("{i}")))).await
         })
     };
-    served(site.ask("config.delete", "ORDERS").await?, json!({"replication": "ORDERS", "revision": 3}));
+    served(site.ask("config.delete", "ORDERS").await?, json!({"replication": "ORDERS", "revision": 4}));
     let (copied, position) = (site.at_target("ORDERS").await?, site.position("ORDERS").await?);
     assert_eq!(position, None);
     publisher.await??;
@@ -272,9 +272,9 @@ async fn passwords_are_shown_as_stars_and_kept_when_stars_come_back() -> Result<
     let mut shown = site.ask("config.get", "ORDERS").await?.body["config"].take();
     assert_eq!(shown["target_url"], target.url_as("copy:***"));
     shown["description"] = "edited".into();
-    served(site.send("config.update", shown.clone()).await?, json!({"replication": "ORDERS", "revision": 2}));
+    served(site.send("config.update", shown.clone()).await?, json!({"replication": "ORDERS", "revision": 3}));
     let mut raw = Raw::connect(&target.url_as("test:test")).await?;
-    site.row_when("ORDERS", "runs revision 2", |row| row["config_revision"] == 2 && row["state"] == "running").await?;
+    site.row_when("ORDERS", "runs revision 3", |row| row["config_revision"] == 3 && row["state"] == "running").await?;
     site.publish("ORDERS", 1..=1).await?;
     wait_messages(&mut raw, "ORDERS", 2, LIMIT).await?;
 
@@ -379,7 +379,7 @@ async fn a_status_row_says_what_the_copy_does() -> Result<()> {
     check("/origin", json!("kv"));
     check("/leader", json!("one"));
     check("/epoch", json!(1));
-    check("/config_revision", json!(1));
+    check("/config_revision", json!(2));
     check("/source/stream", json!("ORDERS"));
     check("/source/server", json!(site.source.name()));
     check("/source/connected", json!(true));

@@ -144,7 +144,7 @@ async fn an_existing_replication_is_told_and_lends_its_secrets() -> Result<()> {
     assert_eq!((&body["valid"], &body["problems"]), (&json!(true), &json!([])), "{body:#}");
     assert_eq!(body["warnings"].as_array().map(Vec::len), Some(1), "{body:#}");
     let warning = body["warnings"][0]["message"].as_str().unwrap_or_default();
-    assert!(warning.contains("`ORDERS` exists at revision 1"), "{warning}");
+    assert!(warning.contains("`ORDERS` exists at revision 2"), "{warning}");
     assert!(!body.to_string().contains(SECRET), "{body:#}");
     Ok(())
 }

@@ -30,7 +30,7 @@ async fn start_change_and_stop_are_told() -> Result<()> {
     assert_eq!(detail(events.wait("started", "ORDERS").await?, "started", "ORDERS"), json!({"epoch": 1}));
     site.send("config.update", site.document_with("ORDERS", json!({"max_age": "1d"}))).await?;
     let changed = events.wait("config-changed", "ORDERS").await?;
-    assert_eq!(detail(changed, "config-changed", "ORDERS"), json!({"revision": 2}));
+    assert_eq!(detail(changed, "config-changed", "ORDERS"), json!({"revision": 3}));
     events.wait("started", "ORDERS").await?;
     site.settled("ORDERS", 5).await?;
     site.ask("config.delete", "ORDERS").await?;
@@ -79,7 +79,7 @@ async fn a_refused_document_is_told_with_its_problems() -> Result<()> {
     let mut events = site.listen().await?;
     site.put("ORDERS", site.document_with("ORDERS", json!({"max_age": "soon", "colour": 1})).to_string()).await?;
     let told = detail(events.wait("config-rejected", "ORDERS").await?, "config-rejected", "ORDERS");
-    assert_eq!(told["revision"], 1);
+    assert_eq!(told["revision"], 2);
     let paths: Vec<_> = told["problems"].as_array().unwrap().iter().map(|problem| &problem["path"]).collect();
     assert_eq!(paths, ["/colour", "/max_age"], "{told}");
     Ok(())

@@ -84,7 +84,7 @@ async fn garbage_keeps_what_runs_and_is_told() -> Result<()> {
         let told = |row: &Value| row["last_error"]["kind"] == "invalid" && error_text(row).contains(why);
         let row = site.row_when("ORDERS", "says what is wrong", told).await?;
         assert!(error_text(&row).contains(&format!("revision {revision} ")), "{row}");
-        assert_eq!((&row["state"], &row["config_revision"]), (&json!("running"), &json!(1)), "{row}");
+        assert_eq!((&row["state"], &row["config_revision"]), (&json!("running"), &json!(2)), "{row}");
     }
     site.publish("ORDERS", 1..=5).await?;
     site.copied("ORDERS", 10).await?;
@@ -195,8 +195,8 @@ async fn a_bucket_that_was_lost_and_made_anew_is_followed() -> Result<()> {
     jetstream.delete_key_value("REPLICATOR_CONFIG").await?;
     let config = kv::Config { bucket: "REPLICATOR_CONFIG".to_owned(), history: 10, ..kv::Config::default() };
     jetstream.create_key_value(config).await?;
-    site.put("ORDERS", site.document_with("ORDERS", json!({"max_age": "1d"})).to_string()).await?;
-    site.row_when("ORDERS", "follows the new bucket", |row| row["config_revision"] == 1).await?;
+    let put = site.put("ORDERS", site.document_with("ORDERS", json!({"max_age": "1d"})).to_string()).await?;
+    site.row_when("ORDERS", "follows the new bucket", |row| row["config_revision"] == put).await?;
     wait_for("what is not in it to stop", LIMIT, async || site.row("LOST").await.is_none()).await?;
 
     let reply = site.ask("config.delete", "ORDERS").await?;

@@ -338,7 +338,7 @@ async fn what_the_operator_does_not_allow_is_refused() -> Result<()> {
         assert!(problems.iter().all(|one| one.to_string().contains("is not allowed by this service")), "{reply:?}");
     }
     let still =
-        Service::builder(&site.service_url(), "STILL").args(["--read-only", "--prefix", "still"]).start().await?;
+        Service::builder(&site.service_url(), "TEST").args(["--read-only", "--prefix", "still"]).start().await?;
     let reply = ask(&site.client, "still.heartbeat.set", b"{}").await?;
     refused(&reply, 403, "read-only");
     assert_eq!(ask(&site.client, "still.heartbeat.get", b"").await?.body["origin"], "kv");

@@ -379,7 +379,7 @@ async fn a_standby_tells_what_nobody_confirmed_where_that_was_asked_for_later() 
     let last = publish(&site, [report("n0", 0)]).await?;
     site.settled("NODES", last).await?;
     request(&site.client, "replicator.config.update", site.document_with("NODES", told(json!({})))).await?;
-    site.row_when("NODES", "follows the update", |row| row["config_revision"] == 2 && row["state"] == "running")
+    site.row_when("NODES", "follows the update", |row| row["config_revision"] == 3 && row["state"] == "running")
         .await?;
     publish(&site, (1..=20).map(|number| report(&format!("n{number}"), number))).await?;
     let waits = |row: &Value| row["sampling"]["advisories_waiting"] == 20;

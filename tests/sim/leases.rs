@@ -334,19 +334,23 @@ impl World {
             self.acted.insert(id.to_owned(), (epoch, self.now, me));
             return Ok(());
         }
-        // An instance that was removed acts beside its successor until it stops by itself: the fence is between them.
-        if self.all[at].removed.is_some_and(|removed| self.now < removed + TTL) {
-            return Ok(());
-        }
-        // A new bucket does not know the epochs of the old one. The position record does: the claim is refused.
-        if self.remade.is_some_and(|remade| self.now < remade + TTL * 4) {
-            self.all[at].runs.remove(id);
-            let now = self.clock(at);
-            self.all[at].machine.ended(now, id, Duration::from_secs(1));
-            self.poll(at);
+        // An instance whose session was removed acts beside its successor until it stops by itself, and a new bucket does
+        // not know the epochs of the old one: then only the fence is between them.
+        let removed = self.all[at].removed.is_some_and(|removed| self.now < removed + TTL);
+        if removed || self.remade.is_some_and(|remade| self.now < remade + TTL * 4) {
+            self.refused(at, id);
             return Ok(());
         }
         Err(format!("{:?}: {me} acts on {id} with epoch {epoch}, {holder} acted with {greatest} at {when:?}", self.now))
+    }
+
+    /// The position record takes no epoch below its own, and each epoch of one holder only: what runs ends, and its lease is
+    /// written again.
+    fn refused(&mut self, at: usize, id: &str) {
+        self.all[at].runs.remove(id);
+        let now = self.clock(at);
+        self.all[at].machine.ended(now, id, Duration::from_secs(1));
+        self.poll(at);
     }
 
     fn fault(&mut self) {
@@ -524,12 +528,12 @@ impl World {
         let began = self.all[at].began;
         for action in self.all[at].machine.poll(now) {
             match action {
-                Action::Renew { session, nonce } => {
+                Action::Renew { session, nonce, leaving } => {
                     let process = &mut self.all[at];
                     if process.record.session != session {
                         process.revision = 0;
                     }
-                    process.record = SessionRecord { session, nonce, ..process.record.clone() };
+                    process.record = SessionRecord { session, nonce, leaving, ..process.record.clone() };
                     let request = Request::Renew(process.record.clone(), process.revision);
                     self.ask(at, request, TTL / 3, News::Renewed(Renewal::Failed, 0));
                 }

@@ -115,6 +115,7 @@ impl Scene {
             let mut asked = pin!(hands.leaving.notified());
             poll_fn(|cx| {
                 if asked.as_mut().poll(cx).is_ready() {
+                    leases.leave();
                     stop.cancel();
                     asked.set(hands.leaving.notified());
                 }
