@@ -8,6 +8,7 @@ mod endpoint;
 mod file;
 mod heartbeats;
 mod mapping;
+pub(crate) mod outline;
 pub(crate) mod patterns;
 mod place;
 mod problems;

@@ -12,7 +12,10 @@ mod gap;
 mod glance;
 mod headroom;
 mod intake;
+mod join;
+pub(crate) mod learn;
 mod locate;
+pub(crate) mod mark;
 mod objects;
 mod probe;
 mod progress;
@@ -24,6 +27,7 @@ mod resume;
 mod run;
 mod sampler;
 pub(crate) mod sharing;
+mod stray;
 pub(crate) mod subjects;
 pub(crate) mod target;
 mod throttle;
@@ -98,6 +102,8 @@ pub struct Error {
     pub poison: Option<SourceMessage>,
     /// Messages that the server refused for good.
     refused: Vec<reject::Refusal>,
+    /// Source sequence of a message for which no stream answered, or another one.
+    unheard: Option<u64>,
     /// Whether the target's last sequence was not what was expected.
     chain_broken: bool,
     /// Whether the run was given up because nothing moved.
@@ -107,7 +113,8 @@ pub struct Error {
 impl Error {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), poison: None, refused: Vec::new(), chain_broken: false, stalled: false }
+        let message = message.into();
+        Self { kind, message, poison: None, refused: Vec::new(), unheard: None, chain_broken: false, stalled: false }
     }
 
     /// Nothing moved any more.
@@ -164,8 +171,17 @@ pub async fn run(
             }
             _ => false,
         };
-        if !again {
-            break result;
+        if again {
+            continue;
+        }
+        match result.as_ref().err().and_then(|error| error.unheard) {
+            None => break result,
+            Some(seq) => match stray::mended(job, seq, &stop).await {
+                // The target takes the message now.
+                Ok(true) => {}
+                Ok(false) => break result,
+                Err(held) => break Err(held),
+            },
         }
     };
     status.send_modify(|(_, copy)| {

@@ -429,7 +429,7 @@ impl Writer {
                 // Behind distance and gap mode: whatever is said comes back on the subject of a message.
                 let of_message = words.nth(2).and_then(number);
                 if unavailable {
-                    self.batch_refused(no_responders(), None, now);
+                    self.batch_refused(no_responders(), of_message, now);
                 } else {
                     self.accept_batch_ack(message.payload, of_current, of_message, window, now)?;
                 }
@@ -454,7 +454,8 @@ impl Writer {
                         if error.is_api(STREAM_NOT_EXPECTED)
                             || error.api.is_none() && error.kind == ErrorKind::Hold =>
                     {
-                        return Err(error.into());
+                        let unheard = window.source_of(token).map(|source| source.seq);
+                        return Err(RunError { unheard, ..error.into() });
                     }
                     Err(error) => {
                         self.refused += 1;
@@ -763,8 +764,15 @@ fn flow(limits: &Limits, message_bytes: usize) -> u32 {
     FLOW.min(u32::try_from(messages / 4).unwrap_or(FLOW)).max(1)
 }
 
+const NO_RESPONDERS: &str = "nobody stores messages for the target stream at the moment (no responders)";
+
 fn no_responders() -> Error {
-    Error::retry("nobody stores messages for the target stream at the moment (no responders)")
+    Error::retry(NO_RESPONDERS)
+}
+
+/// Whether a refusal may mean that the target does not listen on the subject.
+fn is_unheard(error: &Error) -> bool {
+    error.is_api(STREAM_NOT_EXPECTED) || error.api.is_none() && error.message == NO_RESPONDERS
 }
 
 /// Settles a batch up to and with this sequence of it; returns what that settled.
@@ -802,13 +810,14 @@ pub(super) fn hpub(out: &mut BytesMut, subject: &[u8], reply: &[u8], header: &[u
 
 /// Names the message that a refusal is about.
 fn refusal(error: Error, source: Option<SourcePoint>) -> RunError {
+    let unheard = source.filter(|_| is_unheard(&error)).map(|source| source.seq);
     let error = match source {
         Some(source) => error.context(format!("the target refused the message with source sequence {}", source.seq)),
         None => error.context("the target refused a message"),
     };
     let error = about(error, source);
     let refused: Option<Refusal> = error.poison.map(|message| (message, error.message.clone()));
-    RunError { refused: refused.into_iter().collect(), ..error }
+    RunError { refused: refused.into_iter().collect(), unheard, ..error }
 }
 
 /// An error about one message: poison, if it says that the message can never be stored.

@@ -239,6 +239,16 @@ impl<'a> Api<'a> {
         self.call(&format!("STREAM.CREATE.{stream}"), config).await
     }
 
+    /// Asks which streams listen on subjects that a pattern holds.
+    pub async fn stream_names(&mut self, subject: &str) -> Result<Vec<String>, Error> {
+        #[derive(Deserialize)]
+        struct Names {
+            streams: Option<Vec<String>>,
+        }
+        let names: Names = self.call("STREAM.NAMES", &json!({ "subject": subject })).await?;
+        Ok(names.streams.unwrap_or_default())
+    }
+
     /// Gives a stream another configuration, the whole of it.
     pub async fn update_stream(&mut self, stream: &str, config: &Value) -> Result<StreamInfo, Error> {
         self.call(&format!("STREAM.UPDATE.{stream}"), config).await
