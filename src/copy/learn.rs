@@ -13,7 +13,7 @@ use crate::{
     names,
     nats::{
         Dial, Error, ErrorKind, Lane,
-        jetstream::{StreamInfo, decode},
+        jetstream::{Api, StreamInfo, StreamState, decode},
     },
 };
 
@@ -21,8 +21,13 @@ use crate::{
 const MOST_ORIGINS: usize = 64;
 /// Deadline for all of them: a domain that is not reachable must not hold up the copy.
 const ORIGINS_WITHIN: Duration = Duration::from_secs(3);
-/// Pages of stored subjects (of 100,000 each) that are read at most where the configuration tells too little.
-const MOST_PAGES: usize = 10;
+/// Subjects that are asked for as a list at most: of a million, a server makes it for seconds, and does nothing else.
+const MOST_LISTED: u64 = 20_000;
+/// Of more subjects, those of so many messages are read, at least and at most, and of so many bytes.
+const SAMPLE: (u64, u64) = (16, 512);
+const SAMPLE_BYTES: u64 = 4 << 20;
+/// A prime number.
+const ODD: u64 = 7_919;
 
 /// Everything that can be learned of the subjects of a source; `also` is a subject that it stored at some time. What is
 /// not learned here shows when a message is refused.
@@ -73,8 +78,8 @@ pub(crate) async fn origins(lane: &mut Lane, source: &StreamInfo, found: &mut Or
     }
 }
 
-/// Reads the subjects of what a source stores. Of a source whose configuration tells its subjects, one page is enough, and
-/// none where not everything that it stores is copied.
+/// Asks for the subjects of what a source stores: for all of them, or, where they are many, for those of some messages.
+/// Nothing is asked where the configuration tells the subjects and not everything that is stored is copied.
 pub(crate) async fn stored(
     lane: &mut Lane,
     replication: &Replication,
@@ -89,42 +94,64 @@ pub(crate) async fn stored(
     };
     let mut learning = Learning::begin(replication, source, origins);
     also.into_iter().for_each(|subject| learning.take(subject));
-    let mut offset = 0;
-    let pages = match replication.start {
-        _ if vague => MOST_PAGES,
-        Start::All => 1,
-        _ => 0,
-    };
-    for _ in 0..pages {
-        let page = page(lane, &replication.source.stream, filter, offset).await?;
-        page.subjects.keys().for_each(|subject| learning.take(subject));
-        offset += page.subjects.len();
-        if page.subjects.is_empty() || offset >= page.total {
-            break;
-        }
+    if !vague && replication.start != Start::All {
+        return Ok(learning.end());
+    }
+    let name = &replication.source.stream;
+    if source.state.num_subjects > MOST_LISTED {
+        let sample = sample(&source.state);
+        Api::new(lane).messages_of(name, filter, sample, |message| learning.take(&message.subject)).await?;
+    } else {
+        listed(lane, name, filter).await?.keys().for_each(|subject| learning.take(subject));
     }
     Ok(learning.end())
 }
 
-struct Page {
-    subjects: HashMap<String, IgnoredAny>,
-    total: usize,
+/// Sequences all over a stream, never in step with what repeats in it.
+fn sample(state: &StreamState) -> impl Iterator<Item = u64> + use<> {
+    let size = state.bytes / state.messages.max(1);
+    let count = (SAMPLE_BYTES / size.max(1)).clamp(SAMPLE.0, SAMPLE.1);
+    let (first, last) = (state.first_seq, state.last_seq);
+    let step = ((last + 1).saturating_sub(first) / count).max(1);
+    (0..count).map(move |i| first + i * step + i * ODD % step).take_while(move |seq| *seq <= last)
 }
 
-async fn page(lane: &mut Lane, stream: &str, filter: &str, offset: usize) -> Result<Page, Error> {
+async fn listed(lane: &mut Lane, stream: &str, filter: &str) -> Result<HashMap<String, IgnoredAny>, Error> {
     #[derive(Deserialize)]
     struct Answer {
         state: State,
-        #[serde(default)]
-        total: usize,
     }
     #[derive(Deserialize)]
     struct State {
         subjects: Option<HashMap<String, IgnoredAny>>,
     }
     let subject = format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
-    let body = json!({"subjects_filter": filter, "offset": offset}).to_string();
+    let body = json!({ "subjects_filter": filter }).to_string();
     let answer = lane.request(&subject, body.as_bytes()).await?;
-    let Answer { state, total } = decode(&answer).map_err(|error| error.context("subjects of the source stream"))?;
-    Ok(Page { subjects: state.subjects.unwrap_or_default(), total })
+    let Answer { state } = decode(&answer).map_err(|error| error.context("subjects of the source stream"))?;
+    Ok(state.subjects.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_is_bounded_and_not_in_step() {
+        let of = |messages: u64, bytes: u64, first_seq: u64| {
+            let state =
+                StreamState { messages, bytes, first_seq, last_seq: first_seq + messages - 1, num_subjects: messages };
+            sample(&state).collect::<Vec<_>>()
+        };
+        let million = of(1_000_000, 100_000_000, 5);
+        assert_eq!(million.len() as u64, SAMPLE.1);
+        assert!(million[0] == 5 && million.is_sorted() && million[million.len() - 1] > 990_000);
+        for period in [2, 3, 7, 10, 30] {
+            let seen: std::collections::BTreeSet<u64> =
+                of(30_000, 3_000_000, 1).iter().map(|seq| seq % period).collect();
+            assert_eq!(seen.len() as u64, period);
+        }
+        assert_eq!(of(100_000, 100_000 << 20, 1).len() as u64, SAMPLE.0);
+        assert_eq!(of(3, 30, 1), [1, 2, 3]);
+    }
 }
