@@ -9,6 +9,7 @@ mod file;
 mod heartbeats;
 mod json;
 mod mapping;
+pub(crate) mod outline;
 pub(crate) mod patterns;
 mod place;
 mod problems;

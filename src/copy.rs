@@ -14,8 +14,11 @@ mod gap;
 mod glance;
 mod headroom;
 mod intake;
+mod join;
+pub(crate) mod learn;
 mod line;
 mod locate;
+pub(crate) mod mark;
 mod objects;
 mod probe;
 mod progress;
@@ -27,11 +30,11 @@ mod resume;
 mod run;
 mod sampler;
 pub(crate) mod sharing;
+mod stray;
 pub(crate) mod subjects;
 pub(crate) mod target;
 mod throttle;
 mod transform;
-mod untaken;
 mod watchdog;
 mod window;
 mod writer;
@@ -103,12 +106,12 @@ pub struct Error {
     pub message: String,
     /// The message that can never be stored at the target, if that is the reason.
     pub poison: Option<SourceMessage>,
-    /// The message that no stream took, if that is the reason.
-    untaken: Option<SourceMessage>,
     /// The longest protocol line that the target did not confirm, where it ended the connection.
     unconfirmed_line: Option<usize>,
     /// Messages that the server refused for good.
     refused: Vec<reject::Refusal>,
+    /// Source sequence of a message for which no stream answered, or another one.
+    unheard: Option<u64>,
     /// Whether the target's last sequence was not what was expected.
     chain_broken: bool,
     /// Whether the run was given up because nothing moved.
@@ -118,13 +121,14 @@ pub struct Error {
 impl Error {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        let message = message.into();
         Self {
             kind,
-            message: message.into(),
+            message,
             poison: None,
-            untaken: None,
             unconfirmed_line: None,
             refused: Vec::new(),
+            unheard: None,
             chain_broken: false,
             stalled: false,
         }
@@ -204,8 +208,17 @@ pub async fn run(
             }
             _ => false,
         };
-        if !again {
-            break result.map(|_| ());
+        if again {
+            continue;
+        }
+        match result.as_ref().err().and_then(|error| error.unheard) {
+            None => break result.map(|_| ()),
+            Some(seq) => match stray::mended(job, seq, &stop).await {
+                // The target takes the message now.
+                Ok(true) => {}
+                Ok(false) => break result.map(|_| ()),
+                Err(held) => break Err(held),
+            },
         }
     };
     status.send_modify(|(_, copy)| {
@@ -218,10 +231,6 @@ pub async fn run(
             Ok(()) => Err(error),
             Err(held) => Err(held),
         },
-        Err(error) => Err(match error.untaken {
-            Some(message) => untaken::explain(job, error, message).await,
-            None => error,
-        }),
-        Ok(()) => Ok(()),
+        result => result,
     }
 }

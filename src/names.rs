@@ -1,5 +1,7 @@
 //! Names and subjects that users see, and the rules for those that they choose.
 
+use std::borrow::Cow;
+
 /// Version of the program.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -59,6 +61,30 @@ pub fn choria_consumer(name: &str) -> String {
     if PREFIX.starts_with(name) { name.to_owned() } else { format!("{PREFIX}{name}") }
 }
 
+/// Any name as one token of a key: each byte of what is not possible there is written as `=` and two hexadecimal digits.
+pub fn key_token(name: &str) -> Cow<'_, str> {
+    if is_key_token(name) {
+        return name.into();
+    }
+    let mut token = String::new();
+    for byte in name.bytes() {
+        match char::from(byte) {
+            c if is_key_char(c) => token.push(c),
+            _ => token.push_str(&format!("={byte:02X}")),
+        }
+    }
+    token.into()
+}
+
+/// Whether a text is one token of a key.
+pub fn is_key_token(token: &str) -> bool {
+    !token.is_empty() && token.chars().all(is_key_char)
+}
+
+fn is_key_char(c: char) -> bool {
+    is_token_char(c) || c == '='
+}
+
 /// Checks a name that becomes one token of a subject and part of a key (site, instance).
 pub fn check_token(name: &str) -> Result<(), &'static str> {
     if !name.is_empty() && name.len() <= 128 && name.chars().all(is_token_char) {
@@ -96,6 +122,13 @@ mod tests {
         assert_eq!(default_instance("node-1.example.org", 0xabc12345), "node-1-example-org-12345");
         assert_eq!(default_instance("", 7), "host-00007");
         assert!(check_token(&default_instance("\u{fc}ber host", 1)).is_ok());
+    }
+
+    #[test]
+    fn any_name_becomes_a_token_of_a_key() {
+        for (name, expect) in [("A-b_1=", "A-b_1="), ("$M", "=24M"), ("a+\u{fc}", "a=2B=C3=BC"), ("", "")] {
+            assert_eq!(key_token(name), expect);
+        }
     }
 
     #[test]

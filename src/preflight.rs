@@ -22,7 +22,7 @@ use self::{
 };
 use crate::{
     config::{OnReject, Replication},
-    copy::target::{self, Maker, Update},
+    copy::target::{self, Extent, Maker, Update},
     nats::{Rules, jetstream::StreamState},
     sampling,
 };
@@ -90,13 +90,15 @@ pub enum Outcome {
 }
 
 /// Looks at both sides at once and is done at `until`; what was not reached by then is unknown.
-pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], until: Instant) -> Report {
+/// `site` is the name by which this service marks the streams that it creates.
+pub async fn run(rules: &Rules, site: &str, replication: &Replication, known: &[Known], until: Instant) -> Report {
     let early = until - SECOND_LOOK;
     let (mut source, mut target) = tokio::join!(
         Look::at(rules, Role::Source, replication, early), //
         Look::at(rules, Role::Target, replication, early)
     );
-    let flow = Flow::of(replication, source.facts.stream.there());
+    let learned = std::mem::take(&mut source.facts.learned);
+    let flow = Flow::of(replication, source.facts.stream.there(), &learned.origins);
     let (mut planned, mut update) = (None, None);
     if let (Some(source), Some(server)) = (source.facts.stream.there(), target.facts.connect.got()) {
         let api_prefix = target.facts.connection.as_ref().map_or("", |connection| connection.api_prefix.as_str());
@@ -104,10 +106,11 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
         match target.facts.stream.got() {
             Some(None) if replication.create_target => {
                 let replicas = source.number("num_replicas").max(1);
-                planned = Some(target::new_config(replication, source, maker, replicas));
+                planned = Some(target::new_config(replication, source, &learned, maker, replicas));
             }
-            Some(Some(target)) if replication.update_target => {
-                update = Update::of(replication, source, target, Maker::of_leader(target)).transpose();
+            Some(Some(target)) => {
+                let of = |extent| Update::of(replication, source, &learned, target, Maker::of_leader(target), extent);
+                update = Extent::of(replication, target, site).and_then(|extent| of(extent).transpose());
             }
             _ => {}
         }
@@ -146,6 +149,7 @@ pub async fn run(rules: &Rules, replication: &Replication, known: &[Known], unti
         source: &source.facts,
         target: &target.facts,
         flow: &flow,
+        learned: &learned,
         planned: &planned,
         update: &update,
     };

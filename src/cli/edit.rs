@@ -132,7 +132,7 @@ fn same(text: &[u8], document: &Document, site: &str) -> Result<(), Error> {
         Some(id) if id != document.replication => {
             let (was, id) = (&document.replication, output::clean(&id));
             let message =
-                format!("`stream` or `name` makes this `{id}`: only the document of `{was}` can be changed here");
+                format!("`stream`, `name` or `id` makes this `{id}`: only the document of `{was}` can be changed here");
             Err(Error::Failed(message))
         }
         _ => Ok(()),

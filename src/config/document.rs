@@ -15,9 +15,12 @@ use super::{
     schema::{self, join, shorten},
 };
 use crate::{
-    names::{HEARTBEATS_KEY, SITE_KEY},
+    names::{self, HEARTBEATS_KEY, SITE_KEY},
     status::Ordering,
 };
+
+/// Longest id; it becomes part of keys and subjects.
+const MAX_ID: usize = 512;
 
 /// A replication document, field for field as written. `schemas/replication.json` says what each field means.
 ///
@@ -27,6 +30,9 @@ use crate::{
 pub struct Document {
     /// Source stream.
     pub stream: String,
+    /// Id of the replication.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// Name of this copy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -264,15 +270,24 @@ pub fn parse_judged(
 
 /// The id that a document claims, whatever else is wrong with it.
 pub fn document_id(document: &Value, site: &str) -> Option<String> {
+    let field = |field: &str| document.get(field).and_then(Value::as_str).filter(|text| !text.is_empty());
     let stream = document.get("stream")?.as_str()?;
-    let name = document.get("name").and_then(Value::as_str).filter(|name| !name.is_empty() && *name != site);
-    Some(id(stream, name))
+    Some(field("id").map_or_else(|| id(stream, field("name").filter(|name| *name != site)), str::to_owned))
+}
+
+/// What is under a key of the configuration bucket that no replication can have.
+fn reserved(id: &str) -> Option<&'static str> {
+    match id {
+        HEARTBEATS_KEY => Some("the heartbeats"),
+        SITE_KEY => Some("the site's own record"),
+        _ => None,
+    }
 }
 
 fn id(stream: &str, name: Option<&str>) -> String {
     match name {
-        Some(name) => format!("{stream}.{name}"),
-        None => stream.to_owned(),
+        Some(name) => format!("{}.{}", names::key_token(stream), names::key_token(name)),
+        None => names::key_token(stream).into_owned(),
     }
 }
 
@@ -359,7 +374,7 @@ impl Checker {
         let max_age = self.duration("max_age", text(&document.max_age));
         let sampling = self.sampling(document);
         let on_reject = self.on_reject(document);
-        let id = self.id(&document.stream, own_name);
+        let id = self.id(document, own_name);
         Some(Replication {
             id,
             name: name.unwrap_or(site).to_owned(),
@@ -412,33 +427,30 @@ impl Checker {
     }
 
     /// The id is the key of the document.
-    fn id(&mut self, stream: &str, name: Option<&str>) -> String {
-        let mut part = |field: &str, text: &str| {
-            let refused = self.problems.iter().any(|problem| problem.path == join("", field));
-            let illegal = |c: char| !c.is_ascii_alphanumeric() && !"-_=".contains(c);
-            if let (false, Some(c)) = (refused, text.chars().find(|c| illegal(*c))) {
-                let text = shorten(text);
-                self.problem(field, format!("`{field}` is `{text}`: it becomes part of the replication's id, where {c:?} is not possible: use letters, digits, - _ and ="));
-            }
+    fn id(&mut self, document: &Document, name: Option<&str>) -> String {
+        let own = text(&document.id);
+        let (field, id) = match own {
+            Some(own) => ("id", own.to_owned()),
+            None => ("stream", id(&document.stream, name)),
         };
-        part("stream", stream);
-        if let Some(name) = name {
-            part("name", name);
+        let refused = self.problems.iter().any(|problem| problem.path == join("", field));
+        if refused {
+            return id;
         }
-        let id = id(stream, name);
-        if id == HEARTBEATS_KEY {
+        if own.is_some() && !id.split('.').all(names::is_key_token) {
+            let shown = shorten(&id);
+            self.problem(field, format!("`id` is `{shown}`: use letters, digits, - _ and =, with single dots between"));
+        } else if id.len() > MAX_ID {
+            let length = id.len();
+            let message =
+                format!("the id of this replication would have {length} characters, more than {MAX_ID}: set `id`");
+            self.problem(field, message);
+        } else if let Some(what) = reserved(&id) {
             let message = format!(
-                "the id of this replication would be `{id}`, the key under which the heartbeats are configured: give it a \
-                 `name`, which makes the id `{id}.<name>`"
+                "the id of this replication would be `{id}`, the key of {what}: give it a `name`, which makes the id \
+                 `{id}.<name>`, or another `id`"
             );
-            self.problem("stream", message);
-        }
-        if id == SITE_KEY {
-            let message = format!(
-                "the id of this replication would be `{id}`, the key of the site's own record: give it a `name`, which makes \
-                 the id `{id}.<name>`"
-            );
-            self.problem("stream", message);
+            self.problem(field, message);
         }
         id
     }
@@ -1062,6 +1074,20 @@ mod tests {
     }
 
     #[test]
+    fn an_id_is_a_key_whatever_the_names_are() {
+        let check = |more: Value, expect: &str| {
+            let document = with(more);
+            assert_eq!(parse_value(&document, "SITE").map(|replication| replication.id), Ok(expect.to_owned()));
+            assert_eq!(document_id(&document, "SITE").as_deref(), Some(expect));
+        };
+        check(json!({"stream": "$MQTT_msgs"}), "=24MQTT_msgs");
+        check(json!({"stream": "a+b", "name": "c:d"}), "a=2Bb.c=3Ad");
+        check(json!({"stream": "f\u{fc}r", "name": "SITE"}), "f=C3=BCr");
+        check(json!({"stream": "a+b", "id": "mine.x", "name": "c"}), "mine.x");
+        check(json!({"stream": "A", "id": "", "name": "c"}), "A.c");
+    }
+
+    #[test]
     fn one_problem_each() {
         let check = |more: Value, path: &str, expect: &str| {
             let found = problems(&with(more.clone()));
@@ -1071,14 +1097,20 @@ mod tests {
         };
         check(json!({"stream": "a.b"}), "/stream", "`a.b`: a stream name cannot contain '.'");
         check(json!({"stream": "a b"}), "/stream", "' '");
-        check(json!({"stream": "a+b"}), "/stream", "replication's id");
         check(json!({"stream": ""}), "/stream", "must not be empty");
         check(json!({"stream": 5}), "/stream", "`stream` is `5`: must be of type string");
         check(json!({"stream": "S".repeat(256)}), "/stream", "longer than 255");
         check(json!({"target_stream": "a>"}), "/target_stream", "'>'");
         check(json!({"name": "a b"}), "/name", "one subject token");
         check(json!({"name": "a.b"}), "/name", "one subject token");
-        check(json!({"name": "a:b"}), "/name", "replication's id");
+        check(json!({"id": "a:b"}), "/id", "`id` is `a:b`: use letters, digits");
+        check(json!({"id": ".a"}), "/id", "single dots between");
+        check(json!({"id": "heartbeats"}), "/id", "the key under which the heartbeats are configured");
+        check(
+            json!({"stream": "\u{20ac}".repeat(60)}),
+            "/stream",
+            "would have 540 characters, more than 512: set `id`",
+        );
         check(json!({"source_url": "http://h"}), "/source_url", "not `nats://`");
         check(json!({"source_url": "nats://a:***@h"}), "/source_url", "stands for a secret");
         check(json!({"target_url": "nats://a"}), "/target_url", "into itself");
@@ -1245,6 +1277,7 @@ mod tests {
         // no `..Default::default()`: a new field has to be named here
         let full = Document {
             stream: "S".into(),
+            id: some(),
             name: some(),
             target_stream: some(),
             source_url: some(),

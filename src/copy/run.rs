@@ -31,7 +31,7 @@ use super::{
     resume::{self, Already, Known, Resume, Sides, is_consumed, is_plain},
     sampler::Sampler,
     sharing,
-    target::{self, Abilities, Opened},
+    target::{self, Abilities, Opened, Opening},
     throttle::{self, Throttle},
     watchdog::{Action, Consumer, Seen, Tell, Watchdog},
     window::{SourcePoint, Window},
@@ -183,7 +183,7 @@ impl<'a> Run<'a> {
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
             dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
         }
-        let opened = target::open(&mut target, &replication, &source_info).await;
+        let opened = Opening::new(job, &mut source, &mut target, &source_info, None).open().await;
         let (target_info, opened) = opened.map_err(|e| e.context("target"))?;
         match &opened {
             Opened::Found => {}

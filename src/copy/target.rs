@@ -1,9 +1,16 @@
 //! The target stream: what it can do, and making it where it is missing.
 
 use serde_json::{Map, Value, json};
+use tokio::time::{Duration, sleep};
 
-use super::{sharing, subjects, transform::Allowed};
+use super::{
+    Job, join, learn, mark, sharing,
+    subjects::{self, Learned},
+    transform::Allowed,
+};
 use crate::{
+    backoff::jitter,
+    chance,
     config::{DEFAULT_API_PREFIX, Replication, patterns},
     nats::{
         Error, ErrorKind, Lane, ServerInfo,
@@ -47,6 +54,17 @@ const API_LEVEL_2_11: u32 = 1;
 const TTL_SINCE: (u32, u32) = (2, 11);
 /// What the API says from 2.12 on to a field that its server does not know; before, it leaves the field out.
 const INVALID_JSON: u32 = 10025;
+/// Another one has created the stream, with another configuration.
+const NAME_IN_USE: u32 = 10058;
+const SUBJECTS_OVERLAP: u32 = 10065;
+
+/// How often the stream is read until nothing has to be changed.
+const ATTEMPTS: u32 = 10;
+/// Between a change and the look whether it lasted, and between two attempts.
+const PAUSE: Duration = Duration::from_millis(200);
+/// Subjects that one message shows at most, and that other streams are looked for at most.
+const MOST_SHOWN: usize = 8;
+const MOST_ASKED: usize = 64;
 
 /// The account of the target requires `max_bytes` of each stream.
 const MAX_BYTES_REQUIRED: u32 = 10113;
@@ -145,47 +163,152 @@ pub(super) enum Opened {
     Updated(String),
 }
 
-/// Asks for the target stream. Makes it if it is missing and may be made, changes it if it lacks something and may be
-/// changed.
-pub(super) async fn open(
-    lane: &mut Lane,
-    replication: &Replication,
-    source: &StreamInfo,
-) -> Result<(StreamInfo, Opened), Error> {
-    let name = &replication.target.stream;
-    match Api::new(lane).stream_info(name).await? {
-        Some(info) if replication.update_target => update(lane, replication, source, info).await,
-        Some(info) => Ok((info, Opened::Found)),
-        None if replication.create_target => make(lane, replication, source).await,
-        None => Err(Error::hold(missing(name))),
-    }
+/// Opens the target stream: creates it if it is missing and may be created, changes it if it lacks something and may be
+/// changed. Several replications, of several instances, may do that at the same time: whoever comes second reads the
+/// stream again, and whoever changed it looks whether that lasted.
+pub(super) struct Opening<'a> {
+    job: &'a Job,
+    /// To the source, and to the target.
+    from: &'a mut Lane,
+    to: &'a mut Lane,
+    source: &'a StreamInfo,
+    learned: Option<Learned>,
+    /// The server that leads all is older than that of the stream.
+    old_leader: bool,
 }
 
-async fn make(lane: &mut Lane, replication: &Replication, source: &StreamInfo) -> Result<(StreamInfo, Opened), Error> {
-    let name = &replication.target.stream;
-    let mut replicas = source.number("num_replicas").max(1);
-    let mut maker = Maker::of(lane.info(), lane.api_prefix());
-    let mut bounded = false;
-    loop {
-        let mut config = new_config(replication, source, maker, replicas)?;
-        if bounded {
-            bound(&mut config, source.number("max_bytes"));
-        }
-        match Api::new(lane).create_stream(name, &config).await {
-            // What is said of a stream that was just made may lack the domain, by which its acks are known (2.12).
-            Ok(made) => return Ok((Api::new(lane).stream_info(name).await?.unwrap_or(made), Opened::Made)),
-            // Not clustered, or not enough servers: what the target can do is fewer replicas.
-            Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
-                replicas = if replicas > 3 { 3 } else { 1 };
+impl<'a> Opening<'a> {
+    pub(super) fn new(
+        job: &'a Job,
+        from: &'a mut Lane,
+        to: &'a mut Lane,
+        source: &'a StreamInfo,
+        learned: Option<Learned>,
+    ) -> Self {
+        Self { job, from, to, source, learned, old_leader: false }
+    }
+
+    pub(super) async fn open(mut self) -> Result<(StreamInfo, Opened), Error> {
+        let replication = &self.job.replication;
+        let name = &replication.target.stream;
+        let mut opened = Opened::Found;
+        for _ in 0..ATTEMPTS {
+            let Some(info) = Api::new(self.to).stream_info(name).await? else {
+                if !replication.create_target {
+                    return Err(Error::hold(missing(name)));
+                }
+                match self.create().await? {
+                    true => opened = Opened::Made,
+                    false => pause().await,
+                }
+                // What is said of a stream that was just made may lack the domain, by which its acks are known (2.12).
+                continue;
+            };
+            let lacks = self.lacks(&info).await?;
+            // What a server takes and does not keep, but for subjects, is not asked of it twice.
+            let lacks = lacks.filter(|update| !matches!(opened, Opened::Updated(_)) || !update.subjects.is_empty());
+            let Some(update) = lacks else { return Ok((info, opened)) };
+            if self.update(&update).await? {
+                opened = Opened::Updated(update.what);
+                pause().await;
             }
-            // The account requires a bound, and that of the source tells how much there may be.
-            Err(error) if !bounded && error.is_api(MAX_BYTES_REQUIRED) && source.number("max_bytes") > 0 => {
-                bounded = true;
-            }
-            // The API refuses a field that its server does not know.
-            Err(error) if maker.batches && error.is_api(INVALID_JSON) => maker.batches = false,
-            Err(error) => return Err(refused(error, format!("cannot create target stream `{name}`"))),
         }
+        Err(Error::retry(format!("target stream `{name}` is changed by others again and again")))
+    }
+
+    async fn learn(&mut self) -> Result<Learned, Error> {
+        if self.learned.is_none() {
+            let Job { dial, replication, .. } = self.job;
+            let learned = learn::all(&**dial, self.from, replication, self.source, None).await;
+            self.learned = Some(learned.map_err(|error| error.context("source"))?);
+        }
+        Ok(self.learned.clone().unwrap_or_default())
+    }
+
+    /// What the stream lacks, if it may be given that.
+    async fn lacks(&mut self, info: &StreamInfo) -> Result<Option<Update>, Error> {
+        let Job { replication, site, .. } = self.job;
+        let Some(extent) = Extent::of(replication, info, site) else { return Ok(None) };
+        writable(&replication.target.stream, info)?;
+        let leader = Maker { batches: Maker::of_leader(info).batches && !self.old_leader, ..Maker::of_leader(info) };
+        let known = self.learned.clone();
+        let of = |learned: &Learned| Update::of(replication, self.source, learned, info, leader, extent);
+        let update = of(&known.clone().unwrap_or_default())?;
+        if update.is_none() || known.is_some() {
+            return Ok(update);
+        }
+        let learned = self.learn().await?;
+        Update::of(replication, self.source, &learned, info, leader, extent)
+    }
+
+    /// Creates the stream; `false` if another one was faster.
+    async fn create(&mut self) -> Result<bool, Error> {
+        let learned = self.learn().await?;
+        let Job { replication, site, .. } = self.job;
+        let name = &replication.target.stream;
+        let mut replicas = self.source.number("num_replicas").max(1);
+        let mut maker = Maker::of(self.to.info(), self.to.api_prefix());
+        let mut bounded = false;
+        loop {
+            let mut config = new_config(replication, self.source, &learned, maker, replicas)?;
+            if bounded {
+                bound(&mut config, self.source.number("max_bytes"));
+            }
+            mark::put(&mut config, site, &replication.id);
+            match Api::new(self.to).create_stream(name, &config).await {
+                Ok(_) => return Ok(true),
+                Err(error) if error.is_api(NAME_IN_USE) => return Ok(false),
+                // Not clustered, or not enough servers: what the target can do is fewer replicas.
+                Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
+                    replicas = if replicas > 3 { 3 } else { 1 };
+                }
+                // The account requires a bound, and that of the source tells how much there may be.
+                Err(error) if !bounded && error.is_api(MAX_BYTES_REQUIRED) && self.source.number("max_bytes") > 0 => {
+                    bounded = true;
+                }
+                // The API refuses a field that its server does not know.
+                Err(error) if maker.batches && error.is_api(INVALID_JSON) => maker.batches = false,
+                Err(error) => {
+                    let subjects = subjects_of(&config);
+                    let doing = format!("cannot create target stream `{name}` with subjects {}", quoted(&subjects));
+                    return Err(self.refused(error, doing, &subjects).await);
+                }
+            }
+        }
+    }
+
+    /// Changes the stream; `false` if it has to be tried in another way.
+    async fn update(&mut self, update: &Update) -> Result<bool, Error> {
+        let Job { replication, site, .. } = self.job;
+        let name = &replication.target.stream;
+        let Update { config, what, subjects } = update;
+        let mut config = config.clone();
+        if mark::is_ours_by(&config, site) {
+            mark::put(&mut config, site, &replication.id);
+        }
+        match Api::new(self.to).update_stream(name, &config).await {
+            Ok(_) => Ok(true),
+            // Not the stream's leader is asked, but the one that leads all, and it may be older.
+            Err(error) if !self.old_leader && error.is_api(INVALID_JSON) => {
+                self.old_leader = true;
+                Ok(false)
+            }
+            Err(error) => {
+                let by = if replication.update_target { "; `target_update`" } else { "" };
+                let doing = format!("target stream `{name}` cannot be given what it lacks ({what}{by})");
+                Err(self.refused(error, doing, subjects).await)
+            }
+        }
+    }
+
+    /// What the API refuses, and which streams have the subjects that were asked for.
+    async fn refused(&mut self, error: Error, doing: String, subjects: &[String]) -> Error {
+        let overlaps = error.is_api(SUBJECTS_OVERLAP);
+        let mut error = refused(error, doing);
+        if overlaps && let Some(others) = others(self.to, &self.job.replication.target.stream, subjects).await {
+            error.message = format!("{}: {others}", error.message);
+        }
+        error
     }
 }
 
@@ -196,29 +319,28 @@ fn bound(config: &mut Value, source_bytes: i64) {
     config["discard"] = "new".into();
 }
 
-async fn update(
-    lane: &mut Lane,
-    replication: &Replication,
-    source: &StreamInfo,
-    info: StreamInfo,
-) -> Result<(StreamInfo, Opened), Error> {
-    let name = &replication.target.stream;
-    writable(name, &info)?;
-    let mut leader = Maker::of_leader(&info);
-    while let Some(Update { config, what, .. }) = Update::of(replication, source, &info, leader)? {
-        match Api::new(lane).update_stream(name, &config).await {
-            Ok(changed) => {
-                return Ok((Api::new(lane).stream_info(name).await?.unwrap_or(changed), Opened::Updated(what)));
-            }
-            // Not the stream's leader is asked, but the one that leads all, and it may be older.
-            Err(error) if leader.batches && error.is_api(INVALID_JSON) => leader.batches = false,
-            Err(error) => {
-                let doing = format!("target stream `{name}` cannot be given what it lacks ({what}; `target_update`)");
-                return Err(refused(error, doing));
-            }
+/// Gives others who change the same stream time to be seen.
+async fn pause() {
+    let random = (chance::random() >> 11) as f64 / (1u64 << 53) as f64;
+    sleep(jitter(PAUSE, random)).await;
+}
+
+/// Which other streams listen on subjects, in words; `None` if nobody tells.
+async fn others(lane: &mut Lane, name: &str, subjects: &[String]) -> Option<String> {
+    let mut found = Vec::new();
+    for subject in subjects.iter().take(MOST_ASKED) {
+        let mut streams = Api::new(lane).stream_names(subject).await.ok()?;
+        streams.retain(|stream| stream != name);
+        if !streams.is_empty() {
+            found.push(format!("`{subject}` overlaps with stream {}", quoted(&streams)));
         }
     }
-    Ok((info, Opened::Found))
+    (!found.is_empty()).then(|| found.join(", "))
+}
+
+fn subjects_of(config: &Value) -> Vec<String> {
+    let subjects = config["subjects"].as_array().into_iter().flatten();
+    subjects.filter_map(|subject| subject.as_str().map(str::to_owned)).collect()
 }
 
 /// What the API refuses as wrong stays refused until somebody changes something.
@@ -226,6 +348,30 @@ fn refused(error: Error, doing: String) -> Error {
     let lasting = error.kind == ErrorKind::Retry && error.api.as_ref().is_some_and(|api| api.code < 500);
     let kind = if lasting { ErrorKind::Hold } else { error.kind };
     Error { kind, ..error.context(doing) }
+}
+
+/// How far an existing target may be changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// Subjects only: it has all else since it was created, and who switched something off meant it.
+    Subjects,
+    /// What it lacks.
+    Everything,
+    /// The same, and room for another source: it was created for others.
+    Join,
+}
+
+impl Extent {
+    /// `None` for a stream that is neither ours nor may be changed by the document.
+    pub(crate) fn of(replication: &Replication, target: &StreamInfo, site: &str) -> Option<Self> {
+        let joins = !mark::names(target, &replication.id);
+        match (replication.update_target, mark::is_ours(target, site)) {
+            (_, true) if joins => Some(Self::Join),
+            (true, _) => Some(Self::Everything),
+            (false, true) => Some(Self::Subjects),
+            (false, false) => None,
+        }
+    }
 }
 
 /// What an existing target lacks for this copy. Nothing is switched off, taken away or limited by it: how much a stream
@@ -245,12 +391,14 @@ impl Update {
     pub(crate) fn of(
         replication: &Replication,
         source: &StreamInfo,
+        learned: &Learned,
         target: &StreamInfo,
         leader: Maker,
+        extent: Extent,
     ) -> Result<Option<Self>, Error> {
         let (mut config, mut what) = (target.config.clone(), Vec::new());
         // Of a source that does not tell its subjects nothing is known to be missing.
-        let wanted = subjects::of_target(replication, source).unwrap_or_default();
+        let wanted = subjects::of_target(replication, source, learned).unwrap_or_default();
         let there = target.subjects();
         let lacks = |subject: &&String| !there.iter().any(|pattern| patterns::holds(pattern, subject));
         let missing: Vec<String> = wanted.iter().filter(lacks).cloned().collect();
@@ -267,10 +415,11 @@ impl Update {
             config[flag] = true.into();
             what.push(format!("`{flag}`"));
         };
-        if leader.batches && !target.flag("allow_batched") {
+        let settings = extent != Extent::Subjects;
+        if settings && leader.batches && !target.flag("allow_batched") {
             switch_on("allow_batched");
         }
-        for flag in SWITCHED_ON {
+        for flag in SWITCHED_ON.into_iter().filter(|_| settings) {
             let possible = match flag {
                 "allow_rollup_hdrs" => !target.flag("deny_purge"),
                 "allow_msg_ttl" => leader.ttl,
@@ -280,6 +429,11 @@ impl Update {
                 switch_on(flag);
             }
         }
+        if extent == Extent::Join
+            && let Ok(own) = new_config(replication, source, learned, leader, 1)
+        {
+            what.extend(join::room(&mut config, &own).into_iter().map(|limit| format!("a larger `{limit}`")));
+        }
         Ok((!what.is_empty()).then(|| Self { config, what: what.join(", "), subjects: missing }))
     }
 }
@@ -287,7 +441,7 @@ impl Update {
 /// A stream takes no two subjects that overlap, and one that holds both would take what is nobody's here.
 fn too_wide(name: &str, missing: &[String], there: &[&str], wide: &str) -> Error {
     Error::hold(format!(
-        "target stream `{name}` cannot be given subjects {} (`target_update`): it listens on {}, and only `{wide}` would hold \
+        "target stream `{name}` cannot be given subjects {}: it listens on {}, and only `{wide}` would hold \
          both, which is more than is copied: change its subjects by hand, or what is copied with `filter_subject` or \
          `subject_transforms`",
         quoted(missing),
@@ -295,8 +449,12 @@ fn too_wide(name: &str, missing: &[String], there: &[&str], wide: &str) -> Error
     ))
 }
 
-fn quoted(subjects: &[impl AsRef<str>]) -> String {
-    let quoted: Vec<_> = subjects.iter().map(|subject| format!("`{}`", subject.as_ref())).collect();
+pub(super) fn quoted(subjects: &[impl AsRef<str>]) -> String {
+    let mut quoted: Vec<_> =
+        subjects.iter().take(MOST_SHOWN).map(|subject| format!("`{}`", subject.as_ref())).collect();
+    if subjects.len() > MOST_SHOWN {
+        quoted.push(format!("{} more", subjects.len() - MOST_SHOWN));
+    }
     quoted.join(", ")
 }
 
@@ -333,10 +491,11 @@ pub(crate) fn missing(name: &str) -> String {
 pub(crate) fn new_config(
     replication: &Replication,
     source: &StreamInfo,
+    learned: &Learned,
     maker: Maker,
     replicas: i64,
 ) -> Result<Value, Error> {
-    let subjects = subjects::of_target(replication, source)?;
+    let subjects = subjects::of_target(replication, source, learned)?;
     let apart = subjects::stay_apart(replication, source);
     let mut config = Map::new();
     let kept: &[&str] = if limits(source) { &TAKEN_OVER_LIMITS } else { &[] };
@@ -387,7 +546,14 @@ mod tests {
         let document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b"});
         let replication = crate::config::parse_value(&document, "SITE").unwrap();
         let check = |leader: Maker, target: Value, expect: Option<(Value, &str, &[&str])>| {
-            let found = Update::of(&replication, &source, &stream(target.clone()), leader);
+            let found = Update::of(
+                &replication,
+                &source,
+                &Learned::default(),
+                &stream(target.clone()),
+                leader,
+                Extent::Everything,
+            );
             let expect = expect.map(|(config, what, subjects)| Update {
                 config,
                 what: what.to_owned(),
@@ -411,7 +577,8 @@ mod tests {
 
         // `*.>` would take what nobody asked for.
         let across = stream(json!({"subjects": ["*.x", "b"]}));
-        let error = Update::of(&replication, &source, &across, new).unwrap_err();
+        let error = Update::of(&replication, &source, &Learned::default(), &across, new, Extent::Everything);
+        let error = error.unwrap_err();
         assert_eq!(error.kind, ErrorKind::Hold);
         assert!(error.message.contains("cannot be given subjects `a.>`"), "{error}");
         assert!(error.message.contains("listens on `*.x`, `b`, and only `*.>` would hold both"), "{error}");

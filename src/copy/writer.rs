@@ -517,7 +517,8 @@ impl Writer {
                         if error.is_api(STREAM_NOT_EXPECTED)
                             || error.api.is_none() && error.kind == ErrorKind::Hold =>
                     {
-                        return Err(error.into());
+                        let unheard = window.source_of(token).map(|source| source.seq);
+                        return Err(RunError { unheard, ..error.into() });
                     }
                     Err(error) => {
                         self.refused += 1;
@@ -827,8 +828,13 @@ fn flow(limits: &Limits, message_bytes: usize) -> u32 {
 }
 
 fn no_responders() -> Error {
-    let message = "nobody stores messages for the target stream at the moment (no responders)".to_owned();
+    let message = "no stream stores messages for the target at the moment (no responders)".to_owned();
     Error { kind: ErrorKind::NoResponders, message, api: None }
+}
+
+/// Whether a refusal may mean that the target does not listen on the subject.
+fn is_unheard(error: &Error) -> bool {
+    error.is_api(STREAM_NOT_EXPECTED) || error.kind == ErrorKind::NoResponders
 }
 
 /// Settles a batch up to and with this sequence of it; returns what that settled.
@@ -866,14 +872,14 @@ pub(super) fn hpub(out: &mut BytesMut, subject: &[u8], reply: &[u8], header: &[u
 
 /// Names the message that a refusal is about.
 fn refusal(error: Error, source: Option<SourcePoint>) -> RunError {
+    let unheard = source.filter(|_| is_unheard(&error)).map(|source| source.seq);
     let error = match source {
         Some(source) => error.context(format!("the target refused the message with source sequence {}", source.seq)),
         None => error.context("the target refused a message"),
     };
-    let untaken = source.filter(|_| error.kind == ErrorKind::NoResponders).and_then(named);
     let error = about(error, source);
     let refused: Option<Refusal> = error.poison.map(|message| (message, error.message.clone()));
-    RunError { untaken, refused: refused.into_iter().collect(), ..error }
+    RunError { refused: refused.into_iter().collect(), unheard, ..error }
 }
 
 /// An error about one message: poison, if it says that the message can never be stored.

@@ -3,7 +3,7 @@
 
 use std::{
     borrow::Cow,
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -77,6 +77,8 @@ pub struct StreamState {
     /// Consumers of the stream.
     #[serde(rename = "consumer_count")]
     pub consumers: i64,
+    /// Different subjects of the messages stored.
+    pub num_subjects: u64,
 }
 
 /// Whether the leader of a stream answered a question about it: not if nobody leads, or if the leader is one of the others.
@@ -251,6 +253,16 @@ impl<'a> Api<'a> {
         self.call(&format!("STREAM.CREATE.{stream}"), config).await
     }
 
+    /// Asks which streams listen on subjects that a pattern holds.
+    pub async fn stream_names(&mut self, subject: &str) -> Result<Vec<String>, Error> {
+        #[derive(Deserialize)]
+        struct Names {
+            streams: Option<Vec<String>>,
+        }
+        let names: Names = self.call("STREAM.NAMES", &json!({ "subject": subject })).await?;
+        Ok(names.streams.unwrap_or_default())
+    }
+
     /// Gives a stream another configuration, the whole of it.
     pub async fn update_stream(&mut self, stream: &str, config: &Value) -> Result<StreamInfo, Error> {
         self.call(&format!("STREAM.UPDATE.{stream}"), config).await
@@ -271,6 +283,31 @@ impl<'a> Api<'a> {
         let subject = format!("{}.{what}", self.lane.api_prefix());
         let reply = self.lane.request(&subject, wanted.to_string().as_bytes()).await?;
         decode_message(&reply).map_err(|error| error.context(what))
+    }
+
+    /// Reads the first message of a subject that a pattern holds at or behind each of some sequences, many at a time.
+    pub async fn messages_of(
+        &mut self,
+        stream: &str,
+        filter: &str,
+        sequences: impl IntoIterator<Item = u64>,
+        mut each: impl FnMut(StoredMessage),
+    ) -> Result<(), Error> {
+        let what = format!("STREAM.MSG.GET.{stream}");
+        let subject = format!("{}.{what}", self.lane.api_prefix());
+        let (mut sequences, mut waiting) = (sequences.into_iter().peekable(), HashSet::new());
+        while sequences.peek().is_some() || !waiting.is_empty() {
+            for seq in sequences.by_ref().take(ASKED_TOGETHER - waiting.len()) {
+                let body = json!({ "seq": seq, "next_by_subj": filter }).to_string();
+                waiting.insert(self.lane.send_request(&subject, body.as_bytes()).into_bytes());
+            }
+            for (reply, answer) in self.lane.answers().await? {
+                if waiting.remove(&reply) {
+                    decode_message(&answer).map_err(|error| error.context(&what))?.into_iter().for_each(&mut each);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Reads everything in a range of sequences, in order, by asking for each, many at a time: for streams on which a

@@ -15,7 +15,8 @@ use crate::{
     copy::{
         dead_letter, duplicates,
         durable::{self, Durable},
-        sharing, subjects,
+        sharing,
+        subjects::{self, Learned},
         target::{self, Abilities, Update},
     },
     nats::{
@@ -35,6 +36,8 @@ pub(super) struct Pair<'a> {
     pub(super) source: &'a Facts,
     pub(super) target: &'a Facts,
     pub(super) flow: &'a Flow,
+    /// What the source stores beside what its configuration tells.
+    pub(super) learned: &'a Learned,
     /// What a missing target would be made as.
     pub(super) planned: &'a Option<Result<Value, Error>>,
     /// What an existing one would be given.
@@ -258,7 +261,10 @@ impl Pair<'_> {
         match (&facts.permissions, &facts.stream, &facts.connection) {
             (Answer::Got(permissions), Answer::Got(stream), Some(Connection { api_prefix, inbox_prefix, .. })) => {
                 let calls = calls(role, self.replication, stream.as_ref(), api_prefix).into_iter();
-                let calls = calls.map(|(subject, _)| subject);
+                // A target of ours is given subjects without being asked for.
+                let update = matches!((role, self.update), (Role::Target, Some(Ok(_))));
+                let update = update.then(|| format!("{api_prefix}.STREAM.UPDATE.{}", self.replication.target.stream));
+                let calls = calls.map(|(subject, _)| subject).chain(update.filter(|_| !self.replication.update_target));
                 let missing: Vec<_> = calls.filter(|subject| permissions.publish(subject) != Share::All).collect();
                 let said = if !missing.is_empty() {
                     Some(format!("no permission to publish to {}", list(&missing)))
@@ -461,18 +467,43 @@ impl Pair<'_> {
                         Some(streams) => {
                             format!("`{subject}` belongs to stream {} there, not to `{name}`", list(&streams))
                         }
-                        None => format!("target stream `{name}` does not listen on `{subject}`, only on {}", list(&listens)),
+                        None => format!(
+                            "target stream `{name}` does not listen on `{subject}`, only on {}{}",
+                            list(&listens),
+                            self.help()
+                        ),
                     };
                     Some((outcome, text))
                 }
             }
         });
         let mut said: Vec<Said> = said.map(Some).collect();
+        said.extend(self.strays(&listens).map(|text| Some((Outcome::Warning, text))));
         said.extend(self.second_stream().map(|text| Some((Outcome::Warning, text))));
         // The worst of them stands for all: they have one cause.
         let worst = said.iter().position(|said| matches!(said, Some((Outcome::Failed, _)))).unwrap_or(0);
         let said = if said.is_empty() { None } else { said.swap_remove(worst) };
         findings.add_any("subjects", path, said);
+    }
+
+    /// What makes a target listen on more.
+    fn help(&self) -> &'static str {
+        let exists = self.target.stream.there().is_some() && !self.replication.update_target;
+        if exists { ": add it to the stream, or set `target_update`" } else { "" }
+    }
+
+    /// Stored messages whose subjects are not those of the configuration, and that the target does not take.
+    fn strays(&self, listens: &[&str]) -> Option<String> {
+        let (example, from) = self.learned.example.as_ref()?;
+        let stored = self.learned.stored.patterns().unwrap_or_else(|| [example.clone()].into());
+        let stray = stored.iter().find(|subject| share(listens, subject) != Share::All)?;
+        Some(format!(
+            "source stream `{}` stores messages that its configuration does not tell of, on `{from}` for example, and target \
+             stream `{}` does not listen on `{stray}`{}: the copy is held at the first one",
+            self.replication.source.stream,
+            self.replication.target.stream,
+            self.help()
+        ))
     }
 
     /// A stream beside the source that would store what is copied, too.

@@ -10,7 +10,11 @@ use tokio::time::{Duration, Instant, timeout, timeout_at};
 use super::{permissions::Permissions, subjects::Share};
 use crate::{
     config::{Connection, Place, Replication, Side},
-    copy::durable::{Durable, Way},
+    copy::{
+        durable::{Durable, Way},
+        learn,
+        subjects::{Learned, Origins},
+    },
     names,
     nats::{
         self, ErrorKind, Lane, Rules, ServerInfo, Turn,
@@ -87,6 +91,8 @@ pub(super) struct Facts {
     pub(super) calls: Answer<()>,
     /// The consumers of a source that forgets what was acknowledged.
     pub(super) consumers: Answer<Vec<ConsumerInfo>>,
+    /// What a source stores beside what its configuration tells; what was not learned in time is not in it.
+    pub(super) learned: Learned,
     /// Which streams listen on the subjects that something is published to.
     pub(super) listeners: Listeners,
     /// Where the other side is the same account, reached through leafnodes: which streams listen here on what is
@@ -143,6 +149,9 @@ impl Look {
             }
             if role == Role::Source && look.facts.stream.there().is_some_and(Durable::is_needed) {
                 look.ask_consumers(side).await;
+            }
+            if role == Role::Source {
+                look.learn(replication).await;
             }
         }
         look
@@ -265,6 +274,42 @@ impl Look {
         }
     }
 
+    /// Asks for the subjects that a source stores. Streams that it takes messages from are asked for where that is known to
+    /// be allowed.
+    async fn learn(&mut self, replication: &Replication) {
+        let Some(source) = self.facts.stream.there().cloned() else { return };
+        let mut origins = Origins::default();
+        let prefix = self.api_prefix();
+        let may_ask = |(external, name): &(String, String)| {
+            let api = if external.is_empty() { &prefix } else { external };
+            let subject = format!("{api}.STREAM.INFO.{name}");
+            self.facts.permissions.got().is_some_and(|user| user.publish(&subject) == Share::All)
+        };
+        let may_ask = origins.missing(&source).iter().all(may_ask);
+        let Ok(mut lane) = self.taken().await else { return };
+        let asked = async {
+            if may_ask {
+                learn::origins(&mut lane, &source, &mut origins).await?;
+            }
+            learn::stored(&mut lane, replication, &source, origins.clone(), None).await
+        };
+        match timeout_at(self.until, asked).await {
+            Ok(Ok(learned)) => {
+                self.facts.learned = learned;
+                self.lane = Some(lane);
+            }
+            _ => self.facts.learned.origins = origins,
+        }
+    }
+
+    /// The connection, or another one.
+    async fn taken(&mut self) -> Result<Lane, nats::Error> {
+        match self.lane.take() {
+            Some(lane) => Ok(lane),
+            None => self.lane().await,
+        }
+    }
+
     /// Where a server does not tell the permissions, the calls of a copy are made in a way that changes nothing:
     /// what is asked for does not exist, or contradicts its subject.
     async fn ask_calls(&mut self, role: Role, replication: &Replication) {
@@ -332,10 +377,7 @@ impl Look {
     }
 
     async fn try_ask(&mut self, questions: &[Question]) -> Result<Vec<Option<Bytes>>, nats::Error> {
-        let lane = match self.lane.take() {
-            Some(lane) => lane,
-            None => self.lane().await?,
-        };
+        let lane = self.taken().await?;
         let lane = self.lane.insert(lane);
         let mut waiting = BTreeMap::new();
         for (index, (subject, body)) in questions.iter().enumerate() {

@@ -119,7 +119,7 @@ mod tests {
     fn check(text: &str, others: &[&str], expect: Option<&[&str]>) {
         let replication = copy(text);
         let others: Vec<_> = others.iter().map(|text| known(text)).collect();
-        let flow = Flow::of(&replication, None);
+        let flow = Flow::of(&replication, None, &Default::default());
         let expect = expect.map(|ids| ids.iter().map(|text| copy(text).id).collect::<Vec<_>>());
         assert_eq!(find(&replication, ("", ""), &flow, &others), expect, "{text}");
     }
@@ -148,7 +148,7 @@ mod tests {
     fn places_are_told_by_server_name_and_on_one_server_by_login() {
         let one = copy("S@a S@b");
         let back = Known { source_server: "n2".to_owned(), target_server: "n1".to_owned(), ..known("S@x S@y") };
-        let flow = Flow::of(&one, None);
+        let flow = Flow::of(&one, None, &Default::default());
         let ring = |servers| find(&one, servers, &flow, std::slice::from_ref(&back)).is_some();
         assert!(ring(("n1", "n2")));
         assert!(!ring(("n1", "n3")));

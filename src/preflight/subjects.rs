@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::{
     config::{Mapping, Replication, patterns::intersection},
-    copy::subjects::InScope,
+    copy::subjects::{InScope, Origins},
     nats::jetstream::StreamInfo,
 };
 
@@ -40,8 +40,8 @@ pub(super) struct Flow {
 
 impl Flow {
     /// What a replication copies of a stream; of a stream that is not known everything is possible.
-    pub(super) fn of(replication: &Replication, source: Option<&StreamInfo>) -> Self {
-        let InScope { from, vague } = InScope::of(replication, source);
+    pub(super) fn of(replication: &Replication, source: Option<&StreamInfo>, origins: &Origins) -> Self {
+        let InScope { from, vague } = InScope::of(replication, source, origins);
         Self::through(from, &replication.mapping, vague)
     }
 
@@ -83,7 +83,7 @@ mod tests {
             let source: StreamInfo = serde_json::from_value(json!({"config": stream, "state": {}})).unwrap();
             let set = |list: &[&str]| list.iter().map(|subject| (*subject).to_owned()).collect();
             let expect = Flow { from: set(from), to: set(to), vague };
-            assert_eq!(Flow::of(&replication, Some(&source)), expect, "{document}");
+            assert_eq!(Flow::of(&replication, Some(&source), &Origins::default()), expect, "{document}");
         };
         let orders = json!({"subjects": ["orders.*", "returns"]});
         check(json!({}), orders.clone(), &["orders.*", "returns"], &["orders.*", "returns"], false);

@@ -18,7 +18,7 @@ const INTRODUCTION: &str = "\
 
 A replication is one JSON document: what to copy, from where, to where. It is given to the service by
 `stream-replicator config add FILE` or `nats req replicator.config.add`, see [requests](requests.md), and kept in the
-bucket `REPLICATOR_CONFIG` under its id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
+bucket `REPLICATOR_CONFIG` under its id: its `id`, else `STREAM`, or `STREAM.NAME` if it has a name that is not the site's.
 
 ```console
 $ stream-replicator config add orders.json

@@ -1,0 +1,71 @@
+//! What a target stream that this service created says about it, in its metadata. Pure.
+
+use serde_json::{Value, json};
+
+use crate::nats::jetstream::StreamInfo;
+
+/// Whose it is.
+const SITE: &str = "replicator.site";
+/// The replications that are copied into it, with commas between; one that was deleted stays.
+const REPLICATIONS: &str = "replicator.replications";
+
+/// Whether a service of this site created the stream.
+pub(crate) fn is_ours(stream: &StreamInfo, site: &str) -> bool {
+    is_ours_by(&stream.config, site)
+}
+
+/// The same, by the configuration of the stream.
+pub(crate) fn is_ours_by(config: &Value, site: &str) -> bool {
+    value(config, SITE) == site && !site.is_empty()
+}
+
+/// Whether a replication has joined the stream.
+pub(crate) fn names(stream: &StreamInfo, id: &str) -> bool {
+    value(&stream.config, REPLICATIONS).split(',').any(|known| known == id)
+}
+
+/// Says in the configuration of a stream that a replication of the site is copied into it.
+pub(crate) fn put(config: &mut Value, site: &str, id: &str) {
+    let known = value(config, REPLICATIONS).to_owned();
+    let joined = known.split(',').filter(|known| !known.is_empty() && *known != id).chain([id]);
+    let joined: Vec<&str> = joined.collect();
+    let joined = joined.join(",");
+    if !config["metadata"].is_object() {
+        config["metadata"] = json!({});
+    }
+    config["metadata"][SITE] = site.into();
+    config["metadata"][REPLICATIONS] = joined.into();
+}
+
+fn value<'a>(config: &'a Value, key: &str) -> &'a str {
+    config.get("metadata").and_then(|metadata| metadata.get(key)).and_then(Value::as_str).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stream(config: &Value) -> StreamInfo {
+        serde_json::from_value(json!({"config": config, "state": {}})).unwrap()
+    }
+
+    #[test]
+    fn a_stream_names_its_site_and_who_joined() {
+        let mut config = json!({"name": "T", "metadata": {"own": "kept"}});
+        assert!(!is_ours(&stream(&config), "EAST"));
+        put(&mut config, "EAST", "A");
+        put(&mut config, "EAST", "B.x");
+        put(&mut config, "EAST", "A");
+        let expect = json!({"own": "kept", "replicator.site": "EAST", "replicator.replications": "B.x,A"});
+        assert_eq!(config["metadata"], expect);
+        let stream = stream(&config);
+        assert!(is_ours(&stream, "EAST") && !is_ours(&stream, "WEST"));
+        assert!(names(&stream, "A") && names(&stream, "B.x") && !names(&stream, "B"));
+    }
+
+    #[test]
+    fn a_stream_without_metadata_is_nobodys() {
+        let config = json!({});
+        assert!(!is_ours(&stream(&config), "") && !names(&stream(&config), "A"));
+    }
+}
