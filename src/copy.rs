@@ -3,9 +3,11 @@
 //!
 //! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
 
+pub(crate) mod bridge;
 mod budget;
 pub(crate) mod dead_letter;
 mod decide;
+mod drops;
 pub(crate) mod duplicates;
 pub(crate) mod durable;
 mod gap;
@@ -26,6 +28,8 @@ mod sampler;
 pub(crate) mod sharing;
 pub(crate) mod subjects;
 pub(crate) mod target;
+pub(crate) mod target_limits;
+mod target_watch;
 mod throttle;
 mod transform;
 mod watchdog;

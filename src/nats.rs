@@ -3,6 +3,7 @@
 //! certain. Everything else uses async-nats.
 
 mod auth;
+mod bridge;
 mod choria;
 pub mod client;
 pub mod context;
@@ -16,6 +17,7 @@ mod rules;
 mod tls;
 mod websocket;
 
+pub use bridge::reaches;
 pub use error::{ApiError, Error, ErrorKind};
 pub use lane::{Batch, Dial, Lane, Message, ServerInfo, Stream, Turn};
 pub use rules::Rules;

@@ -13,7 +13,7 @@ use tokio::{
     time::{Duration, Instant},
 };
 
-use super::{Error, ErrorKind, gap::Gaps, resume::Resume, sharing::Intruders, window::Window};
+use super::{Error, ErrorKind, drops::Drops, gap::Gaps, resume::Resume, sharing::Intruders, window::Window};
 use crate::{
     chance,
     config::{Replication, Sharing},
@@ -45,6 +45,8 @@ pub struct Ledger {
     begun_at: Option<u64>,
     /// Jumps in the source's sequences that the run before could not explain in its time.
     pub(super) gaps: Gaps,
+    /// What the target holds of what was copied, as far as it can drop any of that.
+    pub(super) drops: Drops,
     /// Whether the chain of the run before broke.
     broken: bool,
     /// Foreign messages at a target that is to be exclusive.
@@ -78,6 +80,7 @@ impl Ledger {
             chain_breaks: VecDeque::new(),
             begun_at: None,
             gaps: Gaps::default(),
+            drops: Drops::default(),
             broken: false,
             intruders: Intruders::default(),
             window_told: false,

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{sharing, subjects, transform::Allowed};
+use super::{sharing, subjects, target_limits, transform::Allowed};
 use crate::{
     config::{DEFAULT_API_PREFIX, Replication, patterns},
     nats::{
@@ -15,10 +15,9 @@ use crate::{
 /// Source settings that a target takes over when we make it. Everything else (placement, mirrors, sources,
 /// republish, transforms) belongs to the stream it was written for. A target that we make always has limits retention:
 /// who would work it off, or be interested in it, nobody has said yet.
-const TAKEN_OVER: [&str; 9] = [
+const TAKEN_OVER: [&str; 8] = [
     "storage",
     "max_age",
-    "max_msg_size",
     "duplicate_window",
     "compression",
     "deny_delete",
@@ -26,13 +25,6 @@ const TAKEN_OVER: [&str; 9] = [
     "allow_rollup_hdrs",
     "allow_direct",
 ];
-
-/// The same for how much it keeps, where the source keeps so much too: how many messages may wait in a work queue says
-/// nothing about how many of a copy to keep, which nobody works off.
-const TAKEN_OVER_LIMITS: [&str; 5] =
-    ["max_msgs", "max_bytes", "max_msgs_per_subject", "discard", "discard_new_per_subject"];
-/// Of these, what would make a target forget messages, or refuse them, where several subjects become one.
-const PER_SUBJECT: [&str; 2] = ["max_msgs_per_subject", "discard_new_per_subject"];
 
 /// Source settings that an existing target is given where it lacks them, if it may be changed: whatever it holds stays.
 const SWITCHED_ON: [&str; 3] = ["allow_rollup_hdrs", "allow_msg_ttl", "allow_direct"];
@@ -160,8 +152,12 @@ async fn make(lane: &mut Lane, replication: &Replication, source: &StreamInfo) -
     let name = &replication.target.stream;
     let mut replicas = source.number("num_replicas").max(1);
     let mut maker = Maker::of(lane.info(), lane.api_prefix());
+    let mut reserved = None;
     loop {
-        let config = new_config(replication, source, maker, replicas)?;
+        let mut config = new_config(replication, source, maker, replicas)?;
+        if let Some(bytes) = reserved {
+            config["max_bytes"] = json!(bytes);
+        }
         match Api::new(lane).create_stream(name, &config).await {
             // What is said of a stream that was just made may lack the domain, by which its acks are known (2.12).
             Ok(made) => return Ok((Api::new(lane).stream_info(name).await?.unwrap_or(made), Opened::Made)),
@@ -171,6 +167,9 @@ async fn make(lane: &mut Lane, replication: &Replication, source: &StreamInfo) -
             }
             // The API refuses a field that its server does not know.
             Err(error) if maker.batches && error.is_api(INVALID_JSON) => maker.batches = false,
+            Err(error) if target_limits::smaller(&config, source, &error).is_some() => {
+                reserved = target_limits::smaller(&config, source, &error);
+            }
             Err(error) => return Err(refused(error, format!("cannot create target stream `{name}`"))),
         }
     }
@@ -319,13 +318,12 @@ pub(crate) fn new_config(
     let subjects = subjects::of_target(replication, source)?;
     let apart = subjects::stay_apart(replication, source);
     let mut config = Map::new();
-    let kept: &[&str] = if limits(source) { &TAKEN_OVER_LIMITS } else { &[] };
-    let taken_over = TAKEN_OVER.iter().chain(kept).filter(|name| apart || !PER_SUBJECT.contains(name));
-    for name in taken_over {
+    for name in TAKEN_OVER {
         if let Some(value) = source.config.get(name) {
-            config.insert((*name).to_owned(), value.clone());
+            config.insert(name.to_owned(), value.clone());
         }
     }
+    target_limits::take_over(&mut config, replication, source, apart);
     config.insert("name".into(), replication.target.stream.clone().into());
     config.insert("retention".into(), "limits".into());
     config.insert("subjects".into(), json!(subjects));

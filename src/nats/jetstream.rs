@@ -234,6 +234,16 @@ impl<'a> Api<'a> {
         }
     }
 
+    /// Names of the streams that listen on a subject, or on a part of a pattern; the first page of them.
+    pub async fn stream_names(&mut self, subject: &str) -> Result<Vec<String>, Error> {
+        #[derive(Deserialize)]
+        struct Names {
+            streams: Option<Vec<String>>,
+        }
+        let names: Names = self.call("STREAM.NAMES", &json!({ "subject": subject })).await?;
+        Ok(names.streams.unwrap_or_default())
+    }
+
     /// Creates a stream.
     pub async fn create_stream(&mut self, stream: &str, config: &Value) -> Result<StreamInfo, Error> {
         self.call(&format!("STREAM.CREATE.{stream}"), config).await
