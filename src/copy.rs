@@ -4,10 +4,12 @@
 //! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
 
 mod appetite;
+pub(crate) mod bridge;
 mod budget;
 mod consumers;
 pub(crate) mod dead_letter;
 mod decide;
+mod drops;
 pub(crate) mod duplicates;
 pub(crate) mod durable;
 mod gap;
@@ -33,6 +35,8 @@ pub(crate) mod sharing;
 mod stray;
 pub(crate) mod subjects;
 pub(crate) mod target;
+pub(crate) mod target_limits;
+mod target_watch;
 mod throttle;
 mod transform;
 mod watchdog;

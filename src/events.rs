@@ -160,6 +160,18 @@ pub enum Event {
         /// What was seen.
         reason: String,
     },
+    /// The target removed copies of messages that the source still has, by the limits of its stream. Reported once, until
+    /// the source has removed these messages, too.
+    TargetDropped {
+        /// First source sequence of these messages.
+        from: u64,
+        /// Last source sequence of these messages.
+        to: u64,
+        /// How many copies were removed so far.
+        messages: u64,
+        /// Limits of the target stream that can remove copies.
+        reason: String,
+    },
     /// Somebody else writes to the target.
     TargetShared {
         /// Target sequence of a message that is not ours, if one was found.
@@ -211,7 +223,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 20] = [
+    pub const KINDS: [&str; 21] = [
         "started",
         "stopped",
         "paused",
@@ -230,6 +242,7 @@ impl Event {
         "object-incomplete",
         "source-reset",
         "target-reset",
+        "target-dropped",
         "target-shared",
         "duplicate-window",
     ];
@@ -255,6 +268,7 @@ impl Event {
             Self::ObjectIncomplete { .. } => "object-incomplete",
             Self::SourceReset { .. } => "source-reset",
             Self::TargetReset { .. } => "target-reset",
+            Self::TargetDropped { .. } => "target-dropped",
             Self::TargetShared { .. } => "target-shared",
             Self::DuplicateWindow { .. } => "duplicate-window",
         }

@@ -85,6 +85,7 @@ const READINGS: &[Reading] = &[
     counter("skipped_refused_messages", "Messages skipped, by request or by on_reject, because the target can never store them", |r| Some(r.copy.counters.skipped_refused as f64)),
     counter("dead_lettered_messages", "Messages published to the dead letter subject", |r| Some(r.copy.counters.dead_lettered as f64)),
     counter("gap_messages", "Source messages that were gone before they were read", |r| Some(r.copy.counters.gap_messages as f64)),
+    counter("target_dropped_messages", "Copies that the target removed by its limits while the source still had the messages", |r| Some(r.copy.counters.target_dropped as f64)),
     counter("headers_removed", "Headers left out because the target does not allow them", |r| Some(r.copy.counters.headers_removed as f64)),
     gauge("epoch", "Grows with every new holder of the replication", |r| Some(r.epoch as f64)),
     gauge("source_connected", "1 while the source connection is up", |r| Some(f64::from(u8::from(r.copy.source.connected)))),

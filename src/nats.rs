@@ -4,6 +4,7 @@
 
 pub mod account;
 mod auth;
+mod bridge;
 mod choria;
 pub mod client;
 pub mod context;
@@ -18,6 +19,7 @@ mod tls;
 mod verdicts;
 mod websocket;
 
+pub use bridge::reaches;
 pub use error::{ApiError, Error, ErrorKind};
 pub use lane::{Batch, Dial, Lane, Message, ServerInfo, Stream, Turn};
 pub use rules::Rules;

@@ -22,7 +22,10 @@ use self::{
 };
 use crate::{
     config::{OnReject, Replication},
-    copy::target::{self, Extent, Maker, Update},
+    copy::{
+        bridge,
+        target::{self, Extent, Maker, Update},
+    },
     nats::{Rules, jetstream::StreamState},
     sampling,
 };
@@ -135,12 +138,13 @@ pub async fn run(rules: &Rules, site: &str, replication: &Replication, known: &[
         }
     };
     tokio::join!(at_target, at_source);
-    // Two domains may be one account: then a stream beside the source takes what is copied, too.
-    if let (Some(from), Some(to)) = (source.facts.stream.there(), target.facts.stream.there())
-        && let Some(domain) = to.domain.clone().filter(|domain| from.domain.as_ref() != Some(domain))
+    // Two domains may be one account: then a stream at the source takes what is copied, too.
+    if let (Some(from), Some(server), Some(_)) =
+        (source.facts.stream.there(), target.facts.connect.got(), target.facts.stream.got())
     {
-        let created = to.created.clone();
-        if source.is_bridged(&domain, &replication.target.stream, &created, until).await {
+        let api_prefix = target.facts.connection.as_ref().map_or("", |connection| connection.api_prefix.as_str());
+        let apart = !bridge::same_jetstream(from, server, api_prefix);
+        if apart && target.reaches(&mut source, until).await {
             source.facts.beside = source.ask_who_listens(flow.to.clone(), until).await;
         }
     }

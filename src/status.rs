@@ -345,6 +345,8 @@ pub struct Counters {
     pub dead_lettered: u64,
     /// Source messages that were gone before they were read.
     pub gap_messages: u64,
+    /// Copies that the target removed by its limits while the source still had the messages.
+    pub target_dropped: u64,
     /// Headers left out because the target does not allow them.
     pub headers_removed: u64,
     /// Messages that the target refused.

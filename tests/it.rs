@@ -135,6 +135,8 @@ mod wire_shared;
 mod wire_stalls;
 #[path = "it/wire_subjects.rs"]
 mod wire_subjects;
+#[path = "it/wire_target_limits.rs"]
+mod wire_target_limits;
 #[path = "it/wire_target_subjects.rs"]
 mod wire_target_subjects;
 #[path = "it/wire_target_update.rs"]

@@ -207,6 +207,10 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
     if !skipped.is_empty() {
         fields.push(("not copied", skipped.join(", ")));
     }
+    if counters.target_dropped > 0 {
+        let dropped = counted(counters.target_dropped, "message");
+        fields.push(("dropped", format!("{dropped} by the target while the source had them")));
+    }
     if let Some(sampling) = &copy.sampling {
         let (senders, waiting) = (count(sampling.senders), count(sampling.advisories_waiting));
         fields.push(("senders", format!("{senders}, advisories to be told: {waiting}")));

@@ -43,6 +43,15 @@ impl Mapping {
         room
     }
 
+    /// How many bytes longer than the source subject a target subject can be; `None` if that has no bound.
+    pub fn growth(&self) -> Option<u64> {
+        let prefix = if self.prefix.is_empty() { 0 } else { self.prefix.len() as u64 + 1 };
+        self.transforms
+            .iter()
+            .try_fold(0, |most, transform| Some(transform.growth()?.max(most)))
+            .map(|most| most + prefix)
+    }
+
     /// Patterns that hold all target subjects of the source subjects that these patterns hold. Where a text is removed
     /// that a wildcard stands for, they do not.
     pub fn patterns(&self, from: &BTreeSet<String>) -> BTreeSet<String> {

@@ -149,6 +149,28 @@ impl Transform {
         Some(image.join("."))
     }
 
+    /// How many bytes longer a subject can become; `None` if that has no bound: a token that is used twice, or cut into
+    /// many.
+    pub(crate) fn growth(&self) -> Option<u64> {
+        let mut used = Vec::new();
+        let mut bytes = 0;
+        for part in &self.dest {
+            // A dot comes before each.
+            bytes += 1 + match part {
+                Part::Text(text) => text.len() as u64,
+                Part::Partition { .. } => 10,
+                Part::Token(token) | Part::Keep { token, .. } | Part::SplitFrom { token, .. }
+                    if !used.contains(token) =>
+                {
+                    used.push(*token);
+                    1
+                }
+                _ => return None,
+            };
+        }
+        Some(bytes)
+    }
+
     /// Whether no two subjects become the same one.
     pub(crate) fn is_reversible(&self) -> bool {
         let kept = |index| self.dest.iter().any(|part| matches!(part, Part::Token(token) if *token == index));

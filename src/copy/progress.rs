@@ -13,7 +13,9 @@ use tokio::{
     time::{Duration, Instant},
 };
 
-use super::{Error, ErrorKind, appetite::Appetite, gap::Gaps, resume::Resume, sharing::Intruders, window::Window};
+use super::{
+    Error, ErrorKind, appetite::Appetite, drops::Drops, gap::Gaps, resume::Resume, sharing::Intruders, window::Window,
+};
 use crate::{
     chance,
     config::{Replication, Sharing},
@@ -45,6 +47,8 @@ pub struct Ledger {
     begun_at: Option<u64>,
     /// Jumps in the source's sequences that the run before could not explain in its time.
     pub(super) gaps: Gaps,
+    /// What the target holds of what was copied, as far as it can drop any of that.
+    pub(super) drops: Drops,
     /// Whether the chain of the run before broke.
     broken: bool,
     /// Foreign messages at a target that is to be exclusive.
@@ -82,6 +86,7 @@ impl Ledger {
             chain_breaks: VecDeque::new(),
             begun_at: None,
             gaps: Gaps::default(),
+            drops: Drops::default(),
             broken: false,
             intruders: Intruders::default(),
             window_told: false,

@@ -11,10 +11,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    Error, ErrorKind, Job,
+    Error, ErrorKind, Job, bridge,
     consumers::Names,
     dead_letter,
     decide::{Decision, Reason, Rules},
+    drops::{Dropped, Drops},
     duplicates::Look,
     durable::Durable,
     gap::Gaps,
@@ -32,6 +33,8 @@ use super::{
     sampler::Sampler,
     sharing,
     target::{self, Abilities, Opened, Opening},
+    target_limits,
+    target_watch::TargetWatch,
     throttle::{self, Throttle},
     watchdog::{Action, Consumer, Seen, Tell, Watchdog},
     window::{SourcePoint, Window},
@@ -47,7 +50,7 @@ use crate::{
         jetstream::{Api, ConsumerInfo, StreamInfo, answer_in, decode},
     },
     sampling::Fate,
-    status::{CopyStatus, Lag, LastError, Position, Row, State},
+    status::{CopyStatus, Lag, LastError, Position, Row, State, TargetMode},
     store::{SaveError, SourceMessage},
 };
 
@@ -136,6 +139,7 @@ pub(super) struct Run<'a> {
     renewal: Option<Renewal>,
     probe: Probe,
     probe_request: Option<String>,
+    watch: TargetWatch,
     copy: CopyStatus,
     /// What is reported: as it was before, where that was an error, until this run has copied.
     state: State,
@@ -182,6 +186,9 @@ impl<'a> Run<'a> {
         })?;
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
             dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
+        }
+        if ledger.record().source.is_none() {
+            bridge::check(job, &mut source, &mut target, &source_info).await?;
         }
         let opened = Opening::new(job, &mut source, &mut target, &source_info, None).open().await;
         let (target_info, opened) = opened.map_err(|e| e.context("target"))?;
@@ -263,6 +270,7 @@ impl<'a> Run<'a> {
         copy.target.connected = true;
         copy.transport = abilities.transport;
         copy.target_mode = abilities.mode;
+        let drops = begin_drops(ledger, &replication, (&source_info, &target_info), &abilities, &resume);
         let gate = Gate::of(&replication.source.stream, &replication.target.stream);
         let throttle = Throttle::new(&replication.limits, now);
         copy.ordering = writer.ordering();
@@ -273,7 +281,7 @@ impl<'a> Run<'a> {
             events,
             plain: is_plain(&replication, &source_info),
             told_first: source_info.state.first_seq,
-            rules: Rules { scope: replication.scope.clone(), max_age: replication.max_age, tag },
+            rules: Rules { scope: replication.scope.clone(), max_age: replication.max_age, tag: tag.clone() },
             replication,
             source,
             target,
@@ -303,6 +311,7 @@ impl<'a> Run<'a> {
             renewal: None,
             probe: Probe::new(target_info.cluster.clone().unwrap_or_default().leader),
             probe_request: None,
+            watch: TargetWatch::new(drops, tag.clone()),
             copy,
             began: now,
             next_tick: now,
@@ -400,6 +409,7 @@ impl<'a> Run<'a> {
     pub async fn copy(mut self, ledger: &mut Ledger, stop: CancellationToken) -> Result<Ended, Error> {
         let result = self.copy_loop(ledger, &stop).await;
         ledger.gaps = std::mem::take(&mut self.gaps);
+        ledger.drops = std::mem::take(&mut self.watch.drops);
         self.settle();
         self.tell_rejected(true);
         self.tell();
@@ -738,6 +748,9 @@ impl<'a> Run<'a> {
         for message in batch.iter() {
             if message.sid == Lane::REQUEST_SID {
                 self.target_says(&message)?;
+                let (position, in_flight) = (self.window.position().seq, !self.window.is_empty());
+                let stream = &self.replication.target.stream;
+                self.watch.accept(&mut self.target, stream, &message, position, in_flight);
             }
             self.writer.accept(&message, &mut self.window, now)?;
         }
@@ -923,6 +936,11 @@ impl<'a> Run<'a> {
         }
         self.retention = Retention::of(&info);
         self.looks.add(Instant::now(), info.state.clone());
+        let now_ms = chance::now().timestamp_millis();
+        if let Some(Dropped { messages, event }) = self.watch.source_has(&info, self.asked_info, now_ms) {
+            self.copy.counters.target_dropped += messages;
+            event.into_iter().for_each(|event| self.found(event));
+        }
         self.source_info.state = info.state;
     }
 
@@ -985,7 +1003,10 @@ impl<'a> Run<'a> {
             self.asked_info = now;
             let subject = format!("{}.STREAM.INFO.{}", self.source.api_prefix(), self.replication.source.stream);
             self.info_request = Some(self.source.send_request(&subject, b""));
+            let settled = self.all_settled().then(|| self.window.position().seq);
+            self.watch.ask(&mut self.target, &self.replication.target.stream, settled);
         }
+        self.watch.ask_first(&mut self.target, &self.replication.target.stream, None);
         self.rejects.check(now)?;
         let action = self.watchdog.look(now, &self.seen());
         action.map_or(Ok(()), |action| self.act(action))?;
@@ -1110,6 +1131,25 @@ impl<'a> Run<'a> {
 /// before the run, or those that an older holder sent while it began.
 fn target_limit(already: &Already, writer: &Writer) -> u64 {
     if already.is_empty() { writer.adds_up_to() } else { 0 }
+}
+
+/// What the target holds of what was copied, compared with what the run before knew.
+fn begin_drops(
+    ledger: &mut Ledger,
+    replication: &Replication,
+    (source, target): (&StreamInfo, &StreamInfo),
+    abilities: &Abilities,
+    resume: &Resume,
+) -> Drops {
+    let whole = replication.scope.is_whole() && replication.sampling.is_none() && replication.max_age.is_none();
+    let whole = whole && abilities.mode == TargetMode::Exclusive;
+    let mut drops = std::mem::take(&mut ledger.drops);
+    let position = resume.position.seq;
+    drops.begin(target, target_limits::that_drop(replication, source, target, whole), position);
+    if target.state.messages == 0 {
+        drops.lacks(&source.state, position);
+    }
+    drops
 }
 
 fn witnesses<'w>(

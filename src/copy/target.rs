@@ -6,6 +6,7 @@ use tokio::time::{Duration, sleep};
 use super::{
     Job, join, learn, mark, sharing,
     subjects::{self, Learned},
+    target_limits,
     transform::Allowed,
 };
 use crate::{
@@ -22,10 +23,9 @@ use crate::{
 /// Source settings that a target takes over when we make it. Everything else (placement, mirrors, sources,
 /// republish, transforms) belongs to the stream it was written for. A target that we make always has limits retention:
 /// who would work it off, or be interested in it, nobody has said yet.
-const TAKEN_OVER: [&str; 9] = [
+const TAKEN_OVER: [&str; 8] = [
     "storage",
     "max_age",
-    "max_msg_size",
     "duplicate_window",
     "compression",
     "deny_delete",
@@ -33,13 +33,6 @@ const TAKEN_OVER: [&str; 9] = [
     "allow_rollup_hdrs",
     "allow_direct",
 ];
-
-/// The same for how much it keeps, where the source keeps so much too: how many messages may wait in a work queue says
-/// nothing about how many of a copy to keep, which nobody works off.
-const TAKEN_OVER_LIMITS: [&str; 5] =
-    ["max_msgs", "max_bytes", "max_msgs_per_subject", "discard", "discard_new_per_subject"];
-/// Of these, what would make a target forget messages, or refuse them, where several subjects become one.
-const PER_SUBJECT: [&str; 2] = ["max_msgs_per_subject", "discard_new_per_subject"];
 
 /// Source settings that an existing target is given where it lacks them, if it may be changed: whatever it holds stays.
 const SWITCHED_ON: [&str; 3] = ["allow_rollup_hdrs", "allow_msg_ttl", "allow_direct"];
@@ -248,9 +241,12 @@ impl<'a> Opening<'a> {
         let name = &replication.target.stream;
         let mut replicas = self.source.number("num_replicas").max(1);
         let mut maker = Maker::of(self.to.info(), self.to.api_prefix());
-        let mut bounded = false;
+        let (mut bounded, mut reserved) = (false, None);
         loop {
             let mut config = new_config(replication, self.source, &learned, maker, replicas)?;
+            if let Some(bytes) = reserved {
+                config["max_bytes"] = json!(bytes);
+            }
             if bounded {
                 bound(&mut config, self.source.number("max_bytes"));
             }
@@ -263,11 +259,19 @@ impl<'a> Opening<'a> {
                     replicas = if replicas > 3 { 3 } else { 1 };
                 }
                 // The account requires a bound, and that of the source tells how much there may be.
-                Err(error) if !bounded && error.is_api(MAX_BYTES_REQUIRED) && self.source.number("max_bytes") > 0 => {
+                Err(error)
+                    if !bounded
+                        && reserved.is_none()
+                        && error.is_api(MAX_BYTES_REQUIRED)
+                        && self.source.number("max_bytes") > 0 =>
+                {
                     bounded = true;
                 }
                 // The API refuses a field that its server does not know.
                 Err(error) if maker.batches && error.is_api(INVALID_JSON) => maker.batches = false,
+                Err(error) if target_limits::smaller(&config, self.source, &error).is_some() => {
+                    reserved = target_limits::smaller(&config, self.source, &error);
+                }
                 Err(error) => {
                     let subjects = subjects_of(&config);
                     let doing = format!("cannot create target stream `{name}` with subjects {}", quoted(&subjects));
@@ -498,13 +502,12 @@ pub(crate) fn new_config(
     let subjects = subjects::of_target(replication, source, learned)?;
     let apart = subjects::stay_apart(replication, source);
     let mut config = Map::new();
-    let kept: &[&str] = if limits(source) { &TAKEN_OVER_LIMITS } else { &[] };
-    let taken_over = TAKEN_OVER.iter().chain(kept).filter(|name| apart || !PER_SUBJECT.contains(name));
-    for name in taken_over {
+    for name in TAKEN_OVER {
         if let Some(value) = source.config.get(name) {
-            config.insert((*name).to_owned(), value.clone());
+            config.insert(name.to_owned(), value.clone());
         }
     }
+    target_limits::take_over(&mut config, replication, source, apart);
     config.insert("name".into(), replication.target.stream.clone().into());
     config.insert("retention".into(), "limits".into());
     config.insert("subjects".into(), json!(subjects));

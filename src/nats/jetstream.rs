@@ -248,12 +248,7 @@ impl<'a> Api<'a> {
         }
     }
 
-    /// Creates a stream.
-    pub async fn create_stream(&mut self, stream: &str, config: &Value) -> Result<StreamInfo, Error> {
-        self.call(&format!("STREAM.CREATE.{stream}"), config).await
-    }
-
-    /// Asks which streams listen on subjects that a pattern holds.
+    /// Names of the streams that listen on a subject, or on a part of a pattern; the first page of them.
     pub async fn stream_names(&mut self, subject: &str) -> Result<Vec<String>, Error> {
         #[derive(Deserialize)]
         struct Names {
@@ -261,6 +256,11 @@ impl<'a> Api<'a> {
         }
         let names: Names = self.call("STREAM.NAMES", &json!({ "subject": subject })).await?;
         Ok(names.streams.unwrap_or_default())
+    }
+
+    /// Creates a stream.
+    pub async fn create_stream(&mut self, stream: &str, config: &Value) -> Result<StreamInfo, Error> {
+        self.call(&format!("STREAM.CREATE.{stream}"), config).await
     }
 
     /// Gives a stream another configuration, the whole of it.

@@ -77,6 +77,8 @@ pub struct ServerInfo {
     pub max_payload: usize,
     /// Whether it takes headers.
     pub headers: bool,
+    /// Its JetStream domain, if it has one.
+    pub domain: Option<String>,
     tls_required: bool,
     tls_available: bool,
     nonce: Option<String>,
@@ -394,6 +396,11 @@ impl Lane {
     /// Bytes of commands that it has not taken yet.
     pub fn unwritten(&self) -> usize {
         self.output.len()
+    }
+
+    /// A subject of this lane's inbox: what is published to it is received with sid [`Lane::REQUEST_SID`].
+    pub fn inbox_subject(&self, token: &str) -> String {
+        format!("{}.r.{token}", self.inbox)
     }
 
     /// Where commands are put; [`Lane::turn`] writes them.

@@ -18,6 +18,7 @@ use crate::{
         sharing,
         subjects::{self, Learned},
         target::{self, Abilities, Update},
+        target_limits,
     },
     nats::{
         Error,
@@ -235,14 +236,14 @@ impl Pair<'_> {
             (Some(source), Some(stream)) => {
                 self.judge_subjects(stream, &mut findings);
                 self.judge_sizes(source, stream, &mut findings);
-                findings.add_any("limits", facts.path, self.target_limits(source));
+                self.judge_limits(source, stream, &mut findings);
                 let abilities = target::abilities_of(self.replication, source, stream);
                 findings.add_any("target_mode", "/target_mode", self.sharing(stream, known));
                 findings.add_any("headers", "/target_stream", self.headers(source, stream, &abilities));
                 findings.add_any("duplicates", "/target_stream", remembered(stream, &abilities));
             }
             _ => {
-                for name in ["subjects", "max_payload", "target_mode", "headers", "duplicates"] {
+                for name in ["subjects", "max_payload", "limits", "target_mode", "headers", "duplicates"] {
                     findings.unknown(name);
                 }
             }
@@ -544,20 +545,45 @@ impl Pair<'_> {
         let bytes = |limit: i64| usize::try_from(limit).ok().filter(|limit| *limit > 0);
         let largest =
             bytes(source.number("max_msg_size")).map_or(from.max_payload, |limit| limit.min(from.max_payload));
+        // Where the source has no limit, few messages are as large as its server allows.
+        let copy = match bytes(source.number("max_msg_size")) {
+            Some(_) => target_limits::largest_copy(self.replication, largest),
+            None => largest,
+        };
         let (path, what, limit) = match bytes(stream.number("max_msg_size")) {
             Some(limit) if limit < to.max_payload => ("/target_stream", "`max_msg_size` of the stream", limit),
             _ => (self.target.path, "`max_payload` of the server", to.max_payload),
         };
-        let said = (limit < largest).then(|| {
-            let larger = match &self.replication.on_reject {
-                OnReject::Hold => "the copy stops at one that is larger".to_owned(),
-                OnReject::Skip => "one that is larger is left out".to_owned(),
-                OnReject::DeadLetter { subject } => format!("one that is larger goes to `{subject}`"),
-            };
-            let text = format!("{what} is {limit} bytes and the source has messages of up to {largest}: {larger}");
+        let said = (limit < copy).then(|| {
+            let larger = target_limits::fate_of_too_large(&self.replication.on_reject);
+            let added = if copy > largest { format!(" (copies up to {copy})") } else { String::new() };
+            let text =
+                format!("{what} is {limit} bytes and the source has messages of up to {largest}{added}: {larger}");
             (Outcome::Warning, text)
         });
         findings.add_any("max_payload", path, said);
+    }
+
+    /// What the account has no room for, and what the stream keeps less of than the source.
+    fn judge_limits(&self, source: &StreamInfo, stream: &StreamInfo, findings: &mut Findings) {
+        match (self.target_limits(source), self.kept(source, stream)) {
+            (Some((outcome, room)), kept) => {
+                let texts = [Some(room), kept.map(|(_, kept)| kept)];
+                let text = texts.into_iter().flatten().collect::<Vec<_>>().join("; ");
+                findings.add("limits", outcome, self.target.path, &text);
+            }
+            (None, kept) => findings.add_any("limits", "/target_stream", kept),
+        }
+    }
+
+    /// Limits of a target that is there already, which remove or refuse copies while the source keeps the messages.
+    fn kept(&self, source: &StreamInfo, stream: &StreamInfo) -> Said {
+        self.target.stream.there()?;
+        let found = target_limits::too_small(self.replication, source, stream);
+        (!found.is_empty()).then(|| {
+            let name = &self.replication.target.stream;
+            (Outcome::Warning, format!("target stream `{name}` keeps less than the source: {}", found.join("; ")))
+        })
     }
 
     /// Whether the target can be what `target_mode` says.

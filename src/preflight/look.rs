@@ -11,6 +11,7 @@ use super::{permissions::Permissions, subjects::Share};
 use crate::{
     config::{Connection, Place, Replication, Side},
     copy::{
+        bridge,
         durable::{Durable, Way},
         learn,
         subjects::{Learned, Origins},
@@ -351,16 +352,12 @@ impl Look {
         }
     }
 
-    /// Whether a stream of another JetStream domain can be asked for here, which it only can within one account.
-    pub(super) async fn is_bridged(&mut self, domain: &str, stream: &str, created: &str, until: Instant) -> bool {
-        self.until = until;
-        let subject = format!("$JS.{domain}.API.STREAM.INFO.{stream}");
-        let answer = self.ask(&[(subject, Some(String::new()))]).await;
-        let info = match answer.as_deref() {
-            Ok([Some(body)]) => decode::<StreamInfo>(body).ok(),
-            _ => None,
-        };
-        info.is_some_and(|info| info.created == created)
+    /// Whether what is published here reaches the other side: then both are one account, over leafnodes or gateways. The
+    /// last question to this side, because it may need a permission that is missing.
+    pub(super) async fn reaches(&mut self, other: &mut Self, until: Instant) -> bool {
+        let within = bridge::REACHES_WITHIN.min(until.saturating_duration_since(Instant::now()));
+        let (Some(mut from), Some(to)) = (self.lane.take(), other.lane.as_mut()) else { return false };
+        nats::reaches(&mut from, to, within).await.unwrap_or(false)
     }
 
     /// Asks everything at once and waits for all answers; `None` where nobody is there to answer. A permission that

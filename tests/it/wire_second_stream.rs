@@ -158,3 +158,93 @@ async fn a_second_stream_at_the_source_is_told_before_anything_runs() -> Result<
     assert_eq!((&reply["valid"], &reply["warnings"]), (&json!(true), &json!([])), "{reply:#}");
     Ok(())
 }
+
+/// A copy from one side of a leafnode connection to the other, into a target that does not exist: found by `validate`
+/// and by the run, and nothing is stored or created. With other subjects it is copied.
+async fn check_both_ways(from_hub: bool, hub_domain: Option<&str>) -> Result<()> {
+    let port = free_port()?;
+    let listen = format!("leafnodes {{ host: \"127.0.0.1\", port: {port} }}");
+    let hub = Server::builder(if from_hub { Role::Source } else { Role::Target }).config(&listen);
+    let hub = hub_domain.into_iter().fold(hub, |hub, domain| hub.domain(domain)).start().await?;
+    let remote = format!("leafnodes {{ remotes: [{{ url: \"nats://127.0.0.1:{port}\" }}] }}");
+    let leaf = Server::builder(if from_hub { Role::Target } else { Role::Source }).config(&remote);
+    let leaf = leaf.domain("leaf").start().await?;
+    let (source, target) = if from_hub { (hub, leaf) } else { (leaf, hub) };
+    let site = Site::builder().on(source, target).control(Server::start(Role::Control).await?).start().await?;
+    let mut raw = site.source_stream("A", json!({})).await?;
+    // Another stream on the same account, on subjects that only a prefix leads to.
+    site.source_stream("THIRD", json!({"subjects": ["third.a.>"]})).await?;
+    raw.publish_all((1..=100).map(|i| Outgoing::new(format!("a.{}", i % 3), i.to_string()))).await?;
+    let mut target = site.target().await?;
+    wait_for("the leafnode connection", LIMIT, async || target.request("a.probe", b"").await.is_ok()).await?;
+    let before = raw.stream_state("A").await?["last_seq"].clone();
+
+    for (fields, stream, subject) in [
+        (json!({"name": "same"}), "A", "a.>"),
+        (json!({"name": "third", "target_stream": "B", "target_subject_prefix": "third"}), "THIRD", "third.a.>"),
+    ] {
+        let id = format!("A.{}", fields["name"].as_str().unwrap_or_default());
+        let reply =
+            request(&site.client, "replicator.config.validate", site.document_with("A", fields.clone())).await?;
+        let warning = reply["warnings"][0]["message"].as_str().unwrap_or_default();
+        let says = format!("stream `{stream}` beside the source listens on `{subject}` too");
+        ensure!(warning.contains(&says) && warning.contains("target_subject_prefix"), "{reply:#}");
+        site.add("A", fields).await?;
+        let row = site.row_when(&id, "is held", |row| row["state"] == "held").await?;
+        let message = row["last_error"]["message"].as_str().unwrap_or_default();
+        let says = format!("stream `{stream}` at the source listens on `{subject}` too");
+        ensure!(message.contains(&says) && message.contains("target_subject_prefix"), "{row}");
+    }
+    assert_eq!(raw.stream_state("A").await?["last_seq"], before, "nothing more is stored at the source");
+    assert_eq!(raw.stream_state("THIRD").await?["messages"], 0);
+    for stream in ["A", "B"] {
+        ensure!(target.stream_state(stream).await.is_err(), "target stream `{stream}` was created");
+    }
+    let apart = json!({"name": "apart", "target_stream": "C", "target_subject_prefix": "to"});
+    let reply = request(&site.client, "replicator.config.validate", site.document_with("A", apart.clone())).await?;
+    assert_eq!((&reply["valid"], &reply["warnings"]), (&json!(true), &json!([])), "{reply:#}");
+    site.add("A", apart).await?;
+    site.settled("A.apart", before.as_u64().context("a sequence")?).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_target_that_would_be_fed_back_is_not_created() -> Result<()> {
+    for (from_hub, hub_domain) in [(true, None), (true, Some("hub")), (false, None), (false, Some("hub"))] {
+        check_both_ways(from_hub, hub_domain).await.with_context(|| format!("from hub: {from_hub}, {hub_domain:?}"))?;
+    }
+    Ok(())
+}
+
+/// Domains differ, subjects are the same, and no account is shared: the ordinary case.
+#[tokio::test]
+async fn two_accounts_with_the_same_subjects_are_no_second_stream() -> Result<()> {
+    let source = Server::builder(Role::Source).domain("one").start().await?;
+    let target = Server::builder(Role::Target).domain("two").start().await?;
+    let site = Site::builder().on(source, target).control(Server::start(Role::Control).await?).start().await?;
+    site.filled("A", 20).await?;
+    let reply = request(&site.client, "replicator.config.validate", site.document("A")).await?;
+    assert_eq!((&reply["valid"], &reply["warnings"]), (&json!(true), &json!([])), "{reply:#}");
+    site.add("A", json!({})).await?;
+    site.settled("A", 20).await?;
+    Ok(())
+}
+
+/// The leafnode connection does not pass the subjects of the copies: both sides are one account, and no copy comes back.
+#[tokio::test]
+async fn subjects_that_a_leafnode_does_not_pass_are_copied() -> Result<()> {
+    let port = free_port()?;
+    let listen = format!("leafnodes {{ host: \"127.0.0.1\", port: {port} }}");
+    let hub = Server::builder(Role::Source).domain("hub").config(&listen).start().await?;
+    let denied = r#"deny_imports: ["a.>"], deny_exports: ["a.>"]"#;
+    let remote = format!("leafnodes {{ remotes: [{{ url: \"nats://127.0.0.1:{port}\", {denied} }}] }}");
+    let leaf = Server::builder(Role::Target).domain("leaf").config(&remote).start().await?;
+    let site = Site::builder().on(hub, leaf).control(Server::start(Role::Control).await?).start().await?;
+    site.filled("A", 20).await?;
+    let mut target = site.target().await?;
+    wait_for("the leafnode connection", LIMIT, async || target.request("$JS.hub.API.INFO", b"").await.is_ok()).await?;
+    site.add("A", json!({})).await?;
+    site.settled("A", 20).await?;
+    assert_eq!(site.source().await?.stream_state("A").await?["messages"], 20);
+    Ok(())
+}
