@@ -2,21 +2,17 @@
 
 use serde_json::{Value, json};
 
-use crate::nats::jetstream::StreamInfo;
+use crate::{config::Former, nats::jetstream::StreamInfo};
 
 /// Whose it is.
 const SITE: &str = "replicator.site";
 /// The replications that are copied into it, with commas between; one that was deleted stays.
 const REPLICATIONS: &str = "replicator.replications";
 
-/// Whether a service of this site created the stream.
-pub(crate) fn is_ours(stream: &StreamInfo, site: &str) -> bool {
-    is_ours_by(&stream.config, site)
-}
-
-/// The same, by the configuration of the stream.
-pub(crate) fn is_ours_by(config: &Value, site: &str) -> bool {
-    value(config, SITE) == site && !site.is_empty()
+/// Whether a service of this site, under this name or a former one, created the stream with this configuration.
+pub(crate) fn is_ours(config: &Value, site: &str, former: &[Former]) -> bool {
+    let name = value(config, SITE);
+    !name.is_empty() && (name == site || former.iter().any(|former| former.site == name))
 }
 
 /// Whether a replication has joined the stream.
@@ -52,20 +48,22 @@ mod tests {
     #[test]
     fn a_stream_names_its_site_and_who_joined() {
         let mut config = json!({"name": "T", "metadata": {"own": "kept"}});
-        assert!(!is_ours(&stream(&config), "EAST"));
+        assert!(!is_ours(&config, "EAST", &[]));
         put(&mut config, "EAST", "A");
         put(&mut config, "EAST", "B.x");
         put(&mut config, "EAST", "A");
         let expect = json!({"own": "kept", "replicator.site": "EAST", "replicator.replications": "B.x,A"});
         assert_eq!(config["metadata"], expect);
         let stream = stream(&config);
-        assert!(is_ours(&stream, "EAST") && !is_ours(&stream, "WEST"));
+        assert!(is_ours(&config, "EAST", &[]) && !is_ours(&config, "WEST", &[]));
+        let former = Former { site: "EAST".to_owned(), name: "EAST".to_owned() };
+        assert!(is_ours(&config, "WEST", &[former]));
         assert!(names(&stream, "A") && names(&stream, "B.x") && !names(&stream, "B"));
     }
 
     #[test]
     fn a_stream_without_metadata_is_nobodys() {
         let config = json!({});
-        assert!(!is_ours(&stream(&config), "") && !names(&stream(&config), "A"));
+        assert!(!is_ours(&config, "", &[]) && !names(&stream(&config), "A"));
     }
 }

@@ -287,7 +287,7 @@ impl<'a> Opening<'a> {
         let name = &replication.target.stream;
         let Update { config, what, subjects } = update;
         let mut config = config.clone();
-        if mark::is_ours_by(&config, site) {
+        if mark::is_ours(&config, site, &replication.former) {
             mark::put(&mut config, site, &replication.id);
         }
         match Api::new(self.to).update_stream(name, &config).await {
@@ -369,7 +369,7 @@ impl Extent {
     /// `None` for a stream that is neither ours nor may be changed by the document.
     pub(crate) fn of(replication: &Replication, target: &StreamInfo, site: &str) -> Option<Self> {
         let joins = !mark::names(target, &replication.id);
-        match (replication.update_target, mark::is_ours(target, site)) {
+        match (replication.update_target, mark::is_ours(&target.config, site, &replication.former)) {
             (_, true) if joins => Some(Self::Join),
             (true, _) => Some(Self::Everything),
             (false, true) => Some(Self::Subjects),
