@@ -4,6 +4,7 @@
 //! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
 
 mod budget;
+pub(crate) mod clock;
 pub(crate) mod dead_letter;
 mod decide;
 pub(crate) mod duplicates;

@@ -112,7 +112,7 @@ pub struct CopyStatus {
 }
 
 /// Source side of a row.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct SourceStatus {
     /// Stream name.
@@ -125,6 +125,9 @@ pub struct SourceStatus {
     pub first_seq: u64,
     /// Last sequence of the stream when last heard.
     pub last_seq: u64,
+    /// How far the clock of the server that leads the stream is ahead of the clock of the instance's host, seconds, when
+    /// last asked; below 0 it is behind. Ages are measured by the server's clock. `null` where it is not known.
+    pub clock_offset_seconds: Option<f64>,
 }
 
 /// Target side of a row.

@@ -81,6 +81,8 @@ mod schemas;
 mod secrets;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
+#[path = "it/wire_clock.rs"]
+mod wire_clock;
 #[path = "it/wire_clusters.rs"]
 mod wire_clusters;
 #[path = "it/wire_connections.rs"]

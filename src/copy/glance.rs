@@ -5,6 +5,7 @@ use tokio::time::{Duration, Instant, timeout};
 
 use super::{
     Budget, Error, ErrorKind,
+    clock::{Heard, SourceClock},
     headroom::{Looks, Oldest, Outlook, Retention},
     reader::{Range, Reader},
 };
@@ -30,6 +31,8 @@ pub struct Glance {
     pub outlook: Outlook,
     /// How long the source keeps a message that comes now, seconds, as it looks; `None` where nothing removes it.
     pub kept: Option<f64>,
+    /// How far the source server's clock is ahead of ours, seconds; `None` where the server does not report its time.
+    pub clock_offset: Option<f64>,
 }
 
 /// Asks the source what lies behind a position. `looks` remembers what was seen before.
@@ -42,8 +45,12 @@ pub async fn glance(
     let name = format!("{} {}", names::PROGRAM, replication.id);
     let mut lane = dial.dial(&replication.source.place, &name).await?;
     let stream = &replication.source.stream;
+    let sent = Instant::now();
     let info = Api::new(&mut lane).stream_info(stream).await?;
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
+    let (received, local) = (Instant::now(), chance::now());
+    let clock = SourceClock::new(&Heard { sent, received, server: info.ts, local });
+    let clock_offset = clock.offset(received, local);
     let retention = Retention::of(&info);
     looks.add(Instant::now(), info.state);
     let kept = looks.kept(&retention);
@@ -55,12 +62,12 @@ pub async fn glance(
     let _ = timeout(FIRST, lane.turn()).await;
     let first = first.map_err(|_| Error::new(ErrorKind::Retry, format!("nothing came for {FIRST:?}")))??;
     let Some((seq, time_ns)) = first else {
-        return Ok(Glance { lag: Lag::default(), outlook: Outlook::Safe, kept });
+        return Ok(Glance { lag: Lag::default(), outlook: Outlook::Safe, kept, clock_offset });
     };
-    let now_ns = chance::now().timestamp_nanos_opt().unwrap_or_default();
+    let now_ns = clock.now_ns(Instant::now());
     let age = Duration::from_nanos(now_ns.saturating_sub(time_ns).max(0) as u64);
     let outlook = looks.outlook(&retention, &Oldest { seq, age: Some(age) });
-    Ok(Glance { lag: Lag { messages, seconds: age.as_secs_f64() }, outlook, kept })
+    Ok(Glance { lag: Lag { messages, seconds: age.as_secs_f64() }, outlook, kept, clock_offset })
 }
 
 /// Sequence and stored time of the first message, if there is one.

@@ -13,9 +13,8 @@ use tokio::{
     time::{Duration, Instant},
 };
 
-use super::{Error, ErrorKind, gap::Gaps, resume::Resume, sharing::Intruders, window::Window};
+use super::{Error, ErrorKind, clock::Alarm, gap::Gaps, resume::Resume, sharing::Intruders, window::Window};
 use crate::{
-    chance,
     config::{Replication, Sharing},
     events::{Event, Events},
     status::{Row, TargetMode},
@@ -51,6 +50,8 @@ pub struct Ledger {
     pub(super) intruders: Intruders,
     /// Whether a duplicate window that is too short was told.
     pub(super) window_told: bool,
+    /// Whether a difference between the source's clock and ours was reported.
+    pub(super) clock: Alarm,
     /// Source sequence in the record as last saved.
     saved: watch::Sender<u64>,
 }
@@ -81,6 +82,7 @@ impl Ledger {
             broken: false,
             intruders: Intruders::default(),
             window_told: false,
+            clock: Alarm::default(),
             saved,
         }
     }
@@ -294,6 +296,8 @@ fn saved_seq(record: &PositionRecord) -> u64 {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Witnesses<'a> {
     pub window: &'a Window,
+    /// The source server's time.
+    pub now: DateTime<Utc>,
     pub mode: TargetMode,
     pub source_created: &'a str,
     pub target_created: &'a str,
@@ -327,7 +331,7 @@ impl Witnesses<'_> {
                 source_seq: target.source_seq,
                 created: self.target_created.to_owned(),
             }),
-            saved_at: Some(chance::now().trunc_subsecs(3)),
+            saved_at: Some(self.now.trunc_subsecs(3)),
             target_mode: self.mode,
             sampled: self.sampled.map(|sampled| sampled.written_to),
             unseen_from: self.sampled.and_then(|sampled| sampled.unseen_from),

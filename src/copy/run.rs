@@ -10,7 +10,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    Error, ErrorKind, Job, dead_letter,
+    Error, ErrorKind, Job,
+    clock::{Heard, SourceClock, shown},
+    dead_letter,
     decide::{Decision, Reason, Rules},
     duplicates::Look,
     durable::Durable,
@@ -82,6 +84,8 @@ pub(super) struct Run<'a> {
     source: Lane,
     target: Lane,
     source_info: StreamInfo,
+    /// The time of the source server: ages are by it.
+    clock: SourceClock,
     target_created: String,
     abilities: Abilities,
     rules: Rules,
@@ -146,11 +150,14 @@ impl<'a> Run<'a> {
             async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
             async { job.dial.dial(&replication.target.place, &name).await.map_err(|e| e.context("target")) },
         )?;
+        let sent = Instant::now();
         let source_info = Api::new(&mut source).stream_info(&replication.source.stream).await;
         let source_info = source_info.map_err(|e| e.context("source"))?;
+        let received = Instant::now();
         let source_info = source_info.ok_or_else(|| {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
         })?;
+        let mut clock = SourceClock::new(&heard(sent, received, &source_info));
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
             dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
         }
@@ -166,7 +173,11 @@ impl<'a> Run<'a> {
             }
         }
         // Again: what an older holder copied meanwhile is no proof that the source lost its end.
+        let sent = Instant::now();
         let again = Api::new(&mut source).stream_info(&replication.source.stream).await?;
+        if let Some(again) = &again {
+            clock.hear(&heard(sent, Instant::now(), again));
+        }
         let source_info = again.unwrap_or(source_info);
         let mut abilities = target::abilities(&replication, &source_info, &target_info)?;
         if ledger.record().moved_back {
@@ -183,6 +194,7 @@ impl<'a> Run<'a> {
             source_lane: &mut source,
             target_lane: &mut target,
             source: &source_info,
+            clock,
             target: &target_info,
             durable: durable.as_ref(),
             chain_broke_behind: ledger.chain_broke_behind(),
@@ -242,6 +254,7 @@ impl<'a> Run<'a> {
             source,
             target,
             source_info,
+            clock,
             target_created: target_info.created.clone(),
             abilities,
             reader,
@@ -279,7 +292,8 @@ impl<'a> Run<'a> {
             // Told now, and saved before anything is sent: where few messages of a subject are kept, what is copied again
             // replaces what would tell the next start that the saved place is not what it was.
             let sampled = run.sampler.as_ref().map(Sampler::sampled);
-            let witnesses = witnesses(&run.window, &run.abilities, &run.source_info, &run.target_created, sampled);
+            let witnesses =
+                witnesses(&run.window, &run.clock, &run.abilities, &run.source_info, &run.target_created, sampled);
             ledger.save_now(witnesses, row(job, &run.copy)).await?;
         }
         Ok(run)
@@ -292,7 +306,7 @@ impl<'a> Run<'a> {
         }
         let window = Duration::from_nanos(target.number("duplicate_window").unsigned_abs());
         let unseen = if is_consumed(target) { unseen } else { 0 };
-        let look = Look { window, unseen, saved_at: ledger.record().saved_at, now: chance::now() };
+        let look = Look { window, unseen, saved_at: ledger.record().saved_at, now: self.clock.now(Instant::now()) };
         for event in [look.short_window(), look.long_downtime()].into_iter().flatten() {
             self.found(event);
         }
@@ -372,8 +386,14 @@ impl<'a> Run<'a> {
                 let _ = tokio::time::timeout(LAST_SAVE, flush(&mut self.source)).await;
                 let row = row(self.job, &self.copy);
                 let sampled = self.sampler.as_ref().map(Sampler::sampled);
-                let witnesses =
-                    witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
+                let witnesses = witnesses(
+                    &self.window,
+                    &self.clock,
+                    &self.abilities,
+                    &self.source_info,
+                    &self.target_created,
+                    sampled,
+                );
                 Ok(ledger.save_now(witnesses, row).await?)
             }
             Err(error) if error.kind == ErrorKind::Superseded => Err(error),
@@ -385,8 +405,14 @@ impl<'a> Run<'a> {
                     ledger.begin_at(self.writer.exact(&self.window));
                 }
                 let row = row(self.job, &self.copy);
-                let witnesses =
-                    witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
+                let witnesses = witnesses(
+                    &self.window,
+                    &self.clock,
+                    &self.abilities,
+                    &self.source_info,
+                    &self.target_created,
+                    sampled,
+                );
                 match tokio::time::timeout(LAST_SAVE, ledger.save_now(witnesses, row)).await {
                     Ok(Err(conflict @ SaveError::Conflict { .. })) => Err(conflict.into()),
                     // What was not saved is found out at the target.
@@ -518,7 +544,7 @@ impl<'a> Run<'a> {
         if self.ending.is_some() {
             return Ok(());
         }
-        let now_ns = chance::now().timestamp_nanos_opt().unwrap_or(i64::MAX);
+        let now_ns = self.clock.now_ns(now);
         let read_at = now.duration_since(self.began).as_micros() as u64;
         let writable = self.target.output().len() < OUTPUT_LOW && self.source.output().len() < OUTPUT_HIGH;
         let mut incomplete = None;
@@ -858,6 +884,7 @@ impl<'a> Run<'a> {
         if !info.is_leaders() {
             return;
         }
+        self.clock.hear(&heard(self.asked_info, Instant::now(), &info));
         for (from, to) in self.gaps.first_is(info.state.first_seq) {
             self.found(Event::Gap { from, to, messages: to - from + 1 });
         }
@@ -907,12 +934,14 @@ impl<'a> Run<'a> {
         self.settle();
         self.tell_rejected(true);
         self.tell(State::Running);
+        self.report_clock(ledger);
         let idle = self.all_settled() && self.reader.pending() == 0 && !self.watchdog.is_alert();
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
-            sampler.tick(idle, status, now);
+            sampler.tick(idle, status, now, &self.clock);
         }
         let sampled = self.sampler.as_ref().map(Sampler::sampled);
-        let witnesses = witnesses(&self.window, &self.abilities, &self.source_info, &self.target_created, sampled);
+        let witnesses =
+            witnesses(&self.window, &self.clock, &self.abilities, &self.source_info, &self.target_created, sampled);
         let saved = ledger.save(now, witnesses, || row(self.job, &self.copy));
         self.next_tick = now
             + match (idle, saved) {
@@ -933,6 +962,30 @@ impl<'a> Run<'a> {
         Ok(self.reader.check(now, self.reads)?)
     }
 
+    /// Reports, once, that the source's clock and ours differ, and that they do no more.
+    fn report_clock(&self, ledger: &mut Ledger) {
+        let (id, server) = (&self.replication.id, &self.copy.source.server);
+        let offset = self.clock.offset(Instant::now(), chance::now());
+        match ledger.clock.judge(offset) {
+            Some(event @ Event::ClockOk { .. }) => {
+                info!(
+                    replication = id,
+                    server,
+                    ?offset,
+                    "the clocks of the source server and of this host agree again"
+                );
+                self.events.emit(event, id);
+            }
+            Some(event) => {
+                if let Event::ClockOffset { reason, .. } = &event {
+                    warn!(replication = id, server, ?offset, "{reason}");
+                }
+                self.events.emit(event, id);
+            }
+            None => {}
+        }
+    }
+
     /// Brings the status up to date.
     fn tell(&mut self, state: State) {
         let copy = &mut self.copy;
@@ -941,10 +994,12 @@ impl<'a> Run<'a> {
             Position { source_seq: position.seq, target_seq: self.window.target().map_or(0, |target| target.seq) };
         copy.source.first_seq = self.source_info.state.first_seq;
         copy.source.last_seq = self.source_info.state.last_seq.max(self.window.newest().seq);
+        let (now, known) = (Instant::now(), copy.source.clock_offset_seconds);
+        copy.source.clock_offset_seconds = shown(known, self.clock.offset(now, chance::now()));
         copy.target.last_seq = self.writer.last_seq();
         let (letters, letter_bytes, letter) = self.rejects.in_flight();
         let oldest = self.window.oldest().or(letter).or_else(|| self.reader.next());
-        let now_ns = chance::now().timestamp_nanos_opt().unwrap_or_default();
+        let now_ns = self.clock.now_ns(now);
         let age = |time_ns: i64| Duration::from_nanos(now_ns.saturating_sub(time_ns).max(0) as u64);
         copy.lag = Lag {
             messages: self.reader.pending() + (self.window.len() + letters) as u64,
@@ -1012,6 +1067,11 @@ impl<'a> Run<'a> {
     }
 }
 
+/// What an answer about the source stream says of its server's clock.
+fn heard(sent: Instant, received: Instant, info: &StreamInfo) -> Heard {
+    Heard { sent, received, server: info.ts, local: chance::now() }
+}
+
 /// How far the known place at the target may move: behind it messages of ours may lie that have not come by. Those of
 /// before the run, or those that an older holder sent while it began.
 fn target_limit(already: &Already, writer: &Writer) -> u64 {
@@ -1020,12 +1080,14 @@ fn target_limit(already: &Already, writer: &Writer) -> u64 {
 
 fn witnesses<'w>(
     window: &'w Window,
+    clock: &SourceClock,
     abilities: &Abilities,
     source: &'w StreamInfo,
     target_created: &'w str,
     sampled: Option<Sampled>,
 ) -> Witnesses<'w> {
-    Witnesses { window, mode: abilities.mode, source_created: &source.created, target_created, sampled }
+    let now = clock.now(Instant::now());
+    Witnesses { window, now, mode: abilities.mode, source_created: &source.created, target_created, sampled }
 }
 
 /// What is to be done with the message that comes next.
