@@ -741,7 +741,11 @@ impl<'a> Run<'a> {
         let answer = |request: &Option<String>| request.as_deref().and_then(|request| answer_in(&batch, request));
         if let Some(info) = answer(&self.info_request) {
             self.info_request = None;
-            self.source_says(decode::<StreamInfo>(info?)?);
+            let info = decode::<StreamInfo>(info?)?;
+            if info.is_leaders() {
+                self.clock.hear(&heard(self.asked_info, Instant::now(), &info));
+            }
+            self.source_says(info);
         }
         if let Some(info) = answer(&self.consumer_request) {
             self.consumer_request = None;
@@ -884,7 +888,6 @@ impl<'a> Run<'a> {
         if !info.is_leaders() {
             return;
         }
-        self.clock.hear(&heard(self.asked_info, Instant::now(), &info));
         for (from, to) in self.gaps.first_is(info.state.first_seq) {
             self.found(Event::Gap { from, to, messages: to - from + 1 });
         }

@@ -260,7 +260,7 @@ impl Plan {
                 2 => Some(Poison::Noticed),
                 _ => None,
             },
-            lives: in_flight % 2 == 0,
+            lives: in_flight.is_multiple_of(2),
             bursts,
             begins,
             ttls,

@@ -134,8 +134,11 @@ impl Scene {
 
     fn new_source(&self) -> Stream {
         let config = Config {
+            batched: true,
+            window_ns: 120_000_000_000,
             per_subject: self.plan.source_keeps,
-            ..Config { batched: true, window_ns: 120_000_000_000, per_subject: None, max_size: None, lives: true }
+            max_size: None,
+            lives: true,
         };
         Stream::new("S", config, self.world.now_ns(Host::Source))
     }
