@@ -204,12 +204,11 @@ mod tests {
         clock.hear(&heard(began, 20_000, 20_010, Some(20_005)));
         let now = began + Duration::from_millis(20_010);
         assert_eq!(clock.now(now), time(20_005));
-        let before = clock.now(now + Duration::from_secs(1));
         // On its way there, or on its way back.
-        for server in [30_001, 38_999] {
+        for (server, expect) in [(30_001, 39_995), (38_999, 39_999)] {
             clock.hear(&heard(began, 30_000, 39_000, Some(server)));
             assert_eq!(clock.offset(began + Duration::from_secs(39), time(39_000)), Some(0.0), "{server}");
-            assert_eq!(clock.now(began + Duration::from_millis(21_010)), before, "{server}");
+            assert_eq!(clock.now(began + Duration::from_secs(40)), time(expect), "{server}");
         }
     }
 
@@ -222,7 +221,8 @@ mod tests {
             let now = began + Duration::from_millis(at + 2);
             let offset = clock.offset(now, time(at as i64 + 2)).unwrap();
             assert!((offset * 1e3 - ahead as f64).abs() <= 1.0, "{ahead}: {offset}");
-            assert_eq!(clock.now(now), time(at as i64 + 1 + ahead));
+            let beyond = clock.now(now) - time(at as i64 + 1 + ahead);
+            assert!((0..=2).contains(&beyond.num_milliseconds()), "{ahead}: {beyond}");
         }
     }
 
