@@ -6,6 +6,7 @@
 mod appetite;
 pub(crate) mod bridge;
 mod budget;
+pub(crate) mod clock;
 mod consumers;
 pub(crate) mod dead_letter;
 mod decide;

@@ -189,6 +189,19 @@ pub enum Event {
         /// What was seen.
         reason: String,
     },
+    /// The clock of the source server differs from the clock of the host of the instance by more than 5 s, or the server
+    /// does not report its time.
+    ClockOffset {
+        /// How far the server's clock is ahead, milliseconds; below 0 it is behind. `null` where it is not reported.
+        offset_ms: Option<i64>,
+        /// What that means.
+        reason: String,
+    },
+    /// The end of `clock-offset`: the clocks differ by no more than 2.5 s.
+    ClockOk {
+        /// How far the server's clock is ahead, milliseconds; below 0 it is behind.
+        offset_ms: i64,
+    },
 }
 
 /// What is made anew to end a stall, each time more.
@@ -223,7 +236,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 21] = [
+    pub const KINDS: [&str; 23] = [
         "started",
         "stopped",
         "paused",
@@ -245,6 +258,8 @@ impl Event {
         "target-dropped",
         "target-shared",
         "duplicate-window",
+        "clock-offset",
+        "clock-ok",
     ];
 
     /// The name in the subject and in the body.
@@ -271,6 +286,8 @@ impl Event {
             Self::TargetDropped { .. } => "target-dropped",
             Self::TargetShared { .. } => "target-shared",
             Self::DuplicateWindow { .. } => "duplicate-window",
+            Self::ClockOffset { .. } => "clock-offset",
+            Self::ClockOk { .. } => "clock-ok",
         }
     }
 }

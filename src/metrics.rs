@@ -111,6 +111,7 @@ pub fn render(site: &str, rows: &[Row], dropped_events: u64) -> Result<String, p
     let mut families: Vec<_> = READINGS.iter().map(|reading| reading_family(reading, &rows)).collect();
     families.push(repairs_family(&rows));
     families.push(headroom_family(&rows));
+    families.push(clock_family(&rows));
     families.push(state_family(&rows));
     families.push(processing_family(&rows));
     families.extend(sampling_families(site, &rows));
@@ -325,6 +326,17 @@ fn headroom_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
     let help =
         "Time until the source removes the oldest message that is not copied; absent where nothing lags or limits";
     family(format!("{PREFIX}retention_headroom_seconds"), help, MetricType::GAUGE, all.collect())
+}
+
+/// Only for those whose source server was asked and reports its time: 0 would say that the clocks agree.
+fn clock_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
+    let all = rows.iter().filter_map(|(row, labels)| {
+        let offset = row.copy.source.clock_offset_seconds?;
+        Some(series((*labels).clone(), MetricType::GAUGE, offset))
+    });
+    let help =
+        "How far the clock of the source server is ahead of the clock of this host; absent where it is not known";
+    family(format!("{PREFIX}source_clock_offset_seconds"), help, MetricType::GAUGE, all.collect())
 }
 
 /// How often each step of a repair was taken.

@@ -1,7 +1,7 @@
 //! What a replication says about itself: one [`Row`] per replication, the same in `replicator.status`, in
 //! the position record and, as numbers, in the metrics. Field names are the wire contract.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -31,9 +31,11 @@ pub struct Row {
 }
 
 impl Row {
-    /// Brings everything that depends on the time up to `now`, the source's time: to be called when a row is read.
+    /// Brings everything that depends on the time up to `now`, by the clock of this host: to be called when a row is read.
     pub fn at(&mut self, now: DateTime<Utc>) {
         let copy = &mut self.copy;
+        let ahead = copy.source.clock_offset_seconds.unwrap_or_default();
+        let now = now + TimeDelta::milliseconds((ahead * 1e3) as i64);
         if let Some(lag) = &mut copy.lag {
             let passed = lag.at(now);
             if let Some(headroom) = &mut copy.headroom {
@@ -172,7 +174,7 @@ pub struct CopyStatus {
 }
 
 /// Source side of a row.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct SourceStatus {
     /// Stream name.
@@ -185,6 +187,9 @@ pub struct SourceStatus {
     pub first_seq: Option<u64>,
     /// Last sequence of the stream, from the same check as `lag`; `null` where that is.
     pub last_seq: Option<u64>,
+    /// How far the clock of the server that leads the stream is ahead of the clock of the instance's host, seconds, when
+    /// last asked; below 0 it is behind. Ages are measured by the server's clock. `null` where it is not known.
+    pub clock_offset_seconds: Option<f64>,
 }
 
 /// Target side of a row.

@@ -89,6 +89,8 @@ mod states;
 mod stepdown;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
+#[path = "it/wire_clock.rs"]
+mod wire_clock;
 #[path = "it/wire_clusters.rs"]
 mod wire_clusters;
 #[path = "it/wire_connections.rs"]

@@ -14,7 +14,7 @@ use super::{
     global::Global,
     output::{Colour, Output, Table, clean},
     stored::{self, Stored},
-    words::{bytes, parse_time, seconds, time},
+    words::{When, bytes, parse_time, parse_when, seconds, time},
 };
 use crate::{
     control::api::{SenderRow, Senders, SendersRequest},
@@ -48,8 +48,8 @@ struct SendersArgs {
     value: Option<String>,
 
     /// Only senders seen since this time: RFC 3339, or how long ago, such as `1h`
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    since: Option<DateTime<Utc>>,
+    #[arg(long, value_name = "TIME", value_parser = parse_when)]
+    since: Option<When>,
 
     /// Only senders that are missing: unseen for `warn_duration`
     #[arg(long)]
@@ -127,7 +127,10 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
     let request = SendersRequest {
         replication: args.id.clone(),
         value: args.value.clone(),
-        since: args.since.map(|since| since.to_rfc3339()),
+        since: args.since.as_ref().map(|since| match since {
+            When::At(time) => time.to_rfc3339(),
+            When::Ago(ago) => ago.clone(),
+        }),
         advised: args.advised.then_some(true),
         offset: 0,
         limit: Some(args.limit),
@@ -139,6 +142,8 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
     }
     let mut table = Table::new(&["SENDER", "SEEN", "COPIED", "SIZE", "SEQUENCE", ""]).right(&[1, 2, 3, 4]);
     let shown = reply.value.senders.len();
+    let now = reply.value.now.unwrap_or_else(Utc::now);
+    let ago = |time: DateTime<Utc>| format!("{} ago", seconds((now - time).max(TimeDelta::zero()).as_seconds_f64()));
     for SenderRow { sender, seen, copied, size, advised, sequence } in reply.value.senders {
         let copied = copied.map_or_else(|| "never".to_owned(), ago);
         let colour = if advised { Colour::Yellow } else { Colour::Plain };
@@ -153,10 +158,6 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
         out.note(&format!("{shown} of {} senders; `--limit`, `--value` and `--since` choose", reply.value.total));
     }
     Ok(())
-}
-
-fn ago(time: DateTime<Utc>) -> String {
-    format!("{} ago", seconds((Utc::now() - time).max(TimeDelta::zero()).as_seconds_f64()))
 }
 
 async fn advisories(args: &AdvisoriesArgs, client: &Client, out: &mut Output) -> Result<(), Error> {

@@ -182,6 +182,7 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
         ("position", format!("source {}, target {}", count(copy.position.source_seq), count(copy.position.target_seq))),
         ("lag", lag(copy.lag, ", ")),
         ("headroom", headroom(copy.headroom)),
+        ("clock", clock_offset(source.clock_offset_seconds)),
         ("transport", format!("{}, {mode}, {order} order", transport(copy.transport))),
         ("in flight", format!("{}, {}", counted(copy.in_flight.messages, "message"), bytes(copy.in_flight.bytes))),
         ("received", format!("{}, {}", counted(counters.received, "message"), bytes(counters.received_bytes))),
@@ -278,6 +279,18 @@ fn headroom(headroom: Option<Headroom>) -> String {
     };
     let low = if left < low_below { ", low" } else { "" };
     format!("{} by the limit of {limit}{low}", seconds(left))
+}
+
+/// How the clock of the source server differs from the clock of the instance's host.
+fn clock_offset(offset: Option<f64>) -> String {
+    match offset {
+        None => "-".to_owned(),
+        Some(offset) if offset.abs() < 0.0005 => "source server agrees with the instance".to_owned(),
+        Some(offset) => {
+            let direction = if offset > 0.0 { "ahead of" } else { "behind" };
+            format!("source server is {} {direction} the instance", seconds(offset.abs()))
+        }
+    }
 }
 
 fn transport(transport: Transport) -> &'static str {

@@ -1,6 +1,5 @@
 //! `stream-replicator pause`, `resume`, `position`, `retry`, `skip` and `stepdown`.
 
-use chrono::{DateTime, Utc};
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -8,7 +7,7 @@ use super::{
     error::{Error, Verdict},
     global::Global,
     output::Output,
-    words::{count, counted, parse_time},
+    words::{When, count, counted, parse_when},
 };
 use crate::control::api::{Changed, Moved, NamedRequest, PositionRequest, SkipRequest, Skipped, SteppedDown};
 
@@ -41,7 +40,7 @@ pub(super) struct PositionArgs {
     pub(super) global: Global,
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 #[group(required = true, multiple = false)]
 struct To {
     /// Go on behind this source sequence; 0 is before the first message
@@ -49,8 +48,8 @@ struct To {
     source_seq: Option<u64>,
 
     /// Go on with the first message stored at or after this time: RFC 3339, or how long ago, such as `1h`
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    time: Option<DateTime<Utc>>,
+    #[arg(long, value_name = "TIME", value_parser = parse_when)]
+    time: Option<When>,
 }
 
 /// Leave out the message that holds a replication
@@ -104,8 +103,13 @@ async fn all<T: DeserializeOwned>(
 }
 
 pub(super) async fn position(args: &PositionArgs, out: &mut Output) -> Result<Verdict, Error> {
-    let To { source_seq, time } = args.to;
-    let request = PositionRequest { replication: args.id.clone(), source_seq, time, dry_run: args.dry_run };
+    let To { source_seq, time } = args.to.clone();
+    let (time, ago) = match time {
+        Some(When::At(time)) => (Some(time), None),
+        Some(When::Ago(ago)) => (None, Some(ago)),
+        None => (None, None),
+    };
+    let request = PositionRequest { replication: args.id.clone(), source_seq, time, ago, dry_run: args.dry_run };
     let moved: Reply<Moved> = Client::connect(&args.global).await?.change("position", &request).await?;
     out.reply(&moved, moved_words);
     Ok(Verdict::Good)

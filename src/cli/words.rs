@@ -72,6 +72,21 @@ pub(super) fn parse_time(text: &str) -> Result<DateTime<Utc>, String> {
     before(Utc::now(), ago).ok_or_else(|| "too long ago".to_owned())
 }
 
+/// A point in time, or how long ago it was by the clock of the source server.
+#[derive(Debug, Clone)]
+pub(super) enum When {
+    At(DateTime<Utc>),
+    /// A duration as it was written.
+    Ago(String),
+}
+
+/// Parses a point in time as [`parse_time`] does, but leaves it to the service to find out when some time ago was.
+pub(super) fn parse_when(text: &str) -> Result<When, String> {
+    let time = parse_time(text)?;
+    let ago = parse_duration(text).is_ok();
+    Ok(if ago { When::Ago(text.to_owned()) } else { When::At(time) })
+}
+
 fn before(now: DateTime<Utc>, ago: Duration) -> Option<DateTime<Utc>> {
     now.checked_sub_signed(TimeDelta::from_std(ago).ok()?)
 }

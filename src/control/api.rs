@@ -54,7 +54,7 @@ pub struct ListRequest {
     pub limit: Option<usize>,
 }
 
-/// Moves the position of a paused replication. One of `source_seq` and `time` is needed.
+/// Moves the position of a paused replication. One of `source_seq`, `time` and `ago` is needed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PositionRequest {
@@ -66,6 +66,10 @@ pub struct PositionRequest {
     /// The copy goes on with the first source message stored at or after this time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time: Option<DateTime<Utc>>,
+    /// The copy continues with the first source message stored at most this long ago by the clock of the source server, a
+    /// duration such as `1h`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ago: Option<String>,
     /// Only tells what would happen.
     #[serde(default)]
     pub dry_run: bool,
@@ -275,6 +279,9 @@ pub struct Senders {
     pub site: String,
     /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
+    /// The time of the source server, which the times of senders are to be compared with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub now: Option<DateTime<Utc>>,
     /// Seen last comes first.
     pub senders: Vec<SenderRow>,
     /// Rows left out at the beginning.

@@ -91,7 +91,7 @@ fn document(description: &str) -> Value {
 }
 
 fn position_request() -> Value {
-    let either = json!([{"required": ["source_seq"]}, {"required": ["time"]}]);
+    let either = json!([{"required": ["source_seq"]}, {"required": ["time"]}, {"required": ["ago"]}]);
     with(request::<PositionRequest>(), [("anyOf", either)])
 }
 

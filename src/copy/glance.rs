@@ -6,6 +6,7 @@ use tokio::time::{Duration, Instant, timeout};
 
 use super::{
     Budget, Error, ErrorKind,
+    clock::{Heard, SourceClock},
     consumers::Names,
     headroom::{Looks, Oldest, Outlook, Retention, Waiting},
     reader::{Range, Reader},
@@ -36,6 +37,8 @@ pub struct Glance {
     pub outlook: Outlook,
     /// How long the source keeps a message that comes now, seconds, as it looks; `None` where nothing removes it.
     pub kept: Option<f64>,
+    /// How far the source server's clock is ahead of ours, seconds; `None` where the server does not report its time.
+    pub clock_offset: Option<f64>,
 }
 
 /// Asks the source what lies behind a position. `looks` remembers what was seen before. Names of consumers begin with
@@ -51,8 +54,12 @@ pub async fn glance(
     let mut lane = dial.dial(&replication.source.place, &name).await?;
     let stream = &replication.source.stream;
     let mut names = Names::clear(&mut lane, stream, consumers).await?;
+    let sent = Instant::now();
     let info = Api::new(&mut lane).stream_info(stream).await?;
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
+    let (received, local) = (Instant::now(), chance::now());
+    let clock = SourceClock::new(&Heard { sent, received, server: info.ts, local });
+    let clock_offset = clock.offset(received, local);
     let retention = Retention::of(&info);
     looks.add(Instant::now(), info.state.clone());
     let kept = looks.kept(&retention);
@@ -63,7 +70,7 @@ pub async fn glance(
     reader.close(&mut lane);
     let _ = timeout(FIRST, lane.turn()).await;
     let first = first.map_err(|_| Error::new(ErrorKind::Retry, format!("nothing came for {FIRST:?}")))??;
-    let now = chance::now();
+    let now = clock.now(Instant::now());
     let all = replication.scope.filters().is_empty();
     let (counted, seen) = first.map_or((0, 0), |(seq, _)| (pending, seq + pending.saturating_sub(1)));
     let Waiting { last_seq, messages } = Waiting::of(&info.state, all && first.is_some(), position, counted, seen);
@@ -72,7 +79,7 @@ pub async fn glance(
     let outlook = first.map_or(Outlook::Safe, |(seq, _)| {
         looks.outlook(&retention, &Oldest { seq, age: lag.seconds.map(Duration::from_secs_f64) })
     });
-    Ok(Glance { lag, first_seq: info.state.first_seq, last_seq, outlook, kept })
+    Ok(Glance { lag, first_seq: info.state.first_seq, last_seq, outlook, kept, clock_offset })
 }
 
 /// Sequence and stored time of the first message, if there is one.

@@ -2,8 +2,15 @@
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::json;
+use tokio::time::{Duration, Instant};
 
-use super::{Error, ErrorKind, consumers::Names, durable::Durable, window::SourcePoint};
+use super::{
+    Error, ErrorKind,
+    clock::{Heard, SourceClock},
+    consumers::Names,
+    durable::Durable,
+    window::SourcePoint,
+};
 use crate::{
     chance,
     config::Replication,
@@ -22,6 +29,8 @@ pub enum At {
     Behind(u64),
     /// Before the first message stored at or after this time.
     Time(DateTime<Utc>),
+    /// Before the first message stored at most so long ago, by the clock of the source server.
+    Ago(Duration),
 }
 
 /// What the source says of a place.
@@ -47,6 +56,8 @@ pub struct Place {
     pub last_seq: u64,
     /// Whether the stream forgets what was copied: it cannot be copied again.
     pub forgets: bool,
+    /// The source server's time.
+    pub now: DateTime<Utc>,
 }
 
 impl Place {
@@ -65,18 +76,26 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, consumers: &str,
     let connected = dial.dial(&replication.source.place, &name).await;
     let mut lane = connected.map_err(|error| error.context("source"))?;
     let stream = &replication.source.stream;
+    let sent = Instant::now();
     let info = Api::new(&mut lane).stream_info(stream).await?;
+    let received = Instant::now();
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
+    let clock = SourceClock::new(&Heard { sent, received, server: info.ts, local: chance::now() });
     let StreamState { first_seq, last_seq, .. } = info.state;
     let seq = match at {
         At::Behind(seq) if seq > last_seq => return Ok(Located::Beyond { last_seq }),
         At::Behind(seq) => seq,
         At::Time(time) => before_time(&mut lane, stream, &info, &Names::new(consumers), time).await?.min(last_seq),
+        At::Ago(ago) => {
+            let time = clock.ago(Instant::now(), ago);
+            before_time(&mut lane, stream, &info, &Names::new(consumers), time).await?.min(last_seq)
+        }
     };
     let SourcePoint { seq, time_ns } = point_at(&mut lane, stream, seq.max(first_seq.saturating_sub(1))).await?;
     let forgets = Durable::is_needed(&info);
     let position = SourceWitness { seq, time_ns, created: info.created };
-    Ok(Located::At(Place { position, first_seq, last_seq, forgets }))
+    let now = clock.now(Instant::now());
+    Ok(Located::At(Place { position, first_seq, last_seq, forgets, now }))
 }
 
 /// The sequence before the first message stored at or after a time: the server knows, a consumer asks it. A stream that
@@ -146,7 +165,7 @@ mod tests {
     fn only_what_the_stream_has_is_counted() {
         let check = |first_seq, last_seq, one, other, expect| {
             let position = SourceWitness { seq: 0, time_ns: None, created: String::new() };
-            let place = Place { position, first_seq, last_seq, forgets: false };
+            let place = Place { position, first_seq, last_seq, forgets: false, now: DateTime::UNIX_EPOCH };
             assert_eq!(place.between(one, other), expect, "{first_seq}..{last_seq} {one} {other}");
             assert_eq!(place.between(other, one), expect);
         };

@@ -14,10 +14,10 @@ use tokio::{
 };
 
 use super::{
-    Error, ErrorKind, appetite::Appetite, drops::Drops, gap::Gaps, resume::Resume, sharing::Intruders, window::Window,
+    Error, ErrorKind, appetite::Appetite, clock::Alarm, drops::Drops, gap::Gaps, resume::Resume, sharing::Intruders,
+    window::Window,
 };
 use crate::{
-    chance,
     config::{Replication, Sharing},
     events::{Event, Events},
     status::{Row, TargetMode},
@@ -59,6 +59,8 @@ pub struct Ledger {
     pub(super) max_line: Option<usize>,
     /// What the source may be asked for at once.
     pub(super) appetite: Appetite,
+    /// Whether a difference between the source's clock and ours was reported.
+    pub(super) clock: Alarm,
     /// Source sequence in the record as last saved.
     saved: watch::Sender<u64>,
 }
@@ -92,6 +94,7 @@ impl Ledger {
             window_told: false,
             max_line: None,
             appetite: Appetite::default(),
+            clock: Alarm::default(),
             saved,
         }
     }
@@ -315,6 +318,8 @@ fn saved_seq(record: &PositionRecord) -> u64 {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Witnesses<'a> {
     pub window: &'a Window,
+    /// The source server's time.
+    pub now: DateTime<Utc>,
     pub mode: TargetMode,
     pub stamps: Stamps,
     pub source_created: &'a str,
@@ -349,7 +354,7 @@ impl Witnesses<'_> {
                 source_seq: target.source_seq,
                 created: self.target_created.to_owned(),
             }),
-            saved_at: Some(chance::now().trunc_subsecs(3)),
+            saved_at: Some(self.now.trunc_subsecs(3)),
             target_mode: self.mode,
             stamps: Some(self.stamps),
             sampled: self.sampled.map(|sampled| sampled.written_to),

@@ -4,8 +4,10 @@
 use std::collections::{BTreeMap, HashMap};
 
 use chrono::Utc;
+use tokio::time::Instant;
 
 use super::{
+    clock::SourceClock,
     consumers::Names,
     durable::{self, Durable},
     locate,
@@ -16,7 +18,6 @@ use super::{
     window::{SourcePoint, TargetPoint},
 };
 use crate::{
-    chance,
     config::{Limits, Mapping, Replication, Start},
     events::Event,
     nats::{
@@ -168,6 +169,8 @@ pub(super) struct Sides<'a> {
     pub source_names: &'a mut Names,
     pub target_names: &'a mut Names,
     pub source: &'a StreamInfo,
+    /// The time of the source server.
+    pub clock: SourceClock,
     pub target: &'a StreamInfo,
     /// The durable consumer at the source, if there is one: what is acknowledged there is settled.
     pub durable: Option<&'a Durable>,
@@ -582,11 +585,7 @@ impl Sides<'_> {
             Start::AtEnd => self.source.state.last_seq,
             Start::Sequence(first) => first.saturating_sub(1).max(gone),
             Start::Time(time) => self.before_time(*time).await?,
-            Start::Delta(delta) => {
-                let delta = chrono::Duration::from_std(*delta).unwrap_or(chrono::Duration::MAX);
-                let time = chance::now().checked_sub_signed(delta).unwrap_or(chrono::DateTime::UNIX_EPOCH);
-                self.before_time(time).await?
-            }
+            Start::Delta(delta) => self.before_time(self.clock.ago(Instant::now(), *delta)).await?,
         };
         self.point_at(after).await
     }

@@ -12,6 +12,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     Error, ErrorKind, Job, bridge,
+    clock::{Heard, SourceClock, shown},
     consumers::Names,
     dead_letter,
     decide::{Decision, Reason, Rules},
@@ -104,6 +105,8 @@ pub(super) struct Run<'a> {
     source: Lane,
     target: Lane,
     source_info: StreamInfo,
+    /// The time of the source server: ages are by it.
+    clock: SourceClock,
     target_created: String,
     abilities: Abilities,
     rules: Rules,
@@ -179,11 +182,14 @@ impl<'a> Run<'a> {
             async { open(job, &replication.source, &name).await.map_err(|e| e.context("source")) },
             async { open(job, &replication.target, &name).await.map_err(|e| e.context("target")) },
         )?;
+        let sent = Instant::now();
         let source_info = Api::new(&mut source).stream_info(&replication.source.stream).await;
         let source_info = source_info.map_err(|e| e.context("source"))?;
+        let received = Instant::now();
         let source_info = source_info.ok_or_else(|| {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
         })?;
+        let mut clock = SourceClock::new(&heard(sent, received, &source_info));
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
             dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
         }
@@ -202,7 +208,11 @@ impl<'a> Run<'a> {
             }
         }
         // Again: what an older holder copied meanwhile is no proof that the source lost its end.
+        let sent = Instant::now();
         let again = Api::new(&mut source).stream_info(&replication.source.stream).await?;
+        if let Some(again) = &again {
+            clock.hear(&heard(sent, Instant::now(), again));
+        }
         let source_info = again.unwrap_or(source_info);
         let mut abilities = target::abilities(&replication, &source_info, &target_info)?;
         if ledger.record().moved_back {
@@ -222,6 +232,7 @@ impl<'a> Run<'a> {
             source_names: &mut names,
             target_names: &mut target_names,
             source: &source_info,
+            clock,
             target: &target_info,
             durable: durable.as_ref(),
             chain_broke_behind: ledger.chain_broke_behind(),
@@ -286,6 +297,7 @@ impl<'a> Run<'a> {
             source,
             target,
             source_info,
+            clock,
             target_created: target_info.created.clone(),
             abilities,
             reader,
@@ -328,7 +340,8 @@ impl<'a> Run<'a> {
             // Told now, and saved before anything is sent: where few messages of a subject are kept, what is copied again
             // replaces what would tell the next start that the saved place is not what it was.
             let sampled = run.sampler.as_ref().map(Sampler::sampled);
-            let witnesses = witnesses(&run.window, &run.writer, &run.source_info, &run.target_created, sampled);
+            let witnesses =
+                witnesses(&run.window, &run.writer, &run.clock, &run.source_info, &run.target_created, sampled);
             ledger.save_now(witnesses, row(job, run.state, &run.copy)).await?;
         }
         Ok(run)
@@ -341,7 +354,7 @@ impl<'a> Run<'a> {
         }
         let window = Duration::from_nanos(target.number("duplicate_window").unsigned_abs());
         let unseen = if is_consumed(target) { unseen } else { 0 };
-        let look = Look { window, unseen, saved_at: ledger.record().saved_at, now: chance::now() };
+        let look = Look { window, unseen, saved_at: ledger.record().saved_at, now: self.clock.now(Instant::now()) };
         for event in [look.short_window(), look.long_downtime()].into_iter().flatten() {
             self.found(event);
         }
@@ -422,7 +435,14 @@ impl<'a> Run<'a> {
                 let _ = tokio::time::timeout(LAST_SAVE, flush(&mut self.source)).await;
                 let row = row(self.job, self.state, &self.copy);
                 let sampled = self.sampler.as_ref().map(Sampler::sampled);
-                let witnesses = witnesses(&self.window, &self.writer, &self.source_info, &self.target_created, sampled);
+                let witnesses = witnesses(
+                    &self.window,
+                    &self.writer,
+                    &self.clock,
+                    &self.source_info,
+                    &self.target_created,
+                    sampled,
+                );
                 ledger.save_now(witnesses, row).await?;
                 Ok(ended)
             }
@@ -435,7 +455,14 @@ impl<'a> Run<'a> {
                     ledger.begin_at(self.writer.exact(&self.window));
                 }
                 let row = row(self.job, self.state, &self.copy);
-                let witnesses = witnesses(&self.window, &self.writer, &self.source_info, &self.target_created, sampled);
+                let witnesses = witnesses(
+                    &self.window,
+                    &self.writer,
+                    &self.clock,
+                    &self.source_info,
+                    &self.target_created,
+                    sampled,
+                );
                 match tokio::time::timeout(LAST_SAVE, ledger.save_now(witnesses, row)).await {
                     Ok(Err(conflict @ SaveError::Conflict { .. })) => Err(conflict.into()),
                     // What was not saved is found out at the target.
@@ -586,7 +613,7 @@ impl<'a> Run<'a> {
         if self.ending.is_some() {
             return Ok(());
         }
-        let now_ns = chance::now().timestamp_nanos_opt().unwrap_or(i64::MAX);
+        let now_ns = self.clock.now_ns(now);
         let read_at = now.duration_since(self.began).as_micros() as u64;
         let writable = self.target.output().len() < OUTPUT_LOW && self.source.output().len() < OUTPUT_HIGH;
         let mut incomplete = None;
@@ -786,7 +813,11 @@ impl<'a> Run<'a> {
         let answer = |request: &Option<String>| request.as_deref().and_then(|request| answer_in(&batch, request));
         if let Some(info) = answer(&self.info_request) {
             self.info_request = None;
-            self.source_says(decode::<StreamInfo>(info?)?);
+            let info = decode::<StreamInfo>(info?)?;
+            if info.is_leaders() {
+                self.clock.hear(&heard(self.asked_info, Instant::now(), &info));
+            }
+            self.source_says(info);
         }
         if let Some(info) = answer(&self.consumer_request) {
             self.consumer_request = None;
@@ -985,12 +1016,14 @@ impl<'a> Run<'a> {
         self.settle();
         self.tell_rejected(true);
         self.tell();
+        self.report_clock(ledger);
         let idle = self.all_settled() && self.reader.pending() == 0 && !self.watchdog.is_alert();
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
-            sampler.tick(idle, status, now);
+            sampler.tick(idle, status, now, &self.clock);
         }
         let sampled = self.sampler.as_ref().map(Sampler::sampled);
-        let witnesses = witnesses(&self.window, &self.writer, &self.source_info, &self.target_created, sampled);
+        let witnesses =
+            witnesses(&self.window, &self.writer, &self.clock, &self.source_info, &self.target_created, sampled);
         let saved = ledger.save(now, witnesses, || row(self.job, self.state, &self.copy));
         self.next_tick = now
             + match (idle, saved) {
@@ -1033,6 +1066,30 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Reports, once, that the source's clock and ours differ, and that they do no more.
+    fn report_clock(&self, ledger: &mut Ledger) {
+        let (id, server) = (&self.replication.id, &self.copy.source.server);
+        let offset = self.clock.offset(Instant::now(), chance::now());
+        match ledger.clock.judge(offset) {
+            Some(event @ Event::ClockOk { .. }) => {
+                info!(
+                    replication = id,
+                    server,
+                    ?offset,
+                    "the clocks of the source server and of this host agree again"
+                );
+                self.events.emit(event, id);
+            }
+            Some(event) => {
+                if let Event::ClockOffset { reason, .. } = &event {
+                    warn!(replication = id, server, ?offset, "{reason}");
+                }
+                self.events.emit(event, id);
+            }
+            None => {}
+        }
+    }
+
     /// Brings the status up to date.
     fn tell(&mut self) {
         let copy = &mut self.copy;
@@ -1041,6 +1098,9 @@ impl<'a> Run<'a> {
         let before = copy.lag.filter(|_| copy.position.source_seq == position.seq).and_then(|lag| lag.oldest);
         copy.position =
             Position { source_seq: position.seq, target_seq: self.window.target().map_or(0, |target| target.seq) };
+        let now = Instant::now();
+        copy.source.clock_offset_seconds =
+            shown(copy.source.clock_offset_seconds, self.clock.offset(now, chance::now()));
         copy.target.last_seq = Some(self.writer.last_seq());
         let (letters, letter_bytes, letter) = self.rejects.in_flight();
         let counted = self.reader.pending() + (self.window.len() + letters) as u64;
@@ -1053,7 +1113,7 @@ impl<'a> Run<'a> {
         let oldest = self.window.oldest().or(letter).or_else(|| self.reader.next());
         // What is replayed for sampling is settled.
         let oldest = oldest.filter(|point| point.seq > position.seq);
-        let now = chance::now();
+        let now = self.clock.now(now);
         let stored = oldest.and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
         let lag = Lag::new(messages, stored.or(before), now);
         copy.lag = Some(lag);
@@ -1127,6 +1187,11 @@ impl<'a> Run<'a> {
     }
 }
 
+/// What an answer about the source stream says of its server's clock.
+fn heard(sent: Instant, received: Instant, info: &StreamInfo) -> Heard {
+    Heard { sent, received, server: info.ts, local: chance::now() }
+}
+
 /// How far the known place at the target may move: behind it messages of ours may lie that have not come by. Those of
 /// before the run, or those that an older holder sent while it began.
 fn target_limit(already: &Already, writer: &Writer) -> u64 {
@@ -1155,12 +1220,14 @@ fn begin_drops(
 fn witnesses<'w>(
     window: &'w Window,
     writer: &Writer,
+    clock: &SourceClock,
     source: &'w StreamInfo,
     target_created: &'w str,
     sampled: Option<Sampled>,
 ) -> Witnesses<'w> {
     Witnesses {
         window,
+        now: clock.now(Instant::now()),
         mode: writer.mode(),
         stamps: writer.stamps(),
         source_created: &source.created,

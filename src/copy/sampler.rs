@@ -13,7 +13,7 @@ use std::{
 use tokio::time::{Duration, Instant};
 use tracing::{info, warn};
 
-use super::{Job, progress::Sampled, reader::Incoming, transform::push, writer::hpub};
+use super::{Job, clock::SourceClock, progress::Sampled, reader::Incoming, transform::push, writer::hpub};
 use crate::{
     backoff::Backoff,
     chance,
@@ -258,11 +258,11 @@ impl Sampler {
         self.samples.lock().settled(position);
     }
 
-    /// What is due: who is unseen, by the clock if there is nothing to read.
-    pub fn tick(&mut self, idle: bool, status: &mut SamplingStatus, now: Instant) {
+    /// What is due: who is unseen, by the clock of the source server if there is nothing to read.
+    pub fn tick(&mut self, idle: bool, status: &mut SamplingStatus, now: Instant, source: &SourceClock) {
         if idle {
             let grace = i64::try_from(GRACE.as_nanos()).unwrap_or_default();
-            let clock = chance::now().timestamp_nanos_opt().unwrap_or_default() - grace;
+            let clock = source.now_ns(now).saturating_sub(grace);
             let mut senders = self.samples.lock();
             if std::mem::take(&mut self.gap) {
                 senders.begin_at(clock);

@@ -9,7 +9,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use super::{ApiError, Batch, Error, ErrorKind, Lane, headers};
@@ -42,6 +42,16 @@ pub struct StreamInfo {
     /// Who holds the stream in a cluster; servers on their own say nothing.
     #[serde(default)]
     pub cluster: Option<StreamCluster>,
+    /// Time of the server that answered, when it did; `None` where it reports none.
+    #[serde(default, deserialize_with = "point_in_time")]
+    pub ts: Option<DateTime<Utc>>,
+}
+
+/// A time that cannot be read, or that was never set, is none: the rest of the answer is worth more than it.
+fn point_in_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<DateTime<Utc>>, D::Error> {
+    let value = Option::<Value>::deserialize(deserializer)?;
+    let time = value.as_ref().and_then(Value::as_str).and_then(|text| DateTime::parse_from_rfc3339(text).ok());
+    Ok(time.map(|time| time.to_utc()).filter(|time| *time > DateTime::UNIX_EPOCH))
 }
 
 /// `cluster` of [`StreamInfo`].
@@ -615,6 +625,19 @@ mod tests {
         check(10121, "consumer max ack pending exceeds system limit of 512", None);
         check(10121, "consumer max ack pending exceeds system limit of -1", None);
         check(10026, "maximum consumers limit reached", None);
+    }
+
+    #[test]
+    fn a_server_s_time_is_read_where_there_is_one() {
+        let time = |ts: &str| {
+            let info = format!(r#"{{"config":{{}},"state":{{}}{ts}}}"#);
+            decode::<StreamInfo>(info.as_bytes()).unwrap().ts.map(|time| time.timestamp_micros())
+        };
+        assert_eq!(time(r#","ts":"2026-11-29T12:17:28.21521119Z""#), Some(1_795_954_648_215_211));
+        assert_eq!(time(r#","ts":"2026-11-29T13:17:28+01:00""#), Some(1_795_954_648_000_000));
+        for none in ["", r#","ts":null"#, r#","ts":"""#, r#","ts":5"#, r#","ts":"0001-01-01T00:00:00Z""#] {
+            assert_eq!(time(none), None, "{none}");
+        }
     }
 
     #[track_caller]

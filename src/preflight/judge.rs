@@ -13,7 +13,7 @@ use super::{
 use crate::{
     config::{Advisory, Connection, OnReject, Replication, Scope, Sharing, Start, patterns},
     copy::{
-        dead_letter, duplicates,
+        clock, dead_letter, duplicates,
         durable::{self, Durable},
         sharing,
         subjects::{self, Learned},
@@ -117,6 +117,13 @@ impl Pair<'_> {
                 findings.add_any("stream", "/stream", refused.map(|text| (Outcome::Failed, text)));
             }
             answer => findings.add_answer("stream", facts.path, answer),
+        }
+        match facts.clock.got() {
+            Some(offset) => {
+                let said = clock::apart(*offset).map(|text| (Outcome::Warning, text));
+                findings.add_any("clock", facts.path, said);
+            }
+            None => findings.unknown("clock"),
         }
         self.judge_calls(Role::Source, &mut findings);
         match facts.stream.there() {

@@ -9,9 +9,11 @@ use tokio::time::{Duration, Instant, timeout, timeout_at};
 
 use super::{permissions::Permissions, subjects::Share};
 use crate::{
+    chance,
     config::{Connection, Place, Replication, Side},
     copy::{
         bridge,
+        clock::{Heard, SourceClock},
         durable::{Durable, Way},
         learn,
         subjects::{Learned, Origins},
@@ -85,6 +87,9 @@ pub(super) struct Facts {
     pub(super) connect: Answer<ServerInfo>,
     pub(super) jetstream: Answer<()>,
     pub(super) stream: Answer<Option<StreamInfo>>,
+    /// How far the clock of the server that leads the stream is ahead of ours, seconds; `None` in it if the server does not
+    /// report its time.
+    pub(super) clock: Answer<Option<f64>>,
     pub(super) permissions: Answer<Permissions>,
     /// What the account uses and may use.
     pub(super) account: Answer<AccountInfo>,
@@ -239,7 +244,9 @@ impl Look {
 
     async fn ask_stream(&mut self, side: &Side) {
         let subject = format!("{}.STREAM.INFO.{}", self.api_prefix(), side.stream);
+        let sent = Instant::now();
         let answer = self.ask(&[(subject.clone(), Some(String::new()))]).await;
+        let (received, local) = (Instant::now(), chance::now());
         (self.facts.jetstream, self.facts.stream) = match answer.as_deref() {
             Ok([Some(body)]) => match decode::<StreamInfo>(body) {
                 Ok(info) => (Answer::Got(()), Answer::Got(Some(info))),
@@ -255,6 +262,10 @@ impl Look {
             Err(Silence::Error { message, .. }) => (Answer::NotAsked, Answer::Unclear(message.clone())),
             Err(Silence::Late) => (Answer::NotAsked, Answer::Unclear(format!("no answer to `{subject}` in time"))),
         };
+        if let Some(info) = self.facts.stream.there().filter(|info| info.is_leaders()) {
+            let heard = Heard { sent, received, server: info.ts, local };
+            self.facts.clock = Answer::Got(SourceClock::new(&heard).offset(received, local));
+        }
     }
 
     /// A copy need not be allowed to ask this: then nothing is known.

@@ -33,7 +33,7 @@ pub struct PositionRecord {
     pub source: Option<SourceWitness>,
     /// The newest message of ours that is known to be at the target.
     pub target: Option<TargetWitness>,
-    /// When source and target were saved last, by the clock of the holder.
+    /// When source and target were saved last, by the clock of the source server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saved_at: Option<DateTime<Utc>>,
     /// Kept because a target that turned out to be shared stays so.
@@ -377,9 +377,9 @@ impl PositionRecord {
         self
     }
 
-    /// The record with another position, taken by the instance that moves it.
+    /// The record with another position, taken by the instance that moves it; `now` is the source server's time.
     #[must_use]
-    pub fn moved(self, to: SourceWitness, by: &str) -> Self {
+    pub fn moved(self, to: SourceWitness, by: &str, now: DateTime<Utc>) -> Self {
         let epoch = self.epoch + 1;
         let mut record = self.taken_by(by, epoch);
         // Where nothing was saved yet, the target may have copies from before all the same.
@@ -397,7 +397,7 @@ impl PositionRecord {
         // What senders sent in between was not seen, or is seen as if it were news.
         if record.sampled.is_some() {
             record.sampled = Some(to.seq);
-            record.unseen_from = Some(chance::now());
+            record.unseen_from = Some(now);
         }
         record.source = Some(to);
         record
@@ -434,9 +434,10 @@ mod tests {
     #[test]
     fn a_move_back_is_remembered_and_fences_older_holders() {
         let at = |seq| SourceWitness { seq, time_ns: Some(1), created: "c".to_owned() };
+        let now = DateTime::from_timestamp_nanos(7);
         let check = |from: Option<u64>, to: u64, expect: (bool, u64)| {
             let record = PositionRecord { epoch: 4, source: from.map(at), ..PositionRecord::new() };
-            let moved = record.moved(at(to), "b");
+            let moved = record.moved(at(to), "b", now);
             assert_eq!((moved.epoch, moved.holder.as_str(), moved.source), (5, "b", Some(at(to))));
             assert_eq!((moved.moved_back, moved.generation), expect, "{from:?} {to}");
         };
@@ -445,13 +446,13 @@ mod tests {
         check(Some(5), 6, (false, 0));
         check(Some(5), 5, (false, 0));
         check(None, 0, (true, 1));
-        let back = PositionRecord { source: Some(at(5)), ..PositionRecord::new() }.moved(at(1), "b");
-        let forth = back.moved(at(3), "b");
+        let back = PositionRecord { source: Some(at(5)), ..PositionRecord::new() }.moved(at(1), "b", now);
+        let forth = back.moved(at(3), "b", now);
         assert!(forth.moved_back && forth.generation == 1);
         assert_eq!(forth.unseen_from, None);
         let sampled = PositionRecord { source: Some(at(5)), sampled: Some(4), ..PositionRecord::new() };
-        let moved = sampled.moved(at(9), "b");
-        assert_eq!((moved.sampled, moved.unseen_from.is_some()), (Some(9), true));
+        let moved = sampled.moved(at(9), "b", now);
+        assert_eq!((moved.sampled, moved.unseen_from), (Some(9), Some(now)));
     }
 
     #[test]

@@ -229,6 +229,11 @@ impl Board {
         });
     }
 
+    /// The source server's clock was measured while no run was under way.
+    pub(super) fn measured(&self, clock_offset: Option<f64>) {
+        self.status.send_modify(|(_, copy)| copy.source.clock_offset_seconds = clock_offset);
+    }
+
     /// A run ended with an error; `step` is what is made anew, if that is how it goes on.
     pub(super) fn failed(&self, error: &Error, step: Option<Step>) {
         let kind = match error.kind {

@@ -122,6 +122,7 @@ impl Watch {
             Outlook::Unknown | Outlook::Safe => None,
         };
         context.board.glanced(Some(&glance), headroom);
+        context.board.measured(glance.clock_offset);
         self.judge(context, headroom, glance.lag.messages == 0);
         let left = headroom.map(|headroom| headroom.seconds);
         match left.into_iter().chain(glance.kept).reduce(f64::min) {

@@ -10,6 +10,7 @@
 pub mod checker;
 pub mod cli;
 pub mod client;
+pub mod clock;
 pub mod cluster;
 pub mod copies;
 pub mod process;
@@ -24,6 +25,7 @@ pub mod wire;
 pub use checker::{Expect, Report};
 pub use cli::Cli;
 pub use client::{connect, request, timed, wait_for, wait_value};
+pub use clock::Clock;
 pub use cluster::{Cluster, End};
 pub use copies::{Copies, Kind};
 pub use proxy::{BOTH, Direction, Newcomers, Proxy};

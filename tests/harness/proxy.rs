@@ -14,6 +14,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
+use super::clock::{Clock, Rewriter};
+
 /// Largest piece that is forwarded at once.
 const PIECE: usize = 64 * 1024;
 /// A throttled direction passes on its bytes in so many pieces a second.
@@ -49,6 +51,8 @@ struct State {
     mode: Mode,
     to_server: Flow,
     to_client: Flow,
+    /// What the clock of the server shows.
+    clock: Clock,
     /// Connections of an older generation are closed.
     generation: u64,
 }
@@ -191,6 +195,11 @@ impl Proxy {
         self.set_flows(directions, |flow| flow.rate = bytes_per_second);
     }
 
+    /// What the clock of the server shows to clients from now on.
+    pub fn clock(&self, clock: Clock) {
+        self.set(|s| s.clock = clock);
+    }
+
     fn set_flows(&self, directions: &[Direction], change: impl Fn(&mut Flow)) {
         self.set(|s| directions.iter().for_each(|direction| change(s.flow_mut(*direction))));
     }
@@ -271,6 +280,7 @@ impl Passage {
     ) {
         let mut buffer = vec![0; PIECE];
         let mut free = Instant::now();
+        let mut rewriter = Rewriter::new(self.direction);
         loop {
             // Stalled before the read, so that the sender feels it.
             let Some(flow) = self.open(&mut state).await else { return };
@@ -295,7 +305,9 @@ impl Passage {
                     + Duration::from_secs_f64(count as f64 / rate as f64);
                 sleep_until(free).await;
             }
-            if send.send((free.max(now) + flow.latency, buffer[..count].to_vec())).await.is_err() {
+            let clock = state.borrow().clock;
+            let bytes = rewriter.pass(&buffer[..count], clock);
+            if send.send((free.max(now) + flow.latency, bytes)).await.is_err() {
                 return;
             }
         }

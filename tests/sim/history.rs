@@ -9,7 +9,8 @@ use tokio::time::Duration;
 use super::{
     plan::{Fault, Plan},
     stream::{Ack, Stream, matches, value},
-    world::World,
+    traffic::LIFE,
+    world::{Host, World},
 };
 
 const LEFT_OUT: &str = "left out by request";
@@ -342,7 +343,7 @@ impl History {
         // The newer run does not send again, so that the ids cannot drop it, what is gone at the source or passed over.
         let alone = !chained && (!self.held.contains_key(&seq) || original.excused.is_some());
         // Left out as too old by a run that could not save that, and young again for the next one.
-        let young_again = is_old && self.plan.has(|fault| matches!(fault, Fault::Clock { back: true, .. }));
+        let young_again = is_old && self.plan.has(Fault::sets_source_back);
         if first && !alone && !young_again && *newest > number && (arrival.batched || !original.refused) {
             let newest = self.originals[*newest].seq;
             self.breach(format!("{seq} stands behind {newest}, and was never refused"));
@@ -418,9 +419,33 @@ impl History {
             return Err("no stamp".to_owned());
         }
         let rest = rest.strip_prefix("Nats-Expected-Stream: T\r\n").unwrap_or(rest);
-        let time_ms = original.time_ns.div_euclid(1_000_000);
+        let (time_ns, time_ms) = (original.time_ns, original.time_ns.div_euclid(1_000_000));
+        let lives = original.lines.contains(LIFE);
+        let life = lives.then(|| value(arrival.header, "Nats-TTL").ok_or("no time to live")).transpose()?;
+        let rest =
+            life.as_ref().map_or(rest.to_owned(), |life| rest.replacen(&format!("Nats-TTL: {life}\r\n"), LIFE, 1));
         let expected = format!("{}Choria-SR-Source: S {} SITE SITE {time_ms}\r\n\r\n", original.lines, original.seq);
-        if rest == expected { Ok(()) } else { Err("other headers".to_owned()) }
+        if rest != expected {
+            return Err("other headers".to_owned());
+        }
+        life.map_or(Ok(()), |life| self.life(time_ns, &life, arrival.opened))
+    }
+
+    /// Of an hour, what is left after the age of a message by the clock of the source: no less than when it came, no more
+    /// than when the connection was opened that it came over, but for what keeps answers back.
+    fn life(&self, time_ns: i64, life: &str, opened: Duration) -> Result<(), String> {
+        const HOUR: i64 = 3_600;
+        let life: i64 = life.parse().map_err(|_| format!("a time to live of {life:?}"))?;
+        let kept_back = self.plan.kept_back();
+        let left = |now_ns: i64| (HOUR - (now_ns - time_ns).max(0) / 1_000_000_000).max(1);
+        let least = left(self.world.latest_ns(kept_back));
+        let since = (self.world.elapsed() - opened + kept_back).as_nanos() as i64;
+        let set = self.plan.has(|fault| fault.hosts().contains(&Host::Source));
+        let most = if set { HOUR } else { left(self.world.now_ns(Host::Source) - since) };
+        match (least..=most).contains(&life) {
+            true => Ok(()),
+            false => Err(format!("{life} s to live instead of {least} to {most}")),
+        }
     }
 
     /// Whether a copy is there; what the target lost counts until `grace` after the loss.
@@ -435,7 +460,7 @@ impl History {
     }
 
     fn is_old(&self, original: &Original) -> bool {
-        let age = self.world.latest_ns() - original.time_ns;
+        let age = self.world.latest_ns(self.plan.kept_back()) - original.time_ns;
         self.plan.max_age.is_some_and(|max_age| i128::from(age) > max_age.as_nanos() as i128)
     }
 

@@ -15,7 +15,8 @@ use super::{
 /// A batch without traffic is forgotten.
 const BATCH_IDLE: Duration = Duration::from_secs(10);
 /// Of a stream that is made by request.
-const DEFAULT: Config = Config { batched: false, window_ns: 120_000_000_000, per_subject: None, max_size: None };
+const DEFAULT: Config =
+    Config { batched: false, window_ns: 120_000_000_000, per_subject: None, max_size: None, lives: false };
 
 pub struct Consumer {
     pub stream: String,
@@ -91,7 +92,7 @@ impl State {
     }
 
     fn store(&mut self, arrival: Arrival<'_>) -> Option<(String, Result<Ack, Refusal>)> {
-        let now_ns = self.world.now_ns();
+        let now_ns = self.world.now_ns(self.host);
         let stream = self.streams.values_mut().find(|stream| stream.takes(arrival.subject));
         let result = stream.map(|stream| {
             (stream.name.clone(), stream.publish(arrival.subject, arrival.header, arrival.payload, now_ns))
@@ -168,13 +169,14 @@ impl State {
         let not_found = json!({"error": {"code": 404, "err_code": 10059, "description": "stream not found"}});
         match words.as_slice() {
             ["STREAM", "INFO", stream] => {
-                let info = self.streams.get(*stream).map_or(not_found, Stream::info);
+                let mut info = self.streams.get(*stream).map_or(not_found, Stream::info);
+                info["ts"] = rfc3339(self.world.now_ns(self.host)).into();
                 self.answer(reply, &info);
             }
             ["STREAM", "CREATE", stream] => {
                 let made = {
                     let config = Config { batched: body["allow_batched"] == true, ..DEFAULT };
-                    Stream::new(stream, config, self.world.now_ns())
+                    Stream::new(stream, config, self.world.now_ns(self.host))
                 };
                 let info = made.info();
                 self.streams.entry((*stream).to_owned()).or_insert(made);

@@ -90,6 +90,13 @@ impl Scene {
                 return Some(format!("told without a cause: {event}"));
             }
         }
+        let set = self.plan.has(|fault| !fault.hosts().is_empty());
+        let apart = self.world.source_ahead_ns() != 0;
+        match history.events("clock-offset").next() {
+            Some(event) if !set && !apart => return Some(format!("told without a cause: {event}")),
+            None if !set && apart => return Some("that clocks differ was never told".to_owned()),
+            _ => {}
+        }
         for kind in ["source-reset", "target-reset"] {
             let told = history.events(kind).count();
             if told == 0 && history.due.contains(&kind) {

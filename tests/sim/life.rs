@@ -294,7 +294,7 @@ impl Scene {
             self.history().any_position = true;
             // Judged with the move in mind: the save is the move.
             self.history().moved(from, place.position.seq);
-            let moved = record.moved(place.position.clone(), "operator");
+            let moved = record.moved(place.position.clone(), "operator", place.now);
             if store.save(ID, moved, revision).await.is_ok() {
                 break;
             }

@@ -2,7 +2,7 @@
 
 use tokio::time::Duration;
 
-use super::world::World;
+use super::world::{Host, World};
 
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -20,6 +20,8 @@ pub struct Plan {
     /// So many messages are kept per subject: at the target, and at the source.
     pub keeps: Option<usize>,
     pub source_keeps: Option<usize>,
+    /// Whether the target takes a time to live.
+    pub lives: bool,
     /// Some messages are larger than the target takes: who finds out.
     pub poison: Option<Poison>,
     /// Source messages: when, and how many at once.
@@ -105,7 +107,7 @@ pub enum Fault {
     Mute,
     /// The bucket loses answers, and writes arrive late.
     Trouble(Duration),
-    /// The wall clock is set, forward or back.
+    /// Wall clocks are set, forward or back: see [`Fault::hosts`].
     Clock {
         by: Duration,
         back: bool,
@@ -145,6 +147,23 @@ pub enum Fault {
 pub const TTL_MS: u64 = 3_000;
 
 impl Fault {
+    /// Whose clocks are set.
+    pub fn hosts(self) -> &'static [Host] {
+        const ONE: [[Host; 1]; 3] = [[Host::Service], [Host::Source], [Host::Target]];
+        match self {
+            Self::Clock { by, .. } => match by.as_millis() % 4 {
+                3 => &[Host::Service, Host::Source, Host::Target],
+                one => &ONE[one as usize],
+            },
+            _ => &[],
+        }
+    }
+
+    /// Whether the source's clock is set back.
+    pub fn sets_source_back(self) -> bool {
+        matches!(self, Self::Clock { back: true, .. }) && self.hosts().contains(&Host::Source)
+    }
+
     /// Whether the target loses what it had stored.
     pub fn target_loses(self) -> bool {
         matches!(self, Self::TargetForgets(_) | Self::TargetDeleted)
@@ -241,10 +260,12 @@ impl Plan {
         }
         faults.sort_by_key(|(at, _)| *at);
         let keeps = world.once_in(8).then(|| world.between(1, 3) as usize);
+        let batched = world.once_in(2);
+        let in_flight = world.between(1, 64) as usize;
         Self {
             stormy: Duration::from_millis(stormy),
-            batched: world.once_in(2),
-            in_flight: world.between(1, 64) as usize,
+            batched,
+            in_flight,
             window: Duration::from_secs([120, 120, 20, 3][world.between(0, 3) as usize]),
             filter: world.once_in(6).then(|| ["s.1", "s.*", "s.>", "s.none"][world.between(0, 3) as usize].to_owned()),
             max_age: world.once_in(8).then(|| world.millis(2_000, 20_000)),
@@ -257,6 +278,7 @@ impl Plan {
                 2 => Some(Poison::Noticed),
                 _ => None,
             },
+            lives: in_flight.is_multiple_of(2),
             bursts,
             begins,
             ttls,
@@ -313,6 +335,15 @@ impl Plan {
     pub fn is_lawful(&self) -> bool {
         let drifts = self.ttls.iter().any(|ttl| ttl.abs_diff(TTL_MS) > TTL_MS / 10);
         !drifts && !self.has(|fault| matches!(fault, Fault::Evict(..) | Fault::LeasePutBack))
+    }
+
+    /// How late an answer of the source about its time may be: who asked knows no more than that it is not earlier.
+    pub fn kept_back(&self) -> Duration {
+        let parts = self.faults.iter().map(|(_, fault)| match fault {
+            Fault::Slow(Side::Source, _, time) | Fault::Freeze(Side::Source, time) | Fault::Stop(_, time) => *time,
+            _ => Duration::ZERO,
+        });
+        Duration::from_secs(1) + parts.sum::<Duration>()
     }
 
     /// How long the messages of a fault are told before the fault is known: until then a record may speak of what was.

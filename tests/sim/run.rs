@@ -29,7 +29,7 @@ use super::{
     server::{Server, Tamper},
     stream::{Config, Stream},
     traffic,
-    world::World,
+    world::{Host, World},
 };
 
 pub const ID: &str = "S";
@@ -133,9 +133,14 @@ impl Scene {
     }
 
     fn new_source(&self) -> Stream {
-        let config =
-            Config { batched: true, window_ns: 120_000_000_000, per_subject: self.plan.source_keeps, max_size: None };
-        Stream::new("S", config, self.world.now_ns())
+        let config = Config {
+            batched: true,
+            window_ns: 120_000_000_000,
+            per_subject: self.plan.source_keeps,
+            max_size: None,
+            lives: true,
+        };
+        Stream::new("S", config, self.world.now_ns(Host::Source))
     }
 
     fn new_target(&self) -> Stream {
@@ -144,8 +149,9 @@ impl Scene {
             window_ns: self.plan.window.as_nanos() as i64,
             per_subject: self.plan.keeps,
             max_size: (self.plan.poison == Some(Poison::Refused)).then_some(LARGE),
+            lives: self.plan.lives,
         };
-        Stream::new("T", config, self.world.now_ns())
+        Stream::new("T", config, self.world.now_ns(Host::Target))
     }
 
     pub fn history(&self) -> MutexGuard<'_, History> {
@@ -241,7 +247,9 @@ impl Scene {
                 sleep(time).await;
                 self.trouble(false);
             }
-            Fault::Clock { by, back } => self.world.set_clock(by, back),
+            Fault::Clock { by, back } => {
+                fault.hosts().iter().for_each(|host| self.world.set_clock(*host, by, back));
+            }
             Fault::Pause(time) => {
                 self.paused.set(true);
                 sleep(time).await;
@@ -304,7 +312,7 @@ impl Scene {
 
     async fn foreign(&self, count: u64) {
         for _ in 0..count {
-            let now_ns = self.world.now_ns();
+            let now_ns = self.world.now_ns(Host::Target);
             self.target.with("T", |stream| _ = stream.publish("t.foreign", b"", b"foreign", now_ns));
             if self.world.once_in(3) {
                 sleep(self.world.millis(0, 200)).await;

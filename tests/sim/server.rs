@@ -26,7 +26,7 @@ use super::{
     plan::Way,
     process::{Hands, Meter},
     stream::Stream,
-    world::World,
+    world::{Host, World},
 };
 
 const PIPE: usize = 64 * 1024;
@@ -34,11 +34,13 @@ const TICK: Duration = Duration::from_millis(250);
 pub struct Server {
     world: World,
     name: &'static str,
+    host: Host,
     state: Mutex<State>,
 }
 
 pub struct State {
     pub(super) world: World,
+    pub(super) host: Host,
     max_payload: usize,
     /// Who judges what comes.
     pub(super) history: Option<Arc<Mutex<History>>>,
@@ -102,8 +104,10 @@ impl Server {
         max_payload: usize,
         history: Option<Arc<Mutex<History>>>,
     ) -> Arc<Self> {
+        let host = if name == "source" { Host::Source } else { Host::Target };
         let state = State {
             world: world.clone(),
+            host,
             max_payload,
             history,
             down: false,
@@ -118,7 +122,7 @@ impl Server {
             apart: BTreeMap::new(),
             tampers: Vec::new(),
         };
-        let server = Arc::new(Self { world: world.clone(), name, state: Mutex::new(state) });
+        let server = Arc::new(Self { world: world.clone(), name, host, state: Mutex::new(state) });
         let ticking = Arc::downgrade(&server);
         tokio::spawn(async move {
             loop {
@@ -171,7 +175,7 @@ impl Server {
     pub fn revive(&self) {
         let mut state = self.lock();
         if std::mem::take(&mut state.down) {
-            let now_ns = self.world.now_ns();
+            let now_ns = self.world.now_ns(self.host);
             state.streams.values_mut().for_each(|stream| stream.restart(now_ns));
         }
     }

@@ -47,6 +47,8 @@ pub struct Config {
     pub per_subject: Option<usize>,
     /// Larger payloads are refused.
     pub max_size: Option<usize>,
+    /// Whether messages may bear a time to live.
+    pub lives: bool,
 }
 
 #[derive(Debug)]
@@ -95,7 +97,8 @@ impl Stream {
     /// What the server checks before it stores, in its order.
     pub fn publish(&mut self, subject: &str, header: &[u8], payload: &[u8], now_ns: i64) -> Result<Ack, Refusal> {
         let refuse = |err_code, description: &str| Err(Refusal::new(err_code, description));
-        if let Some((name, code)) = REFUSED.iter().find(|(name, _)| value(header, name).is_some()) {
+        let refused = |name: &str| value(header, name).is_some() && !(self.config.lives && name == "Nats-TTL");
+        if let Some((name, code)) = REFUSED.iter().find(|(name, _)| refused(name)) {
             return refuse(*code, &format!("{name} is not taken"));
         }
         if value(header, "Nats-Expected-Stream").is_some_and(|expected| expected != self.name) {
@@ -172,7 +175,7 @@ impl Stream {
             "config": {
                 "name": self.name, "subjects": [format!("{}.>", self.name.to_lowercase())], "retention": "limits",
                 "storage": "file", "num_replicas": 1, "duplicate_window": self.config.window_ns,
-                "allow_batched": self.config.batched, "metadata": {"_nats.level": "4"},
+                "allow_batched": self.config.batched, "allow_msg_ttl": self.config.lives, "metadata": {"_nats.level": "4"},
                 "max_msgs_per_subject": self.config.per_subject.map_or(-1, |keep| keep as i64),
             },
             "created": self.created,

@@ -7,8 +7,11 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::{
     plan::Fault,
     run::{LARGE, Scene},
+    world::Host,
 };
 
+/// A time to live; its copy's is less by the age of the message.
+pub const LIFE: &str = "Nats-TTL: 1h\r\n";
 /// Header lines as they are sent, and as they have to arrive: by the rules of the documents, on a target that takes
 /// neither lives nor rollups.
 const LINES: [(&str, &str); 12] = [
@@ -18,7 +21,7 @@ const LINES: [(&str, &str); 12] = [
     ("Nats-Msg-Id: of the source\r\n", "Choria-SR-Msg-Id: of the source\r\n"),
     ("Nats-Expected-Last-Sequence: 7\r\n", ""),
     ("Nats-Expected-Last-Msg-Id: x\r\n", ""),
-    ("Nats-TTL: 1h\r\n", ""),
+    (LIFE, ""),
     ("Nats-Rollup: sub\r\n", ""),
     ("Nats-Stream-Source: A\r\n", "Choria-SR-Nats-Stream-Source: A\r\n"),
     ("Nats-Schedule-Next: purge\r\n", "Choria-SR-Nats-Schedule-Next: purge\r\n"),
@@ -44,7 +47,7 @@ pub async fn publish(scene: Arc<Scene>) {
                     // The first id stays, others go.
                     if !sent.contains(one) {
                         sent.push_str(one);
-                        lines.push_str(other);
+                        lines.push_str(if one == LIFE && scene.plan.lives { LIFE } else { other });
                     }
                 }
             }
@@ -57,7 +60,7 @@ pub async fn publish(scene: Arc<Scene>) {
             let poison = scene.plan.poison.is_some() && world.once_in(100);
             payload.resize(if poison { LARGE + 1 } else { payload.len() + world.between(0, 100) as usize }, 255);
             // No two at the same time.
-            let time_ns = world.now_ns() + number + 1_000_000 * scene.cuts.load(Ordering::Relaxed) as i64;
+            let time_ns = world.now_ns(Host::Source) + number + 1_000_000 * scene.cuts.load(Ordering::Relaxed) as i64;
             scene.source.with("S", |stream| {
                 stream.store(&format!("s.{}", number % 3), header.as_bytes(), &payload, time_ns);
                 scene.history().sent(stream, &lines, passed);

@@ -4,10 +4,7 @@ use std::{
     cell::RefCell,
     fmt,
     hash::{DefaultHasher, Hash, Hasher},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicI64, Ordering},
-    },
+    sync::{Arc, Mutex},
 };
 
 use chrono::{DateTime, Utc};
@@ -18,15 +15,34 @@ use tokio::time::{Duration, Instant};
 /// 2026-01-01T00:00:00Z.
 const BEGINNING_NS: i64 = 1_767_225_600_000_000_000;
 
+/// A machine with a wall clock of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Host {
+    /// That of the copying processes.
+    Service,
+    Source,
+    Target,
+}
+
+/// A wall clock that is wrong by so much, and when that was changed.
+#[derive(Debug, Default)]
+struct Clock {
+    wrong_by_ns: i64,
+    /// By how much it was wrong before, and until when.
+    before: Vec<(i64, Duration)>,
+}
+
+/// Who follows a clock by asking for it every ten seconds may go by what it showed before for so long after it was set, and
+/// longer by what keeps the answer back.
+const FOLLOWED_WITHIN: Duration = Duration::from_secs(15);
+
 /// Cheap to clone. All decisions are drawn from one seed, and time is tokio's paused clock: the same seed gives the
 /// same run.
 #[derive(Debug, Clone)]
 pub struct World {
     began: Instant,
     random: Arc<Mutex<StdRng>>,
-    /// By how much the wall clock was set, and the latest time that it ever showed.
-    set_by_ns: Arc<AtomicI64>,
-    latest_ns: Arc<AtomicI64>,
+    clocks: Arc<Mutex<[Clock; 3]>>,
     trace: Arc<Mutex<DefaultHasher>>,
 }
 
@@ -35,29 +51,39 @@ impl World {
         Self {
             began: Instant::now(),
             random: Arc::new(Mutex::new(StdRng::seed_from_u64(seed))),
-            set_by_ns: Arc::default(),
-            latest_ns: Arc::default(),
+            clocks: Arc::new(Mutex::new(clocks(seed))),
             trace: Arc::default(),
         }
     }
 
-    /// Wall clock of all servers and of the copying processes.
-    pub fn now_ns(&self) -> i64 {
-        let now = BEGINNING_NS + self.elapsed().as_nanos() as i64 + self.set_by_ns.load(Ordering::Relaxed);
-        self.latest_ns.fetch_max(now, Ordering::Relaxed);
-        now
+    /// The wall clock of a machine.
+    pub fn now_ns(&self, host: Host) -> i64 {
+        let wrong_by_ns = self.clocks.lock().expect("clocks")[host as usize].wrong_by_ns;
+        BEGINNING_NS + self.elapsed().as_nanos() as i64 + wrong_by_ns
     }
 
-    /// The latest time that the wall clock ever showed.
-    pub fn latest_ns(&self) -> i64 {
-        self.now_ns().max(self.latest_ns.load(Ordering::Relaxed))
+    /// The latest time that somebody can have taken for the time of the source by now; answers are kept back by so much at
+    /// most.
+    pub fn latest_ns(&self, kept_back: Duration) -> i64 {
+        let clocks = self.clocks.lock().expect("clocks");
+        let Clock { wrong_by_ns, before } = &clocks[Host::Source as usize];
+        let until = |set_at: Duration| self.elapsed().min(set_at + FOLLOWED_WITHIN + kept_back);
+        let shown = |wrong_by_ns: i64, until: Duration| BEGINNING_NS + until.as_nanos() as i64 + wrong_by_ns;
+        let before = before.iter().map(|(wrong_by_ns, set_at)| shown(*wrong_by_ns, until(*set_at)));
+        before.fold(shown(*wrong_by_ns, self.elapsed()), i64::max)
     }
 
-    /// Somebody sets the wall clock.
-    pub fn set_clock(&self, by: Duration, back: bool) {
-        self.now_ns();
+    /// Somebody sets the wall clock of a machine.
+    pub fn set_clock(&self, host: Host, by: Duration, back: bool) {
+        let clock = &mut self.clocks.lock().expect("clocks")[host as usize];
+        clock.before.push((clock.wrong_by_ns, self.elapsed()));
         let by = by.as_nanos() as i64;
-        self.set_by_ns.fetch_add(if back { -by } else { by }, Ordering::Relaxed);
+        clock.wrong_by_ns += if back { -by } else { by };
+    }
+
+    /// How far the clock of the source is ahead of that of the copying processes.
+    pub fn source_ahead_ns(&self) -> i64 {
+        self.now_ns(Host::Source) - self.now_ns(Host::Service)
     }
 
     pub fn elapsed(&self) -> Duration {
@@ -94,6 +120,18 @@ impl World {
     }
 }
 
+/// How wrong the clocks are in the beginning: drawn from another sequence than what happens. The source's is right: what
+/// counts is how they differ.
+fn clocks(seed: u64) -> [Clock; 3] {
+    let mut random = StdRng::seed_from_u64(seed.rotate_left(32));
+    let mut wrong = || match random.random_range(0..4) {
+        0 | 1 => 0,
+        2 => random.random_range(60_000..7_200_000),
+        _ => -random.random_range(60_000..7_200_000),
+    };
+    [wrong(), 0, wrong()].map(|ms| Clock { wrong_by_ns: ms * 1_000_000, before: Vec::new() })
+}
+
 /// Drawn from another sequence than what happens: a change of the core leaves the plan of a seed as it was.
 pub struct Luck {
     world: World,
@@ -112,6 +150,6 @@ impl Chance for Luck {
     }
 
     fn now(&self) -> DateTime<Utc> {
-        DateTime::from_timestamp_nanos(self.world.now_ns())
+        DateTime::from_timestamp_nanos(self.world.now_ns(Host::Service))
     }
 }

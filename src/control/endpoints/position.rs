@@ -7,7 +7,7 @@ use tracing::info;
 
 use super::{Context, in_time, named};
 use crate::{
-    config::Replication,
+    config::{Replication, parse_duration},
     control::{
         api::{Failure, Moved, PositionRequest},
         service::Request,
@@ -26,12 +26,15 @@ const STOPS_WITHIN: Duration = Duration::from_millis(700);
 pub(super) async fn position(context: &Context, request: Request) -> Result<Moved, Failure> {
     let end = Instant::now() + WITHIN;
     in_time(&request)?;
-    let PositionRequest { replication: id, source_seq, time, dry_run } =
+    let PositionRequest { replication: id, source_seq, time, ago, dry_run } =
         named(&request.body, |replication| PositionRequest { replication, ..PositionRequest::default() })?;
-    let at = match (source_seq, time) {
-        (Some(seq), None) => At::Behind(seq),
-        (None, Some(time)) => At::Time(time),
-        _ => return Err(Failure::new(400, "the request needs one of `source_seq` and `time`")),
+    let at = match (source_seq, time, ago) {
+        (Some(seq), None, None) => At::Behind(seq),
+        (None, Some(time), None) => At::Time(time),
+        (None, None, Some(ago)) => At::Ago(
+            parse_duration(&ago).map_err(|error| Failure::new(400, format!("`ago` {error}, such as `1h`: `{ago}`")))?,
+        ),
+        _ => return Err(Failure::new(400, "the request needs one of `source_seq`, `time` and `ago`")),
     };
     let entry = context.existing(&id).await?;
     rests(context, &id).await?;
@@ -59,7 +62,7 @@ pub(super) async fn position(context: &Context, request: Request) -> Result<Move
         return Ok(moved);
     }
     let id = moved.replication.as_str();
-    let record = record.moved(place.position, &context.instance);
+    let record = record.moved(place.position, &context.instance, place.now);
     moved.revision = match context.positions.save(id, record, revision).await {
         Ok(revision) => Some(revision),
         Err(SaveError::Store(error)) => return Err(unavailable(error)),

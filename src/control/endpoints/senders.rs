@@ -2,7 +2,7 @@
 
 use std::{cmp::Reverse, time::Duration};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SubsecRound, Utc};
 use regex::{Regex, RegexBuilder};
 use tokio::{task::spawn_blocking, time::sleep};
 
@@ -37,12 +37,14 @@ pub(super) async fn senders(context: &Context, request: Request) -> Result<Sende
     let request = named(&request.body, |replication| SendersRequest { replication, ..SendersRequest::default() })?;
     let SendersRequest { replication, value, since, advised, offset, limit } = request;
     super::check_id(&replication)?;
-    let wanted = Wanted {
-        value: value.as_deref().map(expression).transpose()?,
-        since_ns: since.as_deref().map(|text| time(text, Utc::now())).transpose()?.unwrap_or(i64::MIN),
-        advised,
-    };
-    context.supervisor.row(&replication).ok_or_else(|| not_found(&replication))?;
+    let value = value.as_deref().map(expression).transpose()?;
+    // Senders were seen by the clock of the source server.
+    let row = context.supervisor.row(&replication);
+    let ahead = row.as_ref().and_then(|row| row.copy.source.clock_offset_seconds).unwrap_or_default();
+    let now = Utc::now() + chrono::Duration::milliseconds((ahead * 1e3) as i64);
+    let since_ns = since.as_deref().map(|text| time(text, now)).transpose()?.unwrap_or(i64::MIN);
+    let wanted = Wanted { value, since_ns, advised };
+    row.ok_or_else(|| not_found(&replication))?;
     let Some((samples, leads)) = context.supervisor.samples(&replication) else {
         return Err(Failure::new(409, format!("replication `{replication}` is not sampled, so no senders are known")));
     };
@@ -56,7 +58,8 @@ pub(super) async fn senders(context: &Context, request: Request) -> Result<Sende
     let found = spawn_blocking(move || find(&samples, &wanted, offset, rows)).await;
     let (rows, total) = found.map_err(|error| Failure::new(500, error.to_string()))?;
     let Page { rows: senders, .. } = page(rows, 0, Some(limit), room);
-    Ok(Senders { site, replication, senders, offset, limit, total })
+    let now = Some(now.trunc_subsecs(3));
+    Ok(Senders { site, replication, now, senders, offset, limit, total })
 }
 
 fn expression(text: &str) -> Result<Regex, Failure> {
