@@ -186,6 +186,7 @@ impl System {
             site: site.clone(),
             instance: instance.clone(),
             installation: buckets.installation.clone(),
+            own_streams: buckets.streams.clone(),
             standalone: settings.standalone,
             rules: rules.clone(),
             config: buckets.config.clone(),

@@ -63,7 +63,7 @@ pub async fn start(
             ("instance".to_owned(), control.instance.clone()),
         ]),
     };
-    let Buckets { config, positions, senders, installation, .. } = buckets;
+    let Buckets { config, positions, senders, installation, streams, .. } = buckets;
     let documents = Documents::follow(config.clone()).await.map_err(|error| Error(error.to_string()))?;
     let ControlConfig { site, instance, rules, read_only, .. } = control;
     let context = Context {
@@ -71,6 +71,7 @@ pub async fn start(
         site,
         instance,
         installation,
+        own_streams: streams,
         rules,
         read_only,
         config,

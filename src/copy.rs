@@ -64,7 +64,7 @@ use crate::{
     events::Events,
     nats,
     status::{CopyStatus, Row, State},
-    store::{SaveError, SourceMessage},
+    store::{OwnStreams, SaveError, SourceMessage},
 };
 
 /// What to copy, and in whose name.
@@ -84,6 +84,8 @@ pub struct Job {
     pub neighbour: Option<String>,
     /// What the names of its own consumers begin with, see [`consumer_prefix`].
     pub consumers: String,
+    /// The streams of the service's own buckets.
+    pub own_streams: OwnStreams,
     /// What is known of senders; a replication that is sampled and has none copies everything.
     pub samples: Option<Samples>,
     /// Makes the connections to both sides.

@@ -28,6 +28,7 @@ use crate::{
     },
     nats::{Rules, jetstream::StreamState},
     sampling,
+    store::OwnStreams,
 };
 
 /// Time kept for the questions to the target that need the answers of the source.
@@ -66,6 +67,15 @@ pub struct SideReport {
     pub findings: Vec<Finding>,
 }
 
+/// What the service that checks a document is.
+#[derive(Debug, Clone, Copy)]
+pub struct Own<'a> {
+    /// The name by which it marks the streams that it creates.
+    pub site: &'a str,
+    /// The streams of its buckets.
+    pub streams: &'a OwnStreams,
+}
+
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
@@ -93,8 +103,8 @@ pub enum Outcome {
 }
 
 /// Looks at both sides at once and is done at `until`; what was not reached by then is unknown.
-/// `site` is the name by which this service marks the streams that it creates.
-pub async fn run(rules: &Rules, site: &str, replication: &Replication, known: &[Known], until: Instant) -> Report {
+pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known: &[Known], until: Instant) -> Report {
+    let site = own.site;
     let early = until - SECOND_LOOK;
     let (mut source, mut target) = tokio::join!(
         Look::at(rules, Role::Source, replication, early), //
@@ -156,6 +166,7 @@ pub async fn run(rules: &Rules, site: &str, replication: &Replication, known: &[
         learned: &learned,
         planned: &planned,
         update: &update,
+        own: own.streams,
     };
     Report { source: pair.judge_source(known), target: pair.judge_target(known) }
 }

@@ -14,7 +14,7 @@ mod trouble;
 mod watch;
 
 pub use bucket::{Cells, PutError, Stored};
-pub use buckets::{Buckets, CONFIG_HISTORY, Error};
+pub use buckets::{Buckets, CONFIG_HISTORY, Error, OwnStreams};
 pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
 pub use leases::{LeaseChange, LeaseRecord, LeaseStore, SessionRecord, Written};
 pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};

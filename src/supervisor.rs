@@ -46,8 +46,8 @@ use crate::{
     nats::Rules,
     status::{Row, State},
     store::{
-        ConfigChange, ConfigEntry, ConfigStore, MarkKind, PositionRecord, PositionStore, SenderStore, SessionRecord,
-        Stored,
+        ConfigChange, ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionRecord, PositionStore, SenderStore,
+        SessionRecord, Stored,
     },
 };
 
@@ -66,6 +66,8 @@ pub struct Deps {
     pub instance: String,
     /// What it shares with the other instances of its installation, and with no other installation.
     pub installation: String,
+    /// The streams of its buckets.
+    pub own_streams: OwnStreams,
     /// It is the only one, by declaration, and goes on where its buckets are out of reach.
     pub standalone: bool,
     /// Where documents may lead.

@@ -65,6 +65,8 @@ mod heartbeats_choria;
 mod leases;
 #[path = "it/memory.rs"]
 mod memory;
+#[path = "it/own_buckets.rs"]
+mod own_buckets;
 #[path = "it/process.rs"]
 mod process;
 #[path = "it/properties.rs"]

@@ -42,7 +42,8 @@ use crate::{
     lease::Leases,
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER, HEARTBEATS_KEY, SITE_KEY},
     nats::Rules,
-    store::{ConfigEntry, ConfigStore, MarkKind, PositionStore, SenderStore, WriteError},
+    preflight::Own,
+    store::{ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionStore, SenderStore, WriteError},
     supervisor::Handle,
 };
 
@@ -64,6 +65,7 @@ pub(super) struct Context {
     pub(super) site: String,
     pub(super) instance: String,
     pub(super) installation: String,
+    pub(super) own_streams: OwnStreams,
     pub(super) rules: Rules,
     /// Nothing is changed by request, and nobody is connected to for a request.
     pub(super) read_only: bool,
@@ -240,6 +242,11 @@ impl Context {
     async fn existing(&self, id: &str) -> Result<ConfigEntry, Failure> {
         check_id(id)?;
         self.documents.get(id).await.ok_or_else(|| not_found(id))
+    }
+
+    /// What this service is to a preflight.
+    pub(super) fn own(&self) -> Own<'_> {
+        Own { site: &self.site, streams: &self.own_streams }
     }
 
     /// Bytes that the rows of a reply may have.

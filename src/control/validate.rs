@@ -28,7 +28,7 @@ pub(super) async fn config_validate(context: &Context, request: Request) -> Resu
     let mut validation = if context.read_only {
         Validation { valid: true, ..Validation::default() }
     } else {
-        validation(&preflight::run(&context.rules, &context.site, &replication, &known, until).await)
+        validation(&preflight::run(&context.rules, &context.own(), &replication, &known, until).await)
     };
     if let Some(revision) = exists {
         let id = &replication.id;

@@ -190,6 +190,9 @@ impl<'a> Run<'a> {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
         })?;
         let mut clock = SourceClock::new(&heard(sent, received, &source_info));
+        if let Some(why) = job.own_streams.refuse(&replication.source.stream, &source_info.created) {
+            return Err(Error::new(ErrorKind::Hold, format!("source: {why}")));
+        }
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
             dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
         }

@@ -197,6 +197,9 @@ impl<'a> Opening<'a> {
                 // What is said of a stream that was just made may lack the domain, by which its acks are known (2.12).
                 continue;
             };
+            if let Some(why) = self.job.own_streams.refuse(name, &info.created) {
+                return Err(Error::hold(why));
+            }
             let lacks = self.lacks(&info).await?;
             // What a server takes and does not keep, but for subjects, is not asked of it twice.
             let lacks = lacks.filter(|update| !matches!(opened, Opened::Updated(_)) || !update.subjects.is_empty());

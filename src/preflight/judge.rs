@@ -26,6 +26,7 @@ use crate::{
     },
     sampling::{self, PER_SENDER},
     status::{TargetMode, Transport},
+    store::OwnStreams,
 };
 
 /// Subjects that one message shows at most.
@@ -43,6 +44,7 @@ pub(super) struct Pair<'a> {
     pub(super) planned: &'a Option<Result<Value, Error>>,
     /// What an existing one would be given.
     pub(super) update: &'a Option<Result<Update, Error>>,
+    pub(super) own: &'a OwnStreams,
 }
 
 /// Findings about one side.
@@ -113,6 +115,7 @@ impl Pair<'_> {
             }
             Answer::Got(Some(stream)) => {
                 let refused = target::readable(name, stream).map_err(|error| error.message);
+                let refused = refused.and_then(|()| self.own.refuse(name, &stream.created).map_or(Ok(()), Err));
                 let refused = refused.and_then(|()| self.consumers(stream)).err();
                 findings.add_any("stream", "/stream", refused.map(|text| (Outcome::Failed, text)));
             }
@@ -299,6 +302,10 @@ impl Pair<'_> {
                 if is_source && self.same_login() {
                     let text = format!("stream `{name}` is the source stream itself, by another address");
                     said(Outcome::Failed, path, &text);
+                    return None;
+                }
+                if let Some(why) = self.own.refuse(name, &stream.created) {
+                    said(Outcome::Failed, "/target_stream", &why);
                     return None;
                 }
                 match target::writable(name, stream) {

@@ -2,10 +2,30 @@
 
 use std::sync::Arc;
 
+use chrono::DateTime;
+
 use super::{ConfigStore, LeaseStore, PositionStore, SenderStore, bucket::Bucket};
 
 /// Revisions of each document that are kept.
 pub const CONFIG_HISTORY: usize = 10;
+
+/// The streams of the buckets of one installation, each with the time at which it was created (Unix epoch, ns): another
+/// installation may have streams of the same names.
+#[derive(Debug, Clone, Default)]
+pub struct OwnStreams(Arc<[(String, i128)]>);
+
+impl OwnStreams {
+    /// Why a stream cannot be copied, or copied into, if it is one of these. `created` is what `STREAM.INFO` says.
+    pub fn refuse(&self, stream: &str, created: &str) -> Option<String> {
+        let created = DateTime::parse_from_rfc3339(created).ok()?.timestamp_nanos_opt()?;
+        self.0.iter().any(|own| own.0 == stream && own.1 == i128::from(created)).then(|| {
+            format!(
+                "stream `{stream}` is a bucket of this service: what it saves while it copies would be copied again, without \
+                 end; use `nats stream backup`, or a service of another installation"
+            )
+        })
+    }
+}
 
 /// The buckets of one installation.
 #[derive(Debug, Clone)]
@@ -20,6 +40,8 @@ pub struct Buckets {
     pub senders: SenderStore,
     /// Identifies the installation to itself: when its configuration bucket was created.
     pub installation: String,
+    /// What must not be copied.
+    pub streams: OwnStreams,
 }
 
 /// A bucket operation that failed.
@@ -66,10 +88,15 @@ impl Buckets {
         let state = format!("{prefix}_STATE");
         let senders =
             Bucket::open(&client, api_prefix, &state, instance, 1, replicas, Some(SenderStore::MARKER_TTL)).await?;
-        let senders = SenderStore::open(senders, instance).await?;
         let config = open(&config, CONFIG_HISTORY as i64).await?;
         let positions = open(&format!("{prefix}_POSITIONS"), 1).await?;
         let leases = open(&format!("{prefix}_LEASES"), 1).await?;
+        let mut streams = Vec::new();
+        for bucket in [&config, &positions, &leases, &senders] {
+            let info = bucket.info().await?;
+            streams.push((info.config.name, info.created.unix_timestamp_nanos()));
+        }
+        let senders = SenderStore::open(senders, instance).await?;
         let installation = config.info().await?.created.unix_timestamp_nanos().to_string();
         Ok(Self {
             config: ConfigStore::new(config),
@@ -77,6 +104,7 @@ impl Buckets {
             leases: LeaseStore::new(Arc::new(leases)),
             senders,
             installation,
+            streams: OwnStreams(streams.into()),
         })
     }
 }

@@ -600,6 +600,7 @@ impl Session {
             neighbour: context.neighbours.of(replication),
             samples: roll.as_ref().map(Roll::samples),
             consumers: context.consumers(),
+            own_streams: deps.own_streams.clone(),
             dial: Arc::new(deps.rules.clone()),
         };
         let saved = ledger.saved();

@@ -19,7 +19,7 @@ use stream_replicator::{
     copy::{self, At, Budget, ErrorKind, Job, Ledger, Located, locate},
     lease::{self, Identity, Seat},
     status::{CopyStatus, Row, State},
-    store::{ClaimError, LeaseStore, PositionStore},
+    store::{ClaimError, LeaseStore, OwnStreams, PositionStore},
 };
 use tokio::{
     sync::watch,
@@ -179,6 +179,7 @@ impl Scene {
             skip: None,
             samples: None,
             consumers: consumers(),
+            own_streams: OwnStreams::default(),
             dial: Arc::new(self.network(me, epoch)),
         };
         let status = watch::Sender::new((State::Starting, CopyStatus::default()));
