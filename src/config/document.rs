@@ -278,8 +278,8 @@ pub fn document_id(document: &Value, site: &str) -> Option<String> {
 /// What is under a key of the configuration bucket that no replication can have.
 fn reserved(id: &str) -> Option<&'static str> {
     match id {
-        HEARTBEATS_KEY => Some("the heartbeats"),
-        SITE_KEY => Some("the site's own record"),
+        HEARTBEATS_KEY => Some("under which the heartbeats are configured"),
+        SITE_KEY => Some("of the site's own record"),
         _ => None,
     }
 }
@@ -447,7 +447,7 @@ impl Checker {
             self.problem(field, message);
         } else if let Some(what) = reserved(&id) {
             let message = format!(
-                "the id of this replication would be `{id}`, the key of {what}: give it a `name`, which makes the id \
+                "the id of this replication would be `{id}`, the key {what}: give it a `name`, which makes the id \
                  `{id}.<name>`, or another `id`"
             );
             self.problem(field, message);

@@ -262,8 +262,8 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     sides.behind_acks(&mut resume).await?;
     sides.look_for_gap(&mut resume, record.source.is_some());
     let known = resume.target.is_some() || record.target.is_some();
-    let newest = if known && record.stamps.is_none() { sides.stamps_at_end().await? } else { None };
-    resume.before = sharing::stamps_before(record, newest);
+    let newest = if known { sides.stamps_at_end().await? } else { None };
+    resume.before = sharing::stamps_before(record, newest, sides.chain_broke_behind.is_some());
     Ok(resume)
 }
 

@@ -18,12 +18,21 @@ pub(super) struct Foreign {
     pub subject: String,
 }
 
-/// How the messages are stamped that earlier runs sent and that may still be in flight, as far as is known.
-pub(super) fn stamps_before(record: &PositionRecord, newest: Option<Stamps>) -> Option<Stamps> {
+/// How the messages are stamped that earlier runs sent and that may still be in flight, as far as is known. `newest` is
+/// the stamp of the newest message at the target, `broke` whether the chain of the run before broke: then none of its
+/// messages fits any more, unless the newest one is of a chain.
+pub(super) fn stamps_before(record: &PositionRecord, newest: Option<Stamps>, broke: bool) -> Option<Stamps> {
     // Records of older versions do not say it. There, only the newest message at the target can tell, and an id is no
     // proof: it may be that of another writer, unless the target was shared.
     let shared = record.target_mode == TargetMode::Shared;
-    record.stamps.or_else(|| newest.filter(|newest| *newest == Stamps::Chain || shared))
+    let ids = record.stamps.map_or(newest == Some(Stamps::Ids) && shared, Stamps::has_ids);
+    let chain = newest == Some(Stamps::Chain) || !broke && record.stamps.is_some_and(Stamps::has_chain);
+    match (chain, ids) {
+        (true, true) => Some(Stamps::Both),
+        (true, false) => Some(Stamps::Chain),
+        (false, true) => Some(Stamps::Ids),
+        (false, false) => None,
+    }
 }
 
 /// Why nobody can have this stream for himself; `None` if one writer can.

@@ -353,26 +353,33 @@ impl<'a> Api<'a> {
     /// Creates a consumer under the given name, or changes the one that is there. Where the stream, the account or the
     /// server limits what a consumer may ask for, it asks for that much.
     pub async fn create_consumer(&mut self, stream: &str, name: &str, config: &Value) -> Result<ConsumerInfo, Error> {
-        let mut config = Cow::Borrowed(config);
-        loop {
-            let (what, body) = create_consumer_call(stream, name, &config);
-            let error = match self.call(&what, &body).await {
-                Ok(info) => return Ok(info),
-                Err(error) => error,
-            };
-            config = Cow::Owned(within_limit(&config, &error).ok_or(error)?);
-        }
+        self.create_within_limits(config, |config| create_consumer_call(stream, name, config)).await
     }
 
-    /// Creates a consumer under a name that no other consumer may have.
+    /// The same under a name that no other consumer may have.
     pub async fn create_new_consumer(
         &mut self,
         stream: &str,
         name: &str,
         config: &Value,
     ) -> Result<ConsumerInfo, Error> {
-        let (what, body) = create_new_consumer_call(stream, name, config);
-        self.call(&what, &body).await
+        self.create_within_limits(config, |config| create_new_consumer_call(stream, name, config)).await
+    }
+
+    async fn create_within_limits(
+        &mut self,
+        config: &Value,
+        call: impl Fn(&Value) -> (String, Value),
+    ) -> Result<ConsumerInfo, Error> {
+        let mut config = Cow::Borrowed(config);
+        loop {
+            let (what, body) = call(&config);
+            let error = match self.call(&what, &body).await {
+                Ok(info) => return Ok(info),
+                Err(error) => error,
+            };
+            config = Cow::Owned(within_limit(&config, &error).ok_or(error)?);
+        }
     }
 
     /// Asks for a consumer; `None` if there is none.

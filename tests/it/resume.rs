@@ -1024,6 +1024,10 @@ async fn a_change_to_batches_and_a_kill_before_the_first_save_double_nothing() -
     // As if a refused message was still to be sent again when the service was killed...
     let mut target = site.target().await?;
     target.api(&format!("STREAM.MSG.DELETE.{STREAM}"), json!({"seq": 51})).await?;
+    // A server that starts knows the ids of what it stores, and not that of the one that was never stored.
+    site.target.stop().await?;
+    site.target.restart().await?;
+    let mut target = site.target().await?;
     save_was_at(&site, 40).await?;
     // ... and then in a batch, behind all those that are there.
     let config = json!({"name": STREAM, "subjects": ["s.>"], "storage": "file", "allow_batched": true});

@@ -139,13 +139,13 @@ async fn a_change_of_filters_holds_from_the_position_on() -> Result<()> {
         site.row_when("S", "runs as changed", runs).await
     };
     site.send("config.update", fields(wide)).await?;
-    runs(2).await?;
+    runs(3).await?;
     raw.publish_all((300..600).map(message)).await?;
     let narrowed = last_in_scope(&site, |message| orders(message) || returns(message)).await?;
     settled(&site, "S", narrowed).await?;
     let narrow = json!({"filter_subjects": ["s.returns.>"], "exclude_subjects": ["*.returns.asia.>"]});
     site.send("config.update", fields(narrow)).await?;
-    runs(3).await?;
+    runs(4).await?;
     raw.publish_all((600..900).map(message)).await?;
     settled(&site, "S", last_in_scope(&site, returns).await?).await?;
 

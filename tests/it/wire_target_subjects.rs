@@ -208,7 +208,7 @@ async fn a_target_of_others_is_not_widened_but_named() -> Result<()> {
     edit(&mut raw, STREAM, json!(["s.>", "late.*"])).await?;
     publish(&mut raw, &["s.a", "s.b", "late.x", "s.a"], 4).await?;
     let message = held(&site, STREAM).await?;
-    for part in ["message 23", "`late.x`", "target stream `S`", "`s.>`", "`target_update`"] {
+    for part in ["source sequence 23", "`late.x`", "target stream `S`", "`s.>`", "`target_update`"] {
         ensure!(message.contains(part), "{part} is missing: {message}");
     }
     assert_eq!(config(&mut target, STREAM).await?, before);

@@ -69,7 +69,7 @@ async fn hand_edits_that_are_not_clean_json_say_what_they_are() -> Result<()> {
             text.contains(&format!("revision {revision} ")) && text.contains(expect)
         };
         let row = site.row_when("ORDERS", expect, says).await?;
-        assert_eq!((&row["state"], &row["config_revision"]), (&json!("running"), &json!(1)), "{row}");
+        assert_eq!((&row["state"], &row["config_revision"]), (&json!("running"), &json!(2)), "{row}");
         let problems = site.ask("config.get", "ORDERS").await?.body["problems"].to_string();
         assert!(problems.contains(expect), "{problems}");
     }
