@@ -25,7 +25,7 @@ pub(crate) mod mark;
 mod objects;
 mod probe;
 mod progress;
-mod provenance;
+pub(crate) mod provenance;
 mod reader;
 mod reject;
 mod renewal;

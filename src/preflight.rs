@@ -8,6 +8,7 @@ mod judge;
 mod limits;
 mod look;
 mod permissions;
+mod returned;
 mod ring;
 mod subjects;
 
@@ -148,6 +149,7 @@ pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known:
         }
     };
     tokio::join!(at_target, at_source);
+    let returned = returned::find(replication, &mut source, &mut target, until).await;
     // Two domains may be one account: then a stream at the source takes what is copied, too.
     if let (Some(from), Some(server), Some(_)) =
         (source.facts.stream.there(), target.facts.connect.got(), target.facts.stream.got())
@@ -167,6 +169,7 @@ pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known:
         planned: &planned,
         update: &update,
         own: own.streams,
+        returned: &returned,
     };
     Report { source: pair.judge_source(known), target: pair.judge_target(known) }
 }

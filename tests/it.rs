@@ -63,6 +63,8 @@ mod heartbeats;
 mod heartbeats_choria;
 #[path = "it/leases.rs"]
 mod leases;
+#[path = "it/loops.rs"]
+mod loops;
 #[path = "it/memory.rs"]
 mod memory;
 #[path = "it/own_buckets.rs"]

@@ -108,6 +108,13 @@ impl Tag {
     }
 }
 
+/// Each time a message was copied from a stream of this name, as its provenance says: by which site, and from where.
+pub(crate) fn hops_from(header: &[u8], stream: &str) -> Vec<Other> {
+    let values = headers::lines(header).filter_map(|line| headers::value_of(line, names::SOURCE_HEADER.as_bytes()));
+    let hops = values.filter_map(Hop::parse).filter(|hop| hop.stream == stream.as_bytes());
+    hops.map(|hop| Other { site: String::from_utf8_lossy(hop.site).into_owned(), origin: hop.origin }).collect()
+}
+
 /// One value of the header.
 struct Hop<'a> {
     stream: &'a [u8],

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::{
     Finding, Known, Outcome, SideReport, limits,
     look::{Answer, Facts, Role, calls},
+    returned::Returned,
     ring,
     subjects::{Flow, Share, share},
 };
@@ -45,6 +46,8 @@ pub(super) struct Pair<'a> {
     /// What an existing one would be given.
     pub(super) update: &'a Option<Result<Update, Error>>,
     pub(super) own: &'a OwnStreams,
+    /// A message of the source that was copied from the target.
+    pub(super) returned: &'a Option<Returned>,
 }
 
 /// Findings about one side.
@@ -734,8 +737,16 @@ impl Pair<'_> {
     fn cycle(&self, known: &[Known]) -> Said {
         let name = |facts: &Facts| facts.connect.got().map(|info| info.server_name.clone()).unwrap_or_default();
         let (source, target) = (name(self.source), name(self.target));
-        let way = ring::find(self.replication, (&source, &target), self.flow, known)?;
         let stream = &self.replication.source.stream;
+        let Some(way) = ring::find(self.replication, (&source, &target), self.flow, known) else {
+            let Returned { seq, site, from } = self.returned.as_ref()?;
+            let text = format!(
+                "closes a replication loop: message {seq} of source stream `{stream}` was copied by site `{site}` from message \
+                 {from} of target stream `{}`, where it would be stored a second time",
+                self.replication.target.stream
+            );
+            return Some((Outcome::Warning, text));
+        };
         let text = format!(
             "closes a ring with replication {}: each message comes back once to source stream `{stream}`, where it is \
              stored a second time, and goes no further",

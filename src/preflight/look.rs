@@ -23,7 +23,7 @@ use crate::{
         self, ErrorKind, Lane, Rules, ServerInfo, Turn,
         account::AccountInfo,
         headers,
-        jetstream::{ConsumerInfo, StreamInfo, decode},
+        jetstream::{ConsumerInfo, StoredMessage, StreamInfo, decode, decode_message},
     },
 };
 
@@ -361,6 +361,15 @@ impl Look {
             Err(Silence::Error { message, .. }) => Answer::Unclear(message),
             Err(Silence::Late) => Answer::Unclear(format!("no answer to `{what}` in time")),
         }
+    }
+
+    /// Messages at some sequences of a stream, as far as they are there and are told in time.
+    pub(super) async fn ask_messages(&mut self, stream: &str, seqs: &[u64], until: Instant) -> Vec<StoredMessage> {
+        self.until = until;
+        let what = format!("{}.STREAM.MSG.GET.{stream}", self.api_prefix());
+        let question = |seq: &u64| (what.clone(), Some(json!({ "seq": seq }).to_string()));
+        let answers = self.ask(&seqs.iter().map(question).collect::<Vec<_>>()).await.unwrap_or_default();
+        answers.into_iter().flatten().filter_map(|body| decode_message(&body).ok().flatten()).collect()
     }
 
     /// Whether what is published here reaches the other side: then both are one account, over leafnodes or gateways. The
