@@ -214,9 +214,9 @@ async fn what_cannot_be_is_refused() -> Result<()> {
     refused(&move_to(&site, 11).await?, 409, "the last sequence of source stream `ORDERS` is 10");
     for fields in [json!({}), json!({"source_seq": 1, "time": "2026-01-01T00:00:00Z"})] {
         let request = crate::harness::site::merged(json!({"replication": "ORDERS"}), fields);
-        refused(&site.send("position", request).await?, 400, "one of `source_seq` and `time`");
+        refused(&site.send("position", request).await?, 400, "one of `source_seq`, `time` and `ago`");
     }
-    refused(&site.ask("position", "ORDERS").await?, 400, "one of `source_seq` and `time`");
+    refused(&site.ask("position", "ORDERS").await?, 400, "one of `source_seq`, `time` and `ago`");
     for body in [r#"{"replication":"ORDERS","source_seq":-1}"#, r#"{"replication":"ORDERS","time":"soon"}"#] {
         refused(&site.ask("position", body).await?, 400, "not valid");
     }
