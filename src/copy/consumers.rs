@@ -14,6 +14,8 @@ use crate::nats::{Error, ErrorKind, Lane, jetstream::decode};
 const SLOTS: u8 = 4;
 /// Name of the consumer that finds a sequence by time.
 const BY_TIME: &str = "t";
+/// Names of consumers that check the source while no run reads it: a run may begin meanwhile.
+const CHECK: &str = "g";
 /// Time limit for the answers to the deletions.
 const ANSWER: Duration = Duration::from_secs(1);
 
@@ -35,6 +37,11 @@ impl Names {
     /// Names from the beginning; nothing is deleted.
     pub fn new(prefix: &str) -> Self {
         Self { prefix: prefix.to_owned(), next: 0 }
+    }
+
+    /// Names for a check of the source; those of earlier checks are deleted, and those of runs left alone.
+    pub async fn clear_of_check(lane: &mut Lane, stream: &str, prefix: &str) -> Result<Self, Error> {
+        Self::clear(lane, stream, &format!("{prefix}_{CHECK}")).await
     }
 
     /// Deletes the consumers that earlier runs left behind. A deletion that is not answered in time holds nothing up.

@@ -42,7 +42,7 @@ pub struct Glance {
 }
 
 /// Asks the source what lies behind a position. `looks` remembers what was seen before. Names of consumers begin with
-/// `consumers`; no run of the replication may be under way.
+/// `consumers`.
 pub async fn glance(
     dial: &dyn Dial,
     replication: &Replication,
@@ -53,7 +53,7 @@ pub async fn glance(
     let name = format!("{} {}", names::PROGRAM, replication.id);
     let mut lane = dial.dial(&replication.source.place, &name).await?;
     let stream = &replication.source.stream;
-    let mut names = Names::clear(&mut lane, stream, consumers).await?;
+    let mut names = Names::clear_of_check(&mut lane, stream, consumers).await?;
     let sent = Instant::now();
     let info = Api::new(&mut lane).stream_info(stream).await?;
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;

@@ -78,6 +78,15 @@ pub struct PositionRecord {
     pub other: BTreeMap<String, serde_json::Value>,
 }
 
+impl PositionRecord {
+    /// Whether only what the replication reports of itself, while it is paused, differs from another record.
+    pub fn only_reports(&self, other: &Self) -> bool {
+        let is_paused = |record: &Self| record.status.as_ref().is_none_or(|row| row.state == State::Paused);
+        let same = Self { status: other.status.clone(), nonce: other.nonce, ..self.clone() };
+        is_paused(self) && same == *other
+    }
+}
+
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }

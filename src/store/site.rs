@@ -46,7 +46,10 @@ impl SiteRecord {
     /// Reads a value; people edit it, so an error says what would be right.
     pub fn parse(value: &[u8]) -> Result<Self, String> {
         let right = r#"it must be JSON such as `{"version": 1, "name": "EAST", "former": []}`"#;
-        let record: Self = serde_json::from_slice(value).map_err(|error| format!("{error}; {right}"))?;
+        let record: Self = serde_json::from_slice(value).map_err(|error| {
+            // Not the parser's words: they may quote a secret that was put in the wrong key.
+            format!("it cannot be read (line {}, column {}); {right}", error.line(), error.column())
+        })?;
         for name in record.former.iter().chain([&record.name]) {
             names::check_token(name)
                 .map_err(|right| format!("`{name}` is not the name of a site: it must be {right}"))?;

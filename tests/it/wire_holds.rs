@@ -312,7 +312,7 @@ async fn rotated_credentials_cost_no_error() -> Result<()> {
 async fn credentials_without_a_successor_are_held_when_they_end() -> Result<()> {
     let (signed, folder) = (Signed::new()?, tempfile::tempdir()?);
     let file = folder.path().join("user.creds");
-    let (site, context, _) = expiring(&signed, &file, 8).await?;
+    let (site, context, _) = expiring(&signed, &file, 20).await?;
     held(&site, "S", &["Authorization Violation", "the user JWT expired at", "renew it"]).await?;
     let last = context.publish("s", "x".into()).await?.await?.sequence;
     fs::write(&file, signed.user(now() + 3_600)?)?;

@@ -15,7 +15,7 @@ use crate::{
     copy::{At, Located, Place, consumer_prefix, locate},
     events::Event,
     status::State,
-    store::{ConfigEntry, MarkKind, SaveError},
+    store::{ConfigEntry, MarkKind, PositionRecord, SaveError},
 };
 
 /// So long everything may take but the last write.
@@ -62,18 +62,38 @@ pub(super) async fn position(context: &Context, request: Request) -> Result<Move
         return Ok(moved);
     }
     let id = moved.replication.as_str();
-    let record = record.moved(place.position, &context.instance, place.now);
-    moved.revision = match context.positions.save(id, record, revision).await {
-        Ok(revision) => Some(revision),
-        Err(SaveError::Store(error)) => return Err(unavailable(error)),
-        Err(SaveError::Conflict { .. } | SaveError::Deleted { .. }) => {
-            let description = format!("the position of replication `{id}` was changed by somebody else meanwhile");
-            return Err(Failure::new(409, description));
-        }
-    };
+    moved.revision = Some(save_moved(context, id, &record, revision, &place, end).await?);
     info!(replication = id, from, to, "position moved by request");
     context.events.emit(Event::PositionMoved { from, to, copied_again, passed_over }, id);
     Ok(moved)
+}
+
+/// Saves a moved position. What a paused replication reports of its source meanwhile does not stand in the way.
+async fn save_moved(
+    context: &Context,
+    id: &str,
+    before: &PositionRecord,
+    mut revision: u64,
+    place: &Place,
+    end: Instant,
+) -> Result<u64, Failure> {
+    let mut record = before.clone();
+    loop {
+        let moved = record.clone().moved(place.position.clone(), &context.instance, place.now);
+        match context.positions.save(id, moved, revision).await {
+            Ok(revision) => return Ok(revision),
+            Err(SaveError::Store(error)) => return Err(unavailable(error)),
+            Err(SaveError::Conflict { record: there, revision: newer })
+                if there.only_reports(before) && Instant::now() < end =>
+            {
+                (record, revision) = (*there, newer);
+            }
+            Err(SaveError::Conflict { .. } | SaveError::Deleted { .. }) => {
+                let description = format!("the position of replication `{id}` was changed by another writer meanwhile");
+                return Err(Failure::new(409, description));
+            }
+        }
+    }
 }
 
 fn unavailable(error: crate::store::Error) -> Failure {
