@@ -47,8 +47,12 @@ impl SiteRecord {
     pub fn parse(value: &[u8]) -> Result<Self, String> {
         let right = r#"it must be JSON such as `{"version": 1, "name": "EAST", "former": []}`"#;
         let record: Self = serde_json::from_slice(value).map_err(|error| {
-            // Not the parser's words: they may quote a secret that was put in the wrong key.
-            format!("it cannot be read (line {}, column {}); {right}", error.line(), error.column())
+            let error = error.to_string();
+            // Without the value that the parser quotes: it may be a secret that was put in the wrong key.
+            let ends = error.find('"').zip(error.rfind('"'));
+            let error =
+                ends.map_or(error.clone(), |(from, to)| format!("{}\"...\"{}", &error[..from], &error[to + 1..]));
+            format!("{error}; {right}")
         })?;
         for name in record.former.iter().chain([&record.name]) {
             names::check_token(name)
@@ -124,6 +128,7 @@ mod tests {
             ("TWO", "it must be JSON such as"),
             (r#"{"name": "TWO"}"#, "missing field `version`"),
             (r#"{"version": 1, "name": "TWO", "name": "ONE"}"#, "duplicate field `name`"),
+            (r#"{"version": "nats://u:hunter2@h", "name": "TWO"}"#, "invalid type: string \"...\", expected u32"),
             (r#"{"version": 1, "name": "a.b"}"#, "`a.b` is not the name of a site"),
             (r#"{"version": 1, "name": "a", "former": [""]}"#, "`` is not the name of a site"),
             (r#"{"stream": "site", "source_url": "a", "target_url": "b"}"#, "missing field `version`"),
