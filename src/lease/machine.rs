@@ -263,9 +263,9 @@ impl Machine {
         self.own.next = now;
     }
 
-    /// Whether a lease is written, or is ours and not released.
+    /// Whether our session is being written, or a lease, or a lease is ours and not released.
     pub fn is_busy(&self) -> bool {
-        self.leases.values().any(|lease| self.is_ours(lease) || lease.role != Role::Idle)
+        self.own.sent.is_some() || self.leases.values().any(|lease| self.is_ours(lease) || lease.role != Role::Idle)
     }
 
     /// The bucket was made anew, or put back: its revisions begin elsewhere, and what it holds comes by next. Those of
