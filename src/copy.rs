@@ -189,7 +189,7 @@ pub async fn run(
         let started = tokio::select! {
             biased;
             // Before the first message is read there is nothing to settle.
-            () = stop.cancelled() => return Ok(()),
+            () = stop.cancelled() => break Ok(()),
             started = run::Run::start(job, ledger, status, events, &mut refused) => started,
         };
         let mut result = match started {
@@ -216,6 +216,7 @@ pub async fn run(
             _ => false,
         };
         if again {
+            disconnected(status);
             continue;
         }
         match result.as_ref().err().and_then(|error| error.unheard) {
@@ -228,11 +229,7 @@ pub async fn run(
             },
         }
     };
-    status.send_modify(|(_, copy)| {
-        copy.source.connected = false;
-        copy.target.connected = false;
-        copy.in_flight = Default::default();
-    });
+    disconnected(status);
     match result {
         Err(error) if error.chain_broken => match ledger.chain_broke(tokio::time::Instant::now()) {
             Ok(()) => Err(error),
@@ -240,4 +237,13 @@ pub async fn run(
         },
         result => result,
     }
+}
+
+/// A run is over, and the next one has not connected yet.
+fn disconnected(status: &watch::Sender<(State, CopyStatus)>) {
+    status.send_modify(|(_, copy)| {
+        copy.source.connected = false;
+        copy.target.connected = false;
+        copy.in_flight = Default::default();
+    });
 }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     control::api::{NamedRequest, Status},
-    status::{Headroom, Lag, LastError, Ordering, RetentionLimit, Row, TargetMode, Transport},
+    status::{Headroom, Lag, LastError, Ordering, Position, RetentionLimit, Row, TargetMode, Transport},
 };
 
 /// An answer that does not come within this time is asked for again by who waits long.
@@ -179,7 +179,7 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
                 known(target.last_seq.map(count))
             ),
         ),
-        ("position", format!("source {}, target {}", count(copy.position.source_seq), count(copy.position.target_seq))),
+        ("position", known(row.knows_position().then(|| position(copy.position)))),
         ("lag", lag(copy.lag, ", ")),
         ("headroom", headroom(copy.headroom)),
         ("clock", clock_offset(source.clock_offset_seconds)),
@@ -252,6 +252,10 @@ pub(super) fn line(row: &Row) -> String {
 /// `-` where it is not known.
 fn known(text: Option<String>) -> String {
     text.unwrap_or_else(|| "-".to_owned())
+}
+
+fn position(at: Position) -> String {
+    format!("source {}, target {}", count(at.source_seq), count(at.target_seq))
 }
 
 /// How far behind, in words: messages and seconds.

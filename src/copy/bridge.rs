@@ -54,7 +54,7 @@ pub(super) async fn check(job: &Job, source: &mut Lane, target: &mut Lane, info:
         let shared = wanted.iter().find_map(|one| listens.iter().find_map(|other| patterns::intersection(one, other)));
         let Some(shared) = shared else { continue };
         // The target itself answers, too.
-        if answers(target, &literal(&shared)).await? > usize::from(exists) {
+        if answers_at_target(job, &literal(&shared)).await > usize::from(exists) {
             return Err(Error::hold(beside(stream, &shared)));
         }
     }
@@ -102,6 +102,13 @@ async fn streams_at_source(job: &Job, wanted: &[String]) -> Result<BTreeMap<Stri
 fn literal(pattern: &str) -> String {
     let tokens = pattern.split('.').map(|token| if matches!(token, "*" | ">") { PROBE } else { token });
     tokens.collect::<Vec<_>>().join(".")
+}
+
+/// [`answers`] over a connection of its own: where the login may not publish that subject, nothing is known.
+async fn answers_at_target(job: &Job, subject: &str) -> usize {
+    let name = format!("{} {} bridge", names::PROGRAM, job.replication.id);
+    let Ok(mut lane) = job.dial.dial(&job.replication.target.place, &name).await else { return 0 };
+    answers(&mut lane, subject).await.unwrap_or_default()
 }
 
 /// How many streams take a subject: a message that names a stream which does not exist is refused by each of them, and

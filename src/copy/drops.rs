@@ -72,7 +72,7 @@ pub(super) struct Dropped {
 }
 
 /// Compares both sides from poll to poll; outlives a run.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct Drops {
     created: String,
     limits: Option<Limits>,

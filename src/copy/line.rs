@@ -35,10 +35,12 @@ async fn search<'a>(sent: usize, mut takes: impl FnMut(usize) -> BoxFuture<'a, O
         let middle = low + (high - low) / 2;
         if takes(middle).await? { low = middle } else { high = middle }
     }
-    Some(low)
+    // Once more for both: of all these connections, one may have broken for other reasons.
+    (takes(low).await? && !takes(low + 1).await?).then_some(low)
 }
 
-/// Whether the target takes a line of so many bytes after its keyword; `None` if it cannot be reached.
+/// Whether the target takes a line of so many bytes after its keyword; `None` if it cannot be reached, or ends the connection
+/// and says another reason.
 async fn takes(job: &Job, line: usize) -> Option<bool> {
     let name = format!("{} {}", names::PROGRAM, job.replication.id);
     let mut lane: Lane = job.dial.dial(&job.replication.target.place, &name).await.ok()?;
@@ -49,8 +51,16 @@ async fn takes(job: &Job, line: usize) -> Option<bool> {
     lane.output().extend_from_slice(command.as_bytes());
     match lane.round_trip().await {
         Ok(()) => Some(true),
-        // It was read, and refused for what it says.
-        Err(error) => Some(error.message.to_ascii_lowercase().contains("permissions violation")),
+        Err(error) => {
+            let text = error.message.to_ascii_lowercase();
+            let is = |words: &str| text.contains(words);
+            // It was read, and refused for what it says.
+            if is("permissions violation") {
+                return Some(true);
+            }
+            // What a server says of it may be lost with the connection.
+            (is("maximum control line") || error.is_cut()).then_some(false)
+        }
     }
 }
 

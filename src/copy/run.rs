@@ -556,7 +556,8 @@ impl<'a> Run<'a> {
     /// The source ended the connection: perhaps because more was asked for than it lets wait.
     fn lost_source(&self, ledger: &mut Ledger, error: crate::nats::Error) -> Error {
         let now = Instant::now();
-        if self.reader.pending() > 0 {
+        // One that says why it ends was not cut for what waits: a slow consumer is told nothing.
+        if self.reader.pending() > 0 && error.is_cut() {
             let asked = throttle::read_ahead(&self.replication.limits);
             if let Some(bytes) = ledger.appetite.cut(asked, now.duration_since(self.began), now) {
                 let id = &self.replication.id;
@@ -970,7 +971,7 @@ impl<'a> Run<'a> {
         }
         self.retention = Retention::of(&info);
         self.looks.add(Instant::now(), info.state.clone());
-        let now_ms = chance::now().timestamp_millis();
+        let now_ms = self.clock.now(Instant::now()).timestamp_millis();
         if let Some(Dropped { messages, event }) = self.watch.source_has(&info, self.asked_info, now_ms) {
             self.copy.counters.target_dropped += messages;
             event.into_iter().for_each(|event| self.found(event));
@@ -1211,7 +1212,7 @@ fn begin_drops(
 ) -> Drops {
     let whole = replication.scope.is_whole() && replication.sampling.is_none() && replication.max_age.is_none();
     let whole = whole && abilities.mode == TargetMode::Exclusive;
-    let mut drops = std::mem::take(&mut ledger.drops);
+    let mut drops = ledger.drops.clone();
     let position = resume.position.seq;
     drops.begin(target, target_limits::that_drop(replication, source, target, whole), position);
     if target.state.messages == 0 {

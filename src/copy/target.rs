@@ -6,7 +6,7 @@ use tokio::time::{Duration, sleep};
 use super::{
     Job, join, learn, mark, sharing,
     subjects::{self, Learned},
-    target_limits,
+    target_limits::{self, Room},
     transform::Allowed,
 };
 use crate::{
@@ -58,11 +58,6 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// Subjects that one message shows at most, and that other streams are looked for at most.
 const MOST_SHOWN: usize = 8;
 const MOST_ASKED: usize = 64;
-
-/// The account of the target requires `max_bytes` of each stream.
-const MAX_BYTES_REQUIRED: u32 = 10113;
-/// A copy takes at most so many times the bytes of its message: what is added counts most where messages are small.
-const COPIES_TAKE: i64 = 4;
 
 /// How to write to the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -244,14 +239,11 @@ impl<'a> Opening<'a> {
         let name = &replication.target.stream;
         let mut replicas = self.source.number("num_replicas").max(1);
         let mut maker = Maker::of(self.to.info(), self.to.api_prefix());
-        let (mut bounded, mut reserved) = (false, None);
+        let mut room = Some(Room::Copies);
         loop {
             let mut config = new_config(replication, self.source, &learned, maker, replicas)?;
-            if let Some(bytes) = reserved {
-                config["max_bytes"] = json!(bytes);
-            }
-            if bounded {
-                bound(&mut config, self.source.number("max_bytes"));
+            if let Some(room) = room {
+                room.reserve(&mut config, self.source);
             }
             mark::put(&mut config, site, &replication.id);
             match Api::new(self.to).create_stream(name, &config).await {
@@ -261,21 +253,14 @@ impl<'a> Opening<'a> {
                 Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
                     replicas = if replicas > 3 { 3 } else { 1 };
                 }
-                // The account requires a bound, and that of the source tells how much there may be.
-                Err(error)
-                    if !bounded
-                        && reserved.is_none()
-                        && error.is_api(MAX_BYTES_REQUIRED)
-                        && self.source.number("max_bytes") > 0 =>
-                {
-                    bounded = true;
-                }
                 // The API refuses a field that its server does not know.
                 Err(error) if maker.batches && error.is_api(INVALID_JSON) => maker.batches = false,
-                Err(error) if target_limits::smaller(&config, self.source, &error).is_some() => {
-                    reserved = target_limits::smaller(&config, self.source, &error);
-                }
                 Err(error) => {
+                    room =
+                        room.filter(|_| target_limits::is_about_room(&error)).and_then(|room| room.next(self.source));
+                    if room.is_some() {
+                        continue;
+                    }
                     let subjects = subjects_of(&config);
                     let doing = format!("cannot create target stream `{name}` with subjects {}", quoted(&subjects));
                     return Err(self.refused(error, doing, &subjects).await);
@@ -288,12 +273,20 @@ impl<'a> Opening<'a> {
     async fn update(&mut self, update: &Update) -> Result<bool, Error> {
         let Job { replication, site, .. } = self.job;
         let name = &replication.target.stream;
-        let Update { config, what, subjects } = update;
+        let Update { config, what, subjects, .. } = update;
         let mut config = config.clone();
         if mark::is_ours(&config, site, &replication.former) {
             mark::put(&mut config, site, &replication.id);
         }
-        match Api::new(self.to).update_stream(name, &config).await {
+        let mut updated = Api::new(self.to).update_stream(name, &config).await;
+        if let (Err(error), Some(limits)) = (&updated, &update.limits)
+            && target_limits::is_about_room(error)
+        {
+            // There is no room for another source beside the first: what the target drops for that is reported.
+            limits.iter().for_each(|(limit, value)| config[limit] = value.clone());
+            updated = Api::new(self.to).update_stream(name, &config).await;
+        }
+        match updated {
             Ok(_) => Ok(true),
             // Not the stream's leader is asked, but the one that leads all, and it may be older.
             Err(error) if !self.old_leader && error.is_api(INVALID_JSON) => {
@@ -317,13 +310,6 @@ impl<'a> Opening<'a> {
         }
         error
     }
-}
-
-/// Bounds a target by what the source may hold. Copies are larger than their messages, and nothing may be dropped that the
-/// source keeps: a target that is full nevertheless refuses, and the copy is held.
-fn bound(config: &mut Value, source_bytes: i64) {
-    config["max_bytes"] = source_bytes.saturating_mul(COPIES_TAKE).into();
-    config["discard"] = "new".into();
 }
 
 /// Gives others who change the same stream time to be seen.
@@ -391,6 +377,8 @@ pub(crate) struct Update {
     pub(crate) what: String,
     /// Subjects that it does not listen on yet.
     pub(crate) subjects: Vec<String>,
+    /// Its limits as they are, where the configuration has larger ones.
+    pub(crate) limits: Option<Map<String, Value>>,
 }
 
 impl Update {
@@ -436,12 +424,16 @@ impl Update {
                 switch_on(flag);
             }
         }
+        let mut limits = None;
         if extent == Extent::Join
             && let Ok(own) = new_config(replication, source, learned, leader, 1)
         {
-            what.extend(join::room(&mut config, &own).into_iter().map(|limit| format!("a larger `{limit}`")));
+            let larger = join::room(&mut config, &own);
+            limits = (!larger.is_empty())
+                .then(|| larger.iter().map(|limit| ((*limit).to_owned(), target.config[*limit].clone())).collect());
+            what.extend(larger.into_iter().map(|limit| format!("a larger `{limit}`")));
         }
-        Ok((!what.is_empty()).then(|| Self { config, what: what.join(", "), subjects: missing }))
+        Ok((!what.is_empty()).then(|| Self { config, what: what.join(", "), subjects: missing, limits }))
     }
 }
 
@@ -564,6 +556,7 @@ mod tests {
                 config,
                 what: what.to_owned(),
                 subjects: subjects.iter().map(|subject| (*subject).to_owned()).collect(),
+                limits: None,
             });
             assert_eq!(found, Ok(expect), "{target}");
         };

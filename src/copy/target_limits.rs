@@ -116,17 +116,52 @@ pub(super) fn take_over(config: &mut Map<String, Value>, replication: &Replicati
 
 /// Refusals of a stream whose `max_bytes` an account or a server has no room for, or that needs one.
 const NO_ROOM: [u32; 6] = [10002, 10023, 10028, 10047, 10113, 10122];
+/// A copy takes at most so many times the bytes of its message, unless messages are tiny.
+const COPIES_TAKE: i64 = 4;
 
-/// After a refusal: the next smaller reservation to try, or `None`. A server reserves `max_bytes` when a stream is created.
-/// What does not fit is tried without a reservation, and then, for accounts that allow no stream without one, with the
-/// source's own limit.
-pub(super) fn smaller(config: &Value, source: &StreamInfo, error: &Error) -> Option<i64> {
-    let max = limit(source, "max_bytes").and_then(|max| i64::try_from(max).ok())?;
-    let refused = NO_ROOM.iter().any(|code| error.is_api(*code));
-    match config["max_bytes"].as_i64() {
-        Some(bytes) if refused && bytes > max => Some(-1),
-        Some(-1) | None if refused && source.text("discard") != "new" => Some(max),
-        _ => None,
+/// Whether a stream was refused for how much it may keep.
+pub(super) fn is_about_room(error: &Error) -> bool {
+    NO_ROOM.iter().any(|code| error.is_api(*code))
+}
+
+/// What a target that is created reserves: a server sets `max_bytes` aside. What is refused is tried with the next one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    /// What all copies of a full source take, see [`take_over`].
+    Copies,
+    /// No `max_bytes`: nothing is set aside.
+    Unbounded,
+    /// Some times the bytes of the source, for accounts that require a bound. Nothing may be dropped that the source keeps,
+    /// so a target that is full refuses, and the copy is held.
+    Times,
+    /// The bytes of the source, likewise.
+    Source,
+}
+
+impl Room {
+    /// What to try after a refusal; `None` if nothing is left.
+    pub(super) fn next(self, source: &StreamInfo) -> Option<Self> {
+        let bounded = limit(source, "max_bytes").is_some();
+        match self {
+            Self::Copies => Some(Self::Unbounded),
+            Self::Unbounded => bounded.then_some(Self::Times),
+            Self::Times => Some(Self::Source),
+            Self::Source => None,
+        }
+    }
+
+    pub(super) fn reserve(self, config: &mut Value, source: &StreamInfo) {
+        let bytes = source.number("max_bytes");
+        let max_bytes = match self {
+            Self::Copies => return,
+            Self::Unbounded => -1,
+            Self::Times => bytes.saturating_mul(COPIES_TAKE),
+            Self::Source => bytes,
+        };
+        config["max_bytes"] = max_bytes.into();
+        if self != Self::Unbounded {
+            config["discard"] = "new".into();
+        }
     }
 }
 
@@ -314,17 +349,23 @@ mod tests {
     }
 
     #[test]
-    fn a_reservation_that_does_not_fit_becomes_smaller() {
-        let source = stream(json!({"max_bytes": 100, "discard": "old"}));
-        let refusal = |err_code| {
-            let api = crate::nats::ApiError { code: 400, err_code, ..Default::default() };
-            Error::from(api)
+    fn a_reservation_that_does_not_fit_is_followed_by_another_one() {
+        let tried = |source: Value| {
+            let (source, mut room, mut tried) = (stream(source), Some(Room::Copies), Vec::new());
+            while let Some(now) = room {
+                let mut config = json!({"max_bytes": 900, "discard": "old"});
+                now.reserve(&mut config, &source);
+                tried.push((config["max_bytes"].as_i64().unwrap(), config["discard"].as_str().unwrap().to_owned()));
+                room = now.next(&source);
+            }
+            tried
         };
-        let next = |bytes: i64, code| smaller(&json!({"max_bytes": bytes}), &source, &refusal(code));
-        assert_eq!(next(900, 10047), Some(-1));
-        assert_eq!(next(-1, 10113), Some(100));
-        assert_eq!(next(100, 10047), None);
-        assert_eq!(next(900, 10065), None);
+        let expect = |list: &[(i64, &str)]| list.iter().map(|(max, how)| (*max, (*how).to_owned())).collect::<Vec<_>>();
+        let all = [(900, "old"), (-1, "old"), (400, "new"), (100, "new")];
+        assert_eq!(tried(json!({"max_bytes": 100})), expect(&all));
+        assert_eq!(tried(json!({})), expect(&all[..2]));
+        let refusal = |err_code| Error::from(crate::nats::ApiError { code: 400, err_code, ..Default::default() });
+        assert!(is_about_room(&refusal(10047)) && is_about_room(&refusal(10113)) && !is_about_room(&refusal(10065)));
     }
 
     #[test]

@@ -30,24 +30,29 @@ pub(super) struct TargetWatch {
     pub(super) drops: Drops,
     tag: Tag,
     asked: Option<Asked>,
+    /// It was asked before it was due.
+    asked_early: bool,
+    /// Up to here the first messages are those of other writers.
+    passed: u64,
 }
 
 impl TargetWatch {
     pub fn new(drops: Drops, tag: Tag) -> Self {
-        Self { drops, tag, asked: None }
+        Self { drops, tag, asked: None, asked_early: false, passed: 0 }
     }
 
-    /// Asks for the state of the target, if that is of interest. `settled` is the position, if nothing is in flight.
+    /// Asks for the state of the target, if that is of interest. `settled` is the position, if nothing is in flight. A question
+    /// that is not answered until the next one is due is not waited for.
     pub fn ask(&mut self, lane: &mut Lane, stream: &str, settled: Option<u64>) {
-        if self.drops.watches() && self.asked.is_none() {
+        if self.drops.watches() {
             let subject = format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
             self.asked = Some(Asked::State { request: lane.send_request(&subject, b""), settled });
         }
     }
 
-    /// The same before it is due: where nothing is known yet.
+    /// The same once before it is due, where nothing is known yet.
     pub fn ask_first(&mut self, lane: &mut Lane, stream: &str, settled: Option<u64>) {
-        if self.drops.is_new() {
+        if self.drops.is_new() && self.asked.is_none() && !std::mem::replace(&mut self.asked_early, true) {
             self.ask(lane, stream, settled);
         }
     }
@@ -70,7 +75,9 @@ impl TargetWatch {
                 } else if state.messages == 0 {
                     self.drops.target_is_empty(now, &state, position, settled);
                 } else if self.drops.wants(state.first_seq) {
-                    self.read(lane, stream, state.first_seq, state, settled, READS);
+                    // What others wrote before was passed over by the poll before.
+                    let from = state.first_seq.max(self.passed + 1);
+                    self.read(lane, stream, from, state, settled, READS);
                 } else {
                     self.drops.target_has(now, &state, None, settled);
                 }
@@ -83,8 +90,12 @@ impl TargetWatch {
                         let first = First { seq: first.sequence, source_seq, time_ms };
                         self.drops.target_has(now, &state, Some(first), settled);
                     }
-                    None if reads > 1 => self.read(lane, stream, first.sequence + 1, state, settled, reads - 1),
-                    None => {}
+                    None => {
+                        self.passed = first.sequence;
+                        if reads > 1 {
+                            self.read(lane, stream, first.sequence + 1, state, settled, reads - 1);
+                        }
+                    }
                 }
             }
             None => {}

@@ -35,6 +35,9 @@ pub struct Error {
     pub api: Option<ApiError>,
 }
 
+/// What a lane says of a connection that its server closed.
+pub(super) const CLOSED: &str = "closed the connection";
+
 impl Error {
     /// An error that passes.
     pub fn retry(message: impl Into<String>) -> Self {
@@ -74,6 +77,12 @@ impl Error {
     pub fn context(mut self, doing: impl std::fmt::Display) -> Self {
         self.message = format!("{doing}: {}", self.message);
         self
+    }
+
+    /// Whether the server ended the connection and did not say why: as it does with a client for which too much waits, or
+    /// that sent a line which is too long.
+    pub fn is_cut(&self) -> bool {
+        [CLOSED, "reset by peer", "broken pipe"].iter().any(|words| self.message.to_ascii_lowercase().contains(words))
     }
 
     /// Whether the JetStream error behind it has this `err_code`.

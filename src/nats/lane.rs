@@ -26,6 +26,7 @@ use tokio::{
 };
 use tokio_util::io::poll_read_buf;
 
+use super::error::CLOSED;
 use super::{
     Error, ErrorKind,
     auth::{identity, inbox_prefix, jwt_expires},
@@ -687,7 +688,7 @@ impl Lane {
     }
 
     fn closed(&self) -> Error {
-        Error::retry(format!("`{}` closed the connection", self.address))
+        Error::retry(format!("`{}` {CLOSED}", self.address))
     }
 
     fn failed(&self, error: &io::Error) -> Error {

@@ -945,7 +945,8 @@ async fn note_pause(context: &Context, epoch: u64) -> Result<Noted, SaveError> {
 async fn keep_noted(context: &Context) -> Infallible {
     let Context { deps, id, board, .. } = context;
     let mut status = board.status().subscribe();
-    let waits = |copy: &CopyStatus| copy.lag.map(|lag| (lag.messages, lag.oldest));
+    // The lag is counted by the source's clock.
+    let waits = |copy: &CopyStatus| (copy.lag.map(|lag| (lag.messages, lag.oldest)), copy.source.clock_offset_seconds);
     let mut noted = None;
     loop {
         let seen = waits(&status.borrow_and_update().1);
@@ -961,6 +962,7 @@ async fn keep_noted(context: &Context) -> Infallible {
                 (row.copy.lag, row.copy.headroom) = (own.lag, own.headroom);
                 row.copy.source.first_seq = own.source.first_seq;
                 row.copy.source.last_seq = own.source.last_seq;
+                row.copy.source.clock_offset_seconds = own.source.clock_offset_seconds;
                 record.nonce = u64::from(rand::random::<u32>());
                 deps.positions.save(id, record, revision).await.map(drop).map_err(|error| error.to_string())
             }

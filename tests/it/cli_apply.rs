@@ -195,6 +195,11 @@ async fn nothing_is_changed_when_one_document_is_wrong() -> Result<()> {
     )
     .await?;
     check(
+        &[("twice.json", format!("[{{}}, {}]", r#"{"stream": "A", "limits": {"a": 1, "a": 2}}"#))],
+        &["twice.json`: /1/limits/a: `a` occurs more than once"],
+    )
+    .await?;
+    check(
         &[("again.json", site.document("GOOD").to_string())],
         &["`GOOD` is there more than once: ", "again.json; ", "good.json"],
     )

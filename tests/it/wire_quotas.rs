@@ -124,6 +124,25 @@ async fn a_bound_that_the_account_requires_is_derived_from_the_source() -> Resul
 }
 
 #[tokio::test]
+async fn a_required_bound_that_has_no_room_is_held() -> Result<()> {
+    let site = with_target_limits("max_bytes_required: true, disk_max_stream_bytes: 500000").await?;
+    for (stream, retention) in [("QUEUE", "workqueue"), ("KEPT", "limits")] {
+        site.source_stream(stream, json!({"max_bytes": 1_000_000, "retention": retention})).await?;
+        site.add(stream, json!({})).await?;
+        let row = site.row_when(stream, "is held", |row| row["state"] == "held").await?;
+        assert!(row["last_error"]["message"].to_string().contains("cannot create target stream"), "{row}");
+    }
+    // With room for as much as the source keeps, it is created, and refuses instead of dropping.
+    site.source_stream("SMALL", json!({"max_bytes": 200_000, "retention": "workqueue"})).await?;
+    site.add("SMALL", json!({})).await?;
+    site.row_when("SMALL", "runs", |row| row["state"] == "running").await?;
+    let made = site.target().await?.api("STREAM.INFO.SMALL", Value::Null).await?;
+    let made = (&made["config"]["discard"], &made["config"]["max_bytes"]);
+    assert_eq!(made, (&json!("new"), &json!(200_000)));
+    Ok(())
+}
+
+#[tokio::test]
 async fn limits_that_a_copy_would_meet_are_foreseen() -> Result<()> {
     let site = with_target_limits("max_streams: 1, disk_max_stream_bytes: 1000000").await?;
     site.source_stream("LARGE", json!({"max_bytes": 50_000_000})).await?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::harness::{Expect, Outgoing, Raw, SITE, Service, Site, Stored, wait_for};
+use crate::harness::{Expect, Outgoing, Raw, Role, SITE, Server, Service, Site, Stored, wait_for};
 
 const LONG: Duration = Duration::from_secs(120);
 const STREAM: &str = "S";
@@ -293,6 +293,35 @@ async fn many_sources_with_target_update_share_a_target_that_is_created() -> Res
     let mut two = Service::builder(&site.service_url(), SITE).instance("two").start().await?;
     into_one(&site, 4, json!({"target_update": true})).await?;
     ensure!(two.stop().await?.success(), "{}", two.log());
+    Ok(())
+}
+
+#[tokio::test]
+async fn sources_of_two_domains_share_a_target_that_is_created() -> Result<()> {
+    let one = Server::builder(Role::Source).domain("one").start().await?;
+    let two = Server::builder(Role::Source).domain("two").start().await?;
+    let site = Site::builder().on(one, Server::start(Role::Target).await?).start().await?;
+    let mut rows = Vec::new();
+    for (stream, server, domain) in [("tickets-1", &site.source, "one"), ("tickets-2", &two, "two")] {
+        let mut raw = Raw::connect(&server.url()).await?;
+        let subject = stream.replace('-', ".");
+        let config = json!({"name": stream, "subjects": [format!("{subject}.>")]});
+        raw.api(&format!("STREAM.CREATE.{stream}"), config).await?;
+        publish(&mut raw, &[&format!("{subject}.a"), &format!("{subject}.b.c")], 20).await?;
+        rows.push(json!({
+            "stream": stream, "source_url": server.url(), "source_domain": domain, "target_url": site.target.url(),
+            "target_stream": "sales"
+        }));
+    }
+    let added = rows.into_iter().map(|document| site.send("config.add", document));
+    for reply in futures_util::future::try_join_all(added).await? {
+        assert_eq!(reply.error, None, "{reply:?}");
+    }
+    for stream in ["tickets-1", "tickets-2"] {
+        site.row_when(stream, "is copied", |row| row["lag"]["messages"] == 0 && row["counters"]["copied"] == 20)
+            .await?;
+    }
+    assert_eq!(site.at_target("sales").await?, 40);
     Ok(())
 }
 
