@@ -18,7 +18,7 @@ use tokio::time::{Duration, Instant};
 
 use self::{
     judge::Pair,
-    look::{Look, Role},
+    look::{Answer, Look, Role},
     subjects::Flow,
 };
 use crate::{
@@ -149,17 +149,22 @@ pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known:
         }
     };
     tokio::join!(at_target, at_source);
-    let returned = returned::find(replication, &mut source, &mut target, until).await;
     // Two domains may be one account: then a stream at the source takes what is copied, too.
     if let (Some(from), Some(server), Some(_)) =
         (source.facts.stream.there(), target.facts.connect.got(), target.facts.stream.got())
     {
         let api_prefix = target.facts.connection.as_ref().map_or("", |connection| connection.api_prefix.as_str());
         let apart = !bridge::same_jetstream(from, server, api_prefix);
-        if apart && target.reaches(&mut source, until).await {
-            source.facts.beside = source.ask_who_listens(flow.to.clone(), until).await;
+        if apart {
+            source.facts.beside = match target.reaches(&mut source, until).await {
+                Some(true) => source.ask_who_listens(flow.to.clone(), until).await,
+                Some(false) => Answer::NotAsked,
+                None => Answer::Unclear("whether both sides are one account could not be found out".to_owned()),
+            };
         }
     }
+    // Last, because messages may be large.
+    let returned = returned::find(replication, &mut source, &mut target, until).await;
     let pair = Pair {
         replication,
         source: &source.facts,

@@ -202,7 +202,8 @@ fn raw(message: &Message) -> (String, [String; 2]) {
 
 fn colour(kind: &str) -> Colour {
     match kind {
-        "held" | "poison" | "gap" | "config-rejected" | "source-reset" | "target-reset" | "headroom-low" => Colour::Red,
+        "held" | "poison" | "gap" | "config-rejected" | "source-reset" | "target-reset" | "target-dropped"
+        | "headroom-low" => Colour::Red,
         "stalled" | "target-shared" | "position-moved" | "clock-offset" => Colour::Yellow,
         "started" | "resumed" | "repaired" | "headroom-ok" | "clock-ok" => Colour::Green,
         _ => Colour::Cyan,

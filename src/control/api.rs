@@ -214,8 +214,8 @@ pub struct PreflightStream {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Check {
     /// What was looked at: at both sides `connect`, `jetstream`, `stream`, `calls`; at the source
-    /// `filter`, `start`, `limits`, and `dead_letter` and `advisory` where these are set; at the target `publish`, `subjects`,
-    /// `max_payload`, `limits`, `target_mode`, `headers`, `duplicates`, `cycle`.
+    /// `clock`, `filter`, `start`, `limits`, and `dead_letter` and `advisory` where these are set; at the target `publish`,
+    /// `subjects`, `max_payload`, `limits`, `target_mode`, `headers`, `duplicates`, `cycle`.
     pub name: String,
     /// What came out.
     pub result: CheckResult,

@@ -140,8 +140,9 @@ impl Pair<'_> {
                 findings.add_any("limits", facts.path, self.source_limits(known, stream));
             }
             None => {
-                findings.unknown("filter");
-                findings.unknown("start");
+                for name in ["filter", "start", "limits"] {
+                    findings.unknown(name);
+                }
             }
         }
         if let OnReject::DeadLetter { subject } = &self.replication.on_reject {
@@ -497,7 +498,7 @@ impl Pair<'_> {
         });
         let mut said: Vec<Said> = said.map(Some).collect();
         said.extend(self.strays(&listens).map(|text| Some((Outcome::Warning, text))));
-        said.extend(self.second_stream().map(|text| Some((Outcome::Warning, text))));
+        said.extend(self.second_stream().map(Some));
         // The worst of them stands for all: they have one cause.
         let worst = said.iter().position(|said| matches!(said, Some((Outcome::Failed, _)))).unwrap_or(0);
         let said = if said.is_empty() { None } else { said.swap_remove(worst) };
@@ -525,14 +526,18 @@ impl Pair<'_> {
     }
 
     /// A stream beside the source that would store what is copied, too.
-    fn second_stream(&self) -> Option<String> {
+    fn second_stream(&self) -> Option<(Outcome, String)> {
+        if let Answer::Unclear(text) = &self.source.beside {
+            return Some((Outcome::Unknown, text.clone()));
+        }
         let (subject, streams) = self.source.beside.got()?.iter().find(|(_, streams)| !streams.is_empty())?;
-        Some(format!(
+        let text = format!(
             "stream {} beside the source listens on `{subject}` too, in the same account by way of leafnodes: what is copied \
              would be stored there as well, and the copy is held; map the subjects apart, with `target_subject_prefix` for \
              example",
             list(streams)
-        ))
+        );
+        Some((Outcome::Warning, text))
     }
 
     /// Whether the source has room for the consumer of the copy.

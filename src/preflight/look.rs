@@ -372,12 +372,21 @@ impl Look {
         answers.into_iter().flatten().filter_map(|body| decode_message(&body).ok().flatten()).collect()
     }
 
-    /// Whether what is published here reaches the other side: then both are one account, over leafnodes or gateways. The
-    /// last question to this side, because it may need a permission that is missing.
-    pub(super) async fn reaches(&mut self, other: &mut Self, until: Instant) -> bool {
+    /// Whether what is published here reaches the other side: then both are one account, over leafnodes or gateways. Not
+    /// known where a connection is missing or may not do that.
+    pub(super) async fn reaches(&mut self, other: &mut Self, until: Instant) -> Option<bool> {
+        self.until = until;
+        other.until = until;
+        let (Ok(Ok(mut from)), Ok(Ok(mut to))) =
+            (timeout_at(until, self.taken()).await, timeout_at(until, other.taken()).await)
+        else {
+            return None;
+        };
         let within = bridge::REACHES_WITHIN.min(until.saturating_duration_since(Instant::now()));
-        let (Some(mut from), Some(to)) = (self.lane.take(), other.lane.as_mut()) else { return false };
-        nats::reaches(&mut from, to, within).await.unwrap_or(false)
+        let reaches = nats::reaches(&mut from, &mut to, within).await.ok();
+        // Whoever publishes without the permission loses the connection.
+        other.lane = Some(to);
+        reaches
     }
 
     /// Asks everything at once and waits for all answers; `None` where nobody is there to answer. A permission that

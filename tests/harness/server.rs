@@ -217,6 +217,12 @@ impl Server {
         self.restart().await
     }
 
+    /// Starts again with a disk of so many bytes.
+    pub async fn restart_with_store_limit(&mut self, bytes: u64) -> Result<()> {
+        self.how.store_limit = Some(bytes);
+        self.restart().await
+    }
+
     /// SIGHUP with other configuration lines: the server goes on and takes them over.
     pub async fn reload_with(&mut self, config: &str) -> Result<()> {
         config.clone_into(&mut self.how.config);

@@ -4,15 +4,16 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use async_nats::{ConnectOptions, jetstream};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use nkeys::KeyPair;
 use serde_json::{Value, json};
 
 use super::wire_rejects::transports;
+use crate::harness::client::status;
 use crate::harness::site::merged;
-use crate::harness::{LIMIT, Outgoing, Role, Server, Site, wait_for};
+use crate::harness::{LIMIT, Outgoing, Role, Server, Service, Site, request, wait_for, wait_value};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -84,6 +85,22 @@ async fn an_account_that_is_full_is_held() -> Result<()> {
     let site = with_target_limits("max_file: 100000, max_mem: 100000").await?;
     site.add("S", json!({})).await?;
     held(&site, "S", &["(10002)", "raise the JetStream limits of the account"]).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_server_whose_storage_is_full_is_held() -> Result<()> {
+    const ROOM: u64 = 100_000;
+    let target = Server::builder(Role::Target).store_limit(ROOM).start().await?;
+    let mut site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;
+    let mut raw = site.source_stream("S", json!({})).await?;
+    raw.publish_all((0..20).map(|_| Outgoing::new("s.a", "x".repeat(10_000)))).await?;
+    site.add("S", json!({})).await?;
+    let row = held(&site, "S", &["give the server more room"]).await?;
+    assert!(row["position"]["source_seq"].as_u64().is_some_and(|seq| seq < 20), "{row}");
+    site.target.restart_with_store_limit(100 * ROOM).await?;
+    released(&site, "S", 20).await?;
+    assert_eq!(site.at_target("S").await?, 20);
     Ok(())
 }
 
@@ -200,6 +217,24 @@ async fn a_line_that_is_too_long_for_the_target_is_skipped() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_line_that_is_too_long_for_the_target_is_a_dead_letter() -> Result<()> {
+    let site = with_short_lines().await?;
+    site.source_stream("DEAD", json!({"subjects": ["dead.>"]})).await?;
+    for (count, (stream, _)) in (1..).zip(transports(&site.target)) {
+        let fields = json!({"on_reject": "dead_letter", "dead_letter": {"subject": format!("dead.{stream}")}});
+        site.add(stream, fields).await?;
+        let row = site.settled_within(stream, 21, LONG).await?;
+        assert_eq!(row["counters"]["dead_lettered"], 1, "{row}");
+        assert_eq!(site.at_target(stream).await?, 20);
+        let dead = site.source().await?.read_stream("DEAD").await?;
+        let last = dead.last().context("no dead letter")?;
+        assert_eq!((dead.len(), last.payload.as_slice()), (count, b"11".as_slice()), "{row}");
+    }
+    assert!(site.events.told("held").is_empty());
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_source_that_lets_little_wait_is_asked_for_less() -> Result<()> {
     let source = Server::builder(Role::Source).config("max_payload: 65536\nmax_pending: 262144").start().await?;
     let site = Site::builder().on(source, Server::start(Role::Target).await?).start().await?;
@@ -288,23 +323,88 @@ async fn expiring(signed: &Signed, file: &Path, lifetime: u64) -> Result<(Site, 
     Ok((site, context, until))
 }
 
+/// Publishes until the credentials have ended for a second; the last sequence.
+async fn publish_beyond(context: &jetstream::Context, until: u64) -> Result<u64> {
+    loop {
+        let last = context.publish("s", "x".into()).await?.await?.sequence;
+        if now() > until + 1 {
+            return Ok(last);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 #[tokio::test]
 async fn rotated_credentials_cost_no_error() -> Result<()> {
     let (signed, folder) = (Signed::new()?, tempfile::tempdir()?);
     let file = folder.path().join("user.creds");
     let (site, context, until) = expiring(&signed, &file, 20).await?;
     fs::write(&file, signed.user(now() + 3_600)?)?;
-    let mut last = 1;
-    while now() <= until + 1 {
-        last = context.publish("s", "x".into()).await?.await?.sequence;
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let last = publish_beyond(&context, until).await?;
+    copied_without_an_error(&site, last).await?;
+    assert_eq!(site.at_target("S").await?, last);
+    Ok(())
+}
+
+async fn copied_without_an_error(site: &Site, last: u64) -> Result<Value> {
     let row = site.settled("S", last).await?;
     assert_eq!(row["counters"]["errors"], 0, "{row}");
-    for kind in ["held", "stalled"] {
-        assert!(site.events.told(kind).is_empty(), "{:?}", site.events.told(kind));
-    }
-    assert_eq!(site.at_target("S").await?, last);
+    site.events.quiet(&["held", "stalled"])?;
+    Ok(row)
+}
+
+#[tokio::test]
+async fn rotated_credentials_of_the_target_cost_no_error() -> Result<()> {
+    let (signed, folder) = (Signed::new()?, tempfile::tempdir()?);
+    let file = folder.path().join("user.creds");
+    let target = Server::builder(Role::Target).config(&signed.config).start().await?;
+    let site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;
+    site.source_stream("S", json!({"subjects": ["s"]})).await?;
+    let context = jetstream::new(async_nats::connect(site.source.url()).await?);
+    let until = now() + 20;
+    fs::write(&file, signed.user(until)?)?;
+    let url = format!("{}?credentials={}", site.target.url(), file.display());
+    site.add("S", json!({ "target_url": url })).await?;
+    context.publish("s", "1".into()).await?.await?;
+    site.settled("S", 1).await?;
+    fs::write(&file, signed.user(now() + 3_600)?)?;
+    let last = publish_beyond(&context, until).await?;
+    copied_without_an_error(&site, last).await?;
+    let client = ConnectOptions::with_credentials(&signed.user(0)?)?.connect(site.target.url()).await?;
+    let mut copy = jetstream::new(client).get_stream("S").await?;
+    assert_eq!(copy.info().await?.state.messages, last);
+    Ok(())
+}
+
+/// The service goes on with its leases, and answers.
+#[tokio::test]
+async fn rotated_credentials_of_the_service_cost_no_lease() -> Result<()> {
+    let (signed, folder) = (Signed::new()?, tempfile::tempdir()?);
+    let file = folder.path().join("user.creds");
+    let control = Server::builder(Role::Control).config(&signed.config).start().await?;
+    let (source, target) = tokio::try_join!(Server::start(Role::Source), Server::start(Role::Target))?;
+    let until = now() + 20;
+    fs::write(&file, signed.user(until)?)?;
+    let creds = ["--creds".to_owned(), file.display().to_string()];
+    let service = Service::builder(&control.url(), "SITE").args(creds).start().await?;
+    let client = ConnectOptions::with_credentials(&signed.user(0)?)?.connect(control.url()).await?;
+    let context = jetstream::new(async_nats::connect(source.url()).await?);
+    let config = jetstream::stream::Config { name: "S".into(), subjects: vec!["s".into()], ..Default::default() };
+    context.create_stream(config).await?;
+    let document = json!({"stream": "S", "source_url": source.url(), "target_url": target.url()});
+    request(&client, "replicator.config.add", document).await?;
+    context.publish("s", "1".into()).await?.await?;
+    let settled = async |seq: u64| {
+        let at = |row: &Value| row["position"]["source_seq"] == seq;
+        wait_value("the copy", LIMIT, async || status(&client, "S").await.filter(at)).await
+    };
+    let before = settled(1).await?;
+    fs::write(&file, signed.user(now() + 3_600)?)?;
+    let last = publish_beyond(&context, until).await?;
+    let after = settled(last).await?;
+    assert_eq!((&after["epoch"], &after["leader"]), (&before["epoch"], &before["leader"]), "{after}");
+    assert_eq!(after["counters"]["errors"], 0, "{after}");
+    assert!(service.log().contains("control connection is down"), "the login did not end: {}", service.log());
     Ok(())
 }
 
