@@ -1,15 +1,16 @@
 //! What is shown while something is wrong: states that change only when something changed, a lag that is counted when it
 //! is read, and nothing where nothing is known.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use futures_util::StreamExt;
+use futures_util::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
 use crate::harness::server::free_port;
-use crate::harness::{LIMIT, Outgoing, SITE, Service, Site, wait_value};
+use crate::harness::{LIMIT, Outgoing, SITE, Service, Site, request, wait_for, wait_value};
 
 const STREAM: &str = "S";
 const LONG: Duration = Duration::from_secs(150);
@@ -117,6 +118,53 @@ async fn a_silent_outage_is_retrying_until_it_copies() -> Result<()> {
     ensure!(states.starts_with(&["running", "retrying"]) && !states.contains(&"starting"), "{states:?}");
     ensure!(states.iter().filter(|state| **state == "retrying").count() == 1, "{states:?}");
     Ok(())
+}
+
+/// The size of an outage that was reported: none of the copies is said to begin, and every lag grows.
+#[tokio::test]
+#[ignore = "takes minutes: make check-long"]
+async fn two_hundred_copies_are_retrying_while_their_target_is_silent() -> Result<()> {
+    const COPIES: usize = 205;
+    const OUTAGE: Duration = Duration::from_secs(90);
+    let site = Site::builder().args(MONITOR).start().await?;
+    let mut raw = site.source().await?;
+    for n in 0..COPIES {
+        raw.create_stream(&format!("S{n}"), json!({"subjects": [format!("s{n}")], "storage": "memory"})).await?;
+    }
+    let added = stream::iter(0..COPIES).map(async |n| site.add(&format!("S{n}"), json!({})).await);
+    added.buffer_unordered(8).try_collect::<Vec<_>>().await?;
+    let states = async || -> BTreeMap<String, usize> {
+        let reply = request(&site.client, "replicator.status", json!({"limit": COPIES})).await.unwrap_or_default();
+        let rows = reply["replications"].as_array().cloned().unwrap_or_default();
+        let mut counts = BTreeMap::new();
+        rows.iter().for_each(|row| *counts.entry(row["state"].to_string()).or_default() += 1);
+        counts
+    };
+    let all = async |state: &str| states().await == BTreeMap::from([(json!(state).to_string(), COPIES)]);
+    // The least of all.
+    let lag = async || -> Result<f64> {
+        let (_, text) = site.service.get("/metrics").await?;
+        let lines = text.lines().filter(|line| line.starts_with("choria_stream_replicator_replicator_stream_lag_seconds{"));
+        let values: Vec<f64> = lines.filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
+        ensure!(values.len() == COPIES, "{} of {COPIES} have a lag", values.len());
+        Ok(values.into_iter().fold(f64::MAX, f64::min))
+    };
+    wait_for("all to run", LONG * 2, async || all("running").await).await?;
+    site.target.freeze()?;
+    raw.publish_all((0..COPIES).map(|n| Outgoing::new(format!("s{n}"), "waits"))).await?;
+    wait_for("all to retry", LONG, async || all("retrying").await).await?;
+    let began = lag().await?;
+    let (end, mut looks) = (tokio::time::Instant::now() + OUTAGE, 0);
+    while tokio::time::Instant::now() < end {
+        ensure!(all("retrying").await, "look {looks}: {:?}", states().await);
+        looks += 1;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    }
+    let now = lag().await?;
+    println!("{looks} looks, all retrying; a lag of {began:.1} s grew to {now:.1} s");
+    ensure!(now - began > OUTAGE.as_secs_f64() / 2.0, "the metric stood still: {began}, {now}");
+    site.target.thaw()?;
+    wait_for("all to run again", LONG * 2, async || all("running").await).await
 }
 
 /// Held by one message: it is tried again every ten seconds, and nothing changes by that.
