@@ -196,8 +196,12 @@ impl<'a> Opening<'a> {
                 return Err(Error::hold(why));
             }
             let lacks = self.lacks(&info).await?;
-            // What a server takes and does not keep, but for subjects, is not asked of it twice.
-            let lacks = lacks.filter(|update| !matches!(opened, Opened::Updated(_)) || !update.subjects.is_empty());
+            // What a server takes and does not keep, but for subjects, is not asked of it twice. A stream that lacks our mark
+            // again was changed by another replication, which read it before our change.
+            let lost = mark::is_ours(&info.config, &self.job.site, &replication.former)
+                && !mark::names(&info, &replication.id);
+            let again = |update: &Update| lost || !update.subjects.is_empty();
+            let lacks = lacks.filter(|update| !matches!(opened, Opened::Updated(_)) || again(update));
             let Some(update) = lacks else { return Ok((info, opened)) };
             if self.update(&update).await? {
                 opened = Opened::Updated(update.what);
