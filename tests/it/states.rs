@@ -144,7 +144,8 @@ async fn two_hundred_copies_are_retrying_while_their_target_is_silent() -> Resul
     // The least of all.
     let lag = async || -> Result<f64> {
         let (_, text) = site.service.get("/metrics").await?;
-        let lines = text.lines().filter(|line| line.starts_with("choria_stream_replicator_replicator_stream_lag_seconds{"));
+        let lines =
+            text.lines().filter(|line| line.starts_with("choria_stream_replicator_replicator_stream_lag_seconds{"));
         let values: Vec<f64> = lines.filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
         ensure!(values.len() == COPIES, "{} of {COPIES} have a lag", values.len());
         Ok(values.into_iter().fold(f64::MAX, f64::min))

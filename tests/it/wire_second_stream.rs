@@ -248,3 +248,26 @@ async fn subjects_that_a_leafnode_does_not_pass_are_copied() -> Result<()> {
     assert_eq!(site.source().await?.stream_state("A").await?["messages"], 20);
     Ok(())
 }
+
+/// A login that may publish copies and nothing else cannot ask whether the source is in the same account.
+#[tokio::test]
+async fn a_bridge_that_cannot_be_asked_is_unknown() -> Result<()> {
+    let user = "authorization { users: [{ user: u, password: p,
+        permissions: { publish: [\"s.>\", \"$JS.API.>\"], subscribe: \"_INBOX.>\" } }] }";
+    let source = Server::builder(Role::Source).domain("one").start().await?;
+    let target = Server::builder(Role::Target).domain("two").config(user).start().await?;
+    let site = Site::builder().on(source, target).start().await?;
+    site.filled("S", 1).await?;
+    let subjects = async |url: String| -> Result<Value> {
+        let reply = site.send("config.validate", site.document_with("S", json!({ "target_url": url }))).await?;
+        let checks = reply.body["preflight"]["target"]["checks"].as_array().cloned().unwrap_or_default();
+        checks.into_iter().find(|check| check["name"] == "subjects").with_context(|| reply.body.to_string())
+    };
+    let check = subjects(site.target.url_as("u:p")).await?;
+    assert_eq!(check["result"], "unknown", "{check}");
+    ensure!(check["message"].as_str().is_some_and(|text| text.contains("are one account")), "{check}");
+    // The copy goes on without knowing.
+    site.add("S", json!({"target_url": site.target.url_as("u:p")})).await?;
+    site.settled("S", 1).await?;
+    Ok(())
+}
