@@ -135,6 +135,70 @@ async fn documented_heartbeats_are_published() -> Result<()> {
     Ok(())
 }
 
+/// Users with exactly the permissions of the page: a copy of each kind of source, over a restart.
+#[tokio::test]
+async fn documented_permissions_suffice() -> Result<()> {
+    let page = page("docs/permissions.md")?;
+    let blocks: Vec<&str> =
+        page.split("```\npermissions {").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    let [control, source, queue, target] = blocks.as_slice() else { bail!("{} blocks", blocks.len()) };
+    let user = |name: &str, block: &str| format!("{{ user: {name}, password: p, permissions {{{block} }}");
+    let config = |users: &[String]| {
+        let all = "{ user: all, password: p }".to_owned();
+        format!("authorization {{ users: [{}] }}", [users, &[all]].concat().join(", "))
+    };
+    let queue = queue.replace("ORDERS", "QUEUE");
+    let target = target.replace("\"orders.>\"", "\"orders.>\", \"queue.>\"");
+    let both = format!("{}\n{}", target, target.replace("ORDERS", "QUEUE"));
+    let lines =
+        |permissions: &str| permissions.lines().filter(|line| line.contains("    \"")).collect::<Vec<_>>().join("\n");
+    let target = format!("\n  publish: [\n{}\n  ]\n  subscribe: \"_INBOX.>\"\n}}", lines(&both));
+    let source_server = Server::builder(Role::Source).config(&config(&[user("orders", source), user("queue", &queue)]));
+    let target_server = Server::builder(Role::Target).config(&config(&[user("copies", &target)]));
+    let control_server = Server::builder(Role::Control).config(&config(&[user("service", control)]));
+    let (source, target) = tokio::try_join!(source_server.start(), target_server.start())?;
+    let control = control_server.start().await?;
+    let mut service = Service::builder(&control.url_as("service:p"), SITE).start().await?;
+    let client = connect(&control.url_as("all:p")).await?;
+    let mut raw = Raw::connect(&source.url_as("all:p")).await?;
+    raw.create_stream("ORDERS", json!({"subjects": ["orders.>"]})).await?;
+    raw.create_stream("QUEUE", json!({"subjects": ["queue.>"], "retention": "workqueue"})).await?;
+    let mut copies = Raw::connect(&target.url_as("all:p")).await?;
+    let mut published = 0;
+    for round in 0..2 {
+        for stream in ["ORDERS", "QUEUE"] {
+            let subject = stream.to_lowercase();
+            if round == 0 {
+                let login = |server: &Server, user: &str| server.url_as(&format!("{user}:p"));
+                let document = json!({"stream": stream, "source_url": login(&source, &subject),
+                    "target_url": login(&target, "copies")});
+                let report = request(&client, "replicator.config.validate", document.clone()).await?;
+                let warnings = report["warnings"].as_array().context("warnings")?;
+                ensure!(report["valid"] == true && warnings.is_empty(), "{report:#}");
+                request(&client, "replicator.config.add", document).await?;
+            }
+            raw.publish_all((0..50).map(|n| Outgoing::new(format!("{subject}.a"), n.to_string()))).await?;
+        }
+        published += 50;
+        for stream in ["ORDERS", "QUEUE"] {
+            let copied = wait_messages(&mut copies, stream, published, LIMIT).await;
+            copied.with_context(|| service.log())?;
+        }
+        service.stop().await?;
+        service.restart().await?;
+    }
+    for log in [source.log(), target.log(), control.log()] {
+        let refused = log.lines().find(|line| line.to_lowercase().contains("violation"));
+        ensure!(refused.is_none(), "{}", refused.unwrap_or_default());
+    }
+    for id in ["ORDERS", "QUEUE"] {
+        request(&client, "replicator.pause", json!({"replication": id})).await?;
+        request(&client, "replicator.config.delete", json!({"replication": id})).await?;
+    }
+    ensure!(!service.logs().to_lowercase().contains("violation"), "{}", service.logs());
+    Ok(())
+}
+
 #[test]
 fn every_state_error_and_event_is_explained() -> Result<()> {
     let page = page("docs/states.md")?;
