@@ -432,9 +432,9 @@ fn same_shape(at: &str, documented: &Value, sent: &Value) -> Result<()> {
 }
 
 #[test]
-fn the_subjects_in_the_readme_are_what_its_document_makes() -> Result<()> {
-    let page = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"))?;
-    let (_, part) = page.split_once("\n## Subjects\n").context("no part Subjects")?;
+fn documented_subjects_are_what_the_document_makes() -> Result<()> {
+    let page = page("docs/subjects.md")?;
+    let (_, part) = page.split_once("\n## Mapping\n").context("no part Mapping")?;
     let (_, json) = part.split_once("```json\n").context("no document")?;
     let (json, rest) = json.split_once("```").context("no end of the document")?;
     let replication = config::parse(json.as_bytes(), "SITE").map_err(|problems| anyhow!("{problems}"))?;
@@ -503,10 +503,10 @@ fn stream_of(words: &[String]) -> Result<(String, Value)> {
 }
 
 #[tokio::test]
-async fn the_registration_walk_through_in_the_readme_works_as_it_is_written() -> Result<()> {
+async fn the_documented_walk_through_with_registration_data_works() -> Result<()> {
     let site = Site::builder().control_at_source().start().await?;
-    let page = page("README.md")?;
-    let (_, part) = page.split_once("\n## Sampling\n").context("no part Sampling")?;
+    let page = page("docs/sampling.md")?;
+    let (_, part) = page.split_once("\n## A walk-through with Choria's registration data\n").context("no part")?;
     let part = part.split("\n## ").next().unwrap_or_default();
     let mut raw = site.source().await?;
     let mut ran = 0;
@@ -566,4 +566,38 @@ fn same_words(expect: &str, printed: &str) -> bool {
     let plain = |word: &&str| !word.starts_with(|c: char| c.is_ascii_digit()) && !word.starts_with('(');
     let words = |line: &str| line.split_whitespace().filter(plain).map(str::to_owned).collect::<Vec<_>>();
     words(expect) == words(printed)
+}
+
+/// Whatever the monitor shows of a replication that samples and of heartbeats is on the page.
+#[tokio::test]
+async fn every_metric_is_explained() -> Result<()> {
+    let page = [page("docs/metrics.md")?, page("docs/heartbeats.md")?].concat();
+    let site = Site::builder().control_at_source().args(["--monitor", "127.0.0.1:0"]).start().await?;
+    site.filled("ORDERS", 10).await?;
+    site.add("ORDERS", json!({"inspect_field": "sender", "inspect_duration": "1h"})).await?;
+    let beats = json!({"url": site.source.url(), "subjects": [{"subject": "orders.beat"}]});
+    request(&site.client, "replicator.heartbeat.set", beats).await?;
+    let names = async || -> Result<Vec<String>> {
+        let (_, text) = site.service.get("/metrics").await?;
+        let names = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+        Ok(names.map(|name| name.trim_start_matches("choria_stream_replicator_").to_owned()).collect())
+    };
+    let all = async || {
+        names().await.is_ok_and(|names| {
+            ["heartbeat_", "tracker_", "replicator_stream_lag_seconds"]
+                .iter()
+                .all(|part| names.iter().any(|name| name.contains(part)))
+        })
+    };
+    wait_for("all metrics", LIMIT, all).await?;
+    let shown = names().await?;
+    ensure!(shown.len() > 40, "{shown:?}");
+    for name in shown {
+        let short = name.trim_start_matches("replicator_");
+        let explained = [short, &name]
+            .iter()
+            .any(|name| page.contains(&format!("`{name}`")) || page.contains(&format!("_{name}`")));
+        ensure!(explained, "docs/metrics.md does not explain {name}");
+    }
+    Ok(())
 }
