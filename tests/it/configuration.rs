@@ -16,9 +16,9 @@ const INTRODUCTION: &str = "\
 
 <!-- Made from schemas/replication.json by `make generate`. -->
 
-A replication is one JSON document: what to copy, from where, to where. It is given to the service by
-`stream-replicator config add FILE` or `nats req replicator.config.add`, see [requests](requests.md), and kept in the
-bucket `REPLICATOR_CONFIG` under its id: its `id`, else `STREAM`, or `STREAM.NAME` if it has a name that is not the site's.
+A replication is one JSON document: the stream, its source and its target. Send it to the service with
+`stream-replicator config add FILE` or `nats req replicator.config.add`, see [requests](requests.md). It is stored in the bucket
+`REPLICATOR_CONFIG` under its id: its `id`, else `STREAM`, or `STREAM.NAME` if it has a name that is not the site's.
 
 ```console
 $ stream-replicator config add orders.json
