@@ -5,8 +5,9 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: servers ## two throw-away servers, a replication, a crash in the middle, a comparison (20 s)
-	cargo build --locked --quiet --bin stream-replicator --example demo
-	target/debug/examples/demo
+	@echo "compiling the service and the demo; the first time this takes some minutes"
+	cargo build --locked --bin stream-replicator --example demo
+	@cargo run --locked --quiet --example demo
 
 test: servers ## all tests, on real nats-servers
 	contrib/run-tests -- --test-threads 4
