@@ -32,6 +32,32 @@ pub async fn wait_value<T>(what: &str, limit: Duration, mut probe: impl AsyncFnM
     bail!("waited {limit:?} for {what}")
 }
 
+/// Waits until `probe` says that it is done (`Ok`); never longer than `limit` without any change of what it measures
+/// (`Err`), nor than ten times `limit`: work that moves on a busy machine is not given up.
+pub async fn wait_while_moving<T, P: PartialEq>(
+    what: &str,
+    limit: Duration,
+    mut probe: impl AsyncFnMut() -> Result<T, P>,
+) -> Result<T> {
+    let (mut last, mut end) = (None, Instant::now() + limit);
+    let latest = Instant::now() + limit * 10;
+    while let Ok(found) = tokio::time::timeout(end.saturating_duration_since(Instant::now()), probe()).await {
+        let now = Instant::now();
+        match found {
+            Ok(value) => return Ok(value),
+            Err(measured) if last.as_ref() != Some(&measured) => {
+                (last, end) = (Some(measured), latest.min(now + limit));
+            }
+            Err(_) => {}
+        }
+        if now >= end {
+            break;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    bail!("waited {limit:?} without any progress for {what}")
+}
+
 /// The time that something takes.
 pub async fn timed<T>(work: impl Future<Output = Result<T>>) -> Result<(T, Duration)> {
     let begun = Instant::now();

@@ -24,7 +24,7 @@ pub mod wire;
 
 pub use checker::{Expect, Report};
 pub use cli::Cli;
-pub use client::{connect, request, timed, wait_for, wait_value};
+pub use client::{connect, request, timed, wait_for, wait_value, wait_while_moving};
 pub use clock::Clock;
 pub use cluster::{Cluster, End};
 pub use copies::{Copies, Kind};

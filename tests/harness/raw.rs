@@ -448,11 +448,13 @@ pub fn header_values(block: &[u8], name: &str) -> Vec<String> {
     pairs.collect()
 }
 
-/// Waits until a stream holds at least `messages`.
+/// Waits until a stream holds at least `messages`; no longer than `limit` without another one.
 pub async fn wait_messages(raw: &mut Raw, stream: &str, messages: u64, limit: Duration) -> Result<()> {
     let what = format!("`{stream}` to hold {messages} messages");
-    super::client::wait_for(&what, limit, async || {
-        raw.stream_state(stream).await.is_ok_and(|s| s["messages"].as_u64().unwrap_or(0) >= messages)
+    super::client::wait_while_moving(&what, limit, async || {
+        let state = raw.stream_state(stream).await.unwrap_or_default();
+        let holds = state["messages"].as_u64().unwrap_or(0);
+        if holds >= messages { Ok(()) } else { Err((holds, state["last_seq"].clone())) }
     })
     .await
 }

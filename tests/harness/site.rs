@@ -12,7 +12,9 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 
 use super::checker::{Expect, compare_streams};
-use super::client::{Reply, ask, check_reply, checked, connect, request, status, wait_for, wait_value};
+use super::client::{
+    Reply, ask, check_reply, checked, connect, request, status, wait_for, wait_value, wait_while_moving,
+};
 use super::raw::wait_messages;
 use super::{Cli, LIMIT, Outgoing, Raw, Role, Server, Service, secrets, wire};
 
@@ -202,16 +204,12 @@ impl Site {
 
     /// Waits until the status row says what is expected, and returns it.
     pub async fn row_when(&self, id: &str, what: &str, when: impl Fn(&Value) -> bool) -> Result<Value> {
-        self.row_within(id, what, LIMIT, when).await
-    }
-
-    async fn row_within(&self, id: &str, what: &str, limit: Duration, when: impl Fn(&Value) -> bool) -> Result<Value> {
         let mut last = Value::Null;
         let probe = async || {
             last = self.row(id).await.unwrap_or_default();
             when(&last).then(|| last.clone())
         };
-        let found = wait_value(&format!("`{id}`: {what}"), limit, probe).await;
+        let found = wait_value(&format!("`{id}`: {what}"), LIMIT, probe).await;
         found.with_context(|| format!("the row is {last}\n{}", self.service.log()))
     }
 
@@ -220,12 +218,17 @@ impl Site {
         self.settled_within(id, seq, LIMIT).await
     }
 
-    /// The same for what takes longer.
+    /// The same for what takes longer without any progress.
     pub async fn settled_within(&self, id: &str, seq: u64, limit: Duration) -> Result<Value> {
-        let settled = |row: &Value| {
-            row["state"] == "running" && row["position"]["source_seq"] == seq && row["lag"]["messages"] == 0
+        let mut last = Value::Null;
+        let probe = async || {
+            last = self.row(id).await.unwrap_or_default();
+            let position = last["position"]["source_seq"].clone();
+            let settled = last["state"] == "running" && position == seq && last["lag"]["messages"] == 0;
+            if settled { Ok(last.clone()) } else { Err(position) }
         };
-        self.row_within(id, &format!("has settled {seq}"), limit, settled).await
+        let found = wait_while_moving(&format!("`{id}` to settle {seq}"), limit, probe).await;
+        found.with_context(|| format!("the row is {last}\n{}", self.service.log()))
     }
 
     /// Stops the service in order, so that the position is saved.

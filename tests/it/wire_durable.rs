@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{
     Cluster, Expect, LIMIT, Outgoing, Proxy, Raw, Role, SITE, Site, Stored, checker::compare, connect, site::merged,
-    timed, wait_for,
+    timed, wait_for, wait_while_moving,
 };
 
 const LONG: Duration = Duration::from_secs(120);
@@ -80,9 +80,10 @@ async fn drained(site: &Site, stream: &str) -> Result<()> {
     let mut left = 0;
     let empty = async || {
         left = messages(&mut raw, stream).await.unwrap_or(u64::MAX);
-        left == 0
+        if left == 0 { Ok(()) } else { Err(left) }
     };
-    wait_for("the source to be empty", LIMIT, empty).await.with_context(|| format!("{left} messages are left"))
+    let drained = wait_while_moving("the source to be empty", LIMIT, empty).await;
+    drained.with_context(|| format!("{left} messages are left"))
 }
 
 /// A source and a target, and the replication paused with its consumer made, so that nothing is forgotten.
