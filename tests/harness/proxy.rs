@@ -152,6 +152,12 @@ impl Proxy {
         self.set(|s| s.flow_mut(direction).cut_after = Some(Arc::new(AtomicU64::new(bytes))));
     }
 
+    /// Whether [`Self::cut_after`] still waits for its bytes.
+    pub fn cut_pending(&self, direction: Direction) -> bool {
+        let left = self.state.borrow().flow(direction).cut_after.clone();
+        left.is_some_and(|left| left.load(Ordering::SeqCst) != u64::MAX)
+    }
+
     /// Connections stay open and nothing moves, in either direction; what was under way goes on afterwards.
     pub fn stall(&self) {
         self.set_flows(BOTH, |flow| flow.stalled = true);

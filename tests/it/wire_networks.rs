@@ -55,15 +55,15 @@ async fn cut(copies: &Copies, times: usize) -> Result<()> {
         let much = random.random_bool(0.7);
         let direction = if much == (side == Sides::Target) { Direction::ToServer } else { Direction::ToClient };
         let bytes = random.random_range(1..if much { 100_000 } else { 2_000 });
-        let mut before = accepted();
+        let before = accepted();
         proxies.iter().for_each(|proxy| proxy.cut_after(direction, bytes));
         if side == Sides::Source && !much {
             // Hardly anything is asked of the source but at the start.
             proxies.iter().for_each(|proxy| proxy.drop_connections());
-            before += copies.kinds.len() as u64;
         }
-        let what = format!("cut {time}: {side:?}, {bytes} bytes {direction:?}: another connection");
-        wait_for(&what, LIMIT, async || accepted() > before).await?;
+        let what = format!("cut {time}: {side:?}, {bytes} bytes {direction:?}, and another connection");
+        let cut = || proxies.iter().any(|proxy| !proxy.cut_pending(direction));
+        wait_for(&what, LIMIT, async || cut() && accepted() > before).await?;
     }
     copies.go_on("the last cut").await
 }
