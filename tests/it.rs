@@ -115,6 +115,8 @@ mod wire_kinds;
 mod wire_kv;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_logins.rs"]
+mod wire_logins;
 #[path = "it/wire_networks.rs"]
 mod wire_networks;
 #[path = "it/wire_objects.rs"]
