@@ -48,6 +48,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tracing::info;
 
 pub use budget::Budget;
 pub use consumers::consumer_prefix;
@@ -123,6 +124,8 @@ pub struct Error {
     chain_broken: bool,
     /// Whether the run was given up because nothing moved.
     stalled: bool,
+    /// Whether a server ended the login of a connection that was in use.
+    login_ended: bool,
 }
 
 impl Error {
@@ -138,6 +141,7 @@ impl Error {
             unheard: None,
             chain_broken: false,
             stalled: false,
+            login_ended: false,
         }
     }
 
@@ -153,7 +157,9 @@ impl From<nats::Error> for Error {
             nats::ErrorKind::Retry | nats::ErrorKind::ChainBroken | nats::ErrorKind::NoResponders => ErrorKind::Retry,
             nats::ErrorKind::Hold | nats::ErrorKind::Poison | nats::ErrorKind::NotFound => ErrorKind::Hold,
         };
-        Self { chain_broken: error.kind == nats::ErrorKind::ChainBroken, ..Self::new(kind, error.message) }
+        let login_ended = error.login_ended();
+        let chain_broken = error.kind == nats::ErrorKind::ChainBroken;
+        Self { chain_broken, login_ended, ..Self::new(kind, error.message) }
     }
 }
 
@@ -198,6 +204,11 @@ pub async fn run(
         };
         let again = match &mut result {
             Ok(run::Ended::LogsInAgain) => true,
+            // The next login reads the credentials again, and shows whether it is refused.
+            Err(error) if error.login_ended && ledger.logs_in_again(tokio::time::Instant::now()) => {
+                info!(replication = job.replication.id, "the login ended: logging in again: {error}");
+                true
+            }
             // Nobody has to act upon it: the next run knows what becomes of these messages.
             Err(error) if error.poison.is_some() && job.replication.on_reject != OnReject::Hold => {
                 refused.add(std::mem::take(&mut error.refused))
@@ -232,7 +243,12 @@ pub async fn run(
     disconnected(status);
     match result {
         Err(error) if error.chain_broken => match ledger.chain_broke(tokio::time::Instant::now()) {
-            Ok(()) => Err(error),
+            Ok(false) => Err(error),
+            Ok(true) => {
+                let message =
+                    format!("messages that an earlier run had in flight may have arrived late: {}", error.message);
+                Err(Error { message, ..error })
+            }
             Err(held) => Err(held),
         },
         result => result,

@@ -15,6 +15,7 @@ pub mod jetstream;
 mod lane;
 pub mod parser;
 mod rules;
+mod socket;
 mod tls;
 mod verdicts;
 mod websocket;

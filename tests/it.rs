@@ -115,6 +115,8 @@ mod wire_kinds;
 mod wire_kv;
 #[path = "it/wire_limits.rs"]
 mod wire_limits;
+#[path = "it/wire_logins.rs"]
+mod wire_logins;
 #[path = "it/wire_networks.rs"]
 mod wire_networks;
 #[path = "it/wire_objects.rs"]
@@ -137,6 +139,8 @@ mod wire_scope;
 mod wire_second_stream;
 #[path = "it/wire_shared.rs"]
 mod wire_shared;
+#[path = "it/wire_slow.rs"]
+mod wire_slow;
 #[path = "it/wire_stalls.rs"]
 mod wire_stalls;
 #[path = "it/wire_subjects.rs"]

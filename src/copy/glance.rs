@@ -68,7 +68,7 @@ pub async fn glance(
     let pending = reader.pending();
     let first = timeout(FIRST, first(&mut lane, &mut reader)).await;
     reader.close(&mut lane);
-    let _ = timeout(FIRST, lane.turn()).await;
+    let _ = timeout(FIRST, lane.round_trip()).await;
     let first = first.map_err(|_| Error::new(ErrorKind::Retry, format!("nothing came for {FIRST:?}")))??;
     let now = clock.now(Instant::now());
     let all = replication.scope.filters().is_empty();

@@ -6,7 +6,7 @@
 use tokio::time::{Duration, Instant};
 
 /// Nothing was confirmed for so long: the target is asked, and again and again after this time.
-const ASK: Duration = Duration::from_millis(1500);
+pub(super) const ASK: Duration = Duration::from_millis(1500);
 /// Not a byte came for so long after the first question: the connection is dead.
 const SILENT: Duration = Duration::from_millis(4500);
 /// So often the leader may answer while it confirms nothing. What it was asked reached it behind all messages.

@@ -30,6 +30,11 @@ const SAVE_EVERY: Duration = Duration::from_secs(1);
 /// else writes in our name.
 const CHAIN_BREAKS: usize = 6;
 const CHAIN_BREAK_TIME: Duration = Duration::from_secs(60);
+/// How long after the end of a run messages that it had in flight may still be stored.
+const LATE: Duration = Duration::from_secs(60);
+
+/// Logins that end within this time of each other are an error that is reported.
+const LOGINS_APART: Duration = Duration::from_secs(10);
 
 type Saving = Pin<Box<dyn Future<Output = Result<u64, SaveError>> + Send>>;
 
@@ -43,6 +48,10 @@ pub struct Ledger {
     saving: Option<(Saving, PositionRecord)>,
     last_save: Option<Instant>,
     chain_breaks: VecDeque<Instant>,
+    /// What earlier runs had in flight.
+    late: Late,
+    /// Source sequence up to which the run had settled everything whose chain broke.
+    settled: u64,
     /// Last sequence of the target when the run that was lent this began.
     begun_at: Option<u64>,
     /// Jumps in the source's sequences that the run before could not explain in its time.
@@ -61,6 +70,8 @@ pub struct Ledger {
     pub(super) appetite: Appetite,
     /// Whether a difference between the source's clock and ours was reported.
     pub(super) clock: Alarm,
+    /// When a server last ended the login of a run.
+    login_ended: Option<Instant>,
     /// Source sequence in the record as last saved.
     saved: watch::Sender<u64>,
 }
@@ -86,6 +97,9 @@ impl Ledger {
             saving: None,
             last_save: None,
             chain_breaks: VecDeque::new(),
+            // Of a holder before this one it is not known.
+            late: Late { through: u64::MAX, until: Instant::now() + LATE },
+            settled: 0,
             begun_at: None,
             gaps: Gaps::default(),
             drops: Drops::default(),
@@ -95,6 +109,7 @@ impl Ledger {
             max_line: None,
             appetite: Appetite::default(),
             clock: Alarm::default(),
+            login_ended: None,
             saved,
         }
     }
@@ -264,20 +279,43 @@ impl Ledger {
         self.broken = false;
     }
 
+    /// Notes, where the chain of a run broke, up to which target sequence the run knows every message, and up to which source
+    /// sequence it had settled everything.
+    pub(super) fn broke_at(&mut self, target_seq: u64, settled: u64) {
+        self.begin_at(target_seq);
+        self.settled = settled;
+    }
+
+    /// Whether a login that the server ended is followed by another one at once: the first of several is.
+    pub(super) fn logs_in_again(&mut self, now: Instant) -> bool {
+        let before = self.login_ended.replace(now);
+        before.is_none_or(|before| now.duration_since(before) >= LOGINS_APART)
+    }
+
     /// Where to look for what broke the chain of the run before; `None` if it did not break.
     pub(super) fn chain_broke_behind(&self) -> Option<u64> {
         self.begun_at.filter(|_| self.broken)
     }
 
-    /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it.
-    pub(super) fn chain_broke(&mut self, now: Instant) -> Result<(), Error> {
+    /// Notes that a run ended with messages in flight up to this source sequence. A run whose chain broke leaves none: the
+    /// target refuses them.
+    pub(super) fn left_in_flight(&mut self, through: u64, now: Instant) {
+        self.late = self.late.and(through, now);
+    }
+
+    /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it. `true` where
+    /// messages of an earlier run may have broken it: that accuses no other writer, however often it happens.
+    pub(super) fn chain_broke(&mut self, now: Instant) -> Result<bool, Error> {
         self.broken = true;
+        if self.late.explains(self.settled, now) {
+            return Ok(true);
+        }
         self.chain_breaks.push_back(now);
         while self.chain_breaks.front().is_some_and(|at| now.duration_since(*at) > CHAIN_BREAK_TIME) {
             self.chain_breaks.pop_front();
         }
         if self.chain_breaks.len() < CHAIN_BREAKS {
-            return Ok(());
+            return Ok(false);
         }
         self.chain_breaks.clear();
         Err(Error::new(
@@ -307,6 +345,27 @@ impl Ledger {
     /// A foreign message explains why the chain broke.
     pub(super) fn chain_explained(&mut self) {
         self.chain_breaks.clear();
+    }
+}
+
+/// Messages of earlier runs that the target may still store.
+#[derive(Debug, Clone, Copy)]
+struct Late {
+    /// Newest source sequence.
+    through: u64,
+    until: Instant,
+}
+
+impl Late {
+    /// The same and those of a run that ends now.
+    fn and(self, through: u64, now: Instant) -> Self {
+        let before = if now < self.until { self.through } else { 0 };
+        Self { through: through.max(before), until: now + LATE }
+    }
+
+    /// Whether they can have broken the chain of a run that had settled everything up to a source sequence.
+    fn explains(self, settled: u64, now: Instant) -> bool {
+        now < self.until && settled < self.through
     }
 }
 
@@ -361,5 +420,26 @@ impl Witnesses<'_> {
             unseen_from: self.sampled.and_then(|sampled| sampled.unseen_from),
             ..saved.clone()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_in_flight_explains_a_broken_chain_until_it_was_copied() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let none = Late { through: u64::MAX, until: now };
+        assert!(!none.explains(0, now));
+        let late = none.and(20, now);
+        assert!(late.explains(5, now + second) && late.explains(19, now + 59 * second));
+        // Other writers go beyond it, or last longer.
+        assert!(!late.explains(20, now + second) && !late.explains(5, now + 60 * second));
+        // A run that had less in flight does not end what the one before it had.
+        let two = late.and(10, now + 30 * second);
+        assert!(two.explains(19, now + 89 * second) && !two.explains(20, now + 31 * second));
+        assert!(!late.and(10, now + 60 * second).explains(10, now + 61 * second));
     }
 }

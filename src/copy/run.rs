@@ -435,7 +435,7 @@ impl<'a> Run<'a> {
                 let _ = tokio::time::timeout(LAST_ACKS, self.tell_all()).await;
                 self.reader.close(&mut self.source);
                 // The consumer would go by itself; its deletion is a courtesy that must not hold up a stop.
-                let _ = tokio::time::timeout(LAST_SAVE, flush(&mut self.source)).await;
+                let _ = tokio::time::timeout(LAST_SAVE, self.source.round_trip()).await;
                 let row = row(self.job, self.state, &self.copy);
                 let sampled = self.sampler.as_ref().map(Sampler::sampled);
                 let witnesses = witnesses(
@@ -455,7 +455,9 @@ impl<'a> Run<'a> {
                 // First of all nothing more may be sent.
                 drop((self.source, self.target));
                 if error.chain_broken {
-                    ledger.begin_at(self.writer.exact(&self.window));
+                    ledger.broke_at(self.writer.exact(&self.window), self.window.position().seq);
+                } else if !self.window.is_empty() {
+                    ledger.left_in_flight(self.window.newest().seq, Instant::now());
                 }
                 let row = row(self.job, self.state, &self.copy);
                 let witnesses = witnesses(
@@ -508,7 +510,7 @@ impl<'a> Run<'a> {
         loop {
             let now = Instant::now();
             self.pump(now)?;
-            self.writer.outcome(&self.window, now)?;
+            self.writer.outcome(&self.window, self.target.drained(), now)?;
             if let Some(end) = self.ended(now) {
                 return end;
             }
@@ -942,7 +944,7 @@ impl<'a> Run<'a> {
             // By the limit of its rate, or by dead letters, whose clock is their own.
             held_back: self.throttled.is_some() || self.rejects.in_the_air(),
             settled: self.moved,
-            written: self.target.written(),
+            drained: self.target.drained(),
             unwritten: self.target.unwritten(),
         }
     }
@@ -994,6 +996,9 @@ impl<'a> Run<'a> {
     /// Asks the target where confirmations are overdue.
     fn look_after_target(&mut self, now: Instant) -> Result<(), Error> {
         let owed = self.writer.is_owed(&self.window).then_some(self.moved);
+        if owed.is_some_and(|since| now.duration_since(since) >= probe::ASK) {
+            self.target.check_delivery();
+        }
         match self.probe.step(owed, self.target.alive(), now) {
             probe::Step::Wait => Ok(()),
             probe::Step::Ask => {
@@ -1045,9 +1050,9 @@ impl<'a> Run<'a> {
         }
         self.watch.ask_first(&mut self.target, &self.replication.target.stream, None);
         self.rejects.check(now)?;
+        self.look_after_target(now)?;
         let action = self.watchdog.look(now, &self.seen());
         action.map_or(Ok(()), |action| self.act(action))?;
-        self.look_after_target(now)?;
         self.look_after_logins(now);
         Ok(self.reader.check(now, self.reads)?)
     }
@@ -1256,14 +1261,6 @@ async fn open(job: &Job, side: &Side, name: &str) -> Result<(Lane, Names), nats:
     let mut lane = job.dial.dial(&side.place, name).await?;
     let names = Names::clear(&mut lane, &side.stream, &job.consumers).await?;
     Ok((lane, names))
-}
-
-/// Writes everything; what arrives meanwhile is nobody's.
-async fn flush(lane: &mut Lane) -> Result<(), Error> {
-    while !lane.output().is_empty() {
-        lane.turn().await?;
-    }
-    Ok(())
 }
 
 fn row(job: &Job, state: State, copy: &CopyStatus) -> Row {

@@ -58,8 +58,8 @@ pub(super) struct Seen {
     pub held_back: bool,
     /// When something settled or was skipped last.
     pub settled: Instant,
-    /// Bytes that the target's connection has taken so far.
-    pub written: u64,
+    /// When the target last took some of what was waiting on the way there.
+    pub drained: Instant,
     /// Bytes that it has not taken yet.
     pub unwritten: usize,
 }
@@ -123,10 +123,8 @@ pub(super) struct Watchdog {
     told: Option<Instant>,
     /// A stall was told and is not over.
     open: bool,
-    /// When the target moved, what its connection had taken by then, and what waited.
+    /// When the target moved.
     moved: Instant,
-    written: u64,
-    unwritten: usize,
 }
 
 impl Watchdog {
@@ -143,8 +141,6 @@ impl Watchdog {
             told: None,
             open: false,
             moved: now,
-            written: 0,
-            unwritten: 0,
         }
     }
 
@@ -281,13 +277,11 @@ impl Watchdog {
     /// Nothing settles, and nothing goes out.
     fn target_stalls(&mut self, now: Instant, seen: &Seen) -> Option<String> {
         let nothing_due = seen.in_air == 0 && (!seen.waiting || seen.held_back);
-        // A connection that is slow moves; what it takes while nothing waits are signs of life.
-        let takes = self.unwritten > 0 && seen.written > self.written;
-        (self.written, self.unwritten) = (seen.written, seen.unwritten);
-        if nothing_due || takes {
+        if nothing_due {
             self.moved = now;
         }
-        self.moved = self.moved.max(seen.settled);
+        // A connection that is slow moves; what it takes while nothing waits are signs of life.
+        self.moved = self.moved.max(seen.settled).max(seen.drained);
         if now.duration_since(self.moved) <= STALL {
             return None;
         }
@@ -344,7 +338,7 @@ mod tests {
             waiting: false,
             held_back: false,
             settled: now,
-            written: 1_000,
+            drained: now,
             unwritten: 0,
         }
     }
@@ -386,8 +380,8 @@ mod tests {
             ("a limit of the rate", |_, began, seen| {
                 *seen = Seen { asking: false, in_air: 0, waiting: true, held_back: true, settled: began, ..*seen }
             }),
-            ("the target's connection is slow", |second, began, seen| {
-                *seen = Seen { asking: false, written: 1_000 * second, unwritten: 900_000, settled: began, ..*seen }
+            ("the target's connection is slow", |_, began, seen| {
+                *seen = Seen { asking: false, unwritten: 900_000, settled: began, ..*seen }
             }),
             ("a window that drains slowly", |second, began, seen| {
                 seen.asking = false;
@@ -407,21 +401,20 @@ mod tests {
             ("and only the stream knows", |_, _, seen| seen.pending = 0, (5, "ask")),
             (
                 "the target confirms nothing",
-                |second, began, seen| (seen.delivered, seen.settled) = (10 + second, began),
+                |second, began, seen| (seen.delivered, seen.settled, seen.drained) = (10 + second, began, began),
                 (31, "give up"),
             ),
             (
-                // A PING now and then is no progress.
+                // What is answered is no progress; that a PING counts as little is for the lane to say.
                 "and its connection lives",
-                |second, began, seen| {
-                    *seen = Seen { delivered: 10 + second, settled: began, written: second / 10 * 6, ..*seen }
-                },
+                |second, began, seen| *seen = Seen { delivered: 10 + second, settled: began, drained: began, ..*seen },
                 (31, "give up"),
             ),
             (
                 "the target's connection takes nothing",
                 |second, began, seen| {
-                    *seen = Seen { delivered: 10 + second, settled: began, unwritten: 5_000, ..*seen }
+                    let delivered = 10 + second;
+                    *seen = Seen { delivered, settled: began, drained: began, unwritten: 5_000, ..*seen }
                 },
                 (31, "give up"),
             ),

@@ -731,7 +731,8 @@ impl Writer {
     }
 
     /// Whether the run has to end because the target refused something, or somebody else wrote to it.
-    pub fn outcome(&mut self, window: &Window, now: Instant) -> Result<(), RunError> {
+    /// `drained` is when the target last took some of what waited on the way there.
+    pub fn outcome(&mut self, window: &Window, drained: Instant, now: Instant) -> Result<(), RunError> {
         match &mut self.mode {
             // Every sequence is that of a message which we sent.
             Mode::Pipelined { stored, .. }
@@ -750,8 +751,8 @@ impl Writer {
                 let token = refused.sequence.and_then(|sequence| (*first + sequence).checked_sub(1));
                 Err(refusal(refused.error.clone(), token.and_then(|token| window.source_of(token))))
             }
-            Mode::FastIngest { batch: Some(OpenBatch { committing: Some(at), .. }), .. }
-                if now.duration_since(*at) > COMMIT_WAIT =>
+            Mode::FastIngest { batch: Some(OpenBatch { committing: Some(at), last_ack, .. }), .. }
+                if now.duration_since(drained.max(*last_ack).max(*at)) > COMMIT_WAIT =>
             {
                 Err(RunError::stalled(format!("the target has not confirmed the end of a batch for {COMMIT_WAIT:?}")))
             }

@@ -38,6 +38,9 @@ pub struct Error {
 /// What a lane says of a connection that its server closed.
 pub(super) const CLOSED: &str = "closed the connection";
 
+/// Between a server and the text of its `-ERR` line.
+const SAYS: &str = " says: ";
+
 impl Error {
     /// An error that passes.
     pub fn retry(message: impl Into<String>) -> Self {
@@ -52,11 +55,7 @@ impl Error {
     /// An `-ERR` line; `let_in`: of a connection that was in use already.
     pub(super) fn of_err_line(address: &str, text: &str, let_in: bool) -> Self {
         let verdict = verdicts::err_line(text, let_in);
-        Self {
-            kind: verdict.kind,
-            message: with_remedy(format!("`{address}` says: {text}"), verdict.remedy),
-            api: None,
-        }
+        Self { kind: verdict.kind, message: with_remedy(format!("`{address}`{SAYS}{text}"), verdict.remedy), api: None }
     }
 
     /// A failed TLS handshake.
@@ -83,6 +82,12 @@ impl Error {
     /// that sent a line which is too long.
     pub fn is_cut(&self) -> bool {
         [CLOSED, "reset by peer", "broken pipe"].iter().any(|words| self.message.to_ascii_lowercase().contains(words))
+    }
+
+    /// Whether a server ended the login of a connection that was in use, as it does when the login expires or is revoked.
+    pub fn login_ended(&self) -> bool {
+        let said = self.message.rsplit_once(SAYS).map(|(_, text)| text);
+        self.kind == ErrorKind::Retry && said.is_some_and(verdicts::ends_login)
     }
 
     /// Whether the JetStream error behind it has this `err_code`.
@@ -131,6 +136,18 @@ fn with_remedy(message: String, remedy: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_of_a_login_is_told_from_other_refusals() {
+        let ended =
+            |text: &str, let_in| Error::of_err_line("expired:4222", text, let_in).context("source").login_ended();
+        for text in ["User Authentication Expired", "User Authentication Revoked", "Account Authentication Expired"] {
+            assert!(ended(text, true) && !ended(text, false), "{text}");
+        }
+        for text in ["Authentication Timeout", "Stale Connection", "Permissions Violation for Publish to \"expired\""] {
+            assert!(!ended(text, true) && !ended(text, false), "{text}");
+        }
+    }
 
     #[test]
     fn what_passes_is_tried_again() {

@@ -1,6 +1,7 @@
 //! A connection of the copy path: one owner, raw bytes, no reconnect. Whoever holds it drives it: commands are
 //! put into the output buffer, [`Lane::turn`] writes and reads until something arrived or everything was
-//! written. Dropping the lane closes the connection, and nothing of it reaches the server any more.
+//! written. Dropping the lane resets the connection, and nothing of it reaches the server any more: whoever has to know that
+//! the last commands arrived asks for an answer first ([`Lane::round_trip`]).
 
 use std::{
     fmt, io,
@@ -31,6 +32,7 @@ use super::{
     Error, ErrorKind,
     auth::{identity, inbox_prefix, jwt_expires},
     parser::{self, Control, Frame},
+    socket::Socket,
     tls::client_config,
     websocket::WebSocket,
 };
@@ -46,6 +48,8 @@ const READ_MAX: usize = 512 * 1024;
 const KEEPALIVE: Duration = Duration::from_secs(5);
 /// A server that has not let us in after this time gets company: the next one is tried as well.
 const HEAD_START: Duration = Duration::from_secs(1);
+/// How often the system is asked what it has delivered of a lane, at most.
+const DELIVERY_EVERY: Duration = Duration::from_millis(500);
 /// Time limit for the answer to one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request without an answer is sent again after this time: what meets no leader gets none, whoever leads then.
@@ -153,13 +157,18 @@ pub enum Turn {
 /// A connection of the copy path.
 pub struct Lane {
     io: Box<dyn Stream>,
+    /// The connection below `io`, where it is one of the system's.
+    socket: Option<Socket>,
     address: String,
     info: ServerInfo,
     input: BytesMut,
     need: usize,
     read_size: usize,
     controls: Vec<Control>,
+    pings: u64,
     pongs: u64,
+    /// The oldest PING that is not answered.
+    question: Option<Question>,
     output: BytesMut,
     unflushed: bool,
     inbox: String,
@@ -167,17 +176,33 @@ pub struct Lane {
     next_sid: u64,
     next_request: u64,
     keepalive: Interval,
-    heard: bool,
+    /// When the keepalive was checked last.
+    checked: Instant,
     heard_at: Instant,
     written: u64,
     busy: bool,
     silent: u32,
     /// When the other end gave the last sign of life.
     alive: Instant,
+    /// When it last took some of what was waiting in our buffers or the system's.
+    drained: Instant,
+    /// What the system had delivered at the last check since the question, and when that was.
+    delivered: Option<(u64, Instant)>,
     /// The system took no more output.
     blocked: bool,
     /// When the login ends, in seconds since the Unix epoch; `None` for never.
     expires: Option<i64>,
+}
+
+/// A PING that is not answered.
+#[derive(Debug, Clone, Copy)]
+struct Question {
+    /// Its number.
+    number: u64,
+    /// Bytes of commands up to and with it.
+    end: u64,
+    /// Bytes that the system had taken when it was handed over.
+    handed_over: Option<u64>,
 }
 
 impl std::fmt::Debug for Lane {
@@ -228,8 +253,8 @@ impl Lane {
         let found = lookup_host((host.host.as_str(), host.port)).await;
         let addresses: Vec<_> = found.map_err(|error| Error::retry(format!("cannot be resolved: {error}")))?.collect();
         let tcp = TcpStream::connect(addresses.as_slice()).await.map_err(|e| Error::retry(e.to_string()))?;
-        tcp.set_nodelay(true).map_err(|e| Error::retry(e.to_string()))?;
-        let mut io: Box<dyn Stream> = Box::new(tcp);
+        let socket = Socket::new(tcp).map_err(|e| Error::retry(e.to_string()))?;
+        let mut io: Box<dyn Stream> = Box::new(socket.clone());
         if endpoint.scheme == Scheme::Wss || (endpoint.tls.handshake_first && !endpoint.scheme.is_websocket()) {
             io = start_tls(endpoint, host, io).await?;
         }
@@ -238,6 +263,7 @@ impl Lane {
             io = Box::new(socket.map_err(|error| Error::retry(format!("no websocket: {error}")))?);
         }
         let mut lane = Self::over(io, shown(endpoint, host), connection)?;
+        lane.socket = Some(socket);
         lane.read_info().await?;
         // A websocket has its TLS below it.
         if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
@@ -274,15 +300,19 @@ impl Lane {
     fn over(io: Box<dyn Stream>, address: String, connection: &Connection) -> Result<Self, Error> {
         let mut keepalive = interval_at(Instant::now() + KEEPALIVE, KEEPALIVE);
         keepalive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let now = Instant::now();
         Ok(Self {
             io,
+            socket: None,
             address,
             info: ServerInfo::default(),
             input: BytesMut::new(),
             need: 0,
             read_size: READ_MIN,
             controls: Vec::new(),
+            pings: 0,
             pongs: 0,
+            question: None,
             output: BytesMut::new(),
             unflushed: false,
             inbox: format!("{}.{}", inbox_prefix(connection)?, chance::name()),
@@ -290,12 +320,14 @@ impl Lane {
             next_sid: 1,
             next_request: 0,
             keepalive,
-            heard: false,
-            heard_at: Instant::now(),
+            checked: now,
+            heard_at: now,
             written: 0,
             busy: false,
             silent: 0,
-            alive: Instant::now(),
+            alive: now,
+            drained: now,
+            delivered: None,
             blocked: false,
             expires: None,
         })
@@ -332,6 +364,7 @@ impl Lane {
             connect.extend(fields);
         }
         self.output.extend_from_slice(format!("CONNECT {connect}\r\nPING\r\n").as_bytes());
+        self.pings += 1;
         self.io.write_all(&self.output).await.map_err(|e| Error::retry(e.to_string()))?;
         self.io.flush().await.map_err(|e| Error::retry(e.to_string()))?;
         self.output.clear();
@@ -439,9 +472,38 @@ impl Lane {
         self.alive
     }
 
+    /// When the other end last took some of what was waiting in buffers on the way there.
+    pub fn drained(&self) -> Instant {
+        self.drained
+    }
+
     /// Asks the server for a sign of life.
     pub fn ping(&mut self) {
         self.output.extend_from_slice(b"PING\r\n");
+        self.pings += 1;
+        if self.question.is_none() {
+            let end = self.written + self.output.len() as u64;
+            self.question = Some(Question { number: self.pings, end, handed_over: None });
+            self.delivered = None;
+        }
+    }
+
+    /// While a PING is on its way behind other bytes, each of them that the other end takes is a sign of life. For lanes on
+    /// which nothing comes: it costs a look into the system's table of connections.
+    pub fn check_delivery(&mut self) {
+        let Some(question) = self.question else { return };
+        let now = Instant::now();
+        if self.delivered.is_some_and(|(_, at)| now.duration_since(at) < DELIVERY_EVERY) {
+            return;
+        }
+        let Some(delivered) = self.socket.as_ref().and_then(Socket::delivered) else { return };
+        let before = self.delivered.replace((delivered, now));
+        // Once it was delivered, nothing but its answer counts.
+        if before.is_some_and(|(before, _)| delivered > before)
+            && question.handed_over.is_none_or(|end| delivered < end)
+        {
+            (self.alive, self.drained) = (now, now);
+        }
     }
 
     /// Writes everything and waits until the server has read it. For use while no copy is under way.
@@ -572,6 +634,7 @@ impl Lane {
                     // There is room again: the other end took something.
                     if std::mem::take(&mut self.blocked) {
                         self.alive = Instant::now();
+                        self.drained = self.alive;
                     }
                     self.busy |= n >= READ_MIN;
                     self.unflushed = true;
@@ -585,12 +648,24 @@ impl Lane {
         }
         if self.unflushed {
             match Pin::new(&mut self.io).poll_flush(cx) {
-                Poll::Ready(Ok(())) => self.unflushed = false,
+                Poll::Ready(Ok(())) => {
+                    self.unflushed = false;
+                    self.hand_over_question();
+                }
                 Poll::Ready(Err(error)) => return Err(self.failed(&error)),
                 Poll::Pending => return Ok(false),
             }
         }
         Ok(had)
+    }
+
+    fn hand_over_question(&mut self) {
+        if let (Some(question), Some(socket)) = (&mut self.question, &self.socket)
+            && question.handed_over.is_none()
+            && self.written >= question.end
+        {
+            question.handed_over = Some(socket.written());
+        }
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
@@ -603,7 +678,6 @@ impl Lane {
         match ready!(poll_read_buf(Pin::new(&mut self.io), cx, &mut self.input)) {
             Ok(0) => Poll::Ready(Err(self.closed())),
             Ok(n) => {
-                self.heard = true;
                 self.heard_at = Instant::now();
                 self.alive = self.heard_at;
                 // Read more at once while the buffer fills up, less again when it does not.
@@ -640,7 +714,10 @@ impl Lane {
     fn control(&mut self, control: &Control) -> Result<(), Error> {
         match control {
             Control::Ping => self.output.extend_from_slice(b"PONG\r\n"),
-            Control::Pong => self.pongs += 1,
+            Control::Pong => {
+                self.pongs += 1;
+                self.question = self.question.filter(|question| question.number > self.pongs);
+            }
             Control::Info(json) => {
                 self.info = serde_json::from_slice(json).map_err(|error| {
                     Error::retry(format!("`{}` sent an INFO that is not valid: {error}", self.address))
@@ -655,7 +732,9 @@ impl Lane {
     fn poll_keepalive(&mut self, cx: &mut Context<'_>) -> Result<(), Error> {
         while self.keepalive.poll_tick(cx).is_ready() {
             self.release_memory();
-            if std::mem::take(&mut self.heard) {
+            self.check_delivery();
+            let checked = std::mem::replace(&mut self.checked, Instant::now());
+            if self.alive > checked {
                 self.silent = 0;
                 continue;
             }

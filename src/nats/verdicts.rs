@@ -72,7 +72,7 @@ pub(super) fn err_line(text: &str, let_in: bool) -> Verdict {
     } else if says("authentication timeout") {
         // A busy server or a slow network, not the credentials.
         retry()
-    } else if says("authorization") || says("authentication") || says("expired") || says("revoked") {
+    } else if ends_login(text) {
         if let_in { retry() } else { hold("") }
     } else if says("maximum subscriptions exceeded") {
         hold("raise the limit of subscriptions (`max_subscriptions`) of the server, the account or the user")
@@ -87,6 +87,14 @@ pub(super) fn err_line(text: &str, let_in: bool) -> Verdict {
     } else {
         retry()
     }
+}
+
+/// Whether the text of an `-ERR` line is the refusal, or the end, of a login.
+pub(super) fn ends_login(text: &str) -> bool {
+    let lower = text.to_ascii_lowercase();
+    let says = |part: &str| lower.contains(part);
+    let of_login = says("authorization") || says("authentication") || says("expired") || says("revoked");
+    of_login && !says("authentication timeout") && !says("permissions violation")
 }
 
 /// A failed TLS handshake: a certificate or a key that does not fit stays so, a connection that broke does not.
