@@ -3,6 +3,8 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
+#[path = "it/buckets_vanish.rs"]
+mod buckets_vanish;
 #[path = "it/chaos.rs"]
 mod chaos;
 #[path = "it/cli_admin.rs"]

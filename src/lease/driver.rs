@@ -78,7 +78,7 @@ pub fn enter(
     ));
     let (sessions, view) = watch::channel(Sessions::default());
     let term = Term::new(now);
-    let leases = Leases { commands, sessions: view, store: store.clone() };
+    let leases = Leases { commands, sessions: view, store: store.clone(), term: term.clone() };
     let work = Work {
         machine: Machine::new(settings, session, now),
         limit: (ttl / 3).max(Duration::from_millis(300)),
@@ -137,6 +137,7 @@ pub struct Leases {
     commands: mpsc::UnboundedSender<Command>,
     sessions: watch::Receiver<Sessions>,
     store: LeaseStore,
+    term: Term,
 }
 
 impl fmt::Debug for Leases {
@@ -157,6 +158,11 @@ impl Leases {
     /// until its seat is given up.
     pub fn leave(&self) {
         let _ = self.commands.send(Command::Leave);
+    }
+
+    /// Whether what is granted here may run now.
+    pub fn hold(&self) -> bool {
+        self.term.holds_now()
     }
 
     /// Processes that were heard of.

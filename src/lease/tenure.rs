@@ -34,6 +34,11 @@ impl Term {
         self.until.store(u64::try_from(left.as_nanos()).unwrap_or(u64::MAX), Ordering::Release);
     }
 
+    /// Whether it holds now.
+    pub(super) fn holds_now(&self) -> bool {
+        self.holds(Instant::now())
+    }
+
     fn holds(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.begin).as_nanos() < u128::from(self.until.load(Ordering::Acquire))
     }
