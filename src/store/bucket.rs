@@ -335,9 +335,13 @@ impl Bucket {
         Err(self.error(format!("cannot be written: {why}")))
     }
 
-    /// Removes all keys that match, without leaving markers.
-    pub(super) async fn forget_matching(&self, pattern: &str) -> Result<(), Error> {
-        let purged = self.in_time(self.stream.purge().filter(self.subject(pattern)).into_future()).await?;
+    /// Removes all keys that match, as far as they were written up to and with a revision, without leaving markers.
+    pub(super) async fn forget_matching(&self, pattern: &str, through: Option<u64>) -> Result<(), Error> {
+        let purge = self.stream.purge().filter(self.subject(pattern));
+        let purged = match through {
+            Some(revision) => self.in_time(purge.sequence(revision + 1).into_future()).await?,
+            None => self.in_time(purge.into_future()).await?,
+        };
         purged.map(|_| ()).map_err(|error| self.error(format!("keys `{pattern}` cannot be removed: {}", chain(&error))))
     }
 

@@ -234,7 +234,7 @@ impl SenderStore {
 
     /// Removes all records of a replication, for others to come; whoever follows hears of it.
     pub async fn empty(&self, replication: &str) -> Result<(), Error> {
-        self.remove(replication).await?;
+        self.bucket.forget_matching(&format!("{replication}.*"), None).await?;
         let subject = self.bucket.put_subject(&format!("{replication}.{EMPTIED}"));
         let acked =
             self.bucket.client().send_request(subject, Request::new().headers(self.marker()).timeout(Some(ACK_WAIT)));
@@ -253,9 +253,9 @@ impl SenderStore {
         headers
     }
 
-    /// Forgets all senders of a replication, without a trace.
-    pub async fn remove(&self, replication: &str) -> Result<(), Error> {
-        self.bucket.forget_matching(&format!("{replication}.*")).await
+    /// Forgets what was written of senders of a replication up to and with a revision, without a trace.
+    pub async fn remove(&self, replication: &str, revision: u64) -> Result<(), Error> {
+        self.bucket.forget_matching(&format!("{replication}.*"), Some(revision)).await
     }
 }
 

@@ -602,6 +602,7 @@ impl Session {
             samples: roll.as_ref().map(Roll::samples),
             consumers: context.consumers(),
             own_streams: deps.own_streams.clone(),
+            standalone: deps.standalone,
             dial: Arc::new(deps.rules.clone()),
         };
         let saved = ledger.saved();
