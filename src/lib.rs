@@ -16,6 +16,7 @@
 
 pub mod app;
 pub mod backoff;
+mod boottime;
 pub mod chance;
 pub mod cli;
 pub mod config;
