@@ -9,7 +9,7 @@
 //! | face | [`control`], [`http`] | how the outside asks |
 //! | work | [`supervisor`], [`lease`], [`preflight`], [`copy`], [`sampling`], [`heartbeat`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
 //! | world | [`store`], [`nats`] | the only I/O: buckets and connections |
-//! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`], [`chance`] | no sockets |
+//! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`], [`chance`], `boottime` | no sockets |
 //!
 //! One message's way: `copy::reader` -> `copy::decide` -> `copy::writer` -> `copy::window` ->
 //! `copy::progress`. Start reading at [`copy::run`].
