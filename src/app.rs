@@ -3,7 +3,7 @@
 mod files;
 mod site;
 
-use std::{env, fmt::Display, fs, io, pin::pin, process, time::Duration};
+use std::{convert::Infallible, env, fmt::Display, fs, io, pin::pin, process, time::Duration};
 
 use anyhow::{Context as _, bail};
 use async_nats::Client;
@@ -13,7 +13,7 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep, timeout, timeout_at},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{error, info, warn};
 
 use crate::{
@@ -21,13 +21,13 @@ use crate::{
     config::Place,
     control,
     copy::Budget,
-    events::Events,
+    events::{Event, Events},
     heartbeat,
     http::{Monitor, Progress, Sources},
     lease::{self, Driver, Identity},
     names,
     nats::{Rules, client},
-    store::Buckets,
+    store::{Buckets, Condition, Keeper},
     supervisor::{self, Deps, Supervisor},
 };
 
@@ -160,6 +160,26 @@ impl System {
         })
     }
 
+    /// Looks after the buckets until this is dropped.
+    fn keep(&self, keeper: Keeper) -> AbortOnDropHandle<Infallible> {
+        let (events, progress) = (self.events.clone(), self.progress.clone());
+        let say = move |condition| match condition {
+            Condition::Recreated { bucket } => {
+                progress.send_modify(|progress| progress.recreated += 1);
+                events.emit(Event::BucketRecreated { bucket: bucket.clone() }, &bucket);
+            }
+            Condition::Usable(problem) => {
+                progress.send_if_modified(|progress| {
+                    progress.buckets != problem && {
+                        progress.buckets = problem;
+                        true
+                    }
+                });
+            }
+        };
+        AbortOnDropHandle::new(tokio::spawn(keeper.keep(say)))
+    }
+
     /// Starts the rest, then waits for the stop.
     async fn work(&mut self, settings: &Settings, stop: &CancellationToken) -> anyhow::Result<()> {
         let Settings { site, instance, prefix, bucket_prefix, bucket_replicas, .. } = settings;
@@ -167,7 +187,9 @@ impl System {
             let (client, api_prefix) = (self.client.clone(), &self.api_prefix);
             Buckets::open(client, api_prefix, bucket_prefix, *bucket_replicas, instance).await
         };
-        let Some(buckets) = persist("the buckets cannot be opened", stop, open).await else { return Ok(()) };
+        let opened = persist("the buckets cannot be opened", stop, open).await;
+        let Some((buckets, keeper)) = opened else { return Ok(()) };
+        let _keeping = self.keep(keeper);
 
         let claim = async || site::claim(&buckets.config, site, bucket_prefix).await;
         let Some(record) = persist("the site of the buckets cannot be found out", stop, claim).await else {
@@ -215,6 +237,7 @@ impl System {
         self.progress.send_modify(|progress| {
             progress.supervisor = Some(handle.clone());
             progress.heartbeats = Some(heartbeats.clone());
+            progress.leases = Some(leases.clone());
         });
 
         let register = async || {

@@ -40,6 +40,7 @@ pub(crate) mod target_limits;
 mod target_watch;
 mod throttle;
 mod transform;
+mod unsaved;
 mod watchdog;
 mod window;
 mod writer;
@@ -73,6 +74,8 @@ use crate::{
 pub struct Job {
     /// The site's name, for provenance.
     pub site: String,
+    /// What the instances of the installation share, and no other installation has.
+    pub installation: String,
     /// What to copy.
     pub replication: Replication,
     /// The row to save with the position; its `state` and `copy` are filled in by the run.
@@ -87,6 +90,8 @@ pub struct Job {
     pub consumers: String,
     /// The streams of the service's own buckets.
     pub own_streams: OwnStreams,
+    /// No other process is to be reckoned with, and the copy goes on where the position cannot be saved.
+    pub standalone: bool,
     /// What is known of senders; a replication that is sampled and has none copies everything.
     pub samples: Option<Samples>,
     /// Makes the connections to both sides.

@@ -19,6 +19,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 pub use machine::Campaigns;
 
 use crate::{
+    boottime,
     config::{Place, Replication},
     metrics,
     names::choria_consumer,
@@ -78,7 +79,7 @@ impl Leadership {
 /// Waits until we lead; `false` if the campaign is over.
 pub async fn won(led: &mut watch::Receiver<Leadership>) -> bool {
     loop {
-        if led.borrow_and_update().leads(Instant::now()) {
+        if led.borrow_and_update().leads(boottime::now()) {
             return true;
         }
         if led.changed().await.is_err() {
@@ -92,11 +93,11 @@ pub async fn won(led: &mut watch::Receiver<Leadership>) -> bool {
 pub async fn lost(led: &mut watch::Receiver<Leadership>) {
     loop {
         let until = led.borrow_and_update().until;
-        let Some(until) = until.filter(|until| Instant::now() < *until) else { return };
+        let Some(until) = until.filter(|until| boottime::now() < *until) else { return };
         tokio::select! {
             biased;
             changed = led.changed() => if changed.is_err() { return },
-            () = sleep_until(until) => {}
+            () = sleep_until(boottime::for_timers(until)) => {}
         }
     }
 }
@@ -155,7 +156,7 @@ impl Poll {
             identity: self.election.candidate.clone(),
             as_candidate: campaigns.candidate,
             as_leader: campaigns.leader,
-            leads: until.is_some_and(|until| Instant::now() < until),
+            leads: until.is_some_and(|until| boottime::now() < until),
             interval: *interval,
         }
     }

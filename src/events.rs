@@ -197,6 +197,25 @@ pub enum Event {
         /// What that means.
         reason: String,
     },
+    /// A bucket of the service was deleted while it ran, and an instance recreated it.
+    BucketRecreated {
+        /// Name of the bucket.
+        bucket: String,
+    },
+    /// The position is not saved: after a crash, what was copied since then is looked for at the target, or copied again.
+    PositionUnsaved {
+        /// Why.
+        message: String,
+        /// Source sequence that was saved last.
+        saved: u64,
+        /// Source sequence up to which everything is settled.
+        position: u64,
+    },
+    /// The end of `position-unsaved`.
+    PositionSaved {
+        /// Source sequence that is saved.
+        position: u64,
+    },
     /// The end of `clock-offset`: the clocks differ by no more than 2.5 s.
     ClockOk {
         /// How far the server's clock is ahead, milliseconds; below 0 it is behind.
@@ -236,7 +255,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 23] = [
+    pub const KINDS: [&str; 26] = [
         "started",
         "stopped",
         "paused",
@@ -260,6 +279,9 @@ impl Event {
         "duplicate-window",
         "clock-offset",
         "clock-ok",
+        "bucket-recreated",
+        "position-unsaved",
+        "position-saved",
     ];
 
     /// The name in the subject and in the body.
@@ -288,6 +310,9 @@ impl Event {
             Self::DuplicateWindow { .. } => "duplicate-window",
             Self::ClockOffset { .. } => "clock-offset",
             Self::ClockOk { .. } => "clock-ok",
+            Self::BucketRecreated { .. } => "bucket-recreated",
+            Self::PositionUnsaved { .. } => "position-unsaved",
+            Self::PositionSaved { .. } => "position-saved",
         }
     }
 }
@@ -298,7 +323,7 @@ pub struct Notice {
     /// What happened.
     #[serde(flatten)]
     pub event: Event,
-    /// Replication id; `heartbeats` for the heartbeats.
+    /// Replication id; `heartbeats` for the heartbeats; the name of the bucket for `bucket-recreated`.
     pub replication: String,
     /// The site's name.
     pub site: String,

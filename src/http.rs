@@ -13,7 +13,7 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
-use crate::{events::Events, heartbeat, metrics, supervisor::Handle};
+use crate::{events::Events, heartbeat, lease::Leases, metrics, supervisor::Handle};
 
 /// So long open connections may take to end when the monitor stops.
 const GRACE: Duration = Duration::from_millis(500);
@@ -40,6 +40,12 @@ pub struct Progress {
     pub heartbeats: Option<heartbeat::Handle>,
     /// Whether the control service answers.
     pub registered: bool,
+    /// The session of this instance, once it has one.
+    pub leases: Option<Leases>,
+    /// Why the buckets cannot be used now.
+    pub buckets: Option<String>,
+    /// Buckets that this process recreated.
+    pub recreated: u64,
 }
 
 /// The running monitor.
@@ -94,11 +100,12 @@ async fn show_metrics(State(sources): State<Sources>) -> Response {
 }
 
 fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
-    let Progress { supervisor, heartbeats, .. } = sources.progress.borrow().clone();
+    let Progress { supervisor, heartbeats, recreated, .. } = sources.progress.borrow().clone();
     let (rows, mut elections) =
         supervisor.map(|supervisor| (supervisor.own_rows(), supervisor.elections())).unwrap_or_default();
     elections.extend(heartbeats.as_ref().and_then(heartbeat::Handle::election));
     let mut page = metrics::render(&sources.site, &rows, sources.events.dropped())?;
+    page += &metrics::render_buckets(&sources.site, recreated)?;
     page += &metrics::render_elections(&sources.site, &elections)?;
     if let Some(reading) = heartbeats.and_then(|heartbeats| heartbeats.reading()) {
         page += &metrics::render_heartbeats(&sources.site, &reading)?;
@@ -107,12 +114,13 @@ fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
 }
 
 async fn livez(State(sources): State<Sources>) -> Response {
-    answer(sources.progress.borrow().dead().map_or(Ok(()), Err))
+    answer(sources.progress.borrow().dead().map_or(Ok(()), |why| Err(why.to_owned())))
 }
 
 async fn readyz(State(sources): State<Sources>) -> Response {
     let connected = sources.client.connection_state() == async_nats::connection::State::Connected;
-    let ready = if connected { sources.progress.borrow().ready() } else { Err("the control connection is down") };
+    let ready =
+        if connected { sources.progress.borrow().ready() } else { Err("the control connection is down".to_owned()) };
     answer(ready)
 }
 
@@ -122,18 +130,25 @@ impl Progress {
         dead.then_some("the supervisor has ended")
     }
 
-    fn ready(&self) -> Result<(), &'static str> {
-        match &self.supervisor {
-            None => Err("the buckets are not open"),
-            Some(supervisor) if !supervisor.is_alive() => Err("the supervisor has ended"),
-            Some(supervisor) if !supervisor.is_loaded() => Err("the configuration has not been read"),
-            Some(_) if !self.registered => Err("the control service is not registered"),
-            Some(_) => Ok(()),
+    fn ready(&self) -> Result<(), String> {
+        if let Some(problem) = &self.buckets {
+            return Err(problem.clone());
         }
+        let why = match &self.supervisor {
+            None => "the buckets are not open",
+            Some(supervisor) if !supervisor.is_alive() => "the supervisor has ended",
+            Some(supervisor) if !supervisor.is_loaded() => "the configuration has not been read",
+            Some(_) if !self.registered => "the control service is not registered",
+            Some(_) if self.leases.as_ref().is_some_and(|leases| !leases.hold()) => {
+                "the session of this instance is not renewed: nothing may run here"
+            }
+            Some(_) => return Ok(()),
+        };
+        Err(why.to_owned())
     }
 }
 
-fn answer(result: Result<(), &'static str>) -> Response {
+fn answer(result: Result<(), String>) -> Response {
     match result {
         Ok(()) => (StatusCode::OK, "ok\n").into_response(),
         Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response(),

@@ -9,13 +9,14 @@
 //! | face | [`control`], [`http`] | how the outside asks |
 //! | work | [`supervisor`], [`lease`], [`preflight`], [`copy`], [`sampling`], [`heartbeat`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
 //! | world | [`store`], [`nats`] | the only I/O: buckets and connections |
-//! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`], [`chance`] | no sockets |
+//! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`], [`chance`], `boottime` | no sockets |
 //!
 //! One message's way: `copy::reader` -> `copy::decide` -> `copy::writer` -> `copy::window` ->
 //! `copy::progress`. Start reading at [`copy::run`].
 
 pub mod app;
 pub mod backoff;
+mod boottime;
 pub mod chance;
 pub mod cli;
 pub mod config;

@@ -86,6 +86,7 @@ const READINGS: &[Reading] = &[
     counter("dead_lettered_messages", "Messages published to the dead letter subject", |r| Some(r.copy.counters.dead_lettered as f64)),
     counter("gap_messages", "Source messages that were gone before they were read", |r| Some(r.copy.counters.gap_messages as f64)),
     counter("target_dropped_messages", "Copies that the target removed by its limits while the source still had the messages", |r| Some(r.copy.counters.target_dropped as f64)),
+    counter("position_save_errors", "Saves of the position that failed", |r| Some(r.copy.counters.position_save_errors as f64)),
     counter("headers_removed", "Headers left out because the target does not allow them", |r| Some(r.copy.counters.headers_removed as f64)),
     gauge("epoch", "Grows with every new holder of the replication", |r| Some(r.epoch as f64)),
     gauge("source_connected", "1 while the source connection is up", |r| Some(f64::from(u8::from(r.copy.source.connected)))),
@@ -118,6 +119,14 @@ pub fn render(site: &str, rows: &[Row], dropped_events: u64) -> Result<String, p
     families.retain(|family| !family.get_metric().is_empty());
     families.push(dropped_events_family(site, dropped_events));
     TextEncoder::new().encode_to_string(&families)
+}
+
+/// How many buckets of the service this process recreated, in the same format.
+pub fn render_buckets(site: &str, recreated: u64) -> Result<String, prometheus::Error> {
+    let all = vec![series(vec![label("replicator", site)], MetricType::COUNTER, recreated as f64)];
+    let help = "Buckets of the service that were deleted while it ran and that this process recreated";
+    let name = "choria_stream_replicator_buckets_recreated".to_owned();
+    TextEncoder::new().encode_to_string(&[family(name, help, MetricType::COUNTER, all)])
 }
 
 /// One replication's part in Choria's leader election.

@@ -25,6 +25,7 @@ use crate::{
     config::{OnReject, Replication},
     copy::{
         bridge,
+        durable::Owner,
         target::{self, Extent, Maker, Update},
     },
     nats::{Rules, jetstream::StreamState},
@@ -73,6 +74,8 @@ pub struct SideReport {
 pub struct Own<'a> {
     /// The name by which it marks the streams that it creates.
     pub site: &'a str,
+    /// What identifies its installation.
+    pub installation: &'a str,
     /// The streams of its buckets.
     pub streams: &'a OwnStreams,
 }
@@ -174,6 +177,7 @@ pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known:
         planned: &planned,
         update: &update,
         own: own.streams,
+        owner: Owner { site: own.site, installation: own.installation },
         returned: &returned,
     };
     Report { source: pair.judge_source(known), target: pair.judge_target(known) }

@@ -352,6 +352,8 @@ pub struct Counters {
     pub gap_messages: u64,
     /// Copies that the target removed by its limits while the source still had the messages.
     pub target_dropped: u64,
+    /// Saves of the position that failed.
+    pub position_save_errors: u64,
     /// Headers left out because the target does not allow them.
     pub headers_removed: u64,
     /// Messages that the target refused.

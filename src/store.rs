@@ -4,6 +4,7 @@
 mod bucket;
 mod buckets;
 mod config;
+mod keeper;
 mod leases;
 mod live;
 mod marks;
@@ -16,6 +17,7 @@ mod watch;
 pub use bucket::{Cells, PutError, Stored};
 pub use buckets::{Buckets, CONFIG_HISTORY, Error, OwnStreams};
 pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
+pub use keeper::{Condition, Keeper};
 pub use leases::{LeaseChange, LeaseRecord, LeaseStore, SessionRecord, Written};
 pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
 pub use positions::{

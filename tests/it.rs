@@ -3,6 +3,8 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
+#[path = "it/buckets_vanish.rs"]
+mod buckets_vanish;
 #[path = "it/chaos.rs"]
 mod chaos;
 #[path = "it/cli_admin.rs"]
@@ -45,6 +47,8 @@ mod control_service;
 mod control_validate;
 #[path = "it/cut_off.rs"]
 mod cut_off;
+#[path = "it/deleted_and_added.rs"]
+mod deleted_and_added;
 #[path = "it/docs.rs"]
 mod docs;
 #[path = "it/events.rs"]
@@ -69,6 +73,8 @@ mod loops;
 mod memory;
 #[path = "it/own_buckets.rs"]
 mod own_buckets;
+#[path = "it/positions_unsaved.rs"]
+mod positions_unsaved;
 #[path = "it/process.rs"]
 mod process;
 #[path = "it/properties.rs"]
@@ -107,6 +113,8 @@ mod wire_election;
 mod wire_faults;
 #[path = "it/wire_fidelity.rs"]
 mod wire_fidelity;
+#[path = "it/wire_foreign_durable.rs"]
+mod wire_foreign_durable;
 #[path = "it/wire_holds.rs"]
 mod wire_holds;
 #[path = "it/wire_kinds.rs"]

@@ -176,16 +176,45 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
         warn!(replication = id, "was deleted and did not stop within {STOP_WITHIN:?}");
     }
     if !keep {
-        leaving.remove_durable(context, id).await;
-        context.positions.remove(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
-        context.senders.remove(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
-        context.leases.forget(id).await.map_err(|error| Failure::new(503, error.to_string()))?;
-        // What was kept of the document goes with the document.
-        for kind in [MarkKind::Paused, MarkKind::Release] {
-            context.config.unmark(id, kind, None).await.map_err(|error| Failure::new(503, error.to_string()))?;
-        }
+        let failed = |error: crate::store::Error| Failure::new(503, error.to_string());
+        forget(context, id, deleted.revision, leaving).await.map_err(failed)?;
     }
     Ok(deleted)
+}
+
+/// Removes what is left of a replication whose document was deleted at `revision`. It may have been added again meanwhile:
+/// what was written since then is that one's and stays.
+async fn forget(context: &Context, id: &str, revision: u64, leaving: Leaving) -> Result<(), crate::store::Error> {
+    // Read before the document is looked for: if there is none then, these were written for the one that is gone.
+    let mut lease = context.leases.revision(id).await?;
+    let position = context.positions.revision(id).await?;
+    let senders = context.senders.newest(id).await?;
+    if context.config.get(id).await?.is_none() {
+        leaving.remove_durable(context, id).await;
+        context.positions.remove(id, position).await?;
+        context.senders.remove(id, senders).await?;
+        context.leases.forget(id, lease).await?;
+        // Its last holder may have released it just now.
+        lease = context.leases.revision(id).await?;
+        if lease > 0 && context.config.get(id).await?.is_none() {
+            context.leases.forget(id, lease).await?;
+        }
+    } else {
+        info!(replication = id, "was added again while it was deleted: it keeps its position and its lease");
+    }
+    // What was kept of the document goes with the document.
+    for kind in [MarkKind::Paused, MarkKind::Release] {
+        if let Some((marked, _)) = context.config.marked(id, kind).await?
+            && marked < revision
+        {
+            match context.config.unmark(id, kind, Some(marked)).await {
+                Err(WriteError::Store(error)) => return Err(error),
+                // Otherwise it was put again, or is gone.
+                _ => {}
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Waits until no other instance leads the replication, by what the record itself says.
@@ -246,7 +275,7 @@ impl Context {
 
     /// What this service is to a preflight.
     pub(super) fn own(&self) -> Own<'_> {
-        Own { site: &self.site, streams: &self.own_streams }
+        Own { site: &self.site, installation: &self.installation, streams: &self.own_streams }
     }
 
     /// Bytes that the rows of a reply may have.

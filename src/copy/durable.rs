@@ -1,8 +1,9 @@
 //! The durable consumer of a replication at a source that forgets what was acknowledged (interest and work-queue
 //! retention): whether there is one, whether it can be used, and making it.
 //!
-//! One that is there already, such as that of Choria's replicator, is used as it is. Ours bears [`MARK`]: only such a
-//! one is ever changed, and deleted with its replication. None is ever deleted to read something again.
+//! One that is there already, such as that of Choria's replicator, is used as it is. Ours has [`MARK`] in its metadata: only
+//! such a one is ever changed, and deleted with its replication. None is ever deleted to read something again. One of another
+//! replication, or of another installation, is not used: two readers of one consumer get a part of the messages each.
 
 use serde_json::{Value, json};
 use tokio::time::Duration;
@@ -19,6 +20,10 @@ use crate::{
 
 /// Metadata of the consumers that we made; the value is the id of the replication.
 const MARK: &str = names::PROGRAM;
+/// Metadata of the consumers that we made: the site, for people, and what identifies the installation. Consumers that were
+/// made by earlier versions have neither: the first one that uses them adds it.
+const SITE: &str = "stream-replicator.site";
+const INSTALLATION: &str = "stream-replicator.installation";
 /// What is not acknowledged in this time is delivered again: of no use to us, who ask for it when we need it.
 const ACK_WAIT: Duration = Duration::from_secs(300);
 /// A consumer that pushes says that it is there this often while it has nothing to deliver, and asks for the acks of what
@@ -41,6 +46,15 @@ impl Way {
     pub(crate) fn of(source: &StreamInfo) -> Self {
         if source.api_level() >= API_LEVEL_2_14 { Self::FlowControl } else { Self::Explicit }
     }
+}
+
+/// Whose consumers are ours.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Owner<'a> {
+    /// The site, as it is now.
+    pub(crate) site: &'a str,
+    /// What identifies the installation.
+    pub(crate) installation: &'a str,
 }
 
 /// A durable consumer at the source.
@@ -71,10 +85,14 @@ impl Durable {
     }
 
     /// The one that is there; an error if it cannot be used.
-    pub(super) async fn find(lane: &mut Lane, replication: &Replication) -> Result<Option<Self>, Error> {
+    pub(super) async fn find(
+        lane: &mut Lane,
+        replication: &Replication,
+        owner: Owner<'_>,
+    ) -> Result<Option<Self>, Error> {
         for name in Self::names(replication) {
             if let Some(info) = Api::new(lane).consumer_info(&replication.source.stream, &name).await? {
-                return Ok(Some(Self { way: judge(replication, &name, &info.config)?, name, info }));
+                return Ok(Some(Self { way: judge(replication, owner, &name, &info.config)?, name, info }));
             }
         }
         Ok(None)
@@ -91,6 +109,7 @@ impl Durable {
     pub(super) async fn open(
         lane: &mut Lane,
         replication: &Replication,
+        owner: Owner<'_>,
         source: &StreamInfo,
         found: Option<Self>,
         subject: Option<&str>,
@@ -100,8 +119,9 @@ impl Durable {
         let Some(Self { name, way, info }) = found else {
             let (name, way) = (Self::name(replication), Way::of(source));
             let mut config = new_config(replication, source, &name, position);
-            change(&mut config, replication, source, subject);
-            let created = Api::new(lane).create_consumer(stream, &name, &config).await;
+            change(&mut config, replication, owner, source, subject);
+            // Another one may make it at the same moment.
+            let created = Api::new(lane).create_new_consumer(stream, &name, &config).await;
             let info = created.map_err(|error| not_made(error, &name, source, stream))?;
             return Ok(Self { name, way, info });
         };
@@ -109,7 +129,7 @@ impl Durable {
         if !is_ours(&config) {
             return Ok(Self { name, way, info });
         }
-        change(&mut config, replication, source, subject);
+        change(&mut config, replication, owner, source, subject);
         let mut info = if config == info.config {
             info
         } else {
@@ -138,13 +158,14 @@ fn begin_again(source: &StreamInfo, floor: u64, position: u64) -> Option<u64> {
 }
 
 /// Deletes the durable consumer of a replication at its source, if we made it; whether there was one.
-pub(crate) async fn remove(dial: &dyn Dial, replication: &Replication) -> Result<bool, Error> {
+pub(crate) async fn remove(dial: &dyn Dial, replication: &Replication, owner: Owner<'_>) -> Result<bool, Error> {
     let connection = format!("{} {}", names::PROGRAM, replication.id);
     let mut lane = dial.dial(&replication.source.place, &connection).await?;
     let stream = &replication.source.stream;
     let (mut api, mut removed) = (Api::new(&mut lane), false);
     for name in Durable::names(replication) {
-        if api.consumer_info(stream, &name).await?.is_some_and(|info| is_ours(&info.config)) {
+        let ours = |config: &Value| is_ours(config) && anothers(replication, owner, config).is_none();
+        if api.consumer_info(stream, &name).await?.is_some_and(|info| ours(&info.config)) {
             api.delete_consumer(stream, &name).await?;
             removed = true;
         }
@@ -171,12 +192,43 @@ pub(crate) fn start_refused(replication: &Replication, source: &StreamInfo) -> O
     })
 }
 
+/// Whether a replication of this program made it.
 fn is_ours(config: &Value) -> bool {
-    config.pointer(&format!("/metadata/{MARK}")).is_some()
+    config["metadata"].get(MARK).is_some()
+}
+
+/// Who made a consumer, if that was a replication of this program and not this one.
+fn anothers(replication: &Replication, owner: Owner<'_>, config: &Value) -> Option<String> {
+    let text = |name: &str| config["metadata"][name].as_str();
+    let (id, installation) = (text(MARK)?, text(INSTALLATION));
+    if installation.is_some_and(|installation| installation != owner.installation) {
+        let site = text(SITE).unwrap_or_default();
+        return Some(format!(
+            "replication `{id}` of site `{site}` (installation {}) uses it, and this is replication `{}` of site `{}` \
+             (installation {})",
+            installation.unwrap_or_default(),
+            replication.id,
+            owner.site,
+            owner.installation
+        ));
+    }
+    (id != replication.id).then(|| {
+        format!(
+            "replication `{id}` of this site, `{}`, uses it, and this is replication `{}`",
+            owner.site, replication.id
+        )
+    })
 }
 
 /// How a consumer is used that is there; an error if it cannot be.
-pub(crate) fn judge(replication: &Replication, name: &str, config: &Value) -> Result<Way, Error> {
+pub(crate) fn judge(replication: &Replication, owner: Owner<'_>, name: &str, config: &Value) -> Result<Way, Error> {
+    if let Some(other) = anothers(replication, owner, config) {
+        let stream = &replication.source.stream;
+        return Err(Error::hold(format!(
+            "durable consumer `{name}` of source stream `{stream}` is not this replication's: {other}; each would copy a part \
+             of the messages. Give one of the two a `name` of its own, or delete the consumer if the other one is gone"
+        )));
+    }
     let text = |field: &str| config[field].as_str().unwrap_or_default();
     let ours = is_ours(config);
     let pushes = !text("deliver_subject").is_empty();
@@ -251,8 +303,12 @@ fn new_config(replication: &Replication, source: &StreamInfo, name: &str, positi
 }
 
 /// What follows the document and the connection.
-fn change(config: &mut Value, replication: &Replication, source: &StreamInfo, subject: Option<&str>) {
+fn change(config: &mut Value, replication: &Replication, owner: Owner<'_>, source: &StreamInfo, subject: Option<&str>) {
     let Some(fields) = config.as_object_mut() else { return };
+    if let Some(metadata) = fields.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.insert(SITE.to_owned(), owner.site.into());
+        metadata.insert(INSTALLATION.to_owned(), owner.installation.into());
+    }
     fields.remove("filter_subject");
     fields.remove("filter_subjects");
     match replication.scope.filters() {
@@ -299,6 +355,8 @@ fn not_made(error: Error, name: &str, source: &StreamInfo, stream: &str) -> Erro
 mod tests {
     use super::*;
 
+    const OWNER: Owner<'_> = Owner { site: "SITE", installation: "7" };
+
     fn replication(fields: Value) -> Replication {
         let mut document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b", "name": "x"});
         for (name, value) in fields.as_object().unwrap() {
@@ -316,7 +374,7 @@ mod tests {
     #[test]
     fn what_is_there_is_used_if_it_loses_nothing() {
         let check = |config: Value, expect: Result<Way, &str>| {
-            let judged = judge(&replication(json!({"filter_subject": "s.a"})), "SR_x", &config);
+            let judged = judge(&replication(json!({"filter_subject": "s.a"})), OWNER, "SR_x", &config);
             match (judged, expect) {
                 (Ok(way), Ok(expect)) => assert_eq!(way, expect, "{config}"),
                 (Err(error), Err(expect)) => {
@@ -347,6 +405,24 @@ mod tests {
     }
 
     #[test]
+    fn what_another_replication_or_installation_made_is_not_used() {
+        let check = |metadata: Value, expect: Option<&[&str]>| {
+            let config = json!({"ack_policy": "explicit", "metadata": metadata});
+            let judged = judge(&replication(json!({})), OWNER, "SR_x", &config);
+            let Some(expect) = expect else { return assert_eq!(judged.ok(), Some(Way::Explicit), "{config}") };
+            let error = judged.unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Hold);
+            assert!(expect.iter().all(|text| error.message.contains(text)), "{error}");
+        };
+        check(json!({}), None);
+        check(json!({MARK: "S.x"}), None);
+        check(json!({MARK: "S.x", SITE: "FORMER", INSTALLATION: "7"}), None);
+        check(json!({MARK: "S.x", SITE: "OTHER", INSTALLATION: "8"}), Some(&["`OTHER` (installation 8)", "`SITE`"]));
+        check(json!({MARK: "S.x", SITE: "SITE", INSTALLATION: "8"}), Some(&["installation 8", "installation 7"]));
+        check(json!({MARK: "S.y"}), Some(&["`S.y`", "`S.x`"]));
+    }
+
+    #[test]
     fn what_we_make_follows_the_server_and_the_document() {
         let config = |retention: &str, level: &str, position: u64| {
             let source = stream(retention, level, 0, 0);
@@ -359,9 +435,15 @@ mod tests {
         assert_eq!(config("workqueue", "4", 7)["deliver_policy"], "all");
         assert!(is_ours(&new));
         let mut changed = new.clone();
-        change(&mut changed, &replication(json!({"filter_subject": "s.a"})), &stream("interest", "4", 0, 0), Some("d"));
+        change(
+            &mut changed,
+            &replication(json!({"filter_subject": "s.a"})),
+            OWNER,
+            &stream("interest", "4", 0, 0),
+            Some("d"),
+        );
         assert_eq!((&changed["filter_subject"], &changed["deliver_subject"]), (&json!("s.a"), &json!("d")));
-        change(&mut changed, &replication(json!({})), &stream("interest", "4", 0, 0), Some("e"));
+        change(&mut changed, &replication(json!({})), OWNER, &stream("interest", "4", 0, 0), Some("e"));
         assert_eq!((changed.get("filter_subject"), &changed["deliver_subject"]), (None, &json!("e")));
     }
 

@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use super::{
     budget::Budget,
     consumers::Names,
-    durable::{Durable, Way},
+    durable::{Durable, Owner, Way},
     reader::{Incoming, Lost, Range, Reader, explicit::Explicit, pushed::Pushed},
     throttle,
     window::SourcePoint,
@@ -31,6 +31,7 @@ impl Intake {
     pub async fn open(
         lane: &mut Lane,
         replication: &Replication,
+        owner: Owner<'_>,
         source: &StreamInfo,
         durable: Option<Durable>,
         names: &mut Names,
@@ -46,13 +47,14 @@ impl Intake {
         let way = durable.as_ref().map_or_else(|| Way::of(source), |durable| durable.way);
         match way {
             Way::Explicit => {
-                let durable = Durable::open(lane, replication, source, durable, None, position).await?;
+                let durable = Durable::open(lane, replication, owner, source, durable, None, position).await?;
                 Ok(Self::Explicit(Box::new(Explicit::open(lane, stream, durable, position, bytes).await?)))
             }
             Way::FlowControl => {
                 let (sid, inbox) = lane.reserve_inbox();
                 let subject = format!("{inbox}.m");
-                let durable = Durable::open(lane, replication, source, durable, Some(&subject), position).await?;
+                let durable =
+                    Durable::open(lane, replication, owner, source, durable, Some(&subject), position).await?;
                 Ok(Self::Pushed(Box::new(Pushed::open(lane, stream, &durable, (sid, &subject), position, bytes))))
             }
         }

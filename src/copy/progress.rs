@@ -14,7 +14,14 @@ use tokio::{
 };
 
 use super::{
-    Error, ErrorKind, appetite::Appetite, clock::Alarm, drops::Drops, gap::Gaps, resume::Resume, sharing::Intruders,
+    Error, ErrorKind,
+    appetite::Appetite,
+    clock::Alarm,
+    drops::Drops,
+    gap::Gaps,
+    resume::Resume,
+    sharing::Intruders,
+    unsaved::{Copied, Unsaved},
     window::Window,
 };
 use crate::{
@@ -74,6 +81,8 @@ pub struct Ledger {
     login_ended: Option<Instant>,
     /// Source sequence in the record as last saved.
     saved: watch::Sender<u64>,
+    /// How the saves go.
+    pub(super) unsaved: Unsaved,
 }
 
 impl std::fmt::Debug for Ledger {
@@ -111,7 +120,14 @@ impl Ledger {
             clock: Alarm::default(),
             login_ended: None,
             saved,
+            unsaved: Unsaved::default(),
         }
+    }
+
+    /// Up to where a run may copy now, see [`Unsaved::limit`].
+    pub(super) fn copy_limit(&mut self, copied: Copied, now: Instant) -> Option<Copied> {
+        let saving_since = self.last_save.filter(|_| self.saving.is_some());
+        self.unsaved.limit(copied, saving_since, now)
     }
 
     /// The position as last saved, a source sequence.
@@ -146,6 +162,7 @@ impl Ledger {
         // Nothing moved and nothing is told: a write would say the same again.
         let marked = record.target_mode == self.record.target_mode && record.stamps == self.record.stamps;
         if same && marked && self.record.status.as_ref() == Some(&row) {
+            self.unsaved.nothing();
             return true;
         }
         self.start(PositionRecord { status: Some(row), ..record });
@@ -168,11 +185,13 @@ impl Ledger {
         self.record.orphans = orphans;
     }
 
-    /// Notes, before one is made, that the replication has a durable consumer at its source: it goes with it.
-    pub(super) async fn uses_durable(&mut self) -> Result<(), Error> {
-        if !self.record.durable {
+    /// Notes, before one is made, that the replication has a durable consumer at its source, and in which name: it goes
+    /// with it.
+    pub(super) async fn uses_durable(&mut self, installation: &str) -> Result<(), Error> {
+        if !self.record.durable || self.record.installation.is_none() {
             self.finish().await?;
-            self.save_whole(PositionRecord { durable: true, ..self.record.clone() }).await?;
+            let installation = Some(installation.to_owned());
+            self.save_whole(PositionRecord { durable: true, installation, ..self.record.clone() }).await?;
         }
         Ok(())
     }
@@ -245,6 +264,7 @@ impl Ledger {
             Ok(revision) => {
                 self.revision = revision;
                 self.saved.send_replace(saved_seq(&record));
+                self.unsaved.saved(record.status.as_ref().map_or_else(Copied::default, |row| row.copy.counters.into()));
                 self.record = record;
                 Ok(true)
             }
@@ -263,7 +283,10 @@ impl Ledger {
                 self.revision = revision;
                 Ok(false)
             }
-            Err(error) => Err(error),
+            Err(error) => {
+                self.unsaved.failed(Instant::now(), error.to_string());
+                Err(error)
+            }
         }
     }
 

@@ -18,7 +18,7 @@ use super::{
     decide::{Decision, Reason, Rules},
     drops::{Dropped, Drops},
     duplicates::Look,
-    durable::Durable,
+    durable::{Durable, Owner},
     gap::Gaps,
     headroom::{Looks, Oldest, Outlook, Retention, Waiting},
     intake::Intake,
@@ -37,6 +37,7 @@ use super::{
     target_limits,
     target_watch::TargetWatch,
     throttle::{self, Throttle},
+    unsaved::{Copied, News},
     watchdog::{Action, Consumer, Seen, Tell, Watchdog},
     window::{SourcePoint, Window},
     writer::{Supply, TOO_LARGE, Writer},
@@ -158,6 +159,10 @@ pub(super) struct Run<'a> {
     next_login: Instant,
     /// Left out by request, and not told yet.
     skipped: Option<u64>,
+    /// The copy stops there while the position cannot be saved.
+    limit: Option<Copied>,
+    /// It was reported that the position is not saved.
+    unsaved: bool,
 }
 
 impl<'a> Run<'a> {
@@ -221,8 +226,10 @@ impl<'a> Run<'a> {
         if ledger.record().moved_back {
             ledger.look_behind(target_info.state.last_seq, &target_info.created).await?;
         }
+        let installation = ledger.record().installation.as_ref().unwrap_or(&job.installation).clone();
+        let owner = Owner { site: &job.site, installation: &installation };
         let durable = match Durable::is_needed(&source_info) {
-            true => Durable::find(&mut source, &replication).await.map_err(|e| e.context("source"))?,
+            true => Durable::find(&mut source, &replication, owner).await.map_err(|e| e.context("source"))?,
             false => None,
         };
         let tag = Tag::new(&replication.source.stream, &job.site, &replication.name);
@@ -251,7 +258,7 @@ impl<'a> Run<'a> {
         let goes_back = ledger.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
         abilities.share(resume.mode);
         if Durable::is_needed(&source_info) {
-            ledger.uses_durable().await?;
+            ledger.uses_durable(&installation).await?;
         }
         let another = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
         let (position, first_seq) = (resume.position.seq, source_info.state.first_seq);
@@ -260,7 +267,7 @@ impl<'a> Run<'a> {
         let from = sampler.as_ref().map(|(_, from)| *from);
         ledger.samples_from(from.zip(inspected)).await?;
         let (sampler, from) = sampler.map_or((None, position), |(sampler, from)| (Some(sampler), from));
-        let reader = Intake::open(&mut source, &replication, &source_info, durable, &mut names, from).await;
+        let reader = Intake::open(&mut source, &replication, owner, &source_info, durable, &mut names, from).await;
         let reader = reader.map_err(|e| e.context("source"))?;
         ledger.begin_at(target_info.state.last_seq);
         let generation = ledger.record().generation;
@@ -335,7 +342,10 @@ impl<'a> Run<'a> {
             ending: None,
             next_login: now,
             skipped: None,
+            limit: None,
+            unsaved: ledger.unsaved.is_reported(),
         };
+        run.limit = run.copy_limit(ledger, now);
         run.source_says(run.source_info.clone());
         run.remembered(&target_info, resume.unseen, ledger);
         run.resumed(resume, ledger);
@@ -530,7 +540,7 @@ impl<'a> Run<'a> {
                 biased;
                 () = stop.cancelled(), if self.ending.is_none() => self.end(Ending::Stopped),
                 // Before the lanes: it is rarely ready, and while both are busy it would never be looked at.
-                saved = poll_fn(|cx| ledger.poll(cx)) => self.saved(saved)?,
+                saved = poll_fn(|cx| ledger.poll(cx)) => self.saved(saved, ledger)?,
                 records = poll_fn(|cx| self.sampler.as_mut().map_or(Poll::Pending, |sampler| sampler.poll(cx))) => {
                     self.copy.sampling.get_or_insert_default().records_written += records;
                 }
@@ -595,6 +605,46 @@ impl<'a> Run<'a> {
         self.window.len() >= limits.messages_in_flight.min(self.writer.most_in_air())
             || (!self.window.is_empty() && self.window.bytes() + bytes > limits.bytes_in_flight)
             || self.rejects.full(limits, bytes)
+            || self.is_beyond_saves(bytes)
+    }
+
+    /// Whether a message of so many bytes would be more than may be copied while the position is not saved.
+    fn is_beyond_saves(&self, bytes: usize) -> bool {
+        let Some(limit) = &self.limit else { return false };
+        let counters = &self.copy.counters;
+        counters.copied + self.window.len() as u64 >= limit.messages
+            || counters.copied_bytes + (self.window.bytes() + bytes) as u64 > limit.bytes
+    }
+
+    /// Whether the copy waits until the position can be saved.
+    fn waits_for_saves(&self) -> bool {
+        self.limit.is_some() && self.reader.peek().is_some_and(|incoming| self.is_beyond_saves(incoming.bytes()))
+    }
+
+    fn copy_limit(&self, ledger: &mut Ledger, now: Instant) -> Option<Copied> {
+        ledger.copy_limit(self.copy.counters.into(), now).filter(|_| !self.job.standalone)
+    }
+
+    /// Reports, once, that the position is not saved, and that it is again.
+    fn report_saves(&mut self, now: Instant, ledger: &mut Ledger) {
+        self.limit = self.copy_limit(ledger, now);
+        let (id, position) = (&self.replication.id, self.window.position().seq);
+        match ledger.unsaved.news(now) {
+            Some(News::Unsaved(why)) => {
+                let message = format!("the position is not saved: {why}");
+                warn!(replication = id, position, "{message}");
+                let saved = ledger.record().source.as_ref().map_or(0, |source| source.seq);
+                let error = LastError::now("retry", &message);
+                self.status.send_modify(|(_, told)| told.last_error = Some(error));
+                self.events.emit(Event::PositionUnsaved { message, saved, position }, id);
+            }
+            Some(News::Saved) => {
+                info!(replication = id, position, "the position is saved again");
+                self.events.emit(Event::PositionSaved { position }, id);
+            }
+            None => {}
+        }
+        self.unsaved = ledger.unsaved.is_reported();
     }
 
     /// Whether nothing that was read waits for an ack.
@@ -941,8 +991,8 @@ impl<'a> Run<'a> {
             receiving: self.source.is_receiving(),
             in_air: self.window.len(),
             waiting: self.reader.peek().is_some(),
-            // By the limit of its rate, or by dead letters, whose clock is their own.
-            held_back: self.throttled.is_some() || self.rejects.in_the_air(),
+            // By the limit of its rate, by dead letters, whose clock is their own, or by saves that fail.
+            held_back: self.throttled.is_some() || self.rejects.in_the_air() || self.waits_for_saves(),
             settled: self.moved,
             drained: self.target.drained(),
             unwritten: self.target.unwritten(),
@@ -1023,6 +1073,7 @@ impl<'a> Run<'a> {
     /// What is due now and then: status, save, questions, and whether everything still moves.
     fn tick(&mut self, now: Instant, ledger: &mut Ledger) -> Result<(), Error> {
         self.settle();
+        self.report_saves(now, ledger);
         self.tell_rejected(true);
         self.tell();
         self.report_clock(ledger);
@@ -1101,6 +1152,7 @@ impl<'a> Run<'a> {
 
     /// Brings the status up to date.
     fn tell(&mut self) {
+        let waits_for_saves = self.waits_for_saves();
         let copy = &mut self.copy;
         let position = self.window.position();
         // As long as nothing settles, the oldest is the same, also where it has not been read (again) yet.
@@ -1146,9 +1198,10 @@ impl<'a> Run<'a> {
         if messages == 0 || position.seq > self.from {
             self.state = State::Running;
         }
-        let well = self.state == State::Running && !self.watchdog.is_open();
+        let shown = if waits_for_saves { State::Retrying } else { self.state };
+        let well = shown == State::Running && !self.watchdog.is_open() && !self.unsaved;
         self.status.send_modify(|(state, told)| {
-            *state = self.state;
+            *state = shown;
             // The caller's notes on earlier errors stay.
             let mut last_error = told.last_error.take();
             if let Some(error) = last_error.as_mut().filter(|_| well) {
@@ -1159,16 +1212,18 @@ impl<'a> Run<'a> {
         });
     }
 
-    fn saved(&self, result: Result<(), SaveError>) -> Result<(), Error> {
+    fn saved(&mut self, result: Result<(), SaveError>, ledger: &mut Ledger) -> Result<(), Error> {
         match result {
-            Err(conflict @ SaveError::Conflict { .. }) => Err(conflict.into()),
-            // The copy goes on: what is at the target tells where it stands. The next save tries again.
+            Err(conflict @ SaveError::Conflict { .. }) => return Err(conflict.into()),
+            // The copy goes on for a while: what is at the target tells where it stands. The next save tries again.
             Err(error) => {
-                warn!(replication = self.replication.id, %error, "position not saved");
-                Ok(())
+                debug!(replication = self.replication.id, %error, "position not saved");
+                self.copy.counters.position_save_errors += 1;
             }
-            Ok(()) => Ok(()),
+            Ok(()) => {}
         }
+        self.report_saves(Instant::now(), ledger);
+        Ok(())
     }
 
     fn end(&mut self, ending: Ending) {

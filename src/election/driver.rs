@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 use tokio::{
     sync::watch,
-    time::{Duration, Instant, sleep, sleep_until, timeout},
+    time::{Duration, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     backoff::Backoff,
+    boottime,
     config::{DEFAULT_API_PREFIX, Place},
     names,
     nats::{
@@ -94,7 +95,7 @@ struct Booth {
 impl Driver {
     pub(super) fn new(dial: Arc<dyn Dial>, place: Place, election: Election, told: watch::Sender<Leadership>) -> Self {
         let (info, last) = (Question::new("STREAM.INFO"), Question::new("STREAM.MSG.GET"));
-        let machine = Machine::new(Instant::now());
+        let machine = Machine::new(boottime::now());
         Self { dial, place, election, machine, told, info, last, retry: RETRY, error: None }
     }
 
@@ -124,7 +125,7 @@ impl Driver {
         let opened = stop.run_until_cancelled(self.open()).await;
         let Some(mut booth) = opened.transpose()? else { return Ok(()) };
         loop {
-            let now = Instant::now();
+            let now = boottime::now();
             let next = match self.machine.step(now) {
                 Step::Write(revision) => {
                     booth.write(&self.election.candidate, revision);
@@ -138,7 +139,7 @@ impl Driver {
                 biased;
                 () = stop.cancelled() => break,
                 turn = booth.lane.turn() => if let Turn::Received(batch) = turn? { self.hear(&mut booth, &batch)? },
-                () = sleep_until(next) => {}
+                () = sleep_until(boottime::for_timers(next)) => {}
             }
         }
         self.told.send_modify(|led| led.until = None);
@@ -157,7 +158,7 @@ impl Driver {
         let api = lane.api_prefix();
         let prefix = if api == DEFAULT_API_PREFIX { String::new() } else { format!("{api}.") };
         let subject = format!("{prefix}{}", self.key_subject());
-        self.machine.connected(terms, Instant::now());
+        self.machine.connected(terms, boottime::now());
         Ok(Booth { lane, subject, write: String::new(), read: String::new() })
     }
 
@@ -195,12 +196,12 @@ impl Driver {
         if let Some(answer) = answer_in(batch, &booth.read)
             && let Some(revision) = marker_in(answer)
         {
-            self.machine.saw_marker(revision, Instant::now());
+            self.machine.saw_marker(revision, boottime::now());
         }
         let Some(answer) = answer_in(batch, &booth.write).filter(|_| self.machine.is_writing()) else { return Ok(()) };
         let written = written(answer)?;
         let stood = self.machine.held().is_none();
-        self.machine.written(written, Instant::now(), rand::random());
+        self.machine.written(written, boottime::now(), rand::random());
         self.retry.reset();
         if self.error.take().is_some() {
             info!(election = self.election.key, "stands for election again");
@@ -244,7 +245,7 @@ impl Driver {
 
     /// Publishes how it stands; `reason` says why it is over if it is.
     fn tell(&mut self, reason: &str) {
-        let now = Instant::now();
+        let now = boottime::now();
         let (election, candidate) = (&self.election.key, &self.election.candidate);
         let led = Leadership {
             until: self.machine.leads_until(now),

@@ -19,7 +19,7 @@ use super::{
     tenure::{Tenure, Term},
 };
 use crate::{
-    chance,
+    boottime, chance,
     store::{Error, LeaseChange, LeaseRecord, LeaseStore, PositionStore, SessionRecord, Trouble, Written, follow},
 };
 
@@ -51,7 +51,7 @@ pub fn enter(
     standalone: bool,
     stop: CancellationToken,
 ) -> (Leases, impl Future<Output = Option<String>> + Send) {
-    let now = Instant::now();
+    let now = boottime::now();
     let session = chance::name();
     let settings = Settings { instance: identity.instance.clone(), ttl, standalone };
     let record = SessionRecord {
@@ -78,7 +78,7 @@ pub fn enter(
     ));
     let (sessions, view) = watch::channel(Sessions::default());
     let term = Term::new(now);
-    let leases = Leases { commands, sessions: view, store: store.clone() };
+    let leases = Leases { commands, sessions: view, store: store.clone(), term: term.clone() };
     let work = Work {
         machine: Machine::new(settings, session, now),
         limit: (ttl / 3).max(Duration::from_millis(300)),
@@ -137,6 +137,7 @@ pub struct Leases {
     commands: mpsc::UnboundedSender<Command>,
     sessions: watch::Receiver<Sessions>,
     store: LeaseStore,
+    term: Term,
 }
 
 impl fmt::Debug for Leases {
@@ -159,6 +160,11 @@ impl Leases {
         let _ = self.commands.send(Command::Leave);
     }
 
+    /// Whether what is granted here may run now.
+    pub fn hold(&self) -> bool {
+        self.term.holds_now()
+    }
+
     /// Processes that were heard of.
     pub fn sessions(&self) -> watch::Ref<'_, Sessions> {
         self.sessions.borrow()
@@ -176,9 +182,15 @@ impl Leases {
         }
     }
 
-    /// Removes the lease of a replication that is not there any more, with its epoch.
-    pub async fn forget(&self, id: &str) -> Result<(), Error> {
-        self.store.forget_lease(id).await
+    /// Revision of the lease of a replication, read from the leader of the bucket.
+    pub async fn revision(&self, id: &str) -> Result<u64, Error> {
+        Ok(self.store.lease(id).await?.1)
+    }
+
+    /// Removes the lease of a replication that is not there any more, with its epoch, unless it was written again after
+    /// this revision.
+    pub async fn forget(&self, id: &str, revision: u64) -> Result<(), Error> {
+        self.store.forget_lease(id, revision).await
     }
 }
 
@@ -268,7 +280,7 @@ impl Work {
     async fn run(mut self, stop: CancellationToken) -> Option<String> {
         let mut end = None;
         loop {
-            let now = Instant::now();
+            let now = boottime::now();
             for action in self.machine.poll(now) {
                 self.act(action);
             }
@@ -279,7 +291,7 @@ impl Work {
             let wake = end.into_iter().fold(self.machine.next(now).min(self.next_clear), Instant::min);
             tokio::select! {
                 biased;
-                () = stop.cancelled(), if end.is_none() => end = Some(Instant::now() + LAST_WORDS),
+                () = stop.cancelled(), if end.is_none() => end = Some(boottime::now() + LAST_WORDS),
                 Some(command) = self.asked.recv() => {
                     self.command(command);
                     while let Ok(command) = self.asked.try_recv() {
@@ -300,7 +312,7 @@ impl Work {
                         return Some(self.exit(&by));
                     }
                 }
-                () = sleep_until(wake) => {}
+                () = sleep_until(boottime::for_timers(wake)) => {}
             }
             self.clear_away();
         }
@@ -328,7 +340,7 @@ impl Work {
     }
 
     fn command(&mut self, command: Command) {
-        let now = Instant::now();
+        let now = boottime::now();
         match command {
             Command::Want { id, grant } => {
                 self.machine.want(now, &id);
@@ -350,7 +362,7 @@ impl Work {
 
     /// Returns who has our name, if another process has.
     fn saw(&mut self, change: LeaseChange) -> Option<SessionRecord> {
-        let now = Instant::now();
+        let now = boottime::now();
         match change {
             LeaseChange::Session { instance, revision, record } => {
                 self.machine.session(now, &instance, revision, record.as_ref());
@@ -384,7 +396,7 @@ impl Work {
             };
             if process::is_gone(record.pid, &record.process) {
                 info!(instance = record.instance, pid = record.pid, "its process is gone: its leases are free");
-                self.machine.gone(Instant::now(), &record.instance);
+                self.machine.gone(boottime::now(), &record.instance);
             }
         }
     }
@@ -445,7 +457,7 @@ impl Work {
 
     /// Returns who has our name, if another process has.
     fn done(&mut self, done: Done) -> Option<SessionRecord> {
-        let now = Instant::now();
+        let now = boottime::now();
         match done {
             Done::Renewed { taken: Some(by), .. } => return Some(by),
             Done::Renewed { outcome, revision, error, .. } => {
@@ -493,7 +505,7 @@ impl Work {
 
     /// Removes sessions that were silent for long, and then what their removal left.
     fn clear_away(&mut self) {
-        let now = Instant::now();
+        let now = boottime::now();
         if now < self.next_clear {
             return;
         }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::store::SessionRecord;
+use crate::{boottime, store::SessionRecord};
 
 /// An instance that was silent for longer is not shown any more.
 pub(super) const GONE_AFTER: Duration = Duration::from_secs(60);
@@ -27,15 +27,21 @@ pub(super) struct Heard {
     pub(super) record: Option<SessionRecord>,
 }
 
+impl Heard {
+    fn silent(&self) -> Duration {
+        boottime::now().saturating_duration_since(self.at)
+    }
+}
+
 impl Sessions {
     /// What lies at the key of an instance now.
     pub(super) fn saw(&mut self, instance: String, revision: u64, record: Option<SessionRecord>) {
-        self.known.insert(instance, Heard { at: Instant::now(), revision, record });
+        self.known.insert(instance, Heard { at: boottime::now(), revision, record });
     }
 
     /// Those that are there, with the time since they were heard of.
     pub fn present(&self) -> impl Iterator<Item = (&SessionRecord, Duration)> {
-        let all = self.known.values().filter_map(|heard| Some((heard.record.as_ref()?, heard.at.elapsed())));
+        let all = self.known.values().filter_map(|heard| Some((heard.record.as_ref()?, heard.silent())));
         all.filter(|(_, silent)| *silent <= GONE_AFTER)
     }
 
@@ -55,7 +61,7 @@ impl Sessions {
     pub(super) fn stale(&self) -> Vec<(String, u64, bool)> {
         let old = self.known.iter().filter(|(_, heard)| {
             let ttl = heard.record.as_ref().map_or(Duration::ZERO, |record| Duration::from_millis(record.ttl_ms));
-            heard.at.elapsed() > GONE_AFTER.max(ttl * 4)
+            heard.silent() > GONE_AFTER.max(ttl * 4)
         });
         old.map(|(instance, heard)| (instance.clone(), heard.revision, heard.record.is_none())).collect()
     }

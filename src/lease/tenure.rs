@@ -14,6 +14,8 @@ use futures_util::{FutureExt, task::AtomicWaker};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::boottime;
+
 /// Until when the leases of this process hold, by its own clock; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Term {
@@ -32,6 +34,11 @@ impl Term {
     pub(super) fn set(&self, until: Option<Instant>) {
         let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(self.begin));
         self.until.store(u64::try_from(left.as_nanos()).unwrap_or(u64::MAX), Ordering::Release);
+    }
+
+    /// Whether it holds now.
+    pub(super) fn holds_now(&self) -> bool {
+        self.holds(boottime::now())
     }
 
     fn holds(&self, now: Instant) -> bool {
@@ -89,7 +96,7 @@ impl Tenure {
         let Signals { yields, lost, waker, .. } = &*self.signals;
         poll_fn(|cx| {
             waker.register(cx.waker());
-            if lost.load(Ordering::Acquire) || !self.term.holds(Instant::now()) {
+            if lost.load(Ordering::Acquire) || !self.term.holds_now() {
                 return Poll::Ready(None);
             }
             if yields.swap(false, Ordering::AcqRel) {

@@ -15,7 +15,7 @@ use crate::{
     config::{Advisory, Connection, OnReject, Replication, Scope, Sharing, Start, patterns},
     copy::{
         clock, dead_letter, duplicates,
-        durable::{self, Durable},
+        durable::{self, Durable, Owner},
         sharing,
         subjects::{self, Learned},
         target::{self, Abilities, Update},
@@ -46,6 +46,8 @@ pub(super) struct Pair<'a> {
     /// What an existing one would be given.
     pub(super) update: &'a Option<Result<Update, Error>>,
     pub(super) own: &'a OwnStreams,
+    /// Whose durable consumers are ours.
+    pub(super) owner: Owner<'a>,
     /// A message of the source that was copied from the target.
     pub(super) returned: &'a Option<Returned>,
 }
@@ -689,7 +691,7 @@ impl Pair<'_> {
         let wanted = replication.scope.of([">"]);
         others.try_for_each(|consumer| match consumer.config["name"].as_str().unwrap_or_default() {
             ours if names.iter().any(|name| name == ours) => {
-                durable::judge(replication, ours, &consumer.config).map(drop).map_err(|e| e.message)
+                durable::judge(replication, self.owner, ours, &consumer.config).map(drop).map_err(|e| e.message)
             }
             other if source.text("retention") == "workqueue" => {
                 let taken = durable::filters(&consumer.config);

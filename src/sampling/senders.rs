@@ -652,6 +652,12 @@ impl Senders {
         }
     }
 
+    /// All records are gone, and what is known is not: everything is written again.
+    pub fn write_all_again(&mut self) {
+        let live: Vec<u32> = (0..self.slots.len() as u32).filter(|index| self.slots[*index as usize].live).collect();
+        live.into_iter().for_each(|index| self.touch(index));
+    }
+
     // What others wrote.
 
     /// All records are told from now on.

@@ -17,7 +17,7 @@ use async_nats::{
 };
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
-use tokio::time::timeout;
+use tokio::{sync::watch as watch_channel, time::timeout};
 
 use super::{
     buckets::Error,
@@ -50,6 +50,8 @@ pub(super) struct Bucket {
     prefix: String,
     /// What subjects of writes have before that: nothing, or the prefix of the API and a dot.
     put_prefix: String,
+    /// How often the bucket was recreated while this process had it open.
+    recreated: watch_channel::Sender<u64>,
 }
 
 /// What lies at a key or lay there.
@@ -184,7 +186,23 @@ impl Bucket {
         // The way of all KV clients, and what servers map a domain's subjects by.
         let put_prefix = if api_prefix == API_PREFIX { String::new() } else { format!("{api_prefix}.") };
         let (client, name, prefix) = (client.clone(), name.to_owned(), format!("$KV.{name}."));
-        Ok(Self { client, name, instance, stream, prefix, put_prefix })
+        let recreated = watch_channel::Sender::new(0);
+        Ok(Self { client, name, instance, stream, prefix, put_prefix, recreated })
+    }
+
+    /// How often the bucket was recreated; changes as soon as that is known.
+    pub(super) fn recreations(&self) -> watch_channel::Receiver<u64> {
+        self.recreated.subscribe()
+    }
+
+    /// The bucket is another one now.
+    pub(super) fn was_recreated(&self) {
+        self.recreated.send_modify(|count| *count += 1);
+    }
+
+    /// Name of the bucket.
+    pub(super) fn bucket_name(&self) -> &str {
+        &self.name
     }
 
     pub(super) fn error(&self, message: impl Into<String>) -> Error {
@@ -317,9 +335,13 @@ impl Bucket {
         Err(self.error(format!("cannot be written: {why}")))
     }
 
-    /// Removes all keys that match, without leaving markers.
-    pub(super) async fn forget_matching(&self, pattern: &str) -> Result<(), Error> {
-        let purged = self.in_time(self.stream.purge().filter(self.subject(pattern)).into_future()).await?;
+    /// Removes all keys that match, as far as they were written up to and with a revision, without leaving markers.
+    pub(super) async fn forget_matching(&self, pattern: &str, through: Option<u64>) -> Result<(), Error> {
+        let purge = self.stream.purge().filter(self.subject(pattern));
+        let purged = match through {
+            Some(revision) => self.in_time(purge.sequence(revision + 1).into_future()).await?,
+            None => self.in_time(purge.into_future()).await?,
+        };
         purged.map(|_| ()).map_err(|error| self.error(format!("keys `{pattern}` cannot be removed: {}", chain(&error))))
     }
 
@@ -387,13 +409,23 @@ fn stream_name(bucket: &str) -> String {
 }
 
 async fn exists(context: &jetstream::Context, bucket: &str) -> Result<bool, String> {
+    Ok(look(context, bucket).await?.is_some())
+}
+
+/// The stream of a bucket; `None` if there is none.
+pub(super) async fn look(context: &jetstream::Context, bucket: &str) -> Result<Option<Info>, String> {
     match context.get_stream(stream_name(bucket)).await {
-        Ok(_) => Ok(true),
+        Ok(stream) => Ok(Some(stream.cached_info().clone())),
         Err(error) => match error.kind() {
-            GetStreamErrorKind::JetStream(error) if error.error_code().0 == STREAM_NOT_FOUND => Ok(false),
+            GetStreamErrorKind::JetStream(error) if error.error_code().0 == STREAM_NOT_FOUND => Ok(None),
             _ => Err(format!("cannot be opened: {}", chain(&error))),
         },
     }
+}
+
+/// What asks the JetStream whose API begins with `api_prefix`.
+pub(super) fn context(client: &Client, api_prefix: &str) -> jetstream::Context {
+    ContextBuilder::new().api_prefix(api_prefix).timeout(TIMEOUT).build(client.clone())
 }
 
 fn valid_key(key: &str) -> bool {

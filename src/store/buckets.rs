@@ -1,10 +1,17 @@
 //! Opening, or creating, the buckets.
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError, RwLock},
+};
 
 use chrono::DateTime;
 
-use super::{ConfigStore, LeaseStore, PositionStore, SenderStore, bucket::Bucket};
+use super::{
+    ConfigStore, LeaseStore, PositionStore, SenderStore,
+    bucket::{self, Bucket},
+    keeper::{self, Keeper},
+};
 
 /// Revisions of each document that are kept.
 pub const CONFIG_HISTORY: usize = 10;
@@ -12,18 +19,24 @@ pub const CONFIG_HISTORY: usize = 10;
 /// The streams of the buckets of one installation, each with the time at which it was created (Unix epoch, ns): another
 /// installation may have streams of the same names.
 #[derive(Debug, Clone, Default)]
-pub struct OwnStreams(Arc<[(String, i128)]>);
+pub struct OwnStreams(Arc<RwLock<BTreeMap<String, i128>>>);
 
 impl OwnStreams {
     /// Why a stream cannot be copied, or copied into, if it is one of these. `created` is what `STREAM.INFO` says.
     pub fn refuse(&self, stream: &str, created: &str) -> Option<String> {
         let created = DateTime::parse_from_rfc3339(created).ok()?.timestamp_nanos_opt()?;
-        self.0.iter().any(|own| own.0 == stream && own.1 == i128::from(created)).then(|| {
+        let own = self.0.read().unwrap_or_else(PoisonError::into_inner).get(stream).copied();
+        (own == Some(i128::from(created))).then(|| {
             format!(
                 "stream `{stream}` is a bucket of this service: what it saves while it copies would be copied again, without \
                  end; use `nats stream backup`, or a service of another installation"
             )
         })
+    }
+
+    /// A stream of these, as it is now.
+    pub(super) fn is(&self, stream: &str, created: i128) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(stream.to_owned(), created);
     }
 }
 
@@ -38,7 +51,7 @@ pub struct Buckets {
     pub leases: LeaseStore,
     /// What sampling knows of senders.
     pub senders: SenderStore,
-    /// Identifies the installation to itself: when its configuration bucket was created.
+    /// Identifies the installation to itself: when its configuration bucket was created first.
     pub installation: String,
     /// What must not be copied.
     pub streams: OwnStreams,
@@ -68,14 +81,14 @@ impl Buckets {
 
     /// Opens `<prefix>_CONFIG`, `<prefix>_POSITIONS`, `<prefix>_LEASES` and `<prefix>_STATE` of the JetStream whose API
     /// begins with `api_prefix`. What is missing is created with so many `replicas`; what exists is used as it is. What
-    /// `instance` writes in numbers says so, and names of its consumers begin with it.
+    /// `instance` writes in numbers says so, and names of its consumers begin with it. The keeper looks after them.
     pub async fn open(
         client: async_nats::Client,
         api_prefix: &str,
         prefix: &str,
         replicas: usize,
         instance: &str,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Self, Keeper), Error> {
         let config = format!("{prefix}_CONFIG");
         let legal = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
         if !config.bytes().all(legal) {
@@ -91,20 +104,25 @@ impl Buckets {
         let config = open(&config, CONFIG_HISTORY as i64).await?;
         let positions = open(&format!("{prefix}_POSITIONS"), 1).await?;
         let leases = open(&format!("{prefix}_LEASES"), 1).await?;
-        let mut streams = Vec::new();
+        let mut infos = Vec::new();
         for bucket in [&config, &positions, &leases, &senders] {
-            let info = bucket.info().await?;
-            streams.push((info.config.name, info.created.unix_timestamp_nanos()));
+            infos.push((bucket.clone(), bucket.info().await?));
         }
+        let config_info = &infos[0].1;
+        let created = || config_info.created.unix_timestamp_nanos().to_string();
+        let installation = config_info.config.metadata.get(keeper::INSTALLATION).cloned().unwrap_or_else(created);
+        let streams = OwnStreams::default();
+        let context = bucket::context(&client, api_prefix);
+        let keeper = Keeper::new(context, infos, streams.clone(), installation.clone());
         let senders = SenderStore::open(senders, instance).await?;
-        let installation = config.info().await?.created.unix_timestamp_nanos().to_string();
-        Ok(Self {
+        let buckets = Self {
             config: ConfigStore::new(config),
             positions: PositionStore::new(Arc::new(positions)),
             leases: LeaseStore::new(Arc::new(leases)),
             senders,
             installation,
-            streams: OwnStreams(streams.into()),
-        })
+            streams,
+        };
+        Ok((buckets, keeper))
     }
 }

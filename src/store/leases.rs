@@ -191,9 +191,10 @@ impl LeaseStore {
         self.bucket.forget_through(&session_key(instance), revision).await
     }
 
-    /// Removes the lease of a replication that is not there any more, with its epoch.
-    pub async fn forget_lease(&self, id: &str) -> Result<(), Error> {
-        self.bucket.forget(&lease_key(id)).await
+    /// Removes the lease of a replication that is not there any more, with its epoch, unless it was written again after
+    /// this revision.
+    pub async fn forget_lease(&self, id: &str, revision: u64) -> Result<(), Error> {
+        self.bucket.forget_through(&lease_key(id), revision).await
     }
 
     /// All sessions and leases as they are, then [`LeaseChange::Loaded`], then every change as it happens, for ever.

@@ -57,6 +57,9 @@ pub struct PositionRecord {
     /// Whether a durable consumer may have been made at the source, to be deleted with the replication.
     #[serde(default, skip_serializing_if = "is_default")]
     pub durable: bool,
+    /// What identifies the installation in the metadata of that consumer: another one's is not used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub installation: Option<String>,
     /// With sampling: what the records of senders say holds for everything up to this source sequence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampled: Option<u64>,
@@ -301,9 +304,14 @@ impl PositionStore {
         }
     }
 
-    /// Forgets a replication: the key is removed without a trace.
-    pub async fn remove(&self, id: &str) -> Result<(), Error> {
-        self.bucket.forget(id).await
+    /// Revision of the record of a replication, whatever it is; 0 if there is none.
+    pub async fn revision(&self, id: &str) -> Result<u64, Error> {
+        Ok(self.bucket.last(id).await?.map_or(0, |stored| stored.revision))
+    }
+
+    /// Forgets a replication: what was written up to and with a revision is removed without a trace.
+    pub async fn remove(&self, id: &str, revision: u64) -> Result<(), Error> {
+        self.bucket.forget_through(id, revision).await
     }
 }
 
@@ -363,6 +371,7 @@ impl PositionRecord {
             generation: 0,
             orphans: None,
             durable: false,
+            installation: None,
             sampled: None,
             inspected: None,
             unseen_from: None,

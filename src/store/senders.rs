@@ -11,7 +11,10 @@ use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, stream::BoxStream};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::{
@@ -198,8 +201,11 @@ impl SenderStore {
     pub async fn watch(&self, replication: &str) -> Result<SenderChanges, Error> {
         let purpose = format!("senders_{:016x}", xxh3_64(replication.as_bytes()));
         let live = Live::open(&self.bucket, &purpose, &format!("{replication}.*"), DeliverPolicy::All).await?;
+        let mut recreations = self.bucket.recreations();
+        recreations.mark_unchanged();
         let following = Following {
             bucket: self.bucket.clone(),
+            recreations,
             loading: true,
             pending: live.pending,
             live,
@@ -216,6 +222,11 @@ impl SenderStore {
         Ok(stream.boxed())
     }
 
+    /// How often the bucket was recreated while this process had it open.
+    pub(crate) fn recreations(&self) -> u64 {
+        *self.bucket.recreations().borrow()
+    }
+
     /// Revision of the newest record of a replication, read from the leader; 0 if there is none.
     pub async fn newest(&self, replication: &str) -> Result<u64, Error> {
         Ok(self.bucket.last_matching(&format!("{replication}.*")).await?.map_or(0, |stored| stored.revision))
@@ -223,7 +234,7 @@ impl SenderStore {
 
     /// Removes all records of a replication, for others to come; whoever follows hears of it.
     pub async fn empty(&self, replication: &str) -> Result<(), Error> {
-        self.remove(replication).await?;
+        self.bucket.forget_matching(&format!("{replication}.*"), None).await?;
         let subject = self.bucket.put_subject(&format!("{replication}.{EMPTIED}"));
         let acked =
             self.bucket.client().send_request(subject, Request::new().headers(self.marker()).timeout(Some(ACK_WAIT)));
@@ -242,15 +253,17 @@ impl SenderStore {
         headers
     }
 
-    /// Forgets all senders of a replication, without a trace.
-    pub async fn remove(&self, replication: &str) -> Result<(), Error> {
-        self.bucket.forget_matching(&format!("{replication}.*")).await
+    /// Forgets what was written of senders of a replication up to and with a revision, without a trace.
+    pub async fn remove(&self, replication: &str, revision: u64) -> Result<(), Error> {
+        self.bucket.forget_matching(&format!("{replication}.*"), Some(revision)).await
     }
 }
 
 /// A watch under way.
 struct Following {
     bucket: Bucket,
+    /// Changes when the bucket was recreated: revisions begin again.
+    recreations: watch::Receiver<u64>,
     live: Live,
     /// Newest revision that was read.
     seen: u64,
@@ -279,10 +292,13 @@ impl Following {
             return Ok((0, SenderChange::Loaded));
         }
         let message = loop {
-            let next = self.live.next();
-            let message = match self.loading {
-                true => timeout(SILENCE, next).await.map_err(|_| self.bucket.error("cannot be read: no more comes"))?,
-                false => next.await,
+            let limit = if self.loading { SILENCE } else { Duration::MAX };
+            let message = tokio::select! {
+                biased;
+                Ok(()) = self.recreations.changed() => return Err(self.bucket.error("was recreated")),
+                message = timeout(limit, self.live.next()) => {
+                    message.map_err(|_| self.bucket.error("cannot be read: no more comes"))?
+                }
             };
             match message {
                 Some((delivery, message)) => {

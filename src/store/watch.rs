@@ -16,13 +16,17 @@ use async_nats::{
 };
 use bytes::Bytes;
 use futures_util::{
-    StreamExt,
+    FutureExt, StreamExt,
+    future::join_all,
     stream::{BoxStream, unfold},
 };
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::{
+    sync::watch as watch_channel,
+    time::{Instant, sleep_until, timeout},
+};
 
 use super::{
-    bucket::{Bucket, Stored, is_marker},
+    bucket::{Bucket, PutError, Stored, is_marker},
     buckets::Error,
     live::Live,
 };
@@ -34,6 +38,11 @@ const LOOK: Duration = Duration::from_secs(5);
 const SNAPSHOT_SILENCE: Duration = Duration::from_secs(5);
 /// A watch that was lost is opened again within this time, or that is an error.
 const LOST: Duration = Duration::from_secs(5);
+
+/// Writes that wait for their answers together.
+const PUTS: usize = 64;
+/// Metadata of a bucket that an instance recreated while it ran; another value for each time.
+pub(super) const RECREATED: &str = "stream-replicator.recreated";
 
 /// What the watch tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,6 +80,7 @@ pub type Changes = BoxStream<'static, Result<Change, Error>>;
 /// The stream never ends. An error is told once and passes: then follows what changed meanwhile, and nothing that did
 /// not.
 pub(super) async fn watch(bucket: Bucket, purpose: &str, first: fn(&str) -> bool) -> Result<Changes, Error> {
+    let recreations = bucket.recreations();
     let mut watch = Watch {
         bucket,
         purpose: purpose.to_owned(),
@@ -84,6 +94,8 @@ pub(super) async fn watch(bucket: Bucket, purpose: &str, first: fn(&str) -> bool
         queue: VecDeque::new(),
         backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
         failing: false,
+        recreations,
+        recreation: None,
     };
     watch.open().await?;
     watch.queue.push_back(Ok(Change::Loaded));
@@ -98,8 +110,8 @@ struct Watch {
     live: Option<Live>,
     /// The consumer that is to be replaced, and since when; `None` where everything has to be read.
     lost: Option<(Live, Instant)>,
-    /// Revision last told of each key that has a value.
-    told: HashMap<String, u64>,
+    /// What was told last of each key that has a value.
+    told: HashMap<String, Told>,
     /// Newest revision of all keys that was seen.
     seen: u64,
     /// The stream when last looked at.
@@ -110,6 +122,16 @@ struct Watch {
     backoff: Backoff,
     /// The current trouble was told.
     failing: bool,
+    /// Changes when the bucket was recreated.
+    recreations: watch_channel::Receiver<u64>,
+    /// What the metadata of the bucket said of its last recreation.
+    recreation: Option<String>,
+}
+
+/// The last value of a key.
+struct Told {
+    revision: u64,
+    value: Bytes,
 }
 
 impl Watch {
@@ -140,6 +162,8 @@ impl Watch {
                         return Some(live);
                     }
                 }
+                // The stream is another one, and its consumer is gone with the one before.
+                Ok(()) = self.recreations.changed() => return None,
                 _ = sleep_until(self.next_look) => {
                     self.next_look = Instant::now() + LOOK;
                     // while the server does not answer there is nothing to compare with
@@ -199,7 +223,10 @@ impl Watch {
 
     /// Reads everything, tells what differs from what was told, and follows from there.
     async fn open(&mut self) -> Result<(), Error> {
-        let before = self.bucket.info().await?;
+        let mut before = self.bucket.info().await?;
+        if self.put_back(&before).await? {
+            before = self.bucket.info().await?;
+        }
         let (live, newest, mut snapshot) = snapshot(&self.bucket, &self.purpose).await?;
         let last = before.state.last_sequence;
         // The consumer may live on a server that has less of the bucket than its leader.
@@ -215,7 +242,7 @@ impl Watch {
         let gone: Vec<_> = self.told.keys().filter(|key| !there.contains(key)).cloned().collect();
         if Look::new(&before).is_another(self.looked, self.seen) {
             self.seen = 0;
-            self.told.values_mut().for_each(|revision| *revision = 0);
+            self.told.values_mut().for_each(|told| told.revision = 0);
             self.queue.push_back(Ok(Change::Anew));
         }
         let known = self.seen;
@@ -228,8 +255,31 @@ impl Watch {
             self.tell(key, Stored { revision: self.seen, value: None }, known);
         }
         self.looked = Some(Look::new(&before));
+        self.recreation = recreation(&before).cloned();
         self.live = Some(live);
         Ok(())
+    }
+
+    /// Writes what was known again into a bucket that was deleted and that an instance recreated, as far as the keys are
+    /// not there: every watch does so before it looks for what is gone, so that no instance takes a part for the whole.
+    /// What people recreated or restored counts as it is. Whether anything was written.
+    async fn put_back(&self, info: &stream::Info) -> Result<bool, Error> {
+        let recreation = recreation(info);
+        let news = recreation.is_some() && recreation != self.recreation.as_ref();
+        if self.looked.is_none() || !news || !Look::new(info).is_another(self.looked, self.seen) {
+            return Ok(false);
+        }
+        let known: Vec<_> = self.told.iter().map(|(key, told)| (key.clone(), told.value.clone())).collect();
+        for some in known.chunks(PUTS) {
+            let puts: Vec<_> = some.iter().map(|(key, value)| self.bucket.put(key, value.clone(), 0).boxed()).collect();
+            for put in join_all(puts).await {
+                match put {
+                    Ok(_) | Err(PutError::Conflict) => {}
+                    Err(PutError::Refused(error) | PutError::Unknown(error)) => return Err(error),
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// Queues a change, unless it was told. A deletion beyond what was `known` is told for a key that was never
@@ -239,9 +289,9 @@ impl Watch {
         let news = revision > known;
         self.seen = self.seen.max(revision);
         match stored.value {
-            Some(_) if self.told.get(&key) == Some(&revision) => {}
+            Some(_) if self.told.get(&key).is_some_and(|told| told.revision == revision) => {}
             Some(value) => {
-                self.told.insert(key.clone(), revision);
+                self.told.insert(key.clone(), Told { revision, value: value.clone() });
                 self.queue.push_back(Ok(Change::Put { key, revision, value }));
             }
             None if self.told.remove(&key).is_some() || news => {
@@ -250,6 +300,11 @@ impl Watch {
             None => {}
         }
     }
+}
+
+/// What the metadata of a bucket says of its last recreation by an instance.
+fn recreation(info: &stream::Info) -> Option<&String> {
+    info.config.metadata.get(RECREATED)
 }
 
 /// The consumer, the newest revision that it had, and the last revision of every key.

@@ -36,8 +36,8 @@ struct Head {
     config_revision: u64,
     /// The right to run it is ours.
     leads: bool,
-    /// Revision of the newest document that cannot run; 0 for none.
-    rejected: u64,
+    /// Revision of the newest document, as the watch last told it: in a bucket made anew revisions begin anew.
+    newest: u64,
 }
 
 /// How far the copy has come, to see whether it moves.
@@ -50,7 +50,7 @@ pub(super) struct Mark {
 impl Board {
     /// The board of a life that begins with the document at `revision`.
     pub(super) fn new(id: &str, revision: u64) -> Self {
-        let head = Head { config_revision: revision, ..Head::default() };
+        let head = Head { config_revision: revision, newest: revision, ..Head::default() };
         let mut copy = CopyStatus::default();
         id.split('.').next().unwrap_or(id).clone_into(&mut copy.source.stream);
         Self {
@@ -71,6 +71,7 @@ impl Board {
     /// The life follows this revision, too: in a bucket made anew revisions begin anew.
     pub(super) fn is_not_younger_than(&self, revision: u64) {
         self.born.fetch_min(revision, Ordering::Relaxed);
+        self.head.send_modify(|head| head.newest = revision);
     }
 
     /// What the run keeps current.
@@ -118,7 +119,8 @@ impl Board {
     pub(super) fn set_revision(&self, revision: u64) {
         let corrected = self.head.send_if_modified(|head| {
             head.config_revision = revision;
-            revision > head.rejected
+            // An older one runs where the newest cannot.
+            revision == head.newest
         });
         if corrected {
             self.error_over(|error| error.kind == "invalid");
@@ -258,8 +260,7 @@ impl Board {
     }
 
     /// A document cannot run.
-    pub(super) fn rejected(&self, message: &str, revision: u64) {
-        self.head.send_modify(|head| head.rejected = revision);
+    pub(super) fn rejected(&self, message: &str) {
         self.status.send_modify(|(_, copy)| copy.last_error = Some(LastError::now("invalid", message)));
     }
 }

@@ -160,7 +160,7 @@ impl Life {
                     newest = true;
                     let board = &context.board;
                     if let Some(rejected) = &plan.rejected {
-                        board.rejected(&rejected.message(), rejected.revision);
+                        board.rejected(&rejected.message());
                     }
                     let sampling = plan.work.as_ref().and_then(|work| work.replication.sampling.as_ref());
                     if roll.as_ref().is_some_and(|roll| sampling.is_none_or(|sampling| !roll.knows_enough(sampling))) {
@@ -395,7 +395,7 @@ impl Refusals {
         self.told = rejected.revision;
         let message = rejected.message();
         error!(replication = context.id, "document refused: {message}");
-        context.board.rejected(&message, rejected.revision);
+        context.board.rejected(&message);
         context.emit(Event::ConfigRejected { revision: rejected.revision, problems: rejected.problems.0 });
     }
 }
@@ -593,6 +593,7 @@ impl Session {
         let Context { deps, board, .. } = &*context;
         let job = Job {
             site: deps.site.clone(),
+            installation: deps.installation.clone(),
             replication: replication.clone(),
             row: board.row(),
             budget: deps.budget.clone(),
@@ -601,6 +602,7 @@ impl Session {
             samples: roll.as_ref().map(Roll::samples),
             consumers: context.consumers(),
             own_streams: deps.own_streams.clone(),
+            standalone: deps.standalone,
             dial: Arc::new(deps.rules.clone()),
         };
         let saved = ledger.saved();

@@ -90,10 +90,17 @@ struct Following {
 impl Following {
     async fn run(self) {
         let mut trouble = Trouble::new("the records of senders cannot be followed");
+        let mut recreations = self.samples.store.recreations();
         loop {
             let error = match self.samples.store.watch(&self.id).await {
                 Ok(mut changes) => {
-                    let standby = !self.leads();
+                    let now = self.samples.store.recreations();
+                    let recreated = std::mem::replace(&mut recreations, now) != now;
+                    if recreated {
+                        // What is known is more than the bucket holds: whoever leads writes all of it again.
+                        self.samples.lock().write_all_again();
+                    }
+                    let standby = !self.leads() && !recreated;
                     if standby {
                         self.samples.lock().begin_load();
                     }

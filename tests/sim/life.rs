@@ -172,6 +172,7 @@ impl Scene {
         };
         let mut job = Job {
             site: "SITE".to_owned(),
+            installation: "1".to_owned(),
             replication: self.replication(),
             row,
             budget: Budget::new(1 << 20),
@@ -180,6 +181,7 @@ impl Scene {
             samples: None,
             consumers: consumers(),
             own_streams: OwnStreams::default(),
+            standalone: false,
             dial: Arc::new(self.network(me, epoch)),
         };
         let status = watch::Sender::new((State::Starting, CopyStatus::default()));

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use super::{Context, position::runnable};
 use crate::{
     config::Replication,
-    copy::durable::{self, Durable},
+    copy::durable::{self, Durable, Owner},
 };
 
 /// So long a deletion may take with all of it: less than a request may.
@@ -36,11 +36,13 @@ impl Leaving {
     /// Deletes the consumer that we made, if the position record says that there may be one. What cannot be deleted
     /// in time stays, and the log says so: the answer does not wait for a source that is away.
     pub(super) async fn remove_durable(self, context: &Context, id: &str) {
-        let made = context.positions.read(id).await.is_ok_and(|(record, _)| record.durable);
-        let Some(replication) = self.replication.filter(|_| made) else { return };
+        let Ok((record, _)) = context.positions.read(id).await else { return };
+        let Some(replication) = self.replication.filter(|_| record.durable) else { return };
+        let installation = record.installation.as_ref().unwrap_or(&context.installation);
+        let owner = Owner { site: &context.site, installation };
         let (name, stream) = (Durable::name(&replication), replication.source.stream.as_str());
         let end = self.end.max(Instant::now() + LEAST);
-        let why = match timeout_at(end, durable::remove(&context.rules, &replication)).await {
+        let why = match timeout_at(end, durable::remove(&context.rules, &replication, owner)).await {
             Ok(Ok(true)) => {
                 info!(replication = id, consumer = name, stream, "durable consumer deleted at the source");
                 return;

@@ -1,0 +1,90 @@
+//! Saves of the position that fail while the copy could go on.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::harness::{LIMIT, Raw, Site, wait_for};
+
+/// Messages that may be copied while the position cannot be saved.
+const MOST: u64 = 100_000;
+
+async fn site(more: &[&str]) -> Result<Site> {
+    let args = ["--instance", "one", "--monitor", "127.0.0.1:0"];
+    Site::builder().args(args.iter().chain(more).copied()).start().await
+}
+
+/// From now on the bucket of the positions takes nothing, or takes everything again.
+async fn refuse_saves(site: &Site, refuse: bool) -> Result<()> {
+    let mut raw = Raw::connect(&site.control().url()).await?;
+    let mut config = raw.api("STREAM.INFO.KV_REPLICATOR_POSITIONS", Value::Null).await?["config"].take();
+    config["max_msg_size"] = json!(if refuse { 1 } else { -1 });
+    raw.api("STREAM.UPDATE.KV_REPLICATOR_POSITIONS", config).await.map(drop)
+}
+
+#[tokio::test]
+async fn saves_that_fail_are_reported_once_and_so_is_their_end() -> Result<()> {
+    let site = site(&[]).await?;
+    site.replicate("ORDERS", 10).await?;
+    site.settled("ORDERS", 10).await?;
+    refuse_saves(&site, true).await?;
+    site.publish("ORDERS", 11..=20).await?;
+    site.copied("ORDERS", 20).await?;
+    let event = site.events.all("position-unsaved", 1).await?.pop().context("the event")?;
+    assert_eq!((&event["replication"], &event["position"]), (&json!("ORDERS"), &json!(20)), "{event}");
+    ensure!(event["saved"].as_u64().is_some_and(|saved| saved <= 20), "{event}");
+    let unsaved = |row: &Value| {
+        let error = &row["last_error"];
+        let text = error["message"].as_str().unwrap_or_default();
+        error["current"] == true && error["kind"] == "retry" && text.contains("the position is not saved")
+    };
+    let row = site.row_when("ORDERS", "tells of it", unsaved).await?;
+    assert_eq!(row["state"], "running", "it still copies: {row}");
+    let counted = |row: &Value| row["counters"]["position_save_errors"].as_u64().is_some_and(|errors| errors >= 8);
+    site.row_when("ORDERS", "counts them", counted).await?;
+    let (_, page) = site.service.get("/metrics").await?;
+    let line = page.lines().find(|line| line.contains("position_save_errors{")).context("the metric")?;
+    ensure!(line.rsplit(' ').next().and_then(|errors| errors.parse::<u64>().ok()).is_some_and(|errors| errors >= 8));
+    assert_eq!(site.service.log().matches("the position is not saved").count(), 1, "{}", site.service.log());
+
+    refuse_saves(&site, false).await?;
+    let saved = site.events.all("position-saved", 1).await?.pop().context("the event")?;
+    assert_eq!(saved["position"], 20);
+    site.row_when("ORDERS", "is in order", |row| row["last_error"]["current"] == false).await?;
+    site.events.all("position-unsaved", 1).await?;
+    let there =
+        async || site.position("ORDERS").await.is_ok_and(|record| record.is_some_and(|r| r["source"]["seq"] == 20));
+    wait_for("the position to be saved", LIMIT, there).await
+}
+
+#[tokio::test]
+async fn the_copy_stops_where_too_much_would_be_copied_again() -> Result<()> {
+    let site = site(&[]).await?;
+    site.replicate("ORDERS", 10).await?;
+    site.settled("ORDERS", 10).await?;
+    let saved = site.position("ORDERS").await?.context("the record")?["source"]["seq"].as_u64().context("seq")?;
+    refuse_saves(&site, true).await?;
+    site.publish("ORDERS", 11..=20).await?;
+    site.events.all("position-unsaved", 1).await?;
+    site.publish("ORDERS", 21..=150_000).await?;
+    site.row_when("ORDERS", "waits", |row| row["state"] == "retrying" && row["in_flight"]["messages"] == 0).await?;
+    let there = site.at_target("ORDERS").await?;
+    ensure!(there > saved && there <= 10 + MOST, "{there} messages were copied");
+    let stays = site.row("ORDERS").await.context("the row")?;
+    ensure!(stays["lag"]["messages"].as_u64().is_some_and(|lag| lag >= 150_000 - there), "{stays}");
+
+    refuse_saves(&site, false).await?;
+    site.copied("ORDERS", 150_000).await.with_context(|| site.service.log())?;
+    site.settled("ORDERS", 150_000).await?;
+    site.events.quiet(&["target-reset", "target-shared", "stalled"])
+}
+
+#[tokio::test]
+async fn what_stands_alone_goes_on_without_a_saved_position() -> Result<()> {
+    let site = site(&["--standalone"]).await?;
+    site.replicate("ORDERS", 10).await?;
+    refuse_saves(&site, true).await?;
+    site.publish("ORDERS", 11..=20).await?;
+    site.events.all("position-unsaved", 1).await?;
+    site.publish("ORDERS", 21..=150_000).await?;
+    site.copied("ORDERS", 150_000).await
+}
