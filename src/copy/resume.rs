@@ -109,6 +109,13 @@ impl Already {
         already
     }
 
+    /// One that waits for its turn.
+    #[cfg(test)]
+    pub(super) fn one(seq: u64, time_ms: i64, target_seq: u64) -> Self {
+        let ours = Ours { origin: Origin { seq, time_ms }, target_seq, complete: false, subject: None };
+        Self::new(vec![ours], 0)
+    }
+
     /// Messages that wait for their turn.
     pub fn len(&self) -> usize {
         self.stored.len()
