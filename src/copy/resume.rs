@@ -921,6 +921,9 @@ mod tests {
         // 9 is not there any more.
         assert_eq!(take(&mut already, 10, 100, "a"), None);
         assert!(already.is_empty());
+        // Nor if the one that was copied was stored later: the source was put back.
+        let mut later = Already::new(vec![ours(9, 90, 3, None)], 0);
+        assert_eq!(take(&mut later, 9, 89, "a"), None);
     }
 
     #[test]
