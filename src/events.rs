@@ -189,6 +189,14 @@ pub enum Event {
         /// What was seen.
         reason: String,
     },
+    /// An advisory was refused: the login may not publish its subject, no stream stores it, or its protocol line is too
+    /// long. The copy and other advisories continue. Reported once, until advisories are confirmed again.
+    AdvisoryRefused {
+        /// What the advisory is about: `new`, `timeout`, `recover` or `expire`.
+        advisory: String,
+        /// Why it was refused.
+        message: String,
+    },
     /// The clock of the source server differs from the clock of the host of the instance by more than 5 s, or the server
     /// does not report its time.
     ClockOffset {
@@ -236,7 +244,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 23] = [
+    pub const KINDS: [&str; 24] = [
         "started",
         "stopped",
         "paused",
@@ -258,6 +266,7 @@ impl Event {
         "target-dropped",
         "target-shared",
         "duplicate-window",
+        "advisory-refused",
         "clock-offset",
         "clock-ok",
     ];
@@ -286,6 +295,7 @@ impl Event {
             Self::TargetDropped { .. } => "target-dropped",
             Self::TargetShared { .. } => "target-shared",
             Self::DuplicateWindow { .. } => "duplicate-window",
+            Self::AdvisoryRefused { .. } => "advisory-refused",
             Self::ClockOffset { .. } => "clock-offset",
             Self::ClockOk { .. } => "clock-ok",
         }

@@ -382,6 +382,8 @@ pub struct SamplingStatus {
     pub advisories_dropped: u64,
     /// Attempts to publish an advisory that failed, by event.
     pub advisory_errors: Advised,
+    /// Why an advisory was not published or not confirmed, as long as that is so; else `null`.
+    pub advisory_error: Option<String>,
     /// Records of senders written.
     pub records_written: u64,
     /// How long ago everything known of senders was written last, seconds; 0 while all of it is.

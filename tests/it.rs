@@ -3,6 +3,8 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
+#[path = "it/advisories.rs"]
+mod advisories;
 #[path = "it/chaos.rs"]
 mod chaos;
 #[path = "it/cli_admin.rs"]

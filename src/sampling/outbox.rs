@@ -1,7 +1,8 @@
 //! What is to be told of senders and nobody has confirmed yet, in the order in which it happened.
 //!
 //! A reliable advisory is first kept with its sender's record, then published until it is confirmed, and then no longer
-//! kept: whatever crashes in between, it is told, and each time with the same id. Any other is published once.
+//! kept: whatever crashes in between, it is told, and each time with the same id. Any other is published once; again only if
+//! the connection ends before the server has shown that it read it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -147,6 +148,11 @@ impl Outbox {
         if self.taken.remove(&number) && self.entries.contains_key(&number) {
             self.refused.insert(number);
         }
+    }
+
+    /// Whether one can be published now.
+    pub fn is_ready(&self) -> bool {
+        !self.ready.is_empty()
     }
 
     /// Whether some were refused and wait.
