@@ -197,6 +197,14 @@ pub enum Event {
         /// Why it was refused.
         message: String,
     },
+    /// Sampling tracks as many senders as the limits allow: messages of further senders are copied. Reported once, until
+    /// there is room again.
+    SendersUntracked {
+        /// Senders that are tracked.
+        senders: u64,
+        /// What that means.
+        message: String,
+    },
     /// The clock of the source server differs from the clock of the host of the instance by more than 5 s, or the server
     /// does not report its time.
     ClockOffset {
@@ -244,7 +252,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 24] = [
+    pub const KINDS: [&str; 25] = [
         "started",
         "stopped",
         "paused",
@@ -267,6 +275,7 @@ impl Event {
         "target-shared",
         "duplicate-window",
         "advisory-refused",
+        "senders-untracked",
         "clock-offset",
         "clock-ok",
     ];
@@ -296,6 +305,7 @@ impl Event {
             Self::TargetShared { .. } => "target-shared",
             Self::DuplicateWindow { .. } => "duplicate-window",
             Self::AdvisoryRefused { .. } => "advisory-refused",
+            Self::SendersUntracked { .. } => "senders-untracked",
             Self::ClockOffset { .. } => "clock-offset",
             Self::ClockOk { .. } => "clock-ok",
         }

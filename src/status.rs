@@ -372,6 +372,9 @@ pub struct SamplingStatus {
     pub senders: u64,
     /// Messages that name no sender; they are copied.
     pub without_sender: u64,
+    /// Messages whose sender is not tracked, because there are as many as `limits.senders` and `limits.sender_bytes`
+    /// allow; they are copied.
+    pub untracked: u64,
     /// Messages copied because they say so themselves.
     pub forced: u64,
     /// Advisories that were published, and confirmed if they are reliable, by event.

@@ -137,6 +137,8 @@ mod wire_sampling;
 mod wire_scope;
 #[path = "it/wire_second_stream.rs"]
 mod wire_second_stream;
+#[path = "it/wire_senders.rs"]
+mod wire_senders;
 #[path = "it/wire_shared.rs"]
 mod wire_shared;
 #[path = "it/wire_stalls.rs"]

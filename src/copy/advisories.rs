@@ -161,7 +161,12 @@ impl Post {
             self.line = Line::Opening(self.open());
         }
         let before = self.in_flight.len();
-        while self.in_flight.len() < IN_FLIGHT && self.publish_one(senders, status, now) {}
+        // One that is refused without being sent counts too: the copy waits for this.
+        for _ in 0..IN_FLIGHT {
+            if self.in_flight.len() >= IN_FLIGHT || !self.publish_one(senders, status, now) {
+                break;
+            }
+        }
         if let Line::Open(lane, _) = &mut self.line
             && !self.reliable
             && self.in_flight.len() > before
@@ -265,7 +270,8 @@ impl Post {
             Heard::Failed(error) => self.failed(&error, senders, status, now),
         }
         while let Line::Open(lane, _) = &self.line
-            && let Some(one) = self.in_flight.pop_front_if(|one| one.is_taken(lane))
+            && self.in_flight.front().is_some_and(|one| one.is_taken(lane))
+            && let Some(one) = self.in_flight.pop_front()
         {
             self.confirmed = self.confirmed.max(Some(one.sent));
             self.settle(senders, status, (one.number, one.kind), Outcome::Confirmed, now);

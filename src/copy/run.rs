@@ -577,9 +577,6 @@ impl<'a> Run<'a> {
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
             sampler.write(self.window.position().seq, now);
             sampler.publish(status, now);
-            for event in sampler.take_events() {
-                self.events.emit(event, &self.replication.id);
-            }
         }
     }
 
@@ -1027,6 +1024,9 @@ impl<'a> Run<'a> {
         let idle = self.all_settled() && self.reader.pending() == 0 && !self.watchdog.is_alert();
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
             sampler.tick(idle, status, now, &self.clock);
+            for event in sampler.take_events() {
+                self.events.emit(event, &self.replication.id);
+            }
         }
         let sampled = self.sampler.as_ref().map(Sampler::sampled);
         let witnesses =

@@ -359,13 +359,23 @@ impl Sampler {
 
     /// What is to be reported.
     pub fn take_events(&mut self) -> Vec<Event> {
-        self.post.as_mut().map(Post::take_events).unwrap_or_default()
+        let mut events = self.post.as_mut().map(Post::take_events).unwrap_or_default();
+        let mut senders = self.samples.lock();
+        if senders.became_full() {
+            let (replication, senders) = (&self.replication, senders.len() as u64);
+            let message = "messages of further senders are copied: raise `limits.senders` or `limits.sender_bytes`, or \
+                           find the publisher that invents senders";
+            warn!(replication, senders, "no more senders can be tracked, {message}");
+            events.push(Event::SendersUntracked { senders, message: message.to_owned() });
+        }
+        events
     }
 
     /// Brings the status up to date.
     pub fn tell(&self, status: &mut SamplingStatus, now: Instant) {
         let senders = self.samples.lock();
         status.senders = senders.len() as u64;
+        status.untracked = senders.untracked();
         status.advisories_waiting = senders.outbox.len() as u64;
         status.advisories_dropped = senders.outbox.dropped();
         let late = now.duration_since(self.written_at).saturating_sub(WRITE_EVERY);
