@@ -3,6 +3,7 @@
 //!
 //! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
 
+mod advisories;
 mod appetite;
 pub(crate) mod bridge;
 mod budget;

@@ -189,6 +189,22 @@ pub enum Event {
         /// What was seen.
         reason: String,
     },
+    /// An advisory was refused: the login may not publish its subject, no stream stores it, or its protocol line is too
+    /// long. The copy and other advisories continue. Reported once, until advisories are confirmed again.
+    AdvisoryRefused {
+        /// What the advisory is about: `new`, `timeout`, `recover` or `expire`.
+        advisory: String,
+        /// Why it was refused.
+        message: String,
+    },
+    /// Sampling tracks as many senders as the limits allow: messages of further senders are copied. Reported once, until
+    /// there is room again.
+    SendersUntracked {
+        /// Senders that are tracked.
+        senders: u64,
+        /// What that means.
+        message: String,
+    },
     /// The clock of the source server differs from the clock of the host of the instance by more than 5 s, or the server
     /// does not report its time.
     ClockOffset {
@@ -255,7 +271,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 26] = [
+    pub const KINDS: [&str; 28] = [
         "started",
         "stopped",
         "paused",
@@ -277,6 +293,8 @@ impl Event {
         "target-dropped",
         "target-shared",
         "duplicate-window",
+        "advisory-refused",
+        "senders-untracked",
         "clock-offset",
         "clock-ok",
         "bucket-recreated",
@@ -308,6 +326,8 @@ impl Event {
             Self::TargetDropped { .. } => "target-dropped",
             Self::TargetShared { .. } => "target-shared",
             Self::DuplicateWindow { .. } => "duplicate-window",
+            Self::AdvisoryRefused { .. } => "advisory-refused",
+            Self::SendersUntracked { .. } => "senders-untracked",
             Self::ClockOffset { .. } => "clock-offset",
             Self::ClockOk { .. } => "clock-ok",
             Self::BucketRecreated { .. } => "bucket-recreated",

@@ -36,6 +36,7 @@ const SAMPLED: &[Sampled] = &[
     Sampled { name: "limiter_messages_without_limit_field_count", help: "Messages that name no sender and were copied", kind: MetricType::COUNTER, labels: limiter_labels, read: |s| s.without_sender as f64 },
     Sampled { name: "limiter_messages_copy_forced_count", help: "Messages copied because they say so themselves", kind: MetricType::COUNTER, labels: limiter_labels, read: |s| s.forced as f64 },
     // Ours.
+    Sampled { name: "tracker_untracked_messages", help: "Messages copied without tracking their sender, because there are too many senders", kind: MetricType::COUNTER, labels, read: |s| s.untracked as f64 },
     Sampled { name: "tracker_records_written", help: "Records of senders written", kind: MetricType::COUNTER, labels, read: |s| s.records_written as f64 },
     Sampled { name: "tracker_write_lag_seconds", help: "Time since everything known of senders was written last; 0 while all of it is", kind: MetricType::GAUGE, labels, read: |s| s.write_lag_seconds },
     Sampled { name: "advisor_waiting", help: "Advisories that wait to be published or confirmed", kind: MetricType::GAUGE, labels, read: |s| s.advisories_waiting as f64 },

@@ -11,7 +11,7 @@ mod path;
 mod senders;
 
 pub use advisory::{Advisory, AgeAdvisory, Kind, Voice, is_advisory, patterns as advisory_patterns};
-pub use inspect::{Inspector, MAX_VALUE};
+pub use inspect::{Inspector, MAX_STORED, MAX_VALUE};
 pub use outbox::{Outbox, PER_SENDER};
 pub use path::Path;
 pub use senders::{Cause, Fate, Listed, Senders, Sighting, Verdict, Write};

@@ -374,6 +374,9 @@ pub struct SamplingStatus {
     pub senders: u64,
     /// Messages that name no sender; they are copied.
     pub without_sender: u64,
+    /// Messages whose sender is not tracked, because there are as many as `limits.senders` and `limits.sender_bytes`
+    /// allow; they are copied.
+    pub untracked: u64,
     /// Messages copied because they say so themselves.
     pub forced: u64,
     /// Advisories that were published, and confirmed if they are reliable, by event.
@@ -384,6 +387,8 @@ pub struct SamplingStatus {
     pub advisories_dropped: u64,
     /// Attempts to publish an advisory that failed, by event.
     pub advisory_errors: Advised,
+    /// Why an advisory was not published or not confirmed, as long as that is so; else `null`.
+    pub advisory_error: Option<String>,
     /// Records of senders written.
     pub records_written: u64,
     /// How long ago everything known of senders was written last, seconds; 0 while all of it is.

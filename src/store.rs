@@ -24,7 +24,10 @@ pub use positions::{
     Claim, ClaimError, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps,
     TargetWitness,
 };
-pub use senders::{PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, token as sender_token};
+pub use senders::{
+    PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, hash as sender_hash,
+    hash_of_token as sender_hash_of_token,
+};
 pub use site::{SiteKey, SiteRecord};
 pub(crate) use trouble::{Trouble, follow};
 pub use watch::{Change, Changes};

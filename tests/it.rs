@@ -3,6 +3,8 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
+#[path = "it/advisories.rs"]
+mod advisories;
 #[path = "it/buckets_vanish.rs"]
 mod buckets_vanish;
 #[path = "it/chaos.rs"]
@@ -149,6 +151,8 @@ mod wire_sampling;
 mod wire_scope;
 #[path = "it/wire_second_stream.rs"]
 mod wire_second_stream;
+#[path = "it/wire_senders.rs"]
+mod wire_senders;
 #[path = "it/wire_shared.rs"]
 mod wire_shared;
 #[path = "it/wire_slow.rs"]

@@ -215,6 +215,13 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
     if let Some(sampling) = &copy.sampling {
         let (senders, waiting) = (count(sampling.senders), count(sampling.advisories_waiting));
         fields.push(("senders", format!("{senders}, advisories to be told: {waiting}")));
+        if sampling.untracked > 0 {
+            let untracked = counted(sampling.untracked, "message");
+            fields.push(("untracked", format!("{untracked} of further senders were copied")));
+        }
+        if let Some(error) = &sampling.advisory_error {
+            fields.push(("advisories", clean(error)));
+        }
     }
     fields.push(("errors", count(counters.errors)));
     if let Some(error) = &copy.last_error {

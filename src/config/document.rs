@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::{
     Advisory, Connection, Endpoint, Fields, Inspect, Json, Limits, Mapping, OnReject, Place, Problem, Problems,
-    Replication, Sampling, Scope, Sharing, Side, Start, Tls, Transform, check_context_name, endpoint, parse_duration,
-    patterns,
+    Replication, Sampling, Scope, SenderBounds, Sharing, Side, Start, Tls, Transform, check_context_name, endpoint,
+    parse_duration, patterns,
     place::{domain_prefix, subject_prefix},
     schema::{self, join, shorten},
 };
@@ -180,6 +180,12 @@ pub struct LimitsDocument {
     /// Bytes sent in a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_per_second: Option<u64>,
+    /// With sampling, senders that are tracked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub senders: Option<usize>,
+    /// With sampling, bytes of the values of senders that are tracked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sender_bytes: Option<usize>,
 }
 
 /// `dead_letter` of a document.
@@ -643,6 +649,7 @@ impl Checker {
             size_trigger: document.size_trigger.filter(|bytes| *bytes > 0),
             force_field: text(&document.inspect_force_field).map(str::to_owned),
             advisory,
+            bounds: sender_bounds(document.limits.as_ref()),
         })
     }
 
@@ -652,6 +659,15 @@ impl Checker {
         }
         let example = subject.replace("%s", "new").replace("%v", "sender");
         let wrong = of_server(&example).or_else(|| wrong_subject(&example, Wildcards::Refused));
+        // Names of buckets and the like stand in the second token.
+        let own = if subject.starts_with('$') { 2 } else { 1 };
+        let wrong = wrong.or_else(|| {
+            subject.split('.').take(own).any(|token| token.contains("%v")).then(|| {
+                "`%v` at the beginning would let publishers choose the subject: begin with a token of your own, such as \
+                 `advisories.%s.%v`"
+                    .to_owned()
+            })
+        });
         if let Some(wrong) = wrong {
             let message = format!("`advisory.subject` is `{}`: {wrong}", shorten(subject));
             self.problems.push(Problem::new("/advisory/subject", message));
@@ -754,6 +770,15 @@ fn limits(document: Option<&LimitsDocument>) -> Limits {
         bytes_in_flight: document.bytes_in_flight.unwrap_or(default.bytes_in_flight),
         messages_per_second: document.messages_per_second,
         bytes_per_second: document.bytes_per_second,
+    }
+}
+
+fn sender_bounds(document: Option<&LimitsDocument>) -> SenderBounds {
+    let default = SenderBounds::default();
+    let of = |limit: fn(&LimitsDocument) -> Option<usize>| document.and_then(limit);
+    SenderBounds {
+        senders: of(|limits| limits.senders).unwrap_or(default.senders),
+        bytes: of(|limits| limits.sender_bytes).unwrap_or(default.bytes),
     }
 }
 
@@ -946,6 +971,15 @@ mod tests {
         check(json!({"inspect_field": "a", "advisory": {"subject": "a b"}}), "/advisory/subject", "cannot contain");
         check(json!({"inspect_field": "a", "advisory": {"subject": "$JS.%v"}}), "/advisory/subject", "servers' own");
         check(json!({"inspect_field": "a", "advisory": {"subject": "a", "x": 1}}), "/advisory/x", "unknown");
+        for subject in ["%v", "%v.adv", "a%v.adv", "%v%s", "$KV.%v.x", "$KV.a%v"] {
+            check(
+                json!({"inspect_field": "a", "advisory": {"subject": subject}}),
+                "/advisory/subject",
+                "let publishers",
+            );
+        }
+        good(json!({"inspect_field": "a", "advisory": {"subject": "%s.%v"}}));
+        good(json!({"inspect_field": "a", "advisory": {"subject": "$KV.BUCKET.%v"}}));
         check(json!({"inspect_fields": "a"}), "/inspect_fields", "did you mean `inspect_field`");
     }
 
@@ -1322,6 +1356,8 @@ mod tests {
                 bytes_in_flight: Some(65536),
                 messages_per_second: Some(1),
                 bytes_per_second: Some(1024),
+                senders: Some(1),
+                sender_bytes: Some(65536),
             }),
             tls: Some(tls.clone()),
             source_tls: Some(tls.clone()),
@@ -1346,5 +1382,7 @@ mod tests {
         let limits = &schema["properties"]["limits"]["properties"];
         assert_eq!(limits["messages_in_flight"]["default"], Limits::default().messages_in_flight);
         assert_eq!(limits["bytes_in_flight"]["default"], Limits::default().bytes_in_flight);
+        assert_eq!(limits["senders"]["default"], SenderBounds::default().senders);
+        assert_eq!(limits["sender_bytes"]["default"], SenderBounds::default().bytes);
     }
 }

@@ -92,6 +92,24 @@ pub struct Sampling {
     pub force_field: Option<String>,
     /// Where to tell of senders.
     pub advisory: Option<Advisory>,
+    /// How many senders are tracked.
+    pub bounds: SenderBounds,
+}
+
+/// How many senders are tracked. Messages of others are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SenderBounds {
+    /// Senders.
+    pub senders: usize,
+    /// Bytes of their values together.
+    pub bytes: usize,
+}
+
+impl Default for SenderBounds {
+    /// One million senders, with values of 64 bytes on average.
+    fn default() -> Self {
+        Self { senders: 1_000_000, bytes: 64 << 20 }
+    }
 }
 
 impl Sampling {

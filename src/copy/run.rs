@@ -72,6 +72,8 @@ const INFO_SOONEST: Duration = Duration::from_secs(1);
 pub(super) const DRAIN: Duration = Duration::from_secs(5);
 /// Time for the source to take the last acks of a run that ends by request.
 const LAST_ACKS: Duration = Duration::from_millis(1_500);
+/// How long a run that ends waits for its advisories.
+const LAST_ADVISORIES: Duration = Duration::from_secs(1);
 /// Time for the last save of a run that failed.
 pub(super) const LAST_SAVE: Duration = Duration::from_secs(3);
 /// A run logs in again this long before its login ends, if the files have a newer one by then.
@@ -262,7 +264,7 @@ impl<'a> Run<'a> {
         }
         let another = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
         let (position, first_seq) = (resume.position.seq, source_info.state.first_seq);
-        let sampler = Sampler::begin(job, &mut source, position, ledger.record(), another, first_seq);
+        let sampler = Sampler::begin(job, position, ledger.record(), another, first_seq);
         let inspected = replication.sampling.as_ref().map(|sampling| sampling.inspect.mark());
         let from = sampler.as_ref().map(|(_, from)| *from);
         ledger.samples_from(from.zip(inspected)).await?;
@@ -492,6 +494,7 @@ impl<'a> Run<'a> {
         let position = self.window.position().seq;
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
             let _ = tokio::time::timeout(LAST_SAVE, sampler.finish(position, status)).await;
+            let _ = tokio::time::timeout(LAST_ADVISORIES, sampler.finish_post(status)).await;
         }
     }
 
@@ -541,8 +544,10 @@ impl<'a> Run<'a> {
                 () = stop.cancelled(), if self.ending.is_none() => self.end(Ending::Stopped),
                 // Before the lanes: it is rarely ready, and while both are busy it would never be looked at.
                 saved = poll_fn(|cx| ledger.poll(cx)) => self.saved(saved, ledger)?,
-                records = poll_fn(|cx| self.sampler.as_mut().map_or(Poll::Pending, |sampler| sampler.poll(cx))) => {
-                    self.copy.sampling.get_or_insert_default().records_written += records;
+                moved = poll_fn(|cx| self.sampler.as_mut().map_or(Poll::Pending, |sampler| sampler.poll(cx))) => {
+                    if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
+                        sampler.accept(moved, status, Instant::now());
+                    }
                 }
                 turn = self.target.turn() => {
                     if let Turn::Received(batch) = turn.map_err(|error| self.lost_target(error))? {
@@ -583,9 +588,7 @@ impl<'a> Run<'a> {
     fn sample(&mut self, now: Instant) {
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
             sampler.write(self.window.position().seq, now);
-            if self.source.output().len() < OUTPUT_HIGH {
-                sampler.publish(&mut self.source, status, now);
-            }
+            sampler.publish(status, now);
         }
     }
 
@@ -879,9 +882,6 @@ impl<'a> Run<'a> {
             self.consumer_is(info.and_then(decode::<ConsumerInfo>))?;
         }
         self.go_on_with_renewal(&batch)?;
-        if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
-            sampler.accept(&batch, status, Instant::now());
-        }
         let (dead_lettered, refused) = self.rejects.accept(&batch, &mut self.window);
         if dead_lettered > 0 {
             self.copy.counters.dead_lettered += dead_lettered;
@@ -1077,6 +1077,9 @@ impl<'a> Run<'a> {
         let idle = self.all_settled() && self.reader.pending() == 0 && !self.watchdog.is_alert();
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
             sampler.tick(idle, status, now, &self.clock);
+            for event in sampler.take_events() {
+                self.events.emit(event, &self.replication.id);
+            }
         }
         let sampled = self.sampler.as_ref().map(Sampler::sampled);
         let witnesses =

@@ -1,10 +1,8 @@
-//! Sampling in one run: who sent what was read, what is known of senders written behind, and advisories published over
-//! the source lane.
+//! Sampling in one run: who sent what was read, what is known of senders written behind, and what `advisories.rs` publishes.
 
 use std::{
-    collections::VecDeque,
     fmt,
-    future::Future,
+    future::{Future, poll_fn},
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
@@ -13,13 +11,17 @@ use std::{
 use tokio::time::{Duration, Instant};
 use tracing::{info, warn};
 
-use super::{Job, clock::SourceClock, progress::Sampled, reader::Incoming, transform::push, writer::hpub};
+use super::{
+    Job,
+    advisories::{Heard, Post},
+    clock::SourceClock,
+    progress::Sampled,
+    reader::Incoming,
+};
 use crate::{
-    backoff::Backoff,
-    chance,
-    nats::{Batch, Lane, headers, jetstream::PublishAck, parser::number},
-    sampling::{self, Cause, Fate, Inspector, Kind, Senders, Sighting, Verdict, Voice, Write},
-    status::{Advised, SamplingStatus},
+    events::Event,
+    sampling::{self, Cause, Fate, Inspector, Senders, Sighting, Verdict, Voice, Write},
+    status::SamplingStatus,
     store::{self, PositionRecord, SenderStore},
 };
 
@@ -29,10 +31,6 @@ const TOGETHER: usize = 4_096;
 const WRITE_EVERY: Duration = Duration::from_secs(1);
 /// The same where something can only be published then.
 const WRITE_SOON: Duration = Duration::from_millis(20);
-/// Advisories on their way.
-const IN_FLIGHT: usize = 256;
-/// How long the ack of an advisory may take.
-const ACK_WAIT: Duration = Duration::from_secs(5);
 /// Nobody is judged by the clock before it is so much later: what was stored meanwhile is on its way.
 const GRACE: Duration = Duration::from_secs(1);
 /// Acknowledgements at a source that forgets wait for the records of senders, but not longer.
@@ -56,12 +54,20 @@ impl Samples {
 
 type Writing = Pin<Box<dyn Future<Output = Result<(), store::Error>> + Send>>;
 
+/// What was waited for.
+#[derive(Debug)]
+pub(super) enum Moved {
+    /// A write is over; so many records.
+    Wrote(u64),
+    /// The connection for advisories brought something.
+    Heard(Heard),
+}
+
 /// The sampling of one run.
 pub(super) struct Sampler {
     samples: Samples,
     replication: String,
     inspector: Inspector,
-    voice: Option<Voice>,
     /// Messages up to here settled before this run.
     replay_to: u64,
     /// What was found in the message that comes next.
@@ -73,31 +79,14 @@ pub(super) struct Sampler {
     written_at: Instant,
     next_write: Instant,
     write_failed: bool,
-    sid: u64,
-    inbox: String,
-    /// What is on its way, oldest first.
-    in_flight: VecDeque<OnItsWay>,
-    next_publish: Instant,
-    /// When those that were refused are tried again.
-    try_again: Option<Instant>,
-    backoff: Backoff,
-    publish_failed: bool,
-    header: Vec<u8>,
-    reliable: bool,
+    /// Publishes advisories, where there are any.
+    post: Option<Post>,
 }
 
 impl fmt::Debug for Sampler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Sampler").field("replication", &self.replication).finish_non_exhaustive()
     }
-}
-
-/// A reliable advisory.
-#[derive(Debug, Clone, Copy)]
-struct OnItsWay {
-    number: u64,
-    kind: Kind,
-    sent: Instant,
 }
 
 /// What was found in a message.
@@ -125,7 +114,6 @@ impl Sampler {
     /// has to read. `saved` says how far the records hold; in `another` source stream none of that counts.
     pub fn begin(
         job: &Job,
-        lane: &mut Lane,
         position: u64,
         saved: &PositionRecord,
         another: bool,
@@ -140,13 +128,11 @@ impl Sampler {
             }
             senders.begin(position, saved.sampled, another)
         };
-        let (sid, inbox) = lane.open_inbox();
         let now = Instant::now();
         let sampler = Self {
             samples,
             replication: replication.id.clone(),
             inspector: Inspector::new(sampling),
-            voice: Voice::new(replication, &job.site, sampling),
             replay_to: position,
             looked: Looked::default(),
             gap: from > 0 && first_seq > from + 1,
@@ -154,15 +140,8 @@ impl Sampler {
             written_at: now,
             next_write: now,
             write_failed: false,
-            sid,
-            inbox,
-            in_flight: VecDeque::new(),
-            next_publish: now,
-            try_again: None,
-            backoff: Backoff::RETRY,
-            publish_failed: false,
-            header: Vec::new(),
-            reliable: sampling.is_reliable(),
+            post: Voice::new(replication, &job.site, sampling)
+                .map(|voice| Post::new(job, voice, sampling.is_reliable(), now)),
         };
         Some((sampler, from))
     }
@@ -203,7 +182,7 @@ impl Sampler {
             return;
         }
         let message = &incoming.message;
-        let is_told = self.voice.is_some() && sampling::is_advisory(message.payload);
+        let is_told = self.post.is_some() && sampling::is_advisory(message.payload);
         let sender = if is_told { None } else { self.inspector.sender(message) };
         looked.sender.clear();
         looked.sender.push_str(sender.as_deref().unwrap_or_default());
@@ -268,10 +247,8 @@ impl Sampler {
             }
             senders.advance(clock);
         }
-        let oldest = self.in_flight.front().filter(|oldest| now.duration_since(oldest.sent) > ACK_WAIT);
-        if let Some(kind) = oldest.map(|oldest| oldest.kind) {
-            count(&mut status.advisory_errors, kind);
-            self.failed_to_publish("no confirmation in time", now);
+        if let Some(post) = &mut self.post {
+            post.tick(&mut self.samples.lock(), status, now);
         }
     }
 
@@ -293,11 +270,14 @@ impl Sampler {
         self.writing = Some((Box::pin(writing), write));
     }
 
-    /// Drives a write that is under way; ready, with the number of records, when it is over.
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<u64> {
-        let Some((writing, _)) = &mut self.writing else { return Poll::Pending };
-        let Poll::Ready(result) = writing.as_mut().poll(cx) else { return Poll::Pending };
-        Poll::Ready(self.wrote(result))
+    /// Drives a write that is under way and the connection for advisories.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Moved> {
+        if let Some((writing, _)) = &mut self.writing
+            && let Poll::Ready(result) = writing.as_mut().poll(cx)
+        {
+            return Poll::Ready(Moved::Wrote(self.wrote(result)));
+        }
+        self.poll_post(cx).map(Moved::Heard)
     }
 
     fn wrote(&mut self, result: Result<(), store::Error>) -> u64 {
@@ -341,91 +321,60 @@ impl Sampler {
         }
     }
 
-    /// Publishes what is to be told, as far as the bounds allow.
-    pub fn publish(&mut self, lane: &mut Lane, status: &mut SamplingStatus, now: Instant) {
-        let Some(voice) = &self.voice else { return };
-        if now < self.next_publish {
-            return;
-        }
-        let mut senders = self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.try_again.is_some_and(|at| now >= at) {
-            self.try_again = None;
-            senders.outbox.try_again(IN_FLIGHT);
-        }
-        while self.in_flight.len() < IN_FLIGHT {
-            let Some((number, advisory)) = senders.outbox.take() else { return };
-            let (subject, body) = (voice.subject(advisory), voice.body(advisory));
-            let payload = serde_json::to_vec(&body).unwrap_or_default();
-            if self.reliable {
-                self.header.clear();
-                self.header.extend_from_slice(headers::VERSION);
-                self.header.extend_from_slice(b"\r\n");
-                push(&mut self.header, "Nats-Msg-Id", body.event_id.as_bytes());
-                self.header.extend_from_slice(b"\r\n");
-                let reply = format!("{}.{number}", self.inbox);
-                hpub(lane.output(), subject.as_bytes(), reply.as_bytes(), &self.header, &payload);
-                self.in_flight.push_back(OnItsWay { number, kind: body.event, sent: now });
-            } else {
-                lane.publish(&subject, "", &payload);
-                if let Some(kind) = senders.confirmed(number) {
-                    count(&mut status.advised, kind);
-                }
-            }
+    /// Publishes advisories that are due, within the bounds.
+    pub fn publish(&mut self, status: &mut SamplingStatus, now: Instant) {
+        if let Some(post) = &mut self.post {
+            post.publish(&mut self.samples.lock(), status, now);
         }
     }
 
-    /// Takes what confirms advisories.
-    pub fn accept(&mut self, batch: &Batch, status: &mut SamplingStatus, now: Instant) {
-        if self.in_flight.is_empty() {
-            return;
-        }
-        for message in batch.iter().filter(|message| message.sid == self.sid) {
-            let id = message.subject.rsplit(|byte| *byte == b'.').next().and_then(number);
-            let Some(at) = self.in_flight.iter().position(|one| Some(one.number) == id) else { continue };
-            let refused = if headers::status(message.header) == Some(503) {
-                Some("no stream listens there (no responders)".to_owned())
-            } else {
-                PublishAck::parse(message.payload, "the source").err().map(|error| error.to_string())
-            };
-            let Some(OnItsWay { number, kind, .. }) = self.in_flight.remove(at) else { continue };
-            let mut senders = self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(refused) = refused {
-                count(&mut status.advisory_errors, kind);
-                senders.outbox.refuse(number);
-                self.try_again.get_or_insert_with(|| now + self.backoff.next(chance_part()));
-                if !std::mem::replace(&mut self.publish_failed, true) {
-                    let replication = &self.replication;
-                    warn!(replication, event = kind.name(), "advisories are refused, they are tried again: {refused}");
-                }
-                continue;
-            }
-            if senders.confirmed(number).is_some() {
-                count(&mut status.advised, kind);
-            }
-            // Where only some are refused, their pauses go on growing.
-            if !senders.outbox.has_refused() && self.try_again.is_none() {
-                self.backoff.reset();
-                if std::mem::take(&mut self.publish_failed) {
-                    info!(replication = self.replication, "advisories are confirmed again");
-                }
-            }
+    fn poll_post(&mut self, cx: &mut Context<'_>) -> Poll<Heard> {
+        self.post.as_mut().map_or(Poll::Pending, |post| post.poll(cx))
+    }
+
+    /// Takes note of what [`Sampler::poll`] returned.
+    pub fn accept(&mut self, moved: Moved, status: &mut SamplingStatus, now: Instant) {
+        let heard = match moved {
+            Moved::Wrote(records) => return status.records_written += records,
+            Moved::Heard(heard) => heard,
+        };
+        if let Some(post) = &mut self.post {
+            post.accept(heard, &mut self.samples.lock(), status, now);
         }
     }
 
-    /// Nobody answers: everything on its way is published again, later.
-    fn failed_to_publish(&mut self, why: &str, now: Instant) {
-        self.in_flight.clear();
-        self.samples.lock().outbox.take_back();
-        self.next_publish = now + self.backoff.next(chance_part());
-        if !std::mem::replace(&mut self.publish_failed, true) {
-            warn!(replication = self.replication, "advisories are not confirmed, trying again: {why}");
+    /// Publishes what can be published and waits until it is confirmed.
+    pub async fn finish_post(&mut self, status: &mut SamplingStatus) {
+        loop {
+            let now = Instant::now();
+            self.publish(status, now);
+            if self.post.as_ref().is_none_or(|post| post.is_done(&self.samples.lock(), now)) {
+                return;
+            }
+            let heard = poll_fn(|cx| self.poll_post(cx)).await;
+            self.accept(Moved::Heard(heard), status, Instant::now());
         }
+    }
+
+    /// What is to be reported.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        let mut events = self.post.as_mut().map(Post::take_events).unwrap_or_default();
+        let mut senders = self.samples.lock();
+        if senders.became_full() {
+            let (replication, senders) = (&self.replication, senders.len() as u64);
+            let message = "messages of further senders are copied: raise `limits.senders` or `limits.sender_bytes`, or \
+                           find the publisher that invents senders";
+            warn!(replication, senders, "no more senders can be tracked, {message}");
+            events.push(Event::SendersUntracked { senders, message: message.to_owned() });
+        }
+        events
     }
 
     /// Brings the status up to date.
     pub fn tell(&self, status: &mut SamplingStatus, now: Instant) {
         let senders = self.samples.lock();
         status.senders = senders.len() as u64;
+        status.untracked = senders.untracked();
         status.advisories_waiting = senders.outbox.len() as u64;
         status.advisories_dropped = senders.outbox.dropped();
         let late = now.duration_since(self.written_at).saturating_sub(WRITE_EVERY);
@@ -440,19 +389,6 @@ impl Drop for Sampler {
             self.samples.lock().not_wrote(&write);
         }
     }
-}
-
-fn count(advised: &mut Advised, kind: Kind) {
-    *match kind {
-        Kind::New => &mut advised.new,
-        Kind::Timeout => &mut advised.timeout,
-        Kind::Recover => &mut advised.recover,
-        Kind::Expire => &mut advised.expire,
-    } += 1;
-}
-
-fn chance_part() -> f64 {
-    (chance::random() >> 11) as f64 / (1_u64 << 53) as f64
 }
 
 /// Up to where a source that forgets may be told that messages are settled, `since` so long after the last time that

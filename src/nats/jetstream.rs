@@ -210,6 +210,11 @@ pub struct PublishAck<'a> {
 }
 
 impl<'a> PublishAck<'a> {
+    /// Whether it names a stream that has the message. Any subscriber can answer a publish, with `{}` for example.
+    pub fn is_of_a_stream(&self) -> bool {
+        !self.stream.is_empty() && (self.seq > 0 || self.duplicate)
+    }
+
     /// Reads an ack; the error is the server's, or says that `whose` ack is none.
     pub fn parse(payload: &'a [u8], whose: &str) -> Result<Self, Error> {
         let mut ack: Self = serde_json::from_slice(payload)

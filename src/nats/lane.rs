@@ -169,6 +169,8 @@ pub struct Lane {
     pongs: u64,
     /// The oldest PING that is not answered.
     question: Option<Question>,
+    /// Refused publishes, if they are kept instead of ending the lane.
+    refused: Option<Vec<String>>,
     output: BytesMut,
     unflushed: bool,
     inbox: String,
@@ -313,6 +315,7 @@ impl Lane {
             pings: 0,
             pongs: 0,
             question: None,
+            refused: None,
             output: BytesMut::new(),
             unflushed: false,
             inbox: format!("{}.{}", inbox_prefix(connection)?, chance::name()),
@@ -504,6 +507,28 @@ impl Lane {
         {
             (self.alive, self.drained) = (now, now);
         }
+    }
+
+    /// How many calls of [`Lane::ping`] there were.
+    pub fn pings(&self) -> u64 {
+        self.pings
+    }
+
+    /// How many of them the server has answered. It answers in order, after everything that was sent before.
+    pub fn answered_pings(&self) -> u64 {
+        // The first PONG belongs to the login.
+        self.pongs.saturating_sub(1)
+    }
+
+    /// From now on a refused publish does not end the lane: [`Lane::take_refused`] returns what the server said. A
+    /// [`Turn::Received`] without messages may announce it.
+    pub fn keep_refused(&mut self) {
+        self.refused = Some(Vec::new());
+    }
+
+    /// What the server said of refused publishes, oldest first.
+    pub fn take_refused(&mut self) -> Vec<String> {
+        self.refused.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Writes everything and waits until the server has read it. For use while no copy is under way.
@@ -708,7 +733,8 @@ impl Lane {
         }
         self.controls = controls;
         self.controls.clear();
-        Ok((!frames.is_empty()).then(|| Batch { data: data.freeze(), frames }))
+        let is_refused = self.refused.as_ref().is_some_and(|refused| !refused.is_empty());
+        Ok((!frames.is_empty() || is_refused).then(|| Batch { data: data.freeze(), frames }))
     }
 
     fn control(&mut self, control: &Control) -> Result<(), Error> {
@@ -722,6 +748,9 @@ impl Lane {
                 self.info = serde_json::from_slice(json).map_err(|error| {
                     Error::retry(format!("`{}` sent an INFO that is not valid: {error}", self.address))
                 })?;
+            }
+            Control::Err(text) if self.refused.is_some() && is_refused_publish(text) => {
+                self.refused.get_or_insert_default().push(text.clone());
             }
             Control::Err(text) => return Err(Error::of_err_line(&self.address, text, self.pongs > 0)),
         }
@@ -773,6 +802,11 @@ impl Lane {
     fn failed(&self, error: &io::Error) -> Error {
         Error::retry(format!("connection to `{}` failed: {error}", self.address))
     }
+}
+
+/// Whether an `-ERR` line refuses one publish and leaves the connection open.
+fn is_refused_publish(text: &str) -> bool {
+    text.to_ascii_lowercase().starts_with("permissions violation for publish to ")
 }
 
 /// How a server is named in errors.

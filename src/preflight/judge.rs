@@ -187,7 +187,7 @@ impl Pair<'_> {
         })
     }
 
-    /// Whether advisories can be published, else the copy is held at the first one, and where they end up.
+    /// Whether advisories can be published, else they are refused while the copy continues, and where they end up.
     fn advisory(&self, advisory: &Advisory) -> Said {
         let facts = self.source;
         let subjects: Vec<_> = sampling::advisory_patterns(&advisory.subject).into_iter().collect();

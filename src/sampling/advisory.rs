@@ -1,6 +1,6 @@
 //! Advisories: what is told of a sender (Choria's schema `io.choria.sr.v2.age_advisory`).
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use chrono::{DateTime, Utc};
 use schemars::JsonSchema;
@@ -45,7 +45,7 @@ pub struct Advisory {
     /// What.
     pub kind: Kind,
     /// To whom.
-    pub sender: Box<str>,
+    pub sender: Arc<str>,
     /// When it was due, by the times of the source.
     pub due_ns: i64,
     /// When the sender was seen before that.

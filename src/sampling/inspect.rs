@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use xxhash_rust::xxh3::xxh3_128;
+
 use super::path::Path;
 use crate::{
     config::{self, Inspect},
@@ -10,6 +12,10 @@ use crate::{
 
 /// Longest value, bytes, that is told apart. What is longer counts as no value: its messages are copied.
 pub const MAX_VALUE: usize = 1024;
+/// Longest value, bytes, that is stored as it is. Of a longer one the beginning and a hash are stored.
+pub const MAX_STORED: usize = 256;
+/// Bytes of the beginning.
+const BEGINNING: usize = 96;
 
 /// Looks into messages as one replication's document says.
 #[derive(Debug, Clone)]
@@ -39,7 +45,7 @@ impl Inspector {
         Self { place, force: sampling.force_field.as_deref().map(Path::new) }
     }
 
-    /// The sender, if the message names one: not empty, valid UTF-8 of up to [`MAX_VALUE`] bytes.
+    /// The sender, if the message names one: not empty, valid UTF-8 of up to [`MAX_VALUE`] bytes; as it is stored.
     pub fn sender<'a>(&self, message: &Message<'a>) -> Option<Cow<'a, str>> {
         let text = |bytes: &'a [u8]| std::str::from_utf8(bytes).ok().map(Cow::Borrowed);
         let value = match &self.place {
@@ -50,13 +56,23 @@ impl Inspector {
             Place::Token(token) => message.subject.split(|byte| *byte == b'.').nth(*token).and_then(text),
             Place::Subject => text(message.subject),
         };
-        value.filter(|value| !value.is_empty() && value.len() <= MAX_VALUE)
+        let value = value.filter(|value| !value.is_empty() && value.len() <= MAX_VALUE)?;
+        Some(shortened(&value).map_or(value, Cow::Owned))
     }
 
     /// Whether the field that forces a copy is true.
     pub fn forced(&self, payload: &[u8]) -> bool {
         self.force.as_ref().is_some_and(|path| path.is_true(payload))
     }
+}
+
+/// How a value is stored that is longer than [`MAX_STORED`]: its beginning, three dots and a hash of all of it.
+pub fn shortened(value: &str) -> Option<String> {
+    if value.len() <= MAX_STORED {
+        return None;
+    }
+    let end = (0..=BEGINNING).rev().find(|end| value.is_char_boundary(*end)).unwrap_or_default();
+    Some(format!("{}...{:032x}", &value[..end], xxh3_128(value.as_bytes())))
 }
 
 #[cfg(test)]
@@ -73,6 +89,7 @@ mod tests {
             size_trigger: None,
             force_field: None,
             advisory: None,
+            bounds: config::SenderBounds::default(),
         };
         let message = Message { sid: 0, subject: subject.as_bytes(), reply: b"", header, payload };
         Inspector::new(&sampling).sender(&message).map(Cow::into_owned)
@@ -97,9 +114,24 @@ mod tests {
     }
 
     #[test]
+    fn a_long_value_is_stored_as_its_beginning_and_a_hash() {
+        let stored = |value: &str| sender(Inspect::Subject, value, b"", b"").unwrap();
+        let (longest, longer) = ("x".repeat(MAX_STORED), "x".repeat(MAX_STORED + 1));
+        assert_eq!(stored(&longest), longest);
+        let short = stored(&longer);
+        assert!(short.starts_with(&longer[..BEGINNING]) && short.len() < MAX_STORED, "{short}");
+        assert_ne!(short, stored(&format!("{longer}x")));
+        assert_eq!(stored(&short), short, "it is stored as it is");
+        // No character is cut: the boundary lies inside of one.
+        let accents = format!("x{}", "\u{e9}".repeat(200));
+        assert!(stored(&accents).starts_with("x\u{e9}") && stored(&accents).len() == BEGINNING - 1 + 35);
+    }
+
+    #[test]
     fn what_cannot_be_told_apart_is_no_sender() {
         let long = |length: usize| sender(Inspect::Subject, &"x".repeat(length), b"", b"").map(|value| value.len());
-        assert_eq!((long(MAX_VALUE), long(MAX_VALUE + 1), long(0)), (Some(MAX_VALUE), None, None));
+        let stored = BEGINNING + 3 + 32;
+        assert_eq!((long(MAX_VALUE), long(MAX_VALUE + 1), long(0)), (Some(stored), None, None));
         let header = b"NATS/1.0\r\nA: \xff\r\n\r\n";
         assert_eq!(sender(Inspect::Header("A".into()), "a", header, b""), None);
     }

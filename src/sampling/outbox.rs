@@ -1,15 +1,18 @@
 //! What is to be told of senders and nobody has confirmed yet, in the order in which it happened.
 //!
 //! A reliable advisory is first kept with its sender's record, then published until it is confirmed, and then no longer
-//! kept: whatever crashes in between, it is told, and each time with the same id. Any other is published once.
+//! kept: whatever crashes in between, it is told, and each time with the same id. Any other is published once; again only if
+//! the connection ends before the server has shown that it read it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::advisory::Advisory;
 
 /// Advisories of one sender that are kept while nobody confirms them; the oldest goes first, counted.
 pub const PER_SENDER: usize = 8;
-/// Reliable advisories that are kept in all, some 200 bytes each; of more, the newest go, counted.
+/// Reliable advisories that are kept in all, some 130 bytes each; of more, the newest go, counted.
 const RELIABLE: usize = 1_000_000;
 /// Advisories that are not reliable and wait for a connection.
 const UNRELIABLE: usize = 1_000;
@@ -20,8 +23,8 @@ pub struct Outbox {
     reliable: bool,
     next: u64,
     entries: BTreeMap<u64, Advisory>,
-    /// Numbers of the reliable ones, by sender.
-    of: HashMap<Box<str>, Vec<u64>>,
+    /// Numbers of the reliable ones, each after a hash of its sender: small, as there may be one million.
+    of: BTreeSet<(u64, u64)>,
     /// Numbers of those that can be published now.
     ready: BTreeSet<u64>,
     /// Numbers of those that are not kept with their sender's record.
@@ -94,15 +97,16 @@ impl Outbox {
         let number = self.next;
         self.next += 1;
         if self.reliable {
-            let of = self.of.entry(advisory.sender.clone()).or_default();
-            of.push(number);
-            if of.len() > PER_SENDER {
-                let oldest = of.remove(0);
+            let mut of = self.of(&advisory.sender).map(|(number, _)| number);
+            let oldest = of.next().filter(|_| of.count() + 1 >= PER_SENDER);
+            if let Some(oldest) = oldest {
+                self.of.remove(&(hash(&advisory.sender), oldest));
                 self.entries.remove(&oldest);
                 self.fresh.remove(&oldest);
                 self.refused.remove(&oldest);
                 self.dropped += 1;
             }
+            self.of.insert((hash(&advisory.sender), number));
         }
         self.entries.insert(number, advisory);
         Some(number)
@@ -110,13 +114,15 @@ impl Outbox {
 
     /// What has to be kept of a sender, oldest first.
     pub(super) fn of(&self, sender: &str) -> impl Iterator<Item = (u64, &Advisory)> {
-        let numbers = self.of.get(sender).into_iter().flatten();
-        numbers.filter_map(|number| Some((*number, self.entries.get(number)?)))
+        let hash = hash(sender);
+        let numbers = self.of.range((hash, 0)..=(hash, u64::MAX)).map(|(_, number)| *number);
+        let entries = numbers.filter_map(|number| Some((number, self.entries.get(&number)?)));
+        entries.filter(move |(_, advisory)| *advisory.sender == *sender)
     }
 
     /// Whether something is to be told of a sender.
     pub(super) fn has(&self, sender: &str) -> bool {
-        self.of.contains_key(sender)
+        self.of(sender).next().is_some()
     }
 
     /// These are kept with their sender's record now: they can be published.
@@ -149,6 +155,11 @@ impl Outbox {
         }
     }
 
+    /// Whether one can be published now.
+    pub fn is_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
     /// Whether some were refused and wait.
     pub fn has_refused(&self) -> bool {
         !self.refused.is_empty()
@@ -172,18 +183,15 @@ impl Outbox {
             self.ready.append(&mut self.refused);
         }
         let advisory = self.entries.remove(&number)?;
-        if let Some(numbers) = self.of.get_mut(&advisory.sender) {
-            numbers.retain(|other| *other != number);
-            if numbers.is_empty() {
-                self.of.remove(&advisory.sender);
-            }
-        }
+        self.of.remove(&(hash(&advisory.sender), number));
         Some(advisory)
     }
 
     /// Forgets what is kept of a sender.
     pub(super) fn forget(&mut self, sender: &str) {
-        for number in self.of.remove(sender).unwrap_or_default() {
+        let numbers: Vec<u64> = self.of(sender).map(|(number, _)| number).collect();
+        for number in numbers {
+            self.of.remove(&(hash(sender), number));
             self.entries.remove(&number);
             for numbers in [&mut self.fresh, &mut self.ready, &mut self.taken, &mut self.refused] {
                 numbers.remove(&number);
@@ -195,6 +203,10 @@ impl Outbox {
     pub(super) fn clear(&mut self) {
         *self = Self { next: self.next, dropped: self.dropped, ..Self::new(self.reliable) };
     }
+}
+
+fn hash(sender: &str) -> u64 {
+    xxh3_64(sender.as_bytes())
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap, HashMap, HashSet, VecDeque},
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,12 +18,13 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::{
     advisory::{Advisory, Kind},
+    inspect::shortened,
     outbox::Outbox,
 };
 use crate::{
     chance,
-    config::Sampling,
-    store::{PendingAdvisory, SenderRecord, sender_token},
+    config::{Sampling, SenderBounds},
+    store::{PendingAdvisory, SenderRecord, sender_hash, sender_hash_of_token},
 };
 
 /// No time.
@@ -95,7 +97,7 @@ struct Round {
     /// Everything up to here had settled.
     position: u64,
     slots: Vec<u32>,
-    gone: Vec<Box<str>>,
+    gone: Vec<Arc<str>>,
 }
 
 /// One sender, for people.
@@ -123,11 +125,12 @@ struct Rules {
     size_trigger: Option<u32>,
     /// Whether anything is told.
     advises: bool,
+    bounds: SenderBounds,
 }
 
 #[derive(Debug)]
 struct Slot {
-    name: Box<str>,
+    name: Arc<str>,
     seen: i64,
     copied: i64,
     /// Source sequence of the message copied last; of the first one seen while none was.
@@ -174,10 +177,18 @@ pub struct Senders {
     newest: HashMap<u32, Sent>,
     dirty: Vec<u32>,
     /// Forgotten senders whose records are still there, with the newest source sequence when that was found.
-    gone: HashMap<Box<str>, u64>,
-    leaving: Vec<Box<str>>,
+    gone: HashMap<Arc<str>, u64>,
+    /// Bytes of the names of known and of forgotten senders.
+    names: usize,
+    /// Names that are too long for keys, by the hash that stands there.
+    hashed: HashMap<u128, Arc<str>>,
+    /// Messages whose sender is not tracked, because the bounds are reached.
+    untracked: u64,
+    /// Whether there are such messages, and whether that has been asked for.
+    full: Option<bool>,
+    leaving: Vec<Arc<str>>,
     /// Those of them that wait for nothing but that no message of theirs can be read again.
-    unsettled: Vec<Box<str>>,
+    unsettled: Vec<Arc<str>>,
     round: Option<Round>,
     /// What is to be told.
     pub outbox: Outbox,
@@ -212,6 +223,10 @@ impl Senders {
             newest: HashMap::new(),
             dirty: Vec::new(),
             gone: HashMap::new(),
+            names: 0,
+            hashed: HashMap::new(),
+            untracked: 0,
+            full: None,
             leaving: Vec::new(),
             unsettled: Vec::new(),
             round: None,
@@ -251,6 +266,66 @@ impl Senders {
     /// Senders that are known.
     pub fn len(&self) -> usize {
         self.table.len()
+    }
+
+    /// Messages whose sender is not tracked, because there are too many senders.
+    pub fn untracked(&self) -> u64 {
+        self.untracked
+    }
+
+    /// Whether the bounds were reached since this was asked last: said once, until there is room again.
+    pub fn became_full(&mut self) -> bool {
+        let SenderBounds { senders, bytes } = self.rules.bounds;
+        if self.full == Some(true) && self.tracked() * 10 < senders * 9 && self.names * 10 < bytes * 9 {
+            self.full = None;
+        }
+        self.full == Some(false) && self.full.replace(true).is_some()
+    }
+
+    /// Senders that take room: known ones, and forgotten ones whose records are still there.
+    fn tracked(&self) -> usize {
+        self.table.len() + self.gone.len()
+    }
+
+    /// Whether there is no room for a sender that is not known.
+    fn is_full(&self, sender: &str) -> bool {
+        let SenderBounds { senders, bytes } = self.rules.bounds;
+        let is_new = !self.gone.contains_key(sender);
+        is_new && (self.tracked() >= senders || self.names + sender.len() > bytes)
+    }
+
+    /// The same for the record of one, which may come before that of another one is removed.
+    fn is_overfull(&self, sender: &str) -> bool {
+        let SenderBounds { senders, bytes } = self.rules.bounds;
+        let is_new = self.find(sender).is_none() && !self.gone.contains_key(sender);
+        let most = |bound: usize| bound + bound / 8 + 4_096;
+        is_new && (self.tracked() >= most(senders) || self.names + sender.len() > most(bytes))
+    }
+
+    /// The name of a sender, which all that is kept of it share. Called before any of that is there.
+    fn name(&mut self, sender: &str) -> Arc<str> {
+        if let Some(index) = self.find(sender) {
+            return self.slots[index as usize].name.clone();
+        }
+        if let Some((name, _)) = self.gone.get_key_value(sender) {
+            return name.clone();
+        }
+        let name: Arc<str> = sender.into();
+        self.names += name.len();
+        if let Some(hash) = sender_hash(sender) {
+            self.hashed.insert(hash, name.clone());
+        }
+        name
+    }
+
+    /// Something that was kept of a sender is gone: its name goes with the last of it.
+    fn release(&mut self, sender: &str) {
+        if self.find(sender).is_none() && !self.gone.contains_key(sender) {
+            self.names = self.names.saturating_sub(sender.len());
+            if let Some(hash) = sender_hash(sender) {
+                self.hashed.remove(&hash);
+            }
+        }
     }
 
     /// Whether nobody is known.
@@ -301,11 +376,17 @@ impl Senders {
                 index
             }
             None if !news => return,
+            None if self.is_full(sender) => {
+                self.untracked += 1;
+                self.full.get_or_insert(false);
+                return;
+            }
             None => {
                 let index = self.insert(sender, time_ns, seq);
                 self.schedule(index);
                 self.touch(index);
-                self.happened(Kind::New, sender.into(), time_ns, time_ns);
+                let name = self.slots[index as usize].name.clone();
+                self.happened(Kind::New, name, time_ns, time_ns);
                 index
             }
         };
@@ -440,7 +521,7 @@ impl Senders {
         (self.floor != NEVER).then(|| DateTime::from_timestamp_nanos(self.floor))
     }
 
-    fn happened(&mut self, kind: Kind, sender: Box<str>, due_ns: i64, seen_ns: i64) {
+    fn happened(&mut self, kind: Kind, sender: Arc<str>, due_ns: i64, seen_ns: i64) {
         if !self.rules.advises {
             return;
         }
@@ -470,7 +551,7 @@ impl Senders {
 
     fn insert(&mut self, sender: &str, seen: i64, sequence: u64) -> u32 {
         let slot = Slot {
-            name: sender.into(),
+            name: self.name(sender),
             seen,
             copied: NEVER,
             sequence,
@@ -568,7 +649,7 @@ impl Senders {
         if write.records.is_empty() {
             self.written_to = self.written_to.max(round.position);
             let (gone, written_to) = (&self.gone, self.written_to);
-            let is_settled = |sender: &mut Box<str>| gone.get(sender).is_none_or(|read| *read <= written_to);
+            let is_settled = |sender: &mut Arc<str>| gone.get(sender).is_none_or(|read| *read <= written_to);
             self.leaving.extend(self.unsettled.extract_if(.., is_settled));
             return None;
         }
@@ -585,7 +666,7 @@ impl Senders {
             // It is new with a message that has not settled: a crash before that finds it new again.
             return self.touch(index);
         }
-        if self.newer.contains(&slot.name) {
+        if self.newer.contains(&*slot.name) {
             return;
         }
         slot.written = slot.seen;
@@ -599,7 +680,7 @@ impl Senders {
         }
         let waits = record.pending.iter().any(|pending| pending.event == Kind::Timeout.name());
         record.advised = slot.late && !waits;
-        if let Some(other) = self.other.get(&slot.name) {
+        if let Some(other) = self.other.get(&*slot.name) {
             record.other.clone_from(other);
         }
         write.records.push((slot.name.to_string(), Some(record)));
@@ -608,16 +689,19 @@ impl Senders {
     fn compose_gone(&mut self, sender: &str, write: &mut Write) {
         if self.find(sender).is_some() || self.newer.contains(sender) {
             self.gone.remove(sender);
+            self.release(sender);
             return;
         }
         let Some(read) = self.gone.get(sender).copied() else { return };
         if !self.outbox.has(sender) {
             if read <= self.written_to || !self.rules.advises {
                 self.gone.remove(sender);
+                self.release(sender);
                 self.other.remove(sender);
                 return write.records.push((sender.to_owned(), None));
             }
-            self.unsettled.push(sender.into());
+            let name = self.name(sender);
+            self.unsettled.push(name);
         }
         let mut record = SenderRecord::new(sender, DateTime::UNIX_EPOCH);
         (record.expired, record.sequence) = (true, read);
@@ -645,8 +729,9 @@ impl Senders {
             match self.find(sender) {
                 Some(index) => self.touch(index),
                 None => {
-                    self.gone.entry(sender.as_str().into()).or_insert(self.read);
-                    self.leaving.push(sender.as_str().into());
+                    let name = self.name(sender);
+                    self.gone.entry(name.clone()).or_insert(self.read);
+                    self.leaving.push(name);
                 }
             }
         }
@@ -680,22 +765,44 @@ impl Senders {
         self.end_load();
         self.gone.clear();
         self.outbox.clear();
+        self.hashed.clear();
+        self.names = 0;
+    }
+
+    /// An older program stored the whole of a long value: its record is replaced by one with the value as it is stored now.
+    fn shorten(&mut self, record: &mut SenderRecord) -> bool {
+        let Some(short) = shortened(&record.sender) else { return false };
+        let long = std::mem::replace(&mut record.sender, short);
+        let name = self.name(&long);
+        self.gone.insert(name.clone(), 0);
+        if self.begun {
+            self.leaving.push(name);
+        }
+        true
     }
 
     /// Takes over what somebody else wrote of a sender.
-    pub fn take_over(&mut self, record: SenderRecord) {
+    pub fn take_over(&mut self, mut record: SenderRecord) {
+        if self.is_overfull(&record.sender) {
+            return;
+        }
+        let is_shortened = self.shorten(&mut record);
         let sender = record.sender.as_str();
+        if is_shortened && (record.expired || self.find(sender).is_some()) {
+            return;
+        }
         if record.is_newer() {
             self.newer.insert(sender.into());
         }
         self.outbox.forget(sender);
         if record.expired {
+            let name = self.name(sender);
             if let Some(index) = self.find(sender) {
                 self.remove(index);
             }
-            self.gone.insert(sender.into(), record.sequence);
+            self.gone.insert(name.clone(), record.sequence);
             if self.begun {
-                self.leaving.push(sender.into());
+                self.leaving.push(name);
             }
         } else {
             let seen = nanos(record.seen);
@@ -724,6 +831,9 @@ impl Senders {
             if self.begun {
                 self.schedule(index);
             }
+            if is_shortened {
+                self.touch(index);
+            }
             if !record.other.is_empty() {
                 self.other.insert(sender.into(), record.other);
             }
@@ -732,36 +842,37 @@ impl Senders {
             let kind = Kind::ALL.into_iter().find(|kind| kind.name() == event);
             if let Some(kind) = kind {
                 let (due_ns, seen_ns) = (nanos(*due), nanos(*seen));
-                self.outbox.restore(Advisory { kind, sender: sender.into(), due_ns, seen_ns });
+                let sender = self.name(sender);
+                self.outbox.restore(Advisory { kind, sender, due_ns, seen_ns });
             }
         }
     }
 
     /// Somebody else removed the record of a sender, named by the last part of its key.
     pub fn taken_away(&mut self, token: &str) {
-        let found = match decoded(token) {
-            Some(sender) => {
-                self.gone.remove(sender.as_str());
-                self.find(&sender)
-            }
-            // Too long to be in the key: rare enough to look for.
-            None => {
-                let slots = self.slots.iter().enumerate();
-                let is = |slot: &Slot| slot.live && sender_token(&slot.name) == token;
-                slots.filter(|(_, slot)| is(slot)).map(|(index, _)| index as u32).next()
-            }
+        let name = match decoded(token) {
+            Some(sender) => sender,
+            // Too long to be in the key.
+            None => match sender_hash_of_token(token).and_then(|hash| self.hashed.get(&hash)) {
+                Some(name) => name.to_string(),
+                None => return,
+            },
         };
-        if let Some(index) = found {
-            self.drop_slot(index);
+        let was_gone = self.gone.remove(name.as_str()).is_some();
+        match self.find(&name) {
+            Some(index) => self.drop_slot(index),
+            None if was_gone => self.release(&name),
+            None => {}
         }
     }
 
     fn drop_slot(&mut self, index: u32) {
         let name = self.slots[index as usize].name.clone();
         self.outbox.forget(&name);
-        self.other.remove(&name);
-        self.newer.remove(&name);
+        self.other.remove(&*name);
+        self.newer.remove(&*name);
         self.remove(index);
+        self.release(&name);
     }
 
     /// Slots that there are, for [`Senders::list`].
@@ -796,6 +907,7 @@ impl Rules {
             warn: nanos(sampling.warn),
             size_trigger: sampling.size_trigger.map(trigger),
             advises: sampling.advisory.is_some(),
+            bounds: sampling.bounds,
         }
     }
 
@@ -856,6 +968,7 @@ mod tests {
             size_trigger: Some(10),
             force_field: None,
             advisory: advises.then(|| config::Advisory { subject: "a".to_owned(), reliable: true }),
+            bounds: SenderBounds::default(),
         }
     }
 
@@ -1191,11 +1304,80 @@ mod tests {
         senders.end_load();
         let left: Vec<_> = senders.list(0..9).map(|(_, listed)| listed.sender).collect();
         assert_eq!(left, ["b"]);
-        let long = "x.".repeat(400);
+        let token = |sender: &str| format!("{}=={:032x}", "x".repeat(166), sender_hash(sender).unwrap());
+        let long = "x.".repeat(120);
         senders.take_over(record(&long));
-        senders.taken_away(&sender_token(&long));
-        senders.taken_away(&sender_token("b"));
+        senders.taken_away(&token(&long));
+        senders.taken_away("b");
         assert!(senders.is_empty());
+    }
+
+    fn bounded(senders: usize, bytes: usize) -> Senders {
+        let sampling = Sampling { bounds: SenderBounds { senders, bytes }, ..sampling(true) };
+        let mut senders = Senders::new("NODES", &sampling);
+        senders.begin(0, None, false);
+        senders
+    }
+
+    #[test]
+    fn further_senders_are_copied_and_counted_when_the_bounds_are_reached() {
+        for mut senders in [bounded(3, 1_000), bounded(1_000, 6)] {
+            for (seq, sender) in (1..).zip(["n1", "n2", "n3", "n4", "n4", "n1", "n5", "n4"]) {
+                let expect = if sender == "n1" && seq > 1 { Verdict::Skip } else { Verdict::Copy(Cause::New) };
+                assert_eq!(take(&mut senders, sight(seq, 0.0, sender)), expect, "{seq}");
+                assert_eq!(senders.became_full(), seq == 4, "said once");
+            }
+            assert_eq!((senders.len(), senders.names, senders.untracked()), (3, 6, 4));
+            let new = tell(&mut senders, 8).into_iter().map(|(_, sender, _)| sender);
+            assert_eq!(new.collect::<Vec<_>>(), ["n1", "n2", "n3"], "an advisory is of a tracked sender");
+            // Forgotten senders take room until their records are gone.
+            take(&mut senders, sight(9, 200.0, "n6"));
+            assert_eq!((senders.len(), senders.gone.len(), senders.names, senders.untracked()), (0, 3, 6, 5));
+            tell(&mut senders, 9);
+            tell(&mut senders, 9);
+            assert_eq!((senders.gone.len(), senders.names, senders.hashed.len()), (0, 0, 0));
+            take(&mut senders, sight(10, 201.0, "n6"));
+            assert_eq!((senders.len(), senders.names, senders.untracked()), (1, 2, 5));
+            assert!(!senders.became_full());
+            for (seq, sender) in (11..).zip(["n7", "n8", "n9"]) {
+                take(&mut senders, sight(seq, 202.0, sender));
+            }
+            assert!(senders.became_full() && !senders.became_full(), "said again after there was room");
+        }
+    }
+
+    #[test]
+    fn bytes_of_names_come_back_however_a_sender_goes() {
+        let odd = |number: usize| format!("{number}{}", "=".repeat(100));
+        let mut senders = Senders::new("NODES", &sampling(true));
+        let record = |number: usize| SenderRecord::new(&odd(number), DateTime::UNIX_EPOCH);
+        let token = |number: usize| format!("=={:032x}", sender_hash(&odd(number)).unwrap());
+        (0..4).for_each(|number| senders.take_over(record(number)));
+        assert_eq!((senders.names, senders.hashed.len()), (404, 4));
+        // Its record says that it expired, and then goes; the other one is removed at once.
+        senders.take_over(SenderRecord { expired: true, ..record(0) });
+        assert_eq!((senders.len(), senders.names, senders.hashed.len()), (3, 404, 4));
+        (0..2).for_each(|number| senders.taken_away(&token(number)));
+        senders.taken_away(&token(0));
+        assert_eq!((senders.len(), senders.gone.len(), senders.names, senders.hashed.len()), (2, 0, 202, 2));
+        senders.forget_all();
+        assert_eq!((senders.len(), senders.names, senders.hashed.len()), (0, 0, 0));
+    }
+
+    #[test]
+    fn a_record_of_a_long_value_is_replaced_by_one_of_the_stored_form() {
+        let long = "x".repeat(300);
+        let short = shortened(&long).unwrap();
+        let mut senders = Senders::new("NODES", &sampling(true));
+        let mut record = SenderRecord::new(&long, time(sight(0, 0.0, "").time_ns));
+        (record.copied, record.sequence, record.size) = (Some(record.seen), 1, 100);
+        senders.take_over(record);
+        senders.begin(1, None, false);
+        assert_eq!(take(&mut senders, sight(2, 1.0, &short)), Verdict::Skip);
+        let records: BTreeMap<_, _> = all_records(&mut senders, 2).into_iter().collect();
+        assert_eq!(records.keys().map(String::as_str).collect::<Vec<_>>(), [&short, &long]);
+        assert!(records[&long].is_none() && records[&short].as_ref().is_some_and(|record| record.sequence == 1));
+        assert_eq!((senders.len(), senders.names), (1, short.len()));
     }
 
     /// What the rules say, by a list of everything that ever came: no slots, no order of what is due, no records.

@@ -348,6 +348,18 @@ pub fn token(sender: &str) -> String {
     token
 }
 
+/// The hash in the key of a sender that is too long for it.
+pub fn hash(sender: &str) -> Option<u128> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_/".contains(&byte);
+    let length: usize = sender.bytes().map(|byte| if plain(byte) { 1 } else { 3 }).sum();
+    (length > LONGEST).then(|| xxh3_128(sender.as_bytes()))
+}
+
+/// The same by the part of the key.
+pub fn hash_of_token(token: &str) -> Option<u128> {
+    u128::from_str_radix(token.rsplit_once("==")?.1, 16).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
@@ -366,6 +378,8 @@ mod tests {
             [long.clone(), long[1..].to_owned(), format!("{long}y"), "a.b".into(), "a=2Eb".into(), "=".into()];
         let tokens: HashSet<_> = senders.iter().map(|sender| token(sender)).collect();
         assert_eq!(tokens.len(), senders.len());
+        assert!(senders.iter().all(|sender| hash(sender) == hash_of_token(&token(sender))));
+        assert!(hash(&long).is_some() && hash(&"x".repeat(LONGEST)).is_none());
         let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-/_=".contains(&byte);
         assert!(tokens.iter().all(|token| token.len() <= LONGEST && token.bytes().all(legal)));
     }

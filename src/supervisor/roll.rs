@@ -7,7 +7,11 @@ use std::sync::{
 };
 
 use futures_util::StreamExt;
-use tokio::{sync::watch, task::JoinHandle};
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{Duration, timeout},
+};
 use tracing::{info, warn};
 
 use crate::{
@@ -16,6 +20,9 @@ use crate::{
     sampling::Senders,
     store::{self, SenderChange, SenderStore, Trouble},
 };
+
+/// How long to wait for the newest record before the bucket is asked again which one that is.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The senders of one replication, and the task that follows their records; it ends with this.
 #[derive(Debug)]
@@ -68,9 +75,15 @@ impl Roll {
     /// From now on this process writes: waits until it knows what is there.
     pub(super) async fn lead(&mut self, sampling: &Sampling) -> Result<(), store::Error> {
         if !self.leads.load(Ordering::Relaxed) {
-            let newest = self.samples.store.newest(&self.id).await?;
-            // An error means that the task is gone, and with it everything.
-            let _ = self.told.wait_for(|told| told.is_some_and(|told| told >= newest)).await;
+            loop {
+                let newest = self.samples.store.newest(&self.id).await?;
+                let known = self.told.wait_for(|told| told.is_some_and(|told| told >= newest));
+                // An error means that the task is gone, and with it everything. The newest one may be a marker that
+                // expires before the watch delivers it: then an older one is the newest.
+                if timeout(ASK_AGAIN, known).await.is_ok() {
+                    break;
+                }
+            }
             let known = self.samples.lock().len();
             info!(replication = self.id, senders = known, "senders are known");
             self.leads.store(true, Ordering::Relaxed);
