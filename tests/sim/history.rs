@@ -181,6 +181,49 @@ impl History {
         }
     }
 
+    /// Nobody was interested in what the source dropped for that.
+    pub fn uninteresting(&mut self, gone: &[u64]) {
+        for number in gone.iter().filter_map(|seq| self.held.remove(seq)) {
+            self.originals[number].excused = Some("nobody was interested");
+        }
+    }
+
+    /// The source forgets what was acknowledged: it has to be settled.
+    pub fn acknowledged(&mut self, gone: &[u64]) {
+        for seq in gone {
+            let Some(number) = self.held.remove(seq) else {
+                self.breach(format!("the source forgot {seq}, which it did not have"));
+                continue;
+            };
+            if !self.is_done(number) {
+                self.breach(format!("{seq} was acknowledged at the source before it was settled"));
+            }
+        }
+    }
+
+    /// What the source has yet though it was settled a while ago and somebody takes it.
+    pub fn unacknowledged(&self) -> Option<String> {
+        let taken = |seq: &u64| {
+            self.plan.filter.as_ref().is_none_or(|filter| matches(filter, &self.originals[self.held[seq]].subject))
+        };
+        let there: Vec<u64> = self.held.keys().copied().filter(taken).collect();
+        let first = there.first()?;
+        Some(format!("{} were never acknowledged at the source, first {first}", there.len()))
+    }
+
+    /// Whether a message needs no copy any more; one that is too old may never have one.
+    fn is_done(&mut self, number: usize) -> bool {
+        let original = &self.originals[number];
+        if !original.wanted || original.excused.is_some() || self.is_stored(number, Some(self.grace())) {
+            return true;
+        }
+        if self.is_old(original) {
+            self.originals[number].excused = Some("too old");
+            return true;
+        }
+        self.is_replaced(number)
+    }
+
     /// The source lost what lies behind a sequence.
     pub fn cut(&mut self, keep: u64) {
         let at = self.world.elapsed();
@@ -552,14 +595,8 @@ impl History {
         }
         let settled: Vec<usize> = self.held.range(..=seq).map(|(_, number)| *number).collect();
         for number in settled {
-            let original = &self.originals[number];
-            if !original.wanted || original.excused.is_some() || self.is_stored(number, Some(self.grace())) {
-                continue;
-            }
-            if self.is_old(original) {
-                self.originals[number].excused = Some("too old");
-            } else if !self.is_replaced(number) {
-                let (seq, time_ns) = (original.seq, original.time_ns);
+            if !self.is_done(number) {
+                let Original { seq, time_ns, .. } = self.originals[number];
                 return self.breach(format!("saved {witness} before {seq} of {time_ns} was settled"));
             }
         }

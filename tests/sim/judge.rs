@@ -50,6 +50,9 @@ impl Scene {
     /// The consumer of the run, and one that a superseded run created when its successor had begun. Servers here never
     /// remove a consumer by themselves.
     fn left_behind(&self) -> Option<String> {
+        if let Some(what) = self.plan.is_consumed().then(|| self.history().unacknowledged()).flatten() {
+            return Some(what);
+        }
         let (source, target) = (self.source.consumers(), self.target.consumers());
         (source.len() > 2 || !target.is_empty())
             .then(|| format!("consumers are left behind: {source:?} at the source, {target:?} at the target"))
@@ -134,7 +137,7 @@ impl Scene {
     /// killed before it saved that. What was gone before a first start is no loss.
     fn gaps_told_wrong(&self) -> Option<String> {
         let history = self.history();
-        let plain = self.plan.filter.is_none() && self.plan.source_keeps.is_none();
+        let plain = self.plan.filter.is_none() && self.plan.source_keeps.is_none() && !self.plan.is_consumed();
         if !plain {
             return history.events("gap").next().map(|event| format!("no gap can be told apart: {event}"));
         }

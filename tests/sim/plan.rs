@@ -1,8 +1,12 @@
 //! What happens in one simulated run, drawn from its seed.
 
+use rand::RngExt;
 use tokio::time::Duration;
 
-use super::world::{Host, World};
+use super::{
+    stream::Retention,
+    world::{Host, World},
+};
 
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -24,6 +28,10 @@ pub struct Plan {
     pub lives: bool,
     /// Some messages are larger than the target takes: who finds out.
     pub poison: Option<Poison>,
+    /// Whether the source forgets what is acknowledged.
+    pub retention: Retention,
+    /// Whether its acks go with flow control, where there are any.
+    pub flow_control: bool,
     /// Source messages: when, and how many at once.
     pub bursts: Vec<(Duration, u64)>,
     /// When each instance begins.
@@ -262,7 +270,7 @@ impl Plan {
         let keeps = world.once_in(8).then(|| world.between(1, 3) as usize);
         let batched = world.once_in(2);
         let in_flight = world.between(1, 64) as usize;
-        Self {
+        let plan = Self {
             stormy: Duration::from_millis(stormy),
             batched,
             in_flight,
@@ -279,11 +287,32 @@ impl Plan {
                 _ => None,
             },
             lives: in_flight.is_multiple_of(2),
+            retention: Retention::Limits,
+            flow_control: false,
             bursts,
             begins,
             ttls,
             faults,
+        };
+        plan.widen(world)
+    }
+
+    /// What else may be of another kind; drawn from another sequence, so that plans without it stay as they are.
+    fn widen(mut self, world: &World) -> Self {
+        let mut random = world.aside(16);
+        if random.random_range(0..5) == 0 {
+            self.retention = if random.random() { Retention::WorkQueue } else { Retention::Interest };
+            self.flow_control = random.random();
+            self.source_keeps = None;
+            let source = |fault: &Fault| fault.source_changes() || matches!(fault, Fault::Purge(_));
+            self.faults.retain(|(_, fault)| !source(fault));
         }
+        self
+    }
+
+    /// Whether the source forgets what is acknowledged.
+    pub fn is_consumed(&self) -> bool {
+        self.retention != Retention::Limits
     }
 
     fn ordinary(world: &World, processes: usize) -> Fault {

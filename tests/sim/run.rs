@@ -27,7 +27,7 @@ use super::{
     plan::{Fault, Plan, Poison, Side, TTL_MS},
     process::{Hands, Switch, process},
     server::{Server, Tamper},
-    stream::{Config, Stream},
+    stream::{Config, Retention, Stream},
     traffic,
     world::{Host, World},
 };
@@ -92,8 +92,8 @@ impl Scene {
     fn set(world: World, plan: Plan) -> Arc<Self> {
         let history = Arc::new(Mutex::new(History::new(world.clone(), plan.clone())));
         let max_payload = if plan.poison == Some(Poison::Noticed) { LARGE } else { 1 << 20 };
-        let source = Server::start(&world, "source", 1 << 20, None);
-        let target = Server::start(&world, "target", max_payload, Some(history.clone()));
+        let source = Server::start(&world, "source", 1 << 20, history.clone());
+        let target = Server::start(&world, "target", max_payload, history.clone());
         let witness = {
             let history = history.clone();
             Box::new(move |record: &[u8]| history.lock().expect("history").saves(record))
@@ -139,6 +139,8 @@ impl Scene {
             per_subject: self.plan.source_keeps,
             max_size: None,
             lives: true,
+            retention: self.plan.retention,
+            level: if self.plan.is_consumed() && !self.plan.flow_control { 2 } else { 4 },
         };
         Stream::new("S", config, self.world.now_ns(Host::Source))
     }
@@ -150,6 +152,8 @@ impl Scene {
             per_subject: self.plan.keeps,
             max_size: (self.plan.poison == Some(Poison::Refused)).then_some(LARGE),
             lives: self.plan.lives,
+            retention: Retention::Limits,
+            level: 4,
         };
         Stream::new("T", config, self.world.now_ns(Host::Target))
     }
