@@ -282,8 +282,10 @@ impl State {
     /// What was acknowledged leaves its stream.
     fn acknowledged(&mut self, of: &str, gone: &[u64]) {
         let Some(stream) = self.streams.get_mut(of) else { return };
+        // Others may have removed it before.
+        let gone: Vec<u64> = gone.iter().copied().filter(|seq| stream.messages.contains_key(seq)).collect();
         gone.iter().for_each(|seq| stream.remove(*seq));
-        self.history.lock().expect("history").acknowledged(gone);
+        self.history.lock().expect("history").acknowledged(&gone);
     }
 
     /// Streams of interest do not keep what no consumer takes.

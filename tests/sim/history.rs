@@ -228,7 +228,7 @@ impl History {
     pub fn cut(&mut self, keep: u64) {
         let at = self.world.elapsed();
         // A stream that keeps few messages of a subject may have none left that tells of the loss, if it is not made anew.
-        let tells = keep == 0 || self.plan.source_keeps.is_none();
+        let tells = keep == 0 || self.plan.source_keeps.is_none() && !self.plan.is_consumed();
         if tells && self.saved.source["seq"].as_u64().is_some_and(|seq| seq > keep) && !self.plan.unsure() {
             self.due.push("source-reset");
         }

@@ -54,7 +54,10 @@ impl Scene {
             return Some(what);
         }
         let (source, target) = (self.source.consumers(), self.target.consumers());
-        (source.len() > 2 || !target.is_empty())
+        // A search whose requests were slow asks under three names, and is killed meanwhile: they arrive all the same.
+        let slow = |fault| matches!(fault, Fault::Slow(Side::Target, ..) | Fault::Freeze(Side::Target, _));
+        let late = if self.plan.has(slow) { 3 } else { 0 };
+        (source.len() > 2 || target.len() > late)
             .then(|| format!("consumers are left behind: {source:?} at the source, {target:?} at the target"))
     }
 

@@ -304,8 +304,6 @@ impl Plan {
             self.retention = if random.random() { Retention::WorkQueue } else { Retention::Interest };
             self.flow_control = random.random();
             self.source_keeps = None;
-            let source = |fault: &Fault| fault.source_changes() || matches!(fault, Fault::Purge(_));
-            self.faults.retain(|(_, fault)| !source(fault));
         }
         self
     }
