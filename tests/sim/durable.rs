@@ -288,6 +288,22 @@ impl State {
         self.history.lock().expect("history").acknowledged(&gone);
     }
 
+    /// What was purged waits for no ack.
+    pub(super) fn drop_purged(&mut self, of: &str) {
+        let Some(stream) = self.streams.get(of) else { return };
+        for consumer in self.consumers.values_mut().filter(|consumer| consumer.stream == of) {
+            let Some(acks) = &mut consumer.acks else { continue };
+            let before = acks.pending.len();
+            acks.pending.retain(|seq, _| stream.messages.contains_key(seq));
+            if acks.pending.len() < before {
+                acks.floor = match acks.pending.first_key_value() {
+                    Some((first, (delivery, _))) => (delivery - 1, first - 1),
+                    None => (consumer.delivered, consumer.last_stream_seq),
+                };
+            }
+        }
+    }
+
     /// Streams of interest do not keep what no consumer takes.
     pub(super) fn drop_uninteresting(&mut self) {
         for stream in self.streams.values_mut().filter(|stream| stream.config.retention == Retention::Interest) {

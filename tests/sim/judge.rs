@@ -54,10 +54,15 @@ impl Scene {
             return Some(what);
         }
         let (source, target) = (self.source.consumers(), self.target.consumers());
-        // A search whose requests were slow asks under three names, and is killed meanwhile: they arrive all the same.
-        let slow = |fault| matches!(fault, Fault::Slow(Side::Target, ..) | Fault::Freeze(Side::Target, _));
-        let late = if self.plan.has(slow) { 3 } else { 0 };
-        (source.len() > 2 || target.len() > late)
+        // Requests that are slow are sent again under two more names, and all of them arrive when nobody waits for them.
+        let late = |side: Side| {
+            let slow = |fault| match fault {
+                Fault::Slow(of, ..) | Fault::Freeze(of, _) => of == side,
+                _ => false,
+            };
+            if self.plan.has(slow) { 3 } else { 0 }
+        };
+        (source.len() > 2 + late(Side::Source) || target.len() > late(Side::Target))
             .then(|| format!("consumers are left behind: {source:?} at the source, {target:?} at the target"))
     }
 

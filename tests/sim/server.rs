@@ -138,6 +138,7 @@ impl Server {
         let mut state = self.lock();
         let result = work(state.streams.get_mut(stream).expect("a stream"));
         state.drop_uninteresting();
+        state.drop_purged(stream);
         state.deliver_all();
         result
     }
