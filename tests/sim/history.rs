@@ -8,6 +8,7 @@ use tokio::time::Duration;
 
 use super::{
     plan::{Fault, Plan},
+    run::LARGE,
     stream::{Ack, Stream, matches, value},
     traffic::LIFE,
     world::{Host, World},
@@ -38,6 +39,8 @@ pub struct Original {
     purged: bool,
     copies: Vec<usize>,
     refused: bool,
+    /// Generations of its dead letters.
+    letters: Vec<usize>,
     /// Its message id, by generation.
     ids: Vec<(usize, String)>,
 }
@@ -164,6 +167,7 @@ impl History {
             purged: false,
             copies: Vec::new(),
             refused: false,
+            letters: Vec::new(),
             ids: Vec::new(),
         });
         self.by_key.insert((seq, message.time_ns), number);
@@ -310,25 +314,52 @@ impl History {
 
     /// Something came to the target, and this is what it did with it.
     pub fn arrived(&mut self, arrival: Arrival<'_>, result: Option<Result<Ack, u32>>) {
+        let Some(number) = self.origin(arrival) else { return self.unknown(arrival) };
+        match result {
+            Some(Ok(ack)) if !ack.duplicate => self.stored(number, ack.seq, arrival),
+            Some(Ok(_)) => {}
+            None | Some(Err(_)) => self.originals[number].refused = true,
+        }
+    }
+
+    fn unknown(&mut self, arrival: Arrival<'_>) {
+        let header = String::from_utf8_lossy(arrival.header).into_owned();
+        self.breach(format!("nobody sent what arrived: {header:?}"));
+    }
+
+    /// The message that a copy says it is of.
+    fn origin(&self, arrival: Arrival<'_>) -> Option<usize> {
         let origin = arrival.header.rsplit(|byte| *byte == b'\n').find_map(|line| {
             let line = std::str::from_utf8(line).ok()?.trim_end().strip_prefix("Choria-SR-Source: S ")?;
             let words: Vec<&str> = line.split(' ').collect();
             let [seq, "SITE", "SITE", time_ms] = words.as_slice() else { return None };
             Some((seq.parse::<u64>().ok()?, time_ms.parse::<i64>().ok()?))
         });
-        let found = origin.and_then(|(seq, time_ms)| {
-            // Streams made anew give the same sequences again.
-            self.originals.iter().rposition(|o| o.seq == seq && o.time_ns.div_euclid(1_000_000) == time_ms)
-        });
-        let Some(number) = found else {
-            let header = String::from_utf8_lossy(arrival.header).into_owned();
-            return self.breach(format!("nobody sent what came to the target: {header:?}"));
-        };
-        match result {
-            Some(Ok(ack)) if !ack.duplicate => self.stored(number, ack.seq, arrival),
-            Some(Ok(_)) => {}
-            None | Some(Err(_)) => self.originals[number].refused = true,
+        let (seq, time_ms) = origin?;
+        // Streams made anew give the same sequences again.
+        self.originals.iter().rposition(|o| o.seq == seq && o.time_ns.div_euclid(1_000_000) == time_ms)
+    }
+
+    /// What comes to the source is a dead letter: a message that the target can never store, with what it was about. Once
+    /// a stream has it, it is settled.
+    pub fn dead_letter(&mut self, arrival: Arrival<'_>, result: Option<Result<Ack, u32>>) {
+        let Some(number) = self.origin(arrival) else { return self.unknown(arrival) };
+        let Some(Ok(ack)) = result else { return };
+        let generation = self.generation(arrival.opened);
+        let original = &self.originals[number];
+        let seq = original.seq;
+        let (subject, error) = (value(arrival.header, "Choria-SR-Subject"), value(arrival.header, "Choria-SR-Error"));
+        if !self.plan.dead_letters || original.payload.len() <= LARGE {
+            self.breach(format!("{seq} is a dead letter, and the target could have stored it"));
+        } else if arrival.payload != original.payload || subject.as_ref() != Some(&original.subject) || error.is_none()
+        {
+            self.breach(format!("the dead letter of {seq} is another message"));
+        } else if !ack.duplicate && original.letters.contains(&generation) && self.plan.lasts_less_than_a_window() {
+            self.breach(format!("{seq} is a dead letter twice"));
         }
+        let original = &mut self.originals[number];
+        original.letters.push(generation);
+        original.excused = original.excused.or(Some("a dead letter"));
     }
 
     fn stored(&mut self, number: usize, target_seq: u64, arrival: Arrival<'_>) {
@@ -387,7 +418,12 @@ impl History {
         let alone = !chained && (!self.held.contains_key(&seq) || original.excused.is_some());
         // Left out as too old by a run that could not save that, and young again for the next one.
         let young_again = is_old && self.plan.has(Fault::sets_source_back);
-        if first && !alone && !young_again && *newest > number && (arrival.batched || !original.refused) {
+        if first
+            && !alone
+            && !young_again
+            && *newest > number
+            && (arrival.batched || self.plan.strict || !original.refused)
+        {
             let newest = self.originals[*newest].seq;
             self.breach(format!("{seq} stands behind {newest}, and was never refused"));
         } else {

@@ -133,8 +133,10 @@ impl State {
     }
 
     fn judge(&self, arrival: Arrival<'_>, result: Option<Result<Ack, u32>>) {
-        if self.host == Host::Target {
-            self.history.lock().expect("history").arrived(arrival, result);
+        let mut history = self.history.lock().expect("history");
+        match self.host {
+            Host::Target => history.arrived(arrival, result),
+            _ => history.dead_letter(arrival, result),
         }
     }
 

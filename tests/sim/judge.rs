@@ -81,7 +81,13 @@ impl Scene {
         let mut limit = seconds(5.0 + 12.0 * 0.6);
         // What is left to copy: each windowful takes a way there and back, and the wait for the end of a batch.
         let backlog = self.history().backlog();
-        limit += seconds((backlog / self.plan.in_flight + 1) as f64 * 0.9);
+        let one_by_one = self.plan.strict && (!self.plan.batched || self.plan.has(|fault| fault == Fault::Batches));
+        let together = if one_by_one { 1 } else { self.plan.in_flight };
+        limit += seconds((backlog / together + 1) as f64 * 0.9);
+        if let Some((messages, bytes)) = self.plan.rates {
+            let size = 400 + 100 * self.plan.large;
+            limit += seconds(2.0 * backlog as f64 * (1.0 / messages as f64).max(size as f64 / bytes as f64));
+        }
         limit + self.plan.aftermath(backlog)
     }
 
@@ -178,7 +184,10 @@ impl Plan {
             parts.max().unwrap_or_default()
         };
         let mut seconds = longest(Self::silence) + longest(Self::answers);
-        if self.has(|fault| matches!(fault, Fault::Full(_) | Fault::Foreign(_))) || self.begins.len() > 1 {
+        if self.has(|fault| matches!(fault, Fault::Full(_) | Fault::Foreign(_)))
+            || !self.neighbour.is_empty()
+            || self.begins.len() > 1
+        {
             // Held: tried again after 10 s.
             seconds += 10;
         }

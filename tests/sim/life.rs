@@ -78,6 +78,17 @@ impl Scene {
         if let Some(max_age) = self.plan.max_age {
             document["max_age"] = format!("{}ms", max_age.as_millis()).into();
         }
+        if self.plan.strict {
+            document["ordering"] = "strict".into();
+        }
+        if self.plan.dead_letters {
+            document["on_reject"] = "dead_letter".into();
+            document["dead_letter"] = json!({"subject": "dead.letter"});
+        }
+        if let Some((messages, bytes)) = self.plan.rates {
+            document["limits"]["messages_per_second"] = messages.into();
+            document["limits"]["bytes_per_second"] = bytes.into();
+        }
         config::parse_value(&document, "SITE").expect("a document")
     }
 
@@ -175,7 +186,7 @@ impl Scene {
             replication: self.replication(),
             row,
             budget: Budget::new(1 << 20),
-            neighbour: None,
+            neighbour: (!self.plan.neighbour.is_empty()).then(|| "OTHER".to_owned()),
             skip: None,
             samples: None,
             consumers: consumers(),

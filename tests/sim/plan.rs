@@ -32,6 +32,16 @@ pub struct Plan {
     pub retention: Retention,
     /// Whether its acks go with flow control, where there are any.
     pub flow_control: bool,
+    /// What another replication of the site writes into the same target: when, and how many messages at once.
+    pub neighbour: Vec<(Duration, u64)>,
+    /// Whether the order is kept whatever the target refuses.
+    pub strict: bool,
+    /// Whether what the target can never store becomes a dead letter.
+    pub dead_letters: bool,
+    /// Some messages are so many times as large.
+    pub large: usize,
+    /// Bounds of the copy: messages and bytes a second.
+    pub rates: Option<(u64, u64)>,
     /// Source messages: when, and how many at once.
     pub bursts: Vec<(Duration, u64)>,
     /// When each instance begins.
@@ -289,6 +299,11 @@ impl Plan {
             lives: in_flight.is_multiple_of(2),
             retention: Retention::Limits,
             flow_control: false,
+            neighbour: Vec::new(),
+            strict: false,
+            dead_letters: false,
+            large: 1,
+            rates: None,
             bursts,
             begins,
             ttls,
@@ -304,6 +319,27 @@ impl Plan {
             self.retention = if random.random() { Retention::WorkQueue } else { Retention::Interest };
             self.flow_control = random.random();
             self.source_keeps = None;
+            // What a server makes of a consumer that is ahead of its stream differs between versions.
+            self.faults.retain(|(_, fault)| !matches!(fault, Fault::SourceForgets(_)));
+        }
+        let mut random = world.aside(17);
+        if random.random_range(0..8) == 0 {
+            let stormy = self.stormy.as_millis() as u64;
+            let mut burst = || (Duration::from_millis(random.random_range(0..stormy)), random.random_range(1..8));
+            self.neighbour = (0..40).map(|_| burst()).collect();
+            self.neighbour.sort_unstable();
+        }
+        self.strict = random.random_range(0..4) == 0;
+        // What is poison has to be larger than anything else.
+        if self.poison.is_none() && random.random_range(0..12) == 0 {
+            self.large = random.random_range(2..300);
+        }
+        if random.random_range(0..12) == 0 {
+            self.rates = Some((random.random_range(20..500), random.random_range(20_000..200_000)));
+        }
+        if random.random_range(0..12) == 0 {
+            (self.dead_letters, self.large) = (true, 1);
+            self.poison = self.poison.or(Some([Poison::Refused, Poison::Noticed][random.random_range(0..2)]));
         }
         self
     }
@@ -355,6 +391,11 @@ impl Plan {
     /// Whether a process may not know what it saved: it goes by what it knows.
     pub fn unsure(&self) -> bool {
         self.has(|fault| matches!(fault, Fault::Trouble(_) | Fault::CutOff(..)))
+    }
+
+    /// Whether a stream that remembers ids for two minutes remembers all of them.
+    pub fn lasts_less_than_a_window(&self) -> bool {
+        self.stormy < Duration::from_secs(60) && !self.has(|fault| !fault.hosts().is_empty())
     }
 
     /// Whether leases alone keep an older holder from doing anything once a newer one has: clocks do not differ by more

@@ -128,6 +128,7 @@ impl Scene {
             hands: Default::default(),
         });
         scene.source.make(scene.new_source());
+        scene.source.make(scene.new_dead_letters());
         scene.target.make(scene.new_target());
         scene
     }
@@ -143,6 +144,20 @@ impl Scene {
             level: if self.plan.is_consumed() && !self.plan.flow_control { 2 } else { 4 },
         };
         Stream::new("S", config, self.world.now_ns(Host::Source))
+    }
+
+    /// Takes what the target can never store; nothing ever happens to it.
+    fn new_dead_letters(&self) -> Stream {
+        let config = Config {
+            batched: false,
+            window_ns: 120_000_000_000,
+            per_subject: None,
+            max_size: None,
+            lives: false,
+            retention: Retention::Limits,
+            level: 4,
+        };
+        Stream::new("DEAD", config, self.world.now_ns(Host::Source))
     }
 
     fn new_target(&self) -> Stream {
@@ -187,6 +202,7 @@ impl Scene {
 
     async fn play(self: Arc<Self>) -> Result<Told, String> {
         let publisher = tokio::spawn(traffic::publish(self.clone()));
+        let neighbour = tokio::spawn(traffic::neighbour(self.clone()));
         let begins = self.plan.begins.iter().enumerate();
         let processes: Vec<_> = begins.map(|(which, after)| self.start(which, *after)).collect();
         let (mut saved, mut leased) = (Vec::new(), Vec::new());
@@ -202,6 +218,7 @@ impl Scene {
             }
         }
         publisher.await.expect("the publisher");
+        neighbour.await.expect("the neighbour");
         sleep_until(Instant::now() + self.plan.stormy.saturating_sub(self.world.elapsed())).await;
         self.calm();
         let result = self.wait_until_right().await;
