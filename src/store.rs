@@ -22,7 +22,9 @@ pub use positions::{
     Claim, ClaimError, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps,
     TargetWitness,
 };
-pub use senders::{PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, token as sender_token};
+pub use senders::{
+    PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, SenderWrites, token as sender_token,
+};
 pub use site::{SiteKey, SiteRecord};
 pub(crate) use trouble::{Trouble, follow};
 pub use watch::{Change, Changes};

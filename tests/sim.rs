@@ -24,6 +24,8 @@ mod plan;
 mod process;
 #[path = "sim/run.rs"]
 mod run;
+#[path = "sim/senders.rs"]
+mod senders;
 #[path = "sim/server.rs"]
 mod server;
 #[path = "sim/stream.rs"]

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde_json::Value;
+use stream_replicator::store::SenderRecord;
 use tokio::time::Duration;
 
 use super::{
@@ -215,6 +216,26 @@ impl History {
         Some(format!("{} were never acknowledged at the source, first {first}", there.len()))
     }
 
+    /// What is known of a sender is written: what it says was copied has to be settled.
+    pub fn sender(&mut self, record: &SenderRecord) {
+        let Some(copied) = record.copied.and_then(|time| time.timestamp_nanos_opt()) else { return };
+        let of = |original: &Original| original.time_ns == copied && original.subject.ends_with(&record.sender);
+        let number = self.originals.iter().position(of);
+        if !number.is_some_and(|number| self.is_stored(number, Some(self.grace()))) {
+            self.breach(format!("the record of sender {} says {copied} was copied, which is not there", record.sender));
+        }
+    }
+
+    /// Whether another message of its sender was copied so shortly before that it is not to be.
+    fn is_sampled(&self, number: usize, grace: Option<Duration>) -> bool {
+        let Some(inspect) = self.plan.inspect else { return false };
+        let Original { subject, time_ns, .. } = &self.originals[number];
+        let from = time_ns - inspect.as_nanos() as i64;
+        let before = self.originals[..number].iter().enumerate().rev();
+        let mut before = before.take_while(|(_, other)| other.time_ns >= from);
+        before.any(|(other, original)| original.subject == *subject && self.is_stored(other, grace))
+    }
+
     /// Whether a message needs no copy any more; one that is too old may never have one.
     fn is_done(&mut self, number: usize) -> bool {
         let original = &self.originals[number];
@@ -225,7 +246,7 @@ impl History {
             self.originals[number].excused = Some("too old");
             return true;
         }
-        self.is_replaced(number)
+        self.is_replaced(number) || self.is_sampled(number, Some(self.grace()))
     }
 
     /// The source lost what lies behind a sequence.
@@ -679,7 +700,7 @@ impl History {
         }
         // What the target lost may be too old by now.
         let lost = self.plan.has(|fault| fault.target_loses()) && self.is_old(original);
-        !lost && !self.is_replaced(number)
+        !lost && !self.is_replaced(number) && !self.is_sampled(number, None)
     }
 
     /// Source messages that were gone before they were copied.

@@ -38,6 +38,8 @@ pub struct Plan {
     pub strict: bool,
     /// Whether what the target can never store becomes a dead letter.
     pub dead_letters: bool,
+    /// Of each subject no more is copied than one message in this time.
+    pub inspect: Option<Duration>,
     /// Some messages are so many times as large.
     pub large: usize,
     /// Bounds of the copy: messages and bytes a second.
@@ -182,6 +184,12 @@ impl Fault {
         matches!(self, Self::Clock { back: true, .. }) && self.hosts().contains(&Host::Source)
     }
 
+    /// Whether it takes messages or positions away, or sets the clock that sampling goes by.
+    pub fn changes_what_is_there(self) -> bool {
+        let moved = matches!(self, Self::Purge(_) | Self::PutBack | Self::RecordLost | Self::Move { .. });
+        moved || self.target_loses() || self.source_changes() || self.hosts().contains(&Host::Source)
+    }
+
     /// Whether the target loses what it had stored.
     pub fn target_loses(self) -> bool {
         matches!(self, Self::TargetForgets(_) | Self::TargetDeleted)
@@ -302,6 +310,7 @@ impl Plan {
             neighbour: Vec::new(),
             strict: false,
             dead_letters: false,
+            inspect: None,
             large: 1,
             rates: None,
             bursts,
@@ -322,6 +331,19 @@ impl Plan {
             // What a server makes of a consumer that is ahead of its stream differs between versions.
             self.faults.retain(|(_, fault)| !matches!(fault, Fault::SourceForgets(_)));
         }
+        self.widen_copy(world);
+        // Where copies may be gone or wanted again, nobody can say what had to be copied.
+        let mut random = world.aside(18);
+        if random.random_range(0..8) == 0 {
+            self.inspect = Some(Duration::from_millis(random.random_range(2_000..10_000)));
+            (self.max_age, self.keeps, self.source_keeps, self.poison) = (None, None, None, None);
+            self.faults.retain(|(_, fault)| !fault.changes_what_is_there());
+        }
+        self
+    }
+
+    /// What the document may ask for, and who else writes.
+    fn widen_copy(&mut self, world: &World) {
         let mut random = world.aside(17);
         if random.random_range(0..8) == 0 {
             let stormy = self.stormy.as_millis() as u64;
@@ -341,7 +363,6 @@ impl Plan {
             (self.dead_letters, self.large) = (true, 1);
             self.poison = self.poison.or(Some([Poison::Refused, Poison::Noticed][random.random_range(0..2)]));
         }
-        self
     }
 
     /// Whether the source forgets what is acknowledged.

@@ -26,6 +26,7 @@ use super::{
     keys::{Handle, Keys},
     plan::{Fault, Plan, Poison, Side, TTL_MS},
     process::{Hands, Switch, process},
+    senders::Records,
     server::{Server, Tamper},
     stream::{Config, Retention, Stream},
     traffic,
@@ -45,6 +46,7 @@ pub struct Scene {
     /// Position records, and sessions and leases.
     pub keys: Arc<Keys>,
     pub leases: Arc<Keys>,
+    pub senders: Arc<Records>,
     pub history: Arc<Mutex<History>>,
     pub events: Events,
     /// What people ask for: kept, whoever runs the replication.
@@ -100,6 +102,7 @@ impl Scene {
         };
         let keys = Keys::new(world.clone(), "positions", witness);
         let leases = Keys::new(world.clone(), "leases", Box::new(|_| {}));
+        let senders = Records::new(world.clone(), history.clone());
         let (sink, mut events) = mpsc::unbounded_channel::<(String, Vec<u8>)>();
         let into = history.clone();
         tokio::spawn(async move {
@@ -116,6 +119,7 @@ impl Scene {
             target,
             keys,
             leases,
+            senders,
             history,
             events,
             paused: Switch::default(),
