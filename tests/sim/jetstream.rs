@@ -95,7 +95,7 @@ impl State {
             if !header.is_empty() && !subject.starts_with('$') {
                 self.judge(arrival, None);
             }
-            self.answer_raw(reply, b"NATS/1.0 503\r\n\r\n", b"");
+            self.nobody_leads(subject, reply);
         } else if let Some(call) = subject.strip_prefix("$JS.API.") {
             self.api(call, reply, payload);
         } else if subject.starts_with("$JS.ACK.") {
@@ -118,6 +118,21 @@ impl State {
                     self.answer(reply, &json!({"stream": stream, "seq": 0, "error": refusal.json()}));
                 }
             }
+        }
+    }
+
+    /// There is no leader: nobody answers, or a server that has the stream's name and nothing of its messages does.
+    fn nobody_leads(&mut self, subject: &str, reply: &str) {
+        let name = subject.strip_prefix("$JS.API.STREAM.INFO.");
+        let answers = self.world.elapsed().as_millis().is_multiple_of(2);
+        match name.and_then(|name| self.streams.get(name)).filter(|_| answers).map(Stream::info) {
+            Some(mut info) => {
+                info["cluster"] = json!({"name": "C", "leader": ""});
+                info["state"] = json!({"messages": 0, "first_seq": 0, "last_seq": 0});
+                info["ts"] = rfc3339(self.world.now_ns(self.host)).into();
+                self.answer(reply, &info);
+            }
+            None => self.answer_raw(reply, b"NATS/1.0 503\r\n\r\n", b""),
         }
     }
 
