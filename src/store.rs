@@ -25,8 +25,8 @@ pub use positions::{
     TargetWitness,
 };
 pub use senders::{
-    PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, hash as sender_hash,
-    hash_of_token as sender_hash_of_token,
+    PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, SenderWrites, hash as sender_hash,
+    hash_of_token as sender_hash_of_token, token as sender_token,
 };
 pub use site::{SiteKey, SiteRecord};
 pub(crate) use trouble::{Trouble, follow};

@@ -4,6 +4,8 @@
 //! `SEEDS=10000 cargo test --test sim` runs so many, `FIRST=n` begins with that one; `SEED=n` runs only it, and with
 //! `RUST_LOG=debug` it tells what it does. `STOP=1` ends with the first that fails.
 
+#[path = "sim/durable.rs"]
+mod durable;
 #[path = "sim/history.rs"]
 mod history;
 #[path = "sim/jetstream.rs"]
@@ -22,6 +24,8 @@ mod plan;
 mod process;
 #[path = "sim/run.rs"]
 mod run;
+#[path = "sim/senders.rs"]
+mod senders;
 #[path = "sim/server.rs"]
 mod server;
 #[path = "sim/stream.rs"]

@@ -138,14 +138,19 @@ pub(super) async fn before_time(
 async fn search_time(lane: &mut Lane, stream: &str, state: &StreamState, time_ns: i64) -> Result<u64, nats::Error> {
     // Everything below `low` was stored before the time, nothing from `high` on.
     let (mut low, mut high) = (state.first_seq.max(1), state.last_seq + 1);
+    // The first message from `high` on: sequences before it may be empty.
+    let mut first = high;
     while low < high {
         let middle = low + (high - low) / 2;
         match Api::new(lane).message_from(stream, middle).await? {
             Some(found) if found.time_ns < time_ns => low = found.sequence + 1,
-            _ => high = middle,
+            found => {
+                high = middle;
+                first = found.map_or(state.last_seq + 1, |found| found.sequence);
+            }
         }
     }
-    Ok(low - 1)
+    Ok(first - 1)
 }
 
 /// A sequence and the stored time of what lies there.

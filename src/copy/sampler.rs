@@ -22,7 +22,7 @@ use crate::{
     events::Event,
     sampling::{self, Cause, Fate, Inspector, Senders, Sighting, Verdict, Voice, Write},
     status::SamplingStatus,
-    store::{self, PositionRecord, SenderStore},
+    store::{self, PositionRecord, SenderWrites},
 };
 
 /// Records that are written together: what is asked of senders meanwhile waits no longer than it takes to make so many.
@@ -42,7 +42,7 @@ pub struct Samples {
     /// The senders.
     pub senders: Arc<Mutex<Senders>>,
     /// Their records.
-    pub store: SenderStore,
+    pub store: Arc<dyn SenderWrites>,
 }
 
 impl Samples {
@@ -266,7 +266,7 @@ impl Sampler {
         };
         let write = Arc::new(write);
         let (store, id, records) = (self.samples.store.clone(), self.replication.clone(), write.clone());
-        let writing = async move { store.write(&id, &records.records).await };
+        let writing = async move { store.write_all(&id, &records.records).await };
         self.writing = Some((Box::pin(writing), write));
     }
 

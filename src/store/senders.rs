@@ -3,12 +3,12 @@
 //! There is one writer, the leader, and a record that is lost or old costs an extra copy at most: so the writes are
 //! without compare-and-swap, many at a time. The leader's own writes bear a header that those made by hand do not.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use async_nats::{HeaderMap, Request, jetstream::consumer::DeliverPolicy};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use futures_util::{StreamExt, stream::BoxStream};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{
@@ -150,6 +150,33 @@ pub struct SenderStore {
     marker_ttl: bool,
 }
 
+/// Where records of senders are written: their bucket, or what takes its place in a simulation.
+pub trait SenderWrites: fmt::Debug + Send + Sync {
+    /// Writes records, or removes what is `None`, and waits until all of it is stored. After an error any part of it may
+    /// be: all of it can be written again.
+    fn write_all<'a>(
+        &'a self,
+        replication: &'a str,
+        writes: &'a [(String, Option<SenderRecord>)],
+    ) -> BoxFuture<'a, Result<(), Error>>;
+}
+
+impl SenderWrites for SenderStore {
+    fn write_all<'a>(
+        &'a self,
+        replication: &'a str,
+        writes: &'a [(String, Option<SenderRecord>)],
+    ) -> BoxFuture<'a, Result<(), Error>> {
+        async move {
+            for part in writes.chunks(TOGETHER) {
+                self.write_together(replication, part).await?;
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+}
+
 impl SenderStore {
     /// The marker of a removed record goes by itself after this, where the bucket allows that: whoever follows has seen
     /// it by then.
@@ -158,15 +185,6 @@ impl SenderStore {
     pub(super) async fn open(bucket: Bucket, instance: &str) -> Result<Self, Error> {
         let marker_ttl = bucket.info().await?.config.allow_message_ttl;
         Ok(Self { bucket, instance: instance.to_owned(), marker_ttl })
-    }
-
-    /// Writes records, or removes what is `None`, and waits until all of it is stored. After an error any part of it may
-    /// be: all of it can be written again.
-    pub async fn write(&self, replication: &str, writes: &[(String, Option<SenderRecord>)]) -> Result<(), Error> {
-        for part in writes.chunks(TOGETHER) {
-            self.write_together(replication, part).await?;
-        }
-        Ok(())
     }
 
     async fn write_together(&self, id: &str, writes: &[(String, Option<SenderRecord>)]) -> Result<(), Error> {

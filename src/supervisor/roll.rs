@@ -31,6 +31,7 @@ pub(super) struct Roll {
     inspect: Inspect,
     /// Whether what nobody has confirmed was taken over from the records.
     reliable: bool,
+    store: SenderStore,
     samples: Samples,
     leads: Arc<AtomicBool>,
     /// Newest revision that was told, once all that was there has been.
@@ -48,13 +49,15 @@ impl Roll {
     /// Begins to follow.
     pub(super) fn follow(store: &SenderStore, id: &str, sampling: &Sampling) -> Self {
         let senders = Arc::new(Mutex::new(Senders::new(id, sampling)));
-        let samples = Samples { senders, store: store.clone() };
+        let samples = Samples { senders, store: Arc::new(store.clone()) };
+        let store = store.clone();
         let leads = Arc::new(AtomicBool::new(false));
         let (tell, told) = watch::channel(None);
-        let following = Following { id: id.to_owned(), samples: samples.clone(), leads: leads.clone(), tell };
+        let following =
+            Following { id: id.to_owned(), store: store.clone(), samples: samples.clone(), leads: leads.clone(), tell };
         let task = tokio::spawn(following.run());
         let (inspect, reliable) = (sampling.inspect.clone(), sampling.is_reliable());
-        Self { id: id.to_owned(), inspect, reliable, samples, leads, told, task }
+        Self { id: id.to_owned(), inspect, reliable, store, samples, leads, told, task }
     }
 
     /// Whether what was taken over from the records so far is what is needed to lead.
@@ -76,7 +79,7 @@ impl Roll {
     pub(super) async fn lead(&mut self, sampling: &Sampling) -> Result<(), store::Error> {
         if !self.leads.load(Ordering::Relaxed) {
             loop {
-                let newest = self.samples.store.newest(&self.id).await?;
+                let newest = self.store.newest(&self.id).await?;
                 let known = self.told.wait_for(|told| told.is_some_and(|told| told >= newest));
                 // An error means that the task is gone, and with it everything. The newest one may be a marker that
                 // expires before the watch delivers it: then an older one is the newest.
@@ -95,6 +98,7 @@ impl Roll {
 
 struct Following {
     id: String,
+    store: SenderStore,
     samples: Samples,
     leads: Arc<AtomicBool>,
     tell: watch::Sender<Option<u64>>,
@@ -103,11 +107,11 @@ struct Following {
 impl Following {
     async fn run(self) {
         let mut trouble = Trouble::new("the records of senders cannot be followed");
-        let mut recreations = self.samples.store.recreations();
+        let mut recreations = self.store.recreations();
         loop {
-            let error = match self.samples.store.watch(&self.id).await {
+            let error = match self.store.watch(&self.id).await {
                 Ok(mut changes) => {
-                    let now = self.samples.store.recreations();
+                    let now = self.store.recreations();
                     let recreated = std::mem::replace(&mut recreations, now) != now;
                     if recreated {
                         // What is known is more than the bucket holds: whoever leads writes all of it again.

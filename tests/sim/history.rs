@@ -4,10 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde_json::Value;
+use stream_replicator::store::SenderRecord;
 use tokio::time::Duration;
 
 use super::{
     plan::{Fault, Plan},
+    run::LARGE,
     stream::{Ack, Stream, matches, value},
     traffic::LIFE,
     world::{Host, World},
@@ -38,6 +40,8 @@ pub struct Original {
     purged: bool,
     copies: Vec<usize>,
     refused: bool,
+    /// Generations of its dead letters.
+    letters: Vec<usize>,
     /// Its message id, by generation.
     ids: Vec<(usize, String)>,
 }
@@ -164,6 +168,7 @@ impl History {
             purged: false,
             copies: Vec::new(),
             refused: false,
+            letters: Vec::new(),
             ids: Vec::new(),
         });
         self.by_key.insert((seq, message.time_ns), number);
@@ -181,11 +186,74 @@ impl History {
         }
     }
 
+    /// Nobody was interested in what the source dropped for that.
+    pub fn uninteresting(&mut self, gone: &[u64]) {
+        for number in gone.iter().filter_map(|seq| self.held.remove(seq)) {
+            self.originals[number].excused = Some("nobody was interested");
+        }
+    }
+
+    /// The source forgets what was acknowledged: it has to be settled.
+    pub fn acknowledged(&mut self, gone: &[u64]) {
+        for seq in gone {
+            let Some(number) = self.held.remove(seq) else {
+                self.breach(format!("the source forgot {seq}, which it did not have"));
+                continue;
+            };
+            if !self.is_done(number) {
+                self.breach(format!("{seq} was acknowledged at the source before it was settled"));
+            }
+        }
+    }
+
+    /// What the source has yet though it was settled a while ago and somebody takes it.
+    pub fn unacknowledged(&self) -> Option<String> {
+        let taken = |seq: &u64| {
+            self.plan.filter.as_ref().is_none_or(|filter| matches(filter, &self.originals[self.held[seq]].subject))
+        };
+        let there: Vec<u64> = self.held.keys().copied().filter(taken).collect();
+        let first = there.first()?;
+        Some(format!("{} were never acknowledged at the source, first {first}", there.len()))
+    }
+
+    /// What is known of a sender is written: what it says was copied has to be settled.
+    pub fn sender(&mut self, record: &SenderRecord) {
+        let Some(copied) = record.copied.and_then(|time| time.timestamp_nanos_opt()) else { return };
+        let of = |original: &Original| original.time_ns == copied && original.subject.ends_with(&record.sender);
+        let number = self.originals.iter().position(of);
+        if !number.is_some_and(|number| self.is_stored(number, Some(self.grace()))) {
+            self.breach(format!("the record of sender {} says {copied} was copied, which is not there", record.sender));
+        }
+    }
+
+    /// Whether another message of its sender was copied so shortly before that it is not to be.
+    fn is_sampled(&self, number: usize, grace: Option<Duration>) -> bool {
+        let Some(inspect) = self.plan.inspect else { return false };
+        let Original { subject, time_ns, .. } = &self.originals[number];
+        let from = time_ns - inspect.as_nanos() as i64;
+        let before = self.originals[..number].iter().enumerate().rev();
+        let mut before = before.take_while(|(_, other)| other.time_ns >= from);
+        before.any(|(other, original)| original.subject == *subject && self.is_stored(other, grace))
+    }
+
+    /// Whether a message needs no copy any more; one that is too old may never have one.
+    fn is_done(&mut self, number: usize) -> bool {
+        let original = &self.originals[number];
+        if !original.wanted || original.excused.is_some() || self.is_stored(number, Some(self.grace())) {
+            return true;
+        }
+        if self.is_old(original) {
+            self.originals[number].excused = Some("too old");
+            return true;
+        }
+        self.is_replaced(number) || self.is_sampled(number, Some(self.grace()))
+    }
+
     /// The source lost what lies behind a sequence.
     pub fn cut(&mut self, keep: u64) {
         let at = self.world.elapsed();
         // A stream that keeps few messages of a subject may have none left that tells of the loss, if it is not made anew.
-        let tells = keep == 0 || self.plan.source_keeps.is_none();
+        let tells = keep == 0 || self.plan.source_keeps.is_none() && !self.plan.is_consumed();
         if tells && self.saved.source["seq"].as_u64().is_some_and(|seq| seq > keep) && !self.plan.unsure() {
             self.due.push("source-reset");
         }
@@ -267,25 +335,52 @@ impl History {
 
     /// Something came to the target, and this is what it did with it.
     pub fn arrived(&mut self, arrival: Arrival<'_>, result: Option<Result<Ack, u32>>) {
+        let Some(number) = self.origin(arrival) else { return self.unknown(arrival) };
+        match result {
+            Some(Ok(ack)) if !ack.duplicate => self.stored(number, ack.seq, arrival),
+            Some(Ok(_)) => {}
+            None | Some(Err(_)) => self.originals[number].refused = true,
+        }
+    }
+
+    fn unknown(&mut self, arrival: Arrival<'_>) {
+        let header = String::from_utf8_lossy(arrival.header).into_owned();
+        self.breach(format!("nobody sent what arrived: {header:?}"));
+    }
+
+    /// The message that a copy says it is of.
+    fn origin(&self, arrival: Arrival<'_>) -> Option<usize> {
         let origin = arrival.header.rsplit(|byte| *byte == b'\n').find_map(|line| {
             let line = std::str::from_utf8(line).ok()?.trim_end().strip_prefix("Choria-SR-Source: S ")?;
             let words: Vec<&str> = line.split(' ').collect();
             let [seq, "SITE", "SITE", time_ms] = words.as_slice() else { return None };
             Some((seq.parse::<u64>().ok()?, time_ms.parse::<i64>().ok()?))
         });
-        let found = origin.and_then(|(seq, time_ms)| {
-            // Streams made anew give the same sequences again.
-            self.originals.iter().rposition(|o| o.seq == seq && o.time_ns.div_euclid(1_000_000) == time_ms)
-        });
-        let Some(number) = found else {
-            let header = String::from_utf8_lossy(arrival.header).into_owned();
-            return self.breach(format!("nobody sent what came to the target: {header:?}"));
-        };
-        match result {
-            Some(Ok(ack)) if !ack.duplicate => self.stored(number, ack.seq, arrival),
-            Some(Ok(_)) => {}
-            None | Some(Err(_)) => self.originals[number].refused = true,
+        let (seq, time_ms) = origin?;
+        // Streams made anew give the same sequences again.
+        self.originals.iter().rposition(|o| o.seq == seq && o.time_ns.div_euclid(1_000_000) == time_ms)
+    }
+
+    /// What comes to the source is a dead letter: a message that the target can never store, with what it was about. Once
+    /// a stream has it, it is settled.
+    pub fn dead_letter(&mut self, arrival: Arrival<'_>, result: Option<Result<Ack, u32>>) {
+        let Some(number) = self.origin(arrival) else { return self.unknown(arrival) };
+        let Some(Ok(ack)) = result else { return };
+        let generation = self.generation(arrival.opened);
+        let original = &self.originals[number];
+        let seq = original.seq;
+        let (subject, error) = (value(arrival.header, "Choria-SR-Subject"), value(arrival.header, "Choria-SR-Error"));
+        if !self.plan.dead_letters || original.payload.len() <= LARGE {
+            self.breach(format!("{seq} is a dead letter, and the target could have stored it"));
+        } else if arrival.payload != original.payload || subject.as_ref() != Some(&original.subject) || error.is_none()
+        {
+            self.breach(format!("the dead letter of {seq} is another message"));
+        } else if !ack.duplicate && original.letters.contains(&generation) && self.plan.lasts_less_than_a_window() {
+            self.breach(format!("{seq} is a dead letter twice"));
         }
+        let original = &mut self.originals[number];
+        original.letters.push(generation);
+        original.excused = original.excused.or(Some("a dead letter"));
     }
 
     fn stored(&mut self, number: usize, target_seq: u64, arrival: Arrival<'_>) {
@@ -344,7 +439,12 @@ impl History {
         let alone = !chained && (!self.held.contains_key(&seq) || original.excused.is_some());
         // Left out as too old by a run that could not save that, and young again for the next one.
         let young_again = is_old && self.plan.has(Fault::sets_source_back);
-        if first && !alone && !young_again && *newest > number && (arrival.batched || !original.refused) {
+        if first
+            && !alone
+            && !young_again
+            && *newest > number
+            && (arrival.batched || self.plan.strict || !original.refused)
+        {
             let newest = self.originals[*newest].seq;
             self.breach(format!("{seq} stands behind {newest}, and was never refused"));
         } else {
@@ -552,14 +652,8 @@ impl History {
         }
         let settled: Vec<usize> = self.held.range(..=seq).map(|(_, number)| *number).collect();
         for number in settled {
-            let original = &self.originals[number];
-            if !original.wanted || original.excused.is_some() || self.is_stored(number, Some(self.grace())) {
-                continue;
-            }
-            if self.is_old(original) {
-                self.originals[number].excused = Some("too old");
-            } else if !self.is_replaced(number) {
-                let (seq, time_ns) = (original.seq, original.time_ns);
+            if !self.is_done(number) {
+                let Original { seq, time_ns, .. } = self.originals[number];
                 return self.breach(format!("saved {witness} before {seq} of {time_ns} was settled"));
             }
         }
@@ -606,7 +700,7 @@ impl History {
         }
         // What the target lost may be too old by now.
         let lost = self.plan.has(|fault| fault.target_loses()) && self.is_old(original);
-        !lost && !self.is_replaced(number)
+        !lost && !self.is_replaced(number) && !self.is_sampled(number, None)
     }
 
     /// Source messages that were gone before they were copied.

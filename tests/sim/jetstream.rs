@@ -7,42 +7,68 @@ use serde_json::{Value, json};
 use tokio::time::{Duration, Instant};
 
 use super::{
+    durable::Acks,
     history::Arrival,
     server::State,
-    stream::{Ack, Config, Refusal, Stream, matches},
+    stream::{Ack, Config, Refusal, Retention, Stream, matches},
+    world::Host,
 };
 
 /// A batch without traffic is forgotten.
 const BATCH_IDLE: Duration = Duration::from_secs(10);
 /// Of a stream that is made by request.
-const DEFAULT: Config =
-    Config { batched: false, window_ns: 120_000_000_000, per_subject: None, max_size: None, lives: false };
+const DEFAULT: Config = Config {
+    batched: false,
+    window_ns: 120_000_000_000,
+    per_subject: None,
+    max_size: None,
+    lives: false,
+    retention: Retention::Limits,
+    level: 4,
+};
 
 pub struct Consumer {
     pub stream: String,
     config: Value,
-    filter: Option<String>,
-    next: u64,
-    delivered: u64,
-    last_stream_seq: u64,
+    pub(super) filter: Option<String>,
+    pub(super) next: u64,
+    pub(super) delivered: u64,
+    pub(super) last_stream_seq: u64,
     headers_only: bool,
     /// It delivers nothing more, and gives signs of life.
     pub mute: bool,
-    pulls: Vec<Pull>,
+    pub(super) pulls: Vec<Pull>,
+    /// Of a durable one.
+    pub(super) acks: Option<Acks>,
 }
 
 impl Consumer {
-    fn takes(&self, subject: &str) -> bool {
+    pub(super) fn name(&self) -> &str {
+        self.config["name"].as_str().expect("a name")
+    }
+
+    pub(super) fn takes(&self, subject: &str) -> bool {
         self.filter.as_ref().is_none_or(|filter| matches(filter, subject))
     }
 }
 
-struct Pull {
-    reply: String,
-    left: usize,
+pub(super) struct Pull {
+    pub(super) reply: String,
+    /// Bytes and messages that it still takes.
+    pub(super) left: usize,
+    pub(super) batch: u64,
     expires: Instant,
-    heartbeat: Duration,
-    next_heartbeat: Instant,
+    /// Zero for none.
+    pub(super) heartbeat: Duration,
+    pub(super) next_heartbeat: Instant,
+}
+
+impl Pull {
+    /// The status that ends it.
+    pub(super) fn ends(&self, why: &str) -> String {
+        let left = self.left;
+        format!("NATS/1.0 {why}\r\nNats-Pending-Messages: 1\r\nNats-Pending-Bytes: {left}\r\n\r\n")
+    }
 }
 
 pub struct FastBatch {
@@ -66,12 +92,16 @@ impl State {
         let batched = reply.ends_with(".$FI");
         let arrival = Arrival { subject, header, payload, opened, epoch, batched };
         if self.leaderless.is_some_and(|until| until > Instant::now()) {
-            if !header.is_empty() {
+            if !header.is_empty() && !subject.starts_with('$') {
                 self.judge(arrival, None);
             }
-            self.answer_raw(reply, b"NATS/1.0 503\r\n\r\n", b"");
+            self.nobody_leads(subject, reply);
         } else if let Some(call) = subject.strip_prefix("$JS.API.") {
             self.api(call, reply, payload);
+        } else if subject.starts_with("$JS.ACK.") {
+            self.ack(subject, reply, payload);
+        } else if subject.starts_with("$JS.FC.") {
+            self.flow_control(subject, header);
         } else if batched {
             self.batch(reply, arrival);
         } else {
@@ -91,6 +121,21 @@ impl State {
         }
     }
 
+    /// There is no leader: nobody answers, or a server that has the stream's name and nothing of its messages does.
+    fn nobody_leads(&mut self, subject: &str, reply: &str) {
+        let name = subject.strip_prefix("$JS.API.STREAM.INFO.");
+        let answers = self.world.elapsed().as_millis().is_multiple_of(2);
+        match name.and_then(|name| self.streams.get(name)).filter(|_| answers).map(Stream::info) {
+            Some(mut info) => {
+                info["cluster"] = json!({"name": "C", "leader": ""});
+                info["state"] = json!({"messages": 0, "first_seq": 0, "last_seq": 0});
+                info["ts"] = rfc3339(self.world.now_ns(self.host)).into();
+                self.answer(reply, &info);
+            }
+            None => self.answer_raw(reply, b"NATS/1.0 503\r\n\r\n", b""),
+        }
+    }
+
     fn store(&mut self, arrival: Arrival<'_>) -> Option<(String, Result<Ack, Refusal>)> {
         let now_ns = self.world.now_ns(self.host);
         let stream = self.streams.values_mut().find(|stream| stream.takes(arrival.subject));
@@ -103,8 +148,10 @@ impl State {
     }
 
     fn judge(&self, arrival: Arrival<'_>, result: Option<Result<Ack, u32>>) {
-        if let Some(history) = &self.history {
-            history.lock().expect("history").arrived(arrival, result);
+        let mut history = self.history.lock().expect("history");
+        match self.host {
+            Host::Target => history.arrived(arrival, result),
+            _ => history.dead_letter(arrival, result),
         }
     }
 
@@ -198,12 +245,20 @@ impl State {
                 self.answer(reply, &answer);
             }
             ["CONSUMER", "CREATE", stream, name, ..] => {
-                assert_eq!(body["action"], "create", "a copy creates consumers under names of its own");
+                if body["config"]["durable_name"].is_null() {
+                    assert_eq!(body["action"], "create", "a copy creates consumers under names of its own");
+                }
                 self.create_consumer(stream, name, &body["config"], reply);
             }
             ["CONSUMER", "INFO", _, name] => {
                 let info = self.consumer_info(name);
                 self.answer(reply, &info);
+            }
+            ["CONSUMER", "RESET", _, name] => {
+                self.reset_consumer(name, body["seq"].as_u64());
+                let info = self.consumer_info(name);
+                self.answer(reply, &info);
+                self.deliver_durable(name);
             }
             ["CONSUMER", "DELETE", _, name] => {
                 let answer = match self.consumers.remove(*name) {
@@ -217,12 +272,13 @@ impl State {
                     return self.answer_raw(reply, b"NATS/1.0 503\r\n\r\n", b"");
                 };
                 let bytes = body["max_bytes"].as_u64().expect("max_bytes") as usize;
-                let time = |field: &str| Duration::from_nanos(body[field].as_u64().expect("a duration"));
+                let time = |field: &str| Duration::from_nanos(body[field].as_u64().unwrap_or_default());
                 let heartbeat = time("idle_heartbeat");
                 let now = Instant::now();
                 consumer.pulls.push(Pull {
                     reply: reply.to_owned(),
                     left: bytes,
+                    batch: body["batch"].as_u64().expect("a number"),
                     expires: now + time("expires"),
                     heartbeat,
                     next_heartbeat: now + heartbeat,
@@ -240,11 +296,16 @@ impl State {
             return json!({"error": {"code": 404, "err_code": 10014, "description": "consumer not found"}});
         };
         let takes = |seq: u64, subject: &str| seq <= reach && consumer.takes(subject);
-        json!({
+        let mut info = json!({
             "name": name,
+            "config": consumer.config,
             "num_pending": stream.messages.range(consumer.next..).filter(|(seq, m)| takes(**seq, &m.subject)).count(),
             "delivered": {"consumer_seq": consumer.delivered, "stream_seq": consumer.last_stream_seq},
-        })
+        });
+        if let Some(acks) = &consumer.acks {
+            acks.describe(&mut info);
+        }
+        info
     }
 
     fn create_consumer(&mut self, stream: &str, name: &str, config: &Value, reply: &str) {
@@ -252,7 +313,14 @@ impl State {
             let error = json!({"code": 404, "err_code": 10059, "description": "stream not found"});
             return self.answer(reply, &json!({"error": error}));
         };
-        if let Some(existing) = self.consumers.get(name) {
+        if let Some(existing) = self.consumers.get_mut(name) {
+            if let Some(acks) = &mut existing.acks {
+                acks.change(config);
+                existing.config = config.clone();
+                existing.filter = config["filter_subject"].as_str().map(str::to_owned);
+                let info = self.consumer_info(name);
+                return self.answer(reply, &info);
+            }
             if existing.config != *config {
                 let error = json!({"code": 400, "err_code": 10148, "description": "consumer already exists"});
                 return self.answer(reply, &json!({"error": error}));
@@ -269,6 +337,7 @@ impl State {
                 let found = of.messages.iter().find(|(_, message)| message.time_ns >= time);
                 found.map_or(of.last + 1, |(seq, _)| *seq)
             }
+            Some("all") => of.first,
             other => panic!("the simulation does not know the deliver policy {other:?}"),
         };
         let filter = config["filter_subject"].as_str().map(str::to_owned);
@@ -286,7 +355,14 @@ impl State {
             headers_only: config["headers_only"] == true,
             mute: false,
             pulls: Vec::new(),
+            acks: Acks::of(config, next - 1),
         };
+        if consumer.is_durable() {
+            self.consumers.insert(name.to_owned(), consumer);
+            let info = self.consumer_info(name);
+            self.answer(reply, &info);
+            return self.deliver_durable(name);
+        }
         self.consumers.insert(name.to_owned(), consumer);
         let at = json!({"consumer_seq": 0, "stream_seq": next - 1});
         self.answer(reply, &json!({"name": name, "num_pending": pending, "delivered": at, "ack_floor": at}));
@@ -304,6 +380,9 @@ impl State {
 
     /// Delivers what there is to the pulls that wait, oldest first.
     fn deliver(&mut self, name: &str) {
+        if self.consumers.get(name).is_some_and(Consumer::is_durable) {
+            return self.deliver_durable(name);
+        }
         let reach = self.reach();
         loop {
             let Some(consumer) = self.consumers.get_mut(name).filter(|consumer| !consumer.mute) else { return };
@@ -322,11 +401,8 @@ impl State {
             let size = message.subject.len() + ack.len() + message.header.len() + payload.len();
             let reply = pull.reply.clone();
             if size > pull.left {
-                let left = pull.left;
+                let status = pull.ends("409 Message Size Exceeds MaxBytes");
                 consumer.pulls.remove(0);
-                let status = format!(
-                    "NATS/1.0 409 Message Size Exceeds MaxBytes\r\nNats-Pending-Messages: 1\r\nNats-Pending-Bytes: {left}\r\n\r\n"
-                );
                 self.answer_raw(&reply, status.as_bytes(), b"");
                 continue;
             }
@@ -356,14 +432,10 @@ impl State {
             let (delivered, last) = (consumer.delivered, consumer.last_stream_seq);
             consumer.pulls.retain_mut(|pull| {
                 if now >= pull.expires {
-                    let left = pull.left;
-                    let status = format!(
-                        "NATS/1.0 408 Request Timeout\r\nNats-Pending-Messages: 1\r\nNats-Pending-Bytes: {left}\r\n\r\n"
-                    );
-                    answers.push((pull.reply.clone(), status));
+                    answers.push((pull.reply.clone(), pull.ends("408 Request Timeout")));
                     return false;
                 }
-                if now >= pull.next_heartbeat {
+                if now >= pull.next_heartbeat && !pull.heartbeat.is_zero() {
                     pull.next_heartbeat = now + pull.heartbeat;
                     answers.push((pull.reply.clone(), format!(
                         "NATS/1.0 100 Idle Heartbeat\r\nNats-Last-Consumer: {delivered}\r\nNats-Last-Stream: {last}\r\n\r\n"
@@ -375,6 +447,7 @@ impl State {
         for (reply, status) in answers {
             self.answer_raw(&reply, status.as_bytes(), b"");
         }
+        self.tick_durable(now);
     }
 }
 

@@ -50,8 +50,19 @@ impl Scene {
     /// The consumer of the run, and one that a superseded run created when its successor had begun. Servers here never
     /// remove a consumer by themselves.
     fn left_behind(&self) -> Option<String> {
+        if let Some(what) = self.plan.is_consumed().then(|| self.history().unacknowledged()).flatten() {
+            return Some(what);
+        }
         let (source, target) = (self.source.consumers(), self.target.consumers());
-        (source.len() > 2 || !target.is_empty())
+        // Requests that are slow are sent again under two more names, and all of them arrive when nobody waits for them.
+        let late = |side: Side| {
+            let slow = |fault| match fault {
+                Fault::Slow(of, ..) | Fault::Freeze(of, _) => of == side,
+                _ => false,
+            };
+            if self.plan.has(slow) { 3 } else { 0 }
+        };
+        (source.len() > 2 + late(Side::Source) || target.len() > late(Side::Target))
             .then(|| format!("consumers are left behind: {source:?} at the source, {target:?} at the target"))
     }
 
@@ -70,7 +81,13 @@ impl Scene {
         let mut limit = seconds(5.0 + 12.0 * 0.6);
         // What is left to copy: each windowful takes a way there and back, and the wait for the end of a batch.
         let backlog = self.history().backlog();
-        limit += seconds((backlog / self.plan.in_flight + 1) as f64 * 0.9);
+        let one_by_one = self.plan.strict && (!self.plan.batched || self.plan.has(|fault| fault == Fault::Batches));
+        let together = if one_by_one { 1 } else { self.plan.in_flight };
+        limit += seconds((backlog / together + 1) as f64 * 0.9);
+        if let Some((messages, bytes)) = self.plan.rates {
+            let size = 400 + 100 * self.plan.large;
+            limit += seconds(2.0 * backlog as f64 * (1.0 / messages as f64).max(size as f64 / bytes as f64));
+        }
         limit + self.plan.aftermath(backlog)
     }
 
@@ -134,7 +151,7 @@ impl Scene {
     /// killed before it saved that. What was gone before a first start is no loss.
     fn gaps_told_wrong(&self) -> Option<String> {
         let history = self.history();
-        let plain = self.plan.filter.is_none() && self.plan.source_keeps.is_none();
+        let plain = self.plan.filter.is_none() && self.plan.source_keeps.is_none() && !self.plan.is_consumed();
         if !plain {
             return history.events("gap").next().map(|event| format!("no gap can be told apart: {event}"));
         }
@@ -167,7 +184,10 @@ impl Plan {
             parts.max().unwrap_or_default()
         };
         let mut seconds = longest(Self::silence) + longest(Self::answers);
-        if self.has(|fault| matches!(fault, Fault::Full(_) | Fault::Foreign(_))) || self.begins.len() > 1 {
+        if self.has(|fault| matches!(fault, Fault::Full(_) | Fault::Foreign(_)))
+            || !self.neighbour.is_empty()
+            || self.begins.len() > 1
+        {
             // Held: tried again after 10 s.
             seconds += 10;
         }

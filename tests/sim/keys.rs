@@ -99,7 +99,7 @@ impl Keys {
         newer.min_by_key(|(_, stored)| stored.revision).map(|(key, stored)| (key.clone(), stored.clone()))
     }
 
-    fn in_trouble(&self) -> bool {
+    pub fn in_trouble(&self) -> bool {
         self.state.lock().expect("keys").trouble && self.world.once_in(2)
     }
 }
@@ -124,7 +124,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    fn error(&self) -> Error {
+    pub fn error(&self) -> Error {
         Error { bucket: self.keys.name.to_owned(), message: "no answer".to_owned() }
     }
 

@@ -78,6 +78,21 @@ impl Scene {
         if let Some(max_age) = self.plan.max_age {
             document["max_age"] = format!("{}ms", max_age.as_millis()).into();
         }
+        if let Some(inspect) = self.plan.inspect {
+            document["inspect_subject_token"] = 2.into();
+            document["inspect_duration"] = format!("{}ms", inspect.as_millis()).into();
+        }
+        if self.plan.strict {
+            document["ordering"] = "strict".into();
+        }
+        if self.plan.dead_letters {
+            document["on_reject"] = "dead_letter".into();
+            document["dead_letter"] = json!({"subject": "dead.letter"});
+        }
+        if let Some((messages, bytes)) = self.plan.rates {
+            document["limits"]["messages_per_second"] = messages.into();
+            document["limits"]["bytes_per_second"] = bytes.into();
+        }
         config::parse_value(&document, "SITE").expect("a document")
     }
 
@@ -170,15 +185,18 @@ impl Scene {
             copy: CopyStatus::default(),
             todo: None,
         };
+        let replication = self.replication();
+        let handle = || self.reached_by(me, &self.keys);
+        let samples = replication.sampling.as_ref().map(|sampling| self.senders.load(sampling, handle()));
         let mut job = Job {
             site: "SITE".to_owned(),
             installation: "1".to_owned(),
-            replication: self.replication(),
+            replication,
             row,
             budget: Budget::new(1 << 20),
-            neighbour: None,
+            neighbour: (!self.plan.neighbour.is_empty()).then(|| "OTHER".to_owned()),
             skip: None,
-            samples: None,
+            samples,
             consumers: consumers(),
             own_streams: OwnStreams::default(),
             standalone: false,

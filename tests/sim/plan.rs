@@ -1,8 +1,12 @@
 //! What happens in one simulated run, drawn from its seed.
 
+use rand::RngExt;
 use tokio::time::Duration;
 
-use super::world::{Host, World};
+use super::{
+    stream::Retention,
+    world::{Host, World},
+};
 
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -24,6 +28,22 @@ pub struct Plan {
     pub lives: bool,
     /// Some messages are larger than the target takes: who finds out.
     pub poison: Option<Poison>,
+    /// Whether the source forgets what is acknowledged.
+    pub retention: Retention,
+    /// Whether its acks go with flow control, where there are any.
+    pub flow_control: bool,
+    /// What another replication of the site writes into the same target: when, and how many messages at once.
+    pub neighbour: Vec<(Duration, u64)>,
+    /// Whether the order is kept whatever the target refuses.
+    pub strict: bool,
+    /// Whether what the target can never store becomes a dead letter.
+    pub dead_letters: bool,
+    /// Of each subject no more is copied than one message in this time.
+    pub inspect: Option<Duration>,
+    /// Some messages are so many times as large.
+    pub large: usize,
+    /// Bounds of the copy: messages and bytes a second.
+    pub rates: Option<(u64, u64)>,
     /// Source messages: when, and how many at once.
     pub bursts: Vec<(Duration, u64)>,
     /// When each instance begins.
@@ -164,6 +184,12 @@ impl Fault {
         matches!(self, Self::Clock { back: true, .. }) && self.hosts().contains(&Host::Source)
     }
 
+    /// Whether it takes messages or positions away, or sets the clock that sampling goes by.
+    pub fn changes_what_is_there(self) -> bool {
+        let moved = matches!(self, Self::Purge(_) | Self::PutBack | Self::RecordLost | Self::Move { .. });
+        moved || self.target_loses() || self.source_changes() || self.hosts().contains(&Host::Source)
+    }
+
     /// Whether the target loses what it had stored.
     pub fn target_loses(self) -> bool {
         matches!(self, Self::TargetForgets(_) | Self::TargetDeleted)
@@ -262,7 +288,7 @@ impl Plan {
         let keeps = world.once_in(8).then(|| world.between(1, 3) as usize);
         let batched = world.once_in(2);
         let in_flight = world.between(1, 64) as usize;
-        Self {
+        let plan = Self {
             stormy: Duration::from_millis(stormy),
             batched,
             in_flight,
@@ -279,11 +305,69 @@ impl Plan {
                 _ => None,
             },
             lives: in_flight.is_multiple_of(2),
+            retention: Retention::Limits,
+            flow_control: false,
+            neighbour: Vec::new(),
+            strict: false,
+            dead_letters: false,
+            inspect: None,
+            large: 1,
+            rates: None,
             bursts,
             begins,
             ttls,
             faults,
+        };
+        plan.widen(world)
+    }
+
+    /// What else may be of another kind; drawn from another sequence, so that plans without it stay as they are.
+    fn widen(mut self, world: &World) -> Self {
+        let mut random = world.aside(16);
+        if random.random_range(0..5) == 0 {
+            self.retention = if random.random() { Retention::WorkQueue } else { Retention::Interest };
+            self.flow_control = random.random();
+            self.source_keeps = None;
+            // What a server makes of a consumer that is ahead of its stream differs between versions.
+            self.faults.retain(|(_, fault)| !matches!(fault, Fault::SourceForgets(_)));
         }
+        self.widen_copy(world);
+        // Where copies may be gone or wanted again, nobody can say what had to be copied.
+        let mut random = world.aside(18);
+        if random.random_range(0..8) == 0 {
+            self.inspect = Some(Duration::from_millis(random.random_range(2_000..10_000)));
+            (self.max_age, self.keeps, self.source_keeps, self.poison) = (None, None, None, None);
+            self.faults.retain(|(_, fault)| !fault.changes_what_is_there());
+        }
+        self
+    }
+
+    /// What the document may ask for, and who else writes.
+    fn widen_copy(&mut self, world: &World) {
+        let mut random = world.aside(17);
+        if random.random_range(0..8) == 0 {
+            let stormy = self.stormy.as_millis() as u64;
+            let mut burst = || (Duration::from_millis(random.random_range(0..stormy)), random.random_range(1..8));
+            self.neighbour = (0..40).map(|_| burst()).collect();
+            self.neighbour.sort_unstable();
+        }
+        self.strict = random.random_range(0..4) == 0;
+        // What is poison has to be larger than anything else.
+        if self.poison.is_none() && random.random_range(0..12) == 0 {
+            self.large = random.random_range(2..300);
+        }
+        if random.random_range(0..12) == 0 {
+            self.rates = Some((random.random_range(20..500), random.random_range(20_000..200_000)));
+        }
+        if random.random_range(0..12) == 0 {
+            (self.dead_letters, self.large) = (true, 1);
+            self.poison = self.poison.or(Some([Poison::Refused, Poison::Noticed][random.random_range(0..2)]));
+        }
+    }
+
+    /// Whether the source forgets what is acknowledged.
+    pub fn is_consumed(&self) -> bool {
+        self.retention != Retention::Limits
     }
 
     fn ordinary(world: &World, processes: usize) -> Fault {
@@ -328,6 +412,11 @@ impl Plan {
     /// Whether a process may not know what it saved: it goes by what it knows.
     pub fn unsure(&self) -> bool {
         self.has(|fault| matches!(fault, Fault::Trouble(_) | Fault::CutOff(..)))
+    }
+
+    /// Whether a stream that remembers ids for two minutes remembers all of them.
+    pub fn lasts_less_than_a_window(&self) -> bool {
+        self.stormy < Duration::from_secs(60) && !self.has(|fault| !fault.hosts().is_empty())
     }
 
     /// Whether leases alone keep an older holder from doing anything once a newer one has: clocks do not differ by more

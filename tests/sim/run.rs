@@ -26,8 +26,9 @@ use super::{
     keys::{Handle, Keys},
     plan::{Fault, Plan, Poison, Side, TTL_MS},
     process::{Hands, Switch, process},
+    senders::Records,
     server::{Server, Tamper},
-    stream::{Config, Stream},
+    stream::{Config, Retention, Stream},
     traffic,
     world::{Host, World},
 };
@@ -45,6 +46,7 @@ pub struct Scene {
     /// Position records, and sessions and leases.
     pub keys: Arc<Keys>,
     pub leases: Arc<Keys>,
+    pub senders: Arc<Records>,
     pub history: Arc<Mutex<History>>,
     pub events: Events,
     /// What people ask for: kept, whoever runs the replication.
@@ -92,14 +94,15 @@ impl Scene {
     fn set(world: World, plan: Plan) -> Arc<Self> {
         let history = Arc::new(Mutex::new(History::new(world.clone(), plan.clone())));
         let max_payload = if plan.poison == Some(Poison::Noticed) { LARGE } else { 1 << 20 };
-        let source = Server::start(&world, "source", 1 << 20, None);
-        let target = Server::start(&world, "target", max_payload, Some(history.clone()));
+        let source = Server::start(&world, "source", 1 << 20, history.clone());
+        let target = Server::start(&world, "target", max_payload, history.clone());
         let witness = {
             let history = history.clone();
             Box::new(move |record: &[u8]| history.lock().expect("history").saves(record))
         };
         let keys = Keys::new(world.clone(), "positions", witness);
         let leases = Keys::new(world.clone(), "leases", Box::new(|_| {}));
+        let senders = Records::new(world.clone(), history.clone());
         let (sink, mut events) = mpsc::unbounded_channel::<(String, Vec<u8>)>();
         let into = history.clone();
         tokio::spawn(async move {
@@ -116,6 +119,7 @@ impl Scene {
             target,
             keys,
             leases,
+            senders,
             history,
             events,
             paused: Switch::default(),
@@ -128,6 +132,7 @@ impl Scene {
             hands: Default::default(),
         });
         scene.source.make(scene.new_source());
+        scene.source.make(scene.new_dead_letters());
         scene.target.make(scene.new_target());
         scene
     }
@@ -139,8 +144,24 @@ impl Scene {
             per_subject: self.plan.source_keeps,
             max_size: None,
             lives: true,
+            retention: self.plan.retention,
+            level: if self.plan.is_consumed() && !self.plan.flow_control { 2 } else { 4 },
         };
         Stream::new("S", config, self.world.now_ns(Host::Source))
+    }
+
+    /// Takes what the target can never store; nothing ever happens to it.
+    fn new_dead_letters(&self) -> Stream {
+        let config = Config {
+            batched: false,
+            window_ns: 120_000_000_000,
+            per_subject: None,
+            max_size: None,
+            lives: false,
+            retention: Retention::Limits,
+            level: 4,
+        };
+        Stream::new("DEAD", config, self.world.now_ns(Host::Source))
     }
 
     fn new_target(&self) -> Stream {
@@ -150,6 +171,8 @@ impl Scene {
             per_subject: self.plan.keeps,
             max_size: (self.plan.poison == Some(Poison::Refused)).then_some(LARGE),
             lives: self.plan.lives,
+            retention: Retention::Limits,
+            level: 4,
         };
         Stream::new("T", config, self.world.now_ns(Host::Target))
     }
@@ -183,6 +206,7 @@ impl Scene {
 
     async fn play(self: Arc<Self>) -> Result<Told, String> {
         let publisher = tokio::spawn(traffic::publish(self.clone()));
+        let neighbour = tokio::spawn(traffic::neighbour(self.clone()));
         let begins = self.plan.begins.iter().enumerate();
         let processes: Vec<_> = begins.map(|(which, after)| self.start(which, *after)).collect();
         let (mut saved, mut leased) = (Vec::new(), Vec::new());
@@ -198,6 +222,7 @@ impl Scene {
             }
         }
         publisher.await.expect("the publisher");
+        neighbour.await.expect("the neighbour");
         sleep_until(Instant::now() + self.plan.stormy.saturating_sub(self.world.elapsed())).await;
         self.calm();
         let result = self.wait_until_right().await;

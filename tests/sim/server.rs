@@ -43,7 +43,7 @@ pub struct State {
     pub(super) host: Host,
     max_payload: usize,
     /// Who judges what comes.
-    pub(super) history: Option<Arc<Mutex<History>>>,
+    pub(super) history: Arc<Mutex<History>>,
     pub(super) down: bool,
     pub(super) frozen: Option<Instant>,
     pub(super) leaderless: Option<Instant>,
@@ -98,12 +98,7 @@ impl fmt::Debug for Server {
 }
 
 impl Server {
-    pub fn start(
-        world: &World,
-        name: &'static str,
-        max_payload: usize,
-        history: Option<Arc<Mutex<History>>>,
-    ) -> Arc<Self> {
+    pub fn start(world: &World, name: &'static str, max_payload: usize, history: Arc<Mutex<History>>) -> Arc<Self> {
         let host = if name == "source" { Host::Source } else { Host::Target };
         let state = State {
             world: world.clone(),
@@ -142,6 +137,8 @@ impl Server {
     pub fn with<T>(&self, stream: &str, work: impl FnOnce(&mut Stream) -> T) -> T {
         let mut state = self.lock();
         let result = work(state.streams.get_mut(stream).expect("a stream"));
+        state.drop_uninteresting();
+        state.drop_purged(stream);
         state.deliver_all();
         result
     }
@@ -167,7 +164,8 @@ impl Server {
         self.cut();
         let mut state = self.lock();
         state.down = true;
-        state.consumers.clear();
+        state.consumers.retain(|_, consumer| consumer.is_durable());
+        state.consumers.values_mut().for_each(Consumer::restart);
         state.batches.clear();
         state.frozen = None;
     }
@@ -185,14 +183,19 @@ impl Server {
         self.lock().frozen = Some(Instant::now() + time);
     }
 
-    /// Names of the consumers that exist.
+    /// Names of the consumers that exist but for durable ones.
     pub fn consumers(&self) -> Vec<String> {
-        self.lock().consumers.keys().cloned().collect()
+        let state = self.lock();
+        let own = state.consumers.iter().filter(|(_, consumer)| !consumer.is_durable());
+        own.map(|(name, _)| name.clone()).collect()
     }
 
-    /// The consumers of now deliver nothing more: heartbeats and the ends of pulls are all that comes.
+    /// The consumers of now deliver nothing more: heartbeats and the ends of pulls are all that comes. Durable ones are
+    /// never made anew, and no server does that to them.
     pub fn mute(&self) {
-        self.lock().consumers.values_mut().for_each(|consumer| consumer.mute = true);
+        let mut state = self.lock();
+        let consumers = state.consumers.values_mut().filter(|consumer| !consumer.is_durable());
+        consumers.for_each(|consumer| consumer.mute = true);
     }
 
     /// Streams have no leader for a while: nobody takes messages or answers.
@@ -411,6 +414,12 @@ impl State {
             Way::To => &mut connection.to,
             Way::From => &mut connection.from,
         })
+    }
+
+    /// What connections have subscribed to.
+    pub(super) fn patterns(&self) -> impl Iterator<Item = &str> {
+        let subscriptions = self.connections.values().flat_map(|connection| &connection.subscriptions);
+        subscriptions.map(|(_, pattern)| pattern.as_str())
     }
 
     pub(super) fn answer(&mut self, reply: &str, json: &Value) {

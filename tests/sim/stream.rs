@@ -49,6 +49,19 @@ pub struct Config {
     pub max_size: Option<usize>,
     /// Whether messages may bear a time to live.
     pub lives: bool,
+    pub retention: Retention,
+    /// API level of its leader.
+    pub level: u32,
+}
+
+/// What makes a stream forget a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retention {
+    Limits,
+    /// That it was acknowledged.
+    WorkQueue,
+    /// The same, and that nobody takes it.
+    Interest,
 }
 
 #[derive(Debug)]
@@ -61,6 +74,8 @@ pub struct Stream {
     pub messages: BTreeMap<u64, Stored>,
     pub first: u64,
     pub last: u64,
+    /// Up to here, what nobody takes was dropped.
+    pub swept: u64,
     /// Sequence and time of the message that bore the id.
     ids: HashMap<String, (u64, i64)>,
 }
@@ -85,6 +100,7 @@ impl Stream {
             messages: BTreeMap::new(),
             first: 1,
             last: 0,
+            swept: 0,
             ids: HashMap::new(),
         }
     }
@@ -164,6 +180,12 @@ impl Stream {
         keep
     }
 
+    /// Removes one message.
+    pub fn remove(&mut self, seq: u64) {
+        self.messages.remove(&seq);
+        self.first = self.messages.keys().next().copied().unwrap_or(self.last + 1);
+    }
+
     /// Removes everything below a sequence.
     pub fn purge_below(&mut self, seq: u64) {
         self.messages = self.messages.split_off(&seq.min(self.last + 1));
@@ -171,11 +193,16 @@ impl Stream {
     }
 
     pub fn info(&self) -> Value {
+        let retention = match self.config.retention {
+            Retention::Limits => "limits",
+            Retention::WorkQueue => "workqueue",
+            Retention::Interest => "interest",
+        };
         json!({
             "config": {
-                "name": self.name, "subjects": [format!("{}.>", self.name.to_lowercase())], "retention": "limits",
+                "name": self.name, "subjects": [format!("{}.>", self.name.to_lowercase())], "retention": retention,
                 "storage": "file", "num_replicas": 1, "duplicate_window": self.config.window_ns,
-                "allow_batched": self.config.batched, "allow_msg_ttl": self.config.lives, "metadata": {"_nats.level": "4"},
+                "allow_batched": self.config.batched, "allow_msg_ttl": self.config.lives, "metadata": {"_nats.level": self.config.level.to_string()},
                 "max_msgs_per_subject": self.config.per_subject.map_or(-1, |keep| keep as i64),
             },
             "created": self.created,

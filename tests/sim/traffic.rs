@@ -58,7 +58,8 @@ pub async fn publish(scene: Arc<Scene>) {
             let header = if sent.is_empty() { String::new() } else { format!("NATS/1.0\r\n{sent}\r\n") };
             let mut payload = format!("{number} \r\n\0").into_bytes();
             let poison = scene.plan.poison.is_some() && world.once_in(100);
-            payload.resize(if poison { LARGE + 1 } else { payload.len() + world.between(0, 100) as usize }, 255);
+            let size = |more: u64| payload.len() + more as usize * if number % 7 == 0 { scene.plan.large } else { 1 };
+            payload.resize(if poison { LARGE + 1 } else { size(world.between(0, 100)) }, 255);
             // No two at the same time.
             let time_ns = world.now_ns(Host::Source) + number + 1_000_000 * scene.cuts.load(Ordering::Relaxed) as i64;
             scene.source.with("S", |stream| {
@@ -68,6 +69,23 @@ pub async fn publish(scene: Arc<Scene>) {
             if world.once_in(20) {
                 sleep(world.millis(0, 50)).await;
             }
+        }
+    }
+}
+
+/// Another replication of the site writes into the same target: the same sequences of the same stream, under another name.
+pub async fn neighbour(scene: Arc<Scene>) {
+    let (world, mut number) = (&scene.world, 0);
+    for (at, messages) in scene.plan.neighbour.clone() {
+        sleep_until(Instant::now() + at.saturating_sub(world.elapsed())).await;
+        for _ in 0..messages {
+            number += 1;
+            let (time_ms, now_ns) = (world.now_ns(Host::Source) / 1_000_000, world.now_ns(Host::Target));
+            let header = format!(
+                "NATS/1.0\r\nNats-Msg-Id: {number:032x}\r\nChoria-SR-Source: S {number} SITE OTHER {time_ms}\r\n\r\n"
+            );
+            // Refused while the target is full.
+            scene.target.with("T", |stream| _ = stream.publish("t.other", header.as_bytes(), b"other", now_ns));
         }
     }
 }

@@ -40,6 +40,7 @@ const FOLLOWED_WITHIN: Duration = Duration::from_secs(15);
 /// same run.
 #[derive(Debug, Clone)]
 pub struct World {
+    seed: u64,
     began: Instant,
     random: Arc<Mutex<StdRng>>,
     clocks: Arc<Mutex<[Clock; 3]>>,
@@ -49,6 +50,7 @@ pub struct World {
 impl World {
     pub fn new(seed: u64) -> Self {
         Self {
+            seed,
             began: Instant::now(),
             random: Arc::new(Mutex::new(StdRng::seed_from_u64(seed))),
             clocks: Arc::new(Mutex::new(clocks(seed))),
@@ -88,6 +90,11 @@ impl World {
 
     pub fn elapsed(&self) -> Duration {
         self.began.elapsed()
+    }
+
+    /// Random numbers from a sequence of their own.
+    pub fn aside(&self, which: u32) -> StdRng {
+        StdRng::seed_from_u64(self.seed.rotate_left(which))
     }
 
     /// A number in `from..=to`.
