@@ -486,7 +486,8 @@ impl Writer {
             Mode::FastIngest { batch, .. } => {
                 // Acks of a batch that is over are nobody's, but a wrong stream among them must not go unseen.
                 let current = batch.as_ref().map(|batch| batch.id);
-                let rest = &message.subject[self.inbox.len() + 1..];
+                // A server may send any subject for a subscription.
+                let rest = message.subject.get(self.inbox.len() + 1..).unwrap_or_default();
                 let mut words = rest.split(|b| *b == b'.');
                 let of_current = words.next().and_then(number) == current;
                 // Behind distance and gap mode: whatever is said comes back on the subject of a message.
