@@ -146,6 +146,43 @@ impl Drop for Liar {
     }
 }
 
+/// A server that delivers messages under another subject of the same length than the one that they are stored under.
+async fn renaming(server: &Server, from: &'static str, to: &'static str) -> Result<(u16, JoinHandle<()>)> {
+    ensure!(from.len() == to.len(), "the sizes in protocol lines stay as they are");
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let (port, server) = (listener.local_addr()?.port(), server.port());
+    let accept = tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, server)).await?;
+                let ((mut from_server, mut to_server), (mut from_client, mut to_client)) =
+                    (stream.into_split(), client.into_split());
+                let requests = tokio::io::copy(&mut from_client, &mut to_server);
+                let answers = async {
+                    let mut buffer = vec![0; 1 << 16];
+                    loop {
+                        let count = from_server.read(&mut buffer).await?;
+                        if count == 0 {
+                            return std::io::Result::Ok(());
+                        }
+                        let mut bytes = buffer[..count].to_vec();
+                        while let Some(at) = bytes.windows(from.len()).position(|part| part == from.as_bytes()) {
+                            bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+                        }
+                        to_client.write_all(&bytes).await?;
+                    }
+                };
+                tokio::select! {
+                    _ = requests => {}
+                    _ = answers => {}
+                }
+                std::io::Result::Ok(())
+            });
+        }
+    });
+    Ok((port, accept))
+}
+
 /// A site whose users log in everywhere, and the login.
 async fn guarded(control: Option<Server>) -> Result<(Site, String)> {
     let password = secrets::secret();
@@ -285,6 +322,48 @@ async fn a_redirected_websocket_is_not_followed() -> Result<()> {
     wait_for("several attempts", LIMIT, async || asked.load(Ordering::SeqCst) >= 6).await?;
     redirects.abort();
     assert_eq!(trap.said(), [""; 0]);
+    Ok(())
+}
+
+/// The target login may do everything, and the source delivers what the target would act on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_delivers_api_requests_is_held() -> Result<()> {
+    let site = Site::small().await?;
+    let mut target = site.target_stream("VICTIM", json!({})).await?;
+    target.publish(&Outgoing::new("victim.a", "x")).await?;
+    let (from, to) = ("s.aaaaaaaaaaaaaaaaaaaaaaaaaa", "$JS.API.STREAM.DELETE.VICTIM");
+    let mut source = site.source_stream("S", json!({})).await?;
+    source.publish(&Outgoing::new("s.1", "x")).await?;
+    source.publish(&Outgoing::new(from, "")).await?;
+    for (name, fields) in [("a", json!({"target_mode": "exclusive"})), ("b", json!({"target_mode": "shared"}))] {
+        let (port, renames) = renaming(&site.source, from, to).await?;
+        let stream = name.to_uppercase();
+        let fields = merged(
+            json!({"name": name, "target_stream": stream, "target_subject_remove": "",
+            "source_url": format!("nats://127.0.0.1:{port}")}),
+            fields,
+        );
+        site.target_stream(&stream, json!({"subjects": [format!("{name}.>"), "s.>"]})).await?;
+        site.add("S", fields).await?;
+        let held =
+            |row: &Value| row["state"] == "held" && row["last_error"]["message"].to_string().contains("act on it");
+        site.row_when(&format!("S.{name}"), "is held", held).await?;
+        renames.abort();
+        request(&site.client, "replicator.config.delete", json!({"replication": format!("S.{name}")})).await?;
+        target.api(&format!("STREAM.DELETE.{stream}"), Value::Null).await?;
+    }
+    assert_eq!(target.stream_state("VICTIM").await?["messages"], 1);
+    Ok(())
+}
+
+/// What a document gives to a server, that server has.
+#[tokio::test]
+async fn a_server_sees_the_login_that_is_used_there() -> Result<()> {
+    let (site, trap) = (Site::small().await?, Trap::start().await?);
+    let secret = secrets::secret();
+    site.filled("A", 1).await?;
+    site.add("A", json!({"target_url": format!("nats://u:{secret}@127.0.0.1:{}", trap.port)})).await?;
+    wait_for("the login", LIMIT, async || trap.said().iter().any(|line| line.contains(&secret))).await?;
     Ok(())
 }
 
