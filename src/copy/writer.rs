@@ -198,8 +198,8 @@ impl Writer {
         let (sid, inbox) = lane.open_inbox();
         let mode = match abilities.transport {
             // The server knows batches by this id alone, not by the inbox: those of other writers, and of our own
-            // runs before this one, must not have the same.
-            Transport::FastIngest => Mode::FastIngest { batch: None, next_id: chance::random() >> 1 },
+            // runs before this one, must not have the same. Far below `MAX_NUMBER`: it comes back in every ack.
+            Transport::FastIngest => Mode::FastIngest { batch: None, next_id: chance::random() >> 3 },
             Transport::Pipelined => Mode::Pipelined { sent: 0, stored: 0, refused: None, for_good: Vec::new() },
         };
         let strict = replication.ordering == Ordering::Strict || objects::is_store(&replication.source.stream);

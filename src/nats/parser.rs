@@ -192,8 +192,8 @@ fn control(line: &[u8]) -> Result<Option<Control>, ParseError> {
 }
 
 /// The largest number that is accepted from a server. No stream comes near it, and sums of a few such numbers fit into
-/// 64 bits: whatever a server sends, arithmetic on it does not overflow.
-pub const MAX_NUMBER: u64 = 1 << 61;
+/// 64 bits: whatever a server sends, arithmetic on it does not overflow. Times in nanoseconds are below it until 2116.
+pub const MAX_NUMBER: u64 = 1 << 62;
 
 /// An unsigned decimal number up to [`MAX_NUMBER`], nothing else beside it.
 pub fn number(word: &[u8]) -> Option<u64> {
