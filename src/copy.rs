@@ -14,6 +14,7 @@ mod decide;
 mod drops;
 pub(crate) mod duplicates;
 pub(crate) mod durable;
+mod feed;
 mod gap;
 mod glance;
 mod headroom;
@@ -55,6 +56,8 @@ use tracing::info;
 pub use budget::Budget;
 pub use consumers::consumer_prefix;
 pub(crate) use duplicates::LONGEST_PAUSE;
+#[doc(hidden)]
+pub use feed::{INBOX, feed};
 pub use glance::{Glance, glance};
 pub use headroom::{Looks, Outlook, Shortage, Turn};
 pub use locate::{At, Located, Place, locate};

@@ -69,6 +69,8 @@ mod headroom;
 mod heartbeats;
 #[path = "it/heartbeats_choria.rs"]
 mod heartbeats_choria;
+#[path = "it/hostile.rs"]
+mod hostile;
 #[path = "it/leases.rs"]
 mod leases;
 #[path = "it/loops.rs"]

@@ -1,11 +1,17 @@
-//! The protocol parser must take any bytes, in any pieces: `cargo +nightly fuzz run parser`.
+//! The protocol parser must take any bytes, in any pieces, and so must the writer and the readers behind it:
+//! `cargo +nightly fuzz run parser`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use stream_replicator::nats::parser::parse;
 
+#[path = "../../tests/it/properties.rs"]
+#[allow(dead_code, reason = "each target uses a part of it")]
+mod properties;
+
 fuzz_target!(|input: (Vec<u8>, u16)| {
     let (bytes, cut) = input;
+    properties::wire(&bytes);
     let (mut frames, mut controls) = (Vec::new(), Vec::new());
     let whole = parse(&bytes, &mut frames, &mut controls);
     for frame in &frames {

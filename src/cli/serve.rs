@@ -88,8 +88,8 @@ pub(super) struct Args {
     #[arg(long, env = "STREAM_REPLICATOR_STANDALONE", hide_env_values = true)]
     standalone: bool,
 
-    /// Servers that documents may name, `[scheme://]host[:port]` with `*` for any text, such as
-    /// `nats://*.example.net:4222`; may be repeated [default: any]
+    /// Servers that documents may name, `[scheme://]host[:port]` with `*` for any text of an address or at the beginning of a
+    /// name, and for text without dots elsewhere, such as `nats://*.example.net:4222`; may be repeated [default: any]
     #[arg(
         long,
         value_name = "PATTERN",

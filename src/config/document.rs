@@ -11,7 +11,7 @@ use super::{
     Advisory, Connection, Endpoint, Fields, Inspect, Json, Limits, Mapping, OnReject, Place, Problem, Problems,
     Replication, Sampling, Scope, SenderBounds, Sharing, Side, Start, Tls, Transform, check_context_name, endpoint,
     parse_duration, patterns,
-    place::{domain_prefix, subject_prefix},
+    place::{domain_prefix, looks_like_url, subject_prefix},
     schema::{self, join, shorten},
 };
 use crate::{
@@ -500,8 +500,8 @@ impl Checker {
 
     fn context(&mut self, field: &str, name: &str, fields: &SideFields<'_>, api: Option<String>) -> Option<Place> {
         if let Err(right) = check_context_name(name) {
-            let name = shorten(name);
-            self.problem(field, format!("`{field}` is `{name}`: {right}"));
+            let is = if name.contains([':', '@']) { String::new() } else { format!(" is `{}`", shorten(name)) };
+            self.problem(field, format!("`{field}`{is}: {right}"));
             return None;
         }
         let files = |tls: Option<&TlsDocument>| {
@@ -525,8 +525,8 @@ impl Checker {
             (Some(text), None) => (domain.0, text, domain_prefix(text)),
             (None, Some(text)) => (prefix.0, text, subject_prefix(text)),
         };
-        let parsed = parsed.map_err(|error| self.problem(field, format!("`{field}` is `{}`: {error}", shorten(text))));
-        parsed.ok()
+        let is = if looks_like_url(text) { String::new() } else { format!(" is `{}`", shorten(text)) };
+        parsed.map_err(|error| self.problem(field, format!("`{field}`{is}: {error}"))).ok()
     }
 
     fn tls(&mut self, field: &str, tls: Option<&TlsDocument>) {
@@ -1153,6 +1153,18 @@ mod tests {
         check(json!({"source_url": "", "source_context": "../x"}), "/source_context", "`../x`: the name of a context");
         check(json!({"source_domain": "a.b"}), "/source_domain", "`a.b`: the name of a domain is one token");
         check(json!({"target_api_prefix": "a.*"}), "/target_api_prefix", "cannot contain '*'");
+        for field in ["source_domain", "target_domain", "source_api_prefix", "target_api_prefix"] {
+            for stray in ["u:s3cret", "s3cret@h", "nats://u:s3cret@h", "h/s3cret", "nats://u:s3cret@a b"] {
+                let message = &problems(&with(json!({field: stray})))[0].1;
+                let right = format!("`{field}`: it cannot contain `:`, `/` or `@`");
+                assert!(message.starts_with(&right) && !message.contains("s3cret"), "{message}");
+            }
+        }
+        let message = &problems(&with(json!({"source_url": "", "source_context": "u:s3cret/h"})))[0].1;
+        assert!(
+            message.starts_with("`source_context`: the name of a context") && !message.contains("s3cret"),
+            "{message}"
+        );
         check(
             json!({"target_domain": "a", "target_api_prefix": "b"}),
             "/target_api_prefix",

@@ -11,6 +11,7 @@ use super::{
     document::{Wildcards, wrong_subject},
     endpoint::{self, ChoriaIdentity},
     parse_duration,
+    place::{looks_like_url, no_url},
     schema::{Schema, join, shorten},
 };
 use crate::names::{HEARTBEAT_SUBJECT_HEADER, ORIGINATOR_HEADER};
@@ -250,6 +251,7 @@ impl Checker {
         }
         let wrong = match collective.as_str() {
             "" => Some("`choria.collective` is required".to_owned()),
+            name if looks_like_url(name) => no_url(name).err().map(|wrong| format!("`choria.collective`: {wrong}")),
             name => {
                 let wrong = wrong_subject(name, Wildcards::Refused);
                 wrong.map(|wrong| format!("`choria.collective` is `{}`: {wrong}", shorten(name)))

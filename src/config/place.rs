@@ -335,6 +335,7 @@ fn check_subject(subject: &str) -> Result<(), String> {
     if subject.len() > 255 {
         return Err("it has more than 255 characters".to_owned());
     }
+    no_url(subject)?;
     if subject.split('.').any(str::is_empty) {
         return Err("it has an empty token: one dot between two tokens, none in front".to_owned());
     }
@@ -343,6 +344,22 @@ fn check_subject(subject: &str) -> Result<(), String> {
         Some(c) => Err(format!("it cannot contain {c:?}")),
         None => Ok(()),
     }
+}
+
+/// What a URL that strayed into another field has in it. Subjects of requests are made of these fields and shown in errors,
+/// and the URL's password would be with them.
+pub(super) fn looks_like_url(text: &str) -> bool {
+    text.contains([':', '/', '@'])
+}
+
+/// Refuses what [`looks_like_url`]; the value is not in the words.
+pub(super) fn no_url(text: &str) -> Result<(), String> {
+    if looks_like_url(text) {
+        return Err(
+            "it cannot contain `:`, `/` or `@`, as a URL does; the value is not shown, it may be a secret".to_owned()
+        );
+    }
+    Ok(())
 }
 
 /// Checks the name of a context, which becomes the name of a file.

@@ -7,11 +7,16 @@ use super::{
     Problem, Tls, TlsDocument,
     endpoint::{MASK, is_masked, mask_url, unmask},
     heartbeats::HEARTBEATS,
+    place::looks_like_url,
     schema::{REPLICATION, Schema, join},
 };
 
 /// The fields of a document that are URLs: `***` may stand for a secret there.
 pub const URLS: [&str; 2] = ["source_url", "target_url"];
+
+/// Fields that make subjects of requests. A URL that strayed there is refused, and it is not shown where it was written
+/// past the service.
+const NO_URLS: [&str; 5] = ["source_domain", "target_domain", "source_api_prefix", "target_api_prefix", "collective"];
 
 /// One kind of document: its schema, and its URLs with the fields that say with which TLS files.
 struct Kind {
@@ -114,6 +119,9 @@ impl Kind {
                 let each = |(field, value): (&String, &Value)| {
                     let masked = match (self.schema.part(schema, field), value) {
                         (known, Value::String(url)) if known.is_object() && self.is_url(field) => mask_url(url).into(),
+                        (_, Value::String(text)) if NO_URLS.contains(&field.as_str()) && looks_like_url(text) => {
+                            MASK.into()
+                        }
                         (known, value) => self.mask_as(value, known),
                     };
                     (field.clone(), masked)
@@ -202,6 +210,10 @@ mod tests {
         );
         check(json!({"tls": {"ca": "/a@b", "x": "p@h"}}), json!({"tls": {"ca": "/a@b", "x": "***@h"}}));
         check(json!({"filter_subject": "a@b.>"}), json!({"filter_subject": "a@b.>"}));
+        check(
+            json!({"source_domain": "u:p", "target_domain": "hub", "source_api_prefix": "p@h", "target_api_prefix": "a.b"}),
+            json!({"source_domain": "***", "target_domain": "hub", "source_api_prefix": "***", "target_api_prefix": "a.b"}),
+        );
         check(
             json!({"filter_subjects": ["a.>", 5], "subject_transforms": [{"src": "a", "dest": "b", "x": "p"}]}),
             json!({"filter_subjects": ["a.>", "***"], "subject_transforms": [{"src": "a", "dest": "b", "x": "***"}]}),

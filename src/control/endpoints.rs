@@ -49,6 +49,8 @@ use crate::{
 
 /// Size of a document; keeps every reply that shows one far from the limit of a message.
 const MAX_DOCUMENT: usize = 64 << 10;
+/// How often a document with `***` is completed again because the stored one changed meanwhile.
+pub(super) const UNMASK_TRIES: usize = 5;
 /// Rows of one page where the request does not say.
 const DEFAULT_LIMIT: usize = 1_000;
 /// How long a deletion waits for the copy to stop before it forgets the position all the same. A copy that stops later
@@ -123,20 +125,32 @@ fn states(context: Arc<Context>) -> Data {
 
 async fn config_add(context: &Context, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
-    let (Replication { id, .. }, document) = checked_document(context, &request.body).await?;
-    let written = context.config.create(&id, document).await;
+    let Checked { replication: Replication { id, .. }, document, unmasked } =
+        checked_document(context, &request.body).await?;
+    let written = match unmasked {
+        // What a secret was taken from exists, also if it is deleted at this moment.
+        Some(revision) => Err(WriteError::Exists { revision }),
+        None => context.config.create(&id, document).await,
+    };
     changed(id, written, "added")
 }
 
 async fn config_update(context: &Context, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
     let expected = expected_revision(&request)?;
-    let (Replication { id, .. }, document) = checked_document(context, &request.body).await?;
-    if let Some(revision) = stored_already(context, &id, &document, expected).await? {
-        return Ok(Changed { replication: id, revision });
+    for _ in 0..UNMASK_TRIES {
+        let Checked { replication: Replication { id, .. }, document, unmasked } =
+            checked_document(context, &request.body).await?;
+        if let Some(revision) = stored_already(context, &id, &document, expected).await? {
+            return Ok(Changed { replication: id, revision });
+        }
+        match context.config.update(&id, document, expected.or(unmasked)).await {
+            // The secret that `***` stands for may be another one by now.
+            Err(WriteError::Conflict { .. }) if expected.is_none() => {}
+            written => return changed(id, written, "updated"),
+        }
     }
-    let written = context.config.update(&id, document, expected).await;
-    changed(id, written, "updated")
+    Err(Failure::new(503, "the document cannot be updated: it is changed all the time"))
 }
 
 /// Revision of what is stored, if it is what was sent, however it is formatted: then nothing is written, so that those
@@ -284,13 +298,22 @@ impl Context {
     }
 }
 
-/// A document, and what is to be stored: the document as it was sent, or with its secrets again. What is wrong with it
-/// is a 400.
-pub(super) async fn checked_document(context: &Context, body: &Bytes) -> Result<(Replication, Bytes), Failure> {
+/// A valid document.
+#[derive(Debug)]
+pub(super) struct Checked {
+    pub(super) replication: Replication,
+    /// What is to be stored: the document as it was sent, or with its secrets again.
+    document: Bytes,
+    /// The stored revision that its secrets are from: writing the document is only right while that one is stored.
+    unmasked: Option<u64>,
+}
+
+/// Reads a document. What is wrong with it is a 400.
+pub(super) async fn checked_document(context: &Context, body: &Bytes) -> Result<Checked, Failure> {
     let Json { value: mut document, mut problems } = Json::read(body).map_err(refused)?;
     let unmasked = unmask(context, &mut document).await?.unwrap_or_else(|found| {
         problems.extend(found);
-        false
+        None
     });
     let replication = match context.rules.parse_value(&document, &context.site) {
         Ok(replication) if problems.is_empty() => replication,
@@ -303,9 +326,9 @@ pub(super) async fn checked_document(context: &Context, body: &Bytes) -> Result<
             return Err(refused(Problems(problems)));
         }
     };
-    let stored = if unmasked { Bytes::from(document.to_string()) } else { body.clone() };
-    check_size(&stored)?;
-    Ok((replication, stored))
+    let document = if unmasked.is_some() { Bytes::from(document.to_string()) } else { body.clone() };
+    check_size(&document)?;
+    Ok(Checked { replication, document, unmasked })
 }
 
 fn check_size(document: &Bytes) -> Result<(), Failure> {
@@ -316,19 +339,21 @@ fn check_size(document: &Bytes) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Puts stored secrets in the place of `***`; whether there were any, or what is wrong with them.
-async fn unmask(context: &Context, document: &mut Value) -> Result<Result<bool, Vec<Problem>>, Failure> {
+/// Puts stored secrets in the place of `***`; the revision that they are from if there were any, or what is wrong with
+/// them.
+async fn unmask(context: &Context, document: &mut Value) -> Result<Result<Option<u64>, Vec<Problem>>, Failure> {
     let id = config::document_id(document, &context.site);
-    let Value::Object(fields) = document else { return Ok(Ok(false)) };
+    let Value::Object(fields) = document else { return Ok(Ok(None)) };
     if !config::has_mask(fields) {
-        return Ok(Ok(false));
+        return Ok(Ok(None));
     }
     let stored = match id.filter(|id| check_id(id).is_ok()) {
         Some(id) => context.config.get(&id).await.map_err(|error| Failure::new(503, error.to_string()))?,
         None => None,
     };
+    let revision = stored.as_ref().map(|entry| entry.revision);
     let stored = stored.and_then(|entry| Json::read(&entry.value).ok()).map(|json| json.value);
-    Ok(config::unmask_document(fields, stored.as_ref()).map(|()| true))
+    Ok(config::unmask_document(fields, stored.as_ref()).map(|()| revision))
 }
 
 fn changed(replication: String, written: Result<u64, WriteError>, how: &str) -> Result<Changed, Failure> {

@@ -18,7 +18,7 @@ const ANSWER_WITHIN: Duration = Duration::from_millis(2_200);
 pub(super) async fn config_validate(context: &Context, request: Request) -> Result<Validation, Failure> {
     let until = Instant::now() + ANSWER_WITHIN;
     let replication = match checked_document(context, &request.body).await {
-        Ok((replication, _)) => replication,
+        Ok(checked) => checked.replication,
         Err(refused) if refused.code == 400 => {
             return Ok(Validation { problems: refused.problems, ..Validation::default() });
         }

@@ -54,6 +54,9 @@ const COMMIT_SHARED: Duration = Duration::from_secs(2);
 /// How long the end of a refused batch, which tells what was stored, is waited for.
 const END_WAIT: Duration = Duration::from_millis(500);
 
+/// First words of requests of the JetStream API.
+const REQUESTS: [&[u8]; 7] = [b"INFO", b"STREAM", b"CONSUMER", b"DIRECT", b"ACCOUNT", b"META", b"SERVER"];
+
 /// How long the answer to a commit may take.
 const COMMIT_WAIT: Duration = Duration::from_secs(10);
 
@@ -135,6 +138,8 @@ pub(super) struct Writer {
     abilities: Abilities,
     sid: u64,
     inbox: String,
+    /// What subjects of the target's JetStream API begin with.
+    api_prefix: String,
     max_payload: usize,
     /// Largest message that the stream takes, headers included; `None` for no bound.
     max_msg_size: Option<usize>,
@@ -193,8 +198,8 @@ impl Writer {
         let (sid, inbox) = lane.open_inbox();
         let mode = match abilities.transport {
             // The server knows batches by this id alone, not by the inbox: those of other writers, and of our own
-            // runs before this one, must not have the same.
-            Transport::FastIngest => Mode::FastIngest { batch: None, next_id: chance::random() >> 1 },
+            // runs before this one, must not have the same. Far below `MAX_NUMBER`: it comes back in every ack.
+            Transport::FastIngest => Mode::FastIngest { batch: None, next_id: chance::random() >> 3 },
             Transport::Pipelined => Mode::Pipelined { sent: 0, stored: 0, refused: None, for_good: Vec::new() },
         };
         let strict = replication.ordering == Ordering::Strict || objects::is_store(&replication.source.stream);
@@ -204,6 +209,7 @@ impl Writer {
             abilities,
             sid,
             inbox,
+            api_prefix: lane.api_prefix().to_owned(),
             max_payload: lane.info().max_payload,
             max_msg_size: None,
             max_line: MAX_LINE,
@@ -454,6 +460,8 @@ impl Writer {
             )
         } else if subject.is_empty() {
             "its subject is empty after the mapping".to_owned()
+        } else if is_request(subject, &self.api_prefix) {
+            "its subject is that of a request or an ack, and the target would act on it".to_owned()
         } else {
             return Ok(());
         };
@@ -486,7 +494,8 @@ impl Writer {
             Mode::FastIngest { batch, .. } => {
                 // Acks of a batch that is over are nobody's, but a wrong stream among them must not go unseen.
                 let current = batch.as_ref().map(|batch| batch.id);
-                let rest = &message.subject[self.inbox.len() + 1..];
+                // A server may send any subject for a subscription.
+                let rest = message.subject.get(self.inbox.len() + 1..).unwrap_or_default();
                 let mut words = rest.split(|b| *b == b'.');
                 let of_current = words.next().and_then(number) == current;
                 // Behind distance and gap mode: whatever is said comes back on the subject of a message.
@@ -828,6 +837,24 @@ fn flow(limits: &Limits, message_bytes: usize) -> u32 {
     FLOW.min(u32::try_from(messages / 4).unwrap_or(FLOW)).max(1)
 }
 
+/// Whether a server would act on what is published there, with the rights of our login, instead of storing it. No stream
+/// has such messages unless it stores everything, but a server may deliver any.
+fn is_request(subject: &[u8], api_prefix: &str) -> bool {
+    // Keys of buckets and the like may go through the same prefix.
+    let acts = |word: Option<&[u8]>| word.is_some_and(|word| REQUESTS.contains(&word));
+    if let Some(rest) = subject.strip_prefix(b"$JS.") {
+        let mut words = rest.split(|byte| *byte == b'.');
+        return match words.next() {
+            Some(b"ACK" | b"FC") => true,
+            Some(b"API") => acts(words.next()),
+            // Of a domain.
+            _ => words.next() == Some(b"API") && acts(words.next()),
+        };
+    }
+    let rest = subject.strip_prefix(api_prefix.as_bytes()).and_then(|rest| rest.strip_prefix(b"."));
+    rest.is_some_and(|rest| acts(rest.split(|byte| *byte == b'.').next()))
+}
+
 fn no_responders() -> Error {
     let message = "no stream stores messages for the target at the moment (no responders)".to_owned();
     Error { kind: ErrorKind::NoResponders, message, api: None }
@@ -929,6 +956,31 @@ mod acks;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn requests_are_told_from_messages_by_their_subject() {
+        let check = |subject: &str, prefix: &str, expect: bool| {
+            assert_eq!(is_request(subject.as_bytes(), prefix), expect, "{subject}");
+        };
+        for subject in ["$JS.API.STREAM.DELETE.T", "$JS.hub.API.INFO", "$JS.ACK.S.C.1.1.1.1.0", "$JS.FC.S.C.x"] {
+            check(subject, "$JS.API", true);
+        }
+        check("owner.js.STREAM.DELETE.T", "owner.js", true);
+        for subject in [
+            "$JS.EVENT.ADVISORY.API",
+            "$JSX.a",
+            "$KV.B.k",
+            "$O.B.M.x",
+            "a.$JS.API.INFO",
+            "owner.json",
+            "$JS",
+            "$JS.hub.API.$KV.B.k",
+            "owner.js.$KV.B.INFO",
+            "owner.js",
+        ] {
+            check(subject, "owner.js", false);
+        }
+    }
 
     #[test]
     fn ids_differ_in_every_part_and_stay_the_same() {

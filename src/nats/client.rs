@@ -7,7 +7,8 @@ use std::{
 
 use async_nats::{Auth as Login, AuthError, Client, ConnectOptions, Event, ServerAddr};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use tokio::time::timeout;
+use futures_util::future::join_all;
+use tokio::{net::lookup_host, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -47,7 +48,7 @@ pub async fn connect(place: &Place, name: &str) -> Result<(Client, Connection), 
 }
 
 /// Makes a client for a command: an error comes at once and in full, at the latest after `within`, of which every
-/// server gets its part. Later the connection is made again when it is lost. `tell` hears of everything that happens
+/// address of every server gets its part. Later the connection is made again when it is lost. `tell` hears of everything that happens
 /// to it.
 pub async fn connect_once(
     place: &Place,
@@ -56,12 +57,20 @@ pub async fn connect_once(
     tell: impl Fn(Event) + Send + Sync + 'static,
 ) -> Result<(Client, Connection), super::Error> {
     let mut connection = context::resolve(place)?;
-    let endpoint = &mut connection.endpoint;
-    let part = within / u32::try_from(endpoint.hosts.len()).unwrap_or(u32::MAX).max(1);
-    endpoint.connect_timeout = endpoint.connect_timeout.min(part);
-    let late = format!("cannot connect to `{endpoint}`: no answer within {within:?}");
-    let connected = timeout(within, connect_or_explain(place, connection, name, tell)).await;
-    connected.unwrap_or_else(|_| Err(super::Error::retry(late)))
+    let late = format!("cannot connect to `{}`: no answer within {within:?}", connection.endpoint);
+    let connected = async {
+        let endpoint = &mut connection.endpoint;
+        let part = within / u32::try_from(addresses(endpoint).await).unwrap_or(u32::MAX).max(1);
+        endpoint.connect_timeout = endpoint.connect_timeout.min(part);
+        connect_or_explain(place, connection, name, tell).await
+    };
+    timeout(within, connected).await.unwrap_or_else(|_| Err(super::Error::retry(late)))
+}
+
+/// How many addresses the servers have together: the client tries one after the other.
+async fn addresses(endpoint: &Endpoint) -> usize {
+    let looked_up = endpoint.hosts.iter().map(|host| lookup_host((host.host.as_str(), host.port)));
+    join_all(looked_up).await.into_iter().map(|found| found.map_or(1, |found| found.count())).sum()
 }
 
 /// A connection that is not made again when it is lost, so that whoever holds it begins with what files and contexts say
@@ -145,13 +154,11 @@ fn options(place: &Place, connection: &Connection, name: &str) -> Result<Connect
         .max_reconnects(None)
         .reconnect_delay_callback(reconnect_delay)
         .require_tls(endpoint.requires_tls())
-        .tls_client_config(secure(place.clone()));
+        .tls_client_config(secure(place.clone()))
+        // What a server says of other servers is no reason to show them an identity.
+        .ignore_discovered_servers();
     if endpoint.tls.handshake_first {
         options = options.tls_first();
-    }
-    if endpoint.scheme.is_websocket() {
-        // What servers tell are addresses without a scheme, which would be taken for `nats://`.
-        options = options.ignore_discovered_servers();
     }
     Ok(options)
 }

@@ -8,7 +8,10 @@
 use bytes::BytesMut;
 use serde::Deserialize;
 
-use super::ApiError;
+use super::{
+    ApiError,
+    parser::{count, optional_count},
+};
 
 /// What a message does to its batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,13 +75,14 @@ pub enum Ack {
 struct Wire<'a> {
     #[serde(rename = "type", default, borrow)]
     kind: Option<&'a str>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count")]
     seq: u64,
     #[serde(default)]
     msgs: u32,
     error: Option<ApiError>,
     stream: Option<String>,
     domain: Option<String>,
+    #[serde(default, deserialize_with = "optional_count")]
     count: Option<u64>,
 }
 

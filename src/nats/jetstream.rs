@@ -10,9 +10,9 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::{ApiError, Batch, Error, ErrorKind, Lane, headers};
+use super::{ApiError, Batch, Error, ErrorKind, Lane, headers, parser::count};
 
 /// The stream or the account has as many consumers as it may have.
 pub const TOO_MANY_CONSUMERS: u32 = 10026;
@@ -30,6 +30,7 @@ const INACTIVE_THRESHOLD_EXCEEDED: u32 = 10153;
 #[derive(Debug, Clone, Deserialize)]
 pub struct StreamInfo {
     /// The configuration exactly as the server tells it.
+    #[serde(deserialize_with = "object")]
     pub config: Value,
     /// When the stream was made; a hint, not an identity.
     #[serde(default)]
@@ -45,6 +46,11 @@ pub struct StreamInfo {
     /// Time of the server that answered, when it did; `None` where it reports none.
     #[serde(default, deserialize_with = "point_in_time")]
     pub ts: Option<DateTime<Utc>>,
+}
+
+/// A configuration is read and changed by the names of its fields.
+fn object<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
+    Map::deserialize(deserializer).map(Value::Object)
 }
 
 /// A time that cannot be read, or that was never set, is none: the rest of the answer is worth more than it.
@@ -77,17 +83,22 @@ pub struct Peer {
 #[serde(default)]
 pub struct StreamState {
     /// Messages stored.
+    #[serde(deserialize_with = "count")]
     pub messages: u64,
     /// Bytes that they take.
+    #[serde(deserialize_with = "count")]
     pub bytes: u64,
     /// First sequence; last + 1 when empty.
+    #[serde(deserialize_with = "count")]
     pub first_seq: u64,
     /// Last sequence ever given.
+    #[serde(deserialize_with = "count")]
     pub last_seq: u64,
     /// Consumers of the stream.
     #[serde(rename = "consumer_count")]
     pub consumers: i64,
     /// Different subjects of the messages stored.
+    #[serde(deserialize_with = "count")]
     pub num_subjects: u64,
 }
 
@@ -167,7 +178,7 @@ pub struct ConsumerInfo {
     #[serde(default)]
     pub config: Value,
     /// Messages that match and have not been delivered.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count")]
     pub num_pending: u64,
     /// What was delivered last.
     #[serde(default)]
@@ -176,7 +187,7 @@ pub struct ConsumerInfo {
     #[serde(default)]
     pub ack_floor: SequencePair,
     /// Messages that were delivered and are not acknowledged.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count")]
     pub num_ack_pending: u64,
 }
 
@@ -184,10 +195,10 @@ pub struct ConsumerInfo {
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 pub struct SequencePair {
     /// Sequence of the deliveries of the consumer.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count")]
     pub consumer_seq: u64,
     /// Sequence of the stream.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count")]
     pub stream_seq: u64,
 }
 
@@ -201,7 +212,7 @@ pub struct PublishAck<'a> {
     #[serde(default, borrow)]
     pub domain: Option<Cow<'a, str>>,
     /// Sequence in the stream; 0 where nothing is stored yet.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "count")]
     pub seq: u64,
     /// Whether the stream has a message of the same id already.
     #[serde(default)]
@@ -493,6 +504,7 @@ struct Got {
 
 #[derive(Deserialize)]
 struct Raw {
+    #[serde(deserialize_with = "count")]
     seq: u64,
     #[serde(default)]
     subject: String,

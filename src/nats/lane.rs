@@ -5,6 +5,7 @@
 
 use std::{
     fmt, io,
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -50,6 +51,8 @@ const KEEPALIVE: Duration = Duration::from_secs(5);
 const HEAD_START: Duration = Duration::from_secs(1);
 /// How often the system is asked what it has delivered of a lane, at most.
 const DELIVERY_EVERY: Duration = Duration::from_millis(500);
+/// The same for the addresses of one server.
+const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 /// Time limit for the answer to one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request without an answer is sent again after this time: what meets no leader gets none, whoever leads then.
@@ -112,6 +115,13 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// The complete messages at the front of some bytes.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, Error> {
+        let mut frames = Vec::new();
+        parser::parse(bytes, &mut frames, &mut Vec::new())?;
+        Ok(Self { data: Bytes::copy_from_slice(bytes), frames })
+    }
+
     /// Number of messages.
     pub fn len(&self) -> usize {
         self.frames.len()
@@ -218,43 +228,48 @@ impl Lane {
     /// refuses, and beside it when that takes long. Every host gets `connect_timeout`; the error tells what each of
     /// them said.
     pub async fn connect(connection: &Connection, name: &str) -> Result<Self, Error> {
-        let mut hosts = connection.endpoint.hosts.iter().enumerate();
-        let mut attempts = FuturesUnordered::new();
-        let mut errors: Vec<(usize, Error)> = Vec::new();
-        loop {
-            if let Some((index, host)) = hosts.next() {
-                attempts.push(async move { (index, Self::try_host(connection, host, name).await) });
-            }
-            match timeout(HEAD_START, attempts.next()).await {
-                Ok(Some((_, Ok(lane)))) => return Ok(lane),
-                Ok(Some((index, Err(error)))) => errors.push((index, error)),
-                Ok(None) => break,
-                Err(_) => {}
-            }
-        }
-        errors.sort_by_key(|(index, _)| *index);
-        // One server that may let us in later is enough to try again soon.
-        let kind = errors.iter().map(|(_, e)| e.kind).find(|k| *k == ErrorKind::Retry);
-        let message = errors.iter().map(|(_, e)| e.message.as_str()).collect::<Vec<_>>().join("; ");
-        Err(Error { kind: kind.unwrap_or(ErrorKind::Hold), message, api: None })
+        let hosts = connection.endpoint.hosts.iter();
+        race(hosts, HEAD_START, |host| Self::try_host(connection, host, name)).await
     }
 
     async fn try_host(connection: &Connection, host: &Host, name: &str) -> Result<Self, Error> {
-        let endpoint = &connection.endpoint;
-        let attempt = timeout(endpoint.connect_timeout, Self::connect_host(connection, host, name));
-        let error = match attempt.await {
-            Ok(Ok(lane)) => return Ok(lane),
-            Ok(Err(error)) => error,
-            Err(_) => Error::retry(format!("no answer within {:?}", endpoint.connect_timeout)),
+        let within = connection.endpoint.connect_timeout;
+        let lane = match timeout(within, lookup_host((host.host.as_str(), host.port))).await {
+            Ok(Ok(addresses)) => Self::try_addresses(connection, host, addresses, name).await,
+            Ok(Err(error)) => Err(Error::retry(format!("cannot be resolved: {error}"))),
+            Err(_) => Err(Error::retry(format!("cannot be resolved within {within:?}"))),
         };
-        Err(error.context(format!("cannot connect to `{}`", shown(endpoint, host))))
+        lane.map_err(|error| error.context(format!("cannot connect to `{}`", shown(&connection.endpoint, host))))
     }
 
-    async fn connect_host(connection: &Connection, host: &Host, name: &str) -> Result<Self, Error> {
+    /// Connects to the first address of a host where a server lets us in: the next one is tried as soon as the one before
+    /// refuses, and beside it when that takes long. Each of them gets `connect_timeout`, so that one which swallows
+    /// everything, or accepts a connection and says nothing, costs no other its time.
+    pub async fn try_addresses(
+        connection: &Connection,
+        host: &Host,
+        addresses: impl Iterator<Item = SocketAddr>,
+        name: &str,
+    ) -> Result<Self, Error> {
+        let addresses: Vec<_> = addresses.collect();
+        if addresses.is_empty() {
+            return Err(Error::retry("it has no address"));
+        }
+        let (within, several) = (connection.endpoint.connect_timeout, addresses.len() > 1);
+        let attempt = async |address: SocketAddr| {
+            let lane = match timeout(within, Self::connect_to(connection, host, address, name)).await {
+                Ok(lane) => lane,
+                Err(_) => Err(Error::retry(format!("no answer within {within:?}"))),
+            };
+            // Which of them it was says nothing new where there is only one.
+            lane.map_err(|error| if several { error.context(address.ip().to_string()) } else { error })
+        };
+        race(addresses.into_iter(), NEXT_ADDRESS, attempt).await
+    }
+
+    async fn connect_to(connection: &Connection, host: &Host, address: SocketAddr, name: &str) -> Result<Self, Error> {
         let endpoint = &connection.endpoint;
-        let found = lookup_host((host.host.as_str(), host.port)).await;
-        let addresses: Vec<_> = found.map_err(|error| Error::retry(format!("cannot be resolved: {error}")))?.collect();
-        let tcp = TcpStream::connect(addresses.as_slice()).await.map_err(|e| Error::retry(e.to_string()))?;
+        let tcp = TcpStream::connect(address).await.map_err(|e| Error::retry(e.to_string()))?;
         let socket = Socket::new(tcp).map_err(|e| Error::retry(e.to_string()))?;
         let mut io: Box<dyn Stream> = Box::new(socket.clone());
         if endpoint.scheme == Scheme::Wss || (endpoint.tls.handshake_first && !endpoint.scheme.is_websocket()) {
@@ -281,6 +296,13 @@ impl Lane {
         lane.read_info().await?;
         lane.handshake(&connection.endpoint, name).await?;
         Ok(lane)
+    }
+
+    /// A lane without a server whose inbox is known: what it is told to send stays in its output.
+    pub(crate) fn alone(connection: &Connection, inbox: &str) -> Result<Self, Error> {
+        let info = ServerInfo { max_payload: 1 << 20, headers: true, ..ServerInfo::default() };
+        let lane = Self::over(Box::new(tokio::io::empty()), "nowhere".to_owned(), connection)?;
+        Ok(Self { info, inbox: inbox.to_owned(), next_sid: Self::REQUEST_SID + 1, ..lane })
     }
 
     /// Goes over to TLS if the server or we ask for it.
@@ -807,6 +829,35 @@ impl Lane {
 /// Whether an `-ERR` line refuses one publish and leaves the connection open.
 fn is_refused_publish(text: &str) -> bool {
     text.to_ascii_lowercase().starts_with("permissions violation for publish to ")
+}
+
+/// Begins one attempt after the other, each as soon as the one before has failed or takes longer than `head_start`, until
+/// one succeeds. The error says what each of them said, in their order.
+async fn race<T, F: Future<Output = Result<Lane, Error>>>(
+    targets: impl Iterator<Item = T>,
+    head_start: Duration,
+    attempt: impl Fn(T) -> F,
+) -> Result<Lane, Error> {
+    let mut targets = targets.enumerate();
+    let mut attempts = FuturesUnordered::new();
+    let mut errors: Vec<(usize, Error)> = Vec::new();
+    loop {
+        if let Some((index, target)) = targets.next() {
+            let lane = attempt(target);
+            attempts.push(async move { (index, lane.await) });
+        }
+        match timeout(head_start, attempts.next()).await {
+            Ok(Some((_, Ok(lane)))) => return Ok(lane),
+            Ok(Some((index, Err(error)))) => errors.push((index, error)),
+            Ok(None) => break,
+            Err(_) => {}
+        }
+    }
+    errors.sort_by_key(|(index, _)| *index);
+    // One server that may let us in later is enough to try again soon.
+    let kind = errors.iter().map(|(_, e)| e.kind).find(|k| *k == ErrorKind::Retry);
+    let message = errors.iter().map(|(_, e)| e.message.as_str()).collect::<Vec<_>>().join("; ");
+    Err(Error { kind: kind.unwrap_or(ErrorKind::Hold), message, api: None })
 }
 
 /// How a server is named in errors.

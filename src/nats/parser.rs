@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Deserializer, de};
+
 /// Longest control line accepted; servers send at most a few KiB (subject, reply and numbers).
 const MAX_CONTROL_LINE: usize = 64 * 1024;
 /// Longest INFO or -ERR line accepted (INFO lists every server of the cluster).
@@ -189,14 +191,36 @@ fn control(line: &[u8]) -> Result<Option<Control>, ParseError> {
     }
 }
 
-/// An unsigned decimal number of at most 19 digits, nothing else beside it.
+/// The largest number that is accepted from a server. No stream comes near it, and sums of a few such numbers fit into
+/// 64 bits: whatever a server sends, arithmetic on it does not overflow. Times in nanoseconds are below it until 2116.
+pub const MAX_NUMBER: u64 = 1 << 62;
+
+/// An unsigned decimal number up to [`MAX_NUMBER`], nothing else beside it.
 pub fn number(word: &[u8]) -> Option<u64> {
     if word.is_empty() || word.len() > 19 {
         return None;
     }
-    word.iter().try_fold(0u64, |sum, byte| {
+    let number = word.iter().try_fold(0u64, |sum, byte| {
         byte.is_ascii_digit().then(|| sum.wrapping_mul(10).wrapping_add(u64::from(byte - b'0')))
-    })
+    });
+    number.filter(|number| *number <= MAX_NUMBER)
+}
+
+/// [`number`] in JSON.
+pub(super) fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    bounded(u64::deserialize(deserializer)?)
+}
+
+/// [`count`] that may be absent.
+pub(super) fn optional_count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    Option::<u64>::deserialize(deserializer)?.map(bounded).transpose()
+}
+
+fn bounded<E: de::Error>(number: u64) -> Result<u64, E> {
+    if number > MAX_NUMBER {
+        return Err(E::custom(format_args!("the number {number} is larger than {MAX_NUMBER}")));
+    }
+    Ok(number)
 }
 
 #[cfg(test)]

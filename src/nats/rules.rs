@@ -3,6 +3,7 @@
 
 use std::{
     fmt,
+    net::IpAddr,
     path::{Component, Path, PathBuf},
     sync::Arc,
 };
@@ -39,12 +40,13 @@ impl Dial for Rules {
     }
 }
 
-/// `[scheme://]host[:port]` with `*` for any text.
+/// `[scheme://]host[:port]` with `*` for any text; in a host as [`host_matches`] has it.
 #[derive(Debug)]
 struct UrlPattern {
     written: String,
     scheme: WildMatch,
-    host: WildMatch,
+    /// In lower case.
+    host: String,
     port: WildMatch,
 }
 
@@ -268,16 +270,38 @@ impl UrlPattern {
         if !schemes.iter().any(|known| scheme.matches(known.name())) {
             return Err("its scheme is none of `nats`, `tls`, `ws` and `wss`");
         }
-        let host = WildMatch::new(&host.to_ascii_lowercase());
-        Ok(Self { written: written.to_owned(), scheme, host, port: WildMatch::new(port) })
+        Ok(Self { written: written.to_owned(), scheme, host: host.to_ascii_lowercase(), port: WildMatch::new(port) })
     }
 
     fn matches(&self, scheme: Scheme, host: &Host) -> bool {
         let name = host.host.to_ascii_lowercase();
         self.scheme.matches(scheme.name())
-            && self.host.matches(name.strip_suffix('.').unwrap_or(&name))
+            && host_matches(&self.host, name.strip_suffix('.').unwrap_or(&name))
             && self.port.matches(&host.port.to_string())
     }
+}
+
+/// Whether a host is one of a pattern. In an address `*` is any text. The owner of a name is at its end, and anybody can
+/// put names in front of his own: so in a name `*` is any text only at the beginning, and text without dots elsewhere; and a
+/// pattern of digits and dots is none of a name.
+fn host_matches(pattern: &str, host: &str) -> bool {
+    if host.parse::<IpAddr>().is_ok() {
+        return WildMatch::new(pattern).matches(host);
+    }
+    let of_address = |c: char| "*.".contains(c) || c.is_ascii_digit();
+    if pattern.contains(|c: char| c.is_ascii_digit()) && pattern.chars().all(of_address) {
+        return false;
+    }
+    match pattern.strip_prefix('*') {
+        Some(end) => host.char_indices().any(|(at, _)| labels_match(end, &host[at..])) || labels_match(end, ""),
+        None => labels_match(pattern, host),
+    }
+}
+
+fn labels_match(pattern: &str, host: &str) -> bool {
+    let (patterns, labels) = (pattern.split('.'), host.split('.'));
+    patterns.clone().count() == labels.clone().count()
+        && patterns.zip(labels).all(|(pattern, label)| WildMatch::new(pattern).matches(label))
 }
 
 #[cfg(test)]
@@ -308,6 +332,22 @@ mod tests {
         check("[::1]:4222", "nats://[::1]", true);
         check("[::*]", "nats://[::1]:5", true);
         check("*", "ws://anything/path", true);
+        // Who owns a name is told by its end.
+        check("10.0.*", "10.0.3.7", true);
+        check("10.0.*:*", "10.0.3.7:9", true);
+        check("10.0.*", "10.0.evil.org", false);
+        check("10.*.*.*", "10.0.0.evil", false);
+        check("10.0.0.1", "10.0.0.1", true);
+        check("[fd00:*]", "[fd00::7]", true);
+        check("nats-*", "nats-1", true);
+        check("nats-*", "nats-1.evil.org", false);
+        check("nats.*", "nats.evil.org", false);
+        check("*.example.*", "a.example.evil.org", false);
+        check("*.east-*.example.net", "a.b.east-1.example.net", true);
+        check("*example.net", "example.net", true);
+        check("n*.example.net", "n.evil.example.net", false);
+        check("*.*", "a.b", true);
+        check("**", "a.b", true);
         for bad in ["", "nats://", "h:x", "h:", "[::1", "[::1]x", "u@h", "http://h", "h/path", "a,b"] {
             assert!(UrlPattern::parse(bad).is_err(), "{bad}");
         }

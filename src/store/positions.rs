@@ -356,7 +356,8 @@ enum Current {
 }
 
 impl PositionRecord {
-    fn new() -> Self {
+    /// That of a replication that has never run.
+    pub(crate) fn new() -> Self {
         Self {
             version: VERSION,
             epoch: 0,

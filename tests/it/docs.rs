@@ -245,6 +245,28 @@ fn links_lead_somewhere() -> Result<()> {
     Ok(())
 }
 
+/// Each claim of the security page names tests, and all of these exist.
+#[test]
+fn each_claim_about_security_has_its_test() -> Result<()> {
+    let page = page("SECURITY.md")?;
+    let (_, claims) = page.split_once("\n## ").context("no claims")?;
+    let mut tests = 0;
+    for claim in claims.split("\n- ").skip(1) {
+        let claim = claim.split("\n\n").next().unwrap_or_default();
+        let named: Vec<_> = claim.split('`').filter_map(|word| word.split_once("::")).collect();
+        ensure!(!named.is_empty(), "this claim names no test: {claim}");
+        for (module, test) in named {
+            let code = self::page(&format!("tests/it/{module}.rs"))?;
+            let attribute = code.split(&format!("fn {test}(")).next().and_then(|before| before.rsplit("\n\n").next());
+            let exists = code.contains(&format!("fn {test}(")) && attribute.is_some_and(|text| text.contains("test"));
+            ensure!(exists, "there is no test `{module}::{test}`");
+            tests += 1;
+        }
+    }
+    ensure!(tests > 20, "only {tests} tests are named");
+    Ok(())
+}
+
 #[test]
 fn the_index_lists_every_page() -> Result<()> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");

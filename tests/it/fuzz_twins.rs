@@ -1,4 +1,4 @@
-//! The bounded, seeded twins of the fuzz targets in `fuzz/`; that of the protocol parser stands beside it.
+//! The bounded, seeded twins of the fuzz targets in `fuzz/`; the parser has another one beside it.
 //! `SEED=<number>` runs the same inputs again.
 
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
@@ -215,4 +215,105 @@ fn what_is_said_of_patterns_holds_for_every_subject_in_them() {
         read += usize::from(properties::transforms(&pairs, [&subjects[0], &subjects[1]]));
     }
     assert!(read > ROUNDS / 20, "only {read} were read");
+}
+
+const NUMBERS: [&str; 12] = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "7",
+    "8",
+    "9",
+    "500",
+    "4611686018427387904",
+    "4611686018427387905",
+    "9999999999999999999",
+    "18446744073709551615",
+];
+
+/// Text with each `#` replaced by a number.
+fn numbered(random: &mut StdRng, text: &str) -> String {
+    let mut parts = text.split('#');
+    let mut numbered = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        numbered += NUMBERS.choose(random).copied().unwrap_or_default();
+        numbered += part;
+    }
+    numbered
+}
+
+/// A message as a server could send it, or nearly so.
+fn message(random: &mut StdRng) -> Vec<u8> {
+    let subject =
+        ["_I.2.#", "_I.2.7.#.fail.#.#.$FI", "_I.2.7", "_I.2", "_I.2.", "_I", "x", "_I.r.#", "_I.2.8.#.fail.#.1.$FI"];
+    let reply = [
+        "",
+        "",
+        "$JS.ACK.S.C.1.#.#.1700000000000000000.#",
+        "$JS.ACK.S.C.#.#.1.#.#",
+        "$JS.ACK.S.C.1.#.1.#.#",
+        "$JS.ACK.d.h.S.C.1.#.#.#.#.t",
+        "$JS.ACK.",
+        "$JS.ACK.......",
+        "$JS.FC.S.C.x",
+    ];
+    let header = [
+        "",
+        "",
+        "NATS/1.0 503\r\n\r\n",
+        "NATS/1.0 100 Idle Heartbeat\r\nNats-Last-Consumer: #\r\nNats-Last-Stream: #\r\nNats-Consumer-Stalled: x\r\n\r\n",
+        "NATS/1.0 408 Request Timeout\r\nNats-Pending-Messages: #\r\nNats-Pending-Bytes: #\r\n\r\n",
+        "NATS/1.0 409 Message Size Exceeds MaxBytes\r\nNats-Pending-Bytes: #\r\n\r\n",
+        "NATS/1.0 409 Batch Completed\r\n\r\n",
+        "NATS/1.0\r\nNats-TTL: #\r\nNats-Msg-Id: a\r\nChoria-SR-Source: S # SITE SITE #\r\n\r\n",
+        "NATS/1.0",
+        "\n",
+    ];
+    let payload = [
+        "",
+        "x",
+        r#"{"type":"ack","seq":#,"msgs":#}"#,
+        r#"{"type":"gap","last_seq":#,"seq":#}"#,
+        r#"{"type":"err","seq":#,"error":{"code":400,"err_code":10071,"description":"wrong last sequence: #"}}"#,
+        r#"{"error":{"code":400,"err_code":10060,"description":"expected stream does not match"}}"#,
+        r#"{"stream":"T","seq":#,"batch":"7","count":#}"#,
+        r#"{"stream":"T","seq":#}"#,
+        r#"{"stream":"T","seq":#,"duplicate":true}"#,
+        r#"{"config":{"name":"T","max_age":#},"state":{"messages":#,"first_seq":#,"last_seq":#,"bytes":#}}"#,
+        r#"{"config":[#],"state":{"first_seq":#}}"#,
+        r#"{"config":{"max_ack_pending":#},"num_pending":#,"delivered":{"consumer_seq":#,"stream_seq":#},"num_ack_pending":#}"#,
+        r#"{"message":{"seq":#,"subject":"t.a","time":"2026-01-01T00:00:00Z"}}"#,
+        r#"{"message":{"seq":#,"time":"9999-12-31T23:59:59Z","hdrs":"TkFUUy8xLjA="}}"#,
+    ];
+    let pick = |random: &mut StdRng, from: &[&str]| {
+        let picked = from.choose(random).copied().unwrap_or_default();
+        numbered(random, picked)
+    };
+    let (subject, reply) = (pick(random, &subject), pick(random, &reply));
+    let (header, payload) = (pick(random, &header), pick(random, &payload));
+    let sid = if random.random_bool(0.7) { 2 } else { random.random_range(0..4) };
+    let (head, size) = (header.len(), header.len() + payload.len());
+    format!("HMSG {subject} {sid} {reply} {head} {size}\r\n{header}{payload}\r\n").into_bytes()
+}
+
+#[test]
+fn whatever_a_server_sends_the_writer_and_the_readers_live() {
+    // A subject shorter than the inbox.
+    assert_eq!(properties::wire(b"MSG x 2 0\r\n\r\n"), Some(1));
+    let mut random = random();
+    let mut fed = 0;
+    for _ in 0..ROUNDS / 4 {
+        let mut bytes = Vec::new();
+        for _ in 0..random.random_range(1..8) {
+            bytes.extend(message(&mut random));
+        }
+        fed += properties::wire(&bytes).unwrap_or_default();
+        if random.random_bool(0.2) {
+            let at = random.random_range(0..bytes.len());
+            bytes[at] = random.random();
+            properties::wire(&bytes);
+        }
+    }
+    assert!(fed > ROUNDS / 4, "only {fed} messages were fed");
 }

@@ -1,11 +1,39 @@
 //! What must hold for any input. Shared by the fuzz targets in `fuzz/` and by their bounded twins in `fuzz_twins.rs`.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, rc::Rc};
 
-use stream_replicator::config::{self, Endpoint, Mapping, mask_document, mask_url, unmask_document};
+use chrono::{DateTime, Utc};
+use stream_replicator::{
+    chance,
+    config::{self, Endpoint, Mapping, mask_document, mask_url, unmask_document},
+    copy,
+};
 
 /// Stands for a password: nothing else looks like it.
 pub const SECRET: &str = "5ecretPassw0rd5";
+
+/// Every run has the same random numbers: batches of the writer have the id 7.
+#[derive(Debug)]
+struct Always;
+
+impl chance::Chance for Always {
+    fn random(&self) -> u64 {
+        7 << 3
+    }
+
+    fn now(&self) -> DateTime<Utc> {
+        DateTime::UNIX_EPOCH
+    }
+}
+
+/// A server sends any bytes: nothing that reads them panics. Returns how many messages they were, `None` if they are not
+/// the protocol.
+pub fn wire(bytes: &[u8]) -> Option<usize> {
+    chance::stand_in(Some(Rc::new(Always)));
+    let fed = copy::feed(bytes);
+    chance::stand_in(None);
+    fed
+}
 
 /// A document is any bytes.
 pub fn document(bytes: &[u8]) {

@@ -10,7 +10,7 @@ use super::{
         api::{Failure, HeartbeatsChanged, HeartbeatsShown, RejectedHeartbeats},
         service::Request,
     },
-    Context, check_size, expected_revision, in_time, refused,
+    Context, UNMASK_TRIES, check_size, expected_revision, in_time, refused,
 };
 use crate::{
     config::{self, Json, Problem, Problems},
@@ -42,11 +42,39 @@ pub(super) async fn heartbeat_set(context: &Context, request: Request) -> Result
     if body.trim_ascii().is_empty() {
         return Err(Failure::new(400, "the request is empty: send the heartbeats, or `{}` to remove them"));
     }
+    for _ in 0..UNMASK_TRIES {
+        let (heartbeats, found) = read(context, body).await?;
+        let Some(Checked { value, unmasked }) = heartbeats else {
+            return changed(context.config.delete(HEARTBEATS_KEY, expected).await, "removed");
+        };
+        if let Some(revision) = found.filter(|found| expected.is_none_or(|expected| expected == *found)) {
+            return Ok(HeartbeatsChanged { revision });
+        }
+        match context.config.put(HEARTBEATS_KEY, value, expected.or(unmasked)).await {
+            // The secret that `***` stands for may be another one by now.
+            Err(WriteError::Conflict { .. } | WriteError::Missing) if expected.is_none() => {}
+            written => return changed(written, "stored"),
+        }
+    }
+    Err(Failure::new(503, "the heartbeats cannot be stored: they are changed all the time"))
+}
+
+/// Valid heartbeats.
+struct Checked {
+    /// What is to be stored.
+    value: Bytes,
+    /// The stored revision that its secrets are from: writing it is only right while that one is stored.
+    unmasked: Option<u64>,
+}
+
+/// Reads heartbeats, `None` for none at all, and compares them with what is stored: the revision if that is equal.
+async fn read(context: &Context, body: &Bytes) -> Result<(Option<Checked>, Option<u64>), Failure> {
     let Json { value: mut document, problems: mut twice } = Json::read(body).map_err(refused)?;
     let stored = context.config.get(HEARTBEATS_KEY).await.map_err(unavailable)?;
+    let revision = stored.as_ref().map(|entry| entry.revision);
     let before = stored.as_ref().and_then(|entry| Json::read(&entry.value).ok()).map(|json| json.value);
     let (unmasked, problems) = match &mut document {
-        Value::Object(fields) => unmask(context, fields, before.as_ref()),
+        Value::Object(fields) => unmask(context, fields, stored.is_some(), before.as_ref()),
         _ => (false, Vec::new()),
     };
     twice.extend(problems);
@@ -56,27 +84,28 @@ pub(super) async fn heartbeat_set(context: &Context, request: Request) -> Result
         result => return Err(refused(all(problems, result.err()))),
     };
     if heartbeats.is_none() {
-        return changed(context.config.delete(HEARTBEATS_KEY, expected).await, "removed");
+        return Ok((None, None));
     }
-    if let (Some(entry), Some(before)) = (&stored, &before)
-        && *before == document
-        && expected.is_none_or(|expected| expected == entry.revision)
-    {
-        return Ok(HeartbeatsChanged { revision: entry.revision });
-    }
+    let equal = revision.filter(|_| before.as_ref() == Some(&document));
     let value = if unmasked { Bytes::from(document.to_string()) } else { body.clone() };
     check_size(&value)?;
-    changed(context.config.put(HEARTBEATS_KEY, value, expected).await, "stored")
+    Ok((Some(Checked { value, unmasked: revision.filter(|_| unmasked) }), equal))
 }
 
 /// Puts stored secrets in the place of `***`: those of what lies in the bucket, or else, where that cannot run, those of
-/// what runs from there. Says whether there were any, and what is wrong with them.
-fn unmask(context: &Context, fields: &mut Map<String, Value>, before: Option<&Value>) -> (bool, Vec<Problem>) {
+/// what runs from there. Says whether there were any, and what is wrong with them. Where nothing is stored, nothing of what
+/// was stored before comes back.
+fn unmask(
+    context: &Context,
+    fields: &mut Map<String, Value>,
+    is_stored: bool,
+    before: Option<&Value>,
+) -> (bool, Vec<Problem>) {
     if !config::has_heartbeats_mask(fields) {
         return (false, Vec::new());
     }
     let view = context.heartbeats.view();
-    let runs = (view.origin == Origin::Kv).then_some(view.document);
+    let runs = (is_stored && view.origin == Origin::Kv).then_some(view.document);
     let mut tried = fields.clone();
     let Err(problems) = config::unmask_heartbeats(&mut tried, before) else {
         *fields = tried;

@@ -1,0 +1,184 @@
+//! Feeds the bytes of a server to everything in a run that takes messages: the writer in each of its ways, each kind of
+//! reader, dead letters, and what decodes answers. For fuzzing: nothing that a server sends may end in a panic.
+
+use std::sync::{Arc, LazyLock};
+
+use futures_util::FutureExt;
+use serde_json::{Value, json};
+use tokio::{runtime::Runtime, time::Instant};
+
+use super::{
+    budget::Budget,
+    dead_letter::DeadLetters,
+    drops::{Drops, Limits},
+    durable::{Durable, Way},
+    provenance::Tag,
+    reader::{Incoming, Range, Reader, explicit::Explicit, pushed::Pushed},
+    renewal::Renewal,
+    target::Abilities,
+    target_watch::TargetWatch,
+    transform::Allowed,
+    window::{SourcePoint, Window},
+    writer::{Supply, Writer},
+};
+use crate::{
+    config::{self, Connection, Endpoint, Replication},
+    nats::{
+        Batch, Error, Lane, Message, account,
+        jetstream::{ConsumerInfo, Delivery, StreamInfo, decode, decode_message},
+    },
+    status::{TargetMode, Transport},
+    store::PositionRecord,
+};
+
+/// The inbox of every lane: `<INBOX>.2` is that of the first who subscribes, under subscription 2. Requests are answered
+/// below `<INBOX>.r` under subscription 1.
+pub const INBOX: &str = "_I";
+
+/// Messages that were handed out before.
+const SENT: u64 = 8;
+
+static REPLICATION: LazyLock<Option<Arc<Replication>>> = LazyLock::new(|| {
+    let document = json!({"stream": "S", "source_url": "nats://s", "target_url": "nats://t", "target_stream": "T"});
+    config::parse_value(&document, "SITE").ok().map(Arc::new)
+});
+
+/// Lanes have a clock, which belongs to a runtime.
+static RUNTIME: LazyLock<Option<Runtime>> =
+    LazyLock::new(|| tokio::runtime::Builder::new_current_thread().enable_time().build().ok());
+
+/// Feeds what the bytes hold of complete messages; how many there were, `None` if the bytes are not the protocol.
+pub fn feed(bytes: &[u8]) -> Option<usize> {
+    let batch = Batch::parse(bytes).ok()?;
+    let replication = REPLICATION.clone()?;
+    let _runtime = RUNTIME.as_ref()?.enter();
+    for transport in [Transport::FastIngest, Transport::Pipelined] {
+        for mode in [TargetMode::Exclusive, TargetMode::Shared] {
+            write(&batch, &replication, Abilities { transport, mode, allowed: Allowed::default() }).ok()?;
+        }
+    }
+    read(&batch, &replication).ok()?;
+    answers(&batch);
+    Some(batch.len())
+}
+
+fn lane() -> Result<Lane, Error> {
+    Lane::alone(&Connection::to(Endpoint::parse("nats://h").map_err(Error::retry)?), INBOX)
+}
+
+fn info(last: u64) -> Result<StreamInfo, Error> {
+    let info = json!({"config": {"name": "T"}, "state": {"first_seq": 1, "last_seq": last, "messages": last}});
+    decode(info.to_string().as_bytes())
+}
+
+fn tag() -> Tag {
+    Tag::new("S", "SITE", "SITE")
+}
+
+fn sent(number: u64) -> Incoming<'static> {
+    let message = Message { sid: 2, subject: b"s.a", reply: b"", header: b"", payload: b"x" };
+    let delivery = Delivery { stream_seq: number, consumer_seq: number, time_ns: 1, pending: 0 };
+    Incoming { delivery, after: number - 1, message }
+}
+
+fn write(batch: &Batch, replication: &Arc<Replication>, abilities: Abilities) -> Result<(), Error> {
+    let (mut lane, now) = (lane()?, Instant::now());
+    let record = PositionRecord::new();
+    let mut writer = Writer::open(&mut lane, replication.clone(), tag(), abilities, &info(5)?, &record);
+    let mut window = Window::new(SourcePoint { seq: 0, time_ns: None }, None);
+    for number in 1..=SENT {
+        if writer.prepare(&sent(number), 1).is_ok() {
+            writer.send(&mut lane, &mut window, &sent(number), now, number);
+        }
+    }
+    for message in batch.iter() {
+        // What follows an error is not read by a run.
+        if writer.accept(&message, &mut window, now).and_then(|()| writer.outcome(&window, now, now)).is_err() {
+            return Ok(());
+        }
+        let _ = (writer.ready(), writer.is_owed(&window), writer.adds_up_to(), writer.exact(&window));
+        if writer.prepare(&sent(SENT + 1), 1).is_ok() && writer.ready() {
+            writer.send(&mut lane, &mut window, &sent(SENT + 1), now, SENT + 1);
+        }
+        writer.commit_if_due(&mut lane, Supply::Dry, now);
+    }
+    Ok(())
+}
+
+fn read(batch: &Batch, replication: &Replication) -> Result<(), Error> {
+    let range = Range { stream: "S", filters: &[], from: 1, headers_only: false };
+    let made: ConsumerInfo = decode(br#"{"num_pending": 3, "config": {"max_ack_pending": 100}}"#)?;
+    let budget = Budget::new(usize::MAX);
+
+    let mut source = lane()?;
+    let mut reader = Reader::of(&mut source, &range, "C".to_owned(), 1 << 20, &made);
+    reader.pull(&mut source, &budget);
+    let _ = reader.accept(batch.clone());
+    let _ = (reader.pending(), reader.seen(), reader.next());
+    let mut letters = DeadLetters::open(&mut source, "dead", "S", "S", tag(), 0);
+    while let Some(incoming) = reader.peek() {
+        let _ = letters.send(&mut source, &incoming, &Error::retry("x"), Instant::now());
+        reader.take();
+    }
+    reader.pull(&mut source, &budget);
+
+    let durable = |way| Durable { name: "C".to_owned(), way, info: made.clone() };
+    let mut source = lane()?;
+    // Nothing is asked where nothing is pending.
+    let explicit = Explicit::open(&mut source, "S", durable(Way::Explicit), 1, 1 << 20).now_or_never();
+    if let Some(Ok(mut explicit)) = explicit {
+        let _ = explicit.accept(batch.clone());
+        explicit.settled(&mut source, 2);
+        let _ = (explicit.is_barred(), explicit.reader.pending());
+    }
+
+    let mut source = lane()?;
+    let (sid, inbox) = source.reserve_inbox();
+    let mut pushed = Pushed::open(&mut source, "S", &durable(Way::FlowControl), (sid, &inbox), 1, 1 << 20);
+    for batch in [batch.clone(), batch.clone()] {
+        let _ = pushed.accept(batch);
+        pushed.ask(&mut source);
+        let _ = (pushed.pending(), pushed.may_read(&budget), pushed.is_barred());
+        while pushed.peek().is_some() {
+            pushed.take();
+        }
+        pushed.settled(&mut source, 2);
+    }
+
+    let (behind, name) = (SourcePoint { seq: 4, time_ns: Some(1) }, "C".to_owned());
+    let mut source = lane()?;
+    let mut renewal = Renewal::begin(&mut source, "S", replication.scope.filters(), behind, name, String::new());
+    let _ = renewal.accept(&mut source, batch, 1 << 20);
+    let _ = renewal.accept(&mut source, batch, 1 << 20);
+
+    let mut letters = DeadLetters::open(&mut lane()?, "dead", "S", "S", tag(), 0);
+    for number in 1..=SENT {
+        letters
+            .send(&mut source, &sent(number), &Error::retry("x"), Instant::now())
+            .map_err(|e| Error::retry(e.message))?;
+    }
+    batch.iter().for_each(|message| _ = letters.accept(&message));
+    while letters.pop().is_some() {}
+
+    let mut drops = Drops::default();
+    let limits = Limits { age: true, messages: Some(9), bytes: None, per_subject: false, words: String::new() };
+    drops.begin(&info(5)?, Some(limits), 3);
+    let (mut watch, mut target) = (TargetWatch::new(drops, tag()), lane()?);
+    for message in batch.iter() {
+        watch.ask(&mut target, "T", Some(3));
+        watch.accept(&mut target, "T", &message, 3, false);
+    }
+    Ok(())
+}
+
+/// What is decoded wherever an answer is.
+fn answers(batch: &Batch) {
+    for message in batch.iter() {
+        let _ = (decode::<StreamInfo>(message.payload), decode::<ConsumerInfo>(message.payload));
+        let _ = (decode::<account::AccountInfo>(message.payload), decode::<Value>(message.payload));
+        if let Ok(Some(stored)) = decode_message(message.payload) {
+            let _ = (tag().origin(&stored.header), tag().other_site(&stored.header));
+        }
+        let _ = (tag().origin(message.header), tag().passed(message.header));
+    }
+}
