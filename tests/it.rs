@@ -137,6 +137,8 @@ mod wire_scope;
 mod wire_second_stream;
 #[path = "it/wire_shared.rs"]
 mod wire_shared;
+#[path = "it/wire_slow_reads.rs"]
+mod wire_slow_reads;
 #[path = "it/wire_stalls.rs"]
 mod wire_stalls;
 #[path = "it/wire_subjects.rs"]

@@ -240,6 +240,7 @@ impl<'a> Run<'a> {
             durable: durable.as_ref(),
             chain_broke_behind: ledger.chain_broke_behind(),
             orphans: ledger.record().orphans,
+            read: resume::Read::default(),
         };
         let (mode, news) = sharing::begin(&replication, &target_info, ledger.record(), job.neighbour.as_deref());
         abilities.share(mode);
@@ -934,9 +935,10 @@ impl<'a> Run<'a> {
             handed_out: self.window.newest().seq,
             pending: self.reader.pending(),
             last_seq: self.source_info.state.last_seq,
-            consumer_heard: plain.map_or(self.began, Reader::heard),
+            consumer_heard: plain.map_or(self.began, Reader::heard).max(self.source.partial_at()),
             source_heard: self.source.heard_at(),
             receiving: self.source.is_receiving(),
+            source_partial: self.source.partial_at(),
             in_air: self.window.len(),
             waiting: self.reader.peek().is_some(),
             // By the limit of its rate, or by dead letters, whose clock is their own.
@@ -951,7 +953,8 @@ impl<'a> Run<'a> {
     fn silent_at(&self, now: Instant) -> Option<Instant> {
         let reader = self.reader.plain()?;
         let owes = reader.is_asking() && !self.source.is_receiving();
-        owes.then(|| self.watchdog.silent_at(now, reader.heard())).flatten()
+        let heard = reader.heard().max(self.source.partial_at());
+        owes.then(|| self.watchdog.silent_at(now, heard)).flatten()
     }
 
     /// Tells of messages that could not be stored; of all that are not told yet at the end and now and then.
@@ -1049,7 +1052,7 @@ impl<'a> Run<'a> {
         action.map_or(Ok(()), |action| self.act(action))?;
         self.look_after_target(now)?;
         self.look_after_logins(now);
-        Ok(self.reader.check(now, self.reads)?)
+        Ok(self.reader.check(&self.source, now, self.reads)?)
     }
 
     /// Ends the run in time where a login is about to end and the files have its successor.
