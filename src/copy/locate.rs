@@ -189,7 +189,7 @@ pub(super) async fn message_at(
     seq: u64,
 ) -> Result<Option<StoredMessage>, nats::Error> {
     let StreamState { first_seq, last_seq, .. } = info.state;
-    if average_bytes(&info.state) >= HEAVY && (first_seq..=last_seq).contains(&seq) && !Durable::is_needed(info) {
+    if is_heavy(info) && (first_seq..=last_seq).contains(&seq) {
         match headers_at(lane, stream, names, seq).await {
             Ok(Some(found)) => return Ok(Some(found)),
             Ok(None) => {}
@@ -198,6 +198,11 @@ pub(super) async fn message_at(
         }
     }
     Api::new(lane).message(stream, seq).await
+}
+
+/// Whether a message of the stream is rather not read for its headers alone, and a consumer may show those.
+pub(super) fn is_heavy(info: &StreamInfo) -> bool {
+    average_bytes(&info.state) >= HEAVY && !Durable::is_needed(info)
 }
 
 /// Size of a stream's messages on the average.

@@ -22,7 +22,7 @@ use super::{
     gap::Gaps,
     headroom::{Looks, Oldest, Outlook, Retention, Waiting},
     intake::Intake,
-    line,
+    line, locate,
     objects::{Gate, Incomplete, Pass},
     probe::{self, Probe},
     progress::{Ledger, Sampled, Witnesses},
@@ -902,7 +902,9 @@ impl<'a> Run<'a> {
                 self.consumer_request = None;
                 let deletion = reader.abandon(&mut self.source);
                 let (behind, name) = (self.window.newest(), self.names.next());
-                let renewal = Renewal::begin(&mut self.source, &of.stream, scope.filters(), behind, name, deletion);
+                let shows = locate::is_heavy(&self.source_info).then(|| self.names.next());
+                let names = (name, shows);
+                let renewal = Renewal::begin(&mut self.source, &of.stream, scope.filters(), behind, names, deletion);
                 self.renewal = Some(renewal);
                 self.next_tick = self.next_tick.min(Instant::now() + TICK);
                 self.copy.counters.repairs.consumer += u64::from(tell != Tell::Nothing);
