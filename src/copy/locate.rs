@@ -25,7 +25,7 @@ use crate::{
 
 /// Messages of this size on the average are not read for their headers or their stored time alone: a question more costs
 /// less.
-const HEAVY: u64 = 32 * 1024;
+pub(super) const HEAVY: u64 = 32 * 1024;
 /// Names of the consumers of a question that no run asks: one may be under way.
 const QUESTION: &str = "p";
 

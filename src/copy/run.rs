@@ -902,7 +902,11 @@ impl<'a> Run<'a> {
                 self.consumer_request = None;
                 let deletion = reader.abandon(&mut self.source);
                 let (behind, name) = (self.window.newest(), self.names.next());
-                let shows = locate::is_heavy(&self.source_info).then(|| self.names.next());
+                // What the server said of the stream may be older than its large messages.
+                let counters = &self.copy.counters;
+                let read = counters.received_bytes.checked_div(counters.received).unwrap_or_default();
+                let heavy = locate::is_heavy(&self.source_info) || read >= locate::HEAVY;
+                let shows = heavy.then(|| self.names.next());
                 let names = (name, shows);
                 let renewal = Renewal::begin(&mut self.source, &of.stream, scope.filters(), behind, names, deletion);
                 self.renewal = Some(renewal);

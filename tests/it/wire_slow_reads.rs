@@ -6,16 +6,32 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::harness::{Outgoing, Proxy, Role, Server, Site, proxy::Direction, wait_for};
+use crate::harness::{
+    Outgoing, Proxy, Role, Server, Site, client::http_get, proxy::Direction, server::free_port, wait_for,
+};
 
 const LONG: Duration = Duration::from_secs(150);
 const TO_CLIENT: &[Direction] = &[Direction::ToClient];
 
-/// A site whose replications read their source through a proxy.
-async fn behind_proxy() -> Result<(Site, Proxy)> {
-    let source = Server::builder(Role::Source).config("max_payload: 8388608").start().await?;
-    let target = Server::builder(Role::Target).config("max_payload: 8388608").start().await?;
+/// A site for large messages, and what the monitors of source and target are asked at.
+async fn large() -> Result<(Site, [String; 2])> {
+    let ports = [free_port()?, free_port()?];
+    let config = |port| format!("max_payload: 8388608\nhttp: \"127.0.0.1:{port}\"");
+    let source = Server::builder(Role::Source).config(&config(ports[0])).start().await?;
+    let target = Server::builder(Role::Target).config(&config(ports[1])).start().await?;
     let site = Site::builder().on(source, target).start().await?;
+    Ok((site, ports.map(|port| format!("127.0.0.1:{port}"))))
+}
+
+/// Bytes that a server has sent to anybody.
+async fn sent(monitor: &str) -> Result<u64> {
+    let (_, body) = http_get(monitor, "/varz").await?;
+    serde_json::from_str::<Value>(&body)?["out_bytes"].as_u64().context("out_bytes")
+}
+
+/// The same site, and a proxy in front of its source.
+async fn behind_proxy() -> Result<(Site, Proxy)> {
+    let (site, _) = large().await?;
     let proxy = Proxy::start(site.source.port()).await?;
     Ok((site, proxy))
 }
@@ -91,20 +107,24 @@ async fn what_was_pending_comes_back_over_a_slow_line() -> Result<()> {
     Ok(())
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Slow {
     Source,
     Target,
 }
 
-/// A copy of large messages begins again over a line on which one of them takes longer than any answer may be silent.
-async fn begins_again(slow: Slow, source: Value, target: Value) -> Result<()> {
-    const SIZE: usize = 2_000_000;
-    let (mut site, proxy) = behind_proxy().await?;
-    let (stream, side) = match slow {
-        Slow::Source => (proxy, "source_url"),
-        Slow::Target => (Proxy::start(site.target.port()).await?, "target_url"),
+/// So large that it takes longer on [`RATE`] than any answer may be silent.
+const SIZE: usize = 2_000_000;
+const RATE: u64 = 300_000;
+
+/// Three large messages are copied; one of both sides is behind the proxy, whose server's monitor is returned.
+async fn three_copied(slow: Slow, source: &Value, target: &Value) -> Result<(Site, Proxy, String)> {
+    let (site, [at_source, at_target]) = large().await?;
+    let (port, side, monitor) = match slow {
+        Slow::Source => (site.source.port(), "source_url", at_source),
+        Slow::Target => (site.target.port(), "target_url", at_target),
     };
+    let proxy = Proxy::start(port).await?;
     let mut raw = site.source_stream("BIG", source.clone()).await?;
     if source["retention"] == "interest" {
         // What it has not taken stays, so that there is something to read.
@@ -112,30 +132,47 @@ async fn begins_again(slow: Slow, source: Value, target: Value) -> Result<()> {
         raw.api("CONSUMER.CREATE.BIG.other", json!({"stream_name": "BIG", "config": config})).await?;
     }
     site.target_stream("BIG", target.clone()).await?;
-    site.add("BIG", json!({ (side): stream.url() })).await?;
+    site.add("BIG", json!({ (side): proxy.url() })).await?;
     site.row_when("BIG", "runs", |row| row["state"] == "running").await?;
     for number in 1..=3 {
         raw.publish(&message("BIG", number, SIZE)).await?;
     }
     site.settled("BIG", 3).await?;
-    site.service.stop().await?;
-    stream.throttle(TO_CLIENT, Some(300_000));
-    site.service.restart().await?;
-    raw.publish(&message("BIG", 4, 1_000)).await?;
+    Ok((site, proxy, monitor))
+}
+
+/// A small message is copied over the slow line, without an error; returns the status row.
+async fn small_follows(site: &Site) -> Result<Value> {
+    site.source().await?.publish(&message("BIG", 4, 1_000)).await?;
     let row = site.settled_within("BIG", 4, LONG).await.with_context(|| site.service.log())?;
-    assert_eq!(row["counters"]["errors"], 0, "{slow:?} {source} {target}: {row}");
+    assert_eq!(row["counters"]["errors"], 0, "{row}");
     assert_eq!(site.at_target("BIG").await?, 4);
-    site.events.quiet(&["gap", "source-reset", "target-reset"])
+    site.events.quiet(&["gap", "source-reset", "target-reset"])?;
+    Ok(row)
+}
+
+/// The copy begins again over the slow line; `most` is what its server may send for that.
+async fn begins_again(slow: Slow, source: Value, target: Value, most: usize) -> Result<()> {
+    let (mut site, proxy, monitor) = three_copied(slow, &source, &target).await?;
+    site.service.stop().await?;
+    proxy.throttle(TO_CLIENT, Some(RATE));
+    let before = sent(&monitor).await?;
+    site.service.restart().await?;
+    small_follows(&site).await?;
+    let sent = sent(&monitor).await? - before;
+    assert!(sent < most as u64, "{slow:?} {source} {target}: {sent} bytes");
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn witnesses_of_large_messages_are_read_over_slow_lines() -> Result<()> {
     let limits = || json!({});
     tokio::try_join!(
-        begins_again(Slow::Source, limits(), limits()),
-        begins_again(Slow::Source, json!({"retention": "interest"}), limits()),
-        begins_again(Slow::Target, limits(), limits()),
-        begins_again(Slow::Target, limits(), json!({"retention": "workqueue"})),
+        begins_again(Slow::Source, limits(), limits(), SIZE),
+        begins_again(Slow::Target, limits(), limits(), SIZE),
+        // No consumer may be asked there: one message, in base64.
+        begins_again(Slow::Source, json!({"retention": "interest"}), limits(), 2 * SIZE),
+        begins_again(Slow::Target, limits(), json!({"retention": "workqueue"}), 2 * SIZE),
     )?;
     Ok(())
 }
@@ -150,7 +187,7 @@ async fn takes_long(retention: &str, choria: bool) -> Result<()> {
     }
     site.add("ONE", json!({"source_url": proxy.url()})).await?;
     site.row_when("ONE", "runs", |row| row["state"] == "running").await?;
-    raw.publish(&message("ONE", 1, 4_000_000)).await?;
+    raw.publish(&message("ONE", 1, 7_000_000)).await?;
     let row = site.settled_within("ONE", 1, LONG).await.with_context(|| site.service.log())?;
     assert_eq!(row["counters"]["errors"], 0, "{retention} {choria}: {row}");
     Ok(())
@@ -164,5 +201,32 @@ async fn a_message_that_takes_long_is_no_silence() -> Result<()> {
         takes_long("workqueue", true),
         takes_long("interest", false),
     )?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_consumer_is_recreated_without_reading_a_large_message() -> Result<()> {
+    let (site, proxy, monitor) = three_copied(Slow::Source, &json!({}), &json!({})).await?;
+    proxy.throttle(TO_CLIENT, Some(RATE));
+    let before = sent(&monitor).await?;
+    let mut raw = site.source().await?;
+    let names = raw.api("CONSUMER.NAMES.BIG", Value::Null).await?["consumers"].take();
+    for name in names.as_array().into_iter().flatten().filter_map(Value::as_str) {
+        raw.api(&format!("CONSUMER.DELETE.BIG.{name}"), Value::Null).await?;
+    }
+    let row = small_follows(&site).await?;
+    assert_eq!(row["counters"]["repairs"], json!({"consumer": 1, "connections": 0, "everything": 0}), "{row}");
+    let sent = sent(&monitor).await? - before;
+    assert!(sent < SIZE as u64, "{sent} bytes");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_position_is_moved_beside_large_messages() -> Result<()> {
+    let (site, proxy, _) = three_copied(Slow::Source, &json!({}), &json!({})).await?;
+    site.ask("pause", "BIG").await?;
+    proxy.throttle(TO_CLIENT, Some(RATE));
+    let moved = site.send("position", json!({"replication": "BIG", "source_seq": 2})).await?;
+    assert_eq!((moved.error, &moved.body["to"]), (None, &json!(2)), "{}", moved.body);
     Ok(())
 }
