@@ -578,7 +578,7 @@ pub(super) async fn headers_at(
     reader.owed = 1;
     let (budget, mut found) = (Budget::new(usize::MAX), None);
     let mut asked = reader.pending() == 0;
-    while found.is_none() && !(asked && !reader.is_asking()) {
+    while found.is_none() && (!asked || reader.is_asking()) {
         if !asked {
             reader.pull(lane, &budget);
             asked = true;
