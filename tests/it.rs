@@ -159,6 +159,8 @@ mod wire_senders;
 mod wire_shared;
 #[path = "it/wire_slow.rs"]
 mod wire_slow;
+#[path = "it/wire_slow_reads.rs"]
+mod wire_slow_reads;
 #[path = "it/wire_stalls.rs"]
 mod wire_stalls;
 #[path = "it/wire_subjects.rs"]

@@ -147,9 +147,12 @@ fn read(batch: &Batch, replication: &Replication) -> Result<(), Error> {
 
     let (behind, name) = (SourcePoint { seq: 4, time_ns: Some(1) }, "C".to_owned());
     let mut source = lane()?;
-    let mut renewal = Renewal::begin(&mut source, "S", replication.scope.filters(), behind, name, String::new());
-    let _ = renewal.accept(&mut source, batch, 1 << 20);
-    let _ = renewal.accept(&mut source, batch, 1 << 20);
+    let names = (name, Some("W".to_owned()));
+    let mut renewal = Renewal::begin(&mut source, "S", replication.scope.filters(), behind, names, String::new());
+    // Whatever it waits for.
+    for _ in 0..4 {
+        let _ = renewal.accept(&mut source, batch, 1 << 20);
+    }
 
     let mut letters = DeadLetters::open(&mut lane()?, "dead", "S", "S", tag(), 0);
     for number in 1..=SENT {

@@ -64,7 +64,7 @@ impl Intake {
     pub fn pending(&self) -> u64 {
         match self {
             Self::Plain(reader) => reader.pending(),
-            Self::Explicit(explicit) => explicit.reader.pending(),
+            Self::Explicit(explicit) => explicit.pending(),
             Self::Pushed(pushed) => pushed.pending(),
         }
     }
@@ -125,7 +125,7 @@ impl Intake {
     pub fn pull(&mut self, lane: &mut Lane, budget: &Budget) {
         match self {
             Self::Plain(reader) => reader.pull(lane, budget),
-            Self::Explicit(explicit) => explicit.reader.pull(lane, budget),
+            Self::Explicit(explicit) => explicit.pull(lane, budget),
             Self::Pushed(pushed) => pushed.ask(lane),
         }
     }
@@ -165,11 +165,11 @@ impl Intake {
     }
 
     /// Whether the consumer still gives signs of life; of a plain one the watchdog sees to that.
-    pub fn check(&mut self, now: Instant, reads: bool) -> Result<(), Error> {
+    pub fn check(&mut self, lane: &Lane, now: Instant, reads: bool) -> Result<(), Error> {
         match self {
             Self::Plain(_) => Ok(()),
-            Self::Explicit(explicit) => explicit.reader.check(now),
-            Self::Pushed(pushed) => pushed.check(now, reads),
+            Self::Explicit(explicit) => explicit.check(lane, now),
+            Self::Pushed(pushed) => pushed.check(lane, now, reads),
         }
     }
 

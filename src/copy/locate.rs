@@ -9,6 +9,7 @@ use super::{
     clock::{Heard, SourceClock},
     consumers::Names,
     durable::Durable,
+    reader::headers_at,
     window::SourcePoint,
 };
 use crate::{
@@ -17,10 +18,16 @@ use crate::{
     names,
     nats::{
         self, Dial, Lane,
-        jetstream::{Api, CONSUMER_EXISTS, StreamInfo, StreamState, TOO_MANY_CONSUMERS},
+        jetstream::{Api, CONSUMER_EXISTS, StoredMessage, StreamInfo, StreamState, TOO_MANY_CONSUMERS},
     },
     store::SourceWitness,
 };
+
+/// Messages of this size on the average are not read for their headers or their stored time alone: a question more costs
+/// less.
+pub(super) const HEAVY: u64 = 32 * 1024;
+/// Names of the consumers of a question that no run asks: one may be under way.
+const QUESTION: &str = "p";
 
 /// A place that somebody asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,11 +98,20 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, consumers: &str,
             before_time(&mut lane, stream, &info, &Names::new(consumers), time).await?.min(last_seq)
         }
     };
-    let SourcePoint { seq, time_ns } = point_at(&mut lane, stream, seq.max(first_seq.saturating_sub(1))).await?;
+    let seq = seq.max(first_seq.saturating_sub(1));
+    let mut names = question_names(consumers);
+    let SourcePoint { seq, time_ns } = point_at(&mut lane, stream, &info, &mut names, seq).await?;
+    // Else a consumer may outlive the connection.
+    lane.round_trip().await?;
     let forgets = Durable::is_needed(&info);
     let position = SourceWitness { seq, time_ns, created: info.created };
     let now = clock.now(Instant::now());
     Ok(Located::At(Place { position, first_seq, last_seq, forgets, now }))
+}
+
+/// Names of the consumers for a question beside a run.
+pub(super) fn question_names(consumers: &str) -> Names {
+    Names::new(&format!("{consumers}_{QUESTION}"))
 }
 
 /// The sequence before the first message stored at or after a time: the server knows, a consumer asks it. A stream that
@@ -154,12 +170,49 @@ async fn search_time(lane: &mut Lane, stream: &str, state: &StreamState, time_ns
 }
 
 /// A sequence and the stored time of what lies there.
-pub(super) async fn point_at(lane: &mut Lane, stream: &str, seq: u64) -> Result<SourcePoint, nats::Error> {
+pub(super) async fn point_at(
+    lane: &mut Lane,
+    stream: &str,
+    info: &StreamInfo,
+    names: &mut Names,
+    seq: u64,
+) -> Result<SourcePoint, nats::Error> {
     if seq == 0 {
         return Ok(SourcePoint::default());
     }
-    let message = Api::new(lane).message(stream, seq).await?;
+    let message = message_at(lane, stream, info, names, seq).await?;
     Ok(SourcePoint { seq, time_ns: message.map(|message| message.time_ns) })
+}
+
+/// The message at a sequence, by the word of the stream's leader. Where messages are large, its payload is left where it is
+/// if a consumer may be used for that: a work queue or an interest stream takes none for a question.
+pub(super) async fn message_at(
+    lane: &mut Lane,
+    stream: &str,
+    info: &StreamInfo,
+    names: &mut Names,
+    seq: u64,
+) -> Result<Option<StoredMessage>, nats::Error> {
+    let StreamState { first_seq, last_seq, .. } = info.state;
+    if is_heavy(info) && (first_seq..=last_seq).contains(&seq) {
+        match headers_at(lane, stream, names, seq).await {
+            Ok(Some(found)) => return Ok(Some(found)),
+            Ok(None) => {}
+            Err(error) if error.is_api(TOO_MANY_CONSUMERS) || error.is_api(CONSUMER_EXISTS) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Api::new(lane).message(stream, seq).await
+}
+
+/// Whether a message of the stream is rather not read for its headers alone, and a consumer may show those.
+pub(super) fn is_heavy(info: &StreamInfo) -> bool {
+    average_bytes(&info.state) >= HEAVY && !Durable::is_needed(info)
+}
+
+/// Size of a stream's messages on the average.
+pub(super) fn average_bytes(state: &StreamState) -> u64 {
+    state.bytes.checked_div(state.messages).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -22,8 +22,11 @@ use super::{
 use crate::{
     chance,
     nats::{
-        Batch, Error, Lane, Message, headers,
-        jetstream::{Api, CONSUMER_EXISTS, ConsumerInfo, Delivery, TOO_MANY_CONSUMERS, is_delivery, parse_delivery},
+        Batch, Error, Lane, Message, Turn, headers,
+        jetstream::{
+            Api, CONSUMER_EXISTS, ConsumerInfo, Delivery, StoredMessage, TOO_MANY_CONSUMERS, is_delivery,
+            parse_delivery,
+        },
         parser::number,
     },
 };
@@ -32,6 +35,8 @@ use crate::{
 const HEARTBEAT: Duration = Duration::from_millis(2500);
 /// Silence after which a stream that is scanned, or a durable consumer, is given up.
 const SILENCE: Duration = Duration::from_secs(6);
+/// How often the consumer of a single read is checked for silence.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 /// A consumer that was not made within this time is asked for under another name, so often.
 const PLACED: Duration = Duration::from_secs(2);
 const ELSEWHERE: u32 = 2;
@@ -40,6 +45,8 @@ const COUNTED: Duration = Duration::from_millis(100);
 const COUNTED_AGAIN: u32 = 5;
 /// A pull that got nothing is renewed after this time.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
+/// The same for redeliveries, which are there at once.
+const BACK_EXPIRES: Duration = Duration::from_secs(2);
 /// The server forgets a consumer that nobody pulls from after this time.
 const INACTIVE: Duration = Duration::from_secs(45);
 /// A pull that was smaller than one message is followed by one that is so many times as large.
@@ -124,6 +131,8 @@ pub(super) struct Reader {
     consumer_seq: u64,
     accepted: u64,
     pending: u64,
+    /// Redeliveries that come first: only that many are asked for, by one pull at a time; 0 for none.
+    owed: u64,
     heard: Instant,
     /// When a pull was open last.
     asked: Instant,
@@ -215,7 +224,7 @@ impl Reader {
             next_pull: 0,
             unspent: 0,
             // A backlog is asked for in large pieces at once.
-            piece: if info.num_pending > 0 { PIECE_BACKLOG.min(piece_max) } else { PIECE_MIN },
+            piece: if info.num_pending + info.num_ack_pending > 0 { PIECE_BACKLOG.min(piece_max) } else { PIECE_MIN },
             piece_max,
             need: 0,
             stash: Stash::new(after),
@@ -223,6 +232,7 @@ impl Reader {
             consumer_seq: info.delivered.consumer_seq,
             accepted: 0,
             pending: info.num_pending,
+            owed: 0,
             heard: now,
             asked: now,
             rested: Duration::ZERO,
@@ -423,7 +433,7 @@ impl Reader {
         if let Some(reserved) = &mut self.reserved {
             reserved.shrink_to(open + self.stash.bytes());
         }
-        let wanted = if self.pending > 0 { 2 } else { 1 };
+        let wanted = if self.pending > 0 && self.owed == 0 { 2 } else { 1 };
         while self.pulls.len() < wanted {
             let held: usize = self.pulls.iter().map(|pull| pull.bytes).sum::<usize>() + self.stash.bytes();
             if held > 0 && held + self.piece.max(self.need) > self.piece_max * 2 {
@@ -438,13 +448,19 @@ impl Reader {
             }
             self.next_pull += 1;
             let subject = format!("{}.CONSUMER.MSG.NEXT.{}.{}", lane.api_prefix(), self.stream, self.consumer);
-            let request = json!({
-                // Never what ends a pull: no message counts less than its reply subject.
-                "batch": bytes / 32,
-                "max_bytes": bytes,
-                "expires": PULL_EXPIRES.as_nanos() as u64,
-                "idle_heartbeat": HEARTBEAT.as_nanos() as u64,
-            });
+            // Never what ends a pull: no message counts less than its reply subject.
+            let batch = bytes as u64 / 32;
+            let request = if self.owed > 0 {
+                let expires = BACK_EXPIRES.as_nanos() as u64;
+                json!({ "batch": batch.min(self.owed), "max_bytes": bytes, "expires": expires })
+            } else {
+                json!({
+                    "batch": batch,
+                    "max_bytes": bytes,
+                    "expires": PULL_EXPIRES.as_nanos() as u64,
+                    "idle_heartbeat": HEARTBEAT.as_nanos() as u64,
+                })
+            };
             lane.publish(&subject, &format!("{}.{}", self.inbox, self.next_pull), request.to_string().as_bytes());
             self.pulls.push_back(Pull { id: self.next_pull, bytes });
             self.unspent += bytes as i64;
@@ -470,8 +486,9 @@ impl Reader {
     }
 
     /// Whether the consumer still gives signs of life.
-    pub fn check(&self, now: Instant) -> Result<(), Error> {
-        if self.is_asking() && now.duration_since(self.heard) > SILENCE {
+    pub fn check(&self, lane: &Lane, now: Instant) -> Result<(), Error> {
+        // While a large message arrives, nothing else can.
+        if self.is_asking() && now.duration_since(self.heard.max(lane.partial_at())) > SILENCE {
             return Err(Error::retry(format!("consumer of stream `{}` is silent for {SILENCE:?}", self.stream)));
         }
         Ok(())
@@ -547,6 +564,44 @@ fn heartbeat(stream: &str, message: &Message<'_>, consumer_seq: u64) -> Result<(
     }
 }
 
+/// Reads subject, headers and stored time of the message at a sequence, without its payload. `None` where the consumer has
+/// none: it may live on a server that has less of the stream than its leader, so only the leader's word counts for that.
+pub(super) async fn headers_at(
+    lane: &mut Lane,
+    stream: &str,
+    names: &mut Names,
+    seq: u64,
+) -> Result<Option<StoredMessage>, Error> {
+    let range = Range { stream, filters: &[], from: seq, headers_only: true };
+    let mut reader = Reader::open(lane, &range, names, 0).await?;
+    // One pull for one message.
+    reader.owed = 1;
+    let (budget, mut found) = (Budget::new(usize::MAX), None);
+    let mut asked = reader.pending() == 0;
+    while found.is_none() && (!asked || reader.is_asking()) {
+        if !asked {
+            reader.pull(lane, &budget);
+            asked = true;
+        }
+        match timeout(CHECK_EVERY, lane.turn()).await {
+            Ok(turn) => {
+                if let Turn::Received(batch) = turn? {
+                    reader.accept(batch).map_err(|lost| lost.error)?;
+                }
+            }
+            Err(_) => reader.check(lane, Instant::now())?,
+        }
+        found = reader.peek().map(|Incoming { delivery, message, .. }| StoredMessage {
+            subject: String::from_utf8_lossy(message.subject).into_owned(),
+            sequence: delivery.stream_seq,
+            time_ns: delivery.time_ns,
+            header: message.header.to_vec(),
+        });
+    }
+    reader.close(lane);
+    Ok(found.filter(|found| found.sequence == seq))
+}
+
 /// Reads the headers of everything in a range of sequences, in order. The consumer for it may live on a server that has less
 /// of the stream than its leader: then this is an error that passes.
 pub(super) async fn scan(
@@ -565,11 +620,11 @@ pub(super) async fn scan(
     let mut read = Instant::now();
     while !done {
         // What was counted may be gone before it is delivered; signs of life alone must not hold us up for ever.
-        if read.elapsed() > SILENCE {
+        if read.max(lane.partial_at()).elapsed() > SILENCE {
             return Err(Error::retry(format!("stream `{stream}` cannot be read: nothing came for {SILENCE:?}")));
         }
         reader.pull(lane, &budget);
-        if let crate::nats::Turn::Received(batch) = tokio::time::timeout(SILENCE, lane.turn())
+        if let Turn::Received(batch) = tokio::time::timeout(SILENCE, lane.turn())
             .await
             .map_err(|_| Error::retry(format!("stream `{stream}` cannot be read: nothing came for {SILENCE:?}")))??
         {

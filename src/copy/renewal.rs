@@ -2,21 +2,27 @@
 //!
 //! It begins behind the newest message that was handed out, so what is in the air is not touched. That message is also
 //! the witness: it is read when the consumer is there, and only if the source still has it with the same stored time is
-//! this the stream that was read before.
+//! this the stream that was read before. Where messages are large, another consumer shows its stored time without its
+//! payload; if that one shows nothing, the stream's leader is asked.
 
-use serde_json::Value;
+use std::time::Duration;
+
+use serde_json::{Value, json};
 
 use super::{
     reader::{Range, Reader},
     window::SourcePoint,
 };
 use crate::nats::{
-    Batch, Error, Lane,
+    Batch, Error, Lane, Message,
     jetstream::{
-        ConsumerInfo, TOO_MANY_CONSUMERS, answer_in, create_new_consumer_call, decode, decode_message, message_call,
-        within_limit,
+        ConsumerInfo, Delivery, TOO_MANY_CONSUMERS, answer_in, create_new_consumer_call, decode, decode_message,
+        is_delivery, message_call, parse_delivery, within_limit,
     },
 };
+
+/// Time for the consumer that shows the witness; it has it at once, or not at all.
+const SHOWN_WITHIN: Duration = Duration::from_secs(2);
 
 /// One attempt.
 #[derive(Debug)]
@@ -26,6 +32,10 @@ pub(super) struct Renewal {
     /// The newest message that was handed out.
     behind: SourcePoint,
     consumer: String,
+    /// Name of the consumer that shows the witness without its payload, where one is used.
+    shows: Option<String>,
+    /// The same once it was asked for.
+    shower: String,
     /// What the consumer is asked for.
     config: Value,
     waits_for: Waits,
@@ -42,17 +52,23 @@ pub(super) struct Renewal {
 #[derive(Debug)]
 enum Waits {
     Consumer,
+    /// The consumer that shows the witness.
+    Shower(Box<ConsumerInfo>),
+    /// What it shows, on this subscription.
+    Shown(Box<ConsumerInfo>, u64),
+    /// What the stream's leader says of the witness.
     Witness(Box<ConsumerInfo>),
 }
 
 impl Renewal {
-    /// Asks for the consumer. `deletion` is the request that deletes the one before it.
+    /// Asks for the consumer. `deletion` is the request that deletes the one before it. `shows` is the name of another one,
+    /// for a witness that is too large to be read.
     pub fn begin(
         lane: &mut Lane,
         stream: &str,
         filters: &[String],
         behind: SourcePoint,
-        consumer: String,
+        (consumer, shows): (String, Option<String>),
         deletion: String,
     ) -> Self {
         let mut renewal = Self {
@@ -60,6 +76,8 @@ impl Renewal {
             filters: filters.to_vec(),
             behind,
             consumer,
+            shows,
+            shower: String::new(),
             config: Value::Null,
             waits_for: Waits::Consumer,
             request: String::new(),
@@ -84,8 +102,13 @@ impl Renewal {
     /// Takes what the lane received; the new reader, or why there is none, once that is known. `bytes` as for
     /// [`Reader::open`].
     pub fn accept(&mut self, lane: &mut Lane, batch: &Batch, bytes: usize) -> Option<Result<Reader, Error>> {
-        let answer = answer_in(batch, &self.request);
-        let made = answer.and_then(|answer| self.step(lane, answer, bytes).transpose());
+        let made = match &self.waits_for {
+            Waits::Shown(_, sid) => {
+                let sid = *sid;
+                batch.iter().find(|message| message.sid == sid).and_then(|shown| self.shown(lane, &shown, bytes))
+            }
+            _ => answer_in(batch, &self.request).and_then(|answer| self.step(lane, answer, bytes).transpose()),
+        };
         if self.deletion.as_deref().is_some_and(|deletion| answer_in(batch, deletion).is_some()) {
             self.deletion = None;
         }
@@ -110,12 +133,26 @@ impl Renewal {
                         return Ok(None);
                     }
                 };
-                let (what, body) = message_call(&self.stream, self.behind.seq);
-                let subject = format!("{}.{what}", lane.api_prefix());
-                self.request = lane.send_request(&subject, body.to_string().as_bytes());
-                self.waits_for = Waits::Witness(Box::new(info));
+                match self.shows.take() {
+                    Some(name) => self.show(lane, &name, info),
+                    None => self.read(lane, info),
+                }
                 Ok(None)
             }
+            Waits::Shower(info) => {
+                let info = (**info).clone();
+                if answer.and_then(decode::<ConsumerInfo>).is_err() {
+                    self.read(lane, info);
+                    return Ok(None);
+                }
+                let (sid, inbox) = lane.open_inbox();
+                let pull = json!({ "batch": 1, "expires": SHOWN_WITHIN.as_nanos() as u64 });
+                let subject = format!("{}.CONSUMER.MSG.NEXT.{}.{}", lane.api_prefix(), self.stream, self.shower);
+                lane.publish(&subject, &format!("{inbox}.1"), pull.to_string().as_bytes());
+                self.waits_for = Waits::Shown(Box::new(info), sid);
+                Ok(None)
+            }
+            Waits::Shown(..) => Ok(None),
             Waits::Witness(info) => {
                 let found = decode_message(answer?)?;
                 let found = found.map(|message| message.time_ns);
@@ -128,6 +165,41 @@ impl Renewal {
                 Ok(Some(Reader::of(lane, &self.range(), self.consumer.clone(), bytes, info)))
             }
         }
+    }
+
+    /// Asks the stream's leader for the witness.
+    fn read(&mut self, lane: &mut Lane, info: ConsumerInfo) {
+        let (what, body) = message_call(&self.stream, self.behind.seq);
+        self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
+        self.waits_for = Waits::Witness(Box::new(info));
+    }
+
+    /// Asks for the consumer that shows it.
+    fn show(&mut self, lane: &mut Lane, name: &str, info: ConsumerInfo) {
+        let range = Range { stream: &self.stream, filters: &[], from: self.behind.seq, headers_only: true };
+        let (what, body) = create_new_consumer_call(&self.stream, name, &range.config(name));
+        self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
+        self.shower = name.to_owned();
+        self.waits_for = Waits::Shower(Box::new(info));
+    }
+
+    /// Takes what that consumer shows. Nothing, or another message, proves nothing: it may live on a server that has less of
+    /// the stream than its leader.
+    fn shown(&mut self, lane: &mut Lane, message: &Message<'_>, bytes: usize) -> Option<Result<Reader, Error>> {
+        let Waits::Shown(info, sid) = &self.waits_for else { return None };
+        let (info, sid) = ((**info).clone(), *sid);
+        lane.close_inbox(sid);
+        let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.shower);
+        lane.send_request(&subject, b"");
+        let delivery = parse_delivery(message.reply).filter(|_| is_delivery(message.reply));
+        let holds = |delivery: &Delivery| {
+            delivery.stream_seq == self.behind.seq && Some(delivery.time_ns) == self.behind.time_ns
+        };
+        if delivery.as_ref().is_some_and(holds) {
+            return Some(Ok(Reader::of(lane, &self.range(), self.consumer.clone(), bytes, &info)));
+        }
+        self.read(lane, info);
+        None
     }
 }
 
@@ -143,7 +215,7 @@ mod tests {
         let (mut lane, mut server) = pipe::lane().await;
         let behind = SourcePoint { seq: 5, time_ns: Some(1_767_225_605_000_000_000) };
         let deletion = lane.send_request("$JS.API.CONSUMER.DELETE.S.before", b"");
-        let mut renewal = Renewal::begin(&mut lane, "S", &[], behind, "next".to_owned(), deletion);
+        let mut renewal = Renewal::begin(&mut lane, "S", &[], behind, ("next".to_owned(), None), deletion);
         let answer = async {
             loop {
                 let asked = server.asked().await;

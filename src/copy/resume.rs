@@ -30,6 +30,9 @@ use crate::{
 
 /// Messages looked at first when a stream is searched from its end; each further step looks at four times as many.
 const SEARCH_STEP: u64 = 1_000;
+/// Bytes searched first, and messages at the least, where payloads have to be read.
+const SEARCH_BYTES: u64 = 4 << 20;
+const SEARCH_LEAST: u64 = 8;
 /// Marks what was sent in a chain: whatever lies before such a message is complete.
 const CHAIN: &[u8] = b"Nats-Expected-Last-Sequence";
 /// What was sent with many in the air bears an id; what bears neither was sent one at a time (by Choria).
@@ -185,6 +188,17 @@ pub(super) struct Sides<'a> {
     pub chain_broke_behind: Option<u64>,
     /// What the record says of copies whose source is lost.
     pub orphans: Option<Orphans>,
+    /// What was read already: no message is read twice.
+    pub read: Read,
+}
+
+/// Single messages that were read of both sides.
+#[derive(Debug, Default)]
+pub(super) struct Read {
+    /// Stored times at the source by sequence.
+    source: HashMap<u64, Option<i64>>,
+    /// The newest that was read of the target, by the sequence that was asked for.
+    target: Option<(u64, Option<StoredMessage>)>,
 }
 
 /// A message of ours at the target.
@@ -299,7 +313,7 @@ impl Sides<'_> {
         if target.seq < self.target.state.first_seq || target.source_seq == 0 {
             return self.with_tail(position, Some(point), false).await;
         }
-        match Api::new(self.target_lane).message(&self.replication.target.stream, target.seq).await? {
+        match self.at_target(target.seq).await? {
             Some(message) if self.tag.origin(&message.header).is_some_and(|o| o.seq == target.source_seq) => {
                 // Written in a chain, what lies behind may be too; otherwise some of it may wait for its turn.
                 self.with_tail(position, Some(point), is_complete(&message.header)).await
@@ -603,7 +617,24 @@ impl Sides<'_> {
     }
 
     async fn point_at(&mut self, seq: u64) -> Result<SourcePoint, Error> {
-        locate::point_at(self.source_lane, &self.replication.source.stream, seq).await
+        if let Some(time_ns) = self.read.source.get(&seq) {
+            return Ok(SourcePoint { seq, time_ns: *time_ns });
+        }
+        let stream = &self.replication.source.stream;
+        let point = locate::point_at(self.source_lane, stream, self.source, self.source_names, seq).await?;
+        self.read.source.insert(seq, point.time_ns);
+        Ok(point)
+    }
+
+    /// The message at a sequence of the target; its payload is not needed.
+    async fn at_target(&mut self, seq: u64) -> Result<Option<StoredMessage>, Error> {
+        if let Some((_, message)) = self.read.target.as_ref().filter(|(read, _)| *read == seq) {
+            return Ok(message.clone());
+        }
+        let stream = &self.replication.target.stream;
+        let message = locate::message_at(self.target_lane, stream, self.target, self.target_names, seq).await?;
+        self.read.target = Some((seq, message.clone()));
+        Ok(message)
     }
 
     /// Why the source is not what it was when the position was saved; `None` if it is.
@@ -653,17 +684,17 @@ impl Sides<'_> {
     }
 
     async fn ours_at(&mut self, sequence: u64) -> Result<Option<Ours>, Error> {
-        let message = Api::new(self.target_lane).message(&self.replication.target.stream, sequence).await?;
+        let message = self.at_target(sequence).await?;
         Ok(message.and_then(|message| ours(self.tag, sequence, &message.header, None)))
     }
 
     /// How the newest message of the target is stamped; `None` where there is none.
     async fn stamps_at_end(&mut self) -> Result<Option<Stamps>, Error> {
-        let (stream, last) = (&self.replication.target.stream, self.target.state.last_seq);
+        let last = self.target.state.last_seq;
         if last == 0 {
             return Ok(None);
         }
-        let message = Api::new(self.target_lane).message(stream, last).await?;
+        let message = self.at_target(last).await?;
         let ours = message.filter(|message| self.tag.origin(&message.header).is_some());
         let chained = ours.is_some_and(|message| headers::last(&message.header, CHAIN).is_some());
         Ok(Some(if chained { Stamps::Chain } else { Stamps::Ids }))
@@ -767,12 +798,18 @@ impl Sides<'_> {
         .await
     }
 
+    /// Messages that are searched first: fewer where they are large and have to be read with their payloads.
+    fn search_step(&self) -> u64 {
+        let average = locate::average_bytes(&self.target.state).max(1);
+        if is_consumed(self.target) { (SEARCH_BYTES / average).clamp(SEARCH_LEAST, SEARCH_STEP) } else { SEARCH_STEP }
+    }
+
     /// Messages of ours from the end of the target backwards until there are enough, in target order.
     async fn backwards(&mut self, step: usize, enough: impl Fn(&[Ours]) -> bool) -> Result<Vec<Ours>, Error> {
         let first = self.target.state.first_seq.max(1);
         let mut found: Vec<Ours> = Vec::new();
         let mut to = self.target.state.last_seq;
-        let mut step = SEARCH_STEP.max(step as u64);
+        let mut step = self.search_step().max(step as u64);
         while to >= first && !enough(&found) {
             let from = to.saturating_sub(step - 1).max(first);
             let mut piece = self.between(from, to, &mut Seen::default()).await?;
@@ -797,7 +834,7 @@ impl Sides<'_> {
         let mut ours: Vec<Ours> = Vec::new();
         let mut newest: Option<usize> = None;
         let mut to = self.target.state.last_seq;
-        let mut step = SEARCH_STEP;
+        let mut step = self.search_step();
         while to >= first {
             let from = to.saturating_sub(step - 1).max(first);
             let mut piece = self.between(from, to, &mut Seen::default()).await?;

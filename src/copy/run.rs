@@ -22,7 +22,7 @@ use super::{
     gap::Gaps,
     headroom::{Looks, Oldest, Outlook, Retention, Waiting},
     intake::Intake,
-    line,
+    line, locate,
     objects::{Gate, Incomplete, Pass},
     probe::{self, Probe},
     progress::{Ledger, Sampled, Witnesses},
@@ -249,6 +249,7 @@ impl<'a> Run<'a> {
             durable: durable.as_ref(),
             chain_broke_behind: ledger.chain_broke_behind(),
             orphans: ledger.record().orphans,
+            read: resume::Read::default(),
         };
         let (mode, news) = sharing::begin(&replication, &target_info, ledger.record(), job.neighbour.as_deref());
         abilities.share(mode);
@@ -952,7 +953,13 @@ impl<'a> Run<'a> {
                 self.consumer_request = None;
                 let deletion = reader.abandon(&mut self.source);
                 let (behind, name) = (self.window.newest(), self.names.next());
-                let renewal = Renewal::begin(&mut self.source, &of.stream, scope.filters(), behind, name, deletion);
+                // What the server said of the stream may be older than its large messages.
+                let counters = &self.copy.counters;
+                let read = counters.received_bytes.checked_div(counters.received).unwrap_or_default();
+                let heavy = locate::is_heavy(&self.source_info) || read >= locate::HEAVY;
+                let shows = heavy.then(|| self.names.next());
+                let names = (name, shows);
+                let renewal = Renewal::begin(&mut self.source, &of.stream, scope.filters(), behind, names, deletion);
                 self.renewal = Some(renewal);
                 self.next_tick = self.next_tick.min(Instant::now() + TICK);
                 self.copy.counters.repairs.consumer += u64::from(tell != Tell::Nothing);
@@ -985,9 +992,10 @@ impl<'a> Run<'a> {
             handed_out: self.window.newest().seq,
             pending: self.reader.pending(),
             last_seq: self.source_info.state.last_seq,
-            consumer_heard: plain.map_or(self.began, Reader::heard),
+            consumer_heard: plain.map_or(self.began, Reader::heard).max(self.source.partial_at()),
             source_heard: self.source.heard_at(),
             receiving: self.source.is_receiving(),
+            source_partial: self.source.partial_at(),
             in_air: self.window.len(),
             waiting: self.reader.peek().is_some(),
             // By the limit of its rate, by dead letters, whose clock is their own, or by saves that fail.
@@ -1002,7 +1010,8 @@ impl<'a> Run<'a> {
     fn silent_at(&self, now: Instant) -> Option<Instant> {
         let reader = self.reader.plain()?;
         let owes = reader.is_asking() && !self.source.is_receiving();
-        owes.then(|| self.watchdog.silent_at(now, reader.heard())).flatten()
+        let heard = reader.heard().max(self.source.partial_at());
+        owes.then(|| self.watchdog.silent_at(now, heard)).flatten()
     }
 
     /// Tells of messages that could not be stored; of all that are not told yet at the end and now and then.
@@ -1105,7 +1114,7 @@ impl<'a> Run<'a> {
         let action = self.watchdog.look(now, &self.seen());
         action.map_or(Ok(()), |action| self.act(action))?;
         self.look_after_logins(now);
-        Ok(self.reader.check(now, self.reads)?)
+        Ok(self.reader.check(&self.source, now, self.reads)?)
     }
 
     /// Ends the run in time where a login is about to end and the files have its successor.

@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
 use super::{
-    Error, ErrorKind, Job, learn,
+    Error, ErrorKind, Job, learn, locate,
     target::{Extent, Opened, Opening, quoted},
 };
 use crate::{
@@ -61,8 +61,10 @@ async fn ask(job: &Job, seq: u64) -> Result<Option<Sides>, NatsError> {
     )?;
     let source = Api::new(&mut from).stream_info(&replication.source.stream).await?;
     let target = Api::new(&mut to).stream_info(&replication.target.stream).await?;
-    let message = Api::new(&mut from).message(&replication.source.stream, seq).await?;
-    let (Some(source), Some(target), Some(message)) = (source, target, message) else { return Ok(None) };
+    let (Some(source), Some(target)) = (source, target) else { return Ok(None) };
+    let mut names = locate::question_names(&job.consumers);
+    let message = locate::message_at(&mut from, &replication.source.stream, &source, &mut names, seq).await?;
+    let Some(message) = message else { return Ok(None) };
     Ok(Some(Sides { from, to, source, target, subject: message.subject }))
 }
 

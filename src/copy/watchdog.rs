@@ -50,6 +50,8 @@ pub(super) struct Seen {
     pub source_heard: Instant,
     /// A message is arriving from the source: nothing can come before it is complete.
     pub receiving: bool,
+    /// When bytes arrived from the source last that did not complete a message.
+    pub source_partial: Instant,
     /// Messages sent that are not settled.
     pub in_air: usize,
     /// A message is here and not sent.
@@ -150,7 +152,8 @@ impl Watchdog {
             return Some(Action::GiveUp { reason });
         }
         if let Some(since) = self.renewing {
-            let late = now.duration_since(since) > ANSWER;
+            // The answer may be queued after what the consumer before had in flight.
+            let late = now.duration_since(since.max(seen.source_partial)) > ANSWER;
             return late.then(|| Action::GiveUp { reason: format!("no new consumer within {ANSWER:?}") });
         }
         self.note_progress(now, seen);
@@ -334,6 +337,7 @@ mod tests {
             consumer_heard: now,
             source_heard: now,
             receiving: false,
+            source_partial: now,
             in_air: 3,
             waiting: false,
             held_back: false,
@@ -547,6 +551,17 @@ mod tests {
         assert_eq!(story.lost(1, true), Some("renew quietly"));
         assert_eq!(story.look(6), None);
         assert_eq!(story.look(7), Some("give up"));
+    }
+
+    #[test]
+    fn an_answer_after_what_still_arrives_is_not_late() {
+        let mut story = Story::begin();
+        assert_eq!(story.lost(1, true), Some("renew quietly"));
+        for second in 2..=60 {
+            story.seen.source_partial = story.at(second);
+            assert_eq!(story.look(second), None, "{second}");
+        }
+        assert_eq!((story.look(65), story.look(66)), (None, Some("give up")));
     }
 
     #[test]

@@ -53,9 +53,10 @@ const HEAD_START: Duration = Duration::from_secs(1);
 const DELIVERY_EVERY: Duration = Duration::from_millis(500);
 /// The same for the addresses of one server.
 const NEXT_ADDRESS: Duration = Duration::from_millis(250);
-/// Time limit for the answer to one request.
+/// An answer that has not arrived when nothing came for this long is given up.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// A request without an answer is sent again after this time: what meets no leader gets none, whoever leads then.
+/// A request without an answer is sent again when nothing came for this long: what meets no leader gets none, whoever
+/// leads then. While bytes of messages arrive, the answer may be among them or queued after them.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The bytes under a lane.
@@ -191,6 +192,10 @@ pub struct Lane {
     /// When the keepalive was checked last.
     checked: Instant,
     heard_at: Instant,
+    /// When bytes of a message arrived last.
+    arrived_at: Instant,
+    /// When bytes of a message arrived last that was not complete with them.
+    partial_at: Instant,
     written: u64,
     busy: bool,
     silent: u32,
@@ -347,6 +352,8 @@ impl Lane {
             keepalive,
             checked: now,
             heard_at: now,
+            arrived_at: now,
+            partial_at: now,
             written: 0,
             busy: false,
             silent: 0,
@@ -445,6 +452,16 @@ impl Lane {
     /// Whether a message has begun to arrive and is not complete: nothing else can come before it is.
     pub fn is_receiving(&self) -> bool {
         !self.input.is_empty()
+    }
+
+    /// When bytes of a message arrived last, complete or not. Signs of life alone do not count.
+    pub fn arrived_at(&self) -> Instant {
+        self.arrived_at
+    }
+
+    /// When bytes arrived last that did not complete a message: until then, nothing else could arrive.
+    pub fn partial_at(&self) -> Instant {
+        self.partial_at
     }
 
     /// Bytes that the system has taken from this lane.
@@ -557,19 +574,22 @@ impl Lane {
     pub async fn round_trip(&mut self) -> Result<(), Error> {
         let before = self.pongs;
         self.ping();
-        let answered = async {
-            while !self.output.is_empty() || self.unflushed {
-                self.turn().await?;
+        let mut patience = Patience::begin(self);
+        while self.pongs == before {
+            let until = patience.until(self);
+            let answered = async {
+                if !self.output.is_empty() || self.unflushed {
+                    return self.turn().await.map(drop);
+                }
+                self.read_more().await
+            };
+            match timeout_at(until, answered).await {
+                Ok(answered) => answered?,
+                Err(_) if patience.is_over(self) => return Err(self.silent("PING")),
+                Err(_) => {}
             }
-            while self.pongs == before {
-                self.read_more().await?;
-            }
-            Ok(())
-        };
-        match timeout(REQUEST_TIMEOUT, answered).await {
-            Ok(answered) => answered,
-            Err(_) => Err(self.silent("PING")),
         }
+        Ok(())
     }
 
     /// Publishes without headers.
@@ -603,21 +623,27 @@ impl Lane {
     /// Subscription that answers to requests come for.
     pub const REQUEST_SID: u64 = 1;
 
-    /// Sends a request and waits for its answer's payload. Messages for other subscriptions that arrive
-    /// meanwhile are lost: for use while no copy is under way. It may be carried out twice.
+    /// Sends a request and waits for its answer's payload, for as long as bytes arrive and a little longer. Messages
+    /// for other subscriptions that arrive meanwhile are lost: for use while no copy is under way. It may be carried
+    /// out twice.
     pub async fn request(&mut self, subject: &str, payload: &[u8]) -> Result<Bytes, Error> {
         let reply = self.send_request(subject, payload);
-        let sent = Instant::now();
-        let mut again = sent + ASK_AGAIN;
+        let mut patience = Patience::begin(self);
+        let mut sent = Instant::now();
         loop {
-            let turn = match timeout_at(again, self.turn()).await {
+            let again = sent.max(patience.since(self)) + ASK_AGAIN;
+            let turn = match timeout_at(again.min(patience.until(self)), self.turn()).await {
                 Ok(turn) => turn?,
-                Err(_) if sent.elapsed() < REQUEST_TIMEOUT => {
-                    again += ASK_AGAIN;
-                    self.publish(subject, &reply, payload);
+                Err(_) if patience.is_over(self) => return Err(self.silent(subject)),
+                Err(_) => {
+                    let now = Instant::now();
+                    // One that waits here itself, or whose answer is arriving, needs no second one.
+                    if now >= sent.max(patience.since(self)) + ASK_AGAIN && self.output.is_empty() {
+                        self.publish(subject, &reply, payload);
+                        sent = now;
+                    }
                     continue;
                 }
-                Err(_) => return Err(self.silent(subject)),
             };
             let Turn::Received(batch) = turn else { continue };
             if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
@@ -632,9 +658,13 @@ impl Lane {
     /// Waits for answers to requests that were sent: reply subjects and payloads of what arrived. Like
     /// [`Lane::request`], for use while no copy is under way.
     pub async fn answers(&mut self) -> Result<Vec<(Vec<u8>, Bytes)>, Error> {
-        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        let mut patience = Patience::begin(self);
         loop {
-            let turn = timeout_at(deadline, self.turn()).await.map_err(|_| self.silent("several requests"))??;
+            let turn = match timeout_at(patience.until(self), self.turn()).await {
+                Ok(turn) => turn?,
+                Err(_) if patience.is_over(self) => return Err(self.silent("several requests")),
+                Err(_) => continue,
+            };
             let Turn::Received(batch) = turn else { continue };
             let answers = batch.iter().filter(|message| message.sid == Self::REQUEST_SID);
             let answers: Vec<_> =
@@ -646,7 +676,10 @@ impl Lane {
     }
 
     fn silent(&self, subject: &str) -> Error {
-        Error::retry(format!("no answer to `{subject}` from `{}` within {REQUEST_TIMEOUT:?}", self.address))
+        Error::retry(format!(
+            "no answer to `{subject}` from `{}`: nothing arrived for {REQUEST_TIMEOUT:?}",
+            self.address
+        ))
     }
 
     /// Writes and reads until messages arrived or all output was written. Answers PINGs, and pings a silent
@@ -743,6 +776,7 @@ impl Lane {
     /// Takes what is complete out of the input and handles the control lines in it.
     fn take(&mut self) -> Result<Option<Batch>, Error> {
         if self.input.len() < self.need {
+            (self.arrived_at, self.partial_at) = (self.heard_at, self.heard_at);
             return Ok(None);
         }
         let mut frames = Vec::new();
@@ -755,6 +789,12 @@ impl Lane {
         }
         self.controls = controls;
         self.controls.clear();
+        if !self.input.is_empty() {
+            self.partial_at = self.heard_at;
+        }
+        if !self.input.is_empty() || !frames.is_empty() {
+            self.arrived_at = self.heard_at;
+        }
         let is_refused = self.refused.as_ref().is_some_and(|refused| !refused.is_empty());
         Ok((!frames.is_empty() || is_refused).then(|| Batch { data: data.freeze(), frames }))
     }
@@ -858,6 +898,39 @@ async fn race<T, F: Future<Output = Result<Lane, Error>>>(
     let kind = errors.iter().map(|(_, e)| e.kind).find(|k| *k == ErrorKind::Retry);
     let message = errors.iter().map(|(_, e)| e.message.as_str()).collect::<Vec<_>>().join("; ");
     Err(Error { kind: kind.unwrap_or(ErrorKind::Hold), message, api: None })
+}
+
+/// How long an answer is waited for: its time counts from the last byte that moved. A slow line is no silent server, and
+/// the answer may be queued after other messages. PONGs say nothing about it, nor does what is written after the question.
+#[derive(Debug)]
+struct Patience {
+    since: Instant,
+    written: u64,
+    /// The question is written when the system has taken this many bytes.
+    question: u64,
+}
+
+impl Patience {
+    fn begin(lane: &Lane) -> Self {
+        Self { since: Instant::now(), written: lane.written, question: lane.written + lane.output.len() as u64 }
+    }
+
+    /// Since when nothing has moved.
+    fn since(&mut self, lane: &Lane) -> Instant {
+        if lane.written > self.written && self.written < self.question {
+            (self.since, self.written) = (Instant::now(), lane.written);
+        }
+        self.since = self.since.max(lane.arrived_at);
+        self.since
+    }
+
+    fn until(&mut self, lane: &Lane) -> Instant {
+        self.since(lane) + REQUEST_TIMEOUT
+    }
+
+    fn is_over(&mut self, lane: &Lane) -> bool {
+        Instant::now() >= self.until(lane)
+    }
 }
 
 /// How a server is named in errors.

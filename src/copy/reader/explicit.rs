@@ -3,23 +3,27 @@
 //! is bounded in bytes; the consumer's `max_ack_pending` bounds what is not acknowledged.
 //!
 //! A message is acknowledged once everything up to it is settled. What was delivered to a run before this one and not
-//! acknowledged comes back first, in order; that is seen to by [`bring_back`].
+//! acknowledged comes back first, in order, and each of these messages crosses the line once:
+//!
+//! * A NAK with a delay takes a message out of the server's queue of what is redelivered, and a plain NAK puts it at the
+//!   end of that queue. So one pass of each over all that may be pending sorts the queue, whatever earlier runs left in
+//!   it.
+//! * A pull that ends because the next message exceeds its bytes puts that message at the end of the queue, which is
+//!   then out of order. So there is only one pull at a time, and the queue is sorted again before the next one.
+//!
+//! There is no deadline for all of this, only for silence: a slow line may take long.
 
-use std::{
-    collections::{BTreeSet, VecDeque},
-    time::Duration,
-};
+use std::{collections::VecDeque, ops::RangeInclusive, time::Duration};
 
 use bytes::BytesMut;
-use serde_json::json;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
-use super::{Reader, SILENCE, Verdict, next_delivery};
+use super::{Reader, SILENCE, Verdict};
 use crate::{
-    copy::durable::Durable,
+    copy::{budget::Budget, durable::Durable},
     nats::{
-        Batch, Error, Lane, Turn, headers,
-        jetstream::{ConsumerInfo, decode, is_delivery},
+        Batch, Error, Lane,
+        jetstream::{Api, ConsumerInfo, answer_in, decode},
     },
 };
 
@@ -27,25 +31,52 @@ use crate::{
 const AUDIT: Duration = Duration::from_secs(10);
 /// Sequences that one audit acknowledges again at most.
 const AUDIT_MOST: u64 = 100_000;
-/// A pull for what comes back ends after this.
-const BACK_EXPIRES: Duration = Duration::from_secs(2);
-/// A pull for what comes back asks for so many bytes: a server may cut a client for which much waits.
-const BACK_BYTES: usize = 128 * 1024;
 /// Commands that are written before the lane is flushed.
-const FLUSH_EVERY: usize = 4_096;
-/// Asks for a message again.
+const FLUSH_EVERY: u64 = 4_096;
+/// Asks for a message again: it goes to the end of the server's queue of what is redelivered, unless it is in it already.
 const NAK: &[u8] = b"-NAK";
+/// The same after this time, which takes the message out of that queue. If nothing else follows, because the process
+/// ends, it is redelivered then.
+const NAK_LATER: &[u8] = b"-NAK 10m";
+/// A killed run may still have had a pull open: what is pending is asked for again if it changed meanwhile, so often.
+const SORTED_AGAIN: u32 = 3;
 
 /// Reads and acknowledges.
 #[derive(Debug)]
 pub(in crate::copy) struct Explicit {
     pub(in crate::copy) reader: Reader,
     acks: Acks,
+    sort: Sort,
+    /// Deliveries that had come when the last pull for what comes back was sent.
+    pulled_at: u64,
     /// Sent and not answered yet, with the position when it was sent.
     audit: Option<(String, u64)>,
     next_audit: Instant,
     /// Acknowledged before the audit before.
     audited: u64,
+}
+
+/// Whether the server's queue of what is redelivered is in order.
+#[derive(Debug)]
+enum Sort {
+    /// Not known: it is sorted before the next pull.
+    Due,
+    /// The server was asked; the request, and when.
+    Asked(String, Instant),
+    Done,
+}
+
+/// What was delivered to an earlier run and not acknowledged: it comes back first, ascending.
+#[derive(Debug, Default)]
+struct Owed {
+    /// Messages that have not come back.
+    left: u64,
+    /// All of them are at this stream sequence or below.
+    to: u64,
+    /// A newer message came while some were owed, in the present pull.
+    passed_over: bool,
+    /// That happened, and the queue was sorted once more.
+    doubted: bool,
 }
 
 /// What was delivered and what of it is acknowledged.
@@ -54,14 +85,15 @@ struct Acks {
     subject: String,
     /// Everything in the stream up to here is settled.
     settled: u64,
+    /// Up to here the server had everything acknowledged when the run began.
+    floor: u64,
     /// Highest sequence that was delivered to this run.
     newest: u64,
     /// Delivered and not settled, ascending.
     waiting: VecDeque<u64>,
     /// Settled, and delivered again.
     again: Vec<u64>,
-    /// What comes back first, ascending.
-    owed: VecDeque<u64>,
+    owed: Owed,
     /// So many may wait.
     most: usize,
 }
@@ -75,25 +107,59 @@ impl Explicit {
         position: u64,
         bytes: usize,
     ) -> Result<Self, Error> {
-        let Durable { name, mut info, .. } = durable;
+        let Durable { name, info, .. } = durable;
         let subject = format!("$JS.ACK.{stream}.{name}.1");
-        let owed = bring_back(lane, stream, &name, &subject, &mut info).await?;
+        let info = ask_back(lane, stream, &name, &subject, info).await?;
+        let owed = Owed { left: info.num_ack_pending, to: info.delivered.stream_seq, ..Owed::default() };
         let most = info.config["max_ack_pending"].as_u64().filter(|most| *most > 0);
         Ok(Self {
             reader: Reader::over(lane, stream, name, position, &info, bytes),
             acks: Acks {
                 subject,
                 settled: position,
+                floor: info.ack_floor.stream_seq,
                 newest: 0,
                 waiting: VecDeque::new(),
                 again: Vec::new(),
                 owed,
                 most: most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX),
             },
+            sort: Sort::Done,
+            pulled_at: 0,
             audit: None,
             next_audit: Instant::now() + AUDIT,
             audited: 0,
         })
+    }
+
+    /// Messages of the stream that match and are not taken yet, as last heard.
+    pub(in crate::copy) fn pending(&self) -> u64 {
+        self.reader.pending() + self.acks.owed.left
+    }
+
+    /// Asks for more where that is due. What comes back is asked for by one pull at a time, from a sorted queue.
+    pub(in crate::copy) fn pull(&mut self, lane: &mut Lane, budget: &Budget) {
+        self.reader.owed = self.acks.owed.left;
+        if self.reader.owed == 0 {
+            return self.reader.pull(lane, budget);
+        }
+        if self.reader.is_asking() {
+            return;
+        }
+        match self.sort {
+            Sort::Due => {
+                let request = self.acks.sort(lane, self.reader.consumer_seq);
+                self.sort = Sort::Asked(request, Instant::now());
+            }
+            Sort::Asked(..) => {}
+            Sort::Done => {
+                self.pulled_at = self.reader.consumer_seq;
+                self.reader.pull(lane, budget);
+                if self.reader.is_asking() {
+                    self.sort = Sort::Due;
+                }
+            }
+        }
     }
 
     /// Takes in what the lane received.
@@ -106,14 +172,37 @@ impl Explicit {
                 self.audited(settled, &info);
             }
         }
+        if let Sort::Asked(request, _) = &self.sort
+            && let Some(answer) = answer_in(&batch, request)
+        {
+            answer?;
+            self.sort = Sort::Done;
+        }
         let acks = &mut self.acks;
-        let (pending, last) = (self.reader.pending, self.reader.consumer_seq);
+        let (pending, last, asking) = (self.reader.pending, self.reader.consumer_seq, self.reader.is_asking());
+        let owes = acks.owed.left > 0;
         self.reader.accept_if(batch, |delivery| acks.judge(delivery.stream_seq)).map_err(|lost| lost.error)?;
-        if self.reader.consumer_seq == last && self.is_barred() {
+        if self.reader.consumer_seq == last && (owes || self.is_barred()) {
             // A pull that ran out while the server waits for acks says nothing about what follows.
             self.reader.pending = pending;
         }
+        if owes && asking && !self.reader.is_asking() && self.reader.need == 0 {
+            self.acks.owed.pull_ended(self.reader.consumer_seq > self.pulled_at);
+        }
         Ok(())
+    }
+
+    /// Whether the consumer still gives signs of life.
+    pub(in crate::copy) fn check(&self, lane: &Lane, now: Instant) -> Result<(), Error> {
+        if let Sort::Asked(_, at) = &self.sort
+            && now.duration_since(lane.arrived_at().max(*at)) > SILENCE
+        {
+            return Err(Error::retry(format!(
+                "consumer of stream `{}` does not answer within {SILENCE:?} when what was delivered before is asked back",
+                self.reader.stream
+            )));
+        }
+        self.reader.check(lane, now)
     }
 
     /// Whether the server delivers no more before something is acknowledged.
@@ -148,11 +237,58 @@ impl Explicit {
     }
 }
 
+impl Owed {
+    /// Whether a delivery may be taken. The server redelivers before it delivers anything new: a new message means that
+    /// the rest is gone (expired, or acknowledged by what the run before had in flight), or that the server forgot its
+    /// queue. So the first time the message is dropped, and asked back with the rest.
+    fn takes(&mut self, seq: u64) -> bool {
+        if seq <= self.to {
+            self.left -= 1;
+            return true;
+        }
+        if self.doubted {
+            self.left = 0;
+            return true;
+        }
+        (self.to, self.passed_over) = (seq, true);
+        self.left += 1;
+        false
+    }
+
+    /// A pull ended, other than for its bytes, and some are still owed.
+    fn pull_ended(&mut self, brought_any: bool) {
+        if std::mem::take(&mut self.passed_over) || !brought_any {
+            if self.doubted {
+                self.left = 0;
+            }
+            self.doubted = true;
+        }
+    }
+}
+
 impl Acks {
+    /// Asks the server to sort what has not come back; returns the request that it answers then.
+    fn sort(&self, lane: &mut Lane, delivery: u64) -> String {
+        let asked = self.newest.max(self.floor) + 1..=self.owed.to;
+        for word in [NAK_LATER, NAK] {
+            for seq in asked.clone() {
+                write(lane.output(), &self.subject, seq, delivery, word);
+            }
+        }
+        lane.send_request(&format!("{}.{}.{delivery}.0.0", self.subject, self.owed.to), NAK)
+    }
+
     fn judge(&mut self, seq: u64) -> Verdict {
         // What comes back comes first and in order: else something would be passed over.
-        if self.owed.pop_front().is_some_and(|owed| owed != seq) {
-            return Verdict::Wrong(self.newest);
+        if self.owed.left > 0 {
+            if seq <= self.newest {
+                // In flight for longer than the consumer's `ack_wait`.
+                let waits = self.waiting.binary_search(&seq).is_ok();
+                return if waits { Verdict::Drop } else { Verdict::Wrong(self.newest) };
+            }
+            if !self.owed.takes(seq) {
+                return Verdict::Drop;
+            }
         }
         let is_new = seq > self.newest;
         self.newest = self.newest.max(seq);
@@ -199,127 +335,43 @@ fn write(output: &mut BytesMut, subject: &str, seq: u64, delivery: u64, word: &[
     output.extend_from_slice(b"\r\n");
 }
 
-/// Brings back, in order, what was delivered and not acknowledged; returns the sequences that come next.
-///
-/// A NAK puts a message at the end of the server's queue of what is delivered again, and one that waits there already
-/// stays where it is: so what a run before asked back and did not get would come first. Therefore everything is asked
-/// back, received and dropped; then nothing waits in that queue, and it is asked back once more, in order.
-async fn bring_back(
+/// Asks for everything that was delivered and not acknowledged, in order; returns the consumer as it is then.
+async fn ask_back(
     lane: &mut Lane,
     stream: &str,
     name: &str,
     subject: &str,
-    info: &mut ConsumerInfo,
-) -> Result<VecDeque<u64>, Error> {
-    if info.num_ack_pending == 0 {
-        return Ok(VecDeque::new());
-    }
-    let (sid, inbox) = lane.open_inbox();
-    // A NAK counts only with a delivery that is neither acknowledged nor to come.
-    let last = info.delivered.consumer_seq;
-    let asked = info.ack_floor.stream_seq + 1..=info.delivered.stream_seq;
-    ask_back(lane, subject, asked.clone(), last).await?;
-    let mut seen = BTreeSet::new();
-    let (mut number, mut bytes) = (0u64, BACK_BYTES);
-    loop {
-        // New ones among them come back too.
-        let back = seen.iter().filter(|seq| asked.contains(seq)).count() as u64;
-        let batch = info.num_ack_pending.saturating_sub(back);
-        if batch == 0 {
+    mut info: ConsumerInfo,
+) -> Result<ConsumerInfo, Error> {
+    for _ in 0..SORTED_AGAIN {
+        if info.num_ack_pending == 0 {
             break;
         }
-        number += 1;
-        let pull = json!({ "batch": batch, "max_bytes": bytes, "expires": BACK_EXPIRES.as_nanos() as u64 });
-        let next = format!("{}.CONSUMER.MSG.NEXT.{stream}.{name}", lane.api_prefix());
-        let reply = format!("{inbox}.{number}");
-        lane.publish(&next, &reply, pull.to_string().as_bytes());
-        let before = seen.len();
-        let pull = (sid, reply.as_str(), batch, bytes);
-        let end = receive(lane, stream, pull, &mut info.delivered.consumer_seq, &mut seen).await?;
-        if end == Back::Bytes && seen.len() == before {
-            // The next message alone needs more.
-            bytes *= 2;
-        } else if end == Back::Nothing && seen.len() == before {
-            // The rest is gone: expired, or acknowledged by what the run before had on the way. If it comes all the
-            // same, it is noticed.
+        // A NAK counts only with a delivery that is neither acknowledged nor to come.
+        let delivered = info.delivered;
+        let asked = info.ack_floor.stream_seq + 1..=delivered.stream_seq;
+        sort_now(lane, subject, asked, delivered.consumer_seq).await?;
+        let now = Api::new(lane).consumer_info(stream, name).await?;
+        info = now.ok_or_else(|| Error::retry(format!("consumer `{name}` of stream `{stream}` is gone")))?;
+        if info.delivered.consumer_seq == delivered.consumer_seq {
             break;
         }
     }
-    lane.close_inbox(sid);
-    ask_back(lane, subject, seen.iter().copied(), info.delivered.consumer_seq).await?;
-    Ok(seen.into_iter().collect())
+    Ok(info)
 }
 
-/// How a pull for what comes back ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Back {
-    /// It brought all that was asked for.
-    All,
-    /// Its bytes were used up, or less than the next message.
-    Bytes,
-    /// Nothing more came.
-    Nothing,
-}
-
-/// Receives what a pull brings, by sequence. Of the pull: its subscription, its reply subject, and how many messages and
-/// bytes it asks for.
-async fn receive(
-    lane: &mut Lane,
-    stream: &str,
-    (sid, reply, mut left, bytes): (u64, &str, u64, usize),
-    consumer_seq: &mut u64,
-    seen: &mut BTreeSet<u64>,
-) -> Result<Back, Error> {
-    let deadline = Instant::now() + SILENCE;
-    let mut unspent = bytes as i64;
-    while left > 0 && unspent > 0 {
-        let turn = timeout_at(deadline, lane.turn()).await.map_err(|_| {
-            Error::retry(format!(
-                "what was delivered of stream `{stream}` before does not come back within {SILENCE:?}"
-            ))
-        })??;
-        let Turn::Received(batch) = turn else { continue };
-        for message in batch.iter().filter(|message| message.sid == sid) {
-            if is_delivery(message.reply) {
-                seen.insert(next_delivery(stream, &message, consumer_seq)?.stream_seq);
-                left = left.saturating_sub(1);
-                // The server counts the same parts. A pull that is used up to the last byte may end without a word.
-                let parts = [message.subject, message.reply, message.header, message.payload];
-                unspent -= parts.iter().map(|part| part.len() as i64).sum::<i64>();
-                continue;
-            }
-            let text = headers::status_text(message.header);
-            match headers::status(message.header) {
-                // Of a pull before.
-                _ if message.subject != reply.as_bytes() => {}
-                Some(404 | 408) => return Ok(Back::Nothing),
-                Some(409) if text.contains("MaxBytes") || text.contains("Batch Completed") => return Ok(Back::Bytes),
-                Some(100) => {}
-                _ => {
-                    return Err(Error::retry(format!("consumer of stream `{stream}` ended: {text}")));
-                }
+/// Sorts and waits until the server is through with it: it takes NAKs from a queue of its own, in order, and answers the
+/// last one. A pull that it serves before that would bring new messages in front of what was asked back.
+async fn sort_now(lane: &mut Lane, subject: &str, asked: RangeInclusive<u64>, delivery: u64) -> Result<(), Error> {
+    for word in [NAK_LATER, NAK] {
+        for seq in asked.clone() {
+            write(lane.output(), subject, seq, delivery, word);
+            if seq % FLUSH_EVERY == 0 {
+                flush(lane).await?;
             }
         }
     }
-    Ok(if left == 0 { Back::All } else { Back::Bytes })
-}
-
-/// Sends NAKs and waits until the server is through with them: it takes them from a queue of its own, in order, and answers
-/// the last one. A pull that it serves before that would bring new messages in front of what was asked back.
-async fn ask_back(lane: &mut Lane, subject: &str, seqs: impl Iterator<Item = u64>, delivery: u64) -> Result<(), Error> {
-    let mut last = None;
-    for (index, seq) in seqs.enumerate() {
-        if let Some(before) = last.replace(seq) {
-            write(lane.output(), subject, before, delivery, NAK);
-        }
-        if index % FLUSH_EVERY == FLUSH_EVERY - 1 {
-            flush(lane).await?;
-        }
-    }
-    match last {
-        Some(seq) => lane.request(&format!("{subject}.{seq}.{delivery}.0.0"), NAK).await.map(drop),
-        None => Ok(()),
-    }
+    lane.request(&format!("{subject}.{}.{delivery}.0.0", asked.end()), NAK).await.map(drop)
 }
 
 /// Writes everything; what arrives meanwhile is nobody's.
@@ -334,14 +386,15 @@ async fn flush(lane: &mut Lane) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    fn acks(settled: u64, owed: &[u64]) -> Acks {
+    fn acks(settled: u64, left: u64, to: u64) -> Acks {
         Acks {
             subject: "$JS.ACK.S.C.1".to_owned(),
             settled,
+            floor: 0,
             newest: 0,
             waiting: VecDeque::new(),
             again: Vec::new(),
-            owed: owed.iter().copied().collect(),
+            owed: Owed { left, to, ..Owed::default() },
             most: 10,
         }
     }
@@ -356,7 +409,7 @@ mod tests {
 
     #[test]
     fn what_settled_is_acknowledged_once_and_in_order() {
-        let mut acks = acks(4, &[]);
+        let mut acks = acks(4, 0, 0);
         for seq in [5, 7, 8] {
             assert_eq!(acks.judge(seq), Verdict::Keep, "{seq}");
         }
@@ -369,7 +422,7 @@ mod tests {
 
     #[test]
     fn what_comes_again_is_dropped_and_acknowledged_when_it_is_settled() {
-        let mut acks = acks(4, &[3, 5]);
+        let mut acks = acks(4, 2, 5);
         assert_eq!(acks.judge(3), Verdict::Drop);
         assert_eq!(acks.judge(5), Verdict::Keep);
         assert_eq!(acks.judge(5), Verdict::Drop);
@@ -381,11 +434,41 @@ mod tests {
 
     #[test]
     fn what_was_passed_over_is_an_error() {
-        let mut early = acks(4, &[6, 7]);
-        assert_eq!(early.judge(21), Verdict::Wrong(0));
-        let mut late = acks(4, &[]);
+        let mut late = acks(4, 0, 0);
         assert_eq!(late.judge(21), Verdict::Keep);
         assert_eq!(late.judge(6), Verdict::Wrong(21));
+        let mut unsorted = acks(4, 3, 8);
+        assert_eq!(unsorted.judge(8), Verdict::Keep);
+        assert_eq!(unsorted.judge(3), Verdict::Wrong(8), "also what is settled: the order is not what was asked for");
+    }
+
+    #[test]
+    fn a_new_message_before_what_comes_back_is_asked_for_again() {
+        let mut acks = acks(4, 2, 8);
+        assert_eq!(acks.judge(6), Verdict::Keep);
+        // The server forgot its queue.
+        assert_eq!((acks.judge(9), acks.judge(10)), (Verdict::Drop, Verdict::Drop));
+        assert_eq!((acks.owed.left, acks.owed.to), (3, 10));
+        acks.owed.pull_ended(true);
+        for seq in [8, 9, 10, 11] {
+            assert_eq!(acks.judge(seq), Verdict::Keep, "{seq}");
+        }
+        assert_eq!(acks.owed.left, 0);
+        assert_eq!(settle(&mut acks, 11), [6, 8, 9, 10, 11]);
+    }
+
+    #[test]
+    fn what_does_not_come_back_twice_is_gone() {
+        let mut expired = acks(4, 2, 8);
+        assert_eq!(expired.judge(9), Verdict::Drop);
+        expired.owed.pull_ended(true);
+        assert_eq!((expired.judge(9), expired.judge(10)), (Verdict::Keep, Verdict::Keep));
+        assert_eq!(expired.owed.left, 0);
+        let mut empty = acks(4, 2, 8);
+        empty.owed.pull_ended(false);
+        assert_eq!(empty.owed.left, 2);
+        empty.owed.pull_ended(false);
+        assert_eq!((empty.owed.left, empty.judge(9)), (0, Verdict::Keep));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tracing::debug;
 use super::SILENCE;
 use crate::nats::{
     Batch, Error, Lane,
-    jetstream::{answer_in, decode_message, message_from_call},
+    jetstream::{answer_in, decode_message, message_call, message_from_call},
 };
 
 /// So many questions are on their way at a time.
@@ -71,10 +71,12 @@ impl Jumps {
         self.open.front().is_some_and(|jump| jump.asked.is_some())
     }
 
-    /// Asks the leader for the message behind each beginning.
+    /// Asks the leader for the first message that each jump may have passed over. Of a single sequence, the answer holds
+    /// no message if all is well; of more, it holds the next one that the stream has.
     pub(super) fn ask(&mut self, lane: &mut Lane, stream: &str, now: Instant) {
         for jump in self.open.iter_mut().take(ASKED_TOGETHER).filter(|jump| jump.is_due(now)) {
-            let (what, body) = message_from_call(stream, jump.from);
+            let call = if jump.to - jump.from == 1 { message_call } else { message_from_call };
+            let (what, body) = call(stream, jump.from);
             let subject = format!("{}.{what}", lane.api_prefix());
             let request = lane.send_request(&subject, body.to_string().as_bytes());
             jump.asked = Some(Asked { request, at: now });

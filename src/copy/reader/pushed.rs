@@ -228,11 +228,13 @@ impl Pushed {
     }
 
     /// Whether the consumer still gives signs of life; while nobody reads there are none.
-    pub(in crate::copy) fn check(&mut self, now: Instant, reads: bool) -> Result<(), Error> {
-        self.jumps.check(&self.stream, self.delivered, now)?;
+    pub(in crate::copy) fn check(&mut self, lane: &Lane, now: Instant, reads: bool) -> Result<(), Error> {
+        // While a large message arrives, nothing else can.
+        let partial = lane.partial_at();
+        self.jumps.check(&self.stream, self.delivered.max(partial), now)?;
         if !reads {
             self.heard = now;
-        } else if now.duration_since(self.heard) > SILENCE {
+        } else if now.duration_since(self.heard.max(partial)) > SILENCE {
             return Err(silent(&self.stream, SILENCE));
         }
         Ok(())
