@@ -34,7 +34,9 @@ pub use json::{Json, why_not_json};
 pub use mapping::Mapping;
 pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};
-pub use replication::{Advisory, Former, Inspect, Limits, OnReject, Replication, Sampling, Sharing, Side, Start};
+pub use replication::{
+    Advisory, Former, Inspect, Limits, OnReject, OnSourceLoss, Replication, Sampling, Sharing, Side, Start,
+};
 pub use schema::replication_schema;
 pub use scope::Scope;
 pub use secret::Secret;

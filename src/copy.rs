@@ -197,7 +197,7 @@ pub async fn run(
             Err(error) => Err(error),
         };
         let again = match &mut result {
-            Ok(run::Ended::LogsInAgain) => true,
+            Ok(run::Ended::BeginsAgain) => true,
             // Nobody has to act upon it: the next run knows what becomes of these messages.
             Err(error) if error.poison.is_some() && job.replication.on_reject != OnReject::Hold => {
                 refused.add(std::mem::take(&mut error.refused))
