@@ -137,6 +137,10 @@ mod wire_scope;
 mod wire_second_stream;
 #[path = "it/wire_shared.rs"]
 mod wire_shared;
+#[path = "it/wire_source_headers.rs"]
+mod wire_source_headers;
+#[path = "it/wire_source_loss.rs"]
+mod wire_source_loss;
 #[path = "it/wire_stalls.rs"]
 mod wire_stalls;
 #[path = "it/wire_subjects.rs"]
