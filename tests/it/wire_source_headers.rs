@@ -40,8 +40,10 @@ async fn a_time_to_live_that_means_nothing_at_the_source_is_left_out() -> Result
         false => config,
     };
     site.target_stream(STREAM, config).await?;
-    let (mut raw, count) =
-        stored_as_data(&site, &["Nats-TTL: 0", "Nats-TTL: 3", "Nats-TTL: 1h", "Nats-TTL: never"]).await?;
+    let lines = ["Nats-TTL: 3", "Nats-TTL: 1h", "Nats-TTL: never", "Nats-TTL: 0"];
+    // Newer servers refuse the last one.
+    let lines = if site.source.at_least(2, 11) { &lines[..3] } else { &lines[..] };
+    let (mut raw, count) = stored_as_data(&site, lines).await?;
     let before = raw.read_stream(STREAM).await?;
     assert_eq!(before.len() as u64, count);
     site.add(STREAM, json!({})).await?;
@@ -56,7 +58,7 @@ async fn a_time_to_live_that_means_nothing_at_the_source_is_left_out() -> Result
 }
 
 #[tokio::test]
-async fn a_time_to_live_of_zero_is_none_and_one_switched_on_later_counts() -> Result<()> {
+async fn a_time_to_live_that_is_switched_on_later_counts() -> Result<()> {
     let site = Site::start().await?;
     if !site.source.at_least(2, 11) || !site.target.at_least(2, 11) {
         // These servers have no such setting.
@@ -69,10 +71,8 @@ async fn a_time_to_live_of_zero_is_none_and_one_switched_on_later_counts() -> Re
     site.settled(STREAM, 1).await?;
     let config = json!({"name": STREAM, "subjects": ["h.>"], "allow_msg_ttl": true});
     raw.api(&format!("STREAM.UPDATE.{STREAM}"), config).await?;
-    raw.publish(&Outgoing::new("h.a", "a").with_lines(&["Nats-TTL: 0"])).await?;
-    site.settled(STREAM, 2).await?;
     // The source is asked for its configuration now and then.
-    let mut last = 2;
+    let mut last = 1;
     let mut target = site.target().await?;
     let counts = async |raw: &mut Raw, target: &mut Raw, last: u64| -> Result<bool> {
         raw.publish(&Outgoing::new("h.b", "b").with_lines(&["Nats-TTL: 1h"])).await?;
@@ -89,8 +89,6 @@ async fn a_time_to_live_of_zero_is_none_and_one_switched_on_later_counts() -> Re
         anyhow::ensure!(std::time::Instant::now() < limit, "a time to live is never forwarded");
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
     }
-    let zero = &target.read_stream(STREAM).await?[1];
-    assert_eq!(header_values(&zero.header, "Nats-TTL"), Vec::<String>::new());
     let errors = site.row(STREAM).await.map(|row| row["counters"]["errors"].clone());
     assert_eq!(errors, Some(Value::from(0)));
     Ok(())

@@ -74,6 +74,7 @@ async fn a_source_put_back_holds_the_copy_until_it_may_follow() -> Result<()> {
     assert_eq!((&event["saved"], &event["resumed"]), (&json!(100), &json!(60)), "{event}");
     // Neither a restart nor new messages in the places of those that are lost change that.
     site.publish(STREAM, 901..=960).await?;
+    site.stop().await?;
     site.service.restart().await?;
     let row = held(&site).await?;
     assert_eq!(row["only_at_target"], only_at_target(61..=100), "{row}");
@@ -86,6 +87,7 @@ async fn a_source_put_back_holds_the_copy_until_it_may_follow() -> Result<()> {
     assert_eq!((after.len(), &after[..100]), (160, &before[..]));
     assert!(site.events.told("source-reset").iter().any(|event| event["action"] == "followed"));
     // It is remembered over a restart.
+    site.stop().await?;
     site.service.restart().await?;
     site.publish(STREAM, 961..=970).await?;
     let row = site.settled(STREAM, 130).await?;
