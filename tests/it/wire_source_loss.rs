@@ -71,7 +71,8 @@ async fn a_source_put_back_holds_the_copy_until_it_may_follow() -> Result<()> {
     assert!(error.contains("61 to 100") && error.contains("`on_source_loss`") && error.contains("`follow`"), "{error}");
     let event = site.events.wait("source-reset", STREAM).await?;
     assert_eq!((&event["action"], &event["only_at_target"]), (&json!("held"), &only_at_target(61..=100)), "{event}");
-    assert_eq!((&event["saved"], &event["resumed"]), (&json!(100), &json!(60)), "{event}");
+    // Without the chain nothing proves that all before 60 is there: what is there is recognized, message by message.
+    assert!(event["saved"] == 100 && event["resumed"].as_u64().is_some_and(|seq| seq <= 60), "{event}");
     // Neither a restart nor new messages in the places of those that are lost change that.
     site.publish(STREAM, 901..=960).await?;
     site.stop().await?;
