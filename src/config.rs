@@ -35,7 +35,8 @@ pub use mapping::Mapping;
 pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};
 pub use replication::{
-    Advisory, Former, Inspect, Limits, OnReject, Replication, Sampling, SenderBounds, Sharing, Side, Start,
+    Advisory, Former, Inspect, Limits, OnReject, OnSourceLoss, Replication, Sampling, SenderBounds, Sharing, Side,
+    Start,
 };
 pub use schema::replication_schema;
 pub use scope::Scope;

@@ -212,7 +212,7 @@ pub async fn run(
             Err(error) => Err(error),
         };
         let again = match &mut result {
-            Ok(run::Ended::LogsInAgain) => true,
+            Ok(run::Ended::BeginsAgain) => true,
             // The next login reads the credentials again, and shows whether it is refused.
             Err(error) if error.login_ended && ledger.logs_in_again(tokio::time::Instant::now()) => {
                 info!(replication = job.replication.id, "the login ended: logging in again: {error}");

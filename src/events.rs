@@ -12,7 +12,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
 
-use crate::{config::Problem, status::RetentionLimit};
+use crate::{
+    config::Problem,
+    status::{OnlyAtTarget, RetentionLimit},
+};
 
 /// Events that may wait for the connection.
 const QUEUE: usize = 1024;
@@ -146,10 +149,16 @@ pub enum Event {
     SourceReset {
         /// Position before.
         saved: u64,
-        /// Position now.
+        /// Position now; with the action `held` the one that `on_source_loss: follow` would resume at.
         resumed: u64,
         /// What was seen.
         reason: String,
+        /// Whether the copy continues.
+        #[serde(default)]
+        action: LossAction,
+        /// What only the target still has, if it has any of it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        only_at_target: Option<OnlyAtTarget>,
     },
     /// The target lost stored data or is another stream.
     TargetReset {
@@ -249,6 +258,17 @@ pub enum Step {
     Connections,
     /// Everything: the record is claimed anew and the document taken up again, as after a start.
     Everything,
+}
+
+/// What follows from a loss at the source.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LossAction {
+    /// The copy continues with what the source has.
+    #[default]
+    Followed,
+    /// Nothing is copied until the source has these messages again, or `on_source_loss` is `follow`.
+    Held,
 }
 
 /// What became of a message that can never be stored.

@@ -88,7 +88,7 @@ const READINGS: &[Reading] = &[
     counter("gap_messages", "Source messages that were gone before they were read", |r| Some(r.copy.counters.gap_messages as f64)),
     counter("target_dropped_messages", "Copies that the target removed by its limits while the source still had the messages", |r| Some(r.copy.counters.target_dropped as f64)),
     counter("position_save_errors", "Saves of the position that failed", |r| Some(r.copy.counters.position_save_errors as f64)),
-    counter("headers_removed", "Headers left out because the target does not allow them", |r| Some(r.copy.counters.headers_removed as f64)),
+    counter("headers_removed", "Headers left out because they would not have the effect that they have at the source", |r| Some(r.copy.counters.headers_removed as f64)),
     gauge("epoch", "Grows with every new holder of the replication", |r| Some(r.epoch as f64)),
     gauge("source_connected", "1 while the source connection is up", |r| Some(f64::from(u8::from(r.copy.source.connected)))),
     gauge("target_connected", "1 while the target connection is up", |r| Some(f64::from(u8::from(r.copy.target.connected)))),

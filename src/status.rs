@@ -166,11 +166,30 @@ pub struct CopyStatus {
     pub counters: Counters,
     /// What sampling knows and tells; `null` without it.
     pub sampling: Option<SamplingStatus>,
+    /// What only the target still has since the source lost messages; `null` where no loss is known.
+    pub only_at_target: Option<OnlyAtTarget>,
     /// The last error; kept when it is over, with `current` as `false`.
     pub last_error: Option<LastError>,
     /// Time from read to settled; a metric only.
     #[serde(skip)]
     pub processing: Histogram,
+}
+
+/// Copies of messages that the source lost: only the target still has them. The ranges are those of the newest loss; what
+/// is within them and was never copied is not at the target either.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct OnlyAtTarget {
+    /// First source sequence of these messages.
+    pub from: u64,
+    /// Last source sequence of these messages.
+    pub to: u64,
+    /// First target sequence of these copies.
+    pub target_from: u64,
+    /// Last target sequence of these copies.
+    pub target_to: u64,
+    /// How many copies there are; at least, where the target is long and has nothing that the source still has.
+    pub messages: u64,
 }
 
 /// Source side of a row.
@@ -354,7 +373,7 @@ pub struct Counters {
     pub target_dropped: u64,
     /// Saves of the position that failed.
     pub position_save_errors: u64,
-    /// Headers left out because the target does not allow them.
+    /// Headers left out because they would not have the effect that they have at the source.
     pub headers_removed: u64,
     /// Messages that the target refused.
     pub refused: u64,

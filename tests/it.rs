@@ -161,6 +161,10 @@ mod wire_shared;
 mod wire_slow;
 #[path = "it/wire_slow_reads.rs"]
 mod wire_slow_reads;
+#[path = "it/wire_source_headers.rs"]
+mod wire_source_headers;
+#[path = "it/wire_source_loss.rs"]
+mod wire_source_loss;
 #[path = "it/wire_stalls.rs"]
 mod wire_stalls;
 #[path = "it/wire_subjects.rs"]

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Advisory, Connection, Endpoint, Fields, Inspect, Json, Limits, Mapping, OnReject, Place, Problem, Problems,
-    Replication, Sampling, Scope, SenderBounds, Sharing, Side, Start, Tls, Transform, check_context_name, endpoint,
-    parse_duration, patterns,
+    Advisory, Connection, Endpoint, Fields, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Place, Problem,
+    Problems, Replication, Sampling, Scope, SenderBounds, Sharing, Side, Start, Tls, Transform, check_context_name,
+    endpoint, parse_duration, patterns,
     place::{domain_prefix, looks_like_url, subject_prefix},
     schema::{self, join, shorten},
 };
@@ -141,6 +141,9 @@ pub struct Document {
     /// Who else may write to the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_mode: Option<String>,
+    /// What to do when the source lost its end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_source_loss: Option<String>,
     /// Give the target what it lacks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_update: Option<bool>,
@@ -398,6 +401,7 @@ impl Checker {
             create_target: !document.no_target_create.unwrap_or_default(),
             update_target: document.target_update.unwrap_or_default(),
             target_mode: sharing(document),
+            on_source_loss: on_source_loss(document),
             ordering: ordering(document),
             limits: limits(document.limits.as_ref()),
             notices: notices(document),
@@ -791,6 +795,14 @@ fn sharing(document: &Document) -> Sharing {
     }
 }
 
+/// Other words are refused by the schema.
+fn on_source_loss(document: &Document) -> OnSourceLoss {
+    match text(&document.on_source_loss) {
+        Some("hold") => OnSourceLoss::Hold,
+        _ => OnSourceLoss::Follow,
+    }
+}
+
 fn ordering(document: &Document) -> Ordering {
     match text(&document.ordering) {
         Some("strict") => Ordering::Strict,
@@ -1105,6 +1117,12 @@ mod tests {
         check("shared", "", (Sharing::Shared, Ordering::Relaxed));
         let replication = good(json!({}));
         assert_eq!((replication.target_mode, replication.ordering), Default::default());
+        for (text, expect) in
+            [("", OnSourceLoss::Follow), ("follow", OnSourceLoss::Follow), ("hold", OnSourceLoss::Hold)]
+        {
+            assert_eq!(good(json!({"on_source_loss": text})).on_source_loss, expect, "{text}");
+        }
+        assert_eq!(replication.on_source_loss, OnSourceLoss::Follow);
     }
 
     #[test]
@@ -1256,6 +1274,7 @@ mod tests {
         );
         check(json!({"leader_election_name": "n".repeat(129)}), "/leader_election_name", "longer than 128");
         check(json!({"leader_election": "n"}), "/leader_election", "did you mean `leader_election_name`");
+        check(json!({"on_source_loss": "skip"}), "/on_source_loss", "`skip`: must be `follow` or `hold`");
         check(json!({"target_mode": "alone"}), "/target_mode", "`alone`: must be `auto`, `exclusive` or `shared`");
         check(json!({"ordering": "STRICT"}), "/ordering", "`STRICT`: must be `relaxed` or `strict`");
         check(json!({"streem": "x"}), "/streem", "did you mean `stream`");
@@ -1360,6 +1379,7 @@ mod tests {
             on_reject: Some("dead_letter".into()),
             dead_letter: Some(DeadLetterDocument { subject: "x".into() }),
             target_mode: Some("shared".into()),
+            on_source_loss: Some("hold".into()),
             target_update: Some(true),
             ordering: Some("strict".into()),
             description: some(),

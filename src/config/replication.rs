@@ -44,6 +44,8 @@ pub struct Replication {
     pub update_target: bool,
     /// Who else may write to the target.
     pub target_mode: Sharing,
+    /// What to do when the source lost messages that were copied.
+    pub on_source_loss: OnSourceLoss,
     /// Whether a refusal by the target may change the order, where it can.
     pub ordering: Ordering,
     /// Bounds on what is in the air.
@@ -187,6 +189,16 @@ pub enum Sharing {
     Exclusive,
     /// Anybody.
     Shared,
+}
+
+/// What to do when the source lost its end, or is another stream than the one that was copied.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnSourceLoss {
+    /// Continue with what the source has now.
+    #[default]
+    Follow,
+    /// Copy nothing until the source has its end again, or the document says otherwise.
+    Hold,
 }
 
 /// What becomes of a message that the target can never store.

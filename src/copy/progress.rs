@@ -12,6 +12,7 @@ use tokio::{
     sync::watch,
     time::{Duration, Instant},
 };
+use tracing::warn;
 
 use super::{
     Error, ErrorKind,
@@ -25,9 +26,9 @@ use super::{
     window::Window,
 };
 use crate::{
-    config::{Replication, Sharing},
-    events::{Event, Events},
-    status::{Row, TargetMode},
+    config::{Limits, OnSourceLoss, Replication, Sharing},
+    events::{Event, Events, LossAction},
+    status::{OnlyAtTarget, Row, TargetMode},
     store::{Claim, Orphans, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps, TargetWitness},
 };
 
@@ -79,6 +80,8 @@ pub struct Ledger {
     pub(super) clock: Alarm,
     /// When a server last ended the login of a run.
     login_ended: Option<Instant>,
+    /// The loss at the source that was published last and still holds.
+    loss: Option<Event>,
     /// Source sequence in the record as last saved.
     saved: watch::Sender<u64>,
     /// How the saves go.
@@ -119,6 +122,7 @@ impl Ledger {
             appetite: Appetite::default(),
             clock: Alarm::default(),
             login_ended: None,
+            loss: None,
             saved,
             unsaved: Unsaved::default(),
         }
@@ -181,8 +185,42 @@ impl Ledger {
     }
 
     /// Notes copies whose source is lost; saved with the position.
-    pub(super) fn orphans(&mut self, orphans: Option<Orphans>) {
+    pub(super) fn lost(&mut self, orphans: Option<Orphans>, only_at_target: Option<OnlyAtTarget>) {
         self.record.orphans = orphans;
+        self.record.only_at_target = only_at_target;
+    }
+
+    /// An error where the source lost what was copied and the document says to hold then. Published once for each loss.
+    pub(super) fn follows(&mut self, resume: &mut Resume, replication: &Replication) -> Result<(), Error> {
+        let loss = resume.findings.iter_mut().find(|finding| matches!(finding, Event::SourceReset { .. }));
+        if replication.on_source_loss == OnSourceLoss::Follow {
+            self.loss = None;
+            return Ok(());
+        }
+        let Some(loss) = loss else {
+            self.loss = None;
+            return Ok(());
+        };
+        if let Event::SourceReset { action, .. } = loss {
+            *action = LossAction::Held;
+        }
+        if self.loss.as_ref() != Some(loss) {
+            warn!(replication = self.id, event = ?loss, "found");
+            self.events.emit(loss.clone(), &self.id);
+            self.loss = Some(loss.clone());
+        }
+        Err(Error::new(ErrorKind::Hold, held_by(loss, replication)))
+    }
+
+    /// Notes, before anything is sent, how many messages may be in flight, where that is more than ever before and than
+    /// is assumed of any run.
+    pub(super) async fn may_have_in_flight(&mut self, messages: usize) -> Result<(), Error> {
+        let messages = messages as u64;
+        if messages > self.record.most_in_flight.max(Limits::default().messages_in_flight as u64) {
+            self.finish().await?;
+            self.save_whole(PositionRecord { most_in_flight: messages, ..self.record.clone() }).await?;
+        }
+        Ok(())
     }
 
     /// Notes, before one is made, that the replication has a durable consumer at its source, and in which name: it goes
@@ -394,6 +432,25 @@ impl Late {
 
 fn saved_seq(record: &PositionRecord) -> u64 {
     record.source.as_ref().map_or(0, |source| source.seq)
+}
+
+/// Why a copy is held whose source lost messages, and what to do.
+fn held_by(loss: &Event, replication: &Replication) -> String {
+    let Event::SourceReset { saved, reason, only_at_target, .. } = loss else { return String::new() };
+    let (source, target) = (&replication.source.stream, &replication.target.stream);
+    let only = only_at_target.map_or_else(
+        || format!("target stream `{target}` has none of them"),
+        |OnlyAtTarget { from, to, target_from, target_to, .. }| {
+            format!(
+                "only target stream `{target}` still has {from} to {to} (target sequences {target_from} to {target_to})"
+            )
+        },
+    );
+    format!(
+        "source stream `{source}` lost messages that were copied, and `on_source_loss` is `hold`: {reason} (everything up to \
+         {saved} was copied); {only}: restore the source, or set `on_source_loss` to `follow` to continue with what the source \
+         has now"
+    )
 }
 
 /// What a save says of both sides.

@@ -1,38 +1,37 @@
 //! Where to go on: what was saved, held against what the source and the target say now. The rows are those of the
 //! table in ARCHITECTURE.md; every read goes through the leader of the stream.
 
+mod search;
+
 use std::collections::{BTreeMap, HashMap};
 
 use chrono::Utc;
 use tokio::time::Instant;
 
+use self::search::{Kept, Proof, Search, Seen, Tail, note};
 use super::{
     clock::SourceClock,
     consumers::Names,
     durable::{self, Durable},
     locate,
     provenance::{Origin, Other, Tag},
-    reader::scan,
     sharing::{self, Foreign},
     target::limits,
     window::{SourcePoint, TargetPoint},
 };
 use crate::{
     config::{Limits, Mapping, Replication, Start},
-    events::Event,
+    events::{Event, LossAction},
     nats::{
         Error, Lane, headers,
         jetstream::{Api, StoredMessage, StreamInfo},
     },
-    status::TargetMode,
+    status::{OnlyAtTarget, TargetMode},
     store::{Orphans, PositionRecord, SourceWitness, Stamps, TargetWitness},
 };
 
 /// Messages looked at first when a stream is searched from its end; each further step looks at four times as many.
 const SEARCH_STEP: u64 = 1_000;
-/// Bytes searched first, and messages at the least, where payloads have to be read.
-const SEARCH_BYTES: u64 = 4 << 20;
-const SEARCH_LEAST: u64 = 8;
 /// Marks what was sent in a chain: whatever lies before such a message is complete.
 const CHAIN: &[u8] = b"Nats-Expected-Last-Sequence";
 /// What was sent with many in the air bears an id; what bears neither was sent one at a time (by Choria).
@@ -57,6 +56,8 @@ pub(super) struct Resume {
     pub unseen: u64,
     /// Copies of what the source has lost: they were told.
     pub orphans: Option<Orphans>,
+    /// What only the target still has, by the newest loss at the source.
+    pub only_at_target: Option<OnlyAtTarget>,
     /// What people have to know.
     pub findings: Vec<Event>,
 }
@@ -72,6 +73,7 @@ impl Resume {
             foreign: None,
             unseen: 0,
             orphans: None,
+            only_at_target: None,
             findings: Vec::new(),
         }
     }
@@ -188,6 +190,8 @@ pub(super) struct Sides<'a> {
     pub chain_broke_behind: Option<u64>,
     /// What the record says of copies whose source is lost.
     pub orphans: Option<Orphans>,
+    /// The most messages that runs before could have in flight.
+    pub most_in_flight: u64,
     /// What was read already: no message is read twice.
     pub read: Read,
 }
@@ -218,37 +222,6 @@ impl Ours {
     }
 }
 
-/// What a look at a range of the target found beside messages of ours.
-#[derive(Debug, Default)]
-struct Seen {
-    /// Messages of anybody.
-    messages: u64,
-    /// The newest that is not ours.
-    foreign: Option<Foreign>,
-    /// Those that differ from ours in the site alone, if they are asked for.
-    others: Option<Vec<Other>>,
-}
-
-impl Seen {
-    /// A message that is not ours.
-    fn foreign(&mut self, tag: &Tag, header: &[u8], foreign: Foreign) {
-        if let Some(others) = &mut self.others {
-            others.extend(tag.other_site(header));
-        }
-        self.foreign = Some(foreign);
-    }
-}
-
-/// Messages of ours at the end of the target, in target order.
-#[derive(Debug)]
-struct Tail {
-    ours: Vec<Ours>,
-    /// Index of the newest that the source knows.
-    newest: usize,
-    /// Whether these are all that were ever stored.
-    whole: bool,
-}
-
 /// What the source says of a sequence and a time that were stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Witness {
@@ -277,6 +250,8 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     if !resume.findings.iter().any(|finding| matches!(finding, Event::TargetReset { .. })) {
         resume.orphans = resume.orphans.or(sides.orphans);
     }
+    let there = record.only_at_target.filter(|only| same && only.target_to >= sides.target.state.first_seq);
+    resume.only_at_target = resume.only_at_target.or(there);
     // What the source has not reached cannot be the same message when it does.
     let last = sides.source.state.last_seq;
     resume.already.stored.retain(|known, _| known.0 <= last);
@@ -356,10 +331,13 @@ impl Sides<'_> {
         usize::try_from(self.target.number("max_msgs_per_subject")).unwrap_or(0)
     }
 
-    /// So many later messages may lie before one that was refused and sent again, at the least: the document may
-    /// have said more before.
-    fn window(&self) -> usize {
-        self.replication.limits.messages_in_flight.max(Limits::default().messages_in_flight)
+    /// So many messages that were sent later may lie before one that was refused and sent again, by the greatest limit that
+    /// a run had. Twice the limit: first those that were in flight with it, and, when all before it have settled, as many
+    /// again behind it.
+    fn overlap(&self) -> usize {
+        let before = usize::try_from(self.most_in_flight).unwrap_or(usize::MAX);
+        let limit = self.replication.limits.messages_in_flight.max(Limits::default().messages_in_flight);
+        limit.max(before).saturating_mul(2)
     }
 
     /// Witnesses hold: what lies behind the saved target sequence was stored after the last save. Where that is one
@@ -381,23 +359,32 @@ impl Sides<'_> {
         let orphan = |message: &Ours| orphans.is_some_and(|orphans| orphans.contains(message.target_seq));
         let quick = if chain { self.ours_at(last).await? } else { None };
         let quick = quick.filter(|newest| newest.complete && !orphan(newest));
-        let mut ours = match (quick, target) {
-            (Some(newest), _) => vec![newest],
+        let news = |message: &Ours| message.origin.seq > position.seq && !orphan(message);
+        let moved = target.is_some_and(|point| point.source_seq == 0);
+        let (mut ours, is_cut) = match (quick, target) {
+            (Some(newest), _) => (vec![newest], false),
             // Without a saved place at the target, what lies there from before is nobody's business: only what came
             // while the run before was under way, if that broke its chain.
             (None, None) => {
                 if let Some(behind) = self.chain_broke_behind {
-                    self.look_for_others(behind + 1, last, &mut resume).await?;
+                    self.look_for_others(behind + 1, last, &mut resume, |_| false).await?;
                 }
                 // Others may have consumed all of them.
                 resume.unseen = last;
-                self.newest_behind(position.seq).await?
+                let kept = self.newest_behind(position.seq).await?;
+                (kept.ours, kept.is_cut)
             }
-            (None, Some(_)) => self.look_for_others(behind + 1, last, &mut resume).await?,
+            (None, Some(_)) => {
+                let kept = self.look_for_others(behind + 1, last, &mut resume, news).await?;
+                (kept.ours, kept.is_cut)
+            }
         };
-        ours.retain(|message| message.origin.seq > position.seq && !orphan(message));
-        let Some(newest) = ours.last() else { return Ok(resume) };
-        if self.witness(newest.origin).await? == Witness::Broken {
+        ours.retain(news);
+        // The last one may be older: one that was refused and sent again.
+        let Some(newest) = ours.iter().map(|message| message.origin).max_by_key(|origin| origin.seq) else {
+            return Ok(resume);
+        };
+        if self.witness(newest).await? == Witness::Broken {
             let mut back = self.source_went_back(position.seq, "its end is not what was copied").await?;
             back.mode = resume.mode;
             back.foreign = resume.foreign.take();
@@ -406,7 +393,6 @@ impl Sides<'_> {
         }
         // After a move back, messages that were in the air before it may have arrived behind the saved place: complete
         // is only what begins directly behind the position.
-        let moved = target.is_some_and(|point| point.source_seq == 0);
         let next = position.seq.max(self.source.state.first_seq.saturating_sub(1)) + 1;
         let directly = ours.first().is_some_and(|first| first.origin.seq <= next);
         if (directly || !moved)
@@ -414,6 +400,10 @@ impl Sides<'_> {
         {
             resume.position = point;
             resume.target = Some(ours[index].point());
+        } else if is_cut && !moved {
+            // So many lie behind the first of these that nothing before it is missing.
+            resume.position = self.point_at(ours[0].origin.seq).await?;
+            resume.target = Some(ours[0].point());
         }
         let through = resume.position.seq;
         ours.retain(|message| message.origin.seq > through);
@@ -422,9 +412,15 @@ impl Sides<'_> {
     }
 
     /// Messages of ours in a range of the target; one that is not makes the target shared.
-    async fn look_for_others(&mut self, from: u64, to: u64, resume: &mut Resume) -> Result<Vec<Ours>, Error> {
+    async fn look_for_others(
+        &mut self,
+        from: u64,
+        to: u64,
+        resume: &mut Resume,
+        wanted: impl Fn(&Ours) -> bool,
+    ) -> Result<Kept, Error> {
         let mut seen = Seen::default();
-        let ours = self.between(from, to, &mut seen).await?;
+        let ours = self.newest_between(from, to, &mut seen, wanted).await?;
         resume.unseen = (to + 1 - from).saturating_sub(seen.messages);
         if let Some(foreign) = seen.foreign {
             resume.mode = TargetMode::Shared;
@@ -448,14 +444,14 @@ impl Sides<'_> {
     /// The target lost stored messages: go back to the newest one of ours that it still has.
     async fn target_lost(&mut self, saved: &SourceWitness, reason: String) -> Result<Resume, Error> {
         self.no_other_site().await?;
-        let mut resume = match self.newest_known(Proof::NoContradiction).await? {
+        let mut resume = match self.newest_known(Proof::NoContradiction).await?.tail {
             Some(tail) => self.behind(tail, Some(saved.seq)).await?,
             None => {
                 // A start at the end, or some time ago, means the first start: what arrived since then has to be
                 // copied again at least.
                 let start = self.configured_start().await?;
                 let start = if start.seq <= saved.seq { start } else { self.point_at(saved.seq).await? };
-                Resume::at(start, self.last_of_ours().await?)
+                Resume::at(start, self.last_of_ours().await?.as_ref().map(Ours::point))
             }
         };
         resume.findings.push(Event::TargetReset { saved: saved.seq, resumed: resume.position.seq, reason });
@@ -479,29 +475,40 @@ impl Sides<'_> {
     /// The source lost its end or is another stream: go on behind the newest copied message that it still has;
     /// without one it is another stream, and all of it is new.
     async fn source_went_back(&mut self, saved: u64, reason: &str) -> Result<Resume, Error> {
-        let (resume, from) = match self.newest_known(Proof::Message).await? {
+        let Search { tail, mut lost } = self.newest_known(Proof::Message).await?;
+        let (resume, from) = match tail {
             Some(tail) => {
-                let from = tail.ours[tail.newest].target_seq + 1;
+                let from = tail.ours.last().map_or(0, |newest| newest.target_seq) + 1;
                 (self.behind(tail, None).await?, from)
             }
             None => {
                 self.no_other_site().await?;
-                (Resume::at(SourcePoint::default(), self.last_of_ours().await?), self.target.state.first_seq)
+                // Of a long target not all of it was looked at.
+                if lost.messages > 0
+                    && let Some(first) = self.first_of_ours().await?.filter(|first| first.target_seq < lost.target_from)
+                {
+                    note(&mut lost, &[first]);
+                }
+                let last = self.last_of_ours().await?;
+                (Resume::at(SourcePoint::default(), last.as_ref().map(Ours::point)), self.target.state.first_seq)
             }
         };
         let to = self.target.state.last_seq;
-        let mut resume = Resume { orphans: (from <= to).then_some(Orphans { from, to }), ..resume };
-        let finding = Event::SourceReset { saved, resumed: resume.position.seq, reason: reason.to_owned() };
+        let orphans = (from <= to).then_some(Orphans { from, to });
+        let only_at_target = (lost.messages > 0).then_some(lost);
+        let mut resume = Resume { orphans, only_at_target, ..resume };
+        let (resumed, reason, action) = (resume.position.seq, reason.to_owned(), LossAction::Followed);
+        let finding = Event::SourceReset { saved, resumed, reason, action, only_at_target };
         resume.findings.push(finding);
         Ok(resume)
     }
 
     async fn without_record(&mut self) -> Result<Resume, Error> {
-        if let Some(tail) = self.newest_known(Proof::NoContradiction).await? {
+        if let Some(tail) = self.newest_known(Proof::NoContradiction).await?.tail {
             return self.behind(tail, None).await;
         }
         self.no_other_site().await?;
-        if let Some(ours) = self.newest_of_ours(1).await?.last() {
+        if let Some(ours) = self.last_of_ours().await? {
             // Copied before, but from a stream that is not this one any more.
             let seq = ours.origin.seq;
             return self.source_went_back(seq, &format!("it does not have message {seq} that was copied last")).await;
@@ -555,12 +562,12 @@ impl Sides<'_> {
     /// later ones: unless the stamps say better, everything up to the oldest of these is there, and of the rest
     /// what was found.
     async fn behind(&mut self, tail: Tail, saved: Option<u64>) -> Result<Resume, Error> {
-        let Tail { mut ours, newest, whole } = tail;
-        ours.truncate(newest + 1);
+        let Tail { mut ours, whole } = tail;
+        let (newest, overlap) = (ours.len().saturating_sub(1), self.overlap());
         let mut base = self.newest_complete(&ours).await?;
         if base.is_none() {
-            let oldest = newest.saturating_sub(self.window());
-            let seen_whole = oldest == 0 && whole && newest < self.window();
+            let oldest = newest.saturating_sub(overlap);
+            let seen_whole = oldest == 0 && whole && newest < overlap;
             if !seen_whole && self.witness(ours[oldest].origin).await? != Witness::Broken {
                 base = Some((oldest, self.point_at(ours[oldest].origin.seq).await?));
             }
@@ -657,7 +664,7 @@ impl Sides<'_> {
             // Nothing left that could contradict. Where the stream says it is another one, it is.
             (None, _) if saved.seq < first => same_hint || saved.created.is_empty(),
             (None, Some(time_ns)) => !self.has_later_below(saved.seq, time_ns).await?,
-            (None, None) => same_hint || self.newest_known(Proof::Message).await?.is_some(),
+            (None, None) => same_hint || self.newest_known(Proof::Message).await?.tail.is_some(),
         };
         Ok((!holds).then(|| format!("another message lies at the saved sequence {} or before it", saved.seq)))
     }
@@ -728,176 +735,6 @@ impl Sides<'_> {
              of its instances and run `stream-replicator site rename {theirs} {ours}`"
         )))
     }
-
-    /// Stored times (ms) of what the source has in the range of these sequences.
-    async fn source_times(&mut self, seqs: impl Iterator<Item = u64> + Clone) -> Result<HashMap<u64, i64>, Error> {
-        let (low, high) = (seqs.clone().min().unwrap_or_default(), seqs.max().unwrap_or_default());
-        let high = high.min(self.source.state.last_seq);
-        let mut times: HashMap<u64, i64> = HashMap::new();
-        if low <= high && Durable::is_needed(self.source) {
-            let note = |found: StoredMessage| _ = times.insert(found.sequence, found.time_ns.div_euclid(1_000_000));
-            let first = self.source.state.first_seq.max(low);
-            Api::new(self.source_lane).messages(&self.replication.source.stream, first, high, note).await?;
-        } else if low <= high {
-            scan(self.source_lane, &self.replication.source.stream, self.source_names, low, high, |delivery, _| {
-                times.insert(delivery.stream_seq, delivery.time_ns.div_euclid(1_000_000));
-            })
-            .await?;
-        }
-        Ok(times)
-    }
-
-    /// Messages of ours in a range of the target, and the newest that is not.
-    async fn between(&mut self, from: u64, to: u64, seen: &mut Seen) -> Result<Vec<Ours>, Error> {
-        let mut found = Vec::new();
-        let (tag, by_subject) = (self.tag, self.keeps() > 0);
-        if is_consumed(self.target) {
-            // A consumer would count as one that takes messages away.
-            let from = from.max(self.target.state.first_seq);
-            let look = |stored: StoredMessage| {
-                seen.messages += 1;
-                let subject = by_subject.then_some(stored.subject.as_bytes());
-                match ours(tag, stored.sequence, &stored.header, subject) {
-                    Some(ours) => found.push(ours),
-                    None => {
-                        let foreign = Foreign { seq: stored.sequence, subject: stored.subject };
-                        seen.foreign(tag, &stored.header, foreign);
-                    }
-                }
-            };
-            Api::new(self.target_lane).messages(&self.replication.target.stream, from, to, look).await?;
-            return Ok(found);
-        }
-        scan(self.target_lane, &self.replication.target.stream, self.target_names, from, to, |delivery, message| {
-            seen.messages += 1;
-            let subject = by_subject.then_some(message.subject);
-            match ours(tag, delivery.stream_seq, message.header, subject) {
-                Some(ours) => found.push(ours),
-                None => {
-                    let subject = String::from_utf8_lossy(message.subject).into_owned();
-                    seen.foreign(tag, message.header, Foreign { seq: delivery.stream_seq, subject });
-                }
-            }
-        })
-        .await?;
-        Ok(found)
-    }
-
-    /// At least `count` messages of ours from the end of the target, if there are so many, in target order.
-    async fn newest_of_ours(&mut self, count: usize) -> Result<Vec<Ours>, Error> {
-        self.backwards(count, |ours| ours.len() >= count).await
-    }
-
-    /// All messages of ours that come after a source sequence, and some more.
-    async fn newest_behind(&mut self, seq: u64) -> Result<Vec<Ours>, Error> {
-        let window = self.window();
-        self.backwards(1, |ours| {
-            let before = ours.iter().filter(|message| message.origin.seq <= seq).count();
-            before > window || ours.iter().any(|message| message.complete && message.origin.seq <= seq)
-        })
-        .await
-    }
-
-    /// Messages that are searched first: fewer where they are large and have to be read with their payloads.
-    fn search_step(&self) -> u64 {
-        let average = locate::average_bytes(&self.target.state).max(1);
-        if is_consumed(self.target) { (SEARCH_BYTES / average).clamp(SEARCH_LEAST, SEARCH_STEP) } else { SEARCH_STEP }
-    }
-
-    /// Messages of ours from the end of the target backwards until there are enough, in target order.
-    async fn backwards(&mut self, step: usize, enough: impl Fn(&[Ours]) -> bool) -> Result<Vec<Ours>, Error> {
-        let first = self.target.state.first_seq.max(1);
-        let mut found: Vec<Ours> = Vec::new();
-        let mut to = self.target.state.last_seq;
-        let mut step = self.search_step().max(step as u64);
-        while to >= first && !enough(&found) {
-            let from = to.saturating_sub(step - 1).max(first);
-            let mut piece = self.between(from, to, &mut Seen::default()).await?;
-            piece.append(&mut found);
-            found = piece;
-            to = from - 1;
-            step *= 4;
-        }
-        Ok(found)
-    }
-
-    async fn last_of_ours(&mut self) -> Result<Option<TargetPoint>, Error> {
-        Ok(self.newest_of_ours(1).await?.last().map(Ours::point))
-    }
-
-    /// Messages of ours from the end of the target back to the newest that the source knows, and as many before it
-    /// as can matter.
-    async fn newest_known(&mut self, mut proof: Proof) -> Result<Option<Tail>, Error> {
-        let first = self.target.state.first_seq.max(1);
-        let window = self.window();
-        let oldest = self.point_at(self.source.state.first_seq).await?.time_ns.map(|ns| ns.div_euclid(1_000_000));
-        let mut ours: Vec<Ours> = Vec::new();
-        let mut newest: Option<usize> = None;
-        let mut to = self.target.state.last_seq;
-        let mut step = self.search_step();
-        while to >= first {
-            let from = to.saturating_sub(step - 1).max(first);
-            let mut piece = self.between(from, to, &mut Seen::default()).await?;
-            to = from - 1;
-            step *= 4;
-            let count = piece.len();
-            let seen = newest.map(|index| index + count);
-            newest = match (seen, piece.is_empty()) {
-                (Some(index), _) => Some(index),
-                (None, true) => None,
-                (None, false) => match self.newest_match(&piece).await? {
-                    Match::At(index) => Some(index),
-                    Match::Nothing if proof == Proof::NoContradiction => Some(count - 1),
-                    Match::Nothing | Match::Contradiction => {
-                        proof = Proof::Message;
-                        // Older ones than the oldest of the source cannot match either.
-                        let all_older = oldest.is_none_or(|oldest| piece.iter().all(|m| m.origin.time_ms < oldest));
-                        if all_older {
-                            return Ok(None);
-                        }
-                        None
-                    }
-                },
-            };
-            piece.append(&mut ours);
-            ours = piece;
-            if let Some(newest) = newest
-                && (newest > window || ours[..=newest].iter().any(|message| message.complete))
-            {
-                break;
-            }
-        }
-        let whole = to < first && first == 1;
-        Ok(newest.map(|newest| Tail { ours, newest, whole }))
-    }
-
-    /// The newest of these messages that the source still has.
-    async fn newest_match(&mut self, ours: &[Ours]) -> Result<Match, Error> {
-        let Some(newest) = ours.last() else { return Ok(Match::Nothing) };
-        let known = self.witness(newest.origin).await?;
-        if known == Witness::Holds {
-            return Ok(Match::At(ours.len() - 1));
-        }
-        let times = self.source_times(ours.iter().map(|message| message.origin.seq)).await?;
-        let last = self.source.state.last_seq;
-        if let Some(found) = ours.iter().rposition(|m| times.get(&m.origin.seq) == Some(&m.origin.time_ms)) {
-            return Ok(Match::At(found));
-        }
-        let broken = |m: &Ours| m.origin.seq > last || times.get(&m.origin.seq).is_some_and(|t| *t != m.origin.time_ms);
-        let contradicted = known == Witness::Broken || ours.iter().any(broken);
-        Ok(if contradicted { Match::Contradiction } else { Match::Nothing })
-    }
-}
-
-/// What the source says of several messages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Match {
-    /// It has this one, and none of those behind it.
-    At(usize),
-    /// It has none of them, and nothing in their places.
-    Nothing,
-    /// It has none of them, but others in their places.
-    Contradiction,
 }
 
 fn ours(tag: &Tag, target_seq: u64, header: &[u8], subject: Option<&[u8]>) -> Option<Ours> {
@@ -908,15 +745,6 @@ fn ours(tag: &Tag, target_seq: u64, header: &[u8], subject: Option<&[u8]>) -> Op
 /// Whether a message of ours proves that all before it are there.
 fn is_complete(header: &[u8]) -> bool {
     headers::last(header, CHAIN).is_some() || headers::last(header, ID).is_none()
-}
-
-/// What it takes to believe that a message of ours came from this source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Proof {
-    /// The source still has it.
-    Message,
-    /// The source has it, or all of them expired or were replaced so that nothing can be compared.
-    NoContradiction,
 }
 
 /// Whether messages go from a stream when they were read.

@@ -85,8 +85,8 @@ const LOGIN_EVERY: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 enum Ending {
     Stopped,
-    /// A login is about to end, and its successor is there.
-    LogsInAgain,
+    /// A login is about to end and its successor is there, or the source acts on other headers than before.
+    BeginsAgain,
     Failed(Error),
 }
 
@@ -95,8 +95,8 @@ enum Ending {
 pub(super) enum Ended {
     /// By request.
     Stopped,
-    /// To log in again: the next run begins at once.
-    LogsInAgain,
+    /// To log in again, or to copy by another configuration of the source: the next run begins at once.
+    BeginsAgain,
 }
 
 /// One run, with everything that dies with it.
@@ -250,14 +250,17 @@ impl<'a> Run<'a> {
             chain_broke_behind: ledger.chain_broke_behind(),
             orphans: ledger.record().orphans,
             read: resume::Read::default(),
+            most_in_flight: ledger.record().most_in_flight,
         };
         let (mode, news) = sharing::begin(&replication, &target_info, ledger.record(), job.neighbour.as_deref());
         abilities.share(mode);
         status.send_modify(|(_, copy)| copy.target_mode = mode);
         let mut resume = resume::find(sides, ledger.record(), mode).await?;
+        status.send_modify(|(_, copy)| copy.only_at_target = resume.only_at_target);
+        ledger.follows(&mut resume, &replication)?;
         resume.findings.extend(news);
         ledger.unwanted(&mut resume, &replication)?;
-        ledger.orphans(resume.orphans);
+        ledger.lost(resume.orphans, resume.only_at_target);
         let goes_back = ledger.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
         abilities.share(resume.mode);
         if Durable::is_needed(&source_info) {
@@ -282,6 +285,7 @@ impl<'a> Run<'a> {
             writer.after(before);
         }
         writer.limit_line(ledger.max_line);
+        ledger.may_have_in_flight(replication.limits.messages_in_flight).await?;
         ledger.stamps(writer.stamps()).await?;
         let now = Instant::now();
         let (state, mut copy) = status.borrow().clone();
@@ -1034,6 +1038,10 @@ impl<'a> Run<'a> {
             self.copy.counters.target_dropped += messages;
             event.into_iter().for_each(|event| self.found(event));
         }
+        if self.ending.is_none() && !target::acts_alike(&info, &self.source_info) {
+            info!(replication = self.replication.id, "the source acts on other headers than before: a new run follows");
+            self.end(Ending::BeginsAgain);
+        }
         self.source_info.state = info.state;
     }
 
@@ -1131,7 +1139,7 @@ impl<'a> Run<'a> {
         self.next_login = now + LOGIN_EVERY;
         if sides.iter().any(ending) {
             info!(replication = self.replication.id, "credentials were renewed: logging in again");
-            self.end(Ending::LogsInAgain);
+            self.end(Ending::BeginsAgain);
         }
     }
 
@@ -1255,7 +1263,7 @@ impl<'a> Run<'a> {
         Some(match ending {
             Ending::Failed(error) => Err(error),
             Ending::Stopped => Ok(Ended::Stopped),
-            Ending::LogsInAgain => Ok(Ended::LogsInAgain),
+            Ending::BeginsAgain => Ok(Ended::BeginsAgain),
         })
     }
 }

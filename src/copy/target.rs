@@ -123,17 +123,23 @@ pub(crate) fn limits(info: &StreamInfo) -> bool {
     matches!(info.text("retention"), "" | "limits")
 }
 
+/// Whether a source acts on the same headers as it did.
+pub(super) fn acts_alike(one: &StreamInfo, other: &StreamInfo) -> bool {
+    ["allow_msg_ttl", "allow_rollup_hdrs"].iter().all(|flag| one.flag(flag) == other.flag(flag))
+}
+
 /// What a target that is [`writable`] can do.
 pub(crate) fn abilities_of(replication: &Replication, source: &StreamInfo, target: &StreamInfo) -> Abilities {
     let fast = target.flag("allow_batched") && target.api_level() >= API_LEVEL_2_14;
     // Whatever else moves the last sequence of the stream would break the chain again and again.
     let mode = sharing::mode(replication, target).unwrap_or(TargetMode::Shared);
-    let rollup = target.flag("allow_rollup_hdrs");
+    let both = |flag: &str| source.flag(flag) && target.flag(flag);
+    let rollup = both("allow_rollup_hdrs");
     Abilities {
         transport: if fast { Transport::FastIngest } else { Transport::Pipelined },
         mode,
         allowed: Allowed {
-            ttl: target.flag("allow_msg_ttl"),
+            ttl: both("allow_msg_ttl"),
             rollup_subject: rollup && subjects::stay_apart(replication, source),
             rollup_all: rollup && mode == TargetMode::Exclusive && replication.scope.is_whole(),
         },

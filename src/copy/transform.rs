@@ -8,12 +8,14 @@ use memchr::memmem;
 use super::provenance::{Origin, Tag};
 use crate::{config::parse_duration, names, nats::headers};
 
-/// What the target allows in a message.
+/// Which headers of a message keep their effect: the source acts on them, and the target allows them. A source stores a
+/// header that it does not act on as data (a server before 2.11 does so with `Nats-TTL`, a mirror with whatever its origin
+/// stored): at the target it would remove messages that the source keeps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Allowed {
-    /// `Nats-TTL` (`allow_msg_ttl`).
+    /// `Nats-TTL` (`allow_msg_ttl` of both streams).
     pub ttl: bool,
-    /// `Nats-Rollup: sub` (`allow_rollup_hdrs`).
+    /// `Nats-Rollup: sub` (`allow_rollup_hdrs` of both streams).
     pub rollup_subject: bool,
     /// `Nats-Rollup: all`: right only where everything of the source and nothing else lies at the target.
     pub rollup_all: bool,
@@ -44,7 +46,7 @@ pub struct Passage<'a> {
 static NATS_LINE: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new(b"\r\nNats-"));
 
 /// Writes the header block of the target message into `out` (cleared first). Returns how many headers were left
-/// out because the target does not allow them.
+/// out because they would not have the effect that they have at the source.
 pub fn header_block(out: &mut Vec<u8>, block: &[u8], allowed: Allowed, tag: &Tag, passage: &Passage<'_>) -> u64 {
     let mut removed = 0;
     // The stamp goes behind the version line, before every other header: servers up to 2.10 look no further than the
@@ -104,6 +106,8 @@ pub(super) fn push(out: &mut Vec<u8>, name: &str, value: &[u8]) {
 fn copy_lines(out: &mut Vec<u8>, body: &[u8], allowed: Allowed, age_secs: u64) -> u64 {
     let mut removed = 0;
     let mut rest = body;
+    // Servers act on the first of several headers of one name.
+    let (mut has_ttl, mut has_rollup) = (false, false);
     let mut kept_id = headers::lines_of(body).any(|line| line.starts_with(b"Choria-SR-Msg-Id:"));
     while !rest.is_empty() {
         let end = headers::find_line_end(rest).map_or(rest.len(), |at| at + 2);
@@ -113,6 +117,8 @@ fn copy_lines(out: &mut Vec<u8>, body: &[u8], allowed: Allowed, age_secs: u64) -
             Fate::Keep => out.extend_from_slice(line),
             Fate::Drop => {}
             Fate::Refused => removed += 1,
+            Fate::Rollup if std::mem::replace(&mut has_rollup, true) => removed += 1,
+            Fate::Rollup => out.extend_from_slice(line),
             Fate::Rename => {
                 out.extend_from_slice(names::RENAMED_HEADER_PREFIX.as_bytes());
                 out.extend_from_slice(line);
@@ -124,41 +130,48 @@ fn copy_lines(out: &mut Vec<u8>, body: &[u8], allowed: Allowed, age_secs: u64) -
                     out.extend_from_slice(&line[b"Nats-Msg-Id".len()..]);
                 }
             }
-            Fate::Ttl => match shorter_ttl(line, age_secs) {
-                Some(ttl) => push(out, "Nats-TTL", ttl.to_string().as_bytes()),
-                None => out.extend_from_slice(line),
+            Fate::Ttl(_) if std::mem::replace(&mut has_ttl, true) => removed += 1,
+            Fate::Ttl(value) => match time_to_live(value) {
+                Some(Ttl::Never) if allowed.ttl => out.extend_from_slice(line),
+                Some(Ttl::Seconds(seconds)) if allowed.ttl => {
+                    let mut number = itoa::Buffer::new();
+                    // A server takes nothing below a second; the message was still there a moment ago.
+                    push(out, "Nats-TTL", number.format(seconds.saturating_sub(age_secs).max(1)).as_bytes());
+                }
+                _ => removed += 1,
             },
         }
     }
     removed
 }
 
-enum Fate {
+enum Fate<'a> {
     Keep,
     /// Of no meaning at the target.
     Drop,
-    /// Of a meaning that the target does not allow; counted.
+    /// Of an effect that it cannot have at the target; counted.
     Refused,
+    /// A rollup with the same effect at the target.
+    Rollup,
     /// Kept under our own name.
     Rename,
     /// The source's own message id.
     Id,
     /// A time to live, to be shortened by the message's age.
-    Ttl,
+    Ttl(&'a [u8]),
 }
 
 /// What becomes of a header line. Each of these would otherwise be acted on or refused by a server of some
 /// version; the list is measured.
-fn fate(line: &[u8], allowed: Allowed) -> Fate {
+fn fate(line: &[u8], allowed: Allowed) -> Fate<'_> {
     let Some(rest) = line.strip_prefix(b"Nats-") else { return Fate::Keep };
     let Some(colon) = memchr::memchr(b':', rest) else { return Fate::Keep };
     let (name, value) = (&rest[..colon], rest[colon + 1..].trim_ascii());
     match name {
         b"Msg-Id" => Fate::Id,
-        b"TTL" if allowed.ttl => Fate::Ttl,
-        b"TTL" => Fate::Refused,
-        b"Rollup" if value == b"sub" && allowed.rollup_subject => Fate::Keep,
-        b"Rollup" if value == b"all" && allowed.rollup_all => Fate::Keep,
+        b"TTL" => Fate::Ttl(value),
+        b"Rollup" if value.eq_ignore_ascii_case(b"sub") && allowed.rollup_subject => Fate::Rollup,
+        b"Rollup" if value.eq_ignore_ascii_case(b"all") && allowed.rollup_all => Fate::Rollup,
         b"Rollup" => Fate::Refused,
         b"Stream-Source" | b"Scheduler" | b"Incr" | b"Counter-Sources" => Fate::Rename,
         _ if name.starts_with(b"Schedule") => Fate::Rename,
@@ -168,16 +181,28 @@ fn fate(line: &[u8], allowed: Allowed) -> Fate {
     }
 }
 
-/// Seconds that are left of a time to live; `None` for one that has no end or cannot be read.
-fn shorter_ttl(line: &[u8], age_secs: u64) -> Option<u64> {
-    let value =
-        std::str::from_utf8(headers::value_of(line.strip_suffix(b"\r\n").unwrap_or(line), b"Nats-TTL")?).ok()?;
-    let seconds = match value.parse::<u64>() {
-        Ok(seconds) => seconds,
-        Err(_) => parse_duration(value).ok()?.as_secs(),
+/// A time to live that a server acts on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ttl {
+    /// Longer than any limit of the stream.
+    Never,
+    /// At least one.
+    Seconds(u64),
+}
+
+/// What a server makes of the value of a `Nats-TTL`; `None` where it has no effect (`0`) or a server refuses it.
+fn time_to_live(value: &[u8]) -> Option<Ttl> {
+    let value = std::str::from_utf8(value).ok()?;
+    if value.eq_ignore_ascii_case("never") {
+        return Some(Ttl::Never);
+    }
+    let seconds = match value.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => value.parse::<u64>().ok()?,
+        // Servers know no units beyond hours.
+        false if value.ends_with(['d', 'w', 'M', 'Y']) => return None,
+        false => parse_duration(value).ok()?.as_secs(),
     };
-    // A server takes nothing below a second; the message was still there a moment ago.
-    Some(seconds.saturating_sub(age_secs).max(1))
+    (seconds > 0).then_some(Ttl::Seconds(seconds))
 }
 
 #[cfg(test)]
@@ -253,6 +278,16 @@ mod tests {
         check("Nats-TTL: 1m\r\n", "Nats-TTL: 50\r\n", 0);
         check("Nats-TTL: 3\r\n", "Nats-TTL: 1\r\n", 0);
         check("Nats-TTL: never\r\n", "Nats-TTL: never\r\n", 0);
+        check("Nats-TTL: Never\r\n", "Nats-TTL: Never\r\n", 0);
+        // No time to live at the source; at the target each of these would be one, or a refusal.
+        for ttl in ["0", "0s", "-1", "-1s", "500ms", "", "soon", "1d", "18446744073709551616"] {
+            check(&format!("Nats-TTL: {ttl}\r\nA: 1\r\n"), "A: 1\r\n", 1);
+        }
+        // The first one counts.
+        check("Nats-TTL: 0\r\nNats-TTL: 3\r\n", "", 2);
+        check("Nats-TTL: never\r\nNats-TTL: 3\r\n", "Nats-TTL: never\r\n", 1);
+        check("Nats-Rollup: sub\r\nNats-Rollup: sub\r\n", "Nats-Rollup: sub\r\n", 1);
+        check("Nats-Rollup: SUB\r\n", "Nats-Rollup: SUB\r\n", 0);
         check("Nats-Rollup: sub\r\n", "Nats-Rollup: sub\r\n", 0);
         check("Nats-Rollup: all\r\n", "", 1);
         check_allowed("Nats-TTL: 60\r\nNats-Rollup: sub\r\nA: 1\r\n", Allowed::default(), "A: 1\r\n", 2);

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     chance,
-    status::{Row, State, TargetMode},
+    status::{OnlyAtTarget, Row, State, TargetMode},
 };
 
 /// Value of a replication's key in the positions bucket. Readable JSON; fields that this version does not
@@ -54,6 +54,13 @@ pub struct PositionRecord {
     /// Copies at the target of what the source has lost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub orphans: Option<Orphans>,
+    /// What only the target still has, by the newest loss at the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub only_at_target: Option<OnlyAtTarget>,
+    /// The most messages that any run of this position could have in flight: so many may be stored before one that was
+    /// sent earlier. Saved before a run sends the first message under a greater limit.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub most_in_flight: u64,
     /// Whether a durable consumer may have been made at the source, to be deleted with the replication.
     #[serde(default, skip_serializing_if = "is_default")]
     pub durable: bool,
@@ -371,6 +378,8 @@ impl PositionRecord {
             moved_back: false,
             generation: 0,
             orphans: None,
+            only_at_target: None,
+            most_in_flight: 0,
             durable: false,
             installation: None,
             sampled: None,

@@ -203,9 +203,11 @@ impl Board {
         self.head.send_if_modified(|head| head.leader.take().is_some())
     }
 
-    /// A run is over, however: it has neither connections nor messages in the air.
+    /// A run is over, however: it has neither connections nor messages in the air. What waits at the source still waits;
+    /// that nothing waits is not known any more.
     pub(super) fn run_over(&self) {
         self.status.send_modify(|(_, copy)| {
+            copy.lag = copy.lag.filter(|lag| lag.messages > 0);
             copy.source.connected = false;
             copy.target.connected = false;
             copy.in_flight = InFlight::default();
@@ -262,5 +264,22 @@ impl Board {
     /// A document cannot run.
     pub(super) fn rejected(&self, message: &str) {
         self.status.send_modify(|(_, copy)| copy.last_error = Some(LastError::now("invalid", message)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::Lag;
+
+    #[test]
+    fn after_a_run_a_lag_stays_known_and_no_lag_does_not() {
+        let board = Board::new("S", 1);
+        for (before, after) in [(None, None), (Some(0), None), (Some(3), Some(3))] {
+            let lag = before.map(|messages| Lag { messages, ..Lag::default() });
+            board.status().send_modify(|(_, copy)| copy.lag = lag);
+            board.run_over();
+            assert_eq!(board.row().copy.lag.map(|lag| lag.messages), after, "{before:?}");
+        }
     }
 }
