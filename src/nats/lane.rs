@@ -548,15 +548,14 @@ impl Lane {
         }
     }
 
-    /// How many calls of [`Lane::ping`] there were.
+    /// How many PINGs were sent, the one of the login included.
     pub fn pings(&self) -> u64 {
         self.pings
     }
 
     /// How many of them the server has answered. It answers in order, after everything that was sent before.
     pub fn answered_pings(&self) -> u64 {
-        // The first PONG belongs to the login.
-        self.pongs.saturating_sub(1)
+        self.pongs
     }
 
     /// From now on a refused publish does not end the lane: [`Lane::take_refused`] returns what the server said. A
