@@ -11,7 +11,10 @@ use crate::harness::{LIMIT, Proxy, Site, connect, request, wait_for};
 /// between.
 async fn deleted<T>(site: &Site, meanwhile: impl AsyncFnOnce() -> Result<T>) -> Result<T> {
     let client = connect(&site.service_url()).await?;
-    let deletion = tokio::spawn(async move { request(&client, "replicator.config.delete", json!("ORDERS")).await });
+    let deletion =
+        tokio::spawn(
+            async move { request(&client, "replicator.config.delete", json!({"replication": "ORDERS"})).await },
+        );
     let gone = async || site.ask("config.get", "ORDERS").await.is_ok_and(|reply| reply.error == Some(404));
     wait_for("the document to be gone", LIMIT, gone).await?;
     let done = meanwhile().await?;
