@@ -14,6 +14,8 @@ pub mod headers;
 pub mod jetstream;
 mod lane;
 pub mod parser;
+#[cfg(test)]
+pub(crate) mod pipe;
 mod rules;
 mod tls;
 mod verdicts;

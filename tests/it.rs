@@ -51,6 +51,8 @@ mod docs;
 mod events;
 #[path = "it/fuzz_twins.rs"]
 mod fuzz_twins;
+#[path = "it/going_back.rs"]
+mod going_back;
 #[path = "it/hand_edits.rs"]
 mod hand_edits;
 #[path = "it/harness_self.rs"]
@@ -91,6 +93,8 @@ mod site_name;
 mod states;
 #[path = "it/stepdown.rs"]
 mod stepdown;
+#[path = "it/wire_acks.rs"]
+mod wire_acks;
 #[path = "it/wire_auth.rs"]
 mod wire_auth;
 #[path = "it/wire_clock.rs"]

@@ -15,7 +15,7 @@ use crate::{
     config::Mapping,
     nats::{
         Batch, Error, Lane,
-        jetstream::{StreamInfo, decode},
+        jetstream::{decode, leaders_info},
     },
 };
 
@@ -201,7 +201,7 @@ impl Gate {
         let answer = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == question.reply.as_bytes());
         let Some(answer) = answer else { return Ok(()) };
         let wrong = |error: Error| error.context("chunks of an object");
-        if !decode::<StreamInfo>(answer.payload).map_err(wrong)?.is_leaders() {
+        if leaders_info(answer.payload).map_err(wrong)?.is_none() {
             // It is asked again.
             return Ok(());
         }
@@ -279,6 +279,34 @@ mod tests {
         ] {
             assert_eq!(objects.judge(subject, &payload), Verdict::Copy, "{}", String::from_utf8_lossy(subject));
         }
+    }
+
+    #[tokio::test]
+    async fn the_target_is_asked_once_everything_before_is_settled() {
+        let (mut lane, mut server) = crate::nats::pipe::lane().await;
+        let (mut gate, mapping) = (Gate::of("OBJ_b", "OBJ_b").unwrap(), Mapping::default());
+        let (body, now) = (description("one", 2, false), Instant::now());
+        let pass = |lane: &mut Lane, gate: &mut Gate, settled| gate.pass((META, &body), settled, lane, &mapping, now);
+        let before = lane.unwritten();
+        assert_eq!(pass(&mut lane, &mut gate, false), Pass::Wait);
+        assert_eq!(lane.unwritten(), before, "asked while chunks may be in the air");
+        assert_eq!(pass(&mut lane, &mut gate, true), Pass::Wait);
+        let answer = r#"{"config":{},"state":{"subjects":{"$O.b.C.one":2}}}"#;
+        let answered = async {
+            let asked = server.asked().await;
+            assert_eq!(asked.subject, "$JS.API.STREAM.INFO.OBJ_b");
+            server.answer(&asked, answer).await;
+        };
+        let received = async {
+            loop {
+                if let crate::nats::Turn::Received(batch) = lane.turn().await.unwrap() {
+                    break batch;
+                }
+            }
+        };
+        let (batch, ()) = tokio::join!(received, answered);
+        gate.accept(&batch).unwrap();
+        assert_eq!(pass(&mut lane, &mut gate, true), Pass::Send);
     }
 
     #[test]

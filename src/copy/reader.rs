@@ -598,3 +598,23 @@ pub(super) async fn scan(
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_heartbeat_tells_that_the_last_delivery_is_missing() {
+        let check = |header: &str| {
+            let header = format!("NATS/1.0 100 Idle Heartbeat\r\n{header}\r\n");
+            let message = Message { sid: 2, subject: b"inbox", reply: b"", header: header.as_bytes(), payload: b"" };
+            heartbeat("S", &message, 7)
+        };
+        check("Nats-Last-Consumer: 7\r\nNats-Last-Stream: 90\r\n").unwrap();
+        check("").unwrap();
+        for other in [6, 8] {
+            let error = check(&format!("Nats-Last-Consumer: {other}\r\n")).unwrap_err();
+            assert!(error.message.contains(&format!("got 7, the server sent {other}")), "{error}");
+        }
+    }
+}

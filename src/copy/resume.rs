@@ -109,6 +109,13 @@ impl Already {
         already
     }
 
+    /// One that waits for its turn.
+    #[cfg(test)]
+    pub(super) fn one(seq: u64, time_ms: i64, target_seq: u64) -> Self {
+        let ours = Ours { origin: Origin { seq, time_ms }, target_seq, complete: false, subject: None };
+        Self::new(vec![ours], 0)
+    }
+
     /// Messages that wait for their turn.
     pub fn len(&self) -> usize {
         self.stored.len()
@@ -914,6 +921,9 @@ mod tests {
         // 9 is not there any more.
         assert_eq!(take(&mut already, 10, 100, "a"), None);
         assert!(already.is_empty());
+        // Nor if the one that was copied was stored later: the source was put back.
+        let mut later = Already::new(vec![ours(9, 90, 3, None)], 0);
+        assert_eq!(take(&mut later, 9, 89, "a"), None);
     }
 
     #[test]

@@ -48,7 +48,7 @@ use crate::{
     names,
     nats::{
         self, Batch, ErrorKind as NatsErrorKind, Lane, Message, Turn,
-        jetstream::{Api, ConsumerInfo, StreamInfo, answer_in, decode},
+        jetstream::{Api, ConsumerInfo, StreamInfo, answer_in, decode, leaders_info},
     },
     sampling::Fate,
     status::{CopyStatus, Lag, LastError, Position, Row, State, TargetMode},
@@ -817,11 +817,10 @@ impl<'a> Run<'a> {
         let answer = |request: &Option<String>| request.as_deref().and_then(|request| answer_in(&batch, request));
         if let Some(info) = answer(&self.info_request) {
             self.info_request = None;
-            let info = decode::<StreamInfo>(info?)?;
-            if info.is_leaders() {
+            if let Some(info) = leaders_info(info?)? {
                 self.clock.hear(&heard(self.asked_info, Instant::now(), &info));
+                self.source_says(info);
             }
-            self.source_says(info);
         }
         if let Some(info) = answer(&self.consumer_request) {
             self.consumer_request = None;
@@ -962,10 +961,8 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// What the leader of the source stream says of it.
     fn source_says(&mut self, info: StreamInfo) {
-        if !info.is_leaders() {
-            return;
-        }
         for (from, to) in self.gaps.first_is(info.state.first_seq) {
             self.found(Event::Gap { from, to, messages: to - from + 1 });
         }
@@ -1198,7 +1195,7 @@ fn heard(sent: Instant, received: Instant, info: &StreamInfo) -> Heard {
 
 /// How far the known place at the target may move: behind it messages of ours may lie that have not come by. Those of
 /// before the run, or those that an older holder sent while it began.
-fn target_limit(already: &Already, writer: &Writer) -> u64 {
+pub(super) fn target_limit(already: &Already, writer: &Writer) -> u64 {
     if already.is_empty() { writer.adds_up_to() } else { 0 }
 }
 

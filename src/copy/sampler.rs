@@ -180,8 +180,7 @@ impl Sampler {
 
     /// Up to where a source that forgets may be told that messages are settled.
     pub fn may_forget(&self, position: u64, now: Instant) -> u64 {
-        let late = now.duration_since(self.written_at) > PATIENCE;
-        if late { position } else { position.min(self.written_to()) }
+        may_forget(position, self.written_to(), now.duration_since(self.written_at))
     }
 
     /// Whether a message settled before this run, and only sampling wants to see it.
@@ -454,4 +453,24 @@ fn count(advised: &mut Advised, kind: Kind) {
 
 fn chance_part() -> f64 {
     (chance::random() >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// Up to where a source that forgets may be told that messages are settled, `since` so long after the last time that
+/// the records of all senders were written.
+fn may_forget(position: u64, written_to: u64, since: Duration) -> u64 {
+    if since > PATIENCE { position } else { position.min(written_to) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn acks_wait_for_the_records_of_senders_but_not_for_ever() {
+        for since in [Duration::ZERO, PATIENCE] {
+            assert_eq!(may_forget(9, 4, since), 4);
+            assert_eq!(may_forget(4, 9, since), 4);
+        }
+        assert_eq!(may_forget(9, 4, PATIENCE + Duration::from_millis(1)), 9);
+    }
 }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::nats::{
     Lane, Message,
-    jetstream::{StreamInfo, StreamState, decode, decode_message, message_from_call},
+    jetstream::{StreamInfo, StreamState, decode_message, leaders_info, message_from_call},
 };
 
 /// Messages of other writers that are passed over in one poll.
@@ -69,10 +69,9 @@ impl TargetWatch {
         let unmoved = |settled: Option<u64>| settled.filter(|settled| *settled == position && !in_flight);
         match self.asked.take() {
             Some(Asked::State { settled, .. }) => {
-                let Ok(info) = decode::<StreamInfo>(message.payload) else { return };
-                let (state, settled) = (info.state.clone(), unmoved(settled));
-                if !info.is_leaders() {
-                } else if state.messages == 0 {
+                let Ok(Some(StreamInfo { state, .. })) = leaders_info(message.payload) else { return };
+                let settled = unmoved(settled);
+                if state.messages == 0 {
                     self.drops.target_is_empty(now, &state, position, settled);
                 } else if self.drops.wants(state.first_seq) {
                     // What others wrote before was passed over by the poll before.

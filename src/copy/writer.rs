@@ -923,6 +923,9 @@ impl MessageId {
 }
 
 #[cfg(test)]
+mod acks;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

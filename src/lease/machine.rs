@@ -872,6 +872,24 @@ mod tests {
         LeaseRecord { version: 1, instance, session, epoch, ..LeaseRecord::default() }
     }
 
+    /// One whose outcome is not known is read back: an older one must not be taken for it.
+    #[test]
+    fn no_two_renewals_are_the_same() {
+        let mut bench = Bench::ready();
+        let mut nonces = Vec::new();
+        while nonces.len() < 5 {
+            for action in bench.machine.poll(bench.now) {
+                if let Action::Renew { nonce, .. } = action {
+                    nonces.push(nonce);
+                    bench.machine.renewed(bench.now, Renewal::Failed);
+                }
+            }
+            bench.now += TTL / 8;
+        }
+        let different: std::collections::BTreeSet<u64> = nonces.iter().copied().collect();
+        assert_eq!(different.len(), nonces.len(), "{nonces:?}");
+    }
+
     #[test]
     fn what_nobody_has_is_taken_once_the_bucket_is_read_and_the_session_stands() {
         let mut bench = Bench::new(false);

@@ -516,6 +516,12 @@ pub fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, Error> {
     }
 }
 
+/// What the leader of a stream says of it; `None` where somebody else answered, who may have less of it.
+pub fn leaders_info(payload: &[u8]) -> Result<Option<StreamInfo>, Error> {
+    let info: StreamInfo = decode(payload)?;
+    Ok(Some(info).filter(|info| info.is_leaders()))
+}
+
 fn found<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -644,6 +650,32 @@ mod tests {
         assert_eq!(time(r#","ts":"2026-11-29T13:17:28+01:00""#), Some(1_795_954_648_000_000));
         for none in ["", r#","ts":null"#, r#","ts":"""#, r#","ts":5"#, r#","ts":"0001-01-01T00:00:00Z""#] {
             assert_eq!(time(none), None, "{none}");
+        }
+    }
+
+    #[tokio::test]
+    async fn only_the_leader_says_what_a_stream_has() {
+        let (mut lane, mut server) = crate::nats::pipe::lane().await;
+        let asked = async |lane: &mut Lane, server: &mut crate::nats::pipe::Pipe, info: &str| {
+            let answer = async {
+                let asked = server.asked().await;
+                server.answer(&asked, info).await;
+            };
+            let mut api = Api::new(lane);
+            tokio::join!(api.stream_info("S"), answer).0
+        };
+        let info = |leader: &str| {
+            format!(
+                r#"{{"config":{{}},"state":{{"last_seq":7}},"cluster":{{"leader":"{leader}","replicas":[{{"name":"b"}}]}}}}"#
+            )
+        };
+        let leaders = asked(&mut lane, &mut server, &info("a")).await.unwrap().unwrap();
+        assert_eq!(leaders.state.last_seq, 7);
+        assert!(leaders_info(info("a").as_bytes()).unwrap().is_some());
+        for other in ["b", ""] {
+            let error = asked(&mut lane, &mut server, &info(other)).await.unwrap_err();
+            assert!(error.kind == ErrorKind::Retry && error.message.contains("no leader"), "{error}");
+            assert!(leaders_info(info(other).as_bytes()).unwrap().is_none());
         }
     }
 

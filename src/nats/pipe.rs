@@ -1,0 +1,56 @@
+//! A lane over a pipe, for unit tests of what is done with what a server says: the test holds the other end, and says
+//! what was seen at real servers.
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+use super::Lane;
+use crate::config::Place;
+
+/// The end of the server.
+pub(crate) struct Pipe {
+    end: DuplexStream,
+    read: Vec<u8>,
+}
+
+/// A request as it arrived.
+pub(crate) struct Asked {
+    /// Its subject.
+    pub subject: String,
+    /// Where the answer goes.
+    pub reply: String,
+}
+
+/// A lane, greeted, and the other end of its pipe.
+pub(crate) async fn lane() -> (Lane, Pipe) {
+    let document = r#"{"stream": "S", "source_url": "nats://a", "target_url": "nats://b"}"#;
+    let replication = crate::config::parse(document.as_bytes(), "SITE").expect("a document");
+    let Place::Known(connection) = replication.source.place else { panic!("a context") };
+    let (io, mut end) = duplex(1 << 20);
+    let greeting = "INFO {\"version\":\"2.15.1\",\"max_payload\":1048576,\"headers\":true}\r\nPONG\r\n";
+    end.write_all(greeting.as_bytes()).await.expect("a pipe");
+    let lane = Lane::greet(Box::new(io), "pipe", &connection, "test").await.expect("a lane");
+    (lane, Pipe { end, read: Vec::new() })
+}
+
+impl Pipe {
+    /// The next publish with a reply subject; what comes before it is passed over.
+    pub async fn asked(&mut self) -> Asked {
+        loop {
+            while let Some(end) = self.read.windows(2).position(|bytes| bytes == b"\r\n") {
+                let line = String::from_utf8_lossy(&self.read[..end]).into_owned();
+                self.read.drain(..end + 2);
+                let words: Vec<&str> = line.split(' ').collect();
+                if let ["PUB", subject, reply, _] = words[..] {
+                    return Asked { subject: subject.to_owned(), reply: reply.to_owned() };
+                }
+            }
+            assert!(self.end.read_buf(&mut self.read).await.expect("a pipe") > 0, "the lane is closed");
+        }
+    }
+
+    /// Answers a request.
+    pub async fn answer(&mut self, to: &Asked, payload: &str) {
+        let message = format!("MSG {} {} {}\r\n{payload}\r\n", to.reply, Lane::REQUEST_SID, payload.len());
+        self.end.write_all(message.as_bytes()).await.expect("a pipe");
+    }
+}
