@@ -254,3 +254,55 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::nats::{Turn, pipe};
+
+    /// What comes of a renewal behind message 5, stored at 2026-01-01T00:00:05Z, where the source says this of it.
+    async fn renewed(witness: Value) -> Result<Reader, Error> {
+        let (mut lane, mut server) = pipe::lane().await;
+        let behind = SourcePoint { seq: 5, time_ns: Some(1_767_225_605_000_000_000) };
+        let deletion = lane.send_request("$JS.API.CONSUMER.DELETE.S.before", b"");
+        let mut renewal = Renewal::begin(&mut lane, "S", &[], behind, "next".to_owned(), deletion);
+        let answer = async {
+            loop {
+                let asked = server.asked().await;
+                let answer = match &asked.subject {
+                    subject if subject.starts_with("$JS.API.CONSUMER.CREATE.S.next") => json!({"num_pending": 3}),
+                    subject if subject.starts_with("$JS.API.STREAM.MSG.GET.S") => witness.clone(),
+                    _ => json!({"success": true}),
+                };
+                server.answer(&asked, &answer.to_string()).await;
+            }
+        };
+        let renew = async {
+            loop {
+                if let Turn::Received(batch) = lane.turn().await?
+                    && let Some(made) = renewal.accept(&mut lane, &batch, 1 << 20)
+                {
+                    break made;
+                }
+            }
+        };
+        tokio::select! {
+            made = renew => made,
+            () = answer => unreachable!(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_consumer_is_not_read_from_without_its_witness() {
+        let stored = |time: &str| json!({"message": {"subject": "s", "seq": 5, "time": time}});
+        let reader = renewed(stored("2026-01-01T00:00:05Z")).await.unwrap();
+        assert_eq!((reader.consumer(), reader.delivered()), ("next", 5));
+        let gone = json!({"error": {"code": 404, "err_code": 10037, "description": "no message found"}});
+        for another in [stored("2026-01-01T00:00:05.000000001Z"), gone] {
+            let error = renewed(another.clone()).await.expect_err(&another.to_string());
+            assert!(error.message.contains("message 5 is not there"), "{error}");
+        }
+    }
+}

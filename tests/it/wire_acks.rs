@@ -1,10 +1,12 @@
 //! Acknowledged at the source is only what the target has, and what was delivered before comes again: whatever consumer
 //! there is.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use async_nats::jetstream::{self, consumer::pull};
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 
-use crate::harness::{LIMIT, Outgoing, Raw, Site, site::merged, wait_for};
+use crate::harness::{LIMIT, Outgoing, Raw, Site, connect, site::merged, wait_for};
 
 /// So much the target takes before it is full.
 const ROOM: u64 = 700;
@@ -76,9 +78,10 @@ async fn what_was_delivered_and_not_acknowledged_comes_first() -> Result<()> {
     let site = Site::start().await?;
     let mut raw = queue(&site, 20).await?;
     make_consumer(&mut raw).await?;
-    for _ in 0..5 {
-        raw.request("$JS.API.CONSUMER.MSG.NEXT.Q.SR_TEST", b"").await?;
-    }
+    let stream = jetstream::new(connect(&site.source.url()).await?).get_stream("Q").await?;
+    let consumer = stream.get_consumer::<pull::Config>("SR_TEST").await.map_err(|error| anyhow!("{error}"))?;
+    let batch = consumer.fetch().max_messages(5).messages().await?;
+    ensure!(batch.count().await == 5, "not all of them came");
     let info = raw.api("CONSUMER.INFO.Q.SR_TEST", Value::Null).await?;
     assert_eq!(info["num_ack_pending"], 5, "{info}");
     site.add("Q", json!({})).await?;
