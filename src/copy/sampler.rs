@@ -410,23 +410,3 @@ mod tests {
         assert_eq!(may_forget(9, 4, PATIENCE + Duration::from_millis(1)), 9);
     }
 }
-
-/// Up to where a source that forgets may be told that messages are settled, `since` so long after the last time that
-/// the records of all senders were written.
-fn may_forget(position: u64, written_to: u64, since: Duration) -> u64 {
-    if since > PATIENCE { position } else { position.min(written_to) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn acks_wait_for_the_records_of_senders_but_not_for_ever() {
-        for since in [Duration::ZERO, PATIENCE] {
-            assert_eq!(may_forget(9, 4, since), 4);
-            assert_eq!(may_forget(4, 9, since), 4);
-        }
-        assert_eq!(may_forget(9, 4, PATIENCE + Duration::from_millis(1)), 9);
-    }
-}

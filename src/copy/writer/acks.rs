@@ -143,11 +143,7 @@ async fn a_duplicate_without_a_place_settles_nothing() {
     bench.send();
     bench.says(1, r#"{"stream":"T","seq":0,"duplicate":true}"#).unwrap();
     assert_eq!(bench.window.in_air(), 1);
-<<<<<<< HEAD
     let error = bench.writer.outcome(&bench.window, bench.now, bench.now).unwrap_err();
-=======
-    let error = bench.writer.outcome(&bench.window, bench.now).unwrap_err();
->>>>>>> m
     assert!(error.message.contains("not stored yet"), "{}", error.message);
     let mut bench = Bench::new(Transport::Pipelined, TargetMode::Shared, None).await;
     bench.send();
