@@ -40,6 +40,10 @@ const CHAIN_BREAKS: usize = 6;
 const CHAIN_BREAK_TIME: Duration = Duration::from_secs(60);
 /// How long after the end of a run messages that it had in flight may still be stored.
 const LATE: Duration = Duration::from_secs(60);
+/// The same for a holder before this one: its connections were reset when it ended.
+const LATE_OF_OTHERS: Duration = Duration::from_secs(15);
+/// So many breaks of the chain they explain at most: each takes a part of what they had in flight.
+const MOST_EXPLAINED: usize = 20;
 
 /// Logins that end within this time of each other are an error that is reported.
 const LOGINS_APART: Duration = Duration::from_secs(10);
@@ -58,6 +62,8 @@ pub struct Ledger {
     chain_breaks: VecDeque<Instant>,
     /// What earlier runs had in flight.
     late: Late,
+    /// Breaks of the chain that were explained by them, since one of those runs ended.
+    explained: usize,
     /// Source sequence up to which the run had settled everything whose chain broke.
     settled: u64,
     /// Last sequence of the target when the run that was lent this began.
@@ -110,7 +116,8 @@ impl Ledger {
             last_save: None,
             chain_breaks: VecDeque::new(),
             // Of a holder before this one it is not known.
-            late: Late { through: u64::MAX, until: Instant::now() + LATE },
+            late: Late { through: u64::MAX, until: Instant::now() + LATE_OF_OTHERS },
+            explained: 0,
             settled: 0,
             begun_at: None,
             gaps: Gaps::default(),
@@ -362,13 +369,15 @@ impl Ledger {
     /// target refuses them.
     pub(super) fn left_in_flight(&mut self, through: u64, now: Instant) {
         self.late = self.late.and(through, now);
+        self.explained = 0;
     }
 
     /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it. `true` where
     /// messages of an earlier run may have broken it: that accuses no other writer, however often it happens.
     pub(super) fn chain_broke(&mut self, now: Instant) -> Result<bool, Error> {
         self.broken = true;
-        if self.late.explains(self.settled, now) {
+        if self.late.explains(self.settled, now) && self.explained < MOST_EXPLAINED {
+            self.explained += 1;
             return Ok(true);
         }
         self.chain_breaks.push_back(now);

@@ -5,7 +5,7 @@ use crate::{
     events::{Event, PoisonAction, Step},
 };
 
-/// Distinct errors of one outage that are told; more of them are one that carries a number in its text.
+/// Distinct errors of one kind that are reported in one outage; more of them are one that carries a number in its text.
 const TOLD: usize = 16;
 
 /// From the first error of a replication until it goes on.
@@ -14,7 +14,7 @@ pub(super) struct Outage {
     open: bool,
     /// The last step of the repair that was told.
     step: Option<Step>,
-    told: Vec<String>,
+    told: Vec<(ErrorKind, String)>,
     /// Source sequence of the message told last that can never be stored.
     poison: Option<u64>,
 }
@@ -32,9 +32,10 @@ impl Outage {
     /// An error ended a run; `step` is what is made anew if it passes.
     pub(super) fn failed(&mut self, error: &Error, step: Step) -> Report {
         let Error { kind, message, poison, .. } = error;
-        let news = self.told.len() < TOLD && !self.told.iter().any(|told| told == message);
+        let mut same_kind = self.told.iter().filter(|(told, _)| told == kind);
+        let news = same_kind.clone().count() < TOLD && !same_kind.any(|(_, told)| told == message);
         if news {
-            self.told.push(message.clone());
+            self.told.push((*kind, message.clone()));
         }
         let began = !std::mem::replace(&mut self.open, true);
         let event = match kind {
@@ -94,6 +95,16 @@ mod tests {
         assert_eq!(again, Report { news: false, events: vec![] });
         let other = outage.failed(&retry("timed out"), STEP);
         assert_eq!(other, Report { news: true, events: vec![] });
+    }
+
+    #[test]
+    fn many_transient_errors_hide_no_permanent_one() {
+        let mut outage = Outage::default();
+        for number in 0..2 * TOLD {
+            outage.failed(&retry(&format!("error {number}")), STEP);
+        }
+        let held = Event::Held { message: "full".to_owned() };
+        assert_eq!(outage.failed(&hold("full"), STEP), Report { news: true, events: vec![held] });
     }
 
     #[test]

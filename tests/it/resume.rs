@@ -953,7 +953,7 @@ async fn two_replicators_of_one_name_without_a_common_record() -> Result<()> {
     let told = Events::of(&site.client, "second.event.>").await?;
     request(&site.client, "second.config.add", site.document_with(STREAM, json!({}))).await?;
     let mut count = 100;
-    let held = wait_value("one of them to be held", LIMIT, async || {
+    let held = wait_value("one of them to be held", LIMIT * 2, async || {
         site.publish(STREAM, count + 1..=count + 3).await.ok()?;
         count += 3;
         let rows = [row_of(&site.client, "replicator").await, row_of(&site.client, "second").await];
