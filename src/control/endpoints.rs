@@ -221,10 +221,9 @@ async fn forget(context: &Context, id: &str, revision: u64, leaving: Leaving) ->
         if let Some((marked, _)) = context.config.marked(id, kind).await?
             && marked < revision
         {
-            match context.config.unmark(id, kind, Some(marked)).await {
-                Err(WriteError::Store(error)) => return Err(error),
-                // Otherwise it was put again, or is gone.
-                _ => {}
+            // A conflict means that it was put again, or is gone.
+            if let Err(WriteError::Store(error)) = context.config.unmark(id, kind, Some(marked)).await {
+                return Err(error);
             }
         }
     }
