@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn leadership_is_lost_by_word_by_the_clock_and_with_the_campaign() {
+    async fn leadership_ends_by_refusal_by_time_and_with_the_campaign() {
         let begin = Instant::now();
         let (told, mut led) = watch::channel(leading(begin, 1000));
         // what is confirmed meanwhile counts

@@ -610,7 +610,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_over_when_it_copies_but_a_wrong_document_stays_wrong() {
+    fn copying_ends_an_error_but_not_that_of_a_document() {
         let after = |kind| {
             let mut error = LastError::now(kind, "why");
             error.ran();

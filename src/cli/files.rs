@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_json_is_told_with_its_place_and_without_its_content() {
+    fn invalid_json_is_reported_by_position_without_its_content() {
         let error = split(b"{\"a\": 1}\n{\"source_url\": \"nats://u:hunter2@h\" x", "F").unwrap_err();
         assert!(error.starts_with("`F` is not valid JSON: ") && error.contains("line 2 column"), "{error}");
         assert!(!error.contains("hunter2"), "{error}");

@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_from_elsewhere_does_not_reach_the_terminal_as_a_command() {
+    fn control_characters_of_a_text_do_not_reach_the_terminal() {
         assert_eq!(clean("a\x1b[2Jb\r\nc\u{9b}d"), "a [2Jb  c d");
     }
 }

@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn the_name_of_the_site_comes_from_the_file_or_from_the_command_line_and_agrees() {
+    fn the_site_name_of_file_and_command_line_must_agree() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("site.yaml");
         let write = |text: &str| fs::write(&file, text).unwrap();

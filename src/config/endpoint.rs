@@ -724,7 +724,7 @@ mod tests {
     }
 
     #[test]
-    fn tls_is_required_by_scheme_and_by_what_only_makes_sense_with_it() {
+    fn tls_is_required_by_scheme_and_by_tls_options() {
         let check = |url: &str, expect: bool| assert_eq!(Endpoint::parse(url).unwrap().requires_tls(), expect, "{url}");
         check("nats://h?insecure", false);
         check("ws://h", false);

@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_transform_that_matches_comes_before_prefix_and_removal() {
+    fn the_first_matching_transform_precedes_prefix_and_removal() {
         let both = [("a.*", "{{wildcard(1)}}.one"), ("*.>", "two.$1.>")];
         let check = |prefix: &str, remove: &str, subject: &str, expect: &str| {
             let found = apply(&mapping(&both, prefix, remove), subject.as_bytes());
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_tokens_of_a_function_go_and_bytes_that_are_no_text_stay() {
+    fn empty_tokens_of_a_function_go_and_odd_bytes_stay() {
         let empty = mapping(&[("a.*.*", "x.{{split(1,-)}}.$2")], "", "");
         assert_eq!(apply(&empty, b"a.--.b"), b"x.b");
         assert_eq!(apply(&empty, b"a.\xff-b.c"), b"x.\xff.b.c");

@@ -418,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_before_replaces_an_identity_as_a_whole_and_the_rest_one_by_one() {
+    fn an_identity_is_replaced_as_a_whole_other_fields_one_by_one() {
         let base = json!({"url": "nats://u:p@h", "creds": "/c", "ca": "/ca", "jetstream_domain": "d"});
         let over = |over: Value| context(over).over(context(base.clone())).connection().unwrap();
         assert_eq!(over(json!({})).endpoint.to_string(), "nats://u:***@h:4222");

@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn heartbeats_are_shown_without_secrets_and_come_back_as_they_were() {
+    fn masked_heartbeats_come_back_with_their_secrets() {
         let stored = json!({
             "url": "nats://u:p@h", "headers": {"X-Site": "a@b", "X-Url": "nats://u:p@h"},
             "subjects": [{"subject": "a", "headers": {"X-Url": "nats://u:p@h"}}], "tls": {"ca": "/ca"}

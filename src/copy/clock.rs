@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn another_leader_with_another_clock_is_followed_at_its_first_answer() {
+    fn the_clock_of_a_new_leader_counts_from_its_first_answer() {
         let began = Instant::now();
         let mut clock = SourceClock::new(&heard(began, 0, 2, Some(1)));
         for (at, ahead) in [(10_000, 120_000), (20_000, -7_000), (30_000, 0)] {

@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_for_its_ack_is_bounded_by_messages_and_by_their_size() {
+    fn unacknowledged_messages_are_bounded_by_number_and_bytes() {
         let check = |messages: u64, bytes: u64, pushed: bool, expect: u64| {
             let replication = replication(json!({"limits": {"messages_in_flight": 1000, "bytes_in_flight": 1048576}}));
             let source = stream("interest", "4", messages, bytes);
@@ -468,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn a_consumer_begins_again_behind_its_acks_unless_the_stream_contradicts_them() {
+    fn a_consumer_restarts_after_its_acks_if_the_stream_agrees() {
         let check = |retention: &str, floor: u64, expect: Option<u64>| {
             assert_eq!(begin_again(&stream(retention, "4", 5, 5), floor, 12), expect, "{retention} {floor}");
         };

@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_target_without_a_leader_is_asked_as_long_as_its_server_lives() {
+    async fn a_target_without_a_leader_is_polled_while_its_server_lives() {
         let (mut probe, begun) = (Probe::new("a".into()), Instant::now());
         for halves in 0..100 {
             let now = begun + SECOND * halves / 2;
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_leader_that_answers_and_confirms_nothing_has_lost_what_was_sent() {
+    async fn a_leader_that_answers_without_acks_lost_the_messages() {
         let (mut probe, begun) = (Probe::new("a".into()), Instant::now());
         let mut step = |second: u32, since: u32| {
             let now = begun + SECOND * second;

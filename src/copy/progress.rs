@@ -517,7 +517,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn what_was_in_flight_explains_a_broken_chain_until_it_was_copied() {
+    async fn messages_in_flight_explain_a_broken_chain_until_copied() {
         let now = Instant::now();
         let second = Duration::from_secs(1);
         let none = Late { through: u64::MAX, until: now };

@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn the_document_goes_before_the_record_and_the_record_before_the_rest() {
+    fn the_document_precedes_the_record_and_it_the_rest() {
         let check =
             |document: &str, record: &PositionRecord, neighbour: Option<&str>, expect: TargetMode, told: bool| {
                 let (mode, event) = begin(&replication(document), &stream(json!({})), record, neighbour);

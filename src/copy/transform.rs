@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_that_is_not_well_formed_still_gets_ours_where_the_server_looks() {
+    fn a_malformed_block_gets_our_header_where_servers_read() {
         let stamp = "Nats-Expected-Last-Sequence: 41\r\n";
         let ours = format!("{stamp}{OURS}");
         assert_eq!(run(b"NATS/1.0 503 x\r\n\r\n", Allowed::default(), None).0, format!("NATS/1.0 503 x\r\n{ours}"));

@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn the_known_place_waits_for_all_that_may_lie_behind_what_was_stored_before() {
+    fn the_known_sequence_waits_for_earlier_copies_after_it() {
         let mut window = Window::new(at(0), Some(TargetPoint { seq: 3, source_seq: 0 }));
         let tokens: Vec<_> = (1..=2).map(|seq| window.hand_out(at(seq), 1, 0, None)).collect();
         window.stored_before(at(3), 4);
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn the_known_place_goes_as_far_as_all_places_before_it_are_accounted_for() {
+    fn the_known_sequence_ends_before_the_first_unknown_one() {
         let mut window = Window::new(at(0), None);
         let tokens: Vec<_> = (1..=3).map(|seq| window.hand_out(at(seq), 1, 0, None)).collect();
         // The confirmation of what lies at 2 was lost.

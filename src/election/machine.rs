@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_connection_ends_it_at_once_and_the_key_is_taken_again_from_our_revision() {
+    fn a_lost_connection_ends_leadership_and_the_key_is_retaken() {
         let mut run = Run::leading();
         assert_eq!(run.step(1500), Step::Write(3));
         run.machine.disconnected();

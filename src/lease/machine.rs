@@ -891,7 +891,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_has_is_taken_once_the_bucket_is_read_and_the_session_stands() {
+    fn a_free_lease_is_taken_after_reading_with_a_session() {
         let mut bench = Bench::new(false);
         bench.machine.want(bench.now, "R");
         bench.answers = false;
@@ -906,7 +906,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leader_stops_when_two_thirds_of_its_time_are_over_and_begins_again_with_a_greater_epoch() {
+    fn a_leader_stops_at_two_thirds_and_restarts_with_a_new_epoch() {
         let mut bench = Bench::ready();
         bench.poll();
         assert_eq!(bench.machine.until(), Some(bench.now + Duration::from_secs(2)));
@@ -923,7 +923,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_looked_at_when_it_was_silent_for_its_time_and_then_its_leases_are_free() {
+    fn a_silent_session_is_checked_before_its_leases_are_free() {
         let mut bench = Bench::ready();
         bench.session("other", "s");
         bench.lease("other", "s", 7);
@@ -954,7 +954,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_that_was_released_or_whose_session_began_anew_is_taken_at_once() {
+    fn a_released_lease_or_one_of_a_new_session_is_taken_at_once() {
         for (instance, session) in [("", ""), ("me", "mine before"), ("other", "before"), ("removed", "x")] {
             let mut bench = Bench::ready();
             bench.machine.loaded = false;
@@ -1001,7 +1001,7 @@ mod tests {
     }
 
     #[test]
-    fn an_instance_whose_session_is_cleared_away_is_forgotten_unless_it_came_back() {
+    fn an_instance_without_a_session_is_forgotten() {
         let mut bench = Bench::ready();
         bench.session("other", "s");
         bench.machine.forget("other", bench.revision);
@@ -1023,7 +1023,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_that_was_put_back_to_what_it_was_brings_no_epoch_again() {
+    fn a_restored_lease_repeats_no_epoch() {
         let mut bench = Bench::ready();
         bench.lease("", "", 4);
         bench.poll();
@@ -1062,7 +1062,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_better_placed_elsewhere_is_handed_over_once_that_one_has_settled() {
+    fn a_lease_moves_once_the_better_instance_has_settled() {
         let id = best_at("other");
         let mut bench = Bench::new(false);
         bench.machine.loaded();
@@ -1164,7 +1164,7 @@ mod tests {
     }
 
     #[test]
-    fn the_next_best_instance_takes_at_once_what_the_best_one_handed_over() {
+    fn the_next_best_instance_takes_a_handed_over_lease_at_once() {
         let others = [("other", "s"), ("third", "t")];
         for (second, expect) in [("me", vec![2]), ("third", vec![])] {
             let id = best_at_and_then_at("other", second);
@@ -1264,7 +1264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_wanted_any_more_is_released_and_what_was_removed_is_lost() {
+    fn an_unwanted_lease_is_released_a_removed_one_is_lost() {
         let mut bench = Bench::ready();
         bench.poll();
         bench.machine.unwant("R");

@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn every_replication_has_a_place_and_nobody_much_more_than_its_share() {
+    fn every_replication_is_placed_and_shares_are_even() {
         for (count, instances) in [(0, 3), (1, 3), (3, 3), (20, 3), (200, 3), (1_000, 7), (5, 1)] {
             let all = ["a", "b", "c", "d", "e", "f", "g"];
             let ids = ids(count);
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn an_instance_that_comes_or_goes_moves_little_more_than_its_share() {
+    fn a_coming_or_going_instance_moves_little_but_its_share() {
         let ids = ids(300);
         let (three, four) = (names(&ids, &["a", "b", "c"]), names(&ids, &["a", "b", "c", "d"]));
         let moved = ids.iter().filter(|id| three[id.as_str()] != four[id.as_str()]).count();

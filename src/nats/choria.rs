@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn connections_bear_the_token_twice_and_the_signature_of_the_nonce() {
+    fn connections_carry_token_and_signature_of_the_nonce() {
         let client = json!({"purpose": "choria_client_id", "callerid": "choria=sr.example.net", "exp": NEVER});
         let server = json!({"purpose": "choria_server", "identity": "ginkgo.example.net", "exp": NEVER});
         for (claims, seed, expect) in [
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_that_no_server_would_take_are_refused_with_file_and_reason() {
+    fn unusable_tokens_are_refused_with_file_and_reason() {
         let check = |claims: Value, now: i64, expect: &str| {
             let (_folder, files) = files(&claims, SEED);
             let checked = Token::read(&files).and_then(|token| token.check_time(&files, now));

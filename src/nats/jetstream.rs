@@ -642,7 +642,7 @@ mod tests {
     }
 
     #[test]
-    fn a_consumer_is_asked_for_within_the_limit_that_its_refusal_names() {
+    fn a_refused_consumer_is_requested_within_the_named_limit() {
         let check = |err_code, description: &str, expect: Option<Value>| {
             let config = json!({"inactive_threshold": 45_000_000_000u64, "max_ack_pending": 512});
             let error = ApiError { code: 400, err_code, description: description.to_owned() };
@@ -703,7 +703,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_server_says_that_does_not_lead_the_stream_is_told_from_what_the_leader_says() {
+    fn answers_of_leader_and_follower_are_distinguished() {
         is_leaders("", true);
         is_leaders(r#","cluster":{"leader":"a"}"#, true);
         is_leaders(r#","cluster":{"leader":"a","replicas":[{"name":"b"},{"name":"c"}]}"#, true);

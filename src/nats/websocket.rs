@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn frames_end_anywhere_pings_are_answered_and_a_close_is_the_end() {
+    async fn frames_end_anywhere_and_a_close_ends_the_stream() {
         let (mut socket, mut server) = open();
         let begin = b"\x02\x03INF";
         let ping = b"\x89\x02hi";

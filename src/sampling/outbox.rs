@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reliable_one_is_published_when_it_is_kept_and_goes_when_it_is_confirmed() {
+    fn a_reliable_advisory_is_published_until_it_is_confirmed() {
         let mut outbox = Outbox::new(true);
         assert!(outbox.add(advisory("a", 1)) && outbox.add(advisory("a", 2)) && outbox.add(advisory("b", 3)));
         assert_eq!(take(&mut outbox), None);

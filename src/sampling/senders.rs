@@ -1226,7 +1226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_that_was_on_its_way_when_its_record_was_written_counts_after_a_crash() {
+    fn a_copy_in_flight_at_a_record_write_counts_after_a_crash() {
         let mut senders = senders();
         take(&mut senders, sight(1, 0.0, "a"));
         for (seq, at) in [(10, 30.0), (20, 60.0), (30, 89.0)] {
@@ -1249,7 +1249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_forgotten_sender_is_kept_until_that_is_told_and_cannot_come_back_by_a_replay() {
+    fn an_expired_sender_is_kept_until_its_advisory_is_published() {
         let mut senders = senders();
         take(&mut senders, sight(1, 0.0, "a"));
         tell(&mut senders, 1);
@@ -1272,7 +1272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_by_hand_counts_and_fields_and_records_of_newer_programs_stay() {
+    fn edited_records_count_and_newer_formats_stay() {
         let mut senders = senders();
         take(&mut senders, sight(1, 0.0, "a"));
         let mut record = all_records(&mut senders, 1)[0].1.clone().unwrap();
@@ -1320,7 +1320,7 @@ mod tests {
     }
 
     #[test]
-    fn further_senders_are_copied_and_counted_when_the_bounds_are_reached() {
+    fn senders_beyond_the_bounds_are_copied_and_counted() {
         for mut senders in [bounded(3, 1_000), bounded(1_000, 6)] {
             for (seq, sender) in (1..).zip(["n1", "n2", "n3", "n4", "n4", "n1", "n5", "n4"]) {
                 let expect = if sender == "n1" && seq > 1 { Verdict::Skip } else { Verdict::Copy(Cause::New) };
@@ -1365,7 +1365,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_a_long_value_is_replaced_by_one_of_the_stored_form() {
+    fn a_record_of_a_long_value_is_replaced_by_a_short_one() {
         let long = "x".repeat(300);
         let short = shortened(&long).unwrap();
         let mut senders = Senders::new("NODES", &sampling(true));

@@ -120,7 +120,7 @@ async fn a_dry_run_shows_the_same_and_changes_nothing() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_secret_that_differs_is_found_and_one_that_does_not_is_left_alone() -> Result<()> {
+async fn a_changed_secret_is_applied_an_equal_one_is_not() -> Result<()> {
     let site = Site::small().await?;
     let (cli, files) = (site.cli(), Files::new()?);
     let document = |secret: &str| {

@@ -185,7 +185,7 @@ async fn nobody_who_answers_is_told_with_subject_and_server() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_server_that_does_not_let_us_in_is_told_without_the_password() -> Result<()> {
+async fn a_refused_login_is_reported_without_the_password() -> Result<()> {
     let config = "authorization { users: [{user: me, password: \"right\"}] }";
     let server = Server::builder(Role::Control).config(config).start().await?;
     let ended = Cli::new(&server.url_as("me:hunter2")).run(["status"]).await?;
@@ -240,7 +240,7 @@ async fn lists_of_several_pages_are_shown_as_one() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_reader_who_goes_away_changes_neither_the_work_nor_the_verdict() -> Result<()> {
+async fn a_closed_output_changes_neither_work_nor_exit_code() -> Result<()> {
     let site = Site::small().await?;
     let cli = site.cli();
     site.add("ORDERS", json!({})).await?;

@@ -91,7 +91,7 @@ async fn what_is_refused_is_kept_in_a_file_that_only_we_can_read() -> Result<()>
 }
 
 #[tokio::test]
-async fn a_change_by_somebody_else_meanwhile_is_told_and_not_overwritten() -> Result<()> {
+async fn a_concurrent_change_is_reported_and_not_overwritten() -> Result<()> {
     // The one without the secret makes that `***` stands for nothing any more.
     for secret in [true, false] {
         let site = site().await?;

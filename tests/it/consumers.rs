@@ -180,7 +180,7 @@ async fn fifty_stepdowns_leave_no_consumers() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_source_that_allows_one_consumer_does_not_wait_for_the_old_one() -> Result<()> {
+async fn a_source_with_one_consumer_does_not_wait_for_the_old_one() -> Result<()> {
     let mut site = Site::start().await?;
     // The server would remove the consumer of the run that was cut after 45 s: longer than anything here is waited for.
     let proxy = through(&site, json!({"max_consumers": 1})).await?;

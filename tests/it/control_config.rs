@@ -146,7 +146,7 @@ async fn a_change_after_its_deadline_is_not_made() -> Result<()> {
 }
 
 #[tokio::test]
-async fn delete_answers_after_the_copy_stopped_and_forgets_the_position() -> Result<()> {
+async fn delete_answers_after_the_stop_and_removes_the_position() -> Result<()> {
     let site = Site::small().await?;
     site.replicate("ORDERS", 100).await?;
     site.replicate("OTHER", 10).await?;
@@ -192,7 +192,7 @@ async fn delete_with_keep_leaves_the_position() -> Result<()> {
 
 /// A copy may take longer to stop than an answer may take: what is in the air is waited for.
 #[tokio::test]
-async fn a_deletion_that_takes_long_is_answered_in_time_and_still_made() -> Result<()> {
+async fn a_slow_deletion_is_answered_in_time_and_still_made() -> Result<()> {
     let site = Site::small().await?;
     site.replicate("ORDERS", 10).await?;
     site.target.freeze()?;

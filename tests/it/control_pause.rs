@@ -114,7 +114,7 @@ async fn a_pause_survives_kills_and_restarts() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_pause_that_was_put_while_nothing_ran_holds_from_the_first_moment() -> Result<()> {
+async fn a_pause_that_was_put_while_nothing_ran_counts_at_once() -> Result<()> {
     let mut site = Site::small().await?;
     site.replicate("ORDERS", 10).await?;
     site.settled("ORDERS", 10).await?;
@@ -259,7 +259,7 @@ async fn a_frozen_target_does_not_hold_up_the_answer_to_a_pause() -> Result<()> 
 }
 
 #[tokio::test]
-async fn deleting_a_paused_replication_forgets_the_pause_unless_it_is_kept() -> Result<()> {
+async fn deleting_a_paused_replication_removes_the_pause() -> Result<()> {
     let site = Site::small().await?;
     site.replicate("ORDERS", 10).await?;
     let bucket = site.bucket("REPLICATOR_CONFIG").await?;
@@ -327,7 +327,7 @@ async fn an_instance_that_is_asked_pauses_what_another_one_runs() -> Result<()> 
 }
 
 #[tokio::test]
-async fn an_instance_that_is_asked_deletes_what_another_one_runs_and_its_position() -> Result<()> {
+async fn any_instance_deletes_the_replication_of_another_one() -> Result<()> {
     let site = Site::builder().args(["--instance", "one"]).start().await?;
     site.filled("ORDERS", 100).await?;
     site.add("ORDERS", json!({})).await?;

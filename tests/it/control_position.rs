@@ -128,7 +128,7 @@ async fn moved_forward_it_passes_over_what_was_asked() -> Result<()> {
 }
 
 #[tokio::test]
-async fn kills_after_a_move_back_neither_lose_nor_double_more_than_asked() -> Result<()> {
+async fn kills_after_a_move_back_lose_and_double_nothing_else() -> Result<()> {
     const ALL: u64 = 20_000;
     for target in targets() {
         let mut site = paused(&target, ALL).await?;

@@ -48,7 +48,7 @@ fn targets() -> [Value; 2] {
 }
 
 #[tokio::test]
-async fn a_message_that_can_never_be_stored_is_named_and_left_out_on_request() -> Result<()> {
+async fn a_poison_message_is_named_and_skipped_on_request() -> Result<()> {
     for target in targets() {
         let site = poisoned(target).await?;
         let row = held_by(&site, 10).await?;
@@ -117,7 +117,7 @@ async fn what_is_full_per_subject_is_a_message_that_can_be_left_out() -> Result<
 }
 
 #[tokio::test]
-async fn what_the_target_connection_cannot_carry_is_found_before_it_is_sent() -> Result<()> {
+async fn messages_beyond_max_payload_are_found_before_sending() -> Result<()> {
     let target = Server::builder(Role::Target).config("max_payload: 2048").start().await?;
     let site = Site::builder().on(Server::start(Role::Source).await?, target).control_at_source().start().await?;
     site.source_stream("ORDERS", json!({})).await?;

@@ -113,7 +113,7 @@ impl Pair {
 }
 
 #[tokio::test]
-async fn a_leader_that_is_cut_off_from_its_target_keeps_its_lease_and_goes_on() -> Result<()> {
+async fn a_leader_cut_off_from_its_target_keeps_its_lease() -> Result<()> {
     let pair = Pair::start().await?;
     let epochs = pair.epochs().await?;
     let troubles: [fn(&Proxy); 2] = [Proxy::cut, |proxy| proxy.half_open(BOTH, Newcomers::Hang)];
@@ -159,12 +159,12 @@ async fn late_messages(in_the_middle: bool) -> Result<()> {
 }
 
 #[tokio::test]
-async fn what_a_leader_sent_before_it_stepped_down_does_no_harm_when_it_arrives_late() -> Result<()> {
+async fn late_messages_of_a_former_leader_do_no_harm() -> Result<()> {
     late_messages(false).await
 }
 
 #[tokio::test]
-async fn what_a_leader_sent_before_it_stepped_down_does_no_harm_when_it_arrives_beside_its_successor() -> Result<()> {
+async fn late_messages_beside_a_successor_do_no_harm() -> Result<()> {
     late_messages(true).await
 }
 

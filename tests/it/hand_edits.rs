@@ -28,7 +28,7 @@ fn error_text(row: &Value) -> &str {
 }
 
 #[tokio::test]
-async fn a_put_starts_an_edit_changes_and_a_delete_stops_within_a_second() -> Result<()> {
+async fn put_edit_and_delete_take_effect_within_a_second() -> Result<()> {
     let site = with_target("ORDERS", 5).await?;
     let mut target = site.target().await?;
     let (_, started) = timed(async {
@@ -101,7 +101,7 @@ async fn garbage_keeps_what_runs_and_is_told() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_document_under_a_key_that_is_not_its_id_runs_nothing_and_is_told() -> Result<()> {
+async fn a_document_under_another_key_is_reported_and_not_run() -> Result<()> {
     let site = Site::small().await?;
     site.filled("ORDERS", 5).await?;
     site.filled("OTHER", 5).await?;
@@ -206,7 +206,7 @@ async fn a_bucket_that_was_lost_and_made_anew_is_followed() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_position_record_that_cannot_be_read_is_told_and_never_overwritten() -> Result<()> {
+async fn an_unreadable_position_is_reported_and_not_overwritten() -> Result<()> {
     let mut site = Site::small().await?;
     site.replicate("ORDERS", 5).await?;
     site.service.stop().await?;
@@ -240,7 +240,7 @@ enum Last {
 }
 
 #[tokio::test]
-async fn of_a_thousand_edits_in_a_second_the_right_ones_run_also_after_a_restart() -> Result<()> {
+async fn the_last_of_a_thousand_edits_run_also_after_a_restart() -> Result<()> {
     const EDITS: usize = 1_000;
     const KEYS: [(&str, Last); 6] = [
         ("VALID", Last::Valid),
@@ -368,7 +368,7 @@ async fn right_ones_run(site: &Site, keys: &[(&str, Last)]) -> Result<Vec<(Strin
 }
 
 #[tokio::test]
-async fn the_newest_valid_document_runs_also_behind_more_wrong_ones_than_the_bucket_keeps() -> Result<()> {
+async fn the_newest_valid_document_runs_after_many_wrong_ones() -> Result<()> {
     let mut site = Site::small().await?;
     site.replicate("ORDERS", 10).await?;
     for round in 0..12 {

@@ -256,7 +256,7 @@ async fn silent(stream: &mut TcpStream) -> bool {
 }
 
 #[tokio::test]
-async fn latency_adds_what_was_asked_in_each_direction_and_keeps_the_rate() -> Result<()> {
+async fn latency_is_added_in_each_direction_at_the_same_rate() -> Result<()> {
     const MIB: usize = 1 << 20;
     let pipe = Pipe::start().await?;
     let (mut client, mut server) = pipe.connect().await?;

@@ -25,7 +25,7 @@ async fn falls(site: &Site, limit: &str, most: f64) -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_paused_copy_tells_before_the_source_removes_what_waits_by_age() -> Result<()> {
+async fn a_paused_copy_reports_low_headroom_by_age() -> Result<()> {
     let site = Site::small().await?;
     let age = Duration::from_secs(20);
     site.source_stream(STREAM, json!({"max_age": age.as_nanos() as u64})).await?;
@@ -69,7 +69,7 @@ async fn a_held_copy_tells_its_headroom_too() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_copy_that_is_slower_than_a_full_source_tells_before_it_loses_anything() -> Result<()> {
+async fn a_slow_copy_of_a_full_source_reports_low_headroom() -> Result<()> {
     let site = Site::start().await?;
     let proxy = Proxy::start(site.target.port()).await?;
     let mut raw = site.source_stream(STREAM, json!({"max_msgs": 300})).await?;

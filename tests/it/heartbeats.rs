@@ -74,7 +74,7 @@ fn host() -> String {
 }
 
 #[tokio::test]
-async fn those_of_a_file_have_body_and_headers_and_each_subject_its_interval() -> Result<()> {
+async fn heartbeats_of_a_file_have_body_headers_and_interval() -> Result<()> {
     let (target, mut raw) = listening().await?;
     let folder = tempfile::tempdir()?;
     let url = target.url_as(&format!("me:{}", secrets::secret()));
@@ -123,7 +123,7 @@ async fn those_of_a_file_have_body_and_headers_and_each_subject_its_interval() -
 }
 
 #[tokio::test]
-async fn a_hand_edit_takes_effect_within_a_second_and_its_key_is_no_replication() -> Result<()> {
+async fn an_edited_key_takes_effect_and_is_no_replication() -> Result<()> {
     let (site, mut raw) = site(&[]).await?;
     let url = site.target.url();
     let (_, begun) = timed(async {
@@ -160,7 +160,7 @@ async fn a_hand_edit_takes_effect_within_a_second_and_its_key_is_no_replication(
 }
 
 #[tokio::test]
-async fn what_is_wrong_replaces_nothing_is_told_and_does_so_after_a_restart() -> Result<()> {
+async fn an_invalid_value_replaces_nothing_also_after_a_restart() -> Result<()> {
     let (mut site, mut raw) = site(&[]).await?;
     let url = site.target.url();
     let valid = site.put("heartbeats", heartbeats(&url, "hb.a").to_string()).await?;
@@ -360,7 +360,7 @@ async fn a_replication_cannot_have_the_id_of_their_key() -> Result<()> {
 }
 
 #[tokio::test]
-async fn with_an_election_one_instance_publishes_and_another_takes_over() -> Result<()> {
+async fn with_an_election_one_publishes_and_another_takes_over() -> Result<()> {
     let (target, mut raw) = listening().await?;
     // Long enough that a busy machine moves nothing.
     let ttl = Duration::from_secs(10).as_nanos() as u64;
@@ -462,7 +462,7 @@ async fn an_outage_of_their_server_is_counted_told_once_and_survived() -> Result
 }
 
 #[tokio::test]
-async fn what_is_wrong_with_a_file_ends_the_start_with_all_of_its_problems() -> Result<()> {
+async fn an_invalid_file_ends_the_start_with_all_problems() -> Result<()> {
     let folder = tempfile::tempdir()?;
     for (yaml, expect) in [
         (

@@ -138,7 +138,7 @@ async fn a_frozen_leader_is_followed_twenty_times() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_leader_that_is_cut_off_from_its_leases_stops_in_time_and_for_itself() -> Result<()> {
+async fn a_leader_cut_off_from_its_leases_stops_by_itself() -> Result<()> {
     let mut site = Site::start().await?;
     // The service of the site is not part of it.
     site.stop().await?;
@@ -169,7 +169,7 @@ async fn a_leader_that_is_cut_off_from_its_leases_stops_in_time_and_for_itself()
 }
 
 #[tokio::test]
-async fn a_starved_leader_harms_nothing_whether_it_keeps_its_lease_or_not() -> Result<()> {
+async fn a_starved_leader_harms_nothing_with_or_without_its_lease() -> Result<()> {
     let site = one(&[]).await?;
     site.filled("ORDERS", 5_000).await?;
     site.add("ORDERS", json!({"limits": {"messages_per_second": 400}})).await?;
@@ -196,7 +196,7 @@ fn lost(log: &str) -> usize {
 }
 
 #[tokio::test]
-async fn who_stands_alone_goes_on_without_its_control_server_and_catches_up() -> Result<()> {
+async fn a_standalone_instance_copies_without_its_control_server() -> Result<()> {
     let mut site = one(&["--standalone"]).await?;
     site.replicate("ORDERS", 10).await?;
     let epoch = led_by(&site, "ORDERS", "one").await?["epoch"].clone();
@@ -217,7 +217,7 @@ async fn who_stands_alone_goes_on_without_its_control_server_and_catches_up() ->
 }
 
 #[tokio::test]
-async fn who_stands_alone_writes_its_session_again_when_it_was_removed() -> Result<()> {
+async fn a_standalone_instance_writes_a_removed_session_again() -> Result<()> {
     let site = one(&["--standalone"]).await?;
     site.replicate("ORDERS", 10).await?;
     let epoch = led_by(&site, "ORDERS", "one").await?["epoch"].clone();
@@ -232,7 +232,7 @@ async fn who_stands_alone_writes_its_session_again_when_it_was_removed() -> Resu
 }
 
 #[tokio::test]
-async fn a_lease_bucket_that_is_made_anew_is_followed_from_its_beginning() -> Result<()> {
+async fn a_recreated_lease_bucket_is_followed_from_its_beginning() -> Result<()> {
     let mut site = one(&[]).await?;
     site.replicate("ORDERS", 10).await?;
     led_by(&site, "ORDERS", "one").await?;
@@ -342,7 +342,7 @@ async fn flap(site: &Site, instance: &str) -> Result<()> {
 }
 
 #[tokio::test]
-async fn replications_spread_over_instances_and_stay_while_one_comes_and_goes() -> Result<()> {
+async fn replications_spread_and_stay_while_an_instance_flaps() -> Result<()> {
     let site = one(&[]).await?;
     let ids: Vec<String> = (1..=12).map(|n| format!("S{n}")).collect();
     for id in &ids {
@@ -420,7 +420,7 @@ async fn a_process_whose_name_another_one_took_stops() -> Result<()> {
 }
 
 #[tokio::test]
-async fn who_removes_a_session_or_empties_a_lease_by_hand_moves_the_replication() -> Result<()> {
+async fn removing_a_session_or_a_lease_moves_the_replication() -> Result<()> {
     let site = one(&[]).await?;
     site.replicate("ORDERS", 10).await?;
     let first = led_by(&site, "ORDERS", "one").await?["epoch"].as_u64();
@@ -450,7 +450,7 @@ async fn who_removes_a_session_or_empties_a_lease_by_hand_moves_the_replication(
 }
 
 #[tokio::test]
-async fn records_of_a_newer_program_are_not_written_over_and_unknown_fields_are_kept() -> Result<()> {
+async fn records_of_a_newer_version_are_not_overwritten() -> Result<()> {
     let mut site = one(&[]).await?;
     site.replicate("ORDERS", 10).await?;
     led_by(&site, "ORDERS", "one").await?;

@@ -55,7 +55,7 @@ async fn sigterm_and_sigint_stop_in_order_and_save_the_position() -> Result<()> 
 }
 
 #[tokio::test]
-async fn a_stop_ends_within_its_grace_though_the_target_confirms_nothing() -> Result<()> {
+async fn a_stop_ends_in_time_though_the_target_sends_no_acks() -> Result<()> {
     let mut site = Site::small().await?;
     stuck(&site).await?;
     let (status, time) = timed(site.service.stop()).await?;

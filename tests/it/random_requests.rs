@@ -33,7 +33,7 @@ async fn random_requests_are_answered_counted_and_break_nothing() -> Result<()> 
 /// `make check-long` runs it.
 #[tokio::test]
 #[ignore = "takes half a minute"]
-async fn ten_thousand_random_requests_are_answered_counted_and_break_nothing() -> Result<()> {
+async fn ten_thousand_random_requests_break_nothing() -> Result<()> {
     survives(10_000).await
 }
 
@@ -429,7 +429,7 @@ fn replace(bytes: Vec<u8>, what: &[u8], with: &[u8]) -> Vec<u8> {
 
 /// The client library ends a connection on which it meets headers that are none; the service connects again.
 #[tokio::test]
-async fn a_request_whose_headers_are_none_costs_no_more_than_a_connection() -> Result<()> {
+async fn invalid_headers_cost_no_more_than_a_connection() -> Result<()> {
     let site = Site::small().await?;
     site.replicate("ORDERS", 10).await?;
     let before = site.settled("ORDERS", 10).await?;

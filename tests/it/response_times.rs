@@ -83,7 +83,7 @@ async fn time_of(site: &Site, subject: &str, body: String) -> Result<Duration> {
 }
 
 #[tokio::test]
-async fn requests_are_answered_while_the_source_or_the_target_is_frozen() -> Result<()> {
+async fn requests_are_answered_while_source_or_target_is_frozen() -> Result<()> {
     let site = Site::start().await?;
     site.replicate("ORDERS", 10).await?;
     for (when, server) in [("the source is frozen", &site.source), ("the target is frozen", &site.target)] {
@@ -225,7 +225,7 @@ async fn requests_are_answered_while_fifty_replications_reach_nothing() -> Resul
 }
 
 #[tokio::test]
-async fn requests_are_answered_while_the_buckets_do_not_answer_and_when_they_are_just_back() -> Result<()> {
+async fn requests_are_answered_while_the_buckets_do_not_answer() -> Result<()> {
     let mut others = Cluster::start(Role::Control).await?.servers;
     let control = others.remove(0);
     let (source, target) = tokio::try_join!(Server::start(Role::Source), Server::start(Role::Target))?;
@@ -257,7 +257,7 @@ async fn requests_are_answered_while_the_buckets_do_not_answer_and_when_they_are
 }
 
 #[tokio::test]
-async fn a_service_whose_control_server_restarts_answers_again_within_seconds() -> Result<()> {
+async fn a_restart_of_the_control_server_costs_seconds() -> Result<()> {
     let mut site = Site::start().await?;
     site.replicate("ORDERS", 10).await?;
     for round in 0..3 {

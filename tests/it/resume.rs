@@ -268,7 +268,7 @@ async fn the_first_message_refused_and_no_record_is_not_lost() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_refused_message_is_not_lost_when_window_record_or_transport_change() -> Result<()> {
+async fn a_rejected_message_survives_changes_of_the_transport() -> Result<()> {
     for (record_lost, batched) in [(true, false), (true, true), (false, true)] {
         let mut site = copied(json!({}), Some(json!({})), json!({}), 10).await?;
         if batched && !site.target.at_least(2, 14) {
@@ -499,7 +499,7 @@ async fn a_target_made_anew_starts_over() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_target_made_anew_goes_on_from_the_position_after_a_start_at_the_end() -> Result<()> {
+async fn a_recreated_target_continues_after_a_start_at_the_end() -> Result<()> {
     for filled in [false, true] {
         let mut site = running(json!({}), None, json!({"start_at_end": true}), 50).await?;
         site.publish(STREAM, 51..=80).await?;
@@ -587,7 +587,7 @@ async fn a_source_put_back_goes_on_behind_what_it_still_has() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_source_put_back_and_refilled_past_the_position_loses_nothing() -> Result<()> {
+async fn a_restored_and_refilled_source_loses_nothing() -> Result<()> {
     for target in targets() {
         let mut site = source_put_back(json!({}), target).await?;
         site.publish(STREAM, 1001..=1100).await?;
@@ -1016,7 +1016,7 @@ async fn a_foreign_message_while_down_is_told_once_and_kept() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_change_to_batches_and_a_kill_before_the_first_save_double_nothing() -> Result<()> {
+async fn a_change_to_batches_and_a_kill_double_nothing() -> Result<()> {
     let mut site = copied(json!({}), Some(json!({})), json!({}), 100).await?;
     if !site.target.at_least(2, 14) {
         return Ok(());

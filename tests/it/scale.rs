@@ -25,7 +25,7 @@ const ALL_RUN: Duration = Duration::from_secs(60);
 const WATCHED: Duration = Duration::from_secs(10);
 
 #[tokio::test]
-async fn a_thousand_idle_replications_are_cheap_and_answer_in_time_and_one_more_touches_none() -> Result<()> {
+async fn a_thousand_idle_replications_are_cheap() -> Result<()> {
     let site = start().await?;
     let alone = Newcomers::add(&site, "ALONE").await?;
     fill(&site, THOUSAND).await?;
@@ -307,7 +307,7 @@ fn open_files(service: &Service) -> Result<(u64, u64)> {
 }
 
 #[tokio::test]
-async fn the_limit_of_open_files_is_raised_and_one_that_is_too_low_is_told() -> Result<()> {
+async fn the_limit_of_open_files_is_raised_or_reported() -> Result<()> {
     let control = Server::start(Role::Control).await?;
     let service = Service::builder(&control.url(), "TEST").ulimit("-S -n 128").start().await?;
     let (soft, hard) = open_files(&service)?;

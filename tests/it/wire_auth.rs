@@ -168,7 +168,7 @@ fn certificates(folder: &Path) -> Result<()> {
 }
 
 #[tokio::test]
-async fn tls_with_an_authority_a_client_certificate_and_handshake_first() -> Result<()> {
+async fn tls_with_authority_client_certificate_and_handshake_first() -> Result<()> {
     let folder = tempfile::tempdir()?;
     certificates(folder.path())?;
     let path = |name: &str| folder.path().join(name);

@@ -123,7 +123,7 @@ async fn the_sources_leader_steps_down_is_killed_and_frozen() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn all_servers_of_the_target_are_restarted_one_by_one_and_at_once() -> Result<()> {
+async fn all_servers_of_the_target_are_restarted() -> Result<()> {
     let mut copies = cluster_at_target().await?;
     one_by_one(&mut copies, Side::Target, End::Stopped).await?;
     all_at_once(&mut copies, Side::Target, End::Killed).await?;
@@ -131,7 +131,7 @@ async fn all_servers_of_the_target_are_restarted_one_by_one_and_at_once() -> Res
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn all_servers_of_the_source_are_restarted_one_by_one_and_at_once() -> Result<()> {
+async fn all_servers_of_the_source_are_restarted() -> Result<()> {
     let mut copies = cluster_at_source().await?;
     one_by_one(&mut copies, Side::Source, End::Stopped).await?;
     all_at_once(&mut copies, Side::Source, End::Killed).await?;
@@ -140,7 +140,7 @@ async fn all_servers_of_the_source_are_restarted_one_by_one_and_at_once() -> Res
 
 /// While nobody leads, and for some seconds after its start, a server answers for a stream from what it has.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_server_of_the_target_says_that_lost_its_disk_is_not_believed() -> Result<()> {
+async fn a_target_server_that_lost_its_disk_is_not_believed() -> Result<()> {
     let mut copies = cluster_at_target().await?;
     // The streams' first leaders are those that answer for them when they start anew.
     let leader = copies.target.leader("EXCLUSIVE").await.expect("a leader");

@@ -114,7 +114,7 @@ async fn join_leaf(hub: Builder, leaf: Builder) -> Result<(Server, Server)> {
 
 /// The server that makes the target is of another version than the one that the service is connected to.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_target_in_another_domain_is_made_by_what_its_own_server_can_do() -> Result<()> {
+async fn a_target_in_another_domain_is_made_for_its_own_server() -> Result<()> {
     for (hub, leaf, batched) in [("2.12.8", NEWEST, false), (NEWEST, "2.12.8", true)] {
         let (to, from) =
             join_leaf(Server::builder(Role::Target).version(hub), Server::builder(Role::Source).version(leaf)).await?;

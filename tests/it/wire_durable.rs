@@ -182,30 +182,30 @@ async fn a_work_queue_is_copied_once_and_in_order_over_twenty_kills() -> Result<
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_interest_stream_is_copied_once_and_in_order_over_twenty_kills() -> Result<()> {
+async fn an_interest_stream_is_copied_once_over_twenty_kills() -> Result<()> {
     twenty_kills(INTEREST).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes long: make check-long"]
-async fn a_work_queue_is_pipelined_once_and_in_order_over_twenty_kills() -> Result<()> {
+async fn a_work_queue_is_pipelined_once_over_twenty_kills() -> Result<()> {
     twenty_kills(Way { plain: true, ..QUEUE }).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes long: make check-long"]
-async fn a_work_queue_is_read_with_the_consumer_that_choria_made_over_twenty_kills() -> Result<()> {
+async fn a_work_queue_of_choria_is_copied_once_over_twenty_kills() -> Result<()> {
     twenty_kills(Way { choria: true, ..QUEUE }).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes long: make check-long"]
-async fn an_interest_stream_is_pipelined_with_the_consumer_that_choria_made_over_twenty_kills() -> Result<()> {
+async fn an_interest_stream_of_choria_is_pipelined_over_twenty_kills() -> Result<()> {
     twenty_kills(Way { choria: true, plain: true, ..INTEREST }).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_another_consumer_has_not_taken_stays_in_an_interest_stream() -> Result<()> {
+async fn an_interest_stream_keeps_messages_of_other_consumers() -> Result<()> {
     let mut site = Site::start().await?;
     let mut raw = begin(&site, INTEREST, json!({})).await?;
     make_consumer(&mut raw, "Q", "slow", json!({"ack_policy": "explicit"})).await?;
@@ -226,7 +226,7 @@ async fn what_another_consumer_has_not_taken_stays_in_an_interest_stream() -> Re
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn replications_of_several_names_each_copy_all_of_an_interest_stream() -> Result<()> {
+async fn replications_of_several_names_each_copy_everything() -> Result<()> {
     let mut site = Site::start().await?;
     let config = json!({"subjects": ["q.>"], "retention": "interest"});
     let mut raw = site.source_stream("Q", config).await?;
@@ -351,7 +351,7 @@ async fn leaders_step_down_in_the_copy_of_a_replicated_work_queue() -> Result<()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes long: make check-long"]
-async fn leaders_step_down_in_the_copy_with_the_consumer_that_choria_made() -> Result<()> {
+async fn leaders_step_down_in_the_copy_with_a_consumer_of_choria() -> Result<()> {
     leaders_step_down(true).await
 }
 
@@ -381,7 +381,7 @@ async fn pauses_stops_and_starts_in_order_leave_nothing_behind() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_skipped_is_acknowledged_and_what_the_filter_leaves_out_stays() -> Result<()> {
+async fn skipped_messages_are_acknowledged_filtered_ones_stay() -> Result<()> {
     for choria in [false, true] {
         let site = Site::start().await?;
         let config = json!({"subjects": ["q.>"], "retention": "workqueue"});
@@ -435,7 +435,7 @@ async fn a_consumer_that_lets_one_message_wait_for_its_ack_is_enough() -> Result
 
 /// Somebody filters our consumer behind our back, and another consumer keeps what it passes over.
 #[tokio::test]
-async fn what_the_consumer_passed_over_is_copied_in_its_place_all_the_same() -> Result<()> {
+async fn messages_that_the_consumer_skipped_are_copied_in_order() -> Result<()> {
     let site = Site::start().await?;
     if !site.source.at_least(2, 14) {
         // Nothing can be read again there.
@@ -464,7 +464,7 @@ async fn what_the_consumer_passed_over_is_copied_in_its_place_all_the_same() -> 
 
 /// As where a replica has expired what its leader has not: it goes a moment later.
 #[tokio::test]
-async fn what_goes_from_the_leader_a_moment_after_it_was_passed_over_is_no_error() -> Result<()> {
+async fn a_skipped_message_that_is_removed_later_is_no_error() -> Result<()> {
     let site = Site::builder().args(["--log-level", "info,stream_replicator=debug"]).start().await?;
     if !site.source.at_least(2, 14) {
         // Nothing is asked there.
@@ -508,7 +508,7 @@ async fn what_was_deleted_at_the_source_is_passed_over_without_a_word() -> Resul
 }
 
 #[tokio::test]
-async fn a_consumer_that_cannot_be_used_holds_the_replication_and_says_why() -> Result<()> {
+async fn an_unusable_consumer_holds_the_replication() -> Result<()> {
     let site = Site::small().await?;
     let config = json!({"subjects": ["q.>"], "retention": "interest"});
     let mut raw = site.source_stream("Q", config).await?;
@@ -525,7 +525,7 @@ async fn a_consumer_that_cannot_be_used_holds_the_replication_and_says_why() -> 
 }
 
 #[tokio::test]
-async fn a_work_queue_that_another_consumer_works_off_holds_the_replication() -> Result<()> {
+async fn another_consumer_of_a_work_queue_holds_the_replication() -> Result<()> {
     let site = Site::small().await?;
     let config = json!({"subjects": ["q.>"], "retention": "workqueue"});
     let mut raw = site.source_stream("Q", config).await?;
@@ -556,7 +556,7 @@ async fn a_work_queue_is_not_begun_in_its_middle() -> Result<()> {
 }
 
 #[tokio::test]
-async fn an_interest_stream_begins_where_the_document_or_the_consumer_says() -> Result<()> {
+async fn an_interest_stream_starts_by_document_or_consumer() -> Result<()> {
     let site = Site::small().await?;
     let mut raw = site.source_stream("Q", json!({"subjects": ["q.>"], "retention": "interest"})).await?;
     make_consumer(&mut raw, "Q", "other", json!({"ack_policy": "explicit"})).await?;
@@ -610,7 +610,7 @@ async fn a_position_moves_forward_only_where_the_source_forgets() -> Result<()> 
 }
 
 #[tokio::test]
-async fn a_deleted_replication_takes_the_consumer_with_it_that_it_made() -> Result<()> {
+async fn deleting_a_replication_removes_the_consumer_that_it_made() -> Result<()> {
     for (way, keep, stays) in
         [(QUEUE, false, false), (INTEREST, true, true), (Way { choria: true, ..QUEUE }, false, true)]
     {
@@ -698,7 +698,7 @@ async fn a_target_that_is_a_work_queue_gets_each_message_once() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_target_that_only_keeps_what_is_of_interest_gets_each_message_once() -> Result<()> {
+async fn an_interest_target_gets_each_message_once() -> Result<()> {
     target_is_worked_off("interest", true).await?;
     target_is_worked_off("interest", false).await
 }
@@ -727,7 +727,7 @@ async fn a_target_without_interest_stores_nothing_and_its_acks_count() -> Result
 }
 
 #[tokio::test]
-async fn a_target_that_we_make_keeps_its_messages_whatever_the_source_does() -> Result<()> {
+async fn a_created_target_keeps_its_messages() -> Result<()> {
     let site = Site::small().await?;
     for retention in ["workqueue", "interest"] {
         let stream = retention.to_uppercase();
@@ -748,7 +748,7 @@ async fn a_target_that_we_make_keeps_its_messages_whatever_the_source_does() -> 
 /// For information: how fast the ways are beside a stream that keeps its messages.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes long: make check-long"]
-async fn a_stream_that_forgets_is_copied_without_waiting_for_each_message() -> Result<()> {
+async fn a_work_queue_is_copied_without_waiting_for_each_message() -> Result<()> {
     const COUNT: u64 = 100_000;
     let mut rates = Vec::new();
     for (name, way) in [

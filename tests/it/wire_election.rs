@@ -233,7 +233,7 @@ async fn a_winner_that_does_not_lead_yet_frees_the_key_too() -> Result<()> {
 }
 
 #[tokio::test]
-async fn when_one_of_ours_stops_the_next_one_need_not_wait_for_the_ttl() -> Result<()> {
+async fn a_stop_frees_the_election_without_the_ttl() -> Result<()> {
     let (server, mut raw) = start(LONG).await?;
     let first = stand(&server.url(), "first")?;
     won(&mut first.led()).await?;
@@ -270,7 +270,7 @@ async fn who_is_evicted_by_a_deletion_stands_down_at_the_next_update() -> Result
 }
 
 #[tokio::test]
-async fn a_connection_that_ends_ends_it_at_once_and_the_next_one_takes_the_key_up_again() -> Result<()> {
+async fn a_lost_connection_ends_leadership_until_the_next_one() -> Result<()> {
     let (server, mut raw) = start(LONG).await?;
     let proxy = Proxy::start(server.port()).await?;
     let campaign = stand(&proxy.url(), NEW)?;
@@ -292,7 +292,7 @@ async fn a_connection_that_ends_ends_it_at_once_and_the_next_one_takes_the_key_u
 }
 
 #[tokio::test]
-async fn behind_a_silent_connection_our_own_clock_ends_it_before_another_can_lead() -> Result<()> {
+async fn a_silent_connection_ends_leadership_by_our_own_clock() -> Result<()> {
     let (server, _) = start(SHORT).await?;
     let proxy = Proxy::start(server.port()).await?;
     let campaign = stand(&proxy.url(), NEW)?;
@@ -399,7 +399,7 @@ async fn the_shortest_ttl_is_long_enough_to_go_on_leading() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_bucket_that_changes_its_leader_is_written_again_from_our_own_revision() -> Result<()> {
+async fn a_new_bucket_leader_is_written_from_our_own_revision() -> Result<()> {
     let cluster = Cluster::start(Role::Source).await?;
     let mut raw = Raw::connect(&cluster.servers[0].url()).await?;
     let mut config = bucket(LONG);

@@ -163,7 +163,7 @@ async fn subjects_are_filtered_and_mapped() -> Result<()> {
 }
 
 #[tokio::test]
-async fn messages_too_large_for_the_target_hold_the_copy_and_lose_nothing() -> Result<()> {
+async fn too_large_messages_hold_the_copy_and_lose_nothing() -> Result<()> {
     let target = Server::builder(Role::Target).config("max_payload: 4096").start().await?;
     let site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;
     let mut raw = site.source_stream("BIG", json!({})).await?;
@@ -182,7 +182,7 @@ async fn messages_too_large_for_the_target_hold_the_copy_and_lose_nothing() -> R
 }
 
 #[tokio::test]
-async fn a_time_to_live_goes_on_at_the_target_where_both_sides_know_it() -> Result<()> {
+async fn a_time_to_live_continues_where_both_sides_support_it() -> Result<()> {
     let site = Site::start().await?;
     if !site.source.at_least(2, 11) {
         // This server has no such setting: what it stores is tested with the other headers.

@@ -12,7 +12,7 @@ const KINDS: [(&str, (u32, u32), &str); 2] = [
 ];
 
 #[tokio::test]
-async fn counters_and_schedules_are_refused_with_a_reason_on_either_side() -> Result<()> {
+async fn counters_and_schedules_are_refused_on_either_side() -> Result<()> {
     let site = Site::start().await?;
     for (index, (setting, (major, minor), reason)) in KINDS.into_iter().enumerate() {
         let settings = |subject: String| -> Value { json!({"subjects": [subject], setting: true}) };

@@ -75,7 +75,7 @@ async fn a_bucket_reads_the_same_live() -> Result<()> {
 
 /// `silent` removes what is over without a word, `marked` puts a marker in its place.
 #[tokio::test]
-async fn entries_with_a_time_to_live_of_their_own_expire_at_the_copy_too() -> Result<()> {
+async fn entries_with_a_time_to_live_expire_at_the_copy_too() -> Result<()> {
     let site = Site::start().await?;
     if !site.source.at_least(2, 11) {
         // This server has no such setting.

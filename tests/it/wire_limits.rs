@@ -81,7 +81,7 @@ async fn few_messages_in_flight_are_slow_but_do_not_wait_for_clocks() -> Result<
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_target_that_others_write_to_all_the_time_is_found_to_be_shared() -> Result<()> {
+async fn a_target_with_a_constant_other_writer_becomes_shared() -> Result<()> {
     let site = Site::start().await?;
     if !site.target.at_least(2, 14) {
         // Without the chain nothing breaks; the messages are counted by their ids.

@@ -224,7 +224,7 @@ async fn a_consumed_target_is_not_filled_again_and_doubt_is_told() -> Result<()>
 }
 
 #[tokio::test]
-async fn a_strict_and_exclusive_pipelined_copy_is_held_by_a_foreign_message() -> Result<()> {
+async fn another_writer_holds_a_strict_exclusive_pipelined_copy() -> Result<()> {
     let target = Server::start(Role::Target).await?;
     let mut site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;
     site.filled("S", 500).await?;

@@ -69,7 +69,7 @@ async fn a_target_with_limits_for_consumers_is_read_when_resuming() -> Result<()
 }
 
 #[tokio::test]
-async fn a_consumer_that_is_forgotten_early_is_replaced_without_a_word() -> Result<()> {
+async fn a_consumer_that_expires_early_is_replaced_without_an_event() -> Result<()> {
     let site = Site::start().await?;
     let limits = json!({"consumer_limits": {"inactive_threshold": SECOND}});
     let mut raw = site.source_stream("S", limits).await?;

@@ -186,7 +186,7 @@ const USERS: &str = "authorization { users: [{user: test, password: test}, {user
 const WITHDRAWN: &str = "permissions: {publish: {deny: [\"plain.>\", \"fast.>\"]}}";
 
 #[tokio::test]
-async fn a_permission_that_is_withdrawn_holds_the_copy_until_it_is_given_back() -> Result<()> {
+async fn a_withdrawn_permission_holds_the_copy_until_it_returns() -> Result<()> {
     let all = format!("{USERS}}}] }}");
     let less = format!("{USERS}, {WITHDRAWN}}}] }}");
     let target = Server::builder(Role::Target).config(&all).start().await?;
@@ -248,7 +248,7 @@ async fn a_target_that_is_sealed_holds_the_copy() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_target_stream_that_is_deleted_under_a_run_is_made_again_or_waited_for() -> Result<()> {
+async fn a_target_deleted_under_a_run_is_recreated_or_awaited() -> Result<()> {
     let site = monitored().await?;
     for (stream, target) in transports(&site.target) {
         begin(&site, stream, target.clone(), 100).await?;
@@ -272,7 +272,7 @@ async fn a_target_stream_that_is_deleted_under_a_run_is_made_again_or_waited_for
 }
 
 #[tokio::test]
-async fn a_source_stream_that_is_deleted_under_a_run_holds_the_copy_until_it_is_there_again() -> Result<()> {
+async fn a_source_deleted_under_a_run_holds_the_copy() -> Result<()> {
     let site = monitored().await?;
     for (stream, target) in transports(&site.target) {
         begin(&site, stream, target, 100).await?;

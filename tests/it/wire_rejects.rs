@@ -164,7 +164,7 @@ async fn a_limit_that_is_raised_while_the_copy_runs_is_heard_of() -> Result<()> 
 }
 
 #[tokio::test]
-async fn what_the_connection_cannot_carry_goes_to_the_dead_letters_in_one_run() -> Result<()> {
+async fn messages_beyond_max_payload_become_dead_letters() -> Result<()> {
     let target = Server::builder(Role::Target).config("max_payload: 2048").start().await?;
     let site = Site::builder()
         .on(Server::start(Role::Source).await?, target)
@@ -335,7 +335,7 @@ async fn dead_letters_that_no_stream_stores_hold_and_nothing_is_lost() -> Result
 }
 
 #[tokio::test]
-async fn dead_letters_that_their_stream_refuses_hold_and_nothing_is_lost() -> Result<()> {
+async fn rejected_dead_letters_hold_and_nothing_is_lost() -> Result<()> {
     let site = Site::start().await?;
     for (stream, target) in transports(&site.target) {
         let full = json!({"subjects": ["dead.>"], "max_msgs": 1, "discard": "new"});
@@ -350,7 +350,7 @@ async fn dead_letters_that_their_stream_refuses_hold_and_nothing_is_lost() -> Re
 }
 
 #[tokio::test]
-async fn a_dead_letter_that_is_too_large_itself_holds_and_can_be_left_out() -> Result<()> {
+async fn a_too_large_dead_letter_holds_and_can_be_skipped() -> Result<()> {
     let source = Server::builder(Role::Source).config("max_payload: 4096").start().await?;
     let target = Server::builder(Role::Target).config("max_payload: 4096").start().await?;
     let site = Site::builder().on(source, target).start().await?;
@@ -382,7 +382,7 @@ async fn a_dead_letter_that_is_too_large_itself_holds_and_can_be_left_out() -> R
 }
 
 #[tokio::test]
-async fn a_source_that_would_store_its_own_dead_letters_is_refused_and_does_not_loop() -> Result<()> {
+async fn a_source_of_its_own_dead_letters_is_refused() -> Result<()> {
     let site = Site::start().await?;
     let (stream, target) = ("PLAIN", json!({}));
     narrow(&site, stream, target).await?;
@@ -409,7 +409,7 @@ async fn a_source_that_would_store_its_own_dead_letters_is_refused_and_does_not_
 }
 
 #[tokio::test]
-async fn a_source_that_takes_the_dead_letter_subject_later_stores_one_and_knows_it_again() -> Result<()> {
+async fn a_source_that_takes_dead_letters_later_stores_one() -> Result<()> {
     let site = Site::start().await?;
     for (stream, target) in transports(&site.target) {
         narrow(&site, stream, target).await?;
@@ -464,7 +464,7 @@ async fn the_preflight_knows_whether_dead_letters_would_be_stored() -> Result<()
 }
 
 #[tokio::test]
-async fn whoever_listens_without_storing_is_no_stream_for_dead_letters() -> Result<()> {
+async fn a_plain_subscriber_stores_no_dead_letters() -> Result<()> {
     let site = Site::start().await?;
     let listener = crate::harness::connect(&site.source.url()).await?;
     let _heard = listener.subscribe("dead.>").await?;

@@ -59,7 +59,7 @@ async fn record_when(site: &Site, key: &str, when: impl Fn(&Value) -> bool) -> R
 }
 
 #[tokio::test]
-async fn each_sender_is_copied_once_in_a_while_and_at_once_when_something_changes() -> Result<()> {
+async fn each_sender_is_copied_by_interval_and_at_changes() -> Result<()> {
     let site = site(by_field(json!({"size_trigger": 100, "inspect_force_field": "now"}))).await?;
     let message = |body: Value| Outgoing::new("nodes.report", body.to_string());
     let last = publish(
@@ -110,7 +110,7 @@ async fn each_sender_is_copied_once_in_a_while_and_at_once_when_something_change
 }
 
 #[tokio::test]
-async fn senders_are_told_apart_by_header_and_by_subject_and_any_value_is_safe() -> Result<()> {
+async fn senders_are_identified_by_header_or_subject_token() -> Result<()> {
     let site = Site::builder().control_at_source().start().await?;
     let odd = ["n1.example.net", "a b*c>", "\u{e9}\u{1f600}", &"long.".repeat(200), "=", "..."];
     for (name, mode) in [
@@ -163,7 +163,7 @@ async fn senders_are_told_apart_by_header_and_by_subject_and_any_value_is_safe()
 }
 
 #[tokio::test]
-async fn the_limits_of_senders_are_asked_for_newest_first_and_by_pages() -> Result<()> {
+async fn senders_are_listed_newest_first_and_in_pages() -> Result<()> {
     let site = site(by_field(json!({}))).await?;
     let last = publish(&site, (1..=2_500).map(|number| report(&format!("n{number:04}"), number))).await?;
     site.settled("NODES", last).await?;
@@ -370,7 +370,7 @@ async fn an_advisory_that_no_stream_takes_is_in_nobodys_way() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_standby_tells_what_nobody_confirmed_where_that_was_asked_for_later() -> Result<()> {
+async fn a_standby_publishes_unconfirmed_advisories() -> Result<()> {
     let site = Site::builder().control_at_source().args(["--instance", "one", "--lease-ttl", "2s"]);
     let mut site = site.start().await?;
     site.source_stream("NODES", json!({})).await?;
@@ -520,7 +520,7 @@ async fn records_edited_or_deleted_by_hand_take_effect() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_deleted_replication_forgets_its_senders_and_one_that_is_kept_does_not() -> Result<()> {
+async fn a_deletion_removes_senders_unless_they_are_kept() -> Result<()> {
     let site = site(by_field(json!({}))).await?;
     let last = publish(&site, [report("n1", 1)]).await?;
     site.settled("NODES", last).await?;
@@ -614,7 +614,7 @@ async fn kills(rounds: u64, batched: bool) -> Result<()> {
 }
 
 #[tokio::test]
-async fn twenty_kills_lose_no_copy_and_tell_each_advisory_once_by_fast_ingest() -> Result<()> {
+async fn twenty_kills_lose_no_copy_and_no_advisory() -> Result<()> {
     kills(20, true).await
 }
 
@@ -655,7 +655,7 @@ async fn a_standby_that_takes_over_knows_all_senders() -> Result<()> {
 }
 
 #[tokio::test]
-async fn sampling_works_at_sources_that_forget_and_with_prefixes_and_filters() -> Result<()> {
+async fn sampling_works_with_work_queues_prefixes_and_filters() -> Result<()> {
     for retention in ["interest", "workqueue"] {
         let site = Site::builder().control_at_source().start().await?;
         site.source_stream("NODES", json!({"retention": retention})).await?;

@@ -83,18 +83,18 @@ async fn over_kills(target: Option<Value>) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn filters_exclusions_and_transforms_hold_over_kills_on_a_target_that_is_made() -> Result<()> {
+async fn filters_and_transforms_hold_over_kills_on_a_created_target() -> Result<()> {
     over_kills(None).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes long: make check-long"]
-async fn filters_exclusions_and_transforms_hold_over_kills_on_a_pipelined_target() -> Result<()> {
+async fn filters_and_transforms_hold_over_kills_pipelined() -> Result<()> {
     over_kills(Some(json!({"subjects": ["hub.>"]}))).await
 }
 
 #[tokio::test]
-async fn what_is_left_out_is_counted_and_lag_is_what_the_filters_let_through() -> Result<()> {
+async fn skipped_messages_are_counted_and_lag_is_filtered() -> Result<()> {
     let site = Site::start().await?;
     let mut raw = site.source_stream("S", json!({})).await?;
     raw.publish_all((0..120).map(message)).await?;
@@ -204,7 +204,7 @@ async fn two_filtered_copies_of_one_stream_go_to_one_account() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_bucket_is_copied_under_another_name_and_what_merges_keys_replaces_nothing() -> Result<()> {
+async fn a_bucket_is_copied_under_another_name() -> Result<()> {
     let site = Site::start().await?;
     let bucket =
         json!({"subjects": ["$KV.A.>"], "max_msgs_per_subject": 1, "allow_rollup_hdrs": true, "deny_delete": true});

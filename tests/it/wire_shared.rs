@@ -156,7 +156,7 @@ async fn three_services(batched: bool, foreign: bool) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn three_services_that_are_killed_again_and_again_each_copy_exactly() -> Result<()> {
+async fn three_services_that_are_killed_often_copy_exactly() -> Result<()> {
     three_services(true, false).await
 }
 
@@ -172,7 +172,7 @@ async fn three_killed_services_and_foreign_publishers_pipelined() -> Result<()> 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn replications_of_one_service_into_one_target_are_shared_from_the_start() -> Result<()> {
+async fn replications_into_one_target_are_shared_from_the_start() -> Result<()> {
     const COUNT: u64 = 30_000;
     for batched in [true, false] {
         let mut site = Site::builder().args(["--instance", "one"]).start().await?;
@@ -201,7 +201,7 @@ async fn replications_of_one_service_into_one_target_are_shared_from_the_start()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_second_replication_turns_the_first_one_shared_at_its_next_start() -> Result<()> {
+async fn a_second_replication_makes_the_first_one_shared() -> Result<()> {
     let mut site = Site::start().await?;
     let fast = target(&site, true, json!({})).await?;
     sources(&site, 500).await?;
@@ -250,7 +250,7 @@ async fn one_source_under_two_names_is_copied_twice_and_each_once() -> Result<()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_the_middle_of_a_fast_copy_a_target_turns_shared_and_nothing_is_lost_or_doubled() -> Result<()> {
+async fn a_target_that_turns_shared_in_a_copy_is_copied_exactly() -> Result<()> {
     const COUNT: u64 = 60_000;
     for batched in [true, false] {
         for killed in [false, true] {
@@ -309,7 +309,7 @@ async fn until(site: &Site, last: &mut u64, what: &str, when: impl Fn(&Value) ->
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_exclusive_copy_is_held_while_others_write_and_goes_on_when_they_stopped() -> Result<()> {
+async fn an_exclusive_copy_is_held_while_others_write() -> Result<()> {
     for batched in [true, false] {
         let mut site = Site::start().await?;
         let fast = target(&site, batched, json!({})).await?;
@@ -376,7 +376,7 @@ async fn the_document_goes_before_what_turned_out() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_target_that_cannot_be_exclusive_is_refused_before_and_when_it_runs() -> Result<()> {
+async fn a_target_that_cannot_be_exclusive_is_refused() -> Result<()> {
     let site = Site::start().await?;
     sources(&site, 10).await?;
     let mut raw = site.target().await?;
@@ -415,7 +415,7 @@ async fn a_target_that_cannot_be_exclusive_is_refused_before_and_when_it_runs() 
 }
 
 #[tokio::test]
-async fn a_known_neighbour_of_an_exclusive_replication_is_told_by_validate() -> Result<()> {
+async fn validate_names_a_neighbour_of_an_exclusive_replication() -> Result<()> {
     let site = Site::start().await?;
     target(&site, true, json!({})).await?;
     sources(&site, 10).await?;

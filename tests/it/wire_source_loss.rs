@@ -129,7 +129,7 @@ async fn a_source_put_back_is_followed_by_default() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_source_that_is_deleted_or_recreated_leaves_the_target_alone() -> Result<()> {
+async fn a_deleted_or_recreated_source_leaves_the_target_alone() -> Result<()> {
     for on_loss in ["hold", "follow"] {
         let site = Site::start().await?;
         let mut raw = site.source_stream(STREAM, json!({})).await?;
@@ -206,7 +206,7 @@ async fn streams(cluster: &Cluster) -> Result<Vec<String>> {
 /// A message that was refused waits while so many later ones were stored as could be in flight with it and, when all
 /// before it had settled, behind it; then the target loses its end.
 #[tokio::test]
-async fn a_refused_message_is_found_behind_all_that_could_be_in_flight() -> Result<()> {
+async fn a_rejected_message_is_found_after_all_that_was_in_flight() -> Result<()> {
     for (limit, later) in [(None, 12_000), (Some(20_000), 25_000)] {
         let limits = |messages: Option<u64>| json!({"limits": {"messages_in_flight": messages.unwrap_or(8_192)}});
         let mut site = Site::start().await?;

@@ -247,7 +247,7 @@ async fn random_transforms_make_the_subjects_that_the_server_stores() -> Result<
 }
 
 #[tokio::test]
-async fn what_a_server_refuses_in_a_transform_is_refused_with_words_of_our_own() -> Result<()> {
+async fn transforms_that_servers_refuse_are_refused_and_explained() -> Result<()> {
     let server = Server::start(Role::Source).await?;
     let mut peer = Peer::of(&server).await?;
     let three = "r.*.*.*";

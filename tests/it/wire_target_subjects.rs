@@ -95,7 +95,7 @@ async fn a_removed_token_leaves_a_shorter_subject() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_mirror_without_subjects_is_copied_under_those_of_its_origin() -> Result<()> {
+async fn a_mirror_is_copied_under_the_subjects_of_its_origin() -> Result<()> {
     let site = Site::start().await?;
     let mut raw = site.source_stream("ORIGIN", json!({"subjects": ["o.*.>", "p"]})).await?;
     publish(&mut raw, &["o.a.b", "p"], 20).await?;
@@ -223,7 +223,7 @@ async fn a_target_of_others_is_not_widened_but_named() -> Result<()> {
 }
 
 #[tokio::test]
-async fn validate_names_a_stored_subject_that_the_target_does_not_take() -> Result<()> {
+async fn validate_names_a_stored_subject_the_target_does_not_take() -> Result<()> {
     let site = Site::start().await?;
     let mut raw = site.source_stream(STREAM, json!({"subjects": ["old.>", "s.>"]})).await?;
     publish(&mut raw, &["s.a", "old.a"], 20).await?;
@@ -288,7 +288,7 @@ async fn many_sources_added_at_once_share_a_target_that_is_created() -> Result<(
 }
 
 #[tokio::test]
-async fn many_sources_with_target_update_share_a_target_that_is_created() -> Result<()> {
+async fn many_sources_with_target_update_share_a_created_target() -> Result<()> {
     let site = Site::builder().args(["--instance", "one"]).start().await?;
     let mut two = Service::builder(&site.service_url(), SITE).instance("two").start().await?;
     into_one(&site, 4, json!({"target_update": true})).await?;

@@ -82,7 +82,7 @@ async fn an_existing_target_is_given_what_it_lacks_and_nothing_else() -> Result<
 }
 
 #[tokio::test]
-async fn what_the_target_cannot_be_given_is_told_and_it_stays_as_it_is() -> Result<()> {
+async fn an_impossible_target_update_is_reported_and_not_made() -> Result<()> {
     let (site, mut target) = begin(json!({"subjects": ["u.>"]})).await?;
     site.target_stream("OTHER", json!({"subjects": ["v.b"]})).await?;
     let before = config(&mut target).await?;

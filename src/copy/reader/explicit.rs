@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_again_is_dropped_and_acknowledged_when_it_is_settled() {
+    fn redeliveries_are_dropped_and_acknowledged_when_settled() {
         let mut acks = acks(4, 2, 5);
         assert_eq!(acks.judge(3), Verdict::Drop);
         assert_eq!(acks.judge(5), Verdict::Keep);

@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn the_server_is_told_when_it_asked_and_half_of_what_is_out_has_settled() {
+    fn acks_are_sent_on_request_and_when_half_has_settled() {
         let mut acks = Acks { settled: 10, ..Acks::default() };
         for seq in [11, 13, 14, 20] {
             assert!(acks.delivered(seq));
