@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 
-#[path = "../../tests/it/properties.rs"]
+#[path = "../../tests/it/limits/properties.rs"]
 #[allow(dead_code, reason = "each target uses a part of it")]
 mod properties;
 

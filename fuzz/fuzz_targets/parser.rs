@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use stream_replicator::nats::parser::parse;
 
-#[path = "../../tests/it/properties.rs"]
+#[path = "../../tests/it/limits/properties.rs"]
 #[allow(dead_code, reason = "each target uses a part of it")]
 mod properties;
 

@@ -4,35 +4,20 @@
 //! `SEEDS=10000 cargo test --test sim` runs so many, `FIRST=n` begins with that one; `SEED=n` runs only it, and with
 //! `RUST_LOG=debug` it tells what it does. `STOP=1` ends with the first that fails.
 
-#[path = "sim/durable.rs"]
 mod durable;
-#[path = "sim/history.rs"]
 mod history;
-#[path = "sim/jetstream.rs"]
 mod jetstream;
-#[path = "sim/judge.rs"]
 mod judge;
-#[path = "sim/keys.rs"]
 mod keys;
-#[path = "sim/leases.rs"]
 mod leases;
-#[path = "sim/life.rs"]
 mod life;
-#[path = "sim/plan.rs"]
 mod plan;
-#[path = "sim/process.rs"]
 mod process;
-#[path = "sim/run.rs"]
 mod run;
-#[path = "sim/senders.rs"]
 mod senders;
-#[path = "sim/server.rs"]
 mod server;
-#[path = "sim/stream.rs"]
 mod stream;
-#[path = "sim/traffic.rs"]
 mod traffic;
-#[path = "sim/world.rs"]
 mod world;
 
 use std::ops::RangeInclusive;

@@ -4,7 +4,7 @@
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde_json::json;
 
-use crate::properties::{self, SECRET};
+use super::properties::{self, SECRET};
 
 const ROUNDS: usize = 20_000;
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::wire_rejects::transports;
+use super::rejects::transports;
 use crate::harness::{Expect, Outgoing, PROMPT, SITE, Site, wait_for};
 
 const LONG: Duration = Duration::from_secs(90);

@@ -253,10 +253,10 @@ fn each_claim_about_security_has_its_test() -> Result<()> {
     let mut tests = 0;
     for claim in claims.split("\n- ").skip(1) {
         let claim = claim.split("\n\n").next().unwrap_or_default();
-        let named: Vec<_> = claim.split('`').filter_map(|word| word.split_once("::")).collect();
+        let named: Vec<_> = claim.split('`').filter_map(|word| word.rsplit_once("::")).collect();
         ensure!(!named.is_empty(), "this claim names no test: {claim}");
         for (module, test) in named {
-            let code = self::page(&format!("tests/it/{module}.rs"))?;
+            let code = self::page(&format!("tests/it/{}.rs", module.replace("::", "/")))?;
             let attribute = code.split(&format!("fn {test}(")).next().and_then(|before| before.rsplit("\n\n").next());
             let exists = code.contains(&format!("fn {test}(")) && attribute.is_some_and(|text| text.contains("test"));
             ensure!(exists, "there is no test `{module}::{test}`");

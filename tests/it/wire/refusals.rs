@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::wire_rejects::transports;
+use super::rejects::transports;
 use crate::harness::site::merged;
 use crate::harness::{Expect, LIMIT, Outgoing, Role, SITE, Server, Site, wait_for};
 

@@ -125,7 +125,7 @@ async fn a_document_that_somebody_broke_is_shown_with_what_is_wrong() -> Result<
 #[tokio::test]
 async fn the_schema_is_the_one_of_the_service() -> Result<()> {
     let site = Site::small().await?;
-    let schema: Value = serde_json::from_str(include_str!("../../schemas/replication.json"))?;
+    let schema: Value = serde_json::from_str(include_str!("../../../schemas/replication.json"))?;
     assert_eq!(site.cli().json(["config", "schema"]).await?, schema);
     assert_eq!(serde_json::from_str::<Value>(&site.cli().ok(["config", "schema"]).await?)?, schema);
     Ok(())

@@ -364,7 +364,7 @@ async fn no_secret_is_ever_shown() -> Result<()> {
 #[tokio::test]
 async fn the_schema_is_the_published_one() -> Result<()> {
     let site = Site::small().await?;
-    let published: Value = serde_json::from_str(include_str!("../../schemas/replication.json"))?;
+    let published: Value = serde_json::from_str(include_str!("../../../schemas/replication.json"))?;
     served(site.ask("config.schema", "").await?, published);
     Ok(())
 }

@@ -10,7 +10,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use nkeys::KeyPair;
 use serde_json::{Value, json};
 
-use super::wire_rejects::transports;
+use super::rejects::transports;
 use crate::harness::client::status;
 use crate::harness::site::merged;
 use crate::harness::{LIMIT, Outgoing, Role, Server, Service, Site, request, wait_for, wait_value};

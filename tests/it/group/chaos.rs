@@ -3,13 +3,9 @@
 //! instances and servers, takes a server's disk away, and restarts everything one by one in the end. Then each copy has to be
 //! complete, once and in order, and what the instances had confirmed must not interleave.
 
-#[path = "chaos/acks.rs"]
 mod acks;
-#[path = "chaos/load.rs"]
 mod load;
-#[path = "chaos/plan.rs"]
 mod plan;
-#[path = "chaos/storm.rs"]
 mod storm;
 
 use std::collections::HashMap;

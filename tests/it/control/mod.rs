@@ -1,0 +1,22 @@
+//! The service over NATS: requests, documents, events, heartbeats.
+
+mod allow;
+mod config;
+mod configuration;
+mod deleted_and_added;
+mod docs;
+mod events;
+mod hand_edits;
+mod heartbeats;
+mod heartbeats_choria;
+mod instances;
+mod own_buckets;
+mod pause;
+mod position;
+mod process;
+mod release;
+mod schemas;
+mod secrets;
+mod service;
+mod validate;
+mod written_json;

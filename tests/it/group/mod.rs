@@ -1,0 +1,8 @@
+//! Several instances: leases, failover, faults of all kinds at once.
+
+mod buckets_vanish;
+mod chaos;
+mod cut_off;
+mod leases;
+mod site_name;
+mod stepdown;

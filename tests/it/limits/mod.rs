@@ -1,0 +1,8 @@
+//! Memory, scale, response times, random input.
+
+mod fuzz_twins;
+mod memory;
+mod properties;
+mod random_requests;
+mod response_times;
+mod scale;

@@ -1,0 +1,5 @@
+//! Senders and advisories.
+
+mod advisories;
+mod copies;
+mod senders;

@@ -1,0 +1,36 @@
+//! Copies between two servers, each of its own version: `contrib/version-matrix` runs some of them on other versions.
+
+mod acks;
+mod auth;
+mod clock;
+mod clusters;
+mod connections;
+mod durable;
+mod election;
+mod faults;
+mod fidelity;
+mod foreign_durable;
+mod holds;
+mod kinds;
+mod kv;
+mod limits;
+mod logins;
+mod networks;
+mod objects;
+mod order;
+mod quotas;
+mod rates;
+mod refusals;
+mod rejects;
+mod scope;
+mod second_stream;
+mod shared;
+mod slow;
+mod slow_reads;
+mod source_headers;
+mod source_loss;
+mod stalls;
+mod subjects;
+mod target_limits;
+mod target_subjects;
+mod target_update;
