@@ -8,7 +8,7 @@ use tokio::time::{Duration, Instant};
 const YOUNG: Duration = Duration::from_secs(10);
 /// Cuts that are further apart have nothing to do with each other.
 const TOGETHER: Duration = Duration::from_secs(60);
-/// After so long without a cut, the next run asks for more again.
+/// How long without a cut until a run asks for more again.
 const RECOVERS: Duration = Duration::from_secs(600);
 /// So much less each time.
 const STEP: usize = 4;
@@ -24,9 +24,14 @@ pub(super) struct Appetite {
 }
 
 impl Appetite {
+    /// Whether a run that begins now may ask for more than the one before: then it is worth another run.
+    pub fn recovers(&self, now: Instant) -> bool {
+        self.most.is_some() && self.last.is_some_and(|last| now.duration_since(last) > RECOVERS)
+    }
+
     /// Bytes that the run that begins may ask for.
     pub fn begin(&mut self, wanted: usize, now: Instant) -> usize {
-        if self.last.is_some_and(|last| now.duration_since(last) > RECOVERS) {
+        if self.recovers(now) {
             self.most = self.most.map(|most| most.saturating_mul(STEP)).filter(|most| *most < wanted);
             self.last = self.most.map(|_| now);
         }
@@ -72,7 +77,9 @@ mod tests {
         assert_eq!(appetite.begin(16 * MIB, now + 6 * SOON), LEAST);
         let mut later = now + 5 * SOON;
         for expect in [MIB / 2, 2 * MIB, 8 * MIB, 16 * MIB, 16 * MIB] {
+            assert!(!appetite.recovers(later + SOON));
             later += RECOVERS + SOON;
+            assert_eq!(appetite.recovers(later), appetite.most.is_some());
             assert_eq!(appetite.begin(16 * MIB, later), expect);
         }
     }

@@ -85,7 +85,8 @@ const LOGIN_EVERY: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 enum Ending {
     Stopped,
-    /// A login is about to end and its successor is there, or the source acts on other headers than before.
+    /// A login is about to end and its successor is there, the source acts on other headers than before, or may be asked for
+    /// more.
     BeginsAgain,
     Failed(Error),
 }
@@ -95,7 +96,7 @@ enum Ending {
 pub(super) enum Ended {
     /// By request.
     Stopped,
-    /// To log in again, or to copy by another configuration of the source: the next run begins at once.
+    /// To log in again, to copy by another configuration of the source or to ask it for more: the next run begins at once.
     BeginsAgain,
 }
 
@@ -1122,6 +1123,13 @@ impl<'a> Run<'a> {
         let action = self.watchdog.look(now, &self.seen());
         action.map_or(Ok(()), |action| self.act(action))?;
         self.look_after_logins(now);
+        if self.ending.is_none() && ledger.appetite.recovers(now) {
+            info!(
+                replication = self.replication.id,
+                "the source has not cut a connection for long: asking it for more"
+            );
+            self.end(Ending::BeginsAgain);
+        }
         Ok(self.reader.check(&self.source, now, self.reads)?)
     }
 
