@@ -16,7 +16,8 @@ const TO_CLIENT: &[Direction] = &[Direction::ToClient];
 /// A site for large messages, and what the monitors of source and target are asked at.
 async fn large() -> Result<(Site, [String; 2])> {
     let ports = [free_port()?, free_port()?];
-    let config = |port| format!("max_payload: 8388608\nhttp: \"127.0.0.1:{port}\"");
+    // By default a server closes a connection that does not take a message within 10 s.
+    let config = |port| format!("max_payload: 8388608\nwrite_deadline: \"2m\"\nhttp: \"127.0.0.1:{port}\"");
     let source = Server::builder(Role::Source).config(&config(ports[0])).start().await?;
     let target = Server::builder(Role::Target).config(&config(ports[1])).start().await?;
     let site = Site::builder().on(source, target).start().await?;
