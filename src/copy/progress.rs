@@ -211,12 +211,12 @@ impl Ledger {
         if let Event::SourceReset { action, .. } = loss {
             *action = LossAction::Held;
         }
-        if self.loss.as_ref() != Some(loss) {
+        if !self.loss.as_ref().is_some_and(|told| is_same_loss(told, loss)) {
             warn!(replication = self.id, event = ?loss, "found");
             self.events.emit(loss.clone(), &self.id);
             self.loss = Some(loss.clone());
         }
-        Err(Error::new(ErrorKind::Hold, held_by(loss, replication)))
+        Err(Error::new(ErrorKind::Hold, held_by(self.loss.as_ref().unwrap_or(loss), replication)))
     }
 
     /// Notes, before anything is sent, how many messages may be in flight, where that is more than ever before and than
@@ -365,11 +365,12 @@ impl Ledger {
         self.begun_at.filter(|_| self.broken)
     }
 
-    /// Notes that a run ended with messages in flight up to this source sequence. A run whose chain broke leaves none: the
-    /// target refuses them.
-    pub(super) fn left_in_flight(&mut self, through: u64, now: Instant) {
-        self.late = self.late.and(through, now);
-        self.explained = 0;
+    /// Notes that a run is over, and what it had in flight. A run whose chain broke leaves nothing: the target refuses it.
+    pub(super) fn left_in_flight(&mut self, window: &Window, now: Instant) {
+        if !window.is_empty() {
+            self.late = self.late.and(window.newest().seq, now);
+            self.explained = 0;
+        }
     }
 
     /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it. `true` where
@@ -441,6 +442,16 @@ impl Late {
 
 fn saved_seq(record: &PositionRecord) -> u64 {
     record.source.as_ref().map_or(0, |source| source.seq)
+}
+
+/// Whether a loss is the one that was published: nothing was copied since, and the source has what it had then. Where its end
+/// is, and what the target keeps, may change meanwhile.
+fn is_same_loss(told: &Event, loss: &Event) -> bool {
+    let of = |event: &Event| match event {
+        Event::SourceReset { saved, resumed, .. } => Some((*saved, *resumed)),
+        _ => None,
+    };
+    of(told).zip(of(loss)).is_some_and(|(told, now)| now.0 == told.0 && now.1 >= told.1)
 }
 
 /// Why a copy is held whose source lost messages, and what to do.

@@ -464,6 +464,8 @@ impl<'a> Run<'a> {
                     &self.target_created,
                     sampled,
                 );
+                // What did not settle in time.
+                ledger.left_in_flight(&self.window, Instant::now());
                 ledger.save_now(witnesses, row).await?;
                 Ok(ended)
             }
@@ -474,8 +476,8 @@ impl<'a> Run<'a> {
                 drop((self.source, self.target));
                 if error.chain_broken {
                     ledger.broke_at(self.writer.exact(&self.window), self.window.position().seq);
-                } else if !self.window.is_empty() {
-                    ledger.left_in_flight(self.window.newest().seq, Instant::now());
+                } else {
+                    ledger.left_in_flight(&self.window, Instant::now());
                 }
                 let row = row(self.job, self.state, &self.copy);
                 let witnesses = witnesses(
@@ -1130,6 +1132,7 @@ impl<'a> Run<'a> {
             );
             self.end(Ending::BeginsAgain);
         }
+        self.source.check_delivery();
         Ok(self.reader.check(&self.source, now, self.reads)?)
     }
 

@@ -571,11 +571,12 @@ impl Lane {
 
     /// Writes everything and waits until the server has read it. For use while no copy is under way.
     pub async fn round_trip(&mut self) -> Result<(), Error> {
-        let before = self.pongs;
         self.ping();
+        // An earlier one may not be answered yet.
+        let own = self.pings;
         let mut patience = Patience::begin(self);
-        while self.pongs == before {
-            let until = patience.until(self);
+        while self.pongs < own {
+            let until = patience.until(self).min(Instant::now() + ASK_AGAIN);
             let answered = async {
                 if !self.output.is_empty() || self.unflushed {
                     return self.turn().await.map(drop);
@@ -584,8 +585,12 @@ impl Lane {
             };
             match timeout_at(until, answered).await {
                 Ok(answered) => answered?,
-                Err(_) if patience.is_over(self) => return Err(self.silent("PING")),
-                Err(_) => {}
+                Err(_) => {
+                    self.check_delivery();
+                    if patience.is_over(self) {
+                        return Err(self.silent("PING"));
+                    }
+                }
             }
         }
         Ok(())
@@ -635,11 +640,19 @@ impl Lane {
                 Ok(turn) => turn?,
                 Err(_) if patience.is_over(self) => return Err(self.silent(subject)),
                 Err(_) => {
+                    self.check_delivery();
                     let now = Instant::now();
-                    // One that waits here itself, or whose answer is arriving, needs no second one.
-                    if now >= sent.max(patience.since(self)) + ASK_AGAIN && self.output.is_empty() {
-                        self.publish(subject, &reply, payload);
+                    if now >= sent.max(patience.since(self)) + ASK_AGAIN {
+                        // One that waits here itself, or whose answer is arriving, needs no second one.
+                        if self.output.is_empty() {
+                            self.publish(subject, &reply, payload);
+                        }
                         sent = now;
+                    }
+                    if self.question.is_none() {
+                        // It may wait in the system's buffers, behind other commands.
+                        self.ping();
+                        self.check_delivery();
                     }
                     continue;
                 }
@@ -919,7 +932,7 @@ impl Patience {
         if lane.written > self.written && self.written < self.question {
             (self.since, self.written) = (Instant::now(), lane.written);
         }
-        self.since = self.since.max(lane.arrived_at);
+        self.since = self.since.max(lane.arrived_at).max(lane.drained);
         self.since
     }
 

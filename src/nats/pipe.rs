@@ -54,3 +54,21 @@ impl Pipe {
         self.end.write_all(message.as_bytes()).await.expect("a pipe");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, pin::pin, task::Poll};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_round_trip_ends_with_its_own_answer() {
+        let (mut lane, mut server) = lane().await;
+        lane.ping();
+        let mut trip = pin!(lane.round_trip());
+        server.end.write_all(b"PONG\r\n").await.expect("a pipe");
+        assert!(poll_fn(|cx| Poll::Ready(trip.as_mut().poll(cx).is_pending())).await, "that was another PONG");
+        server.end.write_all(b"PONG\r\n").await.expect("a pipe");
+        trip.await.expect("a PONG");
+    }
+}

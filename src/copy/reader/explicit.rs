@@ -31,8 +31,8 @@ use crate::{
 const AUDIT: Duration = Duration::from_secs(10);
 /// Sequences that one audit acknowledges again at most.
 const AUDIT_MOST: u64 = 100_000;
-/// Commands that are written before the lane is flushed.
-const FLUSH_EVERY: u64 = 4_096;
+/// Bytes of commands that wait in the lane at most: however far apart the first and the last pending message are.
+const WAITING: usize = 256 * 1024;
 /// Asks for a message again: it goes to the end of the server's queue of what is redelivered, unless it is in it already.
 const NAK: &[u8] = b"-NAK";
 /// The same after this time, which takes the message out of that queue. If nothing else follows, because the process
@@ -61,9 +61,18 @@ pub(in crate::copy) struct Explicit {
 enum Sort {
     /// Not known: it is sorted before the next pull.
     Due,
+    /// The server is being asked.
+    Asking(Asking),
     /// The server was asked; the request, and when.
     Asked(String, Instant),
     Done,
+}
+
+/// Commands that sort the queue and are not written yet.
+#[derive(Debug)]
+struct Asking {
+    later: RangeInclusive<u64>,
+    now: RangeInclusive<u64>,
 }
 
 /// What was delivered to an earlier run and not acknowledged: it comes back first, ascending.
@@ -146,18 +155,24 @@ impl Explicit {
         if self.reader.is_asking() {
             return;
         }
-        match self.sort {
-            Sort::Due => {
-                let request = self.acks.sort(lane, self.reader.consumer_seq);
-                self.sort = Sort::Asked(request, Instant::now());
-            }
-            Sort::Asked(..) => {}
+        match &self.sort {
+            Sort::Due => self.sort = Sort::Asking(Asking::of(self.acks.not_back())),
+            Sort::Asking(_) | Sort::Asked(..) => {}
             Sort::Done => {
                 self.pulled_at = self.reader.consumer_seq;
                 self.reader.pull(lane, budget);
                 if self.reader.is_asking() {
                     self.sort = Sort::Due;
                 }
+            }
+        }
+        if let Sort::Asking(asking) = &mut self.sort {
+            let (subject, delivery) = (&self.acks.subject, self.reader.consumer_seq);
+            if asking.write(lane.output(), subject, delivery) {
+                let request = lane.send_request(&last(subject, self.acks.owed.to, delivery), NAK);
+                // What the server takes of the commands is a sign of life.
+                lane.ping();
+                self.sort = Sort::Asked(request, Instant::now());
             }
         }
     }
@@ -195,7 +210,7 @@ impl Explicit {
     /// Whether the consumer still gives signs of life.
     pub(in crate::copy) fn check(&self, lane: &Lane, now: Instant) -> Result<(), Error> {
         if let Sort::Asked(_, at) = &self.sort
-            && now.duration_since(lane.arrived_at().max(*at)) > SILENCE
+            && now.duration_since(lane.arrived_at().max(lane.drained()).max(*at)) > SILENCE
         {
             return Err(Error::retry(format!(
                 "consumer of stream `{}` does not answer within {SILENCE:?} when what was delivered before is asked back",
@@ -237,6 +252,22 @@ impl Explicit {
     }
 }
 
+impl Asking {
+    fn of(asked: RangeInclusive<u64>) -> Self {
+        Self { later: asked.clone(), now: asked }
+    }
+
+    /// Writes as much as may wait in a lane; whether that was the rest.
+    fn write(&mut self, output: &mut BytesMut, subject: &str, delivery: u64) -> bool {
+        while output.len() < WAITING {
+            let later = self.later.next().map(|seq| (seq, NAK_LATER));
+            let Some((seq, word)) = later.or_else(|| self.now.next().map(|seq| (seq, NAK))) else { return true };
+            write(output, subject, seq, delivery, word);
+        }
+        false
+    }
+}
+
 impl Owed {
     /// Whether a delivery may be taken. The server redelivers before it delivers anything new: a new message means that
     /// the rest is gone (expired, or acknowledged by what the run before had in flight), or that the server forgot its
@@ -267,15 +298,9 @@ impl Owed {
 }
 
 impl Acks {
-    /// Asks the server to sort what has not come back; returns the request that it answers then.
-    fn sort(&self, lane: &mut Lane, delivery: u64) -> String {
-        let asked = self.newest.max(self.floor) + 1..=self.owed.to;
-        for word in [NAK_LATER, NAK] {
-            for seq in asked.clone() {
-                write(lane.output(), &self.subject, seq, delivery, word);
-            }
-        }
-        lane.send_request(&format!("{}.{}.{delivery}.0.0", self.subject, self.owed.to), NAK)
+    /// Sequences among which everything is that has not come back.
+    fn not_back(&self) -> RangeInclusive<u64> {
+        self.newest.max(self.floor) + 1..=self.owed.to
     }
 
     fn judge(&mut self, seq: u64) -> Verdict {
@@ -363,15 +388,17 @@ async fn ask_back(
 /// Sorts and waits until the server is through with it: it takes NAKs from a queue of its own, in order, and answers the
 /// last one. A pull that it serves before that would bring new messages in front of what was asked back.
 async fn sort_now(lane: &mut Lane, subject: &str, asked: RangeInclusive<u64>, delivery: u64) -> Result<(), Error> {
-    for word in [NAK_LATER, NAK] {
-        for seq in asked.clone() {
-            write(lane.output(), subject, seq, delivery, word);
-            if seq % FLUSH_EVERY == 0 {
-                flush(lane).await?;
-            }
-        }
+    let to = *asked.end();
+    let mut asking = Asking::of(asked);
+    while !asking.write(lane.output(), subject, delivery) {
+        flush(lane).await?;
     }
-    lane.request(&format!("{subject}.{}.{delivery}.0.0", asked.end()), NAK).await.map(drop)
+    lane.request(&last(subject, to, delivery), NAK).await.map(drop)
+}
+
+/// Subject of the command that is answered.
+fn last(subject: &str, to: u64, delivery: u64) -> String {
+    format!("{subject}.{to}.{delivery}.0.0")
 }
 
 /// Writes everything; what arrives meanwhile is nobody's.

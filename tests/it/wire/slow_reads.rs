@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Outgoing, Proxy, Role, Server, Site, client::http_get, proxy::Direction, server::free_port, wait_for,
+    Outgoing, Proxy, Role, Server, Site, client::http_get, connect, proxy::Direction, server::free_port, wait_for,
 };
 
 const LONG: Duration = Duration::from_secs(150);
@@ -229,5 +229,57 @@ async fn a_position_is_moved_beside_large_messages() -> Result<()> {
     proxy.throttle(TO_CLIENT, Some(RATE));
     let moved = site.send("position", json!({"replication": "BIG", "source_seq": 2})).await?;
     assert_eq!((moved.error, &moved.body["to"]), (None, &json!(2)), "{}", moved.body);
+    Ok(())
+}
+
+/// Delivers everything that waits for the consumer to somebody who acknowledges nothing.
+async fn taken_and_not_acknowledged(site: &Site, count: u64) -> Result<()> {
+    let client = connect(&site.source.url()).await?;
+    let _taken = client.subscribe("taken").await?;
+    let pull = json!({"batch": count, "expires": 60_000_000_000u64}).to_string();
+    client.publish_with_reply("$JS.API.CONSUMER.MSG.NEXT.WQ.SR_TEST", "taken", pull.into()).await?;
+    client.flush().await?;
+    let mut raw = site.source().await?;
+    wait_for("everything to be delivered", LONG, async || {
+        let info = raw.api("CONSUMER.INFO.WQ.SR_TEST", Value::Null).await;
+        info.is_ok_and(|info| info["num_ack_pending"] == count)
+    })
+    .await
+}
+
+/// What asks for much that is pending takes long on a slow line too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn much_that_is_pending_is_asked_for_over_a_slow_line() -> Result<()> {
+    const COUNT: u64 = 12_000;
+    let (site, proxy) = behind_proxy().await?;
+    let mut raw = site.source_stream("WQ", json!({"retention": "workqueue"})).await?;
+    let config = json!({"name": "SR_TEST", "durable_name": "SR_TEST", "ack_policy": "explicit",
+        "ack_wait": 300_000_000_000u64, "max_ack_pending": 20_000});
+    raw.api("CONSUMER.CREATE.WQ.SR_TEST", json!({"stream_name": "WQ", "config": config})).await?;
+    raw.publish_all((1..=COUNT).map(|number| message("WQ", number, 100))).await?;
+    taken_and_not_acknowledged(&site, COUNT).await?;
+    proxy.throttle(&[Direction::ToServer], Some(100_000));
+    site.add("WQ", json!({"source_url": proxy.url()})).await?;
+    let row = site.settled_within("WQ", COUNT, LONG).await.with_context(|| site.service.log())?;
+    is_complete(&site, "WQ", COUNT).await?;
+    assert_eq!(row["counters"]["errors"], 0, "{row}");
+    Ok(())
+}
+
+/// What is acknowledged takes long on a slow line too, and what is asked for comes behind it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_acks_take_long_on_a_slow_line() -> Result<()> {
+    const COUNT: u64 = 40_000;
+    let (site, proxy) = behind_proxy().await?;
+    let mut raw = site.source_stream("WQ", json!({"retention": "workqueue"})).await?;
+    let config = json!({"name": "SR_TEST", "durable_name": "SR_TEST", "ack_policy": "explicit",
+        "ack_wait": 300_000_000_000u64, "max_ack_pending": 20_000});
+    raw.api("CONSUMER.CREATE.WQ.SR_TEST", json!({"stream_name": "WQ", "config": config})).await?;
+    raw.publish_all((1..=COUNT).map(|number| message("WQ", number, 100))).await?;
+    proxy.throttle(&[Direction::ToServer], Some(100_000));
+    site.add("WQ", json!({"source_url": proxy.url()})).await?;
+    let row = site.settled_within("WQ", COUNT, LONG).await.with_context(|| site.service.log())?;
+    is_complete(&site, "WQ", COUNT).await?;
+    assert_eq!(row["counters"]["errors"], 0, "{row}\n{}", site.service.log());
     Ok(())
 }

@@ -97,6 +97,22 @@ async fn a_source_put_back_holds_the_copy_until_it_may_follow() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_loss_that_holds_is_reported_once_whatever_else_arrives() -> Result<()> {
+    let mut site = kept_at_60(json!({"on_source_loss": "hold"}), |site| &mut site.source).await?;
+    put_back(&mut site.source, "old").await?;
+    let mut row = held(&site).await?;
+    for last in [905, 915] {
+        site.publish(STREAM, last - 4..=last).await?;
+        let errors = row["counters"]["errors"].as_u64().context("no errors")?;
+        request(&site.client, "replicator.retry", json!({"replication": STREAM})).await?;
+        let again = |row: &Value| row["state"] == "held" && row["counters"]["errors"].as_u64() > Some(errors);
+        row = site.row_when(STREAM, "is held again", again).await?;
+    }
+    site.events.all("source-reset", 1).await?;
+    site.events.all("held", 1).await.map(drop)
+}
+
+#[tokio::test]
 async fn a_source_that_is_restored_ends_the_hold_without_a_trace() -> Result<()> {
     let mut site = kept_at_60(json!({"on_source_loss": "hold"}), |site| &mut site.source).await?;
     put_back(&mut site.source, "old").await?;
