@@ -10,12 +10,34 @@ use tokio::time::Instant;
 
 /// The time now. Between two calls at least the time passes for which the host was awake or suspended.
 pub(crate) fn now() -> Instant {
-    Instant::now() + suspended()
+    Instant::now() + away()
 }
 
 /// An instant of this clock as one that timers understand.
 pub(crate) fn for_timers(at: Instant) -> Instant {
-    at.checked_sub(suspended()).unwrap_or(at)
+    at.checked_sub(away()).unwrap_or(at)
+}
+
+#[cfg(not(test))]
+fn away() -> Duration {
+    suspended()
+}
+
+#[cfg(test)]
+thread_local! {
+    /// What tests add.
+    static PRETENDED: std::cell::Cell<Duration> = const { std::cell::Cell::new(Duration::ZERO) };
+}
+
+#[cfg(test)]
+fn away() -> Duration {
+    suspended() + PRETENDED.get()
+}
+
+/// As if the host had been suspended for so long just now, for this thread.
+#[cfg(test)]
+pub(crate) fn pretend_suspended(time: Duration) {
+    PRETENDED.set(PRETENDED.get() + time);
 }
 
 /// For how long the host was suspended since the first call.
@@ -60,5 +82,13 @@ mod tests {
         }
         let at = now();
         assert!(for_timers(at) <= at);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_suspended_counts_and_timers_do_not_wait_for_it() {
+        let before = now();
+        pretend_suspended(Duration::from_secs(60));
+        assert_eq!(now() - before, Duration::from_secs(60));
+        assert_eq!(for_timers(before + Duration::from_secs(70)), Instant::now() + Duration::from_secs(10));
     }
 }

@@ -8,7 +8,7 @@
 mod driver;
 mod machine;
 
-use std::sync::Arc;
+use std::{future::poll_fn, pin::pin, sync::Arc, task};
 
 use tokio::{
     sync::watch,
@@ -94,10 +94,16 @@ pub async fn lost(led: &mut watch::Receiver<Leadership>) {
     loop {
         let until = led.borrow_and_update().until;
         let Some(until) = until.filter(|until| boottime::now() < *until) else { return };
+        let mut timer = pin!(sleep_until(boottime::for_timers(until)));
+        // Timers stand still while the host is suspended: the clock is asked whenever this is polled.
+        let over = poll_fn(|cx| match boottime::now() < until {
+            true => timer.as_mut().poll(cx),
+            false => task::Poll::Ready(()),
+        });
         tokio::select! {
             biased;
             changed = led.changed() => if changed.is_err() { return },
-            () = sleep_until(boottime::for_timers(until)) => {}
+            () = over => {}
         }
     }
 }
@@ -220,6 +226,15 @@ mod tests {
         drop(told);
         lost(&mut led).await;
         assert_eq!(begin.elapsed(), Duration::from_secs(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn leadership_that_ended_while_the_host_was_suspended_is_lost() {
+        let (_told, mut led) = watch::channel(leading(boottime::now(), 9000));
+        let mut lost = pin!(lost(&mut led));
+        assert!(futures_util::poll!(lost.as_mut()).is_pending());
+        boottime::pretend_suspended(Duration::from_secs(60));
+        assert!(futures_util::poll!(lost.as_mut()).is_ready());
     }
 
     #[tokio::test(start_paused = true)]

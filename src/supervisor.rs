@@ -425,6 +425,8 @@ impl Loop {
                 self.remark(&mark.id, |marks| marks.apply(&mark));
                 self.table.send_modify(|table| table.marked = mark.revision);
             }
+            // The revision that is told next counts.
+            Signal::Change(ConfigChange::Anew) => {}
             Signal::Change(ConfigChange::Loaded) => {
                 self.unmark_all_but(listed);
                 if !listed.contains(HEARTBEATS_KEY) {

@@ -104,7 +104,30 @@ impl Known {
             }
             ConfigChange::Site(stored) => self.seen = self.seen.max(stored.revision),
             ConfigChange::Marked(mark) => self.seen = self.seen.max(mark.revision),
+            ConfigChange::Anew => self.seen = 0,
             ConfigChange::Loaded => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn revisions_of_a_recreated_bucket_count_from_its_beginning() {
+        let put = |key: &str, revision: u64| {
+            ConfigChange::Put(ConfigEntry { key: key.to_owned(), revision, value: Bytes::new() })
+        };
+        let mut known = Known::default();
+        known.apply(put("A", 100));
+        known.apply(put("B", 99));
+        assert_eq!(known.seen, 100);
+        known.apply(ConfigChange::Anew);
+        known.apply(put("A", 2));
+        known.apply(put("B", 1));
+        assert_eq!((known.seen, known.entries.len()), (2, 2));
     }
 }

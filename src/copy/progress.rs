@@ -309,7 +309,10 @@ impl Ledger {
             Ok(revision) => {
                 self.revision = revision;
                 self.saved.send_replace(saved_seq(&record));
-                self.unsaved.saved(record.status.as_ref().map_or_else(Copied::default, |row| row.copy.counters.into()));
+                match copied(&record) {
+                    Some(copied) => self.unsaved.saved(copied),
+                    None => self.unsaved.nothing(),
+                }
                 self.record = record;
                 Ok(true)
             }
@@ -440,6 +443,12 @@ impl Late {
     }
 }
 
+/// What its holder had copied when a record was written. The row of a holder before counts from another beginning.
+fn copied(record: &PositionRecord) -> Option<Copied> {
+    let row = record.status.as_ref().filter(|row| row.epoch == record.epoch)?;
+    Some(row.copy.counters.into())
+}
+
 fn saved_seq(record: &PositionRecord) -> u64 {
     record.source.as_ref().map_or(0, |source| source.seq)
 }
@@ -526,6 +535,21 @@ impl Witnesses<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::{CopyStatus, State};
+
+    #[test]
+    fn the_row_of_a_holder_before_does_not_say_what_was_copied() {
+        let row = |epoch: u64| {
+            let mut copy = CopyStatus::default();
+            copy.counters.copied = 7;
+            let (replication, origin) = ("S".to_owned(), "kv".to_owned());
+            let state = State::Running;
+            Some(Row { replication, state, origin, leader: None, epoch, config_revision: 1, copy, todo: None })
+        };
+        let record = |status: Option<Row>| PositionRecord { epoch: 2, status, ..PositionRecord::new() };
+        assert_eq!(copied(&record(row(2))), Some(Copied { messages: 7, bytes: 0 }));
+        assert_eq!((copied(&record(row(1))), copied(&record(None))), (None, None));
+    }
 
     #[tokio::test(start_paused = true)]
     async fn messages_in_flight_explain_a_broken_chain_until_copied() {

@@ -504,7 +504,13 @@ impl Sides<'_> {
     }
 
     async fn without_record(&mut self) -> Result<Resume, Error> {
-        if let Some(tail) = self.newest_known(Proof::NoContradiction).await?.tail {
+        let Search { tail, lost } = self.newest_known(Proof::NoContradiction).await?;
+        if let Some(tail) = tail {
+            let last = self.source.state.last_seq;
+            if lost.to > last {
+                let reason = format!("its last sequence is {last}, below {} that was copied", lost.to);
+                return self.source_went_back(lost.to, &reason).await;
+            }
             return self.behind(tail, None).await;
         }
         self.no_other_site().await?;

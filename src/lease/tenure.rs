@@ -142,6 +142,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn work_whose_host_was_suspended_beyond_the_term_is_not_touched_again() {
+        let tenure = tenure(10).await;
+        let mut touched = 0;
+        let work = std::future::poll_fn(|_| {
+            touched += 1;
+            Poll::<()>::Pending
+        });
+        {
+            let stop = CancellationToken::new();
+            let mut held = pin!(tenure.hold(&stop, work));
+            assert!(futures_util::poll!(held.as_mut()).is_pending());
+            boottime::pretend_suspended(Duration::from_secs(60));
+            assert_eq!(held.await, None);
+        }
+        assert_eq!(touched, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_revocation_ends_the_work_at_once_and_a_term_is_prolonged() {
         let tenure = tenure(2).await;
         tenure.term.set(Some(Instant::now() + Duration::from_secs(10)));

@@ -741,6 +741,10 @@ impl Senders {
     pub fn write_all_again(&mut self) {
         let live: Vec<u32> = (0..self.slots.len() as u32).filter(|index| self.slots[*index as usize].live).collect();
         live.into_iter().for_each(|index| self.touch(index));
+        if self.begun {
+            // Their advisories may not be confirmed yet.
+            self.leaving.extend(self.gone.keys().cloned());
+        }
     }
 
     // What others wrote.
@@ -1344,6 +1348,25 @@ mod tests {
             }
             assert!(senders.became_full() && !senders.became_full(), "said again after there was room");
         }
+    }
+
+    #[test]
+    fn all_records_are_written_again_also_of_senders_that_expired() {
+        let mut senders = senders();
+        take(&mut senders, sight(1, 0.0, "gone"));
+        take(&mut senders, sight(2, 200.0, "here"));
+        let names = |records: Vec<(String, Option<SenderRecord>)>| -> Vec<_> {
+            let expired = |record: Option<SenderRecord>| record.map(|record| (record.expired, record.pending.len()));
+            let mut names: Vec<_> = records.into_iter().map(|(name, record)| (name, expired(record))).collect();
+            names.sort();
+            names
+        };
+        let before = names(all_records(&mut senders, 2));
+        assert_eq!(before.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["gone", "here"]);
+        assert!(matches!(before[0].1, Some((true, 1..))), "{before:?}");
+        assert!(all_records(&mut senders, 2).is_empty());
+        senders.write_all_again();
+        assert_eq!(names(all_records(&mut senders, 2)), before);
     }
 
     #[test]

@@ -1,18 +1,17 @@
 //! One bucket: current reads, writes by compare-and-swap, and nothing about what the values mean.
 
-use std::{fmt, time::Duration};
+use std::{collections::HashMap, fmt, time::Duration};
 
 use async_nats::{
     Client, HeaderMap, Message, Request, RequestErrorKind, StatusCode,
     header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE,
     jetstream::{
         self,
-        context::{ContextBuilder, CreateKeyValueError, CreateKeyValueErrorKind, GetStreamErrorKind},
-        kv,
+        context::{ContextBuilder, GetStreamErrorKind},
         message::StreamMessage,
         publish::PublishAck,
         response::Response,
-        stream::{ClusterInfo, Info, RawMessageErrorKind, Stream},
+        stream::{self, ClusterInfo, DiscardPolicy, Info, RawMessageErrorKind, Stream},
     },
 };
 use bytes::Bytes;
@@ -21,7 +20,7 @@ use tokio::{sync::watch as watch_channel, time::timeout};
 
 use super::{
     buckets::Error,
-    watch::{self, Changes},
+    watch::{self, Changes, RECREATED},
 };
 use crate::{chance, nats::jetstream::is_leaders_answer};
 
@@ -84,9 +83,7 @@ pub trait Cells: fmt::Debug + Send + Sync {
     fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
     /// Leaves the marker of a deletion if the key is at `expected`; returns the marker's revision.
     fn mark_deleted<'a>(&'a self, key: &'a str, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
-    /// Removes a key without leaving a marker.
-    fn forget<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), Error>>;
-    /// Removes what lies at a key up to and with a revision, without leaving a marker.
+    /// Removes what lies at a key up to and with a revision (0: nothing), without leaving a marker.
     fn forget_through<'a>(&'a self, key: &'a str, revision: u64) -> BoxFuture<'a, Result<(), Error>>;
     /// All keys as they are, then every change, for ever.
     fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>>;
@@ -107,10 +104,6 @@ impl Cells for Bucket {
 
     fn mark_deleted<'a>(&'a self, key: &'a str, expected: u64) -> BoxFuture<'a, Result<u64, PutError>> {
         self.mark_deleted(key, expected).boxed()
-    }
-
-    fn forget<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), Error>> {
-        self.forget(key).boxed()
     }
 
     fn forget_through<'a>(&'a self, key: &'a str, revision: u64) -> BoxFuture<'a, Result<(), Error>> {
@@ -136,21 +129,28 @@ impl Bucket {
         let context = ContextBuilder::new().api_prefix(api_prefix).timeout(TIMEOUT).build(client.clone());
         let error = |message: String| Error { bucket: name.to_owned(), message };
         if !exists(&context, name).await.map_err(error)? {
-            let create = async |limit_markers: Option<Duration>| {
-                let config = kv::Config {
-                    bucket: name.to_owned(),
-                    description: "stream-replicator".to_owned(),
-                    history,
-                    num_replicas: replicas,
-                    limit_markers,
-                    ..kv::Config::default()
+            let create = async |markers: Option<Duration>| {
+                let config = stream::Config {
+                    name: stream_name(name),
+                    description: Some("stream-replicator".to_owned()),
+                    subjects: vec![format!("$KV.{name}.>")],
+                    max_messages_per_subject: history,
+                    num_replicas: replicas.max(1),
+                    discard: DiscardPolicy::New,
+                    allow_rollup: true,
+                    deny_delete: true,
+                    allow_direct: true,
+                    allow_message_ttl: markers.is_some(),
+                    subject_delete_marker_ttl: markers,
+                    // Where others run and miss it, they write back what was in it.
+                    metadata: HashMap::from([(RECREATED.to_owned(), chance::name())]),
+                    ..stream::Config::default()
                 };
-                context.create_key_value(config).await
+                context.create_stream(config).await
             };
             let mut created = create(markers).await;
-            let too_old =
-                |error: &CreateKeyValueError| error.kind() == CreateKeyValueErrorKind::LimitMarkersNotSupported;
-            if created.as_ref().is_err_and(too_old) {
+            if created.is_err() && markers.is_some() {
+                // A server before 2.11.
                 created = create(None).await;
             }
             if let Err(failed) = created {
@@ -339,25 +339,18 @@ impl Bucket {
     pub(super) async fn forget_matching(&self, pattern: &str, through: Option<u64>) -> Result<(), Error> {
         let purge = self.stream.purge().filter(self.subject(pattern));
         let purged = match through {
+            // There was nothing. The server would purge everything: to it, up to before sequence 1 is no limit.
+            Some(0) => return Ok(()),
             Some(revision) => self.in_time(purge.sequence(revision + 1).into_future()).await?,
             None => self.in_time(purge.into_future()).await?,
         };
         purged.map(|_| ()).map_err(|error| self.error(format!("keys `{pattern}` cannot be removed: {}", chain(&error))))
     }
 
-    /// Removes a key without leaving a marker.
-    pub(super) async fn forget(&self, key: &str) -> Result<(), Error> {
-        self.check_key(key)?;
-        let purged = self.in_time(self.stream.purge().filter(self.subject(key)).into_future()).await?;
-        purged.map(|_| ()).map_err(|error| self.error(format!("key `{key}` cannot be removed: {}", chain(&error))))
-    }
-
-    /// Removes what lies at a key up to and with a revision, without leaving a marker.
+    /// Removes what is at a key up to and with a revision, without leaving a marker.
     pub(super) async fn forget_through(&self, key: &str, revision: u64) -> Result<(), Error> {
         self.check_key(key)?;
-        let purge = self.stream.purge().filter(self.subject(key)).sequence(revision + 1);
-        let purged = self.in_time(purge.into_future()).await?;
-        purged.map(|_| ()).map_err(|error| self.error(format!("key `{key}` cannot be removed: {}", chain(&error))))
+        self.forget_matching(key, Some(revision)).await
     }
 
     /// The bucket's stream as its leader sees it now.

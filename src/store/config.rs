@@ -3,7 +3,7 @@
 //! the buckets belong to.
 
 use bytes::Bytes;
-use futures_util::{StreamExt, future::ready, stream::BoxStream};
+use futures_util::{StreamExt, stream::BoxStream};
 
 use super::{
     bucket::{Bucket, PutError, Stored},
@@ -42,6 +42,8 @@ pub enum ConfigChange {
     Site(Stored),
     /// A mark was put, changed or removed, or was there when the watch began.
     Marked(Mark),
+    /// The bucket was recreated, or restored: revisions start again. What differs follows.
+    Anew,
     /// Everything that was there when the watch began has been told.
     Loaded,
 }
@@ -88,7 +90,7 @@ impl ConfigStore {
     /// `purpose` is one word, another one for each watch of a process.
     pub async fn watch(&self, purpose: &str) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
         let changes = watch::watch(self.bucket.clone(), purpose, |key| MarkKind::of_key(key).is_some()).await?;
-        Ok(changes.filter_map(|change| ready(change.map(typed).transpose())).boxed())
+        Ok(changes.map(|change| change.map(typed)).boxed())
     }
 
     /// Revisions of a key since its last deletion that the bucket still has, newest first.
@@ -209,12 +211,12 @@ impl ConfigStore {
 const WRITE_TRIES: usize = 5;
 
 /// What a change of the bucket means.
-fn typed(change: Change) -> Option<ConfigChange> {
+fn typed(change: Change) -> ConfigChange {
     let mark = |key: &str, revision: u64, value: Option<&Bytes>| {
         let (id, kind) = MarkKind::of_key(key)?;
         Some(ConfigChange::Marked(Mark { id: id.to_owned(), kind, revision, value: value.cloned() }))
     };
-    Some(match change {
+    match change {
         Change::Put { key, revision, value } if key == HEARTBEATS_KEY => {
             ConfigChange::Heartbeats(Stored { revision, value: Some(value) })
         }
@@ -231,9 +233,8 @@ fn typed(change: Change) -> Option<ConfigChange> {
             mark(&key, revision, None).unwrap_or(ConfigChange::Deleted { key, revision })
         }
         Change::Loaded => ConfigChange::Loaded,
-        // What differs is told.
-        Change::Anew => return None,
-    })
+        Change::Anew => ConfigChange::Anew,
+    }
 }
 
 fn allowed(current: Option<&Stored>, expected: Option<u64>) -> Result<(), WriteError> {

@@ -41,7 +41,7 @@ const LOST: Duration = Duration::from_secs(5);
 
 /// Writes that wait for their answers together.
 const PUTS: usize = 64;
-/// Metadata of a bucket that an instance recreated while it ran; another value for each time.
+/// Metadata of a bucket that an instance created, at its start or while it ran; another value for each time.
 pub(super) const RECREATED: &str = "stream-replicator.recreated";
 
 /// What the watch tells.
@@ -169,10 +169,11 @@ impl Watch {
                     // while the server does not answer there is nothing to compare with
                     let Ok(info) = self.bucket.info().await else { continue };
                     let look = Look::new(&info);
-                    let behind = look.behind(self.looked.replace(look), self.seen);
-                    if behind {
+                    if look.behind(self.looked, self.seen) {
+                        // Compared again by who reads everything: whether it is another stream.
                         return None;
                     }
+                    self.looked = Some(look);
                 }
             }
         }
@@ -260,7 +261,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Writes what was known again into a bucket that was deleted and that an instance recreated, as far as the keys are
+    /// Writes what was known again into a bucket that was deleted and that an instance created again, as far as the keys are
     /// not there: every watch does so before it looks for what is gone, so that no instance takes a part for the whole.
     /// What people recreated or restored counts as it is. Whether anything was written.
     async fn put_back(&self, info: &stream::Info) -> Result<bool, Error> {

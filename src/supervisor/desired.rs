@@ -28,7 +28,7 @@ pub(super) enum Signal {
     Change(ConfigChange),
 }
 
-/// All changes, for ever: a watch that fails or ends is begun anew. Nothing is lost when a `next` is dropped.
+/// All changes, for ever: a watch that ends is opened again. Nothing is lost when a `next` is dropped.
 pub(super) fn changes(store: ConfigStore) -> impl Stream<Item = Signal> + Send {
     let watcher = Watcher { store, watch: None, trouble: Trouble::new("the configuration is not watched") };
     stream::unfold(watcher, |mut watcher| async move { Some((watcher.next().await, watcher)) })
@@ -53,18 +53,18 @@ impl Watcher {
                 }
                 return Signal::Began;
             };
-            let reason = match watch.next().await {
+            match watch.next().await {
                 Some(Ok(change)) => {
-                    if change == ConfigChange::Loaded {
-                        self.trouble.over();
-                    }
+                    self.trouble.over();
                     return Signal::Change(change);
                 }
-                Some(Err(error)) => error.to_string(),
-                None => "the watch ended".to_owned(),
-            };
-            self.watch = None;
-            self.trouble.wait(&reason).await;
+                // The watch continues, and knows what it has to write into a bucket that is recreated.
+                Some(Err(error)) => self.trouble.tell(&error.to_string()),
+                None => {
+                    self.watch = None;
+                    self.trouble.wait("the watch ended").await;
+                }
+            }
         }
     }
 }

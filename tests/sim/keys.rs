@@ -251,10 +251,6 @@ impl Cells for Handle {
         .boxed()
     }
 
-    fn forget<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<(), Error>> {
-        self.forget_through(key, u64::MAX)
-    }
-
     fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>> {
         let changes = unfold((self.clone(), 0, false), |(handle, mut told, mut loaded)| async move {
             let change = handle.next(&mut told, &mut loaded).await;

@@ -178,6 +178,45 @@ async fn readyz_is_false_while_a_bucket_is_missing() -> Result<()> {
 }
 
 #[tokio::test]
+async fn what_is_missing_for_long_is_written_back() -> Result<()> {
+    let site = site().await?;
+    site.replicate("ORDERS", 10).await?;
+    let bucket = "REPLICATOR_CONFIG";
+    delete(&site, bucket).await?;
+    // Nothing can be created under this name, as long as another stream has the subjects.
+    let mut raw = Raw::connect(&site.control().url()).await?;
+    raw.create_stream("IN_THE_WAY", json!({"subjects": [format!("$KV.{bucket}.>")]})).await?;
+    // Until every watch has reported an error.
+    for text in ["the configuration is not watched", "questions are answered with what was known before"] {
+        wait_for(text, LIMIT, async || site.service.log().contains(text)).await?;
+    }
+    copies_on(&site, "ORDERS", 10).await?;
+    raw.api("STREAM.DELETE.IN_THE_WAY", Value::Null).await?;
+    key_is(&site, bucket, "ORDERS", |value| value["stream"] == "ORDERS").await?;
+    // A change by hand takes effect: the watch follows the new bucket.
+    let put = site.put("ORDERS", site.document_with("ORDERS", json!({"max_age": "1d"})).to_string()).await?;
+    site.row_when("ORDERS", "follows it", |row| row["config_revision"] == put).await?;
+    copies_on(&site, "ORDERS", 20).await?;
+    site.events.quiet(&["stopped"])
+}
+
+/// An instance that starts while a bucket is missing creates it at once, empty.
+#[tokio::test]
+async fn what_a_start_recreates_is_filled_by_those_who_run() -> Result<()> {
+    let site = site().await?;
+    site.replicate("ORDERS", 10).await?;
+    site.replicate("RESTS", 10).await?;
+    ensure!(site.ask("pause", "RESTS").await?.error.is_none());
+    delete(&site, "REPLICATOR_CONFIG").await?;
+    let two = another(&site, "two").await?;
+    key_is(&site, "REPLICATOR_CONFIG", "ORDERS", |value| value["stream"] == "ORDERS").await?;
+    key_is(&site, "REPLICATOR_CONFIG", "RESTS/paused", |_| true).await?;
+    copies_on(&site, "ORDERS", 10).await.with_context(|| two.log())?;
+    assert_eq!(site.row("RESTS").await.context("the row")?["state"], "paused");
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_people_recreate_counts_as_it_is() -> Result<()> {
     let site = site().await?;
     site.replicate("ORDERS", 10).await?;

@@ -96,6 +96,23 @@ async fn a_source_put_back_holds_the_copy_until_it_may_follow() -> Result<()> {
     Ok(())
 }
 
+/// Without a position record the target alone says that the source lost its end.
+#[tokio::test]
+async fn a_source_put_back_holds_the_copy_also_without_a_record() -> Result<()> {
+    let mut site = kept_at_60(json!({"on_source_loss": "hold"}), |site| &mut site.source).await?;
+    site.stop().await?;
+    site.bucket("REPLICATOR_POSITIONS").await?.delete(STREAM).await?;
+    put_back(&mut site.source, "old").await?;
+    site.service.restart().await?;
+    let row = held(&site).await?;
+    assert_eq!(row["only_at_target"], only_at_target(61..=100), "{row}");
+    update(&site, json!({"on_source_loss": "follow"})).await?;
+    site.publish(STREAM, 901..=910).await?;
+    let row = site.settled(STREAM, 70).await?;
+    assert_eq!((&row["only_at_target"], stored(&site).await?.len()), (&only_at_target(61..=100), 110), "{row}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_loss_that_holds_is_reported_once_whatever_else_arrives() -> Result<()> {
     let mut site = kept_at_60(json!({"on_source_loss": "hold"}), |site| &mut site.source).await?;
