@@ -113,6 +113,8 @@ mod wire_clock;
 mod wire_clusters;
 #[path = "it/wire_connections.rs"]
 mod wire_connections;
+#[path = "it/wire_consumer_ahead.rs"]
+mod wire_consumer_ahead;
 #[path = "it/wire_durable.rs"]
 mod wire_durable;
 #[path = "it/wire_election.rs"]

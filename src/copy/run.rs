@@ -268,6 +268,10 @@ impl<'a> Run<'a> {
         }
         let another = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
         let (position, first_seq) = (resume.position.seq, source_info.state.first_seq);
+        let durable = match durable {
+            Some(found) => found.unless_ahead(&mut source, &replication, &source_info, position, another).await?,
+            None => None,
+        };
         let sampler = Sampler::begin(job, position, ledger.record(), another, first_seq);
         let inspected = replication.sampling.as_ref().map(|sampling| sampling.inspect.mark());
         let from = sampler.as_ref().map(|(_, from)| *from);
