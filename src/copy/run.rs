@@ -596,6 +596,7 @@ impl<'a> Run<'a> {
     /// Writes what is known of senders and publishes what is to be told of them, as far as that is due.
     fn sample(&mut self, now: Instant) {
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
+            sampler.was_read(self.window.newest().seq, self.reader.pending() == 0);
             sampler.write(self.window.position().seq, now);
             sampler.publish(status, now);
         }

@@ -40,6 +40,7 @@ pub struct Original {
     cut: Option<Duration>,
     purged: bool,
     copies: Vec<usize>,
+    /// By itself: later ones may be stored before it.
     refused: bool,
     /// Generations of its dead letters.
     letters: Vec<usize>,
@@ -367,7 +368,8 @@ impl History {
         match result {
             Some(Ok(ack)) if !ack.duplicate => self.stored(number, ack.seq, arrival),
             Some(Ok(_)) => {}
-            None | Some(Err(_)) => self.originals[number].refused = true,
+            // What follows in a batch is refused too.
+            None | Some(Err(_)) => self.originals[number].refused |= !arrival.batched,
         }
     }
 
@@ -467,12 +469,7 @@ impl History {
         let alone = !chained && (!self.held.contains_key(&seq) || original.excused.is_some());
         // Left out as too old by a run that could not save that, and young again for the next one.
         let young_again = is_old && self.plan.has(Fault::sets_source_back);
-        if first
-            && !alone
-            && !young_again
-            && *newest > number
-            && (arrival.batched || self.plan.strict || !original.refused)
-        {
+        if first && !alone && !young_again && *newest > number && (self.plan.strict || !original.refused) {
             let newest = self.originals[*newest].seq;
             self.breach(format!("{seq} stands behind {newest}, and was never refused"));
         } else {
