@@ -216,7 +216,9 @@ impl History {
     fn sender_is_known(&mut self, number: usize) {
         let Original { seq, time_ns, wanted, excused, subject, copies, .. } = &self.originals[number];
         let Some(inspect) = self.plan.inspect.filter(|_| !self.plan.records_fail()) else { return };
-        if !wanted || excused.is_some() {
+        // A sender that is not seen for so long is forgotten.
+        let age = self.world.now_ns(Host::Source) - time_ns;
+        if !wanted || excused.is_some() || age >= inspect.as_nanos() as i64 {
             return;
         }
         // That it was seen is written now and then.
