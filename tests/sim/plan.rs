@@ -359,6 +359,18 @@ impl Plan {
                 || fault.target_loses()
                 || matches!(fault, Fault::Purge(_) | Fault::Foreign(_))
         };
+        // The end of a source that forgets is lost, and messages come before anybody reads again.
+        let quiet = !self.has(loses) && self.inspect.is_none();
+        if quiet && self.is_consumed() && world.aside(21).random() {
+            let burst = random.random_range(0..self.bursts.len());
+            let at = self.bursts[burst].0 + Duration::from_millis(random.random_range(0..3_000));
+            let away = Duration::from_millis(random.random_range(500..6_000));
+            let away = (0..self.begins.len()).map(|which| (at, Fault::Crash(which, away)));
+            self.faults.extend(away);
+            self.faults.push((at, Fault::SourceForgets(random.random_range(1..100))));
+            self.bursts.push((at + Duration::from_millis(random.random_range(0..1_000)), random.random_range(1..150)));
+            self.bursts.sort_unstable();
+        }
         if random.random_range(0..8) == 0 && !self.has(loses) && self.inspect.is_none() {
             let at = Duration::from_millis(random.random_range(0..self.stormy.as_millis() as u64));
             let (leases, known) = (random.random(), random.random());
@@ -371,8 +383,8 @@ impl Plan {
                 let burst = random.random_range(0..self.bursts.len());
                 self.faults.push((self.bursts[burst].0, Fault::Refuse(random.random_range(0..60))));
             }
-            self.faults.sort_by_key(|(at, _)| *at);
         }
+        self.faults.sort_by_key(|(at, _)| *at);
         self
     }
 
