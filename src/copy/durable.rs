@@ -7,6 +7,7 @@
 
 use serde_json::{Value, json};
 use tokio::time::Duration;
+use tracing::warn;
 
 use super::target::{self, API_LEVEL_2_14};
 use crate::{
@@ -31,6 +32,9 @@ const ACK_WAIT: Duration = Duration::from_secs(300);
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Messages that may wait for their ack at the least.
 const LEAST_PENDING: u64 = 16;
+/// How long a consumer exists that keeps the messages of an interest stream while the durable one is recreated, if the
+/// process ends meanwhile.
+const KEEPER: Duration = Duration::from_secs(600);
 
 /// How a consumer wants its acks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +108,80 @@ impl Durable {
         if floor <= source.state.last_seq { floor } else { 0 }
     }
 
+    /// Keeps the consumer, unless it is ahead of its stream, which lost its end: what the stream stores next, up to what
+    /// was delivered before, it never delivers. Servers before 2.14 leave it so. `lost` if the end was seen to be lost;
+    /// otherwise the stream has not grown yet.
+    pub(super) async fn unless_ahead(
+        self,
+        lane: &mut Lane,
+        replication: &Replication,
+        source: &StreamInfo,
+        position: u64,
+        lost: bool,
+    ) -> Result<Option<Self>, Error> {
+        let (delivered, state) = (self.info.delivered.stream_seq, &source.state);
+        let grown = lost && state.first_seq <= delivered;
+        if self.way != Way::Explicit || delivered <= position || !(grown || delivered > state.last_seq) {
+            return Ok(Some(self));
+        }
+        // The stream may have stored more since `source` was read, and the consumer delivered that.
+        let now = Api::new(lane).stream_info(&replication.source.stream).await?;
+        if !grown && now.is_some_and(|now| delivered <= now.state.last_seq) {
+            return Ok(Some(self));
+        }
+        self.give_up(lane, replication, source, position).await.map(|()| None)
+    }
+
+    /// Whether what is acknowledged says nothing of what the stream has, which lost its end.
+    pub(super) fn is_stale(&self, source: &StreamInfo) -> bool {
+        self.way == Way::Explicit && source.state.first_seq <= self.info.ack_floor.stream_seq
+    }
+
+    /// Deletes a consumer that is ahead of its stream, so that the next one delivers all that the stream has behind
+    /// `position`. Of a work queue nothing goes with it. Of an interest stream, the messages that no other consumer wants
+    /// would: until the next one is there, a second consumer wants them.
+    async fn give_up(
+        self,
+        lane: &mut Lane,
+        replication: &Replication,
+        source: &StreamInfo,
+        position: u64,
+    ) -> Result<(), Error> {
+        let stream = &replication.source.stream;
+        let delivered = self.info.delivered.stream_seq;
+        if !is_ours(&self.info.config) {
+            return Err(Error::hold(format!(
+                "source stream `{stream}` lost its end, and durable consumer `{}`, which this replication did not create, is ahead \
+                 of it: it never delivers what the stream stored since then, up to sequence {delivered}. Delete the consumer, and \
+                 the replication creates its own",
+                self.name
+            )));
+        }
+        if source.text("retention") != "workqueue" {
+            let mut config = json!({
+                "name": keeper(&self.name),
+                "durable_name": keeper(&self.name),
+                "description": format!("keeps messages while `{}` is recreated", self.name),
+                "ack_policy": "explicit",
+                "max_ack_pending": 1,
+                "inactive_threshold": KEEPER.as_nanos() as u64,
+                "metadata": { MARK: replication.id },
+            });
+            begin_behind(&mut config, position);
+            take_subjects(&mut config, replication);
+            Api::new(lane).create_consumer(stream, &keeper(&self.name), &config).await?;
+        }
+        warn!(
+            replication = replication.id,
+            stream,
+            consumer = self.name,
+            delivered,
+            position,
+            "the durable consumer is ahead of its stream, which lost its end: recreating it"
+        );
+        Api::new(lane).delete_consumer(stream, &self.name).await
+    }
+
     /// Takes the consumer that was found, or makes one that begins behind `position`. One that pushes delivers to
     /// `subject` from now on, behind what is acknowledged.
     pub(super) async fn open(
@@ -123,6 +201,9 @@ impl Durable {
             // Another one may make it at the same moment.
             let created = Api::new(lane).create_new_consumer(stream, &name, &config).await;
             let info = created.map_err(|error| not_made(error, &name, source, stream))?;
+            if way == Way::Explicit && source.text("retention") != "workqueue" {
+                Api::new(lane).delete_consumer(stream, &keeper(&name)).await?;
+            }
             return Ok(Self { name, way, info });
         };
         let mut config = info.config.clone();
@@ -142,6 +223,11 @@ impl Durable {
         }
         Ok(Self { name, way, info })
     }
+}
+
+/// Name of the consumer that keeps the messages of an interest stream while another one is recreated.
+fn keeper(name: &str) -> String {
+    format!("{name}_keep")
 }
 
 /// Where a consumer that pushes begins again; `None` for behind what is acknowledged.
@@ -282,12 +368,7 @@ fn new_config(replication: &Replication, source: &StreamInfo, name: &str, positi
         "metadata": { MARK: replication.id },
     });
     // A work queue knows no other beginning.
-    if position == 0 || source.text("retention") == "workqueue" {
-        config["deliver_policy"] = "all".into();
-    } else {
-        config["deliver_policy"] = "by_start_sequence".into();
-        config["opt_start_seq"] = (position + 1).into();
-    }
+    begin_behind(&mut config, if source.text("retention") == "workqueue" { 0 } else { position });
     match Way::of(source) {
         Way::Explicit => {
             config["ack_policy"] = "explicit".into();
@@ -302,6 +383,25 @@ fn new_config(replication: &Replication, source: &StreamInfo, name: &str, positi
     config
 }
 
+/// A new consumer delivers what is after `position`.
+fn begin_behind(config: &mut Value, position: u64) {
+    if position == 0 {
+        config["deliver_policy"] = "all".into();
+    } else {
+        config["deliver_policy"] = "by_start_sequence".into();
+        config["opt_start_seq"] = (position + 1).into();
+    }
+}
+
+/// A consumer delivers the subjects that the document names.
+fn take_subjects(config: &mut Value, replication: &Replication) {
+    match replication.scope.filters() {
+        [] => {}
+        [filter] => config["filter_subject"] = filter.as_str().into(),
+        filters => config["filter_subjects"] = filters.into(),
+    }
+}
+
 /// What follows the document and the connection.
 fn change(config: &mut Value, replication: &Replication, owner: Owner<'_>, source: &StreamInfo, subject: Option<&str>) {
     let Some(fields) = config.as_object_mut() else { return };
@@ -311,15 +411,11 @@ fn change(config: &mut Value, replication: &Replication, owner: Owner<'_>, sourc
     }
     fields.remove("filter_subject");
     fields.remove("filter_subjects");
-    match replication.scope.filters() {
-        [] => {}
-        [filter] => _ = fields.insert("filter_subject".to_owned(), filter.as_str().into()),
-        filters => _ = fields.insert("filter_subjects".to_owned(), filters.into()),
-    }
     fields.insert("max_ack_pending".to_owned(), max_ack_pending(replication, source, subject.is_some()).into());
     if let Some(subject) = subject {
         fields.insert("deliver_subject".to_owned(), subject.into());
     }
+    take_subjects(config, replication);
 }
 
 /// Twice what may be in the air, so that what is read next is there when that settles. What is pulled is bounded in

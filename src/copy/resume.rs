@@ -546,11 +546,13 @@ impl Sides<'_> {
         Ok(None)
     }
 
-    /// What is acknowledged at the source is settled, whatever else was found: it does not come again.
+    /// What is acknowledged at the source is settled, whatever else was found: it does not come again. Unless the source
+    /// lost its end: then those were other messages.
     async fn behind_acks(&mut self, resume: &mut Resume) -> Result<(), Error> {
         let Some(durable) = self.durable else { return Ok(()) };
         let floor = durable.floor(self.source);
-        if floor <= resume.position.seq {
+        let lost = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
+        if floor <= resume.position.seq || lost && durable.is_stale(self.source) {
             return Ok(());
         }
         for finding in &mut resume.findings {

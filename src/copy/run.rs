@@ -269,6 +269,10 @@ impl<'a> Run<'a> {
         }
         let another = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
         let (position, first_seq) = (resume.position.seq, source_info.state.first_seq);
+        let durable = match durable {
+            Some(found) => found.unless_ahead(&mut source, &replication, &source_info, position, another).await?,
+            None => None,
+        };
         let sampler = Sampler::begin(job, position, ledger.record(), another, first_seq);
         let inspected = replication.sampling.as_ref().map(|sampling| sampling.inspect.mark());
         let from = sampler.as_ref().map(|(_, from)| *from);
@@ -595,6 +599,7 @@ impl<'a> Run<'a> {
     /// Writes what is known of senders and publishes what is to be told of them, as far as that is due.
     fn sample(&mut self, now: Instant) {
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.copy.sampling) {
+            sampler.was_read(self.window.newest().seq, self.reader.pending() == 0);
             sampler.write(self.window.position().seq, now);
             sampler.publish(status, now);
         }

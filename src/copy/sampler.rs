@@ -70,6 +70,8 @@ pub(super) struct Sampler {
     inspector: Inspector,
     /// Messages up to here settled before this run.
     replay_to: u64,
+    /// Of those, up to here they were read again, until all were: what they say of senders is not known before.
+    replayed: Option<u64>,
     /// What was found in the message that comes next.
     looked: Looked,
     /// Messages before the first one that is read were lost.
@@ -134,6 +136,7 @@ impl Sampler {
             replication: replication.id.clone(),
             inspector: Inspector::new(sampling),
             replay_to: position,
+            replayed: (from < position).then_some(from),
             looked: Looked::default(),
             gap: from > 0 && first_seq > from + 1,
             writing: None,
@@ -224,11 +227,26 @@ impl Sampler {
     /// at the target: then an extra copy is the lesser evil.
     pub fn replay(&mut self, incoming: &Incoming<'_>, may_be_refused: bool) {
         self.look(incoming);
+        if let Some(replayed) = &mut self.replayed {
+            *replayed = self.looked.seq;
+        }
         if self.looked.named {
             let fate = if may_be_refused { Fate::Passed } else { Fate::Stored };
             self.samples.lock().replay(&self.looked.sighting(), fate);
         }
         self.looked.seq = 0;
+    }
+
+    /// Everything up to `newest` was read; `all` says that nothing waits to be read.
+    pub fn was_read(&mut self, newest: u64, all: bool) {
+        if all || newest > self.replay_to {
+            self.replayed = None;
+        }
+    }
+
+    /// Up to where the records may be said to hold once they are written.
+    fn known(&self, position: u64) -> u64 {
+        self.replayed.map_or(position, |replayed| position.min(replayed))
     }
 
     /// Everything up to here has settled.
@@ -258,6 +276,7 @@ impl Sampler {
         if self.writing.is_some() || (now < self.next_write && !urgent) {
             return;
         }
+        let position = self.known(position);
         let next = self.samples.lock().next_write(position, TOGETHER);
         let Some(write) = next else {
             self.written_at = now;

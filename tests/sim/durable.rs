@@ -100,6 +100,12 @@ impl Consumer {
         self.acks.is_some()
     }
 
+    /// Whether a message waits for it.
+    fn wants(&self, seq: u64, subject: &str) -> bool {
+        let pending = self.acks.as_ref().is_some_and(|acks| acks.pending.contains_key(&seq));
+        self.is_durable() && self.takes(subject) && (seq >= self.next || pending)
+    }
+
     /// The server was killed: what it knows by heart is forgotten, and what is on disk is not.
     pub(super) fn restart(&mut self) {
         self.pulls.clear();
@@ -294,7 +300,8 @@ impl State {
         for consumer in self.consumers.values_mut().filter(|consumer| consumer.stream == of) {
             let Some(acks) = &mut consumer.acks else { continue };
             let before = acks.pending.len();
-            acks.pending.retain(|seq, _| stream.messages.contains_key(seq));
+            // What was lost with the end of the stream may be there again.
+            acks.pending.retain(|seq, _| *seq > stream.last || stream.messages.contains_key(seq));
             if acks.pending.len() < before {
                 acks.floor = match acks.pending.first_key_value() {
                     Some((first, (delivery, _))) => (delivery - 1, first - 1),
@@ -302,6 +309,35 @@ impl State {
                 };
             }
         }
+    }
+
+    /// The stream lost what was after a sequence. From 2.14 on, its consumers follow; before, they stay ahead of it.
+    pub(super) fn lost_end(&mut self, of: &str, last: u64) {
+        let follows = self.streams.get(of).is_some_and(|stream| stream.config.level >= 4);
+        let ahead = self.consumers.values_mut().filter(|consumer| consumer.stream == of && consumer.next > last + 1);
+        for consumer in ahead.filter(|_| follows) {
+            let Some(acks) = &mut consumer.acks else { continue };
+            (consumer.next, consumer.last_stream_seq) = (last + 1, last);
+            acks.pending.retain(|seq, _| *seq <= last);
+            if acks.pending.is_empty() {
+                acks.floor = (consumer.delivered, last);
+            }
+        }
+    }
+
+    /// A consumer is deleted. What only it wanted leaves a stream of interest.
+    pub(super) fn delete_consumer(&mut self, name: &str) -> bool {
+        let Some(gone) = self.consumers.remove(name) else { return false };
+        let Some(stream) = self.streams.get(&gone.stream) else { return true };
+        if gone.is_durable() && stream.config.retention == Retention::Interest {
+            let of = gone.stream.clone();
+            let others: Vec<_> = self.consumers.values().filter(|other| other.stream == of).collect();
+            let wanted = |seq: u64, subject: &str| others.iter().any(|other| other.wants(seq, subject));
+            let alone = stream.messages.iter().filter(|(seq, message)| !wanted(**seq, &message.subject));
+            let alone: Vec<u64> = alone.map(|(seq, _)| *seq).collect();
+            self.acknowledged(&of, &alone);
+        }
+        true
     }
 
     /// Streams of interest do not keep what no consumer takes.

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use chrono::{DateTime, Utc};
 use serde_json::Value;
 use stream_replicator::store::SenderRecord;
 use tokio::time::Duration;
@@ -39,6 +40,7 @@ pub struct Original {
     cut: Option<Duration>,
     purged: bool,
     copies: Vec<usize>,
+    /// By itself: later ones may be stored before it.
     refused: bool,
     /// Generations of its dead letters.
     letters: Vec<usize>,
@@ -112,6 +114,8 @@ pub struct History {
     back: Option<(usize, String)>,
     /// The next save may stand anywhere: people changed the record.
     pub any_position: bool,
+    /// When each sender was seen last, and when the message was stored that was copied last, by its records (ns).
+    senders: HashMap<String, (i64, i64)>,
     pub told: Vec<Value>,
     /// Kinds of events that have to be told in the end.
     pub due: Vec<&'static str>,
@@ -137,6 +141,7 @@ impl History {
             chained: 0,
             back: None,
             any_position: false,
+            senders: HashMap::new(),
             told: Vec::new(),
             due: Vec::new(),
             broken: Vec::new(),
@@ -203,6 +208,27 @@ impl History {
             if !self.is_done(number) {
                 self.breach(format!("{seq} was acknowledged at the source before it was settled"));
             }
+            self.sender_is_known(number);
+        }
+    }
+
+    /// The record of its sender says that a message was seen, which does not come again.
+    fn sender_is_known(&mut self, number: usize) {
+        let Original { seq, time_ns, wanted, excused, subject, copies, .. } = &self.originals[number];
+        let Some(inspect) = self.plan.inspect.filter(|_| !self.plan.records_fail()) else { return };
+        // A sender that is not seen for so long is forgotten.
+        let age = self.world.now_ns(Host::Source) - time_ns;
+        if !wanted || excused.is_some() || age >= inspect.as_nanos() as i64 {
+            return;
+        }
+        // That it was seen is written now and then.
+        let slack = inspect.as_nanos() as i64 / 8;
+        let (seen, copied) =
+            self.senders.get(subject.trim_start_matches("s.")).copied().unwrap_or((i64::MIN, i64::MIN));
+        let known = if copies.is_empty() { seen.saturating_add(slack) } else { copied };
+        if known < *time_ns {
+            let what = format!("{seq} was acknowledged at the source, and the record of its sender does not know it");
+            self.breach(what);
         }
     }
 
@@ -218,8 +244,13 @@ impl History {
 
     /// What is known of a sender is written: what it says was copied has to be settled.
     pub fn sender(&mut self, record: &SenderRecord) {
+        let time = |time: Option<DateTime<Utc>>| time.and_then(|time| time.timestamp_nanos_opt()).unwrap_or(i64::MIN);
+        let (seen, copied) = self.senders.entry(record.sender.clone()).or_insert((i64::MIN, i64::MIN));
+        (*seen, *copied) = (time(Some(record.seen)).max(*seen), time(record.copied).max(*copied));
         let Some(copied) = record.copied.and_then(|time| time.timestamp_nanos_opt()) else { return };
-        let of = |original: &Original| original.time_ns == copied && original.subject.ends_with(&record.sender);
+        let of = |original: &Original| {
+            original.time_ns == copied && original.subject.strip_prefix("s.") == Some(&*record.sender)
+        };
         let number = self.originals.iter().position(of);
         if !number.is_some_and(|number| self.is_stored(number, Some(self.grace()))) {
             self.breach(format!("the record of sender {} says {copied} was copied, which is not there", record.sender));
@@ -339,7 +370,8 @@ impl History {
         match result {
             Some(Ok(ack)) if !ack.duplicate => self.stored(number, ack.seq, arrival),
             Some(Ok(_)) => {}
-            None | Some(Err(_)) => self.originals[number].refused = true,
+            // What follows in a batch is refused too.
+            None | Some(Err(_)) => self.originals[number].refused |= !arrival.batched,
         }
     }
 
@@ -439,12 +471,7 @@ impl History {
         let alone = !chained && (!self.held.contains_key(&seq) || original.excused.is_some());
         // Left out as too old by a run that could not save that, and young again for the next one.
         let young_again = is_old && self.plan.has(Fault::sets_source_back);
-        if first
-            && !alone
-            && !young_again
-            && *newest > number
-            && (arrival.batched || self.plan.strict || !original.refused)
-        {
+        if first && !alone && !young_again && *newest > number && (self.plan.strict || !original.refused) {
             let newest = self.originals[*newest].seq;
             self.breach(format!("{seq} stands behind {newest}, and was never refused"));
         } else {
@@ -602,8 +629,8 @@ impl History {
         // A write of unknown outcome that arrives after all is the holder's own: it writes over it what it knows.
         let late = epoch == before.epoch && self.plan.unsure();
         // With the record, the fence between two holders is gone: each writes what it knows until they meet.
-        let unfenced =
-            self.plan.begins.len() > 1 && !self.plan.is_lawful() && self.plan.has(|fault| fault == Fault::RecordLost);
+        let lost = |fault| matches!(fault, Fault::RecordLost | Fault::BucketGone { leases: false, .. });
+        let unfenced = self.plan.begins.len() > 1 && !self.plan.is_lawful() && self.plan.has(lost);
         if seq < last && !late && !unfenced && !std::mem::take(&mut self.any_position) {
             self.back =
                 Some((before.resets, format!("the position goes back from {last} to {seq}, and nobody was told")));

@@ -138,9 +138,16 @@ impl State {
 
     fn store(&mut self, arrival: Arrival<'_>) -> Option<(String, Result<Ack, Refusal>)> {
         let now_ns = self.world.now_ns(self.host);
+        let refused = self.refusals.contains(&0);
+        self.refusals.retain(|after| *after > 0);
+        self.refusals.iter_mut().for_each(|after| *after -= 1);
         let stream = self.streams.values_mut().find(|stream| stream.takes(arrival.subject));
         let result = stream.map(|stream| {
-            (stream.name.clone(), stream.publish(arrival.subject, arrival.header, arrival.payload, now_ns))
+            let stored = match refused {
+                true => Err(Refusal::new(10008, "JetStream system temporarily unavailable")),
+                false => stream.publish(arrival.subject, arrival.header, arrival.payload, now_ns),
+            };
+            (stream.name.clone(), stored)
         });
         let judged = result.as_ref().map(|(_, result)| result.as_ref().copied().map_err(|refusal| refusal.err_code));
         self.judge(arrival, judged);
@@ -261,9 +268,9 @@ impl State {
                 self.deliver_durable(name);
             }
             ["CONSUMER", "DELETE", _, name] => {
-                let answer = match self.consumers.remove(*name) {
-                    Some(_) => json!({"success": true}),
-                    None => json!({"error": {"code": 404, "err_code": 10014, "description": "consumer not found"}}),
+                let answer = match self.delete_consumer(name) {
+                    true => json!({"success": true}),
+                    false => json!({"error": {"code": 404, "err_code": 10014, "description": "consumer not found"}}),
                 };
                 self.answer(reply, &answer);
             }

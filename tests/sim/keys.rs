@@ -1,7 +1,7 @@
 //! A bucket in memory: compare-and-swap, answers that get lost, writes that arrive late, and a watch that may stall.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, Mutex},
 };
@@ -37,6 +37,21 @@ struct State {
     revision: u64,
     keys: BTreeMap<String, Stored>,
     trouble: bool,
+    /// Somebody deleted the bucket.
+    gone: bool,
+    /// How often it was recreated: revisions begin again each time.
+    recreated: u64,
+}
+
+/// What a watch has told.
+#[derive(Default)]
+struct Told {
+    revision: u64,
+    recreated: u64,
+    loaded: bool,
+    keys: BTreeSet<String>,
+    /// Keys that were told and that the recreated bucket does not have.
+    lost: BTreeSet<String>,
 }
 
 impl fmt::Debug for Keys {
@@ -53,6 +68,31 @@ impl Keys {
     /// While there is trouble, answers get lost, writes arrive late or never, and watches are behind.
     pub fn trouble(&self, on: bool) {
         self.state.lock().expect("keys").trouble = on;
+    }
+
+    /// Somebody deletes the bucket.
+    pub fn vanish(&self) {
+        self.state.lock().expect("keys").gone = true;
+    }
+
+    /// An instance recreates the bucket, and those who followed it write what they know, or there was nobody.
+    pub fn recreate(&self, known: bool) {
+        let mut state = self.state.lock().expect("keys");
+        (state.gone, state.revision) = (false, 0);
+        state.recreated += 1;
+        for (key, Stored { value, .. }) in std::mem::take(&mut state.keys) {
+            if known && value.is_some() {
+                state.revision += 1;
+                let revision = state.revision;
+                state.keys.insert(key, Stored { revision, value });
+            }
+        }
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    fn is_gone(&self) -> bool {
+        self.state.lock().expect("keys").gone
     }
 
     /// The value of a key now.
@@ -92,11 +132,30 @@ impl Keys {
         Ok(self.store(key, value))
     }
 
-    /// The first change behind a revision.
-    fn behind(&self, told: u64) -> Option<(String, Stored)> {
+    /// The first change after what a watch has told.
+    fn behind(&self, told: &Told) -> Option<(String, Stored)> {
         let state = self.state.lock().expect("keys");
-        let newer = state.keys.iter().filter(|(_, stored)| stored.revision > told);
-        newer.min_by_key(|(_, stored)| stored.revision).map(|(key, stored)| (key.clone(), stored.clone()))
+        let newer = state.keys.iter().filter(|(_, stored)| stored.revision > told.revision);
+        let newer = newer.min_by_key(|(_, stored)| stored.revision);
+        let lost = || Some((told.lost.first()?.clone(), Stored { revision: state.revision, value: None }));
+        newer.map(|(key, stored)| (key.clone(), stored.clone())).or_else(lost)
+    }
+
+    /// Whether the bucket is not the one that a watch tells of.
+    fn is_another(&self, told: &Told) -> bool {
+        self.state.lock().expect("keys").recreated != told.recreated
+    }
+
+    /// A watch begins again with the bucket that was recreated, if it was.
+    fn begins_again(&self, told: &mut Told) -> bool {
+        let another = self.is_another(told);
+        if another {
+            let state = self.state.lock().expect("keys");
+            (told.revision, told.recreated) = (0, state.recreated);
+            told.lost.extend(std::mem::take(&mut told.keys));
+            told.lost.retain(|key| !state.keys.contains_key(key));
+        }
+        another
     }
 
     pub fn in_trouble(&self) -> bool {
@@ -159,7 +218,7 @@ impl Handle {
         let Handle { keys, link, .. } = self.clone();
         tokio::spawn(async move {
             sleep(way).await;
-            if arrives && !link.cut.lasts() {
+            if arrives && !link.cut.lasts() && !keys.is_gone() {
                 let result = keys.apply(&key, value, expected);
                 sleep(back).await;
                 if answered && !link.cut.lasts() {
@@ -180,7 +239,7 @@ impl Handle {
     }
 
     async fn reach(&self) -> Result<(), Error> {
-        if self.keys.in_trouble() || self.link.cut.lasts() {
+        if self.keys.in_trouble() || self.link.cut.lasts() || self.keys.is_gone() {
             sleep(TIMEOUT).await;
             return Err(self.error());
         }
@@ -189,30 +248,40 @@ impl Handle {
     }
 
     /// The next that a watch tells that has told all up to a revision.
-    async fn next(&self, told: &mut u64, loaded: &mut bool) -> Change {
+    async fn next(&self, told: &mut Told) -> Change {
         let Self { keys, link, .. } = self;
         loop {
             let changed = keys.changed.notified();
-            if link.cut.lasts() || link.deaf.lasts() {
+            if link.cut.lasts() || link.deaf.lasts() || keys.is_gone() {
                 sleep(LOOK).await;
                 continue;
             }
-            let Some((key, stored)) = keys.behind(*told) else {
-                if !std::mem::replace(loaded, true) {
+            if keys.begins_again(told) {
+                return Change::Anew;
+            }
+            let Some((key, stored)) = keys.behind(told) else {
+                if !std::mem::replace(&mut told.loaded, true) {
                     return Change::Loaded;
                 }
                 changed.await;
                 continue;
             };
             sleep(keys.world.millis(0, if keys.in_trouble() { 3_000 } else { 20 })).await;
-            if link.cut.lasts() || link.deaf.lasts() {
+            if link.cut.lasts() || link.deaf.lasts() || keys.is_another(told) {
                 continue;
             }
-            *told = stored.revision;
+            told.revision = stored.revision;
+            told.lost.remove(&key);
             let Stored { revision, value } = self.heard(stored);
             return match value {
-                Some(value) => Change::Put { key, revision, value },
-                None => Change::Deleted { key, revision },
+                Some(value) => {
+                    told.keys.insert(key.clone());
+                    Change::Put { key, revision, value }
+                }
+                None => {
+                    told.keys.remove(&key);
+                    Change::Deleted { key, revision }
+                }
             };
         }
     }
@@ -252,9 +321,11 @@ impl Cells for Handle {
     }
 
     fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>> {
-        let changes = unfold((self.clone(), 0, false), |(handle, mut told, mut loaded)| async move {
-            let change = handle.next(&mut told, &mut loaded).await;
-            Some((Ok(change), (handle, told, loaded)))
+        let recreated = self.keys.state.lock().expect("keys").recreated;
+        let told = Told { recreated, ..Told::default() };
+        let changes = unfold((self.clone(), told), |(handle, mut told)| async move {
+            let change = handle.next(&mut told).await;
+            Some((Ok(change), (handle, told)))
         });
         async { Ok(changes.boxed()) }.boxed()
     }

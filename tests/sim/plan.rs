@@ -40,6 +40,8 @@ pub struct Plan {
     pub dead_letters: bool,
     /// Of each subject no more is copied than one message in this time.
     pub inspect: Option<Duration>,
+    /// Messages come from so many senders, each with a subject of its own.
+    pub senders: i64,
     /// Some messages are so many times as large.
     pub large: usize,
     /// Bounds of the copy: messages and bytes a second.
@@ -136,6 +138,8 @@ pub enum Fault {
     Pause(Duration),
     /// The target is full for a while.
     Full(Duration),
+    /// Of the messages that come to the target, the next but so many is refused, though it could be stored.
+    Refuse(u64),
     /// The target stream begins or ceases to take fast-ingest batches, while copying processes are killed.
     Batches,
     /// Somebody else writes so many messages into the target.
@@ -156,6 +160,13 @@ pub enum Fault {
     LeasePutBack,
     /// The position record is deleted.
     RecordLost,
+    /// The bucket of leases, or else that of positions, is deleted and recreated after a while, with what it held where
+    /// an instance knows it.
+    BucketGone {
+        leases: bool,
+        time: Duration,
+        known: bool,
+    },
     /// The replication is paused and its position moved by so many sequences.
     Move {
         by: u64,
@@ -311,6 +322,7 @@ impl Plan {
             strict: false,
             dead_letters: false,
             inspect: None,
+            senders: 3,
             large: 1,
             rates: None,
             bursts,
@@ -328,8 +340,6 @@ impl Plan {
             self.retention = if random.random() { Retention::WorkQueue } else { Retention::Interest };
             self.flow_control = random.random();
             self.source_keeps = None;
-            // What a server makes of a consumer that is ahead of its stream differs between versions.
-            self.faults.retain(|(_, fault)| !matches!(fault, Fault::SourceForgets(_)));
         }
         self.widen_copy(world);
         // Where copies may be gone or wanted again, nobody can say what had to be copied.
@@ -338,7 +348,43 @@ impl Plan {
             self.inspect = Some(Duration::from_millis(random.random_range(2_000..10_000)));
             (self.max_age, self.keeps, self.source_keeps, self.poison) = (None, None, None, None);
             self.faults.retain(|(_, fault)| !fault.changes_what_is_there());
+            // Of many senders, many messages are in flight that are to be copied.
+            self.senders = if random.random() { 40 } else { 3 };
         }
+        let mut random = world.aside(20);
+        let loses = |fault: Fault| {
+            let record = matches!(fault, Fault::PutBack | Fault::LeasePutBack | Fault::RecordLost | Fault::Move { .. });
+            record
+                || fault.source_changes()
+                || fault.target_loses()
+                || matches!(fault, Fault::Purge(_) | Fault::Foreign(_))
+        };
+        // The end of a source that forgets is lost, and messages come before anybody reads again.
+        let quiet = !self.has(loses) && self.inspect.is_none();
+        if quiet && self.is_consumed() && world.aside(21).random() {
+            let burst = random.random_range(0..self.bursts.len());
+            let at = self.bursts[burst].0 + Duration::from_millis(random.random_range(0..3_000));
+            let away = Duration::from_millis(random.random_range(500..6_000));
+            let away = (0..self.begins.len()).map(|which| (at, Fault::Crash(which, away)));
+            self.faults.extend(away);
+            self.faults.push((at, Fault::SourceForgets(random.random_range(1..100))));
+            self.bursts.push((at + Duration::from_millis(random.random_range(0..1_000)), random.random_range(1..150)));
+            self.bursts.sort_unstable();
+        }
+        if random.random_range(0..8) == 0 && !self.has(loses) && self.inspect.is_none() {
+            let at = Duration::from_millis(random.random_range(0..self.stormy.as_millis() as u64));
+            let (leases, known) = (random.random(), random.random());
+            let time = Duration::from_millis(random.random_range(1_000..5_000));
+            self.faults.push((at, Fault::BucketGone { leases, time, known }));
+        }
+        let mut random = world.aside(19);
+        if random.random_range(0..4) == 0 {
+            for _ in 0..random.random_range(1..6) {
+                let burst = random.random_range(0..self.bursts.len());
+                self.faults.push((self.bursts[burst].0, Fault::Refuse(random.random_range(0..60))));
+            }
+        }
+        self.faults.sort_by_key(|(at, _)| *at);
         self
     }
 
@@ -411,7 +457,12 @@ impl Plan {
 
     /// Whether a process may not know what it saved: it goes by what it knows.
     pub fn unsure(&self) -> bool {
-        self.has(|fault| matches!(fault, Fault::Trouble(_) | Fault::CutOff(..)))
+        self.has(|fault| matches!(fault, Fault::Trouble(_) | Fault::CutOff(..) | Fault::BucketGone { .. }))
+    }
+
+    /// Whether the records of senders cannot be written for so long that acks at the source wait no longer.
+    pub fn records_fail(&self) -> bool {
+        self.unsure() || self.has(|fault| matches!(fault, Fault::Stop(..)))
     }
 
     /// Whether a stream that remembers ids for two minutes remembers all of them.
@@ -423,7 +474,8 @@ impl Plan {
     /// than they may, nobody removes a session that is alive, and nobody writes leases by hand.
     pub fn is_lawful(&self) -> bool {
         let drifts = self.ttls.iter().any(|ttl| ttl.abs_diff(TTL_MS) > TTL_MS / 10);
-        !drifts && !self.has(|fault| matches!(fault, Fault::Evict(..) | Fault::LeasePutBack))
+        let by_hand = |fault| matches!(fault, Fault::Evict(..) | Fault::LeasePutBack | Fault::BucketGone { .. });
+        !drifts && !self.has(by_hand)
     }
 
     /// How late an answer of the source about its time may be: who asked knows no more than that it is not earlier.

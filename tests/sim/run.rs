@@ -285,6 +285,7 @@ impl Scene {
                 sleep(time).await;
                 self.target.with("T", |stream| stream.max_messages = None);
             }
+            Fault::Refuse(after) => self.target.refuse(after),
             Fault::Batches => self.target.with("T", |stream| stream.config.batched = !stream.config.batched),
             Fault::Move { by, back } => {
                 self.paused.set(true);
@@ -317,6 +318,15 @@ impl Scene {
             Fault::RecordLost => {
                 self.keys.put_by_hand(ID, None);
                 self.history().record_lost();
+            }
+            Fault::BucketGone { leases, time, known } => {
+                let keys = if leases { &self.leases } else { &self.keys };
+                keys.vanish();
+                sleep(time).await;
+                keys.recreate(known);
+                if !leases && !known {
+                    self.history().record_lost();
+                }
             }
             Fault::PutBack | Fault::LeasePutBack => {}
         }
@@ -363,7 +373,7 @@ impl Scene {
         self.cuts.fetch_add(1, Ordering::Relaxed);
         let keep = if let Fault::SourceForgets(count) = fault {
             self.source.kill();
-            let keep = self.source.with("S", |stream| stream.lose_end(count));
+            let keep = self.source.lose_end("S", count);
             self.source.revive();
             keep
         } else {

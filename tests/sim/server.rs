@@ -58,6 +58,8 @@ pub struct State {
     apart: BTreeMap<&'static str, Instant>,
     /// What happens to a frame for a subscriber after so many others: lost, or sent twice.
     tampers: Vec<(u64, Tamper)>,
+    /// Messages that are refused, each after so many others.
+    pub(super) refusals: Vec<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +118,7 @@ impl Server {
             next_connection: 0,
             apart: BTreeMap::new(),
             tampers: Vec::new(),
+            refusals: Vec::new(),
         };
         let server = Arc::new(Self { world: world.clone(), name, host, state: Mutex::new(state) });
         let ticking = Arc::downgrade(&server);
@@ -141,6 +144,14 @@ impl Server {
         state.drop_purged(stream);
         state.deliver_all();
         result
+    }
+
+    /// A stream loses its end; the last sequence that is left.
+    pub fn lose_end(&self, stream: &str, count: u64) -> u64 {
+        let mut state = self.lock();
+        let last = state.streams.get_mut(stream).expect("a stream").lose_end(count);
+        state.lost_end(stream, last);
+        last
     }
 
     /// Makes a stream, or makes it anew: its consumers are gone.
@@ -219,6 +230,11 @@ impl Server {
         self.lock().tampers.push((after, what));
     }
 
+    /// A message, after so many others, is refused for a reason that does not last.
+    pub fn refuse(&self, after: u64) {
+        self.lock().refusals.push(after);
+    }
+
     /// Connections that are open are dead in one direction, and nobody is told.
     pub fn half_open(&self, way: Way) {
         self.lock().paths(way).for_each(|path| path.dead = true);
@@ -247,6 +263,7 @@ impl Server {
         let mut state = self.lock();
         (state.frozen, state.leaderless, state.behind) = (None, None, None);
         state.tampers.clear();
+        state.refusals.clear();
         state.apart.clear();
         for way in [Way::To, Way::From] {
             state.paths(way).for_each(|path| path.slower = Duration::ZERO);

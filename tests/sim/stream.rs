@@ -173,9 +173,11 @@ impl Stream {
     /// The end of the stream is lost, as after a power cut: the same sequences are given again. Returns the last that
     /// is left.
     pub fn lose_end(&mut self, count: u64) -> u64 {
-        let keep = self.last.saturating_sub(count).max(self.first - 1);
+        // Of a stream that forgets what is acknowledged, the sequences of what is gone are lost too.
+        let least = if self.config.retention == Retention::Limits { self.first - 1 } else { 0 };
+        let keep = self.last.saturating_sub(count).max(least);
         self.messages.split_off(&(keep + 1));
-        self.last = keep;
+        (self.last, self.swept) = (keep, self.swept.min(keep));
         self.first = self.messages.keys().next().copied().unwrap_or(keep + 1);
         keep
     }

@@ -63,7 +63,7 @@ pub async fn publish(scene: Arc<Scene>) {
             // No two at the same time.
             let time_ns = world.now_ns(Host::Source) + number + 1_000_000 * scene.cuts.load(Ordering::Relaxed) as i64;
             scene.source.with("S", |stream| {
-                stream.store(&format!("s.{}", number % 3), header.as_bytes(), &payload, time_ns);
+                stream.store(&format!("s.{}", number % scene.plan.senders), header.as_bytes(), &payload, time_ns);
                 scene.history().sent(stream, &lines, passed);
             });
             if world.once_in(20) {

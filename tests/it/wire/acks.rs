@@ -87,3 +87,29 @@ async fn what_was_delivered_and_not_acknowledged_comes_first() -> Result<()> {
     site.add("Q", json!({})).await?;
     finish(&site, &mut raw, 20).await
 }
+
+/// The message at the saved position is gone, and messages that the document does not name are around it: what the source
+/// stored later does not count as another stream.
+#[tokio::test]
+async fn a_hole_at_the_saved_position_is_no_source_reset() -> Result<()> {
+    let mut site = Site::start().await?;
+    let mut raw = site.source_stream("Q", json!({"subjects": ["q.>"], "retention": "workqueue"})).await?;
+    let publish = async |raw: &mut Raw, range: std::ops::RangeInclusive<u64>| {
+        let subject = |i: u64| if i.is_multiple_of(2) { "q.a" } else { "q.b" };
+        raw.publish_all(range.map(|i| Outgoing::new(subject(i), i.to_string()))).await
+    };
+    publish(&mut raw, 1..=21).await?;
+    site.add("Q", json!({"filter_subject": "q.a"})).await?;
+    for last in [20, 40] {
+        site.settled("Q", last).await?;
+        let acked = async || raw.stream_state("Q").await.is_ok_and(|state| state["messages"] == last / 2 + 1);
+        wait_for("the acks to arrive", LIMIT, acked).await?;
+        site.stop().await?;
+        publish(&mut raw, last + 2..=last + 21).await?;
+        site.service.restart().await?;
+    }
+    site.settled("Q", 60).await?;
+    let copied = site.target().await?.read_stream("Q").await?;
+    ensure!(copied.len() == 30, "{} at the target", copied.len());
+    site.events.quiet(&["source-reset", "target-reset"])
+}

@@ -5,6 +5,7 @@ mod auth;
 mod clock;
 mod clusters;
 mod connections;
+mod consumer_ahead;
 mod durable;
 mod election;
 mod faults;

@@ -1,0 +1,137 @@
+//! A source that forgets what is acknowledged loses its end, and its durable consumer does not: servers before 2.14 leave
+//! the consumer ahead of the stream, and it never delivers what the stream stores at the lost sequences.
+
+use std::{fs, path::Path, path::PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::harness::{LIMIT, Outgoing, Raw, Server, Site, wait_for};
+
+async fn publish(raw: &mut Raw, numbers: impl Iterator<Item = u64>) -> Result<()> {
+    raw.publish_all(numbers.map(|i| Outgoing::new("q.a", i.to_string()))).await.map(drop)
+}
+
+/// Where a server stores the messages of the stream.
+fn messages(store: &Path) -> Result<PathBuf> {
+    let accounts = fs::read_dir(store.join("jetstream"))?.collect::<Result<Vec<_>, _>>()?;
+    let folders = accounts.iter().map(|account| account.path().join("streams/Q/msgs"));
+    folders.into_iter().find(|folder| folder.is_dir()).context("the stream is not stored")
+}
+
+/// The stopped server has the messages of its snapshot, and its consumers as they are.
+fn lose_end(server: &Server) -> Result<()> {
+    let now = messages(&server.store_dir())?;
+    fs::remove_dir_all(&now)?;
+    Ok(fs::rename(messages(&server.folder().join("snapshots/old"))?, now)?)
+}
+
+async fn steer(site: &Site, how: &str) -> Result<()> {
+    let reply = site.ask(how, "Q").await?;
+    ensure!(reply.error.is_none(), "{reply:?}");
+    Ok(())
+}
+
+async fn drained(raw: &mut Raw) -> Result<()> {
+    let empty = async || raw.stream_state("Q").await.is_ok_and(|state| state["messages"] == 0);
+    wait_for("the source to be empty", LIMIT, empty).await
+}
+
+async fn copied(site: &Site) -> Result<Vec<u64>> {
+    let stored = site.target().await?.read_stream("Q").await?;
+    stored.iter().map(|message| Ok(String::from_utf8_lossy(&message.payload).parse()?)).collect()
+}
+
+/// Everything is at the target once and in order.
+async fn finish(site: &Site, last: u64) -> Result<()> {
+    let mut seen = Vec::new();
+    let all = async || {
+        seen = copied(site).await.unwrap_or_default();
+        seen.len() as u64 >= last
+    };
+    let arrived = wait_for("everything to be at the target", LIMIT, all).await;
+    arrived.with_context(|| format!("{} of {last} are at the target: {}", seen.len(), site.service.log()))?;
+    drained(&mut site.source().await?).await.with_context(|| site.service.log())?;
+    let seen = copied(site).await?;
+    ensure!(seen == (1..=last).collect::<Vec<_>>(), "at the target: {seen:?}");
+    Ok(())
+}
+
+/// Copies 100 messages and acknowledges them; then the source has what it had when 41 to 60 were not copied yet.
+async fn lost_behind_60(retention: &str, choria: bool, stopped: bool) -> Result<Site> {
+    let mut site = Site::start().await?;
+    let mut raw = site.source_stream("Q", json!({"subjects": ["q.>"], "retention": retention})).await?;
+    if choria {
+        let config = json!({"name": "SR_TEST", "durable_name": "SR_TEST", "ack_policy": "explicit",
+            "ack_wait": 300_000_000_000u64, "max_ack_pending": 500});
+        raw.api("CONSUMER.CREATE.Q.SR_TEST", json!({"stream_name": "Q", "config": config})).await?;
+    }
+    site.add("Q", json!({})).await?;
+    site.row_when("Q", "runs", |row| row["state"] == "running").await?;
+    publish(&mut raw, 1..=40).await?;
+    site.settled("Q", 40).await?;
+    drained(&mut raw).await?;
+    steer(&site, "pause").await?;
+    site.row_when("Q", "is paused", |row| row["state"] == "paused").await?;
+    publish(&mut raw, 41..=60).await?;
+    site.source.stop().await?;
+    site.source.snapshot("old")?;
+    site.source.restart().await?;
+    steer(&site, "resume").await?;
+    let mut raw = site.source().await?;
+    publish(&mut raw, 61..=100).await?;
+    site.settled("Q", 100).await?;
+    drained(&mut raw).await?;
+    if stopped {
+        site.stop().await?;
+    }
+    // In order, so that the consumer is stored as it is.
+    site.source.stop().await?;
+    lose_end(&site.source)?;
+    site.source.restart().await?;
+    Ok(site)
+}
+
+async fn grows_by(more: u64) -> Result<()> {
+    for (retention, stopped) in [("workqueue", true), ("workqueue", false), ("interest", true), ("interest", false)] {
+        let mut site = lost_behind_60(retention, false, stopped).await?;
+        publish(&mut site.source().await?, 101..=100 + more).await?;
+        if stopped {
+            site.service.restart().await?;
+        }
+        finish(&site, 100 + more).await.with_context(|| format!("{retention}, stopped: {stopped}"))?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_stream_that_stays_behind_its_old_acks_is_copied() -> Result<()> {
+    grows_by(30).await
+}
+
+#[tokio::test]
+async fn a_stream_that_grows_past_its_old_acks_is_copied() -> Result<()> {
+    grows_by(80).await
+}
+
+/// A consumer that this program did not make is never deleted: the status says what to do.
+#[tokio::test]
+async fn a_consumer_of_choria_that_is_ahead_holds_the_copy() -> Result<()> {
+    let mut site = lost_behind_60("workqueue", true, true).await?;
+    let mut raw = site.source().await?;
+    publish(&mut raw, 101..=180).await?;
+    site.service.restart().await?;
+    if !site.source.at_least(2, 14) {
+        let row = site.row_when("Q", "is held", |row| row["state"] == "held").await?;
+        let error = row["last_error"]["message"].as_str().context("no error")?;
+        ensure!(error.contains("`SR_TEST`") && error.contains("ahead") && error.contains("Delete"), "{error}");
+        ensure!(copied(&site).await? == (1..=100).collect::<Vec<_>>());
+        raw.api("CONSUMER.DELETE.Q.SR_TEST", Value::Null).await?;
+        steer(&site, "retry").await?;
+        return finish(&site, 180).await;
+    }
+    // What was acknowledged before and is back in the stream is nobody's.
+    site.settled("Q", 140).await?;
+    ensure!(copied(&site).await? == (1..=180).collect::<Vec<_>>());
+    Ok(())
+}
