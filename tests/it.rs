@@ -151,6 +151,8 @@ mod wire_rejects;
 mod wire_sampling;
 #[path = "it/wire_scope.rs"]
 mod wire_scope;
+#[path = "it/wire_search.rs"]
+mod wire_search;
 #[path = "it/wire_second_stream.rs"]
 mod wire_second_stream;
 #[path = "it/wire_senders.rs"]
@@ -161,6 +163,8 @@ mod wire_shared;
 mod wire_slow;
 #[path = "it/wire_slow_reads.rs"]
 mod wire_slow_reads;
+#[path = "it/wire_source_back.rs"]
+mod wire_source_back;
 #[path = "it/wire_source_headers.rs"]
 mod wire_source_headers;
 #[path = "it/wire_source_loss.rs"]
