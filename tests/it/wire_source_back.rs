@@ -1,6 +1,8 @@
 //! A source that goes back and comes back: an older copy of its store, and then the newer one again; in a cluster; and where
 //! the source forgets what was acknowledged.
 
+use std::ops::RangeInclusive;
+
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
@@ -107,8 +109,12 @@ async fn a_stream_without_replicas_in_a_cluster_goes_back() -> Result<()> {
         source.wait_leaders(&[STREAM], None).await?;
         let at = source.leader(STREAM).await.context("no leader")?;
         let other = source.servers[(at + 1) % 3].url();
-        let publish = async |numbers: std::ops::RangeInclusive<u64>| -> Result<u64> {
-            let messages = numbers.map(|i| Outgoing::new("s.a", i.to_string()));
+        let publish = async |numbers: RangeInclusive<u64>| -> Result<u64> {
+            let mut messages = numbers.map(|i| Outgoing::new("s.a", i.to_string()));
+            let first = messages.next().context("no message")?;
+            // The other server learns only now that there is somebody who stores it.
+            let stored = async || Raw::connect(&other).await.ok()?.publish(&first).await.ok();
+            wait_value("the stream to take messages", LIMIT, stored).await?;
             Raw::connect(&other).await?.publish_all(messages).await
         };
         publish(1..=60).await?;
