@@ -35,6 +35,7 @@ mod resume;
 mod run;
 mod sampler;
 pub(crate) mod sharing;
+mod source_end;
 mod stray;
 pub(crate) mod subjects;
 pub(crate) mod target;

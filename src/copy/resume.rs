@@ -131,6 +131,11 @@ impl Already {
         self.stored.is_empty()
     }
 
+    /// The last source sequence of those that are left; 0 for none.
+    pub fn last(&self) -> u64 {
+        self.stored.last_key_value().map_or(0, |((seq, _), _)| *seq)
+    }
+
     /// Takes a message that was read; those before it are forgotten.
     pub fn take(&mut self, seq: u64, time_ns: i64, subject: &[u8], mapping: &Mapping) -> Option<Known> {
         if self.stored.is_empty() {
@@ -238,6 +243,10 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     // Of a target that lost its end, other messages may lie there by now.
     let same = record.target.as_ref().is_none_or(|target| target.created == sides.target.created);
     sides.orphans = sides.orphans.filter(|orphans| same && orphans.to <= sides.target.state.last_seq);
+    let mut only_before = record.only_at_target;
+    if let (Some(orphans), Some(only)) = (sides.orphans, only_before) {
+        (sides.orphans, only_before) = sides.still_lost(orphans, only).await?;
+    }
     let mut resume = match &record.source {
         Some(saved) => sides.with_record(saved, record.target.as_ref()).await?,
         None => sides.without_record().await?,
@@ -250,7 +259,7 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     if !resume.findings.iter().any(|finding| matches!(finding, Event::TargetReset { .. })) {
         resume.orphans = resume.orphans.or(sides.orphans);
     }
-    let there = record.only_at_target.filter(|only| same && only.target_to >= sides.target.state.first_seq);
+    let there = only_before.filter(|only| same && only.target_to >= sides.target.state.first_seq);
     resume.only_at_target = resume.only_at_target.or(there);
     // What the source has not reached cannot be the same message when it does.
     let last = sides.source.state.last_seq;
@@ -334,6 +343,9 @@ impl Sides<'_> {
     /// So many messages that were sent later may lie before one that was refused and sent again, by the greatest limit that
     /// a run had. Twice the limit: first those that were in flight with it, and, when all before it have settled, as many
     /// again behind it.
+    ///
+    /// Runs do not add up: a run sends nothing beyond what it found at the target before everything up to there has settled
+    /// (`Run::waits_for_known`). So a message is missing only below messages of one window.
     fn overlap(&self) -> usize {
         let before = usize::try_from(self.most_in_flight).unwrap_or(usize::MAX);
         let limit = self.replication.limits.messages_in_flight.max(Limits::default().messages_in_flight);
@@ -401,7 +413,11 @@ impl Sides<'_> {
             resume.position = point;
             resume.target = Some(ours[index].point());
         } else if is_cut && !moved {
-            // So many lie behind the first of these that nothing before it is missing.
+            // Nothing before the first of these is missing. Say `x` is, with a lower sequence. At least twice the limit (see
+            // `overlap`) were stored after the first. Those with lower sequences than it were in flight with it: less than
+            // one limit. So more than one limit have higher sequences than `x` and are stored while `x` is not; but `x` is
+            // missing only below messages of one window, and a window has no more than the limit. Others in the range, or
+            // copies that were consumed or replaced, are not among the kept ones and only make the range longer.
             resume.position = self.point_at(ours[0].origin.seq).await?;
             resume.target = Some(ours[0].point());
         }

@@ -33,6 +33,7 @@ use super::{
     resume::{self, Already, Known, Resume, Sides, is_consumed, is_plain},
     sampler::Sampler,
     sharing,
+    source_end::SourceEnd,
     target::{self, Abilities, Opened, Opening},
     target_limits,
     target_watch::TargetWatch,
@@ -127,6 +128,8 @@ pub(super) struct Run<'a> {
     /// Until then the limits per second keep the next message back.
     throttled: Option<Instant>,
     already: Already,
+    /// The last source sequence that was found at the target when the run began; 0 once everything up to it has settled.
+    known_to: u64,
     gaps: Gaps,
     /// Keeps objects whole, where the source is an object store.
     gate: Option<Gate>,
@@ -137,6 +140,8 @@ pub(super) struct Run<'a> {
     info_request: Option<String>,
     /// When the source was asked for its state last.
     asked_info: Instant,
+    /// Whether the source still has everything that was read.
+    source_end: SourceEnd,
     /// What removes messages at the source, and what that did lately.
     retention: Retention,
     looks: Looks,
@@ -334,10 +339,12 @@ impl<'a> Run<'a> {
             throttle,
             throttled: None,
             already: Already::default(),
+            known_to: 0,
             gaps: Gaps::default(),
             gate,
             info_request: None,
             asked_info: now,
+            source_end: SourceEnd::default(),
             retention: Retention::default(),
             looks: Looks::default(),
             watchdog: Watchdog::new(now, resume.position.seq),
@@ -358,7 +365,7 @@ impl<'a> Run<'a> {
             unsaved: ledger.unsaved.is_reported(),
         };
         run.limit = run.copy_limit(ledger, now);
-        run.source_says(run.source_info.clone());
+        run.source_says(run.source_info.clone())?;
         run.remembered(&target_info, resume.unseen, ledger);
         run.resumed(resume, ledger);
         if goes_back {
@@ -403,6 +410,7 @@ impl<'a> Run<'a> {
             stored_already = resume.already.len(),
             "copying"
         );
+        self.known_to = resume.already.last();
         self.already = resume.already;
         self.window.limit_target(target_limit(&self.already, &self.writer));
     }
@@ -608,7 +616,11 @@ impl<'a> Run<'a> {
     fn supply(&self) -> Supply {
         if self.ending.is_some() || self.reader.pending() == 0 {
             Supply::Dry
-        } else if self.reader.is_barred() || self.reader.peek().is_some_and(|incoming| self.full(incoming.bytes())) {
+        } else if self.reader.is_barred()
+            || self.reader.peek().is_some_and(|incoming| {
+                self.full(incoming.bytes()) || self.waits_for_known(incoming.delivery.stream_seq)
+            })
+        {
             Supply::Barred
         } else {
             Supply::Coming
@@ -622,6 +634,13 @@ impl<'a> Run<'a> {
             || (!self.window.is_empty() && self.window.bytes() + bytes > limits.bytes_in_flight)
             || self.rejects.full(limits, bytes)
             || self.is_beyond_saves(bytes)
+    }
+
+    /// Whether a message waits until everything up to the last one that was found at the target has settled. Otherwise each
+    /// run could store another window of messages behind one that is refused every time, and no search would know how far
+    /// before the end of the target something may be missing.
+    fn waits_for_known(&self, seq: u64) -> bool {
+        self.known_to > 0 && seq > self.known_to && !self.all_settled()
     }
 
     /// Whether a message of so many bytes would be more than may be copied while the position is not saved.
@@ -704,6 +723,12 @@ impl<'a> Run<'a> {
             }
             let seq = incoming.delivery.stream_seq;
             let time_ns = incoming.delivery.time_ns;
+            if self.waits_for_known(seq) {
+                break;
+            }
+            if seq > self.known_to {
+                self.known_to = 0;
+            }
             if let Some(sampler) = self.sampler.as_mut().filter(|sampler| sampler.is_replay(seq)) {
                 let (subject, header) = (incoming.message.subject, incoming.message.header);
                 if self.rules.decide(subject, time_ns, header, now_ns) == Decision::Copy {
@@ -887,7 +912,7 @@ impl<'a> Run<'a> {
             self.info_request = None;
             if let Some(info) = leaders_info(info?)? {
                 self.clock.hear(&heard(self.asked_info, Instant::now(), &info));
-                self.source_says(info);
+                self.source_says(info)?;
             }
         }
         if let Some(info) = answer(&self.consumer_request) {
@@ -1035,7 +1060,11 @@ impl<'a> Run<'a> {
     }
 
     /// What the leader of the source stream says of it.
-    fn source_says(&mut self, info: StreamInfo) {
+    fn source_says(&mut self, info: StreamInfo) -> Result<(), Error> {
+        if let Some(why) = self.source_end.answered(info.state.last_seq) {
+            // The next run finds out where to continue, or whether to hold.
+            return Err(Error::new(ErrorKind::Retry, why));
+        }
         for (from, to) in self.gaps.first_is(info.state.first_seq) {
             self.found(Event::Gap { from, to, messages: to - from + 1 });
         }
@@ -1051,6 +1080,7 @@ impl<'a> Run<'a> {
             self.end(Ending::BeginsAgain);
         }
         self.source_info.state = info.state;
+        Ok(())
     }
 
     /// An answer to the probe.
@@ -1085,6 +1115,9 @@ impl<'a> Run<'a> {
 
     /// More often while the first messages may soon go and nothing but the stream's state tells when.
     fn info_every(&self) -> Duration {
+        if self.source_end.is_doubted() {
+            return INFO_SOONEST;
+        }
         if self.copy.lag.is_none_or(|lag| lag.messages == 0) || !self.retention.by_count() {
             return INFO_EVERY;
         }
@@ -1119,6 +1152,9 @@ impl<'a> Run<'a> {
         let due = now.duration_since(self.asked_info) >= self.info_every();
         if due || (self.info_request.is_none() && self.gaps.ask(now)) {
             self.asked_info = now;
+            // Of a position that nothing was read at, nobody knows whether the source ever reached it.
+            let read = self.window.newest();
+            self.source_end.ask(read.time_ns.map_or(0, |_| read.seq));
             let subject = format!("{}.STREAM.INFO.{}", self.source.api_prefix(), self.replication.source.stream);
             self.info_request = Some(self.source.send_request(&subject, b""));
             let settled = self.all_settled().then(|| self.window.position().seq);

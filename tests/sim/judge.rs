@@ -227,7 +227,11 @@ impl Plan {
             // Where only the stream's last sequence tells that messages wait.
             Fault::Mute => 35,
             // A consumer that is silent until it is given up.
-            Fault::Restart(..) | Fault::SourceAnew | Fault::SourceForgets(_) | Fault::Lose(Side::Source, _) => 13,
+            Fault::Restart(..)
+            | Fault::SourceAnew
+            | Fault::SourceForgets(_)
+            | Fault::SourceShrinks(_)
+            | Fault::Lose(Side::Source, _) => 13,
             _ => 0,
         }
     }

@@ -78,3 +78,10 @@ fn a_seed_gives_the_same_run_to_the_byte() {
         assert_eq!(run::run(seed).expect("a run"), run::run(seed).expect("a run"), "seed {seed}");
     }
 }
+
+#[test]
+fn a_source_that_shrinks_under_its_consumer_is_noticed() {
+    for seed in 1..=10 {
+        run::run_plan(seed, plan::Plan::shrinking).unwrap_or_else(|error| panic!("{error}"));
+    }
+}

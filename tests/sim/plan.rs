@@ -150,6 +150,9 @@ pub enum Fault {
     TargetDeleted,
     /// The source restarts without its last messages.
     SourceForgets(u64),
+    /// The source stream loses its last messages under its consumers, which stay: drawn by no plan, since a stream that grows
+    /// again before it is checked gives no sign of it.
+    SourceShrinks(u64),
     /// The source stream is deleted and made again.
     SourceAnew,
     /// The source removes this many of its oldest messages.
@@ -208,7 +211,7 @@ impl Fault {
 
     /// Whether the source becomes another stream.
     pub fn source_changes(self) -> bool {
-        matches!(self, Self::SourceForgets(_) | Self::SourceAnew)
+        matches!(self, Self::SourceForgets(_) | Self::SourceShrinks(_) | Self::SourceAnew)
     }
 }
 
@@ -331,6 +334,30 @@ impl Plan {
             faults,
         };
         plan.widen(world)
+    }
+
+    /// The source shrinks under a consumer that survives, and grows again later.
+    pub fn shrinking(world: &World) -> Self {
+        let seconds = Duration::from_secs;
+        Self {
+            stormy: seconds(70),
+            filter: None,
+            max_age: None,
+            keeps: None,
+            source_keeps: None,
+            poison: None,
+            retention: Retention::Limits,
+            neighbour: Vec::new(),
+            dead_letters: false,
+            inspect: None,
+            large: 1,
+            rates: None,
+            bursts: vec![(seconds(1), 100), (seconds(60), 100)],
+            begins: vec![Duration::ZERO],
+            ttls: vec![TTL_MS],
+            faults: vec![(seconds(10), Fault::SourceShrinks(40))],
+            ..Self::draw(world)
+        }
     }
 
     /// What else may be of another kind; drawn from another sequence, so that plans without it stay as they are.

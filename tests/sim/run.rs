@@ -77,11 +77,16 @@ pub struct Told {
 
 /// Runs one seed; the error says what was violated.
 pub fn run(seed: u64) -> Result<Told, String> {
+    run_plan(seed, Plan::draw)
+}
+
+/// The same with another plan than the seed's.
+pub fn run_plan(seed: u64, plan: fn(&World) -> Plan) -> Result<Told, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let result = runtime.expect("a runtime").block_on(async {
         let world = World::new(seed);
         chance::stand_in(Some(Rc::new(world.luck(seed))));
-        let plan = Plan::draw(&world);
+        let plan = plan(&world);
         let scene = Scene::set(world, plan.clone());
         let result = scene.clone().play().await;
         result.map_err(|error| format!("{error}\n{}\n{plan:#?}", scene.report()))
@@ -305,7 +310,7 @@ impl Scene {
             }
             Fault::Foreign(count) => self.foreign(count).await,
             Fault::TargetForgets(_) | Fault::TargetDeleted => self.target_loses(fault),
-            Fault::SourceForgets(_) | Fault::SourceAnew => self.source_changes(fault),
+            Fault::SourceForgets(_) | Fault::SourceShrinks(_) | Fault::SourceAnew => self.source_changes(fault),
             Fault::Purge(count) => {
                 self.purged_behind_start
                     .store(self.record().is_some_and(|r| !r["source"].is_null()), Ordering::Relaxed);
@@ -376,6 +381,8 @@ impl Scene {
             let keep = self.source.lose_end("S", count);
             self.source.revive();
             keep
+        } else if let Fault::SourceShrinks(count) = fault {
+            self.source.with("S", |stream| stream.lose_end(count))
         } else {
             self.source.cut();
             self.source.make(self.new_source());

@@ -14,6 +14,7 @@ use crate::{
         jetstream::{Api, Delivery, StoredMessage},
     },
     status::OnlyAtTarget,
+    store::Orphans,
 };
 
 /// Bytes searched first, and messages at the least, where payloads have to be read.
@@ -281,6 +282,39 @@ impl Sides<'_> {
         let whole = pieces.is_over() && pieces.first == 1;
         search.tail = (!ours.is_empty()).then_some(Tail { ours, whole });
         Ok(search)
+    }
+
+    /// What is left of a loss. A source that was restored has these messages again: they are copied already, and nothing of
+    /// them is only at the target. The first of them tells whether that happened.
+    pub(super) async fn still_lost(
+        &mut self,
+        orphans: Orphans,
+        only: OnlyAtTarget,
+    ) -> Result<(Option<Orphans>, Option<OnlyAtTarget>), Error> {
+        let first = self.ours_at(only.target_from).await?;
+        let is_back = match first {
+            Some(first) => self.witness(first.origin).await? == Witness::Holds,
+            None => false,
+        };
+        if !is_back {
+            return Ok((Some(orphans), Some(only)));
+        }
+        let mut lost = OnlyAtTarget::default();
+        let mut from = only.target_from;
+        while from <= orphans.to {
+            let to = orphans.to.min(from + SEARCH_MOST - 1);
+            let mut piece = self.between(from, to, &mut Seen::default()).await?;
+            if let Match::At(index) = self.newest_match(&piece).await? {
+                lost = OnlyAtTarget::default();
+                piece.drain(..=index);
+            }
+            note(&mut lost, &piece);
+            from = to + 1;
+        }
+        if lost.messages == 0 {
+            return Ok((None, None));
+        }
+        Ok((Some(Orphans { from: lost.target_from, ..orphans }), Some(lost)))
     }
 
     /// The newest of these messages that the source still has.
