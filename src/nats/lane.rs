@@ -78,6 +78,8 @@ pub trait Dial: fmt::Debug + Send + Sync {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct ServerInfo {
+    /// Id of the server, another one after each start.
+    pub server_id: String,
     /// Name of the server.
     pub server_name: String,
     /// Version, such as `2.14.6`.

@@ -405,6 +405,7 @@ impl Look {
     async fn try_ask(&mut self, questions: &[Question]) -> Result<Vec<Option<Bytes>>, nats::Error> {
         let lane = self.taken().await?;
         let lane = self.lane.insert(lane);
+        let server = lane.info().server_id.clone();
         let mut waiting = BTreeMap::new();
         for (index, (subject, body)) in questions.iter().enumerate() {
             let reply = lane.send_request(subject, body.as_deref().unwrap_or_default().as_bytes());
@@ -416,14 +417,19 @@ impl Look {
         while !waiting.is_empty() {
             let Turn::Received(batch) = lane.turn().await? else { continue };
             for message in batch.iter().filter(|message| message.sid == Lane::REQUEST_SID) {
-                let Some(index) = waiting.remove(message.subject) else { continue };
+                let Some(index) = waiting.get(message.subject).copied() else { continue };
                 let subject = &questions[index].0;
+                let responders = headers::status(message.header) != Some(503);
+                if subject == USER_INFO && responders && !Permissions::are_from(message.payload, &server) {
+                    continue;
+                }
+                waiting.remove(message.subject);
                 if let Some(stream) = storing_stream(message.payload) {
                     return Err(nats::Error::hold(format!(
                         "`{subject}` was stored by stream `{stream}`: the API prefix is a subject of that stream"
                     )));
                 }
-                if headers::status(message.header) != Some(503) {
+                if responders {
                     answers[index] = Some(Bytes::copy_from_slice(message.payload));
                 }
             }

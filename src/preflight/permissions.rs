@@ -50,6 +50,20 @@ impl Permissions {
         Some(serde_json::from_slice::<Answer>(answer).ok()?.data.permissions.unwrap_or_default())
     }
 
+    /// Whether an answer is from the server with this id. Over leafnodes and routes other servers are asked too, and each
+    /// answers with the permissions of the connection over which it was asked.
+    pub(super) fn are_from(answer: &[u8], server_id: &str) -> bool {
+        #[derive(Deserialize)]
+        struct Answer {
+            server: Server,
+        }
+        #[derive(Deserialize)]
+        struct Server {
+            id: String,
+        }
+        serde_json::from_slice::<Answer>(answer).is_ok_and(|answer| answer.server.id == server_id)
+    }
+
     /// How much of a subject the user may publish to.
     pub(super) fn publish(&self, subject: &str) -> Share {
         self.publish.share(subject)
@@ -86,6 +100,14 @@ mod tests {
         check(r#","permissions":{"publish":{"allow":["a.c"]}}"#, "a.>", Share::Part);
         check(r#","permissions":{"publish":{"allow":["a.c"]}}"#, "b", Share::None);
         check(r#","permissions":{"subscribe":{"deny":["b"]}}"#, "b", Share::All);
+    }
+
+    #[test]
+    fn an_answer_names_its_server() {
+        let answer = br#"{"server":{"name":"a","id":"A"},"data":{"user":"u"}}"#;
+        assert!(Permissions::are_from(answer, "A"));
+        assert!(!Permissions::are_from(answer, "B"));
+        assert!(!Permissions::are_from(b"{}", "A"));
     }
 
     #[test]

@@ -45,6 +45,8 @@ struct Asked {
 /// The leader has a message that was passed over.
 #[derive(Debug, Clone, Copy)]
 struct Doubt {
+    /// The first such message.
+    seq: u64,
     since: Instant,
     ask_at: Instant,
 }
@@ -85,7 +87,7 @@ impl Jumps {
 
     /// Takes the leader's answers; an error if it goes on to have a message that was passed over.
     pub(super) fn accept(&mut self, batch: &Batch, stream: &str, now: Instant) -> Result<(), Error> {
-        let mut failed = None;
+        let (mut failed, mut overdue) = (None, false);
         self.open.retain_mut(|jump| {
             let answer = jump.asked.as_ref().and_then(|asked| answer_in(batch, &asked.request));
             let found = match answer.map(|answer| answer.and_then(decode_message)) {
@@ -98,9 +100,7 @@ impl Jumps {
             };
             let Some(seq) = found else { return false };
             let since = jump.doubt.map_or(now, |doubt| doubt.since);
-            if now.duration_since(since) > SILENCE {
-                failed.get_or_insert_with(|| passed_over(stream, seq, jump.to));
-            }
+            overdue |= now.duration_since(since) > SILENCE;
             if jump.doubt.is_none() {
                 debug!(
                     stream,
@@ -110,10 +110,12 @@ impl Jumps {
                 );
             }
             jump.asked = None;
-            jump.doubt = Some(Doubt { since, ask_at: now + AGAIN });
+            jump.doubt = Some(Doubt { seq, since, ask_at: now + AGAIN });
             true
         });
-        failed.map_or(Ok(()), Err)
+        // The answers come in any order: the first jump is reported, whichever answer came first.
+        let first = self.open.iter().find_map(|jump| jump.doubt.map(|doubt| passed_over(stream, doubt.seq, jump.to)));
+        failed.or(first.filter(|_| overdue)).map_or(Ok(()), Err)
     }
 
     /// Whether the leader answers. What was delivered meanwhile, lastly at `delivered`, came before its answer.
