@@ -81,7 +81,7 @@ async fn demo() -> Result<()> {
     };
     let begin = Instant::now();
     wait_for("the position to reach the end of the source", CATCH_UP, done).await?;
-    println!("  at the end of the source {:.1} s after the last message was published", begin.elapsed().as_secs_f64());
+    println!("  caught up {:.1} s after the last message was published", begin.elapsed().as_secs_f64());
 
     title("Comparison, message by message");
     prove(&source, &target, published).await?;
@@ -131,7 +131,10 @@ async fn watch(
             }
             Some(at) if !restarted && at.elapsed() > DOWN => {
                 service.restart().await?;
-                println!("  >>> started again, pid {}; it finds its place by itself", pid(service));
+                println!(
+                    "  >>> started again, pid {}; it resumes from its position record and the target",
+                    pid(service)
+                );
                 restarted = true;
             }
             _ => {}
@@ -155,7 +158,7 @@ impl Progress {
     fn show(&mut self, row: Option<Value>) {
         let time = self.begin.elapsed().as_secs_f64();
         let Some(row) = row else {
-            println!("  {time:5.1}s  (nobody answers replicator.status)");
+            println!("  {time:5.1}s  (no responders for replicator.status)");
             self.moved = None;
             return;
         };
