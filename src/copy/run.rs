@@ -487,7 +487,8 @@ impl<'a> Run<'a> {
                 // First of all nothing more may be sent.
                 drop((self.source, self.target));
                 if error.chain_broken {
-                    ledger.broke_at(self.writer.exact(&self.window), self.window.position().seq);
+                    let (exact, by_ids) = (self.writer.exact(&self.window), self.writer.is_by_ids());
+                    ledger.broke_at(exact, &self.window, by_ids, Instant::now());
                 } else {
                     ledger.left_in_flight(&self.window, Instant::now());
                 }
