@@ -1159,9 +1159,9 @@ impl<'a> Run<'a> {
             let subject = format!("{}.STREAM.INFO.{}", self.source.api_prefix(), self.replication.source.stream);
             self.info_request = Some(self.source.send_request(&subject, b""));
             let settled = self.all_settled().then(|| self.window.position().seq);
-            self.watch.ask(&mut self.target, &self.replication.target.stream, settled);
+            self.watch.ask(&mut self.target, &self.replication.target.stream, settled, now);
         }
-        self.watch.ask_first(&mut self.target, &self.replication.target.stream, None);
+        self.watch.ask_first(&mut self.target, &self.replication.target.stream, now);
         self.rejects.check(now)?;
         self.look_after_target(now)?;
         let action = self.watchdog.look(now, &self.seen());
