@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo generate test sim chaos check check-long bench format lint servers matrix licences
+.PHONY: help demo generate test architecture sim chaos check check-long bench format lint servers matrix licences
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -11,6 +11,9 @@ demo: servers ## two throw-away servers, a replication, a crash in the middle, a
 
 test: servers ## all tests, on real nats-servers
 	contrib/run-tests -- --test-threads 4
+
+architecture: ## the rules of ARCHITECTURE.md, read from the sources: imports, purity, sockets, lengths, names
+	cargo test --locked --test architecture
 
 sim: ## the copy core in simulation: 10,000 seeds, SEEDS=n of them, or SEED=n alone
 	SEEDS=$(or $(SEEDS),10000) cargo test --locked --test sim -- --nocapture
