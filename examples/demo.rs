@@ -155,7 +155,7 @@ impl Progress {
     fn show(&mut self, row: Option<Value>) {
         let time = self.begin.elapsed().as_secs_f64();
         let Some(row) = row else {
-            println!("  {time:5.1}s  (nobody answers replicator.status)");
+            println!("  {time:5.1}s  (no responders for replicator.status)");
             self.moved = None;
             return;
         };

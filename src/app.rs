@@ -84,7 +84,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         info!("stopped");
         return Ok(());
     }
-    bail!("did not stop in order: {}", late.join(", "))
+    bail!("did not stop gracefully in time: {}", late.join(", "))
 }
 
 /// Bytes that all replications together may have asked for or read and not sent.
@@ -142,7 +142,7 @@ impl System {
         };
         if settings.rules.is_open() && !settings.read_only && !connection.endpoint.is_local() {
             warn!(
-                "whoever may publish to `{prefix}.>` decides which servers this process connects to and which \
+                "every client that may publish to `{prefix}.>` decides which servers this process connects to and which \
                  credentials it uses there; limit that with `--allow-url`, `--allow-credentials` and `--read-only`"
             );
         }
@@ -192,7 +192,7 @@ impl System {
         let _keeping = self.keep(keeper);
 
         let claim = async || site::claim(&buckets.config, site, bucket_prefix).await;
-        let Some(record) = persist("the site of the buckets cannot be found out", stop, claim).await else {
+        let Some(record) = persist("the site of the buckets cannot be read", stop, claim).await else {
             return Ok(());
         };
         let record = record?;

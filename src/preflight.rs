@@ -65,7 +65,7 @@ pub struct SideReport {
     pub version: String,
     /// The stream, if it was seen.
     pub stream: Option<StreamState>,
-    /// What was looked at, in order.
+    /// The checks, in order.
     pub findings: Vec<Finding>,
 }
 
@@ -80,12 +80,12 @@ pub struct Own<'a> {
     pub streams: &'a OwnStreams,
 }
 
-/// One thing that was looked at.
+/// One check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     /// What was looked at, in a word.
     pub name: &'static str,
-    /// What came out.
+    /// Result.
     pub outcome: Outcome,
     /// In words, side and server named; empty where there is nothing to say.
     pub message: String,
@@ -162,7 +162,7 @@ pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known:
             source.facts.beside = match target.reaches(&mut source, until).await {
                 Some(true) => source.ask_who_listens(flow.to.clone(), until).await,
                 Some(false) => Answer::NotAsked,
-                None => Answer::Unclear("whether both sides are one account could not be found out".to_owned()),
+                None => Answer::Unclear("it could not be determined whether both sides are one account".to_owned()),
             };
         }
     }

@@ -44,7 +44,7 @@ pub struct Replication {
     pub update_target: bool,
     /// Who else may write to the target.
     pub target_mode: Sharing,
-    /// What to do when the source lost messages that were copied.
+    /// Action when the source lost messages that were copied.
     pub on_source_loss: OnSourceLoss,
     /// Whether a refusal by the target may change the order, where it can.
     pub ordering: Ordering,
@@ -204,7 +204,7 @@ pub enum OnSourceLoss {
 /// What becomes of a message that the target can never store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum OnReject {
-    /// It holds the replication until somebody acts.
+    /// It blocks the replication until an operator acts.
     #[default]
     Hold,
     /// It is left out and counted.

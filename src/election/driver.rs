@@ -104,7 +104,7 @@ impl Driver {
         while let Err(error) = self.session(&stop).await {
             self.machine.disconnected();
             if self.info.is_refused_by(&error) || self.last.is_refused_by(&error) {
-                debug!(election = self.election.key, "does without what may not be asked: {error}");
+                debug!(election = self.election.key, "continues without a request that is not permitted: {error}");
                 self.tell(&error.message);
                 continue;
             }
@@ -312,7 +312,8 @@ fn terms_of(info: &StreamInfo) -> Result<Terms, Error> {
 /// What the answer to a write tells; an error where its fate is not known, or where nothing can be written.
 fn written(answer: Result<&[u8], Error>) -> Result<Written, Error> {
     let answer = answer.map_err(|_| {
-        let message = format!("nobody takes writes to bucket `{BUCKET}`: it has no leader now, or it does not exist");
+        let message =
+            format!("no responders for a write to bucket `{BUCKET}`: it has no leader now, or it does not exist");
         Error::hold(format!("{message} and is made with `{ADD}`"))
     })?;
     match PublishAck::parse(answer, &format!("bucket `{BUCKET}`")) {

@@ -375,7 +375,7 @@ impl Work {
             }
             LeaseChange::Lease { id, revision, record } => self.machine.lease(now, &id, revision, record),
             LeaseChange::Anew => {
-                warn!("the lease bucket was made anew, or put back: what it holds now counts");
+                warn!("lease bucket was recreated or restored; reloading it");
                 self.machine.anew();
             }
             LeaseChange::Loaded => {
@@ -468,7 +468,7 @@ impl Work {
                         self.trouble.over();
                     }
                     Renewal::Removed => {
-                        warn!("the session of this instance was removed: it is written anew");
+                        warn!("the session of this instance was removed; writing it again");
                         self.confirmed = None;
                     }
                     Renewal::Failed => {

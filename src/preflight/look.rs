@@ -255,7 +255,7 @@ impl Look {
                 Err(error) => (Answer::Got(()), Answer::Unclear(format!("`{subject}`: {error}"))),
             },
             Ok(_) => {
-                let message = format!("nobody answers `{subject}`: JetStream is not enabled");
+                let message = format!("no responders for `{subject}`: JetStream is not enabled");
                 (Answer::Failed(message), Answer::NotAsked)
             }
             Err(Silence::Error { lasting: true, message }) => (Answer::NotAsked, Answer::Failed(message.clone())),

@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::config::{self, Replication};
 
-/// What happened to a sender.
+/// Kind of a change of a sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -69,9 +69,9 @@ pub struct AgeAdvisory {
     /// `io.choria.sr.v2.age_advisory`.
     #[schemars(extend("enum" = [PROTOCOL]))]
     pub protocol: String,
-    /// KSUID of what happened: the same each time it is told.
+    /// KSUID of the occurrence: the same each time it is published.
     pub event_id: String,
-    /// Where messages say who sent them: the path of a field, the name of a header, or the token of the subject.
+    /// Where messages name their sender: the path of a field, the name of a header, or the token of the subject.
     #[schemars(length(min = 1))]
     pub inspect_field: String,
     /// How long the sender was unseen, seconds; 0 for `new`.
@@ -82,7 +82,7 @@ pub struct AgeAdvisory {
     pub replicator: String,
     /// When it happened, by the times of the source, seconds since the Unix epoch.
     pub timestamp: i64,
-    /// What happened.
+    /// Kind of the change.
     pub event: Kind,
     /// The sender.
     #[schemars(length(min = 1))]

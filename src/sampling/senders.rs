@@ -103,7 +103,7 @@ struct Round {
 /// One sender, for people.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Listed<'a> {
-    /// The value that messages bear.
+    /// The value that messages carry.
     pub sender: &'a str,
     /// When it was seen last.
     pub seen_ns: i64,

@@ -28,7 +28,7 @@ impl OwnStreams {
         let own = self.0.read().unwrap_or_else(PoisonError::into_inner).get(stream).copied();
         (own == Some(i128::from(created))).then(|| {
             format!(
-                "stream `{stream}` is a bucket of this service: what it saves while it copies would be copied again, without \
+                "stream `{stream}` is a bucket of this service: the service would copy its own saves again, without \
                  end; use `nats stream backup`, or a service of another installation"
             )
         })
@@ -63,7 +63,7 @@ pub struct Buckets {
 pub struct Error {
     /// Which bucket.
     pub bucket: String,
-    /// What happened.
+    /// Description.
     pub message: String,
 }
 

@@ -123,7 +123,7 @@ impl Kept {
         }
         let since = *self.missing_since.get_or_insert_with(Instant::now);
         if since.elapsed() < MISSING_FOR {
-            return Err("does not exist: somebody deleted it".to_owned());
+            return Err("does not exist: it was deleted".to_owned());
         }
         let mark = chance::name();
         let created = context.create_stream(self.as_it_was(&mark)).await;
@@ -134,7 +134,7 @@ impl Kept {
         };
         let ours = info.config.metadata.get(RECREATED) == Some(&mark);
         if ours {
-            warn!(bucket = name, "the bucket was deleted; it was recreated, and what is known of it is written again");
+            warn!(bucket = name, "the bucket was deleted; it was recreated, and its known content is written again");
         }
         self.saw(info, streams);
         Ok(ours)

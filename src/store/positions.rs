@@ -249,14 +249,14 @@ impl PositionStore {
         match serde_json::from_slice::<Box<PositionRecord>>(&value) {
             Ok(record) if record.version > VERSION => {
                 let version = record.version;
-                let hint = "run that program, or delete the key to find the position anew";
+                let hint = "run that program, or delete the key so that the position is searched again";
                 Err(self.error(format!(
                     "key `{id}` holds a record of version {version}, of a newer program than this one, which knows {VERSION}: {hint}"
                 )))
             }
             Ok(record) => Ok(Current::Record(record, stored.revision)),
             Err(error) => {
-                let hint = "correct it, or delete the key to find the position anew";
+                let hint = "correct it, or delete the key so that the position is searched again";
                 Err(self.error(format!("key `{id}` holds no position record ({error}): {hint}")))
             }
         }

@@ -43,7 +43,7 @@ pub struct SenderRecord {
     /// Format of the record: 1.
     #[serde(default)]
     pub version: u32,
-    /// The value that messages bear.
+    /// The value that messages carry.
     pub sender: String,
     /// Stored time of its newest message, as last written: it is written again only when it has moved by a quarter of
     /// `warn_duration`.
@@ -74,7 +74,7 @@ pub struct SenderRecord {
 /// An advisory that has not been confirmed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingAdvisory {
-    /// What happened.
+    /// Kind of the change.
     pub event: String,
     /// When it was due.
     pub due: DateTime<Utc>,

@@ -50,7 +50,7 @@ pub(super) async fn position(context: &Context, request: Request) -> Result<Move
     let asked = if let At::Behind(seq) = at { seq } else { to };
     if place.forgets && asked < from {
         let description = format!(
-            "source stream `{}` forgets what was copied: the position {from} can only be moved forward, not to {asked}",
+            "source stream `{}` removes copied messages: the position {from} can only be moved forward, not to {asked}",
             replication.source.stream
         );
         return Err(Failure::new(409, description));

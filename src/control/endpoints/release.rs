@@ -50,7 +50,7 @@ pub(super) async fn skip(context: &Context, request: Request) -> Result<Skipped,
         return Err(Failure::new(409, description));
     }
     let revision = release(context, &replication, Some(message)).await?;
-    info!(replication, revision, source_seq = message.seq, "leaves out a message by request");
+    info!(replication, revision, source_seq = message.seq, "message will be skipped by request");
     Ok(Skipped { replication, revision, source_seq: message.seq })
 }
 
