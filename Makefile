@@ -34,7 +34,7 @@ bench: servers ## speed, CPU and memory beside a native source and a stop-and-wa
 	cargo bench --locked --bench copy -- $(ARGS)
 
 generate: ## what is made from the code: schemas/ and docs/configuration.md
-	GENERATE=1 cargo test --locked --quiet --test it current_
+	GENERATE=1 cargo test --locked --quiet --test it ::current_
 
 format:
 	cargo fmt --all --check
@@ -42,6 +42,7 @@ format:
 lint:
 	cargo clippy --locked --all-targets -- -D warnings
 	contrib/break-on-purpose --check
+	contrib/check-words
 
 # Where nothing can be downloaded, a server of your own will do for most tests.
 servers:
