@@ -1,4 +1,4 @@
-//! Composition root: builds the whole system top to bottom and stops it in order.
+//! Composition root: builds the whole system top to bottom and stops it gracefully.
 
 mod files;
 mod site;
@@ -71,7 +71,7 @@ pub struct Settings {
     pub heartbeats: Value,
 }
 
-/// Runs until SIGTERM or SIGINT. An error means that the start or the stop was not in order.
+/// Runs until SIGTERM or SIGINT. An error means that the start failed or the stop was not graceful.
 pub async fn run(settings: Settings) -> anyhow::Result<()> {
     files::raise_limit();
     let stop = CancellationToken::new();
@@ -90,7 +90,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
 /// Bytes that all replications together may have asked for or read and not sent.
 const READ_AHEAD: usize = 256 << 20;
 
-/// The first signal stops in order, the second at once.
+/// The first signal stops gracefully, the second at once.
 fn stop_on_signals(stop: CancellationToken) -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -160,7 +160,7 @@ impl System {
         })
     }
 
-    /// Looks after the buckets until this is dropped.
+    /// Maintains the buckets until this is dropped.
     fn keep(&self, keeper: Keeper) -> AbortOnDropHandle<Infallible> {
         let (events, progress) = (self.events.clone(), self.progress.clone());
         let say = move |condition| match condition {
@@ -280,7 +280,7 @@ impl System {
         }
     }
 
-    /// Stops everything in order; returns what was late.
+    /// Stops everything gracefully; returns the parts that were late.
     async fn stop(self) -> Vec<String> {
         let end = Instant::now() + GRACE;
         let mut late = Vec::new();
@@ -327,13 +327,13 @@ impl System {
     }
 }
 
-/// Name of this host, as far as it can be found out.
+/// Name of this host, as far as it is known.
 pub fn host_name() -> String {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| env::var("HOSTNAME").ok());
     name.unwrap_or_default().trim().to_owned()
 }
 
-/// Tries until it works or everything stops; each distinct error is told once.
+/// Tries until it works or everything stops; each distinct error is logged once.
 async fn persist<T, E: Display>(
     what: &str,
     stop: &CancellationToken,

@@ -459,7 +459,8 @@ impl Events {
         self.shared.dropped.load(Ordering::Relaxed)
     }
 
-    /// Waits until everything emitted so far is on its way: what the same connection is given behind it comes behind it.
+    /// Waits until everything emitted so far is on its way: anything sent later on the same connection arrives after
+    /// it.
     pub fn on_the_way(&self) -> impl Future<Output = ()> + Send + 'static {
         let queue = self.queue.clone();
         async move {

@@ -28,7 +28,7 @@ use crate::{
     store::{ConfigStore, Stored},
 };
 
-/// So long the end may take: a campaign frees its key.
+/// Deadline for the end: a campaign frees its key.
 const GRACE: Duration = Duration::from_secs(3);
 
 /// What the heartbeats need from the outside.
@@ -48,7 +48,7 @@ pub struct Deps {
     pub stored: watch::Receiver<Option<Stored>>,
     /// What the file of the site says, valid by these rules; `null` for nothing.
     pub file: Value,
-    /// Where notable things are told.
+    /// Where events are published.
     pub events: Events,
 }
 

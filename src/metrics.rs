@@ -28,7 +28,7 @@ struct Sampled {
     read: fn(&SamplingStatus) -> f64,
 }
 
-/// Every metric with one series per sampled replication, behind `choria_stream_replicator_`.
+/// Every metric with one series per sampled replication, after the prefix `choria_stream_replicator_`.
 #[rustfmt::skip]
 const SAMPLED: &[Sampled] = &[
     // Choria's.
@@ -147,7 +147,7 @@ pub struct Election {
     pub interval: Duration,
 }
 
-/// What is known of elections in Prometheus' text format, to stand behind what [`render`] says.
+/// State of elections in Prometheus' text format, to append to the output of [`render`].
 pub fn render_elections(site: &str, elections: &[Election]) -> Result<String, prometheus::Error> {
     let labels = |of: &Election| -> Vec<_> {
         vec![label("election", &of.election), label("identity", &of.identity), label("replicator", site)]
@@ -196,7 +196,7 @@ pub struct HeartbeatSubject {
     pub times: status::Histogram,
 }
 
-/// Heartbeats in Prometheus' text format, to stand behind what [`render`] says.
+/// Heartbeats in Prometheus' text format, to append to the output of [`render`].
 pub fn render_heartbeats(site: &str, heartbeats: &Heartbeats) -> Result<String, prometheus::Error> {
     let replicator = || label("replicator", site);
     let gauge = |name, help, labels, value| {

@@ -108,13 +108,13 @@ pub struct Document {
     /// Candidate in Choria's leader election.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub leader_election_name: Option<String>,
-    /// Senders are told apart by this field of the payload.
+    /// Senders are identified by this field of the payload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspect_field: Option<String>,
-    /// Senders are told apart by this header.
+    /// Senders are identified by this header.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspect_header: Option<String>,
-    /// Senders are told apart by this token of the subject.
+    /// Senders are identified by this token of the subject.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspect_subject_token: Option<i64>,
     /// Where this field is true, the message is copied.
@@ -129,7 +129,7 @@ pub struct Document {
     /// Change of size that has a message copied.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size_trigger: Option<u64>,
-    /// Where to tell of senders.
+    /// Where to publish advisories.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advisory: Option<AdvisoryDocument>,
     /// What becomes of messages that the target can never store.

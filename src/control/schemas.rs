@@ -1,8 +1,7 @@
-//! The JSON schemas of requests, replies and events, made from the types that go over the wire, so that neither can
-//! say what the other does not. The folder `schemas/` holds them as files.
+//! The JSON schemas of requests, replies and events, made from the types that go over the wire, so that both always
+//! agree. The folder `schemas/` holds them as files.
 //!
-//! Requests are strict, as the service is. Replies and events may get more fields later: who reads them leaves out
-//! what it does not know.
+//! Requests are strict, as the service is. Replies and events may get more fields later: readers ignore unknown ones.
 
 use std::collections::BTreeMap;
 

@@ -74,7 +74,7 @@ pub(super) struct Driver {
     told: watch::Sender<Leadership>,
     /// For the TTL of the bucket.
     info: Question,
-    /// For what lies at the key.
+    /// For the entry at the key.
     last: Question,
     retry: Backoff,
     /// What went wrong last, until it is over.
@@ -88,7 +88,7 @@ struct Booth {
     subject: String,
     /// The write that is on its way.
     write: String,
-    /// The question what lies at the key that is on its way.
+    /// The pending request for the entry at the key.
     read: String,
 }
 
@@ -277,7 +277,7 @@ impl Booth {
         self.write = self.lane.send_request_with(&self.subject, &block, b"");
     }
 
-    /// Asks what lies at the key.
+    /// Requests the entry at the key.
     fn ask(&mut self, what: &str, key_subject: &str) {
         let body = json!({ "last_by_subj": key_subject }).to_string();
         self.read = self.lane.send_request(&format!("{}.{what}", self.lane.api_prefix()), body.as_bytes());
@@ -327,7 +327,7 @@ fn written(answer: Result<&[u8], Error>) -> Result<Written, Error> {
     }
 }
 
-/// Revision of the marker of a deletion, if nothing else lies at the key.
+/// Revision of the marker of a deletion, if it is the entry at the key.
 fn marker_in(answer: Result<&[u8], Error>) -> Option<u64> {
     let message = decode_message(answer.ok()?).ok()??;
     let operation = headers::last(&message.header, b"KV-Operation");

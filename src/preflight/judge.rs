@@ -33,7 +33,7 @@ use crate::{
 /// Subjects that one message shows at most.
 const MAX_SHOWN: usize = 8;
 
-/// Everything that was asked and told.
+/// All answers.
 pub(super) struct Pair<'a> {
     pub(super) replication: &'a Replication,
     pub(super) source: &'a Facts,
@@ -656,8 +656,8 @@ impl Pair<'_> {
         ("/filter_subject", None)
     }
 
-    /// The copy leaves out what the target does not allow and copies the message: nothing is lost, but the header's
-    /// effect.
+    /// The copy removes headers that the target does not allow and copies the message: nothing is lost, but the
+    /// header's effect.
     fn headers(&self, source: &StreamInfo, target: &StreamInfo, abilities: &Abilities) -> Said {
         let mut said = Vec::new();
         if source.flag("allow_rollup_hdrs") && !target.flag("allow_rollup_hdrs") {
@@ -739,8 +739,8 @@ impl Pair<'_> {
         }
     }
 
-    /// A ring works: each message comes back to the stream it came from once and is left out there. It is stored
-    /// twice then, which may be meant so.
+    /// A replication loop works: each message comes back once to its stream and is skipped there. It is stored twice
+    /// then, which may be intended.
     fn cycle(&self, known: &[Known]) -> Said {
         let name = |facts: &Facts| facts.connect.got().map(|info| info.server_name.clone()).unwrap_or_default();
         let (source, target) = (name(self.source), name(self.target));

@@ -1,4 +1,4 @@
-//! Advisories: what is told of a sender (Choria's schema `io.choria.sr.v2.age_advisory`).
+//! Advisories about a sender (Choria's schema `io.choria.sr.v2.age_advisory`).
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -52,7 +52,7 @@ pub struct Advisory {
     pub seen_ns: i64,
 }
 
-/// In whose name advisories of one replication are told, and where.
+/// Names and subject of the advisories of one replication.
 #[derive(Debug, Clone)]
 pub struct Voice {
     replication: String,
@@ -145,15 +145,15 @@ impl Voice {
     }
 }
 
-/// Whether a payload is an advisory, of this replicator or another one. Whoever tells of senders takes none for the message of
-/// one: a stream may store what several tell about it, and each advisory would bring others.
+/// Whether a payload is an advisory, of this replicator or another one. Sampling takes no advisory for the message of a
+/// sender: a stream may store the advisories of several replicators, and each would cause others.
 pub fn is_advisory(payload: &[u8]) -> bool {
     // As bodies are written, by Choria's replicator too; nothing need be parsed.
     payload.starts_with(BEGIN)
 }
 
-/// Where the advisories of a document's `advisory.subject` are, as patterns. A sender may be several tokens, so what comes
-/// behind one may be anything.
+/// Where the advisories of a document's `advisory.subject` are, as patterns. A sender may be several tokens, so any
+/// tokens may follow.
 pub fn patterns(subject: &str) -> BTreeSet<String> {
     let pattern = |kind| match subject.split_once("%v") {
         None => fill(subject, kind, ""),

@@ -80,8 +80,9 @@ impl Buckets {
     }
 
     /// Opens `<prefix>_CONFIG`, `<prefix>_POSITIONS`, `<prefix>_LEASES` and `<prefix>_STATE` of the JetStream whose API
-    /// begins with `api_prefix`. What is missing is created with so many `replicas`; what exists is used as it is. What
-    /// `instance` writes in numbers says so, and names of its consumers begin with it. The keeper looks after them.
+    /// begins with `api_prefix`. Missing ones are created with this many `replicas`; existing ones are used as they
+    /// are. Bulk writes carry the name of `instance`, and names of its consumers begin with it. The keeper maintains
+    /// them.
     pub async fn open(
         client: async_nats::Client,
         api_prefix: &str,

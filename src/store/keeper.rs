@@ -1,5 +1,5 @@
-//! Looks after the buckets while the service runs: one that was deleted is created again as it was, and what depends on
-//! which stream it is learns of it. What it held is written again by those who follow it, see `watch.rs`.
+//! Maintains the buckets while the service runs: one that was deleted is recreated as it was, and everything that
+//! depends on its stream is notified. Its entries are written again by their watches, see `watch.rs`.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -39,7 +39,7 @@ pub enum Condition {
     Usable(Option<String>),
 }
 
-/// Looks after the buckets of one installation.
+/// Maintains the buckets of one installation.
 #[derive(Debug)]
 pub struct Keeper {
     context: jetstream::Context,
@@ -79,7 +79,7 @@ impl Keeper {
         Self { context, kept, streams }
     }
 
-    /// Looks after them for ever, and says what happens.
+    /// Maintains them forever, and logs changes.
     pub async fn keep(mut self, mut say: impl FnMut(Condition)) -> Infallible {
         loop {
             let Self { context, kept, streams } = &mut self;

@@ -18,9 +18,9 @@ use crate::{
     store::{ConfigEntry, MarkKind, PositionRecord, SaveError},
 };
 
-/// So long everything may take but the last write.
+/// Deadline for everything but the last write.
 const WITHIN: Duration = Duration::from_millis(2_100);
-/// Of it, so long the end of a copy that was just paused is waited for.
+/// Of it, how long to wait for the end of a copy that was just paused.
 const STOPS_WITHIN: Duration = Duration::from_millis(700);
 
 pub(super) async fn position(context: &Context, request: Request) -> Result<Moved, Failure> {

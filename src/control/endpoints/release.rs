@@ -17,7 +17,7 @@ use crate::{
     store::{MarkKind, ReleaseMark, SourceMessage},
 };
 
-/// While it is held a replication tries again now and then: so long such a try is waited for...
+/// While it is held a replication tries again now and then: how long to wait for such a try...
 const TRY_WITHIN: Duration = Duration::from_millis(1_500);
 /// ... and after an error at most so old it may be one.
 const TRY_AFTER: TimeDelta = TimeDelta::seconds(30);

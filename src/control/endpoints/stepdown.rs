@@ -11,7 +11,7 @@ use crate::control::{
     service::Request,
 };
 
-/// So long the answer waits for another leader. There will be one, whether anybody waits or not.
+/// How long the answer waits for another leader. There will be one in any case.
 const HANDED_WITHIN: Duration = Duration::from_millis(2_000);
 
 pub(super) async fn stepdown(context: &Context, request: Request) -> Result<SteppedDown, Failure> {
