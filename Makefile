@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo generate test sim chaos check check-long bench format lint servers matrix licences
+.PHONY: help demo generate test architecture sim chaos check check-long bench format lint servers matrix licences
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -11,6 +11,9 @@ demo: servers ## two throw-away servers, a replication, a crash in the middle, a
 
 test: servers ## all tests, on real nats-servers
 	contrib/run-tests -- --test-threads 4
+
+architecture: ## the rules of ARCHITECTURE.md, read from the sources: imports, purity, sockets, lengths, names
+	cargo test --locked --test architecture
 
 sim: ## the copy core in simulation: 10,000 seeds, SEEDS=n of them, or SEED=n alone
 	SEEDS=$(or $(SEEDS),10000) cargo test --locked --test sim -- --nocapture
@@ -31,7 +34,7 @@ bench: servers ## speed, CPU and memory beside a native source and a stop-and-wa
 	cargo bench --locked --bench copy -- $(ARGS)
 
 generate: ## what is made from the code: schemas/ and docs/configuration.md
-	GENERATE=1 cargo test --locked --quiet --test it current_
+	GENERATE=1 cargo test --locked --quiet --test it ::current_
 
 format:
 	cargo fmt --all --check
@@ -39,6 +42,7 @@ format:
 lint:
 	cargo clippy --locked --all-targets -- -D warnings
 	contrib/break-on-purpose --check
+	contrib/check-words
 
 # Where nothing can be downloaded, a server of your own will do for most tests.
 servers:

@@ -1,4 +1,4 @@
-//! Composition root: builds the whole system top to bottom and stops it in order.
+//! Composition root: builds the whole system top to bottom and stops it gracefully.
 
 mod files;
 mod site;
@@ -71,7 +71,7 @@ pub struct Settings {
     pub heartbeats: Value,
 }
 
-/// Runs until SIGTERM or SIGINT. An error means that the start or the stop was not in order.
+/// Runs until SIGTERM or SIGINT. An error means that the start failed or the stop was not graceful.
 pub async fn run(settings: Settings) -> anyhow::Result<()> {
     files::raise_limit();
     let stop = CancellationToken::new();
@@ -84,13 +84,13 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         info!("stopped");
         return Ok(());
     }
-    bail!("did not stop in order: {}", late.join(", "))
+    bail!("did not stop gracefully in time: {}", late.join(", "))
 }
 
 /// Bytes that all replications together may have asked for or read and not sent.
 const READ_AHEAD: usize = 256 << 20;
 
-/// The first signal stops in order, the second at once.
+/// The first signal stops gracefully, the second at once.
 fn stop_on_signals(stop: CancellationToken) -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -142,7 +142,7 @@ impl System {
         };
         if settings.rules.is_open() && !settings.read_only && !connection.endpoint.is_local() {
             warn!(
-                "whoever may publish to `{prefix}.>` decides which servers this process connects to and which \
+                "every client that may publish to `{prefix}.>` decides which servers this process connects to and which \
                  credentials it uses there; limit that with `--allow-url`, `--allow-credentials` and `--read-only`"
             );
         }
@@ -160,7 +160,7 @@ impl System {
         })
     }
 
-    /// Looks after the buckets until this is dropped.
+    /// Maintains the buckets until this is dropped.
     fn keep(&self, keeper: Keeper) -> AbortOnDropHandle<Infallible> {
         let (events, progress) = (self.events.clone(), self.progress.clone());
         let say = move |condition| match condition {
@@ -192,7 +192,7 @@ impl System {
         let _keeping = self.keep(keeper);
 
         let claim = async || site::claim(&buckets.config, site, bucket_prefix).await;
-        let Some(record) = persist("the site of the buckets cannot be found out", stop, claim).await else {
+        let Some(record) = persist("the site of the buckets cannot be read", stop, claim).await else {
             return Ok(());
         };
         let record = record?;
@@ -280,7 +280,7 @@ impl System {
         }
     }
 
-    /// Stops everything in order; returns what was late.
+    /// Stops everything gracefully; returns the parts that were late.
     async fn stop(self) -> Vec<String> {
         let end = Instant::now() + GRACE;
         let mut late = Vec::new();
@@ -327,13 +327,13 @@ impl System {
     }
 }
 
-/// Name of this host, as far as it can be found out.
+/// Name of this host, as far as it is known.
 pub fn host_name() -> String {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| env::var("HOSTNAME").ok());
     name.unwrap_or_default().trim().to_owned()
 }
 
-/// Tries until it works or everything stops; each distinct error is told once.
+/// Tries until it works or everything stops; each distinct error is logged once.
 async fn persist<T, E: Display>(
     what: &str,
     stop: &CancellationToken,

@@ -1,8 +1,8 @@
-//! The clock of leases and elections: it goes on while the host is suspended, as others' clocks do.
+//! The clock of leases and elections: it continues while the host is suspended, as clocks of other hosts do.
 //!
-//! `Instant` stands still while a virtual machine or a laptop is suspended (`CLOCK_MONOTONIC`). A holder that wakes after
-//! minutes would take its right to run for fresh, though others have taken over. Where the system has a clock that goes on,
-//! the time for which the host was suspended is added.
+//! `Instant` stands still while a virtual machine or a laptop is suspended (`CLOCK_MONOTONIC`). A holder that wakes
+//! after minutes would take its right to run for fresh, though others have taken over. Where the system has a clock
+//! that continues, the time for which the host was suspended is added.
 
 use std::{sync::OnceLock, time::Duration};
 

@@ -60,12 +60,12 @@ enum Other {
     Status(status::Args),
     /// Stop copying and keep the position, also over restarts
     Pause(steer::IdsArgs),
-    /// Go on after a pause
+    /// Resume after a pause
     Resume(steer::IdsArgs),
     Position(steer::PositionArgs),
     /// Try held replications again now
     Retry(steer::IdsArgs),
-    /// Have another instance take over what one leads
+    /// Hand a replication over to another instance
     Stepdown(steer::IdsArgs),
     Skip(steer::SkipArgs),
     Instances(instances::Args),
@@ -115,7 +115,7 @@ fn ask(command: &Other) -> ExitCode {
 }
 
 impl Other {
-    /// Whether a program reads what is printed.
+    /// Whether the output is for a program.
     fn json(&self) -> bool {
         match self {
             Self::Config(args) => args.global().json,
@@ -137,7 +137,7 @@ impl Other {
             Self::Config(args) => config::run(args, out).await,
             Self::Status(args) => status::run(args, out).await,
             Self::Pause(args) => steer::each(args, "pause", "is paused", out).await,
-            Self::Resume(args) => steer::each(args, "resume", "goes on", out).await,
+            Self::Resume(args) => steer::each(args, "resume", "is resumed", out).await,
             Self::Position(args) => steer::position(args, out).await,
             Self::Retry(args) => steer::each(args, "retry", "is tried again", out).await,
             Self::Stepdown(args) => steer::stepdown(args, out).await,

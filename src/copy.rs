@@ -120,7 +120,7 @@ pub enum ErrorKind {
 pub struct Error {
     /// What the caller can do.
     pub kind: ErrorKind,
-    /// What happened, without secrets.
+    /// Description, without secrets.
     pub message: String,
     /// The message that can never be stored at the target, if that is the reason.
     pub poison: Option<SourceMessage>,

@@ -1,9 +1,9 @@
-//! Choria's leader election, for the time in which its replicators and this service run side by side. Whoever leads
+//! Choria's leader election, for the time in which its replicators and this service run side by side. The leader
 //! copies: theirs ask the key in the bucket alone, ours holds its record first and then stands for election with them.
 //!
-//! A [`Campaign`] stands for one replication, over a connection of its own to the source, or for the heartbeats. It needs the right to publish
-//! to its key and nothing else; where it may, it also asks for the bucket's TTL and looks whether a key that it does not
-//! get was deleted. `machine` has the rules and `driver` the connection.
+//! A [`Campaign`] stands for one replication, over a connection of its own to the source, or for the heartbeats. It
+//! needs the right to publish to its key and nothing else; where it may, it also asks for the bucket's TTL and checks
+//! whether a key that it does not get was deleted. `machine` has the rules and `driver` the connection.
 
 mod driver;
 mod machine;
@@ -29,7 +29,7 @@ use crate::{
 /// The bucket, with a TTL of 1 s to 1 h. Choria's brokers make it; elsewhere people do.
 pub const BUCKET: &str = "CHORIA_LEADER_ELECTION";
 
-/// So long the end of a campaign may take.
+/// Deadline for the end of a campaign.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// What is campaigned for, and as whom.
@@ -58,8 +58,8 @@ impl Election {
 /// How a campaign stands.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Leadership {
-    /// By our own clock we lead until then, unless we hear otherwise before. Grows with every write that is confirmed.
-    /// `None` while we do not lead.
+    /// Until when we lead by our own clock, without news before. Grows with every write that is confirmed. `None` while
+    /// we do not lead.
     pub until: Option<Instant>,
     /// What keeps us from standing for election; `None` where others merely lead.
     pub error: Option<String>,

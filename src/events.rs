@@ -34,7 +34,7 @@ pub enum Event {
         /// Source sequence up to which everything is settled, where that is known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         position: Option<u64>,
-        /// Why, if nobody asked for it.
+        /// The reason, if it was not requested.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         message: Option<String>,
     },
@@ -43,16 +43,16 @@ pub enum Event {
         /// Source sequence up to which everything is settled.
         position: u64,
     },
-    /// The replication goes on after a pause.
+    /// The replication resumes after a pause.
     Resumed {
-        /// Source sequence behind which it goes on.
+        /// Source sequence after which it resumes.
         position: u64,
     },
     /// An instance took the replication.
     Leader {
         /// Its epoch.
         epoch: u64,
-        /// Instance that held it before; none the first time.
+        /// Instance that ran it before; none the first time.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         previous: Option<String>,
     },
@@ -72,23 +72,23 @@ pub enum Event {
         /// Revision of the document.
         revision: u64,
     },
-    /// A document was refused; what ran before goes on.
+    /// A document was refused; the previous one continues to run.
     ConfigRejected {
         /// Revision of the document.
         revision: u64,
-        /// What is wrong with it.
+        /// Its problems.
         problems: Vec<Problem>,
     },
-    /// The replication went on after an error.
+    /// The replication recovered from an error.
     Repaired {
         /// Source sequence up to which everything is settled.
         position: u64,
     },
     /// The copy stands still and is being repaired.
     Stalled {
-        /// What happened.
+        /// Description.
         message: String,
-        /// What is made anew.
+        /// The part that is recreated.
         step: Step,
     },
     /// Source messages were gone before they were read.
@@ -102,39 +102,40 @@ pub enum Event {
     },
     /// The source will soon remove messages that are not copied.
     HeadroomLow {
-        /// Until then, seconds, as it looks now.
+        /// Time until then, seconds, at the current rates.
         seconds: u64,
-        /// What will remove them.
+        /// The limit that will remove them.
         limit: RetentionLimit,
         /// Source sequence up to which everything is settled.
         position: u64,
     },
-    /// What is not copied stays at the source for long enough again, or there is nothing left.
+    /// Messages that are not copied stay at the source for long enough again, or there are none left.
     HeadroomOk {
         /// Source sequence up to which everything is settled.
         position: u64,
     },
-    /// Somebody has to act.
+    /// An operator has to act.
     Held {
-        /// What happened.
+        /// Description.
         message: String,
     },
-    /// A message can never be stored at the target: it holds the replication, was left out, or went to the dead letters.
+    /// A message can never be stored at the target: it blocks the replication, was skipped, or went to the dead
+    /// letters.
     Poison {
         /// Its source sequence.
         source_seq: u64,
         /// Why it cannot be stored.
         message: String,
-        /// What became of it.
+        /// Action taken.
         action: PoisonAction,
-        /// Where many come within a moment, one event tells of several: source sequence of the last one.
+        /// Where many come within a moment, one event reports several: source sequence of the last one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         to: Option<u64>,
         /// How many these are, between `source_seq` and `to`, both included.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         messages: Option<u64>,
     },
-    /// The description of an object (of an object store) was left out: the target does not have all of its chunks.
+    /// The description of an object (of an object store) was skipped: the target does not have all of its chunks.
     ObjectIncomplete {
         /// Source sequence of the description.
         source_seq: u64,
@@ -142,7 +143,7 @@ pub enum Event {
         object: String,
         /// Chunks that it has at the source.
         chunks: u64,
-        /// Chunks that lie at the target.
+        /// Chunks that are at the target.
         found: u64,
     },
     /// The source lost its end or is another stream.
@@ -151,12 +152,12 @@ pub enum Event {
         saved: u64,
         /// Position now; with the action `held` the one that `on_source_loss: follow` would resume at.
         resumed: u64,
-        /// What was seen.
+        /// The observation that led to it.
         reason: String,
         /// Whether the copy continues.
         #[serde(default)]
         action: LossAction,
-        /// What only the target still has, if it has any of it.
+        /// Messages that only the target still has, if there are any.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         only_at_target: Option<OnlyAtTarget>,
     },
@@ -166,7 +167,7 @@ pub enum Event {
         saved: u64,
         /// Position now.
         resumed: u64,
-        /// What was seen.
+        /// The observation that led to it.
         reason: String,
     },
     /// The target removed copies of messages that the source still has, by the limits of its stream. Reported once, until
@@ -181,27 +182,27 @@ pub enum Event {
         /// Limits of the target stream that can remove copies.
         reason: String,
     },
-    /// Somebody else writes to the target.
+    /// Another writer publishes to the target.
     TargetShared {
         /// Target sequence of a message that is not ours, if one was found.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         target_seq: Option<u64>,
-        /// What was seen.
+        /// The observation that led to it.
         reason: String,
     },
     /// Messages may be stored twice at the target, because it forgets ids too soon.
     DuplicateWindow {
         /// The target's duplicate window, milliseconds.
         window_ms: u64,
-        /// What it would have to be, milliseconds.
+        /// The required value, milliseconds.
         needed_ms: u64,
-        /// What was seen.
+        /// The observation that led to it.
         reason: String,
     },
     /// An advisory was refused: the login may not publish its subject, no stream stores it, or its protocol line is too
     /// long. The copy and other advisories continue. Reported once, until advisories are confirmed again.
     AdvisoryRefused {
-        /// What the advisory is about: `new`, `timeout`, `recover` or `expire`.
+        /// Kind of the advisory: `new`, `timeout`, `recover` or `expire`.
         advisory: String,
         /// Why it was refused.
         message: String,
@@ -211,15 +212,15 @@ pub enum Event {
     SendersUntracked {
         /// Senders that are tracked.
         senders: u64,
-        /// What that means.
+        /// Description.
         message: String,
     },
     /// The clock of the source server differs from the clock of the host of the instance by more than 5 s, or the server
     /// does not report its time.
     ClockOffset {
-        /// How far the server's clock is ahead, milliseconds; below 0 it is behind. `null` where it is not reported.
+        /// Offset of the server's clock, milliseconds; negative where it is slow. `null` where it is not reported.
         offset_ms: Option<i64>,
-        /// What that means.
+        /// Description.
         reason: String,
     },
     /// A bucket of the service was deleted while it ran, and an instance recreated it.
@@ -227,7 +228,8 @@ pub enum Event {
         /// Name of the bucket.
         bucket: String,
     },
-    /// The position is not saved: after a crash, what was copied since then is looked for at the target, or copied again.
+    /// The position is not saved: after a crash, messages copied since then are searched at the target, or copied
+    /// again.
     PositionUnsaved {
         /// Why.
         message: String,
@@ -243,41 +245,41 @@ pub enum Event {
     },
     /// The end of `clock-offset`: the clocks differ by no more than 2.5 s.
     ClockOk {
-        /// How far the server's clock is ahead, milliseconds; below 0 it is behind.
+        /// Offset of the server's clock, milliseconds; negative where it is slow.
         offset_ms: i64,
     },
 }
 
-/// What is made anew to end a stall, each time more.
+/// The part that is recreated to end a stall, each time a larger one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Step {
-    /// The consumer at the source, inside the run: connections and what is in the air stay.
+    /// The consumer at the source, inside the run: connections and messages in flight stay.
     Consumer,
-    /// Both connections: the run ends, and the next one finds out where to go on.
+    /// Both connections: the run ends, and the next one determines where to resume.
     Connections,
-    /// Everything: the record is claimed anew and the document taken up again, as after a start.
+    /// Everything: the record is claimed again and the document loaded again, as after a start.
     Everything,
 }
 
-/// What follows from a loss at the source.
+/// Consequence of a loss at the source.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LossAction {
-    /// The copy continues with what the source has.
+    /// The copy continues with the messages that the source has.
     #[default]
     Followed,
     /// Nothing is copied until the source has these messages again, or `on_source_loss` is `follow`.
     Held,
 }
 
-/// What became of a message that can never be stored.
+/// Action taken on a message that can never be stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PoisonAction {
-    /// It holds the replication until somebody acts.
+    /// It blocks the replication until an operator acts.
     Held,
-    /// It was left out.
+    /// It was skipped.
     Skipped,
     /// It was published to the dead letter subject.
     #[serde(rename = "dead_lettered")]
@@ -357,10 +359,10 @@ impl Event {
     }
 }
 
-/// Body of an event: what happened, where, and when.
+/// Body of an event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Notice {
-    /// What happened.
+    /// Description.
     #[serde(flatten)]
     pub event: Event,
     /// Replication id; `heartbeats` for the heartbeats; the name of the bucket for `bucket-recreated`.
@@ -369,7 +371,7 @@ pub struct Notice {
     pub site: String,
     /// Instance that tells it.
     pub instance: String,
-    /// When it was told.
+    /// When it was published.
     pub time: DateTime<Utc>,
 }
 
@@ -457,7 +459,8 @@ impl Events {
         self.shared.dropped.load(Ordering::Relaxed)
     }
 
-    /// Waits until everything emitted so far is on its way: what the same connection is given behind it comes behind it.
+    /// Waits until everything emitted so far is on its way: anything sent later on the same connection arrives after
+    /// it.
     pub fn on_the_way(&self) -> impl Future<Output = ()> + Send + 'static {
         let queue = self.queue.clone();
         async move {

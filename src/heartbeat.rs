@@ -28,7 +28,7 @@ use crate::{
     store::{ConfigStore, Stored},
 };
 
-/// So long the end may take: a campaign frees its key.
+/// Deadline for the end: a campaign frees its key.
 const GRACE: Duration = Duration::from_secs(3);
 
 /// What the heartbeats need from the outside.
@@ -48,7 +48,7 @@ pub struct Deps {
     pub stored: watch::Receiver<Option<Stored>>,
     /// What the file of the site says, valid by these rules; `null` for nothing.
     pub file: Value,
-    /// Where notable things are told.
+    /// Where events are published.
     pub events: Events,
 }
 
@@ -74,7 +74,7 @@ pub struct Rejected {
     pub revision: u64,
     /// As written; `null` if that is no JSON.
     pub document: Value,
-    /// What is wrong with them.
+    /// Their problems.
     pub problems: Vec<Problem>,
 }
 
@@ -176,7 +176,7 @@ impl Work {
         };
         self.refused = *revision;
         let told: Vec<_> = problems.iter().map(|problem| format!("{}: {}", problem.path, problem.message)).collect();
-        error!(revision, "heartbeats refused, what ran before goes on: {}", told.join("; "));
+        error!(revision, "heartbeats refused, the previous ones continue: {}", told.join("; "));
         let event = Event::ConfigRejected { revision: *revision, problems: problems.clone() };
         self.deps.events.emit(event, HEARTBEATS_KEY);
     }
@@ -196,7 +196,9 @@ impl Work {
         let (origin, subjects, server) = (view.origin.name(), heartbeats.subjects.len(), &heartbeats.place);
         info!(origin, revision = view.revision, subjects, %server, "heartbeats are published");
         if view.origin == Origin::Kv && self.planner.has_file() {
-            warn!("the heartbeats in the configuration bucket go before those of the file, which are not published");
+            warn!(
+                "the heartbeats in the configuration bucket take precedence over those of the file, which are not published"
+            );
         }
         if let Place::Known(connection) = &heartbeats.place
             && connection.endpoint.tls.insecure

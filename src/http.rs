@@ -15,10 +15,10 @@ use tracing::{debug, error, info};
 
 use crate::{events::Events, heartbeat, lease::Leases, metrics, supervisor::Handle};
 
-/// So long open connections may take to end when the monitor stops.
+/// Deadline for open connections when the monitor stops.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// What the monitor looks at.
+/// The state that the monitor shows.
 #[derive(Debug, Clone)]
 pub struct Sources {
     /// The site's name, for labels.

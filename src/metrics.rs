@@ -28,7 +28,7 @@ struct Sampled {
     read: fn(&SamplingStatus) -> f64,
 }
 
-/// Every metric with one series per sampled replication, behind `choria_stream_replicator_`.
+/// Every metric with one series per sampled replication, after the prefix `choria_stream_replicator_`.
 #[rustfmt::skip]
 const SAMPLED: &[Sampled] = &[
     // Choria's.
@@ -71,9 +71,9 @@ const READINGS: &[Reading] = &[
     counter("skipped_bytes", "Bytes of the skipped messages, as read", |r| Some(r.copy.counters.skipped_bytes as f64)),
     counter("too_old_messages", "Messages skipped because they were older than max_age", |r| Some(r.copy.counters.skipped_old as f64)),
     counter("handler_error_count", "Runs of the copy that ended with an error", |r| Some(r.copy.counters.errors as f64)),
-    counter("meta_parse_failed_count", "Always 0: a message without a place in its stream ends the run, see handler_error_count", |_| Some(0.0)),
+    counter("meta_parse_failed_count", "Always 0: a message without a stream sequence ends the run, see handler_error_count", |_| Some(0.0)),
     counter("ack_failed_count", "Messages that the target refused", |r| Some(r.copy.counters.refused as f64)),
-    counter("consumer_recreated", "Source consumers made anew after the first", |r| Some(r.copy.counters.consumers_recreated as f64)),
+    counter("consumer_recreated", "Source consumers recreated after the first", |r| Some(r.copy.counters.consumers_recreated as f64)),
     gauge("stream_sequence", "Source sequence up to which everything is settled", |r| Some(r.copy.position.source_seq as f64).filter(|_| r.knows_position())),
     gauge("stream_lag_messages", "Messages in scope that are not settled; absent where the source does not tell", |r| r.copy.lag.map(|lag| lag.messages as f64)),
     // Ours.
@@ -88,7 +88,7 @@ const READINGS: &[Reading] = &[
     counter("gap_messages", "Source messages that were gone before they were read", |r| Some(r.copy.counters.gap_messages as f64)),
     counter("target_dropped_messages", "Copies that the target removed by its limits while the source still had the messages", |r| Some(r.copy.counters.target_dropped as f64)),
     counter("position_save_errors", "Saves of the position that failed", |r| Some(r.copy.counters.position_save_errors as f64)),
-    counter("headers_removed", "Headers left out because they would not have the effect that they have at the source", |r| Some(r.copy.counters.headers_removed as f64)),
+    counter("headers_removed", "Headers removed because they would not have the effect that they have at the source", |r| Some(r.copy.counters.headers_removed as f64)),
     gauge("epoch", "Grows with every new holder of the replication", |r| Some(r.epoch as f64)),
     gauge("source_connected", "1 while the source connection is up", |r| Some(f64::from(u8::from(r.copy.source.connected)))),
     gauge("target_connected", "1 while the target connection is up", |r| Some(f64::from(u8::from(r.copy.target.connected)))),
@@ -147,7 +147,7 @@ pub struct Election {
     pub interval: Duration,
 }
 
-/// What is known of elections in Prometheus' text format, to stand behind what [`render`] says.
+/// State of elections in Prometheus' text format, to append to the output of [`render`].
 pub fn render_elections(site: &str, elections: &[Election]) -> Result<String, prometheus::Error> {
     let labels = |of: &Election| -> Vec<_> {
         vec![label("election", &of.election), label("identity", &of.identity), label("replicator", site)]
@@ -196,7 +196,7 @@ pub struct HeartbeatSubject {
     pub times: status::Histogram,
 }
 
-/// Heartbeats in Prometheus' text format, to stand behind what [`render`] says.
+/// Heartbeats in Prometheus' text format, to append to the output of [`render`].
 pub fn render_heartbeats(site: &str, heartbeats: &Heartbeats) -> Result<String, prometheus::Error> {
     let replicator = || label("replicator", site);
     let gauge = |name, help, labels, value| {
@@ -359,7 +359,7 @@ fn repairs_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
             all.push(series(labels, MetricType::COUNTER, count as f64));
         }
     }
-    let help = "What was made anew to end a stall or after an error that passes";
+    let help = "Repairs of a stall or after a transient error, by the part that was recreated";
     family(format!("{PREFIX}repairs"), help, MetricType::COUNTER, all)
 }
 

@@ -1,8 +1,8 @@
-//! Looks at both sides of a replication before it runs, over lanes that live for a moment. Nothing is changed: only
-//! questions are asked. Where an API prefix is the subject of a stream that stores them, the first answer tells, and no
-//! other question follows.
+//! Checks both sides of a replication before it runs, over short-lived lanes. Nothing is changed: all requests only
+//! read. Where an API prefix is the subject of a stream that stores requests, the first answer shows that, and no other
+//! request follows.
 //!
-//! [`look`] asks, [`judge`] decides what the answers mean.
+//! [`look`] asks, [`judge`] judges the answers.
 
 mod judge;
 mod limits;
@@ -36,7 +36,7 @@ use crate::{
 /// Time kept for the questions to the target that need the answers of the source.
 const SECOND_LOOK: Duration = Duration::from_millis(300);
 
-/// A replication that is there already; what is judged may close a ring with it.
+/// A replication that is there already; the new one may close a replication loop with it.
 #[derive(Debug, Clone)]
 pub struct Known {
     /// What it copies.
@@ -65,7 +65,7 @@ pub struct SideReport {
     pub version: String,
     /// The stream, if it was seen.
     pub stream: Option<StreamState>,
-    /// What was looked at, in order.
+    /// The checks, in order.
     pub findings: Vec<Finding>,
 }
 
@@ -80,12 +80,12 @@ pub struct Own<'a> {
     pub streams: &'a OwnStreams,
 }
 
-/// One thing that was looked at.
+/// One check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// What was looked at, in a word.
+    /// Name of the check, in a word.
     pub name: &'static str,
-    /// What came out.
+    /// Result.
     pub outcome: Outcome,
     /// In words, side and server named; empty where there is nothing to say.
     pub message: String,
@@ -93,7 +93,7 @@ pub struct Finding {
     pub path: &'static str,
 }
 
-/// What came out of a look.
+/// Result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// As it should be.
@@ -102,11 +102,11 @@ pub enum Outcome {
     Warning,
     /// The copy would not work.
     Failed,
-    /// Could not be found out; without words where something before it says why.
+    /// Could not be determined; without a message where a check before it has the reason.
     Unknown,
 }
 
-/// Looks at both sides at once and is done at `until`; what was not reached by then is unknown.
+/// Checks both sides at once and is done at `until`; checks that were not reached by then are unknown.
 pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known: &[Known], until: Instant) -> Report {
     let site = own.site;
     let early = until - SECOND_LOOK;
@@ -162,7 +162,7 @@ pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known:
             source.facts.beside = match target.reaches(&mut source, until).await {
                 Some(true) => source.ask_who_listens(flow.to.clone(), until).await,
                 Some(false) => Answer::NotAsked,
-                None => Answer::Unclear("whether both sides are one account could not be found out".to_owned()),
+                None => Answer::Unclear("it could not be determined whether both sides are one account".to_owned()),
             };
         }
     }

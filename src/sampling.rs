@@ -1,8 +1,8 @@
-//! Which messages of each sender are copied, and what is told of senders. Pure: messages and times come in, decisions,
-//! records and advisories come out, and nothing in here waits.
+//! Which messages of each sender are copied, and the advisories about senders. Pure: messages and times come in,
+//! decisions, records and advisories come out, and nothing in here waits.
 //!
-//! [`Inspector`] finds who sent a message, [`Senders`] knows when each was seen and copied last and decides,
-//! [`Outbox`] keeps what is to be told until somebody has it.
+//! [`Inspector`] finds the sender of a message, [`Senders`] knows when each was seen and copied last and decides,
+//! [`Outbox`] keeps advisories until they are confirmed.
 
 mod advisory;
 mod inspect;

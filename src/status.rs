@@ -12,11 +12,11 @@ use crate::chance;
 pub struct Row {
     /// Replication id.
     pub replication: String,
-    /// What it is doing.
+    /// State of the replication.
     pub state: State,
     /// Where its document lives: `kv`.
     pub origin: String,
-    /// Instance that runs it; `null` while nobody does.
+    /// Instance that runs it; `null` while none does.
     pub leader: Option<String>,
     /// Grows with every new holder.
     pub epoch: u64,
@@ -25,7 +25,7 @@ pub struct Row {
     /// What the copy says.
     #[serde(flatten)]
     pub copy: CopyStatus,
-    /// What the operator should do, in short; `null` where nothing is to be done.
+    /// Action for the operator, in short; `null` where none is needed.
     #[serde(rename = "do", default)]
     pub todo: Option<String>,
 }
@@ -69,7 +69,7 @@ impl Row {
             (State::Held, Some(LastError { source_seq: Some(seq), .. })) => {
                 return Some(format!("let the target take source message {seq}, or skip it: `skip`"));
             }
-            (State::Held, _) => "change what `last_error` names; it is tried every 10 s, at once with `retry`",
+            (State::Held, _) => "fix the cause that `last_error` names; it is tried every 10 s, at once with `retry`",
             (State::Invalid, _) => "correct the document: `last_error` names its problems",
             (State::Running | State::Paused, Some(error)) if error.kind == "invalid" => {
                 "correct the newest revision of the document: `last_error` names its problems"
@@ -82,7 +82,7 @@ impl Row {
                 "`resume` it, or give the source stream more room: it will soon remove messages"
             }
             (State::Paused, _) => "`resume` it when it should continue",
-            (State::Running, _) if low => "give the source stream more room, or find out what slows the copy down",
+            (State::Running, _) if low => "give the source stream more room, or find the reason why the copy is slow",
             (State::Starting | State::Running, _) => return None,
         };
         Some(advice.to_owned())
@@ -117,7 +117,7 @@ impl Origin {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Connecting, or finding out where to resume, for the first time: after an error it stays `retrying` or `held`.
+    /// Connecting, or determining where to resume, for the first time: after an error it stays `retrying` or `held`.
     Starting,
     /// Copying, or waiting for messages to copy.
     Running,
@@ -125,7 +125,7 @@ pub enum State {
     Paused,
     /// A run ended with a transient error, and none since has copied or found nothing to copy.
     Retrying,
-    /// Something that only people or the target can change; tried again slowly, and `held` meanwhile.
+    /// A cause that only an operator or the target can remove; tried again slowly, and `held` meanwhile.
     Held,
     /// The document cannot run.
     Invalid,
@@ -147,26 +147,26 @@ pub struct CopyStatus {
     pub source: SourceStatus,
     /// Target stream.
     pub target: TargetStatus,
-    /// What is settled.
+    /// The settled position.
     pub position: Position,
-    /// How far behind; `null` where the source has not been asked or does not answer.
+    /// How far it lags behind; `null` where the source has not been asked or does not answer.
     pub lag: Option<Lag>,
-    /// How long the source still keeps what is not copied yet; `null` where nothing lags, nothing limits the source, or
-    /// it is not known.
+    /// How long the source still keeps messages that are not copied yet; `null` where nothing lags, nothing limits the
+    /// source, or it is not known.
     pub headroom: Option<Headroom>,
     /// How messages go to the target.
     pub transport: Transport,
     /// Whether others write to the target.
     pub target_mode: TargetMode,
-    /// What a refusal by the target can do to the order.
+    /// Effect on the order when the target refuses a message.
     pub ordering: Ordering,
     /// Read and not settled.
     pub in_flight: InFlight,
     /// Totals since this leader began.
     pub counters: Counters,
-    /// What sampling knows and tells; `null` without it.
+    /// State of sampling; `null` without it.
     pub sampling: Option<SamplingStatus>,
-    /// What only the target still has since the source lost messages; `null` where no loss is known.
+    /// Messages that only the target still has since the source lost them; `null` where no loss is known.
     pub only_at_target: Option<OnlyAtTarget>,
     /// The last error; kept when it is over, with `current` as `false`.
     pub last_error: Option<LastError>,
@@ -175,8 +175,8 @@ pub struct CopyStatus {
     pub processing: Histogram,
 }
 
-/// Copies of messages that the source lost: only the target still has them. The ranges are those of the newest loss; what
-/// is within them and was never copied is not at the target either.
+/// Copies of messages that the source lost: only the target still has them. The ranges are those of the newest loss;
+/// messages in them that were never copied are not at the target either.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct OnlyAtTarget {
@@ -206,8 +206,8 @@ pub struct SourceStatus {
     pub first_seq: Option<u64>,
     /// Last sequence of the stream, from the same check as `lag`; `null` where that is.
     pub last_seq: Option<u64>,
-    /// How far the clock of the server that leads the stream is ahead of the clock of the instance's host, seconds, when
-    /// last asked; below 0 it is behind. Ages are measured by the server's clock. `null` where it is not known.
+    /// Offset of the clock of the stream leader's server to the clock of the instance's host, seconds, when last
+    /// measured; negative where it is slow. Ages are measured by the server's clock. `null` where it is not known.
     pub clock_offset_seconds: Option<f64>,
 }
 
@@ -235,7 +235,7 @@ pub struct Position {
     pub target_seq: u64,
 }
 
-/// How far behind the source.
+/// How far it lags behind the source.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Lag {
@@ -280,13 +280,13 @@ pub fn seconds_between(stored: DateTime<Utc>, now: DateTime<Utc>) -> f64 {
 pub struct Headroom {
     /// Until the source removes it, seconds.
     pub seconds: f64,
-    /// What will remove it.
+    /// The limit that will remove it.
     pub limit: RetentionLimit,
-    /// Below this, seconds, it is low: the event `headroom-low` is told.
+    /// Below this, seconds, it is low: the event `headroom-low` is published.
     pub low_below: f64,
 }
 
-/// What makes a stream remove messages.
+/// The limit by which a stream removes messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RetentionLimit {
@@ -304,7 +304,7 @@ pub enum RetentionLimit {
 pub enum Transport {
     /// ADR-50 fast-ingest batches.
     FastIngest,
-    /// One publish with an ack per message, many in the air.
+    /// One publish with an ack per message, many in flight.
     #[default]
     Pipelined,
 }
@@ -313,18 +313,18 @@ pub enum Transport {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TargetMode {
-    /// Nobody else does.
+    /// There are no other writers.
     #[default]
     Exclusive,
-    /// Somebody else may.
+    /// There may be other writers.
     Shared,
 }
 
-/// What a refusal by the target, while others are in the air, can do to the order.
+/// Effect on the order when the target refuses a message while others are in flight.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Ordering {
-    /// The refused message comes after those that were in the air with it.
+    /// The refused message comes after those that were in flight with it.
     #[default]
     Relaxed,
     /// Nothing.
@@ -373,19 +373,19 @@ pub struct Counters {
     pub target_dropped: u64,
     /// Saves of the position that failed.
     pub position_save_errors: u64,
-    /// Headers left out because they would not have the effect that they have at the source.
+    /// Headers removed because they would not have the effect that they have at the source.
     pub headers_removed: u64,
     /// Messages that the target refused.
     pub refused: u64,
-    /// Source consumers made anew after the first.
+    /// Source consumers recreated after the first.
     pub consumers_recreated: u64,
     /// Runs that ended with an error.
     pub errors: u64,
-    /// What was made anew to end a stall, or after an error that passes.
+    /// The part that was recreated to end a stall, or after a transient error.
     pub repairs: Repairs,
 }
 
-/// What sampling knows and tells. Totals are since this leader began.
+/// State of sampling. Totals are since this leader started.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct SamplingStatus {
@@ -445,11 +445,11 @@ pub struct Repairs {
 pub struct LastError {
     /// When it happened.
     pub at: DateTime<Utc>,
-    /// What can be done about it: `retry` it passes and is tried again soon, `hold` people or the target have to change
-    /// something, `superseded` another instance runs the replication, `invalid` the document cannot run.
+    /// How it can be resolved: `retry` it is transient and tried again soon, `hold` an operator or the target has to
+    /// change something, `superseded` another instance runs the replication, `invalid` the document cannot run.
     #[schemars(extend("enum" = Self::KINDS))]
     pub kind: String,
-    /// What happened, without secrets.
+    /// Description, without secrets.
     pub message: String,
     /// Whether it is still so; `false` once it is over.
     #[serde(default = "yes")]

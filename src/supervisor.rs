@@ -134,7 +134,7 @@ impl Supervisor {
         }
         let late: Vec<_> = self.table.borrow().boards.keys().cloned().collect();
         self.task.abort();
-        warn!(replications = late.join(", "), "did not stop within {grace:.1?}; what was in the air is copied again");
+        warn!(replications = late.join(", "), "did not stop within {grace:.1?}; messages in flight are copied again");
         late
     }
 }
@@ -495,7 +495,7 @@ impl Loop {
         // It must not come back behind wrong documents that are written later.
         tokio::spawn(async move {
             if let Err(error) = config.unmark(&id, MarkKind::Valid, None).await {
-                debug!(replication = id, "what was kept of a deleted document was not removed: {error}");
+                debug!(replication = id, "the saved copy of a deleted document was not removed: {error}");
             }
         });
         if let Some(slot) = self.slots.get_mut(key) {

@@ -1,4 +1,4 @@
-//! Which site the buckets belong to: found out before anything is joined, and watched from then on.
+//! Which site the buckets belong to: read before anything is joined, and watched from then on.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ pub(super) async fn claim(
 }
 
 /// Watches the key; ends with a reason when the buckets belong to another site. A record that was deleted is written
-/// again: until then another site could take over the buckets.
+/// again: without it another site could take over the buckets.
 pub(super) async fn keep(
     config: &ConfigStore,
     own: &SiteRecord,

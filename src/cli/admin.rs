@@ -1,4 +1,4 @@
-//! `stream-replicator admin`: what sampling knows of senders and tells of them.
+//! `stream-replicator admin`: what sampling knows of senders, and their advisories.
 
 use std::fmt::Display;
 
@@ -23,7 +23,7 @@ use crate::{
     store::SenderRecord,
 };
 
-/// Look at the senders of sampled replications
+/// Show the senders of sampled replications
 #[derive(Debug, ClapArgs)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -76,7 +76,7 @@ struct AdvisoriesArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     since: Option<DateTime<Utc>>,
 
-    /// Go on with those that come
+    /// Continue with new ones
     #[arg(long, short)]
     follow: bool,
 
@@ -84,13 +84,13 @@ struct AdvisoriesArgs {
     global: Global,
 }
 
-/// Show what becomes known of senders as it is written
+/// Show changes of sender records as they are written
 #[derive(Debug, ClapArgs)]
 struct WatchArgs {
     /// Replication
     id: String,
 
-    /// What names of buckets begin with
+    /// Prefix of the names of buckets
     #[arg(long, value_name = "PREFIX", default_value = names::DEFAULT_BUCKET_PREFIX, value_parser = bucket_prefix)]
     bucket_prefix: String,
 
@@ -167,7 +167,7 @@ async fn advisories(args: &AdvisoriesArgs, client: &Client, out: &mut Output) ->
     stored::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
 }
 
-/// One advisory in one line; what is none is passed over.
+/// One advisory in one line; anything else is skipped.
 fn show_advisory(message: &Message, wanted: Option<&str>, out: &mut Output) {
     let Ok(advisory) = serde_json::from_slice::<AgeAdvisory>(&message.payload) else { return };
     if wanted.is_some_and(|wanted| wanted != advisory.value) {
@@ -220,7 +220,7 @@ fn words(record: &SenderRecord) -> String {
     let copied = record.copied.map_or_else(|| "never copied".to_owned(), |at| format!("copied {}", time(at)));
     let missing = if record.advised { "  missing" } else { "" };
     let waiting: Vec<_> = record.pending.iter().map(|pending| pending.event.as_str()).collect();
-    let waiting = if waiting.is_empty() { String::new() } else { format!("  to be told: {}", waiting.join(", ")) };
+    let waiting = if waiting.is_empty() { String::new() } else { format!("  to be published: {}", waiting.join(", ")) };
     let line = format!("{}  seen {}  {copied}{missing}{waiting}", record.sender, time(record.seen));
     clean(&line)
 }

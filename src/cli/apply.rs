@@ -27,7 +27,7 @@ use crate::{
 /// Documents that are asked for at once.
 const PARALLEL: usize = 16;
 
-/// Make what is stored what files say: add and update what differs
+/// Make the stored documents equal to files: add and update those that differ
 ///
 /// A file holds one document, an array of documents, or several one after another; a folder stands for its *.json.
 /// Everything is read and checked before anything is changed. Each change is shown, secrets as `***`, and is made only
@@ -46,7 +46,7 @@ pub(super) struct Args {
     #[arg(long)]
     prune: bool,
 
-    /// Only show what would be done
+    /// Only show the changes
     #[arg(long)]
     dry_run: bool,
 
@@ -54,14 +54,14 @@ pub(super) struct Args {
     pub(super) global: Global,
 }
 
-/// What `--json` prints.
+/// Output of `--json`.
 #[derive(Debug, Default, Serialize)]
 struct Report {
     dry_run: bool,
     results: Vec<Outcome>,
 }
 
-/// What became of one replication, or would.
+/// Outcome for one replication, also of a dry run.
 #[derive(Debug, Serialize)]
 struct Outcome {
     replication: String,
@@ -89,7 +89,7 @@ enum Action {
     Failed,
 }
 
-/// A document of a file beside what is stored.
+/// A document of a file beside the stored one.
 struct Step {
     id: String,
     place: String,
@@ -97,7 +97,7 @@ struct Step {
     stored: Option<Document>,
 }
 
-/// How a document differs from what is stored.
+/// How a document differs from the stored one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Difference {
     New,
@@ -143,7 +143,8 @@ fn refuse(problems: &[String], out: &Output) -> Error {
     Error::Failed("the files cannot be applied, nothing was changed".to_owned())
 }
 
-/// Puts what is stored beside the documents. One that has no id has a problem, which is told with the others.
+/// Puts the stored documents beside those of the files. One that has no id has a problem, which is reported with the
+/// others.
 async fn plan(
     client: &Client,
     found: Vec<Found>,
@@ -176,7 +177,7 @@ fn twice(steps: &[Step]) -> Vec<String> {
 }
 
 impl Step {
-    /// What is wrong with the document, in lines that begin with its place.
+    /// Problems of the document, in lines that begin with their location.
     fn problems(&self, site: &str) -> Vec<String> {
         let found = match check(&self.document, self.stored.as_ref(), site) {
             Ok(()) => return Vec::new(),
@@ -224,7 +225,7 @@ fn check(document: &Value, stored: Option<&Document>, site: &str) -> Result<(), 
     config::parse_value(&document, site).map(drop).map_err(|problems| problems.0)
 }
 
-/// One after the other, going on behind what fails.
+/// One after the other; a failure does not stop those that follow.
 struct Apply {
     client: Client,
     dry_run: bool,

@@ -22,11 +22,11 @@ pub(super) struct Client {
     nats: async_nats::Client,
     /// Without secrets.
     server: String,
-    /// What the JetStream API's subjects begin with.
+    /// Prefix of the subjects of the JetStream API.
     api_prefix: String,
     prefix: String,
     answer_within: Duration,
-    /// What the server last said against something of ours; empty for nothing.
+    /// The server's last error for this connection; empty for none.
     refusal: watch::Sender<String>,
 }
 
@@ -85,17 +85,17 @@ impl Client {
         Self { answer_within: self.answer_within.min(most), ..self }
     }
 
-    /// The connection, for what is not a request.
+    /// The connection, for everything but requests.
     pub(super) fn nats(&self) -> &async_nats::Client {
         &self.nats
     }
 
-    /// What the JetStream API's subjects begin with.
+    /// Prefix of the subjects of the JetStream API.
     pub(super) fn api_prefix(&self) -> &str {
         &self.api_prefix
     }
 
-    /// What the service's subjects begin with.
+    /// Prefix of the service's subjects.
     pub(super) fn prefix(&self) -> &str {
         &self.prefix
     }
@@ -130,7 +130,7 @@ impl Client {
         self.send(endpoint, HeaderMap::new(), body(request)?).await
     }
 
-    /// Sends a document that is only looked at.
+    /// Sends a document that is only checked.
     pub(super) async fn look<T: DeserializeOwned>(&self, endpoint: &str, body: Bytes) -> Result<Reply<T>, Error> {
         self.send(endpoint, HeaderMap::new(), body).await
     }
@@ -227,7 +227,7 @@ fn body(request: &impl Serialize) -> Result<Bytes, Error> {
     Ok(body.into())
 }
 
-/// What an error reply says.
+/// The content of an error reply.
 fn failure(message: &Message) -> Option<Failure> {
     let headers = message.headers.as_ref()?;
     let code = headers.get("Nats-Service-Error-Code")?.as_str().parse().unwrap_or(500);

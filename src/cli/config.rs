@@ -41,7 +41,7 @@ enum Verb {
     /// Remove replications, with position and state
     #[command(visible_alias = "delete")]
     Rm(RmArgs),
-    /// Check a document and what both sides say to it; exit code 1 if it is not valid
+    /// Check a document and both clusters before anything runs; exit code 1 if it is not valid
     Validate(FileArgs),
     /// Show the JSON schema of a document
     Schema(Global),
@@ -91,11 +91,11 @@ struct RmArgs {
     #[arg(required = true, value_name = "ID")]
     ids: Vec<String>,
 
-    /// Keep position and state, so that it goes on where it was when it is added again
+    /// Keep position and state, so that it resumes there when it is added again
     #[arg(long)]
     keep: bool,
 
-    /// Do not ask; needed where nobody can be asked
+    /// Do not ask; required without a terminal
     #[arg(long)]
     force: bool,
 
@@ -160,7 +160,7 @@ async fn write(
     Ok(Verdict::Good)
 }
 
-/// What is said of a change that was made.
+/// The line that is printed for a change.
 pub(super) fn at_revision(changed: &Changed) -> String {
     format!("{} is at revision {}", changed.replication, changed.revision)
 }
@@ -233,7 +233,7 @@ async fn remove(args: &RmArgs, out: &mut Output) -> Result<Verdict, Error> {
 
 fn sure(args: &RmArgs) -> Result<bool, Error> {
     if !output::can_ask() {
-        return Err(Error::Usage("nobody can be asked: `--force` removes without asking".to_owned()));
+        return Err(Error::Usage("no terminal to ask on: `--force` removes without asking".to_owned()));
     }
     let what = if args.keep { "position and state are kept" } else { "with position and state" };
     Ok(output::ask(&format!("remove {} ({what})? [y/N]", args.ids.join(", "))) == Some(true))

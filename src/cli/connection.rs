@@ -10,7 +10,7 @@ use crate::{
 /// The service answers within 3 s.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How to connect; every flag goes before the same field of the context.
+/// How to connect; every flag takes precedence over the same field of the context.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Connection")]
 pub(super) struct Connection {
@@ -63,7 +63,7 @@ pub(super) struct Connection {
     #[arg(long, value_name = "SUBJECT", env = "NATS_JS_API_PREFIX", hide_env_values = true)]
     js_api_prefix: Option<String>,
 
-    /// What reply subjects begin with [default: _INBOX]
+    /// Prefix of reply subjects [default: _INBOX]
     #[arg(long, value_name = "SUBJECT", env = "NATS_INBOX_PREFIX", hide_env_values = true)]
     inbox_prefix: Option<String>,
 }
@@ -74,7 +74,7 @@ pub(super) struct Asking {
     #[command(flatten)]
     connection: Connection,
 
-    /// How long to wait for an answer, or for what is waited for [default: 5s for an answer, or NATS_TIMEOUT]
+    /// How long to wait for an answer, or with `--wait` for the result [default: 5s for an answer, or NATS_TIMEOUT]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, help_heading = "Connection")]
     timeout: Option<Duration>,
 }
@@ -170,7 +170,7 @@ fn given<T: Clone>(value: Option<&T>, text: impl Fn(&T) -> &str) -> Option<T> {
     value.filter(|value| !text(value).is_empty()).cloned()
 }
 
-/// What is wrong, with the flag and the variable in front.
+/// The problem, with the flag and the variable in front.
 fn told(error: FieldError) -> String {
     let (flag, variable) = match error.field {
         "url" => ("--server", "NATS_URL"),

@@ -93,7 +93,7 @@ async fn edit(
                 if was_overtaken(client, document, &error).await {
                     error.tell(out);
                     let id = &document.replication;
-                    return Err(Error::Failed(format!("somebody changed `{id}` meanwhile: nothing was overwritten")));
+                    return Err(Error::Failed(format!("`{id}` was changed meanwhile: nothing was overwritten")));
                 }
                 if error.code() != Some(400) {
                     return Err(error);
@@ -112,8 +112,8 @@ async fn edit(
     }
 }
 
-/// Whether a change was refused because somebody else was faster. That may also read as a problem with the document:
-/// a secret that `***` stands for is gone.
+/// Whether a change was refused because another change was faster. That may also read as a problem with the document: a
+/// secret that `***` stands for is gone.
 async fn was_overtaken(client: &Client, document: &Document, error: &Error) -> bool {
     match error.code() {
         Some(409) => true,
@@ -125,7 +125,7 @@ async fn was_overtaken(client: &Client, document: &Document, error: &Error) -> b
     }
 }
 
-/// Refuses a document that would be another replication's. What is no JSON is the service's to refuse.
+/// Refuses a document that would be another replication's. Text that is no JSON is refused by the service.
 fn same(text: &[u8], document: &Document, site: &str) -> Result<(), Error> {
     let id = serde_json::from_slice::<Value>(text).ok().and_then(|edited| document_id(&edited, site));
     match id {
@@ -154,7 +154,7 @@ async fn open_editor(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Whether the user wants to go on; ctrl-c means no.
+/// Whether the user wants to continue; ctrl-c means no.
 async fn again() -> bool {
     let Ok(mut interrupts) = signal(SignalKind::interrupt()) else { return false };
     while interrupts.recv().now_or_never().is_some() {}

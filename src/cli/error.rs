@@ -11,12 +11,12 @@ use crate::{
 /// Exit code of wrong usage or configuration; clap uses the same.
 pub(super) const USAGE: u8 = 2;
 
-/// What a command that was carried out found.
+/// Result of a command that was carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// All is well.
     Good,
-    /// Something is not; it has been said what.
+    /// Something is not, and has been printed.
     Bad,
 }
 
@@ -54,7 +54,7 @@ impl Error {
         }
     }
 
-    /// What the process ends with.
+    /// The exit code of the process.
     pub(super) fn exit_code(&self) -> ExitCode {
         match self {
             Self::Usage(_) => ExitCode::from(USAGE),
@@ -63,7 +63,7 @@ impl Error {
     }
 }
 
-/// A problem in one line: where, and what.
+/// A problem in one line, with its location.
 pub(super) fn problem(problem: &Problem) -> String {
     let path = if problem.path.is_empty() { "document" } else { &problem.path };
     clean(&format!("{path}: {}", problem.message))

@@ -1,4 +1,4 @@
-//! `stream-replicator events`: what was told, where a stream keeps it, and what is told now.
+//! `stream-replicator events`: stored ones, where a stream captures them, and new ones.
 
 use std::{fmt::Display, pin::pin};
 
@@ -31,7 +31,7 @@ pub(super) struct Args {
     #[arg(long = "kind", short, value_name = "KIND", value_parser = Event::KINDS)]
     kinds: Vec<String>,
 
-    /// Show events as they are told; with `--since` those stored since then first
+    /// Show events as they are published; with `--since` first those stored since then
     #[arg(long, short)]
     follow: bool,
 
@@ -115,7 +115,7 @@ async fn capturing(context: &jetstream::Context, client: &Client, out: &Output) 
     }
     let all = format!("{}.event.>", client.prefix());
     let server = client.server();
-    let failed = |error: &dyn Display| Error::Failed(format!("streams at `{server}` cannot be looked at: {error}"));
+    let failed = |error: &dyn Display| Error::Failed(format!("streams at `{server}` cannot be read: {error}"));
     let names: Names = ask(context, "STREAM.NAMES", &json!({"subject": all})).await.map_err(|error| failed(&error))?;
     let names = names.streams.unwrap_or_default();
     let mut partial = None;
@@ -131,7 +131,7 @@ async fn capturing(context: &jetstream::Context, client: &Client, out: &Output) 
     let Some((name, subjects)) = partial else {
         return Err(Error::Failed(format!(
             "no stream at `{server}` captures `{all}`: make one, such as with `nats stream add EVENTS \
-             --subjects '{all}' --max-age 30d --defaults`, or see what happens from now on with `--follow`"
+             --subjects '{all}' --max-age 30d --defaults`, or watch new events with `--follow`"
         )));
     };
     out.note(&format!("stream `{name}` captures only {}", subjects.join(", ")));
@@ -161,7 +161,7 @@ fn covers(subject: &str, wanted: &str) -> bool {
     wanted.next().is_none()
 }
 
-/// One event in one line; what is no event is shown as it came.
+/// One event in one line; anything else is shown as received.
 fn show(message: &Message, out: &mut Output) {
     let body = serde_json::from_slice::<Value>(&message.payload);
     let text = match (&body, out.json()) {
@@ -178,8 +178,8 @@ fn show(message: &Message, out: &mut Output) {
     out.flush();
 }
 
-/// Kind of an event, what is said before it and what after it. Fields of all kinds look the same, so that one which
-/// this program does not know reads as well.
+/// Kind of an event, and the texts before and after it. Fields of all kinds look the same, so that one which this
+/// program does not know reads as well.
 fn words(event: &Value) -> Option<(String, [String; 2])> {
     const COMMON: [&str; 5] = ["kind", "replication", "site", "instance", "time"];
     let event = event.as_object()?;

@@ -34,7 +34,7 @@ pub(super) fn read(path: &Path) -> Result<Bytes, Error> {
     read.map(Bytes::from).map_err(|error| unreadable(path, &error))
 }
 
-/// All documents of files and of the `*.json` in folders, in order. Everything that cannot be read is told at once.
+/// All documents of files and of the `*.json` in folders, in order. Everything that cannot be read is reported at once.
 pub(super) fn documents(paths: &[PathBuf]) -> Result<Vec<Found>, Vec<String>> {
     let (mut found, mut problems) = (Vec::new(), Vec::new());
     for path in paths {

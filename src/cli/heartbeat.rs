@@ -23,9 +23,9 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Verb {
-    /// Show what is published, secrets as `***`
+    /// Show the heartbeats in effect, secrets as `***`
     Get(Global),
-    /// Store what is to be published instead; `{}` removes what is stored
+    /// Replace the stored heartbeats; `{}` removes them
     Set(SetArgs),
 }
 
@@ -34,7 +34,7 @@ struct SetArgs {
     /// JSON document; `-` for stdin. A `***` in the URL keeps the stored secret
     file: PathBuf,
 
-    /// Only if what is stored is at this revision
+    /// Only if the stored heartbeats are at this revision
     #[arg(long, value_name = "N")]
     revision: Option<u64>,
 

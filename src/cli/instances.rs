@@ -11,7 +11,7 @@ use super::{
 };
 use crate::control::api::Instances;
 
-/// Show which processes there are and what each runs
+/// Show the instances and which replications each runs
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]

@@ -51,7 +51,7 @@ impl Output {
         self.terminal
     }
 
-    /// Whether nobody reads any more.
+    /// Whether the reader of the output is gone.
     pub(super) fn closed(&self) -> bool {
         self.closed
     }
@@ -106,12 +106,12 @@ impl Output {
         format!("\x1b[{code}m{text}\x1b[0m")
     }
 
-    /// Says something on stderr; who does not listen there does not need to.
+    /// Writes a line to stderr; a closed stderr is no error.
     pub(super) fn note(&self, text: &str) {
         let _ = writeln!(io::stderr(), "{}", clean_lines(text));
     }
 
-    /// What went wrong with stdout, if somebody wanted to read and could not.
+    /// The error of stdout, if it is not that the reader is gone.
     pub(super) fn finish(&mut self) -> Option<io::Error> {
         self.flush();
         self.failed.take()
@@ -127,7 +127,7 @@ impl Output {
         self.check(written);
     }
 
-    /// Makes sure that what was printed is seen now.
+    /// Flushes the output.
     pub(super) fn flush(&mut self) {
         self.check(io::stdout().flush());
     }
@@ -141,7 +141,7 @@ impl Output {
     }
 }
 
-/// Whether somebody can be asked.
+/// Whether there is a terminal to ask on.
 pub(super) fn can_ask() -> bool {
     io::stdin().is_terminal() && io::stderr().is_terminal()
 }
@@ -157,7 +157,7 @@ pub(super) fn ask(question: &str) -> Option<bool> {
     }
 }
 
-/// A table whose columns begin with what is in `headers`.
+/// A table with these `headers`.
 #[derive(Debug)]
 pub(super) struct Table {
     headers: &'static [&'static str],
@@ -220,7 +220,7 @@ impl Table {
     }
 }
 
-/// A text from elsewhere in one line, without what a terminal would act on.
+/// A text from elsewhere in one line, without control characters.
 pub(super) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }

@@ -55,11 +55,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "L", env = "STREAM_REPLICATOR_LOG_LEVEL", hide_env_values = true, default_value = "info")]
     log_level: String,
 
-    /// How log lines look
+    /// Format of log lines
     #[arg(long, value_enum, env = "STREAM_REPLICATOR_LOG_FORMAT", hide_env_values = true, default_value = "text")]
     log_format: telemetry::Format,
 
-    /// What the names of the buckets begin with
+    /// Prefix of the names of the buckets
     #[arg(
         long,
         value_name = "P",
@@ -80,11 +80,12 @@ pub(super) struct Args {
     )]
     bucket_replicas: u8,
 
-    /// How long this process may be silent before others take over what it leads, 1s to 1h; the same for all of a group
+    /// How long this process may be silent before others take over its replications, 1s to 1h; the same for all of a
+    /// group
     #[arg(long, value_name = "D", env = "STREAM_REPLICATOR_LEASE_TTL", hide_env_values = true, default_value = "15s")]
     lease_ttl: String,
 
-    /// This is the only process of its site: it goes on copying while the control connection is away
+    /// This is the only process of its site: it continues to copy while the control connection is down
     #[arg(long, env = "STREAM_REPLICATOR_STANDALONE", hide_env_values = true)]
     standalone: bool,
 
@@ -207,10 +208,10 @@ impl Args {
 }
 
 impl Args {
-    /// What the file of the site says, or what goes without one.
+    /// The content of the site's file, or the default without one.
     fn file(&self, name: Option<&str>, rules: Option<&Rules>) -> Result<SiteFile, Vec<String>> {
         let Some(path) = self.config.as_ref().filter(|path| !path.as_os_str().is_empty()) else {
-            let name = name.ok_or("`--name` or `--config` is needed: what is the name of the site?");
+            let name = name.ok_or("`--name` or `--config` is needed, for the name of the site");
             return Ok(SiteFile {
                 name: name.map_err(|problem| vec![problem.to_owned()])?.to_owned(),
                 heartbeats: Value::Null,
@@ -226,7 +227,7 @@ impl Args {
         parse_file(&yaml, name, judge).map_err(|problems| problems.into_iter().map(told).collect())
     }
 
-    /// A service has to be told where to go: what happens to be selected in the `nats` tool does not count.
+    /// A service needs an explicit server: the context that is selected in the `nats` tool does not count.
     fn place(&self) -> Result<Place, String> {
         let general = env::var("NATS_URL").ok().filter(|url| !url.is_empty()).map(Secret::from);
         let connection = self.connection.clone().server_or(general);

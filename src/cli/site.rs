@@ -30,7 +30,7 @@ pub(super) struct Args {
 enum Verb {
     /// Show the name of the site and its former names
     Show(ShowArgs),
-    /// Rename the site while none of its instances runs; what it copied before stays its own
+    /// Rename the site while none of its instances runs; it keeps recognizing its earlier copies
     ///
     /// Afterwards, start every instance with `--name NEW`. If the site is called NEW already, OLD is added to its former names:
     /// copies that were made under OLD count as its own.
@@ -59,7 +59,7 @@ struct RenameArgs {
 
 #[derive(Debug, clap::Args)]
 struct BucketArgs {
-    /// What names of buckets begin with
+    /// Prefix of the names of buckets
     #[arg(
         long,
         value_name = "PREFIX",

@@ -20,10 +20,10 @@ use crate::{
     status::{Headroom, Lag, LastError, Ordering, Position, RetentionLimit, Row, TargetMode, Transport},
 };
 
-/// An answer that does not come within this time is asked for again by who waits long.
+/// A caller that waits longer asks again after this time without an answer.
 const LOOK_WITHIN: Duration = Duration::from_secs(5);
 
-/// Show what runs and how far it is
+/// Show the state and progress of replications
 ///
 /// With an id, everything about one replication.
 #[derive(Debug, clap::Args)]
@@ -94,8 +94,8 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
     Ok(Verdict::Good)
 }
 
-/// What people see: everything about one replication, or a table. `rates` are messages per second, in the order of
-/// the rows.
+/// The output for people: everything about one replication, or a table. `rates` are messages per second, in the order
+/// of the rows.
 pub(super) fn lines(view: &View, id: Option<&str>, rates: Option<&[Option<f64>]>, out: &Output) -> Vec<String> {
     match (id, view.rows()) {
         (Some(_), [row]) => detail(row, rates.and_then(|rates| *rates.first()?), out),
@@ -195,7 +195,7 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
         (counters.skipped_old, "too old"),
         (counters.skipped_filtered, "filtered"),
         (counters.skipped_sampled, "sampled"),
-        (counters.skipped_refused, "left out"),
+        (counters.skipped_refused, "skipped"),
         (counters.dead_lettered, "dead-lettered"),
         (counters.gap_messages, "gone before they were read"),
         (counters.refused, "refused"),
@@ -214,7 +214,7 @@ fn detail(row: &Row, now: Option<f64>, out: &Output) -> Vec<String> {
     }
     if let Some(sampling) = &copy.sampling {
         let (senders, waiting) = (count(sampling.senders), count(sampling.advisories_waiting));
-        fields.push(("senders", format!("{senders}, advisories to be told: {waiting}")));
+        fields.push(("senders", format!("{senders}, advisories to be published: {waiting}")));
         if sampling.untracked > 0 {
             let untracked = counted(sampling.untracked, "message");
             fields.push(("untracked", format!("{untracked} of further senders were copied")));
@@ -265,7 +265,7 @@ fn position(at: Position) -> String {
     format!("source {}, target {}", count(at.source_seq), count(at.target_seq))
 }
 
-/// How far behind, in words: messages and seconds.
+/// The lag in words: messages and seconds.
 pub(super) fn lag(lag: Option<Lag>, between: &str) -> String {
     let Some(lag) = lag else { return "-".to_owned() };
     format!("{}{between}{}", counted(lag.messages, "message"), known(lag.seconds.map(seconds)))
@@ -280,7 +280,7 @@ fn leader(row: &Row) -> String {
     clean(row.leader.as_deref().unwrap_or("-"))
 }
 
-/// How long the source keeps what is not copied.
+/// How long the source keeps messages that are not copied.
 fn headroom(headroom: Option<Headroom>) -> String {
     let Some(Headroom { seconds: left, limit, low_below }) = headroom else { return "-".to_owned() };
     let limit = match limit {

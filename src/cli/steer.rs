@@ -32,7 +32,7 @@ pub(super) struct PositionArgs {
     #[command(flatten)]
     to: To,
 
-    /// Only tell what would be copied again or passed over
+    /// Only show which messages would be copied again or skipped
     #[arg(long)]
     dry_run: bool,
 
@@ -43,16 +43,16 @@ pub(super) struct PositionArgs {
 #[derive(Debug, Clone, clap::Args)]
 #[group(required = true, multiple = false)]
 struct To {
-    /// Go on behind this source sequence; 0 is before the first message
+    /// Continue after this source sequence; 0 is before the first message
     #[arg(long, value_name = "N")]
     source_seq: Option<u64>,
 
-    /// Go on with the first message stored at or after this time: RFC 3339, or how long ago, such as `1h`
+    /// Continue with the first message stored at or after this time: RFC 3339, or how long ago, such as `1h`
     #[arg(long, value_name = "TIME", value_parser = parse_when)]
     time: Option<When>,
 }
 
-/// Leave out the message that holds a replication
+/// Skip the message that blocks a replication
 #[derive(Debug, clap::Args)]
 pub(super) struct SkipArgs {
     /// Replication
@@ -130,7 +130,7 @@ pub(super) async fn skip(args: &SkipArgs, out: &mut Output) -> Result<Verdict, E
     let request = SkipRequest { replication: args.id.clone(), source_seq: args.source_seq };
     let skipped: Reply<Skipped> = Client::connect(&args.global).await?.change("skip", &request).await?;
     out.reply(&skipped, |skipped| {
-        format!("{}: source message {} is left out", skipped.replication, count(skipped.source_seq))
+        format!("{}: source message {} is skipped", skipped.replication, count(skipped.source_seq))
     });
     Ok(Verdict::Good)
 }

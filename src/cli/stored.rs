@@ -17,24 +17,24 @@ const QUIET: Duration = Duration::from_secs(20);
 /// Time limit for the deletion of the consumer.
 const DELETED: Duration = Duration::from_secs(1);
 
-/// What to read.
+/// The messages to read.
 #[derive(Debug)]
 pub(super) struct Stored<'a> {
-    /// What it is, for errors.
+    /// Its name in errors.
     pub(super) what: &'a str,
     /// Where it is kept.
     pub(super) stream: &'a str,
     /// Empty for all.
     pub(super) subjects: Vec<String>,
-    /// Only what was stored since then.
+    /// Only messages stored since then.
     pub(super) since: Option<DateTime<Utc>>,
     /// Where to begin without that.
     pub(super) from: DeliverPolicy,
-    /// Whether to go on with what comes.
+    /// Whether to continue with new messages.
     pub(super) follow: bool,
 }
 
-/// Shows each message, until there are no more or nobody reads any more.
+/// Shows each message, until there are no more or the output is closed.
 pub(super) async fn read(
     client: &Client,
     stored: Stored<'_>,

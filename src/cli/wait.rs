@@ -53,7 +53,7 @@ pub(super) async fn until_caught_up(
     Ok(Verdict::Good)
 }
 
-/// Looks until nothing was left to copy for a while. Who does not answer now may answer later, if it did once.
+/// Polls until nothing was left to copy for a while. A service that has answered once may be silent for a while.
 async fn caught_up(client: &Client, id: Option<&str>, behind: &mut String) -> Result<View, Error> {
     let mut answered = false;
     let mut since: Option<Instant> = None;
@@ -79,13 +79,13 @@ async fn caught_up(client: &Client, id: Option<&str>, behind: &mut String) -> Re
     }
 }
 
-/// Whether the next answer may be another one: nobody answered, or the service cannot just now.
+/// Whether to ask again: there were no responders, or the service is temporarily unable.
 fn passes(error: &Error) -> bool {
     matches!(error, Error::Failed(_)) || matches!(error.code(), Some(503 | 504))
 }
 
-/// Who is behind, in words; an error if somebody will not catch up. One that is paused is waited for only if it is
-/// the one that was asked for.
+/// The replications that lag, in words; an error if one will not catch up. One that is paused is waited for only if it
+/// is the one that was asked for.
 fn look(rows: &[Row], one: bool) -> Result<String, Error> {
     let (mut stuck, mut behind) = (Vec::new(), Vec::new());
     for row in rows {

@@ -19,7 +19,7 @@ use crate::status::Row;
 
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Runs until nobody looks any more, or the one replication that is looked at is gone.
+/// Runs until the output is closed, or the one watched replication is gone.
 pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> Result<Verdict, Error> {
     let mut first = true;
     let mut picture = Picture::default();
@@ -41,7 +41,7 @@ pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> 
     Ok(Verdict::Good)
 }
 
-/// What stands on the terminal.
+/// The lines on the terminal.
 #[derive(Default)]
 struct Picture {
     drawn: bool,
@@ -78,7 +78,7 @@ impl Picture {
     }
 }
 
-/// Messages per second since the look before.
+/// Messages per second since the answer before.
 #[derive(Default)]
 struct Rates {
     /// Epoch and messages copied.
@@ -102,7 +102,7 @@ impl Rates {
     }
 }
 
-/// What was told of each replication.
+/// The line that was printed last for each replication.
 #[derive(Default)]
 struct Changes {
     told: BTreeMap<String, (String, Value)>,
@@ -148,7 +148,7 @@ impl Changes {
     }
 }
 
-/// A row without what changes by the passing of time alone.
+/// A row without the fields that change by the passing of time alone.
 fn timeless(row: &Row) -> Row {
     let mut row = row.clone();
     if let Some(lag) = &mut row.copy.lag {

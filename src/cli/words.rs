@@ -80,7 +80,7 @@ pub(super) enum When {
     Ago(String),
 }
 
-/// Parses a point in time as [`parse_time`] does, but leaves it to the service to find out when some time ago was.
+/// Parses a point in time as [`parse_time`] does, but leaves it to the service to compute when some time ago was.
 pub(super) fn parse_when(text: &str) -> Result<When, String> {
     let time = parse_time(text)?;
     let ago = parse_duration(text).is_ok();

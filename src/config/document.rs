@@ -108,13 +108,13 @@ pub struct Document {
     /// Candidate in Choria's leader election.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub leader_election_name: Option<String>,
-    /// Senders are told apart by this field of the payload.
+    /// Senders are identified by this field of the payload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspect_field: Option<String>,
-    /// Senders are told apart by this header.
+    /// Senders are identified by this header.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspect_header: Option<String>,
-    /// Senders are told apart by this token of the subject.
+    /// Senders are identified by this token of the subject.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspect_subject_token: Option<i64>,
     /// Where this field is true, the message is copied.
@@ -129,7 +129,7 @@ pub struct Document {
     /// Change of size that has a message copied.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size_trigger: Option<u64>,
-    /// Where to tell of senders.
+    /// Where to publish advisories.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advisory: Option<AdvisoryDocument>,
     /// What becomes of messages that the target can never store.
@@ -138,13 +138,13 @@ pub struct Document {
     /// Where they go.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_letter: Option<DeadLetterDocument>,
-    /// Who else may write to the target.
+    /// Whether other writers may publish to the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_mode: Option<String>,
-    /// What to do when the source lost its end.
+    /// Action when the source lost its end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_source_loss: Option<String>,
-    /// Give the target what it lacks.
+    /// Whether to add missing settings to the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_update: Option<bool>,
     /// Whether a refusal may change the order.
@@ -216,7 +216,7 @@ pub struct AdvisoryDocument {
 pub struct TransformDocument {
     /// Subjects that it is for.
     pub src: String,
-    /// What they become.
+    /// The subject that they become.
     pub dest: String,
 }
 
@@ -470,7 +470,7 @@ impl Checker {
         let (url, context) = (fields.url, fields.context);
         let place = match (url.1, context.1) {
             (Some(_), Some(_)) => {
-                let message = format!("`{}` and `{}` name the servers both: leave out one of them", url.0, context.0);
+                let message = format!("`{}` and `{}` both name the servers: remove one of them", url.0, context.0);
                 self.problem(context.0, message);
                 return None;
             }
@@ -522,7 +522,7 @@ impl Checker {
         let (field, text, parsed) = match (domain.1, prefix.1) {
             (None, None) => return None,
             (Some(_), Some(_)) => {
-                let message = format!("`{}` and `{}` say the same: leave out one of them", domain.0, prefix.0);
+                let message = format!("`{}` and `{}` set the same: remove one of them", domain.0, prefix.0);
                 self.problem(prefix.0, message);
                 return None;
             }
@@ -579,7 +579,7 @@ impl Checker {
         }
         let several = &document.filter_subjects;
         if one.is_some() && !several.is_empty() {
-            let message = "`filter_subject` and `filter_subjects` say both what is copied: leave out one of them";
+            let message = "`filter_subject` and `filter_subjects` both select the messages: remove one of them";
             self.problem("filter_subjects", message.to_owned());
         }
         self.patterns("filter_subjects", several);
@@ -587,7 +587,7 @@ impl Checker {
             // Servers refuse such a consumer.
             if let Some(other) = several[..index].iter().find(|other| patterns::overlap(other, filter)) {
                 let message = format!(
-                    "it overlaps with `{}`, and each message is read by one of them: leave out one, or write one pattern \
+                    "it overlaps with `{}`, and each message is read by one of them: remove one, or write one pattern \
                      for both",
                     shorten(other)
                 );
@@ -633,7 +633,7 @@ impl Checker {
         let mode = modes.next();
         for (other, _) in modes {
             let first = mode.as_ref().map_or("", |(first, _)| first);
-            let message = format!("`{first}` and `{other}` both say how senders are told apart: leave out one of them");
+            let message = format!("`{first}` and `{other}` both select how senders are identified: remove one of them");
             self.problem(other, message);
         }
         if let Some(name) = text(&document.inspect_header)
@@ -816,7 +816,7 @@ fn notices(document: &Document) -> Vec<String> {
         notices.push("`target_initiated` has no effect: the copy is equally fast from either side".to_owned());
     }
     if document.ephemeral == Some(true) {
-        notices.push("`ephemeral` has no effect: every copy goes on where it stopped".to_owned());
+        notices.push("`ephemeral` has no effect: every copy resumes where it stopped".to_owned());
     }
     notices.extend(incomplete_sampling(document));
     notices
@@ -884,7 +884,9 @@ pub(super) fn wrong_subject(subject: &str, wildcards: Wildcards) -> Option<Strin
             "*" | ">" if wildcards == Wildcards::Refused => return Some("wildcards are not possible here".to_owned()),
             ">" if !last => return Some("`>` is only possible at the end".to_owned()),
             "*" | ">" => {}
-            token if token.contains(['*', '>']) => return Some("`*` and `>` stand alone between dots".to_owned()),
+            token if token.contains(['*', '>']) => {
+                return Some("`*` and `>` are whole tokens, between dots".to_owned());
+            }
             _ => {}
         }
     }
@@ -975,7 +977,7 @@ mod tests {
             assert!(found.iter().any(|(at, text)| at == path && text.contains(words)), "{more}: {found:?}");
         };
         check(json!({"inspect_field": "a", "inspect_header": "b"}), "/inspect_header", "`inspect_field` and");
-        check(json!({"inspect_header": "a", "inspect_subject_token": 1}), "/inspect_subject_token", "leave out one");
+        check(json!({"inspect_header": "a", "inspect_subject_token": 1}), "/inspect_subject_token", "remove one");
         check(json!({"inspect_header": "a b"}), "/inspect_header", "cannot contain ' '");
         check(json!({"inspect_subject_token": -2}), "/inspect_subject_token", "-1");
         check(json!({"inspect_field": "a", "warn_duration": "x"}), "/warn_duration", "`x`");
@@ -1167,7 +1169,7 @@ mod tests {
         check(json!({"source_url": "nats://a:***@h"}), "/source_url", "stands for a secret");
         check(json!({"target_url": "nats://a"}), "/target_url", "into itself");
         check(json!({"source_url": ""}), "/source_url", "`source_url` or `source_context` is required");
-        check(json!({"source_context": "x"}), "/source_context", "leave out one of them");
+        check(json!({"source_context": "x"}), "/source_context", "remove one of them");
         check(json!({"source_url": "", "source_context": "../x"}), "/source_context", "`../x`: the name of a context");
         check(json!({"source_domain": "a.b"}), "/source_domain", "`a.b`: the name of a domain is one token");
         check(json!({"target_api_prefix": "a.*"}), "/target_api_prefix", "cannot contain '*'");
@@ -1186,11 +1188,11 @@ mod tests {
         check(
             json!({"target_domain": "a", "target_api_prefix": "b"}),
             "/target_api_prefix",
-            "`target_domain` and `target_api_prefix` say the same",
+            "`target_domain` and `target_api_prefix` set the same",
         );
         check(json!({"filter_subject": "a..b"}), "/filter_subject", "empty token");
         check(json!({"filter_subject": "a.>.b"}), "/filter_subject", "only possible at the end");
-        check(json!({"filter_subject": "a.b*"}), "/filter_subject", "stand alone");
+        check(json!({"filter_subject": "a.b*"}), "/filter_subject", "are whole tokens");
         check(json!({"filter_subject": "a b"}), "/filter_subject", "cannot contain ' '");
         check(json!({"filter_subjects": []}), "/filter_subjects", "`filter_subjects` has no entry: 1 or more");
         check(json!({"filter_subjects": vec!["a"; 257]}), "/filter_subjects", "257 entries: 256 or fewer");
@@ -1210,7 +1212,7 @@ mod tests {
         check(
             json!({"filter_subject": "a", "filter_subjects": ["b"]}),
             "/filter_subjects",
-            "`filter_subject` and `filter_subjects` say both",
+            "`filter_subject` and `filter_subjects` both select",
         );
         check(json!({"exclude_subjects": ["a", "a.>.b"]}), "/exclude_subjects/1", "`exclude_subjects.1` is `a.>.b`");
         let transform = |src: &str, dest: &str| json!({"subject_transforms": [{"src": "a", "dest": "b"}, {"src": src, "dest": dest}]});

@@ -47,7 +47,7 @@ pub fn parse_file(
             problems.push(format!("`name`: `{shown}` is not possible; it must be {right}"));
         } else if let Some(name) = name.filter(|name| name != own) {
             problems
-                .push(format!("`name` is `{shown}`, and `--name` is `{name}`: leave out `--name`, or make both agree"));
+                .push(format!("`name` is `{shown}`, and `--name` is `{name}`: remove `--name`, or make both agree"));
         }
     }
     let heartbeats = fields.remove("heartbeats").unwrap_or_default();
@@ -77,7 +77,7 @@ fn read(yaml: &str) -> Result<Map<String, Value>, String> {
         Ok(Value::Object(fields)) => Ok(fields),
         Ok(Value::Null) => Ok(Map::new()),
         Ok(_) => Err("it is no mapping: `name: ...` and so on".to_owned()),
-        Err(_) => Err("it has keys or values that have no place in JSON".to_owned()),
+        Err(_) => Err("it has keys or values that JSON cannot express".to_owned()),
     }
 }
 

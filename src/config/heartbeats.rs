@@ -37,8 +37,8 @@ pub fn heartbeats_schema() -> &'static Value {
     &HEARTBEATS.root
 }
 
-/// Heartbeats as they are written. `***` in the place of a secret keeps the one that is stored; `{}` removes what is
-/// stored.
+/// Heartbeats as they are written. `***` instead of a secret keeps the stored secret; `{}` removes the stored
+/// heartbeats.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 #[schemars(rename = "Heartbeats")]
@@ -466,7 +466,7 @@ mod tests {
         refused(choria(json!({"seed_file": "/s", "jwt_file": "/j"})), &[("/choria/collective", "is required")]);
         refused(
             choria(json!({"seed_file": "/s", "jwt_file": "/j", "collective": "a*"})),
-            &[("/choria/collective", "stand alone")],
+            &[("/choria/collective", "are whole tokens")],
         );
         refused(choria(json!({"seed": "/s"})), &[("/choria/seed", "did you mean `seed_file`?")]);
         let url = |url: &str| with(json!({"url": url, "choria": files}));

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 const MANY: usize = 16;
 /// Patterns that come out at most: servers match each publish against all subjects of a stream.
 const MOST: usize = 256;
-/// Tokens of a subject that are told apart at most; the rest is `>`.
+/// Most tokens of a subject that are distinguished; the rest is `>`.
 const DEEPEST: usize = 32;
 
 /// Subjects that were added so far, in bounded memory.
@@ -25,9 +25,9 @@ pub(crate) struct Outline {
 struct Node {
     /// A subject ends here.
     ends: bool,
-    /// Longer subjects go on here in ways that are not listed.
+    /// Longer subjects continue here in ways that are not listed.
     more: bool,
-    /// By token; `*` stands alone.
+    /// By token; `*` is a token of its own.
     children: BTreeMap<String, Node>,
 }
 
@@ -69,7 +69,7 @@ impl Outline {
         (0..=DEEPEST).rev().map(|levels| self.cut_at(levels)).find(|patterns| patterns.len() <= MOST)
     }
 
-    /// With so many tokens behind the fixed ones, and `>` for the rest.
+    /// With this many tokens after the fixed ones, and `>` for the rest.
     fn cut_at(&self, levels: usize) -> BTreeSet<String> {
         let mut patterns = BTreeSet::new();
         for (first, node) in &self.root.children {

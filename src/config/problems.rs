@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub struct Problem {
     /// JSON pointer into the document; empty for the whole.
     pub path: String,
-    /// What is wrong, the value, and what would be right.
+    /// The problem, the value, and a correct value.
     pub message: String,
 }
 

@@ -44,18 +44,18 @@ pub struct Replication {
     pub update_target: bool,
     /// Who else may write to the target.
     pub target_mode: Sharing,
-    /// What to do when the source lost messages that were copied.
+    /// Action when the source lost messages that were copied.
     pub on_source_loss: OnSourceLoss,
     /// Whether a refusal by the target may change the order, where it can.
     pub ordering: Ordering,
-    /// Bounds on what is in the air.
+    /// Bounds on messages in flight.
     pub limits: Limits,
     /// What a document says that is accepted and changes nothing; to be logged once.
     pub notices: Vec<String>,
 }
 
 impl Replication {
-    /// Where to tell of senders, if that is asked for.
+    /// Where to publish advisories, if that is enabled.
     pub fn advisory(&self) -> Option<&Advisory> {
         self.sampling.as_ref()?.advisory.as_ref()
     }
@@ -79,20 +79,20 @@ pub struct Side {
     pub place: Place,
 }
 
-/// Which messages of each sender are copied, and what is told of senders.
+/// Which messages of each sender are copied, and which advisories are published.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sampling {
     /// Where a message says who sent it.
     pub inspect: Inspect,
-    /// Each sender is copied once in this time, a tenth less for some; one that is unseen for so long is forgotten.
+    /// Each sender is copied once in this time, a tenth less for some; one that is unseen for this long is forgotten.
     pub every: Duration,
-    /// A sender that is unseen for so long is told of.
+    /// A sender that is unseen for this long gets a `timeout` advisory.
     pub warn: Duration,
     /// A payload whose size differs by so many bytes from the one copied last is copied at once.
     pub size_trigger: Option<u64>,
     /// Path of a field (gjson) that has a message copied at once where it is true.
     pub force_field: Option<String>,
-    /// Where to tell of senders.
+    /// Where to publish advisories.
     pub advisory: Option<Advisory>,
     /// How many senders are tracked.
     pub bounds: SenderBounds,
@@ -155,7 +155,7 @@ impl Inspect {
     }
 }
 
-/// Where to tell of senders.
+/// Where to publish advisories.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Advisory {
     /// Subject at the source side, with `%s` for the event and `%v` for the sender.
@@ -204,10 +204,10 @@ pub enum OnSourceLoss {
 /// What becomes of a message that the target can never store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum OnReject {
-    /// It holds the replication until somebody acts.
+    /// It blocks the replication until an operator acts.
     #[default]
     Hold,
-    /// It is left out and counted.
+    /// It is skipped and counted.
     Skip,
     /// It is published at the source side instead.
     DeadLetter {

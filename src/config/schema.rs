@@ -33,7 +33,7 @@ pub(super) struct Schema {
 pub(super) struct Findings {
     /// What is wrong for certain.
     pub(super) problems: Vec<Problem>,
-    /// Patterns that do not match: told only where no semantic check finds better words.
+    /// Patterns that do not match: reported only where no semantic check has a better message.
     pub(super) patterns: Vec<Problem>,
 }
 

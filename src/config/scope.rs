@@ -33,7 +33,7 @@ impl Scope {
         self.filters.is_empty() && self.excluded.is_empty()
     }
 
-    /// Whether a message that the filters let through is left out.
+    /// Whether a message that the filters let through is skipped.
     pub fn excludes(&self, subject: &[u8]) -> bool {
         self.excluded.iter().any(|pattern| patterns::matches(pattern, subject))
     }

@@ -343,7 +343,7 @@ fn part(token: &str, wildcards: &[usize]) -> Result<Part, String> {
         return Err("`*` is not possible here: `{{wildcard(1)}}` is what the first `*` of `src` stands for".to_owned());
     }
     if token.contains(['*', '>']) {
-        return Err(format!("`{token}`: `>` stands alone at the end, and `*` is not possible here"));
+        return Err(format!("`{token}`: `>` is a whole token at the end, and `*` is not possible here"));
     }
     if token.contains("{{") || token.contains("}}") {
         return Err(format!(
@@ -540,7 +540,7 @@ mod tests {
         three("x. y", "cannot contain ' '");
         three("x.\n", "cannot contain '\\n'");
         three("x.*", "`{{wildcard(1)}}` is what the first");
-        three("x.a*", "stands alone");
+        three("x.a*", "is a whole token");
         three("x.>.y", "only possible at the end");
         three("$4", "`4` is not the number of a `*` of `src`, which go from 1 to 3");
         three("$0", "from 1 to 3");

@@ -18,13 +18,13 @@ pub struct NamedRequest {
     pub replication: String,
 }
 
-/// Names what to delete. The plain id, without JSON, means `{"replication": id}`.
+/// The replication to delete. The plain id, without JSON, means `{"replication": id}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeleteRequest {
     /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
-    /// Keeps position and state, so that the replication goes on where it was when it is added again.
+    /// Keeps position and state, so that the replication resumes there when it is added again.
     #[serde(default)]
     pub keep: bool,
 }
@@ -36,7 +36,7 @@ pub struct StatusRequest {
     /// Replication id, for one alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub replication: Option<String>,
-    /// How many rows to leave out at the beginning; 0 by default.
+    /// How many rows to skip at the beginning; 0 by default.
     pub offset: usize,
     /// How many rows to show at most, 1,000 by default; fewer are shown where one message does not hold them.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -47,7 +47,7 @@ pub struct StatusRequest {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ListRequest {
-    /// How many rows to leave out at the beginning; 0 by default.
+    /// How many rows to skip at the beginning; 0 by default.
     pub offset: usize,
     /// How many rows to show at most, 1,000 by default; fewer are shown where one message does not hold them.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -60,22 +60,22 @@ pub struct ListRequest {
 pub struct PositionRequest {
     /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
-    /// The new position: the copy goes on behind this source sequence. 0 is before the first message.
+    /// The new position: the copy continues after this source sequence. 0 is before the first message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_seq: Option<u64>,
-    /// The copy goes on with the first source message stored at or after this time.
+    /// The copy continues with the first source message stored at or after this time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time: Option<DateTime<Utc>>,
     /// The copy continues with the first source message stored at most this long ago by the clock of the source server, a
     /// duration such as `1h`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ago: Option<String>,
-    /// Only tells what would happen.
+    /// Only reports the effect, without a change.
     #[serde(default)]
     pub dry_run: bool,
 }
 
-/// Leaves out the message that holds a replication. The plain id, without JSON, means `{"replication": id}`.
+/// Skips the message that blocks a replication. The plain id, without JSON, means `{"replication": id}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SkipRequest {
@@ -98,13 +98,13 @@ pub struct SendersRequest {
     /// Only senders that match this regular expression, anywhere in their value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub value: Option<String>,
-    /// Only senders seen since this time (RFC 3339), or for so long, such as `1h`.
+    /// Only senders seen since this time (RFC 3339), or within this duration, such as `1h`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<String>,
     /// Only senders that are unseen for `warn_duration`, or only the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advised: Option<bool>,
-    /// Rows to leave out at the beginning.
+    /// Rows to skip at the beginning.
     #[serde(default)]
     pub offset: usize,
     /// Rows to show at most; 1,000 by default, fewer if they do not fit into one message.
@@ -148,7 +148,7 @@ pub struct Skipped {
     pub replication: String,
     /// Revision of the release.
     pub revision: u64,
-    /// Source sequence of the message that is left out.
+    /// Source sequence of the message that is skipped.
     pub source_seq: u64,
 }
 
@@ -168,16 +168,16 @@ pub struct SteppedDown {
 pub struct Validation {
     /// Whether the document can run as it is: no problems.
     pub valid: bool,
-    /// What is wrong with the document, or what both sides say against it.
+    /// Problems of the document, or of both clusters with it.
     pub problems: Vec<Problem>,
-    /// What may be meant so, or could not be found out.
+    /// It may be intended, or could not be determined.
     pub warnings: Vec<Problem>,
-    /// What both sides say; `null` if the document alone is wrong, and where the service is read-only: then it
-    /// connects to nobody on request.
+    /// Result of checking both clusters; `null` if the document alone is wrong, and where the service is read-only:
+    /// then it opens no connections on request.
     pub preflight: Option<Preflight>,
 }
 
-/// What both sides say to a document.
+/// Result of checking both clusters for a document.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Preflight {
     /// The source.
@@ -186,7 +186,7 @@ pub struct Preflight {
     pub target: PreflightSide,
 }
 
-/// What one side says to a document.
+/// Result of checking one cluster for a document.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PreflightSide {
     /// Name of the server that let us in; empty if none did.
@@ -195,7 +195,7 @@ pub struct PreflightSide {
     pub version: String,
     /// The stream; `null` if there is none or if it could not be seen.
     pub stream: Option<PreflightStream>,
-    /// What was looked at, in order.
+    /// The checks, in order.
     pub checks: Vec<Check>,
 }
 
@@ -210,21 +210,21 @@ pub struct PreflightStream {
     pub last_seq: u64,
 }
 
-/// One thing that was looked at.
+/// One check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Check {
-    /// What was looked at: at both sides `connect`, `jetstream`, `stream`, `calls`; at the source
-    /// `clock`, `filter`, `start`, `limits`, and `dead_letter` and `advisory` where these are set; at the target `publish`,
-    /// `subjects`, `max_payload`, `limits`, `target_mode`, `headers`, `duplicates`, `cycle`.
+    /// The check: at both sides `connect`, `jetstream`, `stream`, `calls`; at the source `clock`, `filter`, `start`,
+    /// `limits`, and `dead_letter` and `advisory` where these are set; at the target `publish`, `subjects`,
+    /// `max_payload`, `limits`, `target_mode`, `headers`, `duplicates`, `cycle`.
     pub name: String,
-    /// What came out.
+    /// Result.
     pub result: CheckResult,
     /// In words; empty when all is well.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
 }
 
-/// What came out of a [`Check`].
+/// Result of a [`Check`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum CheckResult {
@@ -234,7 +234,7 @@ pub enum CheckResult {
     Warning,
     /// The copy would not work, or not as the document says.
     Failed,
-    /// Could not be found out, because something before it failed or took too long.
+    /// Could not be determined, because a check before it failed or took too long.
     Unknown,
 }
 
@@ -245,7 +245,7 @@ pub struct Instances {
     pub site: String,
     /// Sorted by name.
     pub instances: Vec<InstanceRow>,
-    /// Rows left out at the beginning.
+    /// Rows skipped at the beginning.
     pub offset: usize,
     /// Rows shown at most.
     pub limit: usize,
@@ -284,7 +284,7 @@ pub struct Senders {
     pub now: Option<DateTime<Utc>>,
     /// Seen last comes first.
     pub senders: Vec<SenderRow>,
-    /// Rows left out at the beginning.
+    /// Rows skipped at the beginning.
     pub offset: usize,
     /// Rows shown at most.
     pub limit: usize,
@@ -292,10 +292,10 @@ pub struct Senders {
     pub total: usize,
 }
 
-/// What is known of one sender.
+/// State of one sender.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SenderRow {
-    /// The value that messages bear.
+    /// The value that messages carry.
     pub sender: String,
     /// Stored time of its newest message.
     pub seen: DateTime<Utc>,
@@ -303,7 +303,7 @@ pub struct SenderRow {
     pub copied: Option<DateTime<Utc>>,
     /// Bytes of that message's payload; `null` if none was.
     pub size: Option<u32>,
-    /// Whether it is unseen for `warn_duration` and that was told.
+    /// Whether it is unseen for `warn_duration` and that was published.
     pub advised: bool,
     /// Source sequence of the message that was copied last; `null` if none was.
     pub sequence: Option<u64>,
@@ -316,9 +316,9 @@ pub struct Document {
     pub replication: String,
     /// Revision of the document.
     pub revision: u64,
-    /// The document, secrets as `***`; `null` if what is stored is no JSON.
+    /// The document, secrets as `***`; `null` if the stored value is not JSON.
     pub config: Value,
-    /// What is wrong with it, if somebody wrote it past the service.
+    /// Its problems, if it was written to the bucket directly.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
@@ -328,7 +328,7 @@ pub struct Document {
 pub struct List {
     /// Sorted by id.
     pub replications: Vec<ListRow>,
-    /// Rows left out at the beginning.
+    /// Rows skipped at the beginning.
     pub offset: usize,
     /// Rows shown at most.
     pub limit: usize,
@@ -345,7 +345,7 @@ pub struct ListRow {
     pub revision: u64,
     /// Where the document lives: `kv`.
     pub origin: String,
-    /// What the replication does; `null` in the moment before it is known.
+    /// State of the replication; `null` in the moment before it is known.
     pub state: Option<State>,
 }
 
@@ -356,7 +356,7 @@ pub struct Status {
     pub site: String,
     /// Sorted by id.
     pub replications: Vec<Row>,
-    /// Rows left out at the beginning.
+    /// Rows skipped at the beginning.
     pub offset: usize,
     /// Rows shown at most.
     pub limit: usize,
@@ -367,48 +367,47 @@ pub struct Status {
 /// Reply of `heartbeat.get`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct HeartbeatsShown {
-    /// Where what is published is from. The configuration bucket goes before the file.
+    /// Origin of the published heartbeats. The configuration bucket takes precedence over the file.
     pub origin: Origin,
-    /// Revision of what is published; `null` if it is not from the bucket.
+    /// Revision of the published heartbeats; `null` if they are not from the bucket.
     pub revision: Option<u64>,
-    /// What is published, secrets as `***`; `null` for nothing.
+    /// The published heartbeats, secrets as `***`; `null` for none.
     pub config: Value,
-    /// What lies in the bucket, if it cannot be published; `null` if it can, or if nothing lies there.
+    /// The content of the bucket, if it cannot be published; `null` if it can, or if there is none.
     pub rejected: Option<RejectedHeartbeats>,
 }
 
-/// Heartbeats that somebody wrote past the service, and that cannot be published.
+/// Heartbeats that were written to the bucket directly, and that cannot be published.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RejectedHeartbeats {
     /// Their revision.
     pub revision: u64,
     /// As written, secrets as `***`; `null` if that is no JSON.
     pub config: Value,
-    /// What is wrong with them.
+    /// Their problems.
     pub problems: Vec<Problem>,
 }
 
 /// Reply of `heartbeat.set`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct HeartbeatsChanged {
-    /// Revision of what is stored now, the one before where that is the same; of the removal after `{}`.
+    /// Revision of the stored heartbeats, unchanged where they are the same; of the removal after `{}`.
     pub revision: u64,
 }
 
 /// Body of an error reply.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorReply {
-    /// What went wrong.
+    /// The error.
     pub error: Failure,
 }
 
-/// What went wrong with a request; code and description are also in the headers `Nats-Service-Error-Code` and
-/// `Nats-Service-Error`.
+/// Error of a request; code and description are also in the headers `Nats-Service-Error-Code` and `Nats-Service-Error`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, thiserror::Error)]
 #[error("{description} ({code})")]
 pub struct Failure {
-    /// 400 the request is wrong, 403 the service is read-only, 404 no such replication, 408 past its deadline, 409 not what is there, 500 a bug,
-    /// 503 cannot be done now, 504 not done in time: it may still happen.
+    /// 400 the request is wrong, 403 the service is read-only, 404 no such replication, 408 past its deadline, 409 it
+    /// conflicts with the current state, 500 a bug, 503 cannot be done now, 504 not done in time: it may still happen.
     pub code: u16,
     /// One line for people.
     pub description: String,

@@ -47,7 +47,7 @@ impl Documents {
             while let Some(change) = changes.next().await {
                 match change {
                     Ok(change) => sender.send_modify(|known| known.apply(change)),
-                    Err(error) => warn!("{error}; questions are answered with what was known before"),
+                    Err(error) => warn!("{error}; answering requests with the configuration read before"),
                 }
             }
         });

@@ -53,11 +53,11 @@ const MAX_DOCUMENT: usize = 64 << 10;
 pub(super) const UNMASK_TRIES: usize = 5;
 /// Rows of one page where the request does not say.
 const DEFAULT_LIMIT: usize = 1_000;
-/// How long a deletion waits for the copy to stop before it forgets the position all the same. A copy that stops later
-/// may write it again: then it goes on there when it is added again.
+/// How long a deletion waits for the copy to stop before it removes the position all the same. A copy that stops later
+/// may write it again: then it resumes there when it is added again.
 const STOP_WITHIN: Duration = Duration::from_secs(60);
 
-/// How often a record is looked at that another instance will write.
+/// How often a record is polled that another instance will write.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What the endpoints work with.

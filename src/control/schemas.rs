@@ -1,8 +1,7 @@
-//! The JSON schemas of requests, replies and events, made from the types that go over the wire, so that neither can
-//! say what the other does not. The folder `schemas/` holds them as files.
+//! The JSON schemas of requests, replies and events, made from the types that go over the wire, so that both always
+//! agree. The folder `schemas/` holds them as files.
 //!
-//! Requests are strict, as the service is. Replies and events may get more fields later: who reads them leaves out
-//! what it does not know.
+//! Requests are strict, as the service is. Replies and events may get more fields later: readers ignore unknown ones.
 
 use std::collections::BTreeMap;
 
@@ -46,13 +45,13 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("config.update", document("The document that replaces the stored one as a whole."), reply::<Changed>()),
         (
             "config.validate",
-            document("The document to look at; what does not follow the schema is told in `problems`."),
+            document("The document to check; everything that does not follow the schema is reported in `problems`."),
             reply::<Validation>(),
         ),
         ("config.delete", request::<DeleteRequest>(), reply::<Changed>()),
         ("config.get", request::<NamedRequest>(), config_get_reply()),
         ("config.list", request::<ListRequest>(), reply::<List>()),
-        ("config.schema", json!({"description": "Empty; what is sent is not looked at."}), config_schema_reply()),
+        ("config.schema", json!({"description": "Empty; the payload is ignored."}), config_schema_reply()),
         ("status", request::<StatusRequest>(), reply::<Status>()),
         ("pause", request::<NamedRequest>(), reply::<Changed>()),
         ("resume", request::<NamedRequest>(), reply::<Changed>()),
@@ -62,7 +61,7 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("stepdown", request::<NamedRequest>(), reply::<SteppedDown>()),
         ("senders", request::<SendersRequest>(), reply::<Senders>()),
         ("instances", request::<InstancesRequest>(), reply::<Instances>()),
-        ("heartbeat.get", json!({"description": "Empty; what is sent is not looked at."}), reply::<HeartbeatsShown>()),
+        ("heartbeat.get", json!({"description": "Empty; the payload is ignored."}), reply::<HeartbeatsShown>()),
         ("heartbeat.set", config::heartbeats_schema().clone(), reply::<HeartbeatsChanged>()),
     ]
 }
@@ -85,7 +84,7 @@ fn generate<T: JsonSchema>(settings: SchemaSettings) -> Value {
 
 fn document(description: &str) -> Value {
     json!({
-        "description": format!("{description} `***` in the place of a secret keeps the one that is stored."),
+        "description": format!("{description} `***` instead of a secret keeps the stored secret."),
         "$ref": REPLICATION,
     })
 }

@@ -235,7 +235,7 @@ async fn serve(shared: Arc<Shared>, subscribers: Vec<(Asked, Subscriber)>, stop:
 }
 
 impl Shared {
-    /// Works on a request and answers in time, even where the work goes on.
+    /// Works on a request and answers in time, even where the work continues.
     async fn work(self: Arc<Self>, index: usize, message: Message, permit: OwnedSemaphorePermit) {
         let route = &self.routes[index];
         if message.reply.is_none() && route.kind != Kind::Mutation {

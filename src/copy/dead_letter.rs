@@ -113,7 +113,7 @@ impl DeadLetters {
         if self.header.len() > MAX_HEADER || size > most {
             let header = self.header.len();
             let error = Error::hold(format!(
-                "with what is added it has {size} bytes, {header} of them headers, and the source takes {most} and {MAX_HEADER}"
+                "with the added headers it has {size} bytes, {header} of them headers, and the source takes {most} and {MAX_HEADER}"
             ));
             return Err(self.unpublished(&letter, error));
         }

@@ -55,9 +55,9 @@ impl Look {
         (self.unseen > 0 && down > self.window).then(|| {
             let (unseen, secs, window) = (self.unseen, down.as_secs(), self.window);
             let reason = format!(
-                "{unseen} messages behind the saved place at the target are consumed, so it is not known which of them \
-                 are copies; the position was saved {secs} s ago, and the target remembers ids for {window:?}: what was \
-                 copied after that save is stored twice"
+                "{unseen} messages after the saved sequence at the target are consumed, so it is not known which of \
+                 them are copies; the position was saved {secs} s ago, and the target's duplicate window is {window:?}: \
+                 messages that were copied after that save are stored twice"
             );
             self.event(down, reason)
         })

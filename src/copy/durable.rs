@@ -332,9 +332,9 @@ pub(crate) fn judge(replication: &Replication, owner: Owner<'_>, name: &str, con
     let way = match (pushes, text("ack_policy")) {
         (false, "explicit") => Way::Explicit,
         (true, "flow_control") if ours => Way::FlowControl,
-        (true, _) => return Err(unusable(replication, name, "it delivers to a subject of somebody else")),
+        (true, _) => return Err(unusable(replication, name, "it delivers to a subject of another client")),
         (false, policy) => {
-            let what = format!("its `ack_policy` is `{policy}`, and only `explicit` tells what was copied");
+            let what = format!("its `ack_policy` is `{policy}`, and only `explicit` acknowledges each copied message");
             return Err(unusable(replication, name, &what));
         }
     };
@@ -545,11 +545,11 @@ mod tests {
         check(with("ack_policy", json!("none")), Err("`none`"));
         check(with("ack_policy", json!("all")), Err("`all`"));
         check(with("filter_subject", json!("s.b")), Err("s.b"));
-        check(with("deliver_subject", json!("d")), Err("somebody else"));
+        check(with("deliver_subject", json!("d")), Err("another client"));
         check(with("priority_groups", json!(["g"])), Err("priority_groups"));
         let ours = json!({"ack_policy": "flow_control", "deliver_subject": "d", "metadata": {MARK: "S.x"}});
         check(ours, Ok(Way::FlowControl));
-        check(json!({"ack_policy": "flow_control", "deliver_subject": "d"}), Err("somebody else"));
+        check(json!({"ack_policy": "flow_control", "deliver_subject": "d"}), Err("another client"));
     }
 
     #[test]

@@ -549,7 +549,7 @@ fn not_contiguous(stream: &str, delivery: &Delivery, consumer_seq: u64, before: 
     let Delivery { consumer_seq: got, stream_seq, .. } = delivery;
     let behind = if before > 0 { format!("sequence {before}") } else { format!("delivery {consumer_seq}") };
     Error::retry(format!(
-        "deliveries of stream `{stream}` are not contiguous: {got} (sequence {stream_seq}) behind {behind}"
+        "deliveries of stream `{stream}` are not contiguous: {got} (sequence {stream_seq}) after {behind}"
     ))
 }
 

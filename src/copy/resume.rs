@@ -303,7 +303,7 @@ impl Sides<'_> {
                 self.with_tail(position, Some(point), is_complete(&message.header)).await
             }
             Some(_) => {
-                let reason = format!("another message lies at the saved sequence {}", target.seq);
+                let reason = format!("another message is at the saved sequence {}", target.seq);
                 self.target_lost(saved, reason).await
             }
             None => {
@@ -318,9 +318,9 @@ impl Sides<'_> {
                 // What an older run had in the air may have arrived, and replaced it, since the stream was asked for.
                 let now = Api::new(self.target_lane).stream_info(&self.replication.target.stream).await?;
                 if self.keeps() > 0 && now.is_some_and(|now| now.state.last_seq > self.target.state.last_seq) {
-                    return Err(Error::retry("the target stored messages while it was looked at"));
+                    return Err(Error::retry("the target stored messages while it was checked"));
                 }
-                let reason = format!("nothing lies at the saved sequence {}", target.seq);
+                let reason = format!("no message is at the saved sequence {}", target.seq);
                 self.target_lost(saved, reason).await
             }
         }
@@ -397,7 +397,7 @@ impl Sides<'_> {
             return Ok(resume);
         };
         if self.witness(newest).await? == Witness::Broken {
-            let mut back = self.source_went_back(position.seq, "its end is not what was copied").await?;
+            let mut back = self.source_went_back(position.seq, "its last messages are not the copied ones").await?;
             back.mode = resume.mode;
             back.foreign = resume.foreign.take();
             back.findings.append(&mut resume.findings);
@@ -573,7 +573,9 @@ impl Sides<'_> {
         }
         for finding in &mut resume.findings {
             if let Event::TargetReset { resumed, reason, .. } | Event::SourceReset { resumed, reason, .. } = finding {
-                *reason = format!("{reason}; what was acknowledged at the source, up to {floor}, does not come again");
+                *reason = format!(
+                    "{reason}; messages that were acknowledged at the source, up to {floor}, are not redelivered"
+                );
                 *resumed = floor;
             }
         }
@@ -690,7 +692,7 @@ impl Sides<'_> {
             (None, Some(time_ns)) => !self.has_later_below(saved.seq, time_ns).await?,
             (None, None) => same_hint || self.newest_known(Proof::Message).await?.tail.is_some(),
         };
-        Ok((!holds).then(|| format!("another message lies at the saved sequence {} or before it", saved.seq)))
+        Ok((!holds).then(|| format!("another message is at the saved sequence {} or before it", saved.seq)))
     }
 
     /// Whether a message at or below a sequence was stored later than the one that lay there: not in one stream.

@@ -439,15 +439,18 @@ impl<'a> Run<'a> {
     /// Tells that a message was left out by request, and why it was asked for.
     fn left_out(&self, source_seq: u64) {
         let error = self.status.borrow().1.last_error.clone().filter(|error| error.source_seq == Some(source_seq));
-        let message = error.map_or_else(|| "left out by request".to_owned(), |error| error.message);
-        warn!(replication = self.replication.id, source_seq, "left out by request: {message}");
+        let message = error.map_or_else(|| "skipped by request".to_owned(), |error| error.message);
+        warn!(replication = self.replication.id, source_seq, "skipped by request: {message}");
         let event = Event::poison(source_seq, message, PoisonAction::Skipped);
         self.events.emit(event, &self.replication.id);
     }
 
     /// Tells that the description of an object was left out.
     fn incomplete(&self, source_seq: u64, Incomplete { object, chunks, found }: Incomplete) {
-        warn!(replication = self.replication.id, source_seq, object, chunks, found, "object left out: not all chunks");
+        warn!(
+            replication = self.replication.id,
+            source_seq, object, chunks, found, "object skipped: it does not have all of its chunks"
+        );
         self.events.emit(Event::ObjectIncomplete { source_seq, object, chunks, found }, &self.replication.id);
     }
 
@@ -967,7 +970,7 @@ impl<'a> Run<'a> {
         self.renewal = None;
         let made = made.map_err(|error| {
             let stream = &self.replication.source.stream;
-            Error::stalled(format!("the consumer of stream `{stream}` was not made anew: {error}"))
+            Error::stalled(format!("the consumer of stream `{stream}` was not recreated: {error}"))
         })?;
         self.reader = Intake::Plain(Box::new(made));
         self.copy.counters.consumers_recreated += 1;
@@ -986,7 +989,7 @@ impl<'a> Run<'a> {
                 self.consumer_request = Some(self.source.send_request(&subject, b""));
             }
             Action::Renew { reason, tell } => {
-                let message = format!("the consumer of stream `{}` is made anew: {reason}", of.stream);
+                let message = format!("recreating the consumer of stream `{}`: {reason}", of.stream);
                 let Some(reader) = self.reader.plain_mut() else { return Err(Error::stalled(message)) };
                 self.consumer_request = None;
                 let deletion = reader.abandon(&mut self.source);
@@ -1055,7 +1058,7 @@ impl<'a> Run<'a> {
     /// Tells of messages that could not be stored; of all that are not told yet at the end and now and then.
     fn tell_rejected(&mut self, all: bool) {
         for event in self.rejects.tell(all) {
-            warn!(replication = self.replication.id, ?event, "left out, because the target can never store it");
+            warn!(replication = self.replication.id, ?event, "skipped, because the target can never store it");
             self.events.emit(event, &self.replication.id);
         }
     }

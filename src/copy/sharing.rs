@@ -43,7 +43,7 @@ pub(crate) fn obstacle(target: &StreamInfo) -> Option<String> {
     } else if target.number("subject_delete_marker_ttl") > 0 {
         Some("it writes delete markers (`subject_delete_marker_ttl`)".to_owned())
     } else if !matches!(retention, "" | "limits") {
-        Some(format!("it has {retention} retention: what was copied may be gone at any time"))
+        Some(format!("it has {retention} retention: copies may be removed at any time"))
     } else {
         None
     }
@@ -108,8 +108,8 @@ impl Intruders {
         self.through = newest.seq;
         let Foreign { seq, subject } = self.named.get_or_insert(newest);
         Some(format!(
-            "somebody else writes to target stream `{stream}`, which `target_mode` says is exclusive: message {seq} on \
-             `{subject}` is not of this replication; stop who writes it, or set `target_mode` to `shared`"
+            "another writer publishes to target stream `{stream}`, which is exclusive by `target_mode`: message {seq} on \
+             `{subject}` is not of this replication; stop that writer, or set `target_mode` to `shared`"
         ))
     }
 }

@@ -262,7 +262,7 @@ pub(super) fn that_drop(
 pub(crate) fn fate_of_too_large(on_reject: &OnReject) -> String {
     match on_reject {
         OnReject::Hold => "the copy stops at one that is larger".to_owned(),
-        OnReject::Skip => "one that is larger is left out".to_owned(),
+        OnReject::Skip => "one that is larger is skipped".to_owned(),
         OnReject::DeadLetter { subject } => format!("one that is larger goes to `{subject}`"),
     }
 }

@@ -61,7 +61,7 @@ const REQUESTS: [&[u8]; 7] = [b"INFO", b"STREAM", b"CONSUMER", b"DIRECT", b"ACCO
 const COMMIT_WAIT: Duration = Duration::from_secs(10);
 
 fn window_error(error: WindowError) -> Error {
-    Error::retry(format!("acks of the target do not fit what was sent: {error}"))
+    Error::retry(format!("acks of the target do not match the sent messages: {error}"))
 }
 
 /// What the ack of one publish says.

@@ -74,7 +74,7 @@ pub(super) struct Driver {
     told: watch::Sender<Leadership>,
     /// For the TTL of the bucket.
     info: Question,
-    /// For what lies at the key.
+    /// For the entry at the key.
     last: Question,
     retry: Backoff,
     /// What went wrong last, until it is over.
@@ -88,7 +88,7 @@ struct Booth {
     subject: String,
     /// The write that is on its way.
     write: String,
-    /// The question what lies at the key that is on its way.
+    /// The pending request for the entry at the key.
     read: String,
 }
 
@@ -104,7 +104,7 @@ impl Driver {
         while let Err(error) = self.session(&stop).await {
             self.machine.disconnected();
             if self.info.is_refused_by(&error) || self.last.is_refused_by(&error) {
-                debug!(election = self.election.key, "does without what may not be asked: {error}");
+                debug!(election = self.election.key, "continues without a request that is not permitted: {error}");
                 self.tell(&error.message);
                 continue;
             }
@@ -277,7 +277,7 @@ impl Booth {
         self.write = self.lane.send_request_with(&self.subject, &block, b"");
     }
 
-    /// Asks what lies at the key.
+    /// Requests the entry at the key.
     fn ask(&mut self, what: &str, key_subject: &str) {
         let body = json!({ "last_by_subj": key_subject }).to_string();
         self.read = self.lane.send_request(&format!("{}.{what}", self.lane.api_prefix()), body.as_bytes());
@@ -312,7 +312,8 @@ fn terms_of(info: &StreamInfo) -> Result<Terms, Error> {
 /// What the answer to a write tells; an error where its fate is not known, or where nothing can be written.
 fn written(answer: Result<&[u8], Error>) -> Result<Written, Error> {
     let answer = answer.map_err(|_| {
-        let message = format!("nobody takes writes to bucket `{BUCKET}`: it has no leader now, or it does not exist");
+        let message =
+            format!("no responders for a write to bucket `{BUCKET}`: it has no leader now, or it does not exist");
         Error::hold(format!("{message} and is made with `{ADD}`"))
     })?;
     match PublishAck::parse(answer, &format!("bucket `{BUCKET}`")) {
@@ -326,7 +327,7 @@ fn written(answer: Result<&[u8], Error>) -> Result<Written, Error> {
     }
 }
 
-/// Revision of the marker of a deletion, if nothing else lies at the key.
+/// Revision of the marker of a deletion, if it is the entry at the key.
 fn marker_in(answer: Result<&[u8], Error>) -> Option<u64> {
     let message = decode_message(answer.ok()?).ok()??;
     let operation = headers::last(&message.header, b"KV-Operation");

@@ -1,11 +1,11 @@
-//! The rules of Choria's leader election. Pure: the caller brings the time and random numbers, does the writing, and
-//! says what became of it.
+//! The rules of Choria's leader election. Pure: the caller passes in the time and random numbers, writes, and passes in
+//! the results.
 //!
-//! The leader is whose name lies at the key, for as long as it is written again before the bucket's TTL removes it. Who
-//! creates the key has won; it leads from the second write on, and a little later, so that a leader of before has found
-//! out that it is none any more. A write that fails ends that at once. One rule is ours alone: who has not been told of
-//! a write for most of the TTL does not lead either, whatever the server may think by then, or a process that was
-//! stopped for a while would go on where another one leads.
+//! The name at the key is that of the leader, for as long as it is written again before the bucket's TTL removes it.
+//! The creator of the key has won; it leads from the second write on, and a little later, so that a former leader has
+//! detected its end. A write that fails ends that at once. One rule is ours alone: without a confirmed write for most
+//! of the TTL a process does not lead either, or one that was stopped for a while would continue while another one
+//! leads.
 
 use tokio::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ const STEPS: [u64; 11] = [500, 750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 45
 /// From the second write to leading.
 const GRACE: Duration = Duration::from_millis(200);
 
-/// A write that is not answered for so long has failed.
+/// Deadline for the answer to a write.
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
 
 /// What is taken for the bucket's TTL where it may not be read: the shortest that Choria's own library campaigns with.
@@ -24,7 +24,7 @@ const UNKNOWN_TTL: Duration = Duration::from_secs(4);
 /// Times that follow from the TTL of the bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Terms {
-    /// So long after a confirmed write was sent, we lead.
+    /// How long we lead after a confirmed write was sent.
     lease: Duration,
     /// Between two writes of the leader, half of it to half more.
     pace: Duration,
@@ -50,11 +50,11 @@ pub(super) enum Step {
     Write(u64),
     /// The write before will not be answered any more.
     Overdue,
-    /// Nothing before this time, unless something is told.
+    /// Nothing before this time, without a new observation.
     Wait(Instant),
 }
 
-/// What became of a write. One whose fate is not known is not told of: the connection is given up.
+/// Result of a write. One with an unknown result is not passed in: the connection is given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Written {
     /// The key is at this revision now.
@@ -187,7 +187,7 @@ impl Machine {
         }
     }
 
-    /// We lead until then, if nothing else is heard before; `None` while we do not.
+    /// Until when we lead, without news before; `None` while we do not.
     pub(super) fn leads_until(&self, now: Instant) -> Option<Instant> {
         let State::Holder { confirmed, leads_from: Some(from), .. } = self.state else { return None };
         let until = confirmed + self.terms.lease;

@@ -31,7 +31,7 @@ impl Board {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something else is published from now on; a subject that was there before goes on with its numbers.
+    /// Other heartbeats are published from now on; a subject that was there before keeps its numbers.
     pub(super) fn begin(&self, heartbeats: Option<&Heartbeats>) {
         let mut inner = self.inner();
         let mut before = std::mem::take(&mut inner.subjects);

@@ -105,7 +105,7 @@ impl Planner {
         let config = self.config.clone();
         tokio::spawn(async move {
             if let Err(error) = config.unmark(HEARTBEATS_KEY, MarkKind::Valid, None).await {
-                warn!("what was kept of the removed heartbeats was not removed: {error}");
+                warn!("the saved copy of the removed heartbeats was not deleted: {error}");
             }
         });
     }

@@ -281,7 +281,7 @@ async fn beat_once(index: usize, client: Client, subject: String, message: Reque
     let begun = Instant::now();
     let result = match client.send_request(subject, message).await {
         Ok(reply) => match PublishAck::parse(&reply.payload, "the stream") {
-            Ok(ack) if ack.stream.is_empty() => Err("whoever answered is no stream".to_owned()),
+            Ok(ack) if ack.stream.is_empty() => Err("the answer is not from a stream".to_owned()),
             Ok(_) => Ok(()),
             Err(error) => Err(error.message),
         },

@@ -25,7 +25,7 @@ use crate::{
 
 /// How often what others left is cleared away.
 const CLEAR_EVERY: Duration = Duration::from_secs(15);
-/// So long releases and the last words may take.
+/// Deadline for releases and the last announcements.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Enters the group. Leases are held from now on, until [`Driver::stop`].
@@ -154,8 +154,8 @@ impl Leases {
         Seat { id: id.to_owned(), commands: self.commands.clone(), grants, last: 0 }
     }
 
-    /// Announces that this process stops: it takes nothing any more, and the others do not wait for it. What runs goes on
-    /// until its seat is given up.
+    /// Announces that this process stops: it takes no further leases, and the others do not wait for it. Running copies
+    /// continue until their grants are given up.
     pub fn leave(&self) {
         let _ = self.commands.send(Command::Leave);
     }
@@ -256,7 +256,7 @@ struct Work {
     revision: Option<u64>,
     /// Last confirmed revision of our session.
     confirmed: Option<u64>,
-    /// So long a renewal may take.
+    /// Deadline for a renewal.
     limit: Duration,
     term: Term,
     seats: HashMap<String, Place>,
@@ -269,7 +269,7 @@ struct Work {
     _follower: AbortOnDropHandle<()>,
 }
 
-/// A seat, from the other side.
+/// A grant, seen from the driver.
 struct Place {
     grant: watch::Sender<Option<Tenure>>,
     tenure: Option<Tenure>,
@@ -375,7 +375,7 @@ impl Work {
             }
             LeaseChange::Lease { id, revision, record } => self.machine.lease(now, &id, revision, record),
             LeaseChange::Anew => {
-                warn!("the lease bucket was made anew, or put back: what it holds now counts");
+                warn!("lease bucket was recreated or restored; reloading it");
                 self.machine.anew();
             }
             LeaseChange::Loaded => {
@@ -468,7 +468,7 @@ impl Work {
                         self.trouble.over();
                     }
                     Renewal::Removed => {
-                        warn!("the session of this instance was removed: it is written anew");
+                        warn!("the session of this instance was removed; writing it again");
                         self.confirmed = None;
                     }
                     Renewal::Failed => {

@@ -1,10 +1,10 @@
-//! The rules of sessions and leases (no I/O, no clock): what was seen and what became of writes goes in with the time,
-//! what to do comes out of [`Machine::poll`].
+//! The rules of sessions and leases (no I/O, no clock): observations and results of writes are passed in with the time,
+//! [`Machine::poll`] returns the actions.
 //!
 //! * A lease is held by a session and is valid while that session is renewed. A session that was silent for its time to
-//!   live, on our own clock, is looked at once more, and then counts as ended: watches may stall.
-//! * Whoever holds leases stops by itself when two thirds of that time have passed since its last confirmed renewal was
-//!   sent: before anybody else can take them, also with clocks that run a little differently.
+//! live, on our own clock, is read once more, and then counts as ended: watches may stall.
+//! * A holder of leases stops by itself when two thirds of that time have passed since its last confirmed renewal was
+//! sent: before another instance can take them, also with clocks that run a little differently.
 //! * Each grant stands on a write of the lease with a greater epoch.
 
 use std::{
@@ -17,16 +17,16 @@ use tokio::time::Instant;
 use super::placement;
 use crate::store::{LeaseRecord, SessionRecord};
 
-/// So long, at least, an instance must have been there before leases are handed over to it, and gone before the others
-/// share among themselves: who comes and goes moves nothing.
+/// How long an instance must have been there before leases are handed over to it, and gone before the others share its
+/// part: an instance that flaps moves nothing.
 const SETTLED: Duration = Duration::from_secs(10);
 /// Leases that are on their way to another instance at the same time.
 const HANDED_AT_ONCE: usize = 8;
 /// Format of leases that this program writes. What a newer one wrote is not written over.
 const VERSION: u32 = 1;
-/// So long what was handed over and came back stays where it is.
+/// How long a lease that was handed over and came back stays where it is.
 const KEPT: Duration = Duration::from_secs(120);
-/// So long nothing is tried again that just failed.
+/// Pause before a failed write is repeated.
 const AGAIN: Duration = Duration::from_millis(200);
 
 /// What an instance is started with.
@@ -34,7 +34,7 @@ const AGAIN: Duration = Duration::from_millis(200);
 pub struct Settings {
     /// Its `--instance`.
     pub instance: String,
-    /// So long the others hear nothing of it before they take its leases. 1 s to 1 h.
+    /// How long it may be silent before the others take its leases. 1 s to 1 h.
     pub ttl: Duration,
     /// It is the only one, by declaration: it takes what it finds, and keeps it while it hears nothing.
     pub standalone: bool,
@@ -72,7 +72,7 @@ pub enum Action {
         /// Of the lease.
         epoch: u64,
     },
-    /// What runs has to end in order.
+    /// The work under it has to end gracefully.
     Yield(String),
     /// What runs has to end at once.
     Revoke {
@@ -116,7 +116,7 @@ struct Own {
     sent: Option<Instant>,
     /// When it was confirmed first.
     since: Option<Instant>,
-    /// Until then we may lead.
+    /// Until when we may lead.
     until: Option<Instant>,
     next: Instant,
     member: bool,
@@ -139,9 +139,9 @@ struct Other {
     since: Instant,
     /// When it was found that it is there no more.
     ended: Option<Instant>,
-    /// It is being looked at.
+    /// It is being read.
     looking: bool,
-    /// Not before then is it looked at again.
+    /// Earliest time of the next read.
     look_at: Option<Instant>,
     /// Whether leases are to be placed there.
     member: bool,
@@ -159,7 +159,7 @@ impl Other {
         self.is_alive() && !self.leaving
     }
 
-    /// Whether it was heard of for so long without a break.
+    /// Whether it was heard of without a break for this long.
     fn was_there(&self, long: Duration) -> bool {
         self.heard.saturating_duration_since(self.since) >= long
     }
@@ -180,7 +180,7 @@ struct Lease {
     role: Role,
     /// It has to be given away before it may run here again.
     leaving: bool,
-    /// It was handed over and came back: until then it stays.
+    /// It was handed over and came back: how long it stays.
     kept: Option<Instant>,
     handed: bool,
     /// Nothing is written before then.
@@ -197,7 +197,7 @@ enum Role {
     Leading,
     /// What runs was asked to end.
     Yielding,
-    /// What runs was told to end at once, and has not said yet that it did.
+    /// The work was ordered to end at once, and has not confirmed its end.
     Revoked,
 }
 
@@ -268,8 +268,8 @@ impl Machine {
         self.own.sent.is_some() || self.leases.values().any(|lease| self.is_ours(lease) || lease.role != Role::Idle)
     }
 
-    /// The bucket was made anew, or put back: its revisions begin elsewhere, and what it holds comes by next. Those of
-    /// before say nothing about what is older than what.
+    /// The bucket was recreated or restored: its revisions begin elsewhere, and its entries follow. Revisions of before
+    /// cannot be compared with new ones.
     pub fn anew(&mut self) {
         self.leases.values_mut().for_each(|lease| lease.revision = 0);
         self.others.values_mut().for_each(|other| other.revision = 0);
@@ -280,7 +280,7 @@ impl Machine {
         self.loaded = true;
     }
 
-    /// The session of an instance lies there, by the watch or by a look.
+    /// The session of an instance, from the watch or a read.
     pub fn session(&mut self, now: Instant, instance: &str, revision: u64, record: Option<&SessionRecord>) {
         if instance == self.settings.instance {
             return;
@@ -318,7 +318,7 @@ impl Machine {
         other.look_at = None;
     }
 
-    /// A look at an instance brought nothing: whether it is there is not known.
+    /// Reading a session failed: whether the instance is there is not known.
     pub fn look_failed(&mut self, now: Instant, instance: &str) {
         if let Some(other) = self.others.get_mut(instance) {
             other.looking = false;
@@ -326,7 +326,7 @@ impl Machine {
         }
     }
 
-    /// A look at an instance found this revision of its session.
+    /// Reading a session returned this revision of it.
     pub fn looked(&mut self, now: Instant, instance: &str, revision: u64, record: Option<&SessionRecord>) {
         self.session(now, instance, revision, record);
         if let Some(other) = self.others.get_mut(instance) {
@@ -355,7 +355,7 @@ impl Machine {
         }
     }
 
-    /// What lies at the key of a lease, by the watch.
+    /// The entry at the key of a lease, from the watch.
     pub fn lease(&mut self, now: Instant, id: &str, revision: u64, record: Option<LeaseRecord>) {
         let (loaded, me) = (self.loaded, self.settings.instance.clone());
         let lease = self.entry(now, id);

@@ -34,7 +34,7 @@ impl Heard {
 }
 
 impl Sessions {
-    /// What lies at the key of an instance now.
+    /// The current entry at the key of an instance.
     pub(super) fn saw(&mut self, instance: String, revision: u64, record: Option<SessionRecord>) {
         self.known.insert(instance, Heard { at: boottime::now(), revision, record });
     }
@@ -50,14 +50,13 @@ impl Sessions {
         self.loaded && !self.present().any(|(record, _)| record.instance == instance)
     }
 
-    /// Whether an instance is there as far as is known, but was silent for so long that it has stopped by itself.
+    /// Whether an instance is there as far as is known, but was silent until it must have stopped by itself.
     pub fn is_doubted(&self, instance: &str) -> bool {
         let late = |record: &SessionRecord| Duration::from_millis(record.ttl_ms).mul_f64(2.0 / 3.0);
         self.present().any(|(record, silent)| record.instance == instance && silent > late(record))
     }
 
-    /// Sessions that were silent for so long that somebody has to clear them away: instance, revision, and whether only
-    /// a marker is left.
+    /// Sessions whose silence is long enough to remove them: instance, revision, and whether only a marker is left.
     pub(super) fn stale(&self) -> Vec<(String, u64, bool)> {
         let old = self.known.iter().filter(|(_, heard)| {
             let ttl = heard.record.as_ref().map_or(Duration::ZERO, |record| Duration::from_millis(record.ttl_ms));

@@ -30,7 +30,7 @@ impl Term {
         Self { begin: now, until: Arc::new(AtomicU64::new(0)) }
     }
 
-    /// It holds until then; `None` for not at all.
+    /// Until when it holds; `None` for not at all.
     pub(super) fn set(&self, until: Option<Instant>) {
         let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(self.begin));
         self.until.store(u64::try_from(left.as_nanos()).unwrap_or(u64::MAX), Ordering::Release);
@@ -55,7 +55,7 @@ pub struct Tenure {
     signals: Arc<Signals>,
 }
 
-/// What its holder hears; looked at whenever the work is polled, so nothing that costs.
+/// The state for its holder; read whenever the work is polled, so it is cheap.
 #[derive(Debug, Default)]
 struct Signals {
     /// Somebody else gets it.
@@ -71,7 +71,7 @@ impl Tenure {
         Self { epoch, term, signals: Arc::default() }
     }
 
-    /// Asks the holder to end in order.
+    /// Asks the holder to end gracefully.
     pub(super) fn ask_back(&self) {
         self.signals.yields.store(true, Ordering::Release);
         self.signals.waker.wake();
@@ -90,8 +90,8 @@ impl Tenure {
     }
 
     /// Does the work for as long as the right to it holds: `None` when it was lost. Before each step of the work the
-    /// clock is asked: a process that was frozen or starved does nothing more, whatever it finds ready when it wakes.
-    /// `stop` is cancelled when somebody else is to get it: then the work has to end in order. One holder at a time.
+    /// clock is asked: a process that was frozen or starved does nothing more, whatever is ready when it wakes. `stop`
+    /// is cancelled when another instance is to get it: then the work has to end gracefully. One holder at a time.
     pub async fn hold<T>(&self, stop: &CancellationToken, mut work: impl Future<Output = T> + Unpin) -> Option<T> {
         let Signals { yields, lost, waker, .. } = &*self.signals;
         poll_fn(|cx| {

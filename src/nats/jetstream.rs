@@ -492,7 +492,7 @@ pub fn decode_message(payload: &[u8]) -> Result<Option<StoredMessage>, Error> {
 pub fn answer_in<'b>(batch: &'b Batch, request: &str) -> Option<Result<&'b [u8], Error>> {
     let message = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == request.as_bytes())?;
     if headers::status(message.header) == Some(503) {
-        return Some(Err(Error::retry("nobody answers")));
+        return Some(Err(Error::retry("no responders")));
     }
     Some(Ok(message.payload))
 }

@@ -320,7 +320,7 @@ impl Lane {
         }
         if wanted || self.info.tls_required {
             if !self.input.is_empty() {
-                return Err(Error::retry("the server went on in plain text where TLS was due"));
+                return Err(Error::retry("the server continued in plain text where TLS was due"));
             }
             let io = std::mem::replace(&mut self.io, Box::new(tokio::io::empty()));
             self.io = start_tls(endpoint, host, io).await?;
@@ -662,7 +662,7 @@ impl Lane {
             let Turn::Received(batch) = turn else { continue };
             if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
                 if super::headers::status(message.header) == Some(503) {
-                    return Err(Error::retry(format!("nobody answers `{subject}` at `{}`", self.address)));
+                    return Err(Error::retry(format!("no responders for `{subject}` at `{}`", self.address)));
                 }
                 return Ok(batch.data.slice_ref(message.payload));
             }

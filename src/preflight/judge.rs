@@ -33,7 +33,7 @@ use crate::{
 /// Subjects that one message shows at most.
 const MAX_SHOWN: usize = 8;
 
-/// Everything that was asked and told.
+/// All answers.
 pub(super) struct Pair<'a> {
     pub(super) replication: &'a Replication,
     pub(super) source: &'a Facts,
@@ -519,8 +519,8 @@ impl Pair<'_> {
         let stored = self.learned.stored.patterns().unwrap_or_else(|| [example.clone()].into());
         let stray = stored.iter().find(|subject| share(listens, subject) != Share::All)?;
         Some(format!(
-            "source stream `{}` stores messages that its configuration does not tell of, on `{from}` for example, and target \
-             stream `{}` does not listen on `{stray}`{}: the copy is held at the first one",
+            "source stream `{}` stores messages on subjects that are not in its configuration, `{from}` for example, and target \
+             stream `{}` does not listen on `{stray}`{}: the copy stops at the first one",
             self.replication.source.stream,
             self.replication.target.stream,
             self.help()
@@ -534,8 +534,8 @@ impl Pair<'_> {
         }
         let (subject, streams) = self.source.beside.got()?.iter().find(|(_, streams)| !streams.is_empty())?;
         let text = format!(
-            "stream {} beside the source listens on `{subject}` too, in the same account by way of leafnodes: what is copied \
-             would be stored there as well, and the copy is held; map the subjects apart, with `target_subject_prefix` for \
+            "stream {} beside the source listens on `{subject}` too, in the same account by way of leafnodes: it would \
+             store the copies as well, and the copy stops; map them to other subjects, with `target_subject_prefix` for \
              example",
             list(streams)
         );
@@ -619,7 +619,7 @@ impl Pair<'_> {
         let others = ring::into_same_target(self.replication, name, known);
         (self.replication.target_mode == Sharing::Exclusive && !others.is_empty()).then(|| {
             let text = format!(
-                "replication {} writes to target stream `{}` too, which `target_mode` says is exclusive: the copy is held \
+                "replication {} writes to target stream `{}` too, which is exclusive by `target_mode`: the copy stops \
                  while it does",
                 list(&others),
                 self.replication.target.stream
@@ -650,20 +650,20 @@ impl Pair<'_> {
         let used = |src: &str| self.flow.from.iter().any(|subject| patterns::overlap(subject, src));
         let transforms: Vec<&str> = mapping.transforms.iter().map(|t| t.src()).filter(|src| !used(src)).collect();
         if !transforms.is_empty() {
-            let what = format!("of `subject_transforms`, {} matches, of what is copied,", list(&transforms));
+            let what = format!("of `subject_transforms`, {} matches, of the copied subjects,", list(&transforms));
             return ("/subject_transforms", in_vain(&what));
         }
         ("/filter_subject", None)
     }
 
-    /// The copy leaves out what the target does not allow and copies the message: nothing is lost, but the header's
-    /// effect.
+    /// The copy removes headers that the target does not allow and copies the message: nothing is lost, but the
+    /// header's effect.
     fn headers(&self, source: &StreamInfo, target: &StreamInfo, abilities: &Abilities) -> Said {
         let mut said = Vec::new();
         if source.flag("allow_rollup_hdrs") && !target.flag("allow_rollup_hdrs") {
             said.push(
                 "does not allow rollups (`allow_rollup_hdrs`) and the source does: messages are copied without \
-                 `Nats-Rollup`, and what they replace at the source stays",
+                 `Nats-Rollup`, and the messages that they replace at the source stay",
             );
         }
         if source.flag("allow_msg_ttl") && !abilities.allowed.ttl {
@@ -739,8 +739,8 @@ impl Pair<'_> {
         }
     }
 
-    /// A ring works: each message comes back to the stream it came from once and is left out there. It is stored
-    /// twice then, which may be meant so.
+    /// A replication loop works: each message comes back once to its stream and is skipped there. It is stored twice
+    /// then, which may be intended.
     fn cycle(&self, known: &[Known]) -> Said {
         let name = |facts: &Facts| facts.connect.got().map(|info| info.server_name.clone()).unwrap_or_default();
         let (source, target) = (name(self.source), name(self.target));
@@ -755,7 +755,7 @@ impl Pair<'_> {
             return Some((Outcome::Warning, text));
         };
         let text = format!(
-            "closes a ring with replication {}: each message comes back once to source stream `{stream}`, where it is \
+            "closes a replication loop with replication {}: each message comes back once to source stream `{stream}`, where it is \
              stored a second time, and goes no further",
             list(&way)
         );

@@ -71,8 +71,8 @@ pub(super) fn source(account: Option<&AccountInfo>, name: &str, stream: &StreamI
     if let Some(nanos) = inactive.filter(|nanos| *nanos > 0 && Durable::is_needed(stream)) {
         let kept = std::time::Duration::from_nanos(nanos);
         return warning(format!(
-            "stream `{name}` removes each consumer that rests for {kept:?} (`consumer_limits`): a work queue or an interest \
-             stream forgets then what was not copied yet, or delivers it again"
+            "stream `{name}` removes each consumer that is idle for {kept:?} (`consumer_limits`): a work queue or an \
+             interest stream then removes messages that were not copied yet, or redelivers them"
         ));
     }
     if begun {
@@ -150,7 +150,7 @@ mod tests {
         let limits = json!({"inactive_threshold": 5_000_000_000u64});
         is(source(None, "S", &stream(json!({"consumer_limits": limits})), false), None);
         let forgets = json!({"consumer_limits": limits, "retention": "interest"});
-        is(source(None, "S", &stream(forgets), false), warning("rests for 5s"));
+        is(source(None, "S", &stream(forgets), false), warning("is idle for 5s"));
         let full = account(json!({"consumers": 4, "limits": {"max_consumers": 4}}));
         is(source(Some(&full), "S", &stream(json!({})), false), warning("4 of at most 4 consumers"));
     }

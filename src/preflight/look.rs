@@ -27,7 +27,7 @@ use crate::{
     },
 };
 
-/// All servers of one side together may take so long to let us in.
+/// Deadline for a login at one side, with all of its servers.
 const CONNECT_WITHIN: Duration = Duration::from_millis(1_400);
 /// Subjects that are looked up at most.
 const MAX_SUBJECTS: usize = 64;
@@ -75,7 +75,7 @@ impl Answer<Option<StreamInfo>> {
 /// Streams by a subject, or a pattern, that they listen on.
 pub(super) type Listeners = Answer<BTreeMap<String, Vec<String>>>;
 
-/// What one side told.
+/// Answers of one side.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Facts {
     /// Addresses, without secrets; the name of a context that could not be read.
@@ -93,7 +93,7 @@ pub(super) struct Facts {
     pub(super) permissions: Answer<Permissions>,
     /// What the account uses and may use.
     pub(super) account: Answer<AccountInfo>,
-    /// Whether the calls that a copy needs may be made, where the permissions are not told.
+    /// Whether the calls that a copy needs are permitted, where the server does not report permissions.
     pub(super) calls: Answer<()>,
     /// The consumers of a source that forgets what was acknowledged.
     pub(super) consumers: Answer<Vec<ConsumerInfo>>,
@@ -255,7 +255,7 @@ impl Look {
                 Err(error) => (Answer::Got(()), Answer::Unclear(format!("`{subject}`: {error}"))),
             },
             Ok(_) => {
-                let message = format!("nobody answers `{subject}`: JetStream is not enabled");
+                let message = format!("no responders for `{subject}`: JetStream is not enabled");
                 (Answer::Failed(message), Answer::NotAsked)
             }
             Err(Silence::Error { lasting: true, message }) => (Answer::NotAsked, Answer::Failed(message.clone())),
@@ -363,7 +363,7 @@ impl Look {
         }
     }
 
-    /// Messages at some sequences of a stream, as far as they are there and are told in time.
+    /// Messages at some sequences of a stream, as far as they are there and answered in time.
     pub(super) async fn ask_messages(&mut self, stream: &str, seqs: &[u64], until: Instant) -> Vec<StoredMessage> {
         self.until = until;
         let what = format!("{}.STREAM.MSG.GET.{stream}", self.api_prefix());
@@ -462,9 +462,8 @@ fn storing_stream(answer: &[u8]) -> Option<String> {
     ack.r#type.is_none().then_some(ack.stream)
 }
 
-/// The calls of the JetStream API that a copy makes at one side, beside `STREAM.INFO`, with bodies that change
-/// nothing: the server looks at permissions first, and then finds nothing of that name or a body that is not meant
-/// for the subject.
+/// The calls of the JetStream API that a copy makes at one side, beside `STREAM.INFO`, with bodies that change nothing:
+/// the server checks permissions first, and then finds nothing of that name or a body of another subject.
 pub(super) fn calls(role: Role, replication: &Replication, there: Option<&StreamInfo>, prefix: &str) -> Vec<Question> {
     const NOTHING_THERE: &str = r#"{"seq":9223372036854775807}"#;
     let question = |what: String, body: Option<&str>| (format!("{prefix}.{what}"), body.map(str::to_owned));

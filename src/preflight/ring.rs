@@ -1,4 +1,4 @@
-//! Whether a replication closes a ring with others. Pure.
+//! Whether a replication closes a replication loop with others. Pure.
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,4 @@
-//! Advisories: what is told of a sender (Choria's schema `io.choria.sr.v2.age_advisory`).
+//! Advisories about a sender (Choria's schema `io.choria.sr.v2.age_advisory`).
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::config::{self, Replication};
 
-/// What happened to a sender.
+/// Kind of a change of a sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -52,7 +52,7 @@ pub struct Advisory {
     pub seen_ns: i64,
 }
 
-/// In whose name advisories of one replication are told, and where.
+/// Names and subject of the advisories of one replication.
 #[derive(Debug, Clone)]
 pub struct Voice {
     replication: String,
@@ -69,9 +69,9 @@ pub struct AgeAdvisory {
     /// `io.choria.sr.v2.age_advisory`.
     #[schemars(extend("enum" = [PROTOCOL]))]
     pub protocol: String,
-    /// KSUID of what happened: the same each time it is told.
+    /// KSUID of the occurrence: the same each time it is published.
     pub event_id: String,
-    /// Where messages say who sent them: the path of a field, the name of a header, or the token of the subject.
+    /// Where messages name their sender: the path of a field, the name of a header, or the token of the subject.
     #[schemars(length(min = 1))]
     pub inspect_field: String,
     /// How long the sender was unseen, seconds; 0 for `new`.
@@ -82,7 +82,7 @@ pub struct AgeAdvisory {
     pub replicator: String,
     /// When it happened, by the times of the source, seconds since the Unix epoch.
     pub timestamp: i64,
-    /// What happened.
+    /// Kind of the change.
     pub event: Kind,
     /// The sender.
     #[schemars(length(min = 1))]
@@ -145,15 +145,15 @@ impl Voice {
     }
 }
 
-/// Whether a payload is an advisory, of this replicator or another one. Whoever tells of senders takes none for the message of
-/// one: a stream may store what several tell about it, and each advisory would bring others.
+/// Whether a payload is an advisory, of this replicator or another one. Sampling takes no advisory for the message of a
+/// sender: a stream may store the advisories of several replicators, and each would cause others.
 pub fn is_advisory(payload: &[u8]) -> bool {
     // As bodies are written, by Choria's replicator too; nothing need be parsed.
     payload.starts_with(BEGIN)
 }
 
-/// Where the advisories of a document's `advisory.subject` are, as patterns. A sender may be several tokens, so what comes
-/// behind one may be anything.
+/// Where the advisories of a document's `advisory.subject` are, as patterns. A sender may be several tokens, so any
+/// tokens may follow.
 pub fn patterns(subject: &str) -> BTreeSet<String> {
     let pattern = |kind| match subject.split_once("%v") {
         None => fill(subject, kind, ""),

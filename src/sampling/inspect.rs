@@ -10,14 +10,14 @@ use crate::{
     nats::{Message, headers},
 };
 
-/// Longest value, bytes, that is told apart. What is longer counts as no value: its messages are copied.
+/// Longest value of a sender, bytes. A longer one counts as no value: its messages are copied.
 pub const MAX_VALUE: usize = 1024;
 /// Longest value, bytes, that is stored as it is. Of a longer one the beginning and a hash are stored.
 pub const MAX_STORED: usize = 256;
 /// Bytes of the beginning.
 const BEGINNING: usize = 96;
 
-/// Looks into messages as one replication's document says.
+/// Inspects messages as one replication's document says.
 #[derive(Debug, Clone)]
 pub struct Inspector {
     place: Place,

@@ -1,8 +1,8 @@
-//! What is to be told of senders and nobody has confirmed yet, in the order in which it happened.
+//! Advisories that are not confirmed yet, in the order of their causes.
 //!
 //! A reliable advisory is first kept with its sender's record, then published until it is confirmed, and then no longer
-//! kept: whatever crashes in between, it is told, and each time with the same id. Any other is published once; again only if
-//! the connection ends before the server has shown that it read it.
+//! kept: whatever crashes in between, it is published, and each time with the same id. Any other is published once;
+//! again only if the connection ends before the server has shown that it read it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -120,7 +120,7 @@ impl Outbox {
         entries.filter(move |(_, advisory)| *advisory.sender == *sender)
     }
 
-    /// Whether something is to be told of a sender.
+    /// Whether an advisory about a sender is waiting.
     pub(super) fn has(&self, sender: &str) -> bool {
         self.of(sender).next().is_some()
     }
@@ -148,7 +148,7 @@ impl Outbox {
         self.ready.append(&mut self.taken);
     }
 
-    /// Nobody takes it: it waits until it is tried again, and others go on.
+    /// It is refused: it waits until it is tried again, and others continue.
     pub fn refuse(&mut self, number: u64) {
         if self.taken.remove(&number) && self.entries.contains_key(&number) {
             self.refused.insert(number);
@@ -199,7 +199,7 @@ impl Outbox {
         }
     }
 
-    /// Forgets everything: nobody is to be told any more.
+    /// Drops everything: no more advisories are published.
     pub(super) fn clear(&mut self) {
         *self = Self { next: self.next, dropped: self.dropped, ..Self::new(self.reliable) };
     }

@@ -1,8 +1,8 @@
-//! A value in a JSON document by its path (gjson). Documents come from anybody: they may be no JSON at all, huge, or
-//! nested without end.
+//! A value in a JSON document by its path (gjson). Documents come from untrusted clients: they may be no JSON at all,
+//! huge, or nested without end.
 //!
-//! Plain paths (keys and indexes between dots) are followed here: what is not on the way is passed over without being
-//! looked at, and nothing recurses. All others are the library's, which wants valid JSON: that is checked first.
+//! Plain paths (keys and indexes between dots) are followed here: values that are not on the way are skipped unread,
+//! and nothing recurses. All others are the library's, which wants valid JSON: that is checked first.
 
 use std::{borrow::Cow, slice};
 
@@ -14,7 +14,7 @@ const SPECIAL: &[char] = &['*', '?', '|', '#', '@', '!', '{', '[', '(', '"', '~'
 /// The library follows what is nested up to this depth; parts of it recurse.
 const DEEPEST: usize = 128;
 
-/// So many bytes of a string are looked at one by one, before a search pays.
+/// Bytes of a string that are read one by one, before a search pays.
 const SHORT: usize = 16;
 
 /// A path, ready to be followed.

@@ -1,9 +1,9 @@
-//! When each sender was seen and copied last: what is copied, and who is missing. One million senders is the design
-//! size: a sender takes one slot and its name.
+//! When each sender was seen and copied last: which messages are copied, and which senders are missing. One million
+//! senders is the design size: a sender takes one slot and its name.
 //!
-//! Times are stored times at the source, nanoseconds since the Unix epoch. Each message moves the time on, and what was
-//! due before it is judged first: what is decided and told depends on the messages alone, whenever and however often they
-//! are read. Only when there is nothing to read is it told by the clock.
+//! Times are stored times at the source, nanoseconds since the Unix epoch. Each message moves the time on, and anything
+//! due before it is judged first: decisions and advisories depend on the messages alone, whenever and however often
+//! they are read. Only when there is nothing to read the clock moves the time.
 
 use std::{
     cmp::Reverse,
@@ -65,7 +65,7 @@ pub enum Cause {
     Size,
     /// It says so itself.
     Forced,
-    /// It is not behind the message that was copied last: the target lost that one, or the position was moved back.
+    /// It is not after the message that was copied last: the target lost that one, or the position was moved back.
     Again,
     /// It is older than what was copied last, by more than a tenth of the interval: the source's clock went back.
     Clock,
@@ -76,7 +76,7 @@ pub enum Cause {
 pub enum Fate {
     /// It is on its way to the target, and counts as copied when it has settled.
     Sent,
-    /// It lies at the target.
+    /// It is at the target.
     Stored,
     /// It is not copied.
     Passed,
@@ -103,7 +103,7 @@ struct Round {
 /// One sender, for people.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Listed<'a> {
-    /// The value that messages bear.
+    /// The value that messages carry.
     pub sender: &'a str,
     /// When it was seen last.
     pub seen_ns: i64,
@@ -111,7 +111,7 @@ pub struct Listed<'a> {
     pub copied_ns: Option<i64>,
     /// Bytes of that message's payload.
     pub size: u32,
-    /// Whether it was told that it is unseen.
+    /// Whether its `timeout` advisory was published.
     pub advised: bool,
     /// Source sequence of the message that was copied last.
     pub sequence: u64,
@@ -123,7 +123,7 @@ struct Rules {
     every: i64,
     warn: i64,
     size_trigger: Option<u32>,
-    /// Whether anything is told.
+    /// Whether advisories are published.
     advises: bool,
     bounds: SenderBounds,
 }
@@ -137,11 +137,11 @@ struct Slot {
     sequence: u64,
     /// `seen` as last written.
     written: i64,
-    /// When it is looked at next.
+    /// When it is due next.
     due: i64,
     size: u32,
     generation: u32,
-    /// Number of the last load that told of it.
+    /// Number of the last load that had it.
     told: u32,
     live: bool,
     dirty: bool,
@@ -190,7 +190,7 @@ pub struct Senders {
     /// Those of them that wait for nothing but that no message of theirs can be read again.
     unsettled: Vec<Arc<str>>,
     round: Option<Round>,
-    /// What is to be told.
+    /// Advisories that wait.
     pub outbox: Outbox,
     /// Everything up to here has been seen, and what was to be written of it is written.
     written_to: u64,
@@ -462,9 +462,9 @@ impl Senders {
         }
     }
 
-    /// A run begins behind `position`. What was on its way is lost, or nobody knows: it is read again. Returns behind which
-    /// message to read, so that what is known holds for everything up to the position: `saved` says how far it held when
-    /// it was written, which counts for the first run only; in `another` stream nothing of before does.
+    /// A run begins after `position`. Messages in flight are lost or unknown: they are read again. Returns after which
+    /// message to read, so that the state is complete for everything up to the position: `saved` says how far it held
+    /// when it was written, which counts for the first run only; in `another` stream none of it counts.
     pub fn begin(&mut self, position: u64, saved: Option<u64>, another: bool) -> u64 {
         self.sent.clear();
         self.newest.clear();
@@ -511,12 +511,12 @@ impl Senders {
         }
     }
 
-    /// Messages before this time were lost before they were read: until then nobody counts as unseen.
+    /// Messages before this time were lost before they were read: no sender counts as unseen up to it.
     pub fn begin_at(&mut self, time: i64) {
         self.floor = self.floor.max(time);
     }
 
-    /// The time until then, if messages before it were lost.
+    /// That time, if messages before it were lost.
     pub fn unseen_from(&self) -> Option<DateTime<Utc>> {
         (self.floor != NEVER).then(|| DateTime::from_timestamp_nanos(self.floor))
     }
@@ -749,12 +749,12 @@ impl Senders {
 
     // What others wrote.
 
-    /// All records are told from now on.
+    /// A load of all records begins.
     pub fn begin_load(&mut self) {
         self.load = self.load.wrapping_add(1);
     }
 
-    /// All records have been told: whoever is not among them is forgotten.
+    /// All records have been loaded: senders that are not among them are forgotten.
     pub fn end_load(&mut self) {
         let missing = |(index, slot): (usize, &Slot)| (slot.live && slot.told != self.load).then_some(index as u32);
         let missing: Vec<u32> = self.slots.iter().enumerate().filter_map(missing).collect();
@@ -785,7 +785,7 @@ impl Senders {
         true
     }
 
-    /// Takes over what somebody else wrote of a sender.
+    /// Takes over a record of a sender that was written by another process.
     pub fn take_over(&mut self, mut record: SenderRecord) {
         if self.is_overfull(&record.sender) {
             return;
@@ -915,7 +915,7 @@ impl Rules {
         }
     }
 
-    /// Whether it is told of anybody before it expires.
+    /// Whether an advisory is due before it expires.
     fn warns(&self) -> bool {
         self.advises && self.warn < self.every
     }

@@ -53,7 +53,7 @@ pub(super) struct Bucket {
     recreated: watch_channel::Sender<u64>,
 }
 
-/// What lies at a key or lay there.
+/// The entry at a key, now or before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stored {
     /// Revision of the key.
@@ -77,13 +77,13 @@ pub enum PutError {
 pub trait Cells: fmt::Debug + Send + Sync {
     /// The bucket's name, for errors.
     fn name(&self) -> &str;
-    /// What lies at a key now, marker or value, read from the leader.
+    /// The entry at a key now, marker or value, read from the leader.
     fn last<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Stored>, Error>>;
     /// Writes a value if the key is at `expected` (0: there is nothing); returns the new revision.
     fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
     /// Leaves the marker of a deletion if the key is at `expected`; returns the marker's revision.
     fn mark_deleted<'a>(&'a self, key: &'a str, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
-    /// Removes what lies at a key up to and with a revision (0: nothing), without leaving a marker.
+    /// Removes the entries at a key up to and with a revision (0: nothing), without leaving a marker.
     fn forget_through<'a>(&'a self, key: &'a str, revision: u64) -> BoxFuture<'a, Result<(), Error>>;
     /// All keys as they are, then every change, for ever.
     fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>>;
@@ -236,7 +236,7 @@ impl Bucket {
         subject.strip_prefix(&self.prefix)
     }
 
-    /// What lies at a key now, marker or value, read from the leader.
+    /// The entry at a key now, marker or value, read from the leader.
     pub(super) async fn last(&self, key: &str) -> Result<Option<Stored>, Error> {
         self.check_key(key)?;
         self.last_matching(key).await
@@ -383,7 +383,7 @@ pub(super) fn is_marker(headers: &HeaderMap) -> bool {
     deleted || headers.get("Nats-Marker-Reason").is_some()
 }
 
-/// An error with its causes; async-nats names the cause in some of its texts and leaves it out of others.
+/// An error with its causes; async-nats names the cause in some of its texts and omits it in others.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

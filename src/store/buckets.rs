@@ -28,7 +28,7 @@ impl OwnStreams {
         let own = self.0.read().unwrap_or_else(PoisonError::into_inner).get(stream).copied();
         (own == Some(i128::from(created))).then(|| {
             format!(
-                "stream `{stream}` is a bucket of this service: what it saves while it copies would be copied again, without \
+                "stream `{stream}` is a bucket of this service: the service would copy its own saves again, without \
                  end; use `nats stream backup`, or a service of another installation"
             )
         })
@@ -63,7 +63,7 @@ pub struct Buckets {
 pub struct Error {
     /// Which bucket.
     pub bucket: String,
-    /// What happened.
+    /// Description.
     pub message: String,
 }
 
@@ -80,8 +80,9 @@ impl Buckets {
     }
 
     /// Opens `<prefix>_CONFIG`, `<prefix>_POSITIONS`, `<prefix>_LEASES` and `<prefix>_STATE` of the JetStream whose API
-    /// begins with `api_prefix`. What is missing is created with so many `replicas`; what exists is used as it is. What
-    /// `instance` writes in numbers says so, and names of its consumers begin with it. The keeper looks after them.
+    /// begins with `api_prefix`. Missing ones are created with this many `replicas`; existing ones are used as they
+    /// are. Bulk writes carry the name of `instance`, and names of its consumers begin with it. The keeper maintains
+    /// them.
     pub async fn open(
         client: async_nats::Client,
         api_prefix: &str,

@@ -44,7 +44,7 @@ pub enum ConfigChange {
     Marked(Mark),
     /// The bucket was recreated, or restored: revisions start again. What differs follows.
     Anew,
-    /// Everything that was there when the watch began has been told.
+    /// Everything that was there when the watch began has been delivered.
     Loaded,
 }
 
@@ -66,7 +66,7 @@ pub enum WriteError {
         /// Its revision.
         revision: u64,
     },
-    /// The write failed or its outcome could not be found out.
+    /// The write failed or its outcome is unknown.
     #[error(transparent)]
     Store(#[from] Error),
 }
@@ -82,12 +82,11 @@ impl ConfigStore {
         Self { bucket }
     }
 
-    /// All keys as they are, then [`ConfigChange::Loaded`], then every change as it happens. Of what is read together
-    /// the marks come first: who acts on a document knows whether it is paused.
+    /// All keys as they are, then [`ConfigChange::Loaded`], then every change as it happens. Of entries that are read
+    /// together the marks come first: a document is never acted on before its pause is known.
     ///
-    /// The stream never ends. An error is told once and passes: then follows what changed meanwhile, and nothing
-    /// that did not.
-    /// `purpose` is one word, another one for each watch of a process.
+    /// The stream never ends. An error is delivered once and is transient: the changes that happened meanwhile follow,
+    /// and nothing else. `purpose` is one word, another one for each watch of a process.
     pub async fn watch(&self, purpose: &str) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
         let changes = watch::watch(self.bucket.clone(), purpose, |key| MarkKind::of_key(key).is_some()).await?;
         Ok(changes.map(|change| change.map(typed)).boxed())
@@ -116,8 +115,8 @@ impl ConfigStore {
         }))
     }
 
-    /// The newest revision of all keys, read from the leader of the bucket: what a watch has to have told to be
-    /// up to date.
+    /// The newest revision of all keys, read from the leader of the bucket: a watch that has delivered it is up to
+    /// date.
     pub async fn last_revision(&self) -> Result<u64, Error> {
         Ok(self.bucket.info().await?.state.last_sequence)
     }

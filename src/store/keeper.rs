@@ -1,5 +1,5 @@
-//! Looks after the buckets while the service runs: one that was deleted is created again as it was, and what depends on
-//! which stream it is learns of it. What it held is written again by those who follow it, see `watch.rs`.
+//! Maintains the buckets while the service runs: one that was deleted is recreated as it was, and everything that
+//! depends on its stream is notified. Its entries are written again by their watches, see `watch.rs`.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -39,7 +39,7 @@ pub enum Condition {
     Usable(Option<String>),
 }
 
-/// Looks after the buckets of one installation.
+/// Maintains the buckets of one installation.
 #[derive(Debug)]
 pub struct Keeper {
     context: jetstream::Context,
@@ -79,7 +79,7 @@ impl Keeper {
         Self { context, kept, streams }
     }
 
-    /// Looks after them for ever, and says what happens.
+    /// Maintains them forever, and logs changes.
     pub async fn keep(mut self, mut say: impl FnMut(Condition)) -> Infallible {
         loop {
             let Self { context, kept, streams } = &mut self;
@@ -123,7 +123,7 @@ impl Kept {
         }
         let since = *self.missing_since.get_or_insert_with(Instant::now);
         if since.elapsed() < MISSING_FOR {
-            return Err("does not exist: somebody deleted it".to_owned());
+            return Err("does not exist: it was deleted".to_owned());
         }
         let mark = chance::name();
         let created = context.create_stream(self.as_it_was(&mark)).await;
@@ -134,7 +134,7 @@ impl Kept {
         };
         let ours = info.config.metadata.get(RECREATED) == Some(&mark);
         if ours {
-            warn!(bucket = name, "the bucket was deleted; it was recreated, and what is known of it is written again");
+            warn!(bucket = name, "the bucket was deleted; it was recreated, and its known content is written again");
         }
         self.saw(info, streams);
         Ok(ours)

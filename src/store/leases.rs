@@ -99,9 +99,9 @@ pub enum LeaseChange {
         /// What lies there.
         record: Option<LeaseRecord>,
     },
-    /// The bucket was made anew, or put back: from now on revisions say nothing about those of before.
+    /// The bucket was recreated or restored: its revisions cannot be compared with those of before.
     Anew,
-    /// Everything that was there when the watch began has been told.
+    /// Everything that was there when the watch began has been delivered.
     Loaded,
 }
 

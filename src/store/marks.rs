@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub enum MarkKind {
     /// `<id>/paused`: while it is there, whatever its value, nothing is copied.
     Paused,
-    /// `<id>/release`: a held replication tries again at once, or leaves out the message that holds it.
+    /// `<id>/release`: a held replication tries again at once, or skips the message that blocks it.
     Release,
     /// `<id>/valid`: the newest document that was valid, kept while newer ones are not: these may be more than the
     /// bucket remembers.
@@ -55,7 +55,7 @@ pub struct Mark {
     pub value: Option<Bytes>,
 }
 
-/// One message of a source. The time tells it from another one at the same sequence of a stream that was made anew.
+/// One message of a source. The time distinguishes it from another one at the same sequence of a recreated stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SourceMessage {
     /// Source sequence.
@@ -89,7 +89,7 @@ pub struct ReleaseMark {
     pub version: u32,
     /// What is to be done.
     pub action: ReleaseAction,
-    /// The message to leave out: its source sequence...
+    /// The message to skip: its source sequence...
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_seq: Option<u64>,
     /// ... and its stored time, nanoseconds since the Unix epoch.
@@ -105,12 +105,12 @@ pub struct ReleaseMark {
 pub enum ReleaseAction {
     /// Try again at once.
     Retry,
-    /// Leave out one message.
+    /// Skip one message.
     Skip,
 }
 
 impl ReleaseMark {
-    /// Tries again, and leaves out a message if one is given.
+    /// Tries again, and skips a message if one is given.
     pub fn now(skip: Option<SourceMessage>) -> Self {
         Self {
             version: 1,
@@ -121,7 +121,7 @@ impl ReleaseMark {
         }
     }
 
-    /// The message that a value asks to leave out. Whatever names none, exactly, asks for another try only.
+    /// The message that a value asks to skip. A value that does not exactly name one asks for another try only.
     pub fn skip_in(value: &[u8]) -> Option<SourceMessage> {
         let mark: Self = serde_json::from_slice(value).ok()?;
         let named = mark.source_seq.zip(mark.source_time_ns).filter(|_| mark.action == ReleaseAction::Skip)?;

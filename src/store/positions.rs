@@ -39,12 +39,12 @@ pub struct PositionRecord {
     /// Kept because a target that turned out to be shared stays so.
     #[serde(default)]
     pub target_mode: TargetMode,
-    /// How the messages that may be in flight are stamped; `None` where no run has said so. Saved before a run sends
-    /// the first message that is stamped in another way than the record says.
+    /// The deduplication headers of messages that may be in flight; `None` where no run has saved them. Saved before a
+    /// run sends the first message with another header than the record has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stamps: Option<Stamps>,
-    /// The position was moved back, and no run has begun since: what lies at the target then is copied again as far
-    /// as it comes after the position.
+    /// The position was moved back, and no run has begun since: messages at the target are copied again as far as they
+    /// come after the position.
     #[serde(default, skip_serializing_if = "is_default")]
     pub moved_back: bool,
     /// How often the position was moved back. Part of the message ids, or the target would take what is copied again
@@ -70,7 +70,7 @@ pub struct PositionRecord {
     /// With sampling: what the records of senders say holds for everything up to this source sequence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampled: Option<u64>,
-    /// With sampling: how senders are told apart there.
+    /// With sampling: how senders are identified there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inspected: Option<String>,
     /// With sampling: what was stored before this may not have been seen, so nobody counts as unseen for that time.
@@ -106,7 +106,7 @@ fn readable<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Row>, D
     Ok(serde_json::from_value(value).ok())
 }
 
-/// A place in the source stream and what proves that it is the same stream.
+/// A sequence of the source stream and the proof that it is the same stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceWitness {
     /// Source sequence; 0 before the first message.
@@ -117,7 +117,7 @@ pub struct SourceWitness {
     pub created: String,
 }
 
-/// A place in the target stream and what proves that it is the same stream.
+/// A sequence of the target stream and the proof that it is the same stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TargetWitness {
     /// Target sequence; 0 while nothing of ours is known to be there.
@@ -159,8 +159,8 @@ impl Stamps {
     }
 }
 
-/// The copies, behind all others at the time, whose source messages went with the end of the source. They stay, and
-/// say nothing any more: a start that finds them at the end of the target does not take them for news.
+/// The copies, after all others at the time, whose source messages went with the end of the source. They stay, and
+/// prove nothing: a start that finds them at the end of the target does not take them for new copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Orphans {
     /// First target sequence.
@@ -176,7 +176,7 @@ impl Orphans {
     }
 }
 
-/// What the watch tells of one record.
+/// A change of one record, from the watch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PositionChange {
     /// Replication id.
@@ -188,7 +188,7 @@ pub struct PositionChange {
 /// Why a save did not happen.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError {
-    /// Somebody else wrote the record: its epoch decides who goes on.
+    /// Another process wrote the record: the epoch decides which one continues.
     #[error("the position record was written by instance `{}` (epoch {})", .record.holder, .record.epoch)]
     Conflict {
         /// What is there now.
@@ -202,7 +202,7 @@ pub enum SaveError {
         /// Revision that a new record has to be written at.
         revision: u64,
     },
-    /// The write failed or its outcome could not be found out; the same write may be tried again.
+    /// The write failed or its outcome is unknown; the same write may be tried again.
     #[error(transparent)]
     Store(#[from] Error),
 }
@@ -249,20 +249,20 @@ impl PositionStore {
         match serde_json::from_slice::<Box<PositionRecord>>(&value) {
             Ok(record) if record.version > VERSION => {
                 let version = record.version;
-                let hint = "run that program, or delete the key to find the position anew";
+                let hint = "run that program, or delete the key so that the position is searched again";
                 Err(self.error(format!(
                     "key `{id}` holds a record of version {version}, of a newer program than this one, which knows {VERSION}: {hint}"
                 )))
             }
             Ok(record) => Ok(Current::Record(record, stored.revision)),
             Err(error) => {
-                let hint = "correct it, or delete the key to find the position anew";
+                let hint = "correct it, or delete the key so that the position is searched again";
                 Err(self.error(format!("key `{id}` holds no position record ({error}): {hint}")))
             }
         }
     }
 
-    /// Makes `holder` the holder with the epoch of its lease, by compare-and-swap (again if somebody else writes at the
+    /// Makes `holder` the holder with the epoch of its lease, by compare-and-swap (again after another write at the
     /// same moment). This is the fence: from now on every save of an older holder is refused. It is refused itself if
     /// the record is that of a newer one.
     pub async fn claim(&self, id: &str, holder: &str, epoch: u64) -> Result<Claim, ClaimError> {
@@ -329,7 +329,7 @@ const VERSION: u32 = 1;
 /// Why a record was not claimed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
-    /// Somebody else wrote it with a greater epoch.
+    /// Another process wrote it with a greater epoch.
     #[error("the position record was written by instance `{holder}` with epoch {epoch}")]
     Newer {
         /// Who wrote it.
@@ -353,7 +353,7 @@ pub struct Claim {
     pub previous: String,
 }
 
-/// What lies at a key.
+/// The entry at a key.
 enum Current {
     Record(Box<PositionRecord>, u64),
     /// Never written (revision 0), removed, or the marker of a deletion by hand.

@@ -1,7 +1,7 @@
-//! What sampling knows of each sender: one record per sender, written in numbers.
+//! The state of each sender in sampling: one record per sender, written in bulk.
 //!
 //! There is one writer, the leader, and a record that is lost or old costs an extra copy at most: so the writes are
-//! without compare-and-swap, many at a time. The leader's own writes bear a header that those made by hand do not.
+//! without compare-and-swap, many at a time. The leader's own writes carry a header that those made by hand do not.
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
@@ -43,7 +43,7 @@ pub struct SenderRecord {
     /// Format of the record: 1.
     #[serde(default)]
     pub version: u32,
-    /// The value that messages bear.
+    /// The value that messages carry.
     pub sender: String,
     /// Stored time of its newest message, as last written: it is written again only when it has moved by a quarter of
     /// `warn_duration`.
@@ -54,16 +54,16 @@ pub struct SenderRecord {
     /// Bytes of that message's payload.
     #[serde(default)]
     pub size: u32,
-    /// Whether it was told that it is unseen, and it has not been seen since.
+    /// Whether its `timeout` advisory was published, and it has not been seen since.
     #[serde(default)]
     pub advised: bool,
     /// Source sequence of the message that was copied last.
     #[serde(default)]
     pub sequence: u64,
-    /// What is to be told of it and has not been confirmed.
+    /// Advisories about it that have not been confirmed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<PendingAdvisory>,
-    /// Unseen for too long: kept only until that has been told.
+    /// Unseen for too long: kept only until its advisory is confirmed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub expired: bool,
     /// Fields of other versions.
@@ -74,7 +74,7 @@ pub struct SenderRecord {
 /// An advisory that has not been confirmed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingAdvisory {
-    /// What happened.
+    /// Kind of the change.
     pub event: String,
     /// When it was due.
     pub due: DateTime<Utc>,
@@ -115,7 +115,7 @@ pub enum SenderChange {
     Put {
         /// The record.
         record: Box<SenderRecord>,
-        /// Whether somebody wrote it by hand.
+        /// Whether it was written by hand.
         by_hand: bool,
     },
     /// A record was removed.
@@ -127,9 +127,9 @@ pub enum SenderChange {
     },
     /// All records were removed at once.
     Emptied,
-    /// All records that were there have been told.
+    /// All records that were there have been delivered.
     Loaded,
-    /// Something lies at a key that is no record of its sender.
+    /// The entry at a key is no record of its sender.
     Unreadable {
         /// The key.
         key: String,
@@ -286,7 +286,7 @@ struct Following {
     /// Newest revision that was read.
     seen: u64,
     loading: bool,
-    /// Messages that were there when it began and are not told.
+    /// Messages that were there when it began and are not delivered yet.
     pending: u64,
     prefix: String,
 }

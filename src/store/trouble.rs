@@ -11,7 +11,7 @@ use crate::backoff::Backoff;
 
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
 
-/// An operation that is tried until it works, with each distinct error told once.
+/// An operation that is tried until it works, with each distinct error logged once.
 #[derive(Debug)]
 pub(crate) struct Trouble {
     what: &'static str,

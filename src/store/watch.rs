@@ -1,9 +1,8 @@
-//! The watch on a bucket: one stream of changes that outlives server restarts, lost consumers and
-//! a bucket made anew.
+//! The watch on a bucket: one stream of changes that outlives server restarts, lost consumers and a recreated bucket.
 //!
-//! A consumer that is lost is replaced by one that continues after the last sequence that was seen: what was purged without
-//! a marker, or written to a bucket that was recreated, that one never delivers. So each time the watch is opened, and when
-//! the state of the stream shows that it fell behind, everything is read and compared with what was reported.
+//! A consumer that is lost is replaced by one that continues after the last sequence that was seen: it never delivers a
+//! purge without a marker, or writes to a recreated bucket. So each time the watch is opened, and when the state of the
+//! stream shows that it fell behind, everything is read and compared with what was reported.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -32,7 +31,7 @@ use super::{
 };
 use crate::{backoff::Backoff, nats::jetstream::Delivery};
 
-/// How often the stream is looked at.
+/// How often the stream is checked.
 const LOOK: Duration = Duration::from_secs(5);
 /// Silence that ends the first read.
 const SNAPSHOT_SILENCE: Duration = Duration::from_secs(5);
@@ -63,22 +62,20 @@ pub enum Change {
         /// Revision of the deletion.
         revision: u64,
     },
-    /// The bucket was made anew, or put back: from now on revisions say nothing about those of before. What it holds
-    /// follows.
+    /// The bucket was recreated or restored: its revisions cannot be compared with those of before. Its entries follow.
     Anew,
-    /// Everything that was there when the watch began has been told.
+    /// Everything that was there when the watch began has been delivered.
     Loaded,
 }
 
 /// Changes of a bucket, for ever.
 pub type Changes = BoxStream<'static, Result<Change, Error>>;
 
-/// Opens the watch; fails if the bucket cannot be read now. `purpose` is one word, another one for each watch of a bucket in
-/// a process. Of what is read together, the keys that are `first` are
-/// told before all others.
+/// Opens the watch; fails if the bucket cannot be read now. `purpose` is one word, another one for each watch of a
+/// bucket in a process. Of entries that are read together, the keys that are `first` are delivered before all others.
 ///
-/// The stream never ends. An error is told once and passes: then follows what changed meanwhile, and nothing that did
-/// not.
+/// The stream never ends. An error is delivered once and is transient: the changes that happened meanwhile follow, and
+/// nothing else.
 pub(super) async fn watch(bucket: Bucket, purpose: &str, first: fn(&str) -> bool) -> Result<Changes, Error> {
     let recreations = bucket.recreations();
     let mut watch = Watch {
@@ -110,17 +107,17 @@ struct Watch {
     live: Option<Live>,
     /// The consumer that is to be replaced, and since when; `None` where everything has to be read.
     lost: Option<(Live, Instant)>,
-    /// What was told last of each key that has a value.
+    /// The entry that was delivered last for each key that has a value.
     told: HashMap<String, Told>,
     /// Newest revision of all keys that was seen.
     seen: u64,
-    /// The stream when last looked at.
+    /// The stream at the last check.
     looked: Option<Look>,
     next_look: Instant,
-    /// Read and not yet told.
+    /// Read and not yet delivered.
     queue: VecDeque<Result<Change, Error>>,
     backoff: Backoff,
-    /// The current trouble was told.
+    /// The current error was delivered.
     failing: bool,
     /// Changes when the bucket was recreated.
     recreations: watch_channel::Receiver<u64>,
@@ -222,7 +219,7 @@ impl Watch {
         }
     }
 
-    /// Reads everything, tells what differs from what was told, and follows from there.
+    /// Reads everything, delivers the differences to the last delivery, and follows from there.
     async fn open(&mut self) -> Result<(), Error> {
         let mut before = self.bucket.info().await?;
         if self.put_back(&before).await? {
@@ -283,8 +280,8 @@ impl Watch {
         Ok(true)
     }
 
-    /// Queues a change, unless it was told. A deletion beyond what was `known` is told for a key that was never
-    /// there, too: who made it waits for it.
+    /// Queues a change, unless it was delivered. A deletion after the last `known` revision is delivered for a key that
+    /// was never there, too: its caller waits for it.
     fn tell(&mut self, key: String, stored: Stored, known: u64) {
         let revision = stored.revision;
         let news = revision > known;
@@ -330,7 +327,7 @@ fn read(bucket: &Bucket, delivery: Delivery, message: &Message) -> Option<(Strin
     Some((key, Stored { revision: delivery.stream_seq, value }))
 }
 
-/// What a look at the stream shows.
+/// Result of a check of the stream.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Look {
     created_ns: i128,
@@ -347,7 +344,7 @@ impl Look {
         }
     }
 
-    /// Whether revisions count anew: another stream, or one whose end went back.
+    /// Whether revisions restart: another stream, or one whose end went back.
     fn is_another(self, before: Option<Self>, seen: u64) -> bool {
         before.is_some_and(|before| self.created_ns != before.created_ns) || self.last < seen
     }

@@ -112,7 +112,7 @@ impl Watch {
         let glance = match looked {
             Ok(glance) => glance,
             Err(error) => {
-                debug!(replication = context.id, "the source was not looked at: {error}");
+                debug!(replication = context.id, "the source was not checked: {error}");
                 context.board.glanced(None, None);
                 return LATEST;
             }
@@ -136,11 +136,19 @@ impl Watch {
         let position = context.board.mark().position.source_seq;
         match self.shortage.judge(headroom, caught_up) {
             Some(Turn::Low(Headroom { seconds, limit, .. })) => {
-                warn!(replication = context.id, seconds, ?limit, "the source will soon remove what is not copied");
+                warn!(
+                    replication = context.id,
+                    seconds,
+                    ?limit,
+                    "the source will soon remove messages that are not copied"
+                );
                 context.emit(Event::HeadroomLow { seconds: seconds as u64, limit, position });
             }
             Some(Turn::Restored) => {
-                info!(replication = context.id, "what is not copied stays at the source for long enough again");
+                info!(
+                    replication = context.id,
+                    "messages that are not copied stay at the source for long enough again"
+                );
                 context.emit(Event::HeadroomOk { position });
             }
             None => {}

@@ -350,7 +350,7 @@ impl Reign<'_> {
         stop.cancel();
         if timeout(SETTLE, copying).await.is_err() {
             let id = &self.context.id;
-            warn!(replication = id, "did not settle within {SETTLE:?}; what was in the air is copied again");
+            warn!(replication = id, "did not settle within {SETTLE:?}; messages in flight are copied again");
         }
         next
     }
@@ -667,7 +667,10 @@ impl Session {
                 }
                 Err(ClaimError::Store(error)) => {
                     if let Some(doubted) = self.doubted.take() {
-                        warn!(replication = id, "stands alone and goes on with the position it remembers: {error}");
+                        warn!(
+                            replication = id,
+                            "cannot save the position; continuing standalone from the position in memory: {error}"
+                        );
                         self.ledger = Some(doubted);
                         return Ok(());
                     }
@@ -796,7 +799,7 @@ impl Session {
             newest = record.epoch < self.epoch || (record.epoch == self.epoch && record.holder == deps.instance);
         }
         let position = board.row().copy.position.source_seq;
-        info!(replication = id, position, "goes on after a pause");
+        info!(replication = id, position, "resumes after a pause");
         self.context.emit(Event::Resumed { position });
         newest
     }
@@ -971,7 +974,7 @@ async fn keep_noted(context: &Context) -> Infallible {
             .await;
             match result {
                 Ok(()) => noted = Some(seen),
-                Err(error) => debug!(replication = id, "what waits at the source was not saved: {error}"),
+                Err(error) => debug!(replication = id, "lag and headroom of the source were not saved: {error}"),
             }
         }
         if status.changed().await.is_err() {

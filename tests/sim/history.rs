@@ -16,7 +16,7 @@ use super::{
     world::{Host, World},
 };
 
-const LEFT_OUT: &str = "left out by request";
+const LEFT_OUT: &str = "skipped by request";
 
 /// Sequence and stored time (ns).
 type Key = (u64, i64);

@@ -11,9 +11,9 @@ use crate::{
     copy::durable::{self, Durable, Owner},
 };
 
-/// So long a deletion may take with all of it: less than a request may.
+/// Deadline for all of a deletion: less than that of a request.
 const WITHIN: Duration = Duration::from_millis(2_000);
-/// So long the source gets in any case.
+/// Time that the source gets in any case.
 const LEAST: Duration = Duration::from_millis(300);
 
 /// A replication that is about to be deleted, with what is needed to find its consumer.

@@ -15,7 +15,7 @@ use crate::{
     store::{MarkKind, PauseMark},
 };
 
-/// So long the answer to a pause waits for the copy to stop. It will, whether anybody waits or not.
+/// How long the answer to a pause waits for the copy to stop. It stops in any case.
 const STOPS_WITHIN: Duration = Duration::from_millis(2_200);
 
 pub(super) async fn pause(context: &Context, request: Request) -> Result<Changed, Failure> {

@@ -18,9 +18,9 @@ use crate::{
     store::{ConfigEntry, MarkKind, PositionRecord, SaveError},
 };
 
-/// So long everything may take but the last write.
+/// Deadline for everything but the last write.
 const WITHIN: Duration = Duration::from_millis(2_100);
-/// Of it, so long the end of a copy that was just paused is waited for.
+/// Of it, how long to wait for the end of a copy that was just paused.
 const STOPS_WITHIN: Duration = Duration::from_millis(700);
 
 pub(super) async fn position(context: &Context, request: Request) -> Result<Moved, Failure> {
@@ -50,7 +50,7 @@ pub(super) async fn position(context: &Context, request: Request) -> Result<Move
     let asked = if let At::Behind(seq) = at { seq } else { to };
     if place.forgets && asked < from {
         let description = format!(
-            "source stream `{}` forgets what was copied: the position {from} can only be moved forward, not to {asked}",
+            "source stream `{}` removes copied messages: the position {from} can only be moved forward, not to {asked}",
             replication.source.stream
         );
         return Err(Failure::new(409, description));

@@ -17,7 +17,7 @@ use crate::{
     store::{MarkKind, ReleaseMark, SourceMessage},
 };
 
-/// While it is held a replication tries again now and then: so long such a try is waited for...
+/// While it is held a replication tries again now and then: how long to wait for such a try...
 const TRY_WITHIN: Duration = Duration::from_millis(1_500);
 /// ... and after an error at most so old it may be one.
 const TRY_AFTER: TimeDelta = TimeDelta::seconds(30);
@@ -50,7 +50,7 @@ pub(super) async fn skip(context: &Context, request: Request) -> Result<Skipped,
         return Err(Failure::new(409, description));
     }
     let revision = release(context, &replication, Some(message)).await?;
-    info!(replication, revision, source_seq = message.seq, "leaves out a message by request");
+    info!(replication, revision, source_seq = message.seq, "message will be skipped by request");
     Ok(Skipped { replication, revision, source_seq: message.seq })
 }
 

@@ -17,7 +17,7 @@ use crate::{
     sampling::Listed,
 };
 
-/// Senders that are looked at before the copy may go on.
+/// Senders that are visited before the copy may continue.
 const TOGETHER: usize = 8_192;
 /// Bytes that a row takes at the least.
 const ROW: usize = 64;

@@ -11,7 +11,7 @@ use crate::control::{
     service::Request,
 };
 
-/// So long the answer waits for another leader. There will be one, whether anybody waits or not.
+/// How long the answer waits for another leader. There will be one in any case.
 const HANDED_WITHIN: Duration = Duration::from_millis(2_000);
 
 pub(super) async fn stepdown(context: &Context, request: Request) -> Result<SteppedDown, Failure> {
@@ -24,7 +24,7 @@ pub(super) async fn stepdown(context: &Context, request: Request) -> Result<Step
     }
     let asked = context.leases.step_down(&replication).await;
     let from = asked.map_err(|error| Failure::new(503, error.to_string()))?.ok_or_else(|| {
-        Failure::new(409, format!("nobody leads replication `{replication}` at the moment; try again in a second"))
+        Failure::new(409, format!("replication `{replication}` has no leader at the moment; try again in a second"))
     })?;
     info!(replication, leader = from, "asked to hand over");
     let another = context.supervisor.row_when(&replication, |row| row.leader.as_ref().is_some_and(|to| *to != from));

@@ -220,7 +220,7 @@ impl Explicit {
             && now.duration_since(lane.arrived_at().max(lane.drained()).max(*at)) > SILENCE
         {
             return Err(Error::retry(format!(
-                "consumer of stream `{}` does not answer within {SILENCE:?} when what was delivered before is asked back",
+                "consumer of stream `{}` does not answer within {SILENCE:?} when it is asked to redeliver unacknowledged messages",
                 self.reader.stream
             )));
         }

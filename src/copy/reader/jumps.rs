@@ -106,7 +106,7 @@ impl Jumps {
                     stream,
                     seq,
                     to = jump.to,
-                    "the consumer passed over what the leader has: the leader is asked again"
+                    "the consumer skipped messages that the leader has: asking the leader again"
                 );
             }
             jump.asked = None;
@@ -123,7 +123,7 @@ impl Jumps {
         let asked = self.open.front().and_then(|jump| jump.asked.as_ref());
         if asked.is_some_and(|asked| now.duration_since(asked.at.max(delivered)) > SILENCE) {
             return Err(Error::retry(format!(
-                "the leader of stream `{stream}` does not say within {SILENCE:?} what its consumer passed over"
+                "the leader of stream `{stream}` does not answer within {SILENCE:?} which messages its consumer skipped"
             )));
         }
         Ok(())
@@ -132,7 +132,7 @@ impl Jumps {
 
 fn passed_over(stream: &str, seq: u64, to: u64) -> Error {
     Error::retry(format!(
-        "the consumer of stream `{stream}` passed over sequence {seq}, which the stream's leader has, and went on at {to}: it \
-         lives on a server that has to catch up, or somebody changed it"
+        "the consumer of stream `{stream}` skipped sequence {seq}, which the stream leader has, and continued at {to}: it \
+         is on a server that has to catch up, or it was changed"
     ))
 }

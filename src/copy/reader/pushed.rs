@@ -153,7 +153,7 @@ impl Pushed {
         self.stash.push(batch, items);
         if self.acks.repeated >= DEAF {
             return Err(Error::retry(format!(
-                "consumer of stream `{}` does not take the acks of what it delivered",
+                "consumer of stream `{}` does not take the acks of its deliveries",
                 self.stream
             )));
         }

@@ -107,7 +107,7 @@ async fn a_concurrent_change_is_reported_and_not_overwritten() -> Result<()> {
         let script = format!("sed -i s/1h/2h/ \"$1\"; {} config update {}", binary.display(), file.display());
         let ended = with_editor(&site, &script).run(["config", "edit", "ORDERS"]).await?;
         assert_eq!(ended.code, Some(1), "{ended:?}");
-        let told = "somebody changed `ORDERS` meanwhile: nothing was overwritten";
+        let told = "`ORDERS` was changed meanwhile: nothing was overwritten";
         assert!(ended.stderr.contains(told), "{ended:?}");
         kept(&ended.stderr)?;
         let (revision, now) = stored(&site).await?;

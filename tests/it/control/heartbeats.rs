@@ -301,7 +301,7 @@ async fn the_bucket_goes_before_the_file_and_the_file_comes_back() -> Result<()>
     more(&mut raw, "hb.kv", 1).await?;
     assert_eq!(origin().await?, "kv");
     let log = site.service.log();
-    assert!(log.contains("go before those of the file"), "{log}");
+    assert!(log.contains("take precedence over those of the file"), "{log}");
     let of_file = on(&mut raw, "hb.file").await?.len();
     more(&mut raw, "hb.kv", 3).await?;
     assert_eq!(on(&mut raw, "hb.file").await?.len(), of_file);

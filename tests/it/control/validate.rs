@@ -580,7 +580,11 @@ async fn a_ring_with_known_replications_is_told() -> Result<()> {
 
     let home = json!({"target_stream": "ORDERS", "target_url": site.source.url(), "target_subject_remove": "last."});
     let body = validate(&site, site.document_with("LAST", home.clone())).await?;
-    let words = ["closes a ring with replication `ORDERS`, `MIDDLE`", "source stream `LAST`", "stored a second time"];
+    let words = [
+        "closes a replication loop with replication `ORDERS`, `MIDDLE`",
+        "source stream `LAST`",
+        "stored a second time",
+    ];
     warns(&body, "target", "cycle", "/target_url", &words);
     // By another address the servers' names tell.
     let proxy = Proxy::start(site.source.port()).await?;

@@ -187,7 +187,7 @@ async fn what_is_missing_for_long_is_written_back() -> Result<()> {
     let mut raw = Raw::connect(&site.control().url()).await?;
     raw.create_stream("IN_THE_WAY", json!({"subjects": [format!("$KV.{bucket}.>")]})).await?;
     // Until every watch has reported an error.
-    for text in ["the configuration is not watched", "questions are answered with what was known before"] {
+    for text in ["the configuration is not watched", "answering requests with the configuration read before"] {
         wait_for(text, LIMIT, async || site.service.log().contains(text)).await?;
     }
     copies_on(&site, "ORDERS", 10).await?;

@@ -454,10 +454,7 @@ async fn messages_that_the_consumer_skipped_are_copied_in_order() -> Result<()> 
     verify(&site, "Q", &snapshot(&mut raw, "Q").await?, &Expect::copy_of("Q").site(SITE)).await?;
     let row = site.row("Q").await.context("a row")?;
     let said = row["last_error"]["message"].as_str().unwrap_or_default();
-    assert!(
-        said.contains("the consumer of stream `Q` passed over sequence 101, which the stream's leader has"),
-        "{row}"
-    );
+    assert!(said.contains("the consumer of stream `Q` skipped sequence 101, which the stream leader has"), "{row}");
     assert!(consumer(&mut raw, "Q", "SR_TEST").await?["config"].get("filter_subject").is_none());
     Ok(())
 }
@@ -479,7 +476,7 @@ async fn a_skipped_message_that_is_removed_later_is_no_error() -> Result<()> {
     config["filter_subject"] = "q.5".into();
     make_consumer(&mut raw, "Q", "SR_TEST", config).await?;
     fill(&mut raw, 4..=5).await?;
-    let asked = "the consumer passed over what the leader has: the leader is asked again";
+    let asked = "the consumer skipped messages that the leader has: asking the leader again";
     wait_for("the leader to be asked", LIMIT, async || site.service.log().contains(asked)).await?;
     raw.api("STREAM.MSG.DELETE.Q", json!({"seq": 4, "no_erase": true})).await?;
     let row = site.settled("Q", 5).await?;
@@ -596,7 +593,7 @@ async fn a_position_moves_forward_only_where_the_source_forgets() -> Result<()> 
         fill(&mut raw, 101..=200).await?;
         let back = site.send("position", json!({"replication": "Q", "source_seq": 50})).await?;
         assert_eq!(back.error, Some(409), "{back:?}");
-        ensure!(back.body.to_string().contains("forgets what was copied"), "{back:?}");
+        ensure!(back.body.to_string().contains("removes copied messages"), "{back:?}");
         let forward = site.send("position", json!({"replication": "Q", "source_seq": 150})).await?;
         assert_eq!((forward.error, &forward.body["passed_over"]), (None, &json!(50)), "{forward:?}");
         resume(&site).await?;

@@ -366,7 +366,7 @@ async fn a_too_large_dead_letter_holds_and_can_be_skipped() -> Result<()> {
         held(
             &site,
             stream,
-            &["the target's max_payload of 4096", "nor can it be published as a dead letter", "with what is added"],
+            &["the target's max_payload of 4096", "nor can it be published as a dead letter", "with the added headers"],
         )
         .await?;
         ensure!(site.ask("skip", stream).await?.error.is_none());

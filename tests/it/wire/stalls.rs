@@ -92,7 +92,7 @@ async fn a_deleted_consumer_is_recreated_on_the_same_connection() -> Result<()> 
     assert_eq!(counters["repairs"], json!({"consumer": 1, "connections": 0, "everything": 0}), "{row}");
     assert_eq!((&counters["errors"], &counters["consumers_recreated"]), (&json!(0), &json!(1)), "{row}");
     let error = row["last_error"]["message"].as_str().unwrap_or_default();
-    assert!(error.contains("consumer of stream `S` is made anew"), "{row}");
+    assert!(error.contains("recreating the consumer of stream `S`"), "{row}");
     let stalled = site.events.ever("stalled").await?;
     assert_eq!(stalled["step"], "consumer", "{stalled}");
     assert_eq!(stalled["message"], row["last_error"]["message"]);
