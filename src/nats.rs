@@ -17,6 +17,7 @@ pub mod parser;
 #[cfg(test)]
 pub(crate) mod pipe;
 mod rules;
+mod sock_diag;
 mod socket;
 mod tls;
 mod verdicts;
