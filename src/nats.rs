@@ -16,6 +16,7 @@ mod lane;
 pub mod parser;
 #[cfg(test)]
 pub(crate) mod pipe;
+mod routes;
 mod rules;
 mod sock_diag;
 mod socket;

@@ -52,7 +52,7 @@ const HEAD_START: Duration = Duration::from_secs(1);
 /// How often the system is asked what it has delivered of a lane, at most.
 pub(super) const DELIVERY_EVERY: Duration = Duration::from_millis(500);
 /// The same for the addresses of one server.
-const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+pub(super) const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 /// An answer that has not arrived when nothing came for this long is given up.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request without an answer is sent again when nothing came for this long: what meets no leader gets none, whoever
@@ -278,6 +278,18 @@ impl Lane {
 
     async fn connect_to(connection: &Connection, host: &Host, address: SocketAddr, name: &str) -> Result<Self, Error> {
         let endpoint = &connection.endpoint;
+        let mut lane = Self::greeted(connection, host, address).await?;
+        // A websocket has its TLS below it.
+        if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
+            lane.upgrade(endpoint, host).await?;
+        }
+        lane.handshake(endpoint, name).await?;
+        Ok(lane)
+    }
+
+    /// Connects to an address until the server there has said INFO.
+    pub(super) async fn greeted(connection: &Connection, host: &Host, address: SocketAddr) -> Result<Self, Error> {
+        let endpoint = &connection.endpoint;
         let tcp = TcpStream::connect(address).await.map_err(|e| Error::retry(e.to_string()))?;
         let socket = Socket::new(tcp).map_err(|e| Error::retry(e.to_string()))?;
         let mut io: Box<dyn Stream> = Box::new(socket.clone());
@@ -291,11 +303,6 @@ impl Lane {
         let mut lane = Self::over(io, shown(endpoint, host), connection)?;
         lane.socket = Some(socket);
         lane.read_info().await?;
-        // A websocket has its TLS below it.
-        if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
-            lane.upgrade(endpoint, host).await?;
-        }
-        lane.handshake(endpoint, name).await?;
         Ok(lane)
     }
 
@@ -905,21 +912,21 @@ fn is_refused_publish(text: &str) -> bool {
 
 /// Begins one attempt after the other, each as soon as the one before has failed or takes longer than `head_start`, until
 /// one succeeds. The error says what each of them said, in their order.
-async fn race<T, F: Future<Output = Result<Lane, Error>>>(
+pub(super) async fn race<T, R, F: Future<Output = Result<R, Error>>>(
     targets: impl Iterator<Item = T>,
     head_start: Duration,
     attempt: impl Fn(T) -> F,
-) -> Result<Lane, Error> {
+) -> Result<R, Error> {
     let mut targets = targets.enumerate();
     let mut attempts = FuturesUnordered::new();
     let mut errors: Vec<(usize, Error)> = Vec::new();
     loop {
         if let Some((index, target)) = targets.next() {
-            let lane = attempt(target);
-            attempts.push(async move { (index, lane.await) });
+            let attempt = attempt(target);
+            attempts.push(async move { (index, attempt.await) });
         }
         match timeout(head_start, attempts.next()).await {
-            Ok(Some((_, Ok(lane)))) => return Ok(lane),
+            Ok(Some((_, Ok(result)))) => return Ok(result),
             Ok(Some((index, Err(error)))) => errors.push((index, error)),
             Ok(None) => break,
             Err(_) => {}
