@@ -16,7 +16,9 @@ mod lane;
 pub mod parser;
 #[cfg(test)]
 pub(crate) mod pipe;
+mod routes;
 mod rules;
+mod sock_diag;
 mod socket;
 mod tls;
 mod verdicts;

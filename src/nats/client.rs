@@ -5,14 +5,18 @@ use std::{
     time::Duration,
 };
 
-use async_nats::{Auth as Login, AuthError, Client, ConnectOptions, Event, ServerAddr};
+use async_nats::{Auth as Login, AuthError, Client, ConnectOptions, Event, ReconnectToServer, ServerAddr};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
 use tokio::{net::lookup_host, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{Lane, auth, context, tls};
+use super::{
+    Lane, auth, context,
+    routes::{Routes, server_addr},
+    tls,
+};
 use crate::{
     backoff::Backoff,
     config::{Connection, Endpoint, Place},
@@ -35,13 +39,25 @@ pub async fn connect(place: &Place, name: &str) -> Result<(Client, Connection), 
         warn!("the certificate of `{}` is not verified", connection.endpoint);
     }
     let log = Arc::new(EventLog { place: place.clone(), name: name.to_owned(), told: Told::default() });
-    let client = options(place, &connection, name)?
+    let routes = Routes::find(&connection).await?.map(Arc::new);
+    let mut options = options(place, &connection, name, routes.clone())?;
+    let mut pool = servers(&connection.endpoint)?;
+    if let Some(routes) = routes {
+        pool = routes.pool();
+        options = options.reconnect_to_server_callback(move |pool, _| {
+            let routes = routes.clone();
+            // A task of its own: the client asks for a future that is `Sync`.
+            let next = tokio::spawn(async move { routes.next(&pool).await });
+            async move { Some(ReconnectToServer { addr: next.await.ok()?, delay: None }) }
+        });
+    }
+    let client = options
         .retry_on_initial_connect()
         .event_callback(move |event| {
             log.tell(&event);
             std::future::ready(())
         })
-        .connect(servers(&connection.endpoint)?)
+        .connect(pool)
         .await
         .map_err(|error| super::Error::hold(format!("control connection: {error}")))?;
     Ok((client, connection))
@@ -94,9 +110,9 @@ impl Session {
             Event::ServerError(error) => *refused.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string(),
             _ => {}
         };
-        let hosts = connection.endpoint.hosts.len();
-        let options = options(place, connection, name)?.max_reconnects(hosts);
-        let client = connect_with(options, connection, name, tell).await?;
+        // Each of them, and the address that comes first where a name has several.
+        let attempts = connection.endpoint.hosts.len() + 1;
+        let client = connect_with(place, connection, name, Some(attempts), tell).await?;
         Ok(Self { client, lost, refusal })
     }
 
@@ -118,21 +134,29 @@ async fn connect_or_explain(
     name: &str,
     tell: impl Fn(Event) + Send + Sync + 'static,
 ) -> Result<(Client, Connection), super::Error> {
-    let client = connect_with(options(place, &connection, name)?, &connection, name, tell).await?;
+    let client = connect_with(place, &connection, name, None, tell).await?;
     Ok((client, connection))
 }
 
 async fn connect_with(
-    options: ConnectOptions,
+    place: &Place,
     connection: &Connection,
     name: &str,
+    max_reconnects: Option<usize>,
     tell: impl Fn(Event) + Send + Sync + 'static,
 ) -> Result<Client, super::Error> {
+    let routes = Routes::find(connection).await?.map(Arc::new);
+    let mut options = options(place, connection, name, routes.clone())?.max_reconnects(max_reconnects);
+    let mut pool = servers(&connection.endpoint)?;
+    if let Some(routes) = routes {
+        pool = routes.in_order().await;
+        options = options.retain_servers_order();
+    }
     let options = options.event_callback(move |event| {
         tell(event);
         std::future::ready(())
     });
-    let failed = match options.connect(servers(&connection.endpoint)?).await {
+    let failed = match options.connect(pool).await {
         Ok(client) => return Ok(client),
         Err(error) => error,
     };
@@ -143,7 +167,12 @@ async fn connect_with(
     }
 }
 
-fn options(place: &Place, connection: &Connection, name: &str) -> Result<ConnectOptions, super::Error> {
+fn options(
+    place: &Place,
+    connection: &Connection,
+    name: &str,
+    routes: Option<Arc<Routes>>,
+) -> Result<ConnectOptions, super::Error> {
     let endpoint = &connection.endpoint;
     let mut options = authenticate(place.clone())
         .name(name)
@@ -154,7 +183,7 @@ fn options(place: &Place, connection: &Connection, name: &str) -> Result<Connect
         .max_reconnects(None)
         .reconnect_delay_callback(reconnect_delay)
         .require_tls(endpoint.requires_tls())
-        .tls_client_config(secure(place.clone()))
+        .tls_client_config(secure(place.clone(), routes))
         // What a server says of other servers is no reason to show them an identity.
         .ignore_discovered_servers();
     if endpoint.tls.handshake_first {
@@ -164,11 +193,7 @@ fn options(place: &Place, connection: &Connection, name: &str) -> Result<Connect
 }
 
 fn servers(endpoint: &Endpoint) -> Result<Vec<ServerAddr>, super::Error> {
-    let server = |host| {
-        let server = endpoint.server(host);
-        server.parse().map_err(|error| super::Error::hold(format!("server `{server}`: {error}")))
-    };
-    endpoint.hosts.iter().map(server).collect()
+    endpoint.hosts.iter().map(|host| server_addr(endpoint, host)).collect()
 }
 
 /// The first attempt is made at once; `attempts` counts from 1 since the last connection.
@@ -211,8 +236,11 @@ fn login(place: &Place, nonce: &[u8]) -> Result<Login, String> {
     Ok(login)
 }
 
-fn secure(place: Place) -> rustls::ClientConfig {
-    tls::rereading_config(move || Ok(context::resolve(&place)?.endpoint.tls))
+fn secure(place: Place, routes: Option<Arc<Routes>>) -> rustls::ClientConfig {
+    tls::rereading_config(
+        move || Ok(context::resolve(&place)?.endpoint.tls),
+        move |address| routes.as_ref().map_or_else(Vec::new, |routes| routes.names(address)),
+    )
 }
 
 /// The last thing that was told, so that it is told once.

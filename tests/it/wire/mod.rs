@@ -11,6 +11,7 @@ mod election;
 mod faults;
 mod fidelity;
 mod foreign_durable;
+mod frozen;
 mod holds;
 mod kinds;
 mod kv;
