@@ -1,5 +1,6 @@
 //! Several instances: leases, failover, faults of all kinds at once.
 
+mod bucket_settings;
 mod buckets_vanish;
 mod chaos;
 mod cut_off;
