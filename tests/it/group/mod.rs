@@ -7,3 +7,4 @@ mod cut_off;
 mod leases;
 mod site_name;
 mod stepdown;
+mod wrong_clock;
