@@ -5,6 +5,7 @@ mod buckets_vanish;
 mod chaos;
 mod cut_off;
 mod leases;
+mod lost_buckets;
 mod site_name;
 mod stepdown;
 mod wrong_clock;
