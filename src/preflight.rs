@@ -69,6 +69,11 @@ pub struct SideReport {
     pub findings: Vec<Finding>,
 }
 
+/// Why nothing is said of a stream at the source that would store the copies again.
+const NO_BRIDGE_CHECK: &str = "whether both sides are one account could not be checked, because the login of the target may not \
+     publish to the inbox of the source connection, or there was no time for it: if they are, streams at the source that \
+     listen on the subjects of the copies store them again";
+
 /// What the service that checks a document is.
 #[derive(Debug, Clone, Copy)]
 pub struct Own<'a> {
@@ -162,7 +167,7 @@ pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known:
             source.facts.beside = match target.reaches(&mut source, until).await {
                 Some(true) => source.ask_who_listens(flow.to.clone(), until).await,
                 Some(false) => Answer::NotAsked,
-                None => Answer::Unclear("it could not be determined whether both sides are one account".to_owned()),
+                None => Answer::Unclear(NO_BRIDGE_CHECK.to_owned()),
             };
         }
     }

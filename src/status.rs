@@ -31,11 +31,24 @@ pub struct Row {
 }
 
 impl Row {
-    /// Brings everything that depends on the time up to `now`, by the clock of this host: to be called when a row is read.
+    /// The source server's time when the host clock of the instance that wrote the row shows `host`.
+    pub fn source_time(&self, host: DateTime<Utc>) -> DateTime<Utc> {
+        host + self.clock_offset()
+    }
+
+    /// What the host clock of the instance that wrote the row shows when the source server's time is `source`.
+    pub fn host_time(&self, source: DateTime<Utc>) -> DateTime<Utc> {
+        source - self.clock_offset()
+    }
+
+    fn clock_offset(&self) -> TimeDelta {
+        let ahead = self.copy.source.clock_offset_seconds.unwrap_or_default();
+        TimeDelta::milliseconds((ahead * 1e3) as i64)
+    }
+
+    /// Brings everything that depends on the time up to `now`, the source server's time: to be called when a row is read.
     pub fn at(&mut self, now: DateTime<Utc>) {
         let copy = &mut self.copy;
-        let ahead = copy.source.clock_offset_seconds.unwrap_or_default();
-        let now = now + TimeDelta::milliseconds((ahead * 1e3) as i64);
         if let Some(lag) = &mut copy.lag {
             let passed = lag.at(now);
             if let Some(headroom) = &mut copy.headroom {

@@ -19,6 +19,7 @@ use std::{
     time::Duration,
 };
 
+use chrono::{DateTime, Utc};
 use futures_util::StreamExt;
 use tokio::{
     sync::watch,
@@ -187,6 +188,25 @@ impl Handle {
         Some(self.view(&board))
     }
 
+    /// The row of one replication as the group sees it, and the time of its source server.
+    pub fn row_and_time(&self, id: &str) -> Option<(Row, DateTime<Utc>)> {
+        let board = self.table.borrow().boards.get(id).cloned()?;
+        let row = self.view(&board);
+        let time = self.source_time(&board, &row);
+        Some((row, time))
+    }
+
+    /// The installation that a replication counts as its own's at the source, where its position record names one.
+    pub fn installation(&self, id: &str) -> Option<String> {
+        self.group.record(id)?.installation
+    }
+
+    /// The time of the source server: the clock of this host counts only for what this process measured itself.
+    fn source_time(&self, board: &Board, row: &Row) -> DateTime<Utc> {
+        let reported = (!board.leads()).then(|| self.group.source_time(&row.replication)).flatten();
+        reported.unwrap_or_else(|| row.source_time(chance::now()))
+    }
+
     /// The senders of a replication as this process knows them, if it is sampled; and whether this process leads it.
     pub fn samples(&self, id: &str) -> Option<(Samples, bool)> {
         let board = self.table.borrow().boards.get(id).cloned()?;
@@ -234,7 +254,9 @@ impl Handle {
         let mut own = board.row();
         let Some(record) = self.group.record(&own.replication) else { return own };
         if !board.leads() {
-            return self.leaders_row(record, own);
+            let mut row = self.leaders_row(record, own);
+            row.at(self.source_time(board, &row));
+            return row;
         }
         let position = record.source.map_or(0, |source| source.seq);
         if own.state == State::Paused && own.copy.position.source_seq != position {
@@ -269,7 +291,6 @@ impl Handle {
         if matches!(row.state, State::Stopped | State::Starting) {
             row.not_running();
         }
-        row.at(chance::now());
         row
     }
 

@@ -35,6 +35,11 @@ enum Verb {
     /// Afterwards, start every instance with `--name NEW`. If the site is called NEW already, OLD is added to its former names:
     /// copies that were made under OLD count as its own.
     Rename(RenameArgs),
+    /// Take over the durable consumers of an installation whose buckets are lost, while no instance runs
+    ///
+    /// INSTALLATION is the id that the error of a held replication names. Make sure that the installation runs nowhere: two that
+    /// use one consumer copy a part of the messages each. Nothing is deleted; it takes effect with the next start.
+    Adopt(AdoptArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -52,6 +57,16 @@ struct RenameArgs {
     /// Name that it gets
     #[arg(value_parser = site)]
     new: String,
+
+    #[command(flatten)]
+    buckets: BucketArgs,
+}
+
+#[derive(Debug, clap::Args)]
+struct AdoptArgs {
+    /// Id of the installation
+    #[arg(value_parser = site)]
+    installation: String,
 
     #[command(flatten)]
     buckets: BucketArgs,
@@ -89,6 +104,7 @@ impl Args {
         match &self.verb {
             Verb::Show(args) => &args.buckets.global,
             Verb::Rename(args) => &args.buckets.global,
+            Verb::Adopt(args) => &args.buckets.global,
         }
     }
 }
@@ -106,6 +122,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
             }
         }
         Verb::Rename(args) => rename(args, out).await?,
+        Verb::Adopt(args) => adopt(args, out).await?,
     }
     Ok(Verdict::Good)
 }
@@ -152,6 +169,20 @@ async fn rename(args: &RenameArgs, out: &mut Output) -> Result<(), Error> {
     }
     show(&renamed, out);
     out.note(&format!("start every instance with `--name {new}` from now on"));
+    Ok(())
+}
+
+async fn adopt(args: &AdoptArgs, out: &mut Output) -> Result<(), Error> {
+    let AdoptArgs { installation, buckets } = args;
+    let (config, leases) = open(buckets).await?;
+    nobody_runs(&leases, out).await?;
+    config.adopt(installation).await.map_err(failed)?;
+    if out.json() {
+        out.value(&serde_json::json!({ "installation": installation }));
+    } else {
+        out.line(&format!("installation {installation}"));
+    }
+    out.note("its durable consumers are used from the next start on");
     Ok(())
 }
 

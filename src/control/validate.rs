@@ -25,10 +25,14 @@ pub(super) async fn config_validate(context: &Context, request: Request) -> Resu
         Err(failure) => return Err(failure),
     };
     let (exists, known) = others(context, &replication).await;
+    // As its run does.
+    let installation = context.supervisor.installation(&replication.id);
+    let mut own = context.own();
+    own.installation = installation.as_deref().unwrap_or(own.installation);
     let mut validation = if context.read_only {
         Validation { valid: true, ..Validation::default() }
     } else {
-        validation(&preflight::run(&context.rules, &context.own(), &replication, &known, until).await)
+        validation(&preflight::run(&context.rules, &own, &replication, &known, until).await)
     };
     if let Some(revision) = exists {
         let id = &replication.id;

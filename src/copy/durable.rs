@@ -36,6 +36,9 @@ const LEAST_PENDING: u64 = 16;
 /// process ends meanwhile.
 const KEEPER: Duration = Duration::from_secs(600);
 
+/// What whoever reads that a consumer is in the way must know.
+const KEEP: &str = "Do not delete the consumer while messages wait for it: an interest stream removes them with it";
+
 /// How a consumer wants its acks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
@@ -152,8 +155,8 @@ impl Durable {
         if !is_ours(&self.info.config) {
             return Err(Error::hold(format!(
                 "source stream `{stream}` lost its end, and durable consumer `{}`, which this replication did not create, is ahead \
-                 of it: it never delivers what the stream stored since then, up to sequence {delivered}. Delete the consumer, and \
-                 the replication creates its own",
+                 of it: it never delivers what the stream stored since then, up to sequence {delivered}. Create a second \
+                 consumer, which keeps the messages of an interest stream, then delete this one: the replication creates its own",
                 self.name
             )));
         }
@@ -300,18 +303,19 @@ fn anothers(replication: &Replication, owner: Owner<'_>, config: &Value) -> Opti
     let (id, installation) = (text(MARK)?, text(INSTALLATION));
     if installation.is_some_and(|installation| installation != owner.installation) {
         let site = text(SITE).unwrap_or_default();
+        let installation = installation.unwrap_or_default();
         return Some(format!(
-            "replication `{id}` of site `{site}` (installation {}) uses it, and this is replication `{}` of site `{}` \
-             (installation {})",
-            installation.unwrap_or_default(),
-            replication.id,
-            owner.site,
-            owner.installation
+            "replication `{id}` of site `{site}` (installation {installation}) uses it, and this is replication `{}` of site `{}` \
+             (installation {}); each would copy a part of the messages. Give one of the two a `name` of its own. If the buckets \
+             of installation {installation} are lost, so that it runs nowhere, stop all instances of this one and take its \
+             consumers over: `stream-replicator site adopt {installation}`",
+            replication.id, owner.site, owner.installation
         ));
     }
     (id != replication.id).then(|| {
         format!(
-            "replication `{id}` of this site, `{}`, uses it, and this is replication `{}`",
+            "replication `{id}` of this site, `{}`, uses it, and this is replication `{}`; each would copy a part of the \
+             messages. Give one of the two a `name` of its own",
             owner.site, replication.id
         )
     })
@@ -322,8 +326,7 @@ pub(crate) fn judge(replication: &Replication, owner: Owner<'_>, name: &str, con
     if let Some(other) = anothers(replication, owner, config) {
         let stream = &replication.source.stream;
         return Err(Error::hold(format!(
-            "durable consumer `{name}` of source stream `{stream}` is not this replication's: {other}; each would copy a part \
-             of the messages. Give one of the two a `name` of its own, or delete the consumer if the other one is gone"
+            "durable consumer `{name}` of source stream `{stream}` is not this replication's: {other}. {KEEP}"
         )));
     }
     let text = |field: &str| config[field].as_str().unwrap_or_default();
@@ -358,7 +361,8 @@ pub(crate) fn judge(replication: &Replication, owner: Owner<'_>, name: &str, con
 fn unusable(replication: &Replication, name: &str, why: &str) -> Error {
     let stream = &replication.source.stream;
     Error::hold(format!(
-        "durable consumer `{name}` of source stream `{stream}` cannot be used: {why}; delete or rename it"
+        "durable consumer `{name}` of source stream `{stream}` cannot be used: {why}. Give the replication another `name`, or \
+         change the consumer. {KEEP}"
     ))
 }
 

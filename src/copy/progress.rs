@@ -166,7 +166,7 @@ impl Ledger {
             self.unsaved.nothing();
             return true;
         }
-        self.start(PositionRecord { status: Some(row), ..record });
+        self.start(record.reporting(row));
         false
     }
 
@@ -259,7 +259,7 @@ impl Ledger {
     /// Writes and waits. What stood in the way but is no other holder's is written over at the second try.
     async fn write(&mut self, record: PositionRecord, row: Row) -> Result<(), SaveError> {
         self.finish().await?;
-        self.save_whole(PositionRecord { status: Some(row), ..record }).await
+        self.save_whole(record.reporting(row)).await
     }
 
     async fn save_whole(&mut self, record: PositionRecord) -> Result<(), SaveError> {

@@ -500,7 +500,13 @@ impl Pair<'_> {
         });
         let mut said: Vec<Said> = said.map(Some).collect();
         said.extend(self.strays(&listens).map(|text| Some((Outcome::Warning, text))));
-        said.extend(self.second_stream().map(Some));
+        let second = self.second_stream();
+        // That it is not known is said beside all else.
+        if let Some((Outcome::Unknown, text)) = second.as_ref().filter(|_| !said.is_empty()) {
+            findings.add("bridge", Outcome::Unknown, path, text);
+        } else {
+            said.extend(second.map(Some));
+        }
         // The worst of them stands for all: they have one cause.
         let worst = said.iter().position(|said| matches!(said, Some((Outcome::Failed, _)))).unwrap_or(0);
         let said = if said.is_empty() { None } else { said.swap_remove(worst) };

@@ -1,6 +1,14 @@
 //! One bucket: current reads, writes by compare-and-swap, and nothing about what the values mean.
 
-use std::{collections::HashMap, fmt, time::Duration};
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use async_nats::{
     Client, HeaderMap, Message, Request, RequestErrorKind, StatusCode,
@@ -15,7 +23,9 @@ use async_nats::{
     },
 };
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures_util::{FutureExt, future::BoxFuture};
+use serde_json::{Map, Value, json};
 use tokio::{sync::watch as watch_channel, time::timeout};
 
 use super::{
@@ -44,6 +54,7 @@ pub(super) struct Bucket {
     name: String,
     /// This process, in names of consumers.
     instance: String,
+    context: jetstream::Context,
     stream: Stream<()>,
     /// `$KV.<bucket>.`, what subjects of stored messages begin with.
     prefix: String,
@@ -51,6 +62,8 @@ pub(super) struct Bucket {
     put_prefix: String,
     /// How often the bucket was recreated while this process had it open.
     recreated: watch_channel::Sender<u64>,
+    /// Whether messages of the bucket may have a time to live, as last seen.
+    takes_ttl: Arc<AtomicBool>,
 }
 
 /// The entry at a key, now or before.
@@ -187,7 +200,8 @@ impl Bucket {
         let put_prefix = if api_prefix == API_PREFIX { String::new() } else { format!("{api_prefix}.") };
         let (client, name, prefix) = (client.clone(), name.to_owned(), format!("$KV.{name}."));
         let recreated = watch_channel::Sender::new(0);
-        Ok(Self { client, name, instance, stream, prefix, put_prefix, recreated })
+        let (context, takes_ttl) = (context.clone(), Arc::default());
+        Ok(Self { client, name, instance, context, stream, prefix, put_prefix, recreated, takes_ttl })
     }
 
     /// How often the bucket was recreated; changes as soon as that is known.
@@ -198,6 +212,39 @@ impl Bucket {
     /// The bucket is another one now.
     pub(super) fn was_recreated(&self) {
         self.recreated.send_modify(|count| *count += 1);
+    }
+
+    /// Whether messages of the bucket may have a time to live, as last seen.
+    pub(super) fn takes_ttl(&self) -> bool {
+        self.takes_ttl.load(Ordering::Relaxed)
+    }
+
+    /// The bucket's stream has this configuration now.
+    pub(super) fn is_configured(&self, config: &stream::Config) {
+        self.takes_ttl.store(config.allow_message_ttl, Ordering::Relaxed);
+    }
+
+    /// Changes the configuration of the bucket's stream; what this program does not know of it stays.
+    pub(super) async fn reconfigure(&self, change: impl FnOnce(&mut Map<String, Value>)) -> Result<(), Error> {
+        let ask = async |verb: &str, body: &Value| -> Result<Value, Error> {
+            let subject = format!("STREAM.{verb}.{}", stream_name(&self.name));
+            let answer: Value = self
+                .in_time(self.context.request(subject, body))
+                .await?
+                .map_err(|error| self.error(format!("cannot be changed: {}", chain(&error))))?;
+            match answer.get("error") {
+                None => Ok(answer),
+                Some(error) => {
+                    let why = error["description"].as_str().unwrap_or("the server refuses it");
+                    Err(self.error(format!("cannot be changed: {why}")))
+                }
+            }
+        };
+        let mut config = ask("INFO", &json!({})).await?["config"].take();
+        if let Some(fields) = config.as_object_mut() {
+            change(fields);
+        }
+        ask("UPDATE", &config).await.map(drop)
     }
 
     /// Name of the bucket.
@@ -355,13 +402,28 @@ impl Bucket {
 
     /// The bucket's stream as its leader sees it now.
     pub(super) async fn info(&self) -> Result<Info, Error> {
-        let info = self.in_time(self.stream.get_info()).await?.map_err(|error| self.error(chain(&error)))?;
+        Ok(self.info_and_time().await?.0)
+    }
+
+    /// The bucket's stream as its leader sees it now, and the leader's time, where it reports it.
+    pub(super) async fn info_and_time(&self) -> Result<(Info, Option<DateTime<Utc>>), Error> {
+        let subject = format!("STREAM.INFO.{}", stream_name(&self.name));
+        let answer: Value = self
+            .in_time(self.context.request(subject, &json!({})))
+            .await?
+            .map_err(|error| self.error(chain(&error)))?;
+        let time = answer["ts"].as_str().and_then(|text| DateTime::parse_from_rfc3339(text).ok());
+        let info: Info = match serde_json::from_value(answer) {
+            Ok(Response::Ok(info)) => info,
+            Ok(Response::Err { error }) => return Err(self.error(chain(&error))),
+            Err(error) => return Err(self.error(format!("the answer about its stream cannot be read: {error}"))),
+        };
         let leads = |cluster: &ClusterInfo| {
             let leader = cluster.leader.as_deref().unwrap_or_default();
             is_leaders_answer(leader, cluster.replicas.iter().map(|peer| peer.name.as_str()))
         };
         match info.cluster.as_ref().is_none_or(leads) {
-            true => Ok(info),
+            true => Ok((info, time.map(|time| time.to_utc()))),
             false => Err(self.error("it has no leader, or not the one that answered")),
         }
     }

@@ -8,6 +8,7 @@ use futures_util::{StreamExt, stream::BoxStream};
 use super::{
     bucket::{Bucket, PutError, Stored},
     buckets::Error,
+    keeper::INSTALLATION,
     marks::{Mark, MarkKind},
     watch::{self, Change},
 };
@@ -121,6 +122,16 @@ impl ConfigStore {
         Ok(self.bucket.info().await?.state.last_sequence)
     }
 
+    /// From the next start on, the installation is the one with this id, whose buckets were lost.
+    pub async fn adopt(&self, installation: &str) -> Result<(), Error> {
+        self.bucket
+            .reconfigure(|config| {
+                let metadata = config.entry("metadata").or_insert_with(|| serde_json::json!({}));
+                metadata[INSTALLATION] = installation.into();
+            })
+            .await
+    }
+
     /// Writes a document where there is none; returns its revision.
     pub async fn create(&self, key: &str, value: Bytes) -> Result<u64, WriteError> {
         self.write(key, Some(value), |current| match current {
@@ -216,17 +227,17 @@ fn typed(change: Change) -> ConfigChange {
         Some(ConfigChange::Marked(Mark { id: id.to_owned(), kind, revision, value: value.cloned() }))
     };
     match change {
-        Change::Put { key, revision, value } if key == HEARTBEATS_KEY => {
+        Change::Put { key, revision, value, .. } if key == HEARTBEATS_KEY => {
             ConfigChange::Heartbeats(Stored { revision, value: Some(value) })
         }
         Change::Deleted { key, revision } if key == HEARTBEATS_KEY => {
             ConfigChange::Heartbeats(Stored { revision, value: None })
         }
-        Change::Put { key, revision, value } if key == SITE_KEY => {
+        Change::Put { key, revision, value, .. } if key == SITE_KEY => {
             ConfigChange::Site(Stored { revision, value: Some(value) })
         }
         Change::Deleted { key, revision } if key == SITE_KEY => ConfigChange::Site(Stored { revision, value: None }),
-        Change::Put { key, revision, value } => mark(&key, revision, Some(&value))
+        Change::Put { key, revision, value, .. } => mark(&key, revision, Some(&value))
             .unwrap_or_else(|| ConfigChange::Put(ConfigEntry { key, revision, value })),
         Change::Deleted { key, revision } => {
             mark(&key, revision, None).unwrap_or(ConfigChange::Deleted { key, revision })

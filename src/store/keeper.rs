@@ -5,13 +5,14 @@ use std::{convert::Infallible, time::Duration};
 
 use async_nats::jetstream::{
     self,
-    stream::{Config, Info},
+    stream::{Config, DiscardPolicy, Info},
 };
 use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
+    SenderStore,
     bucket::{self, Bucket, chain},
     buckets::OwnStreams,
     watch::RECREATED,
@@ -22,6 +23,8 @@ use crate::chance;
 const EVERY: Duration = Duration::from_secs(1);
 /// Who deletes a bucket to make or restore it himself has this long.
 const MISSING_FOR: Duration = Duration::from_secs(2);
+/// A change of a bucket that failed is tried again after this.
+const TRY_AGAIN: Duration = Duration::from_secs(300);
 /// Metadata of the configuration bucket: what identifies the installation, where the bucket is not its first one.
 pub(super) const INSTALLATION: &str = "stream-replicator.installation";
 /// Metadata that is the server's.
@@ -57,20 +60,36 @@ struct Kept {
     missing_since: Option<Instant>,
     /// What is wrong, as it was logged.
     logged: Option<String>,
+    /// How long markers of deletions are to be kept, where the server can end them.
+    markers: Option<Duration>,
+    /// When that is tried to be set for the bucket as it is; `None` once it was.
+    next_try: Option<Instant>,
 }
 
 impl Keeper {
-    /// For these buckets, as they are now. The first one is that of the configuration.
+    /// For these buckets, as they are now. The first one is that of the configuration, the last one that of senders.
     pub(super) fn new(
         context: jetstream::Context,
         buckets: Vec<(Bucket, Info)>,
         streams: OwnStreams,
         installation: String,
     ) -> Self {
+        let senders = buckets.last().map(|(_, info)| info.config.name.clone()).unwrap_or_default();
         let kept = |(bucket, info): (Bucket, Info)| {
             let created_ns = info.created.unix_timestamp_nanos();
             streams.is(&info.config.name, created_ns);
-            Kept { bucket, config: info.config, created_ns, missing_since: None, logged: None }
+            bucket.is_configured(&info.config);
+            let markers = (info.config.name == senders).then_some(SenderStore::MARKER_TTL);
+            let config = info.config;
+            Kept {
+                bucket,
+                config,
+                created_ns,
+                missing_since: None,
+                logged: None,
+                markers,
+                next_try: Some(Instant::now()),
+            }
         };
         let mut kept: Vec<_> = buckets.into_iter().map(kept).collect();
         if let Some(first) = kept.first_mut() {
@@ -119,7 +138,8 @@ impl Kept {
         let name = self.bucket.bucket_name().to_owned();
         if let Some(info) = bucket::look(context, &name).await? {
             self.saw(info, streams);
-            return Ok(false);
+            self.end_markers().await;
+            return unfit(&self.config, &name).map_or(Ok(false), Err);
         }
         let since = *self.missing_since.get_or_insert_with(Instant::now);
         if since.elapsed() < MISSING_FOR {
@@ -152,6 +172,7 @@ impl Kept {
         self.missing_since = None;
         let installation = self.config.metadata.get(INSTALLATION).cloned();
         self.config = info.config;
+        self.bucket.is_configured(&self.config);
         if let Some(installation) = installation {
             self.config.metadata.insert(INSTALLATION.to_owned(), installation);
         }
@@ -160,6 +181,86 @@ impl Kept {
             self.created_ns = created_ns;
             streams.is(&self.config.name, created_ns);
             self.bucket.was_recreated();
+            self.next_try = Some(Instant::now());
         }
+    }
+
+    /// A bucket that was created by hand keeps markers of deletions forever: sets that they end, once for each bucket. A
+    /// server before 2.11 accepts that and does not do it.
+    async fn end_markers(&mut self) {
+        let due = self.next_try.is_some_and(|at| at <= Instant::now());
+        let Some(markers) = self.markers.filter(|_| due && !self.config.allow_message_ttl) else { return };
+        let name = self.bucket.bucket_name().to_owned();
+        let changed = self
+            .bucket
+            .reconfigure(|config| {
+                config.insert("allow_msg_ttl".to_owned(), true.into());
+                config.insert("subject_delete_marker_ttl".to_owned(), (markers.as_nanos() as u64).into());
+            })
+            .await;
+        match changed {
+            Ok(()) => {
+                self.next_try = None;
+                debug!(bucket = name, "markers of deletions end from now on, where the server can do it");
+            }
+            Err(error) => {
+                self.next_try = Some(Instant::now() + TRY_AGAIN);
+                warn!(
+                    bucket = name,
+                    "markers of deletions stay in the bucket, which grows: allow the service to update the stream \
+                     `{}`: {error}",
+                    self.config.name
+                );
+            }
+        }
+    }
+}
+
+/// Why a bucket would lose what is written to it, and how to change that.
+fn unfit(config: &Config, bucket: &str) -> Option<String> {
+    let stream = &config.name;
+    let bounded = [config.max_messages, config.max_bytes].iter().any(|most| *most > 0);
+    if !config.max_age.is_zero() {
+        return Some(format!(
+            "removes its entries after {:?} (`max_age`): set it to 0, `nats stream edit {stream} --max-age=0s`",
+            config.max_age
+        ));
+    }
+    if bounded && config.discard != DiscardPolicy::New {
+        return Some(format!(
+            "removes its oldest entries when it is full (`discard: old`): `nats stream edit {stream} --discard=new`"
+        ));
+    }
+    let keys = format!("$KV.{bucket}.>");
+    if !config.subjects.contains(&keys) {
+        return Some(format!("does not listen on `{keys}`: delete it, and it is created again as it should be"));
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_that_loses_entries_is_named_with_what_to_do() {
+        let good = Config {
+            name: "KV_B".to_owned(),
+            subjects: vec!["$KV.B.>".to_owned()],
+            discard: DiscardPolicy::New,
+            max_bytes: 1 << 20,
+            max_messages_per_subject: 1,
+            ..Config::default()
+        };
+        assert_eq!(unfit(&good, "B"), None);
+        // Unbounded, nothing is discarded.
+        assert_eq!(unfit(&Config { discard: DiscardPolicy::Old, max_bytes: -1, ..good.clone() }, "B"), None);
+        let says = |config: Config, text: &str| {
+            let why = unfit(&config, "B").unwrap_or_default();
+            assert!(why.contains(text), "{why:?} does not contain {text:?}");
+        };
+        says(Config { max_age: Duration::from_secs(60), ..good.clone() }, "--max-age=0s");
+        says(Config { discard: DiscardPolicy::Old, ..good.clone() }, "--discard=new");
+        says(Config { subjects: vec!["$KV.A.>".to_owned()], ..good }, "`$KV.B.>`");
     }
 }

@@ -215,7 +215,7 @@ fn lease_key(id: &str) -> String {
 /// What a change of the bucket says; other keys are left alone.
 fn told(change: Change) -> Option<LeaseChange> {
     let (key, revision, value) = match change {
-        Change::Put { key, revision, value } => (key, revision, Some(value)),
+        Change::Put { key, revision, value, .. } => (key, revision, Some(value)),
         Change::Deleted { key, revision } => (key, revision, None),
         Change::Anew => return Some(LeaseChange::Anew),
         Change::Loaded => return Some(LeaseChange::Loaded),
@@ -231,6 +231,8 @@ fn told(change: Change) -> Option<LeaseChange> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use serde_json::json;
 
     use super::*;
@@ -248,7 +250,9 @@ mod tests {
 
     #[test]
     fn other_keys_of_the_bucket_are_left_alone() {
-        let put = |key: &str| told(Change::Put { key: key.to_owned(), revision: 1, value: Bytes::from("{}") });
+        let put = |key: &str| {
+            told(Change::Put { key: key.to_owned(), revision: 1, value: Bytes::from("{}"), age: Duration::ZERO })
+        };
         assert_eq!(put("notes"), None);
         let unreadable = LeaseChange::Lease { id: "A.b".to_owned(), revision: 1, record: None };
         assert_eq!(put("lease.A.b"), Some(unreadable));

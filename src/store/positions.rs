@@ -1,9 +1,9 @@
 //! Position records: where each replication stands, who holds it, and its status row.
 
-use std::{collections::BTreeMap, future::Future, sync::Arc};
+use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SubsecRound, Utc};
 use futures_util::{StreamExt, future::ready, stream::BoxStream};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -79,6 +79,10 @@ pub struct PositionRecord {
     /// The holder waits for Choria's election, and somebody else copies.
     #[serde(default, skip_serializing_if = "is_default")]
     pub electing: bool,
+    /// When the status row was written, by the clock of the source server as the writer knew it. Other instances count
+    /// ages from here: their own clocks may be wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reported_at: Option<DateTime<Utc>>,
     /// Status row at the time of the write. One that cannot be read (an edit by hand, another version) is none: the
     /// rest of the record is worth more than it.
     #[serde(default, deserialize_with = "readable")]
@@ -92,7 +96,8 @@ impl PositionRecord {
     /// Whether only what the replication reports of itself, while it is paused, differs from another record.
     pub fn only_reports(&self, other: &Self) -> bool {
         let is_paused = |record: &Self| record.status.as_ref().is_none_or(|row| row.state == State::Paused);
-        let same = Self { status: other.status.clone(), nonce: other.nonce, ..self.clone() };
+        let same =
+            Self { status: other.status.clone(), reported_at: other.reported_at, nonce: other.nonce, ..self.clone() };
         is_paused(self) && same == *other
     }
 }
@@ -181,8 +186,10 @@ impl Orphans {
 pub struct PositionChange {
     /// Replication id.
     pub id: String,
-    /// The record as it stands in the bucket; `None` when it was removed.
+    /// The record as it is in the bucket; `None` when it was removed.
     pub value: Option<Bytes>,
+    /// How long ago it was written.
+    pub age: Duration,
 }
 
 /// Why a save did not happen.
@@ -236,8 +243,8 @@ impl PositionStore {
     pub async fn watch(&self) -> Result<BoxStream<'static, Result<PositionChange, Error>>, Error> {
         let changes = self.bucket.watch().await?;
         let told = |change| match change {
-            Change::Put { key, value, .. } => Some(PositionChange { id: key, value: Some(value) }),
-            Change::Deleted { key, .. } => Some(PositionChange { id: key, value: None }),
+            Change::Put { key, value, age, .. } => Some(PositionChange { id: key, value: Some(value), age }),
+            Change::Deleted { key, .. } => Some(PositionChange { id: key, value: None, age: Duration::ZERO }),
             Change::Anew | Change::Loaded => None,
         };
         Ok(changes.filter_map(move |change| ready(change.map(told).transpose())).boxed())
@@ -386,6 +393,7 @@ impl PositionRecord {
             inspected: None,
             unseen_from: None,
             electing: false,
+            reported_at: None,
             status: None,
             other: BTreeMap::new(),
         }
@@ -403,6 +411,12 @@ impl PositionRecord {
             row.state = State::Starting;
         }
         self
+    }
+
+    /// The record with a status row that is written now.
+    #[must_use]
+    pub fn reporting(self, row: Row) -> Self {
+        Self { reported_at: Some(row.source_time(chance::now()).trunc_subsecs(3)), status: Some(row), ..self }
     }
 
     /// The record with another position, taken by the instance that moves it; `now` is the source server's time.
@@ -481,6 +495,21 @@ mod tests {
         let sampled = PositionRecord { source: Some(at(5)), sampled: Some(4), ..PositionRecord::new() };
         let moved = sampled.moved(at(9), "b", now);
         assert_eq!((moved.sampled, moved.unseen_from), (Some(9), Some(now)));
+    }
+
+    #[test]
+    fn a_report_says_when_it_was_made_by_the_clock_of_the_source() {
+        let mut row: Row = serde_json::from_value(serde_json::json!({
+            "replication": "S", "state": "paused", "origin": "kv", "leader": "a", "epoch": 1, "config_revision": 1
+        }))
+        .unwrap();
+        row.copy.source.clock_offset_seconds = Some(3_600.0);
+        let before = PositionRecord::new();
+        let record = before.clone().reporting(row);
+        let ahead = (record.reported_at.unwrap() - chrono::Utc::now()).num_seconds();
+        assert!((3_500..3_700).contains(&ahead), "{ahead}");
+        assert!(record.only_reports(&before));
+        assert!(!PositionRecord { generation: 1, ..record }.only_reports(&before));
     }
 
     #[test]

@@ -146,8 +146,6 @@ pub type SenderChanges = BoxStream<'static, Result<(u64, SenderChange), Error>>;
 pub struct SenderStore {
     bucket: Bucket,
     instance: String,
-    /// Whether markers of removed records can go by themselves.
-    marker_ttl: bool,
 }
 
 /// Where records of senders are written: their bucket, or what takes its place in a simulation.
@@ -183,8 +181,7 @@ impl SenderStore {
     pub(super) const MARKER_TTL: Duration = Duration::from_secs(3600);
 
     pub(super) async fn open(bucket: Bucket, instance: &str) -> Result<Self, Error> {
-        let marker_ttl = bucket.info().await?.config.allow_message_ttl;
-        Ok(Self { bucket, instance: instance.to_owned(), marker_ttl })
+        Ok(Self { bucket, instance: instance.to_owned() })
     }
 
     async fn write_together(&self, id: &str, writes: &[(String, Option<SenderRecord>)]) -> Result<(), Error> {
@@ -265,7 +262,7 @@ impl SenderStore {
         let mut headers = HeaderMap::new();
         headers.insert(WRITER, self.instance.as_str());
         headers.insert("KV-Operation", "DEL");
-        if self.marker_ttl {
+        if self.bucket.takes_ttl() {
             headers.insert("Nats-TTL", Self::MARKER_TTL.as_secs().to_string().as_str());
         }
         headers

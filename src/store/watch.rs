@@ -14,6 +14,7 @@ use async_nats::{
     jetstream::{consumer::DeliverPolicy, stream},
 };
 use bytes::Bytes;
+use chrono::{DateTime, TimeDelta, Utc};
 use futures_util::{
     FutureExt, StreamExt,
     future::join_all,
@@ -54,6 +55,8 @@ pub enum Change {
         revision: u64,
         /// As written.
         value: Bytes,
+        /// How long ago it was written, by the clock of the server that stored it.
+        age: Duration,
     },
     /// A key was deleted or purged.
     Deleted {
@@ -93,6 +96,7 @@ pub(super) async fn watch(bucket: Bucket, purpose: &str, first: fn(&str) -> bool
         failing: false,
         recreations,
         recreation: None,
+        clock: None,
     };
     watch.open().await?;
     watch.queue.push_back(Ok(Change::Loaded));
@@ -123,6 +127,8 @@ struct Watch {
     recreations: watch_channel::Receiver<u64>,
     /// What the metadata of the bucket said of its last recreation.
     recreation: Option<String>,
+    /// The server's time, and when it was reported; `None` where it reports none.
+    clock: Option<(DateTime<Utc>, Instant)>,
 }
 
 /// The last value of a key.
@@ -154,7 +160,7 @@ impl Watch {
                         return None;
                     };
                     let (key, stored) = read(&self.bucket, delivery, &message)?;
-                    self.tell(key, stored, self.seen);
+                    self.tell(key, stored, self.age(delivery.time_ns), self.seen);
                     if !self.queue.is_empty() {
                         return Some(live);
                     }
@@ -164,7 +170,7 @@ impl Watch {
                 _ = sleep_until(self.next_look) => {
                     self.next_look = Instant::now() + LOOK;
                     // while the server does not answer there is nothing to compare with
-                    let Ok(info) = self.bucket.info().await else { continue };
+                    let Ok(info) = self.info().await else { continue };
                     let look = Look::new(&info);
                     if look.behind(self.looked, self.seen) {
                         // Compared again by who reads everything: whether it is another stream.
@@ -199,7 +205,7 @@ impl Watch {
     /// started.
     async fn resume(&mut self, mut live: Live, since: Instant) -> Result<(), Error> {
         let resumed = async {
-            let look = Look::new(&self.bucket.info().await?);
+            let look = Look::new(&self.info().await?);
             let same = !look.is_another(self.looked, self.seen);
             if same {
                 live.resume(self.seen).await?;
@@ -221,9 +227,9 @@ impl Watch {
 
     /// Reads everything, delivers the differences to the last delivery, and follows from there.
     async fn open(&mut self) -> Result<(), Error> {
-        let mut before = self.bucket.info().await?;
+        let mut before = self.info().await?;
         if self.put_back(&before).await? {
-            before = self.bucket.info().await?;
+            before = self.info().await?;
         }
         let (live, newest, mut snapshot) = snapshot(&self.bucket, &self.purpose).await?;
         let last = before.state.last_sequence;
@@ -235,8 +241,8 @@ impl Watch {
             let reason = format!("read up to revision {newest}, but the leader has {missed}: a server has to catch up");
             return Err(self.bucket.error(reason));
         }
-        snapshot.sort_by_key(|(key, _)| !(self.first)(key));
-        let there: HashSet<_> = snapshot.iter().map(|(key, _)| key).collect();
+        snapshot.sort_by_key(|(key, ..)| !(self.first)(key));
+        let there: HashSet<_> = snapshot.iter().map(|(key, ..)| key).collect();
         let gone: Vec<_> = self.told.keys().filter(|key| !there.contains(key)).cloned().collect();
         if Look::new(&before).is_another(self.looked, self.seen) {
             self.seen = 0;
@@ -244,13 +250,13 @@ impl Watch {
             self.queue.push_back(Ok(Change::Anew));
         }
         let known = self.seen;
-        for (key, stored) in snapshot {
-            self.tell(key, stored, known);
+        for (key, stored, time_ns) in snapshot {
+            self.tell(key, stored, self.age(time_ns), known);
         }
         self.seen = self.seen.max(last);
         for key in gone {
             // no marker, so the revision is not known exactly: it was gone by the time of this one
-            self.tell(key, Stored { revision: self.seen, value: None }, known);
+            self.tell(key, Stored { revision: self.seen, value: None }, Duration::ZERO, known);
         }
         self.looked = Some(Look::new(&before));
         self.recreation = recreation(&before).cloned();
@@ -280,9 +286,25 @@ impl Watch {
         Ok(true)
     }
 
+    /// The stream as its leader sees it now; notes the leader's time.
+    async fn info(&mut self) -> Result<stream::Info, Error> {
+        let (info, time) = self.bucket.info_and_time().await?;
+        self.clock = time.map(|time| (time, Instant::now()));
+        Ok(info)
+    }
+
+    /// How long ago something was stored.
+    fn age(&self, time_ns: i64) -> Duration {
+        let age = self.clock.map(|(time, at)| {
+            let stored = DateTime::from_timestamp_nanos(time_ns);
+            (time - stored) + TimeDelta::from_std(at.elapsed()).unwrap_or_default()
+        });
+        age.and_then(|age| age.to_std().ok()).unwrap_or_default()
+    }
+
     /// Queues a change, unless it was delivered. A deletion after the last `known` revision is delivered for a key that
     /// was never there, too: its caller waits for it.
-    fn tell(&mut self, key: String, stored: Stored, known: u64) {
+    fn tell(&mut self, key: String, stored: Stored, age: Duration, known: u64) {
         let revision = stored.revision;
         let news = revision > known;
         self.seen = self.seen.max(revision);
@@ -290,7 +312,7 @@ impl Watch {
             Some(_) if self.told.get(&key).is_some_and(|told| told.revision == revision) => {}
             Some(value) => {
                 self.told.insert(key.clone(), Told { revision, value: value.clone() });
-                self.queue.push_back(Ok(Change::Put { key, revision, value }));
+                self.queue.push_back(Ok(Change::Put { key, revision, value, age }));
             }
             None if self.told.remove(&key).is_some() || news => {
                 self.queue.push_back(Ok(Change::Deleted { key, revision }));
@@ -305,8 +327,8 @@ fn recreation(info: &stream::Info) -> Option<&String> {
     info.config.metadata.get(RECREATED)
 }
 
-/// The consumer, the newest revision that it had, and the last revision of every key.
-async fn snapshot(bucket: &Bucket, purpose: &str) -> Result<(Live, u64, Vec<(String, Stored)>), Error> {
+/// The consumer, the newest revision that it had, and the last revision of every key with its stored time.
+async fn snapshot(bucket: &Bucket, purpose: &str) -> Result<(Live, u64, Vec<(String, Stored, i64)>), Error> {
     let mut live = Live::open(bucket, purpose, ">", DeliverPolicy::LastPerSubject).await?;
     let mut pending = live.pending;
     let (mut newest, mut snapshot) = (0, Vec::new());
@@ -315,7 +337,8 @@ async fn snapshot(bucket: &Bucket, purpose: &str) -> Result<(Live, u64, Vec<(Str
             return Err(bucket.error("cannot be watched: the server stopped sending"));
         };
         (pending, newest) = (delivery.pending, delivery.stream_seq);
-        snapshot.extend(read(bucket, delivery, &message));
+        let read = read(bucket, delivery, &message);
+        snapshot.extend(read.map(|(key, stored)| (key, stored, delivery.time_ns)));
     }
     Ok((live, newest, snapshot))
 }

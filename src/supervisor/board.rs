@@ -92,7 +92,7 @@ impl Board {
             copy,
             todo: None,
         };
-        row.at(chance::now());
+        row.at(row.source_time(chance::now()));
         row
     }
 

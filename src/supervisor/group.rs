@@ -1,23 +1,64 @@
 //! What the other instances say, kept in memory: the position records with the rows that their leaders saved, and
 //! the sessions of the lease bucket. Every question about the group is answered from here.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::sync::watch;
+use chrono::{DateTime, TimeDelta, Utc};
+use serde::Deserialize;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
+    boottime,
     lease::{Leases, Sessions},
-    store::{PositionRecord, PositionStore, follow},
+    store::{PositionChange, PositionRecord, PositionStore, follow},
 };
 
 /// The group as it was last heard of; cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Group {
-    records: watch::Receiver<HashMap<String, Bytes>>,
+    records: watch::Receiver<HashMap<String, Known>>,
     leases: Leases,
     _follower: Arc<AbortOnDropHandle<()>>,
+}
+
+/// A position record as it was heard of last.
+#[derive(Debug)]
+struct Known {
+    value: Bytes,
+    reported: Option<Reported>,
+}
+
+/// When a status row was written. Claims write the record again with the row as it was, so this is kept while
+/// `reported_at` stays the same.
+#[derive(Debug, Clone, Copy)]
+struct Reported {
+    /// By the clock of the source server.
+    at: DateTime<Utc>,
+    heard: Instant,
+    /// How old it was then.
+    age: Duration,
+}
+
+impl Known {
+    fn new(value: Bytes, age: Duration, before: Option<&Self>, now: Instant) -> Self {
+        #[derive(Deserialize)]
+        struct Part {
+            reported_at: Option<DateTime<Utc>>,
+        }
+        let part = serde_json::from_slice::<Part>(&value).ok();
+        let at = part.and_then(|part| part.reported_at);
+        let before = before.and_then(|before| before.reported).filter(|before| Some(before.at) == at);
+        let reported = before.or_else(|| Some(Reported { at: at?, heard: now, age }));
+        Self { value, reported }
+    }
+
+    /// The time of the source server now, whatever the clock of this host shows.
+    fn source_time(&self, now: Instant) -> Option<DateTime<Utc>> {
+        let Reported { at, heard, age } = self.reported?;
+        Some(at + TimeDelta::from_std(now.saturating_duration_since(heard) + age).ok()?)
+    }
 }
 
 impl Group {
@@ -28,11 +69,12 @@ impl Group {
             "the position records are not watched",
             async move || positions.watch().await,
             move |change| {
-                known.send_modify(|known| {
-                    match change.value {
-                        Some(value) => known.insert(change.id, value),
-                        None => known.remove(&change.id),
-                    };
+                let PositionChange { id, value, age } = change;
+                known.send_modify(|known: &mut HashMap<String, Known>| {
+                    let before = known.remove(&id);
+                    if let Some(value) = value {
+                        known.insert(id, Known::new(value, age, before.as_ref(), boottime::now()));
+                    }
                 });
             },
         ));
@@ -41,15 +83,20 @@ impl Group {
 
     /// The record of a replication as its holder last saved it.
     pub(super) fn record(&self, id: &str) -> Option<PositionRecord> {
-        serde_json::from_slice(self.records.borrow().get(id)?).ok()
+        serde_json::from_slice(&self.records.borrow().get(id)?.value).ok()
+    }
+
+    /// The time of a replication's source server, as counted from what its leader reported last; `None` where it did not.
+    pub(super) fn source_time(&self, id: &str) -> Option<DateTime<Utc>> {
+        self.records.borrow().get(id)?.source_time(boottime::now())
     }
 
     /// Waits until the record of a replication, if there is one, says what is expected; for ever if it never does.
     pub(super) async fn record_when(&self, id: &str, when: impl Fn(&PositionRecord) -> bool) {
         let mut records = self.records.clone();
         let mut seen: Option<Bytes> = None;
-        let fits = |records: &HashMap<String, Bytes>| {
-            let Some(value) = records.get(id) else { return true };
+        let fits = |records: &HashMap<String, Known>| {
+            let Some(Known { value, .. }) = records.get(id) else { return true };
             if seen.as_ref() == Some(value) {
                 return false;
             }
@@ -73,5 +120,35 @@ impl Group {
     /// Whether an instance is there as far as is known, but was silent for so long that it has stopped by itself.
     pub(super) fn is_doubted(&self, instance: &str) -> bool {
         self.leases.sessions().is_doubted(instance)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_of_a_source_goes_on_from_what_its_leader_reported() {
+        let begun = Instant::now();
+        let after = |seconds| begun + Duration::from_secs(seconds);
+        let time = |second: i64| DateTime::from_timestamp(1_800_000_000 + second, 0).unwrap();
+        let record =
+            |second: i64| Bytes::from(serde_json::json!({"epoch": 1, "reported_at": time(second)}).to_string());
+        // Read 30 s after it was written.
+        let first = Known::new(record(100), Duration::from_secs(30), None, begun);
+        assert_eq!(first.source_time(begun), Some(time(130)));
+        assert_eq!(first.source_time(after(5)), Some(time(135)));
+        // Claimed: written again just now, with the row as it was.
+        let claimed = Known::new(record(100), Duration::ZERO, Some(&first), after(10));
+        assert_eq!(claimed.source_time(after(10)), Some(time(140)));
+        // Reported again; the source's clock was set back meanwhile.
+        let again = Known::new(record(90), Duration::from_secs(1), Some(&claimed), after(20));
+        assert_eq!(again.source_time(after(22)), Some(time(93)));
+        for other in ["{}", "[]", "{\"reported_at\": null}"] {
+            assert_eq!(
+                Known::new(Bytes::from(other), Duration::ZERO, Some(&again), after(30)).source_time(after(30)),
+                None
+            );
+        }
     }
 }

@@ -941,7 +941,7 @@ async fn note_pause(context: &Context, epoch: u64) -> Result<Noted, SaveError> {
     }
     let row = Row { epoch: record.epoch, ..board.row() };
     let nonce = u64::from(rand::random::<u32>());
-    deps.positions.save(id, PositionRecord { status: Some(row), nonce, ..record }, revision).await?;
+    deps.positions.save(id, PositionRecord { nonce, ..record }.reporting(row), revision).await?;
     Ok(Noted::Ours { news: true })
 }
 
@@ -959,7 +959,9 @@ async fn keep_noted(context: &Context) -> Infallible {
             let result: Result<(), String> = async {
                 let (mut record, revision) = deps.positions.read(id).await.map_err(|error| error.to_string())?;
                 let own = board.row().copy;
-                let Some(row) = record.status.as_mut().filter(|row| row.state == State::Paused) else { return Ok(()) };
+                let Some(mut row) = record.status.take().filter(|row| row.state == State::Paused) else {
+                    return Ok(());
+                };
                 let moved = row.copy.position.source_seq != own.position.source_seq;
                 if moved || waits(&row.copy) == seen {
                     return Ok(());
@@ -969,7 +971,11 @@ async fn keep_noted(context: &Context) -> Infallible {
                 row.copy.source.last_seq = own.source.last_seq;
                 row.copy.source.clock_offset_seconds = own.source.clock_offset_seconds;
                 record.nonce = u64::from(rand::random::<u32>());
-                deps.positions.save(id, record, revision).await.map(drop).map_err(|error| error.to_string())
+                deps.positions
+                    .save(id, record.reporting(row), revision)
+                    .await
+                    .map(drop)
+                    .map_err(|error| error.to_string())
             }
             .await;
             match result {
@@ -992,7 +998,7 @@ async fn note_wait(context: &Context, epoch: u64) -> Infallible {
         board.looked_up(&record);
         let row = Row { epoch: record.epoch, ..board.row() };
         let nonce = u64::from(rand::random::<u32>());
-        let record = PositionRecord { status: Some(row), electing: true, nonce, ..record };
+        let record = PositionRecord { electing: true, nonce, ..record }.reporting(row);
         deps.positions.save(id, record, revision).await.map(drop).map_err(|error| error.to_string())
     }
     .await;

@@ -20,6 +20,7 @@ pub mod secrets;
 pub mod server;
 pub mod service;
 pub mod site;
+pub mod skew;
 pub mod wire;
 
 pub use checker::{Expect, Report};
@@ -33,6 +34,7 @@ pub use raw::{Outgoing, Raw, Stored};
 pub use server::{Role, Server};
 pub use service::Service;
 pub use site::{Events, SITE, Site};
+pub use skew::Skew;
 
 use std::time::Duration;
 

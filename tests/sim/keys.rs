@@ -276,7 +276,7 @@ impl Handle {
             return match value {
                 Some(value) => {
                     told.keys.insert(key.clone());
-                    Change::Put { key, revision, value }
+                    Change::Put { key, revision, value, age: Duration::ZERO }
                 }
                 None => {
                     told.keys.remove(&key);

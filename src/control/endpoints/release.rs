@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use chrono::{TimeDelta, Utc};
+use chrono::TimeDelta;
 use tokio::time::timeout;
 use tracing::info;
 
@@ -68,8 +68,10 @@ async fn release(context: &Context, id: &str, skip: Option<SourceMessage>) -> Re
 async fn waiting(context: &Context, id: &str, what: &str, waits: fn(State) -> bool) -> Result<Row, Failure> {
     context.existing(id).await?;
     let starting = || Failure::new(409, format!("replication `{id}` is not {what}: it is about to start"));
-    let mut row = context.supervisor.row(id).ok_or_else(starting)?;
-    let recent = row.copy.last_error.as_ref().is_some_and(|error| Utc::now() - error.at < TRY_AFTER);
+    let (mut row, source_time) = context.supervisor.row_and_time(id).ok_or_else(starting)?;
+    // By the clock of the instance that reported it.
+    let now = row.host_time(source_time);
+    let recent = row.copy.last_error.as_ref().is_some_and(|error| now - error.at < TRY_AFTER);
     if recent && matches!(row.state, State::Starting | State::Running) {
         let again = timeout(TRY_WITHIN, context.supervisor.row_when(id, |row| waits(row.state))).await;
         row = again.unwrap_or(row);

@@ -39,12 +39,11 @@ pub(super) async fn senders(context: &Context, request: Request) -> Result<Sende
     super::check_id(&replication)?;
     let value = value.as_deref().map(expression).transpose()?;
     // Senders were seen by the clock of the source server.
-    let row = context.supervisor.row(&replication);
-    let ahead = row.as_ref().and_then(|row| row.copy.source.clock_offset_seconds).unwrap_or_default();
-    let now = Utc::now() + chrono::Duration::milliseconds((ahead * 1e3) as i64);
+    let known = context.supervisor.row_and_time(&replication);
+    let now = known.as_ref().map_or_else(Utc::now, |(_, now)| *now);
     let since_ns = since.as_deref().map(|text| time(text, now)).transpose()?.unwrap_or(i64::MIN);
     let wanted = Wanted { value, since_ns, advised };
-    row.ok_or_else(|| not_found(&replication))?;
+    known.ok_or_else(|| not_found(&replication))?;
     let Some((samples, leads)) = context.supervisor.samples(&replication) else {
         return Err(Failure::new(409, format!("replication `{replication}` is not sampled, so no senders are known")));
     };

@@ -22,6 +22,11 @@ async fn deleted<T>(site: &Site, meanwhile: impl AsyncFnOnce() -> Result<T>) -> 
     Ok(done)
 }
 
+async fn lease(site: &Site) -> Result<Value> {
+    let lease = site.bucket("REPLICATOR_LEASES").await?.get("lease.ORDERS").await?.context("no lease")?;
+    Ok(serde_json::from_slice(&lease)?)
+}
+
 #[tokio::test]
 async fn what_is_added_again_meanwhile_keeps_its_lease_and_pause() -> Result<()> {
     let site = Site::start().await?;
@@ -31,6 +36,7 @@ async fn what_is_added_again_meanwhile_keeps_its_lease_and_pause() -> Result<()>
     request(&site.client, "replicator.config.add", document.clone()).await?;
     site.copied("ORDERS", 10).await?;
     site.settled("ORDERS", 10).await?;
+    let before = lease(&site).await?["epoch"].as_u64().context("an epoch")?;
     // What is in flight now does not settle: the copy takes its time to stop.
     proxy.stall();
     site.publish("ORDERS", 11..=20).await?;
@@ -45,10 +51,11 @@ async fn what_is_added_again_meanwhile_keeps_its_lease_and_pause() -> Result<()>
     site.row_when("ORDERS", "is paused", |row| row["state"] == "paused").await?;
     let config = site.bucket("REPLICATOR_CONFIG").await?;
     ensure!(config.get("ORDERS/paused").await?.is_some(), "the pause was forgotten\n{}", site.service.log());
-    let lease =
-        site.bucket("REPLICATOR_LEASES").await?.get("lease.ORDERS").await?.context("the lease was forgotten")?;
-    let lease: Value = serde_json::from_slice(&lease)?;
-    ensure!(lease["epoch"].as_u64().is_some_and(|epoch| epoch >= 1), "{lease}");
+    // The life that was added again took it once; a lease that was forgotten would begin with the first epoch again.
+    let taken = async || lease(&site).await.is_ok_and(|lease| lease["instance"] != "");
+    wait_for("the lease to be taken", LIMIT, taken).await?;
+    let after = lease(&site).await.context("the lease was forgotten")?;
+    assert_eq!(after["epoch"].as_u64(), Some(before + 1), "{after}");
     ensure!(site.ask("resume", "ORDERS").await?.error.is_none());
     site.copied("ORDERS", 20).await?;
     site.settled("ORDERS", 20).await?;

@@ -251,8 +251,7 @@ fn each_claim_about_security_has_its_test() -> Result<()> {
     let page = page("SECURITY.md")?;
     let (_, claims) = page.split_once("\n## ").context("no claims")?;
     let mut tests = 0;
-    for claim in claims.split("\n- ").skip(1) {
-        let claim = claim.split("\n\n").next().unwrap_or_default();
+    for claim in self::claims(claims) {
         let named: Vec<_> = claim.split('`').filter_map(|word| word.rsplit_once("::")).collect();
         ensure!(!named.is_empty(), "this claim names no test: {claim}");
         for (module, test) in named {
@@ -265,6 +264,52 @@ fn each_claim_about_security_has_its_test() -> Result<()> {
     }
     ensure!(tests > 20, "only {tests} tests are named");
     Ok(())
+}
+
+/// The claims of a page: the items of its lists with everything that is indented below them, and the paragraphs that say
+/// what a peer can or cannot do.
+fn claims(text: &str) -> Vec<String> {
+    let (mut claims, mut open) = (Vec::<String>::new(), false);
+    let mut paragraph = String::new();
+    let is_claim = |text: &str| text.contains(" can ") || text.contains(" cannot ");
+    // The line at the end closes a paragraph.
+    for line in text.lines().chain([""]) {
+        let inside = line.starts_with("  ") || line.is_empty();
+        match line.strip_prefix("- ") {
+            Some(begin) => {
+                claims.push(begin.to_owned());
+                open = true;
+            }
+            None if open && inside => {
+                let claim = claims.last_mut().expect("an open claim");
+                claim.push('\n');
+                claim.push_str(line);
+            }
+            None => {
+                open = false;
+                paragraph.push_str(line);
+                paragraph.push(' ');
+            }
+        }
+        if line.is_empty() || line.starts_with("- ") {
+            let whole = std::mem::take(&mut paragraph);
+            // What introduces a list, and headings, claim nothing themselves.
+            claims.extend(Some(whole).filter(|text| is_claim(text) && !text.trim_end().ends_with(':')));
+        }
+    }
+    claims
+}
+
+#[test]
+fn a_claim_ends_where_its_list_item_ends() {
+    let page = "The page.\n\nCan:\n\n- One\n  two (`a::b`).\n\n  More of it (`c::d`).\n- Three.\nNo claim.\n\nAnother peer cannot do\n\
+                that (`e::f`).\n\nWith more rights, it cannot:\n\n- Four\n";
+    let claims = claims(page);
+    let begins: Vec<_> = claims.iter().map(|claim| claim.split_whitespace().next().unwrap_or_default()).collect();
+    assert_eq!(begins, ["One", "Three.", "Another", "Four"], "{claims:?}");
+    assert!(claims[0].contains("`a::b`") && claims[0].contains("`c::d`"), "{claims:?}");
+    assert!(!claims[1].contains("No claim"), "{claims:?}");
+    assert!(claims[2].contains("`e::f`"), "{claims:?}");
 }
 
 #[test]

@@ -19,4 +19,5 @@ mod schemas;
 mod secrets;
 mod service;
 mod validate;
+mod validate_bridge;
 mod written_json;
