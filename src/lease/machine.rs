@@ -2,9 +2,9 @@
 //! [`Machine::poll`] returns the actions.
 //!
 //! * A lease is held by a session and is valid while that session is renewed. A session that was silent for its time to
-//! live, on our own clock, is read once more, and then counts as ended: watches may stall.
+//!   live, on our own clock, is read once more, and then counts as ended: watches may stall.
 //! * A holder of leases stops by itself when two thirds of that time have passed since its last confirmed renewal was
-//! sent: before another instance can take them, also with clocks that run a little differently.
+//!   sent: before another instance can take them, also with clocks that run a little differently.
 //! * Each grant stands on a write of the lease with a greater epoch.
 
 use std::{
