@@ -14,10 +14,10 @@
 //! One message's way: `copy::reader` -> `copy::decide` -> `copy::writer` -> `copy::window` ->
 //! `copy::progress`. Start reading at [`copy::run`].
 
+pub mod allow;
 pub mod app;
-pub mod backoff;
 mod boottime;
-pub mod chance;
+pub mod choria;
 pub mod cli;
 pub mod config;
 pub mod control;

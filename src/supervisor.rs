@@ -36,14 +36,15 @@ use self::{
     neighbours::Neighbours,
     replication::{Context, Life},
 };
+use nats_lane::entropy;
+
 use crate::{
-    chance,
+    allow::AllowList,
     copy::{Budget, Error, ErrorKind, Samples},
     events::Events,
     lease::Leases,
     metrics,
     names::{HEARTBEATS_KEY, SITE_KEY},
-    nats::Rules,
     status::{Row, State},
     store::{
         ConfigChange, ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionRecord, PositionStore, SenderStore,
@@ -71,7 +72,7 @@ pub struct Deps {
     /// It is the only one, by declaration, and goes on where its buckets are out of reach.
     pub standalone: bool,
     /// Where documents may lead.
-    pub rules: Rules,
+    pub rules: AllowList,
     /// What should run.
     pub config: ConfigStore,
     /// Where each replication stands.
@@ -269,7 +270,7 @@ impl Handle {
         if matches!(row.state, State::Stopped | State::Starting) {
             row.not_running();
         }
-        row.at(chance::now());
+        row.at(entropy::now());
         row
     }
 

@@ -2,16 +2,16 @@
 
 use std::{env, fs, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
+use nats_lane::{Secret, ServerRef, parse_duration};
 use serde_json::Value;
 use tracing::error;
 
 use super::{connection::Connection, error::USAGE};
 use crate::{
+    allow::AllowList,
     app::{self, Settings},
-    config::{Place, Secret, SiteFile, parse_duration, parse_file},
-    names,
-    nats::Rules,
-    telemetry,
+    config::{SiteFile, parse_file},
+    names, telemetry,
 };
 
 /// Shorter ones would be lost by a server's pause, longer ones would leave replications alone for too long.
@@ -183,7 +183,7 @@ impl Args {
         let right = "a duration from 1s to 1h, such as `15s`";
         check("--lease-ttl", &self.lease_ttl, lease_ttl.map(|_| ()).ok_or(right));
         let server = self.place().map_err(|problem| problems.push(problem));
-        let rules = Rules::new(&self.allow_url, &self.allow_credentials).map_err(|problem| problems.push(problem));
+        let rules = AllowList::new(&self.allow_url, &self.allow_credentials).map_err(|problem| problems.push(problem));
         let file = self.file(name.as_deref(), rules.as_ref().ok()).map_err(|found| problems.extend(found));
         let (Ok(server), Ok(rules), Ok(file)) = (server, rules, file) else { return Err(problems) };
         if !problems.is_empty() {
@@ -208,7 +208,7 @@ impl Args {
 
 impl Args {
     /// What the file of the site says, or what goes without one.
-    fn file(&self, name: Option<&str>, rules: Option<&Rules>) -> Result<SiteFile, Vec<String>> {
+    fn file(&self, name: Option<&str>, rules: Option<&AllowList>) -> Result<SiteFile, Vec<String>> {
         let Some(path) = self.config.as_ref().filter(|path| !path.as_os_str().is_empty()) else {
             let name = name.ok_or("`--name` or `--config` is needed: what is the name of the site?");
             return Ok(SiteFile {
@@ -227,7 +227,7 @@ impl Args {
     }
 
     /// A service has to be told where to go: what happens to be selected in the `nats` tool does not count.
-    fn place(&self) -> Result<Place, String> {
+    fn place(&self) -> Result<ServerRef, String> {
         let general = env::var("NATS_URL").ok().filter(|url| !url.is_empty()).map(Secret::from);
         let connection = self.connection.clone().server_or(general);
         if !connection.names_a_place() {

@@ -1,17 +1,16 @@
 //! Polls the target for copies that it dropped (see [`drops`](super::drops)): one question beside each to the source, and
 //! one more where the first message of the target is another one than before.
 
+use nats_lane::{
+    Lane, Message,
+    jetstream::{StreamInfo, StreamState, decode_message, leaders_info, message_from_call},
+};
 use tokio::time::Instant;
 
 use super::{
     drops::{Dropped, Drops, First},
     provenance::Tag,
 };
-use crate::nats::{
-    Lane, Message,
-    jetstream::{StreamInfo, StreamState, decode_message, leaders_info, message_from_call},
-};
-
 /// Messages of other writers that are passed over in one poll.
 const READS: u32 = 16;
 

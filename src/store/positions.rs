@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, future::Future, sync::Arc};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, future::ready, stream::BoxStream};
+use nats_lane::entropy;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
@@ -12,10 +13,7 @@ use super::{
     buckets::Error,
     watch::Change,
 };
-use crate::{
-    chance,
-    status::{OnlyAtTarget, Row, State, TargetMode},
-};
+use crate::status::{OnlyAtTarget, Row, State, TargetMode};
 
 /// Value of a replication's key in the positions bucket. Readable JSON; fields that this version does not
 /// know are kept.
@@ -393,7 +391,7 @@ impl PositionRecord {
 
     /// The record with another holder and epoch: every save of an older holder is refused.
     fn taken_by(self, holder: &str, epoch: u64) -> Self {
-        Self { epoch, holder: holder.to_owned(), nonce: chance::random() >> 32, ..self }
+        Self { epoch, holder: holder.to_owned(), nonce: entropy::random() >> 32, ..self }
     }
 
     /// Whoever claims it is not paused, and waits for nobody.

@@ -1,6 +1,8 @@
 //! Header blocks as bytes: a version line, then lines that need not be well-formed, then an empty line. Nothing
 //! here requires a block to be valid, because servers store what is not.
 
+use crate::parser;
+
 /// First line of every header block (ADR-4).
 pub const VERSION: &[u8] = b"NATS/1.0";
 
@@ -11,7 +13,7 @@ pub fn status(block: &[u8]) -> Option<u16> {
     if rest.get(3).is_some_and(|next| !matches!(next, b' ' | b'\r')) {
         return None;
     }
-    super::parser::number(digits).map(|n| n as u16)
+    parser::number(digits).map(|n| n as u16)
 }
 
 /// The text behind the status code, without blanks around it.

@@ -1,19 +1,20 @@
-//! A lane over a pipe, for unit tests of what is done with what a server says: the test holds the other end, and says
-//! what was seen at real servers.
+//! A lane over a pipe, for unit tests of code that uses a lane: the test holds the other end, and says what was seen at
+//! real servers.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
-use super::Lane;
-use crate::config::Place;
+use crate::{Connection, Endpoint, Lane};
 
 /// The end of the server.
-pub(crate) struct Pipe {
+#[derive(Debug)]
+pub struct Pipe {
     end: DuplexStream,
     read: Vec<u8>,
 }
 
 /// A request as it arrived.
-pub(crate) struct Asked {
+#[derive(Debug)]
+pub struct Asked {
     /// Its subject.
     pub subject: String,
     /// Where the answer goes.
@@ -21,10 +22,8 @@ pub(crate) struct Asked {
 }
 
 /// A lane, greeted, and the other end of its pipe.
-pub(crate) async fn lane() -> (Lane, Pipe) {
-    let document = r#"{"stream": "S", "source_url": "nats://a", "target_url": "nats://b"}"#;
-    let replication = crate::config::parse(document.as_bytes(), "SITE").expect("a document");
-    let Place::Known(connection) = replication.source.place else { panic!("a context") };
+pub async fn lane() -> (Lane, Pipe) {
+    let connection = Connection::to(Endpoint::parse("nats://a").expect("a URL"));
     let (io, mut end) = duplex(1 << 20);
     let greeting = "INFO {\"version\":\"2.15.1\",\"max_payload\":1048576,\"headers\":true}\r\nPONG\r\n";
     end.write_all(greeting.as_bytes()).await.expect("a pipe");

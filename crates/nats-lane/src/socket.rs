@@ -19,7 +19,7 @@ use tokio::{
 
 /// A connected socket; clones are the same socket, of which one reads and writes.
 #[derive(Debug, Clone)]
-pub(super) struct Socket(Arc<Shared>);
+pub(crate) struct Socket(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
