@@ -10,7 +10,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How to connect; every flag goes before the same field of the context.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Connection")]
-pub(super) struct Connection {
+pub(super) struct ConnectionFlags {
     /// Servers: `nats://[user:password@]host[:port][,host...][?credentials=FILE&nkey=FILE&...]`, also `tls://`, `ws://`
     /// and `wss://`
     #[arg(long, short, value_name = "URL[,URL]", env = "NATS_URL", hide_env_values = true)]
@@ -69,7 +69,7 @@ pub(super) struct Connection {
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Asking {
     #[command(flatten)]
-    connection: Connection,
+    connection: ConnectionFlags,
 
     /// How long to wait for an answer, or for what is waited for [default: 5s for an answer, or NATS_TIMEOUT]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, help_heading = "Connection")]
@@ -99,7 +99,7 @@ impl Asking {
     }
 }
 
-impl Connection {
+impl ConnectionFlags {
     /// Whether something says where to go.
     pub(super) fn names_a_place(&self) -> bool {
         given(self.server.as_ref(), Secret::reveal).is_some() || given(self.context.as_ref(), String::as_str).is_some()

@@ -6,7 +6,7 @@ use nats_lane::{Secret, ServerRef, parse_duration};
 use serde_json::Value;
 use tracing::error;
 
-use super::{connection::Connection, error::USAGE};
+use super::{connection::ConnectionFlags, error::USAGE};
 use crate::{
     allow::AllowList,
     app::{self, Settings},
@@ -26,7 +26,7 @@ const LEASE_TTL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::f
 }))]
 pub(super) struct Args {
     #[command(flatten)]
-    connection: Connection,
+    connection: ConnectionFlags,
 
     /// Name of the site, for provenance, metrics and as the default for each replication's `name`; not needed beside
     /// `--config`

@@ -445,13 +445,13 @@ fn place_path(role: Role, place: &ServerRef) -> &'static str {
 /// `type`.
 fn storing_stream(answer: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
-    struct Ack {
+    struct StoringAck {
         stream: String,
         #[serde(rename = "seq")]
         _seq: u64,
         r#type: Option<String>,
     }
-    let ack: Ack = serde_json::from_slice(answer).ok()?;
+    let ack: StoringAck = serde_json::from_slice(answer).ok()?;
     ack.r#type.is_none().then_some(ack.stream)
 }
 

@@ -134,7 +134,7 @@ async fn connect_with(
         Ok(client) => return Ok(client),
         Err(error) => error,
     };
-    // The client's words leave out server and cause; a lane to the same server has them.
+    // The client's errors name neither server nor cause; a lane to the same server has them.
     match Lane::connect(connection, name).await {
         Err(error) => Err(error),
         Ok(_) => Err(Error::retry(format!("cannot connect to `{}`: {failed}", connection.endpoint))),
@@ -262,7 +262,7 @@ impl EventLog {
     }
 }
 
-/// The client's words for what went wrong leave out server and cause; a lane to the same server has them.
+/// The client's errors name neither server nor cause; a lane to the same server has them.
 async fn explain(server: ServerRef, name: String, label: &str, event: String) {
     let tried = match context::resolve(&server) {
         Ok(connection) => Lane::connect(&connection, &name).await.map(drop),

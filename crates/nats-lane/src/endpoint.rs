@@ -286,7 +286,7 @@ fn mask_server(server: &str) -> String {
     }
 }
 
-/// Shows the host behind the last `@`, without options; without one, or where the `@` may stand in an option, nothing
+/// Shows the host after the last `@`, without options; without one, or where the `@` may stand in an option, nothing
 /// but the scheme.
 fn mask_broken(url: &str) -> String {
     let url = url.trim();
@@ -407,7 +407,7 @@ fn split_scheme(server: &str) -> (&str, &str) {
     }
 }
 
-/// What stands before the options.
+/// The part before the options.
 struct Servers {
     scheme: Scheme,
     auth: Auth,
@@ -445,7 +445,7 @@ impl Servers {
     }
 }
 
-/// The path behind a host, with its `/`; `/` alone is none.
+/// The path after a host, with its `/`; `/` alone is none.
 fn split_path(host: &str) -> (&str, &str) {
     match host.find('/') {
         Some(at) if at + 1 < host.len() => host.split_at(at),
@@ -545,7 +545,7 @@ fn parse_port(text: &str) -> Option<u16> {
     text.parse().ok().filter(|port| digits && *port != 0)
 }
 
-/// What stands behind `?`.
+/// The options after `?`.
 #[derive(Default)]
 struct Options {
     credentials: Option<PathBuf>,

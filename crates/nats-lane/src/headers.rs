@@ -16,14 +16,14 @@ pub fn status(block: &[u8]) -> Option<u16> {
     parser::number(digits).map(|n| n as u16)
 }
 
-/// The text behind the status code, without blanks around it.
+/// The text after the status code, without blanks around it.
 pub fn status_text(block: &[u8]) -> String {
     let line = block.split(|b| *b == b'\r').next().unwrap_or_default();
     let text = String::from_utf8_lossy(line.get(VERSION.len() + 4..).unwrap_or_default());
     text.trim().to_owned()
 }
 
-/// The lines of a block behind the first one, without their line ends, up to the empty line.
+/// The lines of a block after the first one, without their line ends, up to the empty line.
 pub fn lines(block: &[u8]) -> impl Iterator<Item = &[u8]> {
     lines_of(block).skip(1)
 }

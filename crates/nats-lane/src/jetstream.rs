@@ -302,7 +302,7 @@ impl<'a> Api<'a> {
         self.get(stream, &json!({ "seq": sequence })).await
     }
 
-    /// Reads the first message at or behind a sequence; `None` if nothing lies there.
+    /// Reads the first message at or after a sequence; `None` if nothing lies there.
     pub async fn message_from(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
         self.get(stream, &message_from_call(stream, sequence).1).await
     }
@@ -314,7 +314,7 @@ impl<'a> Api<'a> {
         decode_message(&reply).map_err(|error| error.context(what))
     }
 
-    /// Reads the first message of a subject that a pattern holds at or behind each of some sequences, many at a time.
+    /// Reads the first message of a subject that a pattern holds at or after each of some sequences, many at a time.
     pub async fn messages_of(
         &mut self,
         stream: &str,
@@ -406,7 +406,7 @@ impl<'a> Api<'a> {
         found(self.call(&format!("CONSUMER.INFO.{stream}.{name}"), &Value::Null).await)
     }
 
-    /// Lets a consumer begin again (server 2.14): at a sequence, or behind what is acknowledged. Its deliveries are
+    /// Lets a consumer begin again (server 2.14): at a sequence, or after what is acknowledged. Its deliveries are
     /// counted from 1 again.
     pub async fn reset_consumer(&mut self, stream: &str, name: &str, from: Option<u64>) -> Result<ConsumerInfo, Error> {
         let body = from.map_or(Value::Null, |from| json!({ "seq": from }));
@@ -480,7 +480,7 @@ pub fn message_call(stream: &str, sequence: u64) -> (String, Value) {
     (format!("STREAM.MSG.GET.{stream}"), json!({ "seq": sequence }))
 }
 
-/// What reads the first message at a sequence or behind it: the end of the subject, and the body.
+/// What reads the first message at a sequence or after it: the end of the subject, and the body.
 pub fn message_from_call(stream: &str, sequence: u64) -> (String, Value) {
     (format!("STREAM.MSG.GET.{stream}"), json!({ "seq": sequence, "next_by_subj": ">" }))
 }
@@ -495,7 +495,7 @@ pub fn decode_message(payload: &[u8]) -> Result<Option<StoredMessage>, Error> {
 pub fn answer_in<'b>(batch: &'b Batch, request: &str) -> Option<Result<&'b [u8], Error>> {
     let message = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == request.as_bytes())?;
     if headers::status(message.header) == Some(503) {
-        return Some(Err(Error::retry("nobody answers")));
+        return Some(Err(Error::retry("no responders")));
     }
     Some(Ok(message.payload))
 }
@@ -551,7 +551,7 @@ fn found<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
 }
 
 /// What the reply subject of a delivered message tells (ADR-15): `$JS.ACK.<stream>.<consumer>.<delivered>.<stream
-/// sequence>.<consumer sequence>.<time ns>.<pending>`, with `<domain>.<account>` behind `ACK` in the longer form.
+/// sequence>.<consumer sequence>.<time ns>.<pending>`, with `<domain>.<account>` after `ACK` in the longer form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Delivery {
     /// Sequence in the stream.

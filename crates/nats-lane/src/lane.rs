@@ -658,7 +658,7 @@ impl Lane {
             let Turn::Received(batch) = turn else { continue };
             if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
                 if headers::status(message.header) == Some(503) {
-                    return Err(Error::retry(format!("nobody answers `{subject}` at `{}`", self.address)));
+                    return Err(Error::retry(format!("no responders for `{subject}` at `{}`", self.address)));
                 }
                 return Ok(batch.data.slice_ref(message.payload));
             }

@@ -1,7 +1,7 @@
 //! A NATS connection that one task drives.
 //!
-//! The core is the [`Lane`]: one TCP, TLS or websocket connection with one owner, raw bytes in and out, and no reconnect
-//! behind its back. Messages stay in the buffer that they were read into, commands are written where you put them, and
+//! The core is the [`Lane`]: one TCP, TLS or websocket connection with one owner, raw bytes in and out, and no hidden
+//! reconnect. Messages stay in the buffer that they were read into, commands are written where you put them, and
 //! dropping the lane ends everything that it was doing.
 //!
 //! | to do | use |
@@ -13,7 +13,7 @@
 //! | have a client that reconnects | [`client`], async-nats with the same URLs, identities and TLS |
 //! | decide what an error means | [`ErrorKind`] |
 //!
-//! `examples/fast_copy.rs` copies a stream from one server to another in about 60 lines.
+//! `examples/fast_copy.rs` copies a stream from one server to another in less than 100 lines.
 
 pub mod auth;
 pub mod backoff;
@@ -44,3 +44,8 @@ pub use identity::{ConnectFields, CustomIdentity, Identity};
 pub use lane::{Batch, Dial, Lane, Message, ServerInfo, Stream, Turn};
 pub use secret::{MASK, Secret};
 pub use server_ref::{Connection, ContextFields, DEFAULT_API_PREFIX, FieldError, ServerRef, check_context_name};
+
+/// The program in the README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -14,7 +14,7 @@ pub struct Pipe {
 
 /// A request as it arrived.
 #[derive(Debug)]
-pub struct Asked {
+pub struct PipeRequest {
     /// Its subject.
     pub subject: String,
     /// Where the answer goes.
@@ -33,14 +33,14 @@ pub async fn lane() -> (Lane, Pipe) {
 
 impl Pipe {
     /// The next publish with a reply subject; what comes before it is passed over.
-    pub async fn asked(&mut self) -> Asked {
+    pub async fn asked(&mut self) -> PipeRequest {
         loop {
             while let Some(end) = self.read.windows(2).position(|bytes| bytes == b"\r\n") {
                 let line = String::from_utf8_lossy(&self.read[..end]).into_owned();
                 self.read.drain(..end + 2);
                 let words: Vec<&str> = line.split(' ').collect();
                 if let ["PUB", subject, reply, _] = words[..] {
-                    return Asked { subject: subject.to_owned(), reply: reply.to_owned() };
+                    return PipeRequest { subject: subject.to_owned(), reply: reply.to_owned() };
                 }
             }
             assert!(self.end.read_buf(&mut self.read).await.expect("a pipe") > 0, "the lane is closed");
@@ -48,7 +48,7 @@ impl Pipe {
     }
 
     /// Answers a request.
-    pub async fn answer(&mut self, to: &Asked, payload: &str) {
+    pub async fn answer(&mut self, to: &PipeRequest, payload: &str) {
         let message = format!("MSG {} {} {}\r\n{payload}\r\n", to.reply, Lane::REQUEST_SID, payload.len());
         self.end.write_all(message.as_bytes()).await.expect("a pipe");
     }

@@ -217,7 +217,7 @@ impl ContextFields {
         named || self.url.as_ref().is_some_and(in_url)
     }
 
-    /// Everything that these fields can say for themselves, whatever goes before or behind them.
+    /// Everything that these fields can say for themselves, whatever takes precedence over them.
     pub fn check(&self) -> Result<(), FieldError> {
         if let Some(url) = &self.url {
             Endpoint::parse(url.reveal()).map_err(|message| FieldError { field: "url", message })?;
