@@ -6,14 +6,20 @@ use std::{
     time::Duration,
 };
 
-use async_nats::{AuthError, Client, ConnectOptions, Event, ServerAddr};
+use async_nats::{AuthError, Client, ConnectOptions, Event, ReconnectToServer, ServerAddr};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
 use tokio::{net::lookup_host, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::{Connection, Endpoint, Error, Lane, ServerRef, auth, backoff::Backoff, context, tls};
+use crate::{
+    Connection, Endpoint, Error, Lane, ServerRef, auth,
+    backoff::Backoff,
+    context,
+    routes::{Routes, server_addr},
+    tls,
+};
 
 /// A dead server is noticed after about two of these.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
@@ -33,13 +39,25 @@ pub async fn connect(server: &ServerRef, name: &str, label: &'static str) -> Res
     }
     let log =
         Arc::new(EventLog { server: server.clone(), name: name.to_owned(), label, reported: LastReported::default() });
-    let client = options(server, &connection, name)?
+    let routes = Routes::find(&connection).await?.map(Arc::new);
+    let mut options = options(server, &connection, name, routes.clone())?;
+    let mut pool = servers(&connection.endpoint)?;
+    if let Some(routes) = routes {
+        pool = routes.pool();
+        options = options.reconnect_to_server_callback(move |pool, _| {
+            let routes = routes.clone();
+            // A task of its own: the client asks for a future that is `Sync`.
+            let next = tokio::spawn(async move { routes.next(&pool).await });
+            async move { Some(ReconnectToServer { addr: next.await.ok()?, delay: None }) }
+        });
+    }
+    let client = options
         .retry_on_initial_connect()
         .event_callback(move |event| {
             log.tell(&event);
             std::future::ready(())
         })
-        .connect(servers(&connection.endpoint)?)
+        .connect(pool)
         .await
         .map_err(|error| Error::hold(format!("{label}: {error}")))?;
     Ok((client, connection))
@@ -92,9 +110,9 @@ impl ClientSession {
             Event::ServerError(error) => *refused.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string(),
             _ => {}
         };
-        let hosts = connection.endpoint.hosts.len();
-        let options = options(server, connection, name)?.max_reconnects(hosts);
-        let client = connect_with(options, connection, name, tell).await?;
+        // Each of them, and the address that comes first where a name has several.
+        let attempts = connection.endpoint.hosts.len() + 1;
+        let client = connect_with(server, connection, name, Some(attempts), tell).await?;
         Ok(Self { client, lost, refusal })
     }
 
@@ -116,21 +134,29 @@ async fn connect_or_explain(
     name: &str,
     tell: impl Fn(Event) + Send + Sync + 'static,
 ) -> Result<(Client, Connection), Error> {
-    let client = connect_with(options(server, &connection, name)?, &connection, name, tell).await?;
+    let client = connect_with(server, &connection, name, None, tell).await?;
     Ok((client, connection))
 }
 
 async fn connect_with(
-    options: ConnectOptions,
+    server: &ServerRef,
     connection: &Connection,
     name: &str,
+    max_reconnects: Option<usize>,
     tell: impl Fn(Event) + Send + Sync + 'static,
 ) -> Result<Client, Error> {
+    let routes = Routes::find(connection).await?.map(Arc::new);
+    let mut options = options(server, connection, name, routes.clone())?.max_reconnects(max_reconnects);
+    let mut pool = servers(&connection.endpoint)?;
+    if let Some(routes) = routes {
+        pool = routes.in_order().await;
+        options = options.retain_servers_order();
+    }
     let options = options.event_callback(move |event| {
         tell(event);
         std::future::ready(())
     });
-    let failed = match options.connect(servers(&connection.endpoint)?).await {
+    let failed = match options.connect(pool).await {
         Ok(client) => return Ok(client),
         Err(error) => error,
     };
@@ -141,7 +167,12 @@ async fn connect_with(
     }
 }
 
-fn options(server: &ServerRef, connection: &Connection, name: &str) -> Result<ConnectOptions, Error> {
+fn options(
+    server: &ServerRef,
+    connection: &Connection,
+    name: &str,
+    routes: Option<Arc<Routes>>,
+) -> Result<ConnectOptions, Error> {
     let endpoint = &connection.endpoint;
     let mut options = authenticate(server.clone())
         .name(name)
@@ -152,7 +183,7 @@ fn options(server: &ServerRef, connection: &Connection, name: &str) -> Result<Co
         .max_reconnects(None)
         .reconnect_delay_callback(reconnect_delay)
         .require_tls(endpoint.requires_tls())
-        .tls_client_config(secure(server.clone()))
+        .tls_client_config(secure(server.clone(), routes))
         // What a server says of other servers is no reason to show them an identity.
         .ignore_discovered_servers();
     if endpoint.tls.handshake_first {
@@ -162,11 +193,7 @@ fn options(server: &ServerRef, connection: &Connection, name: &str) -> Result<Co
 }
 
 fn servers(endpoint: &Endpoint) -> Result<Vec<ServerAddr>, Error> {
-    let server = |host| {
-        let server = endpoint.server(host);
-        server.parse().map_err(|error| Error::hold(format!("server `{server}`: {error}")))
-    };
-    endpoint.hosts.iter().map(server).collect()
+    endpoint.hosts.iter().map(|host| server_addr(endpoint, host)).collect()
 }
 
 /// The first attempt is made at once; `attempts` counts from 1 since the last connection.
@@ -209,8 +236,11 @@ fn login(server: &ServerRef, nonce: &[u8]) -> Result<async_nats::Auth, String> {
     Ok(login)
 }
 
-fn secure(server: ServerRef) -> rustls::ClientConfig {
-    tls::rereading_config(move || Ok(context::resolve(&server)?.endpoint.tls))
+fn secure(server: ServerRef, routes: Option<Arc<Routes>>) -> rustls::ClientConfig {
+    tls::rereading_config(
+        move || Ok(context::resolve(&server)?.endpoint.tls),
+        move |address| routes.as_ref().map_or_else(Vec::new, |routes| routes.names(address)),
+    )
 }
 
 /// The last error that was logged, so that it is logged once.

@@ -48,9 +48,9 @@ const KEEPALIVE: Duration = Duration::from_secs(5);
 /// A server that has not let us in after this time gets company: the next one is tried as well.
 const HEAD_START: Duration = Duration::from_secs(1);
 /// How often the system is asked what it has delivered of a lane, at most.
-const DELIVERY_EVERY: Duration = Duration::from_millis(500);
+pub(crate) const DELIVERY_EVERY: Duration = Duration::from_millis(500);
 /// The same for the addresses of one server.
-const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+pub(crate) const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 /// An answer that has not arrived when nothing came for this long is given up.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request without an answer is sent again when nothing came for this long: what meets no leader gets none, whoever
@@ -177,7 +177,9 @@ pub struct Lane {
     pings: u64,
     pongs: u64,
     /// The oldest PING that is not answered.
-    question: Option<Question>,
+    question: Option<UnansweredPing>,
+    /// Bytes of commands that the server has read for certain: it answered a PING behind them.
+    proven: u64,
     /// Refused publishes, if they are kept instead of ending the lane.
     refused: Option<Vec<String>>,
     output: BytesMut,
@@ -211,13 +213,15 @@ pub struct Lane {
 
 /// A PING that is not answered.
 #[derive(Debug, Clone, Copy)]
-struct Question {
+struct UnansweredPing {
     /// Its number.
     number: u64,
     /// Bytes of commands up to and with it.
     end: u64,
     /// Bytes that the system had taken when it was handed over.
     handed_over: Option<u64>,
+    /// Something else is before it of which it is not known that it arrived.
+    follows: bool,
 }
 
 impl std::fmt::Debug for Lane {
@@ -272,6 +276,18 @@ impl Lane {
 
     async fn connect_to(connection: &Connection, host: &Host, address: SocketAddr, name: &str) -> Result<Self, Error> {
         let endpoint = &connection.endpoint;
+        let mut lane = Self::greeted(connection, host, address).await?;
+        // A websocket has its TLS below it.
+        if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
+            lane.upgrade(endpoint, host).await?;
+        }
+        lane.handshake(endpoint, name).await?;
+        Ok(lane)
+    }
+
+    /// Connects to an address until the server there has said INFO.
+    pub(crate) async fn greeted(connection: &Connection, host: &Host, address: SocketAddr) -> Result<Self, Error> {
+        let endpoint = &connection.endpoint;
         let tcp = TcpStream::connect(address).await.map_err(|e| Error::retry(e.to_string()))?;
         let socket = Socket::new(tcp).map_err(|e| Error::retry(e.to_string()))?;
         let mut io: Box<dyn Stream> = Box::new(socket.clone());
@@ -285,11 +301,6 @@ impl Lane {
         let mut lane = Self::over(io, shown(endpoint, host), connection)?;
         lane.socket = Some(socket);
         lane.read_info().await?;
-        // A websocket has its TLS below it.
-        if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
-            lane.upgrade(endpoint, host).await?;
-        }
-        lane.handshake(endpoint, name).await?;
         Ok(lane)
     }
 
@@ -340,6 +351,7 @@ impl Lane {
             pings: 0,
             pongs: 0,
             question: None,
+            proven: 0,
             refused: None,
             output: BytesMut::new(),
             unflushed: false,
@@ -519,19 +531,21 @@ impl Lane {
 
     /// Asks the server for a sign of life.
     pub fn ping(&mut self) {
+        let before = self.written + self.output.len() as u64;
         self.output.extend_from_slice(b"PING\r\n");
         self.pings += 1;
         if self.question.is_none() {
             let end = self.written + self.output.len() as u64;
-            self.question = Some(Question { number: self.pings, end, handed_over: None });
+            let follows = before > self.proven;
+            self.question = Some(UnansweredPing { number: self.pings, end, handed_over: None, follows });
             self.delivered = None;
         }
     }
 
     /// While a PING is on its way behind other bytes, each of them that the other end takes is a sign of life. For lanes on
-    /// which nothing comes: it costs a look into the system's table of connections.
+    /// which nothing comes: it asks the system, but not while nothing but the PING is on its way.
     pub fn check_delivery(&mut self) {
-        let Some(question) = self.question else { return };
+        let Some(question) = self.question.as_mut().filter(|question| question.follows) else { return };
         let now = Instant::now();
         if self.delivered.is_some_and(|(_, at)| now.duration_since(at) < DELIVERY_EVERY) {
             return;
@@ -539,11 +553,22 @@ impl Lane {
         let Some(delivered) = self.socket.as_ref().and_then(Socket::delivered) else { return };
         let before = self.delivered.replace((delivered, now));
         // Once it was delivered, nothing but its answer counts.
-        if before.is_some_and(|(before, _)| delivered > before)
-            && question.handed_over.is_none_or(|end| delivered < end)
-        {
+        question.follows = question.handed_over.is_none_or(|end| delivered < end);
+        if question.follows && before.is_some_and(|(before, _)| delivered > before) {
             (self.alive, self.drained) = (now, now);
         }
+    }
+
+    /// How often the system was asked what it has delivered.
+    #[cfg(test)]
+    pub(crate) fn asked(&self) -> u64 {
+        self.socket.as_ref().map_or(0, Socket::asked)
+    }
+
+    /// Whether it is asked until a PING and what is before it have arrived.
+    #[cfg(test)]
+    pub(crate) fn waits_for_delivery(&self) -> bool {
+        self.question.is_some_and(|question| question.follows)
     }
 
     /// How many PINGs were sent, the one of the login included.
@@ -814,7 +839,9 @@ impl Lane {
             Control::Ping => self.output.extend_from_slice(b"PONG\r\n"),
             Control::Pong => {
                 self.pongs += 1;
-                self.question = self.question.filter(|question| question.number > self.pongs);
+                if let Some(question) = self.question.take_if(|question| question.number <= self.pongs) {
+                    self.proven = question.end;
+                }
             }
             Control::Info(json) => {
                 self.info = serde_json::from_slice(json).map_err(|error| {
@@ -883,21 +910,21 @@ fn is_refused_publish(text: &str) -> bool {
 
 /// Begins one attempt after the other, each as soon as the one before has failed or takes longer than `head_start`, until
 /// one succeeds. The error says what each of them said, in their order.
-async fn race<T, F: Future<Output = Result<Lane, Error>>>(
+pub(crate) async fn race<T, R, F: Future<Output = Result<R, Error>>>(
     targets: impl Iterator<Item = T>,
     head_start: Duration,
     attempt: impl Fn(T) -> F,
-) -> Result<Lane, Error> {
+) -> Result<R, Error> {
     let mut targets = targets.enumerate();
     let mut attempts = FuturesUnordered::new();
     let mut errors: Vec<(usize, Error)> = Vec::new();
     loop {
         if let Some((index, target)) = targets.next() {
-            let lane = attempt(target);
-            attempts.push(async move { (index, lane.await) });
+            let attempt = attempt(target);
+            attempts.push(async move { (index, attempt.await) });
         }
         match timeout(head_start, attempts.next()).await {
-            Ok(Some((_, Ok(lane)))) => return Ok(lane),
+            Ok(Some((_, Ok(result)))) => return Ok(result),
             Ok(Some((index, Err(error)))) => errors.push((index, error)),
             Ok(None) => break,
             Err(_) => {}

@@ -2,8 +2,13 @@
 //! real servers.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+#[cfg(test)]
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::{Connection, Endpoint, Lane};
+
+/// What a server says until it has let a client in.
+const GREETING: &[u8] = b"INFO {\"version\":\"2.15.1\",\"max_payload\":1048576,\"headers\":true}\r\nPONG\r\n";
 
 /// The end of the server.
 #[derive(Debug)]
@@ -25,10 +30,24 @@ pub struct PipeRequest {
 pub async fn lane() -> (Lane, Pipe) {
     let connection = Connection::to(Endpoint::parse("nats://a").expect("a URL"));
     let (io, mut end) = duplex(1 << 20);
-    let greeting = "INFO {\"version\":\"2.15.1\",\"max_payload\":1048576,\"headers\":true}\r\nPONG\r\n";
-    end.write_all(greeting.as_bytes()).await.expect("a pipe");
+    end.write_all(GREETING).await.expect("a pipe");
     let lane = Lane::greet(Box::new(io), "pipe", &connection, "test").await.expect("a lane");
     (lane, Pipe { end, read: Vec::new() })
+}
+
+/// The same over a connection of the system.
+#[cfg(test)]
+pub(crate) async fn lane_over_tcp() -> (Lane, TcpStream) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+    let address = listener.local_addr().expect("its address");
+    let connection = Connection::to(Endpoint::parse(&format!("nats://{address}")).expect("a URL"));
+    let accepted = async {
+        let (mut end, _) = listener.accept().await.expect("a connection");
+        end.write_all(GREETING).await.expect("a connection");
+        end
+    };
+    let (lane, end) = tokio::join!(Lane::connect(&connection, "test"), accepted);
+    (lane.expect("a lane"), end)
 }
 
 impl Pipe {
@@ -56,9 +75,12 @@ impl Pipe {
 
 #[cfg(test)]
 mod tests {
-    use std::{future::poll_fn, pin::pin, task::Poll};
+    use std::{future::poll_fn, pin::pin, task::Poll, time::Duration};
+
+    use tokio::time::timeout;
 
     use super::*;
+    use crate::lane::DELIVERY_EVERY;
 
     #[tokio::test]
     async fn a_round_trip_ends_with_its_own_answer() {
@@ -69,5 +91,61 @@ mod tests {
         assert!(poll_fn(|cx| Poll::Ready(trip.as_mut().poll(cx).is_pending())).await, "that was another PONG");
         server.end.write_all(b"PONG\r\n").await.expect("a pipe");
         trip.await.expect("a PONG");
+    }
+
+    /// Drives a lane until the condition holds.
+    async fn turn_until(lane: &mut Lane, holds: impl Fn(&Lane) -> bool) {
+        let limit = Duration::from_secs(60);
+        let turns = async {
+            while !holds(lane) {
+                lane.check_delivery();
+                let _ = timeout(Duration::from_millis(20), lane.turn()).await.map(|turn| turn.expect("a turn"));
+            }
+        };
+        timeout(limit, turns).await.expect("the condition within the limit");
+    }
+
+    #[tokio::test]
+    async fn the_system_is_not_asked_about_a_ping_alone() {
+        let (mut lane, mut server) = lane_over_tcp().await;
+        // The subscription of the login goes out, and an answer shows that it arrived.
+        lane.ping();
+        turn_until(&mut lane, |lane| lane.unwritten() == 0).await;
+        server.write_all(b"PONG\r\n").await.expect("a connection");
+        turn_until(&mut lane, |lane| lane.answered_pings() == lane.pings()).await;
+        let before = lane.asked();
+        lane.ping();
+        turn_until(&mut lane, |lane| lane.unwritten() == 0).await;
+        lane.check_delivery();
+        assert_eq!(lane.asked(), before);
+    }
+
+    #[tokio::test]
+    async fn the_system_is_asked_until_everything_has_arrived() {
+        if !cfg!(target_os = "linux") {
+            return;
+        }
+        let (mut lane, mut server) = lane_over_tcp().await;
+        // More than fits into the buffers on the way.
+        const MUCH: usize = 32 << 20;
+        lane.output().resize(MUCH, b' ');
+        lane.ping();
+        turn_until(&mut lane, |lane| lane.asked() >= 3).await;
+        assert!(lane.unwritten() > 0, "the buffers are larger than expected");
+        let drained = lane.drained();
+        let read = tokio::spawn(async move {
+            let mut left = vec![0; 1 << 20];
+            // It is reset in the end.
+            while server.read(&mut left).await.is_ok_and(|count| count > 0) {}
+        });
+        turn_until(&mut lane, |lane| lane.unwritten() == 0 && !lane.waits_for_delivery()).await;
+        assert!(lane.drained() > drained);
+        let asked = lane.asked();
+        // No answer comes, and nothing is left to ask about.
+        tokio::time::sleep(2 * DELIVERY_EVERY).await;
+        lane.check_delivery();
+        assert_eq!(lane.asked(), asked);
+        drop(lane);
+        read.await.expect("the other end");
     }
 }

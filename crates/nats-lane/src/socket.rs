@@ -2,8 +2,7 @@
 //! never reaches the server, also when the process is killed.
 
 use std::{
-    fs, io,
-    net::{IpAddr, SocketAddr},
+    io,
     pin::Pin,
     sync::{
         Arc,
@@ -17,15 +16,19 @@ use tokio::{
     net::TcpStream,
 };
 
+use crate::sock_diag;
+
 /// A connected socket; clones are the same socket, of which one reads and writes.
 #[derive(Debug, Clone)]
-pub(crate) struct Socket(Arc<Shared>);
+pub(crate) struct Socket(Arc<SharedSocket>);
 
 #[derive(Debug)]
-struct Shared {
+struct SharedSocket {
     tcp: TcpStream,
     /// Bytes that the system has taken.
     written: AtomicU64,
+    #[cfg(test)]
+    asked: AtomicU64,
 }
 
 impl Socket {
@@ -33,7 +36,13 @@ impl Socket {
     pub fn new(tcp: TcpStream) -> io::Result<Self> {
         tcp.set_nodelay(true)?;
         tcp.set_zero_linger()?;
-        Ok(Self(Arc::new(Shared { tcp, written: AtomicU64::new(0) })))
+        let shared = SharedSocket {
+            tcp,
+            written: AtomicU64::new(0),
+            #[cfg(test)]
+            asked: AtomicU64::new(0),
+        };
+        Ok(Self(Arc::new(shared)))
     }
 
     /// Bytes that the system has taken.
@@ -43,10 +52,16 @@ impl Socket {
 
     /// Bytes that the system has taken and the other end has acknowledged; `None` where the system does not say it.
     pub fn delivered(&self) -> Option<u64> {
+        #[cfg(test)]
+        self.0.asked.fetch_add(1, Ordering::Relaxed);
         let (local, peer) = (self.0.tcp.local_addr().ok()?, self.0.tcp.peer_addr().ok()?);
-        let table = if local.is_ipv4() { "/proc/self/net/tcp" } else { "/proc/self/net/tcp6" };
-        let undelivered = undelivered(&fs::read_to_string(table).ok()?, local, peer)?;
-        Some(self.written().saturating_sub(undelivered))
+        Some(self.written().saturating_sub(sock_diag::unacknowledged(local, peer)?))
+    }
+
+    /// How often the system was asked.
+    #[cfg(test)]
+    pub fn asked(&self) -> u64 {
+        self.0.asked.load(Ordering::Relaxed)
     }
 }
 
@@ -87,32 +102,6 @@ impl AsyncWrite for Socket {
     }
 }
 
-/// `tx_queue` of one connection in a table as Linux prints it (`proc_pid_net(5)`).
-fn undelivered(table: &str, local: SocketAddr, peer: SocketAddr) -> Option<u64> {
-    let (local, peer) = (printed(local), printed(peer));
-    table.lines().find_map(|line| {
-        let mut words = line.split_ascii_whitespace().skip(1);
-        if words.next()? != local || words.next()? != peer {
-            return None;
-        }
-        let (queue, _) = words.nth(1)?.split_once(':')?;
-        u64::from_str_radix(queue, 16).ok()
-    })
-}
-
-/// An address as that table has it: words of 32 bits as they are in memory.
-fn printed(address: SocketAddr) -> String {
-    let bytes = match address.ip() {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    };
-    let words = bytes.chunks_exact(4).map(|word| {
-        let word = <[u8; 4]>::try_from(word).unwrap_or_default();
-        format!("{:08X}", u32::from_ne_bytes(word))
-    });
-    format!("{}:{:04X}", words.collect::<String>(), address.port())
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::{
@@ -137,18 +126,6 @@ mod tests {
             written.unwrap();
         }
         socket.written()
-    }
-
-    #[test]
-    fn the_table_as_linux_prints_it() {
-        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
-                     0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0 100 0\n   \
-                     1: 0100007F:D431 0100007F:1F90 01 0027F3A1:00000012 01:00000014 00000000     0        0 2 4 0 20 4\n";
-        let address = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
-        if cfg!(target_endian = "little") {
-            assert_eq!(undelivered(table, address(0xD431), address(8080)), Some(0x0027_F3A1));
-        }
-        assert_eq!(undelivered(table, address(8080), address(0xD431)), None);
     }
 
     #[tokio::test]

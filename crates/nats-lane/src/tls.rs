@@ -1,6 +1,6 @@
 //! TLS settings to a rustls configuration, the same for lanes and for async-nats.
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{fmt, net::IpAddr, path::Path, sync::Arc};
 
 use rustls::{
     ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
@@ -27,12 +27,15 @@ pub(crate) fn client_config(tls: &Tls) -> Result<ClientConfig, Error> {
     }
 }
 
-/// A configuration for all connections of a client, whose files are read again at every handshake.
+/// A configuration for all connections of a client, whose files are read again at every handshake. A server that is
+/// connected to by an address has the certificate of one of the `names` of that address, if it has any.
 pub(crate) fn rereading_config(
-    settings: impl Fn() -> Result<Tls, Error> + Clone + Send + Sync + 'static,
+    settings: impl Fn() -> Result<Tls, Error> + Send + Sync + 'static,
+    names: impl Fn(IpAddr) -> Vec<ServerName<'static>> + Send + Sync + 'static,
 ) -> ClientConfig {
     let provider = Arc::new(ring::default_provider());
-    let rereading = Arc::new(Rereading { settings: Box::new(settings), provider: provider.clone() });
+    let rereading =
+        Arc::new(Rereading { settings: Box::new(settings), names: Box::new(names), provider: provider.clone() });
     let builder = builder(provider).dangerous().with_custom_certificate_verifier(rereading.clone());
     let mut config = builder.with_client_cert_resolver(rereading);
     // A session that is taken up again keeps the certificates of the one before.
@@ -94,6 +97,7 @@ fn roots(ca: Option<&Path>) -> Result<RootCertStore, Error> {
 /// Verifies and shows certificates by what the files say at the time.
 struct Rereading {
     settings: Box<dyn Fn() -> Result<Tls, Error> + Send + Sync>,
+    names: Box<dyn Fn(IpAddr) -> Vec<ServerName<'static>> + Send + Sync>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -129,7 +133,14 @@ impl ServerCertVerifier for Rereading {
     ) -> Result<ServerCertVerified, rustls::Error> {
         let verifier = (self.settings)().and_then(|tls| verifier(&tls, &self.provider));
         let verifier = verifier.map_err(|error| rustls::Error::General(error.message))?;
-        verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+        let verify =
+            |name: &ServerName<'_>| verifier.verify_server_cert(end_entity, intermediates, name, ocsp_response, now);
+        let names = match server_name {
+            ServerName::IpAddress(address) => (self.names)((*address).into()),
+            _ => Vec::new(),
+        };
+        let verified = names.iter().map(verify).reduce(Result::or);
+        verified.unwrap_or_else(|| verify(server_name))
     }
 
     fn verify_tls12_signature(

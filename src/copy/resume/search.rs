@@ -250,7 +250,6 @@ impl Sides<'_> {
     /// counted and let go, piece by piece: it may be all of a long target.
     pub(super) async fn newest_known(&mut self, mut proof: Proof) -> Result<Search, Error> {
         let overlap = self.overlap();
-        let oldest = self.point_at(self.source.state.first_seq).await?.time_ns.map(|ns| ns.div_euclid(1_000_000));
         let mut search = Search::default();
         let mut ours: Vec<Ours> = Vec::new();
         let mut pieces = Pieces::of(self);
@@ -266,7 +265,10 @@ impl Sides<'_> {
                     Match::Nothing | Match::Contradiction => {
                         proof = Proof::Message;
                         note(&mut search.lost, &piece);
-                        // Older ones than the oldest of the source cannot match either.
+                        // Older ones than the oldest of the source cannot match either. Its time is asked for here alone: on a
+                        // work queue or an interest stream it comes with the whole message.
+                        let oldest = self.point_at(self.source.state.first_seq).await?.time_ns;
+                        let oldest = oldest.map(|ns| ns.div_euclid(1_000_000));
                         if oldest.is_none_or(|oldest| piece.iter().all(|m| m.origin.time_ms < oldest)) {
                             return Ok(search);
                         }

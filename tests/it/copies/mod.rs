@@ -1,5 +1,6 @@
 //! Where a copy resumes, what it reports, and what it survives.
 
+mod addresses;
 mod consumers;
 mod going_back;
 mod headroom;

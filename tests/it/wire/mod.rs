@@ -12,6 +12,7 @@ mod fast_copy;
 mod faults;
 mod fidelity;
 mod foreign_durable;
+mod frozen;
 mod holds;
 mod kinds;
 mod kv;

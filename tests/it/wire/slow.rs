@@ -1,5 +1,5 @@
-//! Slow lines: messages of 1 kB to 16 MB over lines of 100 kB/s to 10 MB/s, with and without delay, in both directions. Each
-//! row takes hardly longer than its bytes need, on the connections that it began with.
+//! Slow lines: messages of 1 kB to 16 MB over lines of 100 kB/s to 10 MB/s, with and without delay, to either side and slow in
+//! both directions. Each row takes hardly longer than its bytes need, on the connections that it began with.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::harness::client::wait_value;
-use crate::harness::proxy::{BOTH, Direction, Proxy};
+use crate::harness::proxy::{BOTH, Proxy};
 use crate::harness::{Outgoing, Role, Server, Site};
 
 const KB: u64 = 1_000;
@@ -28,16 +28,6 @@ const DELAY: Duration = Duration::from_millis(300);
 enum End {
     Source,
     Target,
-}
-
-impl End {
-    /// Where the payloads go through the proxy of this end.
-    fn direction(self) -> Direction {
-        match self {
-            End::Source => Direction::ToClient,
-            End::Target => Direction::ToServer,
-        }
-    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,7 +75,7 @@ impl Row {
     }
 
     fn throttle(&self, proxy: &Proxy) {
-        proxy.throttle(&[self.end.direction()], Some(self.rate));
+        proxy.throttle(BOTH, Some(self.rate));
         proxy.latency(BOTH, self.delay);
     }
 

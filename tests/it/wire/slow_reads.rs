@@ -283,3 +283,27 @@ async fn many_acks_take_long_on_a_slow_line() -> Result<()> {
     assert_eq!(row["counters"]["errors"], 0, "{row}\n{}", site.service.log());
     Ok(())
 }
+
+/// A copy that starts at an empty target reads every message once: no question of it brings a payload along.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_first_run_reads_each_message_once() -> Result<()> {
+    let (site, [monitor, _]) = large().await?;
+    for (stream, retention) in [("L", "limits"), ("WQ", "workqueue"), ("IN", "interest")] {
+        let mut raw = site.source_stream(stream, json!({"retention": retention})).await?;
+        if retention == "interest" {
+            // Nothing is kept without it.
+            let config = json!({"durable_name": "KEEP", "ack_policy": "explicit"});
+            let body = json!({"stream_name": stream, "config": config});
+            raw.api(&format!("CONSUMER.DURABLE.CREATE.{stream}.KEEP"), body).await?;
+        }
+        for number in 1..=2 {
+            raw.publish(&message(stream, number, SIZE)).await?;
+        }
+        let before = sent(&monitor).await?;
+        site.add(stream, json!({})).await?;
+        site.settled(stream, 2).await?;
+        let sent = sent(&monitor).await? - before;
+        assert!(sent < 3 * SIZE as u64, "{sent} bytes of a stream with {retention}");
+    }
+    Ok(())
+}
