@@ -10,7 +10,7 @@ demo: servers ## two throw-away servers, a replication, a crash in the middle, a
 	@cargo run --locked --quiet --example demo
 
 test: servers ## all tests, on real nats-servers
-	contrib/run-tests -- --test-threads 4
+	contrib/run-tests --workspace -- --test-threads 4
 
 architecture: ## the rules of ARCHITECTURE.md, read from the sources: imports, purity, sockets, lengths, names
 	cargo test --locked --test architecture
@@ -24,7 +24,7 @@ chaos: servers ## three instances between two clusters while everything fails: S
 check: format lint licences test matrix ## what has to pass before a merge: format, clippy, tests, server versions, licences
 
 check-long: check ## check, the long tests and a short bench
-	contrib/run-tests -- --ignored
+	contrib/run-tests --workspace -- --ignored
 	MATRIX=all contrib/version-matrix
 	$(MAKE) --no-print-directory sim
 	contrib/break-on-purpose
@@ -40,7 +40,7 @@ format:
 	cargo fmt --all --check
 
 lint:
-	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets -- -D warnings
 	contrib/break-on-purpose --check
 	contrib/check-words
 

@@ -7,6 +7,7 @@ use std::{convert::Infallible, env, fmt::Display, fs, io, pin::pin, process, tim
 
 use anyhow::{Context as _, bail};
 use async_nats::Client;
+use nats_lane::{ServerRef, backoff::Backoff, client};
 use serde_json::Value;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -17,8 +18,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{error, info, warn};
 
 use crate::{
-    backoff::Backoff,
-    config::Place,
+    allow::AllowList,
     control,
     copy::Budget,
     events::{Event, Events},
@@ -26,7 +26,6 @@ use crate::{
     http::{Monitor, Progress, Sources},
     lease::{self, Driver, Identity},
     names,
-    nats::{Rules, client},
     store::{Buckets, Condition, Keeper},
     supervisor::{self, Deps, Supervisor},
 };
@@ -46,9 +45,9 @@ const CONNECTION_GRACE: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The control connection.
-    pub server: Place,
+    pub server: ServerRef,
     /// Where documents may lead.
-    pub rules: Rules,
+    pub rules: AllowList,
     /// Whether every change by request is refused.
     pub read_only: bool,
     /// The name this installation goes by.
@@ -129,7 +128,8 @@ impl System {
     /// What works without a server: the control connection is made in the background.
     async fn start(settings: &Settings) -> anyhow::Result<Self> {
         let Settings { server, site, instance, monitor, prefix, .. } = settings;
-        let (client, connection) = client::connect(server, &format!("{} {site}/{instance}", names::PROGRAM)).await?;
+        let (client, connection) =
+            client::connect(server, &format!("{} {site}/{instance}", names::PROGRAM), "control connection").await?;
         let events = Events::new(client.clone(), prefix, site, instance);
         let (progress, view) = watch::channel(Progress::default());
         let sources = Sources { site: site.clone(), client: client.clone(), events: events.clone(), progress: view };

@@ -3,20 +3,16 @@
 //! every [`Problem`] at once.
 
 mod document;
-mod duration;
-mod endpoint;
 mod file;
 mod heartbeats;
 mod json;
 mod mapping;
 pub(crate) mod outline;
 pub(crate) mod patterns;
-mod place;
 mod problems;
 mod replication;
 mod schema;
 mod scope;
-mod secret;
 mod secrets;
 mod transform;
 
@@ -24,15 +20,12 @@ pub use document::{
     AdvisoryDocument, DeadLetterDocument, Document, LimitsDocument, TlsDocument, TransformDocument, document_id, parse,
     parse_judged, parse_value,
 };
-pub use duration::parse_duration;
-pub use endpoint::{Auth, ChoriaIdentity, Endpoint, Host, MASK, Scheme, Tls, mask_url};
 pub use file::{SiteFile, parse_file};
 pub use heartbeats::{
     ChoriaDocument, Heartbeat, HeartbeatDocument, Heartbeats, HeartbeatsDocument, heartbeats_schema, parse_heartbeats,
 };
 pub use json::{Json, why_not_json};
 pub use mapping::Mapping;
-pub use place::{Connection, DEFAULT_API_PREFIX, FieldError, Fields, Place, check_context_name};
 pub use problems::{Problem, Problems};
 pub use replication::{
     Advisory, Former, Inspect, Limits, OnReject, OnSourceLoss, Replication, Sampling, SenderBounds, Sharing, Side,
@@ -40,7 +33,6 @@ pub use replication::{
 };
 pub use schema::replication_schema;
 pub use scope::Scope;
-pub use secret::Secret;
 pub use secrets::{
     URLS, has_heartbeats_mask, has_mask, mask_document, mask_heartbeats, unmask_document, unmask_heartbeats,
 };

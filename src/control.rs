@@ -17,7 +17,7 @@ use self::{
     endpoints::Context,
     service::{Kind, Route},
 };
-use crate::{events::Events, heartbeat, lease::Leases, nats::Rules, store::Buckets, supervisor::Handle};
+use crate::{allow::AllowList, events::Events, heartbeat, lease::Leases, store::Buckets, supervisor::Handle};
 
 /// Name of the service, whatever its subjects begin with.
 pub const SERVICE_NAME: &str = "replicator";
@@ -34,7 +34,7 @@ pub struct ControlConfig {
     /// Version of the program.
     pub version: String,
     /// Where documents may lead.
-    pub rules: Rules,
+    pub rules: AllowList,
     /// Whether every change by request is refused.
     pub read_only: bool,
 }

@@ -62,6 +62,7 @@ pub use feed::{INBOX, feed};
 pub use glance::{Glance, glance};
 pub use headroom::{Looks, Outlook, Shortage, Turn};
 pub use locate::{At, Located, Place, locate};
+use nats_lane as nats;
 pub use progress::Ledger;
 pub use sampler::Samples;
 pub use watchdog::Escalation;
@@ -69,7 +70,6 @@ pub use watchdog::Escalation;
 use crate::{
     config::{OnReject, Replication},
     events::Events,
-    nats,
     status::{CopyStatus, Row, State},
     store::{OwnStreams, SaveError, SourceMessage},
 };

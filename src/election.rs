@@ -17,14 +17,9 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 pub use machine::Campaigns;
+use nats_lane::{Dial, ServerRef};
 
-use crate::{
-    boottime,
-    config::{Place, Replication},
-    metrics,
-    names::choria_consumer,
-    nats::Dial,
-};
+use crate::{boottime, config::Replication, metrics, names::choria_consumer};
 
 /// The bucket, with a TTL of 1 s to 1 h. Choria's brokers make it; elsewhere people do.
 pub const BUCKET: &str = "CHORIA_LEADER_ELECTION";
@@ -120,7 +115,7 @@ pub struct Campaign {
 
 impl Campaign {
     /// Begins at once; `place` is where the source of the replication is.
-    pub fn start(dial: Arc<dyn Dial>, place: Place, election: Election) -> Self {
+    pub fn start(dial: Arc<dyn Dial>, place: ServerRef, election: Election) -> Self {
         let (told, led) = watch::channel(Leadership::default());
         let stop = CancellationToken::new();
         let driver = driver::Driver::new(dial, place, election.clone(), told);

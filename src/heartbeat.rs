@@ -18,12 +18,14 @@ use self::{
     plan::{Plan, Planner},
     publisher::Publisher,
 };
+use nats_lane::ServerRef;
+
 use crate::{
-    config::{Heartbeats, Place, Problem, Problems},
+    allow::AllowList,
+    config::{Heartbeats, Problem, Problems},
     events::{Event, Events},
     metrics,
     names::HEARTBEATS_KEY,
-    nats::Rules,
     status::Origin,
     store::{ConfigStore, Stored},
 };
@@ -41,7 +43,7 @@ pub struct Deps {
     /// Name of this host, for the header and as a candidate.
     pub host: String,
     /// Where they may lead.
-    pub rules: Rules,
+    pub rules: AllowList,
     /// Where they are stored.
     pub config: ConfigStore,
     /// What lies there, as the supervisor sees it; `None` before it has looked.
@@ -200,7 +202,7 @@ impl Work {
                 "the heartbeats in the configuration bucket take precedence over those of the file, which are not published"
             );
         }
-        if let Place::Known(connection) = &heartbeats.place
+        if let ServerRef::Known(connection) = &heartbeats.place
             && connection.endpoint.tls.insecure
         {
             warn!(%server, "the certificate of the server for heartbeats is not verified");

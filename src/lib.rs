@@ -8,16 +8,17 @@
 //! | edge | [`cli`], [`app`], [`telemetry`] | arguments, composition, ordered shutdown |
 //! | face | [`control`], [`http`] | how the outside asks |
 //! | work | [`supervisor`], [`lease`], [`preflight`], [`copy`], [`sampling`], [`heartbeat`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
-//! | world | [`store`], [`nats`] | the only I/O: buckets and connections |
-//! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`], [`chance`], `boottime` | no sockets |
+//! | world | [`store`], [`allow`], [`nats`] | buckets, and which connections are allowed |
+//! | words | [`config`], [`choria`], [`status`], [`metrics`], [`names`], `boottime` | no sockets |
+//! | wire | the crate [`nats_lane`] | connections: the only I/O beside [`http`] |
 //!
 //! One message's way: `copy::reader` -> `copy::decide` -> `copy::writer` -> `copy::window` ->
 //! `copy::progress`. Start reading at [`copy::run`].
 
+pub mod allow;
 pub mod app;
-pub mod backoff;
 mod boottime;
-pub mod chance;
+pub mod choria;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -21,14 +21,16 @@ use self::{
     look::{Answer, Look, Role},
     subjects::Flow,
 };
+use nats_lane::jetstream::StreamState;
+
 use crate::{
+    allow::AllowList,
     config::{OnReject, Replication},
     copy::{
         bridge,
         durable::Owner,
         target::{self, Extent, Maker, Update},
     },
-    nats::{Rules, jetstream::StreamState},
     sampling,
     store::OwnStreams,
 };
@@ -112,7 +114,13 @@ pub enum Outcome {
 }
 
 /// Checks both sides at once and is done at `until`; checks that were not reached by then are unknown.
-pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known: &[Known], until: Instant) -> Report {
+pub async fn run(
+    rules: &AllowList,
+    own: &Own<'_>,
+    replication: &Replication,
+    known: &[Known],
+    until: Instant,
+) -> Report {
     let site = own.site;
     let early = until - SECOND_LOOK;
     let (mut source, mut target) = tokio::join!(

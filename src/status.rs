@@ -2,10 +2,9 @@
 //! the position record and, as numbers, in the metrics. Field names are the wire contract.
 
 use chrono::{DateTime, TimeDelta, Utc};
+use nats_lane::entropy;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-
-use crate::chance;
 
 /// One replication as its leader sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -482,7 +481,7 @@ impl LastError {
     /// One of these kinds that happens now and is about no message.
     pub fn now(kind: &str, message: &str) -> Self {
         Self {
-            at: chance::now(),
+            at: entropy::now(),
             kind: kind.to_owned(),
             message: message.to_owned(),
             current: true,

@@ -37,14 +37,14 @@ use self::{
     neighbours::Neighbours,
     replication::{Context, Life},
 };
+
 use crate::{
-    chance,
+    allow::AllowList,
     copy::{Budget, Error, ErrorKind, Samples},
     events::Events,
     lease::Leases,
     metrics,
     names::{HEARTBEATS_KEY, SITE_KEY},
-    nats::Rules,
     status::{Row, State},
     store::{
         ConfigChange, ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionRecord, PositionStore, SenderStore,
@@ -72,7 +72,7 @@ pub struct Deps {
     /// It is the only one, by declaration, and goes on where its buckets are out of reach.
     pub standalone: bool,
     /// Where documents may lead.
-    pub rules: Rules,
+    pub rules: AllowList,
     /// What should run.
     pub config: ConfigStore,
     /// Where each replication stands.
@@ -204,7 +204,7 @@ impl Handle {
     /// The time of the source server: the clock of this host counts only for what this process measured itself.
     fn source_time(&self, board: &Board, row: &Row) -> DateTime<Utc> {
         let reported = (!board.leads()).then(|| self.group.source_time(&row.replication)).flatten();
-        reported.unwrap_or_else(|| row.source_time(chance::now()))
+        reported.unwrap_or_else(|| row.source_time(nats_lane::entropy::now()))
     }
 
     /// The senders of a replication as this process knows them, if it is sampled; and whether this process leads it.

@@ -40,7 +40,7 @@ fn shows_no_payload(line: &Metadata<'_>) -> bool {
 fn filter(level: &str) -> Result<EnvFilter, String> {
     let directives = match level {
         "error" | "warn" | "info" => format!("{level},async_nats=off"),
-        "debug" | "trace" => format!("info,stream_replicator={level},async_nats=debug"),
+        "debug" | "trace" => format!("info,stream_replicator={level},nats_lane={level},async_nats=debug"),
         other => other.to_owned(),
     };
     let wrong = |why: String| {

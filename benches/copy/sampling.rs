@@ -5,9 +5,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nats_lane::Message;
 use serde_json::{Value, json};
 use stream_replicator::config;
-use stream_replicator::nats::Message;
 use stream_replicator::sampling::{Fate, Inspector, Senders, Sighting, Verdict};
 
 use crate::harness::client::status;

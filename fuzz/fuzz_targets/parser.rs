@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use stream_replicator::nats::parser::parse;
+use nats_lane::parser::parse;
 
 #[path = "../../tests/it/limits/properties.rs"]
 #[allow(dead_code, reason = "each target uses a part of it")]

@@ -6,6 +6,7 @@ use std::{
 };
 
 use futures_util::{StreamExt, TryStreamExt, stream};
+use nats_lane::MASK;
 use serde::Serialize;
 use serde_json::Value;
 use similar::TextDiff;
@@ -20,7 +21,7 @@ use super::{
     output::{Colour, Output, clean},
 };
 use crate::{
-    config::{self, MASK, Problem, URLS, document_id, mask_document},
+    config::{self, Problem, URLS, document_id, mask_document},
     control::api::{Changed, DeleteRequest, Document, Failure, List},
 };
 

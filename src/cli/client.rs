@@ -5,6 +5,7 @@ use std::{io::Write, marker::PhantomData, time::Duration};
 use async_nats::{Event, HeaderMap, Message, RequestErrorKind, jetstream};
 use bytes::Bytes;
 use chrono::Utc;
+use nats_lane::client::connect_once;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -13,7 +14,6 @@ use super::{error::Error, global::Global, output::clean};
 use crate::{
     control::api::{ErrorReply, Failure, Instances, List, Status},
     names::{self, DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
-    nats::client::connect_once,
 };
 
 /// A connection to where the service is asked.

@@ -2,10 +2,7 @@
 
 use std::{env, path::PathBuf, time::Duration};
 
-use crate::{
-    config::{FieldError, Fields, Place, Secret, check_context_name, parse_duration},
-    nats::context,
-};
+use nats_lane::{ContextFields, FieldError, Secret, ServerRef, check_context_name, context, parse_duration};
 
 /// The service answers within 3 s.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -13,7 +10,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How to connect; every flag takes precedence over the same field of the context.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Connection")]
-pub(super) struct Connection {
+pub(super) struct ConnectionFlags {
     /// Servers: `nats://[user:password@]host[:port][,host...][?credentials=FILE&nkey=FILE&...]`, also `tls://`, `ws://`
     /// and `wss://`
     #[arg(long, short, value_name = "URL[,URL]", env = "NATS_URL", hide_env_values = true)]
@@ -72,7 +69,7 @@ pub(super) struct Connection {
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Asking {
     #[command(flatten)]
-    connection: Connection,
+    connection: ConnectionFlags,
 
     /// How long to wait for an answer, or with `--wait` for the result [default: 5s for an answer, or NATS_TIMEOUT]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, help_heading = "Connection")]
@@ -82,7 +79,7 @@ pub(super) struct Asking {
 impl Asking {
     /// Where to go; without a server and a context the one that is selected in the `nats` tool counts. An error names
     /// the flag or the file and shows no secret.
-    pub(super) fn place(&self) -> Result<Place, String> {
+    pub(super) fn place(&self) -> Result<ServerRef, String> {
         self.connection.place_or_selected()
     }
 
@@ -102,7 +99,7 @@ impl Asking {
     }
 }
 
-impl Connection {
+impl ConnectionFlags {
     /// Whether something says where to go.
     pub(super) fn names_a_place(&self) -> bool {
         given(self.server.as_ref(), Secret::reveal).is_some() || given(self.context.as_ref(), String::as_str).is_some()
@@ -115,39 +112,39 @@ impl Connection {
     }
 
     /// Everything that was given, put together.
-    pub(super) fn place(&self) -> Result<Place, String> {
+    pub(super) fn place(&self) -> Result<ServerRef, String> {
         self.place_in(given(self.context.as_ref(), String::as_str))
     }
 
-    fn place_or_selected(&self) -> Result<Place, String> {
+    fn place_or_selected(&self) -> Result<ServerRef, String> {
         if self.names_a_place() {
             return self.place();
         }
         self.place_in(context::selected().map_err(|error| error.to_string())?)
     }
 
-    fn place_in(&self, context: Option<String>) -> Result<Place, String> {
+    fn place_in(&self, context: Option<String>) -> Result<ServerRef, String> {
         let fields = self.fields();
         fields.check().map_err(told)?;
         match context {
-            None => fields.connection().map(|connection| Place::Known(Box::new(connection))).map_err(told),
+            None => fields.connection().map(|connection| ServerRef::Known(Box::new(connection))).map_err(told),
             Some(name) => {
                 check_context_name(&name).map_err(|right| format!("`--context`: `{name}` is not possible: {right}"))?;
-                let place = Place::Context { name, over: Box::new(fields), under: Box::default() };
+                let place = ServerRef::Context { name, over: Box::new(fields), under: Box::default() };
                 context::resolve(&place).map_err(|error| error.to_string())?;
                 Ok(place)
             }
         }
     }
 
-    fn fields(&self) -> Fields {
+    fn fields(&self) -> ContextFields {
         let text = |value: &Option<String>| given(value.as_ref(), String::as_str);
         let file = |path: &Option<PathBuf>| {
             let mut path = path.clone().filter(|path| !path.as_os_str().is_empty())?;
             context::expand(&mut path);
             Some(path)
         };
-        Fields {
+        ContextFields {
             url: given(self.server.as_ref(), Secret::reveal),
             user: text(&self.user),
             password: given(self.password.as_ref(), Secret::reveal),
@@ -160,7 +157,7 @@ impl Connection {
             jetstream_domain: text(&self.js_domain),
             jetstream_api_prefix: text(&self.js_api_prefix),
             inbox_prefix: text(&self.inbox_prefix),
-            ..Fields::default()
+            ..ContextFields::default()
         }
     }
 }
@@ -213,13 +210,13 @@ mod tests {
         Command::from_arg_matches(&matches).unwrap()
     }
 
-    fn place(arguments: &[&str]) -> Result<Place, String> {
+    fn place(arguments: &[&str]) -> Result<ServerRef, String> {
         parse(arguments).asking.connection.place()
     }
 
     #[test]
     fn flags_make_a_connection() {
-        let Place::Known(connection) = place(&[
+        let ServerRef::Known(connection) = place(&[
             "-s",
             "tls://h",
             "--creds",

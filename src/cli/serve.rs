@@ -2,16 +2,16 @@
 
 use std::{env, fs, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
+use nats_lane::{Secret, ServerRef, parse_duration};
 use serde_json::Value;
 use tracing::error;
 
-use super::{connection::Connection, error::USAGE};
+use super::{connection::ConnectionFlags, error::USAGE};
 use crate::{
+    allow::AllowList,
     app::{self, Settings},
-    config::{Place, Secret, SiteFile, parse_duration, parse_file},
-    names,
-    nats::Rules,
-    telemetry,
+    config::{SiteFile, parse_file},
+    names, telemetry,
 };
 
 /// Shorter ones would be lost by a server's pause, longer ones would leave replications alone for too long.
@@ -26,7 +26,7 @@ const LEASE_TTL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::f
 }))]
 pub(super) struct Args {
     #[command(flatten)]
-    connection: Connection,
+    connection: ConnectionFlags,
 
     /// Name of the site, for provenance, metrics and as the default for each replication's `name`; not needed beside
     /// `--config`
@@ -184,7 +184,7 @@ impl Args {
         let right = "a duration from 1s to 1h, such as `15s`";
         check("--lease-ttl", &self.lease_ttl, lease_ttl.map(|_| ()).ok_or(right));
         let server = self.place().map_err(|problem| problems.push(problem));
-        let rules = Rules::new(&self.allow_url, &self.allow_credentials).map_err(|problem| problems.push(problem));
+        let rules = AllowList::new(&self.allow_url, &self.allow_credentials).map_err(|problem| problems.push(problem));
         let file = self.file(name.as_deref(), rules.as_ref().ok()).map_err(|found| problems.extend(found));
         let (Ok(server), Ok(rules), Ok(file)) = (server, rules, file) else { return Err(problems) };
         if !problems.is_empty() {
@@ -209,7 +209,7 @@ impl Args {
 
 impl Args {
     /// The content of the site's file, or the default without one.
-    fn file(&self, name: Option<&str>, rules: Option<&Rules>) -> Result<SiteFile, Vec<String>> {
+    fn file(&self, name: Option<&str>, rules: Option<&AllowList>) -> Result<SiteFile, Vec<String>> {
         let Some(path) = self.config.as_ref().filter(|path| !path.as_os_str().is_empty()) else {
             let name = name.ok_or("`--name` or `--config` is needed, for the name of the site");
             return Ok(SiteFile {
@@ -228,7 +228,7 @@ impl Args {
     }
 
     /// A service needs an explicit server: the context that is selected in the `nats` tool does not count.
-    fn place(&self) -> Result<Place, String> {
+    fn place(&self) -> Result<ServerRef, String> {
         let general = env::var("NATS_URL").ok().filter(|url| !url.is_empty()).map(Secret::from);
         let connection = self.connection.clone().server_or(general);
         if !connection.names_a_place() {

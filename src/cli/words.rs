@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
-
-use crate::config::parse_duration;
+use nats_lane::parse_duration;
 
 /// `1,234,567`
 pub(super) fn count(number: u64) -> String {

@@ -3,15 +3,17 @@
 use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
+use nats_lane::{
+    Connection, ContextFields, Endpoint, ServerRef, Tls, check_context_name, endpoint, parse_duration,
+    server_ref::{domain_prefix, looks_like_url, subject_prefix},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Advisory, Connection, Endpoint, Fields, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Place, Problem,
-    Problems, Replication, Sampling, Scope, SenderBounds, Sharing, Side, Start, Tls, Transform, check_context_name,
-    endpoint, parse_duration, patterns,
-    place::{domain_prefix, looks_like_url, subject_prefix},
+    Advisory, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems, Replication, Sampling, Scope,
+    SenderBounds, Sharing, Side, Start, Transform, patterns,
     schema::{self, join, shorten},
 };
 use crate::{
@@ -257,7 +259,7 @@ pub fn parse_value(value: &Value, site: &str) -> Result<Replication, Problems> {
 pub fn parse_judged(
     value: &Value,
     site: &str,
-    judge: impl Fn(&str, &Place) -> Vec<Problem>,
+    judge: impl Fn(&str, &ServerRef) -> Vec<Problem>,
 ) -> Result<Replication, Problems> {
     let findings = schema::REPLICATION.check(value);
     let mut checker = Checker { problems: findings.problems, places: Vec::new() };
@@ -316,7 +318,7 @@ struct SideFields<'a> {
 struct Checker {
     problems: Vec<Problem>,
     /// Where the sides are, as far as that can be read.
-    places: Vec<(&'static str, Place)>,
+    places: Vec<(&'static str, ServerRef)>,
 }
 
 impl Checker {
@@ -481,7 +483,7 @@ impl Checker {
                 }
                 return None;
             }
-            (Some(text), None) => Place::Known(Box::new(self.known(url.0, text, fields, api)?)),
+            (Some(text), None) => ServerRef::Known(Box::new(self.known(url.0, text, fields, api)?)),
             (None, Some(name)) => self.context(context.0, name, fields, api)?,
         };
         self.places.push((fields.side, place.clone()));
@@ -502,7 +504,7 @@ impl Checker {
         Some(Connection { api_prefix: api.unwrap_or(connection.api_prefix), ..connection })
     }
 
-    fn context(&mut self, field: &str, name: &str, fields: &SideFields<'_>, api: Option<String>) -> Option<Place> {
+    fn context(&mut self, field: &str, name: &str, fields: &SideFields<'_>, api: Option<String>) -> Option<ServerRef> {
         if let Err(right) = check_context_name(name) {
             let is = if name.contains([':', '@']) { String::new() } else { format!(" is `{}`", shorten(name)) };
             self.problem(field, format!("`{field}`{is}: {right}"));
@@ -510,11 +512,11 @@ impl Checker {
         }
         let files = |tls: Option<&TlsDocument>| {
             let TlsDocument { ca, cert, key } = tls.cloned().unwrap_or_default();
-            Fields { ca, cert, key, ..Fields::default() }
+            ContextFields { ca, cert, key, ..ContextFields::default() }
         };
-        let over = Fields { jetstream_api_prefix: api, ..files(fields.own_tls) };
+        let over = ContextFields { jetstream_api_prefix: api, ..files(fields.own_tls) };
         let (over, under) = (Box::new(over), Box::new(files(fields.tls)));
-        Some(Place::Context { name: name.to_owned(), over, under })
+        Some(ServerRef::Context { name: name.to_owned(), over, under })
     }
 
     fn api(&mut self, fields: &SideFields<'_>) -> Option<String> {
@@ -915,7 +917,7 @@ mod tests {
     }
 
     fn endpoint(side: &Side) -> &Endpoint {
-        let Place::Known(connection) = &side.place else { panic!("{side:?}") };
+        let ServerRef::Known(connection) = &side.place else { panic!("{side:?}") };
         &connection.endpoint
     }
 
@@ -1044,7 +1046,7 @@ mod tests {
             "SITE",
         )
         .unwrap();
-        let Place::Context { name, over, under } = replication.target.place else { panic!("a URL") };
+        let ServerRef::Context { name, over, under } = replication.target.place else { panic!("a URL") };
         assert_eq!((name.as_str(), over.jetstream_api_prefix.as_deref()), ("hub", Some("$JS.d.API")));
         assert_eq!((over.key, under.ca), (Some("/k".into()), Some("/ca".into())));
         assert_eq!(replication.source.place.to_string(), "context `east`");
@@ -1053,7 +1055,7 @@ mod tests {
     #[test]
     fn domains_and_prefixes() {
         let prefix = |side: &Side| {
-            let Place::Known(connection) = &side.place else { panic!("{side:?}") };
+            let ServerRef::Known(connection) = &side.place else { panic!("{side:?}") };
             connection.api_prefix.clone()
         };
         let replication = good(json!({"source_domain": "east", "target_api_prefix": "hub.js.", "target_domain": ""}));

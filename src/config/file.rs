@@ -1,11 +1,9 @@
 //! The file of a site, `serve --config`: Choria's YAML, as far as it is read here.
 
+use nats_lane::endpoint::nearest;
 use serde_json::{Map, Value};
 
-use super::{
-    Problem,
-    schema::{nearest, shorten},
-};
+use super::{Problem, schema::shorten};
 use crate::names;
 
 /// The fields of the first level.

@@ -2,18 +2,20 @@
 
 use std::{collections::BTreeMap, ops::RangeInclusive, path::PathBuf, sync::LazyLock, time::Duration};
 
+use nats_lane::{
+    Connection, Endpoint, ServerRef, Tls, endpoint, parse_duration,
+    server_ref::{looks_like_url, no_url},
+};
 use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings, transform::RecursiveTransform};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    Connection, Endpoint, Place, Problem, Problems, Tls, TlsDocument,
+    Problem, Problems, TlsDocument,
     document::{Wildcards, wrong_subject},
-    endpoint::{self, ChoriaIdentity},
-    parse_duration,
-    place::{looks_like_url, no_url},
     schema::{Schema, join, shorten},
 };
+use crate::choria::ChoriaIdentity;
 use crate::names::{HEARTBEAT_SUBJECT_HEADER, ORIGINATOR_HEADER};
 
 /// Where nothing is said.
@@ -100,7 +102,7 @@ pub struct ChoriaDocument {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Heartbeats {
     /// Where to publish.
-    pub place: Place,
+    pub place: ServerRef,
     /// Whether only an elected instance publishes.
     pub leader_election: bool,
     /// On which subjects; never empty, no subject twice.
@@ -122,7 +124,7 @@ pub struct Heartbeat {
 /// at once. `judge` is asked about the place, if it can be read.
 pub fn parse_heartbeats(
     value: &Value,
-    judge: impl FnOnce(&Place) -> Vec<Problem>,
+    judge: impl FnOnce(&ServerRef) -> Vec<Problem>,
 ) -> Result<Option<Heartbeats>, Problems> {
     let value = without_nulls(value);
     if is_nothing(&value) {
@@ -173,7 +175,7 @@ impl Checker {
         self.problems.iter().any(|problem| problem.path == path || problem.path.starts_with(&inside))
     }
 
-    fn heartbeats(&mut self, value: &Value, judge: impl FnOnce(&Place) -> Vec<Problem>) -> Option<Heartbeats> {
+    fn heartbeats(&mut self, value: &Value, judge: impl FnOnce(&ServerRef) -> Vec<Problem>) -> Option<Heartbeats> {
         let fields = value.as_object()?;
         let kept = fields.iter().filter(|(field, _)| !self.is_refused(&join("", field)));
         let kept: Map<_, _> = kept.map(|(field, value)| (field.clone(), value.clone())).collect();
@@ -195,7 +197,7 @@ impl Checker {
         Some(Heartbeats { place: place?, leader_election: document.leader_election, subjects })
     }
 
-    fn place(&mut self, document: &HeartbeatsDocument) -> Option<Place> {
+    fn place(&mut self, document: &HeartbeatsDocument) -> Option<ServerRef> {
         let tls = self.tls(&document.tls);
         let choria = self.choria(&document.choria);
         if document.url.is_empty() {
@@ -213,11 +215,11 @@ impl Checker {
             endpoint.with_tls(files)
         });
         let endpoint = endpoint.and_then(|endpoint| match choria {
-            Some(choria) => endpoint.with_choria(choria),
+            Some(choria) => choria.at(endpoint),
             None => Ok(endpoint),
         });
         match endpoint {
-            Ok(endpoint) => Some(Place::Known(Box::new(Connection::to(endpoint)))),
+            Ok(endpoint) => Some(ServerRef::Known(Box::new(Connection::to(endpoint)))),
             Err(error) => {
                 self.problem("/url", format!("`url`: {error}"));
                 None
@@ -344,11 +346,10 @@ fn dotted(path: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use nats_lane::Auth;
     use serde_json::json;
 
     use super::*;
-    use crate::config::Auth;
-
     fn parse(value: &Value) -> Result<Option<Heartbeats>, Problems> {
         parse_heartbeats(value, |_| Vec::new())
     }
@@ -395,7 +396,7 @@ mod tests {
         assert_eq!(heartbeats.subjects, expect);
         let least = parse(&with(json!({}))).unwrap().unwrap();
         assert_eq!((least.subjects[0].interval, least.leader_election), (DEFAULT_INTERVAL, false));
-        let Place::Known(connection) = least.place else { panic!("{least:?}") };
+        let ServerRef::Known(connection) = least.place else { panic!("{least:?}") };
         assert_eq!((&connection.endpoint.auth, connection.endpoint.requires_tls()), (&Auth::Anonymous, false));
     }
 
@@ -452,12 +453,13 @@ mod tests {
         let files = json!({"seed_file": "/s", "jwt_file": "/j", "collective": "choria"});
         let endpoint = |more: Value| {
             let heartbeats = parse(&with(more)).unwrap().unwrap();
-            let Place::Known(connection) = heartbeats.place else { panic!("a context") };
+            let ServerRef::Known(connection) = heartbeats.place else { panic!("a context") };
             connection.endpoint
         };
         let tls = |tls: Value| endpoint(json!({"choria": files, "tls": tls}));
         let bare = endpoint(json!({"choria": files}));
-        assert!(matches!(&bare.auth, Auth::Choria(identity) if identity.collective == "choria"), "{bare:?}");
+        let Auth::Custom(identity) = &bare.auth else { panic!("{bare:?}") };
+        assert_eq!(identity.downcast::<ChoriaIdentity>().map(|choria| choria.collective.as_str()), Some("choria"));
         assert!(bare.requires_tls() && bare.tls.insecure);
         assert!(!tls(json!({"ca": "/ca"})).tls.insecure);
         assert!(!tls(json!({"cert": "/c", "key": "/k"})).tls.insecure);

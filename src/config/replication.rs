@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use nats_lane::ServerRef;
 
-use super::{Mapping, Place, Scope};
+use super::{Mapping, Scope};
 use crate::status::Ordering;
 
 /// One configured copy of a source stream into a target stream, valid by construction
@@ -76,7 +77,7 @@ pub struct Side {
     /// Name of the stream.
     pub stream: String,
     /// Where it is, and as whom to connect.
-    pub place: Place,
+    pub place: ServerRef,
 }
 
 /// Which messages of each sender are copied, and which advisories are published.

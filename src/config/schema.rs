@@ -6,9 +6,10 @@ use jsonschema::{
     JsonType, ValidationError, Validator,
     error::{TypeKind, ValidationErrorKind},
 };
+use nats_lane::endpoint::{mask_url, nearest};
 use serde_json::Value;
 
-use super::{Problem, endpoint::mask_url};
+use super::Problem;
 
 /// Of a replication document.
 pub(super) static REPLICATION: LazyLock<Schema> = LazyLock::new(|| {
@@ -94,17 +95,6 @@ impl Schema {
 
 fn known_fields(schema: &Value) -> impl Iterator<Item = &str> {
     schema["properties"].as_object().into_iter().flat_map(|fields| fields.keys().map(String::as_str))
-}
-
-/// The known word that is most like `word`, if any is like it at all.
-pub(super) fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let word = word.to_lowercase();
-    known
-        .into_iter()
-        .map(|candidate| (strsim::jaro_winkler(&word, candidate), candidate))
-        .filter(|(likeness, _)| *likeness >= 0.85)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, candidate)| candidate)
 }
 
 fn explain(error: &ValidationError<'_>) -> Problem {

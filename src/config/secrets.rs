@@ -1,13 +1,16 @@
 //! Documents as they are shown, and as they come back.
 
+use nats_lane::{
+    MASK, Tls,
+    endpoint::{is_masked, mask_url, unmask},
+    server_ref::looks_like_url,
+};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    Problem, Tls, TlsDocument,
-    endpoint::{MASK, is_masked, mask_url, unmask},
+    Problem, TlsDocument,
     heartbeats::HEARTBEATS,
-    place::looks_like_url,
     schema::{REPLICATION, Schema, join},
 };
 

@@ -36,12 +36,12 @@ use super::{
     validate::config_validate,
 };
 use crate::{
+    allow::AllowList,
     config::{self, Json, Problem, Problems, Replication},
     events::Events,
     heartbeat as heartbeats,
     lease::Leases,
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER, HEARTBEATS_KEY, SITE_KEY},
-    nats::Rules,
     preflight::Own,
     store::{ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionStore, SenderStore, WriteError},
     supervisor::Handle,
@@ -68,7 +68,7 @@ pub(super) struct Context {
     pub(super) instance: String,
     pub(super) installation: String,
     pub(super) own_streams: OwnStreams,
-    pub(super) rules: Rules,
+    pub(super) rules: AllowList,
     /// Nothing is changed by request, and nobody is connected to for a request.
     pub(super) read_only: bool,
     pub(super) config: ConfigStore,

@@ -12,17 +12,18 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
+use nats_lane::{
+    Batch, Dial, Error, ErrorKind, Lane, Message, Turn, backoff::Backoff, entropy as chance, headers,
+    jetstream::PublishAck, parser::number,
+};
 use tokio::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::{Job, line, transform::push, writer::hpub};
 use crate::{
-    backoff::Backoff,
-    chance,
     config::Side,
     events::Event,
     names,
-    nats::{Batch, Dial, Error, ErrorKind, Lane, Message, Turn, headers, jetstream::PublishAck, parser::number},
     sampling::{Kind, Senders, Voice},
     status::{Advised, SamplingStatus},
 };

@@ -3,18 +3,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use nats_lane::{
+    DEFAULT_API_PREFIX, Error, Lane, Turn, headers,
+    jetstream::{Api, PublishAck, StreamInfo},
+};
 use tokio::time::{Duration, Instant, timeout_at};
 use tracing::debug;
 
 use super::{Job, learn, subjects};
-use crate::{
-    config::{DEFAULT_API_PREFIX, patterns},
-    names,
-    nats::{
-        self, Error, Lane, Turn, headers,
-        jetstream::{Api, PublishAck, StreamInfo},
-    },
-};
+use crate::{config::patterns, names, nats};
 
 /// A message on its way from the target to the source takes no longer than this.
 pub(crate) const REACHES_WITHIN: Duration = Duration::from_millis(250);
@@ -27,7 +24,7 @@ const MAX_STREAMS: usize = 8;
 
 /// Whether two sides are one JetStream, in which no two streams listen on the same subject. Sites that are one account
 /// and do not have the same JetStream differ in its domain.
-pub(crate) fn same_jetstream(source: &StreamInfo, target: &nats::ServerInfo, api_prefix: &str) -> bool {
+pub(crate) fn same_jetstream(source: &StreamInfo, target: &nats_lane::ServerInfo, api_prefix: &str) -> bool {
     let domain = match api_prefix.strip_prefix("$JS.").and_then(|rest| rest.strip_suffix(".API")) {
         Some(domain) => Some(domain),
         None if api_prefix == DEFAULT_API_PREFIX => target.domain.as_deref(),
@@ -145,7 +142,7 @@ mod tests {
         let check = |source: Option<&str>, target: Option<&str>, prefix: &str, expect: bool| {
             let source: StreamInfo =
                 serde_json::from_value(json!({"config": {}, "state": {}, "domain": source})).unwrap();
-            let mut server = nats::ServerInfo::default();
+            let mut server = nats_lane::ServerInfo::default();
             server.domain = target.map(str::to_owned);
             assert_eq!(same_jetstream(&source, &server, prefix), expect, "{source:?} {target:?} {prefix}");
         };

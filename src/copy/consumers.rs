@@ -3,11 +3,10 @@
 
 use std::collections::HashMap;
 
+use nats_lane::{Error, ErrorKind, Lane, jetstream::decode};
 use serde_json::Value;
 use tokio::time::{Duration, Instant, timeout_at};
 use xxhash_rust::xxh3::xxh3_64;
-
-use crate::nats::{Error, ErrorKind, Lane, jetstream::decode};
 
 /// Names that are used in turn. A run that was superseded and does not know it finds its consumer deleted, not another
 /// one of the same name; and a consumer can be recreated while the old one still exists.

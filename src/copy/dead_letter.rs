@@ -4,6 +4,11 @@
 
 use std::collections::VecDeque;
 
+use nats_lane::{
+    Error, ErrorKind, Lane, Message, headers,
+    jetstream::{PublishAck, StreamInfo},
+    parser::number,
+};
 use tokio::time::{Duration, Instant};
 
 use super::{
@@ -14,15 +19,7 @@ use super::{
     window::SourcePoint,
     writer::{MAX_HEADER, MessageId, hpub},
 };
-use crate::{
-    names,
-    nats::{
-        Error, ErrorKind, Lane, Message, headers,
-        jetstream::{PublishAck, StreamInfo},
-        parser::number,
-    },
-    store::SourceMessage,
-};
+use crate::{names, store::SourceMessage};
 
 /// How long the ack of a dead letter may take. A lane whose server is silent gives up before.
 const ACK_WAIT: Duration = Duration::from_secs(20);

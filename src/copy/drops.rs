@@ -7,12 +7,10 @@
 //! `max_msgs_per_subject` removes copies everywhere in the stream. Then the two streams are compared by their number of
 //! messages, while nothing is in flight.
 
+use nats_lane::jetstream::{StreamInfo, StreamState};
 use tokio::time::{Duration, Instant};
 
-use crate::{
-    events::Event,
-    nats::jetstream::{StreamInfo, StreamState},
-};
+use crate::events::Event;
 
 /// The source must still keep a message so long after its copy is gone: both expire messages by their own clocks.
 const IN_STEP: Duration = Duration::from_secs(5);

@@ -5,6 +5,10 @@
 //! such a one is ever changed, and deleted with its replication. None is ever deleted to read something again. One of another
 //! replication, or of another installation, is not used: two readers of one consumer get a part of the messages each.
 
+use nats_lane::{
+    Dial, Error, ErrorKind, Lane,
+    jetstream::{Api, ConsumerInfo, StreamInfo},
+};
 use serde_json::{Value, json};
 use tokio::time::Duration;
 use tracing::warn;
@@ -13,10 +17,6 @@ use super::target::{self, API_LEVEL_2_14};
 use crate::{
     config::{Replication, Start},
     names,
-    nats::{
-        Dial, Error, ErrorKind, Lane,
-        jetstream::{Api, ConsumerInfo, StreamInfo},
-    },
 };
 
 /// Metadata of the consumers that we made; the value is the id of the replication.
@@ -484,7 +484,7 @@ mod tests {
 
     /// What is asked for until a consumer that is ahead of its stream is deleted, where an earlier try left this keeper.
     async fn given_up(keeper: Option<u64>) -> Vec<String> {
-        let (mut lane, mut server) = crate::nats::pipe::lane().await;
+        let (mut lane, mut server) = nats_lane::pipe::lane().await;
         let (replication, source) = (replication(json!({})), stream("interest", "1", 5, 50));
         let info = json!({"config": {"metadata": {MARK: "S.x"}}, "delivered": {"stream_seq": 20}});
         let info = serde_json::from_value(info).unwrap();

@@ -4,6 +4,10 @@
 use std::sync::{Arc, LazyLock};
 
 use futures_util::FutureExt;
+use nats_lane::{
+    Batch, Connection, Endpoint, Error, Lane, Message,
+    jetstream::{ConsumerInfo, Delivery, StreamInfo, decode, decode_message},
+};
 use serde_json::{Value, json};
 use tokio::{
     runtime::Runtime,
@@ -25,11 +29,8 @@ use super::{
     writer::{Supply, Writer},
 };
 use crate::{
-    config::{self, Connection, Endpoint, Replication},
-    nats::{
-        Batch, Error, Lane, Message, account,
-        jetstream::{ConsumerInfo, Delivery, StreamInfo, decode, decode_message},
-    },
+    config::{self, Replication},
+    nats::account,
     status::{TargetMode, Transport},
     store::PositionRecord,
 };

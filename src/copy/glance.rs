@@ -2,6 +2,7 @@
 //! connection of its own, which is closed at once.
 
 use chrono::DateTime;
+use nats_lane::{Dial, Lane, Turn, entropy as chance, jetstream::Api};
 use tokio::time::{Duration, Instant, timeout};
 
 use super::{
@@ -11,13 +12,7 @@ use super::{
     headroom::{Looks, Oldest, Outlook, Retention, Waiting},
     reader::{Range, Reader},
 };
-use crate::{
-    chance,
-    config::Replication,
-    names,
-    nats::{Dial, Lane, Turn, jetstream::Api},
-    status::Lag,
-};
+use crate::{config::Replication, names, status::Lag};
 
 /// What is read ahead: the headers of the first messages.
 const AHEAD: usize = 64 * 1024;

@@ -6,12 +6,10 @@
 
 use std::collections::VecDeque;
 
+use nats_lane::jetstream::{StreamInfo, StreamState};
 use tokio::time::{Duration, Instant};
 
-use crate::{
-    nats::jetstream::{StreamInfo, StreamState},
-    status::{Headroom, RetentionLimit},
-};
+use crate::status::{Headroom, RetentionLimit};
 
 /// Looks are kept so long, but always the last two: over this time a rate is measured.
 const KEPT: Duration = Duration::from_secs(60);

@@ -1,5 +1,6 @@
 //! What a run reads from: one kind of reader for each kind of stream.
 
+use nats_lane::{Batch, Error, Lane, jetstream::StreamInfo};
 use tokio::time::Instant;
 
 use super::{
@@ -10,10 +11,7 @@ use super::{
     throttle,
     window::SourcePoint,
 };
-use crate::{
-    config::Replication,
-    nats::{Batch, Error, Lane, jetstream::StreamInfo},
-};
+use crate::config::Replication;
 
 /// One of the readers.
 #[derive(Debug)]

@@ -2,6 +2,10 @@
 
 use std::collections::HashMap;
 
+use nats_lane::{
+    Dial, Error, ErrorKind, Lane,
+    jetstream::{Api, StreamInfo, StreamState, decode},
+};
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::json;
 use tokio::time::{Duration, timeout};
@@ -11,10 +15,6 @@ use super::subjects::{InScope, Learned, Learning, Origins};
 use crate::{
     config::{Replication, Start},
     names,
-    nats::{
-        Dial, Error, ErrorKind, Lane,
-        jetstream::{Api, StreamInfo, StreamState, decode},
-    },
 };
 
 /// Streams that are asked for at most where a source takes messages from others.

@@ -2,10 +2,11 @@
 //! that may have happened, lines of padding are sent to nobody, each on a connection of its own, until the limit is known.
 
 use futures_util::{FutureExt, future::BoxFuture};
+use nats_lane::Lane;
 use tokio::time::{Duration, timeout};
 
 use super::Job;
-use crate::{names, nats::Lane};
+use crate::names;
 
 /// Limit for the whole search.
 const WITHIN: Duration = Duration::from_secs(8);

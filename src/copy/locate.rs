@@ -1,6 +1,11 @@
 //! Places in a source stream: found by sequence or by time, over a lane.
 
 use chrono::{DateTime, SecondsFormat, Utc};
+use nats_lane as nats;
+use nats_lane::{
+    Dial, Lane, entropy as chance,
+    jetstream::{Api, CONSUMER_EXISTS, StoredMessage, StreamInfo, StreamState, TOO_MANY_CONSUMERS},
+};
 use serde_json::json;
 use tokio::time::{Duration, Instant};
 
@@ -12,16 +17,7 @@ use super::{
     reader::headers_at,
     window::SourcePoint,
 };
-use crate::{
-    chance,
-    config::Replication,
-    names,
-    nats::{
-        self, Dial, Lane,
-        jetstream::{Api, CONSUMER_EXISTS, StoredMessage, StreamInfo, StreamState, TOO_MANY_CONSUMERS},
-    },
-    store::SourceWitness,
-};
+use crate::{config::Replication, names, store::SourceWitness};
 
 /// Messages of this size on the average are not read for their headers or their stored time alone: a question more costs
 /// less.

@@ -1,8 +1,9 @@
 //! What a target stream that this service created says about it, in its metadata. Pure.
 
+use nats_lane::jetstream::StreamInfo;
 use serde_json::{Value, json};
 
-use crate::{config::Former, nats::jetstream::StreamInfo};
+use crate::config::Former;
 
 /// Whose it is.
 const SITE: &str = "replicator.site";

@@ -7,17 +7,15 @@
 
 use std::collections::HashMap;
 
+use nats_lane::{
+    Batch, Error, Lane,
+    jetstream::{decode, leaders_info},
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::{Duration, Instant};
 
-use crate::{
-    config::Mapping,
-    nats::{
-        Batch, Error, Lane,
-        jetstream::{decode, leaders_info},
-    },
-};
+use crate::config::Mapping;
 
 /// A question that got no answer is asked again after this.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
@@ -283,7 +281,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_target_is_asked_once_everything_before_is_settled() {
-        let (mut lane, mut server) = crate::nats::pipe::lane().await;
+        let (mut lane, mut server) = nats_lane::pipe::lane().await;
         let (mut gate, mapping) = (Gate::of("OBJ_b", "OBJ_b").unwrap(), Mapping::default());
         let (body, now) = (description("one", 2, false), Instant::now());
         let pass = |lane: &mut Lane, gate: &mut Gate, settled| gate.pass((META, &body), settled, lane, &mapping, now);
@@ -299,7 +297,7 @@ mod tests {
         };
         let received = async {
             loop {
-                if let crate::nats::Turn::Received(batch) = lane.turn().await.unwrap() {
+                if let nats_lane::Turn::Received(batch) = lane.turn().await.unwrap() {
                     break batch;
                 }
             }

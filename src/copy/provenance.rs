@@ -2,12 +2,9 @@
 //! (Choria's header). Every hop adds one value; the last one is the newest.
 
 use memchr::memmem;
+use nats_lane::{headers, parser::number};
 
-use crate::{
-    config::Former,
-    names,
-    nats::{headers, parser::number},
-};
+use crate::{config::Former, names};
 
 /// Says which replication a message came through.
 #[derive(Debug, Clone, PartialEq, Eq)]

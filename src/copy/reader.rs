@@ -14,23 +14,19 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
 use self::stash::Stash;
+use nats_lane::{
+    Batch, Error, Lane, Message, Turn, entropy as chance, headers,
+    jetstream::{
+        Api, CONSUMER_EXISTS, ConsumerInfo, Delivery, StoredMessage, TOO_MANY_CONSUMERS, is_delivery, parse_delivery,
+    },
+    parser::number,
+};
+
 use super::{
     budget::{Budget, PIECE_MIN, Reservation},
     consumers::Names,
     window::SourcePoint,
 };
-use crate::{
-    chance,
-    nats::{
-        Batch, Error, Lane, Message, Turn, headers,
-        jetstream::{
-            Api, CONSUMER_EXISTS, ConsumerInfo, Delivery, StoredMessage, TOO_MANY_CONSUMERS, is_delivery,
-            parse_delivery,
-        },
-        parser::number,
-    },
-};
-
 /// The server says that it is there this often while it has nothing to deliver.
 const HEARTBEAT: Duration = Duration::from_millis(2500);
 /// Silence after which a stream that is scanned, or a durable consumer, is given up.

@@ -3,6 +3,10 @@
 
 use std::collections::BTreeMap;
 
+use nats_lane::{
+    Batch, Error, ErrorKind, Lane,
+    jetstream::{StreamInfo, decode},
+};
 use serde_json::Value;
 use tokio::time::{Duration, Instant};
 
@@ -17,10 +21,6 @@ use super::{
 use crate::{
     config::{Limits, OnReject, Replication},
     events::{Event, PoisonAction},
-    nats::{
-        Batch, Error, ErrorKind, Lane,
-        jetstream::{StreamInfo, decode},
-    },
     status::Counters,
     store::SourceMessage,
 };

@@ -7,20 +7,19 @@
 
 use std::time::Duration;
 
-use serde_json::{Value, json};
-
-use super::{
-    reader::{Range, Reader},
-    window::SourcePoint,
-};
-use crate::nats::{
+use nats_lane::{
     Batch, Error, Lane, Message,
     jetstream::{
         ConsumerInfo, Delivery, TOO_MANY_CONSUMERS, answer_in, create_new_consumer_call, decode, decode_message,
         is_delivery, message_call, parse_delivery, within_limit,
     },
 };
+use serde_json::{Value, json};
 
+use super::{
+    reader::{Range, Reader},
+    window::SourcePoint,
+};
 /// Time for the consumer that shows the witness; it has it at once, or not at all.
 const SHOWN_WITHIN: Duration = Duration::from_secs(2);
 
@@ -205,11 +204,10 @@ impl Renewal {
 
 #[cfg(test)]
 mod tests {
+    use nats_lane::{Turn, pipe};
     use serde_json::json;
 
     use super::*;
-    use crate::nats::{Turn, pipe};
-
     /// What comes of a renewal behind message 5, stored at 2026-01-01T00:00:05Z, where the source says this of it.
     async fn renewed(witness: Value) -> Result<Reader, Error> {
         let (mut lane, mut server) = pipe::lane().await;

@@ -9,6 +9,11 @@ use chrono::Utc;
 use tokio::time::Instant;
 
 use self::search::{Kept, Proof, Search, Seen, Tail, note};
+use nats_lane::{
+    Error, Lane, headers,
+    jetstream::{Api, StoredMessage, StreamInfo},
+};
+
 use super::{
     clock::SourceClock,
     consumers::Names,
@@ -22,10 +27,6 @@ use super::{
 use crate::{
     config::{Limits, Mapping, Replication, Start},
     events::{Event, LossAction},
-    nats::{
-        Error, Lane, headers,
-        jetstream::{Api, StoredMessage, StreamInfo},
-    },
     status::{OnlyAtTarget, TargetMode},
     store::{Orphans, PositionRecord, SourceWitness, Stamps, TargetWitness},
 };

@@ -3,6 +3,11 @@
 use std::{future::poll_fn, sync::Arc, task::Poll};
 
 use chrono::DateTime;
+use nats_lane as nats;
+use nats_lane::{
+    Batch, ErrorKind as NatsErrorKind, Lane, Message, Turn, entropy as chance,
+    jetstream::{Api, ConsumerInfo, StreamInfo, answer_in, decode, leaders_info},
+};
 use tokio::{
     sync::watch,
     time::{Duration, Instant, sleep_until},
@@ -44,14 +49,9 @@ use super::{
     writer::{Supply, TOO_LARGE, Writer},
 };
 use crate::{
-    chance,
     config::{OnReject, Replication, Side},
     events::{Event, Events, PoisonAction, Step},
     names,
-    nats::{
-        self, Batch, ErrorKind as NatsErrorKind, Lane, Message, Turn,
-        jetstream::{Api, ConsumerInfo, StreamInfo, answer_in, decode, leaders_info},
-    },
     sampling::Fate,
     status::{CopyStatus, Lag, LastError, Position, Row, State, TargetMode},
     store::{SaveError, SourceMessage},
@@ -589,13 +589,13 @@ impl<'a> Run<'a> {
     }
 
     /// The target ended the connection: perhaps for a line that was too long.
-    fn lost_target(&self, error: crate::nats::Error) -> Error {
+    fn lost_target(&self, error: nats_lane::Error) -> Error {
         let unconfirmed_line = self.writer.unconfirmed_line(&self.window).filter(|line| *line > line::LEAST);
         Error { unconfirmed_line, ..error.context("target").into() }
     }
 
     /// The source ended the connection: perhaps because more was asked for than it lets wait.
-    fn lost_source(&self, ledger: &mut Ledger, error: crate::nats::Error) -> Error {
+    fn lost_source(&self, ledger: &mut Ledger, error: nats_lane::Error) -> Error {
         let now = Instant::now();
         // One that says why it ends was not cut for what waits: a slow consumer is told nothing.
         if self.reader.pending() > 0 && error.is_cut() {
@@ -944,7 +944,7 @@ impl<'a> Run<'a> {
     }
 
     /// What the server says of our consumer when the watchdog asked.
-    fn consumer_is(&mut self, info: Result<ConsumerInfo, crate::nats::Error>) -> Result<(), Error> {
+    fn consumer_is(&mut self, info: Result<ConsumerInfo, nats_lane::Error>) -> Result<(), Error> {
         let consumer = match info {
             Ok(info) => {
                 if let Some(reader) = self.reader.plain_mut()

@@ -1,10 +1,11 @@
 //! Who else writes to the target stream: the mode that a run begins in, and what becomes of foreign messages that it
 //! finds. Pure.
 
+use nats_lane::jetstream::StreamInfo;
+
 use crate::{
     config::{Replication, Sharing},
     events::Event,
-    nats::jetstream::StreamInfo,
     status::TargetMode,
     store::{PositionRecord, Stamps},
 };

@@ -1,6 +1,10 @@
 //! A message that no stream took, or another one than the target: whether the target listens on its subject at all, and
 //! what follows if it does not.
 
+use nats_lane::{
+    Error as NatsError, Lane,
+    jetstream::{Api, StreamInfo},
+};
 use tokio::time::{Duration, Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
@@ -9,14 +13,7 @@ use super::{
     Error, ErrorKind, Job, learn, locate,
     target::{Extent, Opened, Opening, quoted},
 };
-use crate::{
-    config::patterns,
-    names,
-    nats::{
-        Error as NatsError, Lane,
-        jetstream::{Api, StreamInfo},
-    },
-};
+use crate::{config::patterns, names};
 
 /// Deadline for connecting to both sides.
 const DIAL_WITHIN: Duration = Duration::from_secs(5);

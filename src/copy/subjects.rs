@@ -3,12 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
+use nats_lane::{Error, jetstream::StreamInfo};
 use serde_json::Value;
 
-use crate::{
-    config::{Mapping, Replication, Transform, outline::Outline, patterns},
-    nats::{Error, jetstream::StreamInfo},
-};
+use crate::config::{Mapping, Replication, Transform, outline::Outline, patterns};
 
 /// Mirrors of mirrors are followed so far.
 const MOST_HOPS: usize = 4;

@@ -1,5 +1,11 @@
 //! The target stream: what it can do, and making it where it is missing.
 
+use nats_lane::{
+    DEFAULT_API_PREFIX, Error, ErrorKind, Lane, ServerInfo,
+    backoff::jitter,
+    entropy as chance,
+    jetstream::{Api, StreamInfo},
+};
 use serde_json::{Map, Value, json};
 use tokio::time::{Duration, sleep};
 
@@ -10,13 +16,7 @@ use super::{
     transform::Allowed,
 };
 use crate::{
-    backoff::jitter,
-    chance,
-    config::{DEFAULT_API_PREFIX, Replication, patterns},
-    nats::{
-        Error, ErrorKind, Lane, ServerInfo,
-        jetstream::{Api, StreamInfo},
-    },
+    config::{Replication, patterns},
     status::{TargetMode, Transport},
 };
 

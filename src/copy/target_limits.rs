@@ -3,13 +3,13 @@
 //! A copy is larger than its source message: it carries provenance and a stamp, and its subject may be longer. So a limit
 //! in bytes that is right for the source is too small for the target.
 
+use nats_lane::{Error, jetstream::StreamInfo};
 use serde_json::{Map, Value};
 
 use super::{drops, subjects, target::limits};
 use crate::{
     config::{OnReject, Replication},
     names,
-    nats::{Error, jetstream::StreamInfo},
 };
 
 /// Limits of a source that a target takes over if the source keeps messages up to its limits, too.
@@ -364,7 +364,7 @@ mod tests {
         let all = [(900, "old"), (-1, "old"), (400, "new"), (100, "new")];
         assert_eq!(tried(json!({"max_bytes": 100})), expect(&all));
         assert_eq!(tried(json!({})), expect(&all[..2]));
-        let refusal = |err_code| Error::from(crate::nats::ApiError { code: 400, err_code, ..Default::default() });
+        let refusal = |err_code| Error::from(nats_lane::ApiError { code: 400, err_code, ..Default::default() });
         assert!(is_about_room(&refusal(10047)) && is_about_room(&refusal(10113)) && !is_about_room(&refusal(10065)));
     }
 

@@ -1,15 +1,15 @@
 //! Polls the target for copies that it dropped (see [`drops`](super::drops)): one question beside each to the source, and
 //! one more where the first message of the target is another one than before.
 
+use nats_lane::{
+    Lane, Message,
+    jetstream::{StreamInfo, StreamState, decode_message, leaders_info, message_from_call},
+};
 use tokio::time::{Duration, Instant};
 
 use super::{
     drops::{Dropped, Drops, First},
     provenance::Tag,
-};
-use crate::nats::{
-    Lane, Message,
-    jetstream::{StreamInfo, StreamState, decode_message, leaders_info, message_from_call},
 };
 
 /// Messages of other writers that are passed over in one poll, and their bytes: each is read with its payload.
@@ -140,9 +140,9 @@ mod tests {
     use serde_json::json;
 
     use super::{super::drops::Limits, *};
-    use crate::nats::{
+    use nats_lane::{
         Turn,
-        pipe::{self, Asked as Question, Pipe},
+        pipe::{self, Pipe, PipeRequest as Question},
     };
 
     /// A watch over a target that drops by number, with what it asks.

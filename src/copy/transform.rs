@@ -4,9 +4,10 @@
 use std::sync::LazyLock;
 
 use memchr::memmem;
+use nats_lane::{headers, parse_duration};
 
 use super::provenance::{Origin, Tag};
-use crate::{config::parse_duration, names, nats::headers};
+use crate::names;
 
 /// Which headers of a message keep their effect: the source acts on them, and the target allows them. A source stores a
 /// header that it does not act on as data (a server before 2.11 does so with `Nats-TTL`, a mirror with whatever its origin

@@ -4,6 +4,13 @@
 use std::{fmt::Write as _, ops::Range, sync::Arc};
 
 use bytes::BytesMut;
+use nats_lane::{
+    ApiError, Error, ErrorKind, Lane, Message, entropy as chance,
+    fast_ingest::{self, Ack, Operation},
+    headers,
+    jetstream::{PublishAck, StreamInfo},
+    parser::number,
+};
 use tokio::time::{Duration, Instant};
 use tracing::trace;
 use xxhash_rust::xxh3::xxh3_128;
@@ -18,15 +25,7 @@ use super::{
     window::{SourcePoint, Token, Window, WindowError},
 };
 use crate::{
-    chance,
     config::{Limits, Replication},
-    nats::{
-        ApiError, Error, ErrorKind, Lane, Message,
-        fast_ingest::{self, Ack, Operation},
-        headers,
-        jetstream::{PublishAck, StreamInfo},
-        parser::number,
-    },
     status::{Ordering, TargetMode, Transport},
     store::{PositionRecord, SourceMessage, Stamps},
 };

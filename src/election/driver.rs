@@ -4,6 +4,12 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use nats_lane::{
+    Batch, DEFAULT_API_PREFIX, Dial, Error, ErrorKind, Lane, ServerRef, Turn,
+    backoff::Backoff,
+    headers,
+    jetstream::{PublishAck, StreamInfo, answer_in, decode, decode_message},
+};
 use serde_json::{Value, json};
 use tokio::{
     sync::watch,
@@ -16,16 +22,7 @@ use super::{
     BUCKET, Election, LAST_WORDS, Leadership,
     machine::{Machine, Step, Terms, Written},
 };
-use crate::{
-    backoff::Backoff,
-    boottime,
-    config::{DEFAULT_API_PREFIX, Place},
-    names,
-    nats::{
-        Batch, Dial, Error, ErrorKind, Lane, Turn, headers,
-        jetstream::{PublishAck, StreamInfo, answer_in, decode, decode_message},
-    },
-};
+use crate::{boottime, names};
 
 /// The bucket's stream.
 const STREAM: &str = "KV_CHORIA_LEADER_ELECTION";
@@ -68,7 +65,7 @@ impl Question {
 
 pub(super) struct Driver {
     dial: Arc<dyn Dial>,
-    place: Place,
+    place: ServerRef,
     election: Election,
     machine: Machine,
     told: watch::Sender<Leadership>,
@@ -93,7 +90,12 @@ struct Booth {
 }
 
 impl Driver {
-    pub(super) fn new(dial: Arc<dyn Dial>, place: Place, election: Election, told: watch::Sender<Leadership>) -> Self {
+    pub(super) fn new(
+        dial: Arc<dyn Dial>,
+        place: ServerRef,
+        election: Election,
+        told: watch::Sender<Leadership>,
+    ) -> Self {
         let (info, last) = (Question::new("STREAM.INFO"), Question::new("STREAM.MSG.GET"));
         let machine = Machine::new(boottime::now());
         Self { dial, place, election, machine, told, info, last, retry: RETRY, error: None }

@@ -6,9 +6,9 @@ use tracing::warn;
 
 use super::{Deps, Rejected, View};
 use crate::{
+    allow::AllowList,
     config::{self, Heartbeats, Json},
     names::HEARTBEATS_KEY,
-    nats::Rules,
     status::Origin,
     store::{CONFIG_HISTORY, ConfigStore, MarkKind, Stored, Trouble},
 };
@@ -24,7 +24,7 @@ pub(super) struct Plan {
 #[derive(Debug)]
 pub(super) struct Planner {
     config: ConfigStore,
-    rules: Rules,
+    rules: AllowList,
     file: Value,
     /// The newest valid revision in the bucket that is known.
     valid: Option<Valid>,
@@ -153,7 +153,7 @@ impl Planner {
 
 type Read = Result<(Value, Option<Heartbeats>), (Value, config::Problems)>;
 
-fn read(rules: &Rules, written: &[u8]) -> Read {
+fn read(rules: &AllowList, written: &[u8]) -> Read {
     let json = Json::read(written).map_err(|problems| (Value::Null, problems))?;
     let document = json.value.clone();
     let result = rules.parse_heartbeats(&document);

@@ -9,6 +9,7 @@ use futures_util::{
     future::{BoxFuture, pending},
     stream::FuturesUnordered,
 };
+use nats_lane::{Error, ServerRef, backoff::Backoff, client::ClientSession, jetstream::PublishAck};
 use tokio::{
     sync::watch,
     time::{Duration, Instant, sleep, sleep_until},
@@ -18,11 +19,10 @@ use tracing::{debug, info, warn};
 
 use super::{Deps, board::Board};
 use crate::{
-    backoff::Backoff,
-    config::{Heartbeat, Heartbeats, Place},
+    allow::AllowList,
+    config::{Heartbeat, Heartbeats},
     election::{Campaign, Election, Leadership},
     names::{self, HEARTBEAT_SUBJECT_HEADER, ORIGINATOR_HEADER},
-    nats::{Error, Rules, client::Session, jetstream::PublishAck},
 };
 
 /// Time for the confirmation of one heartbeat.
@@ -36,7 +36,7 @@ type Outcome = (usize, Duration, Result<(), String>);
 
 pub(super) struct Publisher {
     heartbeats: Heartbeats,
-    rules: Rules,
+    rules: AllowList,
     election: Election,
     host: String,
     board: Arc<Board>,
@@ -199,8 +199,8 @@ impl Right {
 
 /// The connection: made again and again for as long as it is wanted.
 struct Link {
-    rules: Rules,
-    place: Place,
+    rules: AllowList,
+    place: ServerRef,
     name: String,
     retry: Backoff,
     /// What went wrong last, until it is over.
@@ -209,19 +209,19 @@ struct Link {
 }
 
 enum State {
-    Connecting(BoxFuture<'static, Result<Session, Error>>),
-    Up(Session),
+    Connecting(BoxFuture<'static, Result<ClientSession, Error>>),
+    Up(ClientSession),
 }
 
 impl Link {
-    fn new(rules: Rules, place: Place, name: String) -> Self {
+    fn new(rules: AllowList, place: ServerRef, name: String) -> Self {
         let mut link =
             Self { rules, place, name, retry: RETRY, told: String::new(), state: State::Connecting(pending().boxed()) };
         link.begin(Duration::ZERO);
         link
     }
 
-    fn session(&self) -> Option<&Session> {
+    fn session(&self) -> Option<&ClientSession> {
         match &self.state {
             State::Up(session) => Some(session),
             State::Connecting(_) => None,
@@ -260,7 +260,7 @@ impl Link {
         let (rules, place, name) = (self.rules.clone(), self.place.clone(), self.name.clone());
         let attempt = async move {
             sleep(delay).await;
-            Session::open(&place, &rules.resolve(&place)?, &name).await
+            ClientSession::open(&place, &rules.resolve(&place)?, &name).await
         };
         self.state = State::Connecting(attempt.boxed());
     }

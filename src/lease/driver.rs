@@ -4,6 +4,7 @@ use std::{collections::HashMap, fmt, time::Duration};
 
 use chrono::SubsecRound;
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use nats_lane::entropy;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
@@ -19,7 +20,7 @@ use super::{
     tenure::{Tenure, Term},
 };
 use crate::{
-    boottime, chance,
+    boottime,
     store::{Error, LeaseChange, LeaseRecord, LeaseStore, PositionStore, SessionRecord, Trouble, Written, follow},
 };
 
@@ -52,7 +53,7 @@ pub fn enter(
     stop: CancellationToken,
 ) -> (Leases, impl Future<Output = Option<String>> + Send) {
     let now = boottime::now();
-    let session = chance::name();
+    let session = entropy::name();
     let settings = Settings { instance: identity.instance.clone(), ttl, standalone };
     let record = SessionRecord {
         version: 1,
@@ -63,7 +64,7 @@ pub fn enter(
         pid: identity.pid,
         process: identity.mark,
         program: identity.program,
-        started: chance::now().trunc_subsecs(3),
+        started: entropy::now().trunc_subsecs(3),
         nonce: 0,
         leaving: false,
         other: Default::default(),

@@ -439,7 +439,7 @@ impl Machine {
             }
             // Others may have taken our leases since: what we hold, we hold no more.
             Renewal::Removed if !self.settings.standalone => {
-                self.own.session = crate::chance::name();
+                self.own.session = nats_lane::entropy::name();
                 (self.own.since, self.own.until, self.own.next) = (None, None, now);
             }
             Renewal::Removed => self.own.next = now,

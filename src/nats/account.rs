@@ -10,15 +10,15 @@ use serde::Deserialize;
 pub struct AccountInfo {
     /// Of the whole account.
     #[serde(flatten)]
-    pub total: Usage,
+    pub total: AccountUsage,
     /// By number of replicas (`R1`, `R3`), where the account has limits by tier.
-    pub tiers: BTreeMap<String, Usage>,
+    pub tiers: BTreeMap<String, AccountUsage>,
 }
 
 /// What is used, and the limits on it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-pub struct Usage {
+pub struct AccountUsage {
     /// Bytes in memory.
     pub memory: i64,
     /// Bytes on disk.
@@ -28,13 +28,13 @@ pub struct Usage {
     /// Consumers.
     pub consumers: i64,
     /// The limits.
-    pub limits: Limits,
+    pub limits: AccountLimits,
 }
 
-/// Limits of an account; 0 and below mean none.
+/// AccountLimits of an account; 0 and below mean none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-pub struct Limits {
+pub struct AccountLimits {
     /// Bytes in memory.
     pub max_memory: i64,
     /// Bytes on disk.
@@ -53,7 +53,7 @@ pub struct Limits {
 
 impl AccountInfo {
     /// What counts for streams of so many replicas; `None` where the account may have none of them.
-    pub fn of_replicas(&self, replicas: i64) -> Option<&Usage> {
+    pub fn of_replicas(&self, replicas: i64) -> Option<&AccountUsage> {
         match self.tiers.is_empty() {
             true => Some(&self.total),
             false => self.tiers.get(&format!("R{}", replicas.max(1))),
@@ -61,7 +61,7 @@ impl AccountInfo {
     }
 }
 
-impl Usage {
+impl AccountUsage {
     /// Bytes used of this storage, the limit on them, and the limit for one stream.
     pub fn bytes(&self, in_memory: bool) -> (i64, i64, i64) {
         match in_memory {

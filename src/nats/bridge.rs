@@ -1,8 +1,7 @@
 //! Whether two connections belong to one account, by way of leafnodes or gateways.
 
+use nats_lane::{Error, Lane, Turn};
 use tokio::time::{Duration, Instant, sleep_until};
-
-use super::{Error, Lane, Turn};
 
 /// A subscription spreads with delay: the message is published again after this time.
 const AGAIN: Duration = Duration::from_millis(50);

@@ -2,6 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use nats_lane::{
+    Connection, Error,
+    jetstream::{ConsumerInfo, StreamInfo},
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -12,7 +16,7 @@ use super::{
     subjects::{Flow, Share, share},
 };
 use crate::{
-    config::{Advisory, Connection, OnReject, Replication, Scope, Sharing, Start, patterns},
+    config::{Advisory, OnReject, Replication, Scope, Sharing, Start, patterns},
     copy::{
         clock, dead_letter, duplicates,
         durable::{self, Durable, Owner},
@@ -20,10 +24,6 @@ use crate::{
         subjects::{self, Learned},
         target::{self, Abilities, Update},
         target_limits,
-    },
-    nats::{
-        Error,
-        jetstream::{ConsumerInfo, StreamInfo},
     },
     sampling::{self, PER_SENDER},
     status::{TargetMode, Transport},

@@ -1,12 +1,10 @@
 //! What the limits of an account and of a stream mean for a replication. Pure.
 
+use nats_lane::jetstream::StreamInfo;
 use serde_json::Value;
 
 use super::Outcome;
-use crate::{
-    copy::durable::Durable,
-    nats::{account::AccountInfo, jetstream::StreamInfo},
-};
+use crate::{copy::durable::Durable, nats::account::AccountInfo};
 
 type Said = Option<(Outcome, String)>;
 

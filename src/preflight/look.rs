@@ -3,14 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use nats_lane::{
+    Connection, Error, ErrorKind, Lane, ServerInfo, ServerRef, Turn, entropy, headers,
+    jetstream::{ConsumerInfo, StoredMessage, StreamInfo, decode, decode_message},
+};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::time::{Duration, Instant, timeout, timeout_at};
 
 use super::{permissions::Permissions, subjects::Share};
 use crate::{
-    chance,
-    config::{Connection, Place, Replication, Side},
+    allow::AllowList,
+    config::{Replication, Side},
     copy::{
         bridge,
         clock::{Heard, SourceClock},
@@ -19,12 +23,7 @@ use crate::{
         subjects::{Learned, Origins},
     },
     names,
-    nats::{
-        self, ErrorKind, Lane, Rules, ServerInfo, Turn,
-        account::AccountInfo,
-        headers,
-        jetstream::{ConsumerInfo, StoredMessage, StreamInfo, decode, decode_message},
-    },
+    nats::{self, account::AccountInfo},
 };
 
 /// Deadline for a login at one side, with all of its servers.
@@ -129,7 +128,7 @@ type Question = (String, Option<String>);
 
 impl Look {
     /// Connects and asks what does not depend on the other side.
-    pub(super) async fn at(rules: &Rules, role: Role, replication: &Replication, until: Instant) -> Self {
+    pub(super) async fn at(rules: &AllowList, role: Role, replication: &Replication, until: Instant) -> Self {
         let side = match role {
             Role::Source => &replication.source,
             Role::Target => &replication.target,
@@ -169,10 +168,10 @@ impl Look {
         self.facts.connection = Some(connection);
     }
 
-    fn lane(&self) -> impl Future<Output = Result<Lane, nats::Error>> + Send + use<> {
+    fn lane(&self) -> impl Future<Output = Result<Lane, Error>> + Send + use<> {
         let (connection, name) = (self.facts.connection.clone(), self.name.clone());
         async move {
-            let connection = connection.ok_or_else(|| nats::Error::hold("there is nowhere to connect to"))?;
+            let connection = connection.ok_or_else(|| Error::hold("there is nowhere to connect to"))?;
             Lane::connect(&connection, &name).await
         }
     }
@@ -246,7 +245,7 @@ impl Look {
         let subject = format!("{}.STREAM.INFO.{}", self.api_prefix(), side.stream);
         let sent = Instant::now();
         let answer = self.ask(&[(subject.clone(), Some(String::new()))]).await;
-        let (received, local) = (Instant::now(), chance::now());
+        let (received, local) = (Instant::now(), entropy::now());
         (self.facts.jetstream, self.facts.stream) = match answer.as_deref() {
             Ok([Some(body)]) => match decode::<StreamInfo>(body) {
                 Ok(info) => (Answer::Got(()), Answer::Got(Some(info))),
@@ -315,7 +314,7 @@ impl Look {
     }
 
     /// The connection, or another one.
-    async fn taken(&mut self) -> Result<Lane, nats::Error> {
+    async fn taken(&mut self) -> Result<Lane, Error> {
         match self.lane.take() {
             Some(lane) => Ok(lane),
             None => self.lane().await,
@@ -406,7 +405,7 @@ impl Look {
         })
     }
 
-    async fn try_ask(&mut self, questions: &[Question]) -> Result<Vec<Option<Bytes>>, nats::Error> {
+    async fn try_ask(&mut self, questions: &[Question]) -> Result<Vec<Option<Bytes>>, Error> {
         let lane = self.taken().await?;
         let lane = self.lane.insert(lane);
         let server = lane.info().server_id.clone();
@@ -429,7 +428,7 @@ impl Look {
                 }
                 waiting.remove(message.subject);
                 if let Some(stream) = storing_stream(message.payload) {
-                    return Err(nats::Error::hold(format!(
+                    return Err(Error::hold(format!(
                         "`{subject}` was stored by stream `{stream}`: the API prefix is a subject of that stream"
                     )));
                 }
@@ -443,12 +442,12 @@ impl Look {
 }
 
 /// The field of a document that says where a side is.
-fn place_path(role: Role, place: &Place) -> &'static str {
+fn place_path(role: Role, place: &ServerRef) -> &'static str {
     match (role, place) {
-        (Role::Source, Place::Known(_)) => "/source_url",
-        (Role::Source, Place::Context { .. }) => "/source_context",
-        (Role::Target, Place::Known(_)) => "/target_url",
-        (Role::Target, Place::Context { .. }) => "/target_context",
+        (Role::Source, ServerRef::Known(_)) => "/source_url",
+        (Role::Source, ServerRef::Context { .. }) => "/source_context",
+        (Role::Target, ServerRef::Known(_)) => "/target_url",
+        (Role::Target, ServerRef::Context { .. }) => "/target_context",
     }
 }
 
@@ -456,13 +455,13 @@ fn place_path(role: Role, place: &Place) -> &'static str {
 /// `type`.
 fn storing_stream(answer: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
-    struct Ack {
+    struct StoringAck {
         stream: String,
         #[serde(rename = "seq")]
         _seq: u64,
         r#type: Option<String>,
     }
-    let ack: Ack = serde_json::from_slice(answer).ok()?;
+    let ack: StoringAck = serde_json::from_slice(answer).ok()?;
     ack.r#type.is_none().then_some(ack.stream)
 }
 

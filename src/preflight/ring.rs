@@ -2,8 +2,10 @@
 
 use std::collections::BTreeSet;
 
+use nats_lane::ServerRef;
+
 use super::{Known, subjects::Flow};
-use crate::config::{self, Replication, Side};
+use crate::config::{Replication, Side};
 
 /// A stream somewhere.
 #[derive(Clone, Copy)]
@@ -20,7 +22,7 @@ impl Place<'_> {
 
     fn same_login(&self, other: &Self) -> bool {
         match (&self.side.place, &other.side.place) {
-            (config::Place::Known(one), config::Place::Known(other)) => {
+            (ServerRef::Known(one), ServerRef::Known(other)) => {
                 one.endpoint.auth == other.endpoint.auth && one.api_prefix == other.api_prefix
             }
             (one, other) => one == other,
@@ -28,9 +30,9 @@ impl Place<'_> {
     }
 }
 
-fn same_address(one: &config::Place, other: &config::Place) -> bool {
+fn same_address(one: &ServerRef, other: &ServerRef) -> bool {
     match (one, other) {
-        (config::Place::Known(one), config::Place::Known(other)) => {
+        (ServerRef::Known(one), ServerRef::Known(other)) => {
             one.endpoint.hosts.iter().any(|host| other.endpoint.hosts.contains(host))
         }
         (one, other) => one == other,

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use nats_lane::jetstream::StreamInfo;
+
 use crate::{
     config::{Mapping, Replication, patterns::intersection},
     copy::subjects::{InScope, Origins},
-    nats::jetstream::StreamInfo,
 };
 
 /// How much of a pattern a list of patterns holds. A pattern that only several of them hold together is held in part.

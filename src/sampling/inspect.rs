@@ -2,13 +2,11 @@
 
 use std::borrow::Cow;
 
+use nats_lane::{Message, headers};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::path::Path;
-use crate::{
-    config::{self, Inspect},
-    nats::{Message, headers},
-};
+use crate::config::{self, Inspect};
 
 /// Longest value of a sender, bytes. A longer one counts as no value: its messages are copied.
 pub const MAX_VALUE: usize = 1024;

@@ -14,6 +14,7 @@ use std::{
 
 use chrono::{DateTime, Utc};
 use hashbrown::HashTable;
+use nats_lane::entropy;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::{
@@ -22,7 +23,6 @@ use super::{
     outbox::Outbox,
 };
 use crate::{
-    chance,
     config::{Sampling, SenderBounds},
     store::{PendingAdvisory, SenderRecord, sender_hash, sender_hash_of_token},
 };
@@ -214,7 +214,7 @@ impl Senders {
         Self {
             rules: Rules::new(sampling),
             salt: xxh3_64(replication.as_bytes()),
-            seed: chance::random(),
+            seed: entropy::random(),
             table: HashTable::new(),
             slots: Vec::new(),
             free: Vec::new(),

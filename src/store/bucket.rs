@@ -25,6 +25,7 @@ use async_nats::{
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use futures_util::{FutureExt, future::BoxFuture};
+use nats_lane::{entropy, jetstream::is_leaders_answer};
 use serde_json::{Map, Value, json};
 use tokio::{sync::watch as watch_channel, time::timeout};
 
@@ -32,8 +33,6 @@ use super::{
     buckets::Error,
     watch::{self, Changes, RECREATED},
 };
-use crate::{chance, nats::jetstream::is_leaders_answer};
-
 /// Time limit for one request to the server.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -156,7 +155,7 @@ impl Bucket {
                     allow_message_ttl: markers.is_some(),
                     subject_delete_marker_ttl: markers,
                     // Where others run and miss it, they write back what was in it.
-                    metadata: HashMap::from([(RECREATED.to_owned(), chance::name())]),
+                    metadata: HashMap::from([(RECREATED.to_owned(), entropy::name())]),
                     ..stream::Config::default()
                 };
                 context.create_stream(config).await
@@ -184,7 +183,7 @@ impl Bucket {
             return Err(error("does not exist: is `--bucket-prefix` right?".to_owned()));
         }
         // A command has no name of its own: its consumers go with its connection.
-        Self::of(client, &context, api_prefix, name, chance::name()).await
+        Self::of(client, &context, api_prefix, name, entropy::name()).await
     }
 
     async fn of(

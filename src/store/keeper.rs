@@ -8,6 +8,7 @@ use async_nats::jetstream::{
     stream::{Config, DiscardPolicy, Info},
 };
 use futures_util::future::join_all;
+use nats_lane::entropy;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
@@ -17,8 +18,6 @@ use super::{
     buckets::OwnStreams,
     watch::RECREATED,
 };
-use crate::chance;
-
 /// How often each bucket is looked for.
 const EVERY: Duration = Duration::from_secs(1);
 /// Who deletes a bucket to make or restore it himself has this long.
@@ -145,7 +144,7 @@ impl Kept {
         if since.elapsed() < MISSING_FOR {
             return Err("does not exist: it was deleted".to_owned());
         }
-        let mark = chance::name();
+        let mark = entropy::name();
         let created = context.create_stream(self.as_it_was(&mark)).await;
         // Another instance may have been faster, or the answer was lost.
         let Some(info) = bucket::look(context, &name).await? else {

@@ -10,14 +10,13 @@ use async_nats::{
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, future::join_all};
+use nats_lane::jetstream::{Delivery, parse_delivery};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     bucket::{Bucket, chain},
     buckets::Error,
 };
-use crate::nats::jetstream::{Delivery, parse_delivery};
-
 /// The server says that it is there this often while it has nothing to deliver.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// Silence after which the consumer is taken for lost.

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 use bytes::Bytes;
 use chrono::{DateTime, SubsecRound, Utc};
 use futures_util::{StreamExt, future::ready, stream::BoxStream};
+use nats_lane::entropy;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
@@ -12,10 +13,7 @@ use super::{
     buckets::Error,
     watch::Change,
 };
-use crate::{
-    chance,
-    status::{OnlyAtTarget, Row, State, TargetMode},
-};
+use crate::status::{OnlyAtTarget, Row, State, TargetMode};
 
 /// Value of a replication's key in the positions bucket. Readable JSON; fields that this version does not
 /// know are kept.
@@ -401,7 +399,7 @@ impl PositionRecord {
 
     /// The record with another holder and epoch: every save of an older holder is refused.
     fn taken_by(self, holder: &str, epoch: u64) -> Self {
-        Self { epoch, holder: holder.to_owned(), nonce: chance::random() >> 32, ..self }
+        Self { epoch, holder: holder.to_owned(), nonce: entropy::random() >> 32, ..self }
     }
 
     /// Whoever claims it is not paused, and waits for nobody.
@@ -416,7 +414,11 @@ impl PositionRecord {
     /// The record with a status row that is written now.
     #[must_use]
     pub fn reporting(self, row: Row) -> Self {
-        Self { reported_at: Some(row.source_time(chance::now()).trunc_subsecs(3)), status: Some(row), ..self }
+        Self {
+            reported_at: Some(row.source_time(nats_lane::entropy::now()).trunc_subsecs(3)),
+            status: Some(row),
+            ..self
+        }
     }
 
     /// The record with another position, taken by the instance that moves it; `now` is the source server's time.

@@ -9,6 +9,7 @@ use async_nats::{HeaderMap, Request, jetstream::consumer::DeliverPolicy};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
+use nats_lane::backoff::Backoff;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{
@@ -22,8 +23,6 @@ use super::{
     buckets::Error,
     live::Live,
 };
-use crate::backoff::Backoff;
-
 /// Format of the record that this program writes. What a newer one wrote is not written over.
 const VERSION: u32 = 1;
 /// Writes that wait for their acks together.

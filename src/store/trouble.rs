@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream::BoxStream};
+use nats_lane::backoff::Backoff;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::Error;
-use crate::backoff::Backoff;
-
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
 
 /// An operation that is tried until it works, with each distinct error logged once.

@@ -20,6 +20,7 @@ use futures_util::{
     future::join_all,
     stream::{BoxStream, unfold},
 };
+use nats_lane::{backoff::Backoff, jetstream::Delivery};
 use tokio::{
     sync::watch as watch_channel,
     time::{Instant, sleep_until, timeout},
@@ -30,7 +31,6 @@ use super::{
     buckets::Error,
     live::Live,
 };
-use crate::{backoff::Backoff, nats::jetstream::Delivery};
 
 /// How often the stream is checked.
 const LOOK: Duration = Duration::from_secs(5);

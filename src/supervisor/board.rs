@@ -2,10 +2,10 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nats_lane::entropy;
 use tokio::sync::watch;
 
 use crate::{
-    chance,
     config::Replication,
     copy::{Error, ErrorKind, Glance, Samples},
     election::Poll,
@@ -92,7 +92,7 @@ impl Board {
             copy,
             todo: None,
         };
-        row.at(row.source_time(chance::now()));
+        row.at(row.source_time(entropy::now()));
         row
     }
 

@@ -11,8 +11,8 @@ use tokio::{sync::watch, time::sleep};
 
 use super::Deps;
 use crate::{
+    allow::AllowList,
     config::{Problem, Problems, Replication},
-    nats::Rules,
     store::{CONFIG_HISTORY, ConfigChange, ConfigEntry, ConfigStore, Error, MarkKind, Trouble},
 };
 
@@ -111,7 +111,7 @@ fn one_line(problem: &Problem) -> String {
 pub(super) struct Planner {
     store: ConfigStore,
     site: String,
-    rules: Rules,
+    rules: AllowList,
     wanted: watch::Receiver<ConfigEntry>,
     trouble: Trouble,
 }
@@ -193,7 +193,7 @@ impl Planner {
 }
 
 /// A document that is valid, leads where it may, and lies under its own id.
-fn accept(entry: &ConfigEntry, site: &str, rules: &Rules) -> Result<Replication, Problems> {
+fn accept(entry: &ConfigEntry, site: &str, rules: &AllowList) -> Result<Replication, Problems> {
     let replication = rules.parse(&entry.value, site)?;
     if replication.id == entry.key {
         return Ok(replication);

@@ -6,9 +6,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use nats_lane::Connection;
+
 use crate::{
-    config::{Connection, Replication, Side},
-    nats::Rules,
+    allow::AllowList,
+    config::{Replication, Side},
     store::ConfigEntry,
 };
 
@@ -16,12 +18,12 @@ use crate::{
 #[derive(Debug, Clone)]
 pub(super) struct Neighbours {
     site: String,
-    rules: Rules,
+    rules: AllowList,
     targets: Arc<Mutex<BTreeMap<String, Side>>>,
 }
 
 impl Neighbours {
-    pub(super) fn new(site: &str, rules: &Rules) -> Self {
+    pub(super) fn new(site: &str, rules: &AllowList) -> Self {
         Self { site: site.to_owned(), rules: rules.clone(), targets: Arc::default() }
     }
 
@@ -81,7 +83,7 @@ mod tests {
 
     #[test]
     fn a_neighbour_is_told_by_stream_server_login_and_prefix() {
-        let rules = Rules::default();
+        let rules = AllowList::default();
         let check = |own: Value, other: Value, expect: bool| {
             let neighbours = Neighbours::new("SITE", &rules);
             let (own, other) = (entry("own", own), entry("other", other));
@@ -105,7 +107,7 @@ mod tests {
 
     #[test]
     fn a_document_that_cannot_run_replaces_nothing() {
-        let rules = Rules::default();
+        let rules = AllowList::default();
         let neighbours = Neighbours::new("SITE", &rules);
         neighbours.put(&entry("other", json!({})));
         neighbours.put(&entry("other", json!({"target_stream": 5})));

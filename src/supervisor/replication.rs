@@ -9,6 +9,7 @@ use std::{convert::Infallible, future::pending, panic::AssertUnwindSafe, pin::pi
 
 use bytes::Bytes;
 use futures_util::FutureExt;
+use nats_lane::backoff::{Backoff, jitter};
 use tokio::{
     sync::watch,
     time::{Instant, sleep, sleep_until, timeout},
@@ -27,7 +28,6 @@ use super::{
     roll::Roll,
 };
 use crate::{
-    backoff::{Backoff, jitter},
     config::Replication,
     copy::{self, Error, ErrorKind, Escalation, Job, Ledger},
     election::{Campaign, Election, Leadership, lost, won},

@@ -12,9 +12,9 @@ use std::{
     task::Poll,
 };
 
+use nats_lane::backoff::{Backoff, jitter};
 use serde_json::json;
 use stream_replicator::{
-    backoff::{Backoff, jitter},
     config::{self, Replication},
     copy::{self, At, Budget, ErrorKind, Job, Ledger, Located, locate},
     lease::{self, Identity, Seat},

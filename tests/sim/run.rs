@@ -9,9 +9,9 @@ use std::{
 };
 
 use futures_util::FutureExt;
+use nats_lane::entropy;
 use serde_json::Value;
 use stream_replicator::{
-    chance,
     events::Events,
     store::{LeaseRecord, LeaseStore, SourceMessage},
 };
@@ -85,13 +85,13 @@ pub fn run_plan(seed: u64, plan: fn(&World) -> Plan) -> Result<Told, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let result = runtime.expect("a runtime").block_on(async {
         let world = World::new(seed);
-        chance::stand_in(Some(Rc::new(world.luck(seed))));
+        entropy::stand_in(Some(Rc::new(world.luck(seed))));
         let plan = plan(&world);
         let scene = Scene::set(world, plan.clone());
         let result = scene.clone().play().await;
         result.map_err(|error| format!("{error}\n{}\n{plan:#?}", scene.report()))
     });
-    chance::stand_in(None);
+    entropy::stand_in(None);
     result.map_err(|error| format!("seed {seed}: {error}"))
 }
 

@@ -8,11 +8,8 @@ use std::{
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
+use nats_lane::{Dial, Error, Lane, ServerRef};
 use serde_json::{Value, json};
-use stream_replicator::{
-    config::Place,
-    nats::{Dial, Error, Lane},
-};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
     sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
@@ -494,9 +491,9 @@ pub struct Network {
 }
 
 impl Dial for Network {
-    fn dial<'a>(&'a self, place: &'a Place, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
+    fn dial<'a>(&'a self, place: &'a ServerRef, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
         async move {
-            let Place::Known(connection) = place else { panic!("the simulation has no contexts") };
+            let ServerRef::Known(connection) = place else { panic!("the simulation has no contexts") };
             let endpoint = &connection.endpoint;
             let host = endpoint.hosts[0].host.as_str();
             let server = self.servers.iter().find(|server| server.name == host).expect("a known server");

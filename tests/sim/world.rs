@@ -8,8 +8,8 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
+use nats_lane::entropy::Entropy;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use stream_replicator::chance::Chance;
 use tokio::time::{Duration, Instant};
 
 /// 2026-01-01T00:00:00Z.
@@ -151,7 +151,7 @@ impl fmt::Debug for Luck {
     }
 }
 
-impl Chance for Luck {
+impl Entropy for Luck {
     fn random(&self) -> u64 {
         self.random.borrow_mut().random()
     }

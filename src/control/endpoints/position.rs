@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
+use nats_lane::parse_duration;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::info;
 
 use super::{Context, in_time, named};
 use crate::{
-    config::{Replication, parse_duration},
+    config::Replication,
     control::{
         api::{Failure, Moved, PositionRequest},
         service::Request,

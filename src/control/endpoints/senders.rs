@@ -3,12 +3,12 @@
 use std::{cmp::Reverse, time::Duration};
 
 use chrono::{DateTime, SubsecRound, Utc};
+use nats_lane::parse_duration;
 use regex::{Regex, RegexBuilder};
 use tokio::{task::spawn_blocking, time::sleep};
 
 use super::{Context, DEFAULT_LIMIT, Page, named, not_found, page};
 use crate::{
-    config::parse_duration,
     control::{
         api::{Failure, SenderRow, Senders, SendersRequest},
         service::Request,

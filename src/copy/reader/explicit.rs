@@ -16,16 +16,14 @@
 use std::{collections::VecDeque, ops::RangeInclusive, time::Duration};
 
 use bytes::BytesMut;
+use nats_lane::{
+    Batch, Error, Lane,
+    jetstream::{Api, ConsumerInfo, answer_in, decode},
+};
 use tokio::time::Instant;
 
 use super::{Reader, SILENCE, Verdict};
-use crate::{
-    copy::{budget::Budget, durable::Durable},
-    nats::{
-        Batch, Error, Lane,
-        jetstream::{Api, ConsumerInfo, answer_in, decode},
-    },
-};
+use crate::copy::{budget::Budget, durable::Durable};
 
 /// How often the server is asked what it still waits for: acks are lost when the leader of a consumer changes.
 const AUDIT: Duration = Duration::from_secs(10);

@@ -6,15 +6,14 @@
 
 use std::collections::VecDeque;
 
+use nats_lane::{
+    Batch, Error, Lane,
+    jetstream::{answer_in, decode_message, message_call, message_from_call},
+};
 use tokio::time::{Duration, Instant};
 use tracing::debug;
 
 use super::SILENCE;
-use crate::nats::{
-    Batch, Error, Lane,
-    jetstream::{answer_in, decode_message, message_call, message_from_call},
-};
-
 /// So many questions are on their way at a time.
 const ASKED_TOGETHER: usize = 64;
 

@@ -13,15 +13,13 @@
 
 use std::{collections::VecDeque, time::Duration};
 
+use nats_lane::{Batch, Error, Lane, Message, headers, jetstream::is_delivery};
 use tokio::time::Instant;
 
 use super::{Incoming, SILENCE, SourcePoint, heartbeat, jumps::Jumps, next_delivery, not_contiguous, stash::Stash};
-use crate::{
-    copy::{
-        budget::{Budget, PIECE_MIN, Reservation},
-        durable::{self, Durable},
-    },
-    nats::{Batch, Error, Lane, Message, headers, jetstream::is_delivery},
+use crate::copy::{
+    budget::{Budget, PIECE_MIN, Reservation},
+    durable::{self, Durable},
 };
 
 /// The server asks again for an ack that it did not get, with each heartbeat. After so many that say the same, it does

@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 
-use super::{Incoming, SourcePoint};
-use crate::nats::{Batch, jetstream::Delivery};
+use nats_lane::{Batch, jetstream::Delivery};
 
+use super::{Incoming, SourcePoint};
 #[derive(Debug)]
 struct Chunk {
     batch: Batch,

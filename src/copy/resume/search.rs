@@ -3,16 +3,17 @@
 
 use std::{collections::HashMap, future::Future};
 
+use nats_lane::{
+    Error, Lane, Message,
+    jetstream::{Api, Delivery, StoredMessage},
+};
+
 use super::{
     super::{durable::Durable, locate, reader::scan, sharing::Foreign},
     Ours, SEARCH_STEP, Sides, Witness, is_consumed, ours,
 };
 use crate::{
     copy::provenance::{Other, Tag},
-    nats::{
-        Error, Lane, Message,
-        jetstream::{Api, Delivery, StoredMessage},
-    },
     status::OnlyAtTarget,
     store::Orphans,
 };

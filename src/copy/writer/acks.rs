@@ -1,15 +1,13 @@
 //! What the writer says with its messages, and what it makes of the answers: the answers are those of real servers.
 
+use nats_lane::{
+    jetstream::Delivery,
+    pipe::{self, Pipe},
+};
 use serde_json::json;
 
 use super::*;
-use crate::{
-    copy::{resume::Already, run::target_limit},
-    nats::{
-        jetstream::Delivery,
-        pipe::{self, Pipe},
-    },
-};
+use crate::copy::{resume::Already, run::target_limit};
 
 /// A writer behind target sequence 10, and what it writes to.
 struct Bench {

@@ -556,7 +556,7 @@ fn stream_of(words: &[String]) -> Result<(String, Value)> {
     let name = words.next().context("a name")?.clone();
     while let Some(word) = words.next() {
         let mut value = || words.next().context("a value");
-        let seconds = |text: &str| config::parse_duration(text).map(|duration| duration.as_nanos() as u64);
+        let seconds = |text: &str| nats_lane::parse_duration(text).map(|duration| duration.as_nanos() as u64);
         match word.as_str() {
             "--subjects" => config["subjects"] = json!([value()?]),
             "--max-msgs-per-subject" => config["max_msgs_per_subject"] = value()?.parse::<u64>()?.into(),

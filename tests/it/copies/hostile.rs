@@ -13,11 +13,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use nats_lane::{Connection, Endpoint, Lane};
 use serde_json::{Value, json};
-use stream_replicator::{
-    config::{Connection, Endpoint},
-    nats::Lane,
-};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, copy_bidirectional},
     net::{TcpListener, TcpSocket, TcpStream},

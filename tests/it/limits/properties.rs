@@ -3,9 +3,9 @@
 use std::{collections::BTreeSet, rc::Rc};
 
 use chrono::{DateTime, Utc};
+use nats_lane::{Endpoint, entropy, mask_url};
 use stream_replicator::{
-    chance,
-    config::{self, Endpoint, Mapping, mask_document, mask_url, unmask_document},
+    config::{self, Mapping, mask_document, unmask_document},
     copy,
 };
 
@@ -16,7 +16,7 @@ pub const SECRET: &str = "5ecretPassw0rd5";
 #[derive(Debug)]
 struct Always;
 
-impl chance::Chance for Always {
+impl entropy::Entropy for Always {
     fn random(&self) -> u64 {
         7 << 3
     }
@@ -29,9 +29,9 @@ impl chance::Chance for Always {
 /// A server sends any bytes: nothing that reads them panics. Returns how many messages they were, `None` if they are not
 /// the protocol.
 pub fn wire(bytes: &[u8]) -> Option<usize> {
-    chance::stand_in(Some(Rc::new(Always)));
+    entropy::stand_in(Some(Rc::new(Always)));
     let fed = copy::feed(bytes);
-    chance::stand_in(None);
+    entropy::stand_in(None);
     fed
 }
 

@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use futures_util::StreamExt;
+use nats_lane::{Connection, Endpoint, ServerRef};
 use serde_json::{Value, json};
-use stream_replicator::config::{Connection, Endpoint, Place};
+use stream_replicator::allow::AllowList;
 use stream_replicator::election::{self, BUCKET, Campaign, Election, Leadership};
-use stream_replicator::nats::Rules;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -48,13 +48,13 @@ async fn start(ttl: Duration) -> Result<(Server, Raw)> {
     Ok((server, raw))
 }
 
-fn place(url: &str) -> Result<Place> {
-    Ok(Place::Known(Box::new(Connection::to(Endpoint::parse(url).map_err(anyhow::Error::msg)?))))
+fn place(url: &str) -> Result<ServerRef> {
+    Ok(ServerRef::Known(Box::new(Connection::to(Endpoint::parse(url).map_err(anyhow::Error::msg)?))))
 }
 
 fn stand(url: &str, candidate: &str) -> Result<Campaign> {
     let election = Election { key: KEY.to_owned(), candidate: candidate.to_owned() };
-    Ok(Campaign::start(Arc::new(Rules::default()), place(url)?, election))
+    Ok(Campaign::start(Arc::new(AllowList::default()), place(url)?, election))
 }
 
 async fn won(led: &mut watch::Receiver<Leadership>) -> Result<()> {
@@ -427,10 +427,10 @@ async fn the_bucket_of_a_domain_is_written_by_way_of_the_domain() -> Result<()> 
     let leaf = Server::builder(Role::Source).domain("leaf").config(&remote).start().await?;
     let mut raw = Raw::connect(&hub.url()).await?;
     make_bucket(&mut raw, LONG).await?;
-    let Place::Known(mut connection) = place(&leaf.url())? else { anyhow::bail!("no place") };
+    let ServerRef::Known(mut connection) = place(&leaf.url())? else { anyhow::bail!("no place") };
     connection.api_prefix = "$JS.hub.API".to_owned();
     let election = Election { key: KEY.to_owned(), candidate: NEW.to_owned() };
-    let campaign = Campaign::start(Arc::new(Rules::default()), Place::Known(connection), election);
+    let campaign = Campaign::start(Arc::new(AllowList::default()), ServerRef::Known(connection), election);
     won(&mut campaign.led()).await?;
     let (_, value) = key(&mut raw).await?.context("no key")?;
     ensure!(value.as_deref() == Some(NEW), "{value:?}");

@@ -8,6 +8,7 @@ mod connections;
 mod consumer_ahead;
 mod durable;
 mod election;
+mod fast_copy;
 mod faults;
 mod fidelity;
 mod foreign_durable;

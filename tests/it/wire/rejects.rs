@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nats_lane::{ApiError, ErrorKind};
 use serde_json::{Value, json};
-use stream_replicator::nats::{ApiError, ErrorKind};
 
 use crate::harness::raw::header_values;
 use crate::harness::site::merged;

@@ -2,13 +2,16 @@
 
 use std::fmt;
 
+/// Stands for a secret wherever a URL is shown.
+pub const MASK: &str = "***";
+
 /// A password, a token, a seed, a JWT, or a text that may hold one. It cannot be displayed or serialized, and
 /// `Debug` shows `***`; [`Secret::reveal`] is the one way to its content.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// The content: for the wire, never for a text that people read.
+    /// The content: for the wire, never for a text that is shown.
     pub fn reveal(&self) -> &str {
         &self.0
     }
@@ -28,7 +31,7 @@ impl From<&str> for Secret {
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(super::MASK)
+        f.write_str(MASK)
     }
 }
 

@@ -5,109 +5,85 @@ use std::{borrow::Cow, fs, path::Path};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use nkeys::KeyPair;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-use super::{Error, choria};
-use crate::{
-    chance,
-    config::{Auth, Connection},
-};
+use crate::{Auth, ConnectFields, Connection, Error};
 
-/// The identity fields of CONNECT. Without `Debug`: they are secrets on their way to the wire.
-#[derive(Default, Serialize)]
-pub(super) struct Identity {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) user: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) pass: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) auth_token: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) jwt: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) nkey: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) sig: Option<String>,
-}
-
-/// Builds the identity for a server that sent `nonce`.
-pub(super) fn identity(auth: &Auth, nonce: Option<&str>) -> Result<Identity, Error> {
-    let mut identity = Identity::default();
+/// The fields of CONNECT for a server that sent `nonce`.
+pub fn connect_fields(auth: &Auth, nonce: Option<&str>) -> Result<ConnectFields, Error> {
+    let mut fields = ConnectFields::default();
     match auth {
         Auth::Anonymous => {}
         Auth::UserPassword { user, password } => {
-            identity.user = Some(user.clone());
-            identity.pass = Some(password.reveal().to_owned());
+            fields.user = Some(user.clone());
+            fields.pass = Some(password.reveal().to_owned());
         }
-        Auth::Token(token) => identity.auth_token = Some(token.reveal().to_owned()),
+        Auth::Token(token) => fields.auth_token = Some(token.reveal().to_owned()),
         Auth::CredentialsFile(path) => {
-            let text = read(path)?;
+            let text = read_file(path)?;
             let jwt = section(&text, "NATS USER JWT")
                 .ok_or_else(|| Error::hold(format!("credentials file `{}` holds no user JWT", path.display())))?;
             let seed = section(&text, "USER NKEY SEED")
                 .ok_or_else(|| Error::hold(format!("credentials file `{}` holds no nkey seed", path.display())))?;
-            identity.sig = sign(&in_file(path), seed, nonce)?.1;
-            identity.jwt = Some(jwt.to_owned());
+            fields.sig = sign(&in_file(path), seed, nonce)?.1;
+            fields.jwt = Some(jwt.to_owned());
         }
         Auth::NkeyFile { seed, jwt } => {
-            let (public, sig) = sign(&in_file(seed), read(seed)?.trim(), nonce)?;
-            identity.sig = sig;
+            let (public, sig) = sign(&in_file(seed), read_file(seed)?.trim(), nonce)?;
+            fields.sig = sig;
             match jwt {
-                Some(path) => identity.jwt = Some(read(path)?.trim().to_owned()),
-                None => identity.nkey = Some(public),
+                Some(path) => fields.jwt = Some(read_file(path)?.trim().to_owned()),
+                None => fields.nkey = Some(public),
             }
         }
         Auth::Jwt { jwt, seed } => {
-            identity.jwt = Some(jwt.reveal().to_owned());
+            fields.jwt = Some(jwt.reveal().to_owned());
             if let Some(seed) = seed {
-                identity.sig = sign("the user seed of the context", seed.reveal(), nonce)?.1;
+                fields.sig = sign("the user seed of the context", seed.reveal(), nonce)?.1;
             }
         }
-        Auth::Choria(choria) => {
-            let token = choria::Token::read(choria)?;
-            token.check_time(choria, chance::now().timestamp())?;
-            identity.sig = choria::sign(choria, nonce)?;
-            (identity.auth_token, identity.jwt) = (Some(token.text.clone()), Some(token.text));
-        }
+        Auth::Custom(identity) => return identity.connect_fields(nonce),
     }
-    Ok(identity)
+    Ok(fields)
 }
 
 /// When the login that the files say now ends, in seconds since the Unix epoch; `None` for one without an end.
-pub(super) fn expires(auth: &Auth) -> Option<i64> {
+pub fn login_expires(auth: &Auth) -> Option<i64> {
     match auth {
-        Auth::CredentialsFile(path) => jwt_expires(section(&read(path).ok()?, "NATS USER JWT")?),
-        Auth::NkeyFile { jwt: Some(path), .. } => jwt_expires(read(path).ok()?.trim()),
+        Auth::CredentialsFile(path) => jwt_expires(section(&read_file(path).ok()?, "NATS USER JWT")?),
+        Auth::NkeyFile { jwt: Some(path), .. } => jwt_expires(read_file(path).ok()?.trim()),
         Auth::Jwt { jwt, .. } => jwt_expires(jwt.reveal()),
-        Auth::Choria(files) => jwt_expires(read(&files.jwt).ok()?.trim()),
+        Auth::Custom(identity) => identity.expires(),
         Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::NkeyFile { jwt: None, .. } => None,
     }
 }
 
 /// The claim `exp` of a JWT; `None` where there is none, or 0, which means no end.
-pub(super) fn jwt_expires(jwt: &str) -> Option<i64> {
+pub fn jwt_expires(jwt: &str) -> Option<i64> {
     #[derive(Deserialize)]
-    struct Claims {
+    struct Expiry {
         exp: Option<f64>,
     }
     let claims = URL_SAFE_NO_PAD.decode(jwt.split('.').nth(1)?.trim_end_matches('=')).ok()?;
-    let claims: Claims = serde_json::from_slice(&claims).ok()?;
+    let claims: Expiry = serde_json::from_slice(&claims).ok()?;
     claims.exp.map(|exp| exp as i64).filter(|exp| *exp > 0)
 }
 
-/// What the subjects of replies begin with: for an identity of Choria's what its token says now.
-pub(super) fn inbox_prefix(connection: &Connection) -> Result<Cow<'_, str>, Error> {
-    match &connection.endpoint.auth {
-        Auth::Choria(choria) => Ok(choria::Token::read(choria)?.inbox_prefix(&choria.collective).into()),
-        _ => Ok(connection.inbox_prefix.as_str().into()),
-    }
+/// What the subjects of replies begin with: what the identity sets, else what the connection says.
+pub fn inbox_prefix(connection: &Connection) -> Result<Cow<'_, str>, Error> {
+    let by_identity = match &connection.endpoint.auth {
+        Auth::Custom(identity) => identity.inbox_prefix()?,
+        _ => None,
+    };
+    Ok(by_identity.map_or(Cow::Borrowed(connection.inbox_prefix.as_str()), Cow::Owned))
 }
 
 fn in_file(path: &Path) -> String {
     format!("`{}`", path.display())
 }
 
-pub(super) fn read(path: &Path) -> Result<String, Error> {
+/// Reads a file of an identity; the error names it.
+pub fn read_file(path: &Path) -> Result<String, Error> {
     fs::read_to_string(path).map_err(|error| Error::hold(format!("cannot read `{}`: {error}", path.display())))
 }
 
@@ -162,9 +138,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("user.creds");
         let auth = Auth::CredentialsFile(file.clone());
-        assert_eq!(expires(&auth), None);
+        assert_eq!(login_expires(&auth), None);
         fs::write(&file, CREDS.replace("eyJ0eXAi.abc-_.def", &jwt(r#"{"exp":7}"#))).unwrap();
-        assert_eq!(expires(&auth), Some(7));
+        assert_eq!(login_expires(&auth), Some(7));
     }
 
     #[test]

@@ -18,7 +18,7 @@ const FRAME_OUT: usize = 64 * 1024;
 const FRAME_IN: usize = 128 << 20;
 
 /// The client's end of a websocket over any connection.
-pub(super) struct WebSocket<S> {
+pub(crate) struct WebSocket<S> {
     inner: WebSocketStream<S>,
     /// What was received and not read yet.
     received: Bytes,
@@ -26,7 +26,7 @@ pub(super) struct WebSocket<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
     /// Asks the server at the other end of `io` for a websocket at this URL.
-    pub(super) async fn open(io: S, url: &str) -> Result<Self, String> {
+    pub(crate) async fn open(io: S, url: &str) -> Result<Self, String> {
         let builder = ClientBuilder::new().uri(url).map_err(|error| error.to_string())?;
         let builder = builder.limits(Limits::default().max_payload_len(Some(FRAME_IN)));
         let (inner, _) = builder.connect_on(io).await.map_err(|error| error.to_string())?;

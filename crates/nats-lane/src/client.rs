@@ -1,25 +1,24 @@
-//! An async-nats connection for what is not the copy path: the control service, the buckets and events.
+//! An async-nats client with the servers, identities and TLS of this crate: for everything that needs a reconnect, such as
+//! a service, key-value buckets and ordinary publishing.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use async_nats::{Auth as Login, AuthError, Client, ConnectOptions, Event, ReconnectToServer, ServerAddr};
+use async_nats::{AuthError, Client, ConnectOptions, Event, ReconnectToServer, ServerAddr};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
 use tokio::{net::lookup_host, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{
-    Lane, auth, context,
+use crate::{
+    Connection, Endpoint, Error, Lane, ServerRef, auth,
+    backoff::Backoff,
+    context,
     routes::{Routes, server_addr},
     tls,
-};
-use crate::{
-    backoff::Backoff,
-    config::{Connection, Endpoint, Place},
 };
 
 /// A dead server is noticed after about two of these.
@@ -28,19 +27,20 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Time limit of one request whose caller names none.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Makes a client that connects in the background, and again whenever the connection is lost, for as long as it
-/// lives. `name` is what the server shows. Connection events are logged, each distinct error once.
+/// Makes a client that connects in the background, and reconnects whenever the connection is lost. `name` is what the
+/// server shows, `label` what log lines call the connection. Connection events are logged, each distinct error once.
 ///
 /// Identity and TLS files are read again for every connection, those of a context by what it says then. Its servers
 /// and prefixes are those of now; they come back with the client.
-pub async fn connect(place: &Place, name: &str) -> Result<(Client, Connection), super::Error> {
-    let connection = context::resolve(place)?;
+pub async fn connect(server: &ServerRef, name: &str, label: &'static str) -> Result<(Client, Connection), Error> {
+    let connection = context::resolve(server)?;
     if connection.endpoint.tls.insecure {
         warn!("the certificate of `{}` is not verified", connection.endpoint);
     }
-    let log = Arc::new(EventLog { place: place.clone(), name: name.to_owned(), told: Told::default() });
+    let log =
+        Arc::new(EventLog { server: server.clone(), name: name.to_owned(), label, reported: LastReported::default() });
     let routes = Routes::find(&connection).await?.map(Arc::new);
-    let mut options = options(place, &connection, name, routes.clone())?;
+    let mut options = options(server, &connection, name, routes.clone())?;
     let mut pool = servers(&connection.endpoint)?;
     if let Some(routes) = routes {
         pool = routes.pool();
@@ -59,7 +59,7 @@ pub async fn connect(place: &Place, name: &str) -> Result<(Client, Connection), 
         })
         .connect(pool)
         .await
-        .map_err(|error| super::Error::hold(format!("control connection: {error}")))?;
+        .map_err(|error| Error::hold(format!("{label}: {error}")))?;
     Ok((client, connection))
 }
 
@@ -67,20 +67,20 @@ pub async fn connect(place: &Place, name: &str) -> Result<(Client, Connection), 
 /// address of every server gets its part. Later the connection is made again when it is lost. `tell` hears of everything that happens
 /// to it.
 pub async fn connect_once(
-    place: &Place,
+    server: &ServerRef,
     name: &str,
     within: Duration,
     tell: impl Fn(Event) + Send + Sync + 'static,
-) -> Result<(Client, Connection), super::Error> {
-    let mut connection = context::resolve(place)?;
+) -> Result<(Client, Connection), Error> {
+    let mut connection = context::resolve(server)?;
     let late = format!("cannot connect to `{}`: no answer within {within:?}", connection.endpoint);
     let connected = async {
         let endpoint = &mut connection.endpoint;
         let part = within / u32::try_from(addresses(endpoint).await).unwrap_or(u32::MAX).max(1);
         endpoint.connect_timeout = endpoint.connect_timeout.min(part);
-        connect_or_explain(place, connection, name, tell).await
+        connect_or_explain(server, connection, name, tell).await
     };
-    timeout(within, connected).await.unwrap_or_else(|_| Err(super::Error::retry(late)))
+    timeout(within, connected).await.unwrap_or_else(|_| Err(Error::retry(late)))
 }
 
 /// How many addresses the servers have together: the client tries one after the other.
@@ -92,16 +92,16 @@ async fn addresses(endpoint: &Endpoint) -> usize {
 /// A connection that is not made again when it is lost, so that whoever holds it begins with what files and contexts say
 /// then.
 #[derive(Debug)]
-pub struct Session {
+pub struct ClientSession {
     /// The client; of no use when the connection is lost.
     pub client: Client,
     lost: CancellationToken,
     refusal: Arc<Mutex<String>>,
 }
 
-impl Session {
+impl ClientSession {
     /// Connects to the first server that lets us in; every host gets its `connect_timeout`.
-    pub async fn open(place: &Place, connection: &Connection, name: &str) -> Result<Self, super::Error> {
+    pub async fn open(server: &ServerRef, connection: &Connection, name: &str) -> Result<Self, Error> {
         let lost = CancellationToken::new();
         let refusal = Arc::new(Mutex::new(String::new()));
         let (ended, refused) = (lost.clone(), refusal.clone());
@@ -112,7 +112,7 @@ impl Session {
         };
         // Each of them, and the address that comes first where a name has several.
         let attempts = connection.endpoint.hosts.len() + 1;
-        let client = connect_with(place, connection, name, Some(attempts), tell).await?;
+        let client = connect_with(server, connection, name, Some(attempts), tell).await?;
         Ok(Self { client, lost, refusal })
     }
 
@@ -129,24 +129,24 @@ impl Session {
 }
 
 async fn connect_or_explain(
-    place: &Place,
+    server: &ServerRef,
     connection: Connection,
     name: &str,
     tell: impl Fn(Event) + Send + Sync + 'static,
-) -> Result<(Client, Connection), super::Error> {
-    let client = connect_with(place, &connection, name, None, tell).await?;
+) -> Result<(Client, Connection), Error> {
+    let client = connect_with(server, &connection, name, None, tell).await?;
     Ok((client, connection))
 }
 
 async fn connect_with(
-    place: &Place,
+    server: &ServerRef,
     connection: &Connection,
     name: &str,
     max_reconnects: Option<usize>,
     tell: impl Fn(Event) + Send + Sync + 'static,
-) -> Result<Client, super::Error> {
+) -> Result<Client, Error> {
     let routes = Routes::find(connection).await?.map(Arc::new);
-    let mut options = options(place, connection, name, routes.clone())?.max_reconnects(max_reconnects);
+    let mut options = options(server, connection, name, routes.clone())?.max_reconnects(max_reconnects);
     let mut pool = servers(&connection.endpoint)?;
     if let Some(routes) = routes {
         pool = routes.in_order().await;
@@ -160,21 +160,21 @@ async fn connect_with(
         Ok(client) => return Ok(client),
         Err(error) => error,
     };
-    // The client's words leave out server and cause; a lane to the same place has them.
+    // The client's errors name neither server nor cause; a lane to the same server has them.
     match Lane::connect(connection, name).await {
         Err(error) => Err(error),
-        Ok(_) => Err(super::Error::retry(format!("cannot connect to `{}`: {failed}", connection.endpoint))),
+        Ok(_) => Err(Error::retry(format!("cannot connect to `{}`: {failed}", connection.endpoint))),
     }
 }
 
 fn options(
-    place: &Place,
+    server: &ServerRef,
     connection: &Connection,
     name: &str,
     routes: Option<Arc<Routes>>,
-) -> Result<ConnectOptions, super::Error> {
+) -> Result<ConnectOptions, Error> {
     let endpoint = &connection.endpoint;
-    let mut options = authenticate(place.clone())
+    let mut options = authenticate(server.clone())
         .name(name)
         .custom_inbox_prefix(auth::inbox_prefix(connection)?)
         .connection_timeout(endpoint.connect_timeout)
@@ -183,7 +183,7 @@ fn options(
         .max_reconnects(None)
         .reconnect_delay_callback(reconnect_delay)
         .require_tls(endpoint.requires_tls())
-        .tls_client_config(secure(place.clone(), routes))
+        .tls_client_config(secure(server.clone(), routes))
         // What a server says of other servers is no reason to show them an identity.
         .ignore_discovered_servers();
     if endpoint.tls.handshake_first {
@@ -192,7 +192,7 @@ fn options(
     Ok(options)
 }
 
-fn servers(endpoint: &Endpoint) -> Result<Vec<ServerAddr>, super::Error> {
+fn servers(endpoint: &Endpoint) -> Result<Vec<ServerAddr>, Error> {
     endpoint.hosts.iter().map(|host| server_addr(endpoint, host)).collect()
 }
 
@@ -207,25 +207,25 @@ fn reconnect_delay(attempts: usize) -> Duration {
 }
 
 /// Files are read at every attempt: credentials are rotated under a running process.
-fn authenticate(place: Place) -> ConnectOptions {
-    let told = Told::default();
+fn authenticate(server: ServerRef) -> ConnectOptions {
+    let reported = LastReported::default();
     ConnectOptions::with_auth_callback(move |nonce| {
-        let login = login(&place, &nonce);
+        let login = login(&server, &nonce);
         match &login {
-            Ok(_) => told.forget(),
+            Ok(_) => reported.forget(),
             // The client reports no more than "authentication error".
-            Err(reason) if told.is_news(reason) => warn!("cannot log in: {reason}"),
+            Err(reason) if reported.is_news(reason) => warn!("cannot log in: {reason}"),
             Err(_) => {}
         }
         std::future::ready(login.map_err(AuthError::new))
     })
 }
 
-fn login(place: &Place, nonce: &[u8]) -> Result<Login, String> {
+fn login(server: &ServerRef, nonce: &[u8]) -> Result<async_nats::Auth, String> {
     let nonce = str::from_utf8(nonce).ok().filter(|nonce| !nonce.is_empty());
-    let connection = context::resolve(place).map_err(|error| error.to_string())?;
-    let identity = auth::identity(&connection.endpoint.auth, nonce).map_err(|error| error.to_string())?;
-    let mut login = Login::new();
+    let connection = context::resolve(server).map_err(|error| error.to_string())?;
+    let identity = auth::connect_fields(&connection.endpoint.auth, nonce).map_err(|error| error.to_string())?;
+    let mut login = async_nats::Auth::new();
     login.username = identity.user;
     login.password = identity.pass;
     login.token = identity.auth_token;
@@ -236,22 +236,22 @@ fn login(place: &Place, nonce: &[u8]) -> Result<Login, String> {
     Ok(login)
 }
 
-fn secure(place: Place, routes: Option<Arc<Routes>>) -> rustls::ClientConfig {
+fn secure(server: ServerRef, routes: Option<Arc<Routes>>) -> rustls::ClientConfig {
     tls::rereading_config(
-        move || Ok(context::resolve(&place)?.endpoint.tls),
+        move || Ok(context::resolve(&server)?.endpoint.tls),
         move |address| routes.as_ref().map_or_else(Vec::new, |routes| routes.names(address)),
     )
 }
 
-/// The last thing that was told, so that it is told once.
+/// The last error that was logged, so that it is logged once.
 #[derive(Debug, Default)]
-struct Told(Mutex<String>);
+struct LastReported(Mutex<String>);
 
-impl Told {
+impl LastReported {
     fn is_news(&self, what: &str) -> bool {
-        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let news = *told != what;
-        what.clone_into(&mut told);
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let news = *last != what;
+        what.clone_into(&mut last);
         news
     }
 
@@ -260,46 +260,47 @@ impl Told {
     }
 }
 
-/// Logs connection events; an error that repeats while a server is away is told once.
+/// Logs connection events; an error that repeats while a server is away is logged once.
 struct EventLog {
-    place: Place,
+    server: ServerRef,
     name: String,
-    told: Told,
+    label: &'static str,
+    reported: LastReported,
 }
 
 impl EventLog {
     fn tell(&self, event: &Event) {
-        let server = &self.place;
+        let (server, label) = (&self.server, self.label);
         match event {
             Event::Connected => {
-                self.told.forget();
-                info!(%server, "control connection is up");
+                self.reported.forget();
+                info!(%server, "{label} is up");
             }
-            Event::Disconnected => warn!(%server, "control connection is down"),
-            Event::LameDuckMode => info!(%server, "control server is about to shut down"),
-            Event::Draining | Event::Closed => debug!(%server, "control connection: {event}"),
-            Event::ClientError(_) if self.told.is_news(&event.to_string()) => {
-                tokio::spawn(explain(self.place.clone(), self.name.clone(), event.to_string()));
+            Event::Disconnected => warn!(%server, "{label} is down"),
+            Event::LameDuckMode => info!(%server, "{label}: the server is about to shut down"),
+            Event::Draining | Event::Closed => debug!(%server, "{label}: {event}"),
+            Event::ClientError(_) if self.reported.is_news(&event.to_string()) => {
+                tokio::spawn(explain(self.server.clone(), self.name.clone(), label, event.to_string()));
             }
-            Event::SlowConsumer(_) | Event::ServerError(_) if self.told.is_news(&event.to_string()) => {
-                warn!(%server, "control connection: {event}");
+            Event::SlowConsumer(_) | Event::ServerError(_) if self.reported.is_news(&event.to_string()) => {
+                warn!(%server, "{label}: {event}");
             }
             Event::SlowConsumer(_) | Event::ServerError(_) | Event::ClientError(_) => {
-                debug!(%server, "control connection: {event}");
+                debug!(%server, "{label}: {event}");
             }
         }
     }
 }
 
-/// The client's words for what went wrong leave out server and cause; a lane to the same place has them.
-async fn explain(place: Place, name: String, event: String) {
-    let tried = match context::resolve(&place) {
+/// The client's errors name neither server nor cause; a lane to the same server has them.
+async fn explain(server: ServerRef, name: String, label: &str, event: String) {
+    let tried = match context::resolve(&server) {
         Ok(connection) => Lane::connect(&connection, &name).await.map(drop),
         Err(error) => Err(error),
     };
     match tried {
-        Err(error) => warn!(server = %place, "control connection: {error}"),
-        Ok(()) => warn!(server = %place, "control connection: {event}"),
+        Err(error) => warn!(%server, "{label}: {error}"),
+        Ok(()) => warn!(%server, "{label}: {event}"),
     }
 }
 
@@ -331,7 +332,7 @@ mod tests {
         let key = nkeys::KeyPair::new_user();
         std::fs::write(&path, format!("{}\n", key.seed().unwrap())).unwrap();
         let endpoint = Endpoint::parse(&format!("h?nkey={}", path.display())).unwrap();
-        let login = login(&Place::Known(Box::new(Connection::to(endpoint))), b"nonce").unwrap();
+        let login = login(&ServerRef::Known(Box::new(Connection::to(endpoint))), b"nonce").unwrap();
         assert_eq!(login.nkey, Some(key.public_key()));
         assert!(key.verify(b"nonce", &login.signature.unwrap()).is_ok());
     }
@@ -340,10 +341,11 @@ mod tests {
     fn files_of_an_identity_are_read_again_at_every_login() {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str| dir.path().join(name);
-        let place =
-            |options: String| Place::Known(Box::new(Connection::to(Endpoint::parse(&format!("h?{options}")).unwrap())));
-        let creds = place(format!("credentials={}", file("creds").display()));
-        let pair = place(format!("nkey={}&jwt={}", file("seed").display(), file("jwt").display()));
+        let server = |options: String| {
+            ServerRef::Known(Box::new(Connection::to(Endpoint::parse(&format!("h?{options}")).unwrap())))
+        };
+        let creds = server(format!("credentials={}", file("creds").display()));
+        let pair = server(format!("nkey={}&jwt={}", file("seed").display(), file("jwt").display()));
         for jwt in ["one", "two"] {
             let key = nkeys::KeyPair::new_user();
             let seed = key.seed().unwrap();
@@ -354,8 +356,8 @@ mod tests {
             std::fs::write(file("creds"), text).unwrap();
             std::fs::write(file("seed"), seed).unwrap();
             std::fs::write(file("jwt"), jwt).unwrap();
-            for place in [&creds, &pair] {
-                let login = login(place, b"nonce").unwrap();
+            for server in [&creds, &pair] {
+                let login = login(server, b"nonce").unwrap();
                 assert_eq!(login.jwt.as_deref(), Some(jwt));
                 assert!(key.verify(b"nonce", &login.signature.unwrap()).is_ok());
             }

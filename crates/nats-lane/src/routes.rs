@@ -15,11 +15,10 @@ use futures_util::future::join_all;
 use rustls_pki_types::ServerName;
 use tokio::{net::lookup_host, time::timeout};
 
-use super::{
-    Error, Lane,
+use crate::{
+    Connection, Endpoint, Error, Host, Lane,
     lane::{NEXT_ADDRESS, race},
 };
-use crate::config::{Connection, Endpoint, Host};
 
 /// How long a name may take to be resolved; after it the client resolves the name itself.
 const RESOLVE: Duration = Duration::from_secs(1);
@@ -29,13 +28,13 @@ const ROUND: Duration = Duration::from_secs(1);
 
 /// The servers of a connection, of which at least one has several addresses.
 #[derive(Debug)]
-pub(super) struct Routes {
+pub(crate) struct Routes {
     connection: Connection,
-    servers: Vec<Known>,
+    servers: Vec<RoutedServer>,
 }
 
 #[derive(Debug)]
-struct Known {
+struct RoutedServer {
     host: Host,
     /// Its URL as the connection has it.
     name: ServerAddr,
@@ -51,7 +50,7 @@ impl Routes {
         if resolved.iter().all(|addresses| addresses.len() < 2) {
             return Ok(None);
         }
-        let servers = endpoint.hosts.iter().zip(resolved).map(|(host, found)| Known::new(endpoint, host, found));
+        let servers = endpoint.hosts.iter().zip(resolved).map(|(host, found)| RoutedServer::new(endpoint, host, found));
         let servers = servers.collect::<Result<_, _>>()?;
         Ok(Some(Self { connection: connection.clone(), servers }))
     }
@@ -75,7 +74,7 @@ impl Routes {
         let failures = |url: &ServerAddr| {
             pool.iter().find(|server| server.addr == *url).map_or(0, |server| server.failed_attempts)
         };
-        let mut servers: Vec<&Known> = self.servers.iter().collect();
+        let mut servers: Vec<&RoutedServer> = self.servers.iter().collect();
         servers.sort_by_key(|server| failures(&server.name));
         let Some((server, address)) = self.nearest(&servers).await else { return servers[0].name.clone() };
         let url = address.and_then(|address| server.addresses.iter().find(|(known, _)| *known == address));
@@ -87,7 +86,7 @@ impl Routes {
 
     /// The server that says INFO first, with the address unless that is the first one of its name; `None` when all of them
     /// fail, or none does so within the connect timeout.
-    async fn nearest<'a>(&self, servers: &[&'a Known]) -> Option<(&'a Known, Option<SocketAddr>)> {
+    async fn nearest<'a>(&self, servers: &[&'a RoutedServer]) -> Option<(&'a RoutedServer, Option<SocketAddr>)> {
         let within = self.connection.endpoint.connect_timeout;
         let mut round = ROUND.min(within);
         loop {
@@ -99,12 +98,12 @@ impl Routes {
         }
     }
 
-    async fn race<'a>(&self, servers: &[&'a Known]) -> Option<(&'a Known, Option<SocketAddr>)> {
+    async fn race<'a>(&self, servers: &[&'a RoutedServer]) -> Option<(&'a RoutedServer, Option<SocketAddr>)> {
         let resolved = join_all(servers.iter().map(|server| resolve(&server.host))).await;
         let ways = servers.iter().zip(resolved).flat_map(|(server, addresses)| {
             addresses.into_iter().enumerate().map(|(n, address)| (*server, address, n > 0))
         });
-        let attempt = async |(server, address, later): (&'a Known, SocketAddr, bool)| {
+        let attempt = async |(server, address, later): (&'a RoutedServer, SocketAddr, bool)| {
             let lane = Lane::greeted(&self.connection, &server.host, address).await;
             lane.map(|_| (server, later.then_some(address)))
         };
@@ -113,7 +112,7 @@ impl Routes {
 
     /// What the certificate of this address is verified for: the names that have it, and the address where it is configured.
     pub fn names(&self, address: IpAddr) -> Vec<ServerName<'static>> {
-        let has = |server: &&Known| {
+        let has = |server: &&RoutedServer| {
             let written = server.host.host.parse() == Ok(address);
             written || server.addresses.iter().any(|(known, _)| known.ip() == address)
         };
@@ -122,7 +121,7 @@ impl Routes {
     }
 }
 
-impl Known {
+impl RoutedServer {
     fn new(endpoint: &Endpoint, host: &Host, found: Vec<SocketAddr>) -> Result<Self, Error> {
         let several = found.len() > 1;
         let addresses = found.into_iter().filter(|_| several).map(|address| {
@@ -135,7 +134,7 @@ impl Known {
 }
 
 /// The URL by which async-nats knows a server.
-pub(super) fn server_addr(endpoint: &Endpoint, host: &Host) -> Result<ServerAddr, Error> {
+pub(crate) fn server_addr(endpoint: &Endpoint, host: &Host) -> Result<ServerAddr, Error> {
     let server = endpoint.server(host);
     server.parse().map_err(|error| Error::hold(format!("server `{server}`: {error}")))
 }

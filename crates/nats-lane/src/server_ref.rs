@@ -1,11 +1,11 @@
-//! Where a connection goes, as people name it: by a URL, or by a context of the `nats` tool with fields that go
-//! before and behind the context's own. Only words: the file of a context is read elsewhere.
+//! Which server to connect to: by a URL, or by a context of the `nats` tool with fields that take precedence over the
+//! context's own and others that fill its gaps. Only words: the file of a context is read elsewhere.
 
 use std::{fmt, path::PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Auth, Endpoint, Secret, Tls};
+use crate::{Auth, Endpoint, Secret, Tls};
 
 /// Where the subjects of the JetStream API begin unless a domain or a prefix says otherwise.
 pub const DEFAULT_API_PREFIX: &str = "$JS.API";
@@ -27,24 +27,24 @@ pub struct Connection {
 
 /// How a connection is named.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum ServerRef {
     /// By a URL and what else belongs to it.
     Known(Box<Connection>),
     /// By a context of the `nats` tool, read again at every attempt to connect.
     Context {
         /// Name of the context.
         name: String,
-        /// What goes before the context's fields.
-        over: Box<Fields>,
-        /// What goes behind them.
-        under: Box<Fields>,
+        /// Fields that take precedence over the context's.
+        over: Box<ContextFields>,
+        /// Fields for what the context does not say.
+        under: Box<ContextFields>,
     },
 }
 
 /// What may be said of a connection, field by field: the fields of a context of the `nats` tool, under their names
 /// there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Fields {
+pub struct ContextFields {
     /// Servers; may hold a password.
     pub url: Option<Secret>,
     /// User; a token where there is no password, not even an empty one.
@@ -81,7 +81,7 @@ pub struct Fields {
     pub socks_proxy: Option<Secret>,
 }
 
-/// What is wrong with one of the [`Fields`].
+/// What is wrong with one of the [`ContextFields`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FieldError {
     /// Name of the field, as in a context.
@@ -99,7 +99,7 @@ impl Connection {
 }
 
 /// For the log: where to, without secrets.
-impl fmt::Display for Place {
+impl fmt::Display for ServerRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Known(connection) => connection.endpoint.fmt(f),
@@ -108,7 +108,7 @@ impl fmt::Display for Place {
     }
 }
 
-impl Fields {
+impl ContextFields {
     /// Reads the fields of a context as the `nats` tool means them: a user without a password has an empty one, and
     /// where domain and prefix are both there, the prefix holds. Unknown fields are another tool's business; an empty
     /// text is as good as none.
@@ -217,7 +217,7 @@ impl Fields {
         named || self.url.as_ref().is_some_and(in_url)
     }
 
-    /// Everything that these fields can say for themselves, whatever goes before or behind them.
+    /// Everything that these fields can say for themselves, whatever takes precedence over them.
     pub fn check(&self) -> Result<(), FieldError> {
         if let Some(url) = &self.url {
             Endpoint::parse(url.reveal()).map_err(|message| FieldError { field: "url", message })?;
@@ -317,7 +317,7 @@ fn wrong(field: &'static str, message: &str) -> FieldError {
 }
 
 /// Prefix of the JetStream API of a domain.
-pub(super) fn domain_prefix(domain: &str) -> Result<String, String> {
+pub fn domain_prefix(domain: &str) -> Result<String, String> {
     check_subject(domain)?;
     if domain.contains('.') {
         return Err("the name of a domain is one token, without dots".to_owned());
@@ -326,7 +326,7 @@ pub(super) fn domain_prefix(domain: &str) -> Result<String, String> {
 }
 
 /// A prefix of subjects, without the dot at its end.
-pub(super) fn subject_prefix(prefix: &str) -> Result<String, String> {
+pub fn subject_prefix(prefix: &str) -> Result<String, String> {
     let prefix = prefix.strip_suffix('.').unwrap_or(prefix);
     check_subject(prefix).map(|()| prefix.to_owned())
 }
@@ -348,12 +348,12 @@ fn check_subject(subject: &str) -> Result<(), String> {
 
 /// What a URL that strayed into another field has in it. Subjects of requests are made of these fields and shown in errors,
 /// and the URL's password would be with them.
-pub(super) fn looks_like_url(text: &str) -> bool {
+pub fn looks_like_url(text: &str) -> bool {
     text.contains([':', '/', '@'])
 }
 
 /// Refuses what [`looks_like_url`]; the value is not in the words.
-pub(super) fn no_url(text: &str) -> Result<(), String> {
+pub fn no_url(text: &str) -> Result<(), String> {
     if looks_like_url(text) {
         return Err(
             "it cannot contain `:`, `/` or `@`, as a URL does; the value is not shown, it may be a secret".to_owned()
@@ -377,8 +377,8 @@ mod tests {
 
     use super::*;
 
-    fn context(fields: Value) -> Fields {
-        Fields::of_context(fields.to_string().as_bytes()).unwrap()
+    fn context(fields: Value) -> ContextFields {
+        ContextFields::of_context(fields.to_string().as_bytes()).unwrap()
     }
 
     fn connection(fields: Value) -> Connection {
@@ -428,12 +428,12 @@ mod tests {
         let mixed = over(json!({"jetstream_api_prefix": "js.hub.", "cert": "/c", "key": "/k"}));
         assert_eq!((mixed.api_prefix.as_str(), mixed.endpoint.tls.ca), ("js.hub", Some("/ca".into())));
         assert_eq!(mixed.endpoint.tls.cert, Some("/c".into()));
-        let flag = |user: &str| Fields { user: Some(user.to_owned()), ..Fields::default() };
+        let flag = |user: &str| ContextFields { user: Some(user.to_owned()), ..ContextFields::default() };
         let user = flag("v").over(context(json!({"user": "u", "password": "p", "token": "t"})));
         assert_eq!(user.connection().unwrap().endpoint.to_string(), "nats://v:***@127.0.0.1:4222");
         assert_eq!((user.token, user.password), (None, Some("p".into())));
         // A user of a command line, alone and before a context without a password.
-        for base in [Fields::default(), context(json!({"user": "u"}))] {
+        for base in [ContextFields::default(), context(json!({"user": "u"}))] {
             assert_eq!(flag("t").over(base).connection().unwrap().endpoint.auth, Auth::Token("t".into()));
         }
     }
@@ -459,8 +459,11 @@ mod tests {
         check(json!({"jetstream_domain": "a.b"}), "jetstream_domain", "one token");
         check(json!({"jetstream_api_prefix": "a.>"}), "jetstream_api_prefix", "cannot contain '>'");
         check(json!({"inbox_prefix": "a..b"}), "inbox_prefix", "empty token");
-        let both =
-            Fields { jetstream_domain: Some("a".into()), jetstream_api_prefix: Some("b".into()), ..Fields::default() };
+        let both = ContextFields {
+            jetstream_domain: Some("a".into()),
+            jetstream_api_prefix: Some("b".into()),
+            ..ContextFields::default()
+        };
         let error = both.connection().unwrap_err();
         assert_eq!(error.field, "jetstream_api_prefix");
         assert!(error.message.contains("leave out one"), "{error:?}");
@@ -471,7 +474,7 @@ mod tests {
             ("{\"password\": 53}", "`password` is not a text"),
             ("{\"tls_first\": \"s3cret\"}", "`tls_first` is neither"),
         ] {
-            let error = Fields::of_context(json.as_bytes()).unwrap_err();
+            let error = ContextFields::of_context(json.as_bytes()).unwrap_err();
             assert!(error.contains(expect) && !error.contains("s3cret") && !error.contains("53"), "{error}");
         }
     }

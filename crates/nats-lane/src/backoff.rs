@@ -12,7 +12,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Attempts of a replication after an error that passes.
+    /// Retries after a transient error: the first one at once, later ones at most 3 s apart.
     pub const RETRY: Self = Self::new(Duration::from_millis(50), Duration::from_secs(3));
 
     /// A backoff whose first delay is at most `first` and whose later ones are at most `max`.

@@ -16,14 +16,14 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::sock_diag;
+use crate::sock_diag;
 
 /// A connected socket; clones are the same socket, of which one reads and writes.
 #[derive(Debug, Clone)]
-pub(super) struct Socket(Arc<Shared>);
+pub(crate) struct Socket(Arc<SharedSocket>);
 
 #[derive(Debug)]
-struct Shared {
+struct SharedSocket {
     tcp: TcpStream,
     /// Bytes that the system has taken.
     written: AtomicU64,
@@ -36,7 +36,7 @@ impl Socket {
     pub fn new(tcp: TcpStream) -> io::Result<Self> {
         tcp.set_nodelay(true)?;
         tcp.set_zero_linger()?;
-        let shared = Shared {
+        let shared = SharedSocket {
             tcp,
             written: AtomicU64::new(0),
             #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The server's half of the NATS client protocol, parsed in place: no allocation per message, no copy.
+//! The server's half of the NATS client protocol, parsed in place: no allocation per message, nothing is copied.
 //!
 //! [`parse`] looks at the bytes received so far and reports every complete message as offsets into them.
 //! Header blocks are not interpreted: what a server stored is handed on byte for byte.
@@ -207,12 +207,12 @@ pub fn number(word: &[u8]) -> Option<u64> {
 }
 
 /// [`number`] in JSON.
-pub(super) fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+pub(crate) fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     bounded(u64::deserialize(deserializer)?)
 }
 
 /// [`count`] that may be absent.
-pub(super) fn optional_count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+pub(crate) fn optional_count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     Option::<u64>::deserialize(deserializer)?.map(bounded).transpose()
 }
 

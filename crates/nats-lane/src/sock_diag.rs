@@ -6,12 +6,12 @@ use std::net::SocketAddr;
 /// Bytes that were written to a connection and that the other end has not acknowledged; `None` where the kernel does not
 /// say it.
 #[cfg(target_os = "linux")]
-pub(super) fn unacknowledged(local: SocketAddr, peer: SocketAddr) -> Option<u64> {
+pub(crate) fn unacknowledged(local: SocketAddr, peer: SocketAddr) -> Option<u64> {
     linux::unacknowledged(local, peer)
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(super) fn unacknowledged(_local: SocketAddr, _peer: SocketAddr) -> Option<u64> {
+pub(crate) fn unacknowledged(_local: SocketAddr, _peer: SocketAddr) -> Option<u64> {
     None
 }
 
@@ -52,7 +52,7 @@ mod linux {
     /// Refusals so far, or [`ANSWERS`].
     static REFUSED: AtomicU8 = AtomicU8::new(0);
 
-    pub(super) fn unacknowledged(local: SocketAddr, peer: SocketAddr) -> Option<u64> {
+    pub(crate) fn unacknowledged(local: SocketAddr, peer: SocketAddr) -> Option<u64> {
         let refused = REFUSED.load(Ordering::Relaxed);
         if refused != ANSWERS && refused >= REFUSALS {
             return None;
@@ -83,7 +83,7 @@ mod linux {
         Errno::from_io_error(error).is_some_and(|error| transient.contains(&error))
     }
 
-    pub(super) fn ask(local: SocketAddr, peer: SocketAddr) -> io::Result<u64> {
+    pub(crate) fn ask(local: SocketAddr, peer: SocketAddr) -> io::Result<u64> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let kernel = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(SOCK_DIAG))?;
         send(&kernel, &question(local, peer), SendFlags::empty())?;
@@ -120,7 +120,7 @@ mod linux {
     }
 
     /// `idiag_wqueue` of an answer: bytes that were written and are not acknowledged.
-    pub(super) fn write_queue(answer: &[u8]) -> io::Result<u64> {
+    pub(crate) fn write_queue(answer: &[u8]) -> io::Result<u64> {
         let word = |at: usize| answer.get(at..at + 4).and_then(|word| <[u8; 4]>::try_from(word).ok());
         let kind = answer.get(4..6).and_then(|kind| <[u8; 2]>::try_from(kind).ok()).map(u16::from_ne_bytes);
         if kind == Some(SOCK_DIAG_BY_FAMILY) {

@@ -6,8 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::Error;
-use crate::config::{Connection, Fields, Place, check_context_name};
+use crate::{Connection, ContextFields, Error, ServerRef, check_context_name};
 
 /// The context that was selected with `nats context select`, if there is one.
 pub fn selected() -> Result<Option<String>, Error> {
@@ -24,24 +23,24 @@ fn selected_in(folder: &Path) -> Result<Option<String>, Error> {
 }
 
 /// Everything that a connection needs; the file of a context is read now.
-pub fn resolve(place: &Place) -> Result<Connection, Error> {
-    let (name, over, under) = match place {
-        Place::Known(connection) => return Ok(connection.as_ref().clone()),
-        Place::Context { name, over, under } => (name, over, under),
+pub fn resolve(server: &ServerRef) -> Result<Connection, Error> {
+    let (name, over, under) = match server {
+        ServerRef::Known(connection) => return Ok(connection.as_ref().clone()),
+        ServerRef::Context { name, over, under } => (name, over, under),
     };
     let path = file(name)?;
-    let told = |message: String| Error::hold(format!("context `{name}` (`{}`): {message}", path.display()));
+    let wrong = |message: String| Error::hold(format!("context `{name}` (`{}`): {message}", path.display()));
     let json = fs::read(&path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => told("there is no such file".to_owned()),
-        _ => told(error.to_string()),
+        io::ErrorKind::NotFound => wrong("there is no such file".to_owned()),
+        _ => wrong(error.to_string()),
     })?;
-    let mut fields = Fields::of_context(&json).map_err(told)?;
+    let mut fields = ContextFields::of_context(&json).map_err(wrong)?;
     fields.files_mut().for_each(expand);
     let fields = over.as_ref().clone().over(fields).over(under.as_ref().clone());
-    fields.connection().map_err(|error| told(format!("`{}`: {}", error.field, error.message)))
+    fields.connection().map_err(|error| wrong(format!("`{}`: {}", error.field, error.message)))
 }
 
-/// Where the file of a context lies, if it is there.
+/// Path of the file of a context.
 pub fn file(name: &str) -> Result<PathBuf, Error> {
     check_context_name(name).map_err(|right| Error::hold(format!("context `{name}` is not possible: {right}")))?;
     Ok(folder()?.join("context").join(format!("{name}.json")))

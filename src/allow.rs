@@ -9,18 +9,15 @@ use std::{
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
+use nats_lane::{Auth, Connection, ContextFields, Dial, Endpoint, Error, Host, Lane, Scheme, ServerRef, auth, context};
 use serde_json::Value;
 use wildmatch::WildMatch;
 
-use super::{Dial, Error, Lane, auth, context};
-use crate::config::{
-    self, Auth, ChoriaIdentity, Connection, Endpoint, Fields, Former, Heartbeats, Host, Json, Place, Problem, Problems,
-    Replication, Scheme,
-};
+use crate::config::{self, Former, Heartbeats, Json, Problem, Problems, Replication};
 
 /// Allows everything by default; cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Rules(Arc<Lists>, Arc<[String]>);
+pub struct AllowList(Arc<Lists>, Arc<[String]>);
 
 #[derive(Debug, Default)]
 struct Lists {
@@ -30,13 +27,13 @@ struct Lists {
     credentials: Vec<PathBuf>,
 }
 
-impl Dial for Rules {
-    fn dial<'a>(&'a self, place: &'a Place, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
-        async move { Lane::connect(&self.resolve(place)?, name).await }.boxed()
+impl Dial for AllowList {
+    fn dial<'a>(&'a self, server: &'a ServerRef, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
+        async move { Lane::connect(&self.resolve(server)?, name).await }.boxed()
     }
 
-    fn login_expires(&self, place: &Place) -> Option<i64> {
-        auth::expires(&self.resolve(place).ok()?.endpoint.auth)
+    fn login_expires(&self, server: &ServerRef) -> Option<i64> {
+        auth::login_expires(&self.resolve(server).ok()?.endpoint.auth)
     }
 }
 
@@ -50,25 +47,25 @@ struct UrlPattern {
     port: WildMatch,
 }
 
-/// Something that the rules do not allow.
+/// Something that the list does not allow.
 #[derive(Debug)]
 struct Breach {
-    part: Part,
+    setting: Setting,
     message: String,
 }
 
 /// What of a side it is.
 #[derive(Debug, Clone, Copy)]
-enum Part {
+enum Setting {
     /// The URL, or the context where there is one.
-    Place,
+    Server,
     /// One of the TLS files.
     Tls(&'static str),
     /// One of the files of an identity of Choria's.
     Choria(&'static str),
 }
 
-impl Rules {
+impl AllowList {
     /// Servers by patterns, files by folders; an empty list allows any.
     pub fn new(urls: &[String], credentials: &[PathBuf]) -> Result<Self, String> {
         let urls = urls.iter().map(|url| UrlPattern::parse(url).map_err(|e| format!("`--allow-url {url}`: {e}")));
@@ -92,16 +89,16 @@ impl Rules {
         self.0.urls.is_empty() || self.0.credentials.is_empty()
     }
 
-    /// [`config::parse`] under these rules.
+    /// [`config::parse`] under this list.
     pub fn parse(&self, json: &[u8], site: &str) -> Result<Replication, Problems> {
         let json = Json::read(json)?;
         let result = self.parse_value(&json.value, site);
         json.checked(result)
     }
 
-    /// [`config::parse_value`] under these rules.
+    /// [`config::parse_value`] under this list.
     pub fn parse_value(&self, value: &Value, site: &str) -> Result<Replication, Problems> {
-        let mut replication = config::parse_judged(value, site, |side, place| self.problems(side, place, value))?;
+        let mut replication = config::parse_judged(value, site, |side, server| self.problems(side, server, value))?;
         let default = replication.name == site;
         let former = self.1.iter().map(|former| Former {
             site: former.clone(),
@@ -111,15 +108,15 @@ impl Rules {
         Ok(replication)
     }
 
-    /// [`config::parse_heartbeats`] under these rules.
+    /// [`config::parse_heartbeats`] under this list.
     pub fn parse_heartbeats(&self, value: &Value) -> Result<Option<Heartbeats>, Problems> {
-        config::parse_heartbeats(value, |place| {
-            let breaches = self.breaches(place, context::resolve(place).ok().as_ref()).into_iter();
-            let problem = |Breach { part, message }| {
-                let path = match part {
-                    Part::Place => "/url".to_owned(),
-                    Part::Tls(file) => format!("/tls/{file}"),
-                    Part::Choria(file) => format!("/choria/{file}"),
+        config::parse_heartbeats(value, |server| {
+            let breaches = self.breaches(server, context::resolve(server).ok().as_ref()).into_iter();
+            let problem = |Breach { setting, message }| {
+                let path = match setting {
+                    Setting::Server => "/url".to_owned(),
+                    Setting::Tls(file) => format!("/tls/{file}"),
+                    Setting::Choria(file) => format!("/choria/{file}"),
                 };
                 Problem::new(path, message)
             };
@@ -128,50 +125,50 @@ impl Rules {
     }
 
     /// Everything that a connection needs, if it is allowed; the file of a context is read now.
-    pub fn resolve(&self, place: &Place) -> Result<Connection, Error> {
-        let connection = context::resolve(place)?;
-        match self.breaches(place, Some(&connection)).into_iter().next() {
+    pub fn resolve(&self, server: &ServerRef) -> Result<Connection, Error> {
+        let connection = context::resolve(server)?;
+        match self.breaches(server, Some(&connection)).into_iter().next() {
             Some(breach) => Err(Error::hold(breach.message)),
             None => Ok(connection),
         }
     }
 
-    fn problems(&self, side: &str, place: &Place, document: &Value) -> Vec<Problem> {
+    fn problems(&self, side: &str, server: &ServerRef, document: &Value) -> Vec<Problem> {
         // A context that cannot be read now is judged before a connection is made.
-        let connection = context::resolve(place).ok();
-        let breaches = self.breaches(place, connection.as_ref()).into_iter();
-        let field = |part| match (part, place) {
-            (Part::Place, Place::Known(_)) => format!("{side}_url"),
-            (Part::Place, Place::Context { .. }) => format!("{side}_context"),
-            (Part::Tls(file), _) => {
+        let connection = context::resolve(server).ok();
+        let breaches = self.breaches(server, connection.as_ref()).into_iter();
+        let field = |setting| match (setting, server) {
+            (Setting::Server, ServerRef::Known(_)) => format!("{side}_url"),
+            (Setting::Server, ServerRef::Context { .. }) => format!("{side}_context"),
+            (Setting::Tls(file), _) => {
                 let own = format!("{side}_tls");
                 let tls = if document[&own][file].is_string() { own.as_str() } else { "tls" };
                 format!("{tls}/{file}")
             }
-            (Part::Choria(file), _) => format!("{side}_choria/{file}"),
+            (Setting::Choria(file), _) => format!("{side}_choria/{file}"),
         };
-        breaches.map(|Breach { part, message }| Problem::new(format!("/{}", field(part)), message)).collect()
+        breaches.map(|Breach { setting, message }| Problem::new(format!("/{}", field(setting)), message)).collect()
     }
 
-    fn breaches(&self, place: &Place, connection: Option<&Connection>) -> Vec<Breach> {
+    fn breaches(&self, server: &ServerRef, connection: Option<&Connection>) -> Vec<Breach> {
         let servers = connection.map(|connection| self.servers(&connection.endpoint)).unwrap_or_default();
-        let mut files: Vec<(Part, PathBuf)> = Vec::new();
-        match place {
-            Place::Known(known) => {
+        let mut files: Vec<(Setting, PathBuf)> = Vec::new();
+        match server {
+            ServerRef::Known(known) => {
                 let Endpoint { auth, tls, .. } = &known.endpoint;
-                files.extend(identity_files(auth).into_iter().map(|file| (Part::Place, file.clone())));
+                files.extend(identity_files(auth).into_iter().map(|file| (Setting::Server, file.clone())));
                 files.extend(choria_files(auth));
                 files.extend(tls_files(&tls.ca, &tls.cert, &tls.key));
             }
             // What the context itself names is the operator's own choice.
-            Place::Context { name, over, under } => {
-                files.extend(context::file(name).map(|file| (Part::Place, file)));
-                for Fields { ca, cert, key, .. } in [over.as_ref(), under.as_ref()] {
+            ServerRef::Context { name, over, under } => {
+                files.extend(context::file(name).map(|file| (Setting::Server, file)));
+                for ContextFields { ca, cert, key, .. } in [over.as_ref(), under.as_ref()] {
                     files.extend(tls_files(ca, cert, key));
                 }
             }
         }
-        let files = files.into_iter().filter_map(|(part, file)| self.file(part, &file));
+        let files = files.into_iter().filter_map(|(setting, file)| self.file(setting, &file));
         servers.into_iter().chain(files).collect()
     }
 
@@ -185,12 +182,12 @@ impl Rules {
                 endpoint.scheme.name(),
                 list(urls.iter().map(|url| &url.written))
             );
-            Breach { part: Part::Place, message }
+            Breach { setting: Setting::Server, message }
         };
         refused.map(breach).collect()
     }
 
-    fn file(&self, part: Part, file: &Path) -> Option<Breach> {
+    fn file(&self, setting: Setting, file: &Path) -> Option<Breach> {
         let folders = &self.0.credentials;
         let below = |path: PathBuf| folders.iter().any(|folder| path.starts_with(folder));
         if folders.is_empty() || real_path(file).is_some_and(below) {
@@ -199,7 +196,7 @@ impl Rules {
         let allowed = list(folders.iter().map(|folder| folder.display()));
         let file = file.display();
         let message = format!("file `{file}` is not allowed by this service; allowed are files below {allowed}");
-        Some(Breach { part, message })
+        Some(Breach { setting, message })
     }
 }
 
@@ -207,22 +204,22 @@ fn identity_files(auth: &Auth) -> Vec<&PathBuf> {
     match auth {
         Auth::CredentialsFile(file) => vec![file],
         Auth::NkeyFile { seed, jwt } => std::iter::once(seed).chain(jwt).collect(),
-        Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::Jwt { .. } | Auth::Choria(_) => Vec::new(),
+        Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::Jwt { .. } | Auth::Custom(_) => Vec::new(),
     }
 }
 
-fn choria_files(auth: &Auth) -> Vec<(Part, PathBuf)> {
-    let Auth::Choria(ChoriaIdentity { seed, jwt, .. }) = auth else { return Vec::new() };
-    vec![(Part::Choria("seed_file"), seed.clone()), (Part::Choria("jwt_file"), jwt.clone())]
+fn choria_files(auth: &Auth) -> Vec<(Setting, PathBuf)> {
+    let Auth::Custom(identity) = auth else { return Vec::new() };
+    identity.files().into_iter().map(|(name, file)| (Setting::Choria(name), file.to_owned())).collect()
 }
 
 fn tls_files(
     ca: &Option<PathBuf>,
     cert: &Option<PathBuf>,
     key: &Option<PathBuf>,
-) -> impl Iterator<Item = (Part, PathBuf)> {
+) -> impl Iterator<Item = (Setting, PathBuf)> {
     let files =
-        [("ca", ca), ("cert", cert), ("key", key)].map(|(name, file)| file.clone().map(|f| (Part::Tls(name), f)));
+        [("ca", ca), ("cert", cert), ("key", key)].map(|(name, file)| file.clone().map(|f| (Setting::Tls(name), f)));
     files.into_iter().flatten()
 }
 
@@ -365,7 +362,7 @@ mod tests {
         symlink(outside.join("nothing"), inside.join("dangling")).unwrap();
         symlink(&outside, inside.join("folder")).unwrap();
         symlink(&inside, folder.path().join("in-too")).unwrap();
-        let rules = Rules::new(&["*.good".to_owned()], std::slice::from_ref(&inside)).unwrap();
+        let rules = AllowList::new(&["*.good".to_owned()], std::slice::from_ref(&inside)).unwrap();
         let root = folder.path().display();
         let check = |fields: Value, expect: &[(&str, &str)]| {
             let mut document = json!({"stream": "S", "source_url": "a.good", "target_url": "b.good"});
@@ -413,10 +410,10 @@ mod tests {
 
     #[test]
     fn rules_that_make_no_sense_are_refused() {
-        let error = Rules::new(&["http://h".to_owned()], &[]).unwrap_err();
+        let error = AllowList::new(&["http://h".to_owned()], &[]).unwrap_err();
         assert!(error.starts_with("`--allow-url http://h`: "), "{error}");
-        let error = Rules::new(&[], &["/there/is/none".into()]).unwrap_err();
+        let error = AllowList::new(&[], &["/there/is/none".into()]).unwrap_err();
         assert!(error.starts_with("`--allow-credentials /there/is/none`: "), "{error}");
-        assert!(Rules::default().is_open());
+        assert!(AllowList::default().is_open());
     }
 }

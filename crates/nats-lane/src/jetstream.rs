@@ -1,4 +1,4 @@
-//! The few JetStream API calls that a copy needs, over its own lane. All reads are answered by the leader of the
+//! Calls of the JetStream API over a lane: streams, consumers, stored messages. All reads are answered by the leader of the
 //! stream (`STREAM.INFO`, `STREAM.MSG.GET`); direct gets can be stale.
 
 use std::{
@@ -12,7 +12,10 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
-use super::{ApiError, Batch, Error, ErrorKind, Lane, headers, parser::count};
+use crate::{
+    ApiError, Batch, Error, ErrorKind, Lane, headers,
+    parser::{self, count},
+};
 
 /// The stream or the account has as many consumers as it may have.
 pub const TOO_MANY_CONSUMERS: u32 = 10026;
@@ -64,16 +67,16 @@ fn point_in_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Da
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct StreamCluster {
-    /// Name of the server that leads the stream; empty while nobody does.
+    /// Name of the server that leads the stream; empty while the stream has no leader.
     pub leader: String,
     /// The others that hold the stream: all but the server that answered.
-    pub replicas: Vec<Peer>,
+    pub replicas: Vec<StreamPeer>,
 }
 
 /// One of `replicas` of [`StreamCluster`].
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
-pub struct Peer {
+pub struct StreamPeer {
     /// Name of the server.
     pub name: String,
 }
@@ -102,7 +105,7 @@ pub struct StreamState {
     pub num_subjects: u64,
 }
 
-/// Whether the leader of a stream answered a question about it: not if nobody leads, or if the leader is one of the others.
+/// Whether the leader of a stream answered a question about it: not if the stream has no leader, or if the leader is one of the others.
 /// While there is no leader, and for some seconds after it was started, a server answers from whatever it has of the stream:
 /// with an empty disk, nothing.
 pub fn is_leaders_answer<'a>(leader: &str, mut others: impl Iterator<Item = &'a str>) -> bool {
@@ -238,7 +241,7 @@ impl<'a> PublishAck<'a> {
 }
 
 #[derive(Deserialize)]
-struct Reply<T> {
+struct ApiReply<T> {
     error: Option<ApiError>,
     #[serde(flatten)]
     value: Option<T>,
@@ -263,7 +266,7 @@ impl<'a> Api<'a> {
         decode(&reply).map_err(|error| error.context(what))
     }
 
-    /// Asks for a stream; `None` if there is none. It passes that somebody else than its leader answers.
+    /// Asks for a stream; `None` if there is none. An answer of a server that does not lead it is a transient error.
     pub async fn stream_info(&mut self, stream: &str) -> Result<Option<StreamInfo>, Error> {
         let info: Option<StreamInfo> = found(self.call(&format!("STREAM.INFO.{stream}"), &Value::Null).await)?;
         match info {
@@ -274,13 +277,13 @@ impl<'a> Api<'a> {
         }
     }
 
-    /// Names of the streams that listen on a subject, or on a part of a pattern; the first page of them.
+    /// StreamNames of the streams that listen on a subject, or on a part of a pattern; the first page of them.
     pub async fn stream_names(&mut self, subject: &str) -> Result<Vec<String>, Error> {
         #[derive(Deserialize)]
-        struct Names {
+        struct StreamNames {
             streams: Option<Vec<String>>,
         }
-        let names: Names = self.call("STREAM.NAMES", &json!({ "subject": subject })).await?;
+        let names: StreamNames = self.call("STREAM.NAMES", &json!({ "subject": subject })).await?;
         Ok(names.streams.unwrap_or_default())
     }
 
@@ -299,7 +302,7 @@ impl<'a> Api<'a> {
         self.get(stream, &json!({ "seq": sequence })).await
     }
 
-    /// Reads the first message at or behind a sequence; `None` if nothing lies there.
+    /// Reads the first message at or after a sequence; `None` if nothing lies there.
     pub async fn message_from(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
         self.get(stream, &message_from_call(stream, sequence).1).await
     }
@@ -311,7 +314,7 @@ impl<'a> Api<'a> {
         decode_message(&reply).map_err(|error| error.context(what))
     }
 
-    /// Reads the first message of a subject that a pattern holds at or behind each of some sequences, many at a time.
+    /// Reads the first message of a subject that a pattern holds at or after each of some sequences, many at a time.
     pub async fn messages_of(
         &mut self,
         stream: &str,
@@ -403,7 +406,7 @@ impl<'a> Api<'a> {
         found(self.call(&format!("CONSUMER.INFO.{stream}.{name}"), &Value::Null).await)
     }
 
-    /// Lets a consumer begin again (server 2.14): at a sequence, or behind what is acknowledged. Its deliveries are
+    /// Lets a consumer begin again (server 2.14): at a sequence, or after what is acknowledged. Its deliveries are
     /// counted from 1 again.
     pub async fn reset_consumer(&mut self, stream: &str, name: &str, from: Option<u64>) -> Result<ConsumerInfo, Error> {
         let body = from.map_or(Value::Null, |from| json!({ "seq": from }));
@@ -477,7 +480,7 @@ pub fn message_call(stream: &str, sequence: u64) -> (String, Value) {
     (format!("STREAM.MSG.GET.{stream}"), json!({ "seq": sequence }))
 }
 
-/// What reads the first message at a sequence or behind it: the end of the subject, and the body.
+/// What reads the first message at a sequence or after it: the end of the subject, and the body.
 pub fn message_from_call(stream: &str, sequence: u64) -> (String, Value) {
     (format!("STREAM.MSG.GET.{stream}"), json!({ "seq": sequence, "next_by_subj": ">" }))
 }
@@ -499,11 +502,11 @@ pub fn answer_in<'b>(batch: &'b Batch, request: &str) -> Option<Result<&'b [u8],
 
 #[derive(Deserialize)]
 struct Got {
-    message: Raw,
+    message: StoredFields,
 }
 
 #[derive(Deserialize)]
-struct Raw {
+struct StoredFields {
     #[serde(deserialize_with = "count")]
     seq: u64,
     #[serde(default)]
@@ -515,7 +518,7 @@ struct Raw {
 
 impl Got {
     fn message(self) -> Result<StoredMessage, Error> {
-        let Raw { seq, subject, time, hdrs } = self.message;
+        let StoredFields { seq, subject, time, hdrs } = self.message;
         let header =
             STANDARD.decode(&hdrs).map_err(|error| Error::retry(format!("headers are not base64: {error}")))?;
         Ok(StoredMessage { sequence: seq, subject, time_ns: time.timestamp_nanos_opt().unwrap_or_default(), header })
@@ -524,7 +527,7 @@ impl Got {
 
 /// Decodes a reply of the API: its value, or its error.
 pub fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, Error> {
-    let reply: Reply<T> =
+    let reply: ApiReply<T> =
         serde_json::from_slice(payload).map_err(|error| Error::retry(format!("a reply that is not valid: {error}")))?;
     match (reply.error, reply.value) {
         (Some(error), _) => Err(error.into()),
@@ -533,7 +536,7 @@ pub fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, Error> {
     }
 }
 
-/// What the leader of a stream says of it; `None` where somebody else answered, who may have less of it.
+/// What the leader of a stream says of it; `None` where another server answered: it may have less of the stream.
 pub fn leaders_info(payload: &[u8]) -> Result<Option<StreamInfo>, Error> {
     let info: StreamInfo = decode(payload)?;
     Ok(Some(info).filter(|info| info.is_leaders()))
@@ -548,7 +551,7 @@ fn found<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
 }
 
 /// What the reply subject of a delivered message tells (ADR-15): `$JS.ACK.<stream>.<consumer>.<delivered>.<stream
-/// sequence>.<consumer sequence>.<time ns>.<pending>`, with `<domain>.<account>` behind `ACK` in the longer form.
+/// sequence>.<consumer sequence>.<time ns>.<pending>`, with `<domain>.<account>` after `ACK` in the longer form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Delivery {
     /// Sequence in the stream.
@@ -582,7 +585,7 @@ pub fn parse_delivery(reply: &[u8]) -> Option<Delivery> {
     };
     let token = |n: usize| {
         let end = if n + 1 < count { starts[n + 1] - 1 } else { reply.len() };
-        super::parser::number(&reply[starts[n]..end])
+        parser::number(&reply[starts[n]..end])
     };
     Some(Delivery {
         stream_seq: token(first + 1)?,
@@ -672,8 +675,8 @@ mod tests {
 
     #[tokio::test]
     async fn only_the_leader_says_what_a_stream_has() {
-        let (mut lane, mut server) = crate::nats::pipe::lane().await;
-        let asked = async |lane: &mut Lane, server: &mut crate::nats::pipe::Pipe, info: &str| {
+        let (mut lane, mut server) = crate::pipe::lane().await;
+        let asked = async |lane: &mut Lane, server: &mut crate::pipe::Pipe, info: &str| {
             let answer = async {
                 let asked = server.asked().await;
                 server.answer(&asked, info).await;

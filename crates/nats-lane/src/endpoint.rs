@@ -11,10 +11,7 @@ use std::{
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
-use super::{Secret, parse_duration, schema::nearest};
-
-/// Stands for a secret wherever a URL is shown.
-pub const MASK: &str = "***";
+use crate::{CustomIdentity, MASK, Secret, parse_duration};
 
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const OPTIONS: [&str; 6] = ["credentials", "jwt", "nkey", "tls_handshake_first", "insecure", "connect_timeout"];
@@ -118,19 +115,8 @@ pub enum Auth {
         /// The seed that belongs to it; a bearer JWT needs none.
         seed: Option<Secret>,
     },
-    /// A token of Choria's organization issuer or AAA service and the seed that it is bound to.
-    Choria(ChoriaIdentity),
-}
-
-/// What Choria calls a client's or server's identity. Connections that bear it are TLS or nothing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ChoriaIdentity {
-    /// File that holds the ed25519 seed, 64 hexadecimal digits.
-    pub seed: PathBuf,
-    /// File that holds the signed token.
-    pub jwt: PathBuf,
-    /// First token of the subjects that replies come on.
-    pub collective: String,
+    /// An identity of the caller's own.
+    Custom(CustomIdentity),
 }
 
 /// TLS settings of a connection.
@@ -151,7 +137,7 @@ pub struct Tls {
 impl Endpoint {
     /// Parses `nats://user:pass@host:port,host2?credentials=FILE&...`.
     ///
-    /// What goes wrong is told without quoting anything that could be part of a secret.
+    /// The error quotes nothing that could be part of a secret.
     pub fn parse(url: &str) -> Result<Self, String> {
         let (servers, query) = split_query(url.trim());
         let servers = Servers::parse(servers)?;
@@ -173,7 +159,7 @@ impl Endpoint {
 
     /// The same servers with these TLS settings. What asks for TLS is refused where there can be none: a `ws://` would
     /// send the identity in plain text all the same.
-    pub(super) fn with_tls(self, tls: Tls) -> Result<Self, String> {
+    pub fn with_tls(self, tls: Tls) -> Result<Self, String> {
         let endpoint = Self { tls, ..self };
         if endpoint.scheme == Scheme::Ws && endpoint.requires_tls() {
             return Err("`ws://` is without TLS, and `tls_handshake_first`, a certificate authority or a client \
@@ -189,24 +175,11 @@ impl Endpoint {
         Self { tls: Tls { ca, cert, key, ..self.tls }, ..self }
     }
 
-    /// The same servers with an identity of Choria's. As in Choria, the server's certificate is verified where an
-    /// authority or a client certificate is given, and otherwise not.
-    pub(super) fn with_choria(self, identity: ChoriaIdentity) -> Result<Self, String> {
-        if self.auth != Auth::Anonymous {
-            return Err("the URL has an identity, and `choria` is another one: leave out one of them".to_owned());
-        }
-        if self.scheme == Scheme::Ws {
-            return Err("`ws://` is without TLS, and an identity of Choria's needs it: write `wss://`".to_owned());
-        }
-        let insecure = self.tls.insecure || (self.tls.ca.is_none() && self.tls.cert.is_none());
-        Ok(Self { auth: Auth::Choria(identity), tls: Tls { insecure, ..self.tls }, ..self })
-    }
-
     /// Whether a connection without TLS is out of the question: by scheme, by handshake-first, by the kind of identity, or
-    /// because somebody named an authority or a certificate, which nobody does for plain text.
+    /// because an authority or a certificate is named, which has no use for plain text.
     pub fn requires_tls(&self) -> bool {
         let Tls { ca, cert, handshake_first, .. } = &self.tls;
-        let by_identity = matches!(self.auth, Auth::Choria(_));
+        let by_identity = matches!(&self.auth, Auth::Custom(identity) if identity.requires_tls());
         matches!(self.scheme, Scheme::Tls | Scheme::Wss)
             || *handshake_first
             || by_identity
@@ -235,7 +208,7 @@ impl fmt::Display for Endpoint {
         match &self.auth {
             Auth::UserPassword { user, .. } => write!(f, "{}:{MASK}@", encode(user))?,
             Auth::Token(_) => write!(f, "{MASK}@")?,
-            Auth::Anonymous | Auth::CredentialsFile(_) | Auth::NkeyFile { .. } | Auth::Jwt { .. } | Auth::Choria(_) => {
+            Auth::Anonymous | Auth::CredentialsFile(_) | Auth::NkeyFile { .. } | Auth::Jwt { .. } | Auth::Custom(_) => {
             }
         }
         for (index, host) in self.hosts.iter().enumerate() {
@@ -261,7 +234,7 @@ impl Endpoint {
                 options.push(file("nkey", seed));
                 options.extend(jwt.iter().map(|jwt| file("jwt", jwt)));
             }
-            Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::Jwt { .. } | Auth::Choria(_) => {}
+            Auth::Anonymous | Auth::UserPassword { .. } | Auth::Token(_) | Auth::Jwt { .. } | Auth::Custom(_) => {}
         }
         if self.tls.handshake_first {
             options.push("tls_handshake_first=true".to_owned());
@@ -313,7 +286,7 @@ fn mask_server(server: &str) -> String {
     }
 }
 
-/// Shows the host behind the last `@`, without options; without one, or where the `@` may stand in an option, nothing
+/// Shows the host after the last `@`, without options; without one, or where the `@` may stand in an option, nothing
 /// but the scheme.
 fn mask_broken(url: &str) -> String {
     let url = url.trim();
@@ -332,17 +305,17 @@ fn mask_broken(url: &str) -> String {
 }
 
 /// Whether a password or token of the URL is [`MASK`] and so stands for one that is stored.
-pub(super) fn is_masked(url: &str) -> bool {
+pub fn is_masked(url: &str) -> bool {
     match Endpoint::parse(url) {
         Ok(endpoint) => endpoint.auth.secret() == Some(MASK),
         Err(_) => url.contains(MASK),
     }
 }
 
-/// Puts the stored secret in the place of `***` in a URL that came back; with both, the TLS files that go with them.
-/// The secret only goes where it went before: whoever may change a document is not thereby told a password by sending
-/// it to a server of their own, or through the net in plain text.
-pub(super) fn unmask(new: (&str, Tls), stored: Option<(&str, Tls)>) -> Result<String, String> {
+/// Puts the stored secret in place of `***` in a URL that was shown masked; both with the TLS files that belong to them.
+/// Only for the servers, the user and the TLS that it was stored with: a caller who may change a URL must not learn a
+/// password by sending it to another server or in plain text.
+pub fn unmask(new: (&str, Tls), stored: Option<(&str, Tls)>) -> Result<String, String> {
     let ((new, tls), stored) = (new, stored);
     if !is_masked(new) {
         return Ok(new.to_owned());
@@ -405,7 +378,7 @@ impl Auth {
     fn secret(&self) -> Option<&str> {
         match self {
             Self::UserPassword { password: secret, .. } | Self::Token(secret) => Some(secret.reveal()),
-            Self::Anonymous | Self::CredentialsFile(_) | Self::NkeyFile { .. } | Self::Jwt { .. } | Self::Choria(_) => {
+            Self::Anonymous | Self::CredentialsFile(_) | Self::NkeyFile { .. } | Self::Jwt { .. } | Self::Custom(_) => {
                 None
             }
         }
@@ -434,7 +407,7 @@ fn split_scheme(server: &str) -> (&str, &str) {
     }
 }
 
-/// What stands before the options.
+/// The part before the options.
 struct Servers {
     scheme: Scheme,
     auth: Auth,
@@ -472,7 +445,7 @@ impl Servers {
     }
 }
 
-/// The path behind a host, with its `/`; `/` alone is none.
+/// The path after a host, with its `/`; `/` alone is none.
 fn split_path(host: &str) -> (&str, &str) {
     match host.find('/') {
         Some(at) if at + 1 < host.len() => host.split_at(at),
@@ -572,7 +545,7 @@ fn parse_port(text: &str) -> Option<u16> {
     text.parse().ok().filter(|port| digits && *port != 0)
 }
 
-/// What stands behind `?`.
+/// The options after `?`.
 #[derive(Default)]
 struct Options {
     credentials: Option<PathBuf>,
@@ -649,6 +622,17 @@ fn unknown_option(option: &str, query: &str) -> String {
         Some(near) => format!("option `{option}` of the URL is unknown, did you mean `{near}`?"),
         None => format!("option `{option}` of the URL is unknown, there are `{}`", OPTIONS.join("`, `")),
     }
+}
+
+/// The known word that is most like this one, if one is like it: for "did you mean".
+pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let word = word.to_lowercase();
+    known
+        .into_iter()
+        .map(|candidate| (strsim::jaro_winkler(&word, candidate), candidate))
+        .filter(|(likeness, _)| *likeness >= 0.85)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
 }
 
 fn file(option: &str, value: &str) -> Result<PathBuf, String> {

@@ -2,19 +2,83 @@
 //! token is only read: what the connection has to be like follows from its claims. Both files are read at every
 //! attempt to connect.
 
+use std::{
+    any::Any,
+    path::{Path, PathBuf},
+};
+
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::DateTime;
 use md5::{Digest, Md5};
 use nkeys::{KeyPair, KeyPairType};
 use serde::Deserialize;
 
-use super::{Error, auth::read};
-use crate::config::ChoriaIdentity;
+use nats_lane::{
+    Auth, ConnectFields, CustomIdentity, Endpoint, Error, Identity, Scheme, Tls,
+    auth::{jwt_expires, read_file},
+    entropy,
+};
+
+/// What Choria calls a client's or server's identity. Connections that carry it are TLS or nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChoriaIdentity {
+    /// File that holds the ed25519 seed, 64 hexadecimal digits.
+    pub seed: PathBuf,
+    /// File that holds the signed token.
+    pub jwt: PathBuf,
+    /// First token of the subjects that replies come on.
+    pub collective: String,
+}
+
+impl ChoriaIdentity {
+    /// The same servers with this identity. As in Choria, the server's certificate is verified where an authority or a
+    /// client certificate is given, and otherwise not.
+    pub fn at(self, endpoint: Endpoint) -> Result<Endpoint, String> {
+        if endpoint.auth != Auth::Anonymous {
+            return Err("the URL has an identity, and `choria` is another one: leave out one of them".to_owned());
+        }
+        if endpoint.scheme == Scheme::Ws {
+            return Err("`ws://` is without TLS, and an identity of Choria's needs it: write `wss://`".to_owned());
+        }
+        let insecure = endpoint.tls.insecure || (endpoint.tls.ca.is_none() && endpoint.tls.cert.is_none());
+        let tls = Tls { insecure, ..endpoint.tls };
+        Ok(Endpoint { auth: Auth::Custom(CustomIdentity::new(self)), tls, ..endpoint })
+    }
+}
+
+impl Identity for ChoriaIdentity {
+    fn connect_fields(&self, nonce: Option<&str>) -> Result<ConnectFields, Error> {
+        let token = SignedToken::read(self)?;
+        token.check_time(self, entropy::now().timestamp())?;
+        let sig = sign(self, nonce)?;
+        Ok(ConnectFields { auth_token: Some(token.text.clone()), jwt: Some(token.text), sig, ..Default::default() })
+    }
+
+    fn expires(&self) -> Option<i64> {
+        jwt_expires(read_file(&self.jwt).ok()?.trim())
+    }
+
+    fn inbox_prefix(&self) -> Result<Option<String>, Error> {
+        Ok(Some(SignedToken::read(self)?.inbox_prefix(&self.collective)))
+    }
+
+    fn requires_tls(&self) -> bool {
+        true
+    }
+
+    fn files(&self) -> Vec<(&'static str, &Path)> {
+        vec![("seed_file", &self.seed), ("jwt_file", &self.jwt)]
+    }
+
+    fn is_same(&self, other: &dyn Any) -> bool {
+        other.downcast_ref() == Some(self)
+    }
+}
 
 /// A token as it lies in its file. Without `Debug`: it is a secret.
-pub(super) struct Token {
+struct SignedToken {
     /// The token itself.
-    pub(super) text: String,
+    text: String,
     /// Whose it is: the caller of a client, the identity of a server.
     id: String,
     /// Unix seconds, the earlier of its own end and its issuer's; `None` counts as long ago.
@@ -25,7 +89,7 @@ pub(super) struct Token {
 #[derive(Deserialize)]
 #[serde(default)]
 #[derive(Default)]
-struct Claims {
+struct TokenClaims {
     purpose: String,
     callerid: String,
     identity: String,
@@ -33,11 +97,11 @@ struct Claims {
     issexp: Option<f64>,
 }
 
-impl Token {
+impl SignedToken {
     /// Reads the token and what it claims.
-    pub(super) fn read(files: &ChoriaIdentity) -> Result<Self, Error> {
+    fn read(files: &ChoriaIdentity) -> Result<Self, Error> {
         let path = files.jwt.display();
-        let text = read(&files.jwt)?.trim().to_owned();
+        let text = read_file(&files.jwt)?.trim().to_owned();
         // Not the parser's words: they may quote what is no business of a log.
         let claims = claims(&text).ok_or_else(|| Error::hold(format!("`{path}` holds no JWT")))?;
         let (claim, id) = match claims.purpose.as_str() {
@@ -59,14 +123,14 @@ impl Token {
     }
 
     /// What the server lets such a client subscribe to.
-    pub(super) fn inbox_prefix(&self, collective: &str) -> String {
+    fn inbox_prefix(&self, collective: &str) -> String {
         let digest = Md5::digest(self.id.as_bytes());
         let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
         format!("{collective}.reply.{hex}")
     }
 
     /// Refuses a token that is over at `now`, unix seconds: the server would too, without saying why.
-    pub(super) fn check_time(&self, files: &ChoriaIdentity, now: i64) -> Result<(), Error> {
+    fn check_time(&self, files: &ChoriaIdentity, now: i64) -> Result<(), Error> {
         let path = files.jwt.display();
         match self.expires {
             Some(expires) if expires > now as f64 => Ok(()),
@@ -79,7 +143,7 @@ impl Token {
     }
 }
 
-fn claims(token: &str) -> Option<Claims> {
+fn claims(token: &str) -> Option<TokenClaims> {
     let mut parts = token.split('.');
     let (_, claims, _, None) = (parts.next()?, parts.next()?, parts.next()?, parts.next()) else { return None };
     let json = URL_SAFE_NO_PAD.decode(claims.trim_end_matches('=')).ok()?;
@@ -87,11 +151,11 @@ fn claims(token: &str) -> Option<Claims> {
 }
 
 /// The signature of the server's nonce, where it sent one.
-pub(super) fn sign(files: &ChoriaIdentity, nonce: Option<&str>) -> Result<Option<String>, Error> {
+fn sign(files: &ChoriaIdentity, nonce: Option<&str>) -> Result<Option<String>, Error> {
     let Some(nonce) = nonce else { return Ok(None) };
     let place = files.seed.display();
     let wrong = || Error::hold(format!("`{place}` holds no ed25519 seed: 64 hexadecimal digits"));
-    let seed = seed(read(&files.seed)?.trim()).ok_or_else(wrong)?;
+    let seed = seed(read_file(&files.seed)?.trim()).ok_or_else(wrong)?;
     let pair = KeyPair::new_from_raw(KeyPairType::User, seed).map_err(|_| wrong())?;
     let signature = pair.sign(nonce.as_bytes()).map_err(|_| wrong())?;
     Ok(Some(URL_SAFE_NO_PAD.encode(signature)))
@@ -110,13 +174,13 @@ fn seed(hex: &str) -> Option<[u8; 32]> {
 
 #[cfg(test)]
 mod tests {
+    use nats_lane::{
+        Connection,
+        auth::{connect_fields, inbox_prefix},
+    };
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::{
-        config::{Auth, Connection, Endpoint},
-        nats::auth::{identity, inbox_prefix},
-    };
 
     const SEED: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
     const NONCE: &str = "toomanysecrets";
@@ -144,11 +208,11 @@ mod tests {
         ] {
             let (_folder, files) = files(&claims, &seed);
             let token = std::fs::read_to_string(&files.jwt).unwrap().trim().to_owned();
-            let auth = Auth::Choria(files);
-            let sent = identity(&auth, Some(NONCE)).unwrap();
+            let auth = Auth::Custom(CustomIdentity::new(files));
+            let sent = connect_fields(&auth, Some(NONCE)).unwrap();
             assert_eq!((sent.auth_token.as_ref(), sent.jwt.as_ref()), (Some(&token), Some(&token)));
             assert_eq!((sent.sig.as_deref(), sent.nkey, sent.user), (Some(SIGNATURE), None, None));
-            assert_eq!(identity(&auth, None).unwrap().sig, None);
+            assert_eq!(connect_fields(&auth, None).unwrap().sig, None);
             let mut connection = Connection::to(Endpoint::parse("h").unwrap());
             connection.endpoint.auth = auth;
             assert_eq!(inbox_prefix(&connection).unwrap(), expect);
@@ -159,7 +223,7 @@ mod tests {
     fn unusable_tokens_are_refused_with_file_and_reason() {
         let check = |claims: Value, now: i64, expect: &str| {
             let (_folder, files) = files(&claims, SEED);
-            let checked = Token::read(&files).and_then(|token| token.check_time(&files, now));
+            let checked = SignedToken::read(&files).and_then(|token| token.check_time(&files, now));
             match checked {
                 Ok(()) => assert_eq!(expect, "", "{claims}"),
                 Err(error) => {
@@ -194,7 +258,7 @@ mod tests {
         assert!(error.message.contains("64 hexadecimal digits") && !error.message.contains("hunter2"), "{error}");
         for text in ["", "hunter2", "a.hunter2.c", "a.b.c.d", "\u{e9}"] {
             std::fs::write(&files.jwt, text).unwrap();
-            let error = Token::read(&files).err().unwrap();
+            let error = SignedToken::read(&files).err().unwrap();
             assert!(error.message.contains("no JWT") && !error.message.contains("hunter2"), "{error}");
         }
         for hex in [&SEED[1..], "+0010203", &"\u{e9}".repeat(32)] {

@@ -1,4 +1,4 @@
-//! Choria's durations.
+//! Durations as texts.
 
 use std::time::Duration;
 

@@ -1,12 +1,12 @@
-//! What a program cannot know beforehand: random numbers, fresh names and the time of day. The copy asks for them here
-//! and nowhere else, so that a simulation can put its own in their place and repeat a run to the byte.
+//! Random numbers, unique names and the time of day in one place, so that a test can replace them and repeat what it did
+//! byte for byte.
 
 use std::{cell::RefCell, fmt, rc::Rc};
 
 use chrono::{DateTime, Utc};
 
 /// Stands in for the system.
-pub trait Chance: fmt::Debug {
+pub trait Entropy: fmt::Debug {
     /// 64 random bits.
     fn random(&self) -> u64;
     /// The wall clock.
@@ -14,31 +14,31 @@ pub trait Chance: fmt::Debug {
 }
 
 thread_local! {
-    static STAND_IN: RefCell<Option<Rc<dyn Chance>>> = const { RefCell::new(None) };
+    static STAND_IN: RefCell<Option<Rc<dyn Entropy>>> = const { RefCell::new(None) };
 }
 
-/// From now on this thread asks `chance` instead of the system; `None` for the system again.
-pub fn stand_in(chance: Option<Rc<dyn Chance>>) {
-    STAND_IN.set(chance);
+/// From now on this thread asks `entropy` instead of the system; `None` for the system again.
+pub fn stand_in(entropy: Option<Rc<dyn Entropy>>) {
+    STAND_IN.set(entropy);
 }
 
 /// 64 random bits.
 pub fn random() -> u64 {
-    asked(|chance| chance.random()).unwrap_or_else(rand::random)
+    asked(|entropy| entropy.random()).unwrap_or_else(rand::random)
 }
 
-/// A name that nobody else has: 22 letters and digits.
+/// A unique name: 22 letters and digits.
 pub fn name() -> String {
-    asked(|chance| format!("{:022x}", chance.random())).unwrap_or_else(|| nuid::next().to_string())
+    asked(|entropy| format!("{:022x}", entropy.random())).unwrap_or_else(|| nuid::next().to_string())
 }
 
 /// The wall clock.
 pub fn now() -> DateTime<Utc> {
-    asked(|chance| chance.now()).unwrap_or_else(Utc::now)
+    asked(|entropy| entropy.now()).unwrap_or_else(Utc::now)
 }
 
-fn asked<T>(ask: impl FnOnce(&dyn Chance) -> T) -> Option<T> {
-    STAND_IN.with_borrow(|chance| chance.as_deref().map(ask))
+fn asked<T>(ask: impl FnOnce(&dyn Entropy) -> T) -> Option<T> {
+    STAND_IN.with_borrow(|entropy| entropy.as_deref().map(ask))
 }
 
 #[cfg(test)]
@@ -48,7 +48,7 @@ mod tests {
     #[derive(Debug)]
     struct Always;
 
-    impl Chance for Always {
+    impl Entropy for Always {
         fn random(&self) -> u64 {
             0xabc
         }

@@ -1,25 +1,25 @@
-//! A lane over a pipe, for unit tests of what is done with what a server says: the test holds the other end, and says
-//! what was seen at real servers.
+//! A lane over a pipe, for unit tests of code that uses a lane: the test holds the other end, and says what was seen at
+//! real servers.
 
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
-    net::{TcpListener, TcpStream},
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+#[cfg(test)]
+use tokio::net::{TcpListener, TcpStream};
 
-use super::Lane;
-use crate::config::{Connection, Endpoint, Place};
+use crate::{Connection, Endpoint, Lane};
 
 /// What a server says until it has let a client in.
 const GREETING: &[u8] = b"INFO {\"version\":\"2.15.1\",\"max_payload\":1048576,\"headers\":true}\r\nPONG\r\n";
 
 /// The end of the server.
-pub(crate) struct Pipe {
+#[derive(Debug)]
+pub struct Pipe {
     end: DuplexStream,
     read: Vec<u8>,
 }
 
 /// A request as it arrived.
-pub(crate) struct Asked {
+#[derive(Debug)]
+pub struct PipeRequest {
     /// Its subject.
     pub subject: String,
     /// Where the answer goes.
@@ -27,10 +27,8 @@ pub(crate) struct Asked {
 }
 
 /// A lane, greeted, and the other end of its pipe.
-pub(crate) async fn lane() -> (Lane, Pipe) {
-    let document = r#"{"stream": "S", "source_url": "nats://a", "target_url": "nats://b"}"#;
-    let replication = crate::config::parse(document.as_bytes(), "SITE").expect("a document");
-    let Place::Known(connection) = replication.source.place else { panic!("a context") };
+pub async fn lane() -> (Lane, Pipe) {
+    let connection = Connection::to(Endpoint::parse("nats://a").expect("a URL"));
     let (io, mut end) = duplex(1 << 20);
     end.write_all(GREETING).await.expect("a pipe");
     let lane = Lane::greet(Box::new(io), "pipe", &connection, "test").await.expect("a lane");
@@ -38,6 +36,7 @@ pub(crate) async fn lane() -> (Lane, Pipe) {
 }
 
 /// The same over a connection of the system.
+#[cfg(test)]
 pub(crate) async fn lane_over_tcp() -> (Lane, TcpStream) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
     let address = listener.local_addr().expect("its address");
@@ -53,14 +52,14 @@ pub(crate) async fn lane_over_tcp() -> (Lane, TcpStream) {
 
 impl Pipe {
     /// The next publish with a reply subject; what comes before it is passed over.
-    pub async fn asked(&mut self) -> Asked {
+    pub async fn asked(&mut self) -> PipeRequest {
         loop {
             while let Some(end) = self.read.windows(2).position(|bytes| bytes == b"\r\n") {
                 let line = String::from_utf8_lossy(&self.read[..end]).into_owned();
                 self.read.drain(..end + 2);
                 let words: Vec<&str> = line.split(' ').collect();
                 if let ["PUB", subject, reply, _] = words[..] {
-                    return Asked { subject: subject.to_owned(), reply: reply.to_owned() };
+                    return PipeRequest { subject: subject.to_owned(), reply: reply.to_owned() };
                 }
             }
             assert!(self.end.read_buf(&mut self.read).await.expect("a pipe") > 0, "the lane is closed");
@@ -68,7 +67,7 @@ impl Pipe {
     }
 
     /// Answers a request.
-    pub async fn answer(&mut self, to: &Asked, payload: &str) {
+    pub async fn answer(&mut self, to: &PipeRequest, payload: &str) {
         let message = format!("MSG {} {} {}\r\n{payload}\r\n", to.reply, Lane::REQUEST_SID, payload.len());
         self.end.write_all(message.as_bytes()).await.expect("a pipe");
     }
@@ -81,7 +80,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::nats::lane::DELIVERY_EVERY;
+    use crate::lane::DELIVERY_EVERY;
 
     #[tokio::test]
     async fn a_round_trip_ends_with_its_own_answer() {

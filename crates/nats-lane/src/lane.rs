@@ -1,4 +1,4 @@
-//! A connection of the copy path: one owner, raw bytes, no reconnect. Whoever holds it drives it: commands are
+//! A connection with one owner: raw bytes, no reconnect. Its owner drives it: commands are
 //! put into the output buffer, [`Lane::turn`] writes and reads until something arrived or everything was
 //! written. Dropping the lane resets the connection, and nothing of it reaches the server any more: whoever has to know that
 //! the last commands arrived asks for an answer first ([`Lane::round_trip`]).
@@ -28,18 +28,16 @@ use tokio::{
 };
 use tokio_util::io::poll_read_buf;
 
-use super::error::CLOSED;
-use super::{
-    Error, ErrorKind,
-    auth::{identity, inbox_prefix, jwt_expires},
+use crate::{
+    Connection, Endpoint, Error, ErrorKind, Host, Scheme, ServerRef,
+    auth::{connect_fields, inbox_prefix, jwt_expires},
+    entropy,
+    error::CLOSED,
+    headers,
     parser::{self, Control, Frame},
     socket::Socket,
     tls::client_config,
     websocket::WebSocket,
-};
-use crate::{
-    chance,
-    config::{Connection, Endpoint, Host, Place, Scheme},
 };
 
 /// Smallest and largest piece read at once. A lane that is busy reads large, an idle one holds little memory.
@@ -50,9 +48,9 @@ const KEEPALIVE: Duration = Duration::from_secs(5);
 /// A server that has not let us in after this time gets company: the next one is tried as well.
 const HEAD_START: Duration = Duration::from_secs(1);
 /// How often the system is asked what it has delivered of a lane, at most.
-pub(super) const DELIVERY_EVERY: Duration = Duration::from_millis(500);
+pub(crate) const DELIVERY_EVERY: Duration = Duration::from_millis(500);
 /// The same for the addresses of one server.
-pub(super) const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+pub(crate) const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 /// An answer that has not arrived when nothing came for this long is given up.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request without an answer is sent again when nothing came for this long: what meets no leader gets none, whoever
@@ -63,13 +61,13 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// Makes the lanes of a run: the one thing that a simulation does in another way.
+/// Makes lanes. A test implements it to put another transport below them.
 pub trait Dial: fmt::Debug + Send + Sync {
-    /// Connects to a place; `name` is what the server shows.
-    fn dial<'a>(&'a self, place: &'a Place, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>>;
+    /// Connects to a server; `name` is what the server shows.
+    fn dial<'a>(&'a self, server: &'a ServerRef, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>>;
 
     /// When a login with the credentials of now would end, in seconds since the Unix epoch; `None` for never.
-    fn login_expires(&self, _place: &Place) -> Option<i64> {
+    fn login_expires(&self, _server: &ServerRef) -> Option<i64> {
         None
     }
 }
@@ -119,7 +117,7 @@ pub struct Batch {
 
 impl Batch {
     /// The complete messages at the front of some bytes.
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, Error> {
+    pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let mut frames = Vec::new();
         parser::parse(bytes, &mut frames, &mut Vec::new())?;
         Ok(Self { data: Bytes::copy_from_slice(bytes), frames })
@@ -167,7 +165,7 @@ pub enum Turn {
     Flushed,
 }
 
-/// A connection of the copy path.
+/// A connection that its owner drives; see the [crate](crate).
 pub struct Lane {
     io: Box<dyn Stream>,
     /// The connection below `io`, where it is one of the system's.
@@ -181,7 +179,7 @@ pub struct Lane {
     pings: u64,
     pongs: u64,
     /// The oldest PING that is not answered.
-    question: Option<Question>,
+    question: Option<UnansweredPing>,
     /// Bytes of commands that the server has read for certain: it answered a PING behind them.
     proven: u64,
     /// Refused publishes, if they are kept instead of ending the lane.
@@ -217,7 +215,7 @@ pub struct Lane {
 
 /// A PING that is not answered.
 #[derive(Debug, Clone, Copy)]
-struct Question {
+struct UnansweredPing {
     /// Its number.
     number: u64,
     /// Bytes of commands up to and with it.
@@ -290,7 +288,7 @@ impl Lane {
     }
 
     /// Connects to an address until the server there has said INFO.
-    pub(super) async fn greeted(connection: &Connection, host: &Host, address: SocketAddr) -> Result<Self, Error> {
+    pub(crate) async fn greeted(connection: &Connection, host: &Host, address: SocketAddr) -> Result<Self, Error> {
         let endpoint = &connection.endpoint;
         let tcp = TcpStream::connect(address).await.map_err(|e| Error::retry(e.to_string()))?;
         let socket = Socket::new(tcp).map_err(|e| Error::retry(e.to_string()))?;
@@ -316,8 +314,8 @@ impl Lane {
         Ok(lane)
     }
 
-    /// A lane without a server whose inbox is known: what it is told to send stays in its output.
-    pub(crate) fn alone(connection: &Connection, inbox: &str) -> Result<Self, Error> {
+    /// A lane without a server whose inbox is known, for tests: its commands stay in its output.
+    pub fn alone(connection: &Connection, inbox: &str) -> Result<Self, Error> {
         let info = ServerInfo { max_payload: 1 << 20, headers: true, ..ServerInfo::default() };
         let lane = Self::over(Box::new(tokio::io::empty()), "nowhere".to_owned(), connection)?;
         Ok(Self { info, inbox: inbox.to_owned(), next_sid: Self::REQUEST_SID + 1, ..lane })
@@ -359,7 +357,7 @@ impl Lane {
             refused: None,
             output: BytesMut::new(),
             unflushed: false,
-            inbox: format!("{}.{}", inbox_prefix(connection)?, chance::name()),
+            inbox: format!("{}.{}", inbox_prefix(connection)?, entropy::name()),
             api_prefix: connection.api_prefix.clone(),
             next_sid: 1,
             next_request: 0,
@@ -390,7 +388,7 @@ impl Lane {
     }
 
     async fn handshake(&mut self, endpoint: &Endpoint, name: &str) -> Result<(), Error> {
-        let identity = identity(&endpoint.auth, self.info.nonce.as_deref())?;
+        let identity = connect_fields(&endpoint.auth, self.info.nonce.as_deref())?;
         self.expires = identity.jwt.as_deref().and_then(jwt_expires);
         let mut connect = json!({
             "verbose": false,
@@ -426,7 +424,7 @@ impl Lane {
 
     /// A server does not say that it refuses a login because it has ended.
     fn expired(&self, error: Error) -> Error {
-        let ended = self.expires.filter(|at| error.kind == ErrorKind::Hold && *at <= chance::now().timestamp());
+        let ended = self.expires.filter(|at| error.kind == ErrorKind::Hold && *at <= entropy::now().timestamp());
         let Some(time) = ended.and_then(|at| DateTime::from_timestamp(at, 0)) else { return error };
         let message = format!("{}: the user JWT expired at {}: renew it", error.message, time.format("%FT%TZ"));
         Error { message, ..error }
@@ -541,7 +539,7 @@ impl Lane {
         if self.question.is_none() {
             let end = self.written + self.output.len() as u64;
             let follows = before > self.proven;
-            self.question = Some(Question { number: self.pings, end, handed_over: None, follows });
+            self.question = Some(UnansweredPing { number: self.pings, end, handed_over: None, follows });
             self.delivered = None;
         }
     }
@@ -596,7 +594,7 @@ impl Lane {
         self.refused.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
-    /// Writes everything and waits until the server has read it. For use while no copy is under way.
+    /// Writes everything and waits until the server has read it. Messages that arrive meanwhile are lost.
     pub async fn round_trip(&mut self) -> Result<(), Error> {
         self.ping();
         // An earlier one may not be answered yet.
@@ -655,7 +653,7 @@ impl Lane {
     pub const REQUEST_SID: u64 = 1;
 
     /// Sends a request and waits for its answer's payload, for as long as bytes arrive and a little longer. Messages
-    /// for other subscriptions that arrive meanwhile are lost: for use while no copy is under way. It may be carried
+    /// for other subscriptions that arrive meanwhile are lost. It may be carried
     /// out twice.
     pub async fn request(&mut self, subject: &str, payload: &[u8]) -> Result<Bytes, Error> {
         let reply = self.send_request(subject, payload);
@@ -686,7 +684,7 @@ impl Lane {
             };
             let Turn::Received(batch) = turn else { continue };
             if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
-                if super::headers::status(message.header) == Some(503) {
+                if headers::status(message.header) == Some(503) {
                     return Err(Error::retry(format!("no responders for `{subject}` at `{}`", self.address)));
                 }
                 return Ok(batch.data.slice_ref(message.payload));
@@ -695,7 +693,7 @@ impl Lane {
     }
 
     /// Waits for answers to requests that were sent: reply subjects and payloads of what arrived. Like
-    /// [`Lane::request`], for use while no copy is under way.
+    /// [`Lane::request`], it loses messages for other subscriptions.
     pub async fn answers(&mut self) -> Result<Vec<(Vec<u8>, Bytes)>, Error> {
         let mut patience = Patience::begin(self);
         loop {
@@ -914,7 +912,7 @@ fn is_refused_publish(text: &str) -> bool {
 
 /// Begins one attempt after the other, each as soon as the one before has failed or takes longer than `head_start`, until
 /// one succeeds. The error says what each of them said, in their order.
-pub(super) async fn race<T, R, F: Future<Output = Result<R, Error>>>(
+pub(crate) async fn race<T, R, F: Future<Output = Result<R, Error>>>(
     targets: impl Iterator<Item = T>,
     head_start: Duration,
     attempt: impl Fn(T) -> F,

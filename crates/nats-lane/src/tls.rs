@@ -14,11 +14,10 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject};
 use tracing::warn;
 
-use super::Error;
-use crate::config::Tls;
+use crate::{Error, Tls};
 
 /// Builds the client configuration for one connection; files are read now.
-pub(super) fn client_config(tls: &Tls) -> Result<ClientConfig, Error> {
+pub(crate) fn client_config(tls: &Tls) -> Result<ClientConfig, Error> {
     let provider = Arc::new(ring::default_provider());
     let verifier = verifier(tls, &provider)?;
     let builder = builder(provider.clone()).dangerous().with_custom_certificate_verifier(verifier);
@@ -28,9 +27,9 @@ pub(super) fn client_config(tls: &Tls) -> Result<ClientConfig, Error> {
     }
 }
 
-/// A configuration for all connections of a client, whose files are named and read anew at every handshake. A server that is
+/// A configuration for all connections of a client, whose files are read again at every handshake. A server that is
 /// connected to by an address has the certificate of one of the `names` of that address, if it has any.
-pub(super) fn rereading_config(
+pub(crate) fn rereading_config(
     settings: impl Fn() -> Result<Tls, Error> + Send + Sync + 'static,
     names: impl Fn(IpAddr) -> Vec<ServerName<'static>> + Send + Sync + 'static,
 ) -> ClientConfig {

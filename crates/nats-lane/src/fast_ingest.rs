@@ -1,5 +1,4 @@
-//! The wire of fast-ingest batches (ADR-50, server 2.14): reply subjects and acks. Pure, and free of any word
-//! of replication.
+//! The wire of fast-ingest batches (ADR-50, server 2.14): reply subjects and acks. Pure.
 //!
 //! Every message of a batch carries the reply subject
 //! `<inbox>.<batch id>.<flow>.<gap mode>.<batch sequence>.<operation>.$FI`. With gap mode `fail` the first
@@ -8,7 +7,7 @@
 use bytes::BytesMut;
 use serde::Deserialize;
 
-use super::{
+use crate::{
     ApiError,
     parser::{count, optional_count},
 };
@@ -18,7 +17,7 @@ use super::{
 pub enum Operation {
     /// Opens the batch and is its first message.
     Start = 0,
-    /// Goes on.
+    /// Continues the batch.
     Append = 1,
     /// Ends the batch; this message itself is not stored.
     Commit = 3,

@@ -1,6 +1,8 @@
 //! Header blocks as bytes: a version line, then lines that need not be well-formed, then an empty line. Nothing
 //! here requires a block to be valid, because servers store what is not.
 
+use crate::parser;
+
 /// First line of every header block (ADR-4).
 pub const VERSION: &[u8] = b"NATS/1.0";
 
@@ -11,17 +13,17 @@ pub fn status(block: &[u8]) -> Option<u16> {
     if rest.get(3).is_some_and(|next| !matches!(next, b' ' | b'\r')) {
         return None;
     }
-    super::parser::number(digits).map(|n| n as u16)
+    parser::number(digits).map(|n| n as u16)
 }
 
-/// The text behind the status code, without blanks around it.
+/// The text after the status code, without blanks around it.
 pub fn status_text(block: &[u8]) -> String {
     let line = block.split(|b| *b == b'\r').next().unwrap_or_default();
     let text = String::from_utf8_lossy(line.get(VERSION.len() + 4..).unwrap_or_default());
     text.trim().to_owned()
 }
 
-/// The lines of a block behind the first one, without their line ends, up to the empty line.
+/// The lines of a block after the first one, without their line ends, up to the empty line.
 pub fn lines(block: &[u8]) -> impl Iterator<Item = &[u8]> {
     lines_of(block).skip(1)
 }

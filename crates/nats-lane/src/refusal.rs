@@ -3,27 +3,27 @@
 
 use std::io;
 
-use super::{ApiError, ErrorKind};
+use crate::{ApiError, Error, ErrorKind};
 
 /// One line of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Verdict {
+pub(crate) struct Refusal {
     /// What the caller can do.
-    pub(super) kind: ErrorKind,
+    pub(crate) kind: ErrorKind,
     /// What an operator can do; empty where nothing has to be done, or where the text says it already.
-    pub(super) remedy: &'static str,
+    pub(crate) remedy: &'static str,
 }
 
-const fn retry() -> Verdict {
-    Verdict { kind: ErrorKind::Retry, remedy: "" }
+const fn retry() -> Refusal {
+    Refusal { kind: ErrorKind::Retry, remedy: "" }
 }
 
-const fn hold(remedy: &'static str) -> Verdict {
-    Verdict { kind: ErrorKind::Hold, remedy }
+const fn hold(remedy: &'static str) -> Refusal {
+    Refusal { kind: ErrorKind::Hold, remedy }
 }
 
-const fn plain(kind: ErrorKind) -> Verdict {
-    Verdict { kind, remedy: "" }
+const fn plain(kind: ErrorKind) -> Refusal {
+    Refusal { kind, remedy: "" }
 }
 
 const ACCOUNT_STORAGE: &str = "raise the JetStream limits of the account, or let its streams hold less";
@@ -31,11 +31,11 @@ const SERVER_STORAGE: &str = "give the server more room (`max_file_store`, `max_
                               streams hold less";
 const CONSUMERS: &str = "remove consumers that are not needed, or raise `max_consumers` of the stream or the account";
 const CONSUMER_LIMITS: &str = "raise `consumer_limits` of the stream, or the limits of the account";
-const STREAM_BYTES: &str = "create the target stream by hand with a `max_bytes` that the account allows, or raise the \
+const STREAM_BYTES: &str = "create the stream by hand with a `max_bytes` that the account allows, or raise the \
                             limits of the account";
 
 /// An error of the JetStream API, or the refusal of a message. The codes are those of the server's `errors.json`.
-pub(super) fn api(error: &ApiError) -> Verdict {
+pub(crate) fn api(error: &ApiError) -> Refusal {
     let says = |text: &str| error.description.contains(text);
     match error.err_code {
         10014 | 10037 | 10059 => plain(ErrorKind::NotFound),
@@ -64,7 +64,7 @@ pub(super) fn api(error: &ApiError) -> Verdict {
 
 /// The texts of `-ERR` lines (`server/errors.go`), in lower case. `let_in`: the connection was in use already. Then the
 /// end of a login may only mean that credentials were rotated; the next login reads them again and shows the truth.
-pub(super) fn err_line(text: &str, let_in: bool) -> Verdict {
+pub(crate) fn err_line(text: &str, let_in: bool) -> Refusal {
     let lower = text.to_ascii_lowercase();
     let says = |part: &str| lower.contains(part);
     if says("permissions violation") {
@@ -90,7 +90,7 @@ pub(super) fn err_line(text: &str, let_in: bool) -> Verdict {
 }
 
 /// Whether the text of an `-ERR` line is the refusal, or the end, of a login.
-pub(super) fn ends_login(text: &str) -> bool {
+pub(crate) fn ends_login(text: &str) -> bool {
     let lower = text.to_ascii_lowercase();
     let says = |part: &str| lower.contains(part);
     let of_login = says("authorization") || says("authentication") || says("expired") || says("revoked");
@@ -98,7 +98,7 @@ pub(super) fn ends_login(text: &str) -> bool {
 }
 
 /// A failed TLS handshake: a certificate or a key that does not fit stays so, a connection that broke does not.
-pub(super) fn tls(error: &io::Error) -> Verdict {
+pub(crate) fn tls(error: &io::Error) -> Refusal {
     match error.kind() {
         io::ErrorKind::InvalidData => hold("check the certificates of both ends, and `ca`, `cert` and `key`"),
         _ => retry(),
@@ -106,13 +106,62 @@ pub(super) fn tls(error: &io::Error) -> Verdict {
 }
 
 /// A status that ends a pull or a consumer, by its code and its text.
-pub(super) fn status(code: u16, text: &str) -> Verdict {
+pub(crate) fn status(code: u16, text: &str) -> Refusal {
     match code {
         409 if text.contains("Exceeded Max") => {
             hold("raise the limits of the consumer's requests, or remove the consumer")
         }
         _ => retry(),
     }
+}
+
+/// Between a server and the text of its `-ERR` line.
+const SAYS: &str = " says: ";
+
+impl Error {
+    /// An `-ERR` line; `let_in`: of a connection that was in use already.
+    pub(crate) fn of_err_line(address: &str, text: &str, let_in: bool) -> Self {
+        let verdict = err_line(text, let_in);
+        Self { kind: verdict.kind, message: with_remedy(format!("`{address}`{SAYS}{text}"), verdict.remedy), api: None }
+    }
+
+    /// A failed TLS handshake.
+    pub(crate) fn of_tls(error: &io::Error) -> Self {
+        let Refusal { kind, remedy } = tls(error);
+        Self { kind, message: with_remedy(format!("TLS handshake failed: {error}"), remedy), api: None }
+    }
+
+    /// A consumer or a pull ended with a status.
+    pub fn of_status(stream: &str, code: u16, text: &str) -> Self {
+        let Refusal { kind, remedy } = status(code, text);
+        let message = format!("consumer of stream `{stream}` ended: {code} {text}");
+        Self { kind, message: with_remedy(message, remedy), api: None }
+    }
+
+    /// Whether a server ended the login of a connection that was in use, as it does when the login expires or is revoked.
+    pub fn login_ended(&self) -> bool {
+        let said = self.message.rsplit_once(SAYS).map(|(_, text)| text);
+        self.kind == ErrorKind::Retry && said.is_some_and(ends_login)
+    }
+}
+
+impl ApiError {
+    /// What the caller can do.
+    pub fn kind(&self) -> ErrorKind {
+        api(self).kind
+    }
+}
+
+impl From<ApiError> for Error {
+    fn from(api: ApiError) -> Self {
+        let Refusal { kind, remedy } = self::api(&api);
+        let message = format!("{} ({})", api.description, api.err_code);
+        Self { kind, message: with_remedy(message, remedy), api: Some(api) }
+    }
+}
+
+fn with_remedy(message: String, remedy: &str) -> String {
+    if remedy.is_empty() { message } else { format!("{message}: {remedy}") }
 }
 
 #[cfg(test)]
@@ -194,7 +243,33 @@ mod tests {
             let verdict = api(&ApiError { code: 400, err_code, description: String::new() });
             assert!(!verdict.remedy.is_empty(), "{err_code}");
         }
-        let told = super::super::Error::from(ApiError { code: 400, err_code: 10026, description: "full".to_owned() });
+        let told = Error::from(ApiError { code: 400, err_code: 10026, description: "full".to_owned() });
         assert!(told.message.starts_with("full (10026): remove consumers"), "{told}");
+    }
+
+    #[test]
+    fn the_end_of_a_login_is_told_from_other_refusals() {
+        let ended =
+            |text: &str, let_in| Error::of_err_line("expired:4222", text, let_in).context("source").login_ended();
+        for text in ["User Authentication Expired", "User Authentication Revoked", "Account Authentication Expired"] {
+            assert!(ended(text, true) && !ended(text, false), "{text}");
+        }
+        for text in ["Authentication Timeout", "Stale Connection", "Permissions Violation for Publish to \"expired\""] {
+            assert!(!ended(text, true) && !ended(text, false), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_passes_is_tried_again() {
+        let check = |err_code, expect| {
+            let error = ApiError { code: 400, err_code, description: String::new() };
+            assert_eq!(error.kind(), expect, "{err_code}");
+        };
+        // An id whose message is still on its way, too many open batches, a batch that was forgotten.
+        for err_code in [10158, 10211, 10208] {
+            check(err_code, ErrorKind::Retry);
+        }
+        check(10071, ErrorKind::ChainBroken);
+        check(10060, ErrorKind::Hold);
     }
 }
