@@ -271,7 +271,7 @@ impl Look {
     /// A copy need not be allowed to ask this: then nothing is known.
     async fn ask_consumers(&mut self, side: &Side) {
         #[derive(Deserialize)]
-        struct List {
+        struct StreamListReply {
             consumers: Option<Vec<ConsumerInfo>>,
         }
         let subject = format!("{}.CONSUMER.LIST.{}", self.api_prefix(), side.stream);
@@ -280,7 +280,8 @@ impl Look {
             return;
         }
         if let Ok(answers) = self.ask(&[(subject, Some("{}".to_owned()))]).await
-            && let Some(list) = answers.first().and_then(Option::as_ref).and_then(|body| decode::<List>(body).ok())
+            && let Some(list) =
+                answers.first().and_then(Option::as_ref).and_then(|body| decode::<StreamListReply>(body).ok())
         {
             self.facts.consumers = Answer::Got(list.consumers.unwrap_or_default());
         }
@@ -338,7 +339,7 @@ impl Look {
     /// Asks which streams listen on subjects.
     pub(super) async fn ask_who_listens(&mut self, subjects: BTreeSet<String>, until: Instant) -> Listeners {
         #[derive(Deserialize)]
-        struct Names {
+        struct StreamNamesReply {
             streams: Option<Vec<String>>,
         }
         if self.facts.stream.got().is_none() {
@@ -351,8 +352,9 @@ impl Look {
         let answers = self.ask(&subjects.iter().map(question).collect::<Vec<_>>()).await;
         match answers {
             Ok(answers) => {
-                let streams =
-                    answers.into_iter().map(|body| decode::<Names>(&body?).ok()?.streams.or(Some(Vec::new())));
+                let streams = answers
+                    .into_iter()
+                    .map(|body| decode::<StreamNamesReply>(&body?).ok()?.streams.or(Some(Vec::new())));
                 match streams.collect::<Option<Vec<_>>>() {
                     Some(streams) => Answer::Got(subjects.into_iter().zip(streams).collect()),
                     None => Answer::Unclear(format!("`{what}` is not answered as it should be")),
@@ -446,13 +448,13 @@ fn place_path(role: Role, place: &Place) -> &'static str {
 /// `type`.
 fn storing_stream(answer: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
-    struct Ack {
+    struct PubAck {
         stream: String,
         #[serde(rename = "seq")]
         _seq: u64,
         r#type: Option<String>,
     }
-    let ack: Ack = serde_json::from_slice(answer).ok()?;
+    let ack: PubAck = serde_json::from_slice(answer).ok()?;
     ack.r#type.is_none().then_some(ack.stream)
 }
 

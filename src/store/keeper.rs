@@ -43,13 +43,13 @@ pub enum Condition {
 #[derive(Debug)]
 pub struct Keeper {
     context: jetstream::Context,
-    kept: Vec<Kept>,
+    kept: Vec<KeptBucket>,
     streams: OwnStreams,
 }
 
 /// One bucket.
 #[derive(Debug)]
-struct Kept {
+struct KeptBucket {
     bucket: Bucket,
     /// As it was last seen, with what identifies the installation.
     config: Config,
@@ -70,7 +70,7 @@ impl Keeper {
         let kept = |(bucket, info): (Bucket, Info)| {
             let created_ns = info.created.unix_timestamp_nanos();
             streams.is(&info.config.name, created_ns);
-            Kept { bucket, config: info.config, created_ns, missing_since: None, logged: None }
+            KeptBucket { bucket, config: info.config, created_ns, missing_since: None, logged: None }
         };
         let mut kept: Vec<_> = buckets.into_iter().map(kept).collect();
         if let Some(first) = kept.first_mut() {
@@ -98,7 +98,7 @@ impl Keeper {
     }
 }
 
-impl Kept {
+impl KeptBucket {
     /// Whether the bucket was recreated just now, by us; an error if it cannot be used.
     async fn look(&mut self, context: &jetstream::Context, streams: &OwnStreams) -> Result<bool, String> {
         let result = self.check(context, streams).await;
