@@ -14,8 +14,8 @@ use std::{collections::BTreeMap, sync::Arc};
 pub use self::service::Service;
 use self::{
     documents::Documents,
-    endpoints::Context,
-    service::{Kind, Route},
+    endpoints::RequestContext,
+    service::{EndpointKind, Route},
 };
 use crate::{allow::AllowList, events::Events, heartbeat, lease::Leases, store::Buckets, supervisor::Handle};
 
@@ -54,7 +54,7 @@ pub async fn start(
     heartbeats: heartbeat::Handle,
     events: Events,
 ) -> Result<Service, Error> {
-    let identity = service::Identity {
+    let identity = service::ServiceIdentity {
         name: SERVICE_NAME.to_owned(),
         version: control.version,
         description: "copies JetStream streams between clusters".to_owned(),
@@ -66,7 +66,7 @@ pub async fn start(
     let Buckets { config, positions, senders, installation, streams, .. } = buckets;
     let documents = Documents::follow(config.clone()).await.map_err(|error| Error(error.to_string()))?;
     let ControlConfig { site, instance, rules, read_only, .. } = control;
-    let context = Context {
+    let context = RequestContext {
         client: client.clone(),
         site,
         instance,
@@ -85,7 +85,7 @@ pub async fn start(
     };
     let mut routes = endpoints::routes(&Arc::new(context), &control.prefix);
     if read_only {
-        routes.iter_mut().filter(|route| route.kind == Kind::Mutation).for_each(Route::refuse);
+        routes.iter_mut().filter(|route| route.kind == EndpointKind::Mutation).for_each(Route::refuse);
     }
     Service::start(client, identity, routes).await.map_err(|error| Error(error.to_string()))
 }

@@ -118,7 +118,7 @@ impl Campaign {
     pub fn start(dial: Arc<dyn Dial>, place: ServerRef, election: Election) -> Self {
         let (told, led) = watch::channel(Leadership::default());
         let stop = CancellationToken::new();
-        let driver = driver::Driver::new(dial, place, election.clone(), told);
+        let driver = driver::CampaignDriver::new(dial, place, election.clone(), told);
         let task = AbortOnDropHandle::new(tokio::spawn(driver.run(stop.clone())));
         Self { election, led, stop, task }
     }

@@ -14,8 +14,8 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{error, info, warn};
 
 use self::{
-    board::Board,
-    plan::{Plan, Planner},
+    board::HeartbeatStats,
+    plan::{HeartbeatPlan, HeartbeatPlanner},
     publisher::Publisher,
 };
 use nats_lane::ServerRef;
@@ -84,9 +84,9 @@ pub struct Rejected {
 pub fn start(deps: Deps) -> (Handle, Runner) {
     let stop = CancellationToken::new();
     let (told, view) = watch::channel(View::default());
-    let board = Arc::new(Board::new(&deps.host));
+    let board = Arc::new(HeartbeatStats::new(&deps.host));
     let handle = Handle { view, board: board.clone() };
-    let work = Work { planner: Planner::new(&deps), deps, board, told, runs: None, refused: 0 };
+    let work = Work { planner: HeartbeatPlanner::new(&deps), deps, board, told, runs: None, refused: 0 };
     let task = AbortOnDropHandle::new(tokio::spawn(work.run(stop.clone())));
     (handle, Runner { stop, task })
 }
@@ -110,7 +110,7 @@ impl Runner {
 #[derive(Debug, Clone)]
 pub struct Handle {
     view: watch::Receiver<View>,
-    board: Arc<Board>,
+    board: Arc<HeartbeatStats>,
 }
 
 impl Handle {
@@ -139,8 +139,8 @@ impl Handle {
 /// Holds what should run against what runs.
 struct Work {
     deps: Deps,
-    planner: Planner,
-    board: Arc<Board>,
+    planner: HeartbeatPlanner,
+    board: Arc<HeartbeatStats>,
     told: watch::Sender<View>,
     runs: Option<Running>,
     /// Revision that was refused last.
@@ -183,7 +183,7 @@ impl Work {
         self.deps.events.emit(event, HEARTBEATS_KEY);
     }
 
-    async fn change(&mut self, plan: Plan) {
+    async fn change(&mut self, plan: HeartbeatPlan) {
         let running = self.runs.as_ref().map(|running| &running.heartbeats);
         if running != plan.heartbeats.as_ref() {
             self.end().await;

@@ -2,14 +2,14 @@
 //! knows neither buckets nor clocks; [`start`] brings it what is seen and does what it says.
 
 mod driver;
+mod grant;
 mod machine;
 mod placement;
 mod process;
 mod sessions;
-mod tenure;
 
-pub use driver::{Driver, Leases, Seat, enter, start};
+pub use driver::{Candidacy, Driver, Leases, enter, start};
+pub use grant::{Grant, Validity};
 pub use machine::{Action, Machine, Renewal, Settings};
 pub use process::Identity;
 pub use sessions::Sessions;
-pub use tenure::{Tenure, Term};

@@ -27,11 +27,11 @@ use crate::{
 #[derive(Debug, ClapArgs)]
 pub(super) struct Args {
     #[command(subcommand)]
-    command: Command,
+    command: AdminCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum AdminCommand {
     Senders(SendersArgs),
     Advisories(AdvisoriesArgs),
     Watch(WatchArgs),
@@ -106,9 +106,9 @@ fn bucket_prefix(text: &str) -> Result<String, String> {
 impl Args {
     pub(super) fn global(&self) -> &Global {
         match &self.command {
-            Command::Senders(args) => &args.global,
-            Command::Advisories(args) => &args.global,
-            Command::Watch(args) => &args.global,
+            AdminCommand::Senders(args) => &args.global,
+            AdminCommand::Advisories(args) => &args.global,
+            AdminCommand::Watch(args) => &args.global,
         }
     }
 }
@@ -116,9 +116,9 @@ impl Args {
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
     let client = Client::connect(args.global()).await?;
     match &args.command {
-        Command::Senders(args) => senders(args, &client, out).await?,
-        Command::Advisories(args) => advisories(args, &client, out).await?,
-        Command::Watch(args) => watch(args, &client, out).await?,
+        AdminCommand::Senders(args) => senders(args, &client, out).await?,
+        AdminCommand::Advisories(args) => advisories(args, &client, out).await?,
+        AdminCommand::Watch(args) => watch(args, &client, out).await?,
     }
     Ok(Verdict::Good)
 }

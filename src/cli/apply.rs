@@ -16,7 +16,7 @@ use super::{
     config::{pretty, stored},
     edit::site,
     error::{Error, Verdict, problem},
-    files::{self, Found},
+    files::{self, FoundFiles},
     global::Global,
     output::{Colour, Output, clean},
 };
@@ -57,16 +57,16 @@ pub(super) struct Args {
 
 /// Output of `--json`.
 #[derive(Debug, Default, Serialize)]
-struct Report {
+struct ApplyReport {
     dry_run: bool,
-    results: Vec<Outcome>,
+    results: Vec<ApplyOutcome>,
 }
 
-/// Outcome for one replication, also of a dry run.
+/// ApplyOutcome for one replication, also of a dry run.
 #[derive(Debug, Serialize)]
-struct Outcome {
+struct ApplyOutcome {
     replication: String,
-    action: Action,
+    action: ApplyAction,
     /// Revision that it has now.
     #[serde(skip_serializing_if = "Option::is_none")]
     revision: Option<u64>,
@@ -80,7 +80,7 @@ struct Outcome {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Action {
+enum ApplyAction {
     Added,
     Updated,
     Unchanged,
@@ -91,7 +91,7 @@ enum Action {
 }
 
 /// A document of a file beside the stored one.
-struct Step {
+struct ApplyStep {
     id: String,
     place: String,
     document: Value,
@@ -123,8 +123,11 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
     if !problems.is_empty() {
         return Err(refuse(&problems, out));
     }
-    let mut apply =
-        Apply { client, dry_run: args.dry_run, report: Report { dry_run: args.dry_run, ..Report::default() } };
+    let mut apply = Apply {
+        client,
+        dry_run: args.dry_run,
+        report: ApplyReport { dry_run: args.dry_run, ..ApplyReport::default() },
+    };
     for step in &steps {
         apply.document(step, out).await;
     }
@@ -148,27 +151,27 @@ fn refuse(problems: &[String], out: &Output) -> Error {
 /// others.
 async fn plan(
     client: &Client,
-    found: Vec<Found>,
+    found: Vec<FoundFiles>,
     site: &str,
     revisions: &BTreeMap<String, u64>,
-) -> Result<Vec<Step>, Error> {
-    let steps = found.into_iter().map(|Found { place, document }| async move {
+) -> Result<Vec<ApplyStep>, Error> {
+    let steps = found.into_iter().map(|FoundFiles { place, document }| async move {
         let id = document_id(&document, site).unwrap_or_default();
         if !revisions.contains_key(&id) {
-            return Ok(Step { id, place, document, stored: None });
+            return Ok(ApplyStep { id, place, document, stored: None });
         }
         let stored = match stored(client, &id).await {
             Ok(reply) => Some(reply.value),
             Err(error) if error.code() == Some(404) => None,
             Err(error) => return Err(error),
         };
-        Ok(Step { id, place, document, stored })
+        Ok(ApplyStep { id, place, document, stored })
     });
     stream::iter(steps).buffered(PARALLEL).try_collect().await
 }
 
 /// Ids that more than one document has.
-fn twice(steps: &[Step]) -> Vec<String> {
+fn twice(steps: &[ApplyStep]) -> Vec<String> {
     let mut places = BTreeMap::<&str, Vec<&str>>::new();
     for step in steps.iter().filter(|step| !step.id.is_empty()) {
         places.entry(&step.id).or_default().push(&step.place);
@@ -177,7 +180,7 @@ fn twice(steps: &[Step]) -> Vec<String> {
     several.map(|(id, places)| clean(&format!("`{id}` is there more than once: {}", places.join("; ")))).collect()
 }
 
-impl Step {
+impl ApplyStep {
     /// Problems of the document, in lines that begin with their location.
     fn problems(&self, site: &str) -> Vec<String> {
         let found = match check(&self.document, self.stored.as_ref(), site) {
@@ -230,11 +233,11 @@ fn check(document: &Value, stored: Option<&Document>, site: &str) -> Result<(), 
 struct Apply {
     client: Client,
     dry_run: bool,
-    report: Report,
+    report: ApplyReport,
 }
 
 impl Apply {
-    async fn document(&mut self, step: &Step, out: &mut Output) {
+    async fn document(&mut self, step: &ApplyStep, out: &mut Output) {
         let difference = step.difference();
         let before = step.stored.as_ref().map(|stored| stored.revision);
         let diff = matches!(difference, Difference::New | Difference::Visible).then(|| step.diff());
@@ -242,35 +245,35 @@ impl Apply {
             show(diff, out);
         }
         let (action, sent) = match difference {
-            Difference::None => (Action::Unchanged, Ok(before)),
-            Difference::New if self.dry_run => (Action::Added, Ok(None)),
-            Difference::Visible if self.dry_run => (Action::Updated, Ok(None)),
-            Difference::Secret if self.dry_run => (Action::Unknown, Ok(before)),
-            Difference::New => (Action::Added, self.send("config.add", step, None).await),
+            Difference::None => (ApplyAction::Unchanged, Ok(before)),
+            Difference::New if self.dry_run => (ApplyAction::Added, Ok(None)),
+            Difference::Visible if self.dry_run => (ApplyAction::Updated, Ok(None)),
+            Difference::Secret if self.dry_run => (ApplyAction::Unknown, Ok(before)),
+            Difference::New => (ApplyAction::Added, self.send("config.add", step, None).await),
             Difference::Visible | Difference::Secret => {
                 let sent = self.send("config.update", step, before).await;
                 let unchanged = matches!(sent, Ok(after) if after == before);
-                (if unchanged { Action::Unchanged } else { Action::Updated }, sent)
+                (if unchanged { ApplyAction::Unchanged } else { ApplyAction::Updated }, sent)
             }
         };
         let words = match (action, difference) {
-            (Action::Unknown, _) => "looks equal; only the service can compare its secrets",
-            (Action::Updated, Difference::Secret) => "updated: a secret differs",
-            (Action::Updated, _) => "updated",
-            (Action::Added, _) => "added",
+            (ApplyAction::Unknown, _) => "looks equal; only the service can compare its secrets",
+            (ApplyAction::Updated, Difference::Secret) => "updated: a secret differs",
+            (ApplyAction::Updated, _) => "updated",
+            (ApplyAction::Added, _) => "added",
             _ => "unchanged",
         };
         self.tell(&step.id, action, words, sent, diff, out);
     }
 
-    async fn send(&self, endpoint: &str, step: &Step, expected: Option<u64>) -> Result<Option<u64>, Error> {
+    async fn send(&self, endpoint: &str, step: &ApplyStep, expected: Option<u64>) -> Result<Option<u64>, Error> {
         let document = step.document.to_string().into();
         let changed: Reply<Changed> = self.client.change_at(endpoint, document, expected).await?;
         Ok(Some(changed.value.revision))
     }
 
     async fn prune(&mut self, others: &[(&String, &u64)], out: &mut Output) {
-        if self.report.results.iter().any(|outcome| outcome.action == Action::Failed) {
+        if self.report.results.iter().any(|outcome| outcome.action == ApplyAction::Failed) {
             out.note("nothing is removed, because something failed");
             return;
         }
@@ -281,7 +284,7 @@ impl Apply {
         for (id, revision) in others {
             let request = DeleteRequest { replication: (*id).clone(), keep: false };
             let removed = if self.dry_run { Ok(None) } else { self.remove(&request, **revision).await };
-            self.tell(id, Action::Removed, "removed", removed, None, out);
+            self.tell(id, ApplyAction::Removed, "removed", removed, None, out);
         }
     }
 
@@ -294,7 +297,7 @@ impl Apply {
     fn tell(
         &mut self,
         id: &str,
-        action: Action,
+        action: ApplyAction,
         words: &str,
         result: Result<Option<u64>, Error>,
         diff: Option<String>,
@@ -304,12 +307,12 @@ impl Apply {
         let outcome = match result {
             Ok(revision) => {
                 if !out.json() {
-                    let would = if self.dry_run && action != Action::Unchanged { " (dry run)" } else { "" };
-                    let at = revision.filter(|_| action != Action::Removed);
+                    let would = if self.dry_run && action != ApplyAction::Unchanged { " (dry run)" } else { "" };
+                    let at = revision.filter(|_| action != ApplyAction::Removed);
                     let at = at.map_or_else(String::new, |revision| format!(", revision {revision}"));
                     out.line(&format!("{id}: {words}{at}{would}"));
                 }
-                Outcome { replication, action, revision, diff, error: None }
+                ApplyOutcome { replication, action, revision, diff, error: None }
             }
             Err(error) => {
                 out.note(&format!("{id}:"));
@@ -323,30 +326,30 @@ impl Apply {
                     Error::Refused(failure) => failure,
                     other => Failure::new(503, other.to_string()),
                 };
-                Outcome { replication, action: Action::Failed, revision: None, diff, error: Some(error) }
+                ApplyOutcome { replication, action: ApplyAction::Failed, revision: None, diff, error: Some(error) }
             }
         };
         self.report.results.push(outcome);
     }
 
     fn summary(self, out: &mut Output) -> Verdict {
-        let mut counts = BTreeMap::<Action, usize>::new();
+        let mut counts = BTreeMap::<ApplyAction, usize>::new();
         for outcome in &self.report.results {
             *counts.entry(outcome.action).or_default() += 1;
         }
         if out.json() {
             out.value(&self.report);
         } else {
-            let count = |action: Action| counts.get(&action).copied().unwrap_or_default();
+            let count = |action: ApplyAction| counts.get(&action).copied().unwrap_or_default();
             let mut words: Vec<_> = [
-                (Action::Added, "added"),
-                (Action::Updated, "updated"),
-                (Action::Unchanged, "unchanged"),
-                (Action::Removed, "removed"),
+                (ApplyAction::Added, "added"),
+                (ApplyAction::Updated, "updated"),
+                (ApplyAction::Unchanged, "unchanged"),
+                (ApplyAction::Removed, "removed"),
             ]
             .map(|(action, word)| format!("{} {word}", count(action)))
             .into();
-            for (action, word) in [(Action::Unknown, "unknown"), (Action::Failed, "failed")] {
+            for (action, word) in [(ApplyAction::Unknown, "unknown"), (ApplyAction::Failed, "failed")] {
                 if count(action) > 0 {
                     words.push(format!("{} {word}", count(action)));
                 }
@@ -354,7 +357,7 @@ impl Apply {
             let dry = if self.dry_run { "dry run, nothing was changed: " } else { "" };
             out.line(&format!("{dry}{}", words.join(", ")));
         }
-        if counts.contains_key(&Action::Failed) { Verdict::Bad } else { Verdict::Good }
+        if counts.contains_key(&ApplyAction::Failed) { Verdict::Bad } else { Verdict::Good }
     }
 }
 
@@ -379,9 +382,9 @@ mod tests {
 
     use super::*;
 
-    fn step(document: Value, stored: Option<Value>) -> Step {
+    fn step(document: Value, stored: Option<Value>) -> ApplyStep {
         let stored = stored.map(|config| Document { replication: "S".into(), revision: 3, config, problems: vec![] });
-        Step { id: "S".into(), place: "s.json".into(), document, stored }
+        ApplyStep { id: "S".into(), place: "s.json".into(), document, stored }
     }
 
     fn with_urls(source: &str, target: &str) -> Value {

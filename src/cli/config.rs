@@ -24,11 +24,11 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
-    verb: Verb,
+    verb: ConfigVerb,
 }
 
 #[derive(Debug, clap::Subcommand)]
-enum Verb {
+enum ConfigVerb {
     /// Add a replication
     Add(FileArgs),
     /// Replace the document of a replication; one that is stored already is left alone
@@ -106,13 +106,13 @@ struct RmArgs {
 impl Args {
     pub(super) fn global(&self) -> &Global {
         match &self.verb {
-            Verb::Add(args) | Verb::Validate(args) => &args.global,
-            Verb::Update(args) => &args.global,
-            Verb::Get(args) => &args.global,
-            Verb::Ls(global) | Verb::Schema(global) => global,
-            Verb::Rm(args) => &args.global,
-            Verb::Edit(args) => &args.global,
-            Verb::Apply(args) => &args.global,
+            ConfigVerb::Add(args) | ConfigVerb::Validate(args) => &args.global,
+            ConfigVerb::Update(args) => &args.global,
+            ConfigVerb::Get(args) => &args.global,
+            ConfigVerb::Ls(global) | ConfigVerb::Schema(global) => global,
+            ConfigVerb::Rm(args) => &args.global,
+            ConfigVerb::Edit(args) => &args.global,
+            ConfigVerb::Apply(args) => &args.global,
         }
     }
 }
@@ -121,19 +121,19 @@ impl Args {
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
     let global = args.global();
     match &args.verb {
-        Verb::Add(args) => write(global, "config.add", &args.file, None, out).await,
-        Verb::Update(args) => write(global, "config.update", &args.file, args.revision, out).await,
-        Verb::Get(args) => get(args, out).await,
-        Verb::Ls(_) => list(global, out).await,
-        Verb::Rm(args) => remove(args, out).await,
-        Verb::Validate(args) => validate(args, out).await,
-        Verb::Schema(_) => {
+        ConfigVerb::Add(args) => write(global, "config.add", &args.file, None, out).await,
+        ConfigVerb::Update(args) => write(global, "config.update", &args.file, args.revision, out).await,
+        ConfigVerb::Get(args) => get(args, out).await,
+        ConfigVerb::Ls(_) => list(global, out).await,
+        ConfigVerb::Rm(args) => remove(args, out).await,
+        ConfigVerb::Validate(args) => validate(args, out).await,
+        ConfigVerb::Schema(_) => {
             let schema: Reply<Value> = Client::connect(global).await?.query("config.schema", &json!({})).await?;
             out.reply(&schema, pretty);
             Ok(Verdict::Good)
         }
-        Verb::Edit(args) => edit::run(args, out).await,
-        Verb::Apply(args) => apply::run(args, out).await,
+        ConfigVerb::Edit(args) => edit::run(args, out).await,
+        ConfigVerb::Apply(args) => apply::run(args, out).await,
     }
 }
 

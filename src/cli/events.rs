@@ -101,7 +101,7 @@ async fn stored(client: &Client, subjects: Vec<String>, args: &Args, out: &mut O
 /// Name of the stream that captures the events; best of all one that captures all of them.
 async fn capturing(context: &jetstream::Context, client: &Client, out: &Output) -> Result<String, Error> {
     #[derive(Deserialize)]
-    struct Names {
+    struct StreamNames {
         streams: Option<Vec<String>>,
     }
     #[derive(Deserialize)]
@@ -116,7 +116,8 @@ async fn capturing(context: &jetstream::Context, client: &Client, out: &Output) 
     let all = format!("{}.event.>", client.prefix());
     let server = client.server();
     let failed = |error: &dyn Display| Error::Failed(format!("streams at `{server}` cannot be read: {error}"));
-    let names: Names = ask(context, "STREAM.NAMES", &json!({"subject": all})).await.map_err(|error| failed(&error))?;
+    let names: StreamNames =
+        ask(context, "STREAM.NAMES", &json!({"subject": all})).await.map_err(|error| failed(&error))?;
     let names = names.streams.unwrap_or_default();
     let mut partial = None;
     for name in names {

@@ -17,7 +17,7 @@ const STDIN: &str = "-";
 
 /// A document and where it was found.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(super) struct FoundFiles {
     /// The file, and which of its documents it is if there are several.
     pub(super) place: String,
     pub(super) document: Value,
@@ -35,7 +35,7 @@ pub(super) fn read(path: &Path) -> Result<Bytes, Error> {
 }
 
 /// All documents of files and of the `*.json` in folders, in order. Everything that cannot be read is reported at once.
-pub(super) fn documents(paths: &[PathBuf]) -> Result<Vec<Found>, Vec<String>> {
+pub(super) fn documents(paths: &[PathBuf]) -> Result<Vec<FoundFiles>, Vec<String>> {
     let (mut found, mut problems) = (Vec::new(), Vec::new());
     for path in paths {
         let files = if path.is_dir() { folder(path) } else { Ok(vec![path.clone()]) };
@@ -64,7 +64,7 @@ fn folder(path: &Path) -> Result<Vec<PathBuf>, String> {
 }
 
 /// One document, an array of them, or several one after another.
-fn split(text: &[u8], file: &str) -> Result<Vec<Found>, String> {
+fn split(text: &[u8], file: &str) -> Result<Vec<FoundFiles>, String> {
     let mut documents = Vec::new();
     for json in serde_json::Deserializer::from_slice(text).into_iter::<Json>() {
         let Json { value, problems } =
@@ -80,7 +80,7 @@ fn split(text: &[u8], file: &str) -> Result<Vec<Found>, String> {
     let several = documents.len() > 1;
     let place = |index: usize| if several { format!("{file}, document {}", index + 1) } else { file.to_owned() };
     let documents = documents.into_iter().enumerate();
-    Ok(documents.map(|(index, document)| Found { place: place(index), document }).collect())
+    Ok(documents.map(|(index, document)| FoundFiles { place: place(index), document }).collect())
 }
 
 fn name(path: &Path) -> String {

@@ -18,11 +18,11 @@ use crate::control::api::{HeartbeatsChanged, HeartbeatsShown};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
-    verb: Verb,
+    verb: HeartbeatVerb,
 }
 
 #[derive(Debug, clap::Subcommand)]
-enum Verb {
+enum HeartbeatVerb {
     /// Show the heartbeats in effect, secrets as `***`
     Get(Global),
     /// Replace the stored heartbeats; `{}` removes them
@@ -45,8 +45,8 @@ struct SetArgs {
 impl Args {
     pub(super) fn global(&self) -> &Global {
         match &self.verb {
-            Verb::Get(global) => global,
-            Verb::Set(args) => &args.global,
+            HeartbeatVerb::Get(global) => global,
+            HeartbeatVerb::Set(args) => &args.global,
         }
     }
 }
@@ -55,7 +55,7 @@ impl Args {
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
     let global = args.global();
     match &args.verb {
-        Verb::Get(_) => {
+        HeartbeatVerb::Get(_) => {
             let shown: Reply<HeartbeatsShown> =
                 Client::connect(global).await?.query("heartbeat.get", &json!({})).await?;
             let rejected = shown.value.rejected.clone();
@@ -68,7 +68,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
                 problems(out, &rejected.problems);
             }
         }
-        Verb::Set(args) => {
+        HeartbeatVerb::Set(args) => {
             let document = files::read(&args.file)?;
             let client = Client::connect(global).await?;
             let changed: Reply<HeartbeatsChanged> = client.change_at("heartbeat.set", document, args.revision).await?;

@@ -23,11 +23,11 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
-    verb: Verb,
+    verb: SiteVerb,
 }
 
 #[derive(Debug, clap::Subcommand)]
-enum Verb {
+enum SiteVerb {
     /// Show the name of the site and its former names
     Show(ShowArgs),
     /// Rename the site while none of its instances runs; it keeps recognizing its earlier copies
@@ -102,9 +102,9 @@ fn bucket_prefix(text: &str) -> Result<String, String> {
 impl Args {
     pub(super) fn global(&self) -> &Global {
         match &self.verb {
-            Verb::Show(args) => &args.buckets.global,
-            Verb::Rename(args) => &args.buckets.global,
-            Verb::Adopt(args) => &args.buckets.global,
+            SiteVerb::Show(args) => &args.buckets.global,
+            SiteVerb::Rename(args) => &args.buckets.global,
+            SiteVerb::Adopt(args) => &args.buckets.global,
         }
     }
 }
@@ -112,7 +112,7 @@ impl Args {
 /// Carries out the command.
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
     match &args.verb {
-        Verb::Show(args) => {
+        SiteVerb::Show(args) => {
             let (config, _) = open(&args.buckets).await?;
             let name = format!("{}_CONFIG", args.buckets.bucket_prefix);
             match config.site().await.map_err(failed)? {
@@ -121,8 +121,8 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
                 SiteKey::Unreadable(why, _) => return Err(unreadable(&name, &why)),
             }
         }
-        Verb::Rename(args) => rename(args, out).await?,
-        Verb::Adopt(args) => adopt(args, out).await?,
+        SiteVerb::Rename(args) => rename(args, out).await?,
+        SiteVerb::Adopt(args) => adopt(args, out).await?,
     }
     Ok(Verdict::Good)
 }

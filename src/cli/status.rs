@@ -45,11 +45,11 @@ pub(super) struct Args {
 }
 
 /// A status as it came, and the rows in it.
-pub(super) struct View {
+pub(super) struct StatusView {
     pub(super) reply: Reply<Status>,
 }
 
-impl View {
+impl StatusView {
     /// Asks for one replication or for all.
     pub(super) async fn ask(client: &Client, id: Option<&str>) -> Result<Self, Error> {
         let reply = match id {
@@ -66,10 +66,10 @@ impl View {
     /// The rows as they were sent.
     pub(super) fn raw_rows(&self) -> Vec<Value> {
         #[derive(Deserialize)]
-        struct Raw {
+        struct RawStatus {
             replications: Vec<Value>,
         }
-        serde_json::from_slice::<Raw>(&self.reply.raw).map(|raw| raw.replications).unwrap_or_default()
+        serde_json::from_slice::<RawStatus>(&self.reply.raw).map(|raw| raw.replications).unwrap_or_default()
     }
 }
 
@@ -83,7 +83,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
     if args.watch {
         return watch::run(&client, id, out).await;
     }
-    let view = View::ask(&client, id).await?;
+    let view = StatusView::ask(&client, id).await?;
     if out.json() {
         out.reply(&view.reply, |_| String::new());
     } else {
@@ -96,7 +96,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
 
 /// The output for people: everything about one replication, or a table. `rates` are messages per second, in the order
 /// of the rows.
-pub(super) fn lines(view: &View, id: Option<&str>, rates: Option<&[Option<f64>]>, out: &Output) -> Vec<String> {
+pub(super) fn lines(view: &StatusView, id: Option<&str>, rates: Option<&[Option<f64>]>, out: &Output) -> Vec<String> {
     match (id, view.rows()) {
         (Some(_), [row]) => detail(row, rates.and_then(|rates| *rates.first()?), out),
         (_, rows) => out.render(&table(rows, rates)),

@@ -9,7 +9,7 @@ use super::{
     config::state_name,
     error::{Error, Verdict},
     output::Output,
-    status::{View, lag},
+    status::{StatusView, lag},
     words::counted,
 };
 use crate::status::{Row, State};
@@ -54,12 +54,12 @@ pub(super) async fn until_caught_up(
 }
 
 /// Polls until nothing was left to copy for a while. A service that has answered once may be silent for a while.
-async fn caught_up(client: &Client, id: Option<&str>, behind: &mut String) -> Result<View, Error> {
+async fn caught_up(client: &Client, id: Option<&str>, behind: &mut String) -> Result<StatusView, Error> {
     let mut answered = false;
     let mut since: Option<Instant> = None;
     loop {
         let asked = Instant::now();
-        match View::ask(client, id).await {
+        match StatusView::ask(client, id).await {
             Ok(view) => {
                 answered = true;
                 *behind = look(view.rows(), id.is_some())?;
@@ -112,7 +112,7 @@ fn stand(row: &Row) -> Stand {
     }
 }
 
-fn tell(view: &View, out: &mut Output) {
+fn tell(view: &StatusView, out: &mut Output) {
     out.reply(&view.reply, |status| {
         let paused = status.replications.iter().filter(|row| stand(row) == Stand::Paused).count();
         let running = status.replications.len() - paused;

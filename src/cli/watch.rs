@@ -12,7 +12,7 @@ use super::{
     client::Client,
     error::{Error, Verdict},
     output::{Output, clean},
-    status::{View, line, lines},
+    status::{StatusView, line, lines},
     words::time,
 };
 use crate::status::Row;
@@ -27,7 +27,7 @@ pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> 
     let mut ticks = tokio::time::interval(EVERY);
     while !out.closed() {
         ticks.tick().await;
-        let view = match View::ask(client, id).await {
+        let view = match StatusView::ask(client, id).await {
             Err(error) if first || error.code() == Some(404) => return Err(error),
             other => other,
         };
@@ -50,7 +50,7 @@ struct Picture {
 }
 
 impl Picture {
-    fn draw(&mut self, client: &Client, id: Option<&str>, view: Result<View, Error>, out: &mut Output) {
+    fn draw(&mut self, client: &Client, id: Option<&str>, view: Result<StatusView, Error>, out: &mut Output) {
         let heading = match view {
             Ok(view) => {
                 let rates = self.rates.of(view.rows(), Instant::now());
@@ -110,7 +110,7 @@ struct Changes {
 }
 
 impl Changes {
-    fn tell(&mut self, view: Result<View, Error>, out: &mut Output) {
+    fn tell(&mut self, view: Result<StatusView, Error>, out: &mut Output) {
         let view = match view {
             Ok(view) => view,
             Err(error) => {

@@ -130,7 +130,7 @@ pub fn parse_heartbeats(
     if is_nothing(&value) {
         return Ok(None);
     }
-    let mut checker = Checker { problems: HEARTBEATS.check(&value).problems };
+    let mut checker = HeartbeatChecker { problems: HEARTBEATS.check(&value).problems };
     let heartbeats = checker.heartbeats(&value, judge);
     match heartbeats {
         Some(heartbeats) if checker.problems.is_empty() => Ok(Some(heartbeats)),
@@ -160,11 +160,11 @@ fn without_nulls(value: &Value) -> Value {
 }
 
 /// Collects problems while the fields are read one by one.
-struct Checker {
+struct HeartbeatChecker {
     problems: Vec<Problem>,
 }
 
-impl Checker {
+impl HeartbeatChecker {
     fn problem(&mut self, path: &str, message: String) {
         self.problems.push(Problem::new(path, message));
     }

@@ -15,7 +15,7 @@ const FUNCTIONS: &str = "wildcard, partition, split, splitFromLeft, splitFromRig
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Transform {
     src: String,
-    dest: Vec<Part>,
+    dest: Vec<DestPart>,
     /// Both end with `>`: so many tokens of the subject come before what that stands for.
     rest: Option<usize>,
 }
@@ -31,7 +31,7 @@ pub struct Wrong {
 
 /// One token of a destination; numbers of tokens are those of the subject, from 0.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Part {
+enum DestPart {
     Text(String),
     Token(usize),
     /// Without tokens the whole subject counts.
@@ -44,24 +44,24 @@ enum Part {
         at: Vec<u8>,
     },
     SplitFrom {
-        side: Side,
+        side: TransformSide,
         token: usize,
         position: usize,
     },
     Slice {
-        side: Side,
+        side: TransformSide,
         token: usize,
         size: usize,
     },
     Keep {
-        side: Side,
+        side: TransformSide,
         token: usize,
         length: usize,
     },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Side {
+enum TransformSide {
     Left,
     Right,
 }
@@ -157,9 +157,9 @@ impl Transform {
         for part in &self.dest {
             // A dot comes before each.
             bytes += 1 + match part {
-                Part::Text(text) => text.len() as u64,
-                Part::Partition { .. } => 10,
-                Part::Token(token) | Part::Keep { token, .. } | Part::SplitFrom { token, .. }
+                DestPart::Text(text) => text.len() as u64,
+                DestPart::Partition { .. } => 10,
+                DestPart::Token(token) | DestPart::Keep { token, .. } | DestPart::SplitFrom { token, .. }
                     if !used.contains(token) =>
                 {
                     used.push(*token);
@@ -173,15 +173,16 @@ impl Transform {
 
     /// Whether no two subjects become the same one.
     pub(crate) fn is_reversible(&self) -> bool {
-        let kept = |index| self.dest.iter().any(|part| matches!(part, Part::Token(token) if *token == index));
-        let apart = |part: &Part| matches!(part, Part::Text(_) | Part::Token(_) | Part::Partition { .. });
+        let kept = |index| self.dest.iter().any(|part| matches!(part, DestPart::Token(token) if *token == index));
+        let apart =
+            |part: &DestPart| matches!(part, DestPart::Text(_) | DestPart::Token(_) | DestPart::Partition { .. });
         let mut tokens = self.src.split('.').enumerate();
         // A function that makes several tokens of one may make the same of it and its neighbours.
         tokens.all(|(index, token)| token != "*" || kept(index)) && self.dest.iter().all(apart)
     }
 }
 
-impl Part {
+impl DestPart {
     fn write(&self, subject: &[u8], out: &mut Vec<u8>) {
         match self {
             Self::Text(text) => out.extend_from_slice(text.as_bytes()),
@@ -210,8 +211,8 @@ impl Part {
                 let whole = left.is_empty() || right.is_empty();
                 out.extend_from_slice(match side {
                     _ if whole => token,
-                    Side::Left => left,
-                    Side::Right => right,
+                    TransformSide::Left => left,
+                    TransformSide::Right => right,
                 });
             }
         }
@@ -262,21 +263,21 @@ fn fnv1a(hash: u32, bytes: &[u8]) -> u32 {
 }
 
 /// A token in two, so many bytes from one side; one that is no longer than that stays whole.
-fn cut(token: &[u8], side: Side, at: usize) -> (&[u8], &[u8]) {
+fn cut(token: &[u8], side: TransformSide, at: usize) -> (&[u8], &[u8]) {
     match side {
         _ if at >= token.len() => (token, &[]),
-        Side::Left => token.split_at(at),
-        Side::Right => token.split_at(token.len() - at),
+        TransformSide::Left => token.split_at(at),
+        TransformSide::Right => token.split_at(token.len() - at),
     }
 }
 
 /// Pieces of one size; what is left over is at the other end.
-fn slice(token: &[u8], side: Side, size: usize, out: &mut Vec<u8>) {
+fn slice(token: &[u8], side: TransformSide, size: usize, out: &mut Vec<u8>) {
     if size == 0 || size >= token.len() {
         return out.extend_from_slice(token);
     }
     let first = match side {
-        Side::Right if !token.len().is_multiple_of(size) => token.len() % size,
+        TransformSide::Right if !token.len().is_multiple_of(size) => token.len() % size,
         _ => size,
     };
     let (first, rest) = token.split_at(first);
@@ -323,14 +324,14 @@ fn letter(bytes: &[u8]) -> Option<usize> {
 }
 
 /// Reads one token of a destination that is neither empty nor `>`.
-fn part(token: &str, wildcards: &[usize]) -> Result<Part, String> {
+fn part(token: &str, wildcards: &[usize]) -> Result<DestPart, String> {
     if let Some(c) = token.chars().find(|c| c.is_control()) {
         return Err(format!("a subject cannot contain {c:?}"));
     }
     if let Some(number) = token.strip_prefix('$')
         && let Some(index) = whole_number(number)
     {
-        return Ok(Part::Token(wildcard(token, index, wildcards)?));
+        return Ok(DestPart::Token(wildcard(token, index, wildcards)?));
     }
     let inner = token.strip_prefix("{{").and_then(|rest| rest.strip_suffix("}}")).filter(|inner| !inner.is_empty());
     if let Some(inner) = inner {
@@ -350,11 +351,11 @@ fn part(token: &str, wildcards: &[usize]) -> Result<Part, String> {
             "`{token}`: a function is a whole token, such as `{{{{wildcard(1)}}}}`, with no dot in it and nothing around it"
         ));
     }
-    Ok(Part::Text(token.to_owned()))
+    Ok(DestPart::Text(token.to_owned()))
 }
 
 /// Reads what stands between `{{` and `}}`.
-fn function(token: &str, inner: &str, wildcards: &[usize]) -> Result<Part, String> {
+fn function(token: &str, inner: &str, wildcards: &[usize]) -> Result<DestPart, String> {
     let call = inner.trim_matches(' ');
     let unknown =
         || format!("`{token}`: there is no such function: write {{{{name(arguments)}}}} with one of {FUNCTIONS}");
@@ -367,16 +368,16 @@ fn function(token: &str, inner: &str, wildcards: &[usize]) -> Result<Part, Strin
         .map(|(i, text)| if i > 0 { text.trim_start_matches(' ') } else { text })
         .collect();
     let read = Arguments { token, arguments: &arguments, wildcards };
-    let side = |left: bool| if left { Side::Left } else { Side::Right };
+    let side = |left: bool| if left { TransformSide::Left } else { TransformSide::Right };
     if is_name(name, "Wildcard") {
-        return Ok(Part::Token(read.exactly(1, "the number of a wildcard of `src`")?.wildcard(0)?));
+        return Ok(DestPart::Token(read.exactly(1, "the number of a wildcard of `src`")?.wildcard(0)?));
     }
     if is_name(name, "Partition") {
         let buckets = read.number(0, "the number of buckets")?;
         let buckets = u32::try_from(buckets).ok().filter(|buckets| *buckets > 0);
         let buckets = buckets.ok_or_else(|| format!("`{token}`: 1 to 2147483647 buckets are possible"))?;
         let tokens = (1..arguments.len()).map(|index| read.wildcard(index)).collect::<Result<_, _>>()?;
-        return Ok(Part::Partition { buckets, tokens });
+        return Ok(DestPart::Partition { buckets, tokens });
     }
     if is_name(name, "Split") {
         let read = read.exactly(2, "the number of a wildcard of `src` and a deliminator")?;
@@ -384,7 +385,7 @@ fn function(token: &str, inner: &str, wildcards: &[usize]) -> Result<Part, Strin
         if let Some(c) = at.chars().find(|c| c.is_whitespace() || c.is_control()) {
             return Err(format!("`{token}`: the deliminator cannot contain {c:?}"));
         }
-        return Ok(Part::Split { token: read.wildcard(0)?, at: at.as_bytes().to_vec() });
+        return Ok(DestPart::Split { token: read.wildcard(0)?, at: at.as_bytes().to_vec() });
     }
     for left in [true, false] {
         let (split, slice, keep) = if left {
@@ -400,9 +401,9 @@ fn function(token: &str, inner: &str, wildcards: &[usize]) -> Result<Part, Strin
         // Below 1, servers do nothing.
         let size = usize::try_from(read.number(1, "the number of bytes")?).unwrap_or(0);
         return Ok(match name {
-            name if is_name(name, split) => Part::SplitFrom { side, token: index, position: size },
-            name if is_name(name, slice) => Part::Slice { side, token: index, size },
-            _ => Part::Keep { side, token: index, length: size },
+            name if is_name(name, split) => DestPart::SplitFrom { side, token: index, position: size },
+            name if is_name(name, slice) => DestPart::Slice { side, token: index, size },
+            _ => DestPart::Keep { side, token: index, length: size },
         });
     }
     if is_name(name, "Random") {

@@ -19,12 +19,12 @@ const ASK: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub(super) struct Documents {
     store: ConfigStore,
-    known: watch::Receiver<Known>,
+    known: watch::Receiver<CachedDocuments>,
     _follower: AbortOnDropHandle<()>,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct CachedDocuments {
     entries: BTreeMap<String, ConfigEntry>,
     /// Of the heartbeats, or of their removal; 0 if there never were any.
     heartbeats: u64,
@@ -36,7 +36,7 @@ impl Documents {
     /// Reads everything and then follows the changes.
     pub(super) async fn follow(store: ConfigStore) -> Result<Self, Error> {
         let mut changes = store.watch("control").await?;
-        let (sender, known) = watch::channel(Known::default());
+        let (sender, known) = watch::channel(CachedDocuments::default());
         while let Some(change) = changes.next().await {
             match change? {
                 ConfigChange::Loaded => break,
@@ -87,7 +87,7 @@ impl Documents {
     }
 }
 
-impl Known {
+impl CachedDocuments {
     fn apply(&mut self, change: ConfigChange) {
         match change {
             ConfigChange::Put(entry) => {
@@ -121,7 +121,7 @@ mod tests {
         let put = |key: &str, revision: u64| {
             ConfigChange::Put(ConfigEntry { key: key.to_owned(), revision, value: Bytes::new() })
         };
-        let mut known = Known::default();
+        let mut known = CachedDocuments::default();
         known.apply(put("A", 100));
         known.apply(put("B", 99));
         assert_eq!(known.seen, 100);

@@ -32,7 +32,7 @@ use self::{
 use super::{
     api::{Changed, DeleteRequest, Document, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest},
     documents::Documents,
-    service::{Data, Handler, Kind, Request, Route},
+    service::{Data, EndpointKind, Handler, Request, Route},
     validate::config_validate,
 };
 use crate::{
@@ -62,7 +62,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What the endpoints work with.
 #[derive(Debug)]
-pub(super) struct Context {
+pub(super) struct RequestContext {
     pub(super) client: async_nats::Client,
     pub(super) site: String,
     pub(super) instance: String,
@@ -82,8 +82,8 @@ pub(super) struct Context {
 }
 
 /// All endpoints below `prefix`.
-pub(super) fn routes(context: &Arc<Context>, prefix: &str) -> Vec<Route> {
-    let route = |name: &'static str, kind: Kind, handler: Handler| {
+pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> {
+    let route = |name: &'static str, kind: EndpointKind, handler: Handler| {
         let subject = format!("{prefix}.{}", name.replace('-', "."));
         Route { name, subject, kind, handler, data: None }
     };
@@ -97,35 +97,35 @@ pub(super) fn routes(context: &Arc<Context>, prefix: &str) -> Vec<Route> {
         }};
     }
     vec![
-        route("config-add", Kind::Mutation, handler!(config_add)),
-        route("config-update", Kind::Mutation, handler!(config_update)),
-        route("config-delete", Kind::Mutation, handler!(config_delete)),
-        route("config-validate", Kind::Inquiry, handler!(config_validate)),
-        route("config-get", Kind::Query, handler!(config_get)),
-        route("config-list", Kind::Query, handler!(config_list)),
-        route("config-schema", Kind::Query, handler!(config_schema)),
-        Route { data: Some(states(context.clone())), ..route("status", Kind::Query, handler!(status)) },
-        route("instances", Kind::Query, handler!(instances)),
-        route("senders", Kind::Query, handler!(senders)),
-        route("pause", Kind::Mutation, handler!(pause)),
-        route("resume", Kind::Mutation, handler!(resume)),
-        route("position", Kind::Mutation, handler!(position)),
-        route("stepdown", Kind::Mutation, handler!(stepdown)),
-        route("retry", Kind::Mutation, handler!(retry)),
-        route("skip", Kind::Mutation, handler!(skip)),
-        route("heartbeat-get", Kind::Query, handler!(heartbeat_get)),
-        route("heartbeat-set", Kind::Mutation, handler!(heartbeat_set)),
+        route("config-add", EndpointKind::Mutation, handler!(config_add)),
+        route("config-update", EndpointKind::Mutation, handler!(config_update)),
+        route("config-delete", EndpointKind::Mutation, handler!(config_delete)),
+        route("config-validate", EndpointKind::Inquiry, handler!(config_validate)),
+        route("config-get", EndpointKind::Query, handler!(config_get)),
+        route("config-list", EndpointKind::Query, handler!(config_list)),
+        route("config-schema", EndpointKind::Query, handler!(config_schema)),
+        Route { data: Some(states(context.clone())), ..route("status", EndpointKind::Query, handler!(status)) },
+        route("instances", EndpointKind::Query, handler!(instances)),
+        route("senders", EndpointKind::Query, handler!(senders)),
+        route("pause", EndpointKind::Mutation, handler!(pause)),
+        route("resume", EndpointKind::Mutation, handler!(resume)),
+        route("position", EndpointKind::Mutation, handler!(position)),
+        route("stepdown", EndpointKind::Mutation, handler!(stepdown)),
+        route("retry", EndpointKind::Mutation, handler!(retry)),
+        route("skip", EndpointKind::Mutation, handler!(skip)),
+        route("heartbeat-get", EndpointKind::Query, handler!(heartbeat_get)),
+        route("heartbeat-set", EndpointKind::Mutation, handler!(heartbeat_set)),
     ]
 }
 
 /// How many replications are in each state: the same fields, however many there are.
-fn states(context: Arc<Context>) -> Data {
+fn states(context: Arc<RequestContext>) -> Data {
     Arc::new(move || value!({"replications": context.supervisor.states()}))
 }
 
-async fn config_add(context: &Context, request: Request) -> Result<Changed, Failure> {
+async fn config_add(context: &RequestContext, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
-    let Checked { replication: Replication { id, .. }, document, unmasked } =
+    let CheckedDocument { replication: Replication { id, .. }, document, unmasked } =
         checked_document(context, &request.body).await?;
     let written = match unmasked {
         // What a secret was taken from exists, also if it is deleted at this moment.
@@ -135,11 +135,11 @@ async fn config_add(context: &Context, request: Request) -> Result<Changed, Fail
     changed(id, written, "added")
 }
 
-async fn config_update(context: &Context, request: Request) -> Result<Changed, Failure> {
+async fn config_update(context: &RequestContext, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
     let expected = expected_revision(&request)?;
     for _ in 0..UNMASK_TRIES {
-        let Checked { replication: Replication { id, .. }, document, unmasked } =
+        let CheckedDocument { replication: Replication { id, .. }, document, unmasked } =
             checked_document(context, &request.body).await?;
         if let Some(revision) = stored_already(context, &id, &document, expected).await? {
             return Ok(Changed { replication: id, revision });
@@ -156,7 +156,7 @@ async fn config_update(context: &Context, request: Request) -> Result<Changed, F
 /// Revision of what is stored, if it is what was sent, however it is formatted: then nothing is written, so that those
 /// who send their documents again and again neither use up the history nor disturb what runs.
 async fn stored_already(
-    context: &Context,
+    context: &RequestContext,
     id: &str,
     document: &Bytes,
     expected: Option<u64>,
@@ -169,7 +169,7 @@ async fn stored_already(
     Ok(equal.then_some(stored.revision))
 }
 
-async fn config_delete(context: &Context, request: Request) -> Result<Changed, Failure> {
+async fn config_delete(context: &RequestContext, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
     let expected = expected_revision(&request)?;
     let DeleteRequest { replication, keep } =
@@ -198,7 +198,12 @@ async fn config_delete(context: &Context, request: Request) -> Result<Changed, F
 
 /// Removes what is left of a replication whose document was deleted at `revision`. It may have been added again meanwhile:
 /// what was written since then is that one's and stays.
-async fn forget(context: &Context, id: &str, revision: u64, leaving: Leaving) -> Result<(), crate::store::Error> {
+async fn forget(
+    context: &RequestContext,
+    id: &str,
+    revision: u64,
+    leaving: Leaving,
+) -> Result<(), crate::store::Error> {
     // Read before the document is looked for: if there is none then, these were written for the one that is gone.
     let mut lease = context.leases.revision(id).await?;
     let position = context.positions.revision(id).await?;
@@ -231,7 +236,7 @@ async fn forget(context: &Context, id: &str, revision: u64, leaving: Leaving) ->
 }
 
 /// Waits until no other instance leads the replication, by what the record itself says.
-async fn stopped_elsewhere(context: &Context, id: &str) {
+async fn stopped_elsewhere(context: &RequestContext, id: &str) {
     while let Ok((record, _)) = context.positions.read(id).await
         && record.leader().is_some_and(|leader| context.supervisor.is_other(leader))
     {
@@ -239,7 +244,7 @@ async fn stopped_elsewhere(context: &Context, id: &str) {
     }
 }
 
-async fn config_get(context: &Context, request: Request) -> Result<Document, Failure> {
+async fn config_get(context: &RequestContext, request: Request) -> Result<Document, Failure> {
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
     let entry = context.existing(&replication).await?;
     let problems =
@@ -248,7 +253,7 @@ async fn config_get(context: &Context, request: Request) -> Result<Document, Fai
     Ok(Document { replication, revision: entry.revision, config, problems })
 }
 
-async fn config_list(context: &Context, request: Request) -> Result<List, Failure> {
+async fn config_list(context: &RequestContext, request: Request) -> Result<List, Failure> {
     let ListRequest { offset, limit } = options(&request.body)?;
     let all = context.documents.list().await.into_iter();
     let all = all.map(|(replication, revision)| {
@@ -259,11 +264,11 @@ async fn config_list(context: &Context, request: Request) -> Result<List, Failur
     Ok(List { replications, offset, limit, total })
 }
 
-async fn config_schema(_: &Context, _: Request) -> Result<&'static Value, Failure> {
+async fn config_schema(_: &RequestContext, _: Request) -> Result<&'static Value, Failure> {
     Ok(config::replication_schema())
 }
 
-async fn status(context: &Context, request: Request) -> Result<Status, Failure> {
+async fn status(context: &RequestContext, request: Request) -> Result<Status, Failure> {
     let request = match request.body.trim_ascii() {
         [] | [b'{', ..] => options(&request.body)?,
         _ => named(&request.body, |id| StatusRequest { replication: Some(id), ..StatusRequest::default() })?,
@@ -279,7 +284,7 @@ async fn status(context: &Context, request: Request) -> Result<Status, Failure> 
     Ok(Status { site: context.site.clone(), replications, offset: request.offset, limit, total })
 }
 
-impl Context {
+impl RequestContext {
     /// The document of a replication that a request names.
     async fn existing(&self, id: &str) -> Result<ConfigEntry, Failure> {
         check_id(id)?;
@@ -299,7 +304,7 @@ impl Context {
 
 /// A valid document.
 #[derive(Debug)]
-pub(super) struct Checked {
+pub(super) struct CheckedDocument {
     pub(super) replication: Replication,
     /// What is to be stored: the document as it was sent, or with its secrets again.
     document: Bytes,
@@ -308,7 +313,7 @@ pub(super) struct Checked {
 }
 
 /// Reads a document. What is wrong with it is a 400.
-pub(super) async fn checked_document(context: &Context, body: &Bytes) -> Result<Checked, Failure> {
+pub(super) async fn checked_document(context: &RequestContext, body: &Bytes) -> Result<CheckedDocument, Failure> {
     let Json { value: mut document, mut problems } = Json::read(body).map_err(refused)?;
     let unmasked = unmask(context, &mut document).await?.unwrap_or_else(|found| {
         problems.extend(found);
@@ -327,7 +332,7 @@ pub(super) async fn checked_document(context: &Context, body: &Bytes) -> Result<
     };
     let document = if unmasked.is_some() { Bytes::from(document.to_string()) } else { body.clone() };
     check_size(&document)?;
-    Ok(Checked { replication, document, unmasked })
+    Ok(CheckedDocument { replication, document, unmasked })
 }
 
 fn check_size(document: &Bytes) -> Result<(), Failure> {
@@ -340,7 +345,7 @@ fn check_size(document: &Bytes) -> Result<(), Failure> {
 
 /// Puts stored secrets in the place of `***`; the revision that they are from if there were any, or what is wrong with
 /// them.
-async fn unmask(context: &Context, document: &mut Value) -> Result<Result<Option<u64>, Vec<Problem>>, Failure> {
+async fn unmask(context: &RequestContext, document: &mut Value) -> Result<Result<Option<u64>, Vec<Problem>>, Failure> {
     let id = config::document_id(document, &context.site);
     let Value::Object(fields) = document else { return Ok(Ok(None)) };
     if !config::has_mask(fields) {

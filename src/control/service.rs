@@ -45,7 +45,7 @@ pub(super) type Data = Arc<dyn Fn() -> Value + Send + Sync>;
 pub(super) struct Route {
     pub(super) name: &'static str,
     pub(super) subject: String,
-    pub(super) kind: Kind,
+    pub(super) kind: EndpointKind,
     pub(super) handler: Handler,
     pub(super) data: Option<Data>,
 }
@@ -63,7 +63,7 @@ impl Route {
 
 /// Who answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum EndpointKind {
     /// Changes nothing: every instance answers, and the first answer wins.
     Query,
     /// Changes nothing and costs something: one instance answers.
@@ -72,7 +72,7 @@ pub(super) enum Kind {
     Mutation,
 }
 
-impl Kind {
+impl EndpointKind {
     fn queue_group(self) -> &'static str {
         match self {
             Self::Query => "",
@@ -90,7 +90,7 @@ pub(super) struct Request {
 
 /// What the service says of itself.
 #[derive(Debug)]
-pub(super) struct Identity {
+pub(super) struct ServiceIdentity {
     pub(super) name: String,
     pub(super) version: String,
     pub(super) description: String,
@@ -99,7 +99,7 @@ pub(super) struct Identity {
 
 /// The running service.
 pub struct Service {
-    shared: Arc<Shared>,
+    shared: Arc<ServiceState>,
     stop: CancellationToken,
     loops: Vec<JoinHandle<()>>,
 }
@@ -111,21 +111,25 @@ impl fmt::Debug for Service {
 }
 
 impl Service {
-    pub(super) async fn start(client: Client, identity: Identity, routes: Vec<Route>) -> Result<Self, SubscribeError> {
+    pub(super) async fn start(
+        client: Client,
+        identity: ServiceIdentity,
+        routes: Vec<Route>,
+    ) -> Result<Self, SubscribeError> {
         let id = nuid::next().to_string();
         let mut queries = Vec::new();
         let mut others = Vec::new();
-        for verb in [Verb::Ping, Verb::Info, Verb::Stats] {
+        for verb in [ServiceVerb::Ping, ServiceVerb::Info, ServiceVerb::Stats] {
             for subject in verb.subjects(&identity.name, &id) {
-                queries.push((Asked::Verb(verb), client.subscribe(subject).await?));
+                queries.push((ServiceRequest::Verb(verb), client.subscribe(subject).await?));
             }
         }
         for (index, route) in routes.iter().enumerate() {
-            let asked = Asked::Route(index);
+            let asked = ServiceRequest::Route(index);
             let subject = route.subject.clone();
             match route.kind {
-                Kind::Query => queries.push((asked, client.subscribe(subject).await?)),
-                Kind::Inquiry | Kind::Mutation => {
+                EndpointKind::Query => queries.push((asked, client.subscribe(subject).await?)),
+                EndpointKind::Inquiry | EndpointKind::Mutation => {
                     let group = route.kind.queue_group().to_owned();
                     others.push((asked, client.queue_subscribe(subject, group).await?));
                 }
@@ -133,7 +137,7 @@ impl Service {
         }
         let stats = routes.iter().map(|_| Mutex::default()).collect();
         let (started, tasks) = (Utc::now(), TaskTracker::new());
-        let shared = Arc::new(Shared { client, id, identity, routes, stats, started, tasks });
+        let shared = Arc::new(ServiceState { client, id, identity, routes, stats, started, tasks });
         let stop = CancellationToken::new();
         // two loops, so that slow changes never delay a question
         let loops = [queries, others].into_iter();
@@ -145,7 +149,7 @@ impl Service {
 
     /// Waits until the server knows the subscriptions, by asking ourselves; where we may not ask, it soon will.
     async fn reachable(&self) {
-        let [.., own] = Verb::Ping.subjects(&self.shared.identity.name, &self.shared.id);
+        let [.., own] = ServiceVerb::Ping.subjects(&self.shared.identity.name, &self.shared.id);
         if !matches!(timeout(REACHABLE_WITHIN, self.shared.client.request(own, Bytes::new())).await, Ok(Ok(_))) {
             debug!("the service does not reach itself");
         }
@@ -164,10 +168,10 @@ impl Service {
 }
 
 /// What all tasks of the service share.
-struct Shared {
+struct ServiceState {
     client: Client,
     id: String,
-    identity: Identity,
+    identity: ServiceIdentity,
     routes: Vec<Route>,
     /// In the order of `routes`.
     stats: Vec<Mutex<Stats>>,
@@ -176,20 +180,20 @@ struct Shared {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Asked {
-    Verb(Verb),
+enum ServiceRequest {
+    Verb(ServiceVerb),
     Route(usize),
 }
 
 /// What every service can be asked.
 #[derive(Debug, Clone, Copy)]
-enum Verb {
+enum ServiceVerb {
     Ping,
     Info,
     Stats,
 }
 
-impl Verb {
+impl ServiceVerb {
     fn subjects(self, name: &str, id: &str) -> [String; 3] {
         let verb = match self {
             Self::Ping => "PING",
@@ -209,7 +213,7 @@ struct Stats {
 }
 
 /// Takes up requests until the stop; the subscriptions end with it.
-async fn serve(shared: Arc<Shared>, subscribers: Vec<(Asked, Subscriber)>, stop: CancellationToken) {
+async fn serve(shared: Arc<ServiceState>, subscribers: Vec<(ServiceRequest, Subscriber)>, stop: CancellationToken) {
     let subscribers = subscribers.into_iter();
     let mut requests = select_all(subscribers.map(|(asked, messages)| messages.map(move |message| (asked, message))));
     let permits = Arc::new(Semaphore::new(PARALLEL));
@@ -223,8 +227,8 @@ async fn serve(shared: Arc<Shared>, subscribers: Vec<(Asked, Subscriber)>, stop:
             },
         };
         match asked {
-            Asked::Verb(verb) => shared.answer_verb(verb, message).await,
-            Asked::Route(index) => match timeout(WAIT_AT_MOST, permits.clone().acquire_owned()).await {
+            ServiceRequest::Verb(verb) => shared.answer_verb(verb, message).await,
+            ServiceRequest::Route(index) => match timeout(WAIT_AT_MOST, permits.clone().acquire_owned()).await {
                 Ok(Ok(permit)) => {
                     shared.tasks.spawn(shared.clone().work(index, message, permit));
                 }
@@ -234,11 +238,11 @@ async fn serve(shared: Arc<Shared>, subscribers: Vec<(Asked, Subscriber)>, stop:
     }
 }
 
-impl Shared {
+impl ServiceState {
     /// Works on a request and answers in time, even where the work continues.
     async fn work(self: Arc<Self>, index: usize, message: Message, permit: OwnedSemaphorePermit) {
         let route = &self.routes[index];
-        if message.reply.is_none() && route.kind != Kind::Mutation {
+        if message.reply.is_none() && route.kind != EndpointKind::Mutation {
             return;
         }
         let begun = Instant::now();
@@ -298,11 +302,11 @@ impl Shared {
         }
     }
 
-    async fn answer_verb(&self, verb: Verb, message: Message) {
+    async fn answer_verb(&self, verb: ServiceVerb, message: Message) {
         let body = match verb {
-            Verb::Ping => self.about("ping_response"),
-            Verb::Info => self.info(),
-            Verb::Stats => self.statistics(),
+            ServiceVerb::Ping => self.about("ping_response"),
+            ServiceVerb::Info => self.info(),
+            ServiceVerb::Stats => self.statistics(),
         };
         self.answer(message.reply, Ok(body.to_string().into_bytes())).await;
     }

@@ -4,7 +4,7 @@ use tokio::time::{Duration, Instant};
 
 use super::{
     api::{Check, CheckResult, Failure, Preflight, PreflightSide, PreflightStream, Validation},
-    endpoints::{Context, checked_document},
+    endpoints::{RequestContext, checked_document},
     service::Request,
 };
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
 /// From the request to the answer, with both sides asked. The service gives up on an answer a little later.
 const ANSWER_WITHIN: Duration = Duration::from_millis(2_200);
 
-pub(super) async fn config_validate(context: &Context, request: Request) -> Result<Validation, Failure> {
+pub(super) async fn config_validate(context: &RequestContext, request: Request) -> Result<Validation, Failure> {
     let until = Instant::now() + ANSWER_WITHIN;
     let replication = match checked_document(context, &request.body).await {
         Ok(checked) => checked.replication,
@@ -43,7 +43,7 @@ pub(super) async fn config_validate(context: &Context, request: Request) -> Resu
 }
 
 /// The revision of the document that this one replaces, and the other replications.
-async fn others(context: &Context, replication: &Replication) -> (Option<u64>, Vec<Known>) {
+async fn others(context: &RequestContext, replication: &Replication) -> (Option<u64>, Vec<Known>) {
     let (mut exists, mut known) = (None, Vec::new());
     for entry in context.documents.all().await {
         if entry.key == replication.id {

@@ -20,7 +20,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     BUCKET, Election, LAST_WORDS, Leadership,
-    machine::{Machine, Step, Terms, Written},
+    machine::{ElectionMachine, ElectionStep, ElectionWrite, Terms},
 };
 use crate::{boottime, names};
 
@@ -43,13 +43,13 @@ const INFO_WAIT: Duration = Duration::from_secs(2);
 
 /// A question that a login may be forbidden to ask: then it is not asked again.
 #[derive(Debug)]
-struct Question {
+struct ElectionQuestion {
     /// End of its subject.
     what: String,
     allowed: bool,
 }
 
-impl Question {
+impl ElectionQuestion {
     fn new(what: &str) -> Self {
         Self { what: format!("{what}.{STREAM}"), allowed: true }
     }
@@ -63,16 +63,16 @@ impl Question {
     }
 }
 
-pub(super) struct Driver {
+pub(super) struct CampaignDriver {
     dial: Arc<dyn Dial>,
     place: ServerRef,
     election: Election,
-    machine: Machine,
+    machine: ElectionMachine,
     told: watch::Sender<Leadership>,
     /// For the TTL of the bucket.
-    info: Question,
+    info: ElectionQuestion,
     /// For the entry at the key.
-    last: Question,
+    last: ElectionQuestion,
     retry: Backoff,
     /// What went wrong last, until it is over.
     error: Option<String>,
@@ -89,15 +89,15 @@ struct Booth {
     read: String,
 }
 
-impl Driver {
+impl CampaignDriver {
     pub(super) fn new(
         dial: Arc<dyn Dial>,
         place: ServerRef,
         election: Election,
         told: watch::Sender<Leadership>,
     ) -> Self {
-        let (info, last) = (Question::new("STREAM.INFO"), Question::new("STREAM.MSG.GET"));
-        let machine = Machine::new(boottime::now());
+        let (info, last) = (ElectionQuestion::new("STREAM.INFO"), ElectionQuestion::new("STREAM.MSG.GET"));
+        let machine = ElectionMachine::new(boottime::now());
         Self { dial, place, election, machine, told, info, last, retry: RETRY, error: None }
     }
 
@@ -129,12 +129,14 @@ impl Driver {
         loop {
             let now = boottime::now();
             let next = match self.machine.step(now) {
-                Step::Write(revision) => {
+                ElectionStep::Write(revision) => {
                     booth.write(&self.election.candidate, revision);
                     continue;
                 }
-                Step::Overdue => return Err(Error::retry(format!("a write to bucket `{BUCKET}` is not answered"))),
-                Step::Wait(next) => next,
+                ElectionStep::Overdue => {
+                    return Err(Error::retry(format!("a write to bucket `{BUCKET}` is not answered")));
+                }
+                ElectionStep::Wait(next) => next,
             };
             self.tell("no write was confirmed in time");
             tokio::select! {
@@ -208,7 +210,7 @@ impl Driver {
         if self.error.take().is_some() {
             info!(election = self.election.key, "stands for election again");
         }
-        if written == Written::Conflict {
+        if written == ElectionWrite::Conflict {
             self.tell("the key was deleted, or is another candidate's");
             // Who just lost it leaves others the first chance.
             if stood && self.last.allowed {
@@ -312,19 +314,19 @@ fn terms_of(info: &StreamInfo) -> Result<Terms, Error> {
 }
 
 /// What the answer to a write tells; an error where its fate is not known, or where nothing can be written.
-fn written(answer: Result<&[u8], Error>) -> Result<Written, Error> {
+fn written(answer: Result<&[u8], Error>) -> Result<ElectionWrite, Error> {
     let answer = answer.map_err(|_| {
         let message =
             format!("no responders for a write to bucket `{BUCKET}`: it has no leader now, or it does not exist");
         Error::hold(format!("{message} and is made with `{ADD}`"))
     })?;
     match PublishAck::parse(answer, &format!("bucket `{BUCKET}`")) {
-        Ok(ack) if ack.stream == STREAM => Ok(Written::Stored(ack.seq)),
+        Ok(ack) if ack.stream == STREAM => Ok(ElectionWrite::Stored(ack.seq)),
         Ok(ack) => {
             let message = format!("bucket `{BUCKET}`: stream `{}` answers for it, its subjects overlap", ack.stream);
             Err(Error::hold(message))
         }
-        Err(error) if error.kind == ErrorKind::ChainBroken => Ok(Written::Conflict),
+        Err(error) if error.kind == ErrorKind::ChainBroken => Ok(ElectionWrite::Conflict),
         Err(error) => Err(error.context(format!("bucket `{BUCKET}`"))),
     }
 }

@@ -45,7 +45,7 @@ impl Terms {
 
 /// What to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum ElectionStep {
     /// Write our name if the key is at this revision, 0 for none, and tell what became of it.
     Write(u64),
     /// The write before will not be answered any more.
@@ -56,7 +56,7 @@ pub(super) enum Step {
 
 /// Result of a write. One with an unknown result is not passed in: the connection is given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Written {
+pub(super) enum ElectionWrite {
     /// The key is at this revision now.
     Stored(u64),
     /// The key is not at the expected revision.
@@ -74,9 +74,9 @@ pub struct Campaigns {
 
 /// One candidate.
 #[derive(Debug)]
-pub(super) struct Machine {
+pub(super) struct ElectionMachine {
     terms: Terms,
-    state: State,
+    state: CampaignState,
     /// When the write was sent that is not answered yet.
     writing: Option<Instant>,
     /// When the next one is due.
@@ -88,7 +88,7 @@ pub(super) struct Machine {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum CampaignState {
     /// The key is not ours as far as we know. It is free if it is at this revision: 0 if there is none, that of a
     /// marker of a deletion, or that of our own last write when it was lost sight of.
     Candidate { free_at: u64 },
@@ -102,12 +102,12 @@ enum State {
     },
 }
 
-impl Machine {
+impl ElectionMachine {
     /// A candidate whose first attempt is due.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             terms: Terms::unknown(),
-            state: State::Candidate { free_at: 0 },
+            state: CampaignState::Candidate { free_at: 0 },
             writing: None,
             next: now,
             interval: Duration::ZERO,
@@ -129,45 +129,45 @@ impl Machine {
     }
 
     /// What is due.
-    pub(super) fn step(&mut self, now: Instant) -> Step {
+    pub(super) fn step(&mut self, now: Instant) -> ElectionStep {
         self.expire(now);
         if let Some(sent) = self.writing {
             let limit = sent + WRITE_LIMIT;
-            return if now < limit { Step::Wait(self.changes_at(now, limit)) } else { Step::Overdue };
+            return if now < limit { ElectionStep::Wait(self.changes_at(now, limit)) } else { ElectionStep::Overdue };
         }
         if now < self.next {
-            return Step::Wait(self.changes_at(now, self.next));
+            return ElectionStep::Wait(self.changes_at(now, self.next));
         }
         self.writing = Some(now);
         match self.state {
-            State::Candidate { free_at } => {
+            CampaignState::Candidate { free_at } => {
                 self.campaigns.candidate += 1;
-                Step::Write(free_at)
+                ElectionStep::Write(free_at)
             }
-            State::Holder { revision, .. } => {
+            CampaignState::Holder { revision, .. } => {
                 self.campaigns.leader += 1;
-                Step::Write(revision)
+                ElectionStep::Write(revision)
             }
         }
     }
 
     /// What became of the write that was due; `random` is uniform in `0.0..1.0`.
-    pub(super) fn written(&mut self, written: Written, now: Instant, random: f64) {
+    pub(super) fn written(&mut self, written: ElectionWrite, now: Instant, random: f64) {
         let Some(sent) = self.writing.take() else { return };
         self.state = match (self.state, written) {
-            (State::Candidate { .. }, Written::Stored(revision)) => {
+            (CampaignState::Candidate { .. }, ElectionWrite::Stored(revision)) => {
                 self.failed = 0;
-                State::Holder { revision, confirmed: sent, leads_from: None }
+                CampaignState::Holder { revision, confirmed: sent, leads_from: None }
             }
-            (State::Candidate { .. }, Written::Conflict) => {
+            (CampaignState::Candidate { .. }, ElectionWrite::Conflict) => {
                 self.failed += 1;
-                State::Candidate { free_at: 0 }
+                CampaignState::Candidate { free_at: 0 }
             }
-            (State::Holder { leads_from, .. }, Written::Stored(revision)) => {
+            (CampaignState::Holder { leads_from, .. }, ElectionWrite::Stored(revision)) => {
                 let leads_from = leads_from.unwrap_or(now + GRACE);
-                State::Holder { revision, confirmed: sent, leads_from: Some(leads_from) }
+                CampaignState::Holder { revision, confirmed: sent, leads_from: Some(leads_from) }
             }
-            (State::Holder { .. }, Written::Conflict) => State::Candidate { free_at: 0 },
+            (CampaignState::Holder { .. }, ElectionWrite::Conflict) => CampaignState::Candidate { free_at: 0 },
         };
         let step = if self.failed == 0 {
             self.terms.pace
@@ -181,7 +181,7 @@ impl Machine {
 
     /// At the key lies nothing but the marker of a deletion: it is free, and the next write is due.
     pub(super) fn saw_marker(&mut self, revision: u64, now: Instant) {
-        if let (State::Candidate { free_at }, None) = (&mut self.state, self.writing) {
+        if let (CampaignState::Candidate { free_at }, None) = (&mut self.state, self.writing) {
             *free_at = revision;
             self.next = now;
         }
@@ -189,7 +189,7 @@ impl Machine {
 
     /// Until when we lead, without news before; `None` while we do not.
     pub(super) fn leads_until(&self, now: Instant) -> Option<Instant> {
-        let State::Holder { confirmed, leads_from: Some(from), .. } = self.state else { return None };
+        let CampaignState::Holder { confirmed, leads_from: Some(from), .. } = self.state else { return None };
         let until = confirmed + self.terms.lease;
         (from <= now && now < until).then_some(until)
     }
@@ -197,8 +197,8 @@ impl Machine {
     /// Revision of the key while it is ours.
     pub(super) fn held(&self) -> Option<u64> {
         match self.state {
-            State::Holder { revision, .. } => Some(revision),
-            State::Candidate { .. } => None,
+            CampaignState::Holder { revision, .. } => Some(revision),
+            CampaignState::Candidate { .. } => None,
         }
     }
 
@@ -219,7 +219,7 @@ impl Machine {
 
     /// Nothing was confirmed for too long.
     fn expire(&mut self, now: Instant) {
-        if let State::Holder { confirmed, .. } = self.state
+        if let CampaignState::Holder { confirmed, .. } = self.state
             && now >= confirmed + self.terms.lease
         {
             self.stand_down();
@@ -228,14 +228,14 @@ impl Machine {
 
     /// Nobody else can have written the key while it is at our revision, so it may be taken again from there.
     fn stand_down(&mut self) {
-        if let State::Holder { revision, .. } = self.state {
-            self.state = State::Candidate { free_at: revision };
+        if let CampaignState::Holder { revision, .. } = self.state {
+            self.state = CampaignState::Candidate { free_at: revision };
         }
     }
 
     /// When leading begins or ends by the clock, or `then`, whichever comes first.
     fn changes_at(&self, now: Instant, then: Instant) -> Instant {
-        let State::Holder { confirmed, leads_from, .. } = self.state else { return then };
+        let CampaignState::Holder { confirmed, leads_from, .. } = self.state else { return then };
         let begins = leads_from.filter(|from| *from > now).unwrap_or(then);
         then.min(begins).min(confirmed + self.terms.lease)
     }
@@ -255,14 +255,14 @@ mod tests {
 
     /// A candidate and when it began; times of tests count from there.
     struct Run {
-        machine: Machine,
+        machine: ElectionMachine,
         begin: Instant,
     }
 
     impl Run {
         fn new() -> Self {
             let begin = Instant::now();
-            let mut machine = Machine::new(begin);
+            let mut machine = ElectionMachine::new(begin);
             machine.connected(Terms::of(TTL), begin);
             Self { machine, begin }
         }
@@ -271,8 +271,8 @@ mod tests {
         fn leading() -> Self {
             let mut run = Self::new();
             for (at, expected) in [(0, 0), (500, 1), (1000, 2)] {
-                assert_eq!(run.step(at), Step::Write(expected));
-                run.written(at, Written::Stored(expected + 1));
+                assert_eq!(run.step(at), ElectionStep::Write(expected));
+                run.written(at, ElectionWrite::Stored(expected + 1));
             }
             assert_eq!(run.leads_until(1000), Some(8500));
             run
@@ -282,15 +282,15 @@ mod tests {
             self.begin + ms(at)
         }
 
-        fn step(&mut self, at: u64) -> Step {
+        fn step(&mut self, at: u64) -> ElectionStep {
             self.machine.step(self.at(at))
         }
 
-        fn wait(&self, until: u64) -> Step {
-            Step::Wait(self.at(until))
+        fn wait(&self, until: u64) -> ElectionStep {
+            ElectionStep::Wait(self.at(until))
         }
 
-        fn written(&mut self, at: u64, written: Written) {
+        fn written(&mut self, at: u64, written: ElectionWrite) {
             self.machine.written(written, self.at(at), EVEN);
         }
 
@@ -303,21 +303,21 @@ mod tests {
     #[test]
     fn the_winner_leads_200_ms_after_its_second_write() {
         let mut run = Run::new();
-        assert_eq!(run.step(0), Step::Write(0));
+        assert_eq!(run.step(0), ElectionStep::Write(0));
         assert_eq!(run.step(10), run.wait(5000));
-        run.written(20, Written::Stored(7));
+        run.written(20, ElectionWrite::Stored(7));
         assert_eq!((run.leads_until(20), run.machine.held()), (None, Some(7)));
         assert_eq!(run.step(20), run.wait(520));
         assert_eq!(run.step(519), run.wait(520));
-        assert_eq!(run.step(520), Step::Write(7));
-        run.written(530, Written::Stored(9));
+        assert_eq!(run.step(520), ElectionStep::Write(7));
+        run.written(530, ElectionWrite::Stored(9));
         assert_eq!(run.step(530), run.wait(730));
         assert_eq!(run.leads_until(729), None);
         // by the time at which the write was sent, not at which it was confirmed
         assert_eq!(run.leads_until(730), Some(520 + 7500));
         assert_eq!(run.step(730), run.wait(1030));
-        assert_eq!(run.step(1030), Step::Write(9));
-        run.written(1040, Written::Stored(10));
+        assert_eq!(run.step(1030), ElectionStep::Write(9));
+        run.written(1040, ElectionWrite::Stored(10));
         assert_eq!((run.leads_until(1040), run.machine.held()), (Some(1030 + 7500), Some(10)));
         assert_eq!(run.machine.campaigns(), Campaigns { candidate: 1, leader: 2 });
     }
@@ -327,16 +327,16 @@ mod tests {
         let mut run = Run::new();
         let mut at = 0;
         for expect in [750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 5000, 5000] {
-            assert_eq!(run.step(at), Step::Write(0));
-            run.written(at, Written::Conflict);
+            assert_eq!(run.step(at), ElectionStep::Write(0));
+            run.written(at, ElectionWrite::Conflict);
             assert_eq!(run.machine.interval(), ms(expect));
             assert_eq!(run.step(at), run.wait(at + expect));
             at += expect;
         }
         assert_eq!(run.machine.campaigns(), Campaigns { candidate: 12, leader: 0 });
         // and begin again with short ones once they won
-        assert_eq!(run.step(at), Step::Write(0));
-        run.written(at, Written::Stored(1));
+        assert_eq!(run.step(at), ElectionStep::Write(0));
+        run.written(at, ElectionWrite::Stored(1));
         assert_eq!(run.machine.interval(), ms(500));
     }
 
@@ -346,7 +346,7 @@ mod tests {
             let mut run = Run::new();
             run.machine.connected(Terms::of(ttl), run.begin);
             run.step(0);
-            let written = if stored { Written::Stored(1) } else { Written::Conflict };
+            let written = if stored { ElectionWrite::Stored(1) } else { ElectionWrite::Conflict };
             run.machine.written(written, run.begin, random);
             assert_eq!(run.machine.interval().as_millis() as u64, expect, "{ttl:?} {random}");
         };
@@ -366,13 +366,13 @@ mod tests {
     #[test]
     fn a_conflict_ends_it_at_once() {
         let mut run = Run::leading();
-        assert_eq!(run.step(1500), Step::Write(3));
+        assert_eq!(run.step(1500), ElectionStep::Write(3));
         assert!(run.leads_until(1510).is_some());
-        run.written(1520, Written::Conflict);
+        run.written(1520, ElectionWrite::Conflict);
         assert_eq!((run.leads_until(1520), run.machine.held()), (None, None));
         // what lies there is somebody else's: only a key that is gone is free
-        assert_eq!(run.step(2020), Step::Write(0));
-        run.written(2030, Written::Conflict);
+        assert_eq!(run.step(2020), ElectionStep::Write(0));
+        run.written(2030, ElectionWrite::Conflict);
         assert_eq!(run.machine.interval(), ms(750));
     }
 
@@ -380,25 +380,25 @@ mod tests {
     fn a_conflict_before_the_second_write_is_no_victory() {
         let mut run = Run::new();
         run.step(0);
-        run.written(0, Written::Stored(1));
-        assert_eq!(run.step(500), Step::Write(1));
-        run.written(510, Written::Conflict);
+        run.written(0, ElectionWrite::Stored(1));
+        assert_eq!(run.step(500), ElectionStep::Write(1));
+        run.written(510, ElectionWrite::Conflict);
         assert_eq!((run.leads_until(10_000), run.machine.held()), (None, None));
     }
 
     #[test]
     fn a_lost_connection_ends_leadership_and_the_key_is_retaken() {
         let mut run = Run::leading();
-        assert_eq!(run.step(1500), Step::Write(3));
+        assert_eq!(run.step(1500), ElectionStep::Write(3));
         run.machine.disconnected();
         assert_eq!((run.leads_until(1501), run.machine.held(), run.machine.is_writing()), (None, None, false));
         run.machine.connected(Terms::of(TTL), run.at(2000));
-        assert_eq!(run.step(2000), Step::Write(3));
-        run.written(2010, Written::Stored(4));
+        assert_eq!(run.step(2000), ElectionStep::Write(3));
+        run.written(2010, ElectionWrite::Stored(4));
         // like one that just won
         assert_eq!((run.leads_until(2400), run.machine.held()), (None, Some(4)));
-        assert_eq!(run.step(2510), Step::Write(4));
-        run.written(2510, Written::Stored(5));
+        assert_eq!(run.step(2510), ElectionStep::Write(4));
+        run.written(2510, ElectionWrite::Stored(5));
         assert_eq!((run.leads_until(2709), run.leads_until(2710)), (None, Some(2510 + 7500)));
     }
 
@@ -407,28 +407,28 @@ mod tests {
         let mut run = Run::leading();
         run.machine.disconnected();
         run.machine.connected(Terms::of(TTL), run.at(2000));
-        assert_eq!(run.step(2000), Step::Write(3));
-        run.written(2000, Written::Conflict);
-        assert_eq!(run.step(2750), Step::Write(0));
+        assert_eq!(run.step(2000), ElectionStep::Write(3));
+        run.written(2000, ElectionWrite::Conflict);
+        assert_eq!(run.step(2750), ElectionStep::Write(0));
     }
 
     #[test]
     fn the_clock_alone_ends_it_when_nothing_is_confirmed() {
         let mut run = Run::leading();
-        assert_eq!(run.step(1500), Step::Write(3));
+        assert_eq!(run.step(1500), ElectionStep::Write(3));
         assert_eq!(run.step(1600), run.wait(6500));
         assert_eq!(run.leads_until(6499), Some(8500));
-        assert_eq!(run.step(6500), Step::Overdue);
+        assert_eq!(run.step(6500), ElectionStep::Overdue);
         // with a shorter TTL the lease is over before the write is
         let mut run = Run::leading();
         run.machine.connected(Terms::of(Duration::from_secs(4)), run.at(1500));
-        assert_eq!(run.step(1500), Step::Write(3));
+        assert_eq!(run.step(1500), ElectionStep::Write(3));
         assert_eq!(run.step(1600), run.wait(4000));
         assert_eq!((run.leads_until(3999), run.leads_until(4000)), (Some(4000), None));
         assert_eq!(run.step(4000), run.wait(6500));
         assert_eq!(run.machine.held(), None);
         // an answer that comes later makes it a winner, not a leader
-        run.written(4100, Written::Stored(4));
+        run.written(4100, ElectionWrite::Stored(4));
         assert_eq!((run.leads_until(4100), run.machine.held()), (None, Some(4)));
     }
 
@@ -437,37 +437,37 @@ mod tests {
         let hour = 3_600_000;
         let mut run = Run::leading();
         assert_eq!(run.leads_until(hour), None);
-        assert_eq!(run.step(hour), Step::Write(3));
+        assert_eq!(run.step(hour), ElectionStep::Write(3));
         assert_eq!(run.machine.held(), None);
-        run.written(hour, Written::Conflict);
+        run.written(hour, ElectionWrite::Conflict);
         assert_eq!(run.leads_until(hour), None);
         // frozen between a write and its answer
         let mut run = Run::leading();
-        assert_eq!(run.step(1500), Step::Write(3));
-        run.written(hour, Written::Stored(4));
+        assert_eq!(run.step(1500), ElectionStep::Write(3));
+        run.written(hour, ElectionWrite::Stored(4));
         assert_eq!((run.leads_until(hour), run.machine.held()), (None, None));
         // frozen before it led
         let mut run = Run::new();
         run.step(0);
-        run.written(0, Written::Stored(1));
+        run.written(0, ElectionWrite::Stored(1));
         run.step(500);
-        run.written(500, Written::Stored(2));
+        run.written(500, ElectionWrite::Stored(2));
         assert_eq!(run.leads_until(hour), None);
     }
 
     #[test]
     fn a_free_key_is_taken_from_the_marker_at_once() {
         let mut run = Run::new();
-        assert_eq!(run.step(0), Step::Write(0));
-        run.written(0, Written::Conflict);
+        assert_eq!(run.step(0), ElectionStep::Write(0));
+        run.written(0, ElectionWrite::Conflict);
         run.machine.saw_marker(5, run.at(10));
-        assert_eq!(run.step(10), Step::Write(5));
-        run.written(20, Written::Conflict);
+        assert_eq!(run.step(10), ElectionStep::Write(5));
+        run.written(20, ElectionWrite::Conflict);
         assert_eq!(run.step(20), run.wait(1020));
-        assert_eq!(run.step(1020), Step::Write(0));
+        assert_eq!(run.step(1020), ElectionStep::Write(0));
         // one that is heard of too late changes nothing
         run.machine.saw_marker(5, run.at(1030));
-        run.written(1040, Written::Stored(9));
+        run.written(1040, ElectionWrite::Stored(9));
         run.machine.saw_marker(5, run.at(1050));
         assert_eq!((run.machine.held(), run.step(1050)), (Some(9), run.wait(1540)));
     }
@@ -475,9 +475,9 @@ mod tests {
     #[test]
     fn a_write_without_an_answer_is_overdue_after_5_s() {
         let mut run = Run::new();
-        assert_eq!(run.step(0), Step::Write(0));
+        assert_eq!(run.step(0), ElectionStep::Write(0));
         assert_eq!(run.step(4999), run.wait(5000));
-        assert_eq!(run.step(5000), Step::Overdue);
+        assert_eq!(run.step(5000), ElectionStep::Overdue);
     }
 
     #[test]

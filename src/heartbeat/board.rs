@@ -10,7 +10,7 @@ use crate::{
 
 /// Numbers, and how the election stands.
 #[derive(Debug)]
-pub(super) struct Board {
+pub(super) struct HeartbeatStats {
     host: String,
     inner: Mutex<Inner>,
 }
@@ -22,7 +22,7 @@ struct Inner {
     poll: Option<Poll>,
 }
 
-impl Board {
+impl HeartbeatStats {
     pub(super) fn new(host: &str) -> Self {
         Self { host: host.to_owned(), inner: Mutex::default() }
     }
@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn what_an_election_decides_is_paused_until_it_is_won() {
-        let board = Board::new("host");
+        let board = HeartbeatStats::new("host");
         let paused = || board.reading().map(|reading| reading.paused);
         assert_eq!(paused(), None);
         board.begin(Some(&heartbeats(false)));

@@ -15,14 +15,14 @@ use crate::{
 
 /// What should run.
 #[derive(Debug)]
-pub(super) struct Plan {
+pub(super) struct HeartbeatPlan {
     pub(super) heartbeats: Option<Heartbeats>,
     pub(super) view: View,
 }
 
 /// Turns what lies in the bucket into a plan.
 #[derive(Debug)]
-pub(super) struct Planner {
+pub(super) struct HeartbeatPlanner {
     config: ConfigStore,
     rules: AllowList,
     file: Value,
@@ -42,7 +42,7 @@ struct Valid {
     heartbeats: Heartbeats,
 }
 
-impl Planner {
+impl HeartbeatPlanner {
     pub(super) fn new(deps: &Deps) -> Self {
         let (config, rules, file) = (deps.config.clone(), deps.rules.clone(), deps.file.clone());
         let trouble = Trouble::new("older revisions of the heartbeats cannot be read");
@@ -55,7 +55,7 @@ impl Planner {
     }
 
     /// The plan for what lies in the bucket now. Dropped, it can be asked for again.
-    pub(super) async fn plan(&mut self, newest: &Stored) -> Plan {
+    pub(super) async fn plan(&mut self, newest: &Stored) -> HeartbeatPlan {
         let revision = newest.revision;
         let Some(written) = &newest.value else {
             self.forget();
@@ -83,10 +83,10 @@ impl Planner {
             return self.file_or_nothing(revision, rejected);
         };
         let view = View { origin: Origin::Kv, revision: Some(runs), document, rejected, seen: revision };
-        Plan { heartbeats: Some(heartbeats), view }
+        HeartbeatPlan { heartbeats: Some(heartbeats), view }
     }
 
-    fn file_or_nothing(&self, seen: u64, rejected: Option<Rejected>) -> Plan {
+    fn file_or_nothing(&self, seen: u64, rejected: Option<Rejected>) -> HeartbeatPlan {
         let heartbeats = self.rules.parse_heartbeats(&self.file).unwrap_or_else(|problems| {
             // A folder that the rules name may have changed since the start.
             warn!("the heartbeats of the file are not published: {problems}");
@@ -96,7 +96,7 @@ impl Planner {
             Some(_) => (Origin::File, self.file.clone()),
             None => (Origin::None, Value::Null),
         };
-        Plan { heartbeats, view: View { origin, revision: None, document, rejected, seen } }
+        HeartbeatPlan { heartbeats, view: View { origin, revision: None, document, rejected, seen } }
     }
 
     /// After a removal nothing older comes back.

@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{Deps, board::Board};
+use super::{Deps, board::HeartbeatStats};
 use crate::{
     allow::AllowList,
     config::{Heartbeat, Heartbeats},
@@ -32,17 +32,17 @@ const ACK_WAIT: Duration = Duration::from_secs(2);
 const RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
 
 /// What comes of one heartbeat: which subject, how long it took, and why it is not stored if it is not.
-type Outcome = (usize, Duration, Result<(), String>);
+type BeatOutcome = (usize, Duration, Result<(), String>);
 
 pub(super) struct Publisher {
     heartbeats: Heartbeats,
     rules: AllowList,
     election: Election,
     host: String,
-    board: Arc<Board>,
+    board: Arc<HeartbeatStats>,
     link: Link,
     beats: Vec<Beat>,
-    sent: FuturesUnordered<BoxFuture<'static, Outcome>>,
+    sent: FuturesUnordered<BoxFuture<'static, BeatOutcome>>,
 }
 
 /// One subject.
@@ -55,7 +55,7 @@ struct Beat {
 }
 
 impl Publisher {
-    pub(super) fn new(deps: &Deps, heartbeats: Heartbeats, board: Arc<Board>) -> Self {
+    pub(super) fn new(deps: &Deps, heartbeats: Heartbeats, board: Arc<HeartbeatStats>) -> Self {
         let now = Instant::now();
         let beat = |one: &Heartbeat| Beat { due: now + one.interval, owed: true, failing: false };
         let name = format!("{} {}/{} heartbeats", names::PROGRAM, deps.site, deps.instance);
@@ -144,7 +144,7 @@ impl Publisher {
         }
     }
 
-    fn settle(&mut self, (index, time, result): Outcome) {
+    fn settle(&mut self, (index, time, result): BeatOutcome) {
         let subject = &self.heartbeats.subjects[index].subject;
         let beat = &mut self.beats[index];
         match result {
@@ -205,26 +205,32 @@ struct Link {
     retry: Backoff,
     /// What went wrong last, until it is over.
     told: String,
-    state: State,
+    state: BeatState,
 }
 
-enum State {
+enum BeatState {
     Connecting(BoxFuture<'static, Result<ClientSession, Error>>),
     Up(ClientSession),
 }
 
 impl Link {
     fn new(rules: AllowList, place: ServerRef, name: String) -> Self {
-        let mut link =
-            Self { rules, place, name, retry: RETRY, told: String::new(), state: State::Connecting(pending().boxed()) };
+        let mut link = Self {
+            rules,
+            place,
+            name,
+            retry: RETRY,
+            told: String::new(),
+            state: BeatState::Connecting(pending().boxed()),
+        };
         link.begin(Duration::ZERO);
         link
     }
 
     fn session(&self) -> Option<&ClientSession> {
         match &self.state {
-            State::Up(session) => Some(session),
-            State::Connecting(_) => None,
+            BeatState::Up(session) => Some(session),
+            BeatState::Connecting(_) => None,
         }
     }
 
@@ -232,17 +238,17 @@ impl Link {
     async fn change(&mut self) {
         let server = &self.place;
         match &mut self.state {
-            State::Up(session) => {
+            BeatState::Up(session) => {
                 session.lost().await;
                 warn!(%server, "the connection for heartbeats is down");
                 self.begin(Duration::ZERO);
             }
-            State::Connecting(attempt) => match attempt.await {
+            BeatState::Connecting(attempt) => match attempt.await {
                 Ok(session) => {
                     info!(%server, "the connection for heartbeats is up");
                     self.told.clear();
                     self.retry.reset();
-                    self.state = State::Up(session);
+                    self.state = BeatState::Up(session);
                 }
                 Err(error) => {
                     if self.told != error.message {
@@ -262,7 +268,7 @@ impl Link {
             sleep(delay).await;
             ClientSession::open(&place, &rules.resolve(&place)?, &name).await
         };
-        self.state = State::Connecting(attempt.boxed());
+        self.state = BeatState::Connecting(attempt.boxed());
     }
 }
 
@@ -277,7 +283,7 @@ fn message(heartbeat: &Heartbeat, host: &str) -> Request {
     Request::new().headers(headers).payload(body.into()).timeout(Some(ACK_WAIT))
 }
 
-async fn beat_once(index: usize, client: Client, subject: String, message: Request) -> Outcome {
+async fn beat_once(index: usize, client: Client, subject: String, message: Request) -> BeatOutcome {
     let begun = Instant::now();
     let result = match client.send_request(subject, message).await {
         Ok(reply) => match PublishAck::parse(&reply.payload, "the stream") {

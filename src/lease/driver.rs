@@ -14,10 +14,10 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{debug, info, warn};
 
 use super::{
+    grant::{Grant, Validity},
     machine::{Action, Machine, Renewal, Settings},
     process::{self, Identity},
     sessions::Sessions,
-    tenure::{Tenure, Term},
 };
 use crate::{
     boottime,
@@ -78,9 +78,9 @@ pub fn enter(
         move |change| _ = tell.send(change),
     ));
     let (sessions, view) = watch::channel(Sessions::default());
-    let term = Term::new(now);
+    let term = Validity::new(now);
     let leases = Leases { commands, sessions: view, store: store.clone(), term: term.clone() };
-    let work = Work {
+    let work = DriverTask {
         machine: Machine::new(settings, session, now),
         limit: (ttl / 3).max(Duration::from_millis(300)),
         store,
@@ -89,7 +89,7 @@ pub fn enter(
         revision: None,
         confirmed: None,
         term,
-        seats: HashMap::new(),
+        slots: HashMap::new(),
         operations: FuturesUnordered::new(),
         asked,
         changes,
@@ -135,10 +135,10 @@ impl Driver {
 /// What others may ask of the leases; cheap to clone.
 #[derive(Clone)]
 pub struct Leases {
-    commands: mpsc::UnboundedSender<Command>,
+    commands: mpsc::UnboundedSender<DriverCommand>,
     sessions: watch::Receiver<Sessions>,
     store: LeaseStore,
-    term: Term,
+    term: Validity,
 }
 
 impl fmt::Debug for Leases {
@@ -149,16 +149,16 @@ impl fmt::Debug for Leases {
 
 impl Leases {
     /// From now on a replication may run here, when it is granted.
-    pub fn seat(&self, id: &str) -> Seat {
-        let (grant, grants) = watch::channel(None);
-        let _ = self.commands.send(Command::Want { id: id.to_owned(), grant });
-        Seat { id: id.to_owned(), commands: self.commands.clone(), grants, last: 0 }
+    pub fn seat(&self, id: &str) -> Candidacy {
+        let (sender, grants) = watch::channel(None);
+        let _ = self.commands.send(DriverCommand::Want { id: id.to_owned(), sender });
+        Candidacy { id: id.to_owned(), commands: self.commands.clone(), grants, last: 0 }
     }
 
     /// Announces that this process stops: it takes no further leases, and the others do not wait for it. Running copies
     /// continue until their grants are given up.
     pub fn leave(&self) {
-        let _ = self.commands.send(Command::Leave);
+        let _ = self.commands.send(DriverCommand::Leave);
     }
 
     /// Whether what is granted here may run now.
@@ -195,52 +195,52 @@ impl Leases {
     }
 }
 
-/// A replication's place in the group.
+/// The wish of this instance to run a replication.
 #[derive(Debug)]
-pub struct Seat {
+pub struct Candidacy {
     id: String,
-    commands: mpsc::UnboundedSender<Command>,
-    grants: watch::Receiver<Option<Tenure>>,
+    commands: mpsc::UnboundedSender<DriverCommand>,
+    grants: watch::Receiver<Option<Grant>>,
     /// Epoch of the last grant.
     last: u64,
 }
 
-impl Seat {
+impl Candidacy {
     /// Waits for the right to run; for ever if another instance keeps it.
-    pub async fn granted(&mut self) -> Tenure {
+    pub async fn granted(&mut self) -> Grant {
         let last = self.last;
-        let newer = |tenure: &Option<Tenure>| tenure.as_ref().is_some_and(|tenure| tenure.epoch > last);
-        let Some(tenure) = self.grants.wait_for(newer).await.ok().and_then(|tenure| tenure.clone()) else {
+        let newer = |grant: &Option<Grant>| grant.as_ref().is_some_and(|grant| grant.epoch > last);
+        let Some(grant) = self.grants.wait_for(newer).await.ok().and_then(|grant| grant.clone()) else {
             // Nobody looks after the leases any more; the stop is on its way.
             return std::future::pending().await;
         };
-        self.last = tenure.epoch;
-        tenure
+        self.last = grant.epoch;
+        grant
     }
 
     /// What ran under the last grant has ended; if it is ours still, it is granted again, with a greater epoch, after
     /// `pause`.
     pub fn ended(&self, pause: Duration) {
-        let _ = self.commands.send(Command::Ended { id: self.id.clone(), pause });
+        let _ = self.commands.send(DriverCommand::Ended { id: self.id.clone(), pause });
     }
 }
 
-impl Drop for Seat {
+impl Drop for Candidacy {
     fn drop(&mut self) {
-        let _ = self.commands.send(Command::Unwant { id: self.id.clone() });
+        let _ = self.commands.send(DriverCommand::Unwant { id: self.id.clone() });
     }
 }
 
 #[derive(Debug)]
-enum Command {
-    Want { id: String, grant: watch::Sender<Option<Tenure>> },
+enum DriverCommand {
+    Want { id: String, sender: watch::Sender<Option<Grant>> },
     Unwant { id: String },
     Ended { id: String, pause: Duration },
     Leave,
 }
 
 /// What became of an operation.
-enum Done {
+enum Completed {
     Renewed { outcome: Renewal, revision: Option<u64>, taken: Option<SessionRecord>, error: Option<Error> },
     Looked { instance: String, found: Result<(Option<SessionRecord>, u64), Error> },
     Wrote { id: String, done: bool, found: Option<(LeaseRecord, u64)> },
@@ -248,7 +248,7 @@ enum Done {
     Nothing,
 }
 
-struct Work {
+struct DriverTask {
     machine: Machine,
     store: LeaseStore,
     positions: PositionStore,
@@ -259,10 +259,10 @@ struct Work {
     confirmed: Option<u64>,
     /// Deadline for a renewal.
     limit: Duration,
-    term: Term,
-    seats: HashMap<String, Place>,
-    operations: FuturesUnordered<BoxFuture<'static, Done>>,
-    asked: mpsc::UnboundedReceiver<Command>,
+    term: Validity,
+    slots: HashMap<String, GrantSlot>,
+    operations: FuturesUnordered<BoxFuture<'static, Completed>>,
+    asked: mpsc::UnboundedReceiver<DriverCommand>,
     changes: mpsc::UnboundedReceiver<LeaseChange>,
     sessions: watch::Sender<Sessions>,
     trouble: Trouble,
@@ -271,12 +271,12 @@ struct Work {
 }
 
 /// A grant, seen from the driver.
-struct Place {
-    grant: watch::Sender<Option<Tenure>>,
-    tenure: Option<Tenure>,
+struct GrantSlot {
+    sender: watch::Sender<Option<Grant>>,
+    grant: Option<Grant>,
 }
 
-impl Work {
+impl DriverTask {
     /// Until the stop, or until another process has our name: says which.
     async fn run(mut self, stop: CancellationToken) -> Option<String> {
         let mut end = None;
@@ -332,30 +332,30 @@ impl Work {
             by.instance, by.host, by.pid
         );
         self.term.set(None);
-        for place in self.seats.values() {
-            if let Some(tenure) = &place.tenure {
-                tenure.revoke(reason.clone());
+        for slot in self.slots.values() {
+            if let Some(grant) = &slot.grant {
+                grant.revoke(reason.clone());
             }
         }
         reason
     }
 
-    fn command(&mut self, command: Command) {
+    fn command(&mut self, command: DriverCommand) {
         let now = boottime::now();
         match command {
-            Command::Want { id, grant } => {
+            DriverCommand::Want { id, sender } => {
                 self.machine.want(now, &id);
-                self.seats.insert(id, Place { grant, tenure: None });
+                self.slots.insert(id, GrantSlot { sender, grant: None });
             }
-            Command::Leave => self.machine.leave(now),
-            Command::Unwant { id } => {
+            DriverCommand::Leave => self.machine.leave(now),
+            DriverCommand::Unwant { id } => {
                 self.machine.unwant(&id);
-                self.seats.remove(&id);
+                self.slots.remove(&id);
             }
-            Command::Ended { id, pause } => {
+            DriverCommand::Ended { id, pause } => {
                 self.machine.ended(now, &id, pause);
-                if let Some(place) = self.seats.get_mut(&id) {
-                    place.tenure = None;
+                if let Some(slot) = self.slots.get_mut(&id) {
+                    slot.grant = None;
                 }
             }
         }
@@ -413,29 +413,30 @@ impl Work {
                 let renewal = renew(self.store.clone(), self.record.clone(), self.revision.take(), first);
                 let limit = self.limit;
                 async move {
-                    let late = Done::Renewed { outcome: Renewal::Failed, revision: None, taken: None, error: None };
+                    let late =
+                        Completed::Renewed { outcome: Renewal::Failed, revision: None, taken: None, error: None };
                     timeout(limit, renewal).await.unwrap_or(late)
                 }
                 .boxed()
             }
             Action::Look(instance) => {
                 let store = self.store.clone();
-                async move { Done::Looked { found: store.session(&instance).await, instance } }.boxed()
+                async move { Completed::Looked { found: store.session(&instance).await, instance } }.boxed()
             }
             Action::Write { id, record, revision, take } => {
                 write(self.store.clone(), self.positions.clone(), id, record, revision, take).boxed()
             }
             Action::Grant { id, epoch } => return self.grant(&id, epoch),
             Action::Yield(id) => {
-                if let Some(tenure) = self.seats.get(&id).and_then(|place| place.tenure.as_ref()) {
-                    info!(replication = id, epoch = tenure.epoch, "hands over");
-                    tenure.ask_back();
+                if let Some(grant) = self.slots.get(&id).and_then(|slot| slot.grant.as_ref()) {
+                    info!(replication = id, epoch = grant.epoch, "hands over");
+                    grant.ask_back();
                 }
                 return;
             }
             Action::Revoke { id, reason } => {
-                if let Some(tenure) = self.seats.get(&id).and_then(|place| place.tenure.as_ref()) {
-                    tenure.revoke(reason);
+                if let Some(grant) = self.slots.get(&id).and_then(|slot| slot.grant.as_ref()) {
+                    grant.revoke(reason);
                 }
                 return;
             }
@@ -444,24 +445,24 @@ impl Work {
     }
 
     fn grant(&mut self, id: &str, epoch: u64) {
-        // Whoever holds a tenure asks it before each step: it must not be over before it began.
+        // Whoever holds a grant asks it before each step: it must not be over before it began.
         self.term.set(self.machine.until());
-        match self.seats.get_mut(id) {
-            Some(place) => {
-                let tenure = Tenure::new(epoch, self.term.clone());
-                place.tenure = Some(tenure.clone());
-                place.grant.send_replace(Some(tenure));
+        match self.slots.get_mut(id) {
+            Some(slot) => {
+                let grant = Grant::new(epoch, self.term.clone());
+                slot.grant = Some(grant.clone());
+                slot.sender.send_replace(Some(grant));
             }
             None => self.machine.unwant(id),
         }
     }
 
     /// Returns who has our name, if another process has.
-    fn done(&mut self, done: Done) -> Option<SessionRecord> {
+    fn done(&mut self, done: Completed) -> Option<SessionRecord> {
         let now = boottime::now();
         match done {
-            Done::Renewed { taken: Some(by), .. } => return Some(by),
-            Done::Renewed { outcome, revision, error, .. } => {
+            Completed::Renewed { taken: Some(by), .. } => return Some(by),
+            Completed::Renewed { outcome, revision, error, .. } => {
                 self.revision = revision;
                 match outcome {
                     Renewal::Confirmed => {
@@ -479,19 +480,19 @@ impl Work {
                 }
                 self.machine.renewed(now, outcome);
             }
-            Done::Looked { instance, found: Ok((record, revision)) } => {
+            Completed::Looked { instance, found: Ok((record, revision)) } => {
                 self.machine.looked(now, &instance, revision, record.as_ref());
             }
-            Done::Looked { instance, found: Err(error) } => {
+            Completed::Looked { instance, found: Err(error) } => {
                 debug!(instance, "its session cannot be read: {error}");
                 self.machine.look_failed(now, &instance);
             }
-            Done::Wrote { id, done, found } => {
+            Completed::Wrote { id, done, found } => {
                 if let Some(grant) = self.machine.wrote(now, &id, done, found) {
                     self.act(grant);
                 }
             }
-            Done::Forgot { instance, revision } => {
+            Completed::Forgot { instance, revision } => {
                 self.machine.forget(&instance, revision);
                 self.sessions.send_modify(|sessions| {
                     if sessions.known.get(&instance).is_some_and(|heard| heard.revision == revision) {
@@ -499,7 +500,7 @@ impl Work {
                     }
                 });
             }
-            Done::Nothing => {}
+            Completed::Nothing => {}
         }
         None
     }
@@ -519,11 +520,11 @@ impl Work {
                     if !marker {
                         // Others do the same; one of them succeeds.
                         let _ = store.remove_session(&instance, revision).await;
-                        return Done::Nothing;
+                        return Completed::Nothing;
                     }
                     match store.forget_session(&instance, revision).await {
-                        Ok(()) => Done::Forgot { instance, revision },
-                        Err(_) => Done::Nothing,
+                        Ok(()) => Completed::Forgot { instance, revision },
+                        Err(_) => Completed::Nothing,
                     }
                 }
                 .boxed(),
@@ -534,9 +535,9 @@ impl Work {
 
 /// Writes our session; on the way there anything of ours that was written before, or late. The `first` time it takes the
 /// place of whoever had the name.
-async fn renew(store: LeaseStore, record: SessionRecord, revision: Option<u64>, first: bool) -> Done {
+async fn renew(store: LeaseStore, record: SessionRecord, revision: Option<u64>, first: bool) -> Completed {
     const TRIES: usize = 3;
-    let done = |outcome, revision, taken, error| Done::Renewed { outcome, revision, taken, error };
+    let done = |outcome, revision, taken, error| Completed::Renewed { outcome, revision, taken, error };
     let mut known = revision;
     for _ in 0..TRIES {
         let found = match known {
@@ -575,19 +576,19 @@ async fn write(
     mut record: LeaseRecord,
     revision: u64,
     take: bool,
-) -> Done {
+) -> Completed {
     if take && let Ok((position, _)) = positions.read(&id).await {
         record.epoch = record.epoch.max(position.epoch + 1);
     }
     match store.put_lease(&id, &record, revision).await {
-        Ok(Written::Done(revision)) => Done::Wrote { id, done: true, found: Some((record, revision)) },
+        Ok(Written::Done(revision)) => Completed::Wrote { id, done: true, found: Some((record, revision)) },
         Ok(Written::Found(found, at)) => {
             let unreadable = || LeaseRecord { epoch: record.epoch, ..LeaseRecord::default() };
-            Done::Wrote { id, done: false, found: Some((found.unwrap_or_else(unreadable), at)) }
+            Completed::Wrote { id, done: false, found: Some((found.unwrap_or_else(unreadable), at)) }
         }
         Err(error) => {
             debug!(replication = id, "its lease was not written: {error}");
-            Done::Wrote { id, done: false, found: None }
+            Completed::Wrote { id, done: false, found: None }
         }
     }
 }

@@ -98,9 +98,9 @@ pub enum Renewal {
 #[derive(Debug)]
 pub struct Machine {
     settings: Settings,
-    own: Own,
+    own: OwnSession,
     loaded: bool,
-    others: BTreeMap<String, Other>,
+    others: BTreeMap<String, OtherInstance>,
     leases: BTreeMap<String, Lease>,
     /// Best place of each wanted replication among those that count, and those that may take what is free.
     members: Places,
@@ -109,7 +109,7 @@ pub struct Machine {
 
 /// Our own session.
 #[derive(Debug)]
-struct Own {
+struct OwnSession {
     session: String,
     nonce: u64,
     /// The renewal that is under way, and when it was sent.
@@ -128,7 +128,7 @@ struct Own {
 
 /// Another instance.
 #[derive(Debug)]
-struct Other {
+struct OtherInstance {
     /// Its session; `None` when it was removed.
     session: Option<String>,
     ttl: Duration,
@@ -149,7 +149,7 @@ struct Other {
     leaving: bool,
 }
 
-impl Other {
+impl OtherInstance {
     fn is_alive(&self) -> bool {
         self.session.is_some() && self.ended.is_none()
     }
@@ -230,7 +230,7 @@ impl Places {
 impl Machine {
     /// An instance that has seen nothing yet. `session` is random.
     pub fn new(settings: Settings, session: String, now: Instant) -> Self {
-        let own = Own {
+        let own = OwnSession {
             session,
             nonce: 0,
             sent: None,
@@ -285,7 +285,7 @@ impl Machine {
         if instance == self.settings.instance {
             return;
         }
-        let other = self.others.entry(instance.to_owned()).or_insert_with(|| Other {
+        let other = self.others.entry(instance.to_owned()).or_insert_with(|| OtherInstance {
             session: None,
             ttl: Duration::ZERO,
             revision: 0,
@@ -488,7 +488,7 @@ impl Machine {
             self.own.nonce += 1;
             self.own.sent = Some(now);
             self.own.announced = self.own.leaving;
-            let Own { session, nonce, leaving, .. } = &self.own;
+            let OwnSession { session, nonce, leaving, .. } = &self.own;
             actions.push(Action::Renew { session: session.clone(), nonce: *nonce, leaving: *leaving });
         }
         for (instance, other) in &mut self.others {
@@ -636,7 +636,7 @@ impl Machine {
     /// Whether a lease of ours is to go to the instance that it is best placed at.
     fn better_elsewhere(&self, now: Instant, id: &str, lease: &Lease, handed: usize) -> bool {
         let Some(best) = self.members.of(id).filter(|best| *best != self.settings.instance) else { return false };
-        let settled = |other: &Other| other.may_take() && other.was_there(self.settled());
+        let settled = |other: &OtherInstance| other.may_take() && other.was_there(self.settled());
         handed < HANDED_AT_ONCE
             && lease.kept.is_none_or(|until| now >= until)
             && !self.settings.standalone

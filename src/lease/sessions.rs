@@ -12,14 +12,14 @@ pub(super) const GONE_AFTER: Duration = Duration::from_secs(60);
 /// All sessions by instance.
 #[derive(Debug, Clone, Default)]
 pub struct Sessions {
-    pub(super) known: BTreeMap<String, Heard>,
+    pub(super) known: BTreeMap<String, LastHeard>,
     /// Whether all of them have been read once.
     pub(super) loaded: bool,
 }
 
 /// What was heard of one instance.
 #[derive(Debug, Clone)]
-pub(super) struct Heard {
+pub(super) struct LastHeard {
     /// When, on our own clock: nobody else's can be trusted.
     pub(super) at: Instant,
     pub(super) revision: u64,
@@ -27,7 +27,7 @@ pub(super) struct Heard {
     pub(super) record: Option<SessionRecord>,
 }
 
-impl Heard {
+impl LastHeard {
     fn silent(&self) -> Duration {
         boottime::now().saturating_duration_since(self.at)
     }
@@ -36,7 +36,7 @@ impl Heard {
 impl Sessions {
     /// The current entry at the key of an instance.
     pub(super) fn saw(&mut self, instance: String, revision: u64, record: Option<SessionRecord>) {
-        self.known.insert(instance, Heard { at: boottime::now(), revision, record });
+        self.known.insert(instance, LastHeard { at: boottime::now(), revision, record });
     }
 
     /// Those that are there, with the time since they were heard of.
@@ -70,10 +70,10 @@ impl Sessions {
 mod tests {
     use super::*;
 
-    fn heard(instance: &str, seconds: u64) -> (String, Heard) {
+    fn heard(instance: &str, seconds: u64) -> (String, LastHeard) {
         let record = SessionRecord { instance: instance.to_owned(), ttl_ms: 15_000, ..SessionRecord::default() };
         let at = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("a clock that is old enough");
-        (instance.to_owned(), Heard { at, revision: 1, record: Some(record) })
+        (instance.to_owned(), LastHeard { at, revision: 1, record: Some(record) })
     }
 
     #[test]

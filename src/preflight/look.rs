@@ -270,7 +270,7 @@ impl Look {
     /// A copy need not be allowed to ask this: then nothing is known.
     async fn ask_consumers(&mut self, side: &Side) {
         #[derive(Deserialize)]
-        struct List {
+        struct StreamListReply {
             consumers: Option<Vec<ConsumerInfo>>,
         }
         let subject = format!("{}.CONSUMER.LIST.{}", self.api_prefix(), side.stream);
@@ -279,7 +279,8 @@ impl Look {
             return;
         }
         if let Ok(answers) = self.ask(&[(subject, Some("{}".to_owned()))]).await
-            && let Some(list) = answers.first().and_then(Option::as_ref).and_then(|body| decode::<List>(body).ok())
+            && let Some(list) =
+                answers.first().and_then(Option::as_ref).and_then(|body| decode::<StreamListReply>(body).ok())
         {
             self.facts.consumers = Answer::Got(list.consumers.unwrap_or_default());
         }
@@ -337,7 +338,7 @@ impl Look {
     /// Asks which streams listen on subjects.
     pub(super) async fn ask_who_listens(&mut self, subjects: BTreeSet<String>, until: Instant) -> Listeners {
         #[derive(Deserialize)]
-        struct Names {
+        struct StreamNamesReply {
             streams: Option<Vec<String>>,
         }
         if self.facts.stream.got().is_none() {
@@ -350,8 +351,9 @@ impl Look {
         let answers = self.ask(&subjects.iter().map(question).collect::<Vec<_>>()).await;
         match answers {
             Ok(answers) => {
-                let streams =
-                    answers.into_iter().map(|body| decode::<Names>(&body?).ok()?.streams.or(Some(Vec::new())));
+                let streams = answers
+                    .into_iter()
+                    .map(|body| decode::<StreamNamesReply>(&body?).ok()?.streams.or(Some(Vec::new())));
                 match streams.collect::<Option<Vec<_>>>() {
                     Some(streams) => Answer::Got(subjects.into_iter().zip(streams).collect()),
                     None => Answer::Unclear(format!("`{what}` is not answered as it should be")),

@@ -11,19 +11,19 @@ use crate::config::patterns::intersection;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub(super) struct Permissions {
-    publish: Rules,
-    subscribe: Rules,
+    publish: PermissionRules,
+    subscribe: PermissionRules,
 }
 
 /// An empty `allow` allows everything; `deny` wins.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-struct Rules {
+struct PermissionRules {
     allow: Vec<String>,
     deny: Vec<String>,
 }
 
-impl Rules {
+impl PermissionRules {
     fn share(&self, subject: &str) -> Share {
         let allowed = if self.allow.is_empty() { Share::All } else { share(&self.allow, subject) };
         match share(&self.deny, subject) {
@@ -39,7 +39,7 @@ impl Permissions {
     /// Reads the answer of a server.
     pub(super) fn parse(answer: &[u8]) -> Option<Self> {
         #[derive(Deserialize)]
-        struct Answer {
+        struct PermissionAnswer {
             data: User,
         }
         #[derive(Deserialize)]
@@ -47,7 +47,7 @@ impl Permissions {
             #[serde(default)]
             permissions: Option<Permissions>,
         }
-        Some(serde_json::from_slice::<Answer>(answer).ok()?.data.permissions.unwrap_or_default())
+        Some(serde_json::from_slice::<PermissionAnswer>(answer).ok()?.data.permissions.unwrap_or_default())
     }
 
     /// Whether an answer is from the server with this id. Over leafnodes and routes other servers are asked too, and each
@@ -75,7 +75,7 @@ impl Permissions {
         let plain = |list: &[String]| -> Vec<String> {
             list.iter().filter_map(|rule| rule.split(' ').next().map(str::to_owned)).collect()
         };
-        let Rules { allow, deny } = &self.subscribe;
+        let PermissionRules { allow, deny } = &self.subscribe;
         let inbox = &format!("{inbox_prefix}.*.>");
         let allowed = allow.is_empty() || share(&plain(allow), inbox) == Share::All;
         allowed && plain(deny).iter().all(|rule| intersection(rule, inbox).is_none())

@@ -9,13 +9,13 @@ use crate::config::{Replication, Side};
 
 /// A stream somewhere.
 #[derive(Clone, Copy)]
-struct Place<'a> {
+struct StreamPlace<'a> {
     side: &'a Side,
     /// Name of the server; empty if it is not known.
     server: &'a str,
 }
 
-impl Place<'_> {
+impl StreamPlace<'_> {
     fn same_server(&self, other: &Self) -> bool {
         !self.server.is_empty() && self.server == other.server || same_address(&self.side.place, &other.side.place)
     }
@@ -47,11 +47,11 @@ pub(super) fn find(
     flow: &Flow,
     known: &[Known],
 ) -> Option<Vec<String>> {
-    let source = Place { side: &replication.source, server: servers.0 };
-    let target = Place { side: &replication.target, server: servers.1 };
+    let source = StreamPlace { side: &replication.source, server: servers.0 };
+    let target = StreamPlace { side: &replication.target, server: servers.1 };
     // On one server only another account or domain makes it another stream: then login and API prefix tell them apart.
     let accounts = source.same_server(&target);
-    let same = |one: &Place<'_>, other: &Place<'_>| {
+    let same = |one: &StreamPlace<'_>, other: &StreamPlace<'_>| {
         one.side.stream == other.side.stream && one.same_server(other) && (!accounts || one.same_login(other))
     };
     let mut seen = BTreeSet::from([replication.id.as_str()]);
@@ -60,7 +60,7 @@ pub(super) fn find(
         let mut longer = Vec::new();
         for (place, flow, way) in &ways {
             for next in known {
-                let from = Place { side: &next.replication.source, server: &next.source_server };
+                let from = StreamPlace { side: &next.replication.source, server: &next.source_server };
                 if seen.contains(next.replication.id.as_str()) || !same(place, &from) {
                     continue;
                 }
@@ -69,7 +69,7 @@ pub(super) fn find(
                     continue;
                 }
                 seen.insert(&next.replication.id);
-                let to = Place { side: &next.replication.target, server: &next.target_server };
+                let to = StreamPlace { side: &next.replication.target, server: &next.target_server };
                 let mut way = way.clone();
                 way.push(next.replication.id.clone());
                 if same(&to, &source) {
@@ -86,9 +86,9 @@ pub(super) fn find(
 /// The ids of the others that write to the same target stream with the same login. `server` is the name of the server
 /// there.
 pub(super) fn into_same_target(replication: &Replication, server: &str, known: &[Known]) -> Vec<String> {
-    let target = Place { side: &replication.target, server };
+    let target = StreamPlace { side: &replication.target, server };
     let same = |other: &&Known| {
-        let there = Place { side: &other.replication.target, server: &other.target_server };
+        let there = StreamPlace { side: &other.replication.target, server: &other.target_server };
         there.side.stream == target.side.stream && there.same_server(&target) && there.same_login(&target)
     };
     known.iter().filter(same).map(|other| other.replication.id.clone()).collect()

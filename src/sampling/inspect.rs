@@ -18,12 +18,12 @@ const BEGINNING: usize = 96;
 /// Inspects messages as one replication's document says.
 #[derive(Debug, Clone)]
 pub struct Inspector {
-    place: Place,
+    place: SenderPath,
     force: Option<Path>,
 }
 
 #[derive(Debug, Clone)]
-enum Place {
+enum SenderPath {
     Field(Path),
     Header(String),
     /// Counted from 0.
@@ -35,10 +35,10 @@ impl Inspector {
     /// For the messages of one replication.
     pub fn new(sampling: &config::Sampling) -> Self {
         let place = match &sampling.inspect {
-            Inspect::Field(path) => Place::Field(Path::new(path)),
-            Inspect::Header(name) => Place::Header(name.clone()),
-            Inspect::Token(token) => Place::Token(token.saturating_sub(1)),
-            Inspect::Subject => Place::Subject,
+            Inspect::Field(path) => SenderPath::Field(Path::new(path)),
+            Inspect::Header(name) => SenderPath::Header(name.clone()),
+            Inspect::Token(token) => SenderPath::Token(token.saturating_sub(1)),
+            Inspect::Subject => SenderPath::Subject,
         };
         Self { place, force: sampling.force_field.as_deref().map(Path::new) }
     }
@@ -47,12 +47,12 @@ impl Inspector {
     pub fn sender<'a>(&self, message: &Message<'a>) -> Option<Cow<'a, str>> {
         let text = |bytes: &'a [u8]| std::str::from_utf8(bytes).ok().map(Cow::Borrowed);
         let value = match &self.place {
-            Place::Field(path) => path.text(message.payload),
-            Place::Header(name) => {
+            SenderPath::Field(path) => path.text(message.payload),
+            SenderPath::Header(name) => {
                 headers::lines(message.header).find_map(|line| headers::value_of(line, name.as_bytes())).and_then(text)
             }
-            Place::Token(token) => message.subject.split(|byte| *byte == b'.').nth(*token).and_then(text),
-            Place::Subject => text(message.subject),
+            SenderPath::Token(token) => message.subject.split(|byte| *byte == b'.').nth(*token).and_then(text),
+            SenderPath::Subject => text(message.subject),
         };
         let value = value.filter(|value| !value.is_empty() && value.len() <= MAX_VALUE)?;
         Some(shortened(&value).map_or(value, Cow::Owned))

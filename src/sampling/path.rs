@@ -36,9 +36,9 @@ impl Path {
     pub fn text<'a>(&self, json: &'a [u8]) -> Option<Cow<'a, str>> {
         let Some(keys) = &self.keys else { return self.library(json, text_of) };
         match Scan::new(json).find(keys)? {
-            Found::String { raw, escaped: false } => std::str::from_utf8(raw).ok().map(Cow::Borrowed),
-            Found::String { raw, escaped: true } => unescaped(raw).map(Cow::Owned),
-            Found::Other(token) => {
+            PathMatch::String { raw, escaped: false } => std::str::from_utf8(raw).ok().map(Cow::Borrowed),
+            PathMatch::String { raw, escaped: true } => unescaped(raw).map(Cow::Owned),
+            PathMatch::Other(token) => {
                 let token = std::str::from_utf8(token).ok()?;
                 let first = *token.as_bytes().first()?;
                 let known = matches!(token, "true" | "false") || first == b'-' || first.is_ascii_digit();
@@ -50,7 +50,7 @@ impl Path {
     /// Whether the boolean `true` is there.
     pub fn is_true(&self, json: &[u8]) -> bool {
         match &self.keys {
-            Some(keys) => matches!(Scan::new(json).find(keys), Some(Found::Other(b"true"))),
+            Some(keys) => matches!(Scan::new(json).find(keys), Some(PathMatch::Other(b"true"))),
             None => self.library(json, |value| (value.kind() == gjson::Kind::True).then_some(())).is_some(),
         }
     }
@@ -133,7 +133,7 @@ fn pass_string(rest: &mut slice::Iter<'_, u8>) -> Option<()> {
     }
 }
 
-enum Found<'a> {
+enum PathMatch<'a> {
     /// What stands between the quotes.
     String { raw: &'a [u8], escaped: bool },
     /// A number, a word or garbage.
@@ -151,7 +151,7 @@ impl<'a> Scan<'a> {
         Self { json, at: 0 }
     }
 
-    fn find(mut self, keys: &[String]) -> Option<Found<'a>> {
+    fn find(mut self, keys: &[String]) -> Option<PathMatch<'a>> {
         for key in keys {
             match self.next()? {
                 b'{' => self.enter_member(key.as_bytes())?,
@@ -162,10 +162,10 @@ impl<'a> Scan<'a> {
         match self.next()? {
             b'"' => {
                 let (raw, escaped) = self.string()?;
-                Some(Found::String { raw, escaped })
+                Some(PathMatch::String { raw, escaped })
             }
             b'{' | b'[' => None,
-            _ => Some(Found::Other(self.token())),
+            _ => Some(PathMatch::Other(self.token())),
         }
     }
 
@@ -367,7 +367,7 @@ mod tests {
             check(json, "a*", None);
         }
         assert_eq!(Path::new("a").text(b"{\"a\":\"\xff\"}"), None);
-        // Found before what is wrong.
+        // PathMatch before what is wrong.
         check(r#"{"a":"x","b""#, "a", Some("x"));
         let deep = [r#"{"x":"#, &"[".repeat(1 << 20), &"]".repeat(1 << 20), r#","a":"x"}"#].concat();
         let found = |path: &str| Path::new(path).text(deep.as_bytes()).map(Cow::into_owned);

@@ -119,7 +119,7 @@ pub struct Listed<'a> {
 
 /// The rules, in nanoseconds.
 #[derive(Debug, Clone, Copy)]
-struct Rules {
+struct SamplingRules {
     every: i64,
     warn: i64,
     size_trigger: Option<u32>,
@@ -129,7 +129,7 @@ struct Rules {
 }
 
 #[derive(Debug)]
-struct Slot {
+struct SenderSlot {
     name: Arc<str>,
     seen: i64,
     copied: i64,
@@ -164,11 +164,11 @@ struct Sent {
 /// All senders of one replication.
 #[derive(Debug)]
 pub struct Senders {
-    rules: Rules,
+    rules: SamplingRules,
     salt: u64,
     seed: u64,
     table: HashTable<u32>,
-    slots: Vec<Slot>,
+    slots: Vec<SenderSlot>,
     free: Vec<u32>,
     due: BinaryHeap<Reverse<(i64, u32)>>,
     /// In source order.
@@ -212,7 +212,7 @@ impl Senders {
     pub fn new(replication: &str, sampling: &Sampling) -> Self {
         let reliable = sampling.is_reliable();
         Self {
-            rules: Rules::new(sampling),
+            rules: SamplingRules::new(sampling),
             salt: xxh3_64(replication.as_bytes()),
             seed: entropy::random(),
             table: HashTable::new(),
@@ -243,7 +243,7 @@ impl Senders {
 
     /// Follows other rules.
     pub fn adopt(&mut self, sampling: &Sampling) {
-        self.rules = Rules::new(sampling);
+        self.rules = SamplingRules::new(sampling);
         self.outbox.set_reliable(sampling.is_reliable());
         if !self.rules.advises {
             self.outbox.clear();
@@ -550,7 +550,7 @@ impl Senders {
     }
 
     fn insert(&mut self, sender: &str, seen: i64, sequence: u64) -> u32 {
-        let slot = Slot {
+        let slot = SenderSlot {
             name: self.name(sender),
             seen,
             copied: NEVER,
@@ -568,7 +568,7 @@ impl Senders {
         let index = match self.free.pop() {
             Some(index) => {
                 let generation = self.slots[index as usize].generation;
-                self.slots[index as usize] = Slot { generation, ..slot };
+                self.slots[index as usize] = SenderSlot { generation, ..slot };
                 index
             }
             None => {
@@ -756,7 +756,8 @@ impl Senders {
 
     /// All records have been loaded: senders that are not among them are forgotten.
     pub fn end_load(&mut self) {
-        let missing = |(index, slot): (usize, &Slot)| (slot.live && slot.told != self.load).then_some(index as u32);
+        let missing =
+            |(index, slot): (usize, &SenderSlot)| (slot.live && slot.told != self.load).then_some(index as u32);
         let missing: Vec<u32> = self.slots.iter().enumerate().filter_map(missing).collect();
         for index in missing {
             self.drop_slot(index);
@@ -902,7 +903,7 @@ impl Senders {
     }
 }
 
-impl Rules {
+impl SamplingRules {
     fn new(sampling: &Sampling) -> Self {
         let nanos = |duration: Duration| i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX);
         let trigger = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
@@ -1019,7 +1020,7 @@ mod tests {
 
     #[test]
     fn a_slot_is_small() {
-        assert!(size_of::<Slot>() <= 80, "{}", size_of::<Slot>());
+        assert!(size_of::<SenderSlot>() <= 80, "{}", size_of::<SenderSlot>());
     }
 
     #[test]

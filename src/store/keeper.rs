@@ -45,13 +45,13 @@ pub enum Condition {
 #[derive(Debug)]
 pub struct Keeper {
     context: jetstream::Context,
-    kept: Vec<Kept>,
+    kept: Vec<KeptBucket>,
     streams: OwnStreams,
 }
 
 /// One bucket.
 #[derive(Debug)]
-struct Kept {
+struct KeptBucket {
     bucket: Bucket,
     /// As it was last seen, with what identifies the installation.
     config: Config,
@@ -80,7 +80,7 @@ impl Keeper {
             bucket.is_configured(&info.config);
             let markers = (info.config.name == senders).then_some(SenderStore::MARKER_TTL);
             let config = info.config;
-            Kept {
+            KeptBucket {
                 bucket,
                 config,
                 created_ns,
@@ -116,7 +116,7 @@ impl Keeper {
     }
 }
 
-impl Kept {
+impl KeptBucket {
     /// Whether the bucket was recreated just now, by us; an error if it cannot be used.
     async fn look(&mut self, context: &jetstream::Context, streams: &OwnStreams) -> Result<bool, String> {
         let result = self.check(context, streams).await;

@@ -112,11 +112,11 @@ struct Watch {
     /// The consumer that is to be replaced, and since when; `None` where everything has to be read.
     lost: Option<(Live, Instant)>,
     /// The entry that was delivered last for each key that has a value.
-    told: HashMap<String, Told>,
+    told: HashMap<String, Delivered>,
     /// Newest revision of all keys that was seen.
     seen: u64,
     /// The stream at the last check.
-    looked: Option<Look>,
+    looked: Option<StreamCheck>,
     next_look: Instant,
     /// Read and not yet delivered.
     queue: VecDeque<Result<Change, Error>>,
@@ -132,7 +132,7 @@ struct Watch {
 }
 
 /// The last value of a key.
-struct Told {
+struct Delivered {
     revision: u64,
     value: Bytes,
 }
@@ -171,7 +171,7 @@ impl Watch {
                     self.next_look = Instant::now() + LOOK;
                     // while the server does not answer there is nothing to compare with
                     let Ok(info) = self.info().await else { continue };
-                    let look = Look::new(&info);
+                    let look = StreamCheck::new(&info);
                     if look.behind(self.looked, self.seen) {
                         // Compared again by who reads everything: whether it is another stream.
                         return None;
@@ -205,7 +205,7 @@ impl Watch {
     /// started.
     async fn resume(&mut self, mut live: Live, since: Instant) -> Result<(), Error> {
         let resumed = async {
-            let look = Look::new(&self.info().await?);
+            let look = StreamCheck::new(&self.info().await?);
             let same = !look.is_another(self.looked, self.seen);
             if same {
                 live.resume(self.seen).await?;
@@ -244,7 +244,7 @@ impl Watch {
         snapshot.sort_by_key(|(key, ..)| !(self.first)(key));
         let there: HashSet<_> = snapshot.iter().map(|(key, ..)| key).collect();
         let gone: Vec<_> = self.told.keys().filter(|key| !there.contains(key)).cloned().collect();
-        if Look::new(&before).is_another(self.looked, self.seen) {
+        if StreamCheck::new(&before).is_another(self.looked, self.seen) {
             self.seen = 0;
             self.told.values_mut().for_each(|told| told.revision = 0);
             self.queue.push_back(Ok(Change::Anew));
@@ -258,7 +258,7 @@ impl Watch {
             // no marker, so the revision is not known exactly: it was gone by the time of this one
             self.tell(key, Stored { revision: self.seen, value: None }, Duration::ZERO, known);
         }
-        self.looked = Some(Look::new(&before));
+        self.looked = Some(StreamCheck::new(&before));
         self.recreation = recreation(&before).cloned();
         self.live = Some(live);
         Ok(())
@@ -270,7 +270,7 @@ impl Watch {
     async fn put_back(&self, info: &stream::Info) -> Result<bool, Error> {
         let recreation = recreation(info);
         let news = recreation.is_some() && recreation != self.recreation.as_ref();
-        if self.looked.is_none() || !news || !Look::new(info).is_another(self.looked, self.seen) {
+        if self.looked.is_none() || !news || !StreamCheck::new(info).is_another(self.looked, self.seen) {
             return Ok(false);
         }
         let known: Vec<_> = self.told.iter().map(|(key, told)| (key.clone(), told.value.clone())).collect();
@@ -311,7 +311,7 @@ impl Watch {
         match stored.value {
             Some(_) if self.told.get(&key).is_some_and(|told| told.revision == revision) => {}
             Some(value) => {
-                self.told.insert(key.clone(), Told { revision, value: value.clone() });
+                self.told.insert(key.clone(), Delivered { revision, value: value.clone() });
                 self.queue.push_back(Ok(Change::Put { key, revision, value, age }));
             }
             None if self.told.remove(&key).is_some() || news => {
@@ -352,13 +352,13 @@ fn read(bucket: &Bucket, delivery: Delivery, message: &Message) -> Option<(Strin
 
 /// Result of a check of the stream.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Look {
+struct StreamCheck {
     created_ns: i128,
     last: u64,
     messages: u64,
 }
 
-impl Look {
+impl StreamCheck {
     fn new(info: &stream::Info) -> Self {
         Self {
             created_ns: info.created.unix_timestamp_nanos(),
@@ -389,8 +389,8 @@ mod tests {
 
     #[test]
     fn a_watch_that_missed_something_is_found_out() {
-        let look = |created_ns: i128, last: u64, messages: u64| Look { created_ns, last, messages };
-        let check = |before: Look, now: Look, seen: u64, expect: bool| {
+        let look = |created_ns: i128, last: u64, messages: u64| StreamCheck { created_ns, last, messages };
+        let check = |before: StreamCheck, now: StreamCheck, seen: u64, expect: bool| {
             assert_eq!(now.behind(Some(before), seen), expect, "{before:?} {now:?} {seen}");
         };
         check(look(1, 5, 3), look(1, 5, 3), 5, false);

@@ -32,7 +32,7 @@ use crate::{
     copy::{self, Error, ErrorKind, Escalation, Job, Ledger},
     election::{Campaign, Election, Leadership, lost, won},
     events::{Event, Step},
-    lease::{Seat, Tenure},
+    lease::{Candidacy, Grant},
     status::{CopyStatus, Row, State},
     store::{Claim, ClaimError, MarkKind, PositionRecord, SaveError, Trouble, WriteError},
 };
@@ -89,7 +89,7 @@ pub(super) struct Life {
     context: Context,
     planner: Planner,
     marks: watch::Receiver<Marks>,
-    seat: Seat,
+    seat: Candidacy,
     stop: CancellationToken,
     refusals: Refusals,
     /// The senders, where it is sampled, as long as another instance leads.
@@ -121,7 +121,7 @@ impl Life {
         context: Context,
         planner: Planner,
         marks: watch::Receiver<Marks>,
-        seat: Seat,
+        seat: Candidacy,
         stop: CancellationToken,
     ) -> Self {
         Self { context, planner, marks, seat, stop, refusals: Refusals::default(), roll: None }
@@ -147,7 +147,7 @@ impl Life {
     }
 
     /// Waits for the lease, and shows meanwhile whether the document could run.
-    async fn stand_by(&mut self) -> Tenure {
+    async fn stand_by(&mut self) -> Grant {
         let Self { context, planner, seat, roll, .. } = self;
         let mut granted = pin!(seat.granted());
         let mut newest = false;
@@ -183,7 +183,7 @@ impl Life {
     }
 
     /// Runs what is to run for as long as the lease is ours; says how long to leave it alone then.
-    async fn reign(&mut self, tenure: &Tenure) -> Duration {
+    async fn reign(&mut self, tenure: &Grant) -> Duration {
         let stop = self.stop.child_token();
         let Self { context, planner, marks, refusals, roll, .. } = self;
         context.board.set_leads(true);

@@ -17,7 +17,7 @@ use serde_json::json;
 use stream_replicator::{
     config::{self, Replication},
     copy::{self, At, Budget, ErrorKind, Job, Ledger, Located, locate},
-    lease::{self, Identity, Seat},
+    lease::{self, Candidacy, Identity},
     status::{CopyStatus, Row, State},
     store::{ClaimError, LeaseStore, OwnStreams, PositionStore},
 };
@@ -150,7 +150,7 @@ impl Scene {
     }
 
     /// Runs the replication whenever the lease is ours, until the stop.
-    async fn life(&self, me: &Me, mut seat: Seat, stop: &CancellationToken) {
+    async fn life(&self, me: &Me, mut seat: Candidacy, stop: &CancellationToken) {
         loop {
             let tenure = tokio::select! {
                 biased;

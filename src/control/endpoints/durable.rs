@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
 
-use super::{Context, position::runnable};
+use super::{RequestContext, position::runnable};
 use crate::{
     config::Replication,
     copy::durable::{self, Durable, Owner},
@@ -24,7 +24,7 @@ pub(super) struct Leaving {
 
 impl Leaving {
     /// Before its document is gone.
-    pub(super) async fn of(context: &Context, id: &str) -> Self {
+    pub(super) async fn of(context: &RequestContext, id: &str) -> Self {
         let end = Instant::now() + WITHIN;
         let replication = match context.existing(id).await {
             Ok(entry) => runnable(context, entry).await.ok(),
@@ -35,7 +35,7 @@ impl Leaving {
 
     /// Deletes the consumer that we made, if the position record says that there may be one. What cannot be deleted
     /// in time stays, and the log says so: the answer does not wait for a source that is away.
-    pub(super) async fn remove_durable(self, context: &Context, id: &str) {
+    pub(super) async fn remove_durable(self, context: &RequestContext, id: &str) {
         let Ok((record, _)) = context.positions.read(id).await else { return };
         let Some(replication) = self.replication.filter(|_| record.durable) else { return };
         let installation = record.installation.as_ref().unwrap_or(&context.installation);

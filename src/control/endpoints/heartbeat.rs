@@ -10,7 +10,7 @@ use super::{
         api::{Failure, HeartbeatsChanged, HeartbeatsShown, RejectedHeartbeats},
         service::Request,
     },
-    Context, UNMASK_TRIES, check_size, expected_revision, in_time, refused,
+    RequestContext, UNMASK_TRIES, check_size, expected_revision, in_time, refused,
 };
 use crate::{
     config::{self, Json, Problem, Problems},
@@ -22,7 +22,7 @@ use crate::{
 /// How long a question waits until what was just stored is considered.
 const CONSIDER: Duration = Duration::from_millis(100);
 
-pub(super) async fn heartbeat_get(context: &Context, _: Request) -> Result<HeartbeatsShown, Failure> {
+pub(super) async fn heartbeat_get(context: &RequestContext, _: Request) -> Result<HeartbeatsShown, Failure> {
     let newest = context.documents.heartbeats().await;
     let _ = timeout(CONSIDER, context.heartbeats.considered(newest)).await;
     let view = context.heartbeats.view();
@@ -35,7 +35,7 @@ pub(super) async fn heartbeat_get(context: &Context, _: Request) -> Result<Heart
     Ok(HeartbeatsShown { origin: view.origin, revision: view.revision, config, rejected })
 }
 
-pub(super) async fn heartbeat_set(context: &Context, request: Request) -> Result<HeartbeatsChanged, Failure> {
+pub(super) async fn heartbeat_set(context: &RequestContext, request: Request) -> Result<HeartbeatsChanged, Failure> {
     in_time(&request)?;
     let expected = expected_revision(&request)?;
     let body = &request.body;
@@ -44,7 +44,7 @@ pub(super) async fn heartbeat_set(context: &Context, request: Request) -> Result
     }
     for _ in 0..UNMASK_TRIES {
         let (heartbeats, found) = read(context, body).await?;
-        let Some(Checked { value, unmasked }) = heartbeats else {
+        let Some(CheckedHeartbeats { value, unmasked }) = heartbeats else {
             return changed(context.config.delete(HEARTBEATS_KEY, expected).await, "removed");
         };
         if let Some(revision) = found.filter(|found| expected.is_none_or(|expected| expected == *found)) {
@@ -60,7 +60,7 @@ pub(super) async fn heartbeat_set(context: &Context, request: Request) -> Result
 }
 
 /// Valid heartbeats.
-struct Checked {
+struct CheckedHeartbeats {
     /// What is to be stored.
     value: Bytes,
     /// The stored revision that its secrets are from: writing it is only right while that one is stored.
@@ -68,7 +68,7 @@ struct Checked {
 }
 
 /// Reads heartbeats, `None` for none at all, and compares them with what is stored: the revision if that is equal.
-async fn read(context: &Context, body: &Bytes) -> Result<(Option<Checked>, Option<u64>), Failure> {
+async fn read(context: &RequestContext, body: &Bytes) -> Result<(Option<CheckedHeartbeats>, Option<u64>), Failure> {
     let Json { value: mut document, problems: mut twice } = Json::read(body).map_err(refused)?;
     let stored = context.config.get(HEARTBEATS_KEY).await.map_err(unavailable)?;
     let revision = stored.as_ref().map(|entry| entry.revision);
@@ -89,14 +89,14 @@ async fn read(context: &Context, body: &Bytes) -> Result<(Option<Checked>, Optio
     let equal = revision.filter(|_| before.as_ref() == Some(&document));
     let value = if unmasked { Bytes::from(document.to_string()) } else { body.clone() };
     check_size(&value)?;
-    Ok((Some(Checked { value, unmasked: revision.filter(|_| unmasked) }), equal))
+    Ok((Some(CheckedHeartbeats { value, unmasked: revision.filter(|_| unmasked) }), equal))
 }
 
 /// Puts stored secrets in the place of `***`: those of what lies in the bucket, or else, where that cannot run, those of
 /// what runs from there. Says whether there were any, and what is wrong with them. Where nothing is stored, nothing of what
 /// was stored before comes back.
 fn unmask(
-    context: &Context,
+    context: &RequestContext,
     fields: &mut Map<String, Value>,
     is_stored: bool,
     before: Option<&Value>,

@@ -1,6 +1,6 @@
 //! `instances`: who is there and what each runs, from memory.
 
-use super::{Context, Page, options, page};
+use super::{Page, RequestContext, options, page};
 use crate::{
     control::{
         api::{Failure, InstanceRow, Instances, InstancesRequest},
@@ -12,7 +12,7 @@ use crate::{
 /// Ids shown of one instance.
 const SHOWN: usize = 1_000;
 
-pub(super) async fn instances(context: &Context, request: Request) -> Result<Instances, Failure> {
+pub(super) async fn instances(context: &RequestContext, request: Request) -> Result<Instances, Failure> {
     let InstancesRequest { offset, limit } = options(&request.body)?;
     // A row is never so large that a page could hold none.
     let most = context.room() / 4;

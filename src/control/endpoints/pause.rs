@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tokio::time::{Instant, timeout_at};
 use tracing::info;
 
-use super::{Context, in_time, named, reply, written};
+use super::{RequestContext, in_time, named, reply, written};
 use crate::{
     control::{
         api::{Changed, Failure, NamedRequest},
@@ -18,7 +18,7 @@ use crate::{
 /// How long the answer to a pause waits for the copy to stop. It stops in any case.
 const STOPS_WITHIN: Duration = Duration::from_millis(2_200);
 
-pub(super) async fn pause(context: &Context, request: Request) -> Result<Changed, Failure> {
+pub(super) async fn pause(context: &RequestContext, request: Request) -> Result<Changed, Failure> {
     let end = Instant::now() + STOPS_WITHIN;
     in_time(&request)?;
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
@@ -39,7 +39,7 @@ pub(super) async fn pause(context: &Context, request: Request) -> Result<Changed
     }
 }
 
-pub(super) async fn resume(context: &Context, request: Request) -> Result<Changed, Failure> {
+pub(super) async fn resume(context: &RequestContext, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
     context.existing(&replication).await?;

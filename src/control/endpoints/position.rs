@@ -6,7 +6,7 @@ use nats_lane::parse_duration;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::info;
 
-use super::{Context, in_time, named};
+use super::{RequestContext, in_time, named};
 use crate::{
     config::Replication,
     control::{
@@ -24,7 +24,7 @@ const WITHIN: Duration = Duration::from_millis(2_100);
 /// Of it, how long to wait for the end of a copy that was just paused.
 const STOPS_WITHIN: Duration = Duration::from_millis(700);
 
-pub(super) async fn position(context: &Context, request: Request) -> Result<Moved, Failure> {
+pub(super) async fn position(context: &RequestContext, request: Request) -> Result<Moved, Failure> {
     let end = Instant::now() + WITHIN;
     in_time(&request)?;
     let PositionRequest { replication: id, source_seq, time, ago, dry_run } =
@@ -71,7 +71,7 @@ pub(super) async fn position(context: &Context, request: Request) -> Result<Move
 
 /// Saves a moved position. What a paused replication reports of its source meanwhile does not stand in the way.
 async fn save_moved(
-    context: &Context,
+    context: &RequestContext,
     id: &str,
     before: &PositionRecord,
     mut revision: u64,
@@ -106,7 +106,7 @@ fn stopping(id: &str) -> Failure {
 }
 
 /// An error unless the replication is paused and has stopped.
-async fn rests(context: &Context, id: &str) -> Result<(), Failure> {
+async fn rests(context: &RequestContext, id: &str) -> Result<(), Failure> {
     let marked = context.config.marked(id, MarkKind::Paused).await.map_err(unavailable)?;
     let Some((revision, _)) = marked else {
         return Err(Failure::new(409, format!("replication `{id}` is not paused; pause it first")));
@@ -115,7 +115,7 @@ async fn rests(context: &Context, id: &str) -> Result<(), Failure> {
 }
 
 /// The newest document that can run.
-pub(super) async fn runnable(context: &Context, entry: ConfigEntry) -> Result<Replication, Failure> {
+pub(super) async fn runnable(context: &RequestContext, entry: ConfigEntry) -> Result<Replication, Failure> {
     let parse = |entry: &ConfigEntry| {
         context.rules.parse(&entry.value, &context.site).ok().filter(|replication| replication.id == entry.key)
     };
@@ -127,7 +127,12 @@ pub(super) async fn runnable(context: &Context, entry: ConfigEntry) -> Result<Re
     older.iter().find_map(parse).ok_or_else(none)
 }
 
-async fn at_source(context: &Context, replication: &Replication, at: At, end: Instant) -> Result<Place, Failure> {
+async fn at_source(
+    context: &RequestContext,
+    replication: &Replication,
+    at: At,
+    end: Instant,
+) -> Result<Place, Failure> {
     let stream = &replication.source.stream;
     let consumers = consumer_prefix(&context.site, &context.installation, &replication.id);
     match timeout_at(end, locate(&context.rules, replication, &consumers, at)).await {

@@ -7,7 +7,7 @@ use chrono::TimeDelta;
 use tokio::time::timeout;
 use tracing::info;
 
-use super::{Context, in_time, named, reply, written};
+use super::{RequestContext, in_time, named, reply, written};
 use crate::{
     control::{
         api::{Changed, Failure, NamedRequest, SkipRequest, Skipped},
@@ -22,7 +22,7 @@ const TRY_WITHIN: Duration = Duration::from_millis(1_500);
 /// ... and after an error at most so old it may be one.
 const TRY_AFTER: TimeDelta = TimeDelta::seconds(30);
 
-pub(super) async fn retry(context: &Context, request: Request) -> Result<Changed, Failure> {
+pub(super) async fn retry(context: &RequestContext, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
     waiting(context, &replication, "held or retrying", |state| matches!(state, State::Held | State::Retrying)).await?;
@@ -35,7 +35,7 @@ pub(super) async fn retry(context: &Context, request: Request) -> Result<Changed
     Ok(Changed { replication, revision })
 }
 
-pub(super) async fn skip(context: &Context, request: Request) -> Result<Skipped, Failure> {
+pub(super) async fn skip(context: &RequestContext, request: Request) -> Result<Skipped, Failure> {
     in_time(&request)?;
     let SkipRequest { replication, source_seq } =
         named(&request.body, |replication| SkipRequest { replication, source_seq: None })?;
@@ -59,13 +59,13 @@ fn message_that_holds(row: &Row) -> Option<SourceMessage> {
     Some(SourceMessage { seq: error.source_seq?, time_ns: error.source_time_ns? })
 }
 
-async fn release(context: &Context, id: &str, skip: Option<SourceMessage>) -> Result<u64, Failure> {
+async fn release(context: &RequestContext, id: &str, skip: Option<SourceMessage>) -> Result<u64, Failure> {
     let mark = Bytes::from(reply(&ReleaseMark::now(skip))?);
     written(id, context.config.mark(id, MarkKind::Release, mark).await)
 }
 
 /// The row of a replication that waits for somebody to act; an error if it does not.
-async fn waiting(context: &Context, id: &str, what: &str, waits: fn(State) -> bool) -> Result<Row, Failure> {
+async fn waiting(context: &RequestContext, id: &str, what: &str, waits: fn(State) -> bool) -> Result<Row, Failure> {
     context.existing(id).await?;
     let starting = || Failure::new(409, format!("replication `{id}` is not {what}: it is about to start"));
     let (mut row, source_time) = context.supervisor.row_and_time(id).ok_or_else(starting)?;

@@ -7,7 +7,7 @@ use nats_lane::parse_duration;
 use regex::{Regex, RegexBuilder};
 use tokio::{task::spawn_blocking, time::sleep};
 
-use super::{Context, DEFAULT_LIMIT, Page, named, not_found, page};
+use super::{DEFAULT_LIMIT, Page, RequestContext, named, not_found, page};
 use crate::{
     control::{
         api::{Failure, SenderRow, Senders, SendersRequest},
@@ -33,7 +33,7 @@ struct Wanted {
     advised: Option<bool>,
 }
 
-pub(super) async fn senders(context: &Context, request: Request) -> Result<Senders, Failure> {
+pub(super) async fn senders(context: &RequestContext, request: Request) -> Result<Senders, Failure> {
     let request = named(&request.body, |replication| SendersRequest { replication, ..SendersRequest::default() })?;
     let SendersRequest { replication, value, since, advised, offset, limit } = request;
     super::check_id(&replication)?;

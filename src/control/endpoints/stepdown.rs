@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 use tracing::info;
 
-use super::{Context, in_time, named};
+use super::{RequestContext, in_time, named};
 use crate::control::{
     api::{Failure, NamedRequest, SteppedDown},
     service::Request,
@@ -14,7 +14,7 @@ use crate::control::{
 /// How long the answer waits for another leader. There will be one in any case.
 const HANDED_WITHIN: Duration = Duration::from_millis(2_000);
 
-pub(super) async fn stepdown(context: &Context, request: Request) -> Result<SteppedDown, Failure> {
+pub(super) async fn stepdown(context: &RequestContext, request: Request) -> Result<SteppedDown, Failure> {
     in_time(&request)?;
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
     context.existing(&replication).await?;

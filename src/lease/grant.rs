@@ -1,4 +1,4 @@
-//! The right to run one replication, as the one who runs it has it: it ends with a signal, or by the clock.
+//! The right to run one replication: it ends with a signal, or by the clock.
 
 use std::{
     future::{Future, poll_fn},
@@ -18,13 +18,13 @@ use crate::boottime;
 
 /// Until when the leases of this process hold, by its own clock; cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Term {
+pub struct Validity {
     begin: Instant,
-    /// Nanoseconds behind `begin`.
+    /// Nanoseconds after `begin`.
     until: Arc<AtomicU64>,
 }
 
-impl Term {
+impl Validity {
     /// One that is over.
     pub(super) fn new(now: Instant) -> Self {
         Self { begin: now, until: Arc::new(AtomicU64::new(0)) }
@@ -48,17 +48,17 @@ impl Term {
 
 /// The right to run one replication, from a grant to its end.
 #[derive(Debug, Clone)]
-pub struct Tenure {
+pub struct Grant {
     /// Greater than that of every holder before.
     pub epoch: u64,
-    term: Term,
+    term: Validity,
     signals: Arc<Signals>,
 }
 
 /// The state for its holder; read whenever the work is polled, so it is cheap.
 #[derive(Debug, Default)]
 struct Signals {
-    /// Somebody else gets it.
+    /// Another instance gets it.
     yields: AtomicBool,
     /// It is lost.
     lost: AtomicBool,
@@ -66,8 +66,8 @@ struct Signals {
     waker: AtomicWaker,
 }
 
-impl Tenure {
-    pub(super) fn new(epoch: u64, term: Term) -> Self {
+impl Grant {
+    pub(super) fn new(epoch: u64, term: Validity) -> Self {
         Self { epoch, term, signals: Arc::default() }
     }
 
@@ -116,15 +116,15 @@ mod tests {
 
     use super::*;
 
-    async fn tenure(seconds: u64) -> Tenure {
-        let term = Term::new(Instant::now());
+    async fn grant(seconds: u64) -> Grant {
+        let term = Validity::new(Instant::now());
         term.set(Some(Instant::now() + Duration::from_secs(seconds)));
-        Tenure::new(1, term)
+        Grant::new(1, term)
     }
 
     #[tokio::test(start_paused = true)]
     async fn work_that_was_frozen_beyond_the_term_is_not_touched_again() {
-        let tenure = tenure(2).await;
+        let grant = grant(2).await;
         let mut done = false;
         let work = async {
             sleep(Duration::from_secs(1)).await;
@@ -132,7 +132,7 @@ mod tests {
         };
         {
             let stop = CancellationToken::new();
-            let mut held = pin!(tenure.hold(&stop, Box::pin(work)));
+            let mut held = pin!(grant.hold(&stop, Box::pin(work)));
             assert!(futures_util::poll!(held.as_mut()).is_pending());
             // Both the work and the end of the term are ready now.
             advance(Duration::from_secs(5)).await;
@@ -142,8 +142,8 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn work_whose_host_was_suspended_beyond_the_term_is_not_touched_again() {
-        let tenure = tenure(10).await;
+    async fn work_of_a_suspended_host_is_not_touched_after_the_term() {
+        let grant = grant(10).await;
         let mut touched = 0;
         let work = std::future::poll_fn(|_| {
             touched += 1;
@@ -151,7 +151,7 @@ mod tests {
         });
         {
             let stop = CancellationToken::new();
-            let mut held = pin!(tenure.hold(&stop, work));
+            let mut held = pin!(grant.hold(&stop, work));
             assert!(futures_util::poll!(held.as_mut()).is_pending());
             boottime::pretend_suspended(Duration::from_secs(60));
             assert_eq!(held.await, None);
@@ -161,26 +161,26 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_revocation_ends_the_work_at_once_and_a_term_is_prolonged() {
-        let tenure = tenure(2).await;
-        tenure.term.set(Some(Instant::now() + Duration::from_secs(10)));
+        let grant = grant(2).await;
+        grant.term.set(Some(Instant::now() + Duration::from_secs(10)));
         let revoke = async {
             sleep(Duration::from_secs(5)).await;
-            tenure.revoke("lost".to_owned());
+            grant.revoke("lost".to_owned());
             pending::<()>().await;
         };
         let stop = CancellationToken::new();
-        let held = tenure.hold(&stop, pending::<()>());
+        let held = grant.hold(&stop, pending::<()>());
         let begun = Instant::now();
         tokio::select! {
             result = held => assert_eq!(result, None),
             () = revoke => {}
         }
-        assert_eq!((begun.elapsed(), tenure.why_lost()), (Duration::from_secs(5), "lost"));
+        assert_eq!((begun.elapsed(), grant.why_lost()), (Duration::from_secs(5), "lost"));
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_is_asked_back_ends_in_order() {
-        let tenure = tenure(60).await;
+        let grant = grant(60).await;
         let stop = CancellationToken::new();
         let work = Box::pin(async {
             stop.cancelled().await;
@@ -189,8 +189,8 @@ mod tests {
         });
         let ask = async {
             sleep(Duration::from_secs(5)).await;
-            tenure.ask_back();
+            grant.ask_back();
         };
-        assert_eq!(tokio::join!(tenure.hold(&stop, work), ask).0, Some("settled"));
+        assert_eq!(tokio::join!(grant.hold(&stop, work), ask).0, Some("settled"));
     }
 }
