@@ -5,6 +5,7 @@
 
 mod advisories;
 mod appetite;
+mod batches;
 pub(crate) mod bridge;
 mod budget;
 pub(crate) mod clock;
@@ -15,6 +16,7 @@ mod drops;
 pub(crate) mod duplicates;
 pub(crate) mod durable;
 mod feed;
+mod frame;
 mod gap;
 mod glance;
 mod headroom;
@@ -25,10 +27,12 @@ mod line;
 mod locate;
 pub(crate) mod mark;
 mod objects;
+mod pipelined;
 mod probe;
 mod progress;
 pub(crate) mod provenance;
 mod reader;
+mod refusal;
 mod reject;
 mod renewal;
 mod resume;
@@ -39,6 +43,7 @@ mod source_end;
 mod stray;
 pub(crate) mod subjects;
 pub(crate) mod target;
+mod target_end;
 pub(crate) mod target_limits;
 mod target_watch;
 mod throttle;
@@ -127,7 +132,7 @@ pub struct Error {
     /// The longest protocol line that the target did not confirm, where it ended the connection.
     unconfirmed_line: Option<usize>,
     /// Messages that the server refused for good.
-    refused: Vec<reject::Refusal>,
+    refused: Vec<refusal::Refusal>,
     /// Source sequence of a message for which no stream answered, or another one.
     unheard: Option<u64>,
     /// Whether the target's last sequence was not what was expected.

@@ -15,7 +15,7 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Duration, Instant};
 use tracing::{info, warn};
 
-use super::{Job, line, transform::push, writer::hpub};
+use super::{Job, frame::hpub, line, transform::push};
 use crate::{
     backoff::Backoff,
     chance,

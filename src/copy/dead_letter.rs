@@ -8,11 +8,11 @@ use tokio::time::{Duration, Instant};
 
 use super::{
     Error as RunError, ErrorKind as RunErrorKind,
+    frame::{MAX_HEADER, MessageId, hpub},
     provenance::{Origin, Tag},
     reader::Incoming,
     transform::{self, push},
     window::SourcePoint,
-    writer::{MAX_HEADER, MessageId, hpub},
 };
 use crate::{
     names,

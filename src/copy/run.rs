@@ -28,6 +28,7 @@ use super::{
     progress::{Ledger, Sampled, Witnesses},
     provenance::Tag,
     reader::{Incoming, Lost, Reader},
+    refusal::TOO_LARGE,
     reject::{Refused, Rejects},
     renewal::Renewal,
     resume::{self, Already, Known, Resume, Sides, is_consumed, is_plain},
@@ -41,7 +42,7 @@ use super::{
     unsaved::{Copied, News},
     watchdog::{Action, Consumer, Seen, Tell, Watchdog},
     window::{SourcePoint, Window},
-    writer::{Supply, TOO_LARGE, Writer},
+    writer::{Supply, Writer},
 };
 use crate::{
     chance,
@@ -1263,7 +1264,7 @@ impl<'a> Run<'a> {
             sampler.tell(status, Instant::now());
         }
         copy.counters.headers_removed += std::mem::take(&mut self.writer.headers_removed);
-        copy.counters.refused += std::mem::take(&mut self.writer.refused);
+        copy.counters.refused += self.writer.take_refused();
         if messages == 0 || position.seq > self.from {
             self.state = State::Running;
         }

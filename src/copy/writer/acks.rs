@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    copy::{resume::Already, run::target_limit},
+    copy::{resume::Already, run::target_limit, transform},
     nats::{
         jetstream::Delivery,
         pipe::{self, Pipe},
@@ -53,9 +53,9 @@ impl Bench {
     /// The target says this about a message: of the open batch, or that which was sent by itself.
     fn says(&mut self, number: u64, payload: &str) -> Result<(), RunError> {
         let inbox = &self.writer.inbox;
-        let subject = match &self.writer.mode {
-            Mode::FastIngest { batch, .. } => format!("{inbox}.{}.500.fail.{number}.1.$FI", batch.as_ref().unwrap().id),
-            Mode::Pipelined { .. } => format!("{inbox}.{number}"),
+        let subject = match &self.writer.sink {
+            Sink::Batches(batches) => format!("{inbox}.{}.500.fail.{number}.1.$FI", batches.open_id().unwrap()),
+            Sink::Pipelined(_) => format!("{inbox}.{number}"),
         };
         let (sid, payload) = (self.writer.sid, payload.as_bytes());
         let message = Message { sid, subject: subject.as_bytes(), reply: b"", header: b"", payload };
