@@ -158,18 +158,7 @@ impl Durable {
             )));
         }
         if source.text("retention") != "workqueue" {
-            let mut config = json!({
-                "name": keeper(&self.name),
-                "durable_name": keeper(&self.name),
-                "description": format!("keeps messages while `{}` is recreated", self.name),
-                "ack_policy": "explicit",
-                "max_ack_pending": 1,
-                "inactive_threshold": KEEPER.as_nanos() as u64,
-                "metadata": { MARK: replication.id },
-            });
-            begin_behind(&mut config, position);
-            take_subjects(&mut config, replication);
-            Api::new(lane).create_consumer(stream, &keeper(&self.name), &config).await?;
+            self.keep_messages(lane, replication, position).await?;
         }
         warn!(
             replication = replication.id,
@@ -180,6 +169,28 @@ impl Durable {
             "the durable consumer is ahead of its stream, which lost its end: recreating it"
         );
         Api::new(lane).delete_consumer(stream, &self.name).await
+    }
+
+    /// Has a second consumer want what the stream has after `position`. An earlier try may have left one: no server changes
+    /// where a consumer begins, and one that begins earlier keeps as much.
+    async fn keep_messages(&self, lane: &mut Lane, replication: &Replication, position: u64) -> Result<(), Error> {
+        let (stream, name) = (&replication.source.stream, keeper(&self.name));
+        let there = Api::new(lane).consumer_info(stream, &name).await?;
+        if there.is_some_and(|there| there.config["opt_start_seq"].as_u64().is_none_or(|from| from <= position + 1)) {
+            return Ok(());
+        }
+        let mut config = json!({
+            "name": name,
+            "durable_name": name,
+            "description": format!("keeps messages while `{}` is recreated", self.name),
+            "ack_policy": "explicit",
+            "max_ack_pending": 1,
+            "inactive_threshold": KEEPER.as_nanos() as u64,
+            "metadata": { MARK: replication.id },
+        });
+        begin_behind(&mut config, position);
+        take_subjects(&mut config, replication);
+        Api::new(lane).create_consumer(stream, &name, &config).await.map(|_| ())
     }
 
     /// Takes the consumer that was found, or makes one that begins behind `position`. One that pushes delivers to
@@ -465,6 +476,47 @@ mod tests {
         let config = json!({"name": "S", "retention": retention, "metadata": {"_nats.level": level}});
         let state = json!({"messages": messages, "bytes": bytes, "first_seq": 10, "last_seq": 10 + messages});
         serde_json::from_value(json!({"config": config, "state": state})).unwrap()
+    }
+
+    /// What is asked for until a consumer that is ahead of its stream is deleted, where an earlier try left this keeper.
+    async fn given_up(keeper: Option<u64>) -> Vec<String> {
+        let (mut lane, mut server) = crate::nats::pipe::lane().await;
+        let (replication, source) = (replication(json!({})), stream("interest", "1", 5, 50));
+        let info = json!({"config": {"metadata": {MARK: "S.x"}}, "delivered": {"stream_seq": 20}});
+        let info = serde_json::from_value(info).unwrap();
+        let durable = Durable { name: "SR_x".to_owned(), way: Way::Explicit, info };
+        let give_up = durable.give_up(&mut lane, &replication, &source, 12);
+        let mut asked = Vec::new();
+        let answer = async {
+            loop {
+                let question = server.asked().await;
+                let subject = question.subject.strip_prefix("$JS.API.CONSUMER.").unwrap_or_default().to_owned();
+                let reply = match (subject.as_str(), keeper) {
+                    ("INFO.S.SR_x_keep", Some(from)) => json!({"config": {"opt_start_seq": from}}),
+                    ("INFO.S.SR_x_keep", None) => json!({"error": {"code": 404, "err_code": 10014}}),
+                    ("CREATE.S.SR_x_keep", Some(_)) => json!({"error": {"code": 500, "err_code": 10012,
+                        "description": "start sequence can not be updated"}}),
+                    ("CREATE.S.SR_x_keep", None) => json!({"config": {}}),
+                    _ => json!({"success": true}),
+                };
+                server.answer(&question, &reply.to_string()).await;
+                asked.push(subject);
+            }
+        };
+        tokio::select! {
+            given_up = give_up => given_up.unwrap(),
+            () = answer => unreachable!(),
+        }
+        asked
+    }
+
+    #[tokio::test]
+    async fn what_an_earlier_try_left_keeps_the_messages() {
+        let (info, delete) = ("INFO.S.SR_x_keep", "DELETE.S.SR_x");
+        assert_eq!(given_up(None).await, [info, "CREATE.S.SR_x_keep", delete]);
+        for from in [13, 11] {
+            assert_eq!(given_up(Some(from)).await, [info, delete]);
+        }
     }
 
     #[test]

@@ -5,7 +5,10 @@ use std::sync::{Arc, LazyLock};
 
 use futures_util::FutureExt;
 use serde_json::{Value, json};
-use tokio::{runtime::Runtime, time::Instant};
+use tokio::{
+    runtime::Runtime,
+    time::{Duration, Instant},
+};
 
 use super::{
     budget::Budget,
@@ -166,9 +169,9 @@ fn read(batch: &Batch, replication: &Replication) -> Result<(), Error> {
     let mut drops = Drops::default();
     let limits = Limits { age: true, messages: Some(9), bytes: None, per_subject: false, words: String::new() };
     drops.begin(&info(5)?, Some(limits), 3);
-    let (mut watch, mut target) = (TargetWatch::new(drops, tag()), lane()?);
-    for message in batch.iter() {
-        watch.ask(&mut target, "T", Some(3));
+    let (mut watch, mut target, now) = (TargetWatch::new(drops, tag()), lane()?, Instant::now());
+    for (minutes, message) in (0..).zip(batch.iter()) {
+        watch.ask(&mut target, "T", Some(3), now + Duration::from_secs(60 * minutes));
         watch.accept(&mut target, "T", &message, 3, false);
     }
     Ok(())

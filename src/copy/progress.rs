@@ -59,13 +59,7 @@ pub struct Ledger {
     revision: u64,
     saving: Option<(Saving, PositionRecord)>,
     last_save: Option<Instant>,
-    chain_breaks: VecDeque<Instant>,
-    /// What earlier runs had in flight.
-    late: Late,
-    /// Breaks of the chain that were explained by them, since one of those runs ended.
-    explained: usize,
-    /// Source sequence up to which the run had settled everything whose chain broke.
-    settled: u64,
+    breaks: Breaks,
     /// Last sequence of the target when the run that was lent this began.
     begun_at: Option<u64>,
     /// Jumps in the source's sequences that the run before could not explain in its time.
@@ -114,11 +108,7 @@ impl Ledger {
             revision,
             saving: None,
             last_save: None,
-            chain_breaks: VecDeque::new(),
-            // Of a holder before this one it is not known.
-            late: Late { through: u64::MAX, until: Instant::now() + LATE_OF_OTHERS },
-            explained: 0,
-            settled: 0,
+            breaks: Breaks::new(Instant::now()),
             begun_at: None,
             gaps: Gaps::default(),
             drops: Drops::default(),
@@ -350,11 +340,14 @@ impl Ledger {
         self.broken = false;
     }
 
-    /// Notes, where the chain of a run broke, up to which target sequence the run knows every message, and up to which source
-    /// sequence it had settled everything.
-    pub(super) fn broke_at(&mut self, target_seq: u64, settled: u64) {
+    /// Notes, where the chain of a run broke, up to which target sequence the run knows every message. Where the target knows
+    /// messages by their ids alone (`by_ids`), it may still store what the run had in flight.
+    pub(super) fn broke_at(&mut self, target_seq: u64, window: &Window, by_ids: bool, now: Instant) {
         self.begin_at(target_seq);
-        self.settled = settled;
+        self.breaks.broke(window.position().seq, now);
+        if by_ids && !window.is_empty() {
+            self.breaks.in_flight(window.newest().seq, now);
+        }
     }
 
     /// Whether a login that the server ended is followed by another one at once: the first of several is.
@@ -368,11 +361,11 @@ impl Ledger {
         self.begun_at.filter(|_| self.broken)
     }
 
-    /// Notes that a run is over, and what it had in flight. A run whose chain broke leaves nothing: the target refuses it.
+    /// Notes that a run is over whose chain did not break, and what it had in flight.
     pub(super) fn left_in_flight(&mut self, window: &Window, now: Instant) {
         if !window.is_empty() {
-            self.late = self.late.and(window.newest().seq, now);
-            self.explained = 0;
+            self.breaks.in_flight(window.newest().seq, now);
+            self.breaks.explained = 0;
         }
     }
 
@@ -380,25 +373,7 @@ impl Ledger {
     /// messages of an earlier run may have broken it: that accuses no other writer, however often it happens.
     pub(super) fn chain_broke(&mut self, now: Instant) -> Result<bool, Error> {
         self.broken = true;
-        if self.late.explains(self.settled, now) && self.explained < MOST_EXPLAINED {
-            self.explained += 1;
-            return Ok(true);
-        }
-        self.chain_breaks.push_back(now);
-        while self.chain_breaks.front().is_some_and(|at| now.duration_since(*at) > CHAIN_BREAK_TIME) {
-            self.chain_breaks.pop_front();
-        }
-        if self.chain_breaks.len() < CHAIN_BREAKS {
-            return Ok(false);
-        }
-        self.chain_breaks.clear();
-        Err(Error::new(
-            ErrorKind::Hold,
-            format!(
-                "the target's last sequence moved {CHAIN_BREAKS} times within {CHAIN_BREAK_TIME:?} and only messages of this \
-                 replication are there: another replicator of the same site and name writes to it"
-            ),
-        ))
+        self.breaks.count(now)
     }
 
     /// What becomes of foreign messages that were found where the document wants nobody else to write.
@@ -418,28 +393,87 @@ impl Ledger {
 
     /// A foreign message explains why the chain broke.
     pub(super) fn chain_explained(&mut self) {
-        self.chain_breaks.clear();
+        self.breaks.at.clear();
+    }
+}
+
+/// Breaks of the chain, and what may explain them.
+#[derive(Debug)]
+struct Breaks {
+    /// Those that nothing explains.
+    at: VecDeque<Instant>,
+    /// What earlier runs had in flight.
+    late: Late,
+    /// Breaks that were explained by it, since one of those runs ended other than by a break.
+    explained: usize,
+    /// Whether it may have caused the last break.
+    is_late: bool,
+}
+
+impl Breaks {
+    fn new(now: Instant) -> Self {
+        Self { at: VecDeque::new(), late: Late::of_others(now), explained: 0, is_late: false }
+    }
+
+    /// The chain of a run broke that had settled everything up to a source sequence. Only earlier runs explain it.
+    fn broke(&mut self, settled: u64, now: Instant) {
+        self.is_late = self.late.explains(settled, now);
+    }
+
+    /// A run ends that has messages in flight, up to this source sequence.
+    fn in_flight(&mut self, through: u64, now: Instant) {
+        self.late = self.late.and(through, now);
+    }
+
+    /// Counts the last break: whether it is explained, or an error where too many are not.
+    fn count(&mut self, now: Instant) -> Result<bool, Error> {
+        if std::mem::take(&mut self.is_late) && self.explained < MOST_EXPLAINED {
+            self.explained += 1;
+            return Ok(true);
+        }
+        self.at.push_back(now);
+        while self.at.front().is_some_and(|at| now.duration_since(*at) > CHAIN_BREAK_TIME) {
+            self.at.pop_front();
+        }
+        if self.at.len() < CHAIN_BREAKS {
+            return Ok(false);
+        }
+        self.at.clear();
+        Err(Error::new(
+            ErrorKind::Hold,
+            format!(
+                "the target's last sequence moved {CHAIN_BREAKS} times within {CHAIN_BREAK_TIME:?} and only messages of this \
+                 replication are there: another replicator of the same site and name writes to it"
+            ),
+        ))
     }
 }
 
 /// Messages of earlier runs that the target may still store.
 #[derive(Debug, Clone, Copy)]
 struct Late {
-    /// Newest source sequence.
+    /// Newest source sequence of the runs of this holder.
     through: u64,
     until: Instant,
+    /// What a holder before this one had in flight is not known: until then it may be anything.
+    others_until: Instant,
 }
 
 impl Late {
-    /// The same and those of a run that ends now.
+    /// Those of a holder before this one, which begins now.
+    fn of_others(now: Instant) -> Self {
+        Self { through: 0, until: now, others_until: now + LATE_OF_OTHERS }
+    }
+
+    /// The same and those of a run that ends now. How long those of others may last does not change.
     fn and(self, through: u64, now: Instant) -> Self {
         let before = if now < self.until { self.through } else { 0 };
-        Self { through: through.max(before), until: now + LATE }
+        Self { through: through.max(before), until: now + LATE, ..self }
     }
 
     /// Whether they can have broken the chain of a run that had settled everything up to a source sequence.
     fn explains(self, settled: u64, now: Instant) -> bool {
-        now < self.until && settled < self.through
+        now < self.others_until || now < self.until && settled < self.through
     }
 }
 
@@ -555,7 +589,7 @@ mod tests {
     async fn messages_in_flight_explain_a_broken_chain_until_copied() {
         let now = Instant::now();
         let second = Duration::from_secs(1);
-        let none = Late { through: u64::MAX, until: now };
+        let none = Late { through: 0, until: now, others_until: now };
         assert!(!none.explains(0, now));
         let late = none.and(20, now);
         assert!(late.explains(5, now + second) && late.explains(19, now + 59 * second));
@@ -565,5 +599,39 @@ mod tests {
         let two = late.and(10, now + 30 * second);
         assert!(two.explains(19, now + 89 * second) && !two.explains(20, now + 31 * second));
         assert!(!late.and(10, now + 60 * second).explains(10, now + 61 * second));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unknown_rest_of_another_holder_lasts_no_longer() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let others = Late::of_others(now);
+        assert!(others.explains(1_000, now + 14 * second) && !others.explains(1_000, now + 15 * second));
+        // Neither does a run extend it that had some in flight.
+        let late = others.and(20, now + 10 * second).and(30, now + 12 * second);
+        assert!(late.explains(1_000, now + 14 * second) && !late.explains(1_000, now + 15 * second));
+        assert!(late.explains(29, now + 71 * second) && !late.explains(30, now + 16 * second));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_run_whose_chain_broke_explains_the_next_break_only() {
+        let now = Instant::now() + LATE_OF_OTHERS;
+        let mut breaks = Breaks::new(Instant::now());
+        // Its own messages do not explain the break of a run.
+        breaks.broke(5, now);
+        breaks.in_flight(20, now);
+        assert!(!breaks.count(now).unwrap());
+        breaks.broke(5, now);
+        assert!(breaks.count(now).unwrap());
+        breaks.broke(20, now);
+        assert!(!breaks.count(now).unwrap());
+        // A writer of the same name breaks every run, and each of them leaves some.
+        let mut held = 0;
+        for run in 0..MOST_EXPLAINED as u64 + CHAIN_BREAKS as u64 {
+            breaks.broke(20 + run, now);
+            breaks.in_flight(100 + run, now);
+            held += usize::from(breaks.count(now).is_err());
+        }
+        assert_eq!(held, 1);
     }
 }

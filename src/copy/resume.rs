@@ -383,7 +383,7 @@ impl Sides<'_> {
                 }
                 // Others may have consumed all of them.
                 resume.unseen = last;
-                let kept = self.newest_behind(position.seq).await?;
+                let kept = self.newest_behind(position.seq, news).await?;
                 (kept.ours, kept.is_cut)
             }
             (None, Some(_)) => {

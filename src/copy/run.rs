@@ -34,7 +34,7 @@ use super::{
     resume::{self, Already, Known, Resume, Sides, is_consumed, is_plain},
     sampler::Sampler,
     sharing,
-    source_end::SourceEnd,
+    source_end::{Question, Questions, SourceEnd},
     target::{self, Abilities, Opened, Opening},
     target_limits,
     target_watch::TargetWatch,
@@ -138,7 +138,7 @@ pub(super) struct Run<'a> {
     plain: bool,
     /// What the source has removed below this is told or noted already.
     told_first: u64,
-    info_request: Option<String>,
+    questions: Questions,
     /// When the source was asked for its state last.
     asked_info: Instant,
     /// Whether the source still has everything that was read.
@@ -343,7 +343,7 @@ impl<'a> Run<'a> {
             known_to: 0,
             gaps: Gaps::default(),
             gate,
-            info_request: None,
+            questions: Questions::default(),
             asked_info: now,
             source_end: SourceEnd::default(),
             retention: Retention::default(),
@@ -366,7 +366,7 @@ impl<'a> Run<'a> {
             unsaved: ledger.unsaved.is_reported(),
         };
         run.limit = run.copy_limit(ledger, now);
-        run.source_says(run.source_info.clone())?;
+        run.source_says(run.source_info.clone(), now)?;
         run.remembered(&target_info, resume.unseen, ledger);
         run.resumed(resume, ledger);
         if goes_back {
@@ -488,7 +488,8 @@ impl<'a> Run<'a> {
                 // First of all nothing more may be sent.
                 drop((self.source, self.target));
                 if error.chain_broken {
-                    ledger.broke_at(self.writer.exact(&self.window), self.window.position().seq);
+                    let (exact, by_ids) = (self.writer.exact(&self.window), self.writer.is_by_ids());
+                    ledger.broke_at(exact, &self.window, by_ids, Instant::now());
                 } else {
                     ledger.left_in_flight(&self.window, Instant::now());
                 }
@@ -909,12 +910,12 @@ impl<'a> Run<'a> {
 
     fn take_messages(&mut self, batch: Batch) -> Result<(), Error> {
         let answer = |request: &Option<String>| request.as_deref().and_then(|request| answer_in(&batch, request));
-        if let Some(info) = answer(&self.info_request) {
-            self.info_request = None;
-            if let Some(info) = leaders_info(info?)? {
-                self.clock.hear(&heard(self.asked_info, Instant::now(), &info));
-                self.source_says(info)?;
-            }
+        if let Some((question, info)) = self.questions.newest(|request| answer_in(&batch, request))
+            && let Some(info) = leaders_info(info?)?
+        {
+            self.clock.hear(&heard(question.at, Instant::now(), &info));
+            self.source_end.ask(question.read);
+            self.source_says(info, question.at)?;
         }
         if let Some(info) = answer(&self.consumer_request) {
             self.consumer_request = None;
@@ -1060,8 +1061,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// What the leader of the source stream says of it.
-    fn source_says(&mut self, info: StreamInfo) -> Result<(), Error> {
+    /// What the leader of the source stream says of it, asked at a time.
+    fn source_says(&mut self, info: StreamInfo, asked: Instant) -> Result<(), Error> {
         if let Some(why) = self.source_end.answered(info.state.last_seq) {
             // The next run finds out where to continue, or whether to hold.
             return Err(Error::new(ErrorKind::Retry, why));
@@ -1072,7 +1073,7 @@ impl<'a> Run<'a> {
         self.retention = Retention::of(&info);
         self.looks.add(Instant::now(), info.state.clone());
         let now_ms = self.clock.now(Instant::now()).timestamp_millis();
-        if let Some(Dropped { messages, event }) = self.watch.source_has(&info, self.asked_info, now_ms) {
+        if let Some(Dropped { messages, event }) = self.watch.source_has(&info, asked, now_ms) {
             self.copy.counters.target_dropped += messages;
             event.into_iter().for_each(|event| self.found(event));
         }
@@ -1150,18 +1151,19 @@ impl<'a> Run<'a> {
                 (true, _) => TICK_IDLE,
                 (false, _) => TICK,
             };
-        let due = now.duration_since(self.asked_info) >= self.info_every();
-        if due || (self.info_request.is_none() && self.gaps.ask(now)) {
+        let due = now.duration_since(self.asked_info) >= self.info_every() && self.questions.may_ask(now);
+        if due || (self.questions.is_empty() && self.gaps.ask(now)) {
             self.asked_info = now;
             // Of a position that nothing was read at, nobody knows whether the source ever reached it.
             let read = self.window.newest();
-            self.source_end.ask(read.time_ns.map_or(0, |_| read.seq));
+            let read = read.time_ns.map_or(0, |_| read.seq);
             let subject = format!("{}.STREAM.INFO.{}", self.source.api_prefix(), self.replication.source.stream);
-            self.info_request = Some(self.source.send_request(&subject, b""));
+            let request = self.source.send_request(&subject, b"");
+            self.questions.ask(Question { request, at: now, read });
             let settled = self.all_settled().then(|| self.window.position().seq);
-            self.watch.ask(&mut self.target, &self.replication.target.stream, settled);
+            self.watch.ask(&mut self.target, &self.replication.target.stream, settled, now);
         }
-        self.watch.ask_first(&mut self.target, &self.replication.target.stream, None);
+        self.watch.ask_first(&mut self.target, &self.replication.target.stream, now);
         self.rejects.check(now)?;
         self.look_after_target(now)?;
         let action = self.watchdog.look(now, &self.seen());

@@ -1,7 +1,7 @@
 //! A message that no stream took, or another one than the target: whether the target listens on its subject at all, and
 //! what follows if it does not.
 
-use tokio::time::{Duration, timeout};
+use tokio::time::{Duration, Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
@@ -18,8 +18,11 @@ use crate::{
     },
 };
 
-/// Deadline for the answers of both sides.
+/// Deadline for connecting to both sides.
+const DIAL_WITHIN: Duration = Duration::from_secs(5);
+/// Deadline for their answers, at the least, and in times of what the connections took: those of a slow line take as long.
 const ASK_WITHIN: Duration = Duration::from_secs(1);
+const DIALS: u32 = 4;
 
 /// Has the target listen on the subject of a source message, if it does not and may be changed: `true` if it does now.
 /// `false` if the subject is not the matter, or that could not be found out; an error if somebody has to act.
@@ -51,14 +54,16 @@ struct Sides {
     subject: String,
 }
 
-/// `None` if something is missing: the next run finds that.
-async fn ask(job: &Job, seq: u64) -> Result<Option<Sides>, NatsError> {
+/// Connects to both sides.
+async fn dial(job: &Job) -> Result<(Lane, Lane), NatsError> {
     let Job { replication, dial, .. } = job;
     let name = format!("{} {} subjects", names::PROGRAM, replication.id);
-    let (mut from, mut to) = tokio::try_join!(
-        dial.dial(&replication.source.place, &name), //
-        dial.dial(&replication.target.place, &name)
-    )?;
+    tokio::try_join!(dial.dial(&replication.source.place, &name), dial.dial(&replication.target.place, &name))
+}
+
+/// `None` if something is missing: the next run finds that.
+async fn ask(job: &Job, (mut from, mut to): (Lane, Lane), seq: u64) -> Result<Option<Sides>, NatsError> {
+    let Job { replication, .. } = job;
     let source = Api::new(&mut from).stream_info(&replication.source.stream).await?;
     let target = Api::new(&mut to).stream_info(&replication.target.stream).await?;
     let (Some(source), Some(target)) = (source, target) else { return Ok(None) };
@@ -69,9 +74,12 @@ async fn ask(job: &Job, seq: u64) -> Result<Option<Sides>, NatsError> {
 }
 
 async fn mend(job: &Job, seq: u64) -> Result<bool, NatsError> {
-    let Job { replication, dial, site, .. } = job;
+    let Job { replication, dial: dials, site, .. } = job;
+    let began = Instant::now();
+    let Ok(lanes) = timeout(DIAL_WITHIN, dial(job)).await else { return Ok(false) };
+    let within = ASK_WITHIN.max(began.elapsed() * DIALS);
     // Where the stream has no leader, nobody answers, and the next run asks anyway.
-    let Ok(sides) = timeout(ASK_WITHIN, ask(job, seq)).await else { return Ok(false) };
+    let Ok(sides) = timeout(within, ask(job, lanes?, seq)).await else { return Ok(false) };
     let Some(Sides { mut from, mut to, source, target, subject: original }) = sides? else { return Ok(false) };
     let mut room = Vec::new();
     let subject = replication.mapping.apply(original.as_bytes(), &mut room);
@@ -95,7 +103,7 @@ async fn mend(job: &Job, seq: u64) -> Result<bool, NatsError> {
         }
         return Err(NatsError::hold(format!("{stray}: {help}")));
     }
-    let learned = learn::all(&**dial, &mut from, replication, &source, Some(&original)).await?;
+    let learned = learn::all(&**dials, &mut from, replication, &source, Some(&original)).await?;
     let opened = Opening::new(job, &mut from, &mut to, &source, Some(learned)).open().await;
     let (target, opened) = opened.map_err(|error| error.context(&stray))?;
     if !listens(&target, subject.as_bytes()) {

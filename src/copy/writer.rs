@@ -155,6 +155,12 @@ impl Writer {
         !self.chained()
     }
 
+    /// Whether the target may still store what is in flight when a run ends, known by its ids alone: a batch or a chain
+    /// ends with the first refusal.
+    pub fn is_by_ids(&self) -> bool {
+        self.relies_on_ids() && self.abilities.transport == Transport::Pipelined
+    }
+
     /// Messages that may be in the air; the document may allow fewer.
     pub fn most_in_air(&self) -> usize {
         if self.single { 1 } else { usize::MAX }

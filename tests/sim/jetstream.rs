@@ -38,6 +38,8 @@ pub struct Consumer {
     /// It delivers nothing more, and gives signs of life.
     pub mute: bool,
     pub(super) pulls: Vec<Pull>,
+    /// The last pull was open then.
+    active: Instant,
     /// Of a durable one.
     pub(super) acks: Option<Acks>,
 }
@@ -45,6 +47,12 @@ pub struct Consumer {
 impl Consumer {
     pub(super) fn name(&self) -> &str {
         self.config["name"].as_str().expect("a name")
+    }
+
+    /// Whether nobody has pulled from it for longer than it is kept.
+    fn is_forgotten(&self, now: Instant) -> bool {
+        let inactive = self.config["inactive_threshold"].as_u64().map(Duration::from_nanos);
+        !self.is_durable() && inactive.is_some_and(|inactive| now - self.active >= inactive)
     }
 
     pub(super) fn takes(&self, subject: &str) -> bool {
@@ -282,6 +290,7 @@ impl State {
                 let time = |field: &str| Duration::from_nanos(body[field].as_u64().unwrap_or_default());
                 let heartbeat = time("idle_heartbeat");
                 let now = Instant::now();
+                consumer.active = now;
                 consumer.pulls.push(Pull {
                     reply: reply.to_owned(),
                     left: bytes,
@@ -362,6 +371,7 @@ impl State {
             headers_only: config["headers_only"] == true,
             mute: false,
             pulls: Vec::new(),
+            active: Instant::now(),
             acks: Acks::of(config, next - 1),
         };
         if consumer.is_durable() {
@@ -427,7 +437,7 @@ impl State {
         }
     }
 
-    /// Pulls that expire, heartbeats, batches that nobody uses.
+    /// Pulls that expire, heartbeats, batches and consumers that nobody uses.
     pub(super) fn tick(&mut self) {
         let now = Instant::now();
         if self.down || self.frozen.is_some_and(|until| until > now) {
@@ -450,7 +460,11 @@ impl State {
                 }
                 true
             });
+            if !consumer.pulls.is_empty() {
+                consumer.active = now;
+            }
         }
+        self.consumers.retain(|_, consumer| !consumer.is_forgotten(now));
         for (reply, status) in answers {
             self.answer_raw(&reply, status.as_bytes(), b"");
         }

@@ -38,6 +38,10 @@ const NAK: &[u8] = b"-NAK";
 /// The same after this time, which takes the message out of that queue. If nothing else follows, because the process
 /// ends, it is redelivered then.
 const NAK_LATER: &[u8] = b"-NAK 10m";
+/// The queue is sorted again where new messages came before what is owed, at most so often: then the run ends.
+const PASSED_OVER: u32 = 5;
+/// So many pulls in a row that brought nothing mean that nothing is owed any more.
+const EMPTY: u32 = 2;
 /// A killed run may still have had a pull open: what is pending is asked for again if it changed meanwhile, so often.
 const SORTED_AGAIN: u32 = 3;
 
@@ -82,10 +86,13 @@ struct Owed {
     left: u64,
     /// All of them are at this stream sequence or below.
     to: u64,
+    /// That one was delivered to this run and dropped: of a sorted queue it comes back last.
+    is_last: bool,
     /// A newer message came while some were owed, in the present pull.
     passed_over: bool,
-    /// That happened, and the queue was sorted once more.
-    doubted: bool,
+    /// Pulls in which that happened, and those in a row that brought nothing.
+    doubts: u32,
+    empty: u32,
 }
 
 /// What was delivered and what of it is acknowledged.
@@ -269,30 +276,32 @@ impl Asking {
 }
 
 impl Owed {
-    /// Whether a delivery may be taken. The server redelivers before it delivers anything new: a new message means that
-    /// the rest is gone (expired, or acknowledged by what the run before had in flight), or that the server forgot its
-    /// queue. So the first time the message is dropped, and asked back with the rest.
-    fn takes(&mut self, seq: u64) -> bool {
-        if seq <= self.to {
+    /// What becomes of a delivery. The server redelivers before it delivers anything new: a new message means that the rest
+    /// is gone (expired, or acknowledged by what the run before had in flight), or that the server forgot its queue. So it
+    /// is dropped, and asked back with the rest. Once it comes back, what has not come before it is gone.
+    fn takes(&mut self, seq: u64) -> Verdict {
+        if seq < self.to || seq == self.to && !self.is_last {
             self.left -= 1;
-            return true;
+            return Verdict::Keep;
         }
-        if self.doubted {
+        if seq == self.to {
             self.left = 0;
-            return true;
+            return Verdict::Keep;
         }
-        (self.to, self.passed_over) = (seq, true);
+        if self.doubts >= PASSED_OVER {
+            return Verdict::Wrong(self.to);
+        }
+        (self.to, self.is_last, self.passed_over) = (seq, true, true);
         self.left += 1;
-        false
+        Verdict::Drop
     }
 
     /// A pull ended, other than for its bytes, and some are still owed.
     fn pull_ended(&mut self, brought_any: bool) {
-        if std::mem::take(&mut self.passed_over) || !brought_any {
-            if self.doubted {
-                self.left = 0;
-            }
-            self.doubted = true;
+        self.doubts += u32::from(std::mem::take(&mut self.passed_over));
+        self.empty = if brought_any { 0 } else { self.empty + 1 };
+        if self.empty >= EMPTY {
+            self.left = 0;
         }
     }
 }
@@ -311,8 +320,9 @@ impl Acks {
                 let waits = self.waiting.binary_search(&seq).is_ok();
                 return if waits { Verdict::Drop } else { Verdict::Wrong(self.newest) };
             }
-            if !self.owed.takes(seq) {
-                return Verdict::Drop;
+            let verdict = self.owed.takes(seq);
+            if verdict != Verdict::Keep {
+                return verdict;
             }
         }
         let is_new = seq > self.newest;
@@ -496,6 +506,32 @@ mod tests {
         assert_eq!(empty.owed.left, 2);
         empty.owed.pull_ended(false);
         assert_eq!((empty.owed.left, empty.judge(9)), (0, Verdict::Keep));
+    }
+
+    #[test]
+    fn a_queue_that_is_forgotten_again_loses_nothing() {
+        let mut acks = acks(4, 3, 8);
+        // A leader that has just taken over and has no queue; another one, that delivers new messages first, twice.
+        acks.owed.pull_ended(false);
+        assert_eq!(acks.judge(9), Verdict::Drop);
+        acks.owed.pull_ended(true);
+        assert_eq!(acks.judge(10), Verdict::Drop);
+        acks.owed.pull_ended(true);
+        for seq in [6, 7, 8, 9, 10, 11] {
+            assert_eq!(acks.judge(seq), Verdict::Keep, "{seq}");
+        }
+        assert_eq!(settle(&mut acks, 11), [6, 7, 8, 9, 10, 11]);
+    }
+
+    #[test]
+    fn what_never_comes_back_in_order_is_an_error() {
+        let mut acks = acks(4, 3, 8);
+        for seq in 9..9 + u64::from(PASSED_OVER) {
+            assert_eq!(acks.judge(seq), Verdict::Drop, "{seq}");
+            acks.owed.pull_ended(true);
+        }
+        assert_eq!(acks.judge(20), Verdict::Wrong(13));
+        assert_eq!(settle(&mut acks, 20), [0; 0]);
     }
 
     #[test]

@@ -209,20 +209,18 @@ impl Sides<'_> {
         Ok(found)
     }
 
-    /// All messages of ours that come after a source sequence, and some more; of many the newest.
-    pub(super) async fn newest_behind(&mut self, seq: u64) -> Result<Kept, Error> {
+    /// All messages of ours that are `wanted`, which come after a source sequence; of many the newest.
+    pub(super) async fn newest_behind(&mut self, seq: u64, wanted: impl Fn(&Ours) -> bool) -> Result<Kept, Error> {
         let (overlap, most) = (self.overlap(), self.most_kept());
         let ours = self
             .backwards(|ours| {
                 let before = ours.iter().filter(|message| message.origin.seq <= seq).count();
-                ours.len() > most
+                ours.iter().filter(|message| wanted(message)).count() > most
                     || before > overlap
                     || ours.iter().any(|message| message.complete && message.origin.seq <= seq)
             })
             .await?;
-        let mut kept = Kept { ours, is_cut: false };
-        kept.cut(most);
-        Ok(kept)
+        Ok(Kept::newest(ours, most, wanted))
     }
 
     /// Messages that are searched first: fewer where they are large and have to be read with their payloads.
@@ -336,6 +334,15 @@ impl Sides<'_> {
 }
 
 impl Kept {
+    /// The newest of those that are wanted. What is not does not count: only of what is wanted it follows that older ones
+    /// cannot matter.
+    fn newest(mut ours: Vec<Ours>, most: usize, wanted: impl Fn(&Ours) -> bool) -> Self {
+        ours.retain(wanted);
+        let mut kept = Self { ours, is_cut: false };
+        kept.cut(most);
+        kept
+    }
+
     /// Half as many again are let go at once, not one by one.
     fn push(&mut self, ours: Ours, most: usize) {
         if self.ours.len() >= most + most / 2 {
@@ -407,5 +414,24 @@ async fn beside<T>(waits: &mut Lane, work: impl Future<Output = Result<T, Error>
         biased;
         result = work => result,
         error = keep => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::copy::provenance::Origin;
+
+    #[test]
+    fn what_is_not_wanted_cuts_nothing() {
+        let at =
+            |seq: u64| Ours { origin: Origin { seq, time_ms: 1 }, target_seq: seq, complete: false, subject: None };
+        let newest = |wanted: fn(&Ours) -> bool| {
+            let Kept { ours, is_cut } = Kept::newest((1..=9).map(at).collect(), 4, wanted);
+            (ours.iter().map(|message| message.origin.seq).collect::<Vec<_>>(), is_cut)
+        };
+        assert_eq!(newest(|_| true), (vec![6, 7, 8, 9], true));
+        assert_eq!(newest(|message| message.origin.seq > 7), (vec![8, 9], false));
+        assert_eq!(newest(|message| message.origin.seq > 5), (vec![6, 7, 8, 9], false));
     }
 }

@@ -90,3 +90,32 @@ async fn what_stands_alone_goes_on_without_a_saved_position() -> Result<()> {
     site.publish("ORDERS", 21..=150_000).await?;
     site.copied("ORDERS", 150_000).await
 }
+
+/// Of a source that forgets what is acknowledged, only what the target has may go; the consumer outlasts the failing saves.
+#[tokio::test]
+async fn acks_stop_with_the_copy_while_saves_fail() -> Result<()> {
+    const ALL: u64 = 150_000;
+    let site = site(&[]).await?;
+    let mut source = site.source_stream("JOBS", json!({"retention": "workqueue"})).await?;
+    site.publish("JOBS", 1..=10).await?;
+    site.add("JOBS", json!({})).await?;
+    site.copied("JOBS", 10).await?;
+    refuse_saves(&site, true).await?;
+    site.publish("JOBS", 11..=ALL).await?;
+    site.row_when("JOBS", "waits", |row| row["state"] == "retrying" && row["in_flight"]["messages"] == 0).await?;
+    let there = site.at_target("JOBS").await?;
+    ensure!(there <= 10 + MOST, "{there} messages were copied");
+    // Long enough for each deadline of a consumer that is not read from.
+    let errors = |row: &Value| row["counters"]["position_save_errors"].as_u64().unwrap_or_default();
+    let before = errors(&site.row("JOBS").await.context("the row")?);
+    site.row_when("JOBS", "has waited", |row| errors(row) >= before + 12).await?;
+    let left = source.stream_state("JOBS").await?["messages"].as_u64().context("messages")?;
+    ensure!(left >= ALL - there, "{left} messages are left at the source, and {there} are at the target");
+    assert_eq!(site.at_target("JOBS").await?, there);
+
+    refuse_saves(&site, false).await?;
+    site.copied("JOBS", ALL).await.with_context(|| site.service.log())?;
+    let drained = async || source.stream_state("JOBS").await.is_ok_and(|state| state["messages"] == 0);
+    wait_for("everything to be acknowledged", LIMIT, drained).await.with_context(|| site.service.log())?;
+    site.events.quiet(&["target-reset", "target-shared", "stalled", "gap"])
+}

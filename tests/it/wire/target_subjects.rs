@@ -6,7 +6,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::harness::{Expect, Outgoing, Raw, Role, SITE, Server, Service, Site, Stored, wait_for};
+use crate::harness::{
+    Expect, Outgoing, Raw, Role, SITE, Server, Service, Site, Stored,
+    proxy::{BOTH, Proxy},
+    wait_for,
+};
 
 const LONG: Duration = Duration::from_secs(120);
 const STREAM: &str = "S";
@@ -188,6 +192,26 @@ async fn a_target_that_was_created_is_widened_while_the_copy_runs() -> Result<()
     let row = site.row(STREAM).await.context("no row")?;
     assert_eq!(row["state"], "running", "{row}");
     Ok(())
+}
+
+/// Connecting alone takes longer there than answers do elsewhere.
+#[tokio::test]
+async fn a_target_over_slow_lines_is_widened_too() -> Result<()> {
+    let site = Site::start().await?;
+    let mut raw = site.source_stream(STREAM, json!({"subjects": ["s.a.*"]})).await?;
+    publish(&mut raw, &["s.a.1"], 20).await?;
+    let (source, target) = (Proxy::start(site.source.port()).await?, Proxy::start(site.target.port()).await?);
+    site.add(STREAM, json!({"source_url": source.url(), "target_url": target.url()})).await?;
+    site.settled(STREAM, 20).await?;
+    [&source, &target].into_iter().for_each(|proxy| proxy.latency(BOTH, Duration::from_millis(300)));
+    edit(&mut raw, STREAM, json!(["s.a.*", "gone.>"])).await?;
+    publish(&mut raw, &["gone.x"], 1).await?;
+    edit(&mut raw, STREAM, json!(["s.a.*"])).await?;
+    let last = publish(&mut raw, &["s.a.2"], 10).await?;
+    site.settled_within(STREAM, last, LONG).await?;
+    let subjects = listens(&site, STREAM).await?;
+    ensure!(subjects.iter().any(|subject| subject.starts_with("gone.")), "{subjects:?}");
+    site.verify(STREAM, &Expect::copy_of(STREAM).site(SITE).late_allowed()).await
 }
 
 /// Waits until the replication is held, and returns why.
