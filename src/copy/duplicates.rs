@@ -3,10 +3,7 @@
 use chrono::{DateTime, Utc};
 use tokio::time::Duration;
 
-use super::{
-    run::{DRAIN, LAST_SAVE},
-    watchdog::STALL,
-};
+use super::watchdog::{DRAIN, LAST_SAVE, STALL};
 use crate::events::Event;
 
 /// Longest time between two attempts to run a replication.

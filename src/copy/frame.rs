@@ -35,6 +35,13 @@ pub(super) struct Stamping {
     pub id: bool,
 }
 
+/// A message that was prepared: the next one that is put.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    /// Headers of the source message that it does not carry.
+    headers_removed: u64,
+}
+
 /// Makes the frame of one message after the other.
 #[derive(Debug)]
 pub(super) struct Frame {
@@ -52,10 +59,9 @@ pub(super) struct Frame {
     longest: (usize, Token),
     /// Room for a mapped subject.
     room: Vec<u8>,
-    /// Subject, header block and what was left out of it: the message that was prepared last.
+    /// Subject and header block of the message that was prepared last.
     subject: Vec<u8>,
     header: Vec<u8>,
-    removed: u64,
     /// A subject that the target listens on, for a commit.
     pub last_subject: Vec<u8>,
     id: MessageId,
@@ -75,7 +81,6 @@ impl Frame {
             room: Vec::new(),
             subject: Vec::new(),
             header: Vec::new(),
-            removed: 0,
             last_subject: Vec::new(),
             id: MessageId::new(&replication.id, &replication.source.stream, generation),
             replication,
@@ -107,22 +112,23 @@ impl Frame {
         stamping: Stamping,
         reply: usize,
         opens: bool,
-    ) -> Result<(), Error> {
-        self.write_header(incoming, now_ns, stamping, opens);
+    ) -> Result<Outgoing, Error> {
+        let mut headers_removed = self.write_header(incoming, now_ns, stamping, opens);
         self.subject.clear();
         let subject = self.replication.mapping.apply(incoming.message.subject, &mut self.room);
         self.subject.extend_from_slice(subject);
         match self.check(incoming, reply) {
             // What only the first message of a batch says is no reason to leave it out.
             Err(_) if opens => {
-                self.write_header(incoming, now_ns, stamping, false);
-                self.check(incoming, reply)
+                headers_removed = self.write_header(incoming, now_ns, stamping, false);
+                self.check(incoming, reply)?;
             }
-            checked => checked,
+            checked => checked?,
         }
+        Ok(Outgoing { headers_removed })
     }
 
-    fn write_header(&mut self, incoming: &Incoming<'_>, now_ns: i64, stamping: Stamping, opens: bool) {
+    fn write_header(&mut self, incoming: &Incoming<'_>, now_ns: i64, stamping: Stamping, opens: bool) -> u64 {
         let delivery = incoming.delivery;
         let age_secs = now_ns.saturating_sub(delivery.time_ns).max(0) as u64 / 1_000_000_000;
         let stamp = Stamp {
@@ -136,11 +142,11 @@ impl Frame {
             expected_stream: opens.then_some(self.replication.target.stream.as_str()),
         };
         let block = incoming.message.header;
-        self.removed = transform::header_block(&mut self.header, block, self.allowed, &self.tag, &passage);
+        transform::header_block(&mut self.header, block, self.allowed, &self.tag, &passage)
     }
 
     /// Puts the message that was prepared into `out`; returns how many of its headers were left out.
-    pub fn put(&mut self, out: &mut BytesMut, reply: &[u8], payload: &[u8], token: Token) -> u64 {
+    pub fn put(&mut self, outgoing: Outgoing, out: &mut BytesMut, reply: &[u8], payload: &[u8], token: Token) -> u64 {
         let before = out.len();
         hpub(out, &self.subject, reply, &self.header, payload);
         let size = self.header.len() + payload.len();
@@ -150,7 +156,7 @@ impl Frame {
             self.longest = (line, token);
         }
         std::mem::swap(&mut self.last_subject, &mut self.subject);
-        self.removed
+        outgoing.headers_removed
     }
 
     /// What would make the server drop the connection or refuse the message is found here, before it is sent, as far as it

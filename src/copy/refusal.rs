@@ -1,6 +1,6 @@
 //! What it means that a server refused a message.
 
-use super::{Error as RunError, window::SourcePoint};
+use super::{Error as RunError, error::Refusal, window::SourcePoint};
 use crate::{
     nats::{Error, ErrorKind},
     store::SourceMessage,
@@ -10,9 +10,6 @@ use crate::{
 pub(super) const TOO_LARGE: u32 = 10054;
 /// The error of a publish that names another stream than the one that took it.
 pub(super) const STREAM_NOT_EXPECTED: u32 = 10060;
-
-/// A message that the server refused for good, and the reason.
-pub(super) type Refusal = (SourceMessage, String);
 
 /// No stream answered.
 pub(super) fn no_responders() -> Error {

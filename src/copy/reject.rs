@@ -9,9 +9,10 @@ use tokio::time::{Duration, Instant};
 use super::{
     Error as RunError,
     dead_letter::DeadLetters,
+    error::Refusal,
     provenance::Tag,
     reader::Incoming,
-    refusal::{Refusal, about},
+    refusal::about,
     window::{SourcePoint, Window},
 };
 use crate::{

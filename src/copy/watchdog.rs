@@ -25,6 +25,10 @@ const OWED: Duration = Duration::from_secs(2);
 const ANSWER: Duration = Duration::from_secs(5);
 /// Time without any settlement, while messages are in the air, after which the run is given up.
 pub(super) const STALL: Duration = Duration::from_secs(30);
+/// Time for what is in the air to settle when a run ends by request or at a message that cannot be stored.
+pub(super) const DRAIN: Duration = Duration::from_secs(5);
+/// Time for the last save of a run that failed.
+pub(super) const LAST_SAVE: Duration = Duration::from_secs(3);
 /// A consumer that was in order for so long was repaired, though nothing came: a later stall is another one. For the
 /// same time nothing is told again.
 const CALM: Duration = Duration::from_secs(60);

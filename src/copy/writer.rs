@@ -10,7 +10,7 @@ pub(super) use super::batches::Supply;
 use super::{
     Error as RunError,
     batches::Batches,
-    frame::{Frame, Stamping},
+    frame::{Frame, Outgoing, Stamping},
     objects,
     pipelined::Pipelined,
     provenance::Tag,
@@ -199,7 +199,7 @@ impl Writer {
     }
 
     /// Makes subject and headers of the next message; an error is one that can never be stored as it is.
-    pub fn prepare(&mut self, incoming: &Incoming<'_>, now_ns: i64) -> Result<(), Error> {
+    pub fn prepare(&mut self, incoming: &Incoming<'_>, now_ns: i64) -> Result<Outgoing, Error> {
         let (opens, reply) = match &self.sink {
             Sink::Batches(batches) => (batches.opens(), batches.reply_len()),
             Sink::Pipelined(pipelined) => (pipelined.opens(), pipelined.reply_len()),
@@ -212,7 +212,15 @@ impl Writer {
     }
 
     /// Puts the message that was prepared into the lane's output and into the window.
-    pub fn send(&mut self, lane: &mut Lane, window: &mut Window, incoming: &Incoming<'_>, now: Instant, read_at: u64) {
+    pub fn send(
+        &mut self,
+        outgoing: Outgoing,
+        lane: &mut Lane,
+        window: &mut Window,
+        incoming: &Incoming<'_>,
+        now: Instant,
+        read_at: u64,
+    ) {
         let source = SourcePoint { seq: incoming.delivery.stream_seq, time_ns: Some(incoming.delivery.time_ns) };
         let bytes = incoming.bytes();
         let target_seq = self.places_ahead().then_some(self.end.expected_last + 1);
@@ -224,7 +232,7 @@ impl Writer {
             }
             Sink::Pipelined(pipelined) => pipelined.reply(&mut self.reply, &self.inbox, token),
         }
-        self.headers_removed += self.frame.put(lane.output(), &self.reply, incoming.message.payload, token);
+        self.headers_removed += self.frame.put(outgoing, lane.output(), &self.reply, incoming.message.payload, token);
         if self.places_ahead() {
             self.end.expected_last += 1;
         }

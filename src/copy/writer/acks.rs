@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    copy::{resume::Already, run::target_limit, transform},
+    copy::{resume::Already, target_half::target_limit, transform},
     nats::{
         jetstream::Delivery,
         pipe::{self, Pipe},
@@ -45,8 +45,8 @@ impl Bench {
         let incoming = Incoming { delivery, after: seq - 1, message };
         self.next += 1;
         self.lane.output().clear();
-        self.writer.prepare(&incoming, 0).unwrap();
-        self.writer.send(&mut self.lane, &mut self.window, &incoming, self.now, 0);
+        let outgoing = self.writer.prepare(&incoming, 0).unwrap();
+        self.writer.send(outgoing, &mut self.lane, &mut self.window, &incoming, self.now, 0);
         String::from_utf8_lossy(self.lane.output()).into_owned()
     }
 
