@@ -49,7 +49,7 @@ impl Consumer {
         self.config["name"].as_str().expect("a name")
     }
 
-    /// Whether nobody has pulled from it for longer than it is kept.
+    /// Whether its last pull is longer ago than it is kept.
     fn is_forgotten(&self, now: Instant) -> bool {
         let inactive = self.config["inactive_threshold"].as_u64().map(Duration::from_nanos);
         !self.is_durable() && inactive.is_some_and(|inactive| now - self.active >= inactive)
@@ -437,7 +437,7 @@ impl State {
         }
     }
 
-    /// Pulls that expire, heartbeats, batches and consumers that nobody uses.
+    /// Pulls that expire, heartbeats, batches and consumers that are not used.
     pub(super) fn tick(&mut self) {
         let now = Instant::now();
         if self.down || self.frozen.is_some_and(|until| until > now) {

@@ -12,7 +12,7 @@ use super::{
 /// So long nobody runs what is handed over.
 const HANDED_OVER: Duration = Duration::from_secs(5);
 
-/// Servers have forgotten by then what nobody uses.
+/// Servers have forgotten a consumer by then that is not used.
 const FORGOTTEN: Duration = Duration::from_secs(60);
 
 /// A kind of event, and what may be behind it.
