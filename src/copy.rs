@@ -1,82 +1,42 @@
 //! One copy of one stream, from what was saved to the first error or the stop. A run owns its two lanes: when
 //! [`run`] returns, or its future is dropped, nothing more of it reaches either server.
 //!
-//! One message's way: [`reader`] -> [`decide`] -> [`writer`] -> [`window`] -> [`progress`].
+//! One message's way: [`source::reader`] -> [`decide`] -> [`target::writer`] -> [`flow::window`] -> [`flow::position`].
 
 mod advisories;
-mod appetite;
-mod batches;
-mod bounds;
-pub(crate) mod bridge;
-mod budget;
-pub(crate) mod clock;
-mod consumers;
-pub(crate) mod dead_letter;
 mod decide;
-mod drops;
-pub(crate) mod duplicates;
-pub(crate) mod durable;
 mod error;
 mod feed;
-mod frame;
-mod gap;
-mod glance;
-mod headroom;
-mod intake;
+mod flow;
 mod job;
-mod join;
-pub(crate) mod learn;
-mod line;
-mod locate;
-pub(crate) mod mark;
 mod objects;
 mod open;
-mod pipelined;
-mod probe;
-mod progress;
-pub(crate) mod provenance;
-mod reader;
-mod refusal;
 mod reject;
-mod renewal;
 mod reporter;
 mod resume;
 mod run;
-mod sampler;
-pub(crate) mod sharing;
-mod source_end;
-mod source_half;
-mod stray;
-pub(crate) mod subjects;
+mod samples;
+mod sampling_driver;
+pub(crate) mod source;
 pub(crate) mod target;
-mod target_end;
-mod target_half;
-pub(crate) mod target_limits;
-mod target_watch;
-mod throttle;
-mod transform;
-mod unsaved;
-mod watchdog;
-mod window;
-mod writer;
 
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-pub use budget::Budget;
-pub use consumers::consumer_prefix;
-pub(crate) use duplicates::LONGEST_PAUSE;
 pub use error::{Error, ErrorKind};
 #[doc(hidden)]
 pub use feed::{INBOX, feed};
-pub use glance::{Glance, glance};
-pub use headroom::{Looks, Outlook, Shortage, Turn};
+pub use flow::{budget::Budget, position::PositionWriter, watchdog::Escalation};
 pub use job::Job;
-pub use locate::{At, Located, Place, locate};
-pub use progress::Ledger;
-pub use sampler::Samples;
-pub use watchdog::Escalation;
+pub use samples::Samples;
+pub use source::{
+    consumers::consumer_prefix,
+    locate::{At, Located, Place, locate},
+    peek::{SourcePeek, peek},
+    retention::{Looks, Outlook, Shortage, Turn},
+};
+pub(crate) use target::dedup_window::LONGEST_PAUSE;
 
 use open::Opener;
 use run::Ended;
@@ -93,7 +53,7 @@ use crate::{
 /// [`State::Retrying`] and [`State::Held`] only once it has copied or found nothing to copy.
 pub async fn run(
     job: &Job,
-    ledger: &mut Ledger,
+    ledger: &mut PositionWriter,
     status: &watch::Sender<(State, CopyStatus)>,
     events: &Events,
     stop: CancellationToken,
@@ -103,7 +63,7 @@ pub async fn run(
         tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(()),
-            raised = line::is_raised(job, limit) => ledger.max_line = ledger.max_line.filter(|_| !raised),
+            raised = target::line::is_raised(job, limit) => ledger.max_line = ledger.max_line.filter(|_| !raised),
         }
     }
     let opener = Opener { job, status, events };
@@ -115,7 +75,7 @@ pub async fn run(
         }
         match result.as_ref().err().and_then(|error| error.unheard) {
             None => break result.map(|_| ()),
-            Some(seq) => match stray::mended(job, seq, &stop).await {
+            Some(seq) => match target::stray::mended(job, seq, &stop).await {
                 // The target takes the message now.
                 Ok(true) => {}
                 Ok(false) => break result.map(|_| ()),
@@ -130,7 +90,7 @@ pub async fn run(
 /// One run.
 async fn once(
     opener: Opener<'_>,
-    ledger: &mut Ledger,
+    ledger: &mut PositionWriter,
     refused: &mut reject::Refused,
     stop: &CancellationToken,
 ) -> Result<Ended, Error> {
@@ -147,7 +107,7 @@ async fn once(
 async fn begins_again(
     job: &Job,
     result: &mut Result<Ended, Error>,
-    ledger: &mut Ledger,
+    ledger: &mut PositionWriter,
     refused: &mut reject::Refused,
     stop: &CancellationToken,
 ) -> bool {
@@ -166,7 +126,7 @@ async fn begins_again(
             let found = tokio::select! {
                 biased;
                 () = stop.cancelled() => None,
-                found = line::limit(job, *sent) => found,
+                found = target::line::limit(job, *sent) => found,
             };
             let found = found.filter(|limit| ledger.max_line.is_none_or(|old| *limit < old));
             ledger.max_line = found.or(ledger.max_line);
@@ -178,7 +138,7 @@ async fn begins_again(
 }
 
 /// An error with what earlier runs have to do with it.
-fn explained(error: Error, ledger: &mut Ledger) -> Error {
+fn explained(error: Error, ledger: &mut PositionWriter) -> Error {
     if !error.chain_broken {
         return error;
     }

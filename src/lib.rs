@@ -11,8 +11,8 @@
 //! | world | [`store`], [`nats`] | the only I/O: buckets and connections |
 //! | words | [`config`], [`status`], [`metrics`], [`names`], [`backoff`], [`chance`], `boottime` | no sockets |
 //!
-//! One message's way: `copy::reader` -> `copy::decide` -> `copy::writer` -> `copy::window` ->
-//! `copy::progress`. Start reading at [`copy::run`].
+//! One message's way: `copy::source::reader` -> `copy::decide` -> `copy::target::writer` -> `copy::flow::window` ->
+//! `copy::flow::position`. Start reading at [`copy::run`].
 
 pub mod app;
 pub mod backoff;

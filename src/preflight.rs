@@ -24,9 +24,11 @@ use self::{
 use crate::{
     config::{OnReject, Replication},
     copy::{
-        bridge,
-        durable::Owner,
-        target::{self, Extent, Maker, Update},
+        source::durable::Owner,
+        target::{
+            bridge,
+            stream::{self, Extent, Maker, Update},
+        },
     },
     nats::{Rules, jetstream::StreamState},
     sampling,
@@ -123,7 +125,7 @@ pub async fn run(rules: &Rules, own: &Own<'_>, replication: &Replication, known:
         match target.facts.stream.got() {
             Some(None) if replication.create_target => {
                 let replicas = source.number("num_replicas").max(1);
-                planned = Some(target::new_config(replication, source, &learned, maker, replicas));
+                planned = Some(stream::new_config(replication, source, &learned, maker, replicas));
             }
             Some(Some(target)) => {
                 let of = |extent| Update::of(replication, source, &learned, target, Maker::of_leader(target), extent);

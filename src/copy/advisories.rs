@@ -15,7 +15,10 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Duration, Instant};
 use tracing::{info, warn};
 
-use super::{Job, frame::hpub, line, transform::push};
+use super::{
+    Job,
+    target::{frame::hpub, headers::push, line},
+};
 use crate::{
     backoff::Backoff,
     chance,

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use super::{
     objects::{Gate, Incomplete, Pass},
-    provenance::Tag,
-    reader::Incoming,
     resume::Known,
+    source::reader::Incoming,
+    target::provenance::Tag,
 };
 use crate::{config::Scope, nats::Error, sampling::Fate, status::Counters, store::SourceMessage};
 

@@ -11,18 +11,24 @@ use tokio::{
 };
 
 use super::{
-    budget::Budget,
-    dead_letter::DeadLetters,
-    drops::{Drops, Limits},
-    durable::{Durable, Way},
-    provenance::Tag,
-    reader::{Incoming, Range, Reader, explicit::Explicit, pushed::Pushed},
-    renewal::Renewal,
-    target::Abilities,
-    target_watch::TargetWatch,
-    transform::Allowed,
-    window::{SourcePoint, Window},
-    writer::{Supply, Writer},
+    flow::{
+        budget::Budget,
+        window::{SourcePoint, Window},
+    },
+    source::{
+        durable::{Durable, Way},
+        reader::{Incoming, Range, Reader, explicit::Explicit, pushed::Pushed},
+        renewal::Renewal,
+    },
+    target::{
+        dead_letter::DeadLetters,
+        drops::{Drops, Limits},
+        headers::Allowed,
+        provenance::Tag,
+        stream::Abilities,
+        target_watch::TargetWatch,
+        writer::{Supply, Writer},
+    },
 };
 use crate::{
     config::{self, Connection, Endpoint, Replication},

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Budget, Samples};
+use super::{flow::budget::Budget, samples::Samples};
 use crate::{
     config::Replication,
     nats,

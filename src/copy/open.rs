@@ -8,34 +8,34 @@ use tracing::info;
 
 use super::{
     Error, ErrorKind, Job,
-    bounds::Bounds,
-    bridge,
-    clock::SourceClock,
-    consumers::Names,
-    dead_letter,
     decide::CopyRules,
-    drops::Drops,
-    durable::{Durable, Owner},
-    gap::Gaps,
-    headroom::{Looks, Retention},
-    intake::Intake,
+    flow::{bounds::Bounds, position::PositionWriter, watchdog::Watchdog, window::Window},
     objects::Gate,
-    progress::Ledger,
-    provenance::Tag,
     reject::{Refused, Rejects},
     reporter::Reporter,
     resume::{self, Resume, Sides, is_plain},
     run::{Run, Times},
-    sampler::Sampler,
-    sharing,
-    source_half::{SourceHalf, StatePolls, heard},
-    target::{self, Abilities, Opened, Opening},
-    target_half::TargetHalf,
-    target_limits,
-    target_watch::TargetWatch,
-    watchdog::Watchdog,
-    window::Window,
-    writer::Writer,
+    sampling_driver::SamplingDriver,
+    source::{
+        clock::SourceClock,
+        consumers::Names,
+        durable::{Durable, Owner},
+        gap::Gaps,
+        intake::Intake,
+        retention::{Looks, Retention},
+        source_half::{SourceHalf, StatePolls, heard},
+    },
+    target::{
+        bridge, dead_letter,
+        drops::Drops,
+        mode,
+        provenance::Tag,
+        stream::{self, Abilities, Opened, Opening},
+        target_half::TargetHalf,
+        target_limits,
+        target_watch::TargetWatch,
+        writer::Writer,
+    },
 };
 use crate::{
     config::{OnReject, Replication, Side},
@@ -94,7 +94,7 @@ struct Found {
 
 impl<'a> Opener<'a> {
     /// Connects both sides, finds out where to resume, and creates the consumer.
-    pub async fn open(self, ledger: &mut Ledger, refused: &'a mut Refused) -> Result<Run<'a>, Error> {
+    pub async fn open(self, ledger: &mut PositionWriter, refused: &'a mut Refused) -> Result<Run<'a>, Error> {
         let replication = &self.job.replication;
         self.status.send_modify(|(_, copy)| {
             copy.source.stream.clone_from(&replication.source.stream);
@@ -122,7 +122,7 @@ impl<'a> Opener<'a> {
     }
 
     /// Reads the source, checks whether it may be copied, and makes the target.
-    async fn read_streams(self, lanes: &mut Lanes, ledger: &mut Ledger) -> Result<Streams, Error> {
+    async fn read_streams(self, lanes: &mut Lanes, ledger: &mut PositionWriter) -> Result<Streams, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
         let sent = Instant::now();
         let source_info = Api::new(&mut source.lane).stream_info(&replication.source.stream).await;
@@ -151,7 +151,7 @@ impl<'a> Opener<'a> {
             clock.hear(&heard(sent, Instant::now(), again));
         }
         let source_info = again.unwrap_or(source_info);
-        let abilities = target::abilities(replication, &source_info, &target_info)?;
+        let abilities = stream::abilities(replication, &source_info, &target_info)?;
         if ledger.record().moved_back {
             ledger.look_behind(target_info.state.last_seq, &target_info.created).await?;
         }
@@ -159,7 +159,7 @@ impl<'a> Opener<'a> {
     }
 
     /// Finds out where to go on.
-    async fn find(self, lanes: &mut Lanes, streams: &mut Streams, ledger: &mut Ledger) -> Result<Found, Error> {
+    async fn find(self, lanes: &mut Lanes, streams: &mut Streams, ledger: &mut PositionWriter) -> Result<Found, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
         let installation = ledger.record().installation.as_ref().unwrap_or(&job.installation).clone();
         let owner = Owner { site: &job.site, installation: &installation };
@@ -168,7 +168,7 @@ impl<'a> Opener<'a> {
             false => None,
         };
         let tag = Tag::new(&replication.source.stream, &job.site, &replication.name).with_former(&replication.former);
-        let (mode, news) = sharing::begin(replication, &streams.target, ledger.record(), job.neighbour.as_deref());
+        let (mode, news) = mode::begin(replication, &streams.target, ledger.record(), job.neighbour.as_deref());
         streams.abilities.share(mode);
         self.status.send_modify(|(_, copy)| copy.target_mode = mode);
         let sides = Sides {
@@ -205,8 +205,8 @@ impl<'a> Opener<'a> {
         lanes: &mut Lanes,
         streams: &Streams,
         found: &mut Found,
-        ledger: &mut Ledger,
-    ) -> Result<(Option<Sampler>, Intake), Error> {
+        ledger: &mut PositionWriter,
+    ) -> Result<(Option<SamplingDriver>, Intake), Error> {
         let (job, Lanes { replication, source, .. }) = (self.job, lanes);
         let (info, position) = (&streams.source, found.resume.position.seq);
         if Durable::is_needed(info) {
@@ -216,7 +216,7 @@ impl<'a> Opener<'a> {
             Some(durable) => durable.unless_ahead(&mut source.lane, replication, info, position, found.another).await?,
             None => None,
         };
-        let sampler = Sampler::begin(job, position, ledger.record(), found.another, info.state.first_seq);
+        let sampler = SamplingDriver::begin(job, position, ledger.record(), found.another, info.state.first_seq);
         let inspected = replication.sampling.as_ref().map(|sampling| sampling.inspect.mark());
         let from = sampler.as_ref().map(|(_, from)| *from);
         ledger.samples_from(from.zip(inspected)).await?;
@@ -229,7 +229,7 @@ impl<'a> Opener<'a> {
 }
 
 impl Lanes {
-    async fn connect(job: &Job, ledger: &mut Ledger) -> Result<Self, Error> {
+    async fn connect(job: &Job, ledger: &mut PositionWriter) -> Result<Self, Error> {
         let mut replication = job.replication.clone();
         let in_flight = &mut replication.limits.bytes_in_flight;
         *in_flight = ledger.appetite.begin(*in_flight, Instant::now());
@@ -267,7 +267,7 @@ async fn write(
     lane: &mut Lane,
     streams: &Streams,
     found: &Found,
-    ledger: &mut Ledger,
+    ledger: &mut PositionWriter,
 ) -> Result<Writer, Error> {
     let (tag, abilities) = (found.tag.clone(), streams.abilities);
     let mut writer = Writer::open(lane, replication.clone(), tag, abilities, &streams.target, ledger.record());
@@ -296,7 +296,7 @@ fn show(copy: &mut CopyStatus, lanes: &Lanes, streams: &Streams, writer: &Writer
 }
 
 /// What the target holds of what was copied, compared with what the run before knew.
-fn begin_drops(ledger: &mut Ledger, replication: &Replication, streams: &Streams, resume: &Resume) -> Drops {
+fn begin_drops(ledger: &mut PositionWriter, replication: &Replication, streams: &Streams, resume: &Resume) -> Drops {
     let Streams { source, target, abilities, .. } = streams;
     let whole = replication.scope.is_whole() && replication.sampling.is_none() && replication.max_age.is_none();
     let whole = whole && abilities.mode == TargetMode::Exclusive;
@@ -315,7 +315,7 @@ fn assemble<'a>(
     lanes: Lanes,
     streams: Streams,
     found: Found,
-    (reader, sampler): (Intake, Option<Sampler>),
+    (reader, sampler): (Intake, Option<SamplingDriver>),
     (writer, rejects): (Writer, Rejects<'a>),
     drops: Drops,
 ) -> (Run<'a>, Resume) {

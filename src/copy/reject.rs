@@ -8,12 +8,10 @@ use tokio::time::{Duration, Instant};
 
 use super::{
     Error as RunError,
-    dead_letter::DeadLetters,
     error::Refusal,
-    provenance::Tag,
-    reader::Incoming,
-    refusal::about,
-    window::{SourcePoint, Window},
+    flow::window::{SourcePoint, Window},
+    source::reader::Incoming,
+    target::{dead_letter::DeadLetters, provenance::Tag, refusal::about},
 };
 use crate::{
     config::{Limits, OnReject, Replication},

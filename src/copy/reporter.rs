@@ -7,11 +7,13 @@ use tracing::{info, warn};
 
 use super::{
     Job,
-    clock::SourceClock,
     decide::Reason,
+    flow::{
+        position::PositionWriter,
+        unsaved::{Copied, News},
+    },
     objects::Incomplete,
-    progress::Ledger,
-    unsaved::{Copied, News},
+    source::clock::SourceClock,
 };
 use crate::{
     chance,
@@ -103,12 +105,12 @@ impl<'a> Reporter<'a> {
     }
 
     /// Up to where the run may copy while the position is not saved.
-    pub fn copy_limit(&self, ledger: &mut Ledger, now: Instant) -> Option<Copied> {
+    pub fn copy_limit(&self, ledger: &mut PositionWriter, now: Instant) -> Option<Copied> {
         ledger.copy_limit(self.copy.counters.into(), now).filter(|_| !self.job.standalone)
     }
 
     /// Reports, once, that the position is not saved, and that it is again.
-    pub fn saves(&mut self, position: u64, now: Instant, ledger: &mut Ledger) {
+    pub fn saves(&mut self, position: u64, now: Instant, ledger: &mut PositionWriter) {
         let id = &self.replication.id;
         match ledger.unsaved.news(now) {
             Some(News::Unsaved(why)) => {
@@ -128,12 +130,12 @@ impl<'a> Reporter<'a> {
     }
 
     /// Takes over whether it was reported that the position is not saved.
-    pub fn knows_saves(&mut self, ledger: &Ledger) {
+    pub fn knows_saves(&mut self, ledger: &PositionWriter) {
         self.unsaved = ledger.unsaved.is_reported();
     }
 
     /// Reports, once, that the source's clock and ours differ, and that they do no more.
-    pub fn clock(&self, clock: &SourceClock, ledger: &mut Ledger) {
+    pub fn clock(&self, clock: &SourceClock, ledger: &mut PositionWriter) {
         let (id, server) = (&self.replication.id, &self.copy.source.server);
         let offset = clock.offset(Instant::now(), chance::now());
         match ledger.clock.judge(offset) {

@@ -8,20 +8,23 @@ use tracing::{debug, warn};
 
 use super::{
     Error, ErrorKind,
-    bounds::Bounds,
-    clock::SourceClock,
     decide::CopyRules,
-    line,
-    progress::{Ledger, Sampled, Witnesses},
+    flow::{
+        bounds::Bounds,
+        position::{PositionWriter, Sampled, Witnesses},
+        throttle,
+        watchdog::{DRAIN, LAST_SAVE},
+        window::Window,
+    },
     reject::Rejects,
     reporter::Reporter,
-    sampler::{Moved, Sampler},
-    source_half::SourceHalf,
-    target_half::TargetHalf,
-    throttle,
-    watchdog::{DRAIN, LAST_SAVE},
-    window::Window,
-    writer::{Supply, Writer},
+    sampling_driver::{Moved, SamplingDriver},
+    source::{clock::SourceClock, source_half::SourceHalf},
+    target::{
+        line,
+        target_half::TargetHalf,
+        writer::{Supply, Writer},
+    },
 };
 use crate::{
     nats::{Batch, Lane, Turn},
@@ -65,7 +68,7 @@ pub(super) struct Run<'a> {
     pub(super) bounds: Bounds,
     pub(super) rules: CopyRules,
     pub(super) rejects: Rejects<'a>,
-    pub(super) sampler: Option<Sampler>,
+    pub(super) sampler: Option<SamplingDriver>,
     pub(super) times: Times,
     /// Why the run ends, and how long what is in the air may take to settle.
     pub(super) ending: Option<(Ending, Instant)>,
@@ -89,7 +92,7 @@ impl Times {
 
 impl Run<'_> {
     /// Copies until the stop or an error; the position is saved at the end of both.
-    pub async fn copy(mut self, ledger: &mut Ledger, stop: CancellationToken) -> Result<Ended, Error> {
+    pub async fn copy(mut self, ledger: &mut PositionWriter, stop: CancellationToken) -> Result<Ended, Error> {
         let result = self.copy_loop(ledger, &stop).await;
         ledger.gaps = std::mem::take(&mut self.source.gaps);
         ledger.drops = std::mem::take(&mut self.target.watch.drops);
@@ -103,14 +106,14 @@ impl Run<'_> {
         }
     }
 
-    async fn ended_well(mut self, ledger: &mut Ledger) -> Result<(), Error> {
+    async fn ended_well(mut self, ledger: &mut PositionWriter) -> Result<(), Error> {
         self.write_senders().await;
         let _ = tokio::time::timeout(LAST_ACKS, self.tell_all()).await;
         let Self { report, mut source, target, bounds, sampler, .. } = self;
         source.reader.close(&mut source.lane);
         // The consumer would go by itself; its deletion is a courtesy that must not hold up a stop.
         let _ = tokio::time::timeout(LAST_SAVE, source.lane.round_trip()).await;
-        let sampled = sampler.as_ref().map(Sampler::sampled);
+        let sampled = sampler.as_ref().map(SamplingDriver::sampled);
         let streams = (source.info.created.as_str(), target.created.as_str());
         let witnesses = witnesses(&bounds.window, &target.writer, &source.clock, streams, sampled);
         // What did not settle in time.
@@ -120,9 +123,9 @@ impl Run<'_> {
     }
 
     /// Saves the position of a run that failed; returns why it ended.
-    async fn failed(self, error: Error, ledger: &mut Ledger) -> Error {
+    async fn failed(self, error: Error, ledger: &mut PositionWriter) -> Error {
         let Self { report, source, target, bounds, sampler, .. } = self;
-        let sampled = sampler.as_ref().map(Sampler::sampled);
+        let sampled = sampler.as_ref().map(SamplingDriver::sampled);
         // First of all nothing more may be sent.
         drop((source.lane, target.lane));
         if error.chain_broken {
@@ -144,7 +147,7 @@ impl Run<'_> {
     fn witnesses(&self) -> Witnesses<'_> {
         let (source, target) = (&self.source, &self.target);
         let created = (source.info.created.as_str(), target.created.as_str());
-        let sampled = self.sampler.as_ref().map(Sampler::sampled);
+        let sampled = self.sampler.as_ref().map(SamplingDriver::sampled);
         witnesses(&self.bounds.window, &target.writer, &source.clock, created, sampled)
     }
 
@@ -178,7 +181,7 @@ impl Run<'_> {
         }
     }
 
-    async fn copy_loop(&mut self, ledger: &mut Ledger, stop: &CancellationToken) -> Result<Ended, Error> {
+    async fn copy_loop(&mut self, ledger: &mut PositionWriter, stop: &CancellationToken) -> Result<Ended, Error> {
         loop {
             let now = Instant::now();
             self.pump(now);
@@ -235,7 +238,7 @@ impl Run<'_> {
     }
 
     /// The source ended the connection: perhaps because more was asked for than it lets wait.
-    fn lost_source(&self, ledger: &mut Ledger, error: crate::nats::Error) -> Error {
+    fn lost_source(&self, ledger: &mut PositionWriter, error: crate::nats::Error) -> Error {
         let (now, replication) = (Instant::now(), &self.report.replication);
         // One that says why it ends was not cut for what waits: a slow consumer is told nothing.
         if self.source.reader.pending() > 0 && error.is_cut() {
@@ -326,7 +329,7 @@ impl Run<'_> {
         }
     }
 
-    fn saved(&mut self, result: Result<(), SaveError>, ledger: &mut Ledger) -> Result<(), Error> {
+    fn saved(&mut self, result: Result<(), SaveError>, ledger: &mut PositionWriter) -> Result<(), Error> {
         match result {
             Err(conflict @ SaveError::Conflict { .. }) => return Err(conflict.into()),
             // The copy goes on for a while: what is at the target tells where it stands. The next save tries again.

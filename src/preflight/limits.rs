@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::Outcome;
 use crate::{
-    copy::durable::Durable,
+    copy::source::durable::Durable,
     nats::{account::AccountInfo, jetstream::StreamInfo},
 };
 

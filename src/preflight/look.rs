@@ -12,11 +12,15 @@ use crate::{
     chance,
     config::{Connection, Place, Replication, Side},
     copy::{
-        bridge,
-        clock::{Heard, SourceClock},
-        durable::{Durable, Way},
-        learn,
-        subjects::{Learned, Origins},
+        source::{
+            clock::{Heard, SourceClock},
+            durable::{Durable, Way},
+            learn,
+        },
+        target::{
+            bridge,
+            subjects::{Learned, Origins},
+        },
     },
     names,
     nats::{

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::{
     config::{Mapping, Replication, patterns::intersection},
-    copy::subjects::{InScope, Origins},
+    copy::target::subjects::{InScope, Origins},
     nats::jetstream::StreamInfo,
 };
 

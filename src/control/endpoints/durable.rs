@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use super::{Context, position::runnable};
 use crate::{
     config::Replication,
-    copy::durable::{self, Durable, Owner},
+    copy::source::durable::{self, Durable, Owner},
 };
 
 /// So long a deletion may take with all of it: less than a request may.

@@ -7,10 +7,10 @@ use super::Run;
 use crate::{
     copy::{
         Error,
-        duplicates::Look,
-        gap::Gaps,
-        progress::Ledger,
+        flow::position::PositionWriter,
         resume::{Resume, is_consumed},
+        source::gap::Gaps,
+        target::dedup_window::Look,
     },
     events::Event,
     nats::jetstream::StreamInfo,
@@ -23,7 +23,7 @@ impl Run<'_> {
         target: &StreamInfo,
         resume: Resume,
         goes_back: bool,
-        ledger: &mut Ledger,
+        ledger: &mut PositionWriter,
     ) -> Result<(), Error> {
         let now = self.times.began;
         self.report.knows_saves(ledger);
@@ -40,7 +40,7 @@ impl Run<'_> {
     }
 
     /// Tells, once per start, where the target may forget ids too soon.
-    fn remembered(&mut self, target: &StreamInfo, unseen: u64, ledger: &mut Ledger) {
+    fn remembered(&mut self, target: &StreamInfo, unseen: u64, ledger: &mut PositionWriter) {
         if !self.target.writer.relies_on_ids() || std::mem::replace(&mut ledger.window_told, true) {
             return;
         }
@@ -54,7 +54,7 @@ impl Run<'_> {
     }
 
     /// Tells where the run goes on and what was found on the way there.
-    fn resumed(&mut self, resume: Resume, ledger: &mut Ledger) {
+    fn resumed(&mut self, resume: Resume, ledger: &mut PositionWriter) {
         self.explain(std::mem::take(&mut ledger.gaps), &resume);
         for event in resume.findings {
             if matches!(event, Event::TargetShared { .. }) {

@@ -8,10 +8,10 @@ use crate::{
     copy::{
         Error,
         decide::{Decision, Facts, Reason, verdict},
-        reader::Incoming,
-        refusal::TOO_LARGE,
-        sampler::Sampler,
-        window::SourcePoint,
+        flow::window::SourcePoint,
+        sampling_driver::SamplingDriver,
+        source::reader::Incoming,
+        target::refusal::TOO_LARGE,
     },
 };
 
@@ -180,6 +180,6 @@ impl Run<'_> {
 }
 
 /// Whether the sender of a message is to be copied.
-fn wants(sampler: Option<&mut Sampler>, incoming: &Incoming<'_>) -> bool {
+fn wants(sampler: Option<&mut SamplingDriver>, incoming: &Incoming<'_>) -> bool {
     sampler.is_none_or(|sampler| sampler.wants(incoming))
 }

@@ -8,14 +8,18 @@ use crate::{
     config::Replication,
     copy::{
         Error, ErrorKind,
-        drops::Dropped,
-        headroom::Retention,
-        intake::Intake,
-        locate,
-        reader::{Lost, Reader},
-        renewal::Renewal,
-        target, throttle,
-        watchdog::{Action, Consumer, Seen, Tell},
+        flow::{
+            throttle,
+            watchdog::{Action, Consumer, Seen, Tell},
+        },
+        source::{
+            intake::Intake,
+            locate,
+            reader::{Lost, Reader},
+            renewal::Renewal,
+            retention::Retention,
+        },
+        target::{drops::Dropped, stream},
     },
     events::{Event, Step},
     nats::{
@@ -70,7 +74,7 @@ impl Run<'_> {
             self.report.copy.counters.target_dropped += messages;
             event.into_iter().for_each(|event| self.report.found(event));
         }
-        if self.ending.is_none() && !target::acts_alike(&info, &self.source.info) {
+        if self.ending.is_none() && !stream::acts_alike(&info, &self.source.info) {
             let id = &self.report.replication.id;
             info!(replication = id, "the source acts on other headers than before: a new run follows");
             self.end(Ending::BeginsAgain);

@@ -10,11 +10,13 @@ use crate::{
     config::Side,
     copy::{
         Error,
-        clock::shown,
-        headroom::{Oldest, Outlook, Waiting},
-        progress::Ledger,
-        reader::Reader,
-        source_half::{INFO_EVERY, INFO_SOONEST},
+        flow::position::PositionWriter,
+        source::{
+            clock::shown,
+            reader::Reader,
+            retention::{Oldest, Outlook, Waiting},
+            source_half::{INFO_EVERY, INFO_SOONEST},
+        },
     },
     nats::Lane,
     status::{Lag, Position},
@@ -31,7 +33,7 @@ const LOGIN_EVERY: Duration = Duration::from_secs(1);
 
 impl Run<'_> {
     /// What is due now and then: status, save, questions, and whether everything still moves.
-    pub(super) fn tick(&mut self, now: Instant, ledger: &mut Ledger) -> Result<(), Error> {
+    pub(super) fn tick(&mut self, now: Instant, ledger: &mut PositionWriter) -> Result<(), Error> {
         self.settle();
         self.report_saves(now, ledger);
         self.tell_rejected(true);
@@ -120,7 +122,7 @@ impl Run<'_> {
     }
 
     /// Reports, once, that the position is not saved, and that it is again.
-    pub(super) fn report_saves(&mut self, now: Instant, ledger: &mut Ledger) {
+    pub(super) fn report_saves(&mut self, now: Instant, ledger: &mut PositionWriter) {
         self.bounds.limit = self.report.copy_limit(ledger, now);
         self.report.saves(self.bounds.window.position().seq, now, ledger);
     }
