@@ -17,6 +17,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{error, info, warn};
 
+pub use self::site::Misconfigured;
 use crate::{
     allow::AllowList,
     control,
@@ -29,8 +30,6 @@ use crate::{
     store::{Buckets, Condition, Keeper},
     supervisor::{self, Deps, Supervisor},
 };
-
-pub use self::site::Misconfigured;
 
 /// Everything stops within this.
 const GRACE: Duration = Duration::from_secs(10);

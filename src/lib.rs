@@ -12,8 +12,8 @@
 //! | words | [`config`], [`choria`], [`status`], [`metrics`], [`names`], `boottime` | no sockets |
 //! | wire | the crate [`nats_lane`] | connections: the only I/O beside [`http`] |
 //!
-//! One message's way: `copy::reader` -> `copy::decide` -> `copy::writer` -> `copy::window` ->
-//! `copy::progress`. Start reading at [`copy::run`].
+//! One message's way: `copy::source::reader` -> `copy::decide` -> `copy::target::writer` -> `copy::flow::window` ->
+//! `copy::flow::position`. Start reading at [`copy::run`].
 
 pub mod allow;
 pub mod app;

@@ -27,9 +27,11 @@ use crate::{
     allow::AllowList,
     config::{OnReject, Replication},
     copy::{
-        bridge,
-        durable::Owner,
-        target::{self, Extent, Maker, Update},
+        source::durable::Owner,
+        target::{
+            bridge,
+            stream::{self, Extent, Maker, Update},
+        },
     },
     sampling,
     store::OwnStreams,
@@ -136,7 +138,7 @@ pub async fn run(
         match target.facts.stream.got() {
             Some(None) if replication.create_target => {
                 let replicas = source.number("num_replicas").max(1);
-                planned = Some(target::new_config(replication, source, &learned, maker, replicas));
+                planned = Some(stream::new_config(replication, source, &learned, maker, replicas));
             }
             Some(Some(target)) => {
                 let of = |extent| Update::of(replication, source, &learned, target, Maker::of_leader(target), extent);

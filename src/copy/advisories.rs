@@ -19,7 +19,10 @@ use nats_lane::{
 use tokio::time::{Duration, Instant};
 use tracing::{info, warn};
 
-use super::{Job, line, transform::push, writer::hpub};
+use super::{
+    Job,
+    target::{frame::hpub, headers::push, line},
+};
 use crate::{
     config::Side,
     events::Event,

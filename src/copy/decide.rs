@@ -1,13 +1,21 @@
-//! What happens to one message. Pure: time comes in, nothing waits.
+//! What happens to one message: one decision for the loop, for what is read again for sampling, and for what may follow
+//! dead letters; and one table of what each decision counts as. Pure: time comes in, nothing waits.
 
 use std::time::Duration;
 
-use super::provenance::Tag;
-use crate::config::Scope;
+use nats_lane::Error;
+
+use super::{
+    objects::{Gate, Incomplete, Pass},
+    resume::Known,
+    source::reader::Incoming,
+    target::provenance::Tag,
+};
+use crate::{config::Scope, sampling::Fate, status::Counters, store::SourceMessage};
 
 /// The rules of one replication.
 #[derive(Debug, Clone)]
-pub struct Rules {
+pub struct CopyRules {
     /// Which subjects are copied, of those that the server lets through.
     pub scope: Scope,
     /// Older messages are skipped.
@@ -16,18 +24,41 @@ pub struct Rules {
     pub tag: Tag,
 }
 
-/// What is to be done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decision {
-    /// Send it.
-    Copy,
-    /// Leave it out.
-    Skip(Reason),
+/// What else a decision depends on. Each is asked only if nothing before it has decided.
+#[derive(Debug)]
+pub struct Facts<'g, S, P> {
+    /// The message that is skipped by request.
+    pub skip: Option<SourceMessage>,
+    /// What the target has of this message.
+    pub known: Option<Known>,
+    /// Whether its sender is to be copied.
+    pub sampling: S,
+    /// What the target needs before it.
+    pub gate: Option<&'g Gate>,
+    /// Makes what is sent, or says why the target can never store it.
+    pub prepare: P,
 }
 
-/// Why a message is left out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is to be done. `Outgoing` is the message as it is sent.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Decision<Outgoing> {
+    /// Skip it.
+    Skip(Reason),
+    /// The target has it, or needs it no more.
+    Stored(Known),
+    /// Decide again when the target has said what it holds on this source subject.
+    Wait(String),
+    /// The target can never store it.
+    Reject(Error),
+    /// Send it.
+    Send(Outgoing),
+}
+
+/// Why a message is skipped.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
+    /// By request.
+    Requested,
     /// Stored longer ago than `max_age`.
     Old,
     /// Its subject is excluded.
@@ -36,47 +67,163 @@ pub enum Reason {
     Loop,
     /// Its sender was copied not long ago.
     Sampled,
+    /// It describes an object that the target does not have whole.
+    Incomplete(Incomplete),
 }
 
-impl Rules {
-    /// Decides about a message stored at `time_ns`, at the time `now_ns` (both nanoseconds since the Unix epoch).
-    pub fn decide(&self, subject: &[u8], time_ns: i64, header: &[u8], now_ns: i64) -> Decision {
+impl CopyRules {
+    /// Why a message stored at `time_ns` is skipped at the time `now_ns` (both nanoseconds since the Unix epoch), if it is.
+    pub fn skips(&self, subject: &[u8], time_ns: i64, header: &[u8], now_ns: i64) -> Option<Reason> {
         if let Some(max_age) = self.max_age
             && i128::from(now_ns) - i128::from(time_ns) > max_age.as_nanos() as i128
         {
-            return Decision::Skip(Reason::Old);
+            return Some(Reason::Old);
         }
         if self.scope.excludes(subject) {
-            return Decision::Skip(Reason::Excluded);
+            return Some(Reason::Excluded);
         }
-        if !header.is_empty() && self.tag.passed(header) {
-            return Decision::Skip(Reason::Loop);
+        (!header.is_empty() && self.tag.passed(header)).then_some(Reason::Loop)
+    }
+}
+
+/// Decides about one message.
+pub fn verdict<Outgoing>(
+    rules: &CopyRules,
+    facts: Facts<'_, impl FnOnce() -> bool, impl FnOnce() -> Result<Outgoing, Error>>,
+    incoming: &Incoming<'_>,
+    now_ns: i64,
+) -> Decision<Outgoing> {
+    let Facts { skip, known, sampling, gate, prepare } = facts;
+    let (message, seq, time_ns) = (&incoming.message, incoming.delivery.stream_seq, incoming.delivery.time_ns);
+    if skip == Some(SourceMessage { seq, time_ns }) {
+        return Decision::Skip(Reason::Requested);
+    }
+    if let Some(known) = known {
+        return Decision::Stored(known);
+    }
+    if let Some(reason) = rules.skips(message.subject, time_ns, message.header, now_ns) {
+        return Decision::Skip(reason);
+    }
+    if !sampling() {
+        return Decision::Skip(Reason::Sampled);
+    }
+    match gate.map_or(Pass::Send, |gate| gate.pass(message.subject, message.payload)) {
+        Pass::Ask(chunks) => Decision::Wait(chunks),
+        Pass::LeaveOut(object) => Decision::Skip(Reason::Incomplete(object)),
+        Pass::Send => prepare().map_or_else(Decision::Reject, Decision::Send),
+    }
+}
+
+impl<Outgoing> Decision<Outgoing> {
+    /// Counts a message of so many bytes. What becomes of one that can never be stored is counted where that happens.
+    pub fn count(&self, counters: &mut Counters, bytes: usize) {
+        let counter = match self {
+            Self::Skip(Reason::Requested) => &mut counters.skipped_refused,
+            Self::Skip(Reason::Old) => &mut counters.skipped_old,
+            Self::Skip(Reason::Excluded | Reason::Loop) => &mut counters.skipped_filtered,
+            Self::Skip(Reason::Sampled) => &mut counters.skipped_sampled,
+            Self::Skip(Reason::Incomplete(_)) => &mut counters.skipped_incomplete,
+            Self::Reject(_) => return counters.refused += 1,
+            Self::Stored(_) | Self::Wait(_) | Self::Send(_) => return,
+        };
+        *counter += 1;
+        counters.skipped_bytes += bytes as u64;
+    }
+
+    /// What sampling is told; `None` for what is skipped before its sender matters.
+    pub fn fate(&self) -> Option<Fate> {
+        match self {
+            Self::Skip(Reason::Old | Reason::Excluded | Reason::Loop) => None,
+            Self::Skip(Reason::Requested | Reason::Sampled | Reason::Incomplete(_)) => Some(Fate::Passed),
+            Self::Wait(_) | Self::Reject(_) => Some(Fate::Passed),
+            Self::Stored(_) => Some(Fate::Stored),
+            Self::Send(_) => Some(Fate::Sent),
         }
-        Decision::Copy
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use nats_lane::{Message, jetstream::Delivery};
+
     use super::*;
+    use crate::status::Counters;
+
+    fn rules(max_age: Option<Duration>) -> CopyRules {
+        let scope = Scope::new(vec!["a.>".to_owned()], vec!["a.*.x".to_owned()]);
+        CopyRules { scope, max_age, tag: Tag::new("ORDERS", "SITE", "worker") }
+    }
+
+    fn incoming<'a>(subject: &'a [u8], header: &'a [u8], payload: &'a [u8]) -> Incoming<'a> {
+        let message = Message { sid: 2, subject, reply: b"", header, payload };
+        let delivery = Delivery { stream_seq: 7, consumer_seq: 7, time_ns: 70_000_000_000, pending: 0 };
+        Incoming { delivery, after: 6, message }
+    }
 
     #[test]
     fn age_subjects_and_loops() {
-        let tag = Tag::new("ORDERS", "SITE", "worker");
-        let scope = Scope::new(vec!["a.>".to_owned()], vec!["a.*.x".to_owned()]);
-        let rules = Rules { scope: scope.clone(), max_age: Some(Duration::from_secs(10)), tag: tag.clone() };
+        let rules_with = |max_age| rules(max_age);
+        let rules = rules_with(Some(Duration::from_secs(10)));
         let check = |time_s: i64, header: &[u8], expect| {
-            assert_eq!(rules.decide(b"a.b", time_s * 1_000_000_000, header, 100_000_000_000), expect, "{time_s}");
+            assert_eq!(rules.skips(b"a.b", time_s * 1_000_000_000, header, 100_000_000_000), expect, "{time_s}");
         };
-        check(100, b"", Decision::Copy);
-        check(90, b"", Decision::Copy);
-        check(89, b"", Decision::Skip(Reason::Old));
-        check(200, b"", Decision::Copy);
-        check(100, b"NATS/1.0\r\nChoria-SR-Source: ORDERS 1 SITE worker 1\r\n\r\n", Decision::Skip(Reason::Loop));
-        check(100, b"NATS/1.0\r\nChoria-SR-Source: ORDERS 1 OTHER worker 1\r\n\r\n", Decision::Copy);
-        let forever = Rules { scope, max_age: None, tag };
-        assert_eq!(forever.decide(b"a.b", i64::MIN, b"", i64::MAX), Decision::Copy);
-        assert_eq!(forever.decide(b"a.b.x", i64::MIN, b"", i64::MAX), Decision::Skip(Reason::Excluded));
-        assert_eq!(forever.decide(b"a.x", i64::MIN, b"", i64::MAX), Decision::Copy);
+        check(100, b"", None);
+        check(90, b"", None);
+        check(89, b"", Some(Reason::Old));
+        check(200, b"", None);
+        check(100, b"NATS/1.0\r\nChoria-SR-Source: ORDERS 1 SITE worker 1\r\n\r\n", Some(Reason::Loop));
+        check(100, b"NATS/1.0\r\nChoria-SR-Source: ORDERS 1 OTHER worker 1\r\n\r\n", None);
+        let forever = rules_with(None);
+        assert_eq!(forever.skips(b"a.b", i64::MIN, b"", i64::MAX), None);
+        assert_eq!(forever.skips(b"a.b.x", i64::MIN, b"", i64::MAX), Some(Reason::Excluded));
+        assert_eq!(forever.skips(b"a.x", i64::MIN, b"", i64::MAX), None);
+    }
+
+    #[test]
+    fn each_is_asked_only_if_nothing_before_it_decides() {
+        let description = br#"{"name":"report","nuid":"one","chunks":2}"#;
+        let header = b"NATS/1.0\r\nChoria-SR-Source: ORDERS 1 SITE worker 1\r\n\r\n";
+        let gate = Gate::of("OBJ_b", "OBJ_b").unwrap();
+        let rules = CopyRules { scope: Scope::default(), ..rules(Some(Duration::from_secs(10))) };
+        let decide = |skipped_ns: i64, known, header, wanted, gate, now_s: i64| {
+            let incoming = incoming(b"$O.b.M.cmVwb3J0", header, description);
+            let skip = Some(SourceMessage { seq: 7, time_ns: skipped_ns });
+            let prepare = || Err::<(), _>(Error::hold("too large"));
+            let facts = Facts { skip, known, sampling: || wanted, gate, prepare };
+            verdict(&rules, facts, &incoming, now_s * 1_000_000_000)
+        };
+        let (known, gate, this) = (Some(Known::Stored(3)), Some(&gate), 70_000_000_000);
+        assert_eq!(decide(this, known, header, false, gate, 90), Decision::Skip(Reason::Requested));
+        assert_eq!(decide(this + 1, known, header, false, gate, 90), Decision::Stored(Known::Stored(3)));
+        assert_eq!(decide(0, None, header, false, gate, 90), Decision::Skip(Reason::Old));
+        assert_eq!(decide(0, None, header, false, gate, 80), Decision::Skip(Reason::Loop));
+        assert_eq!(decide(0, None, b"", false, gate, 80), Decision::Skip(Reason::Sampled));
+        assert_eq!(decide(0, None, b"", true, gate, 80), Decision::Wait("$O.b.C.one".to_owned()));
+        assert_eq!(decide(0, None, b"", true, None, 80), Decision::Reject(Error::hold("too large")));
+        let facts = Facts { skip: None, known: None, sampling: || true, gate, prepare: || Ok(1) };
+        assert_eq!(verdict(&rules, facts, &incoming(b"a.b", b"", b""), this), Decision::Send(1));
+    }
+
+    #[test]
+    fn each_decision_counts_once() {
+        let check = |decision: Decision<()>, expect: ((u64, u64, u64, u64, u64), u64, u64), fate| {
+            let mut counters = Counters::default();
+            decision.count(&mut counters, 5);
+            let Counters { skipped_old, skipped_filtered, skipped_sampled, skipped_incomplete, .. } = counters;
+            let Counters { skipped_refused, refused, skipped_bytes, .. } = counters;
+            let skipped = (skipped_old, skipped_filtered, skipped_sampled, skipped_incomplete, skipped_refused);
+            assert_eq!((skipped, refused, skipped_bytes), expect, "{decision:?}");
+            assert_eq!(decision.fate(), fate, "{decision:?}");
+        };
+        let object = Incomplete { object: "report".to_owned(), chunks: 2, found: 1 };
+        check(Decision::Skip(Reason::Old), ((1, 0, 0, 0, 0), 0, 5), None);
+        check(Decision::Skip(Reason::Excluded), ((0, 1, 0, 0, 0), 0, 5), None);
+        check(Decision::Skip(Reason::Loop), ((0, 1, 0, 0, 0), 0, 5), None);
+        check(Decision::Skip(Reason::Sampled), ((0, 0, 1, 0, 0), 0, 5), Some(Fate::Passed));
+        check(Decision::Skip(Reason::Incomplete(object)), ((0, 0, 0, 1, 0), 0, 5), Some(Fate::Passed));
+        check(Decision::Skip(Reason::Requested), ((0, 0, 0, 0, 1), 0, 5), Some(Fate::Passed));
+        check(Decision::Reject(Error::hold("x")), ((0, 0, 0, 0, 0), 1, 0), Some(Fate::Passed));
+        check(Decision::Stored(Known::Replaced), ((0, 0, 0, 0, 0), 0, 0), Some(Fate::Stored));
+        check(Decision::Send(()), ((0, 0, 0, 0, 0), 0, 0), Some(Fate::Sent));
     }
 }

@@ -15,18 +15,24 @@ use tokio::{
 };
 
 use super::{
-    budget::Budget,
-    dead_letter::DeadLetters,
-    drops::{Drops, Limits},
-    durable::{Durable, Way},
-    provenance::Tag,
-    reader::{Incoming, Range, Reader, explicit::Explicit, pushed::Pushed},
-    renewal::Renewal,
-    target::Abilities,
-    target_watch::TargetWatch,
-    transform::Allowed,
-    window::{SourcePoint, Window},
-    writer::{Supply, Writer},
+    flow::{
+        budget::Budget,
+        window::{SourcePoint, Window},
+    },
+    source::{
+        durable::{Durable, Way},
+        reader::{Incoming, Range, Reader, explicit::Explicit, pushed::Pushed},
+        renewal::Renewal,
+    },
+    target::{
+        dead_letter::DeadLetters,
+        drops::{Drops, Limits},
+        headers::Allowed,
+        provenance::Tag,
+        stream::Abilities,
+        target_watch::TargetWatch,
+        writer::{Supply, Writer},
+    },
 };
 use crate::{
     config::{self, Replication},
@@ -91,8 +97,8 @@ fn write(batch: &Batch, replication: &Arc<Replication>, abilities: Abilities) ->
     let mut writer = Writer::open(&mut lane, replication.clone(), tag(), abilities, &info(5)?, &record);
     let mut window = Window::new(SourcePoint { seq: 0, time_ns: None }, None);
     for number in 1..=SENT {
-        if writer.prepare(&sent(number), 1).is_ok() {
-            writer.send(&mut lane, &mut window, &sent(number), now, number);
+        if let Ok(outgoing) = writer.prepare(&sent(number), 1) {
+            writer.send(outgoing, &mut lane, &mut window, &sent(number), now, number);
         }
     }
     for message in batch.iter() {
@@ -101,8 +107,10 @@ fn write(batch: &Batch, replication: &Arc<Replication>, abilities: Abilities) ->
             return Ok(());
         }
         let _ = (writer.ready(), writer.is_owed(&window), writer.adds_up_to(), writer.exact(&window));
-        if writer.prepare(&sent(SENT + 1), 1).is_ok() && writer.ready() {
-            writer.send(&mut lane, &mut window, &sent(SENT + 1), now, SENT + 1);
+        if let Ok(outgoing) = writer.prepare(&sent(SENT + 1), 1)
+            && writer.ready()
+        {
+            writer.send(outgoing, &mut lane, &mut window, &sent(SENT + 1), now, SENT + 1);
         }
         writer.commit_if_due(&mut lane, Supply::Dry, now);
     }
@@ -110,12 +118,19 @@ fn write(batch: &Batch, replication: &Arc<Replication>, abilities: Abilities) ->
 }
 
 fn read(batch: &Batch, replication: &Replication) -> Result<(), Error> {
-    let range = Range { stream: "S", filters: &[], from: 1, headers_only: false };
     let made: ConsumerInfo = decode(br#"{"num_pending": 3, "config": {"max_ack_pending": 100}}"#)?;
-    let budget = Budget::new(usize::MAX);
+    plain(batch, &made)?;
+    explicit(batch, &made)?;
+    pushed(batch, &made)?;
+    renewal(batch, replication)?;
+    dead_letters(batch)?;
+    watch(batch)
+}
 
-    let mut source = lane()?;
-    let mut reader = Reader::of(&mut source, &range, "C".to_owned(), 1 << 20, &made);
+fn plain(batch: &Batch, made: &ConsumerInfo) -> Result<(), Error> {
+    let range = Range { stream: "S", filters: &[], from: 1, headers_only: false };
+    let (mut source, budget) = (lane()?, Budget::new(usize::MAX));
+    let mut reader = Reader::of(&mut source, &range, "C".to_owned(), 1 << 20, made);
     reader.pull(&mut source, &budget);
     let _ = reader.accept(batch.clone());
     let _ = (reader.pending(), reader.seen(), reader.next());
@@ -125,20 +140,29 @@ fn read(batch: &Batch, replication: &Replication) -> Result<(), Error> {
         reader.take();
     }
     reader.pull(&mut source, &budget);
+    Ok(())
+}
 
-    let durable = |way| Durable { name: "C".to_owned(), way, info: made.clone() };
+fn durable(way: Way, made: &ConsumerInfo) -> Durable {
+    Durable { name: "C".to_owned(), way, info: made.clone() }
+}
+
+fn explicit(batch: &Batch, made: &ConsumerInfo) -> Result<(), Error> {
     let mut source = lane()?;
     // Nothing is asked where nothing is pending.
-    let explicit = Explicit::open(&mut source, "S", durable(Way::Explicit), 1, 1 << 20).now_or_never();
+    let explicit = Explicit::open(&mut source, "S", durable(Way::Explicit, made), 1, 1 << 20).now_or_never();
     if let Some(Ok(mut explicit)) = explicit {
         let _ = explicit.accept(batch.clone());
         explicit.settled(&mut source, 2);
         let _ = (explicit.is_barred(), explicit.reader.pending());
     }
+    Ok(())
+}
 
-    let mut source = lane()?;
+fn pushed(batch: &Batch, made: &ConsumerInfo) -> Result<(), Error> {
+    let (mut source, budget) = (lane()?, Budget::new(usize::MAX));
     let (sid, inbox) = source.reserve_inbox();
-    let mut pushed = Pushed::open(&mut source, "S", &durable(Way::FlowControl), (sid, &inbox), 1, 1 << 20);
+    let mut pushed = Pushed::open(&mut source, "S", &durable(Way::FlowControl, made), (sid, &inbox), 1, 1 << 20);
     for batch in [batch.clone(), batch.clone()] {
         let _ = pushed.accept(batch);
         pushed.ask(&mut source);
@@ -148,7 +172,10 @@ fn read(batch: &Batch, replication: &Replication) -> Result<(), Error> {
         }
         pushed.settled(&mut source, 2);
     }
+    Ok(())
+}
 
+fn renewal(batch: &Batch, replication: &Replication) -> Result<(), Error> {
     let (behind, name) = (SourcePoint { seq: 4, time_ns: Some(1) }, "C".to_owned());
     let mut source = lane()?;
     let names = (name, Some("W".to_owned()));
@@ -157,8 +184,12 @@ fn read(batch: &Batch, replication: &Replication) -> Result<(), Error> {
     for _ in 0..4 {
         let _ = renewal.accept(&mut source, batch, 1 << 20);
     }
+    Ok(())
+}
 
-    let mut letters = DeadLetters::open(&mut lane()?, "dead", "S", "S", tag(), 0);
+fn dead_letters(batch: &Batch) -> Result<(), Error> {
+    let mut source = lane()?;
+    let mut letters = DeadLetters::open(&mut source, "dead", "S", "S", tag(), 0);
     for number in 1..=SENT {
         letters
             .send(&mut source, &sent(number), &Error::retry("x"), Instant::now())
@@ -166,7 +197,10 @@ fn read(batch: &Batch, replication: &Replication) -> Result<(), Error> {
     }
     batch.iter().for_each(|message| _ = letters.accept(&message));
     while letters.pop().is_some() {}
+    Ok(())
+}
 
+fn watch(batch: &Batch) -> Result<(), Error> {
     let mut drops = Drops::default();
     let limits = Limits { age: true, messages: Some(9), bytes: None, per_subject: false, words: String::new() };
     drops.begin(&info(5)?, Some(limits), 3);

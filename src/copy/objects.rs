@@ -25,9 +25,9 @@ const MAX_OPEN: usize = 4_096;
 
 /// What is to be done with a message of an object store.
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
-    /// Copy it.
-    Copy,
+pub(super) enum Pass {
+    /// Send it.
+    Send,
     /// Only the target knows how many chunks it has on the subject that this source subject becomes. It is to be asked
     /// when everything before is settled, and the message judged again then.
     Ask(String),
@@ -68,29 +68,25 @@ struct Objects {
 
 impl Objects {
     /// Decides about a message that is to be copied.
-    fn judge(&self, subject: &[u8], payload: &[u8]) -> Verdict {
-        let Some((bucket, b"M", _)) = parts(subject) else { return Verdict::Copy };
+    fn judge(&self, subject: &[u8], payload: &[u8]) -> Pass {
+        let Some((bucket, b"M", _)) = parts(subject) else { return Pass::Send };
         // What no reader understands misleads none.
         let Ok(Description { name, nuid, chunks, deleted }) = serde_json::from_slice(payload) else {
-            return Verdict::Copy;
+            return Pass::Send;
         };
         if deleted || chunks == 0 || self.sent.get(nuid.as_bytes()) == Some(&chunks) {
-            return Verdict::Copy;
+            return Pass::Send;
         }
         match &self.answer {
             Some((of, found)) if **of == *nuid.as_bytes() => {
                 let found = *found;
-                if found == chunks {
-                    Verdict::Copy
-                } else {
-                    Verdict::LeaveOut(Incomplete { object: name, chunks, found })
-                }
+                if found == chunks { Pass::Send } else { Pass::LeaveOut(Incomplete { object: name, chunks, found }) }
             }
-            _ => Verdict::Ask(format!("$O.{}.C.{nuid}", String::from_utf8_lossy(bucket))),
+            _ => Pass::Ask(format!("$O.{}.C.{nuid}", String::from_utf8_lossy(bucket))),
         }
     }
 
-    /// Takes the target's answer to [`Verdict::Ask`]: the chunks on the subject that was asked about.
+    /// Takes the target's answer to [`Pass::Ask`]: the chunks on the subject that was asked about.
     fn answered(&mut self, subject: &str, chunks: u64) {
         if let Some((_, b"C", nuid)) = parts(subject.as_bytes()) {
             self.answer = Some((nuid.into(), chunks));
@@ -126,17 +122,6 @@ pub(super) fn is_store(stream: &str) -> bool {
     stream.starts_with("OBJ_")
 }
 
-/// What the run does with a message of the source.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Pass {
-    /// Send it.
-    Send,
-    /// Look at it again later: the target was asked, or has to be when everything before is settled.
-    Wait,
-    /// Leave it out.
-    LeaveOut(Incomplete),
-}
-
 /// Holds back what the target is not ready for.
 #[derive(Debug)]
 pub(super) struct Gate {
@@ -161,35 +146,26 @@ impl Gate {
         is_store(source).then(gate)
     }
 
-    /// Whether a message may be sent; `settled` says that nothing is in the air.
-    pub fn pass(
-        &mut self,
-        (subject, payload): (&[u8], &[u8]),
-        settled: bool,
-        lane: &mut Lane,
-        mapping: &Mapping,
-        now: Instant,
-    ) -> Pass {
-        match self.objects.judge(subject, payload) {
-            Verdict::Copy => Pass::Send,
-            Verdict::LeaveOut(incomplete) => Pass::LeaveOut(incomplete),
-            Verdict::Ask(chunks) => {
-                let waits = self.question.as_ref().is_some_and(|question| now < question.asked + ASK_AGAIN);
-                if settled && !waits {
-                    let mut room = Vec::new();
-                    let mapped = mapping.apply(chunks.as_bytes(), &mut room);
-                    let subjects = json!({ "subjects_filter": String::from_utf8_lossy(mapped) });
-                    let api = format!("{}.STREAM.INFO.{}", lane.api_prefix(), self.stream);
-                    let reply = lane.send_request(&api, subjects.to_string().as_bytes());
-                    self.question = Some(Question { reply, chunks, asked: now });
-                }
-                Pass::Wait
-            }
+    /// What is to be done with a message.
+    pub fn pass(&self, subject: &[u8], payload: &[u8]) -> Pass {
+        self.objects.judge(subject, payload)
+    }
+
+    /// Asks the target for the chunks on a source subject, see [`Pass::Ask`]; `settled` says that nothing is in the air.
+    pub fn ask(&mut self, chunks: String, settled: bool, lane: &mut Lane, mapping: &Mapping, now: Instant) {
+        let waits = self.question.as_ref().is_some_and(|question| now < question.asked + ASK_AGAIN);
+        if settled && !waits {
+            let mut room = Vec::new();
+            let mapped = mapping.apply(chunks.as_bytes(), &mut room);
+            let subjects = json!({ "subjects_filter": String::from_utf8_lossy(mapped) });
+            let api = format!("{}.STREAM.INFO.{}", lane.api_prefix(), self.stream);
+            let reply = lane.send_request(&api, subjects.to_string().as_bytes());
+            self.question = Some(Question { reply, chunks, asked: now });
         }
     }
 
     /// Notes a message that was sent.
-    pub fn sent(&mut self, (subject, payload): (&[u8], &[u8])) {
+    pub fn sent(&mut self, subject: &[u8], payload: &[u8]) {
         self.objects.sent(subject, payload);
     }
 
@@ -236,32 +212,32 @@ mod tests {
     fn a_description_follows_all_of_its_chunks() {
         let mut objects = Objects::default();
         for _ in 0..3 {
-            assert_eq!(objects.judge(b"$O.b.C.one", b"chunk"), Verdict::Copy);
+            assert_eq!(objects.judge(b"$O.b.C.one", b"chunk"), Pass::Send);
             objects.sent(b"$O.b.C.one", b"chunk");
         }
-        assert_eq!(objects.judge(META, &description("one", 3, false)), Verdict::Copy);
+        assert_eq!(objects.judge(META, &description("one", 3, false)), Pass::Send);
         objects.sent(META, &description("one", 3, false));
         assert!(objects.sent.is_empty());
         // What this run has not sent, the target may have.
-        assert_eq!(objects.judge(META, &description("one", 3, false)), Verdict::Ask("$O.b.C.one".to_owned()));
+        assert_eq!(objects.judge(META, &description("one", 3, false)), Pass::Ask("$O.b.C.one".to_owned()));
     }
 
     #[test]
     fn the_target_is_asked_for_what_this_run_did_not_send() {
         let mut objects = Objects::default();
         objects.sent(b"$O.b.C.two", b"chunk");
-        let ask = Verdict::Ask("$O.b.C.two".to_owned());
+        let ask = Pass::Ask("$O.b.C.two".to_owned());
         assert_eq!(objects.judge(META, &description("two", 2, false)), ask);
         objects.answered("$O.b.C.other", 2);
         assert_eq!(objects.judge(META, &description("two", 2, false)), ask);
         objects.answered("$O.b.C.two", 1);
         let incomplete = Incomplete { object: "report".to_owned(), chunks: 2, found: 1 };
-        assert_eq!(objects.judge(META, &description("two", 2, false)), Verdict::LeaveOut(incomplete));
+        assert_eq!(objects.judge(META, &description("two", 2, false)), Pass::LeaveOut(incomplete));
         objects.answered("$O.b.C.two", 2);
-        assert_eq!(objects.judge(META, &description("two", 2, false)), Verdict::Copy);
+        assert_eq!(objects.judge(META, &description("two", 2, false)), Pass::Send);
         // Chunks that lie there twice break an object as well.
         objects.answered("$O.b.C.two", 4);
-        assert!(matches!(objects.judge(META, &description("two", 2, false)), Verdict::LeaveOut(_)));
+        assert!(matches!(objects.judge(META, &description("two", 2, false)), Pass::LeaveOut(_)));
     }
 
     #[test]
@@ -275,7 +251,7 @@ mod tests {
             (b"$O.b".as_slice(), Vec::new()),
             (b"orders.new".as_slice(), Vec::new()),
         ] {
-            assert_eq!(objects.judge(subject, &payload), Verdict::Copy, "{}", String::from_utf8_lossy(subject));
+            assert_eq!(objects.judge(subject, &payload), Pass::Send, "{}", String::from_utf8_lossy(subject));
         }
     }
 
@@ -284,11 +260,18 @@ mod tests {
         let (mut lane, mut server) = nats_lane::pipe::lane().await;
         let (mut gate, mapping) = (Gate::of("OBJ_b", "OBJ_b").unwrap(), Mapping::default());
         let (body, now) = (description("one", 2, false), Instant::now());
-        let pass = |lane: &mut Lane, gate: &mut Gate, settled| gate.pass((META, &body), settled, lane, &mapping, now);
+        let pass = |lane: &mut Lane, gate: &mut Gate, settled| match gate.pass(META, &body) {
+            Pass::Ask(chunks) => {
+                gate.ask(chunks, settled, lane, &mapping, now);
+                "wait"
+            }
+            Pass::Send => "send",
+            Pass::LeaveOut(_) => "leave out",
+        };
         let before = lane.unwritten();
-        assert_eq!(pass(&mut lane, &mut gate, false), Pass::Wait);
+        assert_eq!(pass(&mut lane, &mut gate, false), "wait");
         assert_eq!(lane.unwritten(), before, "asked while chunks may be in the air");
-        assert_eq!(pass(&mut lane, &mut gate, true), Pass::Wait);
+        assert_eq!(pass(&mut lane, &mut gate, true), "wait");
         let answer = r#"{"config":{},"state":{"subjects":{"$O.b.C.one":2}}}"#;
         let answered = async {
             let asked = server.asked().await;
@@ -304,7 +287,7 @@ mod tests {
         };
         let (batch, ()) = tokio::join!(received, answered);
         gate.accept(&batch).unwrap();
-        assert_eq!(pass(&mut lane, &mut gate, true), Pass::Send);
+        assert_eq!(pass(&mut lane, &mut gate, true), "send");
     }
 
     #[test]

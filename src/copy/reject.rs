@@ -12,26 +12,21 @@ use tokio::time::{Duration, Instant};
 
 use super::{
     Error as RunError,
-    dead_letter::DeadLetters,
-    provenance::Tag,
-    reader::Incoming,
-    window::{SourcePoint, Window},
-    writer::about,
+    error::Refusal,
+    flow::window::{SourcePoint, Window},
+    source::reader::Incoming,
+    target::{dead_letter::DeadLetters, provenance::Tag, refusal::about},
 };
 use crate::{
     config::{Limits, OnReject, Replication},
     events::{Event, PoisonAction},
     status::Counters,
-    store::SourceMessage,
 };
 
 /// What the target last said of itself is believed for so long where a message would be left out because of it.
 const FRESH: Duration = Duration::from_secs(1);
 /// Messages that are told one by one between two looks of the run at its clock; of more, one event tells together.
 const TOLD_SINGLY: u64 = 4;
-
-/// What the server refused for good, and why.
-pub(super) type Refusal = (SourceMessage, String);
 
 /// What the target refused in the runs before, as long as its stream is as it was then.
 #[derive(Debug, Default)]
@@ -248,6 +243,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::store::SourceMessage;
 
     fn stream(config: Value, created: &str) -> StreamInfo {
         serde_json::from_value(json!({"config": config, "created": created, "state": {}})).unwrap()

@@ -15,14 +15,18 @@ use nats_lane::{
 };
 
 use super::{
-    clock::SourceClock,
-    consumers::Names,
-    durable::{self, Durable},
-    locate,
-    provenance::{Origin, Other, Tag},
-    sharing::{self, Foreign},
-    target::limits,
-    window::{SourcePoint, TargetPoint},
+    flow::window::{SourcePoint, TargetPoint},
+    source::{
+        clock::SourceClock,
+        consumers::Names,
+        durable::{self, Durable},
+        locate,
+    },
+    target::{
+        mode::{self, Foreign},
+        provenance::{Origin, Other, Tag},
+        target_limits::limits,
+    },
 };
 use crate::{
     config::{Limits, Mapping, Replication, Start},
@@ -269,7 +273,7 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     sides.look_for_gap(&mut resume, record.source.is_some());
     let known = resume.target.is_some() || record.target.is_some();
     let newest = if known { sides.stamps_at_end().await? } else { None };
-    resume.before = sharing::stamps_before(record, newest, sides.chain_broke_behind.is_some());
+    resume.before = mode::stamps_before(record, newest, sides.chain_broke_behind.is_some());
     Ok(resume)
 }
 
@@ -404,12 +408,28 @@ impl Sides<'_> {
             back.findings.append(&mut resume.findings);
             return Ok(back);
         }
+        self.go_on_behind(&mut resume, &ours, is_cut, moved).await?;
+        let through = resume.position.seq;
+        ours.retain(|message| message.origin.seq > through);
+        resume.already = Already::new(ours, self.keeps());
+        Ok(resume)
+    }
+
+    /// Goes on behind the newest of these before which nothing is missing. `is_cut` says that there are more before them,
+    /// `moved` that the position was moved back.
+    async fn go_on_behind(
+        &mut self,
+        resume: &mut Resume,
+        ours: &[Ours],
+        is_cut: bool,
+        moved: bool,
+    ) -> Result<(), Error> {
         // After a move back, messages that were in the air before it may have arrived behind the saved place: complete
         // is only what begins directly behind the position.
-        let next = position.seq.max(self.source.state.first_seq.saturating_sub(1)) + 1;
+        let next = resume.position.seq.max(self.source.state.first_seq.saturating_sub(1)) + 1;
         let directly = ours.first().is_some_and(|first| first.origin.seq <= next);
         if (directly || !moved)
-            && let Some((index, point)) = self.newest_complete(&ours).await?
+            && let Some((index, point)) = self.newest_complete(ours).await?
         {
             resume.position = point;
             resume.target = Some(ours[index].point());
@@ -422,10 +442,7 @@ impl Sides<'_> {
             resume.position = self.point_at(ours[0].origin.seq).await?;
             resume.target = Some(ours[0].point());
         }
-        let through = resume.position.seq;
-        ours.retain(|message| message.origin.seq > through);
-        resume.already = Already::new(ours, self.keeps());
-        Ok(resume)
+        Ok(())
     }
 
     /// Messages of ours in a range of the target; one that is not makes the target shared.
@@ -442,7 +459,7 @@ impl Sides<'_> {
         if let Some(foreign) = seen.foreign {
             resume.mode = TargetMode::Shared;
             resume.findings.retain(|finding| !matches!(finding, Event::TargetShared { .. }));
-            resume.findings.push(sharing::turned_shared(&foreign));
+            resume.findings.push(mode::turned_shared(&foreign));
             resume.foreign = Some(foreign);
         }
         Ok(ours)

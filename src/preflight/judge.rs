@@ -18,12 +18,16 @@ use super::{
 use crate::{
     config::{Advisory, OnReject, Replication, Scope, Sharing, Start, patterns},
     copy::{
-        clock, dead_letter, duplicates,
-        durable::{self, Durable, Owner},
-        sharing,
-        subjects::{self, Learned},
-        target::{self, Abilities, Update},
-        target_limits,
+        source::{
+            clock,
+            durable::{self, Durable, Owner},
+        },
+        target::{
+            dead_letter, dedup_window, mode,
+            stream::{self, Abilities, Update},
+            subjects::{self, Learned},
+            target_limits,
+        },
     },
     sampling::{self, PER_SENDER},
     status::{TargetMode, Transport},
@@ -119,7 +123,7 @@ impl Pair<'_> {
                 findings.add("stream", Outcome::Failed, "/stream", &text);
             }
             Answer::Got(Some(stream)) => {
-                let refused = target::readable(name, stream).map_err(|error| error.message);
+                let refused = stream::readable(name, stream).map_err(|error| error.message);
                 let refused = refused.and_then(|()| self.own.refuse(name, &stream.created).map_or(Ok(()), Err));
                 let refused = refused.and_then(|()| self.consumers(stream)).err();
                 findings.add_any("stream", "/stream", refused.map(|text| (Outcome::Failed, text)));
@@ -253,7 +257,7 @@ impl Pair<'_> {
                 self.judge_subjects(stream, &mut findings);
                 self.judge_sizes(source, stream, &mut findings);
                 self.judge_limits(source, stream, &mut findings);
-                let abilities = target::abilities_of(self.replication, source, stream);
+                let abilities = stream::abilities_of(self.replication, source, stream);
                 findings.add_any("target_mode", "/target_mode", self.sharing(stream, known));
                 findings.add_any("headers", "/target_stream", self.headers(source, stream, &abilities));
                 findings.add_any("duplicates", "/target_stream", remembered(stream, &abilities));
@@ -314,7 +318,7 @@ impl Pair<'_> {
                     said(Outcome::Failed, "/target_stream", &why);
                     return None;
                 }
-                match target::writable(name, stream) {
+                match stream::writable(name, stream) {
                     Ok(()) if is_source => {
                         let text = format!(
                             "stream `{name}` was made in the same moment on the same server as the source stream: it is \
@@ -337,7 +341,7 @@ impl Pair<'_> {
                 Some(stream.clone())
             }
             (Answer::Got(None), _) if !self.replication.create_target => {
-                said(Outcome::Failed, "/target_stream", &target::missing(name));
+                said(Outcome::Failed, "/target_stream", &stream::missing(name));
                 None
             }
             (Answer::Got(None), Some(Ok(config))) => {
@@ -618,7 +622,7 @@ impl Pair<'_> {
 
     /// Whether the target can be what `target_mode` says.
     fn sharing(&self, stream: &StreamInfo, known: &[Known]) -> Said {
-        if let Err(refused) = sharing::mode(self.replication, stream) {
+        if let Err(refused) = mode::mode(self.replication, stream) {
             return Some((Outcome::Failed, refused));
         }
         let name = self.target.connect.got().map(|info| info.server_name.as_str()).unwrap_or_default();
@@ -812,7 +816,7 @@ fn others<'a>(
 fn remembered(stream: &StreamInfo, abilities: &Abilities) -> Said {
     let by_id = abilities.transport == Transport::Pipelined || abilities.mode == TargetMode::Shared;
     let window = std::time::Duration::from_nanos(stream.number("duplicate_window").unsigned_abs());
-    let short = duplicates::too_short(window).filter(|_| by_id);
+    let short = dedup_window::too_short(window).filter(|_| by_id);
     short.map(|text| (Outcome::Warning, text))
 }
 

@@ -4,7 +4,7 @@ use nats_lane::jetstream::StreamInfo;
 use serde_json::Value;
 
 use super::Outcome;
-use crate::{copy::durable::Durable, nats::account::AccountInfo};
+use crate::{copy::source::durable::Durable, nats::account::AccountInfo};
 
 type Said = Option<(Outcome, String)>;
 

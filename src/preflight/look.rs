@@ -16,11 +16,15 @@ use crate::{
     allow::AllowList,
     config::{Replication, Side},
     copy::{
-        bridge,
-        clock::{Heard, SourceClock},
-        durable::{Durable, Way},
-        learn,
-        subjects::{Learned, Origins},
+        source::{
+            clock::{Heard, SourceClock},
+            durable::{Durable, Way},
+            learn,
+        },
+        target::{
+            bridge,
+            subjects::{Learned, Origins},
+        },
     },
     names,
     nats::{self, account::AccountInfo},

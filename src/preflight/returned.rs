@@ -4,7 +4,7 @@
 use tokio::time::Instant;
 
 use super::look::Look;
-use crate::{config::Replication, copy::provenance};
+use crate::{config::Replication, copy::target::provenance};
 
 /// Newest messages of the source that are read.
 const NEWEST: u64 = 4;

@@ -6,7 +6,7 @@ use nats_lane::jetstream::StreamInfo;
 
 use crate::{
     config::{Mapping, Replication, patterns::intersection},
-    copy::subjects::{InScope, Origins},
+    copy::target::subjects::{InScope, Origins},
 };
 
 /// How much of a pattern a list of patterns holds. A pattern that only several of them hold together is held in part.

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use crate::{
     config::Replication,
-    copy::{Error, ErrorKind, Glance, Samples},
+    copy::{Error, ErrorKind, Samples, SourcePeek},
     election::Poll,
     events::Step,
     metrics,
@@ -224,7 +224,7 @@ impl Board {
     }
 
     /// The source was checked while no run was under way; `None` if it did not answer, or has no such stream.
-    pub(super) fn glanced(&self, glance: Option<&Glance>, headroom: Option<Headroom>) {
+    pub(super) fn glanced(&self, glance: Option<&SourcePeek>, headroom: Option<Headroom>) {
         self.status.send_modify(|(_, copy)| {
             copy.lag = glance.map(|glance| glance.lag);
             copy.source.first_seq = glance.map(|glance| glance.first_seq);

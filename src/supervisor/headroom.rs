@@ -13,7 +13,7 @@ use tracing::{debug, info, warn};
 use super::replication::Context;
 use crate::{
     config::Replication,
-    copy::{Error, ErrorKind, Looks, Outlook, Shortage, Turn, glance},
+    copy::{Error, ErrorKind, Looks, Outlook, Shortage, Turn, peek},
     events::Event,
     status::{CopyStatus, Headroom, State},
 };
@@ -103,7 +103,7 @@ impl Watch {
             return LATEST;
         }
         let consumers = context.consumers();
-        let looked = glance(&context.deps.rules, replication, &consumers, position, &mut self.looks);
+        let looked = peek(&context.deps.rules, replication, &consumers, position, &mut self.looks);
         let looked = timeout(LIMIT, looked).await;
         let looked = looked.unwrap_or_else(|_| Err(Error::new(ErrorKind::Retry, format!("no answer for {LIMIT:?}"))));
         if looked.is_ok() != known {

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     config::Replication,
-    copy::{self, Error, ErrorKind, Escalation, Job, Ledger},
+    copy::{self, Error, ErrorKind, Escalation, Job, PositionWriter},
     election::{Campaign, Election, Leadership, lost, won},
     events::{Event, Step},
     lease::{Candidacy, Grant},
@@ -419,9 +419,9 @@ struct Session {
     released: Option<u64>,
     /// Taken out while somebody writes with it: `None` until it is claimed, and when a write was dropped or
     /// refused, so that what the bucket holds is in doubt.
-    ledger: Option<Ledger>,
+    ledger: Option<PositionWriter>,
     /// The one that is in doubt, for who stands alone and cannot reach the bucket.
-    doubted: Option<Ledger>,
+    doubted: Option<PositionWriter>,
     backoff: Backoff,
     outage: Outage,
     escalation: Escalation,
@@ -630,7 +630,7 @@ impl Session {
     async fn know_senders(&mut self, replication: &Replication) -> Result<(), Error> {
         let Self { context: Context { deps, id, board, .. }, roll, ledger, .. } = self;
         let sampling = replication.sampling.as_ref();
-        let record = ledger.as_ref().map(Ledger::record);
+        let record = ledger.as_ref().map(PositionWriter::record);
         let were_known = record.is_some_and(|record| record.sampled.is_some());
         let known_by = record.and_then(|record| record.inspected.as_ref());
         let others = known_by.is_some_and(|mark| sampling.is_some_and(|sampling| sampling.inspect.mark() != *mark));
@@ -685,7 +685,7 @@ impl Session {
                 let previous = Some(claim.previous.clone()).filter(another);
                 self.context.emit(Event::Leader { epoch: claim.record.epoch, previous });
             }
-            self.ledger = Some(Ledger::new(deps.positions.clone(), deps.events.clone(), id, claim));
+            self.ledger = Some(PositionWriter::new(deps.positions.clone(), deps.events.clone(), id, claim));
         }
         Ok(())
     }
@@ -714,7 +714,7 @@ impl Session {
         };
         let wake = Instant::now() + delay;
         self.context.board.set_state(state);
-        let saved = self.ledger.as_ref().map(Ledger::saved);
+        let saved = self.ledger.as_ref().map(PositionWriter::saved);
         let (context, mut marks, acted_upon) = (self.context.clone(), self.marks.clone(), self.released);
         let asked = marks.clone();
         let released = |marks: &Marks| marks.release.is_some_and(|release| Some(release.revision) != acted_upon);

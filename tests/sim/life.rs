@@ -16,7 +16,7 @@ use nats_lane::backoff::{Backoff, jitter};
 use serde_json::json;
 use stream_replicator::{
     config::{self, Replication},
-    copy::{self, At, Budget, ErrorKind, Job, Ledger, Located, locate},
+    copy::{self, At, Budget, ErrorKind, Job, Located, PositionWriter, locate},
     lease::{self, Candidacy, Identity},
     status::{CopyStatus, Row, State},
     store::{ClaimError, LeaseStore, OwnStreams, PositionStore},
@@ -235,7 +235,7 @@ impl Scene {
                     continue;
                 }
             };
-            let mut ledger = Ledger::new(self.store(me), self.events.clone(), ID, claim);
+            let mut ledger = PositionWriter::new(self.store(me), self.events.clone(), ID, claim);
             drop(running);
             let interrupted = async || {
                 tokio::select! {

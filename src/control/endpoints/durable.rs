@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use super::{RequestContext, position::runnable};
 use crate::{
     config::Replication,
-    copy::durable::{self, Durable, Owner},
+    copy::source::durable::{self, Durable, Owner},
 };
 
 /// Deadline for all of a deletion: less than that of a request.

@@ -8,12 +8,15 @@ use nats_lane::{
     jetstream::{Api, Delivery, StoredMessage},
 };
 
-use super::{
-    super::{durable::Durable, locate, reader::scan, sharing::Foreign},
-    Ours, SEARCH_STEP, Sides, Witness, is_consumed, ours,
-};
+use super::{Ours, SEARCH_STEP, Sides, Witness, is_consumed, ours};
 use crate::{
-    copy::provenance::{Other, Tag},
+    copy::{
+        source::{durable::Durable, locate, reader::scan},
+        target::{
+            mode::Foreign,
+            provenance::{Other, Tag},
+        },
+    },
     status::OnlyAtTarget,
     store::Orphans,
 };
@@ -423,7 +426,7 @@ async fn beside<T>(waits: &mut Lane, work: impl Future<Output = Result<T, Error>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::copy::provenance::Origin;
+    use crate::copy::target::provenance::Origin;
 
     #[test]
     fn what_is_not_wanted_cuts_nothing() {

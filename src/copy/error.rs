@@ -1,0 +1,87 @@
+//! Why a run ended, and what follows for its caller.
+
+use nats_lane as nats;
+
+use crate::store::{SaveError, SourceMessage};
+
+/// A message that the server refused for good, and the reason.
+pub(super) type Refusal = (SourceMessage, String);
+
+/// What the caller can do about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// It passes: try again soon.
+    Retry,
+    /// People or the target have to change something: try again slowly.
+    Hold,
+    /// Another instance holds the replication: stop for good.
+    Superseded,
+}
+
+/// Why a run ended.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// What the caller can do.
+    pub kind: ErrorKind,
+    /// Description, without secrets.
+    pub message: String,
+    /// The message that can never be stored at the target, if that is the reason.
+    pub poison: Option<SourceMessage>,
+    /// The longest protocol line that the target did not confirm, where it ended the connection.
+    pub(super) unconfirmed_line: Option<usize>,
+    /// Messages that the server refused for good.
+    pub(super) refused: Vec<Refusal>,
+    /// Source sequence of a message for which no stream answered, or another one.
+    pub(super) unheard: Option<u64>,
+    /// Whether the target's last sequence was not what was expected.
+    pub(super) chain_broken: bool,
+    /// Whether the run was given up because nothing moved.
+    pub(super) stalled: bool,
+    /// Whether a server ended the login of a connection that was in use.
+    pub(super) login_ended: bool,
+}
+
+impl Error {
+    /// An error of this kind.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self {
+            kind,
+            message,
+            poison: None,
+            unconfirmed_line: None,
+            refused: Vec::new(),
+            unheard: None,
+            chain_broken: false,
+            stalled: false,
+            login_ended: false,
+        }
+    }
+
+    /// Nothing moved any more.
+    pub(crate) fn stalled(message: impl Into<String>) -> Self {
+        Self { stalled: true, ..Self::new(ErrorKind::Retry, message) }
+    }
+}
+
+impl From<nats::Error> for Error {
+    fn from(error: nats::Error) -> Self {
+        let kind = match error.kind {
+            nats::ErrorKind::Retry | nats::ErrorKind::ChainBroken | nats::ErrorKind::NoResponders => ErrorKind::Retry,
+            nats::ErrorKind::Hold | nats::ErrorKind::Poison | nats::ErrorKind::NotFound => ErrorKind::Hold,
+        };
+        let login_ended = error.login_ended();
+        let chain_broken = error.kind == nats::ErrorKind::ChainBroken;
+        Self { chain_broken, login_ended, ..Self::new(kind, error.message) }
+    }
+}
+
+impl From<SaveError> for Error {
+    fn from(error: SaveError) -> Self {
+        match error {
+            SaveError::Conflict { .. } => Self::new(ErrorKind::Superseded, error.to_string()),
+            SaveError::Deleted { .. } | SaveError::Store(_) => Self::new(ErrorKind::Retry, error.to_string()),
+        }
+    }
+}

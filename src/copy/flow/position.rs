@@ -1,0 +1,636 @@
+//! The position record of a replication: who may write it, and writing it beside the copy without holding it up.
+
+use std::{
+    collections::VecDeque,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use chrono::{DateTime, SubsecRound, Utc};
+use tokio::{
+    sync::watch,
+    time::{Duration, Instant},
+};
+use tracing::warn;
+
+use crate::{
+    config::{Limits, OnSourceLoss, Replication, Sharing},
+    copy::{
+        Error, ErrorKind,
+        flow::{
+            unsaved::{Copied, Unsaved},
+            window::Window,
+        },
+        resume::Resume,
+        source::{appetite::Appetite, clock::Alarm, gap::Gaps},
+        target::{drops::Drops, mode::Intruders},
+    },
+    events::{Event, Events, LossAction},
+    status::{OnlyAtTarget, Row, TargetMode},
+    store::{Claim, Orphans, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps, TargetWitness},
+};
+
+/// At most one save in this time while a run is under way.
+const SAVE_EVERY: Duration = Duration::from_secs(1);
+/// So many breaks of the chain within [`CHAIN_BREAK_TIME`] that no foreign message explains mean that somebody
+/// else writes in our name.
+const CHAIN_BREAKS: usize = 6;
+const CHAIN_BREAK_TIME: Duration = Duration::from_secs(60);
+/// How long after the end of a run messages that it had in flight may still be stored.
+const LATE: Duration = Duration::from_secs(60);
+/// The same for a holder before this one: its connections were reset when it ended.
+const LATE_OF_OTHERS: Duration = Duration::from_secs(15);
+/// So many breaks of the chain they explain at most: each takes a part of what they had in flight.
+const MOST_EXPLAINED: usize = 20;
+
+/// Logins that end within this time of each other are an error that is reported.
+const LOGINS_APART: Duration = Duration::from_secs(10);
+
+type Saving = Pin<Box<dyn Future<Output = Result<u64, SaveError>> + Send>>;
+
+/// The right to run a replication and its position record: claimed once per holder, lent to each run.
+pub struct PositionWriter {
+    store: PositionStore,
+    events: Events,
+    id: String,
+    record: PositionRecord,
+    revision: u64,
+    saving: Option<(Saving, PositionRecord)>,
+    last_save: Option<Instant>,
+    breaks: Breaks,
+    /// Last sequence of the target when the run that was lent this began.
+    begun_at: Option<u64>,
+    /// Jumps in the source's sequences that the run before could not explain in its time.
+    pub(in crate::copy) gaps: Gaps,
+    /// What the target holds of what was copied, as far as it can drop any of that.
+    pub(in crate::copy) drops: Drops,
+    /// Whether the chain of the run before broke.
+    broken: bool,
+    /// Foreign messages at a target that is to be exclusive.
+    pub(in crate::copy) intruders: Intruders,
+    /// Whether a duplicate window that is too short was told.
+    pub(in crate::copy) window_told: bool,
+    /// The longest protocol line that the target takes, where that turned out to be less than servers take by default.
+    pub(in crate::copy) max_line: Option<usize>,
+    /// What the source may be asked for at once.
+    pub(in crate::copy) appetite: Appetite,
+    /// Whether a difference between the source's clock and ours was reported.
+    pub(in crate::copy) clock: Alarm,
+    /// When a server last ended the login of a run.
+    login_ended: Option<Instant>,
+    /// The loss at the source that was published last and still holds.
+    loss: Option<Event>,
+    /// Source sequence in the record as last saved.
+    saved: watch::Sender<u64>,
+    /// How the saves go.
+    pub(in crate::copy) unsaved: Unsaved,
+}
+
+impl std::fmt::Debug for PositionWriter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PositionWriter").field("id", &self.id).field("record", &self.record).finish_non_exhaustive()
+    }
+}
+
+impl PositionWriter {
+    /// What follows from having claimed a position record (see [`PositionStore::claim`]).
+    /// `events` are what the runs tell: a record that makes something known is written behind them.
+    pub fn new(store: PositionStore, events: Events, id: &str, claim: Claim) -> Self {
+        let Claim { record, revision, .. } = claim;
+        let saved = watch::Sender::new(saved_seq(&record));
+        Self {
+            store,
+            events,
+            id: id.to_owned(),
+            record,
+            revision,
+            saving: None,
+            last_save: None,
+            breaks: Breaks::new(Instant::now()),
+            begun_at: None,
+            gaps: Gaps::default(),
+            drops: Drops::default(),
+            broken: false,
+            intruders: Intruders::default(),
+            window_told: false,
+            max_line: None,
+            appetite: Appetite::default(),
+            clock: Alarm::default(),
+            login_ended: None,
+            loss: None,
+            saved,
+            unsaved: Unsaved::default(),
+        }
+    }
+
+    /// Up to where a run may copy now, see [`Unsaved::limit`].
+    pub(in crate::copy) fn copy_limit(&mut self, copied: Copied, now: Instant) -> Option<Copied> {
+        let saving_since = self.last_save.filter(|_| self.saving.is_some());
+        self.unsaved.limit(copied, saving_since, now)
+    }
+
+    /// The position as last saved, a source sequence.
+    pub fn saved(&self) -> watch::Receiver<u64> {
+        self.saved.subscribe()
+    }
+
+    /// The record as last saved.
+    pub fn record(&self) -> &PositionRecord {
+        &self.record
+    }
+
+    /// Saves the status row alone, for states in which no run is active.
+    pub async fn save_row(&mut self, row: Row) -> Result<(), SaveError> {
+        self.write(self.record.clone(), row).await
+    }
+
+    /// Begins to save if nothing is being saved and the last save is long enough ago; whether the record says all
+    /// of it already.
+    pub(in crate::copy) fn save(&mut self, now: Instant, witnesses: Witnesses<'_>, row: impl FnOnce() -> Row) -> bool {
+        let recent = self.last_save.is_some_and(|last| now.duration_since(last) < SAVE_EVERY);
+        if recent || self.saving.is_some() {
+            return false;
+        }
+        self.last_save = Some(now);
+        let record = witnesses.record(&self.record);
+        let same = record.source == self.record.source
+            && record.target == self.record.target
+            && record.sampled == self.record.sampled
+            && record.unseen_from == self.record.unseen_from;
+        let row = row();
+        // Nothing moved and nothing is told: a write would say the same again.
+        let marked = record.target_mode == self.record.target_mode && record.stamps == self.record.stamps;
+        if same && marked && self.record.status.as_ref() == Some(&row) {
+            self.unsaved.nothing();
+            return true;
+        }
+        self.start(record.reporting(row));
+        false
+    }
+
+    /// After a move back: saves, before anything is sent, up to where the target says nothing about what was copied.
+    pub(in crate::copy) async fn look_behind(&mut self, target_seq: u64, created: &str) -> Result<(), Error> {
+        self.finish().await?;
+        let target = Some(TargetWitness { seq: target_seq, source_seq: 0, created: created.to_owned() });
+        self.save_whole(PositionRecord { target, moved_back: false, ..self.record.clone() }).await?;
+        if self.record.moved_back {
+            return Err(Error::new(ErrorKind::Retry, "the position record changed under us after it was moved"));
+        }
+        Ok(())
+    }
+
+    /// Notes copies whose source is lost; saved with the position.
+    pub(in crate::copy) fn lost(&mut self, orphans: Option<Orphans>, only_at_target: Option<OnlyAtTarget>) {
+        self.record.orphans = orphans;
+        self.record.only_at_target = only_at_target;
+    }
+
+    /// An error where the source lost what was copied and the document says to hold then. Published once for each loss.
+    pub(in crate::copy) fn follows(&mut self, resume: &mut Resume, replication: &Replication) -> Result<(), Error> {
+        let loss = resume.findings.iter_mut().find(|finding| matches!(finding, Event::SourceReset { .. }));
+        if replication.on_source_loss == OnSourceLoss::Follow {
+            self.loss = None;
+            return Ok(());
+        }
+        let Some(loss) = loss else {
+            self.loss = None;
+            return Ok(());
+        };
+        if let Event::SourceReset { action, .. } = loss {
+            *action = LossAction::Held;
+        }
+        if !self.loss.as_ref().is_some_and(|told| is_same_loss(told, loss)) {
+            warn!(replication = self.id, event = ?loss, "found");
+            self.events.emit(loss.clone(), &self.id);
+            self.loss = Some(loss.clone());
+        }
+        Err(Error::new(ErrorKind::Hold, held_by(self.loss.as_ref().unwrap_or(loss), replication)))
+    }
+
+    /// Notes, before anything is sent, how many messages may be in flight, where that is more than ever before and than
+    /// is assumed of any run.
+    pub(in crate::copy) async fn may_have_in_flight(&mut self, messages: usize) -> Result<(), Error> {
+        let messages = messages as u64;
+        if messages > self.record.most_in_flight.max(Limits::default().messages_in_flight as u64) {
+            self.finish().await?;
+            self.save_whole(PositionRecord { most_in_flight: messages, ..self.record.clone() }).await?;
+        }
+        Ok(())
+    }
+
+    /// Notes, before one is made, that the replication has a durable consumer at its source, and in which name: it goes
+    /// with it.
+    pub(in crate::copy) async fn uses_durable(&mut self, installation: &str) -> Result<(), Error> {
+        if !self.record.durable || self.record.installation.is_none() {
+            self.finish().await?;
+            let installation = Some(installation.to_owned());
+            self.save_whole(PositionRecord { durable: true, installation, ..self.record.clone() }).await?;
+        }
+        Ok(())
+    }
+
+    /// Notes, before anything is read, up to where the records of senders hold, and how they are told apart; `None`
+    /// without sampling.
+    pub(in crate::copy) async fn samples_from(&mut self, sampled: Option<(u64, String)>) -> Result<(), Error> {
+        let (sampled, inspected) = sampled.unzip();
+        if self.record.sampled.is_some() != sampled.is_some() || self.record.inspected != inspected {
+            self.finish().await?;
+            self.save_whole(PositionRecord { sampled, inspected, ..self.record.clone() }).await?;
+        }
+        Ok(())
+    }
+
+    /// Notes, before anything is sent, how it is stamped, and what is in flight from before.
+    pub(in crate::copy) async fn stamps(&mut self, stamps: Stamps) -> Result<(), Error> {
+        if self.record.stamps != Some(stamps) {
+            self.finish().await?;
+            self.save_whole(PositionRecord { stamps: Some(stamps), ..self.record.clone() }).await?;
+        }
+        Ok(())
+    }
+
+    /// Saves now and waits for it.
+    pub(in crate::copy) async fn save_now(&mut self, witnesses: Witnesses<'_>, row: Row) -> Result<(), SaveError> {
+        self.write(witnesses.record(&self.record), row).await
+    }
+
+    /// Writes and waits. What stood in the way but is no other holder's is written over at the second try.
+    async fn write(&mut self, record: PositionRecord, row: Row) -> Result<(), SaveError> {
+        self.finish().await?;
+        self.save_whole(record.reporting(row)).await
+    }
+
+    async fn save_whole(&mut self, record: PositionRecord) -> Result<(), SaveError> {
+        self.start(record.clone());
+        if !self.finish().await? {
+            self.start(record);
+            self.finish().await?;
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, record: PositionRecord) {
+        // Never used twice, also when the write before had an unknown outcome.
+        self.record.nonce = self.record.nonce.wrapping_add(1);
+        let record = PositionRecord { nonce: self.record.nonce, ..record };
+        // What the record makes known is not told again: a crash in between tells it twice rather than never.
+        let told = self.events.on_the_way();
+        let saving = self.store.save(&self.id, record.clone(), self.revision);
+        let saving = async move {
+            told.await;
+            saving.await
+        };
+        self.saving = Some((Box::pin(saving), record));
+    }
+
+    /// Drives a save that is under way; ready when it is over.
+    pub(in crate::copy) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SaveError>> {
+        let Some((saving, _)) = &mut self.saving else { return Poll::Pending };
+        let Poll::Ready(result) = saving.as_mut().poll(cx) else { return Poll::Pending };
+        let Some((_, record)) = self.saving.take() else { return Poll::Pending };
+        Poll::Ready(self.judge(result, record).map(|_| ()))
+    }
+
+    /// Whether the record was written; if not, the next write stands on what is there now.
+    fn judge(&mut self, result: Result<u64, SaveError>, record: PositionRecord) -> Result<bool, SaveError> {
+        match result {
+            Ok(revision) => {
+                self.revision = revision;
+                self.saved.send_replace(saved_seq(&record));
+                match copied(&record) {
+                    Some(copied) => self.unsaved.saved(copied),
+                    None => self.unsaved.nothing(),
+                }
+                self.record = record;
+                Ok(true)
+            }
+            // A write of our own that arrived late, an edit by hand or a bucket put back to an older state: the
+            // holder's next save stands on it.
+            Err(SaveError::Conflict { record: there, revision })
+                if there.epoch < self.record.epoch
+                    || there.epoch == self.record.epoch && there.holder == self.record.holder =>
+            {
+                self.revision = revision;
+                self.record.nonce = self.record.nonce.max(there.nonce);
+                Ok(false)
+            }
+            // Deleted by hand while it is in use: it is written anew.
+            Err(SaveError::Deleted { revision }) => {
+                self.revision = revision;
+                Ok(false)
+            }
+            Err(error) => {
+                self.unsaved.failed(Instant::now(), error.to_string());
+                Err(error)
+            }
+        }
+    }
+
+    async fn finish(&mut self) -> Result<bool, SaveError> {
+        let Some((saving, record)) = self.saving.take() else { return Ok(true) };
+        let result = saving.await;
+        self.judge(result, record)
+    }
+
+    /// Notes where a run begins to write, or up to where nobody else has written.
+    pub(in crate::copy) fn begin_at(&mut self, target_seq: u64) {
+        self.begun_at = Some(target_seq);
+        self.broken = false;
+    }
+
+    /// Notes, where the chain of a run broke, up to which target sequence the run knows every message. Where the target knows
+    /// messages by their ids alone (`by_ids`), it may still store what the run had in flight.
+    pub(in crate::copy) fn broke_at(&mut self, target_seq: u64, window: &Window, by_ids: bool, now: Instant) {
+        self.begin_at(target_seq);
+        self.breaks.broke(window.position().seq, now);
+        if by_ids && !window.is_empty() {
+            self.breaks.in_flight(window.newest().seq, now);
+        }
+    }
+
+    /// Whether a login that the server ended is followed by another one at once: the first of several is.
+    pub(in crate::copy) fn logs_in_again(&mut self, now: Instant) -> bool {
+        let before = self.login_ended.replace(now);
+        before.is_none_or(|before| now.duration_since(before) >= LOGINS_APART)
+    }
+
+    /// Where to look for what broke the chain of the run before; `None` if it did not break.
+    pub(in crate::copy) fn chain_broke_behind(&self) -> Option<u64> {
+        self.begun_at.filter(|_| self.broken)
+    }
+
+    /// Notes that a run is over whose chain did not break, and what it had in flight.
+    pub(in crate::copy) fn left_in_flight(&mut self, window: &Window, now: Instant) {
+        if !window.is_empty() {
+            self.breaks.in_flight(window.newest().seq, now);
+            self.breaks.explained = 0;
+        }
+    }
+
+    /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it. `true` where
+    /// messages of an earlier run may have broken it: that accuses no other writer, however often it happens.
+    pub(in crate::copy) fn chain_broke(&mut self, now: Instant) -> Result<bool, Error> {
+        self.broken = true;
+        self.breaks.count(now)
+    }
+
+    /// What becomes of foreign messages that were found where the document wants nobody else to write.
+    pub(in crate::copy) fn unwanted(&mut self, resume: &mut Resume, replication: &Replication) -> Result<(), Error> {
+        if replication.target_mode != Sharing::Exclusive {
+            return Ok(());
+        }
+        let Some(foreign) = resume.foreign.take() else { return Ok(()) };
+        self.chain_explained();
+        resume.mode = TargetMode::Exclusive;
+        resume.findings.retain(|finding| !matches!(finding, Event::TargetShared { .. }));
+        match self.intruders.found(&replication.target.stream, foreign) {
+            Some(message) => Err(Error::new(ErrorKind::Hold, message)),
+            None => Ok(()),
+        }
+    }
+
+    /// A foreign message explains why the chain broke.
+    pub(in crate::copy) fn chain_explained(&mut self) {
+        self.breaks.at.clear();
+    }
+}
+
+/// Breaks of the chain, and what may explain them.
+#[derive(Debug)]
+struct Breaks {
+    /// Those that nothing explains.
+    at: VecDeque<Instant>,
+    /// What earlier runs had in flight.
+    late: Late,
+    /// Breaks that were explained by it, since one of those runs ended other than by a break.
+    explained: usize,
+    /// Whether it may have caused the last break.
+    is_late: bool,
+}
+
+impl Breaks {
+    fn new(now: Instant) -> Self {
+        Self { at: VecDeque::new(), late: Late::of_others(now), explained: 0, is_late: false }
+    }
+
+    /// The chain of a run broke that had settled everything up to a source sequence. Only earlier runs explain it.
+    fn broke(&mut self, settled: u64, now: Instant) {
+        self.is_late = self.late.explains(settled, now);
+    }
+
+    /// A run ends that has messages in flight, up to this source sequence.
+    fn in_flight(&mut self, through: u64, now: Instant) {
+        self.late = self.late.and(through, now);
+    }
+
+    /// Counts the last break: whether it is explained, or an error where too many are not.
+    fn count(&mut self, now: Instant) -> Result<bool, Error> {
+        if std::mem::take(&mut self.is_late) && self.explained < MOST_EXPLAINED {
+            self.explained += 1;
+            return Ok(true);
+        }
+        self.at.push_back(now);
+        while self.at.front().is_some_and(|at| now.duration_since(*at) > CHAIN_BREAK_TIME) {
+            self.at.pop_front();
+        }
+        if self.at.len() < CHAIN_BREAKS {
+            return Ok(false);
+        }
+        self.at.clear();
+        Err(Error::new(
+            ErrorKind::Hold,
+            format!(
+                "the target's last sequence moved {CHAIN_BREAKS} times within {CHAIN_BREAK_TIME:?} and only messages of this \
+                 replication are there: another replicator of the same site and name writes to it"
+            ),
+        ))
+    }
+}
+
+/// Messages of earlier runs that the target may still store.
+#[derive(Debug, Clone, Copy)]
+struct Late {
+    /// Newest source sequence of the runs of this holder.
+    through: u64,
+    until: Instant,
+    /// What a holder before this one had in flight is not known: until then it may be anything.
+    others_until: Instant,
+}
+
+impl Late {
+    /// Those of a holder before this one, which begins now.
+    fn of_others(now: Instant) -> Self {
+        Self { through: 0, until: now, others_until: now + LATE_OF_OTHERS }
+    }
+
+    /// The same and those of a run that ends now. How long those of others may last does not change.
+    fn and(self, through: u64, now: Instant) -> Self {
+        let before = if now < self.until { self.through } else { 0 };
+        Self { through: through.max(before), until: now + LATE, ..self }
+    }
+
+    /// Whether they can have broken the chain of a run that had settled everything up to a source sequence.
+    fn explains(self, settled: u64, now: Instant) -> bool {
+        now < self.others_until || now < self.until && settled < self.through
+    }
+}
+
+/// What its holder had copied when a record was written. The row of a holder before counts from another beginning.
+fn copied(record: &PositionRecord) -> Option<Copied> {
+    let row = record.status.as_ref().filter(|row| row.epoch == record.epoch)?;
+    Some(row.copy.counters.into())
+}
+
+fn saved_seq(record: &PositionRecord) -> u64 {
+    record.source.as_ref().map_or(0, |source| source.seq)
+}
+
+/// Whether a loss is the one that was published: nothing was copied since, and the source has what it had then. Where its end
+/// is, and what the target keeps, may change meanwhile.
+fn is_same_loss(told: &Event, loss: &Event) -> bool {
+    let of = |event: &Event| match event {
+        Event::SourceReset { saved, resumed, .. } => Some((*saved, *resumed)),
+        _ => None,
+    };
+    of(told).zip(of(loss)).is_some_and(|(told, now)| now.0 == told.0 && now.1 >= told.1)
+}
+
+/// Why a copy is held whose source lost messages, and what to do.
+fn held_by(loss: &Event, replication: &Replication) -> String {
+    let Event::SourceReset { saved, reason, only_at_target, .. } = loss else { return String::new() };
+    let (source, target) = (&replication.source.stream, &replication.target.stream);
+    let only = only_at_target.map_or_else(
+        || format!("target stream `{target}` has none of them"),
+        |OnlyAtTarget { from, to, target_from, target_to, .. }| {
+            format!(
+                "only target stream `{target}` still has {from} to {to} (target sequences {target_from} to {target_to})"
+            )
+        },
+    );
+    format!(
+        "source stream `{source}` lost messages that were copied, and `on_source_loss` is `hold`: {reason} (everything up to \
+         {saved} was copied); {only}: restore the source, or set `on_source_loss` to `follow` to continue with what the source \
+         has now"
+    )
+}
+
+/// What a save says of both sides.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::copy) struct Witnesses<'a> {
+    pub window: &'a Window,
+    /// The source server's time.
+    pub now: DateTime<Utc>,
+    pub mode: TargetMode,
+    pub stamps: Stamps,
+    pub source_created: &'a str,
+    pub target_created: &'a str,
+    /// What is known of senders, with sampling.
+    pub sampled: Option<Sampled>,
+}
+
+/// What is known of senders.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::copy) struct Sampled {
+    /// Up to where their records hold.
+    pub written_to: u64,
+    /// What was stored before this may not have been seen.
+    pub unseen_from: Option<DateTime<Utc>>,
+}
+
+impl Witnesses<'_> {
+    fn record(&self, saved: &PositionRecord) -> PositionRecord {
+        let position = self.window.position();
+        let target = self.window.target();
+        PositionRecord {
+            source: Some(SourceWitness {
+                seq: position.seq,
+                time_ns: position.time_ns,
+                created: self.source_created.to_owned(),
+            }),
+            // At their end the place may still go back: what is sent again is a duplicate and is acked with its old place.
+            orphans: saved.orphans.filter(|orphans| target.is_none_or(|target| target.seq <= orphans.to)),
+            target: target.map(|target| TargetWitness {
+                seq: target.seq,
+                source_seq: target.source_seq,
+                created: self.target_created.to_owned(),
+            }),
+            saved_at: Some(self.now.trunc_subsecs(3)),
+            target_mode: self.mode,
+            stamps: Some(self.stamps),
+            sampled: self.sampled.map(|sampled| sampled.written_to),
+            unseen_from: self.sampled.and_then(|sampled| sampled.unseen_from),
+            ..saved.clone()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::{CopyStatus, State};
+
+    #[test]
+    fn the_row_of_a_holder_before_does_not_say_what_was_copied() {
+        let row = |epoch: u64| {
+            let mut copy = CopyStatus::default();
+            copy.counters.copied = 7;
+            let (replication, origin) = ("S".to_owned(), "kv".to_owned());
+            let state = State::Running;
+            Some(Row { replication, state, origin, leader: None, epoch, config_revision: 1, copy, todo: None })
+        };
+        let record = |status: Option<Row>| PositionRecord { epoch: 2, status, ..PositionRecord::new() };
+        assert_eq!(copied(&record(row(2))), Some(Copied { messages: 7, bytes: 0 }));
+        assert_eq!((copied(&record(row(1))), copied(&record(None))), (None, None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn messages_in_flight_explain_a_broken_chain_until_copied() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let none = Late { through: 0, until: now, others_until: now };
+        assert!(!none.explains(0, now));
+        let late = none.and(20, now);
+        assert!(late.explains(5, now + second) && late.explains(19, now + 59 * second));
+        // Other writers go beyond it, or last longer.
+        assert!(!late.explains(20, now + second) && !late.explains(5, now + 60 * second));
+        // A run that had less in flight does not end what the one before it had.
+        let two = late.and(10, now + 30 * second);
+        assert!(two.explains(19, now + 89 * second) && !two.explains(20, now + 31 * second));
+        assert!(!late.and(10, now + 60 * second).explains(10, now + 61 * second));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unknown_rest_of_another_holder_lasts_no_longer() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let others = Late::of_others(now);
+        assert!(others.explains(1_000, now + 14 * second) && !others.explains(1_000, now + 15 * second));
+        // Neither does a run extend it that had some in flight.
+        let late = others.and(20, now + 10 * second).and(30, now + 12 * second);
+        assert!(late.explains(1_000, now + 14 * second) && !late.explains(1_000, now + 15 * second));
+        assert!(late.explains(29, now + 71 * second) && !late.explains(30, now + 16 * second));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_run_whose_chain_broke_explains_the_next_break_only() {
+        let now = Instant::now() + LATE_OF_OTHERS;
+        let mut breaks = Breaks::new(Instant::now());
+        // Its own messages do not explain the break of a run.
+        breaks.broke(5, now);
+        breaks.in_flight(20, now);
+        assert!(!breaks.count(now).unwrap());
+        breaks.broke(5, now);
+        assert!(breaks.count(now).unwrap());
+        breaks.broke(20, now);
+        assert!(!breaks.count(now).unwrap());
+        // A writer of the same name breaks every run, and each of them leaves some.
+        let mut held = 0;
+        for run in 0..MOST_EXPLAINED as u64 + CHAIN_BREAKS as u64 {
+            breaks.broke(20 + run, now);
+            breaks.in_flight(100 + run, now);
+            held += usize::from(breaks.count(now).is_err());
+        }
+        assert_eq!(held, 1);
+    }
+}

@@ -1,0 +1,357 @@
+//! How a run comes to be, in steps that follow from each other: both sides are connected, the streams are read and the
+//! target is made, the place to go on from is found, and reader and writer are opened.
+
+use std::sync::Arc;
+
+use nats_lane as nats;
+use nats_lane::{
+    Lane,
+    jetstream::{Api, StreamInfo},
+};
+use tokio::{sync::watch, time::Instant};
+use tracing::info;
+
+use super::{
+    Error, ErrorKind, Job,
+    decide::CopyRules,
+    flow::{bounds::Bounds, position::PositionWriter, watchdog::Watchdog, window::Window},
+    objects::Gate,
+    reject::{Refused, Rejects},
+    reporter::Reporter,
+    resume::{self, Resume, Sides, is_plain},
+    run::{Run, Times},
+    sampling_driver::SamplingDriver,
+    source::{
+        clock::SourceClock,
+        consumers::Names,
+        durable::{Durable, Owner},
+        gap::Gaps,
+        intake::Intake,
+        retention::{Looks, Retention},
+        source_half::{SourceHalf, StatePolls, heard},
+    },
+    target::{
+        bridge, dead_letter,
+        drops::Drops,
+        mode,
+        provenance::Tag,
+        stream::{self, Abilities, Opened, Opening},
+        target_half::TargetHalf,
+        target_limits,
+        target_watch::TargetWatch,
+        writer::Writer,
+    },
+};
+use crate::{
+    config::{OnReject, Replication, Side},
+    events::{Event, Events},
+    names,
+    status::{CopyStatus, State, TargetMode},
+};
+
+/// What a run is opened with.
+#[derive(Clone, Copy)]
+pub(super) struct Opener<'a> {
+    pub job: &'a Job,
+    pub status: &'a watch::Sender<(State, CopyStatus)>,
+    pub events: &'a Events,
+}
+
+/// One connection, and the names of our consumers there.
+struct Connected {
+    lane: Lane,
+    names: Names,
+}
+
+/// Both sides, connected.
+struct Lanes {
+    /// With the bounds of this run.
+    replication: Arc<Replication>,
+    source: Connected,
+    target: Connected,
+}
+
+/// What is known of the two streams.
+struct Streams {
+    source: StreamInfo,
+    clock: SourceClock,
+    target: StreamInfo,
+    abilities: Abilities,
+}
+
+/// Where the run goes on.
+struct Found {
+    resume: Resume,
+    tag: Tag,
+    /// The durable consumer at the source.
+    durable: Option<Durable>,
+    /// In whose name the durable consumer is.
+    installation: String,
+    /// The position is before the saved one.
+    goes_back: bool,
+    /// The source is another stream than before.
+    another: bool,
+}
+
+impl<'a> Opener<'a> {
+    /// Connects both sides, finds out where to resume, and creates the consumer.
+    pub async fn open(self, ledger: &mut PositionWriter, refused: &'a mut Refused) -> Result<Run<'a>, Error> {
+        let replication = &self.job.replication;
+        self.status.send_modify(|(_, copy)| {
+            copy.source.stream.clone_from(&replication.source.stream);
+            copy.target.stream.clone_from(&replication.target.stream);
+        });
+        let mut lanes = Lanes::connect(self.job, ledger).await?;
+        let mut streams = self.read_streams(&mut lanes, ledger).await?;
+        let mut found = self.find(&mut lanes, &mut streams, ledger).await?;
+        let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, ledger).await?;
+        ledger.begin_at(streams.target.state.last_seq);
+        let Lanes { replication, source, target } = &mut lanes;
+        refused.begin(&streams.target, found.resume.position.seq);
+        let generation = ledger.record().generation;
+        let rejects = Rejects::open(&mut source.lane, replication, &found.tag, generation, refused);
+        let writer = write(replication, &mut target.lane, &streams, &found, ledger).await?;
+        let goes_back = found.goes_back;
+        let mut report =
+            Reporter::new(self.job, replication.clone(), self.status, self.events, found.resume.position.seq);
+        show(&mut report.copy, &lanes, &streams, &writer, sampler.is_some());
+        let drops = begin_drops(ledger, &lanes.replication, &streams, &found.resume);
+        let target_info = streams.target.clone();
+        let (mut run, resume) = assemble(report, lanes, streams, found, (reader, sampler), (writer, rejects), drops);
+        run.begin(&target_info, resume, goes_back, ledger).await?;
+        Ok(run)
+    }
+
+    /// Reads the source, checks whether it may be copied, and makes the target.
+    async fn read_streams(self, lanes: &mut Lanes, ledger: &mut PositionWriter) -> Result<Streams, Error> {
+        let (job, Lanes { replication, source, target }) = (self.job, lanes);
+        let sent = Instant::now();
+        let source_info = Api::new(&mut source.lane).stream_info(&replication.source.stream).await;
+        let source_info = source_info.map_err(|e| e.context("source"))?;
+        let received = Instant::now();
+        let source_info = source_info.ok_or_else(|| {
+            Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
+        })?;
+        let mut clock = SourceClock::new(&heard(sent, received, &source_info));
+        if let Some(why) = job.own_streams.refuse(&replication.source.stream, &source_info.created) {
+            return Err(Error::new(ErrorKind::Hold, format!("source: {why}")));
+        }
+        if let OnReject::DeadLetter { subject } = &replication.on_reject {
+            dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
+        }
+        if ledger.record().source.is_none() {
+            bridge::check(job, &mut source.lane, &mut target.lane, &source_info).await?;
+        }
+        let opened = Opening::new(job, &mut source.lane, &mut target.lane, &source_info, None).open().await;
+        let (target_info, opened) = opened.map_err(|e| e.context("target"))?;
+        log_opened(replication, opened);
+        // Again: what an older holder copied meanwhile is no proof that the source lost its end.
+        let sent = Instant::now();
+        let again = Api::new(&mut source.lane).stream_info(&replication.source.stream).await?;
+        if let Some(again) = &again {
+            clock.hear(&heard(sent, Instant::now(), again));
+        }
+        let source_info = again.unwrap_or(source_info);
+        let abilities = stream::abilities(replication, &source_info, &target_info)?;
+        if ledger.record().moved_back {
+            ledger.look_behind(target_info.state.last_seq, &target_info.created).await?;
+        }
+        Ok(Streams { source: source_info, clock, target: target_info, abilities })
+    }
+
+    /// Finds out where to go on.
+    async fn find(self, lanes: &mut Lanes, streams: &mut Streams, ledger: &mut PositionWriter) -> Result<Found, Error> {
+        let (job, Lanes { replication, source, target }) = (self.job, lanes);
+        let installation = ledger.record().installation.as_ref().unwrap_or(&job.installation).clone();
+        let owner = Owner { site: &job.site, installation: &installation };
+        let durable = match Durable::is_needed(&streams.source) {
+            true => Durable::find(&mut source.lane, replication, owner).await.map_err(|e| e.context("source"))?,
+            false => None,
+        };
+        let tag = Tag::new(&replication.source.stream, &job.site, &replication.name).with_former(&replication.former);
+        let (mode, news) = mode::begin(replication, &streams.target, ledger.record(), job.neighbour.as_deref());
+        streams.abilities.share(mode);
+        self.status.send_modify(|(_, copy)| copy.target_mode = mode);
+        let sides = Sides {
+            replication,
+            tag: &tag,
+            source_lane: &mut source.lane,
+            target_lane: &mut target.lane,
+            source_names: &mut source.names,
+            target_names: &mut target.names,
+            source: &streams.source,
+            clock: streams.clock,
+            target: &streams.target,
+            durable: durable.as_ref(),
+            chain_broke_behind: ledger.chain_broke_behind(),
+            orphans: ledger.record().orphans,
+            read: resume::Read::default(),
+            most_in_flight: ledger.record().most_in_flight,
+        };
+        let mut resume = resume::find(sides, ledger.record(), mode).await?;
+        self.status.send_modify(|(_, copy)| copy.only_at_target = resume.only_at_target);
+        ledger.follows(&mut resume, replication)?;
+        resume.findings.extend(news);
+        ledger.unwanted(&mut resume, replication)?;
+        ledger.lost(resume.orphans, resume.only_at_target);
+        let goes_back = ledger.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
+        streams.abilities.share(resume.mode);
+        let another = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
+        Ok(Found { resume, tag, durable, installation, goes_back, another })
+    }
+
+    /// Opens what reads the source, and sampling.
+    async fn read(
+        self,
+        lanes: &mut Lanes,
+        streams: &Streams,
+        found: &mut Found,
+        ledger: &mut PositionWriter,
+    ) -> Result<(Option<SamplingDriver>, Intake), Error> {
+        let (job, Lanes { replication, source, .. }) = (self.job, lanes);
+        let (info, position) = (&streams.source, found.resume.position.seq);
+        if Durable::is_needed(info) {
+            ledger.uses_durable(&found.installation).await?;
+        }
+        let durable = match found.durable.take() {
+            Some(durable) => durable.unless_ahead(&mut source.lane, replication, info, position, found.another).await?,
+            None => None,
+        };
+        let sampler = SamplingDriver::begin(job, position, ledger.record(), found.another, info.state.first_seq);
+        let inspected = replication.sampling.as_ref().map(|sampling| sampling.inspect.mark());
+        let from = sampler.as_ref().map(|(_, from)| *from);
+        ledger.samples_from(from.zip(inspected)).await?;
+        let (sampler, from) = sampler.map_or((None, position), |(sampler, from)| (Some(sampler), from));
+        let owner = Owner { site: &job.site, installation: &found.installation };
+        let Connected { lane, names } = source;
+        let reader = Intake::open(lane, replication, owner, info, durable, names, from).await;
+        Ok((sampler, reader.map_err(|e| e.context("source"))?))
+    }
+}
+
+impl Lanes {
+    async fn connect(job: &Job, ledger: &mut PositionWriter) -> Result<Self, Error> {
+        let mut replication = job.replication.clone();
+        let in_flight = &mut replication.limits.bytes_in_flight;
+        *in_flight = ledger.appetite.begin(*in_flight, Instant::now());
+        let replication = Arc::new(replication);
+        let name = format!("{} {}", names::PROGRAM, replication.id);
+        let (source, target) = tokio::try_join!(
+            async { Connected::to(job, &replication.source, &name).await.map_err(|e| e.context("source")) },
+            async { Connected::to(job, &replication.target, &name).await.map_err(|e| e.context("target")) },
+        )?;
+        Ok(Self { replication, source, target })
+    }
+}
+
+impl Connected {
+    /// Connects to a side and deletes the consumers that runs before this one left there.
+    async fn to(job: &Job, side: &Side, name: &str) -> Result<Self, nats::Error> {
+        let mut lane = job.dial.dial(&side.place, name).await?;
+        let names = Names::clear(&mut lane, &side.stream, &job.consumers).await?;
+        Ok(Self { lane, names })
+    }
+}
+
+fn log_opened(replication: &Replication, opened: Opened) {
+    let (id, stream) = (&replication.id, &replication.target.stream);
+    match opened {
+        Opened::Found => {}
+        Opened::Made => info!(replication = id, stream, "target stream created"),
+        Opened::Updated(what) => info!(replication = id, stream, what, "target stream updated"),
+    }
+}
+
+/// Opens what writes to the target, and notes before anything is sent what may be in flight.
+async fn write(
+    replication: &Arc<Replication>,
+    lane: &mut Lane,
+    streams: &Streams,
+    found: &Found,
+    ledger: &mut PositionWriter,
+) -> Result<Writer, Error> {
+    let (tag, abilities) = (found.tag.clone(), streams.abilities);
+    let mut writer = Writer::open(lane, replication.clone(), tag, abilities, &streams.target, ledger.record());
+    if let Some(before) = found.resume.before {
+        writer.after(before);
+    }
+    writer.limit_line(ledger.max_line);
+    ledger.may_have_in_flight(replication.limits.messages_in_flight).await?;
+    ledger.stamps(writer.stamps()).await?;
+    Ok(writer)
+}
+
+/// Shows what is known when the run begins.
+fn show(copy: &mut CopyStatus, lanes: &Lanes, streams: &Streams, writer: &Writer, samples: bool) {
+    if !copy.source.server.is_empty() {
+        copy.counters.consumers_recreated += 1;
+    }
+    copy.source.server.clone_from(&lanes.source.lane.info().server_name);
+    copy.target.server.clone_from(&lanes.target.lane.info().server_name);
+    copy.source.connected = true;
+    copy.target.connected = true;
+    copy.transport = streams.abilities.transport;
+    copy.target_mode = streams.abilities.mode;
+    copy.ordering = writer.ordering();
+    copy.sampling = samples.then(|| copy.sampling.take().unwrap_or_default());
+}
+
+/// What the target holds of what was copied, compared with what the run before knew.
+fn begin_drops(ledger: &mut PositionWriter, replication: &Replication, streams: &Streams, resume: &Resume) -> Drops {
+    let Streams { source, target, abilities, .. } = streams;
+    let whole = replication.scope.is_whole() && replication.sampling.is_none() && replication.max_age.is_none();
+    let whole = whole && abilities.mode == TargetMode::Exclusive;
+    let mut drops = ledger.drops.clone();
+    let position = resume.position.seq;
+    drops.begin(target, target_limits::that_drop(replication, source, target, whole), position);
+    if target.state.messages == 0 {
+        drops.lacks(&source.state, position);
+    }
+    drops
+}
+
+/// Puts the run together. What was found is left to be reported.
+fn assemble<'a>(
+    report: Reporter<'a>,
+    lanes: Lanes,
+    streams: Streams,
+    found: Found,
+    (reader, sampler): (Intake, Option<SamplingDriver>),
+    (writer, rejects): (Writer, Rejects<'a>),
+    drops: Drops,
+) -> (Run<'a>, Resume) {
+    let Lanes { replication, source, target } = lanes;
+    let Found { resume, tag, .. } = found;
+    let now = Instant::now();
+    let gate = Gate::of(&replication.source.stream, &replication.target.stream);
+    let watch = TargetWatch::new(drops, tag.clone());
+    let run = Run {
+        source: SourceHalf {
+            lane: source.lane,
+            clock: streams.clock,
+            reader,
+            names: source.names,
+            reads: true,
+            gaps: Gaps::default(),
+            plain: is_plain(&replication, &streams.source),
+            told_first: streams.source.state.first_seq,
+            info: streams.source,
+            polls: StatePolls::new(now),
+            retention: Retention::default(),
+            looks: Looks::default(),
+            watchdog: Watchdog::new(now, resume.position.seq),
+            consumer_request: None,
+            renewal: None,
+            silent_at: None,
+        },
+        target: TargetHalf::new(target.lane, &streams.target, writer, gate, watch),
+        bounds: Bounds::new(Window::new(resume.position, resume.target), &replication.limits, now),
+        rules: CopyRules { scope: replication.scope.clone(), max_age: replication.max_age, tag },
+        report,
+        rejects,
+        sampler,
+        times: Times::new(now),
+        ending: None,
+    };
+    (run, resume)
+}

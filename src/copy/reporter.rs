@@ -1,0 +1,189 @@
+//! What people see of a run: its status, its events and its log lines.
+
+use std::sync::Arc;
+
+use nats_lane::entropy as chance;
+use tokio::{sync::watch, time::Instant};
+use tracing::{info, warn};
+
+use super::{
+    Job,
+    decide::Reason,
+    flow::{
+        position::PositionWriter,
+        unsaved::{Copied, News},
+    },
+    objects::Incomplete,
+    source::clock::SourceClock,
+};
+use crate::{
+    config::Replication,
+    events::{Event, Events, PoisonAction},
+    status::{CopyStatus, LastError, Row, State},
+};
+
+/// Reports what one run does.
+#[derive(Debug)]
+pub(super) struct Reporter<'a> {
+    pub job: &'a Job,
+    /// What is copied, with the bounds of this run.
+    pub replication: Arc<Replication>,
+    status: &'a watch::Sender<(State, CopyStatus)>,
+    events: &'a Events,
+    pub copy: CopyStatus,
+    /// What is reported: as it was before, where that was an error, until this run has copied.
+    state: State,
+    /// Where the run began.
+    from: u64,
+    /// It was reported that the position is not saved.
+    unsaved: bool,
+}
+
+impl<'a> Reporter<'a> {
+    /// For a run that begins behind a position and goes on from what the status says.
+    pub fn new(
+        job: &'a Job,
+        replication: Arc<Replication>,
+        status: &'a watch::Sender<(State, CopyStatus)>,
+        events: &'a Events,
+        from: u64,
+    ) -> Self {
+        let (state, copy) = status.borrow().clone();
+        let state = if matches!(state, State::Retrying | State::Held) { state } else { State::Running };
+        Self { job, replication, status, events, copy, state, from, unsaved: false }
+    }
+
+    /// Reports an event.
+    pub fn emit(&self, event: Event) {
+        self.events.emit(event, &self.replication.id);
+    }
+
+    /// Reports what was found about the streams.
+    pub fn found(&mut self, event: Event) {
+        if let Event::Gap { messages, .. } = &event {
+            self.copy.counters.gap_messages += messages;
+        }
+        warn!(replication = self.replication.id, ?event, "found");
+        self.emit(event);
+    }
+
+    /// Tells of a message that was skipped, where people have to know.
+    pub fn skipped(&self, source_seq: u64, reason: Reason) {
+        match reason {
+            Reason::Requested => self.left_out(source_seq),
+            Reason::Incomplete(object) => self.incomplete(source_seq, object),
+            Reason::Old | Reason::Excluded | Reason::Loop | Reason::Sampled => {}
+        }
+    }
+
+    /// Tells that a message was left out by request, and why it was asked for.
+    fn left_out(&self, source_seq: u64) {
+        let error = self.status.borrow().1.last_error.clone().filter(|error| error.source_seq == Some(source_seq));
+        let message = error.map_or_else(|| "skipped by request".to_owned(), |error| error.message);
+        warn!(replication = self.replication.id, source_seq, "skipped by request: {message}");
+        self.emit(Event::poison(source_seq, message, PoisonAction::Skipped));
+    }
+
+    /// Tells that the description of an object was left out.
+    fn incomplete(&self, source_seq: u64, Incomplete { object, chunks, found }: Incomplete) {
+        warn!(
+            replication = self.replication.id,
+            source_seq, object, chunks, found, "object skipped: it does not have all of its chunks"
+        );
+        self.emit(Event::ObjectIncomplete { source_seq, object, chunks, found });
+    }
+
+    /// Tells of messages that could not be stored.
+    pub fn rejected(&self, events: Vec<Event>) {
+        for event in events {
+            warn!(replication = self.replication.id, ?event, "skipped, because the target can never store it");
+            self.emit(event);
+        }
+    }
+
+    /// Shows an error that does not end the run.
+    pub fn shows_error(&self, message: &str) {
+        let error = LastError::now("retry", message);
+        self.status.send_modify(|(_, told)| told.last_error = Some(error));
+    }
+
+    /// Up to where the run may copy while the position is not saved.
+    pub fn copy_limit(&self, ledger: &mut PositionWriter, now: Instant) -> Option<Copied> {
+        ledger.copy_limit(self.copy.counters.into(), now).filter(|_| !self.job.standalone)
+    }
+
+    /// Reports, once, that the position is not saved, and that it is again.
+    pub fn saves(&mut self, position: u64, now: Instant, ledger: &mut PositionWriter) {
+        let id = &self.replication.id;
+        match ledger.unsaved.news(now) {
+            Some(News::Unsaved(why)) => {
+                let message = format!("the position is not saved: {why}");
+                warn!(replication = id, position, "{message}");
+                let saved = ledger.record().source.as_ref().map_or(0, |source| source.seq);
+                self.shows_error(&message);
+                self.emit(Event::PositionUnsaved { message, saved, position });
+            }
+            Some(News::Saved) => {
+                info!(replication = id, position, "the position is saved again");
+                self.emit(Event::PositionSaved { position });
+            }
+            None => {}
+        }
+        self.knows_saves(ledger);
+    }
+
+    /// Takes over whether it was reported that the position is not saved.
+    pub fn knows_saves(&mut self, ledger: &PositionWriter) {
+        self.unsaved = ledger.unsaved.is_reported();
+    }
+
+    /// Reports, once, that the source's clock and ours differ, and that they do no more.
+    pub fn clock(&self, clock: &SourceClock, ledger: &mut PositionWriter) {
+        let (id, server) = (&self.replication.id, &self.copy.source.server);
+        let offset = clock.offset(Instant::now(), chance::now());
+        match ledger.clock.judge(offset) {
+            Some(event @ Event::ClockOk { .. }) => {
+                info!(
+                    replication = id,
+                    server,
+                    ?offset,
+                    "the clocks of the source server and of this host agree again"
+                );
+                self.emit(event);
+            }
+            Some(event) => {
+                if let Event::ClockOffset { reason, .. } = &event {
+                    warn!(replication = id, server, ?offset, "{reason}");
+                }
+                self.emit(event);
+            }
+            None => {}
+        }
+    }
+
+    /// Publishes the status. The run is well if nothing is reported to be wrong with it; `waits` says that it waits for saves.
+    pub fn publish(&mut self, position: u64, waits: bool, is_stalled: bool) {
+        let caught_up = self.copy.lag.is_some_and(|lag| lag.messages == 0);
+        if caught_up || position > self.from {
+            self.state = State::Running;
+        }
+        let shown = if waits { State::Retrying } else { self.state };
+        let well = shown == State::Running && !is_stalled && !self.unsaved;
+        let copy = &mut self.copy;
+        self.status.send_modify(|(state, told)| {
+            *state = shown;
+            // The caller's notes on earlier errors stay.
+            let mut last_error = told.last_error.take();
+            if let Some(error) = last_error.as_mut().filter(|_| well) {
+                error.ran();
+            }
+            copy.last_error = last_error;
+            *told = copy.clone();
+        });
+    }
+
+    /// The row that is saved with the position.
+    pub fn row(&self) -> Row {
+        Row { state: self.state, copy: self.copy.clone(), todo: None, ..self.job.row.clone() }
+    }
+}

@@ -1,0 +1,191 @@
+//! What the source answers to questions of the run, and what is done about its consumer.
+
+use nats_lane::{
+    Batch, ErrorKind as NatsErrorKind,
+    jetstream::{ConsumerInfo, StreamInfo, decode},
+};
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::{Ending, Run, upkeep::TICK};
+use crate::{
+    config::Replication,
+    copy::{
+        Error, ErrorKind,
+        flow::{
+            throttle,
+            watchdog::{Action, Consumer, Seen, Tell},
+        },
+        source::{
+            intake::Intake,
+            locate,
+            reader::{Lost, Reader},
+            renewal::Renewal,
+            retention::Retention,
+        },
+        target::{drops::Dropped, stream},
+    },
+    events::{Event, Step},
+};
+
+impl Run<'_> {
+    pub(super) fn take_messages(&mut self, batch: Batch) -> Result<(), Error> {
+        if let Some((info, asked)) = self.source.state_in(&batch)? {
+            self.source_says(info, asked)?;
+        }
+        if let Some(info) = self.source.consumer_in(&batch) {
+            self.consumer_is(info.and_then(decode::<ConsumerInfo>))?;
+        }
+        self.go_on_with_renewal(&batch)?;
+        let (dead_lettered, refused) = self.rejects.accept(&batch, &mut self.bounds.window);
+        if dead_lettered > 0 {
+            self.report.copy.counters.dead_lettered += dead_lettered;
+            self.bounds.moved = Instant::now();
+            self.tell_rejected(false);
+        }
+        if let Some(error) = refused {
+            self.end(Ending::Failed(error));
+        }
+        match self.source.reader.accept(batch) {
+            Ok(()) => Ok(()),
+            Err(Lost { error, .. }) if self.source.reader.plain().is_none() => Err(error.into()),
+            Err(Lost { error, forgotten }) => {
+                let seen = self.seen();
+                let action = self.source.watchdog.lost(Instant::now(), &seen, error.message, forgotten);
+                self.act(action)
+            }
+        }
+    }
+
+    /// What the leader of the source stream says of it, asked at a time.
+    pub(super) fn source_says(&mut self, info: StreamInfo, asked: Instant) -> Result<(), Error> {
+        let source = &mut self.source;
+        if let Some(why) = source.polls.end.answered(info.state.last_seq) {
+            // The next run finds out where to continue, or whether to hold.
+            return Err(Error::new(ErrorKind::Retry, why));
+        }
+        for (from, to) in source.gaps.first_is(info.state.first_seq) {
+            self.report.found(Event::Gap { from, to, messages: to - from + 1 });
+        }
+        source.retention = Retention::of(&info);
+        source.looks.add(Instant::now(), info.state.clone());
+        let now_ms = source.clock.now(Instant::now()).timestamp_millis();
+        if let Some(Dropped { messages, event }) = self.target.watch.source_has(&info, asked, now_ms) {
+            self.report.copy.counters.target_dropped += messages;
+            event.into_iter().for_each(|event| self.report.found(event));
+        }
+        if self.ending.is_none() && !stream::acts_alike(&info, &self.source.info) {
+            let id = &self.report.replication.id;
+            info!(replication = id, "the source acts on other headers than before: a new run follows");
+            self.end(Ending::BeginsAgain);
+        }
+        self.source.info.state = info.state;
+        Ok(())
+    }
+
+    /// What the server says of our consumer when the watchdog asked.
+    fn consumer_is(&mut self, info: Result<ConsumerInfo, nats_lane::Error>) -> Result<(), Error> {
+        let consumer = match info {
+            Ok(info) => {
+                if let Some(reader) = self.source.reader.plain_mut()
+                    && info.delivered.stream_seq <= reader.delivered()
+                {
+                    // What was pending may be gone, by age or by hand.
+                    reader.correct_pending(info.num_pending);
+                }
+                Consumer::Has(info.num_pending)
+            }
+            Err(error) if error.kind == NatsErrorKind::NotFound => Consumer::Gone,
+            // Nobody knows; it is asked again.
+            Err(_) => return Ok(()),
+        };
+        let last_seq = self.source.info.state.last_seq;
+        let action = self.source.watchdog.answered(Instant::now(), consumer, last_seq);
+        action.map_or(Ok(()), |action| self.act(action))
+    }
+
+    fn go_on_with_renewal(&mut self, batch: &Batch) -> Result<(), Error> {
+        let (source, replication) = (&mut self.source, &self.report.replication);
+        let Some(renewal) = &mut source.renewal else { return Ok(()) };
+        let ahead = throttle::read_ahead(&replication.limits);
+        let Some(made) = renewal.accept(&mut source.lane, batch, ahead) else { return Ok(()) };
+        source.renewal = None;
+        let made = made.map_err(|error| {
+            let stream = &replication.source.stream;
+            Error::stalled(format!("the consumer of stream `{stream}` was not recreated: {error}"))
+        })?;
+        source.reader = Intake::Plain(Box::new(made));
+        source.watchdog.renewed(Instant::now());
+        self.report.copy.counters.consumers_recreated += 1;
+        Ok(())
+    }
+
+    /// Does what the watchdog wants.
+    pub(super) fn act(&mut self, action: Action) -> Result<(), Error> {
+        match action {
+            Action::Ask => self.source.ask_consumer(&self.report.replication.source.stream),
+            Action::Renew { reason, tell } => self.renew(&reason, tell)?,
+            Action::GiveUp { reason } => return Err(Error::stalled(reason)),
+            Action::Repaired => {
+                let position = self.bounds.window.position().seq;
+                info!(replication = self.report.replication.id, position, "repaired");
+                self.report.emit(Event::Repaired { position });
+                self.tell();
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins to make the consumer anew.
+    fn renew(&mut self, reason: &str, tell: Tell) -> Result<(), Error> {
+        let Self { report, source, bounds, times, .. } = self;
+        let Replication { id, scope, source: of, .. } = &*report.replication;
+        let message = format!("recreating the consumer of stream `{}`: {reason}", of.stream);
+        let Some(reader) = source.reader.plain_mut() else { return Err(Error::stalled(message)) };
+        source.consumer_request = None;
+        let deletion = reader.abandon(&mut source.lane);
+        let (behind, name) = (bounds.window.newest(), source.names.next());
+        // What the server said of the stream may be older than its large messages.
+        let counters = &report.copy.counters;
+        let read = counters.received_bytes.checked_div(counters.received).unwrap_or_default();
+        let heavy = locate::is_heavy(&source.info) || read >= locate::HEAVY;
+        let names = (name, heavy.then(|| source.names.next()));
+        let renewal = Renewal::begin(&mut source.lane, &of.stream, scope.filters(), behind, names, deletion);
+        source.renewal = Some(renewal);
+        times.next_tick = times.next_tick.min(Instant::now() + TICK);
+        if tell == Tell::All {
+            warn!(replication = id, "stalled: {message}");
+            report.shows_error(&message);
+            report.emit(Event::Stalled { message, step: Step::Consumer });
+        } else {
+            debug!(replication = id, "{message}");
+        }
+        report.copy.counters.repairs.consumer += u64::from(tell != Tell::Nothing);
+        Ok(())
+    }
+
+    pub(super) fn seen(&self) -> Seen {
+        let (source, target) = (&self.source, &self.target);
+        // A durable consumer is looked after by its own reader.
+        let plain = source.reader.plain();
+        let heard = plain.map_or(self.times.began, Reader::heard);
+        Seen {
+            asking: plain.is_some_and(Reader::is_asking),
+            delivered: plain.map_or(0, Reader::delivered),
+            handed_out: self.bounds.window.newest().seq,
+            pending: source.reader.pending(),
+            last_seq: source.info.state.last_seq,
+            consumer_heard: heard.max(source.lane.partial_at()),
+            source_heard: source.lane.heard_at(),
+            receiving: source.lane.is_receiving(),
+            source_partial: source.lane.partial_at(),
+            in_air: self.bounds.window.len(),
+            waiting: source.reader.peek().is_some(),
+            // By the limit of its rate, by dead letters, whose clock is their own, or by saves that fail.
+            held_back: self.bounds.throttled.is_some() || self.rejects.in_the_air() || self.waits_for_saves(),
+            settled: self.bounds.moved,
+            drained: target.lane.drained(),
+            unwritten: target.lane.unwritten(),
+        }
+    }
+}

@@ -1,0 +1,414 @@
+//! Sampling in one run: who sent what was read, what is known of senders written behind, and what `advisories.rs` publishes.
+
+use std::{
+    fmt,
+    future::{Future, poll_fn},
+    pin::Pin,
+    sync::{Arc, PoisonError},
+    task::{Context, Poll},
+};
+
+use tokio::time::{Duration, Instant};
+use tracing::{info, warn};
+
+use super::{
+    Job, Samples,
+    advisories::{Heard, Post},
+    flow::position::Sampled,
+    source::{clock::SourceClock, reader::Incoming},
+};
+use crate::{
+    events::Event,
+    sampling::{self, Cause, Fate, Inspector, Sighting, Verdict, Voice, Write},
+    status::SamplingStatus,
+    store::{self, PositionRecord},
+};
+
+/// Records that are written together: what is asked of senders meanwhile waits no longer than it takes to make so many.
+const TOGETHER: usize = 4_096;
+/// At most one round of writes in this time, unless something can only be published then.
+const WRITE_EVERY: Duration = Duration::from_secs(1);
+/// The same where something can only be published then.
+const WRITE_SOON: Duration = Duration::from_millis(20);
+/// Nobody is judged by the clock before it is so much later: what was stored meanwhile is on its way.
+const GRACE: Duration = Duration::from_secs(1);
+/// Acknowledgements at a source that forgets wait for the records of senders, but not longer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+type Writing = Pin<Box<dyn Future<Output = Result<(), store::Error>> + Send>>;
+
+/// What was waited for.
+#[derive(Debug)]
+pub(super) enum Moved {
+    /// A write is over; so many records.
+    Wrote(u64),
+    /// The connection for advisories brought something.
+    Heard(Heard),
+}
+
+/// The sampling of one run.
+pub(super) struct SamplingDriver {
+    samples: Samples,
+    replication: String,
+    inspector: Inspector,
+    /// Messages up to here settled before this run.
+    replay_to: u64,
+    /// Of those, up to here they were read again, until all were: what they say of senders is not known before.
+    replayed: Option<u64>,
+    /// What was found in the message that comes next.
+    looked: Looked,
+    /// Messages before the first one that is read were lost.
+    gap: bool,
+    writing: Option<(Writing, Arc<Write>)>,
+    /// When everything was written last.
+    written_at: Instant,
+    next_write: Instant,
+    write_failed: bool,
+    /// Publishes advisories, where there are any.
+    post: Option<Post>,
+}
+
+impl fmt::Debug for SamplingDriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SamplingDriver").field("replication", &self.replication).finish_non_exhaustive()
+    }
+}
+
+/// What was found in a message.
+#[derive(Debug, Default)]
+struct Looked {
+    seq: u64,
+    /// Whether it names a sender.
+    named: bool,
+    sender: String,
+    time_ns: i64,
+    size: u32,
+    forced: bool,
+    verdict: Option<Verdict>,
+}
+
+impl Looked {
+    fn sighting(&self) -> Sighting<'_> {
+        let Self { seq, sender, time_ns, size, forced, .. } = self;
+        Sighting { sender, seq: *seq, time_ns: *time_ns, size: *size, forced: *forced }
+    }
+}
+
+impl SamplingDriver {
+    /// The sampling of a run that begins behind `position`, if the replication is sampled; and behind which message it
+    /// has to read. `saved` says how far the records hold; in `another` source stream none of that counts.
+    pub fn begin(
+        job: &Job,
+        position: u64,
+        saved: &PositionRecord,
+        another: bool,
+        first_seq: u64,
+    ) -> Option<(Self, u64)> {
+        let replication = &job.replication;
+        let (sampling, samples) = (replication.sampling.as_ref()?, job.samples.clone()?);
+        let from = {
+            let mut senders = samples.lock();
+            if let Some(time) = saved.unseen_from.and_then(|time| time.timestamp_nanos_opt()) {
+                senders.begin_at(time);
+            }
+            senders.begin(position, saved.sampled, another)
+        };
+        let now = Instant::now();
+        let sampler = Self {
+            samples,
+            replication: replication.id.clone(),
+            inspector: Inspector::new(sampling),
+            replay_to: position,
+            replayed: (from < position).then_some(from),
+            looked: Looked::default(),
+            gap: from > 0 && first_seq > from + 1,
+            writing: None,
+            written_at: now,
+            next_write: now,
+            write_failed: false,
+            post: Voice::new(replication, &job.site, sampling)
+                .map(|voice| Post::new(job, voice, sampling.is_reliable(), now)),
+        };
+        Some((sampler, from))
+    }
+
+    /// Up to where the records hold.
+    pub fn written_to(&self) -> u64 {
+        self.samples.lock().written_to()
+    }
+
+    /// What is known of senders, to be saved with the position.
+    pub fn sampled(&self) -> Sampled {
+        let senders = self.samples.lock();
+        Sampled { written_to: senders.written_to(), unseen_from: senders.unseen_from() }
+    }
+
+    /// Up to where a source that forgets may be told that messages are settled.
+    pub fn may_forget(&self, position: u64, now: Instant) -> u64 {
+        may_forget(position, self.written_to(), now.duration_since(self.written_at))
+    }
+
+    /// Whether a message settled before this run, and only sampling wants to see it.
+    pub fn is_replay(&self, seq: u64) -> bool {
+        seq <= self.replay_to
+    }
+
+    /// Whether the message is to be copied. Changes nothing; asked again about the same message, it is not looked into
+    /// again.
+    pub fn wants(&mut self, incoming: &Incoming<'_>) -> bool {
+        self.look(incoming);
+        let Some(verdict) = self.looked.verdict else { return true };
+        verdict != Verdict::Skip
+    }
+
+    fn look(&mut self, incoming: &Incoming<'_>) {
+        let (seq, time_ns) = (incoming.delivery.stream_seq, incoming.delivery.time_ns);
+        let looked = &mut self.looked;
+        if looked.seq == seq && looked.time_ns == time_ns {
+            return;
+        }
+        let message = &incoming.message;
+        let is_told = self.post.is_some() && sampling::is_advisory(message.payload);
+        let sender = if is_told { None } else { self.inspector.sender(message) };
+        looked.sender.clear();
+        looked.sender.push_str(sender.as_deref().unwrap_or_default());
+        looked.named = sender.is_some();
+        looked.size = u32::try_from(message.payload.len()).unwrap_or(u32::MAX);
+        looked.forced = looked.named && self.inspector.forced(message.payload);
+        (looked.seq, looked.time_ns) = (seq, time_ns);
+        looked.verdict = looked
+            .named
+            .then(|| self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner).verdict(&looked.sighting()));
+    }
+
+    /// What became of the message that was asked about last.
+    pub fn took(&mut self, incoming: &Incoming<'_>, fate: Fate, status: &mut SamplingStatus) {
+        self.look(incoming);
+        let mut senders = self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::take(&mut self.gap) {
+            senders.begin_at(self.looked.time_ns);
+        }
+        if self.looked.named {
+            senders.observe(&self.looked.sighting(), fate);
+            let forced = self.looked.verdict == Some(Verdict::Copy(Cause::Forced));
+            status.forced += u64::from(forced && fate == Fate::Sent);
+        } else {
+            status.without_sender += 1;
+            senders.advance(self.looked.time_ns);
+        }
+        // The next one may be of the same sender.
+        self.looked.seq = 0;
+    }
+
+    /// A message was left out unseen, because it is too old: so were those before it, and nobody counts as unseen for the
+    /// time before the next one.
+    pub fn passed_over(&mut self) {
+        self.gap = true;
+    }
+
+    /// A message that settled before is read again. Where refused messages are left out, it may be one of those and not
+    /// at the target: then an extra copy is the lesser evil.
+    pub fn replay(&mut self, incoming: &Incoming<'_>, may_be_refused: bool) {
+        self.look(incoming);
+        if let Some(replayed) = &mut self.replayed {
+            *replayed = self.looked.seq;
+        }
+        if self.looked.named {
+            let fate = if may_be_refused { Fate::Passed } else { Fate::Stored };
+            self.samples.lock().replay(&self.looked.sighting(), fate);
+        }
+        self.looked.seq = 0;
+    }
+
+    /// Everything up to `newest` was read; `all` says that nothing waits to be read.
+    pub fn was_read(&mut self, newest: u64, all: bool) {
+        if all || newest > self.replay_to {
+            self.replayed = None;
+        }
+    }
+
+    /// Up to where the records may be said to hold once they are written.
+    fn known(&self, position: u64) -> u64 {
+        self.replayed.map_or(position, |replayed| position.min(replayed))
+    }
+
+    /// Everything up to here has settled.
+    pub fn settled(&mut self, position: u64) {
+        self.samples.lock().settled(position);
+    }
+
+    /// What is due: who is unseen, by the clock of the source server if there is nothing to read.
+    pub fn tick(&mut self, idle: bool, status: &mut SamplingStatus, now: Instant, source: &SourceClock) {
+        if idle {
+            let grace = i64::try_from(GRACE.as_nanos()).unwrap_or_default();
+            let clock = source.now_ns(now).saturating_sub(grace);
+            let mut senders = self.samples.lock();
+            if std::mem::take(&mut self.gap) {
+                senders.begin_at(clock);
+            }
+            senders.advance(clock);
+        }
+        if let Some(post) = &mut self.post {
+            post.tick(&mut self.samples.lock(), status, now);
+        }
+    }
+
+    /// Begins to write what is to be written, if nothing is being written and it is time. `position` is settled.
+    pub fn write(&mut self, position: u64, now: Instant) {
+        let urgent = now >= self.written_at + WRITE_SOON && !self.write_failed && self.samples.lock().is_urgent();
+        if self.writing.is_some() || (now < self.next_write && !urgent) {
+            return;
+        }
+        let position = self.known(position);
+        let next = self.samples.lock().next_write(position, TOGETHER);
+        let Some(write) = next else {
+            self.written_at = now;
+            self.next_write = now + WRITE_EVERY;
+            return;
+        };
+        let write = Arc::new(write);
+        let (store, id, records) = (self.samples.store.clone(), self.replication.clone(), write.clone());
+        let writing = async move { store.write_all(&id, &records.records).await };
+        self.writing = Some((Box::pin(writing), write));
+    }
+
+    /// Drives a write that is under way and the connection for advisories.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Moved> {
+        if let Some((writing, _)) = &mut self.writing
+            && let Poll::Ready(result) = writing.as_mut().poll(cx)
+        {
+            return Poll::Ready(Moved::Wrote(self.wrote(result)));
+        }
+        self.poll_post(cx).map(Moved::Heard)
+    }
+
+    fn wrote(&mut self, result: Result<(), store::Error>) -> u64 {
+        let Some((_, write)) = self.writing.take() else { return 0 };
+        let now = Instant::now();
+        match result {
+            Ok(()) => {
+                if std::mem::take(&mut self.write_failed) {
+                    info!(replication = self.replication, "the records of senders are written again");
+                }
+                self.next_write = now;
+                self.samples.lock().wrote(&write);
+                write.records.len() as u64
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.write_failed, true) {
+                    warn!(replication = self.replication, "the records of senders are not written: {error}");
+                }
+                self.next_write = now + WRITE_EVERY;
+                self.samples.lock().not_wrote(&write);
+                0
+            }
+        }
+    }
+
+    /// Writes everything that is to be written and waits for it; nothing else happens to senders meanwhile.
+    pub async fn finish(&mut self, position: u64, status: &mut SamplingStatus) {
+        loop {
+            if let Some((writing, _)) = &mut self.writing {
+                let result = writing.await;
+                status.records_written += self.wrote(result);
+            }
+            if self.write_failed {
+                return;
+            }
+            self.next_write = Instant::now();
+            self.write(position, self.next_write);
+            if self.writing.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Publishes advisories that are due, within the bounds.
+    pub fn publish(&mut self, status: &mut SamplingStatus, now: Instant) {
+        if let Some(post) = &mut self.post {
+            post.publish(&mut self.samples.lock(), status, now);
+        }
+    }
+
+    fn poll_post(&mut self, cx: &mut Context<'_>) -> Poll<Heard> {
+        self.post.as_mut().map_or(Poll::Pending, |post| post.poll(cx))
+    }
+
+    /// Takes note of what [`SamplingDriver::poll`] returned.
+    pub fn accept(&mut self, moved: Moved, status: &mut SamplingStatus, now: Instant) {
+        let heard = match moved {
+            Moved::Wrote(records) => return status.records_written += records,
+            Moved::Heard(heard) => heard,
+        };
+        if let Some(post) = &mut self.post {
+            post.accept(heard, &mut self.samples.lock(), status, now);
+        }
+    }
+
+    /// Publishes what can be published and waits until it is confirmed.
+    pub async fn finish_post(&mut self, status: &mut SamplingStatus) {
+        loop {
+            let now = Instant::now();
+            self.publish(status, now);
+            if self.post.as_ref().is_none_or(|post| post.is_done(&self.samples.lock(), now)) {
+                return;
+            }
+            let heard = poll_fn(|cx| self.poll_post(cx)).await;
+            self.accept(Moved::Heard(heard), status, Instant::now());
+        }
+    }
+
+    /// What is to be reported.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        let mut events = self.post.as_mut().map(Post::take_events).unwrap_or_default();
+        let mut senders = self.samples.lock();
+        if senders.became_full() {
+            let (replication, senders) = (&self.replication, senders.len() as u64);
+            let message = "messages of further senders are copied: raise `limits.senders` or `limits.sender_bytes`, or \
+                           find the publisher that invents senders";
+            warn!(replication, senders, "no more senders can be tracked, {message}");
+            events.push(Event::SendersUntracked { senders, message: message.to_owned() });
+        }
+        events
+    }
+
+    /// Brings the status up to date.
+    pub fn tell(&self, status: &mut SamplingStatus, now: Instant) {
+        let senders = self.samples.lock();
+        status.senders = senders.len() as u64;
+        status.untracked = senders.untracked();
+        status.advisories_waiting = senders.outbox.len() as u64;
+        status.advisories_dropped = senders.outbox.dropped();
+        let late = now.duration_since(self.written_at).saturating_sub(WRITE_EVERY);
+        status.write_lag_seconds = late.as_secs_f64();
+    }
+}
+
+impl Drop for SamplingDriver {
+    fn drop(&mut self) {
+        // Nobody knows whether what is being written will be.
+        if let Some((_, write)) = self.writing.take() {
+            self.samples.lock().not_wrote(&write);
+        }
+    }
+}
+
+/// Up to where a source that forgets may be told that messages are settled, `since` so long after the last time that
+/// the records of all senders were written.
+fn may_forget(position: u64, written_to: u64, since: Duration) -> u64 {
+    if since > PATIENCE { position } else { position.min(written_to) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn acks_wait_for_the_records_of_senders_but_not_for_ever() {
+        for since in [Duration::ZERO, PATIENCE] {
+            assert_eq!(may_forget(9, 4, since), 4);
+            assert_eq!(may_forget(4, 9, since), 4);
+        }
+        assert_eq!(may_forget(9, 4, PATIENCE + Duration::from_millis(1)), 9);
+    }
+}

@@ -1,0 +1,118 @@
+//! Names of the consumers that a copy creates for itself. The next run of the replication knows them, in this process or
+//! in another one, and deletes what a run before it left behind: a run that lost its connection or was killed cannot.
+
+use std::collections::HashMap;
+
+use nats_lane::{Error, ErrorKind, Lane, jetstream::decode};
+use serde_json::Value;
+use tokio::time::{Duration, Instant, timeout_at};
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Names that are used in turn. A run that was superseded and does not know it finds its consumer deleted, not another
+/// one of the same name; and a consumer can be recreated while the old one still exists.
+const SLOTS: u8 = 4;
+/// Name of the consumer that finds a sequence by time.
+const BY_TIME: &str = "t";
+/// Names of consumers that check the source while no run reads it: a run may begin meanwhile.
+const CHECK: &str = "g";
+/// Time limit for the answers to the deletions.
+const ANSWER: Duration = Duration::from_secs(1);
+
+/// What the names of a replication's own consumers begin with. `installation` keeps installations apart that read the same
+/// stream for replications of the same id.
+pub fn consumer_prefix(site: &str, installation: &str, replication: &str) -> String {
+    let key = [site.as_bytes(), installation.as_bytes(), replication.as_bytes()].join(&0);
+    format!("sr_{:016x}", xxh3_64(&key))
+}
+
+/// Names of a replication's own consumers at one stream.
+#[derive(Debug)]
+pub(in crate::copy) struct Names {
+    prefix: String,
+    next: u8,
+}
+
+impl Names {
+    /// Names from the beginning; nothing is deleted.
+    pub fn new(prefix: &str) -> Self {
+        Self { prefix: prefix.to_owned(), next: 0 }
+    }
+
+    /// Names for a check of the source; those of earlier checks are deleted, and those of runs left alone.
+    pub async fn clear_of_check(lane: &mut Lane, stream: &str, prefix: &str) -> Result<Self, Error> {
+        Self::clear(lane, stream, &format!("{prefix}_{CHECK}")).await
+    }
+
+    /// Deletes the consumers that earlier runs left behind. A deletion that is not answered in time holds nothing up.
+    pub async fn clear(lane: &mut Lane, stream: &str, prefix: &str) -> Result<Self, Error> {
+        let mut names = Self::new(prefix);
+        let mut asked = HashMap::new();
+        for slot in 0..SLOTS {
+            asked.insert(names.delete(lane, stream, &names.slot(slot)), Some(slot));
+        }
+        asked.insert(names.delete(lane, stream, &names.by_time()), None);
+        // What is not answered may still exist.
+        let (mut free, mut last) = ([false; SLOTS as usize], SLOTS - 1);
+        let deadline = Instant::now() + ANSWER;
+        while !asked.is_empty() {
+            let Ok(answers) = timeout_at(deadline, lane.answers()).await else { break };
+            for (subject, payload) in answers? {
+                let slot = str::from_utf8(&subject).ok().and_then(|subject| asked.remove(subject)).flatten();
+                let Some(slot) = slot else { continue };
+                match decode::<Value>(&payload) {
+                    Ok(_) => last = slot,
+                    Err(error) => free[usize::from(slot)] = error.kind == ErrorKind::NotFound,
+                }
+            }
+        }
+        let mut after = (1..=SLOTS).map(|step| (last + step) % SLOTS);
+        names.next = after.find(|slot| free[usize::from(*slot)]).unwrap_or((last + 1) % SLOTS);
+        Ok(names)
+    }
+
+    fn delete(&self, lane: &mut Lane, stream: &str, name: &str) -> String {
+        let subject = format!("{}.CONSUMER.DELETE.{stream}.{name}", lane.api_prefix());
+        lane.send_request(&subject, b"")
+    }
+
+    fn slot(&self, slot: u8) -> String {
+        format!("{}_{slot}", self.prefix)
+    }
+
+    /// The name for the next consumer.
+    pub fn next(&mut self) -> String {
+        let slot = self.next;
+        self.next = (slot + 1) % SLOTS;
+        self.slot(slot)
+    }
+
+    /// The name of the consumer that finds a sequence by time.
+    pub fn by_time(&self) -> String {
+        format!("{}_{BY_TIME}", self.prefix)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn each_installation_and_replication_has_its_own_names() {
+        let keys =
+            [("S", "1", "A"), ("T", "1", "A"), ("S", "2", "A"), ("S", "1", "B"), ("S", "1A", ""), ("S1", "", "A")];
+        let prefixes: HashSet<_> = keys.iter().map(|(site, of, id)| consumer_prefix(site, of, id)).collect();
+        assert_eq!(prefixes.len(), keys.len());
+        assert_eq!(consumer_prefix("S", "1", "A"), consumer_prefix("S", "1", "A"));
+    }
+
+    #[test]
+    fn names_are_used_in_turn() {
+        let mut names = Names::new("sr_1");
+        let used: Vec<_> = (0..=SLOTS).map(|_| names.next()).collect();
+        assert_eq!(used.iter().collect::<HashSet<_>>().len(), SLOTS as usize);
+        assert_eq!(used.first(), used.last());
+        assert!(!used.contains(&names.by_time()));
+    }
+}

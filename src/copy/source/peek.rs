@@ -1,0 +1,99 @@
+//! A look at the source of a replication that does not run: what waits there, and what is going to be removed. Over a
+//! connection of its own, which is closed at once.
+
+use chrono::DateTime;
+use nats_lane::{Dial, Lane, Turn, entropy as chance, jetstream::Api};
+use tokio::time::{Duration, Instant, timeout};
+
+use crate::{
+    config::Replication,
+    copy::{
+        Budget, Error, ErrorKind,
+        source::{
+            clock::{Heard, SourceClock},
+            consumers::Names,
+            reader::{Range, Reader},
+            retention::{Looks, Oldest, Outlook, Retention, Waiting},
+        },
+    },
+    names,
+    status::Lag,
+};
+
+/// What is read ahead: the headers of the first messages.
+const AHEAD: usize = 64 * 1024;
+/// Time for the first message that waits.
+const FIRST: Duration = Duration::from_secs(5);
+
+/// What was seen.
+#[derive(Debug, Clone, Copy)]
+pub struct SourcePeek {
+    /// Messages in scope behind the position.
+    pub lag: Lag,
+    /// First sequence of the stream.
+    pub first_seq: u64,
+    /// Last sequence of the stream; it agrees with the lag.
+    pub last_seq: u64,
+    /// How long the oldest of them will still be there; nothing waits: [`Outlook::Safe`].
+    pub outlook: Outlook,
+    /// How long the source keeps a message that comes now, seconds, as it looks; `None` where nothing removes it.
+    pub kept: Option<f64>,
+    /// How far the source server's clock is ahead of ours, seconds; `None` where the server does not report its time.
+    pub clock_offset: Option<f64>,
+}
+
+/// Asks the source what lies behind a position. `looks` remembers what was seen before. Names of consumers begin with
+/// `consumers`.
+pub async fn peek(
+    dial: &dyn Dial,
+    replication: &Replication,
+    consumers: &str,
+    position: u64,
+    looks: &mut Looks,
+) -> Result<SourcePeek, Error> {
+    let name = format!("{} {}", names::PROGRAM, replication.id);
+    let mut lane = dial.dial(&replication.source.place, &name).await?;
+    let stream = &replication.source.stream;
+    let mut names = Names::clear_of_check(&mut lane, stream, consumers).await?;
+    let sent = Instant::now();
+    let info = Api::new(&mut lane).stream_info(stream).await?;
+    let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
+    let (received, local) = (Instant::now(), chance::now());
+    let clock = SourceClock::new(&Heard { sent, received, server: info.ts, local });
+    let clock_offset = clock.offset(received, local);
+    let retention = Retention::of(&info);
+    looks.add(Instant::now(), info.state.clone());
+    let kept = looks.kept(&retention);
+    let range = Range { stream, filters: replication.scope.filters(), from: position + 1, headers_only: true };
+    let mut reader = Reader::open(&mut lane, &range, &mut names, AHEAD).await?;
+    let pending = reader.pending();
+    let first = timeout(FIRST, first(&mut lane, &mut reader)).await;
+    reader.close(&mut lane);
+    let _ = timeout(FIRST, lane.round_trip()).await;
+    let first = first.map_err(|_| Error::new(ErrorKind::Retry, format!("nothing came for {FIRST:?}")))??;
+    let now = clock.now(Instant::now());
+    let all = replication.scope.filters().is_empty();
+    let (counted, seen) = first.map_or((0, 0), |(seq, _)| (pending, seq + pending.saturating_sub(1)));
+    let Waiting { last_seq, messages } = Waiting::of(&info.state, all && first.is_some(), position, counted, seen);
+    let oldest = first.map(|(_, time_ns)| DateTime::from_timestamp_nanos(time_ns));
+    let lag = Lag::new(messages, oldest, now);
+    let outlook = first.map_or(Outlook::Safe, |(seq, _)| {
+        looks.outlook(&retention, &Oldest { seq, age: lag.seconds.map(Duration::from_secs_f64) })
+    });
+    Ok(SourcePeek { lag, first_seq: info.state.first_seq, last_seq, outlook, kept, clock_offset })
+}
+
+/// Sequence and stored time of the first message, if there is one.
+async fn first(lane: &mut Lane, reader: &mut Reader) -> Result<Option<(u64, i64)>, Error> {
+    let budget = Budget::new(usize::MAX);
+    while reader.pending() > 0 {
+        if let Some(incoming) = reader.peek() {
+            return Ok(Some((incoming.delivery.stream_seq, incoming.delivery.time_ns)));
+        }
+        reader.pull(lane, &budget);
+        if let Turn::Received(batch) = lane.turn().await? {
+            reader.accept(batch).map_err(|lost| lost.error)?;
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,674 @@
+//! Reads a stream in order from a pull consumer of its own: ephemeral, without acks, in memory. The position is
+//! ours, the server keeps no state that matters. Two overlapping pulls keep the messages flowing; what was asked
+//! for and not yet taken is bounded in bytes.
+
+pub(in crate::copy) mod explicit;
+mod jumps;
+pub(in crate::copy) mod pushed;
+mod stash;
+
+use std::{collections::VecDeque, time::Duration};
+
+use serde_json::json;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::debug;
+
+use self::stash::Stash;
+use nats_lane::{
+    Batch, Error, Lane, Message, Turn, entropy as chance, headers,
+    jetstream::{
+        Api, CONSUMER_EXISTS, ConsumerInfo, Delivery, StoredMessage, TOO_MANY_CONSUMERS, is_delivery, parse_delivery,
+    },
+    parser::number,
+};
+
+use crate::copy::{
+    flow::{
+        budget::{Budget, PIECE_MIN, Reservation},
+        window::SourcePoint,
+    },
+    source::consumers::Names,
+};
+
+/// The server says that it is there this often while it has nothing to deliver.
+const HEARTBEAT: Duration = Duration::from_millis(2500);
+/// Silence after which a stream that is scanned, or a durable consumer, is given up.
+const SILENCE: Duration = Duration::from_secs(6);
+/// How often the consumer of a single read is checked for silence.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// A consumer that was not made within this time is asked for under another name, so often.
+const PLACED: Duration = Duration::from_secs(2);
+const ELSEWHERE: u32 = 2;
+/// A cluster may count a consumer for a moment after it was deleted: the next one is asked for again, so often.
+const COUNTED: Duration = Duration::from_millis(100);
+const COUNTED_AGAIN: u32 = 5;
+/// A pull that got nothing is renewed after this time.
+const PULL_EXPIRES: Duration = Duration::from_secs(30);
+/// The same for redeliveries, which are there at once.
+const BACK_EXPIRES: Duration = Duration::from_secs(2);
+/// The server forgets a consumer that nobody pulls from after this time.
+const INACTIVE: Duration = Duration::from_secs(45);
+/// A pull that was smaller than one message is followed by one that is so many times as large.
+const PIECE_STEP: usize = 4;
+/// No message with its subjects and headers is larger.
+const PIECE_LARGEST: usize = 66 << 20;
+
+/// Size of the first pull where messages wait already.
+const PIECE_BACKLOG: usize = 1 << 20;
+
+/// What to read.
+#[derive(Debug, Clone)]
+pub(in crate::copy) struct Range<'a> {
+    /// The stream.
+    pub stream: &'a str,
+    /// Only subjects that match one of these; empty for all.
+    pub filters: &'a [String],
+    /// The first sequence wanted.
+    pub from: u64,
+    /// Without payloads.
+    pub headers_only: bool,
+}
+
+/// One message read.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::copy) struct Incoming<'a> {
+    /// Where it lies in the stream, and how many follow.
+    pub delivery: Delivery,
+    /// The sequence before the first one that this message stands for: what lies between was filtered or is
+    /// gone.
+    pub after: u64,
+    /// Subject, headers and payload.
+    pub message: Message<'a>,
+}
+
+impl Incoming<'_> {
+    /// Bytes of subject, headers and payload.
+    pub fn bytes(&self) -> usize {
+        self.message.subject.len() + self.message.header.len() + self.message.payload.len()
+    }
+}
+
+/// Why a consumer is of no use any more.
+#[derive(Debug)]
+pub(in crate::copy) struct Lost {
+    /// What was seen.
+    pub error: Error,
+    /// Nobody pulled for so long that the server had to forget it: nothing is wrong.
+    pub forgotten: bool,
+}
+
+impl From<Error> for Lost {
+    fn from(error: Error) -> Self {
+        Self { error, forgotten: false }
+    }
+}
+
+#[derive(Debug)]
+struct Pull {
+    id: u64,
+    bytes: usize,
+}
+
+/// Reads one range of a stream.
+#[derive(Debug)]
+pub(in crate::copy) struct Reader {
+    stream: String,
+    consumer: String,
+    sid: u64,
+    inbox: String,
+    pulls: VecDeque<Pull>,
+    next_pull: u64,
+    /// Bytes granted to the server in pulls that are open, less what it used, by its own way of counting.
+    unspent: i64,
+    /// Size of the next pull; grows while the server uses pulls up.
+    piece: usize,
+    piece_max: usize,
+    /// What the next message is known to need at least; 0 where nothing is known.
+    need: usize,
+    stash: Stash,
+    reserved: Option<Reservation>,
+    consumer_seq: u64,
+    accepted: u64,
+    pending: u64,
+    /// Redeliveries that come first: only that many are asked for, by one pull at a time; 0 for none.
+    owed: u64,
+    heard: Instant,
+    /// When a pull was open last.
+    asked: Instant,
+    /// How long none was before the present ones; zero once one of them got something.
+    rested: Duration,
+    /// How long the server keeps the consumer while nobody pulls from it.
+    inactive: Duration,
+    abandoned: bool,
+}
+
+impl Range<'_> {
+    /// How a consumer of this range is configured.
+    pub fn config(&self, name: &str) -> serde_json::Value {
+        let mut config = json!({
+            "name": name,
+            "description": "stream-replicator",
+            "deliver_policy": "by_start_sequence",
+            "opt_start_seq": self.from.max(1),
+            "ack_policy": "none",
+            "replay_policy": "instant",
+            "inactive_threshold": INACTIVE.as_nanos() as u64,
+            "num_replicas": 1,
+            "mem_storage": true,
+            "headers_only": self.headers_only,
+            // Unlike any other: a run that was superseded must not take its successor's consumer for its own.
+            "metadata": { "run": chance::name() },
+        });
+        match self.filters {
+            [] => {}
+            [filter] => config["filter_subject"] = filter.as_str().into(),
+            filters => config["filter_subjects"] = filters.into(),
+        }
+        config
+    }
+}
+
+impl Reader {
+    /// Creates the consumer. `bytes` bounds what is read ahead (but one message always passes).
+    pub async fn open(lane: &mut Lane, range: &Range<'_>, names: &mut Names, bytes: usize) -> Result<Self, Error> {
+        let (mut left, mut counted) = (ELSEWHERE, COUNTED_AGAIN);
+        loop {
+            let consumer = names.next();
+            let config = range.config(&consumer);
+            let mut api = Api::new(lane);
+            let created = api.create_new_consumer(range.stream, &consumer, &config);
+            // What a cluster gave to a server that does not answer is asked for again under another name.
+            let info = match timeout(PLACED, created).await {
+                Ok(Err(error)) if error.is_api(TOO_MANY_CONSUMERS) && counted > 0 => {
+                    counted -= 1;
+                    sleep(COUNTED).await;
+                    continue;
+                }
+                // Deleted, but not yet, or of a run that does not know that it was superseded.
+                Ok(Err(error)) if error.is_api(CONSUMER_EXISTS) && left > 0 => {
+                    left -= 1;
+                    continue;
+                }
+                Ok(info) => info?,
+                Err(_) if left > 0 => {
+                    left -= 1;
+                    continue;
+                }
+                Err(_) => {
+                    let stream = range.stream;
+                    return Err(Error::retry(format!("no consumer of stream `{stream}` was made within {PLACED:?}")));
+                }
+            };
+            return Ok(Self::of(lane, range, consumer, bytes, &info));
+        }
+    }
+
+    /// Reads from a consumer that was just created for this range.
+    pub fn of(lane: &mut Lane, range: &Range<'_>, consumer: String, bytes: usize, info: &ConsumerInfo) -> Self {
+        let before = range.from.max(1) - 1;
+        Self { accepted: before, ..Self::over(lane, range.stream, consumer, before, info, bytes) }
+    }
+
+    /// Reads from a consumer that is there, behind what it delivered so far; what is behind `after` comes next.
+    fn over(lane: &mut Lane, stream: &str, consumer: String, after: u64, info: &ConsumerInfo, bytes: usize) -> Self {
+        let (sid, inbox) = lane.open_inbox();
+        let piece_max = (bytes / 2).max(PIECE_MIN);
+        let now = Instant::now();
+        Self {
+            stream: stream.to_owned(),
+            consumer,
+            sid,
+            inbox,
+            pulls: VecDeque::new(),
+            next_pull: 0,
+            unspent: 0,
+            // A backlog is asked for in large pieces at once.
+            piece: if info.num_pending + info.num_ack_pending > 0 { PIECE_BACKLOG.min(piece_max) } else { PIECE_MIN },
+            piece_max,
+            need: 0,
+            stash: Stash::new(after),
+            reserved: None,
+            consumer_seq: info.delivered.consumer_seq,
+            accepted: 0,
+            pending: info.num_pending,
+            owed: 0,
+            heard: now,
+            asked: now,
+            rested: Duration::ZERO,
+            inactive: inactive(&info.config),
+            abandoned: false,
+        }
+    }
+
+    /// The consumer is of no use: what was read and not taken is let go, and nothing more is asked for. Returns the request
+    /// that deletes it.
+    pub fn abandon(&mut self, lane: &mut Lane) -> String {
+        self.pending = self.pending();
+        self.stash = Stash::new(self.accepted);
+        self.pulls.clear();
+        self.unspent = 0;
+        self.reserved = None;
+        self.abandoned = true;
+        self.end(lane)
+    }
+
+    /// Whether the server owes deliveries, or signs of life.
+    pub fn is_asking(&self) -> bool {
+        !self.pulls.is_empty()
+    }
+
+    /// When the consumer gave its last sign of life, or was asked for the first after a rest.
+    pub fn heard(&self) -> Instant {
+        self.heard
+    }
+
+    /// Name of the consumer.
+    pub fn consumer(&self) -> &str {
+        &self.consumer
+    }
+
+    /// The newest source sequence that was delivered.
+    pub fn delivered(&self) -> u64 {
+        self.accepted
+    }
+
+    /// The server says that so many messages wait behind the newest one delivered.
+    pub fn correct_pending(&mut self, pending: u64) {
+        self.pending = pending;
+    }
+
+    /// Messages of the stream that match and are not taken yet, as last heard.
+    pub fn pending(&self) -> u64 {
+        self.pending + self.stash.len() as u64
+    }
+
+    /// The stream had a message at this sequence, or a later one: each of those that wait behind the newest one
+    /// delivered has a sequence of its own.
+    pub fn seen(&self) -> u64 {
+        if self.abandoned { 0 } else { self.accepted + self.pending }
+    }
+
+    /// The oldest message that was read and not taken.
+    pub fn next(&self) -> Option<SourcePoint> {
+        self.stash.next()
+    }
+
+    /// Takes in what the lane received; messages for other subscriptions are left alone.
+    pub fn accept(&mut self, batch: Batch) -> Result<(), Lost> {
+        let mut accepted = self.accepted;
+        let outcome = self.accept_if(batch, |delivery| {
+            let before = std::mem::replace(&mut accepted, delivery.stream_seq);
+            if delivery.stream_seq <= before { Verdict::Wrong(before) } else { Verdict::Keep }
+        });
+        self.accepted = accepted;
+        outcome
+    }
+
+    /// The same for deliveries whose order somebody else judges.
+    fn accept_if(&mut self, batch: Batch, mut judge: impl FnMut(&Delivery) -> Verdict) -> Result<(), Lost> {
+        if self.abandoned {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let mut items = Vec::with_capacity(batch.len());
+        for (index, message) in batch.iter().enumerate() {
+            if message.sid != self.sid {
+                continue;
+            }
+            self.heard = now;
+            if !is_delivery(message.reply) {
+                self.status(&message)?;
+                continue;
+            }
+            let delivery = self.delivery(&message)?;
+            match judge(&delivery) {
+                Verdict::Keep => items.push((index as u32, delivery)),
+                Verdict::Drop => {}
+                Verdict::Wrong(before) => {
+                    return Err(not_contiguous(&self.stream, &delivery, self.consumer_seq, before).into());
+                }
+            }
+        }
+        self.stash.push(batch, items);
+        Ok(())
+    }
+
+    fn delivery(&mut self, message: &Message<'_>) -> Result<Delivery, Error> {
+        self.rested = Duration::ZERO;
+        let delivery = next_delivery(&self.stream, message, &mut self.consumer_seq)?;
+        self.pending = delivery.pending;
+        self.need = 0;
+        // The server counts the same parts against max_bytes.
+        let parts = [message.subject, message.reply, message.header, message.payload];
+        self.unspent -= parts.iter().map(|part| part.len() as i64).sum::<i64>();
+        if self.unspent <= 0 {
+            // A pull that is used up to the last byte may end without a word.
+            self.pulls.clear();
+            self.unspent = 0;
+            self.grow();
+        }
+        Ok(delivery)
+    }
+
+    fn status(&mut self, message: &Message<'_>) -> Result<(), Lost> {
+        let text = headers::status_text(message.header);
+        match headers::status(message.header) {
+            Some(100) => {
+                self.rested = Duration::ZERO;
+                Ok(heartbeat(&self.stream, message, self.consumer_seq)?)
+            }
+            Some(404 | 408) => {
+                if self.end_pull(message).is_some() {
+                    // Nothing came in all its time: what was pending is gone, and little need be reserved.
+                    self.pending = 0;
+                    self.piece = PIECE_MIN;
+                }
+                Ok(())
+            }
+            Some(409) if text.contains("Batch Completed") => {
+                self.end_pull(message);
+                self.grow();
+                Ok(())
+            }
+            Some(409) if text.contains("MaxBytes") => {
+                match self.end_pull(message) {
+                    // The next message is larger than the whole pull.
+                    Some(bytes) => self.need = self.need.max((bytes * PIECE_STEP).min(PIECE_LARGEST)),
+                    None => self.grow(),
+                }
+                Ok(())
+            }
+            Some(code) => {
+                let error = Error::of_status(&self.stream, code, &text);
+                // A little before that the answer to a pull may cross its end.
+                let forgotten = code == 503 && self.rested >= self.inactive * 8 / 9;
+                Err(Lost { error, forgotten })
+            }
+            None => {
+                Err(Error::retry(format!("consumer of stream `{}` sent a message that is none", self.stream)).into())
+            }
+        }
+    }
+
+    /// Takes a pull off the list; its bytes if none of them were used.
+    fn end_pull(&mut self, message: &Message<'_>) -> Option<usize> {
+        let id = message.subject.rsplit(|b| *b == b'.').next().and_then(number);
+        let index = self.pulls.iter().position(|pull| Some(pull.id) == id)?;
+        let pull = self.pulls.remove(index)?;
+        let left = headers::last(message.header, b"Nats-Pending-Bytes").and_then(number).unwrap_or(pull.bytes as u64);
+        self.unspent -= left as i64;
+        if self.pulls.is_empty() || self.unspent <= 0 {
+            // What is left on the list was used up to the last byte and ended without a word.
+            self.pulls.clear();
+            self.unspent = 0;
+        }
+        (left == pull.bytes as u64).then_some(pull.bytes)
+    }
+
+    fn grow(&mut self) {
+        self.piece = (self.piece * 2).min(self.piece_max);
+    }
+
+    /// The next message, if one was read; taken for good by [`Reader::take`].
+    pub fn peek(&self) -> Option<Incoming<'_>> {
+        self.stash.peek()
+    }
+
+    /// Takes the message that [`Reader::peek`] shows.
+    pub fn take(&mut self) {
+        self.stash.take();
+    }
+
+    /// Asks for more where that is due: two pulls while there is a backlog, one otherwise.
+    pub fn pull(&mut self, lane: &mut Lane, budget: &Budget) {
+        if self.abandoned {
+            return;
+        }
+        let now = Instant::now();
+        if !self.pulls.is_empty() {
+            self.asked = now;
+        }
+        let open: usize = self.pulls.iter().map(|pull| pull.bytes).sum();
+        if let Some(reserved) = &mut self.reserved {
+            reserved.shrink_to(open + self.stash.bytes());
+        }
+        let wanted = if self.pending > 0 && self.owed == 0 { 2 } else { 1 };
+        while self.pulls.len() < wanted {
+            let held: usize = self.pulls.iter().map(|pull| pull.bytes).sum::<usize>() + self.stash.bytes();
+            if held > 0 && held + self.piece.max(self.need) > self.piece_max * 2 {
+                break;
+            }
+            let Some(bytes) = self.reserve(budget, held == 0) else { break };
+            if self.pulls.is_empty() {
+                // Nobody owed a sign of life until now.
+                self.heard = now;
+                self.rested = now.duration_since(self.asked);
+                self.asked = now;
+            }
+            self.next_pull += 1;
+            let subject = format!("{}.CONSUMER.MSG.NEXT.{}.{}", lane.api_prefix(), self.stream, self.consumer);
+            // Never what ends a pull: no message counts less than its reply subject.
+            let batch = bytes as u64 / 32;
+            let request = if self.owed > 0 {
+                let expires = BACK_EXPIRES.as_nanos() as u64;
+                json!({ "batch": batch.min(self.owed), "max_bytes": bytes, "expires": expires })
+            } else {
+                json!({
+                    "batch": batch,
+                    "max_bytes": bytes,
+                    "expires": PULL_EXPIRES.as_nanos() as u64,
+                    "idle_heartbeat": HEARTBEAT.as_nanos() as u64,
+                })
+            };
+            lane.publish(&subject, &format!("{}.{}", self.inbox, self.next_pull), request.to_string().as_bytes());
+            self.pulls.push_back(Pull { id: self.next_pull, bytes });
+            self.unspent += bytes as i64;
+        }
+    }
+
+    /// Room for the next pull: a piece, or the smallest useful one when the process is short of room. A reader
+    /// that holds nothing always gets that, so that none starves.
+    fn reserve(&mut self, budget: &Budget, holds_nothing: bool) -> Option<usize> {
+        let least = self.need.max(PIECE_MIN);
+        let reservation = match budget.reserve(self.piece.max(least)) {
+            Some(reservation) => reservation,
+            None if holds_nothing => budget.force(least),
+            None if self.need == 0 => budget.reserve(PIECE_MIN)?,
+            None => return None,
+        };
+        let bytes = reservation.bytes();
+        match &mut self.reserved {
+            Some(reserved) => reserved.join(reservation),
+            None => self.reserved = Some(reservation),
+        }
+        Some(bytes)
+    }
+
+    /// Whether the consumer still gives signs of life.
+    pub fn check(&self, lane: &Lane, now: Instant) -> Result<(), Error> {
+        // While a large message arrives, nothing else can.
+        if self.is_asking() && now.duration_since(self.heard.max(lane.partial_at())) > SILENCE {
+            return Err(Error::retry(format!("consumer of stream `{}` is silent for {SILENCE:?}", self.stream)));
+        }
+        Ok(())
+    }
+
+    /// Ends the subscription and asks the server to delete the consumer; nobody waits for the answer.
+    pub fn close(self, lane: &mut Lane) {
+        if !self.abandoned {
+            self.end(lane);
+        }
+    }
+
+    /// Closes a reader and waits, but not long, until its consumer is deleted: the next one may be the last that the
+    /// stream allows.
+    async fn close_now(self, lane: &mut Lane) {
+        lane.close_inbox(self.sid);
+        let deleted = timeout(PLACED, Api::new(lane).delete_consumer(&self.stream, &self.consumer)).await;
+        if !matches!(deleted, Ok(Ok(()))) {
+            debug!(stream = self.stream, consumer = self.consumer, "deletion of a consumer was not confirmed");
+        }
+    }
+
+    fn end(&self, lane: &mut Lane) -> String {
+        lane.close_inbox(self.sid);
+        let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.consumer);
+        lane.send_request(&subject, b"")
+    }
+}
+
+/// How long a consumer is kept while nobody pulls from it: what was asked for, or less where the stream limits it.
+fn inactive(config: &serde_json::Value) -> Duration {
+    config["inactive_threshold"].as_u64().filter(|nanos| *nanos > 0).map_or(INACTIVE, Duration::from_nanos)
+}
+
+/// What becomes of a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Keep,
+    Drop,
+    /// It cannot be: the stream sequence that came before it.
+    Wrong(u64),
+}
+
+/// What a delivered message says of its place. Deliveries are counted without holes.
+fn next_delivery(stream: &str, message: &Message<'_>, consumer_seq: &mut u64) -> Result<Delivery, Error> {
+    let Some(delivery) = parse_delivery(message.reply) else {
+        let reply = String::from_utf8_lossy(message.reply).into_owned();
+        return Err(Error::retry(format!("a message with an unknown kind of reply subject `{reply}`")));
+    };
+    if delivery.consumer_seq != *consumer_seq + 1 {
+        return Err(not_contiguous(stream, &delivery, *consumer_seq, 0));
+    }
+    *consumer_seq = delivery.consumer_seq;
+    Ok(delivery)
+}
+
+fn not_contiguous(stream: &str, delivery: &Delivery, consumer_seq: u64, before: u64) -> Error {
+    let Delivery { consumer_seq: got, stream_seq, .. } = delivery;
+    let behind = if before > 0 { format!("sequence {before}") } else { format!("delivery {consumer_seq}") };
+    Error::retry(format!(
+        "deliveries of stream `{stream}` are not contiguous: {got} (sequence {stream_seq}) after {behind}"
+    ))
+}
+
+/// A heartbeat names what was delivered last: so the loss of the very last message is seen too.
+fn heartbeat(stream: &str, message: &Message<'_>, consumer_seq: u64) -> Result<(), Error> {
+    let last = headers::last(message.header, b"Nats-Last-Consumer").and_then(number);
+    match last {
+        Some(last) if last != consumer_seq => Err(Error::retry(format!(
+            "deliveries of stream `{stream}` are missing: got {consumer_seq}, the server sent {last}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Reads subject, headers and stored time of the message at a sequence, without its payload. `None` where the consumer has
+/// none: it may live on a server that has less of the stream than its leader, so only the leader's word counts for that.
+pub(in crate::copy) async fn headers_at(
+    lane: &mut Lane,
+    stream: &str,
+    names: &mut Names,
+    seq: u64,
+) -> Result<Option<StoredMessage>, Error> {
+    let range = Range { stream, filters: &[], from: seq, headers_only: true };
+    let mut reader = Reader::open(lane, &range, names, 0).await?;
+    // One pull for one message.
+    reader.owed = 1;
+    let (budget, mut found) = (Budget::new(usize::MAX), None);
+    let mut asked = reader.pending() == 0;
+    while found.is_none() && (!asked || reader.is_asking()) {
+        if !asked {
+            reader.pull(lane, &budget);
+            asked = true;
+        }
+        match timeout(CHECK_EVERY, lane.turn()).await {
+            Ok(turn) => {
+                if let Turn::Received(batch) = turn? {
+                    reader.accept(batch).map_err(|lost| lost.error)?;
+                }
+            }
+            Err(_) => reader.check(lane, Instant::now())?,
+        }
+        found = reader.peek().map(|Incoming { delivery, message, .. }| StoredMessage {
+            subject: String::from_utf8_lossy(message.subject).into_owned(),
+            sequence: delivery.stream_seq,
+            time_ns: delivery.time_ns,
+            header: message.header.to_vec(),
+        });
+    }
+    reader.close(lane);
+    Ok(found.filter(|found| found.sequence == seq))
+}
+
+/// Reads the headers of everything in a range of sequences, in order. The consumer for it may live on a server that has less
+/// of the stream than its leader: then this is an error that passes.
+pub(in crate::copy) async fn scan(
+    lane: &mut Lane,
+    stream: &str,
+    names: &mut Names,
+    from: u64,
+    to: u64,
+    mut each: impl FnMut(&Delivery, &Message<'_>),
+) -> Result<(), Error> {
+    let range = Range { stream, filters: &[], from, headers_only: true };
+    let mut reader = Reader::open(lane, &range, names, 4 << 20).await?;
+    let budget = Budget::new(usize::MAX);
+    let mut done = reader.pending() == 0 || from > to;
+    let mut seen = from.saturating_sub(1);
+    let mut read = Instant::now();
+    while !done {
+        // What was counted may be gone before it is delivered; signs of life alone must not hold us up for ever.
+        if read.max(lane.partial_at()).elapsed() > SILENCE {
+            return Err(Error::retry(format!("stream `{stream}` cannot be read: nothing came for {SILENCE:?}")));
+        }
+        reader.pull(lane, &budget);
+        if let Turn::Received(batch) = tokio::time::timeout(SILENCE, lane.turn())
+            .await
+            .map_err(|_| Error::retry(format!("stream `{stream}` cannot be read: nothing came for {SILENCE:?}")))??
+        {
+            reader.accept(batch).map_err(|lost| lost.error)?;
+        }
+        while let Some(Incoming { delivery, message, .. }) = reader.peek() {
+            read = Instant::now();
+            if delivery.stream_seq <= to {
+                each(&delivery, &message);
+            }
+            seen = delivery.stream_seq;
+            done = seen >= to || delivery.pending == 0;
+            reader.take();
+        }
+    }
+    reader.close_now(lane).await;
+    if seen >= to {
+        return Ok(());
+    }
+    match Api::new(lane).message_from(stream, seen + 1).await? {
+        Some(next) if next.sequence <= to => Err(Error::retry(format!(
+            "stream `{stream}` was read up to sequence {seen}, but its leader has a message at {}: a server that has to catch up \
+             was asked",
+            next.sequence
+        ))),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_heartbeat_tells_that_the_last_delivery_is_missing() {
+        let check = |header: &str| {
+            let header = format!("NATS/1.0 100 Idle Heartbeat\r\n{header}\r\n");
+            let message = Message { sid: 2, subject: b"inbox", reply: b"", header: header.as_bytes(), payload: b"" };
+            heartbeat("S", &message, 7)
+        };
+        check("Nats-Last-Consumer: 7\r\nNats-Last-Stream: 90\r\n").unwrap();
+        check("").unwrap();
+        for other in [6, 8] {
+            let error = check(&format!("Nats-Last-Consumer: {other}\r\n")).unwrap_err();
+            assert!(error.message.contains(&format!("got 7, the server sent {other}")), "{error}");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! A source consumer that is made anew inside a run, beside everything else that the run does: nothing waits for it.
+//!
+//! It begins behind the newest message that was handed out, so what is in the air is not touched. That message is also
+//! the witness: it is read when the consumer is there, and only if the source still has it with the same stored time is
+//! this the stream that was read before. Where messages are large, another consumer shows its stored time without its
+//! payload; if that one shows nothing, the stream's leader is asked.
+
+use std::time::Duration;
+
+use nats_lane::{
+    Batch, Error, Lane, Message,
+    jetstream::{
+        ConsumerInfo, Delivery, TOO_MANY_CONSUMERS, answer_in, create_new_consumer_call, decode, decode_message,
+        is_delivery, message_call, parse_delivery, within_limit,
+    },
+};
+use serde_json::{Value, json};
+
+use crate::copy::{
+    flow::window::SourcePoint,
+    source::reader::{Range, Reader},
+};
+
+/// Time for the consumer that shows the witness; it has it at once, or not at all.
+const SHOWN_WITHIN: Duration = Duration::from_secs(2);
+
+/// One attempt.
+#[derive(Debug)]
+pub(in crate::copy) struct Renewal {
+    stream: String,
+    filters: Vec<String>,
+    /// The newest message that was handed out.
+    behind: SourcePoint,
+    consumer: String,
+    /// Name of the consumer that shows the witness without its payload, where one is used.
+    shows: Option<String>,
+    /// The same once it was asked for.
+    shower: String,
+    /// What the consumer is asked for.
+    config: Value,
+    waits_for: Waits,
+    /// The request that was sent last.
+    request: String,
+    /// Deletes the consumer before it; `None` once that is answered.
+    deletion: Option<String>,
+    /// The stream had no room for the consumer beside the one before it.
+    no_room: bool,
+    /// That happened, and it is asked for once more.
+    again: bool,
+}
+
+#[derive(Debug)]
+enum Waits {
+    Consumer,
+    /// The consumer that shows the witness.
+    Shower(Box<ConsumerInfo>),
+    /// What it shows, on this subscription.
+    Shown(Box<ConsumerInfo>, u64),
+    /// What the stream's leader says of the witness.
+    Witness(Box<ConsumerInfo>),
+}
+
+impl Renewal {
+    /// Asks for the consumer. `deletion` is the request that deletes the one before it. `shows` is the name of another one,
+    /// for a witness that is too large to be read.
+    pub fn begin(
+        lane: &mut Lane,
+        stream: &str,
+        filters: &[String],
+        behind: SourcePoint,
+        (consumer, shows): (String, Option<String>),
+        deletion: String,
+    ) -> Self {
+        let mut renewal = Self {
+            stream: stream.to_owned(),
+            filters: filters.to_vec(),
+            behind,
+            consumer,
+            shows,
+            shower: String::new(),
+            config: Value::Null,
+            waits_for: Waits::Consumer,
+            request: String::new(),
+            deletion: Some(deletion),
+            no_room: false,
+            again: false,
+        };
+        renewal.config = renewal.range().config(&renewal.consumer);
+        renewal.create(lane);
+        renewal
+    }
+
+    fn create(&mut self, lane: &mut Lane) {
+        let (what, body) = create_new_consumer_call(&self.stream, &self.consumer, &self.config);
+        self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
+    }
+
+    fn range(&self) -> Range<'_> {
+        Range { stream: &self.stream, filters: &self.filters, from: self.behind.seq + 1, headers_only: false }
+    }
+
+    /// Takes what the lane received; the new reader, or why there is none, once that is known. `bytes` as for
+    /// [`Reader::open`].
+    pub fn accept(&mut self, lane: &mut Lane, batch: &Batch, bytes: usize) -> Option<Result<Reader, Error>> {
+        let made = match &self.waits_for {
+            Waits::Shown(_, sid) => {
+                let sid = *sid;
+                batch.iter().find(|message| message.sid == sid).and_then(|shown| self.shown(lane, &shown, bytes))
+            }
+            _ => answer_in(batch, &self.request).and_then(|answer| self.step(lane, answer, bytes).transpose()),
+        };
+        if self.deletion.as_deref().is_some_and(|deletion| answer_in(batch, deletion).is_some()) {
+            self.deletion = None;
+        }
+        if self.deletion.is_none() && std::mem::take(&mut self.no_room) {
+            self.create(lane);
+        }
+        made
+    }
+
+    fn step(&mut self, lane: &mut Lane, answer: Result<&[u8], Error>, bytes: usize) -> Result<Option<Reader>, Error> {
+        match &self.waits_for {
+            Waits::Consumer => {
+                let info: ConsumerInfo = match decode(answer?) {
+                    Ok(info) => info,
+                    Err(error) if error.is_api(TOO_MANY_CONSUMERS) && !std::mem::replace(&mut self.again, true) => {
+                        self.no_room = true;
+                        return Ok(None);
+                    }
+                    Err(error) => {
+                        self.config = within_limit(&self.config, &error).ok_or(error)?;
+                        self.create(lane);
+                        return Ok(None);
+                    }
+                };
+                match self.shows.take() {
+                    Some(name) => self.show(lane, &name, info),
+                    None => self.read(lane, info),
+                }
+                Ok(None)
+            }
+            Waits::Shower(info) => {
+                let info = (**info).clone();
+                if answer.and_then(decode::<ConsumerInfo>).is_err() {
+                    self.read(lane, info);
+                    return Ok(None);
+                }
+                let (sid, inbox) = lane.open_inbox();
+                let pull = json!({ "batch": 1, "expires": SHOWN_WITHIN.as_nanos() as u64 });
+                let subject = format!("{}.CONSUMER.MSG.NEXT.{}.{}", lane.api_prefix(), self.stream, self.shower);
+                lane.publish(&subject, &format!("{inbox}.1"), pull.to_string().as_bytes());
+                self.waits_for = Waits::Shown(Box::new(info), sid);
+                Ok(None)
+            }
+            Waits::Shown(..) => Ok(None),
+            Waits::Witness(info) => {
+                let found = decode_message(answer?)?;
+                let found = found.map(|message| message.time_ns);
+                if found.is_none() || found != self.behind.time_ns {
+                    let seq = self.behind.seq;
+                    return Err(Error::retry(format!(
+                        "message {seq} is not there to tell that the source is the same"
+                    )));
+                }
+                Ok(Some(Reader::of(lane, &self.range(), self.consumer.clone(), bytes, info)))
+            }
+        }
+    }
+
+    /// Asks the stream's leader for the witness.
+    fn read(&mut self, lane: &mut Lane, info: ConsumerInfo) {
+        let (what, body) = message_call(&self.stream, self.behind.seq);
+        self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
+        self.waits_for = Waits::Witness(Box::new(info));
+    }
+
+    /// Asks for the consumer that shows it.
+    fn show(&mut self, lane: &mut Lane, name: &str, info: ConsumerInfo) {
+        let range = Range { stream: &self.stream, filters: &[], from: self.behind.seq, headers_only: true };
+        let (what, body) = create_new_consumer_call(&self.stream, name, &range.config(name));
+        self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
+        self.shower = name.to_owned();
+        self.waits_for = Waits::Shower(Box::new(info));
+    }
+
+    /// Takes what that consumer shows. Nothing, or another message, proves nothing: it may live on a server that has less of
+    /// the stream than its leader.
+    fn shown(&mut self, lane: &mut Lane, message: &Message<'_>, bytes: usize) -> Option<Result<Reader, Error>> {
+        let Waits::Shown(info, sid) = &self.waits_for else { return None };
+        let (info, sid) = ((**info).clone(), *sid);
+        lane.close_inbox(sid);
+        let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.shower);
+        lane.send_request(&subject, b"");
+        let delivery = parse_delivery(message.reply).filter(|_| is_delivery(message.reply));
+        let holds = |delivery: &Delivery| {
+            delivery.stream_seq == self.behind.seq && Some(delivery.time_ns) == self.behind.time_ns
+        };
+        if delivery.as_ref().is_some_and(holds) {
+            return Some(Ok(Reader::of(lane, &self.range(), self.consumer.clone(), bytes, &info)));
+        }
+        self.read(lane, info);
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nats_lane::{Turn, pipe};
+    use serde_json::json;
+
+    use super::*;
+    /// What comes of a renewal behind message 5, stored at 2026-01-01T00:00:05Z, where the source says this of it.
+    async fn renewed(witness: Value) -> Result<Reader, Error> {
+        let (mut lane, mut server) = pipe::lane().await;
+        let behind = SourcePoint { seq: 5, time_ns: Some(1_767_225_605_000_000_000) };
+        let deletion = lane.send_request("$JS.API.CONSUMER.DELETE.S.before", b"");
+        let mut renewal = Renewal::begin(&mut lane, "S", &[], behind, ("next".to_owned(), None), deletion);
+        let answer = async {
+            loop {
+                let asked = server.asked().await;
+                let answer = match &asked.subject {
+                    subject if subject.starts_with("$JS.API.CONSUMER.CREATE.S.next") => json!({"num_pending": 3}),
+                    subject if subject.starts_with("$JS.API.STREAM.MSG.GET.S") => witness.clone(),
+                    _ => json!({"success": true}),
+                };
+                server.answer(&asked, &answer.to_string()).await;
+            }
+        };
+        let renew = async {
+            loop {
+                if let Turn::Received(batch) = lane.turn().await?
+                    && let Some(made) = renewal.accept(&mut lane, &batch, 1 << 20)
+                {
+                    break made;
+                }
+            }
+        };
+        tokio::select! {
+            made = renew => made,
+            () = answer => unreachable!(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_consumer_is_not_read_from_without_its_witness() {
+        let stored = |time: &str| json!({"message": {"subject": "s", "seq": 5, "time": time}});
+        let reader = renewed(stored("2026-01-01T00:00:05Z")).await.unwrap();
+        assert_eq!((reader.consumer(), reader.delivered()), ("next", 5));
+        let gone = json!({"error": {"code": 404, "err_code": 10037, "description": "no message found"}});
+        for another in [stored("2026-01-01T00:00:05.000000001Z"), gone] {
+            let error = renewed(another.clone()).await.expect_err(&another.to_string());
+            assert!(error.message.contains("message 5 is not there"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! The source side of a run: its lane, what is known of the stream, and what reads it.
+
+use nats_lane::{
+    Batch, Error, Lane, entropy as chance,
+    jetstream::{StreamInfo, answer_in, leaders_info},
+};
+use tokio::time::{Duration, Instant};
+
+use crate::{
+    config::Replication,
+    copy::{
+        flow::watchdog::Watchdog,
+        resume::Already,
+        source::{
+            clock::{Heard, SourceClock},
+            consumers::Names,
+            gap::Gaps,
+            intake::Intake,
+            renewal::Renewal,
+            retention::{Looks, Retention},
+            source_end::{Question, Questions, SourceEnd},
+        },
+    },
+};
+
+/// How often the source is asked for its state.
+pub(in crate::copy) const INFO_EVERY: Duration = Duration::from_secs(10);
+/// The same while messages wait that the source may soon remove.
+pub(in crate::copy) const INFO_SOONEST: Duration = Duration::from_secs(1);
+
+/// The source side of a run.
+#[derive(Debug)]
+pub(in crate::copy) struct SourceHalf {
+    pub lane: Lane,
+    pub info: StreamInfo,
+    /// The time of the source server: ages are by it.
+    pub clock: SourceClock,
+    pub reader: Intake,
+    /// Names of consumers at the source.
+    pub names: Names,
+    /// Whether the source is read now.
+    pub reads: bool,
+    pub gaps: Gaps,
+    /// Whether jumps in the source's sequences may be losses.
+    pub plain: bool,
+    /// What the source has removed below this is told or noted already.
+    pub told_first: u64,
+    pub polls: StatePolls,
+    /// What removes messages at the source, and what that did lately.
+    pub retention: Retention,
+    pub looks: Looks,
+    pub watchdog: Watchdog,
+    /// What the server has for the consumer, when that was asked.
+    pub consumer_request: Option<String>,
+    pub renewal: Option<Renewal>,
+    /// The consumer is looked at then if it is not heard of before.
+    pub silent_at: Option<Instant>,
+}
+
+/// Questions to the source for its state.
+#[derive(Debug)]
+pub(in crate::copy) struct StatePolls {
+    questions: Questions,
+    /// When it was asked last.
+    asked: Instant,
+    /// Whether the source still has everything that was read.
+    pub end: SourceEnd,
+}
+
+impl StatePolls {
+    /// The state was read at this time.
+    pub fn new(asked: Instant) -> Self {
+        Self { questions: Questions::default(), asked, end: SourceEnd::default() }
+    }
+}
+
+impl SourceHalf {
+    /// Notes what was jumped over on the way to a message, unless it lies at the target already: then it is not lost.
+    pub fn note_jump(&mut self, after: u64, seq: u64, already: &Already) {
+        let expected = (after + 1).max(self.told_first);
+        if self.plain && seq > expected && already.within(expected, seq - 1) < seq - expected {
+            self.gaps.jumped(expected, seq - 1);
+        }
+        // Once, also where the message has to wait.
+        self.told_first = self.told_first.max(seq);
+    }
+
+    /// Whether the stream should be asked for its state now, where that is due after `every`.
+    pub fn is_due(&mut self, every: Duration, now: Instant) -> bool {
+        let StatePolls { questions, asked, .. } = &self.polls;
+        let due = now.duration_since(*asked) >= every && questions.may_ask(now);
+        due || (questions.is_empty() && self.gaps.ask(now))
+    }
+
+    /// Asks the stream for its state; everything up to `read` was stored there.
+    pub fn ask_state(&mut self, replication: &Replication, read: u64, now: Instant) {
+        self.polls.asked = now;
+        let subject = format!("{}.STREAM.INFO.{}", self.lane.api_prefix(), replication.source.stream);
+        let request = self.lane.send_request(&subject, b"");
+        self.polls.questions.ask(Question { request, at: now, read });
+    }
+
+    /// The state of the stream, if its leader's answer is in what was received, and when it was asked for.
+    pub fn state_in(&mut self, batch: &Batch) -> Result<Option<(StreamInfo, Instant)>, Error> {
+        let Some((question, info)) = self.polls.questions.newest(|request| answer_in(batch, request)) else {
+            return Ok(None);
+        };
+        let Some(info) = leaders_info(info?)? else { return Ok(None) };
+        self.clock.hear(&heard(question.at, Instant::now(), &info));
+        self.polls.end.ask(question.read);
+        Ok(Some((info, question.at)))
+    }
+
+    /// Asks the server what it has for the consumer, where that can be recreated.
+    pub fn ask_consumer(&mut self, stream: &str) {
+        let Some(reader) = self.reader.plain() else { return };
+        let subject = format!("{}.CONSUMER.INFO.{stream}.{}", self.lane.api_prefix(), reader.consumer());
+        self.consumer_request = Some(self.lane.send_request(&subject, b""));
+    }
+
+    /// The payload of the answer about the consumer, if it is in what was received.
+    pub fn consumer_in<'b>(&mut self, batch: &'b Batch) -> Option<Result<&'b [u8], Error>> {
+        let answer = self.consumer_request.as_deref().and_then(|request| answer_in(batch, request))?;
+        self.consumer_request = None;
+        Some(answer)
+    }
+
+    /// When the consumer has to be looked at if nothing is heard of it until then. Asked at each turn of the loop.
+    pub fn next_look(&self, now: Instant) -> Option<Instant> {
+        let reader = self.reader.plain()?;
+        let owes = reader.is_asking() && !self.lane.is_receiving();
+        let heard = reader.heard().max(self.lane.partial_at());
+        owes.then(|| self.watchdog.silent_at(now, heard)).flatten()
+    }
+}
+
+/// What an answer about the source stream says of its server's clock.
+pub(in crate::copy) fn heard(sent: Instant, received: Instant, info: &StreamInfo) -> Heard {
+    Heard { sent, received, server: info.ts, local: chance::now() }
+}

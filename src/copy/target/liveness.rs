@@ -1,0 +1,140 @@
+//! Finds out why the target confirms nothing, long before a stall is an error. Confirmations get lost where a leader
+//! dies with the messages, or where a connection falls silent; nothing else would ever tell. While something is
+//! overdue, the target is asked: by a PING, which the server answers, and for its state, which the leader answers.
+//! Pure: the caller asks and listens.
+
+use tokio::time::{Duration, Instant};
+
+/// Nothing was confirmed for so long: the target is asked, and again and again after this time.
+pub(in crate::copy) const ASK: Duration = Duration::from_millis(1500);
+/// Not a byte came for so long after the first question: the connection is dead.
+const SILENT: Duration = Duration::from_millis(4500);
+/// So often the leader may answer while it confirms nothing. What it was asked reached it behind all messages.
+const ANSWERS: u32 = 3;
+
+/// What to do now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::copy) enum Step {
+    /// All is well, or the answer is still on its way.
+    Wait,
+    /// Ask the target.
+    Ask,
+    /// What is in the air will never be confirmed on this connection, for this reason.
+    Lost(String),
+}
+
+/// What was asked since something was confirmed last.
+#[derive(Debug, Default)]
+pub(in crate::copy) struct Liveness {
+    /// When the first and the last question went out; `None` while there is no reason to ask.
+    asked: Option<(Instant, Instant)>,
+    /// Whether the last question was answered.
+    answered: bool,
+    answers: u32,
+    leader: String,
+}
+
+impl Liveness {
+    /// Watches a target that this server leads; empty for one on its own.
+    pub fn new(leader: String) -> Self {
+        Self { leader, ..Self::default() }
+    }
+
+    /// `overdue` is since when a confirmation has been waited for, `heard` when the connection gave the last sign of
+    /// life.
+    pub fn step(&mut self, overdue: Option<Instant>, heard: Instant, now: Instant) -> Step {
+        let Some(since) = overdue.filter(|since| now.duration_since(*since) >= ASK) else {
+            (self.asked, self.answers) = (None, 0);
+            return Step::Wait;
+        };
+        // Something was confirmed since the first question.
+        if self.asked.is_some_and(|(first, _)| first < since) {
+            (self.asked, self.answers) = (None, 0);
+        }
+        if self.answers >= ANSWERS {
+            let waited = now.duration_since(since);
+            return Step::Lost(format!("the target answers, but has confirmed nothing for {waited:.0?}"));
+        }
+        match &mut self.asked {
+            Some((first, _)) if now.duration_since(heard.max(*first)) >= SILENT => {
+                Step::Lost(format!("the target is silent for {:.0?}", now.duration_since(heard)))
+            }
+            Some((_, last)) if now.duration_since(*last) < ASK => Step::Wait,
+            Some((_, last)) => {
+                *last = now;
+                self.answered = false;
+                Step::Ask
+            }
+            None => {
+                self.asked = Some((now, now));
+                self.answered = false;
+                Step::Ask
+            }
+        }
+    }
+
+    /// The leader answered the last question. The error says why nothing will be confirmed any more.
+    pub fn answered(&mut self, leader: &str) -> Result<(), String> {
+        if self.asked.is_none() || std::mem::replace(&mut self.answered, true) {
+            return Ok(());
+        }
+        self.answers += 1;
+        if leader.is_empty() || self.leader.is_empty() || leader == self.leader {
+            return Ok(());
+        }
+        Err(format!("`{leader}` leads the target instead of `{}`, which confirms nothing any more", self.leader))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_asked_while_confirmations_come() {
+        let (mut probe, begun) = (Liveness::new("a".into()), Instant::now());
+        for second in 0..60 {
+            let now = begun + SECOND * second;
+            assert_eq!(probe.step(None, begun, now), Step::Wait);
+            assert_eq!(probe.step(Some(now - SECOND), begun, now), Step::Wait, "{second}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_without_a_sign_of_life_is_given_up() {
+        let (mut probe, begun) = (Liveness::new("a".into()), Instant::now());
+        let mut step = |halves: u32| probe.step(Some(begun), begun, begun + SECOND * halves / 2);
+        let steps: Vec<_> = (0..12).map(&mut step).collect();
+        let asked: Vec<_> = (0..12).filter(|at| steps[*at] == Step::Ask).collect();
+        assert_eq!(asked, [3, 6, 9], "{steps:?}");
+        assert_eq!(step(12), Step::Lost("the target is silent for 6s".into()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_target_without_a_leader_is_polled_while_its_server_lives() {
+        let (mut probe, begun) = (Liveness::new("a".into()), Instant::now());
+        for halves in 0..100 {
+            let now = begun + SECOND * halves / 2;
+            let step = probe.step(Some(begun), now, now);
+            assert_eq!(step, if halves > 0 && halves % 3 == 0 { Step::Ask } else { Step::Wait }, "{halves}");
+        }
+        assert!(probe.answered("b").unwrap_err().contains("`b` leads the target instead of `a`"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_that_answers_without_acks_lost_the_messages() {
+        let (mut probe, begun) = (Liveness::new("a".into()), Instant::now());
+        let mut step = |second: u32, since: u32| {
+            let now = begun + SECOND * second;
+            let step = probe.step(Some(begun + SECOND * since), now, now);
+            assert_eq!((probe.answered("a"), probe.answered("a")), (Ok(()), Ok(())));
+            step
+        };
+        assert_eq!([step(2, 0), step(4, 0)], [Step::Ask, Step::Ask]);
+        // Something is confirmed: it begins anew.
+        assert_eq!([step(6, 5), step(7, 5), step(9, 5), step(11, 5)], [Step::Wait, Step::Ask, Step::Ask, Step::Ask]);
+        assert!(matches!(step(12, 5), Step::Lost(_)));
+    }
+}

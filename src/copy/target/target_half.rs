@@ -1,0 +1,139 @@
+//! The target side of a run: its lane, what writes to it, and what is known to lie there.
+
+use nats_lane::{
+    Lane, Message,
+    jetstream::{StreamInfo, decode},
+};
+use tokio::time::Instant;
+
+use crate::{
+    config::{Mapping, Replication},
+    copy::{
+        Error,
+        flow::window::{SourcePoint, Window},
+        objects::Gate,
+        resume::{Already, Known},
+        source::reader::Incoming,
+        target::{
+            frame::Outgoing,
+            liveness::{self, Liveness, Step},
+            target_watch::TargetWatch,
+            writer::Writer,
+        },
+    },
+};
+
+/// The target side of a run.
+#[derive(Debug)]
+pub(in crate::copy) struct TargetHalf {
+    pub lane: Lane,
+    /// When the stream was created.
+    pub created: String,
+    pub writer: Writer,
+    /// What lies behind the position when the run begins.
+    pub already: Already,
+    /// The last source sequence that was found at the target when the run began; 0 once everything up to it has settled.
+    pub known_to: u64,
+    /// Keeps objects whole, where the source is an object store.
+    pub gate: Option<Gate>,
+    pub probe: Liveness,
+    probe_request: Option<String>,
+    pub watch: TargetWatch,
+}
+
+impl TargetHalf {
+    /// Over a lane to a stream in which nothing is known to lie already.
+    pub fn new(lane: Lane, info: &StreamInfo, writer: Writer, gate: Option<Gate>, watch: TargetWatch) -> Self {
+        Self {
+            lane,
+            created: info.created.clone(),
+            writer,
+            already: Already::default(),
+            known_to: 0,
+            gate,
+            probe: Liveness::new(info.cluster.clone().unwrap_or_default().leader),
+            probe_request: None,
+            watch,
+        }
+    }
+
+    /// How far the known place at the target may move, see [`target_limit`].
+    pub fn limit(&self) -> u64 {
+        target_limit(&self.already, &self.writer)
+    }
+
+    /// Sends the message that was prepared.
+    pub fn send(
+        &mut self,
+        outgoing: Outgoing,
+        window: &mut Window,
+        incoming: &Incoming<'_>,
+        now: Instant,
+        read_at: u64,
+    ) {
+        self.writer.send(outgoing, &mut self.lane, window, incoming, now, read_at);
+        if let Some(gate) = &mut self.gate {
+            gate.sent(incoming.message.subject, incoming.message.payload);
+        }
+    }
+
+    /// Asks which chunks of an object the target has, once everything before is settled.
+    pub fn ask_chunks(&mut self, chunks: String, settled: bool, mapping: &Mapping, now: Instant) {
+        if let Some(gate) = &mut self.gate {
+            gate.ask(chunks, settled, &mut self.lane, mapping, now);
+        }
+    }
+
+    /// Settles a message that lies at the target.
+    pub fn stored_before(&self, window: &mut Window, source: SourcePoint, known: Known) {
+        let Known::Stored(target_seq) = known else { return window.skip(source) };
+        // A position without any place at the target could not tell that the target lost all of it.
+        let first = window.target().is_none() && self.already.all_behind(target_seq);
+        let limit = self.limit();
+        window.limit_target(if first { u64::MAX } else { limit });
+        window.stored_before(source, target_seq);
+        window.limit_target(limit);
+    }
+
+    /// Asks the target where confirmations are overdue; `moved` is when something was confirmed last.
+    pub fn look_after(
+        &mut self,
+        replication: &Replication,
+        window: &Window,
+        moved: Instant,
+        now: Instant,
+    ) -> Result<(), Error> {
+        let owed = self.writer.is_owed(window).then_some(moved);
+        if owed.is_some_and(|since| now.duration_since(since) >= liveness::ASK) {
+            self.lane.check_delivery();
+        }
+        match self.probe.step(owed, self.lane.alive(), now) {
+            Step::Wait => Ok(()),
+            Step::Ask => {
+                self.lane.ping();
+                let subject = format!("{}.STREAM.INFO.{}", self.lane.api_prefix(), replication.target.stream);
+                self.probe_request = Some(self.lane.send_request(&subject, b""));
+                Ok(())
+            }
+            Step::Lost(why) => Err(Error::stalled(why)),
+        }
+    }
+
+    /// An answer to the probe.
+    pub fn says(&mut self, message: &Message<'_>) -> Result<(), Error> {
+        if self.probe_request.as_ref().is_none_or(|request| request.as_bytes() != message.subject) {
+            return Ok(());
+        }
+        self.probe_request = None;
+        // An error says that nobody leads the stream, or that it is gone: the next run will tell.
+        let Ok(info) = decode::<StreamInfo>(message.payload) else { return Ok(()) };
+        let leader = info.cluster.unwrap_or_default().leader;
+        self.probe.answered(&leader).map_err(Error::stalled)
+    }
+}
+
+/// How far the known place at the target may move: behind it messages of ours may lie that have not come by. Those of
+/// before the run, or those that an older holder sent while it began.
+pub(in crate::copy) fn target_limit(already: &Already, writer: &Writer) -> u64 {
+    if already.is_empty() { writer.adds_up_to() } else { 0 }
+}
