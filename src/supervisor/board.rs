@@ -220,7 +220,14 @@ impl Board {
             source_seq: record.source.as_ref().map_or(0, |witness| witness.seq),
             target_seq: record.target.as_ref().map_or(0, |witness| witness.seq),
         };
-        self.status.send_modify(|(_, copy)| copy.position = position);
+        self.status.send_modify(|(_, copy)| {
+            if copy.position.source_seq != position.source_seq {
+                // What waits after another position is not known yet.
+                (copy.lag, copy.headroom) = (None, None);
+                (copy.source.first_seq, copy.source.last_seq) = (None, None);
+            }
+            copy.position = position;
+        });
     }
 
     /// The source was checked while no run was under way; `None` if it did not answer, or has no such stream.
@@ -270,7 +277,7 @@ impl Board {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::Lag;
+    use crate::{status::Lag, store::SourceWitness};
 
     #[test]
     fn after_a_run_a_lag_stays_known_and_no_lag_does_not() {
@@ -281,5 +288,20 @@ mod tests {
             board.run_over();
             assert_eq!(board.row().copy.lag.map(|lag| lag.messages), after, "{before:?}");
         }
+    }
+
+    #[test]
+    fn the_lag_of_another_position_is_not_shown() {
+        let board = Board::new("S", 1);
+        let record = |seq| PositionRecord {
+            source: Some(SourceWitness { seq, time_ns: None, created: String::new() }),
+            ..PositionRecord::new()
+        };
+        board.looked_up(&record(12));
+        board.status().send_modify(|(_, copy)| copy.lag = Some(Lag { messages: 3, ..Lag::default() }));
+        board.looked_up(&record(12));
+        assert_eq!(board.row().copy.lag.map(|lag| lag.messages), Some(3));
+        board.looked_up(&record(5));
+        assert_eq!((board.row().copy.position.source_seq, board.row().copy.lag), (5, None));
     }
 }
