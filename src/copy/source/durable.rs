@@ -153,10 +153,15 @@ impl Durable {
         let stream = &replication.source.stream;
         let delivered = self.info.delivered.stream_seq;
         if !is_ours(&self.info.config) {
+            let todo = if source.text("retention") == "workqueue" {
+                "Delete this consumer: the replication creates its own, and the stream keeps its messages"
+            } else {
+                "Create a second consumer, which keeps the messages that wait, then delete this one: the replication creates its \
+                 own. Delete the second one when the replication copies again"
+            };
             return Err(Error::hold(format!(
                 "source stream `{stream}` lost its end, and durable consumer `{}`, which this replication did not create, is ahead \
-                 of it: it never delivers what the stream stored since then, up to sequence {delivered}. Create a second \
-                 consumer, which keeps the messages of an interest stream, then delete this one: the replication creates its own",
+                 of it: it never delivers what the stream stored since then, up to sequence {delivered}. {todo}",
                 self.name
             )));
         }

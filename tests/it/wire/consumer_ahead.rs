@@ -124,7 +124,10 @@ async fn a_consumer_of_choria_that_is_ahead_holds_the_copy() -> Result<()> {
     if !site.source.at_least(2, 14) {
         let row = site.row_when("Q", "is held", |row| row["state"] == "held").await?;
         let error = row["last_error"]["message"].as_str().context("no error")?;
-        ensure!(error.contains("`SR_TEST`") && error.contains("ahead") && error.contains("Delete"), "{error}");
+        ensure!(
+            error.contains("`SR_TEST`") && error.contains("ahead") && error.contains("Delete this consumer"),
+            "{error}"
+        );
         ensure!(copied(&site).await? == (1..=100).collect::<Vec<_>>());
         raw.api("CONSUMER.DELETE.Q.SR_TEST", Value::Null).await?;
         steer(&site, "retry").await?;
