@@ -68,7 +68,8 @@ pub async fn run(
     }
     let opener = Opener { job, status, events };
     let result = loop {
-        let mut result = once(opener, ledger, &mut refused, &stop).await;
+        // In boxes, here and below: the futures of a run are large, and each task that waits for one would contain it.
+        let mut result = Box::pin(once(opener, ledger, &mut refused, &stop)).await;
         if begins_again(job, &mut result, ledger, &mut refused, &stop).await {
             disconnected(status);
             continue;
@@ -98,9 +99,9 @@ async fn once(
         biased;
         // Before the first message is read there is nothing to settle.
         () = stop.cancelled() => return Ok(Ended::Stopped),
-        run = opener.open(ledger, refused) => run?,
+        run = Box::pin(opener.open(ledger, refused)) => run?,
     };
-    run.copy(ledger, stop.clone()).await
+    Box::pin(run.copy(ledger, stop.clone())).await
 }
 
 /// Whether the next run begins at once, without anything to be reported.

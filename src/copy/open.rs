@@ -103,7 +103,7 @@ impl<'a> Opener<'a> {
         });
         let mut lanes = Lanes::connect(self.job, ledger).await?;
         let mut streams = self.read_streams(&mut lanes, ledger).await?;
-        let mut found = self.find(&mut lanes, &mut streams, ledger).await?;
+        let mut found = Box::pin(self.find(&mut lanes, &mut streams, ledger)).await?;
         let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, ledger).await?;
         ledger.begin_at(streams.target.state.last_seq);
         let Lanes { replication, source, target } = &mut lanes;

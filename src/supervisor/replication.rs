@@ -607,7 +607,7 @@ impl Session {
         };
         let saved = ledger.saved();
         let before = board.mark();
-        let run = copy::run(&job, &mut ledger, board.status(), &deps.events, stop.clone());
+        let run = Box::pin(copy::run(&job, &mut ledger, board.status(), &deps.events, stop.clone()));
         let run = AssertUnwindSafe(run).catch_unwind();
         let result = tokio::select! {
             biased;
