@@ -6,7 +6,7 @@ use anyhow::Result;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 
-use crate::harness::{Expect, Outgoing, Role, Server, Site, wait_for};
+use crate::harness::{Expect, LIMIT, Outgoing, Role, Server, Site, wait_for};
 
 const LONG: Duration = Duration::from_secs(120);
 const COUNT: u64 = 60_000;
@@ -87,7 +87,7 @@ async fn kill_a_server(target: Target, kill_target: bool) -> Result<()> {
         server.restart().await?;
         let before = target_messages(&site).await;
         let begin = std::time::Instant::now();
-        wait_for("the copy to go on by itself", Duration::from_secs(10), async || {
+        wait_for("the copy to go on by itself", LIMIT, async || {
             target_messages(&site).await > before || before >= COUNT
         })
         .await?;
@@ -149,10 +149,8 @@ async fn full_disk(target: Target, account: bool) -> Result<()> {
     assert!(before < count, "{row}");
     other.api("STREAM.PURGE.OTHER", Value::Null).await?;
     let begun = std::time::Instant::now();
-    wait_for("the copy to go on by itself", Duration::from_secs(10), async || {
-        site.at_target("D").await.is_ok_and(|now| now > before)
-    })
-    .await?;
+    wait_for("the copy to go on by itself", LIMIT, async || site.at_target("D").await.is_ok_and(|now| now > before))
+        .await?;
     println!("{target:?}: went on {:?} after there was room", begun.elapsed());
     site.settled_within("D", count, LONG).await?;
     let expect = Expect::copy_of("D");
