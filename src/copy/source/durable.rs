@@ -123,7 +123,7 @@ impl Durable {
         lost: bool,
     ) -> Result<Option<Self>, Error> {
         let (delivered, state) = (self.info.delivered.stream_seq, &source.state);
-        let grown = lost && state.first_seq <= delivered;
+        let grown = lost && stays_ahead(source) && state.first_seq <= delivered;
         if self.way != Way::Explicit || delivered <= position || !(grown || delivered > state.last_seq) {
             return Ok(Some(self));
         }
@@ -137,7 +137,7 @@ impl Durable {
 
     /// Whether what is acknowledged says nothing of what the stream has, which lost its end.
     pub(in crate::copy) fn is_stale(&self, source: &StreamInfo) -> bool {
-        self.way == Way::Explicit && source.state.first_seq <= self.info.ack_floor.stream_seq
+        self.way == Way::Explicit && stays_ahead(source) && source.state.first_seq <= self.info.ack_floor.stream_seq
     }
 
     /// Deletes a consumer that is ahead of its stream, so that the next one delivers all that the stream has behind
@@ -242,6 +242,12 @@ impl Durable {
         }
         Ok(Self { name, way, info })
     }
+}
+
+/// Whether a consumer of this stream stays where it was when the stream loses its end: servers from 2.14 on (API level 4)
+/// lower what it has delivered, and what is acknowledged, to the stream's last sequence.
+fn stays_ahead(source: &StreamInfo) -> bool {
+    Way::of(source) == Way::Explicit
 }
 
 /// Name of the consumer that keeps the messages of an interest stream while another one is recreated.
