@@ -9,7 +9,10 @@ use std::{
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
-use nats_lane::{Auth, Connection, ContextFields, Dial, Endpoint, Error, Host, Lane, Scheme, ServerRef, auth, context};
+use nats_lane::{
+    Auth, Connection, ContextFields, Dial, Endpoint, Error, Host, Lane, Scheme, ServerRef, auth, context,
+    leafnode::{Leaf, LeafLogin},
+};
 use serde_json::Value;
 use wildmatch::WildMatch;
 
@@ -30,6 +33,10 @@ struct Lists {
 impl Dial for AllowList {
     fn dial<'a>(&'a self, server: &'a ServerRef, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
         async move { Lane::connect(&self.resolve(server)?, name).await }.boxed()
+    }
+
+    fn dial_leaf<'a>(&'a self, server: &'a ServerRef, login: &'a LeafLogin) -> BoxFuture<'a, Result<Leaf, Error>> {
+        async move { Leaf::connect(&self.resolve(server)?, login).await }.boxed()
     }
 
     fn login_expires(&self, server: &ServerRef) -> Option<i64> {
@@ -262,10 +269,10 @@ impl UrlPattern {
         if host.is_empty() || !host.bytes().all(legal) {
             return Err("it is not `scheme://host:port` with `*` for any text, such as `nats://*.example.net:4222`");
         }
-        let schemes = [Scheme::Nats, Scheme::Tls, Scheme::Ws, Scheme::Wss];
+        let schemes = [Scheme::Nats, Scheme::Tls, Scheme::Ws, Scheme::Wss, Scheme::Leaf];
         let scheme = WildMatch::new(&scheme.to_ascii_lowercase());
         if !schemes.iter().any(|known| scheme.matches(known.name())) {
-            return Err("its scheme is none of `nats`, `tls`, `ws` and `wss`");
+            return Err("its scheme is none of `nats`, `tls`, `ws`, `wss` and `nats-leaf`");
         }
         Ok(Self { written: written.to_owned(), scheme, host: host.to_ascii_lowercase(), port: WildMatch::new(port) })
     }

@@ -55,10 +55,12 @@ pub enum Scheme {
     Ws,
     /// `wss://`: a websocket over TLS.
     Wss,
+    /// `nats-leaf://`: the leafnode port, plain TCP, upgraded to TLS when the server requires it.
+    Leaf,
 }
 
 impl Scheme {
-    const ALL: [Self; 4] = [Self::Nats, Self::Tls, Self::Ws, Self::Wss];
+    const ALL: [Self; 5] = [Self::Nats, Self::Tls, Self::Ws, Self::Wss, Self::Leaf];
 
     /// As written in a URL, without `://`.
     pub const fn name(self) -> &'static str {
@@ -67,6 +69,7 @@ impl Scheme {
             Self::Tls => "tls",
             Self::Ws => "ws",
             Self::Wss => "wss",
+            Self::Leaf => "nats-leaf",
         }
     }
 
@@ -81,6 +84,7 @@ impl Scheme {
             Self::Nats | Self::Tls => 4222,
             Self::Ws => 80,
             Self::Wss => 443,
+            Self::Leaf => 7422,
         }
     }
 }

@@ -34,11 +34,17 @@ use crate::{
     entropy,
     error::CLOSED,
     headers,
-    parser::{self, Control, Frame},
+    parser::{self, Control},
     socket::Socket,
     tls::client_config,
     websocket::WebSocket,
 };
+
+mod batch;
+pub mod leafnode;
+
+pub use batch::{Batch, Message};
+use leafnode::{Interest, Leaf, LeafLogin};
 
 /// Smallest and largest piece read at once. A lane that is busy reads large, an idle one holds little memory.
 const READ_MIN: usize = 4 * 1024;
@@ -66,6 +72,11 @@ pub trait Dial: fmt::Debug + Send + Sync {
     /// Connects to a server; `name` is what the server shows.
     fn dial<'a>(&'a self, server: &'a ServerRef, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>>;
 
+    /// Connects to the leafnode port of a server, as what `login` says.
+    fn dial_leaf<'a>(&'a self, _server: &'a ServerRef, _login: &'a LeafLogin) -> BoxFuture<'a, Result<Leaf, Error>> {
+        Box::pin(async { Err(Error::hold("there are no leafnode connections here")) })
+    }
+
     /// When a login with the credentials of now would end, in seconds since the Unix epoch; `None` for never.
     fn login_expires(&self, _server: &ServerRef) -> Option<i64> {
         None
@@ -91,69 +102,6 @@ pub struct ServerInfo {
     tls_required: bool,
     tls_available: bool,
     nonce: Option<String>,
-}
-
-/// One message in a [`Batch`].
-#[derive(Debug, Clone, Copy)]
-pub struct Message<'a> {
-    /// Subscription it came for.
-    pub sid: u64,
-    /// Subject.
-    pub subject: &'a [u8],
-    /// Reply subject; empty for none.
-    pub reply: &'a [u8],
-    /// Header block; empty for none.
-    pub header: &'a [u8],
-    /// Payload.
-    pub payload: &'a [u8],
-}
-
-/// Messages that arrived together, still lying in the buffer they were read into.
-#[derive(Debug, Clone)]
-pub struct Batch {
-    data: Bytes,
-    frames: Vec<Frame>,
-}
-
-impl Batch {
-    /// The complete messages at the front of some bytes.
-    pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
-        let mut frames = Vec::new();
-        parser::parse(bytes, &mut frames, &mut Vec::new())?;
-        Ok(Self { data: Bytes::copy_from_slice(bytes), frames })
-    }
-
-    /// Number of messages.
-    pub fn len(&self) -> usize {
-        self.frames.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.frames.is_empty()
-    }
-
-    /// Bytes of buffer that this batch keeps.
-    pub fn bytes(&self) -> usize {
-        self.data.len()
-    }
-
-    /// The message at an index below [`Batch::len`].
-    pub fn get(&self, index: usize) -> Message<'_> {
-        let frame = &self.frames[index];
-        Message {
-            sid: frame.sid,
-            subject: frame.subject.of(&self.data),
-            reply: frame.reply.of(&self.data),
-            header: frame.header.of(&self.data),
-            payload: frame.payload.of(&self.data),
-        }
-    }
-
-    /// All messages in order.
-    pub fn iter(&self) -> impl Iterator<Item = Message<'_>> {
-        (0..self.len()).map(|index| self.get(index))
-    }
 }
 
 /// Why [`Lane::turn`] returned.
@@ -184,6 +132,8 @@ pub struct Lane {
     proven: u64,
     /// Refused publishes, if they are kept instead of ending the lane.
     refused: Option<Vec<String>>,
+    /// Subscriptions that the other end told of, if this is a leafnode connection.
+    interest: Option<Vec<Interest>>,
     output: BytesMut,
     unflushed: bool,
     inbox: String,
@@ -355,6 +305,7 @@ impl Lane {
             question: None,
             proven: 0,
             refused: None,
+            interest: None,
             output: BytesMut::new(),
             unflushed: false,
             inbox: format!("{}.{}", inbox_prefix(connection)?, entropy::name()),
@@ -687,7 +638,7 @@ impl Lane {
                 if headers::status(message.header) == Some(503) {
                     return Err(Error::retry(format!("no responders for `{subject}` at `{}`", self.address)));
                 }
-                return Ok(batch.data.slice_ref(message.payload));
+                return Ok(batch.slice(message.payload));
             }
         }
     }
@@ -705,7 +656,7 @@ impl Lane {
             let Turn::Received(batch) = turn else { continue };
             let answers = batch.iter().filter(|message| message.sid == Self::REQUEST_SID);
             let answers: Vec<_> =
-                answers.map(|message| (message.subject.to_vec(), batch.data.slice_ref(message.payload))).collect();
+                answers.map(|message| (message.subject.to_vec(), batch.slice(message.payload))).collect();
             if !answers.is_empty() {
                 return Ok(answers);
             }
@@ -817,7 +768,8 @@ impl Lane {
             return Ok(None);
         }
         let mut frames = Vec::new();
-        let parsed = parser::parse(&self.input, &mut frames, &mut self.controls)?;
+        let parse = if self.interest.is_some() { parser::parse_leaf } else { parser::parse };
+        let parsed = parse(&self.input, &mut frames, &mut self.controls)?;
         self.need = parsed.need;
         let data = self.input.split_to(parsed.consumed);
         let controls = std::mem::take(&mut self.controls);
@@ -833,7 +785,8 @@ impl Lane {
             self.arrived_at = self.heard_at;
         }
         let is_refused = self.refused.as_ref().is_some_and(|refused| !refused.is_empty());
-        Ok((!frames.is_empty() || is_refused).then(|| Batch { data: data.freeze(), frames }))
+        let is_news = is_refused || self.interest.as_ref().is_some_and(|interest| !interest.is_empty());
+        Ok((!frames.is_empty() || is_news).then(|| Batch::of(data.freeze(), frames)))
     }
 
     fn control(&mut self, control: &Control) -> Result<(), Error> {
@@ -853,6 +806,7 @@ impl Lane {
             Control::Err(text) if self.refused.is_some() && is_refused_publish(text) => {
                 self.refused.get_or_insert_default().push(text.clone());
             }
+            Control::Interest(interest) => self.interest.get_or_insert_default().push(interest.clone()),
             Control::Err(text) => return Err(Error::of_err_line(&self.address, text, self.pongs > 0)),
         }
         Ok(())

@@ -43,7 +43,7 @@ pub use duration::parse_duration;
 pub use endpoint::{Auth, Endpoint, Host, Scheme, Tls, mask_url};
 pub use error::{ApiError, Error, ErrorKind};
 pub use identity::{ConnectFields, CustomIdentity, Identity};
-pub use lane::{Batch, Dial, Lane, Message, ServerInfo, Stream, Turn};
+pub use lane::{Batch, Dial, Lane, Message, ServerInfo, Stream, Turn, leafnode};
 pub use secret::{MASK, Secret};
 pub use server_ref::{Connection, ContextFields, DEFAULT_API_PREFIX, FieldError, ServerRef, check_context_name};
 

@@ -70,6 +70,19 @@ pub enum Control {
     Pong,
     /// `-ERR` with its text, quotes removed.
     Err(String),
+    /// `LS+` or `LS-` of a leafnode connection.
+    Interest(Interest),
+}
+
+/// A subscription at the other end of a leafnode connection, that began or ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interest {
+    /// Its subject.
+    pub subject: String,
+    /// Its queue group; empty for none.
+    pub queue: String,
+    /// Whether it began.
+    pub begins: bool,
 }
 
 /// Bytes that are not the protocol; the connection is of no more use.
@@ -93,6 +106,28 @@ pub struct Parsed {
 
 /// Parses everything complete at the front of `buffer`. Offsets in `frames` count from the start of `buffer`.
 pub fn parse(buffer: &[u8], frames: &mut Vec<Frame>, controls: &mut Vec<Control>) -> Result<Parsed, ParseError> {
+    parse_with((message, control), |line| matches!(line.first(), Some(b'M' | b'H')), buffer, frames, controls)
+}
+
+/// The same for a leafnode connection: messages have no subscription id, it is 0 in `frames`, and there are
+/// [`Control::Interest`] lines.
+pub fn parse_leaf(buffer: &[u8], frames: &mut Vec<Frame>, controls: &mut Vec<Control>) -> Result<Parsed, ParseError> {
+    let is_message = |line: &[u8]| line.starts_with(b"LM") || line.first() == Some(&b'H');
+    parse_with((leaf_message, leaf_control), is_message, buffer, frames, controls)
+}
+
+/// Reads the line of a message, which is at `.1` of the buffer and its body at `.2`; also the size of the body.
+type ReadMessage = fn(&[u8], usize, usize) -> Result<(Frame, usize), ParseError>;
+/// Reads another line.
+type ReadControl = fn(&[u8]) -> Result<Option<Control>, ParseError>;
+
+fn parse_with(
+    (message, control): (ReadMessage, ReadControl),
+    is_message: impl Fn(&[u8]) -> bool,
+    buffer: &[u8],
+    frames: &mut Vec<Frame>,
+    controls: &mut Vec<Control>,
+) -> Result<Parsed, ParseError> {
     let mut at = 0;
     while at < buffer.len() {
         let rest = &buffer[at..];
@@ -105,25 +140,20 @@ pub fn parse(buffer: &[u8], frames: &mut Vec<Frame>, controls: &mut Vec<Control>
         };
         let line = rest[..end].strip_suffix(b"\r").unwrap_or(&rest[..end]);
         let body = end + 1;
-        match line.first() {
-            Some(b'M' | b'H') => {
-                let (frame, size) = message(line, at, at + body)?;
-                if rest.len() < body + size + 2 {
-                    return Ok(Parsed { consumed: at, need: body + size + 2 });
-                }
-                if &rest[body + size..body + size + 2] != b"\r\n" {
-                    return bad("a payload of another length than announced", line);
-                }
-                frames.push(frame);
-                at += body + size + 2;
-            }
-            _ => {
-                if let Some(control) = control(line)? {
-                    controls.push(control);
-                }
-                at += body;
-            }
+        if !is_message(line) {
+            controls.extend(control(line)?);
+            at += body;
+            continue;
         }
+        let (frame, size) = message(line, at, at + body)?;
+        if rest.len() < body + size + 2 {
+            return Ok(Parsed { consumed: at, need: body + size + 2 });
+        }
+        if &rest[body + size..body + size + 2] != b"\r\n" {
+            return bad("a payload of another length than announced", line);
+        }
+        frames.push(frame);
+        at += body + size + 2;
     }
     Ok(Parsed { consumed: at, need: 0 })
 }
@@ -136,6 +166,40 @@ fn message(line: &[u8], line_at: usize, body_at: usize) -> Result<(Frame, usize)
         [b'H', b'M', b'S', b'G', b' ' | b'\t', ..] => (5, true),
         _ => return bad("an unknown operation", line),
     };
+    let (words, count) = words(line, keyword)?;
+    let numbers = if with_header { 2 } else { 1 };
+    if count != 2 + numbers && count != 3 + numbers {
+        return bad("a wrong number of words", line);
+    }
+    let Some(sid) = number(&line[words[1].0..words[1].1]) else {
+        return bad("a subscription id that is no number", line);
+    };
+    let reply = (count == 3 + numbers).then_some(words[2]);
+    frame((line, line_at, body_at), (sid, words[0], reply), (with_header, &words[..count]))
+}
+
+/// `LMSG <subject> [reply] <size>` or `HMSG <subject> [reply] <header size> <total size>`. The forms for queue groups do not
+/// come to who has no subscription in one.
+fn leaf_message(line: &[u8], line_at: usize, body_at: usize) -> Result<(Frame, usize), ParseError> {
+    let (keyword, with_header) = match line {
+        [b'L', b'M', b'S', b'G', b' ' | b'\t', ..] => (5, false),
+        [b'H', b'M', b'S', b'G', b' ' | b'\t', ..] => (5, true),
+        _ => return bad("an unknown operation", line),
+    };
+    let (words, count) = words(line, keyword)?;
+    let numbers = if with_header { 2 } else { 1 };
+    if count != 1 + numbers && count != 2 + numbers {
+        return bad("a wrong number of words", line);
+    }
+    let reply = (count == 2 + numbers).then_some(words[1]);
+    frame((line, line_at, body_at), (0, words[0], reply), (with_header, &words[..count]))
+}
+
+/// Start and end of a word in its line.
+type Word = (usize, usize);
+
+/// The words of a line behind its keyword, and how many there are.
+fn words(line: &[u8], keyword: usize) -> Result<([Word; 5], usize), ParseError> {
     let mut words = [(0usize, 0usize); 5];
     let mut count = 0;
     let mut at = keyword;
@@ -152,14 +216,18 @@ fn message(line: &[u8], line_at: usize, body_at: usize) -> Result<(Frame, usize)
         count += 1;
         at = end;
     }
-    let numbers = if with_header { 2 } else { 1 };
-    if count != 2 + numbers && count != 3 + numbers {
-        return bad("a wrong number of words", line);
-    }
+    Ok((words, count))
+}
+
+/// A message whose last words are its sizes; also the size of its body.
+fn frame(
+    (line, line_at, body_at): (&[u8], usize, usize),
+    (sid, subject, reply): (u64, Word, Option<Word>),
+    (with_header, words): (bool, &[Word]),
+) -> Result<(Frame, usize), ParseError> {
     let word = |n: usize| &line[words[n].0..words[n].1];
-    let span = |n: usize| Span::new(line_at + words[n].0..line_at + words[n].1);
-    let Some(sid) = number(word(1)) else { return bad("a subscription id that is no number", line) };
-    let reply = if count == 3 + numbers { span(2) } else { Span::default() };
+    let span = |(start, end): Word| Span::new(line_at + start..line_at + end);
+    let count = words.len();
     let Some(size) = number(word(count - 1)) else { return bad("a size that is no number", line) };
     let header = if with_header { number(word(count - 2)) } else { Some(0) };
     let Some(header) = header else { return bad("a header size that is no number", line) };
@@ -169,12 +237,26 @@ fn message(line: &[u8], line_at: usize, body_at: usize) -> Result<(Frame, usize)
     let (size, header) = (size as usize, header as usize);
     let frame = Frame {
         sid,
-        subject: span(0),
-        reply,
+        subject: span(subject),
+        reply: reply.map(span).unwrap_or_default(),
         header: Span::new(body_at..body_at + header),
         payload: Span::new(body_at + header..body_at + size),
     };
     Ok((frame, size))
+}
+
+/// `LS+ <subject> [<queue> <weight>]`, `LS- <subject> [<queue>]`, or what clients get too.
+fn leaf_control(line: &[u8]) -> Result<Option<Control>, ParseError> {
+    let (begins, rest) = match line {
+        [b'L', b'S', b'+', b' ' | b'\t', rest @ ..] => (true, rest),
+        [b'L', b'S', b'-', b' ' | b'\t', rest @ ..] => (false, rest),
+        _ => return control(line),
+    };
+    let text = String::from_utf8_lossy(rest);
+    let mut words = text.split_ascii_whitespace();
+    let Some(subject) = words.next() else { return bad("a subscription without a subject", line) };
+    let queue = words.next().unwrap_or_default().to_owned();
+    Ok(Some(Control::Interest(Interest { subject: subject.to_owned(), queue, begins })))
 }
 
 fn control(line: &[u8]) -> Result<Option<Control>, ParseError> {
@@ -313,10 +395,66 @@ mod tests {
         }
     }
 
+    fn leaf(buffer: &[u8]) -> Result<(Vec<Frame>, Vec<Control>, Parsed), ParseError> {
+        let (mut frames, mut controls) = (Vec::new(), Vec::new());
+        let parsed = parse_leaf(buffer, &mut frames, &mut controls)?;
+        Ok((frames, controls, parsed))
+    }
+
+    #[test]
+    fn leafnode_messages_come_out_byte_for_byte() {
+        let input = b"LMSG a.b 5\r\nhello\r\nLMSG a re.ply 0\r\n\r\nHMSG a r 12 14\r\nNATS/1.0\r\n\r\nhi\r\n\
+            HMSG a 12 12\r\nNATS/1.0\r\n\r\n\r\n";
+        let (frames, controls, parsed) = leaf(input).unwrap();
+        assert!(controls.is_empty() && parsed == Parsed { consumed: input.len(), need: 0 });
+        let parts = |f: &Frame| [f.subject, f.reply, f.header, f.payload].map(|s| s.of(input).to_vec());
+        let parts: Vec<_> = frames.iter().map(parts).collect();
+        let expect: [[&[u8]; 4]; 4] = [
+            [b"a.b", b"", b"", b"hello"],
+            [b"a", b"re.ply", b"", b""],
+            [b"a", b"r", b"NATS/1.0\r\n\r\n", b"hi"],
+            [b"a", b"", b"NATS/1.0\r\n\r\n", b""],
+        ];
+        assert_eq!(parts, expect.map(|parts| parts.map(<[u8]>::to_vec)));
+        for cut in 0..input.len() {
+            let (first, _, parsed) = leaf(&input[..cut]).unwrap();
+            let (rest, ..) = leaf(&input[parsed.consumed..]).unwrap();
+            assert_eq!(first.len() + rest.len(), frames.len(), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn leafnode_interest_begins_and_ends() {
+        let (frames, controls, _) = leaf(b"PING\r\nLS+ a.>\r\nLS+ b q 3\r\nLS- b q\r\n").unwrap();
+        assert!(frames.is_empty());
+        let interest = |subject: &str, queue: &str, begins| {
+            Control::Interest(Interest { subject: subject.into(), queue: queue.into(), begins })
+        };
+        let expect = [Control::Ping, interest("a.>", "", true), interest("b", "q", true), interest("b", "q", false)];
+        assert_eq!(controls, expect);
+    }
+
+    #[test]
+    fn what_is_not_the_leafnode_protocol_is_refused() {
+        for input in [
+            &b"LS+ \r\n"[..],
+            b"LMSG a\r\n",
+            b"LMSG a + r q 0\r\n\r\n",
+            b"HMSG a 12 4\r\n",
+            b"MSG a 1 0\r\n\r\n",
+            b"RS+ $G a\r\n",
+        ] {
+            assert!(leaf(input).is_err(), "{:?}", String::from_utf8_lossy(input));
+        }
+        assert!(all(b"LS+ a\r\n").is_err(), "a client gets none of it");
+    }
+
     /// The bounded twin of `fuzz/fuzz_targets/parser.rs`.
     #[test]
     fn mutated_input_never_panics() {
-        let seeds: [&[u8]; 4] = [
+        let seeds: [&[u8]; 6] = [
+            b"LS+ a.b\r\nLMSG a.b r 3\r\nabc\r\nLS- a.b\r\n",
+            b"HMSG a r 12 14\r\nNATS/1.0\r\n\r\nhi\r\nLS+ b q 1\r\n",
             b"INFO {\"server_id\":\"x\",\"max_payload\":1048576}\r\nPING\r\n",
             b"MSG orders.new 1 $JS.ACK.S.C.1.5.5.1700000000000000000.0 3\r\nabc\r\n",
             b"HMSG a 2 r 12 14\r\nNATS/1.0\r\n\r\nhi\r\n-ERR 'x'\r\n",
@@ -335,6 +473,7 @@ mod tests {
                 }
             }
             let _ = all(&input);
+            let _ = leaf(&input);
         }
     }
 }

@@ -80,7 +80,7 @@ async fn an_nkey_seed_file() -> Result<()> {
 }
 
 /// A NATS JWT (version 2 claims) signed by `issuer`.
-fn jwt(issuer: &KeyPair, subject: &str, name: &str, claims: Value) -> Result<String> {
+pub(super) fn jwt(issuer: &KeyPair, subject: &str, name: &str, claims: Value) -> Result<String> {
     let body = json!({"jti": name, "iat": 1_700_000_000, "iss": issuer.public_key(), "sub": subject, "name": name, "nats": claims});
     let encode = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
     let signed = format!("{}.{}", encode(&json!({"typ": "JWT", "alg": "ed25519-nkey"})), encode(&body));
@@ -151,7 +151,7 @@ async fn a_wrong_password_is_held_and_told_without_showing_it() -> Result<()> {
 }
 
 /// Certificates of one authority for the server and for a client, as files in a folder.
-fn certificates(folder: &Path) -> Result<()> {
+pub(super) fn certificates(folder: &Path) -> Result<()> {
     let mut params = CertificateParams::new(vec![])?;
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = CertifiedIssuer::self_signed(params, CertificateKey::generate()?)?;

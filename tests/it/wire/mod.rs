@@ -16,6 +16,7 @@ mod frozen;
 mod holds;
 mod kinds;
 mod kv;
+mod leafnode;
 mod limits;
 mod logins;
 mod networks;

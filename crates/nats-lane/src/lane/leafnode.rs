@@ -1,0 +1,218 @@
+//! A leafnode connection: what a nats-server speaks to a leaf server, from the leaf's side. A leaf may do what a client may
+//! not, such as publish with a reply subject below `$JS.ACK`; and of what it sends, the part of a reply subject behind `@`
+//! becomes the subject of the message for the one that it is delivered to (`processMsgResults` of nats-server).
+//!
+//! The connection subscribes with `LS+` and is told by `LS+` and `LS-` what the account of the server subscribes to, as far
+//! as the leaf user may publish to it. Compression is not offered, so nothing is compressed.
+
+use std::{collections::VecDeque, fmt::Write as _, future::poll_fn, net::SocketAddr, time::Duration};
+
+use bytes::BytesMut;
+use serde_json::{Value, json};
+use tokio::{
+    io::AsyncWriteExt,
+    net::lookup_host,
+    time::{sleep, timeout},
+};
+
+use super::{Batch, HEAD_START, Lane, NEXT_ADDRESS, Turn, race, shown};
+pub use crate::parser::Interest;
+use crate::{
+    Connection, Endpoint, Error, Host, ServerInfo,
+    auth::{connect_fields, jwt_expires},
+    entropy,
+};
+
+/// Where servers take websockets of leafnodes.
+const WEBSOCKET_PATH: &str = "/leafnode";
+
+/// As what a leaf logs in, beside the identity of its URL.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeafLogin {
+    /// Name of the leaf server. A server closes an older leafnode connection of the same name and `account`.
+    pub name: String,
+    /// Name of the leaf's own account, in any words.
+    pub account: String,
+    /// Subjects that are subscribed to with the login; never empty.
+    pub subscriptions: Vec<String>,
+}
+
+/// A leafnode connection that its owner drives, like a [`Lane`].
+#[derive(Debug)]
+pub struct Leaf {
+    lane: Lane,
+    /// What arrived during the login: whoever waits for a leaf asks at once.
+    early: VecDeque<Batch>,
+}
+
+impl Leaf {
+    /// Connects to the first server of the endpoint that lets us in, as [`Lane::connect`] does.
+    pub async fn connect(connection: &Connection, login: &LeafLogin) -> Result<Self, Error> {
+        let hosts = connection.endpoint.hosts.iter();
+        race(hosts, HEAD_START, |host| Self::try_host(connection, host, login)).await
+    }
+
+    async fn try_host(connection: &Connection, host: &Host, login: &LeafLogin) -> Result<Self, Error> {
+        let within = connection.endpoint.connect_timeout;
+        let leaf = match timeout(within, lookup_host((host.host.as_str(), host.port))).await {
+            Ok(Ok(addresses)) => {
+                let attempt =
+                    async |address| match timeout(within, Self::log_in(connection, host, address, login)).await {
+                        Ok(leaf) => leaf,
+                        Err(_) => Err(Error::retry(format!("no answer within {within:?}"))),
+                    };
+                race(addresses, NEXT_ADDRESS, attempt).await
+            }
+            Ok(Err(error)) => Err(Error::retry(format!("cannot be resolved: {error}"))),
+            Err(_) => Err(Error::retry(format!("cannot be resolved within {within:?}"))),
+        };
+        leaf.map_err(|error| error.context(format!("leafnode `{}`", shown(&connection.endpoint, host))))
+    }
+
+    async fn log_in(
+        connection: &Connection,
+        host: &Host,
+        address: SocketAddr,
+        login: &LeafLogin,
+    ) -> Result<Self, Error> {
+        let mut connection = connection.clone();
+        let endpoint = &mut connection.endpoint;
+        if endpoint.scheme.is_websocket() && endpoint.path.is_empty() {
+            WEBSOCKET_PATH.clone_into(&mut endpoint.path);
+        }
+        let endpoint = &connection.endpoint;
+        let mut lane = Lane::greeted(&connection, host, address).await?;
+        if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
+            lane.upgrade(endpoint, host).await?;
+        }
+        lane.interest = Some(Vec::new());
+        let mut leaf = Self { lane, early: VecDeque::new() };
+        leaf.handshake(endpoint, login).await.map_err(no_leafnode_port)?;
+        Ok(leaf)
+    }
+
+    /// Sends login and subscriptions in one piece: a server that has let the leaf in looks for who waits for it.
+    async fn handshake(&mut self, endpoint: &Endpoint, login: &LeafLogin) -> Result<(), Error> {
+        let lane = &mut self.lane;
+        let identity = connect_fields(&endpoint.auth, lane.info.nonce.as_deref())?;
+        lane.expires = identity.jwt.as_deref().and_then(jwt_expires);
+        // Without `lang`: that is what marks a client. The version has to reach the server's `min_version`.
+        let mut connect = json!({
+            "version": lane.info.version,
+            "name": login.name,
+            "server_id": entropy::name(),
+            "remote_account": login.account,
+            "headers": true,
+            "protocol": 1,
+            "tls_required": endpoint.requires_tls(),
+        });
+        if let (Some(connect), Ok(Value::Object(fields))) = (connect.as_object_mut(), serde_json::to_value(&identity)) {
+            connect.extend(fields);
+        }
+        let mut hello = format!("CONNECT {connect}\r\n");
+        for subject in &login.subscriptions {
+            let _ = write!(hello, "LS+ {subject}\r\n");
+        }
+        hello += "PING\r\n";
+        lane.pings += 1;
+        lane.io.write_all(hello.as_bytes()).await.map_err(|e| Error::retry(e.to_string()))?;
+        lane.io.flush().await.map_err(|e| Error::retry(e.to_string()))?;
+        // The PONG proves that login and subscriptions were accepted; an -ERR comes out as an error.
+        while lane.pongs == 0 {
+            let read = poll_fn(|cx| lane.poll_read(cx)).await.and_then(|()| lane.take());
+            self.early.extend(read.map_err(|error| lane.expired(error))?);
+        }
+        Ok(())
+    }
+
+    /// What the server said of itself.
+    pub fn info(&self) -> &ServerInfo {
+        self.lane.info()
+    }
+
+    /// Server that this leaf is connected to: `host:port`, or the URL of its websocket.
+    pub fn address(&self) -> &str {
+        self.lane.address()
+    }
+
+    /// Bytes of commands that the system has not taken yet.
+    pub fn unwritten(&self) -> usize {
+        self.lane.unwritten()
+    }
+
+    /// When the login ends, in seconds since the Unix epoch; `None` for never.
+    pub fn login_expires(&self) -> Option<i64> {
+        self.lane.login_expires()
+    }
+
+    /// Subscribes to a subject.
+    pub fn subscribe(&mut self, subject: &str) {
+        let _ = write!(self.lane.output, "LS+ {subject}\r\n");
+    }
+
+    /// Ends a subscription.
+    pub fn unsubscribe(&mut self, subject: &str) {
+        let _ = write!(self.lane.output, "LS- {subject}\r\n");
+    }
+
+    /// Puts a message into the output; an empty `reply` or `header` is none. The header is a whole block, from `NATS/1.0`
+    /// to the empty line.
+    pub fn send(&mut self, subject: &[u8], reply: &[u8], header: &[u8], payload: &[u8]) {
+        let output = &mut self.lane.output;
+        output.reserve(subject.len() + reply.len() + header.len() + payload.len() + 48);
+        output.extend_from_slice(if header.is_empty() { b"LMSG " } else { b"HMSG " });
+        output.extend_from_slice(subject);
+        if !reply.is_empty() {
+            output.extend_from_slice(b" ");
+            output.extend_from_slice(reply);
+        }
+        write_sizes(output, header.len(), header.len() + payload.len());
+        output.extend_from_slice(header);
+        output.extend_from_slice(payload);
+        output.extend_from_slice(b"\r\n");
+    }
+
+    /// Writes and reads until something arrived or all output was written, see [`Lane::turn`]. A [`Turn::Received`] without
+    /// messages may announce interest ([`Leaf::take_interest`]).
+    pub async fn turn(&mut self) -> Result<Turn, Error> {
+        match self.early.pop_front() {
+            Some(batch) => Ok(Turn::Received(batch)),
+            None => self.lane.turn().await,
+        }
+    }
+
+    /// Subscriptions of the server's account that began or ended, oldest first.
+    pub fn take_interest(&mut self) -> Vec<Interest> {
+        self.lane.interest.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Writes everything and waits until the server has read it, see [`Lane::round_trip`].
+    pub async fn round_trip(&mut self) -> Result<(), Error> {
+        self.lane.round_trip().await
+    }
+
+    /// Writes what there is, for no longer than `within`: before a leaf is dropped.
+    pub async fn flush(&mut self, within: Duration) {
+        let written = async { while self.lane.unwritten() > 0 && self.lane.turn().await.is_ok() {} };
+        tokio::select! {
+            () = written => {}
+            () = sleep(within) => {}
+        }
+    }
+}
+
+fn write_sizes(output: &mut BytesMut, header: usize, total: usize) {
+    // Writing to memory does not fail.
+    let _ = if header > 0 { write!(output, " {header} {total}\r\n") } else { write!(output, " {total}\r\n") };
+}
+
+/// A port for clients answers the first subscription with this.
+fn no_leafnode_port(error: Error) -> Error {
+    if !error.message.to_ascii_lowercase().contains("unknown protocol operation") {
+        return error;
+    }
+    Error::hold(format!(
+        "{}: that is not a leafnode port: name the port under `leafnodes` of the server, 7422 by default",
+        error.message
+    ))
+}
