@@ -14,11 +14,11 @@ mod replication;
 mod schema;
 mod scope;
 mod secrets;
+mod tls;
 mod transform;
 
 pub use document::{
-    AdvisoryDocument, DeadLetterDocument, Document, LimitsDocument, TlsDocument, TransformDocument, document_id, parse,
-    parse_judged, parse_value,
+    AdvisoryDocument, DeadLetterDocument, Document, LimitsDocument, document_id, parse, parse_judged, parse_value,
 };
 pub use file::{SiteFile, parse_file};
 pub use heartbeats::{
@@ -28,12 +28,13 @@ pub use json::{Json, why_not_json};
 pub use mapping::Mapping;
 pub use problems::{Problem, Problems};
 pub use replication::{
-    Advisory, Former, Inspect, Limits, OnReject, OnSourceLoss, Replication, Sampling, SenderBounds, Sharing, Side,
-    Start,
+    Advisory, Former, Inspect, Limits, NativeFeed, OnReject, OnSourceLoss, Replication, Sampling, SenderBounds,
+    Sharing, Side, Start,
 };
 pub use schema::replication_schema;
 pub use scope::Scope;
 pub use secrets::{
     URLS, has_heartbeats_mask, has_mask, mask_document, mask_heartbeats, unmask_document, unmask_heartbeats,
 };
-pub use transform::{Transform, Wrong as WrongTransform};
+pub use tls::TlsDocument;
+pub use transform::{Transform, TransformDocument, Wrong as WrongTransform};

@@ -27,16 +27,23 @@ use tracing::info;
 pub use error::{Error, ErrorKind};
 #[doc(hidden)]
 pub use feed::{INBOX, feed};
+pub(crate) use flow::position::Fed;
 pub use flow::{budget::Budget, position::PositionWriter, watchdog::Escalation};
 pub use job::Job;
 pub use samples::Samples;
+pub(crate) use source::{
+    clock::{Heard, SourceClock, apart as clock_apart, shown as shown_offset},
+    consumers::Names,
+    locate::before_time,
+    reader::{Range, Reader},
+};
 pub use source::{
     consumers::consumer_prefix,
     locate::{At, Located, Place, locate},
     peek::{SourcePeek, peek},
     retention::{Looks, Outlook, Shortage, Turn},
 };
-pub(crate) use target::dedup_window::LONGEST_PAUSE;
+pub(crate) use target::{dedup_window::LONGEST_PAUSE, mark, stream::missing as missing_target};
 
 use open::Opener;
 use run::Ended;

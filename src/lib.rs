@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | edge | [`cli`], [`app`], [`telemetry`] | arguments, composition, ordered shutdown |
 //! | face | [`control`], [`http`] | how the outside asks |
-//! | work | [`supervisor`], [`lease`], [`preflight`], [`copy`], [`sampling`], [`heartbeat`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
+//! | work | [`supervisor`], [`lease`], [`preflight`], [`mirror`], [`copy`], [`sampling`], [`heartbeat`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
 //! | world | [`store`], [`allow`], [`nats`] | buckets, and which connections are allowed |
 //! | words | [`config`], [`choria`], [`status`], [`metrics`], [`names`], `boottime` | no sockets |
 //! | wire | the crate [`nats_lane`] | connections: the only I/O beside [`http`] |
@@ -29,6 +29,7 @@ pub mod heartbeat;
 pub mod http;
 pub mod lease;
 pub mod metrics;
+pub mod mirror;
 pub mod names;
 pub mod nats;
 pub mod preflight;

@@ -7,6 +7,7 @@
 mod judge;
 mod limits;
 mod look;
+mod native;
 mod permissions;
 mod returned;
 mod ring;
@@ -123,6 +124,9 @@ pub async fn run(
     known: &[Known],
     until: Instant,
 ) -> Report {
+    if let Some(native) = &replication.native {
+        return native::run(rules, own, replication, native, until).await;
+    }
     let site = own.site;
     let early = until - SECOND_LOOK;
     let (mut source, mut target) = tokio::join!(

@@ -319,6 +319,8 @@ pub enum Transport {
     /// One publish with an ack per message, many in flight.
     #[default]
     Pipelined,
+    /// The target's server takes them as a mirror, over a leafnode connection.
+    Feed,
 }
 
 /// Whether others write to the target.

@@ -11,6 +11,7 @@ mod neighbours;
 mod outage;
 mod replication;
 mod roll;
+mod run;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

@@ -308,6 +308,7 @@ fn transport(transport: Transport) -> &'static str {
     match transport {
         Transport::FastIngest => "fast_ingest",
         Transport::Pipelined => "pipelined",
+        Transport::Feed => "feed",
     }
 }
 

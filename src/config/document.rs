@@ -1,25 +1,24 @@
 //! The document as people write it.
 
-use std::path::PathBuf;
-
 use chrono::{DateTime, Utc};
 use nats_lane::{
     Connection, ContextFields, Endpoint, ServerRef, Tls, check_context_name, endpoint, parse_duration,
     server_ref::{domain_prefix, looks_like_url, subject_prefix},
 };
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
     Advisory, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems, Replication, Sampling, Scope,
-    SenderBounds, Sharing, Side, Start, Transform, patterns,
+    SenderBounds, Sharing, Side, Start, TlsDocument, Transform, TransformDocument, patterns,
     schema::{self, join, shorten},
 };
 use crate::{
     names::{self, HEARTBEATS_KEY, SITE_KEY},
     status::Ordering,
 };
+
+mod native;
 
 /// Longest id; it becomes part of keys and subjects.
 const MAX_ID: usize = 512;
@@ -167,6 +166,15 @@ pub struct Document {
     /// TLS files of the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_tls: Option<TlsDocument>,
+    /// `copy` or `mirror`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
+    /// Where the leafnodes of the target are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_leaf_url: Option<String>,
+    /// TLS of its own for the leafnodes of the target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_leaf_tls: Option<TlsDocument>,
 }
 
 /// `limits` of a document.
@@ -210,35 +218,6 @@ pub struct AdvisoryDocument {
     /// Whether each one is confirmed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reliable: Option<bool>,
-}
-
-/// One of the `subject_transforms` of a document.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct TransformDocument {
-    /// Subjects that it is for.
-    pub src: String,
-    /// The subject that they become.
-    pub dest: String,
-}
-
-/// `tls`, `source_tls` and `target_tls` of a document. PEM files on the machine of the replicator.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default)]
-#[schemars(rename = "Tls", deny_unknown_fields)]
-pub struct TlsDocument {
-    /// Certificate authorities to trust instead of the system's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "String")]
-    pub ca: Option<PathBuf>,
-    /// Client certificate chain; together with `key`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "String")]
-    pub cert: Option<PathBuf>,
-    /// Client private key; together with `cert`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "String")]
-    pub key: Option<PathBuf>,
 }
 
 /// Checks a document (schema first, then what a schema cannot say) and turns it into what runs. `site` is the
@@ -385,6 +364,7 @@ impl Checker {
         let max_age = self.duration("max_age", text(&document.max_age));
         let sampling = self.sampling(document);
         let on_reject = self.on_reject(document);
+        let native = self.native(document);
         let id = self.id(document, own_name);
         Some(Replication {
             id,
@@ -407,6 +387,7 @@ impl Checker {
             ordering: ordering(document),
             limits: limits(document.limits.as_ref()),
             notices: notices(document),
+            native,
         })
     }
 
@@ -494,6 +475,10 @@ impl Checker {
         let endpoint = Endpoint::parse(url).map_err(|error| self.problem(field, format!("`{field}`: {error}"))).ok()?;
         if endpoint::is_masked(url) {
             self.problem(field, format!("`{field}`: `***` stands for a secret that is not here: write the secret"));
+            return None;
+        }
+        if let Some(wrong) = native::wrong_scheme(fields.side, endpoint.scheme) {
+            self.problem(field, format!("`{field}`: {wrong}"));
             return None;
         }
         let TlsDocument { ca, cert, key } = fields.own_tls.or(fields.tls).cloned().unwrap_or_default();
@@ -1397,7 +1382,10 @@ mod tests {
             }),
             tls: Some(tls.clone()),
             source_tls: Some(tls.clone()),
-            target_tls: Some(tls),
+            target_tls: Some(tls.clone()),
+            kind: Some("mirror".into()),
+            target_leaf_url: some(),
+            target_leaf_tls: Some(tls),
         };
         let full = serde_json::to_value(full).unwrap();
         assert_eq!(keys(&full), keys(&schema["properties"]));

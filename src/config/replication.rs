@@ -53,6 +53,15 @@ pub struct Replication {
     pub limits: Limits,
     /// What a document says that is accepted and changes nothing; to be logged once.
     pub notices: Vec<String>,
+    /// How the target is fed natively, kind `mirror`; `None` for kind `copy`.
+    pub native: Option<NativeFeed>,
+}
+
+/// A target stream that is a mirror in the sense of the server, and that this program feeds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NativeFeed {
+    /// The leafnode port of the target, and as whom to connect there.
+    pub leaf: ServerRef,
 }
 
 impl Replication {

@@ -15,7 +15,7 @@ use super::{
 };
 
 /// The fields of a document that are URLs: `***` may stand for a secret there.
-pub const URLS: [&str; 2] = ["source_url", "target_url"];
+pub const URLS: [&str; 3] = ["source_url", "target_url", "target_leaf_url"];
 
 /// Fields that make subjects of requests. A URL that strayed there is refused, and it is not shown where it was written
 /// past the service.
@@ -30,7 +30,11 @@ struct Kind {
 fn replication() -> Kind {
     Kind {
         schema: &REPLICATION,
-        urls: &[("source_url", &["source_tls", "tls"]), ("target_url", &["target_tls", "tls"])],
+        urls: &[
+            ("source_url", &["source_tls", "tls"]),
+            ("target_url", &["target_tls", "tls"]),
+            ("target_leaf_url", &["target_leaf_tls", "target_tls", "tls"]),
+        ],
     }
 }
 

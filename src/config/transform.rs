@@ -5,11 +5,23 @@
 //! server takes the first token of the subject), no buckets (a server of 2.10 crashes at the first message), and a
 //! function that is not a whole token (a server takes it for plain text).
 
+use serde::{Deserialize, Serialize};
+
 use super::patterns;
 
 /// Names of functions as people write them.
 const FUNCTIONS: &str = "wildcard, partition, split, splitFromLeft, splitFromRight, sliceFromLeft, sliceFromRight, \
                          left and right";
+
+/// One of the `subject_transforms` of a document.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TransformDocument {
+    /// Subjects that it is for.
+    pub src: String,
+    /// The subject that they become.
+    pub dest: String,
+}
 
 /// One transform, valid by construction.
 #[derive(Debug, Clone, PartialEq, Eq)]

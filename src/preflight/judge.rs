@@ -57,39 +57,39 @@ pub(super) struct Pair<'a> {
 }
 
 /// Findings about one side.
-struct Findings {
+pub(super) struct Findings {
     side: &'static str,
     address: String,
     list: Vec<Finding>,
 }
 
 impl Findings {
-    fn new(side: &'static str, facts: &Facts) -> Self {
+    pub(super) fn new(side: &'static str, facts: &Facts) -> Self {
         Self { side, address: facts.address.clone(), list: Vec::new() }
     }
 
-    fn add(&mut self, name: &'static str, outcome: Outcome, path: &'static str, text: &str) {
+    pub(super) fn add(&mut self, name: &'static str, outcome: Outcome, path: &'static str, text: &str) {
         let message = if text.is_empty() { String::new() } else { format!("{} `{}`: {text}", self.side, self.address) };
         self.list.push(Finding { name, outcome, message, path });
     }
 
-    fn ok(&mut self, name: &'static str) {
+    pub(super) fn ok(&mut self, name: &'static str) {
         self.add(name, Outcome::Ok, "", "");
     }
 
-    fn unknown(&mut self, name: &'static str) {
+    pub(super) fn unknown(&mut self, name: &'static str) {
         self.add(name, Outcome::Unknown, "", "");
     }
 
     /// What there is to say, or that all is well.
-    fn add_any(&mut self, name: &'static str, path: &'static str, said: Option<(Outcome, String)>) {
+    pub(super) fn add_any(&mut self, name: &'static str, path: &'static str, said: Option<(Outcome, String)>) {
         match said {
             Some((outcome, text)) => self.add(name, outcome, path, &text),
             None => self.ok(name),
         }
     }
 
-    fn add_answer<T>(&mut self, name: &'static str, path: &'static str, answer: &Answer<T>) {
+    pub(super) fn add_answer<T>(&mut self, name: &'static str, path: &'static str, answer: &Answer<T>) {
         match answer {
             Answer::Got(_) => self.ok(name),
             Answer::Failed(text) => self.add(name, Outcome::Failed, path, text),
@@ -98,7 +98,7 @@ impl Findings {
         }
     }
 
-    fn report(self, facts: &Facts) -> SideReport {
+    pub(super) fn report(self, facts: &Facts) -> SideReport {
         let info = facts.connect.got();
         SideReport {
             server: info.map(|info| info.server_name.clone()).unwrap_or_default(),
@@ -821,7 +821,7 @@ fn remembered(stream: &StreamInfo, abilities: &Abilities) -> Said {
 }
 
 /// Names for a message: the first few.
-fn list(names: &[impl AsRef<str>]) -> String {
+pub(super) fn list(names: &[impl AsRef<str>]) -> String {
     let mut shown: Vec<_> = names.iter().take(MAX_SHOWN).map(|name| format!("`{}`", name.as_ref())).collect();
     if names.len() > MAX_SHOWN {
         shown.push(format!("{} more", names.len() - MAX_SHOWN));

@@ -26,6 +26,7 @@ use super::{
     neighbours::Neighbours,
     outage::Outage,
     roll::Roll,
+    run,
 };
 use crate::{
     config::Replication,
@@ -607,7 +608,7 @@ impl Session {
         };
         let saved = ledger.saved();
         let before = board.mark();
-        let run = Box::pin(copy::run(&job, &mut ledger, board.status(), &deps.events, stop.clone()));
+        let run = run::of_kind(&job, &mut ledger, board.status(), &deps.events, stop.clone());
         let run = AssertUnwindSafe(run).catch_unwind();
         let result = tokio::select! {
             biased;

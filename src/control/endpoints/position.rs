@@ -44,6 +44,14 @@ pub(super) async fn position(context: &RequestContext, request: Request) -> Resu
         return Err(stopping(&id));
     }
     let replication = runnable(context, entry).await?;
+    if replication.native.is_some() {
+        let description = format!(
+            "target stream `{}` is a mirror, which continues after the last message that it holds: its position cannot be \
+             moved",
+            replication.target.stream
+        );
+        return Err(Failure::new(409, description));
+    }
     let place = at_source(context, &replication, at, end).await?;
     let from = record.source.as_ref().map_or(0, |source| source.seq);
     let to = place.position.seq;

@@ -148,12 +148,31 @@ impl PositionWriter {
     /// Begins to save if nothing is being saved and the last save is long enough ago; whether the record says all
     /// of it already.
     pub(in crate::copy) fn save(&mut self, now: Instant, witnesses: Witnesses<'_>, row: impl FnOnce() -> Row) -> bool {
+        self.save_record(now, |saved| witnesses.record(saved), row)
+    }
+
+    /// The same for a native feed: the target has the sequences of the source.
+    pub(crate) fn save_fed(&mut self, now: Instant, fed: &Fed<'_>, row: impl FnOnce() -> Row) -> bool {
+        self.save_record(now, |saved| fed.record(saved), row)
+    }
+
+    /// Saves now, at the end of a native feed, and waits for it.
+    pub(crate) async fn save_fed_now(&mut self, fed: &Fed<'_>, row: Row) -> Result<(), SaveError> {
+        self.write(fed.record(&self.record), row).await
+    }
+
+    fn save_record(
+        &mut self,
+        now: Instant,
+        record: impl FnOnce(&PositionRecord) -> PositionRecord,
+        row: impl FnOnce() -> Row,
+    ) -> bool {
         let recent = self.last_save.is_some_and(|last| now.duration_since(last) < SAVE_EVERY);
         if recent || self.saving.is_some() {
             return false;
         }
         self.last_save = Some(now);
-        let record = witnesses.record(&self.record);
+        let record = record(&self.record);
         let same = record.source == self.record.source
             && record.target == self.record.target
             && record.sampled == self.record.sampled
@@ -285,7 +304,7 @@ impl PositionWriter {
     }
 
     /// Drives a save that is under way; ready when it is over.
-    pub(in crate::copy) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SaveError>> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SaveError>> {
         let Some((saving, _)) = &mut self.saving else { return Poll::Pending };
         let Poll::Ready(result) = saving.as_mut().poll(cx) else { return Poll::Pending };
         let Some((_, record)) = self.saving.take() else { return Poll::Pending };
@@ -527,6 +546,35 @@ pub(in crate::copy) struct Witnesses<'a> {
     pub target_created: &'a str,
     /// What is known of senders, with sampling.
     pub sampled: Option<Sampled>,
+}
+
+/// What a position record is to say of a native feed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Fed<'a> {
+    /// Everything up to this sequence is stored at the target, under the same sequences; with the stored time of the
+    /// message there, nanoseconds since the Unix epoch, where it is known. `None` where the target was not compared with
+    /// the source: what was saved stays.
+    pub point: Option<(u64, Option<i64>)>,
+    /// The source server's time.
+    pub now: DateTime<Utc>,
+    /// `created` of the source stream.
+    pub source_created: &'a str,
+    /// `created` of the target stream.
+    pub target_created: &'a str,
+}
+
+impl Fed<'_> {
+    fn record(&self, saved: &PositionRecord) -> PositionRecord {
+        let Some((seq, time_ns)) = self.point else { return saved.clone() };
+        let target = TargetWitness { seq, source_seq: seq, created: self.target_created.to_owned() };
+        PositionRecord {
+            source: Some(SourceWitness { seq, time_ns, created: self.source_created.to_owned() }),
+            target: (seq > 0).then_some(target),
+            saved_at: Some(self.now.trunc_subsecs(3)),
+            target_mode: TargetMode::Exclusive,
+            ..saved.clone()
+        }
+    }
 }
 
 /// What is known of senders.

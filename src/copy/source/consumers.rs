@@ -27,7 +27,7 @@ pub fn consumer_prefix(site: &str, installation: &str, replication: &str) -> Str
 
 /// Names of a replication's own consumers at one stream.
 #[derive(Debug)]
-pub(in crate::copy) struct Names {
+pub(crate) struct Names {
     prefix: String,
     next: u8,
 }

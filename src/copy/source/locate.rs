@@ -118,7 +118,7 @@ pub(in crate::copy) fn question_names(consumers: &str) -> Names {
 
 /// The sequence before the first message stored at or after a time: the server knows, a consumer asks it. A stream that
 /// forgets what was acknowledged takes no consumer for a question, and is searched; so is one that takes no more consumers.
-pub(in crate::copy) async fn before_time(
+pub(crate) async fn before_time(
     lane: &mut Lane,
     stream: &str,
     info: &StreamInfo,

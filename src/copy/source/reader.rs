@@ -58,7 +58,7 @@ const PIECE_BACKLOG: usize = 1 << 20;
 
 /// What to read.
 #[derive(Debug, Clone)]
-pub(in crate::copy) struct Range<'a> {
+pub(crate) struct Range<'a> {
     /// The stream.
     pub stream: &'a str,
     /// Only subjects that match one of these; empty for all.
@@ -71,7 +71,7 @@ pub(in crate::copy) struct Range<'a> {
 
 /// One message read.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::copy) struct Incoming<'a> {
+pub(crate) struct Incoming<'a> {
     /// Where it lies in the stream, and how many follow.
     pub delivery: Delivery,
     /// The sequence before the first one that this message stands for: what lies between was filtered or is
@@ -90,7 +90,7 @@ impl Incoming<'_> {
 
 /// Why a consumer is of no use any more.
 #[derive(Debug)]
-pub(in crate::copy) struct Lost {
+pub(crate) struct Lost {
     /// What was seen.
     pub error: Error,
     /// Nobody pulled for so long that the server had to forget it: nothing is wrong.
@@ -111,7 +111,7 @@ struct Pull {
 
 /// Reads one range of a stream.
 #[derive(Debug)]
-pub(in crate::copy) struct Reader {
+pub(crate) struct Reader {
     stream: String,
     consumer: String,
     sid: u64,

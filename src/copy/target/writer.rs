@@ -77,7 +77,8 @@ impl Writer {
         let end = TargetEnd::new(replication.clone(), target, record.epoch, abilities.mode);
         let sink = match abilities.transport {
             Transport::FastIngest => Sink::Batches(Batches::new()),
-            Transport::Pipelined => Sink::Pipelined(Pipelined::new(end.floor)),
+            // A feed has no writer.
+            Transport::Pipelined | Transport::Feed => Sink::Pipelined(Pipelined::new(end.floor)),
         };
         Self {
             replication,

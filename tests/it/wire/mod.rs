@@ -19,6 +19,7 @@ mod kv;
 mod leafnode;
 mod limits;
 mod logins;
+mod mirror;
 mod networks;
 mod objects;
 mod order;

@@ -1,0 +1,176 @@
+//! What a document says of a native feed.
+
+use nats_lane::{Scheme, ServerRef};
+use serde_json::Value;
+
+use super::{Checker, Document, SideFields, text};
+use crate::config::NativeFeed;
+
+/// The side of the leafnode connection, as its fields begin.
+const LEAF: &str = "target_leaf";
+
+/// Fields that say what a mirror does not do: it takes every message as it is, and nothing else writes to it.
+const NOT_FOR_A_MIRROR: [(&str, &str); 22] = [
+    ("filter_subject", EVERY_MESSAGE),
+    ("filter_subjects", EVERY_MESSAGE),
+    ("exclude_subjects", EVERY_MESSAGE),
+    ("max_age", EVERY_MESSAGE),
+    ("inspect_field", EVERY_MESSAGE),
+    ("inspect_header", EVERY_MESSAGE),
+    ("inspect_subject_token", EVERY_MESSAGE),
+    ("inspect_force_field", EVERY_MESSAGE),
+    ("inspect_duration", EVERY_MESSAGE),
+    ("warn_duration", EVERY_MESSAGE),
+    ("size_trigger", EVERY_MESSAGE),
+    ("advisory", EVERY_MESSAGE),
+    ("subject_transforms", UNCHANGED),
+    ("target_subject_prefix", UNCHANGED),
+    ("target_subject_remove", UNCHANGED),
+    ("on_reject", "the target's server stores the messages, and one that it refuses blocks the mirror"),
+    ("dead_letter", "the target's server stores the messages, and one that it refuses blocks the mirror"),
+    ("target_mode", "a mirror takes messages from its origin only"),
+    ("target_update", "a mirror that exists is left as it is"),
+    ("on_source_loss", "a mirror cannot go back: the replication is held when the source lost messages"),
+    ("ordering", "the order of a mirror is always that of its source"),
+    ("leader_election_name", "Choria's replicator feeds no mirrors"),
+];
+const EVERY_MESSAGE: &str = "a mirror takes every message";
+const UNCHANGED: &str = "a mirror takes the messages unchanged";
+
+/// Limits that are not applied to a mirror.
+const NOT_LIMITED: [&str; 2] = ["messages_per_second", "bytes_per_second"];
+
+/// What is wrong with the scheme of the URL of a side.
+pub(super) fn wrong_scheme(side: &str, scheme: Scheme) -> Option<&'static str> {
+    match (side == LEAF, scheme) {
+        (true, Scheme::Nats) => Some("`nats://` is the port for clients: write `nats-leaf://`"),
+        (false, Scheme::Leaf) => Some("`nats-leaf://` is only for `target_leaf_url`: write `nats://`"),
+        _ => None,
+    }
+}
+
+impl Checker {
+    /// How the target is fed, for kind `mirror`.
+    pub(super) fn native(&mut self, document: &Document) -> Option<NativeFeed> {
+        let url = text(&document.target_leaf_url);
+        let own_tls = document.target_leaf_tls.as_ref();
+        self.tls("target_leaf_tls", own_tls);
+        if text(&document.kind) != Some("mirror") {
+            let set = [("target_leaf_url", url.is_some()), ("target_leaf_tls", own_tls.is_some())];
+            for (field, _) in set.into_iter().filter(|(_, set)| *set) {
+                self.problem(field, format!("`{field}` has no effect, because `kind` is not `mirror`"));
+            }
+            return None;
+        }
+        self.not_for_a_mirror(document);
+        let Some(url) = url else {
+            if self.problems.iter().all(|problem| problem.path != "/target_leaf_url") {
+                let message = "`target_leaf_url` is required where `kind` is `mirror`: the leafnode port of the target";
+                self.problem("target_leaf_url", message.to_owned());
+            }
+            return None;
+        };
+        let fields = SideFields {
+            side: LEAF,
+            url: ("target_leaf_url", Some(url)),
+            context: ("", None),
+            domain: ("", None),
+            api_prefix: ("", None),
+            own_tls: own_tls.or(document.target_tls.as_ref()),
+            tls: document.tls.as_ref(),
+        };
+        let leaf = ServerRef::Known(Box::new(self.known("target_leaf_url", url, &fields, None)?));
+        self.places.push((LEAF, leaf.clone()));
+        Some(NativeFeed { leaf })
+    }
+
+    fn not_for_a_mirror(&mut self, document: &Document) {
+        let Ok(Value::Object(written)) = serde_json::to_value(document) else { return };
+        let is_default = |field: &str, value: &Value| match value {
+            Value::String(text) => text.is_empty() || (field == "on_reject" && text == "hold"),
+            Value::Number(number) => number.as_i64() == Some(0),
+            Value::Bool(flag) => !flag,
+            Value::Object(fields) => fields.is_empty(),
+            Value::Array(items) => items.is_empty(),
+            Value::Null => true,
+        };
+        for (field, why) in NOT_FOR_A_MIRROR {
+            if written.get(field).is_some_and(|value| !is_default(field, value)) {
+                self.problem(field, format!("`{field}` is not for kind `mirror`: {why}"));
+            }
+        }
+        for field in NOT_LIMITED {
+            if written.get("limits").and_then(|limits| limits.get(field)).is_some() {
+                let message =
+                    format!("`limits.{field}` is not for kind `mirror`: a mirror is fed as fast as it stores");
+                self.problem(&format!("limits/{field}"), message);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::config::{Problem, Replication, parse};
+
+    fn document(fields: Value) -> Result<Replication, Vec<Problem>> {
+        let mut document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b", "kind": "mirror",
+            "target_leaf_url": "nats-leaf://u:p@b"});
+        document.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        parse(document.to_string().as_bytes(), "SITE").map_err(|problems| problems.0)
+    }
+
+    #[test]
+    fn a_mirror_has_a_leafnode_port() {
+        let leaf = |fields| match document(fields).unwrap().native.unwrap().leaf {
+            ServerRef::Known(connection) => connection,
+            other @ ServerRef::Context { .. } => panic!("{other}"),
+        };
+        let connection = leaf(json!({}));
+        assert_eq!(connection.endpoint.hosts[0].port, 7422);
+        let tls = json!({"target_tls": {"ca": "/t"}, "target_leaf_tls": {"ca": "/l"}});
+        assert_eq!(leaf(tls).endpoint.tls.ca.as_deref(), Some(std::path::Path::new("/l")));
+        assert_eq!(
+            leaf(json!({"target_tls": {"ca": "/t"}})).endpoint.tls.ca.as_deref(),
+            Some(std::path::Path::new("/t"))
+        );
+        assert!(document(json!({"kind": "copy", "target_leaf_url": ""})).unwrap().native.is_none());
+    }
+
+    #[track_caller]
+    fn check(fields: Value, path: &str, text: &str) {
+        let problems = document(fields).unwrap_err();
+        assert!(problems.iter().any(|p| p.path == path && p.message.contains(text)), "{problems:?}");
+    }
+
+    #[test]
+    fn what_a_mirror_does_not_do_is_refused() {
+        for (field, value) in [
+            ("filter_subject", json!("a.>")),
+            ("filter_subjects", json!(["a.>"])),
+            ("subject_transforms", json!([{"src": "a", "dest": "b"}])),
+            ("target_subject_prefix", json!("x")),
+            ("max_age", json!("1h")),
+            ("on_reject", json!("skip")),
+            ("on_source_loss", json!("follow")),
+            ("target_mode", json!("shared")),
+            ("leader_election_name", json!("x")),
+        ] {
+            check(json!({ field: value }), &format!("/{field}"), "is not for kind `mirror`");
+        }
+        check(json!({"limits": {"bytes_per_second": 1024}}), "/limits/bytes_per_second", "is not for kind `mirror`");
+        document(json!({"on_reject": "hold", "start_at_end": true, "target_update": false})).unwrap();
+    }
+
+    #[test]
+    fn leafnode_urls_are_only_for_leafnodes() {
+        check(json!({"target_leaf_url": ""}), "/target_leaf_url", "is required");
+        check(json!({"target_leaf_url": "nats://b"}), "/target_leaf_url", "`nats-leaf://`");
+        check(json!({"target_url": "nats-leaf://b"}), "/target_url", "only for `target_leaf_url`");
+        check(json!({"kind": "copy"}), "/target_leaf_url", "has no effect");
+        check(json!({"kind": "other"}), "/kind", "mirror");
+    }
+}

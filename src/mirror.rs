@@ -1,0 +1,74 @@
+//! The native feed of kind `mirror`: the target stream is a mirror in the sense of the server, and its origin is this
+//! program. The target's server asks for a consumer below an API prefix that only this feed answers, over a leafnode
+//! connection of its own; the feed answers, reads the source, and delivers what a consumer would deliver. The server's own
+//! mirror code stores it: with the sequence and the stored time of the source, and resuming by itself.
+//!
+//! [`open`] makes the connections and the target stream, [`feed`] is the loop, [`witness`] decides whether source and
+//! target still belong together. [`request`], [`session`] and [`subjects`] are pure.
+
+mod feed;
+mod open;
+mod request;
+mod session;
+mod subjects;
+mod target;
+mod witness;
+
+use nats_lane::ErrorKind;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+pub use subjects::FeedSubjects;
+pub(crate) use target::{check as refuse_target, refuse_source};
+
+use crate::{
+    config::NativeFeed,
+    copy::{self, Job, PositionWriter},
+    events::Events,
+    status::{CopyStatus, State},
+};
+
+/// Feeds the mirror until `stop` is cancelled (then the position is saved) or something fails, as [`copy::run`] copies.
+pub async fn run(
+    job: &Job,
+    native: &NativeFeed,
+    ledger: &mut PositionWriter,
+    status: &watch::Sender<(State, CopyStatus)>,
+    events: &Events,
+    stop: CancellationToken,
+) -> Result<(), copy::Error> {
+    let opened = tokio::select! {
+        biased;
+        () = stop.cancelled() => return Ok(()),
+        opened = Box::pin(open::open(job, native, status)) => opened,
+    };
+    let result = match opened {
+        Ok(opened) => Box::pin(feed::Feed::new(job, opened, status, events).run(ledger, &stop)).await,
+        Err(error) => Err(error),
+    };
+    status.send_modify(|(_, copy)| {
+        copy.source.connected = false;
+        copy.target.connected = false;
+        copy.in_flight = Default::default();
+    });
+    result
+}
+
+/// What a server says when another leafnode connection of the same name has taken the place of this one.
+const EVICTED: &str = "duplicate remote leafnode connection";
+
+/// An error of the leafnode connection.
+fn of_leaf(error: nats_lane::Error) -> copy::Error {
+    if error.message.to_ascii_lowercase().contains(EVICTED) {
+        let message = format!(
+            "{}: another feed of this replication took over: a second service with the same `site` feeds the same target",
+            error.message
+        );
+        return copy::Error::new(copy::ErrorKind::Hold, message);
+    }
+    if error.kind == ErrorKind::Hold {
+        let message = format!("{}: `config validate` prints the permissions that the leaf user needs", error.message);
+        return copy::Error::new(copy::ErrorKind::Hold, message);
+    }
+    error.into()
+}

@@ -1,0 +1,644 @@
+//! The loop of a feed: one task, one owner of three connections. Whatever fails ends it, and the next run begins with a
+//! target that asks again.
+
+use std::{collections::BTreeSet, future::poll_fn};
+
+use chrono::DateTime;
+use nats_lane::{
+    Batch, Lane, Turn, entropy,
+    jetstream::{Api, StoredMessage, StreamInfo, answer_in, leaders_info},
+    leafnode::Leaf,
+};
+use tokio::{
+    sync::watch,
+    time::{Duration, Instant, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::{
+    FeedSubjects, of_leaf,
+    open::OpenedFeed,
+    request::{self, ConsumerRequest, MirrorStart, Unserved},
+    session::{Amount, FedPoint, FeedSession, is_control, poke},
+    target,
+    witness::{self, Evidence},
+};
+use crate::{
+    config::Start,
+    copy::{
+        Error, ErrorKind, Fed, Heard, Job, Names, PositionWriter, Range, Reader, SourceClock, before_time, shown_offset,
+    },
+    events::{Event, Events},
+    status::{CopyStatus, InFlight, Lag, LastError, Position, Row, State},
+    store::SaveError,
+};
+
+/// How often the status is brought up to date.
+const TICK: Duration = Duration::from_millis(250);
+/// How often the target gets a sign of life; it was told so often.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How often both streams are asked for their state.
+const INFO_EVERY: Duration = Duration::from_secs(10);
+/// How often a target that waits for a consumer of the past is told so: it asks once in 2 s at most.
+const POKE_EVERY: Duration = Duration::from_secs(2);
+/// A replicated target that has not asked after this time gets another leader, which asks.
+const STEPDOWN_AFTER: Duration = Duration::from_secs(3);
+/// After this time it is reported that the target has not asked.
+const UNASKED: Duration = Duration::from_secs(5);
+/// A target that was given a consumer and does not listen to it after this time will ask again.
+const LISTENS_WITHIN: Duration = Duration::from_secs(10);
+/// A target that stores nothing of what was delivered for this time is given up.
+const STORES_WITHIN: Duration = Duration::from_secs(60);
+/// So many requests for the same message, which was delivered each time, mean that the target refuses it.
+const REFUSED: u32 = 3;
+/// Bytes that wait in our buffer for the target's connection before no more are added.
+const UNWRITTEN: usize = 1 << 20;
+/// How long the last save may take.
+const LAST_SAVE: Duration = Duration::from_secs(2);
+
+/// Whether the target asks for the same message again and again.
+#[derive(Debug, Clone, Copy, Default)]
+struct Repeats {
+    /// The sequence that was asked for last, after something was delivered.
+    start: u64,
+    times: u32,
+}
+
+/// When something is due.
+#[derive(Debug)]
+struct FeedTimes {
+    tick: Instant,
+    heartbeat: Instant,
+    info: Instant,
+    poke: Instant,
+    /// Since when the target has no consumer, or does not listen to it.
+    waits: Instant,
+    /// When the target last said that it stored something, or had nothing to store.
+    stored: Instant,
+}
+
+/// A running feed.
+pub(super) struct Feed<'a> {
+    job: &'a Job,
+    status: &'a watch::Sender<(State, CopyStatus)>,
+    events: &'a Events,
+    subjects: FeedSubjects,
+    source: Lane,
+    names: Names,
+    source_info: StreamInfo,
+    clock: SourceClock,
+    target: Lane,
+    target_info: StreamInfo,
+    leaf: Leaf,
+    /// Subjects of deliveries that the target listens on.
+    listens: BTreeSet<String>,
+    session: Option<(FeedSession, Reader)>,
+    repeats: Repeats,
+    /// Requests for the state of the streams that are not answered: source and when it was asked, target.
+    asked: (Option<(String, Instant)>, Option<String>),
+    /// Everything up to here is stored at the target.
+    position: FedPoint,
+    /// The position is one of this source: the target was compared with it.
+    compared: bool,
+    copy: CopyStatus,
+    state: State,
+    times: FeedTimes,
+    stepped_down: bool,
+    reply: Vec<u8>,
+}
+
+impl<'a> Feed<'a> {
+    pub fn new(
+        job: &'a Job,
+        opened: OpenedFeed,
+        status: &'a watch::Sender<(State, CopyStatus)>,
+        events: &'a Events,
+    ) -> Self {
+        let OpenedFeed { subjects, source, names, source_info, clock, target, target_info, leaf } = opened;
+        let (state, copy) = status.borrow().clone();
+        let state = if matches!(state, State::Retrying | State::Held) { state } else { State::Starting };
+        let now = Instant::now();
+        let position = FedPoint { seq: target_info.state.last_seq, time_ns: None };
+        let times = FeedTimes { tick: now, heartbeat: now, info: now + INFO_EVERY, poke: now, waits: now, stored: now };
+        Self {
+            job,
+            status,
+            events,
+            subjects,
+            source,
+            names,
+            source_info,
+            clock,
+            target,
+            target_info,
+            leaf,
+            listens: BTreeSet::new(),
+            session: None,
+            repeats: Repeats::default(),
+            asked: (None, None),
+            position,
+            compared: false,
+            copy,
+            state,
+            times,
+            stepped_down: false,
+            reply: Vec::new(),
+        }
+    }
+
+    /// Until the stop, or the first error.
+    pub async fn run(mut self, ledger: &mut PositionWriter, stop: &CancellationToken) -> Result<(), Error> {
+        let saved = saved_point(ledger);
+        self.position.time_ns = saved.filter(|saved| saved.seq == self.position.seq).and_then(|saved| saved.time_ns);
+        let result = tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(()),
+            result = self.feed(ledger) => result,
+        };
+        if result.as_ref().is_err_and(|error| error.kind == ErrorKind::Superseded) {
+            return result;
+        }
+        let last = timeout(LAST_SAVE, ledger.save_fed_now(&self.fed(), self.row())).await;
+        match last {
+            Ok(Err(conflict @ SaveError::Conflict { .. })) => Err(conflict.into()),
+            // The target knows how far it has come, whatever was saved.
+            _ => result,
+        }
+    }
+
+    async fn feed(&mut self, ledger: &mut PositionWriter) -> Result<(), Error> {
+        loop {
+            let now = Instant::now();
+            self.deliver(now)?;
+            if now >= self.times.tick {
+                self.tick(now, ledger)?;
+            }
+            let asked = tokio::select! {
+                biased;
+                saved = poll_fn(|cx| ledger.poll(cx)) => {
+                    self.saved(saved)?;
+                    None
+                }
+                turn = self.leaf.turn() => match turn.map_err(|error| of_leaf(error.context("target")))? {
+                    Turn::Received(batch) => self.hear_target(&batch),
+                    Turn::Flushed => None,
+                },
+                turn = self.source.turn() => {
+                    if let Turn::Received(batch) = turn.map_err(|error| error.context("source"))? {
+                        self.hear_source(batch)?;
+                    }
+                    None
+                }
+                turn = self.target.turn() => {
+                    if let Turn::Received(batch) = turn.map_err(|error| error.context("target"))? {
+                        self.hear_target_state(&batch)?;
+                    }
+                    None
+                }
+                () = sleep_until(self.times.tick) => None,
+            };
+            match asked {
+                Some(Ok(asked)) => self.begin(asked, saved_point(ledger)).await?,
+                Some(Err(Unserved { reply, why })) => {
+                    let stream = &self.job.replication.target.stream;
+                    let error = held(format!("target stream `{stream}` cannot be fed: {why}"));
+                    return Err(self.refuse(&reply, error).await);
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Takes in what came over the leafnode connection; the newest request for a consumer is left to be served.
+    fn hear_target(&mut self, batch: &Batch) -> Option<Result<ConsumerRequest, Unserved>> {
+        let prefix = format!("{}.", self.subjects.deliver());
+        for interest in self.leaf.take_interest() {
+            if !interest.subject.starts_with(&prefix) || !interest.queue.is_empty() {
+                continue;
+            }
+            if interest.begins {
+                self.listens.insert(interest.subject.clone());
+            } else {
+                self.listens.remove(&interest.subject);
+            }
+            let Some((session, _)) = &mut self.session else { continue };
+            if session.hear(&interest.subject, interest.begins) && !interest.begins {
+                debug!(replication = self.job.replication.id, "the target has ended its consumer");
+                self.end_session();
+            }
+        }
+        let (api, mut newest) = (self.subjects.api(), None);
+        for message in batch.iter() {
+            match request::read(&api, message.subject, message.reply, message.payload) {
+                Some(asked) => newest = Some(asked),
+                None => self.settle(message.subject),
+            }
+        }
+        newest
+    }
+
+    /// Tells the target why it is not served: it shows that in its stream's `mirror.error`.
+    async fn refuse(&mut self, reply: &str, error: Error) -> Error {
+        self.leaf.send(reply.as_bytes(), b"", b"", request::refusal(&error.message).as_bytes());
+        self.leaf.flush(LAST_SAVE).await;
+        error
+    }
+
+    /// A message of the target on a subject that is no request: perhaps a flow control answer.
+    fn settle(&mut self, subject: &[u8]) {
+        let Some((session, _)) = &mut self.session else { return };
+        let Some((amount, last)) = session.answered(subject) else { return };
+        self.times.stored = Instant::now();
+        self.position = last;
+        self.copy.counters.copied += amount.messages;
+        self.copy.counters.copied_bytes += amount.bytes;
+        self.repeats = Repeats::default();
+    }
+
+    fn end_session(&mut self) {
+        if let Some((_, reader)) = self.session.take() {
+            reader.close(&mut self.source);
+        }
+        self.times.waits = Instant::now();
+    }
+
+    /// Serves a request: checks whether the mirror may go on, opens the reader and answers.
+    async fn begin(&mut self, asked: ConsumerRequest, saved: Option<FedPoint>) -> Result<(), Error> {
+        self.count_refusal(&asked)?;
+        self.end_session();
+        let before = match self.before(&asked, saved).await {
+            Ok(before) => before,
+            Err(error) if error.kind == ErrorKind::Hold => return Err(self.refuse(&asked.reply, error).await),
+            Err(error) => return Err(error),
+        };
+        let limits = &self.job.replication.limits;
+        let range = Range {
+            stream: &self.job.replication.source.stream,
+            filters: &[],
+            from: before.seq + 1,
+            headers_only: false,
+        };
+        let reader = Reader::open(&mut self.source, &range, &mut self.names, limits.bytes_in_flight).await;
+        let reader = reader.map_err(|error| error.context("source"))?;
+        let consumer = format!("SR{}", entropy::name());
+        let own = format!("{}.{consumer}", self.subjects.deliver());
+        let subject = if asked.takes_subject { own.clone() } else { asked.deliver.clone() };
+        let window = Amount { messages: limits.messages_in_flight as u64, bytes: limits.bytes_in_flight as u64 };
+        let answer = asked.answer(&consumer, &subject, before.seq, reader.pending());
+        let deliver = [own, asked.deliver];
+        let stream = &self.job.replication.source.stream;
+        let mut session = FeedSession::new(stream, consumer, deliver, &self.subjects.flow(), before, window);
+        for subject in &self.listens {
+            session.hear(subject, true);
+        }
+        self.leaf.send(asked.reply.as_bytes(), b"", b"", answer.as_bytes());
+        info!(replication = self.job.replication.id, after = before.seq, "the target asked for messages");
+        let now = Instant::now();
+        (self.times.waits, self.times.stored, self.times.heartbeat) = (now, now, now + HEARTBEAT);
+        (self.position, self.compared) = (before, true);
+        self.session = Some((session, reader));
+        Ok(())
+    }
+
+    /// A message that the target asks for again and again was refused by it.
+    fn count_refusal(&mut self, asked: &ConsumerRequest) -> Result<(), Error> {
+        let delivered = self.session.as_ref().is_some_and(|(session, _)| session.delivered() > 0);
+        let start = match asked.wanted {
+            MirrorStart::All => 0,
+            MirrorStart::From(seq) => seq,
+        };
+        if !delivered || start != self.repeats.start {
+            self.repeats = Repeats { start, times: u32::from(delivered) };
+            return Ok(());
+        }
+        self.repeats.times += 1;
+        if self.repeats.times < REFUSED {
+            return Ok(());
+        }
+        let stream = &self.job.replication.target.stream;
+        Err(held(format!(
+            "target stream `{stream}` does not store the next source message, at sequence {} or after it: it asked for it \
+             {} times; the log of the target's server has the reason (`Error processing inbound mirror message`); such a \
+             message may need `allow_rollup_hdrs` or `allow_msg_ttl` of the mirror, or a newer server",
+            start.max(1),
+            self.repeats.times
+        )))
+    }
+
+    /// The sequence before the first one to be delivered, exactly: the mirror skips to it at once.
+    async fn before(&mut self, asked: &ConsumerRequest, saved: Option<FedPoint>) -> Result<FedPoint, Error> {
+        let replication = &self.job.replication;
+        if asked.stream != replication.source.stream {
+            let (is, origin) = (&asked.stream, &replication.source.stream);
+            return Err(held(format!("target stream is a mirror of `{is}`, and `{origin}` is the source")));
+        }
+        self.read_source().await?;
+        let MirrorStart::From(start) = asked.wanted else { return self.start(saved).await };
+        let last = start - 1;
+        if last == 0 {
+            return Ok(FedPoint::default());
+        }
+        let point = |found: StoredMessage| FedPoint { seq: found.sequence, time_ns: Some(found.time_ns) };
+        let source = Api::new(&mut self.source).message_from(&replication.source.stream, last).await;
+        let source = source.map_err(|error| error.context("source"))?.map(point);
+        let target = Api::new(&mut self.target).message(&replication.target.stream, last).await;
+        let target_ns = target.map_err(|error| error.context("target"))?.map(|found| found.time_ns);
+        let source_last = self.source_info.state.last_seq;
+        if let Some(why) = witness::objection(&Evidence { last, source_last, source, target_ns, saved }) {
+            let (from, to) = (&replication.source.stream, &replication.target.stream);
+            return Err(held(format!(
+                "source stream `{from}` is not the one that `{to}` mirrors: {why}; delete stream `{to}` to mirror the \
+                 source from its beginning, or promote it to keep what it holds"
+            )));
+        }
+        self.report_gap(last);
+        let time_ns =
+            target_ns.or_else(|| source.filter(|source| source.seq == last).and_then(|source| source.time_ns));
+        Ok(FedPoint { seq: last, time_ns })
+    }
+
+    /// Where a mirror begins that holds nothing.
+    async fn start(&mut self, saved: Option<FedPoint>) -> Result<FedPoint, Error> {
+        let (stream, state) = (&self.job.replication.source.stream, self.source_info.state.clone());
+        let first = state.first_seq.saturating_sub(1);
+        let seq = match &self.job.replication.start {
+            Start::All => first,
+            // What was published since the first start is not passed over.
+            Start::AtEnd => saved.map_or(state.last_seq, |saved| saved.seq),
+            Start::Sequence(seq) => seq.saturating_sub(1),
+            Start::Delta(ago) => {
+                let time = self.clock.ago(Instant::now(), *ago);
+                before_time(&mut self.source, stream, &self.source_info, &self.names, time).await?
+            }
+            Start::Time(time) => before_time(&mut self.source, stream, &self.source_info, &self.names, *time).await?,
+        };
+        Ok(FedPoint { seq: seq.clamp(first, state.last_seq.max(first)), time_ns: None })
+    }
+
+    async fn read_source(&mut self) -> Result<(), Error> {
+        let stream = &self.job.replication.source.stream;
+        let sent = Instant::now();
+        let info = Api::new(&mut self.source).stream_info(stream).await.map_err(|error| error.context("source"))?;
+        let info = info.ok_or_else(|| held(format!("source stream `{stream}` does not exist")))?;
+        self.clock.hear(&Heard { sent, received: Instant::now(), server: info.ts, local: entropy::now() });
+        self.source_info = info;
+        Ok(())
+    }
+
+    /// Reports what the source removed before it was mirrored.
+    fn report_gap(&mut self, last: u64) {
+        let first = self.source_info.state.first_seq;
+        if first > last + 1 {
+            let (from, to) = (last + 1, first - 1);
+            let gap = Event::Gap { from, to, messages: to - last };
+            warn!(replication = self.job.replication.id, ?gap, "found");
+            self.copy.counters.gap_messages += to - last;
+            self.events.emit(gap, &self.job.replication.id);
+        }
+    }
+
+    /// Delivers what was read, as far as the window allows, and asks for more.
+    fn deliver(&mut self, now: Instant) -> Result<(), Error> {
+        let Some((session, reader)) = &mut self.session else { return Ok(()) };
+        reader.pull(&mut self.source, &self.job.budget);
+        let Some(subject) = session.subject().map(str::to_owned) else { return Ok(()) };
+        let subject = subject.as_bytes();
+        if session.is_settled() {
+            self.times.stored = now;
+        }
+        while !session.is_full() && self.leaf.unwritten() < UNWRITTEN {
+            let Some(incoming) = reader.peek() else { break };
+            let (delivery, message, bytes) = (incoming.delivery, incoming.message, incoming.bytes());
+            if is_control(message.header, message.payload) {
+                let seq = delivery.stream_seq;
+                return Err(held(format!(
+                    "source message {seq} has a status and no payload: a mirror takes it for a sign of life of its origin, \
+                     and cannot store it; delete it at the source"
+                )));
+            }
+            session.deliver(&delivery, message.subject, bytes, &mut self.reply);
+            self.leaf.send(subject, &self.reply, message.header, message.payload);
+            self.copy.counters.received += 1;
+            self.copy.counters.received_bytes += bytes as u64;
+            reader.take();
+            if let Some((reply, header)) = session.flow_control(false) {
+                self.leaf.send(subject, reply.as_bytes(), header, b"");
+            }
+        }
+        if reader.peek().is_none()
+            && let Some((reply, header)) = session.flow_control(true)
+        {
+            self.leaf.send(subject, reply.as_bytes(), header, b"");
+        }
+        reader.pull(&mut self.source, &self.job.budget);
+        Ok(())
+    }
+
+    fn hear_source(&mut self, batch: Batch) -> Result<(), Error> {
+        let answer = self.asked.0.as_ref().and_then(|(request, sent)| Some((answer_in(&batch, request)?, *sent)));
+        if let Some((answer, sent)) = answer {
+            self.asked.0 = None;
+            // Without a leader there is no answer that counts; the next question follows.
+            match answer.and_then(leaders_info) {
+                Ok(Some(info)) => {
+                    self.clock.hear(&Heard { sent, received: Instant::now(), server: info.ts, local: entropy::now() });
+                    self.source_info = info;
+                    self.end_of_source()?;
+                }
+                Err(error) if error.kind == nats_lane::ErrorKind::NotFound => {
+                    let stream = &self.job.replication.source.stream;
+                    return Err(held(format!("source stream `{stream}` does not exist")));
+                }
+                Ok(None) | Err(_) => {}
+            }
+        }
+        if let Some((_, reader)) = &mut self.session {
+            reader.accept(batch).map_err(|lost| lost.error.context("source"))?;
+        }
+        Ok(())
+    }
+
+    /// A consumer can survive a source that lost its end.
+    fn end_of_source(&self) -> Result<(), Error> {
+        let last = self.source_info.state.last_seq;
+        match &self.session {
+            Some((session, _)) if last < session.last().seq => Err(Error::new(
+                ErrorKind::Retry,
+                format!("the source ends at sequence {last}, before what was read of it"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn hear_target_state(&mut self, batch: &Batch) -> Result<(), Error> {
+        for refused in self.target.take_refused() {
+            debug!(replication = self.job.replication.id, "the target's server refused a request: {refused}");
+        }
+        let Some(answer) = self.asked.1.as_ref().and_then(|request| answer_in(batch, request)) else { return Ok(()) };
+        let info = answer.and_then(leaders_info);
+        self.asked.1 = None;
+        let (name, source) = (&self.job.replication.target.stream, &self.job.replication.source.stream);
+        match info {
+            Ok(Some(info)) => {
+                target::check(name, &info, source, &self.subjects).map_err(|error| error.context("target"))?;
+                self.target_info = info;
+                Ok(())
+            }
+            Err(error) if error.kind == nats_lane::ErrorKind::NotFound => {
+                Err(Error::new(ErrorKind::Retry, format!("target stream `{name}` was deleted")))
+            }
+            // Between two leaders.
+            Ok(None) | Err(_) => Ok(()),
+        }
+    }
+
+    /// What is due now and then.
+    fn tick(&mut self, now: Instant, ledger: &mut PositionWriter) -> Result<(), Error> {
+        self.times.tick = now + TICK;
+        if now >= self.times.heartbeat {
+            self.times.heartbeat = now + HEARTBEAT;
+            if let Some((session, _)) = &self.session
+                && let Some(subject) = session.subject()
+            {
+                self.leaf.send(subject.as_bytes(), b"", &session.heartbeat(), b"");
+            }
+        }
+        self.look_after_target(now)?;
+        if let Some((_, reader)) = &self.session {
+            reader.check(&self.source, now).map_err(|error| error.context("source"))?;
+        }
+        if now >= self.times.info {
+            self.times.info = now + INFO_EVERY;
+            self.ask_states(now);
+        }
+        self.show(now);
+        ledger.save_fed(now, &self.fed(), || self.row());
+        Ok(())
+    }
+
+    /// Has a target ask that does not by itself, and gives up one that stores nothing.
+    fn look_after_target(&mut self, now: Instant) -> Result<(), Error> {
+        let listened = self.session.as_ref().is_some_and(|(session, _)| session.subject().is_some());
+        if listened {
+            self.times.waits = now;
+            if now.duration_since(self.times.stored) > STORES_WITHIN {
+                let message = format!("the target has stored nothing of what was delivered for {STORES_WITHIN:?}");
+                return Err(Error::stalled(message));
+            }
+            return Ok(());
+        }
+        let waits = now.duration_since(self.times.waits);
+        if self.session.is_some() {
+            if waits > LISTENS_WITHIN {
+                self.end_session();
+            }
+            return Ok(());
+        }
+        if now >= self.times.poke && !self.listens.is_empty() {
+            self.times.poke = now + POKE_EVERY;
+            for subject in &self.listens {
+                self.leaf.send(subject.as_bytes(), b"", &poke(), b"");
+            }
+        }
+        if waits > STEPDOWN_AFTER && !self.stepped_down && self.target_info.number("num_replicas") > 1 {
+            self.stepped_down = true;
+            let stream = &self.job.replication.target.stream;
+            let subject = format!("{}.STREAM.LEADER.STEPDOWN.{stream}", self.target.api_prefix());
+            info!(replication = self.job.replication.id, stream, "the target does not ask: it gets another leader");
+            // Without the permission, it asks by itself after a while.
+            self.target.keep_refused();
+            self.target.send_request(&subject, b"");
+        }
+        Ok(())
+    }
+
+    fn ask_states(&mut self, now: Instant) {
+        let replication = &self.job.replication;
+        let info = |lane: &Lane, stream: &str| format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
+        let subject = info(&self.source, &replication.source.stream);
+        self.asked.0 = Some((self.source.send_request(&subject, b""), now));
+        let subject = info(&self.target, &replication.target.stream);
+        self.asked.1 = Some(self.target.send_request(&subject, b""));
+    }
+
+    /// Brings the status up to date.
+    fn show(&mut self, now: Instant) {
+        let Amount { messages, bytes } =
+            self.session.as_ref().map(|(session, _)| session.in_flight()).unwrap_or_default();
+        let fed = self.session.as_ref().filter(|(session, _)| session.subject().is_some());
+        let copy = &mut self.copy;
+        copy.in_flight = InFlight { messages, bytes };
+        copy.position = Position { source_seq: self.position.seq, target_seq: self.position.seq };
+        copy.target.last_seq = Some(self.position.seq);
+        let state = &self.source_info.state;
+        (copy.source.first_seq, copy.source.last_seq) =
+            (Some(state.first_seq), Some(state.last_seq.max(self.position.seq)));
+        copy.source.clock_offset_seconds =
+            shown_offset(copy.source.clock_offset_seconds, self.clock.offset(now, entropy::now()));
+        copy.lag = match fed {
+            Some((_, reader)) => {
+                let oldest = reader.next().and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
+                let oldest = oldest.or_else(|| copy.lag.and_then(|lag| lag.oldest));
+                Some(Lag::new(reader.pending() + messages, oldest, self.clock.now(now)))
+            }
+            None => None,
+        };
+        if fed.is_some() {
+            self.state = State::Running;
+        }
+        let unasked = fed.is_none() && now.duration_since(self.times.waits) > UNASKED;
+        let (copy, shown) = (&mut self.copy, self.state);
+        self.status.send_modify(|(state, told)| {
+            *state = shown;
+            let mut last_error = told.last_error.take();
+            if unasked && last_error.as_ref().is_none_or(|error| !error.current || error.message != WAITS) {
+                last_error = Some(LastError::now("retry", WAITS));
+            }
+            if let Some(error) = last_error.as_mut().filter(|_| shown == State::Running && !unasked) {
+                error.ran();
+            }
+            copy.last_error = last_error;
+            *told = copy.clone();
+        });
+    }
+
+    fn row(&self) -> Row {
+        Row { state: self.state, copy: self.copy.clone(), todo: None, ..self.job.row.clone() }
+    }
+
+    fn fed(&self) -> Fed<'_> {
+        Fed {
+            point: self.compared.then_some((self.position.seq, self.position.time_ns)),
+            now: self.clock.now(Instant::now()),
+            source_created: &self.source_info.created,
+            target_created: &self.target_info.created,
+        }
+    }
+
+    fn saved(&mut self, result: Result<(), SaveError>) -> Result<(), Error> {
+        match result {
+            Err(conflict @ SaveError::Conflict { .. }) => Err(conflict.into()),
+            // The target knows how far it has come; the next save tries again.
+            Err(error) => {
+                debug!(replication = self.job.replication.id, %error, "position not saved");
+                self.copy.counters.position_save_errors += 1;
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+}
+
+/// What the status says while a target does not ask.
+const WAITS: &str =
+    "the target has not asked for messages yet: after a long outage of the feed it asks again within 50 s";
+
+/// The position as it was saved last.
+fn saved_point(ledger: &PositionWriter) -> Option<FedPoint> {
+    ledger.record().source.as_ref().map(|saved| FedPoint { seq: saved.seq, time_ns: saved.time_ns })
+}
+
+fn held(message: String) -> Error {
+    Error::new(ErrorKind::Hold, message)
+}

@@ -1,0 +1,94 @@
+//! How a feed comes to be: source, target and leafnode are connected, and the target stream is made, in this order: a mirror
+//! asks its origin when it is created and when a leafnode connects, and waits long where nothing answers.
+
+use nats_lane::{
+    Lane, entropy,
+    jetstream::{Api, StreamInfo},
+    leafnode::{Leaf, LeafLogin},
+};
+use tokio::{sync::watch, time::Instant};
+use tracing::info;
+
+use super::{FeedSubjects, of_leaf, target};
+use crate::{
+    config::NativeFeed,
+    copy::{Error, ErrorKind, Heard, Job, Names, SourceClock},
+    names,
+    status::{CopyStatus, State, Transport},
+};
+
+/// Everything that a feed works with.
+pub(super) struct OpenedFeed {
+    pub subjects: FeedSubjects,
+    pub source: Lane,
+    /// Names of consumers at the source.
+    pub names: Names,
+    pub source_info: StreamInfo,
+    pub clock: SourceClock,
+    pub target: Lane,
+    pub target_info: StreamInfo,
+    pub leaf: Leaf,
+}
+
+/// As what the leaf logs in. A server lets one connection of this name and account live: the newest.
+pub(crate) fn login(site: &str, id: &str, subjects: &FeedSubjects) -> LeafLogin {
+    let name: String = format!("sr-{site}-{id}").chars().map(|c| if c.is_ascii_graphic() { c } else { '-' }).collect();
+    LeafLogin { account: name.clone(), name, subscriptions: subjects.subscriptions() }
+}
+
+pub(super) async fn open(
+    job: &Job,
+    native: &NativeFeed,
+    status: &watch::Sender<(State, CopyStatus)>,
+) -> Result<OpenedFeed, Error> {
+    let replication = &job.replication;
+    status.send_modify(|(_, copy)| {
+        copy.source.stream.clone_from(&replication.source.stream);
+        copy.target.stream.clone_from(&replication.target.stream);
+    });
+    let subjects = FeedSubjects::of(&job.site, &replication.id);
+    let name = format!("{} {}", names::PROGRAM, replication.id);
+    let login = login(&job.site, &replication.id, &subjects);
+    let (mut source, mut target, leaf) = tokio::try_join!(
+        async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| Error::from(e.context("source"))) },
+        async { job.dial.dial(&replication.target.place, &name).await.map_err(|e| Error::from(e.context("target"))) },
+        async { job.dial.dial_leaf(&native.leaf, &login).await.map_err(|e| of_leaf(e.context("target"))) },
+    )?;
+    let names = Names::clear(&mut source, &replication.source.stream, &job.consumers).await;
+    let names = names.map_err(|error| error.context("source"))?;
+    let (source_info, clock) = read_source(job, &mut source).await?;
+    let target_info = {
+        let opened = target::open(job, &mut target, &source_info, &subjects).await;
+        let (info, created) = opened.map_err(|error| error.context("target"))?;
+        if created {
+            info!(
+                replication = replication.id,
+                stream = replication.target.stream,
+                "target stream created as a mirror"
+            );
+        }
+        info
+    };
+    status.send_modify(|(_, copy)| {
+        copy.source.server.clone_from(&source.info().server_name);
+        copy.target.server.clone_from(&target.info().server_name);
+        (copy.source.connected, copy.target.connected) = (true, true);
+        copy.transport = Transport::Feed;
+    });
+    Ok(OpenedFeed { subjects, source, names, source_info, clock, target, target_info, leaf })
+}
+
+/// Reads the source stream, and checks whether it may be fed.
+async fn read_source(job: &Job, lane: &mut Lane) -> Result<(StreamInfo, SourceClock), Error> {
+    let stream = &job.replication.source.stream;
+    let sent = Instant::now();
+    let info = Api::new(lane).stream_info(stream).await.map_err(|error| error.context("source"))?;
+    let received = Instant::now();
+    let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
+    let refused = job.own_streams.refuse(stream, &info.created).or_else(|| target::refuse_source(stream, &info));
+    if let Some(why) = refused {
+        return Err(Error::new(ErrorKind::Hold, format!("source: {why}")));
+    }
+    let clock = SourceClock::new(&Heard { sent, received, server: info.ts, local: entropy::now() });
+    Ok((info, clock))
+}

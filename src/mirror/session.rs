@@ -1,0 +1,317 @@
+//! One consumer that a mirror was given: what is delivered under its name, what the target has stored of it, and what is in
+//! flight. Pure: frames come out as bytes.
+//!
+//! Nothing is acknowledged one by one. Now and then a flow control message goes with the data; the target answers it when
+//! everything before it is stored, which settles that and bounds what waits in the target's memory.
+
+use std::{collections::VecDeque, io::Write as _};
+
+use nats_lane::{headers, jetstream::Delivery, parser::number};
+
+/// Parts of the window, each with a flow control message at its end.
+const PARTS: usize = 4;
+/// Largest part: a target that is slow holds about this much of each part in memory.
+const LARGEST_PART: usize = 2 << 20;
+
+const FLOW_CONTROL: &[u8] = b"NATS/1.0 100 FlowControl Request\r\n\r\n";
+/// A number of deliveries that no consumer has reached.
+const NEVER_REACHED: u64 = 1 << 60;
+
+/// A message of the source that was delivered, or settled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct FedPoint {
+    /// Its sequence; 0 for none.
+    pub seq: u64,
+    /// Its stored time, nanoseconds since the Unix epoch; `None` where it is not known.
+    pub time_ns: Option<i64>,
+}
+
+/// Messages and bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Amount {
+    pub messages: u64,
+    pub bytes: u64,
+}
+
+impl Amount {
+    fn add(&mut self, other: Self) {
+        self.messages += other.messages;
+        self.bytes += other.bytes;
+    }
+
+    fn subtract(&mut self, other: Self) {
+        self.messages -= other.messages;
+        self.bytes -= other.bytes;
+    }
+}
+
+/// What was delivered between two flow control messages.
+#[derive(Debug, Clone, Copy, Default)]
+struct FeedPart {
+    amount: Amount,
+    last: FedPoint,
+}
+
+/// A consumer of a mirror.
+#[derive(Debug)]
+pub(super) struct FeedSession {
+    stream: String,
+    consumer: String,
+    /// Where it is delivered to, and another subject that the target may listen on instead.
+    deliver: [String; 2],
+    /// Which of them the target listens on.
+    listens: Option<usize>,
+    /// What the subjects of flow control answers begin with, with their dot.
+    flow: String,
+    delivered: u64,
+    last: FedPoint,
+    /// Since the last flow control message.
+    open: FeedPart,
+    /// With flow control messages that are not answered, oldest first.
+    parts: VecDeque<FeedPart>,
+    /// Number of the oldest of them.
+    first: u64,
+    in_flight: Amount,
+    part: Amount,
+}
+
+impl FeedSession {
+    /// A consumer that delivers what comes after `before`. `window` bounds what is in flight.
+    pub fn new(
+        stream: &str,
+        consumer: String,
+        deliver: [String; 2],
+        flow: &str,
+        before: FedPoint,
+        window: Amount,
+    ) -> Self {
+        let part = Amount {
+            messages: (window.messages / PARTS as u64).max(1),
+            bytes: (window.bytes / PARTS as u64).clamp(1, LARGEST_PART as u64),
+        };
+        let flow = format!("{flow}.{consumer}.");
+        Self {
+            stream: stream.to_owned(),
+            consumer,
+            deliver,
+            listens: None,
+            flow,
+            delivered: 0,
+            last: before,
+            open: FeedPart::default(),
+            parts: VecDeque::new(),
+            first: 1,
+            in_flight: Amount::default(),
+            part,
+        }
+    }
+
+    /// The target has begun to listen on a subject, or ended: whether it is one of this consumer's.
+    pub fn hear(&mut self, subject: &str, begins: bool) -> bool {
+        let Some(index) = self.deliver.iter().position(|own| own == subject) else { return false };
+        match self.listens {
+            None if begins => self.listens = Some(index),
+            Some(listens) if !begins && listens == index => self.listens = None,
+            _ => return false,
+        }
+        true
+    }
+
+    /// Where to deliver to, once the target listens.
+    pub fn subject(&self) -> Option<&str> {
+        self.listens.map(|index| self.deliver[index].as_str())
+    }
+
+    /// The newest message that was delivered, or the one before the first.
+    pub fn last(&self) -> FedPoint {
+        self.last
+    }
+
+    /// How many messages were delivered.
+    pub fn delivered(&self) -> u64 {
+        self.delivered
+    }
+
+    /// What was delivered and is not known to be stored.
+    pub fn in_flight(&self) -> Amount {
+        self.in_flight
+    }
+
+    /// Whether the window is full.
+    pub fn is_full(&self) -> bool {
+        self.parts.len() >= PARTS
+    }
+
+    /// Whether the target has stored everything that was delivered.
+    pub fn is_settled(&self) -> bool {
+        self.in_flight.messages == 0
+    }
+
+    /// Takes the next message as delivered, and writes its reply subject: the target finds sequence and time in it, and the
+    /// subject of the message behind `@`.
+    pub fn deliver(&mut self, delivery: &Delivery, subject: &[u8], bytes: usize, reply: &mut Vec<u8>) {
+        self.delivered += 1;
+        reply.clear();
+        let Delivery { stream_seq, time_ns, pending, .. } = delivery;
+        // Writing to memory does not fail.
+        let _ = write!(
+            reply,
+            "$JS.ACK.{}.{}.1.{stream_seq}.{}.{time_ns}.{pending}@",
+            self.stream, self.consumer, self.delivered
+        );
+        reply.extend_from_slice(subject);
+        let amount = Amount { messages: 1, bytes: bytes as u64 };
+        self.last = FedPoint { seq: *stream_seq, time_ns: Some(*time_ns) };
+        self.open.amount.add(amount);
+        self.open.last = self.last;
+        self.in_flight.add(amount);
+    }
+
+    /// The flow control message that is due, as its reply subject and header: at the end of a part, and where no more
+    /// messages wait, unless one is on its way already.
+    pub fn flow_control(&mut self, dry: bool) -> Option<(String, &'static [u8])> {
+        let Amount { messages, bytes } = self.open.amount;
+        let complete = messages >= self.part.messages || bytes >= self.part.bytes;
+        let due = complete || (dry && messages > 0 && self.parts.is_empty());
+        if !due || self.is_full() {
+            return None;
+        }
+        let number = self.first + self.parts.len() as u64;
+        self.parts.push_back(std::mem::take(&mut self.open));
+        Some((format!("{}{number}", self.flow), FLOW_CONTROL))
+    }
+
+    /// Takes the answer to a flow control message: what was stored since the one before, and its last message. `None` if it
+    /// is none of this consumer's, or old.
+    pub fn answered(&mut self, subject: &[u8]) -> Option<(Amount, FedPoint)> {
+        let answered = number(subject.strip_prefix(self.flow.as_bytes())?)?;
+        let count =
+            (answered + 1).checked_sub(self.first).filter(|count| (1..=self.parts.len() as u64).contains(count))?;
+        let (mut amount, mut last) = (Amount::default(), FedPoint::default());
+        for part in self.parts.drain(..count as usize) {
+            amount.add(part.amount);
+            last = part.last;
+        }
+        self.first += count;
+        self.in_flight.subtract(amount);
+        Some((amount, last))
+    }
+
+    /// The header of a sign of life. It names the last delivery, so that the target sees the loss of the very last one.
+    pub fn heartbeat(&self) -> Vec<u8> {
+        heartbeat(self.delivered, self.last.seq)
+    }
+}
+
+/// The header of a sign of life that has a target which waits for a consumer of the past ask for another one at once.
+pub(super) fn poke() -> Vec<u8> {
+    heartbeat(NEVER_REACHED, NEVER_REACHED)
+}
+
+fn heartbeat(delivered: u64, seq: u64) -> Vec<u8> {
+    format!("NATS/1.0 100 Idle Heartbeat\r\nNats-Last-Consumer: {delivered}\r\nNats-Last-Stream: {seq}\r\n\r\n")
+        .into_bytes()
+}
+
+/// Whether a target would take a stored message for a control message: it has a status and no payload. Servers up to 2.11
+/// store such messages.
+pub(super) fn is_control(header: &[u8], payload: &[u8]) -> bool {
+    payload.is_empty() && headers::status(header) == Some(100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WINDOW: Amount = Amount { messages: 8, bytes: 4000 };
+
+    fn session() -> FeedSession {
+        let deliver = ["D.own".to_owned(), "D.M.theirs".to_owned()];
+        FeedSession::new("S", "C".to_owned(), deliver, "F", FedPoint { seq: 10, time_ns: None }, WINDOW)
+    }
+
+    fn deliver(session: &mut FeedSession, seq: u64) -> String {
+        let delivery = Delivery { stream_seq: seq, consumer_seq: 77, time_ns: 5, pending: 3 };
+        let mut reply = b"old".to_vec();
+        session.deliver(&delivery, b"a.b@c", 100, &mut reply);
+        String::from_utf8(reply).unwrap()
+    }
+
+    #[test]
+    fn deliveries_are_counted_without_holes() {
+        let mut session = session();
+        assert_eq!(deliver(&mut session, 11), "$JS.ACK.S.C.1.11.1.5.3@a.b@c");
+        assert_eq!(deliver(&mut session, 15), "$JS.ACK.S.C.1.15.2.5.3@a.b@c");
+        assert_eq!(session.last(), FedPoint { seq: 15, time_ns: Some(5) });
+        let heartbeat = String::from_utf8(session.heartbeat()).unwrap();
+        assert!(heartbeat.contains("Nats-Last-Consumer: 2\r\n") && heartbeat.contains("Nats-Last-Stream: 15\r\n"));
+        assert_eq!(headers::status(heartbeat.as_bytes()), Some(100));
+    }
+
+    #[test]
+    fn nothing_is_sent_before_the_target_listens() {
+        let mut session = session();
+        assert_eq!(session.subject(), None);
+        assert!(!session.hear("D.M.other", true));
+        assert!(session.hear("D.M.theirs", true));
+        assert_eq!(session.subject(), Some("D.M.theirs"));
+        assert!(!session.hear("D.own", false));
+        assert!(session.hear("D.M.theirs", false));
+        assert_eq!(session.subject(), None);
+        assert!(session.hear("D.own", true));
+        assert_eq!(session.subject(), Some("D.own"));
+    }
+
+    #[test]
+    fn the_window_is_bounded_and_settles_in_order() {
+        let mut session = session();
+        let mut asked = Vec::new();
+        let mut seq = 10;
+        while !session.is_full() {
+            seq += 1;
+            deliver(&mut session, seq);
+            asked.extend(session.flow_control(false).map(|(subject, _)| subject));
+        }
+        assert_eq!(asked, ["F.C.1", "F.C.2", "F.C.3", "F.C.4"]);
+        assert_eq!(session.in_flight(), Amount { messages: 8, bytes: 800 });
+        assert_eq!(session.answered(b"F.X.1"), None);
+        assert_eq!(session.answered(b"F.C.5"), None);
+        let (amount, last) = session.answered(b"F.C.2").unwrap();
+        assert_eq!((amount.messages, last.seq), (4, 14));
+        assert_eq!(session.answered(b"F.C.1"), None, "an old answer");
+        assert!(!session.is_full());
+        let (amount, last) = session.answered(b"F.C.4").unwrap();
+        assert_eq!((amount.messages, last.seq), (4, 18));
+        assert!(session.is_settled());
+    }
+
+    #[test]
+    fn a_window_by_bytes_too() {
+        let mut session = session();
+        let delivery = Delivery { stream_seq: 11, consumer_seq: 1, time_ns: 5, pending: 0 };
+        session.deliver(&delivery, b"a", 5000, &mut Vec::new());
+        assert!(session.flow_control(false).is_some());
+    }
+
+    #[test]
+    fn the_end_of_a_backlog_is_settled_too() {
+        let mut session = session();
+        assert!(session.flow_control(true).is_none(), "nothing to settle");
+        deliver(&mut session, 11);
+        assert!(session.flow_control(false).is_none());
+        assert!(session.flow_control(true).is_some());
+        deliver(&mut session, 12);
+        assert!(session.flow_control(true).is_none(), "one is on its way");
+        session.answered(b"F.C.1").unwrap();
+        assert!(session.flow_control(true).is_some());
+        assert_eq!(session.answered(b"F.C.2").unwrap().1.seq, 12);
+    }
+
+    #[test]
+    fn a_stored_message_that_looks_like_control_is_seen() {
+        assert!(is_control(b"NATS/1.0 100 x\r\n\r\n", b""));
+        assert!(!is_control(b"NATS/1.0 100 x\r\n\r\n", b"p"));
+        assert!(!is_control(b"NATS/1.0\r\nA: 100\r\n\r\n", b""));
+        assert!(!is_control(b"", b""));
+    }
+}

@@ -1,0 +1,191 @@
+//! Checks of a document of kind `mirror`: both sides, and the leafnode port of the target.
+
+use nats_lane::{Dial, Error, ErrorKind, ServerInfo, entropy, leafnode::LeafLogin};
+use tokio::time::{Instant, timeout_at};
+
+use super::{
+    Outcome, Own, Report, SideReport,
+    judge::{Findings, list},
+    look::{Answer, Facts, Look, Role, calls},
+    subjects::Share,
+};
+use crate::{
+    allow::AllowList,
+    config::{NativeFeed, Replication},
+    copy::{clock_apart, missing_target},
+    mirror::{FeedSubjects, refuse_source, refuse_target},
+};
+
+/// JSON pointer to the field about the leafnode port.
+const LEAF_PATH: &str = "/target_leaf_url";
+/// The first servers of each line of versions that check what a leaf publishes; earlier lines never do.
+const CHECKS_LEAVES: [(u32, u32, u32); 3] = [(2, 11, 16), (2, 12, 7), (2, 14, 0)];
+
+/// Checks both sides and the leafnode port at once, and is done at `until`.
+pub(super) async fn run(
+    rules: &AllowList,
+    own: &Own<'_>,
+    replication: &Replication,
+    native: &NativeFeed,
+    until: Instant,
+) -> Report {
+    let subjects = FeedSubjects::of(own.site, &replication.id);
+    let (source, target, leaf) = tokio::join!(
+        Look::at(rules, Role::Source, replication, until),
+        Look::at(rules, Role::Target, replication, until),
+        ask_leaf(rules, native, &subjects, until),
+    );
+    Report {
+        source: judge_source(own, replication, &source.facts),
+        target: judge_target(own, replication, &target.facts, &subjects, (native, &leaf)),
+    }
+}
+
+/// Logs in as a leaf of another name, so that the one of a running feed stays, and does what a feed does.
+async fn ask_leaf(
+    rules: &AllowList,
+    native: &NativeFeed,
+    subjects: &FeedSubjects,
+    until: Instant,
+) -> Answer<ServerInfo> {
+    let name = format!("sr-preflight-{}", entropy::name());
+    let login = LeafLogin { account: name.clone(), name, subscriptions: subjects.subscriptions() };
+    let asked = async {
+        let mut leaf = rules.dial_leaf(&native.leaf, &login).await?;
+        // Nobody listens there. A server that does not permit it says so before it answers.
+        leaf.send(format!("{}.preflight", subjects.deliver()).as_bytes(), b"", b"", b"");
+        leaf.round_trip().await?;
+        Ok::<_, Error>(leaf.info().clone())
+    };
+    match timeout_at(until, asked).await {
+        Ok(Ok(info)) => Answer::Got(info),
+        Ok(Err(error)) if error.kind == ErrorKind::Hold => Answer::Failed(error.message),
+        Ok(Err(error)) => Answer::Unclear(error.message),
+        Err(_) => Answer::Unclear("no answer in time".to_owned()),
+    }
+}
+
+fn judge_source(own: &Own<'_>, replication: &Replication, facts: &Facts) -> SideReport {
+    let mut findings = Findings::new("source", facts);
+    findings.add_answer("connect", facts.path, &facts.connect);
+    findings.add_answer("jetstream", facts.path, &facts.jetstream);
+    let name = &replication.source.stream;
+    match &facts.stream {
+        Answer::Got(None) => {
+            findings.add("stream", Outcome::Failed, "/stream", &format!("source stream `{name}` does not exist"));
+        }
+        Answer::Got(Some(stream)) => {
+            let refused = refuse_source(name, stream).or_else(|| own.streams.refuse(name, &stream.created));
+            findings.add_any("stream", "/stream", refused.map(|text| (Outcome::Failed, text)));
+        }
+        answer => findings.add_answer("stream", facts.path, answer),
+    }
+    match facts.clock.got() {
+        Some(offset) => {
+            findings.add_any("clock", facts.path, clock_apart(*offset).map(|text| (Outcome::Warning, text)));
+        }
+        None => findings.unknown("clock"),
+    }
+    let needed = facts.connection.as_ref().map(|connection| {
+        let calls = calls(Role::Source, replication, None, &connection.api_prefix).into_iter();
+        calls.map(|(subject, _)| subject).filter(|subject| !subject.contains(".CONSUMER.INFO.")).collect()
+    });
+    judge_calls(facts, needed.unwrap_or_default(), &mut findings);
+    findings.report(facts)
+}
+
+fn judge_target(
+    own: &Own<'_>,
+    replication: &Replication,
+    facts: &Facts,
+    subjects: &FeedSubjects,
+    (native, leaf): (&NativeFeed, &Answer<ServerInfo>),
+) -> SideReport {
+    let mut findings = Findings::new("target", facts);
+    findings.add_answer("connect", facts.path, &facts.connect);
+    findings.add_answer("jetstream", facts.path, &facts.jetstream);
+    let name = &replication.target.stream;
+    match &facts.stream {
+        Answer::Got(None) if !replication.create_target => {
+            findings.add("stream", Outcome::Failed, "/target_stream", &missing_target(name));
+        }
+        Answer::Got(None) => findings.ok("stream"),
+        Answer::Got(Some(stream)) => {
+            let refused = refuse_target(name, stream, &replication.source.stream, subjects).err();
+            let refused = refused.map(|error| error.message).or_else(|| own.streams.refuse(name, &stream.created));
+            findings.add_any("stream", "/target_stream", refused.map(|text| (Outcome::Failed, text)));
+        }
+        answer => findings.add_answer("stream", facts.path, answer),
+    }
+    let needed = facts.connection.as_ref().map(|connection| {
+        let prefix = &connection.api_prefix;
+        let create = facts.stream.got().is_some_and(Option::is_none).then(|| format!("{prefix}.STREAM.CREATE.{name}"));
+        create.into_iter().chain([format!("{prefix}.STREAM.MSG.GET.{name}")]).collect()
+    });
+    judge_calls(facts, needed.unwrap_or_default(), &mut findings);
+    judge_leaf(&mut findings, subjects, native, leaf);
+    findings.report(facts)
+}
+
+fn judge_calls(facts: &Facts, needed: Vec<String>, findings: &mut Findings) {
+    let Some(permissions) = facts.permissions.got() else { return findings.unknown("calls") };
+    let missing: Vec<_> = needed.into_iter().filter(|subject| permissions.publish(subject) != Share::All).collect();
+    let inbox = facts.connection.as_ref().map(|connection| connection.inbox_prefix.as_str()).unwrap_or_default();
+    let said = if !missing.is_empty() {
+        Some(format!("no permission to publish to {}", list(&missing)))
+    } else if !permissions.may_listen(inbox) {
+        Some(format!("no permission to subscribe to `{inbox}.>`"))
+    } else {
+        None
+    };
+    findings.add_any("calls", facts.path, said.map(|text| (Outcome::Failed, text)));
+}
+
+/// The leafnode port; whatever came of it, with what the leaf user needs.
+fn judge_leaf(findings: &mut Findings, subjects: &FeedSubjects, native: &NativeFeed, leaf: &Answer<ServerInfo>) {
+    let needs = format!(
+        "the feed answers the API prefix `{}` and delivers to `{}.>`; the least permissions of its leaf user are {}",
+        subjects.api(),
+        subjects.deliver(),
+        subjects.permissions()
+    );
+    let (outcome, text) = match leaf {
+        Answer::Got(info) if !checks_leaves(&info.version) => (
+            Outcome::Warning,
+            format!(
+                "leafnode port `{}`: server version {} does not check what a leaf publishes, so its leaf user can publish \
+                 to every subject of the account: {needs}",
+                native.leaf, info.version
+            ),
+        ),
+        Answer::Got(_) => (Outcome::Ok, needs),
+        Answer::Failed(why) => (Outcome::Failed, format!("{why}: {needs}")),
+        Answer::Unclear(why) => (Outcome::Unknown, format!("{why}: {needs}")),
+        Answer::NotAsked => (Outcome::Unknown, needs),
+    };
+    findings.add("leafnode", outcome, LEAF_PATH, &text);
+}
+
+fn checks_leaves(version: &str) -> bool {
+    let mut parts = version.split(['.', '-']).map(|part| part.parse().unwrap_or(0));
+    let mut next = || parts.next().unwrap_or(0);
+    let version: (u32, u32, u32) = (next(), next(), next());
+    let newest = CHECKS_LEAVES[CHECKS_LEAVES.len() - 1];
+    version >= newest
+        || CHECKS_LEAVES.iter().any(|first| (version.0, version.1) == (first.0, first.1) && version >= *first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_that_check_what_a_leaf_publishes() {
+        for version in ["2.11.16", "2.12.7", "2.12.8", "2.14.0", "2.15.1", "3.0.0", "2.15.0-dev"] {
+            assert!(checks_leaves(version), "{version}");
+        }
+        for version in ["2.10.26", "2.11.15", "2.12.6", ""] {
+            assert!(!checks_leaves(version), "{version}");
+        }
+    }
+}

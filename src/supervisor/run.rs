@@ -1,0 +1,26 @@
+//! One run of a replication, of whatever kind its document says.
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    copy::{self, Error, Job, PositionWriter},
+    events::Events,
+    mirror,
+    status::{CopyStatus, State},
+};
+
+/// Copies or feeds until `stop` is cancelled or something fails.
+pub(super) async fn of_kind(
+    job: &Job,
+    ledger: &mut PositionWriter,
+    status: &watch::Sender<(State, CopyStatus)>,
+    events: &Events,
+    stop: CancellationToken,
+) -> Result<(), Error> {
+    // In boxes: a future in a future takes its room twice.
+    match &job.replication.native {
+        Some(native) => Box::pin(mirror::run(job, native, ledger, status, events, stop)).await,
+        None => Box::pin(copy::run(job, ledger, status, events, stop)).await,
+    }
+}
