@@ -148,8 +148,9 @@ mod tests {
         assert!(asked.takes_subject);
         let named = request("$SR.1.API.CONSUMER.CREATE.ORDERS.JS_MIRROR_x", SEEN).unwrap().unwrap();
         assert_eq!(named.stream, "ORDERS");
-        let all =
-            SEEN.replace(r#""by_start_sequence","opt_start_seq":18"#, r#""all""#).replace(r#","sourcing":true"#, "");
+        let all = SEEN
+            .replace(r#""by_start_sequence","opt_start_seq":18"#, r#""all""#)
+            .replace(r#""sourcing":true"#, r#""sourcing":false"#);
         let all = request("$SR.1.API.CONSUMER.CREATE.ORDERS", &all).unwrap().unwrap();
         assert!(all.wanted == MirrorStart::All && !all.takes_subject);
     }

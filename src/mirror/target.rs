@@ -115,8 +115,9 @@ async fn create(job: &Job, lane: &mut Lane, source: &StreamInfo, subjects: &Feed
                     config["num_replicas"] = if replicas > 3 { 3 } else { 1 }.into();
                 } else if error.is_api(INVALID_JSON) && config["allow_msg_ttl"] == true {
                     // As on servers before 2.11, which leave it out: the messages stay, and do not expire.
-                    config["allow_msg_ttl"] = false.into();
-                    config.as_object_mut().map(|fields| fields.remove("allow_msg_ttl"));
+                    if let Some(fields) = config.as_object_mut() {
+                        fields.remove("allow_msg_ttl");
+                    }
                 } else {
                     let name = &replication.target.stream;
                     return Err(error.context(format!("cannot create target stream `{name}` as a mirror")));

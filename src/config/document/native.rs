@@ -4,7 +4,7 @@ use nats_lane::{Scheme, ServerRef};
 use serde_json::Value;
 
 use super::{Checker, Document, SideFields, text};
-use crate::config::NativeFeed;
+use crate::config::{NativeFeed, Problem};
 
 /// The side of the leafnode connection, as its fields begin.
 const LEAF: &str = "target_leaf";
@@ -103,7 +103,7 @@ impl Checker {
             if written.get("limits").and_then(|limits| limits.get(field)).is_some() {
                 let message =
                     format!("`limits.{field}` is not for kind `mirror`: a mirror is fed as fast as it stores");
-                self.problem(&format!("limits/{field}"), message);
+                self.problems.push(Problem::new(format!("/limits/{field}"), message));
             }
         }
     }
@@ -114,7 +114,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::config::{Problem, Replication, parse};
+    use crate::config::{Replication, parse};
 
     fn document(fields: Value) -> Result<Replication, Vec<Problem>> {
         let mut document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b", "kind": "mirror",
