@@ -1,4 +1,4 @@
-//! One copy of one stream, from what was saved to the first error or the stop. A run owns its two lanes: when
+//! One copy of one stream, from the saved position to the first error or the stop. A run owns its two lanes: when
 //! [`run`] returns, or its future is dropped, nothing more of it reaches either server.
 //!
 //! One message's way: [`source::reader`] -> [`decide`] -> [`target::writer`] -> [`flow::window`] -> [`flow::position`].
@@ -47,10 +47,10 @@ use crate::{
     status::{CopyStatus, State},
 };
 
-/// Copies until `stop` is cancelled (then what is in the air settles and the position is saved) or something
-/// fails. `status` is kept current a few times a second: counters go on from the values found there, and `state`
-/// goes from [`State::Starting`] to [`State::Running`] once the run has found out where to resume, but from
-/// [`State::Retrying`] and [`State::Held`] only once it has copied or found nothing to copy.
+/// Copies until `stop` is cancelled (then the messages in flight settle and the position is saved) or an error ends the
+/// run. `status` is updated a few times a second: counters continue from the values that are in it, and `state` changes
+/// from [`State::Starting`] to [`State::Running`] once the run has determined where to resume, but from
+/// [`State::Retrying`] and [`State::Held`] only once the run has copied, or there was nothing to copy.
 pub async fn run(
     job: &Job,
     ledger: &mut PositionWriter,
@@ -104,7 +104,7 @@ async fn once(
     Box::pin(run.copy(ledger, stop.clone())).await
 }
 
-/// Whether the next run begins at once, without anything to be reported.
+/// Whether the next run begins at once, and nothing is reported.
 async fn begins_again(
     job: &Job,
     result: &mut Result<Ended, Error>,
@@ -119,7 +119,7 @@ async fn begins_again(
             info!(replication = job.replication.id, "the login ended: logging in again: {error}");
             true
         }
-        // Nobody has to act upon it: the next run knows what becomes of these messages.
+        // No action is needed: the next run knows how to handle these messages.
         Err(error) if error.poison.is_some() && job.replication.on_reject != OnReject::Hold => {
             refused.add(std::mem::take(&mut error.refused))
         }
@@ -138,7 +138,7 @@ async fn begins_again(
     }
 }
 
-/// An error with what earlier runs have to do with it.
+/// An error, with an explanation where earlier runs contributed to it.
 fn explained(error: Error, ledger: &mut PositionWriter) -> Error {
     if !error.chain_broken {
         return error;

@@ -1,6 +1,6 @@
-//! Advisories of one run, published at the source over a connection of their own: whatever the server thinks of one of
-//! them ends neither the run nor other advisories. A publisher at the source chooses the names of senders, and so subjects
-//! that the login may not publish, or lines that are longer than the server takes.
+//! Advisories of one run, published at the source over a connection of their own: a refusal of one of them ends neither
+//! the run nor other advisories. A publisher at the source chooses the names of senders, and so can cause subjects
+//! that the login may not publish, or lines that are longer than the server accepts.
 
 use std::{
     collections::VecDeque,
@@ -35,9 +35,9 @@ use crate::{
 const IN_FLIGHT: usize = 256;
 /// How long the confirmation of an advisory may take.
 const ACK_WAIT: Duration = Duration::from_secs(5);
-/// How long a limit that the server does not publish is believed.
+/// How long a limit is assumed that the server does not publish.
 const LIMIT_FOR: Duration = Duration::from_secs(60);
-/// Where nothing else shows that refusals are over, they are after so long without one.
+/// Refusals are over after this long without one, where nothing else shows it.
 const CALM: Duration = Duration::from_secs(60);
 /// Bytes of a protocol line beside subject and reply: two sizes and blanks.
 const LINE_REST: usize = 24;
@@ -50,23 +50,23 @@ pub(super) struct Post {
     voice: Voice,
     reliable: bool,
     line: Line,
-    /// What is not confirmed, oldest first.
+    /// Advisories that are not confirmed, oldest first.
     in_flight: VecDeque<InFlight>,
-    /// When the newest one was sent that is confirmed.
+    /// When the newest confirmed advisory was sent.
     confirmed: Option<Instant>,
-    /// Lines that are longer are not sent, up to a time: one that was not much longer ended the connection.
+    /// Lines of this length (bytes) and more are not sent until this time: such a line ended the connection.
     longest: Option<(usize, Instant)>,
-    /// Connections that ended without a word while something was in flight, one after the other.
+    /// Connections in a row that ended without an error line while an advisory was in flight.
     cuts: u32,
     next_publish: Instant,
-    /// When those that were refused are tried again.
+    /// When the refused advisories are tried again.
     try_again: Option<Instant>,
-    /// When one was refused last.
+    /// Time of the latest refusal.
     refused_at: Option<Instant>,
     backoff: Backoff,
     /// Whether it has been reported that advisories are not confirmed.
     failing: bool,
-    /// Whether it has been reported that some are refused.
+    /// Whether it has been reported that some advisories are refused.
     refusing: bool,
     events: Vec<Event>,
     header: Vec<u8>,
@@ -84,7 +84,7 @@ struct Inbox {
     subject: String,
 }
 
-/// One that was sent.
+/// An advisory that was sent.
 #[derive(Debug)]
 struct InFlight {
     number: u64,
@@ -97,20 +97,20 @@ struct InFlight {
     ping: Option<u64>,
 }
 
-/// What the connection brought.
+/// An occurrence on the connection for advisories.
 #[derive(Debug)]
 pub(super) enum Heard {
-    /// It is open.
+    /// The connection is open.
     Opened,
     /// Messages, perhaps confirmations.
     Answers(Batch),
-    /// The server has read what was sent.
+    /// The server has read everything sent.
     Taken,
-    /// It ended.
+    /// The connection ended.
     Failed(Error),
 }
 
-/// What became of an advisory.
+/// How a stream answered an advisory.
 enum Outcome {
     Confirmed,
     Refused(String),
@@ -123,7 +123,7 @@ impl fmt::Debug for Post {
 }
 
 impl Post {
-    /// For one run. Nothing is connected before there is something to publish.
+    /// The connection of one run. It is opened when there is an advisory to publish.
     pub(super) fn new(job: &Job, voice: Voice, reliable: bool, now: Instant) -> Self {
         Self {
             replication: job.replication.id.clone(),
@@ -147,7 +147,7 @@ impl Post {
         }
     }
 
-    /// What is to be reported.
+    /// The events to report.
     pub(super) fn take_events(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.events)
     }
@@ -165,7 +165,7 @@ impl Post {
             self.line = Line::Opening(self.open());
         }
         let before = self.in_flight.len();
-        // One that is refused without being sent counts too: the copy waits for this.
+        // An advisory that is refused without being sent counts too: the copy waits for this.
         for _ in 0..IN_FLIGHT {
             if self.in_flight.len() >= IN_FLIGHT || !self.publish_one(senders, status, now) {
                 break;
@@ -189,7 +189,7 @@ impl Post {
         })
     }
 
-    /// Sends the next one, or refuses it; whether there was one.
+    /// Sends the next advisory, or refuses it; returns whether there was one.
     fn publish_one(&mut self, senders: &mut Senders, status: &mut SamplingStatus, now: Instant) -> bool {
         let Line::Open(lane, inbox) = &mut self.line else { return false };
         let Some((number, advisory)) = senders.outbox.take() else { return false };
@@ -227,7 +227,7 @@ impl Post {
         true
     }
 
-    /// Drives the connection. What it returns is for [`Post::accept`].
+    /// Drives the connection. The result is for [`Post::accept`].
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Heard> {
         match &mut self.line {
             Line::Closed => Poll::Pending,
@@ -254,7 +254,7 @@ impl Post {
         }
     }
 
-    /// What the server said of advisories in flight.
+    /// Handles confirmations and refusals of the server.
     pub(super) fn accept(&mut self, heard: Heard, senders: &mut Senders, status: &mut SamplingStatus, now: Instant) {
         let refused = match &mut self.line {
             Line::Open(lane, _) => lane.take_refused(),
@@ -262,7 +262,7 @@ impl Post {
         };
         for text in refused {
             let of = |one: &InFlight| text.ends_with(&format!("\"{}\"", quoted(&one.subject)));
-            // What cannot be found by its subject is found when its confirmation does not arrive.
+            // An advisory that is not found by its subject is found when its confirmation is overdue.
             if let Some(one) = self.in_flight.iter().position(of).and_then(|at| self.in_flight.remove(at)) {
                 self.settle(senders, status, (one.number, one.kind), Outcome::Refused(text), now);
             }
@@ -311,7 +311,7 @@ impl Post {
                 if senders.confirmed(number).is_some() {
                     count(&mut status.advised, kind);
                 }
-                // Where only some are refused, their pauses go on growing.
+                // Where only some are refused, their pauses continue to grow.
                 let calm = self.refused_at.is_none_or(|at| self.reliable || now.duration_since(at) > CALM);
                 if calm && !senders.outbox.has_refused() && self.try_again.is_none() {
                     self.backoff.reset();
@@ -335,7 +335,7 @@ impl Post {
         }
     }
 
-    /// Reports, once, that an advisory was refused.
+    /// Reports the first of several refusals.
     fn report(&mut self, status: &mut SamplingStatus, kind: Kind, why: String) {
         if !std::mem::replace(&mut self.refusing, true) {
             let (replication, event) = (&self.replication, kind.name());
@@ -351,7 +351,7 @@ impl Post {
         let says = error.message.to_ascii_lowercase().contains("maximum control line");
         self.cuts += u32::from(error.is_cut() && !self.in_flight.is_empty());
         let longest = self.in_flight.iter().max_by_key(|one| one.line);
-        // A server that ends a connection because of a line may not get through with saying so.
+        // A server that ends a connection because of a line may not get its error line through.
         let longest = longest.filter(|one| says || (self.cuts > 1 && one.line > line::LEAST));
         if let Some(InFlight { number, kind, line, .. }) = longest {
             let (settled, line) = ((*number, *kind), *line);
@@ -376,7 +376,7 @@ impl Post {
         };
         let why = format!("no confirmation within {ACK_WAIT:?}");
         let settled = (oldest.number, oldest.kind);
-        // Others that were sent with it or after it are confirmed: it is this one.
+        // Others that were sent with it or after it are confirmed: this one was refused.
         if self.confirmed.is_some_and(|at| at >= oldest.sent) {
             self.in_flight.pop_front();
             return self.settle(senders, status, settled, Outcome::Refused(why), now);
@@ -385,7 +385,7 @@ impl Post {
         self.take_back(senders, now);
     }
 
-    /// Nothing is confirmed at the moment: all of it is published again.
+    /// No advisory is confirmed at the moment: all of them are published again.
     fn not_confirmed(&mut self, kind: Option<Kind>, why: &str, status: &mut SamplingStatus) {
         if let Some(kind) = kind {
             count(&mut status.advisory_errors, kind);
@@ -402,20 +402,20 @@ impl Post {
         self.next_publish = now + self.backoff.next(chance_part());
     }
 
-    /// Whether there is nothing more to do for now.
+    /// Whether there is nothing left to do for now.
     pub(super) fn is_done(&self, senders: &Senders, now: Instant) -> bool {
         self.in_flight.is_empty() && (!senders.outbox.is_ready() || now < self.next_publish)
     }
 }
 
 impl InFlight {
-    /// Whether the server has read it, as far as that is the confirmation.
+    /// Whether the server has read everything, for advisories that no stream confirms.
     fn is_taken(&self, lane: &Lane) -> bool {
         self.ping.is_some_and(|ping| ping <= lane.answered_pings())
     }
 }
 
-/// What the answer to a reliable advisory says. Any subscriber can answer: only a stream names itself.
+/// Evaluates the answer to a reliable advisory. Any subscriber can answer, but only a stream names itself.
 fn outcome(message: &Message<'_>) -> Outcome {
     if headers::status(message.header) == Some(503) {
         return Outcome::Refused("no stream listens there (no responders)".to_owned());

@@ -1,5 +1,5 @@
-//! What happens to one message: one decision for the loop, for what is read again for sampling, and for what may follow
-//! dead letters; and one table of what each decision counts as. Pure: time comes in, nothing waits.
+//! The decision about one message: the same for the loop, for messages that are read again for sampling, and for
+//! messages after dead letters; and the table of counters. Pure: the time is an argument, nothing waits.
 
 use std::time::Duration;
 
@@ -20,33 +20,33 @@ pub struct CopyRules {
     pub scope: Scope,
     /// Older messages are skipped.
     pub max_age: Option<Duration>,
-    /// Ours: a message that bears it has been copied by this replication before.
+    /// Our provenance tag: a message that carries it has been copied by this replication before.
     pub tag: Tag,
 }
 
-/// What else a decision depends on. Each is asked only if nothing before it has decided.
+/// Everything else that a decision depends on. Each part is evaluated only if nothing before it has decided.
 #[derive(Debug)]
 pub struct Facts<'g, S, P> {
     /// The message that is skipped by request.
     pub skip: Option<SourceMessage>,
-    /// What the target has of this message.
+    /// How the target already has this message.
     pub known: Option<Known>,
     /// Whether its sender is to be copied.
     pub sampling: S,
-    /// What the target needs before it.
+    /// What the target needs before this message.
     pub gate: Option<&'g Gate>,
-    /// Makes what is sent, or says why the target can never store it.
+    /// Builds the outgoing message, or returns why the target can never store it.
     pub prepare: P,
 }
 
-/// What is to be done. `Outgoing` is the message as it is sent.
+/// A decision. `Outgoing` is the message as it is sent.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decision<Outgoing> {
     /// Skip it.
     Skip(Reason),
-    /// The target has it, or needs it no more.
+    /// The target has it, or no longer needs it.
     Stored(Known),
-    /// Decide again when the target has said what it holds on this source subject.
+    /// Decide again when the target has answered how many messages it holds on this source subject.
     Wait(String),
     /// The target can never store it.
     Reject(Error),
@@ -63,16 +63,17 @@ pub enum Reason {
     Old,
     /// Its subject is excluded.
     Excluded,
-    /// It came round a ring of replications.
+    /// It returned through a replication loop.
     Loop,
-    /// Its sender was copied not long ago.
+    /// Its sender was copied recently.
     Sampled,
-    /// It describes an object that the target does not have whole.
+    /// It describes an object that is incomplete at the target.
     Incomplete(Incomplete),
 }
 
 impl CopyRules {
-    /// Why a message stored at `time_ns` is skipped at the time `now_ns` (both nanoseconds since the Unix epoch), if it is.
+    /// Why a message stored at `time_ns` is skipped at the time `now_ns` (both nanoseconds since the Unix epoch), if it
+    /// is.
     pub fn skips(&self, subject: &[u8], time_ns: i64, header: &[u8], now_ns: i64) -> Option<Reason> {
         if let Some(max_age) = self.max_age
             && i128::from(now_ns) - i128::from(time_ns) > max_age.as_nanos() as i128
@@ -115,7 +116,7 @@ pub fn verdict<Outgoing>(
 }
 
 impl<Outgoing> Decision<Outgoing> {
-    /// Counts a message of so many bytes. What becomes of one that can never be stored is counted where that happens.
+    /// Counts a message of so many bytes. A message that can never be stored is counted where it is rejected.
     pub fn count(&self, counters: &mut Counters, bytes: usize) {
         let counter = match self {
             Self::Skip(Reason::Requested) => &mut counters.skipped_refused,
@@ -130,7 +131,7 @@ impl<Outgoing> Decision<Outgoing> {
         counters.skipped_bytes += bytes as u64;
     }
 
-    /// What sampling is told; `None` for what is skipped before its sender matters.
+    /// The outcome for sampling; `None` for messages that are skipped before their sender matters.
     pub fn fate(&self) -> Option<Fate> {
         match self {
             Self::Skip(Reason::Old | Reason::Excluded | Reason::Loop) => None,

@@ -1,5 +1,5 @@
-//! Feeds the bytes of a server to everything in a run that takes messages: the writer in each of its ways, each kind of
-//! reader, dead letters, and what decodes answers. For fuzzing: nothing that a server sends may end in a panic.
+//! Feeds the bytes of a server to everything in a run that accepts messages: the writer in each of its ways, each kind
+//! of reader, dead letters, and the decoders of answers. For fuzzing: no input from a server may cause a panic.
 
 use std::sync::{Arc, LazyLock};
 
@@ -41,7 +41,7 @@ use crate::{
     store::PositionRecord,
 };
 
-/// The inbox of every lane: `<INBOX>.2` is that of the first who subscribes, under subscription 2. Requests are answered
+/// The inbox of every lane: `<INBOX>.2` belongs to the first subscriber, under subscription 2. Requests are answered
 /// below `<INBOX>.r` under subscription 1.
 pub const INBOX: &str = "_I";
 
@@ -57,7 +57,7 @@ static REPLICATION: LazyLock<Option<Arc<Replication>>> = LazyLock::new(|| {
 static RUNTIME: LazyLock<Option<Runtime>> =
     LazyLock::new(|| tokio::runtime::Builder::new_current_thread().enable_time().build().ok());
 
-/// Feeds what the bytes hold of complete messages; how many there were, `None` if the bytes are not the protocol.
+/// Feeds the complete messages in the bytes; returns how many there were, `None` if the bytes are not the protocol.
 pub fn feed(bytes: &[u8]) -> Option<usize> {
     let batch = Batch::parse(bytes).ok()?;
     let replication = REPLICATION.clone()?;
@@ -102,7 +102,7 @@ fn write(batch: &Batch, replication: &Arc<Replication>, abilities: Abilities) ->
         }
     }
     for message in batch.iter() {
-        // What follows an error is not read by a run.
+        // A run does not read further after an error.
         if writer.accept(&message, &mut window, now).and_then(|()| writer.outcome(&window, now, now)).is_err() {
             return Ok(());
         }
@@ -149,7 +149,7 @@ fn durable(way: Way, made: &ConsumerInfo) -> Durable {
 
 fn explicit(batch: &Batch, made: &ConsumerInfo) -> Result<(), Error> {
     let mut source = lane()?;
-    // Nothing is asked where nothing is pending.
+    // Nothing is requested where nothing is pending.
     let explicit = Explicit::open(&mut source, "S", durable(Way::Explicit, made), 1, 1 << 20).now_or_never();
     if let Some(Ok(mut explicit)) = explicit {
         let _ = explicit.accept(batch.clone());
@@ -212,7 +212,7 @@ fn watch(batch: &Batch) -> Result<(), Error> {
     Ok(())
 }
 
-/// What is decoded wherever an answer is.
+/// Decodes every kind of answer.
 fn answers(batch: &Batch) {
     for message in batch.iter() {
         let _ = (decode::<StreamInfo>(message.payload), decode::<ConsumerInfo>(message.payload));

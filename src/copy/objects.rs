@@ -1,9 +1,10 @@
-//! Object stores (ADR-20) at the target are never seen broken: what describes an object is copied only when all of its
-//! chunks lie there. [`Objects`] decides and is pure; [`Gate`] asks the target what it needs for that.
+//! Readers at the target never see an incomplete object of an object store (ADR-20): the description of an object is
+//! copied only when the target has all of its chunks. [`Objects`] decides and is pure; [`Gate`] sends the requests for
+//! it.
 //!
-//! An object is any number of chunks on `$O.<bucket>.C.<nuid>` and, behind them, one description on
+//! An object is any number of chunks on `$O.<bucket>.C.<nuid>` and, after them, one description on
 //! `$O.<bucket>.M.<name>`, which names the nuid and the number of chunks. Readers begin with the description.
-//! Chunks can be missing where a copy does not begin at the beginning, leaves out what is too old, or has a filter.
+//! Chunks can be missing where a copy does not begin at the start, skips old messages, or has a filter.
 
 use std::collections::HashMap;
 
@@ -17,36 +18,36 @@ use tokio::time::{Duration, Instant};
 
 use crate::config::Mapping;
 
-/// A question that got no answer is asked again after this.
+/// A request without an answer is repeated after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
-/// Objects whose chunks were sent and whose description has not come; of more, the target is asked.
+/// Objects whose chunks were sent and whose description has not come; beyond that, the target is asked.
 const MAX_OPEN: usize = 4_096;
 
-/// What is to be done with a message of an object store.
+/// A decision about a message of an object store.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Pass {
     /// Send it.
     Send,
-    /// Only the target knows how many chunks it has on the subject that this source subject becomes. It is to be asked
-    /// when everything before is settled, and the message judged again then.
+    /// Only the target knows how many chunks it has on the subject that this source subject is mapped to. Ask it
+    /// when everything before is settled, and then judge the message again.
     Ask(String),
-    /// Leave it out: the description would point at chunks that are not there.
+    /// Skip it: the description would name chunks that are missing.
     LeaveOut(Incomplete),
 }
 
-/// An object that the target does not have whole.
+/// An object that is incomplete at the target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Incomplete {
     /// Its name.
     pub object: String,
     /// Chunks that it has at the source.
     pub chunks: u64,
-    /// Chunks that lie at the target.
+    /// Chunks that the target has.
     pub found: u64,
 }
 
-/// The parts of a description that matter here.
+/// The fields of a description that matter here.
 #[derive(Deserialize)]
 struct Description {
     name: String,
@@ -57,12 +58,12 @@ struct Description {
     deleted: bool,
 }
 
-/// What was sent of the objects of one store.
+/// Chunks that were sent, of one store.
 #[derive(Debug, Default)]
 struct Objects {
     /// Chunks sent by this run, by nuid.
     sent: HashMap<Box<[u8]>, u64>,
-    /// What the target said last: nuid and chunks.
+    /// The target's last answer: nuid and chunks.
     answer: Option<(Box<[u8]>, u64)>,
 }
 
@@ -70,7 +71,7 @@ impl Objects {
     /// Decides about a message that is to be copied.
     fn judge(&self, subject: &[u8], payload: &[u8]) -> Pass {
         let Some((bucket, b"M", _)) = parts(subject) else { return Pass::Send };
-        // What no reader understands misleads none.
+        // A description that no reader understands misleads none.
         let Ok(Description { name, nuid, chunks, deleted }) = serde_json::from_slice(payload) else {
             return Pass::Send;
         };
@@ -116,13 +117,13 @@ impl Objects {
     }
 }
 
-/// Whether a stream of this name is an object store. The chunks of an object are read in the order of the stream: there
-/// strict order is kept, whatever the document says.
+/// Whether a stream of this name is an object store. The chunks of an object are read in stream order: strict order is
+/// kept for such streams, whatever the document says.
 pub(super) fn is_store(stream: &str) -> bool {
     stream.starts_with("OBJ_")
 }
 
-/// Holds back what the target is not ready for.
+/// Holds descriptions back until the target has their chunks.
 #[derive(Debug)]
 pub(super) struct Gate {
     stream: String,
@@ -140,18 +141,18 @@ struct Question {
 }
 
 impl Gate {
-    /// For a copy of the stream `source` into `target`; `None` where it is no object store.
+    /// For a copy of the stream `source` into `target`; `None` if it is not an object store.
     pub fn of(source: &str, target: &str) -> Option<Self> {
         let gate = || Self { stream: target.to_owned(), objects: Objects::default(), question: None };
         is_store(source).then(gate)
     }
 
-    /// What is to be done with a message.
+    /// Decides about a message.
     pub fn pass(&self, subject: &[u8], payload: &[u8]) -> Pass {
         self.objects.judge(subject, payload)
     }
 
-    /// Asks the target for the chunks on a source subject, see [`Pass::Ask`]; `settled` says that nothing is in the air.
+    /// Asks the target for the chunks on a source subject, see [`Pass::Ask`], once `settled`: no message is in flight.
     pub fn ask(&mut self, chunks: String, settled: bool, lane: &mut Lane, mapping: &Mapping, now: Instant) {
         let waits = self.question.as_ref().is_some_and(|question| now < question.asked + ASK_AGAIN);
         if settled && !waits {

@@ -1,5 +1,5 @@
-//! How a run comes to be, in steps that follow from each other: both sides are connected, the streams are read and the
-//! target is made, the place to go on from is found, and reader and writer are opened.
+//! Opens a run, in typed steps that build on each other: connect both sides, read the streams and create or update the
+//! target, determine where to resume, open reader and writer.
 
 use std::sync::Arc;
 
@@ -49,7 +49,7 @@ use crate::{
     status::{CopyStatus, State, TargetMode},
 };
 
-/// What a run is opened with.
+/// The inputs of a run that is opened.
 #[derive(Clone, Copy)]
 pub(super) struct Opener<'a> {
     pub job: &'a Job,
@@ -57,7 +57,7 @@ pub(super) struct Opener<'a> {
     pub events: &'a Events,
 }
 
-/// One connection, and the names of our consumers there.
+/// One connection, and the names of our consumers on it.
 struct Connected {
     lane: Lane,
     names: Names,
@@ -71,7 +71,7 @@ struct Lanes {
     target: Connected,
 }
 
-/// What is known of the two streams.
+/// The two streams as they are now.
 struct Streams {
     source: StreamInfo,
     clock: SourceClock,
@@ -79,22 +79,22 @@ struct Streams {
     abilities: Abilities,
 }
 
-/// Where the run goes on.
+/// Where the run resumes.
 struct Found {
     resume: Resume,
     tag: Tag,
     /// The durable consumer at the source.
     durable: Option<Durable>,
-    /// In whose name the durable consumer is.
+    /// The installation whose name the durable consumer carries.
     installation: String,
     /// The position is before the saved one.
     goes_back: bool,
-    /// The source is another stream than before.
+    /// The source is a different stream than before.
     another: bool,
 }
 
 impl<'a> Opener<'a> {
-    /// Connects both sides, finds out where to resume, and creates the consumer.
+    /// Connects both sides, determines where to resume, and creates the consumer.
     pub async fn open(self, ledger: &mut PositionWriter, refused: &'a mut Refused) -> Result<Run<'a>, Error> {
         let replication = &self.job.replication;
         self.status.send_modify(|(_, copy)| {
@@ -122,7 +122,7 @@ impl<'a> Opener<'a> {
         Ok(run)
     }
 
-    /// Reads the source, checks whether it may be copied, and makes the target.
+    /// Reads the source stream, checks whether it may be copied, and creates or updates the target stream.
     async fn read_streams(self, lanes: &mut Lanes, ledger: &mut PositionWriter) -> Result<Streams, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
         let sent = Instant::now();
@@ -145,7 +145,7 @@ impl<'a> Opener<'a> {
         let opened = Opening::new(job, &mut source.lane, &mut target.lane, &source_info, None).open().await;
         let (target_info, opened) = opened.map_err(|e| e.context("target"))?;
         log_opened(replication, opened);
-        // Again: what an older holder copied meanwhile is no proof that the source lost its end.
+        // Read again: messages that an earlier holder copied meanwhile do not prove that the source lost its end.
         let sent = Instant::now();
         let again = Api::new(&mut source.lane).stream_info(&replication.source.stream).await?;
         if let Some(again) = &again {
@@ -159,7 +159,7 @@ impl<'a> Opener<'a> {
         Ok(Streams { source: source_info, clock, target: target_info, abilities })
     }
 
-    /// Finds out where to go on.
+    /// Determines where to resume.
     async fn find(self, lanes: &mut Lanes, streams: &mut Streams, ledger: &mut PositionWriter) -> Result<Found, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
         let installation = ledger.record().installation.as_ref().unwrap_or(&job.installation).clone();
@@ -200,7 +200,7 @@ impl<'a> Opener<'a> {
         Ok(Found { resume, tag, durable, installation, goes_back, another })
     }
 
-    /// Opens what reads the source, and sampling.
+    /// Opens the reader of the source, and sampling.
     async fn read(
         self,
         lanes: &mut Lanes,
@@ -245,7 +245,7 @@ impl Lanes {
 }
 
 impl Connected {
-    /// Connects to a side and deletes the consumers that runs before this one left there.
+    /// Connects to a side and deletes the consumers that earlier runs left there.
     async fn to(job: &Job, side: &Side, name: &str) -> Result<Self, nats::Error> {
         let mut lane = job.dial.dial(&side.place, name).await?;
         let names = Names::clear(&mut lane, &side.stream, &job.consumers).await?;
@@ -262,7 +262,7 @@ fn log_opened(replication: &Replication, opened: Opened) {
     }
 }
 
-/// Opens what writes to the target, and notes before anything is sent what may be in flight.
+/// Opens the writer to the target, and saves, before anything is sent, how many messages may be in flight.
 async fn write(
     replication: &Arc<Replication>,
     lane: &mut Lane,
@@ -281,7 +281,7 @@ async fn write(
     Ok(writer)
 }
 
-/// Shows what is known when the run begins.
+/// Shows the facts that are known when the run begins.
 fn show(copy: &mut CopyStatus, lanes: &Lanes, streams: &Streams, writer: &Writer, samples: bool) {
     if !copy.source.server.is_empty() {
         copy.counters.consumers_recreated += 1;
@@ -296,7 +296,7 @@ fn show(copy: &mut CopyStatus, lanes: &Lanes, streams: &Streams, writer: &Writer
     copy.sampling = samples.then(|| copy.sampling.take().unwrap_or_default());
 }
 
-/// What the target holds of what was copied, compared with what the run before knew.
+/// The copies that the target holds, compared with the state that the run before knew.
 fn begin_drops(ledger: &mut PositionWriter, replication: &Replication, streams: &Streams, resume: &Resume) -> Drops {
     let Streams { source, target, abilities, .. } = streams;
     let whole = replication.scope.is_whole() && replication.sampling.is_none() && replication.max_age.is_none();
@@ -310,7 +310,7 @@ fn begin_drops(ledger: &mut PositionWriter, replication: &Replication, streams: 
     drops
 }
 
-/// Puts the run together. What was found is left to be reported.
+/// Puts the run together. Findings are left to be reported.
 fn assemble<'a>(
     report: Reporter<'a>,
     lanes: Lanes,

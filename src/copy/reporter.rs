@@ -1,4 +1,4 @@
-//! What people see of a run: its status, its events and its log lines.
+//! Reporting of a run: its status, its events and its log lines.
 
 use std::sync::Arc;
 
@@ -31,7 +31,7 @@ pub(super) struct Reporter<'a> {
     status: &'a watch::Sender<(State, CopyStatus)>,
     events: &'a Events,
     pub copy: CopyStatus,
-    /// What is reported: as it was before, where that was an error, until this run has copied.
+    /// The reported state: an error of before remains until this run has copied.
     state: State,
     /// Where the run began.
     from: u64,
@@ -40,7 +40,7 @@ pub(super) struct Reporter<'a> {
 }
 
 impl<'a> Reporter<'a> {
-    /// For a run that begins behind a position and goes on from what the status says.
+    /// For a run that resumes after a position and continues from the values in the status.
     pub fn new(
         job: &'a Job,
         replication: Arc<Replication>,
@@ -58,7 +58,7 @@ impl<'a> Reporter<'a> {
         self.events.emit(event, &self.replication.id);
     }
 
-    /// Reports what was found about the streams.
+    /// Reports a finding about the streams.
     pub fn found(&mut self, event: Event) {
         if let Event::Gap { messages, .. } = &event {
             self.copy.counters.gap_messages += messages;
@@ -67,7 +67,7 @@ impl<'a> Reporter<'a> {
         self.emit(event);
     }
 
-    /// Tells of a message that was skipped, where people have to know.
+    /// Reports a message that was skipped, where a person has to know.
     pub fn skipped(&self, source_seq: u64, reason: Reason) {
         match reason {
             Reason::Requested => self.left_out(source_seq),
@@ -76,7 +76,7 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    /// Tells that a message was left out by request, and why it was asked for.
+    /// Reports that a message was skipped by request, and why the request was made.
     fn left_out(&self, source_seq: u64) {
         let error = self.status.borrow().1.last_error.clone().filter(|error| error.source_seq == Some(source_seq));
         let message = error.map_or_else(|| "skipped by request".to_owned(), |error| error.message);
@@ -84,7 +84,7 @@ impl<'a> Reporter<'a> {
         self.emit(Event::poison(source_seq, message, PoisonAction::Skipped));
     }
 
-    /// Tells that the description of an object was left out.
+    /// Reports that the description of an object was skipped.
     fn incomplete(&self, source_seq: u64, Incomplete { object, chunks, found }: Incomplete) {
         warn!(
             replication = self.replication.id,
@@ -93,7 +93,7 @@ impl<'a> Reporter<'a> {
         self.emit(Event::ObjectIncomplete { source_seq, object, chunks, found });
     }
 
-    /// Tells of messages that could not be stored.
+    /// Reports messages that could not be stored.
     pub fn rejected(&self, events: Vec<Event>) {
         for event in events {
             warn!(replication = self.replication.id, ?event, "skipped, because the target can never store it");
@@ -112,7 +112,7 @@ impl<'a> Reporter<'a> {
         ledger.copy_limit(self.copy.counters.into(), now).filter(|_| !self.job.standalone)
     }
 
-    /// Reports, once, that the position is not saved, and that it is again.
+    /// Reports, once, that the position is not saved, and later that it is saved again.
     pub fn saves(&mut self, position: u64, now: Instant, ledger: &mut PositionWriter) {
         let id = &self.replication.id;
         match ledger.unsaved.news(now) {
@@ -132,12 +132,12 @@ impl<'a> Reporter<'a> {
         self.knows_saves(ledger);
     }
 
-    /// Takes over whether it was reported that the position is not saved.
+    /// Takes over from the position writer whether it was reported that the position is not saved.
     pub fn knows_saves(&mut self, ledger: &PositionWriter) {
         self.unsaved = ledger.unsaved.is_reported();
     }
 
-    /// Reports, once, that the source's clock and ours differ, and that they do no more.
+    /// Reports, once, that the clocks of the source and of this host differ, and later that they no longer do.
     pub fn clock(&self, clock: &SourceClock, ledger: &mut PositionWriter) {
         let (id, server) = (&self.replication.id, &self.copy.source.server);
         let offset = clock.offset(Instant::now(), chance::now());
@@ -161,7 +161,7 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    /// Publishes the status. The run is well if nothing is reported to be wrong with it; `waits` says that it waits for saves.
+    /// Publishes the status. The run is well if no problem is reported; `waits` says that it waits for saves.
     pub fn publish(&mut self, position: u64, waits: bool, is_stalled: bool) {
         let caught_up = self.copy.lag.is_some_and(|lag| lag.messages == 0);
         if caught_up || position > self.from {

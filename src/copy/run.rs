@@ -1,4 +1,4 @@
-//! The loop of one run: one owner of both lanes, of what was read and of what is in the air.
+//! The loop of one run: one owner of both lanes, of the messages that were read and of those in flight.
 
 use std::{future::poll_fn, task::Poll};
 
@@ -39,12 +39,12 @@ const LAST_ACKS: Duration = Duration::from_millis(1_500);
 /// How long a run that ends waits for its advisories.
 const LAST_ADVISORIES: Duration = Duration::from_secs(1);
 
-/// Why the loop should end once nothing is in the air.
+/// Why the loop should end once nothing is in flight.
 #[derive(Debug)]
 pub(super) enum Ending {
     Stopped,
-    /// A login is about to end and its successor is there, the source acts on other headers than before, or may be asked for
-    /// more.
+    /// A login is about to end and its successor is available, the source acts on other headers than before, or may be
+    /// asked for more.
     BeginsAgain,
     Failed(Error),
 }
@@ -54,11 +54,12 @@ pub(super) enum Ending {
 pub(super) enum Ended {
     /// By request.
     Stopped,
-    /// To log in again, to copy by another configuration of the source or to ask it for more: the next run begins at once.
+    /// To log in again, to copy by another configuration of the source or to ask it for more: the next run begins at
+    /// once.
     BeginsAgain,
 }
 
-/// One run, with everything that dies with it.
+/// One run, with everything that is dropped with it.
 pub(super) struct Run<'a> {
     pub(super) report: Reporter<'a>,
     pub(super) source: SourceHalf,
@@ -68,16 +69,16 @@ pub(super) struct Run<'a> {
     pub(super) rejects: Rejects<'a>,
     pub(super) sampler: Option<SamplingDriver>,
     pub(super) times: Times,
-    /// Why the run ends, and how long what is in the air may take to settle.
+    /// Why the run ends, and how long the messages in flight may take to settle.
     pub(super) ending: Option<(Ending, Instant)>,
 }
 
-/// When something is due.
+/// When the parts of the upkeep are due.
 #[derive(Debug)]
 pub(super) struct Times {
     began: Instant,
     next_tick: Instant,
-    /// The files of a login that is about to end are read then.
+    /// When to read the files of a login that is about to end.
     next_login: Instant,
 }
 
@@ -109,12 +110,12 @@ impl Run<'_> {
         let _ = tokio::time::timeout(LAST_ACKS, self.tell_all()).await;
         let Self { report, mut source, target, bounds, sampler, .. } = self;
         source.reader.close(&mut source.lane);
-        // The consumer would go by itself; its deletion is a courtesy that must not hold up a stop.
+        // The server removes the consumer later by itself; deleting it here is a courtesy that must not delay a stop.
         let _ = tokio::time::timeout(LAST_SAVE, source.lane.round_trip()).await;
         let sampled = sampler.as_ref().map(SamplingDriver::sampled);
         let streams = (source.info.created.as_str(), target.created.as_str());
         let witnesses = witnesses(&bounds.window, &target.writer, &source.clock, streams, sampled);
-        // What did not settle in time.
+        // Messages that did not settle in time.
         ledger.left_in_flight(&bounds.window, Instant::now());
         ledger.save_now(witnesses, report.row()).await?;
         Ok(())
@@ -136,12 +137,12 @@ impl Run<'_> {
         let witnesses = witnesses(&bounds.window, &target.writer, &source.clock, streams, sampled);
         match tokio::time::timeout(LAST_SAVE, ledger.save_now(witnesses, report.row())).await {
             Ok(Err(conflict @ SaveError::Conflict { .. })) => conflict.into(),
-            // What was not saved is found out at the target.
+            // The next run reads the unsaved part from the target.
             _ => error,
         }
     }
 
-    /// What the position record is to say now.
+    /// The content of the position record as of now.
     fn witnesses(&self) -> Witnesses<'_> {
         let (source, target) = (&self.source, &self.target);
         let created = (source.info.created.as_str(), target.created.as_str());
@@ -149,7 +150,7 @@ impl Run<'_> {
         witnesses(&self.bounds.window, &target.writer, &source.clock, created, sampled)
     }
 
-    /// Waits, but not long, until the records of senders say what is known of them.
+    /// Waits a short time until the records of senders contain everything that is known of them.
     async fn write_senders(&mut self) {
         let position = self.bounds.window.position().seq;
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
@@ -158,14 +159,14 @@ impl Run<'_> {
         }
     }
 
-    /// Up to where the source may forget what was copied.
+    /// Up to where the source may forget copied messages.
     fn forgettable(&self, now: Instant) -> u64 {
         let position = self.bounds.window.position().seq;
         self.sampler.as_ref().map_or(position, |sampler| sampler.may_forget(position, now))
     }
 
-    /// Waits until the source knows what was copied: some consumers take acks only now and then. What it does not learn
-    /// is delivered to the next run, which leaves it out.
+    /// Waits until the source has the acks of all copied messages: some consumers take acks only now and then. The rest
+    /// is delivered to the next run, which skips it.
     async fn tell_all(&mut self) -> Result<(), Error> {
         loop {
             let forgettable = self.forgettable(Instant::now());
@@ -195,7 +196,7 @@ impl Run<'_> {
             tokio::select! {
                 biased;
                 () = stop.cancelled(), if self.ending.is_none() => self.end(Ending::Stopped),
-                // Before the lanes: it is rarely ready, and while both are busy it would never be looked at.
+                // Before the lanes: it is rarely ready, and while both lanes are busy it would never be polled.
                 saved = poll_fn(|cx| ledger.poll(cx)) => self.saved(saved, ledger)?,
                 moved = poll_fn(|cx| self.sampler.as_mut().map_or(Poll::Pending, |sampler| sampler.poll(cx))) => {
                     self.sampled(moved);
@@ -215,7 +216,7 @@ impl Run<'_> {
         }
     }
 
-    /// Does what is due at each turn of the loop, and tells when the next one has to be.
+    /// Does the work that is due at each turn of the loop; returns when the next turn is due at the latest.
     fn wake(&mut self, now: Instant) -> Instant {
         self.source.silent_at = self.source.next_look(now);
         let supply = self.supply();
@@ -228,17 +229,17 @@ impl Run<'_> {
         due.into_iter().flatten().fold(self.times.next_tick, Instant::min)
     }
 
-    /// The target ended the connection: perhaps for a line that was too long.
+    /// The target ended the connection: perhaps because a line was too long.
     fn lost_target(&self, error: nats_lane::Error) -> Error {
         let unconfirmed = self.target.writer.unconfirmed_line(&self.bounds.window);
         let unconfirmed_line = unconfirmed.filter(|line| *line > line::LEAST);
         Error { unconfirmed_line, ..error.context("target").into() }
     }
 
-    /// The source ended the connection: perhaps because more was asked for than it lets wait.
+    /// The source ended the connection: perhaps because more was requested than it lets wait.
     fn lost_source(&self, ledger: &mut PositionWriter, error: nats_lane::Error) -> Error {
         let (now, replication) = (Instant::now(), &self.report.replication);
-        // One that says why it ends was not cut for what waits: a slow consumer is told nothing.
+        // A connection that ends with an error line was not cut for pending output: a slow consumer gets none.
         if self.source.reader.pending() > 0 && error.is_cut() {
             let asked = throttle::read_ahead(&replication.limits);
             if let Some(bytes) = ledger.appetite.cut(asked, now.duration_since(self.times.began), now) {
@@ -249,7 +250,7 @@ impl Run<'_> {
         error.context("source").into()
     }
 
-    /// Writes what is known of senders and publishes what is to be told of them, as far as that is due.
+    /// Writes the records of senders and publishes their advisories, as far as that is due.
     fn sample(&mut self, now: Instant) {
         let window = &self.bounds.window;
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
@@ -259,7 +260,7 @@ impl Run<'_> {
         }
     }
 
-    /// Takes note of what sampling waited for.
+    /// Handles the events that sampling waited for.
     fn sampled(&mut self, moved: Moved) {
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
             sampler.accept(moved, status, Instant::now());
@@ -303,7 +304,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Takes what is settled out of the window.
+    /// Removes the settled messages from the window.
     fn settle(&mut self) {
         let now = Instant::now();
         let elapsed = now.duration_since(self.times.began).as_micros() as u64;
@@ -330,7 +331,7 @@ impl Run<'_> {
     fn saved(&mut self, result: Result<(), SaveError>, ledger: &mut PositionWriter) -> Result<(), Error> {
         match result {
             Err(conflict @ SaveError::Conflict { .. }) => return Err(conflict.into()),
-            // The copy goes on for a while: what is at the target tells where it stands. The next save tries again.
+            // The copy continues for a while: the target itself shows where it is. The next save tries again.
             Err(error) => {
                 debug!(replication = self.report.replication.id, %error, "position not saved");
                 self.report.copy.counters.position_save_errors += 1;
@@ -367,7 +368,7 @@ impl Run<'_> {
     }
 }
 
-/// What the position record is to say; `created` says when the two streams were.
+/// The content of the position record; `created` has the creation times of the two streams.
 fn witnesses<'w>(
     window: &'w Window,
     writer: &Writer,

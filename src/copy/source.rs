@@ -1,4 +1,4 @@
-//! What reads a source: consumers, the messages that they deliver, and what is known of the stream.
+//! Reads a source: consumers, the messages that they deliver, and the state of the stream.
 
 pub(in crate::copy) mod appetite;
 pub(crate) mod clock;

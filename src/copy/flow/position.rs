@@ -339,8 +339,8 @@ impl PositionWriter {
         self.broken = false;
     }
 
-    /// Notes, where the chain of a run broke, up to which target sequence the run knows every message. Where the target knows
-    /// messages by their ids alone (`by_ids`), it may still store what the run had in flight.
+    /// Notes, where the chain of a run broke, up to which target sequence the run knows every message. Where the target
+    /// knows messages by their ids alone (`by_ids`), it may still store what the run had in flight.
     pub(in crate::copy) fn broke_at(&mut self, target_seq: u64, window: &Window, by_ids: bool, now: Instant) {
         self.begin_at(target_seq);
         self.breaks.broke(window.position().seq, now);
@@ -368,8 +368,8 @@ impl PositionWriter {
         }
     }
 
-    /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it. `true` where
-    /// messages of an earlier run may have broken it: that accuses no other writer, however often it happens.
+    /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it. `true`
+    /// where messages of an earlier run may have broken it: that accuses no other writer, however often it happens.
     pub(in crate::copy) fn chain_broke(&mut self, now: Instant) -> Result<bool, Error> {
         self.broken = true;
         self.breaks.count(now)
@@ -486,8 +486,8 @@ fn saved_seq(record: &PositionRecord) -> u64 {
     record.source.as_ref().map_or(0, |source| source.seq)
 }
 
-/// Whether a loss is the one that was published: nothing was copied since, and the source has what it had then. Where its end
-/// is, and what the target keeps, may change meanwhile.
+/// Whether a loss is the one that was published: nothing was copied since, and the source has what it had then. Where
+/// its end is, and what the target keeps, may change meanwhile.
 fn is_same_loss(told: &Event, loss: &Event) -> bool {
     let of = |event: &Event| match event {
         Event::SourceReset { saved, resumed, .. } => Some((*saved, *resumed)),
@@ -548,7 +548,8 @@ impl Witnesses<'_> {
                 time_ns: position.time_ns,
                 created: self.source_created.to_owned(),
             }),
-            // At their end the place may still go back: what is sent again is a duplicate and is acked with its old place.
+            // At their end the place may still go back: what is sent again is a duplicate and is acked with its old
+            // place.
             orphans: saved.orphans.filter(|orphans| target.is_none_or(|target| target.seq <= orphans.to)),
             target: target.map(|target| TargetWitness {
                 seq: target.seq,

@@ -196,8 +196,8 @@ impl Watchdog {
         None
     }
 
-    /// When a consumer that owes a sign of life, and gave its last one at `heard`, has to be looked at; `None` when it was.
-    /// A sign of life that comes moves it on, which wakes nobody beside.
+    /// When a consumer that owes a sign of life, and gave its last one at `heard`, has to be looked at; `None` when it
+    /// was. A sign of life that comes moves it on, which wakes nobody beside.
     pub fn silent_at(&self, now: Instant, heard: Instant) -> Option<Instant> {
         let at = match self.asked {
             Some(asked) if self.asked_since(heard) => asked + (SILENCE - MISSED),

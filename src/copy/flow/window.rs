@@ -135,8 +135,8 @@ impl Window {
         }
     }
 
-    /// The known place at the target moves no further than this sequence, for messages of ours that have not come by may
-    /// lie behind it: a search for what is behind the position begins at the known place.
+    /// The known place at the target moves no further than this sequence, for messages of ours that have not come by
+    /// may lie behind it: a search for what is behind the position begins at the known place.
     pub fn limit_target(&mut self, limit: u64) {
         self.target_limit = limit;
     }

@@ -1,4 +1,4 @@
-//! How a run begins: what it reports and saves before anything is sent.
+//! The begin of a run: reports and saves before anything is sent.
 
 use nats_lane::jetstream::StreamInfo;
 use tokio::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use crate::{
 };
 
 impl Run<'_> {
-    /// Reports where the run goes on and what was found on the way there. A position that `goes_back` is saved at once.
+    /// Reports where the run resumes and the findings on the way there. A position that `goes_back` is saved at once.
     pub(in crate::copy) async fn begin(
         &mut self,
         target: &StreamInfo,
@@ -32,14 +32,15 @@ impl Run<'_> {
         self.remembered(target, resume.unseen, ledger);
         self.resumed(resume, ledger);
         if goes_back {
-            // Told now, and saved before anything is sent: where few messages of a subject are kept, what is copied again
-            // replaces what would tell the next start that the saved place is not what it was.
+            // Reported now, and saved before anything is sent: where few messages of a subject are kept, a message that
+            // is copied again replaces the one that would show the next start that the saved target sequence is no
+            // longer valid.
             ledger.save_now(self.witnesses(), self.report.row()).await?;
         }
         Ok(())
     }
 
-    /// Tells, once per start, where the target may forget ids too soon.
+    /// Reports, once per start, that the target may forget ids too soon.
     fn remembered(&mut self, target: &StreamInfo, unseen: u64, ledger: &mut PositionWriter) {
         if !self.target.writer.relies_on_ids() || std::mem::replace(&mut ledger.window_told, true) {
             return;
@@ -53,7 +54,7 @@ impl Run<'_> {
         }
     }
 
-    /// Tells where the run goes on and what was found on the way there.
+    /// Reports where the run resumes and the findings on the way there.
     fn resumed(&mut self, resume: Resume, ledger: &mut PositionWriter) {
         self.explain(std::mem::take(&mut ledger.gaps), &resume);
         for event in resume.findings {
@@ -76,7 +77,7 @@ impl Run<'_> {
         self.bounds.window.limit_target(self.target.limit());
     }
 
-    /// Tells what the run before could not: it ended before the source had answered.
+    /// Reports the gaps that the run before could not explain: it ended before the source had answered.
     fn explain(&mut self, mut gaps: Gaps, resume: &Resume) {
         if resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. })) {
             return;

@@ -1,4 +1,4 @@
-//! What the source answers to questions of the run, and what is done about its consumer.
+//! Handles the source's answers to questions of the run, and repairs its consumer.
 
 use nats_lane::{
     Batch, ErrorKind as NatsErrorKind,
@@ -57,11 +57,11 @@ impl Run<'_> {
         }
     }
 
-    /// What the leader of the source stream says of it, asked at a time.
+    /// Handles the state of the source stream, as its leader reported it; `asked` is when the request was sent.
     pub(super) fn source_says(&mut self, info: StreamInfo, asked: Instant) -> Result<(), Error> {
         let source = &mut self.source;
         if let Some(why) = source.polls.end.answered(info.state.last_seq) {
-            // The next run finds out where to continue, or whether to hold.
+            // The next run determines where to continue, or whether to hold.
             return Err(Error::new(ErrorKind::Retry, why));
         }
         for (from, to) in source.gaps.first_is(info.state.first_seq) {
@@ -83,20 +83,20 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// What the server says of our consumer when the watchdog asked.
+    /// Handles the server's answer about our consumer, which the watchdog asked for.
     fn consumer_is(&mut self, info: Result<ConsumerInfo, nats_lane::Error>) -> Result<(), Error> {
         let consumer = match info {
             Ok(info) => {
                 if let Some(reader) = self.source.reader.plain_mut()
                     && info.delivered.stream_seq <= reader.delivered()
                 {
-                    // What was pending may be gone, by age or by hand.
+                    // Pending messages may have been removed, by age or by hand.
                     reader.correct_pending(info.num_pending);
                 }
                 Consumer::Has(info.num_pending)
             }
             Err(error) if error.kind == NatsErrorKind::NotFound => Consumer::Gone,
-            // Nobody knows; it is asked again.
+            // Unknown; it is asked again.
             Err(_) => return Ok(()),
         };
         let last_seq = self.source.info.state.last_seq;
@@ -120,7 +120,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Does what the watchdog wants.
+    /// Does what the watchdog decided.
     pub(super) fn act(&mut self, action: Action) -> Result<(), Error> {
         match action {
             Action::Ask => self.source.ask_consumer(&self.report.replication.source.stream),
@@ -136,7 +136,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Begins to make the consumer anew.
+    /// Begins to recreate the consumer.
     fn renew(&mut self, reason: &str, tell: Tell) -> Result<(), Error> {
         let Self { report, source, bounds, times, .. } = self;
         let Replication { id, scope, source: of, .. } = &*report.replication;
@@ -145,7 +145,7 @@ impl Run<'_> {
         source.consumer_request = None;
         let deletion = reader.abandon(&mut source.lane);
         let (behind, name) = (bounds.window.newest(), source.names.next());
-        // What the server said of the stream may be older than its large messages.
+        // The server's answer about the stream may be older than its large messages.
         let counters = &report.copy.counters;
         let read = counters.received_bytes.checked_div(counters.received).unwrap_or_default();
         let heavy = locate::is_heavy(&source.info) || read >= locate::HEAVY;
@@ -166,7 +166,7 @@ impl Run<'_> {
 
     pub(super) fn seen(&self) -> Seen {
         let (source, target) = (&self.source, &self.target);
-        // A durable consumer is looked after by its own reader.
+        // A durable consumer is supervised by its own reader.
         let plain = source.reader.plain();
         let heard = plain.map_or(self.times.began, Reader::heard);
         Seen {
@@ -181,7 +181,7 @@ impl Run<'_> {
             source_partial: source.lane.partial_at(),
             in_air: self.bounds.window.len(),
             waiting: source.reader.peek().is_some(),
-            // By the limit of its rate, by dead letters, whose clock is their own, or by saves that fail.
+            // By the limit of its rate, by dead letters, which have a clock of their own, or by saves that fail.
             held_back: self.bounds.throttled.is_some() || self.rejects.in_the_air() || self.waits_for_saves(),
             settled: self.bounds.moved,
             drained: target.lane.drained(),

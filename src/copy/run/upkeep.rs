@@ -1,4 +1,4 @@
-//! What is due now and then: status, save, questions, and whether everything still moves.
+//! Periodic work: status, save, questions, and the check whether everything still moves.
 
 use chrono::DateTime;
 use nats_lane::{Lane, entropy as chance};
@@ -21,7 +21,7 @@ use crate::{
     status::{Lag, Position},
 };
 
-/// How often the status is brought up to date: while something moves, while nothing does, and once that is saved.
+/// How often the status is updated: while messages move, while none does, and once that is saved.
 pub(super) const TICK: Duration = Duration::from_millis(250);
 const TICK_IDLE: Duration = Duration::from_secs(1);
 const TICK_SAVED: Duration = Duration::from_secs(5);
@@ -31,7 +31,7 @@ const LOGIN_AHEAD_SECS: i64 = 30;
 const LOGIN_EVERY: Duration = Duration::from_secs(1);
 
 impl Run<'_> {
-    /// What is due now and then: status, save, questions, and whether everything still moves.
+    /// Does the periodic work that is due: status, save, questions, and the check whether everything still moves.
     pub(super) fn tick(&mut self, now: Instant, ledger: &mut PositionWriter) -> Result<(), Error> {
         self.settle();
         self.report_saves(now, ledger);
@@ -79,7 +79,7 @@ impl Run<'_> {
         let (source, target, replication) = (&mut self.source, &mut self.target, &self.report.replication);
         let window = &self.bounds.window;
         if source.is_due(every, now) {
-            // Of a position that nothing was read at, nobody knows whether the source ever reached it.
+            // If no message was read at a position, it is unknown whether the source ever reached it.
             let read = window.newest();
             source.ask_state(replication, read.time_ns.map_or(0, |_| read.seq), now);
             let settled = settled.then(|| window.position().seq);
@@ -88,7 +88,7 @@ impl Run<'_> {
         target.watch.ask_first(&mut target.lane, &replication.target.stream, now);
     }
 
-    /// More often while the first messages may soon go and nothing but the stream's state tells when.
+    /// More often while the first messages may soon be removed and only the stream's state shows when.
     fn info_every(&self) -> Duration {
         let (source, copy) = (&self.source, &self.report.copy);
         if source.polls.end.is_doubted() {
@@ -101,7 +101,7 @@ impl Run<'_> {
         Duration::from_secs_f64(headroom / 10.0).clamp(INFO_SOONEST, INFO_EVERY)
     }
 
-    /// Ends the run in time where a login is about to end and the files have its successor.
+    /// Ends the run in time if a login is about to end and the files have its successor.
     fn look_after_logins(&mut self, now: Instant) {
         let soon = chance::now().timestamp() + LOGIN_AHEAD_SECS;
         let (job, replication) = (self.report.job, &self.report.replication);
@@ -120,7 +120,7 @@ impl Run<'_> {
         }
     }
 
-    /// Reports, once, that the position is not saved, and that it is again.
+    /// Reports, once, that the position is not saved, and later that it is saved again.
     pub(super) fn report_saves(&mut self, now: Instant, ledger: &mut PositionWriter) {
         self.bounds.limit = self.report.copy_limit(ledger, now);
         self.report.saves(self.bounds.window.position().seq, now, ledger);
@@ -132,12 +132,12 @@ impl Run<'_> {
         self.bounds.limit.is_some() && self.source.reader.peek().is_some_and(|incoming| beyond(incoming.bytes()))
     }
 
-    /// Tells of messages that could not be stored; of all that are not told yet at the end and now and then.
+    /// Reports messages that could not be stored; `all` of those that are not reported yet at the end and now and then.
     pub(super) fn tell_rejected(&mut self, all: bool) {
         self.report.rejected(self.rejects.tell(all));
     }
 
-    /// Brings the status up to date.
+    /// Updates the status.
     pub(super) fn tell(&mut self) {
         let (waits, now) = (self.waits_for_saves(), Instant::now());
         self.tell_lag(now);
@@ -156,11 +156,11 @@ impl Run<'_> {
         self.report.publish(window.position().seq, waits, self.source.watchdog.is_open());
     }
 
-    /// Position, lag and headroom.
+    /// Updates position, lag and headroom in the status.
     fn tell_lag(&mut self, now: Instant) {
         let (source, window, copy) = (&self.source, &self.bounds.window, &mut self.report.copy);
         let position = window.position();
-        // As long as nothing settles, the oldest is the same, also where it has not been read (again) yet.
+        // As long as nothing settles, the oldest message is the same, also where it has not been read (again) yet.
         let before = copy.lag.filter(|_| copy.position.source_seq == position.seq).and_then(|lag| lag.oldest);
         copy.position =
             Position { source_seq: position.seq, target_seq: window.target().map_or(0, |target| target.seq) };
@@ -173,7 +173,7 @@ impl Run<'_> {
         copy.source.first_seq = Some(source.info.state.first_seq);
         copy.source.last_seq = Some(last_seq);
         let oldest = window.oldest().or(letter).or_else(|| source.reader.next());
-        // What is replayed for sampling is settled.
+        // Messages that are replayed for sampling are settled.
         let oldest = oldest.filter(|point| point.seq > position.seq);
         let stored = oldest.and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
         let lag = Lag::new(messages, stored.or(before), source.clock.now(now));

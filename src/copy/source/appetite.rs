@@ -38,8 +38,8 @@ impl Appetite {
         self.most.map_or(wanted, |most| most.min(wanted))
     }
 
-    /// The source cut a connection that lived for so long, while it owed messages; `asked` for so many bytes. Returns what
-    /// is asked for from now on, if that is less.
+    /// The source cut a connection that lived for so long, while it owed messages; `asked` for so many bytes. Returns
+    /// what is asked for from now on, if that is less.
     pub fn cut(&mut self, asked: usize, lived: Duration, now: Instant) -> Option<usize> {
         if lived > YOUNG {
             return None;

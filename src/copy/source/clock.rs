@@ -1,11 +1,11 @@
-//! The time of the source server. Stored times are the server's, so ages are measured by its clock: the clock of this host
-//! can differ, differs between instances, and can be set while a run is under way. Pure: moments and answers come in,
-//! times come out.
+//! The time of the source server. Stored times are the server's, so ages are measured by its clock: the clock of this
+//! host can differ, differs between instances, and can be set while a run is under way. Pure: moments and answers come
+//! in, times come out.
 //!
-//! A server writes its time into every answer about a stream. It wrote it after the question was sent and before the answer
-//! was received, which bounds what its clock shows at a moment of our monotonic clock from both sides. Every answer
-//! narrows the bounds or, when the server's clock was set or another server leads the stream, moves them as far as needed
-//! and no further. The lower bound counts as the server's time: no message is taken for older than it is.
+//! A server writes its time into every answer about a stream. It wrote it after the question was sent and before the
+//! answer was received, which bounds what its clock shows at a moment of our monotonic clock from both sides. Every
+//! answer narrows the bounds or, when the server's clock was set or another server leads the stream, moves them as far
+//! as needed and no further. The lower bound counts as the server's time: no message is taken for older than it is.
 
 use chrono::{DateTime, Utc};
 use tokio::time::{Duration, Instant};
@@ -117,7 +117,8 @@ pub(crate) fn shown(before: Option<f64>, offset: Option<f64>) -> Option<f64> {
     }
 }
 
-/// What is wrong with a difference between the clock of the source server and the clock of this host; `None` if nothing is.
+/// What is wrong with a difference between the clock of the source server and the clock of this host; `None` if nothing
+/// is.
 pub(crate) fn apart(offset: Option<f64>) -> Option<String> {
     match offset {
         None => Some(

@@ -1,5 +1,6 @@
-//! Names of the consumers that a copy creates for itself. The next run of the replication knows them, in this process or
-//! in another one, and deletes what a run before it left behind: a run that lost its connection or was killed cannot.
+//! Names of the consumers that a copy creates for itself. The next run of the replication knows them, in this process
+//! or in another one, and deletes what a run before it left behind: a run that lost its connection or was killed
+//! cannot.
 
 use std::collections::HashMap;
 
@@ -18,8 +19,8 @@ const CHECK: &str = "g";
 /// Time limit for the answers to the deletions.
 const ANSWER: Duration = Duration::from_secs(1);
 
-/// What the names of a replication's own consumers begin with. `installation` keeps installations apart that read the same
-/// stream for replications of the same id.
+/// What the names of a replication's own consumers begin with. `installation` keeps installations apart that read the
+/// same stream for replications of the same id.
 pub fn consumer_prefix(site: &str, installation: &str, replication: &str) -> String {
     let key = [site.as_bytes(), installation.as_bytes(), replication.as_bytes()].join(&0);
     format!("sr_{:016x}", xxh3_64(&key))

@@ -1,9 +1,10 @@
 //! The durable consumer of a replication at a source that forgets what was acknowledged (interest and work-queue
 //! retention): whether there is one, whether it can be used, and making it.
 //!
-//! One that is there already, such as that of Choria's replicator, is used as it is. Ours has [`MARK`] in its metadata: only
-//! such a one is ever changed, and deleted with its replication. None is ever deleted to read something again. One of another
-//! replication, or of another installation, is not used: two readers of one consumer get a part of the messages each.
+//! One that is there already, such as that of Choria's replicator, is used as it is. Ours has [`MARK`] in its metadata:
+//! only such a one is ever changed, and deleted with its replication. None is ever deleted to read something again. One
+//! of another replication, or of another installation, is not used: two readers of one consumer get a part of the
+//! messages each.
 
 use nats_lane::{
     Dial, Error, ErrorKind, Lane,
@@ -21,14 +22,14 @@ use crate::{
 
 /// Metadata of the consumers that we made; the value is the id of the replication.
 const MARK: &str = names::PROGRAM;
-/// Metadata of the consumers that we made: the site, for people, and what identifies the installation. Consumers that were
-/// made by earlier versions have neither: the first one that uses them adds it.
+/// Metadata of the consumers that we made: the site, for people, and what identifies the installation. Consumers that
+/// were made by earlier versions have neither: the first one that uses them adds it.
 const SITE: &str = "stream-replicator.site";
 const INSTALLATION: &str = "stream-replicator.installation";
 /// What is not acknowledged in this time is delivered again: of no use to us, who ask for it when we need it.
 const ACK_WAIT: Duration = Duration::from_secs(300);
-/// A consumer that pushes says that it is there this often while it has nothing to deliver, and asks for the acks of what
-/// it delivered last.
+/// A consumer that pushes says that it is there this often while it has nothing to deliver, and asks for the acks of
+/// what it delivered last.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Messages that may wait for their ack at the least.
 const LEAST_PENDING: u64 = 16;
@@ -111,9 +112,9 @@ impl Durable {
         if floor <= source.state.last_seq { floor } else { 0 }
     }
 
-    /// Keeps the consumer, unless it is ahead of its stream, which lost its end: what the stream stores next, up to what
-    /// was delivered before, it never delivers. Servers before 2.14 leave it so. `lost` if the end was seen to be lost;
-    /// otherwise the stream has not grown yet.
+    /// Keeps the consumer, unless it is ahead of its stream, which lost its end: what the stream stores next, up to
+    /// what was delivered before, it never delivers. Servers before 2.14 leave it so. `lost` if the end was seen to be
+    /// lost; otherwise the stream has not grown yet.
     pub(in crate::copy) async fn unless_ahead(
         self,
         lane: &mut Lane,
@@ -141,8 +142,8 @@ impl Durable {
     }
 
     /// Deletes a consumer that is ahead of its stream, so that the next one delivers all that the stream has behind
-    /// `position`. Of a work queue nothing goes with it. Of an interest stream, the messages that no other consumer wants
-    /// would: until the next one is there, a second consumer wants them.
+    /// `position`. Of a work queue nothing goes with it. Of an interest stream, the messages that no other consumer
+    /// wants would: until the next one is there, a second consumer wants them.
     async fn give_up(
         self,
         lane: &mut Lane,
@@ -179,8 +180,8 @@ impl Durable {
         Api::new(lane).delete_consumer(stream, &self.name).await
     }
 
-    /// Has a second consumer want what the stream has after `position`. An earlier try may have left one: no server changes
-    /// where a consumer begins, and one that begins earlier keeps as much.
+    /// Has a second consumer want what the stream has after `position`. An earlier try may have left one: no server
+    /// changes where a consumer begins, and one that begins earlier keeps as much.
     async fn keep_messages(&self, lane: &mut Lane, replication: &Replication, position: u64) -> Result<(), Error> {
         let (stream, name) = (&replication.source.stream, keeper(&self.name));
         let there = Api::new(lane).consumer_info(stream, &name).await?;
@@ -244,8 +245,8 @@ impl Durable {
     }
 }
 
-/// Whether a consumer of this stream stays where it was when the stream loses its end: servers from 2.14 on (API level 4)
-/// lower what it has delivered, and what is acknowledged, to the stream's last sequence.
+/// Whether a consumer of this stream stays where it was when the stream loses its end: servers from 2.14 on (API level
+/// 4) lower what it has delivered, and what is acknowledged, to the stream's last sequence.
 fn stays_ahead(source: &StreamInfo) -> bool {
     Way::of(source) == Way::Explicit
 }
@@ -493,7 +494,8 @@ mod tests {
         serde_json::from_value(json!({"config": config, "state": state})).unwrap()
     }
 
-    /// What is asked for until a consumer that is ahead of its stream is deleted, where an earlier try left this keeper.
+    /// What is asked for until a consumer that is ahead of its stream is deleted, where an earlier try left this
+    /// keeper.
     async fn given_up(keeper: Option<u64>) -> Vec<String> {
         let (mut lane, mut server) = nats_lane::pipe::lane().await;
         let (replication, source) = (replication(json!({})), stream("interest", "1", 5, 50));

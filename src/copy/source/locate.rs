@@ -25,8 +25,8 @@ use crate::{
     store::SourceWitness,
 };
 
-/// Messages of this size on the average are not read for their headers or their stored time alone: a question more costs
-/// less.
+/// Messages of this size on the average are not read for their headers or their stored time alone: a question more
+/// costs less.
 pub(in crate::copy) const HEAVY: u64 = 32 * 1024;
 /// Names of the consumers of a question that no run asks: one may be under way.
 const QUESTION: &str = "p";
@@ -117,7 +117,8 @@ pub(in crate::copy) fn question_names(consumers: &str) -> Names {
 }
 
 /// The sequence before the first message stored at or after a time: the server knows, a consumer asks it. A stream that
-/// forgets what was acknowledged takes no consumer for a question, and is searched; so is one that takes no more consumers.
+/// forgets what was acknowledged takes no consumer for a question, and is searched; so is one that takes no more
+/// consumers.
 pub(in crate::copy) async fn before_time(
     lane: &mut Lane,
     stream: &str,
@@ -186,8 +187,8 @@ pub(in crate::copy) async fn point_at(
     Ok(SourcePoint { seq, time_ns: message.map(|message| message.time_ns) })
 }
 
-/// The message at a sequence, by the word of the stream's leader. Where messages are large, its payload is left where it is
-/// if a consumer may be used for that: a work queue or an interest stream takes none for a question.
+/// The message at a sequence, by the word of the stream's leader. Where messages are large, its payload is left where
+/// it is if a consumer may be used for that: a work queue or an interest stream takes none for a question.
 pub(in crate::copy) async fn message_at(
     lane: &mut Lane,
     stream: &str,

@@ -240,8 +240,8 @@ impl Reader {
         }
     }
 
-    /// The consumer is of no use: what was read and not taken is let go, and nothing more is asked for. Returns the request
-    /// that deletes it.
+    /// The consumer is of no use: what was read and not taken is let go, and nothing more is asked for. Returns the
+    /// request that deletes it.
     pub fn abandon(&mut self, lane: &mut Lane) -> String {
         self.pending = self.pending();
         self.stash = Stash::new(self.accepted);
@@ -563,8 +563,9 @@ fn heartbeat(stream: &str, message: &Message<'_>, consumer_seq: u64) -> Result<(
     }
 }
 
-/// Reads subject, headers and stored time of the message at a sequence, without its payload. `None` where the consumer has
-/// none: it may live on a server that has less of the stream than its leader, so only the leader's word counts for that.
+/// Reads subject, headers and stored time of the message at a sequence, without its payload. `None` where the consumer
+/// has none: it may live on a server that has less of the stream than its leader, so only the leader's word counts for
+/// that.
 pub(in crate::copy) async fn headers_at(
     lane: &mut Lane,
     stream: &str,
@@ -601,8 +602,8 @@ pub(in crate::copy) async fn headers_at(
     Ok(found.filter(|found| found.sequence == seq))
 }
 
-/// Reads the headers of everything in a range of sequences, in order. The consumer for it may live on a server that has less
-/// of the stream than its leader: then this is an error that passes.
+/// Reads the headers of everything in a range of sequences, in order. The consumer for it may live on a server that has
+/// less of the stream than its leader: then this is an error that passes.
 pub(in crate::copy) async fn scan(
     lane: &mut Lane,
     stream: &str,

@@ -61,8 +61,8 @@ enum Waits {
 }
 
 impl Renewal {
-    /// Asks for the consumer. `deletion` is the request that deletes the one before it. `shows` is the name of another one,
-    /// for a witness that is too large to be read.
+    /// Asks for the consumer. `deletion` is the request that deletes the one before it. `shows` is the name of another
+    /// one, for a witness that is too large to be read.
     pub fn begin(
         lane: &mut Lane,
         stream: &str,
@@ -183,8 +183,8 @@ impl Renewal {
         self.waits_for = Waits::Shower(Box::new(info));
     }
 
-    /// Takes what that consumer shows. Nothing, or another message, proves nothing: it may live on a server that has less of
-    /// the stream than its leader.
+    /// Takes what that consumer shows. Nothing, or another message, proves nothing: it may live on a server that has
+    /// less of the stream than its leader.
     fn shown(&mut self, lane: &mut Lane, message: &Message<'_>, bytes: usize) -> Option<Result<Reader, Error>> {
         let Waits::Shown(info, sid) = &self.waits_for else { return None };
         let (info, sid) = ((**info).clone(), *sid);

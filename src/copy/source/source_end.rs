@@ -1,6 +1,6 @@
-//! Whether the source still reaches as far as it was read. Pure. A consumer can survive a source that lost its end, such as
-//! a cluster in which a damaged replica became the leader: it waits until the stream has grown as far again, and what is
-//! stored until then would never be copied.
+//! Whether the source still reaches as far as it was read. Pure. A consumer can survive a source that lost its end,
+//! such as a cluster in which a damaged replica became the leader: it waits until the stream has grown as far again,
+//! and what is stored until then would never be copied.
 
 use std::collections::VecDeque;
 
@@ -68,8 +68,8 @@ impl SourceEnd {
         self.is_doubted
     }
 
-    /// The source answered. Two answers in a row prove a loss: a new leader may answer before it has applied everything that
-    /// another replica delivered.
+    /// The source answered. Two answers in a row prove a loss: a new leader may answer before it has applied everything
+    /// that another replica delivered.
     pub fn answered(&mut self, last: u64) -> Option<String> {
         let short = last < self.read;
         let again = std::mem::replace(&mut self.is_doubted, short);

@@ -1,5 +1,5 @@
-//! Sends by fast-ingest batches (ADR-50): one batch is open at a time, and an ack settles a part of it. The end of a batch
-//! names the stream that stored it.
+//! Sends by fast-ingest batches (ADR-50): one batch is open at a time, and an ack settles a part of it. The end of a
+//! batch names the stream that stored it.
 
 use std::ops::Range;
 
@@ -353,8 +353,8 @@ impl Batches {
         due
     }
 
-    /// Ends the open batch, if there is one, so that everything sent so far gets an ack. Writes the reply subject of that
-    /// commit; `false` if there is nothing to commit.
+    /// Ends the open batch, if there is one, so that everything sent so far gets an ack. Writes the reply subject of
+    /// that commit; `false` if there is nothing to commit.
     pub fn commit(&mut self, out: &mut BytesMut, inbox: &str, now: Instant) -> bool {
         let Some(batch) = &mut self.batch else { return false };
         if batch.committing.replace(now).is_some() {

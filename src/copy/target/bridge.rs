@@ -1,5 +1,5 @@
-//! A stream at the source that listens on the subjects of the copies, where both sides are one account over leafnodes or
-//! gateways: it would store the copies again. Found before the first message is sent.
+//! A stream at the source that listens on the subjects of the copies, where both sides are one account over leafnodes
+//! or gateways: it would store the copies again. Found before the first message is sent.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -37,8 +37,9 @@ pub(crate) fn same_jetstream(source: &StreamInfo, target: &nats_lane::ServerInfo
     domain == source.domain.as_deref()
 }
 
-/// Refuses a first run whose copies a stream at the source would store again. Questions that need more permissions than a
-/// copy go over connections of their own: if they are refused, nothing is known, and the acks of the copies tell later.
+/// Refuses a first run whose copies a stream at the source would store again. Questions that need more permissions than
+/// a copy go over connections of their own: if they are refused, nothing is known, and the acks of the copies tell
+/// later.
 pub(in crate::copy) async fn check(
     job: &Job,
     source: &mut Lane,

@@ -20,8 +20,8 @@ use crate::{
     },
 };
 
-/// Longest protocol line, without its keyword, that a server takes unless it is configured otherwise (`max_control_line`);
-/// beyond it, it drops the connection.
+/// Longest protocol line, without its keyword, that a server takes unless it is configured otherwise
+/// (`max_control_line`); beyond it, it drops the connection.
 const MAX_LINE: usize = 4096;
 /// Longest header block that a server takes.
 pub(in crate::copy) const MAX_HEADER: usize = 65_535;
@@ -161,8 +161,8 @@ impl Frame {
         outgoing.headers_removed
     }
 
-    /// What would make the server drop the connection or refuse the message is found here, before it is sent, as far as it
-    /// can be known.
+    /// What would make the server drop the connection or refuse the message is found here, before it is sent, as far as
+    /// it can be known.
     fn check(&self, incoming: &Incoming<'_>, reply: usize) -> Result<(), Error> {
         let (size, subject) = (self.header.len() + incoming.message.payload.len(), &self.subject);
         let mut api = None;
@@ -202,8 +202,8 @@ pub(in crate::copy) fn digits(number: u64) -> usize {
     number.checked_ilog10().unwrap_or(0) as usize + 1
 }
 
-/// Whether a server would act on what is published there, with the rights of our login, instead of storing it. No stream
-/// has such messages unless it stores everything, but a server may deliver any.
+/// Whether a server would act on what is published there, with the rights of our login, instead of storing it. No
+/// stream has such messages unless it stores everything, but a server may deliver any.
 fn is_request(subject: &[u8], api_prefix: &str) -> bool {
     // Keys of buckets and the like may go through the same prefix.
     let acts = |word: Option<&[u8]>| word.is_some_and(|word| REQUESTS.contains(&word));

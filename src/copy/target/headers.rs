@@ -12,8 +12,8 @@ use crate::{
 };
 
 /// Which headers of a message keep their effect: the source acts on them, and the target allows them. A source stores a
-/// header that it does not act on as data (a server before 2.11 does so with `Nats-TTL`, a mirror with whatever its origin
-/// stored): at the target it would remove messages that the source keeps.
+/// header that it does not act on as data (a server before 2.11 does so with `Nats-TTL`, a mirror with whatever its
+/// origin stored): at the target it would remove messages that the source keeps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Allowed {
     /// `Nats-TTL` (`allow_msg_ttl` of both streams).
@@ -67,8 +67,8 @@ pub fn header_block(out: &mut Vec<u8>, block: &[u8], allowed: Allowed, tag: &Tag
     removed
 }
 
-/// Writes the version line into `out` (cleared first). Returns the other lines, without the empty one at the end: it comes
-/// again behind ours.
+/// Writes the version line into `out` (cleared first). Returns the other lines, without the empty one at the end: it
+/// comes again behind ours.
 pub(in crate::copy) fn first_line<'b>(out: &mut Vec<u8>, block: &'b [u8]) -> &'b [u8] {
     out.clear();
     let end = headers::find_line_end(block).map_or(block.len(), |at| at + 2);

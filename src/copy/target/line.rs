@@ -1,5 +1,6 @@
 //! The target's `max_control_line`: no server publishes it, and one that gets a longer line drops the connection. Where
-//! that may have happened, lines of padding are sent to nobody, each on a connection of its own, until the limit is known.
+//! that may have happened, lines of padding are sent to nobody, each on a connection of its own, until the limit is
+//! known.
 
 use futures_util::{FutureExt, future::BoxFuture};
 use nats_lane::Lane;
@@ -39,8 +40,8 @@ async fn search<'a>(sent: usize, mut takes: impl FnMut(usize) -> BoxFuture<'a, O
     (takes(low).await? && !takes(low + 1).await?).then_some(low)
 }
 
-/// Whether the target takes a line of so many bytes after its keyword; `None` if it cannot be reached, or ends the connection
-/// and says another reason.
+/// Whether the target takes a line of so many bytes after its keyword; `None` if it cannot be reached, or ends the
+/// connection and says another reason.
 async fn takes(job: &Job, line: usize) -> Option<bool> {
     let name = format!("{} {}", names::PROGRAM, job.replication.id);
     let mut lane: Lane = job.dial.dial(&job.replication.target.place, &name).await.ok()?;

@@ -20,8 +20,8 @@ struct Published {
     duplicate: bool,
 }
 
-/// What was published in one run. Of several refusals that of the oldest message counts; the others are known to the next
-/// run if they are for good.
+/// What was published in one run. Of several refusals that of the oldest message counts; the others are known to the
+/// next run if they are for good.
 #[derive(Debug)]
 pub(in crate::copy) struct Pipelined {
     sent: u64,

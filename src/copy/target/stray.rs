@@ -21,7 +21,8 @@ use crate::{
 
 /// Deadline for connecting to both sides.
 const DIAL_WITHIN: Duration = Duration::from_secs(5);
-/// Deadline for their answers, at the least, and in times of what the connections took: those of a slow line take as long.
+/// Deadline for their answers, at the least, and in times of what the connections took: those of a slow line take as
+/// long.
 const ASK_WITHIN: Duration = Duration::from_secs(1);
 const DIALS: u32 = 4;
 

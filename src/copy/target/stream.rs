@@ -201,8 +201,8 @@ impl<'a> Opening<'a> {
                 return Err(Error::hold(why));
             }
             let lacks = self.lacks(&info).await?;
-            // What a server takes and does not keep, but for subjects, is not asked of it twice. A stream that lacks our mark
-            // again was changed by another replication, which read it before our change.
+            // What a server takes and does not keep, but for subjects, is not asked of it twice. A stream that lacks
+            // our mark again was changed by another replication, which read it before our change.
             let lost = mark::is_ours(&info.config, &self.job.site, &replication.former)
                 && !mark::names(&info, &replication.id);
             let again = |update: &Update| lost || !update.subjects.is_empty();

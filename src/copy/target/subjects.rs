@@ -195,9 +195,9 @@ fn by_configuration(replication: &Replication, source: &StreamInfo, origins: &Or
     from
 }
 
-/// Whether messages of different subjects stay apart at the target: there, what a message says of its subject (a rollup,
-/// how many are kept) must not meet messages of another one. Of a source that tells too little, what the transforms are
-/// for is looked at.
+/// Whether messages of different subjects stay apart at the target: there, what a message says of its subject (a
+/// rollup, how many are kept) must not meet messages of another one. Of a source that tells too little, what the
+/// transforms are for is looked at.
 pub(crate) fn stay_apart(replication: &Replication, source: &StreamInfo) -> bool {
     let mapping: &Mapping = &replication.mapping;
     let InScope { from, vague } = InScope::of(replication, Some(source), &Origins::default());

@@ -92,8 +92,8 @@ impl TargetEnd {
         }
     }
 
-    /// One line for each ack: under which epoch it settled which target sequences (docs/operations.md). Nothing reads it but
-    /// people and tests, who hold one instance against the other by it.
+    /// One line for each ack: under which epoch it settled which target sequences (docs/operations.md). Nothing reads
+    /// it but people and tests, who hold one instance against the other by it.
     pub fn log_settled(&self, first: u64, last: u64) {
         trace!(target: "stream_replicator::settled", replication = self.replication.id, epoch = self.epoch, first, last);
     }

@@ -32,7 +32,8 @@ pub(in crate::copy) struct TargetHalf {
     pub writer: Writer,
     /// What lies behind the position when the run begins.
     pub already: Already,
-    /// The last source sequence that was found at the target when the run began; 0 once everything up to it has settled.
+    /// The last source sequence that was found at the target when the run began; 0 once everything up to it has
+    /// settled.
     pub known_to: u64,
     /// Keeps objects whole, where the source is an object store.
     pub gate: Option<Gate>,

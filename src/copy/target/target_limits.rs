@@ -1,7 +1,7 @@
 //! How much a target must be able to keep so that it holds a copy of everything that the source can hold. Pure.
 //!
-//! A copy is larger than its source message: it carries provenance and a stamp, and its subject may be longer. So a limit
-//! in bytes that is right for the source is too small for the target.
+//! A copy is larger than its source message: it carries provenance and a stamp, and its subject may be longer. So a
+//! limit in bytes that is right for the source is too small for the target.
 
 use nats_lane::{Error, jetstream::StreamInfo};
 use serde_json::{Map, Value};
@@ -20,8 +20,8 @@ const STORED: u64 = 16;
 const HEADER_BLOCK: u64 = 10 + 2 + 4;
 /// `Nats-Expected-Last-Sequence` with the largest number, and `Nats-Msg-Id` with a hash.
 const STAMP: u64 = (27 + 2 + 20 + 2) + (11 + 2 + 32 + 2);
-/// Header lines of the source that are renamed, or whose value becomes longer. Only a message that has such lines, which
-/// are longer than what is added to them, is that much larger.
+/// Header lines of the source that are renamed, or whose value becomes longer. Only a message that has such lines,
+/// which are longer than what is added to them, is that much larger.
 const RENAMED: u64 = 8 * 10;
 /// The longest name of a site.
 const LONGEST_SITE: u64 = 128;
@@ -66,8 +66,8 @@ fn limit(stream: &StreamInfo, name: &str) -> Option<u64> {
     u64::try_from(stream.number(name)).ok().filter(|limit| *limit > 0)
 }
 
-/// What a limit of so many bytes of a source must be at the target, if at most so many messages count. Without a count, as
-/// many messages as fit: each takes at least the store's own bytes and the shortest subject.
+/// What a limit of so many bytes of a source must be at the target, if at most so many messages count. Without a count,
+/// as many messages as fit: each takes at least the store's own bytes and the shortest subject.
 fn bytes_for_copies(replication: &Replication, source: &StreamInfo, max_bytes: u64) -> Option<u64> {
     let Overhead { headers, subject } = Overhead::of(replication);
     let shortest = source.subjects().iter().map(|subject| subject.len() as u64).min().unwrap_or(1);
@@ -90,8 +90,8 @@ pub(crate) fn largest_copy(replication: &Replication, size: usize) -> usize {
 /// Puts the limits into the configuration of a target that is created. `apart` says whether messages of different
 /// subjects stay apart there.
 ///
-/// A source with `discard: new` refuses messages when it is full, until a message is removed. Removals are not copied, so
-/// the copies of everything that it ever held would not fit: these limits are left out. So are all limits of a work
+/// A source with `discard: new` refuses messages when it is full, until a message is removed. Removals are not copied,
+/// so the copies of everything that it ever held would not fit: these limits are left out. So are all limits of a work
 /// queue, which say how much may wait.
 pub(in crate::copy) fn take_over(
     config: &mut Map<String, Value>,
@@ -141,8 +141,8 @@ pub(in crate::copy) enum Room {
     Copies,
     /// No `max_bytes`: nothing is set aside.
     Unbounded,
-    /// Some times the bytes of the source, for accounts that require a bound. Nothing may be dropped that the source keeps,
-    /// so a target that is full refuses, and the copy is held.
+    /// Some times the bytes of the source, for accounts that require a bound. Nothing may be dropped that the source
+    /// keeps, so a target that is full refuses, and the copy is held.
     Times,
     /// The bytes of the source, likewise.
     Source,

@@ -1,5 +1,5 @@
-//! Polls the target for copies that it dropped (see [`drops`](super::drops)): one question beside each to the source, and
-//! one more where the first message of the target is another one than before.
+//! Polls the target for copies that it dropped (see [`drops`](super::drops)): one question beside each to the source,
+//! and one more where the first message of the target is another one than before.
 
 use nats_lane::{
     Lane, Message,
@@ -59,8 +59,8 @@ impl TargetWatch {
         Self { drops, tag, asked: None, polled: None, asked_early: false, passed: 0 }
     }
 
-    /// Asks for the state of the target, if that is of interest, due, and no question is in flight. `settled` is the position,
-    /// if nothing is in flight.
+    /// Asks for the state of the target, if that is of interest, due, and no question is in flight. `settled` is the
+    /// position, if nothing is in flight.
     pub fn ask(&mut self, lane: &mut Lane, stream: &str, settled: Option<u64>, now: Instant) {
         let waits = self.asked.as_ref().is_some_and(|(_, at)| now.duration_since(*at) < ANSWER);
         let recent = self.polled.is_some_and(|at| now.duration_since(at) < EVERY);

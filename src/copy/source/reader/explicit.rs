@@ -5,9 +5,9 @@
 //! A message is acknowledged once everything up to it is settled. What was delivered to a run before this one and not
 //! acknowledged comes back first, in order, and each of these messages crosses the line once:
 //!
-//! * A NAK with a delay takes a message out of the server's queue of what is redelivered, and a plain NAK puts it at the
-//!   end of that queue. So one pass of each over all that may be pending sorts the queue, whatever earlier runs left in
-//!   it.
+//! * A NAK with a delay takes a message out of the server's queue of what is redelivered, and a plain NAK puts it at
+//! the   end of that queue. So one pass of each over all that may be pending sorts the queue, whatever earlier runs
+//! left in   it.
 //! * A pull that ends because the next message exceeds its bytes puts that message at the end of the queue, which is
 //!   then out of order. So there is only one pull at a time, and the queue is sorted again before the next one.
 //!
@@ -31,7 +31,8 @@ const AUDIT: Duration = Duration::from_secs(10);
 const AUDIT_MOST: u64 = 100_000;
 /// Bytes of commands that wait in the lane at most: however far apart the first and the last pending message are.
 const WAITING: usize = 256 * 1024;
-/// Asks for a message again: it goes to the end of the server's queue of what is redelivered, unless it is in it already.
+/// Asks for a message again: it goes to the end of the server's queue of what is redelivered, unless it is in it
+/// already.
 const NAK: &[u8] = b"-NAK";
 /// The same after this time, which takes the message out of that queue. If nothing else follows, because the process
 /// ends, it is redelivered then.
@@ -274,9 +275,9 @@ impl Asking {
 }
 
 impl Owed {
-    /// What becomes of a delivery. The server redelivers before it delivers anything new: a new message means that the rest
-    /// is gone (expired, or acknowledged by what the run before had in flight), or that the server forgot its queue. So it
-    /// is dropped, and asked back with the rest. Once it comes back, what has not come before it is gone.
+    /// What becomes of a delivery. The server redelivers before it delivers anything new: a new message means that the
+    /// rest is gone (expired, or acknowledged by what the run before had in flight), or that the server forgot its
+    /// queue. So it is dropped, and asked back with the rest. Once it comes back, what has not come before it is gone.
     fn takes(&mut self, seq: u64) -> Verdict {
         if seq < self.to || seq == self.to && !self.is_last {
             self.left -= 1;
@@ -393,8 +394,8 @@ async fn ask_back(
     Ok(info)
 }
 
-/// Sorts and waits until the server is through with it: it takes NAKs from a queue of its own, in order, and answers the
-/// last one. A pull that it serves before that would bring new messages in front of what was asked back.
+/// Sorts and waits until the server is through with it: it takes NAKs from a queue of its own, in order, and answers
+/// the last one. A pull that it serves before that would bring new messages in front of what was asked back.
 async fn sort_now(lane: &mut Lane, subject: &str, asked: RangeInclusive<u64>, delivery: u64) -> Result<(), Error> {
     let to = *asked.end();
     let mut asking = Asking::of(asked);

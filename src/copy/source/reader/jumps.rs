@@ -1,8 +1,8 @@
 //! Jumps in what a durable consumer without a filter delivers, each held against the stream's leader before anything
 //! behind it is copied. Most are harmless: what lay between was deleted or expired. But a consumer may live on a server
 //! that has yet to catch up with the stream, or somebody may have changed it; then the acks of what it delivers later
-//! would take away what it passed over. Each server expires messages by its own clock, so the leader may have some for a
-//! moment longer: what it has is asked for again for a while.
+//! would take away what it passed over. Each server expires messages by its own clock, so the leader may have some for
+//! a moment longer: what it has is asked for again for a while.
 
 use std::collections::VecDeque;
 
@@ -72,8 +72,8 @@ impl Jumps {
         self.open.front().is_some_and(|jump| jump.asked.is_some())
     }
 
-    /// Asks the leader for the first message that each jump may have passed over. Of a single sequence, the answer holds
-    /// no message if all is well; of more, it holds the next one that the stream has.
+    /// Asks the leader for the first message that each jump may have passed over. Of a single sequence, the answer
+    /// holds no message if all is well; of more, it holds the next one that the stream has.
     pub(super) fn ask(&mut self, lane: &mut Lane, stream: &str, now: Instant) {
         for jump in self.open.iter_mut().take(ASKED_TOGETHER).filter(|jump| jump.is_due(now)) {
             let call = if jump.to - jump.from == 1 { message_call } else { message_from_call };

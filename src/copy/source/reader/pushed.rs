@@ -65,8 +65,8 @@ struct Acks {
 }
 
 impl Pushed {
-    /// Takes over the consumer, which delivers to `subject` from now on, behind what is acknowledged; of that, what lies
-    /// at or before `position` is settled. `bytes` bounds what is read ahead.
+    /// Takes over the consumer, which delivers to `subject` from now on, behind what is acknowledged; of that, what
+    /// lies at or before `position` is settled. `bytes` bounds what is read ahead.
     pub(in crate::copy) fn open(
         lane: &mut Lane,
         stream: &str,
