@@ -1,14 +1,14 @@
-//! How fast a replication may send: a token bucket for messages and one for bytes. Pure: the time comes in.
+//! The rate limits of a replication: a token bucket for messages and one for bytes. Pure: the time is an argument.
 //!
-//! A bucket fills up to what one second allows. A message that costs more than that passes as soon as the bucket is
-//! full, and leaves a debt that the following ones wait for. A run begins with empty buckets, so that a run that begins
-//! again and again is no faster than one that lasts.
+//! A bucket fills up to the amount of one second. A message that costs more is sent as soon as the bucket is
+//! full, and leaves a debt that the following ones wait for. A run begins with empty buckets, so that a run that
+//! restarts again and again is no faster than one that lasts.
 
 use tokio::time::{Duration, Instant};
 
 use crate::config::Limits;
 
-/// What the limits of one replication leave to be sent.
+/// The remaining allowance of one replication's limits.
 #[derive(Debug)]
 pub(in crate::copy) struct Throttle {
     messages: Option<Bucket>,
@@ -29,7 +29,7 @@ impl Throttle {
         messages.max(bytes)
     }
 
-    /// Takes what a message of so many bytes costs.
+    /// Subtracts the cost of a message of so many bytes.
     pub fn take(&mut self, bytes: usize) {
         if let Some(bucket) = &mut self.messages {
             bucket.level -= 1.0;
@@ -40,7 +40,7 @@ impl Throttle {
     }
 }
 
-/// Bytes to read ahead: what is not sent for seconds only takes room from other replications.
+/// Bytes to read ahead: bytes that are not sent for seconds only take room from other replications.
 pub(in crate::copy) fn read_ahead(limits: &Limits) -> usize {
     let seconds = limits.bytes_per_second.map(|rate| usize::try_from(rate.saturating_mul(2)).unwrap_or(usize::MAX));
     seconds.map_or(limits.bytes_in_flight, |bytes| bytes.min(limits.bytes_in_flight))
@@ -48,11 +48,11 @@ pub(in crate::copy) fn read_ahead(limits: &Limits) -> usize {
 
 #[derive(Debug)]
 struct Bucket {
-    /// Tokens that come in a second, and how many fit in; above 0.
+    /// Tokens per second, and the capacity; above 0.
     rate: f64,
     /// Tokens in the bucket; below 0 after a message that cost more than there was room for.
     level: f64,
-    /// When `level` was right.
+    /// The time of `level`.
     at: Instant,
 }
 
@@ -62,7 +62,7 @@ impl Bucket {
         self.level = (self.level + passed.as_secs_f64() * self.rate).min(self.rate);
         self.at = self.at.max(now);
         let missing = cost.min(self.rate) - self.level;
-        // What rounding leaves over is no reason to wait.
+        // A rounding error is no reason to wait.
         (missing > self.rate * 1e-9).then(|| now + Duration::from_secs_f64(missing / self.rate))
     }
 }

@@ -1,10 +1,10 @@
-//! Whether a run still moves, and what is made anew when it does not. Pure: what was seen comes in, what to do comes
-//! out.
+//! Whether a run still moves, and the repair if it does not. Pure: observations are arguments, the decision is the
+//! result.
 //!
-//! There are three steps, and each is taken only when the one before did not help: the source consumer, inside the run;
-//! both connections, by ending the run; everything, by beginning the whole life again. Progress, or a while in good
-//! order, leads back to the first. Nothing is a stall that waits on purpose: without lag, with no pull open (the byte
-//! budget and the bounds on what is in the air hold it back), or for a limit of the rate.
+//! There are three steps, and each is taken only when the one before did not help: recreate the source consumer, inside
+//! the run; reconnect both sides, by ending the run; restart the replication's task. Progress, or a minute without a
+//! problem, leads back to the first. An intended wait is no stall: without lag, with no pull open (the byte
+//! budget and the bounds on messages in flight hold it back), or for a limit of the rate.
 
 use tokio::time::{Duration, Instant};
 
@@ -13,31 +13,31 @@ use crate::{
     events::Step,
 };
 
-/// Silence after which a consumer that owes a sign of life every 2.5 s is taken for lost: two of them and a second.
+/// Silence after which a consumer that owes a sign of life every 2.5 s counts as lost: two of them and a second.
 const SILENCE: Duration = Duration::from_secs(6);
 /// One sign of life was missed: the server is asked, and so is whether the connection lives.
 const MISSED: Duration = Duration::from_millis(3_500);
-/// Time without a delivery, though messages wait, after which the server is asked what its consumer has.
+/// Time without a delivery, though messages wait, after which the server is asked for the state of its consumer.
 const QUIET: Duration = Duration::from_secs(5);
-/// It is asked at most so often.
+/// Least time between two such questions.
 const ASK_EVERY: Duration = Duration::from_secs(10);
-/// Time within which something has to come once the server said that its consumer has it.
+/// Time within which a delivery has to come once the server said that its consumer has messages.
 const OWED: Duration = Duration::from_secs(2);
-/// Time within which a new consumer has to be there.
+/// Time within which a new consumer has to be created.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Time without any settlement, while messages are in the air, after which the run is given up.
+/// Time without any settlement, while messages are in flight, after which the run is ended.
 pub(in crate::copy) const STALL: Duration = Duration::from_secs(30);
-/// Time for what is in the air to settle when a run ends by request or at a message that cannot be stored.
+/// Time for the messages in flight to settle when a run ends by request or at a message that cannot be stored.
 pub(in crate::copy) const DRAIN: Duration = Duration::from_secs(5);
 /// Time for the last save of a run that failed.
 pub(in crate::copy) const LAST_SAVE: Duration = Duration::from_secs(3);
-/// A consumer that was in order for so long was repaired, though nothing came: a later stall is another one. For the
-/// same time nothing is told again.
+/// How long after a repair a consumer without problems counts as repaired, though no message came: a later stall is
+/// another one. Within this time no further stall is reported.
 const CALM: Duration = Duration::from_secs(60);
-/// So many runs in a row that stalled, without any progress, mean that new connections do not help.
+/// Number of runs in a row, stalled without any progress, after which new connections do not help.
 const RUNS: u32 = 3;
 
-/// What can be known of a run.
+/// The observable state of a run.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::copy) struct Seen {
     /// A pull is open: the server owes deliveries, or signs of life.
@@ -46,97 +46,97 @@ pub(in crate::copy) struct Seen {
     pub delivered: u64,
     /// Newest source sequence that was handed out.
     pub handed_out: u64,
-    /// Messages that wait, as the consumer said last.
+    /// Messages that wait, by the consumer's last answer.
     pub pending: u64,
-    /// Last sequence of the source stream, as the server said last; it may be out of scope.
+    /// Last sequence of the source stream, by the server's last answer; it may be out of scope.
     pub last_seq: u64,
-    /// When the consumer gave its last sign of life, or was asked for the first.
+    /// When the consumer gave its last sign of life, or the first was requested.
     pub consumer_heard: Instant,
-    /// When anything came over the source's connection.
+    /// When a byte last came over the source's connection.
     pub source_heard: Instant,
-    /// A message is arriving from the source: nothing can come before it is complete.
+    /// A message is arriving from the source: no other can come before it is complete.
     pub receiving: bool,
-    /// When bytes arrived from the source last that did not complete a message.
+    /// When bytes last arrived from the source that did not complete a message.
     pub source_partial: Instant,
     /// Messages sent that are not settled.
     pub in_air: usize,
-    /// A message is here and not sent.
+    /// A message was read and is not sent.
     pub waiting: bool,
-    /// It waits on purpose: for a limit of the rate, or for dead letters before it.
+    /// It is delayed by intention: for a limit of the rate, or for dead letters before it.
     pub held_back: bool,
-    /// When something settled or was skipped last.
+    /// When a message last settled or was skipped.
     pub settled: Instant,
-    /// When the target last took some of what was waiting on the way there.
+    /// When the target last accepted some of the waiting output.
     pub drained: Instant,
-    /// Bytes that it has not taken yet.
+    /// Bytes that it has not accepted yet.
     pub unwritten: usize,
 }
 
-/// What to do.
+/// The decision of the watchdog.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::copy) enum Action {
-    /// Ask the server what its consumer has.
+    /// Ask the server for the state of its consumer.
     Ask,
-    /// Make the consumer anew, inside the run.
+    /// Recreate the consumer, inside the run.
     Renew {
-        /// What was seen.
+        /// The observation.
         reason: String,
-        /// Whether people should know.
+        /// Whether to report it.
         tell: Tell,
     },
     /// End the run.
     GiveUp {
-        /// What was seen.
+        /// The observation.
         reason: String,
     },
-    /// It is over, and was told.
+    /// A reported stall is over.
     Repaired,
 }
 
-/// Whether a stall is told.
+/// Whether a stall is counted and reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::copy) enum Tell {
-    /// It is none: nobody pulled for so long that the server had to forget its consumer.
+    /// No stall: no pull was open for longer than the server keeps an idle consumer.
     Nothing,
-    /// It is counted; one like it was told a moment ago.
+    /// Counted; a similar one was reported a moment ago.
     Count,
-    /// It is counted and told.
+    /// Counted and reported.
     All,
 }
 
-/// What the server says of a consumer.
+/// The server's answer about a consumer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::copy) enum Consumer {
     /// So many messages wait for it.
     Has(u64),
-    /// There is none.
+    /// There is no such consumer.
     Gone,
 }
 
 /// Watches one run.
 #[derive(Debug)]
 pub(in crate::copy) struct Watchdog {
-    /// Newest source sequence that was delivered, and when, or when nothing more was owed.
+    /// Newest source sequence that was delivered, and when, or when no more was owed.
     delivered: (u64, Instant),
     handed_out: u64,
     asked: Option<Instant>,
-    /// Since when the server says that its consumer has something.
+    /// Since when the consumer has messages, as the server said.
     owed: Option<Instant>,
-    /// The source's last sequence when the server said that nothing up to it waits.
+    /// The source's last sequence when the server said that no message up to it waits.
     cleared: u64,
-    /// Since when the consumer is being made anew.
+    /// When the recreation of the consumer began, if it is under way.
     renewing: Option<Instant>,
-    /// When that was done last, and what had been handed out by then.
+    /// When the last one ended, and the newest sequence that had been handed out by then.
     renewed: Option<(Instant, u64)>,
     told: Option<Instant>,
-    /// A stall was told and is not over.
+    /// A stall was reported and is not over.
     open: bool,
-    /// When the target moved.
+    /// When the target last made progress.
     moved: Instant,
 }
 
 impl Watchdog {
-    /// For a run that begins behind a source sequence.
+    /// For a run that begins after a source sequence.
     pub fn new(now: Instant, position: u64) -> Self {
         Self {
             delivered: (position, now),
@@ -152,13 +152,13 @@ impl Watchdog {
         }
     }
 
-    /// To be called now and then, and every second while [`Self::is_alert`].
+    /// Decides; to be called now and then, and every second while [`Self::is_alert`].
     pub fn look(&mut self, now: Instant, seen: &Seen) -> Option<Action> {
         if let Some(reason) = self.target_stalls(now, seen) {
             return Some(Action::GiveUp { reason });
         }
         if let Some(since) = self.renewing {
-            // The answer may be queued after what the consumer before had in flight.
+            // The answer may be queued after messages of the former consumer that were in flight.
             let late = now.duration_since(since.max(seen.source_partial)) > ANSWER;
             return late.then(|| Action::GiveUp { reason: format!("no new consumer within {ANSWER:?}") });
         }
@@ -172,7 +172,7 @@ impl Watchdog {
         }
         let silent = now.duration_since(seen.consumer_heard);
         if silent >= SILENCE && self.asked_since(seen.consumer_heard) && !self.asked_within(now, SILENCE - MISSED) {
-            // On a connection that lives the consumer is lost.
+            // On a working connection the consumer is lost.
             let alive = seen.source_heard > seen.consumer_heard;
             let reason = format!("it is silent for {SILENCE:?}");
             return Some(if alive {
@@ -196,8 +196,8 @@ impl Watchdog {
         None
     }
 
-    /// When a consumer that owes a sign of life, and gave its last one at `heard`, has to be looked at; `None` when it
-    /// was. A sign of life that comes moves it on, which wakes nobody beside.
+    /// When a consumer that owes a sign of life, and gave its last one at `heard`, has to be checked; `None` after that
+    /// check. Each sign of life moves this time, without an extra wake-up.
     pub fn silent_at(&self, now: Instant, heard: Instant) -> Option<Instant> {
         let at = match self.asked {
             Some(asked) if self.asked_since(heard) => asked + (SILENCE - MISSED),
@@ -214,12 +214,12 @@ impl Watchdog {
         self.asked.is_some_and(|asked| asked >= heard + MISSED)
     }
 
-    /// Whether a stall was reported, and its end not yet.
+    /// Whether a stall was reported, and its end is not yet.
     pub fn is_open(&self) -> bool {
         self.open
     }
 
-    /// Whether a stall is suspected or being repaired: what comes next is due soon.
+    /// Whether a stall is suspected or being repaired: the next check is due soon.
     pub fn is_alert(&self) -> bool {
         self.owed.is_some() || self.renewing.is_some() || self.open
     }
@@ -240,7 +240,7 @@ impl Watchdog {
         }
     }
 
-    /// The consumer is of no use any more; `forgotten` if the server had to forget it.
+    /// The consumer is no longer usable; `forgotten` if the server had to forget it.
     pub fn lost(&mut self, now: Instant, seen: &Seen, reason: String, forgotten: bool) -> Action {
         self.note_progress(now, seen);
         if forgotten {
@@ -250,7 +250,7 @@ impl Watchdog {
         self.renew(now, reason)
     }
 
-    /// There is a new consumer.
+    /// The new consumer is created.
     pub fn renewed(&mut self, now: Instant) {
         self.renewing = None;
         self.renewed = Some((now, self.handed_out));
@@ -283,13 +283,13 @@ impl Watchdog {
         }
     }
 
-    /// Nothing settles, and nothing goes out.
+    /// Why the target counts as stalled: no message settles, and no output is accepted.
     fn target_stalls(&mut self, now: Instant, seen: &Seen) -> Option<String> {
         let nothing_due = seen.in_air == 0 && (!seen.waiting || seen.held_back);
         if nothing_due {
             self.moved = now;
         }
-        // A connection that is slow moves; what it takes while nothing waits are signs of life.
+        // A slow connection makes progress; bytes that it accepts while no message waits are signs of life.
         self.moved = self.moved.max(seen.settled).max(seen.drained);
         if now.duration_since(self.moved) <= STALL {
             return None;
@@ -315,7 +315,7 @@ impl Escalation {
         self.stalled = 0;
     }
 
-    /// A run ended with an error: what has to be made anew.
+    /// A run ended with an error: the step to take.
     pub fn failed(&mut self, error: &Error) -> Step {
         if error.kind == ErrorKind::Retry && error.stalled {
             self.stalled += 1;

@@ -1,5 +1,5 @@
 //! Dead letters: messages that the target can never store, published at the source side instead, over the source lane.
-//! Each is settled by the ack of the stream that stores it, and bears an id, so that one that is sent again after a
+//! Each is settled by the ack of the stream that stores it, and carries an id, so that one that is sent again after a
 //! crash is dropped inside that stream's duplicate window.
 
 use std::collections::VecDeque;
@@ -28,7 +28,7 @@ use crate::{
 
 /// How long the ack of a dead letter may take. A lane whose server is silent gives up before.
 const ACK_WAIT: Duration = Duration::from_secs(20);
-/// Bytes of an error that a dead letter tells.
+/// Most bytes of an error in a dead letter.
 const ERROR_MAX: usize = 1024;
 
 /// Dead letters of one run.
@@ -36,12 +36,12 @@ const ERROR_MAX: usize = 1024;
 pub(in crate::copy) struct DeadLetters {
     subject: String,
     tag: Tag,
-    /// Stream that must not store them.
+    /// The source stream, which must not store them.
     source_stream: String,
     id: MessageId,
     sid: u64,
     inbox: String,
-    /// In the air, in source order; what was acknowledged goes when it is the first.
+    /// In flight, in source order; an acknowledged one leaves when it is the first.
     waiting: VecDeque<Letter>,
     /// Number of the first of them.
     first: u64,
@@ -52,7 +52,7 @@ pub(in crate::copy) struct DeadLetters {
 /// One dead letter.
 #[derive(Debug)]
 pub(in crate::copy) struct Letter {
-    /// Where the message lies at the source.
+    /// Sequence and time of the message at the source.
     pub source: SourcePoint,
     /// Bytes of the message as it was read.
     pub bytes: usize,
@@ -81,17 +81,17 @@ impl DeadLetters {
         }
     }
 
-    /// How many are in the air.
+    /// Number in flight.
     pub fn len(&self) -> usize {
         self.waiting.len()
     }
 
-    /// Bytes of the messages that are in the air.
+    /// Bytes of the messages in flight.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// The oldest in the air.
+    /// The oldest in flight.
     pub fn oldest(&self) -> Option<SourcePoint> {
         self.waiting.front().map(|letter| letter.source)
     }
@@ -127,7 +127,7 @@ impl DeadLetters {
         Ok(())
     }
 
-    /// Takes an ack, if the message is one; an error is a dead letter that nobody stores.
+    /// Handles an ack, if the message is one; an error means that no stream stored the dead letter.
     pub fn accept(&mut self, message: &Message<'_>) -> Result<(), RunError> {
         if message.sid != self.sid {
             return Ok(());
@@ -150,7 +150,7 @@ impl DeadLetters {
         Ok(())
     }
 
-    /// Takes the oldest, once it is stored.
+    /// Removes the oldest, once it is stored.
     pub fn pop(&mut self) -> Option<Letter> {
         self.waiting.front().filter(|letter| letter.stored)?;
         let letter = self.waiting.pop_front()?;
@@ -159,14 +159,14 @@ impl DeadLetters {
         Some(letter)
     }
 
-    /// Forgets what is in the air.
+    /// Forgets all that are in flight.
     pub fn give_up(&mut self) {
         self.first += self.waiting.len() as u64;
         self.waiting.clear();
         self.bytes = 0;
     }
 
-    /// Whether an ack is overdue: whoever listens on the subject is no stream.
+    /// Whether an ack is overdue: a subscriber that is no stream never sends one.
     pub fn check(&self, now: Instant) -> Result<(), RunError> {
         match self.waiting.front() {
             Some(letter) if now.duration_since(letter.sent) > ACK_WAIT => {
@@ -189,7 +189,7 @@ impl DeadLetters {
 
 /// Whether an ack says that a stream stored a dead letter, and not the source stream.
 fn stored(payload: &[u8], source_stream: &str) -> Result<(), Error> {
-    // Who answers anything else is no stream.
+    // Any other answer is not that of a stream.
     let ack = PublishAck::parse(payload, "the source").map_err(|error| match error.api {
         Some(_) => error,
         None => Error::hold(error.message),
@@ -213,7 +213,7 @@ pub(crate) fn not_into_source(stream: &str, source: &StreamInfo, subject: &str) 
     }
 }
 
-/// Whether a subject is one of a pattern's.
+/// Whether a subject matches a pattern.
 fn matches(pattern: &str, subject: &str) -> bool {
     let mut tokens = subject.split('.');
     for wanted in pattern.split('.') {
@@ -228,7 +228,7 @@ fn matches(pattern: &str, subject: &str) -> bool {
     tokens.next().is_none()
 }
 
-/// What a dead letter says of its message.
+/// The facts of a dead letter about its message.
 struct About<'a> {
     id: &'a str,
     subject: &'a [u8],
@@ -236,7 +236,7 @@ struct About<'a> {
 }
 
 /// Writes the header block of a dead letter into `out` (cleared first): the message's own, but with every header that a
-/// server acts on under a name of ours, then what it is about and where it comes from.
+/// server acts on renamed, then the facts about it and its origin.
 fn header_block(out: &mut Vec<u8>, block: &[u8], tag: &Tag, origin: Origin, about: &About<'_>) {
     let body = first_line(out, block);
     // Before all others, as in a copy.

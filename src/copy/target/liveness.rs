@@ -1,29 +1,29 @@
-//! Finds out why the target confirms nothing, long before a stall is an error. Confirmations get lost where a leader
-//! dies with the messages, or where a connection falls silent; nothing else would ever tell. While something is
+//! Detects why the target confirms nothing, long before a stall is an error. Confirmations get lost when a leader
+//! dies with the messages, or when a connection falls silent; no error ever shows that. While a confirmation is
 //! overdue, the target is asked: by a PING, which the server answers, and for its state, which the leader answers.
-//! Pure: the caller asks and listens.
+//! Pure: the caller sends the questions and receives the answers.
 
 use tokio::time::{Duration, Instant};
 
-/// Nothing was confirmed for so long: the target is asked, and again and again after this time.
+/// Time without a confirmation after which the target is asked, and interval of the questions.
 pub(in crate::copy) const ASK: Duration = Duration::from_millis(1500);
-/// Not a byte came for so long after the first question: the connection is dead.
+/// How long after the first question a connection without a received byte counts as dead.
 const SILENT: Duration = Duration::from_millis(4500);
-/// So often the leader may answer while it confirms nothing. What it was asked reached it behind all messages.
+/// Answers of the leader without a confirmation that prove a loss: the questions reached it after all messages.
 const ANSWERS: u32 = 3;
 
-/// What to do now.
+/// The next step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::copy) enum Step {
     /// All is well, or the answer is still on its way.
     Wait,
     /// Ask the target.
     Ask,
-    /// What is in the air will never be confirmed on this connection, for this reason.
+    /// The messages in flight will never be confirmed on this connection, for this reason.
     Lost(String),
 }
 
-/// What was asked since something was confirmed last.
+/// The questions since the last confirmation.
 #[derive(Debug, Default)]
 pub(in crate::copy) struct Liveness {
     /// When the first and the last question went out; `None` while there is no reason to ask.
@@ -35,19 +35,19 @@ pub(in crate::copy) struct Liveness {
 }
 
 impl Liveness {
-    /// Watches a target that this server leads; empty for one on its own.
+    /// Watches a target stream with this leader; empty for a single server.
     pub fn new(leader: String) -> Self {
         Self { leader, ..Self::default() }
     }
 
-    /// `overdue` is since when a confirmation has been waited for, `heard` when the connection gave the last sign of
+    /// `overdue` is when the wait for a confirmation began, `heard` when the connection gave the last sign of
     /// life.
     pub fn step(&mut self, overdue: Option<Instant>, heard: Instant, now: Instant) -> Step {
         let Some(since) = overdue.filter(|since| now.duration_since(*since) >= ASK) else {
             (self.asked, self.answers) = (None, 0);
             return Step::Wait;
         };
-        // Something was confirmed since the first question.
+        // A confirmation came since the first question.
         if self.asked.is_some_and(|(first, _)| first < since) {
             (self.asked, self.answers) = (None, 0);
         }
@@ -73,7 +73,7 @@ impl Liveness {
         }
     }
 
-    /// The leader answered the last question. The error says why nothing will be confirmed any more.
+    /// The leader answered the last question. The error is the reason why no confirmation will come any more.
     pub fn answered(&mut self, leader: &str) -> Result<(), String> {
         if self.asked.is_none() || std::mem::replace(&mut self.answered, true) {
             return Ok(());

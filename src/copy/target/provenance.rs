@@ -1,4 +1,4 @@
-//! `Choria-SR-Source: <stream> <sequence> <site> <name> <stored at, unix ms>`: where a copied message came from
+//! `Choria-SR-Source: <stream> <sequence> <site> <name> <stored at, unix ms>`: the origin of a copied message
 //! (Choria's header). Every hop adds one value; the last one is the newest.
 
 use memchr::memmem;
@@ -6,13 +6,13 @@ use nats_lane::{headers, parser::number};
 
 use crate::{config::Former, names};
 
-/// Says which replication a message came through.
+/// Identifies the replication that a message came through.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tag {
     stream: String,
     site: String,
     name: String,
-    /// Site and name, as they were before.
+    /// Former sites and names.
     former: Vec<Former>,
 }
 
@@ -40,7 +40,7 @@ impl Tag {
         Self { stream: stream.to_owned(), site: site.to_owned(), name: name.to_owned(), former: Vec::new() }
     }
 
-    /// The same, recognizing also what was copied under former names.
+    /// The same, which also recognizes messages that were copied under former names.
     #[must_use]
     pub fn with_former(mut self, former: &[Former]) -> Self {
         self.former = former.to_vec();
@@ -69,21 +69,21 @@ impl Tag {
         out.extend_from_slice(b"\r\n");
     }
 
-    /// Where a message came from, if its last hop was ours.
+    /// The origin of a message, if its last hop was ours.
     pub fn origin(&self, header: &[u8]) -> Option<Origin> {
         self.matches(headers::last(header, names::SOURCE_HEADER.as_bytes())?)
     }
 
     /// Whether any hop of a message was ours.
     pub fn passed(&self, header: &[u8]) -> bool {
-        // Most messages bear no provenance at all: one search settles that.
+        // Most messages have no provenance at all: one search settles that.
         memmem::find(header, names::SOURCE_HEADER.as_bytes()).is_some()
             && headers::lines(header)
                 .filter_map(|line| headers::value_of(line, names::SOURCE_HEADER.as_bytes()))
                 .any(|value| self.matches(value).is_some())
     }
 
-    /// Where a message came from, if its last hop differs from ours in the site alone.
+    /// The origin of a message, if its last hop differs from ours in the site alone.
     pub fn other_site(&self, header: &[u8]) -> Option<Other> {
         let hop = Hop::parse(headers::last(header, names::SOURCE_HEADER.as_bytes())?)?;
         let default = self.name == self.site && hop.name == hop.site;
@@ -105,7 +105,7 @@ impl Tag {
     }
 }
 
-/// Each time a message was copied from a stream of this name, as its provenance says: by which site, and from where.
+/// All hops from a stream of this name in the provenance of a message: the sites, and the origins.
 pub(crate) fn hops_from(header: &[u8], stream: &str) -> Vec<Other> {
     let values = headers::lines(header).filter_map(|line| headers::value_of(line, names::SOURCE_HEADER.as_bytes()));
     let hops = values.filter_map(Hop::parse).filter(|hop| hop.stream == stream.as_bytes());

@@ -1,5 +1,5 @@
-//! A message that no stream took, or another one than the target: whether the target listens on its subject at all, and
-//! what follows if it does not.
+//! A message that no stream stored, or another one than the target: whether the target listens on its subject at all,
+//! and the remedy if it does not.
 
 use nats_lane::{
     Error as NatsError, Lane,
@@ -21,13 +21,13 @@ use crate::{
 
 /// Deadline for connecting to both sides.
 const DIAL_WITHIN: Duration = Duration::from_secs(5);
-/// Deadline for their answers, at the least, and in times of what the connections took: those of a slow line take as
-/// long.
+/// Deadline for their answers, at the least, and as a multiple of the connection time: on a slow line both take long.
 const ASK_WITHIN: Duration = Duration::from_secs(1);
 const DIALS: u32 = 4;
 
-/// Has the target listen on the subject of a source message, if it does not and may be changed: `true` if it does now.
-/// `false` if the subject is not the matter, or that could not be found out; an error if somebody has to act.
+/// Makes the target listen on the subject of a source message, if it does not and may be changed: `true` if it does
+/// now. `false` if the subject is not the reason, or the reason could not be determined; an error if an operator has to
+/// act.
 pub(in crate::copy) async fn mended(job: &Job, seq: u64, stop: &CancellationToken) -> Result<bool, Error> {
     let mended = tokio::select! {
         biased;
@@ -38,7 +38,7 @@ pub(in crate::copy) async fn mended(job: &Job, seq: u64, stop: &CancellationToke
         Ok(mended) => Ok(mended),
         Err(error) => match Error::from(error) {
             held if held.kind == ErrorKind::Hold => Err(held),
-            // The error that led here says more.
+            // The error that led here is more precise.
             other => {
                 debug!(replication = job.replication.id, "the target was not asked for its subjects: {other}");
                 Ok(false)
@@ -63,7 +63,7 @@ async fn dial(job: &Job) -> Result<(Lane, Lane), NatsError> {
     tokio::try_join!(dial.dial(&replication.source.place, &name), dial.dial(&replication.target.place, &name))
 }
 
-/// `None` if something is missing: the next run finds that.
+/// `None` if a stream or the message is missing: the next run reports that.
 async fn ask(job: &Job, (mut from, mut to): (Lane, Lane), seq: u64) -> Result<Option<Sides>, NatsError> {
     let Job { replication, .. } = job;
     let source = Api::new(&mut from).stream_info(&replication.source.stream).await?;
@@ -80,7 +80,7 @@ async fn mend(job: &Job, seq: u64) -> Result<bool, NatsError> {
     let began = Instant::now();
     let Ok(lanes) = timeout(DIAL_WITHIN, dial(job)).await else { return Ok(false) };
     let within = ASK_WITHIN.max(began.elapsed() * DIALS);
-    // Where the stream has no leader, nobody answers, and the next run asks anyway.
+    // A stream without a leader does not answer, and the next run asks anyway.
     let Ok(sides) = timeout(within, ask(job, lanes?, seq)).await else { return Ok(false) };
     let Some(Sides { mut from, mut to, source, target, subject: original }) = sides? else { return Ok(false) };
     let mut room = Vec::new();

@@ -1,5 +1,5 @@
-//! Polls the target for copies that it dropped (see [`drops`](super::drops)): one question beside each to the source,
-//! and one more where the first message of the target is another one than before.
+//! Polls the target for copies that it dropped (see [`drops`](super::drops)): one request beside each to the source,
+//! and one more where the first message of the target has changed.
 
 use nats_lane::{
     Lane, Message,
@@ -12,15 +12,15 @@ use crate::copy::target::{
     provenance::Tag,
 };
 
-/// Messages of other writers that are passed over in one poll, and their bytes: each is read with its payload.
+/// Most messages of other writers that one poll skips, and their bytes: each is read with its payload.
 const READS: u32 = 16;
 const READ_BYTES: usize = 64 * 1024;
-/// The target is polled at most so often: a poll counts only with an answer of the source that is later by this.
+/// Least time between polls of the target: a poll counts only with an answer of the source that is later by this.
 const EVERY: Duration = Duration::from_secs(5);
 /// A question is repeated after this: a server that is no longer the leader may never answer.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// What the target was asked.
+/// A request to the target.
 #[derive(Debug)]
 enum Asked {
     /// Its state; with the position then, if nothing was in flight.
@@ -44,11 +44,11 @@ struct Poll {
 pub(in crate::copy) struct TargetWatch {
     pub(in crate::copy) drops: Drops,
     tag: Tag,
-    /// The question that is not answered, and when it was asked.
+    /// The unanswered request, and when it was sent.
     asked: Option<(Asked, Instant)>,
-    /// The last poll began.
+    /// When the last poll began.
     polled: Option<Instant>,
-    /// It was asked before it was due.
+    /// The last poll began before it was due.
     asked_early: bool,
     /// Up to here the first messages are those of other writers.
     passed: u64,
@@ -59,8 +59,8 @@ impl TargetWatch {
         Self { drops, tag, asked: None, polled: None, asked_early: false, passed: 0 }
     }
 
-    /// Asks for the state of the target, if that is of interest, due, and no question is in flight. `settled` is the
-    /// position, if nothing is in flight.
+    /// Asks for the state of the target, if it is watched, due, and no request is in flight. `settled` is the position,
+    /// if no message is in flight.
     pub fn ask(&mut self, lane: &mut Lane, stream: &str, settled: Option<u64>, now: Instant) {
         let waits = self.asked.as_ref().is_some_and(|(_, at)| now.duration_since(*at) < ANSWER);
         let recent = self.polled.is_some_and(|at| now.duration_since(at) < EVERY);
@@ -71,14 +71,14 @@ impl TargetWatch {
         }
     }
 
-    /// The same once before it is due, where nothing is known yet.
+    /// The same once before it is due, while the target's first message is unknown.
     pub fn ask_first(&mut self, lane: &mut Lane, stream: &str, now: Instant) {
         if self.drops.is_new() && self.asked.is_none() && !std::mem::replace(&mut self.asked_early, true) {
             self.ask(lane, stream, None, now);
         }
     }
 
-    /// Takes an answer. An error says nothing: it is asked again when it is due.
+    /// Handles an answer. An error has no effect: the request is repeated when it is due.
     pub fn accept(&mut self, lane: &mut Lane, stream: &str, message: &Message<'_>, position: u64, in_flight: bool) {
         let Some((Asked::State { request, .. } | Asked::First { request, .. }, _)) = &self.asked else { return };
         if request.as_bytes() != message.subject {
@@ -93,7 +93,7 @@ impl TargetWatch {
                 if state.messages == 0 {
                     self.drops.target_is_empty(now, &state, position, settled);
                 } else if self.drops.wants(state.first_seq) {
-                    // What others wrote before was passed over by the poll before.
+                    // Messages of other writers were skipped by the poll before.
                     let from = state.first_seq.max(self.passed + 1);
                     self.read(lane, stream, from, Poll { state, settled, reads: READS, bytes: READ_BYTES }, now);
                 } else {
@@ -129,7 +129,7 @@ impl TargetWatch {
         self.asked = Some((Asked::First { request, poll }, now));
     }
 
-    /// What the source's answer to a question of that time means.
+    /// Compares with the source's answer to a request of that time.
     pub fn source_has(&mut self, source: &StreamInfo, asked: Instant, now_ms: i64) -> Option<Dropped> {
         self.drops.source_has(source, asked, now_ms)
     }
