@@ -1,21 +1,21 @@
-//! How much is asked of a source at once. A server closes the connection of a client for which more than its
-//! `max_pending` waits; it does not publish that limit. A run that such a server cut again and again is followed by one
-//! that asks for less, until it works. Pure.
+//! How much a run requests from a source at once. A server closes the connection of a client for which more than its
+//! `max_pending` bytes wait; it does not publish that limit. After repeated closes of this kind the next runs request
+//! less, until the connection lasts. Pure.
 
 use tokio::time::{Duration, Instant};
 
-/// A connection that lived longer was not cut for what was asked for at its beginning.
+/// A connection that lasted longer was not cut for the amount of its first requests.
 const YOUNG: Duration = Duration::from_secs(10);
-/// Cuts that are further apart have nothing to do with each other.
+/// Cuts that are further apart are unrelated.
 const TOGETHER: Duration = Duration::from_secs(60);
-/// How long without a cut until a run asks for more again.
+/// How long without a cut until a run requests more again.
 const RECOVERS: Duration = Duration::from_secs(600);
-/// So much less each time.
+/// Divisor of each reduction.
 const STEP: usize = 4;
-/// The least that is worth asking for.
+/// The smallest useful limit, bytes.
 const LEAST: usize = 128 * 1024;
 
-/// What a source may be asked for; not limited by default.
+/// The limit of requests to a source; none by default.
 #[derive(Debug, Default)]
 pub(in crate::copy) struct Appetite {
     most: Option<usize>,
@@ -24,12 +24,12 @@ pub(in crate::copy) struct Appetite {
 }
 
 impl Appetite {
-    /// Whether a run that begins now may ask for more than the one before: then it is worth another run.
+    /// Whether a run that begins now may request more than the one before: then it is worth another run.
     pub fn recovers(&self, now: Instant) -> bool {
         self.most.is_some() && self.last.is_some_and(|last| now.duration_since(last) > RECOVERS)
     }
 
-    /// Bytes that the run that begins may ask for.
+    /// Bytes that the run that begins may request.
     pub fn begin(&mut self, wanted: usize, now: Instant) -> usize {
         if self.recovers(now) {
             self.most = self.most.map(|most| most.saturating_mul(STEP)).filter(|most| *most < wanted);
@@ -38,8 +38,8 @@ impl Appetite {
         self.most.map_or(wanted, |most| most.min(wanted))
     }
 
-    /// The source cut a connection that lived for so long, while it owed messages; `asked` for so many bytes. Returns
-    /// what is asked for from now on, if that is less.
+    /// The source cut a connection that lasted for `lived`, while it owed messages; `asked` for so many bytes. Returns
+    /// the limit from now on, if that is less.
     pub fn cut(&mut self, asked: usize, lived: Duration, now: Instant) -> Option<usize> {
         if lived > YOUNG {
             return None;

@@ -1,11 +1,11 @@
 //! The time of the source server. Stored times are the server's, so ages are measured by its clock: the clock of this
-//! host can differ, differs between instances, and can be set while a run is under way. Pure: moments and answers come
-//! in, times come out.
+//! host can differ, differs between instances, and can be set while a run is under way. Pure: moments and answers are
+//! arguments, times are the result.
 //!
 //! A server writes its time into every answer about a stream. It wrote it after the question was sent and before the
-//! answer was received, which bounds what its clock shows at a moment of our monotonic clock from both sides. Every
-//! answer narrows the bounds or, when the server's clock was set or another server leads the stream, moves them as far
-//! as needed and no further. The lower bound counts as the server's time: no message is taken for older than it is.
+//! answer was received, which bounds the server's time at a moment of our monotonic clock from both sides. Every answer
+//! narrows the bounds or, when the server's clock was set or another server leads the stream, moves them as far as
+//! needed and no further. The lower bound counts as the server's time: no message counts as older than it is.
 
 use chrono::{DateTime, Utc};
 use tokio::time::{Duration, Instant};
@@ -32,12 +32,12 @@ pub(crate) struct Heard {
     pub local: DateTime<Utc>,
 }
 
-/// What the clock of the source server shows. Where the server does not report its time, the clock of this host.
+/// The clock of the source server; the clock of this host where the server does not report its time.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SourceClock {
     /// A moment.
     at: Instant,
-    /// What the clock showed then, nanoseconds since the Unix epoch: at least, and at most.
+    /// The server's time at that moment, nanoseconds since the Unix epoch: lower bound, and upper bound.
     least: i64,
     most: i64,
     /// Whether the server reported it.
@@ -45,7 +45,7 @@ pub(crate) struct SourceClock {
 }
 
 impl SourceClock {
-    /// The clock as one answer describes it.
+    /// The clock by one answer.
     pub fn new(heard: &Heard) -> Self {
         let (least, most) = bounds(heard);
         Self { at: heard.received, least, most, reported: heard.server.is_some() }
@@ -74,14 +74,14 @@ impl SourceClock {
         DateTime::from_timestamp_nanos(self.now_ns(now))
     }
 
-    /// The server's time so long ago.
+    /// The server's time `ago` before now.
     pub fn ago(&self, now: Instant, ago: Duration) -> DateTime<Utc> {
         let ago = chrono::Duration::from_std(ago).unwrap_or(chrono::Duration::MAX);
         self.now(now).checked_sub_signed(ago).unwrap_or(DateTime::UNIX_EPOCH)
     }
 
     /// How far the server's clock is ahead of the clock of this host, seconds: the smallest difference that agrees with
-    /// what was measured. `None` if the server does not report its time.
+    /// the measurements. `None` if the server does not report its time.
     pub fn offset(&self, now: Instant, local: DateTime<Utc>) -> Option<f64> {
         let local = local.timestamp_nanos_opt()?;
         let ahead = |time: i64| time.saturating_add(self.passed(now)).saturating_sub(local);
@@ -109,7 +109,7 @@ fn nanoseconds(time: Duration) -> i64 {
     i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)
 }
 
-/// What the status shows of an offset, after it showed `before`.
+/// The offset in the status, after it showed `before`.
 pub(crate) fn shown(before: Option<f64>, offset: Option<f64>) -> Option<f64> {
     match (before, offset) {
         (Some(before), Some(offset)) if (offset - before).abs() < SHOWN => Some(before),
@@ -117,8 +117,8 @@ pub(crate) fn shown(before: Option<f64>, offset: Option<f64>) -> Option<f64> {
     }
 }
 
-/// What is wrong with a difference between the clock of the source server and the clock of this host; `None` if nothing
-/// is.
+/// Describes a difference between the clocks of the source server and of this host that is too large; `None` if it is
+/// not.
 pub(crate) fn apart(offset: Option<f64>) -> Option<String> {
     match offset {
         None => Some(
@@ -150,7 +150,7 @@ enum Cause {
 }
 
 impl Alarm {
-    /// What there is to report about an offset, once at its begin and once at its end.
+    /// The event about an offset, once at its begin and once at its end.
     pub fn judge(&mut self, offset: Option<f64>) -> Option<Event> {
         let offset_ms = offset.map(|offset| (offset * 1e3) as i64);
         if let Some(reason) = apart(offset) {

@@ -1,15 +1,15 @@
-//! Jumps in the sequences of a source and which of them are losses: what the source removed before it was read.
-//! Pure. Deleting single messages makes jumps too; only what lies below the stream's first sequence is gone in
-//! the way that loses messages.
+//! Jumps in the sequences of a source, and which of them are losses: messages that the source removed before they were
+//! read. Pure. Deleting single messages makes jumps too; only messages below the stream's first sequence were removed
+//! in a way that loses messages.
 
 use tokio::time::{Duration, Instant};
 
-/// Jumps remembered until the server is asked; of more, the earliest count (they are the ones that are lost).
+/// Jumps remembered until the server is asked; beyond that the earliest count (they are the lost ones).
 const MAX_JUMPS: usize = 4_096;
-/// The server is asked at most so often because of jumps.
+/// Least time between two questions to the server because of jumps.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
-/// Jumps that nobody has explained yet.
+/// Jumps without an explanation yet.
 #[derive(Debug, Default)]
 pub(in crate::copy) struct Gaps {
     jumps: Vec<(u64, u64)>,
@@ -17,7 +17,7 @@ pub(in crate::copy) struct Gaps {
 }
 
 impl Gaps {
-    /// Notes that nothing was read from `from` to `to`.
+    /// Notes that no message was read from `from` to `to`.
     pub fn jumped(&mut self, from: u64, to: u64) {
         let room = self.jumps.len() < MAX_JUMPS;
         match self.jumps.last_mut() {
@@ -36,8 +36,8 @@ impl Gaps {
         due
     }
 
-    /// What a run left unexplained, for the next one, which goes on behind `position` and tells by itself what lies in
-    /// `told`: only jumps that it will not see again are left.
+    /// Hands the unexplained jumps of a run to the next one, which resumes after `position` and itself reports those
+    /// for which `told` is true: only jumps that it will not see again are kept.
     pub fn left_over(&mut self, position: u64, told: impl Fn(u64) -> bool) {
         self.jumps.retain(|(from, to)| *to <= position && !told(*from));
         self.asked = None;

@@ -1,4 +1,4 @@
-//! A look at the source of a replication that does not run: what waits there, and what is going to be removed. Over a
+//! Peeks at the source of a replication that does not run: the waiting messages, and when they will be removed. Over a
 //! connection of its own, which is closed at once.
 
 use chrono::DateTime;
@@ -20,29 +20,29 @@ use crate::{
     status::Lag,
 };
 
-/// What is read ahead: the headers of the first messages.
+/// Bytes to read ahead: the headers of the first messages.
 const AHEAD: usize = 64 * 1024;
 /// Time for the first message that waits.
 const FIRST: Duration = Duration::from_secs(5);
 
-/// What was seen.
+/// The result.
 #[derive(Debug, Clone, Copy)]
 pub struct SourcePeek {
-    /// Messages in scope behind the position.
+    /// Messages in scope after the position.
     pub lag: Lag,
     /// First sequence of the stream.
     pub first_seq: u64,
     /// Last sequence of the stream; it agrees with the lag.
     pub last_seq: u64,
-    /// How long the oldest of them will still be there; nothing waits: [`Outlook::Safe`].
+    /// How long the oldest of them will still be there; [`Outlook::Safe`] if none waits.
     pub outlook: Outlook,
-    /// How long the source keeps a message that comes now, seconds, as it looks; `None` where nothing removes it.
+    /// How long the source keeps a message that comes now, seconds, as an estimate; `None` where none is removed.
     pub kept: Option<f64>,
     /// How far the source server's clock is ahead of ours, seconds; `None` where the server does not report its time.
     pub clock_offset: Option<f64>,
 }
 
-/// Asks the source what lies behind a position. `looks` remembers what was seen before. Names of consumers begin with
+/// Reads the state of the source after a position. `looks` keeps the earlier states. Names of consumers begin with
 /// `consumers`.
 pub async fn peek(
     dial: &dyn Dial,

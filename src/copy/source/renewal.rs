@@ -1,9 +1,9 @@
-//! A source consumer that is made anew inside a run, beside everything else that the run does: nothing waits for it.
+//! A source consumer that is recreated inside a run, while the run continues with everything else.
 //!
-//! It begins behind the newest message that was handed out, so what is in the air is not touched. That message is also
-//! the witness: it is read when the consumer is there, and only if the source still has it with the same stored time is
-//! this the stream that was read before. Where messages are large, another consumer shows its stored time without its
-//! payload; if that one shows nothing, the stream's leader is asked.
+//! It begins after the newest message that was handed out, so messages in flight are not affected. That message is also
+//! the witness: it is read once the consumer exists, and only if the source still has it with the same stored time is
+//! this the same stream. Where messages are large, another consumer shows its stored time without its
+//! payload; if that one delivers no message, the stream's leader is asked.
 
 use std::time::Duration;
 
@@ -21,10 +21,10 @@ use crate::copy::{
     source::reader::{Range, Reader},
 };
 
-/// Time for the consumer that shows the witness; it has it at once, or not at all.
+/// Time for the consumer that shows the witness; it delivers it at once, or not at all.
 const SHOWN_WITHIN: Duration = Duration::from_secs(2);
 
-/// One attempt.
+/// One attempt to recreate the consumer.
 #[derive(Debug)]
 pub(in crate::copy) struct Renewal {
     stream: String,
@@ -34,18 +34,18 @@ pub(in crate::copy) struct Renewal {
     consumer: String,
     /// Name of the consumer that shows the witness without its payload, where one is used.
     shows: Option<String>,
-    /// The same once it was asked for.
+    /// The same once it was requested.
     shower: String,
-    /// What the consumer is asked for.
+    /// The configuration of the requested consumer.
     config: Value,
     waits_for: Waits,
-    /// The request that was sent last.
+    /// The last request.
     request: String,
-    /// Deletes the consumer before it; `None` once that is answered.
+    /// The request that deletes the consumer before it; `None` once that is answered.
     deletion: Option<String>,
-    /// The stream had no room for the consumer beside the one before it.
+    /// The stream had no room for a second consumer.
     no_room: bool,
-    /// That happened, and it is asked for once more.
+    /// That happened, and the creation was repeated.
     again: bool,
 }
 
@@ -54,14 +54,14 @@ enum Waits {
     Consumer,
     /// The consumer that shows the witness.
     Shower(Box<ConsumerInfo>),
-    /// What it shows, on this subscription.
+    /// Its delivery, on this subscription.
     Shown(Box<ConsumerInfo>, u64),
-    /// What the stream's leader says of the witness.
+    /// The leader's answer about the witness.
     Witness(Box<ConsumerInfo>),
 }
 
 impl Renewal {
-    /// Asks for the consumer. `deletion` is the request that deletes the one before it. `shows` is the name of another
+    /// Requests the consumer. `deletion` is the request that deletes the one before it. `shows` is the name of another
     /// one, for a witness that is too large to be read.
     pub fn begin(
         lane: &mut Lane,
@@ -99,7 +99,7 @@ impl Renewal {
         Range { stream: &self.stream, filters: &self.filters, from: self.behind.seq + 1, headers_only: false }
     }
 
-    /// Takes what the lane received; the new reader, or why there is none, once that is known. `bytes` as for
+    /// Handles a batch that the lane received; returns the new reader or the error, once that is known. `bytes` as for
     /// [`Reader::open`].
     pub fn accept(&mut self, lane: &mut Lane, batch: &Batch, bytes: usize) -> Option<Result<Reader, Error>> {
         let made = match &self.waits_for {
@@ -167,14 +167,14 @@ impl Renewal {
         }
     }
 
-    /// Asks the stream's leader for the witness.
+    /// Requests the witness from the stream's leader.
     fn read(&mut self, lane: &mut Lane, info: ConsumerInfo) {
         let (what, body) = message_call(&self.stream, self.behind.seq);
         self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
         self.waits_for = Waits::Witness(Box::new(info));
     }
 
-    /// Asks for the consumer that shows it.
+    /// Requests the consumer that shows the witness.
     fn show(&mut self, lane: &mut Lane, name: &str, info: ConsumerInfo) {
         let range = Range { stream: &self.stream, filters: &[], from: self.behind.seq, headers_only: true };
         let (what, body) = create_new_consumer_call(&self.stream, name, &range.config(name));
@@ -183,8 +183,8 @@ impl Renewal {
         self.waits_for = Waits::Shower(Box::new(info));
     }
 
-    /// Takes what that consumer shows. Nothing, or another message, proves nothing: it may live on a server that has
-    /// less of the stream than its leader.
+    /// Handles the delivery of that consumer. No message, or another one, proves nothing: it may be on a server that
+    /// has less the stream than its leader.
     fn shown(&mut self, lane: &mut Lane, message: &Message<'_>, bytes: usize) -> Option<Result<Reader, Error>> {
         let Waits::Shown(info, sid) = &self.waits_for else { return None };
         let (info, sid) = ((**info).clone(), *sid);

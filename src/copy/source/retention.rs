@@ -1,8 +1,10 @@
-//! How long until the source removes what is not copied yet. Pure: what the server said comes in, seconds come out.
+//! How long until the source removes messages that are not copied yet. Pure: the server's answers are arguments,
+//! seconds the result.
 //!
-//! By age it is known to the second. By count and by size it is estimated from what the stream did between looks: a
-//! stream that is full removes its first messages as fast as new ones come, and one that is not full removes nothing
-//! before it is. `max_msgs_per_subject` is no loss in this sense, and with `discard: new` nothing is removed for room.
+//! By age it is known to the second. By count and by size it is estimated from the changes of the stream between polls:
+//! a full stream removes its first messages as fast as new ones come, and a stream that is not full removes none
+//! before it is. `max_msgs_per_subject` is no loss in this sense, and with `discard: new` no message is removed for
+//! room.
 
 use std::collections::VecDeque;
 
@@ -11,16 +13,16 @@ use tokio::time::{Duration, Instant};
 
 use crate::status::{Headroom, RetentionLimit};
 
-/// Looks are kept so long, but always the last two: over this time a rate is measured.
+/// How long polls are kept, but always the last two: the time over which a rate is measured.
 const KEPT: Duration = Duration::from_secs(60);
-/// Two looks tell a rate if they are so far apart.
+/// Least distance between two polls that give a rate.
 const APART: Duration = Duration::from_millis(500);
-/// A stream with less room than one part in so many is full: sizes vary, and it is filled in steps.
+/// A stream with less free room than this fraction (one in 20) is full: sizes vary, and it is filled in steps.
 const FULL: f64 = 20.0;
-/// People need so long to do something about it.
+/// Time in seconds that operators need to react.
 const TIME_TO_ACT: f64 = 600.0;
 
-/// What waits at a source, so that the last sequence and the number agree.
+/// The waiting messages of a source, so that the last sequence and the number agree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waiting {
     /// Last sequence of the stream.
@@ -30,8 +32,8 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// `counted` messages are said to wait, and the stream has, or had, a message at `seen`. Both are as old as what
-    /// told them. Where each sequence is one message in scope (`all`), the number follows from the sequences: then it
+    /// `counted` messages wait, and the stream has, or had, a message at `seen`. Both are as old as their report.
+    /// Where each sequence is one message in scope (`all`), the number follows from the sequences: then it
     /// is as new as the newer of both.
     pub fn of(state: &StreamState, all: bool, position: u64, counted: u64, seen: u64) -> Self {
         let last_seq = state.last_seq.max(seen);
@@ -42,7 +44,7 @@ impl Waiting {
     }
 }
 
-/// What makes a source remove messages.
+/// The limits by which a source removes messages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Retention {
     max_age: Option<Duration>,
@@ -51,7 +53,7 @@ pub struct Retention {
 }
 
 impl Retention {
-    /// As the stream is configured.
+    /// By the configuration of the stream.
     pub fn of(source: &StreamInfo) -> Self {
         let number = |name| u64::try_from(source.number(name)).ok().filter(|number| *number > 0);
         let removes = source.text("discard") != "new";
@@ -62,7 +64,7 @@ impl Retention {
         }
     }
 
-    /// Whether anything but the age of a message counts.
+    /// Whether there is a limit besides the age of a message.
     pub fn by_count(&self) -> bool {
         self.max_msgs.is_some() || self.max_bytes.is_some()
     }
@@ -73,22 +75,22 @@ impl Retention {
 pub struct Oldest {
     /// Source sequence; at least.
     pub seq: u64,
-    /// Time since it was stored, where that is known.
+    /// Time since it was stored, if known.
     pub age: Option<Duration>,
 }
 
-/// What can be said.
+/// The estimate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Outlook {
-    /// Too little was seen.
+    /// There were too few polls.
     Unknown,
-    /// As it is, nothing is going to be removed.
+    /// No message is going to be removed, as it is now.
     Safe,
-    /// So much time is left.
+    /// The time that is left.
     Left(Headroom),
 }
 
-/// What the source's stream did lately.
+/// The recent polls of the source's stream.
 #[derive(Debug, Default)]
 pub struct Looks {
     looks: VecDeque<(Instant, StreamState)>,
@@ -102,7 +104,7 @@ struct Rates {
 }
 
 impl Looks {
-    /// Notes what the server says now.
+    /// Notes a poll.
     pub fn add(&mut self, now: Instant, state: StreamState) {
         let made_anew = self.looks.back().is_some_and(|(_, last)| state.last_seq < last.last_seq);
         if made_anew {
@@ -125,7 +127,7 @@ impl Looks {
         })
     }
 
-    /// How long the source keeps a message that comes now, seconds, as it looks.
+    /// How long the source keeps a message that comes now, seconds, estimated.
     pub fn kept(&self, retention: &Retention) -> Option<f64> {
         let published = self.rates().map(|rates| rates.published).filter(|rate| *rate > 0.0);
         let by_age = retention.max_age.map(|age| age.as_secs_f64());
@@ -134,7 +136,7 @@ impl Looks {
         [by_age, by_count, by_size].into_iter().flatten().reduce(f64::min)
     }
 
-    /// How many messages of the size that they have now fit into so many bytes.
+    /// How many messages of the present average size fit into so many bytes.
     fn fit(&self, max_bytes: u64) -> Option<f64> {
         let (_, StreamState { messages, bytes, .. }) = self.looks.back()?;
         Some(max_bytes as f64 / (*bytes as f64 / (*messages).max(1) as f64).max(1.0))
@@ -177,8 +179,8 @@ impl Looks {
     }
 }
 
-/// Low is less than a tenth of the time that the source keeps messages, but at least the time that people need, and at
-/// most half of the former: of a source that keeps little, everything would be low otherwise.
+/// Low is less than a tenth of the time that the source keeps messages, but at least the time that operators need, and
+/// at most half of the former: a source that keeps little would always be low otherwise.
 fn left(time: Duration, kept: f64, limit: RetentionLimit) -> Outlook {
     let low_below = (kept / 10.0).max(TIME_TO_ACT).min(kept / 2.0);
     Outlook::Left(Headroom { seconds: time.as_secs_f64(), limit, low_below })
@@ -193,13 +195,13 @@ fn sooner(one: Outlook, other: Outlook) -> Outlook {
     }
 }
 
-/// Whether people were told that little time is left.
+/// Whether a warning that little time is left was reported.
 #[derive(Debug, Default)]
 pub struct Shortage {
     open: bool,
 }
 
-/// What people have to be told.
+/// A change to report.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Turn {
     /// Little time is left.
@@ -209,8 +211,8 @@ pub enum Turn {
 }
 
 impl Shortage {
-    /// Judges what is known now; `caught_up` if nothing lags. Once low, it is over when half as much again as is low is
-    /// left, so that what lies near the bound is told once.
+    /// Judges the present headroom; `caught_up` if there is no lag. A warning ends at one and a half times the headroom
+    /// at which it begins, so that a value near the bound is reported once.
     pub fn judge(&mut self, headroom: Option<Headroom>, caught_up: bool) -> Option<Turn> {
         let enough = headroom.is_some_and(|left| left.seconds >= left.low_below * 1.5);
         match headroom.filter(|left| left.seconds < left.low_below) {

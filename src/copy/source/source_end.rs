@@ -1,17 +1,17 @@
 //! Whether the source still reaches as far as it was read. Pure. A consumer can survive a source that lost its end,
 //! such as a cluster in which a damaged replica became the leader: it waits until the stream has grown as far again,
-//! and what is stored until then would never be copied.
+//! and messages stored before that would never be copied.
 
 use std::collections::VecDeque;
 
 use tokio::time::{Duration, Instant};
 
-/// Questions that may be in flight: an answer comes after everything that the source delivers before it.
+/// Questions that may be in flight: an answer comes after all messages that the source delivers before it.
 const IN_FLIGHT: usize = 8;
-/// With so many in flight, another one is asked only after this: those before it may never be answered.
+/// Time until another one is sent while so many are in flight: they may never be answered.
 const UNANSWERED: Duration = Duration::from_secs(30);
 
-/// The source was asked for its state.
+/// A request for the state of the source.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::copy) struct Question {
     pub request: String,
@@ -20,7 +20,7 @@ pub(in crate::copy) struct Question {
     pub read: u64,
 }
 
-/// Questions that are not answered, oldest first: over a slow line an answer may take longer than the time between two.
+/// Unanswered requests, oldest first: over a slow line an answer may take longer than the time between two.
 #[derive(Debug, Default)]
 pub(in crate::copy) struct Questions(VecDeque<Question>);
 
@@ -40,7 +40,7 @@ impl Questions {
         self.0.push_back(question);
     }
 
-    /// The newest question that is answered, with its answer; those before it are forgotten.
+    /// The newest request that is answered, with its answer; earlier ones are forgotten.
     pub fn newest<T>(&mut self, answer: impl Fn(&str) -> Option<T>) -> Option<(Question, T)> {
         let (index, found) = (0..self.0.len()).rev().find_map(|i| Some((i, answer(&self.0[i].request)?)))?;
         let question = self.0.drain(..=index).next_back()?;
@@ -48,17 +48,17 @@ impl Questions {
     }
 }
 
-/// What was read, held against the last sequence of the source.
+/// Compares the newest sequence that was read with the last sequence of the source.
 #[derive(Debug, Default)]
 pub(in crate::copy) struct SourceEnd {
     /// The newest sequence that was read when the source was asked.
     read: u64,
-    /// The answer before was below what was read.
+    /// The last answer was below the newest sequence that was read.
     is_doubted: bool,
 }
 
 impl SourceEnd {
-    /// The next answer is to a question before which everything up to `read` was stored at the source.
+    /// The next answer is to a request before which everything up to `read` was stored at the source.
     pub fn ask(&mut self, read: u64) {
         self.read = read;
     }
@@ -68,8 +68,8 @@ impl SourceEnd {
         self.is_doubted
     }
 
-    /// The source answered. Two answers in a row prove a loss: a new leader may answer before it has applied everything
-    /// that another replica delivered.
+    /// Handles the source's answer. Two answers in a row prove a loss: a new leader may answer before it has applied
+    /// everything that another replica delivered.
     pub fn answered(&mut self, last: u64) -> Option<String> {
         let short = last < self.read;
         let again = std::mem::replace(&mut self.is_doubted, short);

@@ -1,13 +1,13 @@
-//! Reads from a durable pull consumer with explicit acks: the way for streams that forget what was acknowledged, on
-//! servers before 2.14 or where such a consumer is there already. Pulls are those of [`Reader`], so what is read ahead
-//! is bounded in bytes; the consumer's `max_ack_pending` bounds what is not acknowledged.
+//! Reads from a durable pull consumer with explicit acks: for streams that remove acknowledged messages, on
+//! servers before 2.14 or where such a consumer exists already. Pulls are those of [`Reader`], so the bytes read ahead
+//! are bounded; the consumer's `max_ack_pending` bounds the unacknowledged messages.
 //!
-//! A message is acknowledged once everything up to it is settled. What was delivered to a run before this one and not
-//! acknowledged comes back first, in order, and each of these messages crosses the line once:
+//! A message is acknowledged once everything up to it is settled. Messages that were delivered to an earlier run and
+//! not acknowledged are redelivered first, in order, and each of them crosses the line once:
 //!
-//! * A NAK with a delay takes a message out of the server's queue of what is redelivered, and a plain NAK puts it at
-//! the   end of that queue. So one pass of each over all that may be pending sorts the queue, whatever earlier runs
-//! left in   it.
+//! * A NAK with a delay takes a message out of the server's redelivery queue, and a plain NAK puts it at the
+//!   end of that queue. So one pass of each over all pending sequences sorts the queue, whatever state earlier runs
+//!   left.
 //! * A pull that ends because the next message exceeds its bytes puts that message at the end of the queue, which is
 //!   then out of order. So there is only one pull at a time, and the queue is sorted again before the next one.
 //!
@@ -25,48 +25,47 @@ use tokio::time::Instant;
 use super::{Reader, SILENCE, Verdict};
 use crate::copy::{flow::budget::Budget, source::durable::Durable};
 
-/// How often the server is asked what it still waits for: acks are lost when the leader of a consumer changes.
+/// Interval of the requests for the ack floor: acks are lost when the leader of a consumer changes.
 const AUDIT: Duration = Duration::from_secs(10);
-/// Sequences that one audit acknowledges again at most.
+/// Most sequences that one audit acknowledges again.
 const AUDIT_MOST: u64 = 100_000;
-/// Bytes of commands that wait in the lane at most: however far apart the first and the last pending message are.
+/// Most bytes of commands that wait in the lane, however far apart the first and the last pending message are.
 const WAITING: usize = 256 * 1024;
-/// Asks for a message again: it goes to the end of the server's queue of what is redelivered, unless it is in it
-/// already.
+/// Requests a redelivery: puts the message at the end of the server's redelivery queue, unless it is in it already.
 const NAK: &[u8] = b"-NAK";
-/// The same after this time, which takes the message out of that queue. If nothing else follows, because the process
-/// ends, it is redelivered then.
+/// The same after this time, which takes the message out of that queue. If no other command follows, because the
+/// process ends, it is redelivered then.
 const NAK_LATER: &[u8] = b"-NAK 10m";
-/// The queue is sorted again where new messages came before what is owed, at most so often: then the run ends.
+/// How often the queue is sorted again after new messages came before owed redeliveries; then the run ends.
 const PASSED_OVER: u32 = 5;
-/// So many pulls in a row that brought nothing mean that nothing is owed any more.
+/// Pulls in a row without a message after which no redelivery is owed any more.
 const EMPTY: u32 = 2;
-/// A killed run may still have had a pull open: what is pending is asked for again if it changed meanwhile, so often.
+/// A killed run may still have had a pull open: how often the pending messages are requested again if they changed.
 const SORTED_AGAIN: u32 = 3;
 
-/// Reads and acknowledges.
+/// Reads from and acknowledges to one durable pull consumer.
 #[derive(Debug)]
 pub(in crate::copy) struct Explicit {
     pub(in crate::copy) reader: Reader,
     acks: Acks,
     sort: Sort,
-    /// Deliveries that had come when the last pull for what comes back was sent.
+    /// Number of deliveries when the last pull for redeliveries was sent.
     pulled_at: u64,
-    /// Sent and not answered yet, with the position when it was sent.
+    /// The unanswered audit, with the position when it was sent.
     audit: Option<(String, u64)>,
     next_audit: Instant,
-    /// Acknowledged before the audit before.
+    /// Acknowledged up to here before the audit before.
     audited: u64,
 }
 
-/// Whether the server's queue of what is redelivered is in order.
+/// Whether the server's redelivery queue is in order.
 #[derive(Debug)]
 enum Sort {
-    /// Not known: it is sorted before the next pull.
+    /// Unknown: it is sorted before the next pull.
     Due,
-    /// The server is being asked.
+    /// The commands are being written.
     Asking(Asking),
-    /// The server was asked; the request, and when.
+    /// The commands are written; the last request, and when it was sent.
     Asked(String, Instant),
     Done,
 }
@@ -78,43 +77,43 @@ struct Asking {
     now: RangeInclusive<u64>,
 }
 
-/// What was delivered to an earlier run and not acknowledged: it comes back first, ascending.
+/// Redeliveries of messages that an earlier run did not acknowledge: they come first, ascending.
 #[derive(Debug, Default)]
 struct Owed {
-    /// Messages that have not come back.
+    /// Messages that were not redelivered yet.
     left: u64,
     /// All of them are at this stream sequence or below.
     to: u64,
-    /// That one was delivered to this run and dropped: of a sorted queue it comes back last.
+    /// That one was delivered to this run and dropped: in a sorted queue it is redelivered last.
     is_last: bool,
     /// A newer message came while some were owed, in the present pull.
     passed_over: bool,
-    /// Pulls in which that happened, and those in a row that brought nothing.
+    /// Pulls in which that happened, and those in a row without a message.
     doubts: u32,
     empty: u32,
 }
 
-/// What was delivered and what of it is acknowledged.
+/// Deliveries and acks.
 #[derive(Debug)]
 struct Acks {
     subject: String,
     /// Everything in the stream up to here is settled.
     settled: u64,
-    /// Up to here the server had everything acknowledged when the run began.
+    /// The ack floor when the run began.
     floor: u64,
     /// Highest sequence that was delivered to this run.
     newest: u64,
     /// Delivered and not settled, ascending.
     waiting: VecDeque<u64>,
-    /// Settled, and delivered again.
+    /// Settled, and redelivered.
     again: Vec<u64>,
     owed: Owed,
-    /// So many may wait.
+    /// Most messages that may wait.
     most: usize,
 }
 
 impl Explicit {
-    /// Reads behind `position`, where everything is settled.
+    /// Reads after `position`, up to which everything is settled.
     pub(in crate::copy) async fn open(
         lane: &mut Lane,
         stream: &str,
@@ -147,12 +146,12 @@ impl Explicit {
         })
     }
 
-    /// Messages of the stream that match and are not taken yet, as last heard.
+    /// Messages of the stream that match and are not taken yet, by the last report.
     pub(in crate::copy) fn pending(&self) -> u64 {
         self.reader.pending() + self.acks.owed.left
     }
 
-    /// Asks for more where that is due. What comes back is asked for by one pull at a time, from a sorted queue.
+    /// Requests more where that is due. Redeliveries are requested by one pull at a time, from a sorted queue.
     pub(in crate::copy) fn pull(&mut self, lane: &mut Lane, budget: &Budget) {
         self.reader.owed = self.acks.owed.left;
         if self.reader.owed == 0 {
@@ -176,14 +175,14 @@ impl Explicit {
             let (subject, delivery) = (&self.acks.subject, self.reader.consumer_seq);
             if asking.write(lane.output(), subject, delivery) {
                 let request = lane.send_request(&last(subject, self.acks.owed.to, delivery), NAK);
-                // What the server takes of the commands is a sign of life.
+                // Progress of the commands is a sign of life.
                 lane.ping();
                 self.sort = Sort::Asked(request, Instant::now());
             }
         }
     }
 
-    /// Takes in what the lane received.
+    /// Handles a batch that the lane received.
     pub(in crate::copy) fn accept(&mut self, batch: Batch) -> Result<(), Error> {
         if let Some((request, settled)) = &self.audit {
             let answer = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == request.as_bytes());
@@ -204,7 +203,7 @@ impl Explicit {
         let owes = acks.owed.left > 0;
         self.reader.accept_if(batch, |delivery| acks.judge(delivery.stream_seq)).map_err(|lost| lost.error)?;
         if self.reader.consumer_seq == last && (owes || self.is_barred()) {
-            // A pull that ran out while the server waits for acks says nothing about what follows.
+            // A pull that expired while the server waits for acks does not show the number of the following messages.
             self.reader.pending = pending;
         }
         if owes && asking && !self.reader.is_asking() && self.reader.need == 0 {
@@ -213,7 +212,7 @@ impl Explicit {
         Ok(())
     }
 
-    /// Whether the consumer still gives signs of life.
+    /// An error if the consumer gives no more signs of life.
     pub(in crate::copy) fn check(&self, lane: &Lane, now: Instant) -> Result<(), Error> {
         if let Sort::Asked(_, at) = &self.sort
             && now.duration_since(lane.arrived_at().max(lane.drained()).max(*at)) > SILENCE
@@ -226,12 +225,12 @@ impl Explicit {
         self.reader.check(lane, now)
     }
 
-    /// Whether the server delivers no more before something is acknowledged.
+    /// Whether the server delivers no more before a message is acknowledged.
     pub(in crate::copy) fn is_barred(&self) -> bool {
         self.acks.waiting.len() >= self.acks.most
     }
 
-    /// Acknowledges everything up to a position, and asks now and then whether that arrived.
+    /// Acknowledges everything up to a position, and checks now and then whether the acks arrived.
     pub(in crate::copy) fn settled(&mut self, lane: &mut Lane, position: u64) {
         self.acks.settle(lane.output(), position);
         let now = Instant::now();
@@ -243,7 +242,7 @@ impl Explicit {
         }
     }
 
-    /// What was acknowledged before the last audit has arrived by now, or is lost.
+    /// Acks that were sent before the last audit have arrived by now, or are lost.
     fn audited(&mut self, settled: u64, info: &ConsumerInfo) {
         let before = std::mem::replace(&mut self.audited, settled);
         let floor = info.ack_floor.stream_seq;
@@ -263,7 +262,7 @@ impl Asking {
         Self { later: asked.clone(), now: asked }
     }
 
-    /// Writes as much as may wait in a lane; whether that was the rest.
+    /// Writes as many commands as may wait in a lane; returns whether that was the rest.
     fn write(&mut self, output: &mut BytesMut, subject: &str, delivery: u64) -> bool {
         while output.len() < WAITING {
             let later = self.later.next().map(|seq| (seq, NAK_LATER));
@@ -275,9 +274,10 @@ impl Asking {
 }
 
 impl Owed {
-    /// What becomes of a delivery. The server redelivers before it delivers anything new: a new message means that the
-    /// rest is gone (expired, or acknowledged by what the run before had in flight), or that the server forgot its
-    /// queue. So it is dropped, and asked back with the rest. Once it comes back, what has not come before it is gone.
+    /// Judges a delivery. The server redelivers before it delivers a new message: a new one means that the rest
+    /// expired or was acknowledged by acks of the earlier run that were in flight, or that the server forgot its queue.
+    /// So it is dropped, and requested again with the rest. Once it is redelivered, messages missing before it are
+    /// gone.
     fn takes(&mut self, seq: u64) -> Verdict {
         if seq < self.to || seq == self.to && !self.is_last {
             self.left -= 1;
@@ -295,7 +295,7 @@ impl Owed {
         Verdict::Drop
     }
 
-    /// A pull ended, other than for its bytes, and some are still owed.
+    /// A pull ended, other than for its bytes, and redeliveries are still owed.
     fn pull_ended(&mut self, brought_any: bool) {
         self.doubts += u32::from(std::mem::take(&mut self.passed_over));
         self.empty = if brought_any { 0 } else { self.empty + 1 };
@@ -306,13 +306,13 @@ impl Owed {
 }
 
 impl Acks {
-    /// Sequences among which everything is that has not come back.
+    /// Sequences that contain every message that was not redelivered yet.
     fn not_back(&self) -> RangeInclusive<u64> {
         self.newest.max(self.floor) + 1..=self.owed.to
     }
 
     fn judge(&mut self, seq: u64) -> Verdict {
-        // What comes back comes first and in order: else something would be passed over.
+        // Redeliveries come first and in order: otherwise one would be skipped.
         if self.owed.left > 0 {
             if seq <= self.newest {
                 // In flight for longer than the consumer's `ack_wait`.
@@ -333,7 +333,7 @@ impl Acks {
             self.waiting.push_back(seq);
             Verdict::Keep
         } else if self.waiting.binary_search(&seq).is_ok() {
-            // Still in the air: it is acknowledged when it settles.
+            // Still in flight: it is acknowledged when it settles.
             Verdict::Drop
         } else {
             Verdict::Wrong(self.newest)
@@ -353,7 +353,7 @@ impl Acks {
     }
 }
 
-/// An ack, or what `word` says, for the message at a stream sequence.
+/// Writes an ack, or the command `word`, for the message at a stream sequence.
 fn write(output: &mut BytesMut, subject: &str, seq: u64, delivery: u64, word: &[u8]) {
     let mut number = itoa::Buffer::new();
     output.extend_from_slice(b"PUB ");
@@ -369,7 +369,7 @@ fn write(output: &mut BytesMut, subject: &str, seq: u64, delivery: u64, word: &[
     output.extend_from_slice(b"\r\n");
 }
 
-/// Asks for everything that was delivered and not acknowledged, in order; returns the consumer as it is then.
+/// Requests the redelivery of all unacknowledged messages, in order; returns the state of the consumer afterwards.
 async fn ask_back(
     lane: &mut Lane,
     stream: &str,
@@ -394,8 +394,8 @@ async fn ask_back(
     Ok(info)
 }
 
-/// Sorts and waits until the server is through with it: it takes NAKs from a queue of its own, in order, and answers
-/// the last one. A pull that it serves before that would bring new messages in front of what was asked back.
+/// Sorts and waits until the server has finished: it handles NAKs from a queue of its own, in order, and answers the
+/// last one. A pull that it serves before that would bring new messages before the requested redeliveries.
 async fn sort_now(lane: &mut Lane, subject: &str, asked: RangeInclusive<u64>, delivery: u64) -> Result<(), Error> {
     let to = *asked.end();
     let mut asking = Asking::of(asked);
@@ -410,7 +410,7 @@ fn last(subject: &str, to: u64, delivery: u64) -> String {
     format!("{subject}.{to}.{delivery}.0.0")
 }
 
-/// Writes everything; what arrives meanwhile is nobody's.
+/// Writes all output; messages that arrive meanwhile are dropped.
 async fn flush(lane: &mut Lane) -> Result<(), Error> {
     while !lane.output().is_empty() {
         lane.turn().await?;
