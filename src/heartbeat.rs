@@ -1,6 +1,6 @@
-//! Heartbeats: small messages at regular times on subjects that streams listen on, so that whoever watches the copies
-//! sees that everything on the way works. What should run comes from the configuration bucket, else from the file of the
-//! site; `plan` decides which, `publisher` publishes until something else should run.
+//! Heartbeats: small messages at regular times on subjects that streams listen on, so that observers of the copies
+//! see that everything on the way works. The heartbeats come from the configuration bucket, else from the file of the
+//! site; `plan` decides which, `publisher` publishes until the plan changes.
 
 mod board;
 mod plan;
@@ -30,10 +30,10 @@ use crate::{
     store::{ConfigStore, Stored},
 };
 
-/// Deadline for the end: a campaign frees its key.
+/// Deadline for the end: a campaign releases its key.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// What the heartbeats need from the outside.
+/// Dependencies of the heartbeats.
 #[derive(Debug)]
 pub struct Deps {
     /// The site's name.
@@ -42,34 +42,34 @@ pub struct Deps {
     pub instance: String,
     /// Name of this host, for the header and as a candidate.
     pub host: String,
-    /// Where they may lead.
+    /// The servers that they may connect to.
     pub rules: AllowList,
-    /// Where they are stored.
+    /// The store of their documents.
     pub config: ConfigStore,
-    /// What lies there, as the supervisor sees it; `None` before it has looked.
+    /// The stored document, as the supervisor sees it; `None` before its first read.
     pub stored: watch::Receiver<Option<Stored>>,
-    /// What the file of the site says, valid by these rules; `null` for nothing.
+    /// The document in the file of the site, valid by these rules; `null` for none.
     pub file: Value,
-    /// Where events are published.
+    /// Publishes events.
     pub events: Events,
 }
 
-/// What runs, and what does not.
+/// The running heartbeats, and a rejected document.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct View {
-    /// Where what runs is from.
+    /// Origin of the running document.
     pub origin: Origin,
     /// Its revision, if it is from the bucket.
     pub revision: Option<u64>,
     /// As written, secrets and all; `null` for nothing.
     pub document: Value,
-    /// The newest in the bucket, if it cannot run.
+    /// The newest in the bucket, if it is not valid.
     pub rejected: Option<Rejected>,
-    /// Revision of the bucket that this considers.
+    /// Revision of the bucket that this takes into account.
     seen: u64,
 }
 
-/// Heartbeats that cannot run.
+/// A rejected document of heartbeats.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rejected {
     /// Their revision.
@@ -80,7 +80,7 @@ pub struct Rejected {
     pub problems: Vec<Problem>,
 }
 
-/// Begins to publish what should be published.
+/// Begins to publish the planned heartbeats.
 pub fn start(deps: Deps) -> (Handle, Runner) {
     let stop = CancellationToken::new();
     let (told, view) = watch::channel(View::default());
@@ -91,7 +91,7 @@ pub fn start(deps: Deps) -> (Handle, Runner) {
     (handle, Runner { stop, task })
 }
 
-/// The running heartbeats, for the one who stops them.
+/// The running heartbeats, for their stop.
 #[derive(Debug)]
 pub struct Runner {
     stop: CancellationToken,
@@ -99,14 +99,14 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// Publishes nothing more, and frees what was won; `false` if that took too long.
+    /// Stops publishing, and releases the election's key; `false` if that took too long.
     pub async fn stop(self) -> bool {
         self.stop.cancel();
         timeout(GRACE, self.task).await.is_ok()
     }
 }
 
-/// What the face may ask; cheap to clone, answers from memory.
+/// The queries of the control and HTTP interfaces; cheap to clone, answers from memory.
 #[derive(Debug, Clone)]
 pub struct Handle {
     view: watch::Receiver<View>,
@@ -114,14 +114,14 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// What runs.
+    /// The running heartbeats.
     pub fn view(&self) -> View {
         self.view.borrow().clone()
     }
 
-    /// Waits until this revision of the bucket has been considered.
+    /// Waits until this revision of the bucket has been taken into account.
     pub async fn considered(&self, revision: u64) {
-        // An error means that nothing runs any more.
+        // An error means that the heartbeats have stopped.
         let _ = self.view.clone().wait_for(|view| view.seen >= revision).await;
     }
 
@@ -130,20 +130,20 @@ impl Handle {
         self.board.reading()
     }
 
-    /// How the election stands, where one is asked for.
+    /// The state of the election, if one is configured.
     pub fn election(&self) -> Option<metrics::Election> {
         self.board.election()
     }
 }
 
-/// Holds what should run against what runs.
+/// Compares the plan with the running heartbeats.
 struct Work {
     deps: Deps,
     planner: HeartbeatPlanner,
     board: Arc<HeartbeatStats>,
     told: watch::Sender<View>,
     runs: Option<Running>,
-    /// Revision that was refused last.
+    /// The last revision that was rejected.
     refused: u64,
 }
 
@@ -171,7 +171,7 @@ impl Work {
         self.end().await;
     }
 
-    /// Tells once per revision what is wrong with it.
+    /// Reports the problems of each revision once.
     fn refuse(&mut self, rejected: Option<&Rejected>) {
         let Some(Rejected { revision, problems, .. }) = rejected.filter(|found| found.revision != self.refused) else {
             return;
@@ -220,7 +220,7 @@ impl Work {
     }
 }
 
-/// Waits until something else lies in the bucket.
+/// Waits until the stored document changes.
 async fn changed(stored: &mut watch::Receiver<Option<Stored>>) {
     if stored.changed().await.is_err() {
         // The supervisor is gone; the stop is on its way.

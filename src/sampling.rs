@@ -1,5 +1,5 @@
-//! Which messages of each sender are copied, and the advisories about senders. Pure: messages and times come in,
-//! decisions, records and advisories come out, and nothing in here waits.
+//! Which messages of each sender are copied, and the advisories about senders. Pure: messages and times are arguments;
+//! decisions, records and advisories are the results, and nothing in here waits.
 //!
 //! [`Inspector`] finds the sender of a message, [`Senders`] knows when each was seen and copied last and decides,
 //! [`Outbox`] keeps advisories until they are confirmed.

@@ -1,4 +1,5 @@
-//! The connection of a campaign: writes what the machine decides, hears what became of it, and connects again when it
+//! The connection of a campaign: writes as the machine decides, passes the results to it, and reconnects after an
+//! error.
 //! is lost.
 
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use crate::{boottime, names};
 /// The bucket's stream.
 const STREAM: &str = "KV_CHORIA_LEADER_ELECTION";
 
-/// How people make the bucket.
+/// The command that creates the bucket.
 const ADD: &str = "nats kv add CHORIA_LEADER_ELECTION --ttl 10s --replicas 3";
 
 /// TTLs that Choria's replicators campaign with.
@@ -41,7 +42,7 @@ const RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_s
 const INFO_ASKED: u32 = 3;
 const INFO_WAIT: Duration = Duration::from_secs(2);
 
-/// A question that a login may be forbidden to ask: then it is not asked again.
+/// A request that a login may be forbidden to send: then it is not repeated.
 #[derive(Debug)]
 struct ElectionQuestion {
     /// End of its subject.
@@ -54,7 +55,7 @@ impl ElectionQuestion {
         Self { what: format!("{what}.{STREAM}"), allowed: true }
     }
 
-    /// Whether this error tells that it may not be asked.
+    /// Whether this error shows that the request is forbidden.
     fn is_refused_by(&mut self, error: &Error) -> bool {
         let denied = error.message.to_ascii_lowercase().contains("permissions violation for publish");
         let refused = self.allowed && denied && error.message.contains(&self.what);
@@ -74,16 +75,16 @@ pub(super) struct CampaignDriver {
     /// For the entry at the key.
     last: ElectionQuestion,
     retry: Backoff,
-    /// What went wrong last, until it is over.
+    /// The last error, until it is over.
     error: Option<String>,
 }
 
-/// A lane on which the bucket is written, and what waits for an answer on it.
+/// A lane on which the bucket is written, and the pending requests on it.
 struct Booth {
     lane: Lane,
     /// Subject that writes go to.
     subject: String,
-    /// The write that is on its way.
+    /// The write in flight.
     write: String,
     /// The pending request for the entry at the key.
     read: String,
@@ -101,7 +102,7 @@ impl CampaignDriver {
         Self { dial, place, election, machine, told, info, last, retry: RETRY, error: None }
     }
 
-    /// Until the stop.
+    /// Runs until the stop.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         while let Err(error) = self.session(&stop).await {
             self.machine.disconnected();
@@ -153,12 +154,12 @@ impl CampaignDriver {
         Ok(())
     }
 
-    /// Connects, and learns the terms of the bucket as far as that is allowed.
+    /// Connects, and reads the terms of the bucket as far as that is allowed.
     async fn open(&mut self) -> Result<Booth, Error> {
         let name = format!("{} election {}", names::PROGRAM, self.election.key);
         let mut lane = self.dial.dial(&self.place, &name).await?;
         let terms = if self.info.allowed { self.terms(&mut lane).await? } else { Terms::unknown() };
-        // The way of all KV clients, and what servers map a domain's subjects by.
+        // The subjects of all KV clients, which servers map to a domain's.
         let api = lane.api_prefix();
         let prefix = if api == DEFAULT_API_PREFIX { String::new() } else { format!("{api}.") };
         let subject = format!("{prefix}{}", self.key_subject());
@@ -179,12 +180,12 @@ impl CampaignDriver {
             asked += 1;
             match timeout(INFO_WAIT, answer_to(lane, &request)).await {
                 Ok(answer) => break answer?,
-                // While the stream has no leader nobody answers, whoever leads then.
+                // While the stream has no leader there is no answer.
                 Err(_) if asked < INFO_ASKED => {}
                 Err(_) => return Err(Error::retry(format!("no answer about bucket `{BUCKET}`"))),
             }
         };
-        // Where only the bucket is imported, nobody answers for its stream.
+        // Where only the bucket is imported, no server answers for its stream.
         let Some(answer) = answer else { return Ok(Terms::unknown()) };
         match decode::<StreamInfo>(&answer) {
             Ok(info) => terms_of(&info),
@@ -195,7 +196,7 @@ impl CampaignDriver {
         }
     }
 
-    /// Takes what arrived.
+    /// Handles the messages of a batch.
     fn hear(&mut self, booth: &mut Booth, batch: &Batch) -> Result<(), Error> {
         if let Some(answer) = answer_in(batch, &booth.read)
             && let Some(revision) = marker_in(answer)
@@ -212,7 +213,7 @@ impl CampaignDriver {
         }
         if written == ElectionWrite::Conflict {
             self.tell("the key was deleted, or is another candidate's");
-            // Who just lost it leaves others the first chance.
+            // A candidate that just lost the key leaves others the first chance.
             if stood && self.last.allowed {
                 booth.ask(&self.last.what, &self.key_subject());
             }
@@ -220,11 +221,11 @@ impl CampaignDriver {
         Ok(())
     }
 
-    /// Frees the key if it is ours.
+    /// Releases the key if it is ours.
     async fn leave(&mut self, booth: &mut Booth) {
         let mut freeing = false;
         loop {
-            // What is on its way may make it ours, and tells its revision.
+            // A write in flight may make it ours, and its answer has the revision.
             if !self.machine.is_writing() && !freeing {
                 let Some(revision) = self.machine.held() else { return };
                 booth.free(revision);
@@ -247,7 +248,7 @@ impl CampaignDriver {
         }
     }
 
-    /// Publishes how it stands; `reason` says why it is over if it is.
+    /// Publishes the state; `reason` says why leadership ended if it has.
     fn tell(&mut self, reason: &str) {
         let now = boottime::now();
         let (election, candidate) = (&self.election.key, &self.election.candidate);
@@ -275,7 +276,7 @@ impl Booth {
         self.write = self.lane.send_request_with(&self.subject, &header_block(revision, ""), candidate.as_bytes());
     }
 
-    /// Leaves the marker of a deletion.
+    /// Deletes the key, which leaves a marker.
     fn free(&mut self, revision: u64) {
         let block = header_block(revision, "KV-Operation: DEL\r\n");
         self.write = self.lane.send_request_with(&self.subject, &block, b"");
@@ -288,7 +289,7 @@ impl Booth {
     }
 }
 
-/// Waits for an answer; `None` if nobody is there to give one.
+/// Waits for an answer; `None` if there are no responders.
 async fn answer_to(lane: &mut Lane, request: &str) -> Result<Option<Bytes>, Error> {
     loop {
         if let Turn::Received(batch) = lane.turn().await?
@@ -303,7 +304,7 @@ fn header_block(revision: u64, more: &str) -> Vec<u8> {
     format!("NATS/1.0\r\n{more}Nats-Expected-Last-Subject-Sequence: {revision}\r\n\r\n").into_bytes()
 }
 
-/// The terms of a bucket that Choria's replicators would take.
+/// The terms of a bucket that Choria's replicators would accept.
 fn terms_of(info: &StreamInfo) -> Result<Terms, Error> {
     let ttl = Duration::from_nanos(info.config.get("max_age").and_then(Value::as_u64).unwrap_or_default());
     if (TTL_MIN..=TTL_MAX).contains(&ttl) {
@@ -313,7 +314,7 @@ fn terms_of(info: &StreamInfo) -> Result<Terms, Error> {
     Err(Error::hold(format!("bucket `{BUCKET}` {is}, and 1 s to 1 h is right, as made by `{ADD}`")))
 }
 
-/// What the answer to a write tells; an error where its fate is not known, or where nothing can be written.
+/// Parses the answer to a write; an error if the outcome is unknown, or if writes are impossible.
 fn written(answer: Result<&[u8], Error>) -> Result<ElectionWrite, Error> {
     let answer = answer.map_err(|_| {
         let message =

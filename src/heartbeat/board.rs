@@ -1,4 +1,4 @@
-//! What is known of the heartbeats from the outside.
+//! The published state of the heartbeats.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -8,7 +8,7 @@ use crate::{
     metrics::{self, HeartbeatSubject},
 };
 
-/// Numbers, and how the election stands.
+/// Counters, and the state of the election.
 #[derive(Debug)]
 pub(super) struct HeartbeatStats {
     host: String,
@@ -31,7 +31,7 @@ impl HeartbeatStats {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Other heartbeats are published from now on; a subject that was there before keeps its numbers.
+    /// Other heartbeats are published from now on; a subject that was among the former ones keeps its counters.
     pub(super) fn begin(&self, heartbeats: Option<&Heartbeats>) {
         let mut inner = self.inner();
         let mut before = std::mem::take(&mut inner.subjects);
@@ -42,7 +42,7 @@ impl HeartbeatStats {
                 None => HeartbeatSubject { subject: one.subject.clone(), ..HeartbeatSubject::default() },
             })
             .collect();
-        // Nobody leads before the campaign has said so.
+        // There is no leader before the campaign has reported one.
         inner.paused = heartbeats.is_some_and(|heartbeats| heartbeats.leader_election);
         inner.poll = None;
     }
@@ -55,7 +55,7 @@ impl HeartbeatStats {
         self.inner().paused = paused;
     }
 
-    /// Changes the numbers of one subject, by its place in what is published.
+    /// Changes the counters of one subject, by its index in the document.
     pub(super) fn count(&self, index: usize, change: impl FnOnce(&mut HeartbeatSubject)) {
         if let Some(subject) = self.inner().subjects.get_mut(index) {
             change(subject);

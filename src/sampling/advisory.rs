@@ -39,12 +39,12 @@ impl Kind {
     }
 }
 
-/// Something that happened to a sender. Times are nanoseconds since the Unix epoch.
+/// A change of a sender. Times are nanoseconds since the Unix epoch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Advisory {
-    /// What.
+    /// Kind of the change.
     pub kind: Kind,
-    /// To whom.
+    /// The sender.
     pub sender: Arc<str>,
     /// When it was due, by the times of the source.
     pub due_ns: i64,
@@ -90,7 +90,7 @@ pub struct AgeAdvisory {
 }
 
 const PROTOCOL: &str = "io.choria.sr.v2.age_advisory";
-/// What bodies begin with.
+/// The first bytes of every body.
 const BEGIN: &[u8] = br#"{"protocol":"io.choria.sr.v2.age_advisory","#;
 const NANO: i64 = 1_000_000_000;
 
@@ -107,7 +107,7 @@ impl Voice {
         })
     }
 
-    /// Id of an advisory: a KSUID of the time it was due and of what it says, so that whoever tells it again uses the
+    /// Id of an advisory: a KSUID of the time it was due and of its content, so that every publisher of it uses the
     /// same one.
     pub fn id(&self, advisory: &Advisory) -> String {
         let Advisory { kind, sender, due_ns, seen_ns } = advisory;
@@ -118,7 +118,7 @@ impl Voice {
         Ksuid::new(due, Some(&xxh3_128(whole.as_bytes()).to_be_bytes())).to_string()
     }
 
-    /// The subject: `%s` is the event, `%v` the sender, in which what a subject cannot hold is `_`.
+    /// The subject: `%s` is the event, `%v` the sender; characters of the sender that a subject cannot contain are `_`.
     pub fn subject(&self, advisory: &Advisory) -> String {
         self.subject_of(advisory.kind, &advisory.sender)
     }
@@ -145,10 +145,10 @@ impl Voice {
     }
 }
 
-/// Whether a payload is an advisory, of this replicator or another one. Sampling takes no advisory for the message of a
+/// Whether a payload is an advisory, of this replicator or another one. Advisories do not count as messages of a
 /// sender: a stream may store the advisories of several replicators, and each would cause others.
 pub fn is_advisory(payload: &[u8]) -> bool {
-    // As bodies are written, by Choria's replicator too; nothing need be parsed.
+    // All bodies begin so, those of Choria's replicator too: no parsing is needed.
     payload.starts_with(BEGIN)
 }
 

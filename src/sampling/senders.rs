@@ -1,9 +1,9 @@
 //! When each sender was seen and copied last: which messages are copied, and which senders are missing. One million
 //! senders is the design size: a sender takes one slot and its name.
 //!
-//! Times are stored times at the source, nanoseconds since the Unix epoch. Each message moves the time on, and anything
-//! due before it is judged first: decisions and advisories depend on the messages alone, whenever and however often
-//! they are read. Only when there is nothing to read the clock moves the time.
+//! Times are stored times at the source, nanoseconds since the Unix epoch. Each message moves the time on, and
+//! deadlines before it are judged first: decisions and advisories depend on the messages alone, whenever and however
+//! often they are read. Only when there is no message to read does the clock move the time.
 
 use std::{
     cmp::Reverse,
@@ -33,7 +33,7 @@ const NEVER: i64 = i64::MIN;
 /// A message of a sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sighting<'a> {
-    /// Who sent it.
+    /// The sender.
     pub sender: &'a str,
     /// Source sequence.
     pub seq: u64,
@@ -41,40 +41,40 @@ pub struct Sighting<'a> {
     pub time_ns: i64,
     /// Bytes of the payload.
     pub size: u32,
-    /// Whether the message itself wants to be copied.
+    /// Whether the message itself demands to be copied.
     pub forced: bool,
 }
 
-/// What is to be done with a message.
+/// The decision about a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Copy it.
     Copy(Cause),
-    /// Its sender was copied not long ago.
+    /// Its sender was copied recently.
     Skip,
 }
 
 /// Why a message is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
-    /// Nothing of its sender was copied before.
+    /// No message of its sender was copied before.
     New,
     /// Its sender was copied long enough ago.
     Due,
     /// Its size changed.
     Size,
-    /// It says so itself.
+    /// The message demands it.
     Forced,
     /// It is not after the message that was copied last: the target lost that one, or the position was moved back.
     Again,
-    /// It is older than what was copied last, by more than a tenth of the interval: the source's clock went back.
+    /// It is older than the last copied message by more than a tenth of the interval: the source's clock went back.
     Clock,
 }
 
-/// What became of a message.
+/// The outcome of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
-    /// It is on its way to the target, and counts as copied when it has settled.
+    /// It is in flight, and counts as copied when it has settled.
     Sent,
     /// It is at the target.
     Stored,
@@ -85,22 +85,22 @@ pub enum Fate {
 /// Records to be written together.
 #[derive(Debug, Default)]
 pub struct Write {
-    /// What the bucket is to hold of each sender; `None` for nothing.
+    /// The content of the bucket for each sender; `None` to remove the record.
     pub records: Vec<(String, Option<SenderRecord>)>,
-    /// Advisories that are kept by it.
+    /// Advisories that are stored with these records.
     kept: Vec<u64>,
 }
 
-/// Everything that was to be written at one moment.
+/// All records that were due at one moment.
 #[derive(Debug)]
 struct Round {
-    /// Everything up to here had settled.
+    /// The settled position at that moment.
     position: u64,
     slots: Vec<u32>,
     gone: Vec<Arc<str>>,
 }
 
-/// One sender, for people.
+/// One sender, as listed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Listed<'a> {
     /// The value that messages carry.
@@ -133,25 +133,25 @@ struct SenderSlot {
     name: Arc<str>,
     seen: i64,
     copied: i64,
-    /// Source sequence of the message copied last; of the first one seen while none was.
+    /// Source sequence of the last copied message; of the first one seen before any was copied.
     sequence: u64,
-    /// `seen` as last written.
+    /// `seen` in the stored record.
     written: i64,
-    /// When it is due next.
+    /// When the next deadline is.
     due: i64,
     size: u32,
     generation: u32,
-    /// Number of the last load that had it.
+    /// Number of the last load that had its record.
     told: u32,
     live: bool,
     dirty: bool,
     /// It timed out, and was not seen since.
     late: bool,
-    /// `seen` is as it was written, so up to a quarter of `warn` too old.
+    /// `seen` is from the stored record, so up to a quarter of `warn` too old.
     loaded: bool,
 }
 
-/// A copy that is on its way.
+/// A copy in flight.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
     seq: u64,
@@ -173,42 +173,42 @@ pub struct Senders {
     due: BinaryHeap<Reverse<(i64, u32)>>,
     /// In source order.
     sent: VecDeque<Sent>,
-    /// The newest copy on its way, by slot.
+    /// The newest copy in flight, by slot.
     newest: HashMap<u32, Sent>,
     dirty: Vec<u32>,
-    /// Forgotten senders whose records are still there, with the newest source sequence when that was found.
+    /// Forgotten senders whose records still exist, with the newest source sequence when they were forgotten.
     gone: HashMap<Arc<str>, u64>,
     /// Bytes of the names of known and of forgotten senders.
     names: usize,
-    /// Names that are too long for keys, by the hash that stands there.
+    /// Names that are too long for keys, by the hash in the key.
     hashed: HashMap<u128, Arc<str>>,
     /// Messages whose sender is not tracked, because the bounds are reached.
     untracked: u64,
-    /// Whether there are such messages, and whether that has been asked for.
+    /// Whether there are such messages, and whether that has been reported.
     full: Option<bool>,
     leaving: Vec<Arc<str>>,
-    /// Those of them that wait for nothing but that no message of theirs can be read again.
+    /// Forgotten senders that wait only until no message of theirs can be read again.
     unsettled: Vec<Arc<str>>,
     round: Option<Round>,
     /// Advisories that wait.
     pub outbox: Outbox,
-    /// Everything up to here has been seen, and what was to be written of it is written.
+    /// Everything up to here has been seen, and all due records of it are written.
     written_to: u64,
     /// Newest source sequence that was seen.
     read: u64,
-    /// Nobody counts as unseen before this.
+    /// No sender counts as unseen before this time.
     floor: i64,
     /// Whether a run has begun.
     begun: bool,
     load: u32,
-    /// Fields of other versions.
+    /// Unknown fields of records, from other versions.
     other: HashMap<Box<str>, BTreeMap<String, serde_json::Value>>,
-    /// Records of a newer program, not to be written over.
+    /// Records of a newer program, which must not be overwritten.
     newer: HashSet<Box<str>>,
 }
 
 impl Senders {
-    /// Nobody is known.
+    /// Without known senders.
     pub fn new(replication: &str, sampling: &Sampling) -> Self {
         let reliable = sampling.is_reliable();
         Self {
@@ -241,7 +241,7 @@ impl Senders {
         }
     }
 
-    /// Follows other rules.
+    /// Applies changed rules.
     pub fn adopt(&mut self, sampling: &Sampling) {
         self.rules = SamplingRules::new(sampling);
         self.outbox.set_reliable(sampling.is_reliable());
@@ -263,7 +263,7 @@ impl Senders {
         }
     }
 
-    /// Senders that are known.
+    /// Number of known senders.
     pub fn len(&self) -> usize {
         self.table.len()
     }
@@ -273,7 +273,7 @@ impl Senders {
         self.untracked
     }
 
-    /// Whether the bounds were reached since this was asked last: said once, until there is room again.
+    /// Whether the bounds were reached since the last call: reported once, until there is room again.
     pub fn became_full(&mut self) -> bool {
         let SenderBounds { senders, bytes } = self.rules.bounds;
         if self.full == Some(true) && self.tracked() * 10 < senders * 9 && self.names * 10 < bytes * 9 {
@@ -282,19 +282,19 @@ impl Senders {
         self.full == Some(false) && self.full.replace(true).is_some()
     }
 
-    /// Senders that take room: known ones, and forgotten ones whose records are still there.
+    /// Senders that take room: known ones, and forgotten ones whose records still exist.
     fn tracked(&self) -> usize {
         self.table.len() + self.gone.len()
     }
 
-    /// Whether there is no room for a sender that is not known.
+    /// Whether there is no room for an unknown sender.
     fn is_full(&self, sender: &str) -> bool {
         let SenderBounds { senders, bytes } = self.rules.bounds;
         let is_new = !self.gone.contains_key(sender);
         is_new && (self.tracked() >= senders || self.names + sender.len() > bytes)
     }
 
-    /// The same for the record of one, which may come before that of another one is removed.
+    /// The same for a loaded record, which may come before that of another one is removed.
     fn is_overfull(&self, sender: &str) -> bool {
         let SenderBounds { senders, bytes } = self.rules.bounds;
         let is_new = self.find(sender).is_none() && !self.gone.contains_key(sender);
@@ -302,7 +302,7 @@ impl Senders {
         is_new && (self.tracked() >= most(senders) || self.names + sender.len() > most(bytes))
     }
 
-    /// The name of a sender, which all that is kept of it share. Called before any of that is there.
+    /// The name of a sender, shared by all its entries. Called before its first entry is made.
     fn name(&mut self, sender: &str) -> Arc<str> {
         if let Some(index) = self.find(sender) {
             return self.slots[index as usize].name.clone();
@@ -318,7 +318,7 @@ impl Senders {
         name
     }
 
-    /// Something that was kept of a sender is gone: its name goes with the last of it.
+    /// An entry of a sender was removed: its name is removed with the last one.
     fn release(&mut self, sender: &str) {
         if self.find(sender).is_none() && !self.gone.contains_key(sender) {
             self.names = self.names.saturating_sub(sender.len());
@@ -328,7 +328,7 @@ impl Senders {
         }
     }
 
-    /// Whether nobody is known.
+    /// Whether no sender is known.
     pub fn is_empty(&self) -> bool {
         self.table.is_empty()
     }
@@ -354,13 +354,13 @@ impl Senders {
         })
     }
 
-    /// What this sender's interval is shorter this time: up to a tenth.
+    /// How much this sender's interval is shorter this time: up to a tenth.
     fn splay(&self, sender: &str, sequence: u64) -> i64 {
         let hash = xxh3_64_with_seed(sender.as_bytes(), self.salt ^ sequence);
         ((i128::from(self.rules.every / 10) * i128::from(hash >> 32)) >> 32) as i64
     }
 
-    /// Takes note of a message and of what became of it. One that is read again says nothing of when its sender was seen.
+    /// Notes a message and its outcome. A message that is read again does not show when its sender was seen.
     pub fn observe(&mut self, sighting: &Sighting<'_>, fate: Fate) {
         let Sighting { sender, seq, time_ns, size, .. } = *sighting;
         let news = seq > self.read;
@@ -393,7 +393,7 @@ impl Senders {
         let slot = &mut self.slots[index as usize];
         match fate {
             Fate::Passed => {}
-            // One that is stored behind others that are on their way counts after them.
+            // A message stored after others in flight counts after them.
             Fate::Stored if !self.newest.contains_key(&index) => self.stored(index, sighting),
             Fate::Sent | Fate::Stored => {
                 let sent = Sent { seq, time: time_ns, size, slot: index, generation: slot.generation };
@@ -419,8 +419,8 @@ impl Senders {
         }
     }
 
-    /// Takes note of a message that settled before, as it is read again: the same that was noted then, as far as it is
-    /// not known still.
+    /// Notes a message that settled before and is read again: the same notes as then, as far as they are
+    /// lost.
     pub fn replay(&mut self, sighting: &Sighting<'_>, fate: Fate) {
         let known = self.find(sighting.sender);
         let slot = known.map(|index| &self.slots[index as usize]);
@@ -432,7 +432,7 @@ impl Senders {
         let is_seen = slot.is_some_and(|slot| slot.loaded && sighting.time_ns <= slot.seen);
         let fate = if self.verdict(sighting) == Verdict::Skip { Fate::Passed } else { fate };
         match known.filter(|_| is_seen) {
-            // Its record was written while the copy was on its way.
+            // Its record was written while the copy was in flight.
             Some(index) if fate == Fate::Stored => self.stored(index, sighting),
             Some(_) => {}
             None => self.observe(sighting, fate),
@@ -446,7 +446,7 @@ impl Senders {
         self.touch(index);
     }
 
-    /// Everything up to `position` has settled: what was sent up to there is copied.
+    /// Everything up to `position` has settled: messages in flight up to there are copied.
     pub fn settled(&mut self, position: u64) {
         while let Some(sent) = self.sent.front().copied().filter(|sent| sent.seq <= position) {
             self.sent.pop_front();
@@ -462,9 +462,9 @@ impl Senders {
         }
     }
 
-    /// A run begins after `position`. Messages in flight are lost or unknown: they are read again. Returns after which
-    /// message to read, so that the state is complete for everything up to the position: `saved` says how far it held
-    /// when it was written, which counts for the first run only; in `another` stream none of it counts.
+    /// A run begins after `position`. Messages in flight are lost or unknown: they are read again. Returns the sequence
+    /// after which to read, so that the state is complete for everything up to the position: `saved` says up to where
+    /// it held when it was written, which counts for the first run only; in `another` stream it does not count.
     pub fn begin(&mut self, position: u64, saved: Option<u64>, another: bool) -> u64 {
         self.sent.clear();
         self.newest.clear();
@@ -481,7 +481,8 @@ impl Senders {
         self.written_to.min(position)
     }
 
-    /// Judges who is unseen for too long at this time. What is due both ways times out before it expires.
+    /// Judges which senders are unseen for too long at this time. A sender that is due both ways times out before it
+    /// expires.
     pub fn advance(&mut self, now: i64) {
         while let Some(Reverse((at, index))) = self.due.peek().copied().filter(|Reverse((at, _))| *at < now) {
             self.due.pop();
@@ -533,7 +534,7 @@ impl Senders {
         }
     }
 
-    /// The advisory was confirmed, or published if nobody confirms it.
+    /// The advisory was confirmed, or published if no stream confirms it.
     pub fn confirmed(&mut self, number: u64) -> Option<Kind> {
         let advisory = self.outbox.confirm(number)?;
         match self.find(&advisory.sender) {
@@ -608,7 +609,7 @@ impl Senders {
         self.due.push(Reverse((due, index)));
     }
 
-    /// Its record has to be written.
+    /// Marks its record to be written.
     fn touch(&mut self, index: u32) {
         if !std::mem::replace(&mut self.slots[index as usize].dirty, true) {
             self.dirty.push(index);
@@ -617,18 +618,18 @@ impl Senders {
 
     // Records.
 
-    /// Everything up to here has been seen, and what was to be written of it is written.
+    /// Everything up to here has been seen, and all due records of it are written.
     pub fn written_to(&self) -> u64 {
         self.written_to
     }
 
-    /// Whether something waits to be published only for being written.
+    /// Whether an advisory waits only for its record to be written.
     pub fn is_urgent(&self) -> bool {
         self.rules.advises && !self.outbox.is_empty() && !(self.dirty.is_empty() && self.leaving.is_empty())
     }
 
-    /// The next records to write, at most so many, of what was to be written when everything up to `position` had settled;
-    /// `None` when all of that is written.
+    /// The next records to write, at most so many, of those due when everything up to `position` had settled;
+    /// `None` when all of them are written.
     pub fn next_write(&mut self, position: u64, most: usize) -> Option<Write> {
         if self.round.is_none() {
             let (slots, gone) = (std::mem::take(&mut self.dirty), std::mem::take(&mut self.leaving));
@@ -663,7 +664,7 @@ impl Senders {
             return;
         }
         if slot.copied == NEVER && slot.sequence > position {
-            // It is new with a message that has not settled: a crash before that finds it new again.
+            // It is new with a message that has not settled: after a crash before that it is found new again.
             return self.touch(index);
         }
         if self.newer.contains(&*slot.name) {
@@ -713,14 +714,14 @@ impl Senders {
         write.records.push((sender.to_owned(), Some(record)));
     }
 
-    /// These records are stored: what they keep can be published.
+    /// These records are stored: their advisories can be published.
     pub fn wrote(&mut self, write: &Write) {
         self.outbox.kept(&write.kept);
     }
 
     /// These records may not be stored: they are written again.
     pub fn not_wrote(&mut self, write: &Write) {
-        // What is not written yet of this round goes into the next one.
+        // Records of this round that are not written yet go into the next one.
         if let Some(round) = self.round.take() {
             self.dirty.extend(round.slots);
             self.leaving.extend(round.gone);
@@ -737,7 +738,7 @@ impl Senders {
         }
     }
 
-    /// All records are gone, and what is known is not: everything is written again.
+    /// All stored records are gone, but the senders are known: every record is written again.
     pub fn write_all_again(&mut self) {
         let live: Vec<u32> = (0..self.slots.len() as u32).filter(|index| self.slots[*index as usize].live).collect();
         live.into_iter().for_each(|index| self.touch(index));
@@ -747,7 +748,7 @@ impl Senders {
         }
     }
 
-    // What others wrote.
+    // Records of other instances.
 
     /// A load of all records begins.
     pub fn begin_load(&mut self) {
@@ -764,7 +765,7 @@ impl Senders {
         }
     }
 
-    /// All records are gone: nobody is known any more.
+    /// All records are gone: no sender is known any more.
     pub fn forget_all(&mut self) {
         self.begin_load();
         self.end_load();
@@ -774,7 +775,7 @@ impl Senders {
         self.names = 0;
     }
 
-    /// An older program stored the whole of a long value: its record is replaced by one with the value as it is stored now.
+    /// An older program stored the whole of a long value: its record is replaced by one with the present stored form.
     fn shorten(&mut self, record: &mut SenderRecord) -> bool {
         let Some(short) = shortened(&record.sender) else { return false };
         let long = std::mem::replace(&mut record.sender, short);
@@ -786,7 +787,7 @@ impl Senders {
         true
     }
 
-    /// Takes over a record of a sender that was written by another process.
+    /// Takes over the record of a sender that another process wrote.
     pub fn take_over(&mut self, mut record: SenderRecord) {
         if self.is_overfull(&record.sender) {
             return;
@@ -830,9 +831,9 @@ impl Senders {
             slot.late = waits.unwrap_or(record.advised);
             slot.loaded = true;
             slot.told = self.load;
-            // What is on its way was decided by what was known before.
+            // Copies in flight were decided by the former state.
             slot.generation = slot.generation.wrapping_add(1);
-            // Before that nothing takes away what is due: it would pile up where another instance leads.
+            // Before that no run handles deadlines: they would pile up where another instance leads.
             if self.begun {
                 self.schedule(index);
             }
@@ -853,7 +854,7 @@ impl Senders {
         }
     }
 
-    /// Somebody else removed the record of a sender, named by the last part of its key.
+    /// Another client removed the record of a sender, named by the last part of its key.
     pub fn taken_away(&mut self, token: &str) {
         let name = match decoded(token) {
             Some(sender) => sender,
@@ -880,7 +881,7 @@ impl Senders {
         self.release(&name);
     }
 
-    /// Slots that there are, for [`Senders::list`].
+    /// Number of slots, for [`Senders::list`].
     pub fn slots(&self) -> usize {
         self.slots.len()
     }
@@ -921,7 +922,7 @@ impl SamplingRules {
         self.advises && self.warn < self.every
     }
 
-    /// `seen` as written may be older than it is by so much.
+    /// How much older than the present value `seen` in a record may be.
     fn slack(&self) -> i64 {
         self.warn.min(self.every) / 4
     }
@@ -940,7 +941,7 @@ fn pending(advisory: &Advisory) -> PendingAdvisory {
     PendingAdvisory { event: advisory.kind.name().to_owned(), due, seen }
 }
 
-/// The sender that a part of a key stands for; `None` if it is too long to be in there.
+/// The sender of a key's part; `None` if it is too long to be in there.
 fn decoded(token: &str) -> Option<String> {
     if token.contains("==") {
         return None;
