@@ -222,7 +222,7 @@ impl System {
         // Not a child of `stop`: the service refuses before the lives stop.
         let (handle, supervisor) = supervisor::start(deps, &CancellationToken::new());
         let supervisor = self.supervisor.insert(supervisor);
-        let (heartbeats, runner) = heartbeat::start(heartbeat::Deps {
+        let (heartbeats, runner) = heartbeat::start(heartbeat::HeartbeatDeps {
             site: site.clone(),
             instance: instance.clone(),
             host: Some(host_name()).filter(|host| !host.is_empty()).unwrap_or_else(|| instance.clone()),

@@ -51,7 +51,7 @@ pub async fn start(
     buckets: Buckets,
     leases: Leases,
     supervisor: Handle,
-    heartbeats: heartbeat::Handle,
+    heartbeats: heartbeat::HeartbeatHandle,
     events: Events,
 ) -> Result<Service, Error> {
     let identity = service::ServiceIdentity {

@@ -34,12 +34,12 @@ pub use source::{
     consumers::consumer_prefix,
     locate::{At, Located, Place, locate},
     peek::{SourcePeek, peek},
-    retention::{Looks, Outlook, Shortage, Turn},
+    retention::{HeadroomChange, Looks, Outlook, Shortage},
 };
 pub(crate) use target::dedup_window::LONGEST_PAUSE;
 
 use open::Opener;
-use run::Ended;
+use run::RunEnd;
 
 use crate::{
     config::OnReject,
@@ -94,11 +94,11 @@ async fn once(
     ledger: &mut PositionWriter,
     refused: &mut reject::Refused,
     stop: &CancellationToken,
-) -> Result<Ended, Error> {
+) -> Result<RunEnd, Error> {
     let run = tokio::select! {
         biased;
         // Before the first message is read there is nothing to settle.
-        () = stop.cancelled() => return Ok(Ended::Stopped),
+        () = stop.cancelled() => return Ok(RunEnd::Stopped),
         run = Box::pin(opener.open(ledger, refused)) => run?,
     };
     Box::pin(run.copy(ledger, stop.clone())).await
@@ -107,13 +107,13 @@ async fn once(
 /// Whether the next run begins at once, and nothing is reported.
 async fn begins_again(
     job: &Job,
-    result: &mut Result<Ended, Error>,
+    result: &mut Result<RunEnd, Error>,
     ledger: &mut PositionWriter,
     refused: &mut reject::Refused,
     stop: &CancellationToken,
 ) -> bool {
     match result {
-        Ok(ended) => *ended == Ended::BeginsAgain,
+        Ok(ended) => *ended == RunEnd::BeginsAgain,
         // The next login reads the credentials again, and shows whether it is refused.
         Err(error) if error.login_ended && ledger.logs_in_again(Instant::now()) => {
             info!(replication = job.replication.id, "the login ended: logging in again: {error}");

@@ -130,8 +130,8 @@ impl Campaign {
     }
 
     /// For observers.
-    pub fn poll(&self) -> Poll {
-        Poll { election: self.election.clone(), led: self.led() }
+    pub fn poll(&self) -> CampaignView {
+        CampaignView { election: self.election.clone(), led: self.led() }
     }
 
     /// Ends it within 2 s. A key that is ours is released, so that others need not wait for the TTL; any other is not
@@ -144,12 +144,12 @@ impl Campaign {
 
 /// A campaign, for observers.
 #[derive(Debug, Clone)]
-pub struct Poll {
+pub struct CampaignView {
     election: Election,
     led: watch::Receiver<Leadership>,
 }
 
-impl Poll {
+impl CampaignView {
     /// The values for the metrics page.
     pub fn reading(&self) -> metrics::Election {
         let Leadership { until, campaigns, interval, .. } = &*self.led.borrow();

@@ -35,7 +35,7 @@ const GRACE: Duration = Duration::from_secs(3);
 
 /// Dependencies of the heartbeats.
 #[derive(Debug)]
-pub struct Deps {
+pub struct HeartbeatDeps {
     /// The site's name.
     pub site: String,
     /// This process, as the server shows it.
@@ -64,14 +64,14 @@ pub struct View {
     /// As written, secrets and all; `null` for nothing.
     pub document: Value,
     /// The newest in the bucket, if it is not valid.
-    pub rejected: Option<Rejected>,
+    pub rejected: Option<RefusedHeartbeats>,
     /// Revision of the bucket that this takes into account.
     seen: u64,
 }
 
 /// A rejected document of heartbeats.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Rejected {
+pub struct RefusedHeartbeats {
     /// Their revision.
     pub revision: u64,
     /// As written; `null` if that is no JSON.
@@ -81,12 +81,12 @@ pub struct Rejected {
 }
 
 /// Begins to publish the planned heartbeats.
-pub fn start(deps: Deps) -> (Handle, Runner) {
+pub fn start(deps: HeartbeatDeps) -> (HeartbeatHandle, Runner) {
     let stop = CancellationToken::new();
     let (told, view) = watch::channel(View::default());
     let board = Arc::new(HeartbeatStats::new(&deps.host));
-    let handle = Handle { view, board: board.clone() };
-    let work = Work { planner: HeartbeatPlanner::new(&deps), deps, board, told, runs: None, refused: 0 };
+    let handle = HeartbeatHandle { view, board: board.clone() };
+    let work = HeartbeatWork { planner: HeartbeatPlanner::new(&deps), deps, board, told, runs: None, refused: 0 };
     let task = AbortOnDropHandle::new(tokio::spawn(work.run(stop.clone())));
     (handle, Runner { stop, task })
 }
@@ -108,12 +108,12 @@ impl Runner {
 
 /// The queries of the control and HTTP interfaces; cheap to clone, answers from memory.
 #[derive(Debug, Clone)]
-pub struct Handle {
+pub struct HeartbeatHandle {
     view: watch::Receiver<View>,
     board: Arc<HeartbeatStats>,
 }
 
-impl Handle {
+impl HeartbeatHandle {
     /// The running heartbeats.
     pub fn view(&self) -> View {
         self.view.borrow().clone()
@@ -137,8 +137,8 @@ impl Handle {
 }
 
 /// Compares the plan with the running heartbeats.
-struct Work {
-    deps: Deps,
+struct HeartbeatWork {
+    deps: HeartbeatDeps,
     planner: HeartbeatPlanner,
     board: Arc<HeartbeatStats>,
     told: watch::Sender<View>,
@@ -154,7 +154,7 @@ struct Running {
     task: AbortOnDropHandle<()>,
 }
 
-impl Work {
+impl HeartbeatWork {
     async fn run(mut self, stop: CancellationToken) {
         let mut stored = self.deps.stored.clone();
         loop {
@@ -172,8 +172,10 @@ impl Work {
     }
 
     /// Reports the problems of each revision once.
-    fn refuse(&mut self, rejected: Option<&Rejected>) {
-        let Some(Rejected { revision, problems, .. }) = rejected.filter(|found| found.revision != self.refused) else {
+    fn refuse(&mut self, rejected: Option<&RefusedHeartbeats>) {
+        let Some(RefusedHeartbeats { revision, problems, .. }) =
+            rejected.filter(|found| found.revision != self.refused)
+        else {
             return;
         };
         self.refused = *revision;
@@ -228,7 +230,7 @@ async fn changed(stored: &mut watch::Receiver<Option<Stored>>) {
     }
 }
 
-impl Rejected {
+impl RefusedHeartbeats {
     fn new(revision: u64, document: Value, problems: Problems) -> Self {
         Self { revision, document, problems: problems.0 }
     }

@@ -10,8 +10,8 @@ mod outbox;
 mod path;
 mod senders;
 
-pub use advisory::{Advisory, AgeAdvisory, Kind, Voice, is_advisory, patterns as advisory_patterns};
+pub use advisory::{Advisory, AdvisoryKind, AgeAdvisory, Voice, is_advisory, patterns as advisory_patterns};
 pub use inspect::{Inspector, MAX_STORED, MAX_VALUE};
 pub use outbox::{Outbox, PER_SENDER};
 pub use path::Path;
-pub use senders::{Cause, Fate, Listed, Senders, Sighting, Verdict, Write};
+pub use senders::{CopyCause, Listed, MessageOutcome, SamplingVerdict, Senders, Sighting, records::Write};

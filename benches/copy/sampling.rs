@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use nats_lane::Message;
 use serde_json::{Value, json};
 use stream_replicator::config;
-use stream_replicator::sampling::{Fate, Inspector, Senders, Sighting, Verdict};
+use stream_replicator::sampling::{Inspector, MessageOutcome, SamplingVerdict, Senders, Sighting};
 
 use crate::harness::client::status;
 use crate::harness::site::merged;
@@ -72,8 +72,9 @@ pub(crate) fn decide(seconds: f64) -> Result<()> {
                     forced: inspector.forced(message.payload),
                 };
                 let verdict = black_box(senders.verdict(&sighting));
-                let fate = if verdict == Verdict::Skip { Fate::Passed } else { Fate::Stored };
-                copied += u64::from(fate == Fate::Stored);
+                let fate =
+                    if verdict == SamplingVerdict::Skip { MessageOutcome::Passed } else { MessageOutcome::Stored };
+                copied += u64::from(fate == MessageOutcome::Stored);
                 senders.observe(&sighting, fate);
             }
             decided += bytes;

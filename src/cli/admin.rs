@@ -19,7 +19,7 @@ use super::{
 use crate::{
     control::api::{SenderRow, Senders, SendersRequest},
     names,
-    sampling::{AgeAdvisory, Kind},
+    sampling::{AdvisoryKind, AgeAdvisory},
     store::SenderRecord,
 };
 
@@ -185,12 +185,12 @@ fn show_advisory(message: &Message, wanted: Option<&str>, out: &mut Output) {
     out.flush();
 }
 
-fn colour(kind: Kind) -> Colour {
+fn colour(kind: AdvisoryKind) -> Colour {
     match kind {
-        Kind::New => Colour::Cyan,
-        Kind::Timeout => Colour::Yellow,
-        Kind::Recover => Colour::Green,
-        Kind::Expire => Colour::Red,
+        AdvisoryKind::New => Colour::Cyan,
+        AdvisoryKind::Timeout => Colour::Yellow,
+        AdvisoryKind::Recover => Colour::Green,
+        AdvisoryKind::Expire => Colour::Red,
     }
 }
 

@@ -77,7 +77,7 @@ pub(super) struct RequestContext {
     pub(super) leases: Leases,
     pub(super) senders: SenderStore,
     pub(super) supervisor: Handle,
-    pub(super) heartbeats: heartbeats::Handle,
+    pub(super) heartbeats: heartbeats::HeartbeatHandle,
     pub(super) events: Events,
 }
 

@@ -27,7 +27,7 @@ use crate::{
     config::Side,
     events::Event,
     names,
-    sampling::{Kind, Senders, Voice},
+    sampling::{AdvisoryKind, Senders, Voice},
     status::{Advised, SamplingStatus},
 };
 
@@ -51,7 +51,7 @@ pub(super) struct Post {
     reliable: bool,
     line: Line,
     /// Advisories that are not confirmed, oldest first.
-    in_flight: VecDeque<InFlight>,
+    in_flight: VecDeque<SentAdvisory>,
     /// When the newest confirmed advisory was sent.
     confirmed: Option<Instant>,
     /// Lines of this length (bytes) and more are not sent until this time: such a line ended the connection.
@@ -86,9 +86,9 @@ struct Inbox {
 
 /// An advisory that was sent.
 #[derive(Debug)]
-struct InFlight {
+struct SentAdvisory {
     number: u64,
-    kind: Kind,
+    kind: AdvisoryKind,
     sent: Instant,
     subject: String,
     /// Bytes of its protocol line.
@@ -99,7 +99,7 @@ struct InFlight {
 
 /// An occurrence on the connection for advisories.
 #[derive(Debug)]
-pub(super) enum Heard {
+pub(super) enum AdvisoryEvent {
     /// The connection is open.
     Opened,
     /// Messages, perhaps confirmations.
@@ -111,7 +111,7 @@ pub(super) enum Heard {
 }
 
 /// How a stream answered an advisory.
-enum Outcome {
+enum AdvisoryOutcome {
     Confirmed,
     Refused(String),
 }
@@ -192,7 +192,7 @@ impl Post {
     /// Sends the next advisory, or refuses it; returns whether there was one.
     fn publish_one(&mut self, senders: &mut Senders, status: &mut SamplingStatus, now: Instant) -> bool {
         let Line::Open(lane, inbox) = &mut self.line else { return false };
-        let Some((number, advisory)) = senders.outbox.take() else { return false };
+        let Some((number, advisory)) = senders.outbox.take_next() else { return false };
         let (subject, body) = (self.voice.subject(advisory), self.voice.body(advisory));
         let payload = serde_json::to_vec(&body).unwrap_or_default();
         let reply = if self.reliable { format!("{}.{number}", inbox.subject) } else { String::new() };
@@ -214,7 +214,7 @@ impl Post {
             _ => None,
         };
         if let Some(why) = too_much {
-            self.settle(senders, status, (number, body.event), Outcome::Refused(why), now);
+            self.settle(senders, status, (number, body.event), AdvisoryOutcome::Refused(why), now);
             return true;
         }
         if self.reliable {
@@ -223,30 +223,30 @@ impl Post {
             lane.publish(&subject, "", &payload);
         }
         let ping = (!self.reliable).then(|| lane.pings() + 1);
-        self.in_flight.push_back(InFlight { number, kind: body.event, sent: now, subject, line, ping });
+        self.in_flight.push_back(SentAdvisory { number, kind: body.event, sent: now, subject, line, ping });
         true
     }
 
     /// Drives the connection. The result is for [`Post::accept`].
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Heard> {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<AdvisoryEvent> {
         match &mut self.line {
             Line::Closed => Poll::Pending,
             Line::Opening(opening) => opening.as_mut().poll(cx).map(|opened| match opened {
                 Ok(mut lane) => {
                     let (sid, subject) = lane.open_inbox();
                     self.line = Line::Open(Box::new(lane), Inbox { sid, subject });
-                    Heard::Opened
+                    AdvisoryEvent::Opened
                 }
-                Err(error) => Heard::Failed(error),
+                Err(error) => AdvisoryEvent::Failed(error),
             }),
             Line::Open(lane, _) => loop {
                 let turn = pin!(lane.turn()).poll(cx);
                 return match turn {
                     Poll::Ready(Ok(Turn::Flushed)) => continue,
-                    Poll::Ready(Ok(Turn::Received(batch))) => Poll::Ready(Heard::Answers(batch)),
-                    Poll::Ready(Err(error)) => Poll::Ready(Heard::Failed(error)),
+                    Poll::Ready(Ok(Turn::Received(batch))) => Poll::Ready(AdvisoryEvent::Answers(batch)),
+                    Poll::Ready(Err(error)) => Poll::Ready(AdvisoryEvent::Failed(error)),
                     Poll::Pending if self.in_flight.front().is_some_and(|one| one.is_taken(lane)) => {
-                        Poll::Ready(Heard::Taken)
+                        Poll::Ready(AdvisoryEvent::Taken)
                     }
                     Poll::Pending => Poll::Pending,
                 };
@@ -255,30 +255,36 @@ impl Post {
     }
 
     /// Handles confirmations and refusals of the server.
-    pub(super) fn accept(&mut self, heard: Heard, senders: &mut Senders, status: &mut SamplingStatus, now: Instant) {
+    pub(super) fn accept(
+        &mut self,
+        heard: AdvisoryEvent,
+        senders: &mut Senders,
+        status: &mut SamplingStatus,
+        now: Instant,
+    ) {
         let refused = match &mut self.line {
             Line::Open(lane, _) => lane.take_refused(),
             Line::Closed | Line::Opening(_) => Vec::new(),
         };
         for text in refused {
-            let of = |one: &InFlight| text.ends_with(&format!("\"{}\"", quoted(&one.subject)));
+            let of = |one: &SentAdvisory| text.ends_with(&format!("\"{}\"", quoted(&one.subject)));
             // An advisory that is not found by its subject is found when its confirmation is overdue.
             if let Some(one) = self.in_flight.iter().position(of).and_then(|at| self.in_flight.remove(at)) {
-                self.settle(senders, status, (one.number, one.kind), Outcome::Refused(text), now);
+                self.settle(senders, status, (one.number, one.kind), AdvisoryOutcome::Refused(text), now);
             }
         }
         match heard {
-            Heard::Opened => {}
-            Heard::Answers(batch) => self.answers(&batch, senders, status, now),
-            Heard::Taken => {}
-            Heard::Failed(error) => self.failed(&error, senders, status, now),
+            AdvisoryEvent::Opened => {}
+            AdvisoryEvent::Answers(batch) => self.answers(&batch, senders, status, now),
+            AdvisoryEvent::Taken => {}
+            AdvisoryEvent::Failed(error) => self.failed(&error, senders, status, now),
         }
         while let Line::Open(lane, _) = &self.line
             && self.in_flight.front().is_some_and(|one| one.is_taken(lane))
             && let Some(one) = self.in_flight.pop_front()
         {
             self.confirmed = self.confirmed.max(Some(one.sent));
-            self.settle(senders, status, (one.number, one.kind), Outcome::Confirmed, now);
+            self.settle(senders, status, (one.number, one.kind), AdvisoryOutcome::Confirmed, now);
         }
     }
 
@@ -290,7 +296,7 @@ impl Post {
             let Some(at) = self.in_flight.iter().position(|one| Some(one.number) == id) else { continue };
             let Some(one) = self.in_flight.remove(at) else { continue };
             let outcome = outcome(&message);
-            if matches!(outcome, Outcome::Confirmed) {
+            if matches!(outcome, AdvisoryOutcome::Confirmed) {
                 self.confirmed = self.confirmed.max(Some(one.sent));
             }
             self.settle(senders, status, (one.number, one.kind), outcome, now);
@@ -301,12 +307,12 @@ impl Post {
         &mut self,
         senders: &mut Senders,
         status: &mut SamplingStatus,
-        (number, kind): (u64, Kind),
-        outcome: Outcome,
+        (number, kind): (u64, AdvisoryKind),
+        outcome: AdvisoryOutcome,
         now: Instant,
     ) {
         match outcome {
-            Outcome::Confirmed => {
+            AdvisoryOutcome::Confirmed => {
                 self.cuts = 0;
                 if senders.confirmed(number).is_some() {
                     count(&mut status.advised, kind);
@@ -321,7 +327,7 @@ impl Post {
                     }
                 }
             }
-            Outcome::Refused(why) => {
+            AdvisoryOutcome::Refused(why) => {
                 count(&mut status.advisory_errors, kind);
                 self.refused_at = Some(now);
                 if self.reliable {
@@ -336,7 +342,7 @@ impl Post {
     }
 
     /// Reports the first of several refusals.
-    fn report(&mut self, status: &mut SamplingStatus, kind: Kind, why: String) {
+    fn report(&mut self, status: &mut SamplingStatus, kind: AdvisoryKind, why: String) {
         if !std::mem::replace(&mut self.refusing, true) {
             let (replication, event) = (&self.replication, kind.name());
             warn!(replication, event, "advisories are refused, the copy continues: {why}");
@@ -353,17 +359,17 @@ impl Post {
         let longest = self.in_flight.iter().max_by_key(|one| one.line);
         // A server that ends a connection because of a line may not get its error line through.
         let longest = longest.filter(|one| says || (self.cuts > 1 && one.line > line::LEAST));
-        if let Some(InFlight { number, kind, line, .. }) = longest {
+        if let Some(SentAdvisory { number, kind, line, .. }) = longest {
             let (settled, line) = ((*number, *kind), *line);
             self.longest = Some((line - 1, now + LIMIT_FOR));
             self.cuts = 0;
             let why = format!("a protocol line of {line} bytes may be longer than `max_control_line`: {error}");
-            self.settle(senders, status, settled, Outcome::Refused(why), now);
+            self.settle(senders, status, settled, AdvisoryOutcome::Refused(why), now);
         } else {
             let kind = self.in_flight.front().map(|one| one.kind);
             self.not_confirmed(kind, &error.message, status);
             if error.kind == ErrorKind::Hold {
-                self.report(status, kind.unwrap_or(Kind::New), error.message.clone());
+                self.report(status, kind.unwrap_or(AdvisoryKind::New), error.message.clone());
             }
         }
         self.take_back(senders, now);
@@ -379,14 +385,14 @@ impl Post {
         // Others that were sent with it or after it are confirmed: this one was refused.
         if self.confirmed.is_some_and(|at| at >= oldest.sent) {
             self.in_flight.pop_front();
-            return self.settle(senders, status, settled, Outcome::Refused(why), now);
+            return self.settle(senders, status, settled, AdvisoryOutcome::Refused(why), now);
         }
         self.not_confirmed(Some(settled.1), &why, status);
         self.take_back(senders, now);
     }
 
     /// No advisory is confirmed at the moment: all of them are published again.
-    fn not_confirmed(&mut self, kind: Option<Kind>, why: &str, status: &mut SamplingStatus) {
+    fn not_confirmed(&mut self, kind: Option<AdvisoryKind>, why: &str, status: &mut SamplingStatus) {
         if let Some(kind) = kind {
             count(&mut status.advisory_errors, kind);
         }
@@ -408,7 +414,7 @@ impl Post {
     }
 }
 
-impl InFlight {
+impl SentAdvisory {
     /// Whether the server has read everything, for advisories that no stream confirms.
     fn is_taken(&self, lane: &Lane) -> bool {
         self.ping.is_some_and(|ping| ping <= lane.answered_pings())
@@ -416,14 +422,14 @@ impl InFlight {
 }
 
 /// Evaluates the answer to a reliable advisory. Any subscriber can answer, but only a stream names itself.
-fn outcome(message: &Message<'_>) -> Outcome {
+fn outcome(message: &Message<'_>) -> AdvisoryOutcome {
     if headers::status(message.header) == Some(503) {
-        return Outcome::Refused("no stream listens there (no responders)".to_owned());
+        return AdvisoryOutcome::Refused("no stream listens there (no responders)".to_owned());
     }
     match PublishAck::parse(message.payload, "the source") {
-        Ok(ack) if ack.is_of_a_stream() => Outcome::Confirmed,
-        Ok(_) => Outcome::Refused("the answer names no stream: no stream has stored it".to_owned()),
-        Err(error) => Outcome::Refused(error.message),
+        Ok(ack) if ack.is_of_a_stream() => AdvisoryOutcome::Confirmed,
+        Ok(_) => AdvisoryOutcome::Refused("the answer names no stream: no stream has stored it".to_owned()),
+        Err(error) => AdvisoryOutcome::Refused(error.message),
     }
 }
 
@@ -432,12 +438,12 @@ fn quoted(subject: &str) -> String {
     subject.replace('\\', "\\\\").replace('"', "\\\"")
 }
 
-pub(super) fn count(advised: &mut Advised, kind: Kind) {
+pub(super) fn count(advised: &mut Advised, kind: AdvisoryKind) {
     *match kind {
-        Kind::New => &mut advised.new,
-        Kind::Timeout => &mut advised.timeout,
-        Kind::Recover => &mut advised.recover,
-        Kind::Expire => &mut advised.expire,
+        AdvisoryKind::New => &mut advised.new,
+        AdvisoryKind::Timeout => &mut advised.timeout,
+        AdvisoryKind::Recover => &mut advised.recover,
+        AdvisoryKind::Expire => &mut advised.expire,
     } += 1;
 }
 

@@ -7,11 +7,11 @@ use nats_lane::Error;
 
 use super::{
     objects::{Gate, Incomplete, Pass},
-    resume::Known,
+    resume::KnownCopy,
     source::reader::Incoming,
     target::provenance::Tag,
 };
-use crate::{config::Scope, sampling::Fate, status::Counters, store::SourceMessage};
+use crate::{config::Scope, sampling::MessageOutcome, status::Counters, store::SourceMessage};
 
 /// The rules of one replication.
 #[derive(Debug, Clone)]
@@ -26,11 +26,11 @@ pub struct CopyRules {
 
 /// Everything else that a decision depends on. Each part is evaluated only if nothing before it has decided.
 #[derive(Debug)]
-pub struct Facts<'g, S, P> {
+pub struct DecisionInputs<'g, S, P> {
     /// The message that is skipped by request.
     pub skip: Option<SourceMessage>,
     /// How the target already has this message.
-    pub known: Option<Known>,
+    pub known: Option<KnownCopy>,
     /// Whether its sender is to be copied.
     pub sampling: S,
     /// What the target needs before this message.
@@ -45,7 +45,7 @@ pub enum Decision<Outgoing> {
     /// Skip it.
     Skip(Reason),
     /// The target has it, or no longer needs it.
-    Stored(Known),
+    Stored(KnownCopy),
     /// Decide again when the target has answered how many messages it holds on this source subject.
     Wait(String),
     /// The target can never store it.
@@ -90,11 +90,11 @@ impl CopyRules {
 /// Decides about one message.
 pub fn verdict<Outgoing>(
     rules: &CopyRules,
-    facts: Facts<'_, impl FnOnce() -> bool, impl FnOnce() -> Result<Outgoing, Error>>,
+    facts: DecisionInputs<'_, impl FnOnce() -> bool, impl FnOnce() -> Result<Outgoing, Error>>,
     incoming: &Incoming<'_>,
     now_ns: i64,
 ) -> Decision<Outgoing> {
-    let Facts { skip, known, sampling, gate, prepare } = facts;
+    let DecisionInputs { skip, known, sampling, gate, prepare } = facts;
     let (message, seq, time_ns) = (&incoming.message, incoming.delivery.stream_seq, incoming.delivery.time_ns);
     if skip == Some(SourceMessage { seq, time_ns }) {
         return Decision::Skip(Reason::Requested);
@@ -110,7 +110,7 @@ pub fn verdict<Outgoing>(
     }
     match gate.map_or(Pass::Send, |gate| gate.pass(message.subject, message.payload)) {
         Pass::Ask(chunks) => Decision::Wait(chunks),
-        Pass::LeaveOut(object) => Decision::Skip(Reason::Incomplete(object)),
+        Pass::Skip(object) => Decision::Skip(Reason::Incomplete(object)),
         Pass::Send => prepare().map_or_else(Decision::Reject, Decision::Send),
     }
 }
@@ -132,13 +132,13 @@ impl<Outgoing> Decision<Outgoing> {
     }
 
     /// The outcome for sampling; `None` for messages that are skipped before their sender matters.
-    pub fn fate(&self) -> Option<Fate> {
+    pub fn fate(&self) -> Option<MessageOutcome> {
         match self {
             Self::Skip(Reason::Old | Reason::Excluded | Reason::Loop) => None,
-            Self::Skip(Reason::Requested | Reason::Sampled | Reason::Incomplete(_)) => Some(Fate::Passed),
-            Self::Wait(_) | Self::Reject(_) => Some(Fate::Passed),
-            Self::Stored(_) => Some(Fate::Stored),
-            Self::Send(_) => Some(Fate::Sent),
+            Self::Skip(Reason::Requested | Reason::Sampled | Reason::Incomplete(_)) => Some(MessageOutcome::Passed),
+            Self::Wait(_) | Self::Reject(_) => Some(MessageOutcome::Passed),
+            Self::Stored(_) => Some(MessageOutcome::Stored),
+            Self::Send(_) => Some(MessageOutcome::Sent),
         }
     }
 }
@@ -190,18 +190,18 @@ mod tests {
             let incoming = incoming(b"$O.b.M.cmVwb3J0", header, description);
             let skip = Some(SourceMessage { seq: 7, time_ns: skipped_ns });
             let prepare = || Err::<(), _>(Error::hold("too large"));
-            let facts = Facts { skip, known, sampling: || wanted, gate, prepare };
+            let facts = DecisionInputs { skip, known, sampling: || wanted, gate, prepare };
             verdict(&rules, facts, &incoming, now_s * 1_000_000_000)
         };
-        let (known, gate, this) = (Some(Known::Stored(3)), Some(&gate), 70_000_000_000);
+        let (known, gate, this) = (Some(KnownCopy::Stored(3)), Some(&gate), 70_000_000_000);
         assert_eq!(decide(this, known, header, false, gate, 90), Decision::Skip(Reason::Requested));
-        assert_eq!(decide(this + 1, known, header, false, gate, 90), Decision::Stored(Known::Stored(3)));
+        assert_eq!(decide(this + 1, known, header, false, gate, 90), Decision::Stored(KnownCopy::Stored(3)));
         assert_eq!(decide(0, None, header, false, gate, 90), Decision::Skip(Reason::Old));
         assert_eq!(decide(0, None, header, false, gate, 80), Decision::Skip(Reason::Loop));
         assert_eq!(decide(0, None, b"", false, gate, 80), Decision::Skip(Reason::Sampled));
         assert_eq!(decide(0, None, b"", true, gate, 80), Decision::Wait("$O.b.C.one".to_owned()));
         assert_eq!(decide(0, None, b"", true, None, 80), Decision::Reject(Error::hold("too large")));
-        let facts = Facts { skip: None, known: None, sampling: || true, gate, prepare: || Ok(1) };
+        let facts = DecisionInputs { skip: None, known: None, sampling: || true, gate, prepare: || Ok(1) };
         assert_eq!(verdict(&rules, facts, &incoming(b"a.b", b"", b""), this), Decision::Send(1));
     }
 
@@ -220,11 +220,11 @@ mod tests {
         check(Decision::Skip(Reason::Old), ((1, 0, 0, 0, 0), 0, 5), None);
         check(Decision::Skip(Reason::Excluded), ((0, 1, 0, 0, 0), 0, 5), None);
         check(Decision::Skip(Reason::Loop), ((0, 1, 0, 0, 0), 0, 5), None);
-        check(Decision::Skip(Reason::Sampled), ((0, 0, 1, 0, 0), 0, 5), Some(Fate::Passed));
-        check(Decision::Skip(Reason::Incomplete(object)), ((0, 0, 0, 1, 0), 0, 5), Some(Fate::Passed));
-        check(Decision::Skip(Reason::Requested), ((0, 0, 0, 0, 1), 0, 5), Some(Fate::Passed));
-        check(Decision::Reject(Error::hold("x")), ((0, 0, 0, 0, 0), 1, 0), Some(Fate::Passed));
-        check(Decision::Stored(Known::Replaced), ((0, 0, 0, 0, 0), 0, 0), Some(Fate::Stored));
-        check(Decision::Send(()), ((0, 0, 0, 0, 0), 0, 0), Some(Fate::Sent));
+        check(Decision::Skip(Reason::Sampled), ((0, 0, 1, 0, 0), 0, 5), Some(MessageOutcome::Passed));
+        check(Decision::Skip(Reason::Incomplete(object)), ((0, 0, 0, 1, 0), 0, 5), Some(MessageOutcome::Passed));
+        check(Decision::Skip(Reason::Requested), ((0, 0, 0, 0, 1), 0, 5), Some(MessageOutcome::Passed));
+        check(Decision::Reject(Error::hold("x")), ((0, 0, 0, 0, 0), 1, 0), Some(MessageOutcome::Passed));
+        check(Decision::Stored(KnownCopy::Replaced), ((0, 0, 0, 0, 0), 0, 0), Some(MessageOutcome::Stored));
+        check(Decision::Send(()), ((0, 0, 0, 0, 0), 0, 0), Some(MessageOutcome::Sent));
     }
 }

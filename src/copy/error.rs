@@ -5,7 +5,7 @@ use nats_lane as nats;
 use crate::store::{SaveError, SourceMessage};
 
 /// A message that the server refused permanently, and the reason.
-pub(super) type Refusal = (SourceMessage, String);
+pub(super) type RefusedMessage = (SourceMessage, String);
 
 /// What the caller can do about an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct Error {
     /// Length in bytes of the longest protocol line that the target had not confirmed when it ended the connection.
     pub(super) unconfirmed_line: Option<usize>,
     /// Messages that the server refused permanently.
-    pub(super) refused: Vec<Refusal>,
+    pub(super) refused: Vec<RefusedMessage>,
     /// Source sequence of a message that got no responders, or an answer of another stream.
     pub(super) unheard: Option<u64>,
     /// Whether the target's last sequence was not what was expected.

@@ -22,11 +22,11 @@ use super::{
     source::{
         durable::{Durable, Way},
         reader::{Incoming, Range, Reader, explicit::Explicit, pushed::Pushed},
-        renewal::Renewal,
+        renewal::ConsumerRenewal,
     },
     target::{
         dead_letter::DeadLetters,
-        drops::{Drops, Limits},
+        drops::{DropLimits, Drops},
         headers::Allowed,
         provenance::Tag,
         stream::Abilities,
@@ -130,7 +130,7 @@ fn read(batch: &Batch, replication: &Replication) -> Result<(), Error> {
 fn plain(batch: &Batch, made: &ConsumerInfo) -> Result<(), Error> {
     let range = Range { stream: "S", filters: &[], from: 1, headers_only: false };
     let (mut source, budget) = (lane()?, Budget::new(usize::MAX));
-    let mut reader = Reader::of(&mut source, &range, "C".to_owned(), 1 << 20, made);
+    let mut reader = Reader::from_new(&mut source, &range, "C".to_owned(), 1 << 20, made);
     reader.pull(&mut source, &budget);
     let _ = reader.accept(batch.clone());
     let _ = (reader.pending(), reader.seen(), reader.next());
@@ -165,7 +165,7 @@ fn pushed(batch: &Batch, made: &ConsumerInfo) -> Result<(), Error> {
     let mut pushed = Pushed::open(&mut source, "S", &durable(Way::FlowControl, made), (sid, &inbox), 1, 1 << 20);
     for batch in [batch.clone(), batch.clone()] {
         let _ = pushed.accept(batch);
-        pushed.ask(&mut source);
+        pushed.ask_about_jumps(&mut source);
         let _ = (pushed.pending(), pushed.may_read(&budget), pushed.is_barred());
         while pushed.peek().is_some() {
             pushed.take();
@@ -179,7 +179,8 @@ fn renewal(batch: &Batch, replication: &Replication) -> Result<(), Error> {
     let (behind, name) = (SourcePoint { seq: 4, time_ns: Some(1) }, "C".to_owned());
     let mut source = lane()?;
     let names = (name, Some("W".to_owned()));
-    let mut renewal = Renewal::begin(&mut source, "S", replication.scope.filters(), behind, names, String::new());
+    let mut renewal =
+        ConsumerRenewal::begin(&mut source, "S", replication.scope.filters(), behind, names, String::new());
     // Whatever it waits for.
     for _ in 0..4 {
         let _ = renewal.accept(&mut source, batch, 1 << 20);
@@ -202,11 +203,11 @@ fn dead_letters(batch: &Batch) -> Result<(), Error> {
 
 fn watch(batch: &Batch) -> Result<(), Error> {
     let mut drops = Drops::default();
-    let limits = Limits { age: true, messages: Some(9), bytes: None, per_subject: false, words: String::new() };
+    let limits = DropLimits { age: true, messages: Some(9), bytes: None, per_subject: false, words: String::new() };
     drops.begin(&info(5)?, Some(limits), 3);
     let (mut watch, mut target, now) = (TargetWatch::new(drops, tag()), lane()?, Instant::now());
     for (minutes, message) in (0..).zip(batch.iter()) {
-        watch.ask(&mut target, "T", Some(3), now + Duration::from_secs(60 * minutes));
+        watch.ask_state(&mut target, "T", Some(3), now + Duration::from_secs(60 * minutes));
         watch.accept(&mut target, "T", &message, 3, false);
     }
     Ok(())

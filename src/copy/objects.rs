@@ -33,7 +33,7 @@ pub(super) enum Pass {
     /// when everything before is settled, and then judge the message again.
     Ask(String),
     /// Skip it: the description would name chunks that are missing.
-    LeaveOut(Incomplete),
+    Skip(Incomplete),
 }
 
 /// An object that is incomplete at the target.
@@ -81,7 +81,7 @@ impl Objects {
         match &self.answer {
             Some((of, found)) if **of == *nuid.as_bytes() => {
                 let found = *found;
-                if found == chunks { Pass::Send } else { Pass::LeaveOut(Incomplete { object: name, chunks, found }) }
+                if found == chunks { Pass::Send } else { Pass::Skip(Incomplete { object: name, chunks, found }) }
             }
             _ => Pass::Ask(format!("$O.{}.C.{nuid}", String::from_utf8_lossy(bucket))),
         }
@@ -128,11 +128,11 @@ pub(super) fn is_store(stream: &str) -> bool {
 pub(super) struct Gate {
     stream: String,
     objects: Objects,
-    question: Option<Question>,
+    question: Option<ChunkRequest>,
 }
 
 #[derive(Debug)]
-struct Question {
+struct ChunkRequest {
     /// Subject of the answer.
     reply: String,
     /// Source subject of the chunks.
@@ -153,7 +153,7 @@ impl Gate {
     }
 
     /// Asks the target for the chunks on a source subject, see [`Pass::Ask`], once `settled`: no message is in flight.
-    pub fn ask(&mut self, chunks: String, settled: bool, lane: &mut Lane, mapping: &Mapping, now: Instant) {
+    pub fn ask_chunks(&mut self, chunks: String, settled: bool, lane: &mut Lane, mapping: &Mapping, now: Instant) {
         let waits = self.question.as_ref().is_some_and(|question| now < question.asked + ASK_AGAIN);
         if settled && !waits {
             let mut room = Vec::new();
@@ -161,7 +161,7 @@ impl Gate {
             let subjects = json!({ "subjects_filter": String::from_utf8_lossy(mapped) });
             let api = format!("{}.STREAM.INFO.{}", lane.api_prefix(), self.stream);
             let reply = lane.send_request(&api, subjects.to_string().as_bytes());
-            self.question = Some(Question { reply, chunks, asked: now });
+            self.question = Some(ChunkRequest { reply, chunks, asked: now });
         }
     }
 
@@ -233,12 +233,12 @@ mod tests {
         assert_eq!(objects.judge(META, &description("two", 2, false)), ask);
         objects.answered("$O.b.C.two", 1);
         let incomplete = Incomplete { object: "report".to_owned(), chunks: 2, found: 1 };
-        assert_eq!(objects.judge(META, &description("two", 2, false)), Pass::LeaveOut(incomplete));
+        assert_eq!(objects.judge(META, &description("two", 2, false)), Pass::Skip(incomplete));
         objects.answered("$O.b.C.two", 2);
         assert_eq!(objects.judge(META, &description("two", 2, false)), Pass::Send);
         // Chunks that lie there twice break an object as well.
         objects.answered("$O.b.C.two", 4);
-        assert!(matches!(objects.judge(META, &description("two", 2, false)), Pass::LeaveOut(_)));
+        assert!(matches!(objects.judge(META, &description("two", 2, false)), Pass::Skip(_)));
     }
 
     #[test]
@@ -263,11 +263,11 @@ mod tests {
         let (body, now) = (description("one", 2, false), Instant::now());
         let pass = |lane: &mut Lane, gate: &mut Gate, settled| match gate.pass(META, &body) {
             Pass::Ask(chunks) => {
-                gate.ask(chunks, settled, lane, &mapping, now);
+                gate.ask_chunks(chunks, settled, lane, &mapping, now);
                 "wait"
             }
             Pass::Send => "send",
-            Pass::LeaveOut(_) => "leave out",
+            Pass::Skip(_) => "leave out",
         };
         let before = lane.unwritten();
         assert_eq!(pass(&mut lane, &mut gate, false), "wait");

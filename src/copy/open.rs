@@ -154,7 +154,7 @@ impl<'a> Opener<'a> {
         let source_info = again.unwrap_or(source_info);
         let abilities = stream::abilities(replication, &source_info, &target_info)?;
         if ledger.record().moved_back {
-            ledger.look_behind(target_info.state.last_seq, &target_info.created).await?;
+            ledger.save_unproven(target_info.state.last_seq, &target_info.created).await?;
         }
         Ok(Streams { source: source_info, clock, target: target_info, abilities })
     }
@@ -183,9 +183,9 @@ impl<'a> Opener<'a> {
             clock: streams.clock,
             target: &streams.target,
             durable: durable.as_ref(),
-            chain_broke_behind: ledger.chain_broke_behind(),
+            chain_broke_after: ledger.chain_broke_after(),
             orphans: ledger.record().orphans,
-            read: resume::Read::default(),
+            read: resume::ReadMessages::default(),
             most_in_flight: ledger.record().most_in_flight,
         };
         let mut resume = resume::find(sides, ledger.record(), mode).await?;
@@ -334,7 +334,7 @@ fn assemble<'a>(
             reads: true,
             gaps: Gaps::default(),
             plain: is_plain(&replication, &streams.source),
-            told_first: streams.source.state.first_seq,
+            reported_first: streams.source.state.first_seq,
             info: streams.source,
             polls: StatePolls::new(now),
             retention: Retention::default(),

@@ -12,7 +12,7 @@ use tokio::time::{Duration, Instant};
 
 use super::{
     Error as RunError,
-    error::Refusal,
+    error::RefusedMessage,
     flow::window::{SourcePoint, Window},
     source::reader::Incoming,
     target::{dead_letter::DeadLetters, provenance::Tag, refusal::about},
@@ -26,7 +26,7 @@ use crate::{
 /// How long the last answer of the target about its limits is trusted before a message is skipped because of it.
 const FRESH: Duration = Duration::from_secs(1);
 /// Messages reported one by one between two ticks of the run; one event reports all further ones together.
-const TOLD_SINGLY: u64 = 4;
+const REPORTED_SINGLY: u64 = 4;
 
 /// Messages that the target refused in earlier runs, valid as long as its stream is unchanged.
 #[derive(Debug, Default)]
@@ -49,7 +49,7 @@ impl Refused {
     }
 
     /// Adds the refusals that ended a run; returns whether any of them is new.
-    pub fn add(&mut self, refusals: Vec<Refusal>) -> bool {
+    pub fn add(&mut self, refusals: Vec<RefusedMessage>) -> bool {
         let before = self.messages.len();
         self.messages.extend(refusals.into_iter().map(|(message, why)| (message.seq, (message.time_ns, why))));
         self.messages.len() > before
@@ -66,8 +66,8 @@ impl Refused {
 #[derive(Debug)]
 pub(super) struct Rejects<'a> {
     refused: &'a Refused,
-    fate: Fate,
-    telling: Telling,
+    fate: OnRejected,
+    queue: ReportQueue,
     target: String,
     /// When the target last answered a question about itself because of a message.
     answered: Option<Instant>,
@@ -76,7 +76,7 @@ pub(super) struct Rejects<'a> {
 }
 
 #[derive(Debug)]
-enum Fate {
+enum OnRejected {
     Hold,
     Skip,
     DeadLetter(Box<DeadLetters>),
@@ -87,14 +87,14 @@ impl<'a> Rejects<'a> {
     pub fn open(lane: &mut Lane, replication: &Replication, tag: &Tag, generation: u64, refused: &'a Refused) -> Self {
         let (id, stream) = (&replication.id, &replication.source.stream);
         let fate = match &replication.on_reject {
-            OnReject::Hold => Fate::Hold,
-            OnReject::Skip => Fate::Skip,
+            OnReject::Hold => OnRejected::Hold,
+            OnReject::Skip => OnRejected::Skip,
             OnReject::DeadLetter { subject } => {
-                Fate::DeadLetter(Box::new(DeadLetters::open(lane, subject, id, stream, tag.clone(), generation)))
+                OnRejected::DeadLetter(Box::new(DeadLetters::open(lane, subject, id, stream, tag.clone(), generation)))
             }
         };
         let target = replication.target.stream.clone();
-        Self { refused, fate, telling: Telling::default(), target, answered: None, asked: None }
+        Self { refused, fate, queue: ReportQueue::default(), target, answered: None, asked: None }
     }
 
     /// Why the target refused a message in an earlier run.
@@ -104,7 +104,7 @@ impl<'a> Rejects<'a> {
 
     /// Whether dead letters are in flight. Messages after them wait until they are stored: messages at the
     /// target prove that all before them are settled.
-    pub fn in_the_air(&self) -> bool {
+    pub fn any_in_flight(&self) -> bool {
         self.letters().is_some_and(|letters| letters.len() > 0)
     }
 
@@ -115,19 +115,19 @@ impl<'a> Rejects<'a> {
 
     /// Whether the bounds keep back another dead letter of so many bytes.
     pub fn full(&self, limits: &Limits, bytes: usize) -> bool {
-        let (letters, in_the_air, _) = self.in_flight();
-        letters >= limits.messages_in_flight || letters > 0 && in_the_air + bytes > limits.bytes_in_flight
+        let (letters, any_in_flight, _) = self.in_flight();
+        letters >= limits.messages_in_flight || letters > 0 && any_in_flight + bytes > limits.bytes_in_flight
     }
 
     fn letters(&self) -> Option<&DeadLetters> {
         match &self.fate {
-            Fate::DeadLetter(letters) => Some(letters),
-            Fate::Hold | Fate::Skip => None,
+            OnRejected::DeadLetter(letters) => Some(letters),
+            OnRejected::Hold | OnRejected::Skip => None,
         }
     }
 
     /// Whether a limit of the target stream may have changed: then the target is asked, and the message waits.
-    pub fn ask(&mut self, lane: &mut Lane, now: Instant) -> bool {
+    pub fn ask_limits(&mut self, lane: &mut Lane, now: Instant) -> bool {
         let fresh = self.answered.is_some_and(|answered| now.duration_since(answered) <= FRESH);
         if fresh && self.asked.is_none() {
             return false;
@@ -162,14 +162,14 @@ impl<'a> Rejects<'a> {
         let seq = incoming.delivery.stream_seq;
         let source = SourcePoint { seq, time_ns: Some(incoming.delivery.time_ns) };
         match &mut self.fate {
-            Fate::Hold => return Err(about(error, Some(source))),
-            Fate::Skip => {
+            OnRejected::Hold => return Err(about(error, Some(source))),
+            OnRejected::Skip => {
                 counters.skipped_refused += 1;
                 counters.skipped_bytes += incoming.bytes() as u64;
                 window.skip(source);
-                self.telling.note(seq, error.message, PoisonAction::Skipped);
+                self.queue.note(seq, error.message, PoisonAction::Skipped);
             }
-            Fate::DeadLetter(letters) => letters.send(lane, incoming, &error, now)?,
+            OnRejected::DeadLetter(letters) => letters.send(lane, incoming, &error, now)?,
         }
         Ok(())
     }
@@ -177,7 +177,7 @@ impl<'a> Rejects<'a> {
     /// Takes acks of dead letters; the messages that they settle are settled in the window. Returns how many, and why
     /// the run has to end if one was refused: then the rest are not handled any more.
     pub fn accept(&mut self, batch: &Batch, window: &mut Window) -> (u64, Option<RunError>) {
-        let Fate::DeadLetter(letters) = &mut self.fate else { return (0, None) };
+        let OnRejected::DeadLetter(letters) = &mut self.fate else { return (0, None) };
         if letters.len() == 0 {
             return (0, None);
         }
@@ -185,7 +185,7 @@ impl<'a> Rejects<'a> {
         let mut settled = 0;
         while let Some(letter) = letters.pop() {
             window.skip(letter.source);
-            self.telling.note(letter.source.seq, letter.reason, PoisonAction::DeadLettered);
+            self.queue.note(letter.source.seq, letter.reason, PoisonAction::DeadLettered);
             settled += 1;
         }
         if refused.is_some() {
@@ -200,24 +200,24 @@ impl<'a> Rejects<'a> {
     }
 
     /// The events that are due; all of them at a tick or at the end of the run.
-    pub fn tell(&mut self, all: bool) -> Vec<Event> {
-        self.telling.take(all)
+    pub fn take_events(&mut self, all: bool) -> Vec<Event> {
+        self.queue.take(all)
     }
 }
 
 /// Keeps thousands of messages in a row from becoming as many events.
 #[derive(Debug, Default)]
-struct Telling {
+struct ReportQueue {
     ready: Vec<Event>,
     told: u64,
     /// Messages that are reported together.
     rest: Option<Event>,
 }
 
-impl Telling {
+impl ReportQueue {
     fn note(&mut self, seq: u64, why: String, what: PoisonAction) {
         self.told += 1;
-        if self.told <= TOLD_SINGLY {
+        if self.told <= REPORTED_SINGLY {
             self.ready.push(Event::poison(seq, why, what));
             return;
         }
@@ -250,7 +250,7 @@ mod tests {
         serde_json::from_value(json!({"config": config, "created": created, "state": {}})).unwrap()
     }
 
-    fn refusal(seq: u64) -> Refusal {
+    fn refusal(seq: u64) -> RefusedMessage {
         (SourceMessage { seq, time_ns: 7 }, format!("{seq} is refused"))
     }
 
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_few_are_told_singly_and_many_together() {
-        let mut telling = Telling::default();
+        let mut queue = ReportQueue::default();
         let of = |events: Vec<Event>| -> Vec<_> {
             let seqs = events.iter().map(|event| match event {
                 Event::Poison { source_seq, to, messages, .. } => (*source_seq, *to, *messages),
@@ -287,15 +287,15 @@ mod tests {
             });
             seqs.collect()
         };
-        (1..=2).for_each(|seq| telling.note(seq, "x".into(), PoisonAction::Skipped));
-        assert_eq!(of(telling.take(false)), [(1, None, None), (2, None, None)]);
-        (3..=5).for_each(|seq| telling.note(seq, "x".into(), PoisonAction::Skipped));
-        assert_eq!(of(telling.take(false)), [(3, None, None), (4, None, None)]);
-        (6..=1000).for_each(|seq| telling.note(seq, "x".into(), PoisonAction::Skipped));
-        assert_eq!(of(telling.take(false)), []);
-        assert_eq!(of(telling.take(true)), [(5, Some(1000), Some(996))]);
-        assert_eq!(of(telling.take(true)), []);
-        telling.note(1001, "x".into(), PoisonAction::Skipped);
-        assert_eq!(of(telling.take(false)), [(1001, None, None)]);
+        (1..=2).for_each(|seq| queue.note(seq, "x".into(), PoisonAction::Skipped));
+        assert_eq!(of(queue.take(false)), [(1, None, None), (2, None, None)]);
+        (3..=5).for_each(|seq| queue.note(seq, "x".into(), PoisonAction::Skipped));
+        assert_eq!(of(queue.take(false)), [(3, None, None), (4, None, None)]);
+        (6..=1000).for_each(|seq| queue.note(seq, "x".into(), PoisonAction::Skipped));
+        assert_eq!(of(queue.take(false)), []);
+        assert_eq!(of(queue.take(true)), [(5, Some(1000), Some(996))]);
+        assert_eq!(of(queue.take(true)), []);
+        queue.note(1001, "x".into(), PoisonAction::Skipped);
+        assert_eq!(of(queue.take(false)), [(1001, None, None)]);
     }
 }

@@ -70,14 +70,14 @@ impl<'a> Reporter<'a> {
     /// Reports a message that was skipped, where a person has to know.
     pub fn skipped(&self, source_seq: u64, reason: Reason) {
         match reason {
-            Reason::Requested => self.left_out(source_seq),
+            Reason::Requested => self.skipped_by_request(source_seq),
             Reason::Incomplete(object) => self.incomplete(source_seq, object),
             Reason::Old | Reason::Excluded | Reason::Loop | Reason::Sampled => {}
         }
     }
 
     /// Reports that a message was skipped by request, and why the request was made.
-    fn left_out(&self, source_seq: u64) {
+    fn skipped_by_request(&self, source_seq: u64) {
         let error = self.status.borrow().1.last_error.clone().filter(|error| error.source_seq == Some(source_seq));
         let message = error.map_or_else(|| "skipped by request".to_owned(), |error| error.message);
         warn!(replication = self.replication.id, source_seq, "skipped by request: {message}");

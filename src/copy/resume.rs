@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use chrono::Utc;
 use tokio::time::Instant;
 
-use self::search::{Kept, Proof, Search, Seen, Tail, note};
+use self::search::{Kept, Proof, RangeFindings, Search, Tail, note};
 use nats_lane::{
     Error, Lane, headers,
     jetstream::{Api, StoredMessage, StreamInfo},
@@ -24,7 +24,7 @@ use super::{
     },
     target::{
         mode::{self, Foreign},
-        provenance::{Origin, Other, Tag},
+        provenance::{MessageOrigin, OtherSiteCopy, Tag},
         target_limits::limits,
     },
 };
@@ -99,7 +99,7 @@ pub(super) struct Already {
 
 /// How the target already has a source message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Known {
+pub(super) enum KnownCopy {
     /// It is at this target sequence.
     Stored(u64),
     /// It would be removed at once: the target has as many newer ones of its subject as it keeps.
@@ -122,7 +122,7 @@ impl Already {
     /// One message that waits for its turn.
     #[cfg(test)]
     pub(super) fn one(seq: u64, time_ms: i64, target_seq: u64) -> Self {
-        let ours = Ours { origin: Origin { seq, time_ms }, target_seq, complete: false, subject: None };
+        let ours = Ours { origin: MessageOrigin { seq, time_ms }, target_seq, complete: false, subject: None };
         Self::new(vec![ours], 0)
     }
 
@@ -142,7 +142,7 @@ impl Already {
     }
 
     /// Removes a message that was read, and all before it.
-    pub fn take(&mut self, seq: u64, time_ns: i64, subject: &[u8], mapping: &Mapping) -> Option<Known> {
+    pub fn take(&mut self, seq: u64, time_ns: i64, subject: &[u8], mapping: &Mapping) -> Option<KnownCopy> {
         if self.stored.is_empty() {
             return None;
         }
@@ -153,12 +153,12 @@ impl Already {
             first.remove();
         }
         let known = match self.stored.remove(&key) {
-            Some(target_seq) => Some(Known::Stored(target_seq)),
+            Some(target_seq) => Some(KnownCopy::Stored(target_seq)),
             None if self.keeps > 0 => {
                 let newer = |known: &&(u64, i64)| known.0 > key.0 && known.1 >= key.1;
                 let mapped = mapping.apply(subject, &mut self.room);
                 let newer = self.subjects.get(mapped).map_or(0, |known| known.iter().filter(newer).count());
-                (newer >= self.keeps).then_some(Known::Replaced)
+                (newer >= self.keeps).then_some(KnownCopy::Replaced)
             }
             None => None,
         };
@@ -169,7 +169,7 @@ impl Already {
     }
 
     /// Whether all that wait are after a target sequence.
-    pub fn all_behind(&self, target_seq: u64) -> bool {
+    pub fn all_after(&self, target_seq: u64) -> bool {
         self.stored.values().all(|waiting| *waiting > target_seq)
     }
 
@@ -197,18 +197,18 @@ pub(super) struct Sides<'a> {
     /// The durable consumer at the source, if there is one: acknowledged messages are settled.
     pub durable: Option<&'a Durable>,
     /// Last sequence of the target when the run before began, if its chain broke.
-    pub chain_broke_behind: Option<u64>,
+    pub chain_broke_after: Option<u64>,
     /// The orphaned copies of the record: their source messages are lost.
     pub orphans: Option<Orphans>,
     /// The most messages that earlier runs could have in flight.
     pub most_in_flight: u64,
     /// Messages that were read already: none is read twice.
-    pub read: Read,
+    pub read: ReadMessages,
 }
 
 /// Single messages that were read from both sides.
 #[derive(Debug, Default)]
-pub(super) struct Read {
+pub(super) struct ReadMessages {
     /// Stored times at the source by sequence.
     source: HashMap<u64, Option<i64>>,
     /// The newest message that was read from the target, by the requested sequence.
@@ -218,7 +218,7 @@ pub(super) struct Read {
 /// A message of ours at the target.
 #[derive(Debug, Clone)]
 struct Ours {
-    origin: Origin,
+    origin: MessageOrigin,
     target_seq: u64,
     /// Everything in scope up to this message was stored before it.
     complete: bool,
@@ -269,11 +269,11 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     // A message that the source has not reached yet cannot be the same one later.
     let last = sides.source.state.last_seq;
     resume.already.stored.retain(|known, _| known.0 <= last);
-    sides.behind_acks(&mut resume).await?;
+    sides.not_before_acks(&mut resume).await?;
     sides.look_for_gap(&mut resume, record.source.is_some());
     let known = resume.target.is_some() || record.target.is_some();
     let newest = if known { sides.stamps_at_end().await? } else { None };
-    resume.before = mode::stamps_before(record, newest, sides.chain_broke_behind.is_some());
+    resume.before = mode::stamps_before(record, newest, sides.chain_broke_after.is_some());
     Ok(resume)
 }
 
@@ -386,16 +386,16 @@ impl Sides<'_> {
             // Without a saved target sequence, older messages at the target do not matter: only those that were stored
             // while the run before was under way, if its chain broke.
             (None, None) => {
-                if let Some(behind) = self.chain_broke_behind {
-                    self.look_for_others(behind + 1, last, &mut resume, |_| false).await?;
+                if let Some(behind) = self.chain_broke_after {
+                    self.ours_between(behind + 1, last, &mut resume, |_| false).await?;
                 }
                 // Other clients may have consumed all of them.
                 resume.unseen = last;
-                let kept = self.newest_behind(position.seq, news).await?;
+                let kept = self.newest_after(position.seq, news).await?;
                 (kept.ours, kept.is_cut)
             }
             (None, Some(_)) => {
-                let kept = self.look_for_others(behind + 1, last, &mut resume, news).await?;
+                let kept = self.ours_between(behind + 1, last, &mut resume, news).await?;
                 (kept.ours, kept.is_cut)
             }
         };
@@ -411,7 +411,7 @@ impl Sides<'_> {
             back.findings.append(&mut resume.findings);
             return Ok(back);
         }
-        self.go_on_behind(&mut resume, &ours, is_cut, moved).await?;
+        self.resume_after(&mut resume, &ours, is_cut, moved).await?;
         let through = resume.position.seq;
         ours.retain(|message| message.origin.seq > through);
         resume.already = Already::new(ours, self.keeps());
@@ -420,7 +420,7 @@ impl Sides<'_> {
 
     /// Resumes after the newest of these before which no message is missing. `is_cut` says that there are more before
     /// them, `moved` that the position was moved back.
-    async fn go_on_behind(
+    async fn resume_after(
         &mut self,
         resume: &mut Resume,
         ours: &[Ours],
@@ -450,14 +450,14 @@ impl Sides<'_> {
     }
 
     /// Messages of ours in a range of the target; a message of another writer makes the target shared.
-    async fn look_for_others(
+    async fn ours_between(
         &mut self,
         from: u64,
         to: u64,
         resume: &mut Resume,
         wanted: impl Fn(&Ours) -> bool,
     ) -> Result<Kept, Error> {
-        let mut seen = Seen::default();
+        let mut seen = RangeFindings::default();
         let ours = self.newest_between(from, to, &mut seen, wanted).await?;
         resume.unseen = (to + 1 - from).saturating_sub(seen.messages);
         if let Some(foreign) = seen.foreign {
@@ -587,7 +587,7 @@ impl Sides<'_> {
 
     /// Acknowledged messages are settled at the source, whatever else was found: they are not redelivered. This does
     /// not hold if the source lost its end: then those were other messages.
-    async fn behind_acks(&mut self, resume: &mut Resume) -> Result<(), Error> {
+    async fn not_before_acks(&mut self, resume: &mut Resume) -> Result<(), Error> {
         let Some(durable) = self.durable else { return Ok(()) };
         let floor = durable.floor(self.source);
         let lost = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
@@ -725,7 +725,7 @@ impl Sides<'_> {
         Ok(self.before_time(time).await? < seq)
     }
 
-    async fn witness(&mut self, origin: Origin) -> Result<Witness, Error> {
+    async fn witness(&mut self, origin: MessageOrigin) -> Result<Witness, Error> {
         if origin.seq > self.source.state.last_seq {
             return Ok(Witness::Broken);
         }
@@ -762,7 +762,7 @@ impl Sides<'_> {
     async fn no_other_site(&mut self) -> Result<(), Error> {
         let (first, last) = (self.target.state.first_seq.max(1), self.target.state.last_seq);
         let from = last.saturating_sub(SEARCH_STEP - 1).max(first);
-        let mut seen = Seen { others: Some(Vec::new()), ..Seen::default() };
+        let mut seen = RangeFindings { others: Some(Vec::new()), ..RangeFindings::default() };
         if last >= from {
             self.between(from, last, &mut seen).await?;
         }
@@ -772,9 +772,9 @@ impl Sides<'_> {
         // Where many sites write to one target, single messages may agree by chance.
         let times = self.source_times(others.iter().map(|other| other.origin.seq)).await?;
         let end = self.source.state.last_seq;
-        let of = |origin: &Origin| times.get(&origin.seq).map(|time| *time == origin.time_ms);
+        let of = |origin: &MessageOrigin| times.get(&origin.seq).map(|time| *time == origin.time_ms);
         let same = others.iter().filter(|other| of(&other.origin) == Some(true)).count();
-        let broken = |other: &&Other| of(&other.origin) == Some(false) || other.origin.seq > end;
+        let broken = |other: &&OtherSiteCopy| of(&other.origin) == Some(false) || other.origin.seq > end;
         if same <= others.iter().filter(broken).count() {
             return Ok(());
         }
@@ -814,10 +814,10 @@ mod tests {
 
     fn ours(seq: u64, time_ms: i64, target_seq: u64, subject: Option<&str>) -> Ours {
         let subject = subject.map(|subject| Box::from(subject.as_bytes()));
-        Ours { origin: Origin { seq, time_ms }, target_seq, complete: false, subject }
+        Ours { origin: MessageOrigin { seq, time_ms }, target_seq, complete: false, subject }
     }
 
-    fn take(already: &mut Already, seq: u64, time_ms: i64, subject: &str) -> Option<Known> {
+    fn take(already: &mut Already, seq: u64, time_ms: i64, subject: &str) -> Option<KnownCopy> {
         already.take(seq, time_ms * 1_000_000 + 999_999, subject.as_bytes(), &Mapping::default())
     }
 
@@ -826,9 +826,9 @@ mod tests {
         let stored = vec![ours(5, 50, 1, None), ours(5, 500, 7, None), ours(7, 70, 2, None), ours(9, 90, 3, None)];
         let mut already = Already::new(stored, 0);
         assert_eq!((already.len(), already.within(1, 8)), (4, 2));
-        assert!(already.all_behind(0) && !already.all_behind(1));
+        assert!(already.all_after(0) && !already.all_after(1));
         assert_eq!(take(&mut already, 4, 40, "a"), None);
-        assert_eq!(take(&mut already, 5, 500, "a"), Some(Known::Stored(7)));
+        assert_eq!(take(&mut already, 5, 500, "a"), Some(KnownCopy::Stored(7)));
         assert_eq!(take(&mut already, 6, 60, "a"), None);
         // Another one, stored at another time: the sequence alone proves nothing, and it does not come again.
         assert_eq!(take(&mut already, 7, 71, "a"), None);
@@ -845,15 +845,15 @@ mod tests {
     fn what_the_target_would_not_keep_beside_newer_ones_is_left_out() {
         let stored = || vec![ours(8, 80, 1, Some("a")), ours(9, 90, 2, Some("a")), ours(9, 1, 3, Some("b"))];
         let mut one = Already::new(stored(), 1);
-        assert_eq!(take(&mut one, 5, 50, "a"), Some(Known::Replaced));
+        assert_eq!(take(&mut one, 5, 50, "a"), Some(KnownCopy::Replaced));
         // Stored before the stream was made anew: not newer.
         assert_eq!(take(&mut one, 6, 60, "b"), None);
         assert_eq!(take(&mut one, 7, 70, "c"), None);
-        assert_eq!(take(&mut one, 8, 80, "a"), Some(Known::Stored(1)));
+        assert_eq!(take(&mut one, 8, 80, "a"), Some(KnownCopy::Stored(1)));
         // What counts is the subject at the target.
         let mapping = Mapping { prefix: String::new(), remove: "x.".to_owned(), ..Mapping::default() };
         let mut mapped = Already::new(stored(), 1);
-        assert_eq!(mapped.take(5, 50_000_000, b"x.a", &mapping), Some(Known::Replaced));
+        assert_eq!(mapped.take(5, 50_000_000, b"x.a", &mapping), Some(KnownCopy::Replaced));
         let mut three = Already::new(stored(), 3);
         assert_eq!(take(&mut three, 5, 50, "a"), None);
     }

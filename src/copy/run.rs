@@ -12,14 +12,14 @@ use super::{
     decide::CopyRules,
     flow::{
         bounds::Bounds,
-        position::{PositionWriter, Sampled, Witnesses},
+        position::{PositionWriter, SenderRecords, Witnesses},
         throttle,
         watchdog::{DRAIN, LAST_SAVE},
         window::Window,
     },
     reject::Rejects,
     reporter::Reporter,
-    sampling_driver::{Moved, SamplingDriver},
+    sampling_driver::{SamplingDriver, SamplingEvent},
     source::{clock::SourceClock, source_half::SourceHalf},
     target::{
         line,
@@ -51,7 +51,7 @@ pub(super) enum Ending {
 
 /// Why a run ended without an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ended {
+pub(super) enum RunEnd {
     /// By request.
     Stopped,
     /// To log in again, to copy by another configuration of the source or to ask it for more: the next run begins at
@@ -91,13 +91,13 @@ impl Times {
 
 impl Run<'_> {
     /// Copies until the stop or an error; the position is saved at the end of both.
-    pub async fn copy(mut self, ledger: &mut PositionWriter, stop: CancellationToken) -> Result<Ended, Error> {
+    pub async fn copy(mut self, ledger: &mut PositionWriter, stop: CancellationToken) -> Result<RunEnd, Error> {
         let result = self.copy_loop(ledger, &stop).await;
         ledger.gaps = std::mem::take(&mut self.source.gaps);
         ledger.drops = std::mem::take(&mut self.target.watch.drops);
         self.settle();
-        self.tell_rejected(true);
-        self.tell();
+        self.report_rejected(true);
+        self.update_status();
         match result {
             Ok(ended) => self.ended_well(ledger).await.map(|()| ended),
             Err(error) if error.kind == ErrorKind::Superseded => Err(error),
@@ -107,7 +107,7 @@ impl Run<'_> {
 
     async fn ended_well(mut self, ledger: &mut PositionWriter) -> Result<(), Error> {
         self.write_senders().await;
-        let _ = tokio::time::timeout(LAST_ACKS, self.tell_all()).await;
+        let _ = tokio::time::timeout(LAST_ACKS, self.flush_acks()).await;
         let Self { report, mut source, target, bounds, sampler, .. } = self;
         source.reader.close(&mut source.lane);
         // The server removes the consumer later by itself; deleting it here is a courtesy that must not delay a stop.
@@ -167,11 +167,11 @@ impl Run<'_> {
 
     /// Waits until the source has the acks of all copied messages: some consumers take acks only now and then. The rest
     /// is delivered to the next run, which skips it.
-    async fn tell_all(&mut self) -> Result<(), Error> {
+    async fn flush_acks(&mut self) -> Result<(), Error> {
         loop {
             let forgettable = self.forgettable(Instant::now());
             self.source.reader.settled(&mut self.source.lane, forgettable);
-            if self.source.reader.is_told() {
+            if self.source.reader.is_acked() {
                 return Ok(());
             }
             if let Turn::Received(batch) = self.source.lane.turn().await? {
@@ -180,7 +180,7 @@ impl Run<'_> {
         }
     }
 
-    async fn copy_loop(&mut self, ledger: &mut PositionWriter, stop: &CancellationToken) -> Result<Ended, Error> {
+    async fn copy_loop(&mut self, ledger: &mut PositionWriter, stop: &CancellationToken) -> Result<RunEnd, Error> {
         loop {
             let now = Instant::now();
             self.pump(now);
@@ -218,7 +218,7 @@ impl Run<'_> {
 
     /// Does the work that is due at each turn of the loop; returns when the next turn is due at the latest.
     fn wake(&mut self, now: Instant) -> Instant {
-        self.source.silent_at = self.source.next_look(now);
+        self.source.silent_at = self.source.next_check(now);
         let supply = self.supply();
         self.target.writer.commit_if_due(&mut self.target.lane, supply, now);
         self.sample(now);
@@ -261,7 +261,7 @@ impl Run<'_> {
     }
 
     /// Handles the events that sampling waited for.
-    fn sampled(&mut self, moved: Moved) {
+    fn sampled(&mut self, moved: SamplingEvent) {
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
             sampler.accept(moved, status, Instant::now());
         }
@@ -349,7 +349,7 @@ impl Run<'_> {
     }
 
     /// Whether an ending that was begun is complete.
-    fn ended(&mut self, now: Instant) -> Option<Result<Ended, Error>> {
+    fn ended(&mut self, now: Instant) -> Option<Result<RunEnd, Error>> {
         let (_, deadline) = self.ending.as_ref()?;
         if !self.all_settled() && now < *deadline {
             return None;
@@ -362,8 +362,8 @@ impl Run<'_> {
         let (ending, _) = self.ending.take()?;
         Some(match ending {
             Ending::Failed(error) => Err(error),
-            Ending::Stopped => Ok(Ended::Stopped),
-            Ending::BeginsAgain => Ok(Ended::BeginsAgain),
+            Ending::Stopped => Ok(RunEnd::Stopped),
+            Ending::BeginsAgain => Ok(RunEnd::BeginsAgain),
         })
     }
 }
@@ -374,7 +374,7 @@ fn witnesses<'w>(
     writer: &Writer,
     clock: &SourceClock,
     (source_created, target_created): (&'w str, &'w str),
-    sampled: Option<Sampled>,
+    sampled: Option<SenderRecords>,
 ) -> Witnesses<'w> {
     Witnesses {
         window,

@@ -14,13 +14,13 @@ use tracing::{info, warn};
 
 use super::{
     Job, Samples,
-    advisories::{Heard, Post},
-    flow::position::Sampled,
+    advisories::{AdvisoryEvent, Post},
+    flow::position::SenderRecords,
     source::{clock::SourceClock, reader::Incoming},
 };
 use crate::{
     events::Event,
-    sampling::{self, Cause, Fate, Inspector, Sighting, Verdict, Voice, Write},
+    sampling::{self, CopyCause, Inspector, MessageOutcome, SamplingVerdict, Sighting, Voice, Write},
     status::SamplingStatus,
     store::{self, PositionRecord},
 };
@@ -40,11 +40,11 @@ type Writing = Pin<Box<dyn Future<Output = Result<(), store::Error>> + Send>>;
 
 /// A finished wait.
 #[derive(Debug)]
-pub(super) enum Moved {
+pub(super) enum SamplingEvent {
     /// A write of so many records is over.
     Wrote(u64),
     /// An occurrence on the connection for advisories.
-    Heard(Heard),
+    Advisory(AdvisoryEvent),
 }
 
 /// The sampling of one run.
@@ -85,7 +85,7 @@ struct Looked {
     time_ns: i64,
     size: u32,
     forced: bool,
-    verdict: Option<Verdict>,
+    verdict: Option<SamplingVerdict>,
 }
 
 impl Looked {
@@ -139,9 +139,9 @@ impl SamplingDriver {
     }
 
     /// The state of the records, to be saved with the position.
-    pub fn sampled(&self) -> Sampled {
+    pub fn sampled(&self) -> SenderRecords {
         let senders = self.samples.lock();
-        Sampled { written_to: senders.written_to(), unseen_from: senders.unseen_from() }
+        SenderRecords { written_to: senders.written_to(), unseen_from: senders.unseen_from() }
     }
 
     /// Up to where acks may be sent to a source that forgets.
@@ -157,20 +157,20 @@ impl SamplingDriver {
     /// Whether the message is to be copied. Changes nothing; a second call for the same message does not inspect it
     /// again.
     pub fn wants(&mut self, incoming: &Incoming<'_>) -> bool {
-        self.look(incoming);
+        self.inspect(incoming);
         let Some(verdict) = self.looked.verdict else { return true };
-        verdict != Verdict::Skip
+        verdict != SamplingVerdict::Skip
     }
 
-    fn look(&mut self, incoming: &Incoming<'_>) {
+    fn inspect(&mut self, incoming: &Incoming<'_>) {
         let (seq, time_ns) = (incoming.delivery.stream_seq, incoming.delivery.time_ns);
         let looked = &mut self.looked;
         if looked.seq == seq && looked.time_ns == time_ns {
             return;
         }
         let message = &incoming.message;
-        let is_told = self.post.is_some() && sampling::is_advisory(message.payload);
-        let sender = if is_told { None } else { self.inspector.sender(message) };
+        let is_acked = self.post.is_some() && sampling::is_advisory(message.payload);
+        let sender = if is_acked { None } else { self.inspector.sender(message) };
         looked.sender.clear();
         looked.sender.push_str(sender.as_deref().unwrap_or_default());
         looked.named = sender.is_some();
@@ -183,16 +183,16 @@ impl SamplingDriver {
     }
 
     /// Records the outcome of the message of the last call.
-    pub fn took(&mut self, incoming: &Incoming<'_>, fate: Fate, status: &mut SamplingStatus) {
-        self.look(incoming);
+    pub fn took(&mut self, incoming: &Incoming<'_>, fate: MessageOutcome, status: &mut SamplingStatus) {
+        self.inspect(incoming);
         let mut senders = self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::take(&mut self.gap) {
             senders.begin_at(self.looked.time_ns);
         }
         if self.looked.named {
             senders.observe(&self.looked.sighting(), fate);
-            let forced = self.looked.verdict == Some(Verdict::Copy(Cause::Forced));
-            status.forced += u64::from(forced && fate == Fate::Sent);
+            let forced = self.looked.verdict == Some(SamplingVerdict::Copy(CopyCause::Forced));
+            status.forced += u64::from(forced && fate == MessageOutcome::Sent);
         } else {
             status.without_sender += 1;
             senders.advance(self.looked.time_ns);
@@ -210,12 +210,12 @@ impl SamplingDriver {
     /// A message that settled before is read again. If refused messages are skipped, it may be one of those and not
     /// at the target: then an extra copy is the lesser evil.
     pub fn replay(&mut self, incoming: &Incoming<'_>, may_be_refused: bool) {
-        self.look(incoming);
+        self.inspect(incoming);
         if let Some(replayed) = &mut self.replayed {
             *replayed = self.looked.seq;
         }
         if self.looked.named {
-            let fate = if may_be_refused { Fate::Passed } else { Fate::Stored };
+            let fate = if may_be_refused { MessageOutcome::Passed } else { MessageOutcome::Stored };
             self.samples.lock().replay(&self.looked.sighting(), fate);
         }
         self.looked.seq = 0;
@@ -274,13 +274,13 @@ impl SamplingDriver {
     }
 
     /// Drives a write that is under way and the connection for advisories.
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Moved> {
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<SamplingEvent> {
         if let Some((writing, _)) = &mut self.writing
             && let Poll::Ready(result) = writing.as_mut().poll(cx)
         {
-            return Poll::Ready(Moved::Wrote(self.wrote(result)));
+            return Poll::Ready(SamplingEvent::Wrote(self.wrote(result)));
         }
-        self.poll_post(cx).map(Moved::Heard)
+        self.poll_post(cx).map(SamplingEvent::Advisory)
     }
 
     fn wrote(&mut self, result: Result<(), store::Error>) -> u64 {
@@ -331,15 +331,15 @@ impl SamplingDriver {
         }
     }
 
-    fn poll_post(&mut self, cx: &mut Context<'_>) -> Poll<Heard> {
+    fn poll_post(&mut self, cx: &mut Context<'_>) -> Poll<AdvisoryEvent> {
         self.post.as_mut().map_or(Poll::Pending, |post| post.poll(cx))
     }
 
     /// Handles the result of [`SamplingDriver::poll`].
-    pub fn accept(&mut self, moved: Moved, status: &mut SamplingStatus, now: Instant) {
+    pub fn accept(&mut self, moved: SamplingEvent, status: &mut SamplingStatus, now: Instant) {
         let heard = match moved {
-            Moved::Wrote(records) => return status.records_written += records,
-            Moved::Heard(heard) => heard,
+            SamplingEvent::Wrote(records) => return status.records_written += records,
+            SamplingEvent::Advisory(heard) => heard,
         };
         if let Some(post) = &mut self.post {
             post.accept(heard, &mut self.samples.lock(), status, now);
@@ -355,7 +355,7 @@ impl SamplingDriver {
                 return;
             }
             let heard = poll_fn(|cx| self.poll_post(cx)).await;
-            self.accept(Moved::Heard(heard), status, Instant::now());
+            self.accept(SamplingEvent::Advisory(heard), status, Instant::now());
         }
     }
 
@@ -374,7 +374,7 @@ impl SamplingDriver {
     }
 
     /// Brings the status up to date.
-    pub fn tell(&self, status: &mut SamplingStatus, now: Instant) {
+    pub fn update_status(&self, status: &mut SamplingStatus, now: Instant) {
         let senders = self.samples.lock();
         status.senders = senders.len() as u64;
         status.untracked = senders.untracked();

@@ -108,14 +108,14 @@ impl CampaignDriver {
             self.machine.disconnected();
             if self.info.is_refused_by(&error) || self.last.is_refused_by(&error) {
                 debug!(election = self.election.key, "continues without a request that is not permitted: {error}");
-                self.tell(&error.message);
+                self.publish_state(&error.message);
                 continue;
             }
             if self.error.as_ref() != Some(&error.message) {
                 warn!(election = self.election.key, "does not stand for election: {error}");
                 self.error = Some(error.message.clone());
             }
-            self.tell(&error.message);
+            self.publish_state(&error.message);
             let pause = self.retry.next(rand::random());
             if stop.run_until_cancelled(sleep(pause)).await.is_none() {
                 return;
@@ -139,7 +139,7 @@ impl CampaignDriver {
                 }
                 ElectionStep::Wait(next) => next,
             };
-            self.tell("no write was confirmed in time");
+            self.publish_state("no write was confirmed in time");
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
@@ -212,10 +212,10 @@ impl CampaignDriver {
             info!(election = self.election.key, "stands for election again");
         }
         if written == ElectionWrite::Conflict {
-            self.tell("the key was deleted, or is another candidate's");
+            self.publish_state("the key was deleted, or is another candidate's");
             // A candidate that just lost the key leaves others the first chance.
             if stood && self.last.allowed {
-                booth.ask(&self.last.what, &self.key_subject());
+                booth.request_entry(&self.last.what, &self.key_subject());
             }
         }
         Ok(())
@@ -249,7 +249,7 @@ impl CampaignDriver {
     }
 
     /// Publishes the state; `reason` says why leadership ended if it has.
-    fn tell(&mut self, reason: &str) {
+    fn publish_state(&mut self, reason: &str) {
         let now = boottime::now();
         let (election, candidate) = (&self.election.key, &self.election.candidate);
         let led = Leadership {
@@ -283,7 +283,7 @@ impl Booth {
     }
 
     /// Requests the entry at the key.
-    fn ask(&mut self, what: &str, key_subject: &str) {
+    fn request_entry(&mut self, what: &str, key_subject: &str) {
         let body = json!({ "last_by_subj": key_subject }).to_string();
         self.read = self.lane.send_request(&format!("{}.{what}", self.lane.api_prefix()), body.as_bytes());
     }

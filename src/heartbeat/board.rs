@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::{
     config::Heartbeats,
-    election::Poll,
+    election::CampaignView,
     metrics::{self, HeartbeatSubject},
 };
 
@@ -19,7 +19,7 @@ pub(super) struct HeartbeatStats {
 struct Inner {
     paused: bool,
     subjects: Vec<HeartbeatSubject>,
-    poll: Option<Poll>,
+    poll: Option<CampaignView>,
 }
 
 impl HeartbeatStats {
@@ -47,7 +47,7 @@ impl HeartbeatStats {
         inner.poll = None;
     }
 
-    pub(super) fn stands(&self, poll: Poll) {
+    pub(super) fn stands(&self, poll: CampaignView) {
         self.inner().poll = Some(poll);
     }
 
@@ -69,7 +69,7 @@ impl HeartbeatStats {
     }
 
     pub(super) fn election(&self) -> Option<metrics::Election> {
-        self.inner().poll.as_ref().map(Poll::reading)
+        self.inner().poll.as_ref().map(CampaignView::reading)
     }
 }
 

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use tracing::warn;
 
-use super::{Deps, Rejected, View};
+use super::{HeartbeatDeps, RefusedHeartbeats, View};
 use crate::{
     allow::AllowList,
     config::{self, Heartbeats, Json},
@@ -43,7 +43,7 @@ struct Valid {
 }
 
 impl HeartbeatPlanner {
-    pub(super) fn new(deps: &Deps) -> Self {
+    pub(super) fn new(deps: &HeartbeatDeps) -> Self {
         let (config, rules, file) = (deps.config.clone(), deps.rules.clone(), deps.file.clone());
         let trouble = Trouble::new("older revisions of the heartbeats cannot be read");
         Self { config, rules, file, valid: None, kept: None, trouble }
@@ -76,7 +76,7 @@ impl HeartbeatPlanner {
                     self.valid = self.newest_valid().await;
                 }
                 self.keep();
-                Some(Rejected::new(revision, document, problems))
+                Some(RefusedHeartbeats::new(revision, document, problems))
             }
         };
         let Some(Valid { revision: runs, document, heartbeats, .. }) = self.valid.clone() else {
@@ -86,7 +86,7 @@ impl HeartbeatPlanner {
         HeartbeatPlan { heartbeats: Some(heartbeats), view }
     }
 
-    fn file_or_nothing(&self, seen: u64, rejected: Option<Rejected>) -> HeartbeatPlan {
+    fn file_or_nothing(&self, seen: u64, rejected: Option<RefusedHeartbeats>) -> HeartbeatPlan {
         let heartbeats = self.rules.parse_heartbeats(&self.file).unwrap_or_else(|problems| {
             // A folder that the rules name may have changed since the start.
             warn!("the heartbeats of the file are not published: {problems}");
@@ -151,9 +151,9 @@ impl HeartbeatPlanner {
     }
 }
 
-type Read = Result<(Value, Option<Heartbeats>), (Value, config::Problems)>;
+type ReadHeartbeats = Result<(Value, Option<Heartbeats>), (Value, config::Problems)>;
 
-fn read(rules: &AllowList, written: &[u8]) -> Read {
+fn read(rules: &AllowList, written: &[u8]) -> ReadHeartbeats {
     let json = Json::read(written).map_err(|problems| (Value::Null, problems))?;
     let document = json.value.clone();
     let result = rules.parse_heartbeats(&document);

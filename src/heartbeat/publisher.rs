@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{Deps, board::HeartbeatStats};
+use super::{HeartbeatDeps, board::HeartbeatStats};
 use crate::{
     allow::AllowList,
     config::{Heartbeat, Heartbeats},
@@ -55,7 +55,7 @@ struct Beat {
 }
 
 impl Publisher {
-    pub(super) fn new(deps: &Deps, heartbeats: Heartbeats, board: Arc<HeartbeatStats>) -> Self {
+    pub(super) fn new(deps: &HeartbeatDeps, heartbeats: Heartbeats, board: Arc<HeartbeatStats>) -> Self {
         let now = Instant::now();
         let beat = |one: &Heartbeat| Beat { due: now + one.interval, owed: true, failing: false };
         let name = format!("{} {}/{} heartbeats", names::PROGRAM, deps.site, deps.instance);

@@ -17,7 +17,7 @@ use crate::{
     config::{Replication, Side},
     copy::{
         source::{
-            clock::{Heard, SourceClock},
+            clock::{ClockReading, SourceClock},
             durable::{Durable, Way},
             learn,
         },
@@ -266,7 +266,7 @@ impl Look {
             Err(Silence::Late) => (Answer::NotAsked, Answer::Unclear(format!("no answer to `{subject}` in time"))),
         };
         if let Some(info) = self.facts.stream.there().filter(|info| info.is_leaders()) {
-            let heard = Heard { sent, received, server: info.ts, local };
+            let heard = ClockReading { sent, received, server: info.ts, local };
             self.facts.clock = Answer::Got(SourceClock::new(&heard).offset(received, local));
         }
     }

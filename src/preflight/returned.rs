@@ -40,7 +40,7 @@ pub(super) async fn find(
     let hops: Vec<_> = hops.take(NEWEST as usize).collect();
     let origins: Vec<u64> = hops.iter().map(|(_, hop)| hop.origin.seq).collect();
     let there = target.ask_messages(to, &origins, until).await;
-    let came = |hop: &provenance::Other| {
+    let came = |hop: &provenance::OtherSiteCopy| {
         there.iter().any(|message| {
             message.sequence == hop.origin.seq && message.time_ns.div_euclid(1_000_000) == hop.origin.time_ms
         })

@@ -13,7 +13,7 @@ use crate::config::{self, Replication};
 /// Kind of a change of a sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum AdvisoryKind {
     /// Seen for the first time, or again after it was forgotten.
     New,
     /// Unseen for `warn_duration`.
@@ -24,7 +24,7 @@ pub enum Kind {
     Expire,
 }
 
-impl Kind {
+impl AdvisoryKind {
     /// All of them.
     pub const ALL: [Self; 4] = [Self::New, Self::Timeout, Self::Recover, Self::Expire];
 
@@ -43,7 +43,7 @@ impl Kind {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Advisory {
     /// Kind of the change.
-    pub kind: Kind,
+    pub kind: AdvisoryKind,
     /// The sender.
     pub sender: Arc<str>,
     /// When it was due, by the times of the source.
@@ -83,7 +83,7 @@ pub struct AgeAdvisory {
     /// When it happened, by the times of the source, seconds since the Unix epoch.
     pub timestamp: i64,
     /// Kind of the change.
-    pub event: Kind,
+    pub event: AdvisoryKind,
     /// The sender.
     #[schemars(length(min = 1))]
     pub value: String,
@@ -123,7 +123,7 @@ impl Voice {
         self.subject_of(advisory.kind, &advisory.sender)
     }
 
-    fn subject_of(&self, kind: Kind, sender: &str) -> String {
+    fn subject_of(&self, kind: AdvisoryKind, sender: &str) -> String {
         fill(&self.subject, kind, &tokens(sender))
     }
 
@@ -159,11 +159,11 @@ pub fn patterns(subject: &str) -> BTreeSet<String> {
         None => fill(subject, kind, ""),
         Some((before, _)) => fill(&before[..before.rfind('.').map_or(0, |dot| dot + 1)], kind, "") + ">",
     };
-    Kind::ALL.map(pattern).into()
+    AdvisoryKind::ALL.map(pattern).into()
 }
 
 /// A subject with the event for `%s` and the sender for `%v`.
-fn fill(subject: &str, kind: Kind, sender: &str) -> String {
+fn fill(subject: &str, kind: AdvisoryKind, sender: &str) -> String {
     let mut parts = subject.split('%');
     let mut filled = parts.next().unwrap_or_default().to_owned();
     for part in parts {
@@ -202,14 +202,14 @@ mod tests {
         }
     }
 
-    fn advisory(kind: Kind, sender: &str) -> Advisory {
+    fn advisory(kind: AdvisoryKind, sender: &str) -> Advisory {
         Advisory { kind, sender: sender.into(), due_ns: 1_700_000_660 * NANO, seen_ns: 1_700_000_000 * NANO }
     }
 
     #[test]
     fn subjects_hold_event_and_sender() {
         let check = |subject: &str, sender: &str, expect: &str| {
-            assert_eq!(voice(subject).subject(&advisory(Kind::Timeout, sender)), expect);
+            assert_eq!(voice(subject).subject(&advisory(AdvisoryKind::Timeout, sender)), expect);
         };
         check("adv", "n1", "adv");
         check("adv.%s.%v", "n1.example.net", "adv.timeout.n1.example.net");
@@ -237,18 +237,20 @@ mod tests {
             let one = advisory(kind, sender);
             voice("x").id(&Advisory { seen_ns: one.seen_ns + shift, ..one })
         };
-        let first = id(Kind::Timeout, "n1", 0);
-        assert_eq!(first, id(Kind::Timeout, "n1", 0));
+        let first = id(AdvisoryKind::Timeout, "n1", 0);
+        assert_eq!(first, id(AdvisoryKind::Timeout, "n1", 0));
         assert_eq!(first.len(), 27);
-        for other in [id(Kind::Expire, "n1", 0), id(Kind::Timeout, "n2", 0), id(Kind::Timeout, "n1", 1)] {
+        for other in
+            [id(AdvisoryKind::Expire, "n1", 0), id(AdvisoryKind::Timeout, "n2", 0), id(AdvisoryKind::Timeout, "n1", 1)]
+        {
             assert_ne!(first, other);
         }
-        assert_eq!(first[..5], id(Kind::Timeout, "n2", 0)[..5], "begins with the time");
+        assert_eq!(first[..5], id(AdvisoryKind::Timeout, "n2", 0)[..5], "begins with the time");
     }
 
     #[test]
     fn a_body_is_chorias() {
-        let body = voice("x").body(&advisory(Kind::Timeout, "n1"));
+        let body = voice("x").body(&advisory(AdvisoryKind::Timeout, "n1"));
         let json = serde_json::to_value(&body).unwrap();
         assert_eq!(json["protocol"], PROTOCOL);
         assert_eq!((json["age"].as_i64(), json["seen"].as_i64()), (Some(660), Some(1_700_000_000)));

@@ -97,7 +97,7 @@ impl Outbox {
         let number = self.next;
         self.next += 1;
         if self.reliable {
-            let mut of = self.of(&advisory.sender).map(|(number, _)| number);
+            let mut of = self.kept_for(&advisory.sender).map(|(number, _)| number);
             let oldest = of.next().filter(|_| of.count() + 1 >= PER_SENDER);
             if let Some(oldest) = oldest {
                 self.of.remove(&(hash(&advisory.sender), oldest));
@@ -113,7 +113,7 @@ impl Outbox {
     }
 
     /// The advisories that have to be stored with a sender, oldest first.
-    pub(super) fn of(&self, sender: &str) -> impl Iterator<Item = (u64, &Advisory)> {
+    pub(super) fn kept_for(&self, sender: &str) -> impl Iterator<Item = (u64, &Advisory)> {
         let hash = hash(sender);
         let numbers = self.of.range((hash, 0)..=(hash, u64::MAX)).map(|(_, number)| *number);
         let entries = numbers.filter_map(|number| Some((number, self.entries.get(&number)?)));
@@ -122,7 +122,7 @@ impl Outbox {
 
     /// Whether an advisory about a sender is waiting.
     pub(super) fn has(&self, sender: &str) -> bool {
-        self.of(sender).next().is_some()
+        self.kept_for(sender).next().is_some()
     }
 
     /// Notes that these are stored with their sender's record: they can be published.
@@ -132,7 +132,7 @@ impl Outbox {
     }
 
     /// The next one to publish; it counts as in flight until it is confirmed or all are taken back.
-    pub fn take(&mut self) -> Option<(u64, &Advisory)> {
+    pub fn take_next(&mut self) -> Option<(u64, &Advisory)> {
         while let Some(number) = self.ready.pop_first() {
             // It may have been dropped since.
             if self.entries.contains_key(&number) {
@@ -189,7 +189,7 @@ impl Outbox {
 
     /// Drops the advisories of a sender.
     pub(super) fn forget(&mut self, sender: &str) {
-        let numbers: Vec<u64> = self.of(sender).map(|(number, _)| number).collect();
+        let numbers: Vec<u64> = self.kept_for(sender).map(|(number, _)| number).collect();
         for number in numbers {
             self.of.remove(&(hash(sender), number));
             self.entries.remove(&number);
@@ -211,14 +211,14 @@ fn hash(sender: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::Kind, *};
+    use super::{super::AdvisoryKind, *};
 
     fn advisory(sender: &str, due_ns: i64) -> Advisory {
-        Advisory { kind: Kind::New, sender: sender.into(), due_ns, seen_ns: 0 }
+        Advisory { kind: AdvisoryKind::New, sender: sender.into(), due_ns, seen_ns: 0 }
     }
 
     fn take(outbox: &mut Outbox) -> Option<(u64, i64)> {
-        outbox.take().map(|(number, advisory)| (number, advisory.due_ns))
+        outbox.take_next().map(|(number, advisory)| (number, advisory.due_ns))
     }
 
     #[test]
@@ -226,7 +226,7 @@ mod tests {
         let mut outbox = Outbox::new(true);
         assert!(outbox.add(advisory("a", 1)) && outbox.add(advisory("a", 2)) && outbox.add(advisory("b", 3)));
         assert_eq!(take(&mut outbox), None);
-        let numbers: Vec<u64> = outbox.of("a").map(|(number, _)| number).collect();
+        let numbers: Vec<u64> = outbox.kept_for("a").map(|(number, _)| number).collect();
         outbox.kept(&numbers);
         assert_eq!((take(&mut outbox), take(&mut outbox), take(&mut outbox)), (Some((0, 1)), Some((1, 2)), None));
         assert_eq!(outbox.confirm(0).map(|advisory| advisory.due_ns), Some(1));
@@ -275,7 +275,7 @@ mod tests {
         let mut outbox = Outbox::new(true);
         (0..20).for_each(|due| _ = outbox.add(advisory("a", due)));
         assert_eq!((outbox.len(), outbox.dropped()), (PER_SENDER, 12));
-        assert_eq!(outbox.of("a").map(|(_, advisory)| advisory.due_ns).min(), Some(12));
+        assert_eq!(outbox.kept_for("a").map(|(_, advisory)| advisory.due_ns).min(), Some(12));
         let mut outbox = Outbox::new(false);
         (0..1_005).for_each(|due| _ = outbox.add(advisory("a", due)));
         assert_eq!((outbox.len(), outbox.dropped(), take(&mut outbox)), (UNRELIABLE, 5, Some((5, 5))));

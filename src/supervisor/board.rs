@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use crate::{
     config::Replication,
     copy::{Error, ErrorKind, Samples, SourcePeek},
-    election::Poll,
+    election::CampaignView,
     events::Step,
     metrics,
     status::{CopyStatus, Headroom, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus},
@@ -23,7 +23,7 @@ pub(super) struct Board {
     head: watch::Sender<Head>,
     status: watch::Sender<(State, CopyStatus)>,
     /// Our part in Choria's election.
-    poll: watch::Sender<Option<Poll>>,
+    poll: watch::Sender<Option<CampaignView>>,
     /// The senders, where it is sampled.
     samples: watch::Sender<Option<Samples>>,
 }
@@ -164,13 +164,13 @@ impl Board {
     }
 
     /// Our part in Choria's election, or none any more.
-    pub(super) fn set_poll(&self, poll: Option<Poll>) {
+    pub(super) fn set_poll(&self, poll: Option<CampaignView>) {
         self.poll.send_replace(poll);
     }
 
     /// How our part in Choria's election stands, if we have one.
     pub(super) fn election(&self) -> Option<metrics::Election> {
-        self.poll.borrow().as_ref().map(Poll::reading)
+        self.poll.borrow().as_ref().map(CampaignView::reading)
     }
 
     /// Whether the right to run it is ours.

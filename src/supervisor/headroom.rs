@@ -13,7 +13,7 @@ use tracing::{debug, info, warn};
 use super::replication::Context;
 use crate::{
     config::Replication,
-    copy::{Error, ErrorKind, Looks, Outlook, Shortage, Turn, peek},
+    copy::{Error, ErrorKind, HeadroomChange, Looks, Outlook, Shortage, peek},
     events::Event,
     status::{CopyStatus, Headroom, State},
 };
@@ -135,7 +135,7 @@ impl Watch {
     fn judge(&mut self, context: &Context, headroom: Option<Headroom>, caught_up: bool) {
         let position = context.board.mark().position.source_seq;
         match self.shortage.judge(headroom, caught_up) {
-            Some(Turn::Low(Headroom { seconds, limit, .. })) => {
+            Some(HeadroomChange::Low(Headroom { seconds, limit, .. })) => {
                 warn!(
                     replication = context.id,
                     seconds,
@@ -144,7 +144,7 @@ impl Watch {
                 );
                 context.emit(Event::HeadroomLow { seconds: seconds as u64, limit, position });
             }
-            Some(Turn::Restored) => {
+            Some(HeadroomChange::Restored) => {
                 info!(
                     replication = context.id,
                     "messages that are not copied stay at the source for long enough again"

@@ -302,7 +302,7 @@ impl Scene {
         let Some(from) = record.source.map(|source| source.seq) else { return Ok(()) };
         let seq = if back { from.saturating_sub(by) } else { from + by };
         let network = self.network(&me, 0);
-        let located = locate(&network, &self.replication(), &consumers(), At::Behind(seq))
+        let located = locate(&network, &self.replication(), &consumers(), At::After(seq))
             .await
             .map_err(|error| error.to_string())?;
         let Located::At(place) = located else { return Ok(()) };

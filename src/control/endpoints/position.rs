@@ -30,7 +30,7 @@ pub(super) async fn position(context: &RequestContext, request: Request) -> Resu
     let PositionRequest { replication: id, source_seq, time, ago, dry_run } =
         named(&request.body, |replication| PositionRequest { replication, ..PositionRequest::default() })?;
     let at = match (source_seq, time, ago) {
-        (Some(seq), None, None) => At::Behind(seq),
+        (Some(seq), None, None) => At::After(seq),
         (None, Some(time), None) => At::Time(time),
         (None, None, Some(ago)) => At::Ago(
             parse_duration(&ago).map_err(|error| Failure::new(400, format!("`ago` {error}, such as `1h`: `{ago}`")))?,
@@ -48,7 +48,7 @@ pub(super) async fn position(context: &RequestContext, request: Request) -> Resu
     let from = record.source.as_ref().map_or(0, |source| source.seq);
     let to = place.position.seq;
     // What was asked for, not what is left of the stream.
-    let asked = if let At::Behind(seq) = at { seq } else { to };
+    let asked = if let At::After(seq) = at { seq } else { to };
     if place.forgets && asked < from {
         let description = format!(
             "source stream `{}` removes copied messages: the position {from} can only be moved forward, not to {asked}",

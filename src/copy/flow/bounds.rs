@@ -49,7 +49,7 @@ impl Bounds {
             // No settlement was awaited until now.
             self.moved = now;
         }
-        self.throttle.take(bytes);
+        self.throttle.spend(bytes);
     }
 
     /// Whether the messages in flight delay one more of `bytes`, where the writer allows `most` messages.

@@ -70,7 +70,7 @@ pub struct PositionWriter {
     /// Messages of other writers at a target that should be exclusive.
     pub(in crate::copy) intruders: Intruders,
     /// Whether a duplicate window that is too short was reported.
-    pub(in crate::copy) window_told: bool,
+    pub(in crate::copy) window_reported: bool,
     /// The longest protocol line that the target accepts, in bytes, if that is less than the default of servers.
     pub(in crate::copy) max_line: Option<usize>,
     /// How much may be requested from the source at once.
@@ -113,7 +113,7 @@ impl PositionWriter {
             drops: Drops::default(),
             broken: false,
             intruders: Intruders::default(),
-            window_told: false,
+            window_reported: false,
             max_line: None,
             appetite: Appetite::default(),
             clock: Alarm::default(),
@@ -170,7 +170,7 @@ impl PositionWriter {
     }
 
     /// After a move back: saves, before anything is sent, the target sequence up to which the target proves nothing.
-    pub(in crate::copy) async fn look_behind(&mut self, target_seq: u64, created: &str) -> Result<(), Error> {
+    pub(in crate::copy) async fn save_unproven(&mut self, target_seq: u64, created: &str) -> Result<(), Error> {
         self.finish().await?;
         let target = Some(TargetWitness { seq: target_seq, source_seq: 0, created: created.to_owned() });
         self.save_whole(PositionRecord { target, moved_back: false, ..self.record.clone() }).await?;
@@ -357,7 +357,7 @@ impl PositionWriter {
 
     /// After which target sequence to search for the message that broke the chain of the run before; `None` if it did
     /// not break.
-    pub(in crate::copy) fn chain_broke_behind(&self) -> Option<u64> {
+    pub(in crate::copy) fn chain_broke_after(&self) -> Option<u64> {
         self.begun_at.filter(|_| self.broken)
     }
 
@@ -528,12 +528,12 @@ pub(in crate::copy) struct Witnesses<'a> {
     pub source_created: &'a str,
     pub target_created: &'a str,
     /// The state of the senders' records, with sampling.
-    pub sampled: Option<Sampled>,
+    pub sampled: Option<SenderRecords>,
 }
 
 /// The state of the senders' records.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::copy) struct Sampled {
+pub(in crate::copy) struct SenderRecords {
     /// Up to which source sequence the records hold.
     pub written_to: u64,
     /// Senders of messages that were stored before this time may have been missed.

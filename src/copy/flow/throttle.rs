@@ -11,14 +11,14 @@ use crate::config::Limits;
 /// The remaining allowance of one replication's limits.
 #[derive(Debug)]
 pub(in crate::copy) struct Throttle {
-    messages: Option<Bucket>,
-    bytes: Option<Bucket>,
+    messages: Option<TokenBucket>,
+    bytes: Option<TokenBucket>,
 }
 
 impl Throttle {
     /// Buckets as the limits have them, empty at `now`.
     pub fn new(limits: &Limits, now: Instant) -> Self {
-        let bucket = |rate: Option<u64>| rate.map(|rate| Bucket { rate: rate as f64, level: 0.0, at: now });
+        let bucket = |rate: Option<u64>| rate.map(|rate| TokenBucket { rate: rate as f64, level: 0.0, at: now });
         Self { messages: bucket(limits.messages_per_second), bytes: bucket(limits.bytes_per_second) }
     }
 
@@ -30,7 +30,7 @@ impl Throttle {
     }
 
     /// Subtracts the cost of a message of so many bytes.
-    pub fn take(&mut self, bytes: usize) {
+    pub fn spend(&mut self, bytes: usize) {
         if let Some(bucket) = &mut self.messages {
             bucket.level -= 1.0;
         }
@@ -47,7 +47,7 @@ pub(in crate::copy) fn read_ahead(limits: &Limits) -> usize {
 }
 
 #[derive(Debug)]
-struct Bucket {
+struct TokenBucket {
     /// Tokens per second, and the capacity; above 0.
     rate: f64,
     /// Tokens in the bucket; below 0 after a message that cost more than there was room for.
@@ -56,7 +56,7 @@ struct Bucket {
     at: Instant,
 }
 
-impl Bucket {
+impl TokenBucket {
     fn wait(&mut self, cost: f64, now: Instant) -> Option<Instant> {
         let passed = now.saturating_duration_since(self.at);
         self.level = (self.level + passed.as_secs_f64() * self.rate).min(self.rate);
@@ -87,7 +87,7 @@ mod tests {
                     now = at;
                 }
                 None => {
-                    throttle.take(bytes);
+                    throttle.spend(bytes);
                     sent += 1;
                 }
             }
@@ -100,7 +100,7 @@ mod tests {
         let (mut throttle, now) = throttle(None, None);
         for _ in 0..1000 {
             assert_eq!(throttle.wait(usize::MAX, now), None);
-            throttle.take(usize::MAX);
+            throttle.spend(usize::MAX);
         }
     }
 
@@ -135,7 +135,7 @@ mod tests {
         let full = throttle.wait(10_240, now).expect("an empty bucket");
         assert_eq!(full, now + Duration::from_secs(1));
         assert_eq!(throttle.wait(10_240, full), None);
-        throttle.take(10_240);
+        throttle.spend(10_240);
         let next = throttle.wait(1024, full).expect("a debt");
         assert_eq!((next - now).as_secs_f64().round(), 11.0);
         assert_eq!(throttle.wait(1024, next), None);

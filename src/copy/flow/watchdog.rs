@@ -39,7 +39,7 @@ const RUNS: u32 = 3;
 
 /// The observable state of a run.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::copy) struct Seen {
+pub(in crate::copy) struct Observation {
     /// A pull is open: the server owes deliveries, or signs of life.
     pub asking: bool,
     /// Newest source sequence that was delivered.
@@ -59,7 +59,7 @@ pub(in crate::copy) struct Seen {
     /// When bytes last arrived from the source that did not complete a message.
     pub source_partial: Instant,
     /// Messages sent that are not settled.
-    pub in_air: usize,
+    pub in_flight: usize,
     /// A message was read and is not sent.
     pub waiting: bool,
     /// It is delayed by intention: for a limit of the rate, or for dead letters before it.
@@ -74,7 +74,7 @@ pub(in crate::copy) struct Seen {
 
 /// The decision of the watchdog.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::copy) enum Action {
+pub(in crate::copy) enum WatchdogAction {
     /// Ask the server for the state of its consumer.
     Ask,
     /// Recreate the consumer, inside the run.
@@ -82,7 +82,7 @@ pub(in crate::copy) enum Action {
         /// The observation.
         reason: String,
         /// Whether to report it.
-        tell: Tell,
+        reporting: Reporting,
     },
     /// End the run.
     GiveUp {
@@ -95,7 +95,7 @@ pub(in crate::copy) enum Action {
 
 /// Whether a stall is counted and reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::copy) enum Tell {
+pub(in crate::copy) enum Reporting {
     /// No stall: no pull was open for longer than the server keeps an idle consumer.
     Nothing,
     /// Counted; a similar one was reported a moment ago.
@@ -153,19 +153,19 @@ impl Watchdog {
     }
 
     /// Decides; to be called now and then, and every second while [`Self::is_alert`].
-    pub fn look(&mut self, now: Instant, seen: &Seen) -> Option<Action> {
+    pub fn check(&mut self, now: Instant, seen: &Observation) -> Option<WatchdogAction> {
         if let Some(reason) = self.target_stalls(now, seen) {
-            return Some(Action::GiveUp { reason });
+            return Some(WatchdogAction::GiveUp { reason });
         }
         if let Some(since) = self.renewing {
             // The answer may be queued after messages of the former consumer that were in flight.
             let late = now.duration_since(since.max(seen.source_partial)) > ANSWER;
-            return late.then(|| Action::GiveUp { reason: format!("no new consumer within {ANSWER:?}") });
+            return late.then(|| WatchdogAction::GiveUp { reason: format!("no new consumer within {ANSWER:?}") });
         }
         self.note_progress(now, seen);
         if self.open && (self.renewed.is_none() || seen.pending == 0) {
             self.open = false;
-            return Some(Action::Repaired);
+            return Some(WatchdogAction::Repaired);
         }
         if !seen.asking || seen.receiving {
             return None;
@@ -178,12 +178,12 @@ impl Watchdog {
             return Some(if alive {
                 self.renew(now, reason)
             } else {
-                Action::GiveUp { reason: format!("nothing came from the source for {SILENCE:?}") }
+                WatchdogAction::GiveUp { reason: format!("nothing came from the source for {SILENCE:?}") }
             });
         }
         if silent >= MISSED && !self.asked_since(seen.consumer_heard) {
             self.asked = Some(now);
-            return Some(Action::Ask);
+            return Some(WatchdogAction::Ask);
         }
         if self.owed.is_some_and(|since| now.duration_since(since) >= OWED) {
             return Some(self.renew(now, "it delivers nothing, though messages wait for it".to_owned()));
@@ -191,7 +191,7 @@ impl Watchdog {
         let recently = self.asked.is_some_and(|asked| now.duration_since(asked) < ASK_EVERY);
         if self.owed.is_none() && !recently && now.duration_since(self.delivered.1) >= QUIET {
             self.asked = Some(now);
-            return Some(Action::Ask);
+            return Some(WatchdogAction::Ask);
         }
         None
     }
@@ -224,8 +224,8 @@ impl Watchdog {
         self.owed.is_some() || self.renewing.is_some() || self.open
     }
 
-    /// The answer to [`Action::Ask`]; `last_seq` is the source's last sequence as far as known when it was asked.
-    pub fn answered(&mut self, now: Instant, consumer: Consumer, last_seq: u64) -> Option<Action> {
+    /// The answer to [`WatchdogAction::Ask`]; `last_seq` is the source's last sequence as far as known when it was asked.
+    pub fn answered(&mut self, now: Instant, consumer: Consumer, last_seq: u64) -> Option<WatchdogAction> {
         match consumer {
             Consumer::Gone => Some(self.renew(now, "the server has it no more".to_owned())),
             Consumer::Has(0) => {
@@ -241,11 +241,11 @@ impl Watchdog {
     }
 
     /// The consumer is no longer usable; `forgotten` if the server had to forget it.
-    pub fn lost(&mut self, now: Instant, seen: &Seen, reason: String, forgotten: bool) -> Action {
+    pub fn lost(&mut self, now: Instant, seen: &Observation, reason: String, forgotten: bool) -> WatchdogAction {
         self.note_progress(now, seen);
         if forgotten {
             self.renewing = Some(now);
-            return Action::Renew { reason, tell: Tell::Nothing };
+            return WatchdogAction::Renew { reason, reporting: Reporting::Nothing };
         }
         self.renew(now, reason)
     }
@@ -257,21 +257,21 @@ impl Watchdog {
         (self.delivered.1, self.owed, self.asked) = (now, None, None);
     }
 
-    fn renew(&mut self, now: Instant, reason: String) -> Action {
+    fn renew(&mut self, now: Instant, reason: String) -> WatchdogAction {
         if self.renewed.is_some() {
-            return Action::GiveUp { reason: format!("{reason}; a new one did not help") };
+            return WatchdogAction::GiveUp { reason: format!("{reason}; a new one did not help") };
         }
         self.renewing = Some(now);
-        let mut tell = Tell::Count;
+        let mut reporting = Reporting::Count;
         if self.told.is_none_or(|told| now.duration_since(told) >= CALM) {
             self.told = Some(now);
             self.open = true;
-            tell = Tell::All;
+            reporting = Reporting::All;
         }
-        Action::Renew { reason, tell }
+        WatchdogAction::Renew { reason, reporting }
     }
 
-    fn note_progress(&mut self, now: Instant, seen: &Seen) {
+    fn note_progress(&mut self, now: Instant, seen: &Observation) {
         let more = seen.pending > 0 || seen.last_seq > seen.delivered.max(self.cleared);
         if seen.delivered != self.delivered.0 || !seen.asking || !more || seen.receiving {
             self.delivered = (seen.delivered, now);
@@ -284,8 +284,8 @@ impl Watchdog {
     }
 
     /// Why the target counts as stalled: no message settles, and no output is accepted.
-    fn target_stalls(&mut self, now: Instant, seen: &Seen) -> Option<String> {
-        let nothing_due = seen.in_air == 0 && (!seen.waiting || seen.held_back);
+    fn target_stalls(&mut self, now: Instant, seen: &Observation) -> Option<String> {
+        let nothing_due = seen.in_flight == 0 && (!seen.waiting || seen.held_back);
         if nothing_due {
             self.moved = now;
         }
@@ -294,9 +294,9 @@ impl Watchdog {
         if now.duration_since(self.moved) <= STALL {
             return None;
         }
-        let Seen { in_air, unwritten, .. } = seen;
+        let Observation { in_flight, unwritten, .. } = seen;
         Some(match unwritten {
-            0 => format!("nothing moved for {STALL:?}: {in_air} messages wait for the target's confirmation"),
+            0 => format!("nothing moved for {STALL:?}: {in_flight} messages wait for the target's confirmation"),
             _ => format!("nothing moved for {STALL:?}: the target's connection does not take {unwritten} bytes"),
         })
     }
@@ -333,8 +333,8 @@ mod tests {
     use super::*;
 
     /// A run in good order that has something to do on both sides.
-    fn seen(now: Instant) -> Seen {
-        Seen {
+    fn seen(now: Instant) -> Observation {
+        Observation {
             asking: true,
             delivered: 10,
             handed_out: 10,
@@ -344,7 +344,7 @@ mod tests {
             source_heard: now,
             receiving: false,
             source_partial: now,
-            in_air: 3,
+            in_flight: 3,
             waiting: false,
             held_back: false,
             settled: now,
@@ -353,45 +353,46 @@ mod tests {
         }
     }
 
-    fn short(action: Option<Action>) -> Option<&'static str> {
+    fn short(action: Option<WatchdogAction>) -> Option<&'static str> {
         action.map(|action| match action {
-            Action::Ask => "ask",
-            Action::Renew { tell: Tell::All, .. } => "renew",
-            Action::Renew { tell: Tell::Count, .. } => "renew and count",
-            Action::Renew { tell: Tell::Nothing, .. } => "renew quietly",
-            Action::GiveUp { .. } => "give up",
-            Action::Repaired => "repaired",
+            WatchdogAction::Ask => "ask",
+            WatchdogAction::Renew { reporting: Reporting::All, .. } => "renew",
+            WatchdogAction::Renew { reporting: Reporting::Count, .. } => "renew and count",
+            WatchdogAction::Renew { reporting: Reporting::Nothing, .. } => "renew quietly",
+            WatchdogAction::GiveUp { .. } => "give up",
+            WatchdogAction::Repaired => "repaired",
         })
     }
 
     /// What is done first and when (s), if it looks like this at every second of a minute.
-    fn first(change: impl Fn(u64, Instant, &mut Seen)) -> Option<(u64, &'static str)> {
+    fn first(change: impl Fn(u64, Instant, &mut Observation)) -> Option<(u64, &'static str)> {
         let began = Instant::now();
         let mut watchdog = Watchdog::new(began, 10);
         (0..=60).find_map(|second| {
             let now = began + Duration::from_secs(second);
             let mut seen = seen(now);
             change(second, began, &mut seen);
-            short(watchdog.look(now, &seen)).map(|action| (second, action))
+            short(watchdog.check(now, &seen)).map(|action| (second, action))
         })
     }
 
     #[test]
     fn what_waits_on_purpose_or_moves_is_no_stall() {
-        type Change = fn(u64, Instant, &mut Seen);
+        type Change = fn(u64, Instant, &mut Observation);
         let table: [(&str, Change); 8] = [
             ("deliveries come", |second, _, seen| seen.delivered = 10 + second),
             ("no lag", |_, _, seen| (seen.pending, seen.last_seq) = (0, 10)),
             ("no pull is open", |_, began, seen| (seen.asking, seen.consumer_heard) = (false, began)),
             ("a large message arrives", |_, began, seen| (seen.receiving, seen.consumer_heard) = (true, began)),
             ("nothing to send", |_, began, seen| {
-                *seen = Seen { delivered: 10, pending: 0, last_seq: 10, in_air: 0, settled: began, ..*seen }
+                *seen = Observation { delivered: 10, pending: 0, last_seq: 10, in_flight: 0, settled: began, ..*seen }
             }),
             ("a limit of the rate", |_, began, seen| {
-                *seen = Seen { asking: false, in_air: 0, waiting: true, held_back: true, settled: began, ..*seen }
+                *seen =
+                    Observation { asking: false, in_flight: 0, waiting: true, held_back: true, settled: began, ..*seen }
             }),
             ("the target's connection is slow", |_, began, seen| {
-                *seen = Seen { asking: false, unwritten: 900_000, settled: began, ..*seen }
+                *seen = Observation { asking: false, unwritten: 900_000, settled: began, ..*seen }
             }),
             ("a window that drains slowly", |second, began, seen| {
                 seen.asking = false;
@@ -405,7 +406,7 @@ mod tests {
 
     #[test]
     fn each_stall_has_its_step_and_its_time() {
-        type Change = fn(u64, Instant, &mut Seen);
+        type Change = fn(u64, Instant, &mut Observation);
         let table: [(&str, Change, (u64, &str)); 5] = [
             ("nothing is delivered", |_, _, _| {}, (5, "ask")),
             ("and only the stream knows", |_, _, seen| seen.pending = 0, (5, "ask")),
@@ -417,14 +418,16 @@ mod tests {
             (
                 // What is answered is no progress; that a PING counts as little is for the lane to say.
                 "and its connection lives",
-                |second, began, seen| *seen = Seen { delivered: 10 + second, settled: began, drained: began, ..*seen },
+                |second, began, seen| {
+                    *seen = Observation { delivered: 10 + second, settled: began, drained: began, ..*seen }
+                },
                 (31, "give up"),
             ),
             (
                 "the target's connection takes nothing",
                 |second, began, seen| {
                     let delivered = 10 + second;
-                    *seen = Seen { delivered, settled: began, drained: began, unwritten: 5_000, ..*seen }
+                    *seen = Observation { delivered, settled: began, drained: began, unwritten: 5_000, ..*seen }
                 },
                 (31, "give up"),
             ),
@@ -442,8 +445,8 @@ mod tests {
             let done = (0..=7).filter_map(|second| {
                 let now = began + Duration::from_secs(second);
                 let source_heard = if lives { now } else { began };
-                let seen = Seen { pending: 0, last_seq: 10, consumer_heard: began, source_heard, ..seen(now) };
-                short(watchdog.look(now, &seen)).map(|action| (second, action))
+                let seen = Observation { pending: 0, last_seq: 10, consumer_heard: began, source_heard, ..seen(now) };
+                short(watchdog.check(now, &seen)).map(|action| (second, action))
             });
             assert_eq!(done.collect::<Vec<_>>(), expect);
         };
@@ -460,10 +463,10 @@ mod tests {
         assert_eq!(watchdog.silent_at(at(3_000), at(2_500)), Some(at(6_000)), "a sign of life moves it on");
         // It was looked at a little late.
         assert_eq!(watchdog.silent_at(at(3_600), began), None);
-        let silent = Seen { pending: 0, last_seq: 10, consumer_heard: began, ..seen(at(3_600)) };
-        assert_eq!(short(watchdog.look(at(3_600), &silent)), Some("ask"));
+        let silent = Observation { pending: 0, last_seq: 10, consumer_heard: began, ..seen(at(3_600)) };
+        assert_eq!(short(watchdog.check(at(3_600), &silent)), Some("ask"));
         assert_eq!(watchdog.silent_at(at(3_700), began), Some(at(6_100)));
-        assert_eq!(short(watchdog.look(at(6_100), &silent)), Some("renew"));
+        assert_eq!(short(watchdog.check(at(6_100), &silent)), Some("renew"));
         assert_eq!(watchdog.silent_at(at(6_100), began), None);
         // What was asked before the last sign of life says nothing of a silence after it.
         assert_eq!(watchdog.silent_at(at(6_200), at(6_150)), Some(at(9_650)));
@@ -473,7 +476,7 @@ mod tests {
     struct Story {
         watchdog: Watchdog,
         began: Instant,
-        seen: Seen,
+        seen: Observation,
     }
 
     impl Story {
@@ -486,11 +489,11 @@ mod tests {
             self.began + Duration::from_secs(second)
         }
 
-        fn look(&mut self, second: u64) -> Option<&'static str> {
+        fn check(&mut self, second: u64) -> Option<&'static str> {
             let now = self.at(second);
             let (consumer_heard, source_heard, settled) = (now, now, now);
-            self.seen = Seen { consumer_heard, source_heard, settled, ..self.seen };
-            short(self.watchdog.look(now, &self.seen))
+            self.seen = Observation { consumer_heard, source_heard, settled, ..self.seen };
+            short(self.watchdog.check(now, &self.seen))
         }
 
         fn lost(&mut self, second: u64, forgotten: bool) -> Option<&'static str> {
@@ -506,17 +509,17 @@ mod tests {
     #[test]
     fn a_consumer_that_owes_messages_is_renewed_once() {
         let mut story = Story::begin();
-        assert_eq!(story.look(5), Some("ask"));
+        assert_eq!(story.check(5), Some("ask"));
         assert_eq!(story.answered(5, Consumer::Has(5)), None);
         assert!(story.watchdog.is_alert());
-        assert_eq!(story.look(6), None);
-        assert_eq!(story.look(7), Some("renew"));
-        assert_eq!(story.look(8), None);
+        assert_eq!(story.check(6), None);
+        assert_eq!(story.check(7), Some("renew"));
+        assert_eq!(story.check(8), None);
         story.watchdog.renewed(story.at(8));
-        assert_eq!(story.look(9), None);
-        assert_eq!(story.look(13), Some("ask"));
+        assert_eq!(story.check(9), None);
+        assert_eq!(story.check(13), Some("ask"));
         assert_eq!(story.answered(13, Consumer::Has(5)), None);
-        assert_eq!(story.look(15), Some("give up"));
+        assert_eq!(story.check(15), Some("give up"));
     }
 
     #[test]
@@ -524,15 +527,15 @@ mod tests {
         let mut story = Story::begin();
         assert_eq!(story.lost(1, false), Some("renew"));
         story.watchdog.renewed(story.at(2));
-        assert_eq!(story.look(2), None);
+        assert_eq!(story.check(2), None);
         (story.seen.delivered, story.seen.handed_out) = (11, 11);
-        assert_eq!(story.look(3), Some("repaired"));
+        assert_eq!(story.check(3), Some("repaired"));
         assert!(!story.watchdog.is_alert());
         // Within a minute it is repaired, and not told again.
         assert_eq!(story.lost(4, false), Some("renew and count"));
         story.watchdog.renewed(story.at(5));
         (story.seen.delivered, story.seen.handed_out) = (12, 12);
-        assert_eq!(story.look(6), None);
+        assert_eq!(story.check(6), None);
         assert_eq!(story.lost(90, false), Some("renew"));
     }
 
@@ -542,10 +545,10 @@ mod tests {
         (story.seen.pending, story.seen.last_seq) = (0, 10);
         assert_eq!(story.lost(1, false), Some("renew"));
         story.watchdog.renewed(story.at(2));
-        assert_eq!(story.look(2), Some("repaired"));
+        assert_eq!(story.check(2), Some("repaired"));
         let mut soon = Story { watchdog: story.watchdog, ..story };
-        assert_eq!(soon.look(61), None);
-        assert_eq!(soon.look(62), None);
+        assert_eq!(soon.check(61), None);
+        assert_eq!(soon.check(62), None);
         assert_eq!(soon.lost(63, false), Some("renew"));
         soon.watchdog.renewed(soon.at(64));
         assert_eq!(soon.lost(70, false), Some("give up"));
@@ -555,8 +558,8 @@ mod tests {
     fn an_expired_consumer_is_renewed_without_an_event() {
         let mut story = Story::begin();
         assert_eq!(story.lost(1, true), Some("renew quietly"));
-        assert_eq!(story.look(6), None);
-        assert_eq!(story.look(7), Some("give up"));
+        assert_eq!(story.check(6), None);
+        assert_eq!(story.check(7), Some("give up"));
     }
 
     #[test]
@@ -565,21 +568,21 @@ mod tests {
         assert_eq!(story.lost(1, true), Some("renew quietly"));
         for second in 2..=60 {
             story.seen.source_partial = story.at(second);
-            assert_eq!(story.look(second), None, "{second}");
+            assert_eq!(story.check(second), None, "{second}");
         }
-        assert_eq!((story.look(65), story.look(66)), (None, Some("give up")));
+        assert_eq!((story.check(65), story.check(66)), (None, Some("give up")));
     }
 
     #[test]
     fn out_of_scope_is_asked_about_once() {
         let mut story = Story::begin();
         story.seen.pending = 0;
-        assert_eq!(story.look(5), Some("ask"));
+        assert_eq!(story.check(5), Some("ask"));
         assert_eq!(story.answered(5, Consumer::Has(0)), None);
-        assert_eq!((20..=40).find_map(|second| story.look(second)), None);
+        assert_eq!((20..=40).find_map(|second| story.check(second)), None);
         // Something newer lies there, in scope or not.
         story.seen.last_seq = 16;
-        assert_eq!((41..=60).find_map(|second| Some((second, story.look(second)?))), Some((45, "ask")));
+        assert_eq!((41..=60).find_map(|second| Some((second, story.check(second)?))), Some((45, "ask")));
         assert_eq!(story.answered(46, Consumer::Gone), Some("renew"));
     }
 

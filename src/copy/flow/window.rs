@@ -165,7 +165,7 @@ impl Window {
     }
 
     /// Notes the target sequence of a message, if it is still here or was the last to leave.
-    pub fn place(&mut self, token: Token, target_seq: u64) {
+    pub fn set_target_seq(&mut self, token: Token, target_seq: u64) {
         if token + 1 == self.first {
             if target_seq > self.target_limit || token < self.keep_through {
                 return;
@@ -185,13 +185,13 @@ impl Window {
     }
 
     /// The target sequence of a message that is still here, if it is known.
-    pub fn place_of(&self, token: Token) -> Option<u64> {
+    pub fn target_seq_of(&self, token: Token) -> Option<u64> {
         let index = token.checked_sub(self.first)?;
         self.entries.get(index as usize).and_then(|entry| entry.target_seq)
     }
 
     /// Messages handed out that are not settled, in the settled prefix or after it.
-    pub fn in_air(&self) -> usize {
+    pub fn in_flight(&self) -> usize {
         self.entries.iter().filter(|entry| !entry.settled).count()
     }
 

@@ -14,7 +14,7 @@ use crate::{
         source::{durable::Durable, locate, reader::scan},
         target::{
             mode::Foreign,
-            provenance::{Other, Tag},
+            provenance::{OtherSiteCopy, Tag},
         },
     },
     status::OnlyAtTarget,
@@ -31,16 +31,16 @@ const KEPT: usize = 262_144;
 
 /// Everything in a range of the target beside messages of ours.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
+pub(super) struct RangeFindings {
     /// Messages of all writers.
     pub messages: u64,
     /// The newest message of another writer.
     pub foreign: Option<Foreign>,
     /// Messages that differ from ours in the site alone, if they are requested.
-    pub others: Option<Vec<Other>>,
+    pub others: Option<Vec<OtherSiteCopy>>,
 }
 
-impl Seen {
+impl RangeFindings {
     /// Notes a message of another writer.
     fn foreign(&mut self, tag: &Tag, header: &[u8], foreign: Foreign) {
         if let Some(others) = &mut self.others {
@@ -127,7 +127,7 @@ impl Sides<'_> {
     }
 
     /// Messages of ours in a range of the target; `seen` gets the newest of another writer.
-    pub(super) async fn between(&mut self, from: u64, to: u64, seen: &mut Seen) -> Result<Vec<Ours>, Error> {
+    pub(super) async fn between(&mut self, from: u64, to: u64, seen: &mut RangeFindings) -> Result<Vec<Ours>, Error> {
         let mut found = Vec::new();
         self.each_between(from, to, seen, |ours| found.push(ours)).await?;
         Ok(found)
@@ -138,7 +138,7 @@ impl Sides<'_> {
         &mut self,
         from: u64,
         to: u64,
-        seen: &mut Seen,
+        seen: &mut RangeFindings,
         wanted: impl Fn(&Ours) -> bool,
     ) -> Result<Kept, Error> {
         let (mut kept, most) = (Kept::default(), self.most_kept());
@@ -160,7 +160,7 @@ impl Sides<'_> {
         &mut self,
         from: u64,
         to: u64,
-        seen: &mut Seen,
+        seen: &mut RangeFindings,
         mut each: impl FnMut(Ours),
     ) -> Result<(), Error> {
         let (tag, by_subject) = (self.tag, self.keeps() > 0);
@@ -208,14 +208,14 @@ impl Sides<'_> {
         let to = last.min(first.saturating_add(SEARCH_MOST - 1));
         let mut found = None;
         if first <= to {
-            self.each_between(first, to, &mut Seen::default(), |ours| _ = found.get_or_insert(ours)).await?;
+            self.each_between(first, to, &mut RangeFindings::default(), |ours| _ = found.get_or_insert(ours)).await?;
         }
         Ok(found)
     }
 
     /// All messages of ours that are `wanted` and have a greater source sequence; only the newest, where there are
     /// many.
-    pub(super) async fn newest_behind(&mut self, seq: u64, wanted: impl Fn(&Ours) -> bool) -> Result<Kept, Error> {
+    pub(super) async fn newest_after(&mut self, seq: u64, wanted: impl Fn(&Ours) -> bool) -> Result<Kept, Error> {
         let (overlap, most) = (self.overlap(), self.most_kept());
         let ours = self
             .backwards(|ours| {
@@ -241,7 +241,7 @@ impl Sides<'_> {
         while !enough(&found)
             && let Some((from, to)) = pieces.next()
         {
-            let mut piece = self.between(from, to, &mut Seen::default()).await?;
+            let mut piece = self.between(from, to, &mut RangeFindings::default()).await?;
             piece.append(&mut found);
             found = piece;
         }
@@ -256,7 +256,7 @@ impl Sides<'_> {
         let mut ours: Vec<Ours> = Vec::new();
         let mut pieces = Pieces::of(self);
         while let Some((from, to)) = pieces.next() {
-            let mut piece = self.between(from, to, &mut Seen::default()).await?;
+            let mut piece = self.between(from, to, &mut RangeFindings::default()).await?;
             if ours.is_empty() && !piece.is_empty() {
                 match self.newest_match(&piece).await? {
                     Match::At(index) => {
@@ -308,7 +308,7 @@ impl Sides<'_> {
         let mut from = only.target_from;
         while from <= orphans.to {
             let to = orphans.to.min(from + SEARCH_MOST - 1);
-            let mut piece = self.between(from, to, &mut Seen::default()).await?;
+            let mut piece = self.between(from, to, &mut RangeFindings::default()).await?;
             if let Match::At(index) = self.newest_match(&piece).await? {
                 lost = OnlyAtTarget::default();
                 piece.drain(..=index);
@@ -427,12 +427,16 @@ async fn beside<T>(waits: &mut Lane, work: impl Future<Output = Result<T, Error>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::copy::target::provenance::Origin;
+    use crate::copy::target::provenance::MessageOrigin;
 
     #[test]
     fn what_is_not_wanted_cuts_nothing() {
-        let at =
-            |seq: u64| Ours { origin: Origin { seq, time_ms: 1 }, target_seq: seq, complete: false, subject: None };
+        let at = |seq: u64| Ours {
+            origin: MessageOrigin { seq, time_ms: 1 },
+            target_seq: seq,
+            complete: false,
+            subject: None,
+        };
         let newest = |wanted: fn(&Ours) -> bool| {
             let Kept { ours, is_cut } = Kept::newest((1..=9).map(at).collect(), 4, wanted);
             (ours.iter().map(|message| message.origin.seq).collect::<Vec<_>>(), is_cut)

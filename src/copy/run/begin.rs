@@ -11,7 +11,7 @@ use crate::{
         flow::position::PositionWriter,
         resume::{Resume, is_consumed},
         source::gap::Gaps,
-        target::dedup_window::Look,
+        target::dedup_window::IdWindowCheck,
     },
     events::Event,
 };
@@ -42,13 +42,13 @@ impl Run<'_> {
 
     /// Reports, once per start, that the target may forget ids too soon.
     fn remembered(&mut self, target: &StreamInfo, unseen: u64, ledger: &mut PositionWriter) {
-        if !self.target.writer.relies_on_ids() || std::mem::replace(&mut ledger.window_told, true) {
+        if !self.target.writer.relies_on_ids() || std::mem::replace(&mut ledger.window_reported, true) {
             return;
         }
         let window = Duration::from_nanos(target.number("duplicate_window").unsigned_abs());
         let unseen = if is_consumed(target) { unseen } else { 0 };
         let now = self.source.clock.now(Instant::now());
-        let look = Look { window, unseen, saved_at: ledger.record().saved_at, now };
+        let look = IdWindowCheck { window, unseen, saved_at: ledger.record().saved_at, now };
         for event in [look.short_window(), look.long_downtime()].into_iter().flatten() {
             self.report.found(event);
         }
@@ -85,7 +85,7 @@ impl Run<'_> {
         let told =
             |seq| matches!(resume.findings.last(), Some(Event::Gap { from, to, .. }) if (*from..=*to).contains(&seq));
         gaps.left_over(resume.position.seq, told);
-        for (from, to) in gaps.first_is(self.source.told_first) {
+        for (from, to) in gaps.first_is(self.source.reported_first) {
             self.report.found(Event::Gap { from, to, messages: to - from + 1 });
         }
     }

@@ -7,7 +7,7 @@ use crate::{
     config::OnReject,
     copy::{
         Error,
-        decide::{Decision, Facts, Reason, verdict},
+        decide::{Decision, DecisionInputs, Reason, verdict},
         flow::window::SourcePoint,
         sampling_driver::SamplingDriver,
         source::reader::Incoming,
@@ -42,7 +42,7 @@ impl Run<'_> {
         if self.target.lane.output().len() < OUTPUT_LOW && self.source.lane.output().len() < OUTPUT_HIGH {
             while self.next(Moment { now, now_ns, read_at }) {}
         }
-        self.tell_rejected(false);
+        self.report_rejected(false);
         if self.ending.is_none() {
             self.source.reader.pull(&mut self.source.lane, &self.report.job.budget);
         }
@@ -50,7 +50,7 @@ impl Run<'_> {
 
     /// Handles the next message; returns whether another one may follow.
     fn next(&mut self, at: Moment) -> bool {
-        if self.rejects.in_the_air() && !self.is_dead_letter(at.now_ns) {
+        if self.rejects.any_in_flight() && !self.is_dead_letter(at.now_ns) {
             return false;
         }
         let Some(incoming) = self.source.reader.peek() else { return false };
@@ -62,7 +62,7 @@ impl Run<'_> {
             return true;
         }
         self.source.note_jump(after, seq, &self.target.already);
-        self.take(at).unwrap_or_else(|error| {
+        self.handle_next(at).unwrap_or_else(|error| {
             self.end(Ending::Failed(error));
             false
         })
@@ -86,7 +86,7 @@ impl Run<'_> {
     fn replays(&mut self, seq: u64, now_ns: i64) -> bool {
         let Some(sampler) = self.sampler.as_mut().filter(|sampler| sampler.is_replay(seq)) else { return false };
         let Some(incoming) = self.source.reader.peek() else { return false };
-        let facts = Facts { skip: None, known: None, sampling: || true, gate: None, prepare: || Ok(()) };
+        let facts = DecisionInputs { skip: None, known: None, sampling: || true, gate: None, prepare: || Ok(()) };
         let decision = verdict(&self.rules, facts, &incoming, now_ns);
         if decision == Decision::Send(()) {
             sampler.replay(&incoming, self.report.replication.on_reject != OnReject::Hold);
@@ -101,12 +101,12 @@ impl Run<'_> {
         let Some(incoming) = source.reader.peek().filter(|_| target.already.is_empty()) else { return false };
         let sampling = || wants(sampler.as_mut(), &incoming);
         let prepare = || rejects.known(&incoming).map_or_else(|| target.writer.prepare(&incoming, now_ns), Err);
-        let facts = Facts { skip: report.job.skip, known: None, sampling, gate: None, prepare };
+        let facts = DecisionInputs { skip: report.job.skip, known: None, sampling, gate: None, prepare };
         matches!(verdict(rules, facts, &incoming, now_ns), Decision::Reject(_))
     }
 
     /// Executes the decision about the next message; returns whether another one may follow. An error ends the run.
-    fn take(&mut self, at: Moment) -> Result<bool, Error> {
+    fn handle_next(&mut self, at: Moment) -> Result<bool, Error> {
         let Self { report, source, target, bounds, rules, rejects, sampler, times, .. } = self;
         let Some(incoming) = source.reader.peek() else { return Ok(false) };
         let (seq, time_ns, bytes) = (incoming.delivery.stream_seq, incoming.delivery.time_ns, incoming.bytes());
@@ -115,11 +115,11 @@ impl Run<'_> {
         bounds.window.limit_target(target.limit());
         let sampling = || wants(sampler.as_mut(), &incoming);
         let prepare = || rejects.known(&incoming).map_or_else(|| target.writer.prepare(&incoming, at.now_ns), Err);
-        let facts = Facts { skip: report.job.skip, known, sampling, gate: target.gate.as_ref(), prepare };
+        let facts = DecisionInputs { skip: report.job.skip, known, sampling, gate: target.gate.as_ref(), prepare };
         let decision = verdict(rules, facts, &incoming, at.now_ns);
         if let Decision::Reject(error) = &decision
             && error.is_api(TOO_LARGE)
-            && rejects.ask(&mut target.lane, at.now)
+            && rejects.ask_limits(&mut target.lane, at.now)
         {
             return Ok(false);
         }
@@ -175,7 +175,7 @@ impl Run<'_> {
 
     /// Whether no message that was read waits for an ack.
     pub(super) fn all_settled(&self) -> bool {
-        self.bounds.window.is_empty() && !self.rejects.in_the_air()
+        self.bounds.window.is_empty() && !self.rejects.any_in_flight()
     }
 }
 

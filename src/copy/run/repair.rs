@@ -14,13 +14,13 @@ use crate::{
         Error, ErrorKind,
         flow::{
             throttle,
-            watchdog::{Action, Consumer, Seen, Tell},
+            watchdog::{Consumer, Observation, Reporting, WatchdogAction},
         },
         source::{
             intake::Intake,
             locate,
             reader::{Lost, Reader},
-            renewal::Renewal,
+            renewal::ConsumerRenewal,
             retention::Retention,
         },
         target::{drops::Dropped, stream},
@@ -41,7 +41,7 @@ impl Run<'_> {
         if dead_lettered > 0 {
             self.report.copy.counters.dead_lettered += dead_lettered;
             self.bounds.moved = Instant::now();
-            self.tell_rejected(false);
+            self.report_rejected(false);
         }
         if let Some(error) = refused {
             self.end(Ending::Failed(error));
@@ -121,23 +121,23 @@ impl Run<'_> {
     }
 
     /// Does what the watchdog decided.
-    pub(super) fn act(&mut self, action: Action) -> Result<(), Error> {
+    pub(super) fn act(&mut self, action: WatchdogAction) -> Result<(), Error> {
         match action {
-            Action::Ask => self.source.ask_consumer(&self.report.replication.source.stream),
-            Action::Renew { reason, tell } => self.renew(&reason, tell)?,
-            Action::GiveUp { reason } => return Err(Error::stalled(reason)),
-            Action::Repaired => {
+            WatchdogAction::Ask => self.source.ask_consumer(&self.report.replication.source.stream),
+            WatchdogAction::Renew { reason, reporting } => self.renew(&reason, reporting)?,
+            WatchdogAction::GiveUp { reason } => return Err(Error::stalled(reason)),
+            WatchdogAction::Repaired => {
                 let position = self.bounds.window.position().seq;
                 info!(replication = self.report.replication.id, position, "repaired");
                 self.report.emit(Event::Repaired { position });
-                self.tell();
+                self.update_status();
             }
         }
         Ok(())
     }
 
     /// Begins to recreate the consumer.
-    fn renew(&mut self, reason: &str, tell: Tell) -> Result<(), Error> {
+    fn renew(&mut self, reason: &str, reporting: Reporting) -> Result<(), Error> {
         let Self { report, source, bounds, times, .. } = self;
         let Replication { id, scope, source: of, .. } = &*report.replication;
         let message = format!("recreating the consumer of stream `{}`: {reason}", of.stream);
@@ -150,26 +150,26 @@ impl Run<'_> {
         let read = counters.received_bytes.checked_div(counters.received).unwrap_or_default();
         let heavy = locate::is_heavy(&source.info) || read >= locate::HEAVY;
         let names = (name, heavy.then(|| source.names.next()));
-        let renewal = Renewal::begin(&mut source.lane, &of.stream, scope.filters(), behind, names, deletion);
+        let renewal = ConsumerRenewal::begin(&mut source.lane, &of.stream, scope.filters(), behind, names, deletion);
         source.renewal = Some(renewal);
         times.next_tick = times.next_tick.min(Instant::now() + TICK);
-        if tell == Tell::All {
+        if reporting == Reporting::All {
             warn!(replication = id, "stalled: {message}");
             report.shows_error(&message);
             report.emit(Event::Stalled { message, step: Step::Consumer });
         } else {
             debug!(replication = id, "{message}");
         }
-        report.copy.counters.repairs.consumer += u64::from(tell != Tell::Nothing);
+        report.copy.counters.repairs.consumer += u64::from(reporting != Reporting::Nothing);
         Ok(())
     }
 
-    pub(super) fn seen(&self) -> Seen {
+    pub(super) fn seen(&self) -> Observation {
         let (source, target) = (&self.source, &self.target);
         // A durable consumer is supervised by its own reader.
         let plain = source.reader.plain();
         let heard = plain.map_or(self.times.began, Reader::heard);
-        Seen {
+        Observation {
             asking: plain.is_some_and(Reader::is_asking),
             delivered: plain.map_or(0, Reader::delivered),
             handed_out: self.bounds.window.newest().seq,
@@ -179,10 +179,10 @@ impl Run<'_> {
             source_heard: source.lane.heard_at(),
             receiving: source.lane.is_receiving(),
             source_partial: source.lane.partial_at(),
-            in_air: self.bounds.window.len(),
+            in_flight: self.bounds.window.len(),
             waiting: source.reader.peek().is_some(),
             // By the limit of its rate, by dead letters, which have a clock of their own, or by saves that fail.
-            held_back: self.bounds.throttled.is_some() || self.rejects.in_the_air() || self.waits_for_saves(),
+            held_back: self.bounds.throttled.is_some() || self.rejects.any_in_flight() || self.waits_for_saves(),
             settled: self.bounds.moved,
             drained: target.lane.drained(),
             unwritten: target.lane.unwritten(),

@@ -35,8 +35,8 @@ impl Run<'_> {
     pub(super) fn tick(&mut self, now: Instant, ledger: &mut PositionWriter) -> Result<(), Error> {
         self.settle();
         self.report_saves(now, ledger);
-        self.tell_rejected(true);
-        self.tell();
+        self.report_rejected(true);
+        self.update_status();
         self.report.clock(&self.source.clock, ledger);
         let idle = self.all_settled() && self.source.reader.pending() == 0 && !self.source.watchdog.is_alert();
         self.tick_sampling(idle, now);
@@ -50,11 +50,11 @@ impl Run<'_> {
         self.ask_states(now);
         self.rejects.check(now)?;
         let replication = &self.report.replication;
-        self.target.look_after(replication, &self.bounds.window, self.bounds.moved, now)?;
+        self.target.check_liveness(replication, &self.bounds.window, self.bounds.moved, now)?;
         let seen = self.seen();
-        let action = self.source.watchdog.look(now, &seen);
+        let action = self.source.watchdog.check(now, &seen);
         action.map_or(Ok(()), |action| self.act(action))?;
-        self.look_after_logins(now);
+        self.check_logins(now);
         if self.ending.is_none() && ledger.appetite.recovers(now) {
             let id = &self.report.replication.id;
             info!(replication = id, "the source has not cut a connection for long: asking it for more");
@@ -83,7 +83,7 @@ impl Run<'_> {
             let read = window.newest();
             source.ask_state(replication, read.time_ns.map_or(0, |_| read.seq), now);
             let settled = settled.then(|| window.position().seq);
-            target.watch.ask(&mut target.lane, &replication.target.stream, settled, now);
+            target.watch.ask_state(&mut target.lane, &replication.target.stream, settled, now);
         }
         target.watch.ask_first(&mut target.lane, &replication.target.stream, now);
     }
@@ -102,7 +102,7 @@ impl Run<'_> {
     }
 
     /// Ends the run in time if a login is about to end and the files have its successor.
-    fn look_after_logins(&mut self, now: Instant) {
+    fn check_logins(&mut self, now: Instant) {
         let soon = chance::now().timestamp() + LOGIN_AHEAD_SECS;
         let (job, replication) = (self.report.job, &self.report.replication);
         let sides = [(&self.source.lane, &replication.source), (&self.target.lane, &replication.target)];
@@ -133,14 +133,14 @@ impl Run<'_> {
     }
 
     /// Reports messages that could not be stored; `all` of those that are not reported yet at the end and now and then.
-    pub(super) fn tell_rejected(&mut self, all: bool) {
-        self.report.rejected(self.rejects.tell(all));
+    pub(super) fn report_rejected(&mut self, all: bool) {
+        self.report.rejected(self.rejects.take_events(all));
     }
 
     /// Updates the status.
-    pub(super) fn tell(&mut self) {
+    pub(super) fn update_status(&mut self) {
         let (waits, now) = (self.waits_for_saves(), Instant::now());
-        self.tell_lag(now);
+        self.update_lag(now);
         let (letters, letter_bytes, _) = self.rejects.in_flight();
         let (window, writer, copy) = (&self.bounds.window, &mut self.target.writer, &mut self.report.copy);
         copy.source.clock_offset_seconds =
@@ -149,7 +149,7 @@ impl Run<'_> {
         copy.in_flight.messages = (window.len() + letters) as u64;
         copy.in_flight.bytes = (window.bytes() + letter_bytes) as u64;
         if let (Some(sampler), Some(status)) = (&self.sampler, &mut copy.sampling) {
-            sampler.tell(status, Instant::now());
+            sampler.update_status(status, Instant::now());
         }
         copy.counters.headers_removed += std::mem::take(&mut writer.headers_removed);
         copy.counters.refused += writer.take_refused();
@@ -157,7 +157,7 @@ impl Run<'_> {
     }
 
     /// Updates position, lag and headroom in the status.
-    fn tell_lag(&mut self, now: Instant) {
+    fn update_lag(&mut self, now: Instant) {
         let (source, window, copy) = (&self.source, &self.bounds.window, &mut self.report.copy);
         let position = window.position();
         // As long as nothing settles, the oldest message is the same, also where it has not been read (again) yet.

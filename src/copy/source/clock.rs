@@ -21,7 +21,7 @@ const SHOWN: f64 = 0.05;
 
 /// One answer of the server that leads the source stream.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Heard {
+pub(crate) struct ClockReading {
     /// When the question was sent.
     pub sent: Instant,
     /// When its answer was received.
@@ -46,13 +46,13 @@ pub(crate) struct SourceClock {
 
 impl SourceClock {
     /// The clock by one answer.
-    pub fn new(heard: &Heard) -> Self {
+    pub fn new(heard: &ClockReading) -> Self {
         let (least, most) = bounds(heard);
         Self { at: heard.received, least, most, reported: heard.server.is_some() }
     }
 
     /// Follows a later answer.
-    pub fn hear(&mut self, heard: &Heard) {
+    pub fn hear(&mut self, heard: &ClockReading) {
         let next = Self::new(heard);
         *self = match self.reported && next.reported {
             true => {
@@ -94,7 +94,7 @@ impl SourceClock {
     }
 }
 
-fn bounds(heard: &Heard) -> (i64, i64) {
+fn bounds(heard: &ClockReading) -> (i64, i64) {
     let nanos = |time: DateTime<Utc>| time.timestamp_nanos_opt().unwrap_or_default();
     match heard.server.map(nanos) {
         Some(least) => {
@@ -140,11 +140,11 @@ pub(crate) fn apart(offset: Option<f64>) -> Option<String> {
 /// Whether a difference between the clocks was reported.
 #[derive(Debug, Default)]
 pub(crate) struct Alarm {
-    raised: Option<Cause>,
+    raised: Option<ClockProblem>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cause {
+enum ClockProblem {
     Apart,
     NotReported,
 }
@@ -154,7 +154,7 @@ impl Alarm {
     pub fn judge(&mut self, offset: Option<f64>) -> Option<Event> {
         let offset_ms = offset.map(|offset| (offset * 1e3) as i64);
         if let Some(reason) = apart(offset) {
-            let cause = if offset.is_some() { Cause::Apart } else { Cause::NotReported };
+            let cause = if offset.is_some() { ClockProblem::Apart } else { ClockProblem::NotReported };
             let known = self.raised.replace(cause) == Some(cause);
             return (!known).then_some(Event::ClockOffset { offset_ms, reason });
         }
@@ -175,9 +175,14 @@ mod tests {
 
     /// An answer that was under way from `sent` to `received`, milliseconds after the beginning; the clock of this host
     /// shows the time since then.
-    fn heard(began: Instant, sent: u64, received: u64, server: Option<i64>) -> Heard {
+    fn heard(began: Instant, sent: u64, received: u64, server: Option<i64>) -> ClockReading {
         let moment = |ms| began + Duration::from_millis(ms);
-        Heard { sent: moment(sent), received: moment(received), server: server.map(time), local: time(received as i64) }
+        ClockReading {
+            sent: moment(sent),
+            received: moment(received),
+            server: server.map(time),
+            local: time(received as i64),
+        }
     }
 
     #[test]
@@ -234,7 +239,7 @@ mod tests {
         let now = began + Duration::from_secs(1);
         assert_eq!((clock.now(now), clock.offset(now, time(1_000))), (time(1_000), None));
         // It was set, and is followed.
-        let set = Heard { local: time(95_000), ..heard(began, 10_000, 10_050, None) };
+        let set = ClockReading { local: time(95_000), ..heard(began, 10_000, 10_050, None) };
         clock.hear(&set);
         assert_eq!(clock.now(began + Duration::from_millis(10_050)), time(95_000));
         clock.hear(&heard(began, 20_000, 20_000, Some(50_000)));

@@ -197,7 +197,7 @@ impl Durable {
             "inactive_threshold": KEEPER.as_nanos() as u64,
             "metadata": { MARK: replication.id },
         });
-        begin_behind(&mut config, position);
+        begin_after(&mut config, position);
         take_subjects(&mut config, replication);
         Api::new(lane).create_consumer(stream, &name, &config).await.map(|_| ())
     }
@@ -276,7 +276,7 @@ pub(crate) async fn remove(dial: &dyn Dial, replication: &Replication, owner: Ow
     let stream = &replication.source.stream;
     let (mut api, mut removed) = (Api::new(&mut lane), false);
     for name in Durable::names(replication) {
-        let ours = |config: &Value| is_ours(config) && anothers(replication, owner, config).is_none();
+        let ours = |config: &Value| is_ours(config) && other_owner(replication, owner, config).is_none();
         if api.consumer_info(stream, &name).await?.is_some_and(|info| ours(&info.config)) {
             api.delete_consumer(stream, &name).await?;
             removed = true;
@@ -310,7 +310,7 @@ fn is_ours(config: &Value) -> bool {
 }
 
 /// The creator of a consumer, if that was another replication of this program.
-fn anothers(replication: &Replication, owner: Owner<'_>, config: &Value) -> Option<String> {
+fn other_owner(replication: &Replication, owner: Owner<'_>, config: &Value) -> Option<String> {
     let text = |name: &str| config["metadata"][name].as_str();
     let (id, installation) = (text(MARK)?, text(INSTALLATION));
     if installation.is_some_and(|installation| installation != owner.installation) {
@@ -335,7 +335,7 @@ fn anothers(replication: &Replication, owner: Owner<'_>, config: &Value) -> Opti
 
 /// The way an existing consumer is used; an error if it cannot be.
 pub(crate) fn judge(replication: &Replication, owner: Owner<'_>, name: &str, config: &Value) -> Result<Way, Error> {
-    if let Some(other) = anothers(replication, owner, config) {
+    if let Some(other) = other_owner(replication, owner, config) {
         let stream = &replication.source.stream;
         return Err(Error::hold(format!(
             "durable consumer `{name}` of source stream `{stream}` is not this replication's: {other}. {KEEP}"
@@ -395,7 +395,7 @@ fn new_config(replication: &Replication, source: &StreamInfo, name: &str, positi
         "metadata": { MARK: replication.id },
     });
     // A work queue supports no other beginning.
-    begin_behind(&mut config, if source.text("retention") == "workqueue" { 0 } else { position });
+    begin_after(&mut config, if source.text("retention") == "workqueue" { 0 } else { position });
     match Way::of(source) {
         Way::Explicit => {
             config["ack_policy"] = "explicit".into();
@@ -411,7 +411,7 @@ fn new_config(replication: &Replication, source: &StreamInfo, name: &str, positi
 }
 
 /// A new consumer delivers what is after `position`.
-fn begin_behind(config: &mut Value, position: u64) {
+fn begin_after(config: &mut Value, position: u64) {
     if position == 0 {
         config["deliver_policy"] = "all".into();
     } else {

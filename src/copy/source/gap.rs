@@ -28,7 +28,7 @@ impl Gaps {
     }
 
     /// Whether the server should be asked for the stream's first sequence now.
-    pub fn ask(&mut self, now: Instant) -> bool {
+    pub fn should_ask(&mut self, now: Instant) -> bool {
         let due = !self.jumps.is_empty() && self.asked.is_none_or(|asked| now.duration_since(asked) >= ASK_EVERY);
         if due {
             self.asked = Some(now);
@@ -60,17 +60,17 @@ mod tests {
     fn only_what_lies_below_the_first_sequence_is_lost() {
         let mut gaps = Gaps::default();
         let now = Instant::now();
-        assert!(!gaps.ask(now));
+        assert!(!gaps.should_ask(now));
         gaps.jumped(5, 9);
         gaps.jumped(10, 12);
         gaps.jumped(20, 29);
         gaps.jumped(40, 40);
-        assert!(gaps.ask(now));
-        assert!(!gaps.ask(now));
+        assert!(gaps.should_ask(now));
+        assert!(!gaps.should_ask(now));
         assert_eq!(gaps.first_is(25), [(5, 12), (20, 24)]);
-        assert!(!gaps.ask(now + ASK_EVERY));
+        assert!(!gaps.should_ask(now + ASK_EVERY));
         gaps.jumped(50, 51);
-        assert!(gaps.ask(now + ASK_EVERY));
+        assert!(gaps.should_ask(now + ASK_EVERY));
         assert_eq!(gaps.first_is(25), []);
     }
 

@@ -126,7 +126,7 @@ impl Intake {
         match self {
             Self::Plain(reader) => reader.pull(lane, budget),
             Self::Explicit(explicit) => explicit.pull(lane, budget),
-            Self::Pushed(pushed) => pushed.ask(lane),
+            Self::Pushed(pushed) => pushed.ask_about_jumps(lane),
         }
     }
 
@@ -157,10 +157,10 @@ impl Intake {
     }
 
     /// Whether no settled message waits to be acknowledged.
-    pub fn is_told(&self) -> bool {
+    pub fn is_acked(&self) -> bool {
         match self {
             Self::Plain(_) | Self::Explicit(_) => true,
-            Self::Pushed(pushed) => pushed.is_told(),
+            Self::Pushed(pushed) => pushed.is_acked(),
         }
     }
 

@@ -94,16 +94,16 @@ pub(crate) async fn stored(
         _ => ">",
     };
     let mut learning = Learning::begin(replication, source, origins);
-    also.into_iter().for_each(|subject| learning.take(subject));
+    also.into_iter().for_each(|subject| learning.add_subject(subject));
     if !vague && replication.start != Start::All {
         return Ok(learning.end());
     }
     let name = &replication.source.stream;
     if source.state.num_subjects > MOST_LISTED {
         let sample = sample(&source.state);
-        Api::new(lane).messages_of(name, filter, sample, |message| learning.take(&message.subject)).await?;
+        Api::new(lane).messages_of(name, filter, sample, |message| learning.add_subject(&message.subject)).await?;
     } else {
-        listed(lane, name, filter).await?.keys().for_each(|subject| learning.take(subject));
+        listed(lane, name, filter).await?.keys().for_each(|subject| learning.add_subject(subject));
     }
     Ok(learning.end())
 }
@@ -119,17 +119,17 @@ fn sample(state: &StreamState) -> impl Iterator<Item = u64> + use<> {
 
 async fn listed(lane: &mut Lane, stream: &str, filter: &str) -> Result<HashMap<String, IgnoredAny>, Error> {
     #[derive(Deserialize)]
-    struct Answer {
-        state: State,
+    struct ListedSubjects {
+        state: ListedState,
     }
     #[derive(Deserialize)]
-    struct State {
+    struct ListedState {
         subjects: Option<HashMap<String, IgnoredAny>>,
     }
     let subject = format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
     let body = json!({ "subjects_filter": filter }).to_string();
     let answer = lane.request(&subject, body.as_bytes()).await?;
-    let Answer { state } = decode(&answer).map_err(|error| error.context("subjects of the source stream"))?;
+    let ListedSubjects { state } = decode(&answer).map_err(|error| error.context("subjects of the source stream"))?;
     Ok(state.subjects.unwrap_or_default())
 }
 

@@ -15,7 +15,7 @@ use crate::{
         Error, ErrorKind,
         flow::window::SourcePoint,
         source::{
-            clock::{Heard, SourceClock},
+            clock::{ClockReading, SourceClock},
             consumers::Names,
             durable::Durable,
             reader::headers_at,
@@ -35,7 +35,7 @@ const QUESTION: &str = "p";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum At {
     /// After this source sequence; 0 is before the first message.
-    Behind(u64),
+    After(u64),
     /// Before the first message stored at or after this time.
     Time(DateTime<Utc>),
     /// Before the first message that is at most this old, by the clock of the source server.
@@ -89,11 +89,11 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, consumers: &str,
     let info = Api::new(&mut lane).stream_info(stream).await?;
     let received = Instant::now();
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
-    let clock = SourceClock::new(&Heard { sent, received, server: info.ts, local: chance::now() });
+    let clock = SourceClock::new(&ClockReading { sent, received, server: info.ts, local: chance::now() });
     let StreamState { first_seq, last_seq, .. } = info.state;
     let seq = match at {
-        At::Behind(seq) if seq > last_seq => return Ok(Located::Beyond { last_seq }),
-        At::Behind(seq) => seq,
+        At::After(seq) if seq > last_seq => return Ok(Located::Beyond { last_seq }),
+        At::After(seq) => seq,
         At::Time(time) => before_time(&mut lane, stream, &info, &Names::new(consumers), time).await?.min(last_seq),
         At::Ago(ago) => {
             let time = clock.ago(Instant::now(), ago);

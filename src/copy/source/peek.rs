@@ -10,7 +10,7 @@ use crate::{
     copy::{
         Budget, Error, ErrorKind,
         source::{
-            clock::{Heard, SourceClock},
+            clock::{ClockReading, SourceClock},
             consumers::Names,
             reader::{Range, Reader},
             retention::{Looks, Oldest, Outlook, Retention, Waiting},
@@ -59,7 +59,7 @@ pub async fn peek(
     let info = Api::new(&mut lane).stream_info(stream).await?;
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
     let (received, local) = (Instant::now(), chance::now());
-    let clock = SourceClock::new(&Heard { sent, received, server: info.ts, local });
+    let clock = SourceClock::new(&ClockReading { sent, received, server: info.ts, local });
     let clock_offset = clock.offset(received, local);
     let retention = Retention::of(&info);
     looks.add(Instant::now(), info.state.clone());

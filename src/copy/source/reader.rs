@@ -200,18 +200,25 @@ impl Reader {
                     return Err(Error::retry(format!("no consumer of stream `{stream}` was made within {PLACED:?}")));
                 }
             };
-            return Ok(Self::of(lane, range, consumer, bytes, &info));
+            return Ok(Self::from_new(lane, range, consumer, bytes, &info));
         }
     }
 
     /// Reads from a consumer that was just created for this range.
-    pub fn of(lane: &mut Lane, range: &Range<'_>, consumer: String, bytes: usize, info: &ConsumerInfo) -> Self {
+    pub fn from_new(lane: &mut Lane, range: &Range<'_>, consumer: String, bytes: usize, info: &ConsumerInfo) -> Self {
         let before = range.from.max(1) - 1;
-        Self { accepted: before, ..Self::over(lane, range.stream, consumer, before, info, bytes) }
+        Self { accepted: before, ..Self::from_existing(lane, range.stream, consumer, before, info, bytes) }
     }
 
     /// Reads from an existing consumer, after its last delivery; the message after `after` comes next.
-    fn over(lane: &mut Lane, stream: &str, consumer: String, after: u64, info: &ConsumerInfo, bytes: usize) -> Self {
+    fn from_existing(
+        lane: &mut Lane,
+        stream: &str,
+        consumer: String,
+        after: u64,
+        info: &ConsumerInfo,
+        bytes: usize,
+    ) -> Self {
         let (sid, inbox) = lane.open_inbox();
         let piece_max = (bytes / 2).max(PIECE_MIN);
         let now = Instant::now();
@@ -299,14 +306,14 @@ impl Reader {
         let mut accepted = self.accepted;
         let outcome = self.accept_if(batch, |delivery| {
             let before = std::mem::replace(&mut accepted, delivery.stream_seq);
-            if delivery.stream_seq <= before { Verdict::Wrong(before) } else { Verdict::Keep }
+            if delivery.stream_seq <= before { DeliveryVerdict::Wrong(before) } else { DeliveryVerdict::Keep }
         });
         self.accepted = accepted;
         outcome
     }
 
     /// The same for deliveries whose order the caller judges.
-    fn accept_if(&mut self, batch: Batch, mut judge: impl FnMut(&Delivery) -> Verdict) -> Result<(), Lost> {
+    fn accept_if(&mut self, batch: Batch, mut judge: impl FnMut(&Delivery) -> DeliveryVerdict) -> Result<(), Lost> {
         if self.abandoned {
             return Ok(());
         }
@@ -323,9 +330,9 @@ impl Reader {
             }
             let delivery = self.delivery(&message)?;
             match judge(&delivery) {
-                Verdict::Keep => items.push((index as u32, delivery)),
-                Verdict::Drop => {}
-                Verdict::Wrong(before) => {
+                DeliveryVerdict::Keep => items.push((index as u32, delivery)),
+                DeliveryVerdict::Drop => {}
+                DeliveryVerdict::Wrong(before) => {
                     return Err(not_contiguous(&self.stream, &delivery, self.consumer_seq, before).into());
                 }
             }
@@ -525,7 +532,7 @@ fn inactive(config: &serde_json::Value) -> Duration {
 
 /// The judgement of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
+enum DeliveryVerdict {
     Keep,
     Drop,
     /// Impossible order: the stream sequence of the delivery before it.

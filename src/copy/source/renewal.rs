@@ -26,11 +26,11 @@ const SHOWN_WITHIN: Duration = Duration::from_secs(2);
 
 /// One attempt to recreate the consumer.
 #[derive(Debug)]
-pub(in crate::copy) struct Renewal {
+pub(in crate::copy) struct ConsumerRenewal {
     stream: String,
     filters: Vec<String>,
     /// The newest message that was handed out.
-    behind: SourcePoint,
+    after: SourcePoint,
     consumer: String,
     /// Name of the consumer that shows the witness without its payload, where one is used.
     shows: Option<String>,
@@ -60,21 +60,21 @@ enum Waits {
     Witness(Box<ConsumerInfo>),
 }
 
-impl Renewal {
+impl ConsumerRenewal {
     /// Requests the consumer. `deletion` is the request that deletes the one before it. `shows` is the name of another
     /// one, for a witness that is too large to be read.
     pub fn begin(
         lane: &mut Lane,
         stream: &str,
         filters: &[String],
-        behind: SourcePoint,
+        after: SourcePoint,
         (consumer, shows): (String, Option<String>),
         deletion: String,
     ) -> Self {
         let mut renewal = Self {
             stream: stream.to_owned(),
             filters: filters.to_vec(),
-            behind,
+            after,
             consumer,
             shows,
             shower: String::new(),
@@ -96,7 +96,7 @@ impl Renewal {
     }
 
     fn range(&self) -> Range<'_> {
-        Range { stream: &self.stream, filters: &self.filters, from: self.behind.seq + 1, headers_only: false }
+        Range { stream: &self.stream, filters: &self.filters, from: self.after.seq + 1, headers_only: false }
     }
 
     /// Handles a batch that the lane received; returns the new reader or the error, once that is known. `bytes` as for
@@ -156,27 +156,27 @@ impl Renewal {
             Waits::Witness(info) => {
                 let found = decode_message(answer?)?;
                 let found = found.map(|message| message.time_ns);
-                if found.is_none() || found != self.behind.time_ns {
-                    let seq = self.behind.seq;
+                if found.is_none() || found != self.after.time_ns {
+                    let seq = self.after.seq;
                     return Err(Error::retry(format!(
                         "message {seq} is not there to tell that the source is the same"
                     )));
                 }
-                Ok(Some(Reader::of(lane, &self.range(), self.consumer.clone(), bytes, info)))
+                Ok(Some(Reader::from_new(lane, &self.range(), self.consumer.clone(), bytes, info)))
             }
         }
     }
 
     /// Requests the witness from the stream's leader.
     fn read(&mut self, lane: &mut Lane, info: ConsumerInfo) {
-        let (what, body) = message_call(&self.stream, self.behind.seq);
+        let (what, body) = message_call(&self.stream, self.after.seq);
         self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
         self.waits_for = Waits::Witness(Box::new(info));
     }
 
     /// Requests the consumer that shows the witness.
     fn show(&mut self, lane: &mut Lane, name: &str, info: ConsumerInfo) {
-        let range = Range { stream: &self.stream, filters: &[], from: self.behind.seq, headers_only: true };
+        let range = Range { stream: &self.stream, filters: &[], from: self.after.seq, headers_only: true };
         let (what, body) = create_new_consumer_call(&self.stream, name, &range.config(name));
         self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
         self.shower = name.to_owned();
@@ -192,11 +192,10 @@ impl Renewal {
         let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.shower);
         lane.send_request(&subject, b"");
         let delivery = parse_delivery(message.reply).filter(|_| is_delivery(message.reply));
-        let holds = |delivery: &Delivery| {
-            delivery.stream_seq == self.behind.seq && Some(delivery.time_ns) == self.behind.time_ns
-        };
+        let holds =
+            |delivery: &Delivery| delivery.stream_seq == self.after.seq && Some(delivery.time_ns) == self.after.time_ns;
         if delivery.as_ref().is_some_and(holds) {
-            return Some(Ok(Reader::of(lane, &self.range(), self.consumer.clone(), bytes, &info)));
+            return Some(Ok(Reader::from_new(lane, &self.range(), self.consumer.clone(), bytes, &info)));
         }
         self.read(lane, info);
         None
@@ -212,9 +211,9 @@ mod tests {
     /// What comes of a renewal behind message 5, stored at 2026-01-01T00:00:05Z, where the source says this of it.
     async fn renewed(witness: Value) -> Result<Reader, Error> {
         let (mut lane, mut server) = pipe::lane().await;
-        let behind = SourcePoint { seq: 5, time_ns: Some(1_767_225_605_000_000_000) };
+        let after = SourcePoint { seq: 5, time_ns: Some(1_767_225_605_000_000_000) };
         let deletion = lane.send_request("$JS.API.CONSUMER.DELETE.S.before", b"");
-        let mut renewal = Renewal::begin(&mut lane, "S", &[], behind, ("next".to_owned(), None), deletion);
+        let mut renewal = ConsumerRenewal::begin(&mut lane, "S", &[], after, ("next".to_owned(), None), deletion);
         let answer = async {
             loop {
                 let asked = server.asked().await;

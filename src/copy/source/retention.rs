@@ -97,7 +97,7 @@ pub struct Looks {
 }
 
 /// Sequences and messages per second.
-struct Rates {
+struct StreamRates {
     published: f64,
     removed: f64,
     grown: f64,
@@ -116,11 +116,11 @@ impl Looks {
         self.looks.push_back((now, state));
     }
 
-    fn rates(&self) -> Option<Rates> {
+    fn rates(&self) -> Option<StreamRates> {
         let ((from, old), (to, new)) = (self.looks.front()?, self.looks.back()?);
         let time = to.duration_since(*from);
         let per_second = |new: u64, old: u64| (new as f64 - old as f64) / time.as_secs_f64();
-        (time >= APART).then(|| Rates {
+        (time >= APART).then(|| StreamRates {
             published: per_second(new.last_seq, old.last_seq),
             removed: per_second(new.first_seq, old.first_seq),
             grown: per_second(new.messages, old.messages),
@@ -159,7 +159,8 @@ impl Looks {
     }
 
     fn by_count(&self, max: f64, oldest: &Oldest, limit: RetentionLimit) -> Outlook {
-        let (Some(Rates { published, removed, grown }), Some((_, now))) = (self.rates(), self.looks.back()) else {
+        let (Some(StreamRates { published, removed, grown }), Some((_, now))) = (self.rates(), self.looks.back())
+        else {
             return Outlook::Unknown;
         };
         let before = oldest.seq.saturating_sub(now.first_seq) as f64;
@@ -203,7 +204,7 @@ pub struct Shortage {
 
 /// A change to report.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Turn {
+pub enum HeadroomChange {
     /// Little time is left.
     Low(Headroom),
     /// There is enough again.
@@ -213,16 +214,16 @@ pub enum Turn {
 impl Shortage {
     /// Judges the present headroom; `caught_up` if there is no lag. A warning ends at one and a half times the headroom
     /// at which it begins, so that a value near the bound is reported once.
-    pub fn judge(&mut self, headroom: Option<Headroom>, caught_up: bool) -> Option<Turn> {
+    pub fn judge(&mut self, headroom: Option<Headroom>, caught_up: bool) -> Option<HeadroomChange> {
         let enough = headroom.is_some_and(|left| left.seconds >= left.low_below * 1.5);
         match headroom.filter(|left| left.seconds < left.low_below) {
             Some(left) if !self.open => {
                 self.open = true;
-                Some(Turn::Low(left))
+                Some(HeadroomChange::Low(left))
             }
             None if self.open && (caught_up || enough) => {
                 self.open = false;
-                Some(Turn::Restored)
+                Some(HeadroomChange::Restored)
             }
             _ => None,
         }
@@ -343,7 +344,7 @@ mod tests {
         let headroom = |seconds| Some(Headroom { seconds, limit: RetentionLimit::Age, low_below: 100.0 });
         let mut shortage = Shortage::default();
         let mut judge = |seconds: Option<f64>, caught_up| {
-            shortage.judge(seconds.and_then(headroom), caught_up).map(|turn| matches!(turn, Turn::Low(_)))
+            shortage.judge(seconds.and_then(headroom), caught_up).map(|turn| matches!(turn, HeadroomChange::Low(_)))
         };
         let story = [
             (Some(500.0), false, None),

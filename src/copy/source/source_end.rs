@@ -13,7 +13,7 @@ const UNANSWERED: Duration = Duration::from_secs(30);
 
 /// A request for the state of the source.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::copy) struct Question {
+pub(in crate::copy) struct StateRequest {
     pub request: String,
     pub at: Instant,
     /// The newest sequence that was read then; 0 for none.
@@ -22,7 +22,7 @@ pub(in crate::copy) struct Question {
 
 /// Unanswered requests, oldest first: over a slow line an answer may take longer than the time between two.
 #[derive(Debug, Default)]
-pub(in crate::copy) struct Questions(VecDeque<Question>);
+pub(in crate::copy) struct Questions(VecDeque<StateRequest>);
 
 impl Questions {
     pub fn is_empty(&self) -> bool {
@@ -33,7 +33,7 @@ impl Questions {
         self.0.len() < IN_FLIGHT || self.0.back().is_none_or(|last| now.duration_since(last.at) >= UNANSWERED)
     }
 
-    pub fn ask(&mut self, question: Question) {
+    pub fn ask(&mut self, question: StateRequest) {
         if self.0.len() >= IN_FLIGHT {
             self.0.pop_front();
         }
@@ -41,7 +41,7 @@ impl Questions {
     }
 
     /// The newest request that is answered, with its answer; earlier ones are forgotten.
-    pub fn newest<T>(&mut self, answer: impl Fn(&str) -> Option<T>) -> Option<(Question, T)> {
+    pub fn newest<T>(&mut self, answer: impl Fn(&str) -> Option<T>) -> Option<(StateRequest, T)> {
         let (index, found) = (0..self.0.len()).rev().find_map(|i| Some((i, answer(&self.0[i].request)?)))?;
         let question = self.0.drain(..=index).next_back()?;
         Some((question, found))
@@ -86,7 +86,7 @@ mod tests {
     fn answers_that_take_longer_than_the_next_question_count() {
         let (mut questions, now) = (Questions::default(), Instant::now());
         let at = |second: u64| now + Duration::from_secs(second);
-        let question = |second: u64| Question { request: second.to_string(), at: at(second), read: second };
+        let question = |second: u64| StateRequest { request: second.to_string(), at: at(second), read: second };
         let only = |known: &'static str| move |request: &str| (request == known).then_some(());
         for second in 0..IN_FLIGHT as u64 {
             assert!(questions.may_ask(at(second)));

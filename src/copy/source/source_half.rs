@@ -12,13 +12,13 @@ use crate::{
         flow::watchdog::Watchdog,
         resume::Already,
         source::{
-            clock::{Heard, SourceClock},
+            clock::{ClockReading, SourceClock},
             consumers::Names,
             gap::Gaps,
             intake::Intake,
-            renewal::Renewal,
+            renewal::ConsumerRenewal,
             retention::{Looks, Retention},
-            source_end::{Question, Questions, SourceEnd},
+            source_end::{Questions, SourceEnd, StateRequest},
         },
     },
 };
@@ -44,7 +44,7 @@ pub(in crate::copy) struct SourceHalf {
     /// Whether jumps in the source's sequences may be losses.
     pub plain: bool,
     /// Removals below this sequence were reported or noted already.
-    pub told_first: u64,
+    pub reported_first: u64,
     pub polls: StatePolls,
     /// The limits by which the source removes messages, and its recent polls.
     pub retention: Retention,
@@ -52,7 +52,7 @@ pub(in crate::copy) struct SourceHalf {
     pub watchdog: Watchdog,
     /// The request for the state of the consumer, while it is unanswered.
     pub consumer_request: Option<String>,
-    pub renewal: Option<Renewal>,
+    pub renewal: Option<ConsumerRenewal>,
     /// When the consumer is checked unless it gives a sign of life before.
     pub silent_at: Option<Instant>,
 }
@@ -77,19 +77,19 @@ impl StatePolls {
 impl SourceHalf {
     /// Notes the sequences that were skipped before a message, unless the target has it already: then it is not lost.
     pub fn note_jump(&mut self, after: u64, seq: u64, already: &Already) {
-        let expected = (after + 1).max(self.told_first);
+        let expected = (after + 1).max(self.reported_first);
         if self.plain && seq > expected && already.within(expected, seq - 1) < seq - expected {
             self.gaps.jumped(expected, seq - 1);
         }
         // Once, even if the message has to wait.
-        self.told_first = self.told_first.max(seq);
+        self.reported_first = self.reported_first.max(seq);
     }
 
     /// Whether the stream should be asked for its state now, where that is due after `every`.
     pub fn is_due(&mut self, every: Duration, now: Instant) -> bool {
         let StatePolls { questions, asked, .. } = &self.polls;
         let due = now.duration_since(*asked) >= every && questions.may_ask(now);
-        due || (questions.is_empty() && self.gaps.ask(now))
+        due || (questions.is_empty() && self.gaps.should_ask(now))
     }
 
     /// Asks the stream for its state; everything up to `read` was stored there.
@@ -97,7 +97,7 @@ impl SourceHalf {
         self.polls.asked = now;
         let subject = format!("{}.STREAM.INFO.{}", self.lane.api_prefix(), replication.source.stream);
         let request = self.lane.send_request(&subject, b"");
-        self.polls.questions.ask(Question { request, at: now, read });
+        self.polls.questions.ask(StateRequest { request, at: now, read });
     }
 
     /// The state of the stream, if its leader's answer is in the batch, and when it was requested.
@@ -126,7 +126,7 @@ impl SourceHalf {
     }
 
     /// When the consumer has to be checked unless it gives a sign of life before. Called at each turn of the loop.
-    pub fn next_look(&self, now: Instant) -> Option<Instant> {
+    pub fn next_check(&self, now: Instant) -> Option<Instant> {
         let reader = self.reader.plain()?;
         let owes = reader.is_asking() && !self.lane.is_receiving();
         let heard = reader.heard().max(self.lane.partial_at());
@@ -135,6 +135,6 @@ impl SourceHalf {
 }
 
 /// The time of the server in an answer about the source stream.
-pub(in crate::copy) fn heard(sent: Instant, received: Instant, info: &StreamInfo) -> Heard {
-    Heard { sent, received, server: info.ts, local: chance::now() }
+pub(in crate::copy) fn heard(sent: Instant, received: Instant, info: &StreamInfo) -> ClockReading {
+    ClockReading { sent, received, server: info.ts, local: chance::now() }
 }

@@ -122,13 +122,13 @@ impl Batches {
     /// Whether the target's flow control takes another message now.
     pub fn ready(&self) -> bool {
         let Some(batch) = &self.batch else { return true };
-        let in_air = batch.sent - batch.settled;
+        let in_flight = batch.sent - batch.settled;
         let allowed = match batch.every {
             Some(every) => (u64::from(every) * OUTSTANDING_ACKS).max(64),
             None => u64::from(batch.flow),
         };
         let alone = self.unproven || batch.doubted;
-        batch.committing.is_none() && batch.refused.is_none() && in_air < allowed && !alone
+        batch.committing.is_none() && batch.refused.is_none() && in_flight < allowed && !alone
     }
 
     /// Length of the next reply subject beside the inbox; a byte or two more where its number in the batch is not known
@@ -285,7 +285,7 @@ impl Batches {
         }
         if shared {
             if placed {
-                window.place(batch.first + batch.sent - 1, stream_sequence);
+                window.set_target_seq(batch.first + batch.sent - 1, stream_sequence);
                 end.log_settled(stream_sequence, stream_sequence);
             }
             end.expected_last = end.expected_last.max(stream_sequence);

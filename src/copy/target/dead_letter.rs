@@ -19,7 +19,7 @@ use crate::{
         target::{
             frame::{MAX_HEADER, MessageId, hpub},
             headers::{end_line, first_line, push},
-            provenance::{Origin, Tag},
+            provenance::{MessageOrigin, Tag},
         },
     },
     names,
@@ -105,8 +105,9 @@ impl DeadLetters {
         now: Instant,
     ) -> Result<(), RunError> {
         let (seq, time_ns) = (incoming.delivery.stream_seq, incoming.delivery.time_ns);
-        let origin = Origin { seq, time_ms: time_ns.div_euclid(1_000_000) };
-        let about = About { id: self.id.of(seq, time_ns), subject: incoming.message.subject, reason: &reason.message };
+        let origin = MessageOrigin { seq, time_ms: time_ns.div_euclid(1_000_000) };
+        let about =
+            About { id: self.id.for_message(seq, time_ns), subject: incoming.message.subject, reason: &reason.message };
         header_block(&mut self.header, incoming.message.header, &self.tag, origin, &about);
         let source = SourcePoint { seq, time_ns: Some(time_ns) };
         let letter =
@@ -237,7 +238,7 @@ struct About<'a> {
 
 /// Writes the header block of a dead letter into `out` (cleared first): the message's own, but with every header that a
 /// server acts on renamed, then the facts about it and its origin.
-fn header_block(out: &mut Vec<u8>, block: &[u8], tag: &Tag, origin: Origin, about: &About<'_>) {
+fn header_block(out: &mut Vec<u8>, block: &[u8], tag: &Tag, origin: MessageOrigin, about: &About<'_>) {
     let body = first_line(out, block);
     // Before all others, as in a copy.
     push(out, "Nats-Msg-Id", about.id.as_bytes());
@@ -273,7 +274,7 @@ mod tests {
     fn check(block: &str, reason: &str, expect: &str) {
         let mut out = b"old".to_vec();
         let about = About { id: "ID", subject: b"orders.new", reason };
-        let origin = Origin { seq: 7, time_ms: 5 };
+        let origin = MessageOrigin { seq: 7, time_ms: 5 };
         header_block(&mut out, block.as_bytes(), &Tag::new("S", "SITE", "w"), origin, &about);
         assert_eq!(String::from_utf8_lossy(&out), expect, "{block}");
     }
@@ -315,7 +316,13 @@ mod tests {
         let block = format!("NATS/1.0\r\n{}\r\n\r\n", lines.join("\r\n"));
         let mut out = Vec::new();
         let about = About { id: "ID", subject: b"s", reason: "r" };
-        header_block(&mut out, block.as_bytes(), &Tag::new("S", "SITE", "w"), Origin { seq: 1, time_ms: 1 }, &about);
+        header_block(
+            &mut out,
+            block.as_bytes(),
+            &Tag::new("S", "SITE", "w"),
+            MessageOrigin { seq: 1, time_ms: 1 },
+            &about,
+        );
         let found: Vec<_> = headers::lines(&out).map(|line| String::from_utf8_lossy(line).into_owned()).collect();
         assert_eq!(found[0], "Nats-Msg-Id: ID");
         assert!(found[1..].iter().all(|line| !line.starts_with("Nats-")), "{found:?}");

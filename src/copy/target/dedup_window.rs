@@ -20,7 +20,7 @@ pub(crate) const NEEDED: Duration =
 
 /// A target that identifies messages by ids, at the start of a run.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::copy) struct Look {
+pub(in crate::copy) struct IdWindowCheck {
     /// `duplicate_window` of the stream.
     pub window: Duration,
     /// Messages after the saved target sequence that were removed before they were read.
@@ -41,7 +41,7 @@ pub(crate) fn too_short(window: Duration) -> Option<String> {
     })
 }
 
-impl Look {
+impl IdWindowCheck {
     /// The event about the window itself.
     pub fn short_window(&self) -> Option<Event> {
         too_short(self.window).map(|reason| self.event(NEEDED, reason))
@@ -87,7 +87,7 @@ mod tests {
         let now = DateTime::UNIX_EPOCH + Duration::from_secs(1_000);
         let check = |unseen, saved: Option<u64>, expect: Option<u64>| {
             let saved_at = saved.map(|secs| DateTime::UNIX_EPOCH + Duration::from_secs(secs));
-            let look = Look { window: Duration::from_secs(120), unseen, saved_at, now };
+            let look = IdWindowCheck { window: Duration::from_secs(120), unseen, saved_at, now };
             let needed = look.long_downtime().map(|event| match event {
                 Event::DuplicateWindow { needed_ms, window_ms: 120_000, .. } => needed_ms,
                 other => panic!("{other:?}"),

@@ -19,7 +19,7 @@ const AGE_TOLERANCE_MS: i64 = 120_000;
 
 /// The limits that can remove copies at the target.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(in crate::copy) struct Limits {
+pub(in crate::copy) struct DropLimits {
     /// `max_age` is shorter than the source's.
     pub age: bool,
     /// `max_msgs`.
@@ -45,7 +45,7 @@ pub(in crate::copy) struct First {
 
 /// One poll of the target.
 #[derive(Debug, Clone, Copy)]
-struct Seen {
+struct TargetPoll {
     at: Instant,
     first: First,
     state: Counted,
@@ -73,11 +73,11 @@ pub(in crate::copy) struct Dropped {
 #[derive(Debug, Default, Clone)]
 pub(in crate::copy) struct Drops {
     created: String,
-    limits: Option<Limits>,
+    limits: Option<DropLimits>,
     known: Option<First>,
-    seen: Option<Seen>,
+    seen: Option<TargetPoll>,
     /// The poll after that, until that is judged.
-    later: Option<Seen>,
+    later: Option<TargetPoll>,
     /// Messages that the source has and the target lacks from before.
     lacking: Option<u64>,
     /// Last source sequence of the dropped copies; while the source has it, no more is reported.
@@ -86,7 +86,7 @@ pub(in crate::copy) struct Drops {
 
 impl Drops {
     /// A run begins after this position. Without `limits` no copy can be dropped.
-    pub fn begin(&mut self, target: &StreamInfo, limits: Option<Limits>, position: u64) {
+    pub fn begin(&mut self, target: &StreamInfo, limits: Option<DropLimits>, position: u64) {
         // Messages that are copied again are out of order.
         let again = self.known.is_some_and(|known| position + 1 < known.source_seq);
         if limits.is_none() || self.created != target.created || again {
@@ -122,7 +122,7 @@ impl Drops {
         self.known.get_or_insert(first);
         // An earlier poll is judged first, with the source's next answer.
         let state = Counted { messages: state.messages, bytes: state.bytes, settled };
-        let seen = Some(Seen { at: now, first, state });
+        let seen = Some(TargetPoll { at: now, first, state });
         *(if self.seen.is_none() { &mut self.seen } else { &mut self.later }) = seen;
     }
 
@@ -174,7 +174,7 @@ impl Drops {
     }
 }
 
-impl Limits {
+impl DropLimits {
     /// Whether a target of this size is so near to a limit that the limit removed messages.
     fn reached(&self, state: Counted) -> bool {
         let near = |limit: Option<u64>, has: u64| limit.is_some_and(|limit| has >= limit / 2);
@@ -211,7 +211,7 @@ mod tests {
     }
 
     impl Watched {
-        fn new(limits: Limits) -> Self {
+        fn new(limits: DropLimits) -> Self {
             let mut drops = Drops::default();
             drops.begin(&stream(json!({}), 1, 0), Some(limits), 0);
             Self { drops, now: Instant::now() }
@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn drops_are_counted_always_and_reported_once() {
-        let mut watched = Watched::new(Limits { messages: Some(50), ..Limits::default() });
+        let mut watched = Watched::new(DropLimits { messages: Some(50), ..DropLimits::default() });
         let source = |first, last| stream(json!({}), first, last);
         assert_eq!(watched.poll(&source(1, 50), (1, 50), 0), None);
         assert_eq!(watched.poll(&source(1, 80), (31, 80), 0), Some((30, true)));
@@ -248,7 +248,7 @@ mod tests {
     #[test]
     fn expiry_in_step_is_no_drop() {
         let source = |first| stream(json!({"max_age": 1_000_000_000_u64}), first, 5_000);
-        let mut watched = Watched::new(Limits { age: true, ..Limits::default() });
+        let mut watched = Watched::new(DropLimits { age: true, ..DropLimits::default() });
         assert_eq!(watched.poll(&source(1), (1, 5_000), 100), None);
         // The first copy that is left is 800 ms old.
         assert_eq!(watched.poll(&source(900), (1_000, 5_000), 1_800), None);
@@ -257,7 +257,7 @@ mod tests {
 
     #[test]
     fn copies_removed_in_the_middle_are_counted_by_number() {
-        let mut watched = Watched::new(Limits { per_subject: true, ..Limits::default() });
+        let mut watched = Watched::new(DropLimits { per_subject: true, ..DropLimits::default() });
         watched.drops.lacks(&stream(json!({}), 1, 0).state, 0);
         let source = stream(json!({}), 1, 100);
         assert_eq!(watched.poll(&source, (1, 100), 0), None);
@@ -268,14 +268,14 @@ mod tests {
 
     #[test]
     fn another_stream_or_none_to_watch_begins_again() {
-        let mut watched = Watched::new(Limits { messages: Some(5), ..Limits::default() });
+        let mut watched = Watched::new(DropLimits { messages: Some(5), ..DropLimits::default() });
         let source = stream(json!({}), 1, 9);
         assert_eq!(watched.poll(&source, (5, 9), 0), Some((4, true)));
         let mut other = stream(json!({}), 5, 9);
-        watched.drops.begin(&other, Some(Limits::default()), 9);
+        watched.drops.begin(&other, Some(DropLimits::default()), 9);
         assert!(!watched.drops.is_new());
         other.created = "d".to_owned();
-        watched.drops.begin(&other, Some(Limits::default()), 9);
+        watched.drops.begin(&other, Some(DropLimits::default()), 9);
         assert!(watched.drops.is_new());
         watched.drops.begin(&other, None, 9);
         assert!(!watched.drops.watches());

@@ -14,7 +14,7 @@ use crate::{
         source::reader::Incoming,
         target::{
             headers::{Allowed, Passage, Stamp, header_block},
-            provenance::{Origin, Tag},
+            provenance::{MessageOrigin, Tag},
             refusal::TOO_LARGE,
         },
     },
@@ -46,7 +46,7 @@ pub(in crate::copy) struct Outgoing {
 
 /// Builds the frame of one message after the other.
 #[derive(Debug)]
-pub(in crate::copy) struct Frame {
+pub(in crate::copy) struct FrameWriter {
     replication: Arc<Replication>,
     tag: Tag,
     allowed: Allowed,
@@ -69,7 +69,7 @@ pub(in crate::copy) struct Frame {
     id: MessageId,
 }
 
-impl Frame {
+impl FrameWriter {
     /// For messages to the server of `lane`. Ids differ between generations.
     pub fn new(lane: &Lane, replication: Arc<Replication>, tag: Tag, allowed: Allowed, generation: u64) -> Self {
         Self {
@@ -135,10 +135,10 @@ impl Frame {
         let age_secs = now_ns.saturating_sub(delivery.time_ns).max(0) as u64 / 1_000_000_000;
         let stamp = Stamp {
             chain: stamping.chain,
-            id: if stamping.id { Some(self.id.of(delivery.stream_seq, delivery.time_ns)) } else { None },
+            id: if stamping.id { Some(self.id.for_message(delivery.stream_seq, delivery.time_ns)) } else { None },
         };
         let passage = Passage {
-            origin: Origin { seq: delivery.stream_seq, time_ms: delivery.time_ns.div_euclid(1_000_000) },
+            origin: MessageOrigin { seq: delivery.stream_seq, time_ms: delivery.time_ns.div_euclid(1_000_000) },
             age_secs,
             stamp,
             expected_stream: opens.then_some(self.replication.target.stream.as_str()),
@@ -257,7 +257,7 @@ impl MessageId {
     }
 
     /// The id of one message.
-    pub fn of(&mut self, seq: u64, time_ns: i64) -> &str {
+    pub fn for_message(&mut self, seq: u64, time_ns: i64) -> &str {
         self.key.truncate(self.prefix);
         self.key.extend_from_slice(&seq.to_be_bytes());
         self.key.extend_from_slice(&time_ns.to_be_bytes());
@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn ids_differ_in_every_part_and_stay_the_same() {
         let id = |replication: &str, stream: &str, generation, seq, time| {
-            MessageId::new(replication, stream, generation).of(seq, time).to_owned()
+            MessageId::new(replication, stream, generation).for_message(seq, time).to_owned()
         };
         let one = id("A", "S", 0, 1, 2);
         // The value is part of the contract: another program version must make the same one.

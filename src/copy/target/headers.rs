@@ -7,7 +7,7 @@ use memchr::memmem;
 use nats_lane::{headers, parse_duration};
 
 use crate::{
-    copy::target::provenance::{Origin, Tag},
+    copy::target::provenance::{MessageOrigin, Tag},
     names,
 };
 
@@ -37,7 +37,7 @@ pub struct Stamp<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct Passage<'a> {
     /// Its origin.
-    pub origin: Origin,
+    pub origin: MessageOrigin,
     /// Its age at the source, seconds.
     pub age_secs: u64,
     /// The header that identifies it.
@@ -117,24 +117,24 @@ fn copy_lines(out: &mut Vec<u8>, body: &[u8], allowed: Allowed, age_secs: u64) -
         let line = &rest[..end];
         rest = &rest[end..];
         match fate(line, allowed) {
-            Fate::Keep => out.extend_from_slice(line),
-            Fate::Drop => {}
-            Fate::Refused => removed += 1,
-            Fate::Rollup if std::mem::replace(&mut has_rollup, true) => removed += 1,
-            Fate::Rollup => out.extend_from_slice(line),
-            Fate::Rename => {
+            HeaderFate::Keep => out.extend_from_slice(line),
+            HeaderFate::Drop => {}
+            HeaderFate::Refused => removed += 1,
+            HeaderFate::Rollup if std::mem::replace(&mut has_rollup, true) => removed += 1,
+            HeaderFate::Rollup => out.extend_from_slice(line),
+            HeaderFate::Rename => {
                 out.extend_from_slice(names::RENAMED_HEADER_PREFIX.as_bytes());
                 out.extend_from_slice(line);
             }
             // The id of the first hop stays: a later one was set by a hop in between.
-            Fate::Id => {
+            HeaderFate::Id => {
                 if !std::mem::replace(&mut kept_id, true) {
                     out.extend_from_slice(names::ORIGINAL_ID_HEADER.as_bytes());
                     out.extend_from_slice(&line[b"Nats-Msg-Id".len()..]);
                 }
             }
-            Fate::Ttl(_) if std::mem::replace(&mut has_ttl, true) => removed += 1,
-            Fate::Ttl(value) => match time_to_live(value) {
+            HeaderFate::Ttl(_) if std::mem::replace(&mut has_ttl, true) => removed += 1,
+            HeaderFate::Ttl(value) => match time_to_live(value) {
                 Some(Ttl::Never) if allowed.ttl => out.extend_from_slice(line),
                 Some(Ttl::Seconds(seconds)) if allowed.ttl => {
                     let mut number = itoa::Buffer::new();
@@ -148,7 +148,7 @@ fn copy_lines(out: &mut Vec<u8>, body: &[u8], allowed: Allowed, age_secs: u64) -
     removed
 }
 
-enum Fate<'a> {
+enum HeaderFate<'a> {
     Keep,
     /// Without meaning at the target.
     Drop,
@@ -166,21 +166,23 @@ enum Fate<'a> {
 
 /// The handling of a header line. Each of these would otherwise be acted on or refused by a server of some
 /// version; the list is measured.
-fn fate(line: &[u8], allowed: Allowed) -> Fate<'_> {
-    let Some(rest) = line.strip_prefix(b"Nats-") else { return Fate::Keep };
-    let Some(colon) = memchr::memchr(b':', rest) else { return Fate::Keep };
+fn fate(line: &[u8], allowed: Allowed) -> HeaderFate<'_> {
+    let Some(rest) = line.strip_prefix(b"Nats-") else { return HeaderFate::Keep };
+    let Some(colon) = memchr::memchr(b':', rest) else { return HeaderFate::Keep };
     let (name, value) = (&rest[..colon], rest[colon + 1..].trim_ascii());
     match name {
-        b"Msg-Id" => Fate::Id,
-        b"TTL" => Fate::Ttl(value),
-        b"Rollup" if value.eq_ignore_ascii_case(b"sub") && allowed.rollup_subject => Fate::Rollup,
-        b"Rollup" if value.eq_ignore_ascii_case(b"all") && allowed.rollup_all => Fate::Rollup,
-        b"Rollup" => Fate::Refused,
-        b"Stream-Source" | b"Scheduler" | b"Incr" | b"Counter-Sources" => Fate::Rename,
-        _ if name.starts_with(b"Schedule") => Fate::Rename,
-        b"Required-Api-Level" => Fate::Drop,
-        _ if name.starts_with(b"Expected-") || name.starts_with(b"Batch-") || name.starts_with(b"Trace-") => Fate::Drop,
-        _ => Fate::Keep,
+        b"Msg-Id" => HeaderFate::Id,
+        b"TTL" => HeaderFate::Ttl(value),
+        b"Rollup" if value.eq_ignore_ascii_case(b"sub") && allowed.rollup_subject => HeaderFate::Rollup,
+        b"Rollup" if value.eq_ignore_ascii_case(b"all") && allowed.rollup_all => HeaderFate::Rollup,
+        b"Rollup" => HeaderFate::Refused,
+        b"Stream-Source" | b"Scheduler" | b"Incr" | b"Counter-Sources" => HeaderFate::Rename,
+        _ if name.starts_with(b"Schedule") => HeaderFate::Rename,
+        b"Required-Api-Level" => HeaderFate::Drop,
+        _ if name.starts_with(b"Expected-") || name.starts_with(b"Batch-") || name.starts_with(b"Trace-") => {
+            HeaderFate::Drop
+        }
+        _ => HeaderFate::Keep,
     }
 }
 
@@ -217,7 +219,7 @@ mod tests {
     fn run(block: &[u8], allowed: Allowed, expected_stream: Option<&str>) -> (String, u64) {
         let mut out = b"old".to_vec();
         let passage = Passage {
-            origin: Origin { seq: 7, time_ms: 5 },
+            origin: MessageOrigin { seq: 7, time_ms: 5 },
             age_secs: 10,
             stamp: Stamp { chain: Some(41), id: None },
             expected_stream,

@@ -132,7 +132,7 @@ impl Pipelined {
             return Err(Error { kind: ErrorKind::ChainBroken, message, api: None }.into());
         }
         // Messages in flight after a refusal settle first: otherwise they are found at the target at the next start.
-        let Some((token, error)) = self.refusal.as_ref().filter(|_| window.in_air() <= self.unstored) else {
+        let Some((token, error)) = self.refusal.as_ref().filter(|_| window.in_flight() <= self.unstored) else {
             return Ok(());
         };
         let all = self.for_good.drain(..).flat_map(|(token, error)| refusal(error, window.source_of(token)).refused);

@@ -3,7 +3,7 @@
 use nats_lane::{Error, ErrorKind};
 
 use crate::{
-    copy::{Error as RunError, error::Refusal, flow::window::SourcePoint},
+    copy::{Error as RunError, error::RefusedMessage, flow::window::SourcePoint},
     store::SourceMessage,
 };
 
@@ -31,7 +31,7 @@ pub(in crate::copy) fn refusal(error: Error, source: Option<SourcePoint>) -> Run
         None => error.context("the target refused a message"),
     };
     let error = about(error, source);
-    let refused: Option<Refusal> = error.poison.map(|message| (message, error.message.clone()));
+    let refused: Option<RefusedMessage> = error.poison.map(|message| (message, error.message.clone()));
     RunError { refused: refused.into_iter().collect(), unheard, ..error }
 }
 

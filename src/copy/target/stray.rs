@@ -48,7 +48,7 @@ pub(in crate::copy) async fn mended(job: &Job, seq: u64, stop: &CancellationToke
 }
 
 /// Both sides, with the subject of the message at the source.
-struct Sides {
+struct SubjectCheck {
     from: Lane,
     to: Lane,
     source: StreamInfo,
@@ -64,7 +64,7 @@ async fn dial(job: &Job) -> Result<(Lane, Lane), NatsError> {
 }
 
 /// `None` if a stream or the message is missing: the next run reports that.
-async fn ask(job: &Job, (mut from, mut to): (Lane, Lane), seq: u64) -> Result<Option<Sides>, NatsError> {
+async fn read_both(job: &Job, (mut from, mut to): (Lane, Lane), seq: u64) -> Result<Option<SubjectCheck>, NatsError> {
     let Job { replication, .. } = job;
     let source = Api::new(&mut from).stream_info(&replication.source.stream).await?;
     let target = Api::new(&mut to).stream_info(&replication.target.stream).await?;
@@ -72,7 +72,7 @@ async fn ask(job: &Job, (mut from, mut to): (Lane, Lane), seq: u64) -> Result<Op
     let mut names = locate::question_names(&job.consumers);
     let message = locate::message_at(&mut from, &replication.source.stream, &source, &mut names, seq).await?;
     let Some(message) = message else { return Ok(None) };
-    Ok(Some(Sides { from, to, source, target, subject: message.subject }))
+    Ok(Some(SubjectCheck { from, to, source, target, subject: message.subject }))
 }
 
 async fn mend(job: &Job, seq: u64) -> Result<bool, NatsError> {
@@ -81,8 +81,8 @@ async fn mend(job: &Job, seq: u64) -> Result<bool, NatsError> {
     let Ok(lanes) = timeout(DIAL_WITHIN, dial(job)).await else { return Ok(false) };
     let within = ASK_WITHIN.max(began.elapsed() * DIALS);
     // A stream without a leader does not answer, and the next run asks anyway.
-    let Ok(sides) = timeout(within, ask(job, lanes?, seq)).await else { return Ok(false) };
-    let Some(Sides { mut from, mut to, source, target, subject: original }) = sides? else { return Ok(false) };
+    let Ok(sides) = timeout(within, read_both(job, lanes?, seq)).await else { return Ok(false) };
+    let Some(SubjectCheck { mut from, mut to, source, target, subject: original }) = sides? else { return Ok(false) };
     let mut room = Vec::new();
     let subject = replication.mapping.apply(original.as_bytes(), &mut room);
     if listens(&target, subject) {

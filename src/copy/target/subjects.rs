@@ -162,7 +162,7 @@ impl<'a> Learning<'a> {
     }
 
     /// Adds the subject of a stored message.
-    pub(crate) fn take(&mut self, subject: &str) {
+    pub(crate) fn add_subject(&mut self, subject: &str) {
         let Replication { scope, mapping, .. } = self.replication;
         let is_let_through = || scope.filters().iter().any(|filter| patterns::matches(filter, subject.as_bytes()));
         if scope.excludes(subject.as_bytes()) || scope.is_filtered() && !is_let_through() {

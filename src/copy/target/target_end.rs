@@ -85,8 +85,8 @@ impl TargetEnd {
 
     /// Logs the messages that an ack inside a batch settled, where the chain determines their sequences.
     pub fn log_batch(&self, settled: Range<Token>, window: &Window) {
-        let first = window.place_of(settled.start);
-        let last = settled.end.checked_sub(1).and_then(|token| window.place_of(token));
+        let first = window.target_seq_of(settled.start);
+        let last = settled.end.checked_sub(1).and_then(|token| window.target_seq_of(token));
         if let (false, Some(first), Some(last)) = (settled.is_empty(), first, last) {
             self.log_settled(first, last);
         }

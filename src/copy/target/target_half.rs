@@ -12,11 +12,11 @@ use crate::{
         Error,
         flow::window::{SourcePoint, Window},
         objects::Gate,
-        resume::{Already, Known},
+        resume::{Already, KnownCopy},
         source::reader::Incoming,
         target::{
             frame::Outgoing,
-            liveness::{self, Liveness, Step},
+            liveness::{self, Liveness, LivenessStep},
             target_watch::TargetWatch,
             writer::Writer,
         },
@@ -81,15 +81,15 @@ impl TargetHalf {
     /// Asks which chunks of an object the target has, once everything before is settled.
     pub fn ask_chunks(&mut self, chunks: String, settled: bool, mapping: &Mapping, now: Instant) {
         if let Some(gate) = &mut self.gate {
-            gate.ask(chunks, settled, &mut self.lane, mapping, now);
+            gate.ask_chunks(chunks, settled, &mut self.lane, mapping, now);
         }
     }
 
     /// Settles a message that the target already has.
-    pub fn stored_before(&self, window: &mut Window, source: SourcePoint, known: Known) {
-        let Known::Stored(target_seq) = known else { return window.skip(source) };
+    pub fn stored_before(&self, window: &mut Window, source: SourcePoint, known: KnownCopy) {
+        let KnownCopy::Stored(target_seq) = known else { return window.skip(source) };
         // A position without any target sequence could not show that the target lost all of it.
-        let first = window.target().is_none() && self.already.all_behind(target_seq);
+        let first = window.target().is_none() && self.already.all_after(target_seq);
         let limit = self.limit();
         window.limit_target(if first { u64::MAX } else { limit });
         window.stored_before(source, target_seq);
@@ -97,7 +97,7 @@ impl TargetHalf {
     }
 
     /// Asks the target where confirmations are overdue; `moved` is the time of the last confirmation.
-    pub fn look_after(
+    pub fn check_liveness(
         &mut self,
         replication: &Replication,
         window: &Window,
@@ -109,14 +109,14 @@ impl TargetHalf {
             self.lane.check_delivery();
         }
         match self.probe.step(owed, self.lane.alive(), now) {
-            Step::Wait => Ok(()),
-            Step::Ask => {
+            LivenessStep::Wait => Ok(()),
+            LivenessStep::Ask => {
                 self.lane.ping();
                 let subject = format!("{}.STREAM.INFO.{}", self.lane.api_prefix(), replication.target.stream);
                 self.probe_request = Some(self.lane.send_request(&subject, b""));
                 Ok(())
             }
-            Step::Lost(why) => Err(Error::stalled(why)),
+            LivenessStep::Lost(why) => Err(Error::stalled(why)),
         }
     }
 

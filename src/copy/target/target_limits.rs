@@ -238,7 +238,7 @@ pub(in crate::copy) fn that_drop(
     source: &StreamInfo,
     target: &StreamInfo,
     whole: bool,
-) -> Option<drops::Limits> {
+) -> Option<drops::DropLimits> {
     if !limits(source) || !limits(target) {
         return None;
     }
@@ -260,7 +260,7 @@ pub(in crate::copy) fn that_drop(
         per_subject.then(|| format!("`max_msgs_per_subject` {}", target.number("max_msgs_per_subject"))),
     ];
     let words: Vec<_> = shown.into_iter().flatten().collect();
-    (!words.is_empty()).then(|| drops::Limits {
+    (!words.is_empty()).then(|| drops::DropLimits {
         age,
         messages,
         bytes,
@@ -305,11 +305,11 @@ mod tests {
     fn the_overhead_covers_the_longest_header_block() {
         use crate::copy::target::{
             headers::{Allowed, Passage, Stamp, header_block},
-            provenance::{Origin, Tag},
+            provenance::{MessageOrigin, Tag},
         };
         let id = "f".repeat(32);
         let passage = Passage {
-            origin: Origin { seq: u64::MAX, time_ms: i64::MAX },
+            origin: MessageOrigin { seq: u64::MAX, time_ms: i64::MAX },
             age_secs: 0,
             stamp: Stamp { chain: Some(u64::MAX), id: Some(&id) },
             expected_stream: Some("S"),

@@ -18,7 +18,7 @@ use crate::{
         source::reader::Incoming,
         target::{
             batches::Batches,
-            frame::{Frame, Outgoing, Stamping},
+            frame::{FrameWriter, Outgoing, Stamping},
             pipelined::Pipelined,
             provenance::Tag,
             stream::Abilities,
@@ -44,7 +44,7 @@ pub(in crate::copy) struct Writer {
     sid: u64,
     inbox: String,
     reply: BytesMut,
-    frame: Frame,
+    frame: FrameWriter,
     sink: Sink,
     end: TargetEnd,
     /// Only one message is in flight at a time, which makes the chain sound without batches too.
@@ -73,7 +73,7 @@ impl Writer {
         let (sid, inbox) = lane.open_inbox();
         let strict = replication.ordering == Ordering::Strict || objects::is_store(&replication.source.stream);
         let single = abilities.transport == Transport::Pipelined && strict;
-        let mut frame = Frame::new(lane, replication.clone(), tag, abilities.allowed, record.generation);
+        let mut frame = FrameWriter::new(lane, replication.clone(), tag, abilities.allowed, record.generation);
         frame.target_is(target);
         let end = TargetEnd::new(replication.clone(), target, record.epoch, abilities.mode);
         let sink = match abilities.transport {
@@ -150,7 +150,7 @@ impl Writer {
     }
 
     /// Whether the target sequence of a message is certain before it is sent.
-    fn places_ahead(&self) -> bool {
+    fn knows_target_seqs(&self) -> bool {
         self.chained() && !self.single
     }
 
@@ -227,7 +227,7 @@ impl Writer {
     ) {
         let source = SourcePoint { seq: incoming.delivery.stream_seq, time_ns: Some(incoming.delivery.time_ns) };
         let bytes = incoming.bytes();
-        let target_seq = self.places_ahead().then_some(self.end.expected_last + 1);
+        let target_seq = self.knows_target_seqs().then_some(self.end.expected_last + 1);
         let token = window.hand_out(source, bytes, read_at, target_seq);
         self.reply.clear();
         match &mut self.sink {
@@ -237,7 +237,7 @@ impl Writer {
             Sink::Pipelined(pipelined) => pipelined.reply(&mut self.reply, &self.inbox, token),
         }
         self.headers_removed += self.frame.put(outgoing, lane.output(), &self.reply, incoming.message.payload, token);
-        if self.places_ahead() {
+        if self.knows_target_seqs() {
             self.end.expected_last += 1;
         }
         self.fence = false;

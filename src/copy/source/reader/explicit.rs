@@ -22,7 +22,7 @@ use nats_lane::{
 };
 use tokio::time::Instant;
 
-use super::{Reader, SILENCE, Verdict};
+use super::{DeliveryVerdict, Reader, SILENCE};
 use crate::copy::{flow::budget::Budget, source::durable::Durable};
 
 /// Interval of the requests for the ack floor: acks are lost when the leader of a consumer changes.
@@ -37,7 +37,7 @@ const NAK: &[u8] = b"-NAK";
 /// process ends, it is redelivered then.
 const NAK_LATER: &[u8] = b"-NAK 10m";
 /// How often the queue is sorted again after new messages came before owed redeliveries; then the run ends.
-const PASSED_OVER: u32 = 5;
+const MOST_SORTS: u32 = 5;
 /// Pulls in a row without a message after which no redelivery is owed any more.
 const EMPTY: u32 = 2;
 /// A killed run may still have had a pull open: how often the pending messages are requested again if they changed.
@@ -47,7 +47,7 @@ const SORTED_AGAIN: u32 = 3;
 #[derive(Debug)]
 pub(in crate::copy) struct Explicit {
     pub(in crate::copy) reader: Reader,
-    acks: Acks,
+    acks: ExplicitAcks,
     sort: Sort,
     /// Number of deliveries when the last pull for redeliveries was sent.
     pulled_at: u64,
@@ -64,7 +64,7 @@ enum Sort {
     /// Unknown: it is sorted before the next pull.
     Due,
     /// The commands are being written.
-    Asking(Asking),
+    SortCommands(SortCommands),
     /// The commands are written; the last request, and when it was sent.
     Asked(String, Instant),
     Done,
@@ -72,7 +72,7 @@ enum Sort {
 
 /// Commands that sort the queue and are not written yet.
 #[derive(Debug)]
-struct Asking {
+struct SortCommands {
     later: RangeInclusive<u64>,
     now: RangeInclusive<u64>,
 }
@@ -95,7 +95,7 @@ struct Owed {
 
 /// Deliveries and acks.
 #[derive(Debug)]
-struct Acks {
+struct ExplicitAcks {
     subject: String,
     /// Everything in the stream up to here is settled.
     settled: u64,
@@ -123,12 +123,12 @@ impl Explicit {
     ) -> Result<Self, Error> {
         let Durable { name, info, .. } = durable;
         let subject = format!("$JS.ACK.{stream}.{name}.1");
-        let info = ask_back(lane, stream, &name, &subject, info).await?;
+        let info = request_redelivery(lane, stream, &name, &subject, info).await?;
         let owed = Owed { left: info.num_ack_pending, to: info.delivered.stream_seq, ..Owed::default() };
         let most = info.config["max_ack_pending"].as_u64().filter(|most| *most > 0);
         Ok(Self {
-            reader: Reader::over(lane, stream, name, position, &info, bytes),
-            acks: Acks {
+            reader: Reader::from_existing(lane, stream, name, position, &info, bytes),
+            acks: ExplicitAcks {
                 subject,
                 settled: position,
                 floor: info.ack_floor.stream_seq,
@@ -161,8 +161,8 @@ impl Explicit {
             return;
         }
         match &self.sort {
-            Sort::Due => self.sort = Sort::Asking(Asking::of(self.acks.not_back())),
-            Sort::Asking(_) | Sort::Asked(..) => {}
+            Sort::Due => self.sort = Sort::SortCommands(SortCommands::of(self.acks.not_redelivered())),
+            Sort::SortCommands(_) | Sort::Asked(..) => {}
             Sort::Done => {
                 self.pulled_at = self.reader.consumer_seq;
                 self.reader.pull(lane, budget);
@@ -171,7 +171,7 @@ impl Explicit {
                 }
             }
         }
-        if let Sort::Asking(asking) = &mut self.sort {
+        if let Sort::SortCommands(asking) = &mut self.sort {
             let (subject, delivery) = (&self.acks.subject, self.reader.consumer_seq);
             if asking.write(lane.output(), subject, delivery) {
                 let request = lane.send_request(&last(subject, self.acks.owed.to, delivery), NAK);
@@ -257,7 +257,7 @@ impl Explicit {
     }
 }
 
-impl Asking {
+impl SortCommands {
     fn of(asked: RangeInclusive<u64>) -> Self {
         Self { later: asked.clone(), now: asked }
     }
@@ -278,21 +278,21 @@ impl Owed {
     /// expired or was acknowledged by acks of the earlier run that were in flight, or that the server forgot its queue.
     /// So it is dropped, and requested again with the rest. Once it is redelivered, messages missing before it are
     /// gone.
-    fn takes(&mut self, seq: u64) -> Verdict {
+    fn takes(&mut self, seq: u64) -> DeliveryVerdict {
         if seq < self.to || seq == self.to && !self.is_last {
             self.left -= 1;
-            return Verdict::Keep;
+            return DeliveryVerdict::Keep;
         }
         if seq == self.to {
             self.left = 0;
-            return Verdict::Keep;
+            return DeliveryVerdict::Keep;
         }
-        if self.doubts >= PASSED_OVER {
-            return Verdict::Wrong(self.to);
+        if self.doubts >= MOST_SORTS {
+            return DeliveryVerdict::Wrong(self.to);
         }
         (self.to, self.is_last, self.passed_over) = (seq, true, true);
         self.left += 1;
-        Verdict::Drop
+        DeliveryVerdict::Drop
     }
 
     /// A pull ended, other than for its bytes, and redeliveries are still owed.
@@ -305,22 +305,22 @@ impl Owed {
     }
 }
 
-impl Acks {
+impl ExplicitAcks {
     /// Sequences that contain every message that was not redelivered yet.
-    fn not_back(&self) -> RangeInclusive<u64> {
+    fn not_redelivered(&self) -> RangeInclusive<u64> {
         self.newest.max(self.floor) + 1..=self.owed.to
     }
 
-    fn judge(&mut self, seq: u64) -> Verdict {
+    fn judge(&mut self, seq: u64) -> DeliveryVerdict {
         // Redeliveries come first and in order: otherwise one would be skipped.
         if self.owed.left > 0 {
             if seq <= self.newest {
                 // In flight for longer than the consumer's `ack_wait`.
                 let waits = self.waiting.binary_search(&seq).is_ok();
-                return if waits { Verdict::Drop } else { Verdict::Wrong(self.newest) };
+                return if waits { DeliveryVerdict::Drop } else { DeliveryVerdict::Wrong(self.newest) };
             }
             let verdict = self.owed.takes(seq);
-            if verdict != Verdict::Keep {
+            if verdict != DeliveryVerdict::Keep {
                 return verdict;
             }
         }
@@ -328,15 +328,15 @@ impl Acks {
         self.newest = self.newest.max(seq);
         if seq <= self.settled {
             self.again.push(seq);
-            Verdict::Drop
+            DeliveryVerdict::Drop
         } else if is_new {
             self.waiting.push_back(seq);
-            Verdict::Keep
+            DeliveryVerdict::Keep
         } else if self.waiting.binary_search(&seq).is_ok() {
             // Still in flight: it is acknowledged when it settles.
-            Verdict::Drop
+            DeliveryVerdict::Drop
         } else {
-            Verdict::Wrong(self.newest)
+            DeliveryVerdict::Wrong(self.newest)
         }
     }
 
@@ -370,7 +370,7 @@ fn write(output: &mut BytesMut, subject: &str, seq: u64, delivery: u64, word: &[
 }
 
 /// Requests the redelivery of all unacknowledged messages, in order; returns the state of the consumer afterwards.
-async fn ask_back(
+async fn request_redelivery(
     lane: &mut Lane,
     stream: &str,
     name: &str,
@@ -398,7 +398,7 @@ async fn ask_back(
 /// last one. A pull that it serves before that would bring new messages before the requested redeliveries.
 async fn sort_now(lane: &mut Lane, subject: &str, asked: RangeInclusive<u64>, delivery: u64) -> Result<(), Error> {
     let to = *asked.end();
-    let mut asking = Asking::of(asked);
+    let mut asking = SortCommands::of(asked);
     while !asking.write(lane.output(), subject, delivery) {
         flush(lane).await?;
     }
@@ -422,8 +422,8 @@ async fn flush(lane: &mut Lane) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    fn acks(settled: u64, left: u64, to: u64) -> Acks {
-        Acks {
+    fn acks(settled: u64, left: u64, to: u64) -> ExplicitAcks {
+        ExplicitAcks {
             subject: "$JS.ACK.S.C.1".to_owned(),
             settled,
             floor: 0,
@@ -435,7 +435,7 @@ mod tests {
         }
     }
 
-    fn settle(acks: &mut Acks, position: u64) -> Vec<u64> {
+    fn settle(acks: &mut ExplicitAcks, position: u64) -> Vec<u64> {
         let mut output = BytesMut::new();
         acks.settle(&mut output, position);
         let text = String::from_utf8(output.to_vec()).unwrap();
@@ -447,7 +447,7 @@ mod tests {
     fn what_settled_is_acknowledged_once_and_in_order() {
         let mut acks = acks(4, 0, 0);
         for seq in [5, 7, 8] {
-            assert_eq!(acks.judge(seq), Verdict::Keep, "{seq}");
+            assert_eq!(acks.judge(seq), DeliveryVerdict::Keep, "{seq}");
         }
         assert_eq!(settle(&mut acks, 4), [0; 0]);
         // A position may lie where nothing was delivered.
@@ -459,35 +459,39 @@ mod tests {
     #[test]
     fn redeliveries_are_dropped_and_acknowledged_when_settled() {
         let mut acks = acks(4, 2, 5);
-        assert_eq!(acks.judge(3), Verdict::Drop);
-        assert_eq!(acks.judge(5), Verdict::Keep);
-        assert_eq!(acks.judge(5), Verdict::Drop);
+        assert_eq!(acks.judge(3), DeliveryVerdict::Drop);
+        assert_eq!(acks.judge(5), DeliveryVerdict::Keep);
+        assert_eq!(acks.judge(5), DeliveryVerdict::Drop);
         assert_eq!(settle(&mut acks, 4), [3]);
         assert_eq!(settle(&mut acks, 5), [5]);
-        assert_eq!(acks.judge(5), Verdict::Drop);
+        assert_eq!(acks.judge(5), DeliveryVerdict::Drop);
         assert_eq!(settle(&mut acks, 5), [5]);
     }
 
     #[test]
     fn what_was_passed_over_is_an_error() {
         let mut late = acks(4, 0, 0);
-        assert_eq!(late.judge(21), Verdict::Keep);
-        assert_eq!(late.judge(6), Verdict::Wrong(21));
+        assert_eq!(late.judge(21), DeliveryVerdict::Keep);
+        assert_eq!(late.judge(6), DeliveryVerdict::Wrong(21));
         let mut unsorted = acks(4, 3, 8);
-        assert_eq!(unsorted.judge(8), Verdict::Keep);
-        assert_eq!(unsorted.judge(3), Verdict::Wrong(8), "also what is settled: the order is not what was asked for");
+        assert_eq!(unsorted.judge(8), DeliveryVerdict::Keep);
+        assert_eq!(
+            unsorted.judge(3),
+            DeliveryVerdict::Wrong(8),
+            "also what is settled: the order is not what was asked for"
+        );
     }
 
     #[test]
     fn a_new_message_before_what_comes_back_is_asked_for_again() {
         let mut acks = acks(4, 2, 8);
-        assert_eq!(acks.judge(6), Verdict::Keep);
+        assert_eq!(acks.judge(6), DeliveryVerdict::Keep);
         // The server forgot its queue.
-        assert_eq!((acks.judge(9), acks.judge(10)), (Verdict::Drop, Verdict::Drop));
+        assert_eq!((acks.judge(9), acks.judge(10)), (DeliveryVerdict::Drop, DeliveryVerdict::Drop));
         assert_eq!((acks.owed.left, acks.owed.to), (3, 10));
         acks.owed.pull_ended(true);
         for seq in [8, 9, 10, 11] {
-            assert_eq!(acks.judge(seq), Verdict::Keep, "{seq}");
+            assert_eq!(acks.judge(seq), DeliveryVerdict::Keep, "{seq}");
         }
         assert_eq!(acks.owed.left, 0);
         assert_eq!(settle(&mut acks, 11), [6, 8, 9, 10, 11]);
@@ -496,15 +500,15 @@ mod tests {
     #[test]
     fn what_does_not_come_back_twice_is_gone() {
         let mut expired = acks(4, 2, 8);
-        assert_eq!(expired.judge(9), Verdict::Drop);
+        assert_eq!(expired.judge(9), DeliveryVerdict::Drop);
         expired.owed.pull_ended(true);
-        assert_eq!((expired.judge(9), expired.judge(10)), (Verdict::Keep, Verdict::Keep));
+        assert_eq!((expired.judge(9), expired.judge(10)), (DeliveryVerdict::Keep, DeliveryVerdict::Keep));
         assert_eq!(expired.owed.left, 0);
         let mut empty = acks(4, 2, 8);
         empty.owed.pull_ended(false);
         assert_eq!(empty.owed.left, 2);
         empty.owed.pull_ended(false);
-        assert_eq!((empty.owed.left, empty.judge(9)), (0, Verdict::Keep));
+        assert_eq!((empty.owed.left, empty.judge(9)), (0, DeliveryVerdict::Keep));
     }
 
     #[test]
@@ -512,12 +516,12 @@ mod tests {
         let mut acks = acks(4, 3, 8);
         // A leader that has just taken over and has no queue; another one, that delivers new messages first, twice.
         acks.owed.pull_ended(false);
-        assert_eq!(acks.judge(9), Verdict::Drop);
+        assert_eq!(acks.judge(9), DeliveryVerdict::Drop);
         acks.owed.pull_ended(true);
-        assert_eq!(acks.judge(10), Verdict::Drop);
+        assert_eq!(acks.judge(10), DeliveryVerdict::Drop);
         acks.owed.pull_ended(true);
         for seq in [6, 7, 8, 9, 10, 11] {
-            assert_eq!(acks.judge(seq), Verdict::Keep, "{seq}");
+            assert_eq!(acks.judge(seq), DeliveryVerdict::Keep, "{seq}");
         }
         assert_eq!(settle(&mut acks, 11), [6, 7, 8, 9, 10, 11]);
     }
@@ -525,11 +529,11 @@ mod tests {
     #[test]
     fn what_never_comes_back_in_order_is_an_error() {
         let mut acks = acks(4, 3, 8);
-        for seq in 9..9 + u64::from(PASSED_OVER) {
-            assert_eq!(acks.judge(seq), Verdict::Drop, "{seq}");
+        for seq in 9..9 + u64::from(MOST_SORTS) {
+            assert_eq!(acks.judge(seq), DeliveryVerdict::Drop, "{seq}");
             acks.owed.pull_ended(true);
         }
-        assert_eq!(acks.judge(20), Verdict::Wrong(13));
+        assert_eq!(acks.judge(20), DeliveryVerdict::Wrong(13));
         assert_eq!(settle(&mut acks, 20), [0; 0]);
     }
 

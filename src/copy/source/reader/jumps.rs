@@ -31,12 +31,12 @@ struct Jump {
     /// No message was delivered from here to the sequence before `to`.
     from: u64,
     to: u64,
-    asked: Option<Asked>,
+    asked: Option<JumpQuestion>,
     doubt: Option<Doubt>,
 }
 
 #[derive(Debug)]
-struct Asked {
+struct JumpQuestion {
     request: String,
     at: Instant,
 }
@@ -74,13 +74,13 @@ impl Jumps {
 
     /// Asks the leader for the first message that each jump may have skipped. For a single sequence, the answer has
     /// no message if all is well; for several, it has the next one in the stream.
-    pub(super) fn ask(&mut self, lane: &mut Lane, stream: &str, now: Instant) {
+    pub(super) fn ask_leader(&mut self, lane: &mut Lane, stream: &str, now: Instant) {
         for jump in self.open.iter_mut().take(ASKED_TOGETHER).filter(|jump| jump.is_due(now)) {
             let call = if jump.to - jump.from == 1 { message_call } else { message_from_call };
             let (what, body) = call(stream, jump.from);
             let subject = format!("{}.{what}", lane.api_prefix());
             let request = lane.send_request(&subject, body.to_string().as_bytes());
-            jump.asked = Some(Asked { request, at: now });
+            jump.asked = Some(JumpQuestion { request, at: now });
         }
     }
 

@@ -44,12 +44,12 @@ pub(in crate::copy) struct Pushed {
     /// Whether the consumer delivers all messages of the stream.
     all: bool,
     jumps: Jumps,
-    acks: Acks,
+    acks: FlowControlAcks,
 }
 
 /// Deliveries and acks.
 #[derive(Debug, Default)]
-struct Acks {
+struct FlowControlAcks {
     /// Everything in the stream up to here is settled.
     settled: u64,
     /// Delivered and not settled, ascending.
@@ -92,7 +92,7 @@ impl Pushed {
             delivered: Instant::now(),
             all: durable::filters(&info.config).is_empty(),
             jumps: Jumps::default(),
-            acks: Acks { settled: position, ..Acks::default() },
+            acks: FlowControlAcks { settled: position, ..FlowControlAcks::default() },
         }
     }
 
@@ -109,8 +109,8 @@ impl Pushed {
     }
 
     /// Asks the stream's leader about skipped sequences.
-    pub(in crate::copy) fn ask(&mut self, lane: &mut Lane) {
-        self.jumps.ask(lane, &self.stream, Instant::now());
+    pub(in crate::copy) fn ask_about_jumps(&mut self, lane: &mut Lane) {
+        self.jumps.ask_leader(lane, &self.stream, Instant::now());
     }
 
     pub(in crate::copy) fn take(&mut self) {
@@ -221,7 +221,7 @@ impl Pushed {
     }
 
     /// Whether everything that settled is acknowledged.
-    pub(in crate::copy) fn is_told(&self) -> bool {
+    pub(in crate::copy) fn is_acked(&self) -> bool {
         self.acks.told == self.acks.done.0
     }
 
@@ -248,7 +248,7 @@ fn silent(stream: &str, silence: Duration) -> Error {
     Error::retry(format!("consumer of stream `{stream}` is silent for {silence:?}"))
 }
 
-impl Acks {
+impl FlowControlAcks {
     /// Handles a delivery; returns whether it is to be copied.
     fn delivered(&mut self, seq: u64) -> bool {
         self.waiting.push_back(seq);
@@ -281,13 +281,13 @@ impl Acks {
 mod tests {
     use super::*;
 
-    fn asked(acks: &mut Acks, at: &str) {
+    fn asked(acks: &mut FlowControlAcks, at: &str) {
         acks.asked = Some(at.as_bytes().to_vec());
     }
 
     #[test]
     fn acks_are_sent_on_request_and_when_half_has_settled() {
-        let mut acks = Acks { settled: 10, ..Acks::default() };
+        let mut acks = FlowControlAcks { settled: 10, ..FlowControlAcks::default() };
         for seq in [11, 13, 14, 20] {
             assert!(acks.delivered(seq));
         }
@@ -306,7 +306,7 @@ mod tests {
 
     #[test]
     fn what_was_settled_before_is_not_copied_and_is_acknowledged() {
-        let mut acks = Acks { settled: 12, ..Acks::default() };
+        let mut acks = FlowControlAcks { settled: 12, ..FlowControlAcks::default() };
         assert!(!acks.delivered(11));
         assert!(!acks.delivered(12));
         assert!(acks.delivered(13));
@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_request_from_before_our_time_is_answered_at_once() {
-        let mut acks = Acks { settled: 12, ..Acks::default() };
+        let mut acks = FlowControlAcks { settled: 12, ..FlowControlAcks::default() };
         asked(&mut acks, "a");
         assert_eq!(acks.settle(12, 0), Some((b"a".to_vec(), (0, 0))));
         assert_eq!(acks.repeated, 0);

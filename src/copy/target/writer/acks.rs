@@ -110,17 +110,17 @@ async fn a_batch_that_two_streams_answer_settles_at_its_end_alone() {
         bench.send();
         bench.says(1, START).unwrap();
         bench.ends(11, 1).unwrap();
-        assert_eq!(bench.window.in_air(), 0);
+        assert_eq!(bench.window.in_flight(), 0);
         bench.send();
         bench.send();
         for _ in 0..answers {
             bench.says(1, START).unwrap();
         }
         bench.says(2, r#"{"type":"ack","seq":2,"msgs":500}"#).unwrap();
-        assert_eq!(bench.window.in_air(), 2 - settles);
+        assert_eq!(bench.window.in_flight(), 2 - settles);
         assert_eq!(bench.writer.ready(), answers == 1);
         bench.ends(13, 2).unwrap();
-        assert_eq!(bench.window.in_air(), 0);
+        assert_eq!(bench.window.in_flight(), 0);
     }
 }
 
@@ -133,7 +133,7 @@ async fn a_chain_that_ends_elsewhere_settles_nothing() {
         bench.says(1, START).unwrap();
         let error = bench.ends(wrong, 2).unwrap_err();
         assert!(error.message.contains(&format!("ended at target sequence {wrong}, not at 12")), "{}", error.message);
-        assert_eq!(bench.window.in_air(), 2);
+        assert_eq!(bench.window.in_flight(), 2);
     }
 }
 
@@ -143,13 +143,13 @@ async fn a_duplicate_without_a_place_settles_nothing() {
     let mut bench = Bench::new(Transport::Pipelined, TargetMode::Shared, None).await;
     bench.send();
     bench.says(1, r#"{"stream":"T","seq":0,"duplicate":true}"#).unwrap();
-    assert_eq!(bench.window.in_air(), 1);
+    assert_eq!(bench.window.in_flight(), 1);
     let error = bench.writer.outcome(&bench.window, bench.now, bench.now).unwrap_err();
     assert!(error.message.contains("not stored yet"), "{}", error.message);
     let mut bench = Bench::new(Transport::Pipelined, TargetMode::Shared, None).await;
     bench.send();
     bench.says(1, r#"{"stream":"T","seq":9,"duplicate":true}"#).unwrap();
-    assert_eq!(bench.window.in_air(), 0);
+    assert_eq!(bench.window.in_flight(), 0);
 }
 
 /// Another stream that listens on the subject refuses the message, and with it the batch.
