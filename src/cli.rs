@@ -95,7 +95,7 @@ fn ask(command: &Other) -> ExitCode {
         }
     };
     let verdict = runtime.block_on(command.run(&mut out));
-    // an answer that nobody gave yet is not waited for
+    // a pending answer is not waited for
     runtime.shutdown_background();
     let code = match verdict {
         Ok(Verdict::Good) => ExitCode::SUCCESS,

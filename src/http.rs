@@ -1,4 +1,4 @@
-//! Metrics and health over HTTP. Decides nothing: every answer is read from somebody else's state.
+//! Metrics and health over HTTP. Decides nothing: every answer is read from the state of other modules.
 
 use std::{io, net::SocketAddr, time::Duration};
 

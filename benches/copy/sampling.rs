@@ -95,7 +95,7 @@ pub(crate) async fn run(senders: u64) -> Result<()> {
     let source = Server::start(Role::Source).await?;
     let (target, control) = (Server::start(Role::Target).await?, Server::start(Role::Control).await?);
     let mut raw = Raw::connect(&source.url()).await?;
-    // A target of a copy that leaves out everything could not be made.
+    // With one subject, the sampled copy would skip everything, and its target could not be created.
     raw.create_stream(STREAM, json!({"subjects": ["nodes", "others"]})).await?;
     let mut service = Service::builder(&control.url(), "BENCH").instance("bench").start().await?;
     let client = connect(&control.url()).await?;
@@ -161,7 +161,7 @@ pub(crate) async fn run(senders: u64) -> Result<()> {
     println!("  cold start: {:.1} s until it runs", begin.elapsed().as_secs_f64());
     let usage = service.usage();
     println!("  resident memory {:.0} MiB, at its peak {:.0} MiB", mib(usage.rss), mib(usage.rss_peak));
-    ensure!(service.stop().await?.success(), "stopped in order");
+    ensure!(service.stop().await?.success(), "stopped gracefully");
     Ok(())
 }
 

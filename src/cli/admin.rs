@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{
     client::{Client, Reply},
     error::{Error, Verdict},
-    global::Global,
+    global::{Global, bucket_prefix},
     output::{Colour, Output, Table, clean},
     stored::{self, Stored},
     words::{When, bytes, parse_time, parse_when, seconds, time},
@@ -96,11 +96,6 @@ struct WatchArgs {
 
     #[command(flatten)]
     global: Global,
-}
-
-fn bucket_prefix(text: &str) -> Result<String, String> {
-    names::check_bucket_prefix(text).map_err(|right| format!("it must be {right}"))?;
-    Ok(text.to_owned())
 }
 
 impl Args {

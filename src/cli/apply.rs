@@ -34,7 +34,7 @@ const PARALLEL: usize = 16;
 /// Everything is read and checked before anything is changed. Each change is shown, secrets as `***`, and is made only
 /// to the revision that it was compared with.
 ///
-/// Stored secrets are not shown to anybody, so a document with a secret that looks equal is sent all the same: the
+/// Stored secrets are never shown, so a document with a secret that looks equal is sent all the same: the
 /// service compares the secret and leaves an equal document alone. A dry run cannot know and says so. A `***` in a URL
 /// keeps the stored secret.
 #[derive(Debug, clap::Args)]

@@ -111,7 +111,7 @@ impl Client {
         let refused = |said: &String| said.to_lowercase().contains("permissions violation for subscription");
         match refusal.wait_for(refused).await {
             Ok(said) => clean(&said),
-            // Nobody will say anything any more.
+            // No more answers can arrive.
             Err(_) => std::future::pending().await,
         }
     }

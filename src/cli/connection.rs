@@ -186,7 +186,7 @@ fn told(error: FieldError) -> String {
     format!("`{flag}` (or `{variable}`): {}", error.message)
 }
 
-/// A command for tests whose flags are not read from the environment of whoever runs them.
+/// A command for tests whose flags are not read from the environment of the test run.
 #[cfg(test)]
 pub(super) fn without_environment(command: clap::Command) -> clap::Command {
     command.mut_args(|argument| argument.env(clap::builder::Resettable::Reset))

@@ -1,4 +1,4 @@
-//! `stream-replicator config edit`: the document in an editor, and back if nobody else changed it meanwhile.
+//! `stream-replicator config edit`: the document in an editor, and back unless it was changed meanwhile.
 
 use std::{env, fs, io::Write, path::Path, process::Command};
 

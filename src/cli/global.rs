@@ -1,4 +1,4 @@
-//! What all commands that ask the service have in common.
+//! Flags of all commands that ask the service, and the names that flags take.
 
 use super::connection::Asking;
 use crate::names;
@@ -26,6 +26,20 @@ pub(super) struct Global {
 }
 
 fn prefix(text: &str) -> Result<String, String> {
-    names::check_prefix(text).map_err(|right| format!("it must be {right}"))?;
+    checked(text, names::check_prefix)
+}
+
+/// Name of a site.
+pub(super) fn site(text: &str) -> Result<String, String> {
+    checked(text, names::check_token)
+}
+
+/// Prefix of the names of buckets.
+pub(super) fn bucket_prefix(text: &str) -> Result<String, String> {
+    checked(text, names::check_bucket_prefix)
+}
+
+fn checked(text: &str, check: fn(&str) -> Result<(), &'static str>) -> Result<String, String> {
+    check(text).map_err(|right| format!("it must be {right}"))?;
     Ok(text.to_owned())
 }

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout_at};
 use super::{
     client::Client,
     error::{Error, Verdict},
-    global::Global,
+    global::{Global, bucket_prefix, site},
     output::Output,
 };
 use crate::{
@@ -87,16 +87,6 @@ struct BucketArgs {
 
     #[command(flatten)]
     global: Global,
-}
-
-fn site(text: &str) -> Result<String, String> {
-    names::check_token(text).map_err(|right| format!("it must be {right}"))?;
-    Ok(text.to_owned())
-}
-
-fn bucket_prefix(text: &str) -> Result<String, String> {
-    names::check_bucket_prefix(text).map_err(|right| format!("it must be {right}"))?;
-    Ok(text.to_owned())
 }
 
 impl Args {

@@ -73,7 +73,7 @@ pub(super) async fn each(args: &IdsArgs, endpoint: &str, done: &str, out: &mut O
 
 pub(super) async fn stepdown(args: &IdsArgs, out: &mut Output) -> Result<Verdict, Error> {
     all(args, "stepdown", out, |stepped: &SteppedDown| {
-        let to = stepped.to.as_deref().unwrap_or("nobody yet");
+        let to = stepped.to.as_deref().unwrap_or("no instance yet");
         format!("{}: handed over, {} -> {to}", stepped.replication, stepped.from)
     })
     .await

@@ -91,7 +91,7 @@ impl Rates {
         let passed = self.at.map(|at| now.duration_since(at).as_secs_f64()).filter(|passed| *passed > 0.0);
         let rate = |row: &Row| {
             let (epoch, copied) = self.before.get(&row.replication)?;
-            // counters begin anew with each leader
+            // counters restart with each leader
             let more = row.copy.counters.copied.checked_sub(*copied).filter(|_| *epoch == row.epoch)?;
             Some(more as f64 / passed?)
         };

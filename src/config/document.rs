@@ -314,7 +314,7 @@ struct SideFields<'a> {
 }
 
 /// Collects problems while the fields are read one by one; a field with a problem reads as `None` or a default,
-/// which nobody sees, because a document with a problem is refused.
+/// which is never shown, because a document with a problem is refused.
 struct Checker {
     problems: Vec<Problem>,
     /// Where the sides are, as far as that can be read.

@@ -180,15 +180,15 @@ pub enum Start {
     Time(DateTime<Utc>),
 }
 
-/// Who else may write to the target stream.
+/// Whether other writers may publish to the target stream.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Sharing {
-    /// Nobody, until it turns out that somebody does.
+    /// Exclusive until another writer is detected, then shared.
     #[default]
     Auto,
-    /// Nobody: who does stops the copy.
+    /// No other writer: one that is detected stops the copy.
     Exclusive,
-    /// Anybody.
+    /// Any other writer.
     Shared,
 }
 

@@ -59,7 +59,7 @@ impl Schema {
                     let field = property.as_str().unwrap_or_default();
                     findings.problems.push(Problem::new(join(path, field), format!("`{field}` is required")));
                 }
-                // "One of two fields": whoever reads the fields has better words.
+                // "One of two fields": the reader of the fields has a better message.
                 ValidationErrorKind::AnyOf { .. } => {}
                 ValidationErrorKind::Pattern { .. } => findings.patterns.push(explain(&error)),
                 _ => findings.problems.push(explain(&error)),
@@ -145,7 +145,7 @@ fn choice(options: &Value) -> String {
     }
 }
 
-/// A value in a message: short, and never a secret, wherever in the document somebody put it.
+/// A value in a message: short, and never a secret, wherever in the document it was written.
 fn show(value: &Value) -> Cow<'static, str> {
     match value {
         Value::Object(_) => "an object".into(),

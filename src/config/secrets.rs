@@ -39,7 +39,7 @@ fn heartbeats() -> Kind {
 }
 
 /// A document without its secrets. Documents that people wrote by hand may be anything: of a field that no document
-/// has (it may be a password that somebody thought to belong here) no text and no number is shown.
+/// has (it may be a password that was written in the wrong place) no text and no number is shown.
 pub fn mask_document(document: &Value) -> Value {
     replication().mask(document)
 }

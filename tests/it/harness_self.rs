@@ -322,7 +322,7 @@ async fn half_open_connections_stay_open_and_never_recover() -> Result<()> {
             assert_eq!(silent(&mut late_server).await, hangs, "{directions:?}, {newcomers:?}, {during}");
             pipe.proxy.resume();
         }
-        // Nor is the other end told.
+        // Nor does the other end get a sign.
         drop(client);
         assert_eq!(silent(&mut server).await, lost(Direction::ToServer), "{directions:?}");
         let (mut client, mut server) = pipe.connect().await?;

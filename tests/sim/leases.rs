@@ -1,6 +1,6 @@
 //! The rules of leases alone: several instances whose clocks differ, one bucket, and between them messages that are
-//! late or lost, partitions, processes that freeze, crash and begin anew. What is checked is what leases are for: once
-//! somebody has acted with an epoch nobody acts with a smaller one, and when the faults are over everything runs.
+//! late or lost, partitions, processes that freeze, crash and restart. It checks the purpose of leases: once
+//! an instance has acted with an epoch no instance acts with a smaller one, and when the faults are over everything runs.
 
 use std::{
     cmp::Reverse,
@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 const INSTANCES: usize = 4;
 const TTL: Duration = Duration::from_secs(3);
-/// So long faults happen, and so long everything may take to be in order again.
+/// How long faults happen, and the deadline for everything to run again.
 const TROUBLE: Duration = Duration::from_secs(120);
 const CALM: Duration = Duration::from_secs(200);
 
@@ -35,7 +35,7 @@ enum Step {
     Poll(usize, u64),
     /// A change reaches a process that began as often.
     Reaches(usize, u32, News),
-    /// What became of an operation; the first that is told counts.
+    /// The result of an operation; the first that is reported counts.
     Answered(usize, u32, u64, News),
     /// A request reaches the bucket.
     Asked(usize, u32, u64, Request),
@@ -88,7 +88,7 @@ struct Process {
     /// Somebody removed its session by hand: until it hears of that, or stops by itself, it acts beside its successor, and
     /// only the fence is between them.
     removed: Option<Duration>,
-    /// How often it has heard that the bucket was made anew.
+    /// How often it has heard that the bucket was recreated.
     heard: u32,
 }
 
@@ -101,9 +101,9 @@ struct World {
     count: u64,
     revision: u64,
     bucket: BTreeMap<String, (u64, Value)>,
-    /// How often it was made anew.
+    /// How often it was recreated.
     made: u32,
-    /// When it was made anew last.
+    /// When it was recreated last.
     remade: Option<Duration>,
     all: Vec<Process>,
     ids: Vec<String>,
@@ -206,7 +206,7 @@ impl World {
                     if self.all[at].frozen {
                         self.after(Duration::ZERO, Step::Thaws(at));
                     }
-                    // What was lost meanwhile is told again, as a watch does that was opened anew.
+                    // Lost deliveries are repeated, as a watch does that was opened again.
                     self.tell_all(at);
                 }
             }
@@ -306,7 +306,7 @@ impl World {
                 if !process.alive || process.began != began || process.runs.get(&id) != Some(&epoch) {
                     return Ok(());
                 }
-                // As a tenure does: the clock is asked before each step.
+                // As a grant does: the clock is checked before each step.
                 let holds = process.machine.until().is_some_and(|until| self.clock(at) < until);
                 if holds {
                     self.acts(at, &id, epoch)?;
@@ -397,7 +397,7 @@ impl World {
                 self.all[at].removed = Some(self.now);
             }
             5 => {
-                // The bucket is made anew: nothing is in it, and its revisions begin at 1.
+                // The bucket is recreated: it is empty, and its revisions begin at 1.
                 (self.bucket, self.revision) = (BTreeMap::new(), 0);
                 self.made += 1;
                 self.remade = Some(self.now);
@@ -415,7 +415,7 @@ impl World {
         self.bucket.insert(key.clone(), (revision, value.clone()));
         for at in 0..self.all.len() {
             let began = self.all[at].began;
-            // A watch delivers in order: none overtakes another by much, and what is lost is told again later.
+            // A watch delivers in order: no delivery overtakes another by much, and lost ones are repeated later.
             self.send(at, Step::Reaches(at, began, News::Changed(self.made, key.clone(), revision, value.clone())));
         }
         revision
@@ -438,7 +438,7 @@ impl World {
                     _ => None,
                 };
                 let first = revision == 0;
-                // It stands on what was read before: what a process sent that is gone does not come behind its successor.
+                // It depends on an earlier read: a write of a process that is gone does not arrive after its successor.
                 let late = began < self.all[at].began
                     && found.as_ref().is_some_and(|found| found.session == self.all[at].record.session);
                 match found {
@@ -486,7 +486,7 @@ impl World {
         let now = self.clock(at);
         let Process { machine, heard, .. } = &mut self.all[at];
         match news {
-            // A watch tells nothing of the bucket of before when it has told of the new one.
+            // A watch delivers nothing of the former bucket once it has delivered from the new one.
             News::Changed(made, ..) if made < *heard => {}
             News::Changed(made, key, revision, value) => {
                 if made > std::mem::replace(heard, made) {

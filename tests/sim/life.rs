@@ -1,5 +1,5 @@
-//! What a supervisor does with one replication while its lease is ours: claim, run, back off, pause, leave out what
-//! people want left out. The lease is that of the product.
+//! The work of a supervisor with one replication while its lease is ours: claim, run, back off, pause, skip messages by
+//! request. The lease is the product's.
 
 use std::{
     fmt::Display,
@@ -110,7 +110,7 @@ impl Scene {
         PositionStore::new(Arc::new(self.reached_by(me, &self.keys)))
     }
 
-    /// One life of a process: leases, and what runs under them, until it is asked to end.
+    /// One process: leases, and what runs under them, until it is asked to end.
     pub async fn live(self: Arc<Self>, which: usize, hands: Arc<Hands>) {
         let me = Me { instance: INSTANCES[which], ttl_ms: self.plan.ttls[which], hands: hands.clone() };
         let identity = Identity {
@@ -273,7 +273,7 @@ impl Scene {
                     ErrorKind::Retry => backoff.next(self.chance()),
                 };
                 let _ = timeout(delay, interrupted()).await;
-                // Somebody looks at what is held, and wants it left out.
+                // An operator sees the message that blocks the copy, and skips it.
                 if let Some(message) = error.poison {
                     let mut release = self.release.lock().expect("release");
                     if *release != Some(message) {

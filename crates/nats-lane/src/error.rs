@@ -4,7 +4,7 @@ use serde::Deserialize;
 
 use crate::parser::ParseError;
 
-/// What the caller can do about an error.
+/// The way in which a caller can react to an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorKind {
     /// It is transient: connect again and continue.
@@ -29,7 +29,7 @@ pub struct Error {
     pub kind: ErrorKind,
     /// What happened, with the server or the stream named.
     pub message: String,
-    /// The JetStream error behind it, if there is one.
+    /// The JetStream error that caused it, if there is one.
     pub api: Option<ApiError>,
 }
 
@@ -60,7 +60,7 @@ impl Error {
         [CLOSED, "reset by peer", "broken pipe"].iter().any(|words| self.message.to_ascii_lowercase().contains(words))
     }
 
-    /// Whether the JetStream error behind it has this `err_code`.
+    /// Whether the JetStream error that caused it has this `err_code`.
     pub fn is_api(&self, err_code: u32) -> bool {
         self.api.as_ref().is_some_and(|api| api.err_code == err_code)
     }

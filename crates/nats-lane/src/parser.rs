@@ -1,7 +1,7 @@
 //! The server's half of the NATS client protocol, parsed in place: no allocation per message, nothing is copied.
 //!
-//! [`parse`] looks at the bytes received so far and reports every complete message as offsets into them.
-//! Header blocks are not interpreted: what a server stored is handed on byte for byte.
+//! [`parse`] takes the bytes received so far and returns every complete message as offsets into them.
+//! Header blocks are not interpreted: they are passed on byte for byte, as a server stored them.
 
 use std::ops::Range;
 

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::harness::raw::wait_messages;
 use crate::harness::{LIMIT, Outgoing, PROMPT, Site, timed, wait_for};
 
-/// A site whose target takes the subjects of `stream` also behind the prefix `east`.
+/// A site whose target takes the subjects of `stream` also after the prefix `east`.
 async fn with_target(stream: &str, messages: u64) -> Result<Site> {
     let site = Site::small().await?;
     site.filled(stream, messages).await?;
@@ -59,7 +59,7 @@ async fn put_edit_and_delete_take_effect_within_a_second() -> Result<()> {
     println!("started in {started:?}, changed in {changed:?}, stopped in {stopped:?}");
     assert!(started.max(changed).max(stopped) < PROMPT, "{started:?} {changed:?} {stopped:?}");
 
-    // It goes on where it was.
+    // It continues from its position.
     site.publish("ORDERS", 1..=1).await?;
     site.put("ORDERS", edited.to_string()).await?;
     let row = site.settled("ORDERS", 11).await?;
@@ -90,7 +90,7 @@ async fn garbage_keeps_what_runs_and_is_told() -> Result<()> {
     site.copied("ORDERS", 10).await?;
     assert_eq!(events.kinds("ORDERS"), ["config-rejected"; 3], "the run was touched");
 
-    // What is stored can be looked at, and put right by request.
+    // Stored documents can be read, and repaired by request.
     let shown = site.ask("config.get", "ORDERS").await?.body;
     assert_eq!((&shown["config"], shown["problems"].as_array().map(Vec::len)), (&Value::Null, Some(1)), "{shown}");
     let fixed = site.send("config.update", site.document_with("ORDERS", json!({"max_age": "1h"}))).await?;
@@ -218,7 +218,7 @@ async fn an_unreadable_position_is_reported_and_not_overwritten() -> Result<()> 
     assert_eq!((&row["state"], &row["leader"]), (&json!("retrying"), &Value::Null), "{row}");
     assert_eq!(positions.get("ORDERS").await?.as_deref(), Some(b"garbage".as_slice()));
 
-    // As the message says: without the record the position is found anew.
+    // As the message says: without the record the position is determined again.
     positions.delete("ORDERS").await?;
     site.publish("ORDERS", 1..=5).await?;
     site.settled("ORDERS", 10).await?;
@@ -230,10 +230,10 @@ async fn an_unreadable_position_is_reported_and_not_overwritten() -> Result<()> 
 #[derive(Clone, Copy, PartialEq)]
 enum Last {
     Valid,
-    /// Behind a valid document.
+    /// After a valid document.
     Garbage,
     Deleted,
-    /// Behind a deletion.
+    /// After a deletion.
     Again,
     /// A document that belongs under another key, and before it nothing else either.
     Wrong,

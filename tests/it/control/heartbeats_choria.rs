@@ -70,7 +70,7 @@ impl Broker {
         Ok(broker)
     }
 
-    /// From now on with this nonce; who is there has to come again.
+    /// From now on with this nonce; every client has to connect again.
     fn restart(&self, nonce: &str) {
         nonce.clone_into(&mut self.nonce.lock().expect("nonce"));
         std::mem::take(&mut *self.cut.lock().expect("cut")).cancel();
@@ -80,7 +80,7 @@ impl Broker {
         self.heard.lock().expect("heard").clone()
     }
 
-    /// Waits for a connection behind the first `known` on which something was published.
+    /// Waits for a connection after the first `known` on which something was published.
     async fn beats(&self, known: usize) -> Result<Heard> {
         let beats = async || self.heard().into_iter().skip(known).find(|heard| !heard.published.is_empty());
         wait_value("a heartbeat", LIMIT, beats).await.with_context(|| format!("{:?}", self.heard()))
@@ -178,7 +178,7 @@ async fn a_token_is_read_and_signed_for_every_connection() -> Result<()> {
     let inbox = "choria.reply.3f7c3a791b0eb10da51dca4cdedb9418.";
     assert!(heard.subscriptions.iter().all(|subject| subject.starts_with(inbox)), "{:?}", heard.subscriptions);
 
-    // What no broker would take is not sent, is told, and is tried again until it is right.
+    // A configuration that no broker would take is not sent, is reported, and is tried again until it is right.
     for (text, expect) in [
         (client(1_577_836_800), "expired at 2020-01-01T00:00:00Z"),
         (token(json!({"purpose": "choria_provisioning", "exp": NEVER})), "the purpose of the token in"),

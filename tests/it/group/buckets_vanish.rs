@@ -245,7 +245,7 @@ async fn senders_are_written_again_into_a_new_bucket() -> Result<()> {
     for name in ["n1", "n2", "n3"] {
         key_is(&site, "REPLICATOR_STATE", &format!("NODES.{name}"), |value| value["copied"].is_string()).await?;
     }
-    // Nobody is new, also behind a restart.
+    // No sender is new, not even after a restart.
     site.stop().await?;
     site.service.restart().await?;
     source.publish_all(["n1", "n2", "n3", "n4"].map(node)).await?;
@@ -288,7 +288,7 @@ async fn an_invalid_document_of_an_old_bucket_is_over_in_the_new() -> Result<()>
     }
     site.put("ORDERS", "garbage").await?;
     let invalid = |row: &Value| row["last_error"]["kind"] == "invalid" && row["last_error"]["current"] == true;
-    site.row_when("ORDERS", "tells of the document", invalid).await?;
+    site.row_when("ORDERS", "reports the document", invalid).await?;
     delete(&site, "REPLICATOR_CONFIG").await?;
     let config = jetstream::kv::Config { bucket: "REPLICATOR_CONFIG".into(), history: 10, ..Default::default() };
     jetstream::new(site.client.clone()).create_key_value(config).await?;

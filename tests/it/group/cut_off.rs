@@ -145,7 +145,7 @@ async fn late_messages(in_the_middle: bool) -> Result<()> {
     pair.publish(101, 3_100).await?;
     for stream in STREAMS {
         let sent = |row: &Value| row["in_flight"]["messages"].as_u64() > Some(0);
-        pair.site.row_when(stream, "has messages in the air", sent).await.with_context(|| pair.logs())?;
+        pair.site.row_when(stream, "has messages in flight", sent).await.with_context(|| pair.logs())?;
     }
     pair.hand_over("one").await?;
     if !in_the_middle {

@@ -17,7 +17,7 @@ use crate::harness::{LIMIT, Outgoing, Raw, Site, secrets, wait_for};
 
 /// The design's "within 3 s".
 const ANSWER: Duration = Duration::from_secs(3);
-/// Requests in the air at once.
+/// Requests in flight at once.
 const AT_ONCE: usize = 64;
 /// Replications that the requests may be about; the rest is to be left alone.
 const PLAYGROUND: [&str; 4] = ["PLAY", "PLAY.second", "MISSING", "NOWHERE"];

@@ -21,7 +21,7 @@ const MEMORY: u64 = 200 << 20;
 const ANSWER: Duration = Duration::from_millis(500);
 /// All of them run within this after the start of the process.
 const ALL_RUN: Duration = Duration::from_secs(60);
-/// So long the CPU time is watched.
+/// How long the CPU time is measured.
 const WATCHED: Duration = Duration::from_secs(10);
 
 #[tokio::test]

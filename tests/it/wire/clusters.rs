@@ -138,11 +138,11 @@ async fn all_servers_of_the_source_are_restarted() -> Result<()> {
     copies.verify().await
 }
 
-/// While nobody leads, and for some seconds after its start, a server answers for a stream from what it has.
+/// While a stream has no leader, and for some seconds after its start, a server answers for the stream from its own state.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_target_server_that_lost_its_disk_is_not_believed() -> Result<()> {
     let mut copies = cluster_at_target().await?;
-    // The streams' first leaders are those that answer for them when they start anew.
+    // The streams' first leaders are the servers that answer for them after the restart.
     let leader = copies.target.leader("EXCLUSIVE").await.expect("a leader");
     copies.target.end(leader, End::Killed).await?;
     copies.target.servers[leader].wipe()?;

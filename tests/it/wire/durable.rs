@@ -39,7 +39,7 @@ fn message(i: u64) -> Outgoing {
     if lines.is_empty() { message } else { message.with_lines(lines) }
 }
 
-/// All that a stream holds, message by message: a work queue takes no consumer for a look.
+/// All messages of a stream, one by one: a work queue takes no consumer for reading.
 async fn snapshot(raw: &mut Raw, stream: &str) -> Result<Vec<Stored>> {
     snapshot_from(raw, stream, 1).await
 }
@@ -158,13 +158,13 @@ async fn twenty_kills(way: Way) -> Result<()> {
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
     let mut site = Site::builder().args(["--instance", "one"]).start().await?;
-    // Few in the air, so that the copy takes long enough to be disturbed.
+    // Few in flight, so that the copy takes long enough to be disturbed.
     let all = prepare(&site, way, COUNT, json!({"limits": {"messages_in_flight": 500}})).await?;
     resume(&site).await?;
     for kill in 1..=KILLS {
         // At a random count in this kill's share of the copy: early, late and in between.
         let at = (COUNT * kill / (KILLS + 2)).saturating_sub(random.random_range(0..COUNT / 40));
-        let goes_on = wait_for("the copy to go on", LONG, async || at_target(&site).await >= at).await;
+        let goes_on = wait_for("the copy to continue", LONG, async || at_target(&site).await >= at).await;
         goes_on.with_context(|| site.service.log())?;
         site.service.kill()?;
         site.service.restart().await?;
@@ -213,7 +213,7 @@ async fn an_interest_stream_keeps_messages_of_other_consumers() -> Result<()> {
     resume(&site).await?;
     site.settled("Q", 2_000).await?;
     acknowledged(&mut raw, 2_000).await?;
-    // What lies there is neither copied again nor lost sight of, whatever is read anew.
+    // Messages there are neither copied again nor forgotten, whatever is read again.
     site.service.kill()?;
     site.service.restart().await?;
     all.extend(fill(&mut raw, 2_001..=2_100).await?);
@@ -261,7 +261,7 @@ async fn servers_go(way: Way) -> Result<()> {
     resume(&site).await?;
     for (share, what) in ["source", "target", "source", "source in order"].into_iter().enumerate() {
         let at = COUNT * (share as u64 + 1) / 6;
-        wait_for("the copy to go on", LONG, async || at_target(&site).await >= at).await?;
+        wait_for("the copy to continue", LONG, async || at_target(&site).await >= at).await?;
         match what {
             "target" => {
                 site.target.kill()?;
@@ -301,7 +301,7 @@ async fn cuts(way: Way) -> Result<()> {
     resume(&site).await?;
     for cut in 1..=8 {
         let at = COUNT * cut / 10;
-        wait_for("the copy to go on", LONG, async || at_target(&site).await >= at).await?;
+        wait_for("the copy to continue", LONG, async || at_target(&site).await >= at).await?;
         if cut % 2 == 0 { target.drop_connections() } else { source.drop_connections() }
     }
     finish(&site, &all).await
@@ -329,7 +329,7 @@ async fn leaders_step_down(choria: bool) -> Result<()> {
     site.add("Q", json!({"source_url": cluster.url(), "limits": {"messages_in_flight": 500}})).await?;
     for step in 1..=4 {
         let at = COUNT * step / 6;
-        wait_for("the copy to go on", LONG, async || at_target(&site).await >= at).await?;
+        wait_for("the copy to continue", LONG, async || at_target(&site).await >= at).await?;
         if step % 2 == 0 {
             cluster.step_down("Q").await?;
         } else {
@@ -367,7 +367,7 @@ async fn pauses_stops_and_starts_in_order_leave_nothing_behind() -> Result<()> {
         ensure!(copied < COUNT, "the pause came too late to tell anything");
         assert!(consumer(&mut site.source().await?, "Q", "SR_TEST").await?["config"]["durable_name"].is_string());
         resume(&site).await?;
-        wait_for("the copy to go on", LONG, async || at_target(&site).await >= COUNT / 3).await?;
+        wait_for("the copy to continue", LONG, async || at_target(&site).await >= COUNT / 3).await?;
         site.stop().await?;
         let stored = at_target(&site).await;
         ensure!(stored < COUNT, "the stop came too late to tell anything");
@@ -433,7 +433,7 @@ async fn a_consumer_that_lets_one_message_wait_for_its_ack_is_enough() -> Result
     Ok(())
 }
 
-/// Somebody filters our consumer behind our back, and another consumer keeps what it passes over.
+/// Another client filters our consumer, and another consumer keeps the messages that it then passes over.
 #[tokio::test]
 async fn messages_that_the_consumer_skipped_are_copied_in_order() -> Result<()> {
     let site = Site::start().await?;
@@ -667,7 +667,7 @@ async fn target_is_worked_off(retention: &str, batched: bool) -> Result<()> {
     let (url, work) = (site.target.url(), async {
         site.add("Q", json!({"limits": {"messages_in_flight": 200}})).await?;
         for kill in 1..=4 {
-            wait_for("the copy to go on", LONG, async || count() >= COUNT * kill / 6).await?;
+            wait_for("the copy to continue", LONG, async || count() >= COUNT * kill / 6).await?;
             site.service.kill()?;
             site.service.restart().await?;
         }

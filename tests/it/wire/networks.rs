@@ -1,5 +1,5 @@
 //! Networks fail between the service and its servers: connections end anywhere, go silent, or are slow. Every message
-//! once, in order, and the copy goes on by itself.
+//! once, in order, and the copy continues by itself.
 
 use std::time::{Duration, Instant};
 
