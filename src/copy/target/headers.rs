@@ -20,7 +20,8 @@ pub struct Allowed {
     pub ttl: bool,
     /// `Nats-Rollup: sub` (`allow_rollup_hdrs` of both streams).
     pub rollup_subject: bool,
-    /// `Nats-Rollup: all`: right only where everything of the source and nothing else lies at the target.
+    /// `Nats-Rollup: all`: right only where everything of the source and nothing else is at the target, so only at one that
+    /// was created for this copy.
     pub rollup_all: bool,
 }
 
