@@ -91,9 +91,9 @@ impl AllowList {
 
     /// [`config::parse`] under this list.
     pub fn parse(&self, json: &[u8], site: &str) -> Result<Replication, Problems> {
-        let json = Json::read(json)?;
+        let json = Json::read(json).map_err(Problems::bounded)?;
         let result = self.parse_value(&json.value, site);
-        json.checked(result)
+        json.checked(result).map_err(Problems::bounded)
     }
 
     /// [`config::parse_value`] under this list.

@@ -232,6 +232,6 @@ async fn changed(stored: &mut watch::Receiver<Option<Stored>>) {
 
 impl RefusedHeartbeats {
     fn new(revision: u64, document: Value, problems: Problems) -> Self {
-        Self { revision, document, problems: problems.0 }
+        Self { revision, document, problems: problems.bounded().0 }
     }
 }

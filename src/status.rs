@@ -478,12 +478,12 @@ impl LastError {
     /// All that `kind` can be.
     pub const KINDS: [&str; 4] = ["retry", "hold", "superseded", "invalid"];
 
-    /// One of these kinds that happens now and is about no message.
+    /// One of these kinds that happens now and is about no message. What is too long for a row is cut.
     pub fn now(kind: &str, message: &str) -> Self {
         Self {
             at: entropy::now(),
             kind: kind.to_owned(),
-            message: message.to_owned(),
+            message: shortened(message),
             current: true,
             source_seq: None,
             source_time_ns: None,
@@ -493,6 +493,16 @@ impl LastError {
     /// What a copy that runs proves to be over: everything but a wrong document.
     pub fn ran(&mut self) {
         self.current &= self.kind == "invalid";
+    }
+}
+
+/// Bytes of the text of an error in a row, at most. A row is saved and shown with others in one message.
+const LONGEST_ERROR: usize = 4096;
+
+fn shortened(text: &str) -> String {
+    match text.len() {
+        0..=LONGEST_ERROR => text.to_owned(),
+        length => format!("{}... ({length} bytes)", &text[..text.floor_char_boundary(LONGEST_ERROR)]),
     }
 }
 

@@ -22,6 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, error};
 
 use super::api::{ErrorReply, Failure};
+use crate::names;
 
 /// Queue group of the endpoints that only one instance answers.
 const QUEUE_GROUP: &str = "q";
@@ -361,6 +362,10 @@ fn error_reply(mut failure: Failure, max_payload: usize) -> (HeaderMap, Vec<u8>)
     let mut headers = HeaderMap::new();
     headers.insert("Nats-Service-Error", header_value(&failure.description));
     headers.insert("Nats-Service-Error-Code", header_value(&failure.code.to_string()));
+    if failure.code == 408 {
+        // The clock of the sender may be behind ours: with this it can say what it means.
+        headers.insert(names::TIME_HEADER, header_value(&Utc::now().timestamp_millis().to_string()));
+    }
     loop {
         let body = serde_json::to_vec(&ErrorReply { error: failure.clone() }).unwrap_or_default();
         if body.len() + HEADERS <= max_payload || failure.problems.is_empty() {

@@ -13,7 +13,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use nats_lane::{
-    Batch, Dial, Error, ErrorKind, Lane, Message, Turn, backoff::Backoff, entropy as chance, headers,
+    Batch, Dial, Error, ErrorKind, Lane, Message, Turn, backoff::Backoff, entropy as chance, excerpt, headers,
     jetstream::PublishAck, parser::number,
 };
 use tokio::time::{Duration, Instant};
@@ -346,9 +346,10 @@ impl Post {
         if !std::mem::replace(&mut self.refusing, true) {
             let (replication, event) = (&self.replication, kind.name());
             warn!(replication, event, "advisories are refused, the copy continues: {why}");
-            self.events.push(Event::AdvisoryRefused { advisory: kind.name().to_owned(), message: why.clone() });
+            self.events
+                .push(Event::AdvisoryRefused { advisory: kind.name().to_owned(), message: excerpt(&why).into_owned() });
         }
-        status.advisory_error = Some(why);
+        status.advisory_error = Some(excerpt(&why).into_owned());
     }
 
     /// The connection ended, or there was none.
@@ -399,7 +400,7 @@ impl Post {
         if !std::mem::replace(&mut self.failing, true) {
             warn!(replication = self.replication, "advisories are not confirmed, trying again: {why}");
         }
-        status.advisory_error = Some(why.to_owned());
+        status.advisory_error = Some(excerpt(why).into_owned());
     }
 
     fn take_back(&mut self, senders: &mut Senders, now: Instant) {

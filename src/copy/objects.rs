@@ -21,6 +21,9 @@ use crate::config::Mapping;
 /// A request without an answer is repeated after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
+/// Longest nuid that the target is asked about. Those of clients have 22 characters.
+const LONGEST_NUID: usize = 128;
+
 /// Objects whose chunks were sent and whose description has not come; beyond that, the target is asked.
 const MAX_OPEN: usize = 4_096;
 
@@ -75,6 +78,11 @@ impl Objects {
         let Ok(Description { name, nuid, chunks, deleted }) = serde_json::from_slice(payload) else {
             return Pass::Send;
         };
+        // Whoever may publish a description chooses its nuid. The target is only asked about one subject, in a short request: a
+        // pattern or an endless name could end each run.
+        if !is_token(&nuid) {
+            return Pass::Send;
+        }
         if deleted || chunks == 0 || self.sent.get(nuid.as_bytes()) == Some(&chunks) {
             return Pass::Send;
         }
@@ -182,11 +190,18 @@ impl Gate {
         }
         let info: Value = decode(answer.payload).map_err(wrong)?;
         let counts = info.pointer("/state/subjects").and_then(Value::as_object);
-        let found = counts.into_iter().flat_map(|counts| counts.values()).filter_map(Value::as_u64).sum();
+        let counts = counts.into_iter().flat_map(|counts| counts.values()).filter_map(Value::as_u64);
+        let found = counts.fold(0, u64::saturating_add);
         self.objects.answered(&question.chunks, found);
         self.question = None;
         Ok(())
     }
+}
+
+/// Whether a nuid is one token of a subject.
+fn is_token(nuid: &str) -> bool {
+    let is_legal = |c: char| !(c.is_whitespace() || c.is_control() || ".*>".contains(c));
+    !nuid.is_empty() && nuid.len() <= LONGEST_NUID && nuid.chars().all(is_legal)
 }
 
 /// Bucket, kind and the rest of a subject of an object store.
@@ -247,6 +262,12 @@ mod tests {
         for (subject, payload) in [
             (META, description("x", 0, false)),
             (META, description("x", 5, true)),
+            (META, description(">", 5, false)),
+            (META, description("*", 5, false)),
+            (META, description("a.b", 5, false)),
+            (META, description("a b", 5, false)),
+            (META, description("", 5, false)),
+            (META, description(&"x".repeat(LONGEST_NUID + 1), 5, false)),
             (META, b"not json".to_vec()),
             (b"$KV.b.M.key".as_slice(), description("x", 5, false)),
             (b"$O.b".as_slice(), Vec::new()),

@@ -152,7 +152,7 @@ impl<'a> Opener<'a> {
             clock.hear(&heard(sent, Instant::now(), again));
         }
         let source_info = again.unwrap_or(source_info);
-        let abilities = stream::abilities(replication, &source_info, &target_info)?;
+        let abilities = stream::abilities(replication, &job.site, &source_info, &target_info)?;
         if ledger.record().moved_back {
             ledger.save_unproven(target_info.state.last_seq, &target_info.created).await?;
         }

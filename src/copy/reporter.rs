@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nats_lane::entropy as chance;
+use nats_lane::{entropy as chance, excerpt};
 use tokio::{sync::watch, time::Instant};
 use tracing::{info, warn};
 
@@ -86,6 +86,8 @@ impl<'a> Reporter<'a> {
 
     /// Reports that the description of an object was skipped.
     fn incomplete(&self, source_seq: u64, Incomplete { object, chunks, found }: Incomplete) {
+        // The publisher chooses it.
+        let object = excerpt(&object).into_owned();
         warn!(
             replication = self.replication.id,
             source_seq, object, chunks, found, "object skipped: it does not have all of its chunks"

@@ -257,7 +257,7 @@ impl Pair<'_> {
                 self.judge_subjects(stream, &mut findings);
                 self.judge_sizes(source, stream, &mut findings);
                 self.judge_limits(source, stream, &mut findings);
-                let abilities = stream::abilities_of(self.replication, source, stream);
+                let abilities = stream::abilities_of(self.replication, self.owner.site, source, stream);
                 findings.add_any("target_mode", "/target_mode", self.sharing(stream, known));
                 findings.add_any("headers", "/target_stream", self.headers(source, stream, &abilities));
                 findings.add_any("duplicates", "/target_stream", remembered(stream, &abilities));

@@ -316,6 +316,19 @@ impl PositionStore {
         }
     }
 
+    /// Whether the key is still at `revision`; an error says what is there instead, as that of [`PositionStore::save`] does.
+    /// What cannot be read now is not known to be another one.
+    pub fn confirm(&self, id: &str, revision: u64) -> impl Future<Output = Result<u64, SaveError>> + Send + 'static {
+        let (store, id) = (self.clone(), id.to_owned());
+        async move {
+            match store.current(&id).await {
+                Ok(Current::Record(record, at)) if at != revision => Err(SaveError::Conflict { record, revision: at }),
+                Ok(Current::Nothing { revision }) => Err(SaveError::Deleted { revision }),
+                Ok(Current::Record(..)) | Err(_) => Ok(revision),
+            }
+        }
+    }
+
     /// Revision of the record of a replication, whatever it is; 0 if there is none.
     pub async fn revision(&self, id: &str) -> Result<u64, Error> {
         Ok(self.bucket.last(id).await?.map_or(0, |stored| stored.revision))

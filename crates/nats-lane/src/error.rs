@@ -1,5 +1,7 @@
 //! Errors of connections and of the JetStream API: the kind says what the caller can do.
 
+use std::borrow::Cow;
+
 use serde::Deserialize;
 
 use crate::parser::ParseError;
@@ -33,18 +35,42 @@ pub struct Error {
     pub api: Option<ApiError>,
 }
 
+/// Bytes of a text of another program that an error shows at most.
+const EXCERPT: usize = 1024;
+
+/// The beginning of a text that another program sent, for errors: these are saved, published and shown, and a server may send
+/// a text of any length.
+pub fn excerpt(text: &str) -> Cow<'_, str> {
+    match text.len() {
+        0..=EXCERPT => text.into(),
+        length => format!("{}... ({length} bytes)", &text[..text.floor_char_boundary(EXCERPT)]).into(),
+    }
+}
+
+/// Longest text of an error of ours, which may quote several others.
+const LONGEST: usize = 8 * EXCERPT;
+
+/// The texts of parsers quote what they could not read.
+fn bounded(mut message: String) -> String {
+    if message.len() > LONGEST {
+        message.truncate(message.floor_char_boundary(LONGEST));
+        message.push_str("...");
+    }
+    message
+}
+
 /// What a lane says of a connection that its server closed.
 pub(crate) const CLOSED: &str = "closed the connection";
 
 impl Error {
     /// A transient error.
     pub fn retry(message: impl Into<String>) -> Self {
-        Self { kind: ErrorKind::Retry, message: message.into(), api: None }
+        Self { kind: ErrorKind::Retry, message: bounded(message.into()), api: None }
     }
 
     /// An error that lasts until an operator acts.
     pub fn hold(message: impl Into<String>) -> Self {
-        Self { kind: ErrorKind::Hold, message: message.into(), api: None }
+        Self { kind: ErrorKind::Hold, message: bounded(message.into()), api: None }
     }
 
     /// The same error with what was being done in front.
@@ -81,5 +107,33 @@ pub struct ApiError {
 impl From<ParseError> for Error {
     fn from(error: ParseError) -> Self {
         Self::retry(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_of_any_length_is_shown_shortened() {
+        assert_eq!(excerpt("short"), "short");
+        let long = excerpt(&"\u{e9}".repeat(400_000)).into_owned();
+        assert!(long.len() < EXCERPT + 32 && long.ends_with("... (800000 bytes)"), "{long}");
+        let api = |description: String| ApiError { code: 503, err_code: 10077, description };
+        let errors = [
+            Error::from(api("x".repeat(1 << 20))),
+            Error::of_err_line("host:4222", &"x".repeat(1 << 20), true),
+            Error::of_status("S", 409, &"x".repeat(60_000)),
+            Error::retry(
+                crate::fast_ingest::parse_ack(format!("{{\"type\":\"{:a<60000}\"}}", "").as_bytes()).unwrap_err(),
+            ),
+        ];
+        for error in errors {
+            assert!(error.message.len() < 2 * EXCERPT, "{} bytes", error.message.len());
+        }
+        // As the parser quotes it.
+        let ack = format!("{{\"seq\":\"{:a<60000}\"}}", "");
+        let error = crate::jetstream::PublishAck::parse(ack.as_bytes(), "the target").unwrap_err();
+        assert!(error.message.len() <= LONGEST + 3, "{} bytes", error.message.len());
     }
 }

@@ -8,7 +8,9 @@ use bytes::BytesMut;
 use serde::Deserialize;
 
 use crate::{
-    ApiError, Error, headers,
+    ApiError, Error,
+    error::excerpt,
+    headers,
     parser::{count, optional_count},
 };
 
@@ -158,7 +160,7 @@ pub fn parse_ack(payload: &[u8]) -> Result<Ack, String> {
             // A plain publish ack has no count: the server did not take the message as part of a batch.
             count: wire.count.ok_or("the server does not know fast-ingest batches")?,
         }),
-        _ => Err(format!("an ack of an unknown kind: {}", String::from_utf8_lossy(payload))),
+        _ => Err(format!("an ack of an unknown kind: {}", excerpt(&String::from_utf8_lossy(payload)))),
     }
 }
 

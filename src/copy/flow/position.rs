@@ -33,6 +33,9 @@ use crate::{
 
 /// At most one save in this time while a run is under way.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
+/// How often an idle replication checks that the bucket still has the record: it may have been purged or restored, and
+/// the next holder would begin at an older position.
+const COMPARE_EVERY: Duration = Duration::from_secs(15);
 /// Unexplained breaks of the chain within [`CHAIN_BREAK_TIME`] that mean that another replicator writes under our
 /// name.
 const CHAIN_BREAKS: usize = 6;
@@ -58,6 +61,10 @@ pub struct PositionWriter {
     revision: u64,
     saving: Option<(Saving, PositionRecord)>,
     last_save: Option<Instant>,
+    /// When the bucket was last asked for the record.
+    compared: Instant,
+    /// The bucket had another record than the one that was written last.
+    replaced: bool,
     breaks: Breaks,
     /// Last sequence of the target when the latest run began.
     begun_at: Option<u64>,
@@ -107,6 +114,8 @@ impl PositionWriter {
             revision,
             saving: None,
             last_save: None,
+            compared: Instant::now(),
+            replaced: false,
             breaks: Breaks::new(Instant::now()),
             begun_at: None,
             gaps: Gaps::default(),
@@ -161,12 +170,21 @@ impl PositionWriter {
         let row = row();
         // No progress and no change: a write would have the same content.
         let marked = record.target_mode == self.record.target_mode && record.stamps == self.record.stamps;
-        if same && marked && self.record.status.as_ref() == Some(&row) {
+        if same && marked && !self.replaced && self.record.status.as_ref() == Some(&row) {
             self.unsaved.nothing();
+            self.compare(now);
             return true;
         }
         self.start(record.reporting(row));
         false
+    }
+
+    /// Checks now and then that the bucket still has the record. If not, the next save writes it again.
+    fn compare(&mut self, now: Instant) {
+        if now.duration_since(self.compared) >= COMPARE_EVERY {
+            self.compared = now;
+            self.saving = Some((Box::pin(self.store.confirm(&self.id, self.revision)), self.record.clone()));
+        }
     }
 
     /// After a move back: saves, before anything is sent, the target sequence up to which the target proves nothing.
@@ -297,6 +315,7 @@ impl PositionWriter {
         match result {
             Ok(revision) => {
                 self.revision = revision;
+                self.replaced = false;
                 self.saved.send_replace(saved_seq(&record));
                 match copied(&record) {
                     Some(copied) => self.unsaved.saved(copied),
@@ -311,13 +330,13 @@ impl PositionWriter {
                 if there.epoch < self.record.epoch
                     || there.epoch == self.record.epoch && there.holder == self.record.holder =>
             {
-                self.revision = revision;
+                (self.revision, self.replaced) = (revision, true);
                 self.record.nonce = self.record.nonce.max(there.nonce);
                 Ok(false)
             }
             // Deleted by hand while it is in use: it is recreated.
             Err(SaveError::Deleted { revision }) => {
-                self.revision = revision;
+                (self.revision, self.replaced) = (revision, true);
                 Ok(false)
             }
             Err(error) => {

@@ -269,8 +269,7 @@ impl Sides<'_> {
                         note(&mut search.lost, &piece);
                         // Messages older than the oldest of the source cannot match either. Its time is requested only
                         // here: on a work queue or an interest stream it comes with the whole message.
-                        let oldest = self.point_at(self.source.state.first_seq).await?.time_ns;
-                        let oldest = oldest.map(|ns| ns.div_euclid(1_000_000));
+                        let oldest = self.oldest_at_source().await?;
                         if oldest.is_none_or(|oldest| piece.iter().all(|m| m.origin.time_ms < oldest)) {
                             return Ok(search);
                         }
@@ -287,6 +286,19 @@ impl Sides<'_> {
         let whole = pieces.is_over() && pieces.first == 1;
         search.tail = (!ours.is_empty()).then_some(Tail { ours, whole });
         Ok(search)
+    }
+
+    /// Stored time (ms) of the oldest message of the source; `None` if it has none. The message that was the oldest may
+    /// have expired meanwhile, which says nothing about the others.
+    async fn oldest_at_source(&mut self) -> Result<Option<i64>, Error> {
+        let first = self.source.state.first_seq.max(1);
+        let mut oldest = self.point_at(first).await?.time_ns;
+        if oldest.is_none() {
+            let stream = &self.replication.source.stream;
+            let next = Api::new(self.source_lane).message_from(stream, first).await?;
+            oldest = next.map(|message| message.time_ns);
+        }
+        Ok(oldest.map(|ns| ns.div_euclid(1_000_000)))
     }
 
     /// The rest of a loss. A source that was restored has these messages again: they are copied already, and none of
@@ -426,8 +438,68 @@ async fn beside<T>(waits: &mut Lane, work: impl Future<Output = Result<T, Error>
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::copy::target::provenance::MessageOrigin;
+    use nats_lane::jetstream::StreamInfo;
+    use serde_json::{Value, json};
+    use tokio::time::Instant;
+
+    use super::{super::ReadMessages, *};
+    use crate::copy::{
+        source::{
+            clock::{ClockReading, SourceClock},
+            consumers::Names,
+        },
+        target::provenance::MessageOrigin,
+    };
+
+    /// The oldest message of a source whose sequence 5 was its first when it was asked for its state.
+    async fn oldest(answers: &[&Value]) -> Option<i64> {
+        let (mut source, mut server) = nats_lane::pipe::lane().await;
+        let (mut target, _other) = nats_lane::pipe::lane().await;
+        let document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b"});
+        let replication = crate::config::parse_value(&document, "SITE").unwrap();
+        let stream: StreamInfo = serde_json::from_value(
+            json!({"config": {}, "state": {"messages": 5, "bytes": 50, "first_seq": 5, "last_seq": 9}}),
+        )
+        .unwrap();
+        let now = Instant::now();
+        let heard = ClockReading { sent: now, received: now, server: None, local: chrono::DateTime::UNIX_EPOCH };
+        let mut sides = Sides {
+            replication: &replication,
+            tag: &Tag::new("S", "SITE", "SITE"),
+            source_lane: &mut source,
+            target_lane: &mut target,
+            source_names: &mut Names::new("s"),
+            target_names: &mut Names::new("t"),
+            source: &stream,
+            clock: SourceClock::new(&heard),
+            target: &stream,
+            durable: None,
+            chain_broke_after: None,
+            orphans: None,
+            most_in_flight: 0,
+            read: ReadMessages::default(),
+        };
+        let answer = async {
+            for answer in answers {
+                let asked = server.asked().await;
+                server.answer(&asked, &answer.to_string()).await;
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            oldest = sides.oldest_at_source() => oldest.unwrap(),
+            () = answer => unreachable!(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_first_message_that_goes_meanwhile_is_not_the_end() {
+        let stored = json!({"message": {"subject": "s", "seq": 6, "time": "1970-01-01T00:00:07.5Z"}});
+        let nothing = json!({"error": {"code": 404, "err_code": 10037, "description": "no message found"}});
+        assert_eq!(oldest(&[&stored]).await, Some(7_500));
+        assert_eq!(oldest(&[&nothing, &stored]).await, Some(7_500));
+        assert_eq!(oldest(&[&nothing, &nothing]).await, None);
+    }
 
     #[test]
     fn what_is_not_wanted_cuts_nothing() {

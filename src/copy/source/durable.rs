@@ -33,9 +33,9 @@ const ACK_WAIT: Duration = Duration::from_secs(300);
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Least `max_ack_pending`.
 const LEAST_PENDING: u64 = 16;
-/// How long a consumer exists that keeps the messages of an interest stream while the durable one is recreated, if the
-/// process ends meanwhile.
-const KEEPER: Duration = Duration::from_secs(600);
+/// What the name begins with of a consumer that keeps the messages of an interest stream while the durable one is recreated.
+/// No durable consumer of a replication has such a name: its own name would be that of another replication.
+const KEEPER: &str = "sr_keep_";
 
 /// The advice for everyone who reads that a consumer is in the way.
 const KEEP: &str = "Do not delete the consumer while messages wait for it: an interest stream removes them with it";
@@ -180,8 +180,10 @@ impl Durable {
         Api::new(lane).delete_consumer(stream, &self.name).await
     }
 
-    /// Creates a second consumer that keeps the messages after `position`. An earlier try may have left one: no server
-    /// changes where a consumer begins, and one that begins earlier keeps as much.
+    /// Creates a second consumer that keeps the messages after `position`. It stays until the durable consumer exists
+    /// again or the replication is deleted, however long the process is down meanwhile: the stream removes messages that
+    /// no consumer wants. An earlier try may have left one: no server changes where a consumer begins, and one that
+    /// begins earlier keeps as much.
     async fn keep_messages(&self, lane: &mut Lane, replication: &Replication, position: u64) -> Result<(), Error> {
         let (stream, name) = (&replication.source.stream, keeper(&self.name));
         let there = Api::new(lane).consumer_info(stream, &name).await?;
@@ -194,7 +196,6 @@ impl Durable {
             "description": format!("keeps messages while `{}` is recreated", self.name),
             "ack_policy": "explicit",
             "max_ack_pending": 1,
-            "inactive_threshold": KEEPER.as_nanos() as u64,
             "metadata": { MARK: replication.id },
         });
         begin_after(&mut config, position);
@@ -231,6 +232,11 @@ impl Durable {
             return Ok(Self { name, way, info });
         }
         change(&mut config, replication, owner, source, subject);
+        let keeps = way == Way::Explicit && source.text("retention") != "workqueue";
+        if keeps && info.delivered.stream_seq <= position {
+            // A process that ended too soon may have left one. This consumer delivers all that it keeps.
+            lane.send_request(&format!("{}.CONSUMER.DELETE.{stream}.{}", lane.api_prefix(), keeper(&name)), b"");
+        }
         let mut info = if config == info.config {
             info
         } else {
@@ -253,7 +259,7 @@ fn stays_ahead(source: &StreamInfo) -> bool {
 
 /// Name of the consumer that keeps the messages of an interest stream while another one is recreated.
 fn keeper(name: &str) -> String {
-    format!("{name}_keep")
+    format!("{KEEPER}{name}")
 }
 
 /// The sequence to which a push consumer is reset; `None` for its ack floor.
@@ -277,9 +283,11 @@ pub(crate) async fn remove(dial: &dyn Dial, replication: &Replication, owner: Ow
     let (mut api, mut removed) = (Api::new(&mut lane), false);
     for name in Durable::names(replication) {
         let ours = |config: &Value| is_ours(config) && other_owner(replication, owner, config).is_none();
-        if api.consumer_info(stream, &name).await?.is_some_and(|info| ours(&info.config)) {
-            api.delete_consumer(stream, &name).await?;
-            removed = true;
+        for name in [keeper(&name), name] {
+            if api.consumer_info(stream, &name).await?.is_some_and(|info| ours(&info.config)) {
+                api.delete_consumer(stream, &name).await?;
+                removed = true;
+            }
         }
     }
     Ok(removed)
@@ -509,11 +517,11 @@ mod tests {
                 let question = server.asked().await;
                 let subject = question.subject.strip_prefix("$JS.API.CONSUMER.").unwrap_or_default().to_owned();
                 let reply = match (subject.as_str(), keeper) {
-                    ("INFO.S.SR_x_keep", Some(from)) => json!({"config": {"opt_start_seq": from}}),
-                    ("INFO.S.SR_x_keep", None) => json!({"error": {"code": 404, "err_code": 10014}}),
-                    ("CREATE.S.SR_x_keep", Some(_)) => json!({"error": {"code": 500, "err_code": 10012,
+                    ("INFO.S.sr_keep_SR_x", Some(from)) => json!({"config": {"opt_start_seq": from}}),
+                    ("INFO.S.sr_keep_SR_x", None) => json!({"error": {"code": 404, "err_code": 10014}}),
+                    ("CREATE.S.sr_keep_SR_x", Some(_)) => json!({"error": {"code": 500, "err_code": 10012,
                         "description": "start sequence can not be updated"}}),
-                    ("CREATE.S.SR_x_keep", None) => json!({"config": {}}),
+                    ("CREATE.S.sr_keep_SR_x", None) => json!({"config": {}}),
                     _ => json!({"success": true}),
                 };
                 server.answer(&question, &reply.to_string()).await;
@@ -529,8 +537,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_an_earlier_try_left_keeps_the_messages() {
-        let (info, delete) = ("INFO.S.SR_x_keep", "DELETE.S.SR_x");
-        assert_eq!(given_up(None).await, [info, "CREATE.S.SR_x_keep", delete]);
+        let (info, delete) = ("INFO.S.sr_keep_SR_x", "DELETE.S.SR_x");
+        assert_eq!(given_up(None).await, [info, "CREATE.S.sr_keep_SR_x", delete]);
         for from in [13, 11] {
             assert_eq!(given_up(Some(from)).await, [info, delete]);
         }

@@ -15,7 +15,7 @@ use tracing::debug;
 
 use self::stash::Stash;
 use nats_lane::{
-    Batch, Error, Lane, Message, Turn, entropy as chance, headers,
+    Batch, Error, Lane, Message, Turn, entropy as chance, excerpt, headers,
     jetstream::{
         Api, CONSUMER_EXISTS, ConsumerInfo, Delivery, StoredMessage, TOO_MANY_CONSUMERS, is_delivery, parse_delivery,
     },
@@ -543,7 +543,7 @@ enum DeliveryVerdict {
 fn next_delivery(stream: &str, message: &Message<'_>, consumer_seq: &mut u64) -> Result<Delivery, Error> {
     let Some(delivery) = parse_delivery(message.reply) else {
         let reply = String::from_utf8_lossy(message.reply).into_owned();
-        return Err(Error::retry(format!("a message with an unknown kind of reply subject `{reply}`")));
+        return Err(Error::retry(format!("a message with an unknown kind of reply subject `{}`", excerpt(&reply))));
     };
     if delivery.consumer_seq != *consumer_seq + 1 {
         return Err(not_contiguous(stream, &delivery, *consumer_seq, 0));

@@ -20,7 +20,8 @@ pub struct Allowed {
     pub ttl: bool,
     /// `Nats-Rollup: sub` (`allow_rollup_hdrs` of both streams).
     pub rollup_subject: bool,
-    /// `Nats-Rollup: all`: correct only if the target has everything of the source and no other messages.
+    /// `Nats-Rollup: all`: correct only if the target has everything of the source and no other messages, so only at a
+    /// target that was created for this copy.
     pub rollup_all: bool,
 }
 

@@ -3,7 +3,7 @@
 use nats_lane::jetstream::StreamInfo;
 use serde_json::{Value, json};
 
-use crate::config::Former;
+use crate::config::{Former, Replication};
 
 /// The site that created it.
 const SITE: &str = "replicator.site";
@@ -19,6 +19,11 @@ pub(crate) fn is_ours(config: &Value, site: &str, former: &[Former]) -> bool {
 /// Whether a replication has joined the stream.
 pub(crate) fn names(stream: &StreamInfo, id: &str) -> bool {
     value(&stream.config, REPLICATIONS).split(',').any(|known| known == id)
+}
+
+/// Whether the stream was created for this replication, and no other one has joined it.
+pub(crate) fn is_of(stream: &StreamInfo, site: &str, replication: &Replication) -> bool {
+    is_ours(&stream.config, site, &replication.former) && value(&stream.config, REPLICATIONS) == replication.id
 }
 
 /// Adds to the configuration of a stream that a replication of the site is copied into it.

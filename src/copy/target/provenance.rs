@@ -128,7 +128,9 @@ impl<'a> Hop<'a> {
         if next().is_some() {
             return None;
         }
-        let origin = MessageOrigin { seq: number(seq)?, time_ms: i64::try_from(number(time)?).ok()? };
+        // No message has sequence 0: other writers may write any header.
+        let seq = number(seq).filter(|seq| *seq > 0)?;
+        let origin = MessageOrigin { seq, time_ms: i64::try_from(number(time)?).ok()? };
         Some(Self { stream, site, name, origin })
     }
 }

@@ -88,13 +88,14 @@ impl Abilities {
 /// Determines the abilities of an existing target; refuses pairs of streams that need rules of their own.
 pub(in crate::copy) fn abilities(
     replication: &Replication,
+    site: &str,
     source: &StreamInfo,
     target: &StreamInfo,
 ) -> Result<Abilities, Error> {
     readable(&replication.source.stream, source)?;
     writable(&replication.target.stream, target)?;
     mode::mode(replication, target).map_err(Error::hold)?;
-    Ok(abilities_of(replication, source, target))
+    Ok(abilities_of(replication, site, source, target))
 }
 
 /// Kinds of streams that need rules of their own.
@@ -129,7 +130,12 @@ pub(in crate::copy) fn acts_alike(one: &StreamInfo, other: &StreamInfo) -> bool 
 }
 
 /// The abilities of a target that is [`writable`].
-pub(crate) fn abilities_of(replication: &Replication, source: &StreamInfo, target: &StreamInfo) -> Abilities {
+pub(crate) fn abilities_of(
+    replication: &Replication,
+    site: &str,
+    source: &StreamInfo,
+    target: &StreamInfo,
+) -> Abilities {
     let fast = target.flag("allow_batched") && target.api_level() >= API_LEVEL_2_14;
     // Anything else that moves the last sequence of the stream would break the chain again and again.
     let mode = mode::mode(replication, target).unwrap_or(TargetMode::Shared);
@@ -141,7 +147,11 @@ pub(crate) fn abilities_of(replication: &Replication, source: &StreamInfo, targe
         allowed: Allowed {
             ttl: both("allow_msg_ttl"),
             rollup_subject: rollup && subjects::stay_apart(replication, source),
-            rollup_all: rollup && mode == TargetMode::Exclusive && replication.scope.is_whole(),
+            // It removes everything: also what others stored in a stream that was there before.
+            rollup_all: rollup
+                && mode == TargetMode::Exclusive
+                && replication.scope.is_whole()
+                && mark::is_of(target, site, replication),
         },
     }
 }

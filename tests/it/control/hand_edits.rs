@@ -391,3 +391,31 @@ async fn the_newest_valid_document_runs_after_many_wrong_ones() -> Result<()> {
         .await?;
     Ok(())
 }
+
+/// So many problems that no message holds them all.
+#[tokio::test]
+async fn garbage_of_any_size_hides_no_other_replication() -> Result<()> {
+    let site = Site::small().await?;
+    site.replicate("ORDERS", 5).await?;
+    let mut events = site.listen().await?;
+    let junk: serde_json::Map<String, Value> = (0..20_000).map(|i| (format!("no field {i}"), json!(i))).collect();
+    site.put("AAA", Value::Object(junk).to_string()).await?;
+    let event = events.wait("config-rejected", "AAA").await?;
+    let problems = event["problems"].as_array().context("problems")?;
+    assert!(
+        problems.len() < 100
+            && problems[problems.len() - 1]["message"].as_str().is_some_and(|m| m.ends_with("more problems"))
+    );
+    let row = site.row_when("AAA", "is invalid", |row| row["state"] == "invalid").await?;
+    assert!(error_text(&row).contains("`no field 0` is unknown"), "{row}");
+    let all = site.ask("status", "").await?.body;
+    let ids: Vec<_> = all["replications"].as_array().context("rows")?.iter().map(|row| &row["replication"]).collect();
+    assert_eq!(ids, ["AAA", "ORDERS"]);
+    let shown = site.ask("config.get", "AAA").await?;
+    assert!(shown.error.is_none() && shown.body["problems"].as_array().is_some_and(|p| p.len() == problems.len()));
+    // A key is shown without the password that somebody wrote in its place.
+    site.put("BBB", r#"{"nats://joe:hunter2@host": 1}"#).await?;
+    let event = events.wait("config-rejected", "BBB").await?;
+    assert!(!event.to_string().contains("hunter2"), "{event}");
+    Ok(())
+}

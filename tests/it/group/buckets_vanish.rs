@@ -313,3 +313,27 @@ async fn a_standby_takes_over_after_the_leases_were_lost() -> Result<()> {
     wait_for("the other to lead", long, async || site.row("ORDERS").await.is_some_and(|row| row["leader"] == "two"))
         .await
 }
+
+/// Nothing is copied that would save the position: it is compared now and then.
+#[tokio::test]
+async fn an_idle_position_is_written_over_an_older_one() -> Result<()> {
+    let site = site().await?;
+    site.replicate("ORDERS", 10).await?;
+    let saved = async |seq: u64| {
+        let is = async || site.position("ORDERS").await.is_ok_and(|p| p.is_some_and(|p| p["source"]["seq"] == seq));
+        wait_for(&format!("position {seq} in the bucket"), 2 * LIMIT, is).await.with_context(|| site.service.log())
+    };
+    saved(10).await?;
+    let bucket = site.bucket("REPLICATOR_POSITIONS").await?;
+    let older = bucket.get("ORDERS").await?.context("a record")?;
+    site.publish("ORDERS", 11..=20).await?;
+    site.settled("ORDERS", 20).await?;
+    saved(20).await?;
+    // As somebody does who restores it.
+    bucket.put("ORDERS", older).await?;
+    saved(20).await?;
+    let mut raw = Raw::connect(&site.control().url()).await?;
+    raw.api("STREAM.PURGE.KV_REPLICATOR_POSITIONS", json!({})).await?;
+    saved(20).await?;
+    site.events.quiet(&["stalled", "target-reset", "source-reset"])
+}
