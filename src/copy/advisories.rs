@@ -1,6 +1,10 @@
 //! Advisories of one run, published at the source over a connection of their own: a refusal of one of them ends neither
-//! the run nor other advisories. A publisher at the source chooses the names of senders, and so can cause subjects
-//! that the login may not publish, or lines that are longer than the server accepts.
+//! the run nor other advisories. A publisher at the source chooses the names of senders, and so can cause subjects that
+//! the login may not publish, or lines that are longer than the server accepts.
+//!
+//! A server refuses a subject by an asynchronous `-ERR` line that quotes it, without an ack, and drops the connection
+//! at a line that is too long. So a refused advisory is found by its subject, as the longest line in flight, or by an
+//! ack that does not arrive while later ones do.
 
 use std::{
     collections::VecDeque,

@@ -1,5 +1,10 @@
 //! Sampling in one run: the sender of each message, delayed writes of sender records, and the advisories of
 //! `advisories.rs`.
+//!
+//! A copy counts in memory when it is sent, and in a record when it has settled. The position record says up to which
+//! source sequence the records hold: a run reads from there, and shows messages that settled before to sampling alone,
+//! which decides about them as it did then. So a crash causes neither an extra copy nor a second `new` advisory, though
+//! records and position are written independently.
 
 use std::{
     fmt,

@@ -1,6 +1,5 @@
 //! The connection of a campaign: writes as the machine decides, passes the results to it, and reconnects after an
 //! error.
-//! is lost.
 
 use std::sync::Arc;
 

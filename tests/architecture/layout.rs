@@ -165,10 +165,7 @@ pub const LAYOUT: Layout = Layout {
         purity: &[("lease::machine uses entropy", 1), ("sampling::senders uses entropy", 2)],
         sockets: &[],
         never_names: &[("src/copy/source/durable.rs", 2)],
-        file_lines: &[
-            ("crates/nats-lane/src/lane.rs", 990),
-            ("src/supervisor/replication.rs", 1060),
-        ],
+        file_lines: &[("crates/nats-lane/src/lane.rs", 990), ("src/supervisor/replication.rs", 1060)],
         function_lines: &[],
         nesting: &[],
         type_names: &[

@@ -1,4 +1,9 @@
 //! The position record of a replication: which instance may write it, and writing it while the copy continues.
+//!
+//! Every save is a compare-and-swap on the revision of the key. The first act of a holder is a save with its epoch:
+//! that proves that the record was read from the current leader, and it fences the saves of earlier holders. A write
+//! with an unknown outcome (no answer, or no responders during an election) may have been applied: it is read back with
+//! `STREAM.MSG.GET` and identified by holder, epoch and nonce.
 
 use std::{
     collections::VecDeque,

@@ -302,7 +302,7 @@ mod tests {
         assert_eq!(seconds(one.outlook(&both, &old)), Some((7_200.0, RetentionLimit::Age)));
         let two = looks(&[state(1, 1_000, 100), state(101, 1_100, 100)]);
         assert_eq!(seconds(two.outlook(&both, &old)), Some((40.0, RetentionLimit::Messages)));
-        // A stream made anew has no past.
+        // A recreated stream has no past.
         let anew = looks(&[state(1, 1_000, 100), state(1, 500, 100)]);
         assert_eq!(anew.outlook(&count, &old), Outlook::Unknown);
     }
