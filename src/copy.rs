@@ -34,7 +34,7 @@ pub use source::{
     consumers::consumer_prefix,
     locate::{At, Located, Place, locate},
     peek::{SourcePeek, peek},
-    retention::{HeadroomChange, Looks, Outlook, Shortage},
+    retention::{HeadroomChange, Outlook, PollHistory, Shortage},
 };
 pub(crate) use target::dedup_window::LONGEST_PAUSE;
 
@@ -53,24 +53,24 @@ use crate::{
 /// [`State::Retrying`] and [`State::Held`] only once the run has copied, or there was nothing to copy.
 pub async fn run(
     job: &Job,
-    ledger: &mut PositionWriter,
+    positions: &mut PositionWriter,
     status: &watch::Sender<(State, CopyStatus)>,
     events: &Events,
     stop: CancellationToken,
 ) -> Result<(), Error> {
     let mut refused = reject::Refused::default();
-    if let Some(limit) = ledger.max_line {
+    if let Some(limit) = positions.max_line {
         tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(()),
-            raised = target::line::is_raised(job, limit) => ledger.max_line = ledger.max_line.filter(|_| !raised),
+            raised = target::line::is_raised(job, limit) => positions.max_line = positions.max_line.filter(|_| !raised),
         }
     }
     let opener = Opener { job, status, events };
     let result = loop {
         // In boxes, here and below: the futures of a run are large, and each task that waits for one would contain it.
-        let mut result = Box::pin(once(opener, ledger, &mut refused, &stop)).await;
-        if begins_again(job, &mut result, ledger, &mut refused, &stop).await {
+        let mut result = Box::pin(once(opener, positions, &mut refused, &stop)).await;
+        if begins_again(job, &mut result, positions, &mut refused, &stop).await {
             disconnected(status);
             continue;
         }
@@ -85,13 +85,13 @@ pub async fn run(
         }
     };
     disconnected(status);
-    result.map_err(|error| explained(error, ledger))
+    result.map_err(|error| explained(error, positions))
 }
 
 /// One run.
 async fn once(
     opener: Opener<'_>,
-    ledger: &mut PositionWriter,
+    positions: &mut PositionWriter,
     refused: &mut reject::Refused,
     stop: &CancellationToken,
 ) -> Result<RunEnd, Error> {
@@ -99,23 +99,23 @@ async fn once(
         biased;
         // Before the first message is read there is nothing to settle.
         () = stop.cancelled() => return Ok(RunEnd::Stopped),
-        run = Box::pin(opener.open(ledger, refused)) => run?,
+        run = Box::pin(opener.open(positions, refused)) => run?,
     };
-    Box::pin(run.copy(ledger, stop.clone())).await
+    Box::pin(run.copy(positions, stop.clone())).await
 }
 
 /// Whether the next run begins at once, and nothing is reported.
 async fn begins_again(
     job: &Job,
     result: &mut Result<RunEnd, Error>,
-    ledger: &mut PositionWriter,
+    positions: &mut PositionWriter,
     refused: &mut reject::Refused,
     stop: &CancellationToken,
 ) -> bool {
     match result {
         Ok(ended) => *ended == RunEnd::BeginsAgain,
         // The next login reads the credentials again, and shows whether it is refused.
-        Err(error) if error.login_ended && ledger.logs_in_again(Instant::now()) => {
+        Err(error) if error.login_ended && positions.logs_in_again(Instant::now()) => {
             info!(replication = job.replication.id, "the login ended: logging in again: {error}");
             true
         }
@@ -129,8 +129,8 @@ async fn begins_again(
                 () = stop.cancelled() => None,
                 found = target::line::limit(job, *sent) => found,
             };
-            let found = found.filter(|limit| ledger.max_line.is_none_or(|old| *limit < old));
-            ledger.max_line = found.or(ledger.max_line);
+            let found = found.filter(|limit| positions.max_line.is_none_or(|old| *limit < old));
+            positions.max_line = found.or(positions.max_line);
             // The next run finds these messages before they are sent.
             found.is_some()
         }
@@ -139,11 +139,11 @@ async fn begins_again(
 }
 
 /// An error, with an explanation where earlier runs contributed to it.
-fn explained(error: Error, ledger: &mut PositionWriter) -> Error {
+fn explained(error: Error, positions: &mut PositionWriter) -> Error {
     if !error.chain_broken {
         return error;
     }
-    match ledger.chain_broke(Instant::now()) {
+    match positions.chain_broke(Instant::now()) {
         Ok(false) => error,
         Ok(true) => {
             let message =

@@ -2,9 +2,9 @@
 //! see that everything on the way works. The heartbeats come from the configuration bucket, else from the file of the
 //! site; `plan` decides which, `publisher` publishes until the plan changes.
 
-mod board;
 mod plan;
 mod publisher;
+mod stats;
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,9 +14,9 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{error, info, warn};
 
 use self::{
-    board::HeartbeatStats,
     plan::{HeartbeatPlan, HeartbeatPlanner},
     publisher::Publisher,
+    stats::HeartbeatStats,
 };
 use nats_lane::ServerRef;
 
@@ -84,9 +84,9 @@ pub struct RefusedHeartbeats {
 pub fn start(deps: HeartbeatDeps) -> (HeartbeatHandle, Runner) {
     let stop = CancellationToken::new();
     let (told, view) = watch::channel(View::default());
-    let board = Arc::new(HeartbeatStats::new(&deps.host));
-    let handle = HeartbeatHandle { view, board: board.clone() };
-    let work = HeartbeatWork { planner: HeartbeatPlanner::new(&deps), deps, board, told, runs: None, refused: 0 };
+    let stats = Arc::new(HeartbeatStats::new(&deps.host));
+    let handle = HeartbeatHandle { view, stats: stats.clone() };
+    let work = HeartbeatWork { planner: HeartbeatPlanner::new(&deps), deps, stats, told, runs: None, refused: 0 };
     let task = AbortOnDropHandle::new(tokio::spawn(work.run(stop.clone())));
     (handle, Runner { stop, task })
 }
@@ -110,7 +110,7 @@ impl Runner {
 #[derive(Debug, Clone)]
 pub struct HeartbeatHandle {
     view: watch::Receiver<View>,
-    board: Arc<HeartbeatStats>,
+    stats: Arc<HeartbeatStats>,
 }
 
 impl HeartbeatHandle {
@@ -127,12 +127,12 @@ impl HeartbeatHandle {
 
     /// For the metrics page; `None` where nothing is configured.
     pub fn reading(&self) -> Option<metrics::Heartbeats> {
-        self.board.reading()
+        self.stats.reading()
     }
 
     /// The state of the election, if one is configured.
     pub fn election(&self) -> Option<metrics::Election> {
-        self.board.election()
+        self.stats.election()
     }
 }
 
@@ -140,7 +140,7 @@ impl HeartbeatHandle {
 struct HeartbeatWork {
     deps: HeartbeatDeps,
     planner: HeartbeatPlanner,
-    board: Arc<HeartbeatStats>,
+    stats: Arc<HeartbeatStats>,
     told: watch::Sender<View>,
     runs: Option<Running>,
     /// The last revision that was rejected.
@@ -195,7 +195,7 @@ impl HeartbeatWork {
     }
 
     fn begin(&mut self, heartbeats: Option<Heartbeats>, view: &View) {
-        self.board.begin(heartbeats.as_ref());
+        self.stats.begin(heartbeats.as_ref());
         let Some(heartbeats) = heartbeats else { return info!("no heartbeats are published") };
         let (origin, subjects, server) = (view.origin.name(), heartbeats.subjects.len(), &heartbeats.place);
         info!(origin, revision = view.revision, subjects, %server, "heartbeats are published");
@@ -210,7 +210,7 @@ impl HeartbeatWork {
             warn!(%server, "the certificate of the server for heartbeats is not verified");
         }
         let stop = CancellationToken::new();
-        let publisher = Publisher::new(&self.deps, heartbeats.clone(), self.board.clone());
+        let publisher = Publisher::new(&self.deps, heartbeats.clone(), self.stats.clone());
         let task = AbortOnDropHandle::new(tokio::spawn(publisher.run(stop.clone())));
         self.runs = Some(Running { heartbeats, stop, task });
     }

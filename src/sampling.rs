@@ -10,7 +10,7 @@ mod outbox;
 mod path;
 mod senders;
 
-pub use advisory::{Advisory, AdvisoryKind, AgeAdvisory, Voice, is_advisory, patterns as advisory_patterns};
+pub use advisory::{Advisory, AdvisoryKind, AdvisoryTemplate, AgeAdvisory, is_advisory, patterns as advisory_patterns};
 pub use inspect::{Inspector, MAX_STORED, MAX_VALUE};
 pub use outbox::{Outbox, PER_SENDER};
 pub use path::Path;

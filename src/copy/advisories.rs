@@ -1,6 +1,10 @@
 //! Advisories of one run, published at the source over a connection of their own: a refusal of one of them ends neither
-//! the run nor other advisories. A publisher at the source chooses the names of senders, and so can cause subjects
-//! that the login may not publish, or lines that are longer than the server accepts.
+//! the run nor other advisories. A publisher at the source chooses the names of senders, and so can cause subjects that
+//! the login may not publish, or lines that are longer than the server accepts.
+//!
+//! A server refuses a subject by an asynchronous `-ERR` line that quotes it, without an ack, and drops the connection
+//! at a line that is too long. So a refused advisory is found by its subject, as the longest line in flight, or by an
+//! ack that does not arrive while later ones do.
 
 use std::{
     collections::VecDeque,
@@ -27,7 +31,7 @@ use crate::{
     config::Side,
     events::Event,
     names,
-    sampling::{AdvisoryKind, Senders, Voice},
+    sampling::{AdvisoryKind, AdvisoryTemplate, Senders},
     status::{Advised, SamplingStatus},
 };
 
@@ -43,11 +47,11 @@ const CALM: Duration = Duration::from_secs(60);
 const LINE_REST: usize = 24;
 
 /// The connection for advisories.
-pub(super) struct Post {
+pub(super) struct AdvisoryPublisher {
     replication: String,
     side: Side,
     dial: Arc<dyn Dial>,
-    voice: Voice,
+    template: AdvisoryTemplate,
     reliable: bool,
     line: Line,
     /// Advisories that are not confirmed, oldest first.
@@ -116,20 +120,20 @@ enum AdvisoryOutcome {
     Refused(String),
 }
 
-impl fmt::Debug for Post {
+impl fmt::Debug for AdvisoryPublisher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Post").field("replication", &self.replication).finish_non_exhaustive()
     }
 }
 
-impl Post {
+impl AdvisoryPublisher {
     /// The connection of one run. It is opened when there is an advisory to publish.
-    pub(super) fn new(job: &Job, voice: Voice, reliable: bool, now: Instant) -> Self {
+    pub(super) fn new(job: &Job, template: AdvisoryTemplate, reliable: bool, now: Instant) -> Self {
         Self {
             replication: job.replication.id.clone(),
             side: job.replication.source.clone(),
             dial: job.dial.clone(),
-            voice,
+            template,
             reliable,
             line: Line::Closed,
             in_flight: VecDeque::new(),
@@ -193,7 +197,7 @@ impl Post {
     fn publish_one(&mut self, senders: &mut Senders, status: &mut SamplingStatus, now: Instant) -> bool {
         let Line::Open(lane, inbox) = &mut self.line else { return false };
         let Some((number, advisory)) = senders.outbox.take_next() else { return false };
-        let (subject, body) = (self.voice.subject(advisory), self.voice.body(advisory));
+        let (subject, body) = (self.template.subject(advisory), self.template.body(advisory));
         let payload = serde_json::to_vec(&body).unwrap_or_default();
         let reply = if self.reliable { format!("{}.{number}", inbox.subject) } else { String::new() };
         self.header.clear();
@@ -227,7 +231,7 @@ impl Post {
         true
     }
 
-    /// Drives the connection. The result is for [`Post::accept`].
+    /// Drives the connection. The result is for [`AdvisoryPublisher::accept`].
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<AdvisoryEvent> {
         match &mut self.line {
             Line::Closed => Poll::Pending,

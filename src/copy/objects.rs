@@ -292,7 +292,7 @@ mod tests {
         };
         let before = lane.unwritten();
         assert_eq!(pass(&mut lane, &mut gate, false), "wait");
-        assert_eq!(lane.unwritten(), before, "asked while chunks may be in the air");
+        assert_eq!(lane.unwritten(), before, "asked while chunks may be in flight");
         assert_eq!(pass(&mut lane, &mut gate, true), "wait");
         let answer = r#"{"config":{},"state":{"subjects":{"$O.b.C.one":2}}}"#;
         let answered = async {

@@ -27,7 +27,7 @@ use super::{
         durable::{Durable, Owner},
         gap::Gaps,
         intake::Intake,
-        retention::{Looks, Retention},
+        retention::{PollHistory, Retention},
         source_half::{SourceHalf, StatePolls, heard},
     },
     target::{
@@ -95,35 +95,35 @@ struct Found {
 
 impl<'a> Opener<'a> {
     /// Connects both sides, determines where to resume, and creates the consumer.
-    pub async fn open(self, ledger: &mut PositionWriter, refused: &'a mut Refused) -> Result<Run<'a>, Error> {
+    pub async fn open(self, positions: &mut PositionWriter, refused: &'a mut Refused) -> Result<Run<'a>, Error> {
         let replication = &self.job.replication;
         self.status.send_modify(|(_, copy)| {
             copy.source.stream.clone_from(&replication.source.stream);
             copy.target.stream.clone_from(&replication.target.stream);
         });
-        let mut lanes = Lanes::connect(self.job, ledger).await?;
-        let mut streams = self.read_streams(&mut lanes, ledger).await?;
-        let mut found = Box::pin(self.find(&mut lanes, &mut streams, ledger)).await?;
-        let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, ledger).await?;
-        ledger.begin_at(streams.target.state.last_seq);
+        let mut lanes = Lanes::connect(self.job, positions).await?;
+        let mut streams = self.read_streams(&mut lanes, positions).await?;
+        let mut found = Box::pin(self.find(&mut lanes, &mut streams, positions)).await?;
+        let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, positions).await?;
+        positions.begin_at(streams.target.state.last_seq);
         let Lanes { replication, source, target } = &mut lanes;
         refused.begin(&streams.target, found.resume.position.seq);
-        let generation = ledger.record().generation;
+        let generation = positions.record().generation;
         let rejects = Rejects::open(&mut source.lane, replication, &found.tag, generation, refused);
-        let writer = write(replication, &mut target.lane, &streams, &found, ledger).await?;
+        let writer = write(replication, &mut target.lane, &streams, &found, positions).await?;
         let goes_back = found.goes_back;
         let mut report =
             Reporter::new(self.job, replication.clone(), self.status, self.events, found.resume.position.seq);
         show(&mut report.copy, &lanes, &streams, &writer, sampler.is_some());
-        let drops = begin_drops(ledger, &lanes.replication, &streams, &found.resume);
+        let drops = begin_drops(positions, &lanes.replication, &streams, &found.resume);
         let target_info = streams.target.clone();
         let (mut run, resume) = assemble(report, lanes, streams, found, (reader, sampler), (writer, rejects), drops);
-        run.begin(&target_info, resume, goes_back, ledger).await?;
+        run.begin(&target_info, resume, goes_back, positions).await?;
         Ok(run)
     }
 
     /// Reads the source stream, checks whether it may be copied, and creates or updates the target stream.
-    async fn read_streams(self, lanes: &mut Lanes, ledger: &mut PositionWriter) -> Result<Streams, Error> {
+    async fn read_streams(self, lanes: &mut Lanes, positions: &mut PositionWriter) -> Result<Streams, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
         let sent = Instant::now();
         let source_info = Api::new(&mut source.lane).stream_info(&replication.source.stream).await;
@@ -139,7 +139,7 @@ impl<'a> Opener<'a> {
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
             dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
         }
-        if ledger.record().source.is_none() {
+        if positions.record().source.is_none() {
             bridge::check(job, &mut source.lane, &mut target.lane, &source_info).await?;
         }
         let opened = Opening::new(job, &mut source.lane, &mut target.lane, &source_info, None).open().await;
@@ -153,23 +153,28 @@ impl<'a> Opener<'a> {
         }
         let source_info = again.unwrap_or(source_info);
         let abilities = stream::abilities(replication, &job.site, &source_info, &target_info)?;
-        if ledger.record().moved_back {
-            ledger.save_unproven(target_info.state.last_seq, &target_info.created).await?;
+        if positions.record().moved_back {
+            positions.save_unproven(target_info.state.last_seq, &target_info.created).await?;
         }
         Ok(Streams { source: source_info, clock, target: target_info, abilities })
     }
 
     /// Determines where to resume.
-    async fn find(self, lanes: &mut Lanes, streams: &mut Streams, ledger: &mut PositionWriter) -> Result<Found, Error> {
+    async fn find(
+        self,
+        lanes: &mut Lanes,
+        streams: &mut Streams,
+        positions: &mut PositionWriter,
+    ) -> Result<Found, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
-        let installation = ledger.record().installation.as_ref().unwrap_or(&job.installation).clone();
+        let installation = positions.record().installation.as_ref().unwrap_or(&job.installation).clone();
         let owner = Owner { site: &job.site, installation: &installation };
         let durable = match Durable::is_needed(&streams.source) {
             true => Durable::find(&mut source.lane, replication, owner).await.map_err(|e| e.context("source"))?,
             false => None,
         };
         let tag = Tag::new(&replication.source.stream, &job.site, &replication.name).with_former(&replication.former);
-        let (mode, news) = mode::begin(replication, &streams.target, ledger.record(), job.neighbour.as_deref());
+        let (mode, news) = mode::begin(replication, &streams.target, positions.record(), job.neighbour.as_deref());
         streams.abilities.share(mode);
         self.status.send_modify(|(_, copy)| copy.target_mode = mode);
         let sides = Sides {
@@ -183,18 +188,18 @@ impl<'a> Opener<'a> {
             clock: streams.clock,
             target: &streams.target,
             durable: durable.as_ref(),
-            chain_broke_after: ledger.chain_broke_after(),
-            orphans: ledger.record().orphans,
+            chain_broke_after: positions.chain_broke_after(),
+            orphans: positions.record().orphans,
             read: resume::ReadMessages::default(),
-            most_in_flight: ledger.record().most_in_flight,
+            most_in_flight: positions.record().most_in_flight,
         };
-        let mut resume = resume::find(sides, ledger.record(), mode).await?;
+        let mut resume = resume::find(sides, positions.record(), mode).await?;
         self.status.send_modify(|(_, copy)| copy.only_at_target = resume.only_at_target);
-        ledger.follows(&mut resume, replication)?;
+        positions.follows(&mut resume, replication)?;
         resume.findings.extend(news);
-        ledger.unwanted(&mut resume, replication)?;
-        ledger.lost(resume.orphans, resume.only_at_target);
-        let goes_back = ledger.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
+        positions.unwanted(&mut resume, replication)?;
+        positions.lost(resume.orphans, resume.only_at_target);
+        let goes_back = positions.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
         streams.abilities.share(resume.mode);
         let another = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
         Ok(Found { resume, tag, durable, installation, goes_back, another })
@@ -206,21 +211,21 @@ impl<'a> Opener<'a> {
         lanes: &mut Lanes,
         streams: &Streams,
         found: &mut Found,
-        ledger: &mut PositionWriter,
+        positions: &mut PositionWriter,
     ) -> Result<(Option<SamplingDriver>, Intake), Error> {
         let (job, Lanes { replication, source, .. }) = (self.job, lanes);
         let (info, position) = (&streams.source, found.resume.position.seq);
         if Durable::is_needed(info) {
-            ledger.uses_durable(&found.installation).await?;
+            positions.uses_durable(&found.installation).await?;
         }
         let durable = match found.durable.take() {
             Some(durable) => durable.unless_ahead(&mut source.lane, replication, info, position, found.another).await?,
             None => None,
         };
-        let sampler = SamplingDriver::begin(job, position, ledger.record(), found.another, info.state.first_seq);
+        let sampler = SamplingDriver::begin(job, position, positions.record(), found.another, info.state.first_seq);
         let inspected = replication.sampling.as_ref().map(|sampling| sampling.inspect.mark());
         let from = sampler.as_ref().map(|(_, from)| *from);
-        ledger.samples_from(from.zip(inspected)).await?;
+        positions.samples_from(from.zip(inspected)).await?;
         let (sampler, from) = sampler.map_or((None, position), |(sampler, from)| (Some(sampler), from));
         let owner = Owner { site: &job.site, installation: &found.installation };
         let Connected { lane, names } = source;
@@ -230,10 +235,10 @@ impl<'a> Opener<'a> {
 }
 
 impl Lanes {
-    async fn connect(job: &Job, ledger: &mut PositionWriter) -> Result<Self, Error> {
+    async fn connect(job: &Job, positions: &mut PositionWriter) -> Result<Self, Error> {
         let mut replication = job.replication.clone();
         let in_flight = &mut replication.limits.bytes_in_flight;
-        *in_flight = ledger.appetite.begin(*in_flight, Instant::now());
+        *in_flight = positions.request_limit.begin(*in_flight, Instant::now());
         let replication = Arc::new(replication);
         let name = format!("{} {}", names::PROGRAM, replication.id);
         let (source, target) = tokio::try_join!(
@@ -268,16 +273,16 @@ async fn write(
     lane: &mut Lane,
     streams: &Streams,
     found: &Found,
-    ledger: &mut PositionWriter,
+    positions: &mut PositionWriter,
 ) -> Result<Writer, Error> {
     let (tag, abilities) = (found.tag.clone(), streams.abilities);
-    let mut writer = Writer::open(lane, replication.clone(), tag, abilities, &streams.target, ledger.record());
+    let mut writer = Writer::open(lane, replication.clone(), tag, abilities, &streams.target, positions.record());
     if let Some(before) = found.resume.before {
         writer.after(before);
     }
-    writer.limit_line(ledger.max_line);
-    ledger.may_have_in_flight(replication.limits.messages_in_flight).await?;
-    ledger.stamps(writer.stamps()).await?;
+    writer.limit_line(positions.max_line);
+    positions.may_have_in_flight(replication.limits.messages_in_flight).await?;
+    positions.stamps(writer.stamps()).await?;
     Ok(writer)
 }
 
@@ -297,11 +302,11 @@ fn show(copy: &mut CopyStatus, lanes: &Lanes, streams: &Streams, writer: &Writer
 }
 
 /// The copies that the target holds, compared with the state that the run before knew.
-fn begin_drops(ledger: &mut PositionWriter, replication: &Replication, streams: &Streams, resume: &Resume) -> Drops {
+fn begin_drops(positions: &mut PositionWriter, replication: &Replication, streams: &Streams, resume: &Resume) -> Drops {
     let Streams { source, target, abilities, .. } = streams;
     let whole = replication.scope.is_whole() && replication.sampling.is_none() && replication.max_age.is_none();
     let whole = whole && abilities.mode == TargetMode::Exclusive;
-    let mut drops = ledger.drops.clone();
+    let mut drops = positions.drops.clone();
     let position = resume.position.seq;
     drops.begin(target, target_limits::that_drop(replication, source, target, whole), position);
     if target.state.messages == 0 {
@@ -338,7 +343,7 @@ fn assemble<'a>(
             info: streams.source,
             polls: StatePolls::new(now),
             retention: Retention::default(),
-            looks: Looks::default(),
+            poll_history: PollHistory::default(),
             watchdog: Watchdog::new(now, resume.position.seq),
             consumer_request: None,
             renewal: None,

@@ -110,18 +110,18 @@ impl<'a> Reporter<'a> {
     }
 
     /// Up to where the run may copy while the position is not saved.
-    pub fn copy_limit(&self, ledger: &mut PositionWriter, now: Instant) -> Option<Copied> {
-        ledger.copy_limit(self.copy.counters.into(), now).filter(|_| !self.job.standalone)
+    pub fn copy_limit(&self, positions: &mut PositionWriter, now: Instant) -> Option<Copied> {
+        positions.copy_limit(self.copy.counters.into(), now).filter(|_| !self.job.standalone)
     }
 
     /// Reports, once, that the position is not saved, and later that it is saved again.
-    pub fn saves(&mut self, position: u64, now: Instant, ledger: &mut PositionWriter) {
+    pub fn saves(&mut self, position: u64, now: Instant, positions: &mut PositionWriter) {
         let id = &self.replication.id;
-        match ledger.unsaved.news(now) {
+        match positions.unsaved.news(now) {
             Some(News::Unsaved(why)) => {
                 let message = format!("the position is not saved: {why}");
                 warn!(replication = id, position, "{message}");
-                let saved = ledger.record().source.as_ref().map_or(0, |source| source.seq);
+                let saved = positions.record().source.as_ref().map_or(0, |source| source.seq);
                 self.shows_error(&message);
                 self.emit(Event::PositionUnsaved { message, saved, position });
             }
@@ -131,19 +131,19 @@ impl<'a> Reporter<'a> {
             }
             None => {}
         }
-        self.knows_saves(ledger);
+        self.knows_saves(positions);
     }
 
     /// Takes over from the position writer whether it was reported that the position is not saved.
-    pub fn knows_saves(&mut self, ledger: &PositionWriter) {
-        self.unsaved = ledger.unsaved.is_reported();
+    pub fn knows_saves(&mut self, positions: &PositionWriter) {
+        self.unsaved = positions.unsaved.is_reported();
     }
 
     /// Reports, once, that the clocks of the source and of this host differ, and later that they no longer do.
-    pub fn clock(&self, clock: &SourceClock, ledger: &mut PositionWriter) {
+    pub fn clock(&self, clock: &SourceClock, positions: &mut PositionWriter) {
         let (id, server) = (&self.replication.id, &self.copy.source.server);
         let offset = clock.offset(Instant::now(), chance::now());
-        match ledger.clock.judge(offset) {
+        match positions.clock.judge(offset) {
             Some(event @ Event::ClockOk { .. }) => {
                 info!(
                     replication = id,

@@ -1,5 +1,36 @@
-//! Determines where to resume, from the saved position and the present state of both streams. Every read goes through
-//! the leader of the stream: direct gets can be stale.
+//! Determines where to resume, at every start, from the saved position and the present state of both streams.
+//!
+//! The record has a witness for each side: of the source a sequence and its stored time, of the target a sequence and
+//! the source sequence of the message there.
+//!
+//! | source and target | the run resumes |
+//! |---|---|
+//! | witnesses hold, messages of ours are after the saved target sequence | after the newest message that proves that all before it are there; of the rest, messages that are there already are skipped |
+//! | witnesses hold, or the target's message went by purge or expiry, and no newer one is there | after the position |
+//! | target ends before the saved sequence, has another message there, or a hole without an explanation | after the newest message of ours that the source still has; event `target-reset` |
+//! | the same, or no record and no message of ours, and the newest copies are those of another site from this very source | not at all, `held`: two sites write one target |
+//! | source has another stored time at the position, or ends before | after the newest copied message that the source still has; without one, at its first message; event `source-reset`. With `on_source_loss: hold` nothing is saved or sent: `held` |
+//! | source begins after the position, without a filter and `max_msgs_per_subject` | at its first message; the missing ones are a gap, event `gap` |
+//! | target empty and new | at the configured start, or after the position if that comes first; event `target-reset` |
+//! | no record | after the newest message of ours at the target, else at the ack floor of Choria's durable, else at the configured start |
+//!
+//! Server behaviour that the rules come from (2.10 to 2.15 unless noted):
+//!
+//! * Direct gets were stale in 4 to 7 % of reads on a loaded stream with three replicas. So messages are read with
+//!   `STREAM.MSG.GET`, which the leader answers, and `STREAM.INFO` counts only if the leader answered it. A consumer
+//!   may be on a replica that lags: a scan that ends early is compared with `STREAM.MSG.GET`.
+//! * An acknowledged message can be lost by a power failure: servers sync files every 2 minutes. After that the stream
+//!   has the same `created`, and stores other messages at the same sequences. So a sequence without the stored time
+//!   identifies no message.
+//! * `created` identifies no content: a memory stream that was emptied, a wiped disk or a restore can keep it, and a
+//!   restore can change it. It decides only where no message is left that could contradict.
+//! * A message that is missing at the source proves nothing, because streams expire and delete messages. Only a
+//!   contradiction does: another stored time, an end before the position, or a message at or below it that was stored
+//!   later.
+//! * A message with the chain, or one of Choria's replicator, which writes one at a time, proves that all before it are
+//!   stored. A message with an id does not: a pipelined one may have been refused and sent again after a window of
+//!   later ones. So the search goes back one window further, and known messages are identified by sequence and stored
+//!   time.
 
 mod search;
 
@@ -846,7 +877,7 @@ mod tests {
         let stored = || vec![ours(8, 80, 1, Some("a")), ours(9, 90, 2, Some("a")), ours(9, 1, 3, Some("b"))];
         let mut one = Already::new(stored(), 1);
         assert_eq!(take(&mut one, 5, 50, "a"), Some(KnownCopy::Replaced));
-        // Stored before the stream was made anew: not newer.
+        // Stored before the stream was recreated: not newer.
         assert_eq!(take(&mut one, 6, 60, "b"), None);
         assert_eq!(take(&mut one, 7, 70, "c"), None);
         assert_eq!(take(&mut one, 8, 80, "a"), Some(KnownCopy::Stored(1)));

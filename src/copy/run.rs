@@ -91,21 +91,21 @@ impl Times {
 
 impl Run<'_> {
     /// Copies until the stop or an error; the position is saved at the end of both.
-    pub async fn copy(mut self, ledger: &mut PositionWriter, stop: CancellationToken) -> Result<RunEnd, Error> {
-        let result = self.copy_loop(ledger, &stop).await;
-        ledger.gaps = std::mem::take(&mut self.source.gaps);
-        ledger.drops = std::mem::take(&mut self.target.watch.drops);
+    pub async fn copy(mut self, positions: &mut PositionWriter, stop: CancellationToken) -> Result<RunEnd, Error> {
+        let result = self.copy_loop(positions, &stop).await;
+        positions.gaps = std::mem::take(&mut self.source.gaps);
+        positions.drops = std::mem::take(&mut self.target.watch.drops);
         self.settle();
         self.report_rejected(true);
         self.update_status();
         match result {
-            Ok(ended) => self.ended_well(ledger).await.map(|()| ended),
+            Ok(ended) => self.ended_well(positions).await.map(|()| ended),
             Err(error) if error.kind == ErrorKind::Superseded => Err(error),
-            Err(error) => Err(self.failed(error, ledger).await),
+            Err(error) => Err(self.failed(error, positions).await),
         }
     }
 
-    async fn ended_well(mut self, ledger: &mut PositionWriter) -> Result<(), Error> {
+    async fn ended_well(mut self, positions: &mut PositionWriter) -> Result<(), Error> {
         self.write_senders().await;
         let _ = tokio::time::timeout(LAST_ACKS, self.flush_acks()).await;
         let Self { report, mut source, target, bounds, sampler, .. } = self;
@@ -116,26 +116,26 @@ impl Run<'_> {
         let streams = (source.info.created.as_str(), target.created.as_str());
         let witnesses = witnesses(&bounds.window, &target.writer, &source.clock, streams, sampled);
         // Messages that did not settle in time.
-        ledger.left_in_flight(&bounds.window, Instant::now());
-        ledger.save_now(witnesses, report.row()).await?;
+        positions.left_in_flight(&bounds.window, Instant::now());
+        positions.save_now(witnesses, report.row()).await?;
         Ok(())
     }
 
     /// Saves the position of a run that failed; returns why it ended.
-    async fn failed(self, error: Error, ledger: &mut PositionWriter) -> Error {
+    async fn failed(self, error: Error, positions: &mut PositionWriter) -> Error {
         let Self { report, source, target, bounds, sampler, .. } = self;
         let sampled = sampler.as_ref().map(SamplingDriver::sampled);
         // First of all nothing more may be sent.
         drop((source.lane, target.lane));
         if error.chain_broken {
             let (exact, by_ids) = (target.writer.exact(&bounds.window), target.writer.is_by_ids());
-            ledger.broke_at(exact, &bounds.window, by_ids, Instant::now());
+            positions.broke_at(exact, &bounds.window, by_ids, Instant::now());
         } else {
-            ledger.left_in_flight(&bounds.window, Instant::now());
+            positions.left_in_flight(&bounds.window, Instant::now());
         }
         let streams = (source.info.created.as_str(), target.created.as_str());
         let witnesses = witnesses(&bounds.window, &target.writer, &source.clock, streams, sampled);
-        match tokio::time::timeout(LAST_SAVE, ledger.save_now(witnesses, report.row())).await {
+        match tokio::time::timeout(LAST_SAVE, positions.save_now(witnesses, report.row())).await {
             Ok(Err(conflict @ SaveError::Conflict { .. })) => conflict.into(),
             // The next run reads the unsaved part from the target.
             _ => error,
@@ -180,7 +180,7 @@ impl Run<'_> {
         }
     }
 
-    async fn copy_loop(&mut self, ledger: &mut PositionWriter, stop: &CancellationToken) -> Result<RunEnd, Error> {
+    async fn copy_loop(&mut self, positions: &mut PositionWriter, stop: &CancellationToken) -> Result<RunEnd, Error> {
         loop {
             let now = Instant::now();
             self.pump(now);
@@ -189,7 +189,7 @@ impl Run<'_> {
                 return end;
             }
             if now >= self.times.next_tick || self.source.silent_at.is_some_and(|at| now >= at) {
-                self.tick(now, ledger)?;
+                self.tick(now, positions)?;
             }
             let wake = self.wake(now);
             let (source, target) = (&mut self.source, &mut self.target);
@@ -197,7 +197,7 @@ impl Run<'_> {
                 biased;
                 () = stop.cancelled(), if self.ending.is_none() => self.end(Ending::Stopped),
                 // Before the lanes: it is rarely ready, and while both lanes are busy it would never be polled.
-                saved = poll_fn(|cx| ledger.poll(cx)) => self.saved(saved, ledger)?,
+                saved = poll_fn(|cx| positions.poll(cx)) => self.saved(saved, positions)?,
                 moved = poll_fn(|cx| self.sampler.as_mut().map_or(Poll::Pending, |sampler| sampler.poll(cx))) => {
                     self.sampled(moved);
                 }
@@ -207,7 +207,7 @@ impl Run<'_> {
                     }
                 }
                 turn = source.lane.turn(), if source.reads => {
-                    if let Turn::Received(batch) = turn.map_err(|error| self.lost_source(ledger, error))? {
+                    if let Turn::Received(batch) = turn.map_err(|error| self.lost_source(positions, error))? {
                         self.take_messages(batch)?;
                     }
                 }
@@ -237,12 +237,12 @@ impl Run<'_> {
     }
 
     /// The source ended the connection: perhaps because more was requested than it lets wait.
-    fn lost_source(&self, ledger: &mut PositionWriter, error: nats_lane::Error) -> Error {
+    fn lost_source(&self, positions: &mut PositionWriter, error: nats_lane::Error) -> Error {
         let (now, replication) = (Instant::now(), &self.report.replication);
         // A connection that ends with an error line was not cut for pending output: a slow consumer gets none.
         if self.source.reader.pending() > 0 && error.is_cut() {
             let asked = throttle::read_ahead(&replication.limits);
-            if let Some(bytes) = ledger.appetite.cut(asked, now.duration_since(self.times.began), now) {
+            if let Some(bytes) = positions.request_limit.cut(asked, now.duration_since(self.times.began), now) {
                 let id = &replication.id;
                 warn!(replication = id, bytes, "the source cut the connection again: asking it for less at once");
             }
@@ -328,7 +328,7 @@ impl Run<'_> {
         }
     }
 
-    fn saved(&mut self, result: Result<(), SaveError>, ledger: &mut PositionWriter) -> Result<(), Error> {
+    fn saved(&mut self, result: Result<(), SaveError>, positions: &mut PositionWriter) -> Result<(), Error> {
         match result {
             Err(conflict @ SaveError::Conflict { .. }) => return Err(conflict.into()),
             // The copy continues for a while: the target itself shows where it is. The next save tries again.
@@ -338,7 +338,7 @@ impl Run<'_> {
             }
             Ok(()) => {}
         }
-        self.report_saves(Instant::now(), ledger);
+        self.report_saves(Instant::now(), positions);
         Ok(())
     }
 

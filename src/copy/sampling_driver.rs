@@ -1,5 +1,10 @@
 //! Sampling in one run: the sender of each message, delayed writes of sender records, and the advisories of
 //! `advisories.rs`.
+//!
+//! A copy counts in memory when it is sent, and in a record when it has settled. The position record says up to which
+//! source sequence the records hold: a run reads from there, and shows messages that settled before to sampling alone,
+//! which decides about them as it did then. So a crash causes neither an extra copy nor a second `new` advisory, though
+//! records and position are written independently.
 
 use std::{
     fmt,
@@ -14,13 +19,13 @@ use tracing::{info, warn};
 
 use super::{
     Job, Samples,
-    advisories::{AdvisoryEvent, Post},
+    advisories::{AdvisoryEvent, AdvisoryPublisher},
     flow::position::SenderRecords,
     source::{clock::SourceClock, reader::Incoming},
 };
 use crate::{
     events::Event,
-    sampling::{self, CopyCause, Inspector, MessageOutcome, SamplingVerdict, Sighting, Voice, Write},
+    sampling::{self, AdvisoryTemplate, CopyCause, Inspector, MessageOutcome, SamplingVerdict, Sighting, Write},
     status::SamplingStatus,
     store::{self, PositionRecord},
 };
@@ -66,7 +71,7 @@ pub(super) struct SamplingDriver {
     next_write: Instant,
     write_failed: bool,
     /// Publishes advisories, where there are any.
-    post: Option<Post>,
+    post: Option<AdvisoryPublisher>,
 }
 
 impl fmt::Debug for SamplingDriver {
@@ -127,8 +132,8 @@ impl SamplingDriver {
             written_at: now,
             next_write: now,
             write_failed: false,
-            post: Voice::new(replication, &job.site, sampling)
-                .map(|voice| Post::new(job, voice, sampling.is_reliable(), now)),
+            post: AdvisoryTemplate::new(replication, &job.site, sampling)
+                .map(|template| AdvisoryPublisher::new(job, template, sampling.is_reliable(), now)),
         };
         Some((sampler, from))
     }
@@ -169,8 +174,8 @@ impl SamplingDriver {
             return;
         }
         let message = &incoming.message;
-        let is_acked = self.post.is_some() && sampling::is_advisory(message.payload);
-        let sender = if is_acked { None } else { self.inspector.sender(message) };
+        let is_advisory = self.post.is_some() && sampling::is_advisory(message.payload);
+        let sender = if is_advisory { None } else { self.inspector.sender(message) };
         looked.sender.clear();
         looked.sender.push_str(sender.as_deref().unwrap_or_default());
         looked.named = sender.is_some();
@@ -361,7 +366,7 @@ impl SamplingDriver {
 
     /// The events to report.
     pub fn take_events(&mut self) -> Vec<Event> {
-        let mut events = self.post.as_mut().map(Post::take_events).unwrap_or_default();
+        let mut events = self.post.as_mut().map(AdvisoryPublisher::take_events).unwrap_or_default();
         let mut senders = self.samples.lock();
         if senders.became_full() {
             let (replication, senders) = (&self.replication, senders.len() as u64);

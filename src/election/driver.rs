@@ -1,6 +1,5 @@
 //! The connection of a campaign: writes as the machine decides, passes the results to it, and reconnects after an
 //! error.
-//! is lost.
 
 use std::sync::Arc;
 
@@ -80,7 +79,7 @@ pub(super) struct CampaignDriver {
 }
 
 /// A lane on which the bucket is written, and the pending requests on it.
-struct Booth {
+struct BucketConnection {
     lane: Lane,
     /// Subject that writes go to.
     subject: String,
@@ -126,12 +125,12 @@ impl CampaignDriver {
     /// One connection, until the stop; any other end is an error.
     async fn session(&mut self, stop: &CancellationToken) -> Result<(), Error> {
         let opened = stop.run_until_cancelled(self.open()).await;
-        let Some(mut booth) = opened.transpose()? else { return Ok(()) };
+        let Some(mut bucket) = opened.transpose()? else { return Ok(()) };
         loop {
             let now = boottime::now();
             let next = match self.machine.step(now) {
                 ElectionStep::Write(revision) => {
-                    booth.write(&self.election.candidate, revision);
+                    bucket.write(&self.election.candidate, revision);
                     continue;
                 }
                 ElectionStep::Overdue => {
@@ -143,19 +142,19 @@ impl CampaignDriver {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                turn = booth.lane.turn() => if let Turn::Received(batch) = turn? { self.hear(&mut booth, &batch)? },
+                turn = bucket.lane.turn() => if let Turn::Received(batch) = turn? { self.hear(&mut bucket, &batch)? },
                 () = sleep_until(boottime::for_timers(next)) => {}
             }
         }
         self.told.send_modify(|led| led.until = None);
-        if timeout(LAST_WORDS, self.leave(&mut booth)).await.is_err() {
+        if timeout(LAST_WORDS, self.leave(&mut bucket)).await.is_err() {
             debug!(election = self.election.key, "the key was not freed in time");
         }
         Ok(())
     }
 
     /// Connects, and reads the terms of the bucket as far as that is allowed.
-    async fn open(&mut self) -> Result<Booth, Error> {
+    async fn open(&mut self) -> Result<BucketConnection, Error> {
         let name = format!("{} election {}", names::PROGRAM, self.election.key);
         let mut lane = self.dial.dial(&self.place, &name).await?;
         let terms = if self.info.allowed { self.terms(&mut lane).await? } else { Terms::unknown() };
@@ -164,7 +163,7 @@ impl CampaignDriver {
         let prefix = if api == DEFAULT_API_PREFIX { String::new() } else { format!("{api}.") };
         let subject = format!("{prefix}{}", self.key_subject());
         self.machine.connected(terms, boottime::now());
-        Ok(Booth { lane, subject, write: String::new(), read: String::new() })
+        Ok(BucketConnection { lane, subject, write: String::new(), read: String::new() })
     }
 
     /// Subject of the key as it is stored.
@@ -197,13 +196,13 @@ impl CampaignDriver {
     }
 
     /// Handles the messages of a batch.
-    fn hear(&mut self, booth: &mut Booth, batch: &Batch) -> Result<(), Error> {
-        if let Some(answer) = answer_in(batch, &booth.read)
+    fn hear(&mut self, bucket: &mut BucketConnection, batch: &Batch) -> Result<(), Error> {
+        if let Some(answer) = answer_in(batch, &bucket.read)
             && let Some(revision) = marker_in(answer)
         {
             self.machine.saw_marker(revision, boottime::now());
         }
-        let Some(answer) = answer_in(batch, &booth.write).filter(|_| self.machine.is_writing()) else { return Ok(()) };
+        let Some(answer) = answer_in(batch, &bucket.write).filter(|_| self.machine.is_writing()) else { return Ok(()) };
         let written = written(answer)?;
         let stood = self.machine.held().is_none();
         self.machine.written(written, boottime::now(), rand::random());
@@ -215,31 +214,31 @@ impl CampaignDriver {
             self.publish_state("the key was deleted, or is another candidate's");
             // A candidate that just lost the key leaves others the first chance.
             if stood && self.last.allowed {
-                booth.request_entry(&self.last.what, &self.key_subject());
+                bucket.request_entry(&self.last.what, &self.key_subject());
             }
         }
         Ok(())
     }
 
     /// Releases the key if it is ours.
-    async fn leave(&mut self, booth: &mut Booth) {
+    async fn leave(&mut self, bucket: &mut BucketConnection) {
         let mut freeing = false;
         loop {
             // A write in flight may make it ours, and its answer has the revision.
             if !self.machine.is_writing() && !freeing {
                 let Some(revision) = self.machine.held() else { return };
-                booth.free(revision);
+                bucket.free(revision);
                 freeing = true;
             }
-            let heard = match booth.lane.turn().await {
+            let heard = match bucket.lane.turn().await {
                 Ok(Turn::Flushed) => continue,
-                Ok(Turn::Received(batch)) if freeing => match answer_in(&batch, &booth.write) {
+                Ok(Turn::Received(batch)) if freeing => match answer_in(&batch, &bucket.write) {
                     Some(answer) => {
                         return debug!(election = self.election.key, "freed the key: {:?}", written(answer));
                     }
                     None => continue,
                 },
-                Ok(Turn::Received(batch)) => self.hear(booth, &batch),
+                Ok(Turn::Received(batch)) => self.hear(bucket, &batch),
                 Err(error) => Err(error),
             };
             if let Err(error) = heard {
@@ -271,7 +270,7 @@ impl CampaignDriver {
     }
 }
 
-impl Booth {
+impl BucketConnection {
     fn write(&mut self, candidate: &str, revision: u64) {
         self.write = self.lane.send_request_with(&self.subject, &header_block(revision, ""), candidate.as_bytes());
     }

@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{HeartbeatDeps, board::HeartbeatStats};
+use super::{HeartbeatDeps, stats::HeartbeatStats};
 use crate::{
     allow::AllowList,
     config::{Heartbeat, Heartbeats},
@@ -39,7 +39,7 @@ pub(super) struct Publisher {
     rules: AllowList,
     election: Election,
     host: String,
-    board: Arc<HeartbeatStats>,
+    stats: Arc<HeartbeatStats>,
     link: Link,
     beats: Vec<Beat>,
     sent: FuturesUnordered<BoxFuture<'static, BeatOutcome>>,
@@ -55,7 +55,7 @@ struct Beat {
 }
 
 impl Publisher {
-    pub(super) fn new(deps: &HeartbeatDeps, heartbeats: Heartbeats, board: Arc<HeartbeatStats>) -> Self {
+    pub(super) fn new(deps: &HeartbeatDeps, heartbeats: Heartbeats, stats: Arc<HeartbeatStats>) -> Self {
         let now = Instant::now();
         let beat = |one: &Heartbeat| Beat { due: now + one.interval, owed: true, failing: false };
         let name = format!("{} {}/{} heartbeats", names::PROGRAM, deps.site, deps.instance);
@@ -63,7 +63,7 @@ impl Publisher {
             rules: deps.rules.clone(),
             election: Election::of_heartbeats(&deps.site, &deps.host),
             host: deps.host.clone(),
-            board,
+            stats,
             link: Link::new(deps.rules.clone(), heartbeats.place.clone(), name),
             beats: heartbeats.subjects.iter().map(beat).collect(),
             sent: FuturesUnordered::new(),
@@ -78,7 +78,7 @@ impl Publisher {
             Campaign::start(dial, place, self.election.clone())
         });
         if let Some(campaign) = &campaign {
-            self.board.stands(campaign.poll());
+            self.stats.stands(campaign.poll());
         }
         let right = Right { led: campaign.as_ref().map(Campaign::led), over: false };
         stop.run_until_cancelled(self.publish(right)).await;
@@ -95,7 +95,7 @@ impl Publisher {
             let now = Instant::now();
             let leads = right.holds(now);
             if led != Some(leads) {
-                self.board.paused(!leads);
+                self.stats.paused(!leads);
                 self.beats.iter_mut().for_each(|beat| beat.owed = leads);
                 led = Some(leads);
             }
@@ -128,7 +128,7 @@ impl Publisher {
             beat.owed = leads;
             if leads && !connected {
                 // The link has reported the reason.
-                self.board.count(index, |numbers| numbers.errors += 1);
+                self.stats.count(index, |numbers| numbers.errors += 1);
             }
         }
     }
@@ -152,7 +152,7 @@ impl Publisher {
                 if std::mem::take(&mut beat.failing) {
                     info!(subject, "heartbeats are stored again");
                 }
-                self.board.count(index, |numbers| {
+                self.stats.count(index, |numbers| {
                     numbers.published += 1;
                     numbers.times.observe(time.as_secs_f64(), 1);
                 });
@@ -165,7 +165,7 @@ impl Publisher {
                 } else {
                     warn!(subject, "a heartbeat was not stored: {error}{refusal}");
                 }
-                self.board.count(index, |numbers| numbers.errors += 1);
+                self.stats.count(index, |numbers| numbers.errors += 1);
             }
         }
     }

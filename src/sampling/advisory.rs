@@ -54,7 +54,7 @@ pub struct Advisory {
 
 /// Names and subject of the advisories of one replication.
 #[derive(Debug, Clone)]
-pub struct Voice {
+pub struct AdvisoryTemplate {
     replication: String,
     site: String,
     /// Name of the site in ids: the first that it had, so that an advisory keeps its id when the site is renamed.
@@ -94,7 +94,7 @@ const PROTOCOL: &str = "io.choria.sr.v2.age_advisory";
 const BEGIN: &[u8] = br#"{"protocol":"io.choria.sr.v2.age_advisory","#;
 const NANO: i64 = 1_000_000_000;
 
-impl Voice {
+impl AdvisoryTemplate {
     /// For the advisories of one replication.
     pub fn new(replication: &Replication, site: &str, sampling: &config::Sampling) -> Option<Self> {
         let advisory = sampling.advisory.as_ref()?;
@@ -192,8 +192,8 @@ fn tokens(sender: &str) -> String {
 mod tests {
     use super::*;
 
-    fn voice(subject: &str) -> Voice {
-        Voice {
+    fn template(subject: &str) -> AdvisoryTemplate {
+        AdvisoryTemplate {
             replication: "NODES".to_owned(),
             site: "EAST".to_owned(),
             first_site: "EAST".to_owned(),
@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn subjects_hold_event_and_sender() {
         let check = |subject: &str, sender: &str, expect: &str| {
-            assert_eq!(voice(subject).subject(&advisory(AdvisoryKind::Timeout, sender)), expect);
+            assert_eq!(template(subject).subject(&advisory(AdvisoryKind::Timeout, sender)), expect);
         };
         check("adv", "n1", "adv");
         check("adv.%s.%v", "n1.example.net", "adv.timeout.n1.example.net");
@@ -235,7 +235,7 @@ mod tests {
     fn an_id_is_the_same_each_time_and_of_nothing_else() {
         let id = |kind, sender, shift: i64| {
             let one = advisory(kind, sender);
-            voice("x").id(&Advisory { seen_ns: one.seen_ns + shift, ..one })
+            template("x").id(&Advisory { seen_ns: one.seen_ns + shift, ..one })
         };
         let first = id(AdvisoryKind::Timeout, "n1", 0);
         assert_eq!(first, id(AdvisoryKind::Timeout, "n1", 0));
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn a_body_is_chorias() {
-        let body = voice("x").body(&advisory(AdvisoryKind::Timeout, "n1"));
+        let body = template("x").body(&advisory(AdvisoryKind::Timeout, "n1"));
         let json = serde_json::to_value(&body).unwrap();
         assert_eq!(json["protocol"], PROTOCOL);
         assert_eq!((json["age"].as_i64(), json["seen"].as_i64()), (Some(660), Some(1_700_000_000)));

@@ -711,7 +711,7 @@ mod tests {
         verdict
     }
 
-    /// Everything that is told, as it is written and confirmed.
+    /// All advisories, as they are written and confirmed.
     fn tell(senders: &mut Senders, position: u64) -> Vec<(AdvisoryKind, String, i64)> {
         let mut told = Vec::new();
         loop {
@@ -766,7 +766,7 @@ mod tests {
             let sighting = Sighting { size: *size, forced: *forced, ..sight(index as u64 + 1, *at, sender) };
             assert_eq!(take(&mut senders, sighting), *expect, "row {index}: {sighting:?}");
         }
-        // What is read again begins anew with the first of it.
+        // Messages that are read again restart with the first of them.
         assert_eq!(take(&mut senders, sight(12, 101.55, "a")), Copy(Again));
         assert_eq!(take(&mut senders, sight(13, 101.5, "a")), Skip);
     }
@@ -827,7 +827,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_told_of_row_by_row() {
+    fn advisories_row_by_row() {
         use AdvisoryKind::{Expire, New, Recover, Timeout};
         let check = |messages: &[(f64, &str)], until: f64, expect: &[(AdvisoryKind, &str, i64)]| {
             let mut senders = senders();
@@ -851,7 +851,7 @@ mod tests {
         check(&[(0.0, "a"), (100.0, "a")], 101.0, &[(New, "a", 0), (Timeout, "a", 40), (Recover, "a", 100)]);
         let back = [(New, "a", 0), (Timeout, "a", 40), (Expire, "a", 100), (New, "a", 101)];
         check(&[(0.0, "a"), (101.0, "a")], 101.0, &back);
-        // Others move the time on, and each is told of in its own order.
+        // Other senders move the time on, and each is reported in its own order.
         check(
             &[(0.0, "a"), (30.0, "b"), (90.0, "b"), (200.0, "b")],
             200.0,
@@ -925,7 +925,7 @@ mod tests {
     #[test]
     fn what_settled_before_a_crash_is_known_when_it_is_read_again() {
         let mut senders = Senders::new("NODES", &sampling(true));
-        // Written up to 1, and 4 messages lie behind that.
+        // Written up to 1, and 4 messages are after that.
         assert_eq!(senders.begin(5, Some(1), false), 1);
         for (seq, sender) in [(2, "a"), (3, "a"), (4, "b"), (5, "b")] {
             senders.replay(&sight(seq, 0.0, sender), MessageOutcome::Stored);
@@ -989,7 +989,7 @@ mod tests {
         after.replay(&sight(2, 200.0, "b"), MessageOutcome::Stored);
         let told: Vec<_> = tell(&mut after, 2).into_iter().map(|told| told.0).collect();
         assert_eq!(told, [AdvisoryKind::Timeout, AdvisoryKind::Expire, AdvisoryKind::New]);
-        assert!(after.gone.is_empty() && after.len() == 1, "its record went when all was told");
+        assert!(after.gone.is_empty() && after.len() == 1, "its record went when all was published");
     }
 
     #[test]

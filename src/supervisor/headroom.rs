@@ -13,7 +13,7 @@ use tracing::{debug, info, warn};
 use super::replication::Context;
 use crate::{
     config::Replication,
-    copy::{Error, ErrorKind, HeadroomChange, Looks, Outlook, Shortage, peek},
+    copy::{Error, ErrorKind, HeadroomChange, Outlook, PollHistory, Shortage, peek},
     events::Event,
     status::{CopyStatus, Headroom, State},
 };
@@ -32,7 +32,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// What is known of one replication's headroom.
 #[derive(Debug, Default)]
 pub(super) struct Watch {
-    looks: Looks,
+    looks: PollHistory,
     shortage: Shortage,
     /// When the source is looked at next, while no run is under way.
     next: Option<Instant>,

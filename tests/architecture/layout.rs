@@ -69,7 +69,7 @@ pub const LAYOUT: Layout = Layout {
         &["nats-lane"],
     ],
     pure: &[
-        "copy::source::appetite",
+        "copy::source::request_limit",
         "copy::source::clock",
         "copy::decide",
         "copy::target::drops",
@@ -165,7 +165,7 @@ pub const LAYOUT: Layout = Layout {
         purity: &[("lease::machine uses entropy", 1), ("sampling::senders uses entropy", 2)],
         sockets: &[],
         never_names: &[("src/copy/source/durable.rs", 2)],
-        file_lines: &[("src/sampling/senders.rs", 960), ("src/supervisor/replication.rs", 1060)],
+        file_lines: &[("src/supervisor/replication.rs", 1060)],
         function_lines: &[],
         nesting: &[],
         type_names: &[

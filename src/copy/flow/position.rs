@@ -1,4 +1,9 @@
 //! The position record of a replication: which instance may write it, and writing it while the copy continues.
+//!
+//! Every save is a compare-and-swap on the revision of the key. The first act of a holder is a save with its epoch:
+//! that proves that the record was read from the current leader, and it fences the saves of earlier holders. A write
+//! with an unknown outcome (no answer, or no responders during an election) may have been applied: it is read back with
+//! `STREAM.MSG.GET` and identified by holder, epoch and nonce.
 
 use std::{
     collections::VecDeque,
@@ -23,7 +28,7 @@ use crate::{
             window::Window,
         },
         resume::Resume,
-        source::{appetite::Appetite, clock::Alarm, gap::Gaps},
+        source::{clock::Alarm, gap::Gaps, request_limit::RequestLimit},
         target::{drops::Drops, mode::Intruders},
     },
     events::{Event, Events, LossAction},
@@ -81,7 +86,7 @@ pub struct PositionWriter {
     /// The longest protocol line that the target accepts, in bytes, if that is less than the default of servers.
     pub(in crate::copy) max_line: Option<usize>,
     /// How much may be requested from the source at once.
-    pub(in crate::copy) appetite: Appetite,
+    pub(in crate::copy) request_limit: RequestLimit,
     /// Whether a difference between the source's clock and ours was reported.
     pub(in crate::copy) clock: Alarm,
     /// When a server last ended the login of a run.
@@ -124,7 +129,7 @@ impl PositionWriter {
             intruders: Intruders::default(),
             window_reported: false,
             max_line: None,
-            appetite: Appetite::default(),
+            request_limit: RequestLimit::default(),
             clock: Alarm::default(),
             login_ended: None,
             loss: None,

@@ -224,7 +224,8 @@ impl Watchdog {
         self.owed.is_some() || self.renewing.is_some() || self.open
     }
 
-    /// The answer to [`WatchdogAction::Ask`]; `last_seq` is the source's last sequence as far as known when it was asked.
+    /// The answer to [`WatchdogAction::Ask`]; `last_seq` is the source's last sequence as far as known when it was
+    /// asked.
     pub fn answered(&mut self, now: Instant, consumer: Consumer, last_seq: u64) -> Option<WatchdogAction> {
         match consumer {
             Consumer::Gone => Some(self.renew(now, "the server has it no more".to_owned())),
@@ -364,7 +365,7 @@ mod tests {
         })
     }
 
-    /// What is done first and when (s), if it looks like this at every second of a minute.
+    /// The first action and when (s), with this observation at every second of a minute.
     fn first(change: impl Fn(u64, Instant, &mut Observation)) -> Option<(u64, &'static str)> {
         let began = Instant::now();
         let mut watchdog = Watchdog::new(began, 10);
@@ -461,14 +462,14 @@ mod tests {
         let mut watchdog = Watchdog::new(began, 10);
         assert_eq!(watchdog.silent_at(began, began), Some(at(3_500)));
         assert_eq!(watchdog.silent_at(at(3_000), at(2_500)), Some(at(6_000)), "a sign of life moves it on");
-        // It was looked at a little late.
+        // It was checked a little late.
         assert_eq!(watchdog.silent_at(at(3_600), began), None);
         let silent = Observation { pending: 0, last_seq: 10, consumer_heard: began, ..seen(at(3_600)) };
         assert_eq!(short(watchdog.check(at(3_600), &silent)), Some("ask"));
         assert_eq!(watchdog.silent_at(at(3_700), began), Some(at(6_100)));
         assert_eq!(short(watchdog.check(at(6_100), &silent)), Some("renew"));
         assert_eq!(watchdog.silent_at(at(6_100), began), None);
-        // What was asked before the last sign of life says nothing of a silence after it.
+        // An answer from before the last sign of life proves nothing about a silence after it.
         assert_eq!(watchdog.silent_at(at(6_200), at(6_150)), Some(at(9_650)));
     }
 
@@ -531,7 +532,7 @@ mod tests {
         (story.seen.delivered, story.seen.handed_out) = (11, 11);
         assert_eq!(story.check(3), Some("repaired"));
         assert!(!story.watchdog.is_alert());
-        // Within a minute it is repaired, and not told again.
+        // Within a minute it is repaired, and not reported again.
         assert_eq!(story.lost(4, false), Some("renew and count"));
         story.watchdog.renewed(story.at(5));
         (story.seen.delivered, story.seen.handed_out) = (12, 12);

@@ -297,7 +297,7 @@ mod tests {
         let tokens: Vec<_> = (1..=2).map(|seq| window.hand_out(at(seq), 1, 0, None)).collect();
         window.stored_before(at(3), 4);
         window.settle(tokens[0], Some(9)).unwrap();
-        // A search behind 9 would not find message 3, which lies at 4.
+        // A search after 9 would not find message 3, which is at 4.
         assert_eq!((drain(&mut window), window.position()), (1, at(1)));
         assert_eq!(window.target().map(|target| target.seq), Some(3));
         window.settle(tokens[1], Some(10)).unwrap();
@@ -328,7 +328,7 @@ mod tests {
         window.settle(tokens[0], Some(1)).unwrap();
         window.settle(tokens[1], Some(3)).unwrap();
         assert_eq!((drain(&mut window), window.position()), (2, at(2)));
-        // Not nothing: a target that loses all could not be told from one that nothing was sent to.
+        // A known sequence: otherwise a target that loses everything looks like one without any copy.
         assert_eq!(window.target(), Some(TargetPoint { seq: 1, source_seq: 1 }));
     }
 

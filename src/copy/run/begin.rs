@@ -23,43 +23,43 @@ impl Run<'_> {
         target: &StreamInfo,
         resume: Resume,
         goes_back: bool,
-        ledger: &mut PositionWriter,
+        positions: &mut PositionWriter,
     ) -> Result<(), Error> {
         let now = self.times.began;
-        self.report.knows_saves(ledger);
-        self.bounds.limit = self.report.copy_limit(ledger, now);
+        self.report.knows_saves(positions);
+        self.bounds.limit = self.report.copy_limit(positions, now);
         self.source_says(self.source.info.clone(), now)?;
-        self.remembered(target, resume.unseen, ledger);
-        self.resumed(resume, ledger);
+        self.remembered(target, resume.unseen, positions);
+        self.resumed(resume, positions);
         if goes_back {
             // Reported now, and saved before anything is sent: where few messages of a subject are kept, a message that
             // is copied again replaces the one that would show the next start that the saved target sequence is no
             // longer valid.
-            ledger.save_now(self.witnesses(), self.report.row()).await?;
+            positions.save_now(self.witnesses(), self.report.row()).await?;
         }
         Ok(())
     }
 
     /// Reports, once per start, that the target may forget ids too soon.
-    fn remembered(&mut self, target: &StreamInfo, unseen: u64, ledger: &mut PositionWriter) {
-        if !self.target.writer.relies_on_ids() || std::mem::replace(&mut ledger.window_reported, true) {
+    fn remembered(&mut self, target: &StreamInfo, unseen: u64, positions: &mut PositionWriter) {
+        if !self.target.writer.relies_on_ids() || std::mem::replace(&mut positions.window_reported, true) {
             return;
         }
         let window = Duration::from_nanos(target.number("duplicate_window").unsigned_abs());
         let unseen = if is_consumed(target) { unseen } else { 0 };
         let now = self.source.clock.now(Instant::now());
-        let look = IdWindowCheck { window, unseen, saved_at: ledger.record().saved_at, now };
+        let look = IdWindowCheck { window, unseen, saved_at: positions.record().saved_at, now };
         for event in [look.short_window(), look.long_downtime()].into_iter().flatten() {
             self.report.found(event);
         }
     }
 
     /// Reports where the run resumes and the findings on the way there.
-    fn resumed(&mut self, resume: Resume, ledger: &mut PositionWriter) {
-        self.explain(std::mem::take(&mut ledger.gaps), &resume);
+    fn resumed(&mut self, resume: Resume, positions: &mut PositionWriter) {
+        self.explain(std::mem::take(&mut positions.gaps), &resume);
         for event in resume.findings {
             if matches!(event, Event::TargetShared { .. }) {
-                ledger.chain_explained();
+                positions.chain_explained();
             }
             self.report.found(event);
         }

@@ -167,7 +167,7 @@ impl Run<'_> {
     }
 
     /// Whether a message waits until everything up to the last one that was found at the target has settled. Otherwise
-    /// each run could store another window of messages behind one that is refused every time, and no search would know
+    /// each run could store another window of messages after one that is refused every time, and no search would know
     /// how far before the end of the target something may be missing.
     pub(super) fn waits_for_known(&self, seq: u64) -> bool {
         self.target.known_to > 0 && seq > self.target.known_to && !self.all_settled()

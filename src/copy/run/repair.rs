@@ -68,7 +68,7 @@ impl Run<'_> {
             self.report.found(Event::Gap { from, to, messages: to - from + 1 });
         }
         source.retention = Retention::of(&info);
-        source.looks.add(Instant::now(), info.state.clone());
+        source.poll_history.add(Instant::now(), info.state.clone());
         let now_ms = source.clock.now(Instant::now()).timestamp_millis();
         if let Some(Dropped { messages, event }) = self.target.watch.source_has(&info, asked, now_ms) {
             self.report.copy.counters.target_dropped += messages;

@@ -32,15 +32,15 @@ const LOGIN_EVERY: Duration = Duration::from_secs(1);
 
 impl Run<'_> {
     /// Does the periodic work that is due: status, save, questions, and the check whether everything still moves.
-    pub(super) fn tick(&mut self, now: Instant, ledger: &mut PositionWriter) -> Result<(), Error> {
+    pub(super) fn tick(&mut self, now: Instant, positions: &mut PositionWriter) -> Result<(), Error> {
         self.settle();
-        self.report_saves(now, ledger);
+        self.report_saves(now, positions);
         self.report_rejected(true);
         self.update_status();
-        self.report.clock(&self.source.clock, ledger);
+        self.report.clock(&self.source.clock, positions);
         let idle = self.all_settled() && self.source.reader.pending() == 0 && !self.source.watchdog.is_alert();
         self.tick_sampling(idle, now);
-        let saved = ledger.save(now, self.witnesses(), || self.report.row());
+        let saved = positions.save(now, self.witnesses(), || self.report.row());
         self.times.next_tick = now
             + match (idle, saved) {
                 (true, true) if self.sampler.is_none() => TICK_SAVED,
@@ -55,7 +55,7 @@ impl Run<'_> {
         let action = self.source.watchdog.check(now, &seen);
         action.map_or(Ok(()), |action| self.act(action))?;
         self.check_logins(now);
-        if self.ending.is_none() && ledger.appetite.recovers(now) {
+        if self.ending.is_none() && positions.request_limit.recovers(now) {
             let id = &self.report.replication.id;
             info!(replication = id, "the source has not cut a connection for long: asking it for more");
             self.end(Ending::BeginsAgain);
@@ -121,9 +121,9 @@ impl Run<'_> {
     }
 
     /// Reports, once, that the position is not saved, and later that it is saved again.
-    pub(super) fn report_saves(&mut self, now: Instant, ledger: &mut PositionWriter) {
-        self.bounds.limit = self.report.copy_limit(ledger, now);
-        self.report.saves(self.bounds.window.position().seq, now, ledger);
+    pub(super) fn report_saves(&mut self, now: Instant, positions: &mut PositionWriter) {
+        self.bounds.limit = self.report.copy_limit(positions, now);
+        self.report.saves(self.bounds.window.position().seq, now, positions);
     }
 
     /// Whether the copy waits until the position can be saved.
@@ -182,7 +182,7 @@ impl Run<'_> {
             seq: oldest.map_or(position.seq + 1, |point| point.seq),
             age: lag.oldest.and(lag.seconds).map(Duration::from_secs_f64),
         };
-        copy.headroom = match source.looks.outlook(&source.retention, &oldest) {
+        copy.headroom = match source.poll_history.outlook(&source.retention, &oldest) {
             _ if messages == 0 => None,
             Outlook::Left(headroom) => Some(headroom),
             Outlook::Safe => None,

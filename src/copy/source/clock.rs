@@ -2,10 +2,11 @@
 //! host can differ, differs between instances, and can be set while a run is under way. Pure: moments and answers are
 //! arguments, times are the result.
 //!
-//! A server writes its time into every answer about a stream. It wrote it after the question was sent and before the
-//! answer was received, which bounds the server's time at a moment of our monotonic clock from both sides. Every answer
-//! narrows the bounds or, when the server's clock was set or another server leads the stream, moves them as far as
-//! needed and no further. The lower bound counts as the server's time: no message counts as older than it is.
+//! Servers from 2.10 on write their time into every answer about a stream (`ts` of `STREAM.INFO`). It was written after
+//! the question was sent and before the answer was received, which bounds the server's time at a moment of our
+//! monotonic clock from both sides. Every answer narrows the bounds or, when the server's clock was set or another
+//! server leads the stream, moves them as far as needed and no further. The lower bound counts as the server's time: no
+//! message counts as older than it is.
 
 use chrono::{DateTime, Utc};
 use tokio::time::{Duration, Instant};

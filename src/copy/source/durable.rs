@@ -1,10 +1,15 @@
 //! The durable consumer of a replication at a source that removes acknowledged messages (interest and work-queue
 //! retention): whether it exists, whether it can be used, and its creation.
 //!
-//! An existing one, such as that of Choria's replicator, is used as it is. Ours has [`MARK`] in its metadata: only
-//! such a consumer is ever changed, and deleted with its replication. None is ever deleted to read messages again. One
-//! of another replication, or of another installation, is not used: two readers of one consumer get a part of the
-//! messages each.
+//! An existing one, such as that of Choria's replicator, is used as it is. Ours has [`MARK`] in its metadata: only such
+//! a consumer is ever changed, and deleted with its replication. One of another replication, or of another
+//! installation, is not used: two readers of one consumer get a part of the messages each.
+//!
+//! No consumer is deleted to read messages again, with one exception. A stream that lost its end may have a consumer
+//! that did not. Servers from 2.14 on lower its delivered sequence and its ack floor to the stream's last sequence.
+//! Older ones leave it ahead: messages that the stream stores next, up to the old delivered sequence, are never
+//! delivered, and the ack floor is about messages that are gone. Such a consumer of ours is deleted and created again.
+//! An interest stream would remove its messages with the consumer: a second one keeps them until the new one exists.
 
 use nats_lane::{
     Dial, Error, ErrorKind, Lane,

@@ -1,4 +1,10 @@
-//! Determines which subjects a source stores, where its configuration does not show it.
+//! Determines which subjects a source stores, where its configuration does not show it: reads the configurations of the
+//! streams that it mirrors or aggregates, and lists its stored subjects.
+//!
+//! A missing permission may end the connection, so other streams are read over a lane of their own. The list of
+//! subjects of a stream (`STREAM.INFO` with `subjects_filter`) takes a server seconds for a million: with many subjects
+//! a sample of messages is read instead. A subject that is missed is added when a message with it gets no responders
+//! (`target/stray.rs`).
 
 use std::collections::HashMap;
 

@@ -1,4 +1,7 @@
 //! Positions in a source stream: found by sequence or by time, over a lane.
+//!
+//! Messages are read with `STREAM.MSG.GET`, which the leader answers. Work-queue streams allow no second consumer, and
+//! on interest streams a consumer keeps messages: both are searched without one.
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use nats_lane as nats;

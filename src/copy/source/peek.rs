@@ -13,7 +13,7 @@ use crate::{
             clock::{ClockReading, SourceClock},
             consumers::Names,
             reader::{Range, Reader},
-            retention::{Looks, Oldest, Outlook, Retention, Waiting},
+            retention::{Oldest, Outlook, PollHistory, Retention, Waiting},
         },
     },
     names,
@@ -49,7 +49,7 @@ pub async fn peek(
     replication: &Replication,
     consumers: &str,
     position: u64,
-    looks: &mut Looks,
+    polls: &mut PollHistory,
 ) -> Result<SourcePeek, Error> {
     let name = format!("{} {}", names::PROGRAM, replication.id);
     let mut lane = dial.dial(&replication.source.place, &name).await?;
@@ -62,8 +62,8 @@ pub async fn peek(
     let clock = SourceClock::new(&ClockReading { sent, received, server: info.ts, local });
     let clock_offset = clock.offset(received, local);
     let retention = Retention::of(&info);
-    looks.add(Instant::now(), info.state.clone());
-    let kept = looks.kept(&retention);
+    polls.add(Instant::now(), info.state.clone());
+    let kept = polls.kept(&retention);
     let range = Range { stream, filters: replication.scope.filters(), from: position + 1, headers_only: true };
     let mut reader = Reader::open(&mut lane, &range, &mut names, AHEAD).await?;
     let pending = reader.pending();
@@ -78,7 +78,7 @@ pub async fn peek(
     let oldest = first.map(|(_, time_ns)| DateTime::from_timestamp_nanos(time_ns));
     let lag = Lag::new(messages, oldest, now);
     let outlook = first.map_or(Outlook::Safe, |(seq, _)| {
-        looks.outlook(&retention, &Oldest { seq, age: lag.seconds.map(Duration::from_secs_f64) })
+        polls.outlook(&retention, &Oldest { seq, age: lag.seconds.map(Duration::from_secs_f64) })
     });
     Ok(SourcePeek { lag, first_seq: info.state.first_seq, last_seq, outlook, kept, clock_offset })
 }

@@ -1,6 +1,12 @@
-//! Reads a stream in order from a pull consumer of its own: ephemeral, without acks, in memory. The position is
-//! ours, the server keeps no state that matters. Two overlapping pulls keep the messages flowing; the bytes that are
+//! Reads a stream in order from a pull consumer of its own: ephemeral, without acks, in memory. The position is ours,
+//! the server keeps no state that matters. Two overlapping pulls keep the messages flowing; the bytes that are
 //! requested and not yet taken are bounded.
+//!
+//! * Deliveries of one consumer are numbered without holes, and its heartbeats name the last one. So the loss of any
+//!   delivery is detected, also of the last.
+//! * A message from a stream has a reply subject that begins with `$JS.ACK.`; only what has none is a status. Servers
+//!   up to 2.11 store messages whose first header line has a status.
+//! * A pull whose bytes are too few for the next message ends with status 409, each time. So the next pull is larger.
 
 pub(in crate::copy) mod explicit;
 mod jumps;

@@ -208,7 +208,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    /// What comes of a renewal behind message 5, stored at 2026-01-01T00:00:05Z, where the source says this of it.
+    /// The result of a renewal after message 5, stored at 2026-01-01T00:00:05Z, where the source answers this about it.
     async fn renewed(witness: Value) -> Result<Reader, Error> {
         let (mut lane, mut server) = pipe::lane().await;
         let after = SourcePoint { seq: 5, time_ns: Some(1_767_225_605_000_000_000) };

@@ -92,8 +92,8 @@ pub enum Outlook {
 
 /// The recent polls of the source's stream.
 #[derive(Debug, Default)]
-pub struct Looks {
-    looks: VecDeque<(Instant, StreamState)>,
+pub struct PollHistory {
+    polls: VecDeque<(Instant, StreamState)>,
 }
 
 /// Sequences and messages per second.
@@ -103,21 +103,21 @@ struct StreamRates {
     grown: f64,
 }
 
-impl Looks {
+impl PollHistory {
     /// Notes a poll.
     pub fn add(&mut self, now: Instant, state: StreamState) {
-        let made_anew = self.looks.back().is_some_and(|(_, last)| state.last_seq < last.last_seq);
+        let made_anew = self.polls.back().is_some_and(|(_, last)| state.last_seq < last.last_seq);
         if made_anew {
-            self.looks.clear();
+            self.polls.clear();
         }
-        while self.looks.len() > 1 && self.looks.front().is_some_and(|(at, _)| now.duration_since(*at) > KEPT) {
-            self.looks.pop_front();
+        while self.polls.len() > 1 && self.polls.front().is_some_and(|(at, _)| now.duration_since(*at) > KEPT) {
+            self.polls.pop_front();
         }
-        self.looks.push_back((now, state));
+        self.polls.push_back((now, state));
     }
 
     fn rates(&self) -> Option<StreamRates> {
-        let ((from, old), (to, new)) = (self.looks.front()?, self.looks.back()?);
+        let ((from, old), (to, new)) = (self.polls.front()?, self.polls.back()?);
         let time = to.duration_since(*from);
         let per_second = |new: u64, old: u64| (new as f64 - old as f64) / time.as_secs_f64();
         (time >= APART).then(|| StreamRates {
@@ -138,7 +138,7 @@ impl Looks {
 
     /// How many messages of the present average size fit into so many bytes.
     fn fit(&self, max_bytes: u64) -> Option<f64> {
-        let (_, StreamState { messages, bytes, .. }) = self.looks.back()?;
+        let (_, StreamState { messages, bytes, .. }) = self.polls.back()?;
         Some(max_bytes as f64 / (*bytes as f64 / (*messages).max(1) as f64).max(1.0))
     }
 
@@ -159,7 +159,7 @@ impl Looks {
     }
 
     fn by_count(&self, max: f64, oldest: &Oldest, limit: RetentionLimit) -> Outlook {
-        let (Some(StreamRates { published, removed, grown }), Some((_, now))) = (self.rates(), self.looks.back())
+        let (Some(StreamRates { published, removed, grown }), Some((_, now))) = (self.rates(), self.polls.back())
         else {
             return Outlook::Unknown;
         };
@@ -242,12 +242,12 @@ mod tests {
     }
 
     /// Looks ten seconds apart.
-    fn looks(states: &[StreamState]) -> Looks {
-        let (began, mut looks) = (Instant::now(), Looks::default());
+    fn polls(states: &[StreamState]) -> PollHistory {
+        let (began, mut polls) = (Instant::now(), PollHistory::default());
         for (index, state) in states.iter().enumerate() {
-            looks.add(began + Duration::from_secs(10 * index as u64), state.clone());
+            polls.add(began + Duration::from_secs(10 * index as u64), state.clone());
         }
-        looks
+        polls
     }
 
     fn seconds(outlook: Outlook) -> Option<(f64, RetentionLimit)> {
@@ -281,15 +281,15 @@ mod tests {
             (size(100_000), (1, 400), (1, 500), 201, Some((70.0, Bytes))),
         ];
         for (retention, before, now, oldest, expect) in table {
-            let looks = looks(&[state(before.0, before.1, 100), state(now.0, now.1, 100)]);
-            let outlook = looks.outlook(&retention, &Oldest { seq: oldest, age: None });
+            let polls = polls(&[state(before.0, before.1, 100), state(now.0, now.1, 100)]);
+            let outlook = polls.outlook(&retention, &Oldest { seq: oldest, age: None });
             assert_eq!(seconds(outlook), expect, "{retention:?} {before:?} {now:?} {oldest}");
         }
     }
 
     #[test]
     fn by_age_it_is_known_at_once_and_by_count_after_two_looks() {
-        let one = looks(&[state(1, 1_000, 100)]);
+        let one = polls(&[state(1, 1_000, 100)]);
         let old = Oldest { seq: 500, age: Some(Duration::from_secs(HOUR)) };
         let age = Retention { max_age: Some(Duration::from_secs(3 * HOUR)), ..Retention::default() };
         assert_eq!(seconds(one.outlook(&age, &old)), Some((7_200.0, RetentionLimit::Age)));
@@ -300,10 +300,10 @@ mod tests {
         // The sooner one counts.
         let both = Retention { max_msgs: Some(1_000), ..age };
         assert_eq!(seconds(one.outlook(&both, &old)), Some((7_200.0, RetentionLimit::Age)));
-        let two = looks(&[state(1, 1_000, 100), state(101, 1_100, 100)]);
+        let two = polls(&[state(1, 1_000, 100), state(101, 1_100, 100)]);
         assert_eq!(seconds(two.outlook(&both, &old)), Some((40.0, RetentionLimit::Messages)));
-        // A stream made anew has no past.
-        let anew = looks(&[state(1, 1_000, 100), state(1, 500, 100)]);
+        // A recreated stream has no past.
+        let anew = polls(&[state(1, 1_000, 100), state(1, 500, 100)]);
         assert_eq!(anew.outlook(&count, &old), Outlook::Unknown);
     }
 

@@ -17,7 +17,7 @@ use crate::{
             gap::Gaps,
             intake::Intake,
             renewal::ConsumerRenewal,
-            retention::{Looks, Retention},
+            retention::{PollHistory, Retention},
             source_end::{Questions, SourceEnd, StateRequest},
         },
     },
@@ -48,7 +48,7 @@ pub(in crate::copy) struct SourceHalf {
     pub polls: StatePolls,
     /// The limits by which the source removes messages, and its recent polls.
     pub retention: Retention,
-    pub looks: Looks,
+    pub poll_history: PollHistory,
     pub watchdog: Watchdog,
     /// The request for the state of the consumer, while it is unanswered.
     pub consumer_request: Option<String>,

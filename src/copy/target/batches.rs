@@ -1,5 +1,17 @@
-//! Sends by fast-ingest batches (ADR-50): one batch is open at a time, and an ack settles a part of it. The end of a
-//! batch names the stream that stored it.
+//! Sends by fast-ingest batches (ADR-50, server 2.14): one batch is open at a time, and an ack settles a part of it.
+//!
+//! * The server acks every N messages only, and forgets a batch after 10 s without a message. So an open batch is
+//!   committed when it is idle, when its oldest message waits too long, or when the bounds on messages in flight stop
+//!   it.
+//! * In gap mode `fail` the first refusal ends the batch: the stored messages are a prefix, whose length is in its end.
+//!   Two open batches would undo that: another writer could make the numbers of the second one match after a hole of
+//!   the first.
+//! * Only the end of a batch names stream and domain. So the first batch of a run is one message, and no other ack
+//!   counts before its end. A second stream that listens on the subjects answers too: its second answer to the start
+//!   ends the batch.
+//! * The server identifies a batch by the token in the reply subject alone, whichever client sends it.
+//! * A server before 2.14 stores such a message as an ordinary one. So the stream's `allow_batched` and the API level
+//!   of its leader decide, not the version of the connected server.
 
 use std::ops::Range;
 

@@ -1,5 +1,8 @@
 //! A stream at the source that listens on the subjects of the copies, where both sides are one account over leafnodes
 //! or gateways: it would store the copies again. Found before the first message is sent.
+//!
+//! A publish goes to every stream of the account that listens on its subject, in whichever JetStream domain: each
+//! stores it and each sends an ack.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,5 +1,15 @@
-//! From a source message's header block to the target's. Pure. Everything is kept byte for byte except
-//! headers that a server acts on: a server checks a publish where it accepted a stored message unchecked.
+//! From a source message's header block to the target's. Pure. Everything is kept byte for byte except headers that a
+//! server acts on: a server checks the headers of a publish, but not those of messages that it copies itself (mirrors,
+//! sources).
+//!
+//! | header | at the target |
+//! |---|---|
+//! | `Nats-Expected-*` | removed: it is about the source's sequences. A KV update stores one in the message. On replicated streams of 2.14 and later a wrong `Nats-Expected-Last-Msg-Id` stops the stream |
+//! | `Nats-Msg-Id` | renamed: catching up compresses time, so an id that was reused after its window would be dropped |
+//! | `Nats-TTL` | shortened by the age of the message, where both streams act on it |
+//! | `Nats-Rollup` | kept where it removes the same messages, else removed and counted |
+//! | `Nats-Trace-*`, `Nats-Batch-*`, `Nats-Required-Api-Level` | removed: from 2.11 a trace-only message is neither stored nor acknowledged, from 2.12 a publish with `Nats-Batch-*` is refused |
+//! | `Nats-Stream-Source`, `Nats-Schedule*`, `Nats-Incr`, `Nats-Counter-Sources` | renamed: servers act on them or refuse them (2.15 the first, 2.14 a stray `Nats-Scheduler`) |
 
 use std::sync::LazyLock;
 

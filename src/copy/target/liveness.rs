@@ -137,7 +137,7 @@ mod tests {
             step
         };
         assert_eq!([step(2, 0), step(4, 0)], [LivenessStep::Ask, LivenessStep::Ask]);
-        // Something is confirmed: it begins anew.
+        // A message is confirmed: it restarts.
         assert_eq!(
             [step(6, 5), step(7, 5), step(9, 5), step(11, 5)],
             [LivenessStep::Wait, LivenessStep::Ask, LivenessStep::Ask, LivenessStep::Ask]

@@ -1,5 +1,9 @@
 //! Other writers to the target stream: the mode that a run begins in, and the consequence of messages of other writers.
 //! Pure.
+//!
+//! The document takes precedence over the record, and the record over the facts about the target. A stream with sources
+//! or `subject_delete_marker_ttl` cannot have one writer, because the server itself stores messages in it; nor can a
+//! stream whose messages are consumed.
 
 use nats_lane::jetstream::StreamInfo;
 
@@ -193,7 +197,7 @@ mod tests {
             text.contains("`T`") && text.contains("message 5 on `a.b`") && text.contains("`target_mode`"),
             "{text}"
         );
-        // The same words, so that they are told once.
+        // The same words, so that they are reported once.
         assert_eq!(found(9, "c"), Some(text));
         assert_eq!(found(9, "c"), None);
         assert_eq!(found(7, "c"), None);

@@ -1,4 +1,8 @@
 //! Sends each message as a publish of its own: each gets an ack that names the stream and the sequence.
+//!
+//! A change of leaders refuses some messages (no responders) and stores later ones. So after a refusal the messages in
+//! flight settle first, and then the run ends. The stored messages are no prefix: the next start searches for them one
+//! by one.
 
 use bytes::BytesMut;
 use nats_lane::{Error, ErrorKind, Message, headers, jetstream::PublishAck, parser::number};

@@ -1,4 +1,12 @@
 //! The target stream: its abilities, and its creation where it is missing.
+//!
+//! * `STREAM.UPDATE` has no compare-and-swap. So a change is read again after 100 to 200 ms, until it lasts; a create
+//!   that lost the race (error 10058) reads the stream too.
+//! * From 2.12 the API refuses a request with a field that its server does not know (error 10025); older servers ignore
+//!   the field. A create or update is handled by the metadata leader, which may be older than the stream's leader. So
+//!   settings of new versions are sent only to servers that know them.
+//! * An update sends the whole configuration. It is the JSON of `STREAM.INFO` with changes, so that no unknown field is
+//!   lost.
 
 use nats_lane::{
     DEFAULT_API_PREFIX, Error, ErrorKind, Lane, ServerInfo,

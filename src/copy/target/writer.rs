@@ -1,5 +1,20 @@
-//! Sends messages to the target with many in flight, and turns acks into settlements. No message is kept to be
-//! sent again: after any refusal the run ends, and the next one begins from the present state of the target.
+//! Sends messages to the target with many in flight, and turns acks into settlements. No message is kept to be sent
+//! again: after any refusal the run ends, and the next one begins from the present state of the target.
+//!
+//! | target | transport | every message carries |
+//! |---|---|---|
+//! | `allow_batched` and API level 4 (server 2.14), no other writer | fast-ingest batch | `Nats-Expected-Last-Sequence`: the chain |
+//! | the same, with other writers | fast-ingest batch | `Nats-Msg-Id` |
+//! | any other | pipelined publish | `Nats-Msg-Id` |
+//! | any other, `ordering: strict` and no other writer | pipelined publish, one in flight | both |
+//!
+//! The chain is sound only where one refusal ends the unit: in a batch of gap mode `fail`, or with one message in
+//! flight. With pipelined publishes a message of another writer takes the sequence of a refused one, the numbers match
+//! again, and everything after the hole is stored (2.10 to 2.15, with one and with three replicas).
+//!
+//! Messages of an earlier run with the other header may still arrive from socket buffers. The position record says
+//! which headers may be in flight. After a chain, the first message with an id carries the chain too: once it is
+//! stored, the old chain matches nowhere. After ids, a window of chained messages carries ids too.
 
 use std::sync::Arc;
 

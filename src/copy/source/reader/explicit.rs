@@ -1,13 +1,16 @@
-//! Reads from a durable pull consumer with explicit acks: for streams that remove acknowledged messages, on
-//! servers before 2.14 or where such a consumer exists already. Pulls are those of [`Reader`], so the bytes read ahead
-//! are bounded; the consumer's `max_ack_pending` bounds the unacknowledged messages.
+//! Reads from a durable pull consumer with explicit acks: for streams that remove acknowledged messages, on servers
+//! before 2.14 or where such a consumer exists already. Pulls are those of [`Reader`], so the bytes read ahead are
+//! bounded; the consumer's `max_ack_pending` bounds the unacknowledged messages.
 //!
 //! A message is acknowledged once everything up to it is settled. Messages that were delivered to an earlier run and
-//! not acknowledged are redelivered first, in order, and each of them crosses the line once:
+//! not acknowledged are redelivered first, in order, and each of them crosses the line once (2.10 to 2.15):
 //!
-//! * A NAK with a delay takes a message out of the server's redelivery queue, and a plain NAK puts it at the
-//!   end of that queue. So one pass of each over all pending sequences sorts the queue, whatever state earlier runs
-//!   left.
+//! * A NAK with a delay takes a message out of the server's redelivery queue, and a plain NAK puts it at the end of
+//!   that queue, unless it is in it already. So one pass of each over all pending sequences sorts the queue, whatever
+//!   state earlier runs left. Without that, a pull after the `ack_wait` of a part of the messages gets them out of
+//!   order.
+//! * The server handles NAKs from a queue of its own, in order. The last one asks for an answer, and no pull is sent
+//!   before: it would bring new messages first.
 //! * A pull that ends because the next message exceeds its bytes puts that message at the end of the queue, which is
 //!   then out of order. So there is only one pull at a time, and the queue is sorted again before the next one.
 //!

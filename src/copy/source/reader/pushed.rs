@@ -1,15 +1,19 @@
 //! Reads from a durable push consumer that is acknowledged by flow control (ack policy `flow_control`, server 2.14):
-//! the server delivers without requests, and asks now and then for the progress. The reply, with the
-//! settled prefix in it, is the ack of everything up to there.
+//! the server delivers without requests, and asks now and then for the progress. The reply, with the settled prefix in
+//! it, is the ack of everything up to there.
 //!
 //! The unacknowledged messages are bounded by the consumer's `max_ack_pending`; the server asks when that is reached,
-//! when half of a window of 2 to 32 MiB is unacknowledged, and with a heartbeat when there is no more to deliver.
-//! The reply is sent when half of the deliveries have settled, so that there is always a message on its way, and never
-//! before, so that their number stays bounded. Neither bound follows our limits in bytes. Where messages are larger
-//! than the average of the stream, and where the process is short of memory, the socket is not read
-//! ([`Pushed::may_read`]): that is the hard bound of our memory. Then the rest waits in the socket and at the server,
-//! which drops the connection of a client that does not read for 10 s: a new run begins. Only while the stream's leader
-//! is asked about a jump is everything read: its answer comes after all messages that were pushed before it.
+//! when half of a window of 2 to 32 MiB is unacknowledged, and with a heartbeat when there is no more to deliver. The
+//! reply is sent when half of the deliveries have settled, so that there is always a message on its way, and never
+//! before, so that their number stays bounded. The server accepts it only on the subject of its last request, with a
+//! delivery number that is not below the last one. The request survives resets and a new inbox: a heartbeat names it,
+//! and the first reply is to that.
+//!
+//! Neither bound follows our limits in bytes. Where messages are larger than the average of the stream, and where the
+//! process is short of memory, the socket is not read ([`Pushed::may_read`]): that is the hard bound of our memory.
+//! Then the rest waits in the socket and at the server, which drops the connection of a client that does not read for
+//! 10 s: a new run begins. Only while the stream's leader is asked about a jump is everything read: its answer comes
+//! after all messages that were pushed before it.
 
 use std::{collections::VecDeque, time::Duration};
 

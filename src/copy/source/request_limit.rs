@@ -17,13 +17,13 @@ const LEAST: usize = 128 * 1024;
 
 /// The limit of requests to a source; none by default.
 #[derive(Debug, Default)]
-pub(in crate::copy) struct Appetite {
+pub(in crate::copy) struct RequestLimit {
     most: Option<usize>,
     cuts: u32,
     last: Option<Instant>,
 }
 
-impl Appetite {
+impl RequestLimit {
     /// Whether a run that begins now may request more than the one before: then it is worth another run.
     pub fn recovers(&self, now: Instant) -> bool {
         self.most.is_some() && self.last.is_some_and(|last| now.duration_since(last) > RECOVERS)
@@ -65,34 +65,34 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn less_is_asked_for_after_each_cut_but_the_first() {
-        let (mut appetite, now) = (Appetite::default(), Instant::now());
-        assert_eq!(appetite.begin(16 * MIB, now), 16 * MIB);
-        assert_eq!(appetite.cut(16 * MIB, SOON, now), None);
-        assert_eq!(appetite.cut(16 * MIB, SOON, now + SOON), Some(4 * MIB));
-        assert_eq!(appetite.begin(16 * MIB, now + SOON), 4 * MIB);
-        assert_eq!(appetite.cut(4 * MIB, SOON, now + 2 * SOON), Some(MIB));
-        assert_eq!(appetite.cut(MIB, SOON, now + 3 * SOON), Some(MIB / 4));
-        assert_eq!(appetite.cut(MIB / 4, SOON, now + 4 * SOON), Some(LEAST));
-        assert_eq!(appetite.cut(LEAST, SOON, now + 5 * SOON), None);
-        assert_eq!(appetite.begin(16 * MIB, now + 6 * SOON), LEAST);
+        let (mut request_limit, now) = (RequestLimit::default(), Instant::now());
+        assert_eq!(request_limit.begin(16 * MIB, now), 16 * MIB);
+        assert_eq!(request_limit.cut(16 * MIB, SOON, now), None);
+        assert_eq!(request_limit.cut(16 * MIB, SOON, now + SOON), Some(4 * MIB));
+        assert_eq!(request_limit.begin(16 * MIB, now + SOON), 4 * MIB);
+        assert_eq!(request_limit.cut(4 * MIB, SOON, now + 2 * SOON), Some(MIB));
+        assert_eq!(request_limit.cut(MIB, SOON, now + 3 * SOON), Some(MIB / 4));
+        assert_eq!(request_limit.cut(MIB / 4, SOON, now + 4 * SOON), Some(LEAST));
+        assert_eq!(request_limit.cut(LEAST, SOON, now + 5 * SOON), None);
+        assert_eq!(request_limit.begin(16 * MIB, now + 6 * SOON), LEAST);
         let mut later = now + 5 * SOON;
         for expect in [MIB / 2, 2 * MIB, 8 * MIB, 16 * MIB, 16 * MIB] {
-            assert!(!appetite.recovers(later + SOON));
+            assert!(!request_limit.recovers(later + SOON));
             later += RECOVERS + SOON;
-            assert_eq!(appetite.recovers(later), appetite.most.is_some());
-            assert_eq!(appetite.begin(16 * MIB, later), expect);
+            assert_eq!(request_limit.recovers(later), request_limit.most.is_some());
+            assert_eq!(request_limit.begin(16 * MIB, later), expect);
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn connections_that_break_now_and_then_change_nothing() {
-        let (mut appetite, now) = (Appetite::default(), Instant::now());
+        let (mut request_limit, now) = (RequestLimit::default(), Instant::now());
         for minute in 0..10 {
             let now = now + minute * (TOGETHER + SOON);
-            assert_eq!(appetite.cut(16 * MIB, SOON, now), None);
+            assert_eq!(request_limit.cut(16 * MIB, SOON, now), None);
         }
         for second in 0..10 {
-            assert_eq!(appetite.cut(16 * MIB, YOUNG + SOON, now + second * SOON), None);
+            assert_eq!(request_limit.cut(16 * MIB, YOUNG + SOON, now + second * SOON), None);
         }
     }
 }

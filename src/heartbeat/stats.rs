@@ -87,16 +87,16 @@ mod tests {
 
     #[test]
     fn what_an_election_decides_is_paused_until_it_is_won() {
-        let board = HeartbeatStats::new("host");
-        let paused = || board.reading().map(|reading| reading.paused);
+        let stats = HeartbeatStats::new("host");
+        let paused = || stats.reading().map(|reading| reading.paused);
         assert_eq!(paused(), None);
-        board.begin(Some(&heartbeats(false)));
+        stats.begin(Some(&heartbeats(false)));
         assert_eq!(paused(), Some(false));
-        board.begin(Some(&heartbeats(true)));
+        stats.begin(Some(&heartbeats(true)));
         assert_eq!(paused(), Some(true));
-        board.paused(false);
+        stats.paused(false);
         assert_eq!(paused(), Some(false));
-        board.begin(None);
+        stats.begin(None);
         assert_eq!(paused(), None);
     }
 }
