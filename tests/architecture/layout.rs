@@ -168,7 +168,6 @@ pub const LAYOUT: Layout = Layout {
         function_lines: &[],
         nesting: &[],
         type_names: &[
-            ("Frame", 2),
             ("Facts", 2),
             ("Refusal", 2),
             ("Poll", 2),
