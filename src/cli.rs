@@ -50,12 +50,12 @@ struct Cli {
 enum Command {
     Serve(Box<serve::Args>),
     #[command(flatten)]
-    Other(Box<Other>),
+    Other(Box<ServiceCommand>),
 }
 
 /// Commands that end by themselves.
 #[derive(Debug, Subcommand)]
-enum Other {
+enum ServiceCommand {
     Config(config::Args),
     Status(status::Args),
     /// Stop copying and keep the position, also over restarts
@@ -85,7 +85,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn ask(command: &Other) -> ExitCode {
+fn ask(command: &ServiceCommand) -> ExitCode {
     let mut out = Output::new(command.json());
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -114,7 +114,7 @@ fn ask(command: &Other) -> ExitCode {
     }
 }
 
-impl Other {
+impl ServiceCommand {
     /// Whether the output is for a program.
     fn json(&self) -> bool {
         match self {

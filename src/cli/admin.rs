@@ -13,7 +13,7 @@ use super::{
     error::{Error, Verdict},
     global::{Global, bucket_prefix},
     output::{Colour, Output, Table, clean},
-    stored::{self, Stored},
+    stored::{self, StoredMessages},
     words::{When, bytes, parse_time, parse_when, seconds, time},
 };
 use crate::{
@@ -158,7 +158,7 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
 async fn advisories(args: &AdvisoriesArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
     let from = if args.follow { DeliverPolicy::New } else { DeliverPolicy::All };
     let (stream, since, follow) = (args.stream.as_str(), args.since, args.follow);
-    let stored = Stored { what: "advisories", stream, subjects: Vec::new(), since, from, follow };
+    let stored = StoredMessages { what: "advisories", stream, subjects: Vec::new(), since, from, follow };
     stored::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
 }
 

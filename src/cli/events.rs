@@ -16,7 +16,7 @@ use super::{
     error::{Error, Verdict},
     global::Global,
     output::{Colour, Output, clean},
-    stored::{self, Stored},
+    stored::{self, StoredMessages},
     words::parse_time,
 };
 use crate::events::Event;
@@ -94,7 +94,7 @@ async fn live(client: &Client, subjects: Vec<String>, out: &mut Output) -> Resul
 async fn stored(client: &Client, subjects: Vec<String>, args: &Args, out: &mut Output) -> Result<(), Error> {
     let stream = capturing(&client.jetstream(), client, out).await?;
     let (since, follow) = (args.since, args.follow);
-    let stored = Stored { what: "events", stream: &stream, subjects, since, from: DeliverPolicy::All, follow };
+    let stored = StoredMessages { what: "events", stream: &stream, subjects, since, from: DeliverPolicy::All, follow };
     stored::read(client, stored, out, show).await
 }
 

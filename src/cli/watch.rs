@@ -46,7 +46,7 @@ pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> 
 struct Picture {
     drawn: bool,
     lines: Vec<String>,
-    rates: Rates,
+    rates: CopyRates,
 }
 
 impl Picture {
@@ -80,13 +80,13 @@ impl Picture {
 
 /// Messages per second since the answer before.
 #[derive(Default)]
-struct Rates {
+struct CopyRates {
     /// Epoch and messages copied.
     before: BTreeMap<String, (u64, u64)>,
     at: Option<Instant>,
 }
 
-impl Rates {
+impl CopyRates {
     fn of(&mut self, rows: &[Row], now: Instant) -> Vec<Option<f64>> {
         let passed = self.at.map(|at| now.duration_since(at).as_secs_f64()).filter(|passed| *passed > 0.0);
         let rate = |row: &Row| {

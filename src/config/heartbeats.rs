@@ -472,7 +472,7 @@ mod tests {
         );
         refused(choria(json!({"seed": "/s"})), &[("/choria/seed", "did you mean `seed_file`?")]);
         let url = |url: &str| with(json!({"url": url, "choria": files}));
-        refused(url("nats://u:p@h"), &[("/url", "leave out one of them")]);
+        refused(url("nats://u:p@h"), &[("/url", "remove one of them")]);
         refused(url("ws://h"), &[("/url", "write `wss://`")]);
     }
 }

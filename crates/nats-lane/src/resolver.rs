@@ -19,8 +19,8 @@ use crate::{Error, Host};
 
 static SYSTEM: LazyLock<Resolver> = LazyLock::new(|| Resolver::new(system_lookup));
 
-type Found = Result<Vec<IpAddr>, String>;
-type Running = Arc<Mutex<HashMap<String, watch::Receiver<Option<Found>>>>>;
+type Lookup = Result<Vec<IpAddr>, String>;
+type Lookups = Arc<Mutex<HashMap<String, watch::Receiver<Option<Lookup>>>>>;
 
 /// The addresses of a host, in the order of the system; at least one. Errors: the name has no address or is not known, or
 /// the lookup takes longer than `within`.
@@ -39,7 +39,7 @@ fn system_lookup(name: &str) -> io::Result<Vec<IpAddr>> {
 struct Resolver {
     lookup: Arc<dyn Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync>,
     /// Lookups that have not ended, by name.
-    running: Running,
+    running: Lookups,
 }
 
 impl fmt::Debug for Resolver {
@@ -50,7 +50,7 @@ impl fmt::Debug for Resolver {
 
 impl Resolver {
     fn new(lookup: impl Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync + 'static) -> Self {
-        Self { lookup: Arc::new(lookup), running: Running::default() }
+        Self { lookup: Arc::new(lookup), running: Lookups::default() }
     }
 
     async fn resolve(&self, name: &str, within: Duration) -> Result<Vec<IpAddr>, Error> {
@@ -69,7 +69,7 @@ impl Resolver {
     }
 
     /// The lookup of a name that is running, or a new one.
-    fn join(&self, name: &str) -> io::Result<watch::Receiver<Option<Found>>> {
+    fn join(&self, name: &str) -> io::Result<watch::Receiver<Option<Lookup>>> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         // The other end of one that panicked is gone.
         if let Some(lookup) = running.get(name).filter(|lookup| lookup.has_changed().is_ok()) {

@@ -13,11 +13,11 @@ use crate::harness::client::request;
 use crate::harness::{LIMIT, Outgoing, Raw, Role, Server, Site, secrets, wait_for};
 
 /// Files with secrets in them, sound and broken.
-struct Files {
+struct SecretFiles {
     folder: tempfile::TempDir,
 }
 
-impl Files {
+impl SecretFiles {
     fn write(seed: &str) -> Result<Self> {
         let files = Self { folder: tempfile::tempdir()? };
         // No server accepts it, but it looks like one.
@@ -60,7 +60,7 @@ async fn no_secret_of_any_kind_is_shown_anywhere_whatever_fails() -> Result<()> 
     let odd = format!("{}@/:?#&%\"\\{}", secrets::secret(), secrets::secret());
     secrets::register(&odd);
     let key = KeyPair::new_user();
-    let files = Files::write(&key.seed()?)?;
+    let files = SecretFiles::write(&key.seed()?)?;
     let users = format!(
         "authorization {{ users: [{{user: u, password: \"{password}\"}}, {{user: odd, password: {}}}, {{nkey: {}}}] }}",
         json!(odd),

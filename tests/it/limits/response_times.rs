@@ -132,14 +132,14 @@ impl BlackHole {
 }
 
 /// Where nothing works.
-struct Trouble {
+struct ServerTrouble {
     good: String,
     frozen: Server,
     closed: String,
     hole: BlackHole,
 }
 
-impl Trouble {
+impl ServerTrouble {
     async fn begin(good: &Server) -> Result<Self> {
         let frozen = Server::start(Role::Source).await?;
         frozen.freeze()?;
@@ -189,7 +189,7 @@ async fn burst(site: &Site, document: impl Fn(usize) -> Value, round: usize) -> 
 async fn requests_are_answered_while_fifty_replications_reach_nothing() -> Result<()> {
     const COUNT: usize = 50;
     let site = Site::start().await?;
-    let trouble = Trouble::begin(&site.source).await?;
+    let trouble = ServerTrouble::begin(&site.source).await?;
     for index in 0..COUNT {
         site.source_stream(&format!("T{index}"), json!({})).await?;
     }

@@ -61,12 +61,12 @@ async fn stored(site: &Site) -> u64 {
 }
 
 /// Another writer that publishes to the target until it is stopped; in the end, how often.
-struct Publisher {
+struct OtherPublisher {
     stop: Arc<AtomicBool>,
     task: JoinHandle<Result<u64>>,
 }
 
-impl Publisher {
+impl OtherPublisher {
     async fn start(site: &Site, subject: &str, pause: Duration) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let (mut raw, subject, stopped) = (site.target().await?, subject.to_owned(), stop.clone());
@@ -130,7 +130,7 @@ async fn three_services(batched: bool, foreign: bool) -> Result<()> {
     let mut publishers = Vec::new();
     if foreign {
         for subject in ["a.1", "x.1"] {
-            publishers.push(Publisher::start(&site, subject, Duration::from_millis(1)).await?);
+            publishers.push(OtherPublisher::start(&site, subject, Duration::from_millis(1)).await?);
         }
     }
     for kill in 1..=KILLS {
@@ -317,7 +317,7 @@ async fn an_exclusive_copy_is_held_while_others_write() -> Result<()> {
         let document = into_target(&site, "A", json!({"target_mode": "exclusive"}));
         request(&site.client, "replicator.config.add", document).await?;
         site.settled("A", 1_000).await?;
-        let publisher = Publisher::start(&site, "x.others", Duration::from_millis(5)).await?;
+        let publisher = OtherPublisher::start(&site, "x.others", Duration::from_millis(5)).await?;
         let mut last = 1_000;
         let held = until(&site, &mut last, "the copy to be held", |row| row["state"] == "held").await?;
         let message = held["last_error"]["message"].as_str().unwrap_or_default().to_owned();

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::{
     Error,
-    parser::{self, Frame},
+    parser::{self, MessageFrame},
 };
 
 /// One message in a [`Batch`].
@@ -26,11 +26,11 @@ pub struct Message<'a> {
 #[derive(Debug, Clone)]
 pub struct Batch {
     data: Bytes,
-    frames: Vec<Frame>,
+    frames: Vec<MessageFrame>,
 }
 
 impl Batch {
-    pub(super) fn new(data: Bytes, frames: Vec<Frame>) -> Self {
+    pub(super) fn new(data: Bytes, frames: Vec<MessageFrame>) -> Self {
         Self { data, frames }
     }
 
