@@ -194,8 +194,11 @@ impl<'a> Rejects<'a> {
     }
 
     /// Whether everything in the air is on its way.
-    pub fn check(&self, now: Instant) -> Result<(), RunError> {
-        self.letters().map_or(Ok(()), |letters| letters.check(now))
+    pub fn check(&mut self, lane: &mut Lane, now: Instant) -> Result<(), RunError> {
+        match &mut self.fate {
+            Fate::DeadLetter(letters) => letters.check(lane, now),
+            Fate::Hold | Fate::Skip => Ok(()),
+        }
     }
 
     /// What is to be told now; all of it at a look at the clock or at the end of the run.
