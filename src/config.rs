@@ -24,7 +24,7 @@ pub use file::{SiteFile, parse_file};
 pub use heartbeats::{
     ChoriaDocument, Heartbeat, HeartbeatDocument, Heartbeats, HeartbeatsDocument, heartbeats_schema, parse_heartbeats,
 };
-pub use json::{Json, why_not_json};
+pub use json::{Json, MAX_DOCUMENT, why_not_json};
 pub use mapping::Mapping;
 pub use problems::{Problem, Problems};
 pub use replication::{

@@ -1316,7 +1316,7 @@ mod tests {
         check(b"", "not valid JSON");
         check(b"{\n  \"stream\": ,", "line 2 column 13");
         check(b"\xff\xfe", "not valid JSON");
-        check("[".repeat(100_000).as_bytes(), "not valid JSON");
+        check("[".repeat(50_000).as_bytes(), "not valid JSON");
         check(b"[]", "the document is an array: must be of type object");
         check(b"null", "the document is `null`");
         check(b"{}", "`stream` is required");

@@ -13,6 +13,10 @@ use super::{
     schema::{join, shorten},
 };
 
+/// Size of a document, bytes: a document is read and checked at once, and every reply that shows one stays far from the limit of
+/// a message.
+pub const MAX_DOCUMENT: usize = 64 << 10;
+
 /// A JSON value, and the keys that occur twice in one of its objects: of each, the value holds the last.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Json {
@@ -25,6 +29,10 @@ pub struct Json {
 impl Json {
     /// Reads a whole text. What is not JSON is one problem that says what it is instead, where that can be seen.
     pub fn read(text: &[u8]) -> Result<Self, Problems> {
+        if text.len() > MAX_DOCUMENT {
+            let message = format!("the document has {} bytes, {MAX_DOCUMENT} are possible", text.len());
+            return Err(Problems(vec![Problem::new("", message)]));
+        }
         serde_json::from_slice(text).map_err(|error| {
             Problems(vec![Problem::new("", format!("the document is not valid JSON: {}", why_not_json(text, &error)))])
         })
@@ -241,7 +249,7 @@ mod tests {
         check(b"{\"a\": 1,}", "trailing comma");
         check(b"{'a': 1}", "key must be a string");
         check(b"nats://host", "expected");
-        check("[".repeat(100_000).as_bytes(), "recursion limit");
+        check("[".repeat(50_000).as_bytes(), "recursion limit");
         // A text with what begins a comment elsewhere is no comment.
         assert!(Json::read(br#"{"a": "nats://h # x"}"#).is_ok());
     }

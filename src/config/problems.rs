@@ -1,11 +1,10 @@
 //! What is wrong with a document.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
+use nats_lane::mask_url;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-
-use super::schema::shorten;
 
 /// Longest path that is shown as it is.
 const LONGEST_PATH: usize = 256;
@@ -76,6 +75,16 @@ impl fmt::Display for Problems {
 }
 
 impl std::error::Error for Problems {}
+
+/// The beginning of a text, for messages; a URL that strayed into another field loses its secret.
+pub(super) fn shorten(text: &str) -> Cow<'_, str> {
+    const MOST: usize = 80;
+    let text = if text.contains('@') || text.contains("://") { mask_url(text).into() } else { Cow::Borrowed(text) };
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}...", &text[..end]).into(),
+        None => text,
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -6,10 +6,11 @@ use jsonschema::{
     JsonType, ValidationError, Validator,
     error::{TypeKind, ValidationErrorKind},
 };
-use nats_lane::endpoint::{mask_url, nearest};
+use nats_lane::endpoint::nearest;
 use serde_json::Value;
 
 use super::Problem;
+pub(super) use super::problems::shorten;
 
 /// Of a replication document.
 pub(super) static REPLICATION: LazyLock<Schema> = LazyLock::new(|| {
@@ -152,16 +153,6 @@ fn show(value: &Value) -> Cow<'static, str> {
         Value::Array(_) => "an array".into(),
         Value::String(text) => format!("`{}`", shorten(text)).into(),
         other => format!("`{other}`").into(),
-    }
-}
-
-/// The beginning of a text, for messages; a URL that strayed into another field loses its secret.
-pub(super) fn shorten(text: &str) -> Cow<'_, str> {
-    const MOST: usize = 80;
-    let text = if text.contains('@') || text.contains("://") { mask_url(text).into() } else { Cow::Borrowed(text) };
-    match text.char_indices().nth(MOST) {
-        Some((end, _)) => format!("{}...", &text[..end]).into(),
-        None => text,
     }
 }
 

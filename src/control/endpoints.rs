@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     allow::AllowList,
-    config::{self, Json, Problem, Problems, Replication},
+    config::{self, Json, MAX_DOCUMENT, Problem, Problems, Replication},
     events::Events,
     heartbeat as heartbeats,
     lease::Leases,
@@ -47,8 +47,6 @@ use crate::{
     supervisor::Handle,
 };
 
-/// Size of a document; keeps every reply that shows one far from the limit of a message.
-const MAX_DOCUMENT: usize = 64 << 10;
 /// How often a document with `***` is completed again because the stored one changed meanwhile.
 pub(super) const UNMASK_TRIES: usize = 5;
 /// Rows of one page where the request does not say.

@@ -195,8 +195,11 @@ impl<'a> Rejects<'a> {
     }
 
     /// An error if a dead letter in flight is overdue.
-    pub fn check(&self, now: Instant) -> Result<(), RunError> {
-        self.letters().map_or(Ok(()), |letters| letters.check(now))
+    pub fn check(&mut self, lane: &mut Lane, now: Instant) -> Result<(), RunError> {
+        match &mut self.fate {
+            Fate::DeadLetter(letters) => letters.check(lane, now),
+            Fate::Hold | Fate::Skip => Ok(()),
+        }
     }
 
     /// The events that are due; all of them at a tick or at the end of the run.

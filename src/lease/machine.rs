@@ -593,6 +593,10 @@ impl Machine {
         };
         let held = other.session.as_ref() == Some(&lease.record.session);
         match other.ended {
+            // Read from the leader of the bucket, which was purged: its holder has no session, and renews none unnoticed.
+            Some(ended) if other.session.is_none() && other.revision == 0 => {
+                Some(ended.max(lease.seen + self.settings.ttl))
+            }
             Some(ended) if held || other.revision > lease.revision => Some(ended.max(lease.seen)),
             // Its process began anew. A session that is older than the lease is not the last that we hear.
             None if !held && other.revision > lease.revision => Some(other.since.max(lease.seen)),
@@ -749,6 +753,8 @@ mod tests {
         revision: u64,
         /// Renewals are answered.
         answers: bool,
+        /// Nothing is left of the sessions of others.
+        purged: bool,
         granted: Vec<(String, u64)>,
         yielded: Vec<String>,
         revoked: Vec<String>,
@@ -765,6 +771,7 @@ mod tests {
                 now,
                 revision: 0,
                 answers: true,
+                purged: false,
                 granted: Vec::new(),
                 yielded: Vec::new(),
                 revoked: Vec::new(),
@@ -829,6 +836,10 @@ mod tests {
                     self.machine.renewed(self.now, Renewal::Confirmed);
                 }
                 Action::Renew { .. } => self.machine.renewed(self.now, Renewal::Failed),
+                Action::Look(instance) if self.purged => {
+                    self.machine.looked(self.now, &instance, 0, None);
+                    self.looked.push(instance);
+                }
                 Action::Look(instance) => {
                     let revision = self.machine.others[&instance].revision;
                     let found =
@@ -888,6 +899,18 @@ mod tests {
         }
         let different: std::collections::BTreeSet<u64> = nonces.iter().copied().collect();
         assert_eq!(different.len(), nonces.len(), "{nonces:?}");
+    }
+
+    #[test]
+    fn the_lease_of_a_holder_whose_session_was_purged_is_taken() {
+        let mut bench = Bench::ready();
+        bench.session("other", "theirs");
+        bench.lease("other", "theirs", 7);
+        bench.purged = true;
+        bench.pass(TTL - EPSILON, &[]);
+        assert!(bench.grants().is_empty() && bench.looked.is_empty());
+        bench.pass(TTL * 3, &[]);
+        assert_eq!(bench.grants(), [8]);
     }
 
     #[test]

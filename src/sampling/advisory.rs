@@ -134,8 +134,8 @@ impl AdvisoryTemplate {
             protocol: PROTOCOL.to_owned(),
             event_id: self.id(advisory),
             inspect_field: self.inspected.clone(),
-            // To the nearest second, as Choria's replicator does.
-            age: (due_ns - seen_ns + NANO / 2).div_euclid(NANO),
+            // To the nearest second, as Choria's replicator does. Both may be what somebody wrote into a record.
+            age: due_ns.saturating_sub(*seen_ns).saturating_add(NANO / 2).div_euclid(NANO),
             seen: seen_ns.div_euclid(NANO),
             replicator: self.site.clone(),
             timestamp: due_ns.div_euclid(NANO),
@@ -246,6 +246,12 @@ mod tests {
             assert_ne!(first, other);
         }
         assert_eq!(first[..5], id(AdvisoryKind::Timeout, "n2", 0)[..5], "begins with the time");
+    }
+
+    #[test]
+    fn impossible_times_have_an_age() {
+        let one = Advisory { seen_ns: i64::MIN, due_ns: i64::MAX, ..advisory(Kind::Expire, "n1") };
+        assert_eq!(voice("x").body(&one).age, i64::MAX / NANO);
     }
 
     #[test]

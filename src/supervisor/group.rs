@@ -57,7 +57,7 @@ impl Known {
     /// The time of the source server now, whatever the clock of this host shows.
     fn source_time(&self, now: Instant) -> Option<DateTime<Utc>> {
         let Reported { at, heard, age } = self.reported?;
-        Some(at + TimeDelta::from_std(now.saturating_duration_since(heard) + age).ok()?)
+        at.checked_add_signed(TimeDelta::from_std(now.saturating_duration_since(heard).saturating_add(age)).ok()?)
     }
 }
 
@@ -144,6 +144,9 @@ mod tests {
         // Reported again; the source's clock was set back meanwhile.
         let again = Known::new(record(90), Duration::from_secs(1), Some(&claimed), after(20));
         assert_eq!(again.source_time(after(22)), Some(time(93)));
+        // The last times that there are, as somebody may write them by hand.
+        let last = Bytes::from(serde_json::json!({"reported_at": DateTime::<Utc>::MAX_UTC}).to_string());
+        assert_eq!(Known::new(last, Duration::from_secs(30), None, begun).source_time(after(5)), None);
         for other in ["{}", "[]", "{\"reported_at\": null}"] {
             assert_eq!(
                 Known::new(Bytes::from(other), Duration::ZERO, Some(&again), after(30)).source_time(after(30)),

@@ -48,7 +48,7 @@ impl Run<'_> {
                 (false, _) => TICK,
             };
         self.ask_states(now);
-        self.rejects.check(now)?;
+        self.rejects.check(&mut self.source.lane, now)?;
         let replication = &self.report.replication;
         self.target.check_liveness(replication, &self.bounds.window, self.bounds.moved, now)?;
         let seen = self.seen();

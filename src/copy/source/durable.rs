@@ -227,7 +227,8 @@ impl Durable {
             // Another instance may create it at the same moment.
             let created = Api::new(lane).create_new_consumer(stream, &name, &config).await;
             let info = created.map_err(|error| not_made(error, &name, source, stream))?;
-            if way == Way::Explicit && source.text("retention") != "workqueue" {
+            // Also where the server is newer by now than the one that needed it.
+            if source.text("retention") != "workqueue" {
                 Api::new(lane).delete_consumer(stream, &keeper(&name)).await?;
             }
             return Ok(Self { name, way, info });

@@ -26,8 +26,11 @@ use crate::{
     store::SourceMessage,
 };
 
-/// How long the ack of a dead letter may take. A lane whose server is silent gives up before.
+/// How long the ack of a dead letter may take once the server has read it: over a slow line a large one may be on its way for
+/// long. A lane whose server is silent gives up before.
 const ACK_WAIT: Duration = Duration::from_secs(20);
+/// An ack that takes longer than this is followed by a PING: its answer shows that the server has read the letter.
+const ASK: Duration = Duration::from_millis(1_500);
 /// Most bytes of an error in a dead letter.
 const ERROR_MAX: usize = 1024;
 
@@ -59,6 +62,10 @@ pub(in crate::copy) struct Letter {
     /// Why the target can never store it.
     pub reason: String,
     sent: Instant,
+    /// Number of a PING after it.
+    ping: Option<u64>,
+    /// When the server had read it, as far as it was noticed.
+    read: Option<Instant>,
     stored: bool,
 }
 
@@ -110,8 +117,15 @@ impl DeadLetters {
             About { id: self.id.for_message(seq, time_ns), subject: incoming.message.subject, reason: &reason.message };
         header_block(&mut self.header, incoming.message.header, &self.tag, origin, &about);
         let source = SourcePoint { seq, time_ns: Some(time_ns) };
-        let letter =
-            Letter { source, bytes: incoming.bytes(), reason: reason.message.clone(), sent: now, stored: false };
+        let letter = Letter {
+            source,
+            bytes: incoming.bytes(),
+            reason: reason.message.clone(),
+            sent: now,
+            ping: None,
+            read: None,
+            stored: false,
+        };
         let (size, most) = (self.header.len() + incoming.message.payload.len(), lane.info().max_payload);
         if self.header.len() > MAX_HEADER || size > most {
             let header = self.header.len();
@@ -168,9 +182,21 @@ impl DeadLetters {
     }
 
     /// Whether an ack is overdue: a subscriber that is no stream never sends one.
-    pub fn check(&self, now: Instant) -> Result<(), RunError> {
+    pub fn check(&mut self, lane: &mut Lane, now: Instant) -> Result<(), RunError> {
+        let Some(letter) = self.waiting.front_mut().filter(|letter| now.duration_since(letter.sent) > ASK) else {
+            return Ok(());
+        };
+        let ping = *letter.ping.get_or_insert_with(|| {
+            lane.ping();
+            lane.pings()
+        });
+        if lane.answered_pings() >= ping {
+            letter.read.get_or_insert(now);
+        }
+        lane.check_delivery();
+        let since = letter.read.unwrap_or(letter.sent.max(lane.drained()));
         match self.waiting.front() {
-            Some(letter) if now.duration_since(letter.sent) > ACK_WAIT => {
+            Some(letter) if now.duration_since(since) > ACK_WAIT => {
                 Err(self.unpublished(letter, Error::hold(format!("no stream acknowledged it within {ACK_WAIT:?}"))))
             }
             _ => Ok(()),

@@ -398,8 +398,11 @@ async fn garbage_of_any_size_hides_no_other_replication() -> Result<()> {
     let site = Site::small().await?;
     site.replicate("ORDERS", 5).await?;
     let mut events = site.listen().await?;
-    let junk: serde_json::Map<String, Value> = (0..20_000).map(|i| (format!("no field {i}"), json!(i))).collect();
-    site.put("AAA", Value::Object(junk).to_string()).await?;
+    let junk = |fields: u32| -> String {
+        let fields = (0..fields).map(|i| (format!("no field {i}"), json!(i)));
+        Value::Object(fields.collect()).to_string()
+    };
+    site.put("AAA", junk(2_000)).await?;
     let event = events.wait("config-rejected", "AAA").await?;
     let problems = event["problems"].as_array().context("problems")?;
     assert!(
@@ -413,9 +416,22 @@ async fn garbage_of_any_size_hides_no_other_replication() -> Result<()> {
     assert_eq!(ids, ["AAA", "ORDERS"]);
     let shown = site.ask("config.get", "AAA").await?;
     assert!(shown.error.is_none() && shown.body["problems"].as_array().is_some_and(|p| p.len() == problems.len()));
+    // Nothing waits while something so large is read.
+    site.put("AAB", junk(30_000)).await?;
+    let event = events.wait("config-rejected", "AAB").await?;
+    assert!(
+        event["problems"][0]["message"].as_str().is_some_and(|m| m.ends_with("bytes, 65536 are possible")),
+        "{event}"
+    );
+    let running = site.row("ORDERS").await.context("a row")?;
+    assert_eq!((&running["state"], &running["epoch"]), (&json!("running"), &json!(1)), "{running}");
     // A key is shown without the password that somebody wrote in its place.
     site.put("BBB", r#"{"nats://joe:hunter2@host": 1}"#).await?;
     let event = events.wait("config-rejected", "BBB").await?;
     assert!(!event.to_string().contains("hunter2"), "{event}");
+    // Heartbeats are judged alike.
+    site.put("heartbeats", r#"{"url": "nats://a", "subjects": [{"subject": "hb.a"}], "url": "nats://b"}"#).await?;
+    let event = events.wait("config-rejected", "heartbeats").await?;
+    assert_eq!(event["problems"][0]["message"], "`url` occurs more than once; keep one of them", "{event}");
     Ok(())
 }

@@ -558,3 +558,35 @@ async fn a_pattern_of_addresses_allows_no_name() -> Result<()> {
     }
     Ok(())
 }
+
+/// What a server says becomes part of a status row: of any length, it would hide the rows after it and keep the position
+/// from being saved.
+#[tokio::test]
+async fn an_endless_error_of_a_server_hides_nothing() -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let port = listener.local_addr()?.port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut stream = BufReader::new(stream);
+                let info = json!({"server_id": "x", "version": "2.14.6", "max_payload": 1 << 20, "headers": true});
+                let _ = stream.write_all(format!("INFO {info}\r\n").as_bytes()).await;
+                let mut line = String::new();
+                let _ = timeout(LIMIT, stream.read_line(&mut line)).await;
+                let _ = stream.write_all(format!("-ERR '{}'\r\n", "x".repeat(900_000)).as_bytes()).await;
+                let _ = timeout(LIMIT, stream.read_line(&mut line)).await;
+            });
+        }
+    });
+    let site = Site::small().await?;
+    site.replicate("ORDERS", 5).await?;
+    site.source_stream("AAA", json!({})).await?;
+    site.add("AAA", json!({"target_url": format!("nats://127.0.0.1:{port}")})).await?;
+    let says = |row: &Value| row["last_error"]["message"].as_str().is_some_and(|text| text.contains("(900000 bytes)"));
+    site.row_when("AAA", "says what the server said", says).await?;
+    let all = site.ask("status", "").await?.body;
+    let ids: Vec<_> = all["replications"].as_array().context("rows")?.iter().map(|row| &row["replication"]).collect();
+    ensure!(ids == ["AAA", "ORDERS"], "{ids:?}");
+    let saved = async || site.position("AAA").await.is_ok_and(|record| record.is_some_and(|r| says(&r["status"])));
+    wait_for("the row to be saved", LIMIT, saved).await
+}

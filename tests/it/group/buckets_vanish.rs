@@ -337,3 +337,25 @@ async fn an_idle_position_is_written_over_an_older_one() -> Result<()> {
     saved(20).await?;
     site.events.quiet(&["stalled", "target-reset", "source-reset"])
 }
+
+/// Neither who leads nor the standby has a lease or a session in the bucket any more.
+#[tokio::test]
+async fn purged_leases_come_back() -> Result<()> {
+    let mut site = site().await?;
+    let _two = another(&site, "two").await?;
+    let ids = ["AA", "BB", "CC"];
+    for id in ids {
+        site.replicate(id, 10).await?;
+    }
+    let mut raw = Raw::connect(&site.control().url()).await?;
+    raw.api("STREAM.PURGE.KV_REPLICATOR_LEASES", json!({})).await?;
+    for id in ids {
+        copies_on(&site, id, 10).await?;
+    }
+    site.service.kill()?;
+    for id in ids {
+        copies_on(&site, id, 20).await?;
+        assert_eq!(site.at_target(id).await?, 30, "{id}");
+    }
+    Ok(())
+}

@@ -10,8 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::harness::client::wait_value;
-use crate::harness::proxy::{BOTH, Proxy};
-use crate::harness::{Outgoing, Role, Server, Site};
+use crate::harness::proxy::{BOTH, Direction, Proxy};
+use crate::harness::{LIMIT, Outgoing, Role, Server, Site};
 
 const KB: u64 = 1_000;
 const MB: u64 = 1_000_000;
@@ -338,4 +338,25 @@ async fn the_whole_table_of_slow_lines() -> Result<()> {
     let others = table(&others, 8).await;
     table(&large, 4).await?;
     others
+}
+
+/// The line to the source takes longer for a large dead letter than an ack may take.
+#[tokio::test]
+async fn a_large_dead_letter_crosses_a_slow_line() -> Result<()> {
+    const SIZE: usize = 2_700_000;
+    let source = Server::builder(Role::Source).config("max_payload: 8MB").start().await?;
+    let site = Site::builder().on(source, Server::start(Role::Target).await?).control_at_source().start().await?;
+    let mut raw = site.source_stream("S", json!({})).await?;
+    let mut dead = site.source_stream("DEAD", json!({"subjects": ["dead.>"]})).await?;
+    let proxy = Proxy::start(site.source.port()).await?;
+    raw.publish(&Outgoing::new("s.a", vec![b'x'; SIZE])).await?;
+    raw.publish(&Outgoing::new("s.a", "small")).await?;
+    proxy.throttle(&[Direction::ToServer], Some(100_000));
+    let fields =
+        json!({"source_url": proxy.url(), "on_reject": "dead_letter", "dead_letter": {"subject": "dead.letters"}});
+    site.add("S", fields).await?;
+    let row = site.settled_within("S", 2, 4 * LIMIT).await?;
+    assert_eq!((site.at_target("S").await?, &row["counters"]["errors"]), (1, &json!(0)), "{row}");
+    assert_eq!(dead.stream_state("DEAD").await?["messages"], 1);
+    site.events.quiet(&["held", "stalled"])
 }
