@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashMap,
-    fmt,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -24,15 +23,12 @@ use async_nats::{
 };
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use futures_util::{FutureExt, future::BoxFuture};
 use nats_lane::{entropy, jetstream::is_leaders_answer};
 use serde_json::{Map, Value, json};
 use tokio::{sync::watch as watch_channel, time::timeout};
 
-use super::{
-    buckets::Error,
-    watch::{self, Changes, RECREATED},
-};
+use super::error::Error;
+
 /// Time limit for one request to the server.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -44,6 +40,11 @@ const OPERATION: &str = "KV-Operation";
 const WRONG_LAST_SEQUENCE: [u64; 2] = [10071, 10164];
 const NO_MESSAGE_FOUND: u64 = 10037;
 const STREAM_NOT_FOUND: u64 = 10059;
+
+/// Metadata of a bucket that an instance created, at its start or later; each creation has another value.
+pub(super) const RECREATED: &str = "stream-replicator.recreated";
+/// Metadata of the configuration bucket: identifies the installation if the bucket is not its first one.
+pub(super) const INSTALLATION: &str = "stream-replicator.installation";
 
 /// A bucket's handle; cheap to clone.
 #[derive(Debug, Clone)]
@@ -83,48 +84,6 @@ pub enum PutError {
     Refused(Error),
     /// It may have happened, or may still: read it back.
     Unknown(Error),
-}
-
-/// Keys with compare-and-swap: a bucket, or what stands for one in a simulation.
-pub trait Cells: fmt::Debug + Send + Sync {
-    /// The bucket's name, for errors.
-    fn name(&self) -> &str;
-    /// The entry at a key now, marker or value, read from the leader.
-    fn last<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Stored>, Error>>;
-    /// Writes a value if the key is at `expected` (0: there is nothing); returns the new revision.
-    fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
-    /// Leaves the marker of a deletion if the key is at `expected`; returns the marker's revision.
-    fn mark_deleted<'a>(&'a self, key: &'a str, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
-    /// Removes the entries at a key up to and with a revision (0: nothing), without leaving a marker.
-    fn forget_through<'a>(&'a self, key: &'a str, revision: u64) -> BoxFuture<'a, Result<(), Error>>;
-    /// All keys as they are, then every change, for ever.
-    fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>>;
-}
-
-impl Cells for Bucket {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn last<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Stored>, Error>> {
-        self.last(key).boxed()
-    }
-
-    fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>> {
-        self.put(key, value, expected).boxed()
-    }
-
-    fn mark_deleted<'a>(&'a self, key: &'a str, expected: u64) -> BoxFuture<'a, Result<u64, PutError>> {
-        self.mark_deleted(key, expected).boxed()
-    }
-
-    fn forget_through<'a>(&'a self, key: &'a str, revision: u64) -> BoxFuture<'a, Result<(), Error>> {
-        self.forget_through(key, revision).boxed()
-    }
-
-    fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>> {
-        watch::watch(self.clone(), "watch", |_| false).boxed()
-    }
 }
 
 impl Bucket {

@@ -6,9 +6,8 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream::BoxStream};
 
 use super::{
-    bucket::{Bucket, PutError, Stored},
-    buckets::Error,
-    keeper::INSTALLATION,
+    bucket::{Bucket, INSTALLATION, PutError, Stored},
+    error::Error,
     marks::{Mark, MarkKind},
     watch::{self, Change},
 };

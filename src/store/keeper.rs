@@ -14,9 +14,8 @@ use tracing::{debug, info, warn};
 
 use super::{
     SenderStore,
-    bucket::{self, Bucket, chain},
-    buckets::OwnStreams,
-    watch::RECREATED,
+    bucket::{self, Bucket, INSTALLATION, RECREATED, chain},
+    own_streams::OwnStreams,
 };
 /// How often each bucket is looked for.
 const EVERY: Duration = Duration::from_secs(1);
@@ -24,8 +23,6 @@ const EVERY: Duration = Duration::from_secs(1);
 const MISSING_FOR: Duration = Duration::from_secs(2);
 /// A change of a bucket that failed is tried again after this.
 const TRY_AGAIN: Duration = Duration::from_secs(300);
-/// Metadata of the configuration bucket: what identifies the installation, where the bucket is not its first one.
-pub(super) const INSTALLATION: &str = "stream-replicator.installation";
 /// Metadata that is the server's.
 const OF_SERVER: &str = "_nats.";
 

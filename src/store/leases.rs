@@ -8,11 +8,7 @@ use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, future::ready, stream::BoxStream};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{
-    bucket::{Cells, PutError},
-    buckets::Error,
-    watch::Change,
-};
+use super::{bucket::PutError, cells::Cells, error::Error, watch::Change};
 
 const SESSION: &str = "session.";
 const LEASE: &str = "lease.";

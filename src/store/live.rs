@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     bucket::{Bucket, chain},
-    buckets::Error,
+    error::Error,
 };
 /// The server says that it is there this often while it has nothing to deliver.
 const HEARTBEAT: Duration = Duration::from_secs(5);

@@ -8,11 +8,7 @@ use futures_util::{StreamExt, future::ready, stream::BoxStream};
 use nats_lane::entropy;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{
-    bucket::{Cells, PutError},
-    buckets::Error,
-    watch::Change,
-};
+use super::{bucket::PutError, cells::Cells, error::Error, watch::Change};
 use crate::status::{OnlyAtTarget, Row, State, TargetMode};
 
 /// Value of a replication's key in the positions bucket. Readable JSON; fields that this version does not

@@ -20,7 +20,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::{
     bucket::{Bucket, chain, is_marker},
-    buckets::Error,
+    error::Error,
     live::Live,
 };
 /// Format of the record that this program writes. What a newer one wrote is not written over.

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    buckets::Error,
     config::{ConfigStore, WriteError},
+    error::Error,
 };
 use crate::names::{self, SITE_KEY};
 

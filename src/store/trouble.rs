@@ -7,7 +7,8 @@ use nats_lane::backoff::Backoff;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::Error;
+use super::error::Error;
+
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
 
 /// An operation that is tried until it works, with each distinct error logged once.

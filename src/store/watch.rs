@@ -27,8 +27,8 @@ use tokio::{
 };
 
 use super::{
-    bucket::{Bucket, PutError, Stored, is_marker},
-    buckets::Error,
+    bucket::{Bucket, PutError, RECREATED, Stored, is_marker},
+    error::Error,
     live::Live,
 };
 
@@ -41,8 +41,6 @@ const LOST: Duration = Duration::from_secs(5);
 
 /// Writes that wait for their answers together.
 const PUTS: usize = 64;
-/// Metadata of a bucket that an instance created, at its start or while it ran; another value for each time.
-pub(super) const RECREATED: &str = "stream-replicator.recreated";
 
 /// What the watch tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
