@@ -6,6 +6,7 @@ mod apply;
 mod client;
 mod config;
 mod connection;
+mod document;
 mod edit;
 mod error;
 mod events;
@@ -15,9 +16,11 @@ mod global;
 mod heartbeat;
 mod instances;
 mod output;
+mod reply;
 mod serve;
 mod site;
 mod status;
+mod status_view;
 mod steer;
 mod stored;
 mod wait;
@@ -29,7 +32,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use self::{
-    error::{Error, Verdict},
+    error::{CommandVerdict, Error},
     output::Output,
 };
 
@@ -50,12 +53,12 @@ struct Cli {
 enum Command {
     Serve(Box<serve::Args>),
     #[command(flatten)]
-    Other(Box<Other>),
+    Other(Box<ClientCommand>),
 }
 
 /// Commands that end by themselves.
 #[derive(Debug, Subcommand)]
-enum Other {
+enum ClientCommand {
     Config(config::Args),
     Status(status::Args),
     /// Stop copying and keep the position, also over restarts
@@ -85,7 +88,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn ask(command: &Other) -> ExitCode {
+fn ask(command: &ClientCommand) -> ExitCode {
     let mut out = Output::new(command.json());
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -98,8 +101,8 @@ fn ask(command: &Other) -> ExitCode {
     // an answer that nobody gave yet is not waited for
     runtime.shutdown_background();
     let code = match verdict {
-        Ok(Verdict::Good) => ExitCode::SUCCESS,
-        Ok(Verdict::Bad) => ExitCode::FAILURE,
+        Ok(CommandVerdict::Good) => ExitCode::SUCCESS,
+        Ok(CommandVerdict::Bad) => ExitCode::FAILURE,
         Err(error) => {
             error.tell(&mut out);
             error.exit_code()
@@ -114,7 +117,7 @@ fn ask(command: &Other) -> ExitCode {
     }
 }
 
-impl Other {
+impl ClientCommand {
     /// Whether the output is for a program.
     fn json(&self) -> bool {
         match self {
@@ -132,7 +135,7 @@ impl Other {
         }
     }
 
-    async fn run(&self, out: &mut Output) -> Result<Verdict, Error> {
+    async fn run(&self, out: &mut Output) -> Result<CommandVerdict, Error> {
         match self {
             Self::Config(args) => config::run(args, out).await,
             Self::Status(args) => status::run(args, out).await,

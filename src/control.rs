@@ -7,7 +7,6 @@ mod documents;
 mod endpoints;
 pub mod schemas;
 mod service;
-mod validate;
 
 use std::{collections::BTreeMap, sync::Arc};
 

@@ -150,9 +150,9 @@ pub struct Poll {
 
 impl Poll {
     /// What the metrics page shows of it.
-    pub fn reading(&self) -> metrics::Election {
+    pub fn reading(&self) -> metrics::ElectionReading {
         let Leadership { until, campaigns, interval, .. } = &*self.led.borrow();
-        metrics::Election {
+        metrics::ElectionReading {
             election: self.election.key.clone(),
             identity: self.election.candidate.clone(),
             as_candidate: campaigns.candidate,

@@ -102,7 +102,7 @@ pub enum Event {
     },
     /// The source will soon remove messages that are not copied.
     HeadroomLow {
-        /// Time until then, seconds, at the current rates.
+        /// Time left, seconds, at the current rates.
         seconds: u64,
         /// The limit that will remove them.
         limit: RetentionLimit,

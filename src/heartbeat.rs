@@ -126,12 +126,12 @@ impl Handle {
     }
 
     /// For the metrics page; `None` where nothing is configured.
-    pub fn reading(&self) -> Option<metrics::Heartbeats> {
+    pub fn reading(&self) -> Option<metrics::HeartbeatReading> {
         self.board.reading()
     }
 
     /// How the election stands, where one is asked for.
-    pub fn election(&self) -> Option<metrics::Election> {
+    pub fn election(&self) -> Option<metrics::ElectionReading> {
         self.board.election()
     }
 }

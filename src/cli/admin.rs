@@ -9,15 +9,16 @@ use futures_util::StreamExt;
 use serde_json::json;
 
 use super::{
-    client::{Client, Reply},
-    error::{Error, Verdict},
+    client::Client,
+    error::{CommandVerdict, Error},
     global::Global,
     output::{Colour, Output, Table, clean},
-    stored::{self, Stored},
+    reply::Reply,
+    stored::{self, StoredMessages},
     words::{When, bytes, parse_time, parse_when, seconds, time},
 };
 use crate::{
-    control::api::{SenderRow, Senders, SendersRequest},
+    control::api::{SenderRow, SendersPage, SendersRequest},
     names,
     sampling::{AgeAdvisory, Kind},
     store::SenderRecord,
@@ -113,14 +114,14 @@ impl Args {
     }
 }
 
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let client = Client::connect(args.global()).await?;
     match &args.command {
         AdminCommand::Senders(args) => senders(args, &client, out).await?,
         AdminCommand::Advisories(args) => advisories(args, &client, out).await?,
         AdminCommand::Watch(args) => watch(args, &client, out).await?,
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
@@ -135,7 +136,7 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
         offset: 0,
         limit: Some(args.limit),
     };
-    let reply: Reply<Senders> = client.query("senders", &request).await?;
+    let reply: Reply<SendersPage> = client.query("senders", &request).await?;
     if out.json() {
         out.reply(&reply, |_| String::new());
         return Ok(());
@@ -163,7 +164,7 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
 async fn advisories(args: &AdvisoriesArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
     let from = if args.follow { DeliverPolicy::New } else { DeliverPolicy::All };
     let (stream, since, follow) = (args.stream.as_str(), args.since, args.follow);
-    let stored = Stored { what: "advisories", stream, subjects: Vec::new(), since, from, follow };
+    let stored = StoredMessages { what: "advisories", stream, subjects: Vec::new(), since, from, follow };
     stored::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
 }
 

@@ -67,7 +67,7 @@ pub(super) struct ConnectionFlags {
 
 /// The connection of a command that asks the service.
 #[derive(Debug, Clone, clap::Args)]
-pub(super) struct Asking {
+pub(super) struct RequestFlags {
     #[command(flatten)]
     connection: ConnectionFlags,
 
@@ -76,7 +76,7 @@ pub(super) struct Asking {
     timeout: Option<Duration>,
 }
 
-impl Asking {
+impl RequestFlags {
     /// Where to go; without a server and a context the one that is selected in the `nats` tool counts. An error names
     /// the flag or the file and shows no secret.
     pub(super) fn place(&self) -> Result<ServerRef, String> {
@@ -201,7 +201,7 @@ mod tests {
     #[derive(Debug, Parser)]
     struct Command {
         #[command(flatten)]
-        asking: Asking,
+        asking: RequestFlags,
     }
 
     fn parse(arguments: &[&str]) -> Command {

@@ -13,7 +13,7 @@ pub(super) const USAGE: u8 = 2;
 
 /// Result of a command that was carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum CommandVerdict {
     /// All is well.
     Good,
     /// Something is not, and has been printed.

@@ -1,6 +1,6 @@
 //! What all commands that ask the service have in common.
 
-use super::connection::Asking;
+use super::connection::RequestFlags;
 use crate::names;
 
 #[derive(Debug, clap::Args)]
@@ -22,7 +22,7 @@ pub(super) struct Global {
     pub(super) prefix: String,
 
     #[command(flatten)]
-    pub(super) asking: Asking,
+    pub(super) asking: RequestFlags,
 }
 
 fn prefix(text: &str) -> Result<String, String> {

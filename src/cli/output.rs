@@ -9,7 +9,7 @@ use std::{
 use comfy_table::{CellAlignment, presets};
 use serde::Serialize;
 
-use super::client::Reply;
+use super::reply::Reply;
 
 /// Where a command prints to.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{
     client::Client,
-    error::{Error, Verdict},
+    error::{CommandVerdict, Error},
     global::Global,
     output::Output,
 };
@@ -110,7 +110,7 @@ impl Args {
 }
 
 /// Carries out the command.
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     match &args.verb {
         SiteVerb::Show(args) => {
             let (config, _) = open(&args.buckets).await?;
@@ -124,7 +124,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
         SiteVerb::Rename(args) => rename(args, out).await?,
         SiteVerb::Adopt(args) => adopt(args, out).await?,
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 async fn open(args: &BucketArgs) -> Result<(ConfigStore, LeaseStore), Error> {

@@ -6,10 +6,9 @@ use tokio::time::{sleep, timeout};
 
 use super::{
     client::Client,
-    config::state_name,
-    error::{Error, Verdict},
+    error::{CommandVerdict, Error},
     output::Output,
-    status::{StatusView, lag},
+    status_view::{StatusView, lag, state_name},
     words::counted,
 };
 use crate::status::{Row, State};
@@ -37,7 +36,7 @@ pub(super) async fn until_caught_up(
     id: Option<&str>,
     limit: Option<Duration>,
     out: &mut Output,
-) -> Result<Verdict, Error> {
+) -> Result<CommandVerdict, Error> {
     let mut behind = String::new();
     let view = match limit {
         None => caught_up(client, id, &mut behind).await?,
@@ -50,7 +49,7 @@ pub(super) async fn until_caught_up(
         },
     };
     tell(&view, out);
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 /// Polls until nothing was left to copy for a while. A service that has answered once may be silent for a while.

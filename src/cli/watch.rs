@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 
 use super::{
     client::Client,
-    error::{Error, Verdict},
+    error::{CommandVerdict, Error},
     output::{Output, clean},
-    status::{StatusView, line, lines},
+    status_view::{StatusView, line, lines},
     words::time,
 };
 use crate::status::Row;
@@ -20,10 +20,10 @@ use crate::status::Row;
 const EVERY: Duration = Duration::from_secs(1);
 
 /// Runs until the output is closed, or the one watched replication is gone.
-pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> Result<CommandVerdict, Error> {
     let mut first = true;
     let mut picture = Picture::default();
-    let mut changes = Changes::default();
+    let mut changes = ChangedLines::default();
     let mut ticks = tokio::time::interval(EVERY);
     while !out.closed() {
         ticks.tick().await;
@@ -38,7 +38,7 @@ pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> 
             changes.tell(view, out);
         }
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 /// The lines on the terminal.
@@ -46,7 +46,7 @@ pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> 
 struct Picture {
     drawn: bool,
     lines: Vec<String>,
-    rates: Rates,
+    rates: CopyRates,
 }
 
 impl Picture {
@@ -80,13 +80,13 @@ impl Picture {
 
 /// Messages per second since the answer before.
 #[derive(Default)]
-struct Rates {
+struct CopyRates {
     /// Epoch and messages copied.
     before: BTreeMap<String, (u64, u64)>,
     at: Option<Instant>,
 }
 
-impl Rates {
+impl CopyRates {
     fn of(&mut self, rows: &[Row], now: Instant) -> Vec<Option<f64>> {
         let passed = self.at.map(|at| now.duration_since(at).as_secs_f64()).filter(|passed| *passed > 0.0);
         let rate = |row: &Row| {
@@ -104,12 +104,12 @@ impl Rates {
 
 /// The line that was printed last for each replication.
 #[derive(Default)]
-struct Changes {
+struct ChangedLines {
     told: BTreeMap<String, (String, Value)>,
     error: String,
 }
 
-impl Changes {
+impl ChangedLines {
     fn tell(&mut self, view: Result<StatusView, Error>, out: &mut Output) {
         let view = match view {
             Ok(view) => view,

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Problem, Problems, TlsDocument,
-    document::{Wildcards, wrong_subject},
+    patterns::{Wildcards, wrong_subject},
     schema::{Schema, join, shorten},
 };
 use crate::choria::ChoriaIdentity;
@@ -472,7 +472,7 @@ mod tests {
         );
         refused(choria(json!({"seed": "/s"})), &[("/choria/seed", "did you mean `seed_file`?")]);
         let url = |url: &str| with(json!({"url": url, "choria": files}));
-        refused(url("nats://u:p@h"), &[("/url", "leave out one of them")]);
+        refused(url("nats://u:p@h"), &[("/url", "remove one of them")]);
         refused(url("ws://h"), &[("/url", "write `wss://`")]);
     }
 }

@@ -45,7 +45,7 @@ impl Json {
 impl<'de> Deserialize<'de> for Json {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let problems = RefCell::default();
-        let value = Reader { path: "", problems: &problems }.deserialize(deserializer)?;
+        let value = JsonReader { path: "", problems: &problems }.deserialize(deserializer)?;
         Ok(Self { value, problems: problems.into_inner() })
     }
 }
@@ -98,12 +98,12 @@ fn is_plain(byte: u8) -> bool {
 }
 
 /// Reads the value at one path.
-struct Reader<'a> {
+struct JsonReader<'a> {
     path: &'a str,
     problems: &'a RefCell<Vec<Problem>>,
 }
 
-impl<'de> DeserializeSeed<'de> for Reader<'_> {
+impl<'de> DeserializeSeed<'de> for JsonReader<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
@@ -111,7 +111,7 @@ impl<'de> DeserializeSeed<'de> for Reader<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Reader<'_> {
+impl<'de> Visitor<'de> for JsonReader<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -146,7 +146,7 @@ impl<'de> Visitor<'de> for Reader<'_> {
         let mut values = Vec::new();
         loop {
             let path = join(self.path, &values.len().to_string());
-            match seq.next_element_seed(Reader { path: &path, problems: self.problems })? {
+            match seq.next_element_seed(JsonReader { path: &path, problems: self.problems })? {
                 Some(value) => values.push(value),
                 None => return Ok(values.into()),
             }
@@ -157,7 +157,7 @@ impl<'de> Visitor<'de> for Reader<'_> {
         let mut fields = Map::new();
         while let Some(key) = map.next_key::<String>()? {
             let path = join(self.path, &key);
-            let value = map.next_value_seed(Reader { path: &path, problems: self.problems })?;
+            let value = map.next_value_seed(JsonReader { path: &path, problems: self.problems })?;
             let message = format!("`{}` occurs more than once; keep one of them", shorten(&key));
             if fields.insert(key, value).is_some() {
                 let mut problems = self.problems.borrow_mut();

@@ -31,7 +31,7 @@ pub(super) struct Schema {
 
 /// What the schema says about a document.
 #[derive(Debug, Default)]
-pub(super) struct Findings {
+pub(super) struct SchemaFindings {
     /// What is wrong for certain.
     pub(super) problems: Vec<Problem>,
     /// Patterns that do not match: reported only where no semantic check has a better message.
@@ -46,8 +46,8 @@ impl Schema {
     }
 
     /// Checks a document.
-    pub(super) fn check(&self, document: &Value) -> Findings {
-        let mut findings = Findings::default();
+    pub(super) fn check(&self, document: &Value) -> SchemaFindings {
+        let mut findings = SchemaFindings::default();
         for error in self.validator.iter_errors(document) {
             let path = error.instance_path().as_str();
             match error.kind() {

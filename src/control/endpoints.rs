@@ -8,6 +8,7 @@ mod position;
 mod release;
 mod senders;
 mod stepdown;
+mod validate;
 
 use std::{sync::Arc, time::Duration};
 
@@ -28,12 +29,15 @@ use self::{
     release::{retry, skip},
     senders::senders,
     stepdown::stepdown,
+    validate::config_validate,
 };
 use super::{
-    api::{Changed, DeleteRequest, Document, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest},
+    api::{
+        Changed, DeleteRequest, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest,
+        StoredDocument,
+    },
     documents::Documents,
     service::{Data, EndpointKind, Handler, Request, Route},
-    validate::config_validate,
 };
 use crate::{
     allow::AllowList,
@@ -244,13 +248,13 @@ async fn stopped_elsewhere(context: &RequestContext, id: &str) {
     }
 }
 
-async fn config_get(context: &RequestContext, request: Request) -> Result<Document, Failure> {
+async fn config_get(context: &RequestContext, request: Request) -> Result<StoredDocument, Failure> {
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
     let entry = context.existing(&replication).await?;
     let problems =
         context.rules.parse(&entry.value, &context.site).err().map(|problems| problems.0).unwrap_or_default();
     let config = Json::read(&entry.value).map_or(Value::Null, |json| config::mask_document(&json.value));
-    Ok(Document { replication, revision: entry.revision, config, problems })
+    Ok(StoredDocument { replication, revision: entry.revision, config, problems })
 }
 
 async fn config_list(context: &RequestContext, request: Request) -> Result<List, Failure> {

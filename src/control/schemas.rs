@@ -9,9 +9,9 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, tr
 use serde_json::{Map, Value, json};
 
 use super::api::{
-    Changed, DeleteRequest, Document, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest,
-    List, ListRequest, Moved, NamedRequest, PositionRequest, Senders, SendersRequest, SkipRequest, Skipped, Status,
-    StatusRequest, SteppedDown, Validation,
+    Changed, DeleteRequest, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest, List,
+    ListRequest, NamedRequest, PositionMove, PositionRequest, SendersPage, SendersRequest, SkipRequest, Skipped,
+    Status, StatusRequest, SteppedDown, StoredDocument, Validation,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
@@ -55,11 +55,11 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("status", request::<StatusRequest>(), reply::<Status>()),
         ("pause", request::<NamedRequest>(), reply::<Changed>()),
         ("resume", request::<NamedRequest>(), reply::<Changed>()),
-        ("position", position_request(), reply::<Moved>()),
+        ("position", position_request(), reply::<PositionMove>()),
         ("retry", request::<NamedRequest>(), reply::<Changed>()),
         ("skip", request::<SkipRequest>(), reply::<Skipped>()),
         ("stepdown", request::<NamedRequest>(), reply::<SteppedDown>()),
-        ("senders", request::<SendersRequest>(), reply::<Senders>()),
+        ("senders", request::<SendersRequest>(), reply::<SendersPage>()),
         ("instances", request::<InstancesRequest>(), reply::<Instances>()),
         ("heartbeat.get", json!({"description": "Empty; the payload is ignored."}), reply::<HeartbeatsShown>()),
         ("heartbeat.set", config::heartbeats_schema().clone(), reply::<HeartbeatsChanged>()),
@@ -97,7 +97,7 @@ fn position_request() -> Value {
 /// What is shown without problems is a document.
 fn config_get_reply() -> Value {
     with(
-        reply::<Document>(),
+        reply::<StoredDocument>(),
         [
             ("if", json!({"not": {"required": ["problems"]}})),
             ("then", json!({"properties": {"config": {"$ref": REPLICATION}}})),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use nats_lane::ServerRef;
 
-use super::{Known, subjects::Flow};
+use super::{OtherReplication, subjects::Flow};
 use crate::config::{Replication, Side};
 
 /// A stream somewhere.
@@ -45,7 +45,7 @@ pub(super) fn find(
     replication: &Replication,
     servers: (&str, &str),
     flow: &Flow,
-    known: &[Known],
+    known: &[OtherReplication],
 ) -> Option<Vec<String>> {
     let source = StreamPlace { side: &replication.source, server: servers.0 };
     let target = StreamPlace { side: &replication.target, server: servers.1 };
@@ -85,9 +85,9 @@ pub(super) fn find(
 
 /// The ids of the others that write to the same target stream with the same login. `server` is the name of the server
 /// there.
-pub(super) fn into_same_target(replication: &Replication, server: &str, known: &[Known]) -> Vec<String> {
+pub(super) fn into_same_target(replication: &Replication, server: &str, known: &[OtherReplication]) -> Vec<String> {
     let target = StreamPlace { side: &replication.target, server };
-    let same = |other: &&Known| {
+    let same = |other: &&OtherReplication| {
         let there = StreamPlace { side: &other.replication.target, server: &other.target_server };
         there.side.stream == target.side.stream && there.same_server(&target) && there.same_login(&target)
     };
@@ -114,8 +114,8 @@ mod tests {
         config::parse_value(&document, "SITE").unwrap()
     }
 
-    fn known(text: &str) -> Known {
-        Known { replication: copy(text), source_server: String::new(), target_server: String::new() }
+    fn known(text: &str) -> OtherReplication {
+        OtherReplication { replication: copy(text), source_server: String::new(), target_server: String::new() }
     }
 
     fn check(text: &str, others: &[&str], expect: Option<&[&str]>) {
@@ -149,7 +149,8 @@ mod tests {
     #[test]
     fn places_are_told_by_server_name_and_on_one_server_by_login() {
         let one = copy("S@a S@b");
-        let back = Known { source_server: "n2".to_owned(), target_server: "n1".to_owned(), ..known("S@x S@y") };
+        let back =
+            OtherReplication { source_server: "n2".to_owned(), target_server: "n1".to_owned(), ..known("S@x S@y") };
         let flow = Flow::of(&one, None, &Default::default());
         let ring = |servers| find(&one, servers, &flow, std::slice::from_ref(&back)).is_some();
         assert!(ring(("n1", "n2")));

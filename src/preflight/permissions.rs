@@ -54,14 +54,14 @@ impl Permissions {
     /// answers with the permissions of the connection over which it was asked.
     pub(super) fn are_from(answer: &[u8], server_id: &str) -> bool {
         #[derive(Deserialize)]
-        struct Answer {
+        struct SystemAnswer {
             server: Server,
         }
         #[derive(Deserialize)]
         struct Server {
             id: String,
         }
-        serde_json::from_slice::<Answer>(answer).is_ok_and(|answer| answer.server.id == server_id)
+        serde_json::from_slice::<SystemAnswer>(answer).is_ok_and(|answer| answer.server.id == server_id)
     }
 
     /// How much of a subject the user may publish to.

@@ -10,7 +10,7 @@ use tokio::{task::spawn_blocking, time::sleep};
 use super::{DEFAULT_LIMIT, Page, RequestContext, named, not_found, page};
 use crate::{
     control::{
-        api::{Failure, SenderRow, Senders, SendersRequest},
+        api::{Failure, SenderRow, SendersPage, SendersRequest},
         service::Request,
     },
     copy::Samples,
@@ -33,7 +33,7 @@ struct Wanted {
     advised: Option<bool>,
 }
 
-pub(super) async fn senders(context: &RequestContext, request: Request) -> Result<Senders, Failure> {
+pub(super) async fn senders(context: &RequestContext, request: Request) -> Result<SendersPage, Failure> {
     let request = named(&request.body, |replication| SendersRequest { replication, ..SendersRequest::default() })?;
     let SendersRequest { replication, value, since, advised, offset, limit } = request;
     super::check_id(&replication)?;
@@ -58,7 +58,7 @@ pub(super) async fn senders(context: &RequestContext, request: Request) -> Resul
     let (rows, total) = found.map_err(|error| Failure::new(500, error.to_string()))?;
     let Page { rows: senders, .. } = page(rows, 0, Some(limit), room);
     let now = Some(now.trunc_subsecs(3));
-    Ok(Senders { site, replication, now, senders, offset, limit, total })
+    Ok(SendersPage { site, replication, now, senders, offset, limit, total })
 }
 
 fn expression(text: &str) -> Result<Regex, Failure> {
