@@ -1,4 +1,4 @@
-//! Composition root: builds the whole system top to bottom and stops it gracefully.
+//! Composition root: starts all parts of the service, top to bottom, and stops them gracefully.
 
 mod files;
 mod site;
@@ -34,10 +34,10 @@ use crate::{
 /// Everything stops within this.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// Of it, so much for the service to refuse what arrives...
+/// The part of it in which the service refuses new requests...
 const SERVICE_GRACE: Duration = Duration::from_secs(1);
 
-/// ... and for the last words on the control connection.
+/// ... and the part for the last messages on the control connection.
 const CONNECTION_GRACE: Duration = Duration::from_secs(2);
 
 /// What `serve` runs with; every value has been checked.
@@ -45,11 +45,11 @@ const CONNECTION_GRACE: Duration = Duration::from_secs(2);
 pub struct AppSettings {
     /// The control connection.
     pub server: ServerRef,
-    /// Where documents may lead.
+    /// Where documents may connect to.
     pub rules: AllowList,
     /// Whether every change by request is refused.
     pub read_only: bool,
-    /// The name this installation goes by.
+    /// Name of the site.
     pub site: String,
     /// This process.
     pub instance: String,
@@ -63,7 +63,7 @@ pub struct AppSettings {
     pub bucket_replicas: usize,
     /// How long this process may be silent before others take its leases. 1 s to 1 h.
     pub lease_ttl: Duration,
-    /// No other process is to be reckoned with.
+    /// The operator declared this the only instance.
     pub standalone: bool,
     /// Heartbeats as the site's file has them, checked; `null` for none.
     pub heartbeats: Value,
@@ -109,10 +109,10 @@ fn stop_on_signals(stop: CancellationToken) -> io::Result<()> {
     Ok(())
 }
 
-/// What has been started, in the order in which it was.
+/// The started parts, in the order of their start.
 struct System {
     client: Client,
-    /// Of the JetStream that holds the buckets.
+    /// Prefix of the JetStream API of the buckets.
     api_prefix: String,
     events: Events,
     progress: watch::Sender<Progress>,
@@ -124,7 +124,7 @@ struct System {
 }
 
 impl System {
-    /// What works without a server: the control connection is made in the background.
+    /// Starts the parts that work without a server: the control connection is made in the background.
     async fn start(settings: &AppSettings) -> anyhow::Result<Self> {
         let AppSettings { server, site, instance, monitor, prefix, .. } = settings;
         let (client, connection) =

@@ -11,6 +11,7 @@ mod edit;
 mod error;
 mod events;
 mod files;
+mod format;
 mod generate;
 mod global;
 mod heartbeat;
@@ -22,10 +23,9 @@ mod site;
 mod status;
 mod status_view;
 mod steer;
-mod stored;
+mod stream_reader;
 mod wait;
 mod watch;
-mod words;
 
 use std::process::ExitCode;
 
@@ -84,11 +84,11 @@ enum ClientCommand {
 pub fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => serve::main(&args),
-        Command::Other(command) => ask(&command),
+        Command::Other(command) => run_client_command(&command),
     }
 }
 
-fn ask(command: &ClientCommand) -> ExitCode {
+fn run_client_command(command: &ClientCommand) -> ExitCode {
     let mut out = Output::new(command.json());
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -98,13 +98,13 @@ fn ask(command: &ClientCommand) -> ExitCode {
         }
     };
     let verdict = runtime.block_on(command.run(&mut out));
-    // an answer that nobody gave yet is not waited for
+    // do not wait for an outstanding answer
     runtime.shutdown_background();
     let code = match verdict {
         Ok(CommandVerdict::Good) => ExitCode::SUCCESS,
         Ok(CommandVerdict::Bad) => ExitCode::FAILURE,
         Err(error) => {
-            error.tell(&mut out);
+            error.print(&mut out);
             error.exit_code()
         }
     };

@@ -2,7 +2,7 @@
 //! read. Where an API prefix is the subject of a stream that stores requests, the first answer shows that, and no other
 //! request follows.
 //!
-//! [`side_checks`] asks, [`judge`] judges the answers.
+//! [`side_checks`] asks each side, [`judge`] judges the answers.
 
 mod judge;
 mod limits;
@@ -44,7 +44,7 @@ const SECOND_ROUND: Duration = Duration::from_millis(300);
 /// An existing replication; the new one may form a replication loop with it.
 #[derive(Debug, Clone)]
 pub struct OtherReplication {
-    /// What it copies.
+    /// Its configuration.
     pub replication: Replication,
     /// Name of the server that it reads from; empty if it never connected.
     pub source_server: String,
@@ -64,9 +64,9 @@ pub struct PreflightReport {
 /// The findings at one side.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SideReport {
-    /// Name of the server that let us in; empty if none did.
+    /// Name of the server that accepted the login; empty if none did.
     pub server: String,
-    /// Version of that server; empty if none let us in.
+    /// Version of that server; empty if none accepted the login.
     pub version: String,
     /// The stream, if it was seen.
     pub stream: Option<StreamState>,
@@ -74,7 +74,7 @@ pub struct SideReport {
     pub findings: Vec<Finding>,
 }
 
-/// Why nothing is said of a stream at the source that would store the copies again.
+/// Why streams at the source that would store the copies again were not looked for.
 const NO_BRIDGE_CHECK: &str = "whether both sides are one account could not be checked, because the login of the target may not \
      publish to the inbox of the source connection, or there was no time for it: if they are, streams at the source that \
      listen on the subjects of the copies store them again";
@@ -82,9 +82,9 @@ const NO_BRIDGE_CHECK: &str = "whether both sides are one account could not be c
 /// The service that checks a document.
 #[derive(Debug, Clone, Copy)]
 pub struct Own<'a> {
-    /// The name by which it marks the streams that it creates.
+    /// The site's name; it marks the streams that the service creates.
     pub site: &'a str,
-    /// What identifies its installation.
+    /// Identifies its installation.
     pub installation: &'a str,
     /// The streams of its buckets.
     pub streams: &'a OwnStreams,
@@ -93,11 +93,11 @@ pub struct Own<'a> {
 /// One check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// Name of the check, in a word.
+    /// Name of the check, one word.
     pub name: &'static str,
     /// Result.
     pub outcome: CheckOutcome,
-    /// In words, side and server named; empty where there is nothing to say.
+    /// Description that names the side and the server; empty where there is nothing to report.
     pub message: String,
     /// JSON pointer to the field of the document that it is about.
     pub path: &'static str,
@@ -109,13 +109,13 @@ type Judgement = Option<(CheckOutcome, String)>;
 /// Result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CheckOutcome {
-    /// As it should be.
+    /// All is well.
     Ok,
-    /// May be meant so.
+    /// May be intended.
     Warning,
     /// The copy would not work.
     Failed,
-    /// Could not be determined; without a message where a check before it has the reason.
+    /// Could not be determined; without a message if an earlier check has the reason.
     Unknown,
 }
 

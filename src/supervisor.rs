@@ -455,7 +455,7 @@ impl TaskLoop {
                 self.table.send_modify(|table| table.marked = mark.revision);
             }
             // The revision that comes next counts.
-            Signal::Change(ConfigChange::Anew) => {}
+            Signal::Change(ConfigChange::Recreated) => {}
             Signal::Change(ConfigChange::Loaded) => {
                 self.remove_requests_not_in(listed);
                 if !listed.contains(HEARTBEATS_KEY) {

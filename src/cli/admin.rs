@@ -11,11 +11,11 @@ use serde_json::json;
 use super::{
     client::Client,
     error::{CommandVerdict, Error},
+    format::{When, bytes, parse_time, parse_when, seconds, time},
     global::Global,
     output::{Colour, Output, Table, clean},
     reply::Reply,
-    stored::{self, StoredMessages},
-    words::{When, bytes, parse_time, parse_when, seconds, time},
+    stream_reader::{self, StoredMessages},
 };
 use crate::{
     control::api::{SenderRow, SendersPage, SendersRequest},
@@ -165,7 +165,7 @@ async fn advisories(args: &AdvisoriesArgs, client: &Client, out: &mut Output) ->
     let from = if args.follow { DeliverPolicy::New } else { DeliverPolicy::All };
     let (stream, since, follow) = (args.stream.as_str(), args.since, args.follow);
     let stored = StoredMessages { what: "advisories", stream, subjects: Vec::new(), since, from, follow };
-    stored::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
+    stream_reader::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
 }
 
 /// One advisory in one line; anything else is skipped.

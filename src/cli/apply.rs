@@ -263,7 +263,7 @@ impl Apply {
             (ApplyAction::Added, _) => "added",
             _ => "unchanged",
         };
-        self.tell(&step.id, action, words, sent, diff, out);
+        self.report(&step.id, action, words, sent, diff, out);
     }
 
     async fn send(&self, endpoint: &str, step: &ApplyStep, expected: Option<u64>) -> Result<Option<u64>, Error> {
@@ -284,7 +284,7 @@ impl Apply {
         for (id, revision) in others {
             let request = DeleteRequest { replication: (*id).clone(), keep: false };
             let removed = if self.dry_run { Ok(None) } else { self.remove(&request, **revision).await };
-            self.tell(id, ApplyAction::Removed, "removed", removed, None, out);
+            self.report(id, ApplyAction::Removed, "removed", removed, None, out);
         }
     }
 
@@ -294,7 +294,7 @@ impl Apply {
         Ok(Some(changed.value.revision))
     }
 
-    fn tell(
+    fn report(
         &mut self,
         id: &str,
         action: ApplyAction,
@@ -320,7 +320,7 @@ impl Apply {
                     // stdout holds the report alone
                     out.note(&format!("error: {error}"));
                 } else {
-                    error.tell(out);
+                    error.print(out);
                 }
                 let error = match error {
                     Error::Refused(failure) => failure,

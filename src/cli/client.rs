@@ -123,7 +123,11 @@ impl Client {
     }
 
     /// Sends a document that is only checked.
-    pub(super) async fn look<T: DeserializeOwned>(&self, endpoint: &str, body: Bytes) -> Result<Reply<T>, Error> {
+    pub(super) async fn check_document<T: DeserializeOwned>(
+        &self,
+        endpoint: &str,
+        body: Bytes,
+    ) -> Result<Reply<T>, Error> {
         self.send(endpoint, HeaderMap::new(), body).await
     }
 

@@ -11,11 +11,11 @@ use super::{
     edit,
     error::{CommandVerdict, Error, problem, problems},
     files,
+    format::count,
     global::Global,
     output::{self, Colour, Output, Table},
     reply::Reply,
     status_view::{state_colour, state_name},
-    words::count,
 };
 use crate::{
     config::Problem,
@@ -196,7 +196,7 @@ async fn remove(args: &RmArgs, out: &mut Output) -> Result<CommandVerdict, Error
         match removed {
             Ok(reply) => out.reply(&reply, |changed| format!("{} is removed", changed.replication)),
             Err(error) => {
-                error.tell(out);
+                error.print(out);
                 verdict = CommandVerdict::Bad;
             }
         }
@@ -209,12 +209,13 @@ fn sure(args: &RmArgs) -> Result<bool, Error> {
         return Err(Error::Usage("no terminal to ask on: `--force` removes without asking".to_owned()));
     }
     let what = if args.keep { "position and state are kept" } else { "with position and state" };
-    Ok(output::ask(&format!("remove {} ({what})? [y/N]", args.ids.join(", "))) == Some(true))
+    Ok(output::confirm(&format!("remove {} ({what})? [y/N]", args.ids.join(", "))) == Some(true))
 }
 
 async fn validate(args: &FileArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     let document = files::read(&args.file)?;
-    let reply: Reply<Validation> = Client::connect(&args.global).await?.look("config.validate", document).await?;
+    let reply: Reply<Validation> =
+        Client::connect(&args.global).await?.check_document("config.validate", document).await?;
     let verdict = if reply.value.valid { CommandVerdict::Good } else { CommandVerdict::Bad };
     if out.json() {
         out.reply(&reply, |_| String::new());
@@ -222,8 +223,8 @@ async fn validate(args: &FileArgs, out: &mut Output) -> Result<CommandVerdict, E
     }
     let Validation { valid, problems, warnings, preflight } = reply.value;
     out.line(&if valid { out.paint(Colour::Green, "valid") } else { out.paint(Colour::Red, "not valid") });
-    told("problem", &problems, out);
-    told("warning", &warnings, out);
+    print_problems("problem", &problems, out);
+    print_problems("warning", &warnings, out);
     if let Some(preflight) = preflight {
         side("source", &preflight.source, out);
         side("target", &preflight.target, out);
@@ -231,7 +232,7 @@ async fn validate(args: &FileArgs, out: &mut Output) -> Result<CommandVerdict, E
     Ok(verdict)
 }
 
-fn told(what: &str, problems: &[Problem], out: &mut Output) {
+fn print_problems(what: &str, problems: &[Problem], out: &mut Output) {
     for one in problems {
         out.line(&format!("{what}: {}", problem(one)));
     }

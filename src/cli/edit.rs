@@ -81,7 +81,7 @@ async fn edit(
                     Err(error) => error,
                 };
                 if was_overtaken(client, document, &error).await {
-                    error.tell(out);
+                    error.print(out);
                     let id = &document.replication;
                     return Err(Error::Failed(format!("`{id}` was changed meanwhile: nothing was overwritten")));
                 }
@@ -95,7 +95,7 @@ async fn edit(
         if !output::can_ask() {
             return Err(refused);
         }
-        refused.tell(out);
+        refused.print(out);
         if !again().await {
             return Err(Error::Failed("nothing was changed".to_owned()));
         }
@@ -149,7 +149,7 @@ async fn again() -> bool {
     let Ok(mut interrupts) = signal(SignalKind::interrupt()) else { return false };
     while interrupts.recv().now_or_never().is_some() {}
     tokio::select! {
-        answer = spawn_blocking(|| output::ask("edit again? [y/N]")) => matches!(answer, Ok(Some(true))),
+        answer = spawn_blocking(|| output::confirm("edit again? [y/N]")) => matches!(answer, Ok(Some(true))),
         _ = interrupts.recv() => false,
     }
 }

@@ -14,10 +14,10 @@ use serde_json::{Value, json};
 use super::{
     client::Client,
     error::{CommandVerdict, Error},
+    format::parse_time,
     global::Global,
     output::{Colour, Output, clean},
-    stored::{self, StoredMessages},
-    words::parse_time,
+    stream_reader::{self, StoredMessages},
 };
 use crate::events::Event;
 
@@ -95,7 +95,7 @@ async fn stored(client: &Client, subjects: Vec<String>, args: &Args, out: &mut O
     let stream = capturing(&client.jetstream(), client, out).await?;
     let (since, follow) = (args.since, args.follow);
     let stored = StoredMessages { what: "events", stream: &stream, subjects, since, from: DeliverPolicy::All, follow };
-    stored::read(client, stored, out, show).await
+    stream_reader::read(client, stored, out, show).await
 }
 
 /// Name of the stream that captures the events; best of all one that captures all of them.

@@ -5,10 +5,10 @@ use chrono::Utc;
 use super::{
     client::Client,
     error::{CommandVerdict, Error},
+    format::seconds,
     global::Global,
     output::{Colour, Output, Table},
     reply::Reply,
-    words::seconds,
 };
 use crate::control::api::Instances;
 

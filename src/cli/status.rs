@@ -45,7 +45,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict,
     if args.watch {
         return watch::run(&client, id, out).await;
     }
-    let view = StatusView::ask(&client, id).await?;
+    let view = StatusView::request(&client, id).await?;
     if out.json() {
         out.reply(&view.reply, |_| String::new());
     } else {

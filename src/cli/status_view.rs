@@ -7,9 +7,9 @@ use serde_json::Value;
 use super::{
     client::Client,
     error::Error,
+    format::{bytes, count, counted, seconds, time},
     output::{Colour, Output, Table, clean},
     reply::Reply,
-    words::{bytes, count, counted, seconds, time},
 };
 use crate::{
     control::api::{NamedRequest, Status},
@@ -26,7 +26,7 @@ pub(super) struct StatusView {
 
 impl StatusView {
     /// Asks for one replication or for all.
-    pub(super) async fn ask(client: &Client, id: Option<&str>) -> Result<Self, Error> {
+    pub(super) async fn request(client: &Client, id: Option<&str>) -> Result<Self, Error> {
         let reply = match id {
             Some(id) => client.query("status", &NamedRequest { replication: id.to_owned() }).await?,
             None => client.pages("status").await?,

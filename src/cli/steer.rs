@@ -5,10 +5,10 @@ use serde::de::DeserializeOwned;
 use super::{
     client::Client,
     error::{CommandVerdict, Error},
+    format::{When, count, counted, parse_when},
     global::Global,
     output::Output,
     reply::Reply,
-    words::{When, count, counted, parse_when},
 };
 use crate::control::api::{Changed, NamedRequest, PositionMove, PositionRequest, SkipRequest, Skipped, SteppedDown};
 
@@ -100,7 +100,7 @@ async fn all<T: DeserializeOwned>(
         match changed {
             Ok(reply) => out.reply(&reply, &words),
             Err(error) => {
-                error.tell(out);
+                error.print(out);
                 verdict = CommandVerdict::Bad;
             }
         }

@@ -7,9 +7,9 @@ use tokio::time::{sleep, timeout};
 use super::{
     client::Client,
     error::{CommandVerdict, Error},
+    format::counted,
     output::Output,
     status_view::{StatusView, lag, state_name},
-    words::counted,
 };
 use crate::status::{Row, State};
 
@@ -48,7 +48,7 @@ pub(super) async fn until_caught_up(
             Err(_) => return Err(Error::Failed(format!("not caught up within {limit:?}: {behind}"))),
         },
     };
-    tell(&view, out);
+    print(&view, out);
     Ok(CommandVerdict::Good)
 }
 
@@ -58,10 +58,10 @@ async fn caught_up(client: &Client, id: Option<&str>, behind: &mut String) -> Re
     let mut since: Option<Instant> = None;
     loop {
         let asked = Instant::now();
-        match StatusView::ask(client, id).await {
+        match StatusView::request(client, id).await {
             Ok(view) => {
                 answered = true;
-                *behind = look(view.rows(), id.is_some())?;
+                *behind = check(view.rows(), id.is_some())?;
                 if !behind.is_empty() {
                     since = None;
                 } else if since.get_or_insert(asked).elapsed() >= SETTLED {
@@ -85,7 +85,7 @@ fn passes(error: &Error) -> bool {
 
 /// The replications that lag, in words; an error if one will not catch up. One that is paused is waited for only if it
 /// is the one that was asked for.
-fn look(rows: &[Row], one: bool) -> Result<String, Error> {
+fn check(rows: &[Row], one: bool) -> Result<String, Error> {
     let (mut stuck, mut behind) = (Vec::new(), Vec::new());
     for row in rows {
         match stand(row) {
@@ -111,7 +111,7 @@ fn stand(row: &Row) -> Stand {
     }
 }
 
-fn tell(view: &StatusView, out: &mut Output) {
+fn print(view: &StatusView, out: &mut Output) {
     out.reply(&view.reply, |status| {
         let paused = status.replications.iter().filter(|row| stand(row) == Stand::Paused).count();
         let running = status.replications.len() - paused;

@@ -1,5 +1,5 @@
-//! The JSON schemas of requests, replies and events, made from the types that go over the wire, so that both always
-//! agree. The folder `schemas/` holds them as files.
+//! The JSON schemas of requests, replies and events, generated from the types that go over the wire. The folder `schemas/`
+//! has them as files.
 //!
 //! Requests are strict, as the service is. Replies and events may get more fields later: readers ignore unknown ones.
 
@@ -17,7 +17,7 @@ use crate::{config, events::Notice, sampling::AgeAdvisory};
 
 /// The dialect of all schemas.
 const DIALECT: &str = "https://json-schema.org/draft/2020-12/schema";
-/// What a replication document follows; `schemas/replication.json`.
+/// Id of the schema of replication documents, `schemas/replication.json`.
 const REPLICATION: &str = "urn:stream-replicator:replication:1";
 
 /// Every file of `schemas/` but `replication.json`, which is written by hand: path and content.
@@ -70,7 +70,7 @@ fn request<T: JsonSchema>() -> Value {
     generate::<T>(SchemaSettings::draft2020_12().for_deserialize())
 }
 
-/// Replies and events always say everything: a default would say nothing.
+/// Replies and events always have all fields: defaults would have no meaning.
 fn reply<T: JsonSchema>() -> Value {
     let without_defaults = RecursiveTransform(|schema: &mut Schema| {
         schema.remove("default");

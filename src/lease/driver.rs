@@ -374,7 +374,7 @@ impl DriverTask {
                 self.sessions.send_modify(|sessions| sessions.saw(instance, revision, record));
             }
             LeaseChange::Lease { id, revision, record } => self.machine.lease(now, &id, revision, record),
-            LeaseChange::Anew => {
+            LeaseChange::Recreated => {
                 warn!("lease bucket was recreated or restored; reloading it");
                 self.machine.anew();
             }
@@ -478,7 +478,7 @@ impl DriverTask {
                     }
                     RenewalOutcome::Failed => {
                         let reason = error.map_or_else(|| "no answer in time".to_owned(), |error| error.to_string());
-                        self.trouble.tell(&reason);
+                        self.trouble.log(&reason);
                     }
                 }
                 self.machine.renewed(now, outcome);

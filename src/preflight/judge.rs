@@ -36,20 +36,20 @@ use crate::{
 /// Subjects that one message shows at most.
 const MAX_SHOWN: usize = 8;
 
-/// All answers.
+/// The answers of both sides.
 pub(super) struct Pair<'a> {
     pub(super) replication: &'a Replication,
     pub(super) source: &'a SideFacts,
     pub(super) target: &'a SideFacts,
     pub(super) flow: &'a Flow,
-    /// What the source stores beside what its configuration tells.
+    /// Subjects that the source stores although its configuration does not list them.
     pub(super) learned: &'a Learned,
-    /// What a missing target would be made as.
+    /// The configuration that a missing target would be created with.
     pub(super) planned: &'a Option<Result<Value, Error>>,
-    /// What an existing one would be given.
+    /// The update that an existing target would get.
     pub(super) update: &'a Option<Result<Update, Error>>,
     pub(super) own: &'a OwnStreams,
-    /// Whose durable consumers are ours.
+    /// The owner that our durable consumers name.
     pub(super) owner: Owner<'a>,
     /// A message of the source that was copied from the target.
     pub(super) returned: &'a Option<Returned>,
@@ -80,7 +80,7 @@ impl SideFindings {
         self.add(name, CheckOutcome::Unknown, "", "");
     }
 
-    /// What there is to say, or that all is well.
+    /// Adds a finding, or that all is well.
     fn add_any(&mut self, name: &'static str, path: &'static str, said: Option<(CheckOutcome, String)>) {
         match said {
             Some((outcome, text)) => self.add(name, outcome, path, &text),
@@ -236,7 +236,7 @@ impl Pair<'_> {
         })
     }
 
-    /// Whether both sides are let in by the same server.
+    /// Whether the same server accepted the login of both sides.
     fn same_server(&self) -> bool {
         let name = |facts: &SideFacts| facts.connect.got().map(|info| info.server_name.clone());
         name(self.source).is_some_and(|source| Some(source) == name(self.target))
@@ -269,7 +269,7 @@ impl Pair<'_> {
         findings.report(facts)
     }
 
-    /// The calls of a copy: by the permissions, or by what came of trying them.
+    /// The calls of a copy: judged by the permissions, or by the result of trying them.
     fn judge_calls(&self, role: SideRole, findings: &mut SideFindings) {
         let facts = match role {
             SideRole::Source => self.source,
@@ -283,7 +283,7 @@ impl Pair<'_> {
                 Some(Connection { api_prefix, inbox_prefix, .. }),
             ) => {
                 let calls = calls(role, self.replication, stream.as_ref(), api_prefix).into_iter();
-                // A target of ours is given subjects without being asked for.
+                // A target that the service created is updated without `target_update`.
                 let update = matches!((role, self.update), (SideRole::Target, Some(Ok(_))));
                 let update = update.then(|| format!("{api_prefix}.STREAM.UPDATE.{}", self.replication.target.stream));
                 let calls = calls.map(|(subject, _)| subject).chain(update.filter(|_| !self.replication.update_target));
@@ -340,7 +340,7 @@ impl Pair<'_> {
         Some(stream.clone())
     }
 
-    /// The target as it is, or as it would be made; `None` if it cannot be or is not known.
+    /// The target as it is, or as it would be created; `None` if that is not possible or not known.
     fn judge_target_stream(&self, findings: &mut SideFindings) -> Option<StreamInfo> {
         let name = &self.replication.target.stream;
         let mut said = |outcome, path, text: &str| findings.add("stream", outcome, path, text);
@@ -370,8 +370,8 @@ impl Pair<'_> {
         }
     }
 
-    /// Whether the stream is the source: no two streams are made in the same nanosecond and led by the same server.
-    /// A copy of a backup, which keeps the time, is led by another one, or in another account.
+    /// Whether the stream is the source: no two streams are created in the same nanosecond and led by the same server. A
+    /// restored backup keeps the time, but is led by another server or is in another account.
     fn is_source(&self, stream: &StreamInfo) -> bool {
         let Some(source) = self.source.stream.there() else { return false };
         fn leader<'a>(stream: &'a StreamInfo, facts: &'a SideFacts) -> &'a str {
@@ -383,7 +383,7 @@ impl Pair<'_> {
             && leader(source, self.source) == leader(stream, self.target)
     }
 
-    /// Whether both sides are seen as the same user by the same API; else they may be different accounts.
+    /// Whether both sides log in as the same user to the same API; otherwise they may be different accounts.
     fn same_login(&self) -> bool {
         let seen = |facts: &SideFacts| {
             facts.connection.as_ref().map(|there| (there.endpoint.auth.clone(), there.api_prefix.clone()))
@@ -391,7 +391,7 @@ impl Pair<'_> {
         seen(self.source) == seen(self.target)
     }
 
-    /// What becomes of a target that would be made.
+    /// Describes a target that would be created.
     fn plan(&self, config: &Value) -> (CheckOutcome, &'static str, String) {
         let name = &self.replication.target.stream;
         let path = self.mapping_path();
@@ -411,7 +411,7 @@ impl Pair<'_> {
         self.free(&subjects, path, would)
     }
 
-    /// What becomes of a target that would be changed.
+    /// Describes a target that would be changed.
     fn change(&self, update: &Update) -> (CheckOutcome, &'static str, String) {
         let would = format!("target stream `{}` would be given {}", self.replication.target.stream, update.what);
         if update.subjects.is_empty() {
@@ -467,7 +467,7 @@ impl Pair<'_> {
         }
     }
 
-    /// Whether what is copied arrives in the target stream, and not elsewhere or nowhere.
+    /// Whether copies arrive in the target stream, and not in another stream or in none.
     fn judge_subjects(&self, stream: &StreamInfo, findings: &mut SideFindings) {
         let (name, path) = (&self.replication.target.stream, self.mapping_path());
         let listens = stream.subjects();
@@ -513,19 +513,19 @@ impl Pair<'_> {
         let mut said: Vec<Judgement> = said.map(Some).collect();
         said.extend(self.strays(&listens).map(|text| Some((CheckOutcome::Warning, text))));
         let second = self.second_stream();
-        // That it is not known is said beside all else.
+        // A warning that it is not known is added to all others.
         if let Some((CheckOutcome::Unknown, text)) = second.as_ref().filter(|_| !said.is_empty()) {
             findings.add("bridge", CheckOutcome::Unknown, path, text);
         } else {
             said.extend(second.map(Some));
         }
-        // The worst of them stands for all: they have one cause.
+        // The worst is reported for all: they have one cause.
         let worst = said.iter().position(|said| matches!(said, Some((CheckOutcome::Failed, _)))).unwrap_or(0);
         let said = if said.is_empty() { None } else { said.swap_remove(worst) };
         findings.add_any("subjects", path, said);
     }
 
-    /// What makes a target listen on more.
+    /// The option that makes a target listen on further subjects.
     fn help(&self) -> &'static str {
         let exists = self.target.stream.there().is_some() && !self.replication.update_target;
         if exists { ": add it to the stream, or set `target_update`" } else { "" }
@@ -545,7 +545,7 @@ impl Pair<'_> {
         ))
     }
 
-    /// A stream beside the source that would store what is copied, too.
+    /// A stream beside the source that would also store the copies.
     fn second_stream(&self) -> Option<(CheckOutcome, String)> {
         if let CheckAnswer::Unclear(text) = &self.source.beside {
             return Some((CheckOutcome::Unknown, text.clone()));
@@ -562,7 +562,7 @@ impl Pair<'_> {
 
     /// Whether the source has room for the consumer of the copy.
     fn source_limits(&self, known: &[OtherReplication], stream: &StreamInfo) -> Judgement {
-        // What runs already has its consumer.
+        // A running replication already has its consumer.
         let begun = known.iter().any(|known| known.replication.id == self.replication.id);
         limits::source(self.source.account.got(), &self.replication.source.stream, stream, begun)
     }
@@ -606,7 +606,7 @@ impl Pair<'_> {
         findings.add_any("max_payload", path, said);
     }
 
-    /// What the account has no room for, and what the stream keeps less of than the source.
+    /// Limits of the account that the copy would reach, and limits of the stream below those of the source.
     fn judge_limits(&self, source: &StreamInfo, stream: &StreamInfo, findings: &mut SideFindings) {
         match (self.target_limits(source), self.kept(source, stream)) {
             (Some((outcome, room)), kept) => {
@@ -618,7 +618,7 @@ impl Pair<'_> {
         }
     }
 
-    /// Limits of a target that is there already, which remove or refuse copies while the source keeps the messages.
+    /// Limits of an existing target that remove or refuse copies while the source keeps the messages.
     fn kept(&self, source: &StreamInfo, stream: &StreamInfo) -> Judgement {
         self.target.stream.there()?;
         let found = target_limits::too_small(self.replication, source, stream);
@@ -628,7 +628,7 @@ impl Pair<'_> {
         })
     }
 
-    /// Whether the target can be what `target_mode` says.
+    /// Whether the target can be used as `target_mode` says.
     fn sharing(&self, stream: &StreamInfo, known: &[OtherReplication]) -> Judgement {
         if let Err(refused) = mode::mode(self.replication, stream) {
             return Some((CheckOutcome::Failed, refused));
@@ -646,7 +646,7 @@ impl Pair<'_> {
         })
     }
 
-    /// Whether everything that says what is copied has something to say, with the field that does not.
+    /// Whether every filter and transform matches something, with the field of one that does not.
     fn filter(&self, source: &StreamInfo) -> (&'static str, Judgement) {
         let Replication { scope, mapping, .. } = self.replication;
         let (stream, subjects) = (&self.replication.source.stream, list(&source.subjects()));
@@ -702,7 +702,7 @@ impl Pair<'_> {
         (!said.is_empty()).then(|| (CheckOutcome::Warning, format!("the stream {}", said.join("; it "))))
     }
 
-    /// Whether the durable consumer of the copy can be used or made, by those that are there.
+    /// Whether the durable consumer of the copy can be used or created, given the existing ones.
     fn consumers(&self, source: &StreamInfo) -> Result<(), String> {
         let names: Vec<String> = Durable::names(self.replication).collect();
         let mut others = self.source.consumers.got().into_iter().flatten();
@@ -758,8 +758,8 @@ impl Pair<'_> {
         }
     }
 
-    /// A replication loop works: each message comes back once to its stream and is skipped there. It is stored twice
-    /// then, which may be intended.
+    /// A replication loop works: each message returns once to its stream and is skipped there. It is then stored twice,
+    /// which may be intended.
     fn cycle(&self, known: &[OtherReplication]) -> Judgement {
         let name = |facts: &SideFacts| facts.connect.got().map(|info| info.server_name.clone()).unwrap_or_default();
         let (source, target) = (name(self.source), name(self.target));
@@ -799,11 +799,11 @@ pub(super) fn subjects_of(config: &Value) -> Vec<String> {
     subjects.filter_map(|subject| subject.as_str().map(str::to_owned)).collect()
 }
 
-/// A configuration as the stream that it becomes.
+/// The stream that a configuration results in.
 fn as_stream(config: &Value) -> Option<StreamInfo> {
     let mut config = config.clone();
     if config["allow_batched"] == true {
-        // Only where the server knows it is a stream made with this.
+        // A stream is created with this only where the server knows it.
         config["metadata"] = json!({"_nats.level": "4"});
     }
     serde_json::from_value(json!({ "config": config, "state": {} })).ok()

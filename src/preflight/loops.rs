@@ -1,4 +1,4 @@
-//! Whether a replication closes a replication loop with others. Pure.
+//! Whether a replication forms a replication loop with others. Pure.
 
 use std::collections::BTreeSet;
 
@@ -39,8 +39,8 @@ fn same_address(one: &ServerRef, other: &ServerRef) -> bool {
     }
 }
 
-/// The ids of the replications that bring back to its source what `replication` copies, in the order of the way; those
-/// of the shortest way. Places are the same where the stream's name and an address or the server's name are.
+/// The ids of the replications that copy messages of `replication` back to its source, in order, for the shortest loop.
+/// Two streams are the same if their names and an address, or the name of the server, are.
 pub(super) fn find(
     replication: &Replication,
     servers: (&str, &str),
@@ -49,7 +49,7 @@ pub(super) fn find(
 ) -> Option<Vec<String>> {
     let source = StreamPlace { side: &replication.source, server: servers.0 };
     let target = StreamPlace { side: &replication.target, server: servers.1 };
-    // On one server only another account or domain makes it another stream: then login and API prefix tell them apart.
+    // On one server, only another account or domain makes it another stream: then login or API prefix differ.
     let accounts = source.same_server(&target);
     let same = |one: &StreamPlace<'_>, other: &StreamPlace<'_>| {
         one.side.stream == other.side.stream && one.same_server(other) && (!accounts || one.same_login(other))

@@ -28,7 +28,7 @@ impl PermissionRules {
         let allowed = if self.allow.is_empty() { Share::All } else { share(&self.allow, subject) };
         match share(&self.deny, subject) {
             Share::All => Share::None,
-            // What is denied may be another part than what is allowed, but that is rare and only tells too much.
+            // The denied part may be another one than the allowed part. That is rare and only warns too often.
             Share::Part => allowed.min(Share::Part),
             Share::None => allowed,
         }
@@ -71,7 +71,7 @@ impl Permissions {
 
     /// Whether the user may subscribe to what comes back to us, on subjects that begin so.
     pub(super) fn may_listen(&self, inbox_prefix: &str) -> bool {
-        // A queue group may stand behind the subject; ours has none.
+        // The subject may be followed by a queue group; ours has none.
         let plain = |list: &[String]| -> Vec<String> {
             list.iter().filter_map(|rule| rule.split(' ').next().map(str::to_owned)).collect()
         };

@@ -1,5 +1,5 @@
-//! Whether messages of the source came from the target: then the replication closes a loop with that of another
-//! installation, which only the provenance of the messages shows.
+//! Whether messages of the source came from the target: then the replication forms a replication loop with one of another
+//! installation, which only the provenance headers of the messages show.
 
 use tokio::time::Instant;
 

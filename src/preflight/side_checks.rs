@@ -1,4 +1,4 @@
-//! Asks one side.
+//! Asks one side for everything that the checks need.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -34,9 +34,9 @@ use crate::{
 const CONNECT_WITHIN: Duration = Duration::from_millis(1_400);
 /// Subjects that are looked up at most.
 const MAX_SUBJECTS: usize = 64;
-/// Whom a server tells what a user may do.
+/// Subject on which a server reports the permissions of a user.
 const USER_INFO: &str = "$SYS.REQ.USER.INFO";
-/// A consumer that nobody has.
+/// Name of a consumer that does not exist.
 const NO_CONSUMER: &str = "sr_preflight";
 
 /// Source or target.
@@ -46,15 +46,15 @@ pub(super) enum SideRole {
     Target,
 }
 
-/// What came of a question.
+/// The result of a request.
 #[derive(Debug, Clone, Default)]
 pub(super) enum CheckAnswer<T> {
     Got(T),
     /// The answer is no.
     Failed(String),
-    /// There was no answer, or one that says nothing.
+    /// There was no answer, or one without the information.
     Unclear(String),
-    /// Something before it failed.
+    /// An earlier check failed.
     #[default]
     NotAsked,
 }
@@ -85,7 +85,7 @@ pub(super) struct SideFacts {
     pub(super) address: String,
     /// JSON pointer to the field that says where this side is.
     pub(super) path: &'static str,
-    /// As whom and where to; `None` if the context could not be read.
+    /// Login and addresses; `None` if the context could not be read.
     pub(super) connection: Option<Connection>,
     pub(super) connect: CheckAnswer<ServerInfo>,
     pub(super) jetstream: CheckAnswer<()>,
@@ -94,17 +94,17 @@ pub(super) struct SideFacts {
     /// report its time.
     pub(super) clock: CheckAnswer<Option<f64>>,
     pub(super) permissions: CheckAnswer<Permissions>,
-    /// What the account uses and may use.
+    /// Usage and limits of the account.
     pub(super) account: CheckAnswer<AccountInfo>,
     /// Whether the calls that a copy needs are permitted, where the server does not report permissions.
     pub(super) calls: CheckAnswer<()>,
     /// The consumers of a source that forgets what was acknowledged.
     pub(super) consumers: CheckAnswer<Vec<ConsumerInfo>>,
-    /// What a source stores beside what its configuration tells; what was not learned in time is not in it.
+    /// Subjects that a source stores although its configuration does not list them, as far as they were learned in time.
     pub(super) learned: Learned,
-    /// Which streams listen on the subjects that something is published to.
+    /// The streams that listen on the subjects that the copy publishes to.
     pub(super) listeners: Listeners,
-    /// Where the other side is the same account, reached through leafnodes: which streams listen here on what is
+    /// If the other side is the same account, reached through leafnodes: the streams here that listen on the subjects
     /// published there.
     pub(super) beside: Listeners,
 }
@@ -116,7 +116,7 @@ impl SideFacts {
     }
 }
 
-/// A side while it is asked.
+/// The checks of one side while they run.
 pub(super) struct SideChecks {
     pub(super) facts: SideFacts,
     name: String,
@@ -124,9 +124,9 @@ pub(super) struct SideChecks {
     until: Instant,
 }
 
-/// Why a question got no answer.
+/// Why a request got no answer.
 enum Silence {
-    /// An error; whether people have to end it.
+    /// An error; `lasting` if an operator has to correct it.
     Error {
         lasting: bool,
         message: String,
@@ -134,11 +134,11 @@ enum Silence {
     Late,
 }
 
-/// What is asked; without a body nobody waits for the answer.
+/// A request: subject and body. Without a body the answer does not matter.
 type CallRequest = (String, Option<String>);
 
 impl SideChecks {
-    /// Connects and asks what does not depend on the other side.
+    /// Connects and sends the requests that do not depend on the other side.
     pub(super) async fn at(rules: &AllowList, role: SideRole, replication: &Replication, until: Instant) -> Self {
         let side = match role {
             SideRole::Source => &replication.source,
@@ -187,8 +187,8 @@ impl SideChecks {
         }
     }
 
-    /// Tries one server after the other and stays with the one that lets us in. Each gets its part of our time; one
-    /// that a copy would give more time to says nothing by its silence.
+    /// Tries one server after the other and stays with the one that accepts the login. Each gets its part of the time; a
+    /// server that a copy would give more time is not judged by its silence.
     async fn connect(&mut self) -> CheckAnswer<ServerInfo> {
         let Some(all) = self.facts.connection.clone() else { return CheckAnswer::NotAsked };
         let end = self.until.min(Instant::now() + CONNECT_WITHIN);
@@ -200,7 +200,7 @@ impl SideChecks {
             one.endpoint.hosts = vec![host.clone()];
             let limit = one.endpoint.connect_timeout;
             let attempt = Lane::connect(&one, &self.name);
-            // Within its own limit it is the lane that gives up, and says so.
+            // Within its own limit, the lane gives up and reports it.
             let attempt = if limit <= part { Ok(attempt.await) } else { timeout(part, attempt).await };
             match attempt {
                 Ok(Ok(lane)) => {
@@ -221,7 +221,7 @@ impl SideChecks {
         if cut { CheckAnswer::Unclear(said) } else { CheckAnswer::Failed(said) }
     }
 
-    /// What subjects of the JetStream API begin with.
+    /// Prefix of the subjects of the JetStream API.
     fn api_prefix(&self) -> String {
         self.facts.connection.as_ref().map(|connection| connection.api_prefix.clone()).unwrap_or_default()
     }
@@ -237,7 +237,7 @@ impl SideChecks {
         };
     }
 
-    /// Only where it is known to be allowed: a refusal would cost the connection.
+    /// Sent only where it is known to be allowed: a refusal would end the connection.
     async fn ask_account(&mut self) {
         let subject = format!("{}.INFO", self.api_prefix());
         let allowed = self.facts.permissions.got().is_some_and(|all| all.publish(&subject) == Share::All);
@@ -284,7 +284,7 @@ impl SideChecks {
         }
     }
 
-    /// A copy need not be allowed to ask this: then nothing is known.
+    /// A copy does not need the permission for this request: without an answer nothing is known.
     async fn ask_consumers(&mut self, side: &Side) {
         #[derive(Deserialize)]
         struct StreamListReply {
@@ -331,7 +331,7 @@ impl SideChecks {
         }
     }
 
-    /// The connection, or another one.
+    /// The connection, or a new one.
     async fn taken(&mut self) -> Result<Lane, Error> {
         match self.lane.take() {
             Some(lane) => Ok(lane),
@@ -339,7 +339,7 @@ impl SideChecks {
         }
     }
 
-    /// Where a server does not tell the permissions, the calls of a copy are made in a way that changes nothing:
+    /// If a server does not report permissions, the calls of a copy are made in a way that changes nothing:
     /// what is asked for does not exist, or contradicts its subject.
     async fn ask_calls(&mut self, role: SideRole, replication: &Replication) {
         let Some(stream) = self.facts.stream.got() else { return };

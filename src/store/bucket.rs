@@ -1,4 +1,4 @@
-//! One bucket: current reads, writes by compare-and-swap, and nothing about what the values mean.
+//! One bucket: current reads and writes by compare-and-swap; the values are opaque here.
 
 use std::{
     collections::HashMap,
@@ -32,7 +32,7 @@ use super::error::Error;
 /// Time limit for one request to the server.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The API where no domain and no import is in between.
+/// Prefix of the JetStream API of the own account, without a domain.
 const API_PREFIX: &str = "$JS.API";
 
 const OPERATION: &str = "KV-Operation";
@@ -66,7 +66,7 @@ pub(super) struct Bucket {
     takes_ttl: Arc<AtomicBool>,
 }
 
-/// The entry at a key, now or before.
+/// An entry of a key, the current one or an older one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stored {
     /// Revision of the key.
@@ -397,7 +397,7 @@ impl Bucket {
     }
 }
 
-/// Whether a message is the marker of a deletion, by people, by us or by the server.
+/// Whether a message is the marker of a deletion: by hand, by this program or by the server.
 pub(super) fn is_marker(headers: &HeaderMap) -> bool {
     let deleted = headers.get(OPERATION).is_some_and(|operation| matches!(operation.as_str(), "DEL" | "PURGE"));
     deleted || headers.get("Nats-Marker-Reason").is_some()
@@ -422,11 +422,11 @@ fn stream_name(bucket: &str) -> String {
 }
 
 async fn exists(context: &jetstream::Context, bucket: &str) -> Result<bool, String> {
-    Ok(look(context, bucket).await?.is_some())
+    Ok(find_stream(context, bucket).await?.is_some())
 }
 
 /// The stream of a bucket; `None` if there is none.
-pub(super) async fn look(context: &jetstream::Context, bucket: &str) -> Result<Option<Info>, String> {
+pub(super) async fn find_stream(context: &jetstream::Context, bucket: &str) -> Result<Option<Info>, String> {
     match context.get_stream(stream_name(bucket)).await {
         Ok(stream) => Ok(Some(stream.cached_info().clone())),
         Err(error) => match error.kind() {
@@ -436,7 +436,7 @@ pub(super) async fn look(context: &jetstream::Context, bucket: &str) -> Result<O
     }
 }
 
-/// What asks the JetStream whose API begins with `api_prefix`.
+/// A context for the JetStream whose API subjects begin with `api_prefix`.
 pub(super) fn context(client: &Client, api_prefix: &str) -> jetstream::Context {
     ContextBuilder::new().api_prefix(api_prefix).timeout(TIMEOUT).build(client.clone())
 }

@@ -1,4 +1,4 @@
-//! Opening, or creating, the buckets.
+//! Opens the buckets of an installation, and creates missing ones.
 
 use std::sync::Arc;
 

@@ -59,7 +59,7 @@ impl Watcher {
                     return Signal::Change(change);
                 }
                 // The watch continues, and knows what it has to write into a bucket that is recreated.
-                Some(Err(error)) => self.trouble.tell(&error.to_string()),
+                Some(Err(error)) => self.trouble.log(&error.to_string()),
                 None => {
                     self.watch = None;
                     self.trouble.wait("the watch ended").await;

@@ -47,7 +47,7 @@ pub(super) async fn position(context: &RequestContext, request: Request) -> Resu
     let place = at_source(context, &replication, at, end).await?;
     let from = record.source.as_ref().map_or(0, |source| source.seq);
     let to = place.position.seq;
-    // What was asked for, not what is left of the stream.
+    // The requested position, even if the stream no longer has it.
     let asked = if let At::Behind(seq) = at { seq } else { to };
     if place.forgets && asked < from {
         let description = format!(
@@ -69,7 +69,7 @@ pub(super) async fn position(context: &RequestContext, request: Request) -> Resu
     Ok(moved)
 }
 
-/// Saves a moved position. What a paused replication reports of its source meanwhile does not stand in the way.
+/// Saves a moved position. Reports of the paused replication about its source meanwhile do not prevent that.
 async fn save_moved(
     context: &RequestContext,
     id: &str,
