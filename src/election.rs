@@ -151,9 +151,9 @@ pub struct CampaignView {
 
 impl CampaignView {
     /// The values for the metrics page.
-    pub fn reading(&self) -> metrics::Election {
+    pub fn reading(&self) -> metrics::ElectionReading {
         let Leadership { until, campaigns, interval, .. } = &*self.led.borrow();
-        metrics::Election {
+        metrics::ElectionReading {
             election: self.election.key.clone(),
             identity: self.election.candidate.clone(),
             as_candidate: campaigns.candidate,

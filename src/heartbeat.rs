@@ -126,12 +126,12 @@ impl HeartbeatHandle {
     }
 
     /// For the metrics page; `None` where nothing is configured.
-    pub fn reading(&self) -> Option<metrics::Heartbeats> {
+    pub fn reading(&self) -> Option<metrics::HeartbeatReading> {
         self.stats.reading()
     }
 
     /// The state of the election, if one is configured.
-    pub fn election(&self) -> Option<metrics::Election> {
+    pub fn election(&self) -> Option<metrics::ElectionReading> {
         self.stats.election()
     }
 }

@@ -9,15 +9,16 @@ use futures_util::StreamExt;
 use serde_json::json;
 
 use super::{
-    client::{Client, Reply},
-    error::{Error, Verdict},
+    client::Client,
+    error::{CommandVerdict, Error},
+    format::{When, bytes, parse_time, parse_when, seconds, time},
     global::{Global, bucket_prefix},
     output::{Colour, Output, Table, clean},
-    stored::{self, StoredMessages},
-    words::{When, bytes, parse_time, parse_when, seconds, time},
+    reply::Reply,
+    stream_reader::{self, StoredMessages},
 };
 use crate::{
-    control::api::{SenderRow, Senders, SendersRequest},
+    control::api::{SenderRow, SendersPage, SendersRequest},
     names,
     sampling::{AdvisoryKind, AgeAdvisory},
     store::SenderRecord,
@@ -108,14 +109,14 @@ impl Args {
     }
 }
 
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let client = Client::connect(args.global()).await?;
     match &args.command {
         AdminCommand::Senders(args) => senders(args, &client, out).await?,
         AdminCommand::Advisories(args) => advisories(args, &client, out).await?,
         AdminCommand::Watch(args) => watch(args, &client, out).await?,
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
@@ -130,7 +131,7 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
         offset: 0,
         limit: Some(args.limit),
     };
-    let reply: Reply<Senders> = client.query("senders", &request).await?;
+    let reply: Reply<SendersPage> = client.query("senders", &request).await?;
     if out.json() {
         out.reply(&reply, |_| String::new());
         return Ok(());
@@ -159,7 +160,7 @@ async fn advisories(args: &AdvisoriesArgs, client: &Client, out: &mut Output) ->
     let from = if args.follow { DeliverPolicy::New } else { DeliverPolicy::All };
     let (stream, since, follow) = (args.stream.as_str(), args.since, args.follow);
     let stored = StoredMessages { what: "advisories", stream, subjects: Vec::new(), since, from, follow };
-    stored::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
+    stream_reader::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
 }
 
 /// One advisory in one line; anything else is skipped.

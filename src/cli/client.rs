@@ -10,7 +10,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::{error::Error, global::Global, output::clean};
+use super::{error::Error, global::Global, output::clean, reply::Reply};
 use crate::{
     control::api::{ErrorReply, Failure, Instances, List, Status},
     names::{self, DEADLINE_HEADER, EXPECTED_REVISION_HEADER, TIME_HEADER},
@@ -28,14 +28,6 @@ pub(super) struct Client {
     answer_within: Duration,
     /// The server's last error for this connection; empty for none.
     refusal: watch::Sender<String>,
-}
-
-/// An answer.
-#[derive(Debug)]
-pub(super) struct Reply<T> {
-    /// As it was sent; pages are joined into one.
-    pub(super) raw: Bytes,
-    pub(super) value: T,
 }
 
 /// A reply that may be one page of several.
@@ -131,7 +123,11 @@ impl Client {
     }
 
     /// Sends a document that is only checked.
-    pub(super) async fn look<T: DeserializeOwned>(&self, endpoint: &str, body: Bytes) -> Result<Reply<T>, Error> {
+    pub(super) async fn check_document<T: DeserializeOwned>(
+        &self,
+        endpoint: &str,
+        body: Bytes,
+    ) -> Result<Reply<T>, Error> {
         self.send(endpoint, HeaderMap::new(), body).await
     }
 

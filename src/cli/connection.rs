@@ -125,9 +125,9 @@ impl ConnectionFlags {
 
     fn place_in(&self, context: Option<String>) -> Result<ServerRef, String> {
         let fields = self.fields();
-        fields.check().map_err(told)?;
+        fields.check().map_err(flag_error)?;
         match context {
-            None => fields.connection().map(|connection| ServerRef::Known(Box::new(connection))).map_err(told),
+            None => fields.connection().map(|connection| ServerRef::Known(Box::new(connection))).map_err(flag_error),
             Some(name) => {
                 check_context_name(&name).map_err(|right| format!("`--context`: `{name}` is not possible: {right}"))?;
                 let place = ServerRef::Context { name, over: Box::new(fields), under: Box::default() };
@@ -168,7 +168,7 @@ fn given<T: Clone>(value: Option<&T>, text: impl Fn(&T) -> &str) -> Option<T> {
 }
 
 /// The problem, with the flag and the variable in front.
-fn told(error: FieldError) -> String {
+fn flag_error(error: FieldError) -> String {
     let (flag, variable) = match error.field {
         "url" => ("--server", "NATS_URL"),
         "user" => ("--user", "NATS_USER"),

@@ -1,4 +1,4 @@
-//! `stream-replicator serve`: what was written becomes [`Settings`] that cannot be wrong, all mistakes at once.
+//! `stream-replicator serve`: what was written becomes [`AppSettings`] that cannot be wrong, all mistakes at once.
 
 use std::{env, fs, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -9,7 +9,7 @@ use tracing::error;
 use super::{connection::ConnectionFlags, error::USAGE};
 use crate::{
     allow::AllowList,
-    app::{self, Settings},
+    app::{self, AppSettings},
     config::{SiteFile, parse_file},
     names, telemetry,
 };
@@ -168,7 +168,7 @@ fn usage(problems: &[String]) -> ExitCode {
 }
 
 impl Args {
-    fn settings(&self) -> Result<Settings, Vec<String>> {
+    fn settings(&self) -> Result<AppSettings, Vec<String>> {
         let mut problems = Vec::new();
         let mut check = |flag: &str, value: &str, result: Result<(), &str>| {
             if let Err(right) = result {
@@ -197,7 +197,7 @@ impl Args {
         if !problems.is_empty() {
             return Err(problems);
         }
-        Ok(Settings {
+        Ok(AppSettings {
             server,
             rules,
             read_only: self.read_only,

@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Advisory, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems, Replication, Sampling, Scope,
-    SenderBounds, Sharing, Side, Start, Transform, patterns,
+    AdvisorySettings, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems, Replication, Sampling,
+    Scope, SenderBounds, Sharing, Side, Start, Transform,
+    patterns::{self, Wildcards, wrong_subject},
     schema::{self, join, shorten},
 };
 use crate::{
@@ -353,29 +354,7 @@ impl Checker {
         if let Some(name) = name {
             self.name(name);
         }
-        let tls = document.tls.as_ref();
-        let (source_tls, target_tls) = (document.source_tls.as_ref(), document.target_tls.as_ref());
-        self.tls("tls", tls);
-        self.tls("source_tls", source_tls);
-        self.tls("target_tls", target_tls);
-        let source = SideFields {
-            side: "source",
-            url: ("source_url", text(&document.source_url)),
-            context: ("source_context", text(&document.source_context)),
-            domain: ("source_domain", text(&document.source_domain)),
-            api_prefix: ("source_api_prefix", text(&document.source_api_prefix)),
-            own_tls: source_tls,
-            tls,
-        };
-        let target = SideFields {
-            side: "target",
-            url: ("target_url", text(&document.target_url)),
-            context: ("target_context", text(&document.target_context)),
-            domain: ("target_domain", text(&document.target_domain)),
-            api_prefix: ("target_api_prefix", text(&document.target_api_prefix)),
-            own_tls: target_tls,
-            tls,
-        };
+        let (source, target) = self.side_fields(document);
         let source = self.side(&source, stream);
         let target = self.side(&target, target_stream);
         self.not_into_itself(source.as_ref(), target.as_ref());
@@ -408,6 +387,34 @@ impl Checker {
             limits: limits(document.limits.as_ref()),
             notices: notices(document),
         })
+    }
+
+    /// The connection fields of both sides, with their names in the document; checks the TLS settings.
+    fn side_fields<'a>(&mut self, document: &'a Document) -> (SideFields<'a>, SideFields<'a>) {
+        let tls = document.tls.as_ref();
+        let (source_tls, target_tls) = (document.source_tls.as_ref(), document.target_tls.as_ref());
+        self.tls("tls", tls);
+        self.tls("source_tls", source_tls);
+        self.tls("target_tls", target_tls);
+        let source = SideFields {
+            side: "source",
+            url: ("source_url", text(&document.source_url)),
+            context: ("source_context", text(&document.source_context)),
+            domain: ("source_domain", text(&document.source_domain)),
+            api_prefix: ("source_api_prefix", text(&document.source_api_prefix)),
+            own_tls: source_tls,
+            tls,
+        };
+        let target = SideFields {
+            side: "target",
+            url: ("target_url", text(&document.target_url)),
+            context: ("target_context", text(&document.target_context)),
+            domain: ("target_domain", text(&document.target_domain)),
+            api_prefix: ("target_api_prefix", text(&document.target_api_prefix)),
+            own_tls: target_tls,
+            tls,
+        };
+        (source, target)
     }
 
     fn stream_name(&mut self, field: &str, name: &str) -> Option<String> {
@@ -659,7 +666,7 @@ impl Checker {
         })
     }
 
-    fn advisory(&mut self, AdvisoryDocument { subject, reliable }: &AdvisoryDocument) -> Option<Advisory> {
+    fn advisory(&mut self, AdvisoryDocument { subject, reliable }: &AdvisoryDocument) -> Option<AdvisorySettings> {
         if subject.is_empty() {
             return None; // the schema has said so
         }
@@ -678,7 +685,7 @@ impl Checker {
             let message = format!("`advisory.subject` is `{}`: {wrong}", shorten(subject));
             self.problems.push(Problem::new("/advisory/subject", message));
         }
-        Some(Advisory { subject: subject.clone(), reliable: reliable.unwrap_or_default() })
+        Some(AdvisorySettings { subject: subject.clone(), reliable: reliable.unwrap_or_default() })
     }
 
     fn on_reject(&mut self, document: &Document) -> OnReject {
@@ -867,34 +874,6 @@ fn whole_numbers(value: &Value) -> Value {
     }
 }
 
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Wildcards {
-    Allowed,
-    Refused,
-}
-
-/// Says what is wrong with a subject, if anything is.
-pub(super) fn wrong_subject(subject: &str, wildcards: Wildcards) -> Option<String> {
-    if let Some(c) = subject.chars().find(|c| c.is_whitespace() || c.is_control()) {
-        return Some(format!("a subject cannot contain {c:?}"));
-    }
-    let tokens: Vec<_> = subject.split('.').collect();
-    for (index, token) in tokens.iter().enumerate() {
-        let last = index + 1 == tokens.len();
-        match *token {
-            "" => return Some("a subject has no empty token: one dot between two tokens, none at the ends".to_owned()),
-            "*" | ">" if wildcards == Wildcards::Refused => return Some("wildcards are not possible here".to_owned()),
-            ">" if !last => return Some("`>` is only possible at the end".to_owned()),
-            "*" | ">" => {}
-            token if token.contains(['*', '>']) => {
-                return Some("`*` and `>` are whole tokens, between dots".to_owned());
-            }
-            _ => {}
-        }
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -962,7 +941,7 @@ mod tests {
         let told =
             json!({"inspect_field": "a", "advisory": {"subject": "x.%s.%v", "reliable": true}, "size_trigger": 7});
         let sampling = good(hourly(told)).sampling.unwrap();
-        assert_eq!(sampling.advisory, Some(Advisory { subject: "x.%s.%v".into(), reliable: true }));
+        assert_eq!(sampling.advisory, Some(AdvisorySettings { subject: "x.%s.%v".into(), reliable: true }));
         assert_eq!(sampling.size_trigger, Some(7));
         // Choria's replicator takes these and copies everything.
         for (more, words) in [

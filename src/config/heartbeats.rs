@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Problem, Problems, TlsDocument,
-    document::{Wildcards, wrong_subject},
+    patterns::{Wildcards, wrong_subject},
     schema::{Schema, join, shorten},
 };
 use crate::choria::ChoriaIdentity;

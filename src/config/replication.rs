@@ -57,7 +57,7 @@ pub struct Replication {
 
 impl Replication {
     /// Where to publish advisories, if that is enabled.
-    pub fn advisory(&self) -> Option<&Advisory> {
+    pub fn advisory(&self) -> Option<&AdvisorySettings> {
         self.sampling.as_ref()?.advisory.as_ref()
     }
 }
@@ -94,7 +94,7 @@ pub struct Sampling {
     /// Path of a field (gjson) that has a message copied at once where it is true.
     pub force_field: Option<String>,
     /// Where to publish advisories.
-    pub advisory: Option<Advisory>,
+    pub advisory: Option<AdvisorySettings>,
     /// How many senders are tracked.
     pub bounds: SenderBounds,
 }
@@ -158,7 +158,7 @@ impl Inspect {
 
 /// Where to publish advisories.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Advisory {
+pub struct AdvisorySettings {
     /// Subject at the source side, with `%s` for the event and `%v` for the sender.
     pub subject: String,
     /// Whether each one is confirmed by a stream, and sent again until it is.

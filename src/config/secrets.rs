@@ -22,20 +22,20 @@ pub const URLS: [&str; 2] = ["source_url", "target_url"];
 const NO_URLS: [&str; 5] = ["source_domain", "target_domain", "source_api_prefix", "target_api_prefix", "collective"];
 
 /// One kind of document: its schema, and its URLs with the fields that say with which TLS files.
-struct DocumentKind {
+struct SecretFields {
     schema: &'static Schema,
     urls: &'static [(&'static str, &'static [&'static str])],
 }
 
-fn replication() -> DocumentKind {
-    DocumentKind {
+fn replication() -> SecretFields {
+    SecretFields {
         schema: &REPLICATION,
         urls: &[("source_url", &["source_tls", "tls"]), ("target_url", &["target_tls", "tls"])],
     }
 }
 
-fn heartbeats() -> DocumentKind {
-    DocumentKind { schema: &HEARTBEATS, urls: &[("url", &["tls"])] }
+fn heartbeats() -> SecretFields {
+    SecretFields { schema: &HEARTBEATS, urls: &[("url", &["tls"])] }
 }
 
 /// A document without its secrets. Documents that people wrote by hand may be anything: of a field that no document
@@ -70,7 +70,7 @@ pub fn has_heartbeats_mask(document: &Map<String, Value>) -> bool {
     heartbeats().has_mask(document)
 }
 
-impl DocumentKind {
+impl SecretFields {
     fn is_url(&self, field: &str) -> bool {
         self.urls.iter().any(|(url, _)| *url == field)
     }

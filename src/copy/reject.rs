@@ -197,8 +197,8 @@ impl<'a> Rejects<'a> {
     /// An error if a dead letter in flight is overdue.
     pub fn check(&mut self, lane: &mut Lane, now: Instant) -> Result<(), RunError> {
         match &mut self.fate {
-            Fate::DeadLetter(letters) => letters.check(lane, now),
-            Fate::Hold | Fate::Skip => Ok(()),
+            OnRejected::DeadLetter(letters) => letters.check(lane, now),
+            OnRejected::Hold | OnRejected::Skip => Ok(()),
         }
     }
 

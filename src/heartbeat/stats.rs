@@ -62,13 +62,13 @@ impl HeartbeatStats {
         }
     }
 
-    pub(super) fn reading(&self) -> Option<metrics::Heartbeats> {
+    pub(super) fn reading(&self) -> Option<metrics::HeartbeatReading> {
         let Inner { paused, subjects, .. } = &*self.inner();
         let (host, paused, subjects) = (self.host.clone(), *paused, subjects.clone());
-        (!subjects.is_empty()).then_some(metrics::Heartbeats { host, paused, subjects })
+        (!subjects.is_empty()).then_some(metrics::HeartbeatReading { host, paused, subjects })
     }
 
-    pub(super) fn election(&self) -> Option<metrics::Election> {
+    pub(super) fn election(&self) -> Option<metrics::ElectionReading> {
         self.inner().poll.as_ref().map(CampaignView::reading)
     }
 }

@@ -1,9 +1,9 @@
-//! Whether messages of the source came from the target: then the replication closes a loop with that of another
-//! installation, which only the provenance of the messages shows.
+//! Whether messages of the source came from the target: then the replication forms a replication loop with one of another
+//! installation, which only the provenance headers of the messages show.
 
 use tokio::time::Instant;
 
-use super::look::Look;
+use super::side_checks::SideChecks;
 use crate::{config::Replication, copy::target::provenance};
 
 /// Newest messages of the source that are read.
@@ -24,8 +24,8 @@ pub(super) struct Returned {
 /// provenance names: streams elsewhere have the same name.
 pub(super) async fn find(
     replication: &Replication,
-    source: &mut Look,
-    target: &mut Look,
+    source: &mut SideChecks,
+    target: &mut SideChecks,
     until: Instant,
 ) -> Option<Returned> {
     let last = source.facts.stream.there()?.state.last_seq;

@@ -684,7 +684,7 @@ mod tests {
             warn: Duration::from_secs(40),
             size_trigger: Some(10),
             force_field: None,
-            advisory: advises.then(|| config::Advisory { subject: "a".to_owned(), reliable: true }),
+            advisory: advises.then(|| config::AdvisorySettings { subject: "a".to_owned(), reliable: true }),
             bounds: SenderBounds::default(),
         }
     }

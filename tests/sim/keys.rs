@@ -257,7 +257,7 @@ impl Handle {
                 continue;
             }
             if keys.begins_again(told) {
-                return Change::Anew;
+                return Change::Recreated;
             }
             let Some((key, stored)) = keys.behind(told) else {
                 if !std::mem::replace(&mut told.loaded, true) {

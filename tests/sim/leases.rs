@@ -10,7 +10,7 @@ use std::{
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use stream_replicator::{
-    lease::{Action, Machine, Renewal, Settings},
+    lease::{LeaseAction, LeaseSettings, Machine, RenewalOutcome},
     store::{LeaseRecord, SessionRecord},
 };
 use tokio::time::Instant;
@@ -53,7 +53,7 @@ enum News {
     /// In the bucket that was made so many times.
     Changed(u32, String, u64, Value),
     Loaded,
-    Renewed(Renewal, u64),
+    Renewed(RenewalOutcome, u64),
     Looked(String, u64, Option<SessionRecord>),
     LookFailed(String),
     Wrote(String, bool, Option<(LeaseRecord, u64)>),
@@ -150,7 +150,7 @@ impl World {
         let session = format!("s{at}-{began}");
         let (instance, ttl_ms) = (format!("i{at}"), TTL.as_millis() as u64);
         let record = SessionRecord { instance, session: session.clone(), ttl_ms, ..SessionRecord::default() };
-        let settings = Settings { instance: record.instance.clone(), ttl: TTL, standalone: false };
+        let settings = LeaseSettings { instance: record.instance.clone(), ttl: TTL, standalone: false };
         let now = self.base + local(self.now, ahead, drift);
         Process {
             machine: Machine::new(settings, session, now),
@@ -444,10 +444,10 @@ impl World {
                 match found {
                     _ if late => return,
                     Some(found) if found.session != record.session && !first => return,
-                    None if !first => News::Renewed(Renewal::Removed, 0),
+                    None if !first => News::Renewed(RenewalOutcome::Removed, 0),
                     _ => {
                         let revision = self.put(key, Value::Session(Some(record)));
-                        News::Renewed(Renewal::Confirmed, revision)
+                        News::Renewed(RenewalOutcome::Confirmed, revision)
                     }
                 }
             }
@@ -503,7 +503,7 @@ impl World {
             }
             News::Loaded => machine.loaded(),
             News::Renewed(outcome, revision) => {
-                if outcome == Renewal::Confirmed {
+                if outcome == RenewalOutcome::Confirmed {
                     self.all[at].revision = revision;
                 }
                 self.all[at].machine.renewed(now, outcome);
@@ -511,7 +511,7 @@ impl World {
             News::Looked(instance, revision, record) => machine.looked(now, &instance, revision, record.as_ref()),
             News::LookFailed(instance) => machine.look_failed(now, &instance),
             News::Wrote(id, done, found) => {
-                if let Some(Action::Grant { id, epoch }) = machine.wrote(now, &id, done, found) {
+                if let Some(LeaseAction::Grant { id, epoch }) = machine.wrote(now, &id, done, found) {
                     self.all[at].runs.insert(id.clone(), epoch);
                     let (began, next) = (self.all[at].began, self.millis(0, 50));
                     self.after(next, Step::Acts(at, began, id, epoch));
@@ -528,20 +528,20 @@ impl World {
         let began = self.all[at].began;
         for action in self.all[at].machine.poll(now) {
             match action {
-                Action::Renew { session, nonce, leaving } => {
+                LeaseAction::Renew { session, nonce, leaving } => {
                     let process = &mut self.all[at];
                     if process.record.session != session {
                         process.revision = 0;
                     }
                     process.record = SessionRecord { session, nonce, leaving, ..process.record.clone() };
                     let request = Request::Renew(process.record.clone(), process.revision);
-                    self.ask(at, request, TTL / 3, News::Renewed(Renewal::Failed, 0));
+                    self.ask(at, request, TTL / 3, News::Renewed(RenewalOutcome::Failed, 0));
                 }
-                Action::Look(instance) => {
+                LeaseAction::Look(instance) => {
                     let failed = News::LookFailed(instance.clone());
                     self.ask(at, Request::Look(instance), Duration::from_secs(1), failed);
                 }
-                Action::Write { id, mut record, revision, take } => {
+                LeaseAction::Write { id, mut record, revision, take } => {
                     if let Some((acted, ..)) = self.acted.get(&id).filter(|_| take) {
                         // As the position record says, which outlives the lease.
                         record.epoch = record.epoch.max(acted + 1);
@@ -549,14 +549,14 @@ impl World {
                     let failed = News::Wrote(id.clone(), false, None);
                     self.ask(at, Request::Write(id, record, revision), Duration::from_secs(1), failed);
                 }
-                Action::Grant { .. } => {}
-                Action::Yield(id) => {
+                LeaseAction::Grant { .. } => {}
+                LeaseAction::Yield(id) => {
                     if let Some(epoch) = self.all[at].runs.get(&id).copied() {
                         let long = self.millis(0, 300);
                         self.after(long, Step::Ends(at, began, id, epoch));
                     }
                 }
-                Action::Revoke { id, .. } => {
+                LeaseAction::Revoke { id, .. } => {
                     self.all[at].runs.remove(&id);
                     self.all[at].machine.ended(now, &id, Duration::ZERO);
                 }

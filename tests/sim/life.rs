@@ -17,7 +17,7 @@ use serde_json::json;
 use stream_replicator::{
     config::{self, Replication},
     copy::{self, At, Budget, ErrorKind, Job, Located, PositionWriter, locate},
-    lease::{self, Candidacy, Identity},
+    lease::{self, Candidacy, ProcessIdentity},
     status::{CopyStatus, Row, State},
     store::{ClaimError, LeaseStore, OwnStreams, PositionStore},
 };
@@ -113,7 +113,7 @@ impl Scene {
     /// One process: leases, and what runs under them, until it is asked to end.
     pub async fn live(self: Arc<Self>, which: usize, hands: Arc<Hands>) {
         let me = Me { instance: INSTANCES[which], ttl_ms: self.plan.ttls[which], hands: hands.clone() };
-        let identity = Identity {
+        let identity = ProcessIdentity {
             instance: me.instance.to_owned(),
             host: "host".to_owned(),
             program: "simulated".to_owned(),
@@ -126,7 +126,7 @@ impl Scene {
         let (leases, driver) = lease::enter(store, self.store(&me), identity, ttl, false, over.clone());
         let mut driver = pin!(driver);
         {
-            let mut life = pin!(self.life(&me, leases.seat(ID), &stop));
+            let mut life = pin!(self.life(&me, leases.candidacy(ID), &stop));
             let mut asked = pin!(hands.leaving.notified());
             poll_fn(|cx| {
                 if asked.as_mut().poll(cx).is_ready() {
