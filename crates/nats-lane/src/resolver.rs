@@ -20,6 +20,7 @@ use crate::{Error, Host};
 static SYSTEM: LazyLock<Resolver> = LazyLock::new(|| Resolver::new(system_lookup));
 
 type Lookup = Result<Vec<IpAddr>, String>;
+type NameLookup = dyn Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync;
 type Lookups = Arc<Mutex<HashMap<String, watch::Receiver<Option<Lookup>>>>>;
 
 /// The addresses of a host, in the order of the system; at least one. Errors: the name has no address or is not known, or
@@ -37,7 +38,7 @@ fn system_lookup(name: &str) -> io::Result<Vec<IpAddr>> {
 }
 
 struct Resolver {
-    lookup: Arc<dyn Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync>,
+    lookup: Arc<NameLookup>,
     /// Lookups that have not ended, by name.
     running: Lookups,
 }
