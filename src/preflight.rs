@@ -134,7 +134,8 @@ pub async fn run(
     );
     let learned = std::mem::take(&mut source.facts.learned);
     let flow = Flow::of(replication, source.facts.stream.there(), &learned.origins);
-    let (planned, update) = target_changes(replication, own.site, &source.facts, &target.facts, &learned);
+    let TargetChanges { planned, update } =
+        target_changes(replication, own.site, &source.facts, &target.facts, &learned);
     let mut wanted = flow.to.clone();
     if let Some(Ok(update)) = &update {
         wanted.extend(update.subjects.iter().cloned());
@@ -161,26 +162,38 @@ pub async fn run(
     PreflightReport { source: pair.judge_source(known), target: pair.judge_target(known) }
 }
 
-/// The configuration that a run would create the target stream with, or the update that it would make to an existing one.
+/// What a run would do to the target stream before it copies.
+#[derive(Default)]
+struct TargetChanges {
+    /// The configuration of a stream that it would create.
+    planned: Option<Result<Value, Error>>,
+    /// The update that it would make to an existing stream.
+    update: Option<Result<Update, Error>>,
+}
+
 fn target_changes(
     replication: &Replication,
     site: &str,
     source: &SideFacts,
     target: &SideFacts,
     learned: &Learned,
-) -> (Option<Result<Value, Error>>, Option<Result<Update, Error>>) {
-    let (Some(source), Some(server)) = (source.stream.there(), target.connect.got()) else { return (None, None) };
+) -> TargetChanges {
+    let (Some(source), Some(server)) = (source.stream.there(), target.connect.got()) else {
+        return TargetChanges::default();
+    };
     match target.stream.got() {
         Some(None) if replication.create_target => {
             let replicas = source.number("num_replicas").max(1);
             let maker = Maker::of(server, target.api_prefix());
-            (Some(stream::new_config(replication, source, learned, maker, replicas)), None)
+            let planned = Some(stream::new_config(replication, source, learned, maker, replicas));
+            TargetChanges { planned, update: None }
         }
         Some(Some(target)) => {
             let of = |extent| Update::of(replication, source, learned, target, Maker::of_leader(target), extent);
-            (None, Extent::of(replication, target, site).and_then(|extent| of(extent).transpose()))
+            let update = Extent::of(replication, target, site).and_then(|extent| of(extent).transpose());
+            TargetChanges { planned: None, update }
         }
-        _ => (None, None),
+        _ => TargetChanges::default(),
     }
 }
 

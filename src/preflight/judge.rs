@@ -345,7 +345,7 @@ impl Pair<'_> {
         let name = &self.replication.target.stream;
         let mut said = |outcome, path, text: &str| findings.add("stream", outcome, path, text);
         match (&self.target.stream, self.planned) {
-            (CheckAnswer::Got(Some(stream)), _) => return self.judge_existing_target(stream, findings),
+            (CheckAnswer::Got(Some(stream)), _) => self.judge_existing_target(stream, findings),
             (CheckAnswer::Got(None), _) if !self.replication.create_target => {
                 said(CheckOutcome::Failed, "/target_stream", &stream::missing(name));
                 None
