@@ -250,8 +250,8 @@ mod tests {
 
     #[test]
     fn impossible_times_have_an_age() {
-        let one = Advisory { seen_ns: i64::MIN, due_ns: i64::MAX, ..advisory(Kind::Expire, "n1") };
-        assert_eq!(voice("x").body(&one).age, i64::MAX / NANO);
+        let one = Advisory { seen_ns: i64::MIN, due_ns: i64::MAX, ..advisory(AdvisoryKind::Expire, "n1") };
+        assert_eq!(template("x").body(&one).age, i64::MAX / NANO);
     }
 
     #[test]

@@ -146,7 +146,7 @@ mod tests {
         assert_eq!(again.source_time(after(22)), Some(time(93)));
         // The last times that there are, as somebody may write them by hand.
         let last = Bytes::from(serde_json::json!({"reported_at": DateTime::<Utc>::MAX_UTC}).to_string());
-        assert_eq!(Known::new(last, Duration::from_secs(30), None, begun).source_time(after(5)), None);
+        assert_eq!(GroupRecord::new(last, Duration::from_secs(30), None, begun).source_time(after(5)), None);
         for other in ["{}", "[]", "{\"reported_at\": null}"] {
             assert_eq!(
                 GroupRecord::new(Bytes::from(other), Duration::ZERO, Some(&again), after(30)).source_time(after(30)),
