@@ -502,7 +502,7 @@ const LONGEST_ERROR: usize = 4096;
 fn shortened(text: &str) -> String {
     match text.len() {
         0..=LONGEST_ERROR => text.to_owned(),
-        length => format!("{}... ({length} bytes)", &text[..text.floor_char_boundary(LONGEST_ERROR)]),
+        length => format!("{}... ({length} bytes)", nats_lane::beginning(text, LONGEST_ERROR)),
     }
 }
 

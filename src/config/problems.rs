@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, fmt};
 
-use nats_lane::mask_url;
+use nats_lane::{beginning, mask_url};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -53,7 +53,7 @@ impl Problems {
         self.0.truncate(MOST);
         for Problem { message, .. } in &mut self.0 {
             if message.len() > LONGEST_MESSAGE {
-                message.truncate(message.floor_char_boundary(LONGEST_MESSAGE));
+                message.truncate(beginning(message, LONGEST_MESSAGE).len());
                 message.push_str("...");
             }
         }

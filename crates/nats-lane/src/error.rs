@@ -43,8 +43,14 @@ const EXCERPT: usize = 1024;
 pub fn excerpt(text: &str) -> Cow<'_, str> {
     match text.len() {
         0..=EXCERPT => text.into(),
-        length => format!("{}... ({length} bytes)", &text[..text.floor_char_boundary(EXCERPT)]).into(),
+        length => format!("{}... ({length} bytes)", beginning(text, EXCERPT)).into(),
     }
+}
+
+/// At most so many bytes of a text.
+pub fn beginning(text: &str, most: usize) -> &str {
+    let end = (0..=most.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
+    &text[..end.unwrap_or_default()]
 }
 
 /// Longest text of an error of ours, which may quote several others.
@@ -53,7 +59,7 @@ const LONGEST: usize = 8 * EXCERPT;
 /// The texts of parsers quote what they could not read.
 fn bounded(mut message: String) -> String {
     if message.len() > LONGEST {
-        message.truncate(message.floor_char_boundary(LONGEST));
+        message.truncate(beginning(&message, LONGEST).len());
         message.push_str("...");
     }
     message

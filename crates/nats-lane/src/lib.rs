@@ -42,7 +42,7 @@ mod websocket;
 
 pub use duration::parse_duration;
 pub use endpoint::{Auth, Endpoint, Host, Scheme, Tls, mask_url};
-pub use error::{ApiError, Error, ErrorKind, excerpt};
+pub use error::{ApiError, Error, ErrorKind, beginning, excerpt};
 pub use identity::{ConnectFields, CustomIdentity, Identity};
 pub use lane::{Batch, Dial, Lane, Message, ServerInfo, Stream, Turn};
 pub use secret::{MASK, Secret};
