@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// Longest path that is shown as it is.
 const LONGEST_PATH: usize = 256;
-/// Problems of one document that are told at most, and the bytes of each.
+/// Most problems of one document that are reported, and the most bytes of each.
 const MOST: usize = 64;
 const LONGEST_MESSAGE: usize = 2048;
 

@@ -425,7 +425,7 @@ async fn garbage_of_any_size_hides_no_other_replication() -> Result<()> {
     );
     let running = site.row("ORDERS").await.context("a row")?;
     assert_eq!((&running["state"], &running["epoch"]), (&json!("running"), &json!(1)), "{running}");
-    // A key is shown without the password that somebody wrote in its place.
+    // A key is shown without the password that was written in its place.
     site.put("BBB", r#"{"nats://joe:hunter2@host": 1}"#).await?;
     let event = events.wait("config-rejected", "BBB").await?;
     assert!(!event.to_string().contains("hunter2"), "{event}");
