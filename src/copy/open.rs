@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use nats_lane as nats;
 use nats_lane::{
     Lane,
@@ -71,6 +72,15 @@ struct Lanes {
     target: Connected,
 }
 
+/// What both sides said of their streams when they were asked first; `None` where there is none.
+struct FirstAnswers {
+    source: Option<StreamInfo>,
+    /// When the source was asked, and when it had answered.
+    sent: Instant,
+    received: Instant,
+    target: Option<StreamInfo>,
+}
+
 /// What is known of the two streams.
 struct Streams {
     source: StreamInfo,
@@ -101,8 +111,8 @@ impl<'a> Opener<'a> {
             copy.source.stream.clone_from(&replication.source.stream);
             copy.target.stream.clone_from(&replication.target.stream);
         });
-        let mut lanes = Lanes::connect(self.job, ledger).await?;
-        let mut streams = self.read_streams(&mut lanes, ledger).await?;
+        let (mut lanes, first) = Lanes::connect(self.job, ledger).await?;
+        let mut streams = self.read_streams(&mut lanes, first, ledger).await?;
         let mut found = Box::pin(self.find(&mut lanes, &mut streams, ledger)).await?;
         let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, ledger).await?;
         ledger.begin_at(streams.target.state.last_seq);
@@ -122,13 +132,16 @@ impl<'a> Opener<'a> {
         Ok(run)
     }
 
-    /// Reads the source, checks whether it may be copied, and makes the target.
-    async fn read_streams(self, lanes: &mut Lanes, ledger: &mut PositionWriter) -> Result<Streams, Error> {
+    /// Checks whether the source may be copied, and makes the target.
+    async fn read_streams(
+        self,
+        lanes: &mut Lanes,
+        first: FirstAnswers,
+        ledger: &mut PositionWriter,
+    ) -> Result<Streams, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
-        let sent = Instant::now();
-        let source_info = Api::new(&mut source.lane).stream_info(&replication.source.stream).await;
-        let source_info = source_info.map_err(|e| e.context("source"))?;
-        let received = Instant::now();
+        let FirstAnswers { source: source_info, sent, received, target: known } = first;
+        let end_before = known.as_ref().map_or(0, |info| info.state.last_seq);
         let source_info = source_info.ok_or_else(|| {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
         })?;
@@ -142,16 +155,18 @@ impl<'a> Opener<'a> {
         if ledger.record().source.is_none() {
             bridge::check(job, &mut source.lane, &mut target.lane, &source_info).await?;
         }
-        let opened = Opening::new(job, &mut source.lane, &mut target.lane, &source_info, None).open().await;
-        let (target_info, opened) = opened.map_err(|e| e.context("target"))?;
+        let opening = Opening::new(job, &mut source.lane, &mut target.lane, &source_info, None).with_answer(known);
+        let (target_info, opened) = opening.open().await.map_err(|e| e.context("target"))?;
         log_opened(replication, opened);
-        // Again: what an older holder copied meanwhile is no proof that the source lost its end.
-        let sent = Instant::now();
-        let again = Api::new(&mut source.lane).stream_info(&replication.source.stream).await?;
-        if let Some(again) = &again {
-            clock.hear(&heard(sent, Instant::now(), again));
+        let mut source_info = source_info;
+        // What an older holder copied meanwhile is no proof that the source lost its end.
+        if target_info.state.last_seq > end_before {
+            let sent = Instant::now();
+            if let Some(again) = Api::new(&mut source.lane).stream_info(&replication.source.stream).await? {
+                clock.hear(&heard(sent, Instant::now(), &again));
+                source_info = again;
+            }
         }
-        let source_info = again.unwrap_or(source_info);
         let abilities = stream::abilities(replication, &source_info, &target_info)?;
         if ledger.record().moved_back {
             ledger.look_behind(target_info.state.last_seq, &target_info.created).await?;
@@ -230,26 +245,37 @@ impl<'a> Opener<'a> {
 }
 
 impl Lanes {
-    async fn connect(job: &Job, ledger: &mut PositionWriter) -> Result<Self, Error> {
+    /// Connects both sides and asks for both streams, the source after the target: so the source has at least what the
+    /// target has a copy of.
+    async fn connect(job: &Job, ledger: &mut PositionWriter) -> Result<(Self, FirstAnswers), Error> {
         let mut replication = job.replication.clone();
         let in_flight = &mut replication.limits.bytes_in_flight;
         *in_flight = ledger.appetite.begin(*in_flight, Instant::now());
         let replication = Arc::new(replication);
         let name = format!("{} {}", names::PROGRAM, replication.id);
-        let (source, target) = tokio::try_join!(
-            async { Connected::to(job, &replication.source, &name).await.map_err(|e| e.context("source")) },
-            async { Connected::to(job, &replication.target, &name).await.map_err(|e| e.context("target")) },
+        let (lane, (target, target_info)) = tokio::try_join!(
+            async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
+            async {
+                let lane = job.dial.dial(&replication.target.place, &name).await.map_err(|e| e.context("target"))?;
+                Connected::with(lane, job, &replication.target).await.map_err(|e| e.context("target"))
+            },
         )?;
-        Ok(Self { replication, source, target })
+        let sent = Instant::now();
+        let (source, source_info) =
+            Connected::with(lane, job, &replication.source).await.map_err(|e| e.context("source"))?;
+        let first = FirstAnswers { source: source_info, sent, received: Instant::now(), target: target_info };
+        Ok((Self { replication, source, target }, first))
     }
 }
 
 impl Connected {
-    /// Connects to a side and deletes the consumers that runs before this one left there.
-    async fn to(job: &Job, side: &Side, name: &str) -> Result<Self, nats::Error> {
-        let mut lane = job.dial.dial(&side.place, name).await?;
-        let names = Names::clear(&mut lane, &side.stream, &job.consumers).await?;
-        Ok(Self { lane, names })
+    /// Asks for the stream and deletes the consumers that runs before this one left there, at the same time.
+    async fn with(mut lane: Lane, job: &Job, side: &Side) -> Result<(Self, Option<StreamInfo>), nats::Error> {
+        let mut clearing = Names::begin_clear(&mut lane, &side.stream, &job.consumers);
+        let others = |subject: &[u8], payload: Bytes| clearing.accept(subject, &payload);
+        let info = Api::new(&mut lane).stream_info_beside(&side.stream, others).await?;
+        let names = clearing.finish(&mut lane).await?;
+        Ok((Self { lane, names }, info))
     }
 }
 

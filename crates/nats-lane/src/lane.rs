@@ -599,7 +599,7 @@ impl Lane {
         self.ping();
         // An earlier one may not be answered yet.
         let own = self.pings;
-        let mut patience = Patience::begin(self);
+        let mut patience = Patience::begin(self, REQUEST_TIMEOUT);
         while self.pongs < own {
             let until = patience.until(self).min(Instant::now() + ASK_AGAIN);
             let answered = async {
@@ -656,14 +656,46 @@ impl Lane {
     /// for other subscriptions that arrive meanwhile are lost. It may be carried
     /// out twice.
     pub async fn request(&mut self, subject: &str, payload: &[u8]) -> Result<Bytes, Error> {
+        self.request_beside(subject, payload, |_, _| {}).await
+    }
+
+    /// [`Lane::request`] beside requests that were sent before: `others` takes the reply subjects and the payloads of what
+    /// answers those meanwhile.
+    pub async fn request_beside(
+        &mut self,
+        subject: &str,
+        payload: &[u8],
+        others: impl FnMut(&[u8], Bytes),
+    ) -> Result<Bytes, Error> {
+        let answer = self.ask(subject, payload, REQUEST_TIMEOUT, others).await?;
+        answer.ok_or_else(|| self.silent(subject))
+    }
+
+    /// [`Lane::request`] that waits `limit` after the last byte that moved; `None` if no answer came by then.
+    pub async fn request_within(
+        &mut self,
+        subject: &str,
+        payload: &[u8],
+        limit: Duration,
+    ) -> Result<Option<Bytes>, Error> {
+        self.ask(subject, payload, limit, |_, _| {}).await
+    }
+
+    async fn ask(
+        &mut self,
+        subject: &str,
+        payload: &[u8],
+        limit: Duration,
+        mut others: impl FnMut(&[u8], Bytes),
+    ) -> Result<Option<Bytes>, Error> {
         let reply = self.send_request(subject, payload);
-        let mut patience = Patience::begin(self);
+        let mut patience = Patience::begin(self, limit);
         let mut sent = Instant::now();
         loop {
             let again = sent.max(patience.since(self)) + ASK_AGAIN;
             let turn = match timeout_at(again.min(patience.until(self)), self.turn()).await {
                 Ok(turn) => turn?,
-                Err(_) if patience.is_over(self) => return Err(self.silent(subject)),
+                Err(_) if patience.is_over(self) => return Ok(None),
                 Err(_) => {
                     self.check_delivery();
                     let now = Instant::now();
@@ -683,11 +715,18 @@ impl Lane {
                 }
             };
             let Turn::Received(batch) = turn else { continue };
-            if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
-                if headers::status(message.header) == Some(503) {
+            let mut answer = None;
+            for message in batch.iter().filter(|message| message.sid == Self::REQUEST_SID) {
+                if message.subject != reply.as_bytes() {
+                    others(message.subject, batch.data.slice_ref(message.payload));
+                } else if headers::status(message.header) == Some(503) {
                     return Err(Error::retry(format!("no responders for `{subject}` at `{}`", self.address)));
+                } else {
+                    answer = Some(batch.data.slice_ref(message.payload));
                 }
-                return Ok(batch.data.slice_ref(message.payload));
+            }
+            if answer.is_some() {
+                return Ok(answer);
             }
         }
     }
@@ -695,7 +734,7 @@ impl Lane {
     /// Waits for answers to requests that were sent: reply subjects and payloads of what arrived. Like
     /// [`Lane::request`], it loses messages for other subscriptions.
     pub async fn answers(&mut self) -> Result<Vec<(Vec<u8>, Bytes)>, Error> {
-        let mut patience = Patience::begin(self);
+        let mut patience = Patience::begin(self, REQUEST_TIMEOUT);
         loop {
             let turn = match timeout_at(patience.until(self), self.turn()).await {
                 Ok(turn) => turn?,
@@ -947,11 +986,14 @@ struct Patience {
     written: u64,
     /// The question is written when the system has taken this many bytes.
     question: u64,
+    /// An answer that has not arrived when nothing moved for this long is given up.
+    limit: Duration,
 }
 
 impl Patience {
-    fn begin(lane: &Lane) -> Self {
-        Self { since: Instant::now(), written: lane.written, question: lane.written + lane.output.len() as u64 }
+    fn begin(lane: &Lane, limit: Duration) -> Self {
+        let question = lane.written + lane.output.len() as u64;
+        Self { since: Instant::now(), written: lane.written, question, limit }
     }
 
     /// Since when nothing has moved.
@@ -964,7 +1006,7 @@ impl Patience {
     }
 
     fn until(&mut self, lane: &Lane) -> Instant {
-        self.since(lane) + REQUEST_TIMEOUT
+        self.since(lane) + self.limit
     }
 
     fn is_over(&mut self, lane: &Lane) -> bool {

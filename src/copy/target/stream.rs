@@ -166,6 +166,8 @@ pub(in crate::copy) struct Opening<'a> {
     to: &'a mut Lane,
     source: &'a StreamInfo,
     learned: Option<Learned>,
+    /// What the target said of the stream already; `None` inside where there is none.
+    known: Option<Option<StreamInfo>>,
     /// The server that leads all is older than that of the stream.
     old_leader: bool,
 }
@@ -178,7 +180,13 @@ impl<'a> Opening<'a> {
         source: &'a StreamInfo,
         learned: Option<Learned>,
     ) -> Self {
-        Self { job, from, to, source, learned, old_leader: false }
+        Self { job, from, to, source, learned, known: None, old_leader: false }
+    }
+
+    /// The target was asked for the stream already.
+    pub(in crate::copy) fn with_answer(mut self, info: Option<StreamInfo>) -> Self {
+        self.known = Some(info);
+        self
     }
 
     pub(in crate::copy) async fn open(mut self) -> Result<(StreamInfo, Opened), Error> {
@@ -186,7 +194,11 @@ impl<'a> Opening<'a> {
         let name = &replication.target.stream;
         let mut opened = Opened::Found;
         for _ in 0..ATTEMPTS {
-            let Some(info) = Api::new(self.to).stream_info(name).await? else {
+            let info = match self.known.take() {
+                Some(info) => info,
+                None => Api::new(self.to).stream_info(name).await?,
+            };
+            let Some(info) = info else {
                 if !replication.create_target {
                     return Err(Error::hold(missing(name)));
                 }
@@ -194,7 +206,6 @@ impl<'a> Opening<'a> {
                     true => opened = Opened::Made,
                     false => pause().await,
                 }
-                // What is said of a stream that was just made may lack the domain, by which its acks are known (2.12).
                 continue;
             };
             if let Some(why) = self.job.own_streams.refuse(name, &info.created) {
@@ -256,7 +267,10 @@ impl<'a> Opening<'a> {
             }
             mark::put(&mut config, site, &replication.id);
             match Api::new(self.to).create_stream(name, &config).await {
-                Ok(_) => return Ok(true),
+                Ok(made) => {
+                    self.known = is_whole(&made, self.to, maker).then_some(Some(made));
+                    return Ok(true);
+                }
                 Err(error) if error.is_api(NAME_IN_USE) => return Ok(false),
                 // Not clustered, or not enough servers: what the target can do is fewer replicas.
                 Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
@@ -319,6 +333,13 @@ impl<'a> Opening<'a> {
         }
         error
     }
+}
+
+/// Whether the answer that creates a stream says all that a question about it would. It may lack the domain, by which acks
+/// are known (2.12), and in a cluster it may not be that of the stream's leader.
+fn is_whole(made: &StreamInfo, to: &Lane, maker: Maker) -> bool {
+    let alone = made.cluster.is_none() && to.api_prefix() == DEFAULT_API_PREFIX && to.info().domain.is_none();
+    alone && (Maker::of_leader(made).batches || !maker.batches)
 }
 
 /// Gives others who change the same stream time to be seen.
