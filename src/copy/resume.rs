@@ -6,7 +6,7 @@ mod search;
 use std::collections::{BTreeMap, HashMap};
 
 use chrono::Utc;
-use tokio::time::Instant;
+use tokio::time::{Duration, Instant, sleep};
 
 use self::search::{Kept, Proof, Search, Seen, Tail, note};
 use nats_lane::{
@@ -37,6 +37,8 @@ use crate::{
 
 /// Messages looked at first when a stream is searched from its end; each further step looks at four times as many.
 const SEARCH_STEP: u64 = 1_000;
+/// A loss at the source counts when its leader reports it twice, this long apart.
+const SURE_AFTER: Duration = Duration::from_secs(2);
 /// Marks what was sent in a chain: whatever lies before such a message is complete.
 const CHAIN: &[u8] = b"Nats-Expected-Last-Sequence";
 /// What was sent with many in the air bears an id; what bears neither was sent one at a time (by Choria).
@@ -281,6 +283,10 @@ impl Sides<'_> {
     async fn with_record(&mut self, saved: &SourceWitness, target: Option<&TargetWitness>) -> Result<Resume, Error> {
         let target = target.filter(|witness| witness.seq > 0);
         if let Some(reason) = self.source_contradicts(saved).await? {
+            self.ask_source_again(saved.seq).await?;
+            if self.source_contradicts(saved).await?.is_none() {
+                return Err(contradicts_itself());
+            }
             let mut resume = self.source_went_back(saved.seq, &reason).await?;
             if let Some(reason) = target.and_then(|target| self.target_is_short(target)) {
                 let resumed = resume.position.seq;
@@ -402,6 +408,10 @@ impl Sides<'_> {
             return Ok(resume);
         };
         if self.witness(newest).await? == Witness::Broken {
+            self.ask_source_again(newest.seq).await?;
+            if self.witness(newest).await? != Witness::Broken {
+                return Err(contradicts_itself());
+            }
             let mut back = self.source_went_back(position.seq, "its last messages are not the copied ones").await?;
             back.mode = resume.mode;
             back.foreign = resume.foreign.take();
@@ -542,6 +552,7 @@ impl Sides<'_> {
         if let Some(tail) = tail {
             let last = self.source.state.last_seq;
             if lost.to > last {
+                self.ask_source_again(lost.to).await?;
                 let reason = format!("its last sequence is {last}, below {} that was copied", lost.to);
                 return self.source_went_back(lost.to, &reason).await;
             }
@@ -551,6 +562,7 @@ impl Sides<'_> {
         if let Some(ours) = self.last_of_ours().await? {
             // Copied before, but from a stream that is not this one any more.
             let seq = ours.origin.seq;
+            self.ask_source_again(seq).await?;
             return self.source_went_back(seq, &format!("it does not have message {seq} that was copied last")).await;
         }
         let position = match self.acked().await? {
@@ -719,6 +731,29 @@ impl Sides<'_> {
         Ok(self.before_time(time).await? < seq)
     }
 
+    /// The source says that it lost what was copied up to a sequence: that counts if its leader says so again some time
+    /// later. A leader that has just taken over may answer from less than it has. What was read of single messages is read
+    /// again, too.
+    async fn ask_source_again(&mut self, copied: u64) -> Result<(), Error> {
+        sleep(SURE_AFTER).await;
+        let now = Api::new(self.source_lane).stream_info(&self.replication.source.stream).await?;
+        let before = &self.source.state;
+        let is_short = |last: u64| last < copied;
+        let agrees = |now: StreamInfo| {
+            let last = now.state.last_seq;
+            now.created == self.source.created && last >= before.last_seq && is_short(last) == is_short(before.last_seq)
+        };
+        if !now.is_some_and(agrees) {
+            return Err(contradicts_itself());
+        }
+        for (seq, time_ns) in std::mem::take(&mut self.read.source) {
+            if self.point_at(seq).await?.time_ns != time_ns {
+                return Err(contradicts_itself());
+            }
+        }
+        Ok(())
+    }
+
     async fn witness(&mut self, origin: Origin) -> Result<Witness, Error> {
         if origin.seq > self.source.state.last_seq {
             return Ok(Witness::Broken);
@@ -781,6 +816,10 @@ impl Sides<'_> {
     }
 }
 
+fn contradicts_itself() -> Error {
+    Error::retry("the source gave two answers about what was copied that do not agree")
+}
+
 fn ours(tag: &Tag, target_seq: u64, header: &[u8], subject: Option<&[u8]>) -> Option<Ours> {
     let origin = tag.origin(header)?;
     Some(Ours { origin, target_seq, complete: is_complete(header), subject: subject.map(Box::from) })
@@ -804,7 +843,11 @@ pub(super) fn is_plain(replication: &Replication, source: &StreamInfo) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use nats_lane::pipe;
+    use serde_json::json;
+
     use super::*;
+    use crate::{config, copy::source::clock::Heard};
 
     fn ours(seq: u64, time_ms: i64, target_seq: u64, subject: Option<&str>) -> Ours {
         let subject = subject.map(|subject| Box::from(subject.as_bytes()));
@@ -850,5 +893,61 @@ mod tests {
         assert_eq!(mapped.take(5, 50_000_000, b"x.a", &mapping), Some(Known::Replaced));
         let mut three = Already::new(stored(), 3);
         assert_eq!(take(&mut three, 5, 50, "a"), None);
+    }
+
+    /// What the source has when it is asked: first by the run, then by the check whether that is so.
+    async fn resumed(first: u64, second: u64) -> Result<Resume, Error> {
+        let state = |last: u64| json!({"messages": last, "first_seq": 1, "last_seq": last});
+        let info = |last: u64| json!({"config": {}, "created": "c", "state": state(last)});
+        let document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b"});
+        let replication = config::parse_value(&document, "SITE").unwrap();
+        let ((mut source_lane, mut source_end), (mut target_lane, _end)) = (pipe::lane().await, pipe::lane().await);
+        let stream = |last: u64| -> StreamInfo { serde_json::from_value(info(last)).unwrap() };
+        let (source, target) = (stream(first), stream(0));
+        let now = Instant::now();
+        let clock = SourceClock::new(&Heard { sent: now, received: now, server: None, local: Utc::now() });
+        let record = PositionRecord {
+            source: Some(SourceWitness { seq: 9, time_ns: Some(5), created: "c".to_owned() }),
+            ..PositionRecord::new()
+        };
+        let sides = Sides {
+            replication: &replication,
+            tag: &Tag::new("S", "SITE", "w"),
+            source_lane: &mut source_lane,
+            target_lane: &mut target_lane,
+            source_names: &mut Names::new("sr"),
+            target_names: &mut Names::new("sr"),
+            source: &source,
+            clock,
+            target: &target,
+            durable: None,
+            chain_broke_behind: None,
+            orphans: None,
+            read: Read::default(),
+            most_in_flight: 0,
+        };
+        let answer = async {
+            loop {
+                let asked = source_end.asked().await;
+                assert!(asked.subject.contains("STREAM.INFO.S"), "{}", asked.subject);
+                source_end.answer(&asked, &info(second).to_string()).await;
+            }
+        };
+        tokio::select! {
+            resumed = find(sides, &record, TargetMode::Exclusive) => resumed,
+            () = answer => unreachable!(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_source_is_reset_only_if_two_answers_say_so() {
+        let began = Instant::now();
+        let resume = resumed(4, 4).await.unwrap();
+        assert!(began.elapsed() >= SURE_AFTER);
+        assert!(matches!(resume.findings[..], [Event::SourceReset { saved: 9, .. }]), "{:?}", resume.findings);
+        for second in [9, 3] {
+            let error = resumed(4, second).await.expect_err("two answers that do not agree");
+            assert!(error.message.contains("do not agree"), "{second}: {error}");
+        }
     }
 }
