@@ -350,7 +350,7 @@ fn assemble<'a>(
     let Found { resume, tag, .. } = found;
     let now = Instant::now();
     let gate = Gate::of(&replication.source.stream, &replication.target.stream);
-    let watch = TargetWatch::new(drops, tag.clone());
+    let watch = TargetWatch::new(drops, tag.clone(), target.names);
     let run = Run {
         source: SourceHalf {
             lane: source.lane,

@@ -1,15 +1,23 @@
 //! Polls the target for copies that it dropped (see [`drops`](super::drops)): one question beside each to the source, and
-//! one more where the first message of the target is another one than before.
+//! one more where the first message of the target is another one than before. Where messages are large, a consumer shows
+//! its headers; otherwise it is read with its payload, once.
 
 use nats_lane::{
     Lane, Message,
-    jetstream::{StreamInfo, StreamState, decode_message, leaders_info, message_from_call},
+    jetstream::{
+        ConsumerInfo, StreamInfo, StreamState, create_new_consumer_call, decode, decode_message, is_delivery,
+        leaders_info, message_from_call, parse_delivery,
+    },
 };
+use serde_json::json;
 use tokio::time::{Duration, Instant};
 
-use crate::copy::target::{
-    drops::{Dropped, Drops, First},
-    provenance::Tag,
+use crate::copy::{
+    source::{consumers::Names, locate, reader::Range},
+    target::{
+        drops::{Dropped, Drops, First},
+        provenance::Tag,
+    },
 };
 
 /// Messages of other writers that are passed over in one poll, and their bytes: each is read with its payload.
@@ -17,8 +25,10 @@ const READS: u32 = 16;
 const READ_BYTES: usize = 64 * 1024;
 /// The target is polled at most so often: a poll counts only with an answer of the source that is later by this.
 const EVERY: Duration = Duration::from_secs(5);
-/// A question is repeated after this: a server that is no longer the leader may never answer.
+/// A question is repeated after this, unless a large message is arriving: a server that is no longer the leader may never answer.
 const ANSWER: Duration = Duration::from_secs(30);
+/// Time for the consumer that shows a message; it has it at once, or not at all.
+const SHOWN_WITHIN: Duration = Duration::from_secs(2);
 
 /// What the target was asked.
 #[derive(Debug)]
@@ -27,6 +37,10 @@ enum Asked {
     State { request: String, settled: Option<u64> },
     /// Its first message.
     First { request: String, poll: Poll },
+    /// A consumer that shows the headers of its first message.
+    Shower { request: String, consumer: String, poll: Poll },
+    /// What that consumer shows, on this subscription.
+    Shown { sid: u64, consumer: String, poll: Poll },
 }
 
 /// A poll whose first message is not known yet.
@@ -34,6 +48,10 @@ enum Asked {
 struct Poll {
     state: StreamState,
     settled: Option<u64>,
+    /// The first message at this sequence or after it is read.
+    from: u64,
+    /// Messages of the stream are large.
+    heavy: bool,
     /// Messages and bytes that may be read still.
     reads: u32,
     bytes: usize,
@@ -44,6 +62,8 @@ struct Poll {
 pub(in crate::copy) struct TargetWatch {
     pub(in crate::copy) drops: Drops,
     tag: Tag,
+    /// Names of consumers at the target.
+    names: Names,
     /// The question that is not answered, and when it was asked.
     asked: Option<(Asked, Instant)>,
     /// The last poll began.
@@ -55,14 +75,16 @@ pub(in crate::copy) struct TargetWatch {
 }
 
 impl TargetWatch {
-    pub fn new(drops: Drops, tag: Tag) -> Self {
-        Self { drops, tag, asked: None, polled: None, asked_early: false, passed: 0 }
+    /// `names` are those of the run at the target.
+    pub fn new(drops: Drops, tag: Tag, names: Names) -> Self {
+        Self { drops, tag, names, asked: None, polled: None, asked_early: false, passed: 0 }
     }
 
     /// Asks for the state of the target, if that is of interest, due, and no question is in flight. `settled` is the position,
     /// if nothing is in flight.
     pub fn ask(&mut self, lane: &mut Lane, stream: &str, settled: Option<u64>, now: Instant) {
-        let waits = self.asked.as_ref().is_some_and(|(_, at)| now.duration_since(*at) < ANSWER);
+        // Nothing is asked twice while an answer arrives.
+        let waits = self.asked.as_ref().is_some_and(|(_, at)| now.duration_since(lane.partial_at().max(*at)) < ANSWER);
         let recent = self.polled.is_some_and(|at| now.duration_since(at) < EVERY);
         if self.drops.watches() && !waits && !recent {
             let subject = format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
@@ -78,61 +100,108 @@ impl TargetWatch {
         }
     }
 
+    /// Whether this is the subscription on which a message is shown.
+    pub fn awaits(&self, sid: u64) -> bool {
+        matches!(&self.asked, Some((Asked::Shown { sid: shown, .. }, _)) if *shown == sid)
+    }
+
     /// Takes an answer. An error says nothing: it is asked again when it is due.
     pub fn accept(&mut self, lane: &mut Lane, stream: &str, message: &Message<'_>, position: u64, in_flight: bool) {
-        let Some((Asked::State { request, .. } | Asked::First { request, .. }, _)) = &self.asked else { return };
-        if request.as_bytes() != message.subject {
-            return;
-        }
+        let is_answer = match &self.asked {
+            Some((Asked::State { request, .. } | Asked::First { request, .. } | Asked::Shower { request, .. }, _)) => {
+                request.as_bytes() == message.subject
+            }
+            Some((Asked::Shown { sid, .. }, _)) => *sid == message.sid,
+            None => false,
+        };
+        let Some((asked, _)) = self.asked.take_if(|_| is_answer) else { return };
         let now = Instant::now();
         let unmoved = |settled: Option<u64>| settled.filter(|settled| *settled == position && !in_flight);
-        match self.asked.take().map(|(asked, _)| asked) {
-            Some(Asked::State { settled, .. }) => {
-                let Ok(Some(StreamInfo { state, .. })) = leaders_info(message.payload) else { return };
+        match asked {
+            Asked::State { settled, .. } => {
+                let Ok(Some(info)) = leaders_info(message.payload) else { return };
+                let (heavy, state) = (locate::is_heavy(&info), info.state);
                 let settled = unmoved(settled);
                 if state.messages == 0 {
                     self.drops.target_is_empty(now, &state, position, settled);
                 } else if self.drops.wants(state.first_seq) {
                     // What others wrote before was passed over by the poll before.
                     let from = state.first_seq.max(self.passed + 1);
-                    self.read(lane, stream, from, Poll { state, settled, reads: READS, bytes: READ_BYTES }, now);
+                    self.read(lane, stream, Poll { state, settled, from, heavy, reads: READS, bytes: READ_BYTES }, now);
                 } else {
                     self.drops.target_has(now, &state, None, settled);
                 }
             }
-            Some(Asked::First { poll: Poll { state, settled, reads, bytes }, .. }) => {
+            Asked::First { poll, .. } => {
                 let Ok(Some(first)) = decode_message(message.payload) else { return };
-                match self.tag.origin(&first.header) {
-                    Some(origin) => {
-                        let (source_seq, time_ms) = (origin.seq, Some(origin.time_ms));
-                        let first = First { seq: first.sequence, source_seq, time_ms };
-                        self.drops.target_has(now, &state, Some(first), settled);
-                    }
-                    None => {
-                        self.passed = first.sequence;
-                        let bytes = bytes.saturating_sub(message.payload.len());
-                        if reads > 1 && bytes > 0 {
-                            let poll = Poll { state, settled, reads: reads - 1, bytes };
-                            self.read(lane, stream, first.sequence + 1, poll, now);
-                        }
-                    }
-                }
+                self.first_is(lane, stream, poll, (first.sequence, &first.header, message.payload.len()), now);
             }
-            None => {}
+            Asked::Shower { consumer, poll, .. } => match decode::<ConsumerInfo>(message.payload) {
+                Ok(_) => self.asked = Some((show(lane, stream, consumer, poll), now)),
+                // Where the stream takes no more consumers.
+                Err(_) => self.read(lane, stream, Poll { heavy: false, ..poll }, now),
+            },
+            Asked::Shown { sid, consumer, poll } => {
+                lane.close_inbox(sid);
+                lane.send_request(&format!("{}.CONSUMER.DELETE.{stream}.{consumer}", lane.api_prefix()), b"");
+                let Some(delivery) = parse_delivery(message.reply).filter(|_| is_delivery(message.reply)) else {
+                    return;
+                };
+                self.first_is(lane, stream, poll, (delivery.stream_seq, message.header, message.header.len()), now);
+            }
         }
     }
 
-    fn read(&mut self, lane: &mut Lane, stream: &str, from: u64, poll: Poll, now: Instant) {
-        let (what, body) = message_from_call(stream, from);
-        let subject = format!("{}.{what}", lane.api_prefix());
-        let request = lane.send_request(&subject, body.to_string().as_bytes());
-        self.asked = Some((Asked::First { request, poll }, now));
+    /// The first message that was asked for has this sequence and these headers; so many bytes were read for it.
+    fn first_is(
+        &mut self,
+        lane: &mut Lane,
+        stream: &str,
+        poll: Poll,
+        (seq, header, read): (u64, &[u8], usize),
+        now: Instant,
+    ) {
+        if let Some(origin) = self.tag.origin(header) {
+            let first = First { seq, source_seq: origin.seq, time_ms: Some(origin.time_ms) };
+            return self.drops.target_has(now, &poll.state, Some(first), poll.settled);
+        }
+        self.passed = seq;
+        let (reads, bytes) = (poll.reads - 1, poll.bytes.saturating_sub(read));
+        if reads > 0 && bytes > 0 {
+            self.read(lane, stream, Poll { from: seq + 1, reads, bytes, ..poll }, now);
+        }
+    }
+
+    fn read(&mut self, lane: &mut Lane, stream: &str, poll: Poll, now: Instant) {
+        let consumer = poll.heavy.then(|| self.names.next());
+        let (what, body) = match &consumer {
+            Some(name) => {
+                let range = Range { stream, filters: &[], from: poll.from, headers_only: true };
+                create_new_consumer_call(stream, name, &range.config(name))
+            }
+            None => message_from_call(stream, poll.from),
+        };
+        let request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
+        let asked = match consumer {
+            Some(consumer) => Asked::Shower { request, consumer, poll },
+            None => Asked::First { request, poll },
+        };
+        self.asked = Some((asked, now));
     }
 
     /// What the source's answer to a question of that time means.
     pub fn source_has(&mut self, source: &StreamInfo, asked: Instant, now_ms: i64) -> Option<Dropped> {
         self.drops.source_has(source, asked, now_ms)
     }
+}
+
+/// Asks a consumer for its first message.
+fn show(lane: &mut Lane, stream: &str, consumer: String, poll: Poll) -> Asked {
+    let (sid, inbox) = lane.open_inbox();
+    let pull = json!({ "batch": 1, "expires": SHOWN_WITHIN.as_nanos() as u64 });
+    let subject = format!("{}.CONSUMER.MSG.NEXT.{stream}.{consumer}", lane.api_prefix());
+    lane.publish(&subject, &format!("{inbox}.1"), pull.to_string().as_bytes());
+    Asked::Shown { sid, consumer, poll }
 }
 
 #[cfg(test)]
@@ -159,7 +228,7 @@ mod tests {
             let mut drops = Drops::default();
             drops.begin(&target, Some(Limits { messages: Some(50), ..Limits::default() }), 0);
             let (lane, server) = pipe::lane().await;
-            let watch = TargetWatch::new(drops, Tag::new("S", "SITE", "w"));
+            let watch = TargetWatch::new(drops, Tag::new("S", "SITE", "w"), Names::new("sr"));
             Self { watch, lane, server, now: Instant::now() }
         }
 
