@@ -7,7 +7,7 @@ use bytes::Bytes;
 use nats_lane as nats;
 use nats_lane::{
     Lane,
-    jetstream::{Api, StreamInfo},
+    jetstream::{Api, ConsumerInfo, StreamInfo, decode},
 };
 use tokio::{sync::watch, time::Instant};
 use tracing::info;
@@ -79,11 +79,15 @@ struct FirstAnswers {
     sent: Instant,
     received: Instant,
     target: Option<StreamInfo>,
+    /// What consumers of Choria's replicator have acknowledged; `None` where that is not known.
+    acked: Option<Option<u64>>,
 }
 
 /// What is known of the two streams.
 struct Streams {
     source: StreamInfo,
+    /// As in [`FirstAnswers`].
+    acked: Option<Option<u64>>,
     clock: SourceClock,
     target: StreamInfo,
     abilities: Abilities,
@@ -140,7 +144,7 @@ impl<'a> Opener<'a> {
         ledger: &mut PositionWriter,
     ) -> Result<Streams, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
-        let FirstAnswers { source: source_info, sent, received, target: known } = first;
+        let FirstAnswers { source: source_info, sent, received, target: known, acked } = first;
         let end_before = known.as_ref().map_or(0, |info| info.state.last_seq);
         let source_info = source_info.ok_or_else(|| {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
@@ -171,7 +175,7 @@ impl<'a> Opener<'a> {
         if ledger.record().moved_back {
             ledger.look_behind(target_info.state.last_seq, &target_info.created).await?;
         }
-        Ok(Streams { source: source_info, clock, target: target_info, abilities })
+        Ok(Streams { source: source_info, acked, clock, target: target_info, abilities })
     }
 
     /// Finds out where to go on.
@@ -198,6 +202,7 @@ impl<'a> Opener<'a> {
             clock: streams.clock,
             target: &streams.target,
             durable: durable.as_ref(),
+            acked: streams.acked,
             chain_broke_behind: ledger.chain_broke_behind(),
             orphans: ledger.record().orphans,
             read: resume::Read::default(),
@@ -257,25 +262,77 @@ impl Lanes {
             async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
             async {
                 let lane = job.dial.dial(&replication.target.place, &name).await.map_err(|e| e.context("target"))?;
-                Connected::with(lane, job, &replication.target).await.map_err(|e| e.context("target"))
+                let others = &mut Acked::default();
+                Connected::with(lane, job, &replication.target, others).await.map_err(|e| e.context("target"))
             },
         )?;
+        let mut lane = lane;
+        let first_start = ledger.record().source.is_none();
+        let mut acked = if first_start { Acked::ask(&mut lane, &replication) } else { Acked::default() };
         let sent = Instant::now();
-        let (source, source_info) =
-            Connected::with(lane, job, &replication.source).await.map_err(|e| e.context("source"))?;
-        let first = FirstAnswers { source: source_info, sent, received: Instant::now(), target: target_info };
+        let connected = Connected::with(lane, job, &replication.source, &mut acked).await;
+        let (source, source_info) = connected.map_err(|e| e.context("source"))?;
+        let received = Instant::now();
+        let first = FirstAnswers { source: source_info, sent, received, target: target_info, acked: acked.floor() };
         Ok((Self { replication, source, target }, first))
     }
 }
 
 impl Connected {
     /// Asks for the stream and deletes the consumers that runs before this one left there, at the same time.
-    async fn with(mut lane: Lane, job: &Job, side: &Side) -> Result<(Self, Option<StreamInfo>), nats::Error> {
+    /// `acked` takes what answers its questions meanwhile.
+    async fn with(
+        mut lane: Lane,
+        job: &Job,
+        side: &Side,
+        acked: &mut Acked,
+    ) -> Result<(Self, Option<StreamInfo>), nats::Error> {
         let mut clearing = Names::begin_clear(&mut lane, &side.stream, &job.consumers);
-        let others = |subject: &[u8], payload: Bytes| clearing.accept(subject, &payload);
+        let others = |subject: &[u8], payload: Bytes| {
+            clearing.accept(subject, &payload);
+            acked.accept(subject, &payload);
+        };
         let info = Api::new(&mut lane).stream_info_beside(&side.stream, others).await?;
         let names = clearing.finish(&mut lane).await?;
         Ok((Self { lane, names }, info))
+    }
+}
+
+/// Questions about the consumers that Choria's replicator may have left at the source.
+#[derive(Debug, Default)]
+struct Acked {
+    /// Requests, and what answered them: `Some(None)` where there is no such consumer.
+    asked: Vec<(String, Option<Option<u64>>)>,
+}
+
+impl Acked {
+    fn ask(lane: &mut Lane, replication: &Replication) -> Self {
+        let names = Durable::names(replication);
+        let subjects =
+            names.map(|name| format!("{}.CONSUMER.INFO.{}.{name}", lane.api_prefix(), replication.source.stream));
+        let subjects: Vec<String> = subjects.collect();
+        Self { asked: subjects.iter().map(|subject| (lane.send_request(subject, b""), None)).collect() }
+    }
+
+    fn accept(&mut self, subject: &[u8], payload: &[u8]) {
+        let Some((_, answer)) = self.asked.iter_mut().find(|(request, _)| request.as_bytes() == subject) else {
+            return;
+        };
+        match decode::<ConsumerInfo>(payload) {
+            Ok(info) => *answer = Some(Some(info.ack_floor.stream_seq)),
+            Err(error) if error.kind == nats::ErrorKind::NotFound => *answer = Some(None),
+            // It is asked again.
+            Err(_) => {}
+        }
+    }
+
+    /// Up to where the first of them has everything acknowledged; `None` where not all are known.
+    fn floor(self) -> Option<Option<u64>> {
+        if self.asked.is_empty() {
+            return None;
+        }
+        let answers: Option<Vec<_>> = self.asked.into_iter().map(|(_, answer)| answer).collect();
+        answers.map(|answers| answers.into_iter().flatten().next())
     }
 }
 

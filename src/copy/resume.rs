@@ -198,6 +198,8 @@ pub(super) struct Sides<'a> {
     pub target: &'a StreamInfo,
     /// The durable consumer at the source, if there is one: what is acknowledged there is settled.
     pub durable: Option<&'a Durable>,
+    /// What Choria's replicator has acknowledged at a stream that keeps its messages, where that was asked already.
+    pub acked: Option<Option<u64>>,
     /// Last sequence of the target when the run before began, if its chain broke.
     pub chain_broke_behind: Option<u64>,
     /// What the record says of copies whose source is lost.
@@ -583,6 +585,9 @@ impl Sides<'_> {
         if Durable::is_needed(self.source) {
             return Ok(self.durable.map(|durable| durable.floor(self.source)));
         }
+        if let Some(acked) = self.acked {
+            return Ok(acked);
+        }
         for name in Durable::names(self.replication) {
             let choria = Api::new(self.source_lane).consumer_info(&self.replication.source.stream, &name).await?;
             if let Some(info) = choria {
@@ -921,6 +926,7 @@ mod tests {
             clock,
             target: &target,
             durable: None,
+            acked: None,
             chain_broke_behind: None,
             orphans: None,
             read: Read::default(),

@@ -47,7 +47,7 @@ const PULL_ENDS: [&str; 2] = ["MaxBytes", "Batch Completed"];
 
 /// How messages come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Flow {
+pub(super) enum LiveDelivery {
     /// As the server sends them.
     Push,
     /// As they are asked for.
@@ -64,7 +64,7 @@ struct OpenPulls {
 /// A consumer and its subscription.
 pub(super) struct Live {
     bucket: Bucket,
-    flow: Flow,
+    flow: LiveDelivery,
     inbox: String,
     pulls: OpenPulls,
     /// What names begin with.
@@ -88,7 +88,7 @@ impl Live {
         purpose: &str,
         filter: &str,
         from: DeliverPolicy,
-        flow: Flow,
+        flow: LiveDelivery,
     ) -> Result<Self, Error> {
         let prefix = format!("sr_{}_{purpose}", bucket.instance());
         let connects = connects(bucket);
@@ -134,7 +134,7 @@ impl Live {
     /// The next message; `None` when the consumer is lost. Nothing is lost when the future is dropped.
     pub(super) async fn next(&mut self) -> Option<(Delivery, Message)> {
         loop {
-            if self.flow == Flow::Pull {
+            if self.flow == LiveDelivery::Pull {
                 self.pull().await?;
             }
             let message = tokio::select! {
@@ -155,7 +155,7 @@ impl Live {
                     return (delivery.consumer_seq == self.consumer_seq).then_some((delivery, message));
                 }
                 Some(StatusCode::IDLE_HEARTBEAT) => self.heartbeat(message).await?,
-                Some(code) if self.flow == Flow::Pull && ends_pull(code, message.description.as_deref()) => {
+                Some(code) if self.flow == LiveDelivery::Pull && ends_pull(code, message.description.as_deref()) => {
                     self.pulls.ended(&message.subject);
                 }
                 Some(_) => return None,
@@ -263,20 +263,20 @@ async fn delete(bucket: &Bucket, prefix: &str, slot: usize) -> bool {
 
 async fn create(
     bucket: &Bucket,
-    flow: Flow,
+    flow: LiveDelivery,
     name: String,
     inbox: &str,
     filter: &str,
     deliver_policy: DeliverPolicy,
 ) -> Result<(Subscriber, u64), Error> {
     let failed = |error: &dyn std::error::Error| bucket.error(format!("cannot be watched: {}", chain(error)));
-    let subject = if flow == Flow::Pull { format!("{inbox}.*") } else { inbox.to_owned() };
+    let subject = if flow == LiveDelivery::Pull { format!("{inbox}.*") } else { inbox.to_owned() };
     let messages = bucket.client().subscribe(subject).await.map_err(|error| failed(&error))?;
     let (name, description) = (Some(name), Some("stream-replicator".to_owned()));
     let (filter_subject, ack_policy, inactive_threshold) = (filter.to_owned(), AckPolicy::None, INACTIVE);
     let (num_replicas, memory_storage) = (1, true);
     let pending = match flow {
-        Flow::Push => {
+        LiveDelivery::Push => {
             let config = push::Config {
                 deliver_subject: inbox.to_owned(),
                 name,
@@ -295,7 +295,7 @@ async fn create(
             let created = bucket.stream().create_consumer(config).await;
             created.map_err(|error| failed(&error))?.cached_info().num_pending
         }
-        Flow::Pull => {
+        LiveDelivery::Pull => {
             let config = pull::Config {
                 name,
                 description,

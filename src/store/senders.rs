@@ -19,7 +19,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 use super::{
     bucket::{Bucket, chain, is_marker},
     buckets::Error,
-    live::{Flow, Live},
+    live::{Live, LiveDelivery},
 };
 /// Format of the record that this program writes. What a newer one wrote is not written over.
 const VERSION: u32 = 1;
@@ -217,12 +217,12 @@ impl SenderStore {
     pub async fn watch(&self, replication: &str) -> Result<SenderChanges, Error> {
         let purpose = format!("senders_{:016x}", xxh3_64(replication.as_bytes()));
         let keys = format!("{replication}.*");
-        let live = Live::open(&self.bucket, &purpose, &keys, DeliverPolicy::All, Flow::Pull).await?;
+        let live = Live::open(&self.bucket, &purpose, &keys, DeliverPolicy::All, LiveDelivery::Pull).await?;
         let mut recreations = self.bucket.recreations();
         recreations.mark_unchanged();
         let prefix = self.bucket.subject(&format!("{replication}."));
         let to_load = live.pending;
-        let records = Records {
+        let records = SenderFeed {
             bucket: self.bucket.clone(),
             live,
             seen: 0,
@@ -283,7 +283,7 @@ impl SenderStore {
 }
 
 /// A watch under way.
-struct Records {
+struct SenderFeed {
     bucket: Bucket,
     live: Live,
     /// Newest revision that was read.
@@ -298,7 +298,7 @@ struct Records {
     prefix: String,
 }
 
-impl Records {
+impl SenderFeed {
     /// Continues after what was read: nothing is read twice, however often that is needed. An error for a while is one of
     /// a server that has just started.
     async fn resume(&mut self) -> Result<(), Error> {

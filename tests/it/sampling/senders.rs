@@ -186,7 +186,7 @@ async fn write_records(site: &Site, count: u64) -> Result<()> {
     let (now, mut raw) = (chrono::Utc::now(), site.source().await?);
     let records = (0..count).map(|number| {
         let sender = format!("node-{number:0>15}");
-        let record = json!({"version": 1, "sender": sender, "seen": now, "copied": now, "size": 100, "sequence": 1});
+        let record = json!({"version": 1, "sender": sender, "seen": now, "copied": now, "size": 100, "sequence": 0});
         Outgoing::new(format!("$KV.{STATE}.NODES.{sender}"), record.to_string())
             .with_lines(&["Replicator-Instance: one"])
     });

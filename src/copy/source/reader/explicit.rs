@@ -13,12 +13,14 @@
 //!
 //! There is no deadline for all of this, only for silence: a slow line may take long.
 
-use std::{collections::VecDeque, ops::RangeInclusive, time::Duration};
+mod pending;
+
+use std::{collections::VecDeque, time::Duration, vec};
 
 use bytes::BytesMut;
 use nats_lane::{
     Batch, Error, Lane,
-    jetstream::{Api, ConsumerInfo, answer_in, decode},
+    jetstream::{Api, ConsumerInfo, SequencePair, answer_in, decode},
 };
 use tokio::time::Instant;
 
@@ -73,8 +75,8 @@ enum Sort {
 /// Commands that sort the queue and are not written yet.
 #[derive(Debug)]
 struct Asking {
-    later: RangeInclusive<u64>,
-    now: RangeInclusive<u64>,
+    later: vec::IntoIter<u64>,
+    now: vec::IntoIter<u64>,
 }
 
 /// What was delivered to an earlier run and not acknowledged: it comes back first, ascending.
@@ -108,6 +110,9 @@ struct Acks {
     /// Settled, and delivered again.
     again: Vec<u64>,
     owed: Owed,
+    /// Sequences, ascending, among which everything is that was delivered to earlier runs and is not acknowledged, and what
+    /// was dropped since.
+    candidates: Vec<u64>,
     /// So many may wait.
     most: usize,
 }
@@ -123,7 +128,7 @@ impl Explicit {
     ) -> Result<Self, Error> {
         let Durable { name, info, .. } = durable;
         let subject = format!("$JS.ACK.{stream}.{name}.1");
-        let info = ask_back(lane, stream, &name, &subject, info).await?;
+        let (info, candidates) = ask_back(lane, stream, &name, &subject, info).await?;
         let owed = Owed { left: info.num_ack_pending, to: info.delivered.stream_seq, ..Owed::default() };
         let most = info.config["max_ack_pending"].as_u64().filter(|most| *most > 0);
         Ok(Self {
@@ -136,6 +141,7 @@ impl Explicit {
                 waiting: VecDeque::new(),
                 again: Vec::new(),
                 owed,
+                candidates,
                 most: most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX),
             },
             sort: Sort::Done,
@@ -258,8 +264,8 @@ impl Explicit {
 }
 
 impl Asking {
-    fn of(asked: RangeInclusive<u64>) -> Self {
-        Self { later: asked.clone(), now: asked }
+    fn of(asked: Vec<u64>) -> Self {
+        Self { later: asked.clone().into_iter(), now: asked.into_iter() }
     }
 
     /// Writes as much as may wait in a lane; whether that was the rest.
@@ -305,9 +311,10 @@ impl Owed {
 }
 
 impl Acks {
-    /// Sequences among which everything is that has not come back.
-    fn not_back(&self) -> RangeInclusive<u64> {
-        self.newest.max(self.floor) + 1..=self.owed.to
+    /// Sequences among which everything is that has not come back, ascending.
+    fn not_back(&self) -> Vec<u64> {
+        let (back, to) = (self.newest.max(self.floor), self.owed.to);
+        self.candidates.iter().copied().filter(|seq| *seq > back && *seq <= to).collect()
     }
 
     fn judge(&mut self, seq: u64) -> Verdict {
@@ -319,9 +326,16 @@ impl Acks {
                 return if waits { Verdict::Drop } else { Verdict::Wrong(self.newest) };
             }
             let verdict = self.owed.takes(seq);
+            if verdict == Verdict::Drop {
+                self.candidates.push(seq);
+            }
             if verdict != Verdict::Keep {
                 return verdict;
             }
+        }
+        if self.owed.left == 0 {
+            // Nothing is asked for again.
+            self.candidates = Vec::new();
         }
         let is_new = seq > self.newest;
         self.newest = self.newest.max(seq);
@@ -368,40 +382,42 @@ fn write(output: &mut BytesMut, subject: &str, seq: u64, delivery: u64, word: &[
     output.extend_from_slice(b"\r\n");
 }
 
-/// Asks for everything that was delivered and not acknowledged, in order; returns the consumer as it is then.
+/// Asks for everything that was delivered and not acknowledged, in order; returns the consumer as it is then, and among
+/// which sequences all of that is.
 async fn ask_back(
     lane: &mut Lane,
     stream: &str,
     name: &str,
     subject: &str,
     mut info: ConsumerInfo,
-) -> Result<ConsumerInfo, Error> {
+) -> Result<(ConsumerInfo, Vec<u64>), Error> {
+    let mut candidates = Vec::new();
     for _ in 0..SORTED_AGAIN {
         if info.num_ack_pending == 0 {
             break;
         }
         // A NAK counts only with a delivery that is neither acknowledged nor to come.
         let delivered = info.delivered;
-        let asked = info.ack_floor.stream_seq + 1..=delivered.stream_seq;
-        sort_now(lane, subject, asked, delivered.consumer_seq).await?;
+        let range = info.ack_floor.stream_seq + 1..=delivered.stream_seq;
+        candidates = pending::candidates(lane, stream, &info.config, range, info.num_ack_pending).await?;
+        sort_now(lane, subject, &candidates, delivered).await?;
         let now = Api::new(lane).consumer_info(stream, name).await?;
         info = now.ok_or_else(|| Error::retry(format!("consumer `{name}` of stream `{stream}` is gone")))?;
         if info.delivered.consumer_seq == delivered.consumer_seq {
             break;
         }
     }
-    Ok(info)
+    Ok((info, candidates))
 }
 
 /// Sorts and waits until the server is through with it: it takes NAKs from a queue of its own, in order, and answers the
 /// last one. A pull that it serves before that would bring new messages in front of what was asked back.
-async fn sort_now(lane: &mut Lane, subject: &str, asked: RangeInclusive<u64>, delivery: u64) -> Result<(), Error> {
-    let to = *asked.end();
-    let mut asking = Asking::of(asked);
-    while !asking.write(lane.output(), subject, delivery) {
+async fn sort_now(lane: &mut Lane, subject: &str, asked: &[u64], delivered: SequencePair) -> Result<(), Error> {
+    let mut asking = Asking::of(asked.to_vec());
+    while !asking.write(lane.output(), subject, delivered.consumer_seq) {
         flush(lane).await?;
     }
-    lane.request(&last(subject, to, delivery), NAK).await.map(drop)
+    lane.request(&last(subject, delivered.stream_seq, delivered.consumer_seq), NAK).await.map(drop)
 }
 
 /// Subject of the command that is answered.
@@ -430,6 +446,7 @@ mod tests {
             waiting: VecDeque::new(),
             again: Vec::new(),
             owed: Owed { left, to, ..Owed::default() },
+            candidates: vec![6, 7, 8],
             most: 10,
         }
     }
@@ -484,6 +501,8 @@ mod tests {
         // The server forgot its queue.
         assert_eq!((acks.judge(9), acks.judge(10)), (Verdict::Drop, Verdict::Drop));
         assert_eq!((acks.owed.left, acks.owed.to), (3, 10));
+        // Only what may be pending, in order, and what was dropped.
+        assert_eq!(acks.not_back(), [7, 8, 9, 10]);
         acks.owed.pull_ended(true);
         for seq in [8, 9, 10, 11] {
             assert_eq!(acks.judge(seq), Verdict::Keep, "{seq}");
