@@ -42,7 +42,7 @@ const HEARTBEAT: Duration = Duration::from_millis(2500);
 const SILENCE: Duration = Duration::from_secs(6);
 /// How often the consumer of a single read is checked for silence.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
-/// How long to wait for the creation of a consumer before another name is tried, and how often.
+/// How long no byte may arrive during the creation of a consumer before another name is tried, and how often.
 const PLACED: Duration = Duration::from_secs(2);
 const ELSEWHERE: u32 = 2;
 /// A cluster may count a consumer for a moment after it was deleted: how long to wait before the next try, and how
@@ -182,26 +182,28 @@ impl Reader {
         loop {
             let consumer = names.next();
             let config = range.config(&consumer);
-            let mut api = Api::new(lane);
-            let created = api.create_new_consumer(range.stream, &consumer, &config);
+            let created = Api::new(lane).create_new_consumer_within(range.stream, &consumer, &config, PLACED).await;
             // If a cluster assigned the consumer to a server that does not answer, another name is tried.
-            let info = match timeout(PLACED, created).await {
-                Ok(Err(error)) if error.is_api(TOO_MANY_CONSUMERS) && counted > 0 => {
+            let info = match created {
+                Err(error) if error.is_api(TOO_MANY_CONSUMERS) && counted > 0 => {
                     counted -= 1;
                     sleep(COUNTED).await;
                     continue;
                 }
                 // Being deleted, or of a run that does not know yet that it was superseded.
-                Ok(Err(error)) if error.is_api(CONSUMER_EXISTS) && left > 0 => {
+                Err(error) if error.is_api(CONSUMER_EXISTS) && left > 0 => {
                     left -= 1;
                     continue;
                 }
-                Ok(info) => info?,
-                Err(_) if left > 0 => {
-                    left -= 1;
-                    continue;
-                }
-                Err(_) => {
+                Err(error) => return Err(error),
+                Ok(Some(info)) => info,
+                // It may still be created.
+                Ok(None) => {
+                    delete(lane, range.stream, &consumer);
+                    if left > 0 {
+                        left -= 1;
+                        continue;
+                    }
                     let stream = range.stream;
                     return Err(Error::retry(format!("no consumer of stream `{stream}` was made within {PLACED:?}")));
                 }
@@ -526,9 +528,14 @@ impl Reader {
 
     fn end(&self, lane: &mut Lane) -> String {
         lane.close_inbox(self.sid);
-        let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.consumer);
-        lane.send_request(&subject, b"")
+        delete(lane, &self.stream, &self.consumer)
     }
+}
+
+/// Asks the server to delete a consumer; returns the request.
+fn delete(lane: &mut Lane, stream: &str, consumer: &str) -> String {
+    let subject = format!("{}.CONSUMER.DELETE.{stream}.{consumer}", lane.api_prefix());
+    lane.send_request(&subject, b"")
 }
 
 /// How long a consumer is kept without a pull: the requested time, or less where the stream limits it.
