@@ -164,11 +164,7 @@ pub const LAYOUT: Layout = Layout {
         purity: &[("lease::machine uses entropy", 1), ("sampling::senders uses entropy", 2)],
         sockets: &[],
         never_names: &[("src/copy/source/durable.rs", 2)],
-        file_lines: &[
-            ("crates/nats-lane/src/lane.rs", 990),
-            ("src/sampling/senders.rs", 960),
-            ("src/supervisor/replication.rs", 1060),
-        ],
+        file_lines: &[("src/sampling/senders.rs", 960), ("src/supervisor/replication.rs", 1060)],
         function_lines: &[],
         nesting: &[],
         type_names: &[
@@ -193,7 +189,6 @@ pub const LAYOUT: Layout = Layout {
             ("ErrorKind", 2),
             ("Fate", 3),
             ("Findings", 2),
-            ("Following", 2),
             ("Handle", 2),
             ("Heard", 2),
             ("Heartbeats", 2),
