@@ -183,7 +183,6 @@ pub const LAYOUT: Layout = Layout {
             ("Election", 2),
             ("ErrorKind", 2),
             ("Findings", 2),
-            ("Following", 2),
             ("Heartbeats", 2),
             ("Identity", 2),
             ("Known", 2),

@@ -262,6 +262,11 @@ mod tests {
 
         async fn answer(&mut self, to: &StateRequest, payload: &serde_json::Value) {
             self.server.answer(to, &payload.to_string()).await;
+            self.accept().await;
+        }
+
+        /// Handles the next batch of the server.
+        async fn accept(&mut self) {
             loop {
                 let Turn::Received(batch) = self.lane.turn().await.unwrap() else { continue };
                 for message in batch.iter() {
@@ -313,5 +318,43 @@ mod tests {
             assert_eq!(read, reads);
             assert_eq!(watched.watch.passed, read as u64);
         }
+    }
+
+    #[tokio::test]
+    async fn a_heavy_target_shows_headers_and_no_payload() {
+        let mut watched = Watched::new().await;
+        watched.ask_at(0);
+        let mut asked = watched.asked().await;
+        let mut heavy = state(7);
+        heavy["state"]["bytes"] = json!(100_000_000);
+        watched.answer(&asked[0], &heavy).await;
+        asked = watched.asked().await;
+        assert!(asked[0].subject.contains("CONSUMER.CREATE.T.sr_0"), "{}", asked[0].subject);
+        watched.answer(&asked[0], &json!({})).await;
+        asked = watched.asked().await;
+        assert!(asked[0].subject.contains("CONSUMER.MSG.NEXT.T.sr_0"), "{}", asked[0].subject);
+        let header = "NATS/1.0\r\nChoria-SR-Source: S 5 SITE w 1000\r\n\r\n";
+        watched.server.deliver(&asked[0], "$JS.ACK.T.sr_0.1.7.1.1767225605000000000.0", header, 0).await;
+        watched.accept().await;
+        // The first message is known, and the consumer is deleted.
+        assert!(!watched.watch.drops.wants(7) && watched.watch.drops.wants(8));
+        asked = watched.asked().await;
+        assert!(asked.len() == 1 && asked[0].subject.contains("CONSUMER.DELETE.T.sr_0"), "{asked:?}");
+    }
+
+    #[tokio::test]
+    async fn a_target_without_room_for_a_consumer_is_read_once() {
+        let mut watched = Watched::new().await;
+        watched.ask_at(0);
+        let mut asked = watched.asked().await;
+        let mut heavy = state(7);
+        heavy["state"]["bytes"] = json!(100_000_000);
+        watched.answer(&asked[0], &heavy).await;
+        asked = watched.asked().await;
+        let refused =
+            json!({"error": {"code": 400, "err_code": 10026, "description": "maximum consumers limit reached"}});
+        watched.answer(&asked[0], &refused).await;
+        asked = watched.asked().await;
+        assert!(asked.len() == 1 && asked[0].subject.contains("STREAM.MSG.GET.T"), "{asked:?}");
     }
 }
