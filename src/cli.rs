@@ -6,30 +6,33 @@ mod apply;
 mod client;
 mod config;
 mod connection;
+mod document;
 mod edit;
 mod error;
 mod events;
 mod files;
+mod format;
 mod generate;
 mod global;
 mod heartbeat;
 mod instances;
 mod output;
+mod reply;
 mod serve;
 mod site;
 mod status;
+mod status_view;
 mod steer;
-mod stored;
+mod stream_reader;
 mod wait;
 mod watch;
-mod words;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
 use self::{
-    error::{Error, Verdict},
+    error::{CommandVerdict, Error},
     output::Output,
 };
 
@@ -50,12 +53,12 @@ struct Cli {
 enum Command {
     Serve(Box<serve::Args>),
     #[command(flatten)]
-    Other(Box<Other>),
+    Other(Box<ClientCommand>),
 }
 
 /// Commands that end by themselves.
 #[derive(Debug, Subcommand)]
-enum Other {
+enum ClientCommand {
     Config(config::Args),
     Status(status::Args),
     /// Stop copying and keep the position, also over restarts
@@ -81,11 +84,11 @@ enum Other {
 pub fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => serve::main(&args),
-        Command::Other(command) => ask(&command),
+        Command::Other(command) => run_client_command(&command),
     }
 }
 
-fn ask(command: &Other) -> ExitCode {
+fn run_client_command(command: &ClientCommand) -> ExitCode {
     let mut out = Output::new(command.json());
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -95,13 +98,13 @@ fn ask(command: &Other) -> ExitCode {
         }
     };
     let verdict = runtime.block_on(command.run(&mut out));
-    // an answer that nobody gave yet is not waited for
+    // do not wait for an outstanding answer
     runtime.shutdown_background();
     let code = match verdict {
-        Ok(Verdict::Good) => ExitCode::SUCCESS,
-        Ok(Verdict::Bad) => ExitCode::FAILURE,
+        Ok(CommandVerdict::Good) => ExitCode::SUCCESS,
+        Ok(CommandVerdict::Bad) => ExitCode::FAILURE,
         Err(error) => {
-            error.tell(&mut out);
+            error.print(&mut out);
             error.exit_code()
         }
     };
@@ -114,7 +117,7 @@ fn ask(command: &Other) -> ExitCode {
     }
 }
 
-impl Other {
+impl ClientCommand {
     /// Whether the output is for a program.
     fn json(&self) -> bool {
         match self {
@@ -132,7 +135,7 @@ impl Other {
         }
     }
 
-    async fn run(&self, out: &mut Output) -> Result<Verdict, Error> {
+    async fn run(&self, out: &mut Output) -> Result<CommandVerdict, Error> {
         match self {
             Self::Config(args) => config::run(args, out).await,
             Self::Status(args) => status::run(args, out).await,

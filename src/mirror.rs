@@ -32,7 +32,7 @@ use crate::{
 pub async fn run(
     job: &Job,
     native: &NativeFeed,
-    ledger: &mut PositionWriter,
+    positions: &mut PositionWriter,
     status: &watch::Sender<(State, CopyStatus)>,
     events: &Events,
     stop: CancellationToken,
@@ -43,7 +43,7 @@ pub async fn run(
         opened = Box::pin(open::open(job, native, status)) => opened,
     };
     let result = match opened {
-        Ok(opened) => Box::pin(feed::Feed::new(job, opened, status, events).run(ledger, &stop)).await,
+        Ok(opened) => Box::pin(feed::Feed::new(job, opened, status, events).run(positions, &stop)).await,
         Err(error) => Err(error),
     };
     status.send_modify(|(_, copy)| {

@@ -27,7 +27,13 @@ use super::{
 use crate::{
     config::Start,
     copy::{
-        Error, ErrorKind, Fed, Heard, Job, Names, PositionWriter, Range, Reader, SourceClock, before_time, shown_offset,
+        Error, ErrorKind, Fed, Job, PositionWriter,
+        source::{
+            clock::{ClockReading, SourceClock, shown},
+            consumers::Names,
+            locate::before_time,
+            reader::{Range, Reader},
+        },
     },
     events::{Event, Events},
     status::{CopyStatus, InFlight, Lag, LastError, Position, Row, State},
@@ -148,18 +154,18 @@ impl<'a> Feed<'a> {
     }
 
     /// Until the stop, or the first error.
-    pub async fn run(mut self, ledger: &mut PositionWriter, stop: &CancellationToken) -> Result<(), Error> {
-        let saved = saved_point(ledger);
+    pub async fn run(mut self, positions: &mut PositionWriter, stop: &CancellationToken) -> Result<(), Error> {
+        let saved = saved_point(positions);
         self.position.time_ns = saved.filter(|saved| saved.seq == self.position.seq).and_then(|saved| saved.time_ns);
         let result = tokio::select! {
             biased;
             () = stop.cancelled() => Ok(()),
-            result = self.feed(ledger) => result,
+            result = self.feed(positions) => result,
         };
         if result.as_ref().is_err_and(|error| error.kind == ErrorKind::Superseded) {
             return result;
         }
-        let last = timeout(LAST_SAVE, ledger.save_fed_now(&self.fed(), self.row())).await;
+        let last = timeout(LAST_SAVE, positions.save_fed_now(&self.fed(), self.row())).await;
         match last {
             Ok(Err(conflict @ SaveError::Conflict { .. })) => Err(conflict.into()),
             // The target knows how far it has come, whatever was saved.
@@ -167,16 +173,16 @@ impl<'a> Feed<'a> {
         }
     }
 
-    async fn feed(&mut self, ledger: &mut PositionWriter) -> Result<(), Error> {
+    async fn feed(&mut self, positions: &mut PositionWriter) -> Result<(), Error> {
         loop {
             let now = Instant::now();
             self.deliver(now)?;
             if now >= self.times.tick {
-                self.tick(now, ledger)?;
+                self.tick(now, positions)?;
             }
             let asked = tokio::select! {
                 biased;
-                saved = poll_fn(|cx| ledger.poll(cx)) => {
+                saved = poll_fn(|cx| positions.poll(cx)) => {
                     self.saved(saved)?;
                     None
                 }
@@ -199,7 +205,7 @@ impl<'a> Feed<'a> {
                 () = sleep_until(self.times.tick) => None,
             };
             match asked {
-                Some(Ok(asked)) => self.begin(asked, saved_point(ledger)).await?,
+                Some(Ok(asked)) => self.begin(asked, saved_point(positions)).await?,
                 Some(Err(Unserved { reply, why })) => {
                     let stream = &self.job.replication.target.stream;
                     let error = held(format!("target stream `{stream}` cannot be fed: {why}"));
@@ -381,7 +387,7 @@ impl<'a> Feed<'a> {
         let sent = Instant::now();
         let info = Api::new(&mut self.source).stream_info(stream).await.map_err(|error| error.context("source"))?;
         let info = info.ok_or_else(|| held(format!("source stream `{stream}` does not exist")))?;
-        self.clock.hear(&Heard { sent, received: Instant::now(), server: info.ts, local: entropy::now() });
+        self.clock.hear(&ClockReading { sent, received: Instant::now(), server: info.ts, local: entropy::now() });
         self.source_info = info;
         Ok(())
     }
@@ -442,7 +448,12 @@ impl<'a> Feed<'a> {
             // Without a leader there is no answer that counts; the next question follows.
             match answer.and_then(leaders_info) {
                 Ok(Some(info)) => {
-                    self.clock.hear(&Heard { sent, received: Instant::now(), server: info.ts, local: entropy::now() });
+                    self.clock.hear(&ClockReading {
+                        sent,
+                        received: Instant::now(),
+                        server: info.ts,
+                        local: entropy::now(),
+                    });
                     self.source_info = info;
                     self.end_of_source()?;
                 }
@@ -494,7 +505,7 @@ impl<'a> Feed<'a> {
     }
 
     /// What is due now and then.
-    fn tick(&mut self, now: Instant, ledger: &mut PositionWriter) -> Result<(), Error> {
+    fn tick(&mut self, now: Instant, positions: &mut PositionWriter) -> Result<(), Error> {
         self.times.tick = now + TICK;
         if now >= self.times.heartbeat {
             self.times.heartbeat = now + HEARTBEAT;
@@ -513,7 +524,7 @@ impl<'a> Feed<'a> {
             self.ask_states(now);
         }
         self.show(now);
-        ledger.save_fed(now, &self.fed(), || self.row());
+        positions.save_fed(now, &self.fed(), || self.row());
         Ok(())
     }
 
@@ -575,7 +586,7 @@ impl<'a> Feed<'a> {
         (copy.source.first_seq, copy.source.last_seq) =
             (Some(state.first_seq), Some(state.last_seq.max(self.position.seq)));
         copy.source.clock_offset_seconds =
-            shown_offset(copy.source.clock_offset_seconds, self.clock.offset(now, entropy::now()));
+            shown(copy.source.clock_offset_seconds, self.clock.offset(now, entropy::now()));
         copy.lag = match fed {
             Some((_, reader)) => {
                 let oldest = reader.next().and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
@@ -635,8 +646,8 @@ const WAITS: &str =
     "the target has not asked for messages yet: after a long outage of the feed it asks again within 50 s";
 
 /// The position as it was saved last.
-fn saved_point(ledger: &PositionWriter) -> Option<FedPoint> {
-    ledger.record().source.as_ref().map(|saved| FedPoint { seq: saved.seq, time_ns: saved.time_ns })
+fn saved_point(positions: &PositionWriter) -> Option<FedPoint> {
+    positions.record().source.as_ref().map(|saved| FedPoint { seq: saved.seq, time_ns: saved.time_ns })
 }
 
 fn held(message: String) -> Error {

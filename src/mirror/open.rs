@@ -12,7 +12,13 @@ use tracing::info;
 use super::{FeedSubjects, of_leaf, target};
 use crate::{
     config::NativeFeed,
-    copy::{Error, ErrorKind, Heard, Job, Names, SourceClock},
+    copy::{
+        Error, ErrorKind, Job,
+        source::{
+            clock::{ClockReading, SourceClock},
+            consumers::Names,
+        },
+    },
     names,
     status::{CopyStatus, State, Transport},
 };
@@ -54,7 +60,8 @@ pub(super) async fn open(
         async { job.dial.dial(&replication.target.place, &name).await.map_err(|e| Error::from(e.context("target"))) },
         async { job.dial.dial_leaf(&native.leaf, &login).await.map_err(|e| of_leaf(e.context("target"))) },
     )?;
-    let names = Names::clear(&mut source, &replication.source.stream, &job.consumers).await;
+    let clearing = Names::begin_clear(&mut source, &replication.source.stream, &job.consumers);
+    let names = clearing.finish(&mut source).await;
     let names = names.map_err(|error| error.context("source"))?;
     let (source_info, clock) = read_source(job, &mut source).await?;
     let target_info = {
@@ -89,6 +96,6 @@ async fn read_source(job: &Job, lane: &mut Lane) -> Result<(StreamInfo, SourceCl
     if let Some(why) = refused {
         return Err(Error::new(ErrorKind::Hold, format!("source: {why}")));
     }
-    let clock = SourceClock::new(&Heard { sent, received, server: info.ts, local: entropy::now() });
+    let clock = SourceClock::new(&ClockReading { sent, received, server: info.ts, local: entropy::now() });
     Ok((info, clock))
 }

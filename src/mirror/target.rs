@@ -7,7 +7,7 @@ use nats_lane::{
 use serde_json::{Value, json};
 
 use super::FeedSubjects;
-use crate::copy::{Job, mark};
+use crate::copy::{Job, target::mark};
 
 /// Settings of the source that a mirror takes over when it is created, where they are set: it can hold what the source
 /// holds, and takes the messages that the source takes.

@@ -4,15 +4,15 @@ use nats_lane::{Dial, Error, ErrorKind, ServerInfo, entropy, leafnode::LeafLogin
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    Outcome, Own, Report, SideReport,
-    judge::{Findings, list},
-    look::{Answer, Facts, Look, Role, calls},
+    CheckOutcome, Own, PreflightReport, SideReport,
+    judge::{SideFindings, list},
+    side_checks::{CheckAnswer, SideChecks, SideFacts, SideRole, calls},
     subjects::Share,
 };
 use crate::{
     allow::AllowList,
     config::{NativeFeed, Replication},
-    copy::{clock_apart, missing_target},
+    copy::{source::clock, target::stream},
     mirror::{FeedSubjects, refuse_source, refuse_target},
 };
 
@@ -28,14 +28,14 @@ pub(super) async fn run(
     replication: &Replication,
     native: &NativeFeed,
     until: Instant,
-) -> Report {
+) -> PreflightReport {
     let subjects = FeedSubjects::of(own.site, &replication.id);
     let (source, target, leaf) = tokio::join!(
-        Look::at(rules, Role::Source, replication, until),
-        Look::at(rules, Role::Target, replication, until),
+        SideChecks::at(rules, SideRole::Source, replication, until),
+        SideChecks::at(rules, SideRole::Target, replication, until),
         ask_leaf(rules, native, &subjects, until),
     );
-    Report {
+    PreflightReport {
         source: judge_source(own, replication, &source.facts),
         target: judge_target(own, replication, &target.facts, &subjects, (native, &leaf)),
     }
@@ -47,7 +47,7 @@ async fn ask_leaf(
     native: &NativeFeed,
     subjects: &FeedSubjects,
     until: Instant,
-) -> Answer<ServerInfo> {
+) -> CheckAnswer<ServerInfo> {
     let name = format!("sr-preflight-{}", entropy::name());
     let login = LeafLogin { account: name.clone(), name, subscriptions: subjects.subscriptions() };
     let asked = async {
@@ -58,36 +58,36 @@ async fn ask_leaf(
         Ok::<_, Error>(leaf.info().clone())
     };
     match timeout_at(until, asked).await {
-        Ok(Ok(info)) => Answer::Got(info),
-        Ok(Err(error)) if error.kind == ErrorKind::Hold => Answer::Failed(error.message),
-        Ok(Err(error)) => Answer::Unclear(error.message),
-        Err(_) => Answer::Unclear("no answer in time".to_owned()),
+        Ok(Ok(info)) => CheckAnswer::Got(info),
+        Ok(Err(error)) if error.kind == ErrorKind::Hold => CheckAnswer::Failed(error.message),
+        Ok(Err(error)) => CheckAnswer::Unclear(error.message),
+        Err(_) => CheckAnswer::Unclear("no answer in time".to_owned()),
     }
 }
 
-fn judge_source(own: &Own<'_>, replication: &Replication, facts: &Facts) -> SideReport {
-    let mut findings = Findings::new("source", facts);
+fn judge_source(own: &Own<'_>, replication: &Replication, facts: &SideFacts) -> SideReport {
+    let mut findings = SideFindings::new("source", facts);
     findings.add_answer("connect", facts.path, &facts.connect);
     findings.add_answer("jetstream", facts.path, &facts.jetstream);
     let name = &replication.source.stream;
     match &facts.stream {
-        Answer::Got(None) => {
-            findings.add("stream", Outcome::Failed, "/stream", &format!("source stream `{name}` does not exist"));
+        CheckAnswer::Got(None) => {
+            findings.add("stream", CheckOutcome::Failed, "/stream", &format!("source stream `{name}` does not exist"));
         }
-        Answer::Got(Some(stream)) => {
+        CheckAnswer::Got(Some(stream)) => {
             let refused = refuse_source(name, stream).or_else(|| own.streams.refuse(name, &stream.created));
-            findings.add_any("stream", "/stream", refused.map(|text| (Outcome::Failed, text)));
+            findings.add_any("stream", "/stream", refused.map(|text| (CheckOutcome::Failed, text)));
         }
         answer => findings.add_answer("stream", facts.path, answer),
     }
     match facts.clock.got() {
         Some(offset) => {
-            findings.add_any("clock", facts.path, clock_apart(*offset).map(|text| (Outcome::Warning, text)));
+            findings.add_any("clock", facts.path, clock::apart(*offset).map(|text| (CheckOutcome::Warning, text)));
         }
         None => findings.unknown("clock"),
     }
     let needed = facts.connection.as_ref().map(|connection| {
-        let calls = calls(Role::Source, replication, None, &connection.api_prefix).into_iter();
+        let calls = calls(SideRole::Source, replication, None, &connection.api_prefix).into_iter();
         calls.map(|(subject, _)| subject).filter(|subject| !subject.contains(".CONSUMER.INFO.")).collect()
     });
     judge_calls(facts, needed.unwrap_or_default(), &mut findings);
@@ -97,23 +97,23 @@ fn judge_source(own: &Own<'_>, replication: &Replication, facts: &Facts) -> Side
 fn judge_target(
     own: &Own<'_>,
     replication: &Replication,
-    facts: &Facts,
+    facts: &SideFacts,
     subjects: &FeedSubjects,
-    (native, leaf): (&NativeFeed, &Answer<ServerInfo>),
+    (native, leaf): (&NativeFeed, &CheckAnswer<ServerInfo>),
 ) -> SideReport {
-    let mut findings = Findings::new("target", facts);
+    let mut findings = SideFindings::new("target", facts);
     findings.add_answer("connect", facts.path, &facts.connect);
     findings.add_answer("jetstream", facts.path, &facts.jetstream);
     let name = &replication.target.stream;
     match &facts.stream {
-        Answer::Got(None) if !replication.create_target => {
-            findings.add("stream", Outcome::Failed, "/target_stream", &missing_target(name));
+        CheckAnswer::Got(None) if !replication.create_target => {
+            findings.add("stream", CheckOutcome::Failed, "/target_stream", &stream::missing(name));
         }
-        Answer::Got(None) => findings.ok("stream"),
-        Answer::Got(Some(stream)) => {
+        CheckAnswer::Got(None) => findings.ok("stream"),
+        CheckAnswer::Got(Some(stream)) => {
             let refused = refuse_target(name, stream, &replication.source.stream, subjects).err();
             let refused = refused.map(|error| error.message).or_else(|| own.streams.refuse(name, &stream.created));
-            findings.add_any("stream", "/target_stream", refused.map(|text| (Outcome::Failed, text)));
+            findings.add_any("stream", "/target_stream", refused.map(|text| (CheckOutcome::Failed, text)));
         }
         answer => findings.add_answer("stream", facts.path, answer),
     }
@@ -127,7 +127,7 @@ fn judge_target(
     findings.report(facts)
 }
 
-fn judge_calls(facts: &Facts, needed: Vec<String>, findings: &mut Findings) {
+fn judge_calls(facts: &SideFacts, needed: Vec<String>, findings: &mut SideFindings) {
     let Some(permissions) = facts.permissions.got() else { return findings.unknown("calls") };
     let missing: Vec<_> = needed.into_iter().filter(|subject| permissions.publish(subject) != Share::All).collect();
     let inbox = facts.connection.as_ref().map(|connection| connection.inbox_prefix.as_str()).unwrap_or_default();
@@ -138,11 +138,16 @@ fn judge_calls(facts: &Facts, needed: Vec<String>, findings: &mut Findings) {
     } else {
         None
     };
-    findings.add_any("calls", facts.path, said.map(|text| (Outcome::Failed, text)));
+    findings.add_any("calls", facts.path, said.map(|text| (CheckOutcome::Failed, text)));
 }
 
 /// The leafnode port; whatever came of it, with what the leaf user needs.
-fn judge_leaf(findings: &mut Findings, subjects: &FeedSubjects, native: &NativeFeed, leaf: &Answer<ServerInfo>) {
+fn judge_leaf(
+    findings: &mut SideFindings,
+    subjects: &FeedSubjects,
+    native: &NativeFeed,
+    leaf: &CheckAnswer<ServerInfo>,
+) {
     let needs = format!(
         "the feed answers the API prefix `{}` and delivers to `{}.>`; the least permissions of its leaf user are {}",
         subjects.api(),
@@ -150,18 +155,18 @@ fn judge_leaf(findings: &mut Findings, subjects: &FeedSubjects, native: &NativeF
         subjects.permissions()
     );
     let (outcome, text) = match leaf {
-        Answer::Got(info) if !checks_leaves(&info.version) => (
-            Outcome::Warning,
+        CheckAnswer::Got(info) if !checks_leaves(&info.version) => (
+            CheckOutcome::Warning,
             format!(
                 "leafnode port `{}`: server version {} does not check what a leaf publishes, so its leaf user can publish \
                  to every subject of the account: {needs}",
                 native.leaf, info.version
             ),
         ),
-        Answer::Got(_) => (Outcome::Ok, needs),
-        Answer::Failed(why) => (Outcome::Failed, format!("{why}: {needs}")),
-        Answer::Unclear(why) => (Outcome::Unknown, format!("{why}: {needs}")),
-        Answer::NotAsked => (Outcome::Unknown, needs),
+        CheckAnswer::Got(_) => (CheckOutcome::Ok, needs),
+        CheckAnswer::Failed(why) => (CheckOutcome::Failed, format!("{why}: {needs}")),
+        CheckAnswer::Unclear(why) => (CheckOutcome::Unknown, format!("{why}: {needs}")),
+        CheckAnswer::NotAsked => (CheckOutcome::Unknown, needs),
     };
     findings.add("leafnode", outcome, LEAF_PATH, &text);
 }

@@ -1,7 +1,7 @@
 //! The server's half of the NATS client protocol, parsed in place: no allocation per message, nothing is copied.
 //!
-//! [`parse`] looks at the bytes received so far and reports every complete message as offsets into them.
-//! Header blocks are not interpreted: what a server stored is handed on byte for byte.
+//! [`parse`] takes the bytes received so far and returns every complete message as offsets into them.
+//! Header blocks are not interpreted: they are passed on byte for byte, as a server stored them.
 
 use std::ops::Range;
 
@@ -46,7 +46,7 @@ impl Span {
 
 /// One message, as offsets into the buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Frame {
+pub struct MessageFrame {
     /// Subscription it came for.
     pub sid: u64,
     /// Subject.
@@ -105,19 +105,23 @@ pub struct Parsed {
 }
 
 /// Parses everything complete at the front of `buffer`. Offsets in `frames` count from the start of `buffer`.
-pub fn parse(buffer: &[u8], frames: &mut Vec<Frame>, controls: &mut Vec<Control>) -> Result<Parsed, ParseError> {
+pub fn parse(buffer: &[u8], frames: &mut Vec<MessageFrame>, controls: &mut Vec<Control>) -> Result<Parsed, ParseError> {
     parse_with((message, control), |line| matches!(line.first(), Some(b'M' | b'H')), buffer, frames, controls)
 }
 
 /// The same for a leafnode connection: messages have no subscription id, it is 0 in `frames`, and there are
 /// [`Control::Interest`] lines.
-pub fn parse_leaf(buffer: &[u8], frames: &mut Vec<Frame>, controls: &mut Vec<Control>) -> Result<Parsed, ParseError> {
+pub fn parse_leaf(
+    buffer: &[u8],
+    frames: &mut Vec<MessageFrame>,
+    controls: &mut Vec<Control>,
+) -> Result<Parsed, ParseError> {
     let is_message = |line: &[u8]| line.starts_with(b"LM") || line.first() == Some(&b'H');
     parse_with((leaf_message, leaf_control), is_message, buffer, frames, controls)
 }
 
 /// Reads the line of a message, which is at `.1` of the buffer and its body at `.2`; also the size of the body.
-type ReadMessage = fn(&[u8], usize, usize) -> Result<(Frame, usize), ParseError>;
+type ReadMessage = fn(&[u8], usize, usize) -> Result<(MessageFrame, usize), ParseError>;
 /// Reads another line.
 type ReadControl = fn(&[u8]) -> Result<Option<Control>, ParseError>;
 
@@ -125,7 +129,7 @@ fn parse_with(
     (message, control): (ReadMessage, ReadControl),
     is_message: impl Fn(&[u8]) -> bool,
     buffer: &[u8],
-    frames: &mut Vec<Frame>,
+    frames: &mut Vec<MessageFrame>,
     controls: &mut Vec<Control>,
 ) -> Result<Parsed, ParseError> {
     let mut at = 0;
@@ -160,7 +164,7 @@ fn parse_with(
 
 /// `MSG <subject> <sid> [reply] <size>` or `HMSG <subject> <sid> [reply] <header size> <total size>`.
 /// `line_at` is where the line lies in the buffer, `body_at` where header and payload begin.
-fn message(line: &[u8], line_at: usize, body_at: usize) -> Result<(Frame, usize), ParseError> {
+fn message(line: &[u8], line_at: usize, body_at: usize) -> Result<(MessageFrame, usize), ParseError> {
     let (keyword, with_header) = match line {
         [b'M', b'S', b'G', b' ' | b'\t', ..] => (4, false),
         [b'H', b'M', b'S', b'G', b' ' | b'\t', ..] => (5, true),
@@ -180,7 +184,7 @@ fn message(line: &[u8], line_at: usize, body_at: usize) -> Result<(Frame, usize)
 
 /// `LMSG <subject> [reply] <size>` or `HMSG <subject> [reply] <header size> <total size>`. The forms for queue groups do not
 /// come to who has no subscription in one.
-fn leaf_message(line: &[u8], line_at: usize, body_at: usize) -> Result<(Frame, usize), ParseError> {
+fn leaf_message(line: &[u8], line_at: usize, body_at: usize) -> Result<(MessageFrame, usize), ParseError> {
     let (keyword, with_header) = match line {
         [b'L', b'M', b'S', b'G', b' ' | b'\t', ..] => (5, false),
         [b'H', b'M', b'S', b'G', b' ' | b'\t', ..] => (5, true),
@@ -224,7 +228,7 @@ fn frame(
     (line, line_at, body_at): (&[u8], usize, usize),
     (sid, subject, reply): (u64, Word, Option<Word>),
     (with_header, words): (bool, &[Word]),
-) -> Result<(Frame, usize), ParseError> {
+) -> Result<(MessageFrame, usize), ParseError> {
     let word = |n: usize| &line[words[n].0..words[n].1];
     let span = |(start, end): Word| Span::new(line_at + start..line_at + end);
     let count = words.len();
@@ -235,7 +239,7 @@ fn frame(
         return bad("an impossible size", line);
     }
     let (size, header) = (size as usize, header as usize);
-    let frame = Frame {
+    let frame = MessageFrame {
         sid,
         subject: span(subject),
         reply: reply.map(span).unwrap_or_default(),
@@ -395,7 +399,7 @@ mod tests {
         }
     }
 
-    fn leaf(buffer: &[u8]) -> Result<(Vec<Frame>, Vec<Control>, Parsed), ParseError> {
+    fn leaf(buffer: &[u8]) -> Result<(Vec<MessageFrame>, Vec<Control>, Parsed), ParseError> {
         let (mut frames, mut controls) = (Vec::new(), Vec::new());
         let parsed = parse_leaf(buffer, &mut frames, &mut controls)?;
         Ok((frames, controls, parsed))
@@ -407,7 +411,7 @@ mod tests {
             HMSG a 12 12\r\nNATS/1.0\r\n\r\n\r\n";
         let (frames, controls, parsed) = leaf(input).unwrap();
         assert!(controls.is_empty() && parsed == Parsed { consumed: input.len(), need: 0 });
-        let parts = |f: &Frame| [f.subject, f.reply, f.header, f.payload].map(|s| s.of(input).to_vec());
+        let parts = |f: &MessageFrame| [f.subject, f.reply, f.header, f.payload].map(|s| s.of(input).to_vec());
         let parts: Vec<_> = frames.iter().map(parts).collect();
         let expect: [[&[u8]; 4]; 4] = [
             [b"a.b", b"", b"", b"hello"],

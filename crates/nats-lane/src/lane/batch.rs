@@ -1,10 +1,10 @@
-//! Messages as they were read.
+//! Messages in the buffer that they were read into.
 
 use bytes::Bytes;
 
 use crate::{
     Error,
-    parser::{self, Frame},
+    parser::{self, MessageFrame},
 };
 
 /// One message in a [`Batch`].
@@ -22,28 +22,23 @@ pub struct Message<'a> {
     pub payload: &'a [u8],
 }
 
-/// Messages that arrived together, still lying in the buffer they were read into.
+/// Messages that arrived together, still in the buffer that they were read into.
 #[derive(Debug, Clone)]
 pub struct Batch {
     data: Bytes,
-    frames: Vec<Frame>,
+    frames: Vec<MessageFrame>,
 }
 
 impl Batch {
+    pub(super) fn new(data: Bytes, frames: Vec<MessageFrame>) -> Self {
+        Self { data, frames }
+    }
+
     /// The complete messages at the front of some bytes.
     pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let mut frames = Vec::new();
         parser::parse(bytes, &mut frames, &mut Vec::new())?;
         Ok(Self { data: Bytes::copy_from_slice(bytes), frames })
-    }
-
-    pub(super) fn of(data: Bytes, frames: Vec<Frame>) -> Self {
-        Self { data, frames }
-    }
-
-    /// A part of the buffer that outlives the batch.
-    pub(super) fn slice(&self, part: &[u8]) -> Bytes {
-        self.data.slice_ref(part)
     }
 
     /// Number of messages.
@@ -71,6 +66,11 @@ impl Batch {
             header: frame.header.of(&self.data),
             payload: frame.payload.of(&self.data),
         }
+    }
+
+    /// A part of the buffer, such as the payload of one of the messages, that can be kept without a copy.
+    pub(super) fn shared(&self, part: &[u8]) -> Bytes {
+        self.data.slice_ref(part)
     }
 
     /// All messages in order.

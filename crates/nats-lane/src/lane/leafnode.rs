@@ -11,16 +11,20 @@ use bytes::BytesMut;
 use serde_json::{Value, json};
 use tokio::{
     io::AsyncWriteExt,
-    net::lookup_host,
     time::{sleep, timeout},
 };
 
-use super::{Batch, HEAD_START, Lane, NEXT_ADDRESS, Turn, race, shown};
+use super::{
+    Batch, Lane, NEXT_ADDRESS, Turn,
+    connect::{HEAD_START, shown},
+    race,
+};
 pub use crate::parser::Interest;
 use crate::{
     Connection, Endpoint, Error, Host, ServerInfo,
     auth::{connect_fields, jwt_expires},
     entropy,
+    resolver::resolve,
 };
 
 /// Where servers take websockets of leafnodes.
@@ -54,17 +58,16 @@ impl Leaf {
 
     async fn try_host(connection: &Connection, host: &Host, login: &LeafLogin) -> Result<Self, Error> {
         let within = connection.endpoint.connect_timeout;
-        let leaf = match timeout(within, lookup_host((host.host.as_str(), host.port))).await {
-            Ok(Ok(addresses)) => {
+        let leaf = match resolve(host, within).await {
+            Ok(addresses) => {
                 let attempt =
                     async |address| match timeout(within, Self::log_in(connection, host, address, login)).await {
                         Ok(leaf) => leaf,
                         Err(_) => Err(Error::retry(format!("no answer within {within:?}"))),
                     };
-                race(addresses, NEXT_ADDRESS, attempt).await
+                race(addresses.into_iter(), NEXT_ADDRESS, attempt).await
             }
-            Ok(Err(error)) => Err(Error::retry(format!("cannot be resolved: {error}"))),
-            Err(_) => Err(Error::retry(format!("cannot be resolved within {within:?}"))),
+            Err(error) => Err(error),
         };
         leaf.map_err(|error| error.context(format!("leafnode `{}`", shown(&connection.endpoint, host))))
     }

@@ -11,16 +11,16 @@ use crate::{
 };
 
 /// Copies or feeds until `stop` is cancelled or something fails.
-pub(super) async fn of_kind(
+pub(super) async fn run(
     job: &Job,
-    ledger: &mut PositionWriter,
+    writer: &mut PositionWriter,
     status: &watch::Sender<(State, CopyStatus)>,
     events: &Events,
     stop: CancellationToken,
 ) -> Result<(), Error> {
     // In boxes: a future in a future takes its room twice.
     match &job.replication.native {
-        Some(native) => Box::pin(mirror::run(job, native, ledger, status, events, stop)).await,
-        None => Box::pin(copy::run(job, ledger, status, events, stop)).await,
+        Some(native) => Box::pin(mirror::run(job, native, writer, status, events, stop)).await,
+        None => Box::pin(copy::run(job, writer, status, events, stop)).await,
     }
 }
