@@ -11,6 +11,6 @@ pub(in crate::copy) mod peek;
 pub(crate) mod reader;
 pub(in crate::copy) mod renewal;
 pub(in crate::copy) mod request_limit;
-pub(in crate::copy) mod retention;
+pub(crate) mod retention;
 pub(in crate::copy) mod source_end;
 pub(in crate::copy) mod source_half;

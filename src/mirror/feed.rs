@@ -33,6 +33,7 @@ use crate::{
             consumers::Names,
             locate::before_time,
             reader::{Range, Reader},
+            retention::{Oldest, Outlook, PollHistory, Retention, Waiting},
         },
     },
     events::{Event, Events},
@@ -42,21 +43,21 @@ use crate::{
 
 /// How often the status is brought up to date.
 const TICK: Duration = Duration::from_millis(250);
-/// How often the target gets a sign of life; it was told so often.
+/// How often the target gets a heartbeat: as often as a mirror asks for in its consumer.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How often both streams are asked for their state.
 const INFO_EVERY: Duration = Duration::from_secs(10);
-/// How often a target that waits for a consumer of the past is told so: it asks once in 2 s at most.
+/// How often a target that waits for an old consumer gets a heartbeat that contradicts it: it asks once in 2 s at most.
 const POKE_EVERY: Duration = Duration::from_secs(2);
 /// A replicated target that has not asked after this time gets another leader, which asks.
 const STEPDOWN_AFTER: Duration = Duration::from_secs(3);
-/// After this time it is reported that the target has not asked.
+/// After this time without a request of the target, the status reports that.
 const UNASKED: Duration = Duration::from_secs(5);
 /// A target that was given a consumer and does not listen to it after this time will ask again.
 const LISTENS_WITHIN: Duration = Duration::from_secs(10);
-/// A target that stores nothing of what was delivered for this time is given up.
+/// How long a target may store none of the delivered messages until the run ends.
 const STORES_WITHIN: Duration = Duration::from_secs(60);
-/// So many requests for the same message, which was delivered each time, mean that the target refuses it.
+/// The number of requests for the same message, delivered each time, that mean that the target refuses it.
 const REFUSED: u32 = 3;
 /// Bytes that wait in our buffer for the target's connection before no more are added.
 const UNWRITTEN: usize = 1 << 20;
@@ -80,7 +81,7 @@ struct FeedTimes {
     poke: Instant,
     /// Since when the target has no consumer, or does not listen to it.
     waits: Instant,
-    /// When the target last said that it stored something, or had nothing to store.
+    /// When the target last confirmed stored messages, or had none to store.
     stored: Instant,
 }
 
@@ -93,6 +94,8 @@ pub(super) struct Feed<'a> {
     source: Lane,
     names: Names,
     source_info: StreamInfo,
+    /// Polls of the source's state, for the headroom.
+    polls: PollHistory,
     clock: SourceClock,
     target: Lane,
     target_info: StreamInfo,
@@ -135,6 +138,7 @@ impl<'a> Feed<'a> {
             source,
             names,
             source_info,
+            polls: PollHistory::default(),
             clock,
             target,
             target_info,
@@ -216,7 +220,7 @@ impl<'a> Feed<'a> {
         }
     }
 
-    /// Takes in what came over the leafnode connection; the newest request for a consumer is left to be served.
+    /// Handles messages of the leafnode connection; returns the newest request for a consumer, which is still to be served.
     fn hear_target(&mut self, batch: &Batch) -> Option<Result<ConsumerRequest, Unserved>> {
         let prefix = format!("{}.", self.subjects.deliver());
         for interest in self.leaf.take_interest() {
@@ -244,7 +248,7 @@ impl<'a> Feed<'a> {
         newest
     }
 
-    /// Tells the target why it is not served: it shows that in its stream's `mirror.error`.
+    /// Answers that the request is not served, and why: the target shows that in `mirror.error` of its stream.
     async fn refuse(&mut self, reply: &str, error: Error) -> Error {
         self.leaf.send(reply.as_bytes(), b"", b"", request::refusal(&error.message).as_bytes());
         self.leaf.flush(LAST_SAVE).await;
@@ -269,7 +273,7 @@ impl<'a> Feed<'a> {
         self.times.waits = Instant::now();
     }
 
-    /// Serves a request: checks whether the mirror may go on, opens the reader and answers.
+    /// Serves a request: checks whether the mirror may continue, opens the reader and answers.
     async fn begin(&mut self, asked: ConsumerRequest, saved: Option<FedPoint>) -> Result<(), Error> {
         self.count_refusal(&asked)?;
         self.end_session();
@@ -387,12 +391,19 @@ impl<'a> Feed<'a> {
         let sent = Instant::now();
         let info = Api::new(&mut self.source).stream_info(stream).await.map_err(|error| error.context("source"))?;
         let info = info.ok_or_else(|| held(format!("source stream `{stream}` does not exist")))?;
-        self.clock.hear(&ClockReading { sent, received: Instant::now(), server: info.ts, local: entropy::now() });
-        self.source_info = info;
+        self.source_is(info, sent);
         Ok(())
     }
 
-    /// Reports what the source removed before it was mirrored.
+    /// Takes over an answer of the source about its stream.
+    fn source_is(&mut self, info: StreamInfo, sent: Instant) {
+        let received = Instant::now();
+        self.clock.hear(&ClockReading { sent, received, server: info.ts, local: entropy::now() });
+        self.polls.add(received, info.state.clone());
+        self.source_info = info;
+    }
+
+    /// Reports messages that the source removed before they were mirrored.
     fn report_gap(&mut self, last: u64) {
         let first = self.source_info.state.first_seq;
         if first > last + 1 {
@@ -404,7 +415,7 @@ impl<'a> Feed<'a> {
         }
     }
 
-    /// Delivers what was read, as far as the window allows, and asks for more.
+    /// Delivers messages that were read, as far as the window allows, and requests more.
     fn deliver(&mut self, now: Instant) -> Result<(), Error> {
         let Some((session, reader)) = &mut self.session else { return Ok(()) };
         reader.pull(&mut self.source, &self.job.budget);
@@ -448,13 +459,7 @@ impl<'a> Feed<'a> {
             // Without a leader there is no answer that counts; the next question follows.
             match answer.and_then(leaders_info) {
                 Ok(Some(info)) => {
-                    self.clock.hear(&ClockReading {
-                        sent,
-                        received: Instant::now(),
-                        server: info.ts,
-                        local: entropy::now(),
-                    });
-                    self.source_info = info;
+                    self.source_is(info, sent);
                     self.end_of_source()?;
                 }
                 Err(error) if error.kind == nats_lane::ErrorKind::NotFound => {
@@ -504,7 +509,7 @@ impl<'a> Feed<'a> {
         }
     }
 
-    /// What is due now and then.
+    /// Does the periodic work that is due.
     fn tick(&mut self, now: Instant, positions: &mut PositionWriter) -> Result<(), Error> {
         self.times.tick = now + TICK;
         if now >= self.times.heartbeat {
@@ -515,7 +520,7 @@ impl<'a> Feed<'a> {
                 self.leaf.send(subject.as_bytes(), b"", &session.heartbeat(), b"");
             }
         }
-        self.look_after_target(now)?;
+        self.check_target(now)?;
         if let Some((_, reader)) = &self.session {
             reader.check(&self.source, now).map_err(|error| error.context("source"))?;
         }
@@ -528,8 +533,8 @@ impl<'a> Feed<'a> {
         Ok(())
     }
 
-    /// Has a target ask that does not by itself, and gives up one that stores nothing.
-    fn look_after_target(&mut self, now: Instant) -> Result<(), Error> {
+    /// Makes a target ask that does not by itself, and ends the run if it stores nothing.
+    fn check_target(&mut self, now: Instant) -> Result<(), Error> {
         let listened = self.session.as_ref().is_some_and(|(session, _)| session.subject().is_some());
         if listened {
             self.times.waits = now;
@@ -577,41 +582,62 @@ impl<'a> Feed<'a> {
     fn show(&mut self, now: Instant) {
         let Amount { messages, bytes } =
             self.session.as_ref().map(|(session, _)| session.in_flight()).unwrap_or_default();
-        let fed = self.session.as_ref().filter(|(session, _)| session.subject().is_some());
+        let is_fed = self.session.as_ref().is_some_and(|(session, _)| session.subject().is_some());
+        self.copy.in_flight = InFlight { messages, bytes };
+        self.show_lag(is_fed, now);
         let copy = &mut self.copy;
-        copy.in_flight = InFlight { messages, bytes };
-        copy.position = Position { source_seq: self.position.seq, target_seq: self.position.seq };
         copy.target.last_seq = Some(self.position.seq);
-        let state = &self.source_info.state;
-        (copy.source.first_seq, copy.source.last_seq) =
-            (Some(state.first_seq), Some(state.last_seq.max(self.position.seq)));
         copy.source.clock_offset_seconds =
             shown(copy.source.clock_offset_seconds, self.clock.offset(now, entropy::now()));
-        copy.lag = match fed {
-            Some((_, reader)) => {
-                let oldest = reader.next().and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
-                let oldest = oldest.or_else(|| copy.lag.and_then(|lag| lag.oldest));
-                Some(Lag::new(reader.pending() + messages, oldest, self.clock.now(now)))
-            }
-            None => None,
-        };
-        if fed.is_some() {
+        if is_fed {
             self.state = State::Running;
         }
-        let unasked = fed.is_none() && now.duration_since(self.times.waits) > UNASKED;
-        let (copy, shown) = (&mut self.copy, self.state);
-        self.status.send_modify(|(state, told)| {
-            *state = shown;
-            let mut last_error = told.last_error.take();
+        let unasked = !is_fed && now.duration_since(self.times.waits) > UNASKED;
+        let (copy, new) = (&mut self.copy, self.state);
+        self.status.send_modify(|(state, published)| {
+            *state = new;
+            let mut last_error = published.last_error.take();
             if unasked && last_error.as_ref().is_none_or(|error| !error.current || error.message != WAITS) {
                 last_error = Some(LastError::now("retry", WAITS));
             }
-            if let Some(error) = last_error.as_mut().filter(|_| shown == State::Running && !unasked) {
+            if let Some(error) = last_error.as_mut().filter(|_| new == State::Running && !unasked) {
                 error.ran();
             }
             copy.last_error = last_error;
-            *told = copy.clone();
+            *published = copy.clone();
         });
+    }
+
+    /// Updates position, lag and headroom in the status. The last two are not known while the target has no consumer.
+    fn show_lag(&mut self, is_fed: bool, now: Instant) {
+        let (copy, state, position) = (&mut self.copy, &self.source_info.state, self.position.seq);
+        // As long as the position stays, so does the oldest message, also where it is not read yet.
+        let before = copy.lag.filter(|_| copy.position.source_seq == position).and_then(|lag| lag.oldest);
+        copy.position = Position { source_seq: position, target_seq: position };
+        (copy.source.first_seq, copy.source.last_seq) = (Some(state.first_seq), Some(state.last_seq.max(position)));
+        let Some((session, reader)) = self.session.as_ref().filter(|_| is_fed) else {
+            (copy.lag, copy.headroom) = (None, None);
+            return;
+        };
+        let counted = reader.pending() + session.in_flight().messages;
+        let seen = session.last().seq.max(reader.seen());
+        let Waiting { last_seq, messages } = Waiting::of(state, true, position, counted, seen);
+        copy.source.last_seq = Some(last_seq);
+        let read = || reader.next().map(|point| FedPoint { seq: point.seq, time_ns: point.time_ns });
+        let oldest = session.oldest().or_else(read);
+        let stored = oldest.and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
+        let lag = Lag::new(messages, stored.or(before), self.clock.now(now));
+        copy.lag = Some(lag);
+        let oldest = Oldest {
+            seq: oldest.map_or(position + 1, |point| point.seq),
+            age: lag.oldest.and(lag.seconds).map(Duration::from_secs_f64),
+        };
+        copy.headroom = match self.polls.outlook(&Retention::of(&self.source_info), &oldest) {
+            _ if messages == 0 => None,
+            Outlook::Left(headroom) => Some(headroom),
+            Outlook::Safe => None,
+            Outlook::Unknown => copy.headroom,
+        };
     }
 
     fn row(&self) -> Row {
@@ -641,7 +667,7 @@ impl<'a> Feed<'a> {
     }
 }
 
-/// What the status says while a target does not ask.
+/// The error in the status while a target does not ask.
 const WAITS: &str =
     "the target has not asked for messages yet: after a long outage of the feed it asks again within 50 s";
 

@@ -20,7 +20,7 @@ use crate::{
         },
     },
     names,
-    status::{CopyStatus, State, Transport},
+    status::{CopyStatus, Ordering, State, TargetMode, Transport},
 };
 
 /// Everything that a feed works with.
@@ -81,6 +81,8 @@ pub(super) async fn open(
         copy.target.server.clone_from(&target.info().server_name);
         (copy.source.connected, copy.target.connected) = (true, true);
         copy.transport = Transport::Feed;
+        // Only the feed writes to a mirror, in the order of the source.
+        (copy.target_mode, copy.ordering) = (TargetMode::Exclusive, Ordering::Strict);
     });
     Ok(OpenedFeed { subjects, source, names, source_info, clock, target, target_info, leaf })
 }

@@ -49,6 +49,7 @@ impl Amount {
 #[derive(Debug, Clone, Copy, Default)]
 struct FeedPart {
     amount: Amount,
+    first: FedPoint,
     last: FedPoint,
 }
 
@@ -137,6 +138,12 @@ impl FeedSession {
         self.in_flight
     }
 
+    /// The oldest message that was delivered and is not known to be stored.
+    pub fn oldest(&self) -> Option<FedPoint> {
+        let part = self.parts.front().unwrap_or(&self.open);
+        (part.amount.messages > 0).then_some(part.first)
+    }
+
     /// Whether the window is full.
     pub fn is_full(&self) -> bool {
         self.parts.len() >= PARTS
@@ -148,7 +155,7 @@ impl FeedSession {
     }
 
     /// Takes the next message as delivered, and writes its reply subject: the target finds sequence and time in it, and the
-    /// subject of the message behind `@`.
+    /// subject of the message after `@`.
     pub fn deliver(&mut self, delivery: &Delivery, subject: &[u8], bytes: usize, reply: &mut Vec<u8>) {
         self.delivered += 1;
         reply.clear();
@@ -162,6 +169,9 @@ impl FeedSession {
         reply.extend_from_slice(subject);
         let amount = Amount { messages: 1, bytes: bytes as u64 };
         self.last = FedPoint { seq: *stream_seq, time_ns: Some(*time_ns) };
+        if self.open.amount.messages == 0 {
+            self.open.first = self.last;
+        }
         self.open.amount.add(amount);
         self.open.last = self.last;
         self.in_flight.add(amount);
@@ -272,17 +282,21 @@ mod tests {
             deliver(&mut session, seq);
             asked.extend(session.flow_control(false).map(|(subject, _)| subject));
         }
+        assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(11));
         assert_eq!(asked, ["F.C.1", "F.C.2", "F.C.3", "F.C.4"]);
         assert_eq!(session.in_flight(), Amount { messages: 8, bytes: 800 });
         assert_eq!(session.answered(b"F.X.1"), None);
         assert_eq!(session.answered(b"F.C.5"), None);
         let (amount, last) = session.answered(b"F.C.2").unwrap();
         assert_eq!((amount.messages, last.seq), (4, 14));
+        assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(15));
         assert_eq!(session.answered(b"F.C.1"), None, "an old answer");
         assert!(!session.is_full());
         let (amount, last) = session.answered(b"F.C.4").unwrap();
         assert_eq!((amount.messages, last.seq), (4, 18));
-        assert!(session.is_settled());
+        assert!(session.is_settled() && session.oldest().is_none());
+        deliver(&mut session, 19);
+        assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(19));
     }
 
     #[test]

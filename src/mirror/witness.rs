@@ -1,9 +1,9 @@
-//! Whether a mirror may go on behind what it holds: a source that was deleted and created again, or was restored from a
+//! Whether a mirror may continue after the messages that it holds: a source that was deleted and created again, or was restored from a
 //! backup, has other messages under the same sequences. Pure.
 
 use super::session::FedPoint;
 
-/// What both sides say of the sequence behind which the mirror wants to go on.
+/// The answers of both sides about the sequence after which the mirror wants to continue.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Evidence {
     /// The last sequence that the mirror holds, above 0.
@@ -18,7 +18,7 @@ pub(super) struct Evidence {
     pub saved: Option<FedPoint>,
 }
 
-/// Why the mirror may not go on; `None` if nothing speaks against it.
+/// Why the mirror may not continue; `None` if nothing contradicts it.
 pub(super) fn objection(evidence: &Evidence) -> Option<String> {
     let Evidence { last, source_last, source, target_ns, saved } = *evidence;
     if source_last < last {
@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_stream_goes_on() {
+    fn the_same_stream_continues() {
         assert!(!check(10, point(10, 5), Some(5), None));
         assert!(!check(20, point(12, 7), Some(5), None), "10 and 11 were deleted at the source");
         assert!(!check(20, None, Some(5), None), "everything from 10 on was deleted");

@@ -182,8 +182,8 @@ fn message(line: &[u8], line_at: usize, body_at: usize) -> Result<(MessageFrame,
     frame((line, line_at, body_at), (sid, words[0], reply), (with_header, &words[..count]))
 }
 
-/// `LMSG <subject> [reply] <size>` or `HMSG <subject> [reply] <header size> <total size>`. The forms for queue groups do not
-/// come to who has no subscription in one.
+/// `LMSG <subject> [reply] <size>` or `HMSG <subject> [reply] <header size> <total size>`. The forms for queue groups are
+/// only sent to subscriptions in one.
 fn leaf_message(line: &[u8], line_at: usize, body_at: usize) -> Result<(MessageFrame, usize), ParseError> {
     let (keyword, with_header) = match line {
         [b'L', b'M', b'S', b'G', b' ' | b'\t', ..] => (5, false),
@@ -202,7 +202,7 @@ fn leaf_message(line: &[u8], line_at: usize, body_at: usize) -> Result<(MessageF
 /// Start and end of a word in its line.
 type Word = (usize, usize);
 
-/// The words of a line behind its keyword, and how many there are.
+/// The words of a line after its keyword, and their number.
 fn words(line: &[u8], keyword: usize) -> Result<([Word; 5], usize), ParseError> {
     let mut words = [(0usize, 0usize); 5];
     let mut count = 0;

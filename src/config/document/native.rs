@@ -38,7 +38,12 @@ const EVERY_MESSAGE: &str = "a mirror takes every message";
 const UNCHANGED: &str = "a mirror takes the messages unchanged";
 
 /// Limits that are not applied to a mirror.
-const NOT_LIMITED: [&str; 2] = ["messages_per_second", "bytes_per_second"];
+const NOT_LIMITED: [(&str, &str); 4] = [
+    ("messages_per_second", "a mirror is fed as fast as it stores"),
+    ("bytes_per_second", "a mirror is fed as fast as it stores"),
+    ("senders", EVERY_MESSAGE),
+    ("sender_bytes", EVERY_MESSAGE),
+];
 
 /// What is wrong with the scheme of the URL of a side.
 pub(super) fn wrong_scheme(side: &str, scheme: Scheme) -> Option<&'static str> {
@@ -99,10 +104,9 @@ impl Checker {
                 self.problem(field, format!("`{field}` is not for kind `mirror`: {why}"));
             }
         }
-        for field in NOT_LIMITED {
+        for (field, why) in NOT_LIMITED {
             if written.get("limits").and_then(|limits| limits.get(field)).is_some() {
-                let message =
-                    format!("`limits.{field}` is not for kind `mirror`: a mirror is fed as fast as it stores");
+                let message = format!("`limits.{field}` is not for kind `mirror`: {why}");
                 self.problems.push(Problem::new(format!("/limits/{field}"), message));
             }
         }
@@ -151,18 +155,34 @@ mod tests {
         for (field, value) in [
             ("filter_subject", json!("a.>")),
             ("filter_subjects", json!(["a.>"])),
+            ("exclude_subjects", json!(["a.>"])),
+            ("inspect_field", json!("sender")),
+            ("inspect_header", json!("Sender")),
+            ("inspect_subject_token", json!(1)),
+            ("inspect_force_field", json!("force")),
+            ("inspect_duration", json!("1h")),
+            ("warn_duration", json!("1h")),
+            ("size_trigger", json!(10)),
+            ("advisory", json!({"subject": "a"})),
             ("subject_transforms", json!([{"src": "a", "dest": "b"}])),
             ("target_subject_prefix", json!("x")),
+            ("target_subject_remove", json!("x")),
             ("max_age", json!("1h")),
             ("on_reject", json!("skip")),
+            ("dead_letter", json!({"subject": "a"})),
+            ("target_update", json!(true)),
+            ("ordering", json!("strict")),
             ("on_source_loss", json!("follow")),
             ("target_mode", json!("shared")),
             ("leader_election_name", json!("x")),
         ] {
             check(json!({ field: value }), &format!("/{field}"), "is not for kind `mirror`");
         }
-        check(json!({"limits": {"bytes_per_second": 1024}}), "/limits/bytes_per_second", "is not for kind `mirror`");
-        document(json!({"on_reject": "hold", "start_at_end": true, "target_update": false})).unwrap();
+        for limit in ["messages_per_second", "bytes_per_second", "senders", "sender_bytes"] {
+            check(json!({"limits": {limit: 70_000}}), &format!("/limits/{limit}"), "is not for kind `mirror`");
+        }
+        let limits = json!({"messages_in_flight": 100, "bytes_in_flight": 1_048_576});
+        document(json!({"on_reject": "hold", "start_at_end": true, "target_update": false, "limits": limits})).unwrap();
     }
 
     #[test]

@@ -99,7 +99,7 @@ async fn messages_and_interest_go_both_ways() -> Result<()> {
         let expect = ("back".to_owned(), b"NATS/1.0\r\nColor: blue\r\n\r\n".to_vec(), b"hello".to_vec());
         assert_eq!(first.await?, expect, "{version}");
 
-        // What the account listens on is told, when it begins and when it ends.
+        // Subscriptions of the account are announced when they begin and when they end.
         let mut subscription = client.subscribe("from.*").await?;
         client.flush().await?;
         let begins = |begins: bool| {
@@ -113,7 +113,7 @@ async fn messages_and_interest_go_both_ways() -> Result<()> {
         leaf.send(b"from.leaf", b"", b"", b"");
         leaf.flush(LIMIT).await;
         let message = timeout(LIMIT, subscription.next()).await?.context("a message")?;
-        // The part behind `@` is the subject for who it is delivered to, and the reply is what is before it.
+        // The part after `@` is the subject at delivery, and the part before it the reply.
         assert_eq!(message.subject.as_str(), "real.subject", "{version}");
         assert_eq!(message.reply.as_deref(), Some("$JS.ACK.S.C.1.7.1.5.0"));
         assert_eq!(&message.payload[..], b"data");
@@ -273,7 +273,7 @@ async fn the_newest_connection_of_a_name_stays() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_port_for_clients_is_told_as_one() -> Result<()> {
+async fn a_port_for_clients_is_named_as_one() -> Result<()> {
     for version in VERSIONS {
         let (server, _) = server(version, "", "").await?;
         let url = connection(&format!("nats-leaf://127.0.0.1:{}", server.port()));

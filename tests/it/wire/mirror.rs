@@ -114,12 +114,12 @@ async fn kills_of_everything_lose_and_double_nothing() -> Result<()> {
         for _ in 0..3 {
             site.service.kill()?;
             site.service.restart().await?;
-            // The target waits for the feed that is gone: it is told so.
-            moves(&site, "the mirror to go on after a kill of the service").await?;
+            // The target waits for the feed that is gone: a heartbeat contradicts it.
+            moves(&site, "the mirror to continue after a kill of the service").await?;
         }
         site.target.kill()?;
         site.target.restart().await?;
-        moves(&site, "the mirror to go on after a kill of the target").await?;
+        moves(&site, "the mirror to continue after a kill of the target").await?;
         load.await??;
         site.settled(STREAM, MESSAGES).await.context(version)?;
         assert_eq!(verify(&site, version).await? as u64, MESSAGES);
@@ -376,10 +376,10 @@ async fn a_replicated_mirror_made_by_hand_survives_its_servers() -> Result<()> {
     };
     moves("the mirror to begin").await?;
     cluster.step_down(STREAM).await?;
-    moves("the mirror to go on after a stepdown").await?;
+    moves("the mirror to continue after a stepdown").await?;
     // The feed is connected to the first server.
     cluster.end(0, End::Killed).await?;
-    moves("the mirror to go on without the server of its leafnode").await?;
+    moves("the mirror to continue without the server of its leafnode").await?;
     cluster.servers[0].restart().await?;
     load.await??;
     site.settled_within(STREAM, MESSAGES, 2 * LIMIT).await?;

@@ -1,9 +1,9 @@
 //! A leafnode connection: what a nats-server speaks to a leaf server, from the leaf's side. A leaf may do what a client may
-//! not, such as publish with a reply subject below `$JS.ACK`; and of what it sends, the part of a reply subject behind `@`
-//! becomes the subject of the message for the one that it is delivered to (`processMsgResults` of nats-server).
+//! not, such as publish with a reply subject below `$JS.ACK`; and in its messages, the part of a reply subject after `@`
+//! becomes the subject of the message at delivery (`processMsgResults` of nats-server).
 //!
-//! The connection subscribes with `LS+` and is told by `LS+` and `LS-` what the account of the server subscribes to, as far
-//! as the leaf user may publish to it. Compression is not offered, so nothing is compressed.
+//! The connection subscribes with `LS+`. With `LS+` and `LS-` the server announces the subscriptions of its account, as far as
+//! the leaf user may publish to them. Compression is not offered, so nothing is compressed.
 
 use std::{collections::VecDeque, fmt::Write as _, future::poll_fn, net::SocketAddr, time::Duration};
 
@@ -30,7 +30,7 @@ use crate::{
 /// Where servers take websockets of leafnodes.
 const WEBSOCKET_PATH: &str = "/leafnode";
 
-/// As what a leaf logs in, beside the identity of its URL.
+/// The names that a leaf logs in with, beside the identity of its URL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeafLogin {
     /// Name of the leaf server. A server closes an older leafnode connection of the same name and `account`.
@@ -45,7 +45,7 @@ pub struct LeafLogin {
 #[derive(Debug)]
 pub struct Leaf {
     lane: Lane,
-    /// What arrived during the login: whoever waits for a leaf asks at once.
+    /// Messages that arrived during the login: a mirror that waits for a leaf asks at once.
     early: VecDeque<Batch>,
 }
 
@@ -94,7 +94,7 @@ impl Leaf {
         Ok(leaf)
     }
 
-    /// Sends login and subscriptions in one piece: a server that has let the leaf in looks for who waits for it.
+    /// Sends login and subscriptions in one piece: mirrors of the account ask as soon as the server has accepted the leaf.
     async fn handshake(&mut self, endpoint: &Endpoint, login: &LeafLogin) -> Result<(), Error> {
         let lane = &mut self.lane;
         let identity = connect_fields(&endpoint.auth, lane.info.nonce.as_deref())?;
