@@ -243,9 +243,14 @@ async fn a_mirror_begins_where_the_document_says() -> Result<()> {
         let mut source = site.source_stream(STREAM, json!({})).await?;
         site.publish(STREAM, 1..=100).await?;
         source.api(&format!("STREAM.PURGE.{STREAM}"), json!({"seq": 21})).await?;
+        let middle = source.read_stream(STREAM).await?.into_iter().find(|message| message.seq == 61);
+        let middle = i64::try_from(middle.context("a message")?.time)?;
+        let middle = chrono::DateTime::from_timestamp_nanos(middle).to_rfc3339_opts(chrono::SecondsFormat::Nanos, true);
         for (name, start, first) in [
             ("all", json!({}), 21),
             ("sequence", json!({"start_sequence": 51}), 51),
+            ("time", json!({"start_time": middle}), 61),
+            ("delta", json!({"start_delta": "1h"}), 21),
             ("end", json!({"start_at_end": true}), 101),
         ] {
             let mut document = site.document_with(STREAM, fields.clone());
@@ -262,11 +267,67 @@ async fn a_mirror_begins_where_the_document_says() -> Result<()> {
         site.publish(STREAM, 101..=110).await?;
         site.settled(&format!("{STREAM}.end"), 110).await?;
         let all = site.source().await?.read_stream(STREAM).await?;
-        for (name, first) in [("all", 21), ("sequence", 51), ("end", 101)] {
+        for (name, first) in [("all", 21), ("sequence", 51), ("time", 61), ("delta", 21), ("end", 101)] {
             site.settled(&format!("{STREAM}.{name}"), 110).await?;
             let expect: Vec<_> = all.iter().filter(|message| message.seq >= first).cloned().collect();
             assert_eq!(site.target().await?.read_stream(name).await?, expect, "{version} {name}");
         }
+    }
+    Ok(())
+}
+
+/// A target that stores nothing for a while: lag and headroom are known meanwhile, and end with it.
+#[tokio::test]
+async fn a_mirror_that_lags_shows_lag_and_headroom() -> Result<()> {
+    let (site, fields) = begin("2.15.1", &[]).await?;
+    site.source_stream(STREAM, json!({"max_age": 3_600_000_000_000_u64})).await?;
+    site.publish(STREAM, 1..=10).await?;
+    site.add(STREAM, fields).await?;
+    let row = site.settled(STREAM, 10).await?;
+    assert_eq!(
+        (&row["headroom"], &row["target_mode"], &row["ordering"]),
+        (&Value::Null, &json!("exclusive"), &json!("strict"))
+    );
+    site.target.freeze()?;
+    site.publish(STREAM, 11..=20).await?;
+    let lags = |row: &Value| row["lag"]["messages"] == 10 && row["headroom"]["limit"] == "age";
+    let row = site.row_when(STREAM, "lags", lags).await?;
+    let left = row["headroom"]["seconds"].as_f64().context("seconds")?;
+    ensure!((3_000.0..=3_600.0).contains(&left) && row["in_flight"]["messages"] == 10, "{row}");
+    site.target.thaw()?;
+    site.settled(STREAM, 20).await?;
+    site.row_when(STREAM, "has caught up", |row| row["headroom"].is_null() && row["lag"]["seconds"] == 0.0).await?;
+    verify(&site, "after the pause").await.map(drop)
+}
+
+/// A bucket: messages are replaced and rolled up, and the target is a JetStream domain that is asked by its name.
+#[tokio::test]
+async fn a_bucket_is_mirrored_into_a_domain() -> Result<()> {
+    const BUCKET: &str = "KV_B";
+    for version in VERSIONS {
+        let port = free_port()?;
+        let leafnodes = format!("leafnodes {{ listen: \"127.0.0.1:{port}\" }}");
+        let target = Server::builder(Role::Target).version(version).domain("hub").config(&leafnodes).start().await?;
+        let site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;
+        let mut source = site.source_stream(
+            BUCKET,
+            json!({"subjects": ["$KV.B.>"], "max_msgs_per_subject": 2, "allow_rollup_hdrs": true, "deny_delete": true,
+                "allow_direct": true, "discard": "new"}),
+        )
+        .await?;
+        let put = |key: u64, value: u64| Outgoing::new(format!("$KV.B.{key}"), value.to_string());
+        source.publish_all((0..30).map(|number| put(number % 5, number))).await?;
+        let fields = json!({"kind": "mirror", "target_domain": "hub", "name": "hub",
+            "limits": {"messages_in_flight": 8, "bytes_in_flight": 1_048_576},
+            "target_leaf_url": format!("nats-leaf://127.0.0.1:{port}")});
+        site.add(BUCKET, fields).await?;
+        let id = format!("{BUCKET}.hub");
+        site.settled(&id, 30).await.context(version)?;
+        source.publish_all((30..40).map(|number| put(number % 5, number))).await?;
+        source.publish(&put(3, 99).with_lines(&["Nats-Rollup: sub"])).await?;
+        site.settled(&id, 41).await.context(version)?;
+        let (from, to) = (source.read_stream(BUCKET).await?, site.target().await?.read_stream(BUCKET).await?);
+        ensure!(from.len() == 9 && from == to, "{version}: {from:?} became {to:?}");
     }
     Ok(())
 }
