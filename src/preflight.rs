@@ -129,7 +129,7 @@ pub async fn run(
     until: Instant,
 ) -> PreflightReport {
     if let Some(native) = &replication.native {
-        return native::run(rules, own, replication, native, until).await;
+        return native::run(rules, own, (replication, native), known, until).await;
     }
     let early = until - SECOND_ROUND;
     let (mut source, mut target) = tokio::join!(

@@ -215,7 +215,8 @@ pub struct PreflightStream {
 pub struct Check {
     /// The check: at both sides `connect`, `jetstream`, `stream`, `calls`; at the source `clock`, `filter`, `start`,
     /// `limits`, and `dead_letter` and `advisory` where these are set; at the target `publish`, `subjects`,
-    /// `max_payload`, `limits`, `target_mode`, `headers`, `duplicates`, `cycle`.
+    /// `max_payload`, `limits`, `target_mode`, `headers`, `duplicates`, `cycle`. With kind `mirror` there are
+    /// fewer, and `leafnode` at the target.
     pub name: String,
     /// Result.
     pub result: CheckResult,

@@ -4,10 +4,11 @@ use nats_lane::{Dial, Error, ErrorKind, ServerInfo, entropy, leafnode::LeafLogin
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    CheckOutcome, Own, PreflightReport, SideReport,
+    CheckOutcome, Judgement, OtherReplication, Own, PreflightReport, SideReport,
     judge::{SideFindings, list},
+    loops,
     side_checks::{CheckAnswer, SideChecks, SideFacts, SideRole, calls},
-    subjects::Share,
+    subjects::{Flow, Share},
 };
 use crate::{
     allow::AllowList,
@@ -25,8 +26,8 @@ const CHECKS_LEAVES: [(u32, u32, u32); 3] = [(2, 11, 16), (2, 12, 7), (2, 14, 0)
 pub(super) async fn run(
     rules: &AllowList,
     own: &Own<'_>,
-    replication: &Replication,
-    native: &NativeFeed,
+    (replication, native): (&Replication, &NativeFeed),
+    known: &[OtherReplication],
     until: Instant,
 ) -> PreflightReport {
     let subjects = FeedSubjects::of(own.site, &replication.id);
@@ -35,9 +36,10 @@ pub(super) async fn run(
         SideChecks::at(rules, SideRole::Target, replication, until),
         ask_leaf(rules, native, &subjects, until),
     );
+    let cycle = judge_cycle(replication, (&source.facts, &target.facts), known);
     PreflightReport {
         source: judge_source(own, replication, &source.facts),
-        target: judge_target(own, replication, &target.facts, &subjects, (native, &leaf)),
+        target: judge_target(own, replication, &target.facts, cycle, &subjects, (native, &leaf)),
     }
 }
 
@@ -98,6 +100,7 @@ fn judge_target(
     own: &Own<'_>,
     replication: &Replication,
     facts: &SideFacts,
+    cycle: Judgement,
     subjects: &FeedSubjects,
     (native, leaf): (&NativeFeed, &CheckAnswer<ServerInfo>),
 ) -> SideReport {
@@ -123,8 +126,26 @@ fn judge_target(
         create.into_iter().chain([format!("{prefix}.STREAM.MSG.GET.{name}")]).collect()
     });
     judge_calls(facts, needed.unwrap_or_default(), &mut findings);
+    findings.add_any("cycle", facts.path, cycle);
     judge_leaf(&mut findings, subjects, native, leaf);
     findings.report(facts)
+}
+
+/// Whether another replication copies the messages of the mirror back to its source.
+fn judge_cycle(
+    replication: &Replication,
+    (source, target): (&SideFacts, &SideFacts),
+    known: &[OtherReplication],
+) -> Judgement {
+    let name = |facts: &SideFacts| facts.connect.got().map(|info| info.server_name.clone()).unwrap_or_default();
+    let flow = Flow::of(replication, source.stream.there(), &source.learned.origins);
+    let way = loops::find(replication, (&name(source), &name(target)), &flow, known)?;
+    let text = format!(
+        "closes a replication loop with replication {}: source stream `{}` gets its messages back",
+        list(&way),
+        replication.source.stream
+    );
+    Some((CheckOutcome::Warning, text))
 }
 
 fn judge_calls(facts: &SideFacts, needed: Vec<String>, findings: &mut SideFindings) {

@@ -276,6 +276,27 @@ async fn a_mirror_begins_where_the_document_says() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn a_way_back_is_a_loop() -> Result<()> {
+    let (site, fields) = begin("2.15.1", &[]).await?;
+    site.filled(STREAM, 5).await?;
+    site.target_stream(STREAM, json!({})).await?;
+    let cycle = async || {
+        let document = site.document_with(STREAM, fields.clone());
+        let report = request(&site.client, "replicator.config.validate", document).await?;
+        let checks = report["preflight"]["target"]["checks"].as_array().context("checks")?.clone();
+        checks.into_iter().find(|check| check["name"] == "cycle").context("the check for loops")
+    };
+    assert_eq!(cycle().await?["result"], "ok");
+    let back =
+        json!({"stream": STREAM, "name": "back", "source_url": site.target.url(), "target_url": site.source.url()});
+    request(&site.client, "replicator.config.add", back).await?;
+    let found = cycle().await?;
+    let text = found["message"].as_str().context("a message")?;
+    ensure!(found["result"] == "warning" && text.contains("`ORDERS.back`"), "{found}");
+    Ok(())
+}
+
 /// A target that stores nothing for a while: lag and headroom are known meanwhile, and end with it.
 #[tokio::test]
 async fn a_mirror_that_lags_shows_lag_and_headroom() -> Result<()> {
