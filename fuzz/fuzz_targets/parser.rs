@@ -1,26 +1,33 @@
-//! The protocol parser must take any bytes, in any pieces, and so must the writer and the readers that use it:
-//! `cargo +nightly fuzz run parser`.
+//! The protocol parsers, of clients and of leafnodes, must take any bytes, in any pieces, and so must the writer and the readers
+//! that use them: `cargo +nightly fuzz run parser`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use nats_lane::parser::parse;
+use nats_lane::parser::{Control, MessageFrame, ParseError, Parsed, parse, parse_leaf};
 
 #[path = "../../tests/it/limits/properties.rs"]
 #[allow(dead_code, reason = "each target uses a part of it")]
 mod properties;
 
+type Parse = fn(&[u8], &mut Vec<MessageFrame>, &mut Vec<Control>) -> Result<Parsed, ParseError>;
+
 fuzz_target!(|input: (Vec<u8>, u16)| {
     let (bytes, cut) = input;
     properties::wire(&bytes);
+    for parse in [parse as Parse, parse_leaf] {
+        in_pieces(parse, &bytes, usize::from(cut).min(bytes.len()));
+    }
+});
+
+fn in_pieces(parse: Parse, bytes: &[u8], cut: usize) {
     let (mut frames, mut controls) = (Vec::new(), Vec::new());
-    let whole = parse(&bytes, &mut frames, &mut controls);
+    let whole = parse(bytes, &mut frames, &mut controls);
     for frame in &frames {
         for span in [frame.subject, frame.reply, frame.header, frame.payload] {
-            assert_eq!(span.of(&bytes).len(), span.len());
+            assert_eq!(span.of(bytes).len(), span.len());
         }
     }
     // Two pieces give what the whole gives.
-    let cut = usize::from(cut).min(bytes.len());
     let (mut first, mut rest) = (Vec::new(), Vec::new());
     let (mut first_controls, mut rest_controls) = (Vec::new(), Vec::new());
     if let Ok(parsed) = parse(&bytes[..cut], &mut first, &mut first_controls) {
@@ -32,4 +39,4 @@ fuzz_target!(|input: (Vec<u8>, u16)| {
             assert_eq!(controls, first_controls);
         }
     }
-});
+}
