@@ -15,6 +15,7 @@ mod global;
 mod heartbeat;
 mod instances;
 mod output;
+mod replicate;
 mod serve;
 mod site;
 mod status;
@@ -49,6 +50,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(Box<serve::Args>),
+    Replicate(replicate::Args),
     #[command(flatten)]
     Other(Box<Other>),
 }
@@ -79,14 +81,16 @@ enum Other {
 
 /// Runs the program with the process's arguments.
 pub fn main() -> ExitCode {
-    match Cli::parse().command {
+    match Cli::parse_from(replicate::with_default(std::env::args_os())).command {
         Command::Serve(args) => serve::main(&args),
-        Command::Other(command) => ask(&command),
+        Command::Replicate(args) => replicate::main(&args),
+        Command::Other(command) => finish(command.json(), async |out| command.run(out).await),
     }
 }
 
-fn ask(command: &Other) -> ExitCode {
-    let mut out = Output::new(command.json());
+/// Runs what ends by itself; returns the exit code.
+fn finish(json: bool, command: impl AsyncFnOnce(&mut Output) -> Result<Verdict, Error>) -> ExitCode {
+    let mut out = Output::new(json);
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -94,7 +98,7 @@ fn ask(command: &Other) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let verdict = runtime.block_on(command.run(&mut out));
+    let verdict = runtime.block_on(command(&mut out));
     // an answer that nobody gave yet is not waited for
     runtime.shutdown_background();
     let code = match verdict {

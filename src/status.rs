@@ -125,6 +125,12 @@ impl Origin {
     }
 }
 
+/// Where the document of a replication is, by its revision: `kv`, the configuration bucket, or `file`, the file of an
+/// instance, whose documents have revision 0.
+pub fn origin(revision: u64) -> &'static str {
+    if revision == 0 { "file" } else { "kv" }
+}
+
 /// State of a replication.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

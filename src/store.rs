@@ -4,6 +4,7 @@
 mod bucket;
 mod buckets;
 mod config;
+mod file_documents;
 mod keeper;
 mod leases;
 mod live;
@@ -17,6 +18,7 @@ mod watch;
 pub use bucket::{Cells, PutError, Stored};
 pub use buckets::{Buckets, CONFIG_HISTORY, Error, OwnStreams};
 pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
+pub use file_documents::{FILE_REVISION, FileDocuments, FileReloader};
 pub use keeper::{Condition, Keeper};
 pub use leases::{LeaseChange, LeaseRecord, LeaseStore, SessionRecord, Written};
 pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};

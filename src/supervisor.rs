@@ -5,6 +5,7 @@
 mod board;
 mod desired;
 mod group;
+mod hand_back;
 mod headroom;
 mod marks;
 mod neighbours;
@@ -47,8 +48,8 @@ use crate::{
     names::{HEARTBEATS_KEY, SITE_KEY},
     status::{Row, State},
     store::{
-        ConfigChange, ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionRecord, PositionStore, SenderStore,
-        SessionRecord, Stored,
+        ConfigChange, ConfigEntry, ConfigStore, FILE_REVISION, MarkKind, OwnStreams, PositionRecord, PositionStore,
+        SenderStore, SessionRecord, Stored,
     },
 };
 
@@ -492,9 +493,11 @@ impl Loop {
         }
     }
 
-    /// Revisions only grow, unless the bucket was made anew.
+    /// Revisions only grow, unless the bucket was recreated. Documents of a file have none.
     fn saw(&self, revision: u64) {
-        self.table.send_modify(|table| table.seen = revision);
+        if revision != FILE_REVISION {
+            self.table.send_modify(|table| table.seen = revision);
+        }
     }
 
     fn put(&mut self, entry: ConfigEntry) {

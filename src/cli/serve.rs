@@ -11,7 +11,9 @@ use crate::{
     allow::AllowList,
     app::{self, Settings},
     config::{SiteFile, parse_file},
-    names, telemetry,
+    names,
+    store::FileDocuments,
+    telemetry,
 };
 
 /// Shorter ones would be lost by a server's pause, longer ones would leave replications alone for too long.
@@ -203,6 +205,8 @@ impl Args {
             lease_ttl: lease_ttl.unwrap_or_default(),
             standalone: self.standalone,
             heartbeats: file.heartbeats,
+            documents: FileDocuments::default(),
+            on_hangup: None,
         })
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
 use nats_lane::{
-    Connection, ContextFields, Endpoint, ServerRef, Tls, check_context_name, endpoint, parse_duration,
+    Auth, Connection, ContextFields, Endpoint, ServerRef, Tls, check_context_name, endpoint, parse_duration,
     server_ref::{domain_prefix, looks_like_url, subject_prefix},
 };
 use schemars::JsonSchema;
@@ -12,11 +12,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Advisory, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems, Replication, Sampling, Scope,
-    SenderBounds, Sharing, Side, Start, Transform, patterns,
+    Advisory, ChoriaDocument, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems, Replication,
+    Sampling, Scope, SenderBounds, Sharing, Side, Start, Transform, patterns,
     schema::{self, join, shorten},
 };
 use crate::{
+    choria::ChoriaIdentity,
     names::{self, HEARTBEATS_KEY, SITE_KEY},
     status::Ordering,
 };
@@ -101,7 +102,7 @@ pub struct Document {
     /// Do not create the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_target_create: Option<bool>,
-    /// Accepted, without effect.
+    /// Our provenance comes before that of earlier hops.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_initiated: Option<bool>,
     /// Accepted, without effect.
@@ -110,6 +111,9 @@ pub struct Document {
     /// Candidate in Choria's leader election.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub leader_election_name: Option<String>,
+    /// The durable consumer of Choria's replicator is moved along.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hand_back: Option<bool>,
     /// Senders are identified by this field of the payload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspect_field: Option<String>,
@@ -167,6 +171,15 @@ pub struct Document {
     /// TLS files of the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_tls: Option<TlsDocument>,
+    /// An identity of Choria's for both sides.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub choria: Option<ChoriaDocument>,
+    /// An identity of Choria's for the source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_choria: Option<ChoriaDocument>,
+    /// An identity of Choria's for the target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_choria: Option<ChoriaDocument>,
 }
 
 /// `limits` of a document.
@@ -311,6 +324,8 @@ struct SideFields<'a> {
     api_prefix: (&'static str, Option<&'a str>),
     own_tls: Option<&'a TlsDocument>,
     tls: Option<&'a TlsDocument>,
+    /// The identity of Choria's that applies, and the field that it is in.
+    choria: Option<(&'static str, &'a ChoriaDocument)>,
 }
 
 /// Collects problems while the fields are read one by one; a field with a problem reads as `None` or a default,
@@ -358,6 +373,9 @@ impl Checker {
         self.tls("tls", tls);
         self.tls("source_tls", source_tls);
         self.tls("target_tls", target_tls);
+        let choria = document.choria.as_ref().map(|choria| ("choria", choria));
+        let source_choria = document.source_choria.as_ref().map(|choria| ("source_choria", choria)).or(choria);
+        let target_choria = document.target_choria.as_ref().map(|choria| ("target_choria", choria)).or(choria);
         let source = SideFields {
             side: "source",
             url: ("source_url", text(&document.source_url)),
@@ -366,6 +384,7 @@ impl Checker {
             api_prefix: ("source_api_prefix", text(&document.source_api_prefix)),
             own_tls: source_tls,
             tls,
+            choria: source_choria,
         };
         let target = SideFields {
             side: "target",
@@ -375,6 +394,7 @@ impl Checker {
             api_prefix: ("target_api_prefix", text(&document.target_api_prefix)),
             own_tls: target_tls,
             tls,
+            choria: target_choria,
         };
         let source = self.side(&source, stream);
         let target = self.side(&target, target_stream);
@@ -398,6 +418,8 @@ impl Checker {
             start,
             max_age,
             leader_election_name: text(&document.leader_election_name).map(str::to_owned),
+            hand_back: document.hand_back.unwrap_or_default(),
+            provenance_first: document.target_initiated.unwrap_or_default(),
             sampling,
             on_reject,
             create_target: !document.no_target_create.unwrap_or_default(),
@@ -500,11 +522,36 @@ impl Checker {
         let tls = Tls { ca, cert, key, ..endpoint.tls };
         let endpoint =
             endpoint.with_tls(tls).map_err(|error| self.problem(field, format!("`{field}`: {error}"))).ok()?;
+        let endpoint = match self.choria(fields) {
+            // That of both sides is for those whose URL has none.
+            Some(_)
+                if endpoint.auth != Auth::Anonymous && fields.choria.is_some_and(|(field, _)| field == "choria") =>
+            {
+                endpoint
+            }
+            Some(identity) => {
+                identity.at(endpoint).map_err(|error| self.problem(field, format!("`{field}`: {error}"))).ok()?
+            }
+            None => endpoint,
+        };
         let connection = Connection::to(endpoint);
         Some(Connection { api_prefix: api.unwrap_or(connection.api_prefix), ..connection })
     }
 
+    fn choria(&mut self, fields: &SideFields<'_>) -> Option<ChoriaIdentity> {
+        let (field, document) = fields.choria?;
+        let (identity, problems) = document.identity(field);
+        self.problems.extend(problems);
+        identity
+    }
+
     fn context(&mut self, field: &str, name: &str, fields: &SideFields<'_>, api: Option<String>) -> Option<ServerRef> {
+        if let Some((choria, document)) = fields.choria
+            && document.identity(choria).0.is_some()
+        {
+            let message = format!("`{choria}` and `{field}` are two identities: remove one of them, or write a URL");
+            self.problem(field, message);
+        }
         if let Err(right) = check_context_name(name) {
             let is = if name.contains([':', '@']) { String::new() } else { format!(" is `{}`", shorten(name)) };
             self.problem(field, format!("`{field}`{is}: {right}"));
@@ -815,7 +862,11 @@ fn ordering(document: &Document) -> Ordering {
 fn notices(document: &Document) -> Vec<String> {
     let mut notices = Vec::new();
     if document.target_initiated == Some(true) {
-        notices.push("`target_initiated` has no effect: the copy is equally fast from either side".to_owned());
+        notices.push(
+            "`target_initiated` puts our provenance before that of earlier hops, and has no other effect: the copy is equally \
+             fast from either side"
+                .to_owned(),
+        );
     }
     if document.ephemeral == Some(true) {
         notices.push("`ephemeral` has no effect: every copy resumes where it stopped".to_owned());
@@ -997,6 +1048,32 @@ mod tests {
         good(json!({"inspect_field": "a", "advisory": {"subject": "%s.%v"}}));
         good(json!({"inspect_field": "a", "advisory": {"subject": "$KV.BUCKET.%v"}}));
         check(json!({"inspect_fields": "a"}), "/inspect_fields", "did you mean `inspect_field`");
+    }
+
+    #[test]
+    fn the_most_specific_choria_identity_applies_as_a_whole() {
+        let files = |name: &str| json!({"seed_file": format!("/{name}.seed"), "jwt_file": "/jwt", "collective": "c"});
+        let seed = |side: &Side| match &endpoint(side).auth {
+            Auth::Custom(identity) => identity.files()[0].1.display().to_string(),
+            other => format!("{other:?}"),
+        };
+        let both = good(json!({"choria": files("both"), "target_choria": files("own")}));
+        assert_eq!([seed(&both.source), seed(&both.target)], ["/both.seed", "/own.seed"]);
+        let none = good(json!({"choria": files("both"), "target_choria": {}}));
+        assert_eq!([seed(&none.source), seed(&none.target)], ["/both.seed", "Anonymous"]);
+        let check = |more: Value, path: &str, words: &str| {
+            let found = problems(&with(more.clone()));
+            assert!(found.iter().any(|(at, text)| at == path && text.contains(words)), "{more}: {found:?}");
+        };
+        check(json!({"choria": {"seed_file": "/s"}}), "/choria", "has no `jwt_file`");
+        check(json!({"source_choria": {"seed_file": "/s", "jwt_file": "/j"}}), "/source_choria/collective", "required");
+        check(json!({"source_choria": files("a"), "source_url": "nats://u:p@a"}), "/source_url", "another one");
+        let by_url = good(json!({"choria": files("both"), "target_url": "nats://b?credentials=/c"}));
+        assert_eq!([seed(&by_url.source), seed(&by_url.target)], ["/both.seed", "CredentialsFile(\"/c\")"]);
+        check(json!({"choria": {"seed": "/s"}}), "/choria/seed", "did you mean `seed_file`");
+        let mut context = with(json!({"choria": files("a"), "source_context": "east"}));
+        context.as_object_mut().unwrap().remove("source_url");
+        assert!(problems(&context).iter().any(|(at, text)| at == "/source_context" && text.contains("two identities")));
     }
 
     #[test]
@@ -1342,6 +1419,7 @@ mod tests {
         let schema = schema::replication_schema();
         let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
         let tls = TlsDocument { ca: Some("a".into()), cert: Some("b".into()), key: Some("c".into()) };
+        let choria = ChoriaDocument { seed_file: "a".into(), jwt_file: "b".into(), collective: "c".into() };
         let some = || Some("x".to_owned());
         // no `..Default::default()`: a new field has to be named here
         let full = Document {
@@ -1372,6 +1450,7 @@ mod tests {
             target_initiated: Some(true),
             ephemeral: Some(true),
             leader_election_name: some(),
+            hand_back: Some(true),
             inspect_field: some(),
             inspect_header: some(),
             inspect_subject_token: Some(1),
@@ -1398,6 +1477,9 @@ mod tests {
             tls: Some(tls.clone()),
             source_tls: Some(tls.clone()),
             target_tls: Some(tls),
+            choria: Some(choria.clone()),
+            source_choria: Some(choria.clone()),
+            target_choria: Some(choria),
         };
         let full = serde_json::to_value(full).unwrap();
         assert_eq!(keys(&full), keys(&schema["properties"]));
@@ -1405,6 +1487,7 @@ mod tests {
         assert_eq!(keys(&full["advisory"]), keys(&schema["properties"]["advisory"]["properties"]));
         assert_eq!(keys(&full["dead_letter"]), keys(&schema["properties"]["dead_letter"]["properties"]));
         assert_eq!(keys(&full["tls"]), keys(&schema["$defs"]["tls"]["properties"]));
+        assert_eq!(keys(&full["choria"]), keys(&schema["$defs"]["choria"]["properties"]));
         let transform = &schema["properties"]["subject_transforms"]["items"];
         assert_eq!(keys(&full["subject_transforms"][0]), keys(&transform["properties"]));
         let findings = schema::REPLICATION.check(&full);

@@ -7,7 +7,7 @@ use nats_lane::{
     server_ref::{looks_like_url, no_url},
 };
 use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings, transform::RecursiveTransform};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
@@ -83,7 +83,7 @@ pub struct HeartbeatDocument {
 
 /// Choria's identity: a signed token and the seed that it is bound to. Both files or none are named, and read at every
 /// attempt to connect. Without a `tls` the server's certificate is not verified, as in Choria.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 #[schemars(rename = "Choria")]
 pub struct ChoriaDocument {
@@ -96,6 +96,37 @@ pub struct ChoriaDocument {
     /// Collective, the first token of the subjects that replies come on. Required with the files.
     #[schemars(length(max = 128))]
     pub collective: String,
+}
+
+impl ChoriaDocument {
+    /// The identity, if files are named, and what is wrong with it; `field` is where the document has it.
+    pub(super) fn identity(&self, field: &str) -> (Option<ChoriaIdentity>, Vec<Problem>) {
+        let Self { seed_file, jwt_file, collective } = self;
+        let mut problems = Vec::new();
+        let missing = match (seed_file.is_empty(), jwt_file.is_empty()) {
+            (true, true) => return (None, problems),
+            (true, false) => "seed_file",
+            (false, true) => "jwt_file",
+            (false, false) => "",
+        };
+        if !missing.is_empty() {
+            let message = format!("`{field}` has no `{missing}`: `seed_file` and `jwt_file` go together");
+            problems.push(Problem::new(format!("/{field}"), message));
+        }
+        let wrong = match collective.as_str() {
+            "" => Some(format!("`{field}.collective` is required")),
+            name if looks_like_url(name) => no_url(name).err().map(|wrong| format!("`{field}.collective`: {wrong}")),
+            name => {
+                let wrong = wrong_subject(name, Wildcards::Refused);
+                wrong.map(|wrong| format!("`{field}.collective` is `{}`: {wrong}", shorten(name)))
+            }
+        };
+        if let Some(wrong) = wrong {
+            problems.push(Problem::new(format!("/{field}/collective"), wrong));
+        }
+        let identity = ChoriaIdentity { seed: seed_file.into(), jwt: jwt_file.into(), collective: collective.clone() };
+        (Some(identity), problems)
+    }
 }
 
 /// Heartbeats that can run.
@@ -199,7 +230,8 @@ impl HeartbeatChecker {
 
     fn place(&mut self, document: &HeartbeatsDocument) -> Option<ServerRef> {
         let tls = self.tls(&document.tls);
-        let choria = self.choria(&document.choria);
+        let (choria, wrong) = document.choria.identity("choria");
+        self.problems.extend(wrong);
         if document.url.is_empty() {
             if !self.is_refused("/url") {
                 self.problem("/url", "`url` is required".to_owned());
@@ -237,32 +269,6 @@ impl HeartbeatChecker {
         };
         self.problem("/tls", format!("`tls` has no `{missing}`: `cert` and `key` go together"));
         tls
-    }
-
-    fn choria(&mut self, choria: &ChoriaDocument) -> Option<ChoriaIdentity> {
-        let ChoriaDocument { seed_file, jwt_file, collective } = choria;
-        let missing = match (seed_file.is_empty(), jwt_file.is_empty()) {
-            (true, true) => return None,
-            (true, false) => "seed_file",
-            (false, true) => "jwt_file",
-            (false, false) => "",
-        };
-        if !missing.is_empty() {
-            let message = format!("`choria` has no `{missing}`: `seed_file` and `jwt_file` go together");
-            self.problem("/choria", message);
-        }
-        let wrong = match collective.as_str() {
-            "" => Some("`choria.collective` is required".to_owned()),
-            name if looks_like_url(name) => no_url(name).err().map(|wrong| format!("`choria.collective`: {wrong}")),
-            name => {
-                let wrong = wrong_subject(name, Wildcards::Refused);
-                wrong.map(|wrong| format!("`choria.collective` is `{}`: {wrong}", shorten(name)))
-            }
-        };
-        if let Some(wrong) = wrong {
-            self.problem("/choria/collective", wrong);
-        }
-        Some(ChoriaIdentity { seed: seed_file.into(), jwt: jwt_file.into(), collective: collective.clone() })
     }
 
     fn interval(&mut self, path: &str, text: &str) -> Option<Duration> {

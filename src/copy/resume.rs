@@ -554,6 +554,9 @@ impl Sides<'_> {
             return self.source_went_back(seq, &format!("it does not have message {seq} that was copied last")).await;
         }
         let position = match self.acked().await? {
+            Some(floor) if floor > 0 && self.durable.is_none() && self.never_held_any() => {
+                return self.not_what_was_acknowledged(floor).await;
+            }
             Some(floor) if floor > 0 => self.point_at(floor).await?,
             // It says itself where it begins.
             Some(_) if self.durable.is_some() => SourcePoint::default(),
@@ -563,6 +566,26 @@ impl Sides<'_> {
             },
         };
         Ok(Resume::at(position, None))
+    }
+
+    /// Whether the target, which holds no copy of ours, cannot have held one either: nothing was ever removed from it.
+    fn never_held_any(&self) -> bool {
+        let state = &self.target.state;
+        state.last_seq == 0 || state.first_seq <= 1 && state.messages == state.last_seq
+    }
+
+    /// A durable consumer of another replicator is ahead of the target: that was deleted, or is another one than it copied
+    /// to. The copy begins as at a first start.
+    async fn not_what_was_acknowledged(&mut self, floor: u64) -> Result<Resume, Error> {
+        let mut resume = Resume::at(self.configured_start().await?, None);
+        let reason = format!(
+            "durable consumer `{}` at the source says that messages up to {floor} were copied, and the target has none of \
+             them",
+            Durable::name(self.replication)
+        );
+        let resumed = resume.position.seq;
+        resume.findings.push(Event::TargetReset { saved: floor, resumed, reason });
+        Ok(resume)
     }
 
     /// Up to where a durable consumer says that everything is acknowledged: one of this run, or the one that Choria's

@@ -8,6 +8,7 @@ use futures_util::{StreamExt, stream::BoxStream};
 use super::{
     bucket::{Bucket, PutError, Stored},
     buckets::Error,
+    file_documents::FileDocuments,
     keeper::INSTALLATION,
     marks::{Mark, MarkKind},
     watch::{self, Change},
@@ -76,11 +77,24 @@ pub enum WriteError {
 #[derive(Debug, Clone)]
 pub struct ConfigStore {
     bucket: Bucket,
+    file: FileDocuments,
 }
 
 impl ConfigStore {
     pub(super) fn new(bucket: Bucket) -> Self {
-        Self { bucket }
+        Self { bucket, file: FileDocuments::default() }
+    }
+
+    /// The same with the documents of a file beside those of the bucket, see [`FileDocuments`]. Watches deliver them with
+    /// revision 0; everything else here is about the bucket alone.
+    #[must_use]
+    pub fn with_file(self, file: FileDocuments) -> Self {
+        Self { file, ..self }
+    }
+
+    /// Whether the file has a document with this id.
+    pub fn is_in_file(&self, id: &str) -> bool {
+        self.file.has(id)
     }
 
     /// All keys as they are, then [`ConfigChange::Loaded`], then every change as it happens. Of entries that are read
@@ -90,7 +104,7 @@ impl ConfigStore {
     /// and nothing else. `purpose` is one word, another one for each watch of a process.
     pub async fn watch(&self, purpose: &str) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
         let changes = watch::watch(self.bucket.clone(), purpose, |key| MarkKind::of_key(key).is_some()).await?;
-        Ok(changes.map(|change| change.map(typed)).boxed())
+        Ok(self.file.overlay(changes.map(|change| change.map(typed)).boxed(), purpose))
     }
 
     /// Revisions of a key since its last deletion that the bucket still has, newest first.

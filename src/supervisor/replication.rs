@@ -21,6 +21,7 @@ use super::{
     Deps,
     board::{Board, Mark},
     desired::{Plan, Planner, Rejected, Work},
+    hand_back::{self, HandBack},
     headroom::Watch,
     marks::{Marks, Release},
     neighbours::Neighbours,
@@ -607,12 +608,14 @@ impl Session {
         };
         let saved = ledger.saved();
         let before = board.mark();
+        let mut hand_back = HandBack::of(replication);
         let run = Box::pin(copy::run(&job, &mut ledger, board.status(), &deps.events, stop.clone()));
         let run = AssertUnwindSafe(run).catch_unwind();
         let result = tokio::select! {
             biased;
             result = run => result,
             never = observe(context, before, replication, told, outage) => match never {},
+            never = hand_back::follow(&mut hand_back, context, replication) => match never {},
             never = clear_release(context, marks.clone(), saved, |_| true) => match never {},
         };
         if self.context.board.mark() != before {
@@ -621,6 +624,10 @@ impl Session {
         }
         let result = result
             .map_err(|panic| Error::new(ErrorKind::Retry, format!("the copy panicked: {}", panic_text(&*panic))))?;
+        if result.is_ok() && stop.is_cancelled() {
+            let position = *ledger.saved().borrow();
+            hand_back::finish(hand_back, &self.context, replication, position).await;
+        }
         self.ledger = Some(ledger);
         result
     }
