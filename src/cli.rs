@@ -21,6 +21,7 @@ mod site;
 mod status;
 mod steer;
 mod stored;
+mod transfer;
 mod wait;
 mod watch;
 mod words;

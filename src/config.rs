@@ -7,6 +7,7 @@ mod file;
 mod heartbeats;
 mod json;
 mod mapping;
+mod notices;
 pub(crate) mod outline;
 pub(crate) mod patterns;
 mod problems;

@@ -7,13 +7,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use nats_lane::{Auth, Connection, Endpoint, ServerRef};
+use nats_lane::{Auth, Connection, Endpoint, MASK, ServerRef};
 use serde_json::{Map, Value};
 
 use crate::{
     allow::AllowList,
     choria::{ReplicatorYaml, YamlControl, YamlProblem},
-    config::{Replication, document_id},
+    config::{Replication, URLS, document_id},
     names,
 };
 
@@ -34,6 +34,24 @@ impl ReplicatorFile {
     /// Reads and checks a file. Everything that is wrong comes at once, each in a line of its own that begins with file and
     /// line. If `lenient`, unknown keys are notices.
     pub fn read(path: &Path, lenient: bool) -> Result<Self, Vec<String>> {
+        Self::read_with(path, lenient, Value::clone)
+    }
+
+    /// The same for a file in whose URLs `***` may stand for a secret that is stored; its `server` is of no use.
+    pub fn read_masked(path: &Path, lenient: bool) -> Result<Self, Vec<String>> {
+        Self::read_with(path, lenient, |document| {
+            let mut document = document.clone();
+            for url in URLS.into_iter().chain(["url"]) {
+                if let Some(Value::String(url)) = document.get_mut(url) {
+                    *url = url.replace(MASK, "x");
+                }
+            }
+            document
+        })
+    }
+
+    /// `unmask` makes of a document what is checked.
+    fn read_with(path: &Path, lenient: bool, unmask: impl Fn(&Value) -> Value) -> Result<Self, Vec<String>> {
         let told = |problem: YamlProblem| format!("{}:{problem}", path.display());
         let text = fs::read(path).map_err(|error| vec![format!("{}: {error}", path.display())])?;
         let text = String::from_utf8(text).map_err(|error| {
@@ -43,10 +61,10 @@ impl ReplicatorFile {
         })?;
         let yaml = ReplicatorYaml::read(&text, lenient)
             .map_err(|problems| problems.into_iter().map(told).collect::<Vec<_>>())?;
-        Self::check(yaml).map_err(|problems| problems.into_iter().map(told).collect())
+        Self::check(yaml, unmask).map_err(|problems| problems.into_iter().map(told).collect())
     }
 
-    fn check(yaml: ReplicatorYaml) -> Result<Self, Vec<YamlProblem>> {
+    fn check(yaml: ReplicatorYaml, unmask: impl Fn(&Value) -> Value) -> Result<Self, Vec<YamlProblem>> {
         let mut problems = Vec::new();
         let mut problem = |path: &str, message: String| {
             problems.push(YamlProblem::new(yaml.line(path), path, message));
@@ -59,7 +77,7 @@ impl ReplicatorFile {
         let mut ids: BTreeMap<String, usize> = BTreeMap::new();
         for (index, stream) in yaml.streams.iter().enumerate() {
             let (at, document) = (format!("/streams/{index}"), document(stream));
-            match rules.parse_value(&document, &yaml.name) {
+            match rules.parse_value(&unmask(&document), &yaml.name) {
                 Ok(replication) => replications.push(replication),
                 Err(found) => found.0.into_iter().for_each(|wrong| problem(&(at.clone() + &wrong.path), wrong.message)),
             }
@@ -73,7 +91,7 @@ impl ReplicatorFile {
                 ids.insert(id, index);
             }
         }
-        let heartbeats = rules.parse_heartbeats(&yaml.heartbeats).unwrap_or_else(|found| {
+        let heartbeats = rules.parse_heartbeats(&unmask(&yaml.heartbeats)).unwrap_or_else(|found| {
             found.0.into_iter().for_each(|wrong| problem(&format!("/heartbeats{}", wrong.path), wrong.message));
             None
         });
@@ -102,8 +120,13 @@ impl ReplicatorFile {
 
     /// The documents by id.
     pub fn documents(&self) -> BTreeMap<String, Bytes> {
-        let documents = self.replications.iter().zip(&self.yaml.streams);
-        documents.map(|(replication, stream)| (replication.id.clone(), document(stream).to_string().into())).collect()
+        let documents = self.replications.iter().zip(self.streams());
+        documents.map(|(replication, document)| (replication.id.clone(), document.to_string().into())).collect()
+    }
+
+    /// The streams as documents, in the order of the file.
+    pub fn streams(&self) -> Vec<Value> {
+        self.yaml.streams.iter().map(document).collect()
     }
 
     /// Whether this file differs from another one in its streams at the most.

@@ -12,6 +12,7 @@ use super::{
     files,
     global::Global,
     output::{self, Colour, Output, Table},
+    transfer,
     words::count,
 };
 use crate::{
@@ -48,6 +49,8 @@ enum ConfigVerb {
     /// Change the document of a replication in `$VISUAL` or `$EDITOR`
     Edit(edit::Args),
     Apply(apply::Args),
+    Import(transfer::ImportArgs),
+    Export(transfer::ExportArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -113,6 +116,8 @@ impl Args {
             ConfigVerb::Rm(args) => &args.global,
             ConfigVerb::Edit(args) => &args.global,
             ConfigVerb::Apply(args) => &args.global,
+            ConfigVerb::Import(args) => &args.global,
+            ConfigVerb::Export(args) => &args.global,
         }
     }
 }
@@ -134,6 +139,8 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
         }
         ConfigVerb::Edit(args) => edit::run(args, out).await,
         ConfigVerb::Apply(args) => apply::run(args, out).await,
+        ConfigVerb::Import(args) => transfer::import(args, out).await,
+        ConfigVerb::Export(args) => transfer::export(args, out).await,
     }
 }
 

@@ -13,7 +13,9 @@ use serde_json::Value;
 
 use super::{
     Advisory, ChoriaDocument, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems, Replication,
-    Sampling, Scope, SenderBounds, Sharing, Side, Start, Transform, patterns,
+    Sampling, Scope, SenderBounds, Sharing, Side, Start, Transform,
+    json::whole_numbers,
+    notices, patterns,
     schema::{self, join, shorten},
 };
 use crate::{
@@ -428,7 +430,7 @@ impl Checker {
             on_source_loss: on_source_loss(document),
             ordering: ordering(document),
             limits: limits(document.limits.as_ref()),
-            notices: notices(document),
+            notices: notices::notices(document),
         })
     }
 
@@ -811,7 +813,7 @@ fn of_server(subject: &str) -> Option<String> {
 }
 
 /// A text that is there and not empty.
-fn text(field: &Option<String>) -> Option<&str> {
+pub(super) fn text(field: &Option<String>) -> Option<&str> {
     field.as_deref().filter(|text| !text.is_empty())
 }
 
@@ -856,65 +858,6 @@ fn ordering(document: &Document) -> Ordering {
     match text(&document.ordering) {
         Some("strict") => Ordering::Strict,
         _ => Ordering::Relaxed,
-    }
-}
-
-fn notices(document: &Document) -> Vec<String> {
-    let mut notices = Vec::new();
-    if document.target_initiated == Some(true) {
-        notices.push(
-            "`target_initiated` puts our provenance before that of earlier hops, and has no other effect: the copy is equally \
-             fast from either side"
-                .to_owned(),
-        );
-    }
-    if document.ephemeral == Some(true) {
-        notices.push("`ephemeral` has no effect: every copy resumes where it stopped".to_owned());
-    }
-    notices.extend(incomplete_sampling(document));
-    notices
-}
-
-/// What a document says of sampling that changes nothing. Choria's replicator takes it and copies everything.
-fn incomplete_sampling(document: &Document) -> Option<String> {
-    let mode = [
-        ("inspect_field", text(&document.inspect_field).is_some()),
-        ("inspect_header", text(&document.inspect_header).is_some()),
-        ("inspect_subject_token", document.inspect_subject_token.is_some_and(|token| token != 0)),
-    ];
-    let mode = mode.into_iter().find(|(_, set)| *set);
-    let others = [
-        ("inspect_duration", text(&document.inspect_duration).is_some()),
-        ("warn_duration", text(&document.warn_duration).is_some()),
-        ("size_trigger", document.size_trigger.is_some_and(|bytes| bytes > 0)),
-        ("inspect_force_field", text(&document.inspect_force_field).is_some()),
-        ("advisory", document.advisory.is_some()),
-    ];
-    match (mode, others.into_iter().find(|(_, set)| *set)) {
-        (Some((mode, _)), _) if text(&document.inspect_duration).is_none() => {
-            Some(format!("`{mode}` has no effect without `inspect_duration`: every message is copied"))
-        }
-        (None, Some((field, _))) => Some(format!(
-            "`{field}` has no effect without `inspect_field`, `inspect_header` or `inspect_subject_token`: every message is copied"
-        )),
-        _ => None,
-    }
-}
-
-/// JSON knows one kind of number: `1.0` and `1e3` are whole.
-fn whole_numbers(value: &Value) -> Value {
-    const EXACT: f64 = (1_u64 << 53) as f64;
-    match value {
-        Value::Number(number) => match number.as_f64() {
-            Some(float) if number.is_f64() && float.fract() == 0.0 && (0.0..=EXACT).contains(&float) => {
-                Value::from(float as u64)
-            }
-            _ => value.clone(),
-        },
-        Value::Object(fields) => {
-            Value::Object(fields.iter().map(|(field, value)| (field.clone(), whole_numbers(value))).collect())
-        }
-        other => other.clone(),
     }
 }
 

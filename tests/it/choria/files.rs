@@ -6,8 +6,8 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use super::{Place, copied, messages};
-use crate::harness::client::http_get;
-use crate::harness::{LIMIT, Outgoing, Stored, wait_for};
+use crate::harness::client::{http_get, status};
+use crate::harness::{LIMIT, Outgoing, Stored, connect, wait_for};
 
 fn subjects(stored: &[Stored]) -> Vec<&str> {
     stored.iter().map(|message| message.subject.as_str()).collect()
@@ -64,8 +64,10 @@ async fn every_way_to_begin() -> Result<()> {
         let stored = copied(&mut target, stream, count, &service).await?;
         ensure!(subjects(&stored)[0] == first, "{stream}: {:?}", subjects(&stored));
     }
-    wait_for("the copy that begins at the end", LIMIT, async || target.stream_state("M_END").await.is_ok()).await?;
     service.wait_ready().await?;
+    let client = connect(&place.source.url()).await?;
+    let runs = async || status(&client, "METRICS.from-end").await.is_some_and(|row| row["state"] == "running");
+    wait_for("the copy that begins at the end", LIMIT, runs).await?;
     source.publish_all(messages("m", 61, 65)).await?;
     let stored = copied(&mut target, "M_END", 5, &service).await?;
     ensure!(stored.iter().all(|message| message.subject.starts_with("end.m.")), "{:?}", subjects(&stored));

@@ -4,6 +4,7 @@ mod files;
 mod refused;
 mod signals;
 mod takeover;
+mod transfer;
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
