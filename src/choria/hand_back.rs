@@ -82,9 +82,10 @@ impl GoConsumer {
     }
 }
 
-/// Whether a consumer continues behind a position, with nothing left to be acknowledged.
+/// Whether a consumer continues behind a position, with nothing left to be acknowledged. The ack floor of one that begins at a
+/// sequence is 0 on some servers until the first ack.
 fn is_at(info: &ConsumerInfo, position: u64) -> bool {
-    info.ack_floor.stream_seq == position && info.delivered.stream_seq == position
+    info.num_ack_pending == 0 && info.delivered.stream_seq == position
 }
 
 #[cfg(test)]

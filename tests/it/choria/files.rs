@@ -23,7 +23,7 @@ async fn a_packaged_file_with_log_and_metrics() -> Result<()> {
     let stored = copied(&mut source, "ORDERS_COPY", 10, &service).await?;
     ensure!(subjects(&stored)[..3] == ["COPY.orders.1", "COPY.orders.2", "COPY.orders.0"], "{:?}", subjects(&stored));
     let metric =
-        "choria_stream_replicator_replicator_copied_messages{replicator=\"FRA1\",stream=\"ORDERS\",worker=\"FRA1\"} 10";
+        "choria_stream_replicator_replicator_copied_messages{stream=\"ORDERS\",replicator=\"FRA1\",worker=\"FRA1\"} 10";
     wait_for("the metric", LIMIT, async || {
         let got = http_get(&format!("127.0.0.1:{}", place.port), "/metrics").await;
         got.is_ok_and(|(code, text)| code == 200 && text.lines().any(|line| line == metric))

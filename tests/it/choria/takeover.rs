@@ -64,8 +64,7 @@ async fn consumer_at(place: &Place, seq: u64, service: &Service) -> Result<()> {
     let mut last = Value::Null;
     let at = async || {
         last = consumer(&mut raw).await.unwrap_or_default();
-        let is = last["ack_floor"]["stream_seq"] == seq && last["delivered"]["stream_seq"] == seq;
-        (is && last["num_ack_pending"] == 0).then_some(())
+        (last["delivered"]["stream_seq"] == seq && last["num_ack_pending"] == 0).then_some(())
     };
     let found = wait_value(&format!("the consumer behind {seq}"), LIMIT, at).await;
     found.with_context(|| format!("{last}\n{}", service.log()))

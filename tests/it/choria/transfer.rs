@@ -40,7 +40,7 @@ async fn a_file_is_imported_and_exported_and_imported_again() -> Result<()> {
     fs::write(&path, &yaml)?;
     let shown = cli.ok(["config", "import", path.as_str()]).await?;
     ensure!(shown.contains("0 added, 0 updated, 2 unchanged"), "{shown}\n{yaml}");
-    let one = cli.json(["config", "export", "T", "--json"]).await?;
+    let one = cli.json(["config", "export", "T"]).await?;
     ensure!(one["streams"][0]["stream"] == "T" && one["name"] == "TEST" && one.get("heartbeats").is_none(), "{one}");
 
     site.source_stream("S", json!({"subjects": ["s.>"]})).await?;
