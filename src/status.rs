@@ -13,7 +13,7 @@ pub struct Row {
     pub replication: String,
     /// State of the replication.
     pub state: State,
-    /// Where its document lives: `kv`.
+    /// Where its document is: `kv`, the configuration bucket, or `file`, the file of an instance.
     pub origin: String,
     /// Instance that runs it; `null` while none does.
     pub leader: Option<String>,

@@ -30,8 +30,10 @@ const PREFLIGHT_WITHIN: Duration = Duration::from_secs(5);
 /// As that of `serve`.
 const LEASE_TTL: Duration = Duration::from_secs(15);
 
-/// Run the YAML file of Choria's stream-replicator as it is. `replicate` may be omitted: `stream-replicator --config FILE`
-/// does the same
+/// Run the YAML file of Choria's stream-replicator as it is
+///
+/// `replicate` may be omitted: `stream-replicator --config FILE` does the same. SIGHUP reads the streams of the file again and
+/// reopens its `logfile`; SIGQUIT writes the state of every stream to the log.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// File to run, such as `/etc/stream-replicator/sr.yaml`

@@ -1,6 +1,7 @@
 //! The files of Choria's replicator, run as they are: `replicate`.
 
 mod files;
+mod origin;
 mod refused;
 mod signals;
 mod takeover;
