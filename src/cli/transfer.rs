@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::{
     apply,
     client::{Client, Reply},
-    config::{pretty, stored},
+    config::stored,
     edit::site,
     error::{Error, Verdict},
     files::FoundFiles,
@@ -110,7 +110,7 @@ pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<Verdic
     }
     file.insert("streams".to_owned(), streams.into());
     if out.json() {
-        out.line(&pretty(&Value::Object(file)));
+        out.value(&Value::Object(file));
     } else {
         out.text(&yaml(&Value::Object(file)));
     }

@@ -5,6 +5,7 @@ mod origin;
 mod refused;
 mod signals;
 mod takeover;
+mod tls;
 mod transfer;
 
 use std::path::{Path, PathBuf};
@@ -51,6 +52,7 @@ impl Place {
             .replace("east.acme.example:4222", &format!("127.0.0.1:{}", self.source.port()))
             .replace("east2.acme.example:4222", &format!("127.0.0.1:{}", self.source.port()))
             .replace("hub.acme.example:4222", &format!("127.0.0.1:{}", self.target.port()))
+            .replace("/etc/stream-replicator/tls", &folder)
             .replace("/var/log", &folder)
             .replace("/var/lib", &folder);
         let lines = text.lines().map(|line| match line.strip_prefix("monitor_port:") {
