@@ -424,7 +424,10 @@ mod tests {
                 top("heartbeats:\n  url: nats://a\n  headers: {noop: true}\n  subjects: [{subject: a}]"),
                 "8: heartbeats.headers.noop: `noop` is `true`, which YAML reads as the boolean true: put it in quotes",
             ),
-            (top("control:\n  credentials: /c"), "7: control.credentials: it goes with `control.server`"),
+            (
+                top("control:\n  credentials: /c"),
+                "7: control.credentials: `control.credentials`: it goes with `control.server`",
+            ),
             ("name: A\n\tstreams: []".to_owned(), "it is not valid YAML"),
             ("name: A\nstreams: *link".to_owned(), "2: it is not valid YAML"),
             ("- name: A".to_owned(), "1: the file is a list"),

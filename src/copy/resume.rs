@@ -575,9 +575,11 @@ impl Sides<'_> {
     }
 
     /// A durable consumer of another replicator is ahead of the target: that was deleted, or is another one than it copied
-    /// to. The copy begins as at a first start.
+    /// to. The copy begins as at a first start, but not after what the consumer has acknowledged.
     async fn not_what_was_acknowledged(&mut self, floor: u64) -> Result<Resume, Error> {
-        let mut resume = Resume::at(self.configured_start().await?, None);
+        let start = self.configured_start().await?;
+        let start = if start.seq <= floor { start } else { self.point_at(floor).await? };
+        let mut resume = Resume::at(start, None);
         let reason = format!(
             "durable consumer `{}` at the source says that messages up to {floor} were copied, and the target has none of \
              them",
