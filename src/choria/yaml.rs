@@ -177,7 +177,7 @@ impl ReplicatorYaml {
             let has = |field: &str| match stream.get(field) {
                 None => false,
                 Some(Value::String(text)) => !text.is_empty(),
-                Some(value) => *value != Value::Bool(false) && *value != Value::from(0),
+                Some(value) => *value != Value::Bool(false) && value.as_i64() != Some(0),
             };
             let mut note = |field: &str, message: &str| {
                 let path = format!("/streams/{index}/{field}");
