@@ -1,5 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo generate test architecture sim chaos check check-long bench format lint servers matrix licences
+.PHONY: help demo generate test architecture sim chaos check check-long bench format lint clippy breaks-found words commits \
+	servers matrix licences long-tests long-matrix breaks short-bench
+
+# The steps of `check`, and what `check-long` adds.
+CHECK := format clippy breaks-found words commits licences test matrix
+LONG := long-tests long-matrix sim breaks short-bench
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,14 +26,11 @@ sim: ## the copy core in simulation: 10,000 seeds, SEEDS=n of them, or SEED=n al
 chaos: servers ## three instances between two clusters while everything fails: SECONDS=n of it (120), a SEED=n again
 	CHAOS_SECONDS=$(or $(SECONDS),120) SEED=$(SEED) cargo test --locked --test it -- --ignored --nocapture long_storm
 
-check: format lint licences test matrix ## what has to pass before a merge: format, clippy, tests, server versions, licences
+check: ## what has to pass before a merge: format, clippy, texts, commits, licences, tests, server versions
+	@contrib/steps $(CHECK)
 
-check-long: check ## check, the long tests and a short bench
-	contrib/run-tests --workspace -- --ignored
-	MATRIX=all contrib/version-matrix
-	$(MAKE) --no-print-directory sim
-	contrib/break-on-purpose
-	cargo bench --locked --bench copy -- --quick
+check-long: ## check, the long tests and a short bench
+	@contrib/steps $(CHECK) $(LONG)
 
 bench: servers ## speed, CPU and memory beside a native source and a stop-and-wait copier
 	cargo bench --locked --bench copy -- $(ARGS)
@@ -39,10 +41,32 @@ generate: ## what is made from the code: schemas/ and docs/configuration.md
 format:
 	cargo fmt --all --check
 
-lint:
+lint: clippy breaks-found words commits
+
+clippy:
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+# Whether the places of all breaks are found, without breaking anything.
+breaks-found:
 	contrib/break-on-purpose --check
+
+words:
 	contrib/check-words
+
+commits:
+	contrib/check-commits
+
+long-tests: servers
+	contrib/run-tests --workspace -- --ignored
+
+long-matrix: servers
+	MATRIX=all contrib/version-matrix
+
+breaks: servers
+	contrib/break-on-purpose
+
+short-bench: servers
+	cargo bench --locked --bench copy -- --quick
 
 # Where nothing can be downloaded, a server of your own will do for most tests.
 servers:

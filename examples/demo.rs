@@ -97,7 +97,7 @@ async fn publish(mut raw: Raw) -> Result<u64> {
     let mut last = 0;
     let end = Instant::now() + PUBLISH;
     let mut tick = interval(Duration::from_millis(50));
-    // After a slow batch go on at the same pace instead of making up for it.
+    // After a slow batch, continue at the same pace instead of catching up.
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while Instant::now() < end {
         tick.tick().await;
@@ -142,7 +142,7 @@ async fn watch(
     }
 }
 
-/// One line for each look at `replicator.status`.
+/// One line for each poll of `replicator.status`.
 struct Progress {
     begin: Instant,
     /// When the position moved last, where to, and how fast. The status moves once a second, we look twice.

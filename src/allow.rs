@@ -91,9 +91,9 @@ impl AllowList {
 
     /// [`config::parse`] under this list.
     pub fn parse(&self, json: &[u8], site: &str) -> Result<Replication, Problems> {
-        let json = Json::read(json)?;
+        let json = Json::read(json).map_err(Problems::bounded)?;
         let result = self.parse_value(&json.value, site);
-        json.checked(result)
+        json.checked(result).map_err(Problems::bounded)
     }
 
     /// [`config::parse_value`] under this list.
@@ -282,9 +282,9 @@ impl UrlPattern {
     }
 }
 
-/// Whether a host is one of a pattern. In an address `*` is any text. The owner of a name is at its end, and anybody can
-/// put names in front of his own: so in a name `*` is any text only at the beginning, and text without dots elsewhere; and a
-/// pattern of digits and dots is none of a name.
+/// Whether a pattern matches a host. In an address `*` is any text. The end of a name says which owner it has, and every
+/// owner can make names with that end: so in a name `*` is any text only at the beginning, and text without dots elsewhere;
+/// and a pattern of digits and dots matches no name.
 fn host_matches(pattern: &str, host: &str) -> bool {
     if host.parse::<IpAddr>().is_ok() {
         return WildMatch::new(pattern).matches(host);
@@ -333,7 +333,7 @@ mod tests {
         check("[::1]:4222", "nats://[::1]", true);
         check("[::*]", "nats://[::1]:5", true);
         check("*", "ws://anything/path", true);
-        // Who owns a name is told by its end.
+        // The end of a name says which owner it has.
         check("10.0.*", "10.0.3.7", true);
         check("10.0.*:*", "10.0.3.7:9", true);
         check("10.0.*", "10.0.evil.org", false);

@@ -1,4 +1,4 @@
-//! Composition root: builds the whole system top to bottom and stops it gracefully.
+//! Composition root: starts all parts of the service, top to bottom, and stops them gracefully.
 
 mod files;
 mod replicator_file;
@@ -27,31 +27,31 @@ use crate::{
     events::{Event, Events},
     heartbeat,
     http::{Monitor, Progress, Sources},
-    lease::{self, Driver, Identity},
+    lease::{self, Driver, Leases, ProcessIdentity},
     names,
-    store::{Buckets, Condition, FileDocuments, Keeper},
+    store::{Buckets, Condition, FileDocuments, Keeper, Stored},
     supervisor::{self, Deps, Supervisor},
 };
 
 /// Everything stops within this.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// Of it, so much for the service to refuse what arrives...
+/// The part of it in which the service refuses new requests...
 const SERVICE_GRACE: Duration = Duration::from_secs(1);
 
-/// ... and for the last words on the control connection.
+/// ... and the part for the last messages on the control connection.
 const CONNECTION_GRACE: Duration = Duration::from_secs(2);
 
 /// What `serve` runs with; every value has been checked.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct AppSettings {
     /// The control connection.
     pub server: ServerRef,
-    /// Where documents may lead.
+    /// Where documents may connect to.
     pub rules: AllowList,
     /// Whether every change by request is refused.
     pub read_only: bool,
-    /// The name this installation goes by.
+    /// Name of the site.
     pub site: String,
     /// This process.
     pub instance: String,
@@ -65,7 +65,7 @@ pub struct Settings {
     pub bucket_replicas: usize,
     /// How long this process may be silent before others take its leases. 1 s to 1 h.
     pub lease_ttl: Duration,
-    /// No other process is to be reckoned with.
+    /// The operator declared this the only instance.
     pub standalone: bool,
     /// Heartbeats as the site's file has them, checked; `null` for none.
     pub heartbeats: Value,
@@ -76,7 +76,7 @@ pub struct Settings {
 }
 
 /// Runs until SIGTERM or SIGINT. An error means that the start failed or the stop was not graceful.
-pub async fn run(settings: Settings) -> anyhow::Result<()> {
+pub async fn run(settings: AppSettings) -> anyhow::Result<()> {
     files::raise_limit();
     let stop = CancellationToken::new();
     stop_on_signals(stop.clone()).context("cannot handle signals")?;
@@ -118,10 +118,10 @@ fn stop_on_signals(stop: CancellationToken) -> io::Result<()> {
     Ok(())
 }
 
-/// What has been started, in the order in which it was.
+/// The started parts, in the order of their start.
 struct System {
     client: Client,
-    /// Of the JetStream that holds the buckets.
+    /// Prefix of the JetStream API of the buckets.
     api_prefix: String,
     events: Events,
     progress: watch::Sender<Progress>,
@@ -133,9 +133,9 @@ struct System {
 }
 
 impl System {
-    /// What works without a server: the control connection is made in the background.
-    async fn start(settings: &Settings) -> anyhow::Result<Self> {
-        let Settings { server, site, instance, monitor, prefix, .. } = settings;
+    /// Starts the parts that work without a server: the control connection is made in the background.
+    async fn start(settings: &AppSettings) -> anyhow::Result<Self> {
+        let AppSettings { server, site, instance, monitor, prefix, .. } = settings;
         let (client, connection) =
             client::connect(server, &format!("{} {site}/{instance}", names::PROGRAM), "control connection").await?;
         let events = Events::new(client.clone(), prefix, site, instance);
@@ -188,9 +188,9 @@ impl System {
         AbortOnDropHandle::new(tokio::spawn(keeper.keep(say)))
     }
 
-    /// Starts the rest, then waits for the stop.
-    async fn work(&mut self, settings: &Settings, stop: &CancellationToken) -> anyhow::Result<()> {
-        let Settings { site, instance, prefix, bucket_prefix, bucket_replicas, .. } = settings;
+    /// Opens the buckets, starts all other parts and runs until the stop.
+    async fn work(&mut self, settings: &AppSettings, stop: &CancellationToken) -> anyhow::Result<()> {
+        let AppSettings { site, instance, bucket_prefix, bucket_replicas, .. } = settings;
         let open = async || {
             let (client, api_prefix) = (self.client.clone(), &self.api_prefix);
             Buckets::open(client, api_prefix, bucket_prefix, *bucket_replicas, instance).await
@@ -206,42 +206,10 @@ impl System {
         };
         let record = record?;
         let rules = settings.rules.clone().with_former(&record.former);
-        let (tell_site, site_record) = watch::channel(None);
 
-        let identity = Identity::own(instance.clone(), host_name(), names::VERSION.to_owned());
-        let Buckets { leases, positions, .. } = buckets.clone();
-        let (leases, driver) = lease::start(leases, positions, identity, settings.lease_ttl, settings.standalone);
-        let driver = self.driver.insert(driver);
-        let (told, stored) = watch::channel(None);
-        let deps = Deps {
-            site: site.clone(),
-            instance: instance.clone(),
-            installation: buckets.installation.clone(),
-            own_streams: buckets.streams.clone(),
-            standalone: settings.standalone,
-            rules: rules.clone(),
-            config: buckets.config.clone(),
-            positions: buckets.positions.clone(),
-            leases: leases.clone(),
-            senders: buckets.senders.clone(),
-            events: self.events.clone(),
-            budget: Budget::new(READ_AHEAD),
-            heartbeats: told,
-            site_record: tell_site,
-        };
-        // Not a child of `stop`: the service refuses before the lives stop.
-        let (handle, supervisor) = supervisor::start(deps, &CancellationToken::new());
-        let supervisor = self.supervisor.insert(supervisor);
-        let (heartbeats, runner) = heartbeat::start(heartbeat::Deps {
-            site: site.clone(),
-            instance: instance.clone(),
-            host: Some(host_name()).filter(|host| !host.is_empty()).unwrap_or_else(|| instance.clone()),
-            rules: settings.rules.clone(),
-            config: buckets.config.clone(),
-            stored,
-            file: settings.heartbeats.clone(),
-            events: self.events.clone(),
-        });
+        let Parts { leases, driver, handle, supervisor, heartbeats, runner, site_record } =
+            start_parts(settings, &rules, &buckets, &self.events);
+        let (driver, supervisor) = (self.driver.insert(driver), self.supervisor.insert(supervisor));
         self.heartbeats = Some(runner);
         self.progress.send_modify(|progress| {
             progress.supervisor = Some(handle.clone());
@@ -250,17 +218,10 @@ impl System {
         });
 
         let register = async || {
-            let settings = control::ControlConfig {
-                prefix: prefix.clone(),
-                site: site.clone(),
-                instance: instance.clone(),
-                version: names::VERSION.to_owned(),
-                rules: rules.clone(),
-                read_only: settings.read_only,
-            };
             let (client, events) = (self.client.clone(), self.events.clone());
             let (leases, supervisor) = (leases.clone(), handle.clone());
-            control::start(client, settings, buckets.clone(), leases, supervisor, heartbeats.clone(), events).await
+            let control = control_config(settings, &rules);
+            control::start(client, control, buckets.clone(), leases, supervisor, heartbeats.clone(), events).await
         };
         let mut keep = pin!(site::keep(&buckets.config, &record, site_record, bucket_prefix));
         let registered = tokio::select! {
@@ -273,10 +234,7 @@ impl System {
 
         let ready = async {
             if handle.loaded().await {
-                let server = settings.server.to_string();
-                let replications = handle.rows().len();
-                info!(site, instance, server, prefix, buckets = bucket_prefix, replications, "ready");
-                files::check_limit(replications);
+                report_ready(settings, handle.rows().len());
             }
             supervisor.ended().await;
         };
@@ -308,16 +266,16 @@ impl System {
                 None => true,
             }
         };
-        let lives = async {
+        let replications = async {
             let Some(supervisor) = self.supervisor else { return Vec::new() };
             let grace = end.saturating_duration_since(Instant::now()).saturating_sub(CONNECTION_GRACE);
             supervisor.stop(grace).await
         };
-        let (in_time, lives) = tokio::join!(heartbeats, lives);
+        let (in_time, late_replications) = tokio::join!(heartbeats, replications);
         if !in_time {
             late.push("heartbeats".to_owned());
         }
-        late.extend(lives.into_iter().map(|id| format!("replication `{id}`")));
+        late.extend(late_replications.into_iter().map(|id| format!("replication `{id}`")));
         if let Some(driver) = self.driver {
             driver.stop().await;
         }
@@ -334,6 +292,76 @@ impl System {
         }
         late
     }
+}
+
+/// The parts that need the buckets, started.
+struct Parts {
+    leases: Leases,
+    driver: Driver,
+    handle: supervisor::Handle,
+    supervisor: Supervisor,
+    heartbeats: heartbeat::HeartbeatHandle,
+    runner: heartbeat::Runner,
+    /// The site record of the configuration bucket as it changes.
+    site_record: watch::Receiver<Option<Stored>>,
+}
+
+/// Starts the leases, the supervisor and the heartbeats.
+fn start_parts(settings: &AppSettings, rules: &AllowList, buckets: &Buckets, events: &Events) -> Parts {
+    let AppSettings { site, instance, standalone, .. } = settings;
+    let (site_updates, site_record) = watch::channel(None);
+    let (heartbeat_updates, stored) = watch::channel(None);
+    let identity = ProcessIdentity::own(instance.clone(), host_name(), names::VERSION.to_owned());
+    let Buckets { leases, positions, .. } = buckets.clone();
+    let (leases, driver) = lease::start(leases, positions, identity, settings.lease_ttl, *standalone);
+    let deps = Deps {
+        site: site.clone(),
+        instance: instance.clone(),
+        installation: buckets.installation.clone(),
+        own_streams: buckets.streams.clone(),
+        standalone: *standalone,
+        rules: rules.clone(),
+        config: buckets.config.clone(),
+        positions: buckets.positions.clone(),
+        leases: leases.clone(),
+        senders: buckets.senders.clone(),
+        events: events.clone(),
+        budget: Budget::new(READ_AHEAD),
+        heartbeats: heartbeat_updates,
+        site_record: site_updates,
+    };
+    // A token of its own: the service has to refuse requests before the replications stop.
+    let (handle, supervisor) = supervisor::start(deps, &CancellationToken::new());
+    let (heartbeats, runner) = heartbeat::start(heartbeat::HeartbeatDeps {
+        site: site.clone(),
+        instance: instance.clone(),
+        host: Some(host_name()).filter(|host| !host.is_empty()).unwrap_or_else(|| instance.clone()),
+        rules: settings.rules.clone(),
+        config: buckets.config.clone(),
+        stored,
+        file: settings.heartbeats.clone(),
+        events: events.clone(),
+    });
+    Parts { leases, driver, handle, supervisor, heartbeats, runner, site_record }
+}
+
+fn control_config(settings: &AppSettings, rules: &AllowList) -> control::ControlConfig {
+    control::ControlConfig {
+        prefix: settings.prefix.clone(),
+        site: settings.site.clone(),
+        instance: settings.instance.clone(),
+        version: names::VERSION.to_owned(),
+        rules: rules.clone(),
+        read_only: settings.read_only,
+    }
+}
+
+/// Logs that the service is ready, and warns if it may open too few files.
+fn report_ready(settings: &AppSettings, replications: usize) {
+    let AppSettings { site, instance, prefix, bucket_prefix: buckets, .. } = settings;
+    let server = settings.server.to_string();
+    info!(site, instance, server, prefix, buckets, replications, "ready");
+    files::check_limit(replications);
 }
 
 /// Name of this host, as far as it is known.

@@ -34,7 +34,7 @@ fn away() -> Duration {
     suspended() + PRETENDED.get()
 }
 
-/// As if the host had been suspended for so long just now, for this thread.
+/// As if the host had just been suspended for this time, for this thread.
 #[cfg(test)]
 pub(crate) fn pretend_suspended(time: Duration) {
     PRETENDED.set(PRETENDED.get() + time);

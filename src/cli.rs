@@ -6,32 +6,35 @@ mod apply;
 mod client;
 mod config;
 mod connection;
+mod document;
 mod edit;
 mod error;
 mod events;
 mod files;
+mod format;
 mod generate;
 mod global;
 mod heartbeat;
 mod instances;
 mod output;
 mod replicate;
+mod reply;
 mod serve;
 mod site;
 mod status;
+mod status_view;
 mod steer;
-mod stored;
+mod stream_reader;
 mod transfer;
 mod wait;
 mod watch;
-mod words;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
 use self::{
-    error::{Error, Verdict},
+    error::{CommandVerdict, Error},
     output::Output,
 };
 
@@ -53,12 +56,12 @@ enum Command {
     Serve(Box<serve::Args>),
     Replicate(replicate::Args),
     #[command(flatten)]
-    Other(Box<Other>),
+    Other(Box<ClientCommand>),
 }
 
 /// Commands that end by themselves.
 #[derive(Debug, Subcommand)]
-enum Other {
+enum ClientCommand {
     Config(config::Args),
     Status(status::Args),
     /// Stop copying and keep the position, also over restarts
@@ -85,12 +88,12 @@ pub fn main() -> ExitCode {
     match Cli::parse_from(replicate::with_default(std::env::args_os())).command {
         Command::Serve(args) => serve::main(&args),
         Command::Replicate(args) => replicate::main(&args),
-        Command::Other(command) => finish(command.json(), async |out| command.run(out).await),
+        Command::Other(command) => run_to_end(command.json(), async |out| command.run(out).await),
     }
 }
 
-/// Runs what ends by itself; returns the exit code.
-fn finish(json: bool, command: impl AsyncFnOnce(&mut Output) -> Result<Verdict, Error>) -> ExitCode {
+/// Runs a command that ends by itself; returns the exit code.
+fn run_to_end(json: bool, command: impl AsyncFnOnce(&mut Output) -> Result<CommandVerdict, Error>) -> ExitCode {
     let mut out = Output::new(json);
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -100,13 +103,13 @@ fn finish(json: bool, command: impl AsyncFnOnce(&mut Output) -> Result<Verdict, 
         }
     };
     let verdict = runtime.block_on(command(&mut out));
-    // an answer that nobody gave yet is not waited for
+    // do not wait for an outstanding answer
     runtime.shutdown_background();
     let code = match verdict {
-        Ok(Verdict::Good) => ExitCode::SUCCESS,
-        Ok(Verdict::Bad) => ExitCode::FAILURE,
+        Ok(CommandVerdict::Good) => ExitCode::SUCCESS,
+        Ok(CommandVerdict::Bad) => ExitCode::FAILURE,
         Err(error) => {
-            error.tell(&mut out);
+            error.print(&mut out);
             error.exit_code()
         }
     };
@@ -119,7 +122,7 @@ fn finish(json: bool, command: impl AsyncFnOnce(&mut Output) -> Result<Verdict, 
     }
 }
 
-impl Other {
+impl ClientCommand {
     /// Whether the output is for a program.
     fn json(&self) -> bool {
         match self {
@@ -137,7 +140,7 @@ impl Other {
         }
     }
 
-    async fn run(&self, out: &mut Output) -> Result<Verdict, Error> {
+    async fn run(&self, out: &mut Output) -> Result<CommandVerdict, Error> {
         match self {
             Self::Config(args) => config::run(args, out).await,
             Self::Status(args) => status::run(args, out).await,

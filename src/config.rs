@@ -25,12 +25,12 @@ pub use file::{SiteFile, parse_file};
 pub use heartbeats::{
     ChoriaDocument, Heartbeat, HeartbeatDocument, Heartbeats, HeartbeatsDocument, heartbeats_schema, parse_heartbeats,
 };
-pub use json::{Json, why_not_json};
+pub use json::{Json, MAX_DOCUMENT, why_not_json};
 pub use mapping::Mapping;
 pub use problems::{Problem, Problems};
 pub use replication::{
-    Advisory, Former, Inspect, Limits, OnReject, OnSourceLoss, Replication, Sampling, SenderBounds, Sharing, Side,
-    Start,
+    AdvisorySettings, Former, Inspect, Limits, OnReject, OnSourceLoss, Replication, Sampling, SenderBounds, Sharing,
+    Side, Start,
 };
 pub use schema::replication_schema;
 pub use scope::Scope;

@@ -1,13 +1,11 @@
-//! The NATS service `replicator`: how the outside asks and configures. Everything is answered within 3 s, queries
-//! from memory where they can be; what asks for a change goes through the configuration bucket, and the supervisor
-//! follows that.
+//! The NATS service `replicator`: requests and configuration. Everything is answered within 3 s, queries from memory where
+//! possible. Changes go through the configuration bucket, and the supervisor follows that.
 
 pub mod api;
 mod documents;
 mod endpoints;
 pub mod schemas;
 mod service;
-mod validate;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -22,7 +20,7 @@ use crate::{allow::AllowList, events::Events, heartbeat, lease::Leases, store::B
 /// Name of the service, whatever its subjects begin with.
 pub const SERVICE_NAME: &str = "replicator";
 
-/// Who answers, and where.
+/// Settings of the service.
 #[derive(Debug, Clone)]
 pub struct ControlConfig {
     /// What the subjects begin with, `replicator` by default.
@@ -33,25 +31,25 @@ pub struct ControlConfig {
     pub instance: String,
     /// Version of the program.
     pub version: String,
-    /// Where documents may lead.
+    /// Where documents may connect to.
     pub rules: AllowList,
     /// Whether every change by request is refused.
     pub read_only: bool,
 }
 
-/// The service could not begin.
+/// The service could not start.
 #[derive(Debug, thiserror::Error)]
 #[error("service `{SERVICE_NAME}`: {0}")]
 pub struct Error(String);
 
-/// Begins to answer requests.
+/// Starts to answer requests.
 pub async fn start(
     client: async_nats::Client,
     control: ControlConfig,
     buckets: Buckets,
     leases: Leases,
     supervisor: Handle,
-    heartbeats: heartbeat::Handle,
+    heartbeats: heartbeat::HeartbeatHandle,
     events: Events,
 ) -> Result<Service, Error> {
     let identity = service::ServiceIdentity {

@@ -1,4 +1,4 @@
-//! One copy of one stream, from what was saved to the first error or the stop. A run owns its two lanes: when
+//! One copy of one stream, from the saved position to the first error or the stop. A run owns its two lanes: when
 //! [`run`] returns, or its future is dropped, nothing more of it reaches either server.
 //!
 //! One message's way: [`source::reader`] -> [`decide`] -> [`target::writer`] -> [`flow::window`] -> [`flow::position`].
@@ -34,12 +34,12 @@ pub use source::{
     consumers::consumer_prefix,
     locate::{At, Located, Place, locate},
     peek::{SourcePeek, peek},
-    retention::{Looks, Outlook, Shortage, Turn},
+    retention::{HeadroomChange, Outlook, PollHistory, Shortage},
 };
 pub(crate) use target::dedup_window::LONGEST_PAUSE;
 
 use open::Opener;
-use run::Ended;
+use run::RunEnd;
 
 use crate::{
     config::OnReject,
@@ -47,30 +47,30 @@ use crate::{
     status::{CopyStatus, State},
 };
 
-/// Copies until `stop` is cancelled (then what is in the air settles and the position is saved) or something
-/// fails. `status` is kept current a few times a second: counters go on from the values found there, and `state`
-/// goes from [`State::Starting`] to [`State::Running`] once the run has found out where to resume, but from
-/// [`State::Retrying`] and [`State::Held`] only once it has copied or found nothing to copy.
+/// Copies until `stop` is cancelled (then the messages in flight settle and the position is saved) or an error ends the
+/// run. `status` is updated a few times a second: counters continue from the values that are in it, and `state` changes
+/// from [`State::Starting`] to [`State::Running`] once the run has determined where to resume, but from
+/// [`State::Retrying`] and [`State::Held`] only once the run has copied, or there was nothing to copy.
 pub async fn run(
     job: &Job,
-    ledger: &mut PositionWriter,
+    positions: &mut PositionWriter,
     status: &watch::Sender<(State, CopyStatus)>,
     events: &Events,
     stop: CancellationToken,
 ) -> Result<(), Error> {
     let mut refused = reject::Refused::default();
-    if let Some(limit) = ledger.max_line {
+    if let Some(limit) = positions.max_line {
         tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(()),
-            raised = target::line::is_raised(job, limit) => ledger.max_line = ledger.max_line.filter(|_| !raised),
+            raised = target::line::is_raised(job, limit) => positions.max_line = positions.max_line.filter(|_| !raised),
         }
     }
     let opener = Opener { job, status, events };
     let result = loop {
         // In boxes, here and below: the futures of a run are large, and each task that waits for one would contain it.
-        let mut result = Box::pin(once(opener, ledger, &mut refused, &stop)).await;
-        if begins_again(job, &mut result, ledger, &mut refused, &stop).await {
+        let mut result = Box::pin(once(opener, positions, &mut refused, &stop)).await;
+        if begins_again(job, &mut result, positions, &mut refused, &stop).await {
             disconnected(status);
             continue;
         }
@@ -85,41 +85,41 @@ pub async fn run(
         }
     };
     disconnected(status);
-    result.map_err(|error| explained(error, ledger))
+    result.map_err(|error| explained(error, positions))
 }
 
 /// One run.
 async fn once(
     opener: Opener<'_>,
-    ledger: &mut PositionWriter,
+    positions: &mut PositionWriter,
     refused: &mut reject::Refused,
     stop: &CancellationToken,
-) -> Result<Ended, Error> {
+) -> Result<RunEnd, Error> {
     let run = tokio::select! {
         biased;
         // Before the first message is read there is nothing to settle.
-        () = stop.cancelled() => return Ok(Ended::Stopped),
-        run = Box::pin(opener.open(ledger, refused)) => run?,
+        () = stop.cancelled() => return Ok(RunEnd::Stopped),
+        run = Box::pin(opener.open(positions, refused)) => run?,
     };
-    Box::pin(run.copy(ledger, stop.clone())).await
+    Box::pin(run.copy(positions, stop.clone())).await
 }
 
-/// Whether the next run begins at once, without anything to be reported.
+/// Whether the next run begins at once, and nothing is reported.
 async fn begins_again(
     job: &Job,
-    result: &mut Result<Ended, Error>,
-    ledger: &mut PositionWriter,
+    result: &mut Result<RunEnd, Error>,
+    positions: &mut PositionWriter,
     refused: &mut reject::Refused,
     stop: &CancellationToken,
 ) -> bool {
     match result {
-        Ok(ended) => *ended == Ended::BeginsAgain,
+        Ok(ended) => *ended == RunEnd::BeginsAgain,
         // The next login reads the credentials again, and shows whether it is refused.
-        Err(error) if error.login_ended && ledger.logs_in_again(Instant::now()) => {
+        Err(error) if error.login_ended && positions.logs_in_again(Instant::now()) => {
             info!(replication = job.replication.id, "the login ended: logging in again: {error}");
             true
         }
-        // Nobody has to act upon it: the next run knows what becomes of these messages.
+        // No action is needed: the next run knows how to handle these messages.
         Err(error) if error.poison.is_some() && job.replication.on_reject != OnReject::Hold => {
             refused.add(std::mem::take(&mut error.refused))
         }
@@ -129,8 +129,8 @@ async fn begins_again(
                 () = stop.cancelled() => None,
                 found = target::line::limit(job, *sent) => found,
             };
-            let found = found.filter(|limit| ledger.max_line.is_none_or(|old| *limit < old));
-            ledger.max_line = found.or(ledger.max_line);
+            let found = found.filter(|limit| positions.max_line.is_none_or(|old| *limit < old));
+            positions.max_line = found.or(positions.max_line);
             // The next run finds these messages before they are sent.
             found.is_some()
         }
@@ -138,12 +138,12 @@ async fn begins_again(
     }
 }
 
-/// An error with what earlier runs have to do with it.
-fn explained(error: Error, ledger: &mut PositionWriter) -> Error {
+/// An error, with an explanation where earlier runs contributed to it.
+fn explained(error: Error, positions: &mut PositionWriter) -> Error {
     if !error.chain_broken {
         return error;
     }
-    match ledger.chain_broke(Instant::now()) {
+    match positions.chain_broke(Instant::now()) {
         Ok(false) => error,
         Ok(true) => {
             let message =

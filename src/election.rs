@@ -1,8 +1,9 @@
 //! Choria's leader election, for the time in which its replicators and this service run side by side. The leader
-//! copies: theirs ask the key in the bucket alone, ours holds its record first and then stands for election with them.
+//! copies: theirs check only the key in the bucket, ours first claims its record and then stands for election with
+//! them.
 //!
 //! A [`Campaign`] stands for one replication, over a connection of its own to the source, or for the heartbeats. It
-//! needs the right to publish to its key and nothing else; where it may, it also asks for the bucket's TTL and checks
+//! needs the right to publish to its key and no other; if allowed, it also asks for the bucket's TTL and checks
 //! whether a key that it does not get was deleted. `machine` has the rules and `driver` the connection.
 
 mod driver;
@@ -21,18 +22,18 @@ use nats_lane::{Dial, ServerRef};
 
 use crate::{boottime, config::Replication, metrics, names::choria_consumer};
 
-/// The bucket, with a TTL of 1 s to 1 h. Choria's brokers make it; elsewhere people do.
+/// The bucket, with a TTL of 1 s to 1 h. Choria's brokers create it; elsewhere an operator does.
 pub const BUCKET: &str = "CHORIA_LEADER_ELECTION";
 
 /// Deadline for the end of a campaign.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// What is campaigned for, and as whom.
+/// The key of an election, and the candidate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Election {
-    /// Key in the bucket: what Choria's replicator of the same stream and name uses.
+    /// Key in the bucket: that of Choria's replicator for the same stream and name.
     pub key: String,
-    /// What lies there while we hold it.
+    /// The value of the key while we hold it.
     pub candidate: String,
 }
 
@@ -44,21 +45,21 @@ impl Election {
         Some(Self { key, candidate })
     }
 
-    /// The election of those who publish the heartbeats of a site: hosts are the candidates.
+    /// The election of the publishers of a site's heartbeats: hosts are the candidates.
     pub fn of_heartbeats(site: &str, host: &str) -> Self {
         Self { key: format!("SR_{site}_HB"), candidate: host.to_owned() }
     }
 }
 
-/// How a campaign stands.
+/// The state of a campaign.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Leadership {
     /// Until when we lead by our own clock, without news before. Grows with every write that is confirmed. `None` while
     /// we do not lead.
     pub until: Option<Instant>,
-    /// What keeps us from standing for election; `None` where others merely lead.
+    /// The obstacle to standing for election; `None` if other candidates merely lead.
     pub error: Option<String>,
-    /// How often we wrote, or tried to.
+    /// Number of writes, attempts included.
     pub campaigns: Campaigns,
     /// From the last answer to the next write; 0 before the first answer.
     pub interval: Duration,
@@ -83,14 +84,14 @@ pub async fn won(led: &mut watch::Receiver<Leadership>) -> bool {
     }
 }
 
-/// Waits until we do not lead: we heard so, heard nothing for too long, or the campaign is over. Whoever acts as leader
-/// asks this before anything else whenever it wakes: a process that was stopped for a while hears nothing else first.
+/// Waits until we do not lead: the key was lost, no write was confirmed for too long, or the campaign is over. A leader
+/// polls this before anything else whenever it wakes: a process that was suspended gets no other notice first.
 pub async fn lost(led: &mut watch::Receiver<Leadership>) {
     loop {
         let until = led.borrow_and_update().until;
         let Some(until) = until.filter(|until| boottime::now() < *until) else { return };
         let mut timer = pin!(sleep_until(boottime::for_timers(until)));
-        // Timers stand still while the host is suspended: the clock is asked whenever this is polled.
+        // Timers stand still while the host is suspended: the clock is read at every poll.
         let over = poll_fn(|cx| match boottime::now() < until {
             true => timer.as_mut().poll(cx),
             false => task::Poll::Ready(()),
@@ -103,8 +104,8 @@ pub async fn lost(led: &mut watch::Receiver<Leadership>) {
     }
 }
 
-/// Stands for election until it is stopped. When it is dropped its connection is closed, and what it holds stays with
-/// the key until its TTL.
+/// Stands for election until it is stopped. When it is dropped its connection is closed, and the key keeps its value
+/// until its TTL.
 #[derive(Debug)]
 pub struct Campaign {
     election: Election,
@@ -123,36 +124,36 @@ impl Campaign {
         Self { election, led, stop, task }
     }
 
-    /// How it stands, now and later; see [`won`] and [`lost`].
+    /// Its state, now and later; see [`won`] and [`lost`].
     pub fn led(&self) -> watch::Receiver<Leadership> {
         self.led.clone()
     }
 
-    /// For those who look on.
-    pub fn poll(&self) -> Poll {
-        Poll { election: self.election.clone(), led: self.led() }
+    /// For observers.
+    pub fn poll(&self) -> CampaignView {
+        CampaignView { election: self.election.clone(), led: self.led() }
     }
 
-    /// Ends it within 2 s. A key that is ours is freed, so that others need not wait for the TTL; one that is not is left
-    /// alone. Nothing may be copied any more when this is called.
+    /// Ends it within 2 s. A key that is ours is released, so that others need not wait for the TTL; any other is not
+    /// touched. Copying must have ended when this is called.
     pub async fn stop(self) {
         self.stop.cancel();
         let _ = timeout(LAST_WORDS, self.task).await;
     }
 }
 
-/// A campaign, from the outside.
+/// A campaign, for observers.
 #[derive(Debug, Clone)]
-pub struct Poll {
+pub struct CampaignView {
     election: Election,
     led: watch::Receiver<Leadership>,
 }
 
-impl Poll {
-    /// What the metrics page shows of it.
-    pub fn reading(&self) -> metrics::Election {
+impl CampaignView {
+    /// The values for the metrics page.
+    pub fn reading(&self) -> metrics::ElectionReading {
         let Leadership { until, campaigns, interval, .. } = &*self.led.borrow();
-        metrics::Election {
+        metrics::ElectionReading {
             election: self.election.key.clone(),
             identity: self.election.candidate.clone(),
             as_candidate: campaigns.candidate,

@@ -102,7 +102,7 @@ pub enum Event {
     },
     /// The source will soon remove messages that are not copied.
     HeadroomLow {
-        /// Time until then, seconds, at the current rates.
+        /// Time until the first removal, seconds, at the current rates.
         seconds: u64,
         /// The limit that will remove them.
         limit: RetentionLimit,
@@ -422,7 +422,7 @@ impl Events {
         (Self { shared: Arc::new(shared), queue }, waiting)
     }
 
-    /// Events for somebody who takes them as subject and body, instead of a server.
+    /// Events for a caller that takes them as subject and body, instead of a server.
     pub fn to(sink: mpsc::UnboundedSender<(String, Vec<u8>)>, prefix: &str, site: &str, instance: &str) -> Self {
         let (events, mut waiting) = Self::queue(prefix, site, instance);
         tokio::spawn(async move {

@@ -1,10 +1,10 @@
-//! Heartbeats: small messages at regular times on subjects that streams listen on, so that whoever watches the copies
-//! sees that everything on the way works. What should run comes from the configuration bucket, else from the file of the
-//! site; `plan` decides which, `publisher` publishes until something else should run.
+//! Heartbeats: small messages at regular times on subjects that streams listen on, so that observers of the copies
+//! see that everything on the way works. The heartbeats come from the configuration bucket, else from the file of the
+//! site; `plan` decides which, `publisher` publishes until the plan changes.
 
-mod board;
 mod plan;
 mod publisher;
+mod stats;
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,9 +14,9 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{error, info, warn};
 
 use self::{
-    board::HeartbeatStats,
     plan::{HeartbeatPlan, HeartbeatPlanner},
     publisher::Publisher,
+    stats::HeartbeatStats,
 };
 use nats_lane::ServerRef;
 
@@ -30,48 +30,48 @@ use crate::{
     store::{ConfigStore, Stored},
 };
 
-/// Deadline for the end: a campaign frees its key.
+/// Deadline for the end: a campaign releases its key.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// What the heartbeats need from the outside.
+/// Dependencies of the heartbeats.
 #[derive(Debug)]
-pub struct Deps {
+pub struct HeartbeatDeps {
     /// The site's name.
     pub site: String,
     /// This process, as the server shows it.
     pub instance: String,
     /// Name of this host, for the header and as a candidate.
     pub host: String,
-    /// Where they may lead.
+    /// The servers that they may connect to.
     pub rules: AllowList,
-    /// Where they are stored.
+    /// The store of their documents.
     pub config: ConfigStore,
-    /// What lies there, as the supervisor sees it; `None` before it has looked.
+    /// The stored document, as the supervisor sees it; `None` before its first read.
     pub stored: watch::Receiver<Option<Stored>>,
-    /// What the file of the site says, valid by these rules; `null` for nothing.
+    /// The document in the file of the site, valid by these rules; `null` for none.
     pub file: Value,
-    /// Where events are published.
+    /// Publishes events.
     pub events: Events,
 }
 
-/// What runs, and what does not.
+/// The running heartbeats, and a rejected document.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct View {
-    /// Where what runs is from.
+    /// Origin of the running document.
     pub origin: Origin,
     /// Its revision, if it is from the bucket.
     pub revision: Option<u64>,
     /// As written, secrets and all; `null` for nothing.
     pub document: Value,
-    /// The newest in the bucket, if it cannot run.
-    pub rejected: Option<Rejected>,
-    /// Revision of the bucket that this considers.
+    /// The newest in the bucket, if it is not valid.
+    pub rejected: Option<RefusedHeartbeats>,
+    /// Revision of the bucket that this takes into account.
     seen: u64,
 }
 
-/// Heartbeats that cannot run.
+/// A rejected document of heartbeats.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Rejected {
+pub struct RefusedHeartbeats {
     /// Their revision.
     pub revision: u64,
     /// As written; `null` if that is no JSON.
@@ -80,18 +80,18 @@ pub struct Rejected {
     pub problems: Vec<Problem>,
 }
 
-/// Begins to publish what should be published.
-pub fn start(deps: Deps) -> (Handle, Runner) {
+/// Begins to publish the planned heartbeats.
+pub fn start(deps: HeartbeatDeps) -> (HeartbeatHandle, Runner) {
     let stop = CancellationToken::new();
     let (told, view) = watch::channel(View::default());
-    let board = Arc::new(HeartbeatStats::new(&deps.host));
-    let handle = Handle { view, board: board.clone() };
-    let work = Work { planner: HeartbeatPlanner::new(&deps), deps, board, told, runs: None, refused: 0 };
+    let stats = Arc::new(HeartbeatStats::new(&deps.host));
+    let handle = HeartbeatHandle { view, stats: stats.clone() };
+    let work = HeartbeatWork { planner: HeartbeatPlanner::new(&deps), deps, stats, told, runs: None, refused: 0 };
     let task = AbortOnDropHandle::new(tokio::spawn(work.run(stop.clone())));
     (handle, Runner { stop, task })
 }
 
-/// The running heartbeats, for the one who stops them.
+/// The running heartbeats, for their stop.
 #[derive(Debug)]
 pub struct Runner {
     stop: CancellationToken,
@@ -99,51 +99,51 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// Publishes nothing more, and frees what was won; `false` if that took too long.
+    /// Stops publishing, and releases the election's key; `false` if that took too long.
     pub async fn stop(self) -> bool {
         self.stop.cancel();
         timeout(GRACE, self.task).await.is_ok()
     }
 }
 
-/// What the face may ask; cheap to clone, answers from memory.
+/// The queries of the control and HTTP interfaces; cheap to clone, answers from memory.
 #[derive(Debug, Clone)]
-pub struct Handle {
+pub struct HeartbeatHandle {
     view: watch::Receiver<View>,
-    board: Arc<HeartbeatStats>,
+    stats: Arc<HeartbeatStats>,
 }
 
-impl Handle {
-    /// What runs.
+impl HeartbeatHandle {
+    /// The running heartbeats.
     pub fn view(&self) -> View {
         self.view.borrow().clone()
     }
 
-    /// Waits until this revision of the bucket has been considered.
+    /// Waits until this revision of the bucket has been taken into account.
     pub async fn considered(&self, revision: u64) {
-        // An error means that nothing runs any more.
+        // An error means that the heartbeats have stopped.
         let _ = self.view.clone().wait_for(|view| view.seen >= revision).await;
     }
 
     /// For the metrics page; `None` where nothing is configured.
-    pub fn reading(&self) -> Option<metrics::Heartbeats> {
-        self.board.reading()
+    pub fn reading(&self) -> Option<metrics::HeartbeatReading> {
+        self.stats.reading()
     }
 
-    /// How the election stands, where one is asked for.
-    pub fn election(&self) -> Option<metrics::Election> {
-        self.board.election()
+    /// The state of the election, if one is configured.
+    pub fn election(&self) -> Option<metrics::ElectionReading> {
+        self.stats.election()
     }
 }
 
-/// Holds what should run against what runs.
-struct Work {
-    deps: Deps,
+/// Compares the plan with the running heartbeats.
+struct HeartbeatWork {
+    deps: HeartbeatDeps,
     planner: HeartbeatPlanner,
-    board: Arc<HeartbeatStats>,
+    stats: Arc<HeartbeatStats>,
     told: watch::Sender<View>,
     runs: Option<Running>,
-    /// Revision that was refused last.
+    /// The last revision that was rejected.
     refused: u64,
 }
 
@@ -154,7 +154,7 @@ struct Running {
     task: AbortOnDropHandle<()>,
 }
 
-impl Work {
+impl HeartbeatWork {
     async fn run(mut self, stop: CancellationToken) {
         let mut stored = self.deps.stored.clone();
         loop {
@@ -171,9 +171,11 @@ impl Work {
         self.end().await;
     }
 
-    /// Tells once per revision what is wrong with it.
-    fn refuse(&mut self, rejected: Option<&Rejected>) {
-        let Some(Rejected { revision, problems, .. }) = rejected.filter(|found| found.revision != self.refused) else {
+    /// Reports the problems of each revision once.
+    fn refuse(&mut self, rejected: Option<&RefusedHeartbeats>) {
+        let Some(RefusedHeartbeats { revision, problems, .. }) =
+            rejected.filter(|found| found.revision != self.refused)
+        else {
             return;
         };
         self.refused = *revision;
@@ -193,7 +195,7 @@ impl Work {
     }
 
     fn begin(&mut self, heartbeats: Option<Heartbeats>, view: &View) {
-        self.board.begin(heartbeats.as_ref());
+        self.stats.begin(heartbeats.as_ref());
         let Some(heartbeats) = heartbeats else { return info!("no heartbeats are published") };
         let (origin, subjects, server) = (view.origin.name(), heartbeats.subjects.len(), &heartbeats.place);
         info!(origin, revision = view.revision, subjects, %server, "heartbeats are published");
@@ -208,7 +210,7 @@ impl Work {
             warn!(%server, "the certificate of the server for heartbeats is not verified");
         }
         let stop = CancellationToken::new();
-        let publisher = Publisher::new(&self.deps, heartbeats.clone(), self.board.clone());
+        let publisher = Publisher::new(&self.deps, heartbeats.clone(), self.stats.clone());
         let task = AbortOnDropHandle::new(tokio::spawn(publisher.run(stop.clone())));
         self.runs = Some(Running { heartbeats, stop, task });
     }
@@ -220,7 +222,7 @@ impl Work {
     }
 }
 
-/// Waits until something else lies in the bucket.
+/// Waits until the stored document changes.
 async fn changed(stored: &mut watch::Receiver<Option<Stored>>) {
     if stored.changed().await.is_err() {
         // The supervisor is gone; the stop is on its way.
@@ -228,8 +230,8 @@ async fn changed(stored: &mut watch::Receiver<Option<Stored>>) {
     }
 }
 
-impl Rejected {
+impl RefusedHeartbeats {
     fn new(revision: u64, document: Value, problems: Problems) -> Self {
-        Self { revision, document, problems: problems.0 }
+        Self { revision, document, problems: problems.bounded().0 }
     }
 }

@@ -1,4 +1,4 @@
-//! Metrics and health over HTTP. Decides nothing: every answer is read from somebody else's state.
+//! Metrics and health over HTTP. Decides nothing: every answer is read from the state of other modules.
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -37,7 +37,7 @@ pub struct Progress {
     /// The supervisor, once the buckets are open.
     pub supervisor: Option<Handle>,
     /// The heartbeats, from the same moment on.
-    pub heartbeats: Option<heartbeat::Handle>,
+    pub heartbeats: Option<heartbeat::HeartbeatHandle>,
     /// Whether the control service answers.
     pub registered: bool,
     /// The session of this instance, once it has one.
@@ -103,7 +103,7 @@ fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
     let Progress { supervisor, heartbeats, recreated, .. } = sources.progress.borrow().clone();
     let (rows, mut elections) =
         supervisor.map(|supervisor| (supervisor.own_rows(), supervisor.elections())).unwrap_or_default();
-    elections.extend(heartbeats.as_ref().and_then(heartbeat::Handle::election));
+    elections.extend(heartbeats.as_ref().and_then(heartbeat::HeartbeatHandle::election));
     let mut page = metrics::render(&sources.site, &rows, sources.events.dropped())?;
     page += &metrics::render_buckets(&sources.site, recreated)?;
     page += &metrics::render_elections(&sources.site, &elections)?;

@@ -1,5 +1,5 @@
-//! Who of several instances runs which replication: sessions and leases in the lease bucket. [`Machine`] decides and
-//! knows neither buckets nor clocks; [`start`] brings it what is seen and does what it says.
+//! Which instance runs which replication: sessions and leases in the lease bucket. [`Machine`] decides and knows neither
+//! buckets nor clocks; [`start`] passes observations to it and carries out its actions.
 
 mod driver;
 mod grant;
@@ -10,6 +10,6 @@ mod sessions;
 
 pub use driver::{Candidacy, Driver, Leases, enter, start};
 pub use grant::{Grant, Validity};
-pub use machine::{Action, Machine, Renewal, Settings};
-pub use process::Identity;
+pub use machine::{LeaseAction, LeaseSettings, Machine, RenewalOutcome};
+pub use process::ProcessIdentity;
 pub use sessions::Sessions;

@@ -132,7 +132,7 @@ pub fn render_buckets(site: &str, recreated: u64) -> Result<String, prometheus::
 
 /// One replication's part in Choria's leader election.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Election {
+pub struct ElectionReading {
     /// Its key.
     pub election: String,
     /// The candidate's name.
@@ -148,11 +148,11 @@ pub struct Election {
 }
 
 /// State of elections in Prometheus' text format, to append to the output of [`render`].
-pub fn render_elections(site: &str, elections: &[Election]) -> Result<String, prometheus::Error> {
-    let labels = |of: &Election| -> Vec<_> {
+pub fn render_elections(site: &str, elections: &[ElectionReading]) -> Result<String, prometheus::Error> {
+    let labels = |of: &ElectionReading| -> Vec<_> {
         vec![label("election", &of.election), label("identity", &of.identity), label("replicator", site)]
     };
-    let gauges = |name, help, read: fn(&Election) -> f64| {
+    let gauges = |name, help, read: fn(&ElectionReading) -> f64| {
         let all = elections.iter().map(|of| series(labels(of), MetricType::GAUGE, read(of))).collect();
         family(format!("{ELECTION_PREFIX}{name}"), help, MetricType::GAUGE, all)
     };
@@ -174,7 +174,7 @@ pub fn render_elections(site: &str, elections: &[Election]) -> Result<String, pr
 
 /// What this process publishes as heartbeats.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Heartbeats {
+pub struct HeartbeatReading {
     /// Name of this host.
     pub host: String,
     /// Whether another instance publishes.
@@ -197,7 +197,7 @@ pub struct HeartbeatSubject {
 }
 
 /// Heartbeats in Prometheus' text format, to append to the output of [`render`].
-pub fn render_heartbeats(site: &str, heartbeats: &Heartbeats) -> Result<String, prometheus::Error> {
+pub fn render_heartbeats(site: &str, heartbeats: &HeartbeatReading) -> Result<String, prometheus::Error> {
     let replicator = || label("replicator", site);
     let gauge = |name, help, labels, value| {
         let all = vec![series(labels, MetricType::GAUGE, value)];
@@ -521,7 +521,7 @@ mod tests {
 
     #[test]
     fn elections_carry_choria_names_and_labels() {
-        let election = |key: &str, leads| Election {
+        let election = |key: &str, leads| ElectionReading {
             election: key.to_owned(),
             identity: "new".to_owned(),
             as_candidate: 3,
@@ -546,7 +546,7 @@ mod tests {
         let mut subject =
             HeartbeatSubject { subject: "a.b".to_owned(), published: 3, errors: 2, ..HeartbeatSubject::default() };
         subject.times.observe(0.25, 3);
-        let heartbeats = Heartbeats { host: "one.example.net".to_owned(), paused: true, subjects: vec![subject] };
+        let heartbeats = HeartbeatReading { host: "one.example.net".to_owned(), paused: true, subjects: vec![subject] };
         let text = render_heartbeats("US", &heartbeats).unwrap();
         let name = "choria_stream_replicator_heartbeat_";
         check(&text, &format!("{name}subjects_count{{replicator=\"US\"}} 1"));

@@ -44,6 +44,9 @@ pub const DEAD_ERROR_HEADER: &str = "Choria-SR-Error";
 /// Deadline of a control request, unix ms; one that arrives later is refused.
 pub const DEADLINE_HEADER: &str = "Replicator-Deadline";
 
+/// Time of the instance that refused a request because of its deadline, unix ms.
+pub const TIME_HEADER: &str = "Replicator-Time";
+
 /// Revision that a configuration change expects.
 pub const EXPECTED_REVISION_HEADER: &str = "Replicator-Expected-Revision";
 

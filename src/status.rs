@@ -32,17 +32,17 @@ pub struct Row {
 impl Row {
     /// The source server's time when the host clock of the instance that wrote the row shows `host`.
     pub fn source_time(&self, host: DateTime<Utc>) -> DateTime<Utc> {
-        host + self.clock_offset()
+        host.checked_add_signed(self.clock_offset()).unwrap_or(host)
     }
 
     /// What the host clock of the instance that wrote the row shows when the source server's time is `source`.
     pub fn host_time(&self, source: DateTime<Utc>) -> DateTime<Utc> {
-        source - self.clock_offset()
+        source.checked_sub_signed(self.clock_offset()).unwrap_or(source)
     }
 
     fn clock_offset(&self) -> TimeDelta {
         let ahead = self.copy.source.clock_offset_seconds.unwrap_or_default();
-        TimeDelta::milliseconds((ahead * 1e3) as i64)
+        TimeDelta::try_milliseconds((ahead * 1e3) as i64).unwrap_or_default()
     }
 
     /// Brings everything that depends on the time up to `now`, the source server's time: to be called when a row is read.
@@ -484,12 +484,12 @@ impl LastError {
     /// All that `kind` can be.
     pub const KINDS: [&str; 4] = ["retry", "hold", "superseded", "invalid"];
 
-    /// One of these kinds that happens now and is about no message.
+    /// One of these kinds that happens now and is about no message. What is too long for a row is cut.
     pub fn now(kind: &str, message: &str) -> Self {
         Self {
             at: entropy::now(),
             kind: kind.to_owned(),
-            message: message.to_owned(),
+            message: shortened(message),
             current: true,
             source_seq: None,
             source_time_ns: None,
@@ -499,6 +499,16 @@ impl LastError {
     /// What a copy that runs proves to be over: everything but a wrong document.
     pub fn ran(&mut self) {
         self.current &= self.kind == "invalid";
+    }
+}
+
+/// Bytes of the text of an error in a row, at most. A row is saved and shown with others in one message.
+const LONGEST_ERROR: usize = 4096;
+
+fn shortened(text: &str) -> String {
+    match text.len() {
+        0..=LONGEST_ERROR => text.to_owned(),
+        length => format!("{}... ({length} bytes)", nats_lane::beginning(text, LONGEST_ERROR)),
     }
 }
 
@@ -567,6 +577,25 @@ mod tests {
         // A source whose clock is ahead.
         row.at(time(-5));
         assert_eq!(row.copy.lag.and_then(|lag| lag.seconds), Some(0.0));
+    }
+
+    /// The record may be written by hand.
+    #[test]
+    fn an_impossible_clock_offset_is_none() {
+        let mut row = row(State::Running, None);
+        for offset in [1e300, -1e300, 1e15, -1e15, f64::NAN] {
+            row.copy.source.clock_offset_seconds = Some(offset);
+            assert_eq!((row.source_time(time(1)), row.host_time(time(2))), (time(1), time(2)), "{offset}");
+        }
+        row.copy.source.clock_offset_seconds = Some(1.5);
+        assert_eq!(row.source_time(time(1)), time(1) + TimeDelta::milliseconds(1500));
+    }
+
+    #[test]
+    fn a_long_error_is_cut() {
+        let error = LastError::now("retry", &"\u{e9}".repeat(100_000));
+        assert!(error.message.len() < LONGEST_ERROR + 32 && error.message.ends_with("... (200000 bytes)"));
+        assert_eq!(LastError::now("retry", "why").message, "why");
     }
 
     #[test]

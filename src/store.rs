@@ -3,25 +3,31 @@
 
 mod bucket;
 mod buckets;
+mod cells;
 mod config;
+mod error;
 mod file_documents;
 mod keeper;
 mod leases;
 mod live;
 mod marks;
+mod own_streams;
 mod positions;
 mod senders;
 mod site;
 mod trouble;
 mod watch;
 
-pub use bucket::{Cells, PutError, Stored};
-pub use buckets::{Buckets, CONFIG_HISTORY, Error, OwnStreams};
+pub use bucket::{PutError, Stored};
+pub use buckets::{Buckets, CONFIG_HISTORY};
+pub use cells::Cells;
 pub use config::{ConfigChange, ConfigEntry, ConfigStore, WriteError};
+pub use error::Error;
 pub use file_documents::{FILE_REVISION, FileDocuments, FileReloader};
 pub use keeper::{Condition, Keeper};
 pub use leases::{LeaseChange, LeaseRecord, LeaseStore, SessionRecord, Written};
 pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
+pub use own_streams::OwnStreams;
 pub use positions::{
     Claim, ClaimError, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps,
     TargetWitness,

@@ -1,17 +1,21 @@
-//! Holds the set of replications that should run (the configuration bucket) against the set that runs: one task
-//! per replication, its "life". The loop here only starts lives, tells them of newer documents and ends them; what
-//! a document means and how errors are survived is each life's own business, so none can touch another.
+//! Compares the replications that should run (the configuration bucket) with those that run: one task per replication.
+//! The loop here starts the tasks, passes newer documents and requests to them and ends them. What a document means and
+//! how a replication recovers from errors is decided inside its task, so replications cannot affect each other.
 
-mod board;
+mod context;
 mod desired;
 mod group;
-mod hand_back;
-mod headroom;
-mod marks;
-mod neighbours;
+mod leader_term;
 mod outage;
-mod replication;
-mod roll;
+mod record_notes;
+mod refused_documents;
+mod requests;
+mod retention_watch;
+mod runner;
+mod shared_targets;
+mod standby_senders;
+mod status_cell;
+mod task;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -31,12 +35,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
 use self::{
-    board::Board,
+    context::Context,
     desired::{Planner, Signal},
     group::Group,
-    marks::Marks,
-    neighbours::Neighbours,
-    replication::{Context, Life},
+    requests::Requests,
+    shared_targets::SharedTargets,
+    status_cell::StatusCell,
+    task::ReplicationTask,
 };
 
 use crate::{
@@ -53,10 +58,10 @@ use crate::{
     },
 };
 
-/// How often a row is looked at that is waited for.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How often a caller that waits for a row checks it.
+const CHECK_ROW: Duration = Duration::from_millis(20);
 
-/// A life that panicked outside a run starts again after this.
+/// Pause before a task that panicked outside a run starts again.
 const PANIC_DELAY: Duration = Duration::from_secs(5);
 
 /// What the supervisor needs from the outside.
@@ -66,83 +71,83 @@ pub struct Deps {
     pub site: String,
     /// This process.
     pub instance: String,
-    /// What it shares with the other instances of its installation, and with no other installation.
+    /// Identifies the installation: the same for all its instances, and for no other installation.
     pub installation: String,
     /// The streams of its buckets.
     pub own_streams: OwnStreams,
-    /// It is the only one, by declaration, and goes on where its buckets are out of reach.
+    /// The operator declared this the only instance: it continues while its buckets are unreachable.
     pub standalone: bool,
-    /// Where documents may lead.
+    /// Where documents may connect to.
     pub rules: AllowList,
-    /// What should run.
+    /// The documents, and the requests beside them.
     pub config: ConfigStore,
-    /// Where each replication stands.
+    /// The position records.
     pub positions: PositionStore,
-    /// Which processes are there, and what each may run.
+    /// The instances of the group, and the replications that each may run.
     pub leases: Leases,
-    /// What sampling knows of senders.
+    /// The senders that sampling knows.
     pub senders: SenderStore,
-    /// Where notable things are told.
+    /// Where events are published.
     pub events: Events,
     /// Bytes that all replications together may read ahead.
     pub budget: Budget,
-    /// Gets what the configuration bucket says of heartbeats: revision 0 where nothing lies there.
+    /// Receives the heartbeats of the configuration bucket; revision 0 if it has none.
     pub heartbeats: watch::Sender<Option<Stored>>,
-    /// Gets what the configuration bucket says of the site: revision 0 where there is nothing.
+    /// Receives the site record of the configuration bucket; revision 0 if it has none.
     pub site_record: watch::Sender<Option<Stored>>,
 }
 
-/// Begins to follow the configuration. Everything stops in order when `root` is cancelled; call
+/// Starts to follow the configuration. Everything stops gracefully when `root` is cancelled; call
 /// [`Supervisor::stop`] to wait for that.
 pub fn start(deps: Deps, root: &CancellationToken) -> (Handle, Supervisor) {
-    let (table, view) = watch::channel(Table::default());
+    let (table, view) = watch::channel(StatusTable::default());
     let stop = root.child_token();
     let group = Group::follow(deps.positions.clone(), deps.leases.clone());
     let handle = Handle { table: view.clone(), group, instance: deps.instance.as_str().into() };
-    let neighbours = Neighbours::new(&deps.site, &deps.rules);
-    let work = Loop {
+    let shared_targets = SharedTargets::new(&deps.site, &deps.rules);
+    let work = TaskLoop {
         deps: Arc::new(deps),
-        neighbours,
+        shared_targets,
         stop: stop.clone(),
         table,
-        lives: JoinSet::new(),
-        slots: HashMap::new(),
-        marks: HashMap::new(),
+        tasks: JoinSet::new(),
+        running: HashMap::new(),
+        requests: HashMap::new(),
     };
     let task = tokio::spawn(work.run());
     (handle, Supervisor { stop, task, table: view })
 }
 
-/// The running supervisor, for the one who stops it.
+/// The running supervisor, for its owner, which stops it.
 #[derive(Debug)]
 pub struct Supervisor {
     stop: CancellationToken,
     task: JoinHandle<()>,
-    table: watch::Receiver<Table>,
+    table: watch::Receiver<StatusTable>,
 }
 
 impl Supervisor {
-    /// Waits until the loop is over, which without a stop it only is after a bug.
+    /// Waits until the loop has ended. Without a stop that is a bug.
     pub async fn ended(&mut self) {
         let _ = (&mut self.task).await;
     }
 
-    /// Stops all lives in order: readers stop, what is in the air settles, positions are saved. Those that are
-    /// not done within `grace` are named in the log, dropped, and returned.
+    /// Stops all tasks gracefully: readers stop, messages in flight settle, positions are saved. Replications that are
+    /// not done within `grace` are logged, dropped and returned.
     pub async fn stop(mut self, grace: Duration) -> Vec<String> {
         self.stop.cancel();
         if timeout(grace, &mut self.task).await.is_ok() {
             return Vec::new();
         }
-        let late: Vec<_> = self.table.borrow().boards.keys().cloned().collect();
+        let late: Vec<_> = self.table.borrow().cells.keys().cloned().collect();
         self.task.abort();
         warn!(replications = late.join(", "), "did not stop within {grace:.1?}; messages in flight are copied again");
         late
     }
 }
 
-/// A watch that begins again tells what is already known.
-fn news(key: &watch::Sender<Option<Stored>>, stored: Stored) {
+/// Passes a value on, unless it is known: a watch that starts again repeats known values.
+fn pass_on(key: &watch::Sender<Option<Stored>>, stored: Stored) {
     key.send_if_modified(|known| {
         let news = known.as_ref() != Some(&stored);
         *known = Some(stored);
@@ -150,18 +155,18 @@ fn news(key: &watch::Sender<Option<Stored>>, stored: Stored) {
     });
 }
 
-/// Nothing is there, or it was removed while there was no watch.
-fn removed(key: &watch::Sender<Option<Stored>>) {
+/// The key does not exist, or was deleted while there was no watch.
+fn pass_on_removal(key: &watch::Sender<Option<Stored>>) {
     let known = key.borrow().clone();
     if known.is_none_or(|known| known.value.is_some()) {
-        news(key, Stored { revision: 0, value: None });
+        pass_on(key, Stored { revision: 0, value: None });
     }
 }
 
-/// What the face may ask of the supervisor; cheap to clone, answers from memory.
+/// What the control service may ask of the supervisor; cheap to clone, answers from memory.
 #[derive(Debug, Clone)]
 pub struct Handle {
-    table: watch::Receiver<Table>,
+    table: watch::Receiver<StatusTable>,
     group: Group,
     instance: Arc<str>,
 }
@@ -169,9 +174,9 @@ pub struct Handle {
 /// One process of the group.
 #[derive(Debug, Clone)]
 pub struct Peer {
-    /// What it says of itself.
+    /// What it reports about itself.
     pub session: SessionRecord,
-    /// Time since it was heard of last.
+    /// Time since its last sign of life.
     pub silent: Duration,
     /// Ids of the replications that it leads, sorted.
     pub leads: Vec<String>,
@@ -180,55 +185,55 @@ pub struct Peer {
 impl Handle {
     /// All rows as the group sees them, sorted by id.
     pub fn rows(&self) -> Vec<Row> {
-        self.table.borrow().boards.values().map(|board| self.view(board)).collect()
+        self.table.borrow().cells.values().map(|cell| self.view(cell)).collect()
     }
 
     /// The row of one replication as the group sees it.
     pub fn row(&self, id: &str) -> Option<Row> {
-        let board = self.table.borrow().boards.get(id).cloned()?;
-        Some(self.view(&board))
+        let cell = self.table.borrow().cells.get(id).cloned()?;
+        Some(self.view(&cell))
     }
 
     /// The row of one replication as the group sees it, and the time of its source server.
     pub fn row_and_time(&self, id: &str) -> Option<(Row, DateTime<Utc>)> {
-        let board = self.table.borrow().boards.get(id).cloned()?;
-        let row = self.view(&board);
-        let time = self.source_time(&board, &row);
+        let cell = self.table.borrow().cells.get(id).cloned()?;
+        let row = self.view(&cell);
+        let time = self.source_time(&cell, &row);
         Some((row, time))
     }
 
-    /// The installation that a replication counts as its own's at the source, where its position record names one.
+    /// The installation whose consumers at the source belong to a replication, if its position record names one.
     pub fn installation(&self, id: &str) -> Option<String> {
         self.group.record(id)?.installation
     }
 
     /// The time of the source server: the clock of this host counts only for what this process measured itself.
-    fn source_time(&self, board: &Board, row: &Row) -> DateTime<Utc> {
-        let reported = (!board.leads()).then(|| self.group.source_time(&row.replication)).flatten();
+    fn source_time(&self, cell: &StatusCell, row: &Row) -> DateTime<Utc> {
+        let reported = (!cell.leads()).then(|| self.group.source_time(&row.replication)).flatten();
         reported.unwrap_or_else(|| row.source_time(nats_lane::entropy::now()))
     }
 
     /// The senders of a replication as this process knows them, if it is sampled; and whether this process leads it.
     pub fn samples(&self, id: &str) -> Option<(Samples, bool)> {
-        let board = self.table.borrow().boards.get(id).cloned()?;
-        Some((board.samples()?, board.leads()))
+        let cell = self.table.borrow().cells.get(id).cloned()?;
+        Some((cell.samples()?, cell.leads()))
     }
 
     /// All rows as this process sees them, sorted by id.
     pub fn own_rows(&self) -> Vec<Row> {
-        self.table.borrow().boards.values().map(|board| board.row()).collect()
+        self.table.borrow().cells.values().map(|cell| cell.row()).collect()
     }
 
-    /// How Choria's elections stand that this process takes part in.
-    pub fn elections(&self) -> Vec<metrics::Election> {
-        self.table.borrow().boards.values().filter_map(|board| board.election()).collect()
+    /// The state of the Choria elections that this process takes part in.
+    pub fn elections(&self) -> Vec<metrics::ElectionReading> {
+        self.table.borrow().cells.values().filter_map(|cell| cell.election()).collect()
     }
 
-    /// The processes that are there, sorted by name.
+    /// The instances of the group, sorted by name.
     pub fn peers(&self) -> Vec<Peer> {
         let mut leads: HashMap<String, Vec<String>> = HashMap::new();
-        for (id, board) in &self.table.borrow().boards {
-            if let Some(leader) = self.view(board).leader {
+        for (id, cell) in &self.table.borrow().cells {
+            if let Some(leader) = self.view(cell).leader {
                 leads.entry(leader).or_default().push(id.clone());
             }
         }
@@ -244,24 +249,24 @@ impl Handle {
     /// How many replications are in each state, as the group sees them.
     pub fn states(&self) -> BTreeMap<State, usize> {
         let mut states: BTreeMap<_, _> = State::ALL.into_iter().map(|state| (state, 0)).collect();
-        for board in self.table.borrow().boards.values() {
-            *states.entry(self.view(board).state).or_default() += 1;
+        for cell in self.table.borrow().cells.values() {
+            *states.entry(self.view(cell).state).or_default() += 1;
         }
         states
     }
 
-    /// What this process runs, and of what another one runs what that one saved last.
-    fn view(&self, board: &Board) -> Row {
-        let mut own = board.row();
+    /// The row of a replication: as this process runs it, or as its leader saved it last.
+    fn view(&self, cell: &StatusCell) -> Row {
+        let mut own = cell.row();
         let Some(record) = self.group.record(&own.replication) else { return own };
-        if !board.leads() {
+        if !cell.leads() {
             let mut row = self.leaders_row(record, own);
-            row.at(self.source_time(board, &row));
+            row.at(self.source_time(cell, &row));
             return row;
         }
         let position = record.source.map_or(0, |source| source.seq);
         if own.state == State::Paused && own.copy.position.source_seq != position {
-            // Moved by another instance: what waits behind it is not known yet.
+            // Moved by another instance: what waits after it is not known yet.
             own.copy.position.source_seq = position;
             (own.copy.lag, own.copy.headroom) = (None, None);
             (own.copy.source.first_seq, own.copy.source.last_seq) = (None, None);
@@ -279,13 +284,13 @@ impl Handle {
             row.leader = None;
             row.state = State::Stopped;
         } else if row.state == State::Stopped && !waits {
-            // Whoever ended it in order is done with it, and somebody stands by to take it: we do.
+            // Its leader stopped gracefully and this instance stands by to take it.
             row.state = standing;
         } else if !fresh {
             row.state = State::Starting;
         } else if row.state == State::Running && row.leader.as_ref().is_some_and(|leader| self.group.is_doubted(leader))
         {
-            // Nobody waits for what has stopped and looks caught up.
+            // A leader that has stopped by itself must not look caught up: requests would not wait for it.
             row.state = State::Retrying;
             row.not_running();
         }
@@ -299,37 +304,38 @@ impl Handle {
     /// replication runs, and the position record, if there is one, says so.
     pub async fn paused_since(&self, id: &str, revision: u64) {
         let mut table = self.table.clone();
-        // An error means that the supervisor is gone, and with it what it ran.
+        // An error means that the supervisor has ended, and its tasks with it.
         let _ = table.wait_for(|table| table.marked >= revision).await;
-        let board = self.table.borrow().boards.get(id).cloned();
-        if let Some(board) = board.filter(|board| board.leads()) {
-            let mut status = board.status().subscribe();
+        let cell = self.table.borrow().cells.get(id).cloned();
+        if let Some(cell) = cell.filter(|cell| cell.leads()) {
+            let mut status = cell.status().subscribe();
             let _ = status.wait_for(|(state, _)| matches!(state, State::Paused | State::Stopped)).await;
         }
         let says_so = |record: &PositionRecord| record.status.as_ref().is_some_and(|row| row.state == State::Paused);
         self.group.record_when(id, says_so).await;
     }
 
-    /// Waits until the row of a replication says what is expected; for ever if it never does.
+    /// Waits until the row of a replication is as expected; forever if it never is.
     pub async fn row_when(&self, id: &str, when: impl Fn(&Row) -> bool) -> Row {
         loop {
             if let Some(row) = self.row(id).filter(|row| when(row)) {
                 return row;
             }
-            sleep(LOOK_AGAIN).await;
+            sleep(CHECK_ROW).await;
         }
     }
 
-    /// Waits until the deletion at `revision` of the configuration bucket has been seen and what ran before it is
-    /// over, also if the replication is already there again.
+    /// Waits until the deletion at `revision` of the configuration bucket has been seen and the task from before it has
+    /// ended, also if the replication was added again meanwhile.
     pub async fn stopped_since(&self, id: &str, revision: u64) {
         let mut table = self.table.clone();
-        let over = |table: &Table| table.seen >= revision && table.boards.get(id).is_none_or(|b| b.born() > revision);
-        // An error means that the supervisor is gone, and with it what it ran.
+        let over =
+            |table: &StatusTable| table.seen >= revision && table.cells.get(id).is_none_or(|b| b.born() > revision);
+        // An error means that the supervisor has ended, and its tasks with it.
         let _ = table.wait_for(over).await;
     }
 
-    /// Whether this is the name of another instance that is there, as far as can be told.
+    /// Whether this is the name of another instance that is present, as far as is known.
     pub fn is_other(&self, instance: &str) -> bool {
         *instance != *self.instance && !self.group.is_gone(instance)
     }
@@ -345,7 +351,7 @@ impl Handle {
         self.table.borrow().loaded
     }
 
-    /// Whether the supervisor's loop lives.
+    /// Whether the supervisor's loop is running.
     pub fn is_alive(&self) -> bool {
         self.table.has_changed().is_ok()
     }
@@ -353,43 +359,43 @@ impl Handle {
 
 /// What a [`Handle`] sees.
 #[derive(Debug, Default)]
-struct Table {
+struct StatusTable {
     /// Whether the configuration has been read once.
     loaded: bool,
     /// The last revision of a document that was acted upon.
     seen: u64,
     /// The last revision of a mark that was acted upon.
     marked: u64,
-    /// One per life.
-    boards: BTreeMap<String, Arc<Board>>,
+    /// One per task.
+    cells: BTreeMap<String, Arc<StatusCell>>,
 }
 
-/// Owner of all lives.
-struct Loop {
+/// Owns all tasks.
+struct TaskLoop {
     deps: Arc<Deps>,
-    neighbours: Neighbours,
+    shared_targets: SharedTargets,
     stop: CancellationToken,
-    table: watch::Sender<Table>,
-    lives: JoinSet<()>,
-    slots: HashMap<String, Slot>,
-    /// By replication, also of those that are not there.
-    marks: HashMap<String, Marks>,
+    table: watch::Sender<StatusTable>,
+    tasks: JoinSet<()>,
+    running: HashMap<String, RunningTask>,
+    /// By replication, also of replications without a document.
+    requests: HashMap<String, Requests>,
 }
 
-/// One life, from the outside.
-struct Slot {
-    task: Id,
-    board: Arc<Board>,
+/// One task, as its owner sees it.
+struct RunningTask {
+    task_id: Id,
+    cell: Arc<StatusCell>,
     wanted: watch::Sender<ConfigEntry>,
-    marks: watch::Sender<Marks>,
+    requests: watch::Sender<Requests>,
     /// Cancelled when the document was deleted, or with the process.
     stop: CancellationToken,
-    /// Written after the deletion: lives when the old life is over.
-    again: Option<ConfigEntry>,
+    /// A document written after the deletion: it starts when this task has ended.
+    successor: Option<ConfigEntry>,
 }
 
-impl Loop {
-    /// Until the stop; then until the last life is over.
+impl TaskLoop {
+    /// Runs until the stop, and then until the last task has ended.
     async fn run(mut self) {
         let mut changes = pin!(desired::changes(self.deps.config.clone()));
         let mut listed = BTreeSet::new();
@@ -397,16 +403,17 @@ impl Loop {
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => break,
-                Some(ended) = self.lives.join_next_with_id() => self.ended(ended),
+                Some(ended) = self.tasks.join_next_with_id() => self.ended(ended),
                 Some(signal) = changes.next() => self.follow(signal, &mut listed),
             }
         }
-        while let Some(ended) = self.lives.join_next_with_id().await {
+        while let Some(ended) = self.tasks.join_next_with_id().await {
             self.ended(ended);
         }
     }
 
-    /// `listed` holds the keys told since the watch began: what was deleted while there was no watch is missing.
+    /// `listed` holds the keys that the watch has delivered since it started: keys deleted while there was no watch are
+    /// missing in it.
     fn follow(&mut self, signal: Signal, listed: &mut BTreeSet<String>) {
         match signal {
             Signal::Began => listed.clear(),
@@ -427,7 +434,7 @@ impl Loop {
                 } else {
                     listed.remove(HEARTBEATS_KEY);
                 }
-                news(&self.deps.heartbeats, stored);
+                pass_on(&self.deps.heartbeats, stored);
             }
             Signal::Change(ConfigChange::Site(stored)) => {
                 if stored.value.is_some() {
@@ -435,7 +442,7 @@ impl Loop {
                 } else {
                     listed.remove(SITE_KEY);
                 }
-                news(&self.deps.site_record, stored);
+                pass_on(&self.deps.site_record, stored);
             }
             Signal::Change(ConfigChange::Marked(mark)) => {
                 let key = mark.kind.key(&mark.id);
@@ -444,52 +451,52 @@ impl Loop {
                 } else {
                     listed.remove(&key);
                 }
-                self.remark(&mark.id, |marks| marks.apply(&mark));
+                self.change_requests(&mark.id, |requests| requests.apply(&mark));
                 self.table.send_modify(|table| table.marked = mark.revision);
             }
-            // The revision that is told next counts.
-            Signal::Change(ConfigChange::Anew) => {}
+            // The revision that comes next counts.
+            Signal::Change(ConfigChange::Recreated) => {}
             Signal::Change(ConfigChange::Loaded) => {
-                self.unmark_all_but(listed);
+                self.remove_requests_not_in(listed);
                 if !listed.contains(HEARTBEATS_KEY) {
-                    removed(&self.deps.heartbeats);
+                    pass_on_removal(&self.deps.heartbeats);
                 }
                 if !listed.contains(SITE_KEY) {
-                    removed(&self.deps.site_record);
+                    pass_on_removal(&self.deps.site_record);
                 }
-                let gone: Vec<_> = self.slots.keys().filter(|key| !listed.contains(*key)).cloned().collect();
+                let gone: Vec<_> = self.running.keys().filter(|key| !listed.contains(*key)).cloned().collect();
                 gone.iter().for_each(|key| self.delete(key));
                 self.table.send_if_modified(|table| !std::mem::replace(&mut table.loaded, true));
             }
         }
     }
 
-    /// A mark that was removed while there was no watch is not listed.
-    fn unmark_all_but(&mut self, listed: &BTreeSet<String>) {
-        let gone = |id: &str, marks: &Marks| {
-            MarkKind::ALL.into_iter().filter(|kind| marks.has(*kind) && !listed.contains(&kind.key(id))).collect()
+    /// Requests that were removed while there was no watch are not in `listed`.
+    fn remove_requests_not_in(&mut self, listed: &BTreeSet<String>) {
+        let gone = |id: &str, requests: &Requests| {
+            MarkKind::ALL.into_iter().filter(|kind| requests.has(*kind) && !listed.contains(&kind.key(id))).collect()
         };
         let all: Vec<(String, Vec<MarkKind>)> =
-            self.marks.iter().map(|(id, marks)| (id.clone(), gone(id, marks))).collect();
+            self.requests.iter().map(|(id, requests)| (id.clone(), gone(id, requests))).collect();
         for (id, kinds) in all {
-            self.remark(&id, |marks| kinds.iter().for_each(|kind| marks.remove(*kind)));
+            self.change_requests(&id, |requests| kinds.iter().for_each(|kind| requests.remove(*kind)));
         }
     }
 
-    /// Changes what is asked of a replication and tells its life.
-    fn remark(&mut self, id: &str, change: impl FnOnce(&mut Marks)) {
-        let mut marks = self.marks.remove(id).unwrap_or_default();
-        change(&mut marks);
-        if let Some(slot) = self.slots.get(id) {
-            slot.marks.send_if_modified(|old| {
-                *old != marks && {
-                    old.clone_from(&marks);
+    /// Changes the requests of a replication and passes them to its task.
+    fn change_requests(&mut self, id: &str, change: impl FnOnce(&mut Requests)) {
+        let mut requests = self.requests.remove(id).unwrap_or_default();
+        change(&mut requests);
+        if let Some(task) = self.running.get(id) {
+            task.requests.send_if_modified(|old| {
+                *old != requests && {
+                    old.clone_from(&requests);
                     true
                 }
             });
         }
-        if marks != Marks::default() {
-            self.marks.insert(id.to_owned(), marks);
+        if requests != Requests::default() {
+            self.requests.insert(id.to_owned(), requests);
         }
     }
 
@@ -501,82 +508,82 @@ impl Loop {
     }
 
     fn put(&mut self, entry: ConfigEntry) {
-        self.neighbours.put(&entry);
-        match self.slots.get_mut(&entry.key) {
+        self.shared_targets.put(&entry);
+        match self.running.get_mut(&entry.key) {
             None => self.begin(entry),
-            Some(slot) if slot.stop.is_cancelled() => slot.again = Some(entry),
-            // A watch that began anew tells what is already known.
-            Some(slot) => {
-                slot.board.is_not_younger_than(entry.revision);
-                slot.wanted.send_if_modified(|old| update(old, entry));
+            Some(task) if task.stop.is_cancelled() => task.successor = Some(entry),
+            // A watch that starts again repeats known documents.
+            Some(task) => {
+                task.cell.is_not_younger_than(entry.revision);
+                task.wanted.send_if_modified(|old| update(old, entry));
             }
         }
     }
 
     fn delete(&mut self, key: &str) {
-        self.neighbours.remove(key);
+        self.shared_targets.remove(key);
         let (config, id) = (self.deps.config.clone(), key.to_owned());
-        // It must not come back behind wrong documents that are written later.
+        // It must not run again because of invalid documents that are written later.
         tokio::spawn(async move {
             if let Err(error) = config.unmark(&id, MarkKind::Valid, None).await {
                 debug!(replication = id, "the saved copy of a deleted document was not removed: {error}");
             }
         });
-        if let Some(slot) = self.slots.get_mut(key) {
-            slot.again = None;
-            slot.stop.cancel();
+        if let Some(task) = self.running.get_mut(key) {
+            task.successor = None;
+            task.stop.cancel();
         }
     }
 
     fn begin(&mut self, entry: ConfigEntry) {
         let id = entry.key.clone();
-        let board = Arc::new(Board::new(&id, entry.revision));
-        self.table.send_modify(|table| _ = table.boards.insert(id, board.clone()));
-        self.spawn(entry, board, Duration::ZERO);
+        let cell = Arc::new(StatusCell::new(&id, entry.revision));
+        self.table.send_modify(|table| _ = table.cells.insert(id, cell.clone()));
+        self.spawn(entry, cell, Duration::ZERO);
     }
 
-    fn spawn(&mut self, entry: ConfigEntry, board: Arc<Board>, delay: Duration) {
+    fn spawn(&mut self, entry: ConfigEntry, cell: Arc<StatusCell>, delay: Duration) {
         let id = entry.key.clone();
         let stop = self.stop.child_token();
         let (wanted, latest) = watch::channel(entry);
         let context = Context {
             deps: self.deps.clone(),
             id: id.clone(),
-            board: board.clone(),
-            neighbours: self.neighbours.clone(),
+            cell: cell.clone(),
+            shared_targets: self.shared_targets.clone(),
         };
         let planner = Planner::new(&self.deps, latest);
-        let (marks, asked) = watch::channel(self.marks.get(&id).cloned().unwrap_or_default());
-        let seat = self.deps.leases.seat(&id);
-        let life = Life::new(context, planner, asked, seat, stop.clone());
-        let task = self.lives.spawn(life.run(delay)).id();
-        self.slots.insert(id, Slot { task, board, wanted, marks, stop, again: None });
+        let (requests, asked) = watch::channel(self.requests.get(&id).cloned().unwrap_or_default());
+        let candidacy = self.deps.leases.candidacy(&id);
+        let task = ReplicationTask::new(context, planner, asked, candidacy, stop.clone());
+        let task_id = self.tasks.spawn(task.run(delay)).id();
+        self.running.insert(id, RunningTask { task_id, cell, wanted, requests, stop, successor: None });
     }
 
     fn ended(&mut self, ended: Result<(Id, ()), JoinError>) {
-        let task = ended.as_ref().map_or_else(JoinError::id, |(task, ())| *task);
-        let Some(id) = self.slots.iter().find(|(_, slot)| slot.task == task).map(|(id, _)| id.clone()) else {
+        let task_id = ended.as_ref().map_or_else(JoinError::id, |(task_id, ())| *task_id);
+        let Some(id) = self.running.iter().find(|(_, task)| task.task_id == task_id).map(|(id, _)| id.clone()) else {
             return;
         };
-        let Some(slot) = self.slots.remove(&id) else { return };
+        let Some(task) = self.running.remove(&id) else { return };
         if let Err(panic) = ended
-            && !slot.stop.is_cancelled()
+            && !task.stop.is_cancelled()
         {
             error!(replication = id, "starts again in {PANIC_DELAY:?}: {panic}");
-            slot.board.failed(&Error::new(ErrorKind::Retry, panic.to_string()), None);
-            slot.board.set_state(State::Retrying);
-            let entry = slot.wanted.borrow().clone();
-            return self.spawn(entry, slot.board, PANIC_DELAY);
+            task.cell.failed(&Error::new(ErrorKind::Retry, panic.to_string()), None);
+            task.cell.set_state(State::Retrying);
+            let entry = task.wanted.borrow().clone();
+            return self.spawn(entry, task.cell, PANIC_DELAY);
         }
-        self.table.send_modify(|table| _ = table.boards.remove(&id));
-        match slot.again {
+        self.table.send_modify(|table| _ = table.cells.remove(&id));
+        match task.successor {
             Some(entry) if !self.stop.is_cancelled() => self.begin(entry),
             _ => debug!(replication = id, "ended"),
         }
     }
 }
 
-/// Takes over a newer revision; says whether it was one.
+/// Replaces an older document. Returns whether it was older.
 fn update(old: &mut ConfigEntry, new: ConfigEntry) -> bool {
     let newer = new.revision != old.revision || new.value != old.value;
     if newer {

@@ -105,7 +105,7 @@ impl Pair {
         Ok(())
     }
 
-    /// What the source holds is not what was loaded any more: the next load is made anew.
+    /// The source no longer has the messages that were loaded: the next load starts from nothing.
     pub(crate) fn forget(&mut self) {
         self.load.messages = 0;
     }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use nats_lane::Message;
 use serde_json::{Value, json};
 use stream_replicator::config;
-use stream_replicator::sampling::{Fate, Inspector, Senders, Sighting, Verdict};
+use stream_replicator::sampling::{Inspector, MessageOutcome, SamplingVerdict, Senders, Sighting};
 
 use crate::harness::client::status;
 use crate::harness::site::merged;
@@ -72,8 +72,9 @@ pub(crate) fn decide(seconds: f64) -> Result<()> {
                     forced: inspector.forced(message.payload),
                 };
                 let verdict = black_box(senders.verdict(&sighting));
-                let fate = if verdict == Verdict::Skip { Fate::Passed } else { Fate::Stored };
-                copied += u64::from(fate == Fate::Stored);
+                let fate =
+                    if verdict == SamplingVerdict::Skip { MessageOutcome::Passed } else { MessageOutcome::Stored };
+                copied += u64::from(fate == MessageOutcome::Stored);
                 senders.observe(&sighting, fate);
             }
             decided += bytes;
@@ -94,7 +95,7 @@ pub(crate) async fn run(senders: u64) -> Result<()> {
     let source = Server::start(Role::Source).await?;
     let (target, control) = (Server::start(Role::Target).await?, Server::start(Role::Control).await?);
     let mut raw = Raw::connect(&source.url()).await?;
-    // A target of a copy that leaves out everything could not be made.
+    // With one subject, the sampled copy would skip everything, and its target could not be created.
     raw.create_stream(STREAM, json!({"subjects": ["nodes", "others"]})).await?;
     let mut service = Service::builder(&control.url(), "BENCH").instance("bench").start().await?;
     let client = connect(&control.url()).await?;
@@ -160,7 +161,7 @@ pub(crate) async fn run(senders: u64) -> Result<()> {
     println!("  cold start: {:.1} s until it runs", begin.elapsed().as_secs_f64());
     let usage = service.usage();
     println!("  resident memory {:.0} MiB, at its peak {:.0} MiB", mib(usage.rss), mib(usage.rss_peak));
-    ensure!(service.stop().await?.success(), "stopped in order");
+    ensure!(service.stop().await?.success(), "stopped gracefully");
     Ok(())
 }
 

@@ -40,7 +40,7 @@ pub(crate) struct Sample {
     pub(crate) copier_cpu: f64,
     /// Cores that processes outside of this bench kept busy.
     pub(crate) others: f64,
-    /// Peak memory of the copier, in bytes; zero where there is none or it is not told apart from the bench.
+    /// Peak memory of the copier, in bytes; zero if there is none, or if it is part of the bench's own process.
     pub(crate) memory: u64,
 }
 

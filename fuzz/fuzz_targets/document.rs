@@ -1,4 +1,4 @@
-//! Any bytes are a document or told to be none: `cargo +nightly fuzz run document`.
+//! Any bytes are accepted as a document or refused with an error: `cargo +nightly fuzz run document`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

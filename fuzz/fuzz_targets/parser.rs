@@ -1,4 +1,4 @@
-//! The protocol parser must take any bytes, in any pieces, and so must the writer and the readers behind it:
+//! The protocol parser must take any bytes, in any pieces, and so must the writer and the readers that use it:
 //! `cargo +nightly fuzz run parser`.
 #![no_main]
 

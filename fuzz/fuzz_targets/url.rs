@@ -1,4 +1,4 @@
-//! Any text is a URL or told to be none, and no password is shown: `cargo +nightly fuzz run url`.
+//! Any text is accepted as a URL or refused with an error, and no password is shown: `cargo +nightly fuzz run url`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

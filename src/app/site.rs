@@ -1,4 +1,4 @@
-//! Which site the buckets belong to: read before anything is joined, and watched from then on.
+//! The site that the buckets belong to: read before this instance joins the group, and watched from then on.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use crate::{
     store::{ConfigStore, Error, SiteKey, SiteRecord, Stored},
 };
 
-/// Until a record that could not be written is written again.
+/// Pause before a record that could not be written is written again.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// Why a process cannot run as it was started: the exit code is that of wrong usage.
+/// The process cannot run with these settings: the exit code is that of wrong usage.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Misconfigured(String);
@@ -71,7 +71,7 @@ pub(super) async fn keep(
             },
         }
         if seen.changed().await.is_err() {
-            // The watch is gone; the stop is on its way.
+            // The supervisor is gone: the stop follows.
             std::future::pending::<()>().await;
         }
     }

@@ -1,5 +1,5 @@
-//! The way back to Choria's replicator. It resumes at its durable consumer at the source, and does not look at the target:
-//! a consumer that stays where it was has everything copied again. So the consumer is moved along with the copy.
+//! The way back to Choria's replicator. It resumes at its durable consumer at the source, and does not read the
+//! target: a consumer that keeps its position has everything copied again. So the consumer is moved along with the copy.
 
 use nats_lane::{
     Error, Lane,
@@ -24,7 +24,7 @@ pub struct GoConsumer {
 }
 
 impl GoConsumer {
-    /// Has the consumer continue behind `position`, and creates it if there is none. Everything up to there counts as
+    /// Has the consumer continue after `position`, and creates it if there is none. Everything up to there counts as
     /// acknowledged, and what was delivered and not acknowledged is forgotten.
     ///
     /// Servers before 2.14 cannot move a consumer: it is deleted and created again. After an error it is where it was, or it
@@ -82,7 +82,7 @@ impl GoConsumer {
     }
 }
 
-/// Whether a consumer continues behind a position, with nothing left to be acknowledged. The ack floor of one that begins at a
+/// Whether a consumer continues after a position, with nothing left to be acknowledged. The ack floor of one that begins at a
 /// sequence is 0 on some servers until the first ack.
 fn is_at(info: &ConsumerInfo, position: u64) -> bool {
     info.num_ack_pending == 0 && info.delivered.stream_seq == position

@@ -35,7 +35,7 @@ impl ChoriaIdentity {
     /// client certificate is given, and otherwise not.
     pub fn at(self, endpoint: Endpoint) -> Result<Endpoint, String> {
         if endpoint.auth != Auth::Anonymous {
-            return Err("the URL has an identity, and `choria` is another one: leave out one of them".to_owned());
+            return Err("the URL has an identity, and `choria` is another one: remove one of them".to_owned());
         }
         if endpoint.scheme == Scheme::Ws {
             return Err("`ws://` is without TLS, and an identity of Choria's needs it: write `wss://`".to_owned());

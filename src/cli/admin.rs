@@ -9,17 +9,18 @@ use futures_util::StreamExt;
 use serde_json::json;
 
 use super::{
-    client::{Client, Reply},
-    error::{Error, Verdict},
-    global::Global,
+    client::Client,
+    error::{CommandVerdict, Error},
+    format::{When, bytes, parse_time, parse_when, seconds, time},
+    global::{Global, bucket_prefix},
     output::{Colour, Output, Table, clean},
-    stored::{self, Stored},
-    words::{When, bytes, parse_time, parse_when, seconds, time},
+    reply::Reply,
+    stream_reader::{self, StoredMessages},
 };
 use crate::{
-    control::api::{SenderRow, Senders, SendersRequest},
+    control::api::{SenderRow, SendersPage, SendersRequest},
     names,
-    sampling::{AgeAdvisory, Kind},
+    sampling::{AdvisoryKind, AgeAdvisory},
     store::SenderRecord,
 };
 
@@ -98,11 +99,6 @@ struct WatchArgs {
     global: Global,
 }
 
-fn bucket_prefix(text: &str) -> Result<String, String> {
-    names::check_bucket_prefix(text).map_err(|right| format!("it must be {right}"))?;
-    Ok(text.to_owned())
-}
-
 impl Args {
     pub(super) fn global(&self) -> &Global {
         match &self.command {
@@ -113,14 +109,14 @@ impl Args {
     }
 }
 
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let client = Client::connect(args.global()).await?;
     match &args.command {
         AdminCommand::Senders(args) => senders(args, &client, out).await?,
         AdminCommand::Advisories(args) => advisories(args, &client, out).await?,
         AdminCommand::Watch(args) => watch(args, &client, out).await?,
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
@@ -135,7 +131,7 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
         offset: 0,
         limit: Some(args.limit),
     };
-    let reply: Reply<Senders> = client.query("senders", &request).await?;
+    let reply: Reply<SendersPage> = client.query("senders", &request).await?;
     if out.json() {
         out.reply(&reply, |_| String::new());
         return Ok(());
@@ -163,8 +159,8 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
 async fn advisories(args: &AdvisoriesArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
     let from = if args.follow { DeliverPolicy::New } else { DeliverPolicy::All };
     let (stream, since, follow) = (args.stream.as_str(), args.since, args.follow);
-    let stored = Stored { what: "advisories", stream, subjects: Vec::new(), since, from, follow };
-    stored::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
+    let stored = StoredMessages { what: "advisories", stream, subjects: Vec::new(), since, from, follow };
+    stream_reader::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
 }
 
 /// One advisory in one line; anything else is skipped.
@@ -185,12 +181,12 @@ fn show_advisory(message: &Message, wanted: Option<&str>, out: &mut Output) {
     out.flush();
 }
 
-fn colour(kind: Kind) -> Colour {
+fn colour(kind: AdvisoryKind) -> Colour {
     match kind {
-        Kind::New => Colour::Cyan,
-        Kind::Timeout => Colour::Yellow,
-        Kind::Recover => Colour::Green,
-        Kind::Expire => Colour::Red,
+        AdvisoryKind::New => Colour::Cyan,
+        AdvisoryKind::Timeout => Colour::Yellow,
+        AdvisoryKind::Recover => Colour::Green,
+        AdvisoryKind::Expire => Colour::Red,
     }
 }
 

@@ -12,17 +12,17 @@ use serde_json::Value;
 use similar::TextDiff;
 
 use super::{
-    client::{Client, Reply},
-    config::{pretty, stored},
-    edit::site,
-    error::{Error, Verdict, problem},
+    client::Client,
+    document::{pretty, site, stored},
+    error::{CommandVerdict, Error, problem},
     files::{self, FoundFiles},
     global::Global,
     output::{Colour, Output, clean},
+    reply::Reply,
 };
 use crate::{
     config::{self, Problem, URLS, document_id, mask_document},
-    control::api::{Changed, DeleteRequest, Document, Failure, List},
+    control::api::{Changed, DeleteRequest, Failure, List, StoredDocument},
 };
 
 /// Documents that are asked for at once.
@@ -34,7 +34,7 @@ const PARALLEL: usize = 16;
 /// Everything is read and checked before anything is changed. Each change is shown, secrets as `***`, and is made only
 /// to the revision that it was compared with.
 ///
-/// Stored secrets are not shown to anybody, so a document with a secret that looks equal is sent all the same: the
+/// Stored secrets are never shown, so a document with a secret that looks equal is sent all the same: the
 /// service compares the secret and leaves an equal document alone. A dry run cannot know and says so. A `***` in a URL
 /// keeps the stored secret.
 #[derive(Debug, clap::Args)]
@@ -95,7 +95,7 @@ struct ApplyStep {
     id: String,
     place: String,
     document: Value,
-    stored: Option<Document>,
+    stored: Option<StoredDocument>,
 }
 
 /// How a document differs from the stored one.
@@ -108,7 +108,7 @@ enum Difference {
     None,
 }
 
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let found = files::documents(&args.files).map_err(|problems| refuse(&problems, out))?;
     if found.is_empty() && args.prune {
         return Err(Error::Failed("the files hold no document: `--prune` would remove everything".to_owned()));
@@ -124,7 +124,7 @@ pub(super) async fn apply(
     prune: bool,
     dry_run: bool,
     out: &mut Output,
-) -> Result<Verdict, Error> {
+) -> Result<CommandVerdict, Error> {
     let site = site(&client).await?;
     let list: Reply<List> = client.pages("config.list").await?;
     let stored = list.value.replications.into_iter().filter(|row| row.origin == "kv");
@@ -220,7 +220,7 @@ impl ApplyStep {
 }
 
 /// Checks a document as the service does. For a `***` that stands for a stored secret, some secret is put in.
-fn check(document: &Value, stored: Option<&Document>, site: &str) -> Result<(), Vec<Problem>> {
+fn check(document: &Value, stored: Option<&StoredDocument>, site: &str) -> Result<(), Vec<Problem>> {
     let mut document = document.clone();
     if let (Value::Object(fields), Some(stored)) = (&mut document, stored)
         && config::has_mask(fields)
@@ -270,7 +270,7 @@ impl Apply {
             (ApplyAction::Added, _) => "added",
             _ => "unchanged",
         };
-        self.tell(&step.id, action, words, sent, diff, out);
+        self.report(&step.id, action, words, sent, diff, out);
     }
 
     async fn send(&self, endpoint: &str, step: &ApplyStep, expected: Option<u64>) -> Result<Option<u64>, Error> {
@@ -291,7 +291,7 @@ impl Apply {
         for (id, revision) in others {
             let request = DeleteRequest { replication: (*id).clone(), keep: false };
             let removed = if self.dry_run { Ok(None) } else { self.remove(&request, **revision).await };
-            self.tell(id, ApplyAction::Removed, "removed", removed, None, out);
+            self.report(id, ApplyAction::Removed, "removed", removed, None, out);
         }
     }
 
@@ -301,7 +301,7 @@ impl Apply {
         Ok(Some(changed.value.revision))
     }
 
-    fn tell(
+    fn report(
         &mut self,
         id: &str,
         action: ApplyAction,
@@ -327,7 +327,7 @@ impl Apply {
                     // stdout holds the report alone
                     out.note(&format!("error: {error}"));
                 } else {
-                    error.tell(out);
+                    error.print(out);
                 }
                 let error = match error {
                     Error::Refused(failure) => failure,
@@ -339,7 +339,7 @@ impl Apply {
         self.report.results.push(outcome);
     }
 
-    fn summary(self, out: &mut Output) -> Verdict {
+    fn summary(self, out: &mut Output) -> CommandVerdict {
         let mut counts = BTreeMap::<ApplyAction, usize>::new();
         for outcome in &self.report.results {
             *counts.entry(outcome.action).or_default() += 1;
@@ -364,7 +364,7 @@ impl Apply {
             let dry = if self.dry_run { "dry run, nothing was changed: " } else { "" };
             out.line(&format!("{dry}{}", words.join(", ")));
         }
-        if counts.contains_key(&ApplyAction::Failed) { Verdict::Bad } else { Verdict::Good }
+        if counts.contains_key(&ApplyAction::Failed) { CommandVerdict::Bad } else { CommandVerdict::Good }
     }
 }
 
@@ -390,7 +390,8 @@ mod tests {
     use super::*;
 
     fn step(document: Value, stored: Option<Value>) -> ApplyStep {
-        let stored = stored.map(|config| Document { replication: "S".into(), revision: 3, config, problems: vec![] });
+        let stored =
+            stored.map(|config| StoredDocument { replication: "S".into(), revision: 3, config, problems: vec![] });
         ApplyStep { id: "S".into(), place: "s.json".into(), document, stored }
     }
 

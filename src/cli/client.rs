@@ -10,10 +10,10 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::{error::Error, global::Global, output::clean};
+use super::{error::Error, global::Global, output::clean, reply::Reply};
 use crate::{
     control::api::{ErrorReply, Failure, Instances, List, Status},
-    names::{self, DEADLINE_HEADER, EXPECTED_REVISION_HEADER},
+    names::{self, DEADLINE_HEADER, EXPECTED_REVISION_HEADER, TIME_HEADER},
 };
 
 /// A connection to where the service is asked.
@@ -28,14 +28,6 @@ pub(super) struct Client {
     answer_within: Duration,
     /// The server's last error for this connection; empty for none.
     refusal: watch::Sender<String>,
-}
-
-/// An answer.
-#[derive(Debug)]
-pub(super) struct Reply<T> {
-    /// As it was sent; pages are joined into one.
-    pub(super) raw: Bytes,
-    pub(super) value: T,
 }
 
 /// A reply that may be one page of several.
@@ -111,7 +103,7 @@ impl Client {
         let refused = |said: &String| said.to_lowercase().contains("permissions violation for subscription");
         match refusal.wait_for(refused).await {
             Ok(said) => clean(&said),
-            // Nobody will say anything any more.
+            // No more answers can arrive.
             Err(_) => std::future::pending().await,
         }
     }
@@ -131,7 +123,11 @@ impl Client {
     }
 
     /// Sends a document that is only checked.
-    pub(super) async fn look<T: DeserializeOwned>(&self, endpoint: &str, body: Bytes) -> Result<Reply<T>, Error> {
+    pub(super) async fn check_document<T: DeserializeOwned>(
+        &self,
+        endpoint: &str,
+        body: Bytes,
+    ) -> Result<Reply<T>, Error> {
         self.send(endpoint, HeaderMap::new(), body).await
     }
 
@@ -153,12 +149,18 @@ impl Client {
     ) -> Result<Reply<T>, Error> {
         let mut headers = HeaderMap::new();
         let within = i64::try_from(self.answer_within.as_millis()).unwrap_or(i64::MAX);
-        let deadline = Utc::now().timestamp_millis().saturating_add(within);
-        headers.insert(DEADLINE_HEADER, deadline.to_string());
+        let deadline = |now: i64| now.saturating_add(within).to_string();
+        headers.insert(DEADLINE_HEADER, deadline(Utc::now().timestamp_millis()));
         if let Some(revision) = expected {
             headers.insert(EXPECTED_REVISION_HEADER, revision.to_string());
         }
-        self.send(endpoint, headers, body).await
+        let mut message = self.ask(endpoint, headers.clone(), body.clone()).await?;
+        if let Some(now) = refused_at(&message) {
+            // It was refused in time, so the clock of this host is behind that of the service: by the service's clock then.
+            headers.insert(DEADLINE_HEADER, deadline(now));
+            message = self.ask(endpoint, headers, body).await?;
+        }
+        self.reply(endpoint, message)
     }
 
     /// Asks for all pages of a list.
@@ -178,15 +180,21 @@ impl Client {
         headers: HeaderMap,
         body: Bytes,
     ) -> Result<Reply<T>, Error> {
+        let message = self.ask(endpoint, headers, body).await?;
+        self.reply(endpoint, message)
+    }
+
+    async fn ask(&self, endpoint: &str, headers: HeaderMap, body: Bytes) -> Result<Message, Error> {
         let subject = format!("{}.{endpoint}", self.prefix);
         let mut request = async_nats::Request::new().payload(body).timeout(Some(self.answer_within));
         if !headers.is_empty() {
             request = request.headers(headers);
         }
-        let message = match self.nats.send_request(subject.clone(), request).await {
-            Ok(message) => message,
-            Err(error) => return Err(Error::Failed(self.unanswered(&subject, &error))),
-        };
+        let answer = self.nats.send_request(subject.clone(), request).await;
+        answer.map_err(|error| Error::Failed(self.unanswered(&subject, &error)))
+    }
+
+    fn reply<T: DeserializeOwned>(&self, endpoint: &str, message: Message) -> Result<Reply<T>, Error> {
         if let Some(failure) = failure(&message) {
             return Err(failure.into());
         }
@@ -234,6 +242,13 @@ fn failure(message: &Message) -> Option<Failure> {
     let text = headers.get("Nats-Service-Error").map(|text| text.as_str()).unwrap_or_default();
     let body = serde_json::from_slice::<ErrorReply>(&message.payload);
     Some(body.map_or_else(|_| Failure::new(code, text), |reply| reply.error))
+}
+
+/// The time of the service that refused a request because of its deadline, unix ms.
+fn refused_at(message: &Message) -> Option<i64> {
+    let headers = message.headers.as_ref()?;
+    let is_late = headers.get("Nats-Service-Error-Code")?.as_str() == "408";
+    headers.get(TIME_HEADER).filter(|_| is_late)?.as_str().parse().ok()
 }
 
 /// Pages of one list, as they come.

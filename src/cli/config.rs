@@ -6,19 +6,21 @@ use serde_json::{Value, json};
 
 use super::{
     apply,
-    client::{Client, Reply},
+    client::Client,
+    document::{at_revision, pretty, stored},
     edit,
-    error::{Error, Verdict, problem, problems},
+    error::{CommandVerdict, Error, problem, problems},
     files,
+    format::count,
     global::Global,
     output::{self, Colour, Output, Table},
+    reply::Reply,
+    status_view::{state_colour, state_name},
     transfer,
-    words::count,
 };
 use crate::{
     config::Problem,
-    control::api::{Changed, CheckResult, DeleteRequest, Document, List, NamedRequest, PreflightSide, Validation},
-    status::State,
+    control::api::{Changed, CheckResult, DeleteRequest, List, PreflightSide, Validation},
 };
 
 /// Add, change, show and remove replications
@@ -123,7 +125,7 @@ impl Args {
 }
 
 /// Carries out the command.
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let global = args.global();
     match &args.verb {
         ConfigVerb::Add(args) => write(global, "config.add", &args.file, None, out).await,
@@ -135,7 +137,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
         ConfigVerb::Schema(_) => {
             let schema: Reply<Value> = Client::connect(global).await?.query("config.schema", &json!({})).await?;
             out.reply(&schema, pretty);
-            Ok(Verdict::Good)
+            Ok(CommandVerdict::Good)
         }
         ConfigVerb::Edit(args) => edit::run(args, out).await,
         ConfigVerb::Apply(args) => apply::run(args, out).await,
@@ -144,55 +146,40 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
     }
 }
 
-/// JSON for people.
-pub(super) fn pretty(value: &Value) -> String {
-    serde_json::to_string_pretty(value).unwrap_or_default()
-}
-
-/// The document of a replication as the service shows it.
-pub(super) async fn stored(client: &Client, id: &str) -> Result<Reply<Document>, Error> {
-    client.query("config.get", &NamedRequest { replication: id.to_owned() }).await
-}
-
 async fn write(
     global: &Global,
     endpoint: &str,
     file: &std::path::Path,
     revision: Option<u64>,
     out: &mut Output,
-) -> Result<Verdict, Error> {
+) -> Result<CommandVerdict, Error> {
     let document = files::read(file)?;
     let changed: Reply<Changed> = Client::connect(global).await?.change_at(endpoint, document, revision).await?;
     out.reply(&changed, at_revision);
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
-/// The line that is printed for a change.
-pub(super) fn at_revision(changed: &Changed) -> String {
-    format!("{} is at revision {}", changed.replication, changed.revision)
-}
-
-async fn get(args: &GetArgs, out: &mut Output) -> Result<Verdict, Error> {
+async fn get(args: &GetArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     let reply = stored(&Client::connect(&args.global).await?, &args.id).await?;
     let found = reply.value.problems.clone();
     if args.raw {
         out.line(&pretty(&reply.value.config));
         problems(out, &found);
-        return Ok(Verdict::Good);
+        return Ok(CommandVerdict::Good);
     }
     out.reply(&reply, |document| {
         let wrong = found.iter().map(|one| format!("\nproblem: {}", problem(one)));
         let head = format!("{}, revision {}", document.replication, document.revision);
         format!("{head}{}\n{}", wrong.collect::<String>(), pretty(&document.config))
     });
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
-async fn list(global: &Global, out: &mut Output) -> Result<Verdict, Error> {
+async fn list(global: &Global, out: &mut Output) -> Result<CommandVerdict, Error> {
     let reply: Reply<List> = Client::connect(global).await?.pages("config.list").await?;
     if out.json() {
         out.reply(&reply, |_| String::new());
-        return Ok(Verdict::Good);
+        return Ok(CommandVerdict::Good);
     }
     let mut table = Table::new(&["REPLICATION", "STATE", "REVISION", "ORIGIN"]).right(&[2]).painted(1);
     for row in reply.value.replications {
@@ -201,37 +188,23 @@ async fn list(global: &Global, out: &mut Output) -> Result<Verdict, Error> {
         table.row(colour, vec![row.replication, state, row.revision.to_string(), row.origin]);
     }
     out.table(&table);
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
-/// The name of a state, as in JSON.
-pub(super) fn state_name(state: State) -> String {
-    serde_json::to_value(state).ok().and_then(|name| name.as_str().map(str::to_owned)).unwrap_or_default()
-}
-
-pub(super) fn state_colour(state: State) -> Colour {
-    match state {
-        State::Running => Colour::Green,
-        State::Starting | State::Retrying => Colour::Yellow,
-        State::Paused => Colour::Cyan,
-        State::Held | State::Invalid | State::Stopped => Colour::Red,
-    }
-}
-
-async fn remove(args: &RmArgs, out: &mut Output) -> Result<Verdict, Error> {
+async fn remove(args: &RmArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     if !args.force && !sure(args)? {
         return Err(Error::Failed("nothing was removed".to_owned()));
     }
     let client = Client::connect(&args.global).await?;
-    let mut verdict = Verdict::Good;
+    let mut verdict = CommandVerdict::Good;
     for id in &args.ids {
         let request = DeleteRequest { replication: id.clone(), keep: args.keep };
         let removed: Result<Reply<Changed>, Error> = client.change("config.delete", &request).await;
         match removed {
             Ok(reply) => out.reply(&reply, |changed| format!("{} is removed", changed.replication)),
             Err(error) => {
-                error.tell(out);
-                verdict = Verdict::Bad;
+                error.print(out);
+                verdict = CommandVerdict::Bad;
             }
         }
     }
@@ -243,21 +216,22 @@ fn sure(args: &RmArgs) -> Result<bool, Error> {
         return Err(Error::Usage("no terminal to ask on: `--force` removes without asking".to_owned()));
     }
     let what = if args.keep { "position and state are kept" } else { "with position and state" };
-    Ok(output::ask(&format!("remove {} ({what})? [y/N]", args.ids.join(", "))) == Some(true))
+    Ok(output::confirm(&format!("remove {} ({what})? [y/N]", args.ids.join(", "))) == Some(true))
 }
 
-async fn validate(args: &FileArgs, out: &mut Output) -> Result<Verdict, Error> {
+async fn validate(args: &FileArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     let document = files::read(&args.file)?;
-    let reply: Reply<Validation> = Client::connect(&args.global).await?.look("config.validate", document).await?;
-    let verdict = if reply.value.valid { Verdict::Good } else { Verdict::Bad };
+    let reply: Reply<Validation> =
+        Client::connect(&args.global).await?.check_document("config.validate", document).await?;
+    let verdict = if reply.value.valid { CommandVerdict::Good } else { CommandVerdict::Bad };
     if out.json() {
         out.reply(&reply, |_| String::new());
         return Ok(verdict);
     }
     let Validation { valid, problems, warnings, preflight } = reply.value;
     out.line(&if valid { out.paint(Colour::Green, "valid") } else { out.paint(Colour::Red, "not valid") });
-    told("problem", &problems, out);
-    told("warning", &warnings, out);
+    print_problems("problem", &problems, out);
+    print_problems("warning", &warnings, out);
     if let Some(preflight) = preflight {
         side("source", &preflight.source, out);
         side("target", &preflight.target, out);
@@ -265,7 +239,7 @@ async fn validate(args: &FileArgs, out: &mut Output) -> Result<Verdict, Error> {
     Ok(verdict)
 }
 
-fn told(what: &str, problems: &[Problem], out: &mut Output) {
+fn print_problems(what: &str, problems: &[Problem], out: &mut Output) {
     for one in problems {
         out.line(&format!("{what}: {}", problem(one)));
     }

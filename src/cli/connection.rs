@@ -67,7 +67,7 @@ pub(super) struct ConnectionFlags {
 
 /// The connection of a command that asks the service.
 #[derive(Debug, Clone, clap::Args)]
-pub(super) struct Asking {
+pub(super) struct RequestFlags {
     #[command(flatten)]
     connection: ConnectionFlags,
 
@@ -76,7 +76,7 @@ pub(super) struct Asking {
     timeout: Option<Duration>,
 }
 
-impl Asking {
+impl RequestFlags {
     /// Where to go; without a server and a context the one that is selected in the `nats` tool counts. An error names
     /// the flag or the file and shows no secret.
     pub(super) fn place(&self) -> Result<ServerRef, String> {
@@ -125,9 +125,9 @@ impl ConnectionFlags {
 
     fn place_in(&self, context: Option<String>) -> Result<ServerRef, String> {
         let fields = self.fields();
-        fields.check().map_err(told)?;
+        fields.check().map_err(flag_error)?;
         match context {
-            None => fields.connection().map(|connection| ServerRef::Known(Box::new(connection))).map_err(told),
+            None => fields.connection().map(|connection| ServerRef::Known(Box::new(connection))).map_err(flag_error),
             Some(name) => {
                 check_context_name(&name).map_err(|right| format!("`--context`: `{name}` is not possible: {right}"))?;
                 let place = ServerRef::Context { name, over: Box::new(fields), under: Box::default() };
@@ -168,7 +168,7 @@ fn given<T: Clone>(value: Option<&T>, text: impl Fn(&T) -> &str) -> Option<T> {
 }
 
 /// The problem, with the flag and the variable in front.
-fn told(error: FieldError) -> String {
+fn flag_error(error: FieldError) -> String {
     let (flag, variable) = match error.field {
         "url" => ("--server", "NATS_URL"),
         "user" => ("--user", "NATS_USER"),
@@ -186,7 +186,7 @@ fn told(error: FieldError) -> String {
     format!("`{flag}` (or `{variable}`): {}", error.message)
 }
 
-/// A command for tests whose flags are not read from the environment of whoever runs them.
+/// A command for tests whose flags are not read from the environment of the test run.
 #[cfg(test)]
 pub(super) fn without_environment(command: clap::Command) -> clap::Command {
     command.mut_args(|argument| argument.env(clap::builder::Resettable::Reset))
@@ -201,7 +201,7 @@ mod tests {
     #[derive(Debug, Parser)]
     struct Command {
         #[command(flatten)]
-        asking: Asking,
+        asking: RequestFlags,
     }
 
     fn parse(arguments: &[&str]) -> Command {

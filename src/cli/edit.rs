@@ -1,4 +1,4 @@
-//! `stream-replicator config edit`: the document in an editor, and back if nobody else changed it meanwhile.
+//! `stream-replicator config edit`: opens the document in an editor and writes it back if it was not changed meanwhile.
 
 use std::{env, fs, io::Write, path::Path, process::Command};
 
@@ -10,16 +10,13 @@ use tokio::{
 };
 
 use super::{
-    client::{Client, Reply},
-    config::{at_revision, pretty, stored},
-    error::{Error, Verdict, problems},
+    client::Client,
+    document::{at_revision, pretty, site, stored},
+    error::{CommandVerdict, Error, problems},
     global::Global,
     output::{self, Output},
 };
-use crate::{
-    config::document_id,
-    control::api::{Document, Status, StatusRequest},
-};
+use crate::{config::document_id, control::api::StoredDocument};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -30,7 +27,7 @@ pub(super) struct Args {
     pub(super) global: Global,
 }
 
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let client = Client::connect(&args.global).await?;
     let site = site(&client).await?;
     let document = stored(&client, &args.id).await?.value;
@@ -49,14 +46,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
     edited
 }
 
-/// Name of the site, which is in ids.
-pub(super) async fn site(client: &Client) -> Result<String, Error> {
-    let request = StatusRequest { limit: Some(0), ..StatusRequest::default() };
-    let status: Reply<Status> = client.query("status", &request).await?;
-    Ok(status.value.site)
-}
-
-/// A file with the document that only we can read; secrets may be written into it.
+/// A file with the document that only this user can read: the user may add secrets.
 fn draft(text: &str) -> Result<tempfile::NamedTempFile, Error> {
     let failed = |error| Error::Failed(format!("cannot write a temporary file: {error}"));
     let file = tempfile::Builder::new().prefix("stream-replicator-").suffix(".json").tempfile();
@@ -67,18 +57,18 @@ fn draft(text: &str) -> Result<tempfile::NamedTempFile, Error> {
 
 async fn edit(
     client: &Client,
-    document: &Document,
+    document: &StoredDocument,
     site: &str,
     before: &str,
     path: &Path,
     out: &mut Output,
-) -> Result<Verdict, Error> {
+) -> Result<CommandVerdict, Error> {
     loop {
         open_editor(path).await?;
         let text = fs::read(path).map_err(|error| Error::Failed(format!("cannot read the edited file: {error}")))?;
         if text == before.as_bytes() {
             out.note("not changed");
-            return Ok(Verdict::Good);
+            return Ok(CommandVerdict::Good);
         }
         let refused = match same(&text, document, site) {
             Ok(()) => {
@@ -86,12 +76,12 @@ async fn edit(
                 let error = match changed {
                     Ok(reply) => {
                         out.reply(&reply, at_revision);
-                        return Ok(Verdict::Good);
+                        return Ok(CommandVerdict::Good);
                     }
                     Err(error) => error,
                 };
                 if was_overtaken(client, document, &error).await {
-                    error.tell(out);
+                    error.print(out);
                     let id = &document.replication;
                     return Err(Error::Failed(format!("`{id}` was changed meanwhile: nothing was overwritten")));
                 }
@@ -105,7 +95,7 @@ async fn edit(
         if !output::can_ask() {
             return Err(refused);
         }
-        refused.tell(out);
+        refused.print(out);
         if !again().await {
             return Err(Error::Failed("nothing was changed".to_owned()));
         }
@@ -114,7 +104,7 @@ async fn edit(
 
 /// Whether a change was refused because another change was faster. That may also read as a problem with the document: a
 /// secret that `***` stands for is gone.
-async fn was_overtaken(client: &Client, document: &Document, error: &Error) -> bool {
+async fn was_overtaken(client: &Client, document: &StoredDocument, error: &Error) -> bool {
     match error.code() {
         Some(409) => true,
         Some(400) => {
@@ -126,7 +116,7 @@ async fn was_overtaken(client: &Client, document: &Document, error: &Error) -> b
 }
 
 /// Refuses a document that would be another replication's. Text that is no JSON is refused by the service.
-fn same(text: &[u8], document: &Document, site: &str) -> Result<(), Error> {
+fn same(text: &[u8], document: &StoredDocument, site: &str) -> Result<(), Error> {
     let id = serde_json::from_slice::<Value>(text).ok().and_then(|edited| document_id(&edited, site));
     match id {
         Some(id) if id != document.replication => {
@@ -159,7 +149,7 @@ async fn again() -> bool {
     let Ok(mut interrupts) = signal(SignalKind::interrupt()) else { return false };
     while interrupts.recv().now_or_never().is_some() {}
     tokio::select! {
-        answer = spawn_blocking(|| output::ask("edit again? [y/N]")) => matches!(answer, Ok(Some(true))),
+        answer = spawn_blocking(|| output::confirm("edit again? [y/N]")) => matches!(answer, Ok(Some(true))),
         _ = interrupts.recv() => false,
     }
 }

@@ -1,4 +1,4 @@
-//! How a command ends, and what it says of an error.
+//! How a command ends, and how its errors are printed.
 
 use std::process::ExitCode;
 
@@ -13,7 +13,7 @@ pub(super) const USAGE: u8 = 2;
 
 /// Result of a command that was carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum CommandVerdict {
     /// All is well.
     Good,
     /// Something is not, and has been printed.
@@ -43,8 +43,8 @@ impl Error {
         }
     }
 
-    /// Tells it on stderr, every problem with its path on a line; programs get a refusal on stdout as it was sent.
-    pub(super) fn tell(&self, out: &mut Output) {
+    /// Prints the error on stderr, every problem with its path on a line; programs get a refusal on stdout as it was sent.
+    pub(super) fn print(&self, out: &mut Output) {
         out.note(&format!("error: {self}"));
         if let Self::Refused(failure) = self {
             problems(out, &failure.problems);
@@ -69,7 +69,7 @@ pub(super) fn problem(problem: &Problem) -> String {
     clean(&format!("{path}: {}", problem.message))
 }
 
-/// Tells problems on stderr.
+/// Prints problems on stderr.
 pub(super) fn problems(out: &mut Output, problems: &[Problem]) {
     for one in problems {
         out.note(&format!("  {}", problem(one)));

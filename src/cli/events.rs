@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 
 use super::{
     client::Client,
-    error::{Error, Verdict},
+    error::{CommandVerdict, Error},
+    format::parse_time,
     global::Global,
     output::{Colour, Output, clean},
-    stored::{self, Stored},
-    words::parse_time,
+    stream_reader::{self, StoredMessages},
 };
 use crate::events::Event;
 
@@ -43,7 +43,7 @@ pub(super) struct Args {
     pub(super) global: Global,
 }
 
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     if let Some(id) = &args.id
         && !is_id(id)
     {
@@ -56,7 +56,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
     } else {
         stored(&client, subjects, args, out).await?;
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 /// An id becomes part of a subject.
@@ -94,14 +94,14 @@ async fn live(client: &Client, subjects: Vec<String>, out: &mut Output) -> Resul
 async fn stored(client: &Client, subjects: Vec<String>, args: &Args, out: &mut Output) -> Result<(), Error> {
     let stream = capturing(&client.jetstream(), client, out).await?;
     let (since, follow) = (args.since, args.follow);
-    let stored = Stored { what: "events", stream: &stream, subjects, since, from: DeliverPolicy::All, follow };
-    stored::read(client, stored, out, show).await
+    let stored = StoredMessages { what: "events", stream: &stream, subjects, since, from: DeliverPolicy::All, follow };
+    stream_reader::read(client, stored, out, show).await
 }
 
 /// Name of the stream that captures the events; best of all one that captures all of them.
 async fn capturing(context: &jetstream::Context, client: &Client, out: &Output) -> Result<String, Error> {
     #[derive(Deserialize)]
-    struct StreamNames {
+    struct EventStreamNames {
         streams: Option<Vec<String>>,
     }
     #[derive(Deserialize)]
@@ -116,7 +116,7 @@ async fn capturing(context: &jetstream::Context, client: &Client, out: &Output) 
     let all = format!("{}.event.>", client.prefix());
     let server = client.server();
     let failed = |error: &dyn Display| Error::Failed(format!("streams at `{server}` cannot be read: {error}"));
-    let names: StreamNames =
+    let names: EventStreamNames =
         ask(context, "STREAM.NAMES", &json!({"subject": all})).await.map_err(|error| failed(&error))?;
     let names = names.streams.unwrap_or_default();
     let mut partial = None;

@@ -6,7 +6,7 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 
 use super::{
-    error::{Error, Verdict},
+    error::{CommandVerdict, Error},
     output::Output,
 };
 use crate::names;
@@ -27,14 +27,14 @@ pub(super) struct ManArgs {
     dir: Option<PathBuf>,
 }
 
-pub(super) fn completions(args: &CompletionsArgs, mut command: clap::Command, out: &mut Output) -> Verdict {
+pub(super) fn completions(args: &CompletionsArgs, mut command: clap::Command, out: &mut Output) -> CommandVerdict {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut command, names::PROGRAM, &mut script);
     out.text(&String::from_utf8_lossy(&script));
-    Verdict::Good
+    CommandVerdict::Good
 }
 
-pub(super) fn man(args: &ManArgs, command: clap::Command, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) fn man(args: &ManArgs, command: clap::Command, out: &mut Output) -> Result<CommandVerdict, Error> {
     match &args.dir {
         None => {
             let mut page = Vec::new();
@@ -45,5 +45,5 @@ pub(super) fn man(args: &ManArgs, command: clap::Command, out: &mut Output) -> R
             .and_then(|()| clap_mangen::generate_to(command, folder))
             .map_err(|error| Error::Failed(format!("cannot write to `{}`: {error}", folder.display())))?,
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }

@@ -1,6 +1,6 @@
-//! What all commands that ask the service have in common.
+//! Flags of all commands that ask the service, and the names that flags take.
 
-use super::connection::Asking;
+use super::connection::RequestFlags;
 use crate::names;
 
 #[derive(Debug, clap::Args)]
@@ -22,10 +22,24 @@ pub(super) struct Global {
     pub(super) prefix: String,
 
     #[command(flatten)]
-    pub(super) asking: Asking,
+    pub(super) asking: RequestFlags,
 }
 
 fn prefix(text: &str) -> Result<String, String> {
-    names::check_prefix(text).map_err(|right| format!("it must be {right}"))?;
+    checked(text, names::check_prefix)
+}
+
+/// Name of a site.
+pub(super) fn site(text: &str) -> Result<String, String> {
+    checked(text, names::check_token)
+}
+
+/// Prefix of the names of buckets.
+pub(super) fn bucket_prefix(text: &str) -> Result<String, String> {
+    checked(text, names::check_bucket_prefix)
+}
+
+fn checked(text: &str, check: fn(&str) -> Result<(), &'static str>) -> Result<String, String> {
+    check(text).map_err(|right| format!("it must be {right}"))?;
     Ok(text.to_owned())
 }

@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::{
-    client::{Client, Reply},
-    config::pretty,
-    error::{Error, Verdict, problems},
+    client::Client,
+    document::pretty,
+    error::{CommandVerdict, Error, problems},
     files,
     global::Global,
     output::Output,
+    reply::Reply,
 };
 use crate::control::api::{HeartbeatsChanged, HeartbeatsShown};
 
@@ -52,7 +53,7 @@ impl Args {
 }
 
 /// Carries out the command.
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let global = args.global();
     match &args.verb {
         HeartbeatVerb::Get(_) => {
@@ -75,5 +76,5 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
             out.reply(&changed, |changed| format!("heartbeats are at revision {}", changed.revision));
         }
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }

@@ -3,11 +3,12 @@
 use chrono::Utc;
 
 use super::{
-    client::{Client, Reply},
-    error::{Error, Verdict},
+    client::Client,
+    error::{CommandVerdict, Error},
+    format::seconds,
     global::Global,
     output::{Colour, Output, Table},
-    words::seconds,
+    reply::Reply,
 };
 use crate::control::api::Instances;
 
@@ -18,11 +19,11 @@ pub(super) struct Args {
     pub(super) global: Global,
 }
 
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let reply: Reply<Instances> = Client::connect(&args.global).await?.pages("instances").await?;
     if out.json() {
         out.reply(&reply, |_| String::new());
-        return Ok(Verdict::Good);
+        return Ok(CommandVerdict::Good);
     }
     let mut table =
         Table::new(&["INSTANCE", "VERSION", "HOST", "UP", "SILENT", "LEADS", "REPLICATIONS"]).right(&[3, 4, 5]);
@@ -41,7 +42,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
         table.row(Colour::Plain, cells);
     }
     out.table(&table);
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 /// The first ids and how many more there are.

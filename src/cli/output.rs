@@ -9,7 +9,7 @@ use std::{
 use comfy_table::{CellAlignment, presets};
 use serde::Serialize;
 
-use super::client::Reply;
+use super::reply::Reply;
 
 /// Where a command prints to.
 #[derive(Debug)]
@@ -147,7 +147,7 @@ pub(super) fn can_ask() -> bool {
 }
 
 /// Asks a question whose answer is yes or no; `None` at the end of input. Blocks.
-pub(super) fn ask(question: &str) -> Option<bool> {
+pub(super) fn confirm(question: &str) -> Option<bool> {
     let _ = write!(io::stderr(), "{question} ");
     let _ = io::stderr().flush();
     let mut answer = String::new();

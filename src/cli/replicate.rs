@@ -12,15 +12,15 @@ use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use super::{
-    error::{USAGE, Verdict},
+    error::{CommandVerdict, USAGE},
     output::Output,
 };
 use crate::{
     allow::AllowList,
-    app::{self, HangupHook, ReplicatorFile, Settings},
+    app::{self, AppSettings, HangupHook, ReplicatorFile},
     choria::YamlProblem,
     names,
-    preflight::{self, Finding, Known, Outcome, Own},
+    preflight::{self, CheckOutcome, Finding, OtherReplication, Own},
     store::{FileDocuments, FileReloader, OwnStreams},
     telemetry::{self, LogFile},
 };
@@ -81,10 +81,10 @@ impl Args {
         self.check.as_ref().or(self.config.as_ref()).map_or(Path::new(""), PathBuf::as_path)
     }
 
-    fn settings(&self, file: &ReplicatorFile, log: Option<Arc<LogFile>>) -> Settings {
+    fn settings(&self, file: &ReplicatorFile, log: Option<Arc<LogFile>>) -> AppSettings {
         let (documents, reloader) = FileDocuments::new(file.documents());
         let (path, lenient, before) = (self.path().to_owned(), self.lenient, file.clone());
-        Settings {
+        AppSettings {
             server: file.server.clone(),
             rules: AllowList::default(),
             read_only: false,
@@ -133,7 +133,7 @@ pub(super) fn main(args: &Args) -> ExitCode {
         Err(problems) => return refuse(&problems),
     };
     if args.check.is_some() {
-        return super::finish(false, async |out| Ok(check(args.path(), &file, out).await));
+        return super::run_to_end(false, async |out| Ok(check(args.path(), &file, out).await));
     }
     let log = match start_log(args, &file) {
         Ok(log) => log,
@@ -170,16 +170,16 @@ fn start_log(args: &Args, file: &ReplicatorFile) -> Result<Option<Arc<LogFile>>,
 }
 
 /// What both sides say to each stream.
-async fn check(path: &Path, file: &ReplicatorFile, out: &mut Output) -> Verdict {
+async fn check(path: &Path, file: &ReplicatorFile, out: &mut Output) -> CommandVerdict {
     let path = path.display();
     for notice in &file.notices {
         out.line(&format!("{path}:{notice}"));
     }
-    let mut verdict = Verdict::Good;
+    let mut verdict = CommandVerdict::Good;
     for (index, replication) in file.replications.iter().enumerate() {
         let others = file.replications.iter().filter(|other| other.id != replication.id);
         let known: Vec<_> = others
-            .map(|other| Known {
+            .map(|other| OtherReplication {
                 replication: other.clone(),
                 source_server: String::new(),
                 target_server: String::new(),
@@ -192,10 +192,10 @@ async fn check(path: &Path, file: &ReplicatorFile, out: &mut Output) -> Verdict 
         let findings = report.source.findings.iter().chain(&report.target.findings);
         for Finding { outcome, message, path: field, .. } in findings.filter(|finding| !finding.message.is_empty()) {
             let what = match outcome {
-                Outcome::Ok => continue,
-                Outcome::Warning | Outcome::Unknown => "warning: ",
-                Outcome::Failed => {
-                    verdict = Verdict::Bad;
+                CheckOutcome::Ok => continue,
+                CheckOutcome::Warning | CheckOutcome::Unknown => "warning: ",
+                CheckOutcome::Failed => {
+                    verdict = CommandVerdict::Bad;
                     ""
                 }
             };
@@ -205,7 +205,7 @@ async fn check(path: &Path, file: &ReplicatorFile, out: &mut Output) -> Verdict 
         }
     }
     let streams = file.replications.len();
-    let word = if verdict == Verdict::Good { "can run" } else { "cannot run as it is" };
+    let word = if verdict == CommandVerdict::Good { "can run" } else { "cannot run as it is" };
     out.line(&format!("{path}: {word}; streams: {streams}"));
     verdict
 }

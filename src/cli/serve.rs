@@ -1,4 +1,4 @@
-//! `stream-replicator serve`: what was written becomes [`Settings`] that cannot be wrong, all mistakes at once.
+//! `stream-replicator serve`: what was written becomes [`AppSettings`] that cannot be wrong, all mistakes at once.
 
 use std::{env, fs, ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -9,15 +9,19 @@ use tracing::error;
 use super::{connection::ConnectionFlags, error::USAGE};
 use crate::{
     allow::AllowList,
-    app::{self, Settings},
+    app::{self, AppSettings},
     config::{SiteFile, parse_file},
     names,
     store::FileDocuments,
     telemetry,
 };
 
-/// Shorter ones would be lost by a server's pause, longer ones would leave replications alone for too long.
+/// A shorter lease would be lost in a pause of its server; after a crash, a longer one leaves replications without a leader for
+/// too long.
 const LEASE_TTL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
+
+/// How long the exit waits for blocking work, such as the lookup of a name.
+const EXIT: Duration = Duration::from_secs(1);
 
 /// Run the replicator: one process of one site
 #[derive(Debug, clap::Args)]
@@ -102,7 +106,7 @@ pub(super) struct Args {
     )]
     allow_url: Vec<String>,
 
-    /// Folder below which the files lie that documents may name; may be repeated [default: any]
+    /// Folder of files that documents may name, with everything below it; may be repeated [default: any]
     #[arg(
         long,
         value_name = "DIR",
@@ -143,7 +147,10 @@ pub(super) fn main(args: &Args) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(app::run(settings)) {
+    let ended = runtime.block_on(app::run(settings));
+    // The control client resolves names on threads of the runtime: a lookup that hangs must not delay the exit.
+    runtime.shutdown_timeout(EXIT);
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error:#}");
@@ -163,7 +170,7 @@ fn usage(problems: &[String]) -> ExitCode {
 }
 
 impl Args {
-    fn settings(&self) -> Result<Settings, Vec<String>> {
+    fn settings(&self) -> Result<AppSettings, Vec<String>> {
         let mut problems = Vec::new();
         let mut check = |flag: &str, value: &str, result: Result<(), &str>| {
             if let Err(right) = result {
@@ -192,7 +199,7 @@ impl Args {
         if !problems.is_empty() {
             return Err(problems);
         }
-        Ok(Settings {
+        Ok(AppSettings {
             server,
             rules,
             read_only: self.read_only,
@@ -275,7 +282,7 @@ mod tests {
         parse_all(&[&NEEDED, more].concat())
     }
 
-    /// The environment of whoever runs the tests has no say.
+    /// The environment of the test run is ignored.
     fn parse_all(arguments: &[&str]) -> Result<Box<Args>, clap::Error> {
         let mut command = Cli::command().mut_subcommand("serve", without_environment);
         match Cli::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)?.command {

@@ -9,8 +9,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{
     client::Client,
-    error::{Error, Verdict},
-    global::Global,
+    error::{CommandVerdict, Error},
+    global::{Global, bucket_prefix, site},
     output::Output,
 };
 use crate::{
@@ -89,16 +89,6 @@ struct BucketArgs {
     global: Global,
 }
 
-fn site(text: &str) -> Result<String, String> {
-    names::check_token(text).map_err(|right| format!("it must be {right}"))?;
-    Ok(text.to_owned())
-}
-
-fn bucket_prefix(text: &str) -> Result<String, String> {
-    names::check_bucket_prefix(text).map_err(|right| format!("it must be {right}"))?;
-    Ok(text.to_owned())
-}
-
 impl Args {
     pub(super) fn global(&self) -> &Global {
         match &self.verb {
@@ -110,7 +100,7 @@ impl Args {
 }
 
 /// Carries out the command.
-pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     match &args.verb {
         SiteVerb::Show(args) => {
             let (config, _) = open(&args.buckets).await?;
@@ -124,7 +114,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<Verdict, Error>
         SiteVerb::Rename(args) => rename(args, out).await?,
         SiteVerb::Adopt(args) => adopt(args, out).await?,
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 async fn open(args: &BucketArgs) -> Result<(ConfigStore, LeaseStore), Error> {
@@ -164,7 +154,7 @@ async fn rename(args: &RenameArgs, out: &mut Output) -> Result<(), Error> {
     let renamed = after(&current, old, new).map_err(|why| Error::Failed(format!("bucket `{bucket}`: {why}")))?;
     if current != renamed {
         keeps_ids(&config, &current.name, new).await?;
-        nobody_runs(&leases, out).await?;
+        check_none_runs(&leases, out).await?;
         config.put_site(&renamed, revision).await.map_err(failed)?;
     }
     show(&renamed, out);
@@ -175,7 +165,7 @@ async fn rename(args: &RenameArgs, out: &mut Output) -> Result<(), Error> {
 async fn adopt(args: &AdoptArgs, out: &mut Output) -> Result<(), Error> {
     let AdoptArgs { installation, buckets } = args;
     let (config, leases) = open(buckets).await?;
-    nobody_runs(&leases, out).await?;
+    check_none_runs(&leases, out).await?;
     config.adopt(installation).await.map_err(failed)?;
     if out.json() {
         out.value(&serde_json::json!({ "installation": installation }));
@@ -228,7 +218,7 @@ async fn keeps_ids(config: &ConfigStore, old: &str, new: &str) -> Result<(), Err
 }
 
 /// A session that is not renewed within its time to live is that of a process that was killed.
-async fn nobody_runs(leases: &LeaseStore, out: &mut Output) -> Result<(), Error> {
+async fn check_none_runs(leases: &LeaseStore, out: &mut Output) -> Result<(), Error> {
     let mut changes = leases.watch().await.map_err(failed)?;
     let mut silent: BTreeMap<String, SessionRecord> = BTreeMap::new();
     let (mut loaded, mut end) = (false, Instant::now());
@@ -252,7 +242,7 @@ async fn nobody_runs(leases: &LeaseStore, out: &mut Output) -> Result<(), Error>
                     out.note(&format!("checking whether {} still runs: up to {longest} ms", names.join(", ")));
                 }
             }
-            LeaseChange::Lease { .. } | LeaseChange::Anew => {}
+            LeaseChange::Lease { .. } | LeaseChange::Recreated => {}
         }
     }
 }

@@ -3,13 +3,14 @@
 use serde::de::DeserializeOwned;
 
 use super::{
-    client::{Client, Reply},
-    error::{Error, Verdict},
+    client::Client,
+    error::{CommandVerdict, Error},
+    format::{When, count, counted, parse_when},
     global::Global,
     output::Output,
-    words::{When, count, counted, parse_when},
+    reply::Reply,
 };
-use crate::control::api::{Changed, Moved, NamedRequest, PositionRequest, SkipRequest, Skipped, SteppedDown};
+use crate::control::api::{Changed, NamedRequest, PositionMove, PositionRequest, SkipRequest, Skipped, SteppedDown};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct IdsArgs {
@@ -67,13 +68,18 @@ pub(super) struct SkipArgs {
 }
 
 /// Asks for a change of several replications, one after the other.
-pub(super) async fn each(args: &IdsArgs, endpoint: &str, done: &str, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn each(
+    args: &IdsArgs,
+    endpoint: &str,
+    done: &str,
+    out: &mut Output,
+) -> Result<CommandVerdict, Error> {
     all(args, endpoint, out, |changed: &Changed| format!("{} {done}", changed.replication)).await
 }
 
-pub(super) async fn stepdown(args: &IdsArgs, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn stepdown(args: &IdsArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     all(args, "stepdown", out, |stepped: &SteppedDown| {
-        let to = stepped.to.as_deref().unwrap_or("nobody yet");
+        let to = stepped.to.as_deref().unwrap_or("no instance yet");
         format!("{}: handed over, {} -> {to}", stepped.replication, stepped.from)
     })
     .await
@@ -85,24 +91,24 @@ async fn all<T: DeserializeOwned>(
     endpoint: &str,
     out: &mut Output,
     words: impl Fn(&T) -> String,
-) -> Result<Verdict, Error> {
+) -> Result<CommandVerdict, Error> {
     let client = Client::connect(&args.global).await?;
-    let mut verdict = Verdict::Good;
+    let mut verdict = CommandVerdict::Good;
     for id in &args.ids {
         let request = NamedRequest { replication: id.clone() };
         let changed: Result<Reply<T>, Error> = client.change(endpoint, &request).await;
         match changed {
             Ok(reply) => out.reply(&reply, &words),
             Err(error) => {
-                error.tell(out);
-                verdict = Verdict::Bad;
+                error.print(out);
+                verdict = CommandVerdict::Bad;
             }
         }
     }
     Ok(verdict)
 }
 
-pub(super) async fn position(args: &PositionArgs, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn position(args: &PositionArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     let To { source_seq, time } = args.to.clone();
     let (time, ago) = match time {
         Some(When::At(time)) => (Some(time), None),
@@ -110,12 +116,12 @@ pub(super) async fn position(args: &PositionArgs, out: &mut Output) -> Result<Ve
         None => (None, None),
     };
     let request = PositionRequest { replication: args.id.clone(), source_seq, time, ago, dry_run: args.dry_run };
-    let moved: Reply<Moved> = Client::connect(&args.global).await?.change("position", &request).await?;
+    let moved: Reply<PositionMove> = Client::connect(&args.global).await?.change("position", &request).await?;
     out.reply(&moved, moved_words);
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
-fn moved_words(moved: &Moved) -> String {
+fn moved_words(moved: &PositionMove) -> String {
     let effect = match (moved.copied_again, moved.passed_over) {
         (0, 0) => "nothing is copied again or passed over".to_owned(),
         (again, 0) => format!("{} in between: copied again", counted(again, "source message")),
@@ -126,13 +132,13 @@ fn moved_words(moved: &Moved) -> String {
     format!("{}: position {from} -> {to}, {effect}{dry}", moved.replication)
 }
 
-pub(super) async fn skip(args: &SkipArgs, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn skip(args: &SkipArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     let request = SkipRequest { replication: args.id.clone(), source_seq: args.source_seq };
     let skipped: Reply<Skipped> = Client::connect(&args.global).await?.change("skip", &request).await?;
     out.reply(&skipped, |skipped| {
         format!("{}: source message {} is skipped", skipped.replication, count(skipped.source_seq))
     });
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 #[cfg(test)]
@@ -143,7 +149,7 @@ mod tests {
     fn a_move_says_what_it_means() {
         let check = |to: u64, copied_again: u64, passed_over: u64, dry_run: bool, expect: &str| {
             let (replication, from) = ("S".to_owned(), 1000);
-            let moved = Moved { replication, revision: None, dry_run, from, to, copied_again, passed_over };
+            let moved = PositionMove { replication, revision: None, dry_run, from, to, copied_again, passed_over };
             assert_eq!(moved_words(&moved), expect);
         };
         check(10, 990, 0, false, "S: position 1,000 -> 10, 990 source messages in between: copied again");

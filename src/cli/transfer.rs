@@ -7,13 +7,13 @@ use serde_json::{Map, Value, json};
 
 use super::{
     apply,
-    client::{Client, Reply},
-    config::stored,
-    edit::site,
-    error::{Error, Verdict},
+    client::Client,
+    document::{site, stored},
+    error::{CommandVerdict, Error},
     files::FoundFiles,
     global::Global,
     output::{Output, clean},
+    reply::Reply,
 };
 use crate::{
     app::ReplicatorFile,
@@ -56,7 +56,7 @@ pub(super) struct ExportArgs {
 }
 
 /// Carries out `config import`.
-pub(super) async fn import(args: &ImportArgs, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn import(args: &ImportArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     let file = ReplicatorFile::read_masked(&args.file, args.lenient).map_err(|problems| {
         problems.iter().for_each(|problem| out.note(problem));
         Error::Usage("the file cannot be imported, nothing was changed".to_owned())
@@ -76,7 +76,7 @@ pub(super) async fn import(args: &ImportArgs, out: &mut Output) -> Result<Verdic
         FoundFiles { place, document }
     });
     let verdict = apply::apply(client, found.collect(), false, args.dry_run, out).await?;
-    if file.yaml.heartbeats.is_null() || args.dry_run || verdict == Verdict::Bad {
+    if file.yaml.heartbeats.is_null() || args.dry_run || verdict == CommandVerdict::Bad {
         return Ok(verdict);
     }
     let client = Client::connect(&args.global).await?;
@@ -89,7 +89,7 @@ pub(super) async fn import(args: &ImportArgs, out: &mut Output) -> Result<Verdic
 }
 
 /// Carries out `config export`.
-pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     let client = Client::connect(&args.global).await?;
     let mut file = Map::new();
     file.insert("name".to_owned(), site(&client).await?.into());
@@ -114,7 +114,7 @@ pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<Verdic
     } else {
         out.text(&yaml(&Value::Object(file)));
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 /// YAML in which every text is in double quotes, as in JSON: nothing is taken for a boolean or a number.
@@ -146,7 +146,7 @@ fn write_yaml(value: &Value, indent: usize, text: &mut String) {
     }
 }
 
-/// The value of a field, behind its colon.
+/// The value of a field, after its colon.
 fn write_below(value: &Value, indent: usize, text: &mut String) {
     match value {
         Value::Object(fields) if !fields.is_empty() => {
@@ -161,7 +161,7 @@ fn write_below(value: &Value, indent: usize, text: &mut String) {
     }
 }
 
-/// An entry of a list, behind its dash.
+/// An entry of a list, after its dash.
 fn write_entry(value: &Value, indent: usize, text: &mut String) {
     match value {
         Value::Object(fields) if !fields.is_empty() => {

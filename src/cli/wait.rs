@@ -6,11 +6,10 @@ use tokio::time::{sleep, timeout};
 
 use super::{
     client::Client,
-    config::state_name,
-    error::{Error, Verdict},
+    error::{CommandVerdict, Error},
+    format::counted,
     output::Output,
-    status::{StatusView, lag},
-    words::counted,
+    status_view::{StatusView, lag, state_name},
 };
 use crate::status::{Row, State};
 
@@ -37,7 +36,7 @@ pub(super) async fn until_caught_up(
     id: Option<&str>,
     limit: Option<Duration>,
     out: &mut Output,
-) -> Result<Verdict, Error> {
+) -> Result<CommandVerdict, Error> {
     let mut behind = String::new();
     let view = match limit {
         None => caught_up(client, id, &mut behind).await?,
@@ -49,8 +48,8 @@ pub(super) async fn until_caught_up(
             Err(_) => return Err(Error::Failed(format!("not caught up within {limit:?}: {behind}"))),
         },
     };
-    tell(&view, out);
-    Ok(Verdict::Good)
+    print(&view, out);
+    Ok(CommandVerdict::Good)
 }
 
 /// Polls until nothing was left to copy for a while. A service that has answered once may be silent for a while.
@@ -59,10 +58,10 @@ async fn caught_up(client: &Client, id: Option<&str>, behind: &mut String) -> Re
     let mut since: Option<Instant> = None;
     loop {
         let asked = Instant::now();
-        match StatusView::ask(client, id).await {
+        match StatusView::request(client, id).await {
             Ok(view) => {
                 answered = true;
-                *behind = look(view.rows(), id.is_some())?;
+                *behind = check(view.rows(), id.is_some())?;
                 if !behind.is_empty() {
                     since = None;
                 } else if since.get_or_insert(asked).elapsed() >= SETTLED {
@@ -86,7 +85,7 @@ fn passes(error: &Error) -> bool {
 
 /// The replications that lag, in words; an error if one will not catch up. One that is paused is waited for only if it
 /// is the one that was asked for.
-fn look(rows: &[Row], one: bool) -> Result<String, Error> {
+fn check(rows: &[Row], one: bool) -> Result<String, Error> {
     let (mut stuck, mut behind) = (Vec::new(), Vec::new());
     for row in rows {
         match stand(row) {
@@ -112,7 +111,7 @@ fn stand(row: &Row) -> Stand {
     }
 }
 
-fn tell(view: &StatusView, out: &mut Output) {
+fn print(view: &StatusView, out: &mut Output) {
     out.reply(&view.reply, |status| {
         let paused = status.replications.iter().filter(|row| stand(row) == Stand::Paused).count();
         let running = status.replications.len() - paused;

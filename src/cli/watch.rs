@@ -10,24 +10,24 @@ use serde_json::{Value, json};
 
 use super::{
     client::Client,
-    error::{Error, Verdict},
+    error::{CommandVerdict, Error},
+    format::time,
     output::{Output, clean},
-    status::{StatusView, line, lines},
-    words::time,
+    status_view::{StatusView, line, lines},
 };
 use crate::status::Row;
 
 const EVERY: Duration = Duration::from_secs(1);
 
 /// Runs until the output is closed, or the one watched replication is gone.
-pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> Result<Verdict, Error> {
+pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> Result<CommandVerdict, Error> {
     let mut first = true;
     let mut picture = Picture::default();
-    let mut changes = Changes::default();
+    let mut changes = ChangedLines::default();
     let mut ticks = tokio::time::interval(EVERY);
     while !out.closed() {
         ticks.tick().await;
-        let view = match StatusView::ask(client, id).await {
+        let view = match StatusView::request(client, id).await {
             Err(error) if first || error.code() == Some(404) => return Err(error),
             other => other,
         };
@@ -35,10 +35,10 @@ pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> 
         if out.terminal() && !out.json() {
             picture.draw(client, id, view, out);
         } else {
-            changes.tell(view, out);
+            changes.print(view, out);
         }
     }
-    Ok(Verdict::Good)
+    Ok(CommandVerdict::Good)
 }
 
 /// The lines on the terminal.
@@ -46,14 +46,14 @@ pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> 
 struct Picture {
     drawn: bool,
     lines: Vec<String>,
-    rates: Rates,
+    rates: CopyRates,
 }
 
 impl Picture {
     fn draw(&mut self, client: &Client, id: Option<&str>, view: Result<StatusView, Error>, out: &mut Output) {
         let heading = match view {
             Ok(view) => {
-                let rates = self.rates.of(view.rows(), Instant::now());
+                let rates = self.rates.update(view.rows(), Instant::now());
                 self.lines = lines(&view, id, Some(&rates), out);
                 format!("{}  {}  {}", time(Utc::now()), clean(&view.reply.value.site), client.server())
             }
@@ -80,18 +80,18 @@ impl Picture {
 
 /// Messages per second since the answer before.
 #[derive(Default)]
-struct Rates {
+struct CopyRates {
     /// Epoch and messages copied.
     before: BTreeMap<String, (u64, u64)>,
     at: Option<Instant>,
 }
 
-impl Rates {
-    fn of(&mut self, rows: &[Row], now: Instant) -> Vec<Option<f64>> {
+impl CopyRates {
+    fn update(&mut self, rows: &[Row], now: Instant) -> Vec<Option<f64>> {
         let passed = self.at.map(|at| now.duration_since(at).as_secs_f64()).filter(|passed| *passed > 0.0);
         let rate = |row: &Row| {
             let (epoch, copied) = self.before.get(&row.replication)?;
-            // counters begin anew with each leader
+            // counters restart with each leader
             let more = row.copy.counters.copied.checked_sub(*copied).filter(|_| *epoch == row.epoch)?;
             Some(more as f64 / passed?)
         };
@@ -104,13 +104,13 @@ impl Rates {
 
 /// The line that was printed last for each replication.
 #[derive(Default)]
-struct Changes {
-    told: BTreeMap<String, (String, Value)>,
+struct ChangedLines {
+    printed: BTreeMap<String, (String, Value)>,
     error: String,
 }
 
-impl Changes {
-    fn tell(&mut self, view: Result<StatusView, Error>, out: &mut Output) {
+impl ChangedLines {
+    fn print(&mut self, view: Result<StatusView, Error>, out: &mut Output) {
         let view = match view {
             Ok(view) => view,
             Err(error) => {
@@ -126,7 +126,7 @@ impl Changes {
         let mut now = BTreeMap::new();
         for (row, raw) in view.rows().iter().zip(view.raw_rows()) {
             let change = (line(&timeless(row)), timeless_value(raw.clone()));
-            let before = self.told.get(&row.replication);
+            let before = self.printed.get(&row.replication);
             if out.json() {
                 if before.is_none_or(|(_, before)| *before != change.1) {
                     out.value(&raw);
@@ -136,14 +136,14 @@ impl Changes {
             }
             now.insert(row.replication.clone(), change);
         }
-        for id in self.told.keys().filter(|id| !now.contains_key(*id)) {
+        for id in self.printed.keys().filter(|id| !now.contains_key(*id)) {
             if out.json() {
                 out.value(&json!({"replication": id, "gone": true}));
             } else {
                 out.line(&format!("{} {} is gone", time(Utc::now()), clean(id)));
             }
         }
-        self.told = now;
+        self.printed = now;
         out.flush();
     }
 }

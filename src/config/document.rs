@@ -12,10 +12,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Advisory, ChoriaDocument, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems, Replication,
-    Sampling, Scope, SenderBounds, Sharing, Side, Start, Transform,
+    AdvisorySettings, ChoriaDocument, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems,
+    Replication, Sampling, Scope, SenderBounds, Sharing, Side, Start, Transform,
     json::whole_numbers,
-    notices, patterns,
+    notices,
+    patterns::{self, Wildcards, wrong_subject},
     schema::{self, join, shorten},
 };
 use crate::{
@@ -331,7 +332,7 @@ struct SideFields<'a> {
 }
 
 /// Collects problems while the fields are read one by one; a field with a problem reads as `None` or a default,
-/// which nobody sees, because a document with a problem is refused.
+/// which is never shown, because a document with a problem is refused.
 struct Checker {
     problems: Vec<Problem>,
     /// Where the sides are, as far as that can be read.
@@ -370,34 +371,7 @@ impl Checker {
         if let Some(name) = name {
             self.name(name);
         }
-        let tls = document.tls.as_ref();
-        let (source_tls, target_tls) = (document.source_tls.as_ref(), document.target_tls.as_ref());
-        self.tls("tls", tls);
-        self.tls("source_tls", source_tls);
-        self.tls("target_tls", target_tls);
-        let choria = document.choria.as_ref().map(|choria| ("choria", choria));
-        let source_choria = document.source_choria.as_ref().map(|choria| ("source_choria", choria)).or(choria);
-        let target_choria = document.target_choria.as_ref().map(|choria| ("target_choria", choria)).or(choria);
-        let source = SideFields {
-            side: "source",
-            url: ("source_url", text(&document.source_url)),
-            context: ("source_context", text(&document.source_context)),
-            domain: ("source_domain", text(&document.source_domain)),
-            api_prefix: ("source_api_prefix", text(&document.source_api_prefix)),
-            own_tls: source_tls,
-            tls,
-            choria: source_choria,
-        };
-        let target = SideFields {
-            side: "target",
-            url: ("target_url", text(&document.target_url)),
-            context: ("target_context", text(&document.target_context)),
-            domain: ("target_domain", text(&document.target_domain)),
-            api_prefix: ("target_api_prefix", text(&document.target_api_prefix)),
-            own_tls: target_tls,
-            tls,
-            choria: target_choria,
-        };
+        let (source, target) = self.side_fields(document);
         let source = self.side(&source, stream);
         let target = self.side(&target, target_stream);
         self.not_into_itself(source.as_ref(), target.as_ref());
@@ -432,6 +406,39 @@ impl Checker {
             limits: limits(document.limits.as_ref()),
             notices: notices::notices(document),
         })
+    }
+
+    /// The connection fields of both sides, with their names in the document; checks the TLS settings.
+    fn side_fields<'a>(&mut self, document: &'a Document) -> (SideFields<'a>, SideFields<'a>) {
+        let tls = document.tls.as_ref();
+        let (source_tls, target_tls) = (document.source_tls.as_ref(), document.target_tls.as_ref());
+        self.tls("tls", tls);
+        self.tls("source_tls", source_tls);
+        self.tls("target_tls", target_tls);
+        let choria = document.choria.as_ref().map(|choria| ("choria", choria));
+        let source_choria = document.source_choria.as_ref().map(|choria| ("source_choria", choria)).or(choria);
+        let target_choria = document.target_choria.as_ref().map(|choria| ("target_choria", choria)).or(choria);
+        let source = SideFields {
+            side: "source",
+            url: ("source_url", text(&document.source_url)),
+            context: ("source_context", text(&document.source_context)),
+            domain: ("source_domain", text(&document.source_domain)),
+            api_prefix: ("source_api_prefix", text(&document.source_api_prefix)),
+            own_tls: source_tls,
+            tls,
+            choria: source_choria,
+        };
+        let target = SideFields {
+            side: "target",
+            url: ("target_url", text(&document.target_url)),
+            context: ("target_context", text(&document.target_context)),
+            domain: ("target_domain", text(&document.target_domain)),
+            api_prefix: ("target_api_prefix", text(&document.target_api_prefix)),
+            own_tls: target_tls,
+            tls,
+            choria: target_choria,
+        };
+        (source, target)
     }
 
     fn stream_name(&mut self, field: &str, name: &str) -> Option<String> {
@@ -708,7 +715,7 @@ impl Checker {
         })
     }
 
-    fn advisory(&mut self, AdvisoryDocument { subject, reliable }: &AdvisoryDocument) -> Option<Advisory> {
+    fn advisory(&mut self, AdvisoryDocument { subject, reliable }: &AdvisoryDocument) -> Option<AdvisorySettings> {
         if subject.is_empty() {
             return None; // the schema has said so
         }
@@ -727,7 +734,7 @@ impl Checker {
             let message = format!("`advisory.subject` is `{}`: {wrong}", shorten(subject));
             self.problems.push(Problem::new("/advisory/subject", message));
         }
-        Some(Advisory { subject: subject.clone(), reliable: reliable.unwrap_or_default() })
+        Some(AdvisorySettings { subject: subject.clone(), reliable: reliable.unwrap_or_default() })
     }
 
     fn on_reject(&mut self, document: &Document) -> OnReject {
@@ -861,34 +868,6 @@ fn ordering(document: &Document) -> Ordering {
     }
 }
 
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Wildcards {
-    Allowed,
-    Refused,
-}
-
-/// Says what is wrong with a subject, if anything is.
-pub(super) fn wrong_subject(subject: &str, wildcards: Wildcards) -> Option<String> {
-    if let Some(c) = subject.chars().find(|c| c.is_whitespace() || c.is_control()) {
-        return Some(format!("a subject cannot contain {c:?}"));
-    }
-    let tokens: Vec<_> = subject.split('.').collect();
-    for (index, token) in tokens.iter().enumerate() {
-        let last = index + 1 == tokens.len();
-        match *token {
-            "" => return Some("a subject has no empty token: one dot between two tokens, none at the ends".to_owned()),
-            "*" | ">" if wildcards == Wildcards::Refused => return Some("wildcards are not possible here".to_owned()),
-            ">" if !last => return Some("`>` is only possible at the end".to_owned()),
-            "*" | ">" => {}
-            token if token.contains(['*', '>']) => {
-                return Some("`*` and `>` are whole tokens, between dots".to_owned());
-            }
-            _ => {}
-        }
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -956,7 +935,7 @@ mod tests {
         let told =
             json!({"inspect_field": "a", "advisory": {"subject": "x.%s.%v", "reliable": true}, "size_trigger": 7});
         let sampling = good(hourly(told)).sampling.unwrap();
-        assert_eq!(sampling.advisory, Some(Advisory { subject: "x.%s.%v".into(), reliable: true }));
+        assert_eq!(sampling.advisory, Some(AdvisorySettings { subject: "x.%s.%v".into(), reliable: true }));
         assert_eq!(sampling.size_trigger, Some(7));
         // Choria's replicator takes these and copies everything.
         for (more, words) in [
@@ -1336,7 +1315,7 @@ mod tests {
         check(b"", "not valid JSON");
         check(b"{\n  \"stream\": ,", "line 2 column 13");
         check(b"\xff\xfe", "not valid JSON");
-        check("[".repeat(100_000).as_bytes(), "not valid JSON");
+        check("[".repeat(50_000).as_bytes(), "not valid JSON");
         check(b"[]", "the document is an array: must be of type object");
         check(b"null", "the document is `null`");
         check(b"{}", "`stream` is required");

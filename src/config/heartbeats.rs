@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Problem, Problems, TlsDocument,
-    document::{Wildcards, wrong_subject},
+    patterns::{Wildcards, wrong_subject},
     schema::{Schema, join, shorten},
 };
 use crate::choria::ChoriaIdentity;
@@ -20,7 +20,7 @@ use crate::names::{HEARTBEAT_SUBJECT_HEADER, ORIGINATOR_HEADER};
 
 /// Where nothing is said.
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(10);
-/// Shorter ones are no heartbeats, longer ones are missed by nobody.
+/// Shorter intervals are no heartbeats; with longer ones a missing heartbeat goes unnoticed.
 const INTERVALS: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(24 * 60 * 60);
 /// Headers that we give a value, or that would make all heartbeats but the first a duplicate.
 const NOT_YOURS: [&str; 3] = [ORIGINATOR_HEADER, HEARTBEAT_SUBJECT_HEADER, "Nats-Msg-Id"];
@@ -478,7 +478,7 @@ mod tests {
         );
         refused(choria(json!({"seed": "/s"})), &[("/choria/seed", "did you mean `seed_file`?")]);
         let url = |url: &str| with(json!({"url": url, "choria": files}));
-        refused(url("nats://u:p@h"), &[("/url", "leave out one of them")]);
+        refused(url("nats://u:p@h"), &[("/url", "remove one of them")]);
         refused(url("ws://h"), &[("/url", "write `wss://`")]);
     }
 }

@@ -13,6 +13,10 @@ use super::{
     schema::{join, shorten},
 };
 
+/// Size of a document, bytes: a document is read and checked at once, and every reply that shows one stays far from the limit of
+/// a message.
+pub const MAX_DOCUMENT: usize = 64 << 10;
+
 /// A JSON value, and the keys that occur twice in one of its objects: of each, the value holds the last.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Json {
@@ -25,6 +29,10 @@ pub struct Json {
 impl Json {
     /// Reads a whole text. What is not JSON is one problem that says what it is instead, where that can be seen.
     pub fn read(text: &[u8]) -> Result<Self, Problems> {
+        if text.len() > MAX_DOCUMENT {
+            let message = format!("the document has {} bytes, {MAX_DOCUMENT} are possible", text.len());
+            return Err(Problems(vec![Problem::new("", message)]));
+        }
         serde_json::from_slice(text).map_err(|error| {
             Problems(vec![Problem::new("", format!("the document is not valid JSON: {}", why_not_json(text, &error)))])
         })
@@ -45,7 +53,7 @@ impl Json {
 impl<'de> Deserialize<'de> for Json {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let problems = RefCell::default();
-        let value = Reader { path: "", problems: &problems }.deserialize(deserializer)?;
+        let value = JsonReader { path: "", problems: &problems }.deserialize(deserializer)?;
         Ok(Self { value, problems: problems.into_inner() })
     }
 }
@@ -98,12 +106,12 @@ fn is_plain(byte: u8) -> bool {
 }
 
 /// Reads the value at one path.
-struct Reader<'a> {
+struct JsonReader<'a> {
     path: &'a str,
     problems: &'a RefCell<Vec<Problem>>,
 }
 
-impl<'de> DeserializeSeed<'de> for Reader<'_> {
+impl<'de> DeserializeSeed<'de> for JsonReader<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
@@ -111,7 +119,7 @@ impl<'de> DeserializeSeed<'de> for Reader<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Reader<'_> {
+impl<'de> Visitor<'de> for JsonReader<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -146,7 +154,7 @@ impl<'de> Visitor<'de> for Reader<'_> {
         let mut values = Vec::new();
         loop {
             let path = join(self.path, &values.len().to_string());
-            match seq.next_element_seed(Reader { path: &path, problems: self.problems })? {
+            match seq.next_element_seed(JsonReader { path: &path, problems: self.problems })? {
                 Some(value) => values.push(value),
                 None => return Ok(values.into()),
             }
@@ -157,7 +165,7 @@ impl<'de> Visitor<'de> for Reader<'_> {
         let mut fields = Map::new();
         while let Some(key) = map.next_key::<String>()? {
             let path = join(self.path, &key);
-            let value = map.next_value_seed(Reader { path: &path, problems: self.problems })?;
+            let value = map.next_value_seed(JsonReader { path: &path, problems: self.problems })?;
             let message = format!("`{}` occurs more than once; keep one of them", shorten(&key));
             if fields.insert(key, value).is_some() {
                 let mut problems = self.problems.borrow_mut();
@@ -258,7 +266,7 @@ mod tests {
         check(b"{\"a\": 1,}", "trailing comma");
         check(b"{'a': 1}", "key must be a string");
         check(b"nats://host", "expected");
-        check("[".repeat(100_000).as_bytes(), "recursion limit");
+        check("[".repeat(50_000).as_bytes(), "recursion limit");
         // A text with what begins a comment elsewhere is no comment.
         assert!(Json::read(br#"{"a": "nats://h # x"}"#).is_ok());
     }

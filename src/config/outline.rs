@@ -41,7 +41,7 @@ impl Outline {
                 node.more = true;
                 return;
             }
-            // A server writes bytes that are no text in this way: nobody knows the token.
+            // A server writes bytes that are no text in this way: the token is unknown.
             let unknown = token.contains('\u{fffd}') || matches!(token, "" | "*" | ">");
             if depth < fixed {
                 if unknown || depth == 0 && node.children.len() >= MOST && !node.children.contains_key(token) {
@@ -160,7 +160,7 @@ mod tests {
         check([many("a.#.x", 100), many("a.#", 5)].concat(), &["a.*", "a.*.x"]);
         check([many("a.#.x", 10), many("a.b#.y", 10)].concat(), &["a.*.x", "a.*.y"]);
         check([many("a.#", 100), vec!["b.c".to_owned()]].concat(), &["a.*", "b.c"]);
-        // Another bucket is nobody's here.
+        // Another bucket has no owner here.
         check(many("$KV.A.#", 100), &["$KV.A.*"]);
         assert_eq!(outline(many("$KV.#.k", 100)).unwrap().len(), 100);
         check(many("a.#.#.#.x", 100), &["a.*.*.*.x"]);

@@ -90,6 +90,35 @@ pub(crate) fn disjoint(patterns: impl IntoIterator<Item = String>) -> Vec<String
     apart
 }
 
+/// Whether a subject may contain wildcards.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Wildcards {
+    Allowed,
+    Refused,
+}
+
+/// Describes the first problem of a subject, if it has one.
+pub(super) fn wrong_subject(subject: &str, wildcards: Wildcards) -> Option<String> {
+    if let Some(c) = subject.chars().find(|c| c.is_whitespace() || c.is_control()) {
+        return Some(format!("a subject cannot contain {c:?}"));
+    }
+    let tokens: Vec<_> = subject.split('.').collect();
+    for (index, token) in tokens.iter().enumerate() {
+        let last = index + 1 == tokens.len();
+        match *token {
+            "" => return Some("a subject has no empty token: one dot between two tokens, none at the ends".to_owned()),
+            "*" | ">" if wildcards == Wildcards::Refused => return Some("wildcards are not possible here".to_owned()),
+            ">" if !last => return Some("`>` is only possible at the end".to_owned()),
+            "*" | ">" => {}
+            token if token.contains(['*', '>']) => {
+                return Some("`*` and `>` are whole tokens, between dots".to_owned());
+            }
+            _ => {}
+        }
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -62,7 +62,7 @@ pub struct Replication {
 
 impl Replication {
     /// Where to publish advisories, if that is enabled.
-    pub fn advisory(&self) -> Option<&Advisory> {
+    pub fn advisory(&self) -> Option<&AdvisorySettings> {
         self.sampling.as_ref()?.advisory.as_ref()
     }
 }
@@ -99,7 +99,7 @@ pub struct Sampling {
     /// Path of a field (gjson) that has a message copied at once where it is true.
     pub force_field: Option<String>,
     /// Where to publish advisories.
-    pub advisory: Option<Advisory>,
+    pub advisory: Option<AdvisorySettings>,
     /// How many senders are tracked.
     pub bounds: SenderBounds,
 }
@@ -163,7 +163,7 @@ impl Inspect {
 
 /// Where to publish advisories.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Advisory {
+pub struct AdvisorySettings {
     /// Subject at the source side, with `%s` for the event and `%v` for the sender.
     pub subject: String,
     /// Whether each one is confirmed by a stream, and sent again until it is.
@@ -185,15 +185,15 @@ pub enum Start {
     Time(DateTime<Utc>),
 }
 
-/// Who else may write to the target stream.
+/// Whether other writers may publish to the target stream.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Sharing {
-    /// Nobody, until it turns out that somebody does.
+    /// Exclusive until another writer is detected, then shared.
     #[default]
     Auto,
-    /// Nobody: who does stops the copy.
+    /// No other writer: one that is detected stops the copy.
     Exclusive,
-    /// Anybody.
+    /// Any other writer.
     Shared,
 }
 

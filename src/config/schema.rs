@@ -6,10 +6,11 @@ use jsonschema::{
     JsonType, ValidationError, Validator,
     error::{TypeKind, ValidationErrorKind},
 };
-use nats_lane::endpoint::{mask_url, nearest};
+use nats_lane::endpoint::nearest;
 use serde_json::Value;
 
 use super::Problem;
+pub(super) use super::problems::shorten;
 
 /// Of a replication document.
 pub(super) static REPLICATION: LazyLock<Schema> = LazyLock::new(|| {
@@ -31,7 +32,7 @@ pub(super) struct Schema {
 
 /// What the schema says about a document.
 #[derive(Debug, Default)]
-pub(super) struct Findings {
+pub(super) struct SchemaFindings {
     /// What is wrong for certain.
     pub(super) problems: Vec<Problem>,
     /// Patterns that do not match: reported only where no semantic check has a better message.
@@ -46,8 +47,8 @@ impl Schema {
     }
 
     /// Checks a document.
-    pub(super) fn check(&self, document: &Value) -> Findings {
-        let mut findings = Findings::default();
+    pub(super) fn check(&self, document: &Value) -> SchemaFindings {
+        let mut findings = SchemaFindings::default();
         for error in self.validator.iter_errors(document) {
             let path = error.instance_path().as_str();
             match error.kind() {
@@ -59,7 +60,7 @@ impl Schema {
                     let field = property.as_str().unwrap_or_default();
                     findings.problems.push(Problem::new(join(path, field), format!("`{field}` is required")));
                 }
-                // "One of two fields": whoever reads the fields has better words.
+                // "One of two fields": the reader of the fields has a better message.
                 ValidationErrorKind::AnyOf { .. } => {}
                 ValidationErrorKind::Pattern { .. } => findings.patterns.push(explain(&error)),
                 _ => findings.problems.push(explain(&error)),
@@ -145,23 +146,13 @@ fn choice(options: &Value) -> String {
     }
 }
 
-/// A value in a message: short, and never a secret, wherever in the document somebody put it.
+/// A value in a message: short, and never a secret, wherever in the document it was written.
 fn show(value: &Value) -> Cow<'static, str> {
     match value {
         Value::Object(_) => "an object".into(),
         Value::Array(_) => "an array".into(),
         Value::String(text) => format!("`{}`", shorten(text)).into(),
         other => format!("`{other}`").into(),
-    }
-}
-
-/// The beginning of a text, for messages; a URL that strayed into another field loses its secret.
-pub(super) fn shorten(text: &str) -> Cow<'_, str> {
-    const MOST: usize = 80;
-    let text = if text.contains('@') || text.contains("://") { mask_url(text).into() } else { Cow::Borrowed(text) };
-    match text.char_indices().nth(MOST) {
-        Some((end, _)) => format!("{}...", &text[..end]).into(),
-        None => text,
     }
 }
 

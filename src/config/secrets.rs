@@ -22,24 +22,24 @@ pub const URLS: [&str; 2] = ["source_url", "target_url"];
 const NO_URLS: [&str; 5] = ["source_domain", "target_domain", "source_api_prefix", "target_api_prefix", "collective"];
 
 /// One kind of document: its schema, and its URLs with the fields that say with which TLS files.
-struct Kind {
+struct SecretFields {
     schema: &'static Schema,
     urls: &'static [(&'static str, &'static [&'static str])],
 }
 
-fn replication() -> Kind {
-    Kind {
+fn replication() -> SecretFields {
+    SecretFields {
         schema: &REPLICATION,
         urls: &[("source_url", &["source_tls", "tls"]), ("target_url", &["target_tls", "tls"])],
     }
 }
 
-fn heartbeats() -> Kind {
-    Kind { schema: &HEARTBEATS, urls: &[("url", &["tls"])] }
+fn heartbeats() -> SecretFields {
+    SecretFields { schema: &HEARTBEATS, urls: &[("url", &["tls"])] }
 }
 
 /// A document without its secrets. Documents that people wrote by hand may be anything: of a field that no document
-/// has (it may be a password that somebody thought to belong here) no text and no number is shown.
+/// has (it may be a password that was written in the wrong place) no text and no number is shown.
 pub fn mask_document(document: &Value) -> Value {
     replication().mask(document)
 }
@@ -70,7 +70,7 @@ pub fn has_heartbeats_mask(document: &Map<String, Value>) -> bool {
     heartbeats().has_mask(document)
 }
 
-impl Kind {
+impl SecretFields {
     fn is_url(&self, field: &str) -> bool {
         self.urls.iter().any(|(url, _)| *url == field)
     }

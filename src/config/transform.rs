@@ -1,7 +1,7 @@
 //! One subject transform as JetStream has them (ADR-36): what matches `src` becomes `dest`, with functions of the
 //! tokens that the `*` of `src` stand for. Subjects are bytes, as they are for a server: a cut may fall into a letter.
 //!
-//! What a server refuses is refused here. Beyond that, what a server takes and nobody can mean: indexes below 1 (a
+//! What a server refuses is refused here. Beyond that, expressions that a server takes, and that cannot be meant: indexes below 1 (a
 //! server takes the first token of the subject), no buckets (a server of 2.10 crashes at the first message), and a
 //! function that is not a whole token (a server takes it for plain text).
 
@@ -138,7 +138,7 @@ impl Transform {
             } else if part.makes_one_token() {
                 image.push("*".to_owned());
             } else {
-                // Nobody knows how many tokens it makes.
+                // The number of tokens that it makes is unknown.
                 image.push(">".to_owned());
                 return Some(image.join("."));
             }
@@ -296,7 +296,7 @@ fn split(token: &[u8], at: &[u8], out: &mut Vec<u8>) {
     loop {
         let end = if at.is_empty() { letter(rest) } else { memchr::memmem::find(rest, at) };
         let piece = &rest[..end.unwrap_or(rest.len())];
-        // As servers do it: no dot before an empty piece, none behind an empty first one.
+        // As servers do it: no dot before an empty piece, none after an empty first one.
         if !first && !piece.is_empty() && !last_empty {
             out.push(b'.');
         }
@@ -361,7 +361,7 @@ fn function(token: &str, inner: &str, wildcards: &[usize]) -> Result<DestPart, S
         || format!("`{token}`: there is no such function: write {{{{name(arguments)}}}} with one of {FUNCTIONS}");
     let (name, arguments) = call.strip_suffix(')').and_then(|call| call.split_once('(')).ok_or_else(unknown)?;
     let name = name.trim_end_matches(' ');
-    // A comma and the blanks behind it stand between arguments.
+    // A comma and the blanks after it separate arguments.
     let arguments: Vec<&str> = arguments
         .split(',')
         .enumerate()

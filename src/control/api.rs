@@ -124,7 +124,7 @@ pub struct Changed {
 
 /// Reply of `position`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Moved {
+pub struct PositionMove {
     /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
     /// Revision of the position record; `null` after a dry run.
@@ -274,7 +274,7 @@ pub struct InstanceRow {
 
 /// Reply of `senders`. There are more rows if `offset` and those shown are less than `total`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Senders {
+pub struct SendersPage {
     /// The site's name.
     pub site: String,
     /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
@@ -311,7 +311,7 @@ pub struct SenderRow {
 
 /// Reply of `config.get`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Document {
+pub struct StoredDocument {
     /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
     /// Revision of the document.

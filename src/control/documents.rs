@@ -1,5 +1,4 @@
-//! What the configuration bucket holds, kept in memory, so that questions are answered while the bucket is not
-//! there.
+//! The configuration bucket in memory, so that requests are answered while the bucket is not available.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -10,12 +9,12 @@ use tracing::warn;
 
 use crate::store::{ConfigChange, ConfigEntry, ConfigStore, Error};
 
-/// How long a question waits for the newest revision before it is answered with what is known.
+/// How long a request waits for the newest revision before it is answered from memory.
 const CATCH_UP: Duration = Duration::from_millis(100);
-/// How long the bucket may take to say what the newest revision is.
+/// Time limit for the request for the newest revision.
 const ASK: Duration = Duration::from_millis(250);
 
-/// All documents as they were last heard of.
+/// All documents, as last received.
 #[derive(Debug)]
 pub(super) struct Documents {
     store: ConfigStore,
@@ -28,7 +27,7 @@ struct CachedDocuments {
     entries: BTreeMap<String, ConfigEntry>,
     /// Of the heartbeats, or of their removal; 0 if there never were any.
     heartbeats: u64,
-    /// Newest revision heard of.
+    /// Newest revision received.
     seen: u64,
 }
 
@@ -78,8 +77,8 @@ impl Documents {
         self.known.borrow().heartbeats
     }
 
-    /// Whoever just changed a document finds it changed, whichever instance answers. Where the bucket does not
-    /// answer, or its newest message is gone, a short wait is all.
+    /// Waits until memory has the newest revision: a client that just changed a document sees the change, whichever
+    /// instance answers. If the bucket does not answer, or its newest message is gone, the wait is short.
     async fn catch_up(&self) {
         let Ok(Ok(newest)) = timeout(ASK, self.store.last_revision()).await else { return };
         let mut known = self.known.clone();
@@ -104,7 +103,7 @@ impl CachedDocuments {
             }
             ConfigChange::Site(stored) => self.seen = self.seen.max(stored.revision),
             ConfigChange::Marked(mark) => self.seen = self.seen.max(mark.revision),
-            ConfigChange::Anew => self.seen = 0,
+            ConfigChange::Recreated => self.seen = 0,
             ConfigChange::Loaded => {}
         }
     }
@@ -125,7 +124,7 @@ mod tests {
         known.apply(put("A", 100));
         known.apply(put("B", 99));
         assert_eq!(known.seen, 100);
-        known.apply(ConfigChange::Anew);
+        known.apply(ConfigChange::Recreated);
         known.apply(put("A", 2));
         known.apply(put("B", 1));
         assert_eq!((known.seen, known.entries.len()), (2, 2));

@@ -1,4 +1,4 @@
-//! What each endpoint does.
+//! The endpoints: one function per request.
 
 mod durable;
 mod heartbeat;
@@ -8,6 +8,7 @@ mod position;
 mod release;
 mod senders;
 mod stepdown;
+mod validate;
 
 use std::{sync::Arc, time::Duration};
 
@@ -28,16 +29,19 @@ use self::{
     release::{retry, skip},
     senders::senders,
     stepdown::stepdown,
+    validate::config_validate,
 };
 use super::{
-    api::{Changed, DeleteRequest, Document, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest},
+    api::{
+        Changed, DeleteRequest, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest,
+        StoredDocument,
+    },
     documents::Documents,
     service::{Data, EndpointKind, Handler, Request, Route},
-    validate::config_validate,
 };
 use crate::{
     allow::AllowList,
-    config::{self, Json, Problem, Problems, Replication},
+    config::{self, Json, MAX_DOCUMENT, Problem, Problems, Replication},
     events::Events,
     heartbeat as heartbeats,
     lease::Leases,
@@ -48,8 +52,6 @@ use crate::{
     supervisor::Handle,
 };
 
-/// Size of a document; keeps every reply that shows one far from the limit of a message.
-const MAX_DOCUMENT: usize = 64 << 10;
 /// How often a document with `***` is completed again because the stored one changed meanwhile.
 pub(super) const UNMASK_TRIES: usize = 5;
 /// Rows of one page where the request does not say.
@@ -70,7 +72,7 @@ pub(super) struct RequestContext {
     pub(super) installation: String,
     pub(super) own_streams: OwnStreams,
     pub(super) rules: AllowList,
-    /// Nothing is changed by request, and nobody is connected to for a request.
+    /// Requests change nothing and make no connections.
     pub(super) read_only: bool,
     pub(super) config: ConfigStore,
     pub(super) documents: Documents,
@@ -78,7 +80,7 @@ pub(super) struct RequestContext {
     pub(super) leases: Leases,
     pub(super) senders: SenderStore,
     pub(super) supervisor: Handle,
-    pub(super) heartbeats: heartbeats::Handle,
+    pub(super) heartbeats: heartbeats::HeartbeatHandle,
     pub(super) events: Events,
 }
 
@@ -129,7 +131,7 @@ async fn config_add(context: &RequestContext, request: Request) -> Result<Change
     let CheckedDocument { replication: Replication { id, .. }, document, unmasked } =
         checked_document(context, &request.body).await?;
     let written = match unmasked {
-        // What a secret was taken from exists, also if it is deleted at this moment.
+        // The document that a secret was taken from exists, even if it is being deleted at this moment.
         Some(revision) => Err(WriteError::Exists { revision }),
         None => context.config.create(&id, document).await,
     };
@@ -147,7 +149,7 @@ async fn config_update(context: &RequestContext, request: Request) -> Result<Cha
             return Ok(Changed { replication: id, revision });
         }
         match context.config.update(&id, document, expected.or(unmasked)).await {
-            // The secret that `***` stands for may be another one by now.
+            // The secret that `***` stands for may have changed.
             Err(WriteError::Conflict { .. }) if expected.is_none() => {}
             written => return changed(id, written, "updated"),
         }
@@ -155,8 +157,8 @@ async fn config_update(context: &RequestContext, request: Request) -> Result<Cha
     Err(Failure::new(503, "the document cannot be updated: it is changed all the time"))
 }
 
-/// Revision of what is stored, if it is what was sent, however it is formatted: then nothing is written, so that those
-/// who send their documents again and again neither use up the history nor disturb what runs.
+/// Revision of the stored document if it equals the sent one, regardless of formatting. Then nothing is written: clients
+/// that send the same document again and again neither use up the history nor disturb the running copy.
 async fn stored_already(
     context: &RequestContext,
     id: &str,
@@ -217,15 +219,15 @@ async fn config_delete(context: &RequestContext, request: Request) -> Result<Cha
     Ok(deleted)
 }
 
-/// Removes what is left of a replication whose document was deleted at `revision`. It may have been added again meanwhile:
-/// what was written since then is that one's and stays.
+/// Removes the records of a replication whose document was deleted at `revision`. It may have been added again meanwhile:
+/// records that were written since belong to the new one and stay.
 async fn forget(
     context: &RequestContext,
     id: &str,
     revision: u64,
     leaving: Leaving,
 ) -> Result<(), crate::store::Error> {
-    // Read before the document is looked for: if there is none then, these were written for the one that is gone.
+    // Read before the document is: if there is none then, these records were written for the deleted one.
     let mut lease = context.leases.revision(id).await?;
     let position = context.positions.revision(id).await?;
     let senders = context.senders.newest(id).await?;
@@ -242,12 +244,12 @@ async fn forget(
     } else {
         info!(replication = id, "was added again while it was deleted: it keeps its position and its lease");
     }
-    // What was kept of the document goes with the document.
+    // The saved copy of the document is removed with it.
     for kind in [MarkKind::Paused, MarkKind::Release] {
         if let Some((marked, _)) = context.config.marked(id, kind).await?
             && marked < revision
         {
-            // A conflict means that it was put again, or is gone.
+            // A conflict means that it was put again, or is already gone.
             if let Err(WriteError::Store(error)) = context.config.unmark(id, kind, Some(marked)).await {
                 return Err(error);
             }
@@ -256,7 +258,7 @@ async fn forget(
     Ok(())
 }
 
-/// Waits until no other instance leads the replication, by what the record itself says.
+/// Waits until no other instance leads the replication, according to the record itself.
 async fn stopped_elsewhere(context: &RequestContext, id: &str) {
     while let Ok((record, _)) = context.positions.read(id).await
         && record.leader().is_some_and(|leader| context.supervisor.is_other(leader))
@@ -265,13 +267,13 @@ async fn stopped_elsewhere(context: &RequestContext, id: &str) {
     }
 }
 
-async fn config_get(context: &RequestContext, request: Request) -> Result<Document, Failure> {
+async fn config_get(context: &RequestContext, request: Request) -> Result<StoredDocument, Failure> {
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
     let entry = context.existing(&replication).await?;
     let problems =
         context.rules.parse(&entry.value, &context.site).err().map(|problems| problems.0).unwrap_or_default();
     let config = Json::read(&entry.value).map_or(Value::Null, |json| config::mask_document(&json.value));
-    Ok(Document { replication, revision: entry.revision, config, problems })
+    Ok(StoredDocument { replication, revision: entry.revision, config, problems })
 }
 
 async fn config_list(context: &RequestContext, request: Request) -> Result<List, Failure> {
@@ -312,7 +314,7 @@ impl RequestContext {
         self.documents.get(id).await.ok_or_else(|| not_found(id))
     }
 
-    /// What this service is to a preflight.
+    /// This service, as the preflight needs it.
     pub(super) fn own(&self) -> Own<'_> {
         Own { site: &self.site, installation: &self.installation, streams: &self.own_streams }
     }
@@ -327,13 +329,13 @@ impl RequestContext {
 #[derive(Debug)]
 pub(super) struct CheckedDocument {
     pub(super) replication: Replication,
-    /// What is to be stored: the document as it was sent, or with its secrets again.
+    /// The document to store: as it was sent, with stored secrets in place of `***`.
     document: Bytes,
-    /// The stored revision that its secrets are from: writing the document is only right while that one is stored.
+    /// The stored revision that its secrets are from: the document may be written only while that revision is stored.
     unmasked: Option<u64>,
 }
 
-/// Reads a document. What is wrong with it is a 400.
+/// Reads a document; one with problems is refused with code 400.
 pub(super) async fn checked_document(context: &RequestContext, body: &Bytes) -> Result<CheckedDocument, Failure> {
     let Json { value: mut document, mut problems } = Json::read(body).map_err(refused)?;
     let unmasked = unmask(context, &mut document).await?.unwrap_or_else(|found| {
@@ -364,8 +366,7 @@ fn check_size(document: &Bytes) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Puts stored secrets in the place of `***`; the revision that they are from if there were any, or what is wrong with
-/// them.
+/// Replaces `***` by stored secrets. Returns the revision that they are from, if there were any, or the problems.
 async fn unmask(context: &RequestContext, document: &mut Value) -> Result<Result<Option<u64>, Vec<Problem>>, Failure> {
     let id = config::document_id(document, &context.site);
     let Value::Object(fields) = document else { return Ok(Ok(None)) };
@@ -415,7 +416,7 @@ fn refused(problems: Problems) -> Failure {
     Failure { problems: problems.0, ..Failure::new(400, "the document is not valid") }
 }
 
-/// A change that comes after the one who asked gave up is not made.
+/// A change that arrives after its client gave up is not made.
 fn in_time(request: &Request) -> Result<(), Failure> {
     match number(request, DEADLINE_HEADER)? {
         Some(deadline) if i64::try_from(deadline).is_ok_and(|deadline| deadline < Utc::now().timestamp_millis()) => {
@@ -466,8 +467,8 @@ fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
         .map_err(|error| Failure::new(400, format!("the request is not valid: {}", without_values(&error.to_string()))))
 }
 
-/// The text of a parse error without what it quotes of the request: it is counted and shown to others, and somebody may
-/// have pasted a URL with a password in the wrong place.
+/// The text of a parse error without its quotes from the request: the text is counted and shown to other clients, and the
+/// request may contain a URL with a password in the wrong place.
 fn without_values(error: &str) -> String {
     let mut text = match (error.find('"'), error.rfind('"')) {
         (Some(from), Some(to)) if from < to => format!("{}\"...\"{}", &error[..from], &error[to + 1..]),
@@ -502,7 +503,7 @@ struct Page<T> {
     total: usize,
 }
 
-/// The rows from `offset` on, as many as are wanted and fit into `room` bytes.
+/// The rows from `offset` on, as many as are requested and fit into `room` bytes.
 fn page<T: Serialize>(all: Vec<T>, offset: usize, limit: Option<usize>, room: usize) -> Page<T> {
     let (total, limit) = (all.len(), limit.unwrap_or(DEFAULT_LIMIT));
     let mut used = 0;

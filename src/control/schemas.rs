@@ -1,5 +1,5 @@
-//! The JSON schemas of requests, replies and events, made from the types that go over the wire, so that both always
-//! agree. The folder `schemas/` holds them as files.
+//! The JSON schemas of requests, replies and events, generated from the types that go over the wire. The folder `schemas/`
+//! has them as files.
 //!
 //! Requests are strict, as the service is. Replies and events may get more fields later: readers ignore unknown ones.
 
@@ -9,15 +9,15 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, tr
 use serde_json::{Map, Value, json};
 
 use super::api::{
-    Changed, DeleteRequest, Document, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest,
-    List, ListRequest, Moved, NamedRequest, PositionRequest, Senders, SendersRequest, SkipRequest, Skipped, Status,
-    StatusRequest, SteppedDown, Validation,
+    Changed, DeleteRequest, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest, List,
+    ListRequest, NamedRequest, PositionMove, PositionRequest, SendersPage, SendersRequest, SkipRequest, Skipped,
+    Status, StatusRequest, SteppedDown, StoredDocument, Validation,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
 /// The dialect of all schemas.
 const DIALECT: &str = "https://json-schema.org/draft/2020-12/schema";
-/// What a replication document follows; `schemas/replication.json`.
+/// Id of the schema of replication documents, `schemas/replication.json`.
 const REPLICATION: &str = "urn:stream-replicator:replication:1";
 
 /// Every file of `schemas/` but `replication.json`, which is written by hand: path and content.
@@ -55,11 +55,11 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("status", request::<StatusRequest>(), reply::<Status>()),
         ("pause", request::<NamedRequest>(), reply::<Changed>()),
         ("resume", request::<NamedRequest>(), reply::<Changed>()),
-        ("position", position_request(), reply::<Moved>()),
+        ("position", position_request(), reply::<PositionMove>()),
         ("retry", request::<NamedRequest>(), reply::<Changed>()),
         ("skip", request::<SkipRequest>(), reply::<Skipped>()),
         ("stepdown", request::<NamedRequest>(), reply::<SteppedDown>()),
-        ("senders", request::<SendersRequest>(), reply::<Senders>()),
+        ("senders", request::<SendersRequest>(), reply::<SendersPage>()),
         ("instances", request::<InstancesRequest>(), reply::<Instances>()),
         ("heartbeat.get", json!({"description": "Empty; the payload is ignored."}), reply::<HeartbeatsShown>()),
         ("heartbeat.set", config::heartbeats_schema().clone(), reply::<HeartbeatsChanged>()),
@@ -70,7 +70,7 @@ fn request<T: JsonSchema>() -> Value {
     generate::<T>(SchemaSettings::draft2020_12().for_deserialize())
 }
 
-/// Replies and events always say everything: a default would say nothing.
+/// Replies and events always have all fields: defaults would have no meaning.
 fn reply<T: JsonSchema>() -> Value {
     let without_defaults = RecursiveTransform(|schema: &mut Schema| {
         schema.remove("default");
@@ -97,7 +97,7 @@ fn position_request() -> Value {
 /// What is shown without problems is a document.
 fn config_get_reply() -> Value {
     with(
-        reply::<Document>(),
+        reply::<StoredDocument>(),
         [
             ("if", json!({"not": {"required": ["problems"]}})),
             ("then", json!({"properties": {"config": {"$ref": REPLICATION}}})),

@@ -22,22 +22,23 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, error};
 
 use super::api::{ErrorReply, Failure};
+use crate::names;
 
 /// Queue group of the endpoints that only one instance answers.
 const QUEUE_GROUP: &str = "q";
-/// Time from taking up a request to its answer.
+/// Time limit from the start of work on a request to its answer.
 const ANSWER_WITHIN: Duration = Duration::from_millis(2_500);
-/// How long a request waits to be taken up.
+/// How long a request may wait before work on it starts.
 const WAIT_AT_MOST: Duration = Duration::from_millis(400);
 /// How long a start waits for the server.
 const REACHABLE_WITHIN: Duration = Duration::from_secs(1);
-/// Requests that are worked on at once: questions, and changes.
+/// Requests that are worked on at once: queries, and changes.
 const PARALLEL: usize = 256;
 
 /// Works on one request; may take longer than the answer can wait.
 pub(super) type Handler = Arc<dyn Fn(Request) -> BoxFuture<'static, Result<Vec<u8>, Failure>> + Send + Sync>;
 
-/// What an endpoint says in `$SRV.STATS` beside its numbers; of bounded size.
+/// Data that an endpoint adds to its numbers in `$SRV.STATS`; of bounded size.
 pub(super) type Data = Arc<dyn Fn() -> Value + Send + Sync>;
 
 /// One endpoint.
@@ -51,7 +52,7 @@ pub(super) struct Route {
 }
 
 impl Route {
-    /// From now on the answer is that nothing can be changed here.
+    /// From now on the endpoint refuses all requests: the service is read-only.
     pub(super) fn refuse(&mut self) {
         self.handler = Arc::new(|_| {
             let failure =
@@ -61,14 +62,14 @@ impl Route {
     }
 }
 
-/// Who answers.
+/// Which instances answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum EndpointKind {
     /// Changes nothing: every instance answers, and the first answer wins.
     Query,
-    /// Changes nothing and costs something: one instance answers.
+    /// Changes nothing but is expensive: one instance answers.
     Inquiry,
-    /// One instance acts, also if nobody waits for the answer.
+    /// One instance acts, even if its client no longer waits for the answer.
     Mutation,
 }
 
@@ -81,14 +82,14 @@ impl EndpointKind {
     }
 }
 
-/// What was asked.
+/// One request.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) body: Bytes,
     pub(super) headers: HeaderMap,
 }
 
-/// What the service says of itself.
+/// How the service describes itself.
 #[derive(Debug)]
 pub(super) struct ServiceIdentity {
     pub(super) name: String,
@@ -147,7 +148,8 @@ impl Service {
         Ok(service)
     }
 
-    /// Waits until the server knows the subscriptions, by asking ourselves; where we may not ask, it soon will.
+    /// Waits until the server knows the subscriptions, by a request to this service. Without the permission to send it, the
+    /// wait is short.
     async fn reachable(&self) {
         let [.., own] = ServiceVerb::Ping.subjects(&self.shared.identity.name, &self.shared.id);
         if !matches!(timeout(REACHABLE_WITHIN, self.shared.client.request(own, Bytes::new())).await, Ok(Ok(_))) {
@@ -155,7 +157,7 @@ impl Service {
         }
     }
 
-    /// Takes up no more requests and waits, for a limited time, until those taken up are answered.
+    /// Accepts no more requests and waits, for a limited time, until the accepted ones are answered.
     pub async fn stop(self) {
         self.stop.cancel();
         for task in self.loops {
@@ -185,7 +187,7 @@ enum ServiceRequest {
     Route(usize),
 }
 
-/// What every service can be asked.
+/// The requests of ADR-32 that every service answers.
 #[derive(Debug, Clone, Copy)]
 enum ServiceVerb {
     Ping,
@@ -212,7 +214,7 @@ struct Stats {
     time: Duration,
 }
 
-/// Takes up requests until the stop; the subscriptions end with it.
+/// Accepts requests until the stop; the subscriptions end with it.
 async fn serve(shared: Arc<ServiceState>, subscribers: Vec<(ServiceRequest, Subscriber)>, stop: CancellationToken) {
     let subscribers = subscribers.into_iter();
     let mut requests = select_all(subscribers.map(|(asked, messages)| messages.map(move |message| (asked, message))));
@@ -247,7 +249,7 @@ impl ServiceState {
         }
         let begun = Instant::now();
         let request = Request { body: message.payload, headers: message.headers.unwrap_or_default() };
-        // a task of its own: what was begun is brought to its end, and a panic stays there
+        // a task of its own: accepted work is finished, and a panic ends only this task
         let mut work = tokio::spawn((route.handler)(request));
         let result = match timeout(ANSWER_WITHIN, &mut work).await {
             Ok(Ok(result)) => result,
@@ -361,6 +363,10 @@ fn error_reply(mut failure: Failure, max_payload: usize) -> (HeaderMap, Vec<u8>)
     let mut headers = HeaderMap::new();
     headers.insert("Nats-Service-Error", header_value(&failure.description));
     headers.insert("Nats-Service-Error-Code", header_value(&failure.code.to_string()));
+    if failure.code == 408 {
+        // The clock of the sender may be behind ours: with this it can say what it means.
+        headers.insert(names::TIME_HEADER, header_value(&Utc::now().timestamp_millis().to_string()));
+    }
     loop {
         let body = serde_json::to_vec(&ErrorReply { error: failure.clone() }).unwrap_or_default();
         if body.len() + HEADERS <= max_payload || failure.problems.is_empty() {
@@ -374,7 +380,7 @@ fn header_value(text: &str) -> HeaderValue {
     one_line(text).parse().unwrap_or_else(|_| HeaderValue::new())
 }
 
-/// The beginning of a text, fit for a header.
+/// The start of a text, as a header can carry it.
 fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect()
 }

@@ -1,6 +1,10 @@
-//! Advisories of one run, published at the source over a connection of their own: whatever the server thinks of one of
-//! them ends neither the run nor other advisories. A publisher at the source chooses the names of senders, and so subjects
-//! that the login may not publish, or lines that are longer than the server takes.
+//! Advisories of one run, published at the source over a connection of their own: a refusal of one of them ends neither
+//! the run nor other advisories. A publisher at the source chooses the names of senders, and so can cause subjects that
+//! the login may not publish, or lines that are longer than the server accepts.
+//!
+//! A server refuses a subject by an asynchronous `-ERR` line that quotes it, without an ack, and drops the connection
+//! at a line that is too long. So a refused advisory is found by its subject, as the longest line in flight, or by an
+//! ack that does not arrive while later ones do.
 
 use std::{
     collections::VecDeque,
@@ -13,7 +17,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use nats_lane::{
-    Batch, Dial, Error, ErrorKind, Lane, Message, Turn, backoff::Backoff, entropy as chance, headers,
+    Batch, Dial, Error, ErrorKind, Lane, Message, Turn, backoff::Backoff, entropy as chance, excerpt, headers,
     jetstream::PublishAck, parser::number,
 };
 use tokio::time::{Duration, Instant};
@@ -27,7 +31,7 @@ use crate::{
     config::Side,
     events::Event,
     names,
-    sampling::{Kind, Senders, Voice},
+    sampling::{AdvisoryKind, AdvisoryTemplate, Senders},
     status::{Advised, SamplingStatus},
 };
 
@@ -35,38 +39,38 @@ use crate::{
 const IN_FLIGHT: usize = 256;
 /// How long the confirmation of an advisory may take.
 const ACK_WAIT: Duration = Duration::from_secs(5);
-/// How long a limit that the server does not publish is believed.
+/// How long a limit is assumed that the server does not publish.
 const LIMIT_FOR: Duration = Duration::from_secs(60);
-/// Where nothing else shows that refusals are over, they are after so long without one.
+/// Refusals are over after this long without one, where nothing else shows it.
 const CALM: Duration = Duration::from_secs(60);
 /// Bytes of a protocol line beside subject and reply: two sizes and blanks.
 const LINE_REST: usize = 24;
 
 /// The connection for advisories.
-pub(super) struct Post {
+pub(super) struct AdvisoryPublisher {
     replication: String,
     side: Side,
     dial: Arc<dyn Dial>,
-    voice: Voice,
+    template: AdvisoryTemplate,
     reliable: bool,
     line: Line,
-    /// What is not confirmed, oldest first.
-    in_flight: VecDeque<InFlight>,
-    /// When the newest one was sent that is confirmed.
+    /// Advisories that are not confirmed, oldest first.
+    in_flight: VecDeque<SentAdvisory>,
+    /// When the newest confirmed advisory was sent.
     confirmed: Option<Instant>,
-    /// Lines that are longer are not sent, up to a time: one that was not much longer ended the connection.
+    /// Lines of this length (bytes) and more are not sent until this time: such a line ended the connection.
     longest: Option<(usize, Instant)>,
-    /// Connections that ended without a word while something was in flight, one after the other.
+    /// Connections in a row that ended without an error line while an advisory was in flight.
     cuts: u32,
     next_publish: Instant,
-    /// When those that were refused are tried again.
+    /// When the refused advisories are tried again.
     try_again: Option<Instant>,
-    /// When one was refused last.
+    /// Time of the latest refusal.
     refused_at: Option<Instant>,
     backoff: Backoff,
     /// Whether it has been reported that advisories are not confirmed.
     failing: bool,
-    /// Whether it has been reported that some are refused.
+    /// Whether it has been reported that some advisories are refused.
     refusing: bool,
     events: Vec<Event>,
     header: Vec<u8>,
@@ -84,11 +88,11 @@ struct Inbox {
     subject: String,
 }
 
-/// One that was sent.
+/// An advisory that was sent.
 #[derive(Debug)]
-struct InFlight {
+struct SentAdvisory {
     number: u64,
-    kind: Kind,
+    kind: AdvisoryKind,
     sent: Instant,
     subject: String,
     /// Bytes of its protocol line.
@@ -97,39 +101,39 @@ struct InFlight {
     ping: Option<u64>,
 }
 
-/// What the connection brought.
+/// An occurrence on the connection for advisories.
 #[derive(Debug)]
-pub(super) enum Heard {
-    /// It is open.
+pub(super) enum AdvisoryEvent {
+    /// The connection is open.
     Opened,
     /// Messages, perhaps confirmations.
     Answers(Batch),
-    /// The server has read what was sent.
+    /// The server has read everything sent.
     Taken,
-    /// It ended.
+    /// The connection ended.
     Failed(Error),
 }
 
-/// What became of an advisory.
-enum Outcome {
+/// How a stream answered an advisory.
+enum AdvisoryOutcome {
     Confirmed,
     Refused(String),
 }
 
-impl fmt::Debug for Post {
+impl fmt::Debug for AdvisoryPublisher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Post").field("replication", &self.replication).finish_non_exhaustive()
     }
 }
 
-impl Post {
-    /// For one run. Nothing is connected before there is something to publish.
-    pub(super) fn new(job: &Job, voice: Voice, reliable: bool, now: Instant) -> Self {
+impl AdvisoryPublisher {
+    /// The connection of one run. It is opened when there is an advisory to publish.
+    pub(super) fn new(job: &Job, template: AdvisoryTemplate, reliable: bool, now: Instant) -> Self {
         Self {
             replication: job.replication.id.clone(),
             side: job.replication.source.clone(),
             dial: job.dial.clone(),
-            voice,
+            template,
             reliable,
             line: Line::Closed,
             in_flight: VecDeque::new(),
@@ -147,7 +151,7 @@ impl Post {
         }
     }
 
-    /// What is to be reported.
+    /// The events to report.
     pub(super) fn take_events(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.events)
     }
@@ -165,7 +169,7 @@ impl Post {
             self.line = Line::Opening(self.open());
         }
         let before = self.in_flight.len();
-        // One that is refused without being sent counts too: the copy waits for this.
+        // An advisory that is refused without being sent counts too: the copy waits for this.
         for _ in 0..IN_FLIGHT {
             if self.in_flight.len() >= IN_FLIGHT || !self.publish_one(senders, status, now) {
                 break;
@@ -189,11 +193,11 @@ impl Post {
         })
     }
 
-    /// Sends the next one, or refuses it; whether there was one.
+    /// Sends the next advisory, or refuses it; returns whether there was one.
     fn publish_one(&mut self, senders: &mut Senders, status: &mut SamplingStatus, now: Instant) -> bool {
         let Line::Open(lane, inbox) = &mut self.line else { return false };
-        let Some((number, advisory)) = senders.outbox.take() else { return false };
-        let (subject, body) = (self.voice.subject(advisory), self.voice.body(advisory));
+        let Some((number, advisory)) = senders.outbox.take_next() else { return false };
+        let (subject, body) = (self.template.subject(advisory), self.template.body(advisory));
         let payload = serde_json::to_vec(&body).unwrap_or_default();
         let reply = if self.reliable { format!("{}.{number}", inbox.subject) } else { String::new() };
         self.header.clear();
@@ -214,7 +218,7 @@ impl Post {
             _ => None,
         };
         if let Some(why) = too_much {
-            self.settle(senders, status, (number, body.event), Outcome::Refused(why), now);
+            self.settle(senders, status, (number, body.event), AdvisoryOutcome::Refused(why), now);
             return true;
         }
         if self.reliable {
@@ -223,30 +227,30 @@ impl Post {
             lane.publish(&subject, "", &payload);
         }
         let ping = (!self.reliable).then(|| lane.pings() + 1);
-        self.in_flight.push_back(InFlight { number, kind: body.event, sent: now, subject, line, ping });
+        self.in_flight.push_back(SentAdvisory { number, kind: body.event, sent: now, subject, line, ping });
         true
     }
 
-    /// Drives the connection. What it returns is for [`Post::accept`].
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Heard> {
+    /// Drives the connection. The result is for [`AdvisoryPublisher::accept`].
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<AdvisoryEvent> {
         match &mut self.line {
             Line::Closed => Poll::Pending,
             Line::Opening(opening) => opening.as_mut().poll(cx).map(|opened| match opened {
                 Ok(mut lane) => {
                     let (sid, subject) = lane.open_inbox();
                     self.line = Line::Open(Box::new(lane), Inbox { sid, subject });
-                    Heard::Opened
+                    AdvisoryEvent::Opened
                 }
-                Err(error) => Heard::Failed(error),
+                Err(error) => AdvisoryEvent::Failed(error),
             }),
             Line::Open(lane, _) => loop {
                 let turn = pin!(lane.turn()).poll(cx);
                 return match turn {
                     Poll::Ready(Ok(Turn::Flushed)) => continue,
-                    Poll::Ready(Ok(Turn::Received(batch))) => Poll::Ready(Heard::Answers(batch)),
-                    Poll::Ready(Err(error)) => Poll::Ready(Heard::Failed(error)),
+                    Poll::Ready(Ok(Turn::Received(batch))) => Poll::Ready(AdvisoryEvent::Answers(batch)),
+                    Poll::Ready(Err(error)) => Poll::Ready(AdvisoryEvent::Failed(error)),
                     Poll::Pending if self.in_flight.front().is_some_and(|one| one.is_taken(lane)) => {
-                        Poll::Ready(Heard::Taken)
+                        Poll::Ready(AdvisoryEvent::Taken)
                     }
                     Poll::Pending => Poll::Pending,
                 };
@@ -254,31 +258,37 @@ impl Post {
         }
     }
 
-    /// What the server said of advisories in flight.
-    pub(super) fn accept(&mut self, heard: Heard, senders: &mut Senders, status: &mut SamplingStatus, now: Instant) {
+    /// Handles confirmations and refusals of the server.
+    pub(super) fn accept(
+        &mut self,
+        heard: AdvisoryEvent,
+        senders: &mut Senders,
+        status: &mut SamplingStatus,
+        now: Instant,
+    ) {
         let refused = match &mut self.line {
             Line::Open(lane, _) => lane.take_refused(),
             Line::Closed | Line::Opening(_) => Vec::new(),
         };
         for text in refused {
-            let of = |one: &InFlight| text.ends_with(&format!("\"{}\"", quoted(&one.subject)));
-            // What cannot be found by its subject is found when its confirmation does not arrive.
+            let of = |one: &SentAdvisory| text.ends_with(&format!("\"{}\"", quoted(&one.subject)));
+            // An advisory that is not found by its subject is found when its confirmation is overdue.
             if let Some(one) = self.in_flight.iter().position(of).and_then(|at| self.in_flight.remove(at)) {
-                self.settle(senders, status, (one.number, one.kind), Outcome::Refused(text), now);
+                self.settle(senders, status, (one.number, one.kind), AdvisoryOutcome::Refused(text), now);
             }
         }
         match heard {
-            Heard::Opened => {}
-            Heard::Answers(batch) => self.answers(&batch, senders, status, now),
-            Heard::Taken => {}
-            Heard::Failed(error) => self.failed(&error, senders, status, now),
+            AdvisoryEvent::Opened => {}
+            AdvisoryEvent::Answers(batch) => self.answers(&batch, senders, status, now),
+            AdvisoryEvent::Taken => {}
+            AdvisoryEvent::Failed(error) => self.failed(&error, senders, status, now),
         }
         while let Line::Open(lane, _) = &self.line
             && self.in_flight.front().is_some_and(|one| one.is_taken(lane))
             && let Some(one) = self.in_flight.pop_front()
         {
             self.confirmed = self.confirmed.max(Some(one.sent));
-            self.settle(senders, status, (one.number, one.kind), Outcome::Confirmed, now);
+            self.settle(senders, status, (one.number, one.kind), AdvisoryOutcome::Confirmed, now);
         }
     }
 
@@ -290,7 +300,7 @@ impl Post {
             let Some(at) = self.in_flight.iter().position(|one| Some(one.number) == id) else { continue };
             let Some(one) = self.in_flight.remove(at) else { continue };
             let outcome = outcome(&message);
-            if matches!(outcome, Outcome::Confirmed) {
+            if matches!(outcome, AdvisoryOutcome::Confirmed) {
                 self.confirmed = self.confirmed.max(Some(one.sent));
             }
             self.settle(senders, status, (one.number, one.kind), outcome, now);
@@ -301,17 +311,17 @@ impl Post {
         &mut self,
         senders: &mut Senders,
         status: &mut SamplingStatus,
-        (number, kind): (u64, Kind),
-        outcome: Outcome,
+        (number, kind): (u64, AdvisoryKind),
+        outcome: AdvisoryOutcome,
         now: Instant,
     ) {
         match outcome {
-            Outcome::Confirmed => {
+            AdvisoryOutcome::Confirmed => {
                 self.cuts = 0;
                 if senders.confirmed(number).is_some() {
                     count(&mut status.advised, kind);
                 }
-                // Where only some are refused, their pauses go on growing.
+                // Where only some are refused, their pauses continue to grow.
                 let calm = self.refused_at.is_none_or(|at| self.reliable || now.duration_since(at) > CALM);
                 if calm && !senders.outbox.has_refused() && self.try_again.is_none() {
                     self.backoff.reset();
@@ -321,7 +331,7 @@ impl Post {
                     }
                 }
             }
-            Outcome::Refused(why) => {
+            AdvisoryOutcome::Refused(why) => {
                 count(&mut status.advisory_errors, kind);
                 self.refused_at = Some(now);
                 if self.reliable {
@@ -335,14 +345,15 @@ impl Post {
         }
     }
 
-    /// Reports, once, that an advisory was refused.
-    fn report(&mut self, status: &mut SamplingStatus, kind: Kind, why: String) {
+    /// Reports the first of several refusals.
+    fn report(&mut self, status: &mut SamplingStatus, kind: AdvisoryKind, why: String) {
         if !std::mem::replace(&mut self.refusing, true) {
             let (replication, event) = (&self.replication, kind.name());
             warn!(replication, event, "advisories are refused, the copy continues: {why}");
-            self.events.push(Event::AdvisoryRefused { advisory: kind.name().to_owned(), message: why.clone() });
+            self.events
+                .push(Event::AdvisoryRefused { advisory: kind.name().to_owned(), message: excerpt(&why).into_owned() });
         }
-        status.advisory_error = Some(why);
+        status.advisory_error = Some(excerpt(&why).into_owned());
     }
 
     /// The connection ended, or there was none.
@@ -351,19 +362,19 @@ impl Post {
         let says = error.message.to_ascii_lowercase().contains("maximum control line");
         self.cuts += u32::from(error.is_cut() && !self.in_flight.is_empty());
         let longest = self.in_flight.iter().max_by_key(|one| one.line);
-        // A server that ends a connection because of a line may not get through with saying so.
+        // A server that ends a connection because of a line may not get its error line through.
         let longest = longest.filter(|one| says || (self.cuts > 1 && one.line > line::LEAST));
-        if let Some(InFlight { number, kind, line, .. }) = longest {
+        if let Some(SentAdvisory { number, kind, line, .. }) = longest {
             let (settled, line) = ((*number, *kind), *line);
             self.longest = Some((line - 1, now + LIMIT_FOR));
             self.cuts = 0;
             let why = format!("a protocol line of {line} bytes may be longer than `max_control_line`: {error}");
-            self.settle(senders, status, settled, Outcome::Refused(why), now);
+            self.settle(senders, status, settled, AdvisoryOutcome::Refused(why), now);
         } else {
             let kind = self.in_flight.front().map(|one| one.kind);
             self.not_confirmed(kind, &error.message, status);
             if error.kind == ErrorKind::Hold {
-                self.report(status, kind.unwrap_or(Kind::New), error.message.clone());
+                self.report(status, kind.unwrap_or(AdvisoryKind::New), error.message.clone());
             }
         }
         self.take_back(senders, now);
@@ -376,24 +387,24 @@ impl Post {
         };
         let why = format!("no confirmation within {ACK_WAIT:?}");
         let settled = (oldest.number, oldest.kind);
-        // Others that were sent with it or after it are confirmed: it is this one.
+        // Others that were sent with it or after it are confirmed: this one was refused.
         if self.confirmed.is_some_and(|at| at >= oldest.sent) {
             self.in_flight.pop_front();
-            return self.settle(senders, status, settled, Outcome::Refused(why), now);
+            return self.settle(senders, status, settled, AdvisoryOutcome::Refused(why), now);
         }
         self.not_confirmed(Some(settled.1), &why, status);
         self.take_back(senders, now);
     }
 
-    /// Nothing is confirmed at the moment: all of it is published again.
-    fn not_confirmed(&mut self, kind: Option<Kind>, why: &str, status: &mut SamplingStatus) {
+    /// No advisory is confirmed at the moment: all of them are published again.
+    fn not_confirmed(&mut self, kind: Option<AdvisoryKind>, why: &str, status: &mut SamplingStatus) {
         if let Some(kind) = kind {
             count(&mut status.advisory_errors, kind);
         }
         if !std::mem::replace(&mut self.failing, true) {
             warn!(replication = self.replication, "advisories are not confirmed, trying again: {why}");
         }
-        status.advisory_error = Some(why.to_owned());
+        status.advisory_error = Some(excerpt(why).into_owned());
     }
 
     fn take_back(&mut self, senders: &mut Senders, now: Instant) {
@@ -402,28 +413,28 @@ impl Post {
         self.next_publish = now + self.backoff.next(chance_part());
     }
 
-    /// Whether there is nothing more to do for now.
+    /// Whether there is nothing left to do for now.
     pub(super) fn is_done(&self, senders: &Senders, now: Instant) -> bool {
         self.in_flight.is_empty() && (!senders.outbox.is_ready() || now < self.next_publish)
     }
 }
 
-impl InFlight {
-    /// Whether the server has read it, as far as that is the confirmation.
+impl SentAdvisory {
+    /// Whether the server has read everything, for advisories that no stream confirms.
     fn is_taken(&self, lane: &Lane) -> bool {
         self.ping.is_some_and(|ping| ping <= lane.answered_pings())
     }
 }
 
-/// What the answer to a reliable advisory says. Any subscriber can answer: only a stream names itself.
-fn outcome(message: &Message<'_>) -> Outcome {
+/// Evaluates the answer to a reliable advisory. Any subscriber can answer, but only a stream names itself.
+fn outcome(message: &Message<'_>) -> AdvisoryOutcome {
     if headers::status(message.header) == Some(503) {
-        return Outcome::Refused("no stream listens there (no responders)".to_owned());
+        return AdvisoryOutcome::Refused("no stream listens there (no responders)".to_owned());
     }
     match PublishAck::parse(message.payload, "the source") {
-        Ok(ack) if ack.is_of_a_stream() => Outcome::Confirmed,
-        Ok(_) => Outcome::Refused("the answer names no stream: no stream has stored it".to_owned()),
-        Err(error) => Outcome::Refused(error.message),
+        Ok(ack) if ack.is_of_a_stream() => AdvisoryOutcome::Confirmed,
+        Ok(_) => AdvisoryOutcome::Refused("the answer names no stream: no stream has stored it".to_owned()),
+        Err(error) => AdvisoryOutcome::Refused(error.message),
     }
 }
 
@@ -432,12 +443,12 @@ fn quoted(subject: &str) -> String {
     subject.replace('\\', "\\\\").replace('"', "\\\"")
 }
 
-pub(super) fn count(advised: &mut Advised, kind: Kind) {
+pub(super) fn count(advised: &mut Advised, kind: AdvisoryKind) {
     *match kind {
-        Kind::New => &mut advised.new,
-        Kind::Timeout => &mut advised.timeout,
-        Kind::Recover => &mut advised.recover,
-        Kind::Expire => &mut advised.expire,
+        AdvisoryKind::New => &mut advised.new,
+        AdvisoryKind::Timeout => &mut advised.timeout,
+        AdvisoryKind::Recover => &mut advised.recover,
+        AdvisoryKind::Expire => &mut advised.expire,
     } += 1;
 }
 

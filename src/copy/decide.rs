@@ -1,5 +1,5 @@
-//! What happens to one message: one decision for the loop, for what is read again for sampling, and for what may follow
-//! dead letters; and one table of what each decision counts as. Pure: time comes in, nothing waits.
+//! The decision about one message: the same for the loop, for messages that are read again for sampling, and for
+//! messages after dead letters; and the table of counters. Pure: the time is an argument, nothing waits.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use nats_lane::Error;
 
 use super::{
     objects::{Gate, Incomplete, Pass},
-    resume::Known,
+    resume::KnownCopy,
     source::reader::Incoming,
     target::provenance::Tag,
 };
-use crate::{config::Scope, sampling::Fate, status::Counters, store::SourceMessage};
+use crate::{config::Scope, sampling::MessageOutcome, status::Counters, store::SourceMessage};
 
 /// The rules of one replication.
 #[derive(Debug, Clone)]
@@ -20,33 +20,33 @@ pub struct CopyRules {
     pub scope: Scope,
     /// Older messages are skipped.
     pub max_age: Option<Duration>,
-    /// Ours: a message that bears it has been copied by this replication before.
+    /// Our provenance tag: a message that carries it has been copied by this replication before.
     pub tag: Tag,
 }
 
-/// What else a decision depends on. Each is asked only if nothing before it has decided.
+/// Everything else that a decision depends on. Each part is evaluated only if nothing before it has decided.
 #[derive(Debug)]
-pub struct Facts<'g, S, P> {
+pub struct DecisionInputs<'g, S, P> {
     /// The message that is skipped by request.
     pub skip: Option<SourceMessage>,
-    /// What the target has of this message.
-    pub known: Option<Known>,
+    /// How the target already has this message.
+    pub known: Option<KnownCopy>,
     /// Whether its sender is to be copied.
     pub sampling: S,
-    /// What the target needs before it.
+    /// What the target needs before this message.
     pub gate: Option<&'g Gate>,
-    /// Makes what is sent, or says why the target can never store it.
+    /// Builds the outgoing message, or returns why the target can never store it.
     pub prepare: P,
 }
 
-/// What is to be done. `Outgoing` is the message as it is sent.
+/// A decision. `Outgoing` is the message as it is sent.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decision<Outgoing> {
     /// Skip it.
     Skip(Reason),
-    /// The target has it, or needs it no more.
-    Stored(Known),
-    /// Decide again when the target has said what it holds on this source subject.
+    /// The target has it, or no longer needs it.
+    Stored(KnownCopy),
+    /// Decide again when the target has answered how many messages it holds on this source subject.
     Wait(String),
     /// The target can never store it.
     Reject(Error),
@@ -63,16 +63,17 @@ pub enum Reason {
     Old,
     /// Its subject is excluded.
     Excluded,
-    /// It came round a ring of replications.
+    /// It returned through a replication loop.
     Loop,
-    /// Its sender was copied not long ago.
+    /// Its sender was copied recently.
     Sampled,
-    /// It describes an object that the target does not have whole.
+    /// It describes an object that is incomplete at the target.
     Incomplete(Incomplete),
 }
 
 impl CopyRules {
-    /// Why a message stored at `time_ns` is skipped at the time `now_ns` (both nanoseconds since the Unix epoch), if it is.
+    /// Why a message stored at `time_ns` is skipped at the time `now_ns` (both nanoseconds since the Unix epoch), if it
+    /// is.
     pub fn skips(&self, subject: &[u8], time_ns: i64, header: &[u8], now_ns: i64) -> Option<Reason> {
         if let Some(max_age) = self.max_age
             && i128::from(now_ns) - i128::from(time_ns) > max_age.as_nanos() as i128
@@ -89,11 +90,11 @@ impl CopyRules {
 /// Decides about one message.
 pub fn verdict<Outgoing>(
     rules: &CopyRules,
-    facts: Facts<'_, impl FnOnce() -> bool, impl FnOnce() -> Result<Outgoing, Error>>,
+    facts: DecisionInputs<'_, impl FnOnce() -> bool, impl FnOnce() -> Result<Outgoing, Error>>,
     incoming: &Incoming<'_>,
     now_ns: i64,
 ) -> Decision<Outgoing> {
-    let Facts { skip, known, sampling, gate, prepare } = facts;
+    let DecisionInputs { skip, known, sampling, gate, prepare } = facts;
     let (message, seq, time_ns) = (&incoming.message, incoming.delivery.stream_seq, incoming.delivery.time_ns);
     if skip == Some(SourceMessage { seq, time_ns }) {
         return Decision::Skip(Reason::Requested);
@@ -109,13 +110,13 @@ pub fn verdict<Outgoing>(
     }
     match gate.map_or(Pass::Send, |gate| gate.pass(message.subject, message.payload)) {
         Pass::Ask(chunks) => Decision::Wait(chunks),
-        Pass::LeaveOut(object) => Decision::Skip(Reason::Incomplete(object)),
+        Pass::Skip(object) => Decision::Skip(Reason::Incomplete(object)),
         Pass::Send => prepare().map_or_else(Decision::Reject, Decision::Send),
     }
 }
 
 impl<Outgoing> Decision<Outgoing> {
-    /// Counts a message of so many bytes. What becomes of one that can never be stored is counted where that happens.
+    /// Counts a message of so many bytes. A message that can never be stored is counted where it is rejected.
     pub fn count(&self, counters: &mut Counters, bytes: usize) {
         let counter = match self {
             Self::Skip(Reason::Requested) => &mut counters.skipped_refused,
@@ -130,14 +131,14 @@ impl<Outgoing> Decision<Outgoing> {
         counters.skipped_bytes += bytes as u64;
     }
 
-    /// What sampling is told; `None` for what is skipped before its sender matters.
-    pub fn fate(&self) -> Option<Fate> {
+    /// The outcome for sampling; `None` for messages that are skipped before their sender matters.
+    pub fn fate(&self) -> Option<MessageOutcome> {
         match self {
             Self::Skip(Reason::Old | Reason::Excluded | Reason::Loop) => None,
-            Self::Skip(Reason::Requested | Reason::Sampled | Reason::Incomplete(_)) => Some(Fate::Passed),
-            Self::Wait(_) | Self::Reject(_) => Some(Fate::Passed),
-            Self::Stored(_) => Some(Fate::Stored),
-            Self::Send(_) => Some(Fate::Sent),
+            Self::Skip(Reason::Requested | Reason::Sampled | Reason::Incomplete(_)) => Some(MessageOutcome::Passed),
+            Self::Wait(_) | Self::Reject(_) => Some(MessageOutcome::Passed),
+            Self::Stored(_) => Some(MessageOutcome::Stored),
+            Self::Send(_) => Some(MessageOutcome::Sent),
         }
     }
 }
@@ -189,18 +190,18 @@ mod tests {
             let incoming = incoming(b"$O.b.M.cmVwb3J0", header, description);
             let skip = Some(SourceMessage { seq: 7, time_ns: skipped_ns });
             let prepare = || Err::<(), _>(Error::hold("too large"));
-            let facts = Facts { skip, known, sampling: || wanted, gate, prepare };
+            let facts = DecisionInputs { skip, known, sampling: || wanted, gate, prepare };
             verdict(&rules, facts, &incoming, now_s * 1_000_000_000)
         };
-        let (known, gate, this) = (Some(Known::Stored(3)), Some(&gate), 70_000_000_000);
+        let (known, gate, this) = (Some(KnownCopy::Stored(3)), Some(&gate), 70_000_000_000);
         assert_eq!(decide(this, known, header, false, gate, 90), Decision::Skip(Reason::Requested));
-        assert_eq!(decide(this + 1, known, header, false, gate, 90), Decision::Stored(Known::Stored(3)));
+        assert_eq!(decide(this + 1, known, header, false, gate, 90), Decision::Stored(KnownCopy::Stored(3)));
         assert_eq!(decide(0, None, header, false, gate, 90), Decision::Skip(Reason::Old));
         assert_eq!(decide(0, None, header, false, gate, 80), Decision::Skip(Reason::Loop));
         assert_eq!(decide(0, None, b"", false, gate, 80), Decision::Skip(Reason::Sampled));
         assert_eq!(decide(0, None, b"", true, gate, 80), Decision::Wait("$O.b.C.one".to_owned()));
         assert_eq!(decide(0, None, b"", true, None, 80), Decision::Reject(Error::hold("too large")));
-        let facts = Facts { skip: None, known: None, sampling: || true, gate, prepare: || Ok(1) };
+        let facts = DecisionInputs { skip: None, known: None, sampling: || true, gate, prepare: || Ok(1) };
         assert_eq!(verdict(&rules, facts, &incoming(b"a.b", b"", b""), this), Decision::Send(1));
     }
 
@@ -219,11 +220,11 @@ mod tests {
         check(Decision::Skip(Reason::Old), ((1, 0, 0, 0, 0), 0, 5), None);
         check(Decision::Skip(Reason::Excluded), ((0, 1, 0, 0, 0), 0, 5), None);
         check(Decision::Skip(Reason::Loop), ((0, 1, 0, 0, 0), 0, 5), None);
-        check(Decision::Skip(Reason::Sampled), ((0, 0, 1, 0, 0), 0, 5), Some(Fate::Passed));
-        check(Decision::Skip(Reason::Incomplete(object)), ((0, 0, 0, 1, 0), 0, 5), Some(Fate::Passed));
-        check(Decision::Skip(Reason::Requested), ((0, 0, 0, 0, 1), 0, 5), Some(Fate::Passed));
-        check(Decision::Reject(Error::hold("x")), ((0, 0, 0, 0, 0), 1, 0), Some(Fate::Passed));
-        check(Decision::Stored(Known::Replaced), ((0, 0, 0, 0, 0), 0, 0), Some(Fate::Stored));
-        check(Decision::Send(()), ((0, 0, 0, 0, 0), 0, 0), Some(Fate::Sent));
+        check(Decision::Skip(Reason::Sampled), ((0, 0, 1, 0, 0), 0, 5), Some(MessageOutcome::Passed));
+        check(Decision::Skip(Reason::Incomplete(object)), ((0, 0, 0, 1, 0), 0, 5), Some(MessageOutcome::Passed));
+        check(Decision::Skip(Reason::Requested), ((0, 0, 0, 0, 1), 0, 5), Some(MessageOutcome::Passed));
+        check(Decision::Reject(Error::hold("x")), ((0, 0, 0, 0, 0), 1, 0), Some(MessageOutcome::Passed));
+        check(Decision::Stored(KnownCopy::Replaced), ((0, 0, 0, 0, 0), 0, 0), Some(MessageOutcome::Stored));
+        check(Decision::Send(()), ((0, 0, 0, 0, 0), 0, 0), Some(MessageOutcome::Sent));
     }
 }

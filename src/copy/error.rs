@@ -1,20 +1,20 @@
-//! Why a run ended, and what follows for its caller.
+//! Why a run ended, and what its caller has to do.
 
 use nats_lane as nats;
 
 use crate::store::{SaveError, SourceMessage};
 
-/// A message that the server refused for good, and the reason.
-pub(super) type Refusal = (SourceMessage, String);
+/// A message that the server refused permanently, and the reason.
+pub(super) type RefusedMessage = (SourceMessage, String);
 
 /// What the caller can do about an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// It passes: try again soon.
+    /// Transient error: try again soon.
     Retry,
-    /// People or the target have to change something: try again slowly.
+    /// A person or the target has to change something: try again slowly.
     Hold,
-    /// Another instance holds the replication: stop for good.
+    /// Another instance holds the replication: stop permanently.
     Superseded,
 }
 
@@ -28,11 +28,11 @@ pub struct Error {
     pub message: String,
     /// The message that can never be stored at the target, if that is the reason.
     pub poison: Option<SourceMessage>,
-    /// The longest protocol line that the target did not confirm, where it ended the connection.
+    /// Length in bytes of the longest protocol line that the target had not confirmed when it ended the connection.
     pub(super) unconfirmed_line: Option<usize>,
-    /// Messages that the server refused for good.
-    pub(super) refused: Vec<Refusal>,
-    /// Source sequence of a message for which no stream answered, or another one.
+    /// Messages that the server refused permanently.
+    pub(super) refused: Vec<RefusedMessage>,
+    /// Source sequence of a message that got no responders, or an answer of another stream.
     pub(super) unheard: Option<u64>,
     /// Whether the target's last sequence was not what was expected.
     pub(super) chain_broken: bool,
@@ -59,7 +59,7 @@ impl Error {
         }
     }
 
-    /// Nothing moved any more.
+    /// An error of a run that made no more progress.
     pub(crate) fn stalled(message: impl Into<String>) -> Self {
         Self { stalled: true, ..Self::new(ErrorKind::Retry, message) }
     }

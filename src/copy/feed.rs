@@ -1,5 +1,5 @@
-//! Feeds the bytes of a server to everything in a run that takes messages: the writer in each of its ways, each kind of
-//! reader, dead letters, and what decodes answers. For fuzzing: nothing that a server sends may end in a panic.
+//! Feeds the bytes of a server to everything in a run that accepts messages: the writer in each of its ways, each kind
+//! of reader, dead letters, and the decoders of answers. For fuzzing: no input from a server may cause a panic.
 
 use std::sync::{Arc, LazyLock};
 
@@ -22,11 +22,11 @@ use super::{
     source::{
         durable::{Durable, Way},
         reader::{Incoming, Range, Reader, explicit::Explicit, pushed::Pushed},
-        renewal::Renewal,
+        renewal::ConsumerRenewal,
     },
     target::{
         dead_letter::DeadLetters,
-        drops::{Drops, Limits},
+        drops::{DropLimits, Drops},
         headers::Allowed,
         provenance::Tag,
         stream::Abilities,
@@ -41,7 +41,7 @@ use crate::{
     store::PositionRecord,
 };
 
-/// The inbox of every lane: `<INBOX>.2` is that of the first who subscribes, under subscription 2. Requests are answered
+/// The inbox of every lane: `<INBOX>.2` belongs to the first subscriber, under subscription 2. Requests are answered
 /// below `<INBOX>.r` under subscription 1.
 pub const INBOX: &str = "_I";
 
@@ -57,7 +57,7 @@ static REPLICATION: LazyLock<Option<Arc<Replication>>> = LazyLock::new(|| {
 static RUNTIME: LazyLock<Option<Runtime>> =
     LazyLock::new(|| tokio::runtime::Builder::new_current_thread().enable_time().build().ok());
 
-/// Feeds what the bytes hold of complete messages; how many there were, `None` if the bytes are not the protocol.
+/// Feeds the complete messages in the bytes; returns how many there were, `None` if the bytes are not the protocol.
 pub fn feed(bytes: &[u8]) -> Option<usize> {
     let batch = Batch::parse(bytes).ok()?;
     let replication = REPLICATION.clone()?;
@@ -102,7 +102,7 @@ fn write(batch: &Batch, replication: &Arc<Replication>, abilities: Abilities) ->
         }
     }
     for message in batch.iter() {
-        // What follows an error is not read by a run.
+        // A run does not read further after an error.
         if writer.accept(&message, &mut window, now).and_then(|()| writer.outcome(&window, now, now)).is_err() {
             return Ok(());
         }
@@ -130,7 +130,7 @@ fn read(batch: &Batch, replication: &Replication) -> Result<(), Error> {
 fn plain(batch: &Batch, made: &ConsumerInfo) -> Result<(), Error> {
     let range = Range { stream: "S", filters: &[], from: 1, headers_only: false };
     let (mut source, budget) = (lane()?, Budget::new(usize::MAX));
-    let mut reader = Reader::of(&mut source, &range, "C".to_owned(), 1 << 20, made);
+    let mut reader = Reader::from_new(&mut source, &range, "C".to_owned(), 1 << 20, made);
     reader.pull(&mut source, &budget);
     let _ = reader.accept(batch.clone());
     let _ = (reader.pending(), reader.seen(), reader.next());
@@ -149,7 +149,7 @@ fn durable(way: Way, made: &ConsumerInfo) -> Durable {
 
 fn explicit(batch: &Batch, made: &ConsumerInfo) -> Result<(), Error> {
     let mut source = lane()?;
-    // Nothing is asked where nothing is pending.
+    // Nothing is requested where nothing is pending.
     let explicit = Explicit::open(&mut source, "S", durable(Way::Explicit, made), 1, 1 << 20).now_or_never();
     if let Some(Ok(mut explicit)) = explicit {
         let _ = explicit.accept(batch.clone());
@@ -165,7 +165,7 @@ fn pushed(batch: &Batch, made: &ConsumerInfo) -> Result<(), Error> {
     let mut pushed = Pushed::open(&mut source, "S", &durable(Way::FlowControl, made), (sid, &inbox), 1, 1 << 20);
     for batch in [batch.clone(), batch.clone()] {
         let _ = pushed.accept(batch);
-        pushed.ask(&mut source);
+        pushed.ask_about_jumps(&mut source);
         let _ = (pushed.pending(), pushed.may_read(&budget), pushed.is_barred());
         while pushed.peek().is_some() {
             pushed.take();
@@ -179,7 +179,8 @@ fn renewal(batch: &Batch, replication: &Replication) -> Result<(), Error> {
     let (behind, name) = (SourcePoint { seq: 4, time_ns: Some(1) }, "C".to_owned());
     let mut source = lane()?;
     let names = (name, Some("W".to_owned()));
-    let mut renewal = Renewal::begin(&mut source, "S", replication.scope.filters(), behind, names, String::new());
+    let mut renewal =
+        ConsumerRenewal::begin(&mut source, "S", replication.scope.filters(), behind, names, String::new());
     // Whatever it waits for.
     for _ in 0..4 {
         let _ = renewal.accept(&mut source, batch, 1 << 20);
@@ -202,17 +203,17 @@ fn dead_letters(batch: &Batch) -> Result<(), Error> {
 
 fn watch(batch: &Batch) -> Result<(), Error> {
     let mut drops = Drops::default();
-    let limits = Limits { age: true, messages: Some(9), bytes: None, per_subject: false, words: String::new() };
+    let limits = DropLimits { age: true, messages: Some(9), bytes: None, per_subject: false, words: String::new() };
     drops.begin(&info(5)?, Some(limits), 3);
     let (mut watch, mut target, now) = (TargetWatch::new(drops, tag()), lane()?, Instant::now());
     for (minutes, message) in (0..).zip(batch.iter()) {
-        watch.ask(&mut target, "T", Some(3), now + Duration::from_secs(60 * minutes));
+        watch.ask_state(&mut target, "T", Some(3), now + Duration::from_secs(60 * minutes));
         watch.accept(&mut target, "T", &message, 3, false);
     }
     Ok(())
 }
 
-/// What is decoded wherever an answer is.
+/// Decodes every kind of answer.
 fn answers(batch: &Batch) {
     for message in batch.iter() {
         let _ = (decode::<StreamInfo>(message.payload), decode::<ConsumerInfo>(message.payload));

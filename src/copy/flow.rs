@@ -1,4 +1,4 @@
-//! What every kind of copy shares: what is in flight, what it may take, and the position that is saved.
+//! Shared by every kind of copy: messages in flight, their limits, and the saved position.
 
 pub(in crate::copy) mod bounds;
 pub(in crate::copy) mod budget;

@@ -1,4 +1,4 @@
-//! What one run is to copy.
+//! The job of one run.
 
 use std::sync::Arc;
 
@@ -11,12 +11,12 @@ use crate::{
     store::{OwnStreams, SourceMessage},
 };
 
-/// What to copy, and in whose name.
+/// What to copy, and as which installation.
 #[derive(Debug, Clone)]
 pub struct Job {
     /// The site's name, for provenance.
     pub site: String,
-    /// What the instances of the installation share, and no other installation has.
+    /// The identity that all instances of the installation share, and no other installation has.
     pub installation: String,
     /// What to copy.
     pub replication: Replication,
@@ -24,17 +24,17 @@ pub struct Job {
     pub row: Row,
     /// Bytes that all replications of the process may read ahead together.
     pub budget: Budget,
-    /// A message that can never be stored and is left out by request.
+    /// A message that can never be stored and is skipped by request.
     pub skip: Option<SourceMessage>,
     /// Another replication of this service that writes to the same target stream.
     pub neighbour: Option<String>,
-    /// What the names of its own consumers begin with, see [`consumer_prefix`](super::consumer_prefix).
+    /// The prefix of the names of its own consumers, see [`consumer_prefix`](super::consumer_prefix).
     pub consumers: String,
     /// The streams of the service's own buckets.
     pub own_streams: OwnStreams,
-    /// No other process is to be reckoned with, and the copy goes on where the position cannot be saved.
+    /// There is no other instance, and the copy continues where the position cannot be saved.
     pub standalone: bool,
-    /// What is known of senders; a replication that is sampled and has none copies everything.
+    /// The known senders; a replication that is sampled and has none copies everything.
     pub samples: Option<Samples>,
     /// Makes the connections to both sides.
     pub dial: Arc<dyn nats::Dial>,

@@ -1,9 +1,10 @@
-//! Object stores (ADR-20) at the target are never seen broken: what describes an object is copied only when all of its
-//! chunks lie there. [`Objects`] decides and is pure; [`Gate`] asks the target what it needs for that.
+//! Readers at the target never see an incomplete object of an object store (ADR-20): the description of an object is
+//! copied only when the target has all of its chunks. [`Objects`] decides and is pure; [`Gate`] sends the requests for
+//! it.
 //!
-//! An object is any number of chunks on `$O.<bucket>.C.<nuid>` and, behind them, one description on
+//! An object is any number of chunks on `$O.<bucket>.C.<nuid>` and, after them, one description on
 //! `$O.<bucket>.M.<name>`, which names the nuid and the number of chunks. Readers begin with the description.
-//! Chunks can be missing where a copy does not begin at the beginning, leaves out what is too old, or has a filter.
+//! Chunks can be missing where a copy does not begin at the start, skips old messages, or has a filter.
 
 use std::collections::HashMap;
 
@@ -17,36 +18,39 @@ use tokio::time::{Duration, Instant};
 
 use crate::config::Mapping;
 
-/// A question that got no answer is asked again after this.
+/// A request without an answer is repeated after this time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
-/// Objects whose chunks were sent and whose description has not come; of more, the target is asked.
+/// Longest nuid that the target is asked about. Those of clients have 22 characters.
+const LONGEST_NUID: usize = 128;
+
+/// Objects whose chunks were sent and whose description has not come; beyond that, the target is asked.
 const MAX_OPEN: usize = 4_096;
 
-/// What is to be done with a message of an object store.
+/// A decision about a message of an object store.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Pass {
     /// Send it.
     Send,
-    /// Only the target knows how many chunks it has on the subject that this source subject becomes. It is to be asked
-    /// when everything before is settled, and the message judged again then.
+    /// Only the target knows how many chunks it has on the subject that this source subject is mapped to. Ask it
+    /// when everything before is settled, and then judge the message again.
     Ask(String),
-    /// Leave it out: the description would point at chunks that are not there.
-    LeaveOut(Incomplete),
+    /// Skip it: the description would name chunks that are missing.
+    Skip(Incomplete),
 }
 
-/// An object that the target does not have whole.
+/// An object that is incomplete at the target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Incomplete {
     /// Its name.
     pub object: String,
     /// Chunks that it has at the source.
     pub chunks: u64,
-    /// Chunks that lie at the target.
+    /// Chunks that the target has.
     pub found: u64,
 }
 
-/// The parts of a description that matter here.
+/// The fields of a description that matter here.
 #[derive(Deserialize)]
 struct Description {
     name: String,
@@ -57,12 +61,12 @@ struct Description {
     deleted: bool,
 }
 
-/// What was sent of the objects of one store.
+/// Chunks that were sent, of one store.
 #[derive(Debug, Default)]
 struct Objects {
     /// Chunks sent by this run, by nuid.
     sent: HashMap<Box<[u8]>, u64>,
-    /// What the target said last: nuid and chunks.
+    /// The target's last answer: nuid and chunks.
     answer: Option<(Box<[u8]>, u64)>,
 }
 
@@ -70,17 +74,22 @@ impl Objects {
     /// Decides about a message that is to be copied.
     fn judge(&self, subject: &[u8], payload: &[u8]) -> Pass {
         let Some((bucket, b"M", _)) = parts(subject) else { return Pass::Send };
-        // What no reader understands misleads none.
+        // A description that no reader understands misleads none.
         let Ok(Description { name, nuid, chunks, deleted }) = serde_json::from_slice(payload) else {
             return Pass::Send;
         };
+        // Whoever may publish a description chooses its nuid. The target is only asked about one subject, in a short request: a
+        // pattern or an endless name could end each run.
+        if !is_token(&nuid) {
+            return Pass::Send;
+        }
         if deleted || chunks == 0 || self.sent.get(nuid.as_bytes()) == Some(&chunks) {
             return Pass::Send;
         }
         match &self.answer {
             Some((of, found)) if **of == *nuid.as_bytes() => {
                 let found = *found;
-                if found == chunks { Pass::Send } else { Pass::LeaveOut(Incomplete { object: name, chunks, found }) }
+                if found == chunks { Pass::Send } else { Pass::Skip(Incomplete { object: name, chunks, found }) }
             }
             _ => Pass::Ask(format!("$O.{}.C.{nuid}", String::from_utf8_lossy(bucket))),
         }
@@ -116,22 +125,22 @@ impl Objects {
     }
 }
 
-/// Whether a stream of this name is an object store. The chunks of an object are read in the order of the stream: there
-/// strict order is kept, whatever the document says.
+/// Whether a stream of this name is an object store. The chunks of an object are read in stream order: strict order is
+/// kept for such streams, whatever the document says.
 pub(super) fn is_store(stream: &str) -> bool {
     stream.starts_with("OBJ_")
 }
 
-/// Holds back what the target is not ready for.
+/// Holds descriptions back until the target has their chunks.
 #[derive(Debug)]
 pub(super) struct Gate {
     stream: String,
     objects: Objects,
-    question: Option<Question>,
+    question: Option<ChunkRequest>,
 }
 
 #[derive(Debug)]
-struct Question {
+struct ChunkRequest {
     /// Subject of the answer.
     reply: String,
     /// Source subject of the chunks.
@@ -140,19 +149,19 @@ struct Question {
 }
 
 impl Gate {
-    /// For a copy of the stream `source` into `target`; `None` where it is no object store.
+    /// For a copy of the stream `source` into `target`; `None` if it is not an object store.
     pub fn of(source: &str, target: &str) -> Option<Self> {
         let gate = || Self { stream: target.to_owned(), objects: Objects::default(), question: None };
         is_store(source).then(gate)
     }
 
-    /// What is to be done with a message.
+    /// Decides about a message.
     pub fn pass(&self, subject: &[u8], payload: &[u8]) -> Pass {
         self.objects.judge(subject, payload)
     }
 
-    /// Asks the target for the chunks on a source subject, see [`Pass::Ask`]; `settled` says that nothing is in the air.
-    pub fn ask(&mut self, chunks: String, settled: bool, lane: &mut Lane, mapping: &Mapping, now: Instant) {
+    /// Asks the target for the chunks on a source subject, see [`Pass::Ask`], once `settled`: no message is in flight.
+    pub fn ask_chunks(&mut self, chunks: String, settled: bool, lane: &mut Lane, mapping: &Mapping, now: Instant) {
         let waits = self.question.as_ref().is_some_and(|question| now < question.asked + ASK_AGAIN);
         if settled && !waits {
             let mut room = Vec::new();
@@ -160,7 +169,7 @@ impl Gate {
             let subjects = json!({ "subjects_filter": String::from_utf8_lossy(mapped) });
             let api = format!("{}.STREAM.INFO.{}", lane.api_prefix(), self.stream);
             let reply = lane.send_request(&api, subjects.to_string().as_bytes());
-            self.question = Some(Question { reply, chunks, asked: now });
+            self.question = Some(ChunkRequest { reply, chunks, asked: now });
         }
     }
 
@@ -181,11 +190,18 @@ impl Gate {
         }
         let info: Value = decode(answer.payload).map_err(wrong)?;
         let counts = info.pointer("/state/subjects").and_then(Value::as_object);
-        let found = counts.into_iter().flat_map(|counts| counts.values()).filter_map(Value::as_u64).sum();
+        let counts = counts.into_iter().flat_map(|counts| counts.values()).filter_map(Value::as_u64);
+        let found = counts.fold(0, u64::saturating_add);
         self.objects.answered(&question.chunks, found);
         self.question = None;
         Ok(())
     }
+}
+
+/// Whether a nuid is one token of a subject.
+fn is_token(nuid: &str) -> bool {
+    let is_legal = |c: char| !(c.is_whitespace() || c.is_control() || ".*>".contains(c));
+    !nuid.is_empty() && nuid.len() <= LONGEST_NUID && nuid.chars().all(is_legal)
 }
 
 /// Bucket, kind and the rest of a subject of an object store.
@@ -232,12 +248,12 @@ mod tests {
         assert_eq!(objects.judge(META, &description("two", 2, false)), ask);
         objects.answered("$O.b.C.two", 1);
         let incomplete = Incomplete { object: "report".to_owned(), chunks: 2, found: 1 };
-        assert_eq!(objects.judge(META, &description("two", 2, false)), Pass::LeaveOut(incomplete));
+        assert_eq!(objects.judge(META, &description("two", 2, false)), Pass::Skip(incomplete));
         objects.answered("$O.b.C.two", 2);
         assert_eq!(objects.judge(META, &description("two", 2, false)), Pass::Send);
         // Chunks that lie there twice break an object as well.
         objects.answered("$O.b.C.two", 4);
-        assert!(matches!(objects.judge(META, &description("two", 2, false)), Pass::LeaveOut(_)));
+        assert!(matches!(objects.judge(META, &description("two", 2, false)), Pass::Skip(_)));
     }
 
     #[test]
@@ -246,6 +262,12 @@ mod tests {
         for (subject, payload) in [
             (META, description("x", 0, false)),
             (META, description("x", 5, true)),
+            (META, description(">", 5, false)),
+            (META, description("*", 5, false)),
+            (META, description("a.b", 5, false)),
+            (META, description("a b", 5, false)),
+            (META, description("", 5, false)),
+            (META, description(&"x".repeat(LONGEST_NUID + 1), 5, false)),
             (META, b"not json".to_vec()),
             (b"$KV.b.M.key".as_slice(), description("x", 5, false)),
             (b"$O.b".as_slice(), Vec::new()),
@@ -262,15 +284,15 @@ mod tests {
         let (body, now) = (description("one", 2, false), Instant::now());
         let pass = |lane: &mut Lane, gate: &mut Gate, settled| match gate.pass(META, &body) {
             Pass::Ask(chunks) => {
-                gate.ask(chunks, settled, lane, &mapping, now);
+                gate.ask_chunks(chunks, settled, lane, &mapping, now);
                 "wait"
             }
             Pass::Send => "send",
-            Pass::LeaveOut(_) => "leave out",
+            Pass::Skip(_) => "leave out",
         };
         let before = lane.unwritten();
         assert_eq!(pass(&mut lane, &mut gate, false), "wait");
-        assert_eq!(lane.unwritten(), before, "asked while chunks may be in the air");
+        assert_eq!(lane.unwritten(), before, "asked while chunks may be in flight");
         assert_eq!(pass(&mut lane, &mut gate, true), "wait");
         let answer = r#"{"config":{},"state":{"subjects":{"$O.b.C.one":2}}}"#;
         let answered = async {

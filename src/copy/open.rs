@@ -1,5 +1,5 @@
-//! How a run comes to be, in steps that follow from each other: both sides are connected, the streams are read and the
-//! target is made, the place to go on from is found, and reader and writer are opened.
+//! Opens a run, in typed steps that build on each other: connect both sides, read the streams and create or update the
+//! target, determine where to resume, open reader and writer.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ use super::{
         durable::{Durable, Owner},
         gap::Gaps,
         intake::Intake,
-        retention::{Looks, Retention},
+        retention::{PollHistory, Retention},
         source_half::{SourceHalf, StatePolls, heard},
     },
     target::{
@@ -49,7 +49,7 @@ use crate::{
     status::{CopyStatus, State, TargetMode},
 };
 
-/// What a run is opened with.
+/// The inputs of a run that is opened.
 #[derive(Clone, Copy)]
 pub(super) struct Opener<'a> {
     pub job: &'a Job,
@@ -57,7 +57,7 @@ pub(super) struct Opener<'a> {
     pub events: &'a Events,
 }
 
-/// One connection, and the names of our consumers there.
+/// One connection, and the names of our consumers on it.
 struct Connected {
     lane: Lane,
     names: Names,
@@ -71,7 +71,7 @@ struct Lanes {
     target: Connected,
 }
 
-/// What is known of the two streams.
+/// The two streams as they are now.
 struct Streams {
     source: StreamInfo,
     clock: SourceClock,
@@ -79,51 +79,51 @@ struct Streams {
     abilities: Abilities,
 }
 
-/// Where the run goes on.
+/// Where the run resumes.
 struct Found {
     resume: Resume,
     tag: Tag,
     /// The durable consumer at the source.
     durable: Option<Durable>,
-    /// In whose name the durable consumer is.
+    /// The installation whose name the durable consumer carries.
     installation: String,
     /// The position is before the saved one.
     goes_back: bool,
-    /// The source is another stream than before.
+    /// The source is a different stream than before.
     another: bool,
 }
 
 impl<'a> Opener<'a> {
-    /// Connects both sides, finds out where to resume, and creates the consumer.
-    pub async fn open(self, ledger: &mut PositionWriter, refused: &'a mut Refused) -> Result<Run<'a>, Error> {
+    /// Connects both sides, determines where to resume, and creates the consumer.
+    pub async fn open(self, positions: &mut PositionWriter, refused: &'a mut Refused) -> Result<Run<'a>, Error> {
         let replication = &self.job.replication;
         self.status.send_modify(|(_, copy)| {
             copy.source.stream.clone_from(&replication.source.stream);
             copy.target.stream.clone_from(&replication.target.stream);
         });
-        let mut lanes = Lanes::connect(self.job, ledger).await?;
-        let mut streams = self.read_streams(&mut lanes, ledger).await?;
-        let mut found = Box::pin(self.find(&mut lanes, &mut streams, ledger)).await?;
-        let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, ledger).await?;
-        ledger.begin_at(streams.target.state.last_seq);
+        let mut lanes = Lanes::connect(self.job, positions).await?;
+        let mut streams = self.read_streams(&mut lanes, positions).await?;
+        let mut found = Box::pin(self.find(&mut lanes, &mut streams, positions)).await?;
+        let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, positions).await?;
+        positions.begin_at(streams.target.state.last_seq);
         let Lanes { replication, source, target } = &mut lanes;
         refused.begin(&streams.target, found.resume.position.seq);
-        let generation = ledger.record().generation;
+        let generation = positions.record().generation;
         let rejects = Rejects::open(&mut source.lane, replication, &found.tag, generation, refused);
-        let writer = write(replication, &mut target.lane, &streams, &found, ledger).await?;
+        let writer = write(replication, &mut target.lane, &streams, &found, positions).await?;
         let goes_back = found.goes_back;
         let mut report =
             Reporter::new(self.job, replication.clone(), self.status, self.events, found.resume.position.seq);
         show(&mut report.copy, &lanes, &streams, &writer, sampler.is_some());
-        let drops = begin_drops(ledger, &lanes.replication, &streams, &found.resume);
+        let drops = begin_drops(positions, &lanes.replication, &streams, &found.resume);
         let target_info = streams.target.clone();
         let (mut run, resume) = assemble(report, lanes, streams, found, (reader, sampler), (writer, rejects), drops);
-        run.begin(&target_info, resume, goes_back, ledger).await?;
+        run.begin(&target_info, resume, goes_back, positions).await?;
         Ok(run)
     }
 
-    /// Reads the source, checks whether it may be copied, and makes the target.
-    async fn read_streams(self, lanes: &mut Lanes, ledger: &mut PositionWriter) -> Result<Streams, Error> {
+    /// Reads the source stream, checks whether it may be copied, and creates or updates the target stream.
+    async fn read_streams(self, lanes: &mut Lanes, positions: &mut PositionWriter) -> Result<Streams, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
         let sent = Instant::now();
         let source_info = Api::new(&mut source.lane).stream_info(&replication.source.stream).await;
@@ -139,30 +139,35 @@ impl<'a> Opener<'a> {
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
             dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
         }
-        if ledger.record().source.is_none() {
+        if positions.record().source.is_none() {
             bridge::check(job, &mut source.lane, &mut target.lane, &source_info).await?;
         }
         let opened = Opening::new(job, &mut source.lane, &mut target.lane, &source_info, None).open().await;
         let (target_info, opened) = opened.map_err(|e| e.context("target"))?;
         log_opened(replication, opened);
-        // Again: what an older holder copied meanwhile is no proof that the source lost its end.
+        // Read again: messages that an earlier holder copied meanwhile do not prove that the source lost its end.
         let sent = Instant::now();
         let again = Api::new(&mut source.lane).stream_info(&replication.source.stream).await?;
         if let Some(again) = &again {
             clock.hear(&heard(sent, Instant::now(), again));
         }
         let source_info = again.unwrap_or(source_info);
-        let abilities = stream::abilities(replication, &source_info, &target_info)?;
-        if ledger.record().moved_back {
-            ledger.look_behind(target_info.state.last_seq, &target_info.created).await?;
+        let abilities = stream::abilities(replication, &job.site, &source_info, &target_info)?;
+        if positions.record().moved_back {
+            positions.save_unproven(target_info.state.last_seq, &target_info.created).await?;
         }
         Ok(Streams { source: source_info, clock, target: target_info, abilities })
     }
 
-    /// Finds out where to go on.
-    async fn find(self, lanes: &mut Lanes, streams: &mut Streams, ledger: &mut PositionWriter) -> Result<Found, Error> {
+    /// Determines where to resume.
+    async fn find(
+        self,
+        lanes: &mut Lanes,
+        streams: &mut Streams,
+        positions: &mut PositionWriter,
+    ) -> Result<Found, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
-        let installation = ledger.record().installation.as_ref().unwrap_or(&job.installation).clone();
+        let installation = positions.record().installation.as_ref().unwrap_or(&job.installation).clone();
         let owner = Owner { site: &job.site, installation: &installation };
         let durable = match Durable::is_needed(&streams.source) {
             true => Durable::find(&mut source.lane, replication, owner).await.map_err(|e| e.context("source"))?,
@@ -171,7 +176,7 @@ impl<'a> Opener<'a> {
         let tag = Tag::new(&replication.source.stream, &job.site, &replication.name)
             .with_former(&replication.former)
             .leading(replication.provenance_first);
-        let (mode, news) = mode::begin(replication, &streams.target, ledger.record(), job.neighbour.as_deref());
+        let (mode, news) = mode::begin(replication, &streams.target, positions.record(), job.neighbour.as_deref());
         streams.abilities.share(mode);
         self.status.send_modify(|(_, copy)| copy.target_mode = mode);
         let sides = Sides {
@@ -185,44 +190,44 @@ impl<'a> Opener<'a> {
             clock: streams.clock,
             target: &streams.target,
             durable: durable.as_ref(),
-            chain_broke_behind: ledger.chain_broke_behind(),
-            orphans: ledger.record().orphans,
-            read: resume::Read::default(),
-            most_in_flight: ledger.record().most_in_flight,
+            chain_broke_after: positions.chain_broke_after(),
+            orphans: positions.record().orphans,
+            read: resume::ReadMessages::default(),
+            most_in_flight: positions.record().most_in_flight,
         };
-        let mut resume = resume::find(sides, ledger.record(), mode).await?;
+        let mut resume = resume::find(sides, positions.record(), mode).await?;
         self.status.send_modify(|(_, copy)| copy.only_at_target = resume.only_at_target);
-        ledger.follows(&mut resume, replication)?;
+        positions.follows(&mut resume, replication)?;
         resume.findings.extend(news);
-        ledger.unwanted(&mut resume, replication)?;
-        ledger.lost(resume.orphans, resume.only_at_target);
-        let goes_back = ledger.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
+        positions.unwanted(&mut resume, replication)?;
+        positions.lost(resume.orphans, resume.only_at_target);
+        let goes_back = positions.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
         streams.abilities.share(resume.mode);
         let another = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
         Ok(Found { resume, tag, durable, installation, goes_back, another })
     }
 
-    /// Opens what reads the source, and sampling.
+    /// Opens the reader of the source, and sampling.
     async fn read(
         self,
         lanes: &mut Lanes,
         streams: &Streams,
         found: &mut Found,
-        ledger: &mut PositionWriter,
+        positions: &mut PositionWriter,
     ) -> Result<(Option<SamplingDriver>, Intake), Error> {
         let (job, Lanes { replication, source, .. }) = (self.job, lanes);
         let (info, position) = (&streams.source, found.resume.position.seq);
         if Durable::is_needed(info) {
-            ledger.uses_durable(&found.installation).await?;
+            positions.uses_durable(&found.installation).await?;
         }
         let durable = match found.durable.take() {
             Some(durable) => durable.unless_ahead(&mut source.lane, replication, info, position, found.another).await?,
             None => None,
         };
-        let sampler = SamplingDriver::begin(job, position, ledger.record(), found.another, info.state.first_seq);
+        let sampler = SamplingDriver::begin(job, position, positions.record(), found.another, info.state.first_seq);
         let inspected = replication.sampling.as_ref().map(|sampling| sampling.inspect.mark());
         let from = sampler.as_ref().map(|(_, from)| *from);
-        ledger.samples_from(from.zip(inspected)).await?;
+        positions.samples_from(from.zip(inspected)).await?;
         let (sampler, from) = sampler.map_or((None, position), |(sampler, from)| (Some(sampler), from));
         let owner = Owner { site: &job.site, installation: &found.installation };
         let Connected { lane, names } = source;
@@ -232,10 +237,10 @@ impl<'a> Opener<'a> {
 }
 
 impl Lanes {
-    async fn connect(job: &Job, ledger: &mut PositionWriter) -> Result<Self, Error> {
+    async fn connect(job: &Job, positions: &mut PositionWriter) -> Result<Self, Error> {
         let mut replication = job.replication.clone();
         let in_flight = &mut replication.limits.bytes_in_flight;
-        *in_flight = ledger.appetite.begin(*in_flight, Instant::now());
+        *in_flight = positions.request_limit.begin(*in_flight, Instant::now());
         let replication = Arc::new(replication);
         let name = format!("{} {}", names::PROGRAM, replication.id);
         let (source, target) = tokio::try_join!(
@@ -247,7 +252,7 @@ impl Lanes {
 }
 
 impl Connected {
-    /// Connects to a side and deletes the consumers that runs before this one left there.
+    /// Connects to a side and deletes the consumers that earlier runs left there.
     async fn to(job: &Job, side: &Side, name: &str) -> Result<Self, nats::Error> {
         let mut lane = job.dial.dial(&side.place, name).await?;
         let names = Names::clear(&mut lane, &side.stream, &job.consumers).await?;
@@ -264,26 +269,26 @@ fn log_opened(replication: &Replication, opened: Opened) {
     }
 }
 
-/// Opens what writes to the target, and notes before anything is sent what may be in flight.
+/// Opens the writer to the target, and saves, before anything is sent, how many messages may be in flight.
 async fn write(
     replication: &Arc<Replication>,
     lane: &mut Lane,
     streams: &Streams,
     found: &Found,
-    ledger: &mut PositionWriter,
+    positions: &mut PositionWriter,
 ) -> Result<Writer, Error> {
     let (tag, abilities) = (found.tag.clone(), streams.abilities);
-    let mut writer = Writer::open(lane, replication.clone(), tag, abilities, &streams.target, ledger.record());
+    let mut writer = Writer::open(lane, replication.clone(), tag, abilities, &streams.target, positions.record());
     if let Some(before) = found.resume.before {
         writer.after(before);
     }
-    writer.limit_line(ledger.max_line);
-    ledger.may_have_in_flight(replication.limits.messages_in_flight).await?;
-    ledger.stamps(writer.stamps()).await?;
+    writer.limit_line(positions.max_line);
+    positions.may_have_in_flight(replication.limits.messages_in_flight).await?;
+    positions.stamps(writer.stamps()).await?;
     Ok(writer)
 }
 
-/// Shows what is known when the run begins.
+/// Shows the facts that are known when the run begins.
 fn show(copy: &mut CopyStatus, lanes: &Lanes, streams: &Streams, writer: &Writer, samples: bool) {
     if !copy.source.server.is_empty() {
         copy.counters.consumers_recreated += 1;
@@ -298,12 +303,12 @@ fn show(copy: &mut CopyStatus, lanes: &Lanes, streams: &Streams, writer: &Writer
     copy.sampling = samples.then(|| copy.sampling.take().unwrap_or_default());
 }
 
-/// What the target holds of what was copied, compared with what the run before knew.
-fn begin_drops(ledger: &mut PositionWriter, replication: &Replication, streams: &Streams, resume: &Resume) -> Drops {
+/// The copies that the target holds, compared with the state that the run before knew.
+fn begin_drops(positions: &mut PositionWriter, replication: &Replication, streams: &Streams, resume: &Resume) -> Drops {
     let Streams { source, target, abilities, .. } = streams;
     let whole = replication.scope.is_whole() && replication.sampling.is_none() && replication.max_age.is_none();
     let whole = whole && abilities.mode == TargetMode::Exclusive;
-    let mut drops = ledger.drops.clone();
+    let mut drops = positions.drops.clone();
     let position = resume.position.seq;
     drops.begin(target, target_limits::that_drop(replication, source, target, whole), position);
     if target.state.messages == 0 {
@@ -312,7 +317,7 @@ fn begin_drops(ledger: &mut PositionWriter, replication: &Replication, streams: 
     drops
 }
 
-/// Puts the run together. What was found is left to be reported.
+/// Puts the run together. Findings are left to be reported.
 fn assemble<'a>(
     report: Reporter<'a>,
     lanes: Lanes,
@@ -336,11 +341,11 @@ fn assemble<'a>(
             reads: true,
             gaps: Gaps::default(),
             plain: is_plain(&replication, &streams.source),
-            told_first: streams.source.state.first_seq,
+            reported_first: streams.source.state.first_seq,
             info: streams.source,
             polls: StatePolls::new(now),
             retention: Retention::default(),
-            looks: Looks::default(),
+            poll_history: PollHistory::default(),
             watchdog: Watchdog::new(now, resume.position.seq),
             consumer_request: None,
             renewal: None,

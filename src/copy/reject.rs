@@ -1,5 +1,5 @@
-//! Messages that the target can never store, and what becomes of them by `on_reject`. What is found before it is sent is
-//! dealt with inside the run; what the server refuses ends the run, and the next one knows.
+//! Messages that the target can never store, and their handling by `on_reject`. A message that is found before it is
+//! sent is handled inside the run; a refusal by the server ends the run, and the next one knows of it.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use tokio::time::{Duration, Instant};
 
 use super::{
     Error as RunError,
-    error::Refusal,
+    error::RefusedMessage,
     flow::window::{SourcePoint, Window},
     source::reader::Incoming,
     target::{dead_letter::DeadLetters, provenance::Tag, refusal::about},
@@ -23,21 +23,22 @@ use crate::{
     status::Counters,
 };
 
-/// What the target last said of itself is believed for so long where a message would be left out because of it.
+/// How long the last answer of the target about its limits is trusted before a message is skipped because of it.
 const FRESH: Duration = Duration::from_secs(1);
-/// Messages that are told one by one between two looks of the run at its clock; of more, one event tells together.
-const TOLD_SINGLY: u64 = 4;
+/// Messages reported one by one between two ticks of the run; one event reports all further ones together.
+const REPORTED_SINGLY: u64 = 4;
 
-/// What the target refused in the runs before, as long as its stream is as it was then.
+/// Messages that the target refused in earlier runs, valid as long as its stream is unchanged.
 #[derive(Debug, Default)]
 pub(super) struct Refused {
     messages: BTreeMap<u64, (i64, String)>,
-    /// Configuration of the stream, and when it was made.
+    /// Configuration of the stream, and when it was created.
     stream: Option<(Value, String)>,
 }
 
 impl Refused {
-    /// A run begins behind a position. What another stream, or the same with other settings, refused is tried again.
+    /// A run begins after a position. Messages that another stream, or the same with other settings, refused are tried
+    /// again.
     pub fn begin(&mut self, target: &StreamInfo, position: u64) {
         let stream = Some((target.config.clone(), target.created.clone()));
         if self.stream != stream {
@@ -47,8 +48,8 @@ impl Refused {
         self.messages = self.messages.split_off(&(position + 1));
     }
 
-    /// A run ended because of these; whether they are news.
-    pub fn add(&mut self, refusals: Vec<Refusal>) -> bool {
+    /// Adds the refusals that ended a run; returns whether any of them is new.
+    pub fn add(&mut self, refusals: Vec<RefusedMessage>) -> bool {
         let before = self.messages.len();
         self.messages.extend(refusals.into_iter().map(|(message, why)| (message.seq, (message.time_ns, why))));
         self.messages.len() > before
@@ -61,72 +62,72 @@ impl Refused {
     }
 }
 
-/// What becomes of messages that can never be stored, in one run.
+/// Handles messages that can never be stored, in one run.
 #[derive(Debug)]
 pub(super) struct Rejects<'a> {
     refused: &'a Refused,
-    fate: Fate,
-    telling: Telling,
+    fate: OnRejected,
+    queue: ReportQueue,
     target: String,
-    /// When the target was asked about itself last because of a message.
+    /// When the target last answered a question about itself because of a message.
     answered: Option<Instant>,
     /// Reply subject of a question to the target.
     asked: Option<String>,
 }
 
 #[derive(Debug)]
-enum Fate {
+enum OnRejected {
     Hold,
     Skip,
     DeadLetter(Box<DeadLetters>),
 }
 
 impl<'a> Rejects<'a> {
-    /// Prepares for what the replication wants; dead letters go over the source lane.
+    /// Prepares for the `on_reject` of the replication; dead letters are sent over the source lane.
     pub fn open(lane: &mut Lane, replication: &Replication, tag: &Tag, generation: u64, refused: &'a Refused) -> Self {
         let (id, stream) = (&replication.id, &replication.source.stream);
         let fate = match &replication.on_reject {
-            OnReject::Hold => Fate::Hold,
-            OnReject::Skip => Fate::Skip,
+            OnReject::Hold => OnRejected::Hold,
+            OnReject::Skip => OnRejected::Skip,
             OnReject::DeadLetter { subject } => {
-                Fate::DeadLetter(Box::new(DeadLetters::open(lane, subject, id, stream, tag.clone(), generation)))
+                OnRejected::DeadLetter(Box::new(DeadLetters::open(lane, subject, id, stream, tag.clone(), generation)))
             }
         };
         let target = replication.target.stream.clone();
-        Self { refused, fate, telling: Telling::default(), target, answered: None, asked: None }
+        Self { refused, fate, queue: ReportQueue::default(), target, answered: None, asked: None }
     }
 
-    /// Why the target refused a message in a run before.
+    /// Why the target refused a message in an earlier run.
     pub fn known(&self, incoming: &Incoming<'_>) -> Option<Error> {
         self.refused.find(incoming.delivery.stream_seq, incoming.delivery.time_ns)
     }
 
-    /// Whether dead letters are in the air. What is behind them is not touched before they are stored: messages at the
+    /// Whether dead letters are in flight. Messages after them wait until they are stored: messages at the
     /// target prove that all before them are settled.
-    pub fn in_the_air(&self) -> bool {
+    pub fn any_in_flight(&self) -> bool {
         self.letters().is_some_and(|letters| letters.len() > 0)
     }
 
-    /// Messages and bytes in the air, and the oldest of them.
+    /// Messages and bytes in flight, and the oldest of them.
     pub fn in_flight(&self) -> (usize, usize, Option<SourcePoint>) {
         self.letters().map_or((0, 0, None), |letters| (letters.len(), letters.bytes(), letters.oldest()))
     }
 
     /// Whether the bounds keep back another dead letter of so many bytes.
     pub fn full(&self, limits: &Limits, bytes: usize) -> bool {
-        let (letters, in_the_air, _) = self.in_flight();
-        letters >= limits.messages_in_flight || letters > 0 && in_the_air + bytes > limits.bytes_in_flight
+        let (letters, any_in_flight, _) = self.in_flight();
+        letters >= limits.messages_in_flight || letters > 0 && any_in_flight + bytes > limits.bytes_in_flight
     }
 
     fn letters(&self) -> Option<&DeadLetters> {
         match &self.fate {
-            Fate::DeadLetter(letters) => Some(letters),
-            Fate::Hold | Fate::Skip => None,
+            OnRejected::DeadLetter(letters) => Some(letters),
+            OnRejected::Hold | OnRejected::Skip => None,
         }
     }
 
-    /// Whether a limit of the target stream may be another one by now: it is asked then, and the message waits.
-    pub fn ask(&mut self, lane: &mut Lane, now: Instant) -> bool {
+    /// Whether a limit of the target stream may have changed: then the target is asked, and the message waits.
+    pub fn ask_limits(&mut self, lane: &mut Lane, now: Instant) -> bool {
         let fresh = self.answered.is_some_and(|answered| now.duration_since(answered) <= FRESH);
         if fresh && self.asked.is_none() {
             return false;
@@ -138,7 +139,7 @@ impl<'a> Rejects<'a> {
         true
     }
 
-    /// What the target stream is now, if that is in what the target's lane received.
+    /// The target stream as it is now, if the batch that the target's lane received contains the answer.
     pub fn answer(&mut self, batch: &Batch, now: Instant) -> Result<Option<StreamInfo>, Error> {
         let Some(asked) = &self.asked else { return Ok(None) };
         let answer = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == asked.as_bytes());
@@ -148,7 +149,7 @@ impl<'a> Rejects<'a> {
         decode(message.payload).map(Some)
     }
 
-    /// Deals with a message that can never be stored; an error ends the run.
+    /// Handles a message that can never be stored; an error ends the run.
     pub fn reject(
         &mut self,
         lane: &mut Lane,
@@ -161,22 +162,22 @@ impl<'a> Rejects<'a> {
         let seq = incoming.delivery.stream_seq;
         let source = SourcePoint { seq, time_ns: Some(incoming.delivery.time_ns) };
         match &mut self.fate {
-            Fate::Hold => return Err(about(error, Some(source))),
-            Fate::Skip => {
+            OnRejected::Hold => return Err(about(error, Some(source))),
+            OnRejected::Skip => {
                 counters.skipped_refused += 1;
                 counters.skipped_bytes += incoming.bytes() as u64;
                 window.skip(source);
-                self.telling.note(seq, error.message, PoisonAction::Skipped);
+                self.queue.note(seq, error.message, PoisonAction::Skipped);
             }
-            Fate::DeadLetter(letters) => letters.send(lane, incoming, &error, now)?,
+            OnRejected::DeadLetter(letters) => letters.send(lane, incoming, &error, now)?,
         }
         Ok(())
     }
 
-    /// Takes acks of dead letters; what they settle is settled in the window. Returns how many, and why the run has to end
-    /// if one was refused: those that are left are nobody's then.
+    /// Takes acks of dead letters; the messages that they settle are settled in the window. Returns how many, and why
+    /// the run has to end if one was refused: then the rest are not handled any more.
     pub fn accept(&mut self, batch: &Batch, window: &mut Window) -> (u64, Option<RunError>) {
-        let Fate::DeadLetter(letters) = &mut self.fate else { return (0, None) };
+        let OnRejected::DeadLetter(letters) = &mut self.fate else { return (0, None) };
         if letters.len() == 0 {
             return (0, None);
         }
@@ -184,7 +185,7 @@ impl<'a> Rejects<'a> {
         let mut settled = 0;
         while let Some(letter) = letters.pop() {
             window.skip(letter.source);
-            self.telling.note(letter.source.seq, letter.reason, PoisonAction::DeadLettered);
+            self.queue.note(letter.source.seq, letter.reason, PoisonAction::DeadLettered);
             settled += 1;
         }
         if refused.is_some() {
@@ -193,30 +194,33 @@ impl<'a> Rejects<'a> {
         (settled, refused)
     }
 
-    /// Whether everything in the air is on its way.
-    pub fn check(&self, now: Instant) -> Result<(), RunError> {
-        self.letters().map_or(Ok(()), |letters| letters.check(now))
+    /// An error if a dead letter in flight is overdue.
+    pub fn check(&mut self, lane: &mut Lane, now: Instant) -> Result<(), RunError> {
+        match &mut self.fate {
+            OnRejected::DeadLetter(letters) => letters.check(lane, now),
+            OnRejected::Hold | OnRejected::Skip => Ok(()),
+        }
     }
 
-    /// What is to be told now; all of it at a look at the clock or at the end of the run.
-    pub fn tell(&mut self, all: bool) -> Vec<Event> {
-        self.telling.take(all)
+    /// The events that are due; all of them at a tick or at the end of the run.
+    pub fn take_events(&mut self, all: bool) -> Vec<Event> {
+        self.queue.take(all)
     }
 }
 
-/// Keeps thousands of messages in a row from being as many events.
+/// Keeps thousands of messages in a row from becoming as many events.
 #[derive(Debug, Default)]
-struct Telling {
+struct ReportQueue {
     ready: Vec<Event>,
     told: u64,
-    /// Those that are told together.
+    /// Messages that are reported together.
     rest: Option<Event>,
 }
 
-impl Telling {
+impl ReportQueue {
     fn note(&mut self, seq: u64, why: String, what: PoisonAction) {
         self.told += 1;
-        if self.told <= TOLD_SINGLY {
+        if self.told <= REPORTED_SINGLY {
             self.ready.push(Event::poison(seq, why, what));
             return;
         }
@@ -249,7 +253,7 @@ mod tests {
         serde_json::from_value(json!({"config": config, "created": created, "state": {}})).unwrap()
     }
 
-    fn refusal(seq: u64) -> Refusal {
+    fn refusal(seq: u64) -> RefusedMessage {
         (SourceMessage { seq, time_ns: 7 }, format!("{seq} is refused"))
     }
 
@@ -278,7 +282,7 @@ mod tests {
 
     #[test]
     fn a_few_are_told_singly_and_many_together() {
-        let mut telling = Telling::default();
+        let mut queue = ReportQueue::default();
         let of = |events: Vec<Event>| -> Vec<_> {
             let seqs = events.iter().map(|event| match event {
                 Event::Poison { source_seq, to, messages, .. } => (*source_seq, *to, *messages),
@@ -286,15 +290,15 @@ mod tests {
             });
             seqs.collect()
         };
-        (1..=2).for_each(|seq| telling.note(seq, "x".into(), PoisonAction::Skipped));
-        assert_eq!(of(telling.take(false)), [(1, None, None), (2, None, None)]);
-        (3..=5).for_each(|seq| telling.note(seq, "x".into(), PoisonAction::Skipped));
-        assert_eq!(of(telling.take(false)), [(3, None, None), (4, None, None)]);
-        (6..=1000).for_each(|seq| telling.note(seq, "x".into(), PoisonAction::Skipped));
-        assert_eq!(of(telling.take(false)), []);
-        assert_eq!(of(telling.take(true)), [(5, Some(1000), Some(996))]);
-        assert_eq!(of(telling.take(true)), []);
-        telling.note(1001, "x".into(), PoisonAction::Skipped);
-        assert_eq!(of(telling.take(false)), [(1001, None, None)]);
+        (1..=2).for_each(|seq| queue.note(seq, "x".into(), PoisonAction::Skipped));
+        assert_eq!(of(queue.take(false)), [(1, None, None), (2, None, None)]);
+        (3..=5).for_each(|seq| queue.note(seq, "x".into(), PoisonAction::Skipped));
+        assert_eq!(of(queue.take(false)), [(3, None, None), (4, None, None)]);
+        (6..=1000).for_each(|seq| queue.note(seq, "x".into(), PoisonAction::Skipped));
+        assert_eq!(of(queue.take(false)), []);
+        assert_eq!(of(queue.take(true)), [(5, Some(1000), Some(996))]);
+        assert_eq!(of(queue.take(true)), []);
+        queue.note(1001, "x".into(), PoisonAction::Skipped);
+        assert_eq!(of(queue.take(false)), [(1001, None, None)]);
     }
 }

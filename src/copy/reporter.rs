@@ -1,8 +1,8 @@
-//! What people see of a run: its status, its events and its log lines.
+//! Reporting of a run: its status, its events and its log lines.
 
 use std::sync::Arc;
 
-use nats_lane::entropy as chance;
+use nats_lane::{entropy as chance, excerpt};
 use tokio::{sync::watch, time::Instant};
 use tracing::{info, warn};
 
@@ -31,7 +31,7 @@ pub(super) struct Reporter<'a> {
     status: &'a watch::Sender<(State, CopyStatus)>,
     events: &'a Events,
     pub copy: CopyStatus,
-    /// What is reported: as it was before, where that was an error, until this run has copied.
+    /// The reported state: an error of before remains until this run has copied.
     state: State,
     /// Where the run began.
     from: u64,
@@ -40,7 +40,7 @@ pub(super) struct Reporter<'a> {
 }
 
 impl<'a> Reporter<'a> {
-    /// For a run that begins behind a position and goes on from what the status says.
+    /// For a run that resumes after a position and continues from the values in the status.
     pub fn new(
         job: &'a Job,
         replication: Arc<Replication>,
@@ -58,7 +58,7 @@ impl<'a> Reporter<'a> {
         self.events.emit(event, &self.replication.id);
     }
 
-    /// Reports what was found about the streams.
+    /// Reports a finding about the streams.
     pub fn found(&mut self, event: Event) {
         if let Event::Gap { messages, .. } = &event {
             self.copy.counters.gap_messages += messages;
@@ -67,25 +67,27 @@ impl<'a> Reporter<'a> {
         self.emit(event);
     }
 
-    /// Tells of a message that was skipped, where people have to know.
+    /// Reports a message that was skipped, where a person has to know.
     pub fn skipped(&self, source_seq: u64, reason: Reason) {
         match reason {
-            Reason::Requested => self.left_out(source_seq),
+            Reason::Requested => self.skipped_by_request(source_seq),
             Reason::Incomplete(object) => self.incomplete(source_seq, object),
             Reason::Old | Reason::Excluded | Reason::Loop | Reason::Sampled => {}
         }
     }
 
-    /// Tells that a message was left out by request, and why it was asked for.
-    fn left_out(&self, source_seq: u64) {
+    /// Reports that a message was skipped by request, and why the request was made.
+    fn skipped_by_request(&self, source_seq: u64) {
         let error = self.status.borrow().1.last_error.clone().filter(|error| error.source_seq == Some(source_seq));
         let message = error.map_or_else(|| "skipped by request".to_owned(), |error| error.message);
         warn!(replication = self.replication.id, source_seq, "skipped by request: {message}");
         self.emit(Event::poison(source_seq, message, PoisonAction::Skipped));
     }
 
-    /// Tells that the description of an object was left out.
+    /// Reports that the description of an object was skipped.
     fn incomplete(&self, source_seq: u64, Incomplete { object, chunks, found }: Incomplete) {
+        // The publisher chooses it.
+        let object = excerpt(&object).into_owned();
         warn!(
             replication = self.replication.id,
             source_seq, object, chunks, found, "object skipped: it does not have all of its chunks"
@@ -93,7 +95,7 @@ impl<'a> Reporter<'a> {
         self.emit(Event::ObjectIncomplete { source_seq, object, chunks, found });
     }
 
-    /// Tells of messages that could not be stored.
+    /// Reports messages that could not be stored.
     pub fn rejected(&self, events: Vec<Event>) {
         for event in events {
             warn!(replication = self.replication.id, ?event, "skipped, because the target can never store it");
@@ -108,18 +110,18 @@ impl<'a> Reporter<'a> {
     }
 
     /// Up to where the run may copy while the position is not saved.
-    pub fn copy_limit(&self, ledger: &mut PositionWriter, now: Instant) -> Option<Copied> {
-        ledger.copy_limit(self.copy.counters.into(), now).filter(|_| !self.job.standalone)
+    pub fn copy_limit(&self, positions: &mut PositionWriter, now: Instant) -> Option<Copied> {
+        positions.copy_limit(self.copy.counters.into(), now).filter(|_| !self.job.standalone)
     }
 
-    /// Reports, once, that the position is not saved, and that it is again.
-    pub fn saves(&mut self, position: u64, now: Instant, ledger: &mut PositionWriter) {
+    /// Reports, once, that the position is not saved, and later that it is saved again.
+    pub fn saves(&mut self, position: u64, now: Instant, positions: &mut PositionWriter) {
         let id = &self.replication.id;
-        match ledger.unsaved.news(now) {
+        match positions.unsaved.news(now) {
             Some(News::Unsaved(why)) => {
                 let message = format!("the position is not saved: {why}");
                 warn!(replication = id, position, "{message}");
-                let saved = ledger.record().source.as_ref().map_or(0, |source| source.seq);
+                let saved = positions.record().source.as_ref().map_or(0, |source| source.seq);
                 self.shows_error(&message);
                 self.emit(Event::PositionUnsaved { message, saved, position });
             }
@@ -129,19 +131,19 @@ impl<'a> Reporter<'a> {
             }
             None => {}
         }
-        self.knows_saves(ledger);
+        self.knows_saves(positions);
     }
 
-    /// Takes over whether it was reported that the position is not saved.
-    pub fn knows_saves(&mut self, ledger: &PositionWriter) {
-        self.unsaved = ledger.unsaved.is_reported();
+    /// Takes over from the position writer whether it was reported that the position is not saved.
+    pub fn knows_saves(&mut self, positions: &PositionWriter) {
+        self.unsaved = positions.unsaved.is_reported();
     }
 
-    /// Reports, once, that the source's clock and ours differ, and that they do no more.
-    pub fn clock(&self, clock: &SourceClock, ledger: &mut PositionWriter) {
+    /// Reports, once, that the clocks of the source and of this host differ, and later that they no longer do.
+    pub fn clock(&self, clock: &SourceClock, positions: &mut PositionWriter) {
         let (id, server) = (&self.replication.id, &self.copy.source.server);
         let offset = clock.offset(Instant::now(), chance::now());
-        match ledger.clock.judge(offset) {
+        match positions.clock.judge(offset) {
             Some(event @ Event::ClockOk { .. }) => {
                 info!(
                     replication = id,
@@ -161,7 +163,7 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    /// Publishes the status. The run is well if nothing is reported to be wrong with it; `waits` says that it waits for saves.
+    /// Publishes the status. The run is well if no problem is reported; `waits` says that it waits for saves.
     pub fn publish(&mut self, position: u64, waits: bool, is_stalled: bool) {
         let caught_up = self.copy.lag.is_some_and(|lag| lag.messages == 0);
         if caught_up || position > self.from {

@@ -1,5 +1,36 @@
-//! Where to go on: what was saved, held against what the source and the target say now. The rows are those of the
-//! table in ARCHITECTURE.md; every read goes through the leader of the stream.
+//! Determines where to resume, at every start, from the saved position and the present state of both streams.
+//!
+//! The record has a witness for each side: of the source a sequence and its stored time, of the target a sequence and
+//! the source sequence of the message there.
+//!
+//! | source and target | the run resumes |
+//! |---|---|
+//! | witnesses hold, messages of ours are after the saved target sequence | after the newest message that proves that all before it are there; of the rest, messages that are there already are skipped |
+//! | witnesses hold, or the target's message went by purge or expiry, and no newer one is there | after the position |
+//! | target ends before the saved sequence, has another message there, or a hole without an explanation | after the newest message of ours that the source still has; event `target-reset` |
+//! | the same, or no record and no message of ours, and the newest copies are those of another site from this very source | not at all, `held`: two sites write one target |
+//! | source has another stored time at the position, or ends before | after the newest copied message that the source still has; without one, at its first message; event `source-reset`. With `on_source_loss: hold` nothing is saved or sent: `held` |
+//! | source begins after the position, without a filter and `max_msgs_per_subject` | at its first message; the missing ones are a gap, event `gap` |
+//! | target empty and new | at the configured start, or after the position if that comes first; event `target-reset` |
+//! | no record | after the newest message of ours at the target, else at the ack floor of Choria's durable, else at the configured start |
+//!
+//! Server behaviour that the rules come from (2.10 to 2.15 unless noted):
+//!
+//! * Direct gets were stale in 4 to 7 % of reads on a loaded stream with three replicas. So messages are read with
+//!   `STREAM.MSG.GET`, which the leader answers, and `STREAM.INFO` counts only if the leader answered it. A consumer
+//!   may be on a replica that lags: a scan that ends early is compared with `STREAM.MSG.GET`.
+//! * An acknowledged message can be lost by a power failure: servers sync files every 2 minutes. After that the stream
+//!   has the same `created`, and stores other messages at the same sequences. So a sequence without the stored time
+//!   identifies no message.
+//! * `created` identifies no content: a memory stream that was emptied, a wiped disk or a restore can keep it, and a
+//!   restore can change it. It decides only where no message is left that could contradict.
+//! * A message that is missing at the source proves nothing, because streams expire and delete messages. Only a
+//!   contradiction does: another stored time, an end before the position, or a message at or below it that was stored
+//!   later.
+//! * A message with the chain, or one of Choria's replicator, which writes one at a time, proves that all before it are
+//!   stored. A message with an id does not: a pipelined one may have been refused and sent again after a window of
+//!   later ones. So the search goes back one window further, and known messages are identified by sequence and stored
+//!   time.
 
 mod search;
 
@@ -8,7 +39,7 @@ use std::collections::{BTreeMap, HashMap};
 use chrono::Utc;
 use tokio::time::Instant;
 
-use self::search::{Kept, Proof, Search, Seen, Tail, note};
+use self::search::{Kept, Proof, RangeFindings, Search, Tail, note};
 use nats_lane::{
     Error, Lane, headers,
     jetstream::{Api, StoredMessage, StreamInfo},
@@ -24,7 +55,7 @@ use super::{
     },
     target::{
         mode::{self, Foreign},
-        provenance::{Origin, Other, Tag},
+        provenance::{MessageOrigin, OtherSiteCopy, Tag},
         target_limits::limits,
     },
 };
@@ -35,35 +66,35 @@ use crate::{
     store::{Orphans, PositionRecord, SourceWitness, Stamps, TargetWitness},
 };
 
-/// Messages looked at first when a stream is searched from its end; each further step looks at four times as many.
+/// Messages searched first when a stream is searched from its end; each further step searches four times as many.
 const SEARCH_STEP: u64 = 1_000;
-/// Marks what was sent in a chain: whatever lies before such a message is complete.
+/// Marks messages that were sent in a chain: everything before such a message is complete.
 const CHAIN: &[u8] = b"Nats-Expected-Last-Sequence";
-/// What was sent with many in the air bears an id; what bears neither was sent one at a time (by Choria).
+/// Messages that were sent pipelined carry an id; messages with neither header were sent one at a time (by Choria).
 const ID: &[u8] = b"Nats-Msg-Id";
 
-/// Where to go on, and what was noticed on the way.
+/// Where to resume, and the findings on the way.
 #[derive(Debug)]
 pub(super) struct Resume {
     /// Everything at the source up to here is settled.
     pub position: SourcePoint,
-    /// The newest message of ours that is known to lie at the target.
+    /// The newest message of ours that is known to be at the target.
     pub target: Option<TargetPoint>,
-    /// Messages behind the position that lie at the target already.
+    /// Messages after the position that are at the target already.
     pub already: Already,
-    /// Whether somebody else writes to the target.
+    /// Whether another writer writes to the target.
     pub mode: TargetMode,
-    /// How the newest message there is stamped.
+    /// The provenance headers of the newest message there.
     pub before: Option<Stamps>,
-    /// The newest message there that is not ours, among those that were looked at.
+    /// The newest message of another writer there, among those that were read.
     pub foreign: Option<Foreign>,
-    /// Messages behind the saved place at the target that were consumed or removed before they were looked at.
+    /// Messages after the saved target sequence that were consumed or removed before they were read.
     pub unseen: u64,
-    /// Copies of what the source has lost: they were told.
+    /// Copies of messages that the source has lost: they were reported.
     pub orphans: Option<Orphans>,
-    /// What only the target still has, by the newest loss at the source.
+    /// Messages that only the target still has, since the newest loss at the source.
     pub only_at_target: Option<OnlyAtTarget>,
-    /// What people have to know.
+    /// Events to report.
     pub findings: Vec<Event>,
 }
 
@@ -84,25 +115,25 @@ impl Resume {
     }
 }
 
-/// What lies at the target behind the position. A message counts only with its stored time: a stream that was
-/// made anew gives the same sequences again.
+/// Messages at the target after the position. A message is identified by sequence and stored time: a stream that was
+/// recreated uses the same sequences again.
 #[derive(Debug, Default)]
 pub(super) struct Already {
     /// Source sequence and stored time (ms) to target sequence.
     stored: BTreeMap<(u64, i64), u64>,
-    /// The same by target subject, where the target keeps only so many per subject.
+    /// The same by target subject, where the target has a limit per subject.
     subjects: HashMap<Box<[u8]>, Vec<(u64, i64)>>,
     keeps: usize,
     /// Room for a mapped subject.
     room: Vec<u8>,
 }
 
-/// What is known of one source message.
+/// How the target already has a source message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Known {
-    /// It lies at this target sequence.
+pub(super) enum KnownCopy {
+    /// It is at this target sequence.
     Stored(u64),
-    /// The target has so many newer ones of its subject that it would keep none more.
+    /// It would be removed at once: the target has as many newer ones of its subject as it keeps.
     Replaced,
 }
 
@@ -119,10 +150,10 @@ impl Already {
         already
     }
 
-    /// One that waits for its turn.
+    /// One message that waits for its turn.
     #[cfg(test)]
     pub(super) fn one(seq: u64, time_ms: i64, target_seq: u64) -> Self {
-        let ours = Ours { origin: Origin { seq, time_ms }, target_seq, complete: false, subject: None };
+        let ours = Ours { origin: MessageOrigin { seq, time_ms }, target_seq, complete: false, subject: None };
         Self::new(vec![ours], 0)
     }
 
@@ -136,13 +167,13 @@ impl Already {
         self.stored.is_empty()
     }
 
-    /// The last source sequence of those that are left; 0 for none.
+    /// The greatest source sequence that is left; 0 for none.
     pub fn last(&self) -> u64 {
         self.stored.last_key_value().map_or(0, |((seq, _), _)| *seq)
     }
 
-    /// Takes a message that was read; those before it are forgotten.
-    pub fn take(&mut self, seq: u64, time_ns: i64, subject: &[u8], mapping: &Mapping) -> Option<Known> {
+    /// Removes a message that was read, and all before it.
+    pub fn take(&mut self, seq: u64, time_ns: i64, subject: &[u8], mapping: &Mapping) -> Option<KnownCopy> {
         if self.stored.is_empty() {
             return None;
         }
@@ -153,12 +184,12 @@ impl Already {
             first.remove();
         }
         let known = match self.stored.remove(&key) {
-            Some(target_seq) => Some(Known::Stored(target_seq)),
+            Some(target_seq) => Some(KnownCopy::Stored(target_seq)),
             None if self.keeps > 0 => {
                 let newer = |known: &&(u64, i64)| known.0 > key.0 && known.1 >= key.1;
                 let mapped = mapping.apply(subject, &mut self.room);
                 let newer = self.subjects.get(mapped).map_or(0, |known| known.iter().filter(newer).count());
-                (newer >= self.keeps).then_some(Known::Replaced)
+                (newer >= self.keeps).then_some(KnownCopy::Replaced)
             }
             None => None,
         };
@@ -168,12 +199,12 @@ impl Already {
         known
     }
 
-    /// Whether all that wait lie behind a target sequence.
-    pub fn all_behind(&self, target_seq: u64) -> bool {
+    /// Whether all that wait are after a target sequence.
+    pub fn all_after(&self, target_seq: u64) -> bool {
         self.stored.values().all(|waiting| *waiting > target_seq)
     }
 
-    /// How many lie in a range of source sequences.
+    /// How many of them are in a range of source sequences.
     pub fn within(&self, from: u64, to: u64) -> u64 {
         let mut seqs: Vec<u64> = self.stored.range((from, i64::MIN)..=(to, i64::MAX)).map(|(key, _)| key.0).collect();
         seqs.dedup();
@@ -194,35 +225,35 @@ pub(super) struct Sides<'a> {
     /// The time of the source server.
     pub clock: SourceClock,
     pub target: &'a StreamInfo,
-    /// The durable consumer at the source, if there is one: what is acknowledged there is settled.
+    /// The durable consumer at the source, if there is one: acknowledged messages are settled.
     pub durable: Option<&'a Durable>,
     /// Last sequence of the target when the run before began, if its chain broke.
-    pub chain_broke_behind: Option<u64>,
-    /// What the record says of copies whose source is lost.
+    pub chain_broke_after: Option<u64>,
+    /// The orphaned copies of the record: their source messages are lost.
     pub orphans: Option<Orphans>,
-    /// The most messages that runs before could have in flight.
+    /// The most messages that earlier runs could have in flight.
     pub most_in_flight: u64,
-    /// What was read already: no message is read twice.
-    pub read: Read,
+    /// Messages that were read already: none is read twice.
+    pub read: ReadMessages,
 }
 
-/// Single messages that were read of both sides.
+/// Single messages that were read from both sides.
 #[derive(Debug, Default)]
-pub(super) struct Read {
+pub(super) struct ReadMessages {
     /// Stored times at the source by sequence.
     source: HashMap<u64, Option<i64>>,
-    /// The newest that was read of the target, by the sequence that was asked for.
+    /// The newest message that was read from the target, by the requested sequence.
     target: Option<(u64, Option<StoredMessage>)>,
 }
 
 /// A message of ours at the target.
 #[derive(Debug, Clone)]
 struct Ours {
-    origin: Origin,
+    origin: MessageOrigin,
     target_seq: u64,
     /// Everything in scope up to this message was stored before it.
     complete: bool,
-    /// Only where the target keeps so many per subject.
+    /// Only where the target has a limit per subject.
     subject: Option<Box<[u8]>>,
 }
 
@@ -232,20 +263,20 @@ impl Ours {
     }
 }
 
-/// What the source says of a sequence and a time that were stored.
+/// The source's answer for a saved sequence and time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Witness {
-    /// The same message lies there.
+    /// The same message is there.
     Holds,
-    /// Another one lies there, or the stream does not reach so far.
+    /// Another message is there, or the stream ends before the sequence.
     Broken,
-    /// Nothing lies there any more.
+    /// No message is there any more.
     Gone,
 }
 
-/// Finds out where to go on. `mode` is what is known of the target before it is looked at.
+/// Determines where to resume. `mode` is the mode of the target that is known before the target is read.
 pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: TargetMode) -> Result<Resume, Error> {
-    // Of a target that lost its end, other messages may lie there by now.
+    // At a target that lost its end, other messages may be there by now.
     let same = record.target.as_ref().is_none_or(|target| target.created == sides.target.created);
     sides.orphans = sides.orphans.filter(|orphans| same && orphans.to <= sides.target.state.last_seq);
     let mut only_before = record.only_at_target;
@@ -266,14 +297,14 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     }
     let there = only_before.filter(|only| same && only.target_to >= sides.target.state.first_seq);
     resume.only_at_target = resume.only_at_target.or(there);
-    // What the source has not reached cannot be the same message when it does.
+    // A message that the source has not reached yet cannot be the same one later.
     let last = sides.source.state.last_seq;
     resume.already.stored.retain(|known, _| known.0 <= last);
-    sides.behind_acks(&mut resume).await?;
+    sides.not_before_acks(&mut resume).await?;
     sides.look_for_gap(&mut resume, record.source.is_some());
     let known = resume.target.is_some() || record.target.is_some();
     let newest = if known { sides.stamps_at_end().await? } else { None };
-    resume.before = mode::stamps_before(record, newest, sides.chain_broke_behind.is_some());
+    resume.before = mode::stamps_before(record, newest, sides.chain_broke_after.is_some());
     Ok(resume)
 }
 
@@ -290,7 +321,8 @@ impl Sides<'_> {
         }
         let position = SourcePoint { seq: saved.seq, time_ns: saved.time_ns };
         let Some(target) = target else {
-            // Nothing of ours was known at the target: messages sent just before a crash are all there can be.
+            // No message of ours was known at the target: there can only be messages that were sent just before a
+            // crash.
             return self.with_tail(position, None, true).await;
         };
         if let Some(reason) = self.target_is_short(target) {
@@ -298,13 +330,14 @@ impl Sides<'_> {
             return Ok(if target.source_seq == 0 { self.not_beyond(position, resume) } else { resume });
         }
         let point = TargetPoint { seq: target.seq, source_seq: target.source_seq };
-        // After a move back there is nothing to compare; what lies behind was stored since.
+        // After a move back there is nothing to compare; messages after it were stored since.
         if target.seq < self.target.state.first_seq || target.source_seq == 0 {
             return self.with_tail(position, Some(point), false).await;
         }
         match self.at_target(target.seq).await? {
             Some(message) if self.tag.origin(&message.header).is_some_and(|o| o.seq == target.source_seq) => {
-                // Written in a chain, what lies behind may be too; otherwise some of it may wait for its turn.
+                // If the target message was written in a chain, the following ones may be too; otherwise some may wait
+                // for their turn.
                 self.with_tail(position, Some(point), is_complete(&message.header)).await
             }
             Some(_) => {
@@ -315,12 +348,13 @@ impl Sides<'_> {
                 // Replaced by a newer message (a KV bucket keeps one per key), consumed, or lost.
                 let resume = self.with_tail(position, Some(point), false).await?;
                 let newer = !resume.already.is_empty() || resume.target.is_some_and(|found| found.seq > target.seq);
-                // Or worked off, or of no interest to anybody any more.
+                // Or consumed, or no consumer was interested any more.
                 let replaced = is_consumed(self.target) || self.keeps() > 0 && self.target.state.last_seq > target.seq;
                 if newer || replaced || self.target.flag("allow_msg_ttl") {
                     return Ok(resume);
                 }
-                // What an older run had in the air may have arrived, and replaced it, since the stream was asked for.
+                // Messages of an older run that were in flight may have arrived, and replaced it, since the stream was
+                // read.
                 let now = Api::new(self.target_lane).stream_info(&self.replication.target.stream).await?;
                 if self.keeps() > 0 && now.is_some_and(|now| now.state.last_seq > self.target.state.last_seq) {
                     return Err(Error::retry("the target stored messages while it was checked"));
@@ -345,21 +379,21 @@ impl Sides<'_> {
         usize::try_from(self.target.number("max_msgs_per_subject")).unwrap_or(0)
     }
 
-    /// So many messages that were sent later may lie before one that was refused and sent again, by the greatest limit that
-    /// a run had. Twice the limit: first those that were in flight with it, and, when all before it have settled, as many
-    /// again behind it.
+    /// The number of later messages that may precede one that was refused and sent again, by the greatest limit that
+    /// a run had. Twice the limit: first those that were in flight with it, and, when all before it have settled, as
+    /// many again after it.
     ///
-    /// Runs do not add up: a run sends nothing beyond what it found at the target before everything up to there has settled
-    /// (`Run::waits_for_known`). So a message is missing only below messages of one window.
+    /// Runs do not add up: a run sends nothing beyond what it found at the target before everything up to there has
+    /// settled (`Run::waits_for_known`). So a message is missing only below messages of one window.
     fn overlap(&self) -> usize {
         let before = usize::try_from(self.most_in_flight).unwrap_or(usize::MAX);
         let limit = self.replication.limits.messages_in_flight.max(Limits::default().messages_in_flight);
         limit.max(before).saturating_mul(2)
     }
 
-    /// Witnesses hold: what lies behind the saved target sequence was stored after the last save. Where that is one
-    /// `chain`, its end tells all; otherwise everything is looked at: what was sent many at a time and before it may
-    /// have left holes that the chain then filled.
+    /// The witnesses hold: messages after the saved target sequence were stored after the last save. If they are one
+    /// `chain`, its end is the position; otherwise all of them are read: messages that were sent pipelined before the
+    /// chain may have left holes that the chain then filled.
     async fn with_tail(
         &mut self,
         position: SourcePoint,
@@ -380,24 +414,24 @@ impl Sides<'_> {
         let moved = target.is_some_and(|point| point.source_seq == 0);
         let (mut ours, is_cut) = match (quick, target) {
             (Some(newest), _) => (vec![newest], false),
-            // Without a saved place at the target, what lies there from before is nobody's business: only what came
-            // while the run before was under way, if that broke its chain.
+            // Without a saved target sequence, older messages at the target do not matter: only those that were stored
+            // while the run before was under way, if its chain broke.
             (None, None) => {
-                if let Some(behind) = self.chain_broke_behind {
-                    self.look_for_others(behind + 1, last, &mut resume, |_| false).await?;
+                if let Some(behind) = self.chain_broke_after {
+                    self.ours_between(behind + 1, last, &mut resume, |_| false).await?;
                 }
-                // Others may have consumed all of them.
+                // Other clients may have consumed all of them.
                 resume.unseen = last;
-                let kept = self.newest_behind(position.seq, news).await?;
+                let kept = self.newest_after(position.seq, news).await?;
                 (kept.ours, kept.is_cut)
             }
             (None, Some(_)) => {
-                let kept = self.look_for_others(behind + 1, last, &mut resume, news).await?;
+                let kept = self.ours_between(behind + 1, last, &mut resume, news).await?;
                 (kept.ours, kept.is_cut)
             }
         };
         ours.retain(news);
-        // The last one may be older: one that was refused and sent again.
+        // The last one may be older: it may have been refused and sent again.
         let Some(newest) = ours.iter().map(|message| message.origin).max_by_key(|origin| origin.seq) else {
             return Ok(resume);
         };
@@ -408,24 +442,24 @@ impl Sides<'_> {
             back.findings.append(&mut resume.findings);
             return Ok(back);
         }
-        self.go_on_behind(&mut resume, &ours, is_cut, moved).await?;
+        self.resume_after(&mut resume, &ours, is_cut, moved).await?;
         let through = resume.position.seq;
         ours.retain(|message| message.origin.seq > through);
         resume.already = Already::new(ours, self.keeps());
         Ok(resume)
     }
 
-    /// Goes on behind the newest of these before which nothing is missing. `is_cut` says that there are more before them,
-    /// `moved` that the position was moved back.
-    async fn go_on_behind(
+    /// Resumes after the newest of these before which no message is missing. `is_cut` says that there are more before
+    /// them, `moved` that the position was moved back.
+    async fn resume_after(
         &mut self,
         resume: &mut Resume,
         ours: &[Ours],
         is_cut: bool,
         moved: bool,
     ) -> Result<(), Error> {
-        // After a move back, messages that were in the air before it may have arrived behind the saved place: complete
-        // is only what begins directly behind the position.
+        // After a move back, messages that were in flight before it may have been stored after the saved target
+        // sequence: only a sequence that begins directly after the position is complete.
         let next = resume.position.seq.max(self.source.state.first_seq.saturating_sub(1)) + 1;
         let directly = ours.first().is_some_and(|first| first.origin.seq <= next);
         if (directly || !moved)
@@ -434,26 +468,27 @@ impl Sides<'_> {
             resume.position = point;
             resume.target = Some(ours[index].point());
         } else if is_cut && !moved {
-            // Nothing before the first of these is missing. Say `x` is, with a lower sequence. At least twice the limit (see
-            // `overlap`) were stored after the first. Those with lower sequences than it were in flight with it: less than
-            // one limit. So more than one limit have higher sequences than `x` and are stored while `x` is not; but `x` is
-            // missing only below messages of one window, and a window has no more than the limit. Others in the range, or
-            // copies that were consumed or replaced, are not among the kept ones and only make the range longer.
+            // Nothing before the first of these is missing. Say `x` is, with a lower sequence. At least twice the limit
+            // (see `overlap`) were stored after the first. Those with lower sequences than it were in flight with it:
+            // less than one limit. So more than one limit have higher sequences than `x` and are stored while `x` is
+            // not; but `x` is missing only below messages of one window, and a window has no more than the limit.
+            // Others in the range, or copies that were consumed or replaced, are not among the kept ones and only make
+            // the range longer.
             resume.position = self.point_at(ours[0].origin.seq).await?;
             resume.target = Some(ours[0].point());
         }
         Ok(())
     }
 
-    /// Messages of ours in a range of the target; one that is not makes the target shared.
-    async fn look_for_others(
+    /// Messages of ours in a range of the target; a message of another writer makes the target shared.
+    async fn ours_between(
         &mut self,
         from: u64,
         to: u64,
         resume: &mut Resume,
         wanted: impl Fn(&Ours) -> bool,
     ) -> Result<Kept, Error> {
-        let mut seen = Seen::default();
+        let mut seen = RangeFindings::default();
         let ours = self.newest_between(from, to, &mut seen, wanted).await?;
         resume.unseen = (to + 1 - from).saturating_sub(seen.messages);
         if let Some(foreign) = seen.foreign {
@@ -465,7 +500,7 @@ impl Sides<'_> {
         Ok(ours)
     }
 
-    /// The newest of these behind which nothing is missing.
+    /// The newest of these after which no message is missing.
     async fn newest_complete(&mut self, ours: &[Ours]) -> Result<Option<(usize, SourcePoint)>, Error> {
         let Some(index) = ours.iter().rposition(|message| message.complete) else { return Ok(None) };
         let origin = ours[index].origin;
@@ -475,13 +510,13 @@ impl Sides<'_> {
         Ok(Some((index, self.point_at(origin.seq).await?)))
     }
 
-    /// The target lost stored messages: go back to the newest one of ours that it still has.
+    /// The target lost stored messages: returns to the newest one of ours that it still has.
     async fn target_lost(&mut self, saved: &SourceWitness, reason: String) -> Result<Resume, Error> {
         self.no_other_site().await?;
         let mut resume = match self.newest_known(Proof::NoContradiction).await?.tail {
             Some(tail) => self.behind(tail, Some(saved.seq)).await?,
             None => {
-                // A start at the end, or some time ago, means the first start: what arrived since then has to be
+                // A start at the end, or at an age, means the first start: messages that arrived since then have to be
                 // copied again at least.
                 let start = self.configured_start().await?;
                 let start = if start.seq <= saved.seq { start } else { self.point_at(saved.seq).await? };
@@ -492,7 +527,8 @@ impl Sides<'_> {
         Ok(resume)
     }
 
-    /// The target lost data after the position was moved back: what was copied before the move still proves nothing.
+    /// The target lost data after the position was moved back: messages that were copied before the move still prove
+    /// nothing.
     fn not_beyond(&self, position: SourcePoint, mut found: Resume) -> Resume {
         if found.position.seq <= position.seq {
             return found;
@@ -506,7 +542,7 @@ impl Sides<'_> {
         Resume { findings: found.findings, ..Resume::at(position, Some(target)) }
     }
 
-    /// The source lost its end or is another stream: go on behind the newest copied message that it still has;
+    /// The source lost its end or is another stream: resumes after the newest copied message that it still has;
     /// without one it is another stream, and all of it is new.
     async fn source_went_back(&mut self, saved: u64, reason: &str) -> Result<Resume, Error> {
         let Search { tail, mut lost } = self.newest_known(Proof::Message).await?;
@@ -517,7 +553,7 @@ impl Sides<'_> {
             }
             None => {
                 self.no_other_site().await?;
-                // Of a long target not all of it was looked at.
+                // A long target was not searched completely.
                 if lost.messages > 0
                     && let Some(first) = self.first_of_ours().await?.filter(|first| first.target_seq < lost.target_from)
                 {
@@ -549,7 +585,7 @@ impl Sides<'_> {
         }
         self.no_other_site().await?;
         if let Some(ours) = self.last_of_ours().await? {
-            // Copied before, but from a stream that is not this one any more.
+            // Copied before, but from a stream that is different from this one.
             let seq = ours.origin.seq;
             return self.source_went_back(seq, &format!("it does not have message {seq} that was copied last")).await;
         }
@@ -558,7 +594,7 @@ impl Sides<'_> {
                 return self.not_what_was_acknowledged(floor).await;
             }
             Some(floor) if floor > 0 => self.point_at(floor).await?,
-            // It says itself where it begins.
+            // The consumer itself says where it begins.
             Some(_) if self.durable.is_some() => SourcePoint::default(),
             _ => match durable::start_refused(self.replication, self.source) {
                 Some(why) => return Err(Error::hold(why)),
@@ -590,8 +626,8 @@ impl Sides<'_> {
         Ok(resume)
     }
 
-    /// Up to where a durable consumer says that everything is acknowledged: one of this run, or the one that Choria's
-    /// replicator left at a stream that keeps its messages.
+    /// Up to where a durable consumer has everything acknowledged: the consumer of this replication, or that of
+    /// Choria's replicator at a stream that keeps its messages.
     async fn acked(&mut self) -> Result<Option<u64>, Error> {
         if Durable::is_needed(self.source) {
             return Ok(self.durable.map(|durable| durable.floor(self.source)));
@@ -605,9 +641,9 @@ impl Sides<'_> {
         Ok(None)
     }
 
-    /// What is acknowledged at the source is settled, whatever else was found: it does not come again. Unless the source
-    /// lost its end: then those were other messages.
-    async fn behind_acks(&mut self, resume: &mut Resume) -> Result<(), Error> {
+    /// Acknowledged messages are settled at the source, whatever else was found: they are not redelivered. This does
+    /// not hold if the source lost its end: then those were other messages.
+    async fn not_before_acks(&mut self, resume: &mut Resume) -> Result<(), Error> {
         let Some(durable) = self.durable else { return Ok(()) };
         let floor = durable.floor(self.source);
         let lost = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
@@ -627,9 +663,9 @@ impl Sides<'_> {
         Ok(())
     }
 
-    /// Goes on behind what the target has. A message that was refused and sent again may lie behind a windowful of
-    /// later ones: unless the stamps say better, everything up to the oldest of these is there, and of the rest
-    /// what was found.
+    /// Resumes after the messages that the target has. A message that was refused and sent again may be after a window
+    /// of later ones: unless headers prove more, everything up to the oldest of these is settled, and of the rest
+    /// the messages that were found.
     async fn behind(&mut self, tail: Tail, saved: Option<u64>) -> Result<Resume, Error> {
         let Tail { mut ours, whole } = tail;
         let (newest, overlap) = (ours.len().saturating_sub(1), self.overlap());
@@ -668,14 +704,14 @@ impl Sides<'_> {
         if messages > 0 {
             resume.findings.push(Event::Gap { from, to, messages });
         }
-        // Told once: the next start stands behind it.
+        // Reported once: the next start is after it.
         resume.position = SourcePoint { seq: to, time_ns: None };
         resume.already.stored.retain(|known, _| known.0 > to);
     }
 
     /// Where a first start begins.
     async fn configured_start(&mut self) -> Result<SourcePoint, Error> {
-        // What is gone before a first start is no gap.
+        // Messages that were removed before a first start are no gap.
         let gone = self.source.state.first_seq.saturating_sub(1);
         let after = match &self.replication.start {
             Start::All => gone,
@@ -702,7 +738,7 @@ impl Sides<'_> {
         Ok(point)
     }
 
-    /// The message at a sequence of the target; its payload is not needed.
+    /// The message at a sequence of the target, without its payload.
     async fn at_target(&mut self, seq: u64) -> Result<Option<StoredMessage>, Error> {
         if let Some((_, message)) = self.read.target.as_ref().filter(|(read, _)| *read == seq) {
             return Ok(message.clone());
@@ -713,7 +749,7 @@ impl Sides<'_> {
         Ok(message)
     }
 
-    /// Why the source is not what it was when the position was saved; `None` if it is.
+    /// Why the source is not the stream of the saved position; `None` if it is.
     async fn source_contradicts(&mut self, saved: &SourceWitness) -> Result<Option<String>, Error> {
         let state = &self.source.state;
         let (first, last) = (state.first_seq, state.last_seq);
@@ -730,7 +766,7 @@ impl Sides<'_> {
         let holds = match (found, saved.time_ns) {
             (Some(found), Some(saved)) => found == saved,
             (Some(_), None) => same_hint,
-            // Nothing left that could contradict. Where the stream says it is another one, it is.
+            // No message is left that could contradict. If the stream's creation time differs, it is another one.
             (None, _) if saved.seq < first => same_hint || saved.created.is_empty(),
             (None, Some(time_ns)) => !self.has_later_below(saved.seq, time_ns).await?,
             (None, None) => same_hint || self.newest_known(Proof::Message).await?.tail.is_some(),
@@ -738,13 +774,14 @@ impl Sides<'_> {
         Ok((!holds).then(|| format!("another message is at the saved sequence {} or before it", saved.seq)))
     }
 
-    /// Whether a message at or below a sequence was stored later than the one that lay there: not in one stream.
+    /// Whether a message at or below a sequence was stored later than the message at that sequence: impossible in one
+    /// stream.
     async fn has_later_below(&mut self, seq: u64, time_ns: i64) -> Result<bool, Error> {
         let time = chrono::DateTime::from_timestamp_nanos(time_ns.saturating_add(1));
         Ok(self.before_time(time).await? < seq)
     }
 
-    async fn witness(&mut self, origin: Origin) -> Result<Witness, Error> {
+    async fn witness(&mut self, origin: MessageOrigin) -> Result<Witness, Error> {
         if origin.seq > self.source.state.last_seq {
             return Ok(Witness::Broken);
         }
@@ -764,7 +801,7 @@ impl Sides<'_> {
         Ok(message.and_then(|message| ours(self.tag, sequence, &message.header, None)))
     }
 
-    /// How the newest message of the target is stamped; `None` where there is none.
+    /// The provenance headers of the newest message of the target; `None` for an empty target.
     async fn stamps_at_end(&mut self) -> Result<Option<Stamps>, Error> {
         let last = self.target.state.last_seq;
         if last == 0 {
@@ -776,12 +813,12 @@ impl Sides<'_> {
         Ok(Some(if chained { Stamps::Chain } else { Stamps::Ids }))
     }
 
-    /// Copies of messages that this source still has, made under another name of a site, are no reason to copy them again:
-    /// an error that says what to do. Checks the newest messages of the target.
+    /// Copies of messages that this source still has, made under another site name, are no reason to copy them again:
+    /// returns an error with the remedy. Checks the newest messages of the target.
     async fn no_other_site(&mut self) -> Result<(), Error> {
         let (first, last) = (self.target.state.first_seq.max(1), self.target.state.last_seq);
         let from = last.saturating_sub(SEARCH_STEP - 1).max(first);
-        let mut seen = Seen { others: Some(Vec::new()), ..Seen::default() };
+        let mut seen = RangeFindings { others: Some(Vec::new()), ..RangeFindings::default() };
         if last >= from {
             self.between(from, last, &mut seen).await?;
         }
@@ -791,9 +828,9 @@ impl Sides<'_> {
         // Where many sites write to one target, single messages may agree by chance.
         let times = self.source_times(others.iter().map(|other| other.origin.seq)).await?;
         let end = self.source.state.last_seq;
-        let of = |origin: &Origin| times.get(&origin.seq).map(|time| *time == origin.time_ms);
+        let of = |origin: &MessageOrigin| times.get(&origin.seq).map(|time| *time == origin.time_ms);
         let same = others.iter().filter(|other| of(&other.origin) == Some(true)).count();
-        let broken = |other: &&Other| of(&other.origin) == Some(false) || other.origin.seq > end;
+        let broken = |other: &&OtherSiteCopy| of(&other.origin) == Some(false) || other.origin.seq > end;
         if same <= others.iter().filter(broken).count() {
             return Ok(());
         }
@@ -816,13 +853,13 @@ fn is_complete(header: &[u8]) -> bool {
     headers::last(header, CHAIN).is_some() || headers::last(header, ID).is_none()
 }
 
-/// Whether messages go from a stream when they were read.
+/// Whether messages are removed from a stream when they are consumed.
 pub(super) fn is_consumed(stream: &StreamInfo) -> bool {
     !limits(stream)
 }
 
-/// Whether every missing sequence of the source is a loss: no filter, nothing that replaces messages, and nobody who
-/// works them off. What is excluded is read, but nobody can tell whether what is gone would have been: it counts as lost.
+/// Whether every missing sequence of the source is a loss: no filter, no limit per subject, and no
+/// consumers that remove messages. Excluded subjects are read, but a removed message has no subject: it counts as lost.
 pub(super) fn is_plain(replication: &Replication, source: &StreamInfo) -> bool {
     limits(source) && !replication.scope.is_filtered() && source.number("max_msgs_per_subject") <= 0
 }
@@ -833,10 +870,10 @@ mod tests {
 
     fn ours(seq: u64, time_ms: i64, target_seq: u64, subject: Option<&str>) -> Ours {
         let subject = subject.map(|subject| Box::from(subject.as_bytes()));
-        Ours { origin: Origin { seq, time_ms }, target_seq, complete: false, subject }
+        Ours { origin: MessageOrigin { seq, time_ms }, target_seq, complete: false, subject }
     }
 
-    fn take(already: &mut Already, seq: u64, time_ms: i64, subject: &str) -> Option<Known> {
+    fn take(already: &mut Already, seq: u64, time_ms: i64, subject: &str) -> Option<KnownCopy> {
         already.take(seq, time_ms * 1_000_000 + 999_999, subject.as_bytes(), &Mapping::default())
     }
 
@@ -845,9 +882,9 @@ mod tests {
         let stored = vec![ours(5, 50, 1, None), ours(5, 500, 7, None), ours(7, 70, 2, None), ours(9, 90, 3, None)];
         let mut already = Already::new(stored, 0);
         assert_eq!((already.len(), already.within(1, 8)), (4, 2));
-        assert!(already.all_behind(0) && !already.all_behind(1));
+        assert!(already.all_after(0) && !already.all_after(1));
         assert_eq!(take(&mut already, 4, 40, "a"), None);
-        assert_eq!(take(&mut already, 5, 500, "a"), Some(Known::Stored(7)));
+        assert_eq!(take(&mut already, 5, 500, "a"), Some(KnownCopy::Stored(7)));
         assert_eq!(take(&mut already, 6, 60, "a"), None);
         // Another one, stored at another time: the sequence alone proves nothing, and it does not come again.
         assert_eq!(take(&mut already, 7, 71, "a"), None);
@@ -864,15 +901,15 @@ mod tests {
     fn what_the_target_would_not_keep_beside_newer_ones_is_left_out() {
         let stored = || vec![ours(8, 80, 1, Some("a")), ours(9, 90, 2, Some("a")), ours(9, 1, 3, Some("b"))];
         let mut one = Already::new(stored(), 1);
-        assert_eq!(take(&mut one, 5, 50, "a"), Some(Known::Replaced));
-        // Stored before the stream was made anew: not newer.
+        assert_eq!(take(&mut one, 5, 50, "a"), Some(KnownCopy::Replaced));
+        // Stored before the stream was recreated: not newer.
         assert_eq!(take(&mut one, 6, 60, "b"), None);
         assert_eq!(take(&mut one, 7, 70, "c"), None);
-        assert_eq!(take(&mut one, 8, 80, "a"), Some(Known::Stored(1)));
+        assert_eq!(take(&mut one, 8, 80, "a"), Some(KnownCopy::Stored(1)));
         // What counts is the subject at the target.
         let mapping = Mapping { prefix: String::new(), remove: "x.".to_owned(), ..Mapping::default() };
         let mut mapped = Already::new(stored(), 1);
-        assert_eq!(mapped.take(5, 50_000_000, b"x.a", &mapping), Some(Known::Replaced));
+        assert_eq!(mapped.take(5, 50_000_000, b"x.a", &mapping), Some(KnownCopy::Replaced));
         let mut three = Already::new(stored(), 3);
         assert_eq!(take(&mut three, 5, 50, "a"), None);
     }

@@ -1,4 +1,4 @@
-//! The loop of one run: one owner of both lanes, of what was read and of what is in the air.
+//! The loop of one run: one owner of both lanes, of the messages that were read and of those in flight.
 
 use std::{future::poll_fn, task::Poll};
 
@@ -12,14 +12,14 @@ use super::{
     decide::CopyRules,
     flow::{
         bounds::Bounds,
-        position::{PositionWriter, Sampled, Witnesses},
+        position::{PositionWriter, SenderRecords, Witnesses},
         throttle,
         watchdog::{DRAIN, LAST_SAVE},
         window::Window,
     },
     reject::Rejects,
     reporter::Reporter,
-    sampling_driver::{Moved, SamplingDriver},
+    sampling_driver::{SamplingDriver, SamplingEvent},
     source::{clock::SourceClock, source_half::SourceHalf},
     target::{
         line,
@@ -39,26 +39,27 @@ const LAST_ACKS: Duration = Duration::from_millis(1_500);
 /// How long a run that ends waits for its advisories.
 const LAST_ADVISORIES: Duration = Duration::from_secs(1);
 
-/// Why the loop should end once nothing is in the air.
+/// Why the loop should end once nothing is in flight.
 #[derive(Debug)]
 pub(super) enum Ending {
     Stopped,
-    /// A login is about to end and its successor is there, the source acts on other headers than before, or may be asked for
-    /// more.
+    /// A login is about to end and its successor is available, the source acts on other headers than before, or may be
+    /// asked for more.
     BeginsAgain,
     Failed(Error),
 }
 
 /// Why a run ended without an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ended {
+pub(super) enum RunEnd {
     /// By request.
     Stopped,
-    /// To log in again, to copy by another configuration of the source or to ask it for more: the next run begins at once.
+    /// To log in again, to copy by another configuration of the source or to ask it for more: the next run begins at
+    /// once.
     BeginsAgain,
 }
 
-/// One run, with everything that dies with it.
+/// One run, with everything that is dropped with it.
 pub(super) struct Run<'a> {
     pub(super) report: Reporter<'a>,
     pub(super) source: SourceHalf,
@@ -68,16 +69,16 @@ pub(super) struct Run<'a> {
     pub(super) rejects: Rejects<'a>,
     pub(super) sampler: Option<SamplingDriver>,
     pub(super) times: Times,
-    /// Why the run ends, and how long what is in the air may take to settle.
+    /// Why the run ends, and how long the messages in flight may take to settle.
     pub(super) ending: Option<(Ending, Instant)>,
 }
 
-/// When something is due.
+/// When the parts of the upkeep are due.
 #[derive(Debug)]
 pub(super) struct Times {
     began: Instant,
     next_tick: Instant,
-    /// The files of a login that is about to end are read then.
+    /// When to read the files of a login that is about to end.
     next_login: Instant,
 }
 
@@ -90,58 +91,58 @@ impl Times {
 
 impl Run<'_> {
     /// Copies until the stop or an error; the position is saved at the end of both.
-    pub async fn copy(mut self, ledger: &mut PositionWriter, stop: CancellationToken) -> Result<Ended, Error> {
-        let result = self.copy_loop(ledger, &stop).await;
-        ledger.gaps = std::mem::take(&mut self.source.gaps);
-        ledger.drops = std::mem::take(&mut self.target.watch.drops);
+    pub async fn copy(mut self, positions: &mut PositionWriter, stop: CancellationToken) -> Result<RunEnd, Error> {
+        let result = self.copy_loop(positions, &stop).await;
+        positions.gaps = std::mem::take(&mut self.source.gaps);
+        positions.drops = std::mem::take(&mut self.target.watch.drops);
         self.settle();
-        self.tell_rejected(true);
-        self.tell();
+        self.report_rejected(true);
+        self.update_status();
         match result {
-            Ok(ended) => self.ended_well(ledger).await.map(|()| ended),
+            Ok(ended) => self.ended_well(positions).await.map(|()| ended),
             Err(error) if error.kind == ErrorKind::Superseded => Err(error),
-            Err(error) => Err(self.failed(error, ledger).await),
+            Err(error) => Err(self.failed(error, positions).await),
         }
     }
 
-    async fn ended_well(mut self, ledger: &mut PositionWriter) -> Result<(), Error> {
+    async fn ended_well(mut self, positions: &mut PositionWriter) -> Result<(), Error> {
         self.write_senders().await;
-        let _ = tokio::time::timeout(LAST_ACKS, self.tell_all()).await;
+        let _ = tokio::time::timeout(LAST_ACKS, self.flush_acks()).await;
         let Self { report, mut source, target, bounds, sampler, .. } = self;
         source.reader.close(&mut source.lane);
-        // The consumer would go by itself; its deletion is a courtesy that must not hold up a stop.
+        // The server removes the consumer later by itself; deleting it here is a courtesy that must not delay a stop.
         let _ = tokio::time::timeout(LAST_SAVE, source.lane.round_trip()).await;
         let sampled = sampler.as_ref().map(SamplingDriver::sampled);
         let streams = (source.info.created.as_str(), target.created.as_str());
         let witnesses = witnesses(&bounds.window, &target.writer, &source.clock, streams, sampled);
-        // What did not settle in time.
-        ledger.left_in_flight(&bounds.window, Instant::now());
-        ledger.save_now(witnesses, report.row()).await?;
+        // Messages that did not settle in time.
+        positions.left_in_flight(&bounds.window, Instant::now());
+        positions.save_now(witnesses, report.row()).await?;
         Ok(())
     }
 
     /// Saves the position of a run that failed; returns why it ended.
-    async fn failed(self, error: Error, ledger: &mut PositionWriter) -> Error {
+    async fn failed(self, error: Error, positions: &mut PositionWriter) -> Error {
         let Self { report, source, target, bounds, sampler, .. } = self;
         let sampled = sampler.as_ref().map(SamplingDriver::sampled);
         // First of all nothing more may be sent.
         drop((source.lane, target.lane));
         if error.chain_broken {
             let (exact, by_ids) = (target.writer.exact(&bounds.window), target.writer.is_by_ids());
-            ledger.broke_at(exact, &bounds.window, by_ids, Instant::now());
+            positions.broke_at(exact, &bounds.window, by_ids, Instant::now());
         } else {
-            ledger.left_in_flight(&bounds.window, Instant::now());
+            positions.left_in_flight(&bounds.window, Instant::now());
         }
         let streams = (source.info.created.as_str(), target.created.as_str());
         let witnesses = witnesses(&bounds.window, &target.writer, &source.clock, streams, sampled);
-        match tokio::time::timeout(LAST_SAVE, ledger.save_now(witnesses, report.row())).await {
+        match tokio::time::timeout(LAST_SAVE, positions.save_now(witnesses, report.row())).await {
             Ok(Err(conflict @ SaveError::Conflict { .. })) => conflict.into(),
-            // What was not saved is found out at the target.
+            // The next run reads the unsaved part from the target.
             _ => error,
         }
     }
 
-    /// What the position record is to say now.
+    /// The content of the position record as of now.
     fn witnesses(&self) -> Witnesses<'_> {
         let (source, target) = (&self.source, &self.target);
         let created = (source.info.created.as_str(), target.created.as_str());
@@ -149,7 +150,7 @@ impl Run<'_> {
         witnesses(&self.bounds.window, &target.writer, &source.clock, created, sampled)
     }
 
-    /// Waits, but not long, until the records of senders say what is known of them.
+    /// Waits a short time until the records of senders contain everything that is known of them.
     async fn write_senders(&mut self) {
         let position = self.bounds.window.position().seq;
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
@@ -158,19 +159,19 @@ impl Run<'_> {
         }
     }
 
-    /// Up to where the source may forget what was copied.
+    /// Up to where the source may forget copied messages.
     fn forgettable(&self, now: Instant) -> u64 {
         let position = self.bounds.window.position().seq;
         self.sampler.as_ref().map_or(position, |sampler| sampler.may_forget(position, now))
     }
 
-    /// Waits until the source knows what was copied: some consumers take acks only now and then. What it does not learn
-    /// is delivered to the next run, which leaves it out.
-    async fn tell_all(&mut self) -> Result<(), Error> {
+    /// Waits until the source has the acks of all copied messages: some consumers take acks only now and then. The rest
+    /// is delivered to the next run, which skips it.
+    async fn flush_acks(&mut self) -> Result<(), Error> {
         loop {
             let forgettable = self.forgettable(Instant::now());
             self.source.reader.settled(&mut self.source.lane, forgettable);
-            if self.source.reader.is_told() {
+            if self.source.reader.is_acked() {
                 return Ok(());
             }
             if let Turn::Received(batch) = self.source.lane.turn().await? {
@@ -179,7 +180,7 @@ impl Run<'_> {
         }
     }
 
-    async fn copy_loop(&mut self, ledger: &mut PositionWriter, stop: &CancellationToken) -> Result<Ended, Error> {
+    async fn copy_loop(&mut self, positions: &mut PositionWriter, stop: &CancellationToken) -> Result<RunEnd, Error> {
         loop {
             let now = Instant::now();
             self.pump(now);
@@ -188,15 +189,15 @@ impl Run<'_> {
                 return end;
             }
             if now >= self.times.next_tick || self.source.silent_at.is_some_and(|at| now >= at) {
-                self.tick(now, ledger)?;
+                self.tick(now, positions)?;
             }
             let wake = self.wake(now);
             let (source, target) = (&mut self.source, &mut self.target);
             tokio::select! {
                 biased;
                 () = stop.cancelled(), if self.ending.is_none() => self.end(Ending::Stopped),
-                // Before the lanes: it is rarely ready, and while both are busy it would never be looked at.
-                saved = poll_fn(|cx| ledger.poll(cx)) => self.saved(saved, ledger)?,
+                // Before the lanes: it is rarely ready, and while both lanes are busy it would never be polled.
+                saved = poll_fn(|cx| positions.poll(cx)) => self.saved(saved, positions)?,
                 moved = poll_fn(|cx| self.sampler.as_mut().map_or(Poll::Pending, |sampler| sampler.poll(cx))) => {
                     self.sampled(moved);
                 }
@@ -206,7 +207,7 @@ impl Run<'_> {
                     }
                 }
                 turn = source.lane.turn(), if source.reads => {
-                    if let Turn::Received(batch) = turn.map_err(|error| self.lost_source(ledger, error))? {
+                    if let Turn::Received(batch) = turn.map_err(|error| self.lost_source(positions, error))? {
                         self.take_messages(batch)?;
                     }
                 }
@@ -215,9 +216,9 @@ impl Run<'_> {
         }
     }
 
-    /// Does what is due at each turn of the loop, and tells when the next one has to be.
+    /// Does the work that is due at each turn of the loop; returns when the next turn is due at the latest.
     fn wake(&mut self, now: Instant) -> Instant {
-        self.source.silent_at = self.source.next_look(now);
+        self.source.silent_at = self.source.next_check(now);
         let supply = self.supply();
         self.target.writer.commit_if_due(&mut self.target.lane, supply, now);
         self.sample(now);
@@ -228,20 +229,20 @@ impl Run<'_> {
         due.into_iter().flatten().fold(self.times.next_tick, Instant::min)
     }
 
-    /// The target ended the connection: perhaps for a line that was too long.
+    /// The target ended the connection: perhaps because a line was too long.
     fn lost_target(&self, error: nats_lane::Error) -> Error {
         let unconfirmed = self.target.writer.unconfirmed_line(&self.bounds.window);
         let unconfirmed_line = unconfirmed.filter(|line| *line > line::LEAST);
         Error { unconfirmed_line, ..error.context("target").into() }
     }
 
-    /// The source ended the connection: perhaps because more was asked for than it lets wait.
-    fn lost_source(&self, ledger: &mut PositionWriter, error: nats_lane::Error) -> Error {
+    /// The source ended the connection: perhaps because more was requested than it lets wait.
+    fn lost_source(&self, positions: &mut PositionWriter, error: nats_lane::Error) -> Error {
         let (now, replication) = (Instant::now(), &self.report.replication);
-        // One that says why it ends was not cut for what waits: a slow consumer is told nothing.
+        // A connection that ends with an error line was not cut for pending output: a slow consumer gets none.
         if self.source.reader.pending() > 0 && error.is_cut() {
             let asked = throttle::read_ahead(&replication.limits);
-            if let Some(bytes) = ledger.appetite.cut(asked, now.duration_since(self.times.began), now) {
+            if let Some(bytes) = positions.request_limit.cut(asked, now.duration_since(self.times.began), now) {
                 let id = &replication.id;
                 warn!(replication = id, bytes, "the source cut the connection again: asking it for less at once");
             }
@@ -249,7 +250,7 @@ impl Run<'_> {
         error.context("source").into()
     }
 
-    /// Writes what is known of senders and publishes what is to be told of them, as far as that is due.
+    /// Writes the records of senders and publishes their advisories, as far as that is due.
     fn sample(&mut self, now: Instant) {
         let window = &self.bounds.window;
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
@@ -259,8 +260,8 @@ impl Run<'_> {
         }
     }
 
-    /// Takes note of what sampling waited for.
-    fn sampled(&mut self, moved: Moved) {
+    /// Handles the events that sampling waited for.
+    fn sampled(&mut self, moved: SamplingEvent) {
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
             sampler.accept(moved, status, Instant::now());
         }
@@ -303,7 +304,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Takes what is settled out of the window.
+    /// Removes the settled messages from the window.
     fn settle(&mut self) {
         let now = Instant::now();
         let elapsed = now.duration_since(self.times.began).as_micros() as u64;
@@ -327,17 +328,17 @@ impl Run<'_> {
         }
     }
 
-    fn saved(&mut self, result: Result<(), SaveError>, ledger: &mut PositionWriter) -> Result<(), Error> {
+    fn saved(&mut self, result: Result<(), SaveError>, positions: &mut PositionWriter) -> Result<(), Error> {
         match result {
             Err(conflict @ SaveError::Conflict { .. }) => return Err(conflict.into()),
-            // The copy goes on for a while: what is at the target tells where it stands. The next save tries again.
+            // The copy continues for a while: the target itself shows where it is. The next save tries again.
             Err(error) => {
                 debug!(replication = self.report.replication.id, %error, "position not saved");
                 self.report.copy.counters.position_save_errors += 1;
             }
             Ok(()) => {}
         }
-        self.report_saves(Instant::now(), ledger);
+        self.report_saves(Instant::now(), positions);
         Ok(())
     }
 
@@ -348,7 +349,7 @@ impl Run<'_> {
     }
 
     /// Whether an ending that was begun is complete.
-    fn ended(&mut self, now: Instant) -> Option<Result<Ended, Error>> {
+    fn ended(&mut self, now: Instant) -> Option<Result<RunEnd, Error>> {
         let (_, deadline) = self.ending.as_ref()?;
         if !self.all_settled() && now < *deadline {
             return None;
@@ -361,19 +362,19 @@ impl Run<'_> {
         let (ending, _) = self.ending.take()?;
         Some(match ending {
             Ending::Failed(error) => Err(error),
-            Ending::Stopped => Ok(Ended::Stopped),
-            Ending::BeginsAgain => Ok(Ended::BeginsAgain),
+            Ending::Stopped => Ok(RunEnd::Stopped),
+            Ending::BeginsAgain => Ok(RunEnd::BeginsAgain),
         })
     }
 }
 
-/// What the position record is to say; `created` says when the two streams were.
+/// The content of the position record; `created` has the creation times of the two streams.
 fn witnesses<'w>(
     window: &'w Window,
     writer: &Writer,
     clock: &SourceClock,
     (source_created, target_created): (&'w str, &'w str),
-    sampled: Option<Sampled>,
+    sampled: Option<SenderRecords>,
 ) -> Witnesses<'w> {
     Witnesses {
         window,

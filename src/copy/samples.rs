@@ -1,10 +1,10 @@
-//! What is known of senders, for all runs of a replication.
+//! The known senders, for all runs of a replication.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{sampling::Senders, store::SenderWrites};
 
-/// What outlives a run: the senders that are known and where their records are.
+/// The part of sampling that outlives a run: the known senders and the store of their records.
 #[derive(Debug, Clone)]
 pub struct Samples {
     /// The senders.
@@ -14,7 +14,7 @@ pub struct Samples {
 }
 
 impl Samples {
-    /// The senders, for a moment.
+    /// Locks the senders, for a short time.
     pub fn lock(&self) -> MutexGuard<'_, Senders> {
         self.senders.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,4 +1,10 @@
-//! Sampling in one run: who sent what was read, what is known of senders written behind, and what `advisories.rs` publishes.
+//! Sampling in one run: the sender of each message, delayed writes of sender records, and the advisories of
+//! `advisories.rs`.
+//!
+//! A copy counts in memory when it is sent, and in a record when it has settled. The position record says up to which
+//! source sequence the records hold: a run reads from there, and shows messages that settled before to sampling alone,
+//! which decides about them as it did then. So a crash causes neither an extra copy nor a second `new` advisory, though
+//! records and position are written independently.
 
 use std::{
     fmt,
@@ -13,37 +19,37 @@ use tracing::{info, warn};
 
 use super::{
     Job, Samples,
-    advisories::{Heard, Post},
-    flow::position::Sampled,
+    advisories::{AdvisoryEvent, AdvisoryPublisher},
+    flow::position::SenderRecords,
     source::{clock::SourceClock, reader::Incoming},
 };
 use crate::{
     events::Event,
-    sampling::{self, Cause, Fate, Inspector, Sighting, Verdict, Voice, Write},
+    sampling::{self, AdvisoryTemplate, CopyCause, Inspector, MessageOutcome, SamplingVerdict, Sighting, Write},
     status::SamplingStatus,
     store::{self, PositionRecord},
 };
 
-/// Records that are written together: what is asked of senders meanwhile waits no longer than it takes to make so many.
+/// Records that are written together: requests about senders wait no longer than it takes to build so many.
 const TOGETHER: usize = 4_096;
-/// At most one round of writes in this time, unless something can only be published then.
+/// At most one round of writes in this time, unless an advisory waits for a write.
 const WRITE_EVERY: Duration = Duration::from_secs(1);
-/// The same where something can only be published then.
+/// The same where an advisory waits for a write.
 const WRITE_SOON: Duration = Duration::from_millis(20);
-/// Nobody is judged by the clock before it is so much later: what was stored meanwhile is on its way.
+/// How much later senders are judged by the clock: messages stored meanwhile are still on their way.
 const GRACE: Duration = Duration::from_secs(1);
-/// Acknowledgements at a source that forgets wait for the records of senders, but not longer.
+/// How long acknowledgements at a source that forgets wait for the records of senders.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 type Writing = Pin<Box<dyn Future<Output = Result<(), store::Error>> + Send>>;
 
-/// What was waited for.
+/// A finished wait.
 #[derive(Debug)]
-pub(super) enum Moved {
-    /// A write is over; so many records.
+pub(super) enum SamplingEvent {
+    /// A write of so many records is over.
     Wrote(u64),
-    /// The connection for advisories brought something.
-    Heard(Heard),
+    /// An occurrence on the connection for advisories.
+    Advisory(AdvisoryEvent),
 }
 
 /// The sampling of one run.
@@ -53,19 +59,19 @@ pub(super) struct SamplingDriver {
     inspector: Inspector,
     /// Messages up to here settled before this run.
     replay_to: u64,
-    /// Of those, up to here they were read again, until all were: what they say of senders is not known before.
+    /// Of those, how far they were read again, until all were: their senders are not known before.
     replayed: Option<u64>,
-    /// What was found in the message that comes next.
+    /// The result of inspecting the next message.
     looked: Looked,
     /// Messages before the first one that is read were lost.
     gap: bool,
     writing: Option<(Writing, Arc<Write>)>,
-    /// When everything was written last.
+    /// When all records were written last.
     written_at: Instant,
     next_write: Instant,
     write_failed: bool,
     /// Publishes advisories, where there are any.
-    post: Option<Post>,
+    post: Option<AdvisoryPublisher>,
 }
 
 impl fmt::Debug for SamplingDriver {
@@ -74,7 +80,7 @@ impl fmt::Debug for SamplingDriver {
     }
 }
 
-/// What was found in a message.
+/// The result of inspecting a message.
 #[derive(Debug, Default)]
 struct Looked {
     seq: u64,
@@ -84,7 +90,7 @@ struct Looked {
     time_ns: i64,
     size: u32,
     forced: bool,
-    verdict: Option<Verdict>,
+    verdict: Option<SamplingVerdict>,
 }
 
 impl Looked {
@@ -95,8 +101,8 @@ impl Looked {
 }
 
 impl SamplingDriver {
-    /// The sampling of a run that begins behind `position`, if the replication is sampled; and behind which message it
-    /// has to read. `saved` says how far the records hold; in `another` source stream none of that counts.
+    /// The sampling of a run that begins after `position`, if the replication is sampled; and the sequence after which
+    /// it has to read. `saved` says up to where the records hold; in `another` source stream they do not count.
     pub fn begin(
         job: &Job,
         position: u64,
@@ -126,50 +132,50 @@ impl SamplingDriver {
             written_at: now,
             next_write: now,
             write_failed: false,
-            post: Voice::new(replication, &job.site, sampling)
-                .map(|voice| Post::new(job, voice, sampling.is_reliable(), now)),
+            post: AdvisoryTemplate::new(replication, &job.site, sampling)
+                .map(|template| AdvisoryPublisher::new(job, template, sampling.is_reliable(), now)),
         };
         Some((sampler, from))
     }
 
-    /// Up to where the records hold.
+    /// Up to which source sequence the records hold.
     pub fn written_to(&self) -> u64 {
         self.samples.lock().written_to()
     }
 
-    /// What is known of senders, to be saved with the position.
-    pub fn sampled(&self) -> Sampled {
+    /// The state of the records, to be saved with the position.
+    pub fn sampled(&self) -> SenderRecords {
         let senders = self.samples.lock();
-        Sampled { written_to: senders.written_to(), unseen_from: senders.unseen_from() }
+        SenderRecords { written_to: senders.written_to(), unseen_from: senders.unseen_from() }
     }
 
-    /// Up to where a source that forgets may be told that messages are settled.
+    /// Up to where acks may be sent to a source that forgets.
     pub fn may_forget(&self, position: u64, now: Instant) -> u64 {
         may_forget(position, self.written_to(), now.duration_since(self.written_at))
     }
 
-    /// Whether a message settled before this run, and only sampling wants to see it.
+    /// Whether a message settled before this run, and is read for sampling only.
     pub fn is_replay(&self, seq: u64) -> bool {
         seq <= self.replay_to
     }
 
-    /// Whether the message is to be copied. Changes nothing; asked again about the same message, it is not looked into
+    /// Whether the message is to be copied. Changes nothing; a second call for the same message does not inspect it
     /// again.
     pub fn wants(&mut self, incoming: &Incoming<'_>) -> bool {
-        self.look(incoming);
+        self.inspect(incoming);
         let Some(verdict) = self.looked.verdict else { return true };
-        verdict != Verdict::Skip
+        verdict != SamplingVerdict::Skip
     }
 
-    fn look(&mut self, incoming: &Incoming<'_>) {
+    fn inspect(&mut self, incoming: &Incoming<'_>) {
         let (seq, time_ns) = (incoming.delivery.stream_seq, incoming.delivery.time_ns);
         let looked = &mut self.looked;
         if looked.seq == seq && looked.time_ns == time_ns {
             return;
         }
         let message = &incoming.message;
-        let is_told = self.post.is_some() && sampling::is_advisory(message.payload);
-        let sender = if is_told { None } else { self.inspector.sender(message) };
+        let is_advisory = self.post.is_some() && sampling::is_advisory(message.payload);
+        let sender = if is_advisory { None } else { self.inspector.sender(message) };
         looked.sender.clear();
         looked.sender.push_str(sender.as_deref().unwrap_or_default());
         looked.named = sender.is_some();
@@ -181,53 +187,53 @@ impl SamplingDriver {
             .then(|| self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner).verdict(&looked.sighting()));
     }
 
-    /// What became of the message that was asked about last.
-    pub fn took(&mut self, incoming: &Incoming<'_>, fate: Fate, status: &mut SamplingStatus) {
-        self.look(incoming);
+    /// Records the outcome of the message of the last call.
+    pub fn took(&mut self, incoming: &Incoming<'_>, fate: MessageOutcome, status: &mut SamplingStatus) {
+        self.inspect(incoming);
         let mut senders = self.samples.senders.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::take(&mut self.gap) {
             senders.begin_at(self.looked.time_ns);
         }
         if self.looked.named {
             senders.observe(&self.looked.sighting(), fate);
-            let forced = self.looked.verdict == Some(Verdict::Copy(Cause::Forced));
-            status.forced += u64::from(forced && fate == Fate::Sent);
+            let forced = self.looked.verdict == Some(SamplingVerdict::Copy(CopyCause::Forced));
+            status.forced += u64::from(forced && fate == MessageOutcome::Sent);
         } else {
             status.without_sender += 1;
             senders.advance(self.looked.time_ns);
         }
-        // The next one may be of the same sender.
+        // The next message may be of the same sender.
         self.looked.seq = 0;
     }
 
-    /// A message was left out unseen, because it is too old: so were those before it, and nobody counts as unseen for the
-    /// time before the next one.
+    /// A message was skipped without inspection because it is too old: so were those before it, and no sender counts as
+    /// unseen for the time before the next one.
     pub fn passed_over(&mut self) {
         self.gap = true;
     }
 
-    /// A message that settled before is read again. Where refused messages are left out, it may be one of those and not
+    /// A message that settled before is read again. If refused messages are skipped, it may be one of those and not
     /// at the target: then an extra copy is the lesser evil.
     pub fn replay(&mut self, incoming: &Incoming<'_>, may_be_refused: bool) {
-        self.look(incoming);
+        self.inspect(incoming);
         if let Some(replayed) = &mut self.replayed {
             *replayed = self.looked.seq;
         }
         if self.looked.named {
-            let fate = if may_be_refused { Fate::Passed } else { Fate::Stored };
+            let fate = if may_be_refused { MessageOutcome::Passed } else { MessageOutcome::Stored };
             self.samples.lock().replay(&self.looked.sighting(), fate);
         }
         self.looked.seq = 0;
     }
 
-    /// Everything up to `newest` was read; `all` says that nothing waits to be read.
+    /// Everything up to `newest` was read; `all` says that no message waits to be read.
     pub fn was_read(&mut self, newest: u64, all: bool) {
         if all || newest > self.replay_to {
             self.replayed = None;
         }
     }
 
-    /// Up to where the records may be said to hold once they are written.
+    /// Up to where the records hold once they are written.
     fn known(&self, position: u64) -> u64 {
         self.replayed.map_or(position, |replayed| position.min(replayed))
     }
@@ -237,7 +243,7 @@ impl SamplingDriver {
         self.samples.lock().settled(position);
     }
 
-    /// What is due: who is unseen, by the clock of the source server if there is nothing to read.
+    /// Finds senders that are unseen, by the clock of the source server if there is nothing to read.
     pub fn tick(&mut self, idle: bool, status: &mut SamplingStatus, now: Instant, source: &SourceClock) {
         if idle {
             let grace = i64::try_from(GRACE.as_nanos()).unwrap_or_default();
@@ -253,7 +259,7 @@ impl SamplingDriver {
         }
     }
 
-    /// Begins to write what is to be written, if nothing is being written and it is time. `position` is settled.
+    /// Begins a write if records are due and none is under way. `position` is settled.
     pub fn write(&mut self, position: u64, now: Instant) {
         let urgent = now >= self.written_at + WRITE_SOON && !self.write_failed && self.samples.lock().is_urgent();
         if self.writing.is_some() || (now < self.next_write && !urgent) {
@@ -273,13 +279,13 @@ impl SamplingDriver {
     }
 
     /// Drives a write that is under way and the connection for advisories.
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Moved> {
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<SamplingEvent> {
         if let Some((writing, _)) = &mut self.writing
             && let Poll::Ready(result) = writing.as_mut().poll(cx)
         {
-            return Poll::Ready(Moved::Wrote(self.wrote(result)));
+            return Poll::Ready(SamplingEvent::Wrote(self.wrote(result)));
         }
-        self.poll_post(cx).map(Moved::Heard)
+        self.poll_post(cx).map(SamplingEvent::Advisory)
     }
 
     fn wrote(&mut self, result: Result<(), store::Error>) -> u64 {
@@ -305,7 +311,7 @@ impl SamplingDriver {
         }
     }
 
-    /// Writes everything that is to be written and waits for it; nothing else happens to senders meanwhile.
+    /// Writes all records that are due and waits for it; no message is handled meanwhile.
     pub async fn finish(&mut self, position: u64, status: &mut SamplingStatus) {
         loop {
             if let Some((writing, _)) = &mut self.writing {
@@ -330,22 +336,22 @@ impl SamplingDriver {
         }
     }
 
-    fn poll_post(&mut self, cx: &mut Context<'_>) -> Poll<Heard> {
+    fn poll_post(&mut self, cx: &mut Context<'_>) -> Poll<AdvisoryEvent> {
         self.post.as_mut().map_or(Poll::Pending, |post| post.poll(cx))
     }
 
-    /// Takes note of what [`SamplingDriver::poll`] returned.
-    pub fn accept(&mut self, moved: Moved, status: &mut SamplingStatus, now: Instant) {
+    /// Handles the result of [`SamplingDriver::poll`].
+    pub fn accept(&mut self, moved: SamplingEvent, status: &mut SamplingStatus, now: Instant) {
         let heard = match moved {
-            Moved::Wrote(records) => return status.records_written += records,
-            Moved::Heard(heard) => heard,
+            SamplingEvent::Wrote(records) => return status.records_written += records,
+            SamplingEvent::Advisory(heard) => heard,
         };
         if let Some(post) = &mut self.post {
             post.accept(heard, &mut self.samples.lock(), status, now);
         }
     }
 
-    /// Publishes what can be published and waits until it is confirmed.
+    /// Publishes the advisories that can be published and waits until they are confirmed.
     pub async fn finish_post(&mut self, status: &mut SamplingStatus) {
         loop {
             let now = Instant::now();
@@ -354,13 +360,13 @@ impl SamplingDriver {
                 return;
             }
             let heard = poll_fn(|cx| self.poll_post(cx)).await;
-            self.accept(Moved::Heard(heard), status, Instant::now());
+            self.accept(SamplingEvent::Advisory(heard), status, Instant::now());
         }
     }
 
-    /// What is to be reported.
+    /// The events to report.
     pub fn take_events(&mut self) -> Vec<Event> {
-        let mut events = self.post.as_mut().map(Post::take_events).unwrap_or_default();
+        let mut events = self.post.as_mut().map(AdvisoryPublisher::take_events).unwrap_or_default();
         let mut senders = self.samples.lock();
         if senders.became_full() {
             let (replication, senders) = (&self.replication, senders.len() as u64);
@@ -373,7 +379,7 @@ impl SamplingDriver {
     }
 
     /// Brings the status up to date.
-    pub fn tell(&self, status: &mut SamplingStatus, now: Instant) {
+    pub fn update_status(&self, status: &mut SamplingStatus, now: Instant) {
         let senders = self.samples.lock();
         status.senders = senders.len() as u64;
         status.untracked = senders.untracked();
@@ -386,15 +392,15 @@ impl SamplingDriver {
 
 impl Drop for SamplingDriver {
     fn drop(&mut self) {
-        // Nobody knows whether what is being written will be.
+        // The outcome of the write that is under way is unknown.
         if let Some((_, write)) = self.writing.take() {
             self.samples.lock().not_wrote(&write);
         }
     }
 }
 
-/// Up to where a source that forgets may be told that messages are settled, `since` so long after the last time that
-/// the records of all senders were written.
+/// Up to where acks may be sent to a source that forgets, `since` the time when the records of all senders were last
+/// written.
 fn may_forget(position: u64, written_to: u64, since: Duration) -> u64 {
     if since > PATIENCE { position } else { position.min(written_to) }
 }

@@ -1,6 +1,5 @@
-//! What reads a source: consumers, the messages that they deliver, and what is known of the stream.
+//! Reads a source: consumers, the messages that they deliver, and the state of the stream.
 
-pub(in crate::copy) mod appetite;
 pub(crate) mod clock;
 pub(in crate::copy) mod consumers;
 pub(crate) mod durable;
@@ -11,6 +10,7 @@ pub(in crate::copy) mod locate;
 pub(in crate::copy) mod peek;
 pub(in crate::copy) mod reader;
 pub(in crate::copy) mod renewal;
+pub(in crate::copy) mod request_limit;
 pub(in crate::copy) mod retention;
 pub(in crate::copy) mod source_end;
 pub(in crate::copy) mod source_half;

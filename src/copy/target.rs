@@ -1,4 +1,4 @@
-//! What writes to a target: messages, the stream that stores them, and what is known to be there.
+//! Writes to a target: messages, the stream that stores them, and the copies that it has.
 
 pub(in crate::copy) mod batches;
 pub(crate) mod bridge;

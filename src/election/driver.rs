@@ -1,5 +1,5 @@
-//! The connection of a campaign: writes what the machine decides, hears what became of it, and connects again when it
-//! is lost.
+//! The connection of a campaign: writes as the machine decides, passes the results to it, and reconnects after an
+//! error.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ use crate::{boottime, names};
 /// The bucket's stream.
 const STREAM: &str = "KV_CHORIA_LEADER_ELECTION";
 
-/// How people make the bucket.
+/// The command that creates the bucket.
 const ADD: &str = "nats kv add CHORIA_LEADER_ELECTION --ttl 10s --replicas 3";
 
 /// TTLs that Choria's replicators campaign with.
@@ -41,7 +41,7 @@ const RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_s
 const INFO_ASKED: u32 = 3;
 const INFO_WAIT: Duration = Duration::from_secs(2);
 
-/// A question that a login may be forbidden to ask: then it is not asked again.
+/// A request that a login may be forbidden to send: then it is not repeated.
 #[derive(Debug)]
 struct ElectionQuestion {
     /// End of its subject.
@@ -54,7 +54,7 @@ impl ElectionQuestion {
         Self { what: format!("{what}.{STREAM}"), allowed: true }
     }
 
-    /// Whether this error tells that it may not be asked.
+    /// Whether this error shows that the request is forbidden.
     fn is_refused_by(&mut self, error: &Error) -> bool {
         let denied = error.message.to_ascii_lowercase().contains("permissions violation for publish");
         let refused = self.allowed && denied && error.message.contains(&self.what);
@@ -74,16 +74,16 @@ pub(super) struct CampaignDriver {
     /// For the entry at the key.
     last: ElectionQuestion,
     retry: Backoff,
-    /// What went wrong last, until it is over.
+    /// The last error, until it is over.
     error: Option<String>,
 }
 
-/// A lane on which the bucket is written, and what waits for an answer on it.
-struct Booth {
+/// A lane on which the bucket is written, and the pending requests on it.
+struct BucketConnection {
     lane: Lane,
     /// Subject that writes go to.
     subject: String,
-    /// The write that is on its way.
+    /// The write in flight.
     write: String,
     /// The pending request for the entry at the key.
     read: String,
@@ -101,20 +101,20 @@ impl CampaignDriver {
         Self { dial, place, election, machine, told, info, last, retry: RETRY, error: None }
     }
 
-    /// Until the stop.
+    /// Runs until the stop.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         while let Err(error) = self.session(&stop).await {
             self.machine.disconnected();
             if self.info.is_refused_by(&error) || self.last.is_refused_by(&error) {
                 debug!(election = self.election.key, "continues without a request that is not permitted: {error}");
-                self.tell(&error.message);
+                self.publish_state(&error.message);
                 continue;
             }
             if self.error.as_ref() != Some(&error.message) {
                 warn!(election = self.election.key, "does not stand for election: {error}");
                 self.error = Some(error.message.clone());
             }
-            self.tell(&error.message);
+            self.publish_state(&error.message);
             let pause = self.retry.next(rand::random());
             if stop.run_until_cancelled(sleep(pause)).await.is_none() {
                 return;
@@ -125,12 +125,12 @@ impl CampaignDriver {
     /// One connection, until the stop; any other end is an error.
     async fn session(&mut self, stop: &CancellationToken) -> Result<(), Error> {
         let opened = stop.run_until_cancelled(self.open()).await;
-        let Some(mut booth) = opened.transpose()? else { return Ok(()) };
+        let Some(mut bucket) = opened.transpose()? else { return Ok(()) };
         loop {
             let now = boottime::now();
             let next = match self.machine.step(now) {
                 ElectionStep::Write(revision) => {
-                    booth.write(&self.election.candidate, revision);
+                    bucket.write(&self.election.candidate, revision);
                     continue;
                 }
                 ElectionStep::Overdue => {
@@ -138,32 +138,32 @@ impl CampaignDriver {
                 }
                 ElectionStep::Wait(next) => next,
             };
-            self.tell("no write was confirmed in time");
+            self.publish_state("no write was confirmed in time");
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                turn = booth.lane.turn() => if let Turn::Received(batch) = turn? { self.hear(&mut booth, &batch)? },
+                turn = bucket.lane.turn() => if let Turn::Received(batch) = turn? { self.hear(&mut bucket, &batch)? },
                 () = sleep_until(boottime::for_timers(next)) => {}
             }
         }
         self.told.send_modify(|led| led.until = None);
-        if timeout(LAST_WORDS, self.leave(&mut booth)).await.is_err() {
+        if timeout(LAST_WORDS, self.leave(&mut bucket)).await.is_err() {
             debug!(election = self.election.key, "the key was not freed in time");
         }
         Ok(())
     }
 
-    /// Connects, and learns the terms of the bucket as far as that is allowed.
-    async fn open(&mut self) -> Result<Booth, Error> {
+    /// Connects, and reads the terms of the bucket as far as that is allowed.
+    async fn open(&mut self) -> Result<BucketConnection, Error> {
         let name = format!("{} election {}", names::PROGRAM, self.election.key);
         let mut lane = self.dial.dial(&self.place, &name).await?;
         let terms = if self.info.allowed { self.terms(&mut lane).await? } else { Terms::unknown() };
-        // The way of all KV clients, and what servers map a domain's subjects by.
+        // The subjects of all KV clients, which servers map to a domain's.
         let api = lane.api_prefix();
         let prefix = if api == DEFAULT_API_PREFIX { String::new() } else { format!("{api}.") };
         let subject = format!("{prefix}{}", self.key_subject());
         self.machine.connected(terms, boottime::now());
-        Ok(Booth { lane, subject, write: String::new(), read: String::new() })
+        Ok(BucketConnection { lane, subject, write: String::new(), read: String::new() })
     }
 
     /// Subject of the key as it is stored.
@@ -179,12 +179,12 @@ impl CampaignDriver {
             asked += 1;
             match timeout(INFO_WAIT, answer_to(lane, &request)).await {
                 Ok(answer) => break answer?,
-                // While the stream has no leader nobody answers, whoever leads then.
+                // While the stream has no leader there is no answer.
                 Err(_) if asked < INFO_ASKED => {}
                 Err(_) => return Err(Error::retry(format!("no answer about bucket `{BUCKET}`"))),
             }
         };
-        // Where only the bucket is imported, nobody answers for its stream.
+        // Where only the bucket is imported, no server answers for its stream.
         let Some(answer) = answer else { return Ok(Terms::unknown()) };
         match decode::<StreamInfo>(&answer) {
             Ok(info) => terms_of(&info),
@@ -195,14 +195,14 @@ impl CampaignDriver {
         }
     }
 
-    /// Takes what arrived.
-    fn hear(&mut self, booth: &mut Booth, batch: &Batch) -> Result<(), Error> {
-        if let Some(answer) = answer_in(batch, &booth.read)
+    /// Handles the messages of a batch.
+    fn hear(&mut self, bucket: &mut BucketConnection, batch: &Batch) -> Result<(), Error> {
+        if let Some(answer) = answer_in(batch, &bucket.read)
             && let Some(revision) = marker_in(answer)
         {
             self.machine.saw_marker(revision, boottime::now());
         }
-        let Some(answer) = answer_in(batch, &booth.write).filter(|_| self.machine.is_writing()) else { return Ok(()) };
+        let Some(answer) = answer_in(batch, &bucket.write).filter(|_| self.machine.is_writing()) else { return Ok(()) };
         let written = written(answer)?;
         let stood = self.machine.held().is_none();
         self.machine.written(written, boottime::now(), rand::random());
@@ -211,34 +211,34 @@ impl CampaignDriver {
             info!(election = self.election.key, "stands for election again");
         }
         if written == ElectionWrite::Conflict {
-            self.tell("the key was deleted, or is another candidate's");
-            // Who just lost it leaves others the first chance.
+            self.publish_state("the key was deleted, or is another candidate's");
+            // A candidate that just lost the key leaves others the first chance.
             if stood && self.last.allowed {
-                booth.ask(&self.last.what, &self.key_subject());
+                bucket.request_entry(&self.last.what, &self.key_subject());
             }
         }
         Ok(())
     }
 
-    /// Frees the key if it is ours.
-    async fn leave(&mut self, booth: &mut Booth) {
+    /// Releases the key if it is ours.
+    async fn leave(&mut self, bucket: &mut BucketConnection) {
         let mut freeing = false;
         loop {
-            // What is on its way may make it ours, and tells its revision.
+            // A write in flight may make it ours, and its answer has the revision.
             if !self.machine.is_writing() && !freeing {
                 let Some(revision) = self.machine.held() else { return };
-                booth.free(revision);
+                bucket.free(revision);
                 freeing = true;
             }
-            let heard = match booth.lane.turn().await {
+            let heard = match bucket.lane.turn().await {
                 Ok(Turn::Flushed) => continue,
-                Ok(Turn::Received(batch)) if freeing => match answer_in(&batch, &booth.write) {
+                Ok(Turn::Received(batch)) if freeing => match answer_in(&batch, &bucket.write) {
                     Some(answer) => {
                         return debug!(election = self.election.key, "freed the key: {:?}", written(answer));
                     }
                     None => continue,
                 },
-                Ok(Turn::Received(batch)) => self.hear(booth, &batch),
+                Ok(Turn::Received(batch)) => self.hear(bucket, &batch),
                 Err(error) => Err(error),
             };
             if let Err(error) = heard {
@@ -247,8 +247,8 @@ impl CampaignDriver {
         }
     }
 
-    /// Publishes how it stands; `reason` says why it is over if it is.
-    fn tell(&mut self, reason: &str) {
+    /// Publishes the state; `reason` says why leadership ended if it has.
+    fn publish_state(&mut self, reason: &str) {
         let now = boottime::now();
         let (election, candidate) = (&self.election.key, &self.election.candidate);
         let led = Leadership {
@@ -270,25 +270,25 @@ impl CampaignDriver {
     }
 }
 
-impl Booth {
+impl BucketConnection {
     fn write(&mut self, candidate: &str, revision: u64) {
         self.write = self.lane.send_request_with(&self.subject, &header_block(revision, ""), candidate.as_bytes());
     }
 
-    /// Leaves the marker of a deletion.
+    /// Deletes the key, which leaves a marker.
     fn free(&mut self, revision: u64) {
         let block = header_block(revision, "KV-Operation: DEL\r\n");
         self.write = self.lane.send_request_with(&self.subject, &block, b"");
     }
 
     /// Requests the entry at the key.
-    fn ask(&mut self, what: &str, key_subject: &str) {
+    fn request_entry(&mut self, what: &str, key_subject: &str) {
         let body = json!({ "last_by_subj": key_subject }).to_string();
         self.read = self.lane.send_request(&format!("{}.{what}", self.lane.api_prefix()), body.as_bytes());
     }
 }
 
-/// Waits for an answer; `None` if nobody is there to give one.
+/// Waits for an answer; `None` if there are no responders.
 async fn answer_to(lane: &mut Lane, request: &str) -> Result<Option<Bytes>, Error> {
     loop {
         if let Turn::Received(batch) = lane.turn().await?
@@ -303,7 +303,7 @@ fn header_block(revision: u64, more: &str) -> Vec<u8> {
     format!("NATS/1.0\r\n{more}Nats-Expected-Last-Subject-Sequence: {revision}\r\n\r\n").into_bytes()
 }
 
-/// The terms of a bucket that Choria's replicators would take.
+/// The terms of a bucket that Choria's replicators would accept.
 fn terms_of(info: &StreamInfo) -> Result<Terms, Error> {
     let ttl = Duration::from_nanos(info.config.get("max_age").and_then(Value::as_u64).unwrap_or_default());
     if (TTL_MIN..=TTL_MAX).contains(&ttl) {
@@ -313,7 +313,7 @@ fn terms_of(info: &StreamInfo) -> Result<Terms, Error> {
     Err(Error::hold(format!("bucket `{BUCKET}` {is}, and 1 s to 1 h is right, as made by `{ADD}`")))
 }
 
-/// What the answer to a write tells; an error where its fate is not known, or where nothing can be written.
+/// Parses the answer to a write; an error if the outcome is unknown, or if writes are impossible.
 fn written(answer: Result<&[u8], Error>) -> Result<ElectionWrite, Error> {
     let answer = answer.map_err(|_| {
         let message =

@@ -1,7 +1,7 @@
 //! The rules of Choria's leader election. Pure: the caller passes in the time and random numbers, writes, and passes in
 //! the results.
 //!
-//! The name at the key is that of the leader, for as long as it is written again before the bucket's TTL removes it.
+//! The name at the key is that of the leader, for as long as it is rewritten before the bucket's TTL removes it.
 //! The creator of the key has won; it leads from the second write on, and a little later, so that a former leader has
 //! detected its end. A write that fails ends that at once. One rule is ours alone: without a confirmed write for most
 //! of the TTL a process does not lead either, or one that was stopped for a while would continue while another one
@@ -18,7 +18,7 @@ const GRACE: Duration = Duration::from_millis(200);
 /// Deadline for the answer to a write.
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
 
-/// What is taken for the bucket's TTL where it may not be read: the shortest that Choria's own library campaigns with.
+/// Assumed TTL of a bucket whose TTL may not be read: the shortest that Choria's own library campaigns with.
 const UNKNOWN_TTL: Duration = Duration::from_secs(4);
 
 /// Times that follow from the TTL of the bucket.
@@ -43,14 +43,14 @@ impl Terms {
     }
 }
 
-/// What to do now.
+/// The next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ElectionStep {
-    /// Write our name if the key is at this revision, 0 for none, and tell what became of it.
+    /// Write our name if the key is at this revision, 0 for none, and report the result.
     Write(u64),
-    /// The write before will not be answered any more.
+    /// The pending write will not be answered any more.
     Overdue,
-    /// Nothing before this time, without a new observation.
+    /// No step before this time, without a new observation.
     Wait(Instant),
 }
 
@@ -63,7 +63,7 @@ pub(super) enum ElectionWrite {
     Conflict,
 }
 
-/// How often we wrote, or tried to.
+/// Number of writes, attempts included.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Campaigns {
     /// While the key was not ours.
@@ -72,7 +72,7 @@ pub struct Campaigns {
     pub leader: u64,
 }
 
-/// One candidate.
+/// The state of one candidate.
 #[derive(Debug)]
 pub(super) struct ElectionMachine {
     terms: Terms,
@@ -82,7 +82,7 @@ pub(super) struct ElectionMachine {
     /// When the next one is due.
     next: Instant,
     interval: Duration,
-    /// Attempts to win that failed, one after the other.
+    /// Failed attempts to win in a row.
     failed: usize,
     campaigns: Campaigns,
 }
@@ -90,7 +90,7 @@ pub(super) struct ElectionMachine {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CampaignState {
     /// The key is not ours as far as we know. It is free if it is at this revision: 0 if there is none, that of a
-    /// marker of a deletion, or that of our own last write when it was lost sight of.
+    /// marker of a deletion, or that of our own last write before the connection was lost.
     Candidate { free_at: u64 },
     /// The key is ours.
     Holder {
@@ -122,13 +122,13 @@ impl ElectionMachine {
         self.next = now;
     }
 
-    /// The connection is gone, and with it what was on its way.
+    /// The connection is lost, and the result of a write in flight with it.
     pub(super) fn disconnected(&mut self) {
         self.writing = None;
         self.stand_down();
     }
 
-    /// What is due.
+    /// The step that is due.
     pub(super) fn step(&mut self, now: Instant) -> ElectionStep {
         self.expire(now);
         if let Some(sent) = self.writing {
@@ -151,7 +151,7 @@ impl ElectionMachine {
         }
     }
 
-    /// What became of the write that was due; `random` is uniform in `0.0..1.0`.
+    /// Handles the result of a write; `random` is uniform in `0.0..1.0`.
     pub(super) fn written(&mut self, written: ElectionWrite, now: Instant, random: f64) {
         let Some(sent) = self.writing.take() else { return };
         self.state = match (self.state, written) {
@@ -179,7 +179,7 @@ impl ElectionMachine {
         self.expire(now);
     }
 
-    /// At the key lies nothing but the marker of a deletion: it is free, and the next write is due.
+    /// The key has only the marker of a deletion: it is free, and the next write is due.
     pub(super) fn saw_marker(&mut self, revision: u64, now: Instant) {
         if let (CampaignState::Candidate { free_at }, None) = (&mut self.state, self.writing) {
             *free_at = revision;
@@ -212,12 +212,12 @@ impl ElectionMachine {
         self.interval
     }
 
-    /// How often was written.
+    /// Number of writes.
     pub(super) fn campaigns(&self) -> Campaigns {
         self.campaigns
     }
 
-    /// Nothing was confirmed for too long.
+    /// Ends leadership without a confirmed write for too long.
     fn expire(&mut self, now: Instant) {
         if let CampaignState::Holder { confirmed, .. } = self.state
             && now >= confirmed + self.terms.lease
@@ -226,7 +226,7 @@ impl ElectionMachine {
         }
     }
 
-    /// Nobody else can have written the key while it is at our revision, so it may be taken again from there.
+    /// No other candidate can have written the key while it is at our revision, so it can be taken again from there.
     fn stand_down(&mut self) {
         if let CampaignState::Holder { revision, .. } = self.state {
             self.state = CampaignState::Candidate { free_at: revision };

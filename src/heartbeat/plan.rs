@@ -1,10 +1,10 @@
-//! What should be published: the newest valid revision in the configuration bucket, else what the file says.
+//! The plan: the newest valid revision in the configuration bucket, else the document in the file.
 
 use bytes::Bytes;
 use serde_json::Value;
 use tracing::warn;
 
-use super::{Deps, Rejected, View};
+use super::{HeartbeatDeps, RefusedHeartbeats, View};
 use crate::{
     allow::AllowList,
     config::{self, Heartbeats, Json},
@@ -13,14 +13,14 @@ use crate::{
     store::{CONFIG_HISTORY, ConfigStore, MarkKind, Stored, Trouble},
 };
 
-/// What should run.
+/// The heartbeats to publish.
 #[derive(Debug)]
 pub(super) struct HeartbeatPlan {
     pub(super) heartbeats: Option<Heartbeats>,
     pub(super) view: View,
 }
 
-/// Turns what lies in the bucket into a plan.
+/// Makes a plan of the stored document.
 #[derive(Debug)]
 pub(super) struct HeartbeatPlanner {
     config: ConfigStore,
@@ -28,12 +28,12 @@ pub(super) struct HeartbeatPlanner {
     file: Value,
     /// The newest valid revision in the bucket that is known.
     valid: Option<Valid>,
-    /// The document that was kept beside wrong ones.
+    /// The valid document that was kept beside rejected ones.
     kept: Option<Bytes>,
     trouble: Trouble,
 }
 
-/// Heartbeats from the bucket that can run.
+/// Valid heartbeats from the bucket.
 #[derive(Debug, Clone)]
 struct Valid {
     revision: u64,
@@ -43,7 +43,7 @@ struct Valid {
 }
 
 impl HeartbeatPlanner {
-    pub(super) fn new(deps: &Deps) -> Self {
+    pub(super) fn new(deps: &HeartbeatDeps) -> Self {
         let (config, rules, file) = (deps.config.clone(), deps.rules.clone(), deps.file.clone());
         let trouble = Trouble::new("older revisions of the heartbeats cannot be read");
         Self { config, rules, file, valid: None, kept: None, trouble }
@@ -54,7 +54,7 @@ impl HeartbeatPlanner {
         matches!(self.rules.parse_heartbeats(&self.file), Ok(Some(_)))
     }
 
-    /// The plan for what lies in the bucket now. Dropped, it can be asked for again.
+    /// The plan for the stored document of now. A call that is dropped can be repeated.
     pub(super) async fn plan(&mut self, newest: &Stored) -> HeartbeatPlan {
         let revision = newest.revision;
         let Some(written) = &newest.value else {
@@ -66,7 +66,7 @@ impl HeartbeatPlanner {
                 self.valid = Some(Valid { revision, written: written.clone(), document, heartbeats });
                 None
             }
-            // Somebody wrote by hand what removes them by request.
+            // A document that removes them by request was written by hand.
             Ok((_, None)) => {
                 self.forget();
                 return self.file_or_nothing(revision, None);
@@ -76,7 +76,7 @@ impl HeartbeatPlanner {
                     self.valid = self.newest_valid().await;
                 }
                 self.keep();
-                Some(Rejected::new(revision, document, problems))
+                Some(RefusedHeartbeats::new(revision, document, problems))
             }
         };
         let Some(Valid { revision: runs, document, heartbeats, .. }) = self.valid.clone() else {
@@ -86,7 +86,7 @@ impl HeartbeatPlanner {
         HeartbeatPlan { heartbeats: Some(heartbeats), view }
     }
 
-    fn file_or_nothing(&self, seen: u64, rejected: Option<Rejected>) -> HeartbeatPlan {
+    fn file_or_nothing(&self, seen: u64, rejected: Option<RefusedHeartbeats>) -> HeartbeatPlan {
         let heartbeats = self.rules.parse_heartbeats(&self.file).unwrap_or_else(|problems| {
             // A folder that the rules name may have changed since the start.
             warn!("the heartbeats of the file are not published: {problems}");
@@ -99,7 +99,7 @@ impl HeartbeatPlanner {
         HeartbeatPlan { heartbeats, view: View { origin, revision: None, document, rejected, seen } }
     }
 
-    /// After a removal nothing older comes back.
+    /// After a removal no older document returns.
     fn forget(&mut self) {
         (self.valid, self.kept) = (None, None);
         let config = self.config.clone();
@@ -110,7 +110,7 @@ impl HeartbeatPlanner {
         });
     }
 
-    /// Keeps what runs beside what cannot: the bucket forgets it when wrong revisions are many.
+    /// Keeps the running document beside rejected ones: the bucket forgets it after many rejected revisions.
     fn keep(&mut self) {
         let Some(written) = self.valid.as_ref().map(|valid| valid.written.clone()) else { return };
         if self.kept.as_ref() == Some(&written) {
@@ -133,7 +133,7 @@ impl HeartbeatPlanner {
             }
         };
         let mut all: Vec<_> = history.into_iter().map(|entry| (entry.revision, entry.value)).collect();
-        // The history may reach no further back than the last edits that were all wrong.
+        // The history may contain only the last edits that were all rejected.
         while all.len() >= CONFIG_HISTORY {
             match self.config.marked(HEARTBEATS_KEY, MarkKind::Valid).await {
                 Ok(kept) => {
@@ -151,9 +151,9 @@ impl HeartbeatPlanner {
     }
 }
 
-type Read = Result<(Value, Option<Heartbeats>), (Value, config::Problems)>;
+type ReadHeartbeats = Result<(Value, Option<Heartbeats>), (Value, config::Problems)>;
 
-fn read(rules: &AllowList, written: &[u8]) -> Read {
+fn read(rules: &AllowList, written: &[u8]) -> ReadHeartbeats {
     let json = Json::read(written).map_err(|problems| (Value::Null, problems))?;
     let document = json.value.clone();
     let result = rules.parse_heartbeats(&document);

@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{Deps, board::HeartbeatStats};
+use super::{HeartbeatDeps, stats::HeartbeatStats};
 use crate::{
     allow::AllowList,
     config::{Heartbeat, Heartbeats},
@@ -31,7 +31,7 @@ const ACK_WAIT: Duration = Duration::from_secs(2);
 /// Between attempts to connect.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
 
-/// What comes of one heartbeat: which subject, how long it took, and why it is not stored if it is not.
+/// The outcome of one heartbeat: which subject, how long it took, and why it is not stored if it is not.
 type BeatOutcome = (usize, Duration, Result<(), String>);
 
 pub(super) struct Publisher {
@@ -39,7 +39,7 @@ pub(super) struct Publisher {
     rules: AllowList,
     election: Election,
     host: String,
-    board: Arc<HeartbeatStats>,
+    stats: Arc<HeartbeatStats>,
     link: Link,
     beats: Vec<Beat>,
     sent: FuturesUnordered<BoxFuture<'static, BeatOutcome>>,
@@ -48,14 +48,14 @@ pub(super) struct Publisher {
 /// One subject.
 struct Beat {
     due: Instant,
-    /// One is to be published as soon as that is possible.
+    /// A heartbeat is to be published as soon as possible.
     owed: bool,
     /// The last one was not stored.
     failing: bool,
 }
 
 impl Publisher {
-    pub(super) fn new(deps: &Deps, heartbeats: Heartbeats, board: Arc<HeartbeatStats>) -> Self {
+    pub(super) fn new(deps: &HeartbeatDeps, heartbeats: Heartbeats, stats: Arc<HeartbeatStats>) -> Self {
         let now = Instant::now();
         let beat = |one: &Heartbeat| Beat { due: now + one.interval, owed: true, failing: false };
         let name = format!("{} {}/{} heartbeats", names::PROGRAM, deps.site, deps.instance);
@@ -63,7 +63,7 @@ impl Publisher {
             rules: deps.rules.clone(),
             election: Election::of_heartbeats(&deps.site, &deps.host),
             host: deps.host.clone(),
-            board,
+            stats,
             link: Link::new(deps.rules.clone(), heartbeats.place.clone(), name),
             beats: heartbeats.subjects.iter().map(beat).collect(),
             sent: FuturesUnordered::new(),
@@ -71,14 +71,14 @@ impl Publisher {
         }
     }
 
-    /// Until the stop. What is on its way then is not waited for.
+    /// Publishes until the stop. Heartbeats in flight are not awaited then.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         let campaign = self.heartbeats.leader_election.then(|| {
             let (dial, place) = (Arc::new(self.rules.clone()), self.heartbeats.place.clone());
             Campaign::start(dial, place, self.election.clone())
         });
         if let Some(campaign) = &campaign {
-            self.board.stands(campaign.poll());
+            self.stats.stands(campaign.poll());
         }
         let right = Right { led: campaign.as_ref().map(Campaign::led), over: false };
         stop.run_until_cancelled(self.publish(right)).await;
@@ -89,13 +89,13 @@ impl Publisher {
     }
 
     async fn publish(&mut self, mut right: Right) {
-        // Who wins begins with a heartbeat on each subject.
+        // The winner begins with a heartbeat on each subject.
         let mut led = None;
         loop {
             let now = Instant::now();
             let leads = right.holds(now);
             if led != Some(leads) {
-                self.board.paused(!leads);
+                self.stats.paused(!leads);
                 self.beats.iter_mut().for_each(|beat| beat.owed = leads);
                 led = Some(leads);
             }
@@ -114,21 +114,21 @@ impl Publisher {
         }
     }
 
-    /// What is due now is owed. Whoever does not lead owes nothing.
+    /// Marks subjects that are due as owed. Without leadership none is owed.
     fn tick(&mut self, leads: bool, now: Instant) {
         let connected = self.link.session().is_some();
         for (index, (beat, one)) in self.beats.iter_mut().zip(&self.heartbeats.subjects).enumerate() {
             if beat.due > now {
                 continue;
             }
-            // After a pause of the process those that were missed are not made up for.
+            // After a pause of the process the missed ones are not made up for.
             while beat.due <= now {
                 beat.due += one.interval;
             }
             beat.owed = leads;
             if leads && !connected {
-                // The link has told why.
-                self.board.count(index, |numbers| numbers.errors += 1);
+                // The link has reported the reason.
+                self.stats.count(index, |numbers| numbers.errors += 1);
             }
         }
     }
@@ -152,7 +152,7 @@ impl Publisher {
                 if std::mem::take(&mut beat.failing) {
                     info!(subject, "heartbeats are stored again");
                 }
-                self.board.count(index, |numbers| {
+                self.stats.count(index, |numbers| {
                     numbers.published += 1;
                     numbers.times.observe(time.as_secs_f64(), 1);
                 });
@@ -165,13 +165,13 @@ impl Publisher {
                 } else {
                     warn!(subject, "a heartbeat was not stored: {error}{refusal}");
                 }
-                self.board.count(index, |numbers| numbers.errors += 1);
+                self.stats.count(index, |numbers| numbers.errors += 1);
             }
         }
     }
 }
 
-/// Whether we may publish.
+/// Whether this process may publish.
 struct Right {
     /// Where an election decides that.
     led: Option<watch::Receiver<Leadership>>,
@@ -184,7 +184,7 @@ impl Right {
         self.led.as_mut().is_none_or(|led| !self.over && led.borrow_and_update().leads(now))
     }
 
-    /// When it ends if nothing more is heard.
+    /// When it ends without further news.
     fn until(&self) -> Option<Instant> {
         self.led.as_ref().and_then(|led| led.borrow().until).filter(|until| *until > Instant::now())
     }
@@ -197,13 +197,13 @@ impl Right {
     }
 }
 
-/// The connection: made again and again for as long as it is wanted.
+/// The connection: opened again and again while it is needed.
 struct Link {
     rules: AllowList,
     place: ServerRef,
     name: String,
     retry: Backoff,
-    /// What went wrong last, until it is over.
+    /// The last error, until it is over.
     told: String,
     state: BeatState,
 }
@@ -234,7 +234,7 @@ impl Link {
         }
     }
 
-    /// Waits until the connection is up, or down. Nothing is lost when this is dropped.
+    /// Waits until the connection is up, or down. Dropping the future loses nothing.
     async fn change(&mut self) {
         let server = &self.place;
         match &mut self.state {

@@ -1,4 +1,4 @@
-//! Brings the machine what is seen in the lease bucket, and does what it says.
+//! Passes the changes of the lease bucket to the machine, and carries out its actions.
 
 use std::{collections::HashMap, fmt, time::Duration};
 
@@ -15,8 +15,8 @@ use tracing::{debug, info, warn};
 
 use super::{
     grant::{Grant, Validity},
-    machine::{Action, Machine, Renewal, Settings},
-    process::{self, Identity},
+    machine::{LeaseAction, LeaseSettings, Machine, RenewalOutcome},
+    process::{self, ProcessIdentity},
     sessions::Sessions,
 };
 use crate::{
@@ -24,7 +24,7 @@ use crate::{
     store::{Error, LeaseChange, LeaseRecord, LeaseStore, PositionStore, SessionRecord, Trouble, Written, follow},
 };
 
-/// How often what others left is cleared away.
+/// How often records that other instances left are removed.
 const CLEAR_EVERY: Duration = Duration::from_secs(15);
 /// Deadline for releases and the last announcements.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -33,7 +33,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub fn start(
     store: LeaseStore,
     positions: PositionStore,
-    identity: Identity,
+    identity: ProcessIdentity,
     ttl: Duration,
     standalone: bool,
 ) -> (Leases, Driver) {
@@ -42,19 +42,19 @@ pub fn start(
     (leases.clone(), Driver { leases, stop, task: tokio::spawn(work) })
 }
 
-/// Enters the group as [`start`] does, without a task of its own: leases are held while the future is polled. It ends
-/// when this instance may do nothing more, and says why, or some time after the stop.
+/// Enters the group as [`start`] does, without a task of its own: leases are held while the future is polled. The future
+/// ends when this instance may no longer act, and returns the reason, or some time after the stop.
 pub fn enter(
     store: LeaseStore,
     positions: PositionStore,
-    identity: Identity,
+    identity: ProcessIdentity,
     ttl: Duration,
     standalone: bool,
     stop: CancellationToken,
 ) -> (Leases, impl Future<Output = Option<String>> + Send) {
     let now = boottime::now();
     let session = entropy::name();
-    let settings = Settings { instance: identity.instance.clone(), ttl, standalone };
+    let settings = LeaseSettings { instance: identity.instance.clone(), ttl, standalone };
     let record = SessionRecord {
         version: 1,
         instance: identity.instance,
@@ -101,7 +101,7 @@ pub fn enter(
     (leases, work.run(stop))
 }
 
-/// The running driver, for the one who stops it.
+/// The running driver, for its owner, which stops it.
 #[derive(Debug)]
 pub struct Driver {
     leases: Leases,
@@ -110,7 +110,7 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Waits until this instance may do nothing more, and says why. Without a reason it never is.
+    /// Waits until this instance may no longer act, and returns the reason. Waits forever if there is none.
     pub async fn ended(&mut self) -> String {
         match (&mut self.task).await {
             Ok(reason) => reason.unwrap_or_else(|| "the leases are not looked after any more".to_owned()),
@@ -123,7 +123,7 @@ impl Driver {
         self.leases.leave();
     }
 
-    /// Releases what is held, and removes the session. What runs under a grant must have ended.
+    /// Releases the leases and removes the session. All work under a grant must have ended.
     pub async fn stop(self) {
         self.stop.cancel();
         if !self.task.is_finished() {
@@ -132,7 +132,7 @@ impl Driver {
     }
 }
 
-/// What others may ask of the leases; cheap to clone.
+/// The leases as the rest of the service uses them; cheap to clone.
 #[derive(Clone)]
 pub struct Leases {
     commands: mpsc::UnboundedSender<DriverCommand>,
@@ -148,8 +148,8 @@ impl fmt::Debug for Leases {
 }
 
 impl Leases {
-    /// From now on a replication may run here, when it is granted.
-    pub fn seat(&self, id: &str) -> Candidacy {
+    /// From now on this instance competes for the lease of a replication.
+    pub fn candidacy(&self, id: &str) -> Candidacy {
         let (sender, grants) = watch::channel(None);
         let _ = self.commands.send(DriverCommand::Want { id: id.to_owned(), sender });
         Candidacy { id: id.to_owned(), commands: self.commands.clone(), grants, last: 0 }
@@ -161,17 +161,17 @@ impl Leases {
         let _ = self.commands.send(DriverCommand::Leave);
     }
 
-    /// Whether what is granted here may run now.
+    /// Whether work under the grants of this instance may run now.
     pub fn hold(&self) -> bool {
         self.term.holds_now()
     }
 
-    /// Processes that were heard of.
+    /// The sessions of all instances, as last received.
     pub fn sessions(&self) -> watch::Ref<'_, Sessions> {
         self.sessions.borrow()
     }
 
-    /// Asks whoever has the lease of a replication to hand over; returns who that is, or `None` if nobody has it.
+    /// Asks the holder of a lease to hand it over; returns the holder, or `None` if there is none.
     pub async fn step_down(&self, id: &str) -> Result<Option<String>, Error> {
         loop {
             let (record, revision) = self.store.lease(id).await?;
@@ -188,14 +188,13 @@ impl Leases {
         Ok(self.store.lease(id).await?.1)
     }
 
-    /// Removes the lease of a replication that is not there any more, with its epoch, unless it was written again after
-    /// this revision.
+    /// Removes the lease of a deleted replication, with its epoch, unless it was written again after this revision.
     pub async fn forget(&self, id: &str, revision: u64) -> Result<(), Error> {
         self.store.forget_lease(id, revision).await
     }
 }
 
-/// The wish of this instance to run a replication.
+/// This instance competes for the lease of a replication, until this is dropped.
 #[derive(Debug)]
 pub struct Candidacy {
     id: String,
@@ -206,20 +205,20 @@ pub struct Candidacy {
 }
 
 impl Candidacy {
-    /// Waits for the right to run; for ever if another instance keeps it.
+    /// Waits for the lease; forever if another instance keeps it.
     pub async fn granted(&mut self) -> Grant {
         let last = self.last;
         let newer = |grant: &Option<Grant>| grant.as_ref().is_some_and(|grant| grant.epoch > last);
         let Some(grant) = self.grants.wait_for(newer).await.ok().and_then(|grant| grant.clone()) else {
-            // Nobody looks after the leases any more; the stop is on its way.
+            // The driver has ended: the stop follows.
             return std::future::pending().await;
         };
         self.last = grant.epoch;
         grant
     }
 
-    /// What ran under the last grant has ended; if it is ours still, it is granted again, with a greater epoch, after
-    /// `pause`.
+    /// The work under the last grant has ended. If the lease is still ours, it is granted again after `pause`, with a
+    /// greater epoch.
     pub fn ended(&self, pause: Duration) {
         let _ = self.commands.send(DriverCommand::Ended { id: self.id.clone(), pause });
     }
@@ -239,9 +238,9 @@ enum DriverCommand {
     Leave,
 }
 
-/// What became of an operation.
+/// The result of an operation.
 enum Completed {
-    Renewed { outcome: Renewal, revision: Option<u64>, taken: Option<SessionRecord>, error: Option<Error> },
+    Renewed { outcome: RenewalOutcome, revision: Option<u64>, taken: Option<SessionRecord>, error: Option<Error> },
     Looked { instance: String, found: Result<(Option<SessionRecord>, u64), Error> },
     Wrote { id: String, done: bool, found: Option<(LeaseRecord, u64)> },
     Forgot { instance: String, revision: u64 },
@@ -253,7 +252,7 @@ struct DriverTask {
     store: LeaseStore,
     positions: PositionStore,
     record: SessionRecord,
-    /// Of our session; `None` when it has to be read first.
+    /// Revision of our session; `None` when it has to be read first.
     revision: Option<u64>,
     /// Last confirmed revision of our session.
     confirmed: Option<u64>,
@@ -270,14 +269,14 @@ struct DriverTask {
     _follower: AbortOnDropHandle<()>,
 }
 
-/// A grant, seen from the driver.
+/// A grant, as the driver sees it.
 struct GrantSlot {
     sender: watch::Sender<Option<Grant>>,
     grant: Option<Grant>,
 }
 
 impl DriverTask {
-    /// Until the stop, or until another process has our name: says which.
+    /// Runs until the stop, or until another process has our name: then returns that process.
     async fn run(mut self, stop: CancellationToken) -> Option<String> {
         let mut end = None;
         loop {
@@ -361,7 +360,7 @@ impl DriverTask {
         }
     }
 
-    /// Returns who has our name, if another process has.
+    /// Returns the other process that has our name, if there is one.
     fn saw(&mut self, change: LeaseChange) -> Option<SessionRecord> {
         let now = boottime::now();
         match change {
@@ -375,7 +374,7 @@ impl DriverTask {
                 self.sessions.send_modify(|sessions| sessions.saw(instance, revision, record));
             }
             LeaseChange::Lease { id, revision, record } => self.machine.lease(now, &id, revision, record),
-            LeaseChange::Anew => {
+            LeaseChange::Recreated => {
                 warn!("lease bucket was recreated or restored; reloading it");
                 self.machine.anew();
             }
@@ -388,7 +387,7 @@ impl DriverTask {
         None
     }
 
-    /// After a crash nobody waits for a process of this host that is not there any more.
+    /// After a crash, the group does not wait for a process of this host that no longer exists.
     fn look_for_dead(&mut self) {
         let sessions = self.sessions.borrow();
         for heard in sessions.known.values() {
@@ -402,9 +401,9 @@ impl DriverTask {
         }
     }
 
-    fn act(&mut self, action: Action) {
+    fn act(&mut self, action: LeaseAction) {
         let operation = match action {
-            Action::Renew { session, nonce, leaving } => {
+            LeaseAction::Renew { session, nonce, leaving } => {
                 if session != self.record.session {
                     (self.confirmed, self.revision) = (None, None);
                 }
@@ -413,28 +412,32 @@ impl DriverTask {
                 let renewal = renew(self.store.clone(), self.record.clone(), self.revision.take(), first);
                 let limit = self.limit;
                 async move {
-                    let late =
-                        Completed::Renewed { outcome: Renewal::Failed, revision: None, taken: None, error: None };
+                    let late = Completed::Renewed {
+                        outcome: RenewalOutcome::Failed,
+                        revision: None,
+                        taken: None,
+                        error: None,
+                    };
                     timeout(limit, renewal).await.unwrap_or(late)
                 }
                 .boxed()
             }
-            Action::Look(instance) => {
+            LeaseAction::Look(instance) => {
                 let store = self.store.clone();
                 async move { Completed::Looked { found: store.session(&instance).await, instance } }.boxed()
             }
-            Action::Write { id, record, revision, take } => {
+            LeaseAction::Write { id, record, revision, take } => {
                 write(self.store.clone(), self.positions.clone(), id, record, revision, take).boxed()
             }
-            Action::Grant { id, epoch } => return self.grant(&id, epoch),
-            Action::Yield(id) => {
+            LeaseAction::Grant { id, epoch } => return self.grant(&id, epoch),
+            LeaseAction::Yield(id) => {
                 if let Some(grant) = self.slots.get(&id).and_then(|slot| slot.grant.as_ref()) {
                     info!(replication = id, epoch = grant.epoch, "hands over");
                     grant.ask_back();
                 }
                 return;
             }
-            Action::Revoke { id, reason } => {
+            LeaseAction::Revoke { id, reason } => {
                 if let Some(grant) = self.slots.get(&id).and_then(|slot| slot.grant.as_ref()) {
                     grant.revoke(reason);
                 }
@@ -445,7 +448,7 @@ impl DriverTask {
     }
 
     fn grant(&mut self, id: &str, epoch: u64) {
-        // Whoever holds a grant asks it before each step: it must not be over before it began.
+        // The holder checks a grant before each step: the grant must not be over before it starts.
         self.term.set(self.machine.until());
         match self.slots.get_mut(id) {
             Some(slot) => {
@@ -457,7 +460,7 @@ impl DriverTask {
         }
     }
 
-    /// Returns who has our name, if another process has.
+    /// Returns the other process that has our name, if there is one.
     fn done(&mut self, done: Completed) -> Option<SessionRecord> {
         let now = boottime::now();
         match done {
@@ -465,17 +468,17 @@ impl DriverTask {
             Completed::Renewed { outcome, revision, error, .. } => {
                 self.revision = revision;
                 match outcome {
-                    Renewal::Confirmed => {
+                    RenewalOutcome::Confirmed => {
                         self.confirmed = revision;
                         self.trouble.over();
                     }
-                    Renewal::Removed => {
+                    RenewalOutcome::Removed => {
                         warn!("the session of this instance was removed; writing it again");
                         self.confirmed = None;
                     }
-                    Renewal::Failed => {
+                    RenewalOutcome::Failed => {
                         let reason = error.map_or_else(|| "no answer in time".to_owned(), |error| error.to_string());
-                        self.trouble.tell(&reason);
+                        self.trouble.log(&reason);
                     }
                 }
                 self.machine.renewed(now, outcome);
@@ -505,7 +508,7 @@ impl DriverTask {
         None
     }
 
-    /// Removes sessions that were silent for long, and then what their removal left.
+    /// Removes sessions that were silent for long, and then the markers that their removal left.
     fn clear_away(&mut self) {
         let now = boottime::now();
         if now < self.next_clear {
@@ -518,7 +521,7 @@ impl DriverTask {
             self.operations.push(
                 async move {
                     if !marker {
-                        // Others do the same; one of them succeeds.
+                        // Other instances do the same; one of them succeeds.
                         let _ = store.remove_session(&instance, revision).await;
                         return Completed::Nothing;
                     }
@@ -533,8 +536,8 @@ impl DriverTask {
     }
 }
 
-/// Writes our session; on the way there anything of ours that was written before, or late. The `first` time it takes the
-/// place of whoever had the name.
+/// Writes our session, over any earlier or late write of our own. The `first` write also replaces the session of another
+/// process with our name.
 async fn renew(store: LeaseStore, record: SessionRecord, revision: Option<u64>, first: bool) -> Completed {
     const TRIES: usize = 3;
     let done = |outcome, revision, taken, error| Completed::Renewed { outcome, revision, taken, error };
@@ -542,7 +545,7 @@ async fn renew(store: LeaseStore, record: SessionRecord, revision: Option<u64>, 
     for _ in 0..TRIES {
         let found = match known {
             Some(revision) => match store.put_session(&record, revision).await {
-                Ok(Written::Done(revision)) => return done(Renewal::Confirmed, Some(revision), None, None),
+                Ok(Written::Done(revision)) => return done(RenewalOutcome::Confirmed, Some(revision), None, None),
                 Ok(Written::Found(found, at)) => Ok((found, at)),
                 Err(error) => Err(error),
             },
@@ -560,12 +563,12 @@ async fn renew(store: LeaseStore, record: SessionRecord, revision: Option<u64>, 
                 known = Some(at);
             }
             Ok((None, at)) if first => known = Some(at),
-            Ok((Some(other), _)) => return done(Renewal::Failed, None, Some(other), None),
-            Ok((None, _)) => return done(Renewal::Removed, None, None, None),
-            Err(error) => return done(Renewal::Failed, None, None, Some(error)),
+            Ok((Some(other), _)) => return done(RenewalOutcome::Failed, None, Some(other), None),
+            Ok((None, _)) => return done(RenewalOutcome::Removed, None, None, None),
+            Err(error) => return done(RenewalOutcome::Failed, None, None, Some(error)),
         }
     }
-    done(Renewal::Failed, None, None, None)
+    done(RenewalOutcome::Failed, None, None, None)
 }
 
 /// Writes a lease. One that is taken gets an epoch above that of the position record, which every holder writes.

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::boottime;
 
-/// Until when the leases of this process hold, by its own clock; cheap to clone.
+/// Until when the leases of this process are valid, by its own clock; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Validity {
     begin: Instant,
@@ -25,18 +25,18 @@ pub struct Validity {
 }
 
 impl Validity {
-    /// One that is over.
+    /// A term that is over.
     pub(super) fn new(now: Instant) -> Self {
         Self { begin: now, until: Arc::new(AtomicU64::new(0)) }
     }
 
-    /// Until when it holds; `None` for not at all.
+    /// Sets the end of the term; `None` ends it now.
     pub(super) fn set(&self, until: Option<Instant>) {
         let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(self.begin));
         self.until.store(u64::try_from(left.as_nanos()).unwrap_or(u64::MAX), Ordering::Release);
     }
 
-    /// Whether it holds now.
+    /// Whether it is valid now.
     pub(super) fn holds_now(&self) -> bool {
         self.holds(boottime::now())
     }
@@ -49,7 +49,7 @@ impl Validity {
 /// The right to run one replication, from a grant to its end.
 #[derive(Debug, Clone)]
 pub struct Grant {
-    /// Greater than that of every holder before.
+    /// Greater than the epoch of every earlier holder.
     pub epoch: u64,
     term: Validity,
     signals: Arc<Signals>,
@@ -77,7 +77,7 @@ impl Grant {
         self.signals.waker.wake();
     }
 
-    /// From now on nothing more may happen.
+    /// Ends the grant: no further step of the work may run.
     pub(super) fn revoke(&self, reason: String) {
         let _ = self.signals.reason.set(reason);
         self.signals.lost.store(true, Ordering::Release);
@@ -89,9 +89,9 @@ impl Grant {
         self.signals.reason.get().map_or("the session of this instance was not renewed in time", String::as_str)
     }
 
-    /// Does the work for as long as the right to it holds: `None` when it was lost. Before each step of the work the
-    /// clock is asked: a process that was frozen or starved does nothing more, whatever is ready when it wakes. `stop`
-    /// is cancelled when another instance is to get it: then the work has to end gracefully. One holder at a time.
+    /// Does the work while the grant is valid; returns `None` if it was lost. The clock is checked before each step of the
+    /// work: a process that was suspended does nothing more, whatever is ready when it wakes. `stop` is cancelled when
+    /// another instance is to get the lease: then the work has to end gracefully. One holder at a time.
     pub async fn hold<T>(&self, stop: &CancellationToken, mut work: impl Future<Output = T> + Unpin) -> Option<T> {
         let Signals { yields, lost, waker, .. } = &*self.signals;
         poll_fn(|cx| {

@@ -1,11 +1,11 @@
 //! The rules of sessions and leases (no I/O, no clock): observations and results of writes are passed in with the time,
 //! [`Machine::poll`] returns the actions.
 //!
-//! * A lease is held by a session and is valid while that session is renewed. A session that was silent for its time to
-//!   live, on our own clock, is read once more, and then counts as ended: watches may stall.
-//! * A holder of leases stops by itself when two thirds of that time have passed since its last confirmed renewal was
-//!   sent: before another instance can take them, also with clocks that run a little differently.
-//! * Each grant stands on a write of the lease with a greater epoch.
+//! * A session holds a lease, and the lease is valid while that session is renewed. A session that was silent for its
+//!   time to live, by our own clock, is read once more, because watches may stall, and then counts as ended.
+//! * A holder of leases stops by itself when two thirds of that time have passed since it sent its last confirmed
+//!   renewal: before another instance can take them, even if the clocks run at slightly different speeds.
+//! * Each grant is based on a write of the lease with a greater epoch.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -20,41 +20,41 @@ use crate::store::{LeaseRecord, SessionRecord};
 /// How long an instance must have been there before leases are handed over to it, and gone before the others share its
 /// part: an instance that flaps moves nothing.
 const SETTLED: Duration = Duration::from_secs(10);
-/// Leases that are on their way to another instance at the same time.
+/// Leases that may be handed over to other instances at the same time.
 const HANDED_AT_ONCE: usize = 8;
-/// Format of leases that this program writes. What a newer one wrote is not written over.
+/// Format of leases that this program writes. It never overwrites a lease of a newer format.
 const VERSION: u32 = 1;
-/// How long a lease that was handed over and came back stays where it is.
+/// How long a lease that was handed over and came back stays at its instance.
 const KEPT: Duration = Duration::from_secs(120);
 /// Pause before a failed write is repeated.
 const AGAIN: Duration = Duration::from_millis(200);
 
-/// What an instance is started with.
+/// The settings that an instance is started with.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct LeaseSettings {
     /// Its `--instance`.
     pub instance: String,
     /// How long it may be silent before the others take its leases. 1 s to 1 h.
     pub ttl: Duration,
-    /// It is the only one, by declaration: it takes what it finds, and keeps it while it hears nothing.
+    /// The operator declared this the only instance: it takes all leases, and keeps them while the bucket is unreachable.
     pub standalone: bool,
 }
 
-/// What is to be done.
+/// An action for the driver.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Action {
+pub enum LeaseAction {
     /// Write our session record, with this session and nonce.
     Renew {
-        /// Random; another one when the one before was lost.
+        /// Random; a new one after the previous session was lost.
         session: String,
         /// Grows with every renewal.
         nonce: u64,
-        /// This instance takes nothing any more.
+        /// This instance takes no further leases.
         leaving: bool,
     },
     /// Read the session of an instance from the leader of the bucket.
     Look(String),
-    /// Write a lease at its revision; `take` if it is to become ours, and then with an epoch above that of the position.
+    /// Write a lease at its revision. With `take` it becomes ours, with an epoch above that of the position record.
     Write {
         /// Replication.
         id: String,
@@ -83,26 +83,26 @@ pub enum Action {
     },
 }
 
-/// What became of a renewal.
+/// The result of a renewal.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Renewal {
-    /// It lies there.
+pub enum RenewalOutcome {
+    /// The write was confirmed.
     Confirmed,
     /// Our session was removed.
     Removed,
-    /// Nobody knows, or it did not happen.
+    /// It failed, or its outcome is not known.
     Failed,
 }
 
 /// Sessions and leases as one instance knows them.
 #[derive(Debug)]
 pub struct Machine {
-    settings: Settings,
+    settings: LeaseSettings,
     own: OwnSession,
     loaded: bool,
     others: BTreeMap<String, OtherInstance>,
     leases: BTreeMap<String, Lease>,
-    /// Best place of each wanted replication among those that count, and those that may take what is free.
+    /// The best instance for each wanted replication, and the instances that may take free leases.
     members: Places,
     electors: Places,
 }
@@ -120,7 +120,7 @@ struct OwnSession {
     until: Option<Instant>,
     next: Instant,
     member: bool,
-    /// The process is on its way out: it gives its leases back and takes none.
+    /// The process is stopping: it releases its leases and takes none.
     leaving: bool,
     /// The last renewal that was sent says so.
     announced: bool,
@@ -133,11 +133,11 @@ struct OtherInstance {
     session: Option<String>,
     ttl: Duration,
     revision: u64,
-    /// When it was heard of last.
+    /// Its last sign of life.
     heard: Instant,
-    /// Since when it has been there without a break.
+    /// Since when it has been present without a break.
     since: Instant,
-    /// When it was found that it is there no more.
+    /// When it was found to be gone.
     ended: Option<Instant>,
     /// It is being read.
     looking: bool,
@@ -145,7 +145,7 @@ struct OtherInstance {
     look_at: Option<Instant>,
     /// Whether leases are to be placed there.
     member: bool,
-    /// It announced that it takes nothing any more.
+    /// It announced that it takes no further leases.
     leaving: bool,
 }
 
@@ -159,7 +159,7 @@ impl OtherInstance {
         self.is_alive() && !self.leaving
     }
 
-    /// Whether it was heard of without a break for this long.
+    /// Whether it has been present without a break for this long.
     fn was_there(&self, long: Duration) -> bool {
         self.heard.saturating_duration_since(self.since) >= long
     }
@@ -169,16 +169,16 @@ impl OtherInstance {
 struct Lease {
     record: LeaseRecord,
     revision: u64,
-    /// Greatest epoch that was seen: a lease that was put back to what it was does not bring an epoch again.
+    /// Greatest epoch that was seen: a lease that is restored to an older value must not repeat an epoch.
     epoch: u64,
     /// When this revision was seen.
     seen: Instant,
-    /// It lay there when the bucket was read first.
+    /// It existed when the bucket was first read.
     old: bool,
-    /// Our document wants it to run.
+    /// Our configuration wants it to run.
     wanted: bool,
-    role: Role,
-    /// It has to be given away before it may run here again.
+    role: LeaseRole,
+    /// It has to be handed over before it may run here again.
     leaving: bool,
     /// It was handed over and came back: how long it stays.
     kept: Option<Instant>,
@@ -188,20 +188,20 @@ struct Lease {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
+enum LeaseRole {
     /// Nothing runs here.
     Idle,
     /// A write is under way, and nothing runs here.
     Writing { take: bool },
     /// Granted.
     Leading,
-    /// What runs was asked to end.
+    /// The work was asked to end gracefully.
     Yielding,
     /// The work was ordered to end at once, and has not confirmed its end.
     Revoked,
 }
 
-/// Replications over instances.
+/// The placement of replications on instances.
 #[derive(Debug, Default)]
 struct Places {
     instances: Vec<String>,
@@ -229,7 +229,7 @@ impl Places {
 
 impl Machine {
     /// An instance that has seen nothing yet. `session` is random.
-    pub fn new(settings: Settings, session: String, now: Instant) -> Self {
+    pub fn new(settings: LeaseSettings, session: String, now: Instant) -> Self {
         let own = OwnSession {
             session,
             nonce: 0,
@@ -252,12 +252,12 @@ impl Machine {
         }
     }
 
-    /// Until when what was granted may run; `None` while nothing may.
+    /// Until when work under our grants may run; `None` while none may.
     pub fn until(&self) -> Option<Instant> {
         self.own.until
     }
 
-    /// From now on this instance takes nothing, and the others do not wait for it.
+    /// From now on this instance takes no leases, and the others do not wait for it.
     pub fn leave(&mut self, now: Instant) {
         self.own.leaving = true;
         self.own.next = now;
@@ -265,11 +265,11 @@ impl Machine {
 
     /// Whether our session is being written, or a lease, or a lease is ours and not released.
     pub fn is_busy(&self) -> bool {
-        self.own.sent.is_some() || self.leases.values().any(|lease| self.is_ours(lease) || lease.role != Role::Idle)
+        self.own.sent.is_some()
+            || self.leases.values().any(|lease| self.is_ours(lease) || lease.role != LeaseRole::Idle)
     }
 
-    /// The bucket was recreated or restored: its revisions begin elsewhere, and its entries follow. Revisions of before
-    /// cannot be compared with new ones.
+    /// The bucket was recreated or restored: its entries follow, and their revisions cannot be compared with earlier ones.
     pub fn anew(&mut self) {
         self.leases.values_mut().for_each(|lease| lease.revision = 0);
         self.others.values_mut().for_each(|other| other.revision = 0);
@@ -297,7 +297,7 @@ impl Machine {
             member: false,
             leaving: false,
         });
-        // Not only greater ones: a bucket that was made anew counts from the beginning.
+        // Not only greater ones: the revisions of a recreated bucket restart.
         if revision == other.revision {
             return;
         }
@@ -345,7 +345,7 @@ impl Machine {
         }
     }
 
-    /// Nothing is left of the session of an instance: what its removal left at this revision is gone too.
+    /// The marker that the removal of a session left at this revision is gone, too.
     pub fn forget(&mut self, instance: &str, revision: u64) {
         if let Some(other) = self.others.get(instance)
             && other.session.is_none()
@@ -369,7 +369,7 @@ impl Machine {
         self.wrote_lease(now, &holder, &session, revision);
     }
 
-    /// Who takes a lease is there, also where its session has not come by since.
+    /// An instance that takes a lease is present, even if its session was not seen since.
     fn wrote_lease(&mut self, now: Instant, holder: &str, session: &str, revision: u64) {
         let Some(other) = self.others.get_mut(holder) else { return };
         if other.session.as_deref() == Some(session) && revision > other.revision {
@@ -388,7 +388,7 @@ impl Machine {
             seen: now,
             old: false,
             wanted: false,
-            role: Role::Idle,
+            role: LeaseRole::Idle,
             leaving: false,
             kept: None,
             handed: false,
@@ -396,7 +396,7 @@ impl Machine {
         })
     }
 
-    /// A replication is to run somewhere, and may run here.
+    /// A replication was added: it may run here.
     pub fn want(&mut self, now: Instant, id: &str) {
         let lease = self.entry(now, id);
         lease.wanted = true;
@@ -405,7 +405,7 @@ impl Machine {
         self.electors.stale = true;
     }
 
-    /// A replication runs here no longer and is not to.
+    /// A replication was deleted, and no longer runs here.
     pub fn unwant(&mut self, id: &str) {
         if let Some(lease) = self.leases.get_mut(id) {
             lease.wanted = false;
@@ -415,7 +415,7 @@ impl Machine {
         self.electors.stale = true;
     }
 
-    /// What ran under a grant has ended; nothing is granted again before `pause` has passed.
+    /// The work under a grant has ended; the lease is not granted again before `pause` has passed.
     pub fn ended(&mut self, now: Instant, id: &str, pause: Duration) {
         if let Some(lease) = self.leases.get_mut(id) {
             lease.over();
@@ -423,11 +423,11 @@ impl Machine {
         }
     }
 
-    /// What became of the renewal that is under way.
-    pub fn renewed(&mut self, now: Instant, outcome: Renewal) {
+    /// The result of the renewal that was under way.
+    pub fn renewed(&mut self, now: Instant, outcome: RenewalOutcome) {
         let Some(sent) = self.own.sent.take() else { return };
         match outcome {
-            Renewal::Confirmed => {
+            RenewalOutcome::Confirmed => {
                 self.own.since.get_or_insert(sent);
                 let until = match self.settings.standalone {
                     true => now + Duration::from_secs(u64::from(u32::MAX)),
@@ -437,24 +437,31 @@ impl Machine {
                 let announced = self.own.announced == self.own.leaving;
                 self.own.next = if announced { sent + self.settings.ttl / 4 } else { now };
             }
-            // Others may have taken our leases since: what we hold, we hold no more.
-            Renewal::Removed if !self.settings.standalone => {
+            // Other instances may have taken our leases since: we hold none any more.
+            RenewalOutcome::Removed if !self.settings.standalone => {
                 self.own.session = nats_lane::entropy::name();
                 (self.own.since, self.own.until, self.own.next) = (None, None, now);
             }
-            Renewal::Removed => self.own.next = now,
-            Renewal::Failed => self.own.next = now + AGAIN.min(self.settings.ttl / 16),
+            RenewalOutcome::Removed => self.own.next = now,
+            RenewalOutcome::Failed => self.own.next = now + AGAIN.min(self.settings.ttl / 16),
         }
     }
 
-    /// What became of a write of a lease: what lies there now, if that is known.
-    pub fn wrote(&mut self, now: Instant, id: &str, done: bool, found: Option<(LeaseRecord, u64)>) -> Option<Action> {
+    /// The result of a write of a lease, and the current entry if it is known.
+    pub fn wrote(
+        &mut self,
+        now: Instant,
+        id: &str,
+        done: bool,
+        found: Option<(LeaseRecord, u64)>,
+    ) -> Option<LeaseAction> {
         let holds = self.own.until.is_some_and(|until| now < until);
         let session = self.own.session.clone();
         let lease = self.leases.get_mut(id)?;
-        let Role::Writing { take } = lease.role else { return None };
-        lease.role = Role::Idle;
-        // What was read back is from the leader, also where a bucket that was made anew counts from the beginning.
+        let LeaseRole::Writing { take } = lease.role else { return None };
+        lease.role = LeaseRole::Idle;
+        // An entry that was read back is from the stream leader: it counts even if its revision is lower, as in a recreated
+        // bucket.
         if let Some((record, revision)) = found
             && (!done || revision > lease.revision)
         {
@@ -470,68 +477,68 @@ impl Machine {
         if !take {
             return None;
         }
-        // Seen since: somebody else's write behind ours.
+        // Another instance's write after ours was seen meanwhile.
         let ours = lease.record.session == session;
         if std::mem::take(&mut lease.handed) {
             lease.kept = Some(now + KEPT);
         }
         (lease.wanted && holds && ours).then(|| {
-            lease.role = Role::Leading;
-            Action::Grant { id: id.to_owned(), epoch: lease.record.epoch }
+            lease.role = LeaseRole::Leading;
+            LeaseAction::Grant { id: id.to_owned(), epoch: lease.record.epoch }
         })
     }
 
     /// Everything that is due.
-    pub fn poll(&mut self, now: Instant) -> Vec<Action> {
+    pub fn poll(&mut self, now: Instant) -> Vec<LeaseAction> {
         let mut actions = Vec::new();
         if self.own.sent.is_none() && now >= self.own.next {
             self.own.nonce += 1;
             self.own.sent = Some(now);
             self.own.announced = self.own.leaving;
             let OwnSession { session, nonce, leaving, .. } = &self.own;
-            actions.push(Action::Renew { session: session.clone(), nonce: *nonce, leaving: *leaving });
+            actions.push(LeaseAction::Renew { session: session.clone(), nonce: *nonce, leaving: *leaving });
         }
         for (instance, other) in &mut self.others {
             let silent = now.saturating_duration_since(other.heard) >= other.ttl;
             if silent && other.is_alive() && !other.looking && other.look_at.is_none_or(|at| now >= at) {
                 other.looking = true;
-                actions.push(Action::Look(instance.clone()));
+                actions.push(LeaseAction::Look(instance.clone()));
             }
         }
         self.count_members(now);
-        let mut handed = self.leases.values().filter(|lease| lease.role == Role::Yielding).count();
+        let mut handed = self.leases.values().filter(|lease| lease.role == LeaseRole::Yielding).count();
         let mut leases = std::mem::take(&mut self.leases);
         leases.retain(|id, lease| {
             actions.extend(self.decide(now, id, lease, &mut handed));
-            // Otherwise nothing is known or wanted of it any more.
-            lease.wanted || lease.revision > 0 || lease.role != Role::Idle
+            // All others are neither known nor wanted any more.
+            lease.wanted || lease.revision > 0 || lease.role != LeaseRole::Idle
         });
         self.leases = leases;
         actions
     }
 
-    fn decide(&self, now: Instant, id: &str, lease: &mut Lease, handed: &mut usize) -> Option<Action> {
+    fn decide(&self, now: Instant, id: &str, lease: &mut Lease, handed: &mut usize) -> Option<LeaseAction> {
         let holds = self.own.until.is_some_and(|until| now < until);
         let ours = self.is_ours(lease);
         match lease.role {
-            Role::Leading | Role::Yielding if !holds || !ours => {
-                lease.role = Role::Revoked;
+            LeaseRole::Leading | LeaseRole::Yielding if !holds || !ours => {
+                lease.role = LeaseRole::Revoked;
                 let reason = match (holds, lease.record.instance.as_str()) {
                     (false, _) => "the session of this instance was not renewed in time".to_owned(),
                     (true, "") => format!("its lease was released by hand, with epoch {}", lease.record.epoch),
                     (true, by) => format!("instance `{by}` took over with epoch {}", lease.record.epoch),
                 };
-                Some(Action::Revoke { id: id.to_owned(), reason })
+                Some(LeaseAction::Revoke { id: id.to_owned(), reason })
             }
-            Role::Leading if lease.record.step_down || self.better_elsewhere(now, id, lease, *handed) => {
+            LeaseRole::Leading if lease.record.step_down || self.better_elsewhere(now, id, lease, *handed) => {
                 *handed += 1;
-                lease.role = Role::Yielding;
+                lease.role = LeaseRole::Yielding;
                 lease.leaving = true;
                 lease.handed = !lease.record.step_down;
-                Some(Action::Yield(id.to_owned()))
+                Some(LeaseAction::Yield(id.to_owned()))
             }
-            Role::Idle if !holds || self.due_at(id, lease).is_none_or(|at| now < at) => None,
-            Role::Idle if self.is_to_go(lease) => {
+            LeaseRole::Idle if !holds || self.due_at(id, lease).is_none_or(|at| now < at) => None,
+            LeaseRole::Idle if self.is_to_go(lease) => {
                 let stepped_down = match lease.record.step_down {
                     true => self.settings.instance.clone(),
                     false => lease.record.stepped_down.clone(),
@@ -540,7 +547,7 @@ impl Machine {
                 let record = LeaseRecord { instance, session, step_down: false, stepped_down, ..lease.record.clone() };
                 Some(lease.write(id, record, false))
             }
-            Role::Idle => {
+            LeaseRole::Idle => {
                 let record = LeaseRecord {
                     version: VERSION,
                     instance: self.settings.instance.clone(),
@@ -567,8 +574,7 @@ impl Machine {
         self.is_ours(lease) && (lease.leaving || !lease.wanted)
     }
 
-    /// When a lease under which nothing runs is to be written; `None` while nothing is wanted of it, or while somebody
-    /// else has it.
+    /// When a lease without running work has to be written; `None` while it is not wanted, or while another instance has it.
     fn due_at(&self, id: &str, lease: &Lease) -> Option<Instant> {
         let at = match self.is_ours(lease) {
             true => lease.seen,
@@ -578,7 +584,7 @@ impl Machine {
         Some(lease.not_before.map_or(at, |not_before| at.max(not_before)))
     }
 
-    /// Since when nobody has the right to run it.
+    /// Since when the lease is free.
     fn free_since(&self, lease: &Lease) -> Option<Instant> {
         if !self.loaded || lease.record.version > VERSION {
             return None;
@@ -588,19 +594,23 @@ impl Machine {
             return Some(lease.seen);
         }
         let Some(other) = self.others.get(holder) else {
-            // Of a holder that we read of before its session comes by, we will hear.
+            // The session of a holder whose lease was read first will follow.
             return Some(if lease.old { lease.seen } else { lease.seen + self.settings.ttl * 2 });
         };
         let held = other.session.as_ref() == Some(&lease.record.session);
         match other.ended {
+            // Read from the leader of the bucket, which was purged: its holder has no session, and renews none unnoticed.
+            Some(ended) if other.session.is_none() && other.revision == 0 => {
+                Some(ended.max(lease.seen + self.settings.ttl))
+            }
             Some(ended) if held || other.revision > lease.revision => Some(ended.max(lease.seen)),
-            // Its process began anew. A session that is older than the lease is not the last that we hear.
+            // Its process restarted. A session that is older than the lease is not its newest.
             None if !held && other.revision > lease.revision => Some(other.since.max(lease.seen)),
             _ => None,
         }
     }
 
-    /// How long a lease that is free is left to instances that come before this one.
+    /// How long a free lease is left to instances that take precedence over this one.
     fn patience(&self, id: &str, lease: &Lease) -> Duration {
         let me = self.settings.instance.as_str();
         let step = (self.settings.ttl / 2).clamp(Duration::from_millis(500), Duration::from_secs(5));
@@ -614,11 +624,11 @@ impl Machine {
         if self.electors.of(id) == Some(me) { Duration::ZERO } else { step }
     }
 
-    /// The same for a lease that instance `gave` handed over by request: another instance is first, and `gave` is last.
+    /// The same for a lease that instance `gave` handed over by request: the other instances take precedence, `gave` is last.
     fn patience_after(&self, id: &str, gave: &str, step: Duration) -> Duration {
         let me = self.settings.instance.as_str();
         let electors = || self.electors.instances.iter().map(String::as_str).filter(|instance| *instance != gave);
-        // By request, one that has not settled yet is better than the one that gave it.
+        // After a request, an instance that has not settled yet is better than the one that handed it over.
         let alive = self.others.iter().filter(|(_, other)| other.may_take()).map(|(instance, _)| instance.as_str());
         let present = alive.chain((!self.own.leaving).then_some(me)).filter(|instance| *instance != gave);
         let first = match self.electors.of(id).filter(|best| *best != gave) {
@@ -633,7 +643,7 @@ impl Machine {
         }
     }
 
-    /// Whether a lease of ours is to go to the instance that it is best placed at.
+    /// Whether a lease of ours has to move to the best instance for it.
     fn better_elsewhere(&self, now: Instant, id: &str, lease: &Lease, handed: usize) -> bool {
         let Some(best) = self.members.of(id).filter(|best| *best != self.settings.instance) else { return false };
         let settled = |other: &OtherInstance| other.may_take() && other.was_there(self.settled());
@@ -648,7 +658,7 @@ impl Machine {
         SETTLED.max(self.settings.ttl)
     }
 
-    /// Who counts where leases are placed, and who may take what is free.
+    /// The instances that leases are placed on, and those that may take free leases.
     fn count_members(&mut self, now: Instant) {
         let settled = self.settled();
         let long = |since: Instant| now.saturating_duration_since(since) >= settled;
@@ -671,22 +681,22 @@ impl Machine {
             electors = names(|(_, _, alive)| *alive);
         }
         if self.members.instances != names(|(_, member, _)| *member) {
-            // Another group: what came back once may find a place now.
+            // The group changed: a lease that came back once may be handed over now.
             self.leases.values_mut().for_each(|lease| lease.kept = None);
         }
         self.members.update(names(|(_, member, _)| *member), &self.leases);
         self.electors.update(electors, &self.leases);
     }
 
-    /// When [`Machine::poll`] has something to do without any news; at once if that lies behind.
+    /// When [`Machine::poll`] has something to do even without new observations; that may be in the past.
     pub fn next(&self, now: Instant) -> Instant {
         let mut next = self.own.next;
         if self.own.sent.is_some() {
-            // The renewal tells; until then only what ends by itself is due.
+            // The renewal decides; before it, only work that ends by itself is due.
             next = now + self.settings.ttl;
         }
         let mut due = |at: Option<Instant>| next = at.map_or(next, |at| next.min(at));
-        let runs = |lease: &Lease| matches!(lease.role, Role::Leading | Role::Yielding);
+        let runs = |lease: &Lease| matches!(lease.role, LeaseRole::Leading | LeaseRole::Yielding);
         due(self.own.until.filter(|until| now < *until || self.leases.values().any(runs)));
         let settled = self.settled();
         due(self.own.since.filter(|_| !self.own.member).map(|since| since + settled));
@@ -700,8 +710,8 @@ impl Machine {
         }
         if self.own.until.is_some_and(|until| now < until) {
             for (id, lease) in &self.leases {
-                due(lease.kept.filter(|until| lease.role == Role::Leading && *until > now));
-                if lease.role == Role::Idle {
+                due(lease.kept.filter(|until| lease.role == LeaseRole::Leading && *until > now));
+                if lease.role == LeaseRole::Idle {
                     due(self.due_at(id, lease));
                 }
             }
@@ -711,7 +721,7 @@ impl Machine {
 }
 
 impl Lease {
-    /// Another revision lies there.
+    /// The entry has another revision.
     fn becomes(&mut self, now: Instant, record: LeaseRecord, revision: u64, me: &str) {
         if !record.instance.is_empty() && record.instance != me {
             (self.handed, self.kept) = (false, None);
@@ -724,14 +734,14 @@ impl Lease {
     }
 
     fn over(&mut self) {
-        if !matches!(self.role, Role::Writing { .. }) {
-            self.role = Role::Idle;
+        if !matches!(self.role, LeaseRole::Writing { .. }) {
+            self.role = LeaseRole::Idle;
         }
     }
 
-    fn write(&mut self, id: &str, record: LeaseRecord, take: bool) -> Action {
-        self.role = Role::Writing { take };
-        Action::Write { id: id.to_owned(), record, revision: self.revision, take }
+    fn write(&mut self, id: &str, record: LeaseRecord, take: bool) -> LeaseAction {
+        self.role = LeaseRole::Writing { take };
+        LeaseAction::Write { id: id.to_owned(), record, revision: self.revision, take }
     }
 }
 
@@ -749,6 +759,8 @@ mod tests {
         revision: u64,
         /// Renewals are answered.
         answers: bool,
+        /// Nothing is left of the sessions of others.
+        purged: bool,
         granted: Vec<(String, u64)>,
         yielded: Vec<String>,
         revoked: Vec<String>,
@@ -759,12 +771,13 @@ mod tests {
     impl Bench {
         fn new(standalone: bool) -> Self {
             let now = Instant::now();
-            let settings = Settings { instance: "me".to_owned(), ttl: TTL, standalone };
+            let settings = LeaseSettings { instance: "me".to_owned(), ttl: TTL, standalone };
             Self {
                 machine: Machine::new(settings, "mine".to_owned(), now),
                 now,
                 revision: 0,
                 answers: true,
+                purged: false,
                 granted: Vec::new(),
                 yielded: Vec::new(),
                 revoked: Vec::new(),
@@ -822,21 +835,25 @@ mod tests {
             }
         }
 
-        fn act(&mut self, action: Action) {
+        fn act(&mut self, action: LeaseAction) {
             match action {
-                Action::Renew { .. } if self.answers => {
+                LeaseAction::Renew { .. } if self.answers => {
                     self.revision += 1;
-                    self.machine.renewed(self.now, Renewal::Confirmed);
+                    self.machine.renewed(self.now, RenewalOutcome::Confirmed);
                 }
-                Action::Renew { .. } => self.machine.renewed(self.now, Renewal::Failed),
-                Action::Look(instance) => {
+                LeaseAction::Renew { .. } => self.machine.renewed(self.now, RenewalOutcome::Failed),
+                LeaseAction::Look(instance) if self.purged => {
+                    self.machine.looked(self.now, &instance, 0, None);
+                    self.looked.push(instance);
+                }
+                LeaseAction::Look(instance) => {
                     let revision = self.machine.others[&instance].revision;
                     let found =
                         record(&instance, self.machine.others[&instance].session.as_deref().unwrap_or_default());
                     self.machine.looked(self.now, &instance, revision, Some(&found));
                     self.looked.push(instance);
                 }
-                Action::Write { id, record, revision, .. } => {
+                LeaseAction::Write { id, record, revision, .. } => {
                     assert_eq!(revision, self.machine.leases[&id].revision);
                     self.revision += 1;
                     self.written.push(record.clone());
@@ -845,12 +862,12 @@ mod tests {
                         self.act(grant);
                     }
                 }
-                Action::Grant { id, epoch } => self.granted.push((id, epoch)),
-                Action::Yield(id) => {
+                LeaseAction::Grant { id, epoch } => self.granted.push((id, epoch)),
+                LeaseAction::Yield(id) => {
                     self.machine.ended(self.now, &id, Duration::ZERO);
                     self.yielded.push(id);
                 }
-                Action::Revoke { id, .. } => {
+                LeaseAction::Revoke { id, .. } => {
                     self.machine.ended(self.now, &id, Duration::ZERO);
                     self.revoked.push(id);
                 }
@@ -879,15 +896,27 @@ mod tests {
         let mut nonces = Vec::new();
         while nonces.len() < 5 {
             for action in bench.machine.poll(bench.now) {
-                if let Action::Renew { nonce, .. } = action {
+                if let LeaseAction::Renew { nonce, .. } = action {
                     nonces.push(nonce);
-                    bench.machine.renewed(bench.now, Renewal::Failed);
+                    bench.machine.renewed(bench.now, RenewalOutcome::Failed);
                 }
             }
             bench.now += TTL / 8;
         }
         let different: std::collections::BTreeSet<u64> = nonces.iter().copied().collect();
         assert_eq!(different.len(), nonces.len(), "{nonces:?}");
+    }
+
+    #[test]
+    fn the_lease_of_a_holder_whose_session_was_purged_is_taken() {
+        let mut bench = Bench::ready();
+        bench.session("other", "theirs");
+        bench.lease("other", "theirs", 7);
+        bench.purged = true;
+        bench.pass(TTL - EPSILON, &[]);
+        assert!(bench.grants().is_empty() && bench.looked.is_empty());
+        bench.pass(TTL * 3, &[]);
+        assert_eq!(bench.grants(), [8]);
     }
 
     #[test]
@@ -931,7 +960,7 @@ mod tests {
         assert!(bench.looked.is_empty() && bench.written.is_empty());
         bench.pass(EPSILON, &[]);
         assert_eq!(bench.looked, ["other"]);
-        // The other one is first in nobody's list any more.
+        // No list has the other one first any more.
         assert_eq!(bench.grants(), [8]);
     }
 
@@ -943,8 +972,11 @@ mod tests {
         bench.poll();
         bench.now += TTL;
         let actions = bench.machine.poll(bench.now);
-        assert!(actions.contains(&Action::Look("other".to_owned())), "{actions:?}");
-        actions.into_iter().filter(|action| !matches!(action, Action::Look(_))).for_each(|action| bench.act(action));
+        assert!(actions.contains(&LeaseAction::Look("other".to_owned())), "{actions:?}");
+        actions
+            .into_iter()
+            .filter(|action| !matches!(action, LeaseAction::Look(_)))
+            .for_each(|action| bench.act(action));
         bench.machine.looked(bench.now, "other", bench.revision + 1, Some(&record("other", "s")));
         bench.pass(TTL - EPSILON, &[]);
         assert!(bench.granted.is_empty());
@@ -964,7 +996,7 @@ mod tests {
             bench.machine.session(bench.now, "removed", bench.revision, None);
             bench.machine.loaded();
             bench.pass(EPSILON, &[]);
-            // Others might be nearer to it.
+            // Other instances might take precedence.
             bench.pass(TTL / 2, &[("other", "now")]);
             assert_eq!(bench.grants(), [4], "{instance} {session}");
         }
@@ -1016,7 +1048,7 @@ mod tests {
         bench.machine.session(bench.now, "other", bench.revision, None);
         bench.machine.forget("other", bench.revision);
         assert!(bench.machine.others.is_empty());
-        // What it held is free.
+        // Its leases are free.
         bench.lease("other", "t", 3);
         bench.pass(TTL * 3, &[]);
         assert_eq!(bench.grants(), [4]);
@@ -1074,7 +1106,7 @@ mod tests {
         assert!(bench.yielded.is_empty());
         bench.pass(TTL / 4, &[("other", "s")]);
         assert_eq!((bench.yielded.len(), bench.written.last().unwrap().instance.as_str()), (1, ""));
-        // Nobody takes it: it comes back, and stays.
+        // No instance takes it: it comes back, and stays.
         bench.pass(SETTLED * 2, &[("other", "s")]);
         assert_eq!((bench.yielded.len(), bench.grants()), (1, vec![1, 2]));
         bench.pass(KEPT, &[("other", "s")]);
@@ -1114,7 +1146,7 @@ mod tests {
         bench.pass(TTL, &[("other", "t")]);
         assert_eq!(bench.grants(), [7]);
 
-        // Who was gone and is back holds what it took, though its session does not come by.
+        // An instance that was gone and is back holds the leases that it took, even if its session is not seen.
         let mut bench = Bench::ready();
         bench.revision = 1_000;
         bench.session("other", "s");
@@ -1147,7 +1179,7 @@ mod tests {
         bench.pass(EPSILON, &other);
         assert_eq!((bench.grants(), bench.written.last().unwrap().stepped_down.as_str()), (vec![1, 2], ""));
 
-        // With nobody else there is nobody to wait for.
+        // A single instance waits for no other.
         let mut bench = stepped_down(&[]);
         bench.pass(EPSILON, &[]);
         assert_eq!(bench.grants(), [1, 2]);
@@ -1180,7 +1212,7 @@ mod tests {
             bench.machine.lease(bench.now, &id, bench.revision, Some(given));
             bench.poll();
             assert_eq!(bench.grants(), expect, "second is {second}");
-            // It is the next one after the one that is nearer and did not take it.
+            // It is next after the instance that takes precedence and did not take it.
             bench.pass(TTL / 2, &others);
             assert_eq!(bench.grants(), [2], "second is {second}");
         }
@@ -1228,9 +1260,9 @@ mod tests {
     #[test]
     fn an_instance_that_is_leaving_announces_it_and_takes_nothing() {
         let mut bench = Bench::ready();
-        let renewals = |actions: &[Action]| -> Vec<bool> {
-            let leaving = |action: &Action| match action {
-                Action::Renew { leaving, .. } => Some(*leaving),
+        let renewals = |actions: &[LeaseAction]| -> Vec<bool> {
+            let leaving = |action: &LeaseAction| match action {
+                LeaseAction::Renew { leaving, .. } => Some(*leaving),
                 _ => None,
             };
             actions.iter().filter_map(leaving).collect()
@@ -1238,9 +1270,9 @@ mod tests {
         // Also where a renewal is in flight.
         assert_eq!(renewals(&bench.machine.poll(bench.now)), [false]);
         bench.machine.leave(bench.now);
-        bench.machine.renewed(bench.now, Renewal::Confirmed);
+        bench.machine.renewed(bench.now, RenewalOutcome::Confirmed);
         assert_eq!(renewals(&bench.machine.poll(bench.now)), [true]);
-        bench.machine.renewed(bench.now, Renewal::Confirmed);
+        bench.machine.renewed(bench.now, RenewalOutcome::Confirmed);
         bench.pass(TTL * 4, &[]);
         assert!(bench.granted.is_empty(), "{:?}", bench.granted);
     }
@@ -1257,7 +1289,7 @@ mod tests {
         bench.answers = false;
         bench.pass(TTL * 100, &[("other", "s")]);
         assert!(bench.revoked.is_empty());
-        // Against its declaration there is another one, which took it.
+        // Despite the declaration, another instance exists and took it.
         bench.lease("other", "s", 6);
         bench.pass(TTL, &[("other", "s")]);
         assert_eq!((bench.revoked.len(), bench.grants()), (1, vec![5]));
@@ -1276,7 +1308,7 @@ mod tests {
         assert_eq!(bench.grants(), [1, 2]);
         let actions = bench.machine.poll(bench.now + TTL / 4);
         assert_eq!(actions.len(), 1, "{actions:?}");
-        bench.machine.renewed(bench.now, Renewal::Removed);
+        bench.machine.renewed(bench.now, RenewalOutcome::Removed);
         bench.poll();
         assert_eq!(bench.revoked, ["R"]);
         bench.poll();

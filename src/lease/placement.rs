@@ -1,5 +1,5 @@
-//! Where each replication would best run: rendezvous hashing, so that an instance that comes or goes moves hardly more
-//! than its own share, with a bound on each instance's load, so that chance gives nobody too much.
+//! The preferred instance for each replication: rendezvous hashing, so that an instance that comes or goes moves hardly
+//! more than its own share, with a bound on each instance's load, so that chance overloads no instance.
 
 use std::collections::HashMap;
 
@@ -8,14 +8,14 @@ use xxhash_rust::xxh3::xxh3_64;
 /// Hundredths of the even share that an instance gets at the most, rounded up to whole replications.
 const MOST: usize = 125;
 
-/// The best instance for each replication, as a place in `instances`. Whoever computes it from the same names gets the
-/// same, in whatever order they come. Empty without instances.
+/// The best instance for each replication, as an index into `instances`. The same names give the same result, in whatever
+/// order they come. Empty without instances.
 pub(super) fn place<'a>(ids: impl IntoIterator<Item = &'a str>, instances: &[&str]) -> HashMap<&'a str, usize> {
     if instances.is_empty() {
         return HashMap::new();
     }
     let mut ids: Vec<&str> = ids.into_iter().collect();
-    // Who is first has its choice: an order that has nothing to do with the names.
+    // The first replication gets its first choice, so the order must not depend on the names.
     ids.sort_unstable_by_key(|id| (xxh3_64(id.as_bytes()), *id));
     let most = (ids.len() * MOST).div_ceil(100 * instances.len());
     let mut load = vec![0; instances.len()];
@@ -34,8 +34,7 @@ pub(super) fn place<'a>(ids: impl IntoIterator<Item = &'a str>, instances: &[&st
     places
 }
 
-/// The instance that comes first for one replication, whatever else runs where. Every instance computes the same from the
-/// same names.
+/// The first choice for one replication, independent of the load. Every instance computes the same from the same names.
 pub(super) fn first<'a>(id: &str, instances: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     instances.max_by_key(|instance| (weight(id, instance), std::cmp::Reverse(*instance)))
 }

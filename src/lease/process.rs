@@ -1,4 +1,4 @@
-//! Who this process is, and whether another one of the same host is gone.
+//! The identity of this process, and whether another process of the same host is gone.
 
 use std::{fs, io};
 
@@ -7,9 +7,9 @@ use rustix::{
     process::{Pid, test_kill_process},
 };
 
-/// Who this process is.
+/// The identity of a process.
 #[derive(Debug, Clone)]
-pub struct Identity {
+pub struct ProcessIdentity {
     /// Its `--instance`.
     pub instance: String,
     /// Name of its host.
@@ -18,11 +18,11 @@ pub struct Identity {
     pub program: String,
     /// Its process id on that host.
     pub pid: u32,
-    /// What its process id is one of, and when the process began; empty where the system does not say.
+    /// The scope of its process id, and when the process started; empty where the system does not report that.
     pub mark: String,
 }
 
-impl Identity {
+impl ProcessIdentity {
     /// Of this process.
     pub fn own(instance: String, host: String, program: String) -> Self {
         let pid = std::process::id();
@@ -30,8 +30,8 @@ impl Identity {
     }
 }
 
-/// What a process id is one of and when the process began: `<boot>/<pid namespace>/<ticks since boot>`. Empty where the
-/// system does not say. Process ids of another boot or of another container mean nothing here.
+/// The scope of a process id, and when the process started: `<boot>/<pid namespace>/<ticks since boot>`. Empty where the
+/// system does not report that. Process ids of another boot or of another container mean nothing here.
 fn mark(pid: u32) -> String {
     match (place(), began(pid)) {
         (Some(place), Ok(Some(began))) => format!("{place}/{began}"),
@@ -39,14 +39,14 @@ fn mark(pid: u32) -> String {
     }
 }
 
-/// Whether a process, by what it said of itself, is known not to be there any more.
+/// Whether the process of a session is known to be gone.
 pub(super) fn is_gone(pid: u32, mark: &str) -> bool {
     let Some((of, there)) = mark.rsplit_once('/') else { return false };
     let gone = || began(pid).map_or_else(|_| !answers(pid), |began| began.is_none_or(|began| began != there));
     place().is_some_and(|place| place == of) && gone()
 }
 
-/// Whether a process id is a process's, also where the system hides what others run (`hidepid`, `ProtectProc=`).
+/// Whether a process id is in use, also where the system hides processes of other users (`hidepid`, `ProtectProc=`).
 fn answers(pid: u32) -> bool {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
     pid.is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH))
@@ -58,12 +58,12 @@ fn place() -> Option<String> {
     Some(format!("{}/{}", boot.trim(), space.to_string_lossy()))
 }
 
-/// When a process began, in ticks since the boot; `None` if it is dead, an error where that cannot be seen.
+/// When a process started, in ticks since the boot; `None` if it is dead, an error where that cannot be seen.
 fn began(pid: u32) -> io::Result<Option<String>> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The name of the program, in brackets, may have blanks and brackets in it (proc_pid_stat(5): field 22).
     let (_, fields) = stat.rsplit_once(')').ok_or(io::ErrorKind::InvalidData)?;
-    // A dead one whose parent has not looked yet (field 3) does nothing more.
+    // A dead process that its parent has not collected yet (field 3) does nothing more.
     let dead = fields.trim_start().starts_with(['Z', 'X']);
     Ok(fields.split_ascii_whitespace().nth(19).filter(|_| !dead).map(str::to_owned))
 }

@@ -1,4 +1,4 @@
-//! The processes that were heard of, for those who ask about the group.
+//! The sessions of all instances as last received, for requests about the group.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use crate::{boottime, store::SessionRecord};
 
-/// An instance that was silent for longer is not shown any more.
+/// An instance that was silent for longer is no longer shown.
 pub(super) const GONE_AFTER: Duration = Duration::from_secs(60);
 
 /// All sessions by instance.
@@ -17,13 +17,13 @@ pub struct Sessions {
     pub(super) loaded: bool,
 }
 
-/// What was heard of one instance.
+/// The last sign of life of one instance.
 #[derive(Debug, Clone)]
 pub(super) struct LastHeard {
-    /// When, on our own clock: nobody else's can be trusted.
+    /// When, by our own clock: clocks of other hosts cannot be trusted.
     pub(super) at: Instant,
     pub(super) revision: u64,
-    /// `None` for what a removal left, or what cannot be read.
+    /// `None` for the marker of a removal, or for a record that cannot be read.
     pub(super) record: Option<SessionRecord>,
 }
 
@@ -39,18 +39,18 @@ impl Sessions {
         self.known.insert(instance, LastHeard { at: boottime::now(), revision, record });
     }
 
-    /// Those that are there, with the time since they were heard of.
+    /// The instances that are present, with the time since their last sign of life.
     pub fn present(&self) -> impl Iterator<Item = (&SessionRecord, Duration)> {
         let all = self.known.values().filter_map(|heard| Some((heard.record.as_ref()?, heard.silent())));
         all.filter(|(_, silent)| *silent <= GONE_AFTER)
     }
 
-    /// Whether an instance is known not to be there any more.
+    /// Whether an instance is known to be gone.
     pub fn is_gone(&self, instance: &str) -> bool {
         self.loaded && !self.present().any(|(record, _)| record.instance == instance)
     }
 
-    /// Whether an instance is there as far as is known, but was silent until it must have stopped by itself.
+    /// Whether an instance seems present, but has been silent long enough to have stopped by itself.
     pub fn is_doubted(&self, instance: &str) -> bool {
         let late = |record: &SessionRecord| Duration::from_millis(record.ttl_ms).mul_f64(2.0 / 3.0);
         self.present().any(|(record, silent)| record.instance == instance && silent > late(record))
@@ -91,7 +91,7 @@ mod tests {
         let mut sessions = Sessions { known: BTreeMap::from([heard("a", 59), heard("b", 61)]), loaded: false };
         let present: Vec<_> = sessions.present().map(|(record, _)| record.instance.as_str()).collect();
         assert_eq!(present, ["a"]);
-        // Before all of them are read nobody is known to be gone.
+        // Before all of them were read, no instance is known to be gone.
         assert!(!sessions.is_gone("b") && !sessions.is_gone("c"));
         sessions.loaded = true;
         assert!(!sessions.is_gone("a") && sessions.is_gone("b") && sessions.is_gone("c"));

@@ -8,7 +8,7 @@ const AGAIN: Duration = Duration::from_millis(50);
 /// Last token of the subject.
 const TOKEN: &str = "bridge";
 
-/// Whether what is published on one lane reaches the other, which nobody uses meanwhile: a message to the inbox of the other
+/// Whether what is published on one lane reaches the other, which must be unused meanwhile: a message to the inbox of the other
 /// one tells.
 pub async fn reaches(from: &mut Lane, to: &mut Lane, within: Duration) -> Result<bool, Error> {
     let subject = to.inbox_subject(TOKEN);

@@ -9,14 +9,13 @@ use nats_lane::{
 use serde_json::{Value, json};
 
 use super::{
-    Finding, Known, Outcome, SideReport, limits,
-    look::{Answer, Facts, Role, calls},
+    CheckOutcome, Finding, Judgement, OtherReplication, SideReport, limits, loops,
     returned::Returned,
-    ring,
+    side_checks::{CheckAnswer, SideFacts, SideRole, calls},
     subjects::{Flow, Share, share},
 };
 use crate::{
-    config::{Advisory, OnReject, Replication, Scope, Sharing, Start, patterns},
+    config::{AdvisorySettings, OnReject, Replication, Scope, Sharing, Start, patterns},
     copy::{
         source::{
             clock,
@@ -37,68 +36,68 @@ use crate::{
 /// Subjects that one message shows at most.
 const MAX_SHOWN: usize = 8;
 
-/// All answers.
+/// The answers of both sides.
 pub(super) struct Pair<'a> {
     pub(super) replication: &'a Replication,
-    pub(super) source: &'a Facts,
-    pub(super) target: &'a Facts,
+    pub(super) source: &'a SideFacts,
+    pub(super) target: &'a SideFacts,
     pub(super) flow: &'a Flow,
-    /// What the source stores beside what its configuration tells.
+    /// Subjects that the source stores although its configuration does not list them.
     pub(super) learned: &'a Learned,
-    /// What a missing target would be made as.
+    /// The configuration that a missing target would be created with.
     pub(super) planned: &'a Option<Result<Value, Error>>,
-    /// What an existing one would be given.
+    /// The update that an existing target would get.
     pub(super) update: &'a Option<Result<Update, Error>>,
     pub(super) own: &'a OwnStreams,
-    /// Whose durable consumers are ours.
+    /// The owner that our durable consumers name.
     pub(super) owner: Owner<'a>,
     /// A message of the source that was copied from the target.
     pub(super) returned: &'a Option<Returned>,
 }
 
 /// Findings about one side.
-struct Findings {
+struct SideFindings {
     side: &'static str,
     address: String,
     list: Vec<Finding>,
 }
 
-impl Findings {
-    fn new(side: &'static str, facts: &Facts) -> Self {
+impl SideFindings {
+    fn new(side: &'static str, facts: &SideFacts) -> Self {
         Self { side, address: facts.address.clone(), list: Vec::new() }
     }
 
-    fn add(&mut self, name: &'static str, outcome: Outcome, path: &'static str, text: &str) {
+    fn add(&mut self, name: &'static str, outcome: CheckOutcome, path: &'static str, text: &str) {
         let message = if text.is_empty() { String::new() } else { format!("{} `{}`: {text}", self.side, self.address) };
         self.list.push(Finding { name, outcome, message, path });
     }
 
     fn ok(&mut self, name: &'static str) {
-        self.add(name, Outcome::Ok, "", "");
+        self.add(name, CheckOutcome::Ok, "", "");
     }
 
     fn unknown(&mut self, name: &'static str) {
-        self.add(name, Outcome::Unknown, "", "");
+        self.add(name, CheckOutcome::Unknown, "", "");
     }
 
-    /// What there is to say, or that all is well.
-    fn add_any(&mut self, name: &'static str, path: &'static str, said: Option<(Outcome, String)>) {
+    /// Adds a finding, or that all is well.
+    fn add_any(&mut self, name: &'static str, path: &'static str, said: Option<(CheckOutcome, String)>) {
         match said {
             Some((outcome, text)) => self.add(name, outcome, path, &text),
             None => self.ok(name),
         }
     }
 
-    fn add_answer<T>(&mut self, name: &'static str, path: &'static str, answer: &Answer<T>) {
+    fn add_answer<T>(&mut self, name: &'static str, path: &'static str, answer: &CheckAnswer<T>) {
         match answer {
-            Answer::Got(_) => self.ok(name),
-            Answer::Failed(text) => self.add(name, Outcome::Failed, path, text),
-            Answer::Unclear(text) => self.add(name, Outcome::Unknown, path, text),
-            Answer::NotAsked => self.unknown(name),
+            CheckAnswer::Got(_) => self.ok(name),
+            CheckAnswer::Failed(text) => self.add(name, CheckOutcome::Failed, path, text),
+            CheckAnswer::Unclear(text) => self.add(name, CheckOutcome::Unknown, path, text),
+            CheckAnswer::NotAsked => self.unknown(name),
         }
     }
 
-    fn report(self, facts: &Facts) -> SideReport {
+    fn report(self, facts: &SideFacts) -> SideReport {
         let info = facts.connect.got();
         SideReport {
             server: info.map(|info| info.server_name.clone()).unwrap_or_default(),
@@ -109,35 +108,33 @@ impl Findings {
     }
 }
 
-type Said = Option<(Outcome, String)>;
-
 impl Pair<'_> {
-    pub(super) fn judge_source(&self, known: &[Known]) -> SideReport {
-        let (facts, mut findings) = (self.source, Findings::new("source", self.source));
+    pub(super) fn judge_source(&self, known: &[OtherReplication]) -> SideReport {
+        let (facts, mut findings) = (self.source, SideFindings::new("source", self.source));
         findings.add_answer("connect", facts.path, &facts.connect);
         findings.add_answer("jetstream", facts.path, &facts.jetstream);
         let name = &self.replication.source.stream;
         match &facts.stream {
-            Answer::Got(None) => {
+            CheckAnswer::Got(None) => {
                 let text = format!("source stream `{name}` does not exist");
-                findings.add("stream", Outcome::Failed, "/stream", &text);
+                findings.add("stream", CheckOutcome::Failed, "/stream", &text);
             }
-            Answer::Got(Some(stream)) => {
+            CheckAnswer::Got(Some(stream)) => {
                 let refused = stream::readable(name, stream).map_err(|error| error.message);
                 let refused = refused.and_then(|()| self.own.refuse(name, &stream.created).map_or(Ok(()), Err));
                 let refused = refused.and_then(|()| self.consumers(stream)).err();
-                findings.add_any("stream", "/stream", refused.map(|text| (Outcome::Failed, text)));
+                findings.add_any("stream", "/stream", refused.map(|text| (CheckOutcome::Failed, text)));
             }
             answer => findings.add_answer("stream", facts.path, answer),
         }
         match facts.clock.got() {
             Some(offset) => {
-                let said = clock::apart(*offset).map(|text| (Outcome::Warning, text));
+                let said = clock::apart(*offset).map(|text| (CheckOutcome::Warning, text));
                 findings.add_any("clock", facts.path, said);
             }
             None => findings.unknown("clock"),
         }
-        self.judge_calls(Role::Source, &mut findings);
+        self.judge_calls(SideRole::Source, &mut findings);
         match facts.stream.there() {
             Some(stream) => {
                 let (path, said) = self.filter(stream);
@@ -161,38 +158,38 @@ impl Pair<'_> {
     }
 
     /// Whether a dead letter would be stored, and neither by the source nor by the target.
-    fn dead_letter(&self, subject: &String) -> Said {
+    fn dead_letter(&self, subject: &String) -> Judgement {
         let facts = self.source;
         let (source, target) = (&self.replication.source.stream, &self.replication.target.stream);
         if let Some(stream) = facts.stream.there()
             && let Err(error) = dead_letter::not_into_source(source, stream, subject)
         {
-            return Some((Outcome::Failed, error.message));
+            return Some((CheckOutcome::Failed, error.message));
         }
         if facts.permissions.got().is_some_and(|permissions| permissions.publish(subject) != Share::All) {
-            return Some((Outcome::Failed, format!("no permission to publish dead letters to `{subject}`")));
+            return Some((CheckOutcome::Failed, format!("no permission to publish dead letters to `{subject}`")));
         }
         let streams = match &facts.listeners {
-            Answer::Got(listeners) => listeners.get(subject).map(Vec::as_slice).unwrap_or_default(),
-            Answer::Failed(text) | Answer::Unclear(text) => {
+            CheckAnswer::Got(listeners) => listeners.get(subject).map(Vec::as_slice).unwrap_or_default(),
+            CheckAnswer::Failed(text) | CheckAnswer::Unclear(text) => {
                 let text = format!("whether a stream stores dead letters to `{subject}` is not known: {text}");
-                return Some((Outcome::Unknown, text));
+                return Some((CheckOutcome::Unknown, text));
             }
-            Answer::NotAsked => return Some((Outcome::Unknown, String::new())),
+            CheckAnswer::NotAsked => return Some((CheckOutcome::Unknown, String::new())),
         };
         if streams.contains(target) && self.same_server() && self.same_login() {
             let text =
                 format!("`{subject}` is a subject of target stream `{target}`: choose one that another stream stores");
-            return Some((Outcome::Failed, text));
+            return Some((CheckOutcome::Failed, text));
         }
         streams.is_empty().then(|| {
             let text = format!("no stream stores dead letters to `{subject}`: the copy stops at the first one");
-            (Outcome::Warning, text)
+            (CheckOutcome::Warning, text)
         })
     }
 
     /// Whether advisories can be published, else they are refused while the copy continues, and where they end up.
-    fn advisory(&self, advisory: &Advisory) -> Said {
+    fn advisory(&self, advisory: &AdvisorySettings) -> Judgement {
         let facts = self.source;
         let subjects: Vec<_> = sampling::advisory_patterns(&advisory.subject).into_iter().collect();
         if let Some(permissions) = facts.permissions.got() {
@@ -201,17 +198,17 @@ impl Pair<'_> {
             };
             let (none, part) = (of(Share::None), of(Share::Part));
             if !none.is_empty() {
-                return Some((Outcome::Failed, format!("no permission to publish advisories to {}", list(&none))));
+                return Some((CheckOutcome::Failed, format!("no permission to publish advisories to {}", list(&none))));
             }
             if !part.is_empty() {
                 let text = format!("permission to publish advisories to a part of {} only", list(&part));
-                return Some((Outcome::Warning, text));
+                return Some((CheckOutcome::Warning, text));
             }
         }
         let is_own = |one: &&String| self.flow.from.iter().any(|subject| patterns::overlap(subject, one));
         let own: Vec<_> = subjects.iter().filter(is_own).collect();
         match &facts.listeners {
-            Answer::Got(listeners) if advisory.reliable => {
+            CheckAnswer::Got(listeners) if advisory.reliable => {
                 let nowhere = |one: &&String| listeners.get(*one).is_none_or(Vec::is_empty);
                 let nowhere: Vec<_> = subjects.iter().filter(nowhere).collect();
                 if !nowhere.is_empty() {
@@ -219,14 +216,14 @@ impl Pair<'_> {
                         "no stream stores reliable advisories to {}: they wait, at most {PER_SENDER} of each sender, until one does",
                         list(&nowhere)
                     );
-                    return Some((Outcome::Warning, text));
+                    return Some((CheckOutcome::Warning, text));
                 }
             }
-            Answer::Failed(text) | Answer::Unclear(text) if advisory.reliable => {
+            CheckAnswer::Failed(text) | CheckAnswer::Unclear(text) if advisory.reliable => {
                 let text = format!("whether a stream stores advisories to {} is not known: {text}", list(&subjects));
-                return Some((Outcome::Unknown, text));
+                return Some((CheckOutcome::Unknown, text));
             }
-            Answer::NotAsked => return Some((Outcome::Unknown, String::new())),
+            CheckAnswer::NotAsked => return Some((CheckOutcome::Unknown, String::new())),
             _ => {}
         }
         (!own.is_empty() && !self.flow.vague).then(|| {
@@ -235,29 +232,29 @@ impl Pair<'_> {
                 self.replication.source.stream,
                 list(&own)
             );
-            (Outcome::Warning, text)
+            (CheckOutcome::Warning, text)
         })
     }
 
-    /// Whether both sides are let in by the same server.
+    /// Whether the same server accepted the login of both sides.
     fn same_server(&self) -> bool {
-        let name = |facts: &Facts| facts.connect.got().map(|info| info.server_name.clone());
+        let name = |facts: &SideFacts| facts.connect.got().map(|info| info.server_name.clone());
         name(self.source).is_some_and(|source| Some(source) == name(self.target))
     }
 
-    pub(super) fn judge_target(&self, known: &[Known]) -> SideReport {
-        let (facts, mut findings) = (self.target, Findings::new("target", self.target));
+    pub(super) fn judge_target(&self, known: &[OtherReplication]) -> SideReport {
+        let (facts, mut findings) = (self.target, SideFindings::new("target", self.target));
         findings.add_answer("connect", facts.path, &facts.connect);
         findings.add_answer("jetstream", facts.path, &facts.jetstream);
         let stream = self.judge_target_stream(&mut findings);
-        self.judge_calls(Role::Target, &mut findings);
+        self.judge_calls(SideRole::Target, &mut findings);
         self.judge_publish(&mut findings);
         match (self.source.stream.there(), &stream) {
             (Some(source), Some(stream)) => {
                 self.judge_subjects(stream, &mut findings);
                 self.judge_sizes(source, stream, &mut findings);
                 self.judge_limits(source, stream, &mut findings);
-                let abilities = stream::abilities_of(self.replication, source, stream);
+                let abilities = stream::abilities_of(self.replication, self.owner.site, source, stream);
                 findings.add_any("target_mode", "/target_mode", self.sharing(stream, known));
                 findings.add_any("headers", "/target_stream", self.headers(source, stream, &abilities));
                 findings.add_any("duplicates", "/target_stream", remembered(stream, &abilities));
@@ -272,18 +269,22 @@ impl Pair<'_> {
         findings.report(facts)
     }
 
-    /// The calls of a copy: by the permissions, or by what came of trying them.
-    fn judge_calls(&self, role: Role, findings: &mut Findings) {
+    /// The calls of a copy: judged by the permissions, or by the result of trying them.
+    fn judge_calls(&self, role: SideRole, findings: &mut SideFindings) {
         let facts = match role {
-            Role::Source => self.source,
-            Role::Target => self.target,
+            SideRole::Source => self.source,
+            SideRole::Target => self.target,
         };
         let path = facts.path;
         match (&facts.permissions, &facts.stream, &facts.connection) {
-            (Answer::Got(permissions), Answer::Got(stream), Some(Connection { api_prefix, inbox_prefix, .. })) => {
+            (
+                CheckAnswer::Got(permissions),
+                CheckAnswer::Got(stream),
+                Some(Connection { api_prefix, inbox_prefix, .. }),
+            ) => {
                 let calls = calls(role, self.replication, stream.as_ref(), api_prefix).into_iter();
-                // A target of ours is given subjects without being asked for.
-                let update = matches!((role, self.update), (Role::Target, Some(Ok(_))));
+                // A target that the service created is updated without `target_update`.
+                let update = matches!((role, self.update), (SideRole::Target, Some(Ok(_))));
                 let update = update.then(|| format!("{api_prefix}.STREAM.UPDATE.{}", self.replication.target.stream));
                 let calls = calls.map(|(subject, _)| subject).chain(update.filter(|_| !self.replication.update_target));
                 let missing: Vec<_> = calls.filter(|subject| permissions.publish(subject) != Share::All).collect();
@@ -294,67 +295,72 @@ impl Pair<'_> {
                 } else {
                     None
                 };
-                findings.add_any("calls", path, said.map(|text| (Outcome::Failed, text)));
+                findings.add_any("calls", path, said.map(|text| (CheckOutcome::Failed, text)));
             }
-            (_, Answer::Got(_), _) => findings.add_answer("calls", path, &facts.calls),
+            (_, CheckAnswer::Got(_), _) => findings.add_answer("calls", path, &facts.calls),
             _ => findings.unknown("calls"),
         }
     }
 
-    /// The target as it is, or as it would be made; `None` if it cannot be or is not known.
-    fn judge_target_stream(&self, findings: &mut Findings) -> Option<StreamInfo> {
+    /// An existing target stream, with the changes that `target_update` would make; `None` if the copy cannot write to it.
+    fn judge_existing_target(&self, stream: &StreamInfo, findings: &mut SideFindings) -> Option<StreamInfo> {
+        let name = &self.replication.target.stream;
+        let mut said = |outcome, path, text: &str| findings.add("stream", outcome, path, text);
+        let path = self.target.path;
+        let is_source = self.is_source(stream);
+        if is_source && self.same_login() {
+            let text = format!("stream `{name}` is the source stream itself, by another address");
+            said(CheckOutcome::Failed, path, &text);
+            return None;
+        }
+        if let Some(why) = self.own.refuse(name, &stream.created) {
+            said(CheckOutcome::Failed, "/target_stream", &why);
+            return None;
+        }
+        match stream::writable(name, stream) {
+            Ok(()) if is_source => {
+                let text = format!(
+                    "stream `{name}` was made in the same moment on the same server as the source stream: it is \
+                     that stream itself, or restored from its backup"
+                );
+                said(CheckOutcome::Warning, path, &text);
+            }
+            Ok(()) => match self.update {
+                Some(Err(error)) => said(CheckOutcome::Failed, "/target_stream", &error.message),
+                Some(Ok(update)) => {
+                    let (outcome, path, text) = self.change(update);
+                    said(outcome, path, &text);
+                    return as_stream(&update.config)
+                        .map(|changed| StreamInfo { config: changed.config, ..stream.clone() });
+                }
+                None => findings.ok("stream"),
+            },
+            Err(error) => said(CheckOutcome::Failed, "/target_stream", &error.message),
+        }
+        Some(stream.clone())
+    }
+
+    /// The target as it is, or as it would be created; `None` if that is not possible or not known.
+    fn judge_target_stream(&self, findings: &mut SideFindings) -> Option<StreamInfo> {
         let name = &self.replication.target.stream;
         let mut said = |outcome, path, text: &str| findings.add("stream", outcome, path, text);
         match (&self.target.stream, self.planned) {
-            (Answer::Got(Some(stream)), _) => {
-                let path = self.target.path;
-                let is_source = self.is_source(stream);
-                if is_source && self.same_login() {
-                    let text = format!("stream `{name}` is the source stream itself, by another address");
-                    said(Outcome::Failed, path, &text);
-                    return None;
-                }
-                if let Some(why) = self.own.refuse(name, &stream.created) {
-                    said(Outcome::Failed, "/target_stream", &why);
-                    return None;
-                }
-                match stream::writable(name, stream) {
-                    Ok(()) if is_source => {
-                        let text = format!(
-                            "stream `{name}` was made in the same moment on the same server as the source stream: it is \
-                             that stream itself, or restored from its backup"
-                        );
-                        said(Outcome::Warning, path, &text);
-                    }
-                    Ok(()) => match self.update {
-                        Some(Err(error)) => said(Outcome::Failed, "/target_stream", &error.message),
-                        Some(Ok(update)) => {
-                            let (outcome, path, text) = self.change(update);
-                            said(outcome, path, &text);
-                            return as_stream(&update.config)
-                                .map(|changed| StreamInfo { config: changed.config, ..stream.clone() });
-                        }
-                        None => findings.ok("stream"),
-                    },
-                    Err(error) => said(Outcome::Failed, "/target_stream", &error.message),
-                }
-                Some(stream.clone())
-            }
-            (Answer::Got(None), _) if !self.replication.create_target => {
-                said(Outcome::Failed, "/target_stream", &stream::missing(name));
+            (CheckAnswer::Got(Some(stream)), _) => self.judge_existing_target(stream, findings),
+            (CheckAnswer::Got(None), _) if !self.replication.create_target => {
+                said(CheckOutcome::Failed, "/target_stream", &stream::missing(name));
                 None
             }
-            (Answer::Got(None), Some(Ok(config))) => {
+            (CheckAnswer::Got(None), Some(Ok(config))) => {
                 let (outcome, path, text) = self.plan(config);
                 said(outcome, path, &text);
-                (outcome == Outcome::Ok).then(|| as_stream(config)).flatten()
+                (outcome == CheckOutcome::Ok).then(|| as_stream(config)).flatten()
             }
-            (Answer::Got(None), Some(Err(error))) => {
-                said(Outcome::Failed, "/target_stream", &error.message);
+            (CheckAnswer::Got(None), Some(Err(error))) => {
+                said(CheckOutcome::Failed, "/target_stream", &error.message);
                 None
             }
-            (Answer::Got(None), None) => {
-                said(Outcome::Unknown, "", "");
+            (CheckAnswer::Got(None), None) => {
+                said(CheckOutcome::Unknown, "", "");
                 None
             }
             (answer, _) => {
@@ -364,11 +370,11 @@ impl Pair<'_> {
         }
     }
 
-    /// Whether the stream is the source: no two streams are made in the same nanosecond and led by the same server.
-    /// A copy of a backup, which keeps the time, is led by another one, or in another account.
+    /// Whether the stream is the source: no two streams are created in the same nanosecond and led by the same server. A
+    /// restored backup keeps the time, but is led by another server or is in another account.
     fn is_source(&self, stream: &StreamInfo) -> bool {
         let Some(source) = self.source.stream.there() else { return false };
-        fn leader<'a>(stream: &'a StreamInfo, facts: &'a Facts) -> &'a str {
+        fn leader<'a>(stream: &'a StreamInfo, facts: &'a SideFacts) -> &'a str {
             let leader = stream.cluster.as_ref().map(|cluster| cluster.leader.as_str()).filter(|name| !name.is_empty());
             leader.or_else(|| Some(&facts.connect.got()?.server_name)).unwrap_or_default()
         }
@@ -377,16 +383,16 @@ impl Pair<'_> {
             && leader(source, self.source) == leader(stream, self.target)
     }
 
-    /// Whether both sides are seen as the same user by the same API; else they may be different accounts.
+    /// Whether both sides log in as the same user to the same API; otherwise they may be different accounts.
     fn same_login(&self) -> bool {
-        let seen = |facts: &Facts| {
+        let seen = |facts: &SideFacts| {
             facts.connection.as_ref().map(|there| (there.endpoint.auth.clone(), there.api_prefix.clone()))
         };
         seen(self.source) == seen(self.target)
     }
 
-    /// What becomes of a target that would be made.
-    fn plan(&self, config: &Value) -> (Outcome, &'static str, String) {
+    /// Describes a target that would be created.
+    fn plan(&self, config: &Value) -> (CheckOutcome, &'static str, String) {
         let name = &self.replication.target.stream;
         let path = self.mapping_path();
         let subjects = subjects_of(config);
@@ -397,81 +403,83 @@ impl Pair<'_> {
             Some(format!("{would}: `{one}` and `{other}` overlap"))
         });
         if let Some(text) = clash {
-            return (Outcome::Failed, path, text);
+            return (CheckOutcome::Failed, path, text);
         }
         if let Some(bad) = subjects.iter().find(|subject| matches!(subject.as_str(), "" | ">")) {
-            return (Outcome::Failed, path, format!("{would}: no stream can have the subject `{bad}`"));
+            return (CheckOutcome::Failed, path, format!("{would}: no stream can have the subject `{bad}`"));
         }
         self.free(&subjects, path, would)
     }
 
-    /// What becomes of a target that would be changed.
-    fn change(&self, update: &Update) -> (Outcome, &'static str, String) {
+    /// Describes a target that would be changed.
+    fn change(&self, update: &Update) -> (CheckOutcome, &'static str, String) {
         let would = format!("target stream `{}` would be given {}", self.replication.target.stream, update.what);
         if update.subjects.is_empty() {
-            return (Outcome::Ok, "", would);
+            return (CheckOutcome::Ok, "", would);
         }
         self.free(&update.subjects, self.mapping_path(), would)
     }
 
     /// Whether no other stream has the subjects that the target would have.
-    fn free(&self, subjects: &[String], path: &'static str, would: String) -> (Outcome, &'static str, String) {
+    fn free(&self, subjects: &[String], path: &'static str, would: String) -> (CheckOutcome, &'static str, String) {
         let name = &self.replication.target.stream;
         match &self.target.listeners {
-            Answer::Got(listeners) => match others(listeners, name, subjects.iter()) {
+            CheckAnswer::Got(listeners) => match others(listeners, name, subjects.iter()) {
                 Some((subject, streams)) => {
                     let text = format!("{would}: `{subject}` overlaps with stream {} there", list(&streams));
-                    (Outcome::Failed, path, text)
+                    (CheckOutcome::Failed, path, text)
                 }
-                None => (Outcome::Ok, path, would),
+                None => (CheckOutcome::Ok, path, would),
             },
-            Answer::Failed(text) | Answer::Unclear(text) => {
-                (Outcome::Unknown, path, format!("{would}; whether another stream has them is not known: {text}"))
+            CheckAnswer::Failed(text) | CheckAnswer::Unclear(text) => {
+                (CheckOutcome::Unknown, path, format!("{would}; whether another stream has them is not known: {text}"))
             }
-            Answer::NotAsked => (Outcome::Unknown, "", String::new()),
+            CheckAnswer::NotAsked => (CheckOutcome::Unknown, "", String::new()),
         }
     }
 
-    fn judge_publish(&self, findings: &mut Findings) {
+    fn judge_publish(&self, findings: &mut SideFindings) {
         let path = self.target.path;
         let subjects: Vec<_> = self.flow.to.iter().filter(|subject| !subject.is_empty()).collect();
         match &self.target.permissions {
-            Answer::Got(permissions) => {
+            CheckAnswer::Got(permissions) => {
                 let of = |wanted: Share| -> Vec<&String> {
                     let subjects = subjects.iter().copied();
                     subjects.filter(|subject| permissions.publish(subject) == wanted).collect()
                 };
                 let (none, part) = (of(Share::None), of(Share::Part));
                 let said = if !none.is_empty() {
-                    let outcome = if self.flow.vague { Outcome::Warning } else { Outcome::Failed };
+                    let outcome = if self.flow.vague { CheckOutcome::Warning } else { CheckOutcome::Failed };
                     Some((outcome, format!("no permission to publish to {}", list(&none))))
                 } else if !part.is_empty() && !self.flow.vague {
                     let text = format!("permission to publish to a part of {} only", list(&part));
-                    Some((Outcome::Warning, text))
+                    Some((CheckOutcome::Warning, text))
                 } else {
                     None
                 };
                 findings.add_any("publish", path, said);
             }
-            Answer::Failed(text) | Answer::Unclear(text) => {
+            CheckAnswer::Failed(text) | CheckAnswer::Unclear(text) => {
                 let text = format!("whether {} may be published is not known: {text}", list(&subjects));
-                findings.add("publish", Outcome::Unknown, path, &text);
+                findings.add("publish", CheckOutcome::Unknown, path, &text);
             }
-            Answer::NotAsked => findings.unknown("publish"),
+            CheckAnswer::NotAsked => findings.unknown("publish"),
         }
     }
 
-    /// Whether what is copied arrives in the target stream, and not elsewhere or nowhere.
-    fn judge_subjects(&self, stream: &StreamInfo, findings: &mut Findings) {
+    /// Whether copies arrive in the target stream, and not in another stream or in none.
+    fn judge_subjects(&self, stream: &StreamInfo, findings: &mut SideFindings) {
         let (name, path) = (&self.replication.target.stream, self.mapping_path());
         let listens = stream.subjects();
         let elsewhere = |subject: &String| match &self.target.listeners {
-            Answer::Got(listeners) => others(listeners, name, std::iter::once(subject)).map(|(_, streams)| streams),
+            CheckAnswer::Got(listeners) => {
+                others(listeners, name, std::iter::once(subject)).map(|(_, streams)| streams)
+            }
             _ => None,
         };
         let said = self.flow.to.iter().filter_map(|subject| {
             if subject.is_empty() {
-                return Some((Outcome::Failed, "a subject is empty after the mapping".to_owned()));
+                return Some((CheckOutcome::Failed, "a subject is empty after the mapping".to_owned()));
             }
             let bound = elsewhere(subject);
             match share(&listens, subject) {
@@ -484,10 +492,10 @@ impl Pair<'_> {
                         list(&listens),
                         rest.unwrap_or_default()
                     );
-                    Some((Outcome::Warning, text))
+                    Some((CheckOutcome::Warning, text))
                 }
                 Share::None => {
-                    let outcome = if self.flow.vague { Outcome::Warning } else { Outcome::Failed };
+                    let outcome = if self.flow.vague { CheckOutcome::Warning } else { CheckOutcome::Failed };
                     let text = match bound {
                         Some(streams) => {
                             format!("`{subject}` belongs to stream {} there, not to `{name}`", list(&streams))
@@ -502,22 +510,22 @@ impl Pair<'_> {
                 }
             }
         });
-        let mut said: Vec<Said> = said.map(Some).collect();
-        said.extend(self.strays(&listens).map(|text| Some((Outcome::Warning, text))));
+        let mut said: Vec<Judgement> = said.map(Some).collect();
+        said.extend(self.strays(&listens).map(|text| Some((CheckOutcome::Warning, text))));
         let second = self.second_stream();
-        // That it is not known is said beside all else.
-        if let Some((Outcome::Unknown, text)) = second.as_ref().filter(|_| !said.is_empty()) {
-            findings.add("bridge", Outcome::Unknown, path, text);
+        // A warning that it is not known is added to all others.
+        if let Some((CheckOutcome::Unknown, text)) = second.as_ref().filter(|_| !said.is_empty()) {
+            findings.add("bridge", CheckOutcome::Unknown, path, text);
         } else {
             said.extend(second.map(Some));
         }
-        // The worst of them stands for all: they have one cause.
-        let worst = said.iter().position(|said| matches!(said, Some((Outcome::Failed, _)))).unwrap_or(0);
+        // The worst is reported for all: they have one cause.
+        let worst = said.iter().position(|said| matches!(said, Some((CheckOutcome::Failed, _)))).unwrap_or(0);
         let said = if said.is_empty() { None } else { said.swap_remove(worst) };
         findings.add_any("subjects", path, said);
     }
 
-    /// What makes a target listen on more.
+    /// The option that makes a target listen on further subjects.
     fn help(&self) -> &'static str {
         let exists = self.target.stream.there().is_some() && !self.replication.update_target;
         if exists { ": add it to the stream, or set `target_update`" } else { "" }
@@ -537,10 +545,10 @@ impl Pair<'_> {
         ))
     }
 
-    /// A stream beside the source that would store what is copied, too.
-    fn second_stream(&self) -> Option<(Outcome, String)> {
-        if let Answer::Unclear(text) = &self.source.beside {
-            return Some((Outcome::Unknown, text.clone()));
+    /// A stream beside the source that would also store the copies.
+    fn second_stream(&self) -> Option<(CheckOutcome, String)> {
+        if let CheckAnswer::Unclear(text) = &self.source.beside {
+            return Some((CheckOutcome::Unknown, text.clone()));
         }
         let (subject, streams) = self.source.beside.got()?.iter().find(|(_, streams)| !streams.is_empty())?;
         let text = format!(
@@ -549,18 +557,18 @@ impl Pair<'_> {
              example",
             list(streams)
         );
-        Some((Outcome::Warning, text))
+        Some((CheckOutcome::Warning, text))
     }
 
     /// Whether the source has room for the consumer of the copy.
-    fn source_limits(&self, known: &[Known], stream: &StreamInfo) -> Said {
-        // What runs already has its consumer.
+    fn source_limits(&self, known: &[OtherReplication], stream: &StreamInfo) -> Judgement {
+        // A running replication already has its consumer.
         let begun = known.iter().any(|known| known.replication.id == self.replication.id);
         limits::source(self.source.account.got(), &self.replication.source.stream, stream, begun)
     }
 
     /// Whether the account of the target has room for what is created and stored there.
-    fn target_limits(&self, source: &StreamInfo) -> Said {
+    fn target_limits(&self, source: &StreamInfo) -> Judgement {
         let account = self.target.account.got()?;
         match (self.target.stream.there(), self.planned) {
             (Some(stream), _) => {
@@ -572,7 +580,7 @@ impl Pair<'_> {
     }
 
     /// The copy stops (`held`) at a message that is too large, and there may never be one: a warning.
-    fn judge_sizes(&self, source: &StreamInfo, stream: &StreamInfo, findings: &mut Findings) {
+    fn judge_sizes(&self, source: &StreamInfo, stream: &StreamInfo, findings: &mut SideFindings) {
         let (Some(from), Some(to)) = (self.source.connect.got(), self.target.connect.got()) else {
             return findings.unknown("max_payload");
         };
@@ -593,13 +601,13 @@ impl Pair<'_> {
             let added = if copy > largest { format!(" (copies up to {copy})") } else { String::new() };
             let text =
                 format!("{what} is {limit} bytes and the source has messages of up to {largest}{added}: {larger}");
-            (Outcome::Warning, text)
+            (CheckOutcome::Warning, text)
         });
         findings.add_any("max_payload", path, said);
     }
 
-    /// What the account has no room for, and what the stream keeps less of than the source.
-    fn judge_limits(&self, source: &StreamInfo, stream: &StreamInfo, findings: &mut Findings) {
+    /// Limits of the account that the copy would reach, and limits of the stream below those of the source.
+    fn judge_limits(&self, source: &StreamInfo, stream: &StreamInfo, findings: &mut SideFindings) {
         match (self.target_limits(source), self.kept(source, stream)) {
             (Some((outcome, room)), kept) => {
                 let texts = [Some(room), kept.map(|(_, kept)| kept)];
@@ -610,23 +618,23 @@ impl Pair<'_> {
         }
     }
 
-    /// Limits of a target that is there already, which remove or refuse copies while the source keeps the messages.
-    fn kept(&self, source: &StreamInfo, stream: &StreamInfo) -> Said {
+    /// Limits of an existing target that remove or refuse copies while the source keeps the messages.
+    fn kept(&self, source: &StreamInfo, stream: &StreamInfo) -> Judgement {
         self.target.stream.there()?;
         let found = target_limits::too_small(self.replication, source, stream);
         (!found.is_empty()).then(|| {
             let name = &self.replication.target.stream;
-            (Outcome::Warning, format!("target stream `{name}` keeps less than the source: {}", found.join("; ")))
+            (CheckOutcome::Warning, format!("target stream `{name}` keeps less than the source: {}", found.join("; ")))
         })
     }
 
-    /// Whether the target can be what `target_mode` says.
-    fn sharing(&self, stream: &StreamInfo, known: &[Known]) -> Said {
+    /// Whether the target can be used as `target_mode` says.
+    fn sharing(&self, stream: &StreamInfo, known: &[OtherReplication]) -> Judgement {
         if let Err(refused) = mode::mode(self.replication, stream) {
-            return Some((Outcome::Failed, refused));
+            return Some((CheckOutcome::Failed, refused));
         }
         let name = self.target.connect.got().map(|info| info.server_name.as_str()).unwrap_or_default();
-        let others = ring::into_same_target(self.replication, name, known);
+        let others = loops::into_same_target(self.replication, name, known);
         (self.replication.target_mode == Sharing::Exclusive && !others.is_empty()).then(|| {
             let text = format!(
                 "replication {} writes to target stream `{}` too, which is exclusive by `target_mode`: the copy stops \
@@ -634,16 +642,17 @@ impl Pair<'_> {
                 list(&others),
                 self.replication.target.stream
             );
-            (Outcome::Warning, text)
+            (CheckOutcome::Warning, text)
         })
     }
 
-    /// Whether everything that says what is copied has something to say, with the field that does not.
-    fn filter(&self, source: &StreamInfo) -> (&'static str, Said) {
+    /// Whether every filter and transform matches something, with the field of one that does not.
+    fn filter(&self, source: &StreamInfo) -> (&'static str, Judgement) {
         let Replication { scope, mapping, .. } = self.replication;
         let (stream, subjects) = (&self.replication.source.stream, list(&source.subjects()));
-        let in_vain =
-            |what: &str| Some((Outcome::Warning, format!("{what} no subject of source stream `{stream}`: {subjects}")));
+        let in_vain = |what: &str| {
+            Some((CheckOutcome::Warning, format!("{what} no subject of source stream `{stream}`: {subjects}")))
+        };
         let (path, name) = match scope.filters() {
             [_] => ("/filter_subject", "`filter_subject`"),
             _ => ("/filter_subjects", "of `filter_subjects`,"),
@@ -668,7 +677,7 @@ impl Pair<'_> {
 
     /// The copy removes headers that the target does not allow and copies the message: nothing is lost, but the
     /// header's effect.
-    fn headers(&self, source: &StreamInfo, target: &StreamInfo, abilities: &Abilities) -> Said {
+    fn headers(&self, source: &StreamInfo, target: &StreamInfo, abilities: &Abilities) -> Judgement {
         let mut said = Vec::new();
         if source.flag("allow_rollup_hdrs") && !target.flag("allow_rollup_hdrs") {
             said.push(
@@ -690,10 +699,10 @@ impl Pair<'_> {
                  replaced unless the stream says so",
             );
         }
-        (!said.is_empty()).then(|| (Outcome::Warning, format!("the stream {}", said.join("; it "))))
+        (!said.is_empty()).then(|| (CheckOutcome::Warning, format!("the stream {}", said.join("; it "))))
     }
 
-    /// Whether the durable consumer of the copy can be used or made, by those that are there.
+    /// Whether the durable consumer of the copy can be used or created, given the existing ones.
     fn consumers(&self, source: &StreamInfo) -> Result<(), String> {
         let names: Vec<String> = Durable::names(self.replication).collect();
         let mut others = self.source.consumers.got().into_iter().flatten();
@@ -728,7 +737,7 @@ impl Pair<'_> {
         }
     }
 
-    fn start(&self, source: &StreamInfo) -> Said {
+    fn start(&self, source: &StreamInfo) -> Judgement {
         let last = source.state.last_seq;
         let is_there = |consumer: &ConsumerInfo| {
             let name = consumer.config["name"].as_str().unwrap_or_default();
@@ -736,40 +745,40 @@ impl Pair<'_> {
         };
         let began = self.source.consumers.got().is_some_and(|consumers| consumers.iter().any(is_there));
         if let Some(text) = durable::start_refused(self.replication, source).filter(|_| !began) {
-            return Some((Outcome::Failed, text));
+            return Some((CheckOutcome::Failed, text));
         }
         match self.replication.start {
             Start::Sequence(start) if start > last + 1 => {
                 let name = &self.replication.source.stream;
                 let text =
                     format!("`start_sequence` {start} is beyond the end of source stream `{name}`, which is at {last}");
-                Some((Outcome::Warning, text))
+                Some((CheckOutcome::Warning, text))
             }
             _ => None,
         }
     }
 
-    /// A replication loop works: each message comes back once to its stream and is skipped there. It is stored twice
-    /// then, which may be intended.
-    fn cycle(&self, known: &[Known]) -> Said {
-        let name = |facts: &Facts| facts.connect.got().map(|info| info.server_name.clone()).unwrap_or_default();
+    /// A replication loop works: each message returns once to its stream and is skipped there. It is then stored twice,
+    /// which may be intended.
+    fn cycle(&self, known: &[OtherReplication]) -> Judgement {
+        let name = |facts: &SideFacts| facts.connect.got().map(|info| info.server_name.clone()).unwrap_or_default();
         let (source, target) = (name(self.source), name(self.target));
         let stream = &self.replication.source.stream;
-        let Some(way) = ring::find(self.replication, (&source, &target), self.flow, known) else {
+        let Some(way) = loops::find(self.replication, (&source, &target), self.flow, known) else {
             let Returned { seq, site, from } = self.returned.as_ref()?;
             let text = format!(
                 "closes a replication loop: message {seq} of source stream `{stream}` was copied by site `{site}` from message \
                  {from} of target stream `{}`, where it would be stored a second time",
                 self.replication.target.stream
             );
-            return Some((Outcome::Warning, text));
+            return Some((CheckOutcome::Warning, text));
         };
         let text = format!(
             "closes a replication loop with replication {}: each message comes back once to source stream `{stream}`, where it is \
              stored a second time, and goes no further",
             list(&way)
         );
-        Some((Outcome::Warning, text))
+        Some((CheckOutcome::Warning, text))
     }
 
     /// The field that subjects at the target depend on most.
@@ -790,11 +799,11 @@ pub(super) fn subjects_of(config: &Value) -> Vec<String> {
     subjects.filter_map(|subject| subject.as_str().map(str::to_owned)).collect()
 }
 
-/// A configuration as the stream that it becomes.
+/// The stream that a configuration results in.
 fn as_stream(config: &Value) -> Option<StreamInfo> {
     let mut config = config.clone();
     if config["allow_batched"] == true {
-        // Only where the server knows it is a stream made with this.
+        // A stream is created with this only where the server knows it.
         config["metadata"] = json!({"_nats.level": "4"});
     }
     serde_json::from_value(json!({ "config": config, "state": {} })).ok()
@@ -813,11 +822,11 @@ fn others<'a>(
     })
 }
 
-fn remembered(stream: &StreamInfo, abilities: &Abilities) -> Said {
+fn remembered(stream: &StreamInfo, abilities: &Abilities) -> Judgement {
     let by_id = abilities.transport == Transport::Pipelined || abilities.mode == TargetMode::Shared;
     let window = std::time::Duration::from_nanos(stream.number("duplicate_window").unsigned_abs());
     let short = dedup_window::too_short(window).filter(|_| by_id);
-    short.map(|text| (Outcome::Warning, text))
+    short.map(|text| (CheckOutcome::Warning, text))
 }
 
 /// Names for a message: the first few.

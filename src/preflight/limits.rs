@@ -3,10 +3,8 @@
 use nats_lane::jetstream::StreamInfo;
 use serde_json::Value;
 
-use super::Outcome;
+use super::{CheckOutcome, Judgement};
 use crate::{copy::source::durable::Durable, nats::account::AccountInfo};
-
-type Said = Option<(Outcome, String)>;
 
 fn reached(used: i64, limit: i64) -> bool {
     limit > 0 && used >= limit
@@ -14,8 +12,8 @@ fn reached(used: i64, limit: i64) -> bool {
 
 /// Whether a target stream that would be created fits into its account. `source_bytes` is the bound of the source, which
 /// the copy may need a multiple of.
-pub(super) fn planned(account: &AccountInfo, config: &Value, source_bytes: i64) -> Said {
-    let failed = |text: String| Some((Outcome::Failed, text));
+pub(super) fn planned(account: &AccountInfo, config: &Value, source_bytes: i64) -> Judgement {
+    let failed = |text: String| Some((CheckOutcome::Failed, text));
     let replicas = config["num_replicas"].as_i64().unwrap_or(1);
     let Some(usage) = account.of_replicas(replicas) else {
         return failed(format!(
@@ -54,17 +52,17 @@ pub(super) fn planned(account: &AccountInfo, config: &Value, source_bytes: i64) 
 }
 
 /// Whether the account has room for a message.
-pub(super) fn room(account: &AccountInfo, replicas: i64, in_memory: bool) -> Said {
+pub(super) fn room(account: &AccountInfo, replicas: i64, in_memory: bool) -> Judgement {
     let (used, most, _) = account.of_replicas(replicas)?.bytes(in_memory);
     reached(used, most).then(|| {
         let text = format!("the account uses {used} of {most} bytes: nothing can be stored before it has room again");
-        (Outcome::Warning, text)
+        (CheckOutcome::Warning, text)
     })
 }
 
 /// Whether the consumer that reads the source fits, and stays. One of them may be our own already, so these are warnings.
-pub(super) fn source(account: Option<&AccountInfo>, name: &str, stream: &StreamInfo, begun: bool) -> Said {
-    let warning = |text: String| Some((Outcome::Warning, text));
+pub(super) fn source(account: Option<&AccountInfo>, name: &str, stream: &StreamInfo, begun: bool) -> Judgement {
+    let warning = |text: String| Some((CheckOutcome::Warning, text));
     let inactive = stream.config.pointer("/consumer_limits/inactive_threshold").and_then(Value::as_u64);
     if let Some(nanos) = inactive.filter(|nanos| *nanos > 0 && Durable::is_needed(stream)) {
         let kept = std::time::Duration::from_nanos(nanos);
@@ -92,7 +90,7 @@ pub(super) fn source(account: Option<&AccountInfo>, name: &str, stream: &StreamI
              the limit",
             usage.consumers
         );
-        (Outcome::Warning, text)
+        (CheckOutcome::Warning, text)
     })
 }
 
@@ -107,7 +105,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn is(said: Said, expect: Option<(Outcome, &str)>) {
+    fn is(said: Judgement, expect: Option<(CheckOutcome, &str)>) {
         match (&said, expect) {
             (None, None) => {}
             (Some((outcome, text)), Some((wanted, part))) if *outcome == wanted && text.contains(part) => {}
@@ -117,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_planned_stream_within_the_limits_of_the_account() {
-        let failed = |part| Some((Outcome::Failed, part));
+        let failed = |part| Some((CheckOutcome::Failed, part));
         let config = json!({"num_replicas": 1, "storage": "file", "max_bytes": 1000});
         let check = |limits: Value, config: &Value, source_bytes, expect| {
             let used = json!({"streams": 2, "storage": 500, "limits": limits});
@@ -131,7 +129,7 @@ mod tests {
         let unbounded = json!({"num_replicas": 1, "storage": "file"});
         check(json!({"max_bytes_required": true}), &unbounded, 0, failed("requires `max_bytes`"));
         check(json!({"max_bytes_required": true}), &unbounded, 5, None);
-        check(json!({"max_storage": 500}), &unbounded, 0, Some((Outcome::Warning, "500 of 500 bytes")));
+        check(json!({"max_storage": 500}), &unbounded, 0, Some((CheckOutcome::Warning, "500 of 500 bytes")));
         let tiered = account(json!({"tiers": {"R1": {}}}));
         is(planned(&tiered, &json!({"num_replicas": 3}), 0), failed("`R3`"));
     }
@@ -141,7 +139,7 @@ mod tests {
         let stream = |config: Value| -> StreamInfo {
             serde_json::from_value(json!({"config": config, "state": {"consumer_count": 2}})).unwrap()
         };
-        let warning = |part| Some((Outcome::Warning, part));
+        let warning = |part| Some((CheckOutcome::Warning, part));
         is(source(None, "S", &stream(json!({"max_consumers": 3})), false), None);
         is(source(None, "S", &stream(json!({"max_consumers": 2})), false), warning("2 of at most 2 consumers"));
         is(source(None, "S", &stream(json!({"max_consumers": 2})), true), None);

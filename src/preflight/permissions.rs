@@ -28,7 +28,7 @@ impl PermissionRules {
         let allowed = if self.allow.is_empty() { Share::All } else { share(&self.allow, subject) };
         match share(&self.deny, subject) {
             Share::All => Share::None,
-            // What is denied may be another part than what is allowed, but that is rare and only tells too much.
+            // The denied part may be another one than the allowed part. That is rare and only warns too often.
             Share::Part => allowed.min(Share::Part),
             Share::None => allowed,
         }
@@ -54,14 +54,14 @@ impl Permissions {
     /// answers with the permissions of the connection over which it was asked.
     pub(super) fn are_from(answer: &[u8], server_id: &str) -> bool {
         #[derive(Deserialize)]
-        struct Answer {
+        struct SystemAnswer {
             server: Server,
         }
         #[derive(Deserialize)]
         struct Server {
             id: String,
         }
-        serde_json::from_slice::<Answer>(answer).is_ok_and(|answer| answer.server.id == server_id)
+        serde_json::from_slice::<SystemAnswer>(answer).is_ok_and(|answer| answer.server.id == server_id)
     }
 
     /// How much of a subject the user may publish to.
@@ -71,7 +71,7 @@ impl Permissions {
 
     /// Whether the user may subscribe to what comes back to us, on subjects that begin so.
     pub(super) fn may_listen(&self, inbox_prefix: &str) -> bool {
-        // A queue group may stand behind the subject; ours has none.
+        // The subject may be followed by a queue group; ours has none.
         let plain = |list: &[String]| -> Vec<String> {
             list.iter().filter_map(|rule| rule.split(' ').next().map(str::to_owned)).collect()
         };

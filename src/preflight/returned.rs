@@ -1,9 +1,9 @@
-//! Whether messages of the source came from the target: then the replication closes a loop with that of another
-//! installation, which only the provenance of the messages shows.
+//! Whether messages of the source came from the target: then the replication forms a replication loop with one of another
+//! installation, which only the provenance headers of the messages show.
 
 use tokio::time::Instant;
 
-use super::look::Look;
+use super::side_checks::SideChecks;
 use crate::{config::Replication, copy::target::provenance};
 
 /// Newest messages of the source that are read.
@@ -24,8 +24,8 @@ pub(super) struct Returned {
 /// provenance names: streams elsewhere have the same name.
 pub(super) async fn find(
     replication: &Replication,
-    source: &mut Look,
-    target: &mut Look,
+    source: &mut SideChecks,
+    target: &mut SideChecks,
     until: Instant,
 ) -> Option<Returned> {
     let last = source.facts.stream.there()?.state.last_seq;
@@ -40,7 +40,7 @@ pub(super) async fn find(
     let hops: Vec<_> = hops.take(NEWEST as usize).collect();
     let origins: Vec<u64> = hops.iter().map(|(_, hop)| hop.origin.seq).collect();
     let there = target.ask_messages(to, &origins, until).await;
-    let came = |hop: &provenance::Other| {
+    let came = |hop: &provenance::OtherSiteCopy| {
         there.iter().any(|message| {
             message.sequence == hop.origin.seq && message.time_ns.div_euclid(1_000_000) == hop.origin.time_ms
         })

@@ -13,7 +13,7 @@ use crate::config::{self, Replication};
 /// Kind of a change of a sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum AdvisoryKind {
     /// Seen for the first time, or again after it was forgotten.
     New,
     /// Unseen for `warn_duration`.
@@ -24,7 +24,7 @@ pub enum Kind {
     Expire,
 }
 
-impl Kind {
+impl AdvisoryKind {
     /// All of them.
     pub const ALL: [Self; 4] = [Self::New, Self::Timeout, Self::Recover, Self::Expire];
 
@@ -39,12 +39,12 @@ impl Kind {
     }
 }
 
-/// Something that happened to a sender. Times are nanoseconds since the Unix epoch.
+/// A change of a sender. Times are nanoseconds since the Unix epoch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Advisory {
-    /// What.
-    pub kind: Kind,
-    /// To whom.
+    /// Kind of the change.
+    pub kind: AdvisoryKind,
+    /// The sender.
     pub sender: Arc<str>,
     /// When it was due, by the times of the source.
     pub due_ns: i64,
@@ -54,7 +54,7 @@ pub struct Advisory {
 
 /// Names and subject of the advisories of one replication.
 #[derive(Debug, Clone)]
-pub struct Voice {
+pub struct AdvisoryTemplate {
     replication: String,
     site: String,
     /// Name of the site in ids: the first that it had, so that an advisory keeps its id when the site is renamed.
@@ -83,18 +83,18 @@ pub struct AgeAdvisory {
     /// When it happened, by the times of the source, seconds since the Unix epoch.
     pub timestamp: i64,
     /// Kind of the change.
-    pub event: Kind,
+    pub event: AdvisoryKind,
     /// The sender.
     #[schemars(length(min = 1))]
     pub value: String,
 }
 
 const PROTOCOL: &str = "io.choria.sr.v2.age_advisory";
-/// What bodies begin with.
+/// The first bytes of every body.
 const BEGIN: &[u8] = br#"{"protocol":"io.choria.sr.v2.age_advisory","#;
 const NANO: i64 = 1_000_000_000;
 
-impl Voice {
+impl AdvisoryTemplate {
     /// For the advisories of one replication.
     pub fn new(replication: &Replication, site: &str, sampling: &config::Sampling) -> Option<Self> {
         let advisory = sampling.advisory.as_ref()?;
@@ -107,7 +107,7 @@ impl Voice {
         })
     }
 
-    /// Id of an advisory: a KSUID of the time it was due and of what it says, so that whoever tells it again uses the
+    /// Id of an advisory: a KSUID of the time it was due and of its content, so that every publisher of it uses the
     /// same one.
     pub fn id(&self, advisory: &Advisory) -> String {
         let Advisory { kind, sender, due_ns, seen_ns } = advisory;
@@ -118,12 +118,12 @@ impl Voice {
         Ksuid::new(due, Some(&xxh3_128(whole.as_bytes()).to_be_bytes())).to_string()
     }
 
-    /// The subject: `%s` is the event, `%v` the sender, in which what a subject cannot hold is `_`.
+    /// The subject: `%s` is the event, `%v` the sender; characters of the sender that a subject cannot contain are `_`.
     pub fn subject(&self, advisory: &Advisory) -> String {
         self.subject_of(advisory.kind, &advisory.sender)
     }
 
-    fn subject_of(&self, kind: Kind, sender: &str) -> String {
+    fn subject_of(&self, kind: AdvisoryKind, sender: &str) -> String {
         fill(&self.subject, kind, &tokens(sender))
     }
 
@@ -134,8 +134,8 @@ impl Voice {
             protocol: PROTOCOL.to_owned(),
             event_id: self.id(advisory),
             inspect_field: self.inspected.clone(),
-            // To the nearest second, as Choria's replicator does.
-            age: (due_ns - seen_ns + NANO / 2).div_euclid(NANO),
+            // To the nearest second, as Choria's replicator does. Both may be what somebody wrote into a record.
+            age: due_ns.saturating_sub(*seen_ns).saturating_add(NANO / 2).div_euclid(NANO),
             seen: seen_ns.div_euclid(NANO),
             replicator: self.site.clone(),
             timestamp: due_ns.div_euclid(NANO),
@@ -145,10 +145,10 @@ impl Voice {
     }
 }
 
-/// Whether a payload is an advisory, of this replicator or another one. Sampling takes no advisory for the message of a
+/// Whether a payload is an advisory, of this replicator or another one. Advisories do not count as messages of a
 /// sender: a stream may store the advisories of several replicators, and each would cause others.
 pub fn is_advisory(payload: &[u8]) -> bool {
-    // As bodies are written, by Choria's replicator too; nothing need be parsed.
+    // All bodies begin so, those of Choria's replicator too: no parsing is needed.
     payload.starts_with(BEGIN)
 }
 
@@ -159,11 +159,11 @@ pub fn patterns(subject: &str) -> BTreeSet<String> {
         None => fill(subject, kind, ""),
         Some((before, _)) => fill(&before[..before.rfind('.').map_or(0, |dot| dot + 1)], kind, "") + ">",
     };
-    Kind::ALL.map(pattern).into()
+    AdvisoryKind::ALL.map(pattern).into()
 }
 
 /// A subject with the event for `%s` and the sender for `%v`.
-fn fill(subject: &str, kind: Kind, sender: &str) -> String {
+fn fill(subject: &str, kind: AdvisoryKind, sender: &str) -> String {
     let mut parts = subject.split('%');
     let mut filled = parts.next().unwrap_or_default().to_owned();
     for part in parts {
@@ -192,8 +192,8 @@ fn tokens(sender: &str) -> String {
 mod tests {
     use super::*;
 
-    fn voice(subject: &str) -> Voice {
-        Voice {
+    fn template(subject: &str) -> AdvisoryTemplate {
+        AdvisoryTemplate {
             replication: "NODES".to_owned(),
             site: "EAST".to_owned(),
             first_site: "EAST".to_owned(),
@@ -202,14 +202,14 @@ mod tests {
         }
     }
 
-    fn advisory(kind: Kind, sender: &str) -> Advisory {
+    fn advisory(kind: AdvisoryKind, sender: &str) -> Advisory {
         Advisory { kind, sender: sender.into(), due_ns: 1_700_000_660 * NANO, seen_ns: 1_700_000_000 * NANO }
     }
 
     #[test]
     fn subjects_hold_event_and_sender() {
         let check = |subject: &str, sender: &str, expect: &str| {
-            assert_eq!(voice(subject).subject(&advisory(Kind::Timeout, sender)), expect);
+            assert_eq!(template(subject).subject(&advisory(AdvisoryKind::Timeout, sender)), expect);
         };
         check("adv", "n1", "adv");
         check("adv.%s.%v", "n1.example.net", "adv.timeout.n1.example.net");
@@ -235,20 +235,28 @@ mod tests {
     fn an_id_is_the_same_each_time_and_of_nothing_else() {
         let id = |kind, sender, shift: i64| {
             let one = advisory(kind, sender);
-            voice("x").id(&Advisory { seen_ns: one.seen_ns + shift, ..one })
+            template("x").id(&Advisory { seen_ns: one.seen_ns + shift, ..one })
         };
-        let first = id(Kind::Timeout, "n1", 0);
-        assert_eq!(first, id(Kind::Timeout, "n1", 0));
+        let first = id(AdvisoryKind::Timeout, "n1", 0);
+        assert_eq!(first, id(AdvisoryKind::Timeout, "n1", 0));
         assert_eq!(first.len(), 27);
-        for other in [id(Kind::Expire, "n1", 0), id(Kind::Timeout, "n2", 0), id(Kind::Timeout, "n1", 1)] {
+        for other in
+            [id(AdvisoryKind::Expire, "n1", 0), id(AdvisoryKind::Timeout, "n2", 0), id(AdvisoryKind::Timeout, "n1", 1)]
+        {
             assert_ne!(first, other);
         }
-        assert_eq!(first[..5], id(Kind::Timeout, "n2", 0)[..5], "begins with the time");
+        assert_eq!(first[..5], id(AdvisoryKind::Timeout, "n2", 0)[..5], "begins with the time");
+    }
+
+    #[test]
+    fn impossible_times_have_an_age() {
+        let one = Advisory { seen_ns: i64::MIN, due_ns: i64::MAX, ..advisory(AdvisoryKind::Expire, "n1") };
+        assert_eq!(template("x").body(&one).age, i64::MAX / NANO);
     }
 
     #[test]
     fn a_body_is_chorias() {
-        let body = voice("x").body(&advisory(Kind::Timeout, "n1"));
+        let body = template("x").body(&advisory(AdvisoryKind::Timeout, "n1"));
         let json = serde_json::to_value(&body).unwrap();
         assert_eq!(json["protocol"], PROTOCOL);
         assert_eq!((json["age"].as_i64(), json["seen"].as_i64()), (Some(660), Some(1_700_000_000)));

@@ -1,4 +1,4 @@
-//! Who sent a message, and whether it wants to be copied in any case.
+//! The sender of a message, and whether the message demands to be copied.
 
 use std::borrow::Cow;
 
@@ -10,12 +10,12 @@ use crate::config::{self, Inspect};
 
 /// Longest value of a sender, bytes. A longer one counts as no value: its messages are copied.
 pub const MAX_VALUE: usize = 1024;
-/// Longest value, bytes, that is stored as it is. Of a longer one the beginning and a hash are stored.
+/// Longest value, bytes, that is stored unchanged. For a longer one its first bytes and a hash are stored.
 pub const MAX_STORED: usize = 256;
-/// Bytes of the beginning.
+/// Number of these first bytes.
 const BEGINNING: usize = 96;
 
-/// Inspects messages as one replication's document says.
+/// Inspects messages by the document of one replication.
 #[derive(Debug, Clone)]
 pub struct Inspector {
     place: SenderPath,
@@ -43,7 +43,7 @@ impl Inspector {
         Self { place, force: sampling.force_field.as_deref().map(Path::new) }
     }
 
-    /// The sender, if the message names one: not empty, valid UTF-8 of up to [`MAX_VALUE`] bytes; as it is stored.
+    /// The sender, if the message names one: not empty, valid UTF-8 of up to [`MAX_VALUE`] bytes; in its stored form.
     pub fn sender<'a>(&self, message: &Message<'a>) -> Option<Cow<'a, str>> {
         let text = |bytes: &'a [u8]| std::str::from_utf8(bytes).ok().map(Cow::Borrowed);
         let value = match &self.place {
@@ -64,7 +64,7 @@ impl Inspector {
     }
 }
 
-/// How a value is stored that is longer than [`MAX_STORED`]: its beginning, three dots and a hash of all of it.
+/// The stored form of a value longer than [`MAX_STORED`]: its first bytes, three dots and a hash of all of it.
 pub fn shortened(value: &str) -> Option<String> {
     if value.len() <= MAX_STORED {
         return None;

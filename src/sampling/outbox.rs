@@ -1,8 +1,8 @@
 //! Advisories that are not confirmed yet, in the order of their causes.
 //!
-//! A reliable advisory is first kept with its sender's record, then published until it is confirmed, and then no longer
-//! kept: whatever crashes in between, it is published, and each time with the same id. Any other is published once;
-//! again only if the connection ends before the server has shown that it read it.
+//! A reliable advisory is first stored with its sender's record, then published until it is confirmed, and then removed
+//! from the record: whatever crashes in between, it is published, and each time with the same id. Any other is
+//! published once; again only if the connection ends before the server has shown that it read it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,11 +10,11 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::advisory::Advisory;
 
-/// Advisories of one sender that are kept while nobody confirms them; the oldest goes first, counted.
+/// Most unconfirmed advisories of one sender; the oldest is dropped first, and counted.
 pub const PER_SENDER: usize = 8;
-/// Reliable advisories that are kept in all, some 130 bytes each; of more, the newest go, counted.
+/// Most reliable advisories in all, some 130 bytes each; beyond that the newest are dropped, and counted.
 const RELIABLE: usize = 1_000_000;
-/// Advisories that are not reliable and wait for a connection.
+/// Most advisories that are not reliable and wait for a connection.
 const UNRELIABLE: usize = 1_000;
 
 /// The advisories of one replication that are not confirmed.
@@ -25,26 +25,26 @@ pub struct Outbox {
     entries: BTreeMap<u64, Advisory>,
     /// Numbers of the reliable ones, each after a hash of its sender: small, as there may be one million.
     of: BTreeSet<(u64, u64)>,
-    /// Numbers of those that can be published now.
+    /// Numbers of advisories that can be published now.
     ready: BTreeSet<u64>,
-    /// Numbers of those that are not kept with their sender's record.
+    /// Numbers of advisories that are not yet stored with their sender's record.
     fresh: BTreeSet<u64>,
-    /// Numbers of those that are on their way.
+    /// Numbers of advisories in flight.
     taken: BTreeSet<u64>,
-    /// Numbers of those that were refused and wait, so that they are in nobody's way.
+    /// Numbers of refused advisories that wait, so that they do not block others.
     refused: BTreeSet<u64>,
-    /// Those of them that are tried again.
+    /// Numbers of refused advisories that are tried again.
     probes: BTreeSet<u64>,
     dropped: u64,
 }
 
 impl Outbox {
-    /// An empty one.
+    /// An empty outbox.
     pub fn new(reliable: bool) -> Self {
         Self { reliable, ..Self::default() }
     }
 
-    /// From now on advisories are confirmed, or not; what waits is published as it would have been.
+    /// Sets whether advisories are confirmed from now on; waiting ones are published as before.
     pub(super) fn set_reliable(&mut self, reliable: bool) {
         self.reliable = reliable;
     }
@@ -59,12 +59,12 @@ impl Outbox {
         self.entries.is_empty()
     }
 
-    /// Advisories that were dropped: too many wait already.
+    /// Advisories that were dropped because too many waited already.
     pub fn dropped(&self) -> u64 {
         self.dropped
     }
 
-    /// Takes one that happened now; says whether it has to be kept with its sender's record before it is published.
+    /// Adds an advisory of now; returns whether it has to be stored with its sender's record before it is published.
     pub(super) fn add(&mut self, advisory: Advisory) -> bool {
         let Some(number) = self.enter(advisory) else { return false };
         if self.reliable {
@@ -80,7 +80,7 @@ impl Outbox {
         self.reliable
     }
 
-    /// Takes one that is kept with its sender's record already.
+    /// Adds an advisory that is stored with its sender's record already.
     pub(super) fn restore(&mut self, advisory: Advisory) {
         if self.reliable
             && let Some(number) = self.enter(advisory)
@@ -97,7 +97,7 @@ impl Outbox {
         let number = self.next;
         self.next += 1;
         if self.reliable {
-            let mut of = self.of(&advisory.sender).map(|(number, _)| number);
+            let mut of = self.kept_for(&advisory.sender).map(|(number, _)| number);
             let oldest = of.next().filter(|_| of.count() + 1 >= PER_SENDER);
             if let Some(oldest) = oldest {
                 self.of.remove(&(hash(&advisory.sender), oldest));
@@ -112,8 +112,8 @@ impl Outbox {
         Some(number)
     }
 
-    /// What has to be kept of a sender, oldest first.
-    pub(super) fn of(&self, sender: &str) -> impl Iterator<Item = (u64, &Advisory)> {
+    /// The advisories that have to be stored with a sender, oldest first.
+    pub(super) fn kept_for(&self, sender: &str) -> impl Iterator<Item = (u64, &Advisory)> {
         let hash = hash(sender);
         let numbers = self.of.range((hash, 0)..=(hash, u64::MAX)).map(|(_, number)| *number);
         let entries = numbers.filter_map(|number| Some((number, self.entries.get(&number)?)));
@@ -122,19 +122,19 @@ impl Outbox {
 
     /// Whether an advisory about a sender is waiting.
     pub(super) fn has(&self, sender: &str) -> bool {
-        self.of(sender).next().is_some()
+        self.kept_for(sender).next().is_some()
     }
 
-    /// These are kept with their sender's record now: they can be published.
+    /// Notes that these are stored with their sender's record: they can be published.
     pub(super) fn kept(&mut self, numbers: &[u64]) {
         let fresh = &mut self.fresh;
         self.ready.extend(numbers.iter().filter(|number| fresh.remove(number)));
     }
 
-    /// The next one to publish; it counts as on its way until it is confirmed or all are taken back.
-    pub fn take(&mut self) -> Option<(u64, &Advisory)> {
+    /// The next one to publish; it counts as in flight until it is confirmed or all are taken back.
+    pub fn take_next(&mut self) -> Option<(u64, &Advisory)> {
         while let Some(number) = self.ready.pop_first() {
-            // It may have been dropped meanwhile.
+            // It may have been dropped since.
             if self.entries.contains_key(&number) {
                 self.taken.insert(number);
                 return self.entries.get(&number).map(|advisory| (number, advisory));
@@ -143,19 +143,19 @@ impl Outbox {
         None
     }
 
-    /// Whatever is on its way may be lost: it is published again, before all others.
+    /// Advisories in flight may be lost: they are published again, before all others.
     pub fn take_back(&mut self) {
         self.ready.append(&mut self.taken);
     }
 
-    /// It is refused: it waits until it is tried again, and others continue.
+    /// Notes a refusal: the advisory waits until it is tried again, and others continue.
     pub fn refuse(&mut self, number: u64) {
         if self.taken.remove(&number) && self.entries.contains_key(&number) {
             self.refused.insert(number);
         }
     }
 
-    /// Whether one can be published now.
+    /// Whether an advisory can be published now.
     pub fn is_ready(&self) -> bool {
         !self.ready.is_empty()
     }
@@ -165,7 +165,7 @@ impl Outbox {
         !self.refused.is_empty()
     }
 
-    /// The oldest of those that were refused are tried again, so many at most. If one of them is confirmed, all are.
+    /// Tries the oldest refused ones again, at most so many. If one of them is confirmed, all are tried.
     pub fn try_again(&mut self, most: usize) {
         self.probes.clear();
         while self.probes.len() < most
@@ -176,7 +176,7 @@ impl Outbox {
         self.ready.extend(&self.probes);
     }
 
-    /// It is confirmed, or published if nobody confirms it; what it was.
+    /// Removes a confirmed advisory, or a published one that is not confirmed by a stream, and returns it.
     pub(super) fn confirm(&mut self, number: u64) -> Option<Advisory> {
         self.taken.remove(&number);
         if self.probes.remove(&number) {
@@ -187,9 +187,9 @@ impl Outbox {
         Some(advisory)
     }
 
-    /// Forgets what is kept of a sender.
+    /// Drops the advisories of a sender.
     pub(super) fn forget(&mut self, sender: &str) {
-        let numbers: Vec<u64> = self.of(sender).map(|(number, _)| number).collect();
+        let numbers: Vec<u64> = self.kept_for(sender).map(|(number, _)| number).collect();
         for number in numbers {
             self.of.remove(&(hash(sender), number));
             self.entries.remove(&number);
@@ -199,7 +199,7 @@ impl Outbox {
         }
     }
 
-    /// Drops everything: no more advisories are published.
+    /// Drops all advisories.
     pub(super) fn clear(&mut self) {
         *self = Self { next: self.next, dropped: self.dropped, ..Self::new(self.reliable) };
     }
@@ -211,14 +211,14 @@ fn hash(sender: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::Kind, *};
+    use super::{super::AdvisoryKind, *};
 
     fn advisory(sender: &str, due_ns: i64) -> Advisory {
-        Advisory { kind: Kind::New, sender: sender.into(), due_ns, seen_ns: 0 }
+        Advisory { kind: AdvisoryKind::New, sender: sender.into(), due_ns, seen_ns: 0 }
     }
 
     fn take(outbox: &mut Outbox) -> Option<(u64, i64)> {
-        outbox.take().map(|(number, advisory)| (number, advisory.due_ns))
+        outbox.take_next().map(|(number, advisory)| (number, advisory.due_ns))
     }
 
     #[test]
@@ -226,7 +226,7 @@ mod tests {
         let mut outbox = Outbox::new(true);
         assert!(outbox.add(advisory("a", 1)) && outbox.add(advisory("a", 2)) && outbox.add(advisory("b", 3)));
         assert_eq!(take(&mut outbox), None);
-        let numbers: Vec<u64> = outbox.of("a").map(|(number, _)| number).collect();
+        let numbers: Vec<u64> = outbox.kept_for("a").map(|(number, _)| number).collect();
         outbox.kept(&numbers);
         assert_eq!((take(&mut outbox), take(&mut outbox), take(&mut outbox)), (Some((0, 1)), Some((1, 2)), None));
         assert_eq!(outbox.confirm(0).map(|advisory| advisory.due_ns), Some(1));
@@ -275,7 +275,7 @@ mod tests {
         let mut outbox = Outbox::new(true);
         (0..20).for_each(|due| _ = outbox.add(advisory("a", due)));
         assert_eq!((outbox.len(), outbox.dropped()), (PER_SENDER, 12));
-        assert_eq!(outbox.of("a").map(|(_, advisory)| advisory.due_ns).min(), Some(12));
+        assert_eq!(outbox.kept_for("a").map(|(_, advisory)| advisory.due_ns).min(), Some(12));
         let mut outbox = Outbox::new(false);
         (0..1_005).for_each(|due| _ = outbox.add(advisory("a", due)));
         assert_eq!((outbox.len(), outbox.dropped(), take(&mut outbox)), (UNRELIABLE, 5, Some((5, 5))));

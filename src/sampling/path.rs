@@ -1,38 +1,38 @@
-//! A value in a JSON document by its path (gjson). Documents come from untrusted clients: they may be no JSON at all,
+//! A value in a JSON document by its path (gjson). Documents come from untrusted clients: they may be invalid JSON,
 //! huge, or nested without end.
 //!
-//! Plain paths (keys and indexes between dots) are followed here: values that are not on the way are skipped unread,
-//! and nothing recurses. All others are the library's, which wants valid JSON: that is checked first.
+//! Plain paths (keys and indexes between dots) are followed here: values outside of the path are skipped unread,
+//! and nothing recurses. All others are left to the library, which needs valid JSON: that is checked first.
 
 use std::{borrow::Cow, slice};
 
 use serde::de::IgnoredAny;
 
-/// What makes a path more than keys between dots (the gjson path syntax).
+/// Characters that make a path more than keys between dots (the gjson path syntax).
 const SPECIAL: &[char] = &['*', '?', '|', '#', '@', '!', '{', '[', '(', '"', '~'];
 
-/// The library follows what is nested up to this depth; parts of it recurse.
+/// Deepest nesting for the library, parts of which recurse.
 const DEEPEST: usize = 128;
 
-/// Bytes of a string that are read one by one, before a search pays.
+/// Bytes of a string that are read one by one, before a vectorized search is faster.
 const SHORT: usize = 16;
 
-/// A path, ready to be followed.
+/// A parsed path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Path {
     text: String,
-    /// Its keys, if it has nothing but keys.
+    /// Its keys, if it is plain.
     keys: Option<Vec<String>>,
 }
 
 impl Path {
-    /// Takes any text; one that leads nowhere finds nothing.
+    /// Accepts any text; a path to nowhere finds no value.
     pub fn new(text: &str) -> Self {
         Self { text: text.to_owned(), keys: keys(text) }
     }
 
-    /// The value there as text: a string without its quotes, a number or boolean as it is written. `None` where there is
-    /// nothing, `null`, an object or an array.
+    /// The value there as text: a string without its quotes, a number or boolean as it is written. `None` where there
+    /// is nothing, `null`, an object or an array.
     pub fn text<'a>(&self, json: &'a [u8]) -> Option<Cow<'a, str>> {
         let Some(keys) = &self.keys else { return self.library(json, text_of) };
         match Scan::new(json).find(keys)? {
@@ -96,7 +96,7 @@ fn unescaped(raw: &[u8]) -> Option<String> {
     serde_json::from_slice(&quoted).ok()
 }
 
-/// What a byte means outside of strings.
+/// The meaning of a byte outside of strings.
 #[derive(Clone, Copy)]
 enum Class {
     Other,
@@ -115,7 +115,7 @@ static CLASSES: [Class; 256] = {
     classes
 };
 
-/// Passes what is left of a string, and its last quote.
+/// Skips the rest of a string, with its last quote.
 fn pass_string(rest: &mut slice::Iter<'_, u8>) -> Option<()> {
     let mut near = SHORT;
     loop {
@@ -134,13 +134,13 @@ fn pass_string(rest: &mut slice::Iter<'_, u8>) -> Option<()> {
 }
 
 enum PathMatch<'a> {
-    /// What stands between the quotes.
+    /// The text between the quotes.
     String { raw: &'a [u8], escaped: bool },
     /// A number, a word or garbage.
     Other(&'a [u8]),
 }
 
-/// Reads forward. Whatever does not fit ends it.
+/// Reads forward. Malformed input ends it.
 struct Scan<'a> {
     json: &'a [u8],
     at: usize,
@@ -169,7 +169,7 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// The next byte that is not blank; it is not passed.
+    /// The next byte that is not blank, without skipping it.
     fn next(&mut self) -> Option<u8> {
         let blank = |byte: &u8| matches!(byte, b' ' | b'\t' | b'\n' | b'\r');
         let rest = self.json.get(self.at..)?;
@@ -177,7 +177,7 @@ impl<'a> Scan<'a> {
         self.json.get(self.at).copied()
     }
 
-    /// Passes this byte, if it is the next one.
+    /// Skips this byte, if it is the next one.
     fn pass(&mut self, byte: u8) -> Option<()> {
         (self.next()? == byte).then(|| self.at += 1)
     }
@@ -217,7 +217,8 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Passes the object or array that begins here. Most of a document is passed so: byte by byte without a bounds check.
+    /// Skips the object or array that begins here. Most of a document is skipped so: byte by byte without a bounds
+    /// check.
     fn pass_nested(&mut self) -> Option<()> {
         let mut rest = self.json.get(self.at..)?.iter();
         let mut depth = 0_usize;
@@ -237,7 +238,7 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Whether anything in the document is nested too deeply.
+    /// Whether any part of the document is nested too deeply.
     fn ends_deep(mut self) -> bool {
         let mut depth = 0_usize;
         while let Some(byte) = self.json.get(self.at) {
@@ -258,7 +259,7 @@ impl<'a> Scan<'a> {
         false
     }
 
-    /// Passes the string that begins here; what stands between its quotes, and whether there are escapes.
+    /// Skips the string that begins here; returns the text between its quotes, and whether there are escapes.
     fn string(&mut self) -> Option<(&'a [u8], bool)> {
         let begin = self.at + 1;
         let mut at = begin;
@@ -278,7 +279,7 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Passes what is neither string, object nor array.
+    /// Skips a value that is neither string, object nor array.
     fn token(&mut self) -> &'a [u8] {
         let rest = &self.json[self.at..];
         let ends = |byte: &u8| matches!(byte, b',' | b'}' | b']' | b' ' | b'\t' | b'\n' | b'\r');

@@ -1,9 +1,11 @@
 //! When each sender was seen and copied last: which messages are copied, and which senders are missing. One million
 //! senders is the design size: a sender takes one slot and its name.
 //!
-//! Times are stored times at the source, nanoseconds since the Unix epoch. Each message moves the time on, and anything
-//! due before it is judged first: decisions and advisories depend on the messages alone, whenever and however often
-//! they are read. Only when there is nothing to read the clock moves the time.
+//! Times are stored times at the source, nanoseconds since the Unix epoch. Each message moves the time on, and
+//! deadlines before it are judged first: decisions and advisories depend on the messages alone, whenever and however
+//! often they are read. Only when there is no message to read does the clock move the time.
+
+pub(super) mod records;
 
 use std::{
     cmp::Reverse,
@@ -18,13 +20,12 @@ use nats_lane::entropy;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::{
-    advisory::{Advisory, Kind},
-    inspect::shortened,
+    advisory::{Advisory, AdvisoryKind},
     outbox::Outbox,
 };
 use crate::{
     config::{Sampling, SenderBounds},
-    store::{PendingAdvisory, SenderRecord, sender_hash, sender_hash_of_token},
+    store::sender_hash,
 };
 
 /// No time.
@@ -33,7 +34,7 @@ const NEVER: i64 = i64::MIN;
 /// A message of a sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sighting<'a> {
-    /// Who sent it.
+    /// The sender.
     pub sender: &'a str,
     /// Source sequence.
     pub seq: u64,
@@ -41,40 +42,40 @@ pub struct Sighting<'a> {
     pub time_ns: i64,
     /// Bytes of the payload.
     pub size: u32,
-    /// Whether the message itself wants to be copied.
+    /// Whether the message itself demands to be copied.
     pub forced: bool,
 }
 
-/// What is to be done with a message.
+/// The decision about a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum SamplingVerdict {
     /// Copy it.
-    Copy(Cause),
-    /// Its sender was copied not long ago.
+    Copy(CopyCause),
+    /// Its sender was copied recently.
     Skip,
 }
 
 /// Why a message is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    /// Nothing of its sender was copied before.
+pub enum CopyCause {
+    /// No message of its sender was copied before.
     New,
     /// Its sender was copied long enough ago.
     Due,
     /// Its size changed.
     Size,
-    /// It says so itself.
+    /// The message demands it.
     Forced,
     /// It is not after the message that was copied last: the target lost that one, or the position was moved back.
     Again,
-    /// It is older than what was copied last, by more than a tenth of the interval: the source's clock went back.
+    /// It is older than the last copied message by more than a tenth of the interval: the source's clock went back.
     Clock,
 }
 
-/// What became of a message.
+/// The outcome of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
-    /// It is on its way to the target, and counts as copied when it has settled.
+pub enum MessageOutcome {
+    /// It is in flight, and counts as copied when it has settled.
     Sent,
     /// It is at the target.
     Stored,
@@ -82,25 +83,16 @@ pub enum Fate {
     Passed,
 }
 
-/// Records to be written together.
-#[derive(Debug, Default)]
-pub struct Write {
-    /// What the bucket is to hold of each sender; `None` for nothing.
-    pub records: Vec<(String, Option<SenderRecord>)>,
-    /// Advisories that are kept by it.
-    kept: Vec<u64>,
-}
-
-/// Everything that was to be written at one moment.
+/// All records that were due at one moment.
 #[derive(Debug)]
 struct Round {
-    /// Everything up to here had settled.
+    /// The settled position at that moment.
     position: u64,
     slots: Vec<u32>,
     gone: Vec<Arc<str>>,
 }
 
-/// One sender, for people.
+/// One sender, as listed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Listed<'a> {
     /// The value that messages carry.
@@ -133,25 +125,25 @@ struct SenderSlot {
     name: Arc<str>,
     seen: i64,
     copied: i64,
-    /// Source sequence of the message copied last; of the first one seen while none was.
+    /// Source sequence of the last copied message; of the first one seen before any was copied.
     sequence: u64,
-    /// `seen` as last written.
+    /// `seen` in the stored record.
     written: i64,
-    /// When it is due next.
+    /// When the next deadline is.
     due: i64,
     size: u32,
     generation: u32,
-    /// Number of the last load that had it.
-    told: u32,
+    /// Number of the last load that had its record.
+    loaded_in: u32,
     live: bool,
     dirty: bool,
     /// It timed out, and was not seen since.
     late: bool,
-    /// `seen` is as it was written, so up to a quarter of `warn` too old.
+    /// `seen` is from the stored record, so up to a quarter of `warn` too old.
     loaded: bool,
 }
 
-/// A copy that is on its way.
+/// A copy in flight.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
     seq: u64,
@@ -173,42 +165,42 @@ pub struct Senders {
     due: BinaryHeap<Reverse<(i64, u32)>>,
     /// In source order.
     sent: VecDeque<Sent>,
-    /// The newest copy on its way, by slot.
+    /// The newest copy in flight, by slot.
     newest: HashMap<u32, Sent>,
     dirty: Vec<u32>,
-    /// Forgotten senders whose records are still there, with the newest source sequence when that was found.
+    /// Forgotten senders whose records still exist, with the newest source sequence when they were forgotten.
     gone: HashMap<Arc<str>, u64>,
     /// Bytes of the names of known and of forgotten senders.
     names: usize,
-    /// Names that are too long for keys, by the hash that stands there.
+    /// Names that are too long for keys, by the hash in the key.
     hashed: HashMap<u128, Arc<str>>,
     /// Messages whose sender is not tracked, because the bounds are reached.
     untracked: u64,
-    /// Whether there are such messages, and whether that has been asked for.
+    /// Whether there are such messages, and whether that has been reported.
     full: Option<bool>,
     leaving: Vec<Arc<str>>,
-    /// Those of them that wait for nothing but that no message of theirs can be read again.
+    /// Forgotten senders that wait only until no message of theirs can be read again.
     unsettled: Vec<Arc<str>>,
     round: Option<Round>,
     /// Advisories that wait.
     pub outbox: Outbox,
-    /// Everything up to here has been seen, and what was to be written of it is written.
+    /// Everything up to here has been seen, and all due records of it are written.
     written_to: u64,
     /// Newest source sequence that was seen.
     read: u64,
-    /// Nobody counts as unseen before this.
+    /// No sender counts as unseen before this time.
     floor: i64,
     /// Whether a run has begun.
     begun: bool,
     load: u32,
-    /// Fields of other versions.
+    /// Unknown fields of records, from other versions.
     other: HashMap<Box<str>, BTreeMap<String, serde_json::Value>>,
-    /// Records of a newer program, not to be written over.
+    /// Records of a newer program, which must not be overwritten.
     newer: HashSet<Box<str>>,
 }
 
 impl Senders {
-    /// Nobody is known.
+    /// Without known senders.
     pub fn new(replication: &str, sampling: &Sampling) -> Self {
         let reliable = sampling.is_reliable();
         Self {
@@ -241,7 +233,7 @@ impl Senders {
         }
     }
 
-    /// Follows other rules.
+    /// Applies changed rules.
     pub fn adopt(&mut self, sampling: &Sampling) {
         self.rules = SamplingRules::new(sampling);
         self.outbox.set_reliable(sampling.is_reliable());
@@ -263,7 +255,7 @@ impl Senders {
         }
     }
 
-    /// Senders that are known.
+    /// Number of known senders.
     pub fn len(&self) -> usize {
         self.table.len()
     }
@@ -273,7 +265,7 @@ impl Senders {
         self.untracked
     }
 
-    /// Whether the bounds were reached since this was asked last: said once, until there is room again.
+    /// Whether the bounds were reached since the last call: reported once, until there is room again.
     pub fn became_full(&mut self) -> bool {
         let SenderBounds { senders, bytes } = self.rules.bounds;
         if self.full == Some(true) && self.tracked() * 10 < senders * 9 && self.names * 10 < bytes * 9 {
@@ -282,19 +274,19 @@ impl Senders {
         self.full == Some(false) && self.full.replace(true).is_some()
     }
 
-    /// Senders that take room: known ones, and forgotten ones whose records are still there.
+    /// Senders that take room: known ones, and forgotten ones whose records still exist.
     fn tracked(&self) -> usize {
         self.table.len() + self.gone.len()
     }
 
-    /// Whether there is no room for a sender that is not known.
+    /// Whether there is no room for an unknown sender.
     fn is_full(&self, sender: &str) -> bool {
         let SenderBounds { senders, bytes } = self.rules.bounds;
         let is_new = !self.gone.contains_key(sender);
         is_new && (self.tracked() >= senders || self.names + sender.len() > bytes)
     }
 
-    /// The same for the record of one, which may come before that of another one is removed.
+    /// The same for a loaded record, which may come before that of another one is removed.
     fn is_overfull(&self, sender: &str) -> bool {
         let SenderBounds { senders, bytes } = self.rules.bounds;
         let is_new = self.find(sender).is_none() && !self.gone.contains_key(sender);
@@ -302,7 +294,7 @@ impl Senders {
         is_new && (self.tracked() >= most(senders) || self.names + sender.len() > most(bytes))
     }
 
-    /// The name of a sender, which all that is kept of it share. Called before any of that is there.
+    /// The name of a sender, shared by all its entries. Called before its first entry is made.
     fn name(&mut self, sender: &str) -> Arc<str> {
         if let Some(index) = self.find(sender) {
             return self.slots[index as usize].name.clone();
@@ -318,7 +310,7 @@ impl Senders {
         name
     }
 
-    /// Something that was kept of a sender is gone: its name goes with the last of it.
+    /// An entry of a sender was removed: its name is removed with the last one.
     fn release(&mut self, sender: &str) {
         if self.find(sender).is_none() && !self.gone.contains_key(sender) {
             self.names = self.names.saturating_sub(sender.len());
@@ -328,14 +320,14 @@ impl Senders {
         }
     }
 
-    /// Whether nobody is known.
+    /// Whether no sender is known.
     pub fn is_empty(&self) -> bool {
         self.table.is_empty()
     }
 
     /// Decides about a message; changes nothing.
-    pub fn verdict(&self, sighting: &Sighting<'_>) -> Verdict {
-        let Some(index) = self.find(sighting.sender) else { return Verdict::Copy(Cause::New) };
+    pub fn verdict(&self, sighting: &Sighting<'_>) -> SamplingVerdict {
+        let Some(index) = self.find(sighting.sender) else { return SamplingVerdict::Copy(CopyCause::New) };
         let slot = &self.slots[index as usize];
         let (copied, sequence, size) = match self.newest.get(&index) {
             Some(sent) => (sent.time, sent.seq, sent.size),
@@ -343,25 +335,25 @@ impl Senders {
         };
         let since = sighting.time_ns.saturating_sub(copied);
         let resized = |trigger: u32| (i64::from(size) - i64::from(sighting.size)).unsigned_abs() >= u64::from(trigger);
-        Verdict::Copy(match () {
-            () if copied == NEVER => Cause::New,
-            () if sighting.seq <= sequence => Cause::Again,
-            () if sighting.forced => Cause::Forced,
-            () if since >= self.rules.every - self.splay(sighting.sender, sequence) => Cause::Due,
-            () if since < -(self.rules.every / 10) => Cause::Clock,
-            () if self.rules.size_trigger.is_some_and(resized) => Cause::Size,
-            () => return Verdict::Skip,
+        SamplingVerdict::Copy(match () {
+            () if copied == NEVER => CopyCause::New,
+            () if sighting.seq <= sequence => CopyCause::Again,
+            () if sighting.forced => CopyCause::Forced,
+            () if since >= self.rules.every - self.splay(sighting.sender, sequence) => CopyCause::Due,
+            () if since < -(self.rules.every / 10) => CopyCause::Clock,
+            () if self.rules.size_trigger.is_some_and(resized) => CopyCause::Size,
+            () => return SamplingVerdict::Skip,
         })
     }
 
-    /// What this sender's interval is shorter this time: up to a tenth.
+    /// How much this sender's interval is shorter this time: up to a tenth.
     fn splay(&self, sender: &str, sequence: u64) -> i64 {
         let hash = xxh3_64_with_seed(sender.as_bytes(), self.salt ^ sequence);
         ((i128::from(self.rules.every / 10) * i128::from(hash >> 32)) >> 32) as i64
     }
 
-    /// Takes note of a message and of what became of it. One that is read again says nothing of when its sender was seen.
-    pub fn observe(&mut self, sighting: &Sighting<'_>, fate: Fate) {
+    /// Notes a message and its outcome. A message that is read again does not show when its sender was seen.
+    pub fn observe(&mut self, sighting: &Sighting<'_>, fate: MessageOutcome) {
         let Sighting { sender, seq, time_ns, size, .. } = *sighting;
         let news = seq > self.read;
         if news {
@@ -386,16 +378,16 @@ impl Senders {
                 self.schedule(index);
                 self.touch(index);
                 let name = self.slots[index as usize].name.clone();
-                self.happened(Kind::New, name, time_ns, time_ns);
+                self.happened(AdvisoryKind::New, name, time_ns, time_ns);
                 index
             }
         };
         let slot = &mut self.slots[index as usize];
         match fate {
-            Fate::Passed => {}
-            // One that is stored behind others that are on their way counts after them.
-            Fate::Stored if !self.newest.contains_key(&index) => self.stored(index, sighting),
-            Fate::Sent | Fate::Stored => {
+            MessageOutcome::Passed => {}
+            // A message stored after others in flight counts after them.
+            MessageOutcome::Stored if !self.newest.contains_key(&index) => self.stored(index, sighting),
+            MessageOutcome::Sent | MessageOutcome::Stored => {
                 let sent = Sent { seq, time: time_ns, size, slot: index, generation: slot.generation };
                 self.sent.push_back(sent);
                 self.newest.insert(index, sent);
@@ -415,13 +407,13 @@ impl Senders {
         if back {
             let sender = self.slots[index as usize].name.clone();
             self.schedule(index);
-            self.happened(Kind::Recover, sender, time, before);
+            self.happened(AdvisoryKind::Recover, sender, time, before);
         }
     }
 
-    /// Takes note of a message that settled before, as it is read again: the same that was noted then, as far as it is
-    /// not known still.
-    pub fn replay(&mut self, sighting: &Sighting<'_>, fate: Fate) {
+    /// Notes a message that settled before and is read again: the same notes as then, as far as they are
+    /// lost.
+    pub fn replay(&mut self, sighting: &Sighting<'_>, fate: MessageOutcome) {
         let known = self.find(sighting.sender);
         let slot = known.map(|index| &self.slots[index as usize]);
         let is_copied = slot.is_some_and(|slot| slot.copied != NEVER && sighting.seq <= slot.sequence);
@@ -430,10 +422,10 @@ impl Senders {
             return;
         }
         let is_seen = slot.is_some_and(|slot| slot.loaded && sighting.time_ns <= slot.seen);
-        let fate = if self.verdict(sighting) == Verdict::Skip { Fate::Passed } else { fate };
+        let fate = if self.verdict(sighting) == SamplingVerdict::Skip { MessageOutcome::Passed } else { fate };
         match known.filter(|_| is_seen) {
-            // Its record was written while the copy was on its way.
-            Some(index) if fate == Fate::Stored => self.stored(index, sighting),
+            // Its record was written while the copy was in flight.
+            Some(index) if fate == MessageOutcome::Stored => self.stored(index, sighting),
             Some(_) => {}
             None => self.observe(sighting, fate),
         }
@@ -446,7 +438,7 @@ impl Senders {
         self.touch(index);
     }
 
-    /// Everything up to `position` has settled: what was sent up to there is copied.
+    /// Everything up to `position` has settled: messages in flight up to there are copied.
     pub fn settled(&mut self, position: u64) {
         while let Some(sent) = self.sent.front().copied().filter(|sent| sent.seq <= position) {
             self.sent.pop_front();
@@ -462,9 +454,9 @@ impl Senders {
         }
     }
 
-    /// A run begins after `position`. Messages in flight are lost or unknown: they are read again. Returns after which
-    /// message to read, so that the state is complete for everything up to the position: `saved` says how far it held
-    /// when it was written, which counts for the first run only; in `another` stream none of it counts.
+    /// A run begins after `position`. Messages in flight are lost or unknown: they are read again. Returns the sequence
+    /// after which to read, so that the state is complete for everything up to the position: `saved` says up to where
+    /// it held when it was written, which counts for the first run only; in `another` stream it does not count.
     pub fn begin(&mut self, position: u64, saved: Option<u64>, another: bool) -> u64 {
         self.sent.clear();
         self.newest.clear();
@@ -481,7 +473,8 @@ impl Senders {
         self.written_to.min(position)
     }
 
-    /// Judges who is unseen for too long at this time. What is due both ways times out before it expires.
+    /// Judges which senders are unseen for too long at this time. A sender that is due both ways times out before it
+    /// expires.
     pub fn advance(&mut self, now: i64) {
         while let Some(Reverse((at, index))) = self.due.peek().copied().filter(|Reverse((at, _))| *at < now) {
             self.due.pop();
@@ -501,12 +494,12 @@ impl Senders {
                 slot.late = true;
                 self.touch(index);
                 self.schedule(index);
-                self.happened(Kind::Timeout, sender, from.saturating_add(self.rules.warn), seen);
+                self.happened(AdvisoryKind::Timeout, sender, from.saturating_add(self.rules.warn), seen);
             } else {
                 self.remove(index);
                 self.gone.insert(sender.clone(), self.read);
                 self.leaving.push(sender.clone());
-                self.happened(Kind::Expire, sender, from.saturating_add(self.rules.every), seen);
+                self.happened(AdvisoryKind::Expire, sender, from.saturating_add(self.rules.every), seen);
             }
         }
     }
@@ -521,7 +514,7 @@ impl Senders {
         (self.floor != NEVER).then(|| DateTime::from_timestamp_nanos(self.floor))
     }
 
-    fn happened(&mut self, kind: Kind, sender: Arc<str>, due_ns: i64, seen_ns: i64) {
+    fn happened(&mut self, kind: AdvisoryKind, sender: Arc<str>, due_ns: i64, seen_ns: i64) {
         if !self.rules.advises {
             return;
         }
@@ -533,8 +526,8 @@ impl Senders {
         }
     }
 
-    /// The advisory was confirmed, or published if nobody confirms it.
-    pub fn confirmed(&mut self, number: u64) -> Option<Kind> {
+    /// The advisory was confirmed, or published if no stream confirms it.
+    pub fn confirmed(&mut self, number: u64) -> Option<AdvisoryKind> {
         let advisory = self.outbox.confirm(number)?;
         match self.find(&advisory.sender) {
             Some(index) => self.touch(index),
@@ -559,7 +552,7 @@ impl Senders {
             due: NEVER,
             size: 0,
             generation: 0,
-            told: self.load,
+            loaded_in: self.load,
             live: true,
             dirty: false,
             late: false,
@@ -608,279 +601,14 @@ impl Senders {
         self.due.push(Reverse((due, index)));
     }
 
-    /// Its record has to be written.
+    /// Marks its record to be written.
     fn touch(&mut self, index: u32) {
         if !std::mem::replace(&mut self.slots[index as usize].dirty, true) {
             self.dirty.push(index);
         }
     }
 
-    // Records.
-
-    /// Everything up to here has been seen, and what was to be written of it is written.
-    pub fn written_to(&self) -> u64 {
-        self.written_to
-    }
-
-    /// Whether something waits to be published only for being written.
-    pub fn is_urgent(&self) -> bool {
-        self.rules.advises && !self.outbox.is_empty() && !(self.dirty.is_empty() && self.leaving.is_empty())
-    }
-
-    /// The next records to write, at most so many, of what was to be written when everything up to `position` had settled;
-    /// `None` when all of that is written.
-    pub fn next_write(&mut self, position: u64, most: usize) -> Option<Write> {
-        if self.round.is_none() {
-            let (slots, gone) = (std::mem::take(&mut self.dirty), std::mem::take(&mut self.leaving));
-            self.round = Some(Round { position, slots, gone });
-        }
-        let mut round = self.round.take()?;
-        let mut write = Write::default();
-        while write.records.len() < most
-            && let Some(index) = round.slots.pop()
-        {
-            self.compose(index, round.position, &mut write);
-        }
-        while write.records.len() < most
-            && let Some(sender) = round.gone.pop()
-        {
-            self.compose_gone(&sender, &mut write);
-        }
-        if write.records.is_empty() {
-            self.written_to = self.written_to.max(round.position);
-            let (gone, written_to) = (&self.gone, self.written_to);
-            let is_settled = |sender: &mut Arc<str>| gone.get(sender).is_none_or(|read| *read <= written_to);
-            self.leaving.extend(self.unsettled.extract_if(.., is_settled));
-            return None;
-        }
-        self.round = Some(round);
-        Some(write)
-    }
-
-    fn compose(&mut self, index: u32, position: u64, write: &mut Write) {
-        let slot = &mut self.slots[index as usize];
-        if !slot.live || !std::mem::replace(&mut slot.dirty, false) {
-            return;
-        }
-        if slot.copied == NEVER && slot.sequence > position {
-            // It is new with a message that has not settled: a crash before that finds it new again.
-            return self.touch(index);
-        }
-        if self.newer.contains(&*slot.name) {
-            return;
-        }
-        slot.written = slot.seen;
-        let slot = &self.slots[index as usize];
-        let mut record = SenderRecord::new(&slot.name, time(slot.seen));
-        record.copied = (slot.copied != NEVER).then(|| time(slot.copied));
-        (record.size, record.sequence) = (slot.size, slot.sequence);
-        for (number, advisory) in self.outbox.of(&slot.name) {
-            record.pending.push(pending(advisory));
-            write.kept.push(number);
-        }
-        let waits = record.pending.iter().any(|pending| pending.event == Kind::Timeout.name());
-        record.advised = slot.late && !waits;
-        if let Some(other) = self.other.get(&*slot.name) {
-            record.other.clone_from(other);
-        }
-        write.records.push((slot.name.to_string(), Some(record)));
-    }
-
-    fn compose_gone(&mut self, sender: &str, write: &mut Write) {
-        if self.find(sender).is_some() || self.newer.contains(sender) {
-            self.gone.remove(sender);
-            self.release(sender);
-            return;
-        }
-        let Some(read) = self.gone.get(sender).copied() else { return };
-        if !self.outbox.has(sender) {
-            if read <= self.written_to || !self.rules.advises {
-                self.gone.remove(sender);
-                self.release(sender);
-                self.other.remove(sender);
-                return write.records.push((sender.to_owned(), None));
-            }
-            let name = self.name(sender);
-            self.unsettled.push(name);
-        }
-        let mut record = SenderRecord::new(sender, DateTime::UNIX_EPOCH);
-        (record.expired, record.sequence) = (true, read);
-        for (number, advisory) in self.outbox.of(sender) {
-            record.seen = time(advisory.seen_ns);
-            record.pending.push(pending(advisory));
-            write.kept.push(number);
-        }
-        write.records.push((sender.to_owned(), Some(record)));
-    }
-
-    /// These records are stored: what they keep can be published.
-    pub fn wrote(&mut self, write: &Write) {
-        self.outbox.kept(&write.kept);
-    }
-
-    /// These records may not be stored: they are written again.
-    pub fn not_wrote(&mut self, write: &Write) {
-        // What is not written yet of this round goes into the next one.
-        if let Some(round) = self.round.take() {
-            self.dirty.extend(round.slots);
-            self.leaving.extend(round.gone);
-        }
-        for (sender, _) in &write.records {
-            match self.find(sender) {
-                Some(index) => self.touch(index),
-                None => {
-                    let name = self.name(sender);
-                    self.gone.entry(name.clone()).or_insert(self.read);
-                    self.leaving.push(name);
-                }
-            }
-        }
-    }
-
-    /// All records are gone, and what is known is not: everything is written again.
-    pub fn write_all_again(&mut self) {
-        let live: Vec<u32> = (0..self.slots.len() as u32).filter(|index| self.slots[*index as usize].live).collect();
-        live.into_iter().for_each(|index| self.touch(index));
-        if self.begun {
-            // Their advisories may not be confirmed yet.
-            self.leaving.extend(self.gone.keys().cloned());
-        }
-    }
-
-    // What others wrote.
-
-    /// A load of all records begins.
-    pub fn begin_load(&mut self) {
-        self.load = self.load.wrapping_add(1);
-    }
-
-    /// All records have been loaded: senders that are not among them are forgotten.
-    pub fn end_load(&mut self) {
-        let missing =
-            |(index, slot): (usize, &SenderSlot)| (slot.live && slot.told != self.load).then_some(index as u32);
-        let missing: Vec<u32> = self.slots.iter().enumerate().filter_map(missing).collect();
-        for index in missing {
-            self.drop_slot(index);
-        }
-    }
-
-    /// All records are gone: nobody is known any more.
-    pub fn forget_all(&mut self) {
-        self.begin_load();
-        self.end_load();
-        self.gone.clear();
-        self.outbox.clear();
-        self.hashed.clear();
-        self.names = 0;
-    }
-
-    /// An older program stored the whole of a long value: its record is replaced by one with the value as it is stored now.
-    fn shorten(&mut self, record: &mut SenderRecord) -> bool {
-        let Some(short) = shortened(&record.sender) else { return false };
-        let long = std::mem::replace(&mut record.sender, short);
-        let name = self.name(&long);
-        self.gone.insert(name.clone(), 0);
-        if self.begun {
-            self.leaving.push(name);
-        }
-        true
-    }
-
-    /// Takes over a record of a sender that was written by another process.
-    pub fn take_over(&mut self, mut record: SenderRecord) {
-        if self.is_overfull(&record.sender) {
-            return;
-        }
-        let is_shortened = self.shorten(&mut record);
-        let sender = record.sender.as_str();
-        if is_shortened && (record.expired || self.find(sender).is_some()) {
-            return;
-        }
-        if record.is_newer() {
-            self.newer.insert(sender.into());
-        }
-        self.outbox.forget(sender);
-        if record.expired {
-            let name = self.name(sender);
-            if let Some(index) = self.find(sender) {
-                self.remove(index);
-            }
-            self.gone.insert(name.clone(), record.sequence);
-            if self.begun {
-                self.leaving.push(name);
-            }
-        } else {
-            let seen = nanos(record.seen);
-            let index = match self.find(sender) {
-                Some(index) => index,
-                None => self.insert(sender, seen, record.sequence),
-            };
-            self.gone.remove(sender);
-            self.newest.remove(&index);
-            let waits = record.pending.iter().rev().find_map(|pending| match pending.event.as_str() {
-                "timeout" => Some(true),
-                "recover" | "new" => Some(false),
-                _ => None,
-            });
-            let slot = &mut self.slots[index as usize];
-            slot.seen = seen;
-            slot.written = seen;
-            slot.copied = record.copied.map_or(NEVER, nanos);
-            (slot.size, slot.sequence) = (record.size, record.sequence);
-            slot.late = waits.unwrap_or(record.advised);
-            slot.loaded = true;
-            slot.told = self.load;
-            // What is on its way was decided by what was known before.
-            slot.generation = slot.generation.wrapping_add(1);
-            // Before that nothing takes away what is due: it would pile up where another instance leads.
-            if self.begun {
-                self.schedule(index);
-            }
-            if is_shortened {
-                self.touch(index);
-            }
-            if !record.other.is_empty() {
-                self.other.insert(sender.into(), record.other);
-            }
-        }
-        for PendingAdvisory { event, due, seen } in &record.pending {
-            let kind = Kind::ALL.into_iter().find(|kind| kind.name() == event);
-            if let Some(kind) = kind {
-                let (due_ns, seen_ns) = (nanos(*due), nanos(*seen));
-                let sender = self.name(sender);
-                self.outbox.restore(Advisory { kind, sender, due_ns, seen_ns });
-            }
-        }
-    }
-
-    /// Somebody else removed the record of a sender, named by the last part of its key.
-    pub fn taken_away(&mut self, token: &str) {
-        let name = match decoded(token) {
-            Some(sender) => sender,
-            // Too long to be in the key.
-            None => match sender_hash_of_token(token).and_then(|hash| self.hashed.get(&hash)) {
-                Some(name) => name.to_string(),
-                None => return,
-            },
-        };
-        let was_gone = self.gone.remove(name.as_str()).is_some();
-        match self.find(&name) {
-            Some(index) => self.drop_slot(index),
-            None if was_gone => self.release(&name),
-            None => {}
-        }
-    }
-
-    fn drop_slot(&mut self, index: u32) {
-        let name = self.slots[index as usize].name.clone();
-        self.outbox.forget(&name);
-        self.other.remove(&*name);
-        self.newer.remove(&*name);
-        self.remove(index);
-        self.release(&name);
-    }
-
-    /// Slots that there are, for [`Senders::list`].
+    /// Number of slots, for [`Senders::list`].
     pub fn slots(&self) -> usize {
         self.slots.len()
     }
@@ -921,7 +649,7 @@ impl SamplingRules {
         self.advises && self.warn < self.every
     }
 
-    /// `seen` as written may be older than it is by so much.
+    /// How much older than the present value `seen` in a record may be.
     fn slack(&self) -> i64 {
         self.warn.min(self.every) / 4
     }
@@ -935,32 +663,16 @@ fn nanos(time: DateTime<Utc>) -> i64 {
     time.timestamp_nanos_opt().unwrap_or_default()
 }
 
-fn pending(advisory: &Advisory) -> PendingAdvisory {
-    let (due, seen) = (time(advisory.due_ns), time(advisory.seen_ns));
-    PendingAdvisory { event: advisory.kind.name().to_owned(), due, seen }
-}
-
-/// The sender that a part of a key stands for; `None` if it is too long to be in there.
-fn decoded(token: &str) -> Option<String> {
-    if token.contains("==") {
-        return None;
-    }
-    let mut bytes = Vec::with_capacity(token.len());
-    let mut parts = token.split('=');
-    bytes.extend_from_slice(parts.next()?.as_bytes());
-    for part in parts {
-        bytes.push(u8::from_str_radix(part.get(..2)?, 16).ok()?);
-        bytes.extend_from_slice(&part.as_bytes()[2..]);
-    }
-    String::from_utf8(bytes).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-    use super::*;
-    use crate::config::{self, Inspect};
+    use super::{records::pending, *};
+    use crate::{
+        config::{self, Inspect},
+        sampling::inspect::shortened,
+        store::SenderRecord,
+    };
 
     const SECOND: i64 = 1_000_000_000;
 
@@ -972,7 +684,7 @@ mod tests {
             warn: Duration::from_secs(40),
             size_trigger: Some(10),
             force_field: None,
-            advisory: advises.then(|| config::Advisory { subject: "a".to_owned(), reliable: true }),
+            advisory: advises.then(|| config::AdvisorySettings { subject: "a".to_owned(), reliable: true }),
             bounds: SenderBounds::default(),
         }
     }
@@ -989,21 +701,24 @@ mod tests {
     }
 
     /// Takes a message as a run does; it settles at once.
-    fn take(senders: &mut Senders, sighting: Sighting<'_>) -> Verdict {
+    fn take(senders: &mut Senders, sighting: Sighting<'_>) -> SamplingVerdict {
         let verdict = senders.verdict(&sighting);
-        senders.observe(&sighting, if verdict == Verdict::Skip { Fate::Passed } else { Fate::Sent });
+        senders.observe(
+            &sighting,
+            if verdict == SamplingVerdict::Skip { MessageOutcome::Passed } else { MessageOutcome::Sent },
+        );
         senders.settled(sighting.seq);
         verdict
     }
 
-    /// Everything that is told, as it is written and confirmed.
-    fn tell(senders: &mut Senders, position: u64) -> Vec<(Kind, String, i64)> {
+    /// All advisories, as they are written and confirmed.
+    fn tell(senders: &mut Senders, position: u64) -> Vec<(AdvisoryKind, String, i64)> {
         let mut told = Vec::new();
         loop {
             while let Some(write) = senders.next_write(position, 3) {
                 senders.wrote(&write);
             }
-            let Some((number, advisory)) = senders.outbox.take() else { return told };
+            let Some((number, advisory)) = senders.outbox.take_next() else { return told };
             told.push((advisory.kind, advisory.sender.to_string(), advisory.due_ns / SECOND - 1_000_000));
             senders.confirmed(number);
         }
@@ -1025,10 +740,10 @@ mod tests {
 
     #[test]
     fn what_is_copied_row_by_row() {
-        use Cause::{Again, Clock, Due, Forced, New, Size};
-        use Verdict::{Copy, Skip};
+        use CopyCause::{Again, Clock, Due, Forced, New, Size};
+        use SamplingVerdict::{Copy, Skip};
         // Seconds, sender, size, force, and what is due.
-        let rows: &[(f64, &str, u32, bool, Verdict)] = &[
+        let rows: &[(f64, &str, u32, bool, SamplingVerdict)] = &[
             (0.0, "a", 100, false, Copy(New)),
             (0.0, "a", 100, false, Skip),
             (0.5, "b", 100, true, Copy(New)),
@@ -1051,7 +766,7 @@ mod tests {
             let sighting = Sighting { size: *size, forced: *forced, ..sight(index as u64 + 1, *at, sender) };
             assert_eq!(take(&mut senders, sighting), *expect, "row {index}: {sighting:?}");
         }
-        // What is read again begins anew with the first of it.
+        // Messages that are read again restart with the first of them.
         assert_eq!(take(&mut senders, sight(12, 101.55, "a")), Copy(Again));
         assert_eq!(take(&mut senders, sight(13, 101.5, "a")), Skip);
     }
@@ -1061,12 +776,12 @@ mod tests {
         let mut senders = senders();
         let sized = |seq: u64, size: u32| Sighting { size, ..sight(seq, seq as f64, "a") };
         // After a restart 10 is sent again, and 20, of another size, is at the target already.
-        senders.observe(&sized(10, 100), Fate::Sent);
-        senders.observe(&sized(20, 200), Fate::Stored);
+        senders.observe(&sized(10, 100), MessageOutcome::Sent);
+        senders.observe(&sized(20, 200), MessageOutcome::Stored);
         senders.settled(15);
         senders.settled(20);
-        assert_eq!(senders.verdict(&sized(30, 100)), Verdict::Copy(Cause::Size));
-        assert_eq!(senders.verdict(&sized(30, 200)), Verdict::Skip);
+        assert_eq!(senders.verdict(&sized(30, 100)), SamplingVerdict::Copy(CopyCause::Size));
+        assert_eq!(senders.verdict(&sized(30, 200)), SamplingVerdict::Skip);
     }
 
     #[test]
@@ -1075,7 +790,7 @@ mod tests {
         let record = |seen: i64| {
             let mut record = SenderRecord::new("a", time(sight(0, 0.0, "").time_ns + seen * SECOND));
             record.pending.push(pending(&Advisory {
-                kind: Kind::New,
+                kind: AdvisoryKind::New,
                 sender: "a".into(),
                 due_ns: seen,
                 seen_ns: seen,
@@ -1090,7 +805,7 @@ mod tests {
         assert_eq!(senders.due.len(), 1);
         senders.advance(sight(0, 300.0, "").time_ns);
         let kinds: Vec<_> = tell(&mut senders, 0).into_iter().map(|(kind, ..)| kind).collect();
-        assert_eq!(kinds, [Kind::New, Kind::Timeout, Kind::Expire]);
+        assert_eq!(kinds, [AdvisoryKind::New, AdvisoryKind::Timeout, AdvisoryKind::Expire]);
     }
 
     #[test]
@@ -1103,7 +818,7 @@ mod tests {
         for tenth in 890..=1_000 {
             let at = f64::from(tenth) / 10.0;
             let due = (0..1_000)
-                .filter(|number| senders.verdict(&sight(5_000, at, &format!("n{number}"))) != Verdict::Skip)
+                .filter(|number| senders.verdict(&sight(5_000, at, &format!("n{number}"))) != SamplingVerdict::Skip)
                 .count();
             gone.push(due);
         }
@@ -1112,9 +827,9 @@ mod tests {
     }
 
     #[test]
-    fn who_is_told_of_row_by_row() {
-        use Kind::{Expire, New, Recover, Timeout};
-        let check = |messages: &[(f64, &str)], until: f64, expect: &[(Kind, &str, i64)]| {
+    fn advisories_row_by_row() {
+        use AdvisoryKind::{Expire, New, Recover, Timeout};
+        let check = |messages: &[(f64, &str)], until: f64, expect: &[(AdvisoryKind, &str, i64)]| {
             let mut senders = senders();
             for (index, (at, sender)) in messages.iter().enumerate() {
                 take(&mut senders, sight(index as u64 + 1, *at, sender));
@@ -1136,7 +851,7 @@ mod tests {
         check(&[(0.0, "a"), (100.0, "a")], 101.0, &[(New, "a", 0), (Timeout, "a", 40), (Recover, "a", 100)]);
         let back = [(New, "a", 0), (Timeout, "a", 40), (Expire, "a", 100), (New, "a", 101)];
         check(&[(0.0, "a"), (101.0, "a")], 101.0, &back);
-        // Others move the time on, and each is told of in its own order.
+        // Other senders move the time on, and each is reported in its own order.
         check(
             &[(0.0, "a"), (30.0, "b"), (90.0, "b"), (200.0, "b")],
             200.0,
@@ -1173,61 +888,62 @@ mod tests {
         };
         let mut after = load();
         after.advance(sight(0, 50.0, "").time_ns);
-        let kinds = |senders: &mut Senders| -> Vec<Kind> { tell(senders, 9).into_iter().map(|told| told.0).collect() };
-        assert_eq!(kinds(&mut after), [Kind::New], "not confirmed before");
+        let kinds =
+            |senders: &mut Senders| -> Vec<AdvisoryKind> { tell(senders, 9).into_iter().map(|told| told.0).collect() };
+        assert_eq!(kinds(&mut after), [AdvisoryKind::New], "not confirmed before");
         after.advance(sight(0, 50.1, "").time_ns);
-        assert_eq!(kinds(&mut after), [Kind::Timeout]);
+        assert_eq!(kinds(&mut after), [AdvisoryKind::Timeout]);
         // It was down for hours, and the source lost what was sent meanwhile.
         let mut after = load();
         after.begin_at(sight(0, 20_000.0, "").time_ns);
         take(&mut after, sight(900, 20_000.0, "b"));
         after.advance(sight(0, 20_040.0, "").time_ns);
-        assert_eq!(kinds(&mut after), [Kind::New, Kind::New]);
+        assert_eq!(kinds(&mut after), [AdvisoryKind::New, AdvisoryKind::New]);
         after.advance(sight(0, 20_051.0, "").time_ns);
-        assert_eq!(kinds(&mut after), [Kind::Timeout, Kind::Timeout]);
-        assert_eq!(after.verdict(&sight(901, 20_052.0, "a")), Verdict::Copy(Cause::Due));
+        assert_eq!(kinds(&mut after), [AdvisoryKind::Timeout, AdvisoryKind::Timeout]);
+        assert_eq!(after.verdict(&sight(901, 20_052.0, "a")), SamplingVerdict::Copy(CopyCause::Due));
     }
 
     #[test]
     fn only_what_settled_is_written_as_copied() {
         let mut senders = senders();
-        senders.observe(&sight(1, 0.0, "a"), Fate::Sent);
-        assert_eq!(senders.verdict(&sight(2, 1.0, "a")), Verdict::Skip);
+        senders.observe(&sight(1, 0.0, "a"), MessageOutcome::Sent);
+        assert_eq!(senders.verdict(&sight(2, 1.0, "a")), SamplingVerdict::Skip);
         assert!(all_records(&mut senders, 0).is_empty(), "it is new with what has not settled");
         senders.settled(1);
         let records = all_records(&mut senders, 1);
         assert_eq!(records[0].1.as_ref().unwrap().sequence, 1);
         assert_eq!(senders.written_to(), 1);
-        senders.observe(&sight(2, 100.0, "a"), Fate::Sent);
+        senders.observe(&sight(2, 100.0, "a"), MessageOutcome::Sent);
         let records = all_records(&mut senders, 1);
         assert_eq!(records[0].1.as_ref().unwrap().sequence, 1, "seen, and not copied");
         // The run ends; what was sent is sent again.
         senders.begin(1, None, false);
-        assert_eq!(senders.verdict(&sight(2, 100.0, "a")), Verdict::Copy(Cause::Due));
+        assert_eq!(senders.verdict(&sight(2, 100.0, "a")), SamplingVerdict::Copy(CopyCause::Due));
     }
 
     #[test]
     fn what_settled_before_a_crash_is_known_when_it_is_read_again() {
         let mut senders = Senders::new("NODES", &sampling(true));
-        // Written up to 1, and 4 messages lie behind that.
+        // Written up to 1, and 4 messages are after that.
         assert_eq!(senders.begin(5, Some(1), false), 1);
         for (seq, sender) in [(2, "a"), (3, "a"), (4, "b"), (5, "b")] {
-            senders.replay(&sight(seq, 0.0, sender), Fate::Stored);
+            senders.replay(&sight(seq, 0.0, sender), MessageOutcome::Stored);
         }
-        assert_eq!(senders.verdict(&sight(6, 1.0, "a")), Verdict::Skip);
+        assert_eq!(senders.verdict(&sight(6, 1.0, "a")), SamplingVerdict::Skip);
         let records: BTreeMap<_, _> = all_records(&mut senders, 5).into_iter().collect();
         assert_eq!(records["a"].as_ref().unwrap().sequence, 2);
         assert_eq!(records["b"].as_ref().unwrap().sequence, 4);
         assert_eq!(senders.written_to(), 5);
         // Read once more, it changes nothing.
         senders.begin(5, None, false);
-        senders.replay(&sight(2, 0.0, "a"), Fate::Stored);
+        senders.replay(&sight(2, 0.0, "a"), MessageOutcome::Stored);
         assert!(all_records(&mut senders, 5).is_empty());
         // Where some of it may have been refused, an extra copy is the lesser evil.
         let mut senders = Senders::new("NODES", &sampling(true));
         senders.begin(5, Some(1), false);
-        senders.replay(&sight(2, 0.0, "a"), Fate::Passed);
-        assert_eq!(senders.verdict(&sight(6, 1.0, "a")), Verdict::Copy(Cause::New));
+        senders.replay(&sight(2, 0.0, "a"), MessageOutcome::Passed);
+        assert_eq!(senders.verdict(&sight(6, 1.0, "a")), SamplingVerdict::Copy(CopyCause::New));
     }
 
     #[test]
@@ -1235,21 +951,21 @@ mod tests {
         let mut senders = senders();
         take(&mut senders, sight(1, 0.0, "a"));
         for (seq, at) in [(10, 30.0), (20, 60.0), (30, 89.0)] {
-            assert_eq!(take(&mut senders, sight(seq, at, "a")), Verdict::Skip);
+            assert_eq!(take(&mut senders, sight(seq, at, "a")), SamplingVerdict::Skip);
         }
         let due = sight(50, 100.0, "a");
-        assert_eq!(senders.verdict(&due), Verdict::Copy(Cause::Due));
-        senders.observe(&due, Fate::Sent);
+        assert_eq!(senders.verdict(&due), SamplingVerdict::Copy(CopyCause::Due));
+        senders.observe(&due, MessageOutcome::Sent);
         let record = all_records(&mut senders, 30).swap_remove(0).1.unwrap();
         assert_eq!((record.sequence, nanos(record.seen)), (1, due.time_ns));
         // A crash after it has settled: it is read again, and so is one that was skipped.
         let mut after = Senders::new("NODES", &sampling(true));
         after.take_over(record);
         after.begin(60, Some(30), false);
-        after.replay(&due, Fate::Stored);
-        after.replay(&sight(52, 101.0, "a"), Fate::Stored);
-        assert_eq!(after.verdict(&sight(61, 189.0, "a")), Verdict::Skip);
-        assert_eq!(after.verdict(&sight(61, 200.0, "a")), Verdict::Copy(Cause::Due));
+        after.replay(&due, MessageOutcome::Stored);
+        after.replay(&sight(52, 101.0, "a"), MessageOutcome::Stored);
+        assert_eq!(after.verdict(&sight(61, 189.0, "a")), SamplingVerdict::Skip);
+        assert_eq!(after.verdict(&sight(61, 200.0, "a")), SamplingVerdict::Copy(CopyCause::Due));
         assert_eq!(all_records(&mut after, 60)[0].1.as_ref().map(|record| record.sequence), Some(50));
     }
 
@@ -1268,12 +984,12 @@ mod tests {
         let mut after = Senders::new("NODES", &sampling(true));
         after.take_over(record);
         after.begin(2, Some(0), false);
-        after.replay(&sight(1, 0.0, "a"), Fate::Stored);
+        after.replay(&sight(1, 0.0, "a"), MessageOutcome::Stored);
         assert!(after.is_empty());
-        after.replay(&sight(2, 200.0, "b"), Fate::Stored);
+        after.replay(&sight(2, 200.0, "b"), MessageOutcome::Stored);
         let told: Vec<_> = tell(&mut after, 2).into_iter().map(|told| told.0).collect();
-        assert_eq!(told, [Kind::Timeout, Kind::Expire, Kind::New]);
-        assert!(after.gone.is_empty() && after.len() == 1, "its record went when all was told");
+        assert_eq!(told, [AdvisoryKind::Timeout, AdvisoryKind::Expire, AdvisoryKind::New]);
+        assert!(after.gone.is_empty() && after.len() == 1, "its record went when all was published");
     }
 
     #[test]
@@ -1284,12 +1000,12 @@ mod tests {
         record.copied = None;
         record.other.insert("note".to_owned(), "mine".into());
         senders.take_over(record.clone());
-        assert_eq!(take(&mut senders, sight(2, 1.0, "a")), Verdict::Copy(Cause::New));
+        assert_eq!(take(&mut senders, sight(2, 1.0, "a")), SamplingVerdict::Copy(CopyCause::New));
         let written = all_records(&mut senders, 2)[0].1.clone().unwrap();
         assert_eq!((written.sequence, written.other.get("note")), (2, Some(&"mine".into())));
         senders.taken_away("a");
         assert!(senders.is_empty());
-        assert_eq!(take(&mut senders, sight(3, 2.0, "a")), Verdict::Copy(Cause::New));
+        assert_eq!(take(&mut senders, sight(3, 2.0, "a")), SamplingVerdict::Copy(CopyCause::New));
         record.version = 2;
         senders.take_over(record);
         take(&mut senders, sight(4, 3.0, "a"));
@@ -1328,7 +1044,11 @@ mod tests {
     fn senders_beyond_the_bounds_are_copied_and_counted() {
         for mut senders in [bounded(3, 1_000), bounded(1_000, 6)] {
             for (seq, sender) in (1..).zip(["n1", "n2", "n3", "n4", "n4", "n1", "n5", "n4"]) {
-                let expect = if sender == "n1" && seq > 1 { Verdict::Skip } else { Verdict::Copy(Cause::New) };
+                let expect = if sender == "n1" && seq > 1 {
+                    SamplingVerdict::Skip
+                } else {
+                    SamplingVerdict::Copy(CopyCause::New)
+                };
                 assert_eq!(take(&mut senders, sight(seq, 0.0, sender)), expect, "{seq}");
                 assert_eq!(senders.became_full(), seq == 4, "said once");
             }
@@ -1397,7 +1117,7 @@ mod tests {
         (record.copied, record.sequence, record.size) = (Some(record.seen), 1, 100);
         senders.take_over(record);
         senders.begin(1, None, false);
-        assert_eq!(take(&mut senders, sight(2, 1.0, &short)), Verdict::Skip);
+        assert_eq!(take(&mut senders, sight(2, 1.0, &short)), SamplingVerdict::Skip);
         let records: BTreeMap<_, _> = all_records(&mut senders, 2).into_iter().collect();
         assert_eq!(records.keys().map(String::as_str).collect::<Vec<_>>(), [&short, &long]);
         assert!(records[&long].is_none() && records[&short].as_ref().is_some_and(|record| record.sequence == 1));
@@ -1417,17 +1137,17 @@ mod tests {
     }
 
     impl Plain {
-        fn take(&mut self, sighting: &Sighting<'_>) -> (Option<bool>, Vec<(Kind, String)>) {
+        fn take(&mut self, sighting: &Sighting<'_>) -> (Option<bool>, Vec<(AdvisoryKind, String)>) {
             let mut told = self.advance(sighting.time_ns);
             let sender = sighting.sender.to_owned();
             let Some(known) = self.0.get_mut(&sender) else {
-                told.push((Kind::New, sender.clone()));
+                told.push((AdvisoryKind::New, sender.clone()));
                 let Sighting { time_ns, size, .. } = *sighting;
                 self.0.insert(sender, PlainSender { seen: time_ns, copied: time_ns, size, late: false });
                 return (Some(true), told);
             };
             if std::mem::take(&mut known.late) {
-                told.push((Kind::Recover, sender));
+                told.push((AdvisoryKind::Recover, sender));
             }
             known.seen = sighting.time_ns;
             let since = sighting.time_ns - known.copied;
@@ -1440,17 +1160,17 @@ mod tests {
             (known.copied, known.size) = (sighting.time_ns, sighting.size);
         }
 
-        fn advance(&mut self, now: i64) -> Vec<(Kind, String)> {
+        fn advance(&mut self, now: i64) -> Vec<(AdvisoryKind, String)> {
             let mut told = Vec::new();
             self.0.retain(|sender, known| {
                 let unseen = now - known.seen;
                 if unseen > 40 * SECOND && !std::mem::replace(&mut known.late, true) {
-                    told.push((Kind::Timeout, sender.clone()));
+                    told.push((AdvisoryKind::Timeout, sender.clone()));
                 } else if unseen <= 40 * SECOND {
                     known.late = false;
                 }
                 if unseen > 100 * SECOND {
-                    told.push((Kind::Expire, sender.clone()));
+                    told.push((AdvisoryKind::Expire, sender.clone()));
                 }
                 unseen <= 100 * SECOND
             });
@@ -1473,9 +1193,9 @@ mod tests {
                 expect.extend(events);
                 let verdict = take(&mut senders, sighting);
                 if let Some(must) = must {
-                    assert_eq!(verdict != Verdict::Skip, must, "seed {seed}: {sighting:?}");
+                    assert_eq!(verdict != SamplingVerdict::Skip, must, "seed {seed}: {sighting:?}");
                 }
-                if verdict != Verdict::Skip {
+                if verdict != SamplingVerdict::Skip {
                     plain.copied(&sighting);
                 }
                 if random.random_ratio(1, 2) {

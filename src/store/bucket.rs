@@ -1,8 +1,7 @@
-//! One bucket: current reads, writes by compare-and-swap, and nothing about what the values mean.
+//! One bucket: current reads and writes by compare-and-swap; the values are opaque here.
 
 use std::{
     collections::HashMap,
-    fmt,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -24,19 +23,16 @@ use async_nats::{
 };
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use futures_util::{FutureExt, future::BoxFuture};
 use nats_lane::{entropy, jetstream::is_leaders_answer};
 use serde_json::{Map, Value, json};
 use tokio::{sync::watch as watch_channel, time::timeout};
 
-use super::{
-    buckets::Error,
-    watch::{self, Changes, RECREATED},
-};
+use super::error::Error;
+
 /// Time limit for one request to the server.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The API where no domain and no import is in between.
+/// Prefix of the JetStream API of the own account, without a domain.
 const API_PREFIX: &str = "$JS.API";
 
 const OPERATION: &str = "KV-Operation";
@@ -44,6 +40,11 @@ const OPERATION: &str = "KV-Operation";
 const WRONG_LAST_SEQUENCE: [u64; 2] = [10071, 10164];
 const NO_MESSAGE_FOUND: u64 = 10037;
 const STREAM_NOT_FOUND: u64 = 10059;
+
+/// Metadata of a bucket that an instance created, at its start or later; each creation has another value.
+pub(super) const RECREATED: &str = "stream-replicator.recreated";
+/// Metadata of the configuration bucket: identifies the installation if the bucket is not its first one.
+pub(super) const INSTALLATION: &str = "stream-replicator.installation";
 
 /// A bucket's handle; cheap to clone.
 #[derive(Debug, Clone)]
@@ -65,7 +66,7 @@ pub(super) struct Bucket {
     takes_ttl: Arc<AtomicBool>,
 }
 
-/// The entry at a key, now or before.
+/// An entry of a key, the current one or an older one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stored {
     /// Revision of the key.
@@ -83,48 +84,6 @@ pub enum PutError {
     Refused(Error),
     /// It may have happened, or may still: read it back.
     Unknown(Error),
-}
-
-/// Keys with compare-and-swap: a bucket, or what stands for one in a simulation.
-pub trait Cells: fmt::Debug + Send + Sync {
-    /// The bucket's name, for errors.
-    fn name(&self) -> &str;
-    /// The entry at a key now, marker or value, read from the leader.
-    fn last<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Stored>, Error>>;
-    /// Writes a value if the key is at `expected` (0: there is nothing); returns the new revision.
-    fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
-    /// Leaves the marker of a deletion if the key is at `expected`; returns the marker's revision.
-    fn mark_deleted<'a>(&'a self, key: &'a str, expected: u64) -> BoxFuture<'a, Result<u64, PutError>>;
-    /// Removes the entries at a key up to and with a revision (0: nothing), without leaving a marker.
-    fn forget_through<'a>(&'a self, key: &'a str, revision: u64) -> BoxFuture<'a, Result<(), Error>>;
-    /// All keys as they are, then every change, for ever.
-    fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>>;
-}
-
-impl Cells for Bucket {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn last<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Stored>, Error>> {
-        self.last(key).boxed()
-    }
-
-    fn put<'a>(&'a self, key: &'a str, value: Bytes, expected: u64) -> BoxFuture<'a, Result<u64, PutError>> {
-        self.put(key, value, expected).boxed()
-    }
-
-    fn mark_deleted<'a>(&'a self, key: &'a str, expected: u64) -> BoxFuture<'a, Result<u64, PutError>> {
-        self.mark_deleted(key, expected).boxed()
-    }
-
-    fn forget_through<'a>(&'a self, key: &'a str, revision: u64) -> BoxFuture<'a, Result<(), Error>> {
-        self.forget_through(key, revision).boxed()
-    }
-
-    fn watch(&self) -> BoxFuture<'_, Result<Changes, Error>> {
-        watch::watch(self.clone(), "watch", |_| false).boxed()
-    }
 }
 
 impl Bucket {
@@ -438,7 +397,7 @@ impl Bucket {
     }
 }
 
-/// Whether a message is the marker of a deletion, by people, by us or by the server.
+/// Whether a message is the marker of a deletion: by hand, by this program or by the server.
 pub(super) fn is_marker(headers: &HeaderMap) -> bool {
     let deleted = headers.get(OPERATION).is_some_and(|operation| matches!(operation.as_str(), "DEL" | "PURGE"));
     deleted || headers.get("Nats-Marker-Reason").is_some()
@@ -463,11 +422,11 @@ fn stream_name(bucket: &str) -> String {
 }
 
 async fn exists(context: &jetstream::Context, bucket: &str) -> Result<bool, String> {
-    Ok(look(context, bucket).await?.is_some())
+    Ok(find_stream(context, bucket).await?.is_some())
 }
 
 /// The stream of a bucket; `None` if there is none.
-pub(super) async fn look(context: &jetstream::Context, bucket: &str) -> Result<Option<Info>, String> {
+pub(super) async fn find_stream(context: &jetstream::Context, bucket: &str) -> Result<Option<Info>, String> {
     match context.get_stream(stream_name(bucket)).await {
         Ok(stream) => Ok(Some(stream.cached_info().clone())),
         Err(error) => match error.kind() {
@@ -477,7 +436,7 @@ pub(super) async fn look(context: &jetstream::Context, bucket: &str) -> Result<O
     }
 }
 
-/// What asks the JetStream whose API begins with `api_prefix`.
+/// A context for the JetStream whose API subjects begin with `api_prefix`.
 pub(super) fn context(client: &Client, api_prefix: &str) -> jetstream::Context {
     ContextBuilder::new().api_prefix(api_prefix).timeout(TIMEOUT).build(client.clone())
 }

@@ -1,44 +1,17 @@
-//! Opening, or creating, the buckets.
+//! Opens the buckets of an installation, and creates missing ones.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, PoisonError, RwLock},
-};
-
-use chrono::DateTime;
+use std::sync::Arc;
 
 use super::{
     ConfigStore, LeaseStore, PositionStore, SenderStore,
-    bucket::{self, Bucket},
-    keeper::{self, Keeper},
+    bucket::{self, Bucket, INSTALLATION},
+    error::Error,
+    keeper::Keeper,
+    own_streams::OwnStreams,
 };
 
 /// Revisions of each document that are kept.
 pub const CONFIG_HISTORY: usize = 10;
-
-/// The streams of the buckets of one installation, each with the time at which it was created (Unix epoch, ns): another
-/// installation may have streams of the same names.
-#[derive(Debug, Clone, Default)]
-pub struct OwnStreams(Arc<RwLock<BTreeMap<String, i128>>>);
-
-impl OwnStreams {
-    /// Why a stream cannot be copied, or copied into, if it is one of these. `created` is what `STREAM.INFO` says.
-    pub fn refuse(&self, stream: &str, created: &str) -> Option<String> {
-        let created = DateTime::parse_from_rfc3339(created).ok()?.timestamp_nanos_opt()?;
-        let own = self.0.read().unwrap_or_else(PoisonError::into_inner).get(stream).copied();
-        (own == Some(i128::from(created))).then(|| {
-            format!(
-                "stream `{stream}` is a bucket of this service: the service would copy its own saves again, without \
-                 end; use `nats stream backup`, or a service of another installation"
-            )
-        })
-    }
-
-    /// A stream of these, as it is now.
-    pub(super) fn is(&self, stream: &str, created: i128) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(stream.to_owned(), created);
-    }
-}
 
 /// The buckets of one installation.
 #[derive(Debug, Clone)]
@@ -55,16 +28,6 @@ pub struct Buckets {
     pub installation: String,
     /// What must not be copied.
     pub streams: OwnStreams,
-}
-
-/// A bucket operation that failed.
-#[derive(Debug, thiserror::Error)]
-#[error("bucket `{bucket}`: {message}")]
-pub struct Error {
-    /// Which bucket.
-    pub bucket: String,
-    /// Description.
-    pub message: String,
 }
 
 impl Buckets {
@@ -111,7 +74,7 @@ impl Buckets {
         }
         let config_info = &infos[0].1;
         let created = || config_info.created.unix_timestamp_nanos().to_string();
-        let installation = config_info.config.metadata.get(keeper::INSTALLATION).cloned().unwrap_or_else(created);
+        let installation = config_info.config.metadata.get(INSTALLATION).cloned().unwrap_or_else(created);
         let streams = OwnStreams::default();
         let context = bucket::context(&client, api_prefix);
         let keeper = Keeper::new(context, infos, streams.clone(), installation.clone());

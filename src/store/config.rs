@@ -6,16 +6,15 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream::BoxStream};
 
 use super::{
-    bucket::{Bucket, PutError, Stored},
-    buckets::Error,
+    bucket::{Bucket, INSTALLATION, PutError, Stored},
+    error::Error,
     file_documents::FileDocuments,
-    keeper::INSTALLATION,
     marks::{Mark, MarkKind},
     watch::{self, Change},
 };
 use crate::names::{HEARTBEATS_KEY, SITE_KEY};
 
-/// One revision of a document, as it stands in the bucket (people edit there: it may be anything).
+/// One revision of a document as it is in the bucket. Buckets can be edited by hand: it may be anything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigEntry {
     /// The key.
@@ -26,7 +25,7 @@ pub struct ConfigEntry {
     pub value: Bytes,
 }
 
-/// What the watch tells.
+/// What the watch reports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConfigChange {
     /// A document was written, or was there when the watch began.
@@ -45,7 +44,7 @@ pub enum ConfigChange {
     /// A mark was put, changed or removed, or was there when the watch began.
     Marked(Mark),
     /// The bucket was recreated, or restored: revisions start again. What differs follows.
-    Anew,
+    Recreated,
     /// Everything that was there when the watch began has been delivered.
     Loaded,
 }
@@ -234,7 +233,7 @@ impl ConfigStore {
 
 const WRITE_TRIES: usize = 5;
 
-/// What a change of the bucket means.
+/// A change of the bucket as a change of the configuration.
 fn typed(change: Change) -> ConfigChange {
     let mark = |key: &str, revision: u64, value: Option<&Bytes>| {
         let (id, kind) = MarkKind::of_key(key)?;
@@ -257,7 +256,7 @@ fn typed(change: Change) -> ConfigChange {
             mark(&key, revision, None).unwrap_or(ConfigChange::Deleted { key, revision })
         }
         Change::Loaded => ConfigChange::Loaded,
-        Change::Anew => ConfigChange::Anew,
+        Change::Recreated => ConfigChange::Recreated,
     }
 }
 

@@ -15,8 +15,8 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use super::{
-    buckets::Error,
     config::{ConfigChange, ConfigEntry},
+    error::Error,
 };
 
 /// Revision of a document that is in a file: the bucket's begin with 1.

@@ -14,22 +14,19 @@ use tracing::{debug, info, warn};
 
 use super::{
     SenderStore,
-    bucket::{self, Bucket, chain},
-    buckets::OwnStreams,
-    watch::RECREATED,
+    bucket::{self, Bucket, INSTALLATION, RECREATED, chain},
+    own_streams::OwnStreams,
 };
-/// How often each bucket is looked for.
+/// How often each bucket is checked.
 const EVERY: Duration = Duration::from_secs(1);
-/// Who deletes a bucket to make or restore it himself has this long.
+/// How long a bucket must be missing before it is recreated: an operator may delete it to create or restore it himself.
 const MISSING_FOR: Duration = Duration::from_secs(2);
 /// A change of a bucket that failed is tried again after this.
 const TRY_AGAIN: Duration = Duration::from_secs(300);
-/// Metadata of the configuration bucket: what identifies the installation, where the bucket is not its first one.
-pub(super) const INSTALLATION: &str = "stream-replicator.installation";
-/// Metadata that is the server's.
+/// Prefix of metadata that the server sets.
 const OF_SERVER: &str = "_nats.";
 
-/// What there is to say of the buckets.
+/// The condition of the buckets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Condition {
     /// This instance recreated a bucket that was deleted.
@@ -101,10 +98,10 @@ impl Keeper {
     pub async fn keep(mut self, mut say: impl FnMut(Condition)) -> Infallible {
         loop {
             let Self { context, kept, streams } = &mut self;
-            let looks = join_all(kept.iter_mut().map(|kept| kept.look(context, streams))).await;
+            let checks = join_all(kept.iter_mut().map(|kept| kept.check_and_log(context, streams))).await;
             let mut problem = None;
-            for (look, kept) in looks.into_iter().zip(&self.kept) {
-                match look {
+            for (result, kept) in checks.into_iter().zip(&self.kept) {
+                match result {
                     Ok(true) => say(Condition::Recreated { bucket: kept.bucket.bucket_name().to_owned() }),
                     Ok(false) => {}
                     Err(why) => _ = problem.get_or_insert(why),
@@ -118,7 +115,7 @@ impl Keeper {
 
 impl KeptBucket {
     /// Whether the bucket was recreated just now, by us; an error if it cannot be used.
-    async fn look(&mut self, context: &jetstream::Context, streams: &OwnStreams) -> Result<bool, String> {
+    async fn check_and_log(&mut self, context: &jetstream::Context, streams: &OwnStreams) -> Result<bool, String> {
         let result = self.check(context, streams).await;
         let name = self.bucket.bucket_name();
         let result = result.map_err(|why| format!("bucket `{name}` {why}"));
@@ -135,7 +132,7 @@ impl KeptBucket {
 
     async fn check(&mut self, context: &jetstream::Context, streams: &OwnStreams) -> Result<bool, String> {
         let name = self.bucket.bucket_name().to_owned();
-        if let Some(info) = bucket::look(context, &name).await? {
+        if let Some(info) = bucket::find_stream(context, &name).await? {
             self.saw(info, streams);
             self.end_markers().await;
             return unfit(&self.config, &name).map_or(Ok(false), Err);
@@ -147,7 +144,7 @@ impl KeptBucket {
         let mark = entropy::name();
         let created = context.create_stream(self.as_it_was(&mark)).await;
         // Another instance may have been faster, or the answer was lost.
-        let Some(info) = bucket::look(context, &name).await? else {
+        let Some(info) = bucket::find_stream(context, &name).await? else {
             let why = created.err().map_or_else(|| "it is gone again".to_owned(), |error| chain(&error));
             return Err(format!("was deleted and cannot be created again: {why}"));
         };
@@ -215,7 +212,7 @@ impl KeptBucket {
     }
 }
 
-/// Why a bucket would lose what is written to it, and how to change that.
+/// Why a bucket would lose entries, and how to correct that.
 fn unfit(config: &Config, bucket: &str) -> Option<String> {
     let stream = &config.name;
     let bounded = [config.max_messages, config.max_bytes].iter().any(|most| *most > 0);

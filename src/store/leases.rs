@@ -1,5 +1,5 @@
-//! The lease bucket: which processes are there (`session.<instance>`, renewed while they live) and which of them has
-//! the right to run each replication (`lease.<id>`, written only when that changes).
+//! The lease bucket: which instances are present (`session.<instance>`, renewed while they run) and which of them may run
+//! each replication (`lease.<id>`, written only when that changes).
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -8,11 +8,7 @@ use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, future::ready, stream::BoxStream};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{
-    bucket::{Cells, PutError},
-    buckets::Error,
-    watch::Change,
-};
+use super::{bucket::PutError, cells::Cells, error::Error, watch::Change};
 
 const SESSION: &str = "session.";
 const LEASE: &str = "lease.";
@@ -55,8 +51,8 @@ fn default_ttl() -> u64 {
     15_000
 }
 
-/// Value of a lease's key: who has the right to run one replication. It is valid while the session it names is renewed.
-/// Readable JSON; fields that this version does not know are kept.
+/// Value of a lease's key: the instance that may run one replication. It is valid while the session that it names is
+/// renewed. Readable JSON; fields that this version does not know are kept.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseRecord {
     /// Format of the record: 1.
@@ -78,7 +74,7 @@ pub struct LeaseRecord {
     pub other: BTreeMap<String, serde_json::Value>,
 }
 
-/// What the watch tells. A value that cannot be read is `None`, as is what a removal left.
+/// What the watch reports. A value that cannot be read is `None`, and so is the marker of a removal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LeaseChange {
     /// The session of an instance.
@@ -100,12 +96,12 @@ pub enum LeaseChange {
         record: Option<LeaseRecord>,
     },
     /// The bucket was recreated or restored: its revisions cannot be compared with those of before.
-    Anew,
+    Recreated,
     /// Everything that was there when the watch began has been delivered.
     Loaded,
 }
 
-/// What became of a write.
+/// The result of a write.
 #[derive(Debug)]
 pub enum Written<T> {
     /// It lies there at this revision.
@@ -212,12 +208,12 @@ fn lease_key(id: &str) -> String {
     format!("{LEASE}{id}")
 }
 
-/// What a change of the bucket says; other keys are left alone.
+/// A change of the bucket as a change of sessions and leases; other keys are ignored.
 fn told(change: Change) -> Option<LeaseChange> {
     let (key, revision, value) = match change {
         Change::Put { key, revision, value, .. } => (key, revision, Some(value)),
         Change::Deleted { key, revision } => (key, revision, None),
-        Change::Anew => return Some(LeaseChange::Anew),
+        Change::Recreated => return Some(LeaseChange::Recreated),
         Change::Loaded => return Some(LeaseChange::Loaded),
     };
     if let Some(instance) = key.strip_prefix(SESSION) {

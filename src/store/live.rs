@@ -1,5 +1,5 @@
 //! The messages of a bucket as they are stored, in order: a push consumer with a name that the next process with the same
-//! instance id knows, and deletes. Of an instance with another id the server deletes it soon after the connection ends.
+//! instance id knows and deletes. Otherwise the server deletes the consumer soon after the connection ends.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
@@ -15,11 +15,11 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     bucket::{Bucket, chain},
-    buckets::Error,
+    error::Error,
 };
 /// The server says that it is there this often while it has nothing to deliver.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Silence after which the consumer is taken for lost.
+/// Silence after which the consumer counts as lost.
 const SILENCE: Duration = Duration::from_secs(11);
 /// How often the connection is checked.
 const CHECK: Duration = Duration::from_millis(250);
@@ -122,7 +122,7 @@ fn connects(bucket: &Bucket) -> u64 {
     bucket.client().statistics().connects.load(Ordering::Relaxed)
 }
 
-/// Deletes a consumer; whether there was one. Creating the next one tells what is wrong, if anything is.
+/// Deletes a consumer; returns whether it existed. Errors are reported by the creation of the next one.
 async fn delete(bucket: &Bucket, prefix: &str, slot: usize) -> bool {
     let name = format!("{prefix}_{slot}");
     timeout(ANSWER, bucket.stream().delete_consumer(&name)).await.is_ok_and(|deleted| deleted.is_ok())

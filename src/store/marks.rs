@@ -1,11 +1,11 @@
-//! Marks: what lies beside a document, most of it asked for by people, under keys of their own in the configuration bucket.
-//! `/` cannot occur in an id, so no document is in the way, and people may put and delete them by hand.
+//! Marks beside a document, most of them requests of operators, at keys of their own in the configuration bucket. An id
+//! cannot contain `/`, so marks never collide with documents, and operators may put and delete them by hand.
 
 use bytes::Bytes;
 use chrono::{DateTime, SubsecRound, Utc};
 use serde::{Deserialize, Serialize};
 
-/// What a mark asks for.
+/// The purpose of a mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MarkKind {
     /// `<id>/paused`: while it is there, whatever its value, nothing is copied.
@@ -42,7 +42,7 @@ impl MarkKind {
     }
 }
 
-/// A mark as it stands in the bucket.
+/// A mark as it is in the bucket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mark {
     /// The replication.
@@ -64,7 +64,7 @@ pub struct SourceMessage {
     pub time_ns: i64,
 }
 
-/// Value of a mark that pauses, as we write it.
+/// Value of a mark that pauses, as this program writes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PauseMark {
     /// Format of the value: 1.
@@ -82,7 +82,7 @@ impl PauseMark {
     }
 }
 
-/// Value of a mark that releases, as we write it.
+/// Value of a mark that releases, as this program writes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReleaseMark {
     /// Format of the value: 1.
@@ -99,7 +99,7 @@ pub struct ReleaseMark {
     pub at: DateTime<Utc>,
 }
 
-/// What is to be done with a held replication.
+/// What a held replication should do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ReleaseAction {

@@ -1,4 +1,4 @@
-//! Position records: where each replication stands, who holds it, and its status row.
+//! Position records: the position of each replication, its leader, and its status row.
 
 use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
@@ -8,11 +8,7 @@ use futures_util::{StreamExt, future::ready, stream::BoxStream};
 use nats_lane::entropy;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{
-    bucket::{Cells, PutError},
-    buckets::Error,
-    watch::Change,
-};
+use super::{bucket::PutError, cells::Cells, error::Error, watch::Change};
 use crate::status::{OnlyAtTarget, Row, State, TargetMode};
 
 /// Value of a replication's key in the positions bucket. Readable JSON; fields that this version does not
@@ -132,7 +128,7 @@ pub struct TargetWitness {
     pub created: String,
 }
 
-/// What keeps a message from being stored twice, or two runs from writing beside each other.
+/// What the messages of a run carry so that none is stored twice and no two runs write at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stamps {
@@ -243,7 +239,7 @@ impl PositionStore {
         let told = |change| match change {
             Change::Put { key, value, age, .. } => Some(PositionChange { id: key, value: Some(value), age }),
             Change::Deleted { key, .. } => Some(PositionChange { id: key, value: None, age: Duration::ZERO }),
-            Change::Anew | Change::Loaded => None,
+            Change::Recreated | Change::Loaded => None,
         };
         Ok(changes.filter_map(move |change| ready(change.map(told).transpose())).boxed())
     }
@@ -316,6 +312,19 @@ impl PositionStore {
         }
     }
 
+    /// Whether the key is still at `revision`; an error says what is there instead, as that of [`PositionStore::save`] does.
+    /// What cannot be read now is not known to be another one.
+    pub fn confirm(&self, id: &str, revision: u64) -> impl Future<Output = Result<u64, SaveError>> + Send + 'static {
+        let (store, id) = (self.clone(), id.to_owned());
+        async move {
+            match store.current(&id).await {
+                Ok(Current::Record(record, at)) if at != revision => Err(SaveError::Conflict { record, revision: at }),
+                Ok(Current::Nothing { revision }) => Err(SaveError::Deleted { revision }),
+                Ok(Current::Record(..)) | Err(_) => Ok(revision),
+            }
+        }
+    }
+
     /// Revision of the record of a replication, whatever it is; 0 if there is none.
     pub async fn revision(&self, id: &str) -> Result<u64, Error> {
         Ok(self.bucket.last(id).await?.map_or(0, |stored| stored.revision))
@@ -328,7 +337,7 @@ impl PositionStore {
 }
 
 const CLAIM_TRIES: usize = 10;
-/// Format of the record that this program writes. What a newer one wrote is not written over.
+/// Format of the record that this program writes. It never overwrites a record of a newer format.
 const VERSION: u32 = 1;
 
 /// Why a record was not claimed.

@@ -1,7 +1,7 @@
 //! The state of each sender in sampling: one record per sender, written in bulk.
 //!
-//! There is one writer, the leader, and a record that is lost or old costs an extra copy at most: so the writes are
-//! without compare-and-swap, many at a time. The leader's own writes carry a header that those made by hand do not.
+//! There is one writer, the leader, and a lost or old record costs one extra copy at most. So records are written without
+//! compare-and-swap, many at a time. The leader's writes carry a header that edits by hand do not have.
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
@@ -20,20 +20,20 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::{
     bucket::{Bucket, chain, is_marker},
-    buckets::Error,
+    error::Error,
     live::Live,
 };
-/// Format of the record that this program writes. What a newer one wrote is not written over.
+/// Format of the record that this program writes. It never overwrites a record of a newer format.
 const VERSION: u32 = 1;
 /// Writes that wait for their acks together.
 const TOGETHER: usize = 512;
-/// The acks of writes that went together come within this.
+/// Time limit for the acks of writes that were sent together.
 const ACK_WAIT: Duration = Duration::from_secs(5);
 /// Silence that ends the first read.
 const SILENCE: Duration = Duration::from_secs(5);
-/// Longest part of a key that is a sender as it is.
+/// Longest part of a key that is the sender itself.
 const LONGEST: usize = 200;
-/// Says that the program wrote a record, and not somebody by hand.
+/// Header of records that the program wrote, as opposed to edits by hand.
 const WRITER: &str = "Replicator-Instance";
 
 /// What sampling knows of one sender. Readable JSON.
@@ -104,10 +104,10 @@ impl SenderRecord {
     }
 }
 
-/// Last part of the key whose marker says that all records were removed; no sender's.
+/// Last part of the key whose marker means that all records were removed; no sender has it.
 const EMPTIED: &str = "=";
 
-/// What the watch tells.
+/// What the watch reports.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SenderChange {
     /// A record as it was there or was written now.
@@ -147,7 +147,7 @@ pub struct SenderStore {
     instance: String,
 }
 
-/// Where records of senders are written: their bucket, or what takes its place in a simulation.
+/// Where records of senders are written: their bucket, or its replacement in a simulation.
 pub trait SenderWrites: fmt::Debug + Send + Sync {
     /// Writes records, or removes what is `None`, and waits until all of it is stored. After an error any part of it may
     /// be: all of it can be written again.
@@ -345,7 +345,7 @@ impl Following {
 }
 
 /// A sender as one token of a key: letters, digits, `-`, `_` and `/` as they are, every other byte as `=` and two digits.
-/// What would be too long ends in a hash instead.
+/// A sender that is too long ends in a hash instead.
 pub fn token(sender: &str) -> String {
     let mut token = String::with_capacity(sender.len() + 8);
     for byte in sender.bytes() {

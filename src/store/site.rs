@@ -6,8 +6,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    buckets::Error,
     config::{ConfigStore, WriteError},
+    error::Error,
 };
 use crate::names::{self, SITE_KEY};
 
@@ -26,7 +26,7 @@ pub struct SiteRecord {
     pub other: BTreeMap<String, serde_json::Value>,
 }
 
-/// What is at the key, and its revision.
+/// The content of the key, and its revision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SiteKey {
     /// Nothing.

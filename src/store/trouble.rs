@@ -1,4 +1,4 @@
-//! What is tried until it works.
+//! Operations that are repeated until they work.
 
 use std::time::Duration;
 
@@ -7,47 +7,48 @@ use nats_lane::backoff::Backoff;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::Error;
+use super::error::Error;
+
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
 
-/// An operation that is tried until it works, with each distinct error logged once.
+/// The errors of an operation that is repeated until it works; each distinct error is logged once.
 #[derive(Debug)]
 pub(crate) struct Trouble {
     what: &'static str,
-    told: String,
+    logged: String,
     backoff: Backoff,
 }
 
 impl Trouble {
     pub(crate) const fn new(what: &'static str) -> Self {
-        Self { what, told: String::new(), backoff: BACKOFF }
+        Self { what, logged: String::new(), backoff: BACKOFF }
     }
 
-    /// Tells the reason, if it is news.
-    pub(crate) fn tell(&mut self, reason: &str) {
-        if self.told != reason {
+    /// Logs the reason, unless it was the last one logged.
+    pub(crate) fn log(&mut self, reason: &str) {
+        if self.logged != reason {
             warn!("{}: {reason}", self.what);
-            reason.clone_into(&mut self.told);
+            reason.clone_into(&mut self.logged);
         }
     }
 
-    /// Tells the reason, if it is news, and waits for the next try.
+    /// Logs the reason, unless it was the last one logged, and waits for the next attempt.
     pub(crate) async fn wait(&mut self, reason: &str) {
-        self.tell(reason);
+        self.log(reason);
         sleep(self.backoff.next(rand::random())).await;
     }
 
     /// It worked.
     pub(crate) fn over(&mut self) {
-        if !self.told.is_empty() {
+        if !self.logged.is_empty() {
             info!("no longer: {}", self.what);
-            self.told.clear();
+            self.logged.clear();
         }
         self.backoff.reset();
     }
 }
 
-/// Follows a bucket for ever; a watch that cannot be opened is tried again.
+/// Follows a bucket forever; a watch that cannot be opened is tried again.
 pub(crate) async fn follow<T>(
     what: &'static str,
     open: impl AsyncFn() -> Result<BoxStream<'static, Result<T, Error>>, Error>,

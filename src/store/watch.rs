@@ -27,13 +27,13 @@ use tokio::{
 };
 
 use super::{
-    bucket::{Bucket, PutError, Stored, is_marker},
-    buckets::Error,
+    bucket::{Bucket, PutError, RECREATED, Stored, is_marker},
+    error::Error,
     live::Live,
 };
 
 /// How often the stream is checked.
-const LOOK: Duration = Duration::from_secs(5);
+const CHECK_EVERY: Duration = Duration::from_secs(5);
 /// Silence that ends the first read.
 const SNAPSHOT_SILENCE: Duration = Duration::from_secs(5);
 /// A watch that was lost is opened again within this time, or that is an error.
@@ -41,10 +41,8 @@ const LOST: Duration = Duration::from_secs(5);
 
 /// Writes that wait for their answers together.
 const PUTS: usize = 64;
-/// Metadata of a bucket that an instance created, at its start or while it ran; another value for each time.
-pub(super) const RECREATED: &str = "stream-replicator.recreated";
 
-/// What the watch tells.
+/// What the watch reports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     /// A key was written, or was there when the watch began.
@@ -66,12 +64,12 @@ pub enum Change {
         revision: u64,
     },
     /// The bucket was recreated or restored: its revisions cannot be compared with those of before. Its entries follow.
-    Anew,
+    Recreated,
     /// Everything that was there when the watch began has been delivered.
     Loaded,
 }
 
-/// Changes of a bucket, for ever.
+/// Changes of a bucket, forever.
 pub type Changes = BoxStream<'static, Result<Change, Error>>;
 
 /// Opens the watch; fails if the bucket cannot be read now. `purpose` is one word, another one for each watch of a
@@ -87,10 +85,10 @@ pub(super) async fn watch(bucket: Bucket, purpose: &str, first: fn(&str) -> bool
         first,
         live: None,
         lost: None,
-        told: HashMap::new(),
+        delivered: HashMap::new(),
         seen: 0,
-        looked: None,
-        next_look: Instant::now() + LOOK,
+        checked: None,
+        next_check: Instant::now() + CHECK_EVERY,
         queue: VecDeque::new(),
         backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
         failing: false,
@@ -112,12 +110,12 @@ struct Watch {
     /// The consumer that is to be replaced, and since when; `None` where everything has to be read.
     lost: Option<(Live, Instant)>,
     /// The entry that was delivered last for each key that has a value.
-    told: HashMap<String, Delivered>,
+    delivered: HashMap<String, Delivered>,
     /// Newest revision of all keys that was seen.
     seen: u64,
     /// The stream at the last check.
-    looked: Option<StreamCheck>,
-    next_look: Instant,
+    checked: Option<StreamCheck>,
+    next_check: Instant,
     /// Read and not yet delivered.
     queue: VecDeque<Result<Change, Error>>,
     backoff: Backoff,
@@ -160,23 +158,23 @@ impl Watch {
                         return None;
                     };
                     let (key, stored) = read(&self.bucket, delivery, &message)?;
-                    self.tell(key, stored, self.age(delivery.time_ns), self.seen);
+                    self.deliver(key, stored, self.age(delivery.time_ns), self.seen);
                     if !self.queue.is_empty() {
                         return Some(live);
                     }
                 }
                 // The stream is another one, and its consumer is gone with the one before.
                 Ok(()) = self.recreations.changed() => return None,
-                _ = sleep_until(self.next_look) => {
-                    self.next_look = Instant::now() + LOOK;
+                _ = sleep_until(self.next_check) => {
+                    self.next_check = Instant::now() + CHECK_EVERY;
                     // while the server does not answer there is nothing to compare with
                     let Ok(info) = self.info().await else { continue };
                     let look = StreamCheck::new(&info);
-                    if look.behind(self.looked, self.seen) {
+                    if look.behind(self.checked, self.seen) {
                         // Compared again by who reads everything: whether it is another stream.
                         return None;
                     }
-                    self.looked = Some(look);
+                    self.checked = Some(look);
                 }
             }
         }
@@ -206,7 +204,7 @@ impl Watch {
     async fn resume(&mut self, mut live: Live, since: Instant) -> Result<(), Error> {
         let resumed = async {
             let look = StreamCheck::new(&self.info().await?);
-            let same = !look.is_another(self.looked, self.seen);
+            let same = !look.is_another(self.checked, self.seen);
             if same {
                 live.resume(self.seen).await?;
             }
@@ -243,37 +241,38 @@ impl Watch {
         }
         snapshot.sort_by_key(|(key, ..)| !(self.first)(key));
         let there: HashSet<_> = snapshot.iter().map(|(key, ..)| key).collect();
-        let gone: Vec<_> = self.told.keys().filter(|key| !there.contains(key)).cloned().collect();
-        if StreamCheck::new(&before).is_another(self.looked, self.seen) {
+        let gone: Vec<_> = self.delivered.keys().filter(|key| !there.contains(key)).cloned().collect();
+        if StreamCheck::new(&before).is_another(self.checked, self.seen) {
             self.seen = 0;
-            self.told.values_mut().for_each(|told| told.revision = 0);
-            self.queue.push_back(Ok(Change::Anew));
+            self.delivered.values_mut().for_each(|delivered| delivered.revision = 0);
+            self.queue.push_back(Ok(Change::Recreated));
         }
         let known = self.seen;
         for (key, stored, time_ns) in snapshot {
-            self.tell(key, stored, self.age(time_ns), known);
+            self.deliver(key, stored, self.age(time_ns), known);
         }
         self.seen = self.seen.max(last);
         for key in gone {
             // no marker, so the revision is not known exactly: it was gone by the time of this one
-            self.tell(key, Stored { revision: self.seen, value: None }, Duration::ZERO, known);
+            self.deliver(key, Stored { revision: self.seen, value: None }, Duration::ZERO, known);
         }
-        self.looked = Some(StreamCheck::new(&before));
+        self.checked = Some(StreamCheck::new(&before));
         self.recreation = recreation(&before).cloned();
         self.live = Some(live);
         Ok(())
     }
 
-    /// Writes what was known again into a bucket that was deleted and that an instance created again, as far as the keys are
-    /// not there: every watch does so before it looks for what is gone, so that no instance takes a part for the whole.
-    /// What people recreated or restored counts as it is. Whether anything was written.
+    /// Writes known entries again into a bucket that was deleted and that an instance recreated, unless their keys exist.
+    /// Every watch does so before it looks for deleted keys, so that no instance takes a part of the entries for all. A
+    /// bucket that an operator recreated or restored counts as it is. Returns whether entries were written.
     async fn put_back(&self, info: &stream::Info) -> Result<bool, Error> {
         let recreation = recreation(info);
         let news = recreation.is_some() && recreation != self.recreation.as_ref();
-        if self.looked.is_none() || !news || !StreamCheck::new(info).is_another(self.looked, self.seen) {
+        if self.checked.is_none() || !news || !StreamCheck::new(info).is_another(self.checked, self.seen) {
             return Ok(false);
         }
-        let known: Vec<_> = self.told.iter().map(|(key, told)| (key.clone(), told.value.clone())).collect();
+        let known: Vec<_> =
+            self.delivered.iter().map(|(key, delivered)| (key.clone(), delivered.value.clone())).collect();
         for some in known.chunks(PUTS) {
             let puts: Vec<_> = some.iter().map(|(key, value)| self.bucket.put(key, value.clone(), 0).boxed()).collect();
             for put in join_all(puts).await {
@@ -304,17 +303,17 @@ impl Watch {
 
     /// Queues a change, unless it was delivered. A deletion after the last `known` revision is delivered for a key that
     /// was never there, too: its caller waits for it.
-    fn tell(&mut self, key: String, stored: Stored, age: Duration, known: u64) {
+    fn deliver(&mut self, key: String, stored: Stored, age: Duration, known: u64) {
         let revision = stored.revision;
         let news = revision > known;
         self.seen = self.seen.max(revision);
         match stored.value {
-            Some(_) if self.told.get(&key).is_some_and(|told| told.revision == revision) => {}
+            Some(_) if self.delivered.get(&key).is_some_and(|delivered| delivered.revision == revision) => {}
             Some(value) => {
-                self.told.insert(key.clone(), Delivered { revision, value: value.clone() });
+                self.delivered.insert(key.clone(), Delivered { revision, value: value.clone() });
                 self.queue.push_back(Ok(Change::Put { key, revision, value, age }));
             }
-            None if self.told.remove(&key).is_some() || news => {
+            None if self.delivered.remove(&key).is_some() || news => {
                 self.queue.push_back(Ok(Change::Deleted { key, revision }));
             }
             None => {}
@@ -322,7 +321,7 @@ impl Watch {
     }
 }
 
-/// What the metadata of a bucket says of its last recreation by an instance.
+/// The value that the last recreation by an instance left in the metadata of a bucket.
 fn recreation(info: &stream::Info) -> Option<&String> {
     info.config.metadata.get(RECREATED)
 }

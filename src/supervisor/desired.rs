@@ -1,4 +1,4 @@
-//! What should run: the changes of the configuration bucket, and the newest document of one key that can run.
+//! Which documents should run: the changes of the configuration bucket, and the newest valid document of one key.
 
 use std::time::Duration;
 
@@ -16,19 +16,19 @@ use crate::{
     store::{CONFIG_HISTORY, ConfigChange, ConfigEntry, ConfigStore, Error, MarkKind, Trouble},
 };
 
-/// After a change, so much is waited for the next: a flood of edits becomes one.
+/// Pause after a change: further edits within it become one change.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// What the watch of the bucket tells.
+/// What the watch of the bucket reports.
 #[derive(Debug)]
 pub(super) enum Signal {
-    /// A watch begins: everything is told anew.
+    /// A watch starts: it delivers everything again.
     Began,
     /// Something changed.
     Change(ConfigChange),
 }
 
-/// All changes, for ever: a watch that ends is opened again. Nothing is lost when a `next` is dropped.
+/// All changes, forever: a watch that ends is opened again. Nothing is lost when a `next` is dropped.
 pub(super) fn changes(store: ConfigStore) -> impl Stream<Item = Signal> + Send {
     let watcher = Watcher { store, watch: None, trouble: Trouble::new("the configuration is not watched") };
     stream::unfold(watcher, |mut watcher| async move { Some((watcher.next().await, watcher)) })
@@ -59,7 +59,7 @@ impl Watcher {
                     return Signal::Change(change);
                 }
                 // The watch continues, and knows what it has to write into a bucket that is recreated.
-                Some(Err(error)) => self.trouble.tell(&error.to_string()),
+                Some(Err(error)) => self.trouble.log(&error.to_string()),
                 None => {
                     self.watch = None;
                     self.trouble.wait("the watch ended").await;
@@ -73,14 +73,14 @@ impl Watcher {
 #[derive(Debug)]
 pub(super) struct Plan {
     /// The newest revision that can run.
-    pub(super) work: Option<Work>,
+    pub(super) work: Option<RunnableDocument>,
     /// The newest revision, if it cannot.
-    pub(super) rejected: Option<Rejected>,
+    pub(super) rejected: Option<RejectedDocument>,
 }
 
 /// A document that can run.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(super) struct RunnableDocument {
     pub(super) replication: Replication,
     pub(super) revision: u64,
     /// The document as written.
@@ -89,12 +89,12 @@ pub(super) struct Work {
 
 /// A document that cannot.
 #[derive(Debug)]
-pub(super) struct Rejected {
+pub(super) struct RejectedDocument {
     pub(super) revision: u64,
     pub(super) problems: Problems,
 }
 
-impl Rejected {
+impl RejectedDocument {
     /// All problems in one line.
     pub(super) fn message(&self) -> String {
         let list: Vec<_> = self.problems.0.iter().map(one_line).collect();
@@ -135,10 +135,10 @@ impl Planner {
         }
     }
 
-    /// The plan for the next newer document. Dropped and called again it may forget one: ask [`Self::current`].
+    /// The plan for the next newer document. Dropping the future may lose a document: then call [`Self::current`].
     pub(super) async fn next(&mut self) -> Plan {
         if self.wanted.changed().await.is_err() {
-            // Nobody is left to write documents; the stop is on its way.
+            // The supervisor is gone: the stop follows.
             std::future::pending::<()>().await;
         }
         sleep(SETTLE).await;
@@ -154,31 +154,31 @@ impl Planner {
         let revision = entry.revision;
         let problems = match accept(&entry, &self.site, &self.rules) {
             Ok(replication) => {
-                let work = Work { replication, revision, document: entry.value };
+                let work = RunnableDocument { replication, revision, document: entry.value };
                 return Plan { work: Some(work), rejected: None };
             }
             Err(problems) => problems,
         };
-        Plan { work: self.newest_valid(&entry).await, rejected: Some(Rejected { revision, problems }) }
+        Plan { work: self.newest_valid(&entry).await, rejected: Some(RejectedDocument { revision, problems }) }
     }
 
-    async fn newest_valid(&mut self, entry: &ConfigEntry) -> Option<Work> {
+    async fn newest_valid(&mut self, entry: &ConfigEntry) -> Option<RunnableDocument> {
         let history = loop {
             match self.store.history(&entry.key).await {
                 Ok(history) => break history,
                 Err(error) => self.trouble.wait(&format!("{}: {error}", entry.key)).await,
             }
         };
-        // The history may reach no further back than the last edits that were all wrong.
+        // The history may have nothing but the last edits, all of them invalid.
         let kept = if history.len() >= CONFIG_HISTORY { self.kept(&entry.key).await } else { None };
         self.trouble.over();
         history.iter().chain(&kept).find_map(|old| {
             let replication = accept(old, &self.site, &self.rules).ok()?;
-            Some(Work { replication, revision: old.revision, document: old.value.clone() })
+            Some(RunnableDocument { replication, revision: old.revision, document: old.value.clone() })
         })
     }
 
-    /// The newest document that was valid, as a life kept it.
+    /// The newest valid document, as a task kept it.
     async fn kept(&mut self, key: &str) -> Option<ConfigEntry> {
         loop {
             match self.store.marked(key, MarkKind::Valid).await {
@@ -192,7 +192,7 @@ impl Planner {
     }
 }
 
-/// A document that is valid, leads where it may, and lies under its own id.
+/// Accepts a document that is valid, connects only to allowed servers and is stored at the key of its own id.
 fn accept(entry: &ConfigEntry, site: &str, rules: &AllowList) -> Result<Replication, Problems> {
     let replication = rules.parse(&entry.value, site)?;
     if replication.id == entry.key {

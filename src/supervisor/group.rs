@@ -1,5 +1,5 @@
-//! What the other instances say, kept in memory: the position records with the rows that their leaders saved, and
-//! the sessions of the lease bucket. Every question about the group is answered from here.
+//! The group in memory: the position records with the status rows that their leaders saved, and the sessions of the lease
+//! bucket. Every request about the group is answered from here.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -15,17 +15,17 @@ use crate::{
     store::{PositionChange, PositionRecord, PositionStore, follow},
 };
 
-/// The group as it was last heard of; cheap to clone.
+/// The group as last received; cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Group {
-    records: watch::Receiver<HashMap<String, Known>>,
+    records: watch::Receiver<HashMap<String, GroupRecord>>,
     leases: Leases,
     _follower: Arc<AbortOnDropHandle<()>>,
 }
 
-/// A position record as it was heard of last.
+/// A position record as last received.
 #[derive(Debug)]
-struct Known {
+struct GroupRecord {
     value: Bytes,
     reported: Option<Reported>,
 }
@@ -37,11 +37,11 @@ struct Reported {
     /// By the clock of the source server.
     at: DateTime<Utc>,
     heard: Instant,
-    /// How old it was then.
+    /// Its age at that time.
     age: Duration,
 }
 
-impl Known {
+impl GroupRecord {
     fn new(value: Bytes, age: Duration, before: Option<&Self>, now: Instant) -> Self {
         #[derive(Deserialize)]
         struct Part {
@@ -57,12 +57,12 @@ impl Known {
     /// The time of the source server now, whatever the clock of this host shows.
     fn source_time(&self, now: Instant) -> Option<DateTime<Utc>> {
         let Reported { at, heard, age } = self.reported?;
-        Some(at + TimeDelta::from_std(now.saturating_duration_since(heard) + age).ok()?)
+        at.checked_add_signed(TimeDelta::from_std(now.saturating_duration_since(heard).saturating_add(age)).ok()?)
     }
 }
 
 impl Group {
-    /// Follows the position records for as long as somebody has a clone.
+    /// Follows the position records until the last clone is dropped.
     pub(super) fn follow(positions: PositionStore, leases: Leases) -> Self {
         let (known, records) = watch::channel(HashMap::new());
         let follower = tokio::spawn(follow(
@@ -70,10 +70,10 @@ impl Group {
             async move || positions.watch().await,
             move |change| {
                 let PositionChange { id, value, age } = change;
-                known.send_modify(|known: &mut HashMap<String, Known>| {
+                known.send_modify(|known: &mut HashMap<String, GroupRecord>| {
                     let before = known.remove(&id);
                     if let Some(value) = value {
-                        known.insert(id, Known::new(value, age, before.as_ref(), boottime::now()));
+                        known.insert(id, GroupRecord::new(value, age, before.as_ref(), boottime::now()));
                     }
                 });
             },
@@ -91,19 +91,19 @@ impl Group {
         self.records.borrow().get(id)?.source_time(boottime::now())
     }
 
-    /// Waits until the record of a replication, if there is one, says what is expected; for ever if it never does.
+    /// Waits until the record of a replication, if there is one, is as expected; forever if it never is.
     pub(super) async fn record_when(&self, id: &str, when: impl Fn(&PositionRecord) -> bool) {
         let mut records = self.records.clone();
         let mut seen: Option<Bytes> = None;
-        let fits = |records: &HashMap<String, Known>| {
-            let Some(Known { value, .. }) = records.get(id) else { return true };
+        let fits = |records: &HashMap<String, GroupRecord>| {
+            let Some(GroupRecord { value, .. }) = records.get(id) else { return true };
             if seen.as_ref() == Some(value) {
                 return false;
             }
             seen = Some(value.clone());
             serde_json::from_slice(value).is_ok_and(|record| when(&record))
         };
-        // An error means that nobody follows any more.
+        // An error means that the follower has ended.
         let _ = records.wait_for(fits).await;
     }
 
@@ -112,12 +112,12 @@ impl Group {
         self.leases.sessions().clone()
     }
 
-    /// Whether an instance is known not to be there any more.
+    /// Whether an instance is known to be gone.
     pub(super) fn is_gone(&self, instance: &str) -> bool {
         self.leases.sessions().is_gone(instance)
     }
 
-    /// Whether an instance is there as far as is known, but was silent for so long that it has stopped by itself.
+    /// Whether an instance seems present, but has been silent long enough to have stopped by itself.
     pub(super) fn is_doubted(&self, instance: &str) -> bool {
         self.leases.sessions().is_doubted(instance)
     }
@@ -135,18 +135,21 @@ mod tests {
         let record =
             |second: i64| Bytes::from(serde_json::json!({"epoch": 1, "reported_at": time(second)}).to_string());
         // Read 30 s after it was written.
-        let first = Known::new(record(100), Duration::from_secs(30), None, begun);
+        let first = GroupRecord::new(record(100), Duration::from_secs(30), None, begun);
         assert_eq!(first.source_time(begun), Some(time(130)));
         assert_eq!(first.source_time(after(5)), Some(time(135)));
         // Claimed: written again just now, with the row as it was.
-        let claimed = Known::new(record(100), Duration::ZERO, Some(&first), after(10));
+        let claimed = GroupRecord::new(record(100), Duration::ZERO, Some(&first), after(10));
         assert_eq!(claimed.source_time(after(10)), Some(time(140)));
         // Reported again; the source's clock was set back meanwhile.
-        let again = Known::new(record(90), Duration::from_secs(1), Some(&claimed), after(20));
+        let again = GroupRecord::new(record(90), Duration::from_secs(1), Some(&claimed), after(20));
         assert_eq!(again.source_time(after(22)), Some(time(93)));
+        // The last times that there are, as somebody may write them by hand.
+        let last = Bytes::from(serde_json::json!({"reported_at": DateTime::<Utc>::MAX_UTC}).to_string());
+        assert_eq!(GroupRecord::new(last, Duration::from_secs(30), None, begun).source_time(after(5)), None);
         for other in ["{}", "[]", "{\"reported_at\": null}"] {
             assert_eq!(
-                Known::new(Bytes::from(other), Duration::ZERO, Some(&again), after(30)).source_time(after(30)),
+                GroupRecord::new(Bytes::from(other), Duration::ZERO, Some(&again), after(30)).source_time(after(30)),
                 None
             );
         }

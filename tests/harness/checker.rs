@@ -84,7 +84,7 @@ impl<'a> Expect<'a> {
         self
     }
 
-    /// Others write to the target too: what does not come from this source is left out.
+    /// Others write to the target too: messages that are not from this source are ignored.
     pub fn shared(mut self) -> Self {
         self.foreign = true;
         self
@@ -124,7 +124,7 @@ pub struct Report {
     pub lost: Faults,
     /// More than once at the target.
     pub duplicated: Faults,
-    /// Behind a message that follows it at the source.
+    /// After a message that follows it at the source.
     pub out_of_order: Faults,
     /// Another subject, header, payload or provenance than it must have.
     pub altered: Faults,
@@ -203,9 +203,7 @@ pub fn compare(source: &[Stored], target: &[Stored], expect: &Expect<'_>) -> Rep
         *seen = true;
         report.copied += 1;
         if origin.seq < highest && !expect.late {
-            report
-                .out_of_order
-                .add(|| format!("source {} at target {}, behind source {highest}", origin.seq, copy.seq));
+            report.out_of_order.add(|| format!("source {} at target {}, after source {highest}", origin.seq, copy.seq));
         }
         highest = highest.max(origin.seq);
         if let Err(why) = same(original, copy, &origin, expect) {

@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 
 use super::{LIMIT, secrets, wire};
 
-/// How often a condition is looked at.
+/// How often a condition is checked.
 const POLL: Duration = Duration::from_millis(15);
 
 /// Waits until `probe` is true; never longer than `limit`.
@@ -107,8 +107,8 @@ pub async fn ask(client: &async_nats::Client, subject: &str, payload: &[u8]) -> 
     Ok(Reply { error, body })
 }
 
-/// Panics where the service took or sent what its schemas do not tell of: a test that looks at nothing but whether
-/// there is an answer shall not pass over it.
+/// Panics if the service took or sent something that its schemas do not describe: a test that only checks whether there is
+/// an answer must not miss that.
 #[track_caller]
 pub fn checked(subject: &str, request: &[u8], failed: bool, reply: &Value) {
     // A validation is served whatever it is asked about, and says whether that is a document.
@@ -149,7 +149,7 @@ pub async fn http_get(address: &str, path: &str) -> Result<(u16, String)> {
     Ok((code, body.to_owned()))
 }
 
-/// The status row of one replication; `None` when there is none or nobody answers yet.
+/// The status row of one replication; `None` when there is none, or nothing answers yet.
 pub async fn status(client: &async_nats::Client, replication: &str) -> Option<Value> {
     let reply = request(client, "replicator.status", Value::Null).await.ok()?;
     let rows = reply.get("replications")?.as_array()?;

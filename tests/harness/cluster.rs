@@ -51,7 +51,7 @@ impl Cluster {
             let Some(cluster) = Self::attempt(role, &refine).await? else { continue };
             match cluster.wait_ready().await {
                 Ok(()) => return Ok(cluster),
-                // Old servers on a busy machine sometimes do not find together: begun anew they do.
+                // Old servers on a busy machine sometimes do not find each other: after a restart they do.
                 Err(error) => last = error,
             }
         }
@@ -192,7 +192,7 @@ impl Cluster {
         self.wait_leaders(&[stream], None).await
     }
 
-    /// Asks the JetStream API through any server that runs; `None` if nobody answers, or with an error.
+    /// Sends a request to the JetStream API through any server that runs; `None` without an answer, or with an error.
     pub async fn ask(&self, what: &str, body: &Value) -> Option<Value> {
         for server in self.servers.iter().filter(|s| s.pid().is_some()) {
             let asked = async { Raw::connect(&server.url()).await?.api(what, body.clone()).await };

@@ -16,7 +16,7 @@ use super::raw::header_values;
 use super::site::{Events, SITE, merged};
 use super::{Cluster, LIMIT, Role, Server, Service};
 
-/// A fault is over, and the copy goes on by itself within this time.
+/// After a fault is over, the copy continues by itself within this time.
 pub const GOES_ON: Duration = Duration::from_secs(10);
 
 /// The source stream.
@@ -31,9 +31,9 @@ const RECONNECT: Duration = Duration::from_millis(100);
 /// What a target stream is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Nobody else writes to it, and it takes fast-ingest where the server knows that.
+    /// No other writer, and fast-ingest where the server knows it.
     Exclusive,
-    /// The same, but somebody else writes to it all the time.
+    /// The same, with another writer all the time.
     Shared,
     /// It takes no fast-ingest.
     Plain,
@@ -147,7 +147,7 @@ impl Copies {
         self.target.wait_current(&self.targets()).await
     }
 
-    /// The fault ended now: every copy goes on within [`GOES_ON`].
+    /// The fault ended now: every copy continues within [`GOES_ON`].
     pub async fn go_on(&self, after: &str) -> Result<()> {
         self.wait_moving(after, Instant::now(), GOES_ON).await
     }
@@ -163,10 +163,10 @@ impl Copies {
                 let elapsed = end.elapsed();
                 if elapsed > limit {
                     let row = self.row(kind).await;
-                    bail!("{after}: {kind:?} does not go on within {limit:?}: {row}\n{}", self.service.log());
+                    bail!("{after}: {kind:?} does not continue within {limit:?}: {row}\n{}", self.service.log());
                 }
                 if copied {
-                    println!("{after}: {kind:?} goes on {:.2} s after the end", elapsed.as_secs_f64());
+                    println!("{after}: {kind:?} continues {:.2} s after the end", elapsed.as_secs_f64());
                 } else {
                     waiting.push(kind);
                 }
@@ -182,7 +182,7 @@ impl Copies {
         info["state"]["last_seq"].as_u64()
     }
 
-    /// Source sequence of the newest message of a copy; 0 while nobody answers.
+    /// Source sequence of the newest message of a copy; 0 while nothing answers.
     pub async fn copied(&self, kind: Kind) -> u64 {
         let body = json!({"last_by_subj": format!("{}.load.>", kind.prefix())});
         let found = self.target.ask(&format!("STREAM.MSG.GET.{}", kind.stream()), &body).await;

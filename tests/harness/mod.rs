@@ -1,6 +1,6 @@
-//! What the tests, the demo and the bench share: real nats-servers, the real service, a raw client, a
+//! Shared by the tests, the demo and the bench: real nats-servers, the real service, a raw client, a
 //! checker and a faulty proxy. Nothing in here uses the product's own code, so that a mistake there cannot
-//! hide behind the same mistake here.
+//! be hidden by the same mistake here.
 //!
 //! Everything listens on loopback only, lives in a temporary folder and ends when it is dropped.
 

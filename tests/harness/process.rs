@@ -11,6 +11,24 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::LIMIT;
 use super::client::wait_value;
 
+/// Names and their addresses.
+pub const HOSTS: &str = "/etc/hosts";
+/// Name servers.
+pub const RESOLV: &str = "/etc/resolv.conf";
+
+/// A shell, to which a program and its arguments are added, in which `file` replaces a file of the system; `None` where the
+/// system does not let us.
+pub fn with_file(file: &Path, replaced: &str) -> Option<Command> {
+    let script = format!("mount --bind \"$0\" {replaced} && exec \"$@\"");
+    let shell = |flags: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(flags).args(["sh", "-c", &script]).arg(file);
+        command
+    };
+    let all: [&[&str]; 2] = [&["-m"], &["-rm"]];
+    all.into_iter().find(|flags| shell(flags).arg("true").output().is_ok_and(|done| done.status.success())).map(shell)
+}
+
 /// A running child; killed by its own pid when dropped.
 #[derive(Debug)]
 pub struct Process {
@@ -131,7 +149,7 @@ impl Usage {
 
 fn cpu_seconds(pid: u32) -> Option<f64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the name in parentheses and may hold anything; count from behind it.
+    // The second field is the name in parentheses and may have any text; count from its end.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
     let user: f64 = fields.next()?.parse().ok()?;
     let system: f64 = fields.next()?.parse().ok()?;

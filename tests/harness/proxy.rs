@@ -67,7 +67,7 @@ enum Mode {
 /// One direction of all connections.
 #[derive(Debug, Clone, Default)]
 struct Flow {
-    /// Nothing is read and nothing passed on, until it goes on.
+    /// Nothing is read and nothing passed on, until it continues.
     stalled: bool,
     latency: Duration,
     /// Bytes a second of each connection; `None` for no limit.
@@ -146,7 +146,7 @@ impl Proxy {
         self.set(|s| s.generation += 1);
     }
 
-    /// Closes the connection that passes on this many more bytes in a direction, right behind them: in the middle of
+    /// Closes the connection that passes on this many more bytes in a direction, right after them: in the middle of
     /// a message as likely as not. Then new ones work.
     pub fn cut_after(&self, direction: Direction, bytes: u64) {
         self.set(|s| s.flow_mut(direction).cut_after = Some(Arc::new(AtomicU64::new(bytes))));
@@ -158,13 +158,13 @@ impl Proxy {
         left.is_some_and(|left| left.load(Ordering::SeqCst) != u64::MAX)
     }
 
-    /// Connections stay open and nothing moves, in either direction; what was under way goes on afterwards.
+    /// Connections stay open and nothing moves, in either direction; bytes on their way continue afterwards.
     pub fn stall(&self) {
         self.set_flows(BOTH, |flow| flow.stalled = true);
     }
 
-    /// What connections send in these directions is thrown away from now on, and nobody is told, not even when the
-    /// sender closes. They never recover.
+    /// Bytes that connections send in these directions are thrown away from now on, without a sign to the sender, not even when
+    /// it closes. They never recover.
     pub fn half_open(&self, directions: &[Direction], newcomers: Newcomers) {
         let below = match newcomers {
             Newcomers::Work => self.accepted(),

@@ -127,7 +127,7 @@ impl Raw {
         ack(&self.next_for(&reply).await?)
     }
 
-    /// Publishes all in order, with many in the air; returns the sequence of the last. Any refusal is an error.
+    /// Publishes all in order, with many in flight; returns the sequence of the last. Any refusal is an error.
     pub async fn publish_all(&mut self, messages: impl IntoIterator<Item = Outgoing>) -> Result<u64> {
         const IN_THE_AIR: usize = 1000;
         let mut waiting = 0;
@@ -153,7 +153,7 @@ impl Raw {
         Ok(last)
     }
 
-    /// Publishes all of them at once and waits so long for the acks: the sequence of each that was confirmed, `None` where
+    /// Publishes all of them at once and waits for the acks for this time: the sequence of each that was confirmed, `None` where
     /// that is refused or not known. Then the connection is of no use any more.
     pub async fn publish_each(&mut self, messages: &[Outgoing], limit: Duration) -> Vec<Option<u64>> {
         let mut sequences = vec![None; messages.len()];
@@ -289,7 +289,7 @@ impl Raw {
         Ok(())
     }
 
-    /// The next message on `reply`; late answers to earlier requests are left out.
+    /// The next message on `reply`; late answers to earlier requests are skipped.
     async fn next_for(&mut self, reply: &str) -> Result<Frame> {
         loop {
             let frame = self.next_frame().await?;
@@ -414,7 +414,7 @@ fn ack(frame: &Frame) -> Result<u64> {
     }
 }
 
-/// The lines of a header block behind its first, without line ends.
+/// The lines of a header block after the first one, without line ends.
 pub fn header_lines(block: &[u8]) -> Vec<&[u8]> {
     let mut lines: Vec<&[u8]> = split_lines(block).collect();
     while lines.last().is_some_and(|l| l.is_empty()) {

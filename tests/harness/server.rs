@@ -153,7 +153,7 @@ impl Server {
         &self.how.name
     }
 
-    /// Version that the server itself told, for example `2.15.1`.
+    /// Version that the server itself reports, for example `2.15.1`.
     pub fn version(&self) -> &str {
         self.info["version"].as_str().unwrap_or_default()
     }
@@ -223,7 +223,7 @@ impl Server {
         self.restart().await
     }
 
-    /// SIGHUP with other configuration lines: the server goes on and takes them over.
+    /// SIGHUP with other configuration lines: the server continues and applies them.
     pub async fn reload_with(&mut self, config: &str) -> Result<()> {
         config.clone_into(&mut self.how.config);
         fs::write(self.folder.path().join("nats.conf"), self.config_text())?;

@@ -41,7 +41,7 @@ pub struct Site {
     url: String,
     pub service: Service,
     pub client: async_nats::Client,
-    /// Everything told since before the service started.
+    /// Everything published since before the service started.
     pub events: Events,
 }
 
@@ -231,7 +231,7 @@ impl Site {
         found.with_context(|| format!("the row is {last}\n{}", self.service.log()))
     }
 
-    /// Stops the service in order, so that the position is saved.
+    /// Stops the service gracefully, so that the position is saved.
     pub async fn stop(&mut self) -> Result<()> {
         ensure!(self.service.stop().await?.success(), "{}", self.service.log());
         Ok(())
@@ -288,7 +288,7 @@ impl Site {
         Ok(value.map(|value| serde_json::from_slice(&value)).transpose()?)
     }
 
-    /// Everything that is told from now on.
+    /// Everything that is published from now on.
     pub async fn listen(&self) -> Result<Events> {
         Events::of(&self.client, "replicator.event.>").await
     }
@@ -317,7 +317,7 @@ impl Events {
     /// Collects what is published on a subject from now on.
     pub async fn of(client: &async_nats::Client, subject: &'static str) -> Result<Self> {
         let mut subscription = client.subscribe(subject).await?;
-        // What the server answers now, it answers behind the subscription.
+        // The server's next answer comes after the subscription.
         jetstream::new(client.clone()).query_account().await?;
         let (seen, faults) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
         let (into, wrong) = (seen.clone(), faults.clone());
@@ -359,38 +359,38 @@ impl Events {
         self.seen().into_iter().map(|(_, body)| body).filter(|body| body["kind"] == kind).collect()
     }
 
-    /// Kinds told so far about a replication, in order.
+    /// Kinds published so far for a replication, in order.
     pub fn kinds(&self, id: &str) -> Vec<String> {
         let of = self.seen().into_iter().filter(|(_, body)| body["replication"] == id);
         of.filter_map(|(_, body)| body["kind"].as_str().map(str::to_owned)).collect()
     }
 
-    /// No event of these kinds was told so far.
+    /// No event of these kinds was published so far.
     pub fn quiet(&self, kinds: &[&str]) -> Result<()> {
         for kind in kinds {
             let told = self.told(kind);
-            ensure!(told.is_empty(), "{kind} was told: {told:?}");
+            ensure!(told.is_empty(), "{kind} was published: {told:?}");
         }
         Ok(())
     }
 
-    /// Waits until an event of this kind was told, now or before; returns the last one.
+    /// Waits until an event of this kind was published, now or before; returns the last one.
     pub async fn ever(&self, kind: &str) -> Result<Value> {
         let what = format!("event {kind}");
         wait_value(&what, LIMIT, async || self.told(kind).pop()).await
     }
 
-    /// Waits until so many events of this kind were told, and holds that there are no more; returns them. What is told goes
-    /// another way than what the status says, and may come later.
+    /// Waits until this many events of this kind were published, and checks that there are no more; returns them. Events take
+    /// another way than the status, and may arrive later.
     pub async fn all(&self, kind: &str, count: usize) -> Result<Vec<Value>> {
         let what = format!("{count} events {kind}");
         wait_for(&what, LIMIT, async || self.told(kind).len() >= count).await?;
         let told = self.told(kind);
-        ensure!(told.len() == count, "{kind} was told {} times instead of {count}: {told:?}", told.len());
+        ensure!(told.len() == count, "{kind} was published {} times instead of {count}: {told:?}", told.len());
         Ok(told)
     }
 
-    /// Waits for `replicator.event.<kind>.<id>`, the first one behind what was waited for before; returns its body.
+    /// Waits for `replicator.event.<kind>.<id>`, the first one after the event that was waited for before; returns its body.
     pub async fn wait(&mut self, kind: &str, id: &str) -> Result<Value> {
         let subject = format!("replicator.event.{kind}.{id}");
         let (seen, waited) = (&self.seen, self.waited);
@@ -400,7 +400,7 @@ impl Events {
             let at = waited + seen[waited..].iter().position(|(of, _)| *of == subject)?;
             Some((at, seen[at].1.clone()))
         });
-        let (at, body) = found.await.with_context(|| format!("{:?} were told", self.seen()))?;
+        let (at, body) = found.await.with_context(|| format!("{:?} were published", self.seen()))?;
         ensure!(self.seen().iter().all(|(_, body)| body.is_object()), "not all are JSON: {:?}", self.seen());
         self.waited = at + 1;
         Ok(body)

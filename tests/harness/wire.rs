@@ -1,6 +1,6 @@
-//! What the service promises to send, read from the files in `schemas/` and held against what it sends: every reply,
+//! The promises of the service, read from the files in `schemas/` and compared with everything that it sends: every reply,
 //! every request that it served, every event of every test. A reply may get more fields one day, but not one that no
-//! schema tells of, so here unknown fields are refused.
+//! schema describes, so here unknown fields are refused.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -60,7 +60,7 @@ fn meant(body: &[u8]) -> Value {
     }
 }
 
-/// The endpoint behind a subject, whatever the prefix; none behind the subjects of the server and of every service.
+/// The endpoint of a subject, whatever the prefix; none for the subjects of the server and of every service.
 fn endpoint(subject: &str) -> Result<Option<&str>> {
     if subject.starts_with('$') {
         return Ok(None);

@@ -220,12 +220,12 @@ async fn proxy_cuts_stalls_and_lets_through_again() -> Result<()> {
 }
 
 /// Both ends of a connection through a proxy, without NATS.
-struct Pipe {
+struct ProxyPipe {
     proxy: Proxy,
     listener: TcpListener,
 }
 
-impl Pipe {
+impl ProxyPipe {
     async fn start() -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         Ok(Self { proxy: Proxy::start(listener.local_addr()?.port()).await?, listener })
@@ -258,7 +258,7 @@ async fn silent(stream: &mut TcpStream) -> bool {
 #[tokio::test]
 async fn latency_is_added_in_each_direction_at_the_same_rate() -> Result<()> {
     const MIB: usize = 1 << 20;
-    let pipe = Pipe::start().await?;
+    let pipe = ProxyPipe::start().await?;
     let (mut client, mut server) = pipe.connect().await?;
     for (directions, there, back) in [(BOTH, 25, 25), (&[Direction::ToServer], 25, 0), (&[Direction::ToClient], 0, 25)]
     {
@@ -285,7 +285,7 @@ async fn latency_is_added_in_each_direction_at_the_same_rate() -> Result<()> {
 #[tokio::test]
 async fn a_throttle_passes_on_what_was_asked_in_its_direction() -> Result<()> {
     const RATE: usize = 4 << 20;
-    let pipe = Pipe::start().await?;
+    let pipe = ProxyPipe::start().await?;
     let (mut client, mut server) = pipe.connect().await?;
     pipe.proxy.throttle(&[Direction::ToServer], Some(RATE as u64));
     let took = transfer(&mut client, &mut server, 2 * RATE).await?.as_secs_f64();
@@ -300,7 +300,7 @@ async fn a_throttle_passes_on_what_was_asked_in_its_direction() -> Result<()> {
 
 #[tokio::test]
 async fn half_open_connections_stay_open_and_never_recover() -> Result<()> {
-    let pipe = Pipe::start().await?;
+    let pipe = ProxyPipe::start().await?;
     for (directions, newcomers) in [
         (BOTH, Newcomers::Work),
         (BOTH, Newcomers::Hang),
@@ -322,7 +322,7 @@ async fn half_open_connections_stay_open_and_never_recover() -> Result<()> {
             assert_eq!(silent(&mut late_server).await, hangs, "{directions:?}, {newcomers:?}, {during}");
             pipe.proxy.resume();
         }
-        // Nor is the other end told.
+        // Nor does the other end get a sign.
         drop(client);
         assert_eq!(silent(&mut server).await, lost(Direction::ToServer), "{directions:?}");
         let (mut client, mut server) = pipe.connect().await?;
@@ -334,7 +334,7 @@ async fn half_open_connections_stay_open_and_never_recover() -> Result<()> {
 
 #[tokio::test]
 async fn a_connection_is_cut_after_as_many_bytes_as_asked() -> Result<()> {
-    let pipe = Pipe::start().await?;
+    let pipe = ProxyPipe::start().await?;
     for (direction, bytes) in [(Direction::ToServer, 1), (Direction::ToServer, 100_001), (Direction::ToClient, 70_000)]
     {
         let (client, server) = pipe.connect().await?;

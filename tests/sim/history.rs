@@ -30,7 +30,7 @@ pub struct Original {
     pub payload: Vec<u8>,
     /// Header lines that its copy has to have.
     pub lines: String,
-    /// Streams that were cut or made anew are others from there on.
+    /// Streams that were cut or recreated are others from there on.
     incarnation: u32,
     /// Whether it is to be copied at all.
     wanted: bool,
@@ -103,21 +103,21 @@ pub struct History {
     ids: HashMap<String, usize>,
     /// The newest that is stored, by incarnation and generation.
     newest: HashMap<(u32, usize), usize>,
-    /// Moves of the position back: when, and behind which sequence.
+    /// Moves of the position back: when, and after which sequence.
     moves: Vec<(Duration, u64)>,
     saved: Saved,
     /// The greatest epoch that somebody acted with, and who that was.
     acted: (u64, &'static str),
     /// The greatest epoch of a chained message that was stored.
     chained: u64,
-    /// The position went back, after so many resets were told: one more has to be told by now.
+    /// The position went back, after this many resets were reported: one more has to be reported by now.
     back: Option<(usize, String)>,
     /// The next save may stand anywhere: people changed the record.
     pub any_position: bool,
     /// When each sender was seen last, and when the message was stored that was copied last, by its records (ns).
     senders: HashMap<String, (i64, i64)>,
     pub told: Vec<Value>,
-    /// Kinds of events that have to be told in the end.
+    /// Kinds of events that have to be reported in the end.
     pub due: Vec<&'static str>,
     pub broken: Vec<String>,
 }
@@ -212,11 +212,11 @@ impl History {
         }
     }
 
-    /// The record of its sender says that a message was seen, which does not come again.
+    /// The record of its sender says that a message was seen, which is not delivered again.
     fn sender_is_known(&mut self, number: usize) {
         let Original { seq, time_ns, wanted, excused, subject, copies, .. } = &self.originals[number];
         let Some(inspect) = self.plan.inspect.filter(|_| !self.plan.records_fail()) else { return };
-        // A sender that is not seen for so long is forgotten.
+        // A sender that is not seen for this time is forgotten.
         let age = self.world.now_ns(Host::Source) - time_ns;
         if !wanted || excused.is_some() || age >= inspect.as_nanos() as i64 {
             return;
@@ -280,10 +280,10 @@ impl History {
         self.is_replaced(number) || self.is_sampled(number, Some(self.grace()))
     }
 
-    /// The source lost what lies behind a sequence.
+    /// The source lost everything after a sequence.
     pub fn cut(&mut self, keep: u64) {
         let at = self.world.elapsed();
-        // A stream that keeps few messages of a subject may have none left that tells of the loss, if it is not made anew.
+        // A stream that keeps few messages of a subject may have none left that shows the loss, unless it is recreated.
         let tells = keep == 0 || self.plan.source_keeps.is_none() && !self.plan.is_consumed();
         if tells && self.saved.source["seq"].as_u64().is_some_and(|seq| seq > keep) && !self.plan.unsure() {
             self.due.push("source-reset");
@@ -291,14 +291,14 @@ impl History {
         for number in self.held.split_off(&(keep + 1)).into_values() {
             self.originals[number].cut = Some(at);
         }
-        // Those that went before count as well: their stream is another one.
+        // Earlier ones count as well: their stream is another one.
         if keep == 0 {
             self.originals.iter_mut().for_each(|original| original.cut = original.cut.or(Some(at)));
         }
         self.incarnation += 1;
     }
 
-    /// The target lost what lies behind a sequence.
+    /// The target lost everything after a sequence.
     pub fn lost(&mut self, keep: u64) {
         let at = self.world.elapsed();
         if self.saved.target["seq"].as_u64().is_some_and(|seq| seq > keep) && !self.plan.unsure() {
@@ -331,13 +331,13 @@ impl History {
         }
     }
 
-    /// A message is left out by request.
+    /// A message is skipped by request.
     pub fn skipped(&mut self, seq: u64, time_ns: i64) {
         match self.by_key.get(&(seq, time_ns)) {
             // What is gone already is lost, whatever is asked for.
             Some(number) if self.originals[*number].purged => {}
             Some(number) => self.originals[*number].excused = Some(LEFT_OUT),
-            None => self.breach(format!("asked to leave out {seq} of {time_ns}, which never was")),
+            None => self.breach(format!("asked to skip {seq} of {time_ns}, which never was")),
         }
     }
 
@@ -389,7 +389,7 @@ impl History {
             Some((seq.parse::<u64>().ok()?, time_ms.parse::<i64>().ok()?))
         });
         let (seq, time_ms) = origin?;
-        // Streams made anew give the same sequences again.
+        // Recreated streams give the same sequences again.
         self.originals.iter().rposition(|o| o.seq == seq && o.time_ns.div_euclid(1_000_000) == time_ms)
     }
 
@@ -431,11 +431,11 @@ impl History {
         if !original.wanted {
             self.breach(format!("{seq} was copied, which nobody asked for"));
         }
-        // What an older holder had in the air comes before all of the newer one's or not at all: the first that does not
+        // Messages that an older holder had in flight come before all of the newer one's or not at all: the first that does not
         // fit ends its batch, and nothing follows. Without the leases the two could take turns.
         if chained && arrival.epoch < self.chained && self.plan.is_lawful() {
             let (epoch, chained) = (arrival.epoch, self.chained);
-            self.breach(format!("{seq} of epoch {epoch} is stored behind what was chained with epoch {chained}"));
+            self.breach(format!("{seq} of epoch {epoch} is stored after what was chained with epoch {chained}"));
         }
         if chained {
             self.chained = self.chained.max(arrival.epoch);
@@ -448,8 +448,8 @@ impl History {
             if self.moves.iter().any(|(moved, to)| copy.opened <= *moved && *moved <= arrival.opened && *to < seq) {
                 continue;
             }
-            // Of two runs, what the older one had in the air may come when the newer one has looked: then the ids have
-            // to drop it, as long as they are remembered. The chain refuses it always.
+            // Of two runs, messages that the older one had in flight may arrive when the newer one has read the end: then the ids
+            // have to drop them, as long as they are remembered. The chain refuses them always.
             let late =
                 !chained && (arrival.opened < copy.opened || copy.opened < arrival.opened && copy.at >= arrival.opened);
             if !late {
@@ -461,7 +461,7 @@ impl History {
             }
         }
         if let Some(newer) = self.newer_of_subject(number, (!chained).then_some(arrival.opened)) {
-            self.breach(format!("{seq} stands behind {newer} of its subject, which replaced it"));
+            self.breach(format!("{seq} is after {newer} of its subject, which replaced it"));
         }
         let original = &self.originals[number];
         let is_old = self.is_old(original);
@@ -469,11 +469,11 @@ impl History {
         let first = !original.copies.iter().any(|copy| self.copies[*copy].lost.is_none());
         // The newer run does not send again, so that the ids cannot drop it, what is gone at the source or passed over.
         let alone = !chained && (!self.held.contains_key(&seq) || original.excused.is_some());
-        // Left out as too old by a run that could not save that, and young again for the next one.
+        // Skipped as too old by a run that could not save that, and young again for the next one.
         let young_again = is_old && self.plan.has(Fault::sets_source_back);
         if first && !alone && !young_again && *newest > number && (self.plan.strict || !original.refused) {
             let newest = self.originals[*newest].seq;
-            self.breach(format!("{seq} stands behind {newest}, and was never refused"));
+            self.breach(format!("{seq} is after {newest}, and was never refused"));
         } else {
             *newest = number.max(*newest);
         }
@@ -483,9 +483,9 @@ impl History {
         self.replace(number);
     }
 
-    /// Copies of newer messages of the same subject that are so many that nobody needs this one any more. Those that
+    /// Copies of newer messages of the same subject that are so many that this one is no longer needed. Those that
     /// came over other connections, after the one of this message was opened at `late`, do not count: nothing but the
-    /// ids, as long as they are remembered, keeps it from coming behind them.
+    /// ids, as long as they are remembered, keeps it from being stored after them.
     fn newer_of_subject(&self, number: usize, late: Option<Duration>) -> Option<u64> {
         let keep = self.plan.keeps?;
         let original = &self.originals[number];
@@ -543,7 +543,7 @@ impl History {
                 return Err("an id of another message".to_owned());
             }
         } else if last.is_none() || !arrival.batched {
-            return Err("no stamp".to_owned());
+            return Err("no header of the replication".to_owned());
         }
         let rest = rest.strip_prefix("Nats-Expected-Stream: T\r\n").unwrap_or(rest);
         let (time_ns, time_ms) = (original.time_ns, original.time_ns.div_euclid(1_000_000));
@@ -600,7 +600,7 @@ impl History {
         newer.take(keep).count() >= keep
     }
 
-    /// A position that goes back is told before it is saved; the event is on its way for a moment.
+    /// A position that goes back is reported before it is saved; the event is on its way for a moment.
     pub fn back_was_told(&mut self) {
         if let Some((resets, what)) = self.back.take()
             && resets == self.told.iter().filter(|event| is_reset(event)).count()
@@ -619,7 +619,7 @@ impl History {
         let now = Saved { epoch, holder, source: record["source"].clone(), target: record["target"].clone(), resets };
         let before = std::mem::replace(&mut self.saved, now.clone());
         if epoch < before.epoch {
-            self.breach(format!("epoch {epoch} saved behind epoch {}", before.epoch));
+            self.breach(format!("epoch {epoch} saved after epoch {}", before.epoch));
         }
         if epoch == before.epoch && now.holder != before.holder {
             self.breach(format!("`{}` and `{}` hold epoch {epoch}", before.holder, now.holder));
@@ -632,8 +632,7 @@ impl History {
         let lost = |fault| matches!(fault, Fault::RecordLost | Fault::BucketGone { leases: false, .. });
         let unfenced = self.plan.begins.len() > 1 && !self.plan.is_lawful() && self.plan.has(lost);
         if seq < last && !late && !unfenced && !std::mem::take(&mut self.any_position) {
-            self.back =
-                Some((before.resets, format!("the position goes back from {last} to {seq}, and nobody was told")));
+            self.back = Some((before.resets, format!("the position goes back from {last} to {seq}, without an event")));
         }
         if now.source != before.source {
             self.source_witness(seq, &now.source);
@@ -655,7 +654,7 @@ impl History {
             None if seq == 0 => return,
             None => {
                 let there = self.held.get(&seq).map(|number| &self.originals[*number]);
-                // Gone then, and there again in a stream made anew a moment ago.
+                // Gone then, and there again in a stream recreated a moment ago.
                 let anew = self.originals.iter().filter_map(|original| original.cut).max();
                 if let Some(there) = there
                     && (anew.is_none() || !recently(anew))
@@ -711,7 +710,7 @@ impl History {
 
     /// How many may have to be copied yet: what the source has removed may have been read before.
     pub fn backlog(&self) -> usize {
-        // With few messages of each subject at the target, nobody can tell how far the copy was: it begins anew.
+        // With few messages of each subject at the target, the progress of the copy is unknown: it restarts.
         if self.plan.keeps.is_some() && self.plan.has(Fault::target_loses) {
             return self.held.len();
         }
@@ -741,12 +740,12 @@ impl History {
         self.originals.iter().any(|o| o.seq == seq && (!o.copies.is_empty() || o.excused.is_some()))
     }
 
-    /// Messages that were left out by request.
+    /// Messages that were skipped by request.
     pub fn left_out(&self) -> BTreeSet<u64> {
         self.originals.iter().filter(|o| o.excused == Some(LEFT_OUT)).map(|original| original.seq).collect()
     }
 
-    /// A message that the source still has and that was left out by request, which nobody was told. Another holder may
+    /// A message that the source still has and that was skipped by request, without an event. Another holder may
     /// have found it too old, or replaced, before it was asked.
     pub fn left_out_untold(&self) -> Option<u64> {
         let asked = self.originals.iter().enumerate().filter(|(number, o)| {

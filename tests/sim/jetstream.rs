@@ -1,4 +1,4 @@
-//! What a server does with what it is told: publishes, batches, consumers and the JetStream API, as far as a copy needs
+//! The reaction of a server to what it receives: publishes, batches, consumers and the JetStream API, as far as a copy needs
 //! them.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -129,7 +129,7 @@ impl State {
         }
     }
 
-    /// There is no leader: nobody answers, or a server that has the stream's name and nothing of its messages does.
+    /// There is no leader: there is no answer, or a server answers that has the stream's name and none of its messages.
     fn nobody_leads(&mut self, subject: &str, reply: &str) {
         let name = subject.strip_prefix("$JS.API.STREAM.INFO.");
         let answers = self.world.elapsed().as_millis().is_multiple_of(2);

@@ -1,4 +1,4 @@
-//! Holds the end of a run against the guarantees: all is there, all that happened was told, and in time.
+//! Checks the end of a run against the guarantees: all is there, all that happened was reported, and in time.
 
 use std::{collections::BTreeSet, sync::atomic::Ordering};
 
@@ -9,13 +9,13 @@ use super::{
     run::Scene,
 };
 
-/// So long nobody runs what is handed over.
+/// How long messages that are handed over may wait for an instance.
 const HANDED_OVER: Duration = Duration::from_secs(5);
 
 /// Servers have forgotten a consumer by then that is not used.
 const FORGOTTEN: Duration = Duration::from_secs(60);
 
-/// A kind of event, and what may be behind it.
+/// A kind of event, and its possible cause.
 type Cause = (&'static str, fn(Fault) -> bool);
 
 impl Scene {
@@ -75,7 +75,7 @@ impl Scene {
     /// How long it may take until everything is right.
     fn limit(&self) -> Duration {
         let seconds = |seconds: f64| Duration::from_secs_f64(seconds);
-        // A retry comes after 5 s at the latest; finding out where to go on takes a dozen questions over the slowest
+        // A retry comes after 5 s at the latest; the search for the position takes a dozen questions over the slowest
         // connection, 0.6 s each.
         let mut limit = seconds(5.0 + 12.0 * 0.6);
         // What is left to copy: each windowful takes a way there and back, and the wait for the end of a batch.
@@ -90,7 +90,7 @@ impl Scene {
         limit + self.plan.aftermath(backlog)
     }
 
-    /// What was told wrongly or not at all.
+    /// Events that were wrong or are missing.
     fn told_wrong(&self) -> Option<String> {
         let history = self.history();
         let causes: [Cause; 4] = [
@@ -103,35 +103,35 @@ impl Scene {
             if let Some(event) = history.events(kind).next()
                 && !self.plan.has(cause)
             {
-                return Some(format!("told without a cause: {event}"));
+                return Some(format!("an event without a cause: {event}"));
             }
         }
         let set = self.plan.has(|fault| !fault.hosts().is_empty());
         let apart = self.world.source_ahead_ns() != 0;
         match history.events("clock-offset").next() {
-            Some(event) if !set && !apart => return Some(format!("told without a cause: {event}")),
-            None if !set && apart => return Some("that clocks differ was never told".to_owned()),
+            Some(event) if !set && !apart => return Some(format!("an event without a cause: {event}")),
+            None if !set && apart => return Some("that clocks differ was never reported".to_owned()),
             _ => {}
         }
         for kind in ["source-reset", "target-reset"] {
             let told = history.events(kind).count();
             if told == 0 && history.due.contains(&kind) {
-                return Some(format!("a {kind} was never told"));
+                return Some(format!("a {kind} was never reported"));
             }
-            // What was in the air may arrive behind the look at the target, and is news to the next one. Who is killed
-            // before it saved what it told tells it again.
+            // Messages in flight may arrive after the target was read, and are news to the next run. A process that is killed
+            // before it saved what it reported reports it again.
             if told > 2 && !self.told_again() {
-                return Some(format!("a {kind} was told {told} times"));
+                return Some(format!("a {kind} was reported {told} times"));
             }
         }
         if let Some(seq) = history.left_out_untold() {
-            return Some(format!("that {seq} was left out was never told"));
+            return Some(format!("that {seq} was skipped was never reported"));
         }
         drop(history);
         self.gaps_told_wrong()
     }
 
-    /// Whether the same may be told more than once: by two processes, or when what follows from it was not saved.
+    /// Whether the same may be reported more than once: by two processes, or when what follows from it was not saved.
     fn told_again(&self) -> bool {
         let cause = |fault: &Fault| fault.source_changes() || fault.target_loses() || matches!(fault, Fault::Purge(_));
         let faults = &self.plan.faults;
@@ -146,13 +146,13 @@ impl Scene {
         self.plan.begins.len() > 1 || faults.iter().any(unsaved)
     }
 
-    /// What the source removed before it was copied is counted and told, and told once unless the one who told it was
-    /// killed before it saved that. What was gone before a first start is no loss.
+    /// Messages that the source removed before they were copied are counted and reported, once unless the process was
+    /// killed before it saved that. Messages that were gone before a first start are no loss.
     fn gaps_told_wrong(&self) -> Option<String> {
         let history = self.history();
         let plain = self.plan.filter.is_none() && self.plan.source_keeps.is_none() && !self.plan.is_consumed();
         if !plain {
-            return history.events("gap").next().map(|event| format!("no gap can be told apart: {event}"));
+            return history.events("gap").next().map(|event| format!("no gap can be identified: {event}"));
         }
         if !self.purged_behind_start.load(Ordering::Relaxed) || self.plan.max_age.is_some() {
             return None;
@@ -166,17 +166,17 @@ impl Scene {
             count += number("messages");
         }
         if told != gone {
-            return Some(format!("{gone:?} were lost at the source, {told:?} were told"));
+            return Some(format!("{gone:?} were lost at the source, {told:?} were reported"));
         }
-        // What was left out was told, and may be counted once more by whoever does not know.
+        // Skipped messages were reported, and may be counted once more by a process that does not know.
         let most = (gone.len() + history.left_out().len()) as u64;
         let right = (gone.len() as u64..=if self.told_again() { u64::MAX } else { most }).contains(&count);
-        (!right).then(|| format!("{} were lost at the source, {count} were told", gone.len()))
+        (!right).then(|| format!("{} were lost at the source, {count} were reported", gone.len()))
     }
 }
 
 impl Plan {
-    /// What the faults of a plan leave behind when they are over.
+    /// Effects of the faults of a plan that last when they are over.
     fn aftermath(&self, backlog: usize) -> Duration {
         let longest = |part: fn(&Self, Fault) -> u64| {
             let parts = self.faults.iter().map(|(_, fault)| part(self, *fault));
@@ -191,15 +191,15 @@ impl Plan {
             seconds += 10;
         }
         if self.poison.is_some() {
-            // Each is held for 10 s before it is left out, and one may be found in each hundred.
+            // Each is held for 10 s before it is skipped, and one may be found in each hundred.
             seconds += 13 * (3 + backlog as u64 / 20);
         }
         Duration::from_secs(seconds) + self.leases()
     }
 
-    /// Until one has the lease and keeps it: a session is silent for its time to live and is looked at, and others may be
-    /// nearer to it, each by its own clock. Later the lease may go once more to where it is best placed; what is in the
-    /// air then may take 10 s to settle.
+    /// Until an instance has the lease and keeps it: a session is silent for its time to live and is checked, and others may be
+    /// nearer to it, each by its own clock. Later the lease may move once more to its preferred instance; messages in
+    /// flight then may take 10 s to settle.
     fn leases(&self) -> Duration {
         let ttl = Duration::from_millis(self.ttls.iter().copied().max().unwrap_or_default());
         let handed = if self.begins.len() > 1 || self.has(|fault| fault == Fault::StepDown) { 15 } else { 0 };
@@ -209,7 +209,7 @@ impl Plan {
     /// Until a connection or consumer that is dead is given up.
     fn silence(&self, fault: Fault) -> u64 {
         match fault {
-            // At the most: a pull that is never heard of is renewed after 30 s, and what is silent behind it is given up.
+            // At the most: a pull without any answer is renewed after 30 s, and a silent connection is given up after that.
             Fault::HalfOpen(Side::Source, Way::To) => 43,
             Fault::HalfOpen(..) | Fault::Apart(..) => 15,
             // An ack that never comes: the target is asked, and at the latest nothing has moved for 30 s, or the end of a

@@ -18,10 +18,10 @@ use super::{process::Until, world::World};
 
 /// What a request waits for its answer at most.
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// How often somebody looks whether a watch goes on.
+/// How often a watch checks whether it can continue.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Looks at every value in the moment in which it is written.
+/// Checks every value in the moment in which it is written.
 type Witness = Box<dyn Fn(&[u8]) + Send + Sync>;
 
 pub struct Keys {
@@ -43,14 +43,14 @@ struct State {
     recreated: u64,
 }
 
-/// What a watch has told.
+/// Entries that a watch has delivered.
 #[derive(Default)]
 struct Told {
     revision: u64,
     recreated: u64,
     loaded: bool,
     keys: BTreeSet<String>,
-    /// Keys that were told and that the recreated bucket does not have.
+    /// Keys that were delivered and that the recreated bucket does not have.
     lost: BTreeSet<String>,
 }
 
@@ -100,7 +100,7 @@ impl Keys {
         self.state.lock().expect("keys").keys.get(key)?.value.clone()
     }
 
-    /// Somebody writes a value, as from a backup, or deletes a key.
+    /// Another client writes a value, as from a backup, or deletes a key.
     pub fn put_by_hand(&self, key: &str, value: Option<Bytes>) {
         self.store(key, value);
     }
@@ -132,7 +132,7 @@ impl Keys {
         Ok(self.store(key, value))
     }
 
-    /// The first change after what a watch has told.
+    /// The first change after the last delivery of a watch.
     fn behind(&self, told: &Told) -> Option<(String, Stored)> {
         let state = self.state.lock().expect("keys");
         let newer = state.keys.iter().filter(|(_, stored)| stored.revision > told.revision);
@@ -141,7 +141,7 @@ impl Keys {
         newer.map(|(key, stored)| (key.clone(), stored.clone())).or_else(lost)
     }
 
-    /// Whether the bucket is not the one that a watch tells of.
+    /// Whether the bucket is another one than that of a watch.
     fn is_another(&self, told: &Told) -> bool {
         self.state.lock().expect("keys").recreated != told.recreated
     }
@@ -201,7 +201,7 @@ impl Handle {
         Stored { value, ..stored }
     }
 
-    /// Goes on when the one who asked is gone.
+    /// Continues when the caller is gone.
     fn write(&self, key: &str, value: Option<Bytes>, expected: u64) -> BoxFuture<'static, Result<u64, PutError>> {
         let (this, key) = (self.clone(), key.to_owned());
         let value = value.map(|value| self.said(&value));
@@ -247,7 +247,7 @@ impl Handle {
         Ok(())
     }
 
-    /// The next that a watch tells that has told all up to a revision.
+    /// The next delivery of a watch that has delivered everything up to a revision.
     async fn next(&self, told: &mut Told) -> Change {
         let Self { keys, link, .. } = self;
         loop {
@@ -257,7 +257,7 @@ impl Handle {
                 continue;
             }
             if keys.begins_again(told) {
-                return Change::Anew;
+                return Change::Recreated;
             }
             let Some((key, stored)) = keys.behind(told) else {
                 if !std::mem::replace(&mut told.loaded, true) {

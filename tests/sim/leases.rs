@@ -1,6 +1,6 @@
 //! The rules of leases alone: several instances whose clocks differ, one bucket, and between them messages that are
-//! late or lost, partitions, processes that freeze, crash and begin anew. What is checked is what leases are for: once
-//! somebody has acted with an epoch nobody acts with a smaller one, and when the faults are over everything runs.
+//! late or lost, partitions, processes that freeze, crash and restart. It checks the purpose of leases: once
+//! an instance has acted with an epoch no instance acts with a smaller one, and when the faults are over everything runs.
 
 use std::{
     cmp::Reverse,
@@ -10,14 +10,14 @@ use std::{
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use stream_replicator::{
-    lease::{Action, Machine, Renewal, Settings},
+    lease::{LeaseAction, LeaseSettings, Machine, RenewalOutcome},
     store::{LeaseRecord, SessionRecord},
 };
 use tokio::time::Instant;
 
 const INSTANCES: usize = 4;
 const TTL: Duration = Duration::from_secs(3);
-/// So long faults happen, and so long everything may take to be in order again.
+/// How long faults happen, and the deadline for everything to run again.
 const TROUBLE: Duration = Duration::from_secs(120);
 const CALM: Duration = Duration::from_secs(200);
 
@@ -35,7 +35,7 @@ enum Step {
     Poll(usize, u64),
     /// A change reaches a process that began as often.
     Reaches(usize, u32, News),
-    /// What became of an operation; the first that is told counts.
+    /// The result of an operation; the first that is reported counts.
     Answered(usize, u32, u64, News),
     /// A request reaches the bucket.
     Asked(usize, u32, u64, Request),
@@ -53,7 +53,7 @@ enum News {
     /// In the bucket that was made so many times.
     Changed(u32, String, u64, Value),
     Loaded,
-    Renewed(Renewal, u64),
+    Renewed(RenewalOutcome, u64),
     Looked(String, u64, Option<SessionRecord>),
     LookFailed(String),
     Wrote(String, bool, Option<(LeaseRecord, u64)>),
@@ -88,7 +88,7 @@ struct Process {
     /// Somebody removed its session by hand: until it hears of that, or stops by itself, it acts beside its successor, and
     /// only the fence is between them.
     removed: Option<Duration>,
-    /// How often it has heard that the bucket was made anew.
+    /// How often it has heard that the bucket was recreated.
     heard: u32,
 }
 
@@ -101,9 +101,9 @@ struct World {
     count: u64,
     revision: u64,
     bucket: BTreeMap<String, (u64, Value)>,
-    /// How often it was made anew.
+    /// How often it was recreated.
     made: u32,
-    /// When it was made anew last.
+    /// When it was recreated last.
     remade: Option<Duration>,
     all: Vec<Process>,
     ids: Vec<String>,
@@ -150,7 +150,7 @@ impl World {
         let session = format!("s{at}-{began}");
         let (instance, ttl_ms) = (format!("i{at}"), TTL.as_millis() as u64);
         let record = SessionRecord { instance, session: session.clone(), ttl_ms, ..SessionRecord::default() };
-        let settings = Settings { instance: record.instance.clone(), ttl: TTL, standalone: false };
+        let settings = LeaseSettings { instance: record.instance.clone(), ttl: TTL, standalone: false };
         let now = self.base + local(self.now, ahead, drift);
         Process {
             machine: Machine::new(settings, session, now),
@@ -206,7 +206,7 @@ impl World {
                     if self.all[at].frozen {
                         self.after(Duration::ZERO, Step::Thaws(at));
                     }
-                    // What was lost meanwhile is told again, as a watch does that was opened anew.
+                    // Lost deliveries are repeated, as a watch does that was opened again.
                     self.tell_all(at);
                 }
             }
@@ -306,7 +306,7 @@ impl World {
                 if !process.alive || process.began != began || process.runs.get(&id) != Some(&epoch) {
                     return Ok(());
                 }
-                // As a tenure does: the clock is asked before each step.
+                // As a grant does: the clock is checked before each step.
                 let holds = process.machine.until().is_some_and(|until| self.clock(at) < until);
                 if holds {
                     self.acts(at, &id, epoch)?;
@@ -397,7 +397,7 @@ impl World {
                 self.all[at].removed = Some(self.now);
             }
             5 => {
-                // The bucket is made anew: nothing is in it, and its revisions begin at 1.
+                // The bucket is recreated: it is empty, and its revisions begin at 1.
                 (self.bucket, self.revision) = (BTreeMap::new(), 0);
                 self.made += 1;
                 self.remade = Some(self.now);
@@ -415,7 +415,7 @@ impl World {
         self.bucket.insert(key.clone(), (revision, value.clone()));
         for at in 0..self.all.len() {
             let began = self.all[at].began;
-            // A watch delivers in order: none overtakes another by much, and what is lost is told again later.
+            // A watch delivers in order: no delivery overtakes another by much, and lost ones are repeated later.
             self.send(at, Step::Reaches(at, began, News::Changed(self.made, key.clone(), revision, value.clone())));
         }
         revision
@@ -438,16 +438,16 @@ impl World {
                     _ => None,
                 };
                 let first = revision == 0;
-                // It stands on what was read before: what a process sent that is gone does not come behind its successor.
+                // It depends on an earlier read: a write of a process that is gone does not arrive after its successor.
                 let late = began < self.all[at].began
                     && found.as_ref().is_some_and(|found| found.session == self.all[at].record.session);
                 match found {
                     _ if late => return,
                     Some(found) if found.session != record.session && !first => return,
-                    None if !first => News::Renewed(Renewal::Removed, 0),
+                    None if !first => News::Renewed(RenewalOutcome::Removed, 0),
                     _ => {
                         let revision = self.put(key, Value::Session(Some(record)));
-                        News::Renewed(Renewal::Confirmed, revision)
+                        News::Renewed(RenewalOutcome::Confirmed, revision)
                     }
                 }
             }
@@ -486,7 +486,7 @@ impl World {
         let now = self.clock(at);
         let Process { machine, heard, .. } = &mut self.all[at];
         match news {
-            // A watch tells nothing of the bucket of before when it has told of the new one.
+            // A watch delivers nothing of the former bucket once it has delivered from the new one.
             News::Changed(made, ..) if made < *heard => {}
             News::Changed(made, key, revision, value) => {
                 if made > std::mem::replace(heard, made) {
@@ -503,7 +503,7 @@ impl World {
             }
             News::Loaded => machine.loaded(),
             News::Renewed(outcome, revision) => {
-                if outcome == Renewal::Confirmed {
+                if outcome == RenewalOutcome::Confirmed {
                     self.all[at].revision = revision;
                 }
                 self.all[at].machine.renewed(now, outcome);
@@ -511,7 +511,7 @@ impl World {
             News::Looked(instance, revision, record) => machine.looked(now, &instance, revision, record.as_ref()),
             News::LookFailed(instance) => machine.look_failed(now, &instance),
             News::Wrote(id, done, found) => {
-                if let Some(Action::Grant { id, epoch }) = machine.wrote(now, &id, done, found) {
+                if let Some(LeaseAction::Grant { id, epoch }) = machine.wrote(now, &id, done, found) {
                     self.all[at].runs.insert(id.clone(), epoch);
                     let (began, next) = (self.all[at].began, self.millis(0, 50));
                     self.after(next, Step::Acts(at, began, id, epoch));
@@ -528,20 +528,20 @@ impl World {
         let began = self.all[at].began;
         for action in self.all[at].machine.poll(now) {
             match action {
-                Action::Renew { session, nonce, leaving } => {
+                LeaseAction::Renew { session, nonce, leaving } => {
                     let process = &mut self.all[at];
                     if process.record.session != session {
                         process.revision = 0;
                     }
                     process.record = SessionRecord { session, nonce, leaving, ..process.record.clone() };
                     let request = Request::Renew(process.record.clone(), process.revision);
-                    self.ask(at, request, TTL / 3, News::Renewed(Renewal::Failed, 0));
+                    self.ask(at, request, TTL / 3, News::Renewed(RenewalOutcome::Failed, 0));
                 }
-                Action::Look(instance) => {
+                LeaseAction::Look(instance) => {
                     let failed = News::LookFailed(instance.clone());
                     self.ask(at, Request::Look(instance), Duration::from_secs(1), failed);
                 }
-                Action::Write { id, mut record, revision, take } => {
+                LeaseAction::Write { id, mut record, revision, take } => {
                     if let Some((acted, ..)) = self.acted.get(&id).filter(|_| take) {
                         // As the position record says, which outlives the lease.
                         record.epoch = record.epoch.max(acted + 1);
@@ -549,14 +549,14 @@ impl World {
                     let failed = News::Wrote(id.clone(), false, None);
                     self.ask(at, Request::Write(id, record, revision), Duration::from_secs(1), failed);
                 }
-                Action::Grant { .. } => {}
-                Action::Yield(id) => {
+                LeaseAction::Grant { .. } => {}
+                LeaseAction::Yield(id) => {
                     if let Some(epoch) = self.all[at].runs.get(&id).copied() {
                         let long = self.millis(0, 300);
                         self.after(long, Step::Ends(at, began, id, epoch));
                     }
                 }
-                Action::Revoke { id, .. } => {
+                LeaseAction::Revoke { id, .. } => {
                     self.all[at].runs.remove(&id);
                     self.all[at].machine.ended(now, &id, Duration::ZERO);
                 }

@@ -1,5 +1,5 @@
-//! What a supervisor does with one replication while its lease is ours: claim, run, back off, pause, leave out what
-//! people want left out. The lease is that of the product.
+//! The work of a supervisor with one replication while its lease is ours: claim, run, back off, pause, skip messages by
+//! request. The lease is the product's.
 
 use std::{
     fmt::Display,
@@ -17,7 +17,7 @@ use serde_json::json;
 use stream_replicator::{
     config::{self, Replication},
     copy::{self, At, Budget, ErrorKind, Job, Located, PositionWriter, locate},
-    lease::{self, Candidacy, Identity},
+    lease::{self, Candidacy, ProcessIdentity},
     status::{CopyStatus, Row, State},
     store::{ClaimError, LeaseStore, OwnStreams, PositionStore},
 };
@@ -110,10 +110,10 @@ impl Scene {
         PositionStore::new(Arc::new(self.reached_by(me, &self.keys)))
     }
 
-    /// One life of a process: leases, and what runs under them, until it is asked to end.
+    /// One process: leases, and what runs under them, until it is asked to end.
     pub async fn live(self: Arc<Self>, which: usize, hands: Arc<Hands>) {
         let me = Me { instance: INSTANCES[which], ttl_ms: self.plan.ttls[which], hands: hands.clone() };
-        let identity = Identity {
+        let identity = ProcessIdentity {
             instance: me.instance.to_owned(),
             host: "host".to_owned(),
             program: "simulated".to_owned(),
@@ -126,7 +126,7 @@ impl Scene {
         let (leases, driver) = lease::enter(store, self.store(&me), identity, ttl, false, over.clone());
         let mut driver = pin!(driver);
         {
-            let mut life = pin!(self.life(&me, leases.seat(ID), &stop));
+            let mut life = pin!(self.life(&me, leases.candidacy(ID), &stop));
             let mut asked = pin!(hands.leaving.notified());
             poll_fn(|cx| {
                 if asked.as_mut().poll(cx).is_ready() {
@@ -273,7 +273,7 @@ impl Scene {
                     ErrorKind::Retry => backoff.next(self.chance()),
                 };
                 let _ = timeout(delay, interrupted()).await;
-                // Somebody looks at what is held, and wants it left out.
+                // An operator sees the message that blocks the copy, and skips it.
                 if let Some(message) = error.poison {
                     let mut release = self.release.lock().expect("release");
                     if *release != Some(message) {
@@ -302,7 +302,7 @@ impl Scene {
         let Some(from) = record.source.map(|source| source.seq) else { return Ok(()) };
         let seq = if back { from.saturating_sub(by) } else { from + by };
         let network = self.network(&me, 0);
-        let located = locate(&network, &self.replication(), &consumers(), At::Behind(seq))
+        let located = locate(&network, &self.replication(), &consumers(), At::After(seq))
             .await
             .map_err(|error| error.to_string())?;
         let Located::At(place) = located else { return Ok(()) };

@@ -26,7 +26,7 @@ pub struct Plan {
     pub source_keeps: Option<usize>,
     /// Whether the target takes a time to live.
     pub lives: bool,
-    /// Some messages are larger than the target takes: who finds out.
+    /// Some messages are larger than the target takes: which side detects it.
     pub poison: Option<Poison>,
     /// Whether the source forgets what is acknowledged.
     pub retention: Retention,
@@ -104,7 +104,7 @@ pub enum Fault {
     Lose(Side, u64),
     /// The same comes twice.
     Twice(Side, u64),
-    /// Connections that are open are dead in one direction and nobody is told; new ones are not.
+    /// Connections that are open are dead in one direction without a sign; new ones are not.
     HalfOpen(Side, Way),
     /// Bytes of the connections that are open take so much longer in one direction.
     Slow(Side, Way, Duration),
@@ -112,7 +112,7 @@ pub enum Fault {
     Crash(usize, Duration),
     /// The same, at an exact step.
     CrashAt(usize, Step, Duration),
-    /// A copying process is stopped and goes on: its timers jump.
+    /// A copying process is stopped and continues: its timers jump.
     Stop(usize, Duration),
     /// A copying process is asked to end, and starts again.
     Leave(usize, Duration),
@@ -134,7 +134,7 @@ pub enum Fault {
         by: Duration,
         back: bool,
     },
-    /// The replication is paused and goes on.
+    /// The replication is paused and resumed.
     Pause(Duration),
     /// The target is full for a while.
     Full(Duration),
@@ -142,7 +142,7 @@ pub enum Fault {
     Refuse(u64),
     /// The target stream begins or ceases to take fast-ingest batches, while copying processes are killed.
     Batches,
-    /// Somebody else writes so many messages into the target.
+    /// Another writer writes this many messages into the target.
     Foreign(u64),
     /// The target restarts without its last messages.
     TargetForgets(u64),
@@ -236,7 +236,7 @@ impl Plan {
         };
         let begins = (0..instances).map(|which| if which == 0 { Duration::ZERO } else { at() }).collect();
         // By up to 3 % their clocks may differ and leases still keep two from copying at once. Rarely one is so slow that
-        // only what lies behind the leases does.
+        // only the fence below the leases does.
         let wild = (instances > 1 && world.once_in(6)).then(|| world.between(0, instances as u64 - 1));
         let ttls = (0..instances as u64).map(|which| match wild == Some(which) {
             true => TTL_MS * world.between(2, 4),
@@ -288,7 +288,7 @@ impl Plan {
             };
             let at = at();
             faults.push((at, fault));
-            // Each new run looks at what the source lost and the target still has.
+            // Each new run searches for what the source lost and the target still has.
             if matches!(fault, Fault::SourceForgets(_)) && world.once_in(2) {
                 faults.extend((1..=4).map(|cut| (at + Duration::from_millis(1_500 * cut), Fault::Cut(Side::Target))));
             }
@@ -310,8 +310,8 @@ impl Plan {
             filter: world.once_in(6).then(|| ["s.1", "s.*", "s.>", "s.none"][world.between(0, 3) as usize].to_owned()),
             max_age: world.once_in(8).then(|| world.millis(2_000, 20_000)),
             keeps,
-            // What an older holder had in the air may come behind what a newer one read later, and the source may not have
-            // it any more: pipelined, no id stops that.
+            // Messages that an older holder had in flight may be stored after what a newer one read later, and the source may not have
+            // them any more: pipelined, no id stops that.
             source_keeps: keeps.filter(|_| instances == 1 && world.once_in(2)),
             poison: match world.between(1, 12) {
                 1 => Some(Poison::Refused),
@@ -487,7 +487,7 @@ impl Plan {
         self.has(|fault| matches!(fault, Fault::Trouble(_) | Fault::CutOff(..) | Fault::BucketGone { .. }))
     }
 
-    /// Whether the records of senders cannot be written for so long that acks at the source wait no longer.
+    /// Whether the records of senders cannot be written for longer than acks at the source wait.
     pub fn records_fail(&self) -> bool {
         self.unsure() || self.has(|fault| matches!(fault, Fault::Stop(..)))
     }
@@ -498,7 +498,7 @@ impl Plan {
     }
 
     /// Whether leases alone keep an older holder from doing anything once a newer one has: clocks do not differ by more
-    /// than they may, nobody removes a session that is alive, and nobody writes leases by hand.
+    /// than they may, no live session is removed, and no lease is written by hand.
     pub fn is_lawful(&self) -> bool {
         let drifts = self.ttls.iter().any(|ttl| ttl.abs_diff(TTL_MS) > TTL_MS / 10);
         let by_hand = |fault| matches!(fault, Fault::Evict(..) | Fault::LeasePutBack | Fault::BucketGone { .. });
@@ -514,7 +514,7 @@ impl Plan {
         Duration::from_secs(1) + parts.sum::<Duration>()
     }
 
-    /// How long the messages of a fault are told before the fault is known: until then a record may speak of what was.
+    /// For how long after a fault a record may still describe the state before it, until the messages of the fault are known.
     /// Connections break with the fault, a last save may take 3 s and arrive after 6 s more, and a process that is
     /// stopped meanwhile saves later.
     pub fn grace(&self) -> Duration {

@@ -47,7 +47,7 @@ impl Until {
 #[derive(Debug, Default)]
 pub struct Hands {
     kill: Notify,
-    /// It is asked to end in order.
+    /// It is asked to end gracefully.
     pub leaving: Notify,
     /// How long it stays away when it is killed or has ended.
     away: Mutex<Duration>,
@@ -75,7 +75,7 @@ impl Hands {
         }
     }
 
-    /// Asks it to end in order; it starts again after a while.
+    /// Asks it to end gracefully; it starts again after a while.
     pub fn leave(&self, away: Duration) {
         *self.away.lock().expect("away") = away;
         self.leaving.notify_one();
@@ -137,7 +137,7 @@ pub async fn process(hands: Arc<Hands>, life: impl Fn() -> BoxFuture<'static, ()
     }
 }
 
-/// Polls a life as far as it may go.
+/// Polls a process as far as it may run.
 struct Steps {
     life: Option<BoxFuture<'static, ()>>,
     hands: Arc<Hands>,
@@ -168,7 +168,7 @@ impl Future for Steps {
     }
 }
 
-/// Counts what goes to the target, and ends the process behind the last byte that it may send.
+/// Counts the bytes to the target, and ends the process after the last byte that it may send.
 #[derive(Debug)]
 pub struct Meter {
     pub pipe: DuplexStream,

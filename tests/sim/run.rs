@@ -60,12 +60,12 @@ pub struct Scene {
     pub ends: Mutex<Vec<String>>,
     /// Whether something was copied before the source removed what it had.
     pub purged_behind_start: AtomicBool,
-    /// Streams made anew do not give the same sequence twice in one millisecond.
+    /// Recreated streams do not give the same sequence twice in one millisecond.
     pub cuts: AtomicUsize,
     hands: [Arc<Hands>; 3],
 }
 
-/// What is told of a seed that went well.
+/// The report of a seed without a failure.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Told {
     /// A hash of all bytes that were exchanged and saved, and when.

@@ -1,5 +1,5 @@
 //! A server in memory that speaks the client protocol over pipes, with the faults that real servers and networks have.
-//! What it does with what it is told is in `jetstream`.
+//! Its reactions are in `jetstream`.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -44,7 +44,7 @@ pub struct State {
     pub(super) down: bool,
     pub(super) frozen: Option<Instant>,
     pub(super) leaderless: Option<Instant>,
-    /// Until then consumers have the streams only up to this sequence.
+    /// Up to this time consumers have the streams only up to this sequence.
     pub(super) behind: Option<(Instant, u64)>,
     pub(super) streams: BTreeMap<String, Stream>,
     pub(super) consumers: BTreeMap<String, Consumer>,
@@ -151,7 +151,7 @@ impl Server {
         last
     }
 
-    /// Makes a stream, or makes it anew: its consumers are gone.
+    /// Creates a stream, or recreates it: its consumers are gone.
     pub fn make(&self, stream: Stream) {
         let mut state = self.lock();
         state.consumers.retain(|_, consumer| consumer.stream != stream.name);
@@ -199,7 +199,7 @@ impl Server {
     }
 
     /// The consumers of now deliver nothing more: heartbeats and the ends of pulls are all that comes. Durable ones are
-    /// never made anew, and no server does that to them.
+    /// never recreated, and no server does that to them.
     pub fn mute(&self) {
         let mut state = self.lock();
         let consumers = state.consumers.values_mut().filter(|consumer| !consumer.is_durable());
@@ -232,7 +232,7 @@ impl Server {
         self.lock().refusals.push(after);
     }
 
-    /// Connections that are open are dead in one direction, and nobody is told.
+    /// Connections that are open are dead in one direction, without a sign.
     pub fn half_open(&self, way: Way) {
         self.lock().paths(way).for_each(|path| path.dead = true);
     }

@@ -47,7 +47,7 @@ pub struct Config {
     pub per_subject: Option<usize>,
     /// Larger payloads are refused.
     pub max_size: Option<usize>,
-    /// Whether messages may bear a time to live.
+    /// Whether messages may carry a time to live.
     pub lives: bool,
     pub retention: Retention,
     /// API level of its leader.
@@ -76,7 +76,7 @@ pub struct Stream {
     pub last: u64,
     /// Up to here, what nobody takes was dropped.
     pub swept: u64,
-    /// Sequence and time of the message that bore the id.
+    /// Sequence and time of the message that carried the id.
     ids: HashMap<String, (u64, i64)>,
 }
 

@@ -32,8 +32,8 @@ struct Clock {
     before: Vec<(i64, Duration)>,
 }
 
-/// Who follows a clock by asking for it every ten seconds may go by what it showed before for so long after it was set, and
-/// longer by what keeps the answer back.
+/// A reader that polls a clock every ten seconds may use the time before it was set for that long, and longer by the delay of
+/// the answer.
 const FOLLOWED_WITHIN: Duration = Duration::from_secs(15);
 
 /// Cheap to clone. All decisions are drawn from one seed, and time is tokio's paused clock: the same seed gives the

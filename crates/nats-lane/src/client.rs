@@ -9,7 +9,7 @@ use std::{
 use async_nats::{AuthError, Client, ConnectOptions, Event, ReconnectToServer, ServerAddr};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
-use tokio::{net::lookup_host, time::timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -17,7 +17,8 @@ use crate::{
     Connection, Endpoint, Error, Lane, ServerRef, auth,
     backoff::Backoff,
     context,
-    routes::{Routes, server_addr},
+    resolver::resolve,
+    routes::{RESOLVE, Routes, server_addr},
     tls,
 };
 
@@ -85,12 +86,11 @@ pub async fn connect_once(
 
 /// How many addresses the servers have together: the client tries one after the other.
 async fn addresses(endpoint: &Endpoint) -> usize {
-    let looked_up = endpoint.hosts.iter().map(|host| lookup_host((host.host.as_str(), host.port)));
-    join_all(looked_up).await.into_iter().map(|found| found.map_or(1, |found| found.count())).sum()
+    let resolved = endpoint.hosts.iter().map(|host| resolve(host, RESOLVE));
+    join_all(resolved).await.into_iter().map(|found| found.map_or(1, |found| found.len())).sum()
 }
 
-/// A connection that is not made again when it is lost, so that whoever holds it begins with what files and contexts say
-/// then.
+/// A connection that does not reconnect when it is lost: its owner connects again, by the files and contexts of that time.
 #[derive(Debug)]
 pub struct ClientSession {
     /// The client; of no use when the connection is lost.

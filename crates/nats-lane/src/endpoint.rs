@@ -457,7 +457,7 @@ fn split_path(host: &str) -> (&str, &str) {
 fn check_path(path: &str, scheme: Scheme) -> Result<(), String> {
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+;=:%/".contains(&byte);
     if !path.is_empty() && !scheme.is_websocket() {
-        return Err("a path behind the host is only possible with `ws://` and `wss://`".to_owned());
+        return Err("a path after the host is only possible with `ws://` and `wss://`".to_owned());
     }
     if !path.bytes().all(legal) {
         return Err("the path has a character that has to be percent-encoded".to_owned());
@@ -513,9 +513,9 @@ fn parse_host(text: &str, scheme: Scheme) -> Result<Host, String> {
     let (host, port) = match text.strip_prefix('[') {
         Some(text) => {
             let (host, rest) = text.split_once(']').ok_or("the `[` of an IPv6 address is not closed")?;
-            host.parse::<Ipv6Addr>().map_err(|_| "what stands in brackets is not an IPv6 address")?;
+            host.parse::<Ipv6Addr>().map_err(|_| "the text in brackets is not an IPv6 address")?;
             match rest.strip_prefix(':') {
-                None if !rest.is_empty() => return Err("there is more behind `]` than a port".to_owned()),
+                None if !rest.is_empty() => return Err("there is more after `]` than a port".to_owned()),
                 port => (host, port),
             }
         }
@@ -562,7 +562,7 @@ impl Options {
         let mut seen = Vec::new();
         let query = query.unwrap_or_default();
         if Scheme::ALL.iter().any(|scheme| query.contains(&format!(",{}://", scheme.name()))) {
-            return Err("options of a URL go behind the last server".to_owned());
+            return Err("options of a URL follow the last server".to_owned());
         }
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             let (option, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -599,9 +599,7 @@ impl Options {
             (Some(path), None, None) => Ok(Auth::CredentialsFile(path.clone())),
             (None, Some(seed), jwt) => Ok(Auth::NkeyFile { seed: seed.clone(), jwt: jwt.clone() }),
             (None, None, Some(_)) => Err("option `jwt` needs `nkey` beside it, the seed that belongs to it".to_owned()),
-            (Some(_), ..) => {
-                Err("option `credentials` holds JWT and seed already: leave out `nkey` and `jwt`".to_owned())
-            }
+            (Some(_), ..) => Err("option `credentials` holds JWT and seed already: remove `nkey` and `jwt`".to_owned()),
         }
     }
 }
@@ -609,7 +607,7 @@ impl Options {
 fn one_identity(user: Auth, options: Auth) -> Result<Auth, String> {
     match (user, options) {
         (auth, Auth::Anonymous) | (Auth::Anonymous, auth) => Ok(auth),
-        _ => Err("the URL has a user or token and also an option with another identity: leave out one".to_owned()),
+        _ => Err("the URL has a user or token and also an option with another identity: remove one of them".to_owned()),
     }
 }
 
@@ -779,7 +777,7 @@ mod tests {
         check("nats://::1", "brackets");
         check("nats://[::1", "not closed");
         check("nats://[s3cret]", "not an IPv6 address");
-        check("nats://[::1]x", "behind `]`");
+        check("nats://[::1]x", "after `]`");
         check("nats://a b", "character");
         check("nats://h/path", "only possible with `ws://`");
         check("h1,,h2", "server 2 of the URL: the host name is empty");
@@ -793,10 +791,10 @@ mod tests {
         check("h?credentials=", "names no file");
         check("h?jwt=/j", "needs `nkey`");
         check("h?jwt=eyJs3cret&nkey=/s", "names a file");
-        check("h?credentials=/c&nkey=/s", "leave out");
-        check("nats://a:s3cret@h?credentials=/c", "leave out one");
-        check("h?insecure=true,nats://h2", "behind the last server");
-        check("ws://h?insecure=true,wss://h2", "behind the last server");
+        check("h?credentials=/c&nkey=/s", "remove `nkey`");
+        check("nats://a:s3cret@h?credentials=/c", "remove one");
+        check("h?insecure=true,nats://h2", "follow the last server");
+        check("ws://h?insecure=true,wss://h2", "follow the last server");
         check("ws://a:s3cret@h?tls_handshake_first", "write `wss://`");
     }
 

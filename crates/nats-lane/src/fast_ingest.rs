@@ -2,17 +2,19 @@
 //!
 //! Every message of a batch carries the reply subject
 //! `<inbox>.<batch id>.<flow>.<gap mode>.<batch sequence>.<operation>.$FI`. With gap mode `fail` the first
-//! message that is refused or missing ends the batch: what is stored is a prefix.
+//! message that is refused or missing ends the batch: the stored messages are a prefix of it.
 
 use bytes::BytesMut;
 use serde::Deserialize;
 
 use crate::{
-    ApiError,
+    ApiError, Error,
+    error::excerpt,
+    headers,
     parser::{count, optional_count},
 };
 
-/// What a message does to its batch.
+/// The effect of a message on its batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
     /// Opens the batch and is its first message.
@@ -40,7 +42,7 @@ pub fn reply_subject(out: &mut BytesMut, inbox: &str, batch: u64, flow: u32, seq
     });
 }
 
-/// What comes back on the inbox of a batch.
+/// An answer on the inbox of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ack {
     /// Everything up to this batch sequence is stored; the next such ack comes `every` messages later.
@@ -54,7 +56,7 @@ pub enum Ack {
     Failed {
         /// Batch sequence that was refused, where the server names it.
         sequence: Option<u64>,
-        /// Why; `None` for a gap.
+        /// The server's error; `None` for a gap.
         error: Option<ApiError>,
     },
     /// The batch is over.
@@ -68,6 +70,63 @@ pub enum Ack {
         /// Number of batch sequences that are settled.
         count: u64,
     },
+}
+
+impl Ack {
+    /// How many messages of the batch are stored by now, as long as none has failed.
+    ///
+    /// # Errors
+    ///
+    /// A message was refused or lost, and nothing after it will be stored.
+    pub fn stored(self) -> Result<u64, Error> {
+        match self {
+            Self::Progress { sequence: stored, .. } | Self::End { count: stored, .. } => Ok(stored),
+            Self::Failed { error: Some(error), .. } => Err(error.into()),
+            Self::Failed { error: None, .. } => Err(Error::retry("a message of the batch was lost")),
+        }
+    }
+}
+
+/// Writes the messages of one batch, for a program that has nothing to publish beside it. Acks arrive on the inbox.
+#[derive(Debug)]
+pub struct BatchWriter {
+    inbox: String,
+    flow: u32,
+    sent: u64,
+    reply: BytesMut,
+}
+
+impl BatchWriter {
+    /// A batch with acks on an inbox of the lane ([`Lane::open_inbox`](crate::Lane::open_inbox)), one for at most `flow`
+    /// messages.
+    pub fn new(inbox: String, flow: u32) -> Self {
+        Self { inbox, flow, sent: 0, reply: BytesMut::new() }
+    }
+
+    /// Messages that were written.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Writes the next message, which the server stores as it is.
+    pub fn append(&mut self, out: &mut BytesMut, subject: &[u8], header: &[u8], payload: &[u8]) {
+        self.sent += 1;
+        let operation = if self.sent == 1 { Operation::Start } else { Operation::Append };
+        self.write(out, operation, subject, header, payload);
+    }
+
+    /// Ends the batch: [`Ack::End`] follows when everything is stored. The subject must be one of the stream's, and
+    /// nothing is stored on it.
+    pub fn commit(&mut self, out: &mut BytesMut, subject: &[u8]) {
+        self.write(out, Operation::Commit, subject, b"", b"");
+    }
+
+    fn write(&mut self, out: &mut BytesMut, operation: Operation, subject: &[u8], header: &[u8], payload: &[u8]) {
+        let sequence = if operation == Operation::Commit { self.sent + 1 } else { self.sent };
+        self.reply.clear();
+        reply_subject(&mut self.reply, &self.inbox, 1, self.flow, sequence, operation);
+        headers::publish(out, subject, &self.reply, header, payload);
+    }
 }
 
 #[derive(Deserialize)]
@@ -85,7 +144,7 @@ struct Wire<'a> {
     count: Option<u64>,
 }
 
-/// Understands one ack; the error text is for an answer that is none.
+/// Parses one ack; the error says why an answer is none.
 pub fn parse_ack(payload: &[u8]) -> Result<Ack, String> {
     let wire: Wire<'_> =
         serde_json::from_slice(payload).map_err(|error| format!("an ack that is not valid: {error}"))?;
@@ -101,7 +160,7 @@ pub fn parse_ack(payload: &[u8]) -> Result<Ack, String> {
             // A plain publish ack has no count: the server did not take the message as part of a batch.
             count: wire.count.ok_or("the server does not know fast-ingest batches")?,
         }),
-        _ => Err(format!("an ack of an unknown kind: {}", String::from_utf8_lossy(payload))),
+        _ => Err(format!("an ack of an unknown kind: {}", excerpt(&String::from_utf8_lossy(payload)))),
     }
 }
 

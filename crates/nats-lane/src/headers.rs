@@ -1,10 +1,30 @@
 //! Header blocks as bytes: a version line, then lines that need not be well-formed, then an empty line. Nothing
 //! here requires a block to be valid, because servers store what is not.
 
+use bytes::BytesMut;
+
 use crate::parser;
 
 /// First line of every header block (ADR-4).
 pub const VERSION: &[u8] = b"NATS/1.0";
+
+/// Writes one publish command: `HPUB`, or `PUB` where the header block is empty. `reply` may be empty, too.
+pub fn publish(out: &mut BytesMut, subject: &[u8], reply: &[u8], block: &[u8], payload: &[u8]) {
+    out.reserve(subject.len() + reply.len() + block.len() + payload.len() + 64);
+    let verb: &[u8] = if block.is_empty() { b"PUB " } else { b"HPUB " };
+    for part in [verb, subject, b" ", reply, b" "] {
+        out.extend_from_slice(part);
+    }
+    let mut number = itoa::Buffer::new();
+    if !block.is_empty() {
+        out.extend_from_slice(number.format(block.len()).as_bytes());
+        out.extend_from_slice(b" ");
+    }
+    out.extend_from_slice(number.format(block.len() + payload.len()).as_bytes());
+    for part in [b"\r\n", block, payload, b"\r\n"] {
+        out.extend_from_slice(part);
+    }
+}
 
 /// The status code in the first line of a block, as in `NATS/1.0 503`.
 pub fn status(block: &[u8]) -> Option<u16> {

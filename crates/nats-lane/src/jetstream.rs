@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    ApiError, Batch, Error, ErrorKind, Lane, headers,
+    ApiError, Batch, Error, ErrorKind, Lane, Message, headers,
     parser::{self, count},
 };
 
@@ -277,13 +277,13 @@ impl<'a> Api<'a> {
         }
     }
 
-    /// StreamNames of the streams that listen on a subject, or on a part of a pattern; the first page of them.
+    /// Names of the streams that listen on a subject, or on a part of a pattern; the first page of them.
     pub async fn stream_names(&mut self, subject: &str) -> Result<Vec<String>, Error> {
         #[derive(Deserialize)]
-        struct StreamNames {
+        struct NamesPage {
             streams: Option<Vec<String>>,
         }
-        let names: StreamNames = self.call("STREAM.NAMES", &json!({ "subject": subject })).await?;
+        let names: NamesPage = self.call("STREAM.NAMES", &json!({ "subject": subject })).await?;
         Ok(names.streams.unwrap_or_default())
     }
 
@@ -297,12 +297,12 @@ impl<'a> Api<'a> {
         self.call(&format!("STREAM.UPDATE.{stream}"), config).await
     }
 
-    /// Reads the message at a sequence; `None` if nothing lies there.
+    /// Reads the message at a sequence; `None` if there is none.
     pub async fn message(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
         self.get(stream, &json!({ "seq": sequence })).await
     }
 
-    /// Reads the first message at or after a sequence; `None` if nothing lies there.
+    /// Reads the first message at or after a sequence; `None` if there is none.
     pub async fn message_from(&mut self, stream: &str, sequence: u64) -> Result<Option<StoredMessage>, Error> {
         self.get(stream, &message_from_call(stream, sequence).1).await
     }
@@ -485,7 +485,7 @@ pub fn message_from_call(stream: &str, sequence: u64) -> (String, Value) {
     (format!("STREAM.MSG.GET.{stream}"), json!({ "seq": sequence, "next_by_subj": ">" }))
 }
 
-/// Decodes the answer to [`message_call`] or [`message_from_call`]; `None` if nothing lies there.
+/// Decodes the answer to [`message_call`] or [`message_from_call`]; `None` if there is none.
 pub fn decode_message(payload: &[u8]) -> Result<Option<StoredMessage>, Error> {
     let got: Option<Got> = found(decode(payload))?;
     got.map(Got::message).transpose()
@@ -564,13 +564,26 @@ pub struct Delivery {
     pub pending: u64,
 }
 
-/// Whether a reply subject marks a delivered message. Only what has none is a status: servers up to 2.11 store
-/// messages whose own header block begins like one.
+/// Whether a reply subject marks a delivered message. Only messages without one are statuses: servers up to 2.11 store
+/// messages whose own header block begins like a status.
 pub fn is_delivery(reply: &[u8]) -> bool {
     reply.starts_with(b"$JS.ACK.")
 }
 
-/// Takes a delivery's reply subject apart; `None` if it is none.
+/// Checks that a message on the inbox of a pull is a delivery of the stream.
+///
+/// # Errors
+///
+/// It is a status: the pull expired, the consumer is gone, and so on.
+pub fn check_delivered(stream: &str, message: &Message<'_>) -> Result<(), Error> {
+    if is_delivery(message.reply) {
+        return Ok(());
+    }
+    let code = headers::status(message.header).unwrap_or_default();
+    Err(Error::of_status(stream, code, &headers::status_text(message.header)))
+}
+
+/// Parses the reply subject of a delivery; `None` if it is another subject.
 pub fn parse_delivery(reply: &[u8]) -> Option<Delivery> {
     let mut starts = [0usize; 16];
     let mut count = 1;

@@ -1,61 +1,46 @@
-//! A connection with one owner: raw bytes, no reconnect. Its owner drives it: commands are
-//! put into the output buffer, [`Lane::turn`] writes and reads until something arrived or everything was
-//! written. Dropping the lane resets the connection, and nothing of it reaches the server any more: whoever has to know that
-//! the last commands arrived asks for an answer first ([`Lane::round_trip`]).
+//! A connection with one owner: raw bytes, no reconnect. Its owner drives it: commands are appended to the output buffer, and
+//! [`Lane::turn`] writes and reads until something arrived or everything was written. Dropping the lane resets the connection,
+//! and nothing more of it reaches the server. To make sure that the last commands arrived, call [`Lane::round_trip`] first.
+
+mod batch;
+mod connect;
+mod request;
 
 use std::{
     fmt, io,
-    net::SocketAddr,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::{Buf, Bytes, BytesMut};
-use chrono::DateTime;
-use futures_util::{
-    future::BoxFuture,
-    stream::{FuturesUnordered, StreamExt},
-};
-use rustls_pki_types::ServerName;
+use bytes::{Buf, BytesMut};
+use futures_util::future::BoxFuture;
 use serde::Deserialize;
-use serde_json::json;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    net::{TcpStream, lookup_host},
-    time::{Instant, Interval, MissedTickBehavior, interval_at, timeout, timeout_at},
+    io::{AsyncRead, AsyncWrite},
+    time::{Instant, Interval, MissedTickBehavior, interval_at},
 };
 use tokio_util::io::poll_read_buf;
 
+pub use self::batch::{Batch, Message};
+pub(crate) use self::connect::{NEXT_ADDRESS, race};
 use crate::{
-    Connection, Endpoint, Error, ErrorKind, Host, Scheme, ServerRef,
-    auth::{connect_fields, inbox_prefix, jwt_expires},
+    Connection, Error, ServerRef,
+    auth::inbox_prefix,
     entropy,
     error::CLOSED,
     headers,
-    parser::{self, Control, Frame},
+    parser::{self, Control},
     socket::Socket,
-    tls::client_config,
-    websocket::WebSocket,
 };
 
 /// Smallest and largest piece read at once. A lane that is busy reads large, an idle one holds little memory.
 const READ_MIN: usize = 4 * 1024;
 const READ_MAX: usize = 512 * 1024;
-/// How often a silent connection is looked at: a PING at the first look, given up at the third.
+/// How often a silent connection is checked: the first check sends a PING, the third gives the connection up.
 const KEEPALIVE: Duration = Duration::from_secs(5);
-/// A server that has not let us in after this time gets company: the next one is tried as well.
-const HEAD_START: Duration = Duration::from_secs(1);
 /// How often the system is asked what it has delivered of a lane, at most.
 pub(crate) const DELIVERY_EVERY: Duration = Duration::from_millis(500);
-/// The same for the addresses of one server.
-pub(crate) const NEXT_ADDRESS: Duration = Duration::from_millis(250);
-/// An answer that has not arrived when nothing came for this long is given up.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// A request without an answer is sent again when nothing came for this long: what meets no leader gets none, whoever
-/// leads then. While bytes of messages arrive, the answer may be among them or queued after them.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The bytes under a lane.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -93,69 +78,6 @@ pub struct ServerInfo {
     nonce: Option<String>,
 }
 
-/// One message in a [`Batch`].
-#[derive(Debug, Clone, Copy)]
-pub struct Message<'a> {
-    /// Subscription it came for.
-    pub sid: u64,
-    /// Subject.
-    pub subject: &'a [u8],
-    /// Reply subject; empty for none.
-    pub reply: &'a [u8],
-    /// Header block; empty for none.
-    pub header: &'a [u8],
-    /// Payload.
-    pub payload: &'a [u8],
-}
-
-/// Messages that arrived together, still lying in the buffer they were read into.
-#[derive(Debug, Clone)]
-pub struct Batch {
-    data: Bytes,
-    frames: Vec<Frame>,
-}
-
-impl Batch {
-    /// The complete messages at the front of some bytes.
-    pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
-        let mut frames = Vec::new();
-        parser::parse(bytes, &mut frames, &mut Vec::new())?;
-        Ok(Self { data: Bytes::copy_from_slice(bytes), frames })
-    }
-
-    /// Number of messages.
-    pub fn len(&self) -> usize {
-        self.frames.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.frames.is_empty()
-    }
-
-    /// Bytes of buffer that this batch keeps.
-    pub fn bytes(&self) -> usize {
-        self.data.len()
-    }
-
-    /// The message at an index below [`Batch::len`].
-    pub fn get(&self, index: usize) -> Message<'_> {
-        let frame = &self.frames[index];
-        Message {
-            sid: frame.sid,
-            subject: frame.subject.of(&self.data),
-            reply: frame.reply.of(&self.data),
-            header: frame.header.of(&self.data),
-            payload: frame.payload.of(&self.data),
-        }
-    }
-
-    /// All messages in order.
-    pub fn iter(&self) -> impl Iterator<Item = Message<'_>> {
-        (0..self.len()).map(|index| self.get(index))
-    }
-}
-
 /// Why [`Lane::turn`] returned.
 #[derive(Debug)]
 pub enum Turn {
@@ -180,7 +102,7 @@ pub struct Lane {
     pongs: u64,
     /// The oldest PING that is not answered.
     question: Option<UnansweredPing>,
-    /// Bytes of commands that the server has read for certain: it answered a PING behind them.
+    /// Bytes of commands that the server has read for certain: it answered a PING that was sent after them.
     proven: u64,
     /// Refused publishes, if they are kept instead of ending the lane.
     refused: Option<Vec<String>>,
@@ -233,108 +155,11 @@ impl std::fmt::Debug for Lane {
 }
 
 impl Lane {
-    /// Connects to the first server of the endpoint that lets us in: the next one is tried as soon as the one before
-    /// refuses, and beside it when that takes long. Every host gets `connect_timeout`; the error tells what each of
-    /// them said.
-    pub async fn connect(connection: &Connection, name: &str) -> Result<Self, Error> {
-        let hosts = connection.endpoint.hosts.iter();
-        race(hosts, HEAD_START, |host| Self::try_host(connection, host, name)).await
-    }
-
-    async fn try_host(connection: &Connection, host: &Host, name: &str) -> Result<Self, Error> {
-        let within = connection.endpoint.connect_timeout;
-        let lane = match timeout(within, lookup_host((host.host.as_str(), host.port))).await {
-            Ok(Ok(addresses)) => Self::try_addresses(connection, host, addresses, name).await,
-            Ok(Err(error)) => Err(Error::retry(format!("cannot be resolved: {error}"))),
-            Err(_) => Err(Error::retry(format!("cannot be resolved within {within:?}"))),
-        };
-        lane.map_err(|error| error.context(format!("cannot connect to `{}`", shown(&connection.endpoint, host))))
-    }
-
-    /// Connects to the first address of a host where a server lets us in: the next one is tried as soon as the one before
-    /// refuses, and beside it when that takes long. Each of them gets `connect_timeout`, so that one which swallows
-    /// everything, or accepts a connection and says nothing, costs no other its time.
-    pub async fn try_addresses(
-        connection: &Connection,
-        host: &Host,
-        addresses: impl Iterator<Item = SocketAddr>,
-        name: &str,
-    ) -> Result<Self, Error> {
-        let addresses: Vec<_> = addresses.collect();
-        if addresses.is_empty() {
-            return Err(Error::retry("it has no address"));
-        }
-        let (within, several) = (connection.endpoint.connect_timeout, addresses.len() > 1);
-        let attempt = async |address: SocketAddr| {
-            let lane = match timeout(within, Self::connect_to(connection, host, address, name)).await {
-                Ok(lane) => lane,
-                Err(_) => Err(Error::retry(format!("no answer within {within:?}"))),
-            };
-            // Which of them it was says nothing new where there is only one.
-            lane.map_err(|error| if several { error.context(address.ip().to_string()) } else { error })
-        };
-        race(addresses.into_iter(), NEXT_ADDRESS, attempt).await
-    }
-
-    async fn connect_to(connection: &Connection, host: &Host, address: SocketAddr, name: &str) -> Result<Self, Error> {
-        let endpoint = &connection.endpoint;
-        let mut lane = Self::greeted(connection, host, address).await?;
-        // A websocket has its TLS below it.
-        if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
-            lane.upgrade(endpoint, host).await?;
-        }
-        lane.handshake(endpoint, name).await?;
-        Ok(lane)
-    }
-
-    /// Connects to an address until the server there has said INFO.
-    pub(crate) async fn greeted(connection: &Connection, host: &Host, address: SocketAddr) -> Result<Self, Error> {
-        let endpoint = &connection.endpoint;
-        let tcp = TcpStream::connect(address).await.map_err(|e| Error::retry(e.to_string()))?;
-        let socket = Socket::new(tcp).map_err(|e| Error::retry(e.to_string()))?;
-        let mut io: Box<dyn Stream> = Box::new(socket.clone());
-        if endpoint.scheme == Scheme::Wss || (endpoint.tls.handshake_first && !endpoint.scheme.is_websocket()) {
-            io = start_tls(endpoint, host, io).await?;
-        }
-        if endpoint.scheme.is_websocket() {
-            let socket = WebSocket::open(io, &endpoint.server(host)).await;
-            io = Box::new(socket.map_err(|error| Error::retry(format!("no websocket: {error}")))?);
-        }
-        let mut lane = Self::over(io, shown(endpoint, host), connection)?;
-        lane.socket = Some(socket);
-        lane.read_info().await?;
-        Ok(lane)
-    }
-
-    /// A lane over bytes that flow already: greets the server at the other end.
-    pub async fn greet(io: Box<dyn Stream>, address: &str, connection: &Connection, name: &str) -> Result<Self, Error> {
-        let mut lane = Self::over(io, address.to_owned(), connection)?;
-        lane.read_info().await?;
-        lane.handshake(&connection.endpoint, name).await?;
-        Ok(lane)
-    }
-
     /// A lane without a server whose inbox is known, for tests: its commands stay in its output.
     pub fn alone(connection: &Connection, inbox: &str) -> Result<Self, Error> {
         let info = ServerInfo { max_payload: 1 << 20, headers: true, ..ServerInfo::default() };
         let lane = Self::over(Box::new(tokio::io::empty()), "nowhere".to_owned(), connection)?;
         Ok(Self { info, inbox: inbox.to_owned(), next_sid: Self::REQUEST_SID + 1, ..lane })
-    }
-
-    /// Goes over to TLS if the server or we ask for it.
-    async fn upgrade(&mut self, endpoint: &Endpoint, host: &Host) -> Result<(), Error> {
-        let wanted = endpoint.requires_tls();
-        if wanted && !self.info.tls_required && !self.info.tls_available {
-            return Err(Error::hold("TLS is asked for, and the server offers none"));
-        }
-        if wanted || self.info.tls_required {
-            if !self.input.is_empty() {
-                return Err(Error::retry("the server continued in plain text where TLS was due"));
-            }
-            let io = std::mem::replace(&mut self.io, Box::new(tokio::io::empty()));
-            self.io = start_tls(endpoint, host, io).await?;
-        }
-        Ok(())
     }
 
     fn over(io: Box<dyn Stream>, address: String, connection: &Connection) -> Result<Self, Error> {
@@ -375,59 +200,6 @@ impl Lane {
             blocked: false,
             expires: None,
         })
-    }
-
-    async fn read_info(&mut self) -> Result<(), Error> {
-        while self.info.version.is_empty() {
-            self.read_more().await?;
-        }
-        if !self.info.headers {
-            return Err(Error::hold(format!("server version {} takes no headers", self.info.version)));
-        }
-        Ok(())
-    }
-
-    async fn handshake(&mut self, endpoint: &Endpoint, name: &str) -> Result<(), Error> {
-        let identity = connect_fields(&endpoint.auth, self.info.nonce.as_deref())?;
-        self.expires = identity.jwt.as_deref().and_then(jwt_expires);
-        let mut connect = json!({
-            "verbose": false,
-            "pedantic": false,
-            "lang": "rust",
-            "version": env!("CARGO_PKG_VERSION"),
-            "name": name,
-            "protocol": 1,
-            "headers": true,
-            "no_responders": true,
-            "echo": false,
-            "tls_required": endpoint.requires_tls(),
-        });
-        if let (Some(connect), Ok(serde_json::Value::Object(fields))) =
-            (connect.as_object_mut(), serde_json::to_value(&identity))
-        {
-            connect.extend(fields);
-        }
-        self.output.extend_from_slice(format!("CONNECT {connect}\r\nPING\r\n").as_bytes());
-        self.pings += 1;
-        self.io.write_all(&self.output).await.map_err(|e| Error::retry(e.to_string()))?;
-        self.io.flush().await.map_err(|e| Error::retry(e.to_string()))?;
-        self.output.clear();
-        // The PONG proves that we were let in; an -ERR comes out as an error.
-        while self.pongs == 0 {
-            self.read_more().await.map_err(|error| self.expired(error))?;
-        }
-        let subscription = format!("SUB {}.r.* {}\r\n", self.inbox, self.next_sid);
-        self.output.extend_from_slice(subscription.as_bytes());
-        self.next_sid += 1;
-        Ok(())
-    }
-
-    /// A server does not say that it refuses a login because it has ended.
-    fn expired(&self, error: Error) -> Error {
-        let ended = self.expires.filter(|at| error.kind == ErrorKind::Hold && *at <= entropy::now().timestamp());
-        let Some(time) = ended.and_then(|at| DateTime::from_timestamp(at, 0)) else { return error };
-        let message = format!("{}: the user JWT expired at {}: renew it", error.message, time.format("%FT%TZ"));
-        Error { message, ..error }
     }
 
     /// Reads and handles control lines while no subscription is there.
@@ -471,7 +243,7 @@ impl Lane {
         self.arrived_at
     }
 
-    /// When bytes arrived last that did not complete a message: until then, nothing else could arrive.
+    /// When bytes arrived last that did not complete a message: before that time, nothing else could arrive.
     pub fn partial_at(&self) -> Instant {
         self.partial_at
     }
@@ -544,8 +316,8 @@ impl Lane {
         }
     }
 
-    /// While a PING is on its way behind other bytes, each of them that the other end takes is a sign of life. For lanes on
-    /// which nothing comes: it asks the system, but not while nothing but the PING is on its way.
+    /// While a PING is in flight after other bytes, each of these bytes that the other end takes is a sign of life. For lanes
+    /// on which nothing arrives: it asks the system, but not while only the PING is in flight.
     pub fn check_delivery(&mut self) {
         let Some(question) = self.question.as_mut().filter(|question| question.follows) else { return };
         let now = Instant::now();
@@ -594,133 +366,13 @@ impl Lane {
         self.refused.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
-    /// Writes everything and waits until the server has read it. Messages that arrive meanwhile are lost.
-    pub async fn round_trip(&mut self) -> Result<(), Error> {
-        self.ping();
-        // An earlier one may not be answered yet.
-        let own = self.pings;
-        let mut patience = Patience::begin(self);
-        while self.pongs < own {
-            let until = patience.until(self).min(Instant::now() + ASK_AGAIN);
-            let answered = async {
-                if !self.output.is_empty() || self.unflushed {
-                    return self.turn().await.map(drop);
-                }
-                self.read_more().await
-            };
-            match timeout_at(until, answered).await {
-                Ok(answered) => answered?,
-                Err(_) => {
-                    self.check_delivery();
-                    if patience.is_over(self) {
-                        return Err(self.silent("PING"));
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Publishes without headers.
     pub fn publish(&mut self, subject: &str, reply: &str, payload: &[u8]) {
-        self.output.extend_from_slice(format!("PUB {subject} {reply} {}\r\n", payload.len()).as_bytes());
-        self.output.extend_from_slice(payload);
-        self.output.extend_from_slice(b"\r\n");
-    }
-
-    /// Sends a request whose answer will be received by [`Lane::turn`] as a message with sid
-    /// [`Lane::REQUEST_SID`] and the returned subject.
-    pub fn send_request(&mut self, subject: &str, payload: &[u8]) -> String {
-        self.next_request += 1;
-        let reply = format!("{}.r.{}", self.inbox, self.next_request);
-        self.publish(subject, &reply, payload);
-        reply
-    }
-
-    /// The same with a header block.
-    pub fn send_request_with(&mut self, subject: &str, header: &[u8], payload: &[u8]) -> String {
-        self.next_request += 1;
-        let reply = format!("{}.r.{}", self.inbox, self.next_request);
-        let (header_size, size) = (header.len(), header.len() + payload.len());
-        self.output.extend_from_slice(format!("HPUB {subject} {reply} {header_size} {size}\r\n").as_bytes());
-        for part in [header, payload, b"\r\n"] {
-            self.output.extend_from_slice(part);
-        }
-        reply
-    }
-
-    /// Subscription that answers to requests come for.
-    pub const REQUEST_SID: u64 = 1;
-
-    /// Sends a request and waits for its answer's payload, for as long as bytes arrive and a little longer. Messages
-    /// for other subscriptions that arrive meanwhile are lost. It may be carried
-    /// out twice.
-    pub async fn request(&mut self, subject: &str, payload: &[u8]) -> Result<Bytes, Error> {
-        let reply = self.send_request(subject, payload);
-        let mut patience = Patience::begin(self);
-        let mut sent = Instant::now();
-        loop {
-            let again = sent.max(patience.since(self)) + ASK_AGAIN;
-            let turn = match timeout_at(again.min(patience.until(self)), self.turn()).await {
-                Ok(turn) => turn?,
-                Err(_) if patience.is_over(self) => return Err(self.silent(subject)),
-                Err(_) => {
-                    self.check_delivery();
-                    let now = Instant::now();
-                    if now >= sent.max(patience.since(self)) + ASK_AGAIN {
-                        // One that waits here itself, or whose answer is arriving, needs no second one.
-                        if self.output.is_empty() {
-                            self.publish(subject, &reply, payload);
-                        }
-                        sent = now;
-                    }
-                    if self.question.is_none() {
-                        // It may wait in the system's buffers, behind other commands.
-                        self.ping();
-                        self.check_delivery();
-                    }
-                    continue;
-                }
-            };
-            let Turn::Received(batch) = turn else { continue };
-            if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
-                if headers::status(message.header) == Some(503) {
-                    return Err(Error::retry(format!("no responders for `{subject}` at `{}`", self.address)));
-                }
-                return Ok(batch.data.slice_ref(message.payload));
-            }
-        }
-    }
-
-    /// Waits for answers to requests that were sent: reply subjects and payloads of what arrived. Like
-    /// [`Lane::request`], it loses messages for other subscriptions.
-    pub async fn answers(&mut self) -> Result<Vec<(Vec<u8>, Bytes)>, Error> {
-        let mut patience = Patience::begin(self);
-        loop {
-            let turn = match timeout_at(patience.until(self), self.turn()).await {
-                Ok(turn) => turn?,
-                Err(_) if patience.is_over(self) => return Err(self.silent("several requests")),
-                Err(_) => continue,
-            };
-            let Turn::Received(batch) = turn else { continue };
-            let answers = batch.iter().filter(|message| message.sid == Self::REQUEST_SID);
-            let answers: Vec<_> =
-                answers.map(|message| (message.subject.to_vec(), batch.data.slice_ref(message.payload))).collect();
-            if !answers.is_empty() {
-                return Ok(answers);
-            }
-        }
-    }
-
-    fn silent(&self, subject: &str) -> Error {
-        Error::retry(format!(
-            "no answer to `{subject}` from `{}`: nothing arrived for {REQUEST_TIMEOUT:?}",
-            self.address
-        ))
+        headers::publish(&mut self.output, subject.as_bytes(), reply.as_bytes(), b"", payload);
     }
 
     /// Writes and reads until messages arrived or all output was written. Answers PINGs, and pings a silent
-    /// server itself. Cancel-safe: nothing is lost when the future is dropped. An error ends the lane's life.
+    /// server itself. Cancel-safe: nothing is lost when the future is dropped. No call succeeds after an error: drop the lane.
     pub async fn turn(&mut self) -> Result<Turn, Error> {
         std::future::poll_fn(|cx| self.poll_turn(cx)).await
     }
@@ -833,7 +485,7 @@ impl Lane {
             self.arrived_at = self.heard_at;
         }
         let is_refused = self.refused.as_ref().is_some_and(|refused| !refused.is_empty());
-        Ok((!frames.is_empty() || is_refused).then(|| Batch { data: data.freeze(), frames }))
+        Ok((!frames.is_empty() || is_refused).then(|| Batch::new(data.freeze(), frames)))
     }
 
     fn control(&mut self, control: &Control) -> Result<(), Error> {
@@ -858,7 +510,7 @@ impl Lane {
         Ok(())
     }
 
-    /// Counts the looks at a silent connection; sends a PING at the first and gives up at the third.
+    /// Counts the checks of a silent connection; sends a PING at the first and gives up at the third.
     fn poll_keepalive(&mut self, cx: &mut Context<'_>) -> Result<(), Error> {
         while self.keepalive.poll_tick(cx).is_ready() {
             self.release_memory();
@@ -908,81 +560,4 @@ impl Lane {
 /// Whether an `-ERR` line refuses one publish and leaves the connection open.
 fn is_refused_publish(text: &str) -> bool {
     text.to_ascii_lowercase().starts_with("permissions violation for publish to ")
-}
-
-/// Begins one attempt after the other, each as soon as the one before has failed or takes longer than `head_start`, until
-/// one succeeds. The error says what each of them said, in their order.
-pub(crate) async fn race<T, R, F: Future<Output = Result<R, Error>>>(
-    targets: impl Iterator<Item = T>,
-    head_start: Duration,
-    attempt: impl Fn(T) -> F,
-) -> Result<R, Error> {
-    let mut targets = targets.enumerate();
-    let mut attempts = FuturesUnordered::new();
-    let mut errors: Vec<(usize, Error)> = Vec::new();
-    loop {
-        if let Some((index, target)) = targets.next() {
-            let attempt = attempt(target);
-            attempts.push(async move { (index, attempt.await) });
-        }
-        match timeout(head_start, attempts.next()).await {
-            Ok(Some((_, Ok(result)))) => return Ok(result),
-            Ok(Some((index, Err(error)))) => errors.push((index, error)),
-            Ok(None) => break,
-            Err(_) => {}
-        }
-    }
-    errors.sort_by_key(|(index, _)| *index);
-    // One server that may let us in later is enough to try again soon.
-    let kind = errors.iter().map(|(_, e)| e.kind).find(|k| *k == ErrorKind::Retry);
-    let message = errors.iter().map(|(_, e)| e.message.as_str()).collect::<Vec<_>>().join("; ");
-    Err(Error { kind: kind.unwrap_or(ErrorKind::Hold), message, api: None })
-}
-
-/// How long an answer is waited for: its time counts from the last byte that moved. A slow line is no silent server, and
-/// the answer may be queued after other messages. PONGs say nothing about it, nor does what is written after the question.
-#[derive(Debug)]
-struct Patience {
-    since: Instant,
-    written: u64,
-    /// The question is written when the system has taken this many bytes.
-    question: u64,
-}
-
-impl Patience {
-    fn begin(lane: &Lane) -> Self {
-        Self { since: Instant::now(), written: lane.written, question: lane.written + lane.output.len() as u64 }
-    }
-
-    /// Since when nothing has moved.
-    fn since(&mut self, lane: &Lane) -> Instant {
-        if lane.written > self.written && self.written < self.question {
-            (self.since, self.written) = (Instant::now(), lane.written);
-        }
-        self.since = self.since.max(lane.arrived_at).max(lane.drained);
-        self.since
-    }
-
-    fn until(&mut self, lane: &Lane) -> Instant {
-        self.since(lane) + REQUEST_TIMEOUT
-    }
-
-    fn is_over(&mut self, lane: &Lane) -> bool {
-        Instant::now() >= self.until(lane)
-    }
-}
-
-/// How a server is named in errors.
-fn shown(endpoint: &Endpoint, host: &Host) -> String {
-    if endpoint.scheme.is_websocket() { endpoint.server(host) } else { host.to_string() }
-}
-
-async fn start_tls(endpoint: &Endpoint, host: &Host, io: Box<dyn Stream>) -> Result<Box<dyn Stream>, Error> {
-    let config = Arc::new(client_config(&endpoint.tls)?);
-    let name = ServerName::try_from(host.host.clone())
-        .map_err(|_| Error::hold(format!("`{}` is no name that TLS can verify", host.host)))?;
-    match tokio_rustls::TlsConnector::from(config).connect(name, io).await {
-        Ok(stream) => Ok(Box::new(stream)),
-        Err(error) => Err(Error::of_tls(&error)),
-    }
 }

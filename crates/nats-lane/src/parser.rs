@@ -1,7 +1,7 @@
 //! The server's half of the NATS client protocol, parsed in place: no allocation per message, nothing is copied.
 //!
-//! [`parse`] looks at the bytes received so far and reports every complete message as offsets into them.
-//! Header blocks are not interpreted: what a server stored is handed on byte for byte.
+//! [`parse`] takes the bytes received so far and returns every complete message as offsets into them.
+//! Header blocks are not interpreted: they are passed on byte for byte, as a server stored them.
 
 use std::ops::Range;
 
@@ -46,7 +46,7 @@ impl Span {
 
 /// One message, as offsets into the buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Frame {
+pub struct MessageFrame {
     /// Subscription it came for.
     pub sid: u64,
     /// Subject.
@@ -92,7 +92,7 @@ pub struct Parsed {
 }
 
 /// Parses everything complete at the front of `buffer`. Offsets in `frames` count from the start of `buffer`.
-pub fn parse(buffer: &[u8], frames: &mut Vec<Frame>, controls: &mut Vec<Control>) -> Result<Parsed, ParseError> {
+pub fn parse(buffer: &[u8], frames: &mut Vec<MessageFrame>, controls: &mut Vec<Control>) -> Result<Parsed, ParseError> {
     let mut at = 0;
     while at < buffer.len() {
         let rest = &buffer[at..];
@@ -130,7 +130,7 @@ pub fn parse(buffer: &[u8], frames: &mut Vec<Frame>, controls: &mut Vec<Control>
 
 /// `MSG <subject> <sid> [reply] <size>` or `HMSG <subject> <sid> [reply] <header size> <total size>`.
 /// `line_at` is where the line lies in the buffer, `body_at` where header and payload begin.
-fn message(line: &[u8], line_at: usize, body_at: usize) -> Result<(Frame, usize), ParseError> {
+fn message(line: &[u8], line_at: usize, body_at: usize) -> Result<(MessageFrame, usize), ParseError> {
     let (keyword, with_header) = match line {
         [b'M', b'S', b'G', b' ' | b'\t', ..] => (4, false),
         [b'H', b'M', b'S', b'G', b' ' | b'\t', ..] => (5, true),
@@ -167,7 +167,7 @@ fn message(line: &[u8], line_at: usize, body_at: usize) -> Result<(Frame, usize)
         return bad("an impossible size", line);
     }
     let (size, header) = (size as usize, header as usize);
-    let frame = Frame {
+    let frame = MessageFrame {
         sid,
         subject: span(0),
         reply,

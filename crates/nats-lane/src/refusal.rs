@@ -3,7 +3,7 @@
 
 use std::io;
 
-use crate::{ApiError, Error, ErrorKind};
+use crate::{ApiError, Error, ErrorKind, error::excerpt};
 
 /// One line of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,7 +122,11 @@ impl Error {
     /// An `-ERR` line; `let_in`: of a connection that was in use already.
     pub(crate) fn of_err_line(address: &str, text: &str, let_in: bool) -> Self {
         let verdict = err_line(text, let_in);
-        Self { kind: verdict.kind, message: with_remedy(format!("`{address}`{SAYS}{text}"), verdict.remedy), api: None }
+        Self {
+            kind: verdict.kind,
+            message: with_remedy(format!("`{address}`{SAYS}{}", excerpt(text)), verdict.remedy),
+            api: None,
+        }
     }
 
     /// A failed TLS handshake.
@@ -134,7 +138,7 @@ impl Error {
     /// A consumer or a pull ended with a status.
     pub fn of_status(stream: &str, code: u16, text: &str) -> Self {
         let Refusal { kind, remedy } = status(code, text);
-        let message = format!("consumer of stream `{stream}` ended: {code} {text}");
+        let message = format!("consumer of stream `{stream}` ended: {code} {}", excerpt(text));
         Self { kind, message: with_remedy(message, remedy), api: None }
     }
 
@@ -155,7 +159,7 @@ impl ApiError {
 impl From<ApiError> for Error {
     fn from(api: ApiError) -> Self {
         let Refusal { kind, remedy } = self::api(&api);
-        let message = format!("{} ({})", api.description, api.err_code);
+        let message = format!("{} ({})", excerpt(&api.description), api.err_code);
         Self { kind, message: with_remedy(message, remedy), api: Some(api) }
     }
 }

@@ -1,9 +1,12 @@
 //! Which address of a server an async-nats client tries. The client takes the addresses of a name one after the other and gives
 //! each of them the whole connect timeout; over a websocket it tries no address but the first.
 //!
-//! So where names have several addresses, they are tried here first, each on its own, until a server says INFO. If that is not
+//! So if a name has several addresses, this module tries them first, each on its own, until a server sends INFO. If that is not
 //! the first address of its name, the client gets the address itself. Its certificate is verified for the name, but the
 //! handshake does not carry the name (SNI): after an address failed, the name is tried again.
+//!
+//! The client's own lookup of a name has no deadline. So several servers are tried here first too, unless all of them are
+//! addresses: a name whose lookup hangs does not keep the client from the other servers.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -13,20 +16,21 @@ use std::{
 use async_nats::{Server, ServerAddr};
 use futures_util::future::join_all;
 use rustls_pki_types::ServerName;
-use tokio::{net::lookup_host, time::timeout};
+use tokio::time::timeout;
 
 use crate::{
     Connection, Endpoint, Error, Host, Lane,
     lane::{NEXT_ADDRESS, race},
+    resolver::resolve,
 };
 
-/// How long a name may take to be resolved; after it the client resolves the name itself.
-const RESOLVE: Duration = Duration::from_secs(1);
-/// How long the addresses are waited for before all of them are tried again, the first time: one that refused may be back
-/// long before another one is given up. Each round is twice as long.
+/// How long a name may take to be resolved where the other names wait for it.
+pub(crate) const RESOLVE: Duration = Duration::from_secs(1);
+/// Length of the first round of attempts; after it all addresses are tried again, because an address that refused may be back
+/// long before another attempt times out. Each round is twice as long.
 const ROUND: Duration = Duration::from_secs(1);
 
-/// The servers of a connection, of which at least one has several addresses.
+/// The servers of a connection: several servers, or one with several addresses.
 #[derive(Debug)]
 pub(crate) struct Routes {
     connection: Connection,
@@ -43,11 +47,13 @@ struct RoutedServer {
 }
 
 impl Routes {
-    /// `None` where no name has several addresses: there the client needs no help.
+    /// `None` for a single address, and for servers that are all written as addresses: there the client needs no help.
     pub async fn find(connection: &Connection) -> Result<Option<Self>, Error> {
         let endpoint = &connection.endpoint;
-        let resolved = join_all(endpoint.hosts.iter().map(resolve)).await;
-        if resolved.iter().all(|addresses| addresses.len() < 2) {
+        let resolved = join_all(endpoint.hosts.iter().map(addresses)).await;
+        let is_name = |host: &Host| host.host.parse::<IpAddr>().is_err();
+        let several_servers = endpoint.hosts.len() > 1 && endpoint.hosts.iter().any(is_name);
+        if !several_servers && resolved.iter().all(|addresses| addresses.len() < 2) {
             return Ok(None);
         }
         let servers = endpoint.hosts.iter().zip(resolved).map(|(host, found)| RoutedServer::new(endpoint, host, found));
@@ -62,21 +68,26 @@ impl Routes {
         names.chain(addresses).cloned().collect()
     }
 
-    /// What to try in which order, for a client that does not ask again.
+    /// All servers in the order in which to try them, for a client that does not call [`Self::next`].
     pub async fn in_order(&self) -> Vec<ServerAddr> {
         let first = self.next(&[]).await;
         let others = self.servers.iter().map(|server| server.name.clone()).filter(|name| *name != first);
         std::iter::once(first.clone()).chain(others).collect()
     }
 
-    /// What to try next; `pool` has the failures so far.
+    /// The server or address to try next; `pool` has the failures so far.
     pub async fn next(&self, pool: &[Server]) -> ServerAddr {
         let failures = |url: &ServerAddr| {
             pool.iter().find(|server| server.addr == *url).map_or(0, |server| server.failed_attempts)
         };
         let mut servers: Vec<&RoutedServer> = self.servers.iter().collect();
         servers.sort_by_key(|server| failures(&server.name));
-        let Some((server, address)) = self.nearest(&servers).await else { return servers[0].name.clone() };
+        let Some((server, address)) = self.nearest(&servers).await else {
+            // All of them failed. The client would wait for a lookup that hangs, so a name that is known takes precedence.
+            let resolved = join_all(servers.iter().map(|server| addresses(&server.host))).await;
+            let known = resolved.iter().position(|addresses| !addresses.is_empty());
+            return servers[known.unwrap_or(0)].name.clone();
+        };
         let url = address.and_then(|address| server.addresses.iter().find(|(known, _)| *known == address));
         match url {
             Some((_, url)) if failures(url) <= failures(&server.name) => url.clone(),
@@ -84,7 +95,7 @@ impl Routes {
         }
     }
 
-    /// The server that says INFO first, with the address unless that is the first one of its name; `None` when all of them
+    /// The server that sends INFO first, with the address unless that is the first one of its name; `None` when all of them
     /// fail, or none does so within the connect timeout.
     async fn nearest<'a>(&self, servers: &[&'a RoutedServer]) -> Option<(&'a RoutedServer, Option<SocketAddr>)> {
         let within = self.connection.endpoint.connect_timeout;
@@ -99,18 +110,21 @@ impl Routes {
     }
 
     async fn race<'a>(&self, servers: &[&'a RoutedServer]) -> Option<(&'a RoutedServer, Option<SocketAddr>)> {
-        let resolved = join_all(servers.iter().map(|server| resolve(&server.host))).await;
-        let ways = servers.iter().zip(resolved).flat_map(|(server, addresses)| {
-            addresses.into_iter().enumerate().map(|(n, address)| (*server, address, n > 0))
-        });
-        let attempt = async |(server, address, later): (&'a RoutedServer, SocketAddr, bool)| {
-            let lane = Lane::greeted(&self.connection, &server.host, address).await;
-            lane.map(|_| (server, later.then_some(address)))
+        let attempt = async |server: &'a RoutedServer| {
+            // The round ends the wait; the next one finds a late answer.
+            let found = resolve(&server.host, self.connection.endpoint.connect_timeout).await?;
+            let connect = async |(n, address): (usize, SocketAddr)| {
+                let lane = Lane::greeted(&self.connection, &server.host, address).await;
+                lane.map(|_| (n > 0).then_some(address))
+            };
+            let address = race(found.into_iter().enumerate(), NEXT_ADDRESS, connect).await?;
+            Ok((server, address))
         };
-        race(ways, NEXT_ADDRESS, attempt).await.ok()
+        race(servers.iter().copied(), NEXT_ADDRESS, attempt).await.ok()
     }
 
-    /// What the certificate of this address is verified for: the names that have it, and the address where it is configured.
+    /// Names for which the certificate of this address is verified: the names that have it, and the address itself if it is
+    /// configured.
     pub fn names(&self, address: IpAddr) -> Vec<ServerName<'static>> {
         let has = |server: &&RoutedServer| {
             let written = server.host.host.parse() == Ok(address);
@@ -139,8 +153,7 @@ pub(crate) fn server_addr(endpoint: &Endpoint, host: &Host) -> Result<ServerAddr
     server.parse().map_err(|error| Error::hold(format!("server `{server}`: {error}")))
 }
 
-/// The addresses of a host; none where they are not known in time.
-async fn resolve(host: &Host) -> Vec<SocketAddr> {
-    let found = timeout(RESOLVE, lookup_host((host.host.as_str(), host.port))).await;
-    found.ok().and_then(Result::ok).map_or_else(Vec::new, Iterator::collect)
+/// The addresses of a host; none if they are not known in time.
+async fn addresses(host: &Host) -> Vec<SocketAddr> {
+    resolve(host, RESOLVE).await.unwrap_or_default()
 }

@@ -285,7 +285,7 @@ impl ContextFields {
 
     fn api_prefix(&self) -> Result<Option<String>, FieldError> {
         match (&self.jetstream_domain, &self.jetstream_api_prefix) {
-            (Some(_), Some(_)) => Err(wrong("jetstream_api_prefix", "a domain says the same: leave out one of them")),
+            (Some(_), Some(_)) => Err(wrong("jetstream_api_prefix", "a domain says the same: remove one of them")),
             (Some(domain), None) => {
                 let prefix = domain_prefix(domain);
                 prefix.map(Some).map_err(|message| FieldError { field: "jetstream_domain", message })
@@ -466,7 +466,7 @@ mod tests {
         };
         let error = both.connection().unwrap_err();
         assert_eq!(error.field, "jetstream_api_prefix");
-        assert!(error.message.contains("leave out one"), "{error:?}");
+        assert!(error.message.contains("remove one"), "{error:?}");
         for (json, expect) in [
             ("[]", "not a JSON object"),
             ("\"s3cret\"", "not a JSON object"),

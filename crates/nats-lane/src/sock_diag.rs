@@ -39,7 +39,7 @@ mod linux {
     const STATE: usize = HEADER + 1;
     /// `TCP_LISTEN`.
     const LISTEN: u8 = 10;
-    /// Where `idiag_wqueue` is in the answer: behind the header, four bytes, the addresses, and two numbers.
+    /// Offset of `idiag_wqueue` in the answer: after the header, four bytes, the addresses, and two numbers.
     const WRITE_QUEUE: usize = HEADER + 4 + 48 + 8;
     const SOCK_DIAG_BY_FAMILY: u16 = 20;
     const NLM_F_REQUEST: u16 = 1;

@@ -16,6 +16,9 @@ use tracing::warn;
 
 use crate::{Error, Tls};
 
+/// The TLS settings of the time.
+type TlsSource = dyn Fn() -> Result<Tls, Error> + Send + Sync;
+
 /// Builds the client configuration for one connection; files are read now.
 pub(crate) fn client_config(tls: &Tls) -> Result<ClientConfig, Error> {
     let provider = Arc::new(ring::default_provider());
@@ -33,12 +36,12 @@ pub(crate) fn rereading_config(
     settings: impl Fn() -> Result<Tls, Error> + Send + Sync + 'static,
     names: impl Fn(IpAddr) -> Vec<ServerName<'static>> + Send + Sync + 'static,
 ) -> ClientConfig {
-    let provider = Arc::new(ring::default_provider());
-    let rereading =
-        Arc::new(Rereading { settings: Box::new(settings), names: Box::new(names), provider: provider.clone() });
-    let builder = builder(provider).dangerous().with_custom_certificate_verifier(rereading.clone());
-    let mut config = builder.with_client_cert_resolver(rereading);
-    // A session that is taken up again keeps the certificates of the one before.
+    let (provider, settings): (_, Arc<TlsSource>) = (Arc::new(ring::default_provider()), Arc::new(settings));
+    let rereading = Rereading { settings: settings.clone(), provider: provider.clone() };
+    let builder = builder(provider.clone()).dangerous();
+    let builder = builder.with_custom_certificate_verifier(verifier_of_now(settings, names, provider));
+    let mut config = builder.with_client_cert_resolver(Arc::new(rereading));
+    // A resumed session keeps the certificates of the one before.
     config.resumption = Resumption::disabled();
     config
 }
@@ -50,11 +53,33 @@ fn builder(provider: Arc<CryptoProvider>) -> rustls::ConfigBuilder<ClientConfig,
 
 fn verifier(tls: &Tls, provider: &Arc<CryptoProvider>) -> Result<Arc<dyn ServerCertVerifier>, Error> {
     if tls.insecure {
-        return Ok(Arc::new(AcceptAny(provider.clone())));
+        // Any certificate will do.
+        let check = |_: &Presented<'_>, _: &ServerName<'_>| Ok(ServerCertVerified::assertion());
+        return Ok(Arc::new(CheckedBy { check, provider: provider.clone() }));
     }
     let roots = Arc::new(roots(tls.ca.as_deref())?);
     let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider.clone()).build();
     Ok(verifier.map_err(|error| Error::hold(format!("no certificate authority can be trusted: {error}")))?)
+}
+
+/// Verifies certificates by the files of the time.
+fn verifier_of_now(
+    settings: Arc<TlsSource>,
+    names: impl Fn(IpAddr) -> Vec<ServerName<'static>> + Send + Sync + 'static,
+    provider: Arc<CryptoProvider>,
+) -> Arc<dyn ServerCertVerifier> {
+    let of_now = provider.clone();
+    let check = move |presented: &Presented<'_>, server_name: &ServerName<'_>| {
+        let verifier = settings().and_then(|tls| verifier(&tls, &of_now));
+        let verifier = verifier.map_err(|error| rustls::Error::General(error.message))?;
+        let names = match server_name {
+            ServerName::IpAddress(address) => names((*address).into()),
+            _ => Vec::new(),
+        };
+        let verified = names.iter().map(|name| presented.verify(&*verifier, name)).reduce(Result::or);
+        verified.unwrap_or_else(|| presented.verify(&*verifier, server_name))
+    };
+    Arc::new(CheckedBy { check, provider })
 }
 
 fn certified_key(tls: &Tls, provider: &CryptoProvider) -> Result<Option<CertifiedKey>, Error> {
@@ -94,10 +119,9 @@ fn roots(ca: Option<&Path>) -> Result<RootCertStore, Error> {
     Ok(roots)
 }
 
-/// Verifies and shows certificates by what the files say at the time.
+/// Shows the certificate that the files have at the time.
 struct Rereading {
-    settings: Box<dyn Fn() -> Result<Tls, Error> + Send + Sync>,
-    names: Box<dyn Fn(IpAddr) -> Vec<ServerName<'static>> + Send + Sync>,
+    settings: Arc<TlsSource>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -122,25 +146,49 @@ impl ResolvesClientCert for Rereading {
     }
 }
 
-impl ServerCertVerifier for Rereading {
+/// A certificate and everything that a server sent with it.
+struct Presented<'a> {
+    certificate: &'a CertificateDer<'a>,
+    intermediates: &'a [CertificateDer<'a>],
+    ocsp: &'a [u8],
+    now: UnixTime,
+}
+
+impl Presented<'_> {
+    fn verify(
+        &self,
+        verifier: &dyn ServerCertVerifier,
+        name: &ServerName<'_>,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        verifier.verify_server_cert(self.certificate, self.intermediates, name, self.ocsp, self.now)
+    }
+}
+
+/// Judges certificates by `check`; the signatures of the handshake are checked in any case.
+struct CheckedBy<C> {
+    check: C,
+    provider: Arc<CryptoProvider>,
+}
+
+impl<C> fmt::Debug for CheckedBy<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("CheckedBy")
+    }
+}
+
+impl<C> ServerCertVerifier for CheckedBy<C>
+where
+    C: Fn(&Presented<'_>, &ServerName<'_>) -> Result<ServerCertVerified, rustls::Error> + Send + Sync,
+{
     fn verify_server_cert(
         &self,
-        end_entity: &CertificateDer<'_>,
+        certificate: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
+        ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let verifier = (self.settings)().and_then(|tls| verifier(&tls, &self.provider));
-        let verifier = verifier.map_err(|error| rustls::Error::General(error.message))?;
-        let verify =
-            |name: &ServerName<'_>| verifier.verify_server_cert(end_entity, intermediates, name, ocsp_response, now);
-        let names = match server_name {
-            ServerName::IpAddress(address) => (self.names)((*address).into()),
-            _ => Vec::new(),
-        };
-        let verified = names.iter().map(verify).reduce(Result::or);
-        verified.unwrap_or_else(|| verify(server_name))
+        (self.check)(&Presented { certificate, intermediates, ocsp, now }, server_name)
     }
 
     fn verify_tls12_signature(
@@ -163,44 +211,5 @@ impl ServerCertVerifier for Rereading {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-/// `insecure`: any certificate will do, but the handshake's signatures are still checked.
-#[derive(Debug)]
-struct AcceptAny(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for AcceptAny {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
     }
 }

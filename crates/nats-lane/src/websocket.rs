@@ -83,7 +83,7 @@ mod tests {
 
     use super::*;
 
-    /// The client's end behind the handshake, and the socket of its server.
+    /// The client's end after the handshake, and the socket of its server.
     fn open() -> (WebSocket<tokio::io::DuplexStream>, tokio::io::DuplexStream) {
         let (io, server) = duplex(1 << 20);
         (WebSocket { inner: ClientBuilder::new().take_over(io), received: Bytes::new() }, server)

@@ -33,7 +33,7 @@ impl YamlReader {
         self.problems.push(YamlProblem::new(line, path, message));
     }
 
-    /// The mapping at `path` with the names that the fields have; values that are wrong or empty are left out.
+    /// The mapping at `path` with the names that the fields have; skips values that are wrong or empty.
     pub(super) fn group(&mut self, path: &str, entries: &[MappingEntry], fields: &[FileField]) -> Map<String, Value> {
         let mut group = Map::new();
         let mut seen: BTreeMap<&str, usize> = BTreeMap::new();

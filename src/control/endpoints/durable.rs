@@ -1,4 +1,4 @@
-//! The durable consumer at the source goes with its replication.
+//! Deletes the durable consumer at the source together with its replication.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ pub(super) struct Leaving {
 }
 
 impl Leaving {
-    /// Before its document is gone.
+    /// Reads it before its document is deleted.
     pub(super) async fn of(context: &RequestContext, id: &str) -> Self {
         let end = Instant::now() + WITHIN;
         let replication = match context.existing(id).await {
@@ -33,8 +33,8 @@ impl Leaving {
         Self { replication, end }
     }
 
-    /// Deletes the consumer that we made, if the position record says that there may be one. What cannot be deleted
-    /// in time stays, and the log says so: the answer does not wait for a source that is away.
+    /// Deletes the consumer that this service created, if the position record says that there may be one. A consumer that
+    /// cannot be deleted in time stays and is logged: the answer does not wait for an unreachable source.
     pub(super) async fn remove_durable(self, context: &RequestContext, id: &str) {
         let Ok((record, _)) = context.positions.read(id).await else { return };
         let Some(replication) = self.replication.filter(|_| record.durable) else { return };

@@ -19,7 +19,7 @@ use crate::{
     store::{Error, WriteError},
 };
 
-/// How long a question waits until what was just stored is considered.
+/// How long a request waits until heartbeats that were just stored are applied.
 const CONSIDER: Duration = Duration::from_millis(100);
 
 pub(super) async fn heartbeat_get(context: &RequestContext, _: Request) -> Result<HeartbeatsShown, Failure> {
@@ -51,7 +51,7 @@ pub(super) async fn heartbeat_set(context: &RequestContext, request: Request) ->
             return Ok(HeartbeatsChanged { revision });
         }
         match context.config.put(HEARTBEATS_KEY, value, expected.or(unmasked)).await {
-            // The secret that `***` stands for may be another one by now.
+            // The secret that `***` stands for may have changed.
             Err(WriteError::Conflict { .. } | WriteError::Missing) if expected.is_none() => {}
             written => return changed(written, "stored"),
         }
@@ -61,9 +61,9 @@ pub(super) async fn heartbeat_set(context: &RequestContext, request: Request) ->
 
 /// Valid heartbeats.
 struct CheckedHeartbeats {
-    /// What is to be stored.
+    /// The heartbeats to store.
     value: Bytes,
-    /// The stored revision that its secrets are from: writing it is only right while that one is stored.
+    /// The stored revision that its secrets are from: it may be written only while that revision is stored.
     unmasked: Option<u64>,
 }
 
@@ -92,9 +92,8 @@ async fn read(context: &RequestContext, body: &Bytes) -> Result<(Option<CheckedH
     Ok((Some(CheckedHeartbeats { value, unmasked: revision.filter(|_| unmasked) }), equal))
 }
 
-/// Puts stored secrets in the place of `***`: those of what lies in the bucket, or else, where that cannot run, those of
-/// what runs from there. Says whether there were any, and what is wrong with them. Where nothing is stored, nothing of what
-/// was stored before comes back.
+/// Replaces `***` by stored secrets: those of the bucket or, if these heartbeats cannot run, those of the running ones.
+/// Returns whether there were any, or the problems. Secrets of removed heartbeats are never restored.
 fn unmask(
     context: &RequestContext,
     fields: &mut Map<String, Value>,

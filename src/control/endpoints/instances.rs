@@ -1,4 +1,4 @@
-//! `instances`: who is there and what each runs, from memory.
+//! `instances`: the instances of the group and the replications that each runs, from memory.
 
 use super::{Page, RequestContext, options, page};
 use crate::{

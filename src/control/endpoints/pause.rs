@@ -1,4 +1,4 @@
-//! `pause` and `resume`: a mark beside the document, which whoever runs the replication follows.
+//! `pause` and `resume`: a mark beside the document, which the leader of the replication follows.
 
 use std::time::Duration;
 

@@ -10,7 +10,7 @@ use super::{RequestContext, in_time, named};
 use crate::{
     config::Replication,
     control::{
-        api::{Failure, Moved, PositionRequest},
+        api::{Failure, PositionMove, PositionRequest},
         service::Request,
     },
     copy::{At, Located, Place, consumer_prefix, locate},
@@ -24,13 +24,13 @@ const WITHIN: Duration = Duration::from_millis(2_100);
 /// Of it, how long to wait for the end of a copy that was just paused.
 const STOPS_WITHIN: Duration = Duration::from_millis(700);
 
-pub(super) async fn position(context: &RequestContext, request: Request) -> Result<Moved, Failure> {
+pub(super) async fn position(context: &RequestContext, request: Request) -> Result<PositionMove, Failure> {
     let end = Instant::now() + WITHIN;
     in_time(&request)?;
     let PositionRequest { replication: id, source_seq, time, ago, dry_run } =
         named(&request.body, |replication| PositionRequest { replication, ..PositionRequest::default() })?;
     let at = match (source_seq, time, ago) {
-        (Some(seq), None, None) => At::Behind(seq),
+        (Some(seq), None, None) => At::After(seq),
         (None, Some(time), None) => At::Time(time),
         (None, None, Some(ago)) => At::Ago(
             parse_duration(&ago).map_err(|error| Failure::new(400, format!("`ago` {error}, such as `1h`: `{ago}`")))?,
@@ -47,8 +47,8 @@ pub(super) async fn position(context: &RequestContext, request: Request) -> Resu
     let place = at_source(context, &replication, at, end).await?;
     let from = record.source.as_ref().map_or(0, |source| source.seq);
     let to = place.position.seq;
-    // What was asked for, not what is left of the stream.
-    let asked = if let At::Behind(seq) = at { seq } else { to };
+    // The requested position, even if the stream no longer has it.
+    let asked = if let At::After(seq) = at { seq } else { to };
     if place.forgets && asked < from {
         let description = format!(
             "source stream `{}` removes copied messages: the position {from} can only be moved forward, not to {asked}",
@@ -58,7 +58,7 @@ pub(super) async fn position(context: &RequestContext, request: Request) -> Resu
     }
     let between = place.between(from, to);
     let (copied_again, passed_over) = if to < from { (between, 0) } else { (0, between) };
-    let mut moved = Moved { replication: id, revision: None, dry_run, from, to, copied_again, passed_over };
+    let mut moved = PositionMove { replication: id, revision: None, dry_run, from, to, copied_again, passed_over };
     if dry_run {
         return Ok(moved);
     }
@@ -69,7 +69,7 @@ pub(super) async fn position(context: &RequestContext, request: Request) -> Resu
     Ok(moved)
 }
 
-/// Saves a moved position. What a paused replication reports of its source meanwhile does not stand in the way.
+/// Saves a moved position. Reports of the paused replication about its source meanwhile do not prevent that.
 async fn save_moved(
     context: &RequestContext,
     id: &str,

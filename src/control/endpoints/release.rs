@@ -17,16 +17,16 @@ use crate::{
     store::{MarkKind, ReleaseMark, SourceMessage},
 };
 
-/// While it is held a replication tries again now and then: how long to wait for such a try...
+/// A held replication tries again from time to time: how long to wait for such an attempt...
 const TRY_WITHIN: Duration = Duration::from_millis(1_500);
-/// ... and after an error at most so old it may be one.
+/// ... and the maximum age of the error of such an attempt.
 const TRY_AFTER: TimeDelta = TimeDelta::seconds(30);
 
 pub(super) async fn retry(context: &RequestContext, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
     waiting(context, &replication, "held or retrying", |state| matches!(state, State::Held | State::Retrying)).await?;
-    // A message that is to be left out still is.
+    // A message that is to be skipped still is.
     let marked = context.config.marked(&replication, MarkKind::Release).await;
     let marked = marked.map_err(|error| Failure::new(503, error.to_string()))?;
     let skip = marked.and_then(|(_, value)| ReleaseMark::skip_in(&value));
@@ -64,7 +64,7 @@ async fn release(context: &RequestContext, id: &str, skip: Option<SourceMessage>
     written(id, context.config.mark(id, MarkKind::Release, mark).await)
 }
 
-/// The row of a replication that waits for somebody to act; an error if it does not.
+/// The row of a replication that waits for the operator; an error if it does not wait.
 async fn waiting(context: &RequestContext, id: &str, what: &str, waits: fn(State) -> bool) -> Result<Row, Failure> {
     context.existing(id).await?;
     let starting = || Failure::new(409, format!("replication `{id}` is not {what}: it is about to start"));

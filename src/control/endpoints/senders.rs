@@ -1,4 +1,4 @@
-//! `senders`: what sampling knows of the senders of one replication, from memory, newest first.
+//! `senders`: the senders of one sampled replication, from memory, newest first.
 
 use std::{cmp::Reverse, time::Duration};
 
@@ -10,7 +10,7 @@ use tokio::{task::spawn_blocking, time::sleep};
 use super::{DEFAULT_LIMIT, Page, RequestContext, named, not_found, page};
 use crate::{
     control::{
-        api::{Failure, SenderRow, Senders, SendersRequest},
+        api::{Failure, SenderRow, SendersPage, SendersRequest},
         service::Request,
     },
     copy::Samples,
@@ -19,21 +19,21 @@ use crate::{
 
 /// Senders that are visited before the copy may continue.
 const TOGETHER: usize = 8_192;
-/// Bytes that a row takes at the least.
+/// Smallest size of a row in bytes.
 const ROW: usize = 64;
 /// Memory that the compiled form of an expression may take.
 const EXPRESSION: usize = 1 << 20;
-/// Who does not lead leaves the first word to the one that does: what it knows is newer.
+/// An instance that does not lead delays its answer: the leader's knowledge is newer, and its answer should win.
 const HEAD_START: Duration = Duration::from_millis(300);
 
-/// What is asked for.
+/// The filter of a request.
 struct Wanted {
     value: Option<Regex>,
     since_ns: i64,
     advised: Option<bool>,
 }
 
-pub(super) async fn senders(context: &RequestContext, request: Request) -> Result<Senders, Failure> {
+pub(super) async fn senders(context: &RequestContext, request: Request) -> Result<SendersPage, Failure> {
     let request = named(&request.body, |replication| SendersRequest { replication, ..SendersRequest::default() })?;
     let SendersRequest { replication, value, since, advised, offset, limit } = request;
     super::check_id(&replication)?;
@@ -58,7 +58,7 @@ pub(super) async fn senders(context: &RequestContext, request: Request) -> Resul
     let (rows, total) = found.map_err(|error| Failure::new(500, error.to_string()))?;
     let Page { rows: senders, .. } = page(rows, 0, Some(limit), room);
     let now = Some(now.trunc_subsecs(3));
-    Ok(Senders { site, replication, now, senders, offset, limit, total })
+    Ok(SendersPage { site, replication, now, senders, offset, limit, total })
 }
 
 fn expression(text: &str) -> Result<Regex, Failure> {
@@ -86,7 +86,7 @@ fn find(samples: &Samples, wanted: &Wanted, offset: usize, limit: usize) -> (Vec
         {
             let senders = samples.lock();
             let listed = senders.list(from..from + TOGETHER).filter(|(_, sender)| wanted.may_match(sender));
-            // Only what is to be matched is needed outside of the lock.
+            // Only the fields to match are needed outside of the lock.
             let name = |sender: &Listed<'_>| wanted.value.as_ref().map(|_| sender.sender.to_owned());
             part.extend(listed.map(|(slot, sender)| (sender.seen_ns, slot, name(&sender))));
         }
@@ -95,7 +95,7 @@ fn find(samples: &Samples, wanted: &Wanted, offset: usize, limit: usize) -> (Vec
     }
     let total = matching.len();
     let end = offset.saturating_add(limit).min(total);
-    // Only so many need to be in order.
+    // Only this many have to be sorted.
     if end > 0 && end < total {
         matching.select_nth_unstable_by_key(end - 1, |(seen, slot)| (Reverse(*seen), *slot));
     }

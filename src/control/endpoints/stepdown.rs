@@ -1,4 +1,4 @@
-//! `stepdown`: whoever leads a replication hands it over.
+//! `stepdown`: the leader of a replication hands it over.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::control::{
     service::Request,
 };
 
-/// How long the answer waits for another leader. There will be one in any case.
+/// How long the answer waits for another leader. The handover continues after that.
 const HANDED_WITHIN: Duration = Duration::from_millis(2_000);
 
 pub(super) async fn stepdown(context: &RequestContext, request: Request) -> Result<SteppedDown, Failure> {

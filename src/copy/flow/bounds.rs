@@ -1,4 +1,4 @@
-//! What one run has in flight, and what keeps the next message back.
+//! The messages of one run that are in flight, and the limits that delay the next message.
 
 use tokio::time::Instant;
 
@@ -12,21 +12,21 @@ use crate::{
     status::Counters,
 };
 
-/// What one run has in flight and may have.
+/// The messages in flight of one run, and their limits.
 #[derive(Debug)]
 pub(in crate::copy) struct Bounds {
     pub window: Window,
     throttle: Throttle,
-    /// Until then the limits per second keep the next message back.
+    /// End of the wait that the limits per second impose on the next message.
     pub throttled: Option<Instant>,
-    /// The copy stops there while the position cannot be saved.
+    /// Where the copy stops while the position cannot be saved.
     pub limit: Option<Copied>,
-    /// When something settled last.
+    /// When a message last settled.
     pub moved: Instant,
 }
 
 impl Bounds {
-    /// Nothing was read behind the position of `window`.
+    /// For a run that resumes after the position of `window`.
     pub fn new(window: Window, limits: &Limits, now: Instant) -> Self {
         Self { window, throttle: Throttle::new(limits, now), throttled: None, limit: None, moved: now }
     }
@@ -46,13 +46,13 @@ impl Bounds {
     /// A message of so many bytes is sent.
     pub fn send(&mut self, bytes: usize, now: Instant) {
         if self.window.is_empty() {
-            // Nothing was waited for until now.
+            // No settlement was awaited until now.
             self.moved = now;
         }
-        self.throttle.take(bytes);
+        self.throttle.spend(bytes);
     }
 
-    /// Whether what is in flight keeps back a message of so many bytes, where the writer allows so many messages.
+    /// Whether the messages in flight delay one more of `bytes`, where the writer allows `most` messages.
     pub fn are_full(&self, limits: &Limits, most: usize, bytes: usize) -> bool {
         self.window.len() >= limits.messages_in_flight.min(most)
             || (!self.window.is_empty() && self.window.bytes() + bytes > limits.bytes_in_flight)

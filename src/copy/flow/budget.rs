@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Smallest piece that is worth asking a server for.
 pub const PIECE_MIN: usize = 64 * 1024;
 
-/// A process-wide bound on bytes that were asked for or lie unsent in memory; cheap to clone.
+/// A process-wide bound on bytes that were requested or are unsent in memory; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Budget {
     free: Arc<Mutex<i64>>,
@@ -17,8 +17,8 @@ impl Budget {
         Self { free: Arc::new(Mutex::new(i64::try_from(bytes).unwrap_or(i64::MAX))) }
     }
 
-    /// Reserves `bytes` if there is room. What is more than the smallest piece is granted only up to a quarter
-    /// of what is free, so that replications whose targets stall cannot starve the others.
+    /// Reserves `bytes` if there is room. A request above the smallest piece is granted only up to a quarter
+    /// of the free bytes, so that replications whose targets stall cannot starve the others.
     pub fn reserve(&self, bytes: usize) -> Option<Reservation> {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let bound = if bytes <= PIECE_MIN { *free } else { *free / 4 };
@@ -36,7 +36,7 @@ impl Budget {
     }
 }
 
-/// Reserved bytes; given back when dropped.
+/// Reserved bytes; released when dropped.
 #[derive(Debug)]
 pub struct Reservation {
     budget: Budget,
@@ -44,7 +44,7 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// How many.
+    /// Size of the reservation.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -54,7 +54,7 @@ impl Reservation {
         self.bytes += std::mem::take(&mut other.bytes);
     }
 
-    /// Gives everything above `bytes` back.
+    /// Releases everything above `bytes`.
     pub fn shrink_to(&mut self, bytes: usize) {
         let back = self.bytes.saturating_sub(bytes);
         self.bytes -= back;

@@ -1,4 +1,9 @@
-//! The position record of a replication: who may write it, and writing it beside the copy without holding it up.
+//! The position record of a replication: which instance may write it, and writing it while the copy continues.
+//!
+//! Every save is a compare-and-swap on the revision of the key. The first act of a holder is a save with its epoch:
+//! that proves that the record was read from the current leader, and it fences the saves of earlier holders. A write
+//! with an unknown outcome (no answer, or no responders during an election) may have been applied: it is read back with
+//! `STREAM.MSG.GET` and identified by holder, epoch and nonce.
 
 use std::{
     collections::VecDeque,
@@ -23,7 +28,7 @@ use crate::{
             window::Window,
         },
         resume::Resume,
-        source::{appetite::Appetite, clock::Alarm, gap::Gaps},
+        source::{clock::Alarm, gap::Gaps, request_limit::RequestLimit},
         target::{drops::Drops, mode::Intruders},
     },
     events::{Event, Events, LossAction},
@@ -33,15 +38,18 @@ use crate::{
 
 /// At most one save in this time while a run is under way.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
-/// So many breaks of the chain within [`CHAIN_BREAK_TIME`] that no foreign message explains mean that somebody
-/// else writes in our name.
+/// How often an idle replication checks that the bucket still has the record: it may have been purged or restored, and
+/// the next holder would begin at an older position.
+const COMPARE_EVERY: Duration = Duration::from_secs(15);
+/// Unexplained breaks of the chain within [`CHAIN_BREAK_TIME`] that mean that another replicator writes under our
+/// name.
 const CHAIN_BREAKS: usize = 6;
 const CHAIN_BREAK_TIME: Duration = Duration::from_secs(60);
 /// How long after the end of a run messages that it had in flight may still be stored.
 const LATE: Duration = Duration::from_secs(60);
-/// The same for a holder before this one: its connections were reset when it ended.
+/// The same for an earlier holder: its connections were reset when it ended.
 const LATE_OF_OTHERS: Duration = Duration::from_secs(15);
-/// So many breaks of the chain they explain at most: each takes a part of what they had in flight.
+/// Most breaks of the chain that they explain: each consumes a part of the messages in flight.
 const MOST_EXPLAINED: usize = 20;
 
 /// Logins that end within this time of each other are an error that is reported.
@@ -58,32 +66,36 @@ pub struct PositionWriter {
     revision: u64,
     saving: Option<(Saving, PositionRecord)>,
     last_save: Option<Instant>,
+    /// When the bucket was last asked for the record.
+    compared: Instant,
+    /// The bucket had another record than the one that was written last.
+    replaced: bool,
     breaks: Breaks,
-    /// Last sequence of the target when the run that was lent this began.
+    /// Last sequence of the target when the latest run began.
     begun_at: Option<u64>,
     /// Jumps in the source's sequences that the run before could not explain in its time.
     pub(in crate::copy) gaps: Gaps,
-    /// What the target holds of what was copied, as far as it can drop any of that.
+    /// The copies that the target holds, as far as its limits can remove any.
     pub(in crate::copy) drops: Drops,
     /// Whether the chain of the run before broke.
     broken: bool,
-    /// Foreign messages at a target that is to be exclusive.
+    /// Messages of other writers at a target that should be exclusive.
     pub(in crate::copy) intruders: Intruders,
-    /// Whether a duplicate window that is too short was told.
-    pub(in crate::copy) window_told: bool,
-    /// The longest protocol line that the target takes, where that turned out to be less than servers take by default.
+    /// Whether a duplicate window that is too short was reported.
+    pub(in crate::copy) window_reported: bool,
+    /// The longest protocol line that the target accepts, in bytes, if that is less than the default of servers.
     pub(in crate::copy) max_line: Option<usize>,
-    /// What the source may be asked for at once.
-    pub(in crate::copy) appetite: Appetite,
+    /// How much may be requested from the source at once.
+    pub(in crate::copy) request_limit: RequestLimit,
     /// Whether a difference between the source's clock and ours was reported.
     pub(in crate::copy) clock: Alarm,
     /// When a server last ended the login of a run.
     login_ended: Option<Instant>,
-    /// The loss at the source that was published last and still holds.
+    /// The last published loss at the source, while it persists.
     loss: Option<Event>,
-    /// Source sequence in the record as last saved.
+    /// Source sequence in the saved record.
     saved: watch::Sender<u64>,
-    /// How the saves go.
+    /// Successes and failures of saves.
     pub(in crate::copy) unsaved: Unsaved,
 }
 
@@ -94,8 +106,8 @@ impl std::fmt::Debug for PositionWriter {
 }
 
 impl PositionWriter {
-    /// What follows from having claimed a position record (see [`PositionStore::claim`]).
-    /// `events` are what the runs tell: a record that makes something known is written behind them.
+    /// The writer that follows from a claimed position record (see [`PositionStore::claim`]).
+    /// `events` are the events of the runs: a record that makes an event obsolete is written after it.
     pub fn new(store: PositionStore, events: Events, id: &str, claim: Claim) -> Self {
         let Claim { record, revision, .. } = claim;
         let saved = watch::Sender::new(saved_seq(&record));
@@ -107,15 +119,17 @@ impl PositionWriter {
             revision,
             saving: None,
             last_save: None,
+            compared: Instant::now(),
+            replaced: false,
             breaks: Breaks::new(Instant::now()),
             begun_at: None,
             gaps: Gaps::default(),
             drops: Drops::default(),
             broken: false,
             intruders: Intruders::default(),
-            window_told: false,
+            window_reported: false,
             max_line: None,
-            appetite: Appetite::default(),
+            request_limit: RequestLimit::default(),
             clock: Alarm::default(),
             login_ended: None,
             loss: None,
@@ -130,12 +144,12 @@ impl PositionWriter {
         self.unsaved.limit(copied, saving_since, now)
     }
 
-    /// The position as last saved, a source sequence.
+    /// The saved position, a source sequence.
     pub fn saved(&self) -> watch::Receiver<u64> {
         self.saved.subscribe()
     }
 
-    /// The record as last saved.
+    /// The saved record.
     pub fn record(&self) -> &PositionRecord {
         &self.record
     }
@@ -145,8 +159,8 @@ impl PositionWriter {
         self.write(self.record.clone(), row).await
     }
 
-    /// Begins to save if nothing is being saved and the last save is long enough ago; whether the record says all
-    /// of it already.
+    /// Begins to save if no save is under way and the last one is long enough ago; returns whether the record is up to
+    /// date already.
     pub(in crate::copy) fn save(&mut self, now: Instant, witnesses: Witnesses<'_>, row: impl FnOnce() -> Row) -> bool {
         let recent = self.last_save.is_some_and(|last| now.duration_since(last) < SAVE_EVERY);
         if recent || self.saving.is_some() {
@@ -159,18 +173,27 @@ impl PositionWriter {
             && record.sampled == self.record.sampled
             && record.unseen_from == self.record.unseen_from;
         let row = row();
-        // Nothing moved and nothing is told: a write would say the same again.
+        // No progress and no change: a write would have the same content.
         let marked = record.target_mode == self.record.target_mode && record.stamps == self.record.stamps;
-        if same && marked && self.record.status.as_ref() == Some(&row) {
+        if same && marked && !self.replaced && self.record.status.as_ref() == Some(&row) {
             self.unsaved.nothing();
+            self.compare(now);
             return true;
         }
         self.start(record.reporting(row));
         false
     }
 
-    /// After a move back: saves, before anything is sent, up to where the target says nothing about what was copied.
-    pub(in crate::copy) async fn look_behind(&mut self, target_seq: u64, created: &str) -> Result<(), Error> {
+    /// Checks now and then that the bucket still has the record. If not, the next save writes it again.
+    fn compare(&mut self, now: Instant) {
+        if now.duration_since(self.compared) >= COMPARE_EVERY {
+            self.compared = now;
+            self.saving = Some((Box::pin(self.store.confirm(&self.id, self.revision)), self.record.clone()));
+        }
+    }
+
+    /// After a move back: saves, before anything is sent, the target sequence up to which the target proves nothing.
+    pub(in crate::copy) async fn save_unproven(&mut self, target_seq: u64, created: &str) -> Result<(), Error> {
         self.finish().await?;
         let target = Some(TargetWitness { seq: target_seq, source_seq: 0, created: created.to_owned() });
         self.save_whole(PositionRecord { target, moved_back: false, ..self.record.clone() }).await?;
@@ -180,13 +203,13 @@ impl PositionWriter {
         Ok(())
     }
 
-    /// Notes copies whose source is lost; saved with the position.
+    /// Notes copies whose source messages are lost; saved with the position.
     pub(in crate::copy) fn lost(&mut self, orphans: Option<Orphans>, only_at_target: Option<OnlyAtTarget>) {
         self.record.orphans = orphans;
         self.record.only_at_target = only_at_target;
     }
 
-    /// An error where the source lost what was copied and the document says to hold then. Published once for each loss.
+    /// An error if the source lost copied messages and the document says to hold then. Published once for each loss.
     pub(in crate::copy) fn follows(&mut self, resume: &mut Resume, replication: &Replication) -> Result<(), Error> {
         let loss = resume.findings.iter_mut().find(|finding| matches!(finding, Event::SourceReset { .. }));
         if replication.on_source_loss == OnSourceLoss::Follow {
@@ -219,8 +242,8 @@ impl PositionWriter {
         Ok(())
     }
 
-    /// Notes, before one is made, that the replication has a durable consumer at its source, and in which name: it goes
-    /// with it.
+    /// Notes, before it is created, that the replication has a durable consumer at its source, and under which
+    /// installation's name: it is deleted with the replication.
     pub(in crate::copy) async fn uses_durable(&mut self, installation: &str) -> Result<(), Error> {
         if !self.record.durable || self.record.installation.is_none() {
             self.finish().await?;
@@ -230,7 +253,7 @@ impl PositionWriter {
         Ok(())
     }
 
-    /// Notes, before anything is read, up to where the records of senders hold, and how they are told apart; `None`
+    /// Notes, before anything is read, up to where the records of senders hold, and how senders are identified; `None`
     /// without sampling.
     pub(in crate::copy) async fn samples_from(&mut self, sampled: Option<(u64, String)>) -> Result<(), Error> {
         let (sampled, inspected) = sampled.unzip();
@@ -241,7 +264,7 @@ impl PositionWriter {
         Ok(())
     }
 
-    /// Notes, before anything is sent, how it is stamped, and what is in flight from before.
+    /// Notes, before anything is sent, which headers identify the messages of this run and those still in flight.
     pub(in crate::copy) async fn stamps(&mut self, stamps: Stamps) -> Result<(), Error> {
         if self.record.stamps != Some(stamps) {
             self.finish().await?;
@@ -255,7 +278,7 @@ impl PositionWriter {
         self.write(witnesses.record(&self.record), row).await
     }
 
-    /// Writes and waits. What stood in the way but is no other holder's is written over at the second try.
+    /// Writes and waits. A conflict that is not another holder's is overwritten at the second try.
     async fn write(&mut self, record: PositionRecord, row: Row) -> Result<(), SaveError> {
         self.finish().await?;
         self.save_whole(record.reporting(row)).await
@@ -274,7 +297,7 @@ impl PositionWriter {
         // Never used twice, also when the write before had an unknown outcome.
         self.record.nonce = self.record.nonce.wrapping_add(1);
         let record = PositionRecord { nonce: self.record.nonce, ..record };
-        // What the record makes known is not told again: a crash in between tells it twice rather than never.
+        // Events before this record are not repeated: a crash in between repeats them rather than losing them.
         let told = self.events.on_the_way();
         let saving = self.store.save(&self.id, record.clone(), self.revision);
         let saving = async move {
@@ -284,7 +307,7 @@ impl PositionWriter {
         self.saving = Some((Box::pin(saving), record));
     }
 
-    /// Drives a save that is under way; ready when it is over.
+    /// Drives a save that is under way; ready when it has ended.
     pub(in crate::copy) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SaveError>> {
         let Some((saving, _)) = &mut self.saving else { return Poll::Pending };
         let Poll::Ready(result) = saving.as_mut().poll(cx) else { return Poll::Pending };
@@ -292,11 +315,12 @@ impl PositionWriter {
         Poll::Ready(self.judge(result, record).map(|_| ()))
     }
 
-    /// Whether the record was written; if not, the next write stands on what is there now.
+    /// Whether the record was written; if not, the next write is based on the present record.
     fn judge(&mut self, result: Result<u64, SaveError>, record: PositionRecord) -> Result<bool, SaveError> {
         match result {
             Ok(revision) => {
                 self.revision = revision;
+                self.replaced = false;
                 self.saved.send_replace(saved_seq(&record));
                 match copied(&record) {
                     Some(copied) => self.unsaved.saved(copied),
@@ -305,19 +329,19 @@ impl PositionWriter {
                 self.record = record;
                 Ok(true)
             }
-            // A write of our own that arrived late, an edit by hand or a bucket put back to an older state: the
-            // holder's next save stands on it.
+            // A write of our own that arrived late, an edit by hand or a bucket restored to an older state: the
+            // holder's next save is based on it.
             Err(SaveError::Conflict { record: there, revision })
                 if there.epoch < self.record.epoch
                     || there.epoch == self.record.epoch && there.holder == self.record.holder =>
             {
-                self.revision = revision;
+                (self.revision, self.replaced) = (revision, true);
                 self.record.nonce = self.record.nonce.max(there.nonce);
                 Ok(false)
             }
-            // Deleted by hand while it is in use: it is written anew.
+            // Deleted by hand while it is in use: it is recreated.
             Err(SaveError::Deleted { revision }) => {
-                self.revision = revision;
+                (self.revision, self.replaced) = (revision, true);
                 Ok(false)
             }
             Err(error) => {
@@ -333,14 +357,14 @@ impl PositionWriter {
         self.judge(result, record)
     }
 
-    /// Notes where a run begins to write, or up to where nobody else has written.
+    /// Notes where a run begins to write, or up to where no other writer has written.
     pub(in crate::copy) fn begin_at(&mut self, target_seq: u64) {
         self.begun_at = Some(target_seq);
         self.broken = false;
     }
 
-    /// Notes, where the chain of a run broke, up to which target sequence the run knows every message. Where the target knows
-    /// messages by their ids alone (`by_ids`), it may still store what the run had in flight.
+    /// Notes, where the chain of a run broke, up to which target sequence the run knows every message. Where the target
+    /// identifies messages by their ids alone (`by_ids`), it may still store messages of the run that were in flight.
     pub(in crate::copy) fn broke_at(&mut self, target_seq: u64, window: &Window, by_ids: bool, now: Instant) {
         self.begin_at(target_seq);
         self.breaks.broke(window.position().seq, now);
@@ -355,12 +379,13 @@ impl PositionWriter {
         before.is_none_or(|before| now.duration_since(before) >= LOGINS_APART)
     }
 
-    /// Where to look for what broke the chain of the run before; `None` if it did not break.
-    pub(in crate::copy) fn chain_broke_behind(&self) -> Option<u64> {
+    /// After which target sequence to search for the message that broke the chain of the run before; `None` if it did
+    /// not break.
+    pub(in crate::copy) fn chain_broke_after(&self) -> Option<u64> {
         self.begun_at.filter(|_| self.broken)
     }
 
-    /// Notes that a run is over whose chain did not break, and what it had in flight.
+    /// Notes that a run ended without a broken chain, and its messages in flight.
     pub(in crate::copy) fn left_in_flight(&mut self, window: &Window, now: Instant) {
         if !window.is_empty() {
             self.breaks.in_flight(window.newest().seq, now);
@@ -368,14 +393,15 @@ impl PositionWriter {
         }
     }
 
-    /// Notes that the chain broke; an error when it broke too often without a foreign message to explain it. `true` where
-    /// messages of an earlier run may have broken it: that accuses no other writer, however often it happens.
+    /// Notes that the chain broke; an error when it broke too often without another writer's message to explain it.
+    /// `true` where messages of an earlier run may have broken it: that indicates no other writer, however often it
+    /// happens.
     pub(in crate::copy) fn chain_broke(&mut self, now: Instant) -> Result<bool, Error> {
         self.broken = true;
         self.breaks.count(now)
     }
 
-    /// What becomes of foreign messages that were found where the document wants nobody else to write.
+    /// Handles messages of another writer at a target that the document wants to be exclusive.
     pub(in crate::copy) fn unwanted(&mut self, resume: &mut Resume, replication: &Replication) -> Result<(), Error> {
         if replication.target_mode != Sharing::Exclusive {
             return Ok(());
@@ -390,18 +416,18 @@ impl PositionWriter {
         }
     }
 
-    /// A foreign message explains why the chain broke.
+    /// Another writer's message explains why the chain broke.
     pub(in crate::copy) fn chain_explained(&mut self) {
         self.breaks.at.clear();
     }
 }
 
-/// Breaks of the chain, and what may explain them.
+/// Breaks of the chain, and their possible explanations.
 #[derive(Debug)]
 struct Breaks {
-    /// Those that nothing explains.
+    /// Times of the unexplained ones.
     at: VecDeque<Instant>,
-    /// What earlier runs had in flight.
+    /// Messages of earlier runs that may still be stored.
     late: Late,
     /// Breaks that were explained by it, since one of those runs ended other than by a break.
     explained: usize,
@@ -414,7 +440,7 @@ impl Breaks {
         Self { at: VecDeque::new(), late: Late::of_others(now), explained: 0, is_late: false }
     }
 
-    /// The chain of a run broke that had settled everything up to a source sequence. Only earlier runs explain it.
+    /// The chain of a run broke that had settled everything up to a source sequence. Only earlier runs can explain it.
     fn broke(&mut self, settled: u64, now: Instant) {
         self.is_late = self.late.explains(settled, now);
     }
@@ -424,7 +450,7 @@ impl Breaks {
         self.late = self.late.and(through, now);
     }
 
-    /// Counts the last break: whether it is explained, or an error where too many are not.
+    /// Counts the last break: returns whether it is explained, or an error if too many are not.
     fn count(&mut self, now: Instant) -> Result<bool, Error> {
         if std::mem::take(&mut self.is_late) && self.explained < MOST_EXPLAINED {
             self.explained += 1;
@@ -454,17 +480,17 @@ struct Late {
     /// Newest source sequence of the runs of this holder.
     through: u64,
     until: Instant,
-    /// What a holder before this one had in flight is not known: until then it may be anything.
+    /// Until when any message of an earlier holder may still be stored: its messages in flight are not known.
     others_until: Instant,
 }
 
 impl Late {
-    /// Those of a holder before this one, which begins now.
+    /// Messages of an earlier holder; this one begins now.
     fn of_others(now: Instant) -> Self {
         Self { through: 0, until: now, others_until: now + LATE_OF_OTHERS }
     }
 
-    /// The same and those of a run that ends now. How long those of others may last does not change.
+    /// The same and those of a run that ends now. The deadline for those of earlier holders does not change.
     fn and(self, through: u64, now: Instant) -> Self {
         let before = if now < self.until { self.through } else { 0 };
         Self { through: through.max(before), until: now + LATE, ..self }
@@ -476,7 +502,7 @@ impl Late {
     }
 }
 
-/// What its holder had copied when a record was written. The row of a holder before counts from another beginning.
+/// The copied amount in a record at the time of its write. The row of an earlier holder counts from another begin.
 fn copied(record: &PositionRecord) -> Option<Copied> {
     let row = record.status.as_ref().filter(|row| row.epoch == record.epoch)?;
     Some(row.copy.counters.into())
@@ -486,8 +512,8 @@ fn saved_seq(record: &PositionRecord) -> u64 {
     record.source.as_ref().map_or(0, |source| source.seq)
 }
 
-/// Whether a loss is the one that was published: nothing was copied since, and the source has what it had then. Where its end
-/// is, and what the target keeps, may change meanwhile.
+/// Whether a loss is the one that was published: no message was copied since, and the source has the same messages. Its
+/// end, and the messages that the target keeps, may change meanwhile.
 fn is_same_loss(told: &Event, loss: &Event) -> bool {
     let of = |event: &Event| match event {
         Event::SourceReset { saved, resumed, .. } => Some((*saved, *resumed)),
@@ -496,7 +522,7 @@ fn is_same_loss(told: &Event, loss: &Event) -> bool {
     of(told).zip(of(loss)).is_some_and(|(told, now)| now.0 == told.0 && now.1 >= told.1)
 }
 
-/// Why a copy is held whose source lost messages, and what to do.
+/// The reason of the `held` state after a loss at the source, and the remedy.
 fn held_by(loss: &Event, replication: &Replication) -> String {
     let Event::SourceReset { saved, reason, only_at_target, .. } = loss else { return String::new() };
     let (source, target) = (&replication.source.stream, &replication.target.stream);
@@ -515,7 +541,7 @@ fn held_by(loss: &Event, replication: &Replication) -> String {
     )
 }
 
-/// What a save says of both sides.
+/// The content of a save about both sides.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::copy) struct Witnesses<'a> {
     pub window: &'a Window,
@@ -525,16 +551,16 @@ pub(in crate::copy) struct Witnesses<'a> {
     pub stamps: Stamps,
     pub source_created: &'a str,
     pub target_created: &'a str,
-    /// What is known of senders, with sampling.
-    pub sampled: Option<Sampled>,
+    /// The state of the senders' records, with sampling.
+    pub sampled: Option<SenderRecords>,
 }
 
-/// What is known of senders.
+/// The state of the senders' records.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::copy) struct Sampled {
-    /// Up to where their records hold.
+pub(in crate::copy) struct SenderRecords {
+    /// Up to which source sequence the records hold.
     pub written_to: u64,
-    /// What was stored before this may not have been seen.
+    /// Senders of messages that were stored before this time may have been missed.
     pub unseen_from: Option<DateTime<Utc>>,
 }
 
@@ -548,7 +574,8 @@ impl Witnesses<'_> {
                 time_ns: position.time_ns,
                 created: self.source_created.to_owned(),
             }),
-            // At their end the place may still go back: what is sent again is a duplicate and is acked with its old place.
+            // At their end the target sequence may still go back: a message that is sent again is a duplicate and is
+            // acked with its old sequence.
             orphans: saved.orphans.filter(|orphans| target.is_none_or(|target| target.seq <= orphans.to)),
             target: target.map(|target| TargetWitness {
                 seq: target.seq,

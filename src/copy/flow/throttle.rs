@@ -1,24 +1,24 @@
-//! How fast a replication may send: a token bucket for messages and one for bytes. Pure: the time comes in.
+//! The rate limits of a replication: a token bucket for messages and one for bytes. Pure: the time is an argument.
 //!
-//! A bucket fills up to what one second allows. A message that costs more than that passes as soon as the bucket is
-//! full, and leaves a debt that the following ones wait for. A run begins with empty buckets, so that a run that begins
-//! again and again is no faster than one that lasts.
+//! A bucket fills up to the amount of one second. A message that costs more is sent as soon as the bucket is
+//! full, and leaves a debt that the following ones wait for. A run begins with empty buckets, so that a run that
+//! restarts again and again is no faster than one that lasts.
 
 use tokio::time::{Duration, Instant};
 
 use crate::config::Limits;
 
-/// What the limits of one replication leave to be sent.
+/// The remaining allowance of one replication's limits.
 #[derive(Debug)]
 pub(in crate::copy) struct Throttle {
-    messages: Option<Bucket>,
-    bytes: Option<Bucket>,
+    messages: Option<TokenBucket>,
+    bytes: Option<TokenBucket>,
 }
 
 impl Throttle {
     /// Buckets as the limits have them, empty at `now`.
     pub fn new(limits: &Limits, now: Instant) -> Self {
-        let bucket = |rate: Option<u64>| rate.map(|rate| Bucket { rate: rate as f64, level: 0.0, at: now });
+        let bucket = |rate: Option<u64>| rate.map(|rate| TokenBucket { rate: rate as f64, level: 0.0, at: now });
         Self { messages: bucket(limits.messages_per_second), bytes: bucket(limits.bytes_per_second) }
     }
 
@@ -29,8 +29,8 @@ impl Throttle {
         messages.max(bytes)
     }
 
-    /// Takes what a message of so many bytes costs.
-    pub fn take(&mut self, bytes: usize) {
+    /// Subtracts the cost of a message of so many bytes.
+    pub fn spend(&mut self, bytes: usize) {
         if let Some(bucket) = &mut self.messages {
             bucket.level -= 1.0;
         }
@@ -40,29 +40,29 @@ impl Throttle {
     }
 }
 
-/// Bytes to read ahead: what is not sent for seconds only takes room from other replications.
+/// Bytes to read ahead: bytes that are not sent for seconds only take room from other replications.
 pub(in crate::copy) fn read_ahead(limits: &Limits) -> usize {
     let seconds = limits.bytes_per_second.map(|rate| usize::try_from(rate.saturating_mul(2)).unwrap_or(usize::MAX));
     seconds.map_or(limits.bytes_in_flight, |bytes| bytes.min(limits.bytes_in_flight))
 }
 
 #[derive(Debug)]
-struct Bucket {
-    /// Tokens that come in a second, and how many fit in; above 0.
+struct TokenBucket {
+    /// Tokens per second, and the capacity; above 0.
     rate: f64,
     /// Tokens in the bucket; below 0 after a message that cost more than there was room for.
     level: f64,
-    /// When `level` was right.
+    /// The time of `level`.
     at: Instant,
 }
 
-impl Bucket {
+impl TokenBucket {
     fn wait(&mut self, cost: f64, now: Instant) -> Option<Instant> {
         let passed = now.saturating_duration_since(self.at);
         self.level = (self.level + passed.as_secs_f64() * self.rate).min(self.rate);
         self.at = self.at.max(now);
         let missing = cost.min(self.rate) - self.level;
-        // What rounding leaves over is no reason to wait.
+        // A rounding error is no reason to wait.
         (missing > self.rate * 1e-9).then(|| now + Duration::from_secs_f64(missing / self.rate))
     }
 }
@@ -87,7 +87,7 @@ mod tests {
                     now = at;
                 }
                 None => {
-                    throttle.take(bytes);
+                    throttle.spend(bytes);
                     sent += 1;
                 }
             }
@@ -100,7 +100,7 @@ mod tests {
         let (mut throttle, now) = throttle(None, None);
         for _ in 0..1000 {
             assert_eq!(throttle.wait(usize::MAX, now), None);
-            throttle.take(usize::MAX);
+            throttle.spend(usize::MAX);
         }
     }
 
@@ -135,7 +135,7 @@ mod tests {
         let full = throttle.wait(10_240, now).expect("an empty bucket");
         assert_eq!(full, now + Duration::from_secs(1));
         assert_eq!(throttle.wait(10_240, full), None);
-        throttle.take(10_240);
+        throttle.spend(10_240);
         let next = throttle.wait(1024, full).expect("a debt");
         assert_eq!((next - now).as_secs_f64().round(), 11.0);
         assert_eq!(throttle.wait(1024, next), None);

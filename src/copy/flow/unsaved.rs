@@ -1,10 +1,10 @@
-//! Saves of the position that fail: from when on that is reported, and how far the copy may go on meanwhile. Pure.
+//! Failing saves of the position: when to report them, and how far the copy may continue meanwhile. Pure.
 
 use tokio::time::{Duration, Instant};
 
 use crate::status::Counters;
 
-/// A bucket whose servers elect a leader takes no writes for some seconds.
+/// How long failures stay unreported: a bucket whose servers elect a leader accepts no writes for some seconds.
 const LATE: Duration = Duration::from_secs(5);
 /// Messages that are copied at most while the position cannot be saved...
 pub(in crate::copy) const MOST_MESSAGES: u64 = 100_000;
@@ -24,7 +24,7 @@ impl From<Counters> for Copied {
     }
 }
 
-/// What is to be reported.
+/// A change to report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::copy) enum News {
     /// The position is not saved, and why.
@@ -33,10 +33,10 @@ pub(in crate::copy) enum News {
     Saved,
 }
 
-/// How the saves of one holder go.
+/// The saves of one holder.
 #[derive(Debug, Default)]
 pub(in crate::copy) struct Unsaved {
-    /// What was copied when the position was saved last; unknown before the first look.
+    /// The copied amount at the last save; unknown before the first check.
     saved: Option<Copied>,
     /// When the first save failed since then, and why the last one did.
     failing: Option<(Instant, String)>,
@@ -44,13 +44,13 @@ pub(in crate::copy) struct Unsaved {
 }
 
 impl Unsaved {
-    /// What a save said that was written.
+    /// The content of a save that was written.
     pub fn saved(&mut self, copied: Copied) {
         self.saved = Some(copied);
         self.failing = None;
     }
 
-    /// Everything is saved, or there is nothing to save.
+    /// Everything is saved, or the copy has no progress to save.
     pub fn nothing(&mut self) {
         self.failing = None;
     }
@@ -61,7 +61,7 @@ impl Unsaved {
         self.failing = Some((since, why));
     }
 
-    /// What is to be reported, once each.
+    /// The change to report, once each.
     pub fn news(&mut self, now: Instant) -> Option<News> {
         let late = self.failing.as_ref().filter(|(since, _)| self.reported || now.duration_since(*since) >= LATE);
         match (late, self.reported) {
@@ -77,13 +77,13 @@ impl Unsaved {
         }
     }
 
-    /// Whether it was reported that the position is not saved, and is so still.
+    /// Whether it was reported that the position is not saved, and still is not.
     pub fn is_reported(&self) -> bool {
         self.reported
     }
 
-    /// Up to where the copy may go on while no save is confirmed: one fails, or is under way for long. `None` without a
-    /// limit.
+    /// How far the copy may continue while no save is confirmed: one fails, or has been under way for long. `None`
+    /// without a limit.
     pub fn limit(&mut self, copied: Copied, saving_since: Option<Instant>, now: Instant) -> Option<Copied> {
         let saved = *self.saved.get_or_insert(copied);
         let slow = saving_since.is_some_and(|since| now.duration_since(since) >= LATE);

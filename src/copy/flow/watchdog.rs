@@ -1,10 +1,10 @@
-//! Whether a run still moves, and what is made anew when it does not. Pure: what was seen comes in, what to do comes
-//! out.
+//! Whether a run still moves, and the repair if it does not. Pure: observations are arguments, the decision is the
+//! result.
 //!
-//! There are three steps, and each is taken only when the one before did not help: the source consumer, inside the run;
-//! both connections, by ending the run; everything, by beginning the whole life again. Progress, or a while in good
-//! order, leads back to the first. Nothing is a stall that waits on purpose: without lag, with no pull open (the byte
-//! budget and the bounds on what is in the air hold it back), or for a limit of the rate.
+//! There are three steps, and each is taken only when the one before did not help: recreate the source consumer, inside
+//! the run; reconnect both sides, by ending the run; restart the replication's task. Progress, or a minute without a
+//! problem, leads back to the first. An intended wait is no stall: without lag, with no pull open (the byte
+//! budget and the bounds on messages in flight hold it back), or for a limit of the rate.
 
 use tokio::time::{Duration, Instant};
 
@@ -13,130 +13,130 @@ use crate::{
     events::Step,
 };
 
-/// Silence after which a consumer that owes a sign of life every 2.5 s is taken for lost: two of them and a second.
+/// Silence after which a consumer that owes a sign of life every 2.5 s counts as lost: two of them and a second.
 const SILENCE: Duration = Duration::from_secs(6);
 /// One sign of life was missed: the server is asked, and so is whether the connection lives.
 const MISSED: Duration = Duration::from_millis(3_500);
-/// Time without a delivery, though messages wait, after which the server is asked what its consumer has.
+/// Time without a delivery, though messages wait, after which the server is asked for the state of its consumer.
 const QUIET: Duration = Duration::from_secs(5);
-/// It is asked at most so often.
+/// Least time between two such questions.
 const ASK_EVERY: Duration = Duration::from_secs(10);
-/// Time within which something has to come once the server said that its consumer has it.
+/// Time within which a delivery has to come once the server said that its consumer has messages.
 const OWED: Duration = Duration::from_secs(2);
-/// Time within which a new consumer has to be there.
+/// Time within which a new consumer has to be created.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Time without any settlement, while messages are in the air, after which the run is given up.
+/// Time without any settlement, while messages are in flight, after which the run is ended.
 pub(in crate::copy) const STALL: Duration = Duration::from_secs(30);
-/// Time for what is in the air to settle when a run ends by request or at a message that cannot be stored.
+/// Time for the messages in flight to settle when a run ends by request or at a message that cannot be stored.
 pub(in crate::copy) const DRAIN: Duration = Duration::from_secs(5);
 /// Time for the last save of a run that failed.
 pub(in crate::copy) const LAST_SAVE: Duration = Duration::from_secs(3);
-/// A consumer that was in order for so long was repaired, though nothing came: a later stall is another one. For the
-/// same time nothing is told again.
+/// How long after a repair a consumer without problems counts as repaired, though no message came: a later stall is
+/// another one. Within this time no further stall is reported.
 const CALM: Duration = Duration::from_secs(60);
-/// So many runs in a row that stalled, without any progress, mean that new connections do not help.
+/// Number of runs in a row, stalled without any progress, after which new connections do not help.
 const RUNS: u32 = 3;
 
-/// What can be known of a run.
+/// The observable state of a run.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::copy) struct Seen {
+pub(in crate::copy) struct Observation {
     /// A pull is open: the server owes deliveries, or signs of life.
     pub asking: bool,
     /// Newest source sequence that was delivered.
     pub delivered: u64,
     /// Newest source sequence that was handed out.
     pub handed_out: u64,
-    /// Messages that wait, as the consumer said last.
+    /// Messages that wait, by the consumer's last answer.
     pub pending: u64,
-    /// Last sequence of the source stream, as the server said last; it may be out of scope.
+    /// Last sequence of the source stream, by the server's last answer; it may be out of scope.
     pub last_seq: u64,
-    /// When the consumer gave its last sign of life, or was asked for the first.
+    /// When the consumer gave its last sign of life, or the first was requested.
     pub consumer_heard: Instant,
-    /// When anything came over the source's connection.
+    /// When a byte last came over the source's connection.
     pub source_heard: Instant,
-    /// A message is arriving from the source: nothing can come before it is complete.
+    /// A message is arriving from the source: no other can come before it is complete.
     pub receiving: bool,
-    /// When bytes arrived from the source last that did not complete a message.
+    /// When bytes last arrived from the source that did not complete a message.
     pub source_partial: Instant,
     /// Messages sent that are not settled.
-    pub in_air: usize,
-    /// A message is here and not sent.
+    pub in_flight: usize,
+    /// A message was read and is not sent.
     pub waiting: bool,
-    /// It waits on purpose: for a limit of the rate, or for dead letters before it.
+    /// It is delayed by intention: for a limit of the rate, or for dead letters before it.
     pub held_back: bool,
-    /// When something settled or was skipped last.
+    /// When a message last settled or was skipped.
     pub settled: Instant,
-    /// When the target last took some of what was waiting on the way there.
+    /// When the target last accepted some of the waiting output.
     pub drained: Instant,
-    /// Bytes that it has not taken yet.
+    /// Bytes that it has not accepted yet.
     pub unwritten: usize,
 }
 
-/// What to do.
+/// The decision of the watchdog.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::copy) enum Action {
-    /// Ask the server what its consumer has.
+pub(in crate::copy) enum WatchdogAction {
+    /// Ask the server for the state of its consumer.
     Ask,
-    /// Make the consumer anew, inside the run.
+    /// Recreate the consumer, inside the run.
     Renew {
-        /// What was seen.
+        /// The observation.
         reason: String,
-        /// Whether people should know.
-        tell: Tell,
+        /// Whether to report it.
+        reporting: Reporting,
     },
     /// End the run.
     GiveUp {
-        /// What was seen.
+        /// The observation.
         reason: String,
     },
-    /// It is over, and was told.
+    /// A reported stall is over.
     Repaired,
 }
 
-/// Whether a stall is told.
+/// Whether a stall is counted and reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::copy) enum Tell {
-    /// It is none: nobody pulled for so long that the server had to forget its consumer.
+pub(in crate::copy) enum Reporting {
+    /// No stall: no pull was open for longer than the server keeps an idle consumer.
     Nothing,
-    /// It is counted; one like it was told a moment ago.
+    /// Counted; a similar one was reported a moment ago.
     Count,
-    /// It is counted and told.
+    /// Counted and reported.
     All,
 }
 
-/// What the server says of a consumer.
+/// The server's answer about a consumer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::copy) enum Consumer {
     /// So many messages wait for it.
     Has(u64),
-    /// There is none.
+    /// There is no such consumer.
     Gone,
 }
 
 /// Watches one run.
 #[derive(Debug)]
 pub(in crate::copy) struct Watchdog {
-    /// Newest source sequence that was delivered, and when, or when nothing more was owed.
+    /// Newest source sequence that was delivered, and when, or when no more was owed.
     delivered: (u64, Instant),
     handed_out: u64,
     asked: Option<Instant>,
-    /// Since when the server says that its consumer has something.
+    /// Since when the consumer has messages, as the server said.
     owed: Option<Instant>,
-    /// The source's last sequence when the server said that nothing up to it waits.
+    /// The source's last sequence when the server said that no message up to it waits.
     cleared: u64,
-    /// Since when the consumer is being made anew.
+    /// When the recreation of the consumer began, if it is under way.
     renewing: Option<Instant>,
-    /// When that was done last, and what had been handed out by then.
+    /// When the last one ended, and the newest sequence that had been handed out by then.
     renewed: Option<(Instant, u64)>,
     told: Option<Instant>,
-    /// A stall was told and is not over.
+    /// A stall was reported and is not over.
     open: bool,
-    /// When the target moved.
+    /// When the target last made progress.
     moved: Instant,
 }
 
 impl Watchdog {
-    /// For a run that begins behind a source sequence.
+    /// For a run that begins after a source sequence.
     pub fn new(now: Instant, position: u64) -> Self {
         Self {
             delivered: (position, now),
@@ -152,38 +152,38 @@ impl Watchdog {
         }
     }
 
-    /// To be called now and then, and every second while [`Self::is_alert`].
-    pub fn look(&mut self, now: Instant, seen: &Seen) -> Option<Action> {
+    /// Decides; to be called now and then, and every second while [`Self::is_alert`].
+    pub fn check(&mut self, now: Instant, seen: &Observation) -> Option<WatchdogAction> {
         if let Some(reason) = self.target_stalls(now, seen) {
-            return Some(Action::GiveUp { reason });
+            return Some(WatchdogAction::GiveUp { reason });
         }
         if let Some(since) = self.renewing {
-            // The answer may be queued after what the consumer before had in flight.
+            // The answer may be queued after messages of the former consumer that were in flight.
             let late = now.duration_since(since.max(seen.source_partial)) > ANSWER;
-            return late.then(|| Action::GiveUp { reason: format!("no new consumer within {ANSWER:?}") });
+            return late.then(|| WatchdogAction::GiveUp { reason: format!("no new consumer within {ANSWER:?}") });
         }
         self.note_progress(now, seen);
         if self.open && (self.renewed.is_none() || seen.pending == 0) {
             self.open = false;
-            return Some(Action::Repaired);
+            return Some(WatchdogAction::Repaired);
         }
         if !seen.asking || seen.receiving {
             return None;
         }
         let silent = now.duration_since(seen.consumer_heard);
         if silent >= SILENCE && self.asked_since(seen.consumer_heard) && !self.asked_within(now, SILENCE - MISSED) {
-            // On a connection that lives the consumer is lost.
+            // On a working connection the consumer is lost.
             let alive = seen.source_heard > seen.consumer_heard;
             let reason = format!("it is silent for {SILENCE:?}");
             return Some(if alive {
                 self.renew(now, reason)
             } else {
-                Action::GiveUp { reason: format!("nothing came from the source for {SILENCE:?}") }
+                WatchdogAction::GiveUp { reason: format!("nothing came from the source for {SILENCE:?}") }
             });
         }
         if silent >= MISSED && !self.asked_since(seen.consumer_heard) {
             self.asked = Some(now);
-            return Some(Action::Ask);
+            return Some(WatchdogAction::Ask);
         }
         if self.owed.is_some_and(|since| now.duration_since(since) >= OWED) {
             return Some(self.renew(now, "it delivers nothing, though messages wait for it".to_owned()));
@@ -191,13 +191,13 @@ impl Watchdog {
         let recently = self.asked.is_some_and(|asked| now.duration_since(asked) < ASK_EVERY);
         if self.owed.is_none() && !recently && now.duration_since(self.delivered.1) >= QUIET {
             self.asked = Some(now);
-            return Some(Action::Ask);
+            return Some(WatchdogAction::Ask);
         }
         None
     }
 
-    /// When a consumer that owes a sign of life, and gave its last one at `heard`, has to be looked at; `None` when it was.
-    /// A sign of life that comes moves it on, which wakes nobody beside.
+    /// When a consumer that owes a sign of life, and gave its last one at `heard`, has to be checked; `None` after that
+    /// check. Each sign of life moves this time, without an extra wake-up.
     pub fn silent_at(&self, now: Instant, heard: Instant) -> Option<Instant> {
         let at = match self.asked {
             Some(asked) if self.asked_since(heard) => asked + (SILENCE - MISSED),
@@ -214,18 +214,19 @@ impl Watchdog {
         self.asked.is_some_and(|asked| asked >= heard + MISSED)
     }
 
-    /// Whether a stall was reported, and its end not yet.
+    /// Whether a stall was reported, and its end is not yet.
     pub fn is_open(&self) -> bool {
         self.open
     }
 
-    /// Whether a stall is suspected or being repaired: what comes next is due soon.
+    /// Whether a stall is suspected or being repaired: the next check is due soon.
     pub fn is_alert(&self) -> bool {
         self.owed.is_some() || self.renewing.is_some() || self.open
     }
 
-    /// The answer to [`Action::Ask`]; `last_seq` is the source's last sequence as far as known when it was asked.
-    pub fn answered(&mut self, now: Instant, consumer: Consumer, last_seq: u64) -> Option<Action> {
+    /// The answer to [`WatchdogAction::Ask`]; `last_seq` is the source's last sequence as far as known when it was
+    /// asked.
+    pub fn answered(&mut self, now: Instant, consumer: Consumer, last_seq: u64) -> Option<WatchdogAction> {
         match consumer {
             Consumer::Gone => Some(self.renew(now, "the server has it no more".to_owned())),
             Consumer::Has(0) => {
@@ -240,38 +241,38 @@ impl Watchdog {
         }
     }
 
-    /// The consumer is of no use any more; `forgotten` if the server had to forget it.
-    pub fn lost(&mut self, now: Instant, seen: &Seen, reason: String, forgotten: bool) -> Action {
+    /// The consumer is no longer usable; `forgotten` if the server had to forget it.
+    pub fn lost(&mut self, now: Instant, seen: &Observation, reason: String, forgotten: bool) -> WatchdogAction {
         self.note_progress(now, seen);
         if forgotten {
             self.renewing = Some(now);
-            return Action::Renew { reason, tell: Tell::Nothing };
+            return WatchdogAction::Renew { reason, reporting: Reporting::Nothing };
         }
         self.renew(now, reason)
     }
 
-    /// There is a new consumer.
+    /// The new consumer is created.
     pub fn renewed(&mut self, now: Instant) {
         self.renewing = None;
         self.renewed = Some((now, self.handed_out));
         (self.delivered.1, self.owed, self.asked) = (now, None, None);
     }
 
-    fn renew(&mut self, now: Instant, reason: String) -> Action {
+    fn renew(&mut self, now: Instant, reason: String) -> WatchdogAction {
         if self.renewed.is_some() {
-            return Action::GiveUp { reason: format!("{reason}; a new one did not help") };
+            return WatchdogAction::GiveUp { reason: format!("{reason}; a new one did not help") };
         }
         self.renewing = Some(now);
-        let mut tell = Tell::Count;
+        let mut reporting = Reporting::Count;
         if self.told.is_none_or(|told| now.duration_since(told) >= CALM) {
             self.told = Some(now);
             self.open = true;
-            tell = Tell::All;
+            reporting = Reporting::All;
         }
-        Action::Renew { reason, tell }
+        WatchdogAction::Renew { reason, reporting }
     }
 
-    fn note_progress(&mut self, now: Instant, seen: &Seen) {
+    fn note_progress(&mut self, now: Instant, seen: &Observation) {
         let more = seen.pending > 0 || seen.last_seq > seen.delivered.max(self.cleared);
         if seen.delivered != self.delivered.0 || !seen.asking || !more || seen.receiving {
             self.delivered = (seen.delivered, now);
@@ -283,20 +284,20 @@ impl Watchdog {
         }
     }
 
-    /// Nothing settles, and nothing goes out.
-    fn target_stalls(&mut self, now: Instant, seen: &Seen) -> Option<String> {
-        let nothing_due = seen.in_air == 0 && (!seen.waiting || seen.held_back);
+    /// Why the target counts as stalled: no message settles, and no output is accepted.
+    fn target_stalls(&mut self, now: Instant, seen: &Observation) -> Option<String> {
+        let nothing_due = seen.in_flight == 0 && (!seen.waiting || seen.held_back);
         if nothing_due {
             self.moved = now;
         }
-        // A connection that is slow moves; what it takes while nothing waits are signs of life.
+        // A slow connection makes progress; bytes that it accepts while no message waits are signs of life.
         self.moved = self.moved.max(seen.settled).max(seen.drained);
         if now.duration_since(self.moved) <= STALL {
             return None;
         }
-        let Seen { in_air, unwritten, .. } = seen;
+        let Observation { in_flight, unwritten, .. } = seen;
         Some(match unwritten {
-            0 => format!("nothing moved for {STALL:?}: {in_air} messages wait for the target's confirmation"),
+            0 => format!("nothing moved for {STALL:?}: {in_flight} messages wait for the target's confirmation"),
             _ => format!("nothing moved for {STALL:?}: the target's connection does not take {unwritten} bytes"),
         })
     }
@@ -315,7 +316,7 @@ impl Escalation {
         self.stalled = 0;
     }
 
-    /// A run ended with an error: what has to be made anew.
+    /// A run ended with an error: the step to take.
     pub fn failed(&mut self, error: &Error) -> Step {
         if error.kind == ErrorKind::Retry && error.stalled {
             self.stalled += 1;
@@ -333,8 +334,8 @@ mod tests {
     use super::*;
 
     /// A run in good order that has something to do on both sides.
-    fn seen(now: Instant) -> Seen {
-        Seen {
+    fn seen(now: Instant) -> Observation {
+        Observation {
             asking: true,
             delivered: 10,
             handed_out: 10,
@@ -344,7 +345,7 @@ mod tests {
             source_heard: now,
             receiving: false,
             source_partial: now,
-            in_air: 3,
+            in_flight: 3,
             waiting: false,
             held_back: false,
             settled: now,
@@ -353,45 +354,46 @@ mod tests {
         }
     }
 
-    fn short(action: Option<Action>) -> Option<&'static str> {
+    fn short(action: Option<WatchdogAction>) -> Option<&'static str> {
         action.map(|action| match action {
-            Action::Ask => "ask",
-            Action::Renew { tell: Tell::All, .. } => "renew",
-            Action::Renew { tell: Tell::Count, .. } => "renew and count",
-            Action::Renew { tell: Tell::Nothing, .. } => "renew quietly",
-            Action::GiveUp { .. } => "give up",
-            Action::Repaired => "repaired",
+            WatchdogAction::Ask => "ask",
+            WatchdogAction::Renew { reporting: Reporting::All, .. } => "renew",
+            WatchdogAction::Renew { reporting: Reporting::Count, .. } => "renew and count",
+            WatchdogAction::Renew { reporting: Reporting::Nothing, .. } => "renew quietly",
+            WatchdogAction::GiveUp { .. } => "give up",
+            WatchdogAction::Repaired => "repaired",
         })
     }
 
-    /// What is done first and when (s), if it looks like this at every second of a minute.
-    fn first(change: impl Fn(u64, Instant, &mut Seen)) -> Option<(u64, &'static str)> {
+    /// The first action and when (s), with this observation at every second of a minute.
+    fn first(change: impl Fn(u64, Instant, &mut Observation)) -> Option<(u64, &'static str)> {
         let began = Instant::now();
         let mut watchdog = Watchdog::new(began, 10);
         (0..=60).find_map(|second| {
             let now = began + Duration::from_secs(second);
             let mut seen = seen(now);
             change(second, began, &mut seen);
-            short(watchdog.look(now, &seen)).map(|action| (second, action))
+            short(watchdog.check(now, &seen)).map(|action| (second, action))
         })
     }
 
     #[test]
     fn what_waits_on_purpose_or_moves_is_no_stall() {
-        type Change = fn(u64, Instant, &mut Seen);
+        type Change = fn(u64, Instant, &mut Observation);
         let table: [(&str, Change); 8] = [
             ("deliveries come", |second, _, seen| seen.delivered = 10 + second),
             ("no lag", |_, _, seen| (seen.pending, seen.last_seq) = (0, 10)),
             ("no pull is open", |_, began, seen| (seen.asking, seen.consumer_heard) = (false, began)),
             ("a large message arrives", |_, began, seen| (seen.receiving, seen.consumer_heard) = (true, began)),
             ("nothing to send", |_, began, seen| {
-                *seen = Seen { delivered: 10, pending: 0, last_seq: 10, in_air: 0, settled: began, ..*seen }
+                *seen = Observation { delivered: 10, pending: 0, last_seq: 10, in_flight: 0, settled: began, ..*seen }
             }),
             ("a limit of the rate", |_, began, seen| {
-                *seen = Seen { asking: false, in_air: 0, waiting: true, held_back: true, settled: began, ..*seen }
+                *seen =
+                    Observation { asking: false, in_flight: 0, waiting: true, held_back: true, settled: began, ..*seen }
             }),
             ("the target's connection is slow", |_, began, seen| {
-                *seen = Seen { asking: false, unwritten: 900_000, settled: began, ..*seen }
+                *seen = Observation { asking: false, unwritten: 900_000, settled: began, ..*seen }
             }),
             ("a window that drains slowly", |second, began, seen| {
                 seen.asking = false;
@@ -405,7 +407,7 @@ mod tests {
 
     #[test]
     fn each_stall_has_its_step_and_its_time() {
-        type Change = fn(u64, Instant, &mut Seen);
+        type Change = fn(u64, Instant, &mut Observation);
         let table: [(&str, Change, (u64, &str)); 5] = [
             ("nothing is delivered", |_, _, _| {}, (5, "ask")),
             ("and only the stream knows", |_, _, seen| seen.pending = 0, (5, "ask")),
@@ -417,14 +419,16 @@ mod tests {
             (
                 // What is answered is no progress; that a PING counts as little is for the lane to say.
                 "and its connection lives",
-                |second, began, seen| *seen = Seen { delivered: 10 + second, settled: began, drained: began, ..*seen },
+                |second, began, seen| {
+                    *seen = Observation { delivered: 10 + second, settled: began, drained: began, ..*seen }
+                },
                 (31, "give up"),
             ),
             (
                 "the target's connection takes nothing",
                 |second, began, seen| {
                     let delivered = 10 + second;
-                    *seen = Seen { delivered, settled: began, drained: began, unwritten: 5_000, ..*seen }
+                    *seen = Observation { delivered, settled: began, drained: began, unwritten: 5_000, ..*seen }
                 },
                 (31, "give up"),
             ),
@@ -442,8 +446,8 @@ mod tests {
             let done = (0..=7).filter_map(|second| {
                 let now = began + Duration::from_secs(second);
                 let source_heard = if lives { now } else { began };
-                let seen = Seen { pending: 0, last_seq: 10, consumer_heard: began, source_heard, ..seen(now) };
-                short(watchdog.look(now, &seen)).map(|action| (second, action))
+                let seen = Observation { pending: 0, last_seq: 10, consumer_heard: began, source_heard, ..seen(now) };
+                short(watchdog.check(now, &seen)).map(|action| (second, action))
             });
             assert_eq!(done.collect::<Vec<_>>(), expect);
         };
@@ -458,14 +462,14 @@ mod tests {
         let mut watchdog = Watchdog::new(began, 10);
         assert_eq!(watchdog.silent_at(began, began), Some(at(3_500)));
         assert_eq!(watchdog.silent_at(at(3_000), at(2_500)), Some(at(6_000)), "a sign of life moves it on");
-        // It was looked at a little late.
+        // It was checked a little late.
         assert_eq!(watchdog.silent_at(at(3_600), began), None);
-        let silent = Seen { pending: 0, last_seq: 10, consumer_heard: began, ..seen(at(3_600)) };
-        assert_eq!(short(watchdog.look(at(3_600), &silent)), Some("ask"));
+        let silent = Observation { pending: 0, last_seq: 10, consumer_heard: began, ..seen(at(3_600)) };
+        assert_eq!(short(watchdog.check(at(3_600), &silent)), Some("ask"));
         assert_eq!(watchdog.silent_at(at(3_700), began), Some(at(6_100)));
-        assert_eq!(short(watchdog.look(at(6_100), &silent)), Some("renew"));
+        assert_eq!(short(watchdog.check(at(6_100), &silent)), Some("renew"));
         assert_eq!(watchdog.silent_at(at(6_100), began), None);
-        // What was asked before the last sign of life says nothing of a silence after it.
+        // An answer from before the last sign of life proves nothing about a silence after it.
         assert_eq!(watchdog.silent_at(at(6_200), at(6_150)), Some(at(9_650)));
     }
 
@@ -473,7 +477,7 @@ mod tests {
     struct Story {
         watchdog: Watchdog,
         began: Instant,
-        seen: Seen,
+        seen: Observation,
     }
 
     impl Story {
@@ -486,11 +490,11 @@ mod tests {
             self.began + Duration::from_secs(second)
         }
 
-        fn look(&mut self, second: u64) -> Option<&'static str> {
+        fn check(&mut self, second: u64) -> Option<&'static str> {
             let now = self.at(second);
             let (consumer_heard, source_heard, settled) = (now, now, now);
-            self.seen = Seen { consumer_heard, source_heard, settled, ..self.seen };
-            short(self.watchdog.look(now, &self.seen))
+            self.seen = Observation { consumer_heard, source_heard, settled, ..self.seen };
+            short(self.watchdog.check(now, &self.seen))
         }
 
         fn lost(&mut self, second: u64, forgotten: bool) -> Option<&'static str> {
@@ -506,17 +510,17 @@ mod tests {
     #[test]
     fn a_consumer_that_owes_messages_is_renewed_once() {
         let mut story = Story::begin();
-        assert_eq!(story.look(5), Some("ask"));
+        assert_eq!(story.check(5), Some("ask"));
         assert_eq!(story.answered(5, Consumer::Has(5)), None);
         assert!(story.watchdog.is_alert());
-        assert_eq!(story.look(6), None);
-        assert_eq!(story.look(7), Some("renew"));
-        assert_eq!(story.look(8), None);
+        assert_eq!(story.check(6), None);
+        assert_eq!(story.check(7), Some("renew"));
+        assert_eq!(story.check(8), None);
         story.watchdog.renewed(story.at(8));
-        assert_eq!(story.look(9), None);
-        assert_eq!(story.look(13), Some("ask"));
+        assert_eq!(story.check(9), None);
+        assert_eq!(story.check(13), Some("ask"));
         assert_eq!(story.answered(13, Consumer::Has(5)), None);
-        assert_eq!(story.look(15), Some("give up"));
+        assert_eq!(story.check(15), Some("give up"));
     }
 
     #[test]
@@ -524,15 +528,15 @@ mod tests {
         let mut story = Story::begin();
         assert_eq!(story.lost(1, false), Some("renew"));
         story.watchdog.renewed(story.at(2));
-        assert_eq!(story.look(2), None);
+        assert_eq!(story.check(2), None);
         (story.seen.delivered, story.seen.handed_out) = (11, 11);
-        assert_eq!(story.look(3), Some("repaired"));
+        assert_eq!(story.check(3), Some("repaired"));
         assert!(!story.watchdog.is_alert());
-        // Within a minute it is repaired, and not told again.
+        // Within a minute it is repaired, and not reported again.
         assert_eq!(story.lost(4, false), Some("renew and count"));
         story.watchdog.renewed(story.at(5));
         (story.seen.delivered, story.seen.handed_out) = (12, 12);
-        assert_eq!(story.look(6), None);
+        assert_eq!(story.check(6), None);
         assert_eq!(story.lost(90, false), Some("renew"));
     }
 
@@ -542,10 +546,10 @@ mod tests {
         (story.seen.pending, story.seen.last_seq) = (0, 10);
         assert_eq!(story.lost(1, false), Some("renew"));
         story.watchdog.renewed(story.at(2));
-        assert_eq!(story.look(2), Some("repaired"));
+        assert_eq!(story.check(2), Some("repaired"));
         let mut soon = Story { watchdog: story.watchdog, ..story };
-        assert_eq!(soon.look(61), None);
-        assert_eq!(soon.look(62), None);
+        assert_eq!(soon.check(61), None);
+        assert_eq!(soon.check(62), None);
         assert_eq!(soon.lost(63, false), Some("renew"));
         soon.watchdog.renewed(soon.at(64));
         assert_eq!(soon.lost(70, false), Some("give up"));
@@ -555,8 +559,8 @@ mod tests {
     fn an_expired_consumer_is_renewed_without_an_event() {
         let mut story = Story::begin();
         assert_eq!(story.lost(1, true), Some("renew quietly"));
-        assert_eq!(story.look(6), None);
-        assert_eq!(story.look(7), Some("give up"));
+        assert_eq!(story.check(6), None);
+        assert_eq!(story.check(7), Some("give up"));
     }
 
     #[test]
@@ -565,21 +569,21 @@ mod tests {
         assert_eq!(story.lost(1, true), Some("renew quietly"));
         for second in 2..=60 {
             story.seen.source_partial = story.at(second);
-            assert_eq!(story.look(second), None, "{second}");
+            assert_eq!(story.check(second), None, "{second}");
         }
-        assert_eq!((story.look(65), story.look(66)), (None, Some("give up")));
+        assert_eq!((story.check(65), story.check(66)), (None, Some("give up")));
     }
 
     #[test]
     fn out_of_scope_is_asked_about_once() {
         let mut story = Story::begin();
         story.seen.pending = 0;
-        assert_eq!(story.look(5), Some("ask"));
+        assert_eq!(story.check(5), Some("ask"));
         assert_eq!(story.answered(5, Consumer::Has(0)), None);
-        assert_eq!((20..=40).find_map(|second| story.look(second)), None);
+        assert_eq!((20..=40).find_map(|second| story.check(second)), None);
         // Something newer lies there, in scope or not.
         story.seen.last_seq = 16;
-        assert_eq!((41..=60).find_map(|second| Some((second, story.look(second)?))), Some((45, "ask")));
+        assert_eq!((41..=60).find_map(|second| Some((second, story.check(second)?))), Some((45, "ask")));
         assert_eq!(story.answered(46, Consumer::Gone), Some("renew"));
     }
 

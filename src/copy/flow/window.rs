@@ -1,13 +1,13 @@
-//! What was handed out and is not settled yet: the longest settled prefix is the position. Pure.
+//! Messages that were handed out and are not settled yet: the end of the longest settled prefix is the position. Pure.
 
 use std::collections::VecDeque;
 
-/// A message's place in the source stream.
+/// Sequence and time of a message in the source stream.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SourcePoint {
-    /// Sequence; 0 stands before the first message.
+    /// Sequence; 0 is before the first message.
     pub seq: u64,
-    /// Stored time, nanoseconds since the Unix epoch; `None` where nothing was stored or known.
+    /// Stored time, nanoseconds since the Unix epoch; `None` where no message was stored or its time is not known.
     pub time_ns: Option<i64>,
 }
 
@@ -16,14 +16,14 @@ pub struct SourcePoint {
 pub struct TargetPoint {
     /// Target sequence.
     pub seq: u64,
-    /// Source sequence of the message that lies there.
+    /// Source sequence of the message.
     pub source_seq: u64,
 }
 
 /// Names one message that was handed out. Numbers grow by one per message.
 pub type Token = u64;
 
-/// A settlement that cannot be: a bug here or an ack that is not ours.
+/// An impossible settlement: a bug here or an ack that is not ours.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WindowError {
     /// The same message settled before.
@@ -37,7 +37,7 @@ pub enum WindowError {
 #[derive(Debug)]
 struct Entry {
     own: SourcePoint,
-    /// Own place, or that of the last skipped message behind it.
+    /// Own source point, or that of the last skipped message after it.
     through: SourcePoint,
     bytes: usize,
     read_at: u64,
@@ -63,14 +63,14 @@ pub struct Window {
     position: SourcePoint,
     target: Option<TargetPoint>,
     last_popped: u64,
-    /// The known place at the target goes no further.
+    /// The known target sequence does not move beyond this.
     target_limit: u64,
-    /// The known place at the target stays until this message has left too.
+    /// The known target sequence does not move until this message has left too.
     keep_through: Token,
 }
 
 impl Window {
-    /// An empty window behind a position.
+    /// An empty window after a position.
     pub fn new(position: SourcePoint, target: Option<TargetPoint>) -> Self {
         Self {
             entries: VecDeque::new(),
@@ -89,7 +89,7 @@ impl Window {
         self.position
     }
 
-    /// The newest message of ours in the settled prefix whose place at the target is known.
+    /// The newest message of ours in the settled prefix whose target sequence is known.
     pub fn target(&self) -> Option<TargetPoint> {
         self.target
     }
@@ -114,12 +114,12 @@ impl Window {
         self.entries.front().map(|entry| entry.own)
     }
 
-    /// The newest place that was handed out or skipped.
+    /// The newest source point that was handed out or skipped.
     pub fn newest(&self) -> SourcePoint {
         self.entries.back().map_or(self.position, |entry| entry.through)
     }
 
-    /// Takes a message that is about to be sent. `target_seq` is its place at the target where the chain fixes
+    /// Adds a message that is about to be sent. `target_seq` is its target sequence where the chain determines
     /// it beforehand.
     pub fn hand_out(&mut self, source: SourcePoint, bytes: usize, read_at: u64, target_seq: Option<u64>) -> Token {
         self.entries.push_back(Entry { own: source, through: source, bytes, read_at, settled: false, target_seq });
@@ -127,7 +127,7 @@ impl Window {
         self.first + self.entries.len() as u64 - 1
     }
 
-    /// Takes a message that is not sent: it settles with the ones before it.
+    /// Adds a message that is not sent: it settles with the ones before it.
     pub fn skip(&mut self, source: SourcePoint) {
         match self.entries.back_mut() {
             Some(entry) => entry.through = source,
@@ -135,14 +135,14 @@ impl Window {
         }
     }
 
-    /// The known place at the target moves no further than this sequence, for messages of ours that have not come by may
-    /// lie behind it: a search for what is behind the position begins at the known place.
+    /// The known target sequence does not move beyond `limit`, because messages of ours that were not met yet may
+    /// come after it: a search for messages after the position begins at the known target sequence.
     pub fn limit_target(&mut self, limit: u64) {
         self.target_limit = limit;
     }
 
-    /// Takes a message that lies at the target already. It settles with the ones before it, and may lie before them:
-    /// until they have left, the known place at the target stays where it is.
+    /// Adds a message that the target already has. It settles with the ones before it, and its target sequence may be
+    /// lower than theirs: until they have left, the known target sequence does not move.
     pub fn stored_before(&mut self, source: SourcePoint, target_seq: u64) {
         self.skip(source);
         if !self.entries.is_empty() {
@@ -164,8 +164,8 @@ impl Window {
         Ok(())
     }
 
-    /// Notes where a message lies at the target, if it is still here or was the last to leave.
-    pub fn place(&mut self, token: Token, target_seq: u64) {
+    /// Notes the target sequence of a message, if it is still here or was the last to leave.
+    pub fn set_target_seq(&mut self, token: Token, target_seq: u64) {
         if token + 1 == self.first {
             if target_seq > self.target_limit || token < self.keep_through {
                 return;
@@ -178,20 +178,20 @@ impl Window {
         }
     }
 
-    /// The source place of a message that is still here.
+    /// The source point of a message that is still here.
     pub fn source_of(&self, token: Token) -> Option<SourcePoint> {
         let index = token.checked_sub(self.first)?;
         self.entries.get(index as usize).map(|entry| entry.own)
     }
 
-    /// The place at the target of a message that is still here, where it is known.
-    pub fn place_of(&self, token: Token) -> Option<u64> {
+    /// The target sequence of a message that is still here, if it is known.
+    pub fn target_seq_of(&self, token: Token) -> Option<u64> {
         let index = token.checked_sub(self.first)?;
         self.entries.get(index as usize).and_then(|entry| entry.target_seq)
     }
 
-    /// Messages handed out that are not settled, wherever they stand.
-    pub fn in_air(&self) -> usize {
+    /// Messages handed out that are not settled, in the settled prefix or after it.
+    pub fn in_flight(&self) -> usize {
         self.entries.iter().filter(|entry| !entry.settled).count()
     }
 
@@ -207,7 +207,7 @@ impl Window {
         Ok(())
     }
 
-    /// Takes the next message off the settled prefix and moves the position behind it.
+    /// Removes the next message of the settled prefix and moves the position to it.
     pub fn pop(&mut self) -> Option<Done> {
         if !self.entries.front()?.settled {
             return None;
@@ -297,7 +297,7 @@ mod tests {
         let tokens: Vec<_> = (1..=2).map(|seq| window.hand_out(at(seq), 1, 0, None)).collect();
         window.stored_before(at(3), 4);
         window.settle(tokens[0], Some(9)).unwrap();
-        // A search behind 9 would not find message 3, which lies at 4.
+        // A search after 9 would not find message 3, which is at 4.
         assert_eq!((drain(&mut window), window.position()), (1, at(1)));
         assert_eq!(window.target().map(|target| target.seq), Some(3));
         window.settle(tokens[1], Some(10)).unwrap();
@@ -328,7 +328,7 @@ mod tests {
         window.settle(tokens[0], Some(1)).unwrap();
         window.settle(tokens[1], Some(3)).unwrap();
         assert_eq!((drain(&mut window), window.position()), (2, at(2)));
-        // Not nothing: a target that loses all could not be told from one that nothing was sent to.
+        // A known sequence: otherwise a target that loses everything looks like one without any copy.
         assert_eq!(window.target(), Some(TargetPoint { seq: 1, source_seq: 1 }));
     }
 

@@ -1,5 +1,5 @@
-//! Reading streams for [`super::find`]: messages of ours at the target, in pieces of bounded size, and what the source says
-//! of them. What a search keeps is bounded by what can be in flight, not by the length of the target.
+//! Reads streams for [`super::find`]: messages of ours at the target, in pieces of bounded size, and which of them the
+//! source has. A search keeps as many messages as can be in flight, however long the target is.
 
 use std::{collections::HashMap, future::Future};
 
@@ -14,7 +14,7 @@ use crate::{
         source::{durable::Durable, locate, reader::scan},
         target::{
             mode::Foreign,
-            provenance::{Other, Tag},
+            provenance::{OtherSiteCopy, Tag},
         },
     },
     status::OnlyAtTarget,
@@ -29,19 +29,19 @@ const SEARCH_MOST: u64 = 65_536;
 /// So many messages of ours at the end of the target are kept at most, unless more can be in flight.
 const KEPT: usize = 262_144;
 
-/// What a look at a range of the target found beside messages of ours.
+/// Everything in a range of the target beside messages of ours.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
-    /// Messages of anybody.
+pub(super) struct RangeFindings {
+    /// Messages of all writers.
     pub messages: u64,
-    /// The newest that is not ours.
+    /// The newest message of another writer.
     pub foreign: Option<Foreign>,
-    /// Those that differ from ours in the site alone, if they are asked for.
-    pub others: Option<Vec<Other>>,
+    /// Messages that differ from ours in the site alone, if they are requested.
+    pub others: Option<Vec<OtherSiteCopy>>,
 }
 
-impl Seen {
-    /// A message that is not ours.
+impl RangeFindings {
+    /// Notes a message of another writer.
     fn foreign(&mut self, tag: &Tag, header: &[u8], foreign: Foreign) {
         if let Some(others) = &mut self.others {
             others.extend(tag.other_site(header));
@@ -53,42 +53,42 @@ impl Seen {
 /// Messages of ours at the end of the target, in target order.
 #[derive(Debug)]
 pub(super) struct Tail {
-    /// The last one is the newest that the source knows.
+    /// The last one is the newest that the source has.
     pub ours: Vec<Ours>,
     /// Whether these are all that were ever stored.
     pub whole: bool,
 }
 
-/// What a search for the newest message of ours that the source knows found.
+/// The result of a search for the newest message of ours that the source has.
 #[derive(Debug, Default)]
 pub(super) struct Search {
     /// That message, and as many before it as can matter.
     pub tail: Option<Tail>,
-    /// What lies behind it, which the source does not have.
+    /// Messages of ours after it, which the source does not have.
     pub lost: OnlyAtTarget,
 }
 
-/// What a range of the target has of ours.
+/// Messages of ours in a range of the target.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
     /// In target order; the newest, where there are many.
     pub ours: Vec<Ours>,
-    /// Whether older ones were left out: more than can have been stored before any that is missing.
+    /// Whether older ones were dropped: more than can have been stored before any that is missing.
     pub is_cut: bool,
 }
 
-/// What the source says of several messages.
+/// The source's answer for several messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Match {
-    /// It has this one, and none of those behind it.
+    /// It has this one, and none of those after it.
     At(usize),
-    /// It has none of them, and nothing in their places.
+    /// It has none of them, and no messages at their sequences.
     Nothing,
-    /// It has none of them, but others in their places.
+    /// It has none of them, but other messages at their sequences.
     Contradiction,
 }
 
-/// What it takes to believe that a message of ours came from this source.
+/// The evidence that is required to believe that a message of ours came from this source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Proof {
     /// The source still has it.
@@ -105,7 +105,7 @@ impl Sides<'_> {
     ) -> Result<HashMap<u64, i64>, Error> {
         let (low, high) = (seqs.clone().min().unwrap_or_default(), seqs.clone().max().unwrap_or_default());
         let high = high.min(self.source.state.last_seq);
-        // `None` until it was found. What lies between those that are asked for is not kept.
+        // `None` until it was found. Messages between the requested ones are not kept.
         let mut times: HashMap<u64, Option<i64>> = seqs.map(|seq| (seq, None)).collect();
         let mut note = |seq: u64, time_ns: i64| {
             if let Some(time) = times.get_mut(&seq) {
@@ -126,19 +126,19 @@ impl Sides<'_> {
         Ok(times.into_iter().filter_map(|(seq, time)| Some((seq, time?))).collect())
     }
 
-    /// Messages of ours in a range of the target, and the newest that is not.
-    pub(super) async fn between(&mut self, from: u64, to: u64, seen: &mut Seen) -> Result<Vec<Ours>, Error> {
+    /// Messages of ours in a range of the target; `seen` gets the newest of another writer.
+    pub(super) async fn between(&mut self, from: u64, to: u64, seen: &mut RangeFindings) -> Result<Vec<Ours>, Error> {
         let mut found = Vec::new();
         self.each_between(from, to, seen, |ours| found.push(ours)).await?;
         Ok(found)
     }
 
-    /// The same of those that are `wanted`, of many only the newest.
+    /// The same for messages that are `wanted`; only the newest, where there are many.
     pub(super) async fn newest_between(
         &mut self,
         from: u64,
         to: u64,
-        seen: &mut Seen,
+        seen: &mut RangeFindings,
         wanted: impl Fn(&Ours) -> bool,
     ) -> Result<Kept, Error> {
         let (mut kept, most) = (Kept::default(), self.most_kept());
@@ -160,7 +160,7 @@ impl Sides<'_> {
         &mut self,
         from: u64,
         to: u64,
-        seen: &mut Seen,
+        seen: &mut RangeFindings,
         mut each: impl FnMut(Ours),
     ) -> Result<(), Error> {
         let (tag, by_subject) = (self.tag, self.keeps() > 0);
@@ -208,13 +208,14 @@ impl Sides<'_> {
         let to = last.min(first.saturating_add(SEARCH_MOST - 1));
         let mut found = None;
         if first <= to {
-            self.each_between(first, to, &mut Seen::default(), |ours| _ = found.get_or_insert(ours)).await?;
+            self.each_between(first, to, &mut RangeFindings::default(), |ours| _ = found.get_or_insert(ours)).await?;
         }
         Ok(found)
     }
 
-    /// All messages of ours that are `wanted`, which come after a source sequence; of many the newest.
-    pub(super) async fn newest_behind(&mut self, seq: u64, wanted: impl Fn(&Ours) -> bool) -> Result<Kept, Error> {
+    /// All messages of ours that are `wanted` and have a greater source sequence; only the newest, where there are
+    /// many.
+    pub(super) async fn newest_after(&mut self, seq: u64, wanted: impl Fn(&Ours) -> bool) -> Result<Kept, Error> {
         let (overlap, most) = (self.overlap(), self.most_kept());
         let ours = self
             .backwards(|ours| {
@@ -240,22 +241,22 @@ impl Sides<'_> {
         while !enough(&found)
             && let Some((from, to)) = pieces.next()
         {
-            let mut piece = self.between(from, to, &mut Seen::default()).await?;
+            let mut piece = self.between(from, to, &mut RangeFindings::default()).await?;
             piece.append(&mut found);
             found = piece;
         }
         Ok(found)
     }
 
-    /// Messages of ours from the newest that the source knows backwards, as many as can matter. What lies behind it is
-    /// counted and let go, piece by piece: it may be all of a long target.
+    /// Messages of ours from the newest that the source has backwards, as many as can matter. Messages after it are
+    /// counted and dropped, piece by piece: it may be all of a long target.
     pub(super) async fn newest_known(&mut self, mut proof: Proof) -> Result<Search, Error> {
         let overlap = self.overlap();
         let mut search = Search::default();
         let mut ours: Vec<Ours> = Vec::new();
         let mut pieces = Pieces::of(self);
         while let Some((from, to)) = pieces.next() {
-            let mut piece = self.between(from, to, &mut Seen::default()).await?;
+            let mut piece = self.between(from, to, &mut RangeFindings::default()).await?;
             if ours.is_empty() && !piece.is_empty() {
                 match self.newest_match(&piece).await? {
                     Match::At(index) => {
@@ -266,10 +267,9 @@ impl Sides<'_> {
                     Match::Nothing | Match::Contradiction => {
                         proof = Proof::Message;
                         note(&mut search.lost, &piece);
-                        // Older ones than the oldest of the source cannot match either. Its time is asked for here alone: on a
-                        // work queue or an interest stream it comes with the whole message.
-                        let oldest = self.point_at(self.source.state.first_seq).await?.time_ns;
-                        let oldest = oldest.map(|ns| ns.div_euclid(1_000_000));
+                        // Messages older than the oldest of the source cannot match either. Its time is requested only
+                        // here: on a work queue or an interest stream it comes with the whole message.
+                        let oldest = self.oldest_at_source().await?;
                         if oldest.is_none_or(|oldest| piece.iter().all(|m| m.origin.time_ms < oldest)) {
                             return Ok(search);
                         }
@@ -288,8 +288,21 @@ impl Sides<'_> {
         Ok(search)
     }
 
-    /// What is left of a loss. A source that was restored has these messages again: they are copied already, and nothing of
-    /// them is only at the target. The first of them tells whether that happened.
+    /// Stored time (ms) of the oldest message of the source; `None` if it has none. The message that was the oldest may
+    /// have expired meanwhile, which says nothing about the others.
+    async fn oldest_at_source(&mut self) -> Result<Option<i64>, Error> {
+        let first = self.source.state.first_seq.max(1);
+        let mut oldest = self.point_at(first).await?.time_ns;
+        if oldest.is_none() {
+            let stream = &self.replication.source.stream;
+            let next = Api::new(self.source_lane).message_from(stream, first).await?;
+            oldest = next.map(|message| message.time_ns);
+        }
+        Ok(oldest.map(|ns| ns.div_euclid(1_000_000)))
+    }
+
+    /// The rest of a loss. A source that was restored has these messages again: they are copied already, and none of
+    /// them is only at the target. The first of them shows whether that happened.
     pub(super) async fn still_lost(
         &mut self,
         orphans: Orphans,
@@ -307,7 +320,7 @@ impl Sides<'_> {
         let mut from = only.target_from;
         while from <= orphans.to {
             let to = orphans.to.min(from + SEARCH_MOST - 1);
-            let mut piece = self.between(from, to, &mut Seen::default()).await?;
+            let mut piece = self.between(from, to, &mut RangeFindings::default()).await?;
             if let Match::At(index) = self.newest_match(&piece).await? {
                 lost = OnlyAtTarget::default();
                 piece.drain(..=index);
@@ -340,8 +353,8 @@ impl Sides<'_> {
 }
 
 impl Kept {
-    /// The newest of those that are wanted. What is not does not count: only of what is wanted it follows that older ones
-    /// cannot matter.
+    /// The newest of the messages that are `wanted`. Others do not count: only for wanted messages it follows that
+    /// older ones cannot matter.
     fn newest(mut ours: Vec<Ours>, most: usize, wanted: impl Fn(&Ours) -> bool) -> Self {
         ours.retain(wanted);
         let mut kept = Self { ours, is_cut: false };
@@ -349,7 +362,7 @@ impl Kept {
         kept
     }
 
-    /// Half as many again are let go at once, not one by one.
+    /// Half as many again are dropped at once, not one by one.
     fn push(&mut self, ours: Ours, most: usize) {
         if self.ours.len() >= most + most / 2 {
             self.cut(most);
@@ -406,7 +419,7 @@ pub(super) fn note(lost: &mut OnlyAtTarget, copies: &[Ours]) {
     }
 }
 
-/// Does something that may take long, and keeps the lane that waits meanwhile alive: a server closes a connection that
+/// Does something that may take long, and keeps the idle lane alive meanwhile: a server closes a connection that
 /// does not answer its pings.
 async fn beside<T>(waits: &mut Lane, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let keep = async {
@@ -425,13 +438,77 @@ async fn beside<T>(waits: &mut Lane, work: impl Future<Output = Result<T, Error>
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::copy::target::provenance::Origin;
+    use nats_lane::jetstream::StreamInfo;
+    use serde_json::{Value, json};
+    use tokio::time::Instant;
+
+    use super::{super::ReadMessages, *};
+    use crate::copy::{
+        source::{
+            clock::{ClockReading, SourceClock},
+            consumers::Names,
+        },
+        target::provenance::MessageOrigin,
+    };
+
+    /// The oldest message of a source whose sequence 5 was its first when it was asked for its state.
+    async fn oldest(answers: &[&Value]) -> Option<i64> {
+        let (mut source, mut server) = nats_lane::pipe::lane().await;
+        let (mut target, _other) = nats_lane::pipe::lane().await;
+        let document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b"});
+        let replication = crate::config::parse_value(&document, "SITE").unwrap();
+        let stream: StreamInfo = serde_json::from_value(
+            json!({"config": {}, "state": {"messages": 5, "bytes": 50, "first_seq": 5, "last_seq": 9}}),
+        )
+        .unwrap();
+        let now = Instant::now();
+        let heard = ClockReading { sent: now, received: now, server: None, local: chrono::DateTime::UNIX_EPOCH };
+        let mut sides = Sides {
+            replication: &replication,
+            tag: &Tag::new("S", "SITE", "SITE"),
+            source_lane: &mut source,
+            target_lane: &mut target,
+            source_names: &mut Names::new("s"),
+            target_names: &mut Names::new("t"),
+            source: &stream,
+            clock: SourceClock::new(&heard),
+            target: &stream,
+            durable: None,
+            chain_broke_after: None,
+            orphans: None,
+            most_in_flight: 0,
+            read: ReadMessages::default(),
+        };
+        let answer = async {
+            for answer in answers {
+                let asked = server.asked().await;
+                server.answer(&asked, &answer.to_string()).await;
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            oldest = sides.oldest_at_source() => oldest.unwrap(),
+            () = answer => unreachable!(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_first_message_that_goes_meanwhile_is_not_the_end() {
+        let stored = json!({"message": {"subject": "s", "seq": 6, "time": "1970-01-01T00:00:07.5Z"}});
+        let nothing = json!({"error": {"code": 404, "err_code": 10037, "description": "no message found"}});
+        assert_eq!(oldest(&[&stored]).await, Some(7_500));
+        assert_eq!(oldest(&[&nothing, &stored]).await, Some(7_500));
+        assert_eq!(oldest(&[&nothing, &nothing]).await, None);
+    }
 
     #[test]
     fn what_is_not_wanted_cuts_nothing() {
-        let at =
-            |seq: u64| Ours { origin: Origin { seq, time_ms: 1 }, target_seq: seq, complete: false, subject: None };
+        let at = |seq: u64| Ours {
+            origin: MessageOrigin { seq, time_ms: 1 },
+            target_seq: seq,
+            complete: false,
+            subject: None,
+        };
         let newest = |wanted: fn(&Ours) -> bool| {
             let Kept { ours, is_cut } = Kept::newest((1..=9).map(at).collect(), 4, wanted);
             (ours.iter().map(|message| message.origin.seq).collect::<Vec<_>>(), is_cut)

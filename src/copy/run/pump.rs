@@ -1,4 +1,4 @@
-//! Decides about what was read, and sends it as far as the bounds allow.
+//! Decides about the messages that were read, and sends them as far as the bounds allow.
 
 use tokio::time::Instant;
 
@@ -7,7 +7,7 @@ use crate::{
     config::OnReject,
     copy::{
         Error,
-        decide::{Decision, Facts, Reason, verdict},
+        decide::{Decision, DecisionInputs, Reason, verdict},
         flow::window::SourcePoint,
         sampling_driver::SamplingDriver,
         source::reader::Incoming,
@@ -15,12 +15,12 @@ use crate::{
     },
 };
 
-/// Output that waits for the target's socket: filled up to the first mark, and again when it is below the second.
-/// In between, every message would move what waits to the front of the buffer.
+/// Output that waits for the target's socket, in bytes: filled up to the first mark, and again when it is below the
+/// second. In between, every message would move the waiting output to the front of the buffer.
 const OUTPUT_HIGH: usize = 256 * 1024;
 const OUTPUT_LOW: usize = 32 * 1024;
 
-/// When messages are decided about.
+/// The times of a decision.
 #[derive(Debug, Clone, Copy)]
 struct Moment {
     now: Instant,
@@ -31,7 +31,7 @@ struct Moment {
 }
 
 impl Run<'_> {
-    /// Decides about what was read and sends it, as far as the bounds allow; then asks for more.
+    /// Decides about the messages that were read and sends them, as far as the bounds allow; then requests more.
     pub(super) fn pump(&mut self, now: Instant) {
         self.bounds.throttled = None;
         if self.ending.is_some() {
@@ -42,15 +42,15 @@ impl Run<'_> {
         if self.target.lane.output().len() < OUTPUT_LOW && self.source.lane.output().len() < OUTPUT_HIGH {
             while self.next(Moment { now, now_ns, read_at }) {}
         }
-        self.tell_rejected(false);
+        self.report_rejected(false);
         if self.ending.is_none() {
             self.source.reader.pull(&mut self.source.lane, &self.report.job.budget);
         }
     }
 
-    /// Deals with the message that comes next; whether another one may follow.
+    /// Handles the next message; returns whether another one may follow.
     fn next(&mut self, at: Moment) -> bool {
-        if self.rejects.in_the_air() && !self.is_dead_letter(at.now_ns) {
+        if self.rejects.any_in_flight() && !self.is_dead_letter(at.now_ns) {
             return false;
         }
         let Some(incoming) = self.source.reader.peek() else { return false };
@@ -62,7 +62,7 @@ impl Run<'_> {
             return true;
         }
         self.source.note_jump(after, seq, &self.target.already);
-        self.take(at).unwrap_or_else(|error| {
+        self.handle_next(at).unwrap_or_else(|error| {
             self.end(Ending::Failed(error));
             false
         })
@@ -82,11 +82,11 @@ impl Run<'_> {
         true
     }
 
-    /// Takes the next message if it settled before this run, and only sampling wants to see it.
+    /// Handles the next message if it settled before this run, and is read for sampling only.
     fn replays(&mut self, seq: u64, now_ns: i64) -> bool {
         let Some(sampler) = self.sampler.as_mut().filter(|sampler| sampler.is_replay(seq)) else { return false };
         let Some(incoming) = self.source.reader.peek() else { return false };
-        let facts = Facts { skip: None, known: None, sampling: || true, gate: None, prepare: || Ok(()) };
+        let facts = DecisionInputs { skip: None, known: None, sampling: || true, gate: None, prepare: || Ok(()) };
         let decision = verdict(&self.rules, facts, &incoming, now_ns);
         if decision == Decision::Send(()) {
             sampler.replay(&incoming, self.report.replication.on_reject != OnReject::Hold);
@@ -95,18 +95,18 @@ impl Run<'_> {
         true
     }
 
-    /// Whether the next message will be a dead letter too: only such a one may follow those that are in the air.
+    /// Whether the next message will be a dead letter too: only such a one may follow those in flight.
     fn is_dead_letter(&mut self, now_ns: i64) -> bool {
         let Self { report, source, target, rules, rejects, sampler, .. } = self;
         let Some(incoming) = source.reader.peek().filter(|_| target.already.is_empty()) else { return false };
         let sampling = || wants(sampler.as_mut(), &incoming);
         let prepare = || rejects.known(&incoming).map_or_else(|| target.writer.prepare(&incoming, now_ns), Err);
-        let facts = Facts { skip: report.job.skip, known: None, sampling, gate: None, prepare };
+        let facts = DecisionInputs { skip: report.job.skip, known: None, sampling, gate: None, prepare };
         matches!(verdict(rules, facts, &incoming, now_ns), Decision::Reject(_))
     }
 
-    /// Does what is decided about the next message; whether another one may follow. An error ends the run.
-    fn take(&mut self, at: Moment) -> Result<bool, Error> {
+    /// Executes the decision about the next message; returns whether another one may follow. An error ends the run.
+    fn handle_next(&mut self, at: Moment) -> Result<bool, Error> {
         let Self { report, source, target, bounds, rules, rejects, sampler, times, .. } = self;
         let Some(incoming) = source.reader.peek() else { return Ok(false) };
         let (seq, time_ns, bytes) = (incoming.delivery.stream_seq, incoming.delivery.time_ns, incoming.bytes());
@@ -115,11 +115,11 @@ impl Run<'_> {
         bounds.window.limit_target(target.limit());
         let sampling = || wants(sampler.as_mut(), &incoming);
         let prepare = || rejects.known(&incoming).map_or_else(|| target.writer.prepare(&incoming, at.now_ns), Err);
-        let facts = Facts { skip: report.job.skip, known, sampling, gate: target.gate.as_ref(), prepare };
+        let facts = DecisionInputs { skip: report.job.skip, known, sampling, gate: target.gate.as_ref(), prepare };
         let decision = verdict(rules, facts, &incoming, at.now_ns);
         if let Decision::Reject(error) = &decision
             && error.is_api(TOO_LARGE)
-            && rejects.ask(&mut target.lane, at.now)
+            && rejects.ask_limits(&mut target.lane, at.now)
         {
             return Ok(false);
         }
@@ -166,16 +166,16 @@ impl Run<'_> {
             || self.bounds.are_beyond_saves(&self.report.copy.counters, bytes)
     }
 
-    /// Whether a message waits until everything up to the last one that was found at the target has settled. Otherwise each
-    /// run could store another window of messages behind one that is refused every time, and no search would know how far
-    /// before the end of the target something may be missing.
+    /// Whether a message waits until everything up to the last one that was found at the target has settled. Otherwise
+    /// each run could store another window of messages after one that is refused every time, and no search would know
+    /// how far before the end of the target something may be missing.
     pub(super) fn waits_for_known(&self, seq: u64) -> bool {
         self.target.known_to > 0 && seq > self.target.known_to && !self.all_settled()
     }
 
-    /// Whether nothing that was read waits for an ack.
+    /// Whether no message that was read waits for an ack.
     pub(super) fn all_settled(&self) -> bool {
-        self.bounds.window.is_empty() && !self.rejects.in_the_air()
+        self.bounds.window.is_empty() && !self.rejects.any_in_flight()
     }
 }
 

@@ -1,4 +1,4 @@
-//! What the source answers to questions of the run, and what is done about its consumer.
+//! Handles the source's answers to questions of the run, and repairs its consumer.
 
 use nats_lane::{
     Batch, ErrorKind as NatsErrorKind,
@@ -14,13 +14,13 @@ use crate::{
         Error, ErrorKind,
         flow::{
             throttle,
-            watchdog::{Action, Consumer, Seen, Tell},
+            watchdog::{Consumer, Observation, Reporting, WatchdogAction},
         },
         source::{
             intake::Intake,
             locate,
             reader::{Lost, Reader},
-            renewal::Renewal,
+            renewal::ConsumerRenewal,
             retention::Retention,
         },
         target::{drops::Dropped, stream},
@@ -41,7 +41,7 @@ impl Run<'_> {
         if dead_lettered > 0 {
             self.report.copy.counters.dead_lettered += dead_lettered;
             self.bounds.moved = Instant::now();
-            self.tell_rejected(false);
+            self.report_rejected(false);
         }
         if let Some(error) = refused {
             self.end(Ending::Failed(error));
@@ -57,18 +57,18 @@ impl Run<'_> {
         }
     }
 
-    /// What the leader of the source stream says of it, asked at a time.
+    /// Handles the state of the source stream, as its leader reported it; `asked` is when the request was sent.
     pub(super) fn source_says(&mut self, info: StreamInfo, asked: Instant) -> Result<(), Error> {
         let source = &mut self.source;
         if let Some(why) = source.polls.end.answered(info.state.last_seq) {
-            // The next run finds out where to continue, or whether to hold.
+            // The next run determines where to continue, or whether to hold.
             return Err(Error::new(ErrorKind::Retry, why));
         }
         for (from, to) in source.gaps.first_is(info.state.first_seq) {
             self.report.found(Event::Gap { from, to, messages: to - from + 1 });
         }
         source.retention = Retention::of(&info);
-        source.looks.add(Instant::now(), info.state.clone());
+        source.poll_history.add(Instant::now(), info.state.clone());
         let now_ms = source.clock.now(Instant::now()).timestamp_millis();
         if let Some(Dropped { messages, event }) = self.target.watch.source_has(&info, asked, now_ms) {
             self.report.copy.counters.target_dropped += messages;
@@ -83,20 +83,20 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// What the server says of our consumer when the watchdog asked.
+    /// Handles the server's answer about our consumer, which the watchdog asked for.
     fn consumer_is(&mut self, info: Result<ConsumerInfo, nats_lane::Error>) -> Result<(), Error> {
         let consumer = match info {
             Ok(info) => {
                 if let Some(reader) = self.source.reader.plain_mut()
                     && info.delivered.stream_seq <= reader.delivered()
                 {
-                    // What was pending may be gone, by age or by hand.
+                    // Pending messages may have been removed, by age or by hand.
                     reader.correct_pending(info.num_pending);
                 }
                 Consumer::Has(info.num_pending)
             }
             Err(error) if error.kind == NatsErrorKind::NotFound => Consumer::Gone,
-            // Nobody knows; it is asked again.
+            // Unknown; it is asked again.
             Err(_) => return Ok(()),
         };
         let last_seq = self.source.info.state.last_seq;
@@ -120,24 +120,24 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Does what the watchdog wants.
-    pub(super) fn act(&mut self, action: Action) -> Result<(), Error> {
+    /// Does what the watchdog decided.
+    pub(super) fn act(&mut self, action: WatchdogAction) -> Result<(), Error> {
         match action {
-            Action::Ask => self.source.ask_consumer(&self.report.replication.source.stream),
-            Action::Renew { reason, tell } => self.renew(&reason, tell)?,
-            Action::GiveUp { reason } => return Err(Error::stalled(reason)),
-            Action::Repaired => {
+            WatchdogAction::Ask => self.source.ask_consumer(&self.report.replication.source.stream),
+            WatchdogAction::Renew { reason, reporting } => self.renew(&reason, reporting)?,
+            WatchdogAction::GiveUp { reason } => return Err(Error::stalled(reason)),
+            WatchdogAction::Repaired => {
                 let position = self.bounds.window.position().seq;
                 info!(replication = self.report.replication.id, position, "repaired");
                 self.report.emit(Event::Repaired { position });
-                self.tell();
+                self.update_status();
             }
         }
         Ok(())
     }
 
-    /// Begins to make the consumer anew.
-    fn renew(&mut self, reason: &str, tell: Tell) -> Result<(), Error> {
+    /// Begins to recreate the consumer.
+    fn renew(&mut self, reason: &str, reporting: Reporting) -> Result<(), Error> {
         let Self { report, source, bounds, times, .. } = self;
         let Replication { id, scope, source: of, .. } = &*report.replication;
         let message = format!("recreating the consumer of stream `{}`: {reason}", of.stream);
@@ -145,31 +145,31 @@ impl Run<'_> {
         source.consumer_request = None;
         let deletion = reader.abandon(&mut source.lane);
         let (behind, name) = (bounds.window.newest(), source.names.next());
-        // What the server said of the stream may be older than its large messages.
+        // The server's answer about the stream may be older than its large messages.
         let counters = &report.copy.counters;
         let read = counters.received_bytes.checked_div(counters.received).unwrap_or_default();
         let heavy = locate::is_heavy(&source.info) || read >= locate::HEAVY;
         let names = (name, heavy.then(|| source.names.next()));
-        let renewal = Renewal::begin(&mut source.lane, &of.stream, scope.filters(), behind, names, deletion);
+        let renewal = ConsumerRenewal::begin(&mut source.lane, &of.stream, scope.filters(), behind, names, deletion);
         source.renewal = Some(renewal);
         times.next_tick = times.next_tick.min(Instant::now() + TICK);
-        if tell == Tell::All {
+        if reporting == Reporting::All {
             warn!(replication = id, "stalled: {message}");
             report.shows_error(&message);
             report.emit(Event::Stalled { message, step: Step::Consumer });
         } else {
             debug!(replication = id, "{message}");
         }
-        report.copy.counters.repairs.consumer += u64::from(tell != Tell::Nothing);
+        report.copy.counters.repairs.consumer += u64::from(reporting != Reporting::Nothing);
         Ok(())
     }
 
-    pub(super) fn seen(&self) -> Seen {
+    pub(super) fn seen(&self) -> Observation {
         let (source, target) = (&self.source, &self.target);
-        // A durable consumer is looked after by its own reader.
+        // A durable consumer is supervised by its own reader.
         let plain = source.reader.plain();
         let heard = plain.map_or(self.times.began, Reader::heard);
-        Seen {
+        Observation {
             asking: plain.is_some_and(Reader::is_asking),
             delivered: plain.map_or(0, Reader::delivered),
             handed_out: self.bounds.window.newest().seq,
@@ -179,10 +179,10 @@ impl Run<'_> {
             source_heard: source.lane.heard_at(),
             receiving: source.lane.is_receiving(),
             source_partial: source.lane.partial_at(),
-            in_air: self.bounds.window.len(),
+            in_flight: self.bounds.window.len(),
             waiting: source.reader.peek().is_some(),
-            // By the limit of its rate, by dead letters, whose clock is their own, or by saves that fail.
-            held_back: self.bounds.throttled.is_some() || self.rejects.in_the_air() || self.waits_for_saves(),
+            // By the limit of its rate, by dead letters, which have a clock of their own, or by saves that fail.
+            held_back: self.bounds.throttled.is_some() || self.rejects.any_in_flight() || self.waits_for_saves(),
             settled: self.bounds.moved,
             drained: target.lane.drained(),
             unwritten: target.lane.unwritten(),

@@ -1,4 +1,4 @@
-//! What is due now and then: status, save, questions, and whether everything still moves.
+//! Periodic work: status, save, questions, and the check whether everything still moves.
 
 use chrono::DateTime;
 use nats_lane::{Lane, entropy as chance};
@@ -21,7 +21,7 @@ use crate::{
     status::{Lag, Position},
 };
 
-/// How often the status is brought up to date: while something moves, while nothing does, and once that is saved.
+/// How often the status is updated: while messages move, while none does, and once that is saved.
 pub(super) const TICK: Duration = Duration::from_millis(250);
 const TICK_IDLE: Duration = Duration::from_secs(1);
 const TICK_SAVED: Duration = Duration::from_secs(5);
@@ -31,16 +31,16 @@ const LOGIN_AHEAD_SECS: i64 = 30;
 const LOGIN_EVERY: Duration = Duration::from_secs(1);
 
 impl Run<'_> {
-    /// What is due now and then: status, save, questions, and whether everything still moves.
-    pub(super) fn tick(&mut self, now: Instant, ledger: &mut PositionWriter) -> Result<(), Error> {
+    /// Does the periodic work that is due: status, save, questions, and the check whether everything still moves.
+    pub(super) fn tick(&mut self, now: Instant, positions: &mut PositionWriter) -> Result<(), Error> {
         self.settle();
-        self.report_saves(now, ledger);
-        self.tell_rejected(true);
-        self.tell();
-        self.report.clock(&self.source.clock, ledger);
+        self.report_saves(now, positions);
+        self.report_rejected(true);
+        self.update_status();
+        self.report.clock(&self.source.clock, positions);
         let idle = self.all_settled() && self.source.reader.pending() == 0 && !self.source.watchdog.is_alert();
         self.tick_sampling(idle, now);
-        let saved = ledger.save(now, self.witnesses(), || self.report.row());
+        let saved = positions.save(now, self.witnesses(), || self.report.row());
         self.times.next_tick = now
             + match (idle, saved) {
                 (true, true) if self.sampler.is_none() => TICK_SAVED,
@@ -48,14 +48,14 @@ impl Run<'_> {
                 (false, _) => TICK,
             };
         self.ask_states(now);
-        self.rejects.check(now)?;
+        self.rejects.check(&mut self.source.lane, now)?;
         let replication = &self.report.replication;
-        self.target.look_after(replication, &self.bounds.window, self.bounds.moved, now)?;
+        self.target.check_liveness(replication, &self.bounds.window, self.bounds.moved, now)?;
         let seen = self.seen();
-        let action = self.source.watchdog.look(now, &seen);
+        let action = self.source.watchdog.check(now, &seen);
         action.map_or(Ok(()), |action| self.act(action))?;
-        self.look_after_logins(now);
-        if self.ending.is_none() && ledger.appetite.recovers(now) {
+        self.check_logins(now);
+        if self.ending.is_none() && positions.request_limit.recovers(now) {
             let id = &self.report.replication.id;
             info!(replication = id, "the source has not cut a connection for long: asking it for more");
             self.end(Ending::BeginsAgain);
@@ -79,16 +79,16 @@ impl Run<'_> {
         let (source, target, replication) = (&mut self.source, &mut self.target, &self.report.replication);
         let window = &self.bounds.window;
         if source.is_due(every, now) {
-            // Of a position that nothing was read at, nobody knows whether the source ever reached it.
+            // If no message was read at a position, it is unknown whether the source ever reached it.
             let read = window.newest();
             source.ask_state(replication, read.time_ns.map_or(0, |_| read.seq), now);
             let settled = settled.then(|| window.position().seq);
-            target.watch.ask(&mut target.lane, &replication.target.stream, settled, now);
+            target.watch.ask_state(&mut target.lane, &replication.target.stream, settled, now);
         }
         target.watch.ask_first(&mut target.lane, &replication.target.stream, now);
     }
 
-    /// More often while the first messages may soon go and nothing but the stream's state tells when.
+    /// More often while the first messages may soon be removed and only the stream's state shows when.
     fn info_every(&self) -> Duration {
         let (source, copy) = (&self.source, &self.report.copy);
         if source.polls.end.is_doubted() {
@@ -101,8 +101,8 @@ impl Run<'_> {
         Duration::from_secs_f64(headroom / 10.0).clamp(INFO_SOONEST, INFO_EVERY)
     }
 
-    /// Ends the run in time where a login is about to end and the files have its successor.
-    fn look_after_logins(&mut self, now: Instant) {
+    /// Ends the run in time if a login is about to end and the files have its successor.
+    fn check_logins(&mut self, now: Instant) {
         let soon = chance::now().timestamp() + LOGIN_AHEAD_SECS;
         let (job, replication) = (self.report.job, &self.report.replication);
         let sides = [(&self.source.lane, &replication.source), (&self.target.lane, &replication.target)];
@@ -120,10 +120,10 @@ impl Run<'_> {
         }
     }
 
-    /// Reports, once, that the position is not saved, and that it is again.
-    pub(super) fn report_saves(&mut self, now: Instant, ledger: &mut PositionWriter) {
-        self.bounds.limit = self.report.copy_limit(ledger, now);
-        self.report.saves(self.bounds.window.position().seq, now, ledger);
+    /// Reports, once, that the position is not saved, and later that it is saved again.
+    pub(super) fn report_saves(&mut self, now: Instant, positions: &mut PositionWriter) {
+        self.bounds.limit = self.report.copy_limit(positions, now);
+        self.report.saves(self.bounds.window.position().seq, now, positions);
     }
 
     /// Whether the copy waits until the position can be saved.
@@ -132,15 +132,15 @@ impl Run<'_> {
         self.bounds.limit.is_some() && self.source.reader.peek().is_some_and(|incoming| beyond(incoming.bytes()))
     }
 
-    /// Tells of messages that could not be stored; of all that are not told yet at the end and now and then.
-    pub(super) fn tell_rejected(&mut self, all: bool) {
-        self.report.rejected(self.rejects.tell(all));
+    /// Reports messages that could not be stored; `all` of those that are not reported yet at the end and now and then.
+    pub(super) fn report_rejected(&mut self, all: bool) {
+        self.report.rejected(self.rejects.take_events(all));
     }
 
-    /// Brings the status up to date.
-    pub(super) fn tell(&mut self) {
+    /// Updates the status.
+    pub(super) fn update_status(&mut self) {
         let (waits, now) = (self.waits_for_saves(), Instant::now());
-        self.tell_lag(now);
+        self.update_lag(now);
         let (letters, letter_bytes, _) = self.rejects.in_flight();
         let (window, writer, copy) = (&self.bounds.window, &mut self.target.writer, &mut self.report.copy);
         copy.source.clock_offset_seconds =
@@ -149,18 +149,18 @@ impl Run<'_> {
         copy.in_flight.messages = (window.len() + letters) as u64;
         copy.in_flight.bytes = (window.bytes() + letter_bytes) as u64;
         if let (Some(sampler), Some(status)) = (&self.sampler, &mut copy.sampling) {
-            sampler.tell(status, Instant::now());
+            sampler.update_status(status, Instant::now());
         }
         copy.counters.headers_removed += std::mem::take(&mut writer.headers_removed);
         copy.counters.refused += writer.take_refused();
         self.report.publish(window.position().seq, waits, self.source.watchdog.is_open());
     }
 
-    /// Position, lag and headroom.
-    fn tell_lag(&mut self, now: Instant) {
+    /// Updates position, lag and headroom in the status.
+    fn update_lag(&mut self, now: Instant) {
         let (source, window, copy) = (&self.source, &self.bounds.window, &mut self.report.copy);
         let position = window.position();
-        // As long as nothing settles, the oldest is the same, also where it has not been read (again) yet.
+        // As long as nothing settles, the oldest message is the same, also where it has not been read (again) yet.
         let before = copy.lag.filter(|_| copy.position.source_seq == position.seq).and_then(|lag| lag.oldest);
         copy.position =
             Position { source_seq: position.seq, target_seq: window.target().map_or(0, |target| target.seq) };
@@ -173,7 +173,7 @@ impl Run<'_> {
         copy.source.first_seq = Some(source.info.state.first_seq);
         copy.source.last_seq = Some(last_seq);
         let oldest = window.oldest().or(letter).or_else(|| source.reader.next());
-        // What is replayed for sampling is settled.
+        // Messages that are replayed for sampling are settled.
         let oldest = oldest.filter(|point| point.seq > position.seq);
         let stored = oldest.and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
         let lag = Lag::new(messages, stored.or(before), source.clock.now(now));
@@ -182,7 +182,7 @@ impl Run<'_> {
             seq: oldest.map_or(position.seq + 1, |point| point.seq),
             age: lag.oldest.and(lag.seconds).map(Duration::from_secs_f64),
         };
-        copy.headroom = match source.looks.outlook(&source.retention, &oldest) {
+        copy.headroom = match source.poll_history.outlook(&source.retention, &oldest) {
             _ if messages == 0 => None,
             Outlook::Left(headroom) => Some(headroom),
             Outlook::Safe => None,

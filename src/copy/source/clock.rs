@@ -1,11 +1,12 @@
-//! The time of the source server. Stored times are the server's, so ages are measured by its clock: the clock of this host
-//! can differ, differs between instances, and can be set while a run is under way. Pure: moments and answers come in,
-//! times come out.
+//! The time of the source server. Stored times are the server's, so ages are measured by its clock: the clock of this
+//! host can differ, differs between instances, and can be set while a run is under way. Pure: moments and answers are
+//! arguments, times are the result.
 //!
-//! A server writes its time into every answer about a stream. It wrote it after the question was sent and before the answer
-//! was received, which bounds what its clock shows at a moment of our monotonic clock from both sides. Every answer
-//! narrows the bounds or, when the server's clock was set or another server leads the stream, moves them as far as needed
-//! and no further. The lower bound counts as the server's time: no message is taken for older than it is.
+//! Servers from 2.10 on write their time into every answer about a stream (`ts` of `STREAM.INFO`). It was written after
+//! the question was sent and before the answer was received, which bounds the server's time at a moment of our
+//! monotonic clock from both sides. Every answer narrows the bounds or, when the server's clock was set or another
+//! server leads the stream, moves them as far as needed and no further. The lower bound counts as the server's time: no
+//! message counts as older than it is.
 
 use chrono::{DateTime, Utc};
 use tokio::time::{Duration, Instant};
@@ -21,7 +22,7 @@ const SHOWN: f64 = 0.05;
 
 /// One answer of the server that leads the source stream.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Heard {
+pub(crate) struct ClockReading {
     /// When the question was sent.
     pub sent: Instant,
     /// When its answer was received.
@@ -32,12 +33,12 @@ pub(crate) struct Heard {
     pub local: DateTime<Utc>,
 }
 
-/// What the clock of the source server shows. Where the server does not report its time, the clock of this host.
+/// The clock of the source server; the clock of this host where the server does not report its time.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SourceClock {
     /// A moment.
     at: Instant,
-    /// What the clock showed then, nanoseconds since the Unix epoch: at least, and at most.
+    /// The server's time at that moment, nanoseconds since the Unix epoch: lower bound, and upper bound.
     least: i64,
     most: i64,
     /// Whether the server reported it.
@@ -45,14 +46,14 @@ pub(crate) struct SourceClock {
 }
 
 impl SourceClock {
-    /// The clock as one answer describes it.
-    pub fn new(heard: &Heard) -> Self {
+    /// The clock by one answer.
+    pub fn new(heard: &ClockReading) -> Self {
         let (least, most) = bounds(heard);
         Self { at: heard.received, least, most, reported: heard.server.is_some() }
     }
 
     /// Follows a later answer.
-    pub fn hear(&mut self, heard: &Heard) {
+    pub fn hear(&mut self, heard: &ClockReading) {
         let next = Self::new(heard);
         *self = match self.reported && next.reported {
             true => {
@@ -74,14 +75,14 @@ impl SourceClock {
         DateTime::from_timestamp_nanos(self.now_ns(now))
     }
 
-    /// The server's time so long ago.
+    /// The server's time `ago` before now.
     pub fn ago(&self, now: Instant, ago: Duration) -> DateTime<Utc> {
         let ago = chrono::Duration::from_std(ago).unwrap_or(chrono::Duration::MAX);
         self.now(now).checked_sub_signed(ago).unwrap_or(DateTime::UNIX_EPOCH)
     }
 
     /// How far the server's clock is ahead of the clock of this host, seconds: the smallest difference that agrees with
-    /// what was measured. `None` if the server does not report its time.
+    /// the measurements. `None` if the server does not report its time.
     pub fn offset(&self, now: Instant, local: DateTime<Utc>) -> Option<f64> {
         let local = local.timestamp_nanos_opt()?;
         let ahead = |time: i64| time.saturating_add(self.passed(now)).saturating_sub(local);
@@ -94,7 +95,7 @@ impl SourceClock {
     }
 }
 
-fn bounds(heard: &Heard) -> (i64, i64) {
+fn bounds(heard: &ClockReading) -> (i64, i64) {
     let nanos = |time: DateTime<Utc>| time.timestamp_nanos_opt().unwrap_or_default();
     match heard.server.map(nanos) {
         Some(least) => {
@@ -109,7 +110,7 @@ fn nanoseconds(time: Duration) -> i64 {
     i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)
 }
 
-/// What the status shows of an offset, after it showed `before`.
+/// The offset in the status, after it showed `before`.
 pub(crate) fn shown(before: Option<f64>, offset: Option<f64>) -> Option<f64> {
     match (before, offset) {
         (Some(before), Some(offset)) if (offset - before).abs() < SHOWN => Some(before),
@@ -117,7 +118,8 @@ pub(crate) fn shown(before: Option<f64>, offset: Option<f64>) -> Option<f64> {
     }
 }
 
-/// What is wrong with a difference between the clock of the source server and the clock of this host; `None` if nothing is.
+/// Describes a difference between the clocks of the source server and of this host that is too large; `None` if it is
+/// not.
 pub(crate) fn apart(offset: Option<f64>) -> Option<String> {
     match offset {
         None => Some(
@@ -139,21 +141,21 @@ pub(crate) fn apart(offset: Option<f64>) -> Option<String> {
 /// Whether a difference between the clocks was reported.
 #[derive(Debug, Default)]
 pub(crate) struct Alarm {
-    raised: Option<Cause>,
+    raised: Option<ClockProblem>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cause {
+enum ClockProblem {
     Apart,
     NotReported,
 }
 
 impl Alarm {
-    /// What there is to report about an offset, once at its begin and once at its end.
+    /// The event about an offset, once at its begin and once at its end.
     pub fn judge(&mut self, offset: Option<f64>) -> Option<Event> {
         let offset_ms = offset.map(|offset| (offset * 1e3) as i64);
         if let Some(reason) = apart(offset) {
-            let cause = if offset.is_some() { Cause::Apart } else { Cause::NotReported };
+            let cause = if offset.is_some() { ClockProblem::Apart } else { ClockProblem::NotReported };
             let known = self.raised.replace(cause) == Some(cause);
             return (!known).then_some(Event::ClockOffset { offset_ms, reason });
         }
@@ -174,9 +176,14 @@ mod tests {
 
     /// An answer that was under way from `sent` to `received`, milliseconds after the beginning; the clock of this host
     /// shows the time since then.
-    fn heard(began: Instant, sent: u64, received: u64, server: Option<i64>) -> Heard {
+    fn heard(began: Instant, sent: u64, received: u64, server: Option<i64>) -> ClockReading {
         let moment = |ms| began + Duration::from_millis(ms);
-        Heard { sent: moment(sent), received: moment(received), server: server.map(time), local: time(received as i64) }
+        ClockReading {
+            sent: moment(sent),
+            received: moment(received),
+            server: server.map(time),
+            local: time(received as i64),
+        }
     }
 
     #[test]
@@ -233,7 +240,7 @@ mod tests {
         let now = began + Duration::from_secs(1);
         assert_eq!((clock.now(now), clock.offset(now, time(1_000))), (time(1_000), None));
         // It was set, and is followed.
-        let set = Heard { local: time(95_000), ..heard(began, 10_000, 10_050, None) };
+        let set = ClockReading { local: time(95_000), ..heard(began, 10_000, 10_050, None) };
         clock.hear(&set);
         assert_eq!(clock.now(began + Duration::from_millis(10_050)), time(95_000));
         clock.hear(&heard(began, 20_000, 20_000, Some(50_000)));

@@ -1,5 +1,5 @@
-//! Names of the consumers that a copy creates for itself. The next run of the replication knows them, in this process or
-//! in another one, and deletes what a run before it left behind: a run that lost its connection or was killed cannot.
+//! Names of the consumers that a copy creates for itself. The next run of the replication knows them, in this process
+//! or in another one, and deletes those that an earlier run left: a run that lost its connection or was killed cannot.
 
 use std::collections::HashMap;
 
@@ -18,8 +18,8 @@ const CHECK: &str = "g";
 /// Time limit for the answers to the deletions.
 const ANSWER: Duration = Duration::from_secs(1);
 
-/// What the names of a replication's own consumers begin with. `installation` keeps installations apart that read the same
-/// stream for replications of the same id.
+/// The prefix of the names of a replication's own consumers. `installation` distinguishes installations that read the
+/// same stream for replications of the same id.
 pub fn consumer_prefix(site: &str, installation: &str, replication: &str) -> String {
     let key = [site.as_bytes(), installation.as_bytes(), replication.as_bytes()].join(&0);
     format!("sr_{:016x}", xxh3_64(&key))
@@ -33,7 +33,7 @@ pub(in crate::copy) struct Names {
 }
 
 impl Names {
-    /// Names from the beginning; nothing is deleted.
+    /// Names from the first one; deletes nothing.
     pub fn new(prefix: &str) -> Self {
         Self { prefix: prefix.to_owned(), next: 0 }
     }
@@ -43,7 +43,7 @@ impl Names {
         Self::clear(lane, stream, &format!("{prefix}_{CHECK}")).await
     }
 
-    /// Deletes the consumers that earlier runs left behind. A deletion that is not answered in time holds nothing up.
+    /// Deletes the consumers that earlier runs left. A deletion without an answer in time does not delay the run.
     pub async fn clear(lane: &mut Lane, stream: &str, prefix: &str) -> Result<Self, Error> {
         let mut names = Self::new(prefix);
         let mut asked = HashMap::new();
@@ -51,7 +51,7 @@ impl Names {
             asked.insert(names.delete(lane, stream, &names.slot(slot)), Some(slot));
         }
         asked.insert(names.delete(lane, stream, &names.by_time()), None);
-        // What is not answered may still exist.
+        // A consumer without an answer may still exist.
         let (mut free, mut last) = ([false; SLOTS as usize], SLOTS - 1);
         let deadline = Instant::now() + ANSWER;
         while !asked.is_empty() {

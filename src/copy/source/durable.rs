@@ -1,9 +1,15 @@
-//! The durable consumer of a replication at a source that forgets what was acknowledged (interest and work-queue
-//! retention): whether there is one, whether it can be used, and making it.
+//! The durable consumer of a replication at a source that removes acknowledged messages (interest and work-queue
+//! retention): whether it exists, whether it can be used, and its creation.
 //!
-//! One that is there already, such as that of Choria's replicator, is used as it is. Ours has [`MARK`] in its metadata: only
-//! such a one is ever changed, and deleted with its replication. None is ever deleted to read something again. One of another
-//! replication, or of another installation, is not used: two readers of one consumer get a part of the messages each.
+//! An existing one, such as that of Choria's replicator, is used as it is. Ours has [`MARK`] in its metadata: only such
+//! a consumer is ever changed, and deleted with its replication. One of another replication, or of another
+//! installation, is not used: two readers of one consumer get a part of the messages each.
+//!
+//! No consumer is deleted to read messages again, with one exception. A stream that lost its end may have a consumer
+//! that did not. Servers from 2.14 on lower its delivered sequence and its ack floor to the stream's last sequence.
+//! Older ones leave it ahead: messages that the stream stores next, up to the old delivered sequence, are never
+//! delivered, and the ack floor is about messages that are gone. Such a consumer of ours is deleted and created again.
+//! An interest stream would remove its messages with the consumer: a second one keeps them until the new one exists.
 
 use nats_lane::{
     Dial, Error, ErrorKind, Lane,
@@ -19,24 +25,24 @@ use crate::{
     names,
 };
 
-/// Metadata of the consumers that we made; the value is the id of the replication.
+/// Metadata of the consumers that we create; the value is the id of the replication.
 const MARK: &str = names::PROGRAM;
-/// Metadata of the consumers that we made: the site, for people, and what identifies the installation. Consumers that were
-/// made by earlier versions have neither: the first one that uses them adds it.
+/// Metadata of the consumers that we create: the site, for people, and the identity of the installation. Consumers that
+/// earlier versions created have neither: the first instance that uses them adds it.
 const SITE: &str = "stream-replicator.site";
 const INSTALLATION: &str = "stream-replicator.installation";
-/// What is not acknowledged in this time is delivered again: of no use to us, who ask for it when we need it.
+/// Time after which unacknowledged messages are redelivered: of no use here, where redelivery is requested when needed.
 const ACK_WAIT: Duration = Duration::from_secs(300);
-/// A consumer that pushes says that it is there this often while it has nothing to deliver, and asks for the acks of what
-/// it delivered last.
+/// A push consumer sends a heartbeat this often while it has no message to deliver, and asks for the acks of its last
+/// deliveries.
 const HEARTBEAT: Duration = Duration::from_secs(1);
-/// Messages that may wait for their ack at the least.
+/// Least `max_ack_pending`.
 const LEAST_PENDING: u64 = 16;
-/// How long a consumer exists that keeps the messages of an interest stream while the durable one is recreated, if the
-/// process ends meanwhile.
-const KEEPER: Duration = Duration::from_secs(600);
+/// What the name begins with of a consumer that keeps the messages of an interest stream while the durable one is recreated.
+/// No durable consumer of a replication has such a name: its own name would be that of another replication.
+const KEEPER: &str = "sr_keep_";
 
-/// What whoever reads that a consumer is in the way must know.
+/// The advice for everyone who reads that a consumer is in the way.
 const KEEP: &str = "Do not delete the consumer while messages wait for it: an interest stream removes them with it";
 
 /// How a consumer wants its acks.
@@ -44,23 +50,23 @@ const KEEP: &str = "Do not delete the consumer while messages wait for it: an in
 pub(crate) enum Way {
     /// One for each message, which is pulled.
     Explicit,
-    /// With the flow control of what is pushed: server 2.14.
+    /// By the flow control of a push consumer: server 2.14.
     FlowControl,
 }
 
 impl Way {
-    /// The way of a consumer that we make.
+    /// The way of a consumer that we create.
     pub(crate) fn of(source: &StreamInfo) -> Self {
         if source.api_level() >= API_LEVEL_2_14 { Self::FlowControl } else { Self::Explicit }
     }
 }
 
-/// Whose consumers are ours.
+/// The owner of our consumers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Owner<'a> {
     /// The site, as it is now.
     pub(crate) site: &'a str,
-    /// What identifies the installation.
+    /// The identity of the installation.
     pub(crate) installation: &'a str,
 }
 
@@ -83,15 +89,15 @@ impl Durable {
         names::choria_consumer(&replication.name)
     }
 
-    /// The same, and then the names that it had while the site had other names, newest first: what one of them has
-    /// acknowledged is settled, and what waits for it has to be read.
+    /// The same, and then the names that it had while the site had other names, newest first: messages that one of them
+    /// has acknowledged are settled, and messages that wait for it have to be read.
     pub(crate) fn names(replication: &Replication) -> impl Iterator<Item = String> + '_ {
         let former = replication.former.iter().rev().map(|former| former.name.as_str());
         let former = former.filter(|name| *name != replication.name);
         std::iter::once(Self::name(replication)).chain(former.map(names::choria_consumer))
     }
 
-    /// The one that is there; an error if it cannot be used.
+    /// The existing consumer; an error if it cannot be used.
     pub(in crate::copy) async fn find(
         lane: &mut Lane,
         replication: &Replication,
@@ -105,15 +111,15 @@ impl Durable {
         Ok(None)
     }
 
-    /// Up to where the source says that everything is acknowledged, if it has so much.
+    /// Up to where the source has everything acknowledged, if the stream has so much.
     pub(in crate::copy) fn floor(&self, source: &StreamInfo) -> u64 {
         let floor = self.info.ack_floor.stream_seq;
         if floor <= source.state.last_seq { floor } else { 0 }
     }
 
-    /// Keeps the consumer, unless it is ahead of its stream, which lost its end: what the stream stores next, up to what
-    /// was delivered before, it never delivers. Servers before 2.14 leave it so. `lost` if the end was seen to be lost;
-    /// otherwise the stream has not grown yet.
+    /// Keeps the consumer, unless it is ahead of its stream, which lost its end: it never delivers the messages that
+    /// the stream stores next, up to the sequence that was delivered before. Servers before 2.14 leave it so. `lost` if
+    /// the loss of the end was observed; otherwise the stream has not grown yet.
     pub(in crate::copy) async fn unless_ahead(
         self,
         lane: &mut Lane,
@@ -135,14 +141,14 @@ impl Durable {
         self.give_up(lane, replication, source, position).await.map(|()| None)
     }
 
-    /// Whether what is acknowledged says nothing of what the stream has, which lost its end.
+    /// Whether the ack floor proves nothing about the messages of the stream, because the stream lost its end.
     pub(in crate::copy) fn is_stale(&self, source: &StreamInfo) -> bool {
         self.way == Way::Explicit && stays_ahead(source) && source.state.first_seq <= self.info.ack_floor.stream_seq
     }
 
-    /// Deletes a consumer that is ahead of its stream, so that the next one delivers all that the stream has behind
-    /// `position`. Of a work queue nothing goes with it. Of an interest stream, the messages that no other consumer wants
-    /// would: until the next one is there, a second consumer wants them.
+    /// Deletes a consumer that is ahead of its stream, so that the next one delivers all messages after
+    /// `position`. A work queue loses nothing by that. An interest stream would remove the messages that no other
+    /// consumer wants: until the next one exists, a second consumer keeps them.
     async fn give_up(
         self,
         lane: &mut Lane,
@@ -179,8 +185,10 @@ impl Durable {
         Api::new(lane).delete_consumer(stream, &self.name).await
     }
 
-    /// Has a second consumer want what the stream has after `position`. An earlier try may have left one: no server changes
-    /// where a consumer begins, and one that begins earlier keeps as much.
+    /// Creates a second consumer that keeps the messages after `position`. It stays until the durable consumer exists
+    /// again or the replication is deleted, however long the process is down meanwhile: the stream removes messages that
+    /// no consumer wants. An earlier try may have left one: no server changes where a consumer begins, and one that
+    /// begins earlier keeps as much.
     async fn keep_messages(&self, lane: &mut Lane, replication: &Replication, position: u64) -> Result<(), Error> {
         let (stream, name) = (&replication.source.stream, keeper(&self.name));
         let there = Api::new(lane).consumer_info(stream, &name).await?;
@@ -193,16 +201,15 @@ impl Durable {
             "description": format!("keeps messages while `{}` is recreated", self.name),
             "ack_policy": "explicit",
             "max_ack_pending": 1,
-            "inactive_threshold": KEEPER.as_nanos() as u64,
             "metadata": { MARK: replication.id },
         });
-        begin_behind(&mut config, position);
+        begin_after(&mut config, position);
         take_subjects(&mut config, replication);
         Api::new(lane).create_consumer(stream, &name, &config).await.map(|_| ())
     }
 
-    /// Takes the consumer that was found, or makes one that begins behind `position`. One that pushes delivers to
-    /// `subject` from now on, behind what is acknowledged.
+    /// Opens the consumer that was found, or creates one that begins after `position`. A push consumer delivers to
+    /// `subject` from now on, beginning after its ack floor.
     pub(in crate::copy) async fn open(
         lane: &mut Lane,
         replication: &Replication,
@@ -217,10 +224,11 @@ impl Durable {
             let (name, way) = (Self::name(replication), Way::of(source));
             let mut config = new_config(replication, source, &name, position);
             change(&mut config, replication, owner, source, subject);
-            // Another one may make it at the same moment.
+            // Another instance may create it at the same moment.
             let created = Api::new(lane).create_new_consumer(stream, &name, &config).await;
             let info = created.map_err(|error| not_made(error, &name, source, stream))?;
-            if way == Way::Explicit && source.text("retention") != "workqueue" {
+            // Also where the server is newer by now than the one that needed it.
+            if source.text("retention") != "workqueue" {
                 Api::new(lane).delete_consumer(stream, &keeper(&name)).await?;
             }
             return Ok(Self { name, way, info });
@@ -230,6 +238,11 @@ impl Durable {
             return Ok(Self { name, way, info });
         }
         change(&mut config, replication, owner, source, subject);
+        let keeps = way == Way::Explicit && source.text("retention") != "workqueue";
+        if keeps && info.delivered.stream_seq <= position {
+            // A process that ended too soon may have left one. This consumer delivers all that it keeps.
+            lane.send_request(&format!("{}.CONSUMER.DELETE.{stream}.{}", lane.api_prefix(), keeper(&name)), b"");
+        }
         let mut info = if config == info.config {
             info
         } else {
@@ -244,47 +257,49 @@ impl Durable {
     }
 }
 
-/// Whether a consumer of this stream stays where it was when the stream loses its end: servers from 2.14 on (API level 4)
-/// lower what it has delivered, and what is acknowledged, to the stream's last sequence.
+/// Whether a consumer of this stream stays ahead when the stream loses its end: servers from 2.14 on (API level 4)
+/// lower its delivered sequence and its ack floor to the stream's last sequence.
 fn stays_ahead(source: &StreamInfo) -> bool {
     Way::of(source) == Way::Explicit
 }
 
 /// Name of the consumer that keeps the messages of an interest stream while another one is recreated.
 fn keeper(name: &str) -> String {
-    format!("{name}_keep")
+    format!("{KEEPER}{name}")
 }
 
-/// Where a consumer that pushes begins again; `None` for behind what is acknowledged.
+/// The sequence to which a push consumer is reset; `None` for its ack floor.
 fn begin_again(source: &StreamInfo, floor: u64, position: u64) -> Option<u64> {
     let state = &source.state;
     if floor > state.last_seq {
-        // The stream lost its end, and with it what was acknowledged.
+        // The stream lost its end, and with it the acknowledged messages.
         return Some(position + 1);
     }
-    // A work queue has nothing that was acknowledged, unless its server was killed and forgot that it is gone: it is
-    // delivered, left out and acknowledged again.
+    // A work queue has no acknowledged messages, unless its server was killed and forgot their removal: they are
+    // delivered, skipped and acknowledged again.
     let left = source.text("retention") == "workqueue" && state.messages > 0 && state.first_seq <= floor;
     left.then_some(state.first_seq)
 }
 
-/// Deletes the durable consumer of a replication at its source, if we made it; whether there was one.
+/// Deletes the durable consumer of a replication at its source, if we created it; returns whether it existed.
 pub(crate) async fn remove(dial: &dyn Dial, replication: &Replication, owner: Owner<'_>) -> Result<bool, Error> {
     let connection = format!("{} {}", names::PROGRAM, replication.id);
     let mut lane = dial.dial(&replication.source.place, &connection).await?;
     let stream = &replication.source.stream;
     let (mut api, mut removed) = (Api::new(&mut lane), false);
     for name in Durable::names(replication) {
-        let ours = |config: &Value| is_ours(config) && anothers(replication, owner, config).is_none();
-        if api.consumer_info(stream, &name).await?.is_some_and(|info| ours(&info.config)) {
-            api.delete_consumer(stream, &name).await?;
-            removed = true;
+        let ours = |config: &Value| is_ours(config) && other_owner(replication, owner, config).is_none();
+        for name in [keeper(&name), name] {
+            if api.consumer_info(stream, &name).await?.is_some_and(|info| ours(&info.config)) {
+                api.delete_consumer(stream, &name).await?;
+                removed = true;
+            }
         }
     }
     Ok(removed)
 }
 
-/// Why a first start cannot begin where the document says: a work queue is worked off from its beginning.
+/// Why a first start cannot begin where the document says: a work queue is consumed from its beginning.
 pub(crate) fn start_refused(replication: &Replication, source: &StreamInfo) -> Option<String> {
     let field = match &replication.start {
         Start::All => return None,
@@ -303,13 +318,13 @@ pub(crate) fn start_refused(replication: &Replication, source: &StreamInfo) -> O
     })
 }
 
-/// Whether a replication of this program made it.
+/// Whether a replication of this program created it.
 fn is_ours(config: &Value) -> bool {
     config["metadata"].get(MARK).is_some()
 }
 
-/// Who made a consumer, if that was a replication of this program and not this one.
-fn anothers(replication: &Replication, owner: Owner<'_>, config: &Value) -> Option<String> {
+/// The creator of a consumer, if that was another replication of this program.
+fn other_owner(replication: &Replication, owner: Owner<'_>, config: &Value) -> Option<String> {
     let text = |name: &str| config["metadata"][name].as_str();
     let (id, installation) = (text(MARK)?, text(INSTALLATION));
     if installation.is_some_and(|installation| installation != owner.installation) {
@@ -332,9 +347,9 @@ fn anothers(replication: &Replication, owner: Owner<'_>, config: &Value) -> Opti
     })
 }
 
-/// How a consumer is used that is there; an error if it cannot be.
+/// The way an existing consumer is used; an error if it cannot be.
 pub(crate) fn judge(replication: &Replication, owner: Owner<'_>, name: &str, config: &Value) -> Result<Way, Error> {
-    if let Some(other) = anothers(replication, owner, config) {
+    if let Some(other) = other_owner(replication, owner, config) {
         let stream = &replication.source.stream;
         return Err(Error::hold(format!(
             "durable consumer `{name}` of source stream `{stream}` is not this replication's: {other}. {KEEP}"
@@ -377,14 +392,14 @@ fn unusable(replication: &Replication, name: &str, why: &str) -> Error {
     ))
 }
 
-/// The subjects that a consumer takes; none for all.
+/// The subject filters of a consumer; empty for all subjects.
 pub(crate) fn filters(config: &Value) -> Vec<&str> {
     let one = config["filter_subject"].as_str().filter(|filter| !filter.is_empty());
     let many = config["filter_subjects"].as_array().into_iter().flatten().filter_map(Value::as_str);
     one.into_iter().chain(many).collect()
 }
 
-/// What never changes in a consumer of ours.
+/// The settings that never change in a consumer of ours.
 fn new_config(replication: &Replication, source: &StreamInfo, name: &str, position: u64) -> Value {
     let mut config = json!({
         "name": name,
@@ -393,8 +408,8 @@ fn new_config(replication: &Replication, source: &StreamInfo, name: &str, positi
         "replay_policy": "instant",
         "metadata": { MARK: replication.id },
     });
-    // A work queue knows no other beginning.
-    begin_behind(&mut config, if source.text("retention") == "workqueue" { 0 } else { position });
+    // A work queue supports no other beginning.
+    begin_after(&mut config, if source.text("retention") == "workqueue" { 0 } else { position });
     match Way::of(source) {
         Way::Explicit => {
             config["ack_policy"] = "explicit".into();
@@ -410,7 +425,7 @@ fn new_config(replication: &Replication, source: &StreamInfo, name: &str, positi
 }
 
 /// A new consumer delivers what is after `position`.
-fn begin_behind(config: &mut Value, position: u64) {
+fn begin_after(config: &mut Value, position: u64) {
     if position == 0 {
         config["deliver_policy"] = "all".into();
     } else {
@@ -419,7 +434,7 @@ fn begin_behind(config: &mut Value, position: u64) {
     }
 }
 
-/// A consumer delivers the subjects that the document names.
+/// Sets the filters of a consumer to the subjects that the document names.
 fn take_subjects(config: &mut Value, replication: &Replication) {
     match replication.scope.filters() {
         [] => {}
@@ -428,7 +443,7 @@ fn take_subjects(config: &mut Value, replication: &Replication) {
     }
 }
 
-/// What follows the document and the connection.
+/// Sets everything that follows from the document and the connection.
 fn change(config: &mut Value, replication: &Replication, owner: Owner<'_>, source: &StreamInfo, subject: Option<&str>) {
     let Some(fields) = config.as_object_mut() else { return };
     if let Some(metadata) = fields.get_mut("metadata").and_then(Value::as_object_mut) {
@@ -444,8 +459,8 @@ fn change(config: &mut Value, replication: &Replication, owner: Owner<'_>, sourc
     take_subjects(config, replication);
 }
 
-/// Twice what may be in the air, so that what is read next is there when that settles. What is pulled is bounded in
-/// bytes by the pulls; what is pushed is so by this alone, for messages of the size that the stream has on the average.
+/// Twice the most messages in flight, so that the next ones are here when those settle. Pull consumers are bounded in
+/// bytes by the pulls; push consumers by this alone, for messages of the average size of the stream.
 fn max_ack_pending(replication: &Replication, source: &StreamInfo, pushed: bool) -> u64 {
     let limits = &replication.limits;
     let most = (limits.messages_in_flight as u64).saturating_mul(2).max(LEAST_PENDING);
@@ -458,9 +473,9 @@ fn max_ack_pending(replication: &Replication, source: &StreamInfo, pushed: bool)
     allowed.filter(|allowed| *allowed > 0).map_or(wanted, |allowed| wanted.min(allowed))
 }
 
-/// Why the consumer cannot be made or changed, in words that tell what to do.
+/// The error of a consumer that cannot be created or changed, with the remedy.
 fn not_made(error: Error, name: &str, source: &StreamInfo, stream: &str) -> Error {
-    // While the servers elect, a consumer that is just being made is not found and cannot be made again (10013).
+    // During an election a consumer that is just being created is not found and cannot be created again (10013).
     let refused = error.api.as_ref().is_some_and(|api| api.code == 400) && !error.is_api(10013);
     let kind = if refused { ErrorKind::Hold } else { error.kind };
     let doing = match (error.is_api(10099) || error.is_api(10100), source.text("retention")) {
@@ -493,7 +508,8 @@ mod tests {
         serde_json::from_value(json!({"config": config, "state": state})).unwrap()
     }
 
-    /// What is asked for until a consumer that is ahead of its stream is deleted, where an earlier try left this keeper.
+    /// What is asked for until a consumer that is ahead of its stream is deleted, where an earlier try left this
+    /// keeper.
     async fn given_up(keeper: Option<u64>) -> Vec<String> {
         let (mut lane, mut server) = nats_lane::pipe::lane().await;
         let (replication, source) = (replication(json!({})), stream("interest", "1", 5, 50));
@@ -507,11 +523,11 @@ mod tests {
                 let question = server.asked().await;
                 let subject = question.subject.strip_prefix("$JS.API.CONSUMER.").unwrap_or_default().to_owned();
                 let reply = match (subject.as_str(), keeper) {
-                    ("INFO.S.SR_x_keep", Some(from)) => json!({"config": {"opt_start_seq": from}}),
-                    ("INFO.S.SR_x_keep", None) => json!({"error": {"code": 404, "err_code": 10014}}),
-                    ("CREATE.S.SR_x_keep", Some(_)) => json!({"error": {"code": 500, "err_code": 10012,
+                    ("INFO.S.sr_keep_SR_x", Some(from)) => json!({"config": {"opt_start_seq": from}}),
+                    ("INFO.S.sr_keep_SR_x", None) => json!({"error": {"code": 404, "err_code": 10014}}),
+                    ("CREATE.S.sr_keep_SR_x", Some(_)) => json!({"error": {"code": 500, "err_code": 10012,
                         "description": "start sequence can not be updated"}}),
-                    ("CREATE.S.SR_x_keep", None) => json!({"config": {}}),
+                    ("CREATE.S.sr_keep_SR_x", None) => json!({"config": {}}),
                     _ => json!({"success": true}),
                 };
                 server.answer(&question, &reply.to_string()).await;
@@ -527,8 +543,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_an_earlier_try_left_keeps_the_messages() {
-        let (info, delete) = ("INFO.S.SR_x_keep", "DELETE.S.SR_x");
-        assert_eq!(given_up(None).await, [info, "CREATE.S.SR_x_keep", delete]);
+        let (info, delete) = ("INFO.S.sr_keep_SR_x", "DELETE.S.SR_x");
+        assert_eq!(given_up(None).await, [info, "CREATE.S.sr_keep_SR_x", delete]);
         for from in [13, 11] {
             assert_eq!(given_up(Some(from)).await, [info, delete]);
         }

@@ -1,15 +1,15 @@
-//! Jumps in the sequences of a source and which of them are losses: what the source removed before it was read.
-//! Pure. Deleting single messages makes jumps too; only what lies below the stream's first sequence is gone in
-//! the way that loses messages.
+//! Jumps in the sequences of a source, and which of them are losses: messages that the source removed before they were
+//! read. Pure. Deleting single messages makes jumps too; only messages below the stream's first sequence were removed
+//! in a way that loses messages.
 
 use tokio::time::{Duration, Instant};
 
-/// Jumps remembered until the server is asked; of more, the earliest count (they are the ones that are lost).
+/// Jumps remembered until the server is asked; beyond that the earliest count (they are the lost ones).
 const MAX_JUMPS: usize = 4_096;
-/// The server is asked at most so often because of jumps.
+/// Least time between two questions to the server because of jumps.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
-/// Jumps that nobody has explained yet.
+/// Jumps without an explanation yet.
 #[derive(Debug, Default)]
 pub(in crate::copy) struct Gaps {
     jumps: Vec<(u64, u64)>,
@@ -17,7 +17,7 @@ pub(in crate::copy) struct Gaps {
 }
 
 impl Gaps {
-    /// Notes that nothing was read from `from` to `to`.
+    /// Notes that no message was read from `from` to `to`.
     pub fn jumped(&mut self, from: u64, to: u64) {
         let room = self.jumps.len() < MAX_JUMPS;
         match self.jumps.last_mut() {
@@ -28,7 +28,7 @@ impl Gaps {
     }
 
     /// Whether the server should be asked for the stream's first sequence now.
-    pub fn ask(&mut self, now: Instant) -> bool {
+    pub fn should_ask(&mut self, now: Instant) -> bool {
         let due = !self.jumps.is_empty() && self.asked.is_none_or(|asked| now.duration_since(asked) >= ASK_EVERY);
         if due {
             self.asked = Some(now);
@@ -36,8 +36,8 @@ impl Gaps {
         due
     }
 
-    /// What a run left unexplained, for the next one, which goes on behind `position` and tells by itself what lies in
-    /// `told`: only jumps that it will not see again are left.
+    /// Hands the unexplained jumps of a run to the next one, which resumes after `position` and itself reports those
+    /// for which `told` is true: only jumps that it will not see again are kept.
     pub fn left_over(&mut self, position: u64, told: impl Fn(u64) -> bool) {
         self.jumps.retain(|(from, to)| *to <= position && !told(*from));
         self.asked = None;
@@ -60,17 +60,17 @@ mod tests {
     fn only_what_lies_below_the_first_sequence_is_lost() {
         let mut gaps = Gaps::default();
         let now = Instant::now();
-        assert!(!gaps.ask(now));
+        assert!(!gaps.should_ask(now));
         gaps.jumped(5, 9);
         gaps.jumped(10, 12);
         gaps.jumped(20, 29);
         gaps.jumped(40, 40);
-        assert!(gaps.ask(now));
-        assert!(!gaps.ask(now));
+        assert!(gaps.should_ask(now));
+        assert!(!gaps.should_ask(now));
         assert_eq!(gaps.first_is(25), [(5, 12), (20, 24)]);
-        assert!(!gaps.ask(now + ASK_EVERY));
+        assert!(!gaps.should_ask(now + ASK_EVERY));
         gaps.jumped(50, 51);
-        assert!(gaps.ask(now + ASK_EVERY));
+        assert!(gaps.should_ask(now + ASK_EVERY));
         assert_eq!(gaps.first_is(25), []);
     }
 

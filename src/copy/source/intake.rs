@@ -1,4 +1,4 @@
-//! What a run reads from: one kind of reader for each kind of stream.
+//! The input of a run: one kind of reader for each kind of stream.
 
 use nats_lane::{Batch, Error, Lane, jetstream::StreamInfo};
 use tokio::time::Instant;
@@ -18,16 +18,16 @@ use crate::{
 /// One of the readers.
 #[derive(Debug)]
 pub(in crate::copy) enum Intake {
-    /// Of a stream that keeps its messages: nothing is acknowledged.
+    /// Of a stream that keeps its messages, without acks.
     Plain(Box<Reader>),
-    /// Of one that forgets what was acknowledged, message by message.
+    /// Of a stream that removes acknowledged messages, with an ack per message.
     Explicit(Box<Explicit>),
-    /// Of one that forgets what was acknowledged, by flow control.
+    /// Of a stream that removes acknowledged messages, with acks by flow control.
     Pushed(Box<Pushed>),
 }
 
 impl Intake {
-    /// Reads behind `position`. `durable` is what is at the source already, where messages are acknowledged.
+    /// Reads after `position`. `durable` is the existing consumer at the source, where messages are acknowledged.
     pub async fn open(
         lane: &mut Lane,
         replication: &Replication,
@@ -60,7 +60,7 @@ impl Intake {
         }
     }
 
-    /// Messages of the stream that match and are not taken yet, as last heard.
+    /// Messages of the stream that match and are not taken yet, by the last report.
     pub fn pending(&self) -> u64 {
         match self {
             Self::Plain(reader) => reader.pending(),
@@ -78,7 +78,7 @@ impl Intake {
         }
     }
 
-    /// The reader whose consumer can be made anew inside a run.
+    /// The reader whose consumer can be recreated inside a run.
     pub fn plain(&self) -> Option<&Reader> {
         match self {
             Self::Plain(reader) => Some(reader),
@@ -94,7 +94,7 @@ impl Intake {
         }
     }
 
-    /// Takes in what the lane received; messages for other subscriptions are left alone.
+    /// Handles a batch that the lane received; messages for other subscriptions are ignored.
     pub fn accept(&mut self, batch: Batch) -> Result<(), Lost> {
         match self {
             Self::Plain(reader) => reader.accept(batch),
@@ -103,7 +103,7 @@ impl Intake {
         }
     }
 
-    /// The next message, if one was read; taken for good by [`Intake::take`].
+    /// The next message, if one was read; [`Intake::take`] removes it.
     pub fn peek(&self) -> Option<Incoming<'_>> {
         match self {
             Self::Plain(reader) => reader.peek(),
@@ -112,7 +112,7 @@ impl Intake {
         }
     }
 
-    /// Takes the message that [`Intake::peek`] shows.
+    /// Removes the message that [`Intake::peek`] shows.
     pub fn take(&mut self) {
         match self {
             Self::Plain(reader) => reader.take(),
@@ -121,12 +121,12 @@ impl Intake {
         }
     }
 
-    /// Asks for more where that is due, and about what was passed over.
+    /// Requests more messages where that is due, and asks about skipped sequences.
     pub fn pull(&mut self, lane: &mut Lane, budget: &Budget) {
         match self {
             Self::Plain(reader) => reader.pull(lane, budget),
             Self::Explicit(explicit) => explicit.pull(lane, budget),
-            Self::Pushed(pushed) => pushed.ask(lane),
+            Self::Pushed(pushed) => pushed.ask_about_jumps(lane),
         }
     }
 
@@ -138,7 +138,7 @@ impl Intake {
         }
     }
 
-    /// Whether the source delivers no more before something that it delivered is settled.
+    /// Whether the source delivers no more before some of its deliveries are settled.
     pub fn is_barred(&self) -> bool {
         match self {
             Self::Plain(_) => false,
@@ -147,7 +147,7 @@ impl Intake {
         }
     }
 
-    /// Everything up to a position is settled: it is acknowledged.
+    /// Everything up to a position is settled: acknowledges it.
     pub fn settled(&mut self, lane: &mut Lane, position: u64) {
         match self {
             Self::Plain(_) => {}
@@ -156,15 +156,15 @@ impl Intake {
         }
     }
 
-    /// Whether nothing that settled waits for a chance to be acknowledged.
-    pub fn is_told(&self) -> bool {
+    /// Whether no settled message waits to be acknowledged.
+    pub fn is_acked(&self) -> bool {
         match self {
             Self::Plain(_) | Self::Explicit(_) => true,
-            Self::Pushed(pushed) => pushed.is_told(),
+            Self::Pushed(pushed) => pushed.is_acked(),
         }
     }
 
-    /// Whether the consumer still gives signs of life; of a plain one the watchdog sees to that.
+    /// An error if the consumer gives no more signs of life; a plain one is supervised by the watchdog.
     pub fn check(&mut self, lane: &Lane, now: Instant, reads: bool) -> Result<(), Error> {
         match self {
             Self::Plain(_) => Ok(()),
@@ -173,7 +173,7 @@ impl Intake {
         }
     }
 
-    /// Ends the reading; a consumer of our own that nobody needs again goes with it.
+    /// Ends reading; an ephemeral consumer of our own is deleted.
     pub fn close(self, lane: &mut Lane) {
         match self {
             Self::Plain(reader) => reader.close(lane),

@@ -1,4 +1,10 @@
-//! Asks a source which subjects it stores, where its configuration does not say so.
+//! Determines which subjects a source stores, where its configuration does not show it: reads the configurations of the
+//! streams that it mirrors or aggregates, and lists its stored subjects.
+//!
+//! A missing permission may end the connection, so other streams are read over a lane of their own. The list of
+//! subjects of a stream (`STREAM.INFO` with `subjects_filter`) takes a server seconds for a million: with many subjects
+//! a sample of messages is read instead. A subject that is missed is added when a message with it gets no responders
+//! (`target/stray.rs`).
 
 use std::collections::HashMap;
 
@@ -17,20 +23,21 @@ use crate::{
     names,
 };
 
-/// Streams that are asked for at most where a source takes messages from others.
+/// Most streams that are requested where a source takes messages from others.
 const MOST_ORIGINS: usize = 64;
-/// Deadline for all of them: a domain that is not reachable must not hold up the copy.
+/// Deadline for all of them: an unreachable domain must not delay the copy.
 const ORIGINS_WITHIN: Duration = Duration::from_secs(3);
-/// Subjects that are asked for as a list at most: of a million, a server makes it for seconds, and does nothing else.
+/// Most subjects that are requested as a list: for a million, a server builds the list for seconds, and does nothing
+/// else.
 const MOST_LISTED: u64 = 20_000;
-/// Of more subjects, those of so many messages are read, at least and at most, and of so many bytes.
+/// With more subjects, this many messages are read, at least and at most, bounded in bytes too.
 const SAMPLE: (u64, u64) = (16, 512);
 const SAMPLE_BYTES: u64 = 4 << 20;
-/// A prime number.
+/// A prime number, as a step through the sequences.
 const ODD: u64 = 7_919;
 
-/// Everything that can be learned of the subjects of a source; `also` is a subject that it stored at some time. What is
-/// not learned here shows when a message is refused.
+/// Collects everything known about the subjects of a source; `also` is a subject that it stored at some time. A subject
+/// that is missed here shows when a message is refused.
 pub(in crate::copy) async fn all(
     dial: &dyn Dial,
     lane: &mut Lane,
@@ -42,7 +49,7 @@ pub(in crate::copy) async fn all(
     stored(lane, replication, source, origins, also).await
 }
 
-/// A user who may not ask for these streams loses the connection by it: it is not that of the copy.
+/// Asks over a connection of its own: a user without permission for these streams may lose the connection.
 async fn on_lane_of_its_own(dial: &dyn Dial, replication: &Replication, source: &StreamInfo) -> Origins {
     let mut found = Origins::default();
     if found.missing(source).is_empty() {
@@ -59,7 +66,7 @@ async fn on_lane_of_its_own(dial: &dyn Dial, replication: &Replication, source: 
     found
 }
 
-/// Asks for the streams that a source takes messages from, and for those that these take theirs from.
+/// Reads the streams that a source takes messages from, and those that these take theirs from.
 pub(crate) async fn origins(lane: &mut Lane, source: &StreamInfo, found: &mut Origins) -> Result<(), Error> {
     let mut asked: Vec<(String, String)> = Vec::new();
     loop {
@@ -71,15 +78,15 @@ pub(crate) async fn origins(lane: &mut Lane, source: &StreamInfo, found: &mut Or
         let answer = lane.request(&format!("{api}.STREAM.INFO.{name}"), b"").await;
         match answer.and_then(|answer| decode::<StreamInfo>(&answer)) {
             Ok(info) => found.add(&prefix, &name, info),
-            // Another account, or a domain that is not there.
+            // Another account, or a domain that does not exist.
             Err(error) if error.kind != ErrorKind::Hold => {}
             Err(error) => return Err(error),
         }
     }
 }
 
-/// Asks for the subjects of what a source stores: for all of them, or, where they are many, for those of some messages.
-/// Nothing is asked where the configuration tells the subjects and not everything that is stored is copied.
+/// Reads the subjects of a source's stored messages: of all, or, where they are many, of a sample of messages.
+/// Sends no request if the configuration shows the subjects and only a part of the messages is copied.
 pub(crate) async fn stored(
     lane: &mut Lane,
     replication: &Replication,
@@ -93,21 +100,21 @@ pub(crate) async fn stored(
         _ => ">",
     };
     let mut learning = Learning::begin(replication, source, origins);
-    also.into_iter().for_each(|subject| learning.take(subject));
+    also.into_iter().for_each(|subject| learning.add_subject(subject));
     if !vague && replication.start != Start::All {
         return Ok(learning.end());
     }
     let name = &replication.source.stream;
     if source.state.num_subjects > MOST_LISTED {
         let sample = sample(&source.state);
-        Api::new(lane).messages_of(name, filter, sample, |message| learning.take(&message.subject)).await?;
+        Api::new(lane).messages_of(name, filter, sample, |message| learning.add_subject(&message.subject)).await?;
     } else {
-        listed(lane, name, filter).await?.keys().for_each(|subject| learning.take(subject));
+        listed(lane, name, filter).await?.keys().for_each(|subject| learning.add_subject(subject));
     }
     Ok(learning.end())
 }
 
-/// Sequences all over a stream, never in step with what repeats in it.
+/// Sequences all over a stream, never in step with repeating patterns in it.
 fn sample(state: &StreamState) -> impl Iterator<Item = u64> + use<> {
     let size = state.bytes / state.messages.max(1);
     let count = (SAMPLE_BYTES / size.max(1)).clamp(SAMPLE.0, SAMPLE.1);
@@ -118,17 +125,17 @@ fn sample(state: &StreamState) -> impl Iterator<Item = u64> + use<> {
 
 async fn listed(lane: &mut Lane, stream: &str, filter: &str) -> Result<HashMap<String, IgnoredAny>, Error> {
     #[derive(Deserialize)]
-    struct Answer {
-        state: State,
+    struct ListedSubjects {
+        state: ListedState,
     }
     #[derive(Deserialize)]
-    struct State {
+    struct ListedState {
         subjects: Option<HashMap<String, IgnoredAny>>,
     }
     let subject = format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
     let body = json!({ "subjects_filter": filter }).to_string();
     let answer = lane.request(&subject, body.as_bytes()).await?;
-    let Answer { state } = decode(&answer).map_err(|error| error.context("subjects of the source stream"))?;
+    let ListedSubjects { state } = decode(&answer).map_err(|error| error.context("subjects of the source stream"))?;
     Ok(state.subjects.unwrap_or_default())
 }
 

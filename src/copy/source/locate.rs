@@ -1,4 +1,7 @@
-//! Places in a source stream: found by sequence or by time, over a lane.
+//! Positions in a source stream: found by sequence or by time, over a lane.
+//!
+//! Messages are read with `STREAM.MSG.GET`, which the leader answers. Work-queue streams allow no second consumer, and
+//! on interest streams a consumer keeps messages: both are searched without one.
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use nats_lane as nats;
@@ -15,7 +18,7 @@ use crate::{
         Error, ErrorKind,
         flow::window::SourcePoint,
         source::{
-            clock::{Heard, SourceClock},
+            clock::{ClockReading, SourceClock},
             consumers::Names,
             durable::Durable,
             reader::headers_at,
@@ -25,52 +28,52 @@ use crate::{
     store::SourceWitness,
 };
 
-/// Messages of this size on the average are not read for their headers or their stored time alone: a question more costs
-/// less.
+/// Average message size in bytes from which messages are not read for their headers or their stored time alone: an
+/// extra request costs less.
 pub(in crate::copy) const HEAVY: u64 = 32 * 1024;
-/// Names of the consumers of a question that no run asks: one may be under way.
+/// Names of the consumers of a request outside of a run: a run may be under way.
 const QUESTION: &str = "p";
 
-/// A place that somebody asks for.
+/// The requested position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum At {
-    /// Behind this source sequence; 0 is before the first message.
-    Behind(u64),
+    /// After this source sequence; 0 is before the first message.
+    After(u64),
     /// Before the first message stored at or after this time.
     Time(DateTime<Utc>),
-    /// Before the first message stored at most so long ago, by the clock of the source server.
+    /// Before the first message that is at most this old, by the clock of the source server.
     Ago(Duration),
 }
 
-/// What the source says of a place.
+/// The source's answer for a position.
 #[derive(Debug, Clone)]
 pub enum Located {
-    /// It is there.
+    /// It is in the stream.
     At(Place),
-    /// It is behind the last message of the stream.
+    /// It is after the last message of the stream.
     Beyond {
         /// Last sequence of the stream.
         last_seq: u64,
     },
 }
 
-/// A place in a source stream as it is now.
+/// A position in a source stream as it is now.
 #[derive(Debug, Clone)]
 pub struct Place {
-    /// Behind it the copy goes on.
+    /// The copy continues after it.
     pub position: SourceWitness,
     /// First sequence of the stream.
     pub first_seq: u64,
     /// Last sequence of the stream.
     pub last_seq: u64,
-    /// Whether the stream forgets what was copied: it cannot be copied again.
+    /// Whether the stream removes copied messages: they cannot be copied again.
     pub forgets: bool,
     /// The source server's time.
     pub now: DateTime<Utc>,
 }
 
 impl Place {
-    /// How many sequences of the stream lie between two positions, behind the lower one.
+    /// How many sequences of the stream are between two positions, after the lower one.
     pub fn between(&self, one: u64, other: u64) -> u64 {
         let before = self.first_seq.saturating_sub(1);
         let in_stream = |seq: u64| seq.clamp(before, self.last_seq.max(before));
@@ -78,8 +81,8 @@ impl Place {
     }
 }
 
-/// Asks the source for a place, over a connection of its own. What is gone before the first message is no part of the
-/// stream: a place there is the one before its first message.
+/// Asks the source for a position, over a connection of its own. Messages that were removed before the first one are
+/// not part of the stream: a position among them is the one before its first message.
 pub async fn locate(dial: &dyn Dial, replication: &Replication, consumers: &str, at: At) -> Result<Located, Error> {
     let name = format!("{} {}", names::PROGRAM, replication.id);
     let connected = dial.dial(&replication.source.place, &name).await;
@@ -89,11 +92,11 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, consumers: &str,
     let info = Api::new(&mut lane).stream_info(stream).await?;
     let received = Instant::now();
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
-    let clock = SourceClock::new(&Heard { sent, received, server: info.ts, local: chance::now() });
+    let clock = SourceClock::new(&ClockReading { sent, received, server: info.ts, local: chance::now() });
     let StreamState { first_seq, last_seq, .. } = info.state;
     let seq = match at {
-        At::Behind(seq) if seq > last_seq => return Ok(Located::Beyond { last_seq }),
-        At::Behind(seq) => seq,
+        At::After(seq) if seq > last_seq => return Ok(Located::Beyond { last_seq }),
+        At::After(seq) => seq,
         At::Time(time) => before_time(&mut lane, stream, &info, &Names::new(consumers), time).await?.min(last_seq),
         At::Ago(ago) => {
             let time = clock.ago(Instant::now(), ago);
@@ -103,7 +106,7 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, consumers: &str,
     let seq = seq.max(first_seq.saturating_sub(1));
     let mut names = question_names(consumers);
     let SourcePoint { seq, time_ns } = point_at(&mut lane, stream, &info, &mut names, seq).await?;
-    // Else a consumer may outlive the connection.
+    // Otherwise a consumer may outlive the connection.
     lane.round_trip().await?;
     let forgets = Durable::is_needed(&info);
     let position = SourceWitness { seq, time_ns, created: info.created };
@@ -111,13 +114,14 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, consumers: &str,
     Ok(Located::At(Place { position, first_seq, last_seq, forgets, now }))
 }
 
-/// Names of the consumers for a question beside a run.
+/// Names of the consumers for a request outside of a run.
 pub(in crate::copy) fn question_names(consumers: &str) -> Names {
     Names::new(&format!("{consumers}_{QUESTION}"))
 }
 
-/// The sequence before the first message stored at or after a time: the server knows, a consumer asks it. A stream that
-/// forgets what was acknowledged takes no consumer for a question, and is searched; so is one that takes no more consumers.
+/// The sequence before the first message stored at or after a time: a consumer finds it at the server. A stream that
+/// removes acknowledged messages allows no consumer for a question, and is searched; so is one without room for
+/// consumers.
 pub(in crate::copy) async fn before_time(
     lane: &mut Lane,
     stream: &str,
@@ -154,7 +158,7 @@ pub(in crate::copy) async fn before_time(
 }
 
 async fn search_time(lane: &mut Lane, stream: &str, state: &StreamState, time_ns: i64) -> Result<u64, nats::Error> {
-    // Everything below `low` was stored before the time, nothing from `high` on.
+    // Everything below `low` was stored before the time, no message from `high` on.
     let (mut low, mut high) = (state.first_seq.max(1), state.last_seq + 1);
     // The first message from `high` on: sequences before it may be empty.
     let mut first = high;
@@ -171,7 +175,7 @@ async fn search_time(lane: &mut Lane, stream: &str, state: &StreamState, time_ns
     Ok(first - 1)
 }
 
-/// A sequence and the stored time of what lies there.
+/// A sequence and the stored time of the message there.
 pub(in crate::copy) async fn point_at(
     lane: &mut Lane,
     stream: &str,
@@ -186,8 +190,8 @@ pub(in crate::copy) async fn point_at(
     Ok(SourcePoint { seq, time_ns: message.map(|message| message.time_ns) })
 }
 
-/// The message at a sequence, by the word of the stream's leader. Where messages are large, its payload is left where it is
-/// if a consumer may be used for that: a work queue or an interest stream takes none for a question.
+/// The message at a sequence, read from the stream's leader. The payload of a large message is not transferred if a
+/// consumer can be used for that: a work queue or an interest stream allows none.
 pub(in crate::copy) async fn message_at(
     lane: &mut Lane,
     stream: &str,
@@ -207,12 +211,12 @@ pub(in crate::copy) async fn message_at(
     Api::new(lane).message(stream, seq).await
 }
 
-/// Whether a message of the stream is rather not read for its headers alone, and a consumer may show those.
+/// Whether messages of the stream are too large to be read for their headers alone, and a consumer may show those.
 pub(in crate::copy) fn is_heavy(info: &StreamInfo) -> bool {
     average_bytes(&info.state) >= HEAVY && !Durable::is_needed(info)
 }
 
-/// Size of a stream's messages on the average.
+/// Average size of a stream's messages, bytes.
 pub(in crate::copy) fn average_bytes(state: &StreamState) -> u64 {
     state.bytes.checked_div(state.messages).unwrap_or_default()
 }

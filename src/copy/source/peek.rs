@@ -1,4 +1,4 @@
-//! A look at the source of a replication that does not run: what waits there, and what is going to be removed. Over a
+//! Peeks at the source of a replication that does not run: the waiting messages, and when they will be removed. Over a
 //! connection of its own, which is closed at once.
 
 use chrono::DateTime;
@@ -10,46 +10,46 @@ use crate::{
     copy::{
         Budget, Error, ErrorKind,
         source::{
-            clock::{Heard, SourceClock},
+            clock::{ClockReading, SourceClock},
             consumers::Names,
             reader::{Range, Reader},
-            retention::{Looks, Oldest, Outlook, Retention, Waiting},
+            retention::{Oldest, Outlook, PollHistory, Retention, Waiting},
         },
     },
     names,
     status::Lag,
 };
 
-/// What is read ahead: the headers of the first messages.
+/// Bytes to read ahead: the headers of the first messages.
 const AHEAD: usize = 64 * 1024;
 /// Time for the first message that waits.
 const FIRST: Duration = Duration::from_secs(5);
 
-/// What was seen.
+/// The result.
 #[derive(Debug, Clone, Copy)]
 pub struct SourcePeek {
-    /// Messages in scope behind the position.
+    /// Messages in scope after the position.
     pub lag: Lag,
     /// First sequence of the stream.
     pub first_seq: u64,
     /// Last sequence of the stream; it agrees with the lag.
     pub last_seq: u64,
-    /// How long the oldest of them will still be there; nothing waits: [`Outlook::Safe`].
+    /// How long the oldest of them will still be there; [`Outlook::Safe`] if none waits.
     pub outlook: Outlook,
-    /// How long the source keeps a message that comes now, seconds, as it looks; `None` where nothing removes it.
+    /// How long the source keeps a message that comes now, seconds, as an estimate; `None` where none is removed.
     pub kept: Option<f64>,
     /// How far the source server's clock is ahead of ours, seconds; `None` where the server does not report its time.
     pub clock_offset: Option<f64>,
 }
 
-/// Asks the source what lies behind a position. `looks` remembers what was seen before. Names of consumers begin with
+/// Reads the state of the source after a position. `looks` keeps the earlier states. Names of consumers begin with
 /// `consumers`.
 pub async fn peek(
     dial: &dyn Dial,
     replication: &Replication,
     consumers: &str,
     position: u64,
-    looks: &mut Looks,
+    polls: &mut PollHistory,
 ) -> Result<SourcePeek, Error> {
     let name = format!("{} {}", names::PROGRAM, replication.id);
     let mut lane = dial.dial(&replication.source.place, &name).await?;
@@ -59,11 +59,11 @@ pub async fn peek(
     let info = Api::new(&mut lane).stream_info(stream).await?;
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
     let (received, local) = (Instant::now(), chance::now());
-    let clock = SourceClock::new(&Heard { sent, received, server: info.ts, local });
+    let clock = SourceClock::new(&ClockReading { sent, received, server: info.ts, local });
     let clock_offset = clock.offset(received, local);
     let retention = Retention::of(&info);
-    looks.add(Instant::now(), info.state.clone());
-    let kept = looks.kept(&retention);
+    polls.add(Instant::now(), info.state.clone());
+    let kept = polls.kept(&retention);
     let range = Range { stream, filters: replication.scope.filters(), from: position + 1, headers_only: true };
     let mut reader = Reader::open(&mut lane, &range, &mut names, AHEAD).await?;
     let pending = reader.pending();
@@ -78,7 +78,7 @@ pub async fn peek(
     let oldest = first.map(|(_, time_ns)| DateTime::from_timestamp_nanos(time_ns));
     let lag = Lag::new(messages, oldest, now);
     let outlook = first.map_or(Outlook::Safe, |(seq, _)| {
-        looks.outlook(&retention, &Oldest { seq, age: lag.seconds.map(Duration::from_secs_f64) })
+        polls.outlook(&retention, &Oldest { seq, age: lag.seconds.map(Duration::from_secs_f64) })
     });
     Ok(SourcePeek { lag, first_seq: info.state.first_seq, last_seq, outlook, kept, clock_offset })
 }

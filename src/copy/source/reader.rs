@@ -1,6 +1,12 @@
-//! Reads a stream in order from a pull consumer of its own: ephemeral, without acks, in memory. The position is
-//! ours, the server keeps no state that matters. Two overlapping pulls keep the messages flowing; what was asked
-//! for and not yet taken is bounded in bytes.
+//! Reads a stream in order from a pull consumer of its own: ephemeral, without acks, in memory. The position is ours,
+//! the server keeps no state that matters. Two overlapping pulls keep the messages flowing; the bytes that are
+//! requested and not yet taken are bounded.
+//!
+//! * Deliveries of one consumer are numbered without holes, and its heartbeats name the last one. So the loss of any
+//!   delivery is detected, also of the last.
+//! * A message from a stream has a reply subject that begins with `$JS.ACK.`; only what has none is a status. Servers
+//!   up to 2.11 store messages whose first header line has a status.
+//! * A pull whose bytes are too few for the next message ends with status 409, each time. So the next pull is larger.
 
 pub(in crate::copy) mod explicit;
 mod jumps;
@@ -15,7 +21,7 @@ use tracing::debug;
 
 use self::stash::Stash;
 use nats_lane::{
-    Batch, Error, Lane, Message, Turn, entropy as chance, headers,
+    Batch, Error, Lane, Message, Turn, entropy as chance, excerpt, headers,
     jetstream::{
         Api, CONSUMER_EXISTS, ConsumerInfo, Delivery, StoredMessage, TOO_MANY_CONSUMERS, is_delivery, parse_delivery,
     },
@@ -30,33 +36,34 @@ use crate::copy::{
     source::consumers::Names,
 };
 
-/// The server says that it is there this often while it has nothing to deliver.
+/// Interval of the server's heartbeats while it has no message to deliver.
 const HEARTBEAT: Duration = Duration::from_millis(2500);
-/// Silence after which a stream that is scanned, or a durable consumer, is given up.
+/// Silence after which a scan, or the reading of a durable consumer, is given up.
 const SILENCE: Duration = Duration::from_secs(6);
 /// How often the consumer of a single read is checked for silence.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
-/// A consumer that was not made within this time is asked for under another name, so often.
+/// How long to wait for the creation of a consumer before another name is tried, and how often.
 const PLACED: Duration = Duration::from_secs(2);
 const ELSEWHERE: u32 = 2;
-/// A cluster may count a consumer for a moment after it was deleted: the next one is asked for again, so often.
+/// A cluster may count a consumer for a moment after it was deleted: how long to wait before the next try, and how
+/// often.
 const COUNTED: Duration = Duration::from_millis(100);
 const COUNTED_AGAIN: u32 = 5;
-/// A pull that got nothing is renewed after this time.
+/// Expiry of a pull that got no message.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
-/// The same for redeliveries, which are there at once.
+/// The same for redeliveries, which are available at once.
 const BACK_EXPIRES: Duration = Duration::from_secs(2);
-/// The server forgets a consumer that nobody pulls from after this time.
+/// How long the server keeps a consumer without a pull.
 const INACTIVE: Duration = Duration::from_secs(45);
-/// A pull that was smaller than one message is followed by one that is so many times as large.
+/// Growth of the next pull after one that was smaller than one message.
 const PIECE_STEP: usize = 4;
-/// No message with its subjects and headers is larger.
+/// Upper bound of a message with its subjects and headers, bytes.
 const PIECE_LARGEST: usize = 66 << 20;
 
-/// Size of the first pull where messages wait already.
+/// Size of the first pull where messages wait already, bytes.
 const PIECE_BACKLOG: usize = 1 << 20;
 
-/// What to read.
+/// The range to read.
 #[derive(Debug, Clone)]
 pub(in crate::copy) struct Range<'a> {
     /// The stream.
@@ -72,10 +79,10 @@ pub(in crate::copy) struct Range<'a> {
 /// One message read.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::copy) struct Incoming<'a> {
-    /// Where it lies in the stream, and how many follow.
+    /// Its position in the stream, and the number of the following messages.
     pub delivery: Delivery,
-    /// The sequence before the first one that this message stands for: what lies between was filtered or is
-    /// gone.
+    /// The sequence before the first one that this message stands for: messages in between were filtered or
+    /// removed.
     pub after: u64,
     /// Subject, headers and payload.
     pub message: Message<'a>,
@@ -88,12 +95,12 @@ impl Incoming<'_> {
     }
 }
 
-/// Why a consumer is of no use any more.
+/// Why a consumer is no longer usable.
 #[derive(Debug)]
 pub(in crate::copy) struct Lost {
-    /// What was seen.
+    /// The observation.
     pub error: Error,
-    /// Nobody pulled for so long that the server had to forget it: nothing is wrong.
+    /// No pull was open for longer than the server keeps an idle consumer: not an error.
     pub forgotten: bool,
 }
 
@@ -118,26 +125,26 @@ pub(in crate::copy) struct Reader {
     inbox: String,
     pulls: VecDeque<Pull>,
     next_pull: u64,
-    /// Bytes granted to the server in pulls that are open, less what it used, by its own way of counting.
+    /// Bytes of open pulls that the server has not used, by its own way of counting.
     unspent: i64,
-    /// Size of the next pull; grows while the server uses pulls up.
+    /// Size of the next pull; grows while the server uses the whole size.
     piece: usize,
     piece_max: usize,
-    /// What the next message is known to need at least; 0 where nothing is known.
+    /// Known least size of the next message; 0 where unknown.
     need: usize,
     stash: Stash,
     reserved: Option<Reservation>,
     consumer_seq: u64,
     accepted: u64,
     pending: u64,
-    /// Redeliveries that come first: only that many are asked for, by one pull at a time; 0 for none.
+    /// Redeliveries that come first: only that many are requested, by one pull at a time; 0 for none.
     owed: u64,
     heard: Instant,
-    /// When a pull was open last.
+    /// When a pull was last open.
     asked: Instant,
-    /// How long none was before the present ones; zero once one of them got something.
+    /// How long no pull was open before the present ones; zero once one of them got a message.
     rested: Duration,
-    /// How long the server keeps the consumer while nobody pulls from it.
+    /// How long the server keeps the consumer without a pull.
     inactive: Duration,
     abandoned: bool,
 }
@@ -156,7 +163,7 @@ impl Range<'_> {
             "num_replicas": 1,
             "mem_storage": true,
             "headers_only": self.headers_only,
-            // Unlike any other: a run that was superseded must not take its successor's consumer for its own.
+            // Unlike any other: a run that was superseded must not mistake its successor's consumer for its own.
             "metadata": { "run": chance::name() },
         });
         match self.filters {
@@ -169,7 +176,7 @@ impl Range<'_> {
 }
 
 impl Reader {
-    /// Creates the consumer. `bytes` bounds what is read ahead (but one message always passes).
+    /// Creates the consumer. `bytes` bounds the bytes read ahead (but one message always passes).
     pub async fn open(lane: &mut Lane, range: &Range<'_>, names: &mut Names, bytes: usize) -> Result<Self, Error> {
         let (mut left, mut counted) = (ELSEWHERE, COUNTED_AGAIN);
         loop {
@@ -177,14 +184,14 @@ impl Reader {
             let config = range.config(&consumer);
             let mut api = Api::new(lane);
             let created = api.create_new_consumer(range.stream, &consumer, &config);
-            // What a cluster gave to a server that does not answer is asked for again under another name.
+            // If a cluster assigned the consumer to a server that does not answer, another name is tried.
             let info = match timeout(PLACED, created).await {
                 Ok(Err(error)) if error.is_api(TOO_MANY_CONSUMERS) && counted > 0 => {
                     counted -= 1;
                     sleep(COUNTED).await;
                     continue;
                 }
-                // Deleted, but not yet, or of a run that does not know that it was superseded.
+                // Being deleted, or of a run that does not know yet that it was superseded.
                 Ok(Err(error)) if error.is_api(CONSUMER_EXISTS) && left > 0 => {
                     left -= 1;
                     continue;
@@ -199,18 +206,25 @@ impl Reader {
                     return Err(Error::retry(format!("no consumer of stream `{stream}` was made within {PLACED:?}")));
                 }
             };
-            return Ok(Self::of(lane, range, consumer, bytes, &info));
+            return Ok(Self::from_new(lane, range, consumer, bytes, &info));
         }
     }
 
     /// Reads from a consumer that was just created for this range.
-    pub fn of(lane: &mut Lane, range: &Range<'_>, consumer: String, bytes: usize, info: &ConsumerInfo) -> Self {
+    pub fn from_new(lane: &mut Lane, range: &Range<'_>, consumer: String, bytes: usize, info: &ConsumerInfo) -> Self {
         let before = range.from.max(1) - 1;
-        Self { accepted: before, ..Self::over(lane, range.stream, consumer, before, info, bytes) }
+        Self { accepted: before, ..Self::from_existing(lane, range.stream, consumer, before, info, bytes) }
     }
 
-    /// Reads from a consumer that is there, behind what it delivered so far; what is behind `after` comes next.
-    fn over(lane: &mut Lane, stream: &str, consumer: String, after: u64, info: &ConsumerInfo, bytes: usize) -> Self {
+    /// Reads from an existing consumer, after its last delivery; the message after `after` comes next.
+    fn from_existing(
+        lane: &mut Lane,
+        stream: &str,
+        consumer: String,
+        after: u64,
+        info: &ConsumerInfo,
+        bytes: usize,
+    ) -> Self {
         let (sid, inbox) = lane.open_inbox();
         let piece_max = (bytes / 2).max(PIECE_MIN);
         let now = Instant::now();
@@ -222,7 +236,7 @@ impl Reader {
             pulls: VecDeque::new(),
             next_pull: 0,
             unspent: 0,
-            // A backlog is asked for in large pieces at once.
+            // A backlog is requested in large pieces at once.
             piece: if info.num_pending + info.num_ack_pending > 0 { PIECE_BACKLOG.min(piece_max) } else { PIECE_MIN },
             piece_max,
             need: 0,
@@ -240,8 +254,8 @@ impl Reader {
         }
     }
 
-    /// The consumer is of no use: what was read and not taken is let go, and nothing more is asked for. Returns the request
-    /// that deletes it.
+    /// The consumer is no longer usable: messages that were read and not taken are dropped, and no more are requested.
+    /// Returns the request that deletes it.
     pub fn abandon(&mut self, lane: &mut Lane) -> String {
         self.pending = self.pending();
         self.stash = Stash::new(self.accepted);
@@ -257,7 +271,7 @@ impl Reader {
         !self.pulls.is_empty()
     }
 
-    /// When the consumer gave its last sign of life, or was asked for the first after a rest.
+    /// When the consumer gave its last sign of life, or the first was requested after an idle time.
     pub fn heard(&self) -> Instant {
         self.heard
     }
@@ -272,17 +286,17 @@ impl Reader {
         self.accepted
     }
 
-    /// The server says that so many messages wait behind the newest one delivered.
+    /// Corrects the number of messages that wait after the newest one delivered.
     pub fn correct_pending(&mut self, pending: u64) {
         self.pending = pending;
     }
 
-    /// Messages of the stream that match and are not taken yet, as last heard.
+    /// Messages of the stream that match and are not taken yet, by the last report.
     pub fn pending(&self) -> u64 {
         self.pending + self.stash.len() as u64
     }
 
-    /// The stream had a message at this sequence, or a later one: each of those that wait behind the newest one
+    /// A sequence that the stream reached: each message that waits after the newest one
     /// delivered has a sequence of its own.
     pub fn seen(&self) -> u64 {
         if self.abandoned { 0 } else { self.accepted + self.pending }
@@ -293,19 +307,19 @@ impl Reader {
         self.stash.next()
     }
 
-    /// Takes in what the lane received; messages for other subscriptions are left alone.
+    /// Handles a batch that the lane received; messages for other subscriptions are ignored.
     pub fn accept(&mut self, batch: Batch) -> Result<(), Lost> {
         let mut accepted = self.accepted;
         let outcome = self.accept_if(batch, |delivery| {
             let before = std::mem::replace(&mut accepted, delivery.stream_seq);
-            if delivery.stream_seq <= before { Verdict::Wrong(before) } else { Verdict::Keep }
+            if delivery.stream_seq <= before { DeliveryVerdict::Wrong(before) } else { DeliveryVerdict::Keep }
         });
         self.accepted = accepted;
         outcome
     }
 
-    /// The same for deliveries whose order somebody else judges.
-    fn accept_if(&mut self, batch: Batch, mut judge: impl FnMut(&Delivery) -> Verdict) -> Result<(), Lost> {
+    /// The same for deliveries whose order the caller judges.
+    fn accept_if(&mut self, batch: Batch, mut judge: impl FnMut(&Delivery) -> DeliveryVerdict) -> Result<(), Lost> {
         if self.abandoned {
             return Ok(());
         }
@@ -322,9 +336,9 @@ impl Reader {
             }
             let delivery = self.delivery(&message)?;
             match judge(&delivery) {
-                Verdict::Keep => items.push((index as u32, delivery)),
-                Verdict::Drop => {}
-                Verdict::Wrong(before) => {
+                DeliveryVerdict::Keep => items.push((index as u32, delivery)),
+                DeliveryVerdict::Drop => {}
+                DeliveryVerdict::Wrong(before) => {
                     return Err(not_contiguous(&self.stream, &delivery, self.consumer_seq, before).into());
                 }
             }
@@ -342,7 +356,7 @@ impl Reader {
         let parts = [message.subject, message.reply, message.header, message.payload];
         self.unspent -= parts.iter().map(|part| part.len() as i64).sum::<i64>();
         if self.unspent <= 0 {
-            // A pull that is used up to the last byte may end without a word.
+            // A pull that is used up to the last byte may end without a status.
             self.pulls.clear();
             self.unspent = 0;
             self.grow();
@@ -359,7 +373,7 @@ impl Reader {
             }
             Some(404 | 408) => {
                 if self.end_pull(message).is_some() {
-                    // Nothing came in all its time: what was pending is gone, and little need be reserved.
+                    // No message came until it expired: pending messages were removed, and little need be reserved.
                     self.pending = 0;
                     self.piece = PIECE_MIN;
                 }
@@ -390,7 +404,7 @@ impl Reader {
         }
     }
 
-    /// Takes a pull off the list; its bytes if none of them were used.
+    /// Removes a pull from the list; returns its bytes if none of them were used.
     fn end_pull(&mut self, message: &Message<'_>) -> Option<usize> {
         let id = message.subject.rsplit(|b| *b == b'.').next().and_then(number);
         let index = self.pulls.iter().position(|pull| Some(pull.id) == id)?;
@@ -398,7 +412,7 @@ impl Reader {
         let left = headers::last(message.header, b"Nats-Pending-Bytes").and_then(number).unwrap_or(pull.bytes as u64);
         self.unspent -= left as i64;
         if self.pulls.is_empty() || self.unspent <= 0 {
-            // What is left on the list was used up to the last byte and ended without a word.
+            // The rest of the list was used up to the last byte and ended without a status.
             self.pulls.clear();
             self.unspent = 0;
         }
@@ -409,17 +423,17 @@ impl Reader {
         self.piece = (self.piece * 2).min(self.piece_max);
     }
 
-    /// The next message, if one was read; taken for good by [`Reader::take`].
+    /// The next message, if one was read; [`Reader::take`] removes it.
     pub fn peek(&self) -> Option<Incoming<'_>> {
         self.stash.peek()
     }
 
-    /// Takes the message that [`Reader::peek`] shows.
+    /// Removes the message that [`Reader::peek`] shows.
     pub fn take(&mut self) {
         self.stash.take();
     }
 
-    /// Asks for more where that is due: two pulls while there is a backlog, one otherwise.
+    /// Requests more where that is due: two pulls while there is a backlog, one otherwise.
     pub fn pull(&mut self, lane: &mut Lane, budget: &Budget) {
         if self.abandoned {
             return;
@@ -440,14 +454,14 @@ impl Reader {
             }
             let Some(bytes) = self.reserve(budget, held == 0) else { break };
             if self.pulls.is_empty() {
-                // Nobody owed a sign of life until now.
+                // No sign of life was owed until now.
                 self.heard = now;
                 self.rested = now.duration_since(self.asked);
                 self.asked = now;
             }
             self.next_pull += 1;
             let subject = format!("{}.CONSUMER.MSG.NEXT.{}.{}", lane.api_prefix(), self.stream, self.consumer);
-            // Never what ends a pull: no message counts less than its reply subject.
+            // Must not be the limit that ends a pull: each message counts at least its reply subject.
             let batch = bytes as u64 / 32;
             let request = if self.owed > 0 {
                 let expires = BACK_EXPIRES.as_nanos() as u64;
@@ -466,8 +480,8 @@ impl Reader {
         }
     }
 
-    /// Room for the next pull: a piece, or the smallest useful one when the process is short of room. A reader
-    /// that holds nothing always gets that, so that none starves.
+    /// Reserves bytes for the next pull: a piece, or the smallest useful one when the process is short of memory. A
+    /// reader without messages always gets that, so that none starves.
     fn reserve(&mut self, budget: &Budget, holds_nothing: bool) -> Option<usize> {
         let least = self.need.max(PIECE_MIN);
         let reservation = match budget.reserve(self.piece.max(least)) {
@@ -484,23 +498,23 @@ impl Reader {
         Some(bytes)
     }
 
-    /// Whether the consumer still gives signs of life.
+    /// An error if the consumer gives no more signs of life.
     pub fn check(&self, lane: &Lane, now: Instant) -> Result<(), Error> {
-        // While a large message arrives, nothing else can.
+        // While a large message arrives, no other can.
         if self.is_asking() && now.duration_since(self.heard.max(lane.partial_at())) > SILENCE {
             return Err(Error::retry(format!("consumer of stream `{}` is silent for {SILENCE:?}", self.stream)));
         }
         Ok(())
     }
 
-    /// Ends the subscription and asks the server to delete the consumer; nobody waits for the answer.
+    /// Ends the subscription and asks the server to delete the consumer, without waiting for the answer.
     pub fn close(self, lane: &mut Lane) {
         if !self.abandoned {
             self.end(lane);
         }
     }
 
-    /// Closes a reader and waits, but not long, until its consumer is deleted: the next one may be the last that the
+    /// Closes a reader and waits a short time until its consumer is deleted: the next one may be the last that the
     /// stream allows.
     async fn close_now(self, lane: &mut Lane) {
         lane.close_inbox(self.sid);
@@ -517,25 +531,25 @@ impl Reader {
     }
 }
 
-/// How long a consumer is kept while nobody pulls from it: what was asked for, or less where the stream limits it.
+/// How long a consumer is kept without a pull: the requested time, or less where the stream limits it.
 fn inactive(config: &serde_json::Value) -> Duration {
     config["inactive_threshold"].as_u64().filter(|nanos| *nanos > 0).map_or(INACTIVE, Duration::from_nanos)
 }
 
-/// What becomes of a delivery.
+/// The judgement of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
+enum DeliveryVerdict {
     Keep,
     Drop,
-    /// It cannot be: the stream sequence that came before it.
+    /// Impossible order: the stream sequence of the delivery before it.
     Wrong(u64),
 }
 
-/// What a delivered message says of its place. Deliveries are counted without holes.
+/// Parses the reply subject of a delivered message. Deliveries are counted without holes.
 fn next_delivery(stream: &str, message: &Message<'_>, consumer_seq: &mut u64) -> Result<Delivery, Error> {
     let Some(delivery) = parse_delivery(message.reply) else {
         let reply = String::from_utf8_lossy(message.reply).into_owned();
-        return Err(Error::retry(format!("a message with an unknown kind of reply subject `{reply}`")));
+        return Err(Error::retry(format!("a message with an unknown kind of reply subject `{}`", excerpt(&reply))));
     };
     if delivery.consumer_seq != *consumer_seq + 1 {
         return Err(not_contiguous(stream, &delivery, *consumer_seq, 0));
@@ -552,7 +566,7 @@ fn not_contiguous(stream: &str, delivery: &Delivery, consumer_seq: u64, before: 
     ))
 }
 
-/// A heartbeat names what was delivered last: so the loss of the very last message is seen too.
+/// A heartbeat names the last delivery: so the loss of the very last message is detected too.
 fn heartbeat(stream: &str, message: &Message<'_>, consumer_seq: u64) -> Result<(), Error> {
     let last = headers::last(message.header, b"Nats-Last-Consumer").and_then(number);
     match last {
@@ -563,8 +577,8 @@ fn heartbeat(stream: &str, message: &Message<'_>, consumer_seq: u64) -> Result<(
     }
 }
 
-/// Reads subject, headers and stored time of the message at a sequence, without its payload. `None` where the consumer has
-/// none: it may live on a server that has less of the stream than its leader, so only the leader's word counts for that.
+/// Reads subject, headers and stored time of the message at a sequence, without its payload. `None` where the consumer
+/// has none: it may be on a server that has less of the stream than its leader, so only the leader's answer is proof.
 pub(in crate::copy) async fn headers_at(
     lane: &mut Lane,
     stream: &str,
@@ -601,8 +615,8 @@ pub(in crate::copy) async fn headers_at(
     Ok(found.filter(|found| found.sequence == seq))
 }
 
-/// Reads the headers of everything in a range of sequences, in order. The consumer for it may live on a server that has less
-/// of the stream than its leader: then this is an error that passes.
+/// Reads the headers of all messages in a range of sequences, in order. The consumer for it may be on a server that has
+/// less of the stream than its leader: then this is a transient error.
 pub(in crate::copy) async fn scan(
     lane: &mut Lane,
     stream: &str,
@@ -618,7 +632,7 @@ pub(in crate::copy) async fn scan(
     let mut seen = from.saturating_sub(1);
     let mut read = Instant::now();
     while !done {
-        // What was counted may be gone before it is delivered; signs of life alone must not hold us up for ever.
+        // A counted message may be removed before it is delivered; signs of life alone must not block us for ever.
         if read.max(lane.partial_at()).elapsed() > SILENCE {
             return Err(Error::retry(format!("stream `{stream}` cannot be read: nothing came for {SILENCE:?}")));
         }

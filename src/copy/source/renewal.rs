@@ -1,9 +1,9 @@
-//! A source consumer that is made anew inside a run, beside everything else that the run does: nothing waits for it.
+//! A source consumer that is recreated inside a run, while the run continues with everything else.
 //!
-//! It begins behind the newest message that was handed out, so what is in the air is not touched. That message is also
-//! the witness: it is read when the consumer is there, and only if the source still has it with the same stored time is
-//! this the stream that was read before. Where messages are large, another consumer shows its stored time without its
-//! payload; if that one shows nothing, the stream's leader is asked.
+//! It begins after the newest message that was handed out, so messages in flight are not affected. That message is also
+//! the witness: it is read once the consumer exists, and only if the source still has it with the same stored time is
+//! this the same stream. Where messages are large, another consumer shows its stored time without its
+//! payload; if that one delivers no message, the stream's leader is asked.
 
 use std::time::Duration;
 
@@ -21,31 +21,31 @@ use crate::copy::{
     source::reader::{Range, Reader},
 };
 
-/// Time for the consumer that shows the witness; it has it at once, or not at all.
+/// Time for the consumer that shows the witness; it delivers it at once, or not at all.
 const SHOWN_WITHIN: Duration = Duration::from_secs(2);
 
-/// One attempt.
+/// One attempt to recreate the consumer.
 #[derive(Debug)]
-pub(in crate::copy) struct Renewal {
+pub(in crate::copy) struct ConsumerRenewal {
     stream: String,
     filters: Vec<String>,
     /// The newest message that was handed out.
-    behind: SourcePoint,
+    after: SourcePoint,
     consumer: String,
     /// Name of the consumer that shows the witness without its payload, where one is used.
     shows: Option<String>,
-    /// The same once it was asked for.
+    /// The same once it was requested.
     shower: String,
-    /// What the consumer is asked for.
+    /// The configuration of the requested consumer.
     config: Value,
     waits_for: Waits,
-    /// The request that was sent last.
+    /// The last request.
     request: String,
-    /// Deletes the consumer before it; `None` once that is answered.
+    /// The request that deletes the consumer before it; `None` once that is answered.
     deletion: Option<String>,
-    /// The stream had no room for the consumer beside the one before it.
+    /// The stream had no room for a second consumer.
     no_room: bool,
-    /// That happened, and it is asked for once more.
+    /// That happened, and the creation was repeated.
     again: bool,
 }
 
@@ -54,27 +54,27 @@ enum Waits {
     Consumer,
     /// The consumer that shows the witness.
     Shower(Box<ConsumerInfo>),
-    /// What it shows, on this subscription.
+    /// Its delivery, on this subscription.
     Shown(Box<ConsumerInfo>, u64),
-    /// What the stream's leader says of the witness.
+    /// The leader's answer about the witness.
     Witness(Box<ConsumerInfo>),
 }
 
-impl Renewal {
-    /// Asks for the consumer. `deletion` is the request that deletes the one before it. `shows` is the name of another one,
-    /// for a witness that is too large to be read.
+impl ConsumerRenewal {
+    /// Requests the consumer. `deletion` is the request that deletes the one before it. `shows` is the name of another
+    /// one, for a witness that is too large to be read.
     pub fn begin(
         lane: &mut Lane,
         stream: &str,
         filters: &[String],
-        behind: SourcePoint,
+        after: SourcePoint,
         (consumer, shows): (String, Option<String>),
         deletion: String,
     ) -> Self {
         let mut renewal = Self {
             stream: stream.to_owned(),
             filters: filters.to_vec(),
-            behind,
+            after,
             consumer,
             shows,
             shower: String::new(),
@@ -96,10 +96,10 @@ impl Renewal {
     }
 
     fn range(&self) -> Range<'_> {
-        Range { stream: &self.stream, filters: &self.filters, from: self.behind.seq + 1, headers_only: false }
+        Range { stream: &self.stream, filters: &self.filters, from: self.after.seq + 1, headers_only: false }
     }
 
-    /// Takes what the lane received; the new reader, or why there is none, once that is known. `bytes` as for
+    /// Handles a batch that the lane received; returns the new reader or the error, once that is known. `bytes` as for
     /// [`Reader::open`].
     pub fn accept(&mut self, lane: &mut Lane, batch: &Batch, bytes: usize) -> Option<Result<Reader, Error>> {
         let made = match &self.waits_for {
@@ -156,35 +156,35 @@ impl Renewal {
             Waits::Witness(info) => {
                 let found = decode_message(answer?)?;
                 let found = found.map(|message| message.time_ns);
-                if found.is_none() || found != self.behind.time_ns {
-                    let seq = self.behind.seq;
+                if found.is_none() || found != self.after.time_ns {
+                    let seq = self.after.seq;
                     return Err(Error::retry(format!(
                         "message {seq} is not there to tell that the source is the same"
                     )));
                 }
-                Ok(Some(Reader::of(lane, &self.range(), self.consumer.clone(), bytes, info)))
+                Ok(Some(Reader::from_new(lane, &self.range(), self.consumer.clone(), bytes, info)))
             }
         }
     }
 
-    /// Asks the stream's leader for the witness.
+    /// Requests the witness from the stream's leader.
     fn read(&mut self, lane: &mut Lane, info: ConsumerInfo) {
-        let (what, body) = message_call(&self.stream, self.behind.seq);
+        let (what, body) = message_call(&self.stream, self.after.seq);
         self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
         self.waits_for = Waits::Witness(Box::new(info));
     }
 
-    /// Asks for the consumer that shows it.
+    /// Requests the consumer that shows the witness.
     fn show(&mut self, lane: &mut Lane, name: &str, info: ConsumerInfo) {
-        let range = Range { stream: &self.stream, filters: &[], from: self.behind.seq, headers_only: true };
+        let range = Range { stream: &self.stream, filters: &[], from: self.after.seq, headers_only: true };
         let (what, body) = create_new_consumer_call(&self.stream, name, &range.config(name));
         self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
         self.shower = name.to_owned();
         self.waits_for = Waits::Shower(Box::new(info));
     }
 
-    /// Takes what that consumer shows. Nothing, or another message, proves nothing: it may live on a server that has less of
-    /// the stream than its leader.
+    /// Handles the delivery of that consumer. No message, or another one, proves nothing: it may be on a server that
+    /// has less the stream than its leader.
     fn shown(&mut self, lane: &mut Lane, message: &Message<'_>, bytes: usize) -> Option<Result<Reader, Error>> {
         let Waits::Shown(info, sid) = &self.waits_for else { return None };
         let (info, sid) = ((**info).clone(), *sid);
@@ -192,11 +192,10 @@ impl Renewal {
         let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.shower);
         lane.send_request(&subject, b"");
         let delivery = parse_delivery(message.reply).filter(|_| is_delivery(message.reply));
-        let holds = |delivery: &Delivery| {
-            delivery.stream_seq == self.behind.seq && Some(delivery.time_ns) == self.behind.time_ns
-        };
+        let holds =
+            |delivery: &Delivery| delivery.stream_seq == self.after.seq && Some(delivery.time_ns) == self.after.time_ns;
         if delivery.as_ref().is_some_and(holds) {
-            return Some(Ok(Reader::of(lane, &self.range(), self.consumer.clone(), bytes, &info)));
+            return Some(Ok(Reader::from_new(lane, &self.range(), self.consumer.clone(), bytes, &info)));
         }
         self.read(lane, info);
         None
@@ -209,12 +208,12 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    /// What comes of a renewal behind message 5, stored at 2026-01-01T00:00:05Z, where the source says this of it.
+    /// The result of a renewal after message 5, stored at 2026-01-01T00:00:05Z, where the source answers this about it.
     async fn renewed(witness: Value) -> Result<Reader, Error> {
         let (mut lane, mut server) = pipe::lane().await;
-        let behind = SourcePoint { seq: 5, time_ns: Some(1_767_225_605_000_000_000) };
+        let after = SourcePoint { seq: 5, time_ns: Some(1_767_225_605_000_000_000) };
         let deletion = lane.send_request("$JS.API.CONSUMER.DELETE.S.before", b"");
-        let mut renewal = Renewal::begin(&mut lane, "S", &[], behind, ("next".to_owned(), None), deletion);
+        let mut renewal = ConsumerRenewal::begin(&mut lane, "S", &[], after, ("next".to_owned(), None), deletion);
         let answer = async {
             loop {
                 let asked = server.asked().await;

@@ -1,8 +1,10 @@
-//! How long until the source removes what is not copied yet. Pure: what the server said comes in, seconds come out.
+//! How long until the source removes messages that are not copied yet. Pure: the server's answers are arguments,
+//! seconds the result.
 //!
-//! By age it is known to the second. By count and by size it is estimated from what the stream did between looks: a
-//! stream that is full removes its first messages as fast as new ones come, and one that is not full removes nothing
-//! before it is. `max_msgs_per_subject` is no loss in this sense, and with `discard: new` nothing is removed for room.
+//! By age it is known to the second. By count and by size it is estimated from the changes of the stream between polls:
+//! a full stream removes its first messages as fast as new ones come, and a stream that is not full removes none
+//! before it is. `max_msgs_per_subject` is no loss in this sense, and with `discard: new` no message is removed for
+//! room.
 
 use std::collections::VecDeque;
 
@@ -11,16 +13,16 @@ use tokio::time::{Duration, Instant};
 
 use crate::status::{Headroom, RetentionLimit};
 
-/// Looks are kept so long, but always the last two: over this time a rate is measured.
+/// How long polls are kept, but always the last two: the time over which a rate is measured.
 const KEPT: Duration = Duration::from_secs(60);
-/// Two looks tell a rate if they are so far apart.
+/// Least distance between two polls that give a rate.
 const APART: Duration = Duration::from_millis(500);
-/// A stream with less room than one part in so many is full: sizes vary, and it is filled in steps.
+/// A stream with less free room than this fraction (one in 20) is full: sizes vary, and it is filled in steps.
 const FULL: f64 = 20.0;
-/// People need so long to do something about it.
+/// Time in seconds that operators need to react.
 const TIME_TO_ACT: f64 = 600.0;
 
-/// What waits at a source, so that the last sequence and the number agree.
+/// The waiting messages of a source, so that the last sequence and the number agree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waiting {
     /// Last sequence of the stream.
@@ -30,8 +32,8 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// `counted` messages are said to wait, and the stream has, or had, a message at `seen`. Both are as old as what
-    /// told them. Where each sequence is one message in scope (`all`), the number follows from the sequences: then it
+    /// `counted` messages wait, and the stream has, or had, a message at `seen`. Both are as old as their report.
+    /// Where each sequence is one message in scope (`all`), the number follows from the sequences: then it
     /// is as new as the newer of both.
     pub fn of(state: &StreamState, all: bool, position: u64, counted: u64, seen: u64) -> Self {
         let last_seq = state.last_seq.max(seen);
@@ -42,7 +44,7 @@ impl Waiting {
     }
 }
 
-/// What makes a source remove messages.
+/// The limits by which a source removes messages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Retention {
     max_age: Option<Duration>,
@@ -51,7 +53,7 @@ pub struct Retention {
 }
 
 impl Retention {
-    /// As the stream is configured.
+    /// By the configuration of the stream.
     pub fn of(source: &StreamInfo) -> Self {
         let number = |name| u64::try_from(source.number(name)).ok().filter(|number| *number > 0);
         let removes = source.text("discard") != "new";
@@ -62,7 +64,7 @@ impl Retention {
         }
     }
 
-    /// Whether anything but the age of a message counts.
+    /// Whether there is a limit besides the age of a message.
     pub fn by_count(&self) -> bool {
         self.max_msgs.is_some() || self.max_bytes.is_some()
     }
@@ -73,59 +75,59 @@ impl Retention {
 pub struct Oldest {
     /// Source sequence; at least.
     pub seq: u64,
-    /// Time since it was stored, where that is known.
+    /// Time since it was stored, if known.
     pub age: Option<Duration>,
 }
 
-/// What can be said.
+/// The estimate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Outlook {
-    /// Too little was seen.
+    /// There were too few polls.
     Unknown,
-    /// As it is, nothing is going to be removed.
+    /// No message is going to be removed, as it is now.
     Safe,
-    /// So much time is left.
+    /// The time that is left.
     Left(Headroom),
 }
 
-/// What the source's stream did lately.
+/// The recent polls of the source's stream.
 #[derive(Debug, Default)]
-pub struct Looks {
-    looks: VecDeque<(Instant, StreamState)>,
+pub struct PollHistory {
+    polls: VecDeque<(Instant, StreamState)>,
 }
 
 /// Sequences and messages per second.
-struct Rates {
+struct StreamRates {
     published: f64,
     removed: f64,
     grown: f64,
 }
 
-impl Looks {
-    /// Notes what the server says now.
+impl PollHistory {
+    /// Notes a poll.
     pub fn add(&mut self, now: Instant, state: StreamState) {
-        let made_anew = self.looks.back().is_some_and(|(_, last)| state.last_seq < last.last_seq);
+        let made_anew = self.polls.back().is_some_and(|(_, last)| state.last_seq < last.last_seq);
         if made_anew {
-            self.looks.clear();
+            self.polls.clear();
         }
-        while self.looks.len() > 1 && self.looks.front().is_some_and(|(at, _)| now.duration_since(*at) > KEPT) {
-            self.looks.pop_front();
+        while self.polls.len() > 1 && self.polls.front().is_some_and(|(at, _)| now.duration_since(*at) > KEPT) {
+            self.polls.pop_front();
         }
-        self.looks.push_back((now, state));
+        self.polls.push_back((now, state));
     }
 
-    fn rates(&self) -> Option<Rates> {
-        let ((from, old), (to, new)) = (self.looks.front()?, self.looks.back()?);
+    fn rates(&self) -> Option<StreamRates> {
+        let ((from, old), (to, new)) = (self.polls.front()?, self.polls.back()?);
         let time = to.duration_since(*from);
         let per_second = |new: u64, old: u64| (new as f64 - old as f64) / time.as_secs_f64();
-        (time >= APART).then(|| Rates {
+        (time >= APART).then(|| StreamRates {
             published: per_second(new.last_seq, old.last_seq),
             removed: per_second(new.first_seq, old.first_seq),
             grown: per_second(new.messages, old.messages),
         })
     }
 
-    /// How long the source keeps a message that comes now, seconds, as it looks.
+    /// How long the source keeps a message that comes now, seconds, estimated.
     pub fn kept(&self, retention: &Retention) -> Option<f64> {
         let published = self.rates().map(|rates| rates.published).filter(|rate| *rate > 0.0);
         let by_age = retention.max_age.map(|age| age.as_secs_f64());
@@ -134,9 +136,9 @@ impl Looks {
         [by_age, by_count, by_size].into_iter().flatten().reduce(f64::min)
     }
 
-    /// How many messages of the size that they have now fit into so many bytes.
+    /// How many messages of the present average size fit into so many bytes.
     fn fit(&self, max_bytes: u64) -> Option<f64> {
-        let (_, StreamState { messages, bytes, .. }) = self.looks.back()?;
+        let (_, StreamState { messages, bytes, .. }) = self.polls.back()?;
         Some(max_bytes as f64 / (*bytes as f64 / (*messages).max(1) as f64).max(1.0))
     }
 
@@ -157,7 +159,8 @@ impl Looks {
     }
 
     fn by_count(&self, max: f64, oldest: &Oldest, limit: RetentionLimit) -> Outlook {
-        let (Some(Rates { published, removed, grown }), Some((_, now))) = (self.rates(), self.looks.back()) else {
+        let (Some(StreamRates { published, removed, grown }), Some((_, now))) = (self.rates(), self.polls.back())
+        else {
             return Outlook::Unknown;
         };
         let before = oldest.seq.saturating_sub(now.first_seq) as f64;
@@ -177,8 +180,8 @@ impl Looks {
     }
 }
 
-/// Low is less than a tenth of the time that the source keeps messages, but at least the time that people need, and at
-/// most half of the former: of a source that keeps little, everything would be low otherwise.
+/// Low is less than a tenth of the time that the source keeps messages, but at least the time that operators need, and
+/// at most half of the former: a source that keeps little would always be low otherwise.
 fn left(time: Duration, kept: f64, limit: RetentionLimit) -> Outlook {
     let low_below = (kept / 10.0).max(TIME_TO_ACT).min(kept / 2.0);
     Outlook::Left(Headroom { seconds: time.as_secs_f64(), limit, low_below })
@@ -193,15 +196,15 @@ fn sooner(one: Outlook, other: Outlook) -> Outlook {
     }
 }
 
-/// Whether people were told that little time is left.
+/// Whether a warning that little time is left was reported.
 #[derive(Debug, Default)]
 pub struct Shortage {
     open: bool,
 }
 
-/// What people have to be told.
+/// A change to report.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Turn {
+pub enum HeadroomChange {
     /// Little time is left.
     Low(Headroom),
     /// There is enough again.
@@ -209,18 +212,18 @@ pub enum Turn {
 }
 
 impl Shortage {
-    /// Judges what is known now; `caught_up` if nothing lags. Once low, it is over when half as much again as is low is
-    /// left, so that what lies near the bound is told once.
-    pub fn judge(&mut self, headroom: Option<Headroom>, caught_up: bool) -> Option<Turn> {
+    /// Judges the present headroom; `caught_up` if there is no lag. A warning ends at one and a half times the headroom
+    /// at which it begins, so that a value near the bound is reported once.
+    pub fn judge(&mut self, headroom: Option<Headroom>, caught_up: bool) -> Option<HeadroomChange> {
         let enough = headroom.is_some_and(|left| left.seconds >= left.low_below * 1.5);
         match headroom.filter(|left| left.seconds < left.low_below) {
             Some(left) if !self.open => {
                 self.open = true;
-                Some(Turn::Low(left))
+                Some(HeadroomChange::Low(left))
             }
             None if self.open && (caught_up || enough) => {
                 self.open = false;
-                Some(Turn::Restored)
+                Some(HeadroomChange::Restored)
             }
             _ => None,
         }
@@ -239,12 +242,12 @@ mod tests {
     }
 
     /// Looks ten seconds apart.
-    fn looks(states: &[StreamState]) -> Looks {
-        let (began, mut looks) = (Instant::now(), Looks::default());
+    fn polls(states: &[StreamState]) -> PollHistory {
+        let (began, mut polls) = (Instant::now(), PollHistory::default());
         for (index, state) in states.iter().enumerate() {
-            looks.add(began + Duration::from_secs(10 * index as u64), state.clone());
+            polls.add(began + Duration::from_secs(10 * index as u64), state.clone());
         }
-        looks
+        polls
     }
 
     fn seconds(outlook: Outlook) -> Option<(f64, RetentionLimit)> {
@@ -278,15 +281,15 @@ mod tests {
             (size(100_000), (1, 400), (1, 500), 201, Some((70.0, Bytes))),
         ];
         for (retention, before, now, oldest, expect) in table {
-            let looks = looks(&[state(before.0, before.1, 100), state(now.0, now.1, 100)]);
-            let outlook = looks.outlook(&retention, &Oldest { seq: oldest, age: None });
+            let polls = polls(&[state(before.0, before.1, 100), state(now.0, now.1, 100)]);
+            let outlook = polls.outlook(&retention, &Oldest { seq: oldest, age: None });
             assert_eq!(seconds(outlook), expect, "{retention:?} {before:?} {now:?} {oldest}");
         }
     }
 
     #[test]
     fn by_age_it_is_known_at_once_and_by_count_after_two_looks() {
-        let one = looks(&[state(1, 1_000, 100)]);
+        let one = polls(&[state(1, 1_000, 100)]);
         let old = Oldest { seq: 500, age: Some(Duration::from_secs(HOUR)) };
         let age = Retention { max_age: Some(Duration::from_secs(3 * HOUR)), ..Retention::default() };
         assert_eq!(seconds(one.outlook(&age, &old)), Some((7_200.0, RetentionLimit::Age)));
@@ -297,10 +300,10 @@ mod tests {
         // The sooner one counts.
         let both = Retention { max_msgs: Some(1_000), ..age };
         assert_eq!(seconds(one.outlook(&both, &old)), Some((7_200.0, RetentionLimit::Age)));
-        let two = looks(&[state(1, 1_000, 100), state(101, 1_100, 100)]);
+        let two = polls(&[state(1, 1_000, 100), state(101, 1_100, 100)]);
         assert_eq!(seconds(two.outlook(&both, &old)), Some((40.0, RetentionLimit::Messages)));
-        // A stream made anew has no past.
-        let anew = looks(&[state(1, 1_000, 100), state(1, 500, 100)]);
+        // A recreated stream has no past.
+        let anew = polls(&[state(1, 1_000, 100), state(1, 500, 100)]);
         assert_eq!(anew.outlook(&count, &old), Outlook::Unknown);
     }
 
@@ -341,7 +344,7 @@ mod tests {
         let headroom = |seconds| Some(Headroom { seconds, limit: RetentionLimit::Age, low_below: 100.0 });
         let mut shortage = Shortage::default();
         let mut judge = |seconds: Option<f64>, caught_up| {
-            shortage.judge(seconds.and_then(headroom), caught_up).map(|turn| matches!(turn, Turn::Low(_)))
+            shortage.judge(seconds.and_then(headroom), caught_up).map(|turn| matches!(turn, HeadroomChange::Low(_)))
         };
         let story = [
             (Some(500.0), false, None),

@@ -1,28 +1,28 @@
-//! Whether the source still reaches as far as it was read. Pure. A consumer can survive a source that lost its end, such as
-//! a cluster in which a damaged replica became the leader: it waits until the stream has grown as far again, and what is
-//! stored until then would never be copied.
+//! Whether the source still reaches as far as it was read. Pure. A consumer can survive a source that lost its end,
+//! such as a cluster in which a damaged replica became the leader: it waits until the stream has grown as far again,
+//! and messages stored before that would never be copied.
 
 use std::collections::VecDeque;
 
 use tokio::time::{Duration, Instant};
 
-/// Questions that may be in flight: an answer comes after everything that the source delivers before it.
+/// Questions that may be in flight: an answer comes after all messages that the source delivers before it.
 const IN_FLIGHT: usize = 8;
-/// With so many in flight, another one is asked only after this: those before it may never be answered.
+/// Time until another one is sent while so many are in flight: they may never be answered.
 const UNANSWERED: Duration = Duration::from_secs(30);
 
-/// The source was asked for its state.
+/// A request for the state of the source.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::copy) struct Question {
+pub(in crate::copy) struct StateRequest {
     pub request: String,
     pub at: Instant,
     /// The newest sequence that was read then; 0 for none.
     pub read: u64,
 }
 
-/// Questions that are not answered, oldest first: over a slow line an answer may take longer than the time between two.
+/// Unanswered requests, oldest first: over a slow line an answer may take longer than the time between two.
 #[derive(Debug, Default)]
-pub(in crate::copy) struct Questions(VecDeque<Question>);
+pub(in crate::copy) struct Questions(VecDeque<StateRequest>);
 
 impl Questions {
     pub fn is_empty(&self) -> bool {
@@ -33,32 +33,32 @@ impl Questions {
         self.0.len() < IN_FLIGHT || self.0.back().is_none_or(|last| now.duration_since(last.at) >= UNANSWERED)
     }
 
-    pub fn ask(&mut self, question: Question) {
+    pub fn ask(&mut self, question: StateRequest) {
         if self.0.len() >= IN_FLIGHT {
             self.0.pop_front();
         }
         self.0.push_back(question);
     }
 
-    /// The newest question that is answered, with its answer; those before it are forgotten.
-    pub fn newest<T>(&mut self, answer: impl Fn(&str) -> Option<T>) -> Option<(Question, T)> {
+    /// The newest request that is answered, with its answer; earlier ones are forgotten.
+    pub fn newest<T>(&mut self, answer: impl Fn(&str) -> Option<T>) -> Option<(StateRequest, T)> {
         let (index, found) = (0..self.0.len()).rev().find_map(|i| Some((i, answer(&self.0[i].request)?)))?;
         let question = self.0.drain(..=index).next_back()?;
         Some((question, found))
     }
 }
 
-/// What was read, held against the last sequence of the source.
+/// Compares the newest sequence that was read with the last sequence of the source.
 #[derive(Debug, Default)]
 pub(in crate::copy) struct SourceEnd {
     /// The newest sequence that was read when the source was asked.
     read: u64,
-    /// The answer before was below what was read.
+    /// The last answer was below the newest sequence that was read.
     is_doubted: bool,
 }
 
 impl SourceEnd {
-    /// The next answer is to a question before which everything up to `read` was stored at the source.
+    /// The next answer is to a request before which everything up to `read` was stored at the source.
     pub fn ask(&mut self, read: u64) {
         self.read = read;
     }
@@ -68,8 +68,8 @@ impl SourceEnd {
         self.is_doubted
     }
 
-    /// The source answered. Two answers in a row prove a loss: a new leader may answer before it has applied everything that
-    /// another replica delivered.
+    /// Handles the source's answer. Two answers in a row prove a loss: a new leader may answer before it has applied
+    /// everything that another replica delivered.
     pub fn answered(&mut self, last: u64) -> Option<String> {
         let short = last < self.read;
         let again = std::mem::replace(&mut self.is_doubted, short);
@@ -86,7 +86,7 @@ mod tests {
     fn answers_that_take_longer_than_the_next_question_count() {
         let (mut questions, now) = (Questions::default(), Instant::now());
         let at = |second: u64| now + Duration::from_secs(second);
-        let question = |second: u64| Question { request: second.to_string(), at: at(second), read: second };
+        let question = |second: u64| StateRequest { request: second.to_string(), at: at(second), read: second };
         let only = |known: &'static str| move |request: &str| (request == known).then_some(());
         for second in 0..IN_FLIGHT as u64 {
             assert!(questions.may_ask(at(second)));

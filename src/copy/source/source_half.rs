@@ -1,4 +1,4 @@
-//! The source side of a run: its lane, what is known of the stream, and what reads it.
+//! The source side of a run: its lane, the state of the stream, and its reader.
 
 use nats_lane::{
     Batch, Error, Lane, entropy as chance,
@@ -12,13 +12,13 @@ use crate::{
         flow::watchdog::Watchdog,
         resume::Already,
         source::{
-            clock::{Heard, SourceClock},
+            clock::{ClockReading, SourceClock},
             consumers::Names,
             gap::Gaps,
             intake::Intake,
-            renewal::Renewal,
-            retention::{Looks, Retention},
-            source_end::{Question, Questions, SourceEnd},
+            renewal::ConsumerRenewal,
+            retention::{PollHistory, Retention},
+            source_end::{Questions, SourceEnd, StateRequest},
         },
     },
 };
@@ -43,25 +43,25 @@ pub(in crate::copy) struct SourceHalf {
     pub gaps: Gaps,
     /// Whether jumps in the source's sequences may be losses.
     pub plain: bool,
-    /// What the source has removed below this is told or noted already.
-    pub told_first: u64,
+    /// Removals below this sequence were reported or noted already.
+    pub reported_first: u64,
     pub polls: StatePolls,
-    /// What removes messages at the source, and what that did lately.
+    /// The limits by which the source removes messages, and its recent polls.
     pub retention: Retention,
-    pub looks: Looks,
+    pub poll_history: PollHistory,
     pub watchdog: Watchdog,
-    /// What the server has for the consumer, when that was asked.
+    /// The request for the state of the consumer, while it is unanswered.
     pub consumer_request: Option<String>,
-    pub renewal: Option<Renewal>,
-    /// The consumer is looked at then if it is not heard of before.
+    pub renewal: Option<ConsumerRenewal>,
+    /// When the consumer is checked unless it gives a sign of life before.
     pub silent_at: Option<Instant>,
 }
 
-/// Questions to the source for its state.
+/// Requests to the source for its state.
 #[derive(Debug)]
 pub(in crate::copy) struct StatePolls {
     questions: Questions,
-    /// When it was asked last.
+    /// When the last one was sent.
     asked: Instant,
     /// Whether the source still has everything that was read.
     pub end: SourceEnd,
@@ -75,21 +75,21 @@ impl StatePolls {
 }
 
 impl SourceHalf {
-    /// Notes what was jumped over on the way to a message, unless it lies at the target already: then it is not lost.
+    /// Notes the sequences that were skipped before a message, unless the target has it already: then it is not lost.
     pub fn note_jump(&mut self, after: u64, seq: u64, already: &Already) {
-        let expected = (after + 1).max(self.told_first);
+        let expected = (after + 1).max(self.reported_first);
         if self.plain && seq > expected && already.within(expected, seq - 1) < seq - expected {
             self.gaps.jumped(expected, seq - 1);
         }
-        // Once, also where the message has to wait.
-        self.told_first = self.told_first.max(seq);
+        // Once, even if the message has to wait.
+        self.reported_first = self.reported_first.max(seq);
     }
 
     /// Whether the stream should be asked for its state now, where that is due after `every`.
     pub fn is_due(&mut self, every: Duration, now: Instant) -> bool {
         let StatePolls { questions, asked, .. } = &self.polls;
         let due = now.duration_since(*asked) >= every && questions.may_ask(now);
-        due || (questions.is_empty() && self.gaps.ask(now))
+        due || (questions.is_empty() && self.gaps.should_ask(now))
     }
 
     /// Asks the stream for its state; everything up to `read` was stored there.
@@ -97,10 +97,10 @@ impl SourceHalf {
         self.polls.asked = now;
         let subject = format!("{}.STREAM.INFO.{}", self.lane.api_prefix(), replication.source.stream);
         let request = self.lane.send_request(&subject, b"");
-        self.polls.questions.ask(Question { request, at: now, read });
+        self.polls.questions.ask(StateRequest { request, at: now, read });
     }
 
-    /// The state of the stream, if its leader's answer is in what was received, and when it was asked for.
+    /// The state of the stream, if its leader's answer is in the batch, and when it was requested.
     pub fn state_in(&mut self, batch: &Batch) -> Result<Option<(StreamInfo, Instant)>, Error> {
         let Some((question, info)) = self.polls.questions.newest(|request| answer_in(batch, request)) else {
             return Ok(None);
@@ -111,22 +111,22 @@ impl SourceHalf {
         Ok(Some((info, question.at)))
     }
 
-    /// Asks the server what it has for the consumer, where that can be recreated.
+    /// Asks the server for the state of the consumer, where that can be recreated.
     pub fn ask_consumer(&mut self, stream: &str) {
         let Some(reader) = self.reader.plain() else { return };
         let subject = format!("{}.CONSUMER.INFO.{stream}.{}", self.lane.api_prefix(), reader.consumer());
         self.consumer_request = Some(self.lane.send_request(&subject, b""));
     }
 
-    /// The payload of the answer about the consumer, if it is in what was received.
+    /// The payload of the answer about the consumer, if it is in the batch.
     pub fn consumer_in<'b>(&mut self, batch: &'b Batch) -> Option<Result<&'b [u8], Error>> {
         let answer = self.consumer_request.as_deref().and_then(|request| answer_in(batch, request))?;
         self.consumer_request = None;
         Some(answer)
     }
 
-    /// When the consumer has to be looked at if nothing is heard of it until then. Asked at each turn of the loop.
-    pub fn next_look(&self, now: Instant) -> Option<Instant> {
+    /// When the consumer has to be checked unless it gives a sign of life before. Called at each turn of the loop.
+    pub fn next_check(&self, now: Instant) -> Option<Instant> {
         let reader = self.reader.plain()?;
         let owes = reader.is_asking() && !self.lane.is_receiving();
         let heard = reader.heard().max(self.lane.partial_at());
@@ -134,7 +134,7 @@ impl SourceHalf {
     }
 }
 
-/// What an answer about the source stream says of its server's clock.
-pub(in crate::copy) fn heard(sent: Instant, received: Instant, info: &StreamInfo) -> Heard {
-    Heard { sent, received, server: info.ts, local: chance::now() }
+/// The time of the server in an answer about the source stream.
+pub(in crate::copy) fn heard(sent: Instant, received: Instant, info: &StreamInfo) -> ClockReading {
+    ClockReading { sent, received, server: info.ts, local: chance::now() }
 }

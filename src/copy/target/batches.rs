@@ -1,5 +1,17 @@
-//! Sends by fast-ingest batches (ADR-50): one batch is open at a time, and an ack settles a part of it. The end of a batch
-//! names the stream that stored it.
+//! Sends by fast-ingest batches (ADR-50, server 2.14): one batch is open at a time, and an ack settles a part of it.
+//!
+//! * The server acks every N messages only, and forgets a batch after 10 s without a message. So an open batch is
+//!   committed when it is idle, when its oldest message waits too long, or when the bounds on messages in flight stop
+//!   it.
+//! * In gap mode `fail` the first refusal ends the batch: the stored messages are a prefix, whose length is in its end.
+//!   Two open batches would undo that: another writer could make the numbers of the second one match after a hole of
+//!   the first.
+//! * Only the end of a batch names stream and domain. So the first batch of a run is one message, and no other ack
+//!   counts before its end. A second stream that listens on the subjects answers too: its second answer to the start
+//!   ends the batch.
+//! * The server identifies a batch by the token in the reply subject alone, whichever client sends it.
+//! * A server before 2.14 stores such a message as an ordinary one. So the stream's `allow_batched` and the API level
+//!   of its leader decide, not the version of the connected server.
 
 use std::ops::Range;
 
@@ -25,17 +37,18 @@ use crate::{
     },
 };
 
-/// Messages between two acks that we ask for at the most; the server may choose fewer.
+/// Most messages between two acks that we request; the server may choose fewer.
 const FLOW: u32 = 500;
-/// Acks that may be outstanding (ADR-50): so many times the server's distance may be in the air.
+/// Acks that may be outstanding (ADR-50): the server's distance times this number of messages may be in flight.
 const OUTSTANDING_ACKS: u64 = 32;
-/// An open batch is committed when nothing was sent for this time: the last messages get no ack otherwise.
+/// An open batch is committed when no message was sent for this time: the last messages get no ack otherwise.
 const COMMIT_IDLE: Duration = Duration::from_millis(20);
-/// An open batch is committed when its oldest unsettled message waits longer and no ack is due by itself.
+/// An open batch is committed when its oldest unsettled message waits longer and no ack is due.
 const COMMIT_AFTER: Duration = Duration::from_millis(250);
-/// On shared targets an open batch is committed this often: only the end of a batch tells where our messages lie.
+/// On shared targets an open batch is committed this often: only the end of a batch gives the sequences of our
+/// messages.
 const COMMIT_SHARED: Duration = Duration::from_secs(2);
-/// How long the end of a refused batch, which tells what was stored, is waited for.
+/// How long to wait for the end of a refused batch, which says how many messages were stored.
 const END_WAIT: Duration = Duration::from_millis(500);
 /// How long the answer to a commit may take.
 const COMMIT_WAIT: Duration = Duration::from_secs(10);
@@ -46,13 +59,13 @@ struct OpenBatch {
     id: u64,
     /// Token of the message with batch sequence 1.
     first: Token,
-    /// Batch sequences given so far.
+    /// Batch sequences assigned so far.
     sent: u64,
     /// Batch sequences settled.
     settled: u64,
-    /// Distance between acks that we ask for.
+    /// Distance between acks that we request.
     flow: u32,
-    /// Distance between acks, as the server last said; `None` until it answered the start.
+    /// Distance between acks, by the server's last answer; `None` until it answered the start.
     every: Option<u32>,
     opened: Instant,
     last_sent: Instant,
@@ -72,14 +85,14 @@ struct BatchRefusal {
     sequence: Option<u64>,
 }
 
-/// Whether there will be more to send soon.
+/// Whether more messages will follow soon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::copy) enum Supply {
-    /// Nothing is known to wait at the source.
+    /// No message is known to wait at the source.
     Dry,
-    /// More is on its way.
+    /// A message is on its way.
     Coming,
-    /// More is here, but the bounds on what is in the air keep it back.
+    /// A message was read, but the bounds on messages in flight delay it.
     Barred,
 }
 
@@ -88,7 +101,7 @@ pub(in crate::copy) enum Supply {
 pub(in crate::copy) struct Batches {
     batch: Option<OpenBatch>,
     next_id: u64,
-    /// Nothing has been confirmed by a stream that names itself.
+    /// No stream that names itself has confirmed a message.
     unproven: bool,
     /// Batches that were refused so far.
     pub refused: u64,
@@ -97,8 +110,8 @@ pub(in crate::copy) struct Batches {
 impl Batches {
     /// Without an open batch.
     pub fn new() -> Self {
-        // The server knows batches by this id alone, not by the inbox: those of other writers, and of our own
-        // runs before this one, must not have the same. Far below `MAX_NUMBER`: it comes back in every ack.
+        // The server identifies batches by this id alone, not by the inbox: those of other writers, and of our own
+        // earlier runs, must not have the same. Far below `MAX_NUMBER`: it comes back in every ack.
         Self { batch: None, next_id: chance::random() >> 3, unproven: true, refused: 0 }
     }
 
@@ -121,16 +134,16 @@ impl Batches {
     /// Whether the target's flow control takes another message now.
     pub fn ready(&self) -> bool {
         let Some(batch) = &self.batch else { return true };
-        let in_air = batch.sent - batch.settled;
+        let in_flight = batch.sent - batch.settled;
         let allowed = match batch.every {
             Some(every) => (u64::from(every) * OUTSTANDING_ACKS).max(64),
             None => u64::from(batch.flow),
         };
         let alone = self.unproven || batch.doubted;
-        batch.committing.is_none() && batch.refused.is_none() && in_air < allowed && !alone
+        batch.committing.is_none() && batch.refused.is_none() && in_flight < allowed && !alone
     }
 
-    /// Length of the next reply subject beside the inbox; a byte or two more where its place in the batch is not known
+    /// Length of the next reply subject beside the inbox; a byte or two more where its number in the batch is not known
     /// yet.
     pub fn reply_len(&self) -> usize {
         // Distance, gap mode, operation, mark and dots beside the numbers.
@@ -175,7 +188,7 @@ impl Batches {
         fast_ingest::reply_subject(out, inbox, batch.id, batch.flow, batch.sent, operation);
     }
 
-    /// Takes an ack. `subject` is that of the message, behind the inbox.
+    /// Handles an ack. `subject` is that of the message, after the inbox.
     pub fn accept(
         &mut self,
         subject: &[u8],
@@ -184,11 +197,11 @@ impl Batches {
         window: &mut Window,
         now: Instant,
     ) -> Result<(), RunError> {
-        // Acks of a batch that is over are nobody's, but a wrong stream among them must not go unseen.
+        // Acks of a batch that is over settle nothing, but a wrong stream among them must be detected.
         let current = self.batch.as_ref().map(|batch| batch.id);
         let mut words = subject.split(|b| *b == b'.');
         let of_current = words.next().and_then(number) == current;
-        // Behind distance and gap mode: whatever is said comes back on the subject of a message.
+        // After distance and gap mode: every answer comes back on the subject of a message.
         let of_message = words.nth(2).and_then(number);
         if headers::status(message.header) == Some(503) {
             self.refuse(no_responders(), of_message, now);
@@ -252,19 +265,19 @@ impl Batches {
         let Some(mut batch) = self.batch.take() else { return Ok(()) };
         self.unproven = false;
         let shared = end.is_shared();
-        // On an exclusive target the chain would have told. Of a batch of duplicates the end may be an old place.
-        // Without a place nothing was stored: all of it lay there already.
+        // On an exclusive target the chain would have shown it. The end of a batch of duplicates may be an old
+        // sequence. Without a sequence no message was stored: the target had all of them already.
         let placed = stream_sequence > 0;
         if shared && placed && batch.refused.is_none() && count > 0 && stream_sequence < end.known_end(window) {
             return Err(end.went_back(stream_sequence, window).into());
         }
-        // Nothing settles by an id alone where the chain says that it was not stored.
+        // No message settles by an id alone where the chain says that it was not stored.
         if !shared && batch.refused.is_none() && count >= batch.sent && stream_sequence != end.expected_last {
             let expected = end.expected_last;
             let text = format!("the batch ended at target sequence {stream_sequence}, not at {expected}");
             return Err(Error::retry(text).into());
         }
-        // The commit message itself is no message of the window.
+        // The commit itself is not in the window.
         let count = count.min(batch.sent);
         let settled = settle_batch(&mut batch, count, window)?;
         end.log_batch(settled, window);
@@ -284,7 +297,7 @@ impl Batches {
         }
         if shared {
             if placed {
-                window.place(batch.first + batch.sent - 1, stream_sequence);
+                window.set_target_seq(batch.first + batch.sent - 1, stream_sequence);
                 end.log_settled(stream_sequence, stream_sequence);
             }
             end.expected_last = end.expected_last.max(stream_sequence);
@@ -292,8 +305,8 @@ impl Batches {
         Ok(())
     }
 
-    /// Whether the target owes an ack for what was sent: of a batch it sends one every so many messages only, so that
-    /// over a slow way none may come for long.
+    /// Whether the target owes an ack for messages that were sent: within a batch it sends one per several messages, so
+    /// on a slow connection there may be none for long.
     pub fn is_owed(&self) -> bool {
         self.batch.as_ref().is_some_and(|batch| {
             let distance = batch.every.map_or(0, u64::from);
@@ -308,7 +321,7 @@ impl Batches {
             Some(OpenBatch { refused: Some(refused), first, .. })
                 if refused.sequence == Some(1) || now.duration_since(refused.at) > END_WAIT =>
             {
-                // Without the end, and without its sequence, nobody knows which message it was.
+                // Without the end, and without its sequence, it is not known which message it was.
                 let token = refused.sequence.and_then(|sequence| (*first + sequence).checked_sub(1));
                 Err(refusal(refused.error.clone(), token.and_then(|token| window.source_of(token))))
             }
@@ -321,14 +334,14 @@ impl Batches {
         }
     }
 
-    /// When [`Batches::commit`] is due next; `None` while nothing is open.
+    /// When [`Batches::commit`] is due next; `None` without an open batch.
     pub fn next_commit(&self, supply: Supply, shared: bool) -> Option<Instant> {
         let batch = self.batch.as_ref()?;
         if batch.committing.is_some() {
             return None;
         }
         if let Some(refused) = &batch.refused {
-            // Where the refused message was the last one, nothing but a commit makes the server end the batch.
+            // If the refused message was the last one, only a commit makes the server end the batch.
             return Some(refused.at);
         }
         if self.unproven || batch.doubted {
@@ -336,9 +349,9 @@ impl Batches {
         }
         let ack_is_due = batch.sent - batch.settled >= u64::from(batch.every.unwrap_or(batch.flow));
         let mut due = match supply {
-            // Nothing more may be sent, and no ack comes by itself that would change that.
+            // No more may be sent, and no ack is due that would change that.
             Supply::Barred if !ack_is_due && batch.every.is_some() => Some(batch.last_sent),
-            // The ack is on its way, however long that is: a commit would only cost one more.
+            // The ack is on its way, however long that takes: a commit would only cost one more.
             Supply::Coming | Supply::Barred if ack_is_due => None,
             Supply::Coming | Supply::Barred => Some(batch.last_sent + COMMIT_AFTER),
             Supply::Dry => Some(batch.last_sent + COMMIT_IDLE),
@@ -353,8 +366,8 @@ impl Batches {
         due
     }
 
-    /// Ends the open batch, if there is one, so that everything sent so far gets an ack. Writes the reply subject of that
-    /// commit; `false` if there is nothing to commit.
+    /// Ends the open batch, if there is one, so that every message sent so far gets an ack. Writes the reply subject of
+    /// that commit; `false` if there is no batch to commit.
     pub fn commit(&mut self, out: &mut BytesMut, inbox: &str, now: Instant) -> bool {
         let Some(batch) = &mut self.batch else { return false };
         if batch.committing.replace(now).is_some() {
@@ -365,7 +378,7 @@ impl Batches {
     }
 }
 
-/// Takes an ack of a batch that is over.
+/// Handles an ack of a batch that is over.
 fn accept_former(ack: Ack, end: &TargetEnd) -> Result<(), RunError> {
     match ack {
         Ack::End { stream, domain, .. } => Ok(end.expect_stream(&stream, domain.as_deref())?),
@@ -376,13 +389,13 @@ fn accept_former(ack: Ack, end: &TargetEnd) -> Result<(), RunError> {
     }
 }
 
-/// Distance between acks to ask for: several fit into what may be in the air, whatever the size of the messages.
+/// Distance between acks to request: several fit into the messages that may be in flight, whatever their size.
 fn flow(limits: &Limits, message_bytes: usize) -> u32 {
     let messages = limits.messages_in_flight.min(limits.bytes_in_flight / message_bytes.max(1));
     FLOW.min(u32::try_from(messages / 4).unwrap_or(FLOW)).max(1)
 }
 
-/// Settles a batch up to and with this sequence of it; returns what that settled.
+/// Settles a batch up to and with this sequence of it; returns the settled messages.
 fn settle_batch(batch: &mut OpenBatch, sequence: u64, window: &mut Window) -> Result<Range<Token>, Error> {
     let first = batch.first + batch.settled;
     if sequence > batch.settled {

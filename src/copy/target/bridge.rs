@@ -1,5 +1,8 @@
-//! A stream at the source that listens on the subjects of the copies, where both sides are one account over leafnodes or
-//! gateways: it would store the copies again. Found before the first message is sent.
+//! A stream at the source that listens on the subjects of the copies, where both sides are one account over leafnodes
+//! or gateways: it would store the copies again. Found before the first message is sent.
+//!
+//! A publish goes to every stream of the account that listens on its subject, in whichever JetStream domain: each
+//! stores it and each sends an ack.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,13 +19,13 @@ use crate::{
     names, nats,
 };
 
-/// A message on its way from the target to the source takes no longer than this.
+/// Longest time of a message on its way from the target to the source.
 pub(crate) const REACHES_WITHIN: Duration = Duration::from_millis(250);
 /// The same for its answers.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
-/// Stands for a wildcard in the subject of a probe, and for a stream that does not exist.
+/// Replaces a wildcard in the subject of a probe, and is the name of a stream that does not exist.
 const PROBE: &str = "stream-replicator-probe";
-/// Streams at the source that are looked at besides the source stream.
+/// Most streams at the source that are checked besides the source stream.
 const MAX_STREAMS: usize = 8;
 
 /// Whether two sides are one JetStream, in which no two streams listen on the same subject. Sites that are one account
@@ -31,14 +34,15 @@ pub(crate) fn same_jetstream(source: &StreamInfo, target: &nats_lane::ServerInfo
     let domain = match api_prefix.strip_prefix("$JS.").and_then(|rest| rest.strip_suffix(".API")) {
         Some(domain) => Some(domain),
         None if api_prefix == DEFAULT_API_PREFIX => target.domain.as_deref(),
-        // Nothing is known about what is behind it.
+        // The API prefix may lead to another JetStream.
         None => return false,
     };
     domain == source.domain.as_deref()
 }
 
-/// Refuses a first run whose copies a stream at the source would store again. Questions that need more permissions than a
-/// copy go over connections of their own: if they are refused, nothing is known, and the acks of the copies tell later.
+/// Refuses a first run whose copies a stream at the source would store again. Requests that need more permissions than
+/// a copy use connections of their own: if they are refused, the question stays open, and the acks of the copies show
+/// it later.
 pub(in crate::copy) async fn check(
     job: &Job,
     source: &mut Lane,
@@ -103,21 +107,21 @@ async fn streams_at_source(job: &Job, wanted: &[String]) -> Result<BTreeMap<Stri
     Ok(listening)
 }
 
-/// A subject that a pattern holds.
+/// A subject that matches a pattern.
 fn literal(pattern: &str) -> String {
     let tokens = pattern.split('.').map(|token| if matches!(token, "*" | ">") { PROBE } else { token });
     tokens.collect::<Vec<_>>().join(".")
 }
 
-/// [`answers`] over a connection of its own: where the login may not publish that subject, nothing is known.
+/// [`answers`] over a connection of its own: 0 where the login may not publish that subject.
 async fn answers_at_target(job: &Job, subject: &str) -> usize {
     let name = format!("{} {} bridge", names::PROGRAM, job.replication.id);
     let Ok(mut lane) = job.dial.dial(&job.replication.target.place, &name).await else { return 0 };
     answers(&mut lane, subject).await.unwrap_or_default()
 }
 
-/// How many streams take a subject: a message that names a stream which does not exist is refused by each of them, and
-/// stored by none.
+/// How many streams listen on a subject: a message that names a stream which does not exist is refused by each of them,
+/// and stored by none.
 async fn answers(lane: &mut Lane, subject: &str) -> Result<usize, Error> {
     let header = format!("NATS/1.0\r\nNats-Expected-Stream: {PROBE}\r\n\r\n");
     let request = lane.send_request_with(subject, header.as_bytes(), b"");

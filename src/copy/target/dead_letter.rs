@@ -1,5 +1,5 @@
 //! Dead letters: messages that the target can never store, published at the source side instead, over the source lane.
-//! Each is settled by the ack of the stream that stores it, and bears an id, so that one that is sent again after a
+//! Each is settled by the ack of the stream that stores it, and carries an id, so that one that is sent again after a
 //! crash is dropped inside that stream's duplicate window.
 
 use std::collections::VecDeque;
@@ -19,16 +19,19 @@ use crate::{
         target::{
             frame::{MAX_HEADER, MessageId, hpub},
             headers::{end_line, first_line, push},
-            provenance::{Origin, Tag},
+            provenance::{MessageOrigin, Tag},
         },
     },
     names,
     store::SourceMessage,
 };
 
-/// How long the ack of a dead letter may take. A lane whose server is silent gives up before.
+/// How long the ack of a dead letter may take once the server has read it: over a slow line a large one may be on its way for
+/// long. A lane whose server is silent gives up before.
 const ACK_WAIT: Duration = Duration::from_secs(20);
-/// Bytes of an error that a dead letter tells.
+/// An ack that takes longer than this is followed by a PING: its answer shows that the server has read the letter.
+const ASK: Duration = Duration::from_millis(1_500);
+/// Most bytes of an error in a dead letter.
 const ERROR_MAX: usize = 1024;
 
 /// Dead letters of one run.
@@ -36,12 +39,12 @@ const ERROR_MAX: usize = 1024;
 pub(in crate::copy) struct DeadLetters {
     subject: String,
     tag: Tag,
-    /// Stream that must not store them.
+    /// The source stream, which must not store them.
     source_stream: String,
     id: MessageId,
     sid: u64,
     inbox: String,
-    /// In the air, in source order; what was acknowledged goes when it is the first.
+    /// In flight, in source order; an acknowledged one leaves when it is the first.
     waiting: VecDeque<Letter>,
     /// Number of the first of them.
     first: u64,
@@ -52,13 +55,17 @@ pub(in crate::copy) struct DeadLetters {
 /// One dead letter.
 #[derive(Debug)]
 pub(in crate::copy) struct Letter {
-    /// Where the message lies at the source.
+    /// Sequence and time of the message at the source.
     pub source: SourcePoint,
     /// Bytes of the message as it was read.
     pub bytes: usize,
     /// Why the target can never store it.
     pub reason: String,
     sent: Instant,
+    /// Number of a PING after it.
+    ping: Option<u64>,
+    /// When the server had read it, as far as it was noticed.
+    read: Option<Instant>,
     stored: bool,
 }
 
@@ -81,17 +88,17 @@ impl DeadLetters {
         }
     }
 
-    /// How many are in the air.
+    /// Number in flight.
     pub fn len(&self) -> usize {
         self.waiting.len()
     }
 
-    /// Bytes of the messages that are in the air.
+    /// Bytes of the messages in flight.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// The oldest in the air.
+    /// The oldest in flight.
     pub fn oldest(&self) -> Option<SourcePoint> {
         self.waiting.front().map(|letter| letter.source)
     }
@@ -105,12 +112,20 @@ impl DeadLetters {
         now: Instant,
     ) -> Result<(), RunError> {
         let (seq, time_ns) = (incoming.delivery.stream_seq, incoming.delivery.time_ns);
-        let origin = Origin { seq, time_ms: time_ns.div_euclid(1_000_000) };
-        let about = About { id: self.id.of(seq, time_ns), subject: incoming.message.subject, reason: &reason.message };
+        let origin = MessageOrigin { seq, time_ms: time_ns.div_euclid(1_000_000) };
+        let about =
+            About { id: self.id.for_message(seq, time_ns), subject: incoming.message.subject, reason: &reason.message };
         header_block(&mut self.header, incoming.message.header, &self.tag, origin, &about);
         let source = SourcePoint { seq, time_ns: Some(time_ns) };
-        let letter =
-            Letter { source, bytes: incoming.bytes(), reason: reason.message.clone(), sent: now, stored: false };
+        let letter = Letter {
+            source,
+            bytes: incoming.bytes(),
+            reason: reason.message.clone(),
+            sent: now,
+            ping: None,
+            read: None,
+            stored: false,
+        };
         let (size, most) = (self.header.len() + incoming.message.payload.len(), lane.info().max_payload);
         if self.header.len() > MAX_HEADER || size > most {
             let header = self.header.len();
@@ -127,7 +142,7 @@ impl DeadLetters {
         Ok(())
     }
 
-    /// Takes an ack, if the message is one; an error is a dead letter that nobody stores.
+    /// Handles an ack, if the message is one; an error means that no stream stored the dead letter.
     pub fn accept(&mut self, message: &Message<'_>) -> Result<(), RunError> {
         if message.sid != self.sid {
             return Ok(());
@@ -150,7 +165,7 @@ impl DeadLetters {
         Ok(())
     }
 
-    /// Takes the oldest, once it is stored.
+    /// Removes the oldest, once it is stored.
     pub fn pop(&mut self) -> Option<Letter> {
         self.waiting.front().filter(|letter| letter.stored)?;
         let letter = self.waiting.pop_front()?;
@@ -159,17 +174,29 @@ impl DeadLetters {
         Some(letter)
     }
 
-    /// Forgets what is in the air.
+    /// Forgets all that are in flight.
     pub fn give_up(&mut self) {
         self.first += self.waiting.len() as u64;
         self.waiting.clear();
         self.bytes = 0;
     }
 
-    /// Whether an ack is overdue: whoever listens on the subject is no stream.
-    pub fn check(&self, now: Instant) -> Result<(), RunError> {
+    /// Whether an ack is overdue: a subscriber that is no stream never sends one.
+    pub fn check(&mut self, lane: &mut Lane, now: Instant) -> Result<(), RunError> {
+        let Some(letter) = self.waiting.front_mut().filter(|letter| now.duration_since(letter.sent) > ASK) else {
+            return Ok(());
+        };
+        let ping = *letter.ping.get_or_insert_with(|| {
+            lane.ping();
+            lane.pings()
+        });
+        if lane.answered_pings() >= ping {
+            letter.read.get_or_insert(now);
+        }
+        lane.check_delivery();
+        let since = letter.read.unwrap_or(letter.sent.max(lane.drained()));
         match self.waiting.front() {
-            Some(letter) if now.duration_since(letter.sent) > ACK_WAIT => {
+            Some(letter) if now.duration_since(since) > ACK_WAIT => {
                 Err(self.unpublished(letter, Error::hold(format!("no stream acknowledged it within {ACK_WAIT:?}"))))
             }
             _ => Ok(()),
@@ -189,7 +216,7 @@ impl DeadLetters {
 
 /// Whether an ack says that a stream stored a dead letter, and not the source stream.
 fn stored(payload: &[u8], source_stream: &str) -> Result<(), Error> {
-    // Who answers anything else is no stream.
+    // Any other answer is not that of a stream.
     let ack = PublishAck::parse(payload, "the source").map_err(|error| match error.api {
         Some(_) => error,
         None => Error::hold(error.message),
@@ -213,7 +240,7 @@ pub(crate) fn not_into_source(stream: &str, source: &StreamInfo, subject: &str) 
     }
 }
 
-/// Whether a subject is one of a pattern's.
+/// Whether a subject matches a pattern.
 fn matches(pattern: &str, subject: &str) -> bool {
     let mut tokens = subject.split('.');
     for wanted in pattern.split('.') {
@@ -228,7 +255,7 @@ fn matches(pattern: &str, subject: &str) -> bool {
     tokens.next().is_none()
 }
 
-/// What a dead letter says of its message.
+/// The facts of a dead letter about its message.
 struct About<'a> {
     id: &'a str,
     subject: &'a [u8],
@@ -236,8 +263,8 @@ struct About<'a> {
 }
 
 /// Writes the header block of a dead letter into `out` (cleared first): the message's own, but with every header that a
-/// server acts on under a name of ours, then what it is about and where it comes from.
-fn header_block(out: &mut Vec<u8>, block: &[u8], tag: &Tag, origin: Origin, about: &About<'_>) {
+/// server acts on renamed, then the facts about it and its origin.
+fn header_block(out: &mut Vec<u8>, block: &[u8], tag: &Tag, origin: MessageOrigin, about: &About<'_>) {
     let body = first_line(out, block);
     // Before all others, as in a copy.
     push(out, "Nats-Msg-Id", about.id.as_bytes());
@@ -273,7 +300,7 @@ mod tests {
     fn check(block: &str, reason: &str, expect: &str) {
         let mut out = b"old".to_vec();
         let about = About { id: "ID", subject: b"orders.new", reason };
-        let origin = Origin { seq: 7, time_ms: 5 };
+        let origin = MessageOrigin { seq: 7, time_ms: 5 };
         header_block(&mut out, block.as_bytes(), &Tag::new("S", "SITE", "w"), origin, &about);
         assert_eq!(String::from_utf8_lossy(&out), expect, "{block}");
     }
@@ -315,7 +342,13 @@ mod tests {
         let block = format!("NATS/1.0\r\n{}\r\n\r\n", lines.join("\r\n"));
         let mut out = Vec::new();
         let about = About { id: "ID", subject: b"s", reason: "r" };
-        header_block(&mut out, block.as_bytes(), &Tag::new("S", "SITE", "w"), Origin { seq: 1, time_ms: 1 }, &about);
+        header_block(
+            &mut out,
+            block.as_bytes(),
+            &Tag::new("S", "SITE", "w"),
+            MessageOrigin { seq: 1, time_ms: 1 },
+            &about,
+        );
         let found: Vec<_> = headers::lines(&out).map(|line| String::from_utf8_lossy(line).into_owned()).collect();
         assert_eq!(found[0], "Nats-Msg-Id: ID");
         assert!(found[1..].iter().all(|line| !line.starts_with("Nats-")), "{found:?}");

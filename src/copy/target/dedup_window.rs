@@ -1,4 +1,8 @@
-//! How long a target has to remember ids, where they are what keeps a message from being stored twice. Pure.
+//! How long a target has to remember ids, where only they keep a message from being stored twice. Pure.
+//!
+//! A server remembers ids for the stream's duplicate window, across changes of leaders too. After a restart it rebuilds
+//! them from the messages that are still stored: ids of consumed messages are forgotten. So on streams that are
+//! consumed the window has to cover a downtime. Each id takes some 240 bytes of memory at the server.
 
 use chrono::{DateTime, Utc};
 use tokio::time::Duration;
@@ -10,7 +14,7 @@ use crate::{
 
 /// Longest time between two attempts to run a replication.
 pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// Time to connect and to look at the end of the target, on a target that answers.
+/// Time to connect and to search the end of the target, on a target that answers.
 const SEARCH: Duration = Duration::from_secs(10);
 
 /// The longest time from the first send of a message to the end of the search for it at the next start: it waits for
@@ -18,19 +22,19 @@ const SEARCH: Duration = Duration::from_secs(10);
 pub(crate) const NEEDED: Duration =
     STALL.saturating_add(DRAIN).saturating_add(LAST_SAVE).saturating_add(LONGEST_PAUSE).saturating_add(SEARCH);
 
-/// A target on which ids are the stamp, at the start of a run.
+/// A target that identifies messages by ids, at the start of a run.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::copy) struct Look {
+pub(in crate::copy) struct IdWindowCheck {
     /// `duplicate_window` of the stream.
     pub window: Duration,
-    /// Messages behind the saved place that were gone before they were looked at.
+    /// Messages after the saved target sequence that were removed before they were read.
     pub unseen: u64,
     /// When the position was saved last, if that is known.
     pub saved_at: Option<DateTime<Utc>>,
     pub now: DateTime<Utc>,
 }
 
-/// What is wrong with a window of this length; `None` if it is long enough or the stream has none.
+/// The problem of a window of this length; `None` if it is long enough or the stream has none.
 pub(crate) fn too_short(window: Duration) -> Option<String> {
     (!window.is_zero() && window < NEEDED).then(|| {
         format!(
@@ -41,13 +45,13 @@ pub(crate) fn too_short(window: Duration) -> Option<String> {
     })
 }
 
-impl Look {
-    /// What to tell about the window itself.
+impl IdWindowCheck {
+    /// The event about the window itself.
     pub fn short_window(&self) -> Option<Event> {
         too_short(self.window).map(|reason| self.event(NEEDED, reason))
     }
 
-    /// What to tell about messages that may have been copied and consumed since the last save: the search cannot find
+    /// The event about messages that may have been copied and consumed since the last save: the search cannot find
     /// them, and the target may have forgotten their ids.
     pub fn long_downtime(&self) -> Option<Event> {
         let down = (self.now - self.saved_at?).to_std().ok()?;
@@ -87,7 +91,7 @@ mod tests {
         let now = DateTime::UNIX_EPOCH + Duration::from_secs(1_000);
         let check = |unseen, saved: Option<u64>, expect: Option<u64>| {
             let saved_at = saved.map(|secs| DateTime::UNIX_EPOCH + Duration::from_secs(secs));
-            let look = Look { window: Duration::from_secs(120), unseen, saved_at, now };
+            let look = IdWindowCheck { window: Duration::from_secs(120), unseen, saved_at, now };
             let needed = look.long_downtime().map(|event| match event {
                 Event::DuplicateWindow { needed_ms, window_ms: 120_000, .. } => needed_ms,
                 other => panic!("{other:?}"),

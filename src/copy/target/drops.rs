@@ -1,5 +1,5 @@
 //! Whether the target removes copies of messages that the source still keeps, by the limits of the target stream. Pure:
-//! what both servers report comes in, what is lost at the target comes out.
+//! the reports of both servers are arguments, the loss at the target is the result.
 //!
 //! The first message of the target says which source messages still have a copy: copies are stored in the order of the
 //! source. If it moves past messages that the source keeps for some seconds more, their copies were dropped. Expiry in
@@ -12,14 +12,14 @@ use tokio::time::{Duration, Instant};
 
 use crate::events::Event;
 
-/// The source must still keep a message so long after its copy is gone: both expire messages by their own clocks.
+/// How long the source must still keep a message after its copy is removed: both expire messages by their own clocks.
 const IN_STEP: Duration = Duration::from_secs(5);
 /// The first copy may be this close to the source's `max_age`, at most a quarter of it, and count as expired in step.
 const AGE_TOLERANCE_MS: i64 = 120_000;
 
-/// What can remove copies at the target.
+/// The limits that can remove copies at the target.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(in crate::copy) struct Limits {
+pub(in crate::copy) struct DropLimits {
     /// `max_age` is shorter than the source's.
     pub age: bool,
     /// `max_msgs`.
@@ -45,13 +45,13 @@ pub(in crate::copy) struct First {
 
 /// One poll of the target.
 #[derive(Debug, Clone, Copy)]
-struct Seen {
+struct TargetPoll {
     at: Instant,
     first: First,
     state: Counted,
 }
 
-/// What is counted of the target.
+/// The counted state of the target.
 #[derive(Debug, Clone, Copy, Default)]
 struct Counted {
     messages: u64,
@@ -60,12 +60,12 @@ struct Counted {
     settled: Option<u64>,
 }
 
-/// What the target has dropped.
+/// Copies that the target has dropped.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::copy) struct Dropped {
     /// Copies of messages that the source still had.
     pub messages: u64,
-    /// What to report, once until the target holds everything again that the source keeps.
+    /// The event, once until the target holds everything again that the source keeps.
     pub event: Option<Event>,
 }
 
@@ -73,21 +73,21 @@ pub(in crate::copy) struct Dropped {
 #[derive(Debug, Default, Clone)]
 pub(in crate::copy) struct Drops {
     created: String,
-    limits: Option<Limits>,
+    limits: Option<DropLimits>,
     known: Option<First>,
-    seen: Option<Seen>,
+    seen: Option<TargetPoll>,
     /// The poll after that, until that is judged.
-    later: Option<Seen>,
+    later: Option<TargetPoll>,
     /// Messages that the source has and the target lacks from before.
     lacking: Option<u64>,
-    /// Last source sequence of what was dropped; while the source has it, nothing more is reported.
+    /// Last source sequence of the dropped copies; while the source has it, no more is reported.
     dropped_to: Option<u64>,
 }
 
 impl Drops {
-    /// A run begins after this position. Without `limits` there is nothing to look for.
-    pub fn begin(&mut self, target: &StreamInfo, limits: Option<Limits>, position: u64) {
-        // What is copied again is not in order.
+    /// A run begins after this position. Without `limits` no copy can be dropped.
+    pub fn begin(&mut self, target: &StreamInfo, limits: Option<DropLimits>, position: u64) {
+        // Messages that are copied again are out of order.
         let again = self.known.is_some_and(|known| position + 1 < known.source_seq);
         if limits.is_none() || self.created != target.created || again {
             *self = Self::default();
@@ -105,7 +105,7 @@ impl Drops {
         self.limits.is_some()
     }
 
-    /// Whether it has to be polled at once: what it holds first is not known.
+    /// Whether it has to be polled at once: its first message is not known.
     pub fn is_new(&self) -> bool {
         self.watches() && self.known.is_none() && self.seen.is_none()
     }
@@ -115,23 +115,23 @@ impl Drops {
         self.known.is_none_or(|known| first_seq > known.seq)
     }
 
-    /// The target was polled and holds this; `first` where it is another one than before. `settled` is the position, if
-    /// nothing was in flight meanwhile.
+    /// The result of a poll of the target; `first` if its first message has changed. `settled` is the position, if
+    /// no message was in flight meanwhile.
     pub fn target_has(&mut self, now: Instant, state: &StreamState, first: Option<First>, settled: Option<u64>) {
         let Some(first) = first.or(self.known) else { return };
         self.known.get_or_insert(first);
         // An earlier poll is judged first, with the source's next answer.
         let state = Counted { messages: state.messages, bytes: state.bytes, settled };
-        let seen = Some(Seen { at: now, first, state });
+        let seen = Some(TargetPoll { at: now, first, state });
         *(if self.seen.is_none() { &mut self.seen } else { &mut self.later }) = seen;
     }
 
-    /// What the target holds where it holds nothing: the next copy is of a message after the position.
+    /// The result of a poll of an empty target: the next copy is of a message after the position.
     pub fn target_is_empty(&mut self, now: Instant, state: &StreamState, position: u64, settled: Option<u64>) {
         self.target_has(now, state, Some(none_at(state, position)), settled);
     }
 
-    /// What follows from the source's answer to a question that was asked at a time.
+    /// Compares the target with the source's answer to a question that was asked at a time.
     pub fn source_has(&mut self, source: &StreamInfo, asked: Instant, now_ms: i64) -> Option<Dropped> {
         let limits = self.limits.clone()?;
         let known = self.known?;
@@ -157,7 +157,7 @@ impl Drops {
         Some(Dropped { messages, event: first.then_some(Event::TargetDropped { from, to, messages, reason }) })
     }
 
-    /// How many messages the target lacks more than before.
+    /// How many more messages the target lacks than before.
     fn lacking(&mut self, source: &StreamInfo, target: Counted) -> u64 {
         let Some(position) = target.settled else { return 0 };
         let waiting = source.state.last_seq.saturating_sub(position);
@@ -167,15 +167,15 @@ impl Drops {
         lacking.saturating_sub(before)
     }
 
-    /// An empty target lacks what the source has before the position.
+    /// An empty target lacks the messages of the source before the position.
     pub fn lacks(&mut self, source: &StreamState, position: u64) {
         let waiting = source.last_seq.saturating_sub(position);
         self.lacking.get_or_insert(source.messages.saturating_sub(waiting));
     }
 }
 
-impl Limits {
-    /// Whether a target that holds so much is so near to a limit that this removed messages.
+impl DropLimits {
+    /// Whether a target of this size is so near to a limit that the limit removed messages.
     fn reached(&self, state: Counted) -> bool {
         let near = |limit: Option<u64>, has: u64| limit.is_some_and(|limit| has >= limit / 2);
         self.age || near(self.messages, state.messages) || near(self.bytes, state.bytes)
@@ -186,7 +186,7 @@ fn none_at(state: &StreamState, position: u64) -> First {
     First { seq: state.last_seq + 1, source_seq: position + 1, time_ms: None }
 }
 
-/// Whether the first copy that is left is of a message that the source is about to remove by its age.
+/// Whether the first remaining copy is of a message that the source is about to remove by its age.
 fn in_step(source: &StreamInfo, time_ms: Option<i64>, now_ms: i64) -> bool {
     let max_age = source.number("max_age") / 1_000_000;
     let near = max_age - AGE_TOLERANCE_MS.min(max_age / 4);
@@ -211,7 +211,7 @@ mod tests {
     }
 
     impl Watched {
-        fn new(limits: Limits) -> Self {
+        fn new(limits: DropLimits) -> Self {
             let mut drops = Drops::default();
             drops.begin(&stream(json!({}), 1, 0), Some(limits), 0);
             Self { drops, now: Instant::now() }
@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn drops_are_counted_always_and_reported_once() {
-        let mut watched = Watched::new(Limits { messages: Some(50), ..Limits::default() });
+        let mut watched = Watched::new(DropLimits { messages: Some(50), ..DropLimits::default() });
         let source = |first, last| stream(json!({}), first, last);
         assert_eq!(watched.poll(&source(1, 50), (1, 50), 0), None);
         assert_eq!(watched.poll(&source(1, 80), (31, 80), 0), Some((30, true)));
@@ -248,7 +248,7 @@ mod tests {
     #[test]
     fn expiry_in_step_is_no_drop() {
         let source = |first| stream(json!({"max_age": 1_000_000_000_u64}), first, 5_000);
-        let mut watched = Watched::new(Limits { age: true, ..Limits::default() });
+        let mut watched = Watched::new(DropLimits { age: true, ..DropLimits::default() });
         assert_eq!(watched.poll(&source(1), (1, 5_000), 100), None);
         // The first copy that is left is 800 ms old.
         assert_eq!(watched.poll(&source(900), (1_000, 5_000), 1_800), None);
@@ -257,7 +257,7 @@ mod tests {
 
     #[test]
     fn copies_removed_in_the_middle_are_counted_by_number() {
-        let mut watched = Watched::new(Limits { per_subject: true, ..Limits::default() });
+        let mut watched = Watched::new(DropLimits { per_subject: true, ..DropLimits::default() });
         watched.drops.lacks(&stream(json!({}), 1, 0).state, 0);
         let source = stream(json!({}), 1, 100);
         assert_eq!(watched.poll(&source, (1, 100), 0), None);
@@ -268,14 +268,14 @@ mod tests {
 
     #[test]
     fn another_stream_or_none_to_watch_begins_again() {
-        let mut watched = Watched::new(Limits { messages: Some(5), ..Limits::default() });
+        let mut watched = Watched::new(DropLimits { messages: Some(5), ..DropLimits::default() });
         let source = stream(json!({}), 1, 9);
         assert_eq!(watched.poll(&source, (5, 9), 0), Some((4, true)));
         let mut other = stream(json!({}), 5, 9);
-        watched.drops.begin(&other, Some(Limits::default()), 9);
+        watched.drops.begin(&other, Some(DropLimits::default()), 9);
         assert!(!watched.drops.is_new());
         other.created = "d".to_owned();
-        watched.drops.begin(&other, Some(Limits::default()), 9);
+        watched.drops.begin(&other, Some(DropLimits::default()), 9);
         assert!(watched.drops.is_new());
         watched.drops.begin(&other, None, 9);
         assert!(!watched.drops.watches());

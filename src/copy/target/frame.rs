@@ -1,5 +1,5 @@
-//! What one message looks like on the wire: subject, header block, ids, and what a server would not take. Written into
-//! room that is kept from message to message.
+//! The wire format of one message: subject, header block, ids, and checks for limits of servers. Written into
+//! buffers that are reused from message to message.
 
 use std::{fmt::Write as _, sync::Arc};
 
@@ -14,21 +14,21 @@ use crate::{
         source::reader::Incoming,
         target::{
             headers::{Allowed, Passage, Stamp, header_block},
-            provenance::{Origin, Tag},
+            provenance::{MessageOrigin, Tag},
             refusal::TOO_LARGE,
         },
     },
 };
 
-/// Longest protocol line, without its keyword, that a server takes unless it is configured otherwise (`max_control_line`);
-/// beyond it, it drops the connection.
+/// Longest protocol line in bytes, without its keyword, that a server accepts by default (`max_control_line`);
+/// for a longer one it drops the connection.
 const MAX_LINE: usize = 4096;
-/// Longest header block that a server takes.
+/// Longest header block that a server accepts, in bytes.
 pub(in crate::copy) const MAX_HEADER: usize = 65_535;
 /// First words of requests of the JetStream API.
 const REQUESTS: [&[u8]; 7] = [b"INFO", b"STREAM", b"CONSUMER", b"DIRECT", b"ACCOUNT", b"META", b"SERVER"];
 
-/// What identifies a message at the target.
+/// The identification of a message at the target.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::copy) struct Stamping {
     /// The last sequence of the target that the message expects.
@@ -37,31 +37,31 @@ pub(in crate::copy) struct Stamping {
     pub id: bool,
 }
 
-/// A message that was prepared: the next one that is put.
+/// A prepared message: the next one that is put.
 #[derive(Debug)]
 pub(in crate::copy) struct Outgoing {
-    /// Headers of the source message that it does not carry.
+    /// Number of headers of the source message that it does not carry.
     headers_removed: u64,
 }
 
-/// Makes the frame of one message after the other.
+/// Builds the frame of one message after the other.
 #[derive(Debug)]
-pub(in crate::copy) struct Frame {
+pub(in crate::copy) struct FrameWriter {
     replication: Arc<Replication>,
     tag: Tag,
     allowed: Allowed,
-    /// What subjects of the target's JetStream API begin with.
+    /// Prefix of the subjects of the target's JetStream API.
     api_prefix: String,
     max_payload: usize,
-    /// Largest message that the stream takes, headers included; `None` for no bound.
+    /// Largest message that the stream accepts, headers included; `None` without a limit.
     max_msg_size: Option<usize>,
-    /// Longest protocol line that the target takes.
+    /// Longest protocol line that the target accepts.
     max_line: usize,
     /// The longest line that was sent, and its message.
     longest: (usize, Token),
-    /// Room for a mapped subject.
+    /// Buffer for a mapped subject.
     room: Vec<u8>,
-    /// Subject and header block of the message that was prepared last.
+    /// Subject and header block of the prepared message.
     subject: Vec<u8>,
     header: Vec<u8>,
     /// A subject that the target listens on, for a commit.
@@ -69,7 +69,7 @@ pub(in crate::copy) struct Frame {
     id: MessageId,
 }
 
-impl Frame {
+impl FrameWriter {
     /// For messages to the server of `lane`. Ids differ between generations.
     pub fn new(lane: &Lane, replication: Arc<Replication>, tag: Tag, allowed: Allowed, generation: u64) -> Self {
         Self {
@@ -89,7 +89,7 @@ impl Frame {
         }
     }
 
-    /// Takes over which protocol line was found to be the longest that the target takes.
+    /// Sets the longest protocol line that the target accepts, if that was measured.
     pub fn limit_line(&mut self, found: Option<usize>) {
         self.max_line = found.unwrap_or(MAX_LINE);
     }
@@ -100,13 +100,13 @@ impl Frame {
         window.source_of(token).map(|_| line)
     }
 
-    /// What the stream takes now.
+    /// Updates the limits of the target stream.
     pub fn target_is(&mut self, target: &StreamInfo) {
         self.max_msg_size = usize::try_from(target.number("max_msg_size")).ok().filter(|limit| *limit > 0);
     }
 
-    /// Makes subject and headers of the next message; an error is one that can never be stored as it is. `reply` is the
-    /// length of its reply subject; with `opens` it names its stream.
+    /// Builds subject and headers of the next message; an error means that it can never be stored as it is. `reply` is
+    /// the length of its reply subject; with `opens` it names its stream.
     pub fn prepare(
         &mut self,
         incoming: &Incoming<'_>,
@@ -120,7 +120,7 @@ impl Frame {
         let subject = self.replication.mapping.apply(incoming.message.subject, &mut self.room);
         self.subject.extend_from_slice(subject);
         match self.check(incoming, reply) {
-            // What only the first message of a batch says is no reason to leave it out.
+            // Headers that only the first message of a batch carries are no reason to reject it.
             Err(_) if opens => {
                 headers_removed = self.write_header(incoming, now_ns, stamping, false);
                 self.check(incoming, reply)?;
@@ -135,10 +135,10 @@ impl Frame {
         let age_secs = now_ns.saturating_sub(delivery.time_ns).max(0) as u64 / 1_000_000_000;
         let stamp = Stamp {
             chain: stamping.chain,
-            id: if stamping.id { Some(self.id.of(delivery.stream_seq, delivery.time_ns)) } else { None },
+            id: if stamping.id { Some(self.id.for_message(delivery.stream_seq, delivery.time_ns)) } else { None },
         };
         let passage = Passage {
-            origin: Origin { seq: delivery.stream_seq, time_ms: delivery.time_ns.div_euclid(1_000_000) },
+            origin: MessageOrigin { seq: delivery.stream_seq, time_ms: delivery.time_ns.div_euclid(1_000_000) },
             age_secs,
             stamp,
             expected_stream: opens.then_some(self.replication.target.stream.as_str()),
@@ -147,7 +147,7 @@ impl Frame {
         header_block(&mut self.header, block, self.allowed, &self.tag, &passage)
     }
 
-    /// Puts the message that was prepared into `out`; returns how many of its headers were left out.
+    /// Writes the prepared message into `out`; returns how many of its headers were removed.
     pub fn put(&mut self, outgoing: Outgoing, out: &mut BytesMut, reply: &[u8], payload: &[u8], token: Token) -> u64 {
         let before = out.len();
         hpub(out, &self.subject, reply, &self.header, payload);
@@ -161,7 +161,7 @@ impl Frame {
         outgoing.headers_removed
     }
 
-    /// What would make the server drop the connection or refuse the message is found here, before it is sent, as far as it
+    /// Detects, before it is sent, that a server would refuse the message or drop the connection for it, as far as that
     /// can be known.
     fn check(&self, incoming: &Incoming<'_>, reply: usize) -> Result<(), Error> {
         let (size, subject) = (self.header.len() + incoming.message.payload.len(), &self.subject);
@@ -191,7 +191,7 @@ impl Frame {
         Err(Error { kind: ErrorKind::Poison, message, api })
     }
 
-    /// Length of the protocol line of the message that was prepared, without its keyword.
+    /// Length of the protocol line of the prepared message, without its keyword.
     fn line(&self, reply: usize, header: usize, size: usize) -> usize {
         self.subject.len() + reply + digits(header as u64) + digits(size as u64) + 3
     }
@@ -202,8 +202,8 @@ pub(in crate::copy) fn digits(number: u64) -> usize {
     number.checked_ilog10().unwrap_or(0) as usize + 1
 }
 
-/// Whether a server would act on what is published there, with the rights of our login, instead of storing it. No stream
-/// has such messages unless it stores everything, but a server may deliver any.
+/// Whether a server would act on a message with this subject, by the rights of our login, instead of storing it. Only
+/// streams on all subjects have such messages, but a server may deliver any.
 fn is_request(subject: &[u8], api_prefix: &str) -> bool {
     // Keys of buckets and the like may go through the same prefix.
     let acts = |word: Option<&[u8]>| word.is_some_and(|word| REQUESTS.contains(&word));
@@ -238,8 +238,8 @@ pub(in crate::copy) fn hpub(out: &mut BytesMut, subject: &[u8], reply: &[u8], he
     out.extend_from_slice(b"\r\n");
 }
 
-/// Makes ids of messages: neither a stream made anew or rolled back (other stored times) nor a second replication
-/// of the same stream can make the same one, nor what is copied again after the position was moved back.
+/// Builds message ids: different for a stream that was recreated or rolled back (other stored times), for a second
+/// replication of the same stream, and for messages that are copied again after the position was moved back.
 #[derive(Debug)]
 pub(in crate::copy) struct MessageId {
     key: Vec<u8>,
@@ -257,7 +257,7 @@ impl MessageId {
     }
 
     /// The id of one message.
-    pub fn of(&mut self, seq: u64, time_ns: i64) -> &str {
+    pub fn for_message(&mut self, seq: u64, time_ns: i64) -> &str {
         self.key.truncate(self.prefix);
         self.key.extend_from_slice(&seq.to_be_bytes());
         self.key.extend_from_slice(&time_ns.to_be_bytes());
@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn ids_differ_in_every_part_and_stay_the_same() {
         let id = |replication: &str, stream: &str, generation, seq, time| {
-            MessageId::new(replication, stream, generation).of(seq, time).to_owned()
+            MessageId::new(replication, stream, generation).for_message(seq, time).to_owned()
         };
         let one = id("A", "S", 0, 1, 2);
         // The value is part of the contract: another program version must make the same one.

@@ -1,5 +1,15 @@
-//! From a source message's header block to the target's. Pure. Everything is kept byte for byte but
-//! the headers that a server acts on: a publish is checked where a stored message was not.
+//! From a source message's header block to the target's. Pure. Everything is kept byte for byte except headers that a
+//! server acts on: a server checks the headers of a publish, but not those of messages that it copies itself (mirrors,
+//! sources).
+//!
+//! | header | at the target |
+//! |---|---|
+//! | `Nats-Expected-*` | removed: it is about the source's sequences. A KV update stores one in the message. On replicated streams of 2.14 and later a wrong `Nats-Expected-Last-Msg-Id` stops the stream |
+//! | `Nats-Msg-Id` | renamed: catching up compresses time, so an id that was reused after its window would be dropped |
+//! | `Nats-TTL` | shortened by the age of the message, where both streams act on it |
+//! | `Nats-Rollup` | kept where it removes the same messages, else removed and counted |
+//! | `Nats-Trace-*`, `Nats-Batch-*`, `Nats-Required-Api-Level` | removed: from 2.11 a trace-only message is neither stored nor acknowledged, from 2.12 a publish with `Nats-Batch-*` is refused |
+//! | `Nats-Stream-Source`, `Nats-Schedule*`, `Nats-Incr`, `Nats-Counter-Sources` | renamed: servers act on them or refuse them (2.15 the first, 2.14 a stray `Nats-Scheduler`) |
 
 use std::sync::LazyLock;
 
@@ -7,24 +17,25 @@ use memchr::memmem;
 use nats_lane::{headers, parse_duration};
 
 use crate::{
-    copy::target::provenance::{Origin, Tag},
+    copy::target::provenance::{MessageOrigin, Tag},
     names,
 };
 
 /// Which headers of a message keep their effect: the source acts on them, and the target allows them. A source stores a
-/// header that it does not act on as data (a server before 2.11 does so with `Nats-TTL`, a mirror with whatever its origin
-/// stored): at the target it would remove messages that the source keeps.
+/// header that it does not act on as data (a server before 2.11 does so with `Nats-TTL`, a mirror with every header
+/// that its origin stored): at the target it would remove messages that the source keeps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Allowed {
     /// `Nats-TTL` (`allow_msg_ttl` of both streams).
     pub ttl: bool,
     /// `Nats-Rollup: sub` (`allow_rollup_hdrs` of both streams).
     pub rollup_subject: bool,
-    /// `Nats-Rollup: all`: right only where everything of the source and nothing else lies at the target.
+    /// `Nats-Rollup: all`: correct only if the target has everything of the source and no other messages, so only at a
+    /// target that was created for this copy.
     pub rollup_all: bool,
 }
 
-/// What makes a second arrival of the same message harmless.
+/// Headers that make a second arrival of the same message harmless.
 #[derive(Debug, Clone, Copy)]
 pub struct Stamp<'a> {
     /// The target's last sequence before this message.
@@ -33,27 +44,27 @@ pub struct Stamp<'a> {
     pub id: Option<&'a str>,
 }
 
-/// One message on its way.
+/// The facts about one message that is copied.
 #[derive(Debug, Clone, Copy)]
 pub struct Passage<'a> {
-    /// Where it comes from.
-    pub origin: Origin,
+    /// Its origin.
+    pub origin: MessageOrigin,
     /// Its age at the source, seconds.
     pub age_secs: u64,
-    /// The stamp it gets.
+    /// The header that identifies it.
     pub stamp: Stamp<'a>,
-    /// The stream that must store it, said in the first message of a run or batch.
+    /// The stream that must store it, named in the first message of a run or batch.
     pub expected_stream: Option<&'a str>,
 }
 
 static NATS_LINE: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new(b"\r\nNats-"));
 
-/// Writes the header block of the target message into `out` (cleared first). Returns how many headers were left
-/// out because they would not have the effect that they have at the source.
+/// Writes the header block of the target message into `out` (cleared first). Returns how many headers were removed
+/// because they would not have the effect that they have at the source.
 pub fn header_block(out: &mut Vec<u8>, block: &[u8], allowed: Allowed, tag: &Tag, passage: &Passage<'_>) -> u64 {
     let mut removed = 0;
-    // The stamp goes behind the version line, before every other header: servers up to 2.10 look no further than the
-    // first place where its name stands, be it in another name or in a value.
+    // Chain and id come directly after the version line, before every other header: servers up to 2.10 use the first
+    // occurrence of their name, even inside another name or a value.
     let body = first_line(out, block);
     stamp(out, passage);
     if tag.leads() {
@@ -72,8 +83,8 @@ pub fn header_block(out: &mut Vec<u8>, block: &[u8], allowed: Allowed, tag: &Tag
     removed
 }
 
-/// Writes the version line into `out` (cleared first). Returns the other lines, without the empty one at the end: it comes
-/// again behind ours.
+/// Writes the version line into `out` (cleared first). Returns the other lines, without the empty one at the end, which
+/// is written after our headers.
 pub(in crate::copy) fn first_line<'b>(out: &mut Vec<u8>, block: &'b [u8]) -> &'b [u8] {
     out.clear();
     let end = headers::find_line_end(block).map_or(block.len(), |at| at + 2);
@@ -109,7 +120,7 @@ pub(in crate::copy) fn push(out: &mut Vec<u8>, name: &str, value: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
-/// Copies line by line, leaving out or renaming what a server would act on. Names are compared as the server
+/// Copies line by line, removing or renaming headers that a server would act on. Names are compared as the server
 /// does: exactly.
 fn copy_lines(out: &mut Vec<u8>, body: &[u8], allowed: Allowed, age_secs: u64) -> u64 {
     let mut removed = 0;
@@ -122,28 +133,28 @@ fn copy_lines(out: &mut Vec<u8>, body: &[u8], allowed: Allowed, age_secs: u64) -
         let line = &rest[..end];
         rest = &rest[end..];
         match fate(line, allowed) {
-            Fate::Keep => out.extend_from_slice(line),
-            Fate::Drop => {}
-            Fate::Refused => removed += 1,
-            Fate::Rollup if std::mem::replace(&mut has_rollup, true) => removed += 1,
-            Fate::Rollup => out.extend_from_slice(line),
-            Fate::Rename => {
+            HeaderFate::Keep => out.extend_from_slice(line),
+            HeaderFate::Drop => {}
+            HeaderFate::Refused => removed += 1,
+            HeaderFate::Rollup if std::mem::replace(&mut has_rollup, true) => removed += 1,
+            HeaderFate::Rollup => out.extend_from_slice(line),
+            HeaderFate::Rename => {
                 out.extend_from_slice(names::RENAMED_HEADER_PREFIX.as_bytes());
                 out.extend_from_slice(line);
             }
-            // The id of the first hop stays: a later one is the stamp of a hop between.
-            Fate::Id => {
+            // The id of the first hop stays: a later one was set by a hop in between.
+            HeaderFate::Id => {
                 if !std::mem::replace(&mut kept_id, true) {
                     out.extend_from_slice(names::ORIGINAL_ID_HEADER.as_bytes());
                     out.extend_from_slice(&line[b"Nats-Msg-Id".len()..]);
                 }
             }
-            Fate::Ttl(_) if std::mem::replace(&mut has_ttl, true) => removed += 1,
-            Fate::Ttl(value) => match time_to_live(value) {
+            HeaderFate::Ttl(_) if std::mem::replace(&mut has_ttl, true) => removed += 1,
+            HeaderFate::Ttl(value) => match time_to_live(value) {
                 Some(Ttl::Never) if allowed.ttl => out.extend_from_slice(line),
                 Some(Ttl::Seconds(seconds)) if allowed.ttl => {
                     let mut number = itoa::Buffer::new();
-                    // A server takes nothing below a second; the message was still there a moment ago.
+                    // A server accepts no value below a second; the message was still there a moment ago.
                     push(out, "Nats-TTL", number.format(seconds.saturating_sub(age_secs).max(1)).as_bytes());
                 }
                 _ => removed += 1,
@@ -153,11 +164,11 @@ fn copy_lines(out: &mut Vec<u8>, body: &[u8], allowed: Allowed, age_secs: u64) -
     removed
 }
 
-enum Fate<'a> {
+enum HeaderFate<'a> {
     Keep,
-    /// Of no meaning at the target.
+    /// Without meaning at the target.
     Drop,
-    /// Of an effect that it cannot have at the target; counted.
+    /// With an effect that it cannot have at the target; counted.
     Refused,
     /// A rollup with the same effect at the target.
     Rollup,
@@ -169,23 +180,25 @@ enum Fate<'a> {
     Ttl(&'a [u8]),
 }
 
-/// What becomes of a header line. Each of these would otherwise be acted on or refused by a server of some
+/// The handling of a header line. Each of these would otherwise be acted on or refused by a server of some
 /// version; the list is measured.
-fn fate(line: &[u8], allowed: Allowed) -> Fate<'_> {
-    let Some(rest) = line.strip_prefix(b"Nats-") else { return Fate::Keep };
-    let Some(colon) = memchr::memchr(b':', rest) else { return Fate::Keep };
+fn fate(line: &[u8], allowed: Allowed) -> HeaderFate<'_> {
+    let Some(rest) = line.strip_prefix(b"Nats-") else { return HeaderFate::Keep };
+    let Some(colon) = memchr::memchr(b':', rest) else { return HeaderFate::Keep };
     let (name, value) = (&rest[..colon], rest[colon + 1..].trim_ascii());
     match name {
-        b"Msg-Id" => Fate::Id,
-        b"TTL" => Fate::Ttl(value),
-        b"Rollup" if value.eq_ignore_ascii_case(b"sub") && allowed.rollup_subject => Fate::Rollup,
-        b"Rollup" if value.eq_ignore_ascii_case(b"all") && allowed.rollup_all => Fate::Rollup,
-        b"Rollup" => Fate::Refused,
-        b"Stream-Source" | b"Scheduler" | b"Incr" | b"Counter-Sources" => Fate::Rename,
-        _ if name.starts_with(b"Schedule") => Fate::Rename,
-        b"Required-Api-Level" => Fate::Drop,
-        _ if name.starts_with(b"Expected-") || name.starts_with(b"Batch-") || name.starts_with(b"Trace-") => Fate::Drop,
-        _ => Fate::Keep,
+        b"Msg-Id" => HeaderFate::Id,
+        b"TTL" => HeaderFate::Ttl(value),
+        b"Rollup" if value.eq_ignore_ascii_case(b"sub") && allowed.rollup_subject => HeaderFate::Rollup,
+        b"Rollup" if value.eq_ignore_ascii_case(b"all") && allowed.rollup_all => HeaderFate::Rollup,
+        b"Rollup" => HeaderFate::Refused,
+        b"Stream-Source" | b"Scheduler" | b"Incr" | b"Counter-Sources" => HeaderFate::Rename,
+        _ if name.starts_with(b"Schedule") => HeaderFate::Rename,
+        b"Required-Api-Level" => HeaderFate::Drop,
+        _ if name.starts_with(b"Expected-") || name.starts_with(b"Batch-") || name.starts_with(b"Trace-") => {
+            HeaderFate::Drop
+        }
+        _ => HeaderFate::Keep,
     }
 }
 
@@ -194,11 +207,11 @@ fn fate(line: &[u8], allowed: Allowed) -> Fate<'_> {
 enum Ttl {
     /// Longer than any limit of the stream.
     Never,
-    /// At least one.
+    /// In seconds, at least one.
     Seconds(u64),
 }
 
-/// What a server makes of the value of a `Nats-TTL`; `None` where it has no effect (`0`) or a server refuses it.
+/// How a server reads the value of a `Nats-TTL`; `None` where it has no effect (`0`) or a server refuses it.
 fn time_to_live(value: &[u8]) -> Option<Ttl> {
     let value = std::str::from_utf8(value).ok()?;
     if value.eq_ignore_ascii_case("never") {
@@ -222,7 +235,7 @@ mod tests {
     fn run(block: &[u8], allowed: Allowed, expected_stream: Option<&str>) -> (String, u64) {
         let mut out = b"old".to_vec();
         let passage = Passage {
-            origin: Origin { seq: 7, time_ms: 5 },
+            origin: MessageOrigin { seq: 7, time_ms: 5 },
             age_secs: 10,
             stamp: Stamp { chain: Some(41), id: None },
             expected_stream,
@@ -249,9 +262,9 @@ mod tests {
     }
 
     #[test]
-    fn provenance_that_leads_comes_before_earlier_hops_and_is_found_there() {
+    fn provenance_that_leads_is_first_and_is_found_there() {
         let tag = Tag::new("S", "SITE", "w").leading(true);
-        let origin = Origin { seq: 7, time_ms: 9 };
+        let origin = MessageOrigin { seq: 7, time_ms: 9 };
         let stamp = Stamp { chain: None, id: Some("id") };
         let passage = Passage { origin, age_secs: 0, stamp, expected_stream: None };
         let (mut out, block) = (Vec::new(), b"NATS/1.0\r\nA: b\r\nChoria-SR-Source: T 1 EU x 2\r\n\r\n");

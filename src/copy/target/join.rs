@@ -3,12 +3,13 @@
 
 use serde_json::{Map, Value};
 
-/// Limits that everything in a stream shares: each source needs its own part.
+/// Limits that all sources of a stream share: each source needs its own part.
 const SHARED: [&str; 2] = ["max_msgs", "max_bytes"];
 /// Limits for each message or subject.
 const EACH: [&str; 3] = ["max_age", "max_msg_size", "max_msgs_per_subject"];
 
-/// Gives a stream room for what it would be created with for another source; the names of the limits that change.
+/// Raises the limits of a stream to those it would be created with for another source; returns the names of the limits
+/// that change.
 pub(in crate::copy) fn room(config: &mut Value, wanted: &Value) -> Vec<&'static str> {
     let Some(config) = config.as_object_mut() else { return Vec::new() };
     let shared = SHARED.into_iter().filter(|name| widen(config, name, wanted, i64::saturating_add));

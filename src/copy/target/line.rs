@@ -1,5 +1,6 @@
-//! The target's `max_control_line`: no server publishes it, and one that gets a longer line drops the connection. Where
-//! that may have happened, lines of padding are sent to nobody, each on a connection of its own, until the limit is known.
+//! The target's `max_control_line`: no server publishes it, and a server drops the connection at a longer line. Where
+//! that may have happened, lines of padding are sent, each on a connection of its own and to a subject without
+//! subscribers, until the limit is known.
 
 use futures_util::{FutureExt, future::BoxFuture};
 use nats_lane::Lane;
@@ -7,17 +8,17 @@ use tokio::time::{Duration, timeout};
 
 use crate::{copy::Job, names};
 
-/// Limit for the whole search.
+/// Deadline for the whole search.
 const WITHIN: Duration = Duration::from_secs(8);
-/// The line with which a client introduces itself is hardly shorter: nothing is searched below.
+/// Lower end of the search, bytes: the `CONNECT` line of a client is hardly shorter.
 pub(in crate::copy) const LEAST: usize = 512;
 
-/// The longest line that the target takes, if that is shorter than `sent`; `None` if it is not, or cannot be known.
+/// The longest line that the target accepts, if that is shorter than `sent`; `None` if it is not, or cannot be known.
 pub(in crate::copy) async fn limit(job: &Job, sent: usize) -> Option<usize> {
     timeout(WITHIN, search(sent, |line| takes(job, line).boxed())).await.ok().flatten()
 }
 
-/// Whether the target takes a line that is longer than the limit found before.
+/// Whether the target accepts a line that is longer than the limit found before.
 pub(in crate::copy) async fn is_raised(job: &Job, limit: usize) -> bool {
     timeout(WITHIN, takes(job, limit + 1)).await.ok().flatten() == Some(true)
 }
@@ -39,8 +40,8 @@ async fn search<'a>(sent: usize, mut takes: impl FnMut(usize) -> BoxFuture<'a, O
     (takes(low).await? && !takes(low + 1).await?).then_some(low)
 }
 
-/// Whether the target takes a line of so many bytes after its keyword; `None` if it cannot be reached, or ends the connection
-/// and says another reason.
+/// Whether the target accepts a line of so many bytes after its keyword; `None` if it cannot be reached, or ends the
+/// connection for another reason.
 async fn takes(job: &Job, line: usize) -> Option<bool> {
     let name = format!("{} {}", names::PROGRAM, job.replication.id);
     let mut lane: Lane = job.dial.dial(&job.replication.target.place, &name).await.ok()?;
@@ -54,11 +55,11 @@ async fn takes(job: &Job, line: usize) -> Option<bool> {
         Err(error) => {
             let text = error.message.to_ascii_lowercase();
             let is = |words: &str| text.contains(words);
-            // It was read, and refused for what it says.
+            // The line was read, and refused for its subject.
             if is("permissions violation") {
                 return Some(true);
             }
-            // What a server says of it may be lost with the connection.
+            // The server's error line may be lost with the connection.
             (is("maximum control line") || error.is_cut()).then_some(false)
         }
     }

@@ -1,11 +1,11 @@
-//! What a target stream that this service created says about it, in its metadata. Pure.
+//! The mark of a target stream that this service created, in its metadata. Pure.
 
 use nats_lane::jetstream::StreamInfo;
 use serde_json::{Value, json};
 
-use crate::config::Former;
+use crate::config::{Former, Replication};
 
-/// Whose it is.
+/// The site that created it.
 const SITE: &str = "replicator.site";
 /// The replications that are copied into it, with commas between; one that was deleted stays.
 const REPLICATIONS: &str = "replicator.replications";
@@ -21,7 +21,12 @@ pub(crate) fn names(stream: &StreamInfo, id: &str) -> bool {
     value(&stream.config, REPLICATIONS).split(',').any(|known| known == id)
 }
 
-/// Says in the configuration of a stream that a replication of the site is copied into it.
+/// Whether the stream was created for this replication, and no other one has joined it.
+pub(crate) fn is_of(stream: &StreamInfo, site: &str, replication: &Replication) -> bool {
+    is_ours(&stream.config, site, &replication.former) && value(&stream.config, REPLICATIONS) == replication.id
+}
+
+/// Adds to the configuration of a stream that a replication of the site is copied into it.
 pub(crate) fn put(config: &mut Value, site: &str, id: &str) {
     let known = value(config, REPLICATIONS).to_owned();
     let joined = known.split(',').filter(|known| !known.is_empty() && *known != id).chain([id]);

@@ -1,5 +1,9 @@
-//! Who else writes to the target stream: the mode that a run begins in, and what becomes of foreign messages that it
-//! finds. Pure.
+//! Other writers to the target stream: the mode that a run begins in, and the consequence of messages of other writers.
+//! Pure.
+//!
+//! The document takes precedence over the record, and the record over the facts about the target. A stream with sources
+//! or `subject_delete_marker_ttl` cannot have one writer, because the server itself stores messages in it; nor can a
+//! stream whose messages are consumed.
 
 use nats_lane::jetstream::StreamInfo;
 
@@ -19,11 +23,11 @@ pub(in crate::copy) struct Foreign {
     pub subject: String,
 }
 
-/// How the messages are stamped that earlier runs sent and that may still be in flight, as far as is known. `newest` is
-/// the stamp of the newest message at the target, `broke` whether the chain of the run before broke: then none of its
+/// Which headers the messages of earlier runs carry that may still be in flight, as far as is known. `newest` are
+/// those of the newest message at the target, `broke` whether the chain of the run before broke: then none of its
 /// messages fits any more, unless the newest one is of a chain.
 pub(in crate::copy) fn stamps_before(record: &PositionRecord, newest: Option<Stamps>, broke: bool) -> Option<Stamps> {
-    // Records of older versions do not say it. There, only the newest message at the target can tell, and an id is no
+    // Records of older versions lack it. Then only the newest message at the target is evidence, and an id is no
     // proof: it may be that of another writer, unless the target was shared.
     let shared = record.target_mode == TargetMode::Shared;
     let ids = record.stamps.map_or(newest == Some(Stamps::Ids) && shared, Stamps::has_ids);
@@ -36,7 +40,7 @@ pub(in crate::copy) fn stamps_before(record: &PositionRecord, newest: Option<Sta
     }
 }
 
-/// Why nobody can have this stream for himself; `None` if one writer can.
+/// Why this stream cannot have a single writer; `None` if it can.
 pub(crate) fn obstacle(target: &StreamInfo) -> Option<String> {
     let retention = target.text("retention");
     if target.has("sources") {
@@ -50,7 +54,7 @@ pub(crate) fn obstacle(target: &StreamInfo) -> Option<String> {
     }
 }
 
-/// The mode that the document and the stream alone give, or why they exclude each other.
+/// The mode by the document and the stream alone, or why they exclude each other.
 pub(crate) fn mode(replication: &Replication, target: &StreamInfo) -> Result<TargetMode, String> {
     match (replication.target_mode, obstacle(target)) {
         (Sharing::Shared, _) | (Sharing::Auto, Some(_)) => Ok(TargetMode::Shared),
@@ -62,7 +66,7 @@ pub(crate) fn mode(replication: &Replication, target: &StreamInfo) -> Result<Tar
     }
 }
 
-/// The mode that a run begins in, and what to tell if that is news. `neighbour` is another replication of this service
+/// The mode that a run begins in, and the event if that is news. `neighbour` is another replication of this service
 /// that writes to the same stream.
 pub(in crate::copy) fn begin(
     replication: &Replication,
@@ -78,29 +82,29 @@ pub(in crate::copy) fn begin(
             .or_else(|| neighbour.map(|id| format!("replication `{id}` of this service writes to it too"))),
     };
     let Some(reason) = reason else { return (TargetMode::Exclusive, None) };
-    // A first start has nothing that could change.
+    // A first start has no mode that could change.
     let news = record.source.is_some().then_some(Event::TargetShared { target_seq: None, reason });
     (TargetMode::Shared, news)
 }
 
-/// What a foreign message does to a replication of mode `auto`.
+/// The event when a message of another writer is found in mode `auto`.
 pub(in crate::copy) fn turned_shared(foreign: &Foreign) -> Event {
     let reason = format!("message {} on `{}` is not of this replication", foreign.seq, foreign.subject);
     Event::TargetShared { target_seq: Some(foreign.seq), reason }
 }
 
-/// Foreign messages that an exclusive replication was held for.
+/// Messages of other writers for which an exclusive replication is in state `held`.
 #[derive(Debug, Default)]
 pub(in crate::copy) struct Intruders {
     /// The first one that was found; it is named until the others have stopped.
     named: Option<Foreign>,
-    /// Up to here they are known.
+    /// The newest of the known ones.
     through: u64,
 }
 
 impl Intruders {
-    /// Takes the newest foreign message of a look at the target. The text says why the replication has to be held;
-    /// `None` if nobody has written since the look before.
+    /// Handles the newest message of another writer that a poll of the target found. Returns the reason for the state
+    /// `held`; `None` if no other writer has written since the poll before.
     pub fn found(&mut self, stream: &str, newest: Foreign) -> Option<String> {
         if newest.seq <= self.through {
             self.named = None;
@@ -193,7 +197,7 @@ mod tests {
             text.contains("`T`") && text.contains("message 5 on `a.b`") && text.contains("`target_mode`"),
             "{text}"
         );
-        // The same words, so that they are told once.
+        // The same words, so that they are reported once.
         assert_eq!(found(9, "c"), Some(text));
         assert_eq!(found(9, "c"), None);
         assert_eq!(found(7, "c"), None);

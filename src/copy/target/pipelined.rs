@@ -1,4 +1,8 @@
 //! Sends each message as a publish of its own: each gets an ack that names the stream and the sequence.
+//!
+//! A change of leaders refuses some messages (no responders) and stores later ones. So after a refusal the messages in
+//! flight settle first, and then the run ends. The stored messages are no prefix: the next start searches for them one
+//! by one.
 
 use bytes::BytesMut;
 use nats_lane::{Error, ErrorKind, Message, headers, jetstream::PublishAck, parser::number};
@@ -13,21 +17,21 @@ use crate::copy::{
     },
 };
 
-/// What the ack of one publish says.
+/// The content of the ack of one publish.
 #[derive(Debug, Clone, Copy)]
 struct Published {
     seq: u64,
     duplicate: bool,
 }
 
-/// What was published in one run. Of several refusals that of the oldest message counts; the others are known to the next
-/// run if they are for good.
+/// The publishes of one run. Of several refusals that of the oldest message counts; the next run knows the others
+/// if they are permanent.
 #[derive(Debug)]
 pub(in crate::copy) struct Pipelined {
     sent: u64,
-    /// Every sequence behind the floor and up to here is that of a message of ours.
+    /// Every sequence after the floor and up to here is that of a message of ours.
     pub exact: u64,
-    /// Messages of ours behind that.
+    /// Number of messages of ours after that.
     stored: u64,
     refusal: Option<(Token, Error)>,
     for_good: Vec<(Token, Error)>,
@@ -38,7 +42,7 @@ pub(in crate::copy) struct Pipelined {
 }
 
 impl Pipelined {
-    /// Nothing was sent, to a target that ends at `floor`.
+    /// For a target that ends at `floor`, before the first publish.
     pub fn new(floor: u64) -> Self {
         let (refusal, for_good) = (None, Vec::new());
         Self { sent: 0, exact: floor, stored: 0, refusal, for_good, unstored: 0, refused: 0 }
@@ -75,7 +79,7 @@ impl Pipelined {
         let unavailable = headers::status(message.header) == Some(503);
         match if unavailable { Err(no_responders()) } else { published(message.payload, end) } {
             Ok(Published { seq, duplicate }) => {
-                // What is stored now lies behind everything stored before.
+                // A new message is stored after everything that was stored before.
                 if !duplicate && seq <= end.known_end(window) {
                     return Err(end.went_back(seq, window).into());
                 }
@@ -85,7 +89,7 @@ impl Pipelined {
                 end.log_settled(seq, seq);
                 Ok(())
             }
-            // Another stream takes the subject too: whatever else is said about this message, no more may go there.
+            // Another stream listens on the subject too: whatever the other answer says, no more may be sent there.
             Err(error) if error.is_api(STREAM_NOT_EXPECTED) || error.api.is_none() && error.kind == ErrorKind::Hold => {
                 let unheard = window.source_of(token).map(|source| source.seq);
                 Err(RunError { unheard, ..error.into() })
@@ -108,7 +112,7 @@ impl Pipelined {
         }
     }
 
-    /// Counts a message of ours at this place; also what a run before sent and what arrived behind the start of this
+    /// Counts a message of ours at this sequence; also those of an earlier run that arrived after the start of this
     /// one.
     fn count(&mut self, seq: u64, end: &TargetEnd) {
         self.stored += u64::from(seq > self.exact);
@@ -117,22 +121,22 @@ impl Pipelined {
         }
     }
 
-    /// Up to here, as far as sequences tell, the target holds nothing but messages of ours that it confirmed.
+    /// Up to here, as far as sequences show, the target holds only messages of ours that it confirmed.
     pub fn adds_up_to(&self, end: &TargetEnd) -> u64 {
         let counts = !end.is_shared();
         if counts && self.exact != end.expected_last { self.exact } else { u64::MAX }
     }
 
-    /// Whether the run has to end because the target refused something, or somebody else wrote to it.
+    /// Whether the run has to end because the target refused a message, or another writer wrote to it.
     pub fn outcome(&mut self, end: &TargetEnd, window: &Window) -> Result<(), RunError> {
-        // Every sequence is that of a message which we sent.
+        // Every sequence is that of a message of ours.
         let (last, ours) = (end.expected_last, self.exact + self.stored);
         if !end.is_shared() && last > ours + window.len() as u64 {
             let message = format!("the target's last sequence is {last} where our messages would make it {ours}");
             return Err(Error { kind: ErrorKind::ChainBroken, message, api: None }.into());
         }
-        // What is in the air behind a refusal settles first: it will be found at the target otherwise.
-        let Some((token, error)) = self.refusal.as_ref().filter(|_| window.in_air() <= self.unstored) else {
+        // Messages in flight after a refusal settle first: otherwise they are found at the target at the next start.
+        let Some((token, error)) = self.refusal.as_ref().filter(|_| window.in_flight() <= self.unstored) else {
             return Ok(());
         };
         let all = self.for_good.drain(..).flat_map(|(token, error)| refusal(error, window.source_of(token)).refused);
@@ -140,12 +144,12 @@ impl Pipelined {
     }
 }
 
-/// What the target says of one message.
+/// Parses the target's answer to one message.
 fn published(payload: &[u8], end: &TargetEnd) -> Result<Published, Error> {
     let ack = PublishAck::parse(payload, "the target").map_err(|error| end.explained(error))?;
     end.expect_stream(&ack.stream, ack.domain.as_deref())?;
     if ack.seq == 0 {
-        // 2.10 answers so for an id whose message is not stored yet: that proves nothing.
+        // Servers of 2.10 answer so for an id whose message is not stored yet: that proves nothing.
         return Err(Error::retry("the target acknowledged a duplicate that it has not stored yet"));
     }
     Ok(Published { seq: ack.seq, duplicate: ack.duplicate })

@@ -1,4 +1,4 @@
-//! `Choria-SR-Source: <stream> <sequence> <site> <name> <stored at, unix ms>`: where a copied message came from
+//! `Choria-SR-Source: <stream> <sequence> <site> <name> <stored at, unix ms>`: the origin of a copied message
 //! (Choria's header). Every hop adds one value; the last one is the newest.
 
 use memchr::memmem;
@@ -6,13 +6,13 @@ use nats_lane::{headers, parser::number};
 
 use crate::{config::Former, names};
 
-/// Says which replication a message came through.
+/// Identifies the replication that a message came through.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tag {
     stream: String,
     site: String,
     name: String,
-    /// Site and name, as they were before.
+    /// Former sites and names.
     former: Vec<Former>,
     /// Whether our value comes before those of earlier hops.
     leads: bool,
@@ -20,16 +20,16 @@ pub struct Tag {
 
 /// The last hop of a message that another site copied from the same stream, under the same name or its own default.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Other {
+pub struct OtherSiteCopy {
     /// Name of that site.
     pub site: String,
     /// The message's own part.
-    pub origin: Origin,
+    pub origin: MessageOrigin,
 }
 
 /// One message's own part of its provenance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Origin {
+pub struct MessageOrigin {
     /// Source sequence.
     pub seq: u64,
     /// Stored time at the source, milliseconds since the Unix epoch.
@@ -48,14 +48,14 @@ impl Tag {
         }
     }
 
-    /// The same, recognizing also what was copied under former names.
+    /// The same, which also recognizes messages that were copied under former names.
     #[must_use]
     pub fn with_former(mut self, former: &[Former]) -> Self {
         self.former = former.to_vec();
         self
     }
 
-    /// The same with our value before those of earlier hops, or behind them. Some readers know the first value only.
+    /// The same, with our value before or after those of earlier hops. Some readers know only the first value.
     #[must_use]
     pub fn leading(mut self, leads: bool) -> Self {
         self.leads = leads;
@@ -73,7 +73,7 @@ impl Tag {
     }
 
     /// Writes our header line.
-    pub fn write(&self, out: &mut Vec<u8>, origin: Origin) {
+    pub fn write(&self, out: &mut Vec<u8>, origin: MessageOrigin) {
         let mut number = itoa::Buffer::new();
         out.extend_from_slice(names::SOURCE_HEADER.as_bytes());
         out.extend_from_slice(b": ");
@@ -89,8 +89,8 @@ impl Tag {
         out.extend_from_slice(b"\r\n");
     }
 
-    /// Where a message came from, if its last hop was ours.
-    pub fn origin(&self, header: &[u8]) -> Option<Origin> {
+    /// The origin of a message, if its last hop was ours.
+    pub fn origin(&self, header: &[u8]) -> Option<MessageOrigin> {
         let first = || values(header).next().and_then(|value| self.matches(value));
         let led = if self.leads { first() } else { None };
         led.or_else(|| self.matches(headers::last(header, names::SOURCE_HEADER.as_bytes())?))
@@ -98,23 +98,23 @@ impl Tag {
 
     /// Whether any hop of a message was ours.
     pub fn passed(&self, header: &[u8]) -> bool {
-        // Most messages bear no provenance at all: one search settles that.
+        // Most messages have no provenance at all: one search settles that.
         memmem::find(header, names::SOURCE_HEADER.as_bytes()).is_some()
             && values(header).any(|value| self.matches(value).is_some())
     }
 
-    /// Where a message came from, if its last hop differs from ours in the site alone.
-    pub fn other_site(&self, header: &[u8]) -> Option<Other> {
+    /// The origin of a message, if its last hop differs from ours in the site alone.
+    pub fn other_site(&self, header: &[u8]) -> Option<OtherSiteCopy> {
         let hop = Hop::parse(headers::last(header, names::SOURCE_HEADER.as_bytes())?)?;
         let default = self.name == self.site && hop.name == hop.site;
         if hop.stream != self.stream.as_bytes() || self.is_ours(&hop) || !(hop.name == self.name.as_bytes() || default)
         {
             return None;
         }
-        Some(Other { site: String::from_utf8_lossy(hop.site).into_owned(), origin: hop.origin })
+        Some(OtherSiteCopy { site: String::from_utf8_lossy(hop.site).into_owned(), origin: hop.origin })
     }
 
-    fn matches(&self, value: &[u8]) -> Option<Origin> {
+    fn matches(&self, value: &[u8]) -> Option<MessageOrigin> {
         Hop::parse(value).filter(|hop| self.is_ours(hop)).map(|hop| hop.origin)
     }
 
@@ -125,10 +125,10 @@ impl Tag {
     }
 }
 
-/// Each time a message was copied from a stream of this name, as its provenance says: by which site, and from where.
-pub(crate) fn hops_from(header: &[u8], stream: &str) -> Vec<Other> {
+/// All hops from a stream of this name in the provenance of a message: the sites, and the origins.
+pub(crate) fn hops_from(header: &[u8], stream: &str) -> Vec<OtherSiteCopy> {
     let hops = values(header).filter_map(Hop::parse).filter(|hop| hop.stream == stream.as_bytes());
-    hops.map(|hop| Other { site: String::from_utf8_lossy(hop.site).into_owned(), origin: hop.origin }).collect()
+    hops.map(|hop| OtherSiteCopy { site: String::from_utf8_lossy(hop.site).into_owned(), origin: hop.origin }).collect()
 }
 
 /// All values of the header, in their order.
@@ -141,7 +141,7 @@ struct Hop<'a> {
     stream: &'a [u8],
     site: &'a [u8],
     name: &'a [u8],
-    origin: Origin,
+    origin: MessageOrigin,
 }
 
 impl<'a> Hop<'a> {
@@ -152,7 +152,9 @@ impl<'a> Hop<'a> {
         if next().is_some() {
             return None;
         }
-        let origin = Origin { seq: number(seq)?, time_ms: i64::try_from(number(time)?).ok()? };
+        // No message has sequence 0: other writers may write any header.
+        let seq = number(seq).filter(|seq| *seq > 0)?;
+        let origin = MessageOrigin { seq, time_ms: i64::try_from(number(time)?).ok()? };
         Some(Self { stream, site, name, origin })
     }
 }
@@ -164,7 +166,7 @@ mod tests {
     #[test]
     fn what_is_written_is_recognised() {
         let tag = Tag::new("ORDERS", "US-EAST", "w1");
-        let origin = Origin { seq: 42, time_ms: 1_700_000_000_123 };
+        let origin = MessageOrigin { seq: 42, time_ms: 1_700_000_000_123 };
         let mut block = b"NATS/1.0\r\nChoria-SR-Source: ORDERS 7 EU w0 5\r\n".to_vec();
         tag.write(&mut block, origin);
         block.extend_from_slice(b"\r\n");
@@ -177,12 +179,12 @@ mod tests {
     #[test]
     fn former_names_of_the_site_are_ours_and_other_sites_are_not() {
         let block = |site: &str, name: &str| format!("NATS/1.0\r\nChoria-SR-Source: ORDERS 7 {site} {name} 5\r\n\r\n");
-        let origin = Origin { seq: 7, time_ms: 5 };
+        let origin = MessageOrigin { seq: 7, time_ms: 5 };
         let check = |tag: &Tag, site: &str, name: &str, ours: bool, other: bool| {
             let block = block(site, name);
             let block = block.as_bytes();
             let found = (tag.origin(block), tag.passed(block), tag.other_site(block));
-            let expect = other.then(|| Other { site: site.to_owned(), origin });
+            let expect = other.then(|| OtherSiteCopy { site: site.to_owned(), origin });
             assert_eq!(found, (ours.then_some(origin), ours, expect), "{site} {name}");
         };
         let former = |site: &str, name: &str| Former { site: site.to_owned(), name: name.to_owned() };

@@ -1,18 +1,18 @@
-//! What it means that a server refused a message.
+//! The meaning of a server's refusal of a message.
 
 use nats_lane::{Error, ErrorKind};
 
 use crate::{
-    copy::{Error as RunError, error::Refusal, flow::window::SourcePoint},
+    copy::{Error as RunError, error::RefusedMessage, flow::window::SourcePoint},
     store::SourceMessage,
 };
 
 /// The error of a message that is larger than the stream allows.
 pub(in crate::copy) const TOO_LARGE: u32 = 10054;
-/// The error of a publish that names another stream than the one that took it.
+/// The error of a publish that names another stream than the one that listens on its subject.
 pub(in crate::copy) const STREAM_NOT_EXPECTED: u32 = 10060;
 
-/// No stream answered.
+/// The error of a message without an answering stream.
 pub(in crate::copy) fn no_responders() -> Error {
     let message = "no stream stores messages for the target at the moment (no responders)".to_owned();
     Error { kind: ErrorKind::NoResponders, message, api: None }
@@ -31,7 +31,7 @@ pub(in crate::copy) fn refusal(error: Error, source: Option<SourcePoint>) -> Run
         None => error.context("the target refused a message"),
     };
     let error = about(error, source);
-    let refused: Option<Refusal> = error.poison.map(|message| (message, error.message.clone()));
+    let refused: Option<RefusedMessage> = error.poison.map(|message| (message, error.message.clone()));
     RunError { refused: refused.into_iter().collect(), unheard, ..error }
 }
 

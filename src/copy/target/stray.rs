@@ -1,5 +1,5 @@
-//! A message that no stream took, or another one than the target: whether the target listens on its subject at all, and
-//! what follows if it does not.
+//! A message that no stream stored, or another one than the target: whether the target listens on its subject at all,
+//! and the remedy if it does not.
 
 use nats_lane::{
     Error as NatsError, Lane,
@@ -21,12 +21,13 @@ use crate::{
 
 /// Deadline for connecting to both sides.
 const DIAL_WITHIN: Duration = Duration::from_secs(5);
-/// Deadline for their answers, at the least, and in times of what the connections took: those of a slow line take as long.
+/// Deadline for their answers, at the least, and as a multiple of the connection time: on a slow line both take long.
 const ASK_WITHIN: Duration = Duration::from_secs(1);
 const DIALS: u32 = 4;
 
-/// Has the target listen on the subject of a source message, if it does not and may be changed: `true` if it does now.
-/// `false` if the subject is not the matter, or that could not be found out; an error if somebody has to act.
+/// Makes the target listen on the subject of a source message, if it does not and may be changed: `true` if it does
+/// now. `false` if the subject is not the reason, or the reason could not be determined; an error if an operator has to
+/// act.
 pub(in crate::copy) async fn mended(job: &Job, seq: u64, stop: &CancellationToken) -> Result<bool, Error> {
     let mended = tokio::select! {
         biased;
@@ -37,7 +38,7 @@ pub(in crate::copy) async fn mended(job: &Job, seq: u64, stop: &CancellationToke
         Ok(mended) => Ok(mended),
         Err(error) => match Error::from(error) {
             held if held.kind == ErrorKind::Hold => Err(held),
-            // The error that led here says more.
+            // The error that led here is more precise.
             other => {
                 debug!(replication = job.replication.id, "the target was not asked for its subjects: {other}");
                 Ok(false)
@@ -47,7 +48,7 @@ pub(in crate::copy) async fn mended(job: &Job, seq: u64, stop: &CancellationToke
 }
 
 /// Both sides, with the subject of the message at the source.
-struct Sides {
+struct SubjectCheck {
     from: Lane,
     to: Lane,
     source: StreamInfo,
@@ -62,8 +63,8 @@ async fn dial(job: &Job) -> Result<(Lane, Lane), NatsError> {
     tokio::try_join!(dial.dial(&replication.source.place, &name), dial.dial(&replication.target.place, &name))
 }
 
-/// `None` if something is missing: the next run finds that.
-async fn ask(job: &Job, (mut from, mut to): (Lane, Lane), seq: u64) -> Result<Option<Sides>, NatsError> {
+/// `None` if a stream or the message is missing: the next run reports that.
+async fn read_both(job: &Job, (mut from, mut to): (Lane, Lane), seq: u64) -> Result<Option<SubjectCheck>, NatsError> {
     let Job { replication, .. } = job;
     let source = Api::new(&mut from).stream_info(&replication.source.stream).await?;
     let target = Api::new(&mut to).stream_info(&replication.target.stream).await?;
@@ -71,7 +72,7 @@ async fn ask(job: &Job, (mut from, mut to): (Lane, Lane), seq: u64) -> Result<Op
     let mut names = locate::question_names(&job.consumers);
     let message = locate::message_at(&mut from, &replication.source.stream, &source, &mut names, seq).await?;
     let Some(message) = message else { return Ok(None) };
-    Ok(Some(Sides { from, to, source, target, subject: message.subject }))
+    Ok(Some(SubjectCheck { from, to, source, target, subject: message.subject }))
 }
 
 async fn mend(job: &Job, seq: u64) -> Result<bool, NatsError> {
@@ -79,9 +80,9 @@ async fn mend(job: &Job, seq: u64) -> Result<bool, NatsError> {
     let began = Instant::now();
     let Ok(lanes) = timeout(DIAL_WITHIN, dial(job)).await else { return Ok(false) };
     let within = ASK_WITHIN.max(began.elapsed() * DIALS);
-    // Where the stream has no leader, nobody answers, and the next run asks anyway.
-    let Ok(sides) = timeout(within, ask(job, lanes?, seq)).await else { return Ok(false) };
-    let Some(Sides { mut from, mut to, source, target, subject: original }) = sides? else { return Ok(false) };
+    // A stream without a leader does not answer, and the next run asks anyway.
+    let Ok(sides) = timeout(within, read_both(job, lanes?, seq)).await else { return Ok(false) };
+    let Some(SubjectCheck { mut from, mut to, source, target, subject: original }) = sides? else { return Ok(false) };
     let mut room = Vec::new();
     let subject = replication.mapping.apply(original.as_bytes(), &mut room);
     if listens(&target, subject) {

@@ -1,4 +1,12 @@
-//! The target stream: what it can do, and making it where it is missing.
+//! The target stream: its abilities, and its creation where it is missing.
+//!
+//! * `STREAM.UPDATE` has no compare-and-swap. So a change is read again after 100 to 200 ms, until it lasts; a create
+//!   that lost the race (error 10058) reads the stream too.
+//! * From 2.12 the API refuses a request with a field that its server does not know (error 10025); older servers ignore
+//!   the field. A create or update is handled by the metadata leader, which may be older than the stream's leader. So
+//!   settings of new versions are sent only to servers that know them.
+//! * An update sends the whole configuration. It is the JSON of `STREAM.INFO` with changes, so that no unknown field is
+//!   lost.
 
 use nats_lane::{
     DEFAULT_API_PREFIX, Error, ErrorKind, Lane, ServerInfo,
@@ -24,9 +32,9 @@ use crate::{
     status::{TargetMode, Transport},
 };
 
-/// Source settings that a target takes over when we make it. Everything else (placement, mirrors, sources,
-/// republish, transforms) belongs to the stream it was written for. A target that we make always has limits retention:
-/// who would work it off, or be interested in it, nobody has said yet.
+/// Source settings that a created target takes over. Everything else (placement, mirrors, sources,
+/// republish, transforms) belongs to the stream it was written for. A created target always has limits retention:
+/// its consumers are not known yet.
 const TAKEN_OVER: [&str; 8] = [
     "storage",
     "max_age",
@@ -38,44 +46,45 @@ const TAKEN_OVER: [&str; 8] = [
     "allow_direct",
 ];
 
-/// Source settings that an existing target is given where it lacks them, if it may be changed: whatever it holds stays.
+/// Source settings that an existing target gets where it lacks them, if it may be changed: no stored message is
+/// affected.
 const SWITCHED_ON: [&str; 3] = ["allow_rollup_hdrs", "allow_msg_ttl", "allow_direct"];
 
 /// Server version from which fast-ingest batches exist.
 const FAST_INGEST_SINCE: (u32, u32) = (2, 14);
 /// API level of the leader that goes with it (ADR-44).
 pub(crate) const API_LEVEL_2_14: u32 = 4;
-/// The same with messages that carry a time to live; servers before tell none.
+/// The same for messages that carry a time to live; older servers report no level.
 const API_LEVEL_2_11: u32 = 1;
 /// Server version from which messages may carry a time to live.
 const TTL_SINCE: (u32, u32) = (2, 11);
-/// What the API says from 2.12 on to a field that its server does not know; before, it leaves the field out.
+/// Error of the API from 2.12 on for a field that its server does not know; older servers ignore the field.
 const INVALID_JSON: u32 = 10025;
-/// Another one has created the stream, with another configuration.
+/// Error of a create: a stream of this name exists, with another configuration.
 const NAME_IN_USE: u32 = 10058;
 const SUBJECTS_OVERLAP: u32 = 10065;
 
 /// How often the stream is read until nothing has to be changed.
 const ATTEMPTS: u32 = 10;
-/// Between a change and the look whether it lasted, and between two attempts.
+/// Time between a change and the check whether it lasted, and between two attempts.
 const PAUSE: Duration = Duration::from_millis(200);
-/// Subjects that one message shows at most, and that other streams are looked for at most.
+/// Most subjects in one message, and most subjects for which other streams are searched.
 const MOST_SHOWN: usize = 8;
 const MOST_ASKED: usize = 64;
 
 /// How to write to the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Abilities {
-    /// How messages go there.
+    /// How messages are published.
     pub transport: Transport,
-    /// Whether somebody else may write, by what the stream is.
+    /// Whether there may be other writers, by the configuration of the stream.
     pub mode: TargetMode,
-    /// Which headers it takes.
+    /// Which headers it accepts.
     pub allowed: Allowed,
 }
 
 impl Abilities {
-    /// Takes over that the target turned out to be shared.
+    /// Takes over that another writer was detected.
     pub fn share(&mut self, mode: TargetMode) {
         if mode == TargetMode::Shared {
             self.mode = mode;
@@ -84,16 +93,17 @@ impl Abilities {
     }
 }
 
-/// Finds out what an existing target can do; refuses pairs of streams that need rules of their own.
+/// Determines the abilities of an existing target; refuses pairs of streams that need rules of their own.
 pub(in crate::copy) fn abilities(
     replication: &Replication,
+    site: &str,
     source: &StreamInfo,
     target: &StreamInfo,
 ) -> Result<Abilities, Error> {
     readable(&replication.source.stream, source)?;
     writable(&replication.target.stream, target)?;
     mode::mode(replication, target).map_err(Error::hold)?;
-    Ok(abilities_of(replication, source, target))
+    Ok(abilities_of(replication, site, source, target))
 }
 
 /// Kinds of streams that need rules of their own.
@@ -127,10 +137,15 @@ pub(in crate::copy) fn acts_alike(one: &StreamInfo, other: &StreamInfo) -> bool 
     ["allow_msg_ttl", "allow_rollup_hdrs"].iter().all(|flag| one.flag(flag) == other.flag(flag))
 }
 
-/// What a target that is [`writable`] can do.
-pub(crate) fn abilities_of(replication: &Replication, source: &StreamInfo, target: &StreamInfo) -> Abilities {
+/// The abilities of a target that is [`writable`].
+pub(crate) fn abilities_of(
+    replication: &Replication,
+    site: &str,
+    source: &StreamInfo,
+    target: &StreamInfo,
+) -> Abilities {
     let fast = target.flag("allow_batched") && target.api_level() >= API_LEVEL_2_14;
-    // Whatever else moves the last sequence of the stream would break the chain again and again.
+    // Anything else that moves the last sequence of the stream would break the chain again and again.
     let mode = mode::mode(replication, target).unwrap_or(TargetMode::Shared);
     let both = |flag: &str| source.flag(flag) && target.flag(flag);
     let rollup = both("allow_rollup_hdrs");
@@ -140,25 +155,29 @@ pub(crate) fn abilities_of(replication: &Replication, source: &StreamInfo, targe
         allowed: Allowed {
             ttl: both("allow_msg_ttl"),
             rollup_subject: rollup && subjects::stay_apart(replication, source),
-            rollup_all: rollup && mode == TargetMode::Exclusive && replication.scope.is_whole(),
+            // It removes everything: also what others stored in a stream that was there before.
+            rollup_all: rollup
+                && mode == TargetMode::Exclusive
+                && replication.scope.is_whole()
+                && mark::is_of(target, site, replication),
         },
     }
 }
 
-/// What became of the target stream before a run.
+/// How the target stream was found before a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::copy) enum Opened {
-    /// It is as it was.
+    /// It is unchanged.
     Found,
     /// It was missing.
     Made,
-    /// It lacked what is named here.
+    /// It lacked the listed settings.
     Updated(String),
 }
 
 /// Opens the target stream: creates it if it is missing and may be created, changes it if it lacks something and may be
-/// changed. Several replications, of several instances, may do that at the same time: whoever comes second reads the
-/// stream again, and whoever changed it looks whether that lasted.
+/// changed. Several replications, of several instances, may do that at the same time: the later one reads the
+/// stream again, and after each change it is checked whether the change lasted.
 pub(in crate::copy) struct Opening<'a> {
     job: &'a Job,
     /// To the source, and to the target.
@@ -166,7 +185,7 @@ pub(in crate::copy) struct Opening<'a> {
     to: &'a mut Lane,
     source: &'a StreamInfo,
     learned: Option<Learned>,
-    /// The server that leads all is older than that of the stream.
+    /// The metadata leader is older than the stream's leader.
     old_leader: bool,
 }
 
@@ -194,15 +213,15 @@ impl<'a> Opening<'a> {
                     true => opened = Opened::Made,
                     false => pause().await,
                 }
-                // What is said of a stream that was just made may lack the domain, by which its acks are known (2.12).
+                // The answer about a stream that was just created may lack the domain, which its acks name (2.12).
                 continue;
             };
             if let Some(why) = self.job.own_streams.refuse(name, &info.created) {
                 return Err(Error::hold(why));
             }
             let lacks = self.lacks(&info).await?;
-            // What a server takes and does not keep, but for subjects, is not asked of it twice. A stream that lacks our mark
-            // again was changed by another replication, which read it before our change.
+            // A setting other than subjects that a server accepts and does not keep is not sent twice. A stream that
+            // lacks our mark again was changed by another replication, which read it before our change.
             let lost = mark::is_ours(&info.config, &self.job.site, &replication.former)
                 && !mark::names(&info, &replication.id);
             let again = |update: &Update| lost || !update.subjects.is_empty();
@@ -225,7 +244,7 @@ impl<'a> Opening<'a> {
         Ok(self.learned.clone().unwrap_or_default())
     }
 
-    /// What the stream lacks, if it may be given that.
+    /// The missing settings of the stream, if it may get them.
     async fn lacks(&mut self, info: &StreamInfo) -> Result<Option<Update>, Error> {
         let Job { replication, site, .. } = self.job;
         let Some(extent) = Extent::of(replication, info, site) else { return Ok(None) };
@@ -241,7 +260,7 @@ impl<'a> Opening<'a> {
         Update::of(replication, self.source, &learned, info, leader, extent)
     }
 
-    /// Creates the stream; `false` if another one was faster.
+    /// Creates the stream; `false` if another instance was faster.
     async fn create(&mut self) -> Result<bool, Error> {
         let learned = self.learn().await?;
         let Job { replication, site, .. } = self.job;
@@ -258,7 +277,7 @@ impl<'a> Opening<'a> {
             match Api::new(self.to).create_stream(name, &config).await {
                 Ok(_) => return Ok(true),
                 Err(error) if error.is_api(NAME_IN_USE) => return Ok(false),
-                // Not clustered, or not enough servers: what the target can do is fewer replicas.
+                // Not clustered, or not enough servers: the target can only have fewer replicas.
                 Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
                     replicas = if replicas > 3 { 3 } else { 1 };
                 }
@@ -278,7 +297,7 @@ impl<'a> Opening<'a> {
         }
     }
 
-    /// Changes the stream; `false` if it has to be tried in another way.
+    /// Changes the stream; `false` if another attempt is necessary.
     async fn update(&mut self, update: &Update) -> Result<bool, Error> {
         let Job { replication, site, .. } = self.job;
         let name = &replication.target.stream;
@@ -291,13 +310,13 @@ impl<'a> Opening<'a> {
         if let (Err(error), Some(limits)) = (&updated, &update.limits)
             && target_limits::is_about_room(error)
         {
-            // There is no room for another source beside the first: what the target drops for that is reported.
+            // There is no room for another source beside the first: copies that the target drops for that are reported.
             limits.iter().for_each(|(limit, value)| config[limit] = value.clone());
             updated = Api::new(self.to).update_stream(name, &config).await;
         }
         match updated {
             Ok(_) => Ok(true),
-            // Not the stream's leader is asked, but the one that leads all, and it may be older.
+            // The metadata leader handles updates, not the stream's leader, and it may be older.
             Err(error) if !self.old_leader && error.is_api(INVALID_JSON) => {
                 self.old_leader = true;
                 Ok(false)
@@ -310,7 +329,7 @@ impl<'a> Opening<'a> {
         }
     }
 
-    /// What the API refuses, and which streams have the subjects that were asked for.
+    /// The error of a refused create or update, with the streams that have the requested subjects.
     async fn refused(&mut self, error: Error, doing: String, subjects: &[String]) -> Error {
         let overlaps = error.is_api(SUBJECTS_OVERLAP);
         let mut error = refused(error, doing);
@@ -321,13 +340,13 @@ impl<'a> Opening<'a> {
     }
 }
 
-/// Gives others who change the same stream time to be seen.
+/// Waits until changes of others to the same stream are visible.
 async fn pause() {
     let random = (chance::random() >> 11) as f64 / (1u64 << 53) as f64;
     sleep(jitter(PAUSE, random)).await;
 }
 
-/// Which other streams listen on subjects, in words; `None` if nobody tells.
+/// Which other streams listen on subjects, in words; `None` if that cannot be determined.
 async fn others(lane: &mut Lane, name: &str, subjects: &[String]) -> Option<String> {
     let mut found = Vec::new();
     for subject in subjects.iter().take(MOST_ASKED) {
@@ -345,7 +364,7 @@ fn subjects_of(config: &Value) -> Vec<String> {
     subjects.filter_map(|subject| subject.as_str().map(str::to_owned)).collect()
 }
 
-/// What the API refuses as wrong stays refused until somebody changes something.
+/// A refusal by the API is permanent until an operator changes a setting.
 fn refused(error: Error, doing: String) -> Error {
     let lasting = error.kind == ErrorKind::Retry && error.api.as_ref().is_some_and(|api| api.code < 500);
     let kind = if lasting { ErrorKind::Hold } else { error.kind };
@@ -355,11 +374,11 @@ fn refused(error: Error, doing: String) -> Error {
 /// How far an existing target may be changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Extent {
-    /// Subjects only: it has all else since it was created, and who switched something off meant it.
+    /// Subjects only: it had all else when it was created, and a setting that is off now was switched off by intention.
     Subjects,
-    /// What it lacks.
+    /// All missing settings.
     Everything,
-    /// The same, and room for another source: it was created for others.
+    /// The same, and room for another source: it was created for other sources.
     Join,
 }
 
@@ -376,13 +395,13 @@ impl Extent {
     }
 }
 
-/// What an existing target lacks for this copy. Nothing is switched off, taken away or limited by it: how much a stream
-/// keeps, where and how often is for those who made it to say.
+/// The settings that an existing target lacks for this copy. None is switched off, removed or limited by it: the
+/// limits, replicas and placement of a stream belong to its creator.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Update {
     /// The whole configuration, changed.
     pub(crate) config: Value,
-    /// What changes, in words.
+    /// The changes, in words.
     pub(crate) what: String,
     /// Subjects that it does not listen on yet.
     pub(crate) subjects: Vec<String>,
@@ -391,7 +410,7 @@ pub(crate) struct Update {
 }
 
 impl Update {
-    /// `None` if the target lacks nothing; an error if it would have to listen on more than anybody asked for.
+    /// `None` if the target lacks nothing; an error if it would have to listen on more subjects than were configured.
     pub(crate) fn of(
         replication: &Replication,
         source: &StreamInfo,
@@ -401,7 +420,7 @@ impl Update {
         extent: Extent,
     ) -> Result<Option<Self>, Error> {
         let (mut config, mut what) = (target.config.clone(), Vec::new());
-        // Of a source that does not tell its subjects nothing is known to be missing.
+        // If the source's subjects are not known, none is known to be missing.
         let wanted = subjects::of_target(replication, source, learned).unwrap_or_default();
         let there = target.subjects();
         let lacks = |subject: &&String| !there.iter().any(|pattern| patterns::holds(pattern, subject));
@@ -446,7 +465,8 @@ impl Update {
     }
 }
 
-/// A stream takes no two subjects that overlap, and one that holds both would take what is nobody's here.
+/// The error of a wildcard that overlaps present subjects: a stream has no overlapping subjects, and the wildcard alone
+/// would also capture subjects that are not copied.
 fn too_wide(name: &str, missing: &[String], there: &[&str], wide: &str) -> Error {
     Error::hold(format!(
         "target stream `{name}` cannot be given subjects {}: it listens on {}, and only `{wide}` would hold \
@@ -466,7 +486,7 @@ pub(in crate::copy) fn quoted(subjects: &[impl AsRef<str>]) -> String {
     quoted.join(", ")
 }
 
-/// What the server that makes or changes a stream knows.
+/// The features of the server that creates or changes a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Maker {
     /// Fast-ingest batches.
@@ -476,26 +496,26 @@ pub(crate) struct Maker {
 }
 
 impl Maker {
-    /// By the server that we are connected to. Behind another prefix of the API there may be another server, of a
-    /// version that nobody tells us: it is taken for a new one.
+    /// By the server of the connection. Another API prefix may lead to another server, of an unknown
+    /// version: it counts as a new one.
     pub(crate) fn of(server: &ServerInfo, api_prefix: &str) -> Self {
         let knows = |version| api_prefix != DEFAULT_API_PREFIX || since(&server.version, version);
         Self { batches: knows(FAST_INGEST_SINCE), ttl: knows(TTL_SINCE) }
     }
 
-    /// By the leader of a stream that is there.
+    /// By the leader of an existing stream.
     pub(crate) fn of_leader(stream: &StreamInfo) -> Self {
         let level = stream.api_level();
         Self { batches: level >= API_LEVEL_2_14, ttl: level >= API_LEVEL_2_11 }
     }
 }
 
-/// Says that the target is missing and must not be made.
+/// The error of a target that is missing and must not be created.
 pub(crate) fn missing(name: &str) -> String {
     format!("target stream `{name}` does not exist and `no_target_create` is set")
 }
 
-/// The configuration of the target when we make it.
+/// The configuration of a created target.
 pub(crate) fn new_config(
     replication: &Replication,
     source: &StreamInfo,

@@ -1,5 +1,5 @@
-//! What a replication copies, as subjects: by the configuration of a source, by those of the streams that it copies
-//! itself, and by what it stores. Pure.
+//! The subjects of a replication: by the configuration of a source, by those of the streams that it copies
+//! itself, and by its stored messages. Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::config::{Mapping, Replication, Transform, outline::Outline, patterns};
 
-/// Mirrors of mirrors are followed so far.
+/// Most hops of mirrors of mirrors that are followed.
 const MOST_HOPS: usize = 4;
 
 /// Streams that a source takes messages from, by the prefix of their API (empty for that of the source) and name.
@@ -21,7 +21,7 @@ impl Origins {
         self.0.insert((prefix.to_owned(), origin.to_owned()), info);
     }
 
-    /// What would tell more about the subjects of a source: API prefix and name of each stream.
+    /// Streams that would show more of a source's subjects: API prefix and name of each.
     pub(crate) fn missing(&self, source: &StreamInfo) -> Vec<(String, String)> {
         let feeds =
             |info: &StreamInfo, prefix: &str| feeds(info).map(|feed| origin_of(feed, prefix)).collect::<Vec<_>>();
@@ -42,7 +42,7 @@ fn origin_of(feed: &Value, prefix: &str) -> (String, String) {
     (external.unwrap_or(prefix).to_owned(), feed["name"].as_str().unwrap_or_default().to_owned())
 }
 
-/// What the configuration of a stream says of the subjects that it stores.
+/// The subjects that a stream stores by its configuration.
 struct Configured {
     patterns: BTreeSet<String>,
     /// It may store others too.
@@ -67,14 +67,14 @@ impl Configured {
                 let mapping = Mapping { transforms: vec![transform], ..Mapping::default() };
                 patterns = mapping.patterns(&patterns);
             }
-            // A server knows it and we do not.
+            // A transform that the server knows and we do not.
             Some(None) => partial = true,
             None => {}
         }
         Self { patterns, partial }
     }
 
-    /// What of an origin a feed lets through, and what it makes of it.
+    /// The subjects that a feed takes from an origin, after its transform.
     fn fed(feed: &Value, origin: Self) -> Self {
         let filter = feed["filter_subject"].as_str().filter(|filter| !filter.is_empty());
         let transforms: Vec<&Value> = feed["subject_transforms"].as_array().into_iter().flatten().collect();
@@ -114,12 +114,12 @@ fn transform(entry: &Value) -> Option<Transform> {
 pub(crate) struct InScope {
     /// Patterns that hold all of them.
     pub(crate) from: BTreeSet<String>,
-    /// Whether these are only bounds: the source takes over or changes subjects that its configuration does not tell.
+    /// Whether these are only bounds: the source takes over or changes subjects that its configuration does not show.
     pub(crate) vague: bool,
 }
 
 impl InScope {
-    /// Of a stream that is not known everything is possible.
+    /// For an unknown stream every subject is possible.
     pub(crate) fn of(replication: &Replication, source: Option<&StreamInfo>, origins: &Origins) -> Self {
         let known = source.map(|source| Configured::of(source, "", origins, MOST_HOPS));
         match known.filter(|known| !known.partial) {
@@ -131,18 +131,18 @@ impl InScope {
     }
 }
 
-/// What is known of the subjects of a source beside its configuration.
+/// Knowledge about the subjects of a source beside its configuration.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Learned {
-    /// What it takes messages from.
+    /// The streams that it takes messages from.
     pub(crate) origins: Origins,
-    /// Subjects at the target of stored messages in scope that nothing of the configuration tells.
+    /// Target subjects of stored messages in scope that the configuration does not show.
     pub(crate) stored: Outline,
-    /// One of them, with the subject at the source that it comes from.
+    /// One of them, with its subject at the source.
     pub(crate) example: Option<(String, String)>,
 }
 
-/// Takes stored subjects, and keeps those that the configuration does not tell.
+/// Collects stored subjects, and keeps those that the configuration does not show.
 pub(crate) struct Learning<'a> {
     replication: &'a Replication,
     /// Literal subjects and patterns that are known to be needed at the target.
@@ -161,8 +161,8 @@ impl<'a> Learning<'a> {
         Self { replication, literal: literal.into_iter().collect(), patterns, room: Vec::new(), learned }
     }
 
-    /// Takes the subject of a stored message.
-    pub(crate) fn take(&mut self, subject: &str) {
+    /// Adds the subject of a stored message.
+    pub(crate) fn add_subject(&mut self, subject: &str) {
         let Replication { scope, mapping, .. } = self.replication;
         let is_let_through = || scope.filters().iter().any(|filter| patterns::matches(filter, subject.as_bytes()));
         if scope.excludes(subject.as_bytes()) || scope.is_filtered() && !is_let_through() {
@@ -185,7 +185,7 @@ impl<'a> Learning<'a> {
     }
 }
 
-/// Subjects at the source that are known to be copied: of one that tells too little, what the filters let through.
+/// Source subjects that are known to be copied: the filters, where the configuration of the source shows too little.
 fn by_configuration(replication: &Replication, source: &StreamInfo, origins: &Origins) -> BTreeSet<String> {
     let InScope { from, vague } = InScope::of(replication, Some(source), origins);
     if vague && !replication.scope.is_filtered() {
@@ -195,9 +195,9 @@ fn by_configuration(replication: &Replication, source: &StreamInfo, origins: &Or
     from
 }
 
-/// Whether messages of different subjects stay apart at the target: there, what a message says of its subject (a rollup,
-/// how many are kept) must not meet messages of another one. Of a source that tells too little, what the transforms are
-/// for is looked at.
+/// Whether messages of different subjects keep different subjects at the target: headers and limits for one subject
+/// (rollup, messages per subject) must not affect messages of another one. If the source shows too little, the subjects
+/// of the transforms are checked.
 pub(crate) fn stay_apart(replication: &Replication, source: &StreamInfo) -> bool {
     let mapping: &Mapping = &replication.mapping;
     let InScope { from, vague } = InScope::of(replication, Some(source), &Origins::default());
@@ -208,7 +208,7 @@ pub(crate) fn stay_apart(replication: &Replication, source: &StreamInfo) -> bool
     mapping.keeps_apart(&from)
 }
 
-/// What a target has to listen on for a source; an error if that is not known.
+/// The subjects that a target has to listen on for a source; an error if they are not known.
 pub(crate) fn of_target(
     replication: &Replication,
     source: &StreamInfo,

@@ -1,4 +1,4 @@
-//! What is known of the end of the target stream, and what its acks say about it: used by every way to send.
+//! The known end of the target stream, and the meaning of its acks: used by every way to send.
 
 use std::{ops::Range, sync::Arc};
 
@@ -19,10 +19,10 @@ use crate::{
 pub(in crate::copy) struct TargetEnd {
     replication: Arc<Replication>,
     domain: Option<String>,
-    /// Of the lease that this is written under.
+    /// Epoch of the lease under which the run writes.
     epoch: u64,
     mode: TargetMode,
-    /// Last sequence of the target before this run: what it stores now lies behind it.
+    /// Last sequence of the target before this run: messages of this run are stored after it.
     pub floor: u64,
     /// Last sequence of the target after everything that was sent; kept by the chain.
     pub expected_last: u64,
@@ -45,7 +45,7 @@ impl TargetEnd {
         &self.replication.target.stream
     }
 
-    /// What a refusal means here.
+    /// An error, with its meaning for this target.
     pub fn explained(&self, error: impl Into<Error>) -> Error {
         let error = error.into();
         if !error.is_api(STREAM_NOT_EXPECTED) {
@@ -66,10 +66,10 @@ impl TargetEnd {
         Error::retry(format!("the target stored a message at sequence {seq}, though it had {before} before"))
     }
 
-    /// Only the target's own ack counts: over leafnodes a second stream may take the subject too.
+    /// An error if the ack is not the target's own: over leafnodes a second stream may listen on the subject too.
     pub fn expect_stream(&self, stream: &str, domain: Option<&str>) -> Result<(), Error> {
         let target = &self.replication.target.stream;
-        // A server tells its domain, if it has one, in the state of a stream as in every ack.
+        // A server reports its domain, if it has one, in the state of a stream as in every ack.
         if stream == target && domain == self.domain.as_deref() {
             return Ok(());
         }
@@ -83,23 +83,23 @@ impl TargetEnd {
         )))
     }
 
-    /// Logs what an ack inside a batch settled, where the chain says which places that are.
+    /// Logs the messages that an ack inside a batch settled, where the chain determines their sequences.
     pub fn log_batch(&self, settled: Range<Token>, window: &Window) {
-        let first = window.place_of(settled.start);
-        let last = settled.end.checked_sub(1).and_then(|token| window.place_of(token));
+        let first = window.target_seq_of(settled.start);
+        let last = settled.end.checked_sub(1).and_then(|token| window.target_seq_of(token));
         if let (false, Some(first), Some(last)) = (settled.is_empty(), first, last) {
             self.log_settled(first, last);
         }
     }
 
-    /// One line for each ack: under which epoch it settled which target sequences (docs/operations.md). Nothing reads it but
-    /// people and tests, who hold one instance against the other by it.
+    /// Logs one line for each ack: under which epoch it settled which target sequences (docs/operations.md). Only
+    /// operators and tests read it, to compare instances.
     pub fn log_settled(&self, first: u64, last: u64) {
         trace!(target: "stream_replicator::settled", replication = self.replication.id, epoch = self.epoch, first, last);
     }
 }
 
-/// An ack that does not fit the window.
+/// The error of an ack that does not fit the window.
 pub(in crate::copy) fn window_error(error: WindowError) -> Error {
     Error::retry(format!("acks of the target do not match the sent messages: {error}"))
 }

@@ -1,4 +1,4 @@
-//! The target side of a run: its lane, what writes to it, and what is known to lie there.
+//! The target side of a run: its lane, its writer, and the copies that are known to be there.
 
 use nats_lane::{
     Lane, Message,
@@ -12,11 +12,11 @@ use crate::{
         Error,
         flow::window::{SourcePoint, Window},
         objects::Gate,
-        resume::{Already, Known},
+        resume::{Already, KnownCopy},
         source::reader::Incoming,
         target::{
             frame::Outgoing,
-            liveness::{self, Liveness, Step},
+            liveness::{self, Liveness, LivenessStep},
             target_watch::TargetWatch,
             writer::Writer,
         },
@@ -30,9 +30,10 @@ pub(in crate::copy) struct TargetHalf {
     /// When the stream was created.
     pub created: String,
     pub writer: Writer,
-    /// What lies behind the position when the run begins.
+    /// Copies after the position when the run begins.
     pub already: Already,
-    /// The last source sequence that was found at the target when the run began; 0 once everything up to it has settled.
+    /// The last source sequence that was found at the target when the run began; 0 once everything up to it has
+    /// settled.
     pub known_to: u64,
     /// Keeps objects whole, where the source is an object store.
     pub gate: Option<Gate>,
@@ -42,7 +43,7 @@ pub(in crate::copy) struct TargetHalf {
 }
 
 impl TargetHalf {
-    /// Over a lane to a stream in which nothing is known to lie already.
+    /// Over a lane to a stream without known copies.
     pub fn new(lane: Lane, info: &StreamInfo, writer: Writer, gate: Option<Gate>, watch: TargetWatch) -> Self {
         Self {
             lane,
@@ -57,12 +58,12 @@ impl TargetHalf {
         }
     }
 
-    /// How far the known place at the target may move, see [`target_limit`].
+    /// How far the known target sequence may move, see [`target_limit`].
     pub fn limit(&self) -> u64 {
         target_limit(&self.already, &self.writer)
     }
 
-    /// Sends the message that was prepared.
+    /// Sends the prepared message.
     pub fn send(
         &mut self,
         outgoing: Outgoing,
@@ -80,23 +81,23 @@ impl TargetHalf {
     /// Asks which chunks of an object the target has, once everything before is settled.
     pub fn ask_chunks(&mut self, chunks: String, settled: bool, mapping: &Mapping, now: Instant) {
         if let Some(gate) = &mut self.gate {
-            gate.ask(chunks, settled, &mut self.lane, mapping, now);
+            gate.ask_chunks(chunks, settled, &mut self.lane, mapping, now);
         }
     }
 
-    /// Settles a message that lies at the target.
-    pub fn stored_before(&self, window: &mut Window, source: SourcePoint, known: Known) {
-        let Known::Stored(target_seq) = known else { return window.skip(source) };
-        // A position without any place at the target could not tell that the target lost all of it.
-        let first = window.target().is_none() && self.already.all_behind(target_seq);
+    /// Settles a message that the target already has.
+    pub fn stored_before(&self, window: &mut Window, source: SourcePoint, known: KnownCopy) {
+        let KnownCopy::Stored(target_seq) = known else { return window.skip(source) };
+        // A position without any target sequence could not show that the target lost all of it.
+        let first = window.target().is_none() && self.already.all_after(target_seq);
         let limit = self.limit();
         window.limit_target(if first { u64::MAX } else { limit });
         window.stored_before(source, target_seq);
         window.limit_target(limit);
     }
 
-    /// Asks the target where confirmations are overdue; `moved` is when something was confirmed last.
-    pub fn look_after(
+    /// Asks the target where confirmations are overdue; `moved` is the time of the last confirmation.
+    pub fn check_liveness(
         &mut self,
         replication: &Replication,
         window: &Window,
@@ -108,32 +109,32 @@ impl TargetHalf {
             self.lane.check_delivery();
         }
         match self.probe.step(owed, self.lane.alive(), now) {
-            Step::Wait => Ok(()),
-            Step::Ask => {
+            LivenessStep::Wait => Ok(()),
+            LivenessStep::Ask => {
                 self.lane.ping();
                 let subject = format!("{}.STREAM.INFO.{}", self.lane.api_prefix(), replication.target.stream);
                 self.probe_request = Some(self.lane.send_request(&subject, b""));
                 Ok(())
             }
-            Step::Lost(why) => Err(Error::stalled(why)),
+            LivenessStep::Lost(why) => Err(Error::stalled(why)),
         }
     }
 
-    /// An answer to the probe.
+    /// Handles an answer to the liveness question.
     pub fn says(&mut self, message: &Message<'_>) -> Result<(), Error> {
         if self.probe_request.as_ref().is_none_or(|request| request.as_bytes() != message.subject) {
             return Ok(());
         }
         self.probe_request = None;
-        // An error says that nobody leads the stream, or that it is gone: the next run will tell.
+        // An error means that the stream has no leader, or is deleted: the next run will report it.
         let Ok(info) = decode::<StreamInfo>(message.payload) else { return Ok(()) };
         let leader = info.cluster.unwrap_or_default().leader;
         self.probe.answered(&leader).map_err(Error::stalled)
     }
 }
 
-/// How far the known place at the target may move: behind it messages of ours may lie that have not come by. Those of
-/// before the run, or those that an older holder sent while it began.
+/// How far the known target sequence may move: after it there may be messages of ours that were not met yet. They are
+/// from before the run, or an older holder sent them while it began.
 pub(in crate::copy) fn target_limit(already: &Already, writer: &Writer) -> u64 {
     if already.is_empty() { writer.adds_up_to() } else { 0 }
 }

@@ -1,7 +1,7 @@
-//! How much a target must be able to keep so that it holds a copy of everything that the source can hold. Pure.
+//! The limits that a target needs to hold a copy of everything that the source can hold. Pure.
 //!
-//! A copy is larger than its source message: it carries provenance and a stamp, and its subject may be longer. So a limit
-//! in bytes that is right for the source is too small for the target.
+//! A copy is larger than its source message: it carries provenance and chain or id, and its subject may be longer. So a
+//! limit in bytes that is right for the source is too small for the target.
 
 use nats_lane::{Error, jetstream::StreamInfo};
 use serde_json::{Map, Value};
@@ -12,7 +12,7 @@ use crate::{
     names,
 };
 
-/// Limits of a source that a target takes over if the source keeps messages up to its limits, too.
+/// Limits of a source that a target takes over if the source too keeps messages up to its limits.
 const TAKEN_OVER: [&str; 4] = ["max_msgs", "max_bytes", "max_msgs_per_subject", "discard"];
 /// The store's own bytes for a message without headers, at least: in memory 16, in a file 30.
 const STORED: u64 = 16;
@@ -20,15 +20,15 @@ const STORED: u64 = 16;
 const HEADER_BLOCK: u64 = 10 + 2 + 4;
 /// `Nats-Expected-Last-Sequence` with the largest number, and `Nats-Msg-Id` with a hash.
 const STAMP: u64 = (27 + 2 + 20 + 2) + (11 + 2 + 32 + 2);
-/// Header lines of the source that are renamed, or whose value becomes longer. Only a message that has such lines, which
-/// are longer than what is added to them, is that much larger.
+/// Header lines of the source that are renamed, or whose value becomes longer. Only a message that has such lines,
+/// which are longer than what is added to them, is that much larger.
 const RENAMED: u64 = 8 * 10;
 /// The longest name of a site.
 const LONGEST_SITE: u64 = 128;
 /// The server keeps `max_msg_size` in 32 bits.
 const LARGEST_SIZE: u64 = i32::MAX as u64;
 
-/// Whether a stream keeps what it has up to its limits, and not until somebody has it.
+/// Whether a stream keeps messages up to its limits, and not until they are consumed.
 pub(crate) fn limits(info: &StreamInfo) -> bool {
     matches!(info.text("retention"), "" | "limits")
 }
@@ -38,7 +38,7 @@ pub(crate) fn limits(info: &StreamInfo) -> bool {
 struct Overhead {
     /// Headers that every copy carries.
     headers: u64,
-    /// Its subject; `None` if that has no bound.
+    /// Growth of its subject; `None` if that has no bound.
     subject: Option<u64>,
 }
 
@@ -55,7 +55,7 @@ impl Overhead {
         Self { headers: HEADER_BLOCK + STAMP + provenance + expected, subject: replication.mapping.growth() }
     }
 
-    /// What a message of the largest size can grow by: subjects do not count.
+    /// The growth that counts for `max_msg_size`: subjects do not count.
     fn of_size(self) -> u64 {
         self.headers + RENAMED
     }
@@ -66,7 +66,7 @@ fn limit(stream: &StreamInfo, name: &str) -> Option<u64> {
     u64::try_from(stream.number(name)).ok().filter(|limit| *limit > 0)
 }
 
-/// What a limit of so many bytes of a source must be at the target, if at most so many messages count. Without a count, as
+/// The target's limit in bytes for a limit of the source, if at most so many messages count. Without a count, as
 /// many messages as fit: each takes at least the store's own bytes and the shortest subject.
 fn bytes_for_copies(replication: &Replication, source: &StreamInfo, max_bytes: u64) -> Option<u64> {
     let Overhead { headers, subject } = Overhead::of(replication);
@@ -76,7 +76,7 @@ fn bytes_for_copies(replication: &Replication, source: &StreamInfo, max_bytes: u
     Some(max_bytes.saturating_add(messages.saturating_mul(headers + subject?)))
 }
 
-/// What the largest message of a source can be at the target; `None` if the source has no limit or it needs none.
+/// Size of the largest message of a source at the target; `None` if the source has no limit or it needs none.
 fn size_for_copies(replication: &Replication, source: &StreamInfo) -> Option<u64> {
     let size = limit(source, "max_msg_size")? + Overhead::of(replication).of_size();
     Some(size).filter(|size| *size <= LARGEST_SIZE)
@@ -88,11 +88,11 @@ pub(crate) fn largest_copy(replication: &Replication, size: usize) -> usize {
 }
 
 /// Puts the limits into the configuration of a target that is created. `apart` says whether messages of different
-/// subjects stay apart there.
+/// subjects keep different subjects there.
 ///
-/// A source with `discard: new` refuses messages when it is full, until a message is removed. Removals are not copied, so
-/// the copies of everything that it ever held would not fit: these limits are left out. So are all limits of a work
-/// queue, which say how much may wait.
+/// A source with `discard: new` refuses messages when it is full, until a message is removed. Removals are not copied,
+/// so the copies of everything that it ever held would not fit: these limits are not taken over. Neither are the limits
+/// of a work queue, which bound the waiting messages.
 pub(in crate::copy) fn take_over(
     config: &mut Map<String, Value>,
     replication: &Replication,
@@ -124,32 +124,32 @@ pub(in crate::copy) fn take_over(
     }
 }
 
-/// Refusals of a stream whose `max_bytes` an account or a server has no room for, or that needs one.
+/// Error codes of a stream whose `max_bytes` an account or a server has no room for, or that needs one.
 const NO_ROOM: [u32; 6] = [10002, 10023, 10028, 10047, 10113, 10122];
-/// A copy takes at most so many times the bytes of its message, unless messages are tiny.
+/// A copy is at most this many times as large as its message, unless messages are tiny.
 const COPIES_TAKE: i64 = 4;
 
-/// Whether a stream was refused for how much it may keep.
+/// Whether a stream was refused for its reservation of storage.
 pub(in crate::copy) fn is_about_room(error: &Error) -> bool {
     NO_ROOM.iter().any(|code| error.is_api(*code))
 }
 
-/// What a target that is created reserves: a server sets `max_bytes` aside. What is refused is tried with the next one.
+/// The reservation of a created target: a server sets `max_bytes` aside. After a refusal the next one is tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::copy) enum Room {
-    /// What all copies of a full source take, see [`take_over`].
+    /// The size of all copies of a full source, see [`take_over`].
     Copies,
     /// No `max_bytes`: nothing is set aside.
     Unbounded,
-    /// Some times the bytes of the source, for accounts that require a bound. Nothing may be dropped that the source keeps,
-    /// so a target that is full refuses, and the copy is held.
+    /// A multiple of the bytes of the source, for accounts that require a bound. No message may be dropped that the
+    /// source keeps, so a full target refuses, and the replication gets the state `held`.
     Times,
-    /// The bytes of the source, likewise.
+    /// The bytes of the source, with the same effect.
     Source,
 }
 
 impl Room {
-    /// What to try after a refusal; `None` if nothing is left.
+    /// The next reservation to try after a refusal; `None` after the last.
     pub(in crate::copy) fn next(self, source: &StreamInfo) -> Option<Self> {
         let bounded = limit(source, "max_bytes").is_some();
         match self {
@@ -177,7 +177,7 @@ impl Room {
 
 /// Limits of an existing target that remove or refuse copies of messages that the source keeps, with both numbers.
 pub(crate) fn too_small(replication: &Replication, source: &StreamInfo, target: &StreamInfo) -> Vec<String> {
-    // What consumers take away is gone on either side, whatever the limits are.
+    // Messages that consumers remove are gone on either side, whatever the limits are.
     if !limits(source) || !limits(target) {
         return Vec::new();
     }
@@ -217,7 +217,8 @@ pub(crate) fn too_small(replication: &Replication, source: &StreamInfo, target: 
     found
 }
 
-/// What the copies take of messages of the size that the source has now; of one that is empty, what they can take.
+/// The size of the copies of messages of the present size in the source; for an empty source, the largest possible
+/// size.
 fn bytes_needed(replication: &Replication, source: &StreamInfo, max_bytes: u64) -> u64 {
     let Overhead { headers, subject } = Overhead::of(replication);
     let state = &source.state;
@@ -230,14 +231,14 @@ fn bytes_needed(replication: &Replication, source: &StreamInfo, max_bytes: u64) 
     max_bytes.saturating_add(messages.saturating_mul(headers + subject.unwrap_or(0)))
 }
 
-/// What can remove copies at the target of messages that the source keeps; `None` if nothing can. `whole` says that the
-/// target gets all messages of the source and no others.
+/// The limits that can remove copies at the target of messages that the source keeps; `None` if none can. `whole` says
+/// that the target gets all messages of the source and no others.
 pub(in crate::copy) fn that_drop(
     replication: &Replication,
     source: &StreamInfo,
     target: &StreamInfo,
     whole: bool,
-) -> Option<drops::Limits> {
+) -> Option<drops::DropLimits> {
     if !limits(source) || !limits(target) {
         return None;
     }
@@ -259,7 +260,7 @@ pub(in crate::copy) fn that_drop(
         per_subject.then(|| format!("`max_msgs_per_subject` {}", target.number("max_msgs_per_subject"))),
     ];
     let words: Vec<_> = shown.into_iter().flatten().collect();
-    (!words.is_empty()).then(|| drops::Limits {
+    (!words.is_empty()).then(|| drops::DropLimits {
         age,
         messages,
         bytes,
@@ -268,7 +269,7 @@ pub(in crate::copy) fn that_drop(
     })
 }
 
-/// What becomes of a message that is too large for the target, in words.
+/// The handling of a message that is too large for the target, in words.
 pub(crate) fn fate_of_too_large(on_reject: &OnReject) -> String {
     match on_reject {
         OnReject::Hold => "the copy stops at one that is larger".to_owned(),
@@ -304,11 +305,11 @@ mod tests {
     fn the_overhead_covers_the_longest_header_block() {
         use crate::copy::target::{
             headers::{Allowed, Passage, Stamp, header_block},
-            provenance::{Origin, Tag},
+            provenance::{MessageOrigin, Tag},
         };
         let id = "f".repeat(32);
         let passage = Passage {
-            origin: Origin { seq: u64::MAX, time_ms: i64::MAX },
+            origin: MessageOrigin { seq: u64::MAX, time_ms: i64::MAX },
             age_secs: 0,
             stamp: Stamp { chain: Some(u64::MAX), id: Some(&id) },
             expected_stream: Some("S"),

@@ -1,5 +1,5 @@
-//! Polls the target for copies that it dropped (see [`drops`](super::drops)): one question beside each to the source, and
-//! one more where the first message of the target is another one than before.
+//! Polls the target for copies that it dropped (see [`drops`](super::drops)): one request beside each to the source,
+//! and one more where the first message of the target has changed.
 
 use nats_lane::{
     Lane, Message,
@@ -12,26 +12,26 @@ use crate::copy::target::{
     provenance::Tag,
 };
 
-/// Messages of other writers that are passed over in one poll, and their bytes: each is read with its payload.
+/// Most messages of other writers that one poll skips, and their bytes: each is read with its payload.
 const READS: u32 = 16;
 const READ_BYTES: usize = 64 * 1024;
-/// The target is polled at most so often: a poll counts only with an answer of the source that is later by this.
+/// Least time between polls of the target: a poll counts only with an answer of the source that is later by this.
 const EVERY: Duration = Duration::from_secs(5);
 /// A question is repeated after this: a server that is no longer the leader may never answer.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// What the target was asked.
+/// A request to the target.
 #[derive(Debug)]
-enum Asked {
+enum TargetRequest {
     /// Its state; with the position then, if nothing was in flight.
     State { request: String, settled: Option<u64> },
     /// Its first message.
-    First { request: String, poll: Poll },
+    First { request: String, poll: FirstMessagePoll },
 }
 
 /// A poll whose first message is not known yet.
 #[derive(Debug)]
-struct Poll {
+struct FirstMessagePoll {
     state: StreamState,
     settled: Option<u64>,
     /// Messages and bytes that may be read still.
@@ -44,11 +44,11 @@ struct Poll {
 pub(in crate::copy) struct TargetWatch {
     pub(in crate::copy) drops: Drops,
     tag: Tag,
-    /// The question that is not answered, and when it was asked.
-    asked: Option<(Asked, Instant)>,
-    /// The last poll began.
+    /// The unanswered request, and when it was sent.
+    asked: Option<(TargetRequest, Instant)>,
+    /// When the last poll began.
     polled: Option<Instant>,
-    /// It was asked before it was due.
+    /// The last poll began before it was due.
     asked_early: bool,
     /// Up to here the first messages are those of other writers.
     passed: u64,
@@ -59,48 +59,56 @@ impl TargetWatch {
         Self { drops, tag, asked: None, polled: None, asked_early: false, passed: 0 }
     }
 
-    /// Asks for the state of the target, if that is of interest, due, and no question is in flight. `settled` is the position,
-    /// if nothing is in flight.
-    pub fn ask(&mut self, lane: &mut Lane, stream: &str, settled: Option<u64>, now: Instant) {
+    /// Asks for the state of the target, if it is watched, due, and no request is in flight. `settled` is the position,
+    /// if no message is in flight.
+    pub fn ask_state(&mut self, lane: &mut Lane, stream: &str, settled: Option<u64>, now: Instant) {
         let waits = self.asked.as_ref().is_some_and(|(_, at)| now.duration_since(*at) < ANSWER);
         let recent = self.polled.is_some_and(|at| now.duration_since(at) < EVERY);
         if self.drops.watches() && !waits && !recent {
             let subject = format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
-            let asked = Asked::State { request: lane.send_request(&subject, b""), settled };
+            let asked = TargetRequest::State { request: lane.send_request(&subject, b""), settled };
             (self.asked, self.polled) = (Some((asked, now)), Some(now));
         }
     }
 
-    /// The same once before it is due, where nothing is known yet.
+    /// The same once before it is due, while the target's first message is unknown.
     pub fn ask_first(&mut self, lane: &mut Lane, stream: &str, now: Instant) {
         if self.drops.is_new() && self.asked.is_none() && !std::mem::replace(&mut self.asked_early, true) {
-            self.ask(lane, stream, None, now);
+            self.ask_state(lane, stream, None, now);
         }
     }
 
-    /// Takes an answer. An error says nothing: it is asked again when it is due.
+    /// Handles an answer. An error has no effect: the request is repeated when it is due.
     pub fn accept(&mut self, lane: &mut Lane, stream: &str, message: &Message<'_>, position: u64, in_flight: bool) {
-        let Some((Asked::State { request, .. } | Asked::First { request, .. }, _)) = &self.asked else { return };
+        let Some((TargetRequest::State { request, .. } | TargetRequest::First { request, .. }, _)) = &self.asked else {
+            return;
+        };
         if request.as_bytes() != message.subject {
             return;
         }
         let now = Instant::now();
         let unmoved = |settled: Option<u64>| settled.filter(|settled| *settled == position && !in_flight);
         match self.asked.take().map(|(asked, _)| asked) {
-            Some(Asked::State { settled, .. }) => {
+            Some(TargetRequest::State { settled, .. }) => {
                 let Ok(Some(StreamInfo { state, .. })) = leaders_info(message.payload) else { return };
                 let settled = unmoved(settled);
                 if state.messages == 0 {
                     self.drops.target_is_empty(now, &state, position, settled);
                 } else if self.drops.wants(state.first_seq) {
-                    // What others wrote before was passed over by the poll before.
+                    // Messages of other writers were skipped by the poll before.
                     let from = state.first_seq.max(self.passed + 1);
-                    self.read(lane, stream, from, Poll { state, settled, reads: READS, bytes: READ_BYTES }, now);
+                    self.read(
+                        lane,
+                        stream,
+                        from,
+                        FirstMessagePoll { state, settled, reads: READS, bytes: READ_BYTES },
+                        now,
+                    );
                 } else {
                     self.drops.target_has(now, &state, None, settled);
                 }
             }
-            Some(Asked::First { poll: Poll { state, settled, reads, bytes }, .. }) => {
+            Some(TargetRequest::First { poll: FirstMessagePoll { state, settled, reads, bytes }, .. }) => {
                 let Ok(Some(first)) = decode_message(message.payload) else { return };
                 match self.tag.origin(&first.header) {
                     Some(origin) => {
@@ -112,7 +120,7 @@ impl TargetWatch {
                         self.passed = first.sequence;
                         let bytes = bytes.saturating_sub(message.payload.len());
                         if reads > 1 && bytes > 0 {
-                            let poll = Poll { state, settled, reads: reads - 1, bytes };
+                            let poll = FirstMessagePoll { state, settled, reads: reads - 1, bytes };
                             self.read(lane, stream, first.sequence + 1, poll, now);
                         }
                     }
@@ -122,14 +130,14 @@ impl TargetWatch {
         }
     }
 
-    fn read(&mut self, lane: &mut Lane, stream: &str, from: u64, poll: Poll, now: Instant) {
+    fn read(&mut self, lane: &mut Lane, stream: &str, from: u64, poll: FirstMessagePoll, now: Instant) {
         let (what, body) = message_from_call(stream, from);
         let subject = format!("{}.{what}", lane.api_prefix());
         let request = lane.send_request(&subject, body.to_string().as_bytes());
-        self.asked = Some((Asked::First { request, poll }, now));
+        self.asked = Some((TargetRequest::First { request, poll }, now));
     }
 
-    /// What the source's answer to a question of that time means.
+    /// Compares with the source's answer to a request of that time.
     pub fn source_has(&mut self, source: &StreamInfo, asked: Instant, now_ms: i64) -> Option<Dropped> {
         self.drops.source_has(source, asked, now_ms)
     }
@@ -139,11 +147,11 @@ impl TargetWatch {
 mod tests {
     use nats_lane::{
         Turn,
-        pipe::{self, Pipe, PipeRequest as Question},
+        pipe::{self, Pipe, PipeRequest as StateRequest},
     };
     use serde_json::json;
 
-    use super::{super::drops::Limits, *};
+    use super::{super::drops::DropLimits, *};
     /// A watch over a target that drops by number, with what it asks.
     struct Watched {
         watch: TargetWatch,
@@ -157,18 +165,18 @@ mod tests {
             let target =
                 serde_json::from_value(json!({"config": {}, "created": "c", "state": {"messages": 1}})).unwrap();
             let mut drops = Drops::default();
-            drops.begin(&target, Some(Limits { messages: Some(50), ..Limits::default() }), 0);
+            drops.begin(&target, Some(DropLimits { messages: Some(50), ..DropLimits::default() }), 0);
             let (lane, server) = pipe::lane().await;
             let watch = TargetWatch::new(drops, Tag::new("S", "SITE", "w"));
             Self { watch, lane, server, now: Instant::now() }
         }
 
         fn ask_at(&mut self, seconds: u64) {
-            self.watch.ask(&mut self.lane, "T", None, self.now + Duration::from_secs(seconds));
+            self.watch.ask_state(&mut self.lane, "T", None, self.now + Duration::from_secs(seconds));
         }
 
         /// The questions that arrive until the lane is empty.
-        async fn asked(&mut self) -> Vec<Question> {
+        async fn asked(&mut self) -> Vec<StateRequest> {
             self.lane.publish("end", "end", b"");
             let mut asked = Vec::new();
             loop {
@@ -186,7 +194,7 @@ mod tests {
             }
         }
 
-        async fn answer(&mut self, to: &Question, payload: &serde_json::Value) {
+        async fn answer(&mut self, to: &StateRequest, payload: &serde_json::Value) {
             self.server.answer(to, &payload.to_string()).await;
             loop {
                 let Turn::Received(batch) = self.lane.turn().await.unwrap() else { continue };

@@ -1,5 +1,20 @@
-//! Sends messages to the target with many in the air, and turns acks into settlements. Nothing is kept for
-//! sending again: after any refusal the run ends and is built anew from what the target then holds.
+//! Sends messages to the target with many in flight, and turns acks into settlements. No message is kept to be sent
+//! again: after any refusal the run ends, and the next one begins from the present state of the target.
+//!
+//! | target | transport | every message carries |
+//! |---|---|---|
+//! | `allow_batched` and API level 4 (server 2.14), no other writer | fast-ingest batch | `Nats-Expected-Last-Sequence`: the chain |
+//! | the same, with other writers | fast-ingest batch | `Nats-Msg-Id` |
+//! | any other | pipelined publish | `Nats-Msg-Id` |
+//! | any other, `ordering: strict` and no other writer | pipelined publish, one in flight | both |
+//!
+//! The chain is sound only where one refusal ends the unit: in a batch of gap mode `fail`, or with one message in
+//! flight. With pipelined publishes a message of another writer takes the sequence of a refused one, the numbers match
+//! again, and everything after the hole is stored (2.10 to 2.15, with one and with three replicas).
+//!
+//! Messages of an earlier run with the other header may still arrive from socket buffers. The position record says
+//! which headers may be in flight. After a chain, the first message with an id carries the chain too: once it is
+//! stored, the old chain matches nowhere. After ids, a window of chained messages carries ids too.
 
 use std::sync::Arc;
 
@@ -18,7 +33,7 @@ use crate::{
         source::reader::Incoming,
         target::{
             batches::Batches,
-            frame::{Frame, Outgoing, Stamping},
+            frame::{FrameWriter, Outgoing, Stamping},
             pipelined::Pipelined,
             provenance::Tag,
             stream::Abilities,
@@ -29,7 +44,7 @@ use crate::{
     store::{PositionRecord, Stamps},
 };
 
-/// How messages are sent.
+/// The way messages are sent.
 #[derive(Debug)]
 enum Sink {
     Batches(Batches),
@@ -44,23 +59,24 @@ pub(in crate::copy) struct Writer {
     sid: u64,
     inbox: String,
     reply: BytesMut,
-    frame: Frame,
+    frame: FrameWriter,
     sink: Sink,
     end: TargetEnd,
-    /// Only one message is in the air at a time, which makes the chain sound without batches too.
+    /// Only one message is in flight at a time, which makes the chain sound without batches too.
     single: bool,
-    /// The next message bears the chain beside its id: what a run before sent by the chain must not arrive behind it.
+    /// The next message carries the chain beside its id: chained messages of an earlier run must not be stored after
+    /// it.
     fence: bool,
-    /// So many messages bear ids beside the chain: what a run before sent by ids may still arrive.
+    /// Messages that still carry ids beside the chain: messages of an earlier run with ids may still arrive.
     overlap: usize,
-    /// How messages of earlier runs are stamped.
+    /// The headers that identify messages of earlier runs.
     before: Option<Stamps>,
-    /// Headers left out so far.
+    /// Headers removed so far.
     pub headers_removed: u64,
 }
 
 impl Writer {
-    /// Prepares for writing behind what `target` tells of the stream. Ids differ between generations of `record`.
+    /// Prepares for writing after the end of `target`. Ids differ between generations of `record`.
     pub fn open(
         lane: &mut Lane,
         replication: Arc<Replication>,
@@ -72,7 +88,7 @@ impl Writer {
         let (sid, inbox) = lane.open_inbox();
         let strict = replication.ordering == Ordering::Strict || objects::is_store(&replication.source.stream);
         let single = abilities.transport == Transport::Pipelined && strict;
-        let mut frame = Frame::new(lane, replication.clone(), tag, abilities.allowed, record.generation);
+        let mut frame = FrameWriter::new(lane, replication.clone(), tag, abilities.allowed, record.generation);
         frame.target_is(target);
         let end = TargetEnd::new(replication.clone(), target, record.epoch, abilities.mode);
         let sink = match abilities.transport {
@@ -96,7 +112,7 @@ impl Writer {
         }
     }
 
-    /// Takes over which protocol line was found to be the longest that the target takes.
+    /// Sets the longest protocol line that the target accepts, if that was measured.
     pub fn limit_line(&mut self, found: Option<usize>) {
         self.frame.limit_line(found);
     }
@@ -106,13 +122,13 @@ impl Writer {
         self.frame.unconfirmed_line(window)
     }
 
-    /// What the stream takes now.
+    /// Updates the limits of the target stream.
     pub fn target_is(&mut self, target: &StreamInfo) {
         self.frame.target_is(target);
     }
 
-    /// Takes over that the run before stamped its messages in another way, and that some of them may still be on
-    /// their way.
+    /// Takes over that the run before identified its messages in another way, and that some of them may still be in
+    /// flight.
     pub fn after(&mut self, before: Stamps) {
         let fast = self.abilities.transport == Transport::FastIngest;
         if before.has_chain() {
@@ -125,19 +141,19 @@ impl Writer {
         self.before = Some(before);
     }
 
-    /// Who else may write to the target.
+    /// Whether other writers may write to the target.
     pub fn mode(&self) -> TargetMode {
         self.abilities.mode
     }
 
-    /// How the messages of this run are stamped.
+    /// The headers that identify the messages of this run.
     fn own_stamps(&self) -> Stamps {
         if self.chained() && !self.single { Stamps::Chain } else { Stamps::Ids }
     }
 
-    /// How the messages are stamped that may be in flight, those of earlier runs included.
+    /// The headers that identify messages in flight, those of earlier runs included.
     pub fn stamps(&self) -> Stamps {
-        // The first message that is confirmed, or the last one with an id, leaves nothing to what came before.
+        // After the first confirmed message, or the last one with an id, no earlier message can be stored.
         let over = if self.chained() { self.overlap == 0 } else { self.is_proven() };
         let before = self.before.filter(|_| !over);
         before.map_or(self.own_stamps(), |before| before.and(self.own_stamps()))
@@ -148,8 +164,8 @@ impl Writer {
         sound && self.abilities.mode == TargetMode::Exclusive
     }
 
-    /// Whether the place of a message at the target is certain before it is sent.
-    fn places_ahead(&self) -> bool {
+    /// Whether the target sequence of a message is certain before it is sent.
+    fn knows_target_seqs(&self) -> bool {
         self.chained() && !self.single
     }
 
@@ -158,24 +174,24 @@ impl Writer {
         !self.chained()
     }
 
-    /// Whether the target may still store what is in flight when a run ends, known by its ids alone: a batch or a chain
-    /// ends with the first refusal.
+    /// Whether the target may still store messages in flight after the end of a run, identified by their ids alone: a
+    /// batch or a chain ends with the first refusal.
     pub fn is_by_ids(&self) -> bool {
         self.relies_on_ids() && self.abilities.transport == Transport::Pipelined
     }
 
-    /// Messages that may be in the air; the document may allow fewer.
+    /// Most messages in flight; the document may allow fewer.
     pub fn most_in_air(&self) -> usize {
         if self.single { 1 } else { usize::MAX }
     }
 
-    /// What a refusal can do to the order.
+    /// How a refusal can affect the order.
     pub fn ordering(&self) -> Ordering {
         let strict = self.single || self.abilities.transport == Transport::FastIngest;
         if strict { Ordering::Strict } else { Ordering::Relaxed }
     }
 
-    /// Last sequence of the target as far as known here.
+    /// The known last sequence of the target.
     pub fn last_seq(&self) -> u64 {
         self.end.expected_last
     }
@@ -185,7 +201,7 @@ impl Writer {
         matches!(&self.sink, Sink::Batches(batches) if batches.is_proven())
     }
 
-    /// Messages refused since this was asked last.
+    /// Messages refused since the last call.
     pub fn take_refused(&mut self) -> u64 {
         match &mut self.sink {
             Sink::Batches(batches) => std::mem::take(&mut batches.refused),
@@ -201,7 +217,7 @@ impl Writer {
         }
     }
 
-    /// Makes subject and headers of the next message; an error is one that can never be stored as it is.
+    /// Builds subject and headers of the next message; an error means that it can never be stored as it is.
     pub fn prepare(&mut self, incoming: &Incoming<'_>, now_ns: i64) -> Result<Outgoing, Error> {
         let (opens, reply) = match &self.sink {
             Sink::Batches(batches) => (batches.opens(), batches.reply_len()),
@@ -214,7 +230,7 @@ impl Writer {
         self.frame.prepare(incoming, now_ns, stamping, self.inbox.len() + reply, opens)
     }
 
-    /// Puts the message that was prepared into the lane's output and into the window.
+    /// Puts the prepared message into the lane's output and into the window.
     pub fn send(
         &mut self,
         outgoing: Outgoing,
@@ -226,7 +242,7 @@ impl Writer {
     ) {
         let source = SourcePoint { seq: incoming.delivery.stream_seq, time_ns: Some(incoming.delivery.time_ns) };
         let bytes = incoming.bytes();
-        let target_seq = self.places_ahead().then_some(self.end.expected_last + 1);
+        let target_seq = self.knows_target_seqs().then_some(self.end.expected_last + 1);
         let token = window.hand_out(source, bytes, read_at, target_seq);
         self.reply.clear();
         match &mut self.sink {
@@ -236,14 +252,15 @@ impl Writer {
             Sink::Pipelined(pipelined) => pipelined.reply(&mut self.reply, &self.inbox, token),
         }
         self.headers_removed += self.frame.put(outgoing, lane.output(), &self.reply, incoming.message.payload, token);
-        if self.places_ahead() {
+        if self.knows_target_seqs() {
             self.end.expected_last += 1;
         }
         self.fence = false;
         self.overlap = self.overlap.saturating_sub(1);
     }
 
-    /// Takes an ack. What it settles is settled in the window; a refusal is kept until [`Writer::outcome`].
+    /// Handles an ack. The messages that it confirms are settled in the window; a refusal is kept until
+    /// [`Writer::outcome`].
     pub fn accept(&mut self, message: &Message<'_>, window: &mut Window, now: Instant) -> Result<(), RunError> {
         if message.sid != self.sid {
             return Ok(());
@@ -258,7 +275,7 @@ impl Writer {
         }
     }
 
-    /// Up to here, as far as sequences tell, the target holds nothing but messages of ours that it confirmed.
+    /// Up to here, as far as sequences show, the target holds only messages of ours that it confirmed.
     pub fn adds_up_to(&self) -> u64 {
         match &self.sink {
             Sink::Batches(_) => u64::MAX,
@@ -266,7 +283,7 @@ impl Writer {
         }
     }
 
-    /// Behind this place at the target somebody else may have written, and nowhere before it since the run began.
+    /// The target sequence after which another writer may have written; before it none has since the run began.
     pub fn exact(&self, window: &Window) -> u64 {
         match &self.sink {
             Sink::Batches(_) => self.end.known_end(window),
@@ -274,8 +291,8 @@ impl Writer {
         }
     }
 
-    /// Whether the target owes an ack for what was sent: of a batch it sends one every so many messages only, so that
-    /// over a slow way none may come for long.
+    /// Whether the target owes an ack for messages that were sent: within a batch it sends one per several messages, so
+    /// on a slow connection there may be none for long.
     pub fn is_owed(&self, window: &Window) -> bool {
         match &self.sink {
             Sink::Batches(batches) => batches.is_owed(),
@@ -283,8 +300,8 @@ impl Writer {
         }
     }
 
-    /// Whether the run has to end because the target refused something, or somebody else wrote to it.
-    /// `drained` is when the target last took some of what waited on the way there.
+    /// Whether the run has to end because the target refused a message, or another writer wrote to it.
+    /// `drained` is when the target last accepted some of the waiting output.
     pub fn outcome(&mut self, window: &Window, drained: Instant, now: Instant) -> Result<(), RunError> {
         match &mut self.sink {
             Sink::Batches(batches) => batches.outcome(window, drained, now),
@@ -292,7 +309,7 @@ impl Writer {
         }
     }
 
-    /// When [`Writer::commit_if_due`] wants to be called next; `None` while nothing is open.
+    /// When [`Writer::commit_if_due`] wants to be called next; `None` without an open batch.
     pub fn next_commit(&self, supply: Supply) -> Option<Instant> {
         match &self.sink {
             Sink::Batches(batches) => batches.next_commit(supply, self.end.is_shared()),
@@ -300,14 +317,14 @@ impl Writer {
         }
     }
 
-    /// Commits an open batch that has nothing more to send for now, or whose last messages wait too long.
+    /// Commits an open batch that has no more to send for now, or whose last messages wait too long.
     pub fn commit_if_due(&mut self, lane: &mut Lane, supply: Supply, now: Instant) {
         if self.next_commit(supply).is_some_and(|at| at <= now) {
             self.commit(lane, now);
         }
     }
 
-    /// Ends the open batch, if there is one, so that everything sent so far gets an ack.
+    /// Ends the open batch, if there is one, so that every message sent so far gets an ack.
     pub fn commit(&mut self, lane: &mut Lane, now: Instant) {
         let Sink::Batches(batches) = &mut self.sink else { return };
         self.reply.clear();

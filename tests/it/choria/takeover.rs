@@ -58,7 +58,7 @@ async fn consumer(raw: &mut Raw) -> Result<Value> {
     raw.api("CONSUMER.INFO.S.SR_A", Value::Null).await
 }
 
-/// Waits until the consumer continues behind this sequence, with nothing delivered that is not acknowledged.
+/// Waits until the consumer continues after this sequence, with nothing delivered that is not acknowledged.
 async fn consumer_at(place: &Place, seq: u64, service: &Service) -> Result<()> {
     let mut raw = place.source().await?;
     let mut last = Value::Null;
@@ -66,7 +66,7 @@ async fn consumer_at(place: &Place, seq: u64, service: &Service) -> Result<()> {
         last = consumer(&mut raw).await.unwrap_or_default();
         (last["delivered"]["stream_seq"] == seq && last["num_ack_pending"] == 0).then_some(())
     };
-    let found = wait_value(&format!("the consumer behind {seq}"), LIMIT, at).await;
+    let found = wait_value(&format!("the consumer after {seq}"), LIMIT, at).await;
     found.with_context(|| format!("{last}\n{}", service.log()))
 }
 

@@ -25,7 +25,7 @@ async fn senders_and_advisories_are_shown_as_tables_lines_and_json() -> Result<(
     following.shows("new     n2  (TEST)").await?;
     watching.shows("n1  seen ").await?;
     watching.shows("  copied ").await?;
-    site.row_when("NODES", "has told both", |row| row["sampling"]["advised"]["new"] == 2).await?;
+    site.row_when("NODES", "has published both", |row| row["sampling"]["advised"]["new"] == 2).await?;
 
     let table = cli.ok(["admin", "senders", "NODES"]).await?;
     let words: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();

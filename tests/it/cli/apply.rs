@@ -13,9 +13,9 @@ use crate::harness::{Cli, Site};
 const SECRET: &str = "hunter2-s3cret";
 
 /// Files to apply.
-struct Files(TempDir);
+struct AppliedFiles(TempDir);
 
-impl Files {
+impl AppliedFiles {
     fn new() -> Result<Self> {
         Ok(Self(tempfile::tempdir()?))
     }
@@ -59,7 +59,7 @@ fn ended(ended: &Ended, code: i32, summary: &str) {
 #[tokio::test]
 async fn what_differs_is_added_and_updated_and_the_rest_is_left_alone() -> Result<()> {
     let site = Site::small().await?;
-    let (cli, files) = (site.cli(), Files::new()?);
+    let (cli, files) = (site.cli(), AppliedFiles::new()?);
     // One document, several one after another, an array; and what is none of ours.
     files.write("a.json", site.document("A").to_string())?;
     files.write("b.json", format!("{}\n{}", site.document("B1"), site.document("B2")))?;
@@ -90,7 +90,7 @@ async fn what_differs_is_added_and_updated_and_the_rest_is_left_alone() -> Resul
 #[tokio::test]
 async fn a_dry_run_shows_the_same_and_changes_nothing() -> Result<()> {
     let site = Site::small().await?;
-    let (cli, files) = (site.cli(), Files::new()?);
+    let (cli, files) = (site.cli(), AppliedFiles::new()?);
     for stream in ["OLD", "SAME", "OTHER"] {
         site.add(stream, json!({})).await?;
     }
@@ -122,7 +122,7 @@ async fn a_dry_run_shows_the_same_and_changes_nothing() -> Result<()> {
 #[tokio::test]
 async fn a_changed_secret_is_applied_an_equal_one_is_not() -> Result<()> {
     let site = Site::small().await?;
-    let (cli, files) = (site.cli(), Files::new()?);
+    let (cli, files) = (site.cli(), AppliedFiles::new()?);
     let document = |secret: &str| {
         let url = site.target.url_as(&format!("copy:{secret}"));
         site.document_with("ORDERS", json!({"target_url": url})).to_string()
@@ -168,7 +168,7 @@ async fn nothing_is_changed_when_one_document_is_wrong() -> Result<()> {
     let cli = site.cli();
     site.add("KEPT", json!({})).await?;
     let check = async |files: &[(&str, String)], expect: &[&str]| {
-        let folder = Files::new()?;
+        let folder = AppliedFiles::new()?;
         folder.write("good.json", site.document("GOOD").to_string())?;
         for (name, text) in files {
             folder.write(name, text)?;
@@ -214,7 +214,7 @@ async fn nothing_is_changed_when_one_document_is_wrong() -> Result<()> {
     )
     .await?;
 
-    let empty = Files::new()?;
+    let empty = AppliedFiles::new()?;
     let refused = empty.apply(&cli, &["--prune"]).await?;
     assert!(refused.code == Some(1) && refused.stderr.contains("`--prune` would remove everything"), "{refused:?}");
     ended(&empty.apply(&cli, &[]).await?, 0, "0 added, 0 updated, 0 unchanged, 0 removed");

@@ -32,7 +32,7 @@ async fn a_document_goes_in_is_shown_listed_changed_and_removed() -> Result<()> 
     let reply = json!({"replication": "ORDERS", "revision": 2, "config": document});
     assert_eq!(cli.json(["config", "get", "ORDERS"]).await?, reply);
 
-    // Every column begins at the same place.
+    // Every column begins at the same offset.
     let listed = cli.ok(["config", "ls"]).await?;
     assert_eq!(listed, "REPLICATION  STATE    REVISION  ORIGIN\nORDERS       running         2  kv\n");
     let row = json!({"replication": "ORDERS", "revision": 2, "origin": "kv", "state": "running"});

@@ -117,7 +117,7 @@ async fn a_command_goes_by_flag_environment_or_selected_context() -> Result<()> 
     finds(status(&[("NATS_URL", &url)], &[]))?;
     fs::write(folder.path().join("nats/context.txt"), "here")?;
     finds(status(&[], &[]))?;
-    // What is given goes before what is selected.
+    // Flags take precedence over the selected context.
     let (code, text) = status(&[("NATS_URL", "nats://127.0.0.1:1")], &[])?;
     assert!(code == Some(1) && text.contains("127.0.0.1:1"), "{text}");
     Ok(())
@@ -139,7 +139,7 @@ async fn each_name_of_the_environment_has_its_effect() -> Result<()> {
         Ok(())
     };
     check(&[("NATS_USER", "me"), ("NATS_PASSWORD", "wrong")], 1, "authorization")?;
-    // Let in: nobody answers there.
+    // Let in: there is no service that answers.
     check(&[("NATS_USER", "me"), ("NATS_PASSWORD", "right")], 1, "replicator.status")?;
     let me = [("NATS_USER", "me"), ("NATS_PASSWORD", "right")];
     check(&[&me[..], &[("STREAM_REPLICATOR_PREFIX", "acme.copy")]].concat(), 1, "acme.copy.status")?;

@@ -20,7 +20,7 @@ async fn replications_are_paused_and_go_on() -> Result<()> {
     let ended = cli.run(["resume", "MISSING", "ORDERS"]).await?;
     failed(&ended, &["`MISSING` does not exist"]);
     assert_eq!(ended.stdout, "ORDERS is resumed\n");
-    site.row_when("ORDERS", "goes on", |row| row["state"] == "running").await?;
+    site.row_when("ORDERS", "continues", |row| row["state"] == "running").await?;
     assert_eq!(cli.json(["resume", "OTHER"]).await?["replication"], "OTHER");
     assert_eq!(cli.ok(["status", "--wait-caught-up"]).await?, "caught up: 2 replications\n");
     Ok(())

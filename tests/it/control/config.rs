@@ -190,7 +190,7 @@ async fn delete_with_keep_leaves_the_position() -> Result<()> {
     Ok(())
 }
 
-/// A copy may take longer to stop than an answer may take: what is in the air is waited for.
+/// A copy may take longer to stop than an answer may take: messages in flight are waited for.
 #[tokio::test]
 async fn a_slow_deletion_is_answered_in_time_and_still_made() -> Result<()> {
     let site = Site::small().await?;
@@ -198,7 +198,7 @@ async fn a_slow_deletion_is_answered_in_time_and_still_made() -> Result<()> {
     site.target.freeze()?;
     site.publish("ORDERS", 1..=10).await?;
     let in_the_air = |row: &Value| row["in_flight"]["messages"].as_u64() > Some(0);
-    site.row_when("ORDERS", "has messages in the air", in_the_air).await?;
+    site.row_when("ORDERS", "has messages in flight", in_the_air).await?;
 
     let (reply, time) = timed(site.ask("config.delete", "ORDERS")).await?;
     refused(&reply, 504, "may still happen");

@@ -51,7 +51,7 @@ async fn what_is_added_again_meanwhile_keeps_its_lease_and_pause() -> Result<()>
     site.row_when("ORDERS", "is paused", |row| row["state"] == "paused").await?;
     let config = site.bucket("REPLICATOR_CONFIG").await?;
     ensure!(config.get("ORDERS/paused").await?.is_some(), "the pause was forgotten\n{}", site.service.log());
-    // The life that was added again took it once; a lease that was forgotten would begin with the first epoch again.
+    // The replication that was added again took the lease once; a new lease would begin with the first epoch.
     let taken = async || lease(&site).await.is_ok_and(|lease| lease["instance"] != "");
     wait_for("the lease to be taken", LIMIT, taken).await?;
     let after = lease(&site).await.context("the lease was forgotten")?;

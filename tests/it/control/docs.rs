@@ -1,4 +1,4 @@
-//! The pages in `docs/` are right: what they show is sent, and what there is they tell of.
+//! The pages in `docs/` are right: everything that they show is sent, and they describe everything that there is.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -339,7 +339,7 @@ fn anchor_of(line: &str) -> Option<String> {
     Some(kept.map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect())
 }
 
-/// All `nats req` in the console blocks of a page, with what stands behind them.
+/// All `nats req` in the console blocks of a page, with the lines after them.
 fn examples(page: &str) -> Result<Vec<Example>> {
     let mut examples = Vec::new();
     let mut lines = page.lines().enumerate().peekable();
@@ -521,7 +521,7 @@ fn documented_subjects_are_what_the_document_makes() -> Result<()> {
     Ok(())
 }
 
-/// One command of a page and what it shows behind it.
+/// One command of a page and the output that the page shows for it.
 struct Shown {
     line: usize,
     words: Vec<String>,

@@ -1,4 +1,4 @@
-//! What is told on `replicator.event.<kind>.<replication>`.
+//! Events on `replicator.event.<kind>.<replication>`.
 
 use anyhow::Result;
 use serde_json::{Value, json};

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::harness::raw::wait_messages;
 use crate::harness::{LIMIT, Outgoing, PROMPT, Site, timed, wait_for};
 
-/// A site whose target takes the subjects of `stream` also behind the prefix `east`.
+/// A site whose target takes the subjects of `stream` also after the prefix `east`.
 async fn with_target(stream: &str, messages: u64) -> Result<Site> {
     let site = Site::small().await?;
     site.filled(stream, messages).await?;
@@ -59,7 +59,7 @@ async fn put_edit_and_delete_take_effect_within_a_second() -> Result<()> {
     println!("started in {started:?}, changed in {changed:?}, stopped in {stopped:?}");
     assert!(started.max(changed).max(stopped) < PROMPT, "{started:?} {changed:?} {stopped:?}");
 
-    // It goes on where it was.
+    // It continues from its position.
     site.publish("ORDERS", 1..=1).await?;
     site.put("ORDERS", edited.to_string()).await?;
     let row = site.settled("ORDERS", 11).await?;
@@ -90,7 +90,7 @@ async fn garbage_keeps_what_runs_and_is_told() -> Result<()> {
     site.copied("ORDERS", 10).await?;
     assert_eq!(events.kinds("ORDERS"), ["config-rejected"; 3], "the run was touched");
 
-    // What is stored can be looked at, and put right by request.
+    // Stored documents can be read, and repaired by request.
     let shown = site.ask("config.get", "ORDERS").await?.body;
     assert_eq!((&shown["config"], shown["problems"].as_array().map(Vec::len)), (&Value::Null, Some(1)), "{shown}");
     let fixed = site.send("config.update", site.document_with("ORDERS", json!({"max_age": "1h"}))).await?;
@@ -218,7 +218,7 @@ async fn an_unreadable_position_is_reported_and_not_overwritten() -> Result<()> 
     assert_eq!((&row["state"], &row["leader"]), (&json!("retrying"), &Value::Null), "{row}");
     assert_eq!(positions.get("ORDERS").await?.as_deref(), Some(b"garbage".as_slice()));
 
-    // As the message says: without the record the position is found anew.
+    // As the message says: without the record the position is determined again.
     positions.delete("ORDERS").await?;
     site.publish("ORDERS", 1..=5).await?;
     site.settled("ORDERS", 10).await?;
@@ -230,10 +230,10 @@ async fn an_unreadable_position_is_reported_and_not_overwritten() -> Result<()> 
 #[derive(Clone, Copy, PartialEq)]
 enum Last {
     Valid,
-    /// Behind a valid document.
+    /// After a valid document.
     Garbage,
     Deleted,
-    /// Behind a deletion.
+    /// After a deletion.
     Again,
     /// A document that belongs under another key, and before it nothing else either.
     Wrong,
@@ -389,5 +389,49 @@ async fn the_newest_valid_document_runs_after_many_wrong_ones() -> Result<()> {
     kept.delete("ORDERS").await?;
     wait_for("the kept one to go", PROMPT, async || kept.get("ORDERS/valid").await.is_ok_and(|kept| kept.is_none()))
         .await?;
+    Ok(())
+}
+
+/// So many problems that no message holds them all.
+#[tokio::test]
+async fn garbage_of_any_size_hides_no_other_replication() -> Result<()> {
+    let site = Site::small().await?;
+    site.replicate("ORDERS", 5).await?;
+    let mut events = site.listen().await?;
+    let junk = |fields: u32| -> String {
+        let fields = (0..fields).map(|i| (format!("no field {i}"), json!(i)));
+        Value::Object(fields.collect()).to_string()
+    };
+    site.put("AAA", junk(2_000)).await?;
+    let event = events.wait("config-rejected", "AAA").await?;
+    let problems = event["problems"].as_array().context("problems")?;
+    assert!(
+        problems.len() < 100
+            && problems[problems.len() - 1]["message"].as_str().is_some_and(|m| m.ends_with("more problems"))
+    );
+    let row = site.row_when("AAA", "is invalid", |row| row["state"] == "invalid").await?;
+    assert!(error_text(&row).contains("`no field 0` is unknown"), "{row}");
+    let all = site.ask("status", "").await?.body;
+    let ids: Vec<_> = all["replications"].as_array().context("rows")?.iter().map(|row| &row["replication"]).collect();
+    assert_eq!(ids, ["AAA", "ORDERS"]);
+    let shown = site.ask("config.get", "AAA").await?;
+    assert!(shown.error.is_none() && shown.body["problems"].as_array().is_some_and(|p| p.len() == problems.len()));
+    // Nothing waits while something so large is read.
+    site.put("AAB", junk(30_000)).await?;
+    let event = events.wait("config-rejected", "AAB").await?;
+    assert!(
+        event["problems"][0]["message"].as_str().is_some_and(|m| m.ends_with("bytes, 65536 are possible")),
+        "{event}"
+    );
+    let running = site.row("ORDERS").await.context("a row")?;
+    assert_eq!((&running["state"], &running["epoch"]), (&json!("running"), &json!(1)), "{running}");
+    // A key is shown without the password that was written in its place.
+    site.put("BBB", r#"{"nats://joe:hunter2@host": 1}"#).await?;
+    let event = events.wait("config-rejected", "BBB").await?;
+    assert!(!event.to_string().contains("hunter2"), "{event}");
+    // Heartbeats are judged alike.
+    site.put("heartbeats", r#"{"url": "nats://a", "subjects": [{"subject": "hb.a"}], "url": "nats://b"}"#).await?;
+    let event = events.wait("config-rejected", "heartbeats").await?;
+    assert_eq!(event["problems"][0]["message"], "`url` occurs more than once; keep one of them", "{event}");
     Ok(())
 }

@@ -138,7 +138,7 @@ async fn an_edited_key_takes_effect_and_is_no_replication() -> Result<()> {
     .await?;
     let old = on(&mut raw, "hb.a").await?.len();
     more(&mut raw, "hb.b", 3).await?;
-    assert_eq!(on(&mut raw, "hb.a").await?.len(), old, "the old ones go on");
+    assert_eq!(on(&mut raw, "hb.a").await?.len(), old, "the old ones continue");
     for (endpoint, rows) in [("config.list", "replications"), ("status", "replications")] {
         assert_eq!(site.ask(endpoint, "").await?.body[rows], json!([]));
     }
@@ -155,7 +155,7 @@ async fn an_edited_key_takes_effect_and_is_no_replication() -> Result<()> {
     let all = raw.read_stream("HB").await?.len();
     site.put("heartbeats", heartbeats(&url, "hb.c").to_string()).await?;
     more(&mut raw, "hb.c", 3).await?;
-    assert_eq!(raw.read_stream("HB").await?.len(), all + on(&mut raw, "hb.c").await?.len(), "what was deleted goes on");
+    assert_eq!(raw.read_stream("HB").await?.len(), all + on(&mut raw, "hb.c").await?.len(), "a deleted one continues");
     Ok(())
 }
 
@@ -295,7 +295,7 @@ async fn the_bucket_goes_before_the_file_and_the_file_comes_back() -> Result<()>
     // One that never was valid leaves the file's alone.
     site.put("heartbeats", "garbage").await?;
     let rejected = async || site.ask("heartbeat.get", "").await.is_ok_and(|shown| !shown.body["rejected"].is_null());
-    wait_for("the garbage to be told", LIMIT, rejected).await?;
+    wait_for("the garbage to be reported", LIMIT, rejected).await?;
     assert_eq!(origin().await?, "file");
     site.send("heartbeat.set", of_kv).await?;
     more(&mut raw, "hb.kv", 1).await?;
@@ -403,7 +403,7 @@ async fn with_an_election_one_publishes_and_another_takes_over() -> Result<()> {
     leader.restart().await?;
     wait_for("the first to stand by", LIMIT, async || paused(&leader).await == Some(true)).await?;
 
-    // A stop in order, after which nobody has to wait for the key.
+    // A graceful stop, after which no instance has to wait for the key.
     ensure!(other.stop().await?.success(), "{}", other.log());
     wait_for("the first to lead again", LIMIT, async || paused(&leader).await == Some(false)).await?;
     more(&mut raw, "hb.a", 1).await

@@ -26,7 +26,7 @@ const NEVER: u64 = 4_102_444_800;
 
 /// One connection.
 #[derive(Debug, Clone, Default)]
-struct Heard {
+struct HeardHeartbeat {
     connect: Value,
     subscriptions: Vec<String>,
     /// Subjects of messages.
@@ -36,7 +36,7 @@ struct Heard {
 /// A server that asks for TLS and a signature.
 struct Broker {
     port: u16,
-    heard: Arc<Mutex<Vec<Heard>>>,
+    heard: Arc<Mutex<Vec<HeardHeartbeat>>>,
     /// Ends the present connections.
     cut: Arc<Mutex<CancellationToken>>,
     nonce: Arc<Mutex<String>>,
@@ -70,18 +70,18 @@ impl Broker {
         Ok(broker)
     }
 
-    /// From now on with this nonce; who is there has to come again.
+    /// From now on with this nonce; every client has to connect again.
     fn restart(&self, nonce: &str) {
         nonce.clone_into(&mut self.nonce.lock().expect("nonce"));
         std::mem::take(&mut *self.cut.lock().expect("cut")).cancel();
     }
 
-    fn heard(&self) -> Vec<Heard> {
+    fn heard(&self) -> Vec<HeardHeartbeat> {
         self.heard.lock().expect("heard").clone()
     }
 
-    /// Waits for a connection behind the first `known` on which something was published.
-    async fn beats(&self, known: usize) -> Result<Heard> {
+    /// Waits for a connection after the first `known` on which something was published.
+    async fn beats(&self, known: usize) -> Result<HeardHeartbeat> {
         let beats = async || self.heard().into_iter().skip(known).find(|heard| !heard.published.is_empty());
         wait_value("a heartbeat", LIMIT, beats).await.with_context(|| format!("{:?}", self.heard()))
     }
@@ -91,7 +91,7 @@ async fn serve(
     mut socket: TcpStream,
     acceptor: TlsAcceptor,
     nonce: String,
-    heard: Arc<Mutex<Vec<Heard>>>,
+    heard: Arc<Mutex<Vec<HeardHeartbeat>>>,
 ) -> Result<()> {
     let info = json!({"server_id": "B", "server_name": "broker", "version": "2.14.0", "proto": 1, "headers": true,
         "max_payload": 1 << 20, "nonce": nonce, "auth_required": true, "tls_required": true, "host": "127.0.0.1", "port": 4222});
@@ -106,14 +106,17 @@ async fn serve(
             return Ok(());
         }
         let words: Vec<_> = line.split_whitespace().collect();
-        let note = |change: &dyn Fn(&mut Heard)| {
+        let note = |change: &dyn Fn(&mut HeardHeartbeat)| {
             let mut all = heard.lock().expect("heard");
             index.and_then(|index: usize| all.get_mut(index)).into_iter().for_each(change);
         };
         match words.as_slice() {
             ["CONNECT", ..] => {
                 let mut all = heard.lock().expect("heard");
-                all.push(Heard { connect: serde_json::from_str(line["CONNECT ".len()..].trim())?, ..Heard::default() });
+                all.push(HeardHeartbeat {
+                    connect: serde_json::from_str(line["CONNECT ".len()..].trim())?,
+                    ..HeardHeartbeat::default()
+                });
                 index = Some(all.len() - 1);
             }
             ["PING"] => write.write_all(b"PONG\r\n").await?,
@@ -160,7 +163,8 @@ async fn a_token_is_read_and_signed_for_every_connection() -> Result<()> {
     assert_eq!(site.send("heartbeat.set", document.clone()).await?.error, None);
     assert_eq!(site.ask("heartbeat.get", "").await?.body["config"], document);
     let heard = broker.beats(0).await.with_context(|| site.service.log())?;
-    let fields = |heard: &Heard| ["auth_token", "jwt", "sig", "nkey"].map(|field| heard.connect[field].clone());
+    let fields =
+        |heard: &HeardHeartbeat| ["auth_token", "jwt", "sig", "nkey"].map(|field| heard.connect[field].clone());
     assert_eq!(fields(&heard), [json!(first), json!(first), json!(SIGNATURE), Value::Null]);
     let inbox = "choria.reply.02c204b39fb9fba618388c8ac0877850.";
     assert!(!heard.subscriptions.is_empty() && heard.subscriptions.iter().all(|subject| subject.starts_with(inbox)));
@@ -178,7 +182,7 @@ async fn a_token_is_read_and_signed_for_every_connection() -> Result<()> {
     let inbox = "choria.reply.3f7c3a791b0eb10da51dca4cdedb9418.";
     assert!(heard.subscriptions.iter().all(|subject| subject.starts_with(inbox)), "{:?}", heard.subscriptions);
 
-    // What no broker would take is not sent, is told, and is tried again until it is right.
+    // A configuration that no broker would take is not sent, is reported, and is tried again until it is right.
     for (text, expect) in [
         (client(1_577_836_800), "expired at 2020-01-01T00:00:00Z"),
         (token(json!({"purpose": "choria_provisioning", "exp": NEVER})), "the purpose of the token in"),

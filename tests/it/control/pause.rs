@@ -78,7 +78,7 @@ async fn a_pause_in_the_middle_of_a_stream_loses_and_doubles_nothing() -> Result
             let there = site.at_target("ORDERS").await?;
             tokio::time::sleep(Duration::from_millis(100)).await;
             assert_eq!(site.at_target("ORDERS").await?, there, "something was copied during a pause");
-            assert_eq!(row["position"]["source_seq"], there, "what was in the air has settled");
+            assert_eq!(row["position"]["source_seq"], there, "messages in flight have settled");
             changed(&site.ask("resume", "ORDERS").await?, "ORDERS");
         }
         publisher.await??;
@@ -128,7 +128,7 @@ async fn a_pause_that_was_put_while_nothing_ran_counts_at_once() -> Result<()> {
         site.service.restart().await?;
         site.row_when("ORDERS", "is paused", is_paused).await?;
         copies_nothing(&site, "ORDERS", round * 10).await?;
-        // What was copied since the last save before the kill is found out when it goes on.
+        // Messages copied between the last save and the kill are detected when it continues.
         assert!(events.wait("paused", "ORDERS").await?["position"].as_u64() <= Some(round * 10));
         site.bucket("REPLICATOR_CONFIG").await?.delete("ORDERS/paused").await?;
         site.settled("ORDERS", (round + 1) * 10).await?;
@@ -246,7 +246,7 @@ async fn a_frozen_target_does_not_hold_up_the_answer_to_a_pause() -> Result<()> 
     site.settled("ORDERS", 10).await?;
     site.target.freeze()?;
     site.publish("ORDERS", 1..=10).await?;
-    site.row_when("ORDERS", "has something in the air", |row| row["in_flight"]["messages"] == 10).await?;
+    site.row_when("ORDERS", "has ten messages in flight", |row| row["in_flight"]["messages"] == 10).await?;
     let (reply, took) = timed(site.ask("pause", "ORDERS")).await?;
     refused(&reply, 504, "has not stopped yet");
     assert!(took < Duration::from_secs(3), "{took:?}");

@@ -25,7 +25,7 @@ async fn move_to(site: &Site, seq: u64) -> Result<Reply> {
     site.send("position", json!({"replication": "ORDERS", "source_seq": seq})).await
 }
 
-/// Source sequences of what lies at the target, in target order.
+/// Source sequences of the messages at the target, in target order.
 async fn origins(site: &Site) -> Result<Vec<u64>> {
     let stored = site.target().await?.read_stream("ORDERS").await?;
     let origin = |block: &[u8]| {
@@ -64,7 +64,7 @@ async fn resume(site: &Site, seq: u64) -> Result<Value> {
     site.settled("ORDERS", seq).await
 }
 
-/// Whatever was moved, a restart goes on behind it, after a stop in order and after a kill.
+/// However the position was moved, a restart continues after it, after a graceful stop and after a kill.
 async fn goes_on_behind(site: &mut Site, seq: u64) -> Result<()> {
     let before = origins(site).await?;
     site.stop().await?;

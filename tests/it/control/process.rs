@@ -84,13 +84,13 @@ async fn a_second_signal_ends_the_process_at_once() -> Result<()> {
     Ok(())
 }
 
-/// A replication with messages in the air that its target does not confirm.
+/// A replication with messages in flight that its target does not confirm.
 async fn stuck(site: &Site) -> Result<()> {
     site.replicate("ORDERS", 10).await?;
     site.target.freeze()?;
     site.publish("ORDERS", 1..=10).await?;
     let in_the_air = |row: &Value| row["in_flight"]["messages"].as_u64() > Some(0);
-    site.row_when("ORDERS", "has messages in the air", in_the_air).await?;
+    site.row_when("ORDERS", "has messages in flight", in_the_air).await?;
     Ok(())
 }
 
@@ -175,7 +175,7 @@ async fn readyz_follows_the_control_connection() -> Result<()> {
     Ok(())
 }
 
-/// Counters that Choria's stream-replicator has, under the same names, so that its dashboards go on.
+/// Counters that Choria's stream-replicator has, under the same names, so that its dashboards keep working.
 const CHORIA: [&str; 12] = [
     "total_messages",
     "total_bytes",

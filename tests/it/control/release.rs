@@ -149,7 +149,7 @@ async fn a_skip_outlives_a_kill() -> Result<()> {
         }
         site.settled("ORDERS", 20).await?;
         mark_is_gone(&site).await?;
-        // Left out for good, also where everything is read again.
+        // Skipped for good, also where everything is read again.
         site.service.kill()?;
         site.service.restart().await?;
         site.settled("ORDERS", 20).await?;

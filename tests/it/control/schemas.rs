@@ -11,7 +11,7 @@ use stream_replicator::events::Event;
 
 use crate::harness::{Site, client::request, wire};
 
-/// What makes the files anew.
+/// The command that generates the files again.
 pub const COMMAND: &str = "make generate";
 
 #[test]
@@ -117,7 +117,7 @@ fn requests_have_no_room_for_unknown_fields_and_replies_have() {
         } else if schema["type"] == "object" {
             assert!(!open, "{path}");
         } else {
-            // A document, which has its own schema, or nothing that is looked at.
+            // A document, which has its own schema, or a value that is not checked.
             assert!(schema.get("$ref").is_some() || unread, "{path}");
         }
     }

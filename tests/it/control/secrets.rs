@@ -13,11 +13,11 @@ use crate::harness::client::request;
 use crate::harness::{LIMIT, Outgoing, Raw, Role, Server, Site, secrets, wait_for};
 
 /// Files with secrets in them, sound and broken.
-struct Files {
+struct SecretFiles {
     folder: tempfile::TempDir,
 }
 
-impl Files {
+impl SecretFiles {
     fn write(seed: &str) -> Result<Self> {
         let files = Self { folder: tempfile::tempdir()? };
         // No server accepts it, but it looks like one.
@@ -60,7 +60,7 @@ async fn no_secret_of_any_kind_is_shown_anywhere_whatever_fails() -> Result<()> 
     let odd = format!("{}@/:?#&%\"\\{}", secrets::secret(), secrets::secret());
     secrets::register(&odd);
     let key = KeyPair::new_user();
-    let files = Files::write(&key.seed()?)?;
+    let files = SecretFiles::write(&key.seed()?)?;
     let users = format!(
         "authorization {{ users: [{{user: u, password: \"{password}\"}}, {{user: odd, password: {}}}, {{nkey: {}}}] }}",
         json!(odd),
@@ -133,7 +133,7 @@ async fn no_secret_of_any_kind_is_shown_anywhere_whatever_fails() -> Result<()> 
     see_everything(&site).await
 }
 
-/// Where the service has it, also what a document would do is told.
+/// If the service has it, the effects of a document are reported, too.
 async fn validate(site: &Site, document: &Value) -> Result<()> {
     let info = request(&site.client, "$SRV.INFO.replicator", Value::Null).await?;
     let endpoints = info["endpoints"].as_array().context("no endpoints")?;
@@ -192,7 +192,7 @@ async fn in_wrong_places(site: &Site, good: &str, to: &str) -> Result<()> {
             (code, _) => ensure!(code == Some(400), "{document}: {added:?}"),
         }
     }
-    // The same and worse by hand; all are looked at by those who ask.
+    // The same and worse by hand; every request that reads documents checks all of them.
     let [no_scheme, other_scheme] = ["nats//u", "nats:/u"].map(|user| {
         json!({"stream": "BROKEN", "source_url": format!("{user}:{secret}@h"), "target_url": to}).to_string()
     });
@@ -205,7 +205,7 @@ async fn in_wrong_places(site: &Site, good: &str, to: &str) -> Result<()> {
         site.put(&key, text).await?;
         site.row_when(&key, "is invalid", |row| row["state"] == "invalid").await?;
     }
-    // What is asked is counted and told by `$SRV.STATS`: nobody reads there what somebody else pasted.
+    // Requests are counted and reported by `$SRV.STATS`, which must not show text that was pasted into them.
     let info = request(&site.client, "$SRV.INFO.replicator", Value::Null).await?;
     for endpoint in info["endpoints"].as_array().context("no endpoints")? {
         let subject = endpoint["subject"].as_str().context("no subject")?;

@@ -30,7 +30,7 @@ fn outcome<'a>(body: &'a Value, side: &str, check: &str) -> &'a str {
     found.and_then(|found| found["result"].as_str()).unwrap_or_default()
 }
 
-/// Exactly one failed check, told once, in these words; the document is not valid.
+/// Exactly one failed check, reported once, in these words; the document is not valid.
 #[track_caller]
 fn fails(body: &Value, side: &str, check: &str, path: &str, words: &[&str]) {
     assert_eq!(outcome(body, side, check), "failed", "{check}: {body:#}");
@@ -226,7 +226,7 @@ async fn a_side_that_is_silent_is_told_in_time() -> Result<()> {
     Ok(())
 }
 
-/// The connection stands, and what has to answer does not: told as unknown, with the side and its address.
+/// The connection is up, and the server that should answer does not: reported as unknown, with the side and its address.
 #[tokio::test]
 async fn an_answer_that_does_not_come_is_unknown() -> Result<()> {
     let site = Site::start().await?;
@@ -274,7 +274,7 @@ async fn missing_streams_and_missing_jetstream_are_told() -> Result<()> {
     Ok(())
 }
 
-/// Permissions, once told by the server and once, where the user may not ask for them, found out by trying.
+/// Permissions, once reported by the server and once, where the user may not request them, detected by trying.
 async fn permissions(version: Option<&str>) -> Result<()> {
     let users = r#"
         {user: denied, password: x, permissions: {publish: {deny: ["orders.>"]}}},

@@ -1,4 +1,4 @@
-//! `config.validate` where it cannot be found out whether both sides are one account: it says so, whatever else it says.
+//! `config.validate` where it is unknown whether both sides are one account: it says so, whatever else it says.
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
@@ -37,7 +37,7 @@ async fn a_login_that_may_not_ask_is_reported_beside_all_else() -> Result<()> {
         let narrow = validate("narrow:x").await?;
         ensure!(unknown(&narrow).iter().any(|text| text.contains(NOT_KNOWN)), "{subjects}: {narrow:#}");
         ensure!(narrow["warnings"].to_string().contains(NOT_KNOWN), "{subjects}: {narrow:#}");
-        // One that may ask is told nothing of the kind.
+        // A user that may ask gets no such warning.
         let asked = validate("test:test").await?;
         ensure!(!asked.to_string().contains(NOT_KNOWN), "{subjects}: {asked:#}");
         raw.api("STREAM.DELETE.ORDERS", Value::Null).await?;
@@ -45,7 +45,7 @@ async fn a_login_that_may_not_ask_is_reported_beside_all_else() -> Result<()> {
     Ok(())
 }
 
-/// Without a target stream, and where both are one JetStream, there is nothing to be found out.
+/// Without a target stream, and where both are one JetStream, there is nothing to detect.
 #[tokio::test]
 async fn two_sides_of_one_jetstream_are_not_asked() -> Result<()> {
     let site = Site::small().await?;

@@ -5,37 +5,32 @@ use std::{
     fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use anyhow::{Context, Result};
 use rcgen::{CertificateParams, KeyPair};
-use serde_json::Value;
+use rustix::process::Signal;
+use serde_json::{Value, json};
 use tokio::{
     io::copy_bidirectional,
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UdpSocket},
     task::JoinHandle,
 };
 
 use crate::harness::{
-    LIMIT, Role, Server, connect, process::Process, request, server::free_port, service::binary, wait_for, wait_value,
+    LIMIT, Outgoing, Raw, Role, Server, connect,
+    process::{HOSTS, Process, RESOLV, with_file},
+    raw::wait_messages,
+    request,
+    server::free_port,
+    service::binary,
+    wait_for, wait_value,
 };
 
 const NAME: &str = "several.test";
 const MUTE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
+const SILENT: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 6);
 const GOOD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 5);
-
-/// A shell that knows the name; `None` where the system does not let us.
-fn with_hosts(hosts: &Path) -> Option<Command> {
-    let script = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
-    let shell = |flags: &[&str]| {
-        let mut command = Command::new("unshare");
-        command.args(flags).args(["sh", "-c", script]).arg(hosts);
-        command
-    };
-    let all: [&[&str]; 2] = [&["-m"], &["-rm"]];
-    all.into_iter().find(|flags| shell(flags).arg("true").output().is_ok_and(|done| done.status.success())).map(shell)
-}
 
 /// Passes on what comes to the good address, and leaves the mute one without an answer.
 async fn addresses(to: u16) -> Result<(u16, JoinHandle<()>, TcpListener)> {
@@ -76,7 +71,7 @@ impl Named {
         let folder = tempfile::tempdir()?;
         let hosts = folder.path().join("hosts");
         fs::write(&hosts, format!("127.0.0.1 localhost\n{MUTE} {NAME}\n{GOOD} {NAME}\n"))?;
-        if with_hosts(&hosts).is_none() {
+        if with_file(&hosts, HOSTS).is_none() {
             println!("not run: this system does not let a test give addresses to a name");
             return Ok(None);
         }
@@ -89,7 +84,7 @@ impl Named {
     /// Runs the program where the name has its addresses.
     fn run(&self, arguments: &[&str], log: &str) -> Result<Process> {
         let hosts = self.folder.path().join("hosts");
-        let mut command = with_hosts(&hosts).context("no way to give addresses to a name")?;
+        let mut command = with_file(&hosts, HOSTS).context("no way to give addresses to a name")?;
         command.arg(binary()?).args(arguments).args(["--server", &self.url]);
         self.ca.iter().for_each(|ca| _ = command.args(["--tlsca", ca]));
         Process::spawn(&mut command, &self.folder.path().join(log))
@@ -161,5 +156,58 @@ async fn certificates_of_other_names_are_refused() -> Result<()> {
         let Some(named) = Named::new("wss", port, Some(&certificate)).await? else { return Ok(()) };
         assert!(!named.command("command").await?, "{other}: {}", named.log("command"));
     }
+    Ok(())
+}
+
+/// A name server that takes questions and never answers; `None` where the system does not let a test be one.
+async fn silent_name_server(folder: &Path) -> Result<Option<(UdpSocket, PathBuf)>> {
+    let Ok(socket) = UdpSocket::bind((SILENT, 53)).await else { return Ok(None) };
+    let file = folder.join("resolv.conf");
+    // A lookup hangs for minutes.
+    fs::write(&file, format!("nameserver {SILENT}\noptions timeout:30 attempts:5\n"))?;
+    let Some(mut shell) = with_file(&file, RESOLV) else { return Ok(None) };
+    let mut lookup = Process::spawn(shell.args(["getent", "ahosts", "hangs.test"]), &folder.join("lookup"))?;
+    // Some systems do not ask the name servers of this file.
+    let mut question = [0; 512];
+    let asked = tokio::select! {
+        question = socket.recv(&mut question) => question.is_ok(),
+        _ = wait_for("the lookup to end", LIMIT, async || lookup.exited().is_some()) => false,
+    };
+    Ok(asked.then_some((socket, file)))
+}
+
+/// The service, a copy and a command get to the server that has an address; a stop waits for no lookup.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_whose_lookup_hangs_delays_no_other_server() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some((_name_server, file)) = silent_name_server(folder.path()).await? else {
+        println!("not run: this system does not let a test be a name server");
+        return Ok(());
+    };
+    let (source, target) = tokio::try_join!(Server::start(Role::Source), Server::start(Role::Target))?;
+    let url = |server: &Server| format!("nats://a.test:1,b.test:1,c.test:1,127.0.0.1:{}", server.port());
+    let run = |arguments: &[&str], log: &str| -> Result<Process> {
+        let mut command = with_file(&file, RESOLV).context("no way to replace a file")?;
+        command.arg(binary()?).args(arguments).args(["--server", &url(&source)]);
+        Process::spawn(&mut command, &folder.path().join(log))
+    };
+    let log = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap_or_default();
+    let mut service = run(&["serve", "--name", "TEST"], "service")?;
+    let client = connect(&source.url()).await?;
+    let ready = async || request(&client, "replicator.status", Value::Null).await.is_ok();
+    wait_for("the service by its control connection", LIMIT, ready).await.with_context(|| log("service"))?;
+    let mut raw = Raw::connect(&source.url()).await?;
+    raw.create_stream("A", json!({"subjects": ["a"]})).await?;
+    raw.publish(&Outgoing::new("a", "x")).await?;
+    let document = json!({"stream": "A", "source_url": url(&source), "target_url": url(&target)});
+    request(&client, "replicator.config.add", document).await?;
+    let mut at_target = Raw::connect(&target.url()).await?;
+    wait_messages(&mut at_target, "A", 1, LIMIT).await.with_context(|| log("service"))?;
+    let mut command = run(&["status", "--json"], "command")?;
+    let ended = async || command.exited().map(|status| status.success());
+    assert!(wait_value("the command to end", LIMIT, ended).await?, "{}", log("command"));
+    service.signal(Signal::TERM)?;
+    let ended = async || service.exited().map(|status| status.success());
+    assert!(wait_value("the service to end", LIMIT, ended).await?, "{}", log("service"));
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! How long the source keeps what is not copied: in the status, falling, and told before anything is lost.
+//! How long the source keeps messages that are not copied: in the status, falling, and reported before any loss.
 
 use std::time::Duration;
 

@@ -4,7 +4,6 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr},
-    process::Command,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -27,7 +26,7 @@ use crate::harness::{
     Cli, LIMIT, Outgoing, Role, Server, Service, Site,
     client::{Reply, refused, request},
     connect,
-    process::Process,
+    process::{HOSTS, Process, with_file},
     raw::wait_messages,
     secrets,
     server::free_port,
@@ -315,7 +314,7 @@ async fn a_redirected_websocket_is_not_followed() -> Result<()> {
     site.add("A", json!({"target_url": url})).await?;
     site.send("heartbeat.set", json!({"url": url, "interval": "200ms", "subjects": [{"subject": "hb"}]})).await?;
     let told = |row: &Value| row["last_error"]["message"].as_str().is_some_and(|text| text.contains("no websocket"));
-    site.row_when("A", "is told that there is no websocket", told).await?;
+    site.row_when("A", "reports that there is no websocket", told).await?;
     wait_for("several attempts", LIMIT, async || asked.load(Ordering::SeqCst) >= 6).await?;
     redirects.abort();
     assert_eq!(trap.said(), [""; 0]);
@@ -415,18 +414,6 @@ async fn each_address_of_a_name_has_its_own_attempt() -> Result<()> {
     Ok(())
 }
 
-/// A shell in which a name has these addresses; `None` where the system does not let us.
-fn with_hosts(hosts: &std::path::Path) -> Option<Command> {
-    let script = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
-    let shell = |flags: &[&str]| {
-        let mut command = Command::new("unshare");
-        command.args(flags).args(["sh", "-c", script]).arg(hosts);
-        command
-    };
-    let all: [&[&str]; 2] = [&["-m"], &["-rm"]];
-    all.into_iter().find(|flags| shell(flags).arg("true").output().is_ok_and(|done| done.status.success())).map(shell)
-}
-
 /// Every kind of connection, to a name whose first and last address accept and say nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_name_with_mute_addresses_serves_every_connection() -> Result<()> {
@@ -434,7 +421,7 @@ async fn a_name_with_mute_addresses_serves_every_connection() -> Result<()> {
     let hosts = folder.path().join("hosts");
     let names = ["127.0.0.1 localhost", "127.0.0.3 several.test", "127.0.0.5 several.test", "127.0.0.7 several.test"];
     fs::write(&hosts, names.join("\n") + "\n")?;
-    if with_hosts(&hosts).is_none() {
+    if with_file(&hosts, HOSTS).is_none() {
         println!("not run: this system does not let a test give addresses to a name");
         return Ok(());
     }
@@ -457,7 +444,7 @@ async fn a_name_with_mute_addresses_serves_every_connection() -> Result<()> {
         urls.push(format!("nats://several.test:{port}"));
     }
     let run = |arguments: &[&str], log: &str| -> Result<Process> {
-        let mut command = with_hosts(&hosts).context("no way to give addresses to a name")?;
+        let mut command = with_file(&hosts, HOSTS).context("no way to give addresses to a name")?;
         command.arg(binary()?).args(arguments);
         Process::spawn(&mut command, &folder.path().join(log))
     };
@@ -570,4 +557,36 @@ async fn a_pattern_of_addresses_allows_no_name() -> Result<()> {
         problem(&site.send("config.add", document).await?, "is not allowed by this service");
     }
     Ok(())
+}
+
+/// What a server says becomes part of a status row: of any length, it would hide the rows after it and keep the position
+/// from being saved.
+#[tokio::test]
+async fn an_endless_error_of_a_server_hides_nothing() -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let port = listener.local_addr()?.port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut stream = BufReader::new(stream);
+                let info = json!({"server_id": "x", "version": "2.14.6", "max_payload": 1 << 20, "headers": true});
+                let _ = stream.write_all(format!("INFO {info}\r\n").as_bytes()).await;
+                let mut line = String::new();
+                let _ = timeout(LIMIT, stream.read_line(&mut line)).await;
+                let _ = stream.write_all(format!("-ERR '{}'\r\n", "x".repeat(900_000)).as_bytes()).await;
+                let _ = timeout(LIMIT, stream.read_line(&mut line)).await;
+            });
+        }
+    });
+    let site = Site::small().await?;
+    site.replicate("ORDERS", 5).await?;
+    site.source_stream("AAA", json!({})).await?;
+    site.add("AAA", json!({"target_url": format!("nats://127.0.0.1:{port}")})).await?;
+    let says = |row: &Value| row["last_error"]["message"].as_str().is_some_and(|text| text.contains("(900000 bytes)"));
+    site.row_when("AAA", "says what the server said", says).await?;
+    let all = site.ask("status", "").await?.body;
+    let ids: Vec<_> = all["replications"].as_array().context("rows")?.iter().map(|row| &row["replication"]).collect();
+    ensure!(ids == ["AAA", "ORDERS"], "{ids:?}");
+    let saved = async || site.position("AAA").await.is_ok_and(|record| record.is_some_and(|r| says(&r["status"])));
+    wait_for("the row to be saved", LIMIT, saved).await
 }

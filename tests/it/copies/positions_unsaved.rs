@@ -1,4 +1,4 @@
-//! Saves of the position that fail while the copy could go on.
+//! Saves of the position that fail while the copy could continue.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -37,7 +37,7 @@ async fn saves_that_fail_are_reported_once_and_so_is_their_end() -> Result<()> {
         let text = error["message"].as_str().unwrap_or_default();
         error["current"] == true && error["kind"] == "retry" && text.contains("the position is not saved")
     };
-    let row = site.row_when("ORDERS", "tells of it", unsaved).await?;
+    let row = site.row_when("ORDERS", "reports it", unsaved).await?;
     assert_eq!(row["state"], "running", "it still copies: {row}");
     let counted = |row: &Value| row["counters"]["position_save_errors"].as_u64().is_some_and(|errors| errors >= 8);
     site.row_when("ORDERS", "counts them", counted).await?;

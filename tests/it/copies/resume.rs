@@ -1,4 +1,4 @@
-//! Where a replication goes on: every row of the table in ARCHITECTURE.md, made to happen with real servers.
+//! Where a replication resumes: every case of `copy/resume.rs`, made to happen with real servers.
 
 use anyhow::{Context, Result, ensure};
 use chrono::{SecondsFormat, Utc};
@@ -35,7 +35,7 @@ async fn added(source: Value, target: Option<Value>, document: Value, count: u64
     Ok(site)
 }
 
-/// The same, copied; the service goes on.
+/// The same, copied; the service continues.
 async fn running(source: Value, target: Option<Value>, document: Value, count: u64) -> Result<Site> {
     let site = added(source, target, document, count).await?;
     site.settled(STREAM, count).await?;
@@ -122,7 +122,7 @@ async fn save_was_at_the_start(site: &Site) -> Result<()> {
     .await
 }
 
-/// As if the last save had been at this source message: what is at the target behind it was stored later.
+/// As if the last save had been at this source message: everything after it at the target was stored later.
 async fn save_was_at(site: &Site, seq: u64) -> Result<()> {
     let source = site.source().await?.read_stream(STREAM).await?;
     let target = site.target().await?.read_stream(STREAM).await?;
@@ -555,7 +555,7 @@ async fn source_put_back(config: Value, target: Option<Value>) -> Result<Site> {
     Ok(site)
 }
 
-/// What the source has now is there, once and in order, behind what it had before.
+/// The messages that the source has now are there, once and in order, after the older ones.
 async fn verify_now(site: &Site, copied_before: usize) -> Result<()> {
     let source = site.source().await?.read_stream(STREAM).await?;
     let target = site.target().await?.read_stream(STREAM).await?;
@@ -734,7 +734,7 @@ async fn what_was_purged_while_down_is_a_gap_told_once() -> Result<()> {
     let event = site.events.ever("gap").await?;
     assert_eq!((&event["from"], &event["to"], &event["messages"]), (&json!(51), &json!(80), &json!(30)));
     assert_eq!(at_target(&site).await?, [seqs(1..=50), seqs(81..=100)].concat());
-    // All of it, and nothing new: still told only once.
+    // All of it, and nothing new: still reported only once.
     site.stop().await?;
     site.publish(STREAM, 101..=110).await?;
     purge(&mut site.source().await?, json!({})).await?;
@@ -1029,7 +1029,7 @@ async fn a_change_to_batches_and_a_kill_double_nothing() -> Result<()> {
     site.target.restart().await?;
     let mut target = site.target().await?;
     save_was_at(&site, 40).await?;
-    // ... and then in a batch, behind all those that are there.
+    // ... and then in a batch, after all those that are there.
     let config = json!({"name": STREAM, "subjects": ["s.>"], "storage": "file", "allow_batched": true});
     target.api(&format!("STREAM.UPDATE.{STREAM}"), config).await?;
     let row = resumed(&mut site, 100).await?;

@@ -315,7 +315,7 @@ async fn the_last_sequence_and_the_lag_agree() -> Result<()> {
     site.publish(STREAM, last + 1..=last + 7).await?;
     let row = site.row_when(STREAM, "sees all", |row| row["source"]["last_seq"] == last + 7).await?;
     agree(&row)?;
-    // Moved: what waits behind the new position is not known before it was looked for.
+    // Moved: the messages after the new position are not known before they were counted.
     let moved = json!({"replication": STREAM, "source_seq": 0});
     assert_eq!(site.send("position", moved).await?.error, None);
     let knows = |row: &Value| row["position"]["source_seq"] == 0 && row["lag"].is_object();

@@ -245,7 +245,7 @@ async fn senders_are_written_again_into_a_new_bucket() -> Result<()> {
     for name in ["n1", "n2", "n3"] {
         key_is(&site, "REPLICATOR_STATE", &format!("NODES.{name}"), |value| value["copied"].is_string()).await?;
     }
-    // Nobody is new, also behind a restart.
+    // No sender is new, not even after a restart.
     site.stop().await?;
     site.service.restart().await?;
     source.publish_all(["n1", "n2", "n3", "n4"].map(node)).await?;
@@ -288,7 +288,7 @@ async fn an_invalid_document_of_an_old_bucket_is_over_in_the_new() -> Result<()>
     }
     site.put("ORDERS", "garbage").await?;
     let invalid = |row: &Value| row["last_error"]["kind"] == "invalid" && row["last_error"]["current"] == true;
-    site.row_when("ORDERS", "tells of the document", invalid).await?;
+    site.row_when("ORDERS", "reports the document", invalid).await?;
     delete(&site, "REPLICATOR_CONFIG").await?;
     let config = jetstream::kv::Config { bucket: "REPLICATOR_CONFIG".into(), history: 10, ..Default::default() };
     jetstream::new(site.client.clone()).create_key_value(config).await?;
@@ -312,4 +312,50 @@ async fn a_standby_takes_over_after_the_leases_were_lost() -> Result<()> {
     let long = Duration::from_secs(120);
     wait_for("the other to lead", long, async || site.row("ORDERS").await.is_some_and(|row| row["leader"] == "two"))
         .await
+}
+
+/// Nothing is copied that would save the position: it is compared now and then.
+#[tokio::test]
+async fn an_idle_position_is_written_over_an_older_one() -> Result<()> {
+    let site = site().await?;
+    site.replicate("ORDERS", 10).await?;
+    let saved = async |seq: u64| {
+        let is = async || site.position("ORDERS").await.is_ok_and(|p| p.is_some_and(|p| p["source"]["seq"] == seq));
+        wait_for(&format!("position {seq} in the bucket"), 2 * LIMIT, is).await.with_context(|| site.service.log())
+    };
+    saved(10).await?;
+    let bucket = site.bucket("REPLICATOR_POSITIONS").await?;
+    let older = bucket.get("ORDERS").await?.context("a record")?;
+    site.publish("ORDERS", 11..=20).await?;
+    site.settled("ORDERS", 20).await?;
+    saved(20).await?;
+    // As somebody does who restores it.
+    bucket.put("ORDERS", older).await?;
+    saved(20).await?;
+    let mut raw = Raw::connect(&site.control().url()).await?;
+    raw.api("STREAM.PURGE.KV_REPLICATOR_POSITIONS", json!({})).await?;
+    saved(20).await?;
+    site.events.quiet(&["stalled", "target-reset", "source-reset"])
+}
+
+/// Neither who leads nor the standby has a lease or a session in the bucket any more.
+#[tokio::test]
+async fn purged_leases_come_back() -> Result<()> {
+    let mut site = site().await?;
+    let _two = another(&site, "two").await?;
+    let ids = ["AA", "BB", "CC"];
+    for id in ids {
+        site.replicate(id, 10).await?;
+    }
+    let mut raw = Raw::connect(&site.control().url()).await?;
+    raw.api("STREAM.PURGE.KV_REPLICATOR_LEASES", json!({})).await?;
+    for id in ids {
+        copies_on(&site, id, 10).await?;
+    }
+    site.service.kill()?;
+    for id in ids {
+        copies_on(&site, id, 20).await?;
+        assert_eq!(site.at_target(id).await?, 30, "{id}");
+    }
+    Ok(())
 }

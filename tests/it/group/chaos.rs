@@ -29,7 +29,7 @@ use crate::harness::site::merged;
 use crate::harness::{Cluster, Expect, LIMIT, Proxy, Role, SITE, Server, Service, request, wait_for};
 
 const NAMES: [&str; THREE] = ["one", "two", "three"];
-/// Everything has caught up so long after the last fault is over.
+/// Everything has caught up this long after the last fault is over.
 const CATCH_UP: Duration = Duration::from_secs(60);
 const LOG: &str = "info,stream_replicator=debug,stream_replicator::settled=trace,async_nats=off";
 
@@ -40,7 +40,7 @@ enum Kind {
     Exclusive,
     /// The target takes no batches.
     Pipelined,
-    /// The same, one message in the air.
+    /// The same, one message in flight.
     Strict,
     /// Another replication writes to the target too, and a foreigner.
     Shared,
@@ -84,7 +84,7 @@ impl Kind {
         !matches!(self, Kind::Pipelined | Kind::Strict | Kind::SharedPipelined)
     }
 
-    /// Whether a refusal may put a message behind later ones.
+    /// Whether a refusal may put a message after later ones.
     fn is_relaxed(self) -> bool {
         matches!(self, Kind::Pipelined | Kind::SharedPipelined)
     }
@@ -312,7 +312,7 @@ impl World {
     }
 }
 
-/// What nobody caused: nothing was removed, rolled back or made anew.
+/// Events without a cause: nothing was removed, rolled back or recreated.
 const LOSSES: [&str; 3] = ["event=Gap", "event=SourceReset", "event=TargetReset"];
 
 struct Outcome {

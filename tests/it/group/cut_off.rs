@@ -18,7 +18,7 @@ const LONGER: Duration = Duration::from_secs(4);
 const STREAMS: [&str; 3] = ["ORDERS", "PLAIN", "SHARED"];
 
 /// Two instances. `two` leads, and reaches the target through a proxy only.
-struct Pair {
+struct CutOffPair {
     site: Site,
     one: Service,
     two: Service,
@@ -26,7 +26,7 @@ struct Pair {
     _homes: TempDir,
 }
 
-impl Pair {
+impl CutOffPair {
     async fn start() -> Result<Self> {
         let mut site = Site::start().await?;
         // The service of the site is not part of it.
@@ -114,7 +114,7 @@ impl Pair {
 
 #[tokio::test]
 async fn a_leader_cut_off_from_its_target_keeps_its_lease() -> Result<()> {
-    let pair = Pair::start().await?;
+    let pair = CutOffPair::start().await?;
     let epochs = pair.epochs().await?;
     let troubles: [fn(&Proxy); 2] = [Proxy::cut, |proxy| proxy.half_open(BOTH, Newcomers::Hang)];
     let mut last = 100;
@@ -140,12 +140,12 @@ async fn a_leader_cut_off_from_its_target_keeps_its_lease() -> Result<()> {
 /// The leader hands over while what it sent is stuck on its way; that arrives when the successor has copied it too, or
 /// while it does.
 async fn late_messages(in_the_middle: bool) -> Result<()> {
-    let pair = Pair::start().await?;
+    let pair = CutOffPair::start().await?;
     pair.proxy.stall();
     pair.publish(101, 3_100).await?;
     for stream in STREAMS {
         let sent = |row: &Value| row["in_flight"]["messages"].as_u64() > Some(0);
-        pair.site.row_when(stream, "has messages in the air", sent).await.with_context(|| pair.logs())?;
+        pair.site.row_when(stream, "has messages in flight", sent).await.with_context(|| pair.logs())?;
     }
     pair.hand_over("one").await?;
     if !in_the_middle {
@@ -171,7 +171,7 @@ async fn late_messages_beside_a_successor_do_no_harm() -> Result<()> {
 /// The leader publishes one by one with ids; its successor finds a target that takes batches and chains its messages.
 #[tokio::test]
 async fn late_messages_of_another_transport_are_not_stored_twice() -> Result<()> {
-    let pair = Pair::start().await?;
+    let pair = CutOffPair::start().await?;
     assert_eq!(pair.site.row("PLAIN").await.context("a row")?["transport"], "pipelined");
     pair.proxy.stall();
     pair.publish(101, 3_100).await?;

@@ -1,4 +1,4 @@
-//! Several instances of one site: who runs what, who takes over when, and that nobody writes who may not.
+//! Several instances of one site: which one runs what, which one takes over and when, and that only the leader writes.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::harness::{Expect, LIMIT, Raw, SITE, Service, Site, request, wait_for}
 
 /// Time to live of a session in most of these tests.
 const TTL: &str = "3s";
-/// Whoever has to wait for it waits so long at the most.
+/// An instance waits for a lease this long at the most.
 const SILENT: Duration = Duration::from_secs(4);
 
 async fn one(arguments: &[&str]) -> Result<Site> {

@@ -120,3 +120,20 @@ async fn senders_are_seen_when_the_leader_says() -> Result<()> {
     }
     Ok(())
 }
+
+/// Changes carry a deadline by the clock of the host that they are sent from.
+#[tokio::test]
+async fn a_command_changes_something_whatever_its_clock_says() -> Result<()> {
+    let site = Site::small().await?;
+    site.replicate(STREAM, 5).await?;
+    for wrong in [WRONG, -WRONG] {
+        let skew = Skew::of(wrong)?;
+        let (name, value) = skew.variable();
+        let cli = site.cli().env(name, &value);
+        cli.ok(["pause", STREAM]).await?;
+        site.row_when(STREAM, "is paused", |row| row["state"] == "paused").await?;
+        cli.ok(["resume", STREAM]).await?;
+        site.row_when(STREAM, "runs", |row| row["state"] == "running").await?;
+    }
+    Ok(())
+}

@@ -11,7 +11,7 @@ const LONG: Duration = Duration::from_secs(240);
 const MIB: u64 = 1 << 20;
 
 /// A target that stops taking anything in the middle of a copy of `count` messages of 16 KiB, until the run is given
-/// up, and goes on then.
+/// up, and continues then.
 async fn stalled_target(count: u64) -> Result<()> {
     let site = Site::start().await?;
     let mut raw = site.source_stream("M", json!({})).await?;
@@ -21,8 +21,8 @@ async fn stalled_target(count: u64) -> Result<()> {
     site.copied("M", 100).await?;
     site.target.freeze()?;
     let full = |row: &serde_json::Value| row["in_flight"]["bytes"].as_u64().unwrap_or(0) > 4 * MIB;
-    site.row_when("M", "has as much in the air as it may", full).await?;
-    let stalled = site.row_when("M", "finds out that the target is stalled", |row| row["state"] == "retrying").await?;
+    site.row_when("M", "has as much in flight as it may", full).await?;
+    let stalled = site.row_when("M", "detects that the target is stalled", |row| row["state"] == "retrying").await?;
     assert!(stalled["position"]["source_seq"].as_u64().unwrap_or(count) < count, "it was stalled too late: {stalled}");
     site.target.thaw()?;
     site.settled_within("M", count, LONG).await?;

@@ -82,8 +82,8 @@ pub fn url(text: &str) {
 
 /// A password among any other text, in front of the `@`, is never shown.
 pub fn secret_url(before: &str, after: &str, host: &str) {
-    // Behind a `?` stand options, which are file names and no secrets, and what stands in front of it is a host; in front of the first `:` stands the user; behind
-    // the last `@` stands the host.
+    // Options follow a `?`; they are file names and no secrets, and the text before it is a host. The user precedes the first `:`, and
+    // the host follows the last `@`.
     let is_user = !before.contains(':') && after.contains(':');
     if is_user
         || before.contains('?')
@@ -130,8 +130,8 @@ pub fn mapping(prefix: &str, remove: &str, subject: &str) {
     }
 }
 
-/// Transforms of two subjects: whatever is in a document is read or told to be wrong, and what is said about patterns
-/// holds for the subjects in them. What single functions do is compared with servers, in `wire_subjects.rs`. Tells
+/// Transforms of two subjects: every text in a document is read or refused, and the claims about patterns hold for the
+/// subjects in them. Single functions are compared with servers in `wire/subjects.rs`. Returns
 /// whether they were read.
 pub fn transforms(pairs: &[(&str, &str)], subjects: [&str; 2]) -> bool {
     let list: Vec<_> = pairs.iter().map(|(src, dest)| serde_json::json!({"src": src, "dest": dest})).collect();

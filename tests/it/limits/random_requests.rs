@@ -17,7 +17,7 @@ use crate::harness::{LIMIT, Outgoing, Raw, Site, secrets, wait_for};
 
 /// The design's "within 3 s".
 const ANSWER: Duration = Duration::from_secs(3);
-/// Requests in the air at once.
+/// Requests in flight at once.
 const AT_ONCE: usize = 64;
 /// Replications that the requests may be about; the rest is to be left alone.
 const PLAYGROUND: [&str; 4] = ["PLAY", "PLAY.second", "MISSING", "NOWHERE"];
@@ -53,7 +53,7 @@ async fn survives(count: usize) -> Result<()> {
         let answer = ask(site_of_all, &asked).await;
         answer.with_context(|| format!("SEED={seed}: {}", asked.shown()))
     });
-    let answers: Vec<Answer> = answers.buffer_unordered(AT_ONCE).try_collect().await?;
+    let answers: Vec<RequestAnswer> = answers.buffer_unordered(AT_ONCE).try_collect().await?;
     let slowest = answers.iter().max_by_key(|answer| answer.time).context("no answers")?;
     println!("the slowest answer came from {} after {:?}", slowest.endpoint, slowest.time);
     let mut refused: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
@@ -95,28 +95,28 @@ async fn counts(site: &Site) -> Result<BTreeMap<String, (u64, u64)>> {
     endpoints.map(|endpoint| count(endpoint).with_context(|| format!("{endpoint}"))).collect()
 }
 
-struct Asked {
+struct AskedRequest {
     endpoint: String,
     subject: String,
     headers: HeaderMap,
     body: Vec<u8>,
 }
 
-impl Asked {
+impl AskedRequest {
     fn shown(&self) -> String {
         let body: String = String::from_utf8_lossy(&self.body).chars().take(2_000).collect();
         format!("{} with {:?} and {} bytes: {body}", self.subject, self.headers, self.body.len())
     }
 }
 
-struct Answer {
+struct RequestAnswer {
     endpoint: String,
     code: Option<u16>,
     time: Duration,
 }
 
 /// Sends a request; an answer that is late or not in form is an error.
-async fn ask(site: &Site, asked: &Asked) -> Result<Answer> {
+async fn ask(site: &Site, asked: &AskedRequest) -> Result<RequestAnswer> {
     let request = Request::new().headers(asked.headers.clone()).payload(asked.body.clone().into()).timeout(Some(LIMIT));
     let begun = Instant::now();
     let reply = site.client.send_request(asked.subject.clone(), request).await?;
@@ -137,7 +137,7 @@ async fn ask(site: &Site, asked: &Asked) -> Result<Answer> {
         }
     }
     checked(&asked.subject, &asked.body, code.is_some(), &body);
-    Ok(Answer { endpoint: asked.endpoint.clone(), code, time })
+    Ok(RequestAnswer { endpoint: asked.endpoint.clone(), code, time })
 }
 
 /// What the bucket holds are documents without problems, under their own ids.
@@ -187,7 +187,7 @@ impl Generator {
     }
 
     /// In turns, so that all endpoints get alike many.
-    fn requests(mut self, endpoints: &[(String, String)], count: usize) -> Vec<Asked> {
+    fn requests(mut self, endpoints: &[(String, String)], count: usize) -> Vec<AskedRequest> {
         let turns = endpoints.iter().cycle().take(count);
         turns.map(|(endpoint, subject)| self.request(endpoint.clone(), subject.clone())).collect()
     }
@@ -204,7 +204,7 @@ impl Generator {
         from.choose(&mut self.random).expect("something to pick from").clone()
     }
 
-    fn request(&mut self, endpoint: String, subject: String) -> Asked {
+    fn request(&mut self, endpoint: String, subject: String) -> AskedRequest {
         let mut body = if self.chance(80) { self.fitting(&endpoint) } else { self.any() };
         while self.chance(40) {
             self.change_value(&mut body);
@@ -220,7 +220,7 @@ impl Generator {
         }
         // The URLs were not there before: a copy to a server that is none of ours is no part of this test.
         let bytes = replace(replace(bytes, b"@source@", self.source.as_bytes()), b"@target@", self.target.as_bytes());
-        Asked {
+        AskedRequest {
             endpoint,
             subject,
             headers: self.headers(),

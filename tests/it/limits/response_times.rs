@@ -67,7 +67,7 @@ async fn ask_all(site: &Site, id: &str, document: &Value) -> Result<Slowest> {
         slowest.add(&endpoint, time_of(site, &subject, body).await?);
     }
     slowest.add("status", time_of(site, "replicator.status", String::new()).await?);
-    // It is to go on, whatever the order was.
+    // It must continue, whatever the order was.
     if slowest.0.contains_key("resume") {
         slowest.add("resume", time_of(site, "replicator.resume", id.to_owned()).await?);
     }
@@ -98,7 +98,7 @@ async fn requests_are_answered_while_source_or_target_is_frozen() -> Result<()> 
         ask_all(&site, "ORDERS", &site.document("ORDERS")).await?.judge(when)?;
         site.send("config.update", site.document_with("ORDERS", json!({"description": when}))).await?;
         let changed = site.document_with("ORDERS", json!({"max_age": "1h"}));
-        ask_all(&site, "ORDERS", &changed).await?.judge(&format!("{when}, and the copy begins anew"))?;
+        ask_all(&site, "ORDERS", &changed).await?.judge(&format!("{when}, and the copy restarts"))?;
         let deleted = time_of(&site, "replicator.config.delete", "ORDERS".to_owned()).await?;
         println!("{when}: deleted after {deleted:?}");
         ensure!(deleted < ANSWER, "{deleted:?}");
@@ -110,7 +110,7 @@ async fn requests_are_answered_while_source_or_target_is_frozen() -> Result<()> 
     Ok(())
 }
 
-/// A port on which nobody answers, not even to refuse: nobody takes connections, and no more fit into the queue.
+/// A port that gives no answer, not even a refusal: no connection is accepted, and no more fit into the queue.
 struct BlackHole {
     url: String,
     _listener: TcpListener,
@@ -132,14 +132,14 @@ impl BlackHole {
 }
 
 /// Where nothing works.
-struct Trouble {
+struct ServerTrouble {
     good: String,
     frozen: Server,
     closed: String,
     hole: BlackHole,
 }
 
-impl Trouble {
+impl ServerTrouble {
     async fn begin(good: &Server) -> Result<Self> {
         let frozen = Server::start(Role::Source).await?;
         frozen.freeze()?;
@@ -189,7 +189,7 @@ async fn burst(site: &Site, document: impl Fn(usize) -> Value, round: usize) -> 
 async fn requests_are_answered_while_fifty_replications_reach_nothing() -> Result<()> {
     const COUNT: usize = 50;
     let site = Site::start().await?;
-    let trouble = Trouble::begin(&site.source).await?;
+    let trouble = ServerTrouble::begin(&site.source).await?;
     for index in 0..COUNT {
         site.source_stream(&format!("T{index}"), json!({})).await?;
     }

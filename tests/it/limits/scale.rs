@@ -21,13 +21,13 @@ const MEMORY: u64 = 200 << 20;
 const ANSWER: Duration = Duration::from_millis(500);
 /// All of them run within this after the start of the process.
 const ALL_RUN: Duration = Duration::from_secs(60);
-/// So long the CPU time is watched.
+/// How long the CPU time is measured.
 const WATCHED: Duration = Duration::from_secs(10);
 
 #[tokio::test]
 async fn a_thousand_idle_replications_are_cheap() -> Result<()> {
     let site = start().await?;
-    let alone = Newcomers::add(&site, "ALONE").await?;
+    let alone = ScaleNewcomers::add(&site, "ALONE").await?;
     fill(&site, THOUSAND).await?;
     let ((), time) = timed(all_run(&site, THOUSAND)).await?;
     println!("all run {time:?} after the last was added");
@@ -172,11 +172,11 @@ async fn answers_in_time(site: &Site, count: usize) -> Result<()> {
 }
 
 /// Replications that are added, and how long each takes to copy its first message.
-struct Newcomers {
+struct ScaleNewcomers {
     median: Duration,
 }
 
-impl Newcomers {
+impl ScaleNewcomers {
     const COUNT: usize = 7;
 
     async fn add(site: &Site, name: &str) -> Result<Self> {
@@ -186,7 +186,7 @@ impl Newcomers {
             let mut source = site.source().await?;
             create(&mut source, &stream).await?;
             source.publish(&Outgoing::new(format!("{}.x", stream.to_lowercase()), "first")).await?;
-            let arrival = Arrival::watch(site, &stream).await?;
+            let arrival = ScaleArrival::watch(site, &stream).await?;
             let begun = Instant::now();
             site.add(&stream, json!({})).await?;
             arrival.wait().await?;
@@ -199,13 +199,13 @@ impl Newcomers {
 }
 
 /// The first message of a stream on its way into the target.
-struct Arrival {
+struct ScaleArrival {
     messages: async_nats::Subscriber,
     /// Keeps the subscription.
     _client: async_nats::Client,
 }
 
-impl Arrival {
+impl ScaleArrival {
     async fn watch(site: &Site, stream: &str) -> Result<Self> {
         let client = connect(&site.target.url()).await?;
         let messages = client.subscribe(format!("{}.>", stream.to_lowercase())).await?;
@@ -228,10 +228,10 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-async fn one_more_touches_none(site: &Site, alone: &Newcomers) -> Result<()> {
+async fn one_more_touches_none(site: &Site, alone: &ScaleNewcomers) -> Result<()> {
     let (rows, connections) = (quiet_rows(site).await?, connections(site).await?);
     ensure!(connections.len() >= 2 * THOUSAND, "{} connections", connections.len());
-    let crowded = Newcomers::add(site, "CROWDED").await?;
+    let crowded = ScaleNewcomers::add(site, "CROWDED").await?;
     ensure!(
         crowded.median < alone.median * 2 + Duration::from_millis(100),
         "{:?} instead of {:?}",
@@ -285,7 +285,7 @@ async fn idle_messages_are_copied_at_once(site: &Site) -> Result<()> {
     let mut times = Vec::new();
     for index in (0..THOUSAND).step_by(THOUSAND / 25) {
         let stream = stream_name(index);
-        let arrival = Arrival::watch(site, &stream).await?;
+        let arrival = ScaleArrival::watch(site, &stream).await?;
         let begun = Instant::now();
         source.publish(&Outgoing::new(format!("{}.x", stream.to_lowercase()), "late")).await?;
         arrival.wait().await?;

@@ -1,4 +1,4 @@
-//! Sampling per sender: what is copied, what is told of senders, and what is known after crashes and takeovers.
+//! Sampling per sender: which messages are copied, which advisories follow, and what is known after crashes and takeovers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
@@ -31,7 +31,7 @@ async fn site(fields: Value) -> Result<Site> {
     Ok(site)
 }
 
-/// Source sequences of what lies at the target, in its order.
+/// Source sequences of the messages at the target, in its order.
 async fn copied(site: &Site) -> Result<Vec<u64>> {
     let stored = site.target().await?.read_stream("NODES").await?;
     stored.iter().map(source_seq).collect()
@@ -288,7 +288,7 @@ async fn senders_that_come_go_and_return_are_told_of_once() -> Result<()> {
         assert_eq!((&body["inspect_field"], &body["replicator"]), (&json!("sender"), &json!(SITE)));
         assert_eq!(body["seen"], body["timestamp"]);
     }
-    // One reports all the time, until the others have been told of.
+    // One sender reports all the time, until there are advisories for the others.
     let reporting = Reporting::start(&site, "stays");
     let timeout = advisory(&site, "timeout", "returns").await?;
     assert_eq!(timeout["age"], 2, "{timeout}");
@@ -339,7 +339,7 @@ async fn a_reliable_advisory_waits_for_its_stream_also_over_a_restart() -> Resul
     site.service.restart().await?;
     site.row_when("NODES", "still has them", |row| row["sampling"]["advisories_waiting"] == 50).await?;
     site.source_stream("ADVISORIES", json!({})).await?;
-    site.row_when("NODES", "has told", |row| row["sampling"]["advisories_waiting"] == 0).await?;
+    site.row_when("NODES", "has published", |row| row["sampling"]["advisories_waiting"] == 0).await?;
     let all = advisories(&site).await?;
     let senders: BTreeSet<_> = all.iter().map(|(_, sender, _)| sender).collect();
     assert_eq!((all.len(), senders.len()), (50, 50));
@@ -356,13 +356,13 @@ async fn an_advisory_that_no_stream_takes_is_in_nobodys_way() -> Result<()> {
     let senders = |kind: &'static str| (0..300u64).map(move |number| report(&format!("{kind}.{number}"), number));
     publish(&site, senders("lost").chain(senders("taken"))).await?;
     let taken = |row: &Value| row["sampling"]["advised"]["new"] == 300 && row["sampling"]["advisories_waiting"] == 300;
-    site.row_when("NODES", "has told what is taken", taken).await?;
+    site.row_when("NODES", "has published what is taken", taken).await?;
     let refused = site.row("NODES").await.context("a row")?["sampling"]["advisory_errors"]["new"].as_u64();
     let again = |row: &Value| row["sampling"]["advisory_errors"]["new"].as_u64() > refused.map(|count| count + 300);
     let row = site.row_when("NODES", "has tried again", again).await?;
     assert!(taken(&row), "{row}");
     raw.api("STREAM.UPDATE.ADVISORIES", json!({"name": "ADVISORIES", "subjects": ["advisories.>"]})).await?;
-    let row = site.row_when("NODES", "has told all", |row| row["sampling"]["advisories_waiting"] == 0).await?;
+    let row = site.row_when("NODES", "has published all", |row| row["sampling"]["advisories_waiting"] == 0).await?;
     assert_eq!(row["sampling"]["advised"]["new"], 600, "{row}");
     assert_eq!(advisories(&site).await?.len(), 600);
     assert_eq!(site.service.log().matches("advisories are refused").count(), 1);
@@ -431,7 +431,7 @@ async fn what_is_too_old_to_be_read_makes_nobody_lost() -> Result<()> {
     publish(&site, [report("n1", 1)]).await?;
     advisory(&site, "new", "n1").await?;
     site.stop().await?;
-    // Nobody sees that `n1` goes on, and later nobody reads it.
+    // No advisory says that `n1` continues, and later none is read.
     publish(&site, [report("n1", 2)]).await?;
     sleep(Duration::from_secs(4)).await;
     let restarted = chrono::Utc::now().timestamp();
@@ -603,7 +603,7 @@ async fn kills(rounds: u64, batched: bool) -> Result<()> {
     }
     site.settled_within("NODES", next, 2 * LIMIT).await?;
     let extra = check_copies(&site, &sent).await?;
-    site.row_when("NODES", "has told all", |row| row["sampling"]["advisories_waiting"] == 0).await?;
+    site.row_when("NODES", "has published all", |row| row["sampling"]["advisories_waiting"] == 0).await?;
     let all = advisories(&site).await?;
     let senders: BTreeSet<_> = sent.values().collect();
     let told: BTreeSet<_> = all.iter().map(|(_, sender, _)| sender).collect();
@@ -636,7 +636,7 @@ async fn a_standby_that_takes_over_knows_all_senders() -> Result<()> {
     site.settled("NODES", last).await?;
     let service = Service::builder(&site.control().url(), SITE).instance("two").args(["--lease-ttl", "2s"]);
     let mut two = service.start().await?;
-    site.row_when("NODES", "has told all", |row| row["sampling"]["advised"]["new"] == 1_000).await?;
+    site.row_when("NODES", "has published all", |row| row["sampling"]["advised"]["new"] == 1_000).await?;
     record_when(&site, "NODES.n999", |record| record.get("pending").is_none()).await?;
     site.service.kill()?;
     site.row_when("NODES", "is led by two", |row| row["leader"] == "two" && row["state"] == "running").await?;
@@ -686,7 +686,7 @@ async fn the_clock_of_a_backlog_is_the_sources() -> Result<()> {
     publish(&site, [report("n1", 1), report("n2", 1)]).await?;
     advisory(&site, "new", "n2").await?;
     site.stop().await?;
-    // While it is down, one of them goes on, for longer than the other may be unseen.
+    // While it is down, one of them continues, for longer than the other may be unseen.
     let reporting = Reporting::start(&site, "n1");
     sleep(Duration::from_secs(6)).await;
     site.service.restart().await?;

@@ -1,5 +1,5 @@
-//! Acknowledged at the source is only what the target has, and what was delivered before comes again: whatever consumer
-//! there is.
+//! Only messages that the target has are acknowledged at the source, and others are redelivered: with every kind of
+//! consumer.
 
 use anyhow::{Context, Result, anyhow, ensure};
 use async_nats::jetstream::{self, consumer::pull};
@@ -61,7 +61,7 @@ async fn what_a_full_target_has_not_stored_stays_in_a_work_queue() -> Result<()>
         let mut config = target.api("STREAM.INFO.Q", Value::Null).await?["config"].take();
         config["max_msgs"] = json!(-1);
         target.api("STREAM.UPDATE.Q", config).await?;
-        wait_for("the copy to go on", LIMIT, async || {
+        wait_for("the copy to continue", LIMIT, async || {
             let _ = site.send("retry", json!({"replication": "Q"})).await;
             site.row("Q").await.is_some_and(|row| row["state"] == "running")
         })

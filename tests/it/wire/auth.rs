@@ -35,7 +35,7 @@ async fn copies(site: &Site, fields: Value) -> Result<()> {
     Ok(())
 }
 
-/// A command is let in with the same URL and files; that nobody answers there is told by who was let in only.
+/// A command is let in with the same URL and files; that no service answers there is the error of a command that was let in.
 async fn commands_come_in(fields: &Value) -> Result<()> {
     let mut cli = Cli::new(fields["source_url"].as_str().context("a URL")?);
     for (name, field) in [("NATS_CA", "ca"), ("NATS_CERT", "cert"), ("NATS_KEY", "key")] {

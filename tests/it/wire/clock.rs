@@ -131,7 +131,7 @@ async fn senders_are_unseen_by_the_clock_of_the_source() -> Result<()> {
     // By the clock of the service's host they were seen 50 minutes ago.
     let seen = site.send("senders", json!({"replication": STREAM, "since": "30m"})).await?;
     assert_eq!(seen.body["total"], 2, "{seen:?}");
-    // The source's clock is set right, to 50 minutes later, and they are unseen for so long.
+    // The source's clock is set right, to 50 minutes later, and they are unseen for that time.
     proxy.clock(Clock::Right);
     let row = site.row_when(STREAM, "has forgotten both", |row| row["sampling"]["senders"] == 0).await?;
     assert_eq!(row["counters"]["errors"], 0, "{row}");
@@ -190,7 +190,7 @@ async fn clocks_that_differ_are_reported_until_they_agree() -> Result<()> {
     site.events.ever("clock-ok").await?;
     site.row_when(STREAM, "sees clocks that agree", |row| offset(row).is_some_and(|ahead| ahead.abs() < 2.5)).await?;
     assert_eq!(warnings().await?.len(), 1, "only that it exists");
-    // And again, so that the paused copy has to find out.
+    // And again, so that the paused copy has to detect it.
     site.ask("pause", STREAM).await?;
     site.row_when(STREAM, "is paused", |row| row["state"] == "paused").await?;
     proxy.clock(Clock::Wrong(90));

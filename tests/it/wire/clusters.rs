@@ -18,36 +18,36 @@ async fn cluster_at_source() -> Result<Copies> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Side {
+enum ClusterSide {
     Source,
     Target,
 }
 
-impl Side {
+impl ClusterSide {
     fn cluster(self, copies: &Copies) -> &Cluster {
         match self {
-            Side::Source => &copies.source,
-            Side::Target => &copies.target,
+            ClusterSide::Source => &copies.source,
+            ClusterSide::Target => &copies.target,
         }
     }
 
     fn cluster_mut(self, copies: &mut Copies) -> &mut Cluster {
         match self {
-            Side::Source => &mut copies.source,
-            Side::Target => &mut copies.target,
+            ClusterSide::Source => &mut copies.source,
+            ClusterSide::Target => &mut copies.target,
         }
     }
 
     fn streams(self, copies: &Copies) -> Vec<&'static str> {
         match self {
-            Side::Source => vec![SOURCE],
-            Side::Target => copies.targets(),
+            ClusterSide::Source => vec![SOURCE],
+            ClusterSide::Target => copies.targets(),
         }
     }
 }
 
 /// The leader of each stream hands over, so many times.
-async fn step_down(copies: &Copies, side: Side, times: usize) -> Result<()> {
+async fn step_down(copies: &Copies, side: ClusterSide, times: usize) -> Result<()> {
     for time in 1..=times {
         for stream in side.streams(copies) {
             side.cluster(copies).step_down(stream).await?;
@@ -58,7 +58,7 @@ async fn step_down(copies: &Copies, side: Side, times: usize) -> Result<()> {
 }
 
 /// kill -9 of the leader of each stream in turn.
-async fn kill_leaders(copies: &mut Copies, side: Side, streams: &[&str]) -> Result<()> {
+async fn kill_leaders(copies: &mut Copies, side: ClusterSide, streams: &[&str]) -> Result<()> {
     for stream in streams {
         let leader = side.cluster(copies).leader(stream).await.expect("a leader");
         side.cluster_mut(copies).end(leader, End::Killed).await?;
@@ -71,7 +71,7 @@ async fn kill_leaders(copies: &mut Copies, side: Side, streams: &[&str]) -> Resu
 }
 
 /// SIGSTOP of the leader of each stream in turn, until another one has long led, and the thaw.
-async fn freeze_leaders(copies: &Copies, side: Side, streams: &[&str]) -> Result<()> {
+async fn freeze_leaders(copies: &Copies, side: ClusterSide, streams: &[&str]) -> Result<()> {
     let cluster = side.cluster(copies);
     for stream in streams {
         let leader = cluster.leader(stream).await.expect("a leader");
@@ -86,7 +86,7 @@ async fn freeze_leaders(copies: &Copies, side: Side, streams: &[&str]) -> Result
     Ok(())
 }
 
-async fn one_by_one(copies: &mut Copies, side: Side, how: End) -> Result<()> {
+async fn one_by_one(copies: &mut Copies, side: ClusterSide, how: End) -> Result<()> {
     for server in 0..side.cluster(copies).servers.len() {
         side.cluster_mut(copies).end(server, how).await?;
         side.cluster_mut(copies).servers[server].restart().await?;
@@ -97,7 +97,7 @@ async fn one_by_one(copies: &mut Copies, side: Side, how: End) -> Result<()> {
     Ok(())
 }
 
-async fn all_at_once(copies: &mut Copies, side: Side, how: End) -> Result<()> {
+async fn all_at_once(copies: &mut Copies, side: ClusterSide, how: End) -> Result<()> {
     side.cluster_mut(copies).restart_all(how).await?;
     copies.wait_leaders().await?;
     copies.go_on(&format!("{side:?}: all {how:?} and started")).await?;
@@ -107,42 +107,42 @@ async fn all_at_once(copies: &mut Copies, side: Side, how: End) -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_targets_leader_steps_down_is_killed_and_frozen() -> Result<()> {
     let mut copies = cluster_at_target().await?;
-    step_down(&copies, Side::Target, 2).await?;
-    kill_leaders(&mut copies, Side::Target, &["EXCLUSIVE"]).await?;
-    freeze_leaders(&copies, Side::Target, &["EXCLUSIVE"]).await?;
+    step_down(&copies, ClusterSide::Target, 2).await?;
+    kill_leaders(&mut copies, ClusterSide::Target, &["EXCLUSIVE"]).await?;
+    freeze_leaders(&copies, ClusterSide::Target, &["EXCLUSIVE"]).await?;
     copies.verify().await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_sources_leader_steps_down_is_killed_and_frozen() -> Result<()> {
     let mut copies = cluster_at_source().await?;
-    step_down(&copies, Side::Source, 2).await?;
-    kill_leaders(&mut copies, Side::Source, &[SOURCE]).await?;
-    freeze_leaders(&copies, Side::Source, &[SOURCE]).await?;
+    step_down(&copies, ClusterSide::Source, 2).await?;
+    kill_leaders(&mut copies, ClusterSide::Source, &[SOURCE]).await?;
+    freeze_leaders(&copies, ClusterSide::Source, &[SOURCE]).await?;
     copies.verify().await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_servers_of_the_target_are_restarted() -> Result<()> {
     let mut copies = cluster_at_target().await?;
-    one_by_one(&mut copies, Side::Target, End::Stopped).await?;
-    all_at_once(&mut copies, Side::Target, End::Killed).await?;
+    one_by_one(&mut copies, ClusterSide::Target, End::Stopped).await?;
+    all_at_once(&mut copies, ClusterSide::Target, End::Killed).await?;
     copies.verify().await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_servers_of_the_source_are_restarted() -> Result<()> {
     let mut copies = cluster_at_source().await?;
-    one_by_one(&mut copies, Side::Source, End::Stopped).await?;
-    all_at_once(&mut copies, Side::Source, End::Killed).await?;
+    one_by_one(&mut copies, ClusterSide::Source, End::Stopped).await?;
+    all_at_once(&mut copies, ClusterSide::Source, End::Killed).await?;
     copies.verify().await
 }
 
-/// While nobody leads, and for some seconds after its start, a server answers for a stream from what it has.
+/// While a stream has no leader, and for some seconds after its start, a server answers for the stream from its own state.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_target_server_that_lost_its_disk_is_not_believed() -> Result<()> {
     let mut copies = cluster_at_target().await?;
-    // The streams' first leaders are those that answer for them when they start anew.
+    // The streams' first leaders are the servers that answer for them after the restart.
     let leader = copies.target.leader("EXCLUSIVE").await.expect("a leader");
     copies.target.end(leader, End::Killed).await?;
     copies.target.servers[leader].wipe()?;
@@ -159,7 +159,7 @@ async fn a_target_server_that_lost_its_disk_is_not_believed() -> Result<()> {
 async fn everything_happens_to_the_clusters_of_both_sides() -> Result<()> {
     let (source, target) = tokio::try_join!(Cluster::start(Role::Source), Cluster::start(Role::Target))?;
     let mut copies = Copies::start(source, target, &KINDS, json!({})).await?;
-    for side in [Side::Target, Side::Source] {
+    for side in [ClusterSide::Target, ClusterSide::Source] {
         let streams = side.streams(&copies);
         step_down(&copies, side, 5).await?;
         kill_leaders(&mut copies, side, &streams).await?;

@@ -173,7 +173,7 @@ async fn streams_and_buckets_of_another_domain_through_a_leafnode() -> Result<()
         "source_url": url, "target_url": url});
     client.request(kv, document.to_string().into()).await?;
     wait_for("the edit by hand", LIMIT, async || status(&client, "H").await.is_some()).await?;
-    // A source in a domain that is not there says which subject nobody answers.
+    // The error of a source in a missing domain names the subject without responders.
     let document = json!({"stream": "N", "source_domain": "nowhere", "source_url": url, "target_url": url});
     request(&client, "replicator.config.add", document).await?;
     let message = wait_value("the error", LIMIT, async || {

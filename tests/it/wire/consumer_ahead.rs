@@ -6,7 +6,7 @@ use std::{fs, path::Path, path::PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::harness::{LIMIT, Outgoing, Raw, Server, Site, wait_for};
+use crate::harness::{LIMIT, Outgoing, Raw, Role, Server, Site, wait_for};
 
 async fn publish(raw: &mut Raw, numbers: impl Iterator<Item = u64>) -> Result<()> {
     raw.publish_all(numbers.map(|i| Outgoing::new("q.a", i.to_string()))).await.map(drop)
@@ -136,5 +136,64 @@ async fn a_consumer_of_choria_that_is_ahead_holds_the_copy() -> Result<()> {
     // What was acknowledged before and is back in the stream is nobody's.
     site.settled("Q", 140).await?;
     ensure!(copied(&site).await? == (1..=180).collect::<Vec<_>>());
+    Ok(())
+}
+
+/// A source server that needs explicit acks, with an interest stream.
+async fn interest() -> Result<(Site, Raw)> {
+    let source = Server::builder(Role::Source).version("2.12.8").start().await?;
+    let site = Site::builder().on(source, Server::start(Role::Target).await?).start().await?;
+    let raw = site.source_stream("Q", json!({"subjects": ["q.>"], "retention": "interest"})).await?;
+    Ok((site, raw))
+}
+
+async fn consumers(raw: &mut Raw) -> Result<Vec<String>> {
+    let names = raw.api("CONSUMER.NAMES.Q", json!({})).await?;
+    let mut names: Vec<String> = serde_json::from_value(names["consumers"].clone()).unwrap_or_default();
+    names.sort();
+    Ok(names)
+}
+
+/// What begins to copy a stream deletes no consumer of a neighbour, whatever its name is.
+#[tokio::test]
+async fn the_consumers_of_neighbours_are_left_alone() -> Result<()> {
+    let (site, mut raw) = interest().await?;
+    site.add("Q", json!({"name": "TEST_keep", "target_stream": "K", "target_subject_prefix": "k"})).await?;
+    site.row_when("Q.TEST_keep", "runs", |row| row["state"] == "running").await?;
+    let reply = site.ask("pause", "Q.TEST_keep").await?;
+    ensure!(reply.error.is_none(), "{reply:?}");
+    site.row_when("Q.TEST_keep", "is paused", |row| row["state"] == "paused").await?;
+    publish(&mut raw, 1..=50).await?;
+    site.add("Q", json!({})).await?;
+    site.row_when("Q", "runs", |row| row["state"] == "running").await?;
+    publish(&mut raw, 51..=60).await?;
+    site.row_when("Q", "has copied", |row| row["position"]["source_seq"] == 60).await?;
+    ensure!(consumers(&mut raw).await? == ["SR_TEST", "SR_TEST_keep"]);
+    let reply = site.ask("resume", "Q.TEST_keep").await?;
+    ensure!(reply.error.is_none(), "{reply:?}");
+    site.copied("K", 60).await
+}
+
+/// A process that ended while it recreated its consumer left one that keeps the messages. It goes when the next run has
+/// its consumer, and with the replication.
+#[tokio::test]
+async fn what_an_interrupted_recreation_left_goes() -> Result<()> {
+    let (mut site, mut raw) = interest().await?;
+    site.add("Q", json!({})).await?;
+    site.row_when("Q", "runs", |row| row["state"] == "running").await?;
+    publish(&mut raw, 1..=10).await?;
+    site.settled("Q", 10).await?;
+    site.stop().await?;
+    let config = json!({"name": "sr_keep_SR_TEST", "durable_name": "sr_keep_SR_TEST", "ack_policy": "explicit",
+        "deliver_policy": "by_start_sequence", "opt_start_seq": 11, "metadata": {"stream-replicator": "Q"}});
+    let create = json!({"stream_name": "Q", "config": config});
+    raw.api("CONSUMER.CREATE.Q.sr_keep_SR_TEST", create.clone()).await?;
+    publish(&mut raw, 11..=20).await?;
+    site.service.restart().await?;
+    finish(&site, 20).await?;
+    ensure!(consumers(&mut raw).await? == ["SR_TEST"]);
+    raw.api("CONSUMER.CREATE.Q.sr_keep_SR_TEST", create).await?;
+    steer(&site, "config.delete").await?;
+    ensure!(consumers(&mut raw).await?.is_empty());
     Ok(())
 }

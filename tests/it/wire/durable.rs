@@ -19,7 +19,7 @@ const LONG: Duration = Duration::from_secs(120);
 
 /// How the source is made and read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Way {
+struct DurableCase {
     retention: &'static str,
     /// The consumer is there before: with acks message by message, as Choria's replicator makes it.
     choria: bool,
@@ -27,8 +27,8 @@ struct Way {
     plain: bool,
 }
 
-const QUEUE: Way = Way { retention: "workqueue", choria: false, plain: false };
-const INTEREST: Way = Way { retention: "interest", ..QUEUE };
+const QUEUE: DurableCase = DurableCase { retention: "workqueue", choria: false, plain: false };
+const INTEREST: DurableCase = DurableCase { retention: "interest", ..QUEUE };
 
 /// The smallest number of messages that a kill now and then does not miss.
 const COUNT: u64 = 30_000;
@@ -39,7 +39,7 @@ fn message(i: u64) -> Outgoing {
     if lines.is_empty() { message } else { message.with_lines(lines) }
 }
 
-/// All that a stream holds, message by message: a work queue takes no consumer for a look.
+/// All messages of a stream, one by one: a work queue takes no consumer for reading.
 async fn snapshot(raw: &mut Raw, stream: &str) -> Result<Vec<Stored>> {
     snapshot_from(raw, stream, 1).await
 }
@@ -87,7 +87,7 @@ async fn drained(site: &Site, stream: &str) -> Result<()> {
 }
 
 /// A source and a target, and the replication paused with its consumer made, so that nothing is forgotten.
-async fn begin(site: &Site, way: Way, fields: Value) -> Result<Raw> {
+async fn begin(site: &Site, way: DurableCase, fields: Value) -> Result<Raw> {
     let config = json!({"subjects": ["q.>"], "retention": way.retention});
     let mut raw = site.source_stream("Q", config).await?;
     if way.choria {
@@ -110,7 +110,7 @@ async fn fill(raw: &mut Raw, numbers: RangeInclusive<u64>) -> Result<Vec<Stored>
     snapshot_from(raw, "Q", first).await
 }
 
-async fn prepare(site: &Site, way: Way, count: u64, fields: Value) -> Result<Vec<Stored>> {
+async fn prepare(site: &Site, way: DurableCase, count: u64, fields: Value) -> Result<Vec<Stored>> {
     let mut raw = begin(site, way, fields).await?;
     fill(&mut raw, 1..=count).await
 }
@@ -152,19 +152,19 @@ async fn at_target(site: &Site) -> u64 {
 }
 
 /// Kills the service at random moments of one copy.
-async fn twenty_kills(way: Way) -> Result<()> {
+async fn twenty_kills(way: DurableCase) -> Result<()> {
     const KILLS: u64 = 20;
     let seed: u64 = rand::random();
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
     let mut site = Site::builder().args(["--instance", "one"]).start().await?;
-    // Few in the air, so that the copy takes long enough to be disturbed.
+    // Few in flight, so that the copy takes long enough to be disturbed.
     let all = prepare(&site, way, COUNT, json!({"limits": {"messages_in_flight": 500}})).await?;
     resume(&site).await?;
     for kill in 1..=KILLS {
         // At a random count in this kill's share of the copy: early, late and in between.
         let at = (COUNT * kill / (KILLS + 2)).saturating_sub(random.random_range(0..COUNT / 40));
-        let goes_on = wait_for("the copy to go on", LONG, async || at_target(&site).await >= at).await;
+        let goes_on = wait_for("the copy to continue", LONG, async || at_target(&site).await >= at).await;
         goes_on.with_context(|| site.service.log())?;
         site.service.kill()?;
         site.service.restart().await?;
@@ -189,19 +189,19 @@ async fn an_interest_stream_is_copied_once_over_twenty_kills() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes long: make check-long"]
 async fn a_work_queue_is_pipelined_once_over_twenty_kills() -> Result<()> {
-    twenty_kills(Way { plain: true, ..QUEUE }).await
+    twenty_kills(DurableCase { plain: true, ..QUEUE }).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes long: make check-long"]
 async fn a_work_queue_of_choria_is_copied_once_over_twenty_kills() -> Result<()> {
-    twenty_kills(Way { choria: true, ..QUEUE }).await
+    twenty_kills(DurableCase { choria: true, ..QUEUE }).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes long: make check-long"]
 async fn an_interest_stream_of_choria_is_pipelined_over_twenty_kills() -> Result<()> {
-    twenty_kills(Way { choria: true, plain: true, ..INTEREST }).await
+    twenty_kills(DurableCase { choria: true, plain: true, ..INTEREST }).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -213,7 +213,7 @@ async fn an_interest_stream_keeps_messages_of_other_consumers() -> Result<()> {
     resume(&site).await?;
     site.settled("Q", 2_000).await?;
     acknowledged(&mut raw, 2_000).await?;
-    // What lies there is neither copied again nor lost sight of, whatever is read anew.
+    // Messages there are neither copied again nor forgotten, whatever is read again.
     site.service.kill()?;
     site.service.restart().await?;
     all.extend(fill(&mut raw, 2_001..=2_100).await?);
@@ -254,14 +254,14 @@ fn number(message: &Stored) -> Result<u64> {
 }
 
 /// Servers are killed and stopped in the middle of one copy.
-async fn servers_go(way: Way) -> Result<()> {
+async fn servers_go(way: DurableCase) -> Result<()> {
     println!("{way:?}");
     let mut site = Site::start().await?;
     let all = prepare(&site, way, COUNT, json!({"limits": {"messages_in_flight": 500}})).await?;
     resume(&site).await?;
     for (share, what) in ["source", "target", "source", "source in order"].into_iter().enumerate() {
         let at = COUNT * (share as u64 + 1) / 6;
-        wait_for("the copy to go on", LONG, async || at_target(&site).await >= at).await?;
+        wait_for("the copy to continue", LONG, async || at_target(&site).await >= at).await?;
         match what {
             "target" => {
                 site.target.kill()?;
@@ -282,18 +282,18 @@ async fn servers_go(way: Way) -> Result<()> {
 #[ignore = "takes long: make check-long"]
 async fn servers_are_killed_in_the_copy_of_a_work_queue() -> Result<()> {
     servers_go(QUEUE).await?;
-    servers_go(Way { choria: true, plain: true, ..QUEUE }).await
+    servers_go(DurableCase { choria: true, plain: true, ..QUEUE }).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes long: make check-long"]
 async fn servers_are_killed_in_the_copy_of_an_interest_stream() -> Result<()> {
     servers_go(INTEREST).await?;
-    servers_go(Way { choria: true, ..INTEREST }).await
+    servers_go(DurableCase { choria: true, ..INTEREST }).await
 }
 
 /// Connections to both sides are cut again and again.
-async fn cuts(way: Way) -> Result<()> {
+async fn cuts(way: DurableCase) -> Result<()> {
     let site = Site::start().await?;
     let (source, target) = (Proxy::start(site.source.port()).await?, Proxy::start(site.target.port()).await?);
     let fields = json!({"limits": {"messages_in_flight": 500}, "source_url": source.url(), "target_url": target.url()});
@@ -301,7 +301,7 @@ async fn cuts(way: Way) -> Result<()> {
     resume(&site).await?;
     for cut in 1..=8 {
         let at = COUNT * cut / 10;
-        wait_for("the copy to go on", LONG, async || at_target(&site).await >= at).await?;
+        wait_for("the copy to continue", LONG, async || at_target(&site).await >= at).await?;
         if cut % 2 == 0 { target.drop_connections() } else { source.drop_connections() }
     }
     finish(&site, &all).await
@@ -311,7 +311,7 @@ async fn cuts(way: Way) -> Result<()> {
 #[ignore = "takes long: make check-long"]
 async fn connections_are_cut_in_the_copy_of_a_work_queue() -> Result<()> {
     cuts(QUEUE).await?;
-    cuts(Way { choria: true, plain: true, ..QUEUE }).await
+    cuts(DurableCase { choria: true, plain: true, ..QUEUE }).await
 }
 
 /// The stream and its consumer change their leaders.
@@ -329,7 +329,7 @@ async fn leaders_step_down(choria: bool) -> Result<()> {
     site.add("Q", json!({"source_url": cluster.url(), "limits": {"messages_in_flight": 500}})).await?;
     for step in 1..=4 {
         let at = COUNT * step / 6;
-        wait_for("the copy to go on", LONG, async || at_target(&site).await >= at).await?;
+        wait_for("the copy to continue", LONG, async || at_target(&site).await >= at).await?;
         if step % 2 == 0 {
             cluster.step_down("Q").await?;
         } else {
@@ -357,7 +357,7 @@ async fn leaders_step_down_in_the_copy_with_a_consumer_of_choria() -> Result<()>
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pauses_stops_and_starts_in_order_leave_nothing_behind() -> Result<()> {
-    for way in [QUEUE, Way { choria: true, ..INTEREST }] {
+    for way in [QUEUE, DurableCase { choria: true, ..INTEREST }] {
         let mut site = Site::start().await?;
         let all = prepare(&site, way, COUNT, json!({"limits": {"messages_in_flight": 500}})).await?;
         resume(&site).await?;
@@ -367,7 +367,7 @@ async fn pauses_stops_and_starts_in_order_leave_nothing_behind() -> Result<()> {
         ensure!(copied < COUNT, "the pause came too late to tell anything");
         assert!(consumer(&mut site.source().await?, "Q", "SR_TEST").await?["config"]["durable_name"].is_string());
         resume(&site).await?;
-        wait_for("the copy to go on", LONG, async || at_target(&site).await >= COUNT / 3).await?;
+        wait_for("the copy to continue", LONG, async || at_target(&site).await >= COUNT / 3).await?;
         site.stop().await?;
         let stored = at_target(&site).await;
         ensure!(stored < COUNT, "the stop came too late to tell anything");
@@ -415,7 +415,7 @@ async fn skipped_messages_are_acknowledged_filtered_ones_stay() -> Result<()> {
 async fn a_consumer_that_lets_one_message_wait_for_its_ack_is_enough() -> Result<()> {
     for plain in [false, true] {
         let site = Site::start().await?;
-        let way = Way { choria: true, plain, ..QUEUE };
+        let way = DurableCase { choria: true, plain, ..QUEUE };
         let mut raw = begin(&site, way, json!({})).await?;
         let config = json!({"ack_policy": "explicit", "ack_wait": 30_000_000_000u64, "max_ack_pending": 1});
         make_consumer(&mut raw, "Q", "SR_TEST", config).await.context("changed")?;
@@ -433,7 +433,7 @@ async fn a_consumer_that_lets_one_message_wait_for_its_ack_is_enough() -> Result
     Ok(())
 }
 
-/// Somebody filters our consumer behind our back, and another consumer keeps what it passes over.
+/// Another client filters our consumer, and another consumer keeps the messages that it then passes over.
 #[tokio::test]
 async fn messages_that_the_consumer_skipped_are_copied_in_order() -> Result<()> {
     let site = Site::start().await?;
@@ -486,7 +486,7 @@ async fn a_skipped_message_that_is_removed_later_is_no_error() -> Result<()> {
 
 #[tokio::test]
 async fn what_was_deleted_at_the_source_is_passed_over_without_a_word() -> Result<()> {
-    for way in [INTEREST, QUEUE, Way { choria: true, ..INTEREST }] {
+    for way in [INTEREST, QUEUE, DurableCase { choria: true, ..INTEREST }] {
         let site = Site::start().await?;
         let mut raw = begin(&site, way, json!({})).await?;
         raw.publish_all((1..=1_000).map(message)).await?;
@@ -583,7 +583,7 @@ async fn an_interest_stream_starts_by_document_or_consumer() -> Result<()> {
 
 #[tokio::test]
 async fn a_position_moves_forward_only_where_the_source_forgets() -> Result<()> {
-    for way in [QUEUE, Way { choria: true, ..INTEREST }] {
+    for way in [QUEUE, DurableCase { choria: true, ..INTEREST }] {
         let site = Site::small().await?;
         let mut raw = begin(&site, way, json!({})).await?;
         fill(&mut raw, 1..=100).await?;
@@ -609,7 +609,7 @@ async fn a_position_moves_forward_only_where_the_source_forgets() -> Result<()> 
 #[tokio::test]
 async fn deleting_a_replication_removes_the_consumer_that_it_made() -> Result<()> {
     for (way, keep, stays) in
-        [(QUEUE, false, false), (INTEREST, true, true), (Way { choria: true, ..QUEUE }, false, true)]
+        [(QUEUE, false, false), (INTEREST, true, true), (DurableCase { choria: true, ..QUEUE }, false, true)]
     {
         let site = Site::small().await?;
         let mut raw = begin(&site, way, json!({})).await?;
@@ -667,7 +667,7 @@ async fn target_is_worked_off(retention: &str, batched: bool) -> Result<()> {
     let (url, work) = (site.target.url(), async {
         site.add("Q", json!({"limits": {"messages_in_flight": 200}})).await?;
         for kill in 1..=4 {
-            wait_for("the copy to go on", LONG, async || count() >= COUNT * kill / 6).await?;
+            wait_for("the copy to continue", LONG, async || count() >= COUNT * kill / 6).await?;
             site.service.kill()?;
             site.service.restart().await?;
         }
@@ -749,10 +749,10 @@ async fn a_work_queue_is_copied_without_waiting_for_each_message() -> Result<()>
     const COUNT: u64 = 100_000;
     let mut rates = Vec::new();
     for (name, way) in [
-        ("limits", Way { retention: "limits", ..QUEUE }),
+        ("limits", DurableCase { retention: "limits", ..QUEUE }),
         ("work queue", QUEUE),
         ("interest", INTEREST),
-        ("work queue with Choria's consumer", Way { choria: true, ..QUEUE }),
+        ("work queue with Choria's consumer", DurableCase { choria: true, ..QUEUE }),
     ] {
         let site = Site::start().await?;
         let mut raw = begin(&site, way, json!({})).await?;

@@ -77,10 +77,10 @@ async fn tried(led: &watch::Receiver<Leadership>, times: u64) -> Result<()> {
 async fn told(led: &mut watch::Receiver<Leadership>, expect: &str) -> Result<()> {
     let says = |led: &Leadership| led.error.as_ref().is_some_and(|error| error.contains(expect));
     let heard = timeout(LIMIT, led.wait_for(says)).await.map(|heard| heard.map(|_| ()));
-    Ok(heard.with_context(|| format!("`{expect}` is not told: {:?}", led.borrow()))??)
+    Ok(heard.with_context(|| format!("`{expect}` is not reported: {:?}", led.borrow()))??)
 }
 
-/// What lies at the key: revision, and the value if it is none of a deletion.
+/// The state of the key: revision, and the value unless it is a deletion.
 async fn key(raw: &mut Raw) -> Result<Option<(u64, Option<String>)>> {
     let found = raw.api(&format!("STREAM.MSG.GET.{STREAM}"), json!({"last_by_subj": SUBJECT})).await;
     let found = match found {
@@ -157,11 +157,11 @@ struct Leading {
 }
 
 impl Leading {
-    /// It leads, and goes on doing so.
+    /// It leads, and continues to.
     async fn goes_on(&self) -> Result<()> {
         let updates = || self.updates.load(Ordering::SeqCst);
         let enough = updates() + 3;
-        wait_for("the old leader to go on", LIMIT, async || updates() >= enough || self.task.is_finished()).await?;
+        wait_for("the old leader to continue", LIMIT, async || updates() >= enough || self.task.is_finished()).await?;
         ensure!(!self.task.is_finished(), "the old leader stood down");
         Ok(())
     }
@@ -365,7 +365,7 @@ async fn a_missing_bucket_is_told_and_looked_for_again() -> Result<()> {
     let mut led = campaign.led();
     let add = "`nats kv add CHORIA_LEADER_ELECTION --ttl 10s --replicas 3`";
     told(&mut led, &format!("bucket `CHORIA_LEADER_ELECTION` does not exist: make it with {add}")).await?;
-    // Who may not ask only knows that nobody answers.
+    // A client that may not ask only knows that there is no answer.
     let blind = stand(&server.url_as("new:p"), "blind")?;
     told(&mut blind.led(), &format!("or it does not exist and is made with {add}")).await?;
     blind.stop().await;

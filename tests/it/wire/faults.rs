@@ -40,7 +40,7 @@ async fn begin(target: Target) -> Result<Site> {
     if target == Target::Plain {
         site.target_stream("K", json!({})).await?;
     }
-    // Few in the air, so that the copy takes long enough to be disturbed.
+    // Few in flight, so that the copy takes long enough to be disturbed.
     site.add("K", json!({"limits": {"messages_in_flight": 500}})).await?;
     Ok(site)
 }
@@ -59,7 +59,7 @@ async fn kill_the_service(target: Target, kills: u64) -> Result<()> {
     for kill in 1..=kills {
         // At a random count in this kill's share of the copy: early, late and in between.
         let at = (COUNT * kill / (kills + 2)).saturating_sub(random.random_range(0..COUNT / 40));
-        wait_for("the copy to go on", LONG, async || target_messages(&site).await >= at).await?;
+        wait_for("the copy to continue", LONG, async || target_messages(&site).await >= at).await?;
         site.service.kill()?;
         site.service.restart().await?;
     }
@@ -81,17 +81,17 @@ async fn twenty_kills_of_the_service_in_one_pipelined_copy() -> Result<()> {
 async fn kill_a_server(target: Target, kill_target: bool) -> Result<()> {
     let mut site = begin(target).await?;
     for share in [4, 2] {
-        wait_for("the copy to go on", LONG, async || target_messages(&site).await >= COUNT / share).await?;
+        wait_for("the copy to continue", LONG, async || target_messages(&site).await >= COUNT / share).await?;
         let server = if kill_target { &mut site.target } else { &mut site.source };
         server.kill()?;
         server.restart().await?;
         let before = target_messages(&site).await;
         let begin = std::time::Instant::now();
-        wait_for("the copy to go on by itself", LIMIT, async || {
+        wait_for("the copy to continue by itself", LIMIT, async || {
             target_messages(&site).await > before || before >= COUNT
         })
         .await?;
-        println!("went on {:?} after the restart", begin.elapsed());
+        println!("continued {:?} after the restart", begin.elapsed());
     }
     site.settled_within("K", COUNT, LONG).await?;
     site.verify("K", &Expect::copy_of("K")).await
@@ -118,7 +118,7 @@ async fn a_stop_in_order_settles_what_is_in_the_air() -> Result<()> {
     assert!(stored < COUNT, "the stop came too late to tell anything");
     site.service.restart().await?;
     let row = site.settled_within("K", COUNT, LONG).await?;
-    // Everything that the first run sent had been settled and saved: the second one began right behind it.
+    // Everything that the first run sent had been settled and saved: the second one began right after it.
     assert_eq!(row["counters"]["copied"], COUNT - stored, "{row}");
     site.verify("K", &Expect::copy_of("K")).await
 }
@@ -149,12 +149,12 @@ async fn full_disk(target: Target, account: bool) -> Result<()> {
     assert!(before < count, "{row}");
     other.api("STREAM.PURGE.OTHER", Value::Null).await?;
     let begun = std::time::Instant::now();
-    wait_for("the copy to go on by itself", LIMIT, async || site.at_target("D").await.is_ok_and(|now| now > before))
+    wait_for("the copy to continue by itself", LIMIT, async || site.at_target("D").await.is_ok_and(|now| now > before))
         .await?;
-    println!("{target:?}: went on {:?} after there was room", begun.elapsed());
+    println!("{target:?}: continued {:?} after there was room", begun.elapsed());
     site.settled_within("D", count, LONG).await?;
     let expect = Expect::copy_of("D");
-    // What was refused among others in the air comes behind them.
+    // Messages that were refused among others in flight are stored after them.
     site.verify("D", &if target.is_fast(&site) { expect } else { expect.late_allowed() }).await
 }
 

@@ -82,7 +82,7 @@ async fn header_blocks_come_out_byte_for_byte_however_odd_they_are() -> Result<(
 #[tokio::test]
 async fn headers_that_a_target_acts_on_or_refuses_do_not_stop_a_copy() -> Result<()> {
     let site = Site::start().await?;
-    // A 2.10 server stores what newer ones refuse: where the source is newer, what it refuses is left out here.
+    // A 2.10 server stores messages that newer ones refuse: where the source is newer, they are skipped here.
     let mut raw = site.source_stream("HDR", json!({"subjects": ["hdr.>"], "allow_rollup_hdrs": true})).await?;
     let lines: [&[&str]; 16] = [
         &["Nats-Expected-Last-Subject-Sequence: 0", "A: 1"],
@@ -153,7 +153,7 @@ async fn subjects_are_filtered_and_mapped() -> Result<()> {
     )
     .await?;
     let last = raw.read_stream("MAP").await?.iter().rfind(|m| m.subject.starts_with("a.b.x")).map_or(0, |m| m.seq);
-    // What the filter leaves out may be behind it.
+    // Messages that the filter skips may be after it.
     let settled = |row: &Value| row["position"]["source_seq"].as_u64() >= Some(last);
     site.row_when("MAP", "has settled the last one", settled).await?;
     let expect = Expect::copy_of("MAP")
@@ -175,7 +175,7 @@ async fn too_large_messages_hold_the_copy_and_lose_nothing() -> Result<()> {
     assert_eq!(row["position"]["source_seq"], 2, "{row}");
     let message = row["last_error"]["message"].as_str().unwrap_or_default().to_owned();
     assert!(message.contains("message 3") && message.contains("max_payload"), "{message}");
-    // Once the message is gone the copy goes on.
+    // Once the message is gone the copy continues.
     raw.api("STREAM.MSG.DELETE.BIG", json!({"seq": 3})).await?;
     site.settled_within("BIG", 4, LONG).await?;
     site.verify("BIG", &Expect::copy_of("BIG")).await

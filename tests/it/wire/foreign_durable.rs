@@ -33,14 +33,14 @@ fn is_held_by(row: &Value, texts: &[&str]) -> bool {
 }
 
 /// Another installation: its own control server and target.
-struct Other {
+struct OtherDurable {
     control: Server,
     target: Server,
     service: Service,
     client: async_nats::Client,
 }
 
-impl Other {
+impl OtherDurable {
     async fn start(site: &str) -> Result<Self> {
         let (control, target) = tokio::try_join!(Server::start(Role::Control), Server::start(Role::Target))?;
         let service = Service::builder(&control.url(), site).start().await?;
@@ -68,7 +68,7 @@ async fn of_two_installations_with_one_name_one_is_held() -> Result<()> {
     for retention in WAYS {
         for site_name in ["OTHER", "TEST"] {
             let site = Site::start().await?;
-            let other = Other::start(site_name).await?;
+            let other = OtherDurable::start(site_name).await?;
             let mut raw = source(&site, retention).await?;
             site.add("Q", json!({"name": "shared", "id": "Q"})).await?;
             site.row_when("Q", "runs", |row| row["state"] == "running").await?;
@@ -107,7 +107,7 @@ async fn of_two_installations_with_one_name_one_is_held() -> Result<()> {
 #[tokio::test]
 async fn a_validation_names_both_installations() -> Result<()> {
     let site = Site::start().await?;
-    let other = Other::start("OTHER").await?;
+    let other = OtherDurable::start("OTHER").await?;
     source(&site, "workqueue").await?;
     site.add("Q", json!({"name": "shared"})).await?;
     site.row_when("Q.shared", "runs", |row| row["state"] == "running").await?;

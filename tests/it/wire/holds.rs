@@ -372,7 +372,7 @@ async fn rotated_credentials_of_the_target_cost_no_error() -> Result<()> {
     Ok(())
 }
 
-/// The service goes on with its leases, and answers.
+/// The service keeps its leases, and answers.
 #[tokio::test]
 async fn rotated_credentials_of_the_service_cost_no_lease() -> Result<()> {
     let (signed, folder) = (Signed::new()?, tempfile::tempdir()?);

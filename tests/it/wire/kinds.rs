@@ -41,3 +41,39 @@ async fn counters_and_schedules_are_refused_on_either_side() -> Result<()> {
     }
     Ok(())
 }
+
+/// Names that a server takes for a stream, and one whose first message has a sequence of its own.
+#[tokio::test]
+async fn streams_of_any_name_are_copied() -> Result<()> {
+    let mut site = Site::start().await?;
+    let names = ["$MQTT_msgs", "\u{d6}L", "A#1", "x~y", "a,b", "=41"];
+    let mut ids = Vec::new();
+    for (index, name) in names.into_iter().enumerate() {
+        let retention = if index % 2 == 1 { "workqueue" } else { "limits" };
+        let config = json!({"subjects": [format!("n{index}.>")], "retention": retention, "first_seq": 1_001});
+        let mut raw = site.source_stream(name, config).await?;
+        raw.publish_all((0..20).map(|i| Outgoing::new(format!("n{index}.{i}"), i.to_string()))).await?;
+        let reply = site.send("config.add", site.document(name)).await?;
+        assert_eq!(reply.error, None, "{name}: {reply:?}");
+        ids.push(reply.body["replication"].as_str().unwrap_or_default().to_owned());
+    }
+    for (id, name) in ids.iter().zip(names) {
+        site.settled(id, 1_020).await?;
+        assert_eq!(site.at_target(name).await?, 20, "{name}");
+    }
+    site.service.kill()?;
+    for index in 0..names.len() {
+        let messages = (20..30).map(|i| Outgoing::new(format!("n{index}.{i}"), i.to_string()));
+        site.source().await?.publish_all(messages).await?;
+    }
+    site.service.restart().await?;
+    for (id, name) in ids.iter().zip(names) {
+        site.settled(id, 1_030).await?;
+        assert_eq!(site.at_target(name).await?, 30, "{name}");
+        for request in ["pause", "resume", "config.delete"] {
+            let reply = site.ask(request, id).await?;
+            assert_eq!(reply.error, None, "{request} {name}: {reply:?}");
+        }
+    }
+    Ok(())
+}

@@ -1,4 +1,4 @@
-//! Bounds: on what is in the air, on what is asked for at once, and on batches.
+//! Bounds: on messages in flight, on the size of pulls, and on batches.
 
 use std::time::Duration;
 
@@ -46,8 +46,8 @@ async fn batches_that_end_at_an_ack_are_no_error() -> Result<()> {
     for count in [500, 1000, 1, 499, 1500] {
         last = raw.publish_all((0..count).map(|i| Outgoing::new("b", i.to_string()))).await?;
         site.settled_within("B", last, LONG).await?;
-        // What was open is committed when nothing comes for a moment; the next batch begins behind that.
-        site.row_when("B", "has nothing in the air", |row| row["in_flight"]["messages"] == 0).await?;
+        // An open batch is committed when nothing arrives for a moment; the next batch begins after that.
+        site.row_when("B", "has nothing in flight", |row| row["in_flight"]["messages"] == 0).await?;
     }
     raw.publish(&Outgoing::new("b", "last")).await?;
     let row = site.settled_within("B", last + 1, LONG).await?;

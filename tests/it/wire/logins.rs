@@ -29,7 +29,7 @@ fn jwt(issuer: &KeyPair, subject: &str, audience: &str, expires: Option<i64>, cl
     Ok(format!("{signed}.{signature}"))
 }
 
-/// Lets everybody in; the first connections of the copy only for a time that none of them is told.
+/// Lets every client in; the first connections of the copy only for a time that the server does not announce.
 async fn let_in(client: async_nats::Client, issuer: KeyPair) -> Result<()> {
     let mut requests = client.subscribe("$SYS.REQ.USER.AUTH").await?;
     client.flush().await?;

@@ -1,5 +1,5 @@
 //! Networks fail between the service and its servers: connections end anywhere, go silent, or are slow. Every message
-//! once, in order, and the copy goes on by itself.
+//! once, in order, and the copy continues by itself.
 
 use std::time::{Duration, Instant};
 
@@ -15,19 +15,19 @@ use crate::harness::{
 const LONG: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sides {
+enum NetworkSides {
     Source,
     Target,
     Both,
 }
 
-impl Sides {
+impl NetworkSides {
     fn proxies(self, copies: &Copies) -> Vec<&Proxy> {
         let (source, target) = (&copies.source.proxies, &copies.target.proxies);
         match self {
-            Sides::Source => source.iter().collect(),
-            Sides::Target => target.iter().collect(),
-            Sides::Both => source.iter().chain(target).collect(),
+            NetworkSides::Source => source.iter().collect(),
+            NetworkSides::Target => target.iter().collect(),
+            NetworkSides::Both => source.iter().chain(target).collect(),
         }
     }
 }
@@ -48,16 +48,16 @@ async fn cut(copies: &Copies, times: usize) -> Result<()> {
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
     for time in 1..=times {
-        let side = if random.random_bool(0.5) { Sides::Source } else { Sides::Target };
+        let side = if random.random_bool(0.5) { NetworkSides::Source } else { NetworkSides::Target };
         let proxies = side.proxies(copies);
         let accepted = || proxies.iter().map(|proxy| proxy.accepted()).sum::<u64>();
         // Most bytes flow away from the source; the other way there is little but requests and acks.
         let much = random.random_bool(0.7);
-        let direction = if much == (side == Sides::Target) { Direction::ToServer } else { Direction::ToClient };
+        let direction = if much == (side == NetworkSides::Target) { Direction::ToServer } else { Direction::ToClient };
         let bytes = random.random_range(1..if much { 100_000 } else { 2_000 });
         let before = accepted();
         proxies.iter().for_each(|proxy| proxy.cut_after(direction, bytes));
-        if side == Sides::Source && !much {
+        if side == NetworkSides::Source && !much {
             // Hardly anything is asked of the source but at the start.
             proxies.iter().for_each(|proxy| proxy.drop_connections());
         }
@@ -71,7 +71,7 @@ async fn cut(copies: &Copies, times: usize) -> Result<()> {
 /// Connections of these sides are silent for a while, and for good; then new ones work.
 async fn half_open(
     copies: &Copies,
-    sides: Sides,
+    sides: NetworkSides,
     directions: &[Direction],
     newcomers: Newcomers,
     time: Duration,
@@ -103,17 +103,17 @@ async fn connections_are_cut_anywhere_hundreds_of_times() -> Result<()> {
 /// All sides at once, each on servers of its own: nearly all of the time is waiting.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_fall_silent_are_given_up_in_time() -> Result<()> {
-    let one = async |sides: Sides, directions: &[Direction]| {
+    let one = async |sides: NetworkSides, directions: &[Direction]| {
         let mut copies = single_servers().await?;
         // A firewall forgot what it knew: nothing is ever heard again, and nothing but the silence tells.
         half_open(&copies, sides, directions, Newcomers::Work, Duration::ZERO).await?;
         copies.verify().await
     };
     tokio::try_join!(
-        one(Sides::Source, BOTH),
-        one(Sides::Target, BOTH),
-        one(Sides::Both, BOTH),
-        one(Sides::Target, &[Direction::ToClient]),
+        one(NetworkSides::Source, BOTH),
+        one(NetworkSides::Target, BOTH),
+        one(NetworkSides::Both, BOTH),
+        one(NetworkSides::Target, &[Direction::ToClient]),
     )?;
     Ok(())
 }
@@ -121,7 +121,7 @@ async fn connections_that_fall_silent_are_given_up_in_time() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_network_stops_the_copy_no_longer_than_it_lasts() -> Result<()> {
     let mut copies = cluster_at_target().await?;
-    half_open(&copies, Sides::Both, BOTH, Newcomers::Hang, Duration::from_secs(30)).await?;
+    half_open(&copies, NetworkSides::Both, BOTH, Newcomers::Hang, Duration::from_secs(30)).await?;
     copies.verify().await
 }
 
@@ -129,7 +129,7 @@ async fn a_silent_network_stops_the_copy_no_longer_than_it_lasts() -> Result<()>
 #[ignore = "takes minutes: make check-long"]
 async fn half_open_connections_of_thirty_seconds_in_every_way() -> Result<()> {
     let mut copies = cluster_at_target().await?;
-    for sides in [Sides::Source, Sides::Target, Sides::Both] {
+    for sides in [NetworkSides::Source, NetworkSides::Target, NetworkSides::Both] {
         for directions in [BOTH, &[Direction::ToServer], &[Direction::ToClient]] {
             for (newcomers, seconds) in [(Newcomers::Work, 0), (Newcomers::Hang, 30)] {
                 half_open(&copies, sides, directions, newcomers, Duration::from_secs(seconds)).await?;

@@ -117,7 +117,7 @@ async fn an_object_without_all_of_its_chunks_is_left_out_and_told() -> Result<()
     Ok(())
 }
 
-/// Chunks are read in the order of the stream: on a target without batches one message is in the air at a time.
+/// Chunks are read in the order of the stream: on a target without batches one message is in flight at a time.
 #[tokio::test]
 async fn the_order_of_chunks_is_strict_on_a_target_without_batches() -> Result<()> {
     let site = Site::start().await?;

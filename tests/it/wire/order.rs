@@ -26,7 +26,7 @@ async fn under_step_downs(ordering: &str, count: u64, step_downs: usize) -> Resu
         let far = async || {
             site.row("S").await.is_some_and(|row| row["position"]["source_seq"].as_u64() >= Some(share * step))
         };
-        wait_for("the copy to go on", LONG, far).await.with_context(|| site.service.log())?;
+        wait_for("the copy to continue", LONG, far).await.with_context(|| site.service.log())?;
         cluster.step_down("S").await?;
     }
     // A leader that goes while no message is on its way refuses none: then again, with more to copy.
@@ -193,7 +193,7 @@ async fn a_consumed_target_is_not_filled_again_and_doubt_is_told() -> Result<()>
             site.stop().await?;
             let before = site.position("S").await?.context("a record")?;
             ensure!(consume(&site).await? > 150);
-            // The saved place is consumed, and others before it are not.
+            // The message at the saved position is consumed, and others before it are not.
             site.service.restart().await?;
             let row = site.settled("S", 200).await?;
             assert_eq!(row["counters"]["copied"], 0, "{row}");
@@ -214,7 +214,7 @@ async fn a_consumed_target_is_not_filled_again_and_doubt_is_told() -> Result<()>
                 reasons.iter().any(|told| told["reason"].as_str().is_some_and(|text| text.contains("consumed")))
             };
             if doubled {
-                wait_for("the doubt to be told", LONG, async || doubt()).await?;
+                wait_for("the doubt to be reported", LONG, async || doubt()).await?;
             } else {
                 ensure!(!doubt(), "{retention} {window_ms}: {:?}", site.events.told("duplicate-window"));
             }
@@ -239,7 +239,7 @@ async fn another_writer_holds_a_strict_exclusive_pipelined_copy() -> Result<()> 
         told["message"].as_str().is_some_and(|text| text.contains(&format!("message {at} on `s.foreign`"))),
         "{told}"
     );
-    // Nobody writes any more: it goes on by itself.
+    // The other writer has stopped: the copy continues by itself.
     let row = site.settled("S", 600).await?;
     assert_eq!((&row["target_mode"], &row["ordering"]), (&json!("exclusive"), &json!("strict")), "{row}");
     site.verify("S", &Expect::copy_of("S").shared()).await?;

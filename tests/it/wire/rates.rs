@@ -25,7 +25,7 @@ async fn publish(site: &Site, stream: &str, messages: u64) -> Result<()> {
     Ok(())
 }
 
-/// Messages that arrive at the target in a second, measured for so long.
+/// Messages that arrive at the target in a second, measured for this time.
 async fn rate(site: &Site, stream: &str, time: Duration) -> Result<f64> {
     let mut raw = site.target().await?;
     let mut stored = async || {
@@ -136,7 +136,7 @@ async fn one_message_larger_than_a_seconds_worth_passes() -> Result<()> {
         let begin = Instant::now();
         site.add(stream, json!({"limits": {"bytes_per_second": 1_024}})).await?;
         site.settled(stream, 3).await?;
-        // The first two after a second, the last one behind the debt of almost three.
+        // The first two after a second, the last one after the debt of almost three.
         let took = begin.elapsed();
         assert!(took > Duration::from_secs(3) && took < Duration::from_secs(8), "{took:?}");
         site.verify(stream, &Expect::copy_of(stream).site(SITE)).await?;
@@ -154,7 +154,7 @@ async fn a_wait_that_is_longer_than_any_watchdog_is_no_stall() -> Result<()> {
         site.source_stream(stream, json!({})).await?;
         site.target_stream(stream, target.clone()).await?;
         let subject = format!("{}.a", stream.to_lowercase());
-        // One message costs 70 s; far more than is read at once waits behind it.
+        // One message costs 70 s; far more than is read at once waits after it.
         let sizes = [70 << 10, 10].into_iter().chain(std::iter::repeat_n(1_000, 2_000));
         let messages = sizes.map(|size| Outgoing::new(&subject, vec![b'x'; size]));
         site.source().await?.publish_all(messages).await?;

@@ -1,5 +1,5 @@
-//! Targets that refuse everything for a while: full, sealed, gone, unreachable, forbidden. Each is told in status, metric,
-//! event and log; once it is over, the copy goes on, with every message once and in order.
+//! Targets that refuse everything for a while: full, sealed, gone, unreachable, forbidden. Each is reported in status, metric,
+//! event and log; once it is over, the copy continues, with every message once and in order.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::harness::{Expect, LIMIT, Outgoing, Role, SITE, Server, Site, wait_for
 
 /// A held replication looks again by itself within this time; generous for a busy machine.
 const BY_ITSELF: Duration = Duration::from_secs(20);
-/// A released one goes on at once.
+/// A released one continues at once.
 const AT_ONCE: Duration = Duration::from_secs(6);
 
 async fn monitored() -> Result<Site> {
@@ -43,7 +43,7 @@ async fn told(site: &Site, stream: &str, state: &str, words: &[&str]) -> Result<
     Ok(row)
 }
 
-/// Waits until everything is copied and the end of the outage is told.
+/// Waits until everything is copied and the end of the outage is reported.
 async fn over(site: &Site, stream: &str, last: u64, within: Duration) -> Result<Value> {
     let begun = Instant::now();
     let row = site.settled(stream, last).await?;
@@ -54,7 +54,7 @@ async fn over(site: &Site, stream: &str, last: u64, within: Duration) -> Result<
     Ok(row)
 }
 
-/// Waits until the newest of the events about the outages of a replication tells of an end.
+/// Waits until the newest event about the outages of a replication reports an end.
 async fn repaired(site: &Site, stream: &str) -> Result<()> {
     let newest =
         || site.events.kinds(stream).into_iter().rfind(|kind| ["held", "stalled", "repaired"].contains(&kind.as_str()));
@@ -99,7 +99,7 @@ async fn a_full_target_holds_the_copy_until_there_is_room() -> Result<()> {
         assert_eq!(site.at_target(stream).await?, 50);
         // More room, and nobody says so.
         update(&site, stream, limits(json!({"max_msgs": 120}))).await?;
-        let row = site.row_when(stream, "goes on by itself", |row| row["position"]["source_seq"] == 120).await?;
+        let row = site.row_when(stream, "continues by itself", |row| row["position"]["source_seq"] == 120).await?;
         assert_eq!(row["lag"]["messages"].as_u64().map(|lag| lag > 0), Some(true), "{row}");
         told(&site, stream, "held", &["maximum messages exceeded (10077)"]).await?;
         update(&site, stream, limits(json!({}))).await?;
@@ -141,7 +141,7 @@ async fn a_full_target_that_is_purged_loses_and_doubles_nothing() -> Result<()> 
     Ok(())
 }
 
-/// The target's server is away for so long.
+/// The target's server is away for this time.
 async fn unreachable(time: Duration) -> Result<()> {
     let mut site = monitored().await?;
     let streams = transports(&site.target);
@@ -164,7 +164,7 @@ async fn unreachable(time: Duration) -> Result<()> {
     site.target.restart().await?;
     for (stream, _) in &streams {
         over(&site, stream, 200, Duration::from_secs(10)).await?;
-        // Told when it began, and not at each try.
+        // Reported when it began, and not at each try.
         let told = site.events.told("stalled");
         assert_eq!(told.iter().filter(|event| event["replication"] == *stream).count(), 1, "{told:?}");
     }
@@ -238,7 +238,7 @@ async fn a_target_that_is_sealed_holds_the_copy() -> Result<()> {
         update(&site, stream, merged(json!({"sealed": true}), target.clone())).await?;
         publish(&site, stream, 101..=200).await?;
         told(&site, stream, "held", &["sealed"]).await?;
-        // Nothing unseals a stream; one made anew gets everything that the source has.
+        // Nothing unseals a stream; a recreated one gets everything that the source has.
         site.target().await?.api(&format!("STREAM.DELETE.{stream}"), Value::Null).await?;
         site.target_stream(stream, target).await?;
         retry(&site, stream).await?;
@@ -288,7 +288,7 @@ async fn a_source_deleted_under_a_run_holds_the_copy() -> Result<()> {
         let row = site.settled(stream, 30).await?;
         assert_eq!(row["counters"]["copied"], 130, "{row}");
         let told = async || site.events.kinds(stream).contains(&"source-reset".to_owned());
-        wait_for("the new stream to be told", LIMIT, told).await?;
+        wait_for("the new stream to be reported", LIMIT, told).await?;
     }
     Ok(())
 }

@@ -47,14 +47,14 @@ async fn narrow(site: &Site, stream: &str, target: Value) -> Result<()> {
     Ok(())
 }
 
-/// Source sequences that the events of a kind of action tell, those that are told together counted in.
+/// Source sequences in the events of a kind of action, including those that one event combines.
 fn told(site: &Site, stream: &str, action: &str) -> u64 {
     let of = |event: &&Value| event["replication"] == stream && event["action"] == action;
     site.events.told("poison").iter().filter(of).map(|event| event["messages"].as_u64().unwrap_or(1)).sum()
 }
 
 async fn all_told(site: &Site, stream: &str, action: &str, count: u64) -> Result<()> {
-    wait_for("all to be told", LIMIT, async || told(site, stream, action) >= count).await?;
+    wait_for("all to be reported", LIMIT, async || told(site, stream, action) >= count).await?;
     assert_eq!(told(site, stream, action), count, "{:?}", site.events.told("poison"));
     Ok(())
 }
@@ -131,7 +131,7 @@ async fn the_largest_message_that_a_stream_takes_is_copied() -> Result<()> {
         site.source().await?.publish_all(messages).await?;
         site.add(stream, json!({"on_reject": "skip"})).await?;
         let row = site.settled(stream, 300).await?;
-        // The server refused none, and none that it would have stored was left out.
+        // The server refused none, and none that it would have stored was skipped.
         one_run(&row);
         let stored = site.target().await?.read_stream(stream).await?;
         let largest = stored.iter().map(|message| message.header.len() + message.payload.len()).max();

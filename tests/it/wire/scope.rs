@@ -45,7 +45,7 @@ fn mapped(subject: &str) -> String {
     }
 }
 
-/// The last source sequence in scope: without messages behind it, the position stays there.
+/// The last source sequence in scope: without messages after it, the position stays there.
 async fn last_in_scope(site: &Site, scope: impl Fn(&Stored) -> bool) -> Result<u64> {
     Ok(site.source().await?.read_stream("S").await?.iter().rfind(|message| scope(message)).map_or(0, |last| last.seq))
 }
@@ -71,7 +71,7 @@ async fn over_kills(target: Option<Value>) -> Result<()> {
     site.add("S", document()).await?;
     for share in [4, 2] {
         // Half of all is in scope.
-        wait_for("the copy to go on", LONG, async || {
+        wait_for("the copy to continue", LONG, async || {
             site.at_target("T").await.unwrap_or_default() >= COUNT / 2 / share
         })
         .await?;

@@ -8,8 +8,8 @@ use crate::harness::{Outgoing, SITE, Site, client::request};
 const STREAM: &str = "S";
 const MIB: u64 = 1 << 20;
 
-/// A message that the target refuses each time, and a hundred behind it that it takes: whatever number of runs try, they store
-/// no more behind it than one of them could have in flight. A search relies on that.
+/// A message that the target refuses each time, and a hundred after it that it takes: however many runs try, they store
+/// no more after it than one of them could have in flight. A search relies on that.
 #[tokio::test]
 async fn runs_store_one_window_behind_a_refused_message() -> Result<()> {
     let mut site = Site::start().await?;

@@ -74,7 +74,7 @@ async fn check(second: Second, batched: bool, mode: &str) -> Result<()> {
     let (site, leaf) = begin(second, batched, json!({"target_mode": mode})).await?;
     // The target, soon full, may be the first to refuse something. With more room both take messages again.
     let mut room = ROOM;
-    let row = wait_value("the second stream to be told", LIMIT, async || {
+    let row = wait_value("the second stream to be reported", LIMIT, async || {
         let row = site.row_when("A", "is held", |row| row["state"] == "held").await.ok()?;
         let message = row["last_error"]["message"].as_str().unwrap_or_default();
         if message.contains("listens on the same subjects") && message.contains("target stream `A`") {
@@ -103,7 +103,7 @@ async fn check(second: Second, batched: bool, mode: &str) -> Result<()> {
     // The second stream goes, and the target gets room.
     Raw::connect(&leaf.url()).await?.api(&format!("STREAM.DELETE.{}", second.name), Value::Null).await?;
     resize(&site, -1).await?;
-    wait_for("the copy to go on", LIMIT, async || {
+    wait_for("the copy to continue", LIMIT, async || {
         let _ = site.send("retry", json!({"replication": "A"})).await;
         site.row("A").await.is_some_and(|row| row["state"] == "running")
     })
@@ -266,7 +266,7 @@ async fn a_bridge_that_cannot_be_asked_is_unknown() -> Result<()> {
     let check = subjects(site.target.url_as("u:p")).await?;
     assert_eq!(check["result"], "unknown", "{check}");
     ensure!(check["message"].as_str().is_some_and(|text| text.contains("are one account")), "{check}");
-    // The copy goes on without knowing.
+    // The copy continues without knowing.
     site.add("S", json!({"target_url": site.target.url_as("u:p")})).await?;
     site.settled("S", 1).await?;
     Ok(())

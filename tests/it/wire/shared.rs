@@ -60,13 +60,13 @@ async fn stored(site: &Site) -> u64 {
     site.at_target(TARGET).await.unwrap_or_default()
 }
 
-/// Somebody who publishes to the target until told to stop; in the end, how often.
-struct Publisher {
+/// Another writer that publishes to the target until it is stopped; in the end, how often.
+struct OtherPublisher {
     stop: Arc<AtomicBool>,
     task: JoinHandle<Result<u64>>,
 }
 
-impl Publisher {
+impl OtherPublisher {
     async fn start(site: &Site, subject: &str, pause: Duration) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let (mut raw, subject, stopped) = (site.target().await?, subject.to_owned(), stop.clone());
@@ -130,13 +130,13 @@ async fn three_services(batched: bool, foreign: bool) -> Result<()> {
     let mut publishers = Vec::new();
     if foreign {
         for subject in ["a.1", "x.1"] {
-            publishers.push(Publisher::start(&site, subject, Duration::from_millis(1)).await?);
+            publishers.push(OtherPublisher::start(&site, subject, Duration::from_millis(1)).await?);
         }
     }
     for kill in 1..=KILLS {
         let share = 3 * COUNT / (KILLS + 2);
         let at = share * kill - random.random_range(0..share / 2);
-        wait_for("the copies to go on", LONG, async || stored(&site).await >= at).await?;
+        wait_for("the copies to continue", LONG, async || stored(&site).await >= at).await?;
         let service = &mut services[random.random_range(0..SOURCES.len())];
         service.kill()?;
         service.restart().await?;
@@ -184,7 +184,7 @@ async fn replications_into_one_target_are_shared_from_the_start() -> Result<()> 
         }
         site.service.restart().await?;
         for kill in 1..=4 {
-            wait_for("the copies to go on", LONG, async || stored(&site).await >= 3 * COUNT * kill / 6).await?;
+            wait_for("the copies to continue", LONG, async || stored(&site).await >= 3 * COUNT * kill / 6).await?;
             site.service.kill()?;
             site.service.restart().await?;
         }
@@ -235,7 +235,7 @@ async fn one_source_under_two_names_is_copied_twice_and_each_once() -> Result<()
             request(&site.client, "replicator.config.add", document).await?;
         }
         for kill in 1..=3 {
-            wait_for("the copies to go on", LONG, async || stored(&site).await >= 2 * COUNT * kill / 5).await?;
+            wait_for("the copies to continue", LONG, async || stored(&site).await >= 2 * COUNT * kill / 5).await?;
             site.service.kill()?;
             site.service.restart().await?;
         }
@@ -272,7 +272,7 @@ async fn a_target_that_turns_shared_in_a_copy_is_copied_exactly() -> Result<()> 
                 site.service.restart().await?;
             }
             site.settled_within("A", COUNT, LONG).await?;
-            // One message among so many in the air is seen once they have all settled, by a run that ends with that.
+            // One message among this many in flight is seen once they have all settled, by a run that ends with that.
             let shared = |row: &Value| row["state"] == "running" && row["target_mode"] == "shared";
             site.row_when("A", "has turned shared", shared).await?;
             site.settled_within("A", COUNT, LONG).await?;
@@ -287,7 +287,7 @@ async fn a_target_that_turns_shared_in_a_copy_is_copied_exactly() -> Result<()> 
             let expect = Expect::copy_of("A").shared();
             site.verify(TARGET, &if fast { expect } else { expect.late_allowed() }).await?;
             assert_eq!(stored(&site).await, COUNT + 1);
-            // Kept over a start, and not told again.
+            // Kept over a start, and not reported again.
             site.stop().await?;
             site.service.restart().await?;
             let row = site.settled("A", COUNT).await?;
@@ -317,7 +317,7 @@ async fn an_exclusive_copy_is_held_while_others_write() -> Result<()> {
         let document = into_target(&site, "A", json!({"target_mode": "exclusive"}));
         request(&site.client, "replicator.config.add", document).await?;
         site.settled("A", 1_000).await?;
-        let publisher = Publisher::start(&site, "x.others", Duration::from_millis(5)).await?;
+        let publisher = OtherPublisher::start(&site, "x.others", Duration::from_millis(5)).await?;
         let mut last = 1_000;
         let held = until(&site, &mut last, "the copy to be held", |row| row["state"] == "held").await?;
         let message = held["last_error"]["message"].as_str().unwrap_or_default().to_owned();
@@ -333,7 +333,7 @@ async fn an_exclusive_copy_is_held_while_others_write() -> Result<()> {
         let others = publisher.stop().await?;
         // By request at once; by itself it takes up to ten seconds.
         let settled = |row: &Value| row["state"] == "running" && row["position"]["source_seq"] == last;
-        wait_for("the copy to go on", LONG, async || {
+        wait_for("the copy to continue", LONG, async || {
             let _ = site.send("retry", json!({"replication": "A"})).await;
             site.row("A").await.is_some_and(|row| settled(&row))
         })

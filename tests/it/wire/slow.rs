@@ -10,8 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::harness::client::wait_value;
-use crate::harness::proxy::{BOTH, Proxy};
-use crate::harness::{Outgoing, Role, Server, Site};
+use crate::harness::proxy::{BOTH, Direction, Proxy};
+use crate::harness::{LIMIT, Outgoing, Role, Server, Site};
 
 const KB: u64 = 1_000;
 const MB: u64 = 1_000_000;
@@ -25,13 +25,13 @@ const DELAY: Duration = Duration::from_millis(300);
 
 /// The slow end of a copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+enum SlowEnd {
     Source,
     Target,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Transport {
+enum SlowTransport {
     /// Fast-ingest where the target has it.
     Best,
     Pipelined,
@@ -39,9 +39,9 @@ enum Transport {
 
 /// One row of the table.
 #[derive(Debug, Clone, Copy)]
-struct Row {
-    end: End,
-    transport: Transport,
+struct SlowRow {
+    end: SlowEnd,
+    transport: SlowTransport,
     retention: &'static str,
     /// Bytes a second.
     rate: u64,
@@ -52,13 +52,13 @@ struct Row {
 }
 
 /// A stream with limits, by the best transport.
-const fn row(end: End, rate: u64, size: u64, messages: u64, delay: Duration) -> Row {
-    Row { end, transport: Transport::Best, retention: "limits", rate, size, messages, delay }
+const fn row(end: SlowEnd, rate: u64, size: u64, messages: u64, delay: Duration) -> SlowRow {
+    SlowRow { end, transport: SlowTransport::Best, retention: "limits", rate, size, messages, delay }
 }
 
-impl Row {
+impl SlowRow {
     const fn pipelined(self) -> Self {
-        Self { transport: Transport::Pipelined, ..self }
+        Self { transport: SlowTransport::Pipelined, ..self }
     }
 
     const fn of(self, retention: &'static str) -> Self {
@@ -94,29 +94,29 @@ impl Row {
 
 /// What a row took.
 #[derive(Debug)]
-struct Outcome {
+struct SlowOutcome {
     took: Duration,
     /// The same bytes over the same kind of line at the same time, without any NATS.
     bare: Duration,
     wrong: Vec<String>,
 }
 
-impl Outcome {
+impl SlowOutcome {
     /// A busy machine makes the line itself late: what is allowed grows with it.
-    fn allowed(&self, row: &Row) -> Duration {
+    fn allowed(&self, row: &SlowRow) -> Duration {
         let late = (self.bare.as_secs_f64() / row.ideal().as_secs_f64()).max(1.0);
         (row.ideal().max(self.bare)).mul_f64(1.3) + BESIDE.mul_f64(late)
     }
 }
 
 /// Sends so many bytes through a proxy of this row; returns how long that takes.
-async fn bare(row: &Row) -> Result<Duration> {
+async fn bare(row: &SlowRow) -> Result<Duration> {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
     let proxy = Proxy::start(listener.local_addr()?.port()).await?;
     row.throttle(&proxy);
     let client = TcpStream::connect(("127.0.0.1", proxy.port())).await?;
     let (server, _) = listener.accept().await?;
-    let (mut from, mut to) = if row.end == End::Target { (client, server) } else { (server, client) };
+    let (mut from, mut to) = if row.end == SlowEnd::Target { (client, server) } else { (server, client) };
     let began = Instant::now();
     let sent = async {
         let piece = vec![b'x'; 64 * 1024];
@@ -159,7 +159,7 @@ fn payload(i: u64, size: u64) -> Vec<u8> {
 }
 
 /// Copies the messages of a row and judges the copy.
-async fn copy(site: &Site, id: &str, row: &Row) -> Result<Outcome> {
+async fn copy(site: &Site, id: &str, row: &SlowRow) -> Result<SlowOutcome> {
     let subject = format!("{}.a", id.to_lowercase());
     let mut raw = site.source_stream(id, json!({"retention": row.retention})).await?;
     if row.retention == "interest" {
@@ -169,13 +169,13 @@ async fn copy(site: &Site, id: &str, row: &Row) -> Result<Outcome> {
         raw.api(&format!("CONSUMER.DURABLE.CREATE.{id}.KEEP"), body).await?;
     }
     raw.publish_all((1..=row.messages).map(|i| Outgoing::new(&subject, payload(i, row.size)))).await?;
-    if row.transport == Transport::Pipelined {
+    if row.transport == SlowTransport::Pipelined {
         site.target_stream(id, json!({})).await?;
     }
-    let port = if row.end == End::Source { site.source.port() } else { site.target.port() };
+    let port = if row.end == SlowEnd::Source { site.source.port() } else { site.target.port() };
     let proxy = Proxy::start(port).await?;
     row.throttle(&proxy);
-    let field = if row.end == End::Source { "source_url" } else { "target_url" };
+    let field = if row.end == SlowEnd::Source { "source_url" } else { "target_url" };
     let began = Instant::now();
     site.add(id, json!({field: proxy.url()})).await?;
     let (took, bare) = tokio::join!(follow(site, id, row, &proxy, began), bare(row));
@@ -183,7 +183,7 @@ async fn copy(site: &Site, id: &str, row: &Row) -> Result<Outcome> {
     if let Err(error) = judge(site, id, row).await {
         wrong.push(format!("{error:#}"));
     }
-    let mut outcome = Outcome { took, bare: bare?, wrong };
+    let mut outcome = SlowOutcome { took, bare: bare?, wrong };
     let allowed = outcome.allowed(row);
     if outcome.took > allowed {
         outcome.wrong.push(format!("took {:.1?}, allowed are {allowed:.1?}", outcome.took));
@@ -196,7 +196,13 @@ async fn copy(site: &Site, id: &str, row: &Row) -> Result<Outcome> {
 }
 
 /// Waits until everything is settled; returns how long that took, and what went wrong on the way.
-async fn follow(site: &Site, id: &str, row: &Row, proxy: &Proxy, began: Instant) -> Result<(Duration, Vec<String>)> {
+async fn follow(
+    site: &Site,
+    id: &str,
+    row: &SlowRow,
+    proxy: &Proxy,
+    began: Instant,
+) -> Result<(Duration, Vec<String>)> {
     let limit = 4 * row.ideal() + Duration::from_secs(90);
     let mut begun_with: Option<(u64, Duration)> = None;
     let mut last = Value::Null;
@@ -230,7 +236,7 @@ async fn follow(site: &Site, id: &str, row: &Row, proxy: &Proxy, began: Instant)
 }
 
 /// The copy is complete and in order.
-async fn judge(site: &Site, id: &str, row: &Row) -> Result<()> {
+async fn judge(site: &Site, id: &str, row: &SlowRow) -> Result<()> {
     let stored = site.target().await?.read_stream(id).await?;
     let number = |payload: &[u8]| -> Option<u64> {
         let digits = payload.split(|byte| *byte == b' ').next()?;
@@ -245,9 +251,9 @@ async fn judge(site: &Site, id: &str, row: &Row) -> Result<()> {
 
 /// Runs the rows, so many at a time, and prints the table. A row that fails runs once more on its own: on a busy machine a
 /// line, or whoever is at its end, may stand still for seconds.
-async fn table(rows: &[Row], at_a_time: usize) -> Result<()> {
+async fn table(rows: &[SlowRow], at_a_time: usize) -> Result<()> {
     let site = site().await?;
-    let run = async |index: usize, row: &Row, again: &str| {
+    let run = async |index: usize, row: &SlowRow, again: &str| {
         let outcome = copy(&site, &format!("ROW{index}{again}"), row).await;
         let outcome = outcome.with_context(|| row.shown())?;
         println!(
@@ -277,7 +283,7 @@ async fn table(rows: &[Row], at_a_time: usize) -> Result<()> {
     Ok(())
 }
 
-use End::{Source, Target};
+use SlowEnd::{Source, Target};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_targets_are_copied_to_at_the_rate_of_their_lines() -> Result<()> {
@@ -305,7 +311,7 @@ async fn slow_sources_are_copied_from_at_the_rate_of_their_lines() -> Result<()>
 }
 
 /// Every rate with every size, so that a row takes half a minute or one message.
-fn every_row() -> Vec<Row> {
+fn every_row() -> Vec<SlowRow> {
     let mut rows = vec![row(Source, MB, 8 * MB, 2, NO_DELAY), row(Source, 220 * KB, MB, 4, NO_DELAY)];
     for end in [Source, Target] {
         for rate in [100 * KB, MB, 10 * MB] {
@@ -332,4 +338,25 @@ async fn the_whole_table_of_slow_lines() -> Result<()> {
     let others = table(&others, 8).await;
     table(&large, 4).await?;
     others
+}
+
+/// The line to the source takes longer for a large dead letter than an ack may take.
+#[tokio::test]
+async fn a_large_dead_letter_crosses_a_slow_line() -> Result<()> {
+    const SIZE: usize = 2_700_000;
+    let source = Server::builder(Role::Source).config("max_payload: 8MB").start().await?;
+    let site = Site::builder().on(source, Server::start(Role::Target).await?).control_at_source().start().await?;
+    let mut raw = site.source_stream("S", json!({})).await?;
+    let mut dead = site.source_stream("DEAD", json!({"subjects": ["dead.>"]})).await?;
+    let proxy = Proxy::start(site.source.port()).await?;
+    raw.publish(&Outgoing::new("s.a", vec![b'x'; SIZE])).await?;
+    raw.publish(&Outgoing::new("s.a", "small")).await?;
+    proxy.throttle(&[Direction::ToServer], Some(100_000));
+    let fields =
+        json!({"source_url": proxy.url(), "on_reject": "dead_letter", "dead_letter": {"subject": "dead.letters"}});
+    site.add("S", fields).await?;
+    let row = site.settled_within("S", 2, 4 * LIMIT).await?;
+    assert_eq!((site.at_target("S").await?, &row["counters"]["errors"]), (1, &json!(0)), "{row}");
+    assert_eq!(dead.stream_state("DEAD").await?["messages"], 1);
+    site.events.quiet(&["held", "stalled"])
 }

@@ -50,7 +50,7 @@ async fn fill(site: &Site, stream: &str, count: u64, size: usize, config: Value)
     Ok(())
 }
 
-/// What lies at the target is `1..=count`, once and in order.
+/// The messages at the target are `1..=count`, once and in order.
 async fn is_complete(site: &Site, stream: &str, count: u64) -> Result<()> {
     let copied = site.target().await?.read_stream(stream).await?;
     let number = |payload: &[u8]| -> Result<u64> { Ok(std::str::from_utf8(payload)?.parse()?) };
@@ -266,7 +266,7 @@ async fn much_that_is_pending_is_asked_for_over_a_slow_line() -> Result<()> {
     Ok(())
 }
 
-/// What is acknowledged takes long on a slow line too, and what is asked for comes behind it.
+/// Acknowledgements take long on a slow line too, and what is requested arrives after them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_acks_take_long_on_a_slow_line() -> Result<()> {
     const COUNT: u64 = 40_000;

@@ -111,3 +111,34 @@ async fn a_rollup_that_means_nothing_at_the_source_removes_nothing() -> Result<(
     assert!(copied.iter().all(|message| header_values(&message.header, "Nats-Rollup").is_empty()));
     Ok(())
 }
+
+/// Such a message removes everything else in its stream: at a target that was there before, also what is not of the copy.
+#[tokio::test]
+async fn a_rollup_of_all_spares_what_others_stored() -> Result<()> {
+    let site = Site::small().await?;
+    let mut raw = site.source_stream("R", json!({"subjects": ["r.>"], "allow_rollup_hdrs": true})).await?;
+    let before = json!({"subjects": ["r.>", "theirs"], "allow_rollup_hdrs": true});
+    let mut target = site.target_stream("R", before).await?;
+    target.publish(&Outgoing::new("theirs", "not of the copy")).await?;
+    site.add("R", json!({})).await?;
+    site.add("R", json!({"name": "own", "target_stream": "OWN", "target_subject_prefix": "own"})).await?;
+    for id in ["R", "R.own"] {
+        site.row_when(id, "runs", |row| row["state"] == "running").await?;
+    }
+    raw.publish(&Outgoing::new("r.a", "1")).await?;
+    site.settled("R", 1).await?;
+    site.settled("R.own", 1).await?;
+    raw.publish(&Outgoing::new("r.a", "2").with_lines(&["Nats-Rollup: all"])).await?;
+    raw.publish(&Outgoing::new("r.b", "3")).await?;
+    let row = site.settled("R", 3).await?;
+    assert_eq!(row["counters"]["headers_removed"], 1, "{row}");
+    let stored = async |stream: &str| -> Result<Vec<String>> {
+        let stored = site.target().await?.read_stream(stream).await?;
+        Ok(stored.iter().map(|message| message.subject.clone()).collect())
+    };
+    assert_eq!(stored("R").await?, ["theirs", "r.a", "r.a", "r.b"]);
+    let row = site.settled("R.own", 3).await?;
+    assert_eq!(row["counters"]["headers_removed"], 0, "{row}");
+    assert_eq!(stored("OWN").await?, ["own.r.a", "own.r.b"]);
+    Ok(())
+}

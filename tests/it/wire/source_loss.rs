@@ -236,8 +236,8 @@ async fn streams(cluster: &Cluster) -> Result<Vec<String>> {
     Ok(serde_json::from_value(names["streams"].clone())?)
 }
 
-/// A message that was refused waits while so many later ones were stored as could be in flight with it and, when all
-/// before it had settled, behind it; then the target loses its end.
+/// A message that was refused waits while as many later ones were stored as could be in flight with it and, when all
+/// before it had settled, after it; then the target loses its end.
 #[tokio::test]
 async fn a_rejected_message_is_found_after_all_that_was_in_flight() -> Result<()> {
     for (limit, later) in [(None, 12_000), (Some(20_000), 25_000)] {

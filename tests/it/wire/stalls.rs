@@ -1,4 +1,4 @@
-//! Copies that stand still: what is made anew, how soon, and what is told.
+//! Copies that stand still: what is recreated, how soon, and what is reported.
 
 use std::time::{Duration, Instant};
 
@@ -12,10 +12,10 @@ use crate::harness::{Events, Expect, Outgoing, Proxy, Raw, Role, SITE, Server, S
 
 const STREAM: &str = "S";
 const LONG: Duration = Duration::from_secs(120);
-/// A backlog that takes a while with few messages in the air.
+/// A backlog that takes a while with few messages in flight.
 const BACKLOG: u64 = 60_000;
 
-/// A server whose connections can be looked at.
+/// A server whose connections can be inspected.
 struct Watched {
     monitor: String,
 }
@@ -40,7 +40,7 @@ impl Watched {
     }
 }
 
-/// A site whose lanes can be told apart, and both servers' monitors.
+/// A site whose lanes can be identified, and both servers' monitors.
 async fn watched() -> Result<(Site, Watched, Watched)> {
     let ((source, at_source), (target, at_target)) =
         tokio::try_join!(Watched::start(Role::Source), Watched::start(Role::Target))?;
@@ -69,7 +69,7 @@ async fn delete_consumers(raw: &mut Raw) -> Result<usize> {
     Ok(names.len())
 }
 
-/// Steps of the stalls told so far.
+/// Steps of the stalls reported so far.
 fn steps(events: &Events) -> Vec<Value> {
     events.told("stalled").into_iter().map(|event| event["step"].clone()).collect()
 }
@@ -116,7 +116,7 @@ async fn deleted_again_and_again(target: Option<Value>) -> Result<()> {
     let mut lanes = None;
     for share in 1..=5 {
         let far = async || site.at_target(STREAM).await.is_ok_and(|count| count >= BACKLOG * share / 7);
-        wait_for("the copy to go on", LONG, far).await?;
+        wait_for("the copy to continue", LONG, far).await?;
         if lanes.is_none() {
             lanes = Some((at_source.lane().await?, at_target.lane().await?));
         }
@@ -127,7 +127,7 @@ async fn deleted_again_and_again(target: Option<Value>) -> Result<()> {
     let repairs = &row["counters"]["repairs"];
     assert!(repairs["consumer"].as_u64() >= Some(1), "{row}");
     assert_eq!((&row["counters"]["errors"], &repairs["connections"]), (&json!(0), &json!(0)), "{row}");
-    // Five within seconds are told once.
+    // Five within seconds are reported once.
     assert_eq!(steps(&site.events), ["consumer"]);
     site.verify(STREAM, &Expect::copy_of(STREAM).site(SITE)).await
 }
@@ -220,8 +220,8 @@ async fn a_silent_source_and_a_frozen_target_are_repaired() -> Result<()> {
     let noticed = async |stalls: usize| {
         let began = Instant::now();
         let told = async || site.events.told("stalled").into_iter().nth(stalls);
-        let told = wait_value("a stall to be told", Duration::from_secs(40), told).await?;
-        println!("told after {:?}: {told}", began.elapsed());
+        let told = wait_value("a stall to be reported", Duration::from_secs(40), told).await?;
+        println!("reported after {:?}: {told}", began.elapsed());
         ensure!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
         ensure!(told["step"] == "connections", "{told}");
         anyhow::Ok(())
@@ -257,8 +257,8 @@ async fn a_target_that_never_confirms_leads_to_a_new_beginning() -> Result<()> {
     site.add(STREAM, json!({})).await?;
     let began = Instant::now();
     let anew = async || steps(&site.events).contains(&json!("everything")).then_some(());
-    wait_value("everything to begin anew", LONG, anew).await?;
-    println!("everything begins anew after {:?}", began.elapsed());
+    wait_value("everything to restart", LONG, anew).await?;
+    println!("everything restarts after {:?}", began.elapsed());
     assert_eq!(steps(&site.events), ["connections", "everything"]);
     let row = site.row_when(STREAM, "counts it", |row| row["counters"]["repairs"]["everything"] == 1).await?;
     assert_eq!((&row["counters"]["repairs"]["consumer"], &row["counters"]["copied"]), (&json!(0), &json!(0)), "{row}");

@@ -33,7 +33,7 @@ const TOKENS: [&str; 18] = [
 ];
 
 /// A server of some version and what it knows.
-struct Peer {
+struct SubjectPeer {
     raw: Raw,
     /// `partition` of the whole subject; 2.10 does not know it.
     whole_partition: bool,
@@ -42,7 +42,7 @@ struct Peer {
     streams: usize,
 }
 
-impl Peer {
+impl SubjectPeer {
     async fn of(server: &Server) -> Result<Self> {
         let raw = Raw::connect(&server.url()).await?;
         let whole_partition = server.at_least(2, 12);
@@ -208,7 +208,7 @@ fn subject(random: &mut StdRng, root: &str, src: &str) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_transforms_make_the_subjects_that_the_server_stores() -> Result<()> {
     let server = Server::start(Role::Source).await?;
-    let mut peer = Peer::of(&server).await?;
+    let mut peer = SubjectPeer::of(&server).await?;
     let mut random = random();
     let (mut pairs, mut matched, mut refused) = (0, 0, 0);
     for round in 0..TRANSFORMS {
@@ -249,7 +249,7 @@ async fn random_transforms_make_the_subjects_that_the_server_stores() -> Result<
 #[tokio::test]
 async fn transforms_that_servers_refuse_are_refused_and_explained() -> Result<()> {
     let server = Server::start(Role::Source).await?;
-    let mut peer = Peer::of(&server).await?;
+    let mut peer = SubjectPeer::of(&server).await?;
     let three = "r.*.*.*";
     let mut wrong: Vec<(&str, &str)> = [
         "x..y",
@@ -320,7 +320,7 @@ async fn transforms_that_servers_refuse_are_refused_and_explained() -> Result<()
 #[tokio::test]
 async fn a_few_transforms_that_servers_take_are_refused_on_purpose() -> Result<()> {
     let server = Server::start(Role::Source).await?;
-    let mut peer = Peer::of(&server).await?;
+    let mut peer = SubjectPeer::of(&server).await?;
     let mut stricter = vec![
         "$0",
         "$-1",

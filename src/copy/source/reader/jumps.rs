@@ -1,8 +1,8 @@
-//! Jumps in what a durable consumer without a filter delivers, each held against the stream's leader before anything
-//! behind it is copied. Most are harmless: what lay between was deleted or expired. But a consumer may live on a server
-//! that has yet to catch up with the stream, or somebody may have changed it; then the acks of what it delivers later
-//! would take away what it passed over. Each server expires messages by its own clock, so the leader may have some for a
-//! moment longer: what it has is asked for again for a while.
+//! Jumps in the deliveries of a durable consumer without a filter. Each is compared with the stream's leader before a
+//! message after it is copied. Most are harmless: the messages in between were deleted or expired. But a consumer may
+//! be on a server that lags behind the stream, or its filter may have been changed; then the acks of later deliveries
+//! would remove the skipped messages. Each server expires messages by its own clock, so the leader may have some for a
+//! moment longer: messages that it still has are requested again for a while.
 
 use std::collections::VecDeque;
 
@@ -14,13 +14,13 @@ use tokio::time::{Duration, Instant};
 use tracing::debug;
 
 use super::SILENCE;
-/// So many questions are on their way at a time.
+/// Most questions in flight at a time.
 const ASKED_TOGETHER: usize = 64;
 
-/// Between two questions about the same jump.
+/// Time between two questions about the same jump.
 const AGAIN: Duration = Duration::from_millis(200);
 
-/// Jumps whose reason is not known yet, in order.
+/// Unexplained jumps, in order.
 #[derive(Debug, Default)]
 pub(super) struct Jumps {
     open: VecDeque<Jump>,
@@ -28,20 +28,20 @@ pub(super) struct Jumps {
 
 #[derive(Debug)]
 struct Jump {
-    /// Nothing was delivered from here to the sequence before `to`.
+    /// No message was delivered from here to the sequence before `to`.
     from: u64,
     to: u64,
-    asked: Option<Asked>,
+    asked: Option<JumpQuestion>,
     doubt: Option<Doubt>,
 }
 
 #[derive(Debug)]
-struct Asked {
+struct JumpQuestion {
     request: String,
     at: Instant,
 }
 
-/// The leader has a message that was passed over.
+/// The leader has a message that was skipped.
 #[derive(Debug, Clone, Copy)]
 struct Doubt {
     /// The first such message.
@@ -57,12 +57,12 @@ impl Jump {
 }
 
 impl Jumps {
-    /// Notes that `to` was delivered, and what lies from `from` to there was not.
+    /// Notes that `to` was delivered, and the sequences from `from` to there were not.
     pub(super) fn jumped(&mut self, from: u64, to: u64) {
         self.open.push_back(Jump { from, to, asked: None, doubt: None });
     }
 
-    /// Whether a message may be copied: nothing before it is in question.
+    /// Whether a message may be copied: no jump before it is open.
     pub(super) fn are_explained(&self, seq: u64) -> bool {
         self.open.front().is_none_or(|jump| seq < jump.to)
     }
@@ -72,19 +72,19 @@ impl Jumps {
         self.open.front().is_some_and(|jump| jump.asked.is_some())
     }
 
-    /// Asks the leader for the first message that each jump may have passed over. Of a single sequence, the answer holds
-    /// no message if all is well; of more, it holds the next one that the stream has.
-    pub(super) fn ask(&mut self, lane: &mut Lane, stream: &str, now: Instant) {
+    /// Asks the leader for the first message that each jump may have skipped. For a single sequence, the answer has
+    /// no message if all is well; for several, it has the next one in the stream.
+    pub(super) fn ask_leader(&mut self, lane: &mut Lane, stream: &str, now: Instant) {
         for jump in self.open.iter_mut().take(ASKED_TOGETHER).filter(|jump| jump.is_due(now)) {
             let call = if jump.to - jump.from == 1 { message_call } else { message_from_call };
             let (what, body) = call(stream, jump.from);
             let subject = format!("{}.{what}", lane.api_prefix());
             let request = lane.send_request(&subject, body.to_string().as_bytes());
-            jump.asked = Some(Asked { request, at: now });
+            jump.asked = Some(JumpQuestion { request, at: now });
         }
     }
 
-    /// Takes the leader's answers; an error if it goes on to have a message that was passed over.
+    /// Handles the leader's answers; an error if the leader keeps a message that was skipped.
     pub(super) fn accept(&mut self, batch: &Batch, stream: &str, now: Instant) -> Result<(), Error> {
         let (mut failed, mut overdue) = (None, false);
         self.open.retain_mut(|jump| {
@@ -117,7 +117,8 @@ impl Jumps {
         failed.or(first.filter(|_| overdue)).map_or(Ok(()), Err)
     }
 
-    /// Whether the leader answers. What was delivered meanwhile, lastly at `delivered`, came before its answer.
+    /// An error if the leader does not answer. Messages delivered meanwhile, the last at `delivered`, came before its
+    /// answer.
     pub(super) fn check(&self, stream: &str, delivered: Instant, now: Instant) -> Result<(), Error> {
         let asked = self.open.front().and_then(|jump| jump.asked.as_ref());
         if asked.is_some_and(|asked| now.duration_since(asked.at.max(delivered)) > SILENCE) {

@@ -1,15 +1,19 @@
-//! Reads from a durable push consumer whose flow control acknowledges (ack policy `flow_control`, server 2.14): the
-//! server delivers without being asked, and wants to know now and then how far we are. The reply to that, with the
-//! settled prefix in it, is the ack of everything up to there.
+//! Reads from a durable push consumer that is acknowledged by flow control (ack policy `flow_control`, server 2.14):
+//! the server delivers without requests, and asks now and then for the progress. The reply, with the settled prefix in
+//! it, is the ack of everything up to there.
 //!
-//! What is not acknowledged is bounded by the consumer's `max_ack_pending`; the server asks when that is reached, when
-//! so many bytes are out (half of a window of 2 to 32 MiB), and with a heartbeat when there is nothing more to deliver.
-//! We reply when half of what is out has settled, so that there is always something on its way, and never before: what
-//! is out stays bounded. Neither bound knows our limits in bytes. Where messages turn out larger than those of the
-//! stream on the average, and where the process is short of room, the socket is not read ([`Pushed::may_read`]): that
-//! is the hard bound of what we hold. Then the rest waits in the socket and at the server, which drops the connection
-//! of one that does not read for 10 s: a new run begins. Only while the stream's leader is asked about a jump is
-//! everything read: its answer comes behind what was pushed before it.
+//! The unacknowledged messages are bounded by the consumer's `max_ack_pending`; the server asks when that is reached,
+//! when half of a window of 2 to 32 MiB is unacknowledged, and with a heartbeat when there is no more to deliver. The
+//! reply is sent when half of the deliveries have settled, so that there is always a message on its way, and never
+//! before, so that their number stays bounded. The server accepts it only on the subject of its last request, with a
+//! delivery number that is not below the last one. The request survives resets and a new inbox: a heartbeat names it,
+//! and the first reply is to that.
+//!
+//! Neither bound follows our limits in bytes. Where messages are larger than the average of the stream, and where the
+//! process is short of memory, the socket is not read ([`Pushed::may_read`]): that is the hard bound of our memory.
+//! Then the rest waits in the socket and at the server, which drops the connection of a client that does not read for
+//! 10 s: a new run begins. Only while the stream's leader is asked about a jump is everything read: its answer comes
+//! after all messages that were pushed before it.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -22,51 +26,51 @@ use crate::copy::{
     source::durable::{self, Durable},
 };
 
-/// The server asks again for an ack that it did not get, with each heartbeat. After so many that say the same, it does
-/// not take ours: somebody who read from the consumer before us acknowledged more.
+/// The server repeats its request for a missing ack with each heartbeat. After this many equal requests it does
+/// not accept ours: an earlier client of the consumer acknowledged more.
 const DEAF: u32 = 5;
 
-/// Reads what is pushed.
+/// Reads from one push consumer.
 #[derive(Debug)]
 pub(in crate::copy) struct Pushed {
     stream: String,
     sid: u64,
     stash: Stash,
-    /// Bytes that may be stashed.
+    /// Most bytes in the stash.
     limit: usize,
     reserved: Option<Reservation>,
     consumer_seq: u64,
     newest: u64,
     pending: u64,
     heard: Instant,
-    /// When the newest delivery came.
+    /// Time of the newest delivery.
     delivered: Instant,
-    /// Whether all of the stream is delivered.
+    /// Whether the consumer delivers all messages of the stream.
     all: bool,
     jumps: Jumps,
-    acks: Acks,
+    acks: FlowControlAcks,
 }
 
-/// What was delivered and what of it is acknowledged.
+/// Deliveries and acks.
 #[derive(Debug, Default)]
-struct Acks {
+struct FlowControlAcks {
     /// Everything in the stream up to here is settled.
     settled: u64,
     /// Delivered and not settled, ascending.
     waiting: VecDeque<u64>,
     /// The last delivery that settled: its number, and its sequence in the stream.
     done: (u64, u64),
-    /// Number of the delivery that was acknowledged last.
+    /// Number of the last acknowledged delivery.
     told: u64,
-    /// Where the server wants to hear how far we are.
+    /// Subject for the reply to the server's request for the progress.
     asked: Option<Vec<u8>>,
-    /// How often it was told the same.
+    /// How often the same progress was sent.
     repeated: u32,
 }
 
 impl Pushed {
-    /// Takes over the consumer, which delivers to `subject` from now on, behind what is acknowledged; of that, what lies
-    /// at or before `position` is settled. `bytes` bounds what is read ahead.
+    /// Opens the consumer, which delivers to `subject` from now on, beginning after its ack floor; messages
+    /// at or before `position` are settled. `bytes` bounds the bytes read ahead.
     pub(in crate::copy) fn open(
         lane: &mut Lane,
         stream: &str,
@@ -75,8 +79,8 @@ impl Pushed {
         position: u64,
         bytes: usize,
     ) -> Self {
-        // Only now: what it delivered before it began again would be taken for the beginning. And to exactly this: a
-        // consumer that waits for somebody to listen does not notice a wildcard.
+        // Only now: a delivery from before the reset would be mistaken for the first one. And to exactly this subject:
+        // a consumer that waits for a subscriber does not notice a wildcard.
         lane.listen(sid, subject);
         let info = &durable.info;
         Self {
@@ -92,7 +96,7 @@ impl Pushed {
             delivered: Instant::now(),
             all: durable::filters(&info.config).is_empty(),
             jumps: Jumps::default(),
-            acks: Acks { settled: position, ..Acks::default() },
+            acks: FlowControlAcks { settled: position, ..FlowControlAcks::default() },
         }
     }
 
@@ -108,16 +112,16 @@ impl Pushed {
         self.stash.peek().filter(|incoming| self.jumps.are_explained(incoming.delivery.stream_seq))
     }
 
-    /// Asks the stream's leader about what was passed over.
-    pub(in crate::copy) fn ask(&mut self, lane: &mut Lane) {
-        self.jumps.ask(lane, &self.stream, Instant::now());
+    /// Asks the stream's leader about skipped sequences.
+    pub(in crate::copy) fn ask_about_jumps(&mut self, lane: &mut Lane) {
+        self.jumps.ask_leader(lane, &self.stream, Instant::now());
     }
 
     pub(in crate::copy) fn take(&mut self) {
         self.stash.take();
     }
 
-    /// Takes in what the lane received.
+    /// Handles a batch that the lane received.
     pub(in crate::copy) fn accept(&mut self, batch: Batch) -> Result<(), Error> {
         let now = Instant::now();
         self.jumps.accept(&batch, &self.stream, now)?;
@@ -136,7 +140,7 @@ impl Pushed {
             if seq <= self.newest {
                 return Err(not_contiguous(&self.stream, &delivery, self.consumer_seq, self.newest));
             }
-            // What lies at or before the position is settled, whoever acknowledged it.
+            // Messages at or before the position are settled, whichever client acknowledged them.
             let expected = self.newest.max(self.acks.settled) + 1;
             if self.all && seq > expected {
                 self.jumps.jumped(expected, seq);
@@ -164,7 +168,7 @@ impl Pushed {
             return Err(Error::retry(format!("consumer of stream `{}` ended: {text}", self.stream)));
         }
         heartbeat(&self.stream, message, self.consumer_seq)?;
-        // A request that went unanswered is named in each heartbeat, also one made before our time.
+        // An unanswered request is named in each heartbeat, also one from before our time.
         let unanswered = headers::last(message.header, b"Nats-Consumer-Stalled");
         let subject = Some(message.reply).filter(|reply| !reply.is_empty()).or(unanswered);
         if let Some(subject) = subject {
@@ -173,22 +177,22 @@ impl Pushed {
         Ok(())
     }
 
-    /// Whether the server delivers no more before something is acknowledged, as far as that can be told.
+    /// Whether the server delivers no more before a message is acknowledged, as far as that is known.
     pub(in crate::copy) fn is_barred(&self) -> bool {
         self.stash.is_empty() && self.acks.asked.is_some()
     }
 
-    /// Whether more may be read from the socket: not beyond our bound, nor when the process has no more room.
+    /// Whether more may be read from the socket: not beyond our bound, nor when the process has no more memory.
     pub(in crate::copy) fn may_read(&mut self, budget: &Budget) -> bool {
         let held = self.stash.bytes();
         let reserved = self.reserved.get_or_insert_with(|| budget.force(PIECE_MIN));
         if reserved.bytes() < held {
-            // A read brings what it brings.
+            // The size of a read is not known before.
             reserved.join(budget.force(held - reserved.bytes()));
         }
         reserved.shrink_to(held + PIECE_MIN);
         if self.jumps.is_asking() {
-            // The answer comes behind what was pushed before it.
+            // The answer comes after all messages that were pushed before it.
             return true;
         }
         if held >= self.limit {
@@ -206,7 +210,7 @@ impl Pushed {
         }
     }
 
-    /// Everything up to a position is settled: tells the server, if it wants to know and it is worth telling.
+    /// Everything up to a position is settled: acknowledges it, if the server asked and it is worth a reply.
     pub(in crate::copy) fn settled(&mut self, lane: &mut Lane, position: u64) {
         if let Some((subject, (delivery, seq))) = self.acks.settle(position, self.consumer_seq) {
             let header = match delivery {
@@ -221,13 +225,13 @@ impl Pushed {
     }
 
     /// Whether everything that settled is acknowledged.
-    pub(in crate::copy) fn is_told(&self) -> bool {
+    pub(in crate::copy) fn is_acked(&self) -> bool {
         self.acks.told == self.acks.done.0
     }
 
-    /// Whether the consumer still gives signs of life; while nobody reads there are none.
+    /// An error if the consumer gives no more signs of life; there are none while the socket is not read.
     pub(in crate::copy) fn check(&mut self, lane: &Lane, now: Instant, reads: bool) -> Result<(), Error> {
-        // While a large message arrives, nothing else can.
+        // While a large message arrives, no other can.
         let partial = lane.partial_at();
         self.jumps.check(&self.stream, self.delivered.max(partial), now)?;
         if !reads {
@@ -248,16 +252,16 @@ fn silent(stream: &str, silence: Duration) -> Error {
     Error::retry(format!("consumer of stream `{stream}` is silent for {silence:?}"))
 }
 
-impl Acks {
-    /// Takes a delivery; whether it is to be copied.
+impl FlowControlAcks {
+    /// Handles a delivery; returns whether it is to be copied.
     fn delivered(&mut self, seq: u64) -> bool {
         self.waiting.push_back(seq);
         self.repeated = 0;
         seq > self.settled
     }
 
-    /// Everything up to a position is settled; what to tell the server of it, and where. `last` is the number of the
-    /// newest delivery.
+    /// Everything up to a position is settled: returns the subject and the content of the ack. `last` is the number of
+    /// the newest delivery.
     fn settle(&mut self, position: u64, last: u64) -> Option<(Vec<u8>, (u64, u64))> {
         self.settled = self.settled.max(position);
         while let Some(seq) = self.waiting.front().copied().filter(|seq| *seq <= self.settled) {
@@ -281,13 +285,13 @@ impl Acks {
 mod tests {
     use super::*;
 
-    fn asked(acks: &mut Acks, at: &str) {
+    fn asked(acks: &mut FlowControlAcks, at: &str) {
         acks.asked = Some(at.as_bytes().to_vec());
     }
 
     #[test]
     fn acks_are_sent_on_request_and_when_half_has_settled() {
-        let mut acks = Acks { settled: 10, ..Acks::default() };
+        let mut acks = FlowControlAcks { settled: 10, ..FlowControlAcks::default() };
         for seq in [11, 13, 14, 20] {
             assert!(acks.delivered(seq));
         }
@@ -306,7 +310,7 @@ mod tests {
 
     #[test]
     fn what_was_settled_before_is_not_copied_and_is_acknowledged() {
-        let mut acks = Acks { settled: 12, ..Acks::default() };
+        let mut acks = FlowControlAcks { settled: 12, ..FlowControlAcks::default() };
         assert!(!acks.delivered(11));
         assert!(!acks.delivered(12));
         assert!(acks.delivered(13));
@@ -316,7 +320,7 @@ mod tests {
 
     #[test]
     fn a_request_from_before_our_time_is_answered_at_once() {
-        let mut acks = Acks { settled: 12, ..Acks::default() };
+        let mut acks = FlowControlAcks { settled: 12, ..FlowControlAcks::default() };
         asked(&mut acks, "a");
         assert_eq!(acks.settle(12, 0), Some((b"a".to_vec(), (0, 0))));
         assert_eq!(acks.repeated, 0);

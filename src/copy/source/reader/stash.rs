@@ -1,4 +1,4 @@
-//! What was read and not taken yet, still lying in the buffers that it was read into.
+//! Messages that were read and not taken yet, in the buffers that they were read into.
 
 use std::collections::VecDeque;
 
@@ -8,7 +8,7 @@ use super::{Incoming, SourcePoint};
 #[derive(Debug)]
 struct Chunk {
     batch: Batch,
-    /// Index in the batch and what the reply subject says, for each delivered message.
+    /// Index in the batch and the parsed reply subject, for each delivered message.
     items: Vec<(u32, Delivery)>,
     next: usize,
 }
@@ -18,22 +18,22 @@ struct Chunk {
 pub(super) struct Stash {
     chunks: VecDeque<Chunk>,
     bytes: usize,
-    /// Stream sequence of what was taken last.
+    /// Stream sequence of the message that was taken last.
     taken: u64,
 }
 
 impl Stash {
-    /// An empty one; everything up to a stream sequence counts as taken.
+    /// Empty; everything up to a stream sequence counts as taken.
     pub(super) fn new(taken: u64) -> Self {
         Self { chunks: VecDeque::new(), bytes: 0, taken }
     }
 
-    /// Bytes of buffers that are held.
+    /// Bytes of the kept buffers.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Messages.
+    /// Number of messages.
     pub(super) fn len(&self) -> usize {
         self.chunks.iter().map(|chunk| chunk.items.len() - chunk.next).sum()
     }
@@ -42,7 +42,7 @@ impl Stash {
         self.chunks.is_empty()
     }
 
-    /// Where the oldest message lies in the stream.
+    /// Position of the oldest message in the stream.
     pub(super) fn next(&self) -> Option<SourcePoint> {
         let delivery = self.chunks.front().map(|chunk| chunk.items[chunk.next].1)?;
         Some(SourcePoint { seq: delivery.stream_seq, time_ns: Some(delivery.time_ns) })
@@ -63,7 +63,7 @@ impl Stash {
         Some(Incoming { delivery, after: self.taken, message: chunk.batch.get(index as usize) })
     }
 
-    /// Takes the message that [`Stash::peek`] shows.
+    /// Removes the message that [`Stash::peek`] shows.
     pub(super) fn take(&mut self) {
         let Some(chunk) = self.chunks.front_mut() else { return };
         self.taken = chunk.items[chunk.next].1.stream_seq;

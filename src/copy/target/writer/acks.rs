@@ -1,4 +1,4 @@
-//! What the writer says with its messages, and what it makes of the answers: the answers are those of real servers.
+//! The content of the writer's messages, and its reaction to answers: the answers are those of real servers.
 
 use nats_lane::{
     jetstream::Delivery,
@@ -12,7 +12,7 @@ use crate::copy::{
     target::{headers, target_half::target_limit},
 };
 
-/// A writer behind target sequence 10, and what it writes to.
+/// A writer after target sequence 10, and its lane.
 struct Bench {
     writer: Writer,
     window: Window,
@@ -39,7 +39,7 @@ impl Bench {
         Self { writer, window, lane, _pipe: pipe, now: Instant::now(), next: 1 }
     }
 
-    /// Sends the next message; what was written.
+    /// Sends the next message; returns the output.
     fn send(&mut self) -> String {
         let (seq, message) = (self.next, Message { sid: 2, subject: b"s.a", reply: b"", header: b"", payload: b"x" });
         let delivery = Delivery { stream_seq: seq, consumer_seq: seq, time_ns: seq as i64 * 1_000_000, pending: 0 };
@@ -51,7 +51,7 @@ impl Bench {
         String::from_utf8_lossy(self.lane.output()).into_owned()
     }
 
-    /// The target says this about a message: of the open batch, or that which was sent by itself.
+    /// The target answers a message: one of the open batch, or one that was sent by itself.
     fn says(&mut self, number: u64, payload: &str) -> Result<(), RunError> {
         let inbox = &self.writer.inbox;
         let subject = match &self.writer.sink {
@@ -63,7 +63,7 @@ impl Bench {
         self.writer.accept(&message, &mut self.window, self.now)
     }
 
-    /// The open batch ends so.
+    /// The open batch ends with this ack.
     fn ends(&mut self, seq: u64, count: u64) -> Result<(), RunError> {
         self.says(count, &format!(r#"{{"stream":"T","seq":{seq},"batch":"b","count":{count}}}"#))
     }
@@ -74,7 +74,7 @@ const CHAINED: &str = "Nats-Expected-Last-Sequence: ";
 const WITH_ID: &str = "Nats-Msg-Id: ";
 const NAMED: &str = "Nats-Expected-Stream: T\r\n";
 
-/// What a run before sent by the chain, and is still on its way, is refused once one message is stored here.
+/// Chained messages of an earlier run that are still in flight are refused once one message is stored here.
 #[tokio::test]
 async fn what_follows_a_chain_begins_with_it() {
     for (before, fenced) in [(Some(Stamps::Chain), true), (Some(Stamps::Ids), false), (None, false)] {
@@ -87,7 +87,7 @@ async fn what_follows_a_chain_begins_with_it() {
     }
 }
 
-/// What a run before sent by ids, and is still on its way, is known by them.
+/// Messages of an earlier run with ids that are still in flight are duplicates by their ids.
 #[tokio::test]
 async fn what_follows_ids_bears_them_too_for_a_window() {
     let mut bench = Bench::new(Transport::FastIngest, TargetMode::Exclusive, Some(Stamps::Ids)).await;
@@ -102,7 +102,7 @@ async fn what_follows_ids_bears_them_too_for_a_window() {
     assert!(text.contains(CHAINED) && !text.contains(WITH_ID), "{text}");
 }
 
-/// Over a leafnode a second stream may take the subject too: the server says so by a second answer to the start.
+/// Over a leafnode a second stream may listen on the subject too: a second answer to the start shows that.
 #[tokio::test]
 async fn a_batch_that_two_streams_answer_settles_at_its_end_alone() {
     for (answers, settles) in [(1, 2), (2, 0)] {
@@ -110,17 +110,17 @@ async fn a_batch_that_two_streams_answer_settles_at_its_end_alone() {
         bench.send();
         bench.says(1, START).unwrap();
         bench.ends(11, 1).unwrap();
-        assert_eq!(bench.window.in_air(), 0);
+        assert_eq!(bench.window.in_flight(), 0);
         bench.send();
         bench.send();
         for _ in 0..answers {
             bench.says(1, START).unwrap();
         }
         bench.says(2, r#"{"type":"ack","seq":2,"msgs":500}"#).unwrap();
-        assert_eq!(bench.window.in_air(), 2 - settles);
+        assert_eq!(bench.window.in_flight(), 2 - settles);
         assert_eq!(bench.writer.ready(), answers == 1);
         bench.ends(13, 2).unwrap();
-        assert_eq!(bench.window.in_air(), 0);
+        assert_eq!(bench.window.in_flight(), 0);
     }
 }
 
@@ -133,26 +133,26 @@ async fn a_chain_that_ends_elsewhere_settles_nothing() {
         bench.says(1, START).unwrap();
         let error = bench.ends(wrong, 2).unwrap_err();
         assert!(error.message.contains(&format!("ended at target sequence {wrong}, not at 12")), "{}", error.message);
-        assert_eq!(bench.window.in_air(), 2);
+        assert_eq!(bench.window.in_flight(), 2);
     }
 }
 
-/// 2.10 answers so where the message with this id is on its way through the cluster: it may still come to nothing.
+/// Servers of 2.10 answer so while the message with this id is on its way through the cluster: it may still be lost.
 #[tokio::test]
 async fn a_duplicate_without_a_place_settles_nothing() {
     let mut bench = Bench::new(Transport::Pipelined, TargetMode::Shared, None).await;
     bench.send();
     bench.says(1, r#"{"stream":"T","seq":0,"duplicate":true}"#).unwrap();
-    assert_eq!(bench.window.in_air(), 1);
+    assert_eq!(bench.window.in_flight(), 1);
     let error = bench.writer.outcome(&bench.window, bench.now, bench.now).unwrap_err();
     assert!(error.message.contains("not stored yet"), "{}", error.message);
     let mut bench = Bench::new(Transport::Pipelined, TargetMode::Shared, None).await;
     bench.send();
     bench.says(1, r#"{"stream":"T","seq":9,"duplicate":true}"#).unwrap();
-    assert_eq!(bench.window.in_air(), 0);
+    assert_eq!(bench.window.in_flight(), 0);
 }
 
-/// Another stream that takes the subject refuses it, and with it the batch.
+/// Another stream that listens on the subject refuses the message, and with it the batch.
 #[tokio::test]
 async fn the_first_message_names_its_stream() {
     let mut bench = Bench::new(Transport::FastIngest, TargetMode::Exclusive, None).await;
@@ -167,7 +167,7 @@ async fn the_first_message_names_its_stream() {
     assert!(first.contains(NAMED) && !second.contains(NAMED), "{first}{second}");
 }
 
-/// A search at the next start begins at the known place: whatever may be ours has to lie behind it.
+/// A search at the next start begins at the known target sequence: every message that may be ours has to be after it.
 #[tokio::test]
 async fn the_known_place_passes_neither_holes_nor_what_waits() {
     let mut bench = Bench::new(Transport::Pipelined, TargetMode::Exclusive, None).await;

@@ -1,10 +1,10 @@
-//! What instances log of the acks that they took, held against each other.
+//! Logs of all instances about the acks that they took, compared with each other.
 //!
-//! An ack is taken while the lease is held, and the next holder first looks at the end of the target and then writes behind
-//! it. So of one replication all that an epoch had confirmed lies before all that a later epoch gets confirmed, whatever
-//! arrives late: with the chain it is refused; with ids it may be stored, but nobody who had the lease is told, or the next
-//! holder is, as of a duplicate, and it lies behind what that one saw when it began. What is logged of a batch into a
-//! shared target is the place of its last message alone.
+//! An ack is taken while the lease is held, and the next holder first reads the end of the target and then writes after
+//! it. So of one replication all that an epoch had confirmed is before all that a later epoch gets confirmed, whatever
+//! arrives late: with the chain it is refused; with ids it may be stored, but no former holder gets the ack, or the next
+//! holder gets it, as of a duplicate, and the message is after the end that this holder read when it began. The log of a batch
+//! into a shared target has the sequence of its last message alone.
 
 use std::collections::BTreeMap;
 

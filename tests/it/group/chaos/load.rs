@@ -15,7 +15,7 @@ use crate::harness::{LIMIT, Outgoing, Raw, Stored, wait_for};
 /// Messages at once, at the most, and the time between two bursts in ms.
 const BURST: u64 = 20;
 const PAUSE: std::ops::Range<u64> = 200..800;
-/// A server that says nothing for so long is left for the next one.
+/// A server that is silent for this time is left for the next one.
 const SILENCE: Duration = Duration::from_secs(2);
 
 /// By sequence in the stream.

@@ -49,9 +49,9 @@ pub enum Trouble {
     Cut,
     /// Connections end; new ones work.
     Dropped,
-    /// Nothing moves, and goes on afterwards.
+    /// Nothing moves, and everything continues afterwards.
     Stalled,
-    /// What is sent in these directions is lost, and nobody is told.
+    /// Bytes in these directions are lost without a sign to the sender.
     HalfOpen(&'static [Direction], Newcomers),
     /// So much later.
     Slow(Duration),
@@ -111,7 +111,7 @@ impl Plan {
     }
 }
 
-/// Each of the kinds comes before one comes again, in an order of its own every time.
+/// Each of the kinds occurs before one is repeated, in a new order every time.
 fn lane<F>(
     random: &mut StdRng,
     length: Duration,

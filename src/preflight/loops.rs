@@ -1,10 +1,10 @@
-//! Whether a replication closes a replication loop with others. Pure.
+//! Whether a replication forms a replication loop with others. Pure.
 
 use std::collections::BTreeSet;
 
 use nats_lane::ServerRef;
 
-use super::{Known, subjects::Flow};
+use super::{OtherReplication, subjects::Flow};
 use crate::config::{Replication, Side};
 
 /// A stream somewhere.
@@ -39,17 +39,17 @@ fn same_address(one: &ServerRef, other: &ServerRef) -> bool {
     }
 }
 
-/// The ids of the replications that bring back to its source what `replication` copies, in the order of the way; those
-/// of the shortest way. Places are the same where the stream's name and an address or the server's name are.
+/// The ids of the replications that copy messages of `replication` back to its source, in order, for the shortest loop.
+/// Two streams are the same if their names and an address, or the name of the server, are.
 pub(super) fn find(
     replication: &Replication,
     servers: (&str, &str),
     flow: &Flow,
-    known: &[Known],
+    known: &[OtherReplication],
 ) -> Option<Vec<String>> {
     let source = StreamPlace { side: &replication.source, server: servers.0 };
     let target = StreamPlace { side: &replication.target, server: servers.1 };
-    // On one server only another account or domain makes it another stream: then login and API prefix tell them apart.
+    // On one server, only another account or domain makes it another stream: then login or API prefix differ.
     let accounts = source.same_server(&target);
     let same = |one: &StreamPlace<'_>, other: &StreamPlace<'_>| {
         one.side.stream == other.side.stream && one.same_server(other) && (!accounts || one.same_login(other))
@@ -85,9 +85,9 @@ pub(super) fn find(
 
 /// The ids of the others that write to the same target stream with the same login. `server` is the name of the server
 /// there.
-pub(super) fn into_same_target(replication: &Replication, server: &str, known: &[Known]) -> Vec<String> {
+pub(super) fn into_same_target(replication: &Replication, server: &str, known: &[OtherReplication]) -> Vec<String> {
     let target = StreamPlace { side: &replication.target, server };
-    let same = |other: &&Known| {
+    let same = |other: &&OtherReplication| {
         let there = StreamPlace { side: &other.replication.target, server: &other.target_server };
         there.side.stream == target.side.stream && there.same_server(&target) && there.same_login(&target)
     };
@@ -114,8 +114,8 @@ mod tests {
         config::parse_value(&document, "SITE").unwrap()
     }
 
-    fn known(text: &str) -> Known {
-        Known { replication: copy(text), source_server: String::new(), target_server: String::new() }
+    fn known(text: &str) -> OtherReplication {
+        OtherReplication { replication: copy(text), source_server: String::new(), target_server: String::new() }
     }
 
     fn check(text: &str, others: &[&str], expect: Option<&[&str]>) {
@@ -149,7 +149,8 @@ mod tests {
     #[test]
     fn places_are_told_by_server_name_and_on_one_server_by_login() {
         let one = copy("S@a S@b");
-        let back = Known { source_server: "n2".to_owned(), target_server: "n1".to_owned(), ..known("S@x S@y") };
+        let back =
+            OtherReplication { source_server: "n2".to_owned(), target_server: "n1".to_owned(), ..known("S@x S@y") };
         let flow = Flow::of(&one, None, &Default::default());
         let ring = |servers| find(&one, servers, &flow, std::slice::from_ref(&back)).is_some();
         assert!(ring(("n1", "n2")));

@@ -10,8 +10,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::replication::Context;
-use crate::{choria::GoConsumer, config::Replication, names, status::State};
+use crate::{choria::GoConsumer, config::Replication, names, status::State, supervisor::context::Context};
 
 /// How often the consumer is moved while the position changes.
 const MOVE_EVERY: Duration = Duration::from_millis(500);
@@ -20,22 +19,22 @@ const LAST_MOVE: Duration = Duration::from_secs(2);
 
 type Move = JoinHandle<(Lane, Result<(), Error>)>;
 
-/// The consumer of one run.
+/// The durable consumer of Choria's replicator during one run.
 pub(super) struct HandBack {
     consumer: GoConsumer,
-    /// Where it is, as far as that is known.
+    /// Position of the consumer, once it was moved.
     moved: Option<u64>,
     /// Its own connection to the source, while no move is under way.
     lane: Option<Lane>,
     /// A move under way: a task, so that a run that ends does not leave the consumer deleted.
     moving: Option<(u64, Move)>,
-    /// The last error reported.
-    told: String,
+    /// The last error that was logged.
+    reported: String,
 }
 
 impl HandBack {
-    /// Of a replication that asks for it.
-    pub(super) fn of(replication: &Replication) -> Option<Self> {
+    /// For a replication whose document asks for it.
+    pub(super) fn for_replication(replication: &Replication) -> Option<Self> {
         let filters = replication.scope.filters();
         let consumer = GoConsumer {
             stream: replication.source.stream.clone(),
@@ -43,7 +42,13 @@ impl HandBack {
             entry: replication.name.clone(),
             filter: filters.first().filter(|_| filters.len() == 1).cloned(),
         };
-        replication.hand_back.then_some(Self { consumer, moved: None, lane: None, moving: None, told: String::new() })
+        replication.hand_back.then_some(Self {
+            consumer,
+            moved: None,
+            lane: None,
+            moving: None,
+            reported: String::new(),
+        })
     }
 
     /// Moves the consumer to a position.
@@ -53,16 +58,16 @@ impl HandBack {
         }
         if let Err(error) = self.try_move(context, replication, position).await {
             let (error, id) = (error.to_string(), &context.id);
-            if error != self.told {
+            if error != self.reported {
                 warn!(
                     replication = id,
                     consumer = self.consumer.name,
                     "the consumer for the way back was not moved: {error}"
                 );
-                self.told = error;
+                self.reported = error;
             }
         } else {
-            self.told.clear();
+            self.reported.clear();
         }
     }
 
@@ -101,7 +106,7 @@ impl HandBack {
     }
 }
 
-/// Follows the position of a run for as long as this is polled.
+/// Moves the consumer along with a run while this is polled.
 pub(super) async fn follow(
     hand_back: &mut Option<HandBack>,
     context: &Context,
@@ -109,7 +114,7 @@ pub(super) async fn follow(
 ) -> Infallible {
     let Some(hand_back) = hand_back else { return pending().await };
     loop {
-        let row = context.board.row();
+        let row = context.cell.row();
         if row.state == State::Running {
             hand_back.move_to(context, replication, row.copy.position.source_seq).await;
         }

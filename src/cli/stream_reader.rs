@@ -19,7 +19,7 @@ const DELETED: Duration = Duration::from_secs(1);
 
 /// The messages to read.
 #[derive(Debug)]
-pub(super) struct Stored<'a> {
+pub(super) struct StoredMessages<'a> {
     /// Its name in errors.
     pub(super) what: &'a str,
     /// Where it is kept.
@@ -37,11 +37,11 @@ pub(super) struct Stored<'a> {
 /// Shows each message, until there are no more or the output is closed.
 pub(super) async fn read(
     client: &Client,
-    stored: Stored<'_>,
+    stored: StoredMessages<'_>,
     out: &mut Output,
     show: impl Fn(&Message, &mut Output),
 ) -> Result<(), Error> {
-    let Stored { what, stream, subjects, since, from, follow } = stored;
+    let StoredMessages { what, stream, subjects, since, from, follow } = stored;
     let failed = |error: &dyn Display| Error::Failed(format!("{what} in stream `{stream}`: {error}"));
     let deliver_policy = match since {
         Some(since) => {

@@ -1,4 +1,4 @@
-//! What one replication shows: written by its life and its run, read by everybody.
+//! The status of one replication: written by its task and its run, read by the control service and the metrics.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use crate::{
     config::Replication,
     copy::{Error, ErrorKind, Samples, SourcePeek},
-    election::Poll,
+    election::CampaignView,
     events::Step,
     metrics,
     status::{CopyStatus, Headroom, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus, origin},
@@ -17,38 +17,38 @@ use crate::{
 
 /// The pieces of a status row.
 #[derive(Debug)]
-pub(super) struct Board {
+pub(super) struct StatusCell {
     id: String,
     born: AtomicU64,
     head: watch::Sender<Head>,
     status: watch::Sender<(State, CopyStatus)>,
-    /// Our part in Choria's election.
-    poll: watch::Sender<Option<Poll>>,
-    /// The senders, where it is sampled.
+    /// This instance's part in Choria's election.
+    poll: watch::Sender<Option<CampaignView>>,
+    /// The senders of a sampled replication.
     samples: watch::Sender<Option<Samples>>,
 }
 
-/// The part of a row that the life owns.
+/// The part of a row that the task owns.
 #[derive(Debug, Clone, Default)]
 struct Head {
     leader: Option<String>,
     epoch: u64,
     config_revision: u64,
-    /// The right to run it is ours.
+    /// This instance has the lease.
     leads: bool,
-    /// Revision of the newest document, as the watch last told it: in a bucket made anew revisions begin anew.
+    /// Revision of the newest document as the watch reported it. In a recreated bucket, revisions restart.
     newest: u64,
 }
 
-/// How far the copy has come, to see whether it moves.
+/// How far the copy has come, to detect whether it progresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Mark {
+pub(super) struct CopyProgress {
     pub(super) position: Position,
     copied: u64,
 }
 
-impl Board {
-    /// The board of a life that begins with the document at `revision`.
+impl StatusCell {
+    /// The status of a task that starts with the document at `revision`.
     pub(super) fn new(id: &str, revision: u64) -> Self {
         let head = Head { config_revision: revision, newest: revision, ..Head::default() };
         let mut copy = CopyStatus::default();
@@ -63,18 +63,18 @@ impl Board {
         }
     }
 
-    /// Revision of the document that the life began with.
+    /// Revision of the document that the task started with.
     pub(super) fn born(&self) -> u64 {
         self.born.load(Ordering::Relaxed)
     }
 
-    /// The life follows this revision, too: in a bucket made anew revisions begin anew.
+    /// The task follows this revision, too: in a recreated bucket, revisions restart.
     pub(super) fn is_not_younger_than(&self, revision: u64) {
         self.born.fetch_min(revision, Ordering::Relaxed);
         self.head.send_modify(|head| head.newest = revision);
     }
 
-    /// What the run keeps current.
+    /// The part that the run keeps up to date.
     pub(super) fn status(&self) -> &watch::Sender<(State, CopyStatus)> {
         &self.status
     }
@@ -96,16 +96,16 @@ impl Board {
         row
     }
 
-    pub(super) fn mark(&self) -> Mark {
+    pub(super) fn progress(&self) -> CopyProgress {
         let status = self.status.borrow();
-        Mark { position: status.1.position, copied: status.1.counters.copied }
+        CopyProgress { position: status.1.position, copied: status.1.counters.copied }
     }
 
     pub(super) fn set_state(&self, state: State) {
         self.status.send_modify(|status| status.0 = state);
     }
 
-    /// The state of an attempt that begins: what keeps a replication from copying is over only when it copies.
+    /// Sets the state of an attempt that starts. `retrying` and `held` stay: they are over only when the run copies.
     pub(super) fn begin(&self) {
         self.status.send_if_modified(|(state, _)| {
             let first = !matches!(state, State::Retrying | State::Held);
@@ -119,7 +119,7 @@ impl Board {
     pub(super) fn set_revision(&self, revision: u64) {
         let corrected = self.head.send_if_modified(|head| {
             head.config_revision = revision;
-            // An older one runs where the newest cannot.
+            // An older document may run because the newest cannot.
             revision == head.newest
         });
         if corrected {
@@ -127,7 +127,7 @@ impl Board {
         }
     }
 
-    /// The last error is over, if it is one of these.
+    /// The last error is over if `which` selects it.
     fn error_over(&self, which: impl FnOnce(&LastError) -> bool) {
         self.status.send_if_modified(|(_, copy)| {
             let error = copy.last_error.as_mut().filter(|error| error.current && which(error));
@@ -135,12 +135,12 @@ impl Board {
         });
     }
 
-    /// Nothing is tried any more that the last error could be about.
+    /// Nothing is attempted any more that the last error could be about.
     pub(super) fn at_rest(&self) {
         self.error_over(|error| error.kind != "invalid");
     }
 
-    /// A document begins to run.
+    /// A document starts to run.
     pub(super) fn adopt(&self, replication: &Replication, revision: u64) {
         self.set_revision(revision);
         self.status.send_modify(|(_, copy)| {
@@ -153,37 +153,37 @@ impl Board {
         });
     }
 
-    /// The senders that this process knows of, or none any more.
+    /// Sets the senders that this process knows; `None` if it no longer follows them.
     pub(super) fn set_samples(&self, samples: Option<Samples>) {
         self.samples.send_replace(samples);
     }
 
-    /// The senders that this process knows of.
+    /// The senders that this process knows.
     pub(super) fn samples(&self) -> Option<Samples> {
         self.samples.borrow().clone()
     }
 
-    /// Our part in Choria's election, or none any more.
-    pub(super) fn set_poll(&self, poll: Option<Poll>) {
+    /// Sets this instance's part in Choria's election; `None` if it no longer takes part.
+    pub(super) fn set_poll(&self, poll: Option<CampaignView>) {
         self.poll.send_replace(poll);
     }
 
-    /// How our part in Choria's election stands, if we have one.
-    pub(super) fn election(&self) -> Option<metrics::Election> {
-        self.poll.borrow().as_ref().map(Poll::reading)
+    /// The state of Choria's election, if this instance takes part.
+    pub(super) fn election(&self) -> Option<metrics::ElectionReading> {
+        self.poll.borrow().as_ref().map(CampaignView::reading)
     }
 
-    /// Whether the right to run it is ours.
+    /// Whether this instance has the lease.
     pub(super) fn leads(&self) -> bool {
         self.head.borrow().leads
     }
 
-    /// The right to run it is ours, or not any more.
+    /// This instance got or lost the lease.
     pub(super) fn set_leads(&self, leads: bool) {
         self.head.send_modify(|head| head.leads = leads);
     }
 
-    /// The position record is ours.
+    /// This instance claimed the position record.
     pub(super) fn claimed(&self, record: &PositionRecord) {
         self.head.send_modify(|head| {
             head.leader = Some(record.holder.clone());
@@ -198,13 +198,12 @@ impl Board {
         });
     }
 
-    /// The position record is not ours any more; says whether it was.
+    /// This instance gave the position record up. Returns whether it had it.
     pub(super) fn released(&self) -> bool {
         self.head.send_if_modified(|head| head.leader.take().is_some())
     }
 
-    /// A run is over, however: it has neither connections nor messages in the air. What waits at the source still waits;
-    /// that nothing waits is not known any more.
+    /// A run is over: it has neither connections nor messages in flight. A lag stays known; that there is none does not.
     pub(super) fn run_over(&self) {
         self.status.send_modify(|(_, copy)| {
             copy.lag = copy.lag.filter(|lag| lag.messages > 0);
@@ -214,7 +213,7 @@ impl Board {
         });
     }
 
-    /// The position record says this, and nobody here holds it.
+    /// The position record was read while this instance does not write it.
     pub(super) fn looked_up(&self, record: &PositionRecord) {
         let position = Position {
             source_seq: record.source.as_ref().map_or(0, |witness| witness.seq),
@@ -231,11 +230,11 @@ impl Board {
     }
 
     /// The source was checked while no run was under way; `None` if it did not answer, or has no such stream.
-    pub(super) fn glanced(&self, glance: Option<&SourcePeek>, headroom: Option<Headroom>) {
+    pub(super) fn peeked(&self, peek: Option<&SourcePeek>, headroom: Option<Headroom>) {
         self.status.send_modify(|(_, copy)| {
-            copy.lag = glance.map(|glance| glance.lag);
-            copy.source.first_seq = glance.map(|glance| glance.first_seq);
-            copy.source.last_seq = glance.map(|glance| glance.last_seq);
+            copy.lag = peek.map(|peek| peek.lag);
+            copy.source.first_seq = peek.map(|peek| peek.first_seq);
+            copy.source.last_seq = peek.map(|peek| peek.last_seq);
             copy.headroom = headroom;
         });
     }
@@ -245,7 +244,7 @@ impl Board {
         self.status.send_modify(|(_, copy)| copy.source.clock_offset_seconds = clock_offset);
     }
 
-    /// A run ended with an error; `step` is what is made anew, if that is how it goes on.
+    /// A run ended with an error; `step` is what the next run opens again, if the error is transient.
     pub(super) fn failed(&self, error: &Error, step: Option<Step>) {
         let kind = match error.kind {
             ErrorKind::Retry => "retry",
@@ -281,27 +280,27 @@ mod tests {
 
     #[test]
     fn after_a_run_a_lag_stays_known_and_no_lag_does_not() {
-        let board = Board::new("S", 1);
+        let cell = StatusCell::new("S", 1);
         for (before, after) in [(None, None), (Some(0), None), (Some(3), Some(3))] {
             let lag = before.map(|messages| Lag { messages, ..Lag::default() });
-            board.status().send_modify(|(_, copy)| copy.lag = lag);
-            board.run_over();
-            assert_eq!(board.row().copy.lag.map(|lag| lag.messages), after, "{before:?}");
+            cell.status().send_modify(|(_, copy)| copy.lag = lag);
+            cell.run_over();
+            assert_eq!(cell.row().copy.lag.map(|lag| lag.messages), after, "{before:?}");
         }
     }
 
     #[test]
     fn the_lag_of_another_position_is_not_shown() {
-        let board = Board::new("S", 1);
+        let cell = StatusCell::new("S", 1);
         let record = |seq| PositionRecord {
             source: Some(SourceWitness { seq, time_ns: None, created: String::new() }),
             ..PositionRecord::new()
         };
-        board.looked_up(&record(12));
-        board.status().send_modify(|(_, copy)| copy.lag = Some(Lag { messages: 3, ..Lag::default() }));
-        board.looked_up(&record(12));
-        assert_eq!(board.row().copy.lag.map(|lag| lag.messages), Some(3));
-        board.looked_up(&record(5));
-        assert_eq!((board.row().copy.position.source_seq, board.row().copy.lag), (5, None));
+        cell.looked_up(&record(12));
+        cell.status().send_modify(|(_, copy)| copy.lag = Some(Lag { messages: 3, ..Lag::default() }));
+        cell.looked_up(&record(12));
+        assert_eq!(cell.row().copy.lag.map(|lag| lag.messages), Some(3));
+        cell.looked_up(&record(5));
+        assert_eq!((cell.row().copy.position.source_seq, cell.row().copy.lag), (5, None));
     }
 }

@@ -1,6 +1,5 @@
-//! Tells when the source is going to remove what is not copied yet. While a run is under way its status says how long
-//! that will take. While none is, which is when people need to know most, the source is looked at now and then, by few
-//! at a time.
+//! Warns before the source removes messages that are not copied yet. During a run, its status has the time that is left.
+//! Between runs, when operators need that most, the source is checked from time to time, for few replications at once.
 
 use std::{convert::Infallible, future::pending, time::Duration};
 
@@ -10,53 +9,53 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-use super::replication::Context;
+use super::context::Context;
 use crate::{
     config::Replication,
-    copy::{Error, ErrorKind, Looks, Outlook, Shortage, Turn, peek},
+    copy::{Error, ErrorKind, HeadroomChange, Outlook, PollHistory, Shortage, peek},
     events::Event,
     status::{CopyStatus, Headroom, State},
 };
 
-/// Looks at sources of the whole process that may be under way: a thousand paused replications must not connect at once.
+/// Checks of sources that the whole process may have under way: a thousand paused replications must not connect at once.
 static AT_ONCE: Semaphore = Semaphore::const_new(4);
-/// The first look after the end of a run.
+/// Time from the end of a run to the first check.
 const FIRST: Duration = Duration::from_secs(1);
-/// Then after a tenth of the time that is left, or that the source keeps what comes now, within these bounds; in any case
-/// the pause grows from the shortest to the longest: the lag is reported from these checks.
+/// The next check follows after a tenth of the time that is left, or of the time that the source keeps new messages,
+/// within these bounds. In any case the pause starts with the shortest and doubles: these checks report the lag.
 const SOONEST: Duration = Duration::from_secs(5);
 const LATEST: Duration = Duration::from_secs(60);
-/// So long a look may take.
+/// Time limit for a check.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// What is known of one replication's headroom.
+/// Follows the headroom of one replication.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
-    looks: Looks,
+pub(super) struct RetentionWatch {
+    observations: PollHistory,
     shortage: Shortage,
-    /// When the source is looked at next, while no run is under way.
+    /// When the source is checked next, while no run is under way.
     next: Option<Instant>,
-    /// Checks since the last run, or since the source began or ceased to answer.
+    /// Checks since the last run, or since the source started or ceased to answer.
     checks: u32,
 }
 
-impl Watch {
-    /// While a replication is to run: beside each run, and between them. A run reports for itself once it is connected.
+impl RetentionWatch {
+    /// Follows a replication that is to run, during and between runs. A run reports the headroom once it is connected.
     pub(super) async fn follow(&mut self, context: &Context, replication: &Replication) -> Infallible {
-        let mut status = context.board.status().subscribe();
+        let mut status = context.cell.status().subscribe();
         loop {
             tokio::select! {
                 biased;
                 Ok(_) = status.wait_for(|(_, copy)| copy.source.connected) => {}
-                never = self.alone(context, Some(replication)) => match never {},
+                never = self.follow_between_runs(context, Some(replication)) => match never {},
             }
             (self.next, self.checks) = (None, 0);
-            self.beside(context, &mut status).await;
+            self.follow_run(context, &mut status).await;
         }
     }
 
-    /// Until a run is over.
-    async fn beside(&mut self, context: &Context, status: &mut watch::Receiver<(State, CopyStatus)>) {
+    /// Follows the status of a run until it is over.
+    async fn follow_run(&mut self, context: &Context, status: &mut watch::Receiver<(State, CopyStatus)>) {
         loop {
             let (headroom, caught_up) = {
                 let (state, copy) = &*status.borrow_and_update();
@@ -73,13 +72,17 @@ impl Watch {
         }
     }
 
-    /// While no run is under way. Dropped and called again it goes on.
-    pub(super) async fn alone(&mut self, context: &Context, replication: Option<&Replication>) -> Infallible {
+    /// Checks the source while no run is under way. After a drop, the next call continues the schedule.
+    pub(super) async fn follow_between_runs(
+        &mut self,
+        context: &Context,
+        replication: Option<&Replication>,
+    ) -> Infallible {
         let Some(replication) = replication else { return pending().await };
         loop {
             let next = *self.next.get_or_insert_with(|| Instant::now() + FIRST);
             sleep_until(next).await;
-            let pause = self.look(context, replication).await;
+            let pause = self.check_source(context, replication).await;
             let most = SOONEST * 2_u32.saturating_pow(self.checks);
             self.checks = (self.checks + 1).min(4);
             self.next = Some(Instant::now() + pause.min(most));
@@ -87,55 +90,55 @@ impl Watch {
     }
 
     /// Checks the source once; returns how long the next check may wait.
-    async fn look(&mut self, context: &Context, replication: &Replication) -> Duration {
+    async fn check_source(&mut self, context: &Context, replication: &Replication) -> Duration {
         let Ok(_one_of_few) = AT_ONCE.acquire().await else { return LATEST };
-        let (state, copy) = context.board.status().borrow().clone();
+        let (state, copy) = context.cell.status().borrow().clone();
         let known = copy.lag.is_some();
         if state == State::Paused
             && let Ok((record, _)) = context.deps.positions.read(&context.id).await
         {
             // Another instance may have moved it.
-            context.board.looked_up(&record);
+            context.cell.looked_up(&record);
         }
-        let position = context.board.mark().position.source_seq;
+        let position = context.cell.progress().position.source_seq;
         if position == 0 && !known {
-            // It has not begun: where it will, and so what waits, is not known.
+            // It has not started, so the start, and with it the lag, is not known.
             return LATEST;
         }
         let consumers = context.consumers();
-        let looked = peek(&context.deps.rules, replication, &consumers, position, &mut self.looks);
-        let looked = timeout(LIMIT, looked).await;
-        let looked = looked.unwrap_or_else(|_| Err(Error::new(ErrorKind::Retry, format!("no answer for {LIMIT:?}"))));
-        if looked.is_ok() != known {
+        let peeked = peek(&context.deps.rules, replication, &consumers, position, &mut self.observations);
+        let peeked = timeout(LIMIT, peeked).await;
+        let peeked = peeked.unwrap_or_else(|_| Err(Error::new(ErrorKind::Retry, format!("no answer for {LIMIT:?}"))));
+        if peeked.is_ok() != known {
             self.checks = 0;
         }
-        let glance = match looked {
-            Ok(glance) => glance,
+        let peeked = match peeked {
+            Ok(peeked) => peeked,
             Err(error) => {
                 debug!(replication = context.id, "the source was not checked: {error}");
-                context.board.glanced(None, None);
+                context.cell.peeked(None, None);
                 return LATEST;
             }
         };
-        let headroom = match glance.outlook {
+        let headroom = match peeked.outlook {
             Outlook::Left(headroom) => Some(headroom),
             Outlook::Unknown | Outlook::Safe => None,
         };
-        context.board.glanced(Some(&glance), headroom);
-        context.board.measured(glance.clock_offset);
-        self.judge(context, headroom, glance.lag.messages == 0);
+        context.cell.peeked(Some(&peeked), headroom);
+        context.cell.measured(peeked.clock_offset);
+        self.judge(context, headroom, peeked.lag.messages == 0);
         let left = headroom.map(|headroom| headroom.seconds);
-        match left.into_iter().chain(glance.kept).reduce(f64::min) {
-            _ if glance.outlook == Outlook::Unknown => SOONEST,
+        match left.into_iter().chain(peeked.kept).reduce(f64::min) {
+            _ if peeked.outlook == Outlook::Unknown => SOONEST,
             Some(seconds) => Duration::from_secs_f64(seconds.min(1e6) / 10.0).clamp(SOONEST, LATEST),
             None => LATEST,
         }
     }
 
     fn judge(&mut self, context: &Context, headroom: Option<Headroom>, caught_up: bool) {
-        let position = context.board.mark().position.source_seq;
+        let position = context.cell.progress().position.source_seq;
         match self.shortage.judge(headroom, caught_up) {
-            Some(Turn::Low(Headroom { seconds, limit, .. })) => {
+            Some(HeadroomChange::Low(Headroom { seconds, limit, .. })) => {
                 warn!(
                     replication = context.id,
                     seconds,
@@ -144,7 +147,7 @@ impl Watch {
                 );
                 context.emit(Event::HeadroomLow { seconds: seconds as u64, limit, position });
             }
-            Some(Turn::Restored) => {
+            Some(HeadroomChange::Restored) => {
                 info!(
                     replication = context.id,
                     "messages that are not copied stay at the source for long enough again"

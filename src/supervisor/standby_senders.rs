@@ -1,5 +1,5 @@
-//! What this process knows of the senders of one replication. While another instance leads, it follows what that one
-//! writes, to be warm when it takes over; while this one leads, only what people write is news.
+//! The senders of one replication as this process knows them. While another instance leads, this one follows the records
+//! that the leader writes, so that it can take over at once. While this instance leads, it follows edits by hand only.
 
 use std::sync::{
     Arc, Mutex,
@@ -26,46 +26,51 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The senders of one replication, and the task that follows their records; it ends with this.
 #[derive(Debug)]
-pub(super) struct Roll {
+pub(super) struct StandbySenders {
     id: String,
     inspect: Inspect,
-    /// Whether what nobody has confirmed was taken over from the records.
+    /// Whether unconfirmed advisories were loaded from the records.
     reliable: bool,
     store: SenderStore,
     samples: Samples,
     leads: Arc<AtomicBool>,
-    /// Newest revision that was told, once all that was there has been.
-    told: watch::Receiver<Option<u64>>,
+    /// Newest revision that was applied; `None` until all existing records have been.
+    applied: watch::Receiver<Option<u64>>,
     task: JoinHandle<()>,
 }
 
-impl Drop for Roll {
+impl Drop for StandbySenders {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl Roll {
-    /// Begins to follow.
+impl StandbySenders {
+    /// Starts to follow the records.
     pub(super) fn follow(store: &SenderStore, id: &str, sampling: &Sampling) -> Self {
         let senders = Arc::new(Mutex::new(Senders::new(id, sampling)));
         let samples = Samples { senders, store: Arc::new(store.clone()) };
         let store = store.clone();
         let leads = Arc::new(AtomicBool::new(false));
-        let (tell, told) = watch::channel(None);
-        let following =
-            Following { id: id.to_owned(), store: store.clone(), samples: samples.clone(), leads: leads.clone(), tell };
+        let (report, applied) = watch::channel(None);
+        let following = SenderFollower {
+            id: id.to_owned(),
+            store: store.clone(),
+            samples: samples.clone(),
+            leads: leads.clone(),
+            report,
+        };
         let task = tokio::spawn(following.run());
         let (inspect, reliable) = (sampling.inspect.clone(), sampling.is_reliable());
-        Self { id: id.to_owned(), inspect, reliable, store, samples, leads, told, task }
+        Self { id: id.to_owned(), inspect, reliable, store, samples, leads, applied, task }
     }
 
-    /// Whether what was taken over from the records so far is what is needed to lead.
+    /// Whether the records loaded so far have what this sampling needs to lead.
     pub(super) fn knows_enough(&self, sampling: &Sampling) -> bool {
         self.fits(sampling) && (self.reliable == sampling.is_reliable() || self.leads.load(Ordering::Relaxed))
     }
 
-    /// Whether senders are told apart in this way.
+    /// Whether senders are identified in the way that this sampling asks for.
     pub(super) fn fits(&self, sampling: &Sampling) -> bool {
         self.inspect == sampling.inspect
     }
@@ -75,14 +80,14 @@ impl Roll {
         self.samples.clone()
     }
 
-    /// From now on this process writes: waits until it knows what is there.
+    /// From now on this process writes the records: waits until it has applied the newest one.
     pub(super) async fn lead(&mut self, sampling: &Sampling) -> Result<(), store::Error> {
         if !self.leads.load(Ordering::Relaxed) {
             loop {
                 let newest = self.store.newest(&self.id).await?;
-                let known = self.told.wait_for(|told| told.is_some_and(|told| told >= newest));
-                // An error means that the task is gone, and with it everything. The newest one may be a marker that
-                // expires before the watch delivers it: then an older one is the newest.
+                let known = self.applied.wait_for(|applied| applied.is_some_and(|applied| applied >= newest));
+                // An error means that the task has ended with its owner. The newest record may be a marker that expires
+                // before the watch delivers it: then an older one is the newest.
                 if timeout(ASK_AGAIN, known).await.is_ok() {
                     break;
                 }
@@ -96,15 +101,15 @@ impl Roll {
     }
 }
 
-struct Following {
+struct SenderFollower {
     id: String,
     store: SenderStore,
     samples: Samples,
     leads: Arc<AtomicBool>,
-    tell: watch::Sender<Option<u64>>,
+    report: watch::Sender<Option<u64>>,
 }
 
-impl Following {
+impl SenderFollower {
     async fn run(self) {
         let mut trouble = Trouble::new("the records of senders cannot be followed");
         let mut recreations = self.store.recreations();
@@ -114,7 +119,7 @@ impl Following {
                     let now = self.store.recreations();
                     let recreated = std::mem::replace(&mut recreations, now) != now;
                     if recreated {
-                        // What is known is more than the bucket holds: whoever leads writes all of it again.
+                        // Memory has more than the bucket: the leader writes all of it again.
                         self.samples.lock().write_all_again();
                     }
                     let standby = !self.leads() && !recreated;
@@ -155,12 +160,15 @@ impl Following {
                 if standby && !self.leads() {
                     senders.end_load();
                 }
-                self.tell.send_replace(Some(newest));
+                self.report.send_replace(Some(newest));
             }
             SenderChange::Unreadable { key, message } => {
                 warn!(replication = self.id, key, "not a record of a sender: {message}; delete or correct it");
             }
         }
-        self.tell.send_if_modified(|told| told.as_mut().is_some_and(|told| std::mem::replace(told, newest) != newest));
+        let advance = |applied: &mut Option<u64>| {
+            applied.as_mut().is_some_and(|applied| std::mem::replace(applied, newest) != newest)
+        };
+        self.report.send_if_modified(advance);
     }
 }

@@ -1,14 +1,14 @@
-//! What is known of the heartbeats from the outside.
+//! The published state of the heartbeats.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::{
     config::Heartbeats,
-    election::Poll,
+    election::CampaignView,
     metrics::{self, HeartbeatSubject},
 };
 
-/// Numbers, and how the election stands.
+/// Counters, and the state of the election.
 #[derive(Debug)]
 pub(super) struct HeartbeatStats {
     host: String,
@@ -19,7 +19,7 @@ pub(super) struct HeartbeatStats {
 struct Inner {
     paused: bool,
     subjects: Vec<HeartbeatSubject>,
-    poll: Option<Poll>,
+    poll: Option<CampaignView>,
 }
 
 impl HeartbeatStats {
@@ -31,7 +31,7 @@ impl HeartbeatStats {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Other heartbeats are published from now on; a subject that was there before keeps its numbers.
+    /// Other heartbeats are published from now on; a subject that was among the former ones keeps its counters.
     pub(super) fn begin(&self, heartbeats: Option<&Heartbeats>) {
         let mut inner = self.inner();
         let mut before = std::mem::take(&mut inner.subjects);
@@ -42,12 +42,12 @@ impl HeartbeatStats {
                 None => HeartbeatSubject { subject: one.subject.clone(), ..HeartbeatSubject::default() },
             })
             .collect();
-        // Nobody leads before the campaign has said so.
+        // There is no leader before the campaign has reported one.
         inner.paused = heartbeats.is_some_and(|heartbeats| heartbeats.leader_election);
         inner.poll = None;
     }
 
-    pub(super) fn stands(&self, poll: Poll) {
+    pub(super) fn stands(&self, poll: CampaignView) {
         self.inner().poll = Some(poll);
     }
 
@@ -55,21 +55,21 @@ impl HeartbeatStats {
         self.inner().paused = paused;
     }
 
-    /// Changes the numbers of one subject, by its place in what is published.
+    /// Changes the counters of one subject, by its index in the document.
     pub(super) fn count(&self, index: usize, change: impl FnOnce(&mut HeartbeatSubject)) {
         if let Some(subject) = self.inner().subjects.get_mut(index) {
             change(subject);
         }
     }
 
-    pub(super) fn reading(&self) -> Option<metrics::Heartbeats> {
+    pub(super) fn reading(&self) -> Option<metrics::HeartbeatReading> {
         let Inner { paused, subjects, .. } = &*self.inner();
         let (host, paused, subjects) = (self.host.clone(), *paused, subjects.clone());
-        (!subjects.is_empty()).then_some(metrics::Heartbeats { host, paused, subjects })
+        (!subjects.is_empty()).then_some(metrics::HeartbeatReading { host, paused, subjects })
     }
 
-    pub(super) fn election(&self) -> Option<metrics::Election> {
-        self.inner().poll.as_ref().map(Poll::reading)
+    pub(super) fn election(&self) -> Option<metrics::ElectionReading> {
+        self.inner().poll.as_ref().map(CampaignView::reading)
     }
 }
 
@@ -87,16 +87,16 @@ mod tests {
 
     #[test]
     fn what_an_election_decides_is_paused_until_it_is_won() {
-        let board = HeartbeatStats::new("host");
-        let paused = || board.reading().map(|reading| reading.paused);
+        let stats = HeartbeatStats::new("host");
+        let paused = || stats.reading().map(|reading| reading.paused);
         assert_eq!(paused(), None);
-        board.begin(Some(&heartbeats(false)));
+        stats.begin(Some(&heartbeats(false)));
         assert_eq!(paused(), Some(false));
-        board.begin(Some(&heartbeats(true)));
+        stats.begin(Some(&heartbeats(true)));
         assert_eq!(paused(), Some(true));
-        board.paused(false);
+        stats.paused(false);
         assert_eq!(paused(), Some(false));
-        board.begin(None);
+        stats.begin(None);
         assert_eq!(paused(), None);
     }
 }

@@ -1,13 +1,13 @@
-//! What people asked of one replication beside its document, as last heard. Pure.
+//! The requests of operators for one replication, as the marks beside its document have them. Pure.
 
 use crate::store::{Mark, MarkKind, ReleaseMark, SourceMessage};
 
-/// The marks of one replication.
+/// The requests for one replication.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Marks {
-    /// Nothing may be copied.
+pub(super) struct Requests {
+    /// Copying is paused.
     pub(super) paused: bool,
-    /// A held replication may go on.
+    /// A held replication may try again.
     pub(super) release: Option<Release>,
 }
 
@@ -16,12 +16,12 @@ pub(super) struct Marks {
 pub(super) struct Release {
     /// Revision of the mark: a newer one is news.
     pub(super) revision: u64,
-    /// The message to leave out; without one it is just tried again.
+    /// The message to skip; without one the replication just tries again.
     pub(super) skip: Option<SourceMessage>,
 }
 
-impl Marks {
-    /// Takes over a mark that was put or removed.
+impl Requests {
+    /// Applies a mark that was put or removed.
     pub(super) fn apply(&mut self, mark: &Mark) {
         match mark.kind {
             MarkKind::Paused => self.paused = mark.value.is_some(),
@@ -33,7 +33,7 @@ impl Marks {
         }
     }
 
-    /// Takes back every mark of a kind: it is not there any more.
+    /// Removes the request of a kind: its mark no longer exists.
     pub(super) fn remove(&mut self, kind: MarkKind) {
         match kind {
             MarkKind::Paused => self.paused = false,
@@ -42,7 +42,7 @@ impl Marks {
         }
     }
 
-    /// Whether the mark of this kind is there.
+    /// Whether there is a request of this kind.
     pub(super) fn has(&self, kind: MarkKind) -> bool {
         match kind {
             MarkKind::Paused => self.paused,
@@ -58,7 +58,7 @@ mod tests {
 
     #[test]
     fn any_value_pauses_and_releases() {
-        let mut marks = Marks::default();
+        let mut requests = Requests::default();
         let mark = |kind, revision, value: Option<&'static str>| Mark {
             id: "A".to_owned(),
             kind,
@@ -66,13 +66,13 @@ mod tests {
             value: value.map(|value| value.as_bytes().into()),
         };
         for garbage in ["", "{", "no"] {
-            marks.apply(&mark(MarkKind::Paused, 1, Some(garbage)));
-            assert!(marks.paused, "{garbage}");
-            marks.apply(&mark(MarkKind::Release, 2, Some(garbage)));
-            assert_eq!(marks.release, Some(Release { revision: 2, skip: None }), "{garbage}");
-            marks.apply(&mark(MarkKind::Paused, 3, None));
-            marks.apply(&mark(MarkKind::Release, 4, None));
-            assert_eq!(marks, Marks::default());
+            requests.apply(&mark(MarkKind::Paused, 1, Some(garbage)));
+            assert!(requests.paused, "{garbage}");
+            requests.apply(&mark(MarkKind::Release, 2, Some(garbage)));
+            assert_eq!(requests.release, Some(Release { revision: 2, skip: None }), "{garbage}");
+            requests.apply(&mark(MarkKind::Paused, 3, None));
+            requests.apply(&mark(MarkKind::Release, 4, None));
+            assert_eq!(requests, Requests::default());
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Which replications of this service write to the same target stream: from all documents, whether they run here, run
-//! elsewhere or are paused. In memory.
+//! Which replications of this service write to the same target stream: from all documents, whether the replications run
+//! here, elsewhere or are paused. In memory.
 
 use std::{
     collections::BTreeMap,
@@ -16,18 +16,18 @@ use crate::{
 
 /// The targets of all replications, by id; cheap to clone.
 #[derive(Debug, Clone)]
-pub(super) struct Neighbours {
+pub(super) struct SharedTargets {
     site: String,
     rules: AllowList,
     targets: Arc<Mutex<BTreeMap<String, Side>>>,
 }
 
-impl Neighbours {
+impl SharedTargets {
     pub(super) fn new(site: &str, rules: &AllowList) -> Self {
         Self { site: site.to_owned(), rules: rules.clone(), targets: Arc::default() }
     }
 
-    /// Takes over a document; one that cannot run replaces nothing.
+    /// Adds or replaces a document; an invalid one replaces nothing.
     pub(super) fn put(&self, entry: &ConfigEntry) {
         if let Ok(Replication { id, target, .. }) = self.rules.parse(&entry.value, &self.site)
             && id == entry.key
@@ -36,14 +36,14 @@ impl Neighbours {
         }
     }
 
-    /// The document is gone.
+    /// The document was deleted.
     pub(super) fn remove(&self, id: &str) {
         self.targets.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 
-    /// Another replication that writes to the same stream: by the stream's name, a server, the login and the prefix of
-    /// the API. What is the same stream by other names or users is found out when the chain breaks.
-    pub(super) fn of(&self, replication: &Replication) -> Option<String> {
+    /// Another replication that writes to the same stream, identified by the stream's name, a server, the login and the
+    /// prefix of the API. The same stream under another address or user is detected when the expected sequence is refused.
+    pub(super) fn other_writer(&self, replication: &Replication) -> Option<String> {
         let Replication { id, target, .. } = replication;
         let others: Vec<(String, Side)> = {
             let targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
@@ -82,18 +82,18 @@ mod tests {
     }
 
     #[test]
-    fn a_neighbour_is_told_by_stream_server_login_and_prefix() {
+    fn another_writer_is_known_by_stream_server_and_login() {
         let rules = AllowList::default();
         let check = |own: Value, other: Value, expect: bool| {
-            let neighbours = Neighbours::new("SITE", &rules);
+            let shared_targets = SharedTargets::new("SITE", &rules);
             let (own, other) = (entry("own", own), entry("other", other));
-            neighbours.put(&own);
-            neighbours.put(&other);
+            shared_targets.put(&own);
+            shared_targets.put(&other);
             let replication = rules.parse(&own.value, "SITE").unwrap();
-            let found = neighbours.of(&replication);
+            let found = shared_targets.other_writer(&replication);
             assert_eq!(found, expect.then(|| "S.other".to_owned()), "{own:?} {other:?}");
-            neighbours.remove("S.other");
-            assert_eq!(neighbours.of(&replication), None);
+            shared_targets.remove("S.other");
+            assert_eq!(shared_targets.other_writer(&replication), None);
         };
         check(json!({}), json!({}), true);
         check(json!({}), json!({"target_url": "c,b:4222"}), true);
@@ -108,11 +108,11 @@ mod tests {
     #[test]
     fn a_document_that_cannot_run_replaces_nothing() {
         let rules = AllowList::default();
-        let neighbours = Neighbours::new("SITE", &rules);
-        neighbours.put(&entry("other", json!({})));
-        neighbours.put(&entry("other", json!({"target_stream": 5})));
-        neighbours.put(&ConfigEntry { key: "X".to_owned(), ..entry("third", json!({})) });
+        let shared_targets = SharedTargets::new("SITE", &rules);
+        shared_targets.put(&entry("other", json!({})));
+        shared_targets.put(&entry("other", json!({"target_stream": 5})));
+        shared_targets.put(&ConfigEntry { key: "X".to_owned(), ..entry("third", json!({})) });
         let replication = rules.parse(&entry("own", json!({})).value, "SITE").unwrap();
-        assert_eq!(neighbours.of(&replication).as_deref(), Some("S.other"));
+        assert_eq!(shared_targets.other_writer(&replication).as_deref(), Some("S.other"));
     }
 }

@@ -1,15 +1,15 @@
-//! `config.validate`: what is wrong with a document, and what both sides say to it.
+//! `config.validate`: checks a document, and both clusters for it.
 
 use tokio::time::{Duration, Instant};
 
-use super::{
-    api::{Check, CheckResult, Failure, Preflight, PreflightSide, PreflightStream, Validation},
-    endpoints::{RequestContext, checked_document},
-    service::Request,
-};
+use super::{RequestContext, checked_document};
 use crate::{
     config::{Problem, Replication},
-    preflight::{self, Finding, Known, Outcome, SideReport},
+    control::{
+        api::{Check, CheckResult, Failure, Preflight, PreflightSide, PreflightStream, Validation},
+        service::Request,
+    },
+    preflight::{self, CheckOutcome, Finding, OtherReplication, SideReport},
 };
 
 /// From the request to the answer, with both sides asked. The service gives up on an answer a little later.
@@ -43,7 +43,7 @@ pub(super) async fn config_validate(context: &RequestContext, request: Request) 
 }
 
 /// The revision of the document that this one replaces, and the other replications.
-async fn others(context: &RequestContext, replication: &Replication) -> (Option<u64>, Vec<Known>) {
+async fn others(context: &RequestContext, replication: &Replication) -> (Option<u64>, Vec<OtherReplication>) {
     let (mut exists, mut known) = (None, Vec::new());
     for entry in context.documents.all().await {
         if entry.key == replication.id {
@@ -52,19 +52,19 @@ async fn others(context: &RequestContext, replication: &Replication) -> (Option<
             let row = context.supervisor.row(&entry.key);
             let (source_server, target_server) =
                 row.map(|row| (row.copy.source.server, row.copy.target.server)).unwrap_or_default();
-            known.push(Known { replication: other, source_server, target_server });
+            known.push(OtherReplication { replication: other, source_server, target_server });
         }
     }
     (exists, known)
 }
 
-fn validation(report: &preflight::Report) -> Validation {
+fn validation(report: &preflight::PreflightReport) -> Validation {
     let mut validation = Validation::default();
     for finding in report.source.findings.iter().chain(&report.target.findings) {
         let list = match finding.outcome {
-            Outcome::Failed => &mut validation.problems,
-            Outcome::Warning | Outcome::Unknown => &mut validation.warnings,
-            Outcome::Ok => continue,
+            CheckOutcome::Failed => &mut validation.problems,
+            CheckOutcome::Warning | CheckOutcome::Unknown => &mut validation.warnings,
+            CheckOutcome::Ok => continue,
         };
         if !finding.message.is_empty() {
             list.push(Problem::new(finding.path, finding.message.as_str()));
@@ -90,10 +90,10 @@ fn side(report: &SideReport) -> PreflightSide {
 
 fn check(finding: &Finding) -> Check {
     let result = match finding.outcome {
-        Outcome::Ok => CheckResult::Ok,
-        Outcome::Warning => CheckResult::Warning,
-        Outcome::Failed => CheckResult::Failed,
-        Outcome::Unknown => CheckResult::Unknown,
+        CheckOutcome::Ok => CheckResult::Ok,
+        CheckOutcome::Warning => CheckResult::Warning,
+        CheckOutcome::Failed => CheckResult::Failed,
+        CheckOutcome::Unknown => CheckResult::Unknown,
     };
     Check { name: finding.name.to_owned(), result, message: finding.message.clone() }
 }

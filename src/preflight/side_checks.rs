@@ -1,4 +1,4 @@
-//! Asks one side.
+//! Asks one side for everything that the checks need.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,7 +17,7 @@ use crate::{
     config::{Replication, Side},
     copy::{
         source::{
-            clock::{Heard, SourceClock},
+            clock::{ClockReading, SourceClock},
             durable::{Durable, Way},
             learn,
         },
@@ -34,32 +34,32 @@ use crate::{
 const CONNECT_WITHIN: Duration = Duration::from_millis(1_400);
 /// Subjects that are looked up at most.
 const MAX_SUBJECTS: usize = 64;
-/// Whom a server tells what a user may do.
+/// Subject on which a server reports the permissions of a user.
 const USER_INFO: &str = "$SYS.REQ.USER.INFO";
-/// A consumer that nobody has.
+/// Name of a consumer that does not exist.
 const NO_CONSUMER: &str = "sr_preflight";
 
 /// Source or target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Role {
+pub(super) enum SideRole {
     Source,
     Target,
 }
 
-/// What came of a question.
+/// The result of a request.
 #[derive(Debug, Clone, Default)]
-pub(super) enum Answer<T> {
+pub(super) enum CheckAnswer<T> {
     Got(T),
     /// The answer is no.
     Failed(String),
-    /// There was no answer, or one that says nothing.
+    /// There was no answer, or one without the information.
     Unclear(String),
-    /// Something before it failed.
+    /// An earlier check failed.
     #[default]
     NotAsked,
 }
 
-impl<T> Answer<T> {
+impl<T> CheckAnswer<T> {
     pub(super) fn got(&self) -> Option<&T> {
         match self {
             Self::Got(value) => Some(value),
@@ -68,7 +68,7 @@ impl<T> Answer<T> {
     }
 }
 
-impl Answer<Option<StreamInfo>> {
+impl CheckAnswer<Option<StreamInfo>> {
     /// The stream, if it was seen.
     pub(super) fn there(&self) -> Option<&StreamInfo> {
         self.got().and_then(Option::as_ref)
@@ -76,50 +76,57 @@ impl Answer<Option<StreamInfo>> {
 }
 
 /// Streams by a subject, or a pattern, that they listen on.
-pub(super) type Listeners = Answer<BTreeMap<String, Vec<String>>>;
+pub(super) type Listeners = CheckAnswer<BTreeMap<String, Vec<String>>>;
 
 /// Answers of one side.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Facts {
+pub(super) struct SideFacts {
     /// Addresses, without secrets; the name of a context that could not be read.
     pub(super) address: String,
     /// JSON pointer to the field that says where this side is.
     pub(super) path: &'static str,
-    /// As whom and where to; `None` if the context could not be read.
+    /// Login and addresses; `None` if the context could not be read.
     pub(super) connection: Option<Connection>,
-    pub(super) connect: Answer<ServerInfo>,
-    pub(super) jetstream: Answer<()>,
-    pub(super) stream: Answer<Option<StreamInfo>>,
+    pub(super) connect: CheckAnswer<ServerInfo>,
+    pub(super) jetstream: CheckAnswer<()>,
+    pub(super) stream: CheckAnswer<Option<StreamInfo>>,
     /// How far the clock of the server that leads the stream is ahead of ours, seconds; `None` in it if the server does not
     /// report its time.
-    pub(super) clock: Answer<Option<f64>>,
-    pub(super) permissions: Answer<Permissions>,
-    /// What the account uses and may use.
-    pub(super) account: Answer<AccountInfo>,
+    pub(super) clock: CheckAnswer<Option<f64>>,
+    pub(super) permissions: CheckAnswer<Permissions>,
+    /// Usage and limits of the account.
+    pub(super) account: CheckAnswer<AccountInfo>,
     /// Whether the calls that a copy needs are permitted, where the server does not report permissions.
-    pub(super) calls: Answer<()>,
+    pub(super) calls: CheckAnswer<()>,
     /// The consumers of a source that forgets what was acknowledged.
-    pub(super) consumers: Answer<Vec<ConsumerInfo>>,
-    /// What a source stores beside what its configuration tells; what was not learned in time is not in it.
+    pub(super) consumers: CheckAnswer<Vec<ConsumerInfo>>,
+    /// Subjects that a source stores although its configuration does not list them, as far as they were learned in time.
     pub(super) learned: Learned,
-    /// Which streams listen on the subjects that something is published to.
+    /// The streams that listen on the subjects that the copy publishes to.
     pub(super) listeners: Listeners,
-    /// Where the other side is the same account, reached through leafnodes: which streams listen here on what is
+    /// If the other side is the same account, reached through leafnodes: the streams here that listen on the subjects
     /// published there.
     pub(super) beside: Listeners,
 }
 
-/// A side while it is asked.
-pub(super) struct Look {
-    pub(super) facts: Facts,
+impl SideFacts {
+    /// Prefix of the JetStream API; empty if the context could not be read.
+    pub(super) fn api_prefix(&self) -> &str {
+        self.connection.as_ref().map_or("", |connection| connection.api_prefix.as_str())
+    }
+}
+
+/// The checks of one side while they run.
+pub(super) struct SideChecks {
+    pub(super) facts: SideFacts,
     name: String,
     lane: Option<Lane>,
     until: Instant,
 }
 
-/// Why a question got no answer.
+/// Why a request got no answer.
 enum Silence {
-    /// An error; whether people have to end it.
+    /// An error; `lasting` if an operator has to correct it.
     Error {
         lasting: bool,
         message: String,
@@ -127,46 +134,46 @@ enum Silence {
     Late,
 }
 
-/// What is asked; without a body nobody waits for the answer.
-type Question = (String, Option<String>);
+/// A request: subject and body. Without a body the answer does not matter.
+type CallRequest = (String, Option<String>);
 
-impl Look {
-    /// Connects and asks what does not depend on the other side.
-    pub(super) async fn at(rules: &AllowList, role: Role, replication: &Replication, until: Instant) -> Self {
+impl SideChecks {
+    /// Connects and sends the requests that do not depend on the other side.
+    pub(super) async fn at(rules: &AllowList, role: SideRole, replication: &Replication, until: Instant) -> Self {
         let side = match role {
-            Role::Source => &replication.source,
-            Role::Target => &replication.target,
+            SideRole::Source => &replication.source,
+            SideRole::Target => &replication.target,
         };
         let name = format!("{} {} preflight", names::PROGRAM, replication.id);
-        let facts = Facts { path: place_path(role, &side.place), ..Facts::default() };
-        let mut look = Self { facts, name, lane: None, until };
+        let facts = SideFacts { path: place_path(role, &side.place), ..SideFacts::default() };
+        let mut checks = Self { facts, name, lane: None, until };
         match rules.resolve(&side.place) {
-            Ok(connection) => look.take(connection),
+            Ok(connection) => checks.use_connection(connection),
             Err(error) => {
-                look.facts.address = side.place.to_string();
-                look.facts.connect = Answer::Failed(error.message);
-                return look;
+                checks.facts.address = side.place.to_string();
+                checks.facts.connect = CheckAnswer::Failed(error.message);
+                return checks;
             }
         }
-        look.facts.connect = look.connect().await;
-        if look.facts.connect.got().is_some() {
-            look.ask_permissions().await;
-            look.ask_stream(side).await;
-            look.ask_account().await;
-            if look.facts.permissions.got().is_none() {
-                look.ask_calls(role, replication).await;
+        checks.facts.connect = checks.connect().await;
+        if checks.facts.connect.got().is_some() {
+            checks.ask_permissions().await;
+            checks.ask_stream(side).await;
+            checks.ask_account().await;
+            if checks.facts.permissions.got().is_none() {
+                checks.ask_calls(role, replication).await;
             }
-            if role == Role::Source && look.facts.stream.there().is_some_and(Durable::is_needed) {
-                look.ask_consumers(side).await;
+            if role == SideRole::Source && checks.facts.stream.there().is_some_and(Durable::is_needed) {
+                checks.ask_consumers(side).await;
             }
-            if role == Role::Source {
-                look.learn(replication).await;
+            if role == SideRole::Source {
+                checks.learn(replication).await;
             }
         }
-        look
+        checks
     }
 
-    fn take(&mut self, connection: Connection) {
+    fn use_connection(&mut self, connection: Connection) {
         let hosts = connection.endpoint.hosts.iter();
         self.facts.address = hosts.map(ToString::to_string).collect::<Vec<_>>().join(",");
         self.facts.connection = Some(connection);
@@ -180,10 +187,10 @@ impl Look {
         }
     }
 
-    /// Tries one server after the other and stays with the one that lets us in. Each gets its part of our time; one
-    /// that a copy would give more time to says nothing by its silence.
-    async fn connect(&mut self) -> Answer<ServerInfo> {
-        let Some(all) = self.facts.connection.clone() else { return Answer::NotAsked };
+    /// Tries one server after the other and stays with the one that accepts the login. Each gets its part of the time; a
+    /// server that a copy would give more time is not judged by its silence.
+    async fn connect(&mut self) -> CheckAnswer<ServerInfo> {
+        let Some(all) = self.facts.connection.clone() else { return CheckAnswer::NotAsked };
         let end = self.until.min(Instant::now() + CONNECT_WITHIN);
         let (mut said, mut cut) = (Vec::new(), false);
         for (index, host) in all.endpoint.hosts.iter().enumerate() {
@@ -193,12 +200,12 @@ impl Look {
             one.endpoint.hosts = vec![host.clone()];
             let limit = one.endpoint.connect_timeout;
             let attempt = Lane::connect(&one, &self.name);
-            // Within its own limit it is the lane that gives up, and says so.
+            // Within its own limit, the lane gives up and reports it.
             let attempt = if limit <= part { Ok(attempt.await) } else { timeout(part, attempt).await };
             match attempt {
                 Ok(Ok(lane)) => {
                     self.facts.connection = Some(one);
-                    return Answer::Got(self.lane.insert(lane).info().clone());
+                    return CheckAnswer::Got(self.lane.insert(lane).info().clone());
                 }
                 Ok(Err(error)) => said.push(error.message),
                 Err(_) => {
@@ -211,10 +218,10 @@ impl Look {
             }
         }
         let said = said.join("; ");
-        if cut { Answer::Unclear(said) } else { Answer::Failed(said) }
+        if cut { CheckAnswer::Unclear(said) } else { CheckAnswer::Failed(said) }
     }
 
-    /// What subjects of the JetStream API begin with.
+    /// Prefix of the subjects of the JetStream API.
     fn api_prefix(&self) -> String {
         self.facts.connection.as_ref().map(|connection| connection.api_prefix.clone()).unwrap_or_default()
     }
@@ -222,15 +229,15 @@ impl Look {
     async fn ask_permissions(&mut self) {
         self.facts.permissions = match self.ask(&[(USER_INFO.to_owned(), Some(String::new()))]).await {
             Ok(answers) => match answers.first().and_then(Option::as_ref).and_then(|body| Permissions::parse(body)) {
-                Some(permissions) => Answer::Got(permissions),
-                None => Answer::Unclear(format!("the server does not answer `{USER_INFO}`")),
+                Some(permissions) => CheckAnswer::Got(permissions),
+                None => CheckAnswer::Unclear(format!("the server does not answer `{USER_INFO}`")),
             },
-            Err(Silence::Error { message, .. }) => Answer::Unclear(message),
-            Err(Silence::Late) => Answer::Unclear(format!("no answer to `{USER_INFO}` in time")),
+            Err(Silence::Error { message, .. }) => CheckAnswer::Unclear(message),
+            Err(Silence::Late) => CheckAnswer::Unclear(format!("no answer to `{USER_INFO}` in time")),
         };
     }
 
-    /// Only where it is known to be allowed: a refusal would cost the connection.
+    /// Sent only where it is known to be allowed: a refusal would end the connection.
     async fn ask_account(&mut self) {
         let subject = format!("{}.INFO", self.api_prefix());
         let allowed = self.facts.permissions.got().is_some_and(|all| all.publish(&subject) == Share::All);
@@ -238,10 +245,10 @@ impl Look {
             return;
         }
         self.facts.account = match self.ask(&[(subject.clone(), Some(String::new()))]).await.as_deref() {
-            Ok([Some(body)]) => decode(body).map_or_else(|error| Answer::Unclear(error.message), Answer::Got),
-            Ok(_) => Answer::Unclear(format!("there was no answer to `{subject}`")),
-            Err(Silence::Error { message, .. }) => Answer::Unclear(message.clone()),
-            Err(Silence::Late) => Answer::Unclear(format!("no answer to `{subject}` in time")),
+            Ok([Some(body)]) => decode(body).map_or_else(|error| CheckAnswer::Unclear(error.message), CheckAnswer::Got),
+            Ok(_) => CheckAnswer::Unclear(format!("there was no answer to `{subject}`")),
+            Err(Silence::Error { message, .. }) => CheckAnswer::Unclear(message.clone()),
+            Err(Silence::Late) => CheckAnswer::Unclear(format!("no answer to `{subject}` in time")),
         };
     }
 
@@ -252,26 +259,32 @@ impl Look {
         let (received, local) = (Instant::now(), entropy::now());
         (self.facts.jetstream, self.facts.stream) = match answer.as_deref() {
             Ok([Some(body)]) => match decode::<StreamInfo>(body) {
-                Ok(info) => (Answer::Got(()), Answer::Got(Some(info))),
-                Err(error) if error.kind == ErrorKind::NotFound => (Answer::Got(()), Answer::Got(None)),
-                Err(error) if error.kind == ErrorKind::Hold => (Answer::Failed(error.message), Answer::NotAsked),
-                Err(error) => (Answer::Got(()), Answer::Unclear(format!("`{subject}`: {error}"))),
+                Ok(info) => (CheckAnswer::Got(()), CheckAnswer::Got(Some(info))),
+                Err(error) if error.kind == ErrorKind::NotFound => (CheckAnswer::Got(()), CheckAnswer::Got(None)),
+                Err(error) if error.kind == ErrorKind::Hold => {
+                    (CheckAnswer::Failed(error.message), CheckAnswer::NotAsked)
+                }
+                Err(error) => (CheckAnswer::Got(()), CheckAnswer::Unclear(format!("`{subject}`: {error}"))),
             },
             Ok(_) => {
                 let message = format!("no responders for `{subject}`: JetStream is not enabled");
-                (Answer::Failed(message), Answer::NotAsked)
+                (CheckAnswer::Failed(message), CheckAnswer::NotAsked)
             }
-            Err(Silence::Error { lasting: true, message }) => (Answer::NotAsked, Answer::Failed(message.clone())),
-            Err(Silence::Error { message, .. }) => (Answer::NotAsked, Answer::Unclear(message.clone())),
-            Err(Silence::Late) => (Answer::NotAsked, Answer::Unclear(format!("no answer to `{subject}` in time"))),
+            Err(Silence::Error { lasting: true, message }) => {
+                (CheckAnswer::NotAsked, CheckAnswer::Failed(message.clone()))
+            }
+            Err(Silence::Error { message, .. }) => (CheckAnswer::NotAsked, CheckAnswer::Unclear(message.clone())),
+            Err(Silence::Late) => {
+                (CheckAnswer::NotAsked, CheckAnswer::Unclear(format!("no answer to `{subject}` in time")))
+            }
         };
         if let Some(info) = self.facts.stream.there().filter(|info| info.is_leaders()) {
-            let heard = Heard { sent, received, server: info.ts, local };
-            self.facts.clock = Answer::Got(SourceClock::new(&heard).offset(received, local));
+            let heard = ClockReading { sent, received, server: info.ts, local };
+            self.facts.clock = CheckAnswer::Got(SourceClock::new(&heard).offset(received, local));
         }
     }
 
-    /// A copy need not be allowed to ask this: then nothing is known.
+    /// A copy does not need the permission for this request: without an answer nothing is known.
     async fn ask_consumers(&mut self, side: &Side) {
         #[derive(Deserialize)]
         struct StreamListReply {
@@ -286,7 +299,7 @@ impl Look {
             && let Some(list) =
                 answers.first().and_then(Option::as_ref).and_then(|body| decode::<StreamListReply>(body).ok())
         {
-            self.facts.consumers = Answer::Got(list.consumers.unwrap_or_default());
+            self.facts.consumers = CheckAnswer::Got(list.consumers.unwrap_or_default());
         }
     }
 
@@ -318,7 +331,7 @@ impl Look {
         }
     }
 
-    /// The connection, or another one.
+    /// The connection, or a new one.
     async fn taken(&mut self) -> Result<Lane, Error> {
         match self.lane.take() {
             Some(lane) => Ok(lane),
@@ -326,16 +339,16 @@ impl Look {
         }
     }
 
-    /// Where a server does not tell the permissions, the calls of a copy are made in a way that changes nothing:
+    /// If a server does not report permissions, the calls of a copy are made in a way that changes nothing:
     /// what is asked for does not exist, or contradicts its subject.
-    async fn ask_calls(&mut self, role: Role, replication: &Replication) {
+    async fn ask_calls(&mut self, role: SideRole, replication: &Replication) {
         let Some(stream) = self.facts.stream.got() else { return };
         let questions = calls(role, replication, stream.as_ref(), &self.api_prefix());
         self.facts.calls = match self.ask(&questions).await {
-            Ok(_) => Answer::Got(()),
-            Err(Silence::Error { lasting: true, message }) => Answer::Failed(message),
-            Err(Silence::Error { message, .. }) => Answer::Unclear(message),
-            Err(Silence::Late) => Answer::Unclear("no answer to the calls of a copy in time".to_owned()),
+            Ok(_) => CheckAnswer::Got(()),
+            Err(Silence::Error { lasting: true, message }) => CheckAnswer::Failed(message),
+            Err(Silence::Error { message, .. }) => CheckAnswer::Unclear(message),
+            Err(Silence::Late) => CheckAnswer::Unclear("no answer to the calls of a copy in time".to_owned()),
         };
     }
 
@@ -346,7 +359,7 @@ impl Look {
             streams: Option<Vec<String>>,
         }
         if self.facts.stream.got().is_none() {
-            return Answer::NotAsked;
+            return CheckAnswer::NotAsked;
         }
         self.until = until;
         let subjects: Vec<_> = subjects.into_iter().filter(|subject| !subject.is_empty()).take(MAX_SUBJECTS).collect();
@@ -359,12 +372,12 @@ impl Look {
                     .into_iter()
                     .map(|body| decode::<StreamNamesReply>(&body?).ok()?.streams.or(Some(Vec::new())));
                 match streams.collect::<Option<Vec<_>>>() {
-                    Some(streams) => Answer::Got(subjects.into_iter().zip(streams).collect()),
-                    None => Answer::Unclear(format!("`{what}` is not answered as it should be")),
+                    Some(streams) => CheckAnswer::Got(subjects.into_iter().zip(streams).collect()),
+                    None => CheckAnswer::Unclear(format!("`{what}` is not answered as it should be")),
                 }
             }
-            Err(Silence::Error { message, .. }) => Answer::Unclear(message),
-            Err(Silence::Late) => Answer::Unclear(format!("no answer to `{what}` in time")),
+            Err(Silence::Error { message, .. }) => CheckAnswer::Unclear(message),
+            Err(Silence::Late) => CheckAnswer::Unclear(format!("no answer to `{what}` in time")),
         }
     }
 
@@ -400,7 +413,7 @@ impl Look {
 
     /// Asks everything at once and waits for all answers; `None` where nobody is there to answer. A permission that
     /// is missing ends the connection; the next question makes another one.
-    async fn ask(&mut self, questions: &[Question]) -> Result<Vec<Option<Bytes>>, Silence> {
+    async fn ask(&mut self, questions: &[CallRequest]) -> Result<Vec<Option<Bytes>>, Silence> {
         let Ok(answers) = timeout_at(self.until, self.try_ask(questions)).await else {
             self.lane = None;
             return Err(Silence::Late);
@@ -411,7 +424,7 @@ impl Look {
         })
     }
 
-    async fn try_ask(&mut self, questions: &[Question]) -> Result<Vec<Option<Bytes>>, Error> {
+    async fn try_ask(&mut self, questions: &[CallRequest]) -> Result<Vec<Option<Bytes>>, Error> {
         let lane = self.taken().await?;
         let lane = self.lane.insert(lane);
         let server = lane.info().server_id.clone();
@@ -448,12 +461,12 @@ impl Look {
 }
 
 /// The field of a document that says where a side is.
-fn place_path(role: Role, place: &ServerRef) -> &'static str {
+fn place_path(role: SideRole, place: &ServerRef) -> &'static str {
     match (role, place) {
-        (Role::Source, ServerRef::Known(_)) => "/source_url",
-        (Role::Source, ServerRef::Context { .. }) => "/source_context",
-        (Role::Target, ServerRef::Known(_)) => "/target_url",
-        (Role::Target, ServerRef::Context { .. }) => "/target_context",
+        (SideRole::Source, ServerRef::Known(_)) => "/source_url",
+        (SideRole::Source, ServerRef::Context { .. }) => "/source_context",
+        (SideRole::Target, ServerRef::Known(_)) => "/target_url",
+        (SideRole::Target, ServerRef::Context { .. }) => "/target_context",
     }
 }
 
@@ -473,16 +486,21 @@ fn storing_stream(answer: &[u8]) -> Option<String> {
 
 /// The calls of the JetStream API that a copy makes at one side, beside `STREAM.INFO`, with bodies that change nothing:
 /// the server checks permissions first, and then finds nothing of that name or a body of another subject.
-pub(super) fn calls(role: Role, replication: &Replication, there: Option<&StreamInfo>, prefix: &str) -> Vec<Question> {
+pub(super) fn calls(
+    role: SideRole,
+    replication: &Replication,
+    there: Option<&StreamInfo>,
+    prefix: &str,
+) -> Vec<CallRequest> {
     const NOTHING_THERE: &str = r#"{"seq":9223372036854775807}"#;
     let question = |what: String, body: Option<&str>| (format!("{prefix}.{what}"), body.map(str::to_owned));
     // Only a consumer with one filter bears it in its subject.
     let (stream, filter) = match (role, replication.scope.filters()) {
-        (Role::Source, [filter]) => (&replication.source.stream, Some(filter)),
-        (Role::Source, _) => (&replication.source.stream, None),
-        (Role::Target, _) => (&replication.target.stream, None),
+        (SideRole::Source, [filter]) => (&replication.source.stream, Some(filter)),
+        (SideRole::Source, _) => (&replication.source.stream, None),
+        (SideRole::Target, _) => (&replication.target.stream, None),
     };
-    let durable = there.filter(|stream| role == Role::Source && Durable::is_needed(stream));
+    let durable = there.filter(|stream| role == SideRole::Source && Durable::is_needed(stream));
     let consumer = durable.map_or_else(|| NO_CONSUMER.to_owned(), |_| Durable::name(replication));
     let mut calls = vec![
         // First, because its refusal has to come before the answers to the others.
@@ -495,7 +513,7 @@ pub(super) fn calls(role: Role, replication: &Replication, there: Option<&Stream
     if let Some(filter) = filter {
         calls.push(question(format!("CONSUMER.CREATE.{stream}.{consumer}.{filter}"), Some("{}")));
     }
-    if role == Role::Source {
+    if role == SideRole::Source {
         calls.push(question(format!("CONSUMER.INFO.{stream}.{}", Durable::name(replication)), Some("")));
     }
     if let Some(source) = durable {
@@ -510,10 +528,10 @@ pub(super) fn calls(role: Role, replication: &Replication, there: Option<&Stream
         };
         calls.insert(0, (acks, None));
     }
-    if there.is_none() && replication.create_target && role == Role::Target {
+    if there.is_none() && replication.create_target && role == SideRole::Target {
         calls.push(question(format!("STREAM.CREATE.{stream}"), Some("{}")));
     }
-    if there.is_some() && replication.update_target && role == Role::Target {
+    if there.is_some() && replication.update_target && role == SideRole::Target {
         calls.push(question(format!("STREAM.UPDATE.{stream}"), Some("{}")));
     }
     calls

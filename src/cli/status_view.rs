@@ -1,0 +1,313 @@
+//! Status rows as text: everything about one replication, a table, or one line each.
+
+use chrono::Utc;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{
+    client::Client,
+    error::Error,
+    format::{bytes, count, counted, seconds, time},
+    output::{Colour, Output, Table, clean},
+    reply::Reply,
+};
+use crate::{
+    control::api::{NamedRequest, Status},
+    status::{
+        CopyStatus, Counters, Headroom, Lag, LastError, Ordering, Position, RetentionLimit, Row, SamplingStatus, State,
+        TargetMode, Transport,
+    },
+};
+
+/// A status as it came, and the rows in it.
+pub(super) struct StatusView {
+    pub(super) reply: Reply<Status>,
+}
+
+impl StatusView {
+    /// Asks for one replication or for all.
+    pub(super) async fn request(client: &Client, id: Option<&str>) -> Result<Self, Error> {
+        let reply = match id {
+            Some(id) => client.query("status", &NamedRequest { replication: id.to_owned() }).await?,
+            None => client.pages("status").await?,
+        };
+        Ok(Self { reply })
+    }
+
+    pub(super) fn rows(&self) -> &[Row] {
+        &self.reply.value.replications
+    }
+
+    /// The rows as they were sent.
+    pub(super) fn raw_rows(&self) -> Vec<Value> {
+        #[derive(Deserialize)]
+        struct RawStatus {
+            replications: Vec<Value>,
+        }
+        serde_json::from_slice::<RawStatus>(&self.reply.raw).map(|raw| raw.replications).unwrap_or_default()
+    }
+}
+
+/// The output for people: everything about one replication, or a table. `rates` are messages per second, in the order
+/// of the rows.
+pub(super) fn lines(view: &StatusView, id: Option<&str>, rates: Option<&[Option<f64>]>, out: &Output) -> Vec<String> {
+    match (id, view.rows()) {
+        (Some(_), [row]) => detail(row, rates.and_then(|rates| *rates.first()?), out),
+        (_, rows) => out.render(&table(rows, rates)),
+    }
+}
+
+fn table(rows: &[Row], rates: Option<&[Option<f64>]>) -> Table {
+    let mut table = match rates {
+        None => Table::new(&["REPLICATION", "STATE", "LAG", "BEHIND", "POSITION", "TRANSPORT", "LEADER", "LAST ERROR"])
+            .right(&[2, 3, 4]),
+        Some(_) => Table::new(&[
+            "REPLICATION",
+            "STATE",
+            "LAG",
+            "BEHIND",
+            "POSITION",
+            "RATE",
+            "TRANSPORT",
+            "LEADER",
+            "LAST ERROR",
+        ])
+        .right(&[2, 3, 4, 5]),
+    }
+    .painted(1);
+    for (index, row) in rows.iter().enumerate() {
+        let copy = &row.copy;
+        let mut cells = vec![
+            row.replication.clone(),
+            state_name(row.state),
+            known(copy.lag.map(|lag| count(lag.messages))),
+            known(copy.lag.and_then(|lag| lag.seconds).map(seconds)),
+            known(row.knows_position().then(|| count(copy.position.source_seq))),
+        ];
+        if let Some(rates) = rates {
+            cells.push(rate(rates.get(index).copied().flatten()));
+        }
+        let error = current_error(row).map_or_else(String::new, |error| shortened(&error.message));
+        cells.extend([transport(copy.transport).to_owned(), leader(row), error]);
+        table.row(state_colour(row.state), cells);
+    }
+    table
+}
+
+/// Label and text of one line.
+type DetailLine = (&'static str, String);
+
+/// Everything about one replication. `rate` is in messages per second.
+fn detail(row: &Row, rate: Option<f64>, out: &Output) -> Vec<String> {
+    let copy = &row.copy;
+    let mut lines = vec![
+        ("state", out.paint(state_colour(row.state), &state_name(row.state))),
+        ("leader", format!("{}, epoch {}", leader(row), row.epoch)),
+        ("document", format!("{}, revision {}", row.origin, row.config_revision)),
+    ];
+    lines.extend(sides(copy));
+    lines.extend(progress(row, rate));
+    lines.extend(not_copied(&copy.counters));
+    lines.extend(copy.sampling.iter().flat_map(sampling_lines));
+    lines.push(("errors", count(copy.counters.errors)));
+    lines.extend(copy.last_error.iter().flat_map(error_lines));
+    lines.extend(row.todo.iter().map(|todo| ("do", clean(todo))));
+    let head = out.paint(Colour::Bold, &clean(&row.replication));
+    let lines = lines.into_iter().map(|(label, text)| format!("  {label:<11} {text}"));
+    std::iter::once(head).chain(lines).collect()
+}
+
+/// Both streams, and the servers that the leader is connected to.
+fn sides(copy: &CopyStatus) -> [DetailLine; 2] {
+    let (source, target) = (&copy.source, &copy.target);
+    let connected = |yes: bool| if yes { "connected" } else { "not connected" };
+    let server = |server: &str| if server.is_empty() { String::new() } else { format!(" at {server}") };
+    let source_line = format!(
+        "{}{}, {}, sequences {} to {}",
+        source.stream,
+        server(&source.server),
+        connected(source.connected),
+        known(source.first_seq.map(count)),
+        known(source.last_seq.map(count))
+    );
+    let target_line = format!(
+        "{}{}, {}, last sequence {}",
+        target.stream,
+        server(&target.server),
+        connected(target.connected),
+        known(target.last_seq.map(count))
+    );
+    [("source", source_line), ("target", target_line)]
+}
+
+/// How far the copy is, how it is written, and how much was read and written.
+fn progress(row: &Row, per_second: Option<f64>) -> Vec<DetailLine> {
+    let copy = &row.copy;
+    let counters = &copy.counters;
+    let mode = match copy.target_mode {
+        TargetMode::Exclusive => "exclusive",
+        TargetMode::Shared => "shared",
+    };
+    let order = match copy.ordering {
+        Ordering::Relaxed => "relaxed",
+        Ordering::Strict => "strict",
+    };
+    let messages = |number: u64, size: u64| format!("{}, {}", counted(number, "message"), bytes(size));
+    let mut lines = vec![
+        ("position", known(row.knows_position().then(|| position(copy.position)))),
+        ("lag", lag(copy.lag, ", ")),
+        ("headroom", headroom(copy.headroom)),
+        ("clock", clock_offset(copy.source.clock_offset_seconds)),
+        ("transport", format!("{}, {mode}, {order} order", transport(copy.transport))),
+        ("in flight", messages(copy.in_flight.messages, copy.in_flight.bytes)),
+        ("received", messages(counters.received, counters.received_bytes)),
+        ("copied", messages(counters.copied, counters.copied_bytes)),
+    ];
+    if per_second.is_some() {
+        lines.push(("rate", rate(per_second)));
+    }
+    lines
+}
+
+/// Messages that were not copied, by reason, and copies that the target removed too early; nothing where there are none.
+fn not_copied(counters: &Counters) -> Vec<DetailLine> {
+    let reasons = [
+        (counters.skipped_old, "too old"),
+        (counters.skipped_filtered, "filtered"),
+        (counters.skipped_sampled, "sampled"),
+        (counters.skipped_refused, "skipped"),
+        (counters.dead_lettered, "dead-lettered"),
+        (counters.gap_messages, "gone before they were read"),
+        (counters.refused, "refused"),
+    ];
+    let reasons = reasons.iter().filter(|(number, _)| *number > 0);
+    let reasons: Vec<_> = reasons.map(|(number, reason)| format!("{} {reason}", count(*number))).collect();
+    let mut lines = Vec::new();
+    if !reasons.is_empty() {
+        lines.push(("not copied", reasons.join(", ")));
+    }
+    if counters.target_dropped > 0 {
+        let dropped = counted(counters.target_dropped, "message");
+        lines.push(("dropped", format!("{dropped} by the target while the source had them")));
+    }
+    lines
+}
+
+fn sampling_lines(sampling: &SamplingStatus) -> Vec<DetailLine> {
+    let (senders, waiting) = (count(sampling.senders), count(sampling.advisories_waiting));
+    let mut lines = vec![("senders", format!("{senders}, advisories to be published: {waiting}"))];
+    if sampling.untracked > 0 {
+        let untracked = counted(sampling.untracked, "message");
+        lines.push(("untracked", format!("{untracked} of further senders were copied")));
+    }
+    lines.extend(sampling.advisory_error.iter().map(|error| ("advisories", clean(error))));
+    lines
+}
+
+fn error_lines(error: &LastError) -> Vec<DetailLine> {
+    let message = clean(&error.message);
+    let age = seconds((Utc::now() - error.at).as_seconds_f64());
+    let over = if error.current { "" } else { ", over" };
+    let mut lines = vec![("last error", format!("{}, {age} ago{over}, {}: {message}", time(error.at), error.kind))];
+    if let Some(seq) = error.source_seq {
+        lines.push(("message", format!("source sequence {seq} can never be stored")));
+    }
+    lines
+}
+
+/// One row in one line.
+pub(super) fn line(row: &Row) -> String {
+    let copy = &row.copy;
+    let error = current_error(row).map(|error| format!(", last error: {}", error.message));
+    clean(&format!(
+        "{} {}, lag {}, position {}, leader {}{}",
+        row.replication,
+        state_name(row.state),
+        lag(copy.lag, " and "),
+        known(row.knows_position().then(|| copy.position.source_seq.to_string())),
+        leader(row),
+        error.unwrap_or_default()
+    ))
+}
+
+/// `-` where it is not known.
+fn known(text: Option<String>) -> String {
+    text.unwrap_or_else(|| "-".to_owned())
+}
+
+fn position(at: Position) -> String {
+    format!("source {}, target {}", count(at.source_seq), count(at.target_seq))
+}
+
+/// The lag in words: messages and seconds.
+pub(super) fn lag(lag: Option<Lag>, between: &str) -> String {
+    let Some(lag) = lag else { return "-".to_owned() };
+    format!("{}{between}{}", counted(lag.messages, "message"), known(lag.seconds.map(seconds)))
+}
+
+/// The last error, as long as it matters.
+fn current_error(row: &Row) -> Option<&LastError> {
+    row.copy.last_error.as_ref().filter(|error| error.current)
+}
+
+fn leader(row: &Row) -> String {
+    clean(row.leader.as_deref().unwrap_or("-"))
+}
+
+/// How long the source keeps messages that are not copied.
+fn headroom(headroom: Option<Headroom>) -> String {
+    let Some(Headroom { seconds: left, limit, low_below }) = headroom else { return "-".to_owned() };
+    let limit = match limit {
+        RetentionLimit::Age => "age",
+        RetentionLimit::Messages => "messages",
+        RetentionLimit::Bytes => "bytes",
+    };
+    let low = if left < low_below { ", low" } else { "" };
+    format!("{} by the limit of {limit}{low}", seconds(left))
+}
+
+/// How the clock of the source server differs from the clock of the instance's host.
+fn clock_offset(offset: Option<f64>) -> String {
+    match offset {
+        None => "-".to_owned(),
+        Some(offset) if offset.abs() < 0.0005 => "source server agrees with the instance".to_owned(),
+        Some(offset) => {
+            let direction = if offset > 0.0 { "ahead of" } else { "behind" };
+            format!("source server is {} {direction} the instance", seconds(offset.abs()))
+        }
+    }
+}
+
+fn transport(transport: Transport) -> &'static str {
+    match transport {
+        Transport::FastIngest => "fast_ingest",
+        Transport::Pipelined => "pipelined",
+    }
+}
+
+fn rate(rate: Option<f64>) -> String {
+    rate.map_or_else(|| "-".to_owned(), |rate| format!("{}/s", count(rate.round() as u64)))
+}
+
+/// The beginning of a message, for a table.
+fn shortened(message: &str) -> String {
+    const MOST: usize = 70;
+    match message.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}...", &message[..end]),
+        None => message.to_owned(),
+    }
+}
+
+/// The name of a state, as in JSON.
+pub(super) fn state_name(state: State) -> String {
+    serde_json::to_value(state).ok().and_then(|name| name.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+pub(super) fn state_colour(state: State) -> Colour {
+    match state {
+        State::Running => Colour::Green,
+        State::Starting | State::Retrying => Colour::Yellow,
+        State::Paused => Colour::Cyan,
+        State::Held | State::Invalid | State::Stopped => Colour::Red,
+    }
+}
