@@ -20,6 +20,7 @@ use super::{
         window::{SourcePoint, Window},
     },
     source::{
+        consumers::Names,
         durable::{Durable, Way},
         reader::{Incoming, Range, Reader, explicit::Explicit, pushed::Pushed},
         renewal::ConsumerRenewal,
@@ -205,7 +206,7 @@ fn watch(batch: &Batch) -> Result<(), Error> {
     let mut drops = Drops::default();
     let limits = DropLimits { age: true, messages: Some(9), bytes: None, per_subject: false, words: String::new() };
     drops.begin(&info(5)?, Some(limits), 3);
-    let (mut watch, mut target, now) = (TargetWatch::new(drops, tag()), lane()?, Instant::now());
+    let (mut watch, mut target, now) = (TargetWatch::new(drops, tag(), Names::new("sr")), lane()?, Instant::now());
     for (minutes, message) in (0..).zip(batch.iter()) {
         watch.ask_state(&mut target, "T", Some(3), now + Duration::from_secs(60 * minutes));
         watch.accept(&mut target, "T", &message, 3, false);

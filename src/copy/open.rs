@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use nats_lane as nats;
 use nats_lane::{
     Lane,
-    jetstream::{Api, StreamInfo},
+    jetstream::{Api, ConsumerInfo, StreamInfo, decode},
 };
 use tokio::{sync::watch, time::Instant};
 use tracing::info;
@@ -71,9 +72,22 @@ struct Lanes {
     target: Connected,
 }
 
+/// The first answers of both sides about their streams; `None` where there is none.
+struct FirstAnswers {
+    source: Option<StreamInfo>,
+    /// When the request to the source was sent, and when its answer was received.
+    sent: Instant,
+    received: Instant,
+    target: Option<StreamInfo>,
+    /// The ack floor of the consumers of Choria's replicator; `None` where it is not known.
+    acked: Option<Option<u64>>,
+}
+
 /// The two streams as they are now.
 struct Streams {
     source: StreamInfo,
+    /// As in [`FirstAnswers`].
+    acked: Option<Option<u64>>,
     clock: SourceClock,
     target: StreamInfo,
     abilities: Abilities,
@@ -101,8 +115,8 @@ impl<'a> Opener<'a> {
             copy.source.stream.clone_from(&replication.source.stream);
             copy.target.stream.clone_from(&replication.target.stream);
         });
-        let mut lanes = Lanes::connect(self.job, positions).await?;
-        let mut streams = self.read_streams(&mut lanes, positions).await?;
+        let (mut lanes, first) = Lanes::connect(self.job, positions).await?;
+        let mut streams = self.read_streams(&mut lanes, first, positions).await?;
         let mut found = Box::pin(self.find(&mut lanes, &mut streams, positions)).await?;
         let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, positions).await?;
         positions.begin_at(streams.target.state.last_seq);
@@ -122,13 +136,16 @@ impl<'a> Opener<'a> {
         Ok(run)
     }
 
-    /// Reads the source stream, checks whether it may be copied, and creates or updates the target stream.
-    async fn read_streams(self, lanes: &mut Lanes, positions: &mut PositionWriter) -> Result<Streams, Error> {
+    /// Checks whether the source stream may be copied, and creates or updates the target stream.
+    async fn read_streams(
+        self,
+        lanes: &mut Lanes,
+        first: FirstAnswers,
+        positions: &mut PositionWriter,
+    ) -> Result<Streams, Error> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
-        let sent = Instant::now();
-        let source_info = Api::new(&mut source.lane).stream_info(&replication.source.stream).await;
-        let source_info = source_info.map_err(|e| e.context("source"))?;
-        let received = Instant::now();
+        let FirstAnswers { source: source_info, sent, received, target: known, acked } = first;
+        let end_before = known.as_ref().map_or(0, |info| info.state.last_seq);
         let source_info = source_info.ok_or_else(|| {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
         })?;
@@ -142,21 +159,23 @@ impl<'a> Opener<'a> {
         if positions.record().source.is_none() {
             bridge::check(job, &mut source.lane, &mut target.lane, &source_info).await?;
         }
-        let opened = Opening::new(job, &mut source.lane, &mut target.lane, &source_info, None).open().await;
-        let (target_info, opened) = opened.map_err(|e| e.context("target"))?;
+        let opening = Opening::new(job, &mut source.lane, &mut target.lane, &source_info, None).with_answer(known);
+        let (target_info, opened) = opening.open().await.map_err(|e| e.context("target"))?;
         log_opened(replication, opened);
-        // Read again: messages that an earlier holder copied meanwhile do not prove that the source lost its end.
-        let sent = Instant::now();
-        let again = Api::new(&mut source.lane).stream_info(&replication.source.stream).await?;
-        if let Some(again) = &again {
-            clock.hear(&heard(sent, Instant::now(), again));
+        let mut source_info = source_info;
+        // Messages that an earlier holder copied meanwhile do not prove that the source lost its end.
+        if target_info.state.last_seq > end_before {
+            let sent = Instant::now();
+            if let Some(again) = Api::new(&mut source.lane).stream_info(&replication.source.stream).await? {
+                clock.hear(&heard(sent, Instant::now(), &again));
+                source_info = again;
+            }
         }
-        let source_info = again.unwrap_or(source_info);
         let abilities = stream::abilities(replication, &job.site, &source_info, &target_info)?;
         if positions.record().moved_back {
             positions.save_unproven(target_info.state.last_seq, &target_info.created).await?;
         }
-        Ok(Streams { source: source_info, clock, target: target_info, abilities })
+        Ok(Streams { source: source_info, acked, clock, target: target_info, abilities })
     }
 
     /// Determines where to resume.
@@ -190,6 +209,7 @@ impl<'a> Opener<'a> {
             clock: streams.clock,
             target: &streams.target,
             durable: durable.as_ref(),
+            acked: streams.acked,
             chain_broke_after: positions.chain_broke_after(),
             orphans: positions.record().orphans,
             read: resume::ReadMessages::default(),
@@ -237,26 +257,90 @@ impl<'a> Opener<'a> {
 }
 
 impl Lanes {
-    async fn connect(job: &Job, positions: &mut PositionWriter) -> Result<Self, Error> {
+    /// Connects both sides and asks for both streams, the source after the target: so the source has at least the
+    /// messages that the target has a copy of.
+    async fn connect(job: &Job, positions: &mut PositionWriter) -> Result<(Self, FirstAnswers), Error> {
         let mut replication = job.replication.clone();
         let in_flight = &mut replication.limits.bytes_in_flight;
         *in_flight = positions.request_limit.begin(*in_flight, Instant::now());
         let replication = Arc::new(replication);
         let name = format!("{} {}", names::PROGRAM, replication.id);
-        let (source, target) = tokio::try_join!(
-            async { Connected::to(job, &replication.source, &name).await.map_err(|e| e.context("source")) },
-            async { Connected::to(job, &replication.target, &name).await.map_err(|e| e.context("target")) },
+        let (lane, (target, target_info)) = tokio::try_join!(
+            async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
+            async {
+                let lane = job.dial.dial(&replication.target.place, &name).await.map_err(|e| e.context("target"))?;
+                let others = &mut AckedByChoria::default();
+                Connected::with(lane, job, &replication.target, others).await.map_err(|e| e.context("target"))
+            },
         )?;
-        Ok(Self { replication, source, target })
+        let mut lane = lane;
+        let first_start = positions.record().source.is_none();
+        let mut acked =
+            if first_start { AckedByChoria::ask(&mut lane, &replication) } else { AckedByChoria::default() };
+        let sent = Instant::now();
+        let connected = Connected::with(lane, job, &replication.source, &mut acked).await;
+        let (source, source_info) = connected.map_err(|e| e.context("source"))?;
+        let received = Instant::now();
+        let first = FirstAnswers { source: source_info, sent, received, target: target_info, acked: acked.floor() };
+        Ok((Self { replication, source, target }, first))
     }
 }
 
 impl Connected {
-    /// Connects to a side and deletes the consumers that earlier runs left there.
-    async fn to(job: &Job, side: &Side, name: &str) -> Result<Self, nats::Error> {
-        let mut lane = job.dial.dial(&side.place, name).await?;
-        let names = Names::clear(&mut lane, &side.stream, &job.consumers).await?;
-        Ok(Self { lane, names })
+    /// Asks for the stream and deletes the consumers that earlier runs left there, at the same time.
+    /// `acked` gets the answers to its own requests that arrive meanwhile.
+    async fn with(
+        mut lane: Lane,
+        job: &Job,
+        side: &Side,
+        acked: &mut AckedByChoria,
+    ) -> Result<(Self, Option<StreamInfo>), nats::Error> {
+        let mut clearing = Names::begin_clear(&mut lane, &side.stream, &job.consumers);
+        let others = |subject: &[u8], payload: Bytes| {
+            clearing.accept(subject, &payload);
+            acked.accept(subject, &payload);
+        };
+        let info = Api::new(&mut lane).stream_info_beside(&side.stream, others).await?;
+        let names = clearing.finish(&mut lane).await?;
+        Ok((Self { lane, names }, info))
+    }
+}
+
+/// Requests for the consumers that Choria's replicator may have left at the source.
+#[derive(Debug, Default)]
+struct AckedByChoria {
+    /// Requests, and their answers: `Some(None)` where there is no such consumer.
+    asked: Vec<(String, Option<Option<u64>>)>,
+}
+
+impl AckedByChoria {
+    fn ask(lane: &mut Lane, replication: &Replication) -> Self {
+        let names = Durable::names(replication);
+        let subjects =
+            names.map(|name| format!("{}.CONSUMER.INFO.{}.{name}", lane.api_prefix(), replication.source.stream));
+        let subjects: Vec<String> = subjects.collect();
+        Self { asked: subjects.iter().map(|subject| (lane.send_request(subject, b""), None)).collect() }
+    }
+
+    fn accept(&mut self, subject: &[u8], payload: &[u8]) {
+        let Some((_, answer)) = self.asked.iter_mut().find(|(request, _)| request.as_bytes() == subject) else {
+            return;
+        };
+        match decode::<ConsumerInfo>(payload) {
+            Ok(info) => *answer = Some(Some(info.ack_floor.stream_seq)),
+            Err(error) if error.kind == nats::ErrorKind::NotFound => *answer = Some(None),
+            // The request is repeated later.
+            Err(_) => {}
+        }
+    }
+
+    /// The ack floor of the first of them; `None` where not all are known.
+    fn floor(self) -> Option<Option<u64>> {
+        if self.asked.is_empty() {
+            return None;
+        }
+        let answers: Option<Vec<_>> = self.asked.into_iter().map(|(_, answer)| answer).collect();
+        answers.map(|answers| answers.into_iter().flatten().next())
     }
 }
 
@@ -331,7 +415,7 @@ fn assemble<'a>(
     let Found { resume, tag, .. } = found;
     let now = Instant::now();
     let gate = Gate::of(&replication.source.stream, &replication.target.stream);
-    let watch = TargetWatch::new(drops, tag.clone());
+    let watch = TargetWatch::new(drops, tag.clone(), target.names);
     let run = Run {
         source: SourceHalf {
             lane: source.lane,

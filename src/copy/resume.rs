@@ -37,7 +37,7 @@ mod search;
 use std::collections::{BTreeMap, HashMap};
 
 use chrono::Utc;
-use tokio::time::Instant;
+use tokio::time::{Duration, Instant, sleep};
 
 use self::search::{Kept, Proof, RangeFindings, Search, Tail, note};
 use nats_lane::{
@@ -68,6 +68,8 @@ use crate::{
 
 /// Messages searched first when a stream is searched from its end; each further step searches four times as many.
 const SEARCH_STEP: u64 = 1_000;
+/// A loss at the source counts when its leader reports it twice, this long apart.
+const SURE_AFTER: Duration = Duration::from_secs(2);
 /// Marks messages that were sent in a chain: everything before such a message is complete.
 const CHAIN: &[u8] = b"Nats-Expected-Last-Sequence";
 /// Messages that were sent pipelined carry an id; messages with neither header were sent one at a time (by Choria).
@@ -227,6 +229,8 @@ pub(super) struct Sides<'a> {
     pub target: &'a StreamInfo,
     /// The durable consumer at the source, if there is one: acknowledged messages are settled.
     pub durable: Option<&'a Durable>,
+    /// Ack floor of Choria's replicator at a stream that keeps its messages, where it was requested already.
+    pub acked: Option<Option<u64>>,
     /// Last sequence of the target when the run before began, if its chain broke.
     pub chain_broke_after: Option<u64>,
     /// The orphaned copies of the record: their source messages are lost.
@@ -312,6 +316,10 @@ impl Sides<'_> {
     async fn with_record(&mut self, saved: &SourceWitness, target: Option<&TargetWitness>) -> Result<Resume, Error> {
         let target = target.filter(|witness| witness.seq > 0);
         if let Some(reason) = self.source_contradicts(saved).await? {
+            self.ask_source_again(saved.seq).await?;
+            if self.source_contradicts(saved).await?.is_none() {
+                return Err(contradicts_itself());
+            }
             let mut resume = self.source_went_back(saved.seq, &reason).await?;
             if let Some(reason) = target.and_then(|target| self.target_is_short(target)) {
                 let resumed = resume.position.seq;
@@ -436,6 +444,10 @@ impl Sides<'_> {
             return Ok(resume);
         };
         if self.witness(newest).await? == Witness::Broken {
+            self.ask_source_again(newest.seq).await?;
+            if self.witness(newest).await? != Witness::Broken {
+                return Err(contradicts_itself());
+            }
             let mut back = self.source_went_back(position.seq, "its last messages are not the copied ones").await?;
             back.mode = resume.mode;
             back.foreign = resume.foreign.take();
@@ -578,6 +590,7 @@ impl Sides<'_> {
         if let Some(tail) = tail {
             let last = self.source.state.last_seq;
             if lost.to > last {
+                self.ask_source_again(lost.to).await?;
                 let reason = format!("its last sequence is {last}, below {} that was copied", lost.to);
                 return self.source_went_back(lost.to, &reason).await;
             }
@@ -587,6 +600,7 @@ impl Sides<'_> {
         if let Some(ours) = self.last_of_ours().await? {
             // Copied before, but from a stream that is different from this one.
             let seq = ours.origin.seq;
+            self.ask_source_again(seq).await?;
             return self.source_went_back(seq, &format!("it does not have message {seq} that was copied last")).await;
         }
         let position = match self.acked().await? {
@@ -631,6 +645,9 @@ impl Sides<'_> {
     async fn acked(&mut self) -> Result<Option<u64>, Error> {
         if Durable::is_needed(self.source) {
             return Ok(self.durable.map(|durable| durable.floor(self.source)));
+        }
+        if let Some(acked) = self.acked {
+            return Ok(acked);
         }
         for name in Durable::names(self.replication) {
             let choria = Api::new(self.source_lane).consumer_info(&self.replication.source.stream, &name).await?;
@@ -781,6 +798,29 @@ impl Sides<'_> {
         Ok(self.before_time(time).await? < seq)
     }
 
+    /// The source reports that it lost messages that were copied, up to a sequence: that counts if its leader reports the
+    /// same again later. A leader that has just taken over may answer from fewer messages than it has. Single messages
+    /// that were read are read again, too.
+    async fn ask_source_again(&mut self, copied: u64) -> Result<(), Error> {
+        sleep(SURE_AFTER).await;
+        let now = Api::new(self.source_lane).stream_info(&self.replication.source.stream).await?;
+        let before = &self.source.state;
+        let is_short = |last: u64| last < copied;
+        let agrees = |now: StreamInfo| {
+            let last = now.state.last_seq;
+            now.created == self.source.created && last >= before.last_seq && is_short(last) == is_short(before.last_seq)
+        };
+        if !now.is_some_and(agrees) {
+            return Err(contradicts_itself());
+        }
+        for (seq, time_ns) in std::mem::take(&mut self.read.source) {
+            if self.point_at(seq).await?.time_ns != time_ns {
+                return Err(contradicts_itself());
+            }
+        }
+        Ok(())
+    }
+
     async fn witness(&mut self, origin: MessageOrigin) -> Result<Witness, Error> {
         if origin.seq > self.source.state.last_seq {
             return Ok(Witness::Broken);
@@ -843,6 +883,10 @@ impl Sides<'_> {
     }
 }
 
+fn contradicts_itself() -> Error {
+    Error::retry("the source gave two answers about what was copied that do not agree")
+}
+
 fn ours(tag: &Tag, target_seq: u64, header: &[u8], subject: Option<&[u8]>) -> Option<Ours> {
     let origin = tag.origin(header)?;
     Some(Ours { origin, target_seq, complete: is_complete(header), subject: subject.map(Box::from) })
@@ -866,7 +910,11 @@ pub(super) fn is_plain(replication: &Replication, source: &StreamInfo) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use nats_lane::pipe;
+    use serde_json::json;
+
     use super::*;
+    use crate::{config, copy::source::clock::ClockReading};
 
     fn ours(seq: u64, time_ms: i64, target_seq: u64, subject: Option<&str>) -> Ours {
         let subject = subject.map(|subject| Box::from(subject.as_bytes()));
@@ -912,5 +960,62 @@ mod tests {
         assert_eq!(mapped.take(5, 50_000_000, b"x.a", &mapping), Some(KnownCopy::Replaced));
         let mut three = Already::new(stored(), 3);
         assert_eq!(take(&mut three, 5, 50, "a"), None);
+    }
+
+    /// Last sequences that the source reports: first to the run, then to its repeated request.
+    async fn resumed(first: u64, second: u64) -> Result<Resume, Error> {
+        let state = |last: u64| json!({"messages": last, "first_seq": 1, "last_seq": last});
+        let info = |last: u64| json!({"config": {}, "created": "c", "state": state(last)});
+        let document = json!({"stream": "S", "source_url": "nats://a", "target_url": "nats://b"});
+        let replication = config::parse_value(&document, "SITE").unwrap();
+        let ((mut source_lane, mut source_end), (mut target_lane, _end)) = (pipe::lane().await, pipe::lane().await);
+        let stream = |last: u64| -> StreamInfo { serde_json::from_value(info(last)).unwrap() };
+        let (source, target) = (stream(first), stream(0));
+        let now = Instant::now();
+        let clock = SourceClock::new(&ClockReading { sent: now, received: now, server: None, local: Utc::now() });
+        let record = PositionRecord {
+            source: Some(SourceWitness { seq: 9, time_ns: Some(5), created: "c".to_owned() }),
+            ..PositionRecord::new()
+        };
+        let sides = Sides {
+            replication: &replication,
+            tag: &Tag::new("S", "SITE", "w"),
+            source_lane: &mut source_lane,
+            target_lane: &mut target_lane,
+            source_names: &mut Names::new("sr"),
+            target_names: &mut Names::new("sr"),
+            source: &source,
+            clock,
+            target: &target,
+            durable: None,
+            acked: None,
+            chain_broke_after: None,
+            orphans: None,
+            read: ReadMessages::default(),
+            most_in_flight: 0,
+        };
+        let answer = async {
+            loop {
+                let asked = source_end.asked().await;
+                assert!(asked.subject.contains("STREAM.INFO.S"), "{}", asked.subject);
+                source_end.answer(&asked, &info(second).to_string()).await;
+            }
+        };
+        tokio::select! {
+            resumed = find(sides, &record, TargetMode::Exclusive) => resumed,
+            () = answer => unreachable!(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_source_is_reset_only_if_two_answers_say_so() {
+        let began = Instant::now();
+        let resume = resumed(4, 4).await.unwrap();
+        assert!(began.elapsed() >= SURE_AFTER);
+        assert!(matches!(resume.findings[..], [Event::SourceReset { saved: 9, .. }]), "{:?}", resume.findings);
+        for second in [9, 3] {
+            let error = resumed(4, second).await.expect_err("two answers that do not agree");
+            assert!(error.message.contains("do not agree"), "{second}: {error}");
+        }
     }
 }

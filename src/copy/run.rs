@@ -294,6 +294,8 @@ impl Run<'_> {
         for message in batch.iter() {
             if message.sid == Lane::REQUEST_SID {
                 target.says(&message)?;
+            }
+            if message.sid == Lane::REQUEST_SID || target.watch.awaits(message.sid) {
                 let (position, in_flight) = (window.position().seq, !window.is_empty());
                 let stream = &self.report.replication.target.stream;
                 target.watch.accept(&mut target.lane, stream, &message, position, in_flight);

@@ -58,6 +58,8 @@ pub(super) struct Bucket {
     stream: Stream<()>,
     /// `$KV.<bucket>.`, what subjects of stored messages begin with.
     prefix: String,
+    /// Prefix of the subjects of the API.
+    api_prefix: String,
     /// What subjects of writes have before that: nothing, or the prefix of the API and a dot.
     put_prefix: String,
     /// How often the bucket was recreated while this process had it open.
@@ -157,9 +159,10 @@ impl Bucket {
         // The way of all KV clients, and what servers map a domain's subjects by.
         let put_prefix = if api_prefix == API_PREFIX { String::new() } else { format!("{api_prefix}.") };
         let (client, name, prefix) = (client.clone(), name.to_owned(), format!("$KV.{name}."));
+        let api_prefix = api_prefix.to_owned();
         let recreated = watch_channel::Sender::new(0);
         let (context, takes_ttl) = (context.clone(), Arc::default());
-        Ok(Self { client, name, instance, context, stream, prefix, put_prefix, recreated, takes_ttl })
+        Ok(Self { client, name, instance, context, stream, prefix, api_prefix, put_prefix, recreated, takes_ttl })
     }
 
     /// How often the bucket was recreated; changes as soon as that is known.
@@ -229,6 +232,11 @@ impl Bucket {
     /// Subject that a key is written by.
     pub(super) fn put_subject(&self, key: &str) -> String {
         format!("{}{}", self.put_prefix, self.subject(key))
+    }
+
+    /// Subject of pull requests to a consumer.
+    pub(super) fn pull_subject(&self, consumer: &str) -> String {
+        format!("{}.CONSUMER.MSG.NEXT.{}.{consumer}", self.api_prefix, stream_name(&self.name))
     }
 
     /// Subject of a key; `>` for all.

@@ -12,16 +12,14 @@ use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
 use nats_lane::backoff::Backoff;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep, timeout},
-};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::info;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::{
     bucket::{Bucket, chain, is_marker},
     error::Error,
-    live::Live,
+    live::{Live, LiveDelivery},
 };
 /// Format of the record that this program writes. It never overwrites a record of a newer format.
 const VERSION: u32 = 1;
@@ -29,8 +27,12 @@ const VERSION: u32 = 1;
 const TOGETHER: usize = 512;
 /// Time limit for the acks of writes that were sent together.
 const ACK_WAIT: Duration = Duration::from_secs(5);
-/// Silence that ends the first read.
-const SILENCE: Duration = Duration::from_secs(5);
+/// Deadline for the creation of a consumer: then the watch ends, and the next one reads everything again.
+const UNREACHABLE: Duration = Duration::from_secs(30);
+/// Number of consumers in a row without a sign of life that ends a watch.
+const UNANSWERED: u32 = 2;
+/// How long no record may arrive during a load before the server is asked whether any is left.
+const CHECK: Duration = Duration::from_secs(2);
 /// Longest part of a key that is the sender itself.
 const LONGEST: usize = 200;
 /// Header of records that the program wrote, as opposed to edits by hand.
@@ -214,24 +216,31 @@ impl SenderStore {
     /// from the beginning.
     pub async fn watch(&self, replication: &str) -> Result<SenderChanges, Error> {
         let purpose = format!("senders_{:016x}", xxh3_64(replication.as_bytes()));
-        let live = Live::open(&self.bucket, &purpose, &format!("{replication}.*"), DeliverPolicy::All).await?;
+        let keys = format!("{replication}.*");
+        let live = Live::open(&self.bucket, &purpose, &keys, DeliverPolicy::All, LiveDelivery::Pull).await?;
         let mut recreations = self.bucket.recreations();
         recreations.mark_unchanged();
-        let following = Following {
+        let prefix = self.bucket.subject(&format!("{replication}."));
+        let to_load = live.pending;
+        let records = SenderFeed {
             bucket: self.bucket.clone(),
-            recreations,
-            loading: true,
-            pending: live.pending,
             live,
             seen: 0,
-            prefix: self.bucket.subject(&format!("{replication}.")),
+            delivered: 0,
+            to_load: Some(to_load),
+            unanswered: 0,
+            prefix,
         };
-        let stream = futures_util::stream::unfold(Some(following), |following| async {
-            let mut following = following?;
-            match following.next().await {
-                Ok(change) => Some((Ok(change), Some(following))),
-                Err(error) => Some((Err(error), None)),
-            }
+        let stream = futures_util::stream::unfold(Some((recreations, records)), |following| async {
+            let (mut recreations, mut records) = following?;
+            let change = tokio::select! {
+                biased;
+                // Revisions restart.
+                Ok(()) = recreations.changed() => Err(records.bucket.error("was recreated")),
+                change = records.next() => change,
+            };
+            let rest = change.is_ok().then_some((recreations, records));
+            Some((change, rest))
         });
         Ok(stream.boxed())
     }
@@ -274,53 +283,65 @@ impl SenderStore {
 }
 
 /// A watch under way.
-struct Following {
+struct SenderFeed {
     bucket: Bucket,
-    /// Changes when the bucket was recreated: revisions begin again.
-    recreations: watch::Receiver<u64>,
     live: Live,
     /// Newest revision that was read.
     seen: u64,
-    loading: bool,
-    /// Messages that were there when it began and are not delivered yet.
-    pending: u64,
+    /// Messages that were delivered since the watch began.
+    delivered: u64,
+    /// Deliveries left of the records that existed when the watch began; `None` after the last. A record that is written
+    /// again meanwhile is delivered at its new revision, after all of these.
+    to_load: Option<u64>,
+    /// Consumers in a row that gave no sign of life.
+    unanswered: u32,
     prefix: String,
 }
 
-impl Following {
-    /// Continues after what was read. For a while an error is one of a server that has just started.
+impl SenderFeed {
+    /// Continues after the last revision that was read: no record is read twice, however often that is needed. Errors of a
+    /// server that has just started are transient.
     async fn resume(&mut self) -> Result<(), Error> {
+        self.unanswered = if self.live.answered { 0 } else { self.unanswered + 1 };
+        if self.unanswered >= UNANSWERED {
+            let subject = self.bucket.pull_subject("*");
+            let message = format!("cannot be read: nothing answers; may the user publish to `{subject}`?");
+            return Err(self.bucket.error(message));
+        }
         let since = Instant::now();
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
         loop {
             match self.live.resume(self.seen).await {
-                Err(_) if since.elapsed() < SILENCE => sleep(backoff.next(rand::random())).await,
-                resumed => return resumed,
+                Err(_) if since.elapsed() < UNREACHABLE => sleep(backoff.next(rand::random())).await,
+                resumed => {
+                    resumed?;
+                    self.to_load = self.to_load.map(|left| left.min(self.live.pending));
+                    return Ok(());
+                }
             }
         }
     }
 
     async fn next(&mut self) -> Result<(u64, SenderChange), Error> {
-        if self.loading && self.pending == 0 {
-            self.loading = false;
-            return Ok((0, SenderChange::Loaded));
-        }
         let message = loop {
-            let limit = if self.loading { SILENCE } else { Duration::MAX };
-            let message = tokio::select! {
-                biased;
-                Ok(()) = self.recreations.changed() => return Err(self.bucket.error("was recreated")),
-                message = timeout(limit, self.live.next()) => {
-                    message.map_err(|_| self.bucket.error("cannot be read: no more comes"))?
-                }
-            };
-            match message {
-                Some((delivery, message)) => {
-                    (self.seen, self.pending) = (delivery.stream_seq, delivery.pending);
+            if self.to_load.is_some_and(|left| left == 0 || self.live.pending == 0) {
+                self.to_load = None;
+                let (keys, delivered) = (self.prefix.as_str(), self.delivered);
+                info!(keys, delivered, "all records of senders were read");
+                return Ok((0, SenderChange::Loaded));
+            }
+            // A load has no deadline: a million records over a slow line take long.
+            let limit = if self.to_load.is_some() { CHECK } else { Duration::MAX };
+            match timeout(limit, self.live.next()).await {
+                Ok(Some((delivery, message))) => {
+                    self.seen = delivery.stream_seq;
+                    self.delivered += 1;
+                    self.to_load = self.to_load.map(|left| left.saturating_sub(1));
                     break message;
                 }
-                None if self.loading => return Err(self.bucket.error("cannot be read: the consumer was lost")),
-                None => self.resume().await?,
+                Ok(None) => self.resume().await?,
+                Err(_) if self.live.is_through().await => self.to_load = Some(0),
+                Err(_) => {}
             }
         };
         let revision = self.seen;

@@ -29,7 +29,7 @@ use tokio::{
 use super::{
     bucket::{Bucket, PutError, RECREATED, Stored, is_marker},
     error::Error,
-    live::Live,
+    live::{Live, LiveDelivery},
 };
 
 /// How often the stream is checked.
@@ -328,7 +328,7 @@ fn recreation(info: &stream::Info) -> Option<&String> {
 
 /// The consumer, the newest revision that it had, and the last revision of every key with its stored time.
 async fn snapshot(bucket: &Bucket, purpose: &str) -> Result<(Live, u64, Vec<(String, Stored, i64)>), Error> {
-    let mut live = Live::open(bucket, purpose, ">", DeliverPolicy::LastPerSubject).await?;
+    let mut live = Live::open(bucket, purpose, ">", DeliverPolicy::LastPerSubject, LiveDelivery::Push).await?;
     let mut pending = live.pending;
     let (mut newest, mut snapshot) = (0, Vec::new());
     while pending > 0 {

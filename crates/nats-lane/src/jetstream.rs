@@ -4,6 +4,7 @@
 use std::{
     borrow::Cow,
     collections::{HashMap, HashSet, VecDeque},
+    time::Duration,
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -268,7 +269,19 @@ impl<'a> Api<'a> {
 
     /// Asks for a stream; `None` if there is none. An answer of a server that does not lead it is a transient error.
     pub async fn stream_info(&mut self, stream: &str) -> Result<Option<StreamInfo>, Error> {
-        let info: Option<StreamInfo> = found(self.call(&format!("STREAM.INFO.{stream}"), &Value::Null).await)?;
+        self.stream_info_beside(stream, |_, _| {}).await
+    }
+
+    /// The same beside requests that were sent before; `others` is that of [`Lane::request_beside`].
+    pub async fn stream_info_beside(
+        &mut self,
+        stream: &str,
+        others: impl FnMut(&[u8], Bytes),
+    ) -> Result<Option<StreamInfo>, Error> {
+        let what = format!("STREAM.INFO.{stream}");
+        let subject = format!("{}.{what}", self.lane.api_prefix());
+        let reply = self.lane.request_beside(&subject, b"", others).await?;
+        let info: Option<StreamInfo> = found(decode(&reply).map_err(|error| error.context(what)))?;
         match info {
             Some(info) if !info.is_leaders() => {
                 Err(Error::retry(format!("stream `{stream}` has no leader, or not the one that answered")))
@@ -383,6 +396,28 @@ impl<'a> Api<'a> {
         config: &Value,
     ) -> Result<ConsumerInfo, Error> {
         self.create_within_limits(config, |config| create_new_consumer_call(stream, name, config)).await
+    }
+
+    /// [`Api::create_new_consumer`] that waits `limit` after the last byte that moved; `None` if no answer arrived by
+    /// then: the server may still create the consumer.
+    pub async fn create_new_consumer_within(
+        &mut self,
+        stream: &str,
+        name: &str,
+        config: &Value,
+        limit: Duration,
+    ) -> Result<Option<ConsumerInfo>, Error> {
+        let mut config = Cow::Borrowed(config);
+        loop {
+            let (what, body) = create_new_consumer_call(stream, name, &config);
+            let subject = format!("{}.{what}", self.lane.api_prefix());
+            let reply = self.lane.request_within(&subject, body.to_string().as_bytes(), limit).await?;
+            let Some(reply) = reply else { return Ok(None) };
+            match decode(&reply).map_err(|error| error.context(what)) {
+                Ok(info) => return Ok(Some(info)),
+                Err(error) => config = Cow::Owned(within_limit(&config, &error).ok_or(error)?),
+            }
+        }
     }
 
     async fn create_within_limits(

@@ -66,6 +66,24 @@ impl Pipe {
         }
     }
 
+    /// Delivers a stored message with a payload of this many bytes to a pull; `reply` is its ack subject. The second last
+    /// token of the inbox is the subscription.
+    pub async fn deliver(&mut self, to: &PipeRequest, reply: &str, header: &str, payload: usize) {
+        let sid = to.reply.rsplit('.').nth(1).expect("an inbox");
+        let (head, all) = (header.len(), header.len() + payload);
+        let message = format!("HMSG stored {sid} {reply} {head} {all}\r\n{header}{}\r\n", "x".repeat(payload));
+        self.end.write_all(message.as_bytes()).await.expect("a pipe");
+    }
+
+    /// Sends a status to a pull.
+    pub async fn status(&mut self, to: &PipeRequest, line: &str) {
+        let sid = to.reply.rsplit('.').nth(1).expect("an inbox");
+        let (header, reply) = (format!("NATS/1.0 {line}\r\n\r\n"), &to.reply);
+        let size = header.len();
+        let message = format!("HMSG {reply} {sid} {size} {size}\r\n{header}\r\n");
+        self.end.write_all(message.as_bytes()).await.expect("a pipe");
+    }
+
     /// Answers a request.
     pub async fn answer(&mut self, to: &PipeRequest, payload: &str) {
         let message = format!("MSG {} {} {}\r\n{payload}\r\n", to.reply, Lane::REQUEST_SID, payload.len());

@@ -474,6 +474,7 @@ mod tests {
             clock: SourceClock::new(&heard),
             target: &stream,
             durable: None,
+            acked: None,
             chain_broke_after: None,
             orphans: None,
             most_in_flight: 0,

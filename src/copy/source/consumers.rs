@@ -40,34 +40,19 @@ impl Names {
 
     /// Names for a check of the source; those of earlier checks are deleted, and those of runs left alone.
     pub async fn clear_of_check(lane: &mut Lane, stream: &str, prefix: &str) -> Result<Self, Error> {
-        Self::clear(lane, stream, &format!("{prefix}_{CHECK}")).await
+        Self::begin_clear(lane, stream, &format!("{prefix}_{CHECK}")).finish(lane).await
     }
 
-    /// Deletes the consumers that earlier runs left. A deletion without an answer in time does not delay the run.
-    pub async fn clear(lane: &mut Lane, stream: &str, prefix: &str) -> Result<Self, Error> {
-        let mut names = Self::new(prefix);
+    /// Deletes the consumers that earlier runs left, beside other requests: [`Clearing::finish`] waits for the answers.
+    pub fn begin_clear(lane: &mut Lane, stream: &str, prefix: &str) -> Clearing {
+        let names = Self::new(prefix);
         let mut asked = HashMap::new();
         for slot in 0..SLOTS {
             asked.insert(names.delete(lane, stream, &names.slot(slot)), Some(slot));
         }
         asked.insert(names.delete(lane, stream, &names.by_time()), None);
         // A consumer without an answer may still exist.
-        let (mut free, mut last) = ([false; SLOTS as usize], SLOTS - 1);
-        let deadline = Instant::now() + ANSWER;
-        while !asked.is_empty() {
-            let Ok(answers) = timeout_at(deadline, lane.answers()).await else { break };
-            for (subject, payload) in answers? {
-                let slot = str::from_utf8(&subject).ok().and_then(|subject| asked.remove(subject)).flatten();
-                let Some(slot) = slot else { continue };
-                match decode::<Value>(&payload) {
-                    Ok(_) => last = slot,
-                    Err(error) => free[usize::from(slot)] = error.kind == ErrorKind::NotFound,
-                }
-            }
-        }
-        let mut after = (1..=SLOTS).map(|step| (last + step) % SLOTS);
-        names.next = after.find(|slot| free[usize::from(*slot)]).unwrap_or((last + 1) % SLOTS);
-        Ok(names)
+        Clearing { names, asked, free: [false; SLOTS as usize], last: SLOTS - 1, deadline: Instant::now() + ANSWER }
     }
 
     fn delete(&self, lane: &mut Lane, stream: &str, name: &str) -> String {
@@ -89,6 +74,43 @@ impl Names {
     /// The name of the consumer that finds a sequence by time.
     pub fn by_time(&self) -> String {
         format!("{}_{BY_TIME}", self.prefix)
+    }
+}
+
+/// Consumers of earlier runs that are being deleted.
+#[derive(Debug)]
+pub(in crate::copy) struct Clearing {
+    names: Names,
+    /// Unanswered requests, with their slots.
+    asked: HashMap<String, Option<u8>>,
+    /// Slots that had no consumer.
+    free: [bool; SLOTS as usize],
+    /// The slot whose consumer was deleted last.
+    last: u8,
+    deadline: Instant,
+}
+
+impl Clearing {
+    /// Handles an answer to any request of the lane.
+    pub fn accept(&mut self, subject: &[u8], payload: &[u8]) {
+        let slot = str::from_utf8(subject).ok().and_then(|subject| self.asked.remove(subject)).flatten();
+        let Some(slot) = slot else { return };
+        match decode::<Value>(payload) {
+            Ok(_) => self.last = slot,
+            Err(error) => self.free[usize::from(slot)] = error.kind == ErrorKind::NotFound,
+        }
+    }
+
+    /// Waits for the answers. A deletion without an answer in time does not delay the run.
+    pub async fn finish(mut self, lane: &mut Lane) -> Result<Names, Error> {
+        while !self.asked.is_empty() {
+            let Ok(answers) = timeout_at(self.deadline, lane.answers()).await else { break };
+            answers?.into_iter().for_each(|(subject, payload)| self.accept(&subject, &payload));
+        }
+        let Self { mut names, free, last, .. } = self;
+        let mut after = (1..=SLOTS).map(|step| (last + step) % SLOTS);
+        names.next = after.find(|slot| free[usize::from(*slot)]).unwrap_or((last + 1) % SLOTS);
+        Ok(names)
     }
 }
 

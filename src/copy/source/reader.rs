@@ -42,7 +42,7 @@ const HEARTBEAT: Duration = Duration::from_millis(2500);
 const SILENCE: Duration = Duration::from_secs(6);
 /// How often the consumer of a single read is checked for silence.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
-/// How long to wait for the creation of a consumer before another name is tried, and how often.
+/// How long no byte may arrive during the creation of a consumer before another name is tried, and how often.
 const PLACED: Duration = Duration::from_secs(2);
 const ELSEWHERE: u32 = 2;
 /// A cluster may count a consumer for a moment after it was deleted: how long to wait before the next try, and how
@@ -57,6 +57,8 @@ const BACK_EXPIRES: Duration = Duration::from_secs(2);
 const INACTIVE: Duration = Duration::from_secs(45);
 /// Growth of the next pull after one that was smaller than one message.
 const PIECE_STEP: usize = 4;
+/// How much larger than the last large message the next one may be, bytes.
+const BESIDE_LARGE: usize = 64 * 1024;
 /// Upper bound of a message with its subjects and headers, bytes.
 const PIECE_LARGEST: usize = 66 << 20;
 
@@ -132,6 +134,9 @@ pub(in crate::copy) struct Reader {
     piece_max: usize,
     /// Known least size of the next message; 0 where unknown.
     need: usize,
+    /// Size of the newest message, if it is larger than a piece; 0 otherwise. The next one may be as large, and a pull that
+    /// is smaller costs a round trip.
+    large: usize,
     stash: Stash,
     reserved: Option<Reservation>,
     consumer_seq: u64,
@@ -142,7 +147,9 @@ pub(in crate::copy) struct Reader {
     heard: Instant,
     /// When a pull was last open.
     asked: Instant,
-    /// How long no pull was open before the present ones; zero once one of them got a message.
+    /// When the last pull was sent.
+    sent: Instant,
+    /// How long the server received no pull before the present ones; zero once one of them got a message.
     rested: Duration,
     /// How long the server keeps the consumer without a pull.
     inactive: Duration,
@@ -182,26 +189,28 @@ impl Reader {
         loop {
             let consumer = names.next();
             let config = range.config(&consumer);
-            let mut api = Api::new(lane);
-            let created = api.create_new_consumer(range.stream, &consumer, &config);
+            let created = Api::new(lane).create_new_consumer_within(range.stream, &consumer, &config, PLACED).await;
             // If a cluster assigned the consumer to a server that does not answer, another name is tried.
-            let info = match timeout(PLACED, created).await {
-                Ok(Err(error)) if error.is_api(TOO_MANY_CONSUMERS) && counted > 0 => {
+            let info = match created {
+                Err(error) if error.is_api(TOO_MANY_CONSUMERS) && counted > 0 => {
                     counted -= 1;
                     sleep(COUNTED).await;
                     continue;
                 }
                 // Being deleted, or of a run that does not know yet that it was superseded.
-                Ok(Err(error)) if error.is_api(CONSUMER_EXISTS) && left > 0 => {
+                Err(error) if error.is_api(CONSUMER_EXISTS) && left > 0 => {
                     left -= 1;
                     continue;
                 }
-                Ok(info) => info?,
-                Err(_) if left > 0 => {
-                    left -= 1;
-                    continue;
-                }
-                Err(_) => {
+                Err(error) => return Err(error),
+                Ok(Some(info)) => info,
+                // It may still be created.
+                Ok(None) => {
+                    delete(lane, range.stream, &consumer);
+                    if left > 0 {
+                        left -= 1;
+                        continue;
+                    }
                     let stream = range.stream;
                     return Err(Error::retry(format!("no consumer of stream `{stream}` was made within {PLACED:?}")));
                 }
@@ -240,6 +249,7 @@ impl Reader {
             piece: if info.num_pending + info.num_ack_pending > 0 { PIECE_BACKLOG.min(piece_max) } else { PIECE_MIN },
             piece_max,
             need: 0,
+            large: 0,
             stash: Stash::new(after),
             reserved: None,
             consumer_seq: info.delivered.consumer_seq,
@@ -248,6 +258,7 @@ impl Reader {
             owed: 0,
             heard: now,
             asked: now,
+            sent: now,
             rested: Duration::ZERO,
             inactive: inactive(&info.config),
             abandoned: false,
@@ -354,7 +365,9 @@ impl Reader {
         self.need = 0;
         // The server counts the same parts against max_bytes.
         let parts = [message.subject, message.reply, message.header, message.payload];
-        self.unspent -= parts.iter().map(|part| part.len() as i64).sum::<i64>();
+        let size: usize = parts.iter().map(|part| part.len()).sum();
+        self.unspent -= size as i64;
+        self.large = if size > self.piece { size + BESIDE_LARGE } else { 0 };
         if self.unspent <= 0 {
             // A pull that is used up to the last byte may end without a status.
             self.pulls.clear();
@@ -449,7 +462,7 @@ impl Reader {
         let wanted = if self.pending > 0 && self.owed == 0 { 2 } else { 1 };
         while self.pulls.len() < wanted {
             let held: usize = self.pulls.iter().map(|pull| pull.bytes).sum::<usize>() + self.stash.bytes();
-            if held > 0 && held + self.piece.max(self.need) > self.piece_max * 2 {
+            if held > 0 && held + self.next_piece() > self.piece_max * 2 {
                 break;
             }
             let Some(bytes) = self.reserve(budget, held == 0) else { break };
@@ -459,6 +472,9 @@ impl Reader {
                 self.rested = now.duration_since(self.asked);
                 self.asked = now;
             }
+            // While a large message arrives, pulls end, and the status of that is queued after it.
+            self.rested = self.rested.max(now.duration_since(self.sent));
+            self.sent = now;
             self.next_pull += 1;
             let subject = format!("{}.CONSUMER.MSG.NEXT.{}.{}", lane.api_prefix(), self.stream, self.consumer);
             // Must not be the limit that ends a pull: each message counts at least its reply subject.
@@ -480,11 +496,16 @@ impl Reader {
         }
     }
 
+    /// Bytes that the next pull requests, if there is room.
+    fn next_piece(&self) -> usize {
+        self.piece.max(self.need).max(self.large)
+    }
+
     /// Reserves bytes for the next pull: a piece, or the smallest useful one when the process is short of memory. A
     /// reader without messages always gets that, so that none starves.
     fn reserve(&mut self, budget: &Budget, holds_nothing: bool) -> Option<usize> {
         let least = self.need.max(PIECE_MIN);
-        let reservation = match budget.reserve(self.piece.max(least)) {
+        let reservation = match budget.reserve(self.next_piece().max(least)) {
             Some(reservation) => reservation,
             None if holds_nothing => budget.force(least),
             None if self.need == 0 => budget.reserve(PIECE_MIN)?,
@@ -526,9 +547,14 @@ impl Reader {
 
     fn end(&self, lane: &mut Lane) -> String {
         lane.close_inbox(self.sid);
-        let subject = format!("{}.CONSUMER.DELETE.{}.{}", lane.api_prefix(), self.stream, self.consumer);
-        lane.send_request(&subject, b"")
+        delete(lane, &self.stream, &self.consumer)
     }
+}
+
+/// Asks the server to delete a consumer; returns the request.
+fn delete(lane: &mut Lane, stream: &str, consumer: &str) -> String {
+    let subject = format!("{}.CONSUMER.DELETE.{stream}.{consumer}", lane.api_prefix());
+    lane.send_request(&subject, b"")
 }
 
 /// How long a consumer is kept without a pull: the requested time, or less where the stream limits it.
@@ -669,7 +695,86 @@ pub(in crate::copy) async fn scan(
 
 #[cfg(test)]
 mod tests {
+    use nats_lane::pipe::{self, Pipe, PipeRequest};
+    use tokio::time::advance;
+
     use super::*;
+
+    /// The pulls that arrive until the lane is empty.
+    async fn pulls(lane: &mut Lane, server: &mut Pipe) -> Vec<PipeRequest> {
+        lane.publish("end", "end", b"");
+        let mut asked = Vec::new();
+        loop {
+            let request = tokio::select! {
+                request = server.asked() => request,
+                turn = lane.turn() => {
+                    turn.unwrap();
+                    continue;
+                }
+            };
+            if request.subject == "end" {
+                return asked;
+            }
+            if request.subject.contains("MSG.NEXT") {
+                asked.push(request);
+            }
+        }
+    }
+
+    /// Handles the next batch of the server.
+    async fn accept(lane: &mut Lane, reader: &mut Reader) -> Result<(), Lost> {
+        loop {
+            if let Turn::Received(batch) = lane.turn().await? {
+                return reader.accept(batch);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pull_after_a_large_message_has_room_for_another_one() {
+        let (mut lane, mut server) = pipe::lane().await;
+        let info: ConsumerInfo = serde_json::from_value(json!({"num_pending": 0})).unwrap();
+        let range = Range { stream: "S", filters: &[], from: 1, headers_only: false };
+        let mut reader = Reader::from_new(&mut lane, &range, "c".to_owned(), 16 << 20, &info);
+        reader.pull(&mut lane, &Budget::new(usize::MAX));
+        let asked = pulls(&mut lane, &mut server).await;
+        for (number, size) in [(1, 700_000), (2, 100)] {
+            let reply = format!("$JS.ACK.S.c.1.{number}.{number}.1767225605000000000.0");
+            server.deliver(&asked[0], &reply, "NATS/1.0\r\n\r\n", size).await;
+            accept(&mut lane, &mut reader).await.unwrap();
+            assert!((size..size + (1 << 20)).contains(&reader.next_piece()), "{size}: {}", reader.next_piece());
+        }
+        assert_eq!(reader.large, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_consumer_that_went_while_a_message_arrived_is_forgotten() {
+        for (seconds, expect) in [(160, true), (20, false)] {
+            let (mut lane, mut server) = pipe::lane().await;
+            let info = json!({"num_pending": 3, "config": {"inactive_threshold": 45_000_000_000_u64}});
+            let info: ConsumerInfo = serde_json::from_value(info).unwrap();
+            let range = Range { stream: "S", filters: &[], from: 1, headers_only: false };
+            let budget = Budget::new(usize::MAX);
+            let mut reader = Reader::from_new(&mut lane, &range, "c".to_owned(), 1 << 20, &info);
+            reader.pull(&mut lane, &budget);
+            let asked = pulls(&mut lane, &mut server).await;
+            assert_eq!(asked.len(), 2);
+            // The status of the second pull is queued after the message.
+            advance(Duration::from_secs(seconds)).await;
+            let header = "NATS/1.0\r\nA: b\r\n\r\n";
+            server.deliver(&asked[0], "$JS.ACK.S.c.1.1.1.1767225605000000000.2", header, 0).await;
+            accept(&mut lane, &mut reader).await.unwrap();
+            for (pull, line) in asked.iter().zip(["409 Batch Completed", "408 Request Timeout"]) {
+                server.status(pull, line).await;
+                accept(&mut lane, &mut reader).await.unwrap();
+            }
+            reader.pull(&mut lane, &budget);
+            let asked = pulls(&mut lane, &mut server).await;
+            server.status(&asked[0], "503").await;
+            let lost = accept(&mut lane, &mut reader).await.unwrap_err();
+            assert_eq!(lost.forgotten, expect, "{seconds}: {lost:?}");
+        }
+    }
 
     #[test]
     fn a_heartbeat_tells_that_the_last_delivery_is_missing() {

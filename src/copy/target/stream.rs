@@ -185,6 +185,8 @@ pub(in crate::copy) struct Opening<'a> {
     to: &'a mut Lane,
     source: &'a StreamInfo,
     learned: Option<Learned>,
+    /// The target's earlier answer about the stream; `None` inside where there is none.
+    known: Option<Option<StreamInfo>>,
     /// The metadata leader is older than the stream's leader.
     old_leader: bool,
 }
@@ -197,7 +199,13 @@ impl<'a> Opening<'a> {
         source: &'a StreamInfo,
         learned: Option<Learned>,
     ) -> Self {
-        Self { job, from, to, source, learned, old_leader: false }
+        Self { job, from, to, source, learned, known: None, old_leader: false }
+    }
+
+    /// Uses an answer of the target about the stream that the caller has already.
+    pub(in crate::copy) fn with_answer(mut self, info: Option<StreamInfo>) -> Self {
+        self.known = Some(info);
+        self
     }
 
     pub(in crate::copy) async fn open(mut self) -> Result<(StreamInfo, Opened), Error> {
@@ -205,7 +213,11 @@ impl<'a> Opening<'a> {
         let name = &replication.target.stream;
         let mut opened = Opened::Found;
         for _ in 0..ATTEMPTS {
-            let Some(info) = Api::new(self.to).stream_info(name).await? else {
+            let info = match self.known.take() {
+                Some(info) => info,
+                None => Api::new(self.to).stream_info(name).await?,
+            };
+            let Some(info) = info else {
                 if !replication.create_target {
                     return Err(Error::hold(missing(name)));
                 }
@@ -213,7 +225,6 @@ impl<'a> Opening<'a> {
                     true => opened = Opened::Made,
                     false => pause().await,
                 }
-                // The answer about a stream that was just created may lack the domain, which its acks name (2.12).
                 continue;
             };
             if let Some(why) = self.job.own_streams.refuse(name, &info.created) {
@@ -275,7 +286,10 @@ impl<'a> Opening<'a> {
             }
             mark::put(&mut config, site, &replication.id);
             match Api::new(self.to).create_stream(name, &config).await {
-                Ok(_) => return Ok(true),
+                Ok(made) => {
+                    self.known = is_whole(&made, self.to, maker).then_some(Some(made));
+                    return Ok(true);
+                }
                 Err(error) if error.is_api(NAME_IN_USE) => return Ok(false),
                 // Not clustered, or not enough servers: the target can only have fewer replicas.
                 Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
@@ -338,6 +352,13 @@ impl<'a> Opening<'a> {
         }
         error
     }
+}
+
+/// Whether the answer to a creation says the same as `STREAM.INFO` would. It may lack the domain, which acks name (2.12),
+/// and in a cluster it may not come from the stream's leader.
+fn is_whole(made: &StreamInfo, to: &Lane, maker: Maker) -> bool {
+    let alone = made.cluster.is_none() && to.api_prefix() == DEFAULT_API_PREFIX && to.info().domain.is_none();
+    alone && (Maker::of_leader(made).batches || !maker.batches)
 }
 
 /// Waits until changes of others to the same stream are visible.

@@ -1,15 +1,23 @@
 //! Polls the target for copies that it dropped (see [`drops`](super::drops)): one request beside each to the source,
-//! and one more where the first message of the target has changed.
+//! and one more where the first message of the target has changed. Where messages are large, a consumer delivers the
+//! headers of that message; otherwise it is read with its payload, once.
 
 use nats_lane::{
     Lane, Message,
-    jetstream::{StreamInfo, StreamState, decode_message, leaders_info, message_from_call},
+    jetstream::{
+        ConsumerInfo, StreamInfo, StreamState, create_new_consumer_call, decode, decode_message, is_delivery,
+        leaders_info, message_from_call, parse_delivery,
+    },
 };
+use serde_json::json;
 use tokio::time::{Duration, Instant};
 
-use crate::copy::target::{
-    drops::{Dropped, Drops, First},
-    provenance::Tag,
+use crate::copy::{
+    source::{consumers::Names, locate, reader::Range},
+    target::{
+        drops::{Dropped, Drops, First},
+        provenance::Tag,
+    },
 };
 
 /// Most messages of other writers that one poll skips, and their bytes: each is read with its payload.
@@ -17,8 +25,11 @@ const READS: u32 = 16;
 const READ_BYTES: usize = 64 * 1024;
 /// Least time between polls of the target: a poll counts only with an answer of the source that is later by this.
 const EVERY: Duration = Duration::from_secs(5);
-/// A question is repeated after this: a server that is no longer the leader may never answer.
+/// A request is repeated after this, unless a large message is arriving: a server that is no longer the leader may never
+/// answer.
 const ANSWER: Duration = Duration::from_secs(30);
+/// How long the consumer may take to deliver a header: it has the message at once, or not at all.
+const HEADER_WITHIN: Duration = Duration::from_secs(2);
 
 /// A request to the target.
 #[derive(Debug)]
@@ -27,6 +38,10 @@ enum TargetRequest {
     State { request: String, settled: Option<u64> },
     /// Its first message.
     First { request: String, poll: FirstMessagePoll },
+    /// The creation of a consumer that delivers the headers of its first message.
+    HeaderConsumer { request: String, consumer: String, poll: FirstMessagePoll },
+    /// The message of that consumer, on this subscription.
+    Header { sid: u64, consumer: String, poll: FirstMessagePoll },
 }
 
 /// A poll whose first message is not known yet.
@@ -34,6 +49,10 @@ enum TargetRequest {
 struct FirstMessagePoll {
     state: StreamState,
     settled: Option<u64>,
+    /// The first message at this sequence or after it is read.
+    from: u64,
+    /// Messages of the stream are large.
+    heavy: bool,
     /// Messages and bytes that may be read still.
     reads: u32,
     bytes: usize,
@@ -44,6 +63,8 @@ struct FirstMessagePoll {
 pub(in crate::copy) struct TargetWatch {
     pub(in crate::copy) drops: Drops,
     tag: Tag,
+    /// Names of consumers at the target.
+    names: Names,
     /// The unanswered request, and when it was sent.
     asked: Option<(TargetRequest, Instant)>,
     /// When the last poll began.
@@ -55,14 +76,16 @@ pub(in crate::copy) struct TargetWatch {
 }
 
 impl TargetWatch {
-    pub fn new(drops: Drops, tag: Tag) -> Self {
-        Self { drops, tag, asked: None, polled: None, asked_early: false, passed: 0 }
+    /// `names` are those of the run at the target.
+    pub fn new(drops: Drops, tag: Tag, names: Names) -> Self {
+        Self { drops, tag, names, asked: None, polled: None, asked_early: false, passed: 0 }
     }
 
     /// Asks for the state of the target, if it is watched, due, and no request is in flight. `settled` is the position,
     /// if no message is in flight.
     pub fn ask_state(&mut self, lane: &mut Lane, stream: &str, settled: Option<u64>, now: Instant) {
-        let waits = self.asked.as_ref().is_some_and(|(_, at)| now.duration_since(*at) < ANSWER);
+        // No request is repeated while an answer arrives.
+        let waits = self.asked.as_ref().is_some_and(|(_, at)| now.duration_since(lane.partial_at().max(*at)) < ANSWER);
         let recent = self.polled.is_some_and(|at| now.duration_since(at) < EVERY);
         if self.drops.watches() && !waits && !recent {
             let subject = format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
@@ -78,69 +101,112 @@ impl TargetWatch {
         }
     }
 
+    /// Whether a message on this subscription is the answer of the consumer.
+    pub fn awaits(&self, sid: u64) -> bool {
+        matches!(&self.asked, Some((TargetRequest::Header { sid: awaited, .. }, _)) if *awaited == sid)
+    }
+
     /// Handles an answer. An error has no effect: the request is repeated when it is due.
     pub fn accept(&mut self, lane: &mut Lane, stream: &str, message: &Message<'_>, position: u64, in_flight: bool) {
-        let Some((TargetRequest::State { request, .. } | TargetRequest::First { request, .. }, _)) = &self.asked else {
-            return;
+        let is_answer = match &self.asked {
+            Some((
+                TargetRequest::State { request, .. }
+                | TargetRequest::First { request, .. }
+                | TargetRequest::HeaderConsumer { request, .. },
+                _,
+            )) => request.as_bytes() == message.subject,
+            Some((TargetRequest::Header { sid, .. }, _)) => *sid == message.sid,
+            None => false,
         };
-        if request.as_bytes() != message.subject {
-            return;
-        }
+        let Some((asked, _)) = self.asked.take_if(|_| is_answer) else { return };
         let now = Instant::now();
         let unmoved = |settled: Option<u64>| settled.filter(|settled| *settled == position && !in_flight);
-        match self.asked.take().map(|(asked, _)| asked) {
-            Some(TargetRequest::State { settled, .. }) => {
-                let Ok(Some(StreamInfo { state, .. })) = leaders_info(message.payload) else { return };
+        match asked {
+            TargetRequest::State { settled, .. } => {
+                let Ok(Some(info)) = leaders_info(message.payload) else { return };
+                let (heavy, state) = (locate::is_heavy(&info), info.state);
                 let settled = unmoved(settled);
                 if state.messages == 0 {
                     self.drops.target_is_empty(now, &state, position, settled);
                 } else if self.drops.wants(state.first_seq) {
                     // Messages of other writers were skipped by the poll before.
                     let from = state.first_seq.max(self.passed + 1);
-                    self.read(
-                        lane,
-                        stream,
-                        from,
-                        FirstMessagePoll { state, settled, reads: READS, bytes: READ_BYTES },
-                        now,
-                    );
+                    let poll = FirstMessagePoll { state, settled, from, heavy, reads: READS, bytes: READ_BYTES };
+                    self.read(lane, stream, poll, now);
                 } else {
                     self.drops.target_has(now, &state, None, settled);
                 }
             }
-            Some(TargetRequest::First { poll: FirstMessagePoll { state, settled, reads, bytes }, .. }) => {
+            TargetRequest::First { poll, .. } => {
                 let Ok(Some(first)) = decode_message(message.payload) else { return };
-                match self.tag.origin(&first.header) {
-                    Some(origin) => {
-                        let (source_seq, time_ms) = (origin.seq, Some(origin.time_ms));
-                        let first = First { seq: first.sequence, source_seq, time_ms };
-                        self.drops.target_has(now, &state, Some(first), settled);
-                    }
-                    None => {
-                        self.passed = first.sequence;
-                        let bytes = bytes.saturating_sub(message.payload.len());
-                        if reads > 1 && bytes > 0 {
-                            let poll = FirstMessagePoll { state, settled, reads: reads - 1, bytes };
-                            self.read(lane, stream, first.sequence + 1, poll, now);
-                        }
-                    }
-                }
+                self.first_is(lane, stream, poll, (first.sequence, &first.header, message.payload.len()), now);
             }
-            None => {}
+            TargetRequest::HeaderConsumer { consumer, poll, .. } => match decode::<ConsumerInfo>(message.payload) {
+                Ok(_) => self.asked = Some((pull_header(lane, stream, consumer, poll), now)),
+                // Where the stream takes no more consumers.
+                Err(_) => self.read(lane, stream, FirstMessagePoll { heavy: false, ..poll }, now),
+            },
+            TargetRequest::Header { sid, consumer, poll } => {
+                lane.close_inbox(sid);
+                lane.send_request(&format!("{}.CONSUMER.DELETE.{stream}.{consumer}", lane.api_prefix()), b"");
+                let Some(delivery) = parse_delivery(message.reply).filter(|_| is_delivery(message.reply)) else {
+                    return;
+                };
+                self.first_is(lane, stream, poll, (delivery.stream_seq, message.header, message.header.len()), now);
+            }
         }
     }
 
-    fn read(&mut self, lane: &mut Lane, stream: &str, from: u64, poll: FirstMessagePoll, now: Instant) {
-        let (what, body) = message_from_call(stream, from);
-        let subject = format!("{}.{what}", lane.api_prefix());
-        let request = lane.send_request(&subject, body.to_string().as_bytes());
-        self.asked = Some((TargetRequest::First { request, poll }, now));
+    /// Handles the requested first message: its sequence, its headers, and the number of bytes that were read for it.
+    fn first_is(
+        &mut self,
+        lane: &mut Lane,
+        stream: &str,
+        poll: FirstMessagePoll,
+        (seq, header, read): (u64, &[u8], usize),
+        now: Instant,
+    ) {
+        if let Some(origin) = self.tag.origin(header) {
+            let first = First { seq, source_seq: origin.seq, time_ms: Some(origin.time_ms) };
+            return self.drops.target_has(now, &poll.state, Some(first), poll.settled);
+        }
+        self.passed = seq;
+        let (reads, bytes) = (poll.reads - 1, poll.bytes.saturating_sub(read));
+        if reads > 0 && bytes > 0 {
+            self.read(lane, stream, FirstMessagePoll { from: seq + 1, reads, bytes, ..poll }, now);
+        }
+    }
+
+    fn read(&mut self, lane: &mut Lane, stream: &str, poll: FirstMessagePoll, now: Instant) {
+        let consumer = poll.heavy.then(|| self.names.next());
+        let (what, body) = match &consumer {
+            Some(name) => {
+                let range = Range { stream, filters: &[], from: poll.from, headers_only: true };
+                create_new_consumer_call(stream, name, &range.config(name))
+            }
+            None => message_from_call(stream, poll.from),
+        };
+        let request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
+        let asked = match consumer {
+            Some(consumer) => TargetRequest::HeaderConsumer { request, consumer, poll },
+            None => TargetRequest::First { request, poll },
+        };
+        self.asked = Some((asked, now));
     }
 
     /// Compares with the source's answer to a request of that time.
     pub fn source_has(&mut self, source: &StreamInfo, asked: Instant, now_ms: i64) -> Option<Dropped> {
         self.drops.source_has(source, asked, now_ms)
     }
+}
+
+/// Pulls the first message of a consumer.
+fn pull_header(lane: &mut Lane, stream: &str, consumer: String, poll: FirstMessagePoll) -> TargetRequest {
+    let (sid, inbox) = lane.open_inbox();
+    let pull = json!({ "batch": 1, "expires": HEADER_WITHIN.as_nanos() as u64 });
+    let subject = format!("{}.CONSUMER.MSG.NEXT.{stream}.{consumer}", lane.api_prefix());
+    lane.publish(&subject, &format!("{inbox}.1"), pull.to_string().as_bytes());
+    TargetRequest::Header { sid, consumer, poll }
 }
 
 #[cfg(test)]
@@ -167,7 +233,7 @@ mod tests {
             let mut drops = Drops::default();
             drops.begin(&target, Some(DropLimits { messages: Some(50), ..DropLimits::default() }), 0);
             let (lane, server) = pipe::lane().await;
-            let watch = TargetWatch::new(drops, Tag::new("S", "SITE", "w"));
+            let watch = TargetWatch::new(drops, Tag::new("S", "SITE", "w"), Names::new("sr"));
             Self { watch, lane, server, now: Instant::now() }
         }
 
@@ -196,6 +262,11 @@ mod tests {
 
         async fn answer(&mut self, to: &StateRequest, payload: &serde_json::Value) {
             self.server.answer(to, &payload.to_string()).await;
+            self.accept().await;
+        }
+
+        /// Handles the next batch of the server.
+        async fn accept(&mut self) {
             loop {
                 let Turn::Received(batch) = self.lane.turn().await.unwrap() else { continue };
                 for message in batch.iter() {
@@ -247,5 +318,43 @@ mod tests {
             assert_eq!(read, reads);
             assert_eq!(watched.watch.passed, read as u64);
         }
+    }
+
+    #[tokio::test]
+    async fn a_heavy_target_shows_headers_and_no_payload() {
+        let mut watched = Watched::new().await;
+        watched.ask_at(0);
+        let mut asked = watched.asked().await;
+        let mut heavy = state(7);
+        heavy["state"]["bytes"] = json!(100_000_000);
+        watched.answer(&asked[0], &heavy).await;
+        asked = watched.asked().await;
+        assert!(asked[0].subject.contains("CONSUMER.CREATE.T.sr_0"), "{}", asked[0].subject);
+        watched.answer(&asked[0], &json!({})).await;
+        asked = watched.asked().await;
+        assert!(asked[0].subject.contains("CONSUMER.MSG.NEXT.T.sr_0"), "{}", asked[0].subject);
+        let header = "NATS/1.0\r\nChoria-SR-Source: S 5 SITE w 1000\r\n\r\n";
+        watched.server.deliver(&asked[0], "$JS.ACK.T.sr_0.1.7.1.1767225605000000000.0", header, 0).await;
+        watched.accept().await;
+        // The first message is known, and the consumer is deleted.
+        assert!(!watched.watch.drops.wants(7) && watched.watch.drops.wants(8));
+        asked = watched.asked().await;
+        assert!(asked.len() == 1 && asked[0].subject.contains("CONSUMER.DELETE.T.sr_0"), "{asked:?}");
+    }
+
+    #[tokio::test]
+    async fn a_target_without_room_for_a_consumer_is_read_once() {
+        let mut watched = Watched::new().await;
+        watched.ask_at(0);
+        let mut asked = watched.asked().await;
+        let mut heavy = state(7);
+        heavy["state"]["bytes"] = json!(100_000_000);
+        watched.answer(&asked[0], &heavy).await;
+        asked = watched.asked().await;
+        let refused =
+            json!({"error": {"code": 400, "err_code": 10026, "description": "maximum consumers limit reached"}});
+        watched.answer(&asked[0], &refused).await;
+        asked = watched.asked().await;
+        assert!(asked.len() == 1 && asked[0].subject.contains("STREAM.MSG.GET.T"), "{asked:?}");
     }
 }

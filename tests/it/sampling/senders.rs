@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::harness::site::merged;
-use crate::harness::{LIMIT, Outgoing, Service, Site, request, wait_for, wait_value};
+use crate::harness::{LIMIT, Outgoing, Proxy, Service, Site, proxy::Direction, request, wait_for, wait_value};
 
 const STATE: &str = "REPLICATOR_STATE";
 const LONG: Duration = Duration::from_secs(900);
@@ -178,6 +178,112 @@ async fn memory_of_15_000_invented_senders() -> Result<()> {
 async fn memory_of_300_000_invented_senders_is_below_256_mib() -> Result<()> {
     let (leader, standby) = invented(300_000).await?;
     assert!(leader < 256 && standby < 256, "leader {leader} MiB, standby {standby} MiB");
+    Ok(())
+}
+
+/// Writes records of this many senders of 20 characters that were seen now, about 250 bytes each.
+async fn write_records(site: &Site, count: u64) -> Result<()> {
+    let (now, mut raw) = (chrono::Utc::now(), site.source().await?);
+    let records = (0..count).map(|number| {
+        let sender = format!("node-{number:0>15}");
+        let record = json!({"version": 1, "sender": sender, "seen": now, "copied": now, "size": 100, "sequence": 0});
+        Outgoing::new(format!("$KV.{STATE}.NODES.{sender}"), record.to_string())
+            .with_lines(&["Replicator-Instance: one"])
+    });
+    raw.publish_all(records).await?;
+    Ok(())
+}
+
+/// Resident memory and its peak, in MiB.
+fn memory(service: &Service) -> (u64, u64) {
+    let usage = service.usage();
+    (usage.rss / MIB, usage.rss_peak / MIB)
+}
+
+/// A leader and a standby start with the records of this many senders, then the standby leads: peak memory of the first
+/// leader and of the next one, in MiB.
+async fn known_from_records(count: u64) -> Result<(u64, u64)> {
+    let mut site = Site::builder().control_at_source().args(["--instance", "one", "--lease-ttl", "2s"]).start().await?;
+    site.source_stream("NODES", json!({})).await?;
+    site.add("NODES", sampled(json!({}))).await?;
+    site.row_when("NODES", "runs", |row| row["state"] == "running").await?;
+    site.service.kill()?;
+    write_records(&site, count).await?;
+    let began = std::time::Instant::now();
+    let builder = Service::builder(&site.control().url(), "TEST").instance("two").args(["--lease-ttl", "2s"]);
+    let mut two = builder.spawn()?;
+    site.service.restart().await?;
+    two.wait_ready().await?;
+    let all = json!(count);
+    let all = |row: &Value| row["state"] == "running" && row["sampling"]["senders"] == all;
+    let know = async || site.row("NODES").await.filter(all);
+    let row = wait_value("the leader to know all senders", LONG, know).await?;
+    println!("{count} senders: the leader knows them after {:?}", began.elapsed());
+    let (leader, standby) = if row["leader"] == "two" { (&two, &site.service) } else { (&site.service, &two) };
+    let peaks = (memory(leader), memory(standby));
+    println!("{count} senders: leader {:?} MiB, standby {:?} MiB, now and at the most", peaks.0, peaks.1);
+    // No sender is new: the standby knows them too.
+    let led_by = row["leader"].clone();
+    let other = if led_by == "two" { "one" } else { "two" };
+    if led_by == "two" {
+        two.kill()?
+    } else {
+        site.service.kill()?
+    }
+    let began = std::time::Instant::now();
+    let know = async || site.row("NODES").await.filter(|row| row["leader"] == other && all(row));
+    wait_value("the standby to lead", LONG, know).await?;
+    println!("{count} senders: the standby leads after {:?}", began.elapsed());
+    let last = publish(&site, (0..100).map(|number| format!("node-{number:0>15}"))).await?;
+    let row = site.settled_within("NODES", last, LONG).await?;
+    assert_eq!((&row["counters"]["skipped_sampled"], &row["counters"]["copied"]), (&json!(100), &json!(0)), "{row}");
+    let standby = memory(if other == "two" { &two } else { &site.service });
+    println!("{count} senders: the next leader {standby:?} MiB");
+    Ok((peaks.0.1, standby.1))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_thousand_records_are_loaded_in_little_memory() -> Result<()> {
+    let (leader, standby) = known_from_records(100_000).await?;
+    assert!(leader < 80 && standby < 80, "leader {leader} MiB, standby {standby} MiB");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a million records: make check-long"]
+async fn a_million_records_are_loaded_in_less_than_256_mib() -> Result<()> {
+    let (leader, standby) = known_from_records(1_000_000).await?;
+    assert!(leader < 256 && standby < 256, "leader {leader} MiB, standby {standby} MiB");
+    Ok(())
+}
+
+/// Over a line that takes longer than any deadline, and breaks twice: no record that was read is read again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_load_over_a_broken_slow_line_continues() -> Result<()> {
+    const COUNT: u64 = 20_000;
+    let site = site(sampled(json!({}))).await?;
+    site.row_when("NODES", "runs", |row| row["state"] == "running").await?;
+    write_records(&site, COUNT).await?;
+    let proxy = Proxy::start(site.control().port()).await?;
+    // About 8 MB: 10 s, with two breaks.
+    proxy.throttle(&[Direction::ToClient], Some(800_000));
+    let two = Service::builder(&proxy.url(), "TEST").instance("two").start().await?;
+    let standby = async || two.log().contains("all records of senders were read");
+    for _ in 0..2 {
+        proxy.cut_after(Direction::ToClient, 2_500_000);
+        wait_for("the line to break", LONG, async || !proxy.cut_pending(Direction::ToClient)).await?;
+        assert!(!standby().await, "{}", two.log());
+    }
+    wait_for("the standby to know all", LONG, standby).await?;
+    let log = two.log();
+    assert_eq!(log.matches("all records of senders were read").count(), 1, "{log}");
+    assert!(!log.contains("the records of senders cannot be followed"), "{log}");
+    let line = log.lines().find(|line| line.contains("all records of senders were read")).context("a line")?;
+    let delivered =
+        line.split("delivered=").nth(1).and_then(|rest| rest.split_whitespace().next()).context("a number")?;
+    // Records in flight when the line broke are delivered twice.
+    let delivered: u64 = delivered.parse()?;
+    assert!((COUNT..COUNT + COUNT / 4).contains(&delivered), "{line}");
     Ok(())
 }
 

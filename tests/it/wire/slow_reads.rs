@@ -266,6 +266,31 @@ async fn much_that_is_pending_is_asked_for_over_a_slow_line() -> Result<()> {
     Ok(())
 }
 
+/// A few pending messages among many that are not for the consumer: the number of requests does not grow with those.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_pending_far_apart_is_asked_for_by_itself() -> Result<()> {
+    const COUNT: u64 = 20;
+    const BETWEEN: u64 = 10_000;
+    let (site, proxy) = behind_proxy().await?;
+    let mut raw = site.source_stream("WQ", json!({"retention": "workqueue"})).await?;
+    let config = json!({"name": "SR_TEST", "durable_name": "SR_TEST", "ack_policy": "explicit",
+        "ack_wait": 300_000_000_000u64, "max_ack_pending": 1_000, "filter_subject": "wq.a"});
+    raw.api("CONSUMER.CREATE.WQ.SR_TEST.wq.a", json!({"stream_name": "WQ", "config": config})).await?;
+    for number in 1..=COUNT {
+        raw.publish_all((0..BETWEEN).map(|_| Outgoing::new("wq.b", "x"))).await?;
+        raw.publish(&Outgoing::new("wq.a", number.to_string())).await?;
+    }
+    taken_and_not_acknowledged(&site, COUNT).await?;
+    // A command for each sequence would take minutes.
+    proxy.throttle(&[Direction::ToServer], Some(100_000));
+    site.add("WQ", json!({"source_url": proxy.url(), "filter_subject": "wq.a"})).await?;
+    let last = COUNT * (BETWEEN + 1);
+    let row = site.settled_within("WQ", last, Duration::from_secs(60)).await.with_context(|| site.service.log())?;
+    is_complete(&site, "WQ", COUNT).await?;
+    assert_eq!(row["counters"]["errors"], 0, "{row}");
+    Ok(())
+}
+
 /// Acknowledgements take long on a slow line too, and what is requested arrives after them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_acks_take_long_on_a_slow_line() -> Result<()> {

@@ -24,7 +24,7 @@ impl Lane {
         self.ping();
         // An earlier one may not be answered yet.
         let own = self.pings;
-        let mut patience = Patience::begin(self);
+        let mut patience = Patience::begin(self, REQUEST_TIMEOUT);
         while self.pongs < own {
             let until = patience.until(self).min(Instant::now() + ASK_AGAIN);
             let answered = async {
@@ -66,14 +66,52 @@ impl Lane {
     /// Sends a request and waits for its answer's payload, for as long as bytes arrive and a little longer. Messages
     /// for other subscriptions that arrive meanwhile are lost. The server may carry out the request twice.
     pub async fn request(&mut self, subject: &str, payload: &[u8]) -> Result<Bytes, Error> {
+        self.request_beside(subject, payload, |_, _| {}).await
+    }
+
+    /// [`Lane::request`] beside requests that were sent before: `others` gets the reply subjects and the payloads of
+    /// their answers that arrive meanwhile.
+    ///
+    /// # Errors
+    /// As [`Lane::request`].
+    pub async fn request_beside(
+        &mut self,
+        subject: &str,
+        payload: &[u8],
+        others: impl FnMut(&[u8], Bytes),
+    ) -> Result<Bytes, Error> {
+        let answer = self.ask(subject, payload, REQUEST_TIMEOUT, others).await?;
+        answer.ok_or_else(|| self.silent(subject))
+    }
+
+    /// [`Lane::request`] that waits `limit` after the last byte that moved; `None` if no answer arrived by then.
+    ///
+    /// # Errors
+    /// As [`Lane::request`].
+    pub async fn request_within(
+        &mut self,
+        subject: &str,
+        payload: &[u8],
+        limit: Duration,
+    ) -> Result<Option<Bytes>, Error> {
+        self.ask(subject, payload, limit, |_, _| {}).await
+    }
+
+    async fn ask(
+        &mut self,
+        subject: &str,
+        payload: &[u8],
+        limit: Duration,
+        mut others: impl FnMut(&[u8], Bytes),
+    ) -> Result<Option<Bytes>, Error> {
         let reply = self.send_request(subject, payload);
-        let mut patience = Patience::begin(self);
+        let mut patience = Patience::begin(self, limit);
         let mut sent = Instant::now();
         loop {
             let again = sent.max(patience.since(self)) + ASK_AGAIN;
             let turn = match timeout_at(again.min(patience.until(self)), self.turn()).await {
                 Ok(turn) => turn?,
-                Err(_) if patience.is_over(self) => return Err(self.silent(subject)),
+                Err(_) if patience.is_over(self) => return Ok(None),
                 Err(_) => {
                     self.check_delivery();
                     let now = Instant::now();
@@ -93,11 +131,18 @@ impl Lane {
                 }
             };
             let Turn::Received(batch) = turn else { continue };
-            if let Some(message) = batch.iter().find(|m| m.sid == Self::REQUEST_SID && m.subject == reply.as_bytes()) {
-                if headers::status(message.header) == Some(503) {
+            let mut answer = None;
+            for message in batch.iter().filter(|message| message.sid == Self::REQUEST_SID) {
+                if message.subject != reply.as_bytes() {
+                    others(message.subject, batch.shared(message.payload));
+                } else if headers::status(message.header) == Some(503) {
                     return Err(Error::retry(format!("no responders for `{subject}` at `{}`", self.address)));
+                } else {
+                    answer = Some(batch.shared(message.payload));
                 }
-                return Ok(batch.shared(message.payload));
+            }
+            if answer.is_some() {
+                return Ok(answer);
             }
         }
     }
@@ -105,7 +150,7 @@ impl Lane {
     /// Waits for answers to requests that were sent: reply subjects and payloads of what arrived. Like
     /// [`Lane::request`], it loses messages for other subscriptions.
     pub async fn answers(&mut self) -> Result<Vec<(Vec<u8>, Bytes)>, Error> {
-        let mut patience = Patience::begin(self);
+        let mut patience = Patience::begin(self, REQUEST_TIMEOUT);
         loop {
             let turn = match timeout_at(patience.until(self), self.turn()).await {
                 Ok(turn) => turn?,
@@ -138,11 +183,14 @@ struct Patience {
     written: u64,
     /// The question is written when the system has taken this many bytes.
     question: u64,
+    /// How long nothing may move before the wait ends.
+    limit: Duration,
 }
 
 impl Patience {
-    fn begin(lane: &Lane) -> Self {
-        Self { since: Instant::now(), written: lane.written, question: lane.written + lane.output.len() as u64 }
+    fn begin(lane: &Lane, limit: Duration) -> Self {
+        let question = lane.written + lane.output.len() as u64;
+        Self { since: Instant::now(), written: lane.written, question, limit }
     }
 
     /// Since when nothing has moved.
@@ -155,7 +203,7 @@ impl Patience {
     }
 
     fn until(&mut self, lane: &Lane) -> Instant {
-        self.since(lane) + REQUEST_TIMEOUT
+        self.since(lane) + self.limit
     }
 
     fn is_over(&mut self, lane: &Lane) -> bool {

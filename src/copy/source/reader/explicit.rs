@@ -16,12 +16,14 @@
 //!
 //! There is no deadline for all of this, only for silence: a slow line may take long.
 
-use std::{collections::VecDeque, ops::RangeInclusive, time::Duration};
+mod pending;
+
+use std::{collections::VecDeque, time::Duration, vec};
 
 use bytes::BytesMut;
 use nats_lane::{
     Batch, Error, Lane,
-    jetstream::{Api, ConsumerInfo, answer_in, decode},
+    jetstream::{Api, ConsumerInfo, SequencePair, answer_in, decode},
 };
 use tokio::time::Instant;
 
@@ -76,8 +78,8 @@ enum Sort {
 /// Commands that sort the queue and are not written yet.
 #[derive(Debug)]
 struct SortCommands {
-    later: RangeInclusive<u64>,
-    now: RangeInclusive<u64>,
+    later: vec::IntoIter<u64>,
+    now: vec::IntoIter<u64>,
 }
 
 /// Redeliveries of messages that an earlier run did not acknowledge: they come first, ascending.
@@ -111,6 +113,9 @@ struct ExplicitAcks {
     /// Settled, and redelivered.
     again: Vec<u64>,
     owed: Owed,
+    /// Sequences, ascending, that contain every unacknowledged message that was delivered to earlier runs, and the
+    /// messages that were dropped since.
+    candidates: Vec<u64>,
     /// Most messages that may wait.
     most: usize,
 }
@@ -126,7 +131,7 @@ impl Explicit {
     ) -> Result<Self, Error> {
         let Durable { name, info, .. } = durable;
         let subject = format!("$JS.ACK.{stream}.{name}.1");
-        let info = request_redelivery(lane, stream, &name, &subject, info).await?;
+        let (info, candidates) = request_redelivery(lane, stream, &name, &subject, info).await?;
         let owed = Owed { left: info.num_ack_pending, to: info.delivered.stream_seq, ..Owed::default() };
         let most = info.config["max_ack_pending"].as_u64().filter(|most| *most > 0);
         Ok(Self {
@@ -139,6 +144,7 @@ impl Explicit {
                 waiting: VecDeque::new(),
                 again: Vec::new(),
                 owed,
+                candidates,
                 most: most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX),
             },
             sort: Sort::Done,
@@ -261,8 +267,8 @@ impl Explicit {
 }
 
 impl SortCommands {
-    fn of(asked: RangeInclusive<u64>) -> Self {
-        Self { later: asked.clone(), now: asked }
+    fn of(asked: Vec<u64>) -> Self {
+        Self { later: asked.clone().into_iter(), now: asked.into_iter() }
     }
 
     /// Writes as many commands as may wait in a lane; returns whether that was the rest.
@@ -309,9 +315,10 @@ impl Owed {
 }
 
 impl ExplicitAcks {
-    /// Sequences that contain every message that was not redelivered yet.
-    fn not_redelivered(&self) -> RangeInclusive<u64> {
-        self.newest.max(self.floor) + 1..=self.owed.to
+    /// Sequences that contain every message that was not redelivered yet, ascending.
+    fn not_redelivered(&self) -> Vec<u64> {
+        let (back, to) = (self.newest.max(self.floor), self.owed.to);
+        self.candidates.iter().copied().filter(|seq| *seq > back && *seq <= to).collect()
     }
 
     fn judge(&mut self, seq: u64) -> DeliveryVerdict {
@@ -323,9 +330,16 @@ impl ExplicitAcks {
                 return if waits { DeliveryVerdict::Drop } else { DeliveryVerdict::Wrong(self.newest) };
             }
             let verdict = self.owed.takes(seq);
+            if verdict == DeliveryVerdict::Drop {
+                self.candidates.push(seq);
+            }
             if verdict != DeliveryVerdict::Keep {
                 return verdict;
             }
+        }
+        if self.owed.left == 0 {
+            // No redelivery is requested again.
+            self.candidates = Vec::new();
         }
         let is_new = seq > self.newest;
         self.newest = self.newest.max(seq);
@@ -372,40 +386,42 @@ fn write(output: &mut BytesMut, subject: &str, seq: u64, delivery: u64, word: &[
     output.extend_from_slice(b"\r\n");
 }
 
-/// Requests the redelivery of all unacknowledged messages, in order; returns the state of the consumer afterwards.
+/// Requests the redelivery of all unacknowledged messages, in order; returns the state of the consumer afterwards, and
+/// sequences that contain all of these messages.
 async fn request_redelivery(
     lane: &mut Lane,
     stream: &str,
     name: &str,
     subject: &str,
     mut info: ConsumerInfo,
-) -> Result<ConsumerInfo, Error> {
+) -> Result<(ConsumerInfo, Vec<u64>), Error> {
+    let mut candidates = Vec::new();
     for _ in 0..SORTED_AGAIN {
         if info.num_ack_pending == 0 {
             break;
         }
         // A NAK counts only with a delivery that is neither acknowledged nor to come.
         let delivered = info.delivered;
-        let asked = info.ack_floor.stream_seq + 1..=delivered.stream_seq;
-        sort_now(lane, subject, asked, delivered.consumer_seq).await?;
+        let range = info.ack_floor.stream_seq + 1..=delivered.stream_seq;
+        candidates = pending::candidates(lane, stream, &info.config, range, info.num_ack_pending).await?;
+        sort_now(lane, subject, &candidates, delivered).await?;
         let now = Api::new(lane).consumer_info(stream, name).await?;
         info = now.ok_or_else(|| Error::retry(format!("consumer `{name}` of stream `{stream}` is gone")))?;
         if info.delivered.consumer_seq == delivered.consumer_seq {
             break;
         }
     }
-    Ok(info)
+    Ok((info, candidates))
 }
 
 /// Sorts and waits until the server has finished: it handles NAKs from a queue of its own, in order, and answers the
 /// last one. A pull that it serves before that would bring new messages before the requested redeliveries.
-async fn sort_now(lane: &mut Lane, subject: &str, asked: RangeInclusive<u64>, delivery: u64) -> Result<(), Error> {
-    let to = *asked.end();
-    let mut asking = SortCommands::of(asked);
-    while !asking.write(lane.output(), subject, delivery) {
+async fn sort_now(lane: &mut Lane, subject: &str, asked: &[u64], delivered: SequencePair) -> Result<(), Error> {
+    let mut asking = SortCommands::of(asked.to_vec());
+    while !asking.write(lane.output(), subject, delivered.consumer_seq) {
         flush(lane).await?;
     }
-    lane.request(&last(subject, to, delivery), NAK).await.map(drop)
+    lane.request(&last(subject, delivered.stream_seq, delivered.consumer_seq), NAK).await.map(drop)
 }
 
 /// Subject of the command that is answered.
@@ -434,6 +450,7 @@ mod tests {
             waiting: VecDeque::new(),
             again: Vec::new(),
             owed: Owed { left, to, ..Owed::default() },
+            candidates: vec![6, 7, 8],
             most: 10,
         }
     }
@@ -492,6 +509,8 @@ mod tests {
         // The server forgot its queue.
         assert_eq!((acks.judge(9), acks.judge(10)), (DeliveryVerdict::Drop, DeliveryVerdict::Drop));
         assert_eq!((acks.owed.left, acks.owed.to), (3, 10));
+        // Only messages that may be pending, in order, and dropped ones.
+        assert_eq!(acks.not_redelivered(), [7, 8, 9, 10]);
         acks.owed.pull_ended(true);
         for seq in [8, 9, 10, 11] {
             assert_eq!(acks.judge(seq), DeliveryVerdict::Keep, "{seq}");
