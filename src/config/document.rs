@@ -1,5 +1,7 @@
 //! The document as people write it.
 
+mod notices;
+
 use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
@@ -15,7 +17,6 @@ use super::{
     AdvisorySettings, ChoriaDocument, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems,
     Replication, Sampling, Scope, SenderBounds, Sharing, Side, Start, Transform,
     json::whole_numbers,
-    notices,
     patterns::{self, Wildcards, wrong_subject},
     schema::{self, join, shorten},
 };
@@ -820,7 +821,7 @@ fn of_server(subject: &str) -> Option<String> {
 }
 
 /// A text that is there and not empty.
-pub(super) fn text(field: &Option<String>) -> Option<&str> {
+fn text(field: &Option<String>) -> Option<&str> {
     field.as_deref().filter(|text| !text.is_empty())
 }
 

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use super::{
-    config::{ConfigChange, ConfigEntry},
+    config_change::{ConfigChange, ConfigEntry},
     error::Error,
 };
 

@@ -1,6 +1,6 @@
 //! What a document says that is right and changes nothing, or not what one might think.
 
-use super::document::{Document, text};
+use super::{Document, text};
 
 /// One sentence each, to be logged once.
 pub(super) fn notices(document: &Document) -> Vec<String> {
