@@ -269,14 +269,14 @@ impl Lanes {
             async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
             async {
                 let lane = job.dial.dial(&replication.target.place, &name).await.map_err(|e| e.context("target"))?;
-                let others = &mut AckedByChoria::default();
+                let others = &mut AckedByOthers::default();
                 Connected::with(lane, job, &replication.target, others).await.map_err(|e| e.context("target"))
             },
         )?;
         let mut lane = lane;
         let first_start = positions.record().source.is_none();
         let mut acked =
-            if first_start { AckedByChoria::ask(&mut lane, &replication) } else { AckedByChoria::default() };
+            if first_start { AckedByOthers::ask(&mut lane, &replication) } else { AckedByOthers::default() };
         let sent = Instant::now();
         let connected = Connected::with(lane, job, &replication.source, &mut acked).await;
         let (source, source_info) = connected.map_err(|e| e.context("source"))?;
@@ -293,7 +293,7 @@ impl Connected {
         mut lane: Lane,
         job: &Job,
         side: &Side,
-        acked: &mut AckedByChoria,
+        acked: &mut AckedByOthers,
     ) -> Result<(Self, Option<StreamInfo>), nats::Error> {
         let mut clearing = Names::begin_clear(&mut lane, &side.stream, &job.consumers);
         let others = |subject: &[u8], payload: Bytes| {
@@ -308,12 +308,12 @@ impl Connected {
 
 /// Requests for the consumers that Choria's replicator may have left at the source.
 #[derive(Debug, Default)]
-struct AckedByChoria {
+struct AckedByOthers {
     /// Requests, and their answers: `Some(None)` where there is no such consumer.
     asked: Vec<(String, Option<Option<u64>>)>,
 }
 
-impl AckedByChoria {
+impl AckedByOthers {
     fn ask(lane: &mut Lane, replication: &Replication) -> Self {
         let names = Durable::names(replication);
         let subjects =

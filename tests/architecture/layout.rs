@@ -69,7 +69,7 @@ pub const LAYOUT: Layout = Layout {
         &["nats-lane"],
     ],
     pure: &[
-        "copy::source::appetite",
+        "copy::source::request_limit",
         "copy::source::clock",
         "copy::decide",
         "copy::target::drops",
