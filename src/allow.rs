@@ -152,7 +152,11 @@ impl AllowList {
                 let tls = if document[&own][file].is_string() { own.as_str() } else { "tls" };
                 format!("{tls}/{file}")
             }
-            (Setting::Choria(file), _) => format!("{side}_choria/{file}"),
+            (Setting::Choria(file), _) => {
+                let own = format!("{side}_choria");
+                let choria = if document[&own].is_object() { own.as_str() } else { "choria" };
+                format!("{choria}/{file}")
+            }
         };
         breaches.map(|Breach { setting, message }| Problem::new(format!("/{}", field(setting)), message)).collect()
     }

@@ -1,6 +1,8 @@
 //! Composition root: starts all parts of the service, top to bottom, and stops them gracefully.
 
 mod files;
+mod replicator_file;
+mod signals;
 mod site;
 
 use std::{convert::Infallible, env, fmt::Display, fs, io, pin::pin, process, time::Duration};
@@ -17,7 +19,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{error, info, warn};
 
-pub use self::site::Misconfigured;
+pub use self::{replicator_file::ReplicatorFile, signals::HangupHook, site::Misconfigured};
 use crate::{
     allow::AllowList,
     control,
@@ -27,7 +29,7 @@ use crate::{
     http::{Monitor, Progress, Sources},
     lease::{self, Driver, Leases, ProcessIdentity},
     names,
-    store::{Buckets, Condition, Keeper, Stored},
+    store::{Buckets, Condition, FileDocuments, Keeper, Stored},
     supervisor::{self, Deps, Supervisor},
 };
 
@@ -67,6 +69,10 @@ pub struct AppSettings {
     pub standalone: bool,
     /// Heartbeats as the site's file has them, checked; `null` for none.
     pub heartbeats: Value,
+    /// Replication documents of the site's file, checked.
+    pub documents: FileDocuments,
+    /// What SIGHUP does; without it, SIGHUP and SIGQUIT end the process as they do by default.
+    pub on_hangup: Option<HangupHook>,
 }
 
 /// Runs until SIGTERM or SIGINT. An error means that the start failed or the stop was not graceful.
@@ -75,6 +81,9 @@ pub async fn run(settings: AppSettings) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     stop_on_signals(stop.clone()).context("cannot handle signals")?;
     let mut system = System::start(&settings).await?;
+    if let Some(hook) = settings.on_hangup.clone() {
+        signals::serve(hook, system.progress.subscribe()).context("cannot handle signals")?;
+    }
     let result = system.work(&settings, &stop).await;
     let late = system.stop().await;
     result?;
@@ -188,6 +197,7 @@ impl System {
         };
         let opened = persist("the buckets cannot be opened", stop, open).await;
         let Some((buckets, keeper)) = opened else { return Ok(()) };
+        let buckets = Buckets { config: buckets.config.with_file(settings.documents.clone()), ..buckets };
         let _keeping = self.keep(keeper);
 
         let claim = async || site::claim(&buckets.config, site, bucket_prefix).await;

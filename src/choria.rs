@@ -1,5 +1,9 @@
 //! What is there for the sake of Choria alone.
 
+mod hand_back;
 mod identity;
+mod yaml;
 
+pub use hand_back::GoConsumer;
 pub use identity::ChoriaIdentity;
+pub use yaml::{ReplicatorYaml, YamlControl, YamlProblem};

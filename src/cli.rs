@@ -17,6 +17,7 @@ mod global;
 mod heartbeat;
 mod instances;
 mod output;
+mod replicate;
 mod reply;
 mod serve;
 mod site;
@@ -24,6 +25,7 @@ mod status;
 mod status_view;
 mod steer;
 mod stream_reader;
+mod transfer;
 mod wait;
 mod watch;
 
@@ -52,6 +54,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(Box<serve::Args>),
+    Replicate(replicate::Args),
     #[command(flatten)]
     Other(Box<ClientCommand>),
 }
@@ -82,14 +85,16 @@ enum ClientCommand {
 
 /// Runs the program with the process's arguments.
 pub fn main() -> ExitCode {
-    match Cli::parse().command {
+    match Cli::parse_from(replicate::with_default(std::env::args_os())).command {
         Command::Serve(args) => serve::main(&args),
-        Command::Other(command) => run_client_command(&command),
+        Command::Replicate(args) => replicate::main(&args),
+        Command::Other(command) => run_to_end(command.json(), async |out| command.run(out).await),
     }
 }
 
-fn run_client_command(command: &ClientCommand) -> ExitCode {
-    let mut out = Output::new(command.json());
+/// Runs a command that ends by itself; returns the exit code.
+fn run_to_end(json: bool, command: impl AsyncFnOnce(&mut Output) -> Result<CommandVerdict, Error>) -> ExitCode {
+    let mut out = Output::new(json);
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -97,7 +102,7 @@ fn run_client_command(command: &ClientCommand) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let verdict = runtime.block_on(command.run(&mut out));
+    let verdict = runtime.block_on(command(&mut out));
     // do not wait for an outstanding answer
     runtime.shutdown_background();
     let code = match verdict {

@@ -2,6 +2,7 @@
 //! [`Replication`] is what runs and cannot be wrong. [`parse`] goes from one to the other and reports
 //! every [`Problem`] at once.
 
+mod choria_document;
 mod document;
 mod file;
 mod heartbeats;
@@ -17,12 +18,13 @@ mod secrets;
 mod tls;
 mod transform;
 
+pub use choria_document::ChoriaDocument;
 pub use document::{
     AdvisoryDocument, DeadLetterDocument, Document, LimitsDocument, document_id, parse, parse_judged, parse_value,
 };
 pub use file::{SiteFile, parse_file};
 pub use heartbeats::{
-    ChoriaDocument, Heartbeat, HeartbeatDocument, Heartbeats, HeartbeatsDocument, heartbeats_schema, parse_heartbeats,
+    Heartbeat, HeartbeatDocument, Heartbeats, HeartbeatsDocument, heartbeats_schema, parse_heartbeats,
 };
 pub use json::{Json, MAX_DOCUMENT, why_not_json};
 pub use mapping::Mapping;

@@ -13,7 +13,7 @@ pub struct Row {
     pub replication: String,
     /// State of the replication.
     pub state: State,
-    /// Where its document lives: `kv`.
+    /// Where its document is: `kv`, the configuration bucket, or `file`, the file of an instance.
     pub origin: String,
     /// Instance that runs it; `null` while none does.
     pub leader: Option<String>,
@@ -123,6 +123,12 @@ impl Origin {
             Self::None => "none",
         }
     }
+}
+
+/// Where the document of a replication is, by its revision: `kv`, the configuration bucket, or `file`, the file of an
+/// instance, whose documents have revision 0.
+pub fn origin(revision: u64) -> &'static str {
+    if revision == 0 { "file" } else { "kv" }
 }
 
 /// State of a replication.

@@ -53,8 +53,8 @@ use crate::{
     names::{HEARTBEATS_KEY, SITE_KEY},
     status::{Row, State},
     store::{
-        ConfigChange, ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionRecord, PositionStore, SenderStore,
-        SessionRecord, Stored,
+        ConfigChange, ConfigEntry, ConfigStore, FILE_REVISION, MarkKind, OwnStreams, PositionRecord, PositionStore,
+        SenderStore, SessionRecord, Stored,
     },
 };
 
@@ -500,9 +500,11 @@ impl TaskLoop {
         }
     }
 
-    /// Revisions only grow, unless the bucket was recreated.
+    /// Revisions only grow, unless the bucket was recreated. Documents of a file have none.
     fn saw(&self, revision: u64) {
-        self.table.send_modify(|table| table.seen = revision);
+        if revision != FILE_REVISION {
+            self.table.send_modify(|table| table.seen = revision);
+        }
     }
 
     fn put(&mut self, entry: ConfigEntry) {

@@ -114,6 +114,17 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict,
         return Err(Error::Failed("the files hold no document: `--prune` would remove everything".to_owned()));
     }
     let client = Client::connect(&args.global).await?;
+    apply(client, found, args.prune, args.dry_run, out).await
+}
+
+/// Makes what is stored equal to what was found; removes what was not found if `prune` says so.
+pub(super) async fn apply(
+    client: Client,
+    found: Vec<FoundFiles>,
+    prune: bool,
+    dry_run: bool,
+    out: &mut Output,
+) -> Result<CommandVerdict, Error> {
     let site = site(&client).await?;
     let list: Reply<List> = client.pages("config.list").await?;
     let stored = list.value.replications.into_iter().filter(|row| row.origin == "kv");
@@ -123,15 +134,11 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict,
     if !problems.is_empty() {
         return Err(refuse(&problems, out));
     }
-    let mut apply = Apply {
-        client,
-        dry_run: args.dry_run,
-        report: ApplyReport { dry_run: args.dry_run, ..ApplyReport::default() },
-    };
+    let mut apply = Apply { client, dry_run, report: ApplyReport { dry_run, ..ApplyReport::default() } };
     for step in &steps {
         apply.document(step, out).await;
     }
-    if args.prune {
+    if prune {
         let wanted: BTreeSet<_> = steps.iter().map(|step| step.id.as_str()).collect();
         let others: Vec<_> = revisions.iter().filter(|(id, _)| !wanted.contains(id.as_str())).collect();
         apply.prune(&others, out).await;

@@ -16,6 +16,7 @@ use super::{
     output::{self, Colour, Output, Table},
     reply::Reply,
     status_view::{state_colour, state_name},
+    transfer,
 };
 use crate::{
     config::Problem,
@@ -50,6 +51,8 @@ enum ConfigVerb {
     /// Change the document of a replication in `$VISUAL` or `$EDITOR`
     Edit(edit::Args),
     Apply(apply::Args),
+    Import(transfer::ImportArgs),
+    Export(transfer::ExportArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -115,6 +118,8 @@ impl Args {
             ConfigVerb::Rm(args) => &args.global,
             ConfigVerb::Edit(args) => &args.global,
             ConfigVerb::Apply(args) => &args.global,
+            ConfigVerb::Import(args) => &args.global,
+            ConfigVerb::Export(args) => &args.global,
         }
     }
 }
@@ -136,6 +141,8 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict,
         }
         ConfigVerb::Edit(args) => edit::run(args, out).await,
         ConfigVerb::Apply(args) => apply::run(args, out).await,
+        ConfigVerb::Import(args) => transfer::import(args, out).await,
+        ConfigVerb::Export(args) => transfer::export(args, out).await,
     }
 }
 

@@ -11,7 +11,9 @@ use crate::{
     allow::AllowList,
     app::{self, AppSettings},
     config::{SiteFile, parse_file},
-    names, telemetry,
+    names,
+    store::FileDocuments,
+    telemetry,
 };
 
 /// A shorter lease would be lost in a pause of its server; after a crash, a longer one leaves replications without a leader for
@@ -210,6 +212,8 @@ impl Args {
             lease_ttl: lease_ttl.unwrap_or_default(),
             standalone: self.standalone,
             heartbeats: file.heartbeats,
+            documents: FileDocuments::default(),
+            on_hangup: None,
         })
     }
 }

@@ -1,20 +1,24 @@
 //! The document as people write it.
 
+mod notices;
+
 use chrono::{DateTime, Utc};
 use nats_lane::{
-    Connection, ContextFields, Endpoint, ServerRef, Tls, check_context_name, endpoint, parse_duration,
+    Auth, Connection, ContextFields, Endpoint, ServerRef, Tls, check_context_name, endpoint, parse_duration,
     server_ref::{domain_prefix, looks_like_url, subject_prefix},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    AdvisorySettings, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems, Replication, Sampling,
-    Scope, SenderBounds, Sharing, Side, Start, TlsDocument, Transform, TransformDocument,
+    AdvisorySettings, ChoriaDocument, Inspect, Json, Limits, Mapping, OnReject, OnSourceLoss, Problem, Problems,
+    Replication, Sampling, Scope, SenderBounds, Sharing, Side, Start, TlsDocument, Transform, TransformDocument,
+    json::whole_numbers,
     patterns::{self, Wildcards, wrong_subject},
     schema::{self, join, shorten},
 };
 use crate::{
+    choria::ChoriaIdentity,
     names::{self, HEARTBEATS_KEY, SITE_KEY},
     status::Ordering,
 };
@@ -101,7 +105,7 @@ pub struct Document {
     /// Do not create the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_target_create: Option<bool>,
-    /// Accepted, without effect.
+    /// Our provenance comes before that of earlier hops.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_initiated: Option<bool>,
     /// Accepted, without effect.
@@ -110,6 +114,9 @@ pub struct Document {
     /// Candidate in Choria's leader election.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub leader_election_name: Option<String>,
+    /// The durable consumer of Choria's replicator is moved along.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hand_back: Option<bool>,
     /// Senders are identified by this field of the payload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspect_field: Option<String>,
@@ -176,6 +183,15 @@ pub struct Document {
     /// TLS of its own for the leafnodes of the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_leaf_tls: Option<TlsDocument>,
+    /// An identity of Choria's for both sides.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub choria: Option<ChoriaDocument>,
+    /// An identity of Choria's for the source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_choria: Option<ChoriaDocument>,
+    /// An identity of Choria's for the target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_choria: Option<ChoriaDocument>,
 }
 
 /// `limits` of a document.
@@ -291,6 +307,8 @@ struct SideFields<'a> {
     api_prefix: (&'static str, Option<&'a str>),
     own_tls: Option<&'a TlsDocument>,
     tls: Option<&'a TlsDocument>,
+    /// The identity of Choria's that applies, and the field that it is in.
+    choria: Option<(&'static str, &'a ChoriaDocument)>,
 }
 
 /// Collects problems while the fields are read one by one; a field with a problem reads as `None` or a default,
@@ -357,6 +375,8 @@ impl Checker {
             start,
             max_age,
             leader_election_name: text(&document.leader_election_name).map(str::to_owned),
+            hand_back: document.hand_back.unwrap_or_default(),
+            provenance_first: document.target_initiated.unwrap_or_default(),
             sampling,
             on_reject,
             create_target: !document.no_target_create.unwrap_or_default(),
@@ -365,7 +385,7 @@ impl Checker {
             on_source_loss: on_source_loss(document),
             ordering: ordering(document),
             limits: limits(document.limits.as_ref()),
-            notices: notices(document),
+            notices: notices::notices(document),
             native,
         })
     }
@@ -377,6 +397,9 @@ impl Checker {
         self.tls("tls", tls);
         self.tls("source_tls", source_tls);
         self.tls("target_tls", target_tls);
+        let choria = document.choria.as_ref().map(|choria| ("choria", choria));
+        let source_choria = document.source_choria.as_ref().map(|choria| ("source_choria", choria)).or(choria);
+        let target_choria = document.target_choria.as_ref().map(|choria| ("target_choria", choria)).or(choria);
         let source = SideFields {
             side: "source",
             url: ("source_url", text(&document.source_url)),
@@ -385,6 +408,7 @@ impl Checker {
             api_prefix: ("source_api_prefix", text(&document.source_api_prefix)),
             own_tls: source_tls,
             tls,
+            choria: source_choria,
         };
         let target = SideFields {
             side: "target",
@@ -394,6 +418,7 @@ impl Checker {
             api_prefix: ("target_api_prefix", text(&document.target_api_prefix)),
             own_tls: target_tls,
             tls,
+            choria: target_choria,
         };
         (source, target)
     }
@@ -492,11 +517,36 @@ impl Checker {
         let tls = Tls { ca, cert, key, ..endpoint.tls };
         let endpoint =
             endpoint.with_tls(tls).map_err(|error| self.problem(field, format!("`{field}`: {error}"))).ok()?;
+        let endpoint = match self.choria(fields) {
+            // That of both sides is for those whose URL has none.
+            Some(_)
+                if endpoint.auth != Auth::Anonymous && fields.choria.is_some_and(|(field, _)| field == "choria") =>
+            {
+                endpoint
+            }
+            Some(identity) => {
+                identity.at(endpoint).map_err(|error| self.problem(field, format!("`{field}`: {error}"))).ok()?
+            }
+            None => endpoint,
+        };
         let connection = Connection::to(endpoint);
         Some(Connection { api_prefix: api.unwrap_or(connection.api_prefix), ..connection })
     }
 
+    fn choria(&mut self, fields: &SideFields<'_>) -> Option<ChoriaIdentity> {
+        let (field, document) = fields.choria?;
+        let (identity, problems) = document.identity(field);
+        self.problems.extend(problems);
+        identity
+    }
+
     fn context(&mut self, field: &str, name: &str, fields: &SideFields<'_>, api: Option<String>) -> Option<ServerRef> {
+        if let Some((choria, document)) = fields.choria
+            && document.identity(choria).0.is_some()
+        {
+            let message = format!("`{choria}` and `{field}` are two identities: remove one of them, or write a URL");
+            self.problem(field, message);
+        }
         if let Err(right) = check_context_name(name) {
             let is = if name.contains([':', '@']) { String::new() } else { format!(" is `{}`", shorten(name)) };
             self.problem(field, format!("`{field}`{is}: {right}"));
@@ -804,61 +854,6 @@ fn ordering(document: &Document) -> Ordering {
     }
 }
 
-fn notices(document: &Document) -> Vec<String> {
-    let mut notices = Vec::new();
-    if document.target_initiated == Some(true) {
-        notices.push("`target_initiated` has no effect: the copy is equally fast from either side".to_owned());
-    }
-    if document.ephemeral == Some(true) {
-        notices.push("`ephemeral` has no effect: every copy resumes where it stopped".to_owned());
-    }
-    notices.extend(incomplete_sampling(document));
-    notices
-}
-
-/// What a document says of sampling that changes nothing. Choria's replicator takes it and copies everything.
-fn incomplete_sampling(document: &Document) -> Option<String> {
-    let mode = [
-        ("inspect_field", text(&document.inspect_field).is_some()),
-        ("inspect_header", text(&document.inspect_header).is_some()),
-        ("inspect_subject_token", document.inspect_subject_token.is_some_and(|token| token != 0)),
-    ];
-    let mode = mode.into_iter().find(|(_, set)| *set);
-    let others = [
-        ("inspect_duration", text(&document.inspect_duration).is_some()),
-        ("warn_duration", text(&document.warn_duration).is_some()),
-        ("size_trigger", document.size_trigger.is_some_and(|bytes| bytes > 0)),
-        ("inspect_force_field", text(&document.inspect_force_field).is_some()),
-        ("advisory", document.advisory.is_some()),
-    ];
-    match (mode, others.into_iter().find(|(_, set)| *set)) {
-        (Some((mode, _)), _) if text(&document.inspect_duration).is_none() => {
-            Some(format!("`{mode}` has no effect without `inspect_duration`: every message is copied"))
-        }
-        (None, Some((field, _))) => Some(format!(
-            "`{field}` has no effect without `inspect_field`, `inspect_header` or `inspect_subject_token`: every message is copied"
-        )),
-        _ => None,
-    }
-}
-
-/// JSON knows one kind of number: `1.0` and `1e3` are whole.
-fn whole_numbers(value: &Value) -> Value {
-    const EXACT: f64 = (1_u64 << 53) as f64;
-    match value {
-        Value::Number(number) => match number.as_f64() {
-            Some(float) if number.is_f64() && float.fract() == 0.0 && (0.0..=EXACT).contains(&float) => {
-                Value::from(float as u64)
-            }
-            _ => value.clone(),
-        },
-        Value::Object(fields) => {
-            Value::Object(fields.iter().map(|(field, value)| (field.clone(), whole_numbers(value))).collect())
-        }
-        other => other.clone(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -961,6 +956,32 @@ mod tests {
         good(json!({"inspect_field": "a", "advisory": {"subject": "%s.%v"}}));
         good(json!({"inspect_field": "a", "advisory": {"subject": "$KV.BUCKET.%v"}}));
         check(json!({"inspect_fields": "a"}), "/inspect_fields", "did you mean `inspect_field`");
+    }
+
+    #[test]
+    fn the_most_specific_choria_identity_applies_as_a_whole() {
+        let files = |name: &str| json!({"seed_file": format!("/{name}.seed"), "jwt_file": "/jwt", "collective": "c"});
+        let seed = |side: &Side| match &endpoint(side).auth {
+            Auth::Custom(identity) => identity.files()[0].1.display().to_string(),
+            other => format!("{other:?}"),
+        };
+        let both = good(json!({"choria": files("both"), "target_choria": files("own")}));
+        assert_eq!([seed(&both.source), seed(&both.target)], ["/both.seed", "/own.seed"]);
+        let none = good(json!({"choria": files("both"), "target_choria": {}}));
+        assert_eq!([seed(&none.source), seed(&none.target)], ["/both.seed", "Anonymous"]);
+        let check = |more: Value, path: &str, words: &str| {
+            let found = problems(&with(more.clone()));
+            assert!(found.iter().any(|(at, text)| at == path && text.contains(words)), "{more}: {found:?}");
+        };
+        check(json!({"choria": {"seed_file": "/s"}}), "/choria", "has no `jwt_file`");
+        check(json!({"source_choria": {"seed_file": "/s", "jwt_file": "/j"}}), "/source_choria/collective", "required");
+        check(json!({"source_choria": files("a"), "source_url": "nats://u:p@a"}), "/source_url", "another one");
+        let by_url = good(json!({"choria": files("both"), "target_url": "nats://b?credentials=/c"}));
+        assert_eq!([seed(&by_url.source), seed(&by_url.target)], ["/both.seed", "CredentialsFile(\"/c\")"]);
+        check(json!({"choria": {"seed": "/s"}}), "/choria/seed", "did you mean `seed_file`");
+        let mut context = with(json!({"choria": files("a"), "source_context": "east"}));
+        context.as_object_mut().unwrap().remove("source_url");
+        assert!(problems(&context).iter().any(|(at, text)| at == "/source_context" && text.contains("two identities")));
     }
 
     #[test]
@@ -1306,6 +1327,7 @@ mod tests {
         let schema = schema::replication_schema();
         let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
         let tls = TlsDocument { ca: Some("a".into()), cert: Some("b".into()), key: Some("c".into()) };
+        let choria = ChoriaDocument { seed_file: "a".into(), jwt_file: "b".into(), collective: "c".into() };
         let some = || Some("x".to_owned());
         // no `..Default::default()`: a new field has to be named here
         let full = Document {
@@ -1336,6 +1358,7 @@ mod tests {
             target_initiated: Some(true),
             ephemeral: Some(true),
             leader_election_name: some(),
+            hand_back: Some(true),
             inspect_field: some(),
             inspect_header: some(),
             inspect_subject_token: Some(1),
@@ -1365,6 +1388,9 @@ mod tests {
             kind: Some("mirror".into()),
             target_leaf_url: some(),
             target_leaf_tls: Some(tls),
+            choria: Some(choria.clone()),
+            source_choria: Some(choria.clone()),
+            target_choria: Some(choria),
         };
         let full = serde_json::to_value(full).unwrap();
         assert_eq!(keys(&full), keys(&schema["properties"]));
@@ -1372,6 +1398,7 @@ mod tests {
         assert_eq!(keys(&full["advisory"]), keys(&schema["properties"]["advisory"]["properties"]));
         assert_eq!(keys(&full["dead_letter"]), keys(&schema["properties"]["dead_letter"]["properties"]));
         assert_eq!(keys(&full["tls"]), keys(&schema["$defs"]["tls"]["properties"]));
+        assert_eq!(keys(&full["choria"]), keys(&schema["$defs"]["choria"]["properties"]));
         let transform = &schema["properties"]["subject_transforms"]["items"];
         assert_eq!(keys(&full["subject_transforms"][0]), keys(&transform["properties"]));
         let findings = schema::REPLICATION.check(&full);

@@ -2,20 +2,16 @@
 
 use std::{collections::BTreeMap, ops::RangeInclusive, path::PathBuf, sync::LazyLock, time::Duration};
 
-use nats_lane::{
-    Connection, Endpoint, ServerRef, Tls, endpoint, parse_duration,
-    server_ref::{looks_like_url, no_url},
-};
+use nats_lane::{Connection, Endpoint, ServerRef, Tls, endpoint, parse_duration};
 use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings, transform::RecursiveTransform};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    Problem, Problems, TlsDocument,
+    ChoriaDocument, Problem, Problems, TlsDocument,
     patterns::{Wildcards, wrong_subject},
     schema::{Schema, join, shorten},
 };
-use crate::choria::ChoriaIdentity;
 use crate::names::{HEARTBEAT_SUBJECT_HEADER, ORIGINATOR_HEADER};
 
 /// Where nothing is said.
@@ -79,23 +75,6 @@ pub struct HeartbeatDocument {
     /// Headers, at most 64: instead of those of the same name for all, and beside the others. Default: none.
     #[schemars(extend("maxProperties" = 64))]
     pub headers: BTreeMap<String, String>,
-}
-
-/// Choria's identity: a signed token and the seed that it is bound to. Both files or none are named, and read at every
-/// attempt to connect. Without a `tls` the server's certificate is not verified, as in Choria.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-#[schemars(rename = "Choria")]
-pub struct ChoriaDocument {
-    /// File of the ed25519 seed, 64 hexadecimal digits.
-    #[schemars(length(max = 4096))]
-    pub seed_file: String,
-    /// File of the token, a JWT.
-    #[schemars(length(max = 4096))]
-    pub jwt_file: String,
-    /// Collective, the first token of the subjects that replies come on. Required with the files.
-    #[schemars(length(max = 128))]
-    pub collective: String,
 }
 
 /// Heartbeats that can run.
@@ -199,7 +178,8 @@ impl HeartbeatChecker {
 
     fn place(&mut self, document: &HeartbeatsDocument) -> Option<ServerRef> {
         let tls = self.tls(&document.tls);
-        let choria = self.choria(&document.choria);
+        let (choria, wrong) = document.choria.identity("choria");
+        self.problems.extend(wrong);
         if document.url.is_empty() {
             if !self.is_refused("/url") {
                 self.problem("/url", "`url` is required".to_owned());
@@ -237,32 +217,6 @@ impl HeartbeatChecker {
         };
         self.problem("/tls", format!("`tls` has no `{missing}`: `cert` and `key` go together"));
         tls
-    }
-
-    fn choria(&mut self, choria: &ChoriaDocument) -> Option<ChoriaIdentity> {
-        let ChoriaDocument { seed_file, jwt_file, collective } = choria;
-        let missing = match (seed_file.is_empty(), jwt_file.is_empty()) {
-            (true, true) => return None,
-            (true, false) => "seed_file",
-            (false, true) => "jwt_file",
-            (false, false) => "",
-        };
-        if !missing.is_empty() {
-            let message = format!("`choria` has no `{missing}`: `seed_file` and `jwt_file` go together");
-            self.problem("/choria", message);
-        }
-        let wrong = match collective.as_str() {
-            "" => Some("`choria.collective` is required".to_owned()),
-            name if looks_like_url(name) => no_url(name).err().map(|wrong| format!("`choria.collective`: {wrong}")),
-            name => {
-                let wrong = wrong_subject(name, Wildcards::Refused);
-                wrong.map(|wrong| format!("`choria.collective` is `{}`: {wrong}", shorten(name)))
-            }
-        };
-        if let Some(wrong) = wrong {
-            self.problem("/choria/collective", wrong);
-        }
-        Some(ChoriaIdentity { seed: seed_file.into(), jwt: jwt_file.into(), collective: collective.clone() })
     }
 
     fn interval(&mut self, path: &str, text: &str) -> Option<Duration> {
@@ -350,6 +304,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::choria::ChoriaIdentity;
+
     fn parse(value: &Value) -> Result<Option<Heartbeats>, Problems> {
         parse_heartbeats(value, |_| Vec::new())
     }

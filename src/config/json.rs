@@ -178,6 +178,23 @@ impl<'de> Visitor<'de> for JsonReader<'_> {
     }
 }
 
+/// JSON knows one kind of number: `1.0` and `1e3` are whole.
+pub(super) fn whole_numbers(value: &Value) -> Value {
+    const EXACT: f64 = (1_u64 << 53) as f64;
+    match value {
+        Value::Number(number) => match number.as_f64() {
+            Some(float) if number.is_f64() && float.fract() == 0.0 && (0.0..=EXACT).contains(&float) => {
+                Value::from(float as u64)
+            }
+            _ => value.clone(),
+        },
+        Value::Object(fields) => {
+            Value::Object(fields.iter().map(|(field, value)| (field.clone(), whole_numbers(value))).collect())
+        }
+        other => other.clone(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

@@ -35,6 +35,11 @@ pub struct Replication {
     /// As whom to stand in Choria's leader election at the source: messages are copied only while that is won. `None`:
     /// there is no such election.
     pub leader_election_name: Option<String>,
+    /// Whether the durable consumer of Choria's replicator at the source is moved along with the copy.
+    pub hand_back: bool,
+    /// Whether our provenance comes before that of earlier hops: Choria's replicator resumes a target-initiated copy by
+    /// the first one.
+    pub provenance_first: bool,
     /// Which messages of each sender are copied; `None`: all of them.
     pub sampling: Option<Sampling>,
     /// What becomes of messages that the target can never store.

@@ -344,7 +344,7 @@ pub struct ListRow {
     pub replication: String,
     /// Revision of the document.
     pub revision: u64,
-    /// Where the document lives: `kv`.
+    /// Where the document is: `kv`, the configuration bucket, or `file`, the file of an instance, with revision 0.
     pub origin: String,
     /// State of the replication; `null` in the moment before it is known.
     pub state: Option<State>,

@@ -47,6 +47,7 @@ use crate::{
     lease::Leases,
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER, HEARTBEATS_KEY, SITE_KEY},
     preflight::Own,
+    status,
     store::{ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionStore, SenderStore, WriteError},
     supervisor::Handle,
 };
@@ -143,6 +144,7 @@ async fn config_update(context: &RequestContext, request: Request) -> Result<Cha
     for _ in 0..UNMASK_TRIES {
         let CheckedDocument { replication: Replication { id, .. }, document, unmasked } =
             checked_document(context, &request.body).await?;
+        not_only_in_file(context, &id).await?;
         if let Some(revision) = stored_already(context, &id, &document, expected).await? {
             return Ok(Changed { replication: id, revision });
         }
@@ -171,6 +173,20 @@ async fn stored_already(
     Ok(equal.then_some(stored.revision))
 }
 
+/// What is in the file of this instance and not in the bucket is changed in the file.
+async fn not_only_in_file(context: &RequestContext, id: &str) -> Result<(), Failure> {
+    let stored = async || context.config.get(id).await.map_err(|error| Failure::new(503, error.to_string()));
+    if !context.config.is_in_file(id) || stored().await?.is_some() {
+        return Ok(());
+    }
+    let message = format!(
+        "replication `{id}` is configured in the file of instance `{}`: change it there, or add a document of the same id, which takes \
+         precedence over the file's",
+        context.instance
+    );
+    Err(Failure::new(409, message))
+}
+
 async fn config_delete(context: &RequestContext, request: Request) -> Result<Changed, Failure> {
     in_time(&request)?;
     let expected = expected_revision(&request)?;
@@ -180,10 +196,15 @@ async fn config_delete(context: &RequestContext, request: Request) -> Result<Cha
     if MarkKind::of_key(&replication).is_some() || [HEARTBEATS_KEY, SITE_KEY].contains(&replication.as_str()) {
         return Err(not_found(&replication));
     }
+    not_only_in_file(context, &replication).await?;
     let leaving = Leaving::of(context, &replication).await;
     let written = context.config.delete(&replication, expected).await;
     let deleted = changed(replication, written, "deleted")?;
     let id = deleted.replication.as_str();
+    if context.config.is_in_file(id) {
+        // The file's document runs from now on, from where this one stopped.
+        return Ok(deleted);
+    }
     let stopped = async {
         context.supervisor.stopped_since(id, deleted.revision).await;
         stopped_elsewhere(context, id).await;
@@ -260,7 +281,7 @@ async fn config_list(context: &RequestContext, request: Request) -> Result<List,
     let all = context.documents.list().await.into_iter();
     let all = all.map(|(replication, revision)| {
         let state = context.supervisor.row(&replication).map(|row| row.state);
-        ListRow { replication, revision, origin: "kv".to_owned(), state }
+        ListRow { replication, revision, origin: status::origin(revision).to_owned(), state }
     });
     let Page { rows: replications, limit, total } = page(all.collect(), offset, limit, context.room());
     Ok(List { replications, offset, limit, total })

@@ -192,7 +192,9 @@ impl<'a> Opener<'a> {
             true => Durable::find(&mut source.lane, replication, owner).await.map_err(|e| e.context("source"))?,
             false => None,
         };
-        let tag = Tag::new(&replication.source.stream, &job.site, &replication.name).with_former(&replication.former);
+        let tag = Tag::new(&replication.source.stream, &job.site, &replication.name)
+            .with_former(&replication.former)
+            .leading(replication.provenance_first);
         let (mode, news) = mode::begin(replication, &streams.target, positions.record(), job.neighbour.as_deref());
         streams.abilities.share(mode);
         self.status.send_modify(|(_, copy)| copy.target_mode = mode);

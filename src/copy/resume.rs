@@ -13,6 +13,7 @@
 //! | source begins after the position, without a filter and `max_msgs_per_subject` | at its first message; the missing ones are a gap, event `gap` |
 //! | target empty and new | at the configured start, or after the position if that comes first; event `target-reset` |
 //! | no record | after the newest message of ours at the target, else at the ack floor of Choria's durable, else at the configured start |
+//! | no record, no message was ever removed from the target, none there is ours, and Choria's durable has acknowledged some | at the configured start, or at the ack floor if that comes first; event `target-reset` |
 //!
 //! Server behaviour that the rules come from (2.10 to 2.15 unless noted):
 //!
@@ -32,6 +33,7 @@
 //!   later ones. So the search goes back one window further, and known messages are identified by sequence and stored
 //!   time.
 
+mod acks;
 mod search;
 
 use std::collections::{BTreeMap, HashMap};
@@ -604,6 +606,9 @@ impl Sides<'_> {
             return self.source_went_back(seq, &format!("it does not have message {seq} that was copied last")).await;
         }
         let position = match self.acked().await? {
+            Some(floor) if floor > 0 && self.durable.is_none() && self.target_never_held_any() => {
+                return self.before_acks_of_others(floor).await;
+            }
             Some(floor) if floor > 0 => self.point_at(floor).await?,
             // The consumer itself says where it begins.
             Some(_) if self.durable.is_some() => SourcePoint::default(),
@@ -613,46 +618,6 @@ impl Sides<'_> {
             },
         };
         Ok(Resume::at(position, None))
-    }
-
-    /// Up to where a durable consumer has everything acknowledged: the consumer of this replication, or that of
-    /// Choria's replicator at a stream that keeps its messages.
-    async fn acked(&mut self) -> Result<Option<u64>, Error> {
-        if Durable::is_needed(self.source) {
-            return Ok(self.durable.map(|durable| durable.floor(self.source)));
-        }
-        if let Some(acked) = self.acked {
-            return Ok(acked);
-        }
-        for name in Durable::names(self.replication) {
-            let choria = Api::new(self.source_lane).consumer_info(&self.replication.source.stream, &name).await?;
-            if let Some(info) = choria {
-                return Ok(Some(info.ack_floor.stream_seq));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Acknowledged messages are settled at the source, whatever else was found: they are not redelivered. This does
-    /// not hold if the source lost its end: then those were other messages.
-    async fn not_before_acks(&mut self, resume: &mut Resume) -> Result<(), Error> {
-        let Some(durable) = self.durable else { return Ok(()) };
-        let floor = durable.floor(self.source);
-        let lost = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
-        if floor <= resume.position.seq || lost && durable.is_stale(self.source) {
-            return Ok(());
-        }
-        for finding in &mut resume.findings {
-            if let Event::TargetReset { resumed, reason, .. } | Event::SourceReset { resumed, reason, .. } = finding {
-                *reason = format!(
-                    "{reason}; messages that were acknowledged at the source, up to {floor}, are not redelivered"
-                );
-                *resumed = floor;
-            }
-        }
-        resume.position = self.point_at(floor).await?;
-        resume.already.stored.retain(|known, _| known.0 > floor);
-        Ok(())
     }
 
     /// Resumes after the messages that the target has. A message that was refused and sent again may be after a window

@@ -7,46 +7,13 @@ use futures_util::{StreamExt, stream::BoxStream};
 
 use super::{
     bucket::{Bucket, INSTALLATION, PutError, Stored},
+    config_change::{ConfigChange, ConfigEntry},
     error::Error,
+    file_documents::FileDocuments,
     marks::{Mark, MarkKind},
     watch::{self, Change},
 };
 use crate::names::{HEARTBEATS_KEY, SITE_KEY};
-
-/// One revision of a document as it is in the bucket. Buckets can be edited by hand: it may be anything.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ConfigEntry {
-    /// The key.
-    pub key: String,
-    /// Revision of the key.
-    pub revision: u64,
-    /// The document as written.
-    pub value: Bytes,
-}
-
-/// What the watch reports.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ConfigChange {
-    /// A document was written, or was there when the watch began.
-    Put(ConfigEntry),
-    /// A document was deleted or purged.
-    Deleted {
-        /// The key.
-        key: String,
-        /// Revision of the deletion.
-        revision: u64,
-    },
-    /// The heartbeats were written or removed, or were there when the watch began.
-    Heartbeats(Stored),
-    /// The record of the site was written or removed, or was there when the watch began.
-    Site(Stored),
-    /// A mark was put, changed or removed, or was there when the watch began.
-    Marked(Mark),
-    /// The bucket was recreated, or restored: revisions start again. What differs follows.
-    Recreated,
-    /// Everything that was there when the watch began has been delivered.
-    Loaded,
-}
 
 /// Why a document was not written.
 #[derive(Debug, thiserror::Error)]
@@ -75,11 +42,24 @@ pub enum WriteError {
 #[derive(Debug, Clone)]
 pub struct ConfigStore {
     bucket: Bucket,
+    file: FileDocuments,
 }
 
 impl ConfigStore {
     pub(super) fn new(bucket: Bucket) -> Self {
-        Self { bucket }
+        Self { bucket, file: FileDocuments::default() }
+    }
+
+    /// The same with the documents of a file beside those of the bucket, see [`FileDocuments`]. Watches deliver them with
+    /// revision 0; everything else here is about the bucket alone.
+    #[must_use]
+    pub fn with_file(self, file: FileDocuments) -> Self {
+        Self { file, ..self }
+    }
+
+    /// Whether the file has a document with this id.
+    pub fn is_in_file(&self, id: &str) -> bool {
+        self.file.has(id)
     }
 
     /// All keys as they are, then [`ConfigChange::Loaded`], then every change as it happens. Of entries that are read
@@ -89,7 +69,7 @@ impl ConfigStore {
     /// and nothing else. `purpose` is one word, another one for each watch of a process.
     pub async fn watch(&self, purpose: &str) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
         let changes = watch::watch(self.bucket.clone(), purpose, |key| MarkKind::of_key(key).is_some()).await?;
-        Ok(changes.map(|change| change.map(typed)).boxed())
+        Ok(self.file.overlay(changes.map(|change| change.map(typed)).boxed(), purpose))
     }
 
     /// Revisions of a key since its last deletion that the bucket still has, newest first.

@@ -1,5 +1,6 @@
 //! Keeps one document running: claims the position record, copies, waits after errors and tries again.
 
+mod hand_back;
 mod kind;
 mod pause;
 mod record;
@@ -18,7 +19,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::release::clear_release;
+use self::{hand_back::HandBack, release::clear_release};
 use super::{
     context::Context,
     outage::Outage,
@@ -34,6 +35,7 @@ use crate::{
     election::{Campaign, Election, Leadership, lost, won},
     events::{Event, Step},
     status::State,
+    store::SourceMessage,
 };
 
 /// Pauses between attempts after transient errors.
@@ -247,30 +249,19 @@ impl CopyRunner {
             }
         }
         let Some(mut writer) = self.writer.take() else { return Ok(()) };
-        let Self { context, requests, start_reported, outage, senders, .. } = self;
+        let job = self.job(replication, release.and_then(|release| release.skip));
+        let Self { context, requests, start_reported, outage, .. } = self;
         let Context { deps, cell, .. } = &*context;
-        let job = Job {
-            site: deps.site.clone(),
-            installation: deps.installation.clone(),
-            replication: replication.clone(),
-            row: cell.row(),
-            budget: deps.budget.clone(),
-            skip: release.and_then(|release| release.skip),
-            neighbour: context.shared_targets.other_writer(replication),
-            samples: senders.as_ref().map(StandbySenders::samples),
-            consumers: context.consumers(),
-            own_streams: deps.own_streams.clone(),
-            standalone: deps.standalone,
-            dial: Arc::new(deps.rules.clone()),
-        };
         let saved = writer.saved();
         let before = cell.progress();
-        let run = kind::run(&job, &mut writer, cell.status(), &deps.events, stop.clone());
+        let mut hand_back = HandBack::for_replication(replication);
+        let run = Box::pin(kind::run(&job, &mut writer, cell.status(), &deps.events, stop.clone()));
         let run = AssertUnwindSafe(run).catch_unwind();
         let result = tokio::select! {
             biased;
             result = run => result,
             never = report_progress(context, before, replication, start_reported, outage) => match never {},
+            never = hand_back::follow(&mut hand_back, context, replication) => match never {},
             never = clear_release(context, requests.clone(), saved, |_| true) => match never {},
         };
         if self.context.cell.progress() != before {
@@ -279,8 +270,31 @@ impl CopyRunner {
         }
         let result = result
             .map_err(|panic| Error::new(ErrorKind::Retry, format!("the copy panicked: {}", panic_text(&*panic))))?;
+        if result.is_ok() && stop.is_cancelled() {
+            let position = *writer.saved().borrow();
+            hand_back::finish(hand_back, &self.context, replication, position).await;
+        }
         self.writer = Some(writer);
         result
+    }
+
+    /// What a run copies, and what it works with.
+    fn job(&self, replication: &Replication, skip: Option<SourceMessage>) -> Job {
+        let Context { deps, cell, shared_targets, .. } = &self.context;
+        Job {
+            site: deps.site.clone(),
+            installation: deps.installation.clone(),
+            replication: replication.clone(),
+            row: cell.row(),
+            budget: deps.budget.clone(),
+            skip,
+            neighbour: shared_targets.other_writer(replication),
+            samples: self.senders.as_ref().map(StandbySenders::samples),
+            consumers: self.context.consumers(),
+            own_streams: deps.own_streams.clone(),
+            standalone: deps.standalone,
+            dial: Arc::new(deps.rules.clone()),
+        }
     }
 
     /// The lease ends: reports that and saves the last row. Returns how long to leave the lease alone.

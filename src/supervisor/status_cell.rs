@@ -11,7 +11,7 @@ use crate::{
     election::CampaignView,
     events::Step,
     metrics,
-    status::{CopyStatus, Headroom, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus},
+    status::{CopyStatus, Headroom, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus, origin},
     store::PositionRecord,
 };
 
@@ -85,7 +85,7 @@ impl StatusCell {
         let mut row = Row {
             replication: self.id.clone(),
             state,
-            origin: "kv".to_owned(),
+            origin: origin(head.config_revision).to_owned(),
             leader: head.leader,
             epoch: head.epoch,
             config_revision: head.config_revision,

@@ -1,7 +1,7 @@
 //! The real binary, `stream-replicator serve`, as a child process.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
@@ -82,6 +82,17 @@ impl Service {
         Builder { arguments, environment: Vec::new(), ulimit: None }
     }
 
+    /// `replicate --config <file>`.
+    pub fn replicate(file: &Path) -> Builder {
+        Self::with_arguments([OsStr::new("replicate"), OsStr::new("--config"), file.as_os_str()])
+    }
+
+    /// With these arguments.
+    pub fn with_arguments<A: Into<OsString>>(arguments: impl IntoIterator<Item = A>) -> Builder {
+        let arguments = arguments.into_iter().map(Into::into).collect();
+        Builder { arguments, environment: Vec::new(), ulimit: None }
+    }
+
     /// A service of site `TEST` on this control server.
     pub async fn start(url: &str) -> Result<Self> {
         Self::builder(url, "TEST").start().await
@@ -132,6 +143,10 @@ impl Service {
     /// Waits until it ends by itself.
     pub async fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         self.process.take().context("the service is not running")?.wait(limit).await
+    }
+
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.process.as_ref().context("the service is not running")?.signal(signal)
     }
 
     /// SIGSTOP

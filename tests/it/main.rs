@@ -3,6 +3,7 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+mod choria;
 mod cli;
 mod control;
 mod copies;

@@ -83,6 +83,7 @@ impl Checker {
             api_prefix: ("", None),
             own_tls: own_tls.or(document.target_tls.as_ref()),
             tls: document.tls.as_ref(),
+            choria: None,
         };
         let leaf = ServerRef::Known(Box::new(self.known("target_leaf_url", url, &fields, None)?));
         self.places.push((LEAF, leaf.clone()));

@@ -67,13 +67,18 @@ pub fn header_block(out: &mut Vec<u8>, block: &[u8], allowed: Allowed, tag: &Tag
     // occurrence of their name, even inside another name or a value.
     let body = first_line(out, block);
     stamp(out, passage);
+    if tag.leads() {
+        tag.write(out, passage.origin);
+    }
     if body.starts_with(b"Nats-") || NATS_LINE.find(body).is_some() {
         removed = copy_lines(out, body, allowed, passage.age_secs);
     } else {
         out.extend_from_slice(body);
     }
     end_line(out);
-    tag.write(out, passage.origin);
+    if !tag.leads() {
+        tag.write(out, passage.origin);
+    }
     out.extend_from_slice(b"\r\n");
     removed
 }
@@ -254,6 +259,21 @@ mod tests {
     fn a_message_without_headers_gets_ours() {
         let (out, _) = run(b"", Allowed::default(), Some("T"));
         assert_eq!(out, format!("NATS/1.0\r\nNats-Expected-Last-Sequence: 41\r\nNats-Expected-Stream: T\r\n{OURS}"));
+    }
+
+    #[test]
+    fn provenance_that_leads_is_first_and_is_found_there() {
+        let tag = Tag::new("S", "SITE", "w").leading(true);
+        let origin = MessageOrigin { seq: 7, time_ms: 9 };
+        let stamp = Stamp { chain: None, id: Some("id") };
+        let passage = Passage { origin, age_secs: 0, stamp, expected_stream: None };
+        let (mut out, block) = (Vec::new(), b"NATS/1.0\r\nA: b\r\nChoria-SR-Source: T 1 EU x 2\r\n\r\n");
+        header_block(&mut out, block, Allowed::default(), &tag, &passage);
+        let expect = "NATS/1.0\r\nNats-Msg-Id: id\r\nChoria-SR-Source: S 7 SITE w 9\r\nA: b\r\nChoria-SR-Source: T 1 EU x 2\r\n\r\n";
+        assert_eq!(String::from_utf8(out.clone()).unwrap(), expect);
+        assert_eq!((tag.origin(&out), Tag::new("S", "SITE", "w").origin(&out)), (Some(origin), None));
+        header_block(&mut out, block, Allowed::default(), &Tag::new("S", "SITE", "w"), &passage);
+        assert_eq!(tag.origin(&out), Some(origin), "what was copied before the document said so");
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub struct Tag {
     name: String,
     /// Former sites and names.
     former: Vec<Former>,
+    /// Whether our value comes before those of earlier hops.
+    leads: bool,
 }
 
 /// The last hop of a message that another site copied from the same stream, under the same name or its own default.
@@ -37,7 +39,13 @@ pub struct MessageOrigin {
 impl Tag {
     /// The tag of a replication: source stream, site and the replication's name.
     pub fn new(stream: &str, site: &str, name: &str) -> Self {
-        Self { stream: stream.to_owned(), site: site.to_owned(), name: name.to_owned(), former: Vec::new() }
+        Self {
+            stream: stream.to_owned(),
+            site: site.to_owned(),
+            name: name.to_owned(),
+            former: Vec::new(),
+            leads: false,
+        }
     }
 
     /// The same, which also recognizes messages that were copied under former names.
@@ -47,12 +55,24 @@ impl Tag {
         self
     }
 
+    /// The same, with our value before or after those of earlier hops. Some readers know only the first value.
+    #[must_use]
+    pub fn leading(mut self, leads: bool) -> Self {
+        self.leads = leads;
+        self
+    }
+
+    /// Whether our value comes before those of earlier hops.
+    pub fn leads(&self) -> bool {
+        self.leads
+    }
+
     /// Name of the site.
     pub fn site(&self) -> &str {
         &self.site
     }
 
-    /// Appends our header line.
+    /// Writes our header line.
     pub fn write(&self, out: &mut Vec<u8>, origin: MessageOrigin) {
         let mut number = itoa::Buffer::new();
         out.extend_from_slice(names::SOURCE_HEADER.as_bytes());
@@ -71,16 +91,16 @@ impl Tag {
 
     /// The origin of a message, if its last hop was ours.
     pub fn origin(&self, header: &[u8]) -> Option<MessageOrigin> {
-        self.matches(headers::last(header, names::SOURCE_HEADER.as_bytes())?)
+        let first = || values(header).next().and_then(|value| self.matches(value));
+        let led = if self.leads { first() } else { None };
+        led.or_else(|| self.matches(headers::last(header, names::SOURCE_HEADER.as_bytes())?))
     }
 
     /// Whether any hop of a message was ours.
     pub fn passed(&self, header: &[u8]) -> bool {
         // Most messages have no provenance at all: one search settles that.
         memmem::find(header, names::SOURCE_HEADER.as_bytes()).is_some()
-            && headers::lines(header)
-                .filter_map(|line| headers::value_of(line, names::SOURCE_HEADER.as_bytes()))
-                .any(|value| self.matches(value).is_some())
+            && values(header).any(|value| self.matches(value).is_some())
     }
 
     /// The origin of a message, if its last hop differs from ours in the site alone.
@@ -107,9 +127,13 @@ impl Tag {
 
 /// All hops from a stream of this name in the provenance of a message: the sites, and the origins.
 pub(crate) fn hops_from(header: &[u8], stream: &str) -> Vec<OtherSiteCopy> {
-    let values = headers::lines(header).filter_map(|line| headers::value_of(line, names::SOURCE_HEADER.as_bytes()));
-    let hops = values.filter_map(Hop::parse).filter(|hop| hop.stream == stream.as_bytes());
+    let hops = values(header).filter_map(Hop::parse).filter(|hop| hop.stream == stream.as_bytes());
     hops.map(|hop| OtherSiteCopy { site: String::from_utf8_lossy(hop.site).into_owned(), origin: hop.origin }).collect()
+}
+
+/// All values of the header, in their order.
+fn values(header: &[u8]) -> impl Iterator<Item = &[u8]> {
+    headers::lines(header).filter_map(|line| headers::value_of(line, names::SOURCE_HEADER.as_bytes()))
 }
 
 /// One value of the header.

@@ -5,8 +5,9 @@ use anyhow::Result;
 use crate::harness::Cli;
 
 /// Every command that there is.
-const COMMANDS: [&str; 28] = [
+const COMMANDS: [&str; 31] = [
     "serve",
+    "replicate",
     "config",
     "config add",
     "config update",
@@ -17,6 +18,8 @@ const COMMANDS: [&str; 28] = [
     "config schema",
     "config edit",
     "config apply",
+    "config import",
+    "config export",
     "status",
     "pause",
     "resume",

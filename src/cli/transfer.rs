@@ -1,0 +1,195 @@
+//! `stream-replicator config import` and `config export`: the file of Choria's replicator into the configuration bucket,
+//! and the configuration into such a file.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    apply,
+    client::Client,
+    document::{site, stored},
+    error::{CommandVerdict, Error},
+    files::FoundFiles,
+    global::Global,
+    output::{Output, clean},
+    reply::Reply,
+};
+use crate::{
+    app::ReplicatorFile,
+    control::api::{HeartbeatsChanged, HeartbeatsShown, List},
+};
+
+/// Add what a YAML file of Choria's stream-replicator says to the stored configuration
+///
+/// Its streams become replications and its heartbeats the stored heartbeats. Replications that are stored under the same
+/// id are updated, all others stay. Everything is checked before anything is changed; each change is shown, secrets as
+/// `***`.
+#[derive(Debug, clap::Args)]
+pub(super) struct ImportArgs {
+    /// File, such as `/etc/stream-replicator/sr.yaml`
+    file: PathBuf,
+
+    /// Only show the changes
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Warn of keys that are unknown instead of refusing them
+    #[arg(long)]
+    lenient: bool,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+/// Print the configuration as a YAML file that `replicate` and `config import` read; with `--json` as JSON
+///
+/// Secrets are `***`: `config import` keeps the stored ones, `replicate` needs them written.
+#[derive(Debug, clap::Args)]
+pub(super) struct ExportArgs {
+    /// Replications [default: all, and the heartbeats]
+    #[arg(value_name = "ID")]
+    ids: Vec<String>,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+/// Carries out `config import`.
+pub(super) async fn import(args: &ImportArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
+    let file = ReplicatorFile::read_masked(&args.file, args.lenient).map_err(|problems| {
+        problems.iter().for_each(|problem| out.note(problem));
+        Error::Usage("the file cannot be imported, nothing was changed".to_owned())
+    })?;
+    let path = args.file.display();
+    for notice in &file.notices {
+        out.note(&clean(&format!("{path}:{notice}")));
+    }
+    let client = Client::connect(&args.global).await?;
+    let own = site(&client).await?;
+    if own != file.yaml.name {
+        let message = format!("`name` is `{}` in the file, and the service is of site `{own}`", file.yaml.name);
+        return Err(Error::Failed(message));
+    }
+    let found = file.streams().into_iter().enumerate().map(|(index, document)| {
+        let place = clean(&format!("{path}:{}", file.yaml.line(&format!("/streams/{index}"))));
+        FoundFiles { place, document }
+    });
+    let verdict = apply::apply(client, found.collect(), false, args.dry_run, out).await?;
+    if file.yaml.heartbeats.is_null() || args.dry_run || verdict == CommandVerdict::Bad {
+        return Ok(verdict);
+    }
+    let client = Client::connect(&args.global).await?;
+    let body = file.yaml.heartbeats.to_string().into();
+    let changed: Reply<HeartbeatsChanged> = client.change_at("heartbeat.set", body, None).await?;
+    if !out.json() {
+        out.line(&format!("heartbeats are at revision {}", changed.value.revision));
+    }
+    Ok(verdict)
+}
+
+/// Carries out `config export`.
+pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
+    let client = Client::connect(&args.global).await?;
+    let mut file = Map::new();
+    file.insert("name".to_owned(), site(&client).await?.into());
+    let ids = match &args.ids[..] {
+        [] => {
+            let shown: Reply<HeartbeatsShown> = client.query("heartbeat.get", &json!({})).await?;
+            if !shown.value.config.is_null() {
+                file.insert("heartbeats".to_owned(), shown.value.config);
+            }
+            let list: Reply<List> = client.pages("config.list").await?;
+            list.value.replications.into_iter().map(|row| row.replication).collect()
+        }
+        ids => ids.to_vec(),
+    };
+    let mut streams = Vec::new();
+    for id in ids {
+        streams.push(stored(&client, &id).await?.value.config);
+    }
+    file.insert("streams".to_owned(), streams.into());
+    if out.json() {
+        out.value(&Value::Object(file));
+    } else {
+        out.text(&yaml(&Value::Object(file)));
+    }
+    Ok(CommandVerdict::Good)
+}
+
+/// YAML in which every text is in double quotes, as in JSON: nothing is taken for a boolean or a number.
+fn yaml(value: &Value) -> String {
+    let mut text = String::new();
+    write_yaml(value, 0, &mut text);
+    text
+}
+
+fn write_yaml(value: &Value, indent: usize, text: &mut String) {
+    let margin = " ".repeat(indent);
+    match value {
+        Value::Object(fields) if !fields.is_empty() => {
+            for (field, value) in fields {
+                let plain = field.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+                let field = if plain { field.clone() } else { Value::from(field.as_str()).to_string() };
+                text.push_str(&format!("{margin}{field}:"));
+                write_below(value, indent, text);
+            }
+        }
+        Value::Array(values) if !values.is_empty() => {
+            for value in values {
+                text.push_str(&margin);
+                text.push('-');
+                write_entry(value, indent, text);
+            }
+        }
+        other => text.push_str(&format!("{margin}{other}\n")),
+    }
+}
+
+/// The value of a field, after its colon.
+fn write_below(value: &Value, indent: usize, text: &mut String) {
+    match value {
+        Value::Object(fields) if !fields.is_empty() => {
+            text.push('\n');
+            write_yaml(value, indent + 2, text);
+        }
+        Value::Array(values) if !values.is_empty() => {
+            text.push('\n');
+            write_yaml(value, indent + 2, text);
+        }
+        other => text.push_str(&format!(" {other}\n")),
+    }
+}
+
+/// An entry of a list, after its dash.
+fn write_entry(value: &Value, indent: usize, text: &mut String) {
+    match value {
+        Value::Object(fields) if !fields.is_empty() => {
+            let mut inner = String::new();
+            write_yaml(value, indent + 2, &mut inner);
+            text.push(' ');
+            text.push_str(inner.trim_start());
+        }
+        other => text.push_str(&format!(" {other}\n")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::choria::ReplicatorYaml;
+
+    #[test]
+    fn what_is_exported_reads_as_it_was() {
+        let stream = json!({"stream": "S", "name": "no", "source_url": "nats://a", "target_url": "nats://b",
+            "filter_subjects": ["a.>", "b.*"], "limits": {"messages_in_flight": 5}, "description": "it's \"x\"\n y: #z",
+            "subject_transforms": [{"src": "a.>", "dest": "c.>"}], "start_at_end": true});
+        let beats = json!({"url": "nats://a", "headers": {"X-a b": "yes"}, "subjects": [{"subject": "b"}]});
+        let file = json!({"name": "A", "streams": [stream, {"stream": "T"}], "heartbeats": beats});
+        let text = yaml(&file);
+        let read = ReplicatorYaml::read(&text, false).unwrap_or_else(|problems| panic!("{text}\n{problems:?}"));
+        assert_eq!(Value::Object(read.streams[0].clone()), stream, "{text}");
+        assert_eq!((read.name.as_str(), &read.heartbeats, read.streams.len()), ("A", &beats, 2));
+        assert_eq!(yaml(&json!({"streams": [], "a": {}})), "a: {}\nstreams: []\n");
+    }
+}
