@@ -148,9 +148,11 @@ impl AllowList {
             (Setting::Server, ServerRef::Known(_)) => format!("{side}_url"),
             (Setting::Server, ServerRef::Context { .. }) => format!("{side}_context"),
             (Setting::Tls(file), _) => {
-                let own = format!("{side}_tls");
-                let tls = if document[&own][file].is_string() { own.as_str() } else { "tls" };
-                format!("{tls}/{file}")
+                // Without TLS settings of its own, a leafnode port has those of its side.
+                let side_of_leaf = side.strip_suffix("_leaf").unwrap_or(side);
+                let own = [format!("{side}_tls"), format!("{side_of_leaf}_tls")];
+                let tls = own.iter().find(|own| document[own.as_str()][file].is_string());
+                format!("{}/{file}", tls.map_or("tls", String::as_str))
             }
             (Setting::Choria(file), _) => {
                 let own = format!("{side}_choria");
@@ -417,6 +419,10 @@ mod tests {
         );
         check(json!({"source_url": format!("a.good?nkey={root}/in/x&jwt={root}/out/x")}), &[("/source_url", "out/x")]);
         check(json!({"source_url": "", "source_context": "hub"}), &[("/source_context", "hub.json` is not allowed")]);
+        let leaf = |url: &str, tls: &str| json!({"kind": "mirror", "target_leaf_url": url, tls: {"ca": format!("{root}/out/x")}});
+        let server = ("/target_leaf_url", "server `nats-leaf://c.bad:7422` is not allowed");
+        check(leaf("nats-leaf://c.bad", "target_leaf_tls"), &[("/target_leaf_tls/ca", "out/x"), server]);
+        check(leaf("nats-leaf://c.good", "target_tls"), &[("/target_tls/ca", "out/x")]);
     }
 
     #[test]
