@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use crate::{
     allow::AllowList,
     choria::{ReplicatorYaml, YamlControl, YamlProblem},
-    config::{Replication, URLS, document_id},
+    config::{MAX_DOCUMENT, Replication, URLS, document_id},
     names,
 };
 
@@ -77,6 +77,9 @@ impl ReplicatorFile {
         let mut ids: BTreeMap<String, usize> = BTreeMap::new();
         for (index, stream) in yaml.streams.iter().enumerate() {
             let (at, document) = (format!("/streams/{index}"), document(stream));
+            if let Some(wrong) = oversize(&document) {
+                problem(&at, wrong);
+            }
             match rules.parse_value(&unmask(&document), &yaml.name) {
                 Ok(replication) => replications.push(replication),
                 Err(found) => found.0.into_iter().for_each(|wrong| problem(&(at.clone() + &wrong.path), wrong.message)),
@@ -180,6 +183,12 @@ fn document(stream: &Map<String, Value>) -> Value {
     Value::Object(document)
 }
 
+/// A document beyond the size that the service accepts.
+fn oversize(document: &Value) -> Option<String> {
+    let size = document.to_string().len();
+    (size > MAX_DOCUMENT).then(|| format!("the stream has {size} bytes as JSON, {MAX_DOCUMENT} are possible"))
+}
+
 /// What the fields say that have no effect, by the line of their stream.
 fn notices(yaml: &ReplicatorYaml, replications: &[Replication]) -> Vec<YamlProblem> {
     let mut notices = yaml.notices.clone();
@@ -264,6 +273,21 @@ mod tests {
         assert_eq!((orders.target.stream.as_str(), orders.mapping.prefix.as_str()), ("ORDERS_COPY", "COPY"));
         assert_eq!((file.bucket_prefix(), &file.server), ("REPLICATOR_FRA1".to_owned(), &orders.source.place));
         assert!(file.notices.iter().any(|notice| (notice.line, notice.field.as_str()) == (3, "state_store")));
+    }
+
+    #[test]
+    fn a_stream_beyond_the_size_of_a_document_is_refused() {
+        let text = |length: usize| {
+            let description = "x".repeat(length);
+            format!(
+                "name: A\nstreams:\n  - stream: S\n    source_url: nats://a\n    target_url: nats://b\n    filter_subjects: [{description}]\n"
+            )
+        };
+        let found = read(&text(MAX_DOCUMENT), false).unwrap_err();
+        assert!(
+            found.iter().any(|problem| problem.starts_with("3: ") && problem.contains("are possible")),
+            "{found:?}"
+        );
     }
 
     #[test]
