@@ -111,6 +111,11 @@ impl Durable {
         Ok(None)
     }
 
+    /// Whether it delivered messages that the stream does not have: the stream lost its end.
+    pub(in crate::copy) fn is_ahead(&self, source: &StreamInfo) -> bool {
+        self.info.delivered.stream_seq > source.state.last_seq
+    }
+
     /// Up to where the source has everything acknowledged, if the stream has so much.
     pub(in crate::copy) fn floor(&self, source: &StreamInfo) -> u64 {
         let floor = self.info.ack_floor.stream_seq;
