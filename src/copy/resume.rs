@@ -742,8 +742,8 @@ impl Sides<'_> {
     /// same again later. A leader that has just taken over may answer from fewer messages than it has. Single messages
     /// that were read are read again, too.
     ///
-    /// A durable consumer that is ahead of its stream is a second witness, and there is no time to wait: server 2.10
-    /// removes the new messages of an interest stream that are below the ack floor of its only consumer.
+    /// A durable consumer that is ahead of its stream is a second witness, and waiting is a risk: when any other consumer
+    /// of an interest stream ends, servers before 2.14 remove the new messages up to the ack floor of this one.
     async fn ask_source_again(&mut self, copied: u64) -> Result<(), Error> {
         if self.durable.is_some_and(|durable| durable.is_ahead(self.source)) {
             return Ok(());

@@ -2,7 +2,10 @@
 //! connection of its own, which is closed at once.
 
 use chrono::DateTime;
-use nats_lane::{Dial, Lane, Turn, entropy as chance, jetstream::Api};
+use nats_lane::{
+    Dial, Lane, Turn, entropy as chance,
+    jetstream::{Api, StoredMessage, StreamInfo},
+};
 use tokio::time::{Duration, Instant, timeout};
 
 use crate::{
@@ -12,6 +15,8 @@ use crate::{
         source::{
             clock::{ClockReading, SourceClock},
             consumers::Names,
+            durable::Durable,
+            locate::average_bytes,
             reader::{Range, Reader},
             retention::{Oldest, Outlook, PollHistory, Retention, Waiting},
         },
@@ -24,6 +29,12 @@ use crate::{
 const AHEAD: usize = 64 * 1024;
 /// Time for the first message that waits.
 const FIRST: Duration = Duration::from_secs(5);
+
+/// Average message size, bytes, up to which a message is read for its stored time alone.
+const LARGEST: u64 = 1 << 20;
+
+/// Sequence and stored time (ns) of the first waiting message.
+type FirstWaiting = (u64, i64);
 
 /// The result.
 #[derive(Debug, Clone, Copy)]
@@ -64,27 +75,87 @@ pub async fn peek(
     let retention = Retention::of(&info);
     polls.add(Instant::now(), info.state.clone());
     let kept = polls.kept(&retention);
-    let range = Range { stream, filters: replication.scope.filters(), from: position + 1, headers_only: true };
-    let mut reader = Reader::open(&mut lane, &range, &mut names, AHEAD).await?;
-    let pending = reader.pending();
-    let first = timeout(FIRST, first(&mut lane, &mut reader)).await;
-    reader.close(&mut lane);
-    let _ = timeout(FIRST, lane.round_trip()).await;
-    let first = first.map_err(|_| Error::new(ErrorKind::Retry, format!("nothing came for {FIRST:?}")))??;
+    let (pending, first) = if Durable::is_needed(&info) {
+        of_durable(&mut lane, replication, &info, position).await?
+    } else {
+        of_stream(&mut lane, replication, &mut names, position).await?
+    };
     let now = clock.now(Instant::now());
     let all = replication.scope.filters().is_empty();
     let (counted, seen) = first.map_or((0, 0), |(seq, _)| (pending, seq + pending.saturating_sub(1)));
     let Waiting { last_seq, messages } = Waiting::of(&info.state, all && first.is_some(), position, counted, seen);
     let oldest = first.map(|(_, time_ns)| DateTime::from_timestamp_nanos(time_ns));
     let lag = Lag::new(messages, oldest, now);
-    let outlook = first.map_or(Outlook::Safe, |(seq, _)| {
-        polls.outlook(&retention, &Oldest { seq, age: lag.seconds.map(Duration::from_secs_f64) })
-    });
+    let outlook = match first {
+        Some((seq, _)) => polls.outlook(&retention, &Oldest { seq, age: lag.seconds.map(Duration::from_secs_f64) }),
+        None if pending > 0 => Outlook::Unknown,
+        None => Outlook::Safe,
+    };
     Ok(SourcePeek { lag, first_seq: info.state.first_seq, last_seq, outlook, kept, clock_offset })
 }
 
+/// How many messages in scope wait after a position, and the first of them: an ephemeral consumer counts and shows them.
+async fn of_stream(
+    lane: &mut Lane,
+    replication: &Replication,
+    names: &mut Names,
+    position: u64,
+) -> Result<(u64, Option<FirstWaiting>), Error> {
+    let (stream, filters) = (&replication.source.stream, replication.scope.filters());
+    let range = Range { stream, filters, from: position + 1, headers_only: true };
+    let mut reader = Reader::open(lane, &range, names, AHEAD).await?;
+    let pending = reader.pending();
+    let first = timeout(FIRST, first(lane, &mut reader)).await;
+    reader.close(lane);
+    let _ = timeout(FIRST, lane.round_trip()).await;
+    let first = first.map_err(|_| Error::new(ErrorKind::Retry, format!("nothing came for {FIRST:?}")))??;
+    Ok((pending, first))
+}
+
+/// The same for a stream that removes acknowledged messages: by its durable consumer and a read of the message, unless
+/// messages are large. A work queue allows no second consumer. On an interest stream the end of a second one would
+/// remove what the others do not want: on servers before 2.14 that is everything up to the ack floor of a consumer that is
+/// ahead of a stream which lost its end, so messages that were not copied yet.
+async fn of_durable(
+    lane: &mut Lane,
+    replication: &Replication,
+    info: &StreamInfo,
+    position: u64,
+) -> Result<(u64, Option<FirstWaiting>), Error> {
+    let (stream, filters) = (&replication.source.stream, replication.scope.filters());
+    let mut api = Api::new(lane);
+    let mut consumer = None;
+    for name in Durable::names(replication) {
+        consumer = api.consumer_info(stream, &name).await?;
+        if consumer.is_some() {
+            break;
+        }
+    }
+    let known = consumer.filter(|consumer| consumer.delivered.stream_seq <= info.state.last_seq);
+    let pending = match known {
+        Some(consumer) => consumer.num_pending.saturating_add(consumer.num_ack_pending),
+        None if filters.is_empty() => info.state.messages,
+        None => {
+            let message = format!("no consumer counts the waiting messages of stream `{stream}`");
+            return Err(Error::new(ErrorKind::Retry, message));
+        }
+    };
+    let mut first: Option<FirstWaiting> = None;
+    if pending > 0 && average_bytes(&info.state) <= LARGEST {
+        let all = [">".to_owned()];
+        for filter in if filters.is_empty() { &all } else { filters } {
+            let each = |message: StoredMessage| {
+                let found = (message.sequence, message.time_ns);
+                first = Some(first.map_or(found, |known| known.min(found)));
+            };
+            api.messages_of(stream, filter, [position + 1], each).await?;
+        }
+    }
+    Ok((pending, first))
+}
+
 /// Sequence and stored time of the first message, if there is one.
-async fn first(lane: &mut Lane, reader: &mut Reader) -> Result<Option<(u64, i64)>, Error> {
+async fn first(lane: &mut Lane, reader: &mut Reader) -> Result<Option<FirstWaiting>, Error> {
     let budget = Budget::new(usize::MAX);
     while reader.pending() > 0 {
         if let Some(incoming) = reader.peek() {

@@ -59,7 +59,10 @@ async fn finish(site: &Site, last: u64) -> Result<()> {
 
 /// Copies 100 messages and acknowledges them; then the source has what it had when 41 to 60 were not copied yet.
 async fn lost_behind_60(retention: &str, choria: bool, stopped: bool) -> Result<Site> {
-    let mut site = Site::start().await?;
+    lost_behind_60_at(Site::start().await?, retention, choria, stopped).await
+}
+
+async fn lost_behind_60_at(mut site: Site, retention: &str, choria: bool, stopped: bool) -> Result<Site> {
     let mut raw = site.source_stream("Q", json!({"subjects": ["q.>"], "retention": retention})).await?;
     if choria {
         let config = json!({"name": "SR_TEST", "durable_name": "SR_TEST", "ack_policy": "explicit",
@@ -136,6 +139,30 @@ async fn a_consumer_of_choria_that_is_ahead_holds_the_copy() -> Result<()> {
     // What was acknowledged before and is back in the stream is nobody's.
     site.settled("Q", 140).await?;
     ensure!(copied(&site).await? == (1..=180).collect::<Vec<_>>());
+    Ok(())
+}
+
+/// Servers before 2.14 remove what a consumer that is ahead does not want when another one ends, so a check of the source
+/// uses none.
+#[tokio::test]
+async fn checks_of_a_paused_copy_remove_nothing() -> Result<()> {
+    for retention in ["workqueue", "interest"] {
+        let source = Server::builder(Role::Source).version("2.12.8").start().await?;
+        let site = Site::builder().on(source, Server::start(Role::Target).await?).start().await?;
+        let mut site = lost_behind_60_at(site, retention, false, true).await?;
+        publish(&mut site.source().await?, 101..=130).await?;
+        site.put("Q/paused", "by hand").await?;
+        site.service.restart().await?;
+        site.row_when("Q", "was checked", |row| row["state"] == "paused" && row["lag"]["messages"] == 0).await?;
+        steer(&site, "resume").await?;
+        finish(&site, 130).await.with_context(|| retention.to_owned())?;
+        // The same while nothing is lost: what waits is counted, and how old it is.
+        steer(&site, "pause").await?;
+        site.row_when("Q", "is paused", |row| row["state"] == "paused").await?;
+        publish(&mut site.source().await?, 131..=150).await?;
+        let waits = |row: &Value| row["lag"]["messages"] == 20 && row["lag"]["seconds"].as_f64() > Some(0.0);
+        site.row_when("Q", "counts what waits", waits).await?;
+    }
     Ok(())
 }
 
