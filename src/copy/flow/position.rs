@@ -40,7 +40,7 @@ use crate::{
 const SAVE_EVERY: Duration = Duration::from_secs(1);
 /// How often an idle replication checks that the bucket still has the record: it may have been purged or restored, and
 /// the next holder would begin at an older position.
-const COMPARE_EVERY: Duration = Duration::from_secs(15);
+const COMPARE_EVERY: Duration = Duration::from_secs(60);
 /// Unexplained breaks of the chain within [`CHAIN_BREAK_TIME`] that mean that another replicator writes under our
 /// name.
 const CHAIN_BREAKS: usize = 6;

@@ -321,7 +321,7 @@ async fn an_idle_position_is_written_over_an_older_one() -> Result<()> {
     site.replicate("ORDERS", 10).await?;
     let saved = async |seq: u64| {
         let is = async || site.position("ORDERS").await.is_ok_and(|p| p.is_some_and(|p| p["source"]["seq"] == seq));
-        wait_for(&format!("position {seq} in the bucket"), 2 * LIMIT, is).await.with_context(|| site.service.log())
+        wait_for(&format!("position {seq} in the bucket"), 4 * LIMIT, is).await.with_context(|| site.service.log())
     };
     saved(10).await?;
     let bucket = site.bucket("REPLICATOR_POSITIONS").await?;
