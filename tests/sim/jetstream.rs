@@ -10,23 +10,12 @@ use super::{
     durable::Acks,
     history::Arrival,
     server::State,
-    stream::{Ack, Config, Refusal, Retention, Stream, matches},
+    stream::{Ack, Config, Refusal, Stream, matches},
     world::Host,
 };
 
 /// A batch without traffic is forgotten.
 const BATCH_IDLE: Duration = Duration::from_secs(10);
-/// Of a stream that is made by request.
-const DEFAULT: Config = Config {
-    batched: false,
-    window_ns: 120_000_000_000,
-    per_subject: None,
-    max_size: None,
-    lives: false,
-    retention: Retention::Limits,
-    level: 4,
-};
-
 pub struct Consumer {
     pub stream: String,
     config: Value,
@@ -237,7 +226,7 @@ impl State {
             }
             ["STREAM", "CREATE", stream] => {
                 let made = {
-                    let config = Config { batched: body["allow_batched"] == true, ..DEFAULT };
+                    let config = Config { batched: body["allow_batched"] == true, ..Config::DEFAULT };
                     Stream::new(stream, config, self.world.now_ns(self.host))
                 };
                 let info = made.info();

@@ -157,16 +157,7 @@ impl Scene {
 
     /// Takes what the target can never store; nothing ever happens to it.
     fn new_dead_letters(&self) -> Stream {
-        let config = Config {
-            batched: false,
-            window_ns: 120_000_000_000,
-            per_subject: None,
-            max_size: None,
-            lives: false,
-            retention: Retention::Limits,
-            level: 4,
-        };
-        Stream::new("DEAD", config, self.world.now_ns(Host::Source))
+        Stream::new("DEAD", Config::DEFAULT, self.world.now_ns(Host::Source))
     }
 
     fn new_target(&self) -> Stream {

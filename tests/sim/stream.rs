@@ -54,6 +54,19 @@ pub struct Config {
     pub level: u32,
 }
 
+impl Config {
+    /// Of a stream that is made by request.
+    pub const DEFAULT: Self = Self {
+        batched: false,
+        window_ns: 120_000_000_000,
+        per_subject: None,
+        max_size: None,
+        lives: false,
+        retention: Retention::Limits,
+        level: 4,
+    };
+}
+
 /// What makes a stream forget a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retention {

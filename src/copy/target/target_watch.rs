@@ -241,6 +241,16 @@ mod tests {
             self.watch.ask_state(&mut self.lane, "T", None, self.now + Duration::from_secs(seconds));
         }
 
+        /// What is asked after the answer that the target's messages are large.
+        async fn asked_about_a_heavy_target(&mut self) -> Vec<StateRequest> {
+            self.ask_at(0);
+            let asked = self.asked().await;
+            let mut heavy = state(7);
+            heavy["state"]["bytes"] = json!(100_000_000);
+            self.answer(&asked[0], &heavy).await;
+            self.asked().await
+        }
+
         /// The questions that arrive until the lane is empty.
         async fn asked(&mut self) -> Vec<StateRequest> {
             self.lane.publish("end", "end", b"");
@@ -323,12 +333,7 @@ mod tests {
     #[tokio::test]
     async fn a_heavy_target_shows_headers_and_no_payload() {
         let mut watched = Watched::new().await;
-        watched.ask_at(0);
-        let mut asked = watched.asked().await;
-        let mut heavy = state(7);
-        heavy["state"]["bytes"] = json!(100_000_000);
-        watched.answer(&asked[0], &heavy).await;
-        asked = watched.asked().await;
+        let mut asked = watched.asked_about_a_heavy_target().await;
         assert!(asked[0].subject.contains("CONSUMER.CREATE.T.sr_0"), "{}", asked[0].subject);
         watched.answer(&asked[0], &json!({})).await;
         asked = watched.asked().await;
@@ -345,16 +350,11 @@ mod tests {
     #[tokio::test]
     async fn a_target_without_room_for_a_consumer_is_read_once() {
         let mut watched = Watched::new().await;
-        watched.ask_at(0);
-        let mut asked = watched.asked().await;
-        let mut heavy = state(7);
-        heavy["state"]["bytes"] = json!(100_000_000);
-        watched.answer(&asked[0], &heavy).await;
-        asked = watched.asked().await;
+        let asked = watched.asked_about_a_heavy_target().await;
         let refused =
             json!({"error": {"code": 400, "err_code": 10026, "description": "maximum consumers limit reached"}});
         watched.answer(&asked[0], &refused).await;
-        asked = watched.asked().await;
+        let asked = watched.asked().await;
         assert!(asked.len() == 1 && asked[0].subject.contains("STREAM.MSG.GET.T"), "{asked:?}");
     }
 }

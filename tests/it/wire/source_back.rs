@@ -6,22 +6,9 @@ use std::ops::RangeInclusive;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::harness::{Cluster, Expect, LIMIT, Outgoing, Raw, Role, SITE, Server, Site, request, wait_value};
+use crate::harness::{Cluster, Expect, LIMIT, Outgoing, Raw, Role, SITE, Site, request, wait_value};
 
 const STREAM: &str = "S";
-
-async fn keep(server: &mut Server, name: &str) -> Result<()> {
-    server.stop().await?;
-    server.snapshot(name)?;
-    server.restart().await
-}
-
-/// kill -9, and another store when it is back.
-async fn put_back(server: &mut Server, name: &str) -> Result<()> {
-    server.kill()?;
-    server.rollback(name)?;
-    server.restart().await
-}
 
 fn only_at_target(from: u64, to: u64) -> Value {
     json!({"from": from, "to": to, "target_from": from, "target_to": to, "messages": to - from + 1})
@@ -41,10 +28,10 @@ async fn kept(target: Value) -> Result<Site> {
             site.publish(STREAM, last - 19..=last).await?;
         }
         site.settled(STREAM, last).await?;
-        keep(&mut site.source, name).await?;
+        site.source.keep(name).await?;
     }
     site.settled(STREAM, 100).await?;
-    put_back(&mut site.source, "old").await?;
+    site.source.put_back("old").await?;
     site.events.wait("source-reset", STREAM).await?;
     let row = site.settled(STREAM, 60).await?;
     assert_eq!(row["only_at_target"], only_at_target(61, 100), "{row}");
@@ -60,7 +47,7 @@ fn targets() -> [Value; 2] {
 async fn what_a_restored_source_has_again_is_not_copied_again() -> Result<()> {
     for target in targets() {
         let mut site = kept(target).await?;
-        put_back(&mut site.source, "new").await?;
+        site.source.put_back("new").await?;
         site.publish(STREAM, 101..=110).await?;
         let row = site.settled(STREAM, 110).await?;
         assert_eq!(row["only_at_target"], Value::Null, "{row}");
@@ -81,14 +68,14 @@ async fn what_a_restored_source_has_again_is_not_copied_again() -> Result<()> {
 async fn what_a_restored_source_still_lacks_is_still_named() -> Result<()> {
     for target in targets() {
         let mut site = kept(target).await?;
-        put_back(&mut site.source, "middle").await?;
+        site.source.put_back("middle").await?;
         let row = site.settled(STREAM, 80).await?;
         assert_eq!(row["only_at_target"], only_at_target(81, 100), "{row}");
         site.publish(STREAM, 901..=910).await?;
         let row = site.settled(STREAM, 90).await?;
         assert_eq!((&row["only_at_target"], site.at_target(STREAM).await?), (&only_at_target(81, 100), 110), "{row}");
         // Other messages are there by now: what is back takes their places.
-        put_back(&mut site.source, "new").await?;
+        site.source.put_back("new").await?;
         site.publish(STREAM, 101..=110).await?;
         let row = site.settled(STREAM, 110).await?;
         let lost = json!({"from": 81, "to": 90, "target_from": 101, "target_to": 110, "messages": 10});
@@ -120,11 +107,11 @@ async fn a_stream_without_replicas_in_a_cluster_goes_back() -> Result<()> {
         publish(1..=60).await?;
         site.add(STREAM, json!({"source_url": other, "on_source_loss": on_loss})).await?;
         site.settled(STREAM, 60).await?;
-        keep(&mut source.servers[at], "old").await?;
+        source.servers[at].keep("old").await?;
         source.wait_leaders(&[STREAM], None).await?;
         publish(61..=100).await?;
         site.settled(STREAM, 100).await?;
-        put_back(&mut source.servers[at], "old").await?;
+        source.servers[at].put_back("old").await?;
         let event = site.events.wait("source-reset", STREAM).await?;
         assert_eq!(event["only_at_target"], only_at_target(61, 100), "{event}");
         source.wait_leaders(&[STREAM], None).await?;
@@ -153,14 +140,14 @@ async fn a_work_queue_put_back_is_copied_once() -> Result<()> {
         site.settled(STREAM, 60).await?;
         site.stop().await?;
         site.publish(STREAM, 61..=80).await?;
-        keep(&mut site.source, "old").await?;
+        site.source.keep("old").await?;
         site.service.restart().await?;
         site.settled(STREAM, 80).await?;
         site.publish(STREAM, 81..=100).await?;
         site.settled(STREAM, 100).await?;
         let before = site.target().await?.read_stream(STREAM).await?.len();
         assert_eq!(before, 100);
-        put_back(&mut site.source, "old").await?;
+        site.source.put_back("old").await?;
         let event = site.events.wait("source-reset", STREAM).await?;
         assert_eq!(event["only_at_target"], only_at_target(81, 100), "{event}");
         if on_loss == "hold" {
