@@ -39,6 +39,8 @@ use crate::{
 /// Smallest and largest piece read at once. A lane that is busy reads large, an idle one holds little memory.
 const READ_MIN: usize = 4 * 1024;
 const READ_MAX: usize = 512 * 1024;
+/// Buffers that a message made larger than this are given back once they are empty, also on a busy lane.
+const LARGE: usize = 4 << 20;
 /// How often a silent connection is checked: the first check sends a PING, the third gives the connection up.
 const KEEPALIVE: Duration = Duration::from_secs(5);
 /// How often the system is asked what it has delivered of a lane, at most.
@@ -117,6 +119,8 @@ pub struct Lane {
     /// Subscriptions that the other end announced, if this is a leafnode connection.
     interest: Option<Vec<Interest>>,
     output: BytesMut,
+    /// The most that the output held since it was empty.
+    output_peak: usize,
     unflushed: bool,
     inbox: String,
     api_prefix: String,
@@ -192,6 +196,7 @@ impl Lane {
             refused: None,
             interest: None,
             output: BytesMut::new(),
+            output_peak: 0,
             unflushed: false,
             inbox: format!("{}.{}", inbox_prefix(connection)?, entropy::name()),
             api_prefix: connection.api_prefix.clone(),
@@ -405,6 +410,7 @@ impl Lane {
     /// Writes what there is; whether that emptied the output.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<bool, Error> {
         let had = !self.output.is_empty() || self.unflushed;
+        self.output_peak = self.output_peak.max(self.output.len());
         while !self.output.is_empty() {
             match Pin::new(&mut self.io).poll_write(cx, &self.output) {
                 Poll::Ready(Ok(0)) => return Err(self.closed()),
@@ -425,6 +431,9 @@ impl Lane {
                     return Ok(false);
                 }
             }
+        }
+        if std::mem::take(&mut self.output_peak) > LARGE {
+            self.output = BytesMut::new();
         }
         if self.unflushed {
             match Pin::new(&mut self.io).poll_flush(cx) {
@@ -484,6 +493,10 @@ impl Lane {
         let parsed = parse(&self.input, &mut frames, &mut self.controls)?;
         self.need = parsed.need;
         let data = self.input.split_to(parsed.consumed);
+        if self.input.is_empty() && data.len() > LARGE {
+            // Else the memory of the message stays until the next one is read.
+            self.input = BytesMut::new();
+        }
         let controls = std::mem::take(&mut self.controls);
         for control in &controls {
             self.control(control)?;
@@ -550,13 +563,14 @@ impl Lane {
         Ok(())
     }
 
-    /// Lets buffers go that were only needed while the lane was busy.
+    /// Lets buffers go that were only needed while the lane was busy. Their capacity does not tell their size: it is what is
+    /// left behind the bytes that were taken out.
     fn release_memory(&mut self) {
         let busy = std::mem::replace(&mut self.busy, false);
-        if !busy && self.output.is_empty() && self.output.capacity() > READ_MIN {
+        if !busy && self.output.is_empty() {
             self.output = BytesMut::new();
         }
-        if !busy && self.input.is_empty() && self.input.capacity() > READ_MIN {
+        if !busy && self.input.is_empty() {
             self.input = BytesMut::new();
             self.read_size = READ_MIN;
         }

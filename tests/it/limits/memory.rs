@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::json;
 
-use crate::harness::{Outgoing, Site};
+use crate::harness::{LIMIT, Outgoing, Role, Server, Site, wait_for};
 
 const LONG: Duration = Duration::from_secs(240);
 const MIB: u64 = 1 << 20;
@@ -42,4 +42,26 @@ async fn a_lag_of_20_000_messages_takes_less_than_256_mib() -> Result<()> {
 #[ignore = "moves 3.3 GB: make check-long"]
 async fn a_lag_of_200_000_messages_takes_less_than_256_mib() -> Result<()> {
     stalled_target(200_000).await
+}
+
+/// Lanes that are idle hold no room for the large messages that they carried.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_messages_leave_no_memory_behind() -> Result<()> {
+    const REPLICATIONS: u64 = 12;
+    let server = |role| Server::builder(role).config("max_payload: 33554432\nmax_pending: 134217728").start();
+    let (source, target) = tokio::try_join!(server(Role::Source), server(Role::Target))?;
+    let site = Site::builder().on(source, target).start().await?;
+    let payload = vec![b'x'; 16_000_000];
+    for index in 0..REPLICATIONS {
+        let stream = format!("M{index}");
+        let mut raw = site.source_stream(&stream, json!({})).await?;
+        raw.publish(&Outgoing::new(format!("m{index}.a"), payload.clone())).await?;
+        site.add(&stream, json!({})).await?;
+        site.settled(&stream, 1).await?;
+    }
+    let small = async || site.service.usage().rss < 100 * MIB;
+    wait_for("the memory to be given back", LIMIT, small).await.with_context(|| {
+        let usage = site.service.usage();
+        format!("{} MiB, {} at the most", usage.rss / MIB, usage.rss_peak / MIB)
+    })
 }
