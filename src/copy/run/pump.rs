@@ -44,7 +44,8 @@ impl Run<'_> {
         }
         self.report_rejected(false);
         if self.ending.is_none() {
-            self.source.reader.pull(&mut self.source.lane, &self.report.job.budget);
+            let drained = self.target.lane.output().len() < OUTPUT_LOW;
+            self.source.reader.pull(&mut self.source.lane, &self.report.job.budget, drained);
         }
     }
 

@@ -39,16 +39,22 @@ impl Intake {
     ) -> Result<Self, Error> {
         let stream = &replication.source.stream;
         let bytes = throttle::read_ahead(&replication.limits);
+        let size = source.state.bytes.checked_div(source.state.messages).unwrap_or_default();
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
         if !Durable::is_needed(source) {
             let filters = replication.scope.filters();
             let range = Range { stream, filters, from: position + 1, headers_only: false };
-            return Ok(Self::Plain(Box::new(Reader::open(lane, &range, names, bytes).await?)));
+            let mut reader = Reader::open(lane, &range, names, bytes).await?;
+            reader.expect(size);
+            return Ok(Self::Plain(Box::new(reader)));
         }
         let way = durable.as_ref().map_or_else(|| Way::of(source), |durable| durable.way);
         match way {
             Way::Explicit => {
                 let durable = Durable::open(lane, replication, owner, source, durable, None, position).await?;
-                Ok(Self::Explicit(Box::new(Explicit::open(lane, stream, durable, position, bytes).await?)))
+                let mut explicit = Explicit::open(lane, stream, durable, position, bytes).await?;
+                explicit.reader.expect(size);
+                Ok(Self::Explicit(Box::new(explicit)))
             }
             Way::FlowControl => {
                 let (sid, inbox) = lane.reserve_inbox();
@@ -121,11 +127,17 @@ impl Intake {
         }
     }
 
-    /// Requests more messages where that is due, and asks about skipped sequences.
-    pub fn pull(&mut self, lane: &mut Lane, budget: &Budget) {
+    /// Requests more messages where that is due, and asks about skipped sequences. `drained`: no message waits to be sent.
+    pub fn pull(&mut self, lane: &mut Lane, budget: &Budget, drained: bool) {
         match self {
-            Self::Plain(reader) => reader.pull(lane, budget),
-            Self::Explicit(explicit) => explicit.pull(lane, budget),
+            Self::Plain(reader) => {
+                reader.set_large_ahead(drained);
+                reader.pull(lane, budget);
+            }
+            Self::Explicit(explicit) => {
+                explicit.reader.set_large_ahead(drained);
+                explicit.pull(lane, budget);
+            }
             Self::Pushed(pushed) => pushed.ask_about_jumps(lane),
         }
     }

@@ -137,6 +137,8 @@ pub(crate) struct Reader {
     /// Size of the newest message, if it is larger than a piece; 0 otherwise. The next one may be as large, and a pull that
     /// is smaller costs a round trip.
     large: usize,
+    /// Whether a message that is larger than a piece is requested before the one before it was sent.
+    large_ahead: bool,
     stash: Stash,
     reserved: Option<Reservation>,
     consumer_seq: u64,
@@ -250,6 +252,7 @@ impl Reader {
             piece_max,
             need: 0,
             large: 0,
+            large_ahead: false,
             stash: Stash::new(after),
             reserved: None,
             consumer_seq: info.delivered.consumer_seq,
@@ -263,6 +266,16 @@ impl Reader {
             inactive: inactive(&info.config),
             abandoned: false,
         }
+    }
+
+    /// Messages of this size are likely, in bytes: the first pull has room for one.
+    pub fn expect(&mut self, size: usize) {
+        self.large = if size > self.piece { (size + BESIDE_LARGE).min(PIECE_LARGEST) } else { 0 };
+    }
+
+    /// Whether a large message may be requested while one arrives; to be set while those that were read are sent at once.
+    pub fn set_large_ahead(&mut self, ahead: bool) {
+        self.large_ahead = ahead;
     }
 
     /// The consumer is no longer usable: messages that were read and not taken are dropped, and no more are requested.
@@ -462,7 +475,10 @@ impl Reader {
         let wanted = if self.pending > 0 && self.owed == 0 { 2 } else { 1 };
         while self.pulls.len() < wanted {
             let held: usize = self.pulls.iter().map(|pull| pull.bytes).sum::<usize>() + self.stash.bytes();
-            if held > 0 && held + self.next_piece() > self.piece_max * 2 {
+            let next = self.next_piece();
+            // A large message is requested while the one before arrives: on a long line that is the time of a round trip.
+            let most = if self.large_ahead { next.max(self.piece_max) } else { self.piece_max } * 2;
+            if held > 0 && held + next > most {
                 break;
             }
             let Some(bytes) = self.reserve(budget, held == 0) else { break };
@@ -504,11 +520,11 @@ impl Reader {
     /// Reserves bytes for the next pull: a piece, or the smallest useful one when the process is short of memory. A
     /// reader without messages always gets that, so that none starves.
     fn reserve(&mut self, budget: &Budget, holds_nothing: bool) -> Option<usize> {
-        let least = self.need.max(PIECE_MIN);
+        let least = self.need.max(self.large).max(PIECE_MIN);
         let reservation = match budget.reserve(self.next_piece().max(least)) {
             Some(reservation) => reservation,
             None if holds_nothing => budget.force(least),
-            None if self.need == 0 => budget.reserve(PIECE_MIN)?,
+            None if least == PIECE_MIN => budget.reserve(PIECE_MIN)?,
             None => return None,
         };
         let bytes = reservation.bytes();
@@ -745,6 +761,28 @@ mod tests {
             assert!((size..size + (1 << 20)).contains(&reader.next_piece()), "{size}: {}", reader.next_piece());
         }
         assert_eq!(reader.large, 0);
+    }
+
+    #[tokio::test]
+    async fn large_messages_are_requested_ahead_while_they_are_sent_at_once() {
+        let (mut lane, mut server) = pipe::lane().await;
+        let info: ConsumerInfo = serde_json::from_value(json!({"num_pending": 9})).unwrap();
+        let range = Range { stream: "S", filters: &[], from: 1, headers_only: false };
+        let budget = Budget::new(usize::MAX);
+        let mut reader = Reader::from_new(&mut lane, &range, "c".to_owned(), 2 << 20, &info);
+        // What is known of the stream spares the search for the size of the first one.
+        reader.expect(8 << 20);
+        reader.pull(&mut lane, &budget);
+        let asked = pulls(&mut lane, &mut server).await;
+        assert_eq!(asked.len(), 1);
+        assert!(reader.pulls[0].bytes >= 8 << 20, "{}", reader.pulls[0].bytes);
+        reader.set_large_ahead(true);
+        reader.pull(&mut lane, &budget);
+        reader.pull(&mut lane, &budget);
+        assert_eq!(pulls(&mut lane, &mut server).await.len(), 1, "one more than the one that arrives");
+        reader.expect(100);
+        reader.pull(&mut lane, &budget);
+        assert!(pulls(&mut lane, &mut server).await.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
