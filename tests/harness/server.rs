@@ -217,6 +217,12 @@ impl Server {
         self.restart().await
     }
 
+    /// Starts again as another version, with the same store: an upgrade or a downgrade.
+    pub async fn restart_as(&mut self, version: &str) -> Result<()> {
+        self.how.binary = fetched(version);
+        self.restart().await
+    }
+
     /// Starts again with a disk of so many bytes.
     pub async fn restart_with_store_limit(&mut self, bytes: u64) -> Result<()> {
         self.how.store_limit = Some(bytes);
@@ -256,6 +262,20 @@ impl Server {
         ensure!(self.process.is_none(), "stop the server before a rollback");
         remove_folder(&self.store_dir())?;
         copy_folder(&self.folder.path().join("snapshots").join(name), &self.store_dir())
+    }
+
+    /// Stops gracefully, keeps a snapshot, and starts again.
+    pub async fn keep(&mut self, name: &str) -> Result<()> {
+        self.stop().await?;
+        self.snapshot(name)?;
+        self.restart().await
+    }
+
+    /// kill -9, and the store of a snapshot when it is back.
+    pub async fn put_back(&mut self, name: &str) -> Result<()> {
+        self.kill()?;
+        self.rollback(name)?;
+        self.restart().await
     }
 
     /// Empties the store of the stopped server: a disk that was lost.

@@ -31,6 +31,7 @@ const SERVER_STORAGE: &str = "give the server more room (`max_file_store`, `max_
                               streams hold less";
 const CONSUMERS: &str = "remove consumers that are not needed, or raise `max_consumers` of the stream or the account";
 const CONSUMER_LIMITS: &str = "raise `consumer_limits` of the stream, or the limits of the account";
+const OLDER_SERVER: &str = "start its server in the version that wrote it, or a later one";
 const STREAM_BYTES: &str = "create the stream by hand with a `max_bytes` that the account allows, or raise the \
                             limits of the account";
 
@@ -56,6 +57,8 @@ pub(crate) fn api(error: &ApiError) -> Refusal {
         10027 => hold("remove streams that are not needed, or raise the limit of streams of the account"),
         10113 => hold(STREAM_BYTES),
         10122 => hold(STREAM_BYTES),
+        // Written by a later version. Without that word it is offline for a moment.
+        10194 | 10195 if says("unsupported") => hold(OLDER_SERVER),
         10121 | 10125 | 10126 | 10153 => hold(CONSUMER_LIMITS),
         _ if error.code == 403 || error.code == 401 => hold(""),
         _ => retry(),
@@ -189,6 +192,8 @@ mod tests {
             (10047, "insufficient storage resources available"),
             (10028, "insufficient memory resources available"),
             (10023, "insufficient resources"),
+            (10194, "stream is offline: unsupported - required API level: 2, current API level: 1"),
+            (10195, "consumer is offline: unsupported - config error: unknown field \"x\""),
             (10026, "maximum consumers limit reached"),
             (10027, "maximum number of streams reached"),
             (10113, "account requires a stream config to have max bytes set"),
@@ -203,6 +208,7 @@ mod tests {
         }
         is_api(503, 10077, "maximum messages per subject exceeded", ErrorKind::Poison);
         is_api(503, 10077, "stream store EOF", ErrorKind::Retry);
+        is_api(500, 10194, "stream is offline: stopped", ErrorKind::Retry);
         is_api(400, 10071, "wrong last sequence: 5", ErrorKind::ChainBroken);
         is_api(404, 10059, "stream not found", ErrorKind::NotFound);
         is_api(403, 1, "", ErrorKind::Hold);

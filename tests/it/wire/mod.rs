@@ -6,6 +6,7 @@ mod clock;
 mod clusters;
 mod connections;
 mod consumer_ahead;
+mod downgrades;
 mod durable;
 mod election;
 mod fast_copy;
