@@ -98,10 +98,11 @@ impl Run<'_> {
         self.settle();
         self.report_rejected(true);
         self.update_status();
+        // What a run does at its end takes no memory while it runs: thousands of them wait.
         match result {
-            Ok(ended) => self.ended_well(positions).await.map(|()| ended),
+            Ok(ended) => Box::pin(self.ended_well(positions)).await.map(|()| ended),
             Err(error) if error.kind == ErrorKind::Superseded => Err(error),
-            Err(error) => Err(self.failed(error, positions).await),
+            Err(error) => Err(Box::pin(self.failed(error, positions)).await),
         }
     }
 

@@ -52,12 +52,12 @@ impl LeaderTerm<'_> {
         while let Some(now) = plan {
             self.refused.report(self.context, now.rejected);
             plan = match now.work {
-                work if self.requests.borrow().paused => self.stay_paused(work).await,
+                work if self.requests.borrow().paused => Box::pin(self.stay_paused(work)).await,
                 Some(work) => self.run_document(work).await,
                 None => self.wait_for_valid_document().await,
             };
         }
-        self.runner.finish().await
+        Box::pin(self.runner.finish()).await
     }
 
     /// Nothing can run: waits for a better document.

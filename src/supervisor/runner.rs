@@ -8,7 +8,7 @@ mod release;
 mod retry;
 mod senders;
 
-use std::{convert::Infallible, future::pending, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, future::pending, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
 use nats_lane::backoff::Backoff;
@@ -208,7 +208,7 @@ impl CopyRunner {
             };
             let outcome = match error.kind {
                 ErrorKind::Superseded => Err(error),
-                _ => self.wait_after_error(error, begun, stop).await,
+                _ => Box::pin(self.wait_after_error(error, begun, stop)).await,
             };
             match outcome {
                 Ok(Step::Everything) if !stop.is_cancelled() => {
@@ -233,7 +233,8 @@ impl CopyRunner {
         let release = self.requests.borrow().release;
         self.released = release.map(|release| release.revision);
         {
-            let mut claim = pin!(async {
+            // Boxed, as everything else that is over or far away while a replication is idle.
+            let mut claim = Box::pin(async {
                 self.claim().await?;
                 self.know_senders(replication).await
             });
