@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo generate test architecture sim chaos check check-long bench format lint clippy breaks-found words commits \
+.PHONY: help demo install generate test architecture sim chaos check check-long bench format lint clippy breaks-found words commits \
 	servers matrix licences long-tests long-matrix breaks short-bench
 
 # The steps of `check`, and what `check-long` adds.
@@ -34,6 +34,9 @@ check-long: ## check, the long tests and a short bench
 
 bench: servers ## speed, CPU and memory beside a native source and a stop-and-wait copier
 	cargo bench --locked --bench copy -- $(ARGS)
+
+install: ## the program, its man page, completions and unit below PREFIX (/usr/local), its options below /etc
+	contrib/install
 
 generate: ## what is made from the code: schemas/ and docs/configuration.md
 	GENERATE=1 cargo test --locked --quiet --test it ::current_

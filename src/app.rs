@@ -4,6 +4,7 @@ mod files;
 mod replicator_file;
 mod signals;
 mod site;
+mod systemd;
 
 use std::{convert::Infallible, env, fmt::Display, fs, io, pin::pin, process, time::Duration};
 
@@ -85,6 +86,7 @@ pub async fn run(settings: AppSettings) -> anyhow::Result<()> {
         signals::serve(hook, system.progress.subscribe()).context("cannot handle signals")?;
     }
     let result = system.work(&settings, &stop).await;
+    systemd::stopping(GRACE);
     let late = system.stop().await;
     result?;
     if late.is_empty() {
@@ -143,11 +145,12 @@ impl System {
         let sources = Sources { site: site.clone(), client: client.clone(), events: events.clone(), progress: view };
         let monitor = match monitor {
             Some(address) => {
-                let started = Monitor::start(address, sources).await;
+                let started = Monitor::start(address, sources.clone()).await;
                 Some(started.with_context(|| format!("cannot listen on `--monitor {address}`"))?)
             }
             None => None,
         };
+        systemd::start(sources);
         if settings.rules.is_open() && !settings.read_only && !connection.endpoint.is_local() {
             warn!(
                 "every client that may publish to `{prefix}.>` decides which servers this process connects to and which \

@@ -42,7 +42,7 @@ use self::{
 #[derive(Debug, Parser)]
 #[command(
     name = crate::names::PROGRAM,
-    version,
+    version = crate::names::VERSION,
     propagate_version = true,
     after_help = "Exit codes: 0 done, 1 failed, refused or not valid, 2 wrong usage."
 )]

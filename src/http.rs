@@ -114,14 +114,26 @@ fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
 }
 
 async fn livez(State(sources): State<Sources>) -> Response {
-    answer(sources.progress.borrow().dead().map_or(Ok(()), |why| Err(why.to_owned())))
+    answer(sources.alive())
 }
 
 async fn readyz(State(sources): State<Sources>) -> Response {
-    let connected = sources.client.connection_state() == async_nats::connection::State::Connected;
-    let ready =
-        if connected { sources.progress.borrow().ready() } else { Err("the control connection is down".to_owned()) };
-    answer(ready)
+    answer(sources.ready())
+}
+
+impl Sources {
+    /// An error says why the process does not work any more and has to be started again.
+    pub fn alive(&self) -> Result<(), String> {
+        self.progress.borrow().dead().map_or(Ok(()), |why| Err(why.to_owned()))
+    }
+
+    /// An error says what is missing until requests are answered and replications run.
+    pub fn ready(&self) -> Result<(), String> {
+        if self.client.connection_state() != async_nats::connection::State::Connected {
+            return Err("the control connection is down".to_owned());
+        }
+        self.progress.borrow().ready()
+    }
 }
 
 impl Progress {

@@ -2,8 +2,11 @@
 
 use std::borrow::Cow;
 
-/// Version of the program.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Version of the program; of a build by `contrib/install` with the commit as build metadata.
+pub const VERSION: &str = match option_env!("STREAM_REPLICATOR_VERSION") {
+    Some(version) => version,
+    None => env!("CARGO_PKG_VERSION"),
+};
 
 /// Name of the program.
 pub const PROGRAM: &str = "stream-replicator";

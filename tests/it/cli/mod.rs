@@ -7,5 +7,6 @@ mod connection;
 mod edit;
 mod events;
 mod generate;
+mod install;
 mod status;
 mod steer;

@@ -239,3 +239,46 @@ async fn metrics_have_chorias_names_and_agree_with_the_status() -> Result<()> {
     }
     Ok(())
 }
+
+/// A unit of `Type=notify` with a watchdog.
+#[tokio::test]
+async fn systemd_learns_of_start_state_watchdog_and_stop() -> Result<()> {
+    let mut control = Server::start(Role::Control).await?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("notify");
+    let socket = tokio::net::UnixDatagram::bind(&path)?;
+    control.kill()?;
+    let mut service = Service::builder(&control.url(), "TEST")
+        .env("NOTIFY_SOCKET", path.to_str().context("a path")?)
+        .env("WATCHDOG_USEC", "600000")
+        .spawn()?;
+    let mut heard = Vec::new();
+    let mut until = async |text: &str| {
+        tokio::time::timeout(LIMIT, async {
+            let mut buffer = [0; 1024];
+            while !heard.iter().any(|line: &String| line.contains(text)) {
+                let length = socket.recv(&mut buffer).await?;
+                heard.extend(String::from_utf8_lossy(&buffer[..length]).lines().map(str::to_owned));
+            }
+            anyhow::Ok(std::mem::take(&mut heard))
+        })
+        .await
+        .with_context(|| format!("no `{text}`"))?
+    };
+    // The unit is up though its control server is not: systemd does not give up on it.
+    let begun = until("STATUS=waiting: the control connection is down").await?;
+    assert!(begun.iter().any(|line| line == "READY=1"), "{begun:?}");
+    control.restart().await?;
+    until("STATUS=ready").await?;
+    until("WATCHDOG=1").await?;
+    until("WATCHDOG=1").await?;
+    control.kill()?;
+    until("STATUS=waiting: the control connection is down").await?;
+    control.restart().await?;
+    until("STATUS=ready").await?;
+    signal(&service, Signal::TERM)?;
+    let end = until("STATUS=stopping, at most 10s").await?;
+    assert!(end.iter().any(|line| line == "STOPPING=1"), "{end:?}");
+    assert_eq!(service.wait(LIMIT).await?.code(), Some(0));
+    Ok(())
+}

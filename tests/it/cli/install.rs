@@ -1,0 +1,106 @@
+//! What `make install` puts where, and whether it works there.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use regex::Regex;
+
+use crate::harness::{LIMIT, Role, Server, Service, connect, request, service::binary, wait_for};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// `contrib/install` into a folder, with the program of this build.
+fn install(prefix: &Path, destination: &Path) -> Result<String> {
+    let output = Command::new(Path::new(ROOT).join("contrib/install"))
+        .env("PROGRAM", binary()?)
+        .env("PREFIX", prefix)
+        .env("DESTDIR", destination)
+        .output()?;
+    ensure!(output.status.success(), "{output:?}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Names and values of the options of an environment file; with those that are commented out.
+fn options(file: &Path) -> Result<Vec<(String, String)>> {
+    let text = std::fs::read_to_string(file)?;
+    let line = Regex::new(r"(?m)^#?([A-Z_]+)=(.*)$")?;
+    Ok(line.captures_iter(&text).map(|found| (found[1].to_owned(), found[2].to_owned())).collect())
+}
+
+#[test]
+fn everything_is_installed_and_options_are_kept() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let said = install(Path::new("/usr"), folder.path())?;
+    for file in [
+        "usr/bin/stream-replicator",
+        "usr/share/man/man1/stream-replicator.1",
+        "usr/share/bash-completion/completions/stream-replicator",
+        "usr/share/zsh/site-functions/_stream-replicator",
+        "usr/share/fish/vendor_completions.d/stream-replicator.fish",
+        "usr/lib/systemd/system/stream-replicator.service",
+        "usr/lib/sysusers.d/stream-replicator.conf",
+        "etc/stream-replicator/stream-replicator.env",
+    ] {
+        let length = std::fs::metadata(folder.path().join(file)).with_context(|| file.to_owned())?.len();
+        ensure!(length > 0, "{file} is empty");
+    }
+    ensure!(said.contains("etc/stream-replicator/stream-replicator.env"), "{said}");
+    // A second time it is an upgrade.
+    let file = folder.path().join("etc/stream-replicator/stream-replicator.env");
+    std::fs::write(&file, "STREAM_REPLICATOR_NAME=OURS\n")?;
+    install(Path::new("/usr"), folder.path())?;
+    ensure!(std::fs::read_to_string(&file)? == "STREAM_REPLICATOR_NAME=OURS\n");
+    Ok(())
+}
+
+/// Installed below a prefix of its own, so that the program of the unit exists.
+#[test]
+fn systemd_finds_nothing_wrong_with_the_unit() -> Result<()> {
+    if Command::new("systemd-analyze").arg("--version").output().is_err() {
+        println!("skipped: there is no systemd-analyze here");
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let prefix = folder.path().join("usr");
+    install(&prefix, Path::new(""))?;
+    let unit = prefix.join("lib/systemd/system/stream-replicator.service");
+    let output = Command::new("systemd-analyze").args(["--man=no", "verify"]).arg(&unit).output()?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(output.status.success() && !said.contains("stream-replicator.service"), "{said}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_sample_options_are_options_and_start_the_service() -> Result<()> {
+    let file = Path::new(ROOT).join("contrib/systemd/stream-replicator.env");
+    let options = options(&file)?;
+    let help = String::from_utf8(Command::new(binary()?).args(["serve", "--help"]).output()?.stdout)?;
+    let known: BTreeSet<_> = Regex::new(r"\[env: ([A-Z_]+)")?.captures_iter(&help).map(|m| m[1].to_owned()).collect();
+    ensure!(options.len() > 5, "{options:?}");
+    for (name, _) in &options {
+        ensure!(known.contains(name), "`{name}` is no option of {known:?}");
+    }
+
+    let control = Server::start(Role::Control).await?;
+    let mut service = Service::with_arguments(["serve"]);
+    for (name, value) in &options {
+        service = match name.as_str() {
+            "STREAM_REPLICATOR_SERVER" => service.env(name, &control.url()),
+            "STREAM_REPLICATOR_MONITOR" => service.env(name, "127.0.0.1:0"),
+            // In a cluster only; a file that is not here.
+            "STREAM_REPLICATOR_BUCKET_REPLICAS" | "NATS_CREDS" => service,
+            _ => service.env(name, value),
+        };
+    }
+    let service = service.start().await?;
+    let client = connect(&control.url()).await?;
+    wait_for("the status", LIMIT, async || {
+        request(&client, "replicator.status", serde_json::Value::Null)
+            .await
+            .is_ok_and(|status| status["site"] == "SITE")
+    })
+    .await
+    .with_context(|| service.log())
+}
