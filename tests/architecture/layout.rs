@@ -70,6 +70,9 @@ pub const LAYOUT: Layout = Layout {
         &["nats-lane"],
     ],
     pure: &[
+        "choria::adapter",
+        "choria::adapter::decode",
+        "choria::adapter::output",
         "copy::source::request_limit",
         "copy::source::clock",
         "copy::decide",
