@@ -7,11 +7,13 @@
 //! neither signatures nor ages are checked. Where the broker ends with a panic (`null` for the headers or the envelope), the
 //! message is refused.
 
+mod broker;
 mod decode;
 mod node;
 mod output;
 #[cfg(test)]
 mod tests;
 
+pub use broker::{ImportedAdapters, import_broker};
 pub use decode::{Decoded, Discard, IngestProtocol, decode};
 pub use output::{CHORIA_STREAMS, JETSTREAM, OutputProtocol, expand_topic};

@@ -59,7 +59,7 @@ pub const LAYOUT: Layout = Layout {
         &["app", "telemetry"],
         &["control", "http"],
         &["preflight", "supervisor"],
-        &["mirror"],
+        &["adapter", "mirror"],
         &["copy"],
         &["heartbeat", "lease", "sampling"],
         &["election", "events", "store"],
@@ -70,6 +70,8 @@ pub const LAYOUT: Layout = Layout {
         &["nats-lane"],
     ],
     pure: &[
+        "adapter::drops",
+        "adapter::queue",
         "choria::adapter",
         "choria::adapter::decode",
         "choria::adapter::output",

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use chrono::{DateTime, Datelike, Utc};
 
-use super::node::{Keys, Node};
+use super::node::{JsonNode, Keys};
 
 /// The first layer's `protocol` of both versions, and those of the layers in it.
 const TRANSPORT: [&str; 2] = ["choria:transport:1", "io.choria.protocol.v2.transport"];
@@ -89,8 +89,8 @@ pub fn decode(protocol: IngestProtocol, payload: &[u8]) -> Result<Decoded, Disca
     Ok(decoded)
 }
 
-fn request(version: usize, mut secure: Node<'_>) -> Result<Decoded, Discard> {
-    check(secure.get("protocol", Keys::Exact).and_then(Node::as_text) == Some(SECURE_REQUEST[version]))
+fn request(version: usize, mut secure: JsonNode<'_>) -> Result<Decoded, Discard> {
+    check(secure.get("protocol", Keys::Exact).and_then(JsonNode::as_text) == Some(SECURE_REQUEST[version]))
         .map_err(|_| Discard::Protocol)?;
     let filled: &[&str] = match version {
         V1 => &["message", "signature", "pubcert"],
@@ -100,7 +100,7 @@ fn request(version: usize, mut secure: Node<'_>) -> Result<Decoded, Discard> {
     check(version == V1 || secure.get("signer", Keys::Exact).is_none_or(|signer| signer.as_text().is_some()))?;
     let inner = inner(version, &mut secure, ["message", "request"])?;
     let mut request = object(&inner)?;
-    check(request.get("protocol", Keys::Exact).and_then(Node::as_text) == Some(REQUEST[version]))
+    check(request.get("protocol", Keys::Exact).and_then(JsonNode::as_text) == Some(REQUEST[version]))
         .map_err(|_| Discard::Protocol)?;
     check(is_filled(&request, "message"))?;
     if version == V1 {
@@ -129,14 +129,14 @@ fn request(version: usize, mut secure: Node<'_>) -> Result<Decoded, Discard> {
     })
 }
 
-fn reply(version: usize, mut secure: Node<'_>) -> Result<Decoded, Discard> {
+fn reply(version: usize, mut secure: JsonNode<'_>) -> Result<Decoded, Discard> {
     if field(&secure, "protocol") != Some(SECURE_REPLY[version]) {
         return Err(Discard::Protocol);
     }
     let inner = inner(version, &mut secure, ["message", "reply"])?;
     let mut reply = object(&inner)?;
     if version == V1 {
-        let mut envelope = reply.take("envelope", Keys::AnyCase).unwrap_or(Node::Object(Vec::new()));
+        let mut envelope = reply.take("envelope", Keys::AnyCase).unwrap_or(JsonNode::Object(Vec::new()));
         if !envelope.is_object() {
             return Err(Discard::Malformed);
         }
@@ -159,8 +159,8 @@ fn reply(version: usize, mut secure: Node<'_>) -> Result<Decoded, Discard> {
 }
 
 /// The text of the innermost layer: as it is in the first version, in base64 in the second.
-fn inner<'a>(version: usize, secure: &mut Node<'a>, names: [&str; 2]) -> Result<Cow<'a, str>, Discard> {
-    let Some(Node::Text(text)) = secure.take(names[version], Keys::AnyCase) else { return Err(Discard::Malformed) };
+fn inner<'a>(version: usize, secure: &mut JsonNode<'a>, names: [&str; 2]) -> Result<Cow<'a, str>, Discard> {
+    let Some(JsonNode::Text(text)) = secure.take(names[version], Keys::AnyCase) else { return Err(Discard::Malformed) };
     if version == V2 {
         return Ok(text_of(&base64_of(&text)?).into_owned().into());
     }
@@ -168,9 +168,9 @@ fn inner<'a>(version: usize, secure: &mut Node<'a>, names: [&str; 2]) -> Result<
 }
 
 /// What the schema of a first version's request says of its envelope.
-fn check_v1(envelope: &Node<'_>) -> Result<(), Discard> {
+fn check_v1(envelope: &JsonNode<'_>) -> Result<(), Discard> {
     check(["callerid", "collective", "agent"].iter().all(|name| is_filled(envelope, name)))?;
-    let id = envelope.get("requestid", Keys::Exact).and_then(Node::as_text).ok_or(Discard::Schema)?;
+    let id = envelope.get("requestid", Keys::Exact).and_then(JsonNode::as_text).ok_or(Discard::Schema)?;
     check(id.chars().count() == 32)?;
     check(envelope.get("senderid", Keys::Exact).is_some_and(|sender| sender.as_text().is_some()))?;
     check(number(envelope, "ttl")? >= 30)?;
@@ -178,25 +178,25 @@ fn check_v1(envelope: &Node<'_>) -> Result<(), Discard> {
 }
 
 /// What the schemas of both versions say of a filter.
-fn is_filter(filter: &Node<'_>) -> bool {
-    let list = |name: &str, is: fn(&Node<'_>) -> bool| {
+fn is_filter(filter: &JsonNode<'_>) -> bool {
+    let list = |name: &str, is: fn(&JsonNode<'_>) -> bool| {
         filter.get(name, Keys::Exact).is_some_and(|values| values.is_list_of(is))
     };
-    let is_text = |value: &Node<'_>| value.as_text().is_some();
-    let is_fact = |fact: &Node<'_>| {
-        let operator = fact.get("operator", Keys::Exact).and_then(Node::as_text);
+    let is_text = |value: &JsonNode<'_>| value.as_text().is_some();
+    let is_fact = |fact: &JsonNode<'_>| {
+        let operator = fact.get("operator", Keys::Exact).and_then(JsonNode::as_text);
         is_filled(fact, "fact") && is_filled(fact, "value") && operator.is_some_and(|one| OPERATORS.contains(&one))
     };
     let agents = filter.get("agent", Keys::Exact);
     list("fact", is_fact)
         && list("cf_class", is_text)
         && list("identity", is_text)
-        && list("compound", |one| one.is_list_of(Node::is_object) || is_text_node(one))
+        && list("compound", |one| one.is_list_of(JsonNode::is_object) || is_text_node(one))
         && agents.is_none_or(|agents| agents.is_list_of(is_text))
 }
 
 /// The schema that Choria publishes has texts for compound filters; the one in its program, and the wire, have lists.
-fn is_text_node(value: &Node<'_>) -> bool {
+fn is_text_node(value: &JsonNode<'_>) -> bool {
     value.as_text().is_some()
 }
 
@@ -205,49 +205,49 @@ fn check(good: bool) -> Result<(), Discard> {
 }
 
 /// Whether a schema's text that must not be empty is there.
-fn is_filled(object: &Node<'_>, name: &str) -> bool {
-    object.get(name, Keys::Exact).and_then(Node::as_text).is_some_and(|text| !text.is_empty())
+fn is_filled(object: &JsonNode<'_>, name: &str) -> bool {
+    object.get(name, Keys::Exact).and_then(JsonNode::as_text).is_some_and(|text| !text.is_empty())
 }
 
-fn number(object: &Node<'_>, name: &str) -> Result<i64, Discard> {
-    object.get(name, Keys::Exact).and_then(Node::as_int).ok_or(Discard::Schema)
+fn number(object: &JsonNode<'_>, name: &str) -> Result<i64, Discard> {
+    object.get(name, Keys::Exact).and_then(JsonNode::as_int).ok_or(Discard::Schema)
 }
 
-fn owned(object: &Node<'_>, name: &str) -> Result<String, Discard> {
-    object.get(name, Keys::Exact).and_then(Node::as_text).map(str::to_owned).ok_or(Discard::Schema)
+fn owned(object: &JsonNode<'_>, name: &str) -> Result<String, Discard> {
+    object.get(name, Keys::Exact).and_then(JsonNode::as_text).map(str::to_owned).ok_or(Discard::Schema)
 }
 
-fn into_text(node: Option<Node<'_>>) -> String {
+fn into_text(node: Option<JsonNode<'_>>) -> String {
     match node {
-        Some(Node::Text(text)) => text.into_owned(),
+        Some(JsonNode::Text(text)) => text.into_owned(),
         _ => String::new(),
     }
 }
 
 /// A text of Go's: nothing and `null` are empty.
-fn optional_text(object: &mut Node<'_>, name: &str) -> Result<String, Discard> {
+fn optional_text(object: &mut JsonNode<'_>, name: &str) -> Result<String, Discard> {
     match object.take(name, Keys::AnyCase) {
-        None | Some(Node::Null) => Ok(String::new()),
-        Some(Node::Text(text)) => Ok(text.into_owned()),
+        None | Some(JsonNode::Null) => Ok(String::new()),
+        Some(JsonNode::Text(text)) => Ok(text.into_owned()),
         Some(_) => Err(Discard::Malformed),
     }
 }
 
 /// The time of a reply; nothing and `null` are 0.
-fn optional_number(object: &Node<'_>) -> Result<i64, Discard> {
+fn optional_number(object: &JsonNode<'_>) -> Result<i64, Discard> {
     match object.get("time", Keys::AnyCase) {
-        None | Some(Node::Null) => Ok(0),
-        Some(Node::Int(number)) => Ok(*number),
+        None | Some(JsonNode::Null) => Ok(0),
+        Some(JsonNode::Int(number)) => Ok(*number),
         Some(_) => Err(Discard::Malformed),
     }
 }
 
-fn field<'n>(object: &'n Node<'_>, name: &str) -> Option<&'n str> {
-    object.get(name, Keys::AnyCase).and_then(Node::as_text)
+fn field<'n>(object: &'n JsonNode<'_>, name: &str) -> Option<&'n str> {
+    object.get(name, Keys::AnyCase).and_then(JsonNode::as_text)
 }
 
-fn object(text: &str) -> Result<Node<'_>, Discard> {
-    Node::read(text).filter(Node::is_object).ok_or(Discard::Malformed)
+fn object(text: &str) -> Result<JsonNode<'_>, Discard> {
+    JsonNode::read(text).filter(JsonNode::is_object).ok_or(Discard::Malformed)
 }
 
 /// Base64 as Go reads it: line breaks in it do not count.

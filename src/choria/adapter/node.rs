@@ -10,7 +10,7 @@ use serde::{
 
 /// A JSON value.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Node<'a> {
+pub(super) enum JsonNode<'a> {
     Null,
     Bool,
     Int(i64),
@@ -30,7 +30,7 @@ pub(super) enum Keys {
     AnyCase,
 }
 
-impl<'a> Node<'a> {
+impl<'a> JsonNode<'a> {
     /// Reads a whole text.
     pub(super) fn read(text: &'a str) -> Option<Self> {
         serde_json::from_str(text).ok()
@@ -81,9 +81,9 @@ impl<'a> Node<'a> {
     }
 }
 
-impl<'de> Deserialize<'de> for Node<'de> {
+impl<'de> Deserialize<'de> for JsonNode<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(NodeVisitor)
+        deserializer.deserialize_any(JsonNodeVisitor)
     }
 }
 
@@ -92,52 +92,52 @@ struct BorrowedText<'a>(Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for BorrowedText<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match deserializer.deserialize_any(NodeVisitor)? {
-            Node::Text(text) => Ok(Self(text)),
+        match deserializer.deserialize_any(JsonNodeVisitor)? {
+            JsonNode::Text(text) => Ok(Self(text)),
             _ => Err(D::Error::custom("a key is not a text")),
         }
     }
 }
 
-struct NodeVisitor;
+struct JsonNodeVisitor;
 
-impl<'de> Visitor<'de> for NodeVisitor {
-    type Value = Node<'de>;
+impl<'de> Visitor<'de> for JsonNodeVisitor {
+    type Value = JsonNode<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("any JSON value")
     }
 
     fn visit_unit<E: Error>(self) -> Result<Self::Value, E> {
-        Ok(Node::Null)
+        Ok(JsonNode::Null)
     }
 
     fn visit_bool<E: Error>(self, _: bool) -> Result<Self::Value, E> {
-        Ok(Node::Bool)
+        Ok(JsonNode::Bool)
     }
 
     fn visit_i64<E: Error>(self, number: i64) -> Result<Self::Value, E> {
-        Ok(Node::Int(number))
+        Ok(JsonNode::Int(number))
     }
 
     fn visit_u64<E: Error>(self, number: u64) -> Result<Self::Value, E> {
-        Ok(i64::try_from(number).map_or(Node::Number, Node::Int))
+        Ok(i64::try_from(number).map_or(JsonNode::Number, JsonNode::Int))
     }
 
     fn visit_f64<E: Error>(self, _: f64) -> Result<Self::Value, E> {
-        Ok(Node::Number)
+        Ok(JsonNode::Number)
     }
 
     fn visit_borrowed_str<E: Error>(self, text: &'de str) -> Result<Self::Value, E> {
-        Ok(Node::Text(text.into()))
+        Ok(JsonNode::Text(text.into()))
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
-        Ok(Node::Text(text.to_owned().into()))
+        Ok(JsonNode::Text(text.to_owned().into()))
     }
 
     fn visit_string<E: Error>(self, text: String) -> Result<Self::Value, E> {
-        Ok(Node::Text(text.into()))
+        Ok(JsonNode::Text(text.into()))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
@@ -145,7 +145,7 @@ impl<'de> Visitor<'de> for NodeVisitor {
         while let Some(value) = seq.next_element()? {
             values.push(value);
         }
-        Ok(Node::List(values))
+        Ok(JsonNode::List(values))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
@@ -153,7 +153,7 @@ impl<'de> Visitor<'de> for NodeVisitor {
         while let Some((BorrowedText(key), value)) = map.next_entry()? {
             fields.push((key, value));
         }
-        Ok(Node::Object(fields))
+        Ok(JsonNode::Object(fields))
     }
 }
 
@@ -163,17 +163,17 @@ mod tests {
 
     #[test]
     fn the_last_of_several_keys_counts_in_any_case() {
-        let node = Node::read(r#"{"a": 1, "A": 2, "b": null}"#).unwrap();
-        assert_eq!(node.get("a", Keys::AnyCase), Some(&Node::Int(2)));
-        assert_eq!(node.get("a", Keys::Exact), Some(&Node::Int(1)));
+        let node = JsonNode::read(r#"{"a": 1, "A": 2, "b": null}"#).unwrap();
+        assert_eq!(node.get("a", Keys::AnyCase), Some(&JsonNode::Int(2)));
+        assert_eq!(node.get("a", Keys::Exact), Some(&JsonNode::Int(1)));
         assert_eq!(node.get("c", Keys::AnyCase), None);
-        assert_eq!(node.clone().take("a", Keys::AnyCase), Some(Node::Int(2)));
+        assert_eq!(node.clone().take("a", Keys::AnyCase), Some(JsonNode::Int(2)));
     }
 
     #[test]
     fn a_text_after_the_value_is_an_error() {
-        assert_eq!(Node::read("{} x"), None);
-        assert_eq!(Node::read(""), None);
-        assert_eq!(Node::read("18446744073709551615"), Some(Node::Number));
+        assert_eq!(JsonNode::read("{} x"), None);
+        assert_eq!(JsonNode::read(""), None);
+        assert_eq!(JsonNode::read("18446744073709551615"), Some(JsonNode::Number));
     }
 }
