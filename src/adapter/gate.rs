@@ -65,7 +65,7 @@ async fn keep(gate: watch::Sender<IngestGate>, pause: watch::Receiver<bool>, can
     }
 }
 
-/// Shows pauses, and otherwise `open`, for as long as anyone looks.
+/// Shows pauses, and otherwise `open`, until it is dropped.
 async fn follow(gate: &watch::Sender<IngestGate>, mut pause: watch::Receiver<bool>, open: IngestGate) {
     loop {
         let wanted = if *pause.borrow_and_update() { IngestGate::Paused } else { open };
