@@ -23,6 +23,8 @@ pub enum DropReason {
     Sender,
     /// The time has no year of four digits.
     Time,
+    /// Signatures are verified, and that of the message is not good.
+    Unverified,
     /// The queue is full.
     QueueFull,
     /// The target's server does not take messages of this size.
@@ -35,12 +37,13 @@ pub enum DropReason {
 
 impl DropReason {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Malformed,
         Self::Protocol,
         Self::Schema,
         Self::Sender,
         Self::Time,
+        Self::Unverified,
         Self::QueueFull,
         Self::TooLarge,
         Self::Refused,
@@ -55,6 +58,7 @@ impl DropReason {
             Self::Schema => "schema",
             Self::Sender => "sender",
             Self::Time => "time",
+            Self::Unverified => "unverified",
             Self::QueueFull => "queue_full",
             Self::TooLarge => "too_large",
             Self::Refused => "refused",
@@ -64,7 +68,16 @@ impl DropReason {
 
     /// Whether the message was wrong when it came, rather than lost here.
     pub(super) const fn is_of_input(self) -> bool {
-        matches!(self, Self::Malformed | Self::Protocol | Self::Schema | Self::Sender | Self::Time | Self::QueueFull)
+        matches!(
+            self,
+            Self::Malformed
+                | Self::Protocol
+                | Self::Schema
+                | Self::Sender
+                | Self::Time
+                | Self::Unverified
+                | Self::QueueFull
+        )
     }
 }
 
@@ -76,6 +89,7 @@ impl From<Discard> for DropReason {
             Discard::Schema => Self::Schema,
             Discard::Sender => Self::Sender,
             Discard::Time => Self::Time,
+            Discard::Unverified => Self::Unverified,
         }
     }
 }

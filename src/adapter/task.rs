@@ -5,7 +5,7 @@
 
 use std::{io::Write, sync::Arc};
 
-use nats_lane::{Batch, Error, ErrorKind, Lane, Message, headers, jetstream::PublishAck, parser::number};
+use nats_lane::{Batch, Error, ErrorKind, Lane, Message, entropy, headers, jetstream::PublishAck, parser::number};
 use tokio::{
     sync::watch,
     time::{Duration, Instant, sleep_until},
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     allow::AllowList,
-    choria::adapter::{decode, expand_topic},
+    choria::adapter::{decode, decode_verified, expand_topic},
     config::Adapter,
     events::{Event, Events},
 };
@@ -171,6 +171,9 @@ impl AdapterTask {
         if lane.answered_pings() >= leaving.ping || now >= leaving.until {
             self.leaving = None;
             self.ingest.close();
+            if open {
+                self.ingest.open();
+            }
         }
     }
 
@@ -237,7 +240,10 @@ impl AdapterTask {
 
     fn queued(&self, payload: &[u8], now: Instant) -> Result<QueuedMessage, DropReason> {
         let adapter = &self.job.adapter;
-        let decoded = decode(adapter.protocol, payload)?;
+        let decoded = match &adapter.trusted {
+            None => decode(adapter.protocol, payload)?,
+            Some(trusted) => decode_verified(adapter.protocol, payload, trusted, entropy::now().timestamp())?,
+        };
         let subject = expand_topic(&adapter.target_topic, &decoded.sender);
         if subject.len() > LONGEST_SUBJECT {
             return Err(DropReason::Sender);

@@ -13,7 +13,9 @@ mod node;
 mod output;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 pub use broker::{ImportedAdapters, import_broker};
-pub use decode::{Decoded, Discard, IngestProtocol, decode};
+pub use decode::{Decoded, Discard, IngestProtocol, decode, decode_verified};
 pub use output::{CHORIA_STREAMS, JETSTREAM, OutputProtocol, expand_topic};
+pub use verify::TrustedSigners;

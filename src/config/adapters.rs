@@ -14,7 +14,7 @@ use super::{
     patterns::{Wildcards, wrong_subject},
     schema::{Schema, join, shorten},
 };
-use crate::choria::adapter::{CHORIA_STREAMS, IngestProtocol, JETSTREAM, OutputProtocol};
+use crate::choria::adapter::{CHORIA_STREAMS, IngestProtocol, JETSTREAM, OutputProtocol, TrustedSigners};
 
 /// Messages that wait for the target, where nothing is said.
 const DEFAULT_QUEUE: u64 = 1_000;
@@ -67,6 +67,12 @@ pub struct AdapterDocument {
     pub output_protocol: String,
     /// Whether only one instance of the group reads, the one with the lease. Default: false, all share the messages.
     pub exclusive: bool,
+    /// Whether senders must have signed their messages (second version of the protocol) with the key of a token that one of
+    /// `trusted_signers` has signed. Default: false, as in Choria.
+    pub verify: bool,
+    /// Public keys that sign the tokens of nodes, 64 hexadecimal digits each. Required with `verify`.
+    #[schemars(length(max = 64))]
+    pub trusted_signers: Vec<String>,
 }
 
 /// What an adapter reads.
@@ -179,6 +185,8 @@ pub struct Adapter {
     pub create: Option<(String, Value)>,
     /// Whether only one instance of the group reads.
     pub exclusive: bool,
+    /// Whose tokens senders must have, if signatures are verified.
+    pub trusted: Option<TrustedSigners>,
 }
 
 impl Adapter {
@@ -284,6 +292,7 @@ impl AdapterChecker {
         let target_topic = self.target_topic(&document);
         self.kind(stream);
         let output = self.output(&document.output_protocol);
+        let trusted = self.trusted(&document);
         let (ingest_server, target) = self.servers(&document, judge)?;
         let create = stream.create.as_ref().and_then(|create| self.create(create, &target_topic));
         self.range("/stream/workers", stream.workers, DEFAULT_WORKERS, WORKERS);
@@ -300,6 +309,7 @@ impl AdapterChecker {
             output,
             create,
             exclusive: document.exclusive,
+            trusted,
         })
     }
 
@@ -380,6 +390,22 @@ impl AdapterChecker {
                 );
                 self.problem("/output_protocol", message);
                 OutputProtocol::ChoriaStreams
+            }
+        }
+    }
+
+    fn trusted(&mut self, document: &AdapterDocument) -> Option<TrustedSigners> {
+        let path = "/trusted_signers";
+        if document.verify != !document.trusted_signers.is_empty() {
+            self.problem(path, "`verify` and `trusted_signers` go together: whose signatures count");
+        }
+        match TrustedSigners::new(document.trusted_signers.iter().map(String::as_str)) {
+            Ok(trusted) => document.verify.then_some(trusted),
+            Err(wrong) => {
+                let message =
+                    format!("`trusted_signers` has `{}`: a public key has 64 hexadecimal digits", shorten(wrong));
+                self.problem(path, message);
+                None
             }
         }
     }
@@ -590,7 +616,7 @@ mod tests {
     fn each_side_has_its_own_servers_or_those_of_the_other() {
         let both = parse(json!({"stream": {"servers": "c", "credentials": "/x"}})).unwrap();
         assert_ne!(both.ingest, both.target);
-        assert_eq!(both.target.to_string(), "nats://c:4222");
+        assert_eq!(both.target.to_string(), "nats://c:4222?credentials=/x");
         let only = parse(json!({"ingest": {"servers": null}, "stream": {"servers": "c"}})).unwrap();
         assert_eq!(
             (only.ingest.to_string(), only.target.to_string()),
@@ -621,6 +647,8 @@ mod tests {
         refused(json!({"stream": {"credentials": "/x"}}), &[("/stream/servers", "is required with")]);
         refused(json!({"stream": {"context": "a", "servers": "b"}}), &[("/stream/context", "remove the other")]);
         refused(json!({"output_protocol": "x"}), &[("/output_protocol", "choria_streams")]);
+        refused(json!({"verify": true}), &[("/trusted_signers", "go together")]);
+        refused(json!({"verify": true, "trusted_signers": ["x"]}), &[("/trusted_signers", "64 hexadecimal")]);
         refused(json!({"ingest": {"tls": {"cert": "/c"}}}), &[("/ingest/tls", "go together")]);
     }
 

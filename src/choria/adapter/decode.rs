@@ -5,7 +5,10 @@ use std::borrow::Cow;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use chrono::{DateTime, Datelike, Utc};
 
-use super::node::{JsonNode, Keys};
+use super::{
+    node::{JsonNode, Keys},
+    verify::TrustedSigners,
+};
 
 /// The first layer's `protocol` of both versions, and those of the layers in it.
 const TRANSPORT: [&str; 2] = ["choria:transport:1", "io.choria.protocol.v2.transport"];
@@ -56,6 +59,8 @@ pub enum Discard {
     Sender,
     /// The time has no year of four digits.
     Time,
+    /// Signatures are verified, and this one is missing, wrong, of an unknown key, or of another sender.
+    Unverified,
 }
 
 /// Versions of the protocol, as indexes.
@@ -67,6 +72,38 @@ const V2: usize = 1;
 /// # Errors
 /// The reason to discard the message. Like Choria's broker this checks neither signature, hash, age nor caller.
 pub fn decode(protocol: IngestProtocol, payload: &[u8]) -> Result<Decoded, Discard> {
+    read(protocol, payload, |_, _| Ok(None))
+}
+
+/// The same, if the sender has signed the message, and a trusted key its token. `now` is in seconds since the Unix epoch.
+///
+/// # Errors
+/// As [`decode`], and [`Discard::Unverified`]; messages of the first version have no such signatures.
+pub fn decode_verified(
+    protocol: IngestProtocol,
+    payload: &[u8],
+    trusted: &TrustedSigners,
+    now: i64,
+) -> Result<Decoded, Discard> {
+    read(protocol, payload, |version, secure| {
+        let text = |name: &str| field(secure, name).unwrap_or_default();
+        let (content, token) = match protocol {
+            IngestProtocol::Request => (text("request"), text("caller")),
+            IngestProtocol::Reply => (text("reply"), text("sender")),
+        };
+        if version != V2 || !text("signer").is_empty() {
+            return Err(Discard::Unverified);
+        }
+        trusted.identity(content, text("signature"), token, now).map(Some).ok_or(Discard::Unverified)
+    })
+}
+
+/// Reads a message; `verify` returns who has signed it, if that matters.
+fn read(
+    protocol: IngestProtocol,
+    payload: &[u8],
+    verify: impl FnOnce(usize, &JsonNode<'_>) -> Result<Option<String>, Discard>,
+) -> Result<Decoded, Discard> {
     let text = text_of(payload);
     let transport = object(&text)?;
     let version = TRANSPORT.iter().position(|known| field(&transport, "protocol") == Some(known));
@@ -78,10 +115,14 @@ pub fn decode(protocol: IngestProtocol, payload: &[u8]) -> Result<Decoded, Disca
     let secure = base64_of(field(&transport, "data").unwrap_or_default())?;
     let secure = text_of(&secure);
     let secure = object(&secure)?;
+    let signed_by = verify(version, &secure)?;
     let decoded = match protocol {
         IngestProtocol::Request => request(version, secure)?,
         IngestProtocol::Reply => reply(version, secure)?,
     };
+    if signed_by.is_some_and(|identity| identity != decoded.sender) {
+        return Err(Discard::Unverified);
+    }
     check_sender(&decoded.sender)?;
     if !(0..=9999).contains(&decoded.time.year()) {
         return Err(Discard::Time);

@@ -399,6 +399,35 @@ fn an_id_is_that_of_request_sender_and_agent() {
     assert_ne!(id(&|message| (message.request, message.data) = (String::new(), "other".into())), nameless);
 }
 
+/// The vectors are signed by the key that signed their token.
+#[test]
+fn signatures_are_verified_where_that_is_wanted() {
+    const SIGNER: &str = "03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8";
+    const NOW: i64 = 1_800_000_000;
+    let trusted = TrustedSigners::new([SIGNER]).unwrap();
+    let Vector { ingest, input, .. } = vector("v2_request");
+    let verified = |input: &[u8], trusted: &TrustedSigners, now: i64| decode_verified(ingest, input, trusted, now);
+    assert_eq!(verified(input.as_bytes(), &trusted, NOW), decode(ingest, input.as_bytes()));
+    // Another key, a token that has expired, another version, another content, another sender, a signer beside the sender.
+    let other = TrustedSigners::new(["00".repeat(32).as_str()]).unwrap();
+    let unverified = Err(Discard::Unverified);
+    assert_eq!(verified(input.as_bytes(), &other, NOW), unverified);
+    assert_eq!(verified(input.as_bytes(), &trusted, 4_102_444_800), unverified);
+    assert_eq!(verified(vector("v1_request_z").input.as_bytes(), &trusted, NOW), unverified);
+    let changed = |change: &dyn Fn(&mut Layers)| {
+        let mut layers = Layers::of("v2_request");
+        change(&mut layers);
+        verified(&layers.bytes(), &trusted, NOW)
+    };
+    assert_eq!(changed(&|layers| layers.inner["agent"] = json!("other")), unverified);
+    assert_eq!(changed(&|layers| layers.inner["sender"] = json!("n2.example.net")), unverified);
+    assert_eq!(changed(&|layers| layers.secure["signature"] = json!("d3Jvbmc=")), unverified);
+    assert_eq!(changed(&|layers| layers.secure["signer"] = json!("x")), unverified);
+    let reply = decode_verified(IngestProtocol::Reply, vector("v2_reply").input.as_bytes(), &trusted, NOW);
+    assert_eq!(reply, unverified);
+    assert_eq!(TrustedSigners::new(["abc"]), Err("abc"));
+}
+
 /// Mutations of bytes in every layer: each is decoded or has a reason, none panics, and what is decoded can be published.
 #[test]
 fn mutations_are_decoded_or_discarded() {

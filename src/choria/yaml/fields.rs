@@ -96,6 +96,8 @@ const ADAPTER: &[FileField] = &[
     field("stream", Group(ADAPTER_STREAM)),
     field("output_protocol", Text),
     field("exclusive", Flag),
+    field("verify", Flag),
+    field("trusted_signers", Any),
 ];
 
 const SEQUENCE: FieldKind = Whole(0, u64::MAX as i128);
