@@ -100,7 +100,7 @@ const REASONS: usize = DropReason::ALL.len();
 /// Counts by reason.
 pub(super) type DropCounts = [u64; REASONS];
 
-/// Drops of one reason, from the first until there was none for a while.
+/// AdapterDrops of one reason, from the first until there was none for a while.
 #[derive(Debug, Clone, Copy)]
 struct Stretch {
     before: u64,
@@ -109,7 +109,7 @@ struct Stretch {
 
 /// All drops of an adapter.
 #[derive(Debug, Default)]
-pub(super) struct Drops {
+pub(super) struct AdapterDrops {
     counts: DropCounts,
     stretches: [Option<Stretch>; REASONS],
 }
@@ -122,7 +122,7 @@ pub(super) struct StretchEnd {
     pub(super) messages: u64,
 }
 
-impl Drops {
+impl AdapterDrops {
     pub(super) fn counts(&self) -> &DropCounts {
         &self.counts
     }
@@ -168,7 +168,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stretch_is_reported_at_its_begin_and_at_its_end() {
-        let (mut drops, begin) = (Drops::default(), Instant::now());
+        let (mut drops, begin) = (AdapterDrops::default(), Instant::now());
         let at = |seconds: u64| begin + Duration::from_secs(seconds);
         assert!(drops.count(DropReason::QueueFull, 1, at(0)));
         assert!(!drops.count(DropReason::QueueFull, 5, at(9)));

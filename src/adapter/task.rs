@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{
-    drops::{DropReason, Drops},
+    drops::{AdapterDrops, DropReason},
     link::{AdapterLink, LinkEvent, LinkPlan},
     queue::{OutputQueue, QueuedMessage},
     row::{AdapterCell, AdapterCounters, AdapterState},
@@ -83,7 +83,7 @@ pub(super) struct AdapterTask {
     ingest: AdapterLink,
     target: AdapterLink,
     queue: OutputQueue,
-    drops: Drops,
+    drops: AdapterDrops,
     counters: AdapterCounters,
     /// What reply subjects begin with on the connection of now.
     inbox: String,
@@ -112,7 +112,7 @@ impl AdapterTask {
             ingest,
             target,
             queue,
-            drops: Drops::default(),
+            drops: AdapterDrops::default(),
             counters: AdapterCounters::default(),
             inbox: String::new(),
             largest: 0,

@@ -253,7 +253,7 @@ async fn documents_are_edited_by_hand_and_by_command() -> Result<()> {
     assert_eq!((&row["state"], &row["queue"]["capacity"]), (&json!("running"), &json!(77)));
     let listed = site.cli().ok(["adapter", "ls"]).await?;
     ensure!(listed.contains("inventory") && listed.contains("running"), "{listed}");
-    let status = site.cli().json(["adapter", "status", "--json"]).await?;
+    let status = site.cli().json(["adapter", "status"]).await?;
     assert_eq!(status[0]["adapters"][0]["adapter"], "inventory");
     site.cli().ok(["adapter", "rm", "inventory"]).await?;
 
@@ -281,7 +281,7 @@ async fn an_exclusive_adapter_reads_on_one_instance() -> Result<()> {
     add(&site, json!({"exclusive": true})).await?;
     let other = Service::builder(&site.service_url(), SITE).instance("other").start().await?;
     let states = async |count: usize| {
-        let all = site.cli().json(["adapter", "status", "--json"]).await.ok()?;
+        let all = site.cli().json(["adapter", "status"]).await.ok()?;
         let all = all.as_array()?.iter().map(|one| one["adapters"][0]["state"].as_str().unwrap_or_default().to_owned());
         let all: BTreeSet<_> = all.collect();
         (all.len() == count).then_some(all)
