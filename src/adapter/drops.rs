@@ -100,7 +100,7 @@ const REASONS: usize = DropReason::ALL.len();
 /// Counts by reason.
 pub(super) type DropCounts = [u64; REASONS];
 
-/// AdapterDrops of one reason, from the first until there was none for a while.
+/// Drops of one reason, from the first until there was none for a while.
 #[derive(Debug, Clone, Copy)]
 struct Stretch {
     before: u64,
