@@ -16,7 +16,7 @@ use nats_lane::{
 use serde_json::Value;
 use wildmatch::WildMatch;
 
-use crate::config::{self, Former, Heartbeats, Json, Problem, Problems, Replication};
+use crate::config::{self, Adapter, AdapterSide, Former, Heartbeats, Json, Problem, Problems, Replication};
 
 /// Allows everything by default; cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -129,6 +129,26 @@ impl AllowList {
             };
             breaches.map(problem).collect()
         })
+    }
+
+    /// [`config::parse_adapter`] under this list.
+    pub fn parse_adapter(&self, value: &Value) -> Result<Adapter, Problems> {
+        config::parse_adapter(value, |side, server| self.adapter_problems(side, server))
+    }
+
+    fn adapter_problems(&self, side: AdapterSide, server: &ServerRef) -> Vec<Problem> {
+        let field = side.name();
+        let breaches = self.breaches(server, context::resolve(server).ok().as_ref()).into_iter();
+        let problem = |Breach { setting, message }| {
+            let path = match (setting, server) {
+                (Setting::Server, ServerRef::Known(_)) => format!("/{field}/servers"),
+                (Setting::Server, ServerRef::Context { .. }) => format!("/{field}/context"),
+                (Setting::Tls(file), _) => format!("/{field}/tls/{file}"),
+                (Setting::Choria(file), _) => format!("/{field}/choria/{file}"),
+            };
+            Problem::new(path, message)
+        };
+        breaches.map(problem).collect()
     }
 
     /// Everything that a connection needs, if it is allowed; the file of a context is read now.

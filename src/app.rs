@@ -22,6 +22,7 @@ use tracing::{error, info, warn};
 
 pub use self::{replicator_file::ReplicatorFile, signals::HangupHook, site::Misconfigured};
 use crate::{
+    adapter,
     allow::AllowList,
     control,
     copy::Budget,
@@ -131,6 +132,7 @@ struct System {
     driver: Option<Driver>,
     supervisor: Option<Supervisor>,
     heartbeats: Option<heartbeat::Runner>,
+    adapters: Option<adapter::AdapterRunner>,
     service: Option<control::Service>,
 }
 
@@ -142,7 +144,9 @@ impl System {
             client::connect(server, &format!("{} {site}/{instance}", names::PROGRAM), "control connection").await?;
         let events = Events::new(client.clone(), prefix, site, instance);
         let (progress, view) = watch::channel(Progress::default());
-        let sources = Sources { site: site.clone(), client: client.clone(), events: events.clone(), progress: view };
+        let host = display_host(instance);
+        let sources =
+            Sources { site: site.clone(), host, client: client.clone(), events: events.clone(), progress: view };
         let monitor = match monitor {
             Some(address) => {
                 let started = Monitor::start(address, sources.clone()).await;
@@ -167,6 +171,7 @@ impl System {
             driver: None,
             supervisor: None,
             heartbeats: None,
+            adapters: None,
             service: None,
         })
     }
@@ -212,19 +217,30 @@ impl System {
 
         let Parts { leases, driver, handle, supervisor, heartbeats, runner, site_record } =
             start_parts(settings, &rules, &buckets, &self.events);
+        let adapter_deps = adapter::AdapterDeps {
+            site: site.clone(),
+            instance: instance.clone(),
+            rules: settings.rules.clone(),
+            config: buckets.config.clone(),
+            events: self.events.clone(),
+            leases: leases.clone(),
+        };
+        let (adapters, adapter_runner) = adapter::start(adapter_deps);
+        self.adapters = Some(adapter_runner);
         let (driver, supervisor) = (self.driver.insert(driver), self.supervisor.insert(supervisor));
         self.heartbeats = Some(runner);
         self.progress.send_modify(|progress| {
             progress.supervisor = Some(handle.clone());
             progress.heartbeats = Some(heartbeats.clone());
+            progress.adapters = Some(adapters.clone());
             progress.leases = Some(leases.clone());
         });
 
         let register = async || {
             let (client, events) = (self.client.clone(), self.events.clone());
-            let (leases, supervisor) = (leases.clone(), handle.clone());
+            let (leases, works) = (leases.clone(), (handle.clone(), heartbeats.clone()));
             let control = control_config(settings, &rules);
-            control::start(client, control, buckets.clone(), leases, supervisor, heartbeats.clone(), events).await
+            control::start(client, control, buckets.clone(), leases, works, adapters.clone(), events).await
         };
         let mut keep = pin!(site::keep(&buckets.config, &record, site_record, bucket_prefix));
         let registered = tokio::select! {
@@ -269,14 +285,23 @@ impl System {
                 None => true,
             }
         };
+        let adapters = async {
+            match self.adapters {
+                Some(adapters) => adapters.stop().await,
+                None => true,
+            }
+        };
         let replications = async {
             let Some(supervisor) = self.supervisor else { return Vec::new() };
             let grace = end.saturating_duration_since(Instant::now()).saturating_sub(CONNECTION_GRACE);
             supervisor.stop(grace).await
         };
-        let (in_time, late_replications) = tokio::join!(heartbeats, replications);
+        let (in_time, adapters_in_time, late_replications) = tokio::join!(heartbeats, adapters, replications);
         if !in_time {
             late.push("heartbeats".to_owned());
+        }
+        if !adapters_in_time {
+            late.push("adapters".to_owned());
         }
         late.extend(late_replications.into_iter().map(|id| format!("replication `{id}`")));
         if let Some(driver) = self.driver {
@@ -338,7 +363,7 @@ fn start_parts(settings: &AppSettings, rules: &AllowList, buckets: &Buckets, eve
     let (heartbeats, runner) = heartbeat::start(heartbeat::HeartbeatDeps {
         site: site.clone(),
         instance: instance.clone(),
-        host: Some(host_name()).filter(|host| !host.is_empty()).unwrap_or_else(|| instance.clone()),
+        host: display_host(instance),
         rules: settings.rules.clone(),
         config: buckets.config.clone(),
         stored,
@@ -365,6 +390,11 @@ fn report_ready(settings: &AppSettings, replications: usize) {
     let server = settings.server.to_string();
     info!(site, instance, server, prefix, buckets, replications, "ready");
     files::check_limit(replications);
+}
+
+/// Name of this host, or else of the instance.
+fn display_host(instance: &str) -> String {
+    Some(host_name()).filter(|host| !host.is_empty()).unwrap_or_else(|| instance.to_owned())
 }
 
 /// Name of this host, as far as it is known.

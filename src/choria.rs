@@ -1,5 +1,6 @@
 //! What is there for the sake of Choria alone.
 
+pub mod adapter;
 mod hand_back;
 mod identity;
 mod yaml;

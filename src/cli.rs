@@ -1,6 +1,7 @@
 //! Command line. Exit codes: 0, 1 for errors while running, for what was refused or is not valid, 2 for wrong usage or
 //! configuration.
 
+mod adapter;
 mod admin;
 mod apply;
 mod client;
@@ -76,6 +77,7 @@ enum ClientCommand {
     Skip(steer::SkipArgs),
     Instances(instances::Args),
     Events(events::Args),
+    Adapter(adapter::Args),
     Admin(admin::Args),
     Heartbeat(heartbeat::Args),
     Site(site::Args),
@@ -133,6 +135,7 @@ impl ClientCommand {
             Self::Skip(args) => args.global.json,
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
+            Self::Adapter(args) => args.global().json,
             Self::Admin(args) => args.global().json,
             Self::Heartbeat(args) => args.global().json,
             Self::Site(args) => args.global().json,
@@ -152,6 +155,7 @@ impl ClientCommand {
             Self::Skip(args) => steer::skip(args, out).await,
             Self::Instances(args) => instances::run(args, out).await,
             Self::Events(args) => events::run(args, out).await,
+            Self::Adapter(args) => adapter::run(args, out).await,
             Self::Admin(args) => admin::run(args, out).await,
             Self::Heartbeat(args) => heartbeat::run(args, out).await,
             Self::Site(args) => site::run(args, out).await,

@@ -2,6 +2,7 @@
 //! [`Replication`] is what runs and cannot be wrong. [`parse`] goes from one to the other and reports
 //! every [`Problem`] at once.
 
+mod adapters;
 mod choria_document;
 mod document;
 mod file;
@@ -18,6 +19,10 @@ mod secrets;
 mod tls;
 mod transform;
 
+pub use adapters::{
+    Adapter, AdapterCreateDocument, AdapterDocument, AdapterIngestDocument, AdapterSide, AdapterStreamDocument,
+    adapter_name, adapter_schema, parse_adapter, wrong_name as wrong_adapter_name,
+};
 pub use choria_document::ChoriaDocument;
 pub use document::{
     AdvisoryDocument, DeadLetterDocument, Document, LimitsDocument, document_id, parse, parse_judged, parse_value,
@@ -36,7 +41,8 @@ pub use replication::{
 pub use schema::replication_schema;
 pub use scope::Scope;
 pub use secrets::{
-    URLS, has_heartbeats_mask, has_mask, mask_document, mask_heartbeats, unmask_document, unmask_heartbeats,
+    URLS, has_adapter_mask, has_heartbeats_mask, has_mask, mask_adapter, mask_document, mask_heartbeats,
+    unmask_adapter, unmask_document, unmask_heartbeats,
 };
 pub use tls::TlsDocument;
 pub use transform::{Transform, TransformDocument, Wrong as WrongTransform};

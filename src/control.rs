@@ -15,7 +15,10 @@ use self::{
     endpoints::RequestContext,
     service::{EndpointKind, Route},
 };
-use crate::{allow::AllowList, events::Events, heartbeat, lease::Leases, store::Buckets, supervisor::Handle};
+use crate::{
+    adapter::AdapterHandle, allow::AllowList, events::Events, heartbeat, lease::Leases, store::Buckets,
+    supervisor::Handle,
+};
 
 /// Name of the service, whatever its subjects begin with.
 pub const SERVICE_NAME: &str = "replicator";
@@ -48,8 +51,8 @@ pub async fn start(
     control: ControlConfig,
     buckets: Buckets,
     leases: Leases,
-    supervisor: Handle,
-    heartbeats: heartbeat::HeartbeatHandle,
+    (supervisor, heartbeats): (Handle, heartbeat::HeartbeatHandle),
+    adapters: AdapterHandle,
     events: Events,
 ) -> Result<Service, Error> {
     let identity = service::ServiceIdentity {
@@ -79,6 +82,7 @@ pub async fn start(
         senders,
         supervisor,
         heartbeats,
+        adapters,
         events,
     };
     let mut routes = endpoints::routes(&Arc::new(context), &control.prefix);

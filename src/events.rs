@@ -24,6 +24,21 @@ const QUEUE: usize = 1024;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Event {
+    /// An adapter is connected to its target for the first time.
+    AdapterStarted {},
+    /// An adapter ended.
+    AdapterStopped {
+        /// Messages that were accepted and are not stored: the target did not take them in time.
+        not_stored: u64,
+    },
+    /// An adapter drops messages: the first of a stretch, or its end.
+    AdapterDropped {
+        /// The reason, as in the status.
+        reason: String,
+        /// Messages dropped in the stretch, at its end.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        messages: Option<u64>,
+    },
     /// A run began to copy.
     Started {
         /// Epoch of the holder.
@@ -293,7 +308,10 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 28] = [
+    pub const KINDS: [&str; 31] = [
+        "adapter-started",
+        "adapter-stopped",
+        "adapter-dropped",
         "started",
         "stopped",
         "paused",
@@ -327,6 +345,9 @@ impl Event {
     /// The name in the subject and in the body.
     pub const fn kind(&self) -> &'static str {
         match self {
+            Self::AdapterStarted {} => "adapter-started",
+            Self::AdapterStopped { .. } => "adapter-stopped",
+            Self::AdapterDropped { .. } => "adapter-dropped",
             Self::Started { .. } => "started",
             Self::Stopped { .. } => "stopped",
             Self::Paused { .. } => "paused",

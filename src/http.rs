@@ -13,7 +13,7 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
-use crate::{events::Events, heartbeat, lease::Leases, metrics, supervisor::Handle};
+use crate::{adapter::AdapterHandle, events::Events, heartbeat, lease::Leases, metrics, supervisor::Handle};
 
 /// Deadline for open connections when the monitor stops.
 const GRACE: Duration = Duration::from_millis(500);
@@ -23,6 +23,8 @@ const GRACE: Duration = Duration::from_millis(500);
 pub struct Sources {
     /// The site's name, for labels.
     pub site: String,
+    /// Name of this host.
+    pub host: String,
     /// The control connection.
     pub client: async_nats::Client,
     /// For what was dropped.
@@ -38,6 +40,8 @@ pub struct Progress {
     pub supervisor: Option<Handle>,
     /// The heartbeats, from the same moment on.
     pub heartbeats: Option<heartbeat::HeartbeatHandle>,
+    /// The adapters, from the same moment on.
+    pub adapters: Option<AdapterHandle>,
     /// Whether the control service answers.
     pub registered: bool,
     /// The session of this instance, once it has one.
@@ -64,6 +68,8 @@ impl Monitor {
         let stop = CancellationToken::new();
         let router = Router::new()
             .route("/metrics", get(show_metrics))
+            // Where dashboards of Choria's broker look for its adapters.
+            .route("/choria/prometheus", get(show_metrics))
             .route("/livez", get(livez))
             .route("/readyz", get(readyz))
             .with_state(sources);
@@ -100,7 +106,7 @@ async fn show_metrics(State(sources): State<Sources>) -> Response {
 }
 
 fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
-    let Progress { supervisor, heartbeats, recreated, .. } = sources.progress.borrow().clone();
+    let Progress { supervisor, heartbeats, adapters, recreated, .. } = sources.progress.borrow().clone();
     let (rows, mut elections) =
         supervisor.map(|supervisor| (supervisor.own_rows(), supervisor.elections())).unwrap_or_default();
     elections.extend(heartbeats.as_ref().and_then(heartbeat::HeartbeatHandle::election));
@@ -109,6 +115,9 @@ fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
     page += &metrics::render_elections(&sources.site, &elections)?;
     if let Some(reading) = heartbeats.and_then(|heartbeats| heartbeats.reading()) {
         page += &metrics::render_heartbeats(&sources.site, &reading)?;
+    }
+    if let Some(adapters) = adapters {
+        page += &metrics::render_adapters(&sources.host, &adapters.readings())?;
     }
     Ok(page)
 }

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | edge | [`cli`], [`app`], [`telemetry`] | arguments, composition, ordered shutdown |
 //! | face | [`control`], [`http`] | how the outside asks |
-//! | work | [`supervisor`], [`lease`], [`preflight`], [`mirror`], [`copy`], [`sampling`], [`heartbeat`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
+//! | work | [`supervisor`], [`adapter`], [`lease`], [`preflight`], [`mirror`], [`copy`], [`sampling`], [`heartbeat`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
 //! | world | [`store`], [`allow`], [`nats`] | buckets, and which connections are allowed |
 //! | words | [`config`], [`choria`], [`status`], [`metrics`], [`names`], `boottime` | no sockets |
 //! | wire | the crate [`nats_lane`] | connections: the only I/O beside [`http`] |
@@ -15,6 +15,7 @@
 //! One message's way: `copy::source::reader` -> `copy::decide` -> `copy::target::writer` -> `copy::flow::window` ->
 //! `copy::flow::position`. Start reading at [`copy::run`].
 
+pub mod adapter;
 pub mod allow;
 pub mod app;
 mod boottime;

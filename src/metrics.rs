@@ -2,6 +2,8 @@
 //! the only owner of its numbers. Names and labels are those of Choria's stream-replicator (counters without
 //! `_total`), and ours beside them.
 
+mod adapters;
+
 use std::time::Duration;
 
 use prometheus::{
@@ -9,6 +11,7 @@ use prometheus::{
     proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
 };
 
+pub use self::adapters::{AdapterReading, render_adapters};
 use crate::{
     names::choria_consumer,
     status::{self, Advised, Repairs, Row, SamplingStatus, State},

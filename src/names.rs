@@ -29,6 +29,9 @@ pub const RENAMED_HEADER_PREFIX: &str = "Choria-SR-";
 /// Key of the heartbeats in the configuration bucket, beside replication ids; no replication may have this id.
 pub const HEARTBEATS_KEY: &str = "heartbeats";
 
+/// What the keys of adapters in the configuration bucket begin with, beside replication ids.
+pub const ADAPTERS_PREFIX: &str = "adapters/";
+
 /// Key of the site's record in the configuration bucket, beside replication ids; no replication may have this id.
 pub const SITE_KEY: &str = "site";
 

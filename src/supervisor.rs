@@ -50,7 +50,7 @@ use crate::{
     events::Events,
     lease::Leases,
     metrics,
-    names::{HEARTBEATS_KEY, SITE_KEY},
+    names::{ADAPTERS_PREFIX, HEARTBEATS_KEY, SITE_KEY},
     status::{Row, State},
     store::{
         ConfigChange, ConfigEntry, ConfigStore, FILE_REVISION, MarkKind, OwnStreams, PositionRecord, PositionStore,
@@ -417,6 +417,12 @@ impl TaskLoop {
     fn follow(&mut self, signal: Signal, listed: &mut BTreeSet<String>) {
         match signal {
             Signal::Began => listed.clear(),
+            // These are for the adapters.
+            Signal::Change(
+                ConfigChange::Put(ConfigEntry { key, revision, .. }) | ConfigChange::Deleted { key, revision },
+            ) if key.starts_with(ADAPTERS_PREFIX) => {
+                self.saw(revision);
+            }
             Signal::Change(ConfigChange::Put(entry)) => {
                 listed.insert(entry.key.clone());
                 let revision = entry.revision;

@@ -13,8 +13,8 @@ use serde_json::{Map, Value};
 use crate::{
     allow::AllowList,
     choria::{ReplicatorYaml, YamlControl, YamlProblem},
-    config::{MAX_DOCUMENT, Replication, URLS, document_id},
-    names,
+    config::{MAX_DOCUMENT, Replication, URLS, adapter_name, document_id},
+    names::{self, ADAPTERS_PREFIX},
 };
 
 /// A file in which everything is right.
@@ -98,6 +98,21 @@ impl ReplicatorFile {
             found.0.into_iter().for_each(|wrong| problem(&format!("/heartbeats{}", wrong.path), wrong.message));
             None
         });
+        let (mut adapters, mut refused_adapters) = (Vec::new(), Vec::new());
+        for (index, document) in yaml.adapters.iter().enumerate() {
+            let at = format!("/adapters/{index}");
+            if adapter_name(document).is_none() {
+                problem(&format!("{at}/name"), "an adapter needs a `name` of letters, digits, `-` and `_`".to_owned());
+            }
+            match rules.parse_adapter(&unmask(document)) {
+                Ok(adapter) => adapters.push(adapter),
+                // The others run all the same.
+                Err(found) => refused_adapters.extend(found.0.into_iter().map(|wrong| {
+                    let path = at.clone() + &wrong.path;
+                    YamlProblem::new(yaml.line(&path), &path, format!("this adapter does not run: {}", wrong.message))
+                })),
+            }
+        }
         let prefixes = [
             ("bucket_prefix", yaml.control.bucket_prefix.as_deref().map(names::check_bucket_prefix)),
             ("prefix", yaml.control.prefix.as_deref().map(names::check_prefix)),
@@ -112,19 +127,25 @@ impl ReplicatorFile {
             None
         });
         let first = replications.first().map(|replication| replication.source.place.clone());
-        let server = own.or(first).or(heartbeats.map(|heartbeats| heartbeats.place));
+        let adapter = adapters.into_iter().next().map(|adapter| adapter.target);
+        let server = own.or(first).or(heartbeats.map(|heartbeats| heartbeats.place)).or(adapter);
         let Some(server) = server.filter(|_| problems.is_empty()) else {
             problems.sort();
             return Err(problems);
         };
-        let notices = notices(&yaml, &replications);
+        let mut notices = notices(&yaml, &replications);
+        notices.extend(refused_adapters);
         Ok(Self { yaml, replications, notices, server })
     }
 
     /// The documents by id.
     pub fn documents(&self) -> BTreeMap<String, Bytes> {
         let documents = self.replications.iter().zip(self.streams());
-        documents.map(|(replication, document)| (replication.id.clone(), document.to_string().into())).collect()
+        let documents = documents.map(|(replication, document)| (replication.id.clone(), document.to_string().into()));
+        let adapters = self.yaml.adapters.iter().filter_map(|document| {
+            Some((format!("{ADAPTERS_PREFIX}{}", adapter_name(document)?), document.to_string().into()))
+        });
+        documents.chain(adapters).collect()
     }
 
     /// The streams as documents, in the order of the file.

@@ -85,6 +85,8 @@ pub struct ReplicatorYaml {
     pub heartbeats: Value,
     /// Replication documents, with the TLS files and the identity that apply to each.
     pub streams: Vec<Map<String, Value>>,
+    /// Choria's data adapters, as the service has them.
+    pub adapters: Vec<Value>,
     /// Our own settings.
     pub control: YamlControl,
     /// Where each value is.

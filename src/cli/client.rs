@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::{error::Error, global::Global, output::clean, reply::Reply};
 use crate::{
-    control::api::{ErrorReply, Failure, Instances, List, Status},
+    control::api::{AdapterList, ErrorReply, Failure, Instances, List, Status},
     names::{self, DEADLINE_HEADER, EXPECTED_REVISION_HEADER, TIME_HEADER},
 };
 
@@ -42,6 +42,10 @@ impl Paged for Status {
 
 impl Paged for List {
     const ROWS: &'static str = "replications";
+}
+
+impl Paged for AdapterList {
+    const ROWS: &'static str = "adapters";
 }
 
 impl Paged for Instances {

@@ -8,9 +8,10 @@ use tracing::error;
 
 use super::{connection::ConnectionFlags, error::USAGE};
 use crate::{
+    adapter::adapter_key,
     allow::AllowList,
     app::{self, AppSettings},
-    config::{SiteFile, parse_file},
+    config::{self, SiteFile, parse_file},
     names,
     store::FileDocuments,
     telemetry,
@@ -45,7 +46,7 @@ pub(super) struct Args {
     )]
     name: Option<String>,
 
-    /// YAML file of the site: `name` and `heartbeats`
+    /// YAML file of the site: `name`, `heartbeats` and `adapters`
     #[arg(long, value_name = "FILE", env = "STREAM_REPLICATOR_CONFIG", hide_env_values = true)]
     config: Option<PathBuf>,
 
@@ -212,7 +213,7 @@ impl Args {
             lease_ttl: lease_ttl.unwrap_or_default(),
             standalone: self.standalone,
             heartbeats: file.heartbeats,
-            documents: FileDocuments::default(),
+            documents: adapters(&file.adapters),
             on_hangup: None,
         })
     }
@@ -226,6 +227,7 @@ impl Args {
             return Ok(SiteFile {
                 name: name.map_err(|problem| vec![problem.to_owned()])?.to_owned(),
                 heartbeats: Value::Null,
+                adapters: Vec::new(),
             });
         };
         let told = |problem: String| format!("`--config {}`: {problem}", path.display());
@@ -249,6 +251,15 @@ impl Args {
         }
         connection.place()
     }
+}
+
+/// The adapters of a file, beside the documents of the bucket. One that cannot run is reported when it is read, and the others run.
+fn adapters(adapters: &[Value]) -> FileDocuments {
+    let documents = adapters.iter().filter_map(|document| {
+        let name = config::adapter_name(document)?;
+        Some((adapter_key(&name), document.to_string().into()))
+    });
+    FileDocuments::new(documents.collect()).0
 }
 
 /// An empty environment variable is as good as none.

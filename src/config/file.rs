@@ -3,11 +3,11 @@
 use nats_lane::endpoint::nearest;
 use serde_json::{Map, Value};
 
-use super::{Problem, schema::shorten};
+use super::{Problem, adapters::adapter_name, schema::shorten};
 use crate::names;
 
 /// The fields of the first level.
-const KNOWN: [&str; 2] = ["name", "heartbeats"];
+const KNOWN: [&str; 3] = ["name", "heartbeats", "adapters"];
 
 /// What a file says.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,6 +16,8 @@ pub struct SiteFile {
     pub name: String,
     /// Heartbeats as written; `null` for none.
     pub heartbeats: Value,
+    /// Adapters as written, each with a name; whether they can run is not known.
+    pub adapters: Vec<Value>,
 }
 
 /// Reads the file's text. Everything that is wrong comes at once, without the file's name and without secrets. `name` is
@@ -49,16 +51,28 @@ pub fn parse_file(
         }
     }
     let heartbeats = fields.remove("heartbeats").unwrap_or_default();
+    let adapters = match fields.remove("adapters").unwrap_or_default() {
+        Value::Null => Vec::new(),
+        Value::Array(adapters) => adapters,
+        _ => {
+            problems.push("`adapters` is no list".to_owned());
+            Vec::new()
+        }
+    };
+    if adapters.iter().any(|adapter| adapter_name(adapter).is_none()) {
+        problems.push("`adapters`: each needs a `name` of letters, digits, `-` and `_`".to_owned());
+    }
     let place = |problem: Problem| format!("`/heartbeats{}`: {}", problem.path, problem.message);
     problems.extend(judge(&heartbeats).into_iter().map(place));
     match own {
-        Some(name) if problems.is_empty() => Ok(SiteFile { name, heartbeats }),
+        Some(name) if problems.is_empty() => Ok(SiteFile { name, heartbeats, adapters }),
         _ => Err(problems),
     }
 }
 
 fn unknown_field(field: &str) -> String {
-    let known = KNOWN.map(|known| format!("`{known}`")).join(" and ");
+    let [name, heartbeats, adapters] = KNOWN;
+    let known = format!("`{name}`, `{heartbeats}` and `{adapters}`");
     let near = nearest(field, KNOWN).map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
     format!("`{}` is unknown on the first level{near}; known are {known}", shorten(field))
 }
@@ -96,7 +110,7 @@ mod tests {
     fn a_file_names_the_site_and_its_heartbeats() {
         let file = parsed("name: US\nheartbeats:\n  interval: 10s\n  subjects:\n    - subject: a.b\n", None);
         let heartbeats = json!({"interval": "10s", "subjects": [{"subject": "a.b"}]});
-        assert_eq!(file, Ok(SiteFile { name: "US".to_owned(), heartbeats }));
+        assert_eq!(file, Ok(SiteFile { name: "US".to_owned(), heartbeats, adapters: Vec::new() }));
         let merged =
             "name: US\nheartbeats:\n  headers: &a {x: y}\n  subjects: [{subject: s, headers: {<<: *a, z: z}}]\n";
         let merged = parsed(merged, Some("US")).unwrap();
@@ -122,7 +136,10 @@ mod tests {
             "name: US\nstreams: []\nheartbeat: {}\n",
             &["`heartbeat` is unknown on the first level, did you mean `heartbeats`?", "`streams` is unknown"],
         );
-        check("name: US\nstreams: []", &["`streams` is unknown on the first level; known are `name` and `heartbeats`"]);
+        check(
+            "name: US\nstreams: []",
+            &["`streams` is unknown on the first level; known are `name`, `heartbeats` and `adapters`"],
+        );
         check("name: EU\nheartbeats: {url: 5}", &["`name` is `EU`", "`/heartbeats/url`: is wrong"]);
         check("- name", &["no mapping"]);
         check("name: US\nname: US", &["not valid YAML"]);

@@ -127,7 +127,7 @@ fn is_nothing(value: &Value) -> bool {
 }
 
 /// A field without a value is as good as none: in YAML people leave it so.
-fn without_nulls(value: &Value) -> Value {
+pub(super) fn without_nulls(value: &Value) -> Value {
     match value {
         Value::Object(fields) => {
             let kept = fields.iter().filter(|(_, value)| !value.is_null());

@@ -87,7 +87,9 @@ impl Schema {
             (Value::Null, None) => &schema["additionalProperties"],
             (known, _) => known,
         };
-        match part["$ref"].as_str().and_then(|to| self.root.pointer(to.strip_prefix('#')?)) {
+        // A field that may be `null` has its definition beside that.
+        let to = part["$ref"].as_str().or_else(|| part["anyOf"][0]["$ref"].as_str());
+        match to.and_then(|to| self.root.pointer(to.strip_prefix('#')?)) {
             Some(definition) => definition,
             None => part,
         }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Problem, TlsDocument,
+    adapters::ADAPTER,
     heartbeats::HEARTBEATS,
     schema::{REPLICATION, Schema, join},
 };
@@ -74,6 +75,38 @@ pub fn has_heartbeats_mask(document: &Map<String, Value>) -> bool {
     heartbeats().has_mask(document)
 }
 
+/// One side of an adapter; the URL and its TLS files are beside each other.
+fn adapter_side() -> SecretFields {
+    SecretFields { schema: &ADAPTER, urls: &[("servers", &["tls"])] }
+}
+
+/// [`mask_document`] for an adapter.
+pub fn mask_adapter(document: &Value) -> Value {
+    adapter_side().mask(document)
+}
+
+/// [`unmask_document`] for an adapter.
+pub fn unmask_adapter(document: &mut Map<String, Value>, stored: Option<&Value>) -> Result<(), Vec<Problem>> {
+    let mut problems = Vec::new();
+    for side in SIDES {
+        let Some(Value::Object(fields)) = document.get_mut(side) else { continue };
+        let stored = stored.map(|stored| &stored[side]);
+        let found = adapter_side().unmask(fields, stored).err().unwrap_or_default().into_iter();
+        problems.extend(found.map(|one| Problem::new(format!("/{side}{}", one.path), one.message)));
+    }
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
+}
+
+/// [`has_mask`] for an adapter.
+pub fn has_adapter_mask(document: &Map<String, Value>) -> bool {
+    SIDES
+        .iter()
+        .any(|side| document.get(*side).and_then(Value::as_object).is_some_and(|side| adapter_side().has_mask(side)))
+}
+
+/// The fields of an adapter that say where servers are.
+const SIDES: [&str; 2] = ["ingest", "stream"];
+
 impl SecretFields {
     fn is_url(&self, field: &str) -> bool {
         self.urls.iter().any(|(url, _)| *url == field)
@@ -116,7 +149,7 @@ impl SecretFields {
         match value {
             Value::String(text) if schema["type"] == "string" => Value::String(mask_words(text)),
             Value::String(text) if text.contains('@') || text.contains("://") => Value::String(mask_url(text)),
-            Value::Number(_) if schema["type"] != "integer" => Value::String(MASK.to_owned()),
+            Value::Number(_) if schema["type"] != "integer" && schema["type"][0] != "integer" => Value::String(MASK.to_owned()),
             Value::String(_) => Value::String(MASK.to_owned()),
             Value::Array(values) => {
                 let each = |value| self.mask_as(value, self.schema.part(schema, ""));

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
+    adapter::{AdapterRow, AdapterState},
     config::Problem,
     status::{Origin, Row, State},
 };
@@ -394,6 +395,106 @@ pub struct RejectedHeartbeats {
 pub struct HeartbeatsChanged {
     /// Revision of the stored heartbeats, unchanged where they are the same; of the removal after `{}`.
     pub revision: u64,
+}
+
+/// Names one adapter. The plain name, without JSON, means the same.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterNamed {
+    /// Name of the adapter.
+    pub adapter: String,
+}
+
+/// Which adapters to show. An empty request means `{}`: all; the plain name, without JSON, means `{"adapter": name}`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdapterStatusRequest {
+    /// Name of the adapter, for one alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
+    /// How many rows to skip at the beginning; 0 by default.
+    pub offset: usize,
+    /// How many rows to show at most, 1,000 by default; fewer are shown where one message does not hold them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<usize>,
+}
+
+/// Reply to a change of an adapter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct AdapterChanged {
+    /// Name of the adapter.
+    pub adapter: String,
+    /// Revision of the document, of its deletion, or of the mark that pauses it.
+    pub revision: u64,
+}
+
+/// Reply of `adapter.validate`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AdapterValidation {
+    /// Whether the document can run.
+    pub valid: bool,
+    /// Everything that is wrong with it.
+    pub problems: Vec<Problem>,
+}
+
+/// Reply of `adapter.get`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AdapterShown {
+    /// Name of the adapter.
+    pub adapter: String,
+    /// Revision of the document.
+    pub revision: u64,
+    /// Where the document is: `kv`, the configuration bucket, or `file`, the file of an instance, with revision 0.
+    pub origin: String,
+    /// The document, secrets as `***`; `null` if the stored value is not JSON.
+    pub config: Value,
+    /// Its problems, if it was written to the bucket directly.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<Problem>,
+}
+
+/// Reply of `adapter.list`. There are more rows if `offset` and those shown are less than `total`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AdapterList {
+    /// Sorted by name.
+    pub adapters: Vec<AdapterListRow>,
+    /// Rows skipped at the beginning.
+    pub offset: usize,
+    /// Rows shown at most.
+    pub limit: usize,
+    /// Rows there are.
+    pub total: usize,
+}
+
+/// One adapter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AdapterListRow {
+    /// Name of the adapter.
+    pub adapter: String,
+    /// Revision of the document.
+    pub revision: u64,
+    /// Where the document is: `kv`, the configuration bucket, or `file`, the file of an instance, with revision 0.
+    pub origin: String,
+    /// What it does on the instance that answers.
+    pub state: AdapterState,
+}
+
+/// Reply of `adapter.status`: the numbers of the instance that answers. There are more rows if `offset` and those shown are
+/// less than `total`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AdapterStatus {
+    /// The site's name.
+    pub site: String,
+    /// The instance that answers.
+    pub instance: String,
+    /// Sorted by name.
+    pub adapters: Vec<AdapterRow>,
+    /// Rows skipped at the beginning.
+    pub offset: usize,
+    /// Rows shown at most.
+    pub limit: usize,
+    /// Rows there are.
+    pub total: usize,
 }
 
 /// Body of an error reply.

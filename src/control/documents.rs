@@ -7,6 +7,7 @@ use tokio::{sync::watch, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
+use crate::names::ADAPTERS_PREFIX;
 use crate::store::{ConfigChange, ConfigEntry, ConfigStore, Error};
 
 /// How long a request waits for the newest revision before it is answered from memory.
@@ -89,6 +90,11 @@ impl Documents {
 impl CachedDocuments {
     fn apply(&mut self, change: ConfigChange) {
         match change {
+            ConfigChange::Put(ConfigEntry { key, revision, .. }) | ConfigChange::Deleted { key, revision }
+                if key.starts_with(ADAPTERS_PREFIX) =>
+            {
+                self.seen = self.seen.max(revision);
+            }
             ConfigChange::Put(entry) => {
                 self.seen = self.seen.max(entry.revision);
                 self.entries.insert(entry.key.clone(), entry);

@@ -1,5 +1,6 @@
 //! The endpoints: one function per request.
 
+mod adapter;
 mod durable;
 mod heartbeat;
 mod instances;
@@ -21,6 +22,10 @@ use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use self::{
+    adapter::{
+        adapter_add, adapter_delete, adapter_get, adapter_list, adapter_pause, adapter_resume, adapter_status,
+        adapter_update, adapter_validate,
+    },
     durable::Leaving,
     heartbeat::{heartbeat_get, heartbeat_set},
     instances::instances,
@@ -40,6 +45,7 @@ use super::{
     service::{Data, EndpointKind, Handler, Request, Route},
 };
 use crate::{
+    adapter::AdapterHandle,
     allow::AllowList,
     config::{self, Json, MAX_DOCUMENT, Problem, Problems, Replication},
     events::Events,
@@ -81,6 +87,7 @@ pub(super) struct RequestContext {
     pub(super) senders: SenderStore,
     pub(super) supervisor: Handle,
     pub(super) heartbeats: heartbeats::HeartbeatHandle,
+    pub(super) adapters: AdapterHandle,
     pub(super) events: Events,
 }
 
@@ -116,6 +123,15 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
         route("stepdown", EndpointKind::Mutation, handler!(stepdown)),
         route("retry", EndpointKind::Mutation, handler!(retry)),
         route("skip", EndpointKind::Mutation, handler!(skip)),
+        route("adapter-add", EndpointKind::Mutation, handler!(adapter_add)),
+        route("adapter-update", EndpointKind::Mutation, handler!(adapter_update)),
+        route("adapter-validate", EndpointKind::Inquiry, handler!(adapter_validate)),
+        route("adapter-get", EndpointKind::Query, handler!(adapter_get)),
+        route("adapter-list", EndpointKind::Query, handler!(adapter_list)),
+        route("adapter-delete", EndpointKind::Mutation, handler!(adapter_delete)),
+        route("adapter-status", EndpointKind::Query, handler!(adapter_status)),
+        route("adapter-pause", EndpointKind::Mutation, handler!(adapter_pause)),
+        route("adapter-resume", EndpointKind::Mutation, handler!(adapter_resume)),
         route("heartbeat-get", EndpointKind::Query, handler!(heartbeat_get)),
         route("heartbeat-set", EndpointKind::Mutation, handler!(heartbeat_set)),
     ]

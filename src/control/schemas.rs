@@ -9,6 +9,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, tr
 use serde_json::{Map, Value, json};
 
 use super::api::{
+    AdapterChanged, AdapterList, AdapterNamed, AdapterShown, AdapterStatus, AdapterStatusRequest, AdapterValidation,
     Changed, DeleteRequest, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest, List,
     ListRequest, NamedRequest, PositionMove, PositionRequest, SendersPage, SendersRequest, SkipRequest, Skipped,
     Status, StatusRequest, SteppedDown, StoredDocument, Validation,
@@ -61,6 +62,19 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("stepdown", request::<NamedRequest>(), reply::<SteppedDown>()),
         ("senders", request::<SendersRequest>(), reply::<SendersPage>()),
         ("instances", request::<InstancesRequest>(), reply::<Instances>()),
+        ("adapter.add", adapter_document("The adapter to add."), reply::<AdapterChanged>()),
+        (
+            "adapter.update",
+            adapter_document("The document that replaces the stored one as a whole."),
+            reply::<AdapterChanged>(),
+        ),
+        ("adapter.validate", adapter_document("The document to check."), reply::<AdapterValidation>()),
+        ("adapter.get", request::<AdapterNamed>(), reply::<AdapterShown>()),
+        ("adapter.list", request::<ListRequest>(), reply::<AdapterList>()),
+        ("adapter.delete", request::<AdapterNamed>(), reply::<AdapterChanged>()),
+        ("adapter.status", request::<AdapterStatusRequest>(), reply::<AdapterStatus>()),
+        ("adapter.pause", request::<AdapterNamed>(), reply::<AdapterChanged>()),
+        ("adapter.resume", request::<AdapterNamed>(), reply::<AdapterChanged>()),
         ("heartbeat.get", json!({"description": "Empty; the payload is ignored."}), reply::<HeartbeatsShown>()),
         ("heartbeat.set", config::heartbeats_schema().clone(), reply::<HeartbeatsChanged>()),
     ]
@@ -87,6 +101,11 @@ fn document(description: &str) -> Value {
         "description": format!("{description} `***` instead of a secret keeps the stored secret."),
         "$ref": REPLICATION,
     })
+}
+
+fn adapter_document(description: &str) -> Value {
+    let description = format!("{description} `***` instead of a secret keeps the stored secret.");
+    with(config::adapter_schema().clone(), [("description", description.into())])
 }
 
 fn position_request() -> Value {

@@ -28,7 +28,8 @@ pub fn check_reply(subject: &str, failed: bool, body: &Value) -> Result<()> {
 /// Checks a request that was served: nothing but what its schema allows is taken.
 pub fn check_request(subject: &str, body: &[u8]) -> Result<()> {
     let Some(endpoint) = endpoint(subject)? else { return Ok(()) };
-    check(&format!("{endpoint}.request"), &meant(body)).with_context(|| format!("request to `{subject}`"))
+    check(&format!("{endpoint}.request"), &meant(endpoint_name(&endpoint), body))
+        .with_context(|| format!("request to `{subject}`"))
 }
 
 /// Checks an event: subject and body.
@@ -50,13 +51,18 @@ pub fn check(schema: &str, value: &Value) -> Result<()> {
     Ok(())
 }
 
+/// The field that plain text stands for.
+fn endpoint_name(endpoint: &str) -> &'static str {
+    if endpoint.starts_with("adapter.") { "adapter" } else { "replication" }
+}
+
 /// What a request means in JSON: nothing is `{}`, and plain text is an id.
-fn meant(body: &[u8]) -> Value {
+fn meant(id: &str, body: &[u8]) -> Value {
     let text = String::from_utf8_lossy(body.trim_ascii());
     match text.chars().next() {
         None => json!({}),
         Some('{') => serde_json::from_str(&text).unwrap_or_default(),
-        Some(_) => json!({"replication": text}),
+        Some(_) => json!({ id: text }),
     }
 }
 

@@ -63,6 +63,43 @@ const HEARTBEATS: &[FileField] = &[
 const CONTROL: &[FileField] =
     &[field("server", Text), field("credentials", Text), field("bucket_prefix", Text), field("prefix", Text)];
 
+const ADAPTER_COUNT: FieldKind = Whole(0, u64::MAX as i128);
+
+const ADAPTER_INGEST: &[FileField] = &[
+    field("topic", Text),
+    field("protocol", Text),
+    field("workers", ADAPTER_COUNT),
+    field("servers", Text),
+    field("context", Text),
+    field("credentials", Text),
+    field("tls", Group(TLS)),
+    field("choria", Group(CHORIA)),
+];
+
+const ADAPTER_STREAM: &[FileField] = &[
+    field("type", Text),
+    field("topic", Text),
+    field("workers", ADAPTER_COUNT),
+    field("servers", Text),
+    field("context", Text),
+    field("credentials", Text),
+    field("tls", Group(TLS)),
+    field("choria", Group(CHORIA)),
+    field("create", Any),
+];
+
+const ADAPTER: &[FileField] = &[
+    field("name", Text),
+    field("queue_len", ADAPTER_COUNT),
+    field("queue_bytes", ADAPTER_COUNT),
+    field("ingest", Group(ADAPTER_INGEST)),
+    field("stream", Group(ADAPTER_STREAM)),
+    field("output_protocol", Text),
+    field("exclusive", Flag),
+    field("verify", Flag),
+    field("trusted_signers", Any),
+];
+
 const SEQUENCE: FieldKind = Whole(0, u64::MAX as i128);
 
 const STREAM: &[FileField] = &[
@@ -131,5 +168,6 @@ pub(super) const FILE: &[FileField] = &[
     field("choria", Group(CHORIA)),
     field("heartbeats", Group(HEARTBEATS)),
     field("streams", Entries(STREAM)),
+    ours("adapters", Entries(ADAPTER)),
     ours("control", Group(CONTROL)),
 ];

@@ -11,7 +11,7 @@ use stream_replicator::status::LastError;
 
 use crate::harness::client::{ask, connect, request};
 use crate::harness::raw::wait_messages;
-use crate::harness::{LIMIT, Outgoing, Raw, Role, SITE, Server, Service, Site, wait_for, wire};
+use crate::harness::{LIMIT, Outgoing, Raw, Role, SITE, Server, Service, Site, wait_for, wait_value, wire};
 
 /// One `nats req` of the page and what it answers.
 #[derive(Debug)]
@@ -455,6 +455,12 @@ async fn before(site: &Site, example: &Example) -> Result<()> {
             site.add("PARCELS", json!({})).await?;
             state("INVOICES", "held").await?;
             state("PARCELS", "held").await?;
+        }
+        "adapter.status" => {
+            let running = async || site.ask("adapter.status", "inventory").await.ok()?.body["adapters"].get(0).cloned();
+            let running =
+                async || running().await.filter(|row| row["state"] == "running" && row["queue"]["capacity"] == 50_000);
+            drop(wait_value("the adapter runs", LIMIT, running).await?);
         }
         "senders" => {
             site.add("NODES", json!({"inspect_field": "sender", "inspect_duration": "1h"})).await?;

@@ -470,7 +470,7 @@ async fn an_invalid_file_ends_the_start_with_all_problems() -> Result<()> {
             vec![
                 "`streams` is unknown on the first level",
                 "did you mean `heartbeats`?",
-                "known are `name` and `heartbeats`",
+                "known are `name`, `heartbeats` and `adapters`",
             ],
         ),
         ("heartbeats: {}\n", vec!["`name`, the name of the site, is required"]),
