@@ -563,8 +563,8 @@ impl Lane {
         Ok(())
     }
 
-    /// Lets buffers go that were only needed while the lane was busy. Their capacity does not tell their size: it is what is
-    /// left behind the bytes that were taken out.
+    /// Lets buffers go that were only needed while the lane was busy. Their capacity does not show their size: it is what is
+    /// left after the bytes that were taken out.
     fn release_memory(&mut self) {
         let busy = std::mem::replace(&mut self.busy, false);
         if !busy && self.output.is_empty() {
