@@ -396,7 +396,7 @@ impl AdapterChecker {
 
     fn trusted(&mut self, document: &AdapterDocument) -> Option<TrustedSigners> {
         let path = "/trusted_signers";
-        if document.verify != !document.trusted_signers.is_empty() {
+        if document.verify == document.trusted_signers.is_empty() {
             self.problem(path, "`verify` and `trusted_signers` go together: whose signatures count");
         }
         match TrustedSigners::new(document.trusted_signers.iter().map(String::as_str)) {

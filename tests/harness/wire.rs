@@ -28,7 +28,7 @@ pub fn check_reply(subject: &str, failed: bool, body: &Value) -> Result<()> {
 /// Checks a request that was served: nothing but what its schema allows is taken.
 pub fn check_request(subject: &str, body: &[u8]) -> Result<()> {
     let Some(endpoint) = endpoint(subject)? else { return Ok(()) };
-    check(&format!("{endpoint}.request"), &meant(endpoint_name(&endpoint), body))
+    check(&format!("{endpoint}.request"), &meant(endpoint_name(endpoint), body))
         .with_context(|| format!("request to `{subject}`"))
 }
 
