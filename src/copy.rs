@@ -27,7 +27,7 @@ use tracing::info;
 pub use error::{Error, ErrorKind};
 #[doc(hidden)]
 pub use feed::{INBOX, feed};
-pub(crate) use flow::position::Fed;
+pub(crate) use flow::{position::Fed, window::MessageSize};
 pub use flow::{budget::Budget, position::PositionWriter, watchdog::Escalation};
 pub use job::Job;
 pub use samples::Samples;
