@@ -180,6 +180,8 @@ fn document(stream: &Map<String, Value>) -> Value {
     if !is("ephemeral") && !is("target_initiated") {
         document.entry("hand_back").or_insert(Value::Bool(true));
     }
+    // The readers of its copies expect the streams that it makes.
+    document.entry("target_like_source").or_insert(Value::Bool(true));
     Value::Object(document)
 }
 

@@ -117,6 +117,9 @@ pub struct Document {
     /// The durable consumer of Choria's replicator is moved along.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hand_back: Option<bool>,
+    /// A created target is made like the whole source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_like_source: Option<bool>,
     /// Senders are identified by this field of the payload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspect_field: Option<String>,
@@ -376,6 +379,7 @@ impl Checker {
             max_age,
             leader_election_name: text(&document.leader_election_name).map(str::to_owned),
             hand_back: document.hand_back.unwrap_or_default(),
+            target_like_source: document.target_like_source.unwrap_or_default(),
             provenance_first: document.target_initiated.unwrap_or_default(),
             sampling,
             on_reject,
@@ -1359,6 +1363,7 @@ mod tests {
             ephemeral: Some(true),
             leader_election_name: some(),
             hand_back: Some(true),
+            target_like_source: Some(true),
             inspect_field: some(),
             inspect_header: some(),
             inspect_subject_token: Some(1),

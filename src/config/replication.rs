@@ -37,6 +37,8 @@ pub struct Replication {
     pub leader_election_name: Option<String>,
     /// Whether the durable consumer of Choria's replicator at the source is moved along with the copy.
     pub hand_back: bool,
+    /// Whether a target that is created gets the subjects of the whole source, its description and its metadata.
+    pub target_like_source: bool,
     /// Whether our provenance comes before that of earlier hops: Choria's replicator resumes a target-initiated copy by
     /// the first one.
     pub provenance_first: bool,
