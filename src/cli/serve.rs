@@ -212,6 +212,7 @@ impl Args {
             lease_ttl: lease_ttl.unwrap_or_default(),
             standalone: self.standalone,
             heartbeats: file.heartbeats,
+            state_store: None,
             documents: FileDocuments::default(),
             on_hangup: None,
         })

@@ -117,6 +117,9 @@ pub struct Document {
     /// The durable consumer of Choria's replicator is moved along.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hand_back: Option<bool>,
+    /// Decides about senders as Choria's replicator does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compat: Option<String>,
     /// A created target is made like the whole source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_like_source: Option<bool>,
@@ -702,6 +705,7 @@ impl Checker {
             force_field: text(&document.inspect_force_field).map(str::to_owned),
             advisory,
             bounds: sender_bounds(document.limits.as_ref()),
+            as_choria: text(&document.compat).is_some(),
         })
     }
 
@@ -1363,6 +1367,7 @@ mod tests {
             ephemeral: Some(true),
             leader_election_name: some(),
             hand_back: Some(true),
+            compat: Some("choria".into()),
             target_like_source: Some(true),
             inspect_field: some(),
             inspect_header: some(),

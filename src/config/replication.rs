@@ -113,6 +113,10 @@ pub struct Sampling {
     pub advisory: Option<AdvisorySettings>,
     /// How many senders are tracked.
     pub bounds: SenderBounds,
+    /// Whether the rules are those of Choria's replicator: a size is compared with that of the sender's message before,
+    /// copied or not; a message is forced where the force field exists; objects, arrays and numbers name senders as
+    /// Choria's replicator writes them.
+    pub as_choria: bool,
 }
 
 /// How many senders are tracked. Messages of others are copied.

@@ -111,6 +111,7 @@ const STREAM: &[FileField] = &[
     ours("id", Text),
     ours("hand_back", Flag),
     ours("target_like_source", Flag),
+    ours("compat", Text),
     ours("description", Text),
     ours("source_context", Text),
     ours("target_context", Text),
