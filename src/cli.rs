@@ -3,6 +3,7 @@
 
 mod admin;
 mod apply;
+mod choria_forms;
 mod client;
 mod config;
 mod connection;
@@ -133,7 +134,7 @@ impl ClientCommand {
             Self::Skip(args) => args.global.json,
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
-            Self::Admin(args) => args.global().json,
+            Self::Admin(args) => args.json(),
             Self::Heartbeat(args) => args.global().json,
             Self::Site(args) => args.global().json,
             Self::Completions(_) | Self::Man(_) => false,
