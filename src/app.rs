@@ -6,7 +6,7 @@ mod signals;
 mod site;
 mod systemd;
 
-use std::{convert::Infallible, env, fmt::Display, fs, io, pin::pin, process, time::Duration};
+use std::{convert::Infallible, env, fmt::Display, fs, io, path::PathBuf, pin::pin, process, time::Duration};
 
 use anyhow::{Context as _, bail};
 use async_nats::Client;
@@ -71,6 +71,8 @@ pub struct AppSettings {
     pub standalone: bool,
     /// Heartbeats as the site's file has them, checked; `null` for none.
     pub heartbeats: Value,
+    /// Folder of the state files of Choria's replicator, where they are read and written.
+    pub state_store: Option<PathBuf>,
     /// Replication documents of the site's file, checked.
     pub documents: FileDocuments,
     /// What SIGHUP does; without it, SIGHUP and SIGQUIT end the process as they do by default.
@@ -354,6 +356,7 @@ fn start_parts(settings: &AppSettings, rules: &AllowList, buckets: &Buckets, eve
         leases: leases.clone(),
         senders: buckets.senders.clone(),
         events: events.clone(),
+        state_store: settings.state_store.clone(),
         budget: Budget::new(READ_AHEAD),
         heartbeats: heartbeat_updates,
         site_record: site_updates,

@@ -4,6 +4,7 @@
 mod adapter;
 mod admin;
 mod apply;
+mod choria_forms;
 mod client;
 mod config;
 mod connection;
@@ -136,7 +137,7 @@ impl ClientCommand {
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
             Self::Adapter(args) => args.global().json,
-            Self::Admin(args) => args.global().json,
+            Self::Admin(args) => args.json(),
             Self::Heartbeat(args) => args.global().json,
             Self::Site(args) => args.global().json,
             Self::Completions(_) | Self::Man(_) => false,

@@ -27,10 +27,10 @@ use tracing::info;
 pub use error::{Error, ErrorKind};
 #[doc(hidden)]
 pub use feed::{INBOX, feed};
-pub(crate) use flow::position::Fed;
 pub use flow::{budget::Budget, position::PositionWriter, watchdog::Escalation};
+pub(crate) use flow::{position::Fed, window::MessageSize};
 pub use job::Job;
-pub use samples::Samples;
+pub use samples::{Samples, SeenSender};
 pub use source::{
     consumers::consumer_prefix,
     locate::{At, Located, Place, locate},

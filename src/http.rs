@@ -107,12 +107,12 @@ async fn show_metrics(State(sources): State<Sources>) -> Response {
 
 fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
     let Progress { supervisor, heartbeats, adapters, recreated, .. } = sources.progress.borrow().clone();
-    let (rows, mut elections) =
+    let (rows, elections) =
         supervisor.map(|supervisor| (supervisor.own_rows(), supervisor.elections())).unwrap_or_default();
-    elections.extend(heartbeats.as_ref().and_then(heartbeat::HeartbeatHandle::election));
+    let beats = heartbeats.as_ref().and_then(heartbeat::HeartbeatHandle::election);
     let mut page = metrics::render(&sources.site, &rows, sources.events.dropped())?;
     page += &metrics::render_buckets(&sources.site, recreated)?;
-    page += &metrics::render_elections(&sources.site, &elections)?;
+    page += &metrics::render_elections(&sources.site, &elections, beats.as_ref())?;
     if let Some(reading) = heartbeats.and_then(|heartbeats| heartbeats.reading()) {
         page += &metrics::render_heartbeats(&sources.site, &reading)?;
     }

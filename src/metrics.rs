@@ -67,16 +67,16 @@ const fn gauge(name: &'static str, help: &'static str, read: fn(&Row) -> Option<
 const READINGS: &[Reading] = &[
     // Choria's.
     counter("total_messages", "Messages read from the source", |r| Some(r.copy.counters.received as f64)),
-    counter("total_bytes", "Bytes of subject, headers and payload read from the source", |r| Some(r.copy.counters.received_bytes as f64)),
+    counter("total_bytes", "Payload bytes read from the source", |r| Some(r.copy.metered.received_payload as f64)),
     counter("copied_messages", "Messages stored at the target", |r| Some(r.copy.counters.copied as f64)),
-    counter("copied_bytes", "Bytes of the messages stored at the target, as read", |r| Some(r.copy.counters.copied_bytes as f64)),
+    counter("copied_bytes", "Payload bytes of the messages stored at the target", |r| Some(r.copy.metered.copied_payload as f64)),
     counter("skipped_messages", "Messages skipped for any reason", |r| Some(skipped(r) as f64)),
-    counter("skipped_bytes", "Bytes of the skipped messages, as read", |r| Some(r.copy.counters.skipped_bytes as f64)),
+    counter("skipped_bytes", "Payload bytes of the skipped messages", |r| Some(r.copy.metered.skipped_payload as f64)),
     counter("too_old_messages", "Messages skipped because they were older than max_age", |r| Some(r.copy.counters.skipped_old as f64)),
     counter("handler_error_count", "Runs of the copy that ended with an error", |r| Some(r.copy.counters.errors as f64)),
     counter("meta_parse_failed_count", "Always 0: a message without a stream sequence ends the run, see handler_error_count", |_| Some(0.0)),
     counter("ack_failed_count", "Messages that the target refused", |r| Some(r.copy.counters.refused as f64)),
-    counter("consumer_recreated", "Source consumers recreated after the first", |r| Some(r.copy.counters.consumers_recreated as f64)),
+    counter("consumer_recreated", "Source consumers created, the first one included", |r| Some(r.copy.metered.consumers as f64)),
     gauge("stream_sequence", "Source sequence up to which everything is settled", |r| Some(r.copy.position.source_seq as f64).filter(|_| r.knows_position())),
     gauge("stream_lag_messages", "Messages in scope that are not settled; absent where the source does not tell", |r| r.copy.lag.map(|lag| lag.messages as f64)),
     // Ours.
@@ -119,6 +119,7 @@ pub fn render(site: &str, rows: &[Row], dropped_events: u64) -> Result<String, p
     families.push(clock_family(&rows));
     families.push(state_family(&rows));
     families.push(processing_family(&rows));
+    families.push(gossip_family(&rows));
     families.extend(sampling_families(site, &rows));
     families.retain(|family| !family.get_metric().is_empty());
     families.push(dropped_events_family(site, dropped_events));
@@ -150,17 +151,24 @@ pub struct ElectionReading {
     pub interval: Duration,
 }
 
-/// State of elections in Prometheus' text format, to append to the output of [`render`].
-pub fn render_elections(site: &str, elections: &[ElectionReading]) -> Result<String, prometheus::Error> {
-    let labels = |of: &ElectionReading| -> Vec<_> {
+/// State of the elections of replications and of that of heartbeats in Prometheus' text format, to append to the output of
+/// [`render`]. As with Choria's replicator, the election of heartbeats has no replicator.
+pub fn render_elections(
+    site: &str,
+    elections: &[ElectionReading],
+    of_heartbeats: Option<&ElectionReading>,
+) -> Result<String, prometheus::Error> {
+    let elections = elections.iter().map(|of| (site, of)).chain(of_heartbeats.map(|of| ("unknown", of)));
+    let elections: Vec<_> = elections.collect();
+    let labels = |(site, of): &(&str, &ElectionReading)| -> Vec<_> {
         vec![label("election", &of.election), label("identity", &of.identity), label("replicator", site)]
     };
     let gauges = |name, help, read: fn(&ElectionReading) -> f64| {
-        let all = elections.iter().map(|of| series(labels(of), MetricType::GAUGE, read(of))).collect();
+        let all = elections.iter().map(|of| series(labels(of), MetricType::GAUGE, read(of.1))).collect();
         family(format!("{ELECTION_PREFIX}{name}"), help, MetricType::GAUGE, all)
     };
     let campaigns = elections.iter().flat_map(|of| {
-        [("candidate", of.as_candidate), ("leader", of.as_leader)].map(|(state, count)| {
+        [("candidate", of.1.as_candidate), ("leader", of.1.as_leader)].map(|(state, count)| {
             let labels = labels(of).into_iter().chain([label("state", state)]).collect();
             series(labels, MetricType::COUNTER, count as f64)
         })
@@ -271,6 +279,15 @@ fn reading_family(reading: &Reading, rows: &[(&Row, &Vec<LabelPair>)]) -> Metric
     let known = rows.iter().filter_map(|(row, labels)| Some((labels, (reading.read)(row)?)));
     let all = known.map(|(labels, value)| series((*labels).clone(), reading.kind, value)).collect();
     family(format!("{PREFIX}{}", reading.name), reading.help, reading.kind, all)
+}
+
+/// Only of those that are sampled. A gauge with Choria's replicator, though it only grows.
+fn gossip_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
+    let sampled = rows.iter().filter(|(row, _)| row.copy.sampling.is_some() || row.copy.metered.gossip > 0);
+    let value = |row: &Row| row.copy.metered.gossip as f64;
+    let all = sampled.map(|(row, labels)| series((*labels).clone(), MetricType::GAUGE, value(row)));
+    let help = "Senders that other replicators reported as seen";
+    family("choria_stream_replicator_tracker_seen_by_gossip".to_owned(), help, MetricType::GAUGE, all.collect())
 }
 
 /// Only of those that are sampled.
@@ -532,7 +549,7 @@ mod tests {
             leads,
             interval: Duration::from_millis(1250),
         };
-        let text = render_elections("US", &[election("SR_US_A", true), election("SR_US_B", false)]).unwrap();
+        let text = render_elections("US", &[election("SR_US_A", true), election("SR_US_B", false)], None).unwrap();
         let labels = r#"election="SR_US_A",identity="new",replicator="US""#;
         check(&text, "# TYPE choria_stream_replicator_election_campaigns counter");
         check(&text, &format!("choria_stream_replicator_election_campaigns{{{labels},state=\"candidate\"}} 3"));
@@ -541,7 +558,10 @@ mod tests {
         check(&text, &format!("choria_stream_replicator_election_interval_seconds{{{labels}}} 1.25"));
         let other = r#"{election="SR_US_B",identity="new",replicator="US"}"#;
         check(&text, &format!("choria_stream_replicator_election_leader{other} 0"));
-        assert_eq!(render_elections("US", &[]).unwrap(), "");
+        let beat = render_elections("US", &[], Some(&election("SR_US_HB", true))).unwrap();
+        let labels = r#"{election="SR_US_HB",identity="new",replicator="unknown"}"#;
+        check(&beat, &format!("choria_stream_replicator_election_leader{labels} 1"));
+        assert_eq!(render_elections("US", &[], None).unwrap(), "");
     }
 
     #[test]

@@ -191,6 +191,9 @@ pub struct CopyStatus {
     /// Time from read to settled; a metric only.
     #[serde(skip)]
     pub processing: Histogram,
+    /// Totals that only metrics show.
+    #[serde(skip)]
+    pub metered: Metered,
 }
 
 /// Copies of messages that the source lost: only the target still has them. The ranges are those of the newest loss;
@@ -403,6 +406,21 @@ pub struct Counters {
     pub errors: u64,
     /// The part that was recreated to end a stall, or after a transient error.
     pub repairs: Repairs,
+}
+
+/// Totals since this leader began that only metrics show, as Choria's replicator counts them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Metered {
+    /// Payload bytes of the messages read.
+    pub received_payload: u64,
+    /// Payload bytes of the messages stored at the target.
+    pub copied_payload: u64,
+    /// Payload bytes of the messages skipped.
+    pub skipped_payload: u64,
+    /// Source consumers created, the first one included.
+    pub consumers: u64,
+    /// Gossip about senders that was received from other replicators.
+    pub gossip: u64,
 }
 
 /// State of sampling. Totals are since this leader started.

@@ -19,6 +19,7 @@ mod task;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    path::PathBuf,
     pin::pin,
     sync::Arc,
     time::Duration,
@@ -89,6 +90,8 @@ pub struct Deps {
     pub senders: SenderStore,
     /// Where events are published.
     pub events: Events,
+    /// Folder of the state files of Choria's replicator, where they are read and written.
+    pub state_store: Option<PathBuf>,
     /// Bytes that all replications together may read ahead.
     pub budget: Budget,
     /// Receives the heartbeats of the configuration bucket; revision 0 if it has none.

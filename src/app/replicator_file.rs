@@ -156,8 +156,10 @@ impl ReplicatorFile {
     /// Whether this file differs from another one in its streams at the most.
     pub fn has_streams_only(&self, other: &Self) -> bool {
         let rest = |file: &Self| {
-            let ReplicatorYaml { name, heartbeats, control, monitor_port, loglevel, logfile, .. } = &file.yaml;
-            (name.clone(), heartbeats.clone(), control.clone(), *monitor_port, loglevel.clone(), logfile.clone())
+            let ReplicatorYaml { name, heartbeats, control, monitor_port, loglevel, logfile, state_store, .. } =
+                &file.yaml;
+            let files = (logfile.clone(), state_store.clone());
+            (name.clone(), heartbeats.clone(), control.clone(), *monitor_port, loglevel.clone(), files)
         };
         rest(self) == rest(other)
     }
@@ -176,6 +178,11 @@ impl ReplicatorFile {
     /// Where metrics are served, `HOST:PORT`, if anywhere.
     pub fn monitor(&self) -> Option<String> {
         (self.yaml.monitor_port > 0).then(|| format!("0.0.0.0:{}", self.yaml.monitor_port))
+    }
+
+    /// Folder of the files with what sampling knows of senders, for Choria's replicator.
+    pub fn state_store(&self) -> Option<PathBuf> {
+        self.yaml.state_store.clone().filter(|folder| !folder.as_os_str().is_empty())
     }
 
     /// Level of the log: as in the Go program, everything but `debug` and `warn` is `info`.
@@ -201,6 +208,8 @@ fn document(stream: &Map<String, Value>) -> Value {
     if !is("ephemeral") && !is("target_initiated") {
         document.entry("hand_back").or_insert(Value::Bool(true));
     }
+    // The readers of its copies expect the streams that it makes.
+    document.entry("target_like_source").or_insert(Value::Bool(true));
     Value::Object(document)
 }
 
@@ -216,10 +225,6 @@ fn notices(yaml: &ReplicatorYaml, replications: &[Replication]) -> Vec<YamlProbl
     for (index, replication) in replications.iter().enumerate() {
         let path = format!("/streams/{index}");
         notices.extend(replication.notices.iter().map(|notice| YamlProblem::new(yaml.line(&path), &path, notice)));
-    }
-    if yaml.state_store.as_ref().is_some_and(|folder| !folder.as_os_str().is_empty()) {
-        let message = "`state_store` has no effect: what sampling knows of senders is kept in a bucket";
-        notices.push(YamlProblem::new(yaml.line("/state_store"), "/state_store", message));
     }
     notices.sort();
     notices
@@ -293,7 +298,7 @@ mod tests {
         let orders = &file.replications[0];
         assert_eq!((orders.target.stream.as_str(), orders.mapping.prefix.as_str()), ("ORDERS_COPY", "COPY"));
         assert_eq!((file.bucket_prefix(), &file.server), ("REPLICATOR_FRA1".to_owned(), &orders.source.place));
-        assert!(file.notices.iter().any(|notice| (notice.line, notice.field.as_str()) == (3, "state_store")));
+        assert_eq!(file.state_store(), Some("/var/lib/stream-replicator".into()));
     }
 
     #[test]

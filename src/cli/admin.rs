@@ -1,14 +1,15 @@
 //! `stream-replicator admin`: what sampling knows of senders, and their advisories.
 
-use std::fmt::Display;
+use std::{cell::Cell, fmt::Display};
 
 use async_nats::{Message, jetstream::consumer::DeliverPolicy};
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Local, TimeDelta, Utc};
 use clap::{Args as ClapArgs, Subcommand};
 use futures_util::StreamExt;
 use serde_json::json;
 
 use super::{
+    choria_forms::{self, ChoriaFlags, GossipArgs, StateArgs, go_duration},
     client::Client,
     error::{CommandVerdict, Error},
     format::{When, bytes, parse_time, parse_when, seconds, time},
@@ -34,7 +35,10 @@ pub(super) struct Args {
 #[derive(Debug, Subcommand)]
 enum AdminCommand {
     Senders(SendersArgs),
+    #[command(visible_alias = "adv")]
     Advisories(AdvisoriesArgs),
+    State(StateArgs),
+    Gossip(GossipArgs),
     Watch(WatchArgs),
 }
 
@@ -74,8 +78,8 @@ struct AdvisoriesArgs {
     value: Option<String>,
 
     /// Only advisories stored since this time: RFC 3339, or how long ago, such as `1h`
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    since: Option<DateTime<Utc>>,
+    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "1m")]
+    since: DateTime<Utc>,
 
     /// Continue with new ones
     #[arg(long, short)]
@@ -83,6 +87,9 @@ struct AdvisoriesArgs {
 
     #[command(flatten)]
     global: Global,
+
+    #[command(flatten)]
+    choria: ChoriaFlags,
 }
 
 /// Show changes of sender records as they are written
@@ -100,21 +107,31 @@ struct WatchArgs {
 }
 
 impl Args {
-    pub(super) fn global(&self) -> &Global {
+    /// Whether the output is for a program.
+    pub(super) fn json(&self) -> bool {
         match &self.command {
-            AdminCommand::Senders(args) => &args.global,
-            AdminCommand::Advisories(args) => &args.global,
-            AdminCommand::Watch(args) => &args.global,
+            AdminCommand::Senders(args) => args.global.json,
+            AdminCommand::Advisories(args) => args.global.json,
+            AdminCommand::State(args) => args.json,
+            AdminCommand::Gossip(args) => args.global.json,
+            AdminCommand::Watch(args) => args.global.json,
         }
     }
 }
 
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
-    let client = Client::connect(args.global()).await?;
     match &args.command {
-        AdminCommand::Senders(args) => senders(args, &client, out).await?,
-        AdminCommand::Advisories(args) => advisories(args, &client, out).await?,
-        AdminCommand::Watch(args) => watch(args, &client, out).await?,
+        AdminCommand::Senders(args) => senders(args, &Client::connect(&args.global).await?, out).await?,
+        AdminCommand::Advisories(args) => {
+            let client = Client::connect_as(&args.global, |place| args.choria.over(place)).await?;
+            advisories(args, &client, out).await?;
+        }
+        AdminCommand::State(args) => return choria_forms::state(args, out),
+        AdminCommand::Gossip(args) => {
+            let client = Client::connect_as(&args.global, |place| args.choria.over(place)).await?;
+            return choria_forms::gossip(args, &client, out).await;
+        }
+        AdminCommand::Watch(args) => watch(args, &Client::connect(&args.global).await?, out).await?,
     }
     Ok(CommandVerdict::Good)
 }
@@ -156,11 +173,28 @@ async fn senders(args: &SendersArgs, client: &Client, out: &mut Output) -> Resul
     Ok(())
 }
 
+/// Shows advisories in the form of Choria's replicator. Without any message in that time it fails, as there.
 async fn advisories(args: &AdvisoriesArgs, client: &Client, out: &mut Output) -> Result<(), Error> {
-    let from = if args.follow { DeliverPolicy::New } else { DeliverPolicy::All };
-    let (stream, since, follow) = (args.stream.as_str(), args.since, args.follow);
-    let stored = StoredMessages { what: "advisories", stream, subjects: Vec::new(), since, from, follow };
-    stream_reader::read(client, stored, out, |message, out| show_advisory(message, args.value.as_deref(), out)).await
+    let (stream, since, follow) = (args.stream.as_str(), Some(args.since), args.follow);
+    let stored =
+        StoredMessages { what: "advisories", stream, subjects: Vec::new(), since, from: DeliverPolicy::All, follow };
+    let (wanted, found) = (args.value.as_deref(), Cell::new(false));
+    let show = |message: &Message, left: u64, out: &mut Output| {
+        if !found.replace(true) && !out.json() {
+            out.line(&match wanted {
+                Some(wanted) => {
+                    format!("Searching {} messages for advisories related to {}\n", left + 1, clean(wanted))
+                }
+                None => "Searching for advisories\n".to_owned(),
+            });
+        }
+        show_advisory(message, wanted, out);
+    };
+    stream_reader::read(client, stored, out, show).await?;
+    match found.get() || follow {
+        true => Ok(()),
+        false => Err(Error::Failed(format!("did not find any messages for {:?}", wanted.unwrap_or_default()))),
+    }
 }
 
 /// One advisory in one line; anything else is skipped.
@@ -172,11 +206,12 @@ fn show_advisory(message: &Message, wanted: Option<&str>, out: &mut Output) {
     if out.json() {
         out.line(String::from_utf8_lossy(&message.payload).trim());
     } else {
-        let AgeAdvisory { event, value, age, replicator, timestamp, .. } = advisory;
-        let at = DateTime::from_timestamp(timestamp, 0).unwrap_or_default();
-        let kind = out.paint(colour(event), &format!("{:<7}", event.name()));
-        let unseen = if age > 0 { format!("  unseen for {}", seconds(age as f64)) } else { String::new() };
-        out.line(&format!("{}  {kind} {}{unseen}  ({})", time(at), clean(&value), clean(&replicator)));
+        let AgeAdvisory { event, value, seen, replicator, timestamp, .. } = advisory;
+        let at = DateTime::from_timestamp(timestamp, 0).unwrap_or_default().with_timezone(&Local);
+        let kind = out.paint(colour(event), &format!("{:>7}", event.name()));
+        let earlier = go_duration(TimeDelta::try_seconds(timestamp.saturating_sub(seen)).unwrap_or_default());
+        let (at, value, replicator) = (at.format("%Y-%m-%d %H:%M:%S"), clean(&value), clean(&replicator));
+        out.line(&format!("[{at}] {kind} {value} seen {earlier} earlier on {replicator}"));
     }
     out.flush();
 }

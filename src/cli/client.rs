@@ -5,7 +5,7 @@ use std::{io::Write, marker::PhantomData, time::Duration};
 use async_nats::{Event, HeaderMap, Message, RequestErrorKind, jetstream};
 use bytes::Bytes;
 use chrono::Utc;
-use nats_lane::client::connect_once;
+use nats_lane::{ServerRef, client::connect_once};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -54,8 +54,16 @@ impl Paged for Instances {
 
 impl Client {
     pub(super) async fn connect(global: &Global) -> Result<Self, Error> {
+        Self::connect_as(global, Ok).await
+    }
+
+    /// The same with another identity, which `identify` puts into the connection; its errors show no secret.
+    pub(super) async fn connect_as(
+        global: &Global,
+        identify: impl FnOnce(ServerRef) -> Result<ServerRef, String>,
+    ) -> Result<Self, Error> {
         let answer_within = global.asking.timeout().map_err(Error::Usage)?;
-        let place = global.asking.place().map_err(Error::Usage)?;
+        let place = global.asking.place().and_then(identify).map_err(Error::Usage)?;
         let refusal = watch::Sender::new(String::new());
         let last = refusal.clone();
         let tell = move |event| match event {

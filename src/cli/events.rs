@@ -82,7 +82,7 @@ async fn live(client: &Client, subjects: Vec<String>, out: &mut Output) -> Resul
     while !out.closed() {
         tokio::select! {
             message = messages.next() => match message {
-                Some(message) => show(&message, out),
+                Some(message) => show(&message, 0, out),
                 None => break,
             },
             said = &mut refused => return Err(failed(&said)),
@@ -163,7 +163,7 @@ fn covers(subject: &str, wanted: &str) -> bool {
 }
 
 /// One event in one line; anything else is shown as received.
-fn show(message: &Message, out: &mut Output) {
+fn show(message: &Message, _left: u64, out: &mut Output) {
     let body = serde_json::from_slice::<Value>(&message.payload);
     let text = match (&body, out.json()) {
         (Ok(event), true) => event.to_string(),

@@ -97,6 +97,7 @@ impl Args {
             lease_ttl: LEASE_TTL,
             standalone: false,
             heartbeats: file.yaml.heartbeats.clone(),
+            state_store: file.state_store(),
             documents,
             on_hangup: Some(HangupHook::new(move || hang_up(&path, lenient, &before, &reloader, log.as_deref()))),
         }

@@ -213,6 +213,7 @@ impl Args {
             lease_ttl: lease_ttl.unwrap_or_default(),
             standalone: self.standalone,
             heartbeats: file.heartbeats,
+            state_store: None,
             documents: adapters(&file.adapters),
             on_hangup: None,
         })

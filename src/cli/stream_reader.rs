@@ -34,12 +34,12 @@ pub(super) struct StoredMessages<'a> {
     pub(super) follow: bool,
 }
 
-/// Shows each message, until there are no more or the output is closed.
+/// Shows each message, with the number of those after it, until there are no more or the output is closed.
 pub(super) async fn read(
     client: &Client,
     stored: StoredMessages<'_>,
     out: &mut Output,
-    show: impl Fn(&Message, &mut Output),
+    show: impl Fn(&Message, u64, &mut Output),
 ) -> Result<(), Error> {
     let StoredMessages { what, stream, subjects, since, from, follow } = stored;
     let failed = |error: &dyn Display| Error::Failed(format!("{what} in stream `{stream}`: {error}"));
@@ -70,7 +70,7 @@ async fn show_all(
     consumer: Consumer<pull::OrderedConfig>,
     follow: bool,
     out: &mut Output,
-    show: impl Fn(&Message, &mut Output),
+    show: impl Fn(&Message, u64, &mut Output),
 ) -> Result<(), Error> {
     let failed = |error: &dyn Display| Error::Failed(format!("{what} in stream `{stream}`: {error}"));
     let mut messages = consumer.messages().await.map_err(|error| failed(&error))?;
@@ -85,7 +85,7 @@ async fn show_all(
         let Some(message) = next else { break };
         let message = message.map_err(|error| failed(&error))?;
         let left = message.info().map(|info| info.pending).map_err(|error| failed(&error))?;
-        show(&message.message, out);
+        show(&message.message, left, out);
         if left == 0 && !follow {
             break;
         }

@@ -117,6 +117,12 @@ pub struct Document {
     /// The durable consumer of Choria's replicator is moved along.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hand_back: Option<bool>,
+    /// Decides about senders as Choria's replicator does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compat: Option<String>,
+    /// A created target is made like the whole source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_like_source: Option<bool>,
     /// Senders are identified by this field of the payload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspect_field: Option<String>,
@@ -376,6 +382,7 @@ impl Checker {
             max_age,
             leader_election_name: text(&document.leader_election_name).map(str::to_owned),
             hand_back: document.hand_back.unwrap_or_default(),
+            target_like_source: document.target_like_source.unwrap_or_default(),
             provenance_first: document.target_initiated.unwrap_or_default(),
             sampling,
             on_reject,
@@ -698,6 +705,7 @@ impl Checker {
             force_field: text(&document.inspect_force_field).map(str::to_owned),
             advisory,
             bounds: sender_bounds(document.limits.as_ref()),
+            as_choria: text(&document.compat).is_some(),
         })
     }
 
@@ -1359,6 +1367,8 @@ mod tests {
             ephemeral: Some(true),
             leader_election_name: some(),
             hand_back: Some(true),
+            compat: Some("choria".into()),
+            target_like_source: Some(true),
             inspect_field: some(),
             inspect_header: some(),
             inspect_subject_token: Some(1),

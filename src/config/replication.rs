@@ -37,6 +37,8 @@ pub struct Replication {
     pub leader_election_name: Option<String>,
     /// Whether the durable consumer of Choria's replicator at the source is moved along with the copy.
     pub hand_back: bool,
+    /// Whether a target that is created gets the subjects of the whole source, its description and its metadata.
+    pub target_like_source: bool,
     /// Whether our provenance comes before that of earlier hops: Choria's replicator resumes a target-initiated copy by
     /// the first one.
     pub provenance_first: bool,
@@ -111,6 +113,10 @@ pub struct Sampling {
     pub advisory: Option<AdvisorySettings>,
     /// How many senders are tracked.
     pub bounds: SenderBounds,
+    /// Whether the rules are those of Choria's replicator: a size is compared with that of the sender's message before,
+    /// copied or not; a message is forced where the force field exists; objects, arrays and numbers name senders as
+    /// Choria's replicator writes them.
+    pub as_choria: bool,
 }
 
 /// How many senders are tracked. Messages of others are copied.

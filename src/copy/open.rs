@@ -377,6 +377,7 @@ fn show(copy: &mut CopyStatus, lanes: &Lanes, streams: &Streams, writer: &Writer
     if !copy.source.server.is_empty() {
         copy.counters.consumers_recreated += 1;
     }
+    copy.metered.consumers += 1;
     copy.source.server.clone_from(&lanes.source.lane.info().server_name);
     copy.target.server.clone_from(&lanes.target.lane.info().server_name);
     copy.source.connected = true;

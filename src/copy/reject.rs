@@ -20,7 +20,7 @@ use super::{
 use crate::{
     config::{Limits, OnReject, Replication},
     events::{Event, PoisonAction},
-    status::Counters,
+    status::CopyStatus,
 };
 
 /// How long the last answer of the target about its limits is trusted before a message is skipped because of it.
@@ -154,7 +154,7 @@ impl<'a> Rejects<'a> {
         &mut self,
         lane: &mut Lane,
         window: &mut Window,
-        counters: &mut Counters,
+        copy: &mut CopyStatus,
         incoming: &Incoming<'_>,
         error: Error,
         now: Instant,
@@ -164,8 +164,9 @@ impl<'a> Rejects<'a> {
         match &mut self.fate {
             OnRejected::Hold => return Err(about(error, Some(source))),
             OnRejected::Skip => {
-                counters.skipped_refused += 1;
-                counters.skipped_bytes += incoming.bytes() as u64;
+                copy.counters.skipped_refused += 1;
+                copy.counters.skipped_bytes += incoming.bytes() as u64;
+                copy.metered.skipped_payload += incoming.message.payload.len() as u64;
                 window.skip(source);
                 self.queue.note(seq, error.message, PoisonAction::Skipped);
             }

@@ -180,6 +180,8 @@ impl<'a> Reporter<'a> {
                 error.ran();
             }
             copy.last_error = last_error;
+            // Counted beside the run.
+            copy.metered.gossip = told.metered.gossip;
             *told = copy.clone();
         });
     }

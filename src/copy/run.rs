@@ -317,7 +317,8 @@ impl Run<'_> {
         while let Some(done) = window.pop() {
             self.bounds.moved = now;
             copy.counters.copied += 1;
-            copy.counters.copied_bytes += done.bytes as u64;
+            copy.counters.copied_bytes += done.size.bytes as u64;
+            copy.metered.copied_payload += done.size.payload as u64;
             // Messages read together are observed together.
             if done.read_at != observed.0 {
                 copy.processing.observe((elapsed - observed.0.min(elapsed)) as f64 / 1e6, observed.1);

@@ -18,7 +18,7 @@ use tokio::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::{
-    Job, Samples,
+    Job, Samples, SeenSender,
     advisories::{AdvisoryEvent, AdvisoryPublisher},
     flow::position::SenderRecords,
     source::{clock::SourceClock, reader::Incoming},
@@ -196,6 +196,18 @@ impl SamplingDriver {
         }
         if self.looked.named {
             senders.observe(&self.looked.sighting(), fate);
+            if let Some(report) = &self.samples.report
+                && let Some(listed) = senders.listed(&self.looked.sender)
+            {
+                // It is dropped where too many wait.
+                let _ = report.try_send(SeenSender {
+                    sender: self.looked.sender.clone(),
+                    seen_ns: listed.seen_ns,
+                    copied_ns: listed.copied_ns,
+                    size: self.looked.size,
+                    advised: listed.advised,
+                });
+            }
             let forced = self.looked.verdict == Some(SamplingVerdict::Copy(CopyCause::Forced));
             status.forced += u64::from(forced && fate == MessageOutcome::Sent);
         } else {

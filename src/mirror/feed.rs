@@ -263,6 +263,7 @@ impl<'a> Feed<'a> {
         self.position = last;
         self.copy.counters.copied += amount.messages;
         self.copy.counters.copied_bytes += amount.bytes;
+        self.copy.metered.copied_payload += amount.payload;
         self.repeats = Repeats::default();
     }
 
@@ -294,7 +295,8 @@ impl<'a> Feed<'a> {
         let consumer = format!("SR{}", entropy::name());
         let own = format!("{}.{consumer}", self.subjects.deliver());
         let subject = if asked.takes_subject { own.clone() } else { asked.deliver.clone() };
-        let window = Amount { messages: limits.messages_in_flight as u64, bytes: limits.bytes_in_flight as u64 };
+        let window =
+            Amount { messages: limits.messages_in_flight as u64, bytes: limits.bytes_in_flight as u64, payload: 0 };
         let answer = asked.answer(&consumer, &subject, before.seq, reader.pending());
         let deliver = [own, asked.deliver];
         let stream = &self.job.replication.source.stream;
@@ -308,6 +310,7 @@ impl<'a> Feed<'a> {
         (self.times.waits, self.times.stored, self.times.heartbeat) = (now, now, now + HEARTBEAT);
         (self.position, self.compared) = (before, true);
         self.session = Some((session, reader));
+        self.copy.metered.consumers += 1;
         Ok(())
     }
 
@@ -426,7 +429,7 @@ impl<'a> Feed<'a> {
         }
         while !session.is_full() && self.leaf.unwritten() < UNWRITTEN {
             let Some(incoming) = reader.peek() else { break };
-            let (delivery, message, bytes) = (incoming.delivery, incoming.message, incoming.bytes());
+            let (delivery, message, size) = (incoming.delivery, incoming.message, incoming.size());
             if is_control(message.header, message.payload) {
                 let seq = delivery.stream_seq;
                 return Err(held(format!(
@@ -434,10 +437,11 @@ impl<'a> Feed<'a> {
                      and cannot store it; delete it at the source"
                 )));
             }
-            session.deliver(&delivery, message.subject, bytes, &mut self.reply);
+            session.deliver(&delivery, message.subject, size, &mut self.reply);
             self.leaf.send(subject, &self.reply, message.header, message.payload);
             self.copy.counters.received += 1;
-            self.copy.counters.received_bytes += bytes as u64;
+            self.copy.counters.received_bytes += size.bytes as u64;
+            self.copy.metered.received_payload += size.payload as u64;
             reader.take();
             if let Some((reply, header)) = session.flow_control(false) {
                 self.leaf.send(subject, reply.as_bytes(), header, b"");
@@ -580,7 +584,7 @@ impl<'a> Feed<'a> {
 
     /// Brings the status up to date.
     fn show(&mut self, now: Instant) {
-        let Amount { messages, bytes } =
+        let Amount { messages, bytes, .. } =
             self.session.as_ref().map(|(session, _)| session.in_flight()).unwrap_or_default();
         let is_fed = self.session.as_ref().is_some_and(|(session, _)| session.subject().is_some());
         self.copy.in_flight = InFlight { messages, bytes };

@@ -8,6 +8,8 @@ use std::{collections::VecDeque, io::Write as _};
 
 use nats_lane::{headers, jetstream::Delivery, parser::number};
 
+use crate::copy::MessageSize;
+
 /// Parts of the window, each with a flow control message at its end.
 const PARTS: usize = 4;
 /// Largest part: a target that is slow holds about this much of each part in memory.
@@ -31,17 +33,21 @@ pub(super) struct FedPoint {
 pub(super) struct Amount {
     pub messages: u64,
     pub bytes: u64,
+    /// Bytes of the payloads alone.
+    pub payload: u64,
 }
 
 impl Amount {
     fn add(&mut self, other: Self) {
         self.messages += other.messages;
         self.bytes += other.bytes;
+        self.payload += other.payload;
     }
 
     fn subtract(&mut self, other: Self) {
         self.messages -= other.messages;
         self.bytes -= other.bytes;
+        self.payload -= other.payload;
     }
 }
 
@@ -89,6 +95,7 @@ impl FeedSession {
         let part = Amount {
             messages: (window.messages / PARTS as u64).max(1),
             bytes: (window.bytes / PARTS as u64).clamp(1, LARGEST_PART as u64),
+            payload: 0,
         };
         let flow = format!("{flow}.{consumer}.");
         Self {
@@ -156,7 +163,7 @@ impl FeedSession {
 
     /// Takes the next message as delivered, and writes its reply subject: the target finds sequence and time in it, and the
     /// subject of the message after `@`.
-    pub fn deliver(&mut self, delivery: &Delivery, subject: &[u8], bytes: usize, reply: &mut Vec<u8>) {
+    pub fn deliver(&mut self, delivery: &Delivery, subject: &[u8], size: MessageSize, reply: &mut Vec<u8>) {
         self.delivered += 1;
         reply.clear();
         let Delivery { stream_seq, time_ns, pending, .. } = delivery;
@@ -167,7 +174,7 @@ impl FeedSession {
             self.stream, self.consumer, self.delivered
         );
         reply.extend_from_slice(subject);
-        let amount = Amount { messages: 1, bytes: bytes as u64 };
+        let amount = Amount { messages: 1, bytes: size.bytes as u64, payload: size.payload as u64 };
         self.last = FedPoint { seq: *stream_seq, time_ns: Some(*time_ns) };
         if self.open.amount.messages == 0 {
             self.open.first = self.last;
@@ -180,7 +187,7 @@ impl FeedSession {
     /// The flow control message that is due, as its reply subject and header: at the end of a part, and where no more
     /// messages wait, unless one is on its way already.
     pub fn flow_control(&mut self, dry: bool) -> Option<(String, &'static [u8])> {
-        let Amount { messages, bytes } = self.open.amount;
+        let Amount { messages, bytes, .. } = self.open.amount;
         let complete = messages >= self.part.messages || bytes >= self.part.bytes;
         let due = complete || (dry && messages > 0 && self.parts.is_empty());
         if !due || self.is_full() {
@@ -233,7 +240,7 @@ pub(super) fn is_control(header: &[u8], payload: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    const WINDOW: Amount = Amount { messages: 8, bytes: 4000 };
+    const WINDOW: Amount = Amount { messages: 8, bytes: 4000, payload: 0 };
 
     fn session() -> FeedSession {
         let deliver = ["D.own".to_owned(), "D.M.theirs".to_owned()];
@@ -243,7 +250,7 @@ mod tests {
     fn deliver(session: &mut FeedSession, seq: u64) -> String {
         let delivery = Delivery { stream_seq: seq, consumer_seq: 77, time_ns: 5, pending: 3 };
         let mut reply = b"old".to_vec();
-        session.deliver(&delivery, b"a.b@c", 100, &mut reply);
+        session.deliver(&delivery, b"a.b@c", MessageSize { bytes: 100, payload: 90 }, &mut reply);
         String::from_utf8(reply).unwrap()
     }
 
@@ -284,7 +291,7 @@ mod tests {
         }
         assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(11));
         assert_eq!(asked, ["F.C.1", "F.C.2", "F.C.3", "F.C.4"]);
-        assert_eq!(session.in_flight(), Amount { messages: 8, bytes: 800 });
+        assert_eq!(session.in_flight(), Amount { messages: 8, bytes: 800, payload: 720 });
         assert_eq!(session.answered(b"F.X.1"), None);
         assert_eq!(session.answered(b"F.C.5"), None);
         let (amount, last) = session.answered(b"F.C.2").unwrap();
@@ -303,7 +310,7 @@ mod tests {
     fn a_window_by_bytes_too() {
         let mut session = session();
         let delivery = Delivery { stream_seq: 11, consumer_seq: 1, time_ns: 5, pending: 0 };
-        session.deliver(&delivery, b"a", 5000, &mut Vec::new());
+        session.deliver(&delivery, b"a", MessageSize { bytes: 5000, payload: 4999 }, &mut Vec::new());
         assert!(session.flow_control(false).is_some());
     }
 

@@ -20,6 +20,7 @@ const BEGINNING: usize = 96;
 pub struct Inspector {
     place: SenderPath,
     force: Option<Path>,
+    as_choria: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -40,13 +41,15 @@ impl Inspector {
             Inspect::Token(token) => SenderPath::Token(token.saturating_sub(1)),
             Inspect::Subject => SenderPath::Subject,
         };
-        Self { place, force: sampling.force_field.as_deref().map(Path::new) }
+        let force = sampling.force_field.as_deref().map(Path::new);
+        Self { place, force, as_choria: sampling.as_choria }
     }
 
     /// The sender, if the message names one: not empty, valid UTF-8 of up to [`MAX_VALUE`] bytes; in its stored form.
     pub fn sender<'a>(&self, message: &Message<'a>) -> Option<Cow<'a, str>> {
         let text = |bytes: &'a [u8]| std::str::from_utf8(bytes).ok().map(Cow::Borrowed);
         let value = match &self.place {
+            SenderPath::Field(path) if self.as_choria => path.any_text(message.payload),
             SenderPath::Field(path) => path.text(message.payload),
             SenderPath::Header(name) => {
                 headers::lines(message.header).find_map(|line| headers::value_of(line, name.as_bytes())).and_then(text)
@@ -58,9 +61,10 @@ impl Inspector {
         Some(shortened(&value).map_or(value, Cow::Owned))
     }
 
-    /// Whether the field that forces a copy is true.
+    /// Whether the field that forces a copy is true; by the rules of Choria's replicator, whether it exists.
     pub fn forced(&self, payload: &[u8]) -> bool {
-        self.force.as_ref().is_some_and(|path| path.is_true(payload))
+        let by_field = |path: &Path| if self.as_choria { path.exists(payload) } else { path.is_true(payload) };
+        self.force.as_ref().is_some_and(by_field)
     }
 }
 
@@ -88,6 +92,7 @@ mod tests {
             force_field: None,
             advisory: None,
             bounds: config::SenderBounds::default(),
+            as_choria: false,
         };
         let message = Message { sid: 0, subject: subject.as_bytes(), reply: b"", header, payload };
         Inspector::new(&sampling).sender(&message).map(Cow::into_owned)

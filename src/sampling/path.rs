@@ -38,12 +38,32 @@ impl Path {
         match Scan::new(json).find(keys)? {
             PathMatch::String { raw, escaped: false } => std::str::from_utf8(raw).ok().map(Cow::Borrowed),
             PathMatch::String { raw, escaped: true } => unescaped(raw).map(Cow::Owned),
+            PathMatch::Nested(_) => None,
             PathMatch::Other(token) => {
                 let token = std::str::from_utf8(token).ok()?;
                 let first = *token.as_bytes().first()?;
                 let known = matches!(token, "true" | "false") || first == b'-' || first.is_ascii_digit();
                 known.then_some(Cow::Borrowed(token))
             }
+        }
+    }
+
+    /// The value there as Choria's replicator writes it: as [`Path::text`], but an object or array as its JSON, and a number
+    /// that is not written as a whole one by its value.
+    pub fn any_text<'a>(&self, json: &'a [u8]) -> Option<Cow<'a, str>> {
+        let Some(keys) = &self.keys else { return self.library(json, any_text_of) };
+        match Scan::new(json).find(keys)? {
+            PathMatch::Nested(raw) => std::str::from_utf8(raw).ok().map(Cow::Borrowed),
+            PathMatch::Other(_) => self.text(json).map(by_value),
+            PathMatch::String { .. } => self.text(json),
+        }
+    }
+
+    /// Whether anything is there, also `null`.
+    pub fn exists(&self, json: &[u8]) -> bool {
+        match &self.keys {
+            Some(keys) => Scan::new(json).find(keys).is_some(),
+            None => self.library(json, |value| value.exists().then_some(())).is_some(),
         }
     }
 
@@ -63,6 +83,23 @@ impl Path {
         let json = std::str::from_utf8(json).ok()?;
         take(&gjson::get(json, &self.text))
     }
+}
+
+fn any_text_of(value: &gjson::Value<'_>) -> Option<Cow<'static, str>> {
+    match value.kind() {
+        gjson::Kind::Array | gjson::Kind::Object => Some(Cow::Owned(value.json().to_owned())),
+        gjson::Kind::Number => text_of(value).map(by_value),
+        _ => text_of(value),
+    }
+}
+
+/// A number as the Go program writes it: as it is if it consists of digits, else without an exponent.
+fn by_value(number: Cow<'_, str>) -> Cow<'_, str> {
+    let digits = number.strip_prefix('-').unwrap_or(&number);
+    if digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return number;
+    }
+    number.parse::<f64>().map_or(number, |value| Cow::Owned(value.to_string()))
 }
 
 fn text_of(value: &gjson::Value<'_>) -> Option<Cow<'static, str>> {
@@ -136,6 +173,8 @@ fn pass_string(rest: &mut slice::Iter<'_, u8>) -> Option<()> {
 enum PathMatch<'a> {
     /// The text between the quotes.
     String { raw: &'a [u8], escaped: bool },
+    /// An object or array.
+    Nested(&'a [u8]),
     /// A number, a word or garbage.
     Other(&'a [u8]),
 }
@@ -164,7 +203,11 @@ impl<'a> Scan<'a> {
                 let (raw, escaped) = self.string()?;
                 Some(PathMatch::String { raw, escaped })
             }
-            b'{' | b'[' => None,
+            b'{' | b'[' => {
+                let begin = self.at;
+                self.pass_nested()?;
+                Some(PathMatch::Nested(&self.json[begin..self.at]))
+            }
             _ => Some(PathMatch::Other(self.token())),
         }
     }
@@ -294,6 +337,28 @@ mod tests {
     use rand::{RngExt, SeedableRng, rngs::StdRng};
 
     use super::*;
+
+    #[test]
+    fn values_as_chorias_replicator_writes_them() {
+        let check = |json: &str, expect: Option<&str>, exists| {
+            for path in ["a", "a|@this"] {
+                let path = Path::new(path);
+                assert_eq!(path.any_text(json.as_bytes()).as_deref(), expect, "{json} {path:?}");
+                assert_eq!(path.exists(json.as_bytes()), exists, "{json} {path:?}");
+            }
+        };
+        check(r#"{"a":{"b":[1, 2]},"c":1}"#, Some(r#"{"b":[1, 2]}"#), true);
+        check(r#"{"a":[1,"}"]}"#, Some(r#"[1,"}"]"#), true);
+        for (number, text) in [("1e3", "1000"), ("1000", "1000"), ("-7", "-7"), ("1.50", "1.5"), ("123e-2", "1.23")] {
+            check(&format!(r#"{{"a":{number}}}"#), Some(text), true);
+        }
+        check(r#"{"a":true}"#, Some("true"), true);
+        check(r#"{"a":false}"#, Some("false"), true);
+        check(r#"{"a":"n1"}"#, Some("n1"), true);
+        check(r#"{"a":null}"#, None, true);
+        check(r#"{"b":1}"#, None, false);
+        check("no JSON", None, false);
+    }
 
     #[track_caller]
     fn check(json: &str, path: &str, expect: Option<&str>) {

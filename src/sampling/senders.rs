@@ -115,6 +115,8 @@ struct SamplingRules {
     every: i64,
     warn: i64,
     size_trigger: Option<u32>,
+    /// Whether a size is compared with that of the message before, copied or not, as Choria's replicator does.
+    by_size_seen: bool,
     /// Whether advisories are published.
     advises: bool,
     bounds: SenderBounds,
@@ -132,6 +134,8 @@ struct SenderSlot {
     /// When the next deadline is.
     due: i64,
     size: u32,
+    /// Payload size of the newest message, where sizes are compared with that.
+    size_seen: u32,
     generation: u32,
     /// Number of the last load that had its record.
     loaded_in: u32,
@@ -333,6 +337,7 @@ impl Senders {
             Some(sent) => (sent.time, sent.seq, sent.size),
             None => (slot.copied, slot.sequence, slot.size),
         };
+        let size = if self.rules.by_size_seen { slot.size_seen } else { size };
         let since = sighting.time_ns.saturating_sub(copied);
         let resized = |trigger: u32| (i64::from(size) - i64::from(sighting.size)).unsigned_abs() >= u64::from(trigger);
         SamplingVerdict::Copy(match () {
@@ -382,6 +387,9 @@ impl Senders {
                 index
             }
         };
+        if news && self.rules.by_size_seen {
+            self.sized(index, size);
+        }
         let slot = &mut self.slots[index as usize];
         match fate {
             MessageOutcome::Passed => {}
@@ -392,6 +400,14 @@ impl Senders {
                 self.sent.push_back(sent);
                 self.newest.insert(index, sent);
             }
+        }
+    }
+
+    /// Notes the size of the newest message. Its record is written where the next decision may depend on it.
+    fn sized(&mut self, index: u32, size: u32) {
+        let before = std::mem::replace(&mut self.slots[index as usize].size_seen, size);
+        if before != size && self.rules.size_trigger.is_some() {
+            self.touch(index);
         }
     }
 
@@ -551,6 +567,7 @@ impl Senders {
             written: NEVER,
             due: NEVER,
             size: 0,
+            size_seen: 0,
             generation: 0,
             loaded_in: self.load,
             live: true,
@@ -613,21 +630,47 @@ impl Senders {
         self.slots.len()
     }
 
+    /// What is known of one sender.
+    pub fn listed(&self, sender: &str) -> Option<Listed<'_>> {
+        self.find(sender).map(|index| self.listed_at(index as usize))
+    }
+
+    fn listed_at(&self, at: usize) -> Listed<'_> {
+        let slot = &self.slots[at];
+        Listed {
+            sender: &slot.name,
+            seen_ns: slot.seen,
+            copied_ns: (slot.copied != NEVER).then_some(slot.copied),
+            size: if self.rules.by_size_seen { slot.size_seen } else { slot.size },
+            advised: slot.late,
+            sequence: slot.sequence,
+        }
+    }
+
+    /// Another replicator copies from now on, until a run begins again: deadlines would pile up.
+    pub fn stand_by(&mut self) {
+        self.begun = false;
+        self.due.clear();
+    }
+
+    /// Forgets the senders that were seen before this time, without an advisory: another replicator published it.
+    pub fn forget_unseen(&mut self, since: DateTime<Utc>) {
+        let since = nanos(since);
+        let unseen = |(index, slot): (usize, &SenderSlot)| (slot.live && slot.seen < since).then_some(index as u32);
+        let unseen: Vec<u32> = self.slots.iter().enumerate().filter_map(unseen).collect();
+        for index in unseen {
+            let name = self.slots[index as usize].name.clone();
+            self.outbox.forget(&name);
+            self.remove(index);
+            self.gone.insert(name.clone(), 0);
+            self.leaving.push(name);
+        }
+    }
+
     /// The senders in a part of the slots, each with its slot.
     pub fn list(&self, part: std::ops::Range<usize>) -> impl Iterator<Item = (usize, Listed<'_>)> {
         let part = part.start.min(self.slots.len())..part.end.min(self.slots.len());
-        let slots = part.clone().zip(&self.slots[part]).filter(|(_, slot)| slot.live);
-        slots.map(|(at, slot)| {
-            let listed = Listed {
-                sender: &slot.name,
-                seen_ns: slot.seen,
-                copied_ns: (slot.copied != NEVER).then_some(slot.copied),
-                size: slot.size,
-                advised: slot.late,
-                sequence: slot.sequence,
-            };
-            (at, listed)
-        })
+        part.filter(move |at| self.slots[*at].live).map(move |at| (at, self.listed_at(at)))
     }
 }
 
@@ -639,6 +682,7 @@ impl SamplingRules {
             every: nanos(sampling.every),
             warn: nanos(sampling.warn),
             size_trigger: sampling.size_trigger.map(trigger),
+            by_size_seen: sampling.as_choria,
             advises: sampling.advisory.is_some(),
             bounds: sampling.bounds,
         }
@@ -686,6 +730,7 @@ mod tests {
             force_field: None,
             advisory: advises.then(|| config::AdvisorySettings { subject: "a".to_owned(), reliable: true }),
             bounds: SenderBounds::default(),
+            as_choria: false,
         }
     }
 
@@ -920,6 +965,28 @@ mod tests {
         // The run ends; what was sent is sent again.
         senders.begin(1, None, false);
         assert_eq!(senders.verdict(&sight(2, 100.0, "a")), SamplingVerdict::Copy(CopyCause::Due));
+    }
+
+    #[test]
+    fn sizes_are_compared_as_the_document_says() {
+        use CopyCause::{New, Size};
+        // Sizes of messages within the interval, trigger 10, and what is copied by our rule and by Choria's.
+        let rows = [
+            (100, SamplingVerdict::Copy(New), SamplingVerdict::Copy(New)),
+            (106, SamplingVerdict::Skip, SamplingVerdict::Skip),
+            (112, SamplingVerdict::Copy(Size), SamplingVerdict::Skip),
+            (118, SamplingVerdict::Skip, SamplingVerdict::Skip),
+            (107, SamplingVerdict::Skip, SamplingVerdict::Copy(Size)),
+        ];
+        for as_choria in [false, true] {
+            let mut senders = Senders::new("NODES", &Sampling { as_choria, ..sampling(false) });
+            senders.begin(0, None, false);
+            for (seq, (size, ours, chorias)) in (1..).zip(rows) {
+                let sighting = Sighting { size, ..sight(seq, seq as f64, "a") };
+                let expect = if as_choria { chorias } else { ours };
+                assert_eq!(take(&mut senders, sighting), expect, "{as_choria} {size}");
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Keeps one document running: claims the position record, copies, waits after errors and tries again.
 
+mod gossip;
 mod hand_back;
 mod kind;
 mod pause;
@@ -7,6 +8,7 @@ mod record;
 mod release;
 mod retry;
 mod senders;
+mod state_file;
 
 use std::{convert::Infallible, future::pending, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
@@ -19,7 +21,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::{hand_back::HandBack, release::clear_release};
+use self::{gossip::Gossip, hand_back::HandBack, release::clear_release, state_file::StateFile};
 use super::{
     context::Context,
     outage::Outage,
@@ -152,6 +154,8 @@ impl CopyRunner {
         loop {
             cell.set_state(State::Stopped);
             let seen = led.clone();
+            let context = self.context.clone();
+            let epoch = self.epoch;
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return RunnerEnd::Stopped,
@@ -159,8 +163,10 @@ impl CopyRunner {
                     return RunnerEnd::Stalled;
                 },
                 never = show_election_errors(&cell, seen) => match never {},
-                never = note_election_wait(&self.context, self.epoch) => match never {},
+                never = note_election_wait(&context, epoch) => match never {},
+                never = self.hear_gossip(replication) => match never {},
             }
+            self.forget_unseen(replication);
             info!(replication = id, "won Choria's election");
             tokio::select! {
                 biased;
@@ -250,12 +256,19 @@ impl CopyRunner {
             }
         }
         let Some(mut writer) = self.writer.take() else { return Ok(()) };
-        let job = self.job(replication, release.and_then(|release| release.skip));
+        let mut job = self.job(replication, release.and_then(|release| release.skip));
         let Self { context, requests, start_reported, outage, .. } = self;
         let Context { deps, cell, .. } = &*context;
         let saved = writer.saved();
         let before = cell.progress();
         let mut hand_back = HandBack::for_replication(replication);
+        let mut state_file = StateFile::of(deps.state_store.as_deref(), replication);
+        let samples = job.samples.clone();
+        let gossip = Gossip::of(replication);
+        let (mut gossip, report) = gossip.map_or((None, None), |(gossip, report)| (Some(gossip), Some(report)));
+        if let Some(samples) = &mut job.samples {
+            samples.report = report;
+        }
         let run = Box::pin(kind::run(&job, &mut writer, cell.status(), &deps.events, stop.clone()));
         let run = AssertUnwindSafe(run).catch_unwind();
         let result = tokio::select! {
@@ -263,6 +276,8 @@ impl CopyRunner {
             result = run => result,
             never = report_progress(context, before, replication, start_reported, outage) => match never {},
             never = hand_back::follow(&mut hand_back, context, replication) => match never {},
+            never = gossip::publish(&mut gossip, context, replication) => match never {},
+            never = state_file::follow(&mut state_file, samples.clone()) => match never {},
             never = clear_release(context, requests.clone(), saved, |_| true) => match never {},
         };
         if self.context.cell.progress() != before {
@@ -273,7 +288,8 @@ impl CopyRunner {
             .map_err(|panic| Error::new(ErrorKind::Retry, format!("the copy panicked: {}", panic_text(&*panic))))?;
         if result.is_ok() && stop.is_cancelled() {
             let position = *writer.saved().borrow();
-            hand_back::finish(hand_back, &self.context, replication, position).await;
+            let moved = hand_back::finish(hand_back, &self.context, replication, position);
+            tokio::join!(moved, state_file::finish(state_file, samples));
         }
         self.writer = Some(writer);
         result
@@ -290,7 +306,7 @@ impl CopyRunner {
             budget: deps.budget.clone(),
             skip,
             neighbour: shared_targets.other_writer(replication),
-            samples: self.senders.as_ref().map(StandbySenders::samples),
+            samples: self.samples(),
             consumers: self.context.consumers(),
             own_streams: deps.own_streams.clone(),
             standalone: deps.standalone,

@@ -49,7 +49,7 @@ impl StandbySenders {
     /// Starts to follow the records.
     pub(super) fn follow(store: &SenderStore, id: &str, sampling: &Sampling) -> Self {
         let senders = Arc::new(Mutex::new(Senders::new(id, sampling)));
-        let samples = Samples { senders, store: Arc::new(store.clone()) };
+        let samples = Samples { senders, store: Arc::new(store.clone()), report: None };
         let store = store.clone();
         let leads = Arc::new(AtomicBool::new(false));
         let (report, applied) = watch::channel(None);

@@ -45,7 +45,7 @@ impl Records {
         self.stored.lock().expect("records").values().for_each(|record| senders.take_over(record.clone()));
         senders.end_load();
         let store = Arc::new(Writes { records: self.clone(), handle });
-        Samples { senders: Arc::new(Mutex::new(senders)), store }
+        Samples { senders: Arc::new(Mutex::new(senders)), store, report: None }
     }
 }
 

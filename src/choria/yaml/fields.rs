@@ -42,6 +42,16 @@ const fn ours(name: &'static str, kind: FieldKind) -> FileField {
     FileField { name, kind, ours: true }
 }
 
+/// Files of TLS, for all streams, one, or one side of it.
+const fn tls(name: &'static str) -> FileField {
+    field(name, Group(TLS))
+}
+
+/// An identity of Choria's, for the same.
+const fn choria(name: &'static str) -> FileField {
+    field(name, Group(CHORIA))
+}
+
 const TLS: &[FileField] = &[field("ca", Text), field("cert", Text), field("key", Text)];
 
 const CHORIA: &[FileField] = &[field("seed_file", Text), field("jwt_file", Text), field("collective", Text)];
@@ -56,8 +66,8 @@ const HEARTBEATS: &[FileField] = &[
     field("leader_election", Flag),
     field("headers", Headers),
     field("subjects", Entries(BEAT)),
-    field("tls", Group(TLS)),
-    field("choria", Group(CHORIA)),
+    tls("tls"),
+    choria("choria"),
 ];
 
 const CONTROL: &[FileField] =
@@ -119,12 +129,12 @@ const STREAM: &[FileField] = &[
     field("start_delta", Span(false)),
     field("start_at_end", Flag),
     field("max_age", Span(false)),
-    field("tls", Group(TLS)),
-    field("source_tls", Group(TLS)),
-    field("target_tls", Group(TLS)),
-    field("choria", Group(CHORIA)),
-    field("source_choria", Group(CHORIA)),
-    field("target_choria", Group(CHORIA)),
+    tls("tls"),
+    tls("source_tls"),
+    tls("target_tls"),
+    choria("choria"),
+    choria("source_choria"),
+    choria("target_choria"),
     field("inspect_field", Text),
     field("inspect_force_field", Text),
     field("inspect_header", Text),
@@ -137,6 +147,8 @@ const STREAM: &[FileField] = &[
     // Ours, which the Go program does not have.
     ours("id", Text),
     ours("hand_back", Flag),
+    ours("target_like_source", Flag),
+    ours("compat", Text),
     ours("description", Text),
     ours("source_context", Text),
     ours("target_context", Text),
@@ -164,8 +176,8 @@ pub(super) const FILE: &[FileField] = &[
     field("monitor_port", Whole(0, 65_535)),
     field("profiling", Flag),
     field("state_store", Text),
-    field("tls", Group(TLS)),
-    field("choria", Group(CHORIA)),
+    tls("tls"),
+    choria("choria"),
     field("heartbeats", Group(HEARTBEATS)),
     field("streams", Entries(STREAM)),
     ours("adapters", Entries(ADAPTER)),

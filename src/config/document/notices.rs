@@ -33,6 +33,7 @@ fn incomplete_sampling(document: &Document) -> Option<String> {
         ("size_trigger", document.size_trigger.is_some_and(|bytes| bytes > 0)),
         ("inspect_force_field", text(&document.inspect_force_field).is_some()),
         ("advisory", document.advisory.is_some()),
+        ("compat", text(&document.compat).is_some()),
     ];
     match (mode, others.into_iter().find(|(_, set)| *set)) {
         (Some((mode, _)), _) if text(&document.inspect_duration).is_none() => {

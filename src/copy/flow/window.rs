@@ -34,12 +34,21 @@ pub enum WindowError {
     Unknown(Token),
 }
 
+/// Size of a message.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MessageSize {
+    /// Bytes of subject, headers and payload.
+    pub bytes: usize,
+    /// Bytes of the payload alone.
+    pub payload: usize,
+}
+
 #[derive(Debug)]
 struct Entry {
     own: SourcePoint,
     /// Own source point, or that of the last skipped message after it.
     through: SourcePoint,
-    bytes: usize,
+    size: MessageSize,
     read_at: u64,
     settled: bool,
     target_seq: Option<u64>,
@@ -48,8 +57,8 @@ struct Entry {
 /// One message that left the window at its front.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Done {
-    /// Its bytes.
-    pub bytes: usize,
+    /// Its size.
+    pub size: MessageSize,
     /// The time it was handed out, as given to [`Window::hand_out`].
     pub read_at: u64,
 }
@@ -121,9 +130,9 @@ impl Window {
 
     /// Adds a message that is about to be sent. `target_seq` is its target sequence where the chain determines
     /// it beforehand.
-    pub fn hand_out(&mut self, source: SourcePoint, bytes: usize, read_at: u64, target_seq: Option<u64>) -> Token {
-        self.entries.push_back(Entry { own: source, through: source, bytes, read_at, settled: false, target_seq });
-        self.bytes += bytes;
+    pub fn hand_out(&mut self, source: SourcePoint, size: MessageSize, read_at: u64, target_seq: Option<u64>) -> Token {
+        self.entries.push_back(Entry { own: source, through: source, size, read_at, settled: false, target_seq });
+        self.bytes += size.bytes;
         self.first + self.entries.len() as u64 - 1
     }
 
@@ -214,14 +223,14 @@ impl Window {
         }
         let entry = self.entries.pop_front()?;
         self.first += 1;
-        self.bytes -= entry.bytes;
+        self.bytes -= entry.size.bytes;
         self.position = entry.through;
         self.last_popped = entry.own.seq;
         let left = self.first - 1;
         if let Some(seq) = entry.target_seq.filter(|seq| left >= self.keep_through && *seq <= self.target_limit) {
             self.target = Some(TargetPoint { seq, source_seq: entry.own.seq });
         }
-        Some(Done { bytes: entry.bytes, read_at: entry.read_at })
+        Some(Done { size: entry.size, read_at: entry.read_at })
     }
 }
 
@@ -235,6 +244,10 @@ mod tests {
         SourcePoint { seq, time_ns: Some(seq as i64) }
     }
 
+    fn size(bytes: usize) -> MessageSize {
+        MessageSize { bytes, payload: bytes }
+    }
+
     fn drain(window: &mut Window) -> usize {
         std::iter::from_fn(|| window.pop()).count()
     }
@@ -242,7 +255,7 @@ mod tests {
     #[test]
     fn the_position_is_the_longest_settled_prefix() {
         let mut window = Window::new(at(10), None);
-        let tokens: Vec<_> = (11..=14).map(|seq| window.hand_out(at(seq), 5, 0, None)).collect();
+        let tokens: Vec<_> = (11..=14).map(|seq| window.hand_out(at(seq), size(5), 0, None)).collect();
         window.settle(tokens[1], Some(101)).unwrap();
         assert_eq!((drain(&mut window), window.position()), (0, at(10)));
         window.settle(tokens[0], Some(100)).unwrap();
@@ -258,7 +271,7 @@ mod tests {
         let mut window = Window::new(at(0), None);
         window.skip(at(1));
         assert_eq!(window.position(), at(1));
-        let token = window.hand_out(at(2), 1, 0, Some(1));
+        let token = window.hand_out(at(2), size(1), 0, Some(1));
         window.skip(at(3));
         window.skip(at(4));
         assert_eq!((window.position(), window.newest()), (at(1), at(4)));
@@ -271,7 +284,7 @@ mod tests {
     #[test]
     fn settling_twice_or_out_of_nowhere_is_an_error() {
         let mut window = Window::new(at(0), None);
-        let token = window.hand_out(at(1), 1, 0, None);
+        let token = window.hand_out(at(1), size(1), 0, None);
         assert_eq!(window.settle(token + 1, None), Err(WindowError::Unknown(token + 1)));
         assert_eq!(window.settle_through(token + 1), Err(WindowError::Unknown(token + 1)));
         window.settle(token, None).unwrap();
@@ -283,7 +296,7 @@ mod tests {
     #[test]
     fn what_lies_at_the_target_already_keeps_its_turn() {
         let mut window = Window::new(at(0), None);
-        let token = window.hand_out(at(1), 1, 0, None);
+        let token = window.hand_out(at(1), size(1), 0, None);
         window.stored_before(at(2), 7);
         assert_eq!((drain(&mut window), window.position()), (0, at(0)));
         window.settle(token, Some(9)).unwrap();
@@ -294,7 +307,7 @@ mod tests {
     #[test]
     fn the_known_sequence_waits_for_earlier_copies_after_it() {
         let mut window = Window::new(at(0), Some(TargetPoint { seq: 3, source_seq: 0 }));
-        let tokens: Vec<_> = (1..=2).map(|seq| window.hand_out(at(seq), 1, 0, None)).collect();
+        let tokens: Vec<_> = (1..=2).map(|seq| window.hand_out(at(seq), size(1), 0, None)).collect();
         window.stored_before(at(3), 4);
         window.settle(tokens[0], Some(9)).unwrap();
         // A search after 9 would not find message 3, which is at 4.
@@ -309,7 +322,7 @@ mod tests {
     fn the_known_place_stays_before_what_has_not_come_by() {
         let mut window = Window::new(at(0), Some(TargetPoint { seq: 3, source_seq: 0 }));
         window.limit_target(0);
-        let token = window.hand_out(at(1), 1, 0, None);
+        let token = window.hand_out(at(1), size(1), 0, None);
         window.settle(token, Some(9)).unwrap();
         drain(&mut window);
         window.stored_before(at(2), 7);
@@ -322,7 +335,7 @@ mod tests {
     #[test]
     fn the_known_sequence_ends_before_the_first_unknown_one() {
         let mut window = Window::new(at(0), None);
-        let tokens: Vec<_> = (1..=3).map(|seq| window.hand_out(at(seq), 1, 0, None)).collect();
+        let tokens: Vec<_> = (1..=3).map(|seq| window.hand_out(at(seq), size(1), 0, None)).collect();
         // The confirmation of what lies at 2 was lost.
         window.limit_target(1);
         window.settle(tokens[0], Some(1)).unwrap();
@@ -345,7 +358,7 @@ mod tests {
                     window.skip(at(seq));
                     model.push((seq, true));
                 } else {
-                    tokens.push((window.hand_out(at(seq), 1, 0, None), model.len()));
+                    tokens.push((window.hand_out(at(seq), size(1), 0, None), model.len()));
                     model.push((seq, false));
                 }
                 while random.random_bool(0.45) && !tokens.is_empty() {

@@ -111,6 +111,7 @@ impl Run<'_> {
         let Self { report, source, target, bounds, rules, rejects, sampler, times, .. } = self;
         let Some(incoming) = source.reader.peek() else { return Ok(false) };
         let (seq, time_ns, bytes) = (incoming.delivery.stream_seq, incoming.delivery.time_ns, incoming.bytes());
+        let payload = incoming.message.payload.len() as u64;
         let (point, mapping) = (SourcePoint { seq, time_ns: Some(time_ns) }, &report.replication.mapping);
         let known = target.already.take(seq, time_ns, incoming.message.subject, mapping);
         bounds.window.limit_target(target.limit());
@@ -126,6 +127,7 @@ impl Run<'_> {
         }
         let fate = decision.fate();
         decision.count(&mut report.copy.counters, bytes);
+        report.copy.metered.received_payload += payload;
         match decision {
             Decision::Wait(chunks) => {
                 target.ask_chunks(chunks, bounds.window.is_empty(), mapping, at.now);
@@ -137,6 +139,7 @@ impl Run<'_> {
                 if let (Reason::Old, Some(sampler)) = (&reason, sampler.as_mut()) {
                     sampler.passed_over();
                 }
+                report.copy.metered.skipped_payload += payload;
                 report.skipped(seq, reason);
             }
             Decision::Send(outgoing) => {
@@ -145,8 +148,8 @@ impl Run<'_> {
             }
             Decision::Reject(error) => {
                 bounds.moved = at.now;
-                let (lane, counters) = (&mut source.lane, &mut report.copy.counters);
-                rejects.reject(lane, &mut bounds.window, counters, &incoming, error, at.now)?;
+                let (lane, copy) = (&mut source.lane, &mut report.copy);
+                rejects.reject(lane, &mut bounds.window, copy, &incoming, error, at.now)?;
             }
         }
         report.copy.counters.received += 1;

@@ -117,6 +117,7 @@ impl Run<'_> {
         source.reader = Intake::Plain(Box::new(made));
         source.watchdog.renewed(Instant::now());
         self.report.copy.counters.consumers_recreated += 1;
+        self.report.copy.metered.consumers += 1;
         Ok(())
     }
 

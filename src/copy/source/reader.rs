@@ -31,7 +31,7 @@ use nats_lane::{
 use crate::copy::{
     flow::{
         budget::{Budget, PIECE_MIN, Reservation},
-        window::SourcePoint,
+        window::{MessageSize, SourcePoint},
     },
     source::consumers::Names,
 };
@@ -94,6 +94,11 @@ impl Incoming<'_> {
     /// Bytes of subject, headers and payload.
     pub fn bytes(&self) -> usize {
         self.message.subject.len() + self.message.header.len() + self.message.payload.len()
+    }
+
+    /// The same, and what of it is payload.
+    pub fn size(&self) -> MessageSize {
+        MessageSize { bytes: self.bytes(), payload: self.message.payload.len() }
     }
 }
 

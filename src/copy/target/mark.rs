@@ -5,6 +5,8 @@ use serde_json::{Value, json};
 
 use crate::config::{Former, Replication};
 
+/// What every key of the mark begins with.
+pub(crate) const PREFIX: &str = "replicator.";
 /// The site that created it.
 const SITE: &str = "replicator.site";
 /// The replications that are copied into it, with commas between; one that was deleted stays.

@@ -279,8 +279,12 @@ impl<'a> Opening<'a> {
         let mut replicas = self.source.number("num_replicas").max(1);
         let mut maker = Maker::of(self.to.info(), self.to.api_prefix());
         let mut room = Some(Room::Copies);
+        let mut like_source = replication.target_like_source;
         loop {
             let mut config = new_config(replication, self.source, &learned, maker, replicas)?;
+            if like_source && let Some(subjects) = subjects::of_whole_source(replication, self.source, &learned) {
+                config["subjects"] = json!(subjects);
+            }
             if let Some(room) = room {
                 room.reserve(&mut config, self.source);
             }
@@ -291,6 +295,7 @@ impl<'a> Opening<'a> {
                     return Ok(true);
                 }
                 Err(error) if error.is_api(NAME_IN_USE) => return Ok(false),
+                Err(error) if like_source && error.is_api(SUBJECTS_OVERLAP) => like_source = false,
                 // Not clustered, or not enough servers: the target can only have fewer replicas.
                 Err(error) if replicas > 1 && (error.is_api(10074) || error.is_api(10005)) => {
                     replicas = if replicas > 3 { 3 } else { 1 };
@@ -558,6 +563,9 @@ pub(crate) fn new_config(
     config.insert("subjects".into(), json!(subjects));
     config.insert("num_replicas".into(), replicas.into());
     config.insert("description".into(), format!("copy of stream {}", replication.source.stream).into());
+    if replication.target_like_source {
+        config.extend(descriptive(source));
+    }
     if maker.batches {
         config.insert("allow_batched".into(), true.into());
     }
@@ -565,6 +573,25 @@ pub(crate) fn new_config(
         config.insert("allow_msg_ttl".into(), true.into());
     }
     Ok(Value::Object(config))
+}
+
+/// What a source says of itself to people and tools: its description and its metadata, without what belongs to the server
+/// or to the service that created it.
+fn descriptive(source: &StreamInfo) -> Map<String, Value> {
+    let mut said = Map::new();
+    let description = source.text("description");
+    if !description.is_empty() {
+        said.insert("description".into(), description.into());
+    }
+    if let Some(Value::Object(metadata)) = source.config.get("metadata") {
+        let own = |key: &str| key.starts_with("_nats.") || key.starts_with(mark::PREFIX);
+        let kept: Map<_, _> =
+            metadata.iter().filter(|(key, _)| !own(key)).map(|(k, v)| (k.clone(), v.clone())).collect();
+        if !kept.is_empty() {
+            said.insert("metadata".into(), kept.into());
+        }
+    }
+    said
 }
 
 /// Whether a server version is at least this one.

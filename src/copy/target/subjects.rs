@@ -241,6 +241,19 @@ pub(crate) fn of_target(
     Ok(patterns::disjoint(replication.mapping.patterns(&from).into_iter().chain(stored)))
 }
 
+/// The same with everything that the source stores, also what is not in scope; `None` where its configuration does not show
+/// that.
+pub(crate) fn of_whole_source(
+    replication: &Replication,
+    source: &StreamInfo,
+    learned: &Learned,
+) -> Option<Vec<String>> {
+    let copied = of_target(replication, source, learned).ok()?;
+    let known = Configured::of(source, "", &learned.origins, MOST_HOPS);
+    let whole = (!known.partial).then(|| replication.mapping.patterns(&known.patterns))?;
+    Some(patterns::disjoint(whole.into_iter().chain(copied)))
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -278,6 +291,22 @@ mod tests {
         check(json!({"filter_subject": "a.>"}), json!({"sources": [{}], "subjects": ["x"]}), &["a.>"]);
         check(json!({}), json!({"sources": [{}], "subjects": ["x"]}), &["x"]);
         check(json!({"filter_subjects": ["a", "b"]}), json!({"mirror": {"name": "M"}}), &["a", "b"]);
+    }
+
+    #[test]
+    fn a_target_like_its_source_listens_on_what_is_not_copied_too() {
+        let check = |fields: Value, config: Value, expect: Option<&[&str]>| {
+            let found = of_whole_source(&replication(fields.clone()), &stream(config.clone()), &Learned::default());
+            let expect = expect.map(|expect| expect.iter().map(|subject| (*subject).to_owned()).collect());
+            assert_eq!(found, expect, "{fields} {config}");
+        };
+        let nodes = json!({"subjects": ["NODE_DATA.>", "other.*"]});
+        let fleet = json!({"target_subject_prefix": "FLEET", "target_subject_remove": "NODE_DATA",
+            "filter_subject": "NODE_DATA.eu"});
+        // Choria's replicator asks for both, which the server refuses.
+        check(fleet, nodes.clone(), Some(&["FLEET.>"]));
+        check(json!({"filter_subject": "other.x"}), nodes, Some(&["NODE_DATA.>", "other.*"]));
+        check(json!({"filter_subject": "a.>"}), json!({"mirror": {"name": "M"}}), None);
     }
 
     #[test]

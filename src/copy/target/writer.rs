@@ -242,13 +242,13 @@ impl Writer {
         read_at: u64,
     ) {
         let source = SourcePoint { seq: incoming.delivery.stream_seq, time_ns: Some(incoming.delivery.time_ns) };
-        let bytes = incoming.bytes();
+        let size = incoming.size();
         let target_seq = self.knows_target_seqs().then_some(self.end.expected_last + 1);
-        let token = window.hand_out(source, bytes, read_at, target_seq);
+        let token = window.hand_out(source, size, read_at, target_seq);
         self.reply.clear();
         match &mut self.sink {
             Sink::Batches(batches) => {
-                batches.reply(&mut self.reply, &self.inbox, token, (&self.replication.limits, bytes), now);
+                batches.reply(&mut self.reply, &self.inbox, token, (&self.replication.limits, size.bytes), now);
             }
             Sink::Pipelined(pipelined) => pipelined.reply(&mut self.reply, &self.inbox, token),
         }

@@ -83,7 +83,8 @@ impl Senders {
         let slot = &self.slots[index as usize];
         let mut record = SenderRecord::new(&slot.name, time(slot.seen));
         record.copied = (slot.copied != NEVER).then(|| time(slot.copied));
-        (record.size, record.sequence) = (slot.size, slot.sequence);
+        record.size = if self.rules.by_size_seen { slot.size_seen } else { slot.size };
+        record.sequence = slot.sequence;
         for (number, advisory) in self.outbox.kept_for(&slot.name) {
             record.pending.push(pending(advisory));
             write.kept.push(number);
@@ -229,6 +230,15 @@ impl Senders {
         }
     }
 
+    /// Takes over what a replicator of another kind knows of a sender: of that there is no record yet.
+    pub fn learn(&mut self, record: SenderRecord) {
+        let sender = record.sender.clone();
+        self.take_over(record);
+        if let Some(index) = self.find(&sender) {
+            self.touch(index);
+        }
+    }
+
     /// Another process forgot this sender, up to a source sequence; its record still keeps advisories.
     fn take_over_expired(&mut self, sender: &str, sequence: u64) {
         let name = self.name(sender);
@@ -259,7 +269,7 @@ impl Senders {
         slot.seen = seen;
         slot.written = seen;
         slot.copied = record.copied.map_or(NEVER, nanos);
-        (slot.size, slot.sequence) = (record.size, record.sequence);
+        (slot.size, slot.size_seen, slot.sequence) = (record.size, record.size, record.sequence);
         slot.late = waits.unwrap_or(record.advised);
         slot.loaded = true;
         slot.loaded_in = self.load;

@@ -1,13 +1,18 @@
 //! The senders of a sampled replication, before each run.
 
-use super::CopyRunner;
+use super::{CopyRunner, state_file::StateFile};
 use crate::{
     config::Replication,
-    copy::{Error, ErrorKind, PositionWriter},
+    copy::{Error, ErrorKind, PositionWriter, Samples},
     supervisor::{context::Context, standby_senders::StandbySenders},
 };
 
 impl CopyRunner {
+    /// The senders of the replication, once they are known.
+    pub(super) fn samples(&self) -> Option<Samples> {
+        self.senders.as_ref().map(StandbySenders::samples)
+    }
+
     /// Loads the senders of a sampled replication. Forgets them if it is no longer sampled, or identifies senders in
     /// another way than before.
     pub(super) async fn know_senders(&mut self, replication: &Replication) -> Result<(), Error> {
@@ -31,6 +36,11 @@ impl CopyRunner {
             let senders = senders.get_or_insert_with(|| StandbySenders::follow(&deps.senders, id, sampling));
             let known = senders.lead(sampling).await;
             known.map_err(|error| Error::new(ErrorKind::Retry, error.to_string()))?;
+            let samples = senders.samples();
+            let nothing_is_known = !were_known && samples.lock().is_empty();
+            if let Some(file) = StateFile::of(deps.state_store.as_deref(), replication).filter(|_| nothing_is_known) {
+                file.load(&samples, sampling).await;
+            }
         }
         cell.set_samples(senders.as_ref().map(StandbySenders::samples));
         Ok(())

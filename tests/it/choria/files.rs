@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
+use super::old::make_election_bucket;
 use super::{Place, copied, messages};
 use crate::harness::client::{http_get, status};
 use crate::harness::{LIMIT, Outgoing, Stored, connect, wait_for};
@@ -111,10 +112,7 @@ async fn registration_is_sampled_and_its_advisories_are_copied() -> Result<()> {
 async fn two_partitions_make_one_target_under_elections() -> Result<()> {
     let place = Place::start().await?;
     let (mut source, mut target) = (place.source().await?, place.target().await?);
-    let ttl = Duration::from_secs(4).as_nanos() as u64;
-    let bucket = json!({"subjects": ["$KV.CHORIA_LEADER_ELECTION.>"], "max_age": ttl, "max_msgs_per_subject": 1,
-        "discard": "new", "deny_delete": true, "allow_rollup_hdrs": true});
-    source.create_stream("KV_CHORIA_LEADER_ELECTION", bucket).await?;
+    make_election_bucket(&mut source, Duration::from_secs(4)).await?;
     source.create_stream("NODE_DATA", json!({"subjects": ["NODES.>"]})).await?;
     source.publish_all(messages("NODES.EU1.0", 1, 20).chain(messages("NODES.EU1.1", 1, 20))).await?;
     let service = place.run("05-partitions-ha")?;
@@ -148,10 +146,7 @@ async fn a_bucket_and_a_target_that_was_there() -> Result<()> {
 async fn heartbeats_alone() -> Result<()> {
     let place = Place::start().await?;
     let mut source = place.source().await?;
-    let ttl = Duration::from_secs(4).as_nanos() as u64;
-    let bucket = json!({"subjects": ["$KV.CHORIA_LEADER_ELECTION.>"], "max_age": ttl, "max_msgs_per_subject": 1,
-        "discard": "new", "deny_delete": true, "allow_rollup_hdrs": true});
-    source.create_stream("KV_CHORIA_LEADER_ELECTION", bucket).await?;
+    make_election_bucket(&mut source, Duration::from_secs(4)).await?;
     source.create_stream("BEATS", json!({"subjects": ["choria.node_metadata._monitor", "example._monitor"]})).await?;
     let service = place.run("09-heartbeats-only")?;
     let stored = copied(&mut source, "BEATS", 3, &service).await?;

@@ -1,10 +1,15 @@
 //! The files of Choria's replicator, run as they are: `replicate`.
 
 mod files;
+mod handover;
+mod metrics;
+mod old;
 mod origin;
 mod refused;
+mod sampled;
 mod signals;
 mod takeover;
+mod targets;
 mod tls;
 mod transfer;
 

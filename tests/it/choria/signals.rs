@@ -1,6 +1,7 @@
 //! What signals do to `replicate`, and its log file.
 
 use std::fs;
+use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use rustix::process::Signal;
@@ -8,6 +9,13 @@ use serde_json::{Value, json};
 
 use super::{Place, copied, messages};
 use crate::harness::{LIMIT, Service, connect, request, wait_for};
+
+/// The log file, and the beginning of a file that names it.
+fn logged(place: &Place) -> (PathBuf, String) {
+    let log = place.path("stream-replicator.log");
+    let top = format!("name: A\nlogfile: {}\nstreams:\n", log.display());
+    (log, top)
+}
 
 #[tokio::test]
 async fn a_hangup_reads_the_streams_again_and_reopens_the_log() -> Result<()> {
@@ -17,8 +25,7 @@ async fn a_hangup_reads_the_streams_again_and_reopens_the_log() -> Result<()> {
         source.create_stream(stream, json!({"subjects": [subject]})).await?;
     }
     source.publish_all(messages("s", 1, 3).chain(messages("t", 1, 3))).await?;
-    let log = place.path("stream-replicator.log");
-    let top = format!("name: A\nlogfile: {}\nstreams:\n", log.display());
+    let (log, top) = logged(&place);
     let (only_s, only_t) = (place.stream(""), place.stream("").replace("stream: S", "stream: T"));
     let file = place.write(&(top.clone() + &only_s))?;
     let service = Service::replicate(&file).spawn()?;
@@ -57,8 +64,8 @@ async fn a_quit_writes_the_state_and_the_log_may_be_truncated() -> Result<()> {
     let (mut source, mut target) = (place.source().await?, place.target().await?);
     source.create_stream("S", json!({"subjects": ["s.>"]})).await?;
     source.publish_all(messages("s", 1, 3)).await?;
-    let log = place.path("stream-replicator.log");
-    let file = place.write(&format!("name: A\nlogfile: {}\nstreams:\n{}", log.display(), place.stream("")))?;
+    let (log, top) = logged(&place);
+    let file = place.write(&(top + &place.stream("")))?;
     let mut service = Service::replicate(&file).spawn()?;
     copied(&mut target, "S", 3, &service).await?;
     // As logrotate does with `copytruncate`.

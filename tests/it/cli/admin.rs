@@ -22,7 +22,7 @@ async fn senders_and_advisories_are_shown_as_tables_lines_and_json() -> Result<(
     let following = cli.start(["admin", "advisories", "ADVISORIES", "n2", "--follow", "--since", "1h"], "")?;
     let last = site.source().await?.publish_all([report("n1"), report("n2"), report("n1")]).await?;
     site.settled("NODES", last).await?;
-    following.shows("new     n2  (TEST)").await?;
+    following.shows("    new n2 seen 0s earlier on TEST").await?;
     watching.shows("n1  seen ").await?;
     watching.shows("  copied ").await?;
     site.row_when("NODES", "has published both", |row| row["sampling"]["advised"]["new"] == 2).await?;
@@ -35,9 +35,14 @@ async fn senders_and_advisories_are_shown_as_tables_lines_and_json() -> Result<(
     assert_eq!((&only["total"], &only["senders"][0]["sender"]), (&json!(1), &json!("n2")), "{only}");
     assert_eq!(cli.json(["admin", "senders", "NODES", "--advised"]).await?["total"], 0);
 
-    let lines = cli.ok(["admin", "advisories", "ADVISORIES"]).await?;
-    assert!(lines.lines().count() == 2 && lines.contains("new     n1  (TEST)"), "{lines}");
-    let body = cli.json(["admin", "advisories", "ADVISORIES", "n1"]).await?;
+    let lines = cli.ok(["admin", "advisories", "ADVISORIES", "--since", "1h"]).await?;
+    assert!(lines.starts_with("Searching for advisories\n\n[20"), "{lines}");
+    assert!(lines.lines().count() == 4 && lines.contains("]     new n1 seen 0s earlier on TEST"), "{lines}");
+    let one = cli.ok(["admin", "adv", "ADVISORIES", "n2", "--since", "1h"]).await?;
+    assert!(one.starts_with("Searching 2 messages for advisories related to n2\n\n") && !one.contains("n1"), "{one}");
+    let none = cli.run(["admin", "advisories", "ADVISORIES", "n1", "--since", "2099-01-01T00:00:00Z"]).await?;
+    failed(&none, &["did not find any messages for \"n1\""]);
+    let body = cli.json(["admin", "advisories", "ADVISORIES", "n1", "--since", "1h"]).await?;
     assert_eq!((&body["event"], &body["value"]), (&json!("new"), &json!("n1")));
     assert!(!following.shown().contains("n1"), "{}", following.shown());
 

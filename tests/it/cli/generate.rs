@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::harness::Cli;
 
 /// Every command that there is.
-const COMMANDS: [&str; 31] = [
+const COMMANDS: [&str; 33] = [
     "serve",
     "replicate",
     "config",
@@ -31,6 +31,8 @@ const COMMANDS: [&str; 31] = [
     "admin",
     "admin senders",
     "admin advisories",
+    "admin state",
+    "admin gossip",
     "admin watch",
     "heartbeat",
     "heartbeat get",

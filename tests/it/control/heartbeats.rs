@@ -384,7 +384,7 @@ async fn with_an_election_one_publishes_and_another_takes_over() -> Result<()> {
     assert_eq!(metric(&other, &format!("published_count{labels}")).await?, Some(0.0));
     let (_, page) = leader.get("/metrics").await?;
     let won = format!(
-        "choria_stream_replicator_election_leader{{election=\"SR_TEST_HB\",identity=\"{}\",replicator=\"TEST\"}} 1",
+        "choria_stream_replicator_election_leader{{election=\"SR_TEST_HB\",identity=\"{}\",replicator=\"unknown\"}} 1",
         host()
     );
     assert!(page.contains(&won), "{page}");

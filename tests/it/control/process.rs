@@ -216,9 +216,7 @@ async fn metrics_have_chorias_names_and_agree_with_the_status() -> Result<()> {
     }
     for (name, field) in [
         ("total_messages", "/counters/received"),
-        ("total_bytes", "/counters/received_bytes"),
         ("copied_messages", "/counters/copied"),
-        ("copied_bytes", "/counters/copied_bytes"),
         ("too_old_messages", "/counters/skipped_old"),
         ("handler_error_count", "/counters/errors"),
         ("stream_sequence", "/position/source_seq"),
