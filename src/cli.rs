@@ -74,6 +74,7 @@ enum ClientCommand {
     /// Hand a replication over to another instance
     Stepdown(steer::IdsArgs),
     Skip(steer::SkipArgs),
+    Promote(steer::PromoteArgs),
     Instances(instances::Args),
     Events(events::Args),
     Admin(admin::Args),
@@ -131,6 +132,7 @@ impl ClientCommand {
             Self::Pause(args) | Self::Resume(args) | Self::Retry(args) | Self::Stepdown(args) => args.global.json,
             Self::Position(args) => args.global.json,
             Self::Skip(args) => args.global.json,
+            Self::Promote(args) => args.global.json,
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
             Self::Admin(args) => args.global().json,
@@ -150,6 +152,7 @@ impl ClientCommand {
             Self::Retry(args) => steer::each(args, "retry", "is tried again", out).await,
             Self::Stepdown(args) => steer::stepdown(args, out).await,
             Self::Skip(args) => steer::skip(args, out).await,
+            Self::Promote(args) => steer::promote(args, out).await,
             Self::Instances(args) => instances::run(args, out).await,
             Self::Events(args) => events::run(args, out).await,
             Self::Admin(args) => admin::run(args, out).await,

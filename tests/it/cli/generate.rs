@@ -26,6 +26,7 @@ const COMMANDS: [&str; 31] = [
     "position",
     "retry",
     "skip",
+    "promote",
     "instances",
     "events",
     "admin",

@@ -21,6 +21,7 @@ const ENDPOINTS: [(&str, &str, &str); 18] = [
     ("pause", "replicator.pause", "q"),
     ("resume", "replicator.resume", "q"),
     ("position", "replicator.position", "q"),
+    ("promote", "replicator.promote", "q"),
     ("stepdown", "replicator.stepdown", "q"),
     ("retry", "replicator.retry", "q"),
     ("skip", "replicator.skip", "q"),
