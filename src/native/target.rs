@@ -37,7 +37,7 @@ const NAME_IN_USE: u32 = 10058;
 const TOO_MANY_REPLICAS: [u32; 2] = [10074, 10005];
 /// A field that the server does not know (from 2.12 on).
 const INVALID_JSON: u32 = 10025;
-/// Fields that servers before 2.11 and 2.12 leave out: the messages stay, and do not expire or add up.
+/// Fields that servers before 2.11 and 2.12 ignore: the messages stay, and do not expire or add up.
 const NEWER_FIELDS: [&str; 2] = ["allow_msg_ttl", "allow_msg_counter"];
 /// How often the source is added while others change the stream.
 const ADDED_AGAIN: usize = 20;

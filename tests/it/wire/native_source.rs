@@ -2,6 +2,10 @@
 
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
+use nats_lane::{
+    Connection, Endpoint, Turn,
+    leafnode::{Leaf, LeafLogin},
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -9,7 +13,8 @@ use super::{
     mirror::{begin_as, error, message},
 };
 use crate::harness::{
-    LIMIT, Outgoing, Raw, SITE, Service, Site, Stored, client::refused, header_values, request, wait_for,
+    LIMIT, Outgoing, Raw, SITE, Service, Site, Stored, client::refused, connect, raw::header_values, request, site::merged,
+    wait_for,
 };
 
 const STREAM: &str = "ORDERS";
@@ -320,7 +325,7 @@ async fn a_restored_source_is_not_copied_again() -> Result<()> {
     site.publish(STREAM, 61..=70).await?;
     site.settled(STREAM, 70).await?;
     assert_eq!(verify(&site, STREAM, "after the restore").await?, 70);
-    // Nor when the target has to find out by itself where to continue.
+    // Nor when the target determines by itself where to continue.
     site.target.kill()?;
     site.target.restart().await?;
     site.publish(STREAM, 71..=80).await?;
@@ -373,5 +378,71 @@ async fn a_mirror_is_promoted() -> Result<()> {
     old.add(STREAM, fields).await?;
     old.settled(STREAM, 5).await?;
     refused(&old.send("promote", json!({"replication": STREAM})).await?, 409, "cannot turn a mirror");
+    Ok(())
+}
+
+/// Answers the next request below an API prefix as another feed, and delivers messages from the one that is asked for on.
+async fn feed_instead(leaf: &mut Leaf, root: &str, messages: u64) -> Result<()> {
+    let (mut asked, mut listens) = (None, false);
+    let mut poked: Vec<String> = Vec::new();
+    let own = format!("{root}.D.OTHER");
+    while !listens {
+        if let Turn::Received(batch) = leaf.turn().await? {
+            for message in batch.iter() {
+                let body: Value = serde_json::from_slice(message.payload).unwrap_or_default();
+                let Some(from) = body["config"]["opt_start_seq"].as_u64() else { continue };
+                let mut config = body["config"].clone();
+                (config["name"], config["deliver_subject"]) = ("OTHER".into(), own.as_str().into());
+                let answer = json!({"type": "io.nats.jetstream.api.v1.consumer_create_response", "name": "OTHER",
+                    "stream_name": STREAM, "config": config, "delivered": {"consumer_seq": 0, "stream_seq": from - 1}});
+                leaf.send(message.reply, b"", b"", answer.to_string().as_bytes());
+                asked = Some(from);
+            }
+        }
+        for interest in leaf.take_interest().into_iter().filter(|interest| interest.begins) {
+            listens |= interest.subject == own;
+            if interest.subject.starts_with(&format!("{root}.D.")) && !poked.contains(&interest.subject) && !listens {
+                // The target asks again where a heartbeat contradicts it.
+                let header =
+                    b"NATS/1.0 100 Idle Heartbeat\r\nNats-Last-Consumer: 999999\r\nNats-Last-Stream: 9\r\n\r\n";
+                leaf.send(interest.subject.as_bytes(), b"", header, b"");
+                poked.push(interest.subject);
+            }
+        }
+    }
+    let from = asked.context("a request")?;
+    for (number, seq) in (from..from + messages).enumerate() {
+        let reply = format!("$JS.ACK.{STREAM}.OTHER.1.{seq}.{}.1000.0@orders.x", number + 1);
+        leaf.send(own.as_bytes(), reply.as_bytes(), b"", b"other");
+    }
+    leaf.round_trip().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn another_feed_of_the_same_target_is_detected() -> Result<()> {
+    let (site, fields) = begin_as("source", "2.15.1", &[]).await?;
+    site.filled(STREAM, 50).await?;
+    let url = fields["target_leaf_url"].as_str().context("a URL")?.to_owned();
+    site.add(STREAM, into(&fields)).await?;
+    site.settled(STREAM, 50).await?;
+    let info = site.target().await?.api(&format!("STREAM.INFO.{TARGET}"), Value::Null).await?;
+    let api = info["config"]["sources"][0]["external"]["api"].as_str().context("a prefix")?.to_owned();
+    let root = api.strip_suffix(".API").context("the prefix")?;
+    site.publish(STREAM, 51..=60).await?;
+    site.settled(STREAM, 60).await?;
+    site.service.freeze()?;
+    let name = "somebody-else".to_owned();
+    let login = LeafLogin { account: name.clone(), name, subscriptions: vec![format!("{api}.>")] };
+    let mut leaf = Leaf::connect(&Connection::to(Endpoint::parse(&url).expect("a URL")), &login).await?;
+    tokio::time::timeout(LIMIT, feed_instead(&mut leaf, root, 5)).await.context("to be asked")??;
+    let copied = async || site.at_target(TARGET).await.is_ok_and(|messages| messages == 65);
+    wait_for("messages of the other feed", LIMIT, copied).await?;
+    drop(leaf);
+    site.publish(STREAM, 61..=70).await?;
+    site.service.thaw()?;
+    let held = |row: &Value| row["state"] == "held" && error(row).contains("another feed answers");
+    site.row_when(STREAM, "is held", held).await?;
+    assert_eq!(site.at_target(TARGET).await?, 65);
     Ok(())
 }
