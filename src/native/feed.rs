@@ -231,6 +231,7 @@ impl<'a> Feed<'a> {
         loop {
             let now = Instant::now();
             self.deliver(now)?;
+            self.acknowledge();
             if now >= self.times.tick {
                 self.tick(now, positions)?;
             }
@@ -315,16 +316,16 @@ impl<'a> Feed<'a> {
         self.copy.counters.copied += amount.messages;
         self.copy.counters.copied_bytes += amount.bytes;
         self.repeats = Repeats::default();
-        served.reader.settled(&mut self.source, last.seq);
     }
 
-    /// Where everything that was delivered is stored, what was read after it and is out of scope is settled too.
-    fn settle_skipped(&mut self) {
+    /// Acknowledges at the source what is stored at the target, where the source asks for that. Where everything that was
+    /// delivered is stored, what was read after it and is out of scope is settled too.
+    fn acknowledge(&mut self) {
         let Some(served) = &mut self.session else { return };
         if served.session.is_settled() && served.read.seq > self.position.seq {
             self.position = served.read;
-            served.reader.settled(&mut self.source, served.read.seq);
         }
+        served.reader.settled(&mut self.source, self.position.seq);
     }
 
     fn end_session(&mut self) {
@@ -512,7 +513,6 @@ impl<'a> Feed<'a> {
             self.leaf.send(subject, reply.as_bytes(), header, b"");
         }
         reader.pull(&mut self.source, &self.job.budget);
-        self.settle_skipped();
         Ok(())
     }
 
