@@ -51,7 +51,7 @@ pub(super) async fn promote(context: &RequestContext, request: Request) -> Resul
         );
         return Err(Failure::new(409, description));
     }
-    let mut plan = within(end, Plan::of(context, &replication, &asked)).await?;
+    let mut plan = within(end, Promotion::of(context, &replication, &asked)).await?;
     let shown = context.supervisor.row(&replication.id).and_then(|row| row.copy.lag).map(|lag| lag.messages);
     if asked.dry_run {
         let lag = within(end, plan.lag(shown)).await?;
@@ -110,7 +110,7 @@ async fn delete(context: &RequestContext, id: &str) -> Result<u64, Failure> {
 }
 
 /// What is to be done, with the connections for it.
-struct Plan {
+struct Promotion {
     source: Option<nats_lane::Lane>,
     target: nats_lane::Lane,
     origin: String,
@@ -124,7 +124,7 @@ struct Plan {
     whole: bool,
 }
 
-impl Plan {
+impl Promotion {
     async fn of(context: &RequestContext, replication: &Replication, asked: &PromoteRequest) -> Result<Self, Failure> {
         let connection = format!("{} {}", names::PROGRAM, replication.id);
         let (source, target) = tokio::join!(
