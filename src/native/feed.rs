@@ -171,7 +171,7 @@ impl<'a> Feed<'a> {
         let now = Instant::now();
         let seq = if kind == NativeKind::Mirror { target_info.state.last_seq } else { 0 };
         let position = FedPoint { seq, time_ns: None };
-        let renames_ids = kind == NativeKind::Source && before_2_14(&target.info().version);
+        let renames_ids = kind == NativeKind::Source;
         let times = FeedTimes { tick: now, heartbeat: now, info: now + INFO_EVERY, poke: now, waits: now, stored: now };
         Self {
             job,
@@ -770,12 +770,6 @@ fn undeliverable(header: &[u8], payload: &[u8], subject: &[u8]) -> Option<&'stat
         );
     }
     subject.is_empty().then_some("has no subject left after the mapping")
-}
-
-/// Whether a server takes the ids of messages of a source for those of its own duplicate window, and drops repeated ones.
-fn before_2_14(version: &str) -> bool {
-    let mut parts = version.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
-    (parts.next(), parts.next()) < (Some(2), Some(14))
 }
 
 fn held(message: String) -> Error {

@@ -1,5 +1,5 @@
-//! Headers on their way to a source of a server before 2.14, which drops a message whose id it has seen within the duplicate window of
-//! the target: there an id of the source is renamed. Pure.
+//! Headers on their way to a source: a server drops a message whose id another message had within the duplicate window of the
+//! target, also one of another source (2.10 to 2.15). So an id of the source is renamed. Pure.
 
 use memchr::memmem;
 use nats_lane::headers::find_line_end;
