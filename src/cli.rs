@@ -76,6 +76,7 @@ enum ClientCommand {
     /// Hand a replication over to another instance
     Stepdown(steer::IdsArgs),
     Skip(steer::SkipArgs),
+    Promote(steer::PromoteArgs),
     Instances(instances::Args),
     Events(events::Args),
     Adapter(adapter::Args),
@@ -134,6 +135,7 @@ impl ClientCommand {
             Self::Pause(args) | Self::Resume(args) | Self::Retry(args) | Self::Stepdown(args) => args.global.json,
             Self::Position(args) => args.global.json,
             Self::Skip(args) => args.global.json,
+            Self::Promote(args) => args.global.json,
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
             Self::Adapter(args) => args.global().json,
@@ -154,6 +156,7 @@ impl ClientCommand {
             Self::Retry(args) => steer::each(args, "retry", "is tried again", out).await,
             Self::Stepdown(args) => steer::stepdown(args, out).await,
             Self::Skip(args) => steer::skip(args, out).await,
+            Self::Promote(args) => steer::promote(args, out).await,
             Self::Instances(args) => instances::run(args, out).await,
             Self::Events(args) => events::run(args, out).await,
             Self::Adapter(args) => adapter::run(args, out).await,

@@ -35,8 +35,8 @@ pub use json::{Json, MAX_DOCUMENT, why_not_json};
 pub use mapping::Mapping;
 pub use problems::{Problem, Problems};
 pub use replication::{
-    AdvisorySettings, Former, Inspect, Limits, NativeFeed, OnReject, OnSourceLoss, Replication, Sampling, SenderBounds,
-    Sharing, Side, Start,
+    AdvisorySettings, Former, Inspect, Limits, NativeFeed, NativeKind, OnReject, OnSourceLoss, Replication, Sampling,
+    SenderBounds, Sharing, Side, Start,
 };
 pub use schema::replication_schema;
 pub use scope::Scope;

@@ -1,4 +1,4 @@
-//! `stream-replicator pause`, `resume`, `position`, `retry`, `skip` and `stepdown`.
+//! `stream-replicator pause`, `resume`, `position`, `retry`, `skip`, `promote` and `stepdown`.
 
 use serde::de::DeserializeOwned;
 
@@ -10,7 +10,9 @@ use super::{
     output::Output,
     reply::Reply,
 };
-use crate::control::api::{Changed, NamedRequest, PositionMove, PositionRequest, SkipRequest, Skipped, SteppedDown};
+use crate::control::api::{
+    Changed, NamedRequest, PositionMove, PositionRequest, PromoteRequest, Promoted, SkipRequest, Skipped, SteppedDown,
+};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct IdsArgs {
@@ -62,6 +64,34 @@ pub(super) struct SkipArgs {
     /// Only if this is the message that holds it, by its source sequence
     #[arg(long, value_name = "N")]
     source_seq: Option<u64>,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+/// Turn a mirror into a stream of its own, with the subjects of its source
+///
+/// The feed stops, the mirror becomes a stream that takes messages of publishers, and the replication is deleted.
+#[derive(Debug, clap::Args)]
+pub(super) struct PromoteArgs {
+    /// Replication of kind `mirror`
+    id: String,
+
+    /// Only show what would be done
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Also if the mirror lacks messages of its source; with --subject, also if the source does not answer
+    #[arg(long)]
+    force: bool,
+
+    /// Keep the replication, paused
+    #[arg(long)]
+    keep: bool,
+
+    /// A subject of the promoted stream, instead of those of the source
+    #[arg(long = "subject", value_name = "SUBJECT")]
+    subjects: Vec<String>,
 
     #[command(flatten)]
     pub(super) global: Global,
@@ -130,6 +160,37 @@ fn moved_words(moved: &PositionMove) -> String {
     let dry = if moved.dry_run { " (dry run)" } else { "" };
     let (from, to) = (count(moved.from), count(moved.to));
     format!("{}: position {from} -> {to}, {effect}{dry}", moved.replication)
+}
+
+pub(super) async fn promote(args: &PromoteArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
+    let PromoteArgs { id, dry_run, force, keep, subjects, global } = args;
+    let request = PromoteRequest {
+        replication: id.clone(),
+        dry_run: *dry_run,
+        force: *force,
+        keep: *keep,
+        subjects: subjects.clone(),
+    };
+    let promoted: Reply<Promoted> = Client::connect(global).await?.change("promote", &request).await?;
+    out.reply(&promoted, promoted_words);
+    Ok(CommandVerdict::Good)
+}
+
+fn promoted_words(promoted: &Promoted) -> String {
+    let Promoted { replication, revision, dry_run, stream, subjects, last_seq, lag } = promoted;
+    let lacks = match lag {
+        Some(0) => "has all messages of its source".to_owned(),
+        Some(lag) => format!("lacks {} of its source", counted(*lag, "message")),
+        None => "may lack messages of its source".to_owned(),
+    };
+    let (subjects, last) = (subjects.join(", "), count(*last_seq));
+    let dry = if *dry_run { " (dry run)" } else { "" };
+    let kept = match (dry_run, revision) {
+        (true, _) => "",
+        (false, Some(_)) => ", replication deleted",
+        (false, None) => ", replication paused",
+    };
+    format!("{replication}: stream {stream} takes {subjects} after sequence {last} and {lacks}{kept}{dry}")
 }
 
 pub(super) async fn skip(args: &SkipArgs, out: &mut Output) -> Result<CommandVerdict, Error> {

@@ -180,7 +180,7 @@ pub struct Document {
     /// TLS files of the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_tls: Option<TlsDocument>,
-    /// `copy` or `mirror`.
+    /// `copy`, `mirror` or `source`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kind: Option<String>,
     /// Where the leafnodes of the target are.

@@ -1,6 +1,6 @@
 //! A replication as it runs: every value parsed, every default filled in, every reference resolved.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use chrono::{DateTime, Utc};
 use nats_lane::ServerRef;
@@ -60,13 +60,33 @@ pub struct Replication {
     pub limits: Limits,
     /// What a document says that is accepted and changes nothing; to be logged once.
     pub notices: Vec<String>,
-    /// How the target is fed natively, kind `mirror`; `None` for kind `copy`.
+    /// How the target is fed natively, kinds `mirror` and `source`; `None` for kind `copy`.
     pub native: Option<NativeFeed>,
 }
 
-/// A target stream that is a mirror in the sense of the server, and that this program feeds.
+/// How the target's own server takes the messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NativeKind {
+    /// The target stream is a mirror: it has the sequences and stored times of its source, and nothing else.
+    Mirror,
+    /// The target stream has a source beside its own subjects and other sources, and sequences of its own.
+    Source,
+}
+
+impl fmt::Display for NativeKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Mirror => "mirror",
+            Self::Source => "source",
+        })
+    }
+}
+
+/// A target stream that is a mirror or has a source in the sense of the server, and that this program feeds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NativeFeed {
+    /// As what the target takes the messages.
+    pub kind: NativeKind,
     /// The leafnode port of the target, and as whom to connect there.
     pub leaf: ServerRef,
 }

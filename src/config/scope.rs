@@ -23,6 +23,11 @@ impl Scope {
         &self.filters
     }
 
+    /// What is skipped of that.
+    pub fn excluded(&self) -> &[String] {
+        &self.excluded
+    }
+
     /// Whether the server leaves something out, so that its sequences jump.
     pub fn is_filtered(&self) -> bool {
         !self.filters.is_empty()

@@ -149,7 +149,9 @@ impl SecretFields {
         match value {
             Value::String(text) if schema["type"] == "string" => Value::String(mask_words(text)),
             Value::String(text) if text.contains('@') || text.contains("://") => Value::String(mask_url(text)),
-            Value::Number(_) if schema["type"] != "integer" && schema["type"][0] != "integer" => Value::String(MASK.to_owned()),
+            Value::Number(_) if schema["type"] != "integer" && schema["type"][0] != "integer" => {
+                Value::String(MASK.to_owned())
+            }
             Value::String(_) => Value::String(MASK.to_owned()),
             Value::Array(values) => {
                 let each = |value| self.mask_as(value, self.schema.part(schema, ""));

@@ -76,6 +76,26 @@ pub struct PositionRequest {
     pub dry_run: bool,
 }
 
+/// Turns a mirror into a stream of its own. The plain id, without JSON, means `{"replication": id}`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PromoteRequest {
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
+    pub replication: String,
+    /// Only reports the effect, without a change.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Promotes also a mirror that lacks messages of its source, and with `subjects` one whose source does not answer.
+    #[serde(default)]
+    pub force: bool,
+    /// Keeps the replication, paused; it is deleted otherwise.
+    #[serde(default)]
+    pub keep: bool,
+    /// Subjects of the promoted stream; by default what becomes of those of the source stream.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub subjects: Vec<String>,
+}
+
 /// Skips the message that blocks a replication. The plain id, without JSON, means `{"replication": id}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -140,6 +160,25 @@ pub struct PositionMove {
     pub copied_again: u64,
     /// Source messages between the two, filters not considered, that are passed over when the position goes forward.
     pub passed_over: u64,
+}
+
+/// Reply of `promote`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Promoted {
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
+    pub replication: String,
+    /// Revision of the deletion of the document; `null` where it was kept, and after a dry run.
+    pub revision: Option<u64>,
+    /// Whether nothing was changed.
+    pub dry_run: bool,
+    /// The stream at the target.
+    pub stream: String,
+    /// Its subjects from now on.
+    pub subjects: Vec<String>,
+    /// Its last sequence, which is that of the source.
+    pub last_seq: u64,
+    /// Source messages that it lacks; `null` if unknown.
+    pub lag: Option<u64>,
 }
 
 /// Reply of `skip`.

@@ -6,6 +6,7 @@ mod heartbeat;
 mod instances;
 mod pause;
 mod position;
+mod promote;
 mod release;
 mod senders;
 mod stepdown;
@@ -31,6 +32,7 @@ use self::{
     instances::instances,
     pause::{pause, resume},
     position::position,
+    promote::promote,
     release::{retry, skip},
     senders::senders,
     stepdown::stepdown,
@@ -120,6 +122,7 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
         route("pause", EndpointKind::Mutation, handler!(pause)),
         route("resume", EndpointKind::Mutation, handler!(resume)),
         route("position", EndpointKind::Mutation, handler!(position)),
+        route("promote", EndpointKind::Mutation, handler!(promote)),
         route("stepdown", EndpointKind::Mutation, handler!(stepdown)),
         route("retry", EndpointKind::Mutation, handler!(retry)),
         route("skip", EndpointKind::Mutation, handler!(skip)),
@@ -213,26 +216,7 @@ async fn config_delete(context: &RequestContext, request: Request) -> Result<Cha
         return Err(not_found(&replication));
     }
     not_only_in_file(context, &replication).await?;
-    let leaving = Leaving::of(context, &replication).await;
-    let written = context.config.delete(&replication, expected).await;
-    let deleted = changed(replication, written, "deleted")?;
-    let id = deleted.replication.as_str();
-    if context.config.is_in_file(id) {
-        // The file's document runs from now on, from where this one stopped.
-        return Ok(deleted);
-    }
-    let stopped = async {
-        context.supervisor.stopped_since(id, deleted.revision).await;
-        stopped_elsewhere(context, id).await;
-    };
-    if timeout(STOP_WITHIN, stopped).await.is_err() {
-        warn!(replication = id, "was deleted and did not stop within {STOP_WITHIN:?}");
-    }
-    if !keep {
-        let failed = |error: crate::store::Error| Failure::new(503, error.to_string());
-        forget(context, id, deleted.revision, leaving).await.map_err(failed)?;
-    }
-    Ok(deleted)
+    context.delete(replication, expected, keep).await
 }
 
 /// Removes the records of a replication whose document was deleted at `revision`. It may have been added again meanwhile:
@@ -248,6 +232,7 @@ async fn forget(
     let position = context.positions.revision(id).await?;
     let senders = context.senders.newest(id).await?;
     if context.config.get(id).await?.is_none() {
+        leaving.remove_source(context, id).await;
         leaving.remove_durable(context, id).await;
         context.positions.remove(id, position).await?;
         context.senders.remove(id, senders).await?;
@@ -324,6 +309,30 @@ async fn status(context: &RequestContext, request: Request) -> Result<Status, Fa
 }
 
 impl RequestContext {
+    /// Deletes a document, waits until nothing runs of it, and removes its records unless they are kept.
+    async fn delete(&self, replication: String, expected: Option<u64>, keep: bool) -> Result<Changed, Failure> {
+        let leaving = Leaving::of(self, &replication).await;
+        let written = self.config.delete(&replication, expected).await;
+        let deleted = changed(replication, written, "deleted")?;
+        let id = deleted.replication.as_str();
+        if self.config.is_in_file(id) {
+            // The file's document runs from now on, from where this one stopped.
+            return Ok(deleted);
+        }
+        let stopped = async {
+            self.supervisor.stopped_since(id, deleted.revision).await;
+            stopped_elsewhere(self, id).await;
+        };
+        if timeout(STOP_WITHIN, stopped).await.is_err() {
+            warn!(replication = id, "was deleted and did not stop within {STOP_WITHIN:?}");
+        }
+        if !keep {
+            let failed = |error: crate::store::Error| Failure::new(503, error.to_string());
+            forget(self, id, deleted.revision, leaving).await.map_err(failed)?;
+        }
+        Ok(deleted)
+    }
+
     /// The document of a replication that a request names.
     async fn existing(&self, id: &str) -> Result<ConfigEntry, Failure> {
         check_id(id)?;

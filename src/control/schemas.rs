@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 use super::api::{
     AdapterChanged, AdapterList, AdapterNamed, AdapterShown, AdapterStatus, AdapterStatusRequest, AdapterValidation,
     Changed, DeleteRequest, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest, List,
-    ListRequest, NamedRequest, PositionMove, PositionRequest, SendersPage, SendersRequest, SkipRequest, Skipped,
-    Status, StatusRequest, SteppedDown, StoredDocument, Validation,
+    ListRequest, NamedRequest, PositionMove, PositionRequest, PromoteRequest, Promoted, SendersPage, SendersRequest,
+    SkipRequest, Skipped, Status, StatusRequest, SteppedDown, StoredDocument, Validation,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
@@ -57,6 +57,7 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("pause", request::<NamedRequest>(), reply::<Changed>()),
         ("resume", request::<NamedRequest>(), reply::<Changed>()),
         ("position", position_request(), reply::<PositionMove>()),
+        ("promote", request::<PromoteRequest>(), reply::<Promoted>()),
         ("retry", request::<NamedRequest>(), reply::<Changed>()),
         ("skip", request::<SkipRequest>(), reply::<Skipped>()),
         ("stepdown", request::<NamedRequest>(), reply::<SteppedDown>()),

@@ -4,7 +4,7 @@ pub(crate) mod clock;
 pub(crate) mod consumers;
 pub(crate) mod durable;
 pub(in crate::copy) mod gap;
-pub(in crate::copy) mod intake;
+pub(crate) mod intake;
 pub(crate) mod learn;
 pub(crate) mod locate;
 pub(in crate::copy) mod peek;

@@ -7,7 +7,7 @@ pub(crate) mod dedup_window;
 pub(in crate::copy) mod drops;
 pub(in crate::copy) mod frame;
 pub(in crate::copy) mod headers;
-pub(in crate::copy) mod join;
+pub(crate) mod join;
 pub(in crate::copy) mod line;
 pub(in crate::copy) mod liveness;
 pub(crate) mod mark;

@@ -1,6 +1,6 @@
-//! Checks of a document of kind `mirror`: both sides, and the leafnode port of the target.
+//! Checks of a document of kind `mirror` or `source`: both sides, and the leafnode port of the target.
 
-use nats_lane::{Dial, Error, ErrorKind, ServerInfo, entropy, leafnode::LeafLogin};
+use nats_lane::{Dial, Error, ErrorKind, ServerInfo, entropy, jetstream::StreamInfo, leafnode::LeafLogin};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
@@ -12,9 +12,12 @@ use super::{
 };
 use crate::{
     allow::AllowList,
-    config::{NativeFeed, Replication},
-    copy::{source::clock, target::stream},
-    mirror::{FeedSubjects, refuse_source, refuse_target},
+    config::{NativeFeed, NativeKind, Replication},
+    copy::{
+        source::clock,
+        target::{mark, stream},
+    },
+    native::{FeedSubjects, Fit, check_target, lacks, refuse_source},
 };
 
 /// JSON pointer to the field about the leafnode port.
@@ -77,7 +80,7 @@ fn judge_source(own: &Own<'_>, replication: &Replication, facts: &SideFacts) -> 
             findings.add("stream", CheckOutcome::Failed, "/stream", &format!("source stream `{name}` does not exist"));
         }
         CheckAnswer::Got(Some(stream)) => {
-            let refused = refuse_source(name, stream).or_else(|| own.streams.refuse(name, &stream.created));
+            let refused = refuse_source(replication, stream).or_else(|| own.streams.refuse(name, &stream.created));
             findings.add_any("stream", "/stream", refused.map(|text| (CheckOutcome::Failed, text)));
         }
         answer => findings.add_answer("stream", facts.path, answer),
@@ -114,16 +117,29 @@ fn judge_target(
         }
         CheckAnswer::Got(None) => findings.ok("stream"),
         CheckAnswer::Got(Some(stream)) => {
-            let refused = refuse_target(name, stream, &replication.source.stream, subjects).err();
-            let refused = refused.map(|error| error.message).or_else(|| own.streams.refuse(name, &stream.created));
+            let refused = match check_target(native.kind, replication, stream, subjects) {
+                Err(error) => Some(error.message),
+                Ok(Fit::Lacks) if !may_change(own, replication, stream) => Some(lacks(replication, subjects)),
+                Ok(_) => own.streams.refuse(name, &stream.created),
+            };
             findings.add_any("stream", "/target_stream", refused.map(|text| (CheckOutcome::Failed, text)));
         }
         answer => findings.add_answer("stream", facts.path, answer),
     }
     let needed = facts.connection.as_ref().map(|connection| {
         let prefix = &connection.api_prefix;
-        let create = facts.stream.got().is_some_and(Option::is_none).then(|| format!("{prefix}.STREAM.CREATE.{name}"));
-        create.into_iter().chain([format!("{prefix}.STREAM.MSG.GET.{name}")]).collect()
+        let call = |call: &str| format!("{prefix}.{call}.{name}");
+        let fit = facts
+            .stream
+            .got()
+            .map(|stream| stream.as_ref().map(|stream| check_target(native.kind, replication, stream, subjects)));
+        let changes = match fit {
+            Some(None) => Some(call("STREAM.CREATE")),
+            Some(Some(Ok(Fit::Lacks))) => Some(call("STREAM.UPDATE")),
+            _ => None,
+        };
+        let reads = (native.kind == NativeKind::Mirror).then(|| call("STREAM.MSG.GET"));
+        changes.into_iter().chain(reads).collect()
     });
     judge_calls(facts, needed.unwrap_or_default(), &mut findings);
     findings.add_any("cycle", facts.path, cycle);
@@ -131,7 +147,12 @@ fn judge_target(
     findings.report(facts)
 }
 
-/// Whether another replication copies the messages of the mirror back to its source.
+/// Whether the source may be added to the stream.
+fn may_change(own: &Own<'_>, replication: &Replication, stream: &StreamInfo) -> bool {
+    replication.update_target || mark::is_ours(&stream.config, own.site, &replication.former)
+}
+
+/// Whether another replication copies the messages of the target back to its source.
 fn judge_cycle(
     replication: &Replication,
     (source, target): (&SideFacts, &SideFacts),

@@ -4,16 +4,13 @@ use nats_lane::{Scheme, ServerRef};
 use serde_json::Value;
 
 use super::{Checker, Document, SideFields, text};
-use crate::config::{NativeFeed, Problem};
+use crate::config::{NativeFeed, NativeKind, Problem};
 
 /// The side of the leafnode connection, as its fields begin.
 const LEAF: &str = "target_leaf";
 
-/// Fields that say what a mirror does not do: it takes every message as it is, and nothing else writes to it.
-const NOT_FOR_A_MIRROR: [(&str, &str); 22] = [
-    ("filter_subject", EVERY_MESSAGE),
-    ("filter_subjects", EVERY_MESSAGE),
-    ("exclude_subjects", EVERY_MESSAGE),
+/// Fields that say what a native feed does not do: the target's server stores what it is given.
+const NOT_FED: [(&str, &str); 13] = [
     ("max_age", EVERY_MESSAGE),
     ("inspect_field", EVERY_MESSAGE),
     ("inspect_header", EVERY_MESSAGE),
@@ -23,24 +20,26 @@ const NOT_FOR_A_MIRROR: [(&str, &str); 22] = [
     ("warn_duration", EVERY_MESSAGE),
     ("size_trigger", EVERY_MESSAGE),
     ("advisory", EVERY_MESSAGE),
-    ("subject_transforms", UNCHANGED),
-    ("target_subject_prefix", UNCHANGED),
-    ("target_subject_remove", UNCHANGED),
-    ("on_reject", "the target's server stores the messages, and one that it refuses blocks the mirror"),
-    ("dead_letter", "the target's server stores the messages, and one that it refuses blocks the mirror"),
+    ("on_reject", "the target's server stores the messages, and one that it refuses blocks the stream"),
+    ("dead_letter", "the target's server stores the messages, and one that it refuses blocks the stream"),
+    ("ordering", "the order is always that of the source"),
+    ("leader_election_name", "Choria's replicator feeds no streams"),
+];
+/// Fields that one of the kinds does not act on.
+const NOT_A_MIRRORS: [(&str, &str); 3] = [
     ("target_mode", "a mirror takes messages from its origin only"),
     ("target_update", "a mirror that exists is left as it is"),
-    ("on_source_loss", "a mirror cannot go back: the replication is held when the source lost messages"),
-    ("ordering", "the order of a mirror is always that of its source"),
-    ("leader_election_name", "Choria's replicator feeds no mirrors"),
+    ("on_source_loss", CANNOT_GO_BACK),
 ];
-const EVERY_MESSAGE: &str = "a mirror takes every message";
-const UNCHANGED: &str = "a mirror takes the messages unchanged";
+const NOT_A_SOURCES: [(&str, &str); 2] =
+    [("target_mode", "a stream with sources takes messages of others, too"), ("on_source_loss", CANNOT_GO_BACK)];
+const EVERY_MESSAGE: &str = "every message in scope is taken";
+const CANNOT_GO_BACK: &str = "the target cannot go back: the replication is held when the source lost messages";
 
-/// Limits that are not applied to a mirror.
+/// Limits that are not applied to a native feed.
 const NOT_LIMITED: [(&str, &str); 4] = [
-    ("messages_per_second", "a mirror is fed as fast as it stores"),
-    ("bytes_per_second", "a mirror is fed as fast as it stores"),
+    ("messages_per_second", "the target is fed as fast as it stores"),
+    ("bytes_per_second", "the target is fed as fast as it stores"),
     ("senders", EVERY_MESSAGE),
     ("sender_bytes", EVERY_MESSAGE),
 ];
@@ -55,23 +54,29 @@ pub(super) fn wrong_scheme(side: &str, scheme: Scheme) -> Option<&'static str> {
 }
 
 impl Checker {
-    /// How the target is fed, for kind `mirror`.
+    /// How the target is fed, for the kinds `mirror` and `source`.
     pub(super) fn native(&mut self, document: &Document) -> Option<NativeFeed> {
         let url = text(&document.target_leaf_url);
         let own_tls = document.target_leaf_tls.as_ref();
         self.tls("target_leaf_tls", own_tls);
-        if text(&document.kind) != Some("mirror") {
-            let set = [("target_leaf_url", url.is_some()), ("target_leaf_tls", own_tls.is_some())];
-            for (field, _) in set.into_iter().filter(|(_, set)| *set) {
-                self.problem(field, format!("`{field}` has no effect, because `kind` is not `mirror`"));
+        let kind = match text(&document.kind) {
+            Some("mirror") => NativeKind::Mirror,
+            Some("source") => NativeKind::Source,
+            _ => {
+                let set = [("target_leaf_url", url.is_some()), ("target_leaf_tls", own_tls.is_some())];
+                for (field, _) in set.into_iter().filter(|(_, set)| *set) {
+                    let message = format!("`{field}` has no effect, because `kind` is neither `mirror` nor `source`");
+                    self.problem(field, message);
+                }
+                return None;
             }
-            return None;
-        }
-        self.not_for_a_mirror(document);
+        };
+        self.not_fed(kind, document);
         let Some(url) = url else {
             if self.problems.iter().all(|problem| problem.path != "/target_leaf_url") {
-                let message = "`target_leaf_url` is required where `kind` is `mirror`: the leafnode port of the target";
-                self.problem("target_leaf_url", message.to_owned());
+                let message =
+                    format!("`target_leaf_url` is required where `kind` is `{kind}`: the leafnode port of the target");
+                self.problem("target_leaf_url", message);
             }
             return None;
         };
@@ -87,10 +92,10 @@ impl Checker {
         };
         let leaf = ServerRef::Known(Box::new(self.known("target_leaf_url", url, &fields, None)?));
         self.places.push((LEAF, leaf.clone()));
-        Some(NativeFeed { leaf })
+        Some(NativeFeed { kind, leaf })
     }
 
-    fn not_for_a_mirror(&mut self, document: &Document) {
+    fn not_fed(&mut self, kind: NativeKind, document: &Document) {
         let Ok(Value::Object(written)) = serde_json::to_value(document) else { return };
         let is_default = |field: &str, value: &Value| match value {
             Value::String(text) => text.is_empty() || (field == "on_reject" && text == "hold"),
@@ -100,14 +105,18 @@ impl Checker {
             Value::Array(items) => items.is_empty(),
             Value::Null => true,
         };
-        for (field, why) in NOT_FOR_A_MIRROR {
-            if written.get(field).is_some_and(|value| !is_default(field, value)) {
-                self.problem(field, format!("`{field}` is not for kind `mirror`: {why}"));
+        let of_kind = match kind {
+            NativeKind::Mirror => NOT_A_MIRRORS.as_slice(),
+            NativeKind::Source => &NOT_A_SOURCES,
+        };
+        for (field, why) in NOT_FED.iter().chain(of_kind) {
+            if written.get(*field).is_some_and(|value| !is_default(field, value)) {
+                self.problem(field, format!("`{field}` is not for kind `{kind}`: {why}"));
             }
         }
         for (field, why) in NOT_LIMITED {
             if written.get("limits").and_then(|limits| limits.get(field)).is_some() {
-                let message = format!("`limits.{field}` is not for kind `mirror`: {why}");
+                let message = format!("`limits.{field}` is not for kind `{kind}`: {why}");
                 self.problems.push(Problem::new(format!("/limits/{field}"), message));
             }
         }
@@ -152,11 +161,8 @@ mod tests {
     }
 
     #[test]
-    fn what_a_mirror_does_not_do_is_refused() {
+    fn what_a_feed_does_not_do_is_refused() {
         for (field, value) in [
-            ("filter_subject", json!("a.>")),
-            ("filter_subjects", json!(["a.>"])),
-            ("exclude_subjects", json!(["a.>"])),
             ("inspect_field", json!("sender")),
             ("inspect_header", json!("Sender")),
             ("inspect_subject_token", json!(1)),
@@ -165,25 +171,27 @@ mod tests {
             ("warn_duration", json!("1h")),
             ("size_trigger", json!(10)),
             ("advisory", json!({"subject": "a"})),
-            ("subject_transforms", json!([{"src": "a", "dest": "b"}])),
-            ("target_subject_prefix", json!("x")),
-            ("target_subject_remove", json!("x")),
             ("max_age", json!("1h")),
             ("on_reject", json!("skip")),
             ("dead_letter", json!({"subject": "a"})),
-            ("target_update", json!(true)),
             ("ordering", json!("strict")),
             ("on_source_loss", json!("follow")),
             ("target_mode", json!("shared")),
             ("leader_election_name", json!("x")),
         ] {
             check(json!({ field: value }), &format!("/{field}"), "is not for kind `mirror`");
+            check(json!({ "kind": "source", field: value }), &format!("/{field}"), "is not for kind `source`");
         }
+        check(json!({"target_update": true}), "/target_update", "is not for kind `mirror`");
+        document(json!({"kind": "source", "target_update": true})).unwrap();
         for limit in ["messages_per_second", "bytes_per_second", "senders", "sender_bytes"] {
             check(json!({"limits": {limit: 70_000}}), &format!("/limits/{limit}"), "is not for kind `mirror`");
         }
         let limits = json!({"messages_in_flight": 100, "bytes_in_flight": 1_048_576});
         document(json!({"on_reject": "hold", "start_at_end": true, "target_update": false, "limits": limits})).unwrap();
+        let subjects = json!({"filter_subjects": ["a.>", "b"], "exclude_subjects": ["a.b"], "target_subject_prefix": "x",
+            "subject_transforms": [{"src": "a.>", "dest": "c.>"}], "target_subject_remove": "y"});
+        document(subjects).unwrap();
     }
 
     #[test]

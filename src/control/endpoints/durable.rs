@@ -1,4 +1,5 @@
-//! Deletes the durable consumer at the source together with its replication.
+//! Deletes what a replication made at its source and its target together with it: a durable consumer, and the source of a
+//! target stream.
 
 use std::time::Duration;
 
@@ -7,8 +8,9 @@ use tracing::{info, warn};
 
 use super::{RequestContext, position::runnable};
 use crate::{
-    config::Replication,
+    config::{NativeKind, Replication},
     copy::source::durable::{self, Durable, Owner},
+    native::remove_source,
 };
 
 /// Deadline for all of a deletion: less than that of a request.
@@ -16,7 +18,7 @@ const WITHIN: Duration = Duration::from_millis(2_000);
 /// Time that the source gets in any case.
 const LEAST: Duration = Duration::from_millis(300);
 
-/// A replication that is about to be deleted, with what is needed to find its consumer.
+/// A replication that is about to be deleted, with what is needed to find what it made.
 pub(super) struct Leaving {
     replication: Option<Replication>,
     end: Instant,
@@ -57,5 +59,26 @@ impl Leaving {
             stream,
             "the durable consumer was left at the source, which keeps messages for it; delete it there: {why}"
         );
+    }
+
+    /// Removes the source of kind `source` from the target stream, which would ask for it for ever. What cannot be removed in
+    /// time stays and is logged.
+    pub(super) async fn remove_source(&self, context: &RequestContext, id: &str) {
+        let is_source = |replication: &&Replication| {
+            replication.native.as_ref().is_some_and(|native| native.kind == NativeKind::Source)
+        };
+        let Some(replication) = self.replication.as_ref().filter(is_source) else { return };
+        let stream = replication.target.stream.as_str();
+        let end = self.end.max(Instant::now() + LEAST);
+        let why = match timeout_at(end, remove_source(&context.rules, replication, &context.site)).await {
+            Ok(Ok(true)) => {
+                info!(replication = id, stream, "source removed from the target stream");
+                return;
+            }
+            Ok(Ok(false)) => return,
+            Ok(Err(error)) => error.message,
+            Err(_) => "the target did not answer in time".to_owned(),
+        };
+        warn!(replication = id, stream, "the source was left in the target stream; remove it there: {why}");
     }
 }

@@ -44,11 +44,11 @@ pub(super) async fn position(context: &RequestContext, request: Request) -> Resu
         return Err(stopping(&id));
     }
     let replication = runnable(context, entry).await?;
-    if replication.native.is_some() {
+    if let Some(native) = &replication.native {
         let description = format!(
-            "target stream `{}` is a mirror, which continues after the last message that it holds: its position cannot be \
-             moved",
-            replication.target.stream
+            "target stream `{}` is fed as kind `{}`, and its server continues after the last message that it took: the \
+             position cannot be moved",
+            replication.target.stream, native.kind
         );
         return Err(Failure::new(409, description));
     }

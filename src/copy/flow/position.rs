@@ -165,7 +165,7 @@ impl PositionWriter {
         self.save_record(now, |saved| witnesses.record(saved), row)
     }
 
-    /// The same for a native feed: the target has the sequences of the source.
+    /// The same for a native feed.
     pub(crate) fn save_fed(&mut self, now: Instant, fed: &Fed<'_>, row: impl FnOnce() -> Row) -> bool {
         self.save_record(now, |saved| fed.record(saved), row)
     }
@@ -263,7 +263,7 @@ impl PositionWriter {
 
     /// Notes, before it is created, that the replication has a durable consumer at its source, and under which
     /// installation's name: it is deleted with the replication.
-    pub(in crate::copy) async fn uses_durable(&mut self, installation: &str) -> Result<(), Error> {
+    pub(crate) async fn uses_durable(&mut self, installation: &str) -> Result<(), Error> {
         if !self.record.durable || self.record.installation.is_none() {
             self.finish().await?;
             let installation = Some(installation.to_owned());
@@ -577,10 +577,12 @@ pub(in crate::copy) struct Witnesses<'a> {
 /// What a position record is to say of a native feed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Fed<'a> {
-    /// Everything up to this sequence is stored at the target, under the same sequences; with the stored time of the
-    /// message there, nanoseconds since the Unix epoch, where it is known. `None` where the target was not compared with
-    /// the source: what was saved stays.
+    /// Everything up to this source sequence is stored at the target; with the stored time of the message there,
+    /// nanoseconds since the Unix epoch, where it is known. `None` where the target was not compared with the source: what was
+    /// saved stays.
     pub point: Option<(u64, Option<i64>)>,
+    /// A mirror's sequence is the same; another target had this last sequence at that time or before it.
+    pub target_seq: u64,
     /// The source server's time.
     pub now: DateTime<Utc>,
     /// `created` of the source stream.
@@ -592,7 +594,7 @@ pub(crate) struct Fed<'a> {
 impl Fed<'_> {
     fn record(&self, saved: &PositionRecord) -> PositionRecord {
         let Some((seq, time_ns)) = self.point else { return saved.clone() };
-        let target = TargetWitness { seq, source_seq: seq, created: self.target_created.to_owned() };
+        let target = TargetWitness { seq: self.target_seq, source_seq: seq, created: self.target_created.to_owned() };
         PositionRecord {
             source: Some(SourceWitness { seq, time_ns, created: self.source_created.to_owned() }),
             target: (seq > 0).then_some(target),

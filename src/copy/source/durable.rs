@@ -98,7 +98,7 @@ impl Durable {
     }
 
     /// The existing consumer; an error if it cannot be used.
-    pub(in crate::copy) async fn find(
+    pub(crate) async fn find(
         lane: &mut Lane,
         replication: &Replication,
         owner: Owner<'_>,
@@ -125,7 +125,7 @@ impl Durable {
     /// Keeps the consumer, unless it is ahead of its stream, which lost its end: it never delivers the messages that
     /// the stream stores next, up to the sequence that was delivered before. Servers before 2.14 leave it so. `lost` if
     /// the loss of the end was observed; otherwise the stream has not grown yet.
-    pub(in crate::copy) async fn unless_ahead(
+    pub(crate) async fn unless_ahead(
         self,
         lane: &mut Lane,
         replication: &Replication,

@@ -17,7 +17,7 @@ use crate::{
 
 /// One of the readers.
 #[derive(Debug)]
-pub(in crate::copy) enum Intake {
+pub(crate) enum Intake {
     /// Of a stream that keeps its messages, without acks.
     Plain(Box<Reader>),
     /// Of a stream that removes acknowledged messages, with an ack per message.

@@ -769,7 +769,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn large_messages_are_requested_ahead_while_they_are_sent_at_once() {
+    async fn large_messages_are_requested_while_one_arrives() {
         let (mut lane, mut server) = pipe::lane().await;
         let info: ConsumerInfo = serde_json::from_value(json!({"num_pending": 9})).unwrap();
         let range = Range { stream: "S", filters: &[], from: 1, headers_only: false };

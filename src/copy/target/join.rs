@@ -10,7 +10,7 @@ const EACH: [&str; 3] = ["max_age", "max_msg_size", "max_msgs_per_subject"];
 
 /// Raises the limits of a stream to those it would be created with for another source; returns the names of the limits
 /// that change.
-pub(in crate::copy) fn room(config: &mut Value, wanted: &Value) -> Vec<&'static str> {
+pub(crate) fn room(config: &mut Value, wanted: &Value) -> Vec<&'static str> {
     let Some(config) = config.as_object_mut() else { return Vec::new() };
     let shared = SHARED.into_iter().filter(|name| widen(config, name, wanted, i64::saturating_add));
     let mut changed: Vec<_> = shared.collect();

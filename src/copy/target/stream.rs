@@ -367,7 +367,7 @@ fn is_whole(made: &StreamInfo, to: &Lane, maker: Maker) -> bool {
 }
 
 /// Waits until changes of others to the same stream are visible.
-async fn pause() {
+pub(crate) async fn pause() {
     let random = (chance::random() >> 11) as f64 / (1u64 << 53) as f64;
     sleep(jitter(PAUSE, random)).await;
 }

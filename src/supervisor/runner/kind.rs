@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     copy::{self, Error, Job, PositionWriter},
     events::Events,
-    mirror,
+    native,
     status::{CopyStatus, State},
 };
 
@@ -20,7 +20,7 @@ pub(super) async fn run(
 ) -> Result<(), Error> {
     // In boxes: a future in a future takes its room twice.
     match &job.replication.native {
-        Some(native) => Box::pin(mirror::run(job, native, writer, status, events, stop)).await,
+        Some(feed) => Box::pin(native::run(job, feed, writer, status, events, stop)).await,
         None => Box::pin(copy::run(job, writer, status, events, stop)).await,
     }
 }

@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::harness::Cli;
 
 /// Every command that there is.
-const COMMANDS: [&str; 33] = [
+const COMMANDS: [&str; 34] = [
     "serve",
     "replicate",
     "config",
@@ -26,6 +26,7 @@ const COMMANDS: [&str; 33] = [
     "position",
     "retry",
     "skip",
+    "promote",
     "instances",
     "events",
     "admin",

@@ -11,6 +11,7 @@ use stream_replicator::status::LastError;
 
 use crate::harness::client::{ask, connect, request};
 use crate::harness::raw::wait_messages;
+use crate::harness::server::free_port;
 use crate::harness::{LIMIT, Outgoing, Raw, Role, SITE, Server, Service, Site, wait_for, wait_value, wire};
 
 /// One `nats req` of the page and what it answers.
@@ -49,7 +50,11 @@ fn documented_requests_and_replies_follow_the_schemas() -> Result<()> {
 /// From top to bottom, as a reader would who tries everything.
 #[tokio::test]
 async fn documented_requests_are_answered_as_documented() -> Result<()> {
-    let site = Site::small().await?;
+    // Mirrors need a leafnode port.
+    let leaf = free_port()?;
+    let leafnodes = format!("leafnodes {{ listen: \"127.0.0.1:{leaf}\" }}");
+    let target = Server::builder(Role::Target).config(&leafnodes).start().await?;
+    let site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;
     let page = page("docs/requests.md")?;
     let examples = examples(&page)?;
     let mut answered = BTreeSet::new();
@@ -58,6 +63,12 @@ async fn documented_requests_are_answered_as_documented() -> Result<()> {
     let mut second = None;
     for example in &examples {
         before(&site, example).await?;
+        if example.endpoint == "promote" {
+            let fields = json!({"kind": "mirror", "target_leaf_url": format!("nats-leaf://127.0.0.1:{leaf}")});
+            site.filled("LEDGER", 3).await?;
+            site.add("LEDGER", fields).await?;
+            site.settled("LEDGER", 3).await?;
+        }
         if example.endpoint == "stepdown" {
             second = Some(another_instance(&site).await?);
         }

@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 18] = [
+const ENDPOINTS: [(&str, &str, &str); 28] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -21,9 +21,19 @@ const ENDPOINTS: [(&str, &str, &str); 18] = [
     ("pause", "replicator.pause", "q"),
     ("resume", "replicator.resume", "q"),
     ("position", "replicator.position", "q"),
+    ("promote", "replicator.promote", "q"),
     ("stepdown", "replicator.stepdown", "q"),
     ("retry", "replicator.retry", "q"),
     ("skip", "replicator.skip", "q"),
+    ("adapter-add", "replicator.adapter.add", "q"),
+    ("adapter-update", "replicator.adapter.update", "q"),
+    ("adapter-validate", "replicator.adapter.validate", "q"),
+    ("adapter-get", "replicator.adapter.get", ""),
+    ("adapter-list", "replicator.adapter.list", ""),
+    ("adapter-delete", "replicator.adapter.delete", "q"),
+    ("adapter-status", "replicator.adapter.status", ""),
+    ("adapter-pause", "replicator.adapter.pause", "q"),
+    ("adapter-resume", "replicator.adapter.resume", "q"),
     ("heartbeat-get", "replicator.heartbeat.get", ""),
     ("heartbeat-set", "replicator.heartbeat.set", "q"),
 ];

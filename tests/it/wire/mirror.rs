@@ -19,17 +19,22 @@ const STREAM: &str = "ORDERS";
 
 /// A site whose target has a leafnode port, and the fields of a document that mirrors.
 async fn begin(version: &str, arguments: &[&str]) -> Result<(Site, Value)> {
+    begin_as("mirror", version, arguments).await
+}
+
+/// The same for a native kind.
+pub(super) async fn begin_as(kind: &str, version: &str, arguments: &[&str]) -> Result<(Site, Value)> {
     let port = free_port()?;
     let leafnodes = format!("leafnodes {{ listen: \"127.0.0.1:{port}\" }}");
     let target = Server::builder(Role::Target).version(version).config(&leafnodes).start().await?;
     let site = Site::builder().on(Server::start(Role::Source).await?, target);
     let site = site.args(arguments.iter().copied()).start().await?;
-    let fields = json!({"kind": "mirror", "target_leaf_url": format!("nats-leaf://127.0.0.1:{port}")});
+    let fields = json!({"kind": kind, "target_leaf_url": format!("nats-leaf://127.0.0.1:{port}")});
     Ok((site, fields))
 }
 
 /// Message `number` of a source: every kind of header that a mirror keeps on all versions.
-fn message(number: u64, at: &str) -> Outgoing {
+pub(super) fn message(number: u64, at: &str) -> Outgoing {
     let subject = format!("orders.{}{at}", number % 7);
     let message = Outgoing::new(subject, vec![b'x'; number as usize % 300]);
     match number % 5 {
@@ -158,7 +163,7 @@ async fn a_successor_feeds_while_the_old_feed_is_frozen() -> Result<()> {
     Ok(())
 }
 
-fn error(row: &Value) -> &str {
+pub(super) fn error(row: &Value) -> &str {
     row["last_error"]["message"].as_str().unwrap_or_default()
 }
 
@@ -211,9 +216,9 @@ async fn a_promoted_mirror_is_held() -> Result<()> {
 async fn other_targets_and_sources_are_held_with_the_reason() -> Result<()> {
     let (site, fields) = begin("2.15.1", &[]).await?;
     site.source_stream("QUEUE", json!({"retention": "workqueue"})).await?;
-    site.add("QUEUE", fields.clone()).await?;
+    site.add("QUEUE", crate::harness::site::merged(fields.clone(), json!({"start_at_end": true}))).await?;
     let row = site.row_when("QUEUE", "is held", |row| row["state"] == "held").await?;
-    assert!(error(&row).contains("retention `workqueue`"), "{row}");
+    assert!(error(&row).contains("is a work queue"), "{row}");
     site.filled(STREAM, 10).await?;
     site.target_stream(STREAM, json!({})).await?;
     site.add(STREAM, fields).await?;

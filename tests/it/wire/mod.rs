@@ -21,6 +21,7 @@ mod leafnode;
 mod limits;
 mod logins;
 mod mirror;
+mod native_source;
 mod networks;
 mod objects;
 mod order;

@@ -50,7 +50,7 @@ const SORTED_AGAIN: u32 = 3;
 
 /// Reads from and acknowledges to one durable pull consumer.
 #[derive(Debug)]
-pub(in crate::copy) struct Explicit {
+pub(crate) struct Explicit {
     pub(in crate::copy) reader: Reader,
     acks: ExplicitAcks,
     sort: Sort,

@@ -32,7 +32,7 @@ const DEAF: u32 = 5;
 
 /// Reads from one push consumer.
 #[derive(Debug)]
-pub(in crate::copy) struct Pushed {
+pub(crate) struct Pushed {
     stream: String,
     sid: u64,
     stash: Stash,

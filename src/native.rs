@@ -1,12 +1,13 @@
-//! The native feed of kind `mirror`: the target stream is a mirror in the sense of the server, and its origin is this
-//! program. The target's server asks for a consumer below an API prefix that only this feed answers, over a leafnode
+//! The native feed of the kinds `mirror` and `source`: the target stream is a mirror or has a source in the sense of the server, and
+//! its origin is this program. The target's server asks for a consumer below an API prefix that only this feed answers, over a leafnode
 //! connection of its own; the feed answers, reads the source, and delivers what a consumer would deliver. The server's own
-//! mirror code stores it: with the sequence and the stored time of the source, and resuming by itself.
+//! code stores it and resumes by itself; as a mirror with the sequence and the stored time of the source.
 //!
 //! [`open`] makes the connections and the target stream, [`feed`] is the loop, [`witness`] decides whether source and
-//! target still belong together. [`request`], [`session`] and [`subjects`] are pure.
+//! target still belong together. [`headers`], [`request`], [`session`] and [`subjects`] are pure.
 
 mod feed;
+mod headers;
 mod open;
 mod request;
 mod session;
@@ -19,7 +20,10 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use subjects::FeedSubjects;
-pub(crate) use target::{check as refuse_target, refuse_source};
+pub(crate) use target::{
+    Fit, check as check_target, refuse_source,
+    source::{lacks, remove as remove_source},
+};
 
 use crate::{
     config::NativeFeed,
@@ -28,7 +32,7 @@ use crate::{
     status::{CopyStatus, State},
 };
 
-/// Feeds the mirror until `stop` is cancelled (then the position is saved) or something fails, as [`copy::run`] copies.
+/// Feeds the target until `stop` is cancelled (then the position is saved) or something fails, as [`copy::run`] copies.
 pub async fn run(
     job: &Job,
     native: &NativeFeed,

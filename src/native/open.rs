@@ -1,5 +1,5 @@
-//! How a feed comes to be: source, target and leafnode are connected, and the target stream is made, in this order: a mirror
-//! asks its origin when it is created and when a leafnode connects, and waits long where nothing answers.
+//! How a feed comes to be: source, target and leafnode are connected, and the target stream is made, in this order: a server
+//! asks the origin when it is created and when a leafnode connects, and waits long where nothing answers.
 
 use nats_lane::{
     Lane, entropy,
@@ -11,7 +11,7 @@ use tracing::info;
 
 use super::{FeedSubjects, of_leaf, target};
 use crate::{
-    config::NativeFeed,
+    config::{NativeFeed, NativeKind},
     copy::{
         Error, ErrorKind, Job,
         source::{
@@ -25,6 +25,7 @@ use crate::{
 
 /// Everything that a feed works with.
 pub(super) struct OpenedFeed {
+    pub kind: NativeKind,
     pub subjects: FeedSubjects,
     pub source: Lane,
     /// Names of consumers at the source.
@@ -64,27 +65,22 @@ pub(super) async fn open(
     let names = clearing.finish(&mut source).await;
     let names = names.map_err(|error| error.context("source"))?;
     let (source_info, clock) = read_source(job, &mut source).await?;
-    let target_info = {
-        let opened = target::open(job, &mut target, &source_info, &subjects).await;
-        let (info, created) = opened.map_err(|error| error.context("target"))?;
-        if created {
-            info!(
-                replication = replication.id,
-                stream = replication.target.stream,
-                "target stream created as a mirror"
-            );
-        }
-        info
-    };
+    let opened = target::open(job, native.kind, &mut target, &source_info, &subjects).await;
+    let (target_info, done) = opened.map_err(|error| error.context("target"))?;
+    if let Some(done) = done {
+        let stream = &replication.target.stream;
+        info!(replication = replication.id, stream, kind = %native.kind, "{done}");
+    }
     status.send_modify(|(_, copy)| {
         copy.source.server.clone_from(&source.info().server_name);
         copy.target.server.clone_from(&target.info().server_name);
         (copy.source.connected, copy.target.connected) = (true, true);
         copy.transport = Transport::Feed;
-        // Only the feed writes to a mirror, in the order of the source.
-        (copy.target_mode, copy.ordering) = (TargetMode::Exclusive, Ordering::Strict);
+        // Only the feed writes to a mirror.
+        copy.target_mode = if native.kind == NativeKind::Mirror { TargetMode::Exclusive } else { TargetMode::Shared };
+        copy.ordering = Ordering::Strict;
     });
-    Ok(OpenedFeed { subjects, source, names, source_info, clock, target, target_info, leaf })
+    Ok(OpenedFeed { kind: native.kind, subjects, source, names, source_info, clock, target, target_info, leaf })
 }
 
 /// Reads the source stream, and checks whether it may be fed.
@@ -94,7 +90,8 @@ async fn read_source(job: &Job, lane: &mut Lane) -> Result<(StreamInfo, SourceCl
     let info = Api::new(lane).stream_info(stream).await.map_err(|error| error.context("source"))?;
     let received = Instant::now();
     let info = info.ok_or_else(|| Error::new(ErrorKind::Hold, format!("source stream `{stream}` does not exist")))?;
-    let refused = job.own_streams.refuse(stream, &info.created).or_else(|| target::refuse_source(stream, &info));
+    let refused =
+        job.own_streams.refuse(stream, &info.created).or_else(|| target::refuse_source(&job.replication, &info));
     if let Some(why) = refused {
         return Err(Error::new(ErrorKind::Hold, format!("source: {why}")));
     }

@@ -1,12 +1,14 @@
 //! The loop of a feed: one task, one owner of three connections. Whatever fails ends it, and the next run begins with a
 //! target that asks again.
 
+mod resume;
+
 use std::{collections::BTreeSet, future::poll_fn};
 
 use chrono::DateTime;
 use nats_lane::{
     Batch, Lane, Turn, entropy,
-    jetstream::{Api, StoredMessage, StreamInfo, answer_in, leaders_info},
+    jetstream::{Api, StreamInfo, answer_in, leaders_info},
     leafnode::Leaf,
 };
 use tokio::{
@@ -17,28 +19,30 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    FeedSubjects, of_leaf,
+    FeedSubjects,
+    headers::without_ids,
+    of_leaf,
     open::OpenedFeed,
-    request::{self, ConsumerRequest, MirrorStart, Unserved},
+    request::{self, ConsumerRequest, FeedStart, Unserved},
     session::{Amount, FedPoint, FeedSession, is_control, poke},
-    target,
-    witness::{self, Evidence},
+    target::{self, Fit},
 };
 use crate::{
-    config::Start,
+    config::{NativeKind, Replication, Scope},
     copy::{
         Error, ErrorKind, Fed, Job, PositionWriter,
         source::{
             clock::{ClockReading, SourceClock, shown},
             consumers::Names,
-            locate::before_time,
-            reader::{Range, Reader},
+            durable::{Durable, Owner},
+            intake::Intake,
+            reader::Reader,
             retention::{Oldest, Outlook, PollHistory, Retention, Waiting},
         },
     },
     events::{Event, Events},
     status::{CopyStatus, InFlight, Lag, LastError, Position, Row, State},
-    store::SaveError,
+    store::{SaveError, TargetWitness},
 };
 
 /// How often the status is brought up to date.
@@ -85,9 +89,40 @@ struct FeedTimes {
     stored: Instant,
 }
 
+/// What was saved of a feed.
+#[derive(Debug, Clone, Default)]
+struct SavedFeed {
+    point: Option<FedPoint>,
+    /// The target as it was then.
+    target: Option<TargetWitness>,
+}
+
+impl SavedFeed {
+    fn of(positions: &PositionWriter) -> Self {
+        let record = positions.record();
+        let point = record.source.as_ref().map(|saved| FedPoint { seq: saved.seq, time_ns: saved.time_ns });
+        Self { point, target: record.target.clone() }
+    }
+
+    /// The position, if the target stream is the one that it is about, and has not lost its end.
+    fn at(&self, target: &StreamInfo) -> Option<FedPoint> {
+        let same = |saved: &&TargetWitness| saved.created == target.created && saved.seq <= target.state.last_seq;
+        self.target.as_ref().filter(same).and(self.point)
+    }
+}
+
+/// A consumer that the target was given, and what it is fed from.
+struct Served {
+    session: FeedSession,
+    reader: Intake,
+    /// The newest message that was read: delivered, or out of scope.
+    read: FedPoint,
+}
+
 /// A running feed.
 pub(super) struct Feed<'a> {
     job: &'a Job,
+    kind: NativeKind,
     status: &'a watch::Sender<(State, CopyStatus)>,
     events: &'a Events,
     subjects: FeedSubjects,
@@ -102,7 +137,11 @@ pub(super) struct Feed<'a> {
     leaf: Leaf,
     /// Subjects of deliveries that the target listens on.
     listens: BTreeSet<String>,
-    session: Option<(FeedSession, Reader)>,
+    session: Option<Served>,
+    /// Up to where the target can hold what this run gave it.
+    given: Option<u64>,
+    /// Message ids are renamed.
+    renames_ids: bool,
     repeats: Repeats,
     /// Requests for the state of the streams that are not answered: source and when it was asked, target.
     asked: (Option<(String, Instant)>, Option<String>),
@@ -115,6 +154,8 @@ pub(super) struct Feed<'a> {
     times: FeedTimes,
     stepped_down: bool,
     reply: Vec<u8>,
+    /// Room for a subject and a header.
+    room: (Vec<u8>, Vec<u8>),
 }
 
 impl<'a> Feed<'a> {
@@ -124,14 +165,17 @@ impl<'a> Feed<'a> {
         status: &'a watch::Sender<(State, CopyStatus)>,
         events: &'a Events,
     ) -> Self {
-        let OpenedFeed { subjects, source, names, source_info, clock, target, target_info, leaf } = opened;
+        let OpenedFeed { kind, subjects, source, names, source_info, clock, target, target_info, leaf } = opened;
         let (state, copy) = status.borrow().clone();
         let state = if matches!(state, State::Retrying | State::Held) { state } else { State::Starting };
         let now = Instant::now();
-        let position = FedPoint { seq: target_info.state.last_seq, time_ns: None };
+        let seq = if kind == NativeKind::Mirror { target_info.state.last_seq } else { 0 };
+        let position = FedPoint { seq, time_ns: None };
+        let renames_ids = kind == NativeKind::Source;
         let times = FeedTimes { tick: now, heartbeat: now, info: now + INFO_EVERY, poke: now, waits: now, stored: now };
         Self {
             job,
+            kind,
             status,
             events,
             subjects,
@@ -145,6 +189,8 @@ impl<'a> Feed<'a> {
             leaf,
             listens: BTreeSet::new(),
             session: None,
+            given: None,
+            renames_ids,
             repeats: Repeats::default(),
             asked: (None, None),
             position,
@@ -154,13 +200,17 @@ impl<'a> Feed<'a> {
             times,
             stepped_down: false,
             reply: Vec::new(),
+            room: Default::default(),
         }
     }
 
     /// Until the stop, or the first error.
     pub async fn run(mut self, positions: &mut PositionWriter, stop: &CancellationToken) -> Result<(), Error> {
-        let saved = saved_point(positions);
-        self.position.time_ns = saved.filter(|saved| saved.seq == self.position.seq).and_then(|saved| saved.time_ns);
+        if let Some(saved) = SavedFeed::of(positions).point
+            && (self.kind == NativeKind::Source || saved.seq == self.position.seq)
+        {
+            self.position = saved;
+        }
         let result = tokio::select! {
             biased;
             () = stop.cancelled() => Ok(()),
@@ -181,9 +231,11 @@ impl<'a> Feed<'a> {
         loop {
             let now = Instant::now();
             self.deliver(now)?;
+            self.acknowledge();
             if now >= self.times.tick {
                 self.tick(now, positions)?;
             }
+            let reads = self.session.as_mut().is_none_or(|served| served.reader.may_read(&self.job.budget));
             let asked = tokio::select! {
                 biased;
                 saved = poll_fn(|cx| positions.poll(cx)) => {
@@ -194,7 +246,7 @@ impl<'a> Feed<'a> {
                     Turn::Received(batch) => self.hear_target(&batch),
                     Turn::Flushed => None,
                 },
-                turn = self.source.turn() => {
+                turn = self.source.turn(), if reads => {
                     if let Turn::Received(batch) = turn.map_err(|error| error.context("source"))? {
                         self.hear_source(batch)?;
                     }
@@ -209,7 +261,7 @@ impl<'a> Feed<'a> {
                 () = sleep_until(self.times.tick) => None,
             };
             match asked {
-                Some(Ok(asked)) => self.begin(asked, saved_point(positions)).await?,
+                Some(Ok(asked)) => self.begin(asked, positions).await?,
                 Some(Err(Unserved { reply, why })) => {
                     let stream = &self.job.replication.target.stream;
                     let error = held(format!("target stream `{stream}` cannot be fed: {why}"));
@@ -232,8 +284,8 @@ impl<'a> Feed<'a> {
             } else {
                 self.listens.remove(&interest.subject);
             }
-            let Some((session, _)) = &mut self.session else { continue };
-            if session.hear(&interest.subject, interest.begins) && !interest.begins {
+            let Some(served) = &mut self.session else { continue };
+            if served.session.hear(&interest.subject, interest.begins) && !interest.begins {
                 debug!(replication = self.job.replication.id, "the target has ended its consumer");
                 self.end_session();
             }
@@ -257,8 +309,8 @@ impl<'a> Feed<'a> {
 
     /// A message of the target on a subject that is no request: perhaps a flow control answer.
     fn settle(&mut self, subject: &[u8]) {
-        let Some((session, _)) = &mut self.session else { return };
-        let Some((amount, last)) = session.answered(subject) else { return };
+        let Some(served) = &mut self.session else { return };
+        let Some((amount, last)) = served.session.answered(subject) else { return };
         self.times.stored = Instant::now();
         self.position = last;
         self.copy.counters.copied += amount.messages;
@@ -267,31 +319,41 @@ impl<'a> Feed<'a> {
         self.repeats = Repeats::default();
     }
 
-    fn end_session(&mut self) {
-        if let Some((_, reader)) = self.session.take() {
-            reader.close(&mut self.source);
+    /// Acknowledges at the source what is stored at the target, where the source asks for that. Where everything that was
+    /// delivered is stored, what was read after it and is out of scope is settled too.
+    fn acknowledge(&mut self) {
+        let Some(served) = &mut self.session else { return };
+        if served.session.is_settled() && served.read.seq > self.position.seq {
+            self.position = served.read;
         }
-        self.times.waits = Instant::now();
+        served.reader.settled(&mut self.source, self.position.seq);
     }
 
-    /// Serves a request: checks whether the mirror may continue, opens the reader and answers.
-    async fn begin(&mut self, asked: ConsumerRequest, saved: Option<FedPoint>) -> Result<(), Error> {
+    fn end_session(&mut self) {
+        if let Some(Served { session, reader, .. }) = self.session.take() {
+            reader.close(&mut self.source);
+            self.given = self.given.max(Some(session.last().seq));
+        }
+        let now = Instant::now();
+        // Perhaps the source was removed from the target.
+        (self.times.waits, self.times.info) = (now, now);
+    }
+
+    /// Serves a request: checks whether the target may continue, opens the reader and answers.
+    async fn begin(&mut self, asked: ConsumerRequest, positions: &mut PositionWriter) -> Result<(), Error> {
         self.count_refusal(&asked)?;
         self.end_session();
-        let before = match self.before(&asked, saved).await {
-            Ok(before) => before,
+        let opened = async {
+            let replication = self.scoped(&asked)?;
+            let before = self.before(&asked, &SavedFeed::of(positions)).await?;
+            Ok::<_, Error>((before, self.open_reader(&replication, before.seq, positions).await?))
+        };
+        let (before, reader) = match opened.await {
+            Ok(opened) => opened,
             Err(error) if error.kind == ErrorKind::Hold => return Err(self.refuse(&asked.reply, error).await),
             Err(error) => return Err(error),
         };
         let limits = &self.job.replication.limits;
-        let range = Range {
-            stream: &self.job.replication.source.stream,
-            filters: &[],
-            from: before.seq + 1,
-            headers_only: false,
-        };
-        let reader = Reader::open(&mut self.source, &range, &mut self.names, limits.bytes_in_flight).await;
-        let reader = reader.map_err(|error| error.context("source"))?;
         let consumer = format!("SR{}", entropy::name());
         let own = format!("{}.{consumer}", self.subjects.deliver());
         let subject = if asked.takes_subject { own.clone() } else { asked.deliver.clone() };
@@ -309,17 +371,57 @@ impl<'a> Feed<'a> {
         let now = Instant::now();
         (self.times.waits, self.times.stored, self.times.heartbeat) = (now, now, now + HEARTBEAT);
         (self.position, self.compared) = (before, true);
-        self.session = Some((session, reader));
+        self.given = self.given.max(Some(before.seq));
+        self.session = Some(Served { session, reader, read: before });
         self.copy.metered.consumers += 1;
         Ok(())
     }
 
+    /// The replication with the subjects that the target's configuration names, where the document names none.
+    fn scoped(&self, asked: &ConsumerRequest) -> Result<Replication, Error> {
+        let mut replication = self.job.replication.clone();
+        let filters = replication.scope.filters();
+        if asked.filters.is_empty() || asked.filters == filters {
+            return Ok(replication);
+        }
+        if !filters.is_empty() {
+            return Err(held(format!(
+                "target stream `{}` asks for {:?} only, and the document has the filters {filters:?}: remove one of the two",
+                replication.target.stream, asked.filters
+            )));
+        }
+        let excluded = replication.scope.excluded().to_vec();
+        replication.scope = Scope::new(asked.filters.clone(), excluded);
+        Ok(replication)
+    }
+
+    /// Reads the source after a sequence; one that removes acknowledged messages, through a durable consumer.
+    async fn open_reader(
+        &mut self,
+        replication: &Replication,
+        after: u64,
+        positions: &mut PositionWriter,
+    ) -> Result<Intake, Error> {
+        let of_source = |error: nats_lane::Error| Error::from(error.context("source"));
+        let (lane, info) = (&mut self.source, &self.source_info);
+        let installation = positions.record().installation.as_ref().unwrap_or(&self.job.installation).clone();
+        let owner = Owner { site: &self.job.site, installation: &installation };
+        let mut durable = None;
+        if Durable::is_needed(info) {
+            positions.uses_durable(&installation).await?;
+            if let Some(found) = Durable::find(lane, replication, owner).await.map_err(of_source)? {
+                durable = found.unless_ahead(lane, replication, info, after, false).await.map_err(of_source)?;
+            }
+        }
+        Intake::open(lane, replication, owner, info, durable, &mut self.names, after).await.map_err(of_source)
+    }
+
     /// A message that the target asks for again and again was refused by it.
     fn count_refusal(&mut self, asked: &ConsumerRequest) -> Result<(), Error> {
-        let delivered = self.session.as_ref().is_some_and(|(session, _)| session.delivered() > 0);
+        let delivered = self.session.as_ref().is_some_and(|served| served.session.delivered() > 0);
         let start = match asked.wanted {
-            MirrorStart::All => 0,
-            MirrorStart::From(seq) => seq,
+            FeedStart::All | FeedStart::Time(_) => 0,
+            FeedStart::From(seq) => seq,
         };
         if !delivered || start != self.repeats.start {
             self.repeats = Repeats { start, times: u32::from(delivered) };
@@ -332,61 +434,11 @@ impl<'a> Feed<'a> {
         let stream = &self.job.replication.target.stream;
         Err(held(format!(
             "target stream `{stream}` does not store the next source message, at sequence {} or after it: it asked for it \
-             {} times; the log of the target's server has the reason (`Error processing inbound mirror message`); such a \
-             message may need `allow_rollup_hdrs` or `allow_msg_ttl` of the mirror, or a newer server",
+             {} times; the log of the target's server has the reason (`Error processing inbound`); such a message may need \
+             `allow_rollup_hdrs` or `allow_msg_ttl` of the stream, or a newer server",
             start.max(1),
             self.repeats.times
         )))
-    }
-
-    /// The sequence before the first one to be delivered, exactly: the mirror skips to it at once.
-    async fn before(&mut self, asked: &ConsumerRequest, saved: Option<FedPoint>) -> Result<FedPoint, Error> {
-        let replication = &self.job.replication;
-        if asked.stream != replication.source.stream {
-            let (is, origin) = (&asked.stream, &replication.source.stream);
-            return Err(held(format!("target stream is a mirror of `{is}`, and `{origin}` is the source")));
-        }
-        self.read_source().await?;
-        let MirrorStart::From(start) = asked.wanted else { return self.start(saved).await };
-        let last = start - 1;
-        if last == 0 {
-            return Ok(FedPoint::default());
-        }
-        let point = |found: StoredMessage| FedPoint { seq: found.sequence, time_ns: Some(found.time_ns) };
-        let source = Api::new(&mut self.source).message_from(&replication.source.stream, last).await;
-        let source = source.map_err(|error| error.context("source"))?.map(point);
-        let target = Api::new(&mut self.target).message(&replication.target.stream, last).await;
-        let target_ns = target.map_err(|error| error.context("target"))?.map(|found| found.time_ns);
-        let source_last = self.source_info.state.last_seq;
-        if let Some(why) = witness::objection(&Evidence { last, source_last, source, target_ns, saved }) {
-            let (from, to) = (&replication.source.stream, &replication.target.stream);
-            return Err(held(format!(
-                "source stream `{from}` is not the one that `{to}` mirrors: {why}; delete stream `{to}` to mirror the \
-                 source from its beginning, or promote it to keep what it holds"
-            )));
-        }
-        self.report_gap(last);
-        let time_ns =
-            target_ns.or_else(|| source.filter(|source| source.seq == last).and_then(|source| source.time_ns));
-        Ok(FedPoint { seq: last, time_ns })
-    }
-
-    /// Where a mirror begins that holds nothing.
-    async fn start(&mut self, saved: Option<FedPoint>) -> Result<FedPoint, Error> {
-        let (stream, state) = (&self.job.replication.source.stream, self.source_info.state.clone());
-        let first = state.first_seq.saturating_sub(1);
-        let seq = match &self.job.replication.start {
-            Start::All => first,
-            // What was published since the first start is not passed over.
-            Start::AtEnd => saved.map_or(state.last_seq, |saved| saved.seq),
-            Start::Sequence(seq) => seq.saturating_sub(1),
-            Start::Delta(ago) => {
-                let time = self.clock.ago(Instant::now(), *ago);
-                before_time(&mut self.source, stream, &self.source_info, &self.names, time).await?
-            }
-            Start::Time(time) => before_time(&mut self.source, stream, &self.source_info, &self.names, *time).await?,
-        };
-        Ok(FedPoint { seq: seq.clamp(first, state.last_seq.max(first)), time_ns: None })
     }
 
     async fn read_source(&mut self) -> Result<(), Error> {
@@ -409,7 +461,9 @@ impl<'a> Feed<'a> {
     /// Reports messages that the source removed before they were mirrored.
     fn report_gap(&mut self, last: u64) {
         let first = self.source_info.state.first_seq;
-        if first > last + 1 {
+        // What is acknowledged is removed, and what is out of scope is not missed.
+        let plain = !Durable::is_needed(&self.source_info) && self.job.replication.scope.is_whole();
+        if plain && first > last + 1 {
             let (from, to) = (last + 1, first - 1);
             let gap = Event::Gap { from, to, messages: to - last };
             warn!(replication = self.job.replication.id, ?gap, "found");
@@ -420,28 +474,39 @@ impl<'a> Feed<'a> {
 
     /// Delivers messages that were read, as far as the window allows, and requests more.
     fn deliver(&mut self, now: Instant) -> Result<(), Error> {
-        let Some((session, reader)) = &mut self.session else { return Ok(()) };
-        reader.pull(&mut self.source, &self.job.budget);
+        let Some(Served { session, reader, read }) = &mut self.session else { return Ok(()) };
+        reader.pull(&mut self.source, &self.job.budget, self.leaf.unwritten() < UNWRITTEN);
         let Some(subject) = session.subject().map(str::to_owned) else { return Ok(()) };
         let subject = subject.as_bytes();
         if session.is_settled() {
             self.times.stored = now;
         }
+        let (mapping, scope) = (&self.job.replication.mapping, &self.job.replication.scope);
         while !session.is_full() && self.leaf.unwritten() < UNWRITTEN {
             let Some(incoming) = reader.peek() else { break };
             let (delivery, message, size) = (incoming.delivery, incoming.message, incoming.size());
-            if is_control(message.header, message.payload) {
-                let seq = delivery.stream_seq;
-                return Err(held(format!(
-                    "source message {seq} has a status and no payload: a mirror takes it for a sign of life of its origin, \
-                     and cannot store it; delete it at the source"
-                )));
-            }
-            session.deliver(&delivery, message.subject, size, &mut self.reply);
-            self.leaf.send(subject, &self.reply, message.header, message.payload);
+            *read = FedPoint { seq: delivery.stream_seq, time_ns: Some(delivery.time_ns) };
             self.copy.counters.received += 1;
             self.copy.counters.received_bytes += size.bytes as u64;
             self.copy.metered.received_payload += size.payload as u64;
+            if scope.excludes(message.subject) {
+                self.copy.counters.skipped_filtered += 1;
+                self.copy.counters.skipped_bytes += size.bytes as u64;
+                self.copy.metered.skipped_payload += size.payload as u64;
+                reader.take();
+                continue;
+            }
+            let mapped = mapping.apply(message.subject, &mut self.room.0);
+            if let Some(why) = undeliverable(message.header, message.payload, mapped) {
+                let seq = delivery.stream_seq;
+                return Err(held(format!("source message {seq} {why}; delete it at the source")));
+            }
+            session.deliver(&delivery, mapped, size, &mut self.reply);
+            let header = match self.renames_ids {
+                true => without_ids(message.header, &mut self.room.1),
+                false => message.header,
+            };
+            self.leaf.send(subject, &self.reply, header, message.payload);
             reader.take();
             if let Some((reply, header)) = session.flow_control(false) {
                 self.leaf.send(subject, reply.as_bytes(), header, b"");
@@ -452,7 +517,7 @@ impl<'a> Feed<'a> {
         {
             self.leaf.send(subject, reply.as_bytes(), header, b"");
         }
-        reader.pull(&mut self.source, &self.job.budget);
+        reader.pull(&mut self.source, &self.job.budget, self.leaf.unwritten() < UNWRITTEN);
         Ok(())
     }
 
@@ -473,8 +538,8 @@ impl<'a> Feed<'a> {
                 Ok(None) | Err(_) => {}
             }
         }
-        if let Some((_, reader)) = &mut self.session {
-            reader.accept(batch).map_err(|lost| lost.error.context("source"))?;
+        if let Some(served) = &mut self.session {
+            served.reader.accept(batch).map_err(|lost| lost.error.context("source"))?;
         }
         Ok(())
     }
@@ -483,7 +548,7 @@ impl<'a> Feed<'a> {
     fn end_of_source(&self) -> Result<(), Error> {
         let last = self.source_info.state.last_seq;
         match &self.session {
-            Some((session, _)) if last < session.last().seq => Err(Error::new(
+            Some(served) if last < served.session.last().seq => Err(Error::new(
                 ErrorKind::Retry,
                 format!("the source ends at sequence {last}, before what was read of it"),
             )),
@@ -498,11 +563,17 @@ impl<'a> Feed<'a> {
         let Some(answer) = self.asked.1.as_ref().and_then(|request| answer_in(batch, request)) else { return Ok(()) };
         let info = answer.and_then(leaders_info);
         self.asked.1 = None;
-        let (name, source) = (&self.job.replication.target.stream, &self.job.replication.source.stream);
+        let name = &self.job.replication.target.stream;
         match info {
             Ok(Some(info)) => {
-                target::check(name, &info, source, &self.subjects).map_err(|error| error.context("target"))?;
+                let fit = target::check(self.kind, &self.job.replication, &info, &self.subjects);
+                let fit = fit.map_err(|error| error.context("target"))?;
                 self.target_info = info;
+                if fit == Fit::Lacks {
+                    // The next run adds it again, if the stream may be changed.
+                    let message = format!("the source was removed from target stream `{name}`");
+                    return Err(Error::new(ErrorKind::Retry, message));
+                }
                 Ok(())
             }
             Err(error) if error.kind == nats_lane::ErrorKind::NotFound => {
@@ -518,15 +589,19 @@ impl<'a> Feed<'a> {
         self.times.tick = now + TICK;
         if now >= self.times.heartbeat {
             self.times.heartbeat = now + HEARTBEAT;
-            if let Some((session, _)) = &self.session
+            if let Some(Served { session, .. }) = &self.session
                 && let Some(subject) = session.subject()
             {
                 self.leaf.send(subject.as_bytes(), b"", &session.heartbeat(), b"");
             }
         }
         self.check_target(now)?;
-        if let Some((_, reader)) = &self.session {
-            reader.check(&self.source, now).map_err(|error| error.context("source"))?;
+        if let Some(Served { reader, .. }) = &mut self.session {
+            let checked = match reader.plain() {
+                Some(plain) => plain.check(&self.source, now),
+                None => reader.check(&self.source, now, true),
+            };
+            checked.map_err(|error| error.context("source"))?;
         }
         if now >= self.times.info {
             self.times.info = now + INFO_EVERY;
@@ -539,7 +614,7 @@ impl<'a> Feed<'a> {
 
     /// Makes a target ask that does not by itself, and ends the run if it stores nothing.
     fn check_target(&mut self, now: Instant) -> Result<(), Error> {
-        let listened = self.session.as_ref().is_some_and(|(session, _)| session.subject().is_some());
+        let listened = self.is_fed();
         if listened {
             self.times.waits = now;
             if now.duration_since(self.times.stored) > STORES_WITHIN {
@@ -573,6 +648,11 @@ impl<'a> Feed<'a> {
         Ok(())
     }
 
+    /// Whether the target listens.
+    fn is_fed(&self) -> bool {
+        self.session.as_ref().is_some_and(|served| served.session.subject().is_some())
+    }
+
     fn ask_states(&mut self, now: Instant) {
         let replication = &self.job.replication;
         let info = |lane: &Lane, stream: &str| format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
@@ -585,12 +665,13 @@ impl<'a> Feed<'a> {
     /// Brings the status up to date.
     fn show(&mut self, now: Instant) {
         let Amount { messages, bytes, .. } =
-            self.session.as_ref().map(|(session, _)| session.in_flight()).unwrap_or_default();
-        let is_fed = self.session.as_ref().is_some_and(|(session, _)| session.subject().is_some());
+            self.session.as_ref().map(|served| served.session.in_flight()).unwrap_or_default();
+        let is_fed = self.is_fed();
         self.copy.in_flight = InFlight { messages, bytes };
         self.show_lag(is_fed, now);
+        let target_seq = self.target_seq();
         let copy = &mut self.copy;
-        copy.target.last_seq = Some(self.position.seq);
+        copy.target.last_seq = Some(target_seq);
         copy.source.clock_offset_seconds =
             shown(copy.source.clock_offset_seconds, self.clock.offset(now, entropy::now()));
         if is_fed {
@@ -614,21 +695,23 @@ impl<'a> Feed<'a> {
 
     /// Updates position, lag and headroom in the status. The last two are not known while the target has no consumer.
     fn show_lag(&mut self, is_fed: bool, now: Instant) {
+        let target_seq = self.target_seq();
         let (copy, state, position) = (&mut self.copy, &self.source_info.state, self.position.seq);
         // As long as the position stays, so does the oldest message, also where it is not read yet.
         let before = copy.lag.filter(|_| copy.position.source_seq == position).and_then(|lag| lag.oldest);
-        copy.position = Position { source_seq: position, target_seq: position };
+        copy.position = Position { source_seq: position, target_seq };
         (copy.source.first_seq, copy.source.last_seq) = (Some(state.first_seq), Some(state.last_seq.max(position)));
-        let Some((session, reader)) = self.session.as_ref().filter(|_| is_fed) else {
+        let Some(Served { session, reader, read }) = self.session.as_ref().filter(|_| is_fed) else {
             (copy.lag, copy.headroom) = (None, None);
             return;
         };
         let counted = reader.pending() + session.in_flight().messages;
-        let seen = session.last().seq.max(reader.seen());
-        let Waiting { last_seq, messages } = Waiting::of(state, true, position, counted, seen);
+        let seen = read.seq.max(reader.plain().map_or(0, Reader::seen));
+        let all = reader.plain().is_some() && self.job.replication.scope.is_whole();
+        let Waiting { last_seq, messages } = Waiting::of(state, all, position, counted, seen);
         copy.source.last_seq = Some(last_seq);
-        let read = || reader.next().map(|point| FedPoint { seq: point.seq, time_ns: point.time_ns });
-        let oldest = session.oldest().or_else(read);
+        let next = || reader.next().map(|point| FedPoint { seq: point.seq, time_ns: point.time_ns });
+        let oldest = session.oldest().or_else(next);
         let stored = oldest.and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
         let lag = Lag::new(messages, stored.or(before), self.clock.now(now));
         copy.lag = Some(lag);
@@ -644,6 +727,14 @@ impl<'a> Feed<'a> {
         };
     }
 
+    /// The target's sequence at the position: a mirror has that of the source, another stream its last one when it was read.
+    fn target_seq(&self) -> u64 {
+        match self.kind {
+            NativeKind::Mirror => self.position.seq,
+            NativeKind::Source => self.target_info.state.last_seq,
+        }
+    }
+
     fn row(&self) -> Row {
         Row { state: self.state, copy: self.copy.clone(), todo: None, ..self.job.row.clone() }
     }
@@ -651,6 +742,7 @@ impl<'a> Feed<'a> {
     fn fed(&self) -> Fed<'_> {
         Fed {
             point: self.compared.then_some((self.position.seq, self.position.time_ns)),
+            target_seq: self.target_seq(),
             now: self.clock.now(Instant::now()),
             source_created: &self.source_info.created,
             target_created: &self.target_info.created,
@@ -675,9 +767,14 @@ impl<'a> Feed<'a> {
 const WAITS: &str =
     "the target has not asked for messages yet: after a long outage of the feed it asks again within 50 s";
 
-/// The position as it was saved last.
-fn saved_point(positions: &PositionWriter) -> Option<FedPoint> {
-    positions.record().source.as_ref().map(|saved| FedPoint { seq: saved.seq, time_ns: saved.time_ns })
+/// Why a message cannot be delivered.
+fn undeliverable(header: &[u8], payload: &[u8], subject: &[u8]) -> Option<&'static str> {
+    if is_control(header, payload) {
+        return Some(
+            "has a status and no payload: a target takes it for a sign of life of its origin, and cannot store it",
+        );
+    }
+    subject.is_empty().then_some("has no subject left after the mapping")
 }
 
 fn held(message: String) -> Error {

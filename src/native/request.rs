@@ -1,5 +1,11 @@
-//! What a mirror asks its origin for, and the answer. Pure. As seen at nats-server 2.10.26 to 2.15.1 (`setupMirrorConsumer`).
+//! What a mirror or a source asks its origin for, and the answer. Pure. As seen at nats-server 2.10.26 to 2.15.1
+//! (`setupMirrorConsumer`, `trySetupSourceConsumer`).
+//!
+//! The answer has no header `Nats-Stream-Identity`. Servers from 2.15 on copy everything again when the identity of an origin
+//! changes, and a stream that was restored from a backup has another one: whether the origin is another stream is for
+//! [`witness`](super::witness) to say.
 
+use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -7,13 +13,15 @@ const RESPONSE: &str = "io.nats.jetstream.api.v1.consumer_create_response";
 /// Error code of an API that is not available: the target tries again later.
 const UNAVAILABLE: u32 = 10008;
 
-/// Where the mirror wants to begin.
+/// Where the target wants to begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum MirrorStart {
+pub(super) enum FeedStart {
     /// It holds nothing, and takes what its origin has.
     All,
     /// With this sequence of the source, at least 1: it holds everything before it.
     From(u64),
+    /// It holds nothing, and takes what was stored from this time on (`opt_start_time` of a stream made by hand).
+    Time(DateTime<Utc>),
 }
 
 /// One request for a consumer.
@@ -23,7 +31,9 @@ pub(super) struct ConsumerRequest {
     pub reply: String,
     /// The stream that is asked for.
     pub stream: String,
-    pub wanted: MirrorStart,
+    pub wanted: FeedStart,
+    /// The subjects that the target wants, where its configuration names them; empty for all.
+    pub filters: Vec<String>,
     /// The subject that the target offers to listen on.
     pub deliver: String,
     /// Whether the target listens on the subject of the answer instead (2.14 and later).
@@ -63,25 +73,20 @@ pub(super) fn read(
 fn parse(stream: &str, reply: &str, payload: &[u8]) -> Result<ConsumerRequest, String> {
     let body: Body = serde_json::from_slice(payload).map_err(|error| format!("it cannot be read: {error}"))?;
     let text = |field: &str| body.config.get(field).and_then(Value::as_str).unwrap_or_default();
-    let filtered = !text("filter_subject").is_empty()
-        || body.config.get("filter_subjects").and_then(Value::as_array).is_some_and(|filters| !filters.is_empty());
-    if filtered {
-        return Err(
-            "the mirror has a filter or subject transforms, which a feed does not serve: create it without".to_owned()
-        );
-    }
+    let one = Some(text("filter_subject")).filter(|filter| !filter.is_empty() && *filter != ">");
+    let many = body.config.get("filter_subjects").and_then(Value::as_array).into_iter().flatten();
+    let filters: Vec<String> = one.into_iter().chain(many.filter_map(Value::as_str)).map(str::to_owned).collect();
     let wanted = match text("deliver_policy") {
-        "" | "all" => MirrorStart::All,
+        "" | "all" => FeedStart::All,
         "by_start_sequence" => match body.config.get("opt_start_seq").and_then(Value::as_u64) {
-            Some(0) | None => MirrorStart::All,
-            Some(seq) => MirrorStart::From(seq),
+            Some(0) | None => FeedStart::All,
+            Some(seq) => FeedStart::From(seq),
         },
-        other => {
-            return Err(format!(
-                "the mirror wants to start by `{other}`, which a feed does not serve: create it without `opt_start_time`, \
-                 and set `start_time` in the document"
-            ));
-        }
+        "by_start_time" => match DateTime::parse_from_rfc3339(text("opt_start_time")) {
+            Ok(time) => FeedStart::Time(time.with_timezone(&Utc)),
+            Err(error) => return Err(format!("it wants to start at a time that cannot be read: {error}")),
+        },
+        other => return Err(format!("it wants to start by `{other}`, which a feed does not serve")),
     };
     let deliver = text("deliver_subject").to_owned();
     if deliver.is_empty() || deliver.contains(|c: char| c.is_whitespace() || "*>".contains(c)) {
@@ -89,12 +94,20 @@ fn parse(stream: &str, reply: &str, payload: &[u8]) -> Result<ConsumerRequest, S
     }
     let takes_subject = body.config.get("sourcing").and_then(Value::as_bool).unwrap_or_default();
     let stream = if body.stream_name.is_empty() { stream.to_owned() } else { body.stream_name };
-    Ok(ConsumerRequest { reply: reply.to_owned(), stream, wanted, deliver, takes_subject, config: body.config })
+    Ok(ConsumerRequest {
+        reply: reply.to_owned(),
+        stream,
+        wanted,
+        filters,
+        deliver,
+        takes_subject,
+        config: body.config,
+    })
 }
 
 impl ConsumerRequest {
-    /// The consumer that the mirror is given. It skips to `before` at once, for good: that is the sequence before the first
-    /// one that will be delivered, and never more.
+    /// The consumer that the target is given. A mirror skips to `before` at once, for good: that is the sequence before the
+    /// first one that will be delivered, and never more.
     pub fn answer(&self, consumer: &str, deliver: &str, before: u64, pending: u64) -> String {
         let mut config = self.config.clone();
         config.insert("name".to_owned(), consumer.into());
@@ -115,7 +128,7 @@ impl ConsumerRequest {
     }
 }
 
-/// The answer to a request that is not served: the target shows the text in `mirror.error` of its stream.
+/// The answer to a request that is not served: the target shows the text in `error` of the mirror or the source.
 pub(super) fn refusal(why: &str) -> String {
     json!({
         "type": RESPONSE,
@@ -143,7 +156,7 @@ mod tests {
     #[test]
     fn what_a_mirror_asks_for_is_read() {
         let asked = request("$SR.1.API.CONSUMER.CREATE.ORDERS", SEEN).unwrap().unwrap();
-        assert_eq!(asked.wanted, MirrorStart::From(18));
+        assert_eq!(asked.wanted, FeedStart::From(18));
         assert_eq!((asked.stream.as_str(), asked.deliver.as_str()), ("ORDERS", "$SR.1.D.M.abc"));
         assert!(asked.takes_subject);
         let named = request("$SR.1.API.CONSUMER.CREATE.ORDERS.JS_MIRROR_x", SEEN).unwrap().unwrap();
@@ -152,7 +165,21 @@ mod tests {
             .replace(r#""by_start_sequence","opt_start_seq":18"#, r#""all""#)
             .replace(r#""sourcing":true"#, r#""sourcing":false"#);
         let all = request("$SR.1.API.CONSUMER.CREATE.ORDERS", &all).unwrap().unwrap();
-        assert!(all.wanted == MirrorStart::All && !all.takes_subject);
+        assert!(all.wanted == FeedStart::All && !all.takes_subject);
+    }
+
+    #[test]
+    fn filters_and_a_start_time_are_read() {
+        let with = |from: &str, to: &str| {
+            request("$SR.1.API.CONSUMER.CREATE.ORDERS", &SEEN.replace(from, to)).unwrap().unwrap()
+        };
+        let filters = |fields: &str| with(r#""sourcing":true"#, fields).filters;
+        assert_eq!(filters(r#""filter_subject":"a.>""#), ["a.>"]);
+        assert_eq!(filters(r#""filter_subjects":["a","b.*"]"#), ["a", "b.*"]);
+        assert!(filters(r#""filter_subject":"""#).is_empty() && filters(r#""filter_subject":">""#).is_empty());
+        let time = r#""by_start_time","opt_start_time":"2026-11-30T00:00:01Z""#;
+        let asked = with(r#""by_start_sequence","opt_start_seq":18"#, time);
+        assert_eq!(asked.wanted, FeedStart::Time(DateTime::from_timestamp(1_795_996_801, 0).unwrap()));
     }
 
     #[test]
@@ -171,8 +198,8 @@ mod tests {
             let error = request("$SR.1.API.CONSUMER.CREATE.ORDERS", &SEEN.replace(from, to)).unwrap().unwrap_err();
             assert!(error.why.contains(expect) && error.reply == "$JSC.R.x", "{error:?}");
         };
-        check("by_start_sequence", "by_start_time", "start_time");
-        check(r#""sourcing":true"#, r#""filter_subject":"a.>""#, "filter");
+        check("by_start_sequence", "by_start_time", "cannot be read");
+        check("by_start_sequence", "last", "`last`");
         check("$SR.1.D.M.abc", "", "no subject");
         check("$SR.1.D.M.abc", "$SR.1.D.>", "no subject");
         check("{\"stream_name\"", "[\"stream_name\"", "cannot be read");
@@ -187,5 +214,42 @@ mod tests {
         assert_eq!(answer["name"], "SR1");
         assert_eq!(answer["config"]["deliver_subject"], "$SR.1.D.SR1");
         assert_eq!(answer["config"]["flow_control"], true);
+    }
+
+    /// The same bytes in every run: a request is cut, changed and lengthened at any place.
+    #[test]
+    fn any_bytes_are_a_request_or_refused() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = move |below: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % below as u64) as usize
+        };
+        let mut read_again = 0;
+        for _ in 0..20_000 {
+            let mut payload = SEEN.as_bytes().to_vec();
+            for _ in 0..random(4) {
+                let at = random(payload.len() + 1);
+                match random(4) {
+                    0 if at > 0 => payload.truncate(at),
+                    1 if at < payload.len() => payload[at] = random(256) as u8,
+                    2 if at < payload.len() => drop(payload.remove(at)),
+                    _ => payload.insert(at, b"{}[]\",:0.*> \xff"[random(13)]),
+                }
+            }
+            let mut subject = b"$SR.1.API.CONSUMER.CREATE.ORDERS".to_vec();
+            if random(4) == 0 {
+                let at = random(subject.len());
+                subject[at] = random(256) as u8;
+            }
+            if let Some(Ok(asked)) = read(API, &subject, b"r", &payload) {
+                assert!(!asked.deliver.is_empty() && !asked.deliver.contains([' ', '*', '>', '\r', '\n']), "{asked:?}");
+                let answer: Value = serde_json::from_str(&asked.answer("C", "D.C", 7, 1)).unwrap();
+                assert_eq!(answer["delivered"]["stream_seq"], 7);
+                read_again += 1;
+            }
+        }
+        assert!(read_again > 1_000, "{read_again} of them");
     }
 }
