@@ -228,6 +228,7 @@ impl<'a> Feed<'a> {
     }
 
     async fn feed(&mut self, positions: &mut PositionWriter) -> Result<(), Error> {
+        self.check_source(&SavedFeed::of(positions)).await?;
         loop {
             let now = Instant::now();
             self.deliver(now)?;

@@ -58,11 +58,31 @@ impl Feed<'_> {
         }
     }
 
+    /// Before the target asks: whether it may continue after what it holds. A target that missed the feed for long asks
+    /// only within a minute, and another source is to be reported at once.
+    pub(super) async fn check_source(&mut self, saved: &SavedFeed) -> Result<(), Error> {
+        let last = match self.kind {
+            NativeKind::Mirror => self.target_info.state.last_seq,
+            NativeKind::Source => saved.at(&self.target_info).map_or(0, |saved| saved.seq),
+        };
+        if last > 0 {
+            self.agree(last, saved.point).await?;
+        }
+        Ok(())
+    }
+
     /// The point after which the target continues, once nothing contradicts that.
     async fn compare(&mut self, last: u64, saved: Option<FedPoint>) -> Result<FedPoint, Error> {
         if last == 0 {
             return Ok(FedPoint::default());
         }
+        let point = self.agree(last, saved).await?;
+        self.report_gap(last);
+        Ok(point)
+    }
+
+    /// Compares what both sides know of the source's past; returns the last point that the target holds.
+    async fn agree(&mut self, last: u64, saved: Option<FedPoint>) -> Result<FedPoint, Error> {
         let replication = &self.job.replication;
         let saved = saved.filter(|saved| (1..=last).contains(&saved.seq));
         let point = |found: StoredMessage| FedPoint { seq: found.sequence, time_ns: Some(found.time_ns) };
@@ -79,7 +99,6 @@ impl Feed<'_> {
         if let Some(why) = witness::objection(&Evidence { last, source_last, known, source }) {
             return Err(held(self.another_source(&why)));
         }
-        self.report_gap(last);
         let found = known.into_iter().chain(source).find(|point| point.seq == last);
         Ok(FedPoint { seq: last, time_ns: found.and_then(|point| point.time_ns) })
     }
