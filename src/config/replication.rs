@@ -262,7 +262,7 @@ pub enum OnReject {
 pub struct Limits {
     /// Unsettled messages, 1 to 1,000,000.
     pub messages_in_flight: usize,
-    /// Unsettled bytes, 64 KiB to 1 GiB. One message larger than this still passes, alone.
+    /// Unsettled bytes, 64 KiB to 1 GiB. Two messages within this pass together; a larger one passes alone.
     pub bytes_in_flight: usize,
     /// Messages sent in a second, 1 to 10,000,000; `None` for no bound.
     pub messages_per_second: Option<u64>,
