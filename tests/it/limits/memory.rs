@@ -47,7 +47,8 @@ async fn a_lag_of_200_000_messages_takes_less_than_256_mib() -> Result<()> {
 /// Lanes that are idle hold no room for the large messages that they carried.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn large_messages_leave_no_memory_behind() -> Result<()> {
-    const REPLICATIONS: u64 = 12;
+    // 256 MB in all, of which an allocator may keep the room of one message for each of its threads.
+    const REPLICATIONS: u64 = 16;
     let server = |role| Server::builder(role).config("max_payload: 33554432\nmax_pending: 134217728").start();
     let (source, target) = tokio::try_join!(server(Role::Source), server(Role::Target))?;
     let site = Site::builder().on(source, target).start().await?;
@@ -59,7 +60,7 @@ async fn large_messages_leave_no_memory_behind() -> Result<()> {
         site.add(&stream, json!({})).await?;
         site.settled(&stream, 1).await?;
     }
-    let small = async || site.service.usage().rss < 100 * MIB;
+    let small = async || site.service.usage().rss < 128 * MIB;
     wait_for("the memory to be given back", LIMIT, small).await.with_context(|| {
         let usage = site.service.usage();
         format!("{} MiB, {} at the most", usage.rss / MIB, usage.rss_peak / MIB)
