@@ -42,7 +42,7 @@ use self::{
 };
 use crate::{
     allow::AllowList,
-    config::Adapter,
+    config::{Adapter, Problem, one_line},
     events::{Event, Events},
     lease::Leases,
     metrics::AdapterReading,
@@ -119,7 +119,7 @@ pub struct AdapterView {
     /// The newest document, as written; `null` if that is not JSON.
     pub document: Value,
     /// What is wrong with it.
-    pub problems: Vec<crate::config::Problem>,
+    pub problems: Vec<Problem>,
     /// Its state in this process.
     pub row: AdapterRow,
 }
@@ -129,7 +129,7 @@ pub struct AdapterView {
 struct AdapterEntry {
     revision: u64,
     document: Value,
-    problems: Vec<crate::config::Problem>,
+    problems: Vec<Problem>,
     cell: Arc<AdapterCell>,
 }
 
@@ -371,7 +371,6 @@ impl AdapterWork {
 
 fn report(events: &Events, name: &str, refused: &RefusedAdapter) {
     let RefusedAdapter { revision, problems } = refused;
-    let told: Vec<_> = problems.iter().map(|problem| format!("{}: {}", problem.path, problem.message)).collect();
-    error!(adapter = name, revision, "adapter refused, the previous document continues: {}", told.join("; "));
+    error!(adapter = name, revision, "adapter refused, the previous document continues: {}", one_line(problems));
     events.emit(Event::ConfigRejected { revision: *revision, problems: problems.clone() }, &adapter_key(name));
 }

@@ -403,8 +403,8 @@ mod tests {
                 document[name] = value.clone();
             }
             let found = rules.parse_value(&document, "SITE").err().map(|problems| problems.0).unwrap_or_default();
-            let told: Vec<_> = found.iter().map(|problem| problem.path.as_str()).collect();
-            assert_eq!(told, expect.iter().map(|(path, _)| *path).collect::<Vec<_>>(), "{document} {found:?}");
+            let paths: Vec<_> = found.iter().map(|problem| problem.path.as_str()).collect();
+            assert_eq!(paths, expect.iter().map(|(path, _)| *path).collect::<Vec<_>>(), "{document} {found:?}");
             for (problem, (_, text)) in found.iter().zip(expect) {
                 assert!(problem.message.contains(text), "{found:?}");
             }

@@ -413,16 +413,16 @@ async fn persist<T, E: Display>(
     attempt: impl AsyncFn() -> Result<T, E>,
 ) -> Option<T> {
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
-    let mut told = String::new();
+    let mut logged = String::new();
     let tries = async {
         loop {
             let error = match attempt().await {
                 Ok(done) => return done,
                 Err(error) => error.to_string(),
             };
-            if error != told {
+            if error != logged {
                 warn!("{what}, trying again: {error}");
-                told = error;
+                logged = error;
             }
             sleep(backoff.next(rand::random())).await;
         }

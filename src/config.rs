@@ -33,6 +33,7 @@ pub use heartbeats::{
 };
 pub use json::{Json, MAX_DOCUMENT, why_not_json};
 pub use mapping::Mapping;
+pub(crate) use problems::one_line;
 pub use problems::{Problem, Problems};
 pub use replication::{
     AdvisorySettings, Former, Inspect, Limits, NativeFeed, NativeKind, OnReject, OnSourceLoss, Replication, Sampling,

@@ -117,9 +117,9 @@ pub struct Campaign {
 impl Campaign {
     /// Begins at once; `place` is where the source of the replication is.
     pub fn start(dial: Arc<dyn Dial>, place: ServerRef, election: Election) -> Self {
-        let (told, led) = watch::channel(Leadership::default());
+        let (leadership, led) = watch::channel(Leadership::default());
         let stop = CancellationToken::new();
-        let driver = driver::CampaignDriver::new(dial, place, election.clone(), told);
+        let driver = driver::CampaignDriver::new(dial, place, election.clone(), leadership);
         let task = AbortOnDropHandle::new(tokio::spawn(driver.run(stop.clone())));
         Self { election, led, stop, task }
     }
@@ -199,27 +199,27 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn leadership_ends_by_refusal_by_time_and_with_the_campaign() {
         let begin = Instant::now();
-        let (told, mut led) = watch::channel(leading(begin, 1000));
+        let (leadership, mut led) = watch::channel(leading(begin, 1000));
         // what is confirmed meanwhile counts
         let confirm = async {
             sleep_until(begin + Duration::from_millis(900)).await;
-            told.send_replace(leading(begin, 2000));
+            leadership.send_replace(leading(begin, 2000));
         };
         tokio::join!(confirm, lost(&mut led));
         assert_eq!(begin.elapsed(), Duration::from_secs(2));
         lost(&mut led).await;
         assert_eq!(begin.elapsed(), Duration::from_secs(2));
 
-        told.send_replace(leading(begin, 9000));
+        leadership.send_replace(leading(begin, 9000));
         let hear = async {
             sleep_until(begin + Duration::from_secs(3)).await;
-            told.send_replace(Leadership::default());
+            leadership.send_replace(Leadership::default());
         };
         tokio::join!(hear, lost(&mut led));
         assert_eq!(begin.elapsed(), Duration::from_secs(3));
 
-        told.send_replace(leading(begin, 9000));
-        drop(told);
+        leadership.send_replace(leading(begin, 9000));
+        drop(leadership);
         lost(&mut led).await;
         assert_eq!(begin.elapsed(), Duration::from_secs(3));
     }
@@ -236,15 +236,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_victory_that_is_over_by_the_clock_is_none() {
         let begin = Instant::now();
-        let (told, mut led) = watch::channel(leading(begin, 0));
+        let (leadership, mut led) = watch::channel(leading(begin, 0));
         let win = async {
             sleep_until(begin + Duration::from_secs(1)).await;
-            told.send_replace(leading(begin, 5000));
+            leadership.send_replace(leading(begin, 5000));
         };
         assert!(tokio::join!(win, won(&mut led)).1);
         assert_eq!(begin.elapsed(), Duration::from_secs(1));
-        told.send_replace(Leadership::default());
-        drop(told);
+        leadership.send_replace(Leadership::default());
+        drop(leadership);
         assert!(!won(&mut led).await);
     }
 }

@@ -22,7 +22,7 @@ use nats_lane::ServerRef;
 
 use crate::{
     allow::AllowList,
-    config::{Heartbeats, Problem, Problems},
+    config::{Heartbeats, Problem, Problems, one_line},
     events::{Event, Events},
     metrics,
     names::HEARTBEATS_KEY,
@@ -83,10 +83,10 @@ pub struct RefusedHeartbeats {
 /// Begins to publish the planned heartbeats.
 pub fn start(deps: HeartbeatDeps) -> (HeartbeatHandle, Runner) {
     let stop = CancellationToken::new();
-    let (told, view) = watch::channel(View::default());
+    let (shown, view) = watch::channel(View::default());
     let stats = Arc::new(HeartbeatStats::new(&deps.host));
     let handle = HeartbeatHandle { view, stats: stats.clone() };
-    let work = HeartbeatWork { planner: HeartbeatPlanner::new(&deps), deps, stats, told, runs: None, refused: 0 };
+    let work = HeartbeatWork { planner: HeartbeatPlanner::new(&deps), deps, stats, shown, runs: None, refused: 0 };
     let task = AbortOnDropHandle::new(tokio::spawn(work.run(stop.clone())));
     (handle, Runner { stop, task })
 }
@@ -141,7 +141,7 @@ struct HeartbeatWork {
     deps: HeartbeatDeps,
     planner: HeartbeatPlanner,
     stats: Arc<HeartbeatStats>,
-    told: watch::Sender<View>,
+    shown: watch::Sender<View>,
     runs: Option<Running>,
     /// The last revision that was rejected.
     refused: u64,
@@ -179,8 +179,7 @@ impl HeartbeatWork {
             return;
         };
         self.refused = *revision;
-        let told: Vec<_> = problems.iter().map(|problem| format!("{}: {}", problem.path, problem.message)).collect();
-        error!(revision, "heartbeats refused, the previous ones continue: {}", told.join("; "));
+        error!(revision, "heartbeats refused, the previous ones continue: {}", one_line(&problems));
         let event = Event::ConfigRejected { revision: *revision, problems: problems.clone() };
         self.deps.events.emit(event, HEARTBEATS_KEY);
     }
@@ -191,7 +190,7 @@ impl HeartbeatWork {
             self.end().await;
             self.begin(plan.heartbeats, &plan.view);
         }
-        self.told.send_replace(plan.view);
+        self.shown.send_replace(plan.view);
     }
 
     fn begin(&mut self, heartbeats: Option<Heartbeats>, view: &View) {

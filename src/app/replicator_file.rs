@@ -52,16 +52,16 @@ impl ReplicatorFile {
 
     /// `unmask` makes of a document what is checked.
     fn read_with(path: &Path, lenient: bool, unmask: impl Fn(&Value) -> Value) -> Result<Self, Vec<String>> {
-        let told = |problem: YamlProblem| format!("{}:{problem}", path.display());
+        let placed = |problem: YamlProblem| format!("{}:{problem}", path.display());
         let text = fs::read(path).map_err(|error| vec![format!("{}: {error}", path.display())])?;
         let text = String::from_utf8(text).map_err(|error| {
             let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
             let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
-            vec![told(YamlProblem::new(line, "", "it is not a text in UTF-8"))]
+            vec![placed(YamlProblem::new(line, "", "it is not a text in UTF-8"))]
         })?;
         let yaml = ReplicatorYaml::read(&text, lenient)
-            .map_err(|problems| problems.into_iter().map(told).collect::<Vec<_>>())?;
-        Self::check(yaml, unmask).map_err(|problems| problems.into_iter().map(told).collect())
+            .map_err(|problems| problems.into_iter().map(placed).collect::<Vec<_>>())?;
+        Self::check(yaml, unmask).map_err(|problems| problems.into_iter().map(placed).collect())
     }
 
     fn check(yaml: ReplicatorYaml, unmask: impl Fn(&Value) -> Value) -> Result<Self, Vec<YamlProblem>> {

@@ -137,13 +137,13 @@ impl ReplicatorYaml {
     /// What is missing, and what every stream inherits: the most specific object applies, as a whole.
     fn complete(&mut self, fields: &Map<String, Value>, reader: &mut YamlReader) {
         let known: Vec<_> = reader.problems.iter().map(|problem| problem.field.clone()).collect();
-        let told = |field: &str| known.iter().any(|known| known == field);
-        if self.name.is_empty() && !told("name") {
+        let is_known = |field: &str| known.iter().any(|known| known == field);
+        if self.name.is_empty() && !is_known("name") {
             let line = reader.lines.get("/name").copied().unwrap_or(1);
             let message = "`name`, the name of the site, is required";
             reader.problems.push(YamlProblem::new(line, "/name", message));
         }
-        if self.streams.is_empty() && self.heartbeats.is_null() && !told("streams") && !told("heartbeats") {
+        if self.streams.is_empty() && self.heartbeats.is_null() && !is_known("streams") && !is_known("heartbeats") {
             let line = reader.lines.get("/streams").copied().unwrap_or(1);
             let message = "there is nothing to do: write `streams`, `heartbeats` or both";
             reader.problems.push(YamlProblem::new(line, "/streams", message));

@@ -164,8 +164,8 @@ fn start_log(args: &Args, file: &ReplicatorFile) -> Result<Option<Arc<LogFile>>,
         return telemetry::init(level, telemetry::Format::Text).map(|()| None);
     };
     let line = file.yaml.line("/logfile");
-    let told = |error| format!("{}:{line}: logfile: {}: {error}", args.path().display(), path.display());
-    let log = Arc::new(LogFile::open(&path).map_err(told)?);
+    let failed = |error| format!("{}:{line}: logfile: {}: {error}", args.path().display(), path.display());
+    let log = Arc::new(LogFile::open(&path).map_err(failed)?);
     telemetry::init_file(level, log.clone())?;
     Ok(Some(log))
 }

@@ -231,14 +231,14 @@ impl Args {
                 adapters: Vec::new(),
             });
         };
-        let told = |problem: String| format!("`--config {}`: {problem}", path.display());
-        let yaml = fs::read_to_string(path).map_err(|error| vec![told(error.to_string())])?;
+        let named = |problem: String| format!("`--config {}`: {problem}", path.display());
+        let yaml = fs::read_to_string(path).map_err(|error| vec![named(error.to_string())])?;
         // Where the rules are themselves wrong nothing can be said by them.
         let judge = |heartbeats: &Value| {
             let found = rules.and_then(|rules| rules.parse_heartbeats(heartbeats).err());
             found.map(|problems| problems.0).unwrap_or_default()
         };
-        parse_file(&yaml, name, judge).map_err(|problems| problems.into_iter().map(told).collect())
+        parse_file(&yaml, name, judge).map_err(|problems| problems.into_iter().map(named).collect())
     }
 
     /// A service needs an explicit server: the context that is selected in the `nats` tool does not count.

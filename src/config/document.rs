@@ -497,8 +497,8 @@ impl Checker {
                 return None;
             }
             (None, None) => {
-                let told = |field: &str| self.problems.iter().any(|problem| problem.path == join("", field));
-                if !told(url.0) && !told(context.0) {
+                let has_problem = |field: &str| self.problems.iter().any(|problem| problem.path == join("", field));
+                if !has_problem(url.0) && !has_problem(context.0) {
                     self.problem(url.0, format!("`{}` or `{}` is required", url.0, context.0));
                 }
                 return None;
@@ -926,9 +926,9 @@ mod tests {
         assert_eq!(mode(json!({"inspect_header": "A"})), Inspect::Header("A".into()));
         assert_eq!(mode(json!({"inspect_subject_token": 3, "inspect_field": ""})), Inspect::Token(3));
         assert_eq!(mode(json!({"inspect_subject_token": -1})), Inspect::Subject);
-        let told =
+        let fields =
             json!({"inspect_field": "a", "advisory": {"subject": "x.%s.%v", "reliable": true}, "size_trigger": 7});
-        let sampling = good(hourly(told)).sampling.unwrap();
+        let sampling = good(hourly(fields)).sampling.unwrap();
         assert_eq!(sampling.advisory, Some(AdvisorySettings { subject: "x.%s.%v".into(), reliable: true }));
         assert_eq!(sampling.size_trigger, Some(7));
         // Choria's replicator takes these and copies everything.

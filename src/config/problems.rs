@@ -64,6 +64,12 @@ impl Problems {
     }
 }
 
+/// Problems with their places, in one line of the log.
+pub(crate) fn one_line(problems: &[Problem]) -> String {
+    let named: Vec<_> = problems.iter().map(|Problem { path, message }| format!("{path}: {message}")).collect();
+    named.join("; ")
+}
+
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, problem) in self.0.iter().enumerate() {

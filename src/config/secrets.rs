@@ -331,12 +331,12 @@ mod tests {
                 document(&format!("nats://u:p@{}", stored.0), stored.1),
                 document(&format!("nats://u:***@{}", new.0), new.1),
             );
-            let told = new.to_string();
+            let text = new.to_string();
             match unmask_document(new.as_object_mut().unwrap(), Some(&stored)) {
-                Ok(()) => assert!(allowed && new["target_url"].as_str().unwrap().contains("u:p@"), "{told}"),
+                Ok(()) => assert!(allowed && new["target_url"].as_str().unwrap().contains("u:p@"), "{text}"),
                 Err(problems) => {
-                    assert!(!allowed && problems[0].path == "/target_url", "{told}");
-                    assert!(problems[0].message.contains("only with the TLS"), "{told}: {problems:?}");
+                    assert!(!allowed && problems[0].path == "/target_url", "{text}");
+                    assert!(problems[0].message.contains("only with the TLS"), "{text}: {problems:?}");
                 }
             }
         };

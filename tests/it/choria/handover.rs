@@ -104,11 +104,11 @@ impl SteadyLoad {
 }
 
 /// Waits until the target has so many messages more than now.
-async fn grows(raw: &mut Raw, by: u64, service: &Service) -> Result<()> {
+async fn grows(raw: &mut Raw, by: u64) -> Result<()> {
     let count = async |raw: &mut Raw| raw.stream_state("S").await.ok().and_then(|state| state["messages"].as_u64());
     let enough = count(raw).await.unwrap_or_default() + by;
     let grown = async || count(raw).await.is_some_and(|messages| messages >= enough);
-    wait_for("more copies", LIMIT, grown).await.with_context(|| service.log())
+    wait_for("more copies", LIMIT, grown).await
 }
 
 #[tokio::test]
@@ -128,12 +128,12 @@ async fn four_hand_overs_of_an_election_under_load() -> Result<()> {
     for killed in [false, true] {
         // The new one stands by while the old one leads, and takes over when it stops or dies.
         let (led, service) = tokio::join!(old.leads(100, killed), async {
-            sleep(Duration::from_millis(500)).await;
+            grows(&mut to, 1).await?;
             Service::replicate(&file).spawn()
         });
         led?;
         let mut service = service?;
-        grows(&mut to, 200, &service).await?;
+        grows(&mut to, 200).await.with_context(|| service.log())?;
         ensure!(service.stop().await?.success(), "{}", service.log());
     }
     old.leads(100, false).await?;
