@@ -19,6 +19,7 @@ pub mod raw;
 pub mod secrets;
 pub mod server;
 pub mod service;
+pub mod signed;
 pub mod site;
 pub mod skew;
 pub mod wire;

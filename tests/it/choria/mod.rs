@@ -2,6 +2,7 @@
 
 mod files;
 mod handover;
+mod identities;
 mod metrics;
 mod old;
 mod origin;
@@ -56,8 +57,10 @@ impl Place {
         let text = text
             .replace("east.acme.example:4222", &format!("127.0.0.1:{}", self.source.port()))
             .replace("east2.acme.example:4222", &format!("127.0.0.1:{}", self.source.port()))
+            .replace("broker.acme.example:4222", &format!("127.0.0.1:{}", self.source.port()))
             .replace("hub.acme.example:4222", &format!("127.0.0.1:{}", self.target.port()))
             .replace("/etc/stream-replicator/tls", &folder)
+            .replace("/etc/stream-replicator", &folder)
             .replace("/var/log", &folder)
             .replace("/var/lib", &folder);
         let lines = text.lines().map(|line| match line.strip_prefix("monitor_port:") {

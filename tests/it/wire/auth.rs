@@ -4,11 +4,11 @@ use std::{fs, path::Path};
 
 use anyhow::{Context, Result};
 use async_nats::{ConnectOptions, jetstream};
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use nkeys::KeyPair;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair as CertificateKey};
 use serde_json::{Value, json};
 
+use crate::harness::signed::SignedAccount;
 use crate::harness::{Cli, Role, Server, Site};
 
 const COUNT: u64 = 25;
@@ -79,52 +79,17 @@ async fn an_nkey_seed_file() -> Result<()> {
     copies(&site, url(&site, "", &format!("?nkey={}", seed.display()))).await
 }
 
-/// A NATS JWT (version 2 claims) signed by `issuer`.
-pub(super) fn jwt(issuer: &KeyPair, subject: &str, name: &str, claims: Value) -> Result<String> {
-    let body = json!({"jti": name, "iat": 1_700_000_000, "iss": issuer.public_key(), "sub": subject, "name": name, "nats": claims});
-    let encode = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
-    let signed = format!("{}.{}", encode(&json!({"typ": "JWT", "alg": "ed25519-nkey"})), encode(&body));
-    let signature = URL_SAFE_NO_PAD.encode(issuer.sign(signed.as_bytes())?);
-    Ok(format!("{signed}.{signature}"))
-}
-
 #[tokio::test]
 async fn a_credentials_file_and_a_jwt_beside_a_seed() -> Result<()> {
-    let (operator, account, user) = (KeyPair::new_operator(), KeyPair::new_account(), KeyPair::new_user());
-    let (key, system) = (account.public_key(), KeyPair::new_account().public_key());
-    let operator_jwt = jwt(
-        &operator,
-        &operator.public_key(),
-        "O",
-        json!({"type": "operator", "version": 2, "system_account": system}),
-    )?;
-    let limits = json!({"subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true,
-        "conn": -1, "leaf": -1, "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1});
-    let account_jwt = jwt(&operator, &key, "A", json!({"type": "account", "version": 2, "limits": limits}))?;
-    // The system account may not have JetStream.
-    let limits = json!({"subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "conn": -1, "leaf": -1});
-    let system_jwt = jwt(&operator, &system, "SYS", json!({"type": "account", "version": 2, "limits": limits}))?;
-    let user_jwt = jwt(
-        &account,
-        &user.public_key(),
-        "U",
-        json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1}),
-    )?;
-    let config = format!(
-        "operator: {operator_jwt}\nsystem_account: {system}\nresolver: MEMORY\nresolver_preload: {{ {key}: {account_jwt}, {system}: {system_jwt} }}"
-    );
-    let source = Server::builder(Role::Source).config(&config).start().await?;
-
+    let signed = SignedAccount::new()?;
+    let user = signed.user(None)?;
+    let source = Server::builder(Role::Source).config(&signed.config).start().await?;
     let folder = tempfile::tempdir()?;
-    let seed = user.seed()?;
-    let creds = format!(
-        "-----BEGIN NATS USER JWT-----\n{user_jwt}\n------END NATS USER JWT------\n\n\
-         -----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
-    );
     let file = |name: &str| folder.path().join(name);
+    let creds = user.credentials();
     fs::write(file("user.creds"), &creds)?;
-    fs::write(file("user.jwt"), &user_jwt)?;
-    fs::write(file("user.nk"), &seed)?;
+    fs::write(file("user.jwt"), &user.jwt)?;
+    fs::write(file("user.nk"), &user.seed)?;
     let site = begin(source, ConnectOptions::with_credentials(&creds)?).await?;
     copies(&site, url(&site, "", &format!("?credentials={}", file("user.creds").display()))).await?;
     // The other spelling is another replication into another stream.
@@ -151,7 +116,7 @@ async fn a_wrong_password_is_held_and_told_without_showing_it() -> Result<()> {
 }
 
 /// Certificates of one authority for the server and for a client, as files in a folder.
-pub(super) fn certificates(folder: &Path) -> Result<()> {
+pub(crate) fn certificates(folder: &Path) -> Result<()> {
     let mut params = CertificateParams::new(vec![])?;
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = CertifiedIssuer::self_signed(params, CertificateKey::generate()?)?;

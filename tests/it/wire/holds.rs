@@ -6,12 +6,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use async_nats::{ConnectOptions, jetstream};
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use nkeys::KeyPair;
 use serde_json::{Value, json};
 
 use super::rejects::transports;
 use crate::harness::client::status;
+use crate::harness::signed::SignedAccount;
 use crate::harness::site::merged;
 use crate::harness::{LIMIT, Outgoing, Role, Server, Service, Site, request, wait_for, wait_value};
 
@@ -254,64 +253,16 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// A server with an operator and one account; its users are signed by hand.
-struct Signed {
-    account: KeyPair,
-    config: String,
-}
-
-impl Signed {
-    fn new() -> Result<Self> {
-        let (operator, account, system) = (KeyPair::new_operator(), KeyPair::new_account(), KeyPair::new_account());
-        let none = json!({"subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "conn": -1, "leaf": -1});
-        let storage = json!({"wildcards": true, "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1});
-        let of = |key: &KeyPair, kind: &str, nats: Value| {
-            jwt(&operator, &key.public_key(), merged(json!({"type": kind, "version": 2}), nats), 0)
-        };
-        let (key, sys) = (account.public_key(), system.public_key());
-        let config = format!(
-            "operator: {}\nsystem_account: {sys}\nresolver: MEMORY\nresolver_preload: {{ {key}: {}, {sys}: {} }}",
-            of(&operator, "operator", json!({ "system_account": sys }))?,
-            of(&account, "account", json!({ "limits": merged(none.clone(), storage) }))?,
-            of(&system, "account", json!({ "limits": none }))?
-        );
-        Ok(Self { account, config })
-    }
-
-    /// Credentials of a user until a time; 0 for ever.
-    fn user(&self, until: u64) -> Result<String> {
-        let user = KeyPair::new_user();
-        let claims = json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1});
-        let jwt = jwt(&self.account, &user.public_key(), claims, until)?;
-        Ok(format!(
-            "-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n\
-             -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
-            user.seed()?
-        ))
-    }
-}
-
-fn jwt(issuer: &KeyPair, subject: &str, claims: Value, until: u64) -> Result<String> {
-    let mut body = json!({"jti": nuid::next().to_string(), "iat": 1_700_000_000, "iss": issuer.public_key(), "sub": subject,
-        "name": "n", "nats": claims});
-    if until > 0 {
-        body["exp"] = until.into();
-    }
-    let encode = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
-    let signed = format!("{}.{}", encode(&json!({"typ": "JWT", "alg": "ed25519-nkey"})), encode(&body));
-    Ok(format!("{signed}.{}", URL_SAFE_NO_PAD.encode(issuer.sign(signed.as_bytes())?)))
-}
-
 /// A source whose copy logs in with `file`, which ends `lifetime` seconds from now, and who publishes there.
-async fn expiring(signed: &Signed, file: &Path, lifetime: u64) -> Result<(Site, jetstream::Context, u64)> {
+async fn expiring(signed: &SignedAccount, file: &Path, lifetime: u64) -> Result<(Site, jetstream::Context, u64)> {
     let source = Server::builder(Role::Source).config(&signed.config).start().await?;
     let site = Site::builder().on(source, Server::start(Role::Target).await?).start().await?;
-    let client = ConnectOptions::with_credentials(&signed.user(0)?)?.connect(site.source.url()).await?;
+    let client = ConnectOptions::with_credentials(&signed.credentials()?)?.connect(site.source.url()).await?;
     let context = jetstream::new(client);
     let config = jetstream::stream::Config { name: "S".into(), subjects: vec!["s".into()], ..Default::default() };
     context.create_stream(config).await?;
     let until = now() + lifetime;
-    fs::write(file, signed.user(until)?)?;
+    fs::write(file, signed.user(Some(until))?.credentials())?;
     let url = format!("{}?credentials={}", site.source.url(), file.display());
     site.add("S", json!({ "source_url": url })).await?;
     context.publish("s", "1".into()).await?.await?;
@@ -332,10 +283,10 @@ async fn publish_beyond(context: &jetstream::Context, until: u64) -> Result<u64>
 
 #[tokio::test]
 async fn rotated_credentials_cost_no_error() -> Result<()> {
-    let (signed, folder) = (Signed::new()?, tempfile::tempdir()?);
+    let (signed, folder) = (SignedAccount::new()?, tempfile::tempdir()?);
     let file = folder.path().join("user.creds");
     let (site, context, until) = expiring(&signed, &file, 20).await?;
-    fs::write(&file, signed.user(now() + 3_600)?)?;
+    fs::write(&file, signed.user(Some(now() + 3_600))?.credentials())?;
     let last = publish_beyond(&context, until).await?;
     copied_without_an_error(&site, last).await?;
     assert_eq!(site.at_target("S").await?, last);
@@ -351,22 +302,22 @@ async fn copied_without_an_error(site: &Site, last: u64) -> Result<Value> {
 
 #[tokio::test]
 async fn rotated_credentials_of_the_target_cost_no_error() -> Result<()> {
-    let (signed, folder) = (Signed::new()?, tempfile::tempdir()?);
+    let (signed, folder) = (SignedAccount::new()?, tempfile::tempdir()?);
     let file = folder.path().join("user.creds");
     let target = Server::builder(Role::Target).config(&signed.config).start().await?;
     let site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;
     site.source_stream("S", json!({"subjects": ["s"]})).await?;
     let context = jetstream::new(async_nats::connect(site.source.url()).await?);
     let until = now() + 20;
-    fs::write(&file, signed.user(until)?)?;
+    fs::write(&file, signed.user(Some(until))?.credentials())?;
     let url = format!("{}?credentials={}", site.target.url(), file.display());
     site.add("S", json!({ "target_url": url })).await?;
     context.publish("s", "1".into()).await?.await?;
     site.settled("S", 1).await?;
-    fs::write(&file, signed.user(now() + 3_600)?)?;
+    fs::write(&file, signed.user(Some(now() + 3_600))?.credentials())?;
     let last = publish_beyond(&context, until).await?;
     copied_without_an_error(&site, last).await?;
-    let client = ConnectOptions::with_credentials(&signed.user(0)?)?.connect(site.target.url()).await?;
+    let client = ConnectOptions::with_credentials(&signed.credentials()?)?.connect(site.target.url()).await?;
     let mut copy = jetstream::new(client).get_stream("S").await?;
     assert_eq!(copy.info().await?.state.messages, last);
     Ok(())
@@ -375,15 +326,15 @@ async fn rotated_credentials_of_the_target_cost_no_error() -> Result<()> {
 /// The service keeps its leases, and answers.
 #[tokio::test]
 async fn rotated_credentials_of_the_service_cost_no_lease() -> Result<()> {
-    let (signed, folder) = (Signed::new()?, tempfile::tempdir()?);
+    let (signed, folder) = (SignedAccount::new()?, tempfile::tempdir()?);
     let file = folder.path().join("user.creds");
     let control = Server::builder(Role::Control).config(&signed.config).start().await?;
     let (source, target) = tokio::try_join!(Server::start(Role::Source), Server::start(Role::Target))?;
     let until = now() + 20;
-    fs::write(&file, signed.user(until)?)?;
+    fs::write(&file, signed.user(Some(until))?.credentials())?;
     let creds = ["--creds".to_owned(), file.display().to_string()];
     let service = Service::builder(&control.url(), "SITE").args(creds).start().await?;
-    let client = ConnectOptions::with_credentials(&signed.user(0)?)?.connect(control.url()).await?;
+    let client = ConnectOptions::with_credentials(&signed.credentials()?)?.connect(control.url()).await?;
     let context = jetstream::new(async_nats::connect(source.url()).await?);
     let config = jetstream::stream::Config { name: "S".into(), subjects: vec!["s".into()], ..Default::default() };
     context.create_stream(config).await?;
@@ -395,7 +346,7 @@ async fn rotated_credentials_of_the_service_cost_no_lease() -> Result<()> {
         wait_value("the copy", LIMIT, async || status(&client, "S").await.filter(at)).await
     };
     let before = settled(1).await?;
-    fs::write(&file, signed.user(now() + 3_600)?)?;
+    fs::write(&file, signed.user(Some(now() + 3_600))?.credentials())?;
     let last = publish_beyond(&context, until).await?;
     let after = settled(last).await?;
     assert_eq!((&after["epoch"], &after["leader"]), (&before["epoch"], &before["leader"]), "{after}");
@@ -406,11 +357,11 @@ async fn rotated_credentials_of_the_service_cost_no_lease() -> Result<()> {
 
 #[tokio::test]
 async fn credentials_without_a_successor_are_held_when_they_end() -> Result<()> {
-    let (signed, folder) = (Signed::new()?, tempfile::tempdir()?);
+    let (signed, folder) = (SignedAccount::new()?, tempfile::tempdir()?);
     let file = folder.path().join("user.creds");
     let (site, context, _) = expiring(&signed, &file, 20).await?;
     held(&site, "S", &["Authorization Violation", "the user JWT expired at", "renew it"]).await?;
     let last = context.publish("s", "x".into()).await?.await?.sequence;
-    fs::write(&file, signed.user(now() + 3_600)?)?;
+    fs::write(&file, signed.user(Some(now() + 3_600))?.credentials())?;
     released(&site, "S", last).await
 }

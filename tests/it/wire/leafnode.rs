@@ -9,11 +9,10 @@ use nats_lane::{
     leafnode::{Interest, Leaf, LeafLogin},
 };
 use nkeys::KeyPair;
-use serde_json::json;
 use tokio::time::timeout;
 
-use super::auth::{certificates, jwt};
-use crate::harness::{LIMIT, Role, Server, connect, server::free_port};
+use super::auth::certificates;
+use crate::harness::{LIMIT, Role, Server, connect, server::free_port, signed::SignedAccount};
 
 /// Versions with another leafnode code each.
 pub(super) const VERSIONS: [&str; 3] = ["2.10.26", "2.12.8", "2.15.1"];
@@ -173,31 +172,13 @@ async fn every_login_of_a_client_is_one_of_a_leaf() -> Result<()> {
 
 #[tokio::test]
 async fn a_credentials_file_signs_the_nonce() -> Result<()> {
-    let (operator, account, user) = (KeyPair::new_operator(), KeyPair::new_account(), KeyPair::new_user());
-    let (key, system) = (account.public_key(), KeyPair::new_account().public_key());
-    let claims = json!({"type": "operator", "version": 2, "system_account": system});
-    let operator_jwt = jwt(&operator, &operator.public_key(), "O", claims)?;
-    let limits = json!({"subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true,
-        "conn": -1, "leaf": -1});
-    let of_account =
-        |key: &str, name: &str| jwt(&operator, key, name, json!({"type": "account", "version": 2, "limits": limits}));
-    let (account_jwt, system_jwt) = (of_account(&key, "A")?, of_account(&system, "SYS")?);
-    let claims = json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1});
-    let user_jwt = jwt(&account, &user.public_key(), "U", claims)?;
-    let config = format!(
-        "operator: {operator_jwt}\nsystem_account: {system}\nresolver: MEMORY\n\
-         resolver_preload: {{ {key}: {account_jwt}, {system}: {system_jwt} }}"
-    );
+    let signed = SignedAccount::new()?;
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("user.creds");
-    let creds = format!(
-        "-----BEGIN NATS USER JWT-----\n{user_jwt}\n------END NATS USER JWT------\n\n\
-         -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
-        user.seed()?
-    );
+    let creds = signed.credentials()?;
     fs::write(&file, &creds)?;
     for version in VERSIONS {
-        let (server, port) = server(version, "", &config).await?;
+        let (server, port) = server(version, "", &signed.config).await?;
         let url = format!("nats-leaf://127.0.0.1:{port}?credentials={}", file.display());
         let mut leaf = Leaf::connect(&connection(&url), &login("one", &["to.>"])).await.context(version)?;
         let client = async_nats::ConnectOptions::with_credentials(&creds)?.connect(server.url()).await?;

@@ -1,7 +1,7 @@
 //! Copies between two servers, each of its own version: `contrib/version-matrix` runs some of them on other versions.
 
 mod acks;
-mod auth;
+pub(crate) mod auth;
 mod clock;
 mod clusters;
 mod connections;
