@@ -68,7 +68,7 @@ pub(super) struct CampaignDriver {
     place: ServerRef,
     election: Election,
     machine: ElectionMachine,
-    told: watch::Sender<Leadership>,
+    leadership: watch::Sender<Leadership>,
     /// For the TTL of the bucket.
     info: ElectionQuestion,
     /// For the entry at the key.
@@ -94,11 +94,11 @@ impl CampaignDriver {
         dial: Arc<dyn Dial>,
         place: ServerRef,
         election: Election,
-        told: watch::Sender<Leadership>,
+        leadership: watch::Sender<Leadership>,
     ) -> Self {
         let (info, last) = (ElectionQuestion::new("STREAM.INFO"), ElectionQuestion::new("STREAM.MSG.GET"));
         let machine = ElectionMachine::new(boottime::now());
-        Self { dial, place, election, machine, told, info, last, retry: RETRY, error: None }
+        Self { dial, place, election, machine, leadership, info, last, retry: RETRY, error: None }
     }
 
     /// Runs until the stop.
@@ -146,7 +146,7 @@ impl CampaignDriver {
                 () = sleep_until(boottime::for_timers(next)) => {}
             }
         }
-        self.told.send_modify(|led| led.until = None);
+        self.leadership.send_modify(|led| led.until = None);
         if timeout(LAST_WORDS, self.leave(&mut bucket)).await.is_err() {
             debug!(election = self.election.key, "the key was not freed in time");
         }
@@ -197,10 +197,10 @@ impl CampaignDriver {
 
     /// Handles the messages of a batch.
     fn hear(&mut self, bucket: &mut BucketConnection, batch: &Batch) -> Result<(), Error> {
-        if let Some(answer) = answer_in(batch, &bucket.read)
-            && let Some(revision) = marker_in(answer)
-        {
-            self.machine.saw_marker(revision, boottime::now());
+        match answer_in(batch, &bucket.read).and_then(entry_in) {
+            Some(KeyEntry::Marker(revision)) => self.machine.saw_marker(revision, boottime::now()),
+            Some(KeyEntry::Name(revision)) => self.machine.saw_entry(revision, boottime::now()),
+            None => {}
         }
         let Some(answer) = answer_in(batch, &bucket.write).filter(|_| self.machine.is_writing()) else { return Ok(()) };
         let written = written(answer)?;
@@ -257,7 +257,7 @@ impl CampaignDriver {
             campaigns: self.machine.campaigns(),
             interval: self.machine.interval(),
         };
-        self.told.send_if_modified(|before| {
+        self.leadership.send_if_modified(|before| {
             match (before.until, led.until) {
                 (None, Some(_)) => info!(election, candidate, "leads"),
                 (Some(_), None) => warn!(election, candidate, "leads no longer: {reason}"),
@@ -331,11 +331,18 @@ fn written(answer: Result<&[u8], Error>) -> Result<ElectionWrite, Error> {
     }
 }
 
-/// Revision of the marker of a deletion, if it is the entry at the key.
-fn marker_in(answer: Result<&[u8], Error>) -> Option<u64> {
+/// What is at the key, with its revision.
+enum KeyEntry {
+    /// The name of a candidate.
+    Name(u64),
+    /// The marker of a deletion.
+    Marker(u64),
+}
+
+fn entry_in(answer: Result<&[u8], Error>) -> Option<KeyEntry> {
     let message = decode_message(answer.ok()?).ok()??;
     let operation = headers::last(&message.header, b"KV-Operation");
     let deleted = operation.is_some_and(|operation| matches!(operation, b"DEL" | b"PURGE"));
     let marker = deleted || headers::last(&message.header, b"Nats-Marker-Reason").is_some();
-    marker.then_some(message.sequence)
+    Some(if marker { KeyEntry::Marker(message.sequence) } else { KeyEntry::Name(message.sequence) })
 }

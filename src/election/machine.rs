@@ -9,8 +9,12 @@
 
 use tokio::time::{Duration, Instant};
 
-/// Between two attempts, ms, by the attempts that failed; the leader stays at the first.
-const STEPS: [u64; 11] = [500, 750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000];
+/// Between two writes, half of it to half more. Candidates of Choria's replicator wait for up to 7.5 s: ours follow a
+/// leader that died within the TTL and two seconds.
+const STEP: Duration = Duration::from_millis(500);
+
+/// Between two attempts while the entry of a leader that does not write any more has to expire any moment.
+const SOON: Duration = Duration::from_millis(125);
 
 /// From the second write to leading.
 const GRACE: Duration = Duration::from_millis(200);
@@ -28,13 +32,15 @@ pub(super) struct Terms {
     lease: Duration,
     /// Between two writes of the leader, half of it to half more.
     pace: Duration,
+    /// An entry that is first seen now may expire after this.
+    expiry: Duration,
 }
 
 impl Terms {
     /// The bucket removes a key this long after it was written, 1 s to 1 h. A quarter of it is left for clocks that do
     /// not agree; in the rest the leader writes three times at least.
     pub(super) fn of(ttl: Duration) -> Self {
-        Self { lease: ttl / 4 * 3, pace: (ttl / 6).min(Duration::from_millis(STEPS[0])) }
+        Self { lease: ttl / 4 * 3, pace: (ttl / 6).min(STEP), expiry: ttl.saturating_sub(2 * STEP) }
     }
 
     /// For a bucket that may not be asked.
@@ -82,8 +88,8 @@ pub(super) struct ElectionMachine {
     /// When the next one is due.
     next: Instant,
     interval: Duration,
-    /// Failed attempts to win in a row.
-    failed: usize,
+    /// Revision of the entry of another candidate, and when it was first seen.
+    seen: Option<(u64, Instant)>,
     campaigns: Campaigns,
 }
 
@@ -111,7 +117,7 @@ impl ElectionMachine {
             writing: None,
             next: now,
             interval: Duration::ZERO,
-            failed: 0,
+            seen: None,
             campaigns: Campaigns::default(),
         }
     }
@@ -156,24 +162,15 @@ impl ElectionMachine {
         let Some(sent) = self.writing.take() else { return };
         self.state = match (self.state, written) {
             (CampaignState::Candidate { .. }, ElectionWrite::Stored(revision)) => {
-                self.failed = 0;
                 CampaignState::Holder { revision, confirmed: sent, leads_from: None }
-            }
-            (CampaignState::Candidate { .. }, ElectionWrite::Conflict) => {
-                self.failed += 1;
-                CampaignState::Candidate { free_at: 0 }
             }
             (CampaignState::Holder { leads_from, .. }, ElectionWrite::Stored(revision)) => {
                 let leads_from = leads_from.unwrap_or(now + GRACE);
                 CampaignState::Holder { revision, confirmed: sent, leads_from: Some(leads_from) }
             }
-            (CampaignState::Holder { .. }, ElectionWrite::Conflict) => CampaignState::Candidate { free_at: 0 },
+            (_, ElectionWrite::Conflict) => CampaignState::Candidate { free_at: 0 },
         };
-        let step = if self.failed == 0 {
-            self.terms.pace
-        } else {
-            Duration::from_millis(STEPS[self.failed.min(STEPS.len() - 1)])
-        };
+        let step = if self.held().is_some() { self.terms.pace } else { STEP };
         self.interval = step.mul_f64(0.5 + random.clamp(0.0, 1.0));
         self.next = now + self.interval;
         self.expire(now);
@@ -184,6 +181,16 @@ impl ElectionMachine {
         if let (CampaignState::Candidate { free_at }, None) = (&mut self.state, self.writing) {
             *free_at = revision;
             self.next = now;
+        }
+    }
+
+    /// The key has this entry of another candidate. One that was not written again for most of the TTL is tried often:
+    /// it expires soon.
+    pub(super) fn saw_entry(&mut self, revision: u64, now: Instant) {
+        let first = self.seen.filter(|(seen, _)| *seen == revision).map_or(now, |(_, first)| first);
+        self.seen = Some((revision, first));
+        if self.held().is_none() && self.writing.is_none() && now >= first + self.terms.expiry {
+            self.next = self.next.min(now + SOON);
         }
     }
 
@@ -323,21 +330,27 @@ mod tests {
     }
 
     #[test]
-    fn candidates_try_less_and_less_often() {
+    fn candidates_try_often_when_an_entry_has_to_expire() {
         let mut run = Run::new();
-        let mut at = 0;
-        for expect in [750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 5000, 5000] {
+        for at in [0, 500, 1000] {
             assert_eq!(run.step(at), ElectionStep::Write(0));
             run.written(at, ElectionWrite::Conflict);
-            assert_eq!(run.machine.interval(), ms(expect));
-            assert_eq!(run.step(at), run.wait(at + expect));
-            at += expect;
+            run.machine.saw_entry(7, run.at(at + 10));
+            assert_eq!((run.machine.interval(), run.step(at + 10)), (ms(500), run.wait(at + 500)));
         }
-        assert_eq!(run.machine.campaigns(), Campaigns { candidate: 12, leader: 0 });
-        // and begin again with short ones once they won
-        assert_eq!(run.step(at), ElectionStep::Write(0));
-        run.written(at, ElectionWrite::Stored(1));
-        assert_eq!(run.machine.interval(), ms(500));
+        let mut looks = |revision: u64, at: u64, expect: u64| {
+            assert_eq!(run.step(at), ElectionStep::Write(0));
+            run.written(at, ElectionWrite::Conflict);
+            run.machine.saw_entry(revision, run.at(at));
+            assert_eq!(run.step(at), run.wait(at + expect));
+        };
+        // the TTL is 10 s; the leader wrote again, and then no more
+        looks(8, 9_010, 500);
+        looks(8, 17_500, 500);
+        looks(8, 18_010, 125);
+        looks(8, 18_135, 125);
+        looks(9, 18_260, 500);
+        assert_eq!(run.machine.campaigns(), Campaigns { candidate: 8, leader: 0 });
     }
 
     #[test]
@@ -354,13 +367,13 @@ mod tests {
             check(ttl, true, 0.0, 250);
             check(ttl, true, 1.0, 750);
             check(ttl, true, 7.0, 750);
-            check(ttl, false, 0.0, 375);
-            check(ttl, false, 1.0, 1125);
+            check(ttl, false, 0.0, 250);
+            check(ttl, false, 1.0, 750);
         }
         // three times within the lease of 750 ms
         check(Duration::from_secs(1), true, 0.0, 83);
         check(Duration::from_secs(1), true, 1.0, 249);
-        check(Duration::from_secs(1), false, 1.0, 1125);
+        check(Duration::from_secs(1), false, 1.0, 750);
     }
 
     #[test]
@@ -373,7 +386,7 @@ mod tests {
         // what lies there is somebody else's: only a key that is gone is free
         assert_eq!(run.step(2020), ElectionStep::Write(0));
         run.written(2030, ElectionWrite::Conflict);
-        assert_eq!(run.machine.interval(), ms(750));
+        assert_eq!(run.machine.interval(), ms(500));
     }
 
     #[test]
@@ -409,7 +422,7 @@ mod tests {
         run.machine.connected(Terms::of(TTL), run.at(2000));
         assert_eq!(run.step(2000), ElectionStep::Write(3));
         run.written(2000, ElectionWrite::Conflict);
-        assert_eq!(run.step(2750), ElectionStep::Write(0));
+        assert_eq!(run.step(2500), ElectionStep::Write(0));
     }
 
     #[test]
@@ -463,13 +476,13 @@ mod tests {
         run.machine.saw_marker(5, run.at(10));
         assert_eq!(run.step(10), ElectionStep::Write(5));
         run.written(20, ElectionWrite::Conflict);
-        assert_eq!(run.step(20), run.wait(1020));
-        assert_eq!(run.step(1020), ElectionStep::Write(0));
+        assert_eq!(run.step(20), run.wait(520));
+        assert_eq!(run.step(520), ElectionStep::Write(0));
         // one that is heard of too late changes nothing
-        run.machine.saw_marker(5, run.at(1030));
-        run.written(1040, ElectionWrite::Stored(9));
-        run.machine.saw_marker(5, run.at(1050));
-        assert_eq!((run.machine.held(), run.step(1050)), (Some(9), run.wait(1540)));
+        run.machine.saw_marker(5, run.at(530));
+        run.written(540, ElectionWrite::Stored(9));
+        run.machine.saw_marker(5, run.at(550));
+        assert_eq!((run.machine.held(), run.step(550)), (Some(9), run.wait(1040)));
     }
 
     #[test]
@@ -482,7 +495,7 @@ mod tests {
 
     #[test]
     fn an_unknown_ttl_is_taken_for_a_short_one() {
-        assert_eq!(Terms::unknown(), Terms { lease: ms(3000), pace: ms(500) });
-        assert_eq!(Terms::of(Duration::from_secs(60)), Terms { lease: ms(45_000), pace: ms(500) });
+        assert_eq!(Terms::unknown(), Terms { lease: ms(3000), pace: ms(500), expiry: ms(3000) });
+        assert_eq!(Terms::of(Duration::from_secs(60)), Terms { lease: ms(45_000), pace: ms(500), expiry: ms(59_000) });
     }
 }

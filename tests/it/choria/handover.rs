@@ -16,6 +16,9 @@ use super::old::{OldHop, has_all, make_election_bucket};
 use crate::harness::raw::header_values;
 use crate::harness::{LIMIT, Raw, Role, Server, Service, wait_for};
 
+/// Of the election's bucket. A leader that dies is followed within this and two seconds.
+const ELECTION_TTL: Duration = Duration::from_secs(5);
+
 fn file(folder: &TempDir, hop: &OldHop<'_>, more: &str) -> Result<PathBuf> {
     let (from, to, site) = (hop.from.url(), hop.to.url(), hop.site);
     let text = format!("name: {site}\nstreams:\n  - stream: S\n    source_url: {from}\n    target_url: {to}\n{more}");
@@ -121,7 +124,7 @@ async fn four_hand_overs_of_an_election_under_load() -> Result<()> {
     for raw in [&mut from, &mut to] {
         raw.create_stream("S", json!({"subjects": ["s.>"]})).await?;
     }
-    make_election_bucket(&mut from, Duration::from_secs(5)).await?;
+    make_election_bucket(&mut from, ELECTION_TTL).await?;
     let folder = tempdir()?;
     let file = file(&folder, &old, "    leader_election_name: NEW\n")?;
     let load = SteadyLoad::start(&source.url()).await?;
@@ -139,5 +142,10 @@ async fn four_hand_overs_of_an_election_under_load() -> Result<()> {
     old.leads(100, false).await?;
     let sent = load.stop().await?;
     let service = Service::replicate(&file).spawn()?;
-    has_all(&mut to, sent).await.with_context(|| service.log())
+    has_all(&mut to, sent).await.with_context(|| service.log())?;
+    let times: Vec<_> = to.read_stream("S").await?.iter().map(|message| message.time).collect();
+    let longest = times.windows(2).map(|pair| Duration::from_nanos(pair[1].saturating_sub(pair[0]))).max();
+    println!("without a copy for {longest:?} at the most");
+    ensure!(longest.is_some_and(|longest| longest < ELECTION_TTL + Duration::from_secs(2)), "{longest:?}");
+    Ok(())
 }

@@ -17,6 +17,7 @@ use nkeys::{KeyPair, KeyPairType};
 use serde_json::{Value, json};
 
 use super::Place;
+use crate::harness::cli::{Cli, failed};
 use crate::harness::server::free_port;
 use crate::harness::signed::{Granted, SignedAccount, answer_logins};
 use crate::harness::{LIMIT, Role, Server, secrets, wait_for};
@@ -114,6 +115,27 @@ async fn fill(client: &Client, stream: &str, subject: &str, count: u64) -> Resul
     Ok(())
 }
 
+/// A command logs in with the same files, and a broker that does not know them is named.
+async fn advisories_are_shown(place: &Place, client: &Client) -> Result<()> {
+    let advisory = json!({"protocol": "io.choria.sr.v2.age_advisory", "event_id": "2bQ", "inspect_field": "sender", "age": 0,
+        "seen": 1_700_000_000, "replicator": "ORG1", "timestamp": 1_700_000_000, "event": "new", "value": "n1"});
+    let context = jetstream::new(client.clone());
+    let config = stream::Config { name: "ADV".into(), subjects: vec!["adv".into()], ..Default::default() };
+    context.create_stream(config).await?;
+    context.publish("adv", advisory.to_string().into()).await?.await?;
+    let file = |name: &str| place.path(name).display().to_string();
+    let (seed, token, stranger) = (file("reader.seed"), file("reader.jwt"), file("machine.seed"));
+    let cli = Cli::new(&place.source.url());
+    let show = |seed: &str| {
+        let files = ["--choria-seed", seed, "--choria-token", token.as_str(), "--choria-collective", "choria"];
+        ["admin", "adv", "ADV", "--since", "1h"].into_iter().chain(files).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let shown = cli.ok(&show(&seed)).await?;
+    ensure!(shown.contains("new n1 seen 0s earlier on ORG1"), "{shown}");
+    failed(&cli.run(&show(&stranger)).await?, &["Authorization Violation"]);
+    Ok(())
+}
+
 #[tokio::test]
 async fn each_connection_has_the_identity_of_its_place() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -149,6 +171,7 @@ async fn each_connection_has_the_identity_of_its_place() -> Result<()> {
     ensure!(beat.is_ok_and(|beat| beat.is_some()), "no heartbeat: {}", service.log());
     let machine = broker.lets_in("choria=machine.example.net");
     ensure!(broker.lets_in("choria=reader.example.net") > 0 && machine == 0, "{:?}", broker.let_in);
+    advisories_are_shown(&place, &client).await?;
     // The file is read again at the next connection.
     broker.issue(place.folder.path(), "choria", "choria=renewed.example.net", &["replicator.>", "$SRV.>"])?;
     place.source.restart().await?;

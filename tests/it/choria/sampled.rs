@@ -136,6 +136,26 @@ async fn twenty_thousand_senders_are_taken_over() -> Result<()> {
     Ok(())
 }
 
+/// Choria's replicator copies a message whose force field is there; ours, one whose force field is `true`.
+#[tokio::test]
+async fn the_rule_of_chorias_replicator_can_be_chosen() -> Result<()> {
+    let forced = |value: bool| Outgoing::new("s.report", json!({"sender": "n1", "force": value}).to_string());
+    for (compat, expect) in [("", 3), ("    compat: choria\n", 4)] {
+        let place = Place::start().await?;
+        let more = format!("    inspect_force_field: force\n{compat}");
+        let file = place.write(&sampled(&place, &more).await?)?;
+        let messages = [report("n1"), forced(false), forced(true), report("n2")];
+        place.source().await?.publish_all(messages.clone()).await?;
+        let service = Service::replicate(&file).spawn()?;
+        let stored = copied(&mut place.target().await?, "S", expect, &service).await?;
+        settled(&place, 4, &service).await?;
+        let left_out = (expect == 3).then_some(&messages[1].payload);
+        let expect = messages.iter().map(|message| &message.payload).filter(|payload| Some(*payload) != left_out);
+        ensure!(stored.iter().map(|message| &message.payload).eq(expect), "{compat}: {stored:?}");
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn what_an_old_leader_told_is_known_when_it_hands_over() -> Result<()> {
     const KEY: &str = "$KV.CHORIA_LEADER_ELECTION.SR_A_S";
