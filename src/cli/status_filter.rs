@@ -2,13 +2,13 @@
 
 use std::cmp::Reverse;
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
     error::Error,
     reply::Reply,
     select::{is_pattern, matching, missing},
-    status_view::raw_rows,
 };
 use crate::{
     control::api::Status,
@@ -113,6 +113,15 @@ fn rank(row: &Row) -> u8 {
         State::Paused => 6,
         State::Running => 7,
     }
+}
+
+/// The rows of a status as they were sent.
+pub(super) fn raw_rows(reply: &Reply<Status>) -> Vec<Value> {
+    #[derive(Deserialize)]
+    struct RawStatus {
+        replications: Vec<Value>,
+    }
+    serde_json::from_slice::<RawStatus>(&reply.raw).map(|raw| raw.replications).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! Status rows as text: everything about one replication, or one line each.
 
 use chrono::Utc;
-use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
@@ -10,7 +9,7 @@ use super::{
     format::{bytes, count, counted, seconds, time},
     output::{Colour, Output, clean},
     reply::Reply,
-    status_filter::StatusFilter,
+    status_filter::{StatusFilter, raw_rows},
 };
 use crate::{
     control::api::{NamedRequest, Status},
@@ -43,15 +42,6 @@ impl StatusView {
     pub(super) fn raw_rows(&self) -> Vec<Value> {
         raw_rows(&self.reply)
     }
-}
-
-/// The rows of a status as they were sent.
-pub(super) fn raw_rows(reply: &Reply<Status>) -> Vec<Value> {
-    #[derive(Deserialize)]
-    struct RawStatus {
-        replications: Vec<Value>,
-    }
-    serde_json::from_slice::<RawStatus>(&reply.raw).map(|raw| raw.replications).unwrap_or_default()
 }
 
 /// Label and text of one line.
