@@ -8,6 +8,7 @@ mod document;
 mod file;
 mod heartbeats;
 mod json;
+mod loops;
 mod mapping;
 pub(crate) mod outline;
 pub(crate) mod patterns;
@@ -32,6 +33,7 @@ pub use heartbeats::{
     Heartbeat, HeartbeatDocument, Heartbeats, HeartbeatsDocument, heartbeats_schema, parse_heartbeats,
 };
 pub use json::{Json, MAX_DOCUMENT, why_not_json};
+pub use loops::{LoopProtection, OriginTag};
 pub use mapping::Mapping;
 pub(crate) use problems::one_line;
 pub use problems::{Problem, Problems};

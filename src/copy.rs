@@ -14,6 +14,7 @@ mod open;
 mod reject;
 mod reporter;
 mod resume;
+mod returned;
 mod run;
 mod samples;
 mod sampling_driver;
@@ -30,6 +31,8 @@ pub use feed::{INBOX, feed};
 pub use flow::{budget::Budget, position::PositionWriter, watchdog::Escalation};
 pub(crate) use flow::{position::Fed, window::MessageSize};
 pub use job::Job;
+pub(crate) use returned::ReturnedMessages;
+pub use returned::{KnownOrigins, WaysBack};
 pub use samples::{Samples, SeenSender};
 pub use source::{
     consumers::consumer_prefix,

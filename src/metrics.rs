@@ -84,7 +84,8 @@ const READINGS: &[Reading] = &[
     gauge("in_flight_messages", "Messages read and not settled", |r| Some(r.copy.in_flight.messages as f64)),
     gauge("in_flight_bytes", "Bytes of the messages read and not settled", |r| Some(r.copy.in_flight.bytes as f64)),
     counter("skipped_sampled_messages", "Messages skipped by sampling", |r| Some(r.copy.counters.skipped_sampled as f64)),
-    counter("skipped_filtered_messages", "Messages skipped by a filter or because they had been here before", |r| Some(r.copy.counters.skipped_filtered as f64)),
+    counter("skipped_filtered_messages", "Messages skipped by a filter", |r| Some(r.copy.counters.skipped_filtered as f64)),
+    counter("skipped_loop_messages", "Messages skipped because they returned through a replication loop", |r| Some(r.copy.counters.skipped_loop as f64)),
     counter("skipped_incomplete_messages", "Descriptions of objects skipped because the target does not have all of their chunks", |r| Some(r.copy.counters.skipped_incomplete as f64)),
     counter("skipped_refused_messages", "Messages skipped, by request or by on_reject, because the target can never store them", |r| Some(r.copy.counters.skipped_refused as f64)),
     counter("dead_lettered_messages", "Messages published to the dead letter subject", |r| Some(r.copy.counters.dead_lettered as f64)),
@@ -433,6 +434,7 @@ fn skipped(row: &Row) -> u64 {
     counters.skipped_sampled
         + counters.skipped_old
         + counters.skipped_filtered
+        + counters.skipped_loop
         + counters.skipped_refused
         + counters.skipped_incomplete
 }

@@ -382,8 +382,10 @@ pub struct Counters {
     pub skipped_sampled: u64,
     /// Skipped because older than `max_age`.
     pub skipped_old: u64,
-    /// Skipped by a filter or because they had been here before.
+    /// Skipped by a filter.
     pub skipped_filtered: u64,
+    /// Skipped because they returned through a replication loop.
+    pub skipped_loop: u64,
     /// Skipped, by request or by `on_reject`, because the target can never store them.
     pub skipped_refused: u64,
     /// Descriptions of objects skipped because the target does not have all of their chunks.

@@ -5,6 +5,7 @@
 mod context;
 mod desired;
 mod group;
+mod known_streams;
 mod leader_term;
 mod outage;
 mod record_notes;
@@ -12,7 +13,6 @@ mod refused_documents;
 mod requests;
 mod retention_watch;
 mod runner;
-mod shared_targets;
 mod standby_senders;
 mod status_cell;
 mod task;
@@ -39,8 +39,8 @@ use self::{
     context::Context,
     desired::{Planner, Signal},
     group::Group,
+    known_streams::KnownStreams,
     requests::Requests,
-    shared_targets::SharedTargets,
     status_cell::StatusCell,
     task::ReplicationTask,
 };
@@ -107,10 +107,10 @@ pub fn start(deps: Deps, root: &CancellationToken) -> (Handle, Supervisor) {
     let stop = root.child_token();
     let group = Group::follow(deps.positions.clone(), deps.leases.clone());
     let handle = Handle { table: view.clone(), group, instance: deps.instance.as_str().into() };
-    let shared_targets = SharedTargets::new(&deps.site, &deps.rules);
+    let known_streams = KnownStreams::new(&deps.site, &deps.rules);
     let work = TaskLoop {
         deps: Arc::new(deps),
-        shared_targets,
+        known_streams,
         stop: stop.clone(),
         table,
         tasks: JoinSet::new(),
@@ -376,7 +376,7 @@ struct StatusTable {
 /// Owns all tasks.
 struct TaskLoop {
     deps: Arc<Deps>,
-    shared_targets: SharedTargets,
+    known_streams: KnownStreams,
     stop: CancellationToken,
     table: watch::Sender<StatusTable>,
     tasks: JoinSet<()>,
@@ -475,6 +475,7 @@ impl TaskLoop {
                 }
                 let gone: Vec<_> = self.running.keys().filter(|key| !listed.contains(*key)).cloned().collect();
                 gone.iter().for_each(|key| self.delete(key));
+                self.known_streams.mark_loaded();
                 self.table.send_if_modified(|table| !std::mem::replace(&mut table.loaded, true));
             }
         }
@@ -517,7 +518,7 @@ impl TaskLoop {
     }
 
     fn put(&mut self, entry: ConfigEntry) {
-        self.shared_targets.put(&entry);
+        self.known_streams.put(&entry);
         match self.running.get_mut(&entry.key) {
             None => self.begin(entry),
             Some(task) if task.stop.is_cancelled() => task.successor = Some(entry),
@@ -530,7 +531,7 @@ impl TaskLoop {
     }
 
     fn delete(&mut self, key: &str) {
-        self.shared_targets.remove(key);
+        self.known_streams.remove(key);
         let (config, id) = (self.deps.config.clone(), key.to_owned());
         // It must not run again because of invalid documents that are written later.
         tokio::spawn(async move {
@@ -559,7 +560,7 @@ impl TaskLoop {
             deps: self.deps.clone(),
             id: id.clone(),
             cell: cell.clone(),
-            shared_targets: self.shared_targets.clone(),
+            known_streams: self.known_streams.clone(),
         };
         let planner = Planner::new(&self.deps, latest);
         let (requests, asked) = watch::channel(self.requests.get(&id).cloned().unwrap_or_default());

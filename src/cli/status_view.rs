@@ -124,6 +124,7 @@ fn not_copied(counters: &Counters) -> Vec<DetailLine> {
     let reasons = [
         (counters.skipped_old, "too old"),
         (counters.skipped_filtered, "filtered"),
+        (counters.skipped_loop, "returned through a loop"),
         (counters.skipped_sampled, "sampled"),
         (counters.skipped_refused, "skipped"),
         (counters.dead_lettered, "dead-lettered"),

@@ -23,6 +23,7 @@ use crate::{
     status::Ordering,
 };
 
+mod loops;
 mod native;
 
 /// Longest id; it becomes part of keys and subjects.
@@ -162,6 +163,12 @@ pub struct Document {
     /// Whether to add missing settings to the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_update: Option<bool>,
+    /// Whether messages that have been in the target stream before are skipped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loop_protection: Option<bool>,
+    /// Sites of other groups that copy the target stream.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub target_origin: Vec<String>,
     /// Whether a refusal may change the order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ordering: Option<String>,
@@ -357,6 +364,7 @@ impl Checker {
         if let Some(name) = name {
             self.name(name);
         }
+        let loop_protection = self.loop_protection(document, target_stream.as_deref());
         let (source, target) = self.side_fields(document);
         let source = self.side(&source, stream);
         let target = self.side(&target, target_stream);
@@ -391,6 +399,7 @@ impl Checker {
             target_mode: sharing(document),
             on_source_loss: on_source_loss(document),
             ordering: ordering(document),
+            loop_protection,
             limits: limits(document.limits.as_ref()),
             notices: notices::notices(document),
             native,
@@ -1382,6 +1391,8 @@ mod tests {
             target_mode: Some("shared".into()),
             on_source_loss: Some("hold".into()),
             target_update: Some(true),
+            loop_protection: Some(true),
+            target_origin: vec![some().unwrap()],
             ordering: Some("strict".into()),
             description: some(),
             limits: Some(LimitsDocument {

@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use chrono::{DateTime, Utc};
 use nats_lane::ServerRef;
 
-use super::{Mapping, Scope};
+use super::{LoopProtection, Mapping, Scope};
 use crate::status::Ordering;
 
 /// One configured copy of a source stream into a target stream, valid by construction
@@ -56,6 +56,9 @@ pub struct Replication {
     pub on_source_loss: OnSourceLoss,
     /// Whether a refusal by the target may change the order, where it can.
     pub ordering: Ordering,
+    /// How messages that have been in the target stream before are recognised; `None`: they are copied, but for those that
+    /// this replication copied itself.
+    pub loop_protection: Option<LoopProtection>,
     /// Bounds on messages in flight.
     pub limits: Limits,
     /// What a document says that is accepted and changes nothing; to be logged once.

@@ -260,7 +260,7 @@ pub struct Check {
     pub name: String,
     /// Result.
     pub result: CheckResult,
-    /// In words; empty when all is well.
+    /// In words; mostly empty when all is well.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
 }

@@ -8,6 +8,7 @@ use nats_lane::Error;
 use super::{
     objects::{Gate, Incomplete, Pass},
     resume::KnownCopy,
+    returned::ReturnedMessages,
     source::reader::Incoming,
     target::provenance::Tag,
 };
@@ -22,6 +23,8 @@ pub struct CopyRules {
     pub max_age: Option<Duration>,
     /// Our provenance tag: a message that carries it has been copied by this replication before.
     pub tag: Tag,
+    /// Other messages that have been in the target stream before.
+    pub returned: ReturnedMessages,
 }
 
 /// Everything else that a decision depends on. Each part is evaluated only if nothing before it has decided.
@@ -63,7 +66,7 @@ pub enum Reason {
     Old,
     /// Its subject is excluded.
     Excluded,
-    /// It returned through a replication loop.
+    /// It returned through a replication loop: it was copied by this replication, or from the target stream.
     Loop,
     /// Its sender was copied recently.
     Sampled,
@@ -83,7 +86,7 @@ impl CopyRules {
         if self.scope.excludes(subject) {
             return Some(Reason::Excluded);
         }
-        (!header.is_empty() && self.tag.passed(header)).then_some(Reason::Loop)
+        (!header.is_empty() && (self.tag.passed(header) || self.returned.includes(header))).then_some(Reason::Loop)
     }
 }
 
@@ -121,7 +124,8 @@ impl<Outgoing> Decision<Outgoing> {
         let counter = match self {
             Self::Skip(Reason::Requested) => &mut counters.skipped_refused,
             Self::Skip(Reason::Old) => &mut counters.skipped_old,
-            Self::Skip(Reason::Excluded | Reason::Loop) => &mut counters.skipped_filtered,
+            Self::Skip(Reason::Excluded) => &mut counters.skipped_filtered,
+            Self::Skip(Reason::Loop) => &mut counters.skipped_loop,
             Self::Skip(Reason::Sampled) => &mut counters.skipped_sampled,
             Self::Skip(Reason::Incomplete(_)) => &mut counters.skipped_incomplete,
             Self::Reject(_) => return counters.refused += 1,
@@ -152,7 +156,7 @@ mod tests {
 
     fn rules(max_age: Option<Duration>) -> CopyRules {
         let scope = Scope::new(vec!["a.>".to_owned()], vec!["a.*.x".to_owned()]);
-        CopyRules { scope, max_age, tag: Tag::new("ORDERS", "SITE", "worker") }
+        CopyRules { scope, max_age, tag: Tag::new("ORDERS", "SITE", "worker"), returned: ReturnedMessages::default() }
     }
 
     fn incoming<'a>(subject: &'a [u8], header: &'a [u8], payload: &'a [u8]) -> Incoming<'a> {
@@ -207,24 +211,25 @@ mod tests {
 
     #[test]
     fn each_decision_counts_once() {
-        let check = |decision: Decision<()>, expect: ((u64, u64, u64, u64, u64), u64, u64), fate| {
+        let check = |decision: Decision<()>, expect: ((u64, u64, u64, u64, u64, u64), u64, u64), fate| {
             let mut counters = Counters::default();
             decision.count(&mut counters, 5);
             let Counters { skipped_old, skipped_filtered, skipped_sampled, skipped_incomplete, .. } = counters;
-            let Counters { skipped_refused, refused, skipped_bytes, .. } = counters;
-            let skipped = (skipped_old, skipped_filtered, skipped_sampled, skipped_incomplete, skipped_refused);
+            let Counters { skipped_refused, skipped_loop, refused, skipped_bytes, .. } = counters;
+            let skipped =
+                (skipped_old, skipped_filtered, skipped_sampled, skipped_incomplete, skipped_refused, skipped_loop);
             assert_eq!((skipped, refused, skipped_bytes), expect, "{decision:?}");
             assert_eq!(decision.fate(), fate, "{decision:?}");
         };
         let object = Incomplete { object: "report".to_owned(), chunks: 2, found: 1 };
-        check(Decision::Skip(Reason::Old), ((1, 0, 0, 0, 0), 0, 5), None);
-        check(Decision::Skip(Reason::Excluded), ((0, 1, 0, 0, 0), 0, 5), None);
-        check(Decision::Skip(Reason::Loop), ((0, 1, 0, 0, 0), 0, 5), None);
-        check(Decision::Skip(Reason::Sampled), ((0, 0, 1, 0, 0), 0, 5), Some(MessageOutcome::Passed));
-        check(Decision::Skip(Reason::Incomplete(object)), ((0, 0, 0, 1, 0), 0, 5), Some(MessageOutcome::Passed));
-        check(Decision::Skip(Reason::Requested), ((0, 0, 0, 0, 1), 0, 5), Some(MessageOutcome::Passed));
-        check(Decision::Reject(Error::hold("x")), ((0, 0, 0, 0, 0), 1, 0), Some(MessageOutcome::Passed));
-        check(Decision::Stored(KnownCopy::Replaced), ((0, 0, 0, 0, 0), 0, 0), Some(MessageOutcome::Stored));
-        check(Decision::Send(()), ((0, 0, 0, 0, 0), 0, 0), Some(MessageOutcome::Sent));
+        check(Decision::Skip(Reason::Old), ((1, 0, 0, 0, 0, 0), 0, 5), None);
+        check(Decision::Skip(Reason::Excluded), ((0, 1, 0, 0, 0, 0), 0, 5), None);
+        check(Decision::Skip(Reason::Loop), ((0, 0, 0, 0, 0, 1), 0, 5), None);
+        check(Decision::Skip(Reason::Sampled), ((0, 0, 1, 0, 0, 0), 0, 5), Some(MessageOutcome::Passed));
+        check(Decision::Skip(Reason::Incomplete(object)), ((0, 0, 0, 1, 0, 0), 0, 5), Some(MessageOutcome::Passed));
+        check(Decision::Skip(Reason::Requested), ((0, 0, 0, 0, 1, 0), 0, 5), Some(MessageOutcome::Passed));
+        check(Decision::Reject(Error::hold("x")), ((0, 0, 0, 0, 0, 0), 1, 0), Some(MessageOutcome::Passed));
+        check(Decision::Stored(KnownCopy::Replaced), ((0, 0, 0, 0, 0, 0), 0, 0), Some(MessageOutcome::Stored));
+        check(Decision::Send(()), ((0, 0, 0, 0, 0, 0), 0, 0), Some(MessageOutcome::Sent));
     }
 }

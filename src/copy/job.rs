@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nats_lane as nats;
 
-use super::{flow::budget::Budget, samples::Samples};
+use super::{flow::budget::Budget, returned::WaysBack, samples::Samples};
 use crate::{
     config::Replication,
     status::Row,
@@ -28,6 +28,8 @@ pub struct Job {
     pub skip: Option<SourceMessage>,
     /// Another replication of this service that writes to the same target stream.
     pub neighbour: Option<String>,
+    /// The replications of this service that copy messages from the target stream.
+    pub ways_back: WaysBack,
     /// The prefix of the names of its own consumers, see [`consumer_prefix`](super::consumer_prefix).
     pub consumers: String,
     /// The streams of the service's own buckets.

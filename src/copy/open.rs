@@ -20,6 +20,7 @@ use super::{
     reject::{Refused, Rejects},
     reporter::Reporter,
     resume::{self, Resume, Sides, is_plain},
+    returned::ReturnedMessages,
     run::{Run, Times},
     sampling_driver::SamplingDriver,
     source::{
@@ -125,13 +126,15 @@ impl<'a> Opener<'a> {
         let generation = positions.record().generation;
         let rejects = Rejects::open(&mut source.lane, replication, &found.tag, generation, refused);
         let writer = write(replication, &mut target.lane, &streams, &found, positions).await?;
+        let returned = ReturnedMessages::of(self.job, &streams.target.created, positions).await?;
         let goes_back = found.goes_back;
         let mut report =
             Reporter::new(self.job, replication.clone(), self.status, self.events, found.resume.position.seq);
         show(&mut report.copy, &lanes, &streams, &writer, sampler.is_some());
-        let drops = begin_drops(positions, &lanes.replication, &streams, &found.resume);
+        let drops = begin_drops(positions, &lanes.replication, &streams, &found.resume, returned.is_empty());
         let target_info = streams.target.clone();
-        let (mut run, resume) = assemble(report, lanes, streams, found, (reader, sampler), (writer, rejects), drops);
+        let (mut run, resume) =
+            assemble(report, lanes, streams, (found, returned), (reader, sampler), (writer, rejects), drops);
         run.begin(&target_info, resume, goes_back, positions).await?;
         Ok(run)
     }
@@ -389,10 +392,16 @@ fn show(copy: &mut CopyStatus, lanes: &Lanes, streams: &Streams, writer: &Writer
 }
 
 /// The copies that the target holds, compared with the state that the run before knew.
-fn begin_drops(positions: &mut PositionWriter, replication: &Replication, streams: &Streams, resume: &Resume) -> Drops {
+fn begin_drops(
+    positions: &mut PositionWriter,
+    replication: &Replication,
+    streams: &Streams,
+    resume: &Resume,
+    none_returned: bool,
+) -> Drops {
     let Streams { source, target, abilities, .. } = streams;
     let whole = replication.scope.is_whole() && replication.sampling.is_none() && replication.max_age.is_none();
-    let whole = whole && abilities.mode == TargetMode::Exclusive;
+    let whole = whole && none_returned && abilities.mode == TargetMode::Exclusive;
     let mut drops = positions.drops.clone();
     let position = resume.position.seq;
     drops.begin(target, target_limits::that_drop(replication, source, target, whole), position);
@@ -407,7 +416,7 @@ fn assemble<'a>(
     report: Reporter<'a>,
     lanes: Lanes,
     streams: Streams,
-    found: Found,
+    (found, returned): (Found, ReturnedMessages),
     (reader, sampler): (Intake, Option<SamplingDriver>),
     (writer, rejects): (Writer, Rejects<'a>),
     drops: Drops,
@@ -438,7 +447,7 @@ fn assemble<'a>(
         },
         target: TargetHalf::new(target.lane, &streams.target, writer, gate, watch),
         bounds: Bounds::new(Window::new(resume.position, resume.target), &replication.limits, now),
-        rules: CopyRules { scope: replication.scope.clone(), max_age: replication.max_age, tag },
+        rules: CopyRules { scope: replication.scope.clone(), max_age: replication.max_age, tag, returned },
         report,
         rejects,
         sampler,

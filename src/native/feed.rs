@@ -30,7 +30,7 @@ use super::{
 use crate::{
     config::{NativeKind, Replication, Scope},
     copy::{
-        Error, ErrorKind, Fed, Job, PositionWriter,
+        Error, ErrorKind, Fed, Job, PositionWriter, ReturnedMessages,
         source::{
             clock::{ClockReading, SourceClock, shown},
             consumers::Names,
@@ -140,6 +140,8 @@ pub(super) struct Feed<'a> {
     session: Option<Served>,
     /// Up to where the target can hold what this run gave it.
     given: Option<u64>,
+    /// Recognises messages that came from the target.
+    returned: ReturnedMessages,
     /// Message ids are renamed.
     renames_ids: bool,
     repeats: Repeats,
@@ -190,6 +192,7 @@ impl<'a> Feed<'a> {
             listens: BTreeSet::new(),
             session: None,
             given: None,
+            returned: ReturnedMessages::default(),
             renames_ids,
             repeats: Repeats::default(),
             asked: (None, None),
@@ -210,6 +213,9 @@ impl<'a> Feed<'a> {
             && (self.kind == NativeKind::Source || saved.seq == self.position.seq)
         {
             self.position = saved;
+        }
+        if self.kind == NativeKind::Source {
+            self.returned = ReturnedMessages::of(self.job, &self.target_info.created, positions).await?;
         }
         let result = tokio::select! {
             biased;
@@ -475,6 +481,8 @@ impl<'a> Feed<'a> {
 
     /// Delivers messages that were read, as far as the window allows, and requests more.
     fn deliver(&mut self, now: Instant) -> Result<(), Error> {
+        // Before the messages that were read, as in a copy.
+        self.returned.update();
         let Some(Served { session, reader, read }) = &mut self.session else { return Ok(()) };
         reader.pull(&mut self.source, &self.job.budget, self.leaf.unwritten() < UNWRITTEN);
         let Some(subject) = session.subject().map(str::to_owned) else { return Ok(()) };
@@ -490,8 +498,10 @@ impl<'a> Feed<'a> {
             self.copy.counters.received += 1;
             self.copy.counters.received_bytes += size.bytes as u64;
             self.copy.metered.received_payload += size.payload as u64;
-            if scope.excludes(message.subject) {
-                self.copy.counters.skipped_filtered += 1;
+            let is_excluded = scope.excludes(message.subject);
+            if is_excluded || self.returned.includes(message.header) {
+                let counters = &mut self.copy.counters;
+                *(if is_excluded { &mut counters.skipped_filtered } else { &mut counters.skipped_loop }) += 1;
                 self.copy.counters.skipped_bytes += size.bytes as u64;
                 self.copy.metered.skipped_payload += size.payload as u64;
                 reader.take();
@@ -595,6 +605,10 @@ impl<'a> Feed<'a> {
             {
                 self.leaf.send(subject.as_bytes(), b"", &session.heartbeat(), b"");
             }
+        }
+        if self.kind == NativeKind::Source {
+            self.returned.update();
+            positions.learns_from_target(self.returned.remembered(&self.target_info.created));
         }
         self.check_target(now)?;
         if let Some(Served { reader, .. }) = &mut self.session {

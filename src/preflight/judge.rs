@@ -758,27 +758,39 @@ impl Pair<'_> {
         }
     }
 
-    /// A replication loop works: each message returns once to its stream and is skipped there. It is then stored twice,
-    /// which may be intended.
+    /// A replication loop works: what returns is skipped. Where it is not recognised at once, it is stored twice before, which
+    /// may be intended.
     fn cycle(&self, known: &[OtherReplication]) -> Judgement {
         let name = |facts: &SideFacts| facts.connect.got().map(|info| info.server_name.clone()).unwrap_or_default();
         let (source, target) = (name(self.source), name(self.target));
         let stream = &self.replication.source.stream;
         let Some(way) = loops::find(self.replication, (&source, &target), self.flow, known) else {
-            let Returned { seq, site, from } = self.returned.as_ref()?;
+            let Returned { seq, site, name, from } = self.returned.as_ref()?;
             let text = format!(
                 "closes a replication loop: message {seq} of source stream `{stream}` was copied by site `{site}` from message \
-                 {from} of target stream `{}`, where it would be stored a second time",
+                 {from} of target stream `{}`, where it would be stored a second time: add `{site} {name}` to \
+                 `target_origin`",
                 self.replication.target.stream
             );
             return Some((CheckOutcome::Warning, text));
         };
-        let text = format!(
-            "closes a replication loop with replication {}: each message comes back once to source stream `{stream}`, where it is \
-             stored a second time, and goes no further",
-            list(&way)
-        );
-        Some((CheckOutcome::Warning, text))
+        let way_back = list(&way);
+        Some(match loops::unprotected(self.replication, &way, known, self.owner.site) {
+            None => {
+                let text = format!(
+                    "closes a replication loop with replication {way_back}: each message of source stream `{stream}` that comes \
+                     back there is skipped (`loop_protection`)"
+                );
+                (CheckOutcome::Ok, text)
+            }
+            Some(why) => {
+                let text = format!(
+                    "closes a replication loop with replication {way_back}: each message comes back once to source stream \
+                     `{stream}`, where it is stored a second time, and goes no further: {why}"
+                );
+                (CheckOutcome::Warning, text)
+            }
+        })
     }
 
     /// The field that subjects at the target depend on most.

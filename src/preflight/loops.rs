@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use nats_lane::ServerRef;
 
 use super::{OtherReplication, subjects::Flow};
-use crate::config::{Replication, Side};
+use crate::config::{OriginTag, Replication, Side};
 
 /// A stream somewhere.
 #[derive(Clone, Copy)]
@@ -81,6 +81,42 @@ pub(super) fn find(
         ways = longer;
     }
     None
+}
+
+/// What is to be changed so that no message is stored twice in the loop of `replication` over the others in `way`, if anything
+/// is: each of them has to recognise the copies that the next one made of its target.
+pub(super) fn unprotected(
+    replication: &Replication,
+    way: &[String],
+    known: &[OtherReplication],
+    site: &str,
+) -> Option<String> {
+    let others = way.iter().filter_map(|id| known.iter().find(|other| other.replication.id == *id));
+    let ring: Vec<_> = std::iter::once(replication).chain(others.map(|other| &other.replication)).collect();
+    let next = ring.iter().cycle().skip(1);
+    ring.iter().zip(next).find_map(|(one, next)| what_helps(one, next, site))
+}
+
+/// What is to be changed so that one replication recognises what the `next` one copied from its target.
+fn what_helps(one: &Replication, next: &Replication, site: &str) -> Option<String> {
+    let (id, next_id) = (&one.id, &next.id);
+    if let Some(feed) = &next.native {
+        return Some(format!("replication `{next_id}` is of kind `{}`, which marks no copies", feed.kind));
+    }
+    let Some(protection) = &one.loop_protection else {
+        return Some(format!("`loop_protection` is false for replication `{id}`"));
+    };
+    let is_named = |tag: &OriginTag| protection.target_origin.iter().any(|origin| origin.includes(tag));
+    let place = |side| StreamPlace { side, server: "" };
+    let (target, source) = (place(&one.target), place(&next.source));
+    let is_known = target.same_server(&source) && target.same_login(&source);
+    (!is_known && !next.origin_tags(site).iter().all(is_named)).then(|| {
+        format!(
+            "replication `{id}` writes to the stream that `{next_id}` reads, under another address or login: add \
+             `{site} {}` to its `target_origin`",
+            next.name
+        )
+    })
 }
 
 /// The ids of the others that write to the same target stream with the same login. `server` is the name of the server

@@ -16,6 +16,8 @@ pub(super) struct Returned {
     pub(super) seq: u64,
     /// The site that copied it from the target.
     pub(super) site: String,
+    /// The replication of that site.
+    pub(super) name: String,
     /// Its sequence at the target.
     pub(super) from: u64,
 }
@@ -37,7 +39,10 @@ pub(super) async fn find(
         let hops = provenance::hops_from(&message.header, to).into_iter();
         hops.map(|hop| (message.sequence, hop))
     });
-    let hops: Vec<_> = hops.take(NEWEST as usize).collect();
+    // Those that the document names are skipped.
+    let named = replication.loop_protection.as_ref().map(|known| known.target_origin.as_slice()).unwrap_or_default();
+    let is_named = |hop: &provenance::OtherSiteCopy| named.iter().any(|origin| origin.includes(&hop.tag(to)));
+    let hops: Vec<_> = hops.filter(|(_, hop)| !is_named(hop)).take(NEWEST as usize).collect();
     let origins: Vec<u64> = hops.iter().map(|(_, hop)| hop.origin.seq).collect();
     let there = target.ask_messages(to, &origins, until).await;
     let came = |hop: &provenance::OtherSiteCopy| {
@@ -46,5 +51,5 @@ pub(super) async fn find(
         })
     };
     let found = hops.into_iter().find(|(_, hop)| came(hop));
-    found.map(|(seq, hop)| Returned { seq, site: hop.site, from: hop.origin.seq })
+    found.map(|(seq, hop)| Returned { seq, site: hop.site, name: hop.name, from: hop.origin.seq })
 }

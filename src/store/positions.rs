@@ -9,7 +9,10 @@ use nats_lane::entropy;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{bucket::PutError, cells::Cells, error::Error, watch::Change};
-use crate::status::{OnlyAtTarget, Row, State, TargetMode};
+use crate::{
+    config::OriginTag,
+    status::{OnlyAtTarget, Row, State, TargetMode},
+};
 
 /// Value of a replication's key in the positions bucket. Readable JSON; fields that this version does not
 /// know are kept.
@@ -70,6 +73,10 @@ pub struct PositionRecord {
     /// With sampling: what was stored before this may not have been seen, so nobody counts as unseen for that time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unseen_from: Option<DateTime<Utc>>,
+    /// What copies from the target stream carry, as far as it was known. Kept, because such copies can still be under way
+    /// after the replication that made them was deleted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_target: Option<FromTarget>,
     /// The holder waits for Choria's election, and somebody else copies.
     #[serde(default, skip_serializing_if = "is_default")]
     pub electing: bool,
@@ -126,6 +133,15 @@ pub struct TargetWitness {
     pub source_seq: u64,
     /// `created` of the stream; a hint, not an identity.
     pub created: String,
+}
+
+/// What copies from the target stream carry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FromTarget {
+    /// `created` of the target stream; what was known of another one does not count.
+    pub created: String,
+    /// What they carry.
+    pub tags: Vec<OriginTag>,
 }
 
 /// What the messages of a run carry so that none is stored twice and no two runs write at the same time.
@@ -399,6 +415,7 @@ impl PositionRecord {
             sampled: None,
             inspected: None,
             unseen_from: None,
+            from_target: None,
             electing: false,
             reported_at: None,
             status: None,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Deps, shared_targets::SharedTargets, status_cell::StatusCell};
+use super::{Deps, known_streams::KnownStreams, status_cell::StatusCell};
 use crate::{copy, events::Event};
 
 /// The replication that a task runs, and what the task works with.
@@ -11,7 +11,7 @@ pub(super) struct Context {
     pub(super) deps: Arc<Deps>,
     pub(super) id: String,
     pub(super) cell: Arc<StatusCell>,
-    pub(super) shared_targets: SharedTargets,
+    pub(super) known_streams: KnownStreams,
 }
 
 impl Context {

@@ -297,7 +297,7 @@ impl CopyRunner {
 
     /// What a run copies, and what it works with.
     fn job(&self, replication: &Replication, skip: Option<SourceMessage>) -> Job {
-        let Context { deps, cell, shared_targets, .. } = &self.context;
+        let Context { deps, cell, known_streams, .. } = &self.context;
         Job {
             site: deps.site.clone(),
             installation: deps.installation.clone(),
@@ -305,7 +305,8 @@ impl CopyRunner {
             row: cell.row(),
             budget: deps.budget.clone(),
             skip,
-            neighbour: shared_targets.other_writer(replication),
+            neighbour: known_streams.other_writer(replication),
+            ways_back: known_streams.ways_back(replication),
             samples: self.samples(),
             consumers: self.context.consumers(),
             own_streams: deps.own_streams.clone(),

@@ -16,7 +16,7 @@ use nats_lane::backoff::{Backoff, jitter};
 use serde_json::json;
 use stream_replicator::{
     config::{self, Replication},
-    copy::{self, At, Budget, ErrorKind, Job, Located, PositionWriter, locate},
+    copy::{self, At, Budget, ErrorKind, Job, KnownOrigins, Located, PositionWriter, WaysBack, locate},
     lease::{self, Candidacy, ProcessIdentity},
     status::{CopyStatus, Row, State},
     store::{ClaimError, LeaseStore, OwnStreams, PositionStore},
@@ -195,6 +195,7 @@ impl Scene {
             row,
             budget: Budget::new(1 << 20),
             neighbour: (!self.plan.neighbour.is_empty()).then(|| "OTHER".to_owned()),
+            ways_back: WaysBack::fixed(KnownOrigins::default()),
             skip: None,
             samples,
             consumers: consumers(),

@@ -164,6 +164,8 @@ const STREAM: &[FileField] = &[
     ours("target_mode", Text),
     ours("on_source_loss", Text),
     ours("target_update", Flag),
+    ours("loop_protection", Flag),
+    ours("target_origin", Any),
     ours("ordering", Text),
     ours("limits", Any),
 ];

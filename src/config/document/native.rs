@@ -26,13 +26,16 @@ const NOT_FED: [(&str, &str); 13] = [
     ("leader_election_name", "Choria's replicator feeds no streams"),
 ];
 /// Fields that one of the kinds does not act on.
-const NOT_A_MIRRORS: [(&str, &str); 3] = [
+const NOT_A_MIRRORS: [(&str, &str); 5] = [
+    ("loop_protection", ALL_OF_ORIGIN),
+    ("target_origin", ALL_OF_ORIGIN),
     ("target_mode", "a mirror takes messages from its origin only"),
     ("target_update", "a mirror that exists is left as it is"),
     ("on_source_loss", CANNOT_GO_BACK),
 ];
 const NOT_A_SOURCES: [(&str, &str); 2] =
     [("target_mode", "a stream with sources takes messages of others, too"), ("on_source_loss", CANNOT_GO_BACK)];
+const ALL_OF_ORIGIN: &str = "a mirror takes every message of its origin";
 const EVERY_MESSAGE: &str = "every message in scope is taken";
 const CANNOT_GO_BACK: &str = "the target cannot go back: the replication is held when the source lost messages";
 

@@ -33,7 +33,9 @@ use crate::{
     },
     events::{Event, Events, LossAction},
     status::{OnlyAtTarget, Row, TargetMode},
-    store::{Claim, Orphans, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps, TargetWitness},
+    store::{
+        Claim, FromTarget, Orphans, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps, TargetWitness,
+    },
 };
 
 /// At most one save in this time while a run is under way.
@@ -281,6 +283,22 @@ impl PositionWriter {
             self.save_whole(PositionRecord { sampled, inspected, ..self.record.clone() }).await?;
         }
         Ok(())
+    }
+
+    /// Notes, before anything is read, what copies from the target stream carry.
+    pub(crate) async fn knows_from_target(&mut self, from_target: Option<FromTarget>) -> Result<(), Error> {
+        if self.record.from_target != from_target {
+            self.finish().await?;
+            self.save_whole(PositionRecord { from_target, ..self.record.clone() }).await?;
+        }
+        Ok(())
+    }
+
+    /// Notes the same during a run; saved with the position, or soon if that does not move.
+    pub(crate) fn learns_from_target(&mut self, from_target: Option<FromTarget>) {
+        if self.record.from_target != from_target {
+            (self.record.from_target, self.replaced) = (from_target, true);
+        }
     }
 
     /// Notes, before anything is sent, which headers identify the messages of this run and those still in flight.

@@ -37,6 +37,8 @@ impl Run<'_> {
         if self.ending.is_some() {
             return;
         }
+        // Before the messages that were read: what copied them was known to the service before it began to copy.
+        self.rules.returned.update();
         let now_ns = self.source.clock.now_ns(now);
         let read_at = now.duration_since(self.times.began).as_micros() as u64;
         if self.target.lane.output().len() < OUTPUT_LOW && self.source.lane.output().len() < OUTPUT_HIGH {

@@ -40,6 +40,8 @@ impl Run<'_> {
         self.report.clock(&self.source.clock, positions);
         let idle = self.all_settled() && self.source.reader.pending() == 0 && !self.source.watchdog.is_alert();
         self.tick_sampling(idle, now);
+        self.rules.returned.update();
+        positions.learns_from_target(self.rules.returned.remembered(&self.target.created));
         let saved = positions.save(now, self.witnesses(), || self.report.row());
         self.times.next_tick = now
             + match (idle, saved) {

@@ -4,7 +4,10 @@
 use memchr::memmem;
 use nats_lane::{headers, parser::number};
 
-use crate::{config::Former, names};
+use crate::{
+    config::{Former, OriginTag},
+    names,
+};
 
 /// Identifies the replication that a message came through.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +26,8 @@ pub struct Tag {
 pub struct OtherSiteCopy {
     /// Name of that site.
     pub site: String,
+    /// Name of its replication.
+    pub name: String,
     /// The message's own part.
     pub origin: MessageOrigin,
 }
@@ -34,6 +39,13 @@ pub struct MessageOrigin {
     pub seq: u64,
     /// Stored time at the source, milliseconds since the Unix epoch.
     pub time_ms: i64,
+}
+
+impl OtherSiteCopy {
+    /// What it carries, as a copy of this stream.
+    pub fn tag(&self, stream: &str) -> OriginTag {
+        OriginTag { stream: stream.to_owned(), site: self.site.clone(), name: Some(self.name.clone()) }
+    }
 }
 
 impl Tag {
@@ -111,7 +123,7 @@ impl Tag {
         {
             return None;
         }
-        Some(OtherSiteCopy { site: String::from_utf8_lossy(hop.site).into_owned(), origin: hop.origin })
+        Some(hop.into())
     }
 
     fn matches(&self, value: &[u8]) -> Option<MessageOrigin> {
@@ -128,7 +140,14 @@ impl Tag {
 /// All hops from a stream of this name in the provenance of a message: the sites, and the origins.
 pub(crate) fn hops_from(header: &[u8], stream: &str) -> Vec<OtherSiteCopy> {
     let hops = values(header).filter_map(Hop::parse).filter(|hop| hop.stream == stream.as_bytes());
-    hops.map(|hop| OtherSiteCopy { site: String::from_utf8_lossy(hop.site).into_owned(), origin: hop.origin }).collect()
+    hops.map(OtherSiteCopy::from).collect()
+}
+
+/// Whether any hop of a message is one of these.
+pub(crate) fn came_from(header: &[u8], origins: &[OriginTag]) -> bool {
+    !origins.is_empty()
+        && memmem::find(header, names::SOURCE_HEADER.as_bytes()).is_some()
+        && values(header).filter_map(Hop::parse).any(|hop| origins.iter().any(|origin| hop.is(origin)))
 }
 
 /// All values of the header, in their order.
@@ -144,7 +163,20 @@ struct Hop<'a> {
     origin: MessageOrigin,
 }
 
+impl From<Hop<'_>> for OtherSiteCopy {
+    fn from(hop: Hop<'_>) -> Self {
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        Self { site: text(hop.site), name: text(hop.name), origin: hop.origin }
+    }
+}
+
 impl<'a> Hop<'a> {
+    fn is(&self, origin: &OriginTag) -> bool {
+        self.stream == origin.stream.as_bytes()
+            && self.site == origin.site.as_bytes()
+            && origin.name.as_ref().is_none_or(|name| self.name == name.as_bytes())
+    }
+
     fn parse(value: &'a [u8]) -> Option<Self> {
         let mut words = value.split(|b| *b == b' ').filter(|word| !word.is_empty());
         let mut next = || words.next();
@@ -184,7 +216,7 @@ mod tests {
             let block = block(site, name);
             let block = block.as_bytes();
             let found = (tag.origin(block), tag.passed(block), tag.other_site(block));
-            let expect = other.then(|| OtherSiteCopy { site: site.to_owned(), origin });
+            let expect = other.then(|| OtherSiteCopy { site: site.to_owned(), name: name.to_owned(), origin });
             assert_eq!(found, (ours.then_some(origin), ours, expect), "{site} {name}");
         };
         let former = |site: &str, name: &str| Former { site: site.to_owned(), name: name.to_owned() };
@@ -205,6 +237,22 @@ mod tests {
             check(&named, site, name, ours, other);
         }
         assert_eq!(Tag::new("RETURNS", "TWO", "TWO").other_site(block("ONE", "ONE").as_bytes()), None);
+    }
+
+    #[test]
+    fn any_hop_from_a_stream_counts() {
+        let block = b"NATS/1.0\r\nChoria-SR-Source: A 7 EU one 5\r\nX: y\r\nChoria-SR-Source: B 3 US two 6\r\n\r\n";
+        let check = |stream: &str, site: &str, name: Option<&str>, expect: bool| {
+            let tag = OriginTag { stream: stream.into(), site: site.into(), name: name.map(str::to_owned) };
+            assert_eq!(came_from(block, &[tag]), expect, "{stream} {site} {name:?}");
+        };
+        check("A", "EU", Some("one"), true);
+        check("A", "EU", None, true);
+        check("B", "US", Some("two"), true);
+        check("B", "EU", Some("one"), false);
+        check("A", "EU", Some("two"), false);
+        check("A", "US", None, false);
+        assert!(!came_from(block, &[]));
     }
 
     #[test]

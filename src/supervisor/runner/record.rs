@@ -19,6 +19,8 @@ impl CopyRunner {
     }
 
     pub(super) async fn claim(&mut self) -> Result<(), Error> {
+        // A run has to know which messages came from its target.
+        self.context.known_streams.loaded().await;
         if self.writer.is_none() {
             let Context { deps, id, cell, .. } = &self.context;
             let claim = match deps.positions.claim(id, &deps.instance, self.epoch).await {

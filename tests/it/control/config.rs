@@ -404,6 +404,7 @@ async fn a_status_row_says_what_the_copy_does() -> Result<()> {
         "skipped_sampled",
         "skipped_old",
         "skipped_filtered",
+        "skipped_loop",
         "dead_lettered",
         "gap_messages",
     ] {

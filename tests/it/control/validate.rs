@@ -580,16 +580,21 @@ async fn a_ring_with_known_replications_is_told() -> Result<()> {
 
     let home = json!({"target_stream": "ORDERS", "target_url": site.source.url(), "target_subject_remove": "last."});
     let body = validate(&site, site.document_with("LAST", home.clone())).await?;
-    let words = [
-        "closes a replication loop with replication `ORDERS`, `MIDDLE`",
-        "source stream `LAST`",
-        "stored a second time",
-    ];
-    warns(&body, "target", "cycle", "/target_url", &words);
+    let words = ["closes a replication loop with replication `ORDERS`, `MIDDLE`", "source stream `LAST`"];
+    healthy(&body);
+    let checks = body["preflight"]["target"]["checks"].as_array().into_iter().flatten();
+    let said: String = checks.filter_map(|check| check["message"].as_str()).collect();
+    assert!(words.iter().all(|word| said.contains(word)) && said.contains("`loop_protection`"), "{body:#}");
+    let off = merged(home.clone(), json!({"loop_protection": false}));
+    let why = "`loop_protection` is false for replication `LAST`";
+    let body = validate(&site, site.document_with("LAST", off)).await?;
+    warns(&body, "target", "cycle", "/target_url", &[words.as_slice(), &["stored a second time", why]].concat());
     // By another address the servers' names tell.
     let proxy = Proxy::start(site.source.port()).await?;
     let home = merged(home, json!({"source_url": proxy.url(), "target_url": proxy.url()}));
-    warns(&validate(&site, site.document_with("LAST", home)).await?, "target", "cycle", "/target_url", &words);
+    let body = validate(&site, site.document_with("LAST", home.clone())).await?;
+    let why = "under another address or login: add `TEST TEST` to its `target_origin`";
+    warns(&body, "target", "cycle", "/target_url", &[words.as_slice(), &["`LAST`", "`ORDERS`", why]].concat());
     Ok(())
 }
 

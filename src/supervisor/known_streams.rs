@@ -1,0 +1,244 @@
+//! Which replications of this service write to the same target stream, and which copy messages back from there: from all
+//! documents, whether the replications run here, elsewhere or are paused. In memory.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use nats_lane::{Connection, ServerRef};
+use tokio::sync::watch;
+
+use crate::{
+    allow::AllowList,
+    config::{OriginTag, Replication, Side},
+    copy::{KnownOrigins, WaysBack},
+    store::ConfigEntry,
+};
+
+/// The streams of all replications; cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct KnownStreams {
+    site: String,
+    rules: AllowList,
+    /// By id.
+    sides: Arc<Mutex<BTreeMap<String, KnownSides>>>,
+    /// Changes after each change of `sides`.
+    changes: Arc<watch::Sender<u64>>,
+    /// Whether all documents have been read once.
+    loaded: Arc<watch::Sender<bool>>,
+}
+
+/// Both streams of one replication.
+#[derive(Debug, Clone, PartialEq)]
+struct KnownSides {
+    source: Side,
+    target: Side,
+    /// What its copies carry; empty for a native feed, which adds nothing.
+    tags: Vec<OriginTag>,
+}
+
+/// How two connections compare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Comparison {
+    /// One account and one JetStream.
+    Same,
+    /// The same servers, under another login.
+    Unknown,
+    /// Other servers, or another domain; or the same under another address.
+    Other,
+}
+
+impl KnownStreams {
+    pub(super) fn new(site: &str, rules: &AllowList) -> Self {
+        Self {
+            site: site.to_owned(),
+            rules: rules.clone(),
+            sides: Arc::default(),
+            changes: Arc::default(),
+            loaded: Arc::default(),
+        }
+    }
+
+    /// Adds or replaces a document; an invalid one replaces nothing.
+    pub(super) fn put(&self, entry: &ConfigEntry) {
+        let Ok(replication) = self.rules.parse(&entry.value, &self.site) else { return };
+        if replication.id != entry.key {
+            return;
+        }
+        let is_native = replication.native.is_some();
+        let tags = if is_native { Vec::new() } else { replication.origin_tags(&self.site) };
+        let Replication { id, source, target, .. } = replication;
+        let sides = KnownSides { source, target, tags };
+        let before = self.lock().insert(id, sides.clone());
+        if before.as_ref() != Some(&sides) {
+            self.changes.send_modify(|changes| *changes += 1);
+        }
+    }
+
+    /// The document was deleted.
+    pub(super) fn remove(&self, id: &str) {
+        self.lock().remove(id);
+        self.changes.send_modify(|changes| *changes += 1);
+    }
+
+    /// All documents have been read.
+    pub(super) fn mark_loaded(&self) {
+        self.loaded.send_replace(true);
+    }
+
+    /// Waits until all documents have been read.
+    pub(super) async fn loaded(&self) {
+        // The sender is ours.
+        let _ = self.loaded.subscribe().wait_for(|loaded| *loaded).await;
+    }
+
+    /// Another replication that writes to the same stream, identified by the stream's name, a server, the login and the
+    /// prefix of the API. The same stream under another address or user is detected when the expected sequence is refused.
+    pub(super) fn other_writer(&self, replication: &Replication) -> Option<String> {
+        let Replication { id, target, .. } = replication;
+        let others = self.others(id, |sides| sides.target.stream == target.stream);
+        others.into_iter().find(|(_, sides)| self.compare(target, &sides.target) == Comparison::Same).map(|(id, _)| id)
+    }
+
+    /// The replications that copy messages from the target of this one, now and later.
+    pub(super) fn ways_back(&self, replication: &Replication) -> WaysBack {
+        let (known, id, target) = (self.clone(), replication.id.clone(), replication.target.clone());
+        WaysBack::new(self.changes.subscribe(), move || known.origins(&id, &target))
+    }
+
+    /// What copies of streams of the target's name carry.
+    fn origins(&self, id: &str, target: &Side) -> KnownOrigins {
+        let mut origins = KnownOrigins::default();
+        for (_, sides) in self.others(id, |sides| sides.source.stream == target.stream) {
+            match self.compare(target, &sides.source) {
+                Comparison::Same => origins.target.extend(sides.tags),
+                Comparison::Other => origins.others.extend(sides.tags),
+                Comparison::Unknown => {}
+            }
+        }
+        origins
+    }
+
+    /// The replications but for `id` that `wanted` is true for.
+    fn others(&self, id: &str, wanted: impl Fn(&KnownSides) -> bool) -> Vec<(String, KnownSides)> {
+        let all = self.lock();
+        let others = all.iter().filter(|(other, sides)| *other != id && wanted(sides));
+        others.map(|(id, sides)| (id.clone(), sides.clone())).collect()
+    }
+
+    /// Compares the connections of two streams; files of contexts are read now.
+    fn compare(&self, one: &Side, other: &Side) -> Comparison {
+        if let (ServerRef::Known(one), ServerRef::Known(other)) = (&one.place, &other.place) {
+            return compare(one, other);
+        }
+        match (self.rules.resolve(&one.place), self.rules.resolve(&other.place)) {
+            (Ok(one), Ok(other)) => compare(&one, &other),
+            _ => Comparison::Unknown,
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, KnownSides>> {
+        self.sides.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn compare(one: &Connection, other: &Connection) -> Comparison {
+    let (here, there) = (&one.endpoint, &other.endpoint);
+    let servers = here.hosts.iter().any(|host| there.hosts.contains(host));
+    match (servers && one.api_prefix == other.api_prefix, here.auth == there.auth) {
+        (false, _) => Comparison::Other,
+        (true, true) => Comparison::Same,
+        (true, false) => Comparison::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn entry(name: &str, fields: Value) -> ConfigEntry {
+        let mut document =
+            json!({"stream": "S", "name": name, "source_url": "a", "target_url": "b", "target_stream": "T"});
+        for (field, value) in fields.as_object().unwrap() {
+            document[field] = value.clone();
+        }
+        ConfigEntry { key: format!("S.{name}"), revision: 1, value: document.to_string().into() }
+    }
+
+    #[test]
+    fn another_writer_is_known_by_stream_server_and_login() {
+        let rules = AllowList::default();
+        let check = |own: Value, other: Value, expect: bool| {
+            let known_streams = KnownStreams::new("SITE", &rules);
+            let (own, other) = (entry("own", own), entry("other", other));
+            known_streams.put(&own);
+            known_streams.put(&other);
+            let replication = rules.parse(&own.value, "SITE").unwrap();
+            let found = known_streams.other_writer(&replication);
+            assert_eq!(found, expect.then(|| "S.other".to_owned()), "{own:?} {other:?}");
+            known_streams.remove("S.other");
+            assert_eq!(known_streams.other_writer(&replication), None);
+        };
+        check(json!({}), json!({}), true);
+        check(json!({}), json!({"target_url": "c,b:4222"}), true);
+        check(json!({}), json!({"target_url": "c"}), false);
+        check(json!({}), json!({"target_url": "b:4223"}), false);
+        check(json!({}), json!({"target_stream": "U"}), false);
+        check(json!({}), json!({"target_domain": "hub"}), false);
+        check(json!({"target_api_prefix": "$JS.hub.API"}), json!({"target_domain": "hub"}), true);
+        check(json!({"target_url": "u:p@b"}), json!({"target_url": "v:p@b"}), false);
+    }
+
+    #[test]
+    fn ways_back_are_known_by_stream_server_and_login() {
+        let rules = AllowList::default();
+        let check = |other: Value, target: &[&str], others: &[&str]| {
+            let known_streams = KnownStreams::new("SITE", &rules);
+            let own = entry("own", json!({}));
+            known_streams.put(&own);
+            let mut back = json!({"stream": "T", "source_url": "b", "target_url": "a", "target_stream": "S"});
+            for (field, value) in other.as_object().unwrap() {
+                back[field] = value.clone();
+            }
+            let back = ConfigEntry { key: "T.back".to_owned(), ..entry("back", back) };
+            known_streams.put(&back);
+            let replication = rules.parse(&own.value, "SITE").unwrap();
+            let tags = |names: &[&str]| -> Vec<OriginTag> {
+                let tag = |name: &&str| OriginTag {
+                    stream: "T".to_owned(),
+                    site: "SITE".to_owned(),
+                    name: Some((*name).to_owned()),
+                };
+                names.iter().map(tag).collect()
+            };
+            let expect = KnownOrigins { target: tags(target), others: tags(others) };
+            assert_eq!(known_streams.origins("S.own", &replication.target), expect, "{back:?}");
+            known_streams.remove("T.back");
+            assert_eq!(known_streams.origins("S.own", &replication.target), KnownOrigins::default());
+        };
+        check(json!({}), &["back"], &[]);
+        check(json!({"target_url": "elsewhere"}), &["back"], &[]);
+        check(json!({"source_url": "x,b:4222"}), &["back"], &[]);
+        check(json!({"source_url": "c"}), &[], &["back"]);
+        check(json!({"source_domain": "hub"}), &[], &["back"]);
+        // Another login may be another account, or not.
+        check(json!({"source_url": "u:p@b"}), &[], &[]);
+        // A native feed marks no copies.
+        let mirror = json!({"kind": "mirror", "target_leaf_url": "nats-leaf://a"});
+        check(mirror, &[], &[]);
+    }
+
+    #[test]
+    fn a_document_that_cannot_run_replaces_nothing() {
+        let rules = AllowList::default();
+        let known_streams = KnownStreams::new("SITE", &rules);
+        known_streams.put(&entry("other", json!({})));
+        known_streams.put(&entry("other", json!({"target_stream": 5})));
+        known_streams.put(&ConfigEntry { key: "X".to_owned(), ..entry("third", json!({})) });
+        let replication = rules.parse(&entry("own", json!({})).value, "SITE").unwrap();
+        assert_eq!(known_streams.other_writer(&replication).as_deref(), Some("S.other"));
+    }
+}
