@@ -4,6 +4,7 @@
 mod adapter;
 mod admin;
 mod apply;
+mod check;
 mod choria_forms;
 mod client;
 mod config;
@@ -21,15 +22,19 @@ mod instances;
 mod output;
 mod replicate;
 mod reply;
+mod select;
 mod serve;
 mod site;
 mod status;
+mod status_filter;
+mod status_table;
 mod status_view;
 mod steer;
 mod stream_reader;
 mod transfer;
 mod wait;
 mod watch;
+mod yaml;
 
 use std::process::ExitCode;
 
@@ -66,6 +71,7 @@ enum Command {
 enum ClientCommand {
     Config(config::Args),
     Status(status::Args),
+    Check(check::Args),
     /// Stop copying and keep the position, also over restarts
     Pause(steer::IdsArgs),
     /// Resume after a pause
@@ -89,10 +95,26 @@ enum ClientCommand {
 
 /// Runs the program with the process's arguments.
 pub fn main() -> ExitCode {
-    match Cli::parse_from(replicate::with_default(std::env::args_os())).command {
+    let cli = match Cli::try_parse_from(replicate::with_default(std::env::args_os())) {
+        Ok(cli) => cli,
+        Err(error) => return wrong_usage(&error),
+    };
+    match cli.command {
         Command::Serve(args) => serve::main(&args),
         Command::Replicate(args) => replicate::main(&args),
         Command::Other(command) => run_to_end(command.json(), async |out| command.run(out).await),
+    }
+}
+
+/// Prints help, the version, or what is wrong with the arguments. A monitoring system takes 2 for a critical state.
+fn wrong_usage(error: &clap::Error) -> ExitCode {
+    let is_check = error.to_string().contains(&format!("Usage: {} check", crate::names::PROGRAM));
+    // a closed output is no error
+    let _ = error.print();
+    match error.exit_code() {
+        0 => ExitCode::SUCCESS,
+        _ if is_check => ExitCode::from(check::UNKNOWN),
+        _ => ExitCode::from(error::USAGE),
     }
 }
 
@@ -112,6 +134,7 @@ fn run_to_end(json: bool, command: impl AsyncFnOnce(&mut Output) -> Result<Comma
     let code = match verdict {
         Ok(CommandVerdict::Good) => ExitCode::SUCCESS,
         Ok(CommandVerdict::Bad) => ExitCode::FAILURE,
+        Ok(CommandVerdict::Code(code)) => ExitCode::from(code),
         Err(error) => {
             error.print(&mut out);
             error.exit_code()
@@ -131,7 +154,8 @@ impl ClientCommand {
     fn json(&self) -> bool {
         match self {
             Self::Config(args) => args.global().json,
-            Self::Status(args) => args.global.json,
+            Self::Status(args) => args.json(),
+            Self::Check(args) => args.json(),
             Self::Pause(args) | Self::Resume(args) | Self::Retry(args) | Self::Stepdown(args) => args.global.json,
             Self::Position(args) => args.global.json,
             Self::Skip(args) => args.global.json,
@@ -150,6 +174,7 @@ impl ClientCommand {
         match self {
             Self::Config(args) => config::run(args, out).await,
             Self::Status(args) => status::run(args, out).await,
+            Self::Check(args) => check::run(args, out).await,
             Self::Pause(args) => steer::each(args, "pause", "is paused", out).await,
             Self::Resume(args) => steer::each(args, "resume", "is resumed", out).await,
             Self::Position(args) => steer::position(args, out).await,

@@ -15,12 +15,14 @@ use super::{
     global::Global,
     output::{self, Colour, Output, Table},
     reply::Reply,
+    select::SelectedIds,
     status_view::{state_colour, state_name},
+    steer::for_each,
     transfer,
 };
 use crate::{
     config::Problem,
-    control::api::{Changed, CheckResult, DeleteRequest, List, PreflightSide, Validation},
+    control::api::{Changed, CheckResult, DeleteRequest, List, PreflightSide, StoredDocument, Validation},
 };
 
 /// Add, change, show and remove replications
@@ -40,7 +42,7 @@ enum ConfigVerb {
     Get(GetArgs),
     /// List all replications
     #[command(visible_alias = "list")]
-    Ls(Global),
+    Ls(ListArgs),
     /// Remove replications, with position and state
     #[command(visible_alias = "delete")]
     Rm(RmArgs),
@@ -78,9 +80,19 @@ struct UpdateArgs {
 }
 
 #[derive(Debug, clap::Args)]
+struct ListArgs {
+    /// Print the ids alone, one on a line
+    #[arg(long, conflicts_with = "json")]
+    ids: bool,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Debug, clap::Args)]
 struct GetArgs {
-    /// Replication
-    id: String,
+    #[command(flatten)]
+    selected: SelectedIds,
 
     /// Print the document alone
     #[arg(long)]
@@ -92,9 +104,8 @@ struct GetArgs {
 
 #[derive(Debug, clap::Args)]
 struct RmArgs {
-    /// Replications
-    #[arg(required = true, value_name = "ID")]
-    ids: Vec<String>,
+    #[command(flatten)]
+    selected: SelectedIds,
 
     /// Keep position and state, so that it resumes there when it is added again
     #[arg(long)]
@@ -114,7 +125,8 @@ impl Args {
             ConfigVerb::Add(args) | ConfigVerb::Validate(args) => &args.global,
             ConfigVerb::Update(args) => &args.global,
             ConfigVerb::Get(args) => &args.global,
-            ConfigVerb::Ls(global) | ConfigVerb::Schema(global) => global,
+            ConfigVerb::Ls(args) => &args.global,
+            ConfigVerb::Schema(global) => global,
             ConfigVerb::Rm(args) => &args.global,
             ConfigVerb::Edit(args) => &args.global,
             ConfigVerb::Apply(args) => &args.global,
@@ -131,7 +143,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict,
         ConfigVerb::Add(args) => write(global, "config.add", &args.file, None, out).await,
         ConfigVerb::Update(args) => write(global, "config.update", &args.file, args.revision, out).await,
         ConfigVerb::Get(args) => get(args, out).await,
-        ConfigVerb::Ls(_) => list(global, out).await,
+        ConfigVerb::Ls(args) => list(args, out).await,
         ConfigVerb::Rm(args) => remove(args, out).await,
         ConfigVerb::Validate(args) => validate(args, out).await,
         ConfigVerb::Schema(_) => {
@@ -160,23 +172,41 @@ async fn write(
 }
 
 async fn get(args: &GetArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
-    let reply = stored(&Client::connect(&args.global).await?, &args.id).await?;
-    let found = reply.value.problems.clone();
-    if args.raw {
-        out.line(&pretty(&reply.value.config));
-        problems(out, &found);
-        return Ok(CommandVerdict::Good);
+    let client = Client::connect(&args.global).await?;
+    let mut verdict = CommandVerdict::Good;
+    for id in args.selected.resolve(&client).await? {
+        match stored(&client, &id).await {
+            Ok(reply) => show(&reply, args.raw, out),
+            Err(error) => {
+                error.print(out);
+                verdict = CommandVerdict::Bad;
+            }
+        }
     }
-    out.reply(&reply, |document| {
-        let wrong = found.iter().map(|one| format!("\nproblem: {}", problem(one)));
-        let head = format!("{}, revision {}", document.replication, document.revision);
-        format!("{head}{}\n{}", wrong.collect::<String>(), pretty(&document.config))
-    });
-    Ok(CommandVerdict::Good)
+    Ok(verdict)
 }
 
-async fn list(global: &Global, out: &mut Output) -> Result<CommandVerdict, Error> {
-    let reply: Reply<List> = Client::connect(global).await?.pages("config.list").await?;
+/// The document alone on stdout, so that `validate` and `apply` read it.
+fn show(reply: &Reply<StoredDocument>, raw: bool, out: &mut Output) {
+    if !out.json() {
+        if !raw {
+            out.note(&format!("{}, revision {}", reply.value.replication, reply.value.revision));
+        }
+        problems(out, &reply.value.problems);
+    }
+    if raw {
+        out.line(&pretty(&reply.value.config));
+    } else {
+        out.reply(reply, |document| pretty(&document.config));
+    }
+}
+
+async fn list(args: &ListArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
+    let reply: Reply<List> = Client::connect(&args.global).await?.pages("config.list").await?;
+    if args.ids {
+        reply.value.replications.iter().for_each(|row| out.line(&row.replication));
+        return Ok(CommandVerdict::Good);
+    }
     if out.json() {
         out.reply(&reply, |_| String::new());
         return Ok(CommandVerdict::Good);
@@ -192,31 +222,23 @@ async fn list(global: &Global, out: &mut Output) -> Result<CommandVerdict, Error
 }
 
 async fn remove(args: &RmArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
-    if !args.force && !sure(args)? {
-        return Err(Error::Failed("nothing was removed".to_owned()));
-    }
-    let client = Client::connect(&args.global).await?;
-    let mut verdict = CommandVerdict::Good;
-    for id in &args.ids {
-        let request = DeleteRequest { replication: id.clone(), keep: args.keep };
-        let removed: Result<Reply<Changed>, Error> = client.change("config.delete", &request).await;
-        match removed {
-            Ok(reply) => out.reply(&reply, |changed| format!("{} is removed", changed.replication)),
-            Err(error) => {
-                error.print(out);
-                verdict = CommandVerdict::Bad;
-            }
-        }
-    }
-    Ok(verdict)
-}
-
-fn sure(args: &RmArgs) -> Result<bool, Error> {
-    if !output::can_ask() {
+    if !args.force && !output::can_ask() {
         return Err(Error::Usage("no terminal to ask on: `--force` removes without asking".to_owned()));
     }
-    let what = if args.keep { "position and state are kept" } else { "with position and state" };
-    Ok(output::confirm(&format!("remove {} ({what})? [y/N]", args.ids.join(", "))) == Some(true))
+    let client = Client::connect(&args.global).await?;
+    let ids = args.selected.resolve(&client).await?;
+    if !args.force && !sure(&ids, args.keep) {
+        return Err(Error::Failed("nothing was removed".to_owned()));
+    }
+    let request = |replication| DeleteRequest { replication, keep: args.keep };
+    let words = |changed: &Changed| format!("{} is removed", changed.replication);
+    for_each(&client, ids, "config.delete", request, words, out).await
+}
+
+fn sure(ids: &[String], keep: bool) -> bool {
+    let what = if keep { "position and state are kept" } else { "with position and state" };
+    let number = if ids.len() > 1 { format!("{} replications, ", ids.len()) } else { String::new() };
+    output::confirm(&format!("remove {number}{} ({what})? [y/N]", ids.join(", "))) == Some(true)
 }
 
 async fn validate(args: &FileArgs, out: &mut Output) -> Result<CommandVerdict, Error> {

@@ -18,6 +18,8 @@ pub(super) enum CommandVerdict {
     Good,
     /// Something is not, and has been printed.
     Bad,
+    /// The exit code is the result.
+    Code(u8),
 }
 
 /// Why a command was not carried out.

@@ -10,6 +10,7 @@ use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, stream::select_all};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
+use wildmatch::WildMatch;
 
 use super::{
     client::Client,
@@ -17,6 +18,7 @@ use super::{
     format::parse_time,
     global::Global,
     output::{Colour, Output, clean},
+    select::is_pattern,
     stream_reader::{self, StoredMessages},
 };
 use crate::events::Event;
@@ -24,8 +26,9 @@ use crate::events::Event;
 /// Show events: stored ones, where a stream captures them, or live ones
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Replication
-    id: Option<String>,
+    /// Replications, or patterns of their ids such as `'S0*'` [default: all]
+    #[arg(value_name = "ID")]
+    ids: Vec<String>,
 
     /// Only events of this kind; can be given several times
     #[arg(long = "kind", short, value_name = "KIND", value_parser = Event::KINDS)]
@@ -44,17 +47,16 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
-    if let Some(id) = &args.id
-        && !is_id(id)
-    {
+    if let Some(id) = args.ids.iter().find(|id| !is_pattern(id) && !is_id(id)) {
         return Err(Error::Usage(format!("`{}` is not the id of a replication", clean(id))));
     }
     let client = Client::connect(&args.global).await?;
-    let subjects = subjects(client.prefix(), args.id.as_deref(), &args.kinds);
+    let subjects = subjects(client.prefix(), &args.ids, &args.kinds);
+    let wanted = EventFilter::new(&args.ids);
     if args.follow && args.since.is_none() {
-        live(&client, subjects, out).await?;
+        live(&client, subjects, &wanted, out).await?;
     } else {
-        stored(&client, subjects, args, out).await?;
+        stored(&client, subjects, &wanted, args, out).await?;
     }
     Ok(CommandVerdict::Good)
 }
@@ -64,13 +66,31 @@ fn is_id(id: &str) -> bool {
     id.split('.').all(|token| !token.is_empty() && token.chars().all(|c| c.is_ascii_graphic() && !"*>".contains(c)))
 }
 
-fn subjects(prefix: &str, id: Option<&str>, kinds: &[String]) -> Vec<String> {
-    let id = id.unwrap_or(">");
-    let subject = |kind: &str| format!("{prefix}.event.{kind}.{id}");
-    if kinds.is_empty() { vec![subject("*")] } else { kinds.iter().map(|kind| subject(kind)).collect() }
+/// Subjects of these kinds and ids. For a pattern all ids are read, and the filter picks.
+fn subjects(prefix: &str, ids: &[String], kinds: &[String]) -> Vec<String> {
+    let all = ids.is_empty() || ids.iter().any(|id| is_pattern(id));
+    let ids: Vec<&str> = if all { vec![">"] } else { ids.iter().map(String::as_str).collect() };
+    let kinds: Vec<&str> = if kinds.is_empty() { vec!["*"] } else { kinds.iter().map(String::as_str).collect() };
+    let of_kind = |kind: &&str| ids.iter().map(|id| format!("{prefix}.event.{kind}.{id}")).collect::<Vec<_>>();
+    kinds.iter().flat_map(of_kind).collect()
 }
 
-async fn live(client: &Client, subjects: Vec<String>, out: &mut Output) -> Result<(), Error> {
+/// Which replications' events are shown.
+struct EventFilter(Vec<WildMatch>);
+
+impl EventFilter {
+    fn new(ids: &[String]) -> Self {
+        Self(ids.iter().map(|id| WildMatch::new(id)).collect())
+    }
+
+    /// An event that does not name its replication is shown: there is more wrong than that.
+    fn takes(&self, event: &Value) -> bool {
+        let id = event.get("replication").and_then(Value::as_str);
+        self.0.is_empty() || id.is_none_or(|id| self.0.iter().any(|pattern| pattern.matches(id)))
+    }
+}
+
+async fn live(client: &Client, subjects: Vec<String>, wanted: &EventFilter, out: &mut Output) -> Result<(), Error> {
     let failed = |error: &dyn Display| Error::Failed(format!("events at `{}`: {error}", client.server()));
     let mut subscriptions = Vec::new();
     for subject in subjects {
@@ -82,7 +102,7 @@ async fn live(client: &Client, subjects: Vec<String>, out: &mut Output) -> Resul
     while !out.closed() {
         tokio::select! {
             message = messages.next() => match message {
-                Some(message) => show(&message, 0, out),
+                Some(message) => show(&message, wanted, out),
                 None => break,
             },
             said = &mut refused => return Err(failed(&said)),
@@ -91,11 +111,17 @@ async fn live(client: &Client, subjects: Vec<String>, out: &mut Output) -> Resul
     Ok(())
 }
 
-async fn stored(client: &Client, subjects: Vec<String>, args: &Args, out: &mut Output) -> Result<(), Error> {
+async fn stored(
+    client: &Client,
+    subjects: Vec<String>,
+    wanted: &EventFilter,
+    args: &Args,
+    out: &mut Output,
+) -> Result<(), Error> {
     let stream = capturing(&client.jetstream(), client, out).await?;
     let (since, follow) = (args.since, args.follow);
     let stored = StoredMessages { what: "events", stream: &stream, subjects, since, from: DeliverPolicy::All, follow };
-    stream_reader::read(client, stored, out, show).await
+    stream_reader::read(client, stored, out, |message, _, out| show(message, wanted, out)).await
 }
 
 /// Name of the stream that captures the events; best of all one that captures all of them.
@@ -163,8 +189,11 @@ fn covers(subject: &str, wanted: &str) -> bool {
 }
 
 /// One event in one line; anything else is shown as received.
-fn show(message: &Message, _left: u64, out: &mut Output) {
+fn show(message: &Message, wanted: &EventFilter, out: &mut Output) {
     let body = serde_json::from_slice::<Value>(&message.payload);
+    if body.as_ref().is_ok_and(|event| !wanted.takes(event)) {
+        return;
+    }
     let text = match (&body, out.json()) {
         (Ok(event), true) => event.to_string(),
         (Err(_), true) => {

@@ -51,6 +51,12 @@ impl Output {
         self.terminal
     }
 
+    /// Columns and lines of the terminal; `None` without one, or where it does not know.
+    pub(super) fn size(&self) -> Option<(usize, usize)> {
+        let size = rustix::termios::tcgetwinsize(io::stdout()).ok().filter(|_| self.terminal)?;
+        (size.ws_col > 0 && size.ws_row > 0).then(|| (size.ws_col.into(), size.ws_row.into()))
+    }
+
     /// Whether the reader of the output is gone.
     pub(super) fn closed(&self) -> bool {
         self.closed
@@ -160,22 +166,22 @@ pub(super) fn confirm(question: &str) -> Option<bool> {
 /// A table with these `headers`.
 #[derive(Debug)]
 pub(super) struct Table {
-    headers: &'static [&'static str],
+    headers: Vec<&'static str>,
     /// Columns with numbers.
-    right: &'static [usize],
+    right: Vec<usize>,
     /// The column that has colours; those left of it are ASCII.
     painted: Option<usize>,
     rows: Vec<(Colour, Vec<String>)>,
 }
 
 impl Table {
-    pub(super) fn new(headers: &'static [&'static str]) -> Self {
-        Self { headers, right: &[], painted: None, rows: Vec::new() }
+    pub(super) fn new(headers: &[&'static str]) -> Self {
+        Self { headers: headers.to_vec(), right: Vec::new(), painted: None, rows: Vec::new() }
     }
 
     /// Aligns columns to the right.
-    pub(super) fn right(mut self, columns: &'static [usize]) -> Self {
-        self.right = columns;
+    pub(super) fn right(mut self, columns: &[usize]) -> Self {
+        self.right = columns.to_vec();
         self
     }
 
@@ -191,7 +197,7 @@ impl Table {
 
     fn render(&self, paint: impl Fn(Colour, &str) -> String) -> Vec<String> {
         let mut table = comfy_table::Table::new();
-        table.load_style(presets::NOTHING).set_header(self.headers.to_vec());
+        table.load_style(presets::NOTHING).set_header(self.headers.clone());
         table.add_rows(self.rows.iter().map(|(_, cells)| cells.clone()));
         for (index, column) in table.column_iter_mut().enumerate() {
             column.set_padding((0, 2));

@@ -1,4 +1,4 @@
-//! Status rows as text: everything about one replication, a table, or one line each.
+//! Status rows as text: everything about one replication, or one line each.
 
 use chrono::Utc;
 use serde::Deserialize;
@@ -8,8 +8,9 @@ use super::{
     client::Client,
     error::Error,
     format::{bytes, count, counted, seconds, time},
-    output::{Colour, Output, Table, clean},
+    output::{Colour, Output, clean},
     reply::Reply,
+    status_filter::StatusFilter,
 };
 use crate::{
     control::api::{NamedRequest, Status},
@@ -25,11 +26,11 @@ pub(super) struct StatusView {
 }
 
 impl StatusView {
-    /// Asks for one replication or for all.
-    pub(super) async fn request(client: &Client, id: Option<&str>) -> Result<Self, Error> {
-        let reply = match id {
+    /// Asks for the replications that are wanted, in the order that is wanted.
+    pub(super) async fn request(client: &Client, filter: &StatusFilter) -> Result<Self, Error> {
+        let reply = match filter.only_id() {
             Some(id) => client.query("status", &NamedRequest { replication: id.to_owned() }).await?,
-            None => client.pages("status").await?,
+            None => filter.apply(client.pages("status").await?)?,
         };
         Ok(Self { reply })
     }
@@ -40,65 +41,24 @@ impl StatusView {
 
     /// The rows as they were sent.
     pub(super) fn raw_rows(&self) -> Vec<Value> {
-        #[derive(Deserialize)]
-        struct RawStatus {
-            replications: Vec<Value>,
-        }
-        serde_json::from_slice::<RawStatus>(&self.reply.raw).map(|raw| raw.replications).unwrap_or_default()
+        raw_rows(&self.reply)
     }
 }
 
-/// The output for people: everything about one replication, or a table. `rates` are messages per second, in the order
-/// of the rows.
-pub(super) fn lines(view: &StatusView, id: Option<&str>, rates: Option<&[Option<f64>]>, out: &Output) -> Vec<String> {
-    match (id, view.rows()) {
-        (Some(_), [row]) => detail(row, rates.and_then(|rates| *rates.first()?), out),
-        (_, rows) => out.render(&table(rows, rates)),
+/// The rows of a status as they were sent.
+pub(super) fn raw_rows(reply: &Reply<Status>) -> Vec<Value> {
+    #[derive(Deserialize)]
+    struct RawStatus {
+        replications: Vec<Value>,
     }
-}
-
-fn table(rows: &[Row], rates: Option<&[Option<f64>]>) -> Table {
-    let mut table = match rates {
-        None => Table::new(&["REPLICATION", "STATE", "LAG", "BEHIND", "POSITION", "TRANSPORT", "LEADER", "LAST ERROR"])
-            .right(&[2, 3, 4]),
-        Some(_) => Table::new(&[
-            "REPLICATION",
-            "STATE",
-            "LAG",
-            "BEHIND",
-            "POSITION",
-            "RATE",
-            "TRANSPORT",
-            "LEADER",
-            "LAST ERROR",
-        ])
-        .right(&[2, 3, 4, 5]),
-    }
-    .painted(1);
-    for (index, row) in rows.iter().enumerate() {
-        let copy = &row.copy;
-        let mut cells = vec![
-            row.replication.clone(),
-            state_name(row.state),
-            known(copy.lag.map(|lag| count(lag.messages))),
-            known(copy.lag.and_then(|lag| lag.seconds).map(seconds)),
-            known(row.knows_position().then(|| count(copy.position.source_seq))),
-        ];
-        if let Some(rates) = rates {
-            cells.push(rate(rates.get(index).copied().flatten()));
-        }
-        let error = current_error(row).map_or_else(String::new, |error| shortened(&error.message));
-        cells.extend([transport(copy.transport).to_owned(), leader(row), error]);
-        table.row(state_colour(row.state), cells);
-    }
-    table
+    serde_json::from_slice::<RawStatus>(&reply.raw).map(|raw| raw.replications).unwrap_or_default()
 }
 
 /// Label and text of one line.
 type DetailLine = (&'static str, String);
 
 /// Everything about one replication. `rate` is in messages per second.
-fn detail(row: &Row, rate: Option<f64>, out: &Output) -> Vec<String> {
+pub(super) fn detail(row: &Row, rate: Option<f64>, out: &Output) -> Vec<String> {
     let copy = &row.copy;
     let mut lines = vec![
         ("state", out.paint(state_colour(row.state), &state_name(row.state))),
@@ -206,13 +166,18 @@ fn sampling_lines(sampling: &SamplingStatus) -> Vec<DetailLine> {
 
 fn error_lines(error: &LastError) -> Vec<DetailLine> {
     let message = clean(&error.message);
-    let age = seconds((Utc::now() - error.at).as_seconds_f64());
+    let age = error_age(error);
     let over = if error.current { "" } else { ", over" };
     let mut lines = vec![("last error", format!("{}, {age} ago{over}, {}: {message}", time(error.at), error.kind))];
     if let Some(seq) = error.source_seq {
         lines.push(("message", format!("source sequence {seq} can never be stored")));
     }
     lines
+}
+
+/// How long ago an error happened.
+pub(super) fn error_age(error: &LastError) -> String {
+    seconds((Utc::now() - error.at).as_seconds_f64())
 }
 
 /// One row in one line.
@@ -231,7 +196,7 @@ pub(super) fn line(row: &Row) -> String {
 }
 
 /// `-` where it is not known.
-fn known(text: Option<String>) -> String {
+pub(super) fn known(text: Option<String>) -> String {
     text.unwrap_or_else(|| "-".to_owned())
 }
 
@@ -246,11 +211,11 @@ pub(super) fn lag(lag: Option<Lag>, between: &str) -> String {
 }
 
 /// The last error, as long as it matters.
-fn current_error(row: &Row) -> Option<&LastError> {
+pub(super) fn current_error(row: &Row) -> Option<&LastError> {
     row.copy.last_error.as_ref().filter(|error| error.current)
 }
 
-fn leader(row: &Row) -> String {
+pub(super) fn leader(row: &Row) -> String {
     clean(row.leader.as_deref().unwrap_or("-"))
 }
 
@@ -278,7 +243,7 @@ fn clock_offset(offset: Option<f64>) -> String {
     }
 }
 
-fn transport(transport: Transport) -> &'static str {
+pub(super) fn transport(transport: Transport) -> &'static str {
     match transport {
         Transport::FastIngest => "fast_ingest",
         Transport::Pipelined => "pipelined",
@@ -286,17 +251,8 @@ fn transport(transport: Transport) -> &'static str {
     }
 }
 
-fn rate(rate: Option<f64>) -> String {
+pub(super) fn rate(rate: Option<f64>) -> String {
     rate.map_or_else(|| "-".to_owned(), |rate| format!("{}/s", count(rate.round() as u64)))
-}
-
-/// The beginning of a message, for a table.
-fn shortened(message: &str) -> String {
-    const MOST: usize = 70;
-    match message.char_indices().nth(MOST) {
-        Some((end, _)) => format!("{}...", &message[..end]),
-        None => message.to_owned(),
-    }
 }
 
 /// The name of a state, as in JSON.

@@ -1,6 +1,6 @@
 //! `stream-replicator pause`, `resume`, `position`, `retry`, `skip`, `promote` and `stepdown`.
 
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     client::Client,
@@ -9,6 +9,7 @@ use super::{
     global::Global,
     output::Output,
     reply::Reply,
+    select::SelectedIds,
 };
 use crate::control::api::{
     Changed, NamedRequest, PositionMove, PositionRequest, PromoteRequest, Promoted, SkipRequest, Skipped, SteppedDown,
@@ -16,9 +17,8 @@ use crate::control::api::{
 
 #[derive(Debug, clap::Args)]
 pub(super) struct IdsArgs {
-    /// Replications
-    #[arg(required = true, value_name = "ID")]
-    ids: Vec<String>,
+    #[command(flatten)]
+    selected: SelectedIds,
 
     #[command(flatten)]
     pub(super) global: Global,
@@ -29,8 +29,8 @@ pub(super) struct IdsArgs {
 /// Back: messages are copied again. Forward: messages are passed over.
 #[derive(Debug, clap::Args)]
 pub(super) struct PositionArgs {
-    /// Replication
-    id: String,
+    #[command(flatten)]
+    selected: SelectedIds,
 
     #[command(flatten)]
     to: To,
@@ -58,8 +58,8 @@ struct To {
 /// Skip the message that blocks a replication
 #[derive(Debug, clap::Args)]
 pub(super) struct SkipArgs {
-    /// Replication
-    id: String,
+    #[command(flatten)]
+    selected: SelectedIds,
 
     /// Only if this is the message that holds it, by its source sequence
     #[arg(long, value_name = "N")]
@@ -74,8 +74,8 @@ pub(super) struct SkipArgs {
 /// The feed stops, the mirror becomes a stream that takes messages of publishers, and the replication is deleted.
 #[derive(Debug, clap::Args)]
 pub(super) struct PromoteArgs {
-    /// Replication of kind `mirror`
-    id: String,
+    #[command(flatten)]
+    selected: SelectedIds,
 
     /// Only show what would be done
     #[arg(long)]
@@ -115,7 +115,6 @@ pub(super) async fn stepdown(args: &IdsArgs, out: &mut Output) -> Result<Command
     .await
 }
 
-/// Asks for the same for several replications, one after the other.
 async fn all<T: DeserializeOwned>(
     args: &IdsArgs,
     endpoint: &str,
@@ -123,10 +122,22 @@ async fn all<T: DeserializeOwned>(
     words: impl Fn(&T) -> String,
 ) -> Result<CommandVerdict, Error> {
     let client = Client::connect(&args.global).await?;
+    let ids = args.selected.resolve(&client).await?;
+    for_each(&client, ids, endpoint, |replication| NamedRequest { replication }, words, out).await
+}
+
+/// Asks for the same for several replications, one after the other; a refusal does not stop those that follow.
+pub(super) async fn for_each<R: Serialize, T: DeserializeOwned>(
+    client: &Client,
+    ids: Vec<String>,
+    endpoint: &str,
+    request: impl Fn(String) -> R,
+    words: impl Fn(&T) -> String,
+    out: &mut Output,
+) -> Result<CommandVerdict, Error> {
     let mut verdict = CommandVerdict::Good;
-    for id in &args.ids {
-        let request = NamedRequest { replication: id.clone() };
-        let changed: Result<Reply<T>, Error> = client.change(endpoint, &request).await;
+    for id in ids {
+        let changed: Result<Reply<T>, Error> = client.change(endpoint, &request(id)).await;
         match changed {
             Ok(reply) => out.reply(&reply, &words),
             Err(error) => {
@@ -145,10 +156,21 @@ pub(super) async fn position(args: &PositionArgs, out: &mut Output) -> Result<Co
         Some(When::Ago(ago)) => (None, Some(ago)),
         None => (None, None),
     };
-    let request = PositionRequest { replication: args.id.clone(), source_seq, time, ago, dry_run: args.dry_run };
-    let moved: Reply<PositionMove> = Client::connect(&args.global).await?.change("position", &request).await?;
-    out.reply(&moved, moved_words);
-    Ok(CommandVerdict::Good)
+    let client = Client::connect(&args.global).await?;
+    let ids = only_one(args.selected.resolve(&client).await?, "--source-seq", source_seq.is_some())?;
+    let request =
+        |replication| PositionRequest { replication, source_seq, time, ago: ago.clone(), dry_run: args.dry_run };
+    for_each(&client, ids, "position", request, moved_words, out).await
+}
+
+/// A flag that is about one replication is not for several.
+fn only_one(ids: Vec<String>, flag: &str, given: bool) -> Result<Vec<String>, Error> {
+    match ids.len() {
+        number if given && number > 1 => {
+            Err(Error::Usage(format!("`{flag}` is for one replication, and {number} are named")))
+        }
+        _ => Ok(ids),
+    }
 }
 
 fn moved_words(moved: &PositionMove) -> String {
@@ -163,17 +185,17 @@ fn moved_words(moved: &PositionMove) -> String {
 }
 
 pub(super) async fn promote(args: &PromoteArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
-    let PromoteArgs { id, dry_run, force, keep, subjects, global } = args;
-    let request = PromoteRequest {
-        replication: id.clone(),
+    let PromoteArgs { selected, dry_run, force, keep, subjects, global } = args;
+    let client = Client::connect(global).await?;
+    let ids = only_one(selected.resolve(&client).await?, "--subject", !subjects.is_empty())?;
+    let request = |replication| PromoteRequest {
+        replication,
         dry_run: *dry_run,
         force: *force,
         keep: *keep,
         subjects: subjects.clone(),
     };
-    let promoted: Reply<Promoted> = Client::connect(global).await?.change("promote", &request).await?;
-    out.reply(&promoted, promoted_words);
-    Ok(CommandVerdict::Good)
+    for_each(&client, ids, "promote", request, promoted_words, out).await
 }
 
 fn promoted_words(promoted: &Promoted) -> String {
@@ -194,12 +216,12 @@ fn promoted_words(promoted: &Promoted) -> String {
 }
 
 pub(super) async fn skip(args: &SkipArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
-    let request = SkipRequest { replication: args.id.clone(), source_seq: args.source_seq };
-    let skipped: Reply<Skipped> = Client::connect(&args.global).await?.change("skip", &request).await?;
-    out.reply(&skipped, |skipped| {
-        format!("{}: source message {} is skipped", skipped.replication, count(skipped.source_seq))
-    });
-    Ok(CommandVerdict::Good)
+    let client = Client::connect(&args.global).await?;
+    let ids = only_one(args.selected.resolve(&client).await?, "--source-seq", args.source_seq.is_some())?;
+    let request = |replication| SkipRequest { replication, source_seq: args.source_seq };
+    let words =
+        |skipped: &Skipped| format!("{}: source message {} is skipped", skipped.replication, count(skipped.source_seq));
+    for_each(&client, ids, "skip", request, words, out).await
 }
 
 #[cfg(test)]

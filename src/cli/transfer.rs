@@ -14,6 +14,7 @@ use super::{
     global::Global,
     output::{Output, clean},
     reply::Reply,
+    yaml,
 };
 use crate::{
     app::ReplicatorFile,
@@ -112,66 +113,9 @@ pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<Comman
     if out.json() {
         out.value(&Value::Object(file));
     } else {
-        out.text(&yaml(&Value::Object(file)));
+        out.text(&yaml::write(&Value::Object(file)));
     }
     Ok(CommandVerdict::Good)
-}
-
-/// YAML in which every text is in double quotes, as in JSON: nothing is taken for a boolean or a number.
-fn yaml(value: &Value) -> String {
-    let mut text = String::new();
-    write_yaml(value, 0, &mut text);
-    text
-}
-
-fn write_yaml(value: &Value, indent: usize, text: &mut String) {
-    let margin = " ".repeat(indent);
-    match value {
-        Value::Object(fields) if !fields.is_empty() => {
-            for (field, value) in fields {
-                let plain = field.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
-                let field = if plain { field.clone() } else { Value::from(field.as_str()).to_string() };
-                text.push_str(&format!("{margin}{field}:"));
-                write_below(value, indent, text);
-            }
-        }
-        Value::Array(values) if !values.is_empty() => {
-            for value in values {
-                text.push_str(&margin);
-                text.push('-');
-                write_entry(value, indent, text);
-            }
-        }
-        other => text.push_str(&format!("{margin}{other}\n")),
-    }
-}
-
-/// The value of a field, after its colon.
-fn write_below(value: &Value, indent: usize, text: &mut String) {
-    match value {
-        Value::Object(fields) if !fields.is_empty() => {
-            text.push('\n');
-            write_yaml(value, indent + 2, text);
-        }
-        Value::Array(values) if !values.is_empty() => {
-            text.push('\n');
-            write_yaml(value, indent + 2, text);
-        }
-        other => text.push_str(&format!(" {other}\n")),
-    }
-}
-
-/// An entry of a list, after its dash.
-fn write_entry(value: &Value, indent: usize, text: &mut String) {
-    match value {
-        Value::Object(fields) if !fields.is_empty() => {
-            let mut inner = String::new();
-            write_yaml(value, indent + 2, &mut inner);
-            text.push(' ');
-            text.push_str(inner.trim_start());
-        }
-        other => text.push_str(&format!(" {other}\n")),
-    }
 }
 
 #[cfg(test)]
@@ -186,10 +130,10 @@ mod tests {
             "subject_transforms": [{"src": "a.>", "dest": "c.>"}], "start_at_end": true});
         let beats = json!({"url": "nats://a", "headers": {"X-a b": "yes"}, "subjects": [{"subject": "b"}]});
         let file = json!({"name": "A", "streams": [stream, {"stream": "T"}], "heartbeats": beats});
-        let text = yaml(&file);
+        let text = yaml::write(&file);
         let read = ReplicatorYaml::read(&text, false).unwrap_or_else(|problems| panic!("{text}\n{problems:?}"));
         assert_eq!(Value::Object(read.streams[0].clone()), stream, "{text}");
         assert_eq!((read.name.as_str(), &read.heartbeats, read.streams.len()), ("A", &beats, 2));
-        assert_eq!(yaml(&json!({"streams": [], "a": {}})), "a: {}\nstreams: []\n");
+        assert_eq!(yaml::write(&json!({"streams": [], "a": {}})), "a: {}\nstreams: []\n");
     }
 }

@@ -9,6 +9,7 @@ use super::{
     error::{CommandVerdict, Error},
     format::counted,
     output::Output,
+    status_filter::StatusFilter,
     status_view::{StatusView, lag, state_name},
 };
 use crate::status::{Row, State};
@@ -30,17 +31,17 @@ enum Stand {
     Paused,
 }
 
-/// Waits for one replication, or for all that are to copy.
+/// Waits for all that are wanted and that are to copy.
 pub(super) async fn until_caught_up(
     client: &Client,
-    id: Option<&str>,
+    filter: &StatusFilter,
     limit: Option<Duration>,
     out: &mut Output,
 ) -> Result<CommandVerdict, Error> {
     let mut behind = String::new();
     let view = match limit {
-        None => caught_up(client, id, &mut behind).await?,
-        Some(limit) => match timeout(limit, caught_up(client, id, &mut behind)).await {
+        None => caught_up(client, filter, &mut behind).await?,
+        Some(limit) => match timeout(limit, caught_up(client, filter, &mut behind)).await {
             Ok(view) => view?,
             Err(_) if behind.is_empty() => {
                 return Err(Error::Failed(format!("not caught up for {SETTLED:?} within {limit:?}")));
@@ -53,15 +54,15 @@ pub(super) async fn until_caught_up(
 }
 
 /// Polls until nothing was left to copy for a while. A service that has answered once may be silent for a while.
-async fn caught_up(client: &Client, id: Option<&str>, behind: &mut String) -> Result<StatusView, Error> {
+async fn caught_up(client: &Client, filter: &StatusFilter, behind: &mut String) -> Result<StatusView, Error> {
     let mut answered = false;
     let mut since: Option<Instant> = None;
     loop {
         let asked = Instant::now();
-        match StatusView::request(client, id).await {
+        match StatusView::request(client, filter).await {
             Ok(view) => {
                 answered = true;
-                *behind = check(view.rows(), id.is_some())?;
+                *behind = check(view.rows(), filter.names_each())?;
                 if !behind.is_empty() {
                     since = None;
                 } else if since.get_or_insert(asked).elapsed() >= SETTLED {
@@ -83,14 +84,14 @@ fn passes(error: &Error) -> bool {
     matches!(error, Error::Failed(_)) || matches!(error.code(), Some(503 | 504))
 }
 
-/// The replications that lag, in words; an error if one will not catch up. One that is paused is waited for only if it
-/// is the one that was asked for.
-fn check(rows: &[Row], one: bool) -> Result<String, Error> {
+/// The replications that lag, in words; an error if one will not catch up. One that is paused is an error only if it
+/// was named.
+fn check(rows: &[Row], named_each: bool) -> Result<String, Error> {
     let (mut stuck, mut behind) = (Vec::new(), Vec::new());
     for row in rows {
         match stand(row) {
             Stand::Stuck => stuck.push(row),
-            Stand::Paused if one => stuck.push(row),
+            Stand::Paused if named_each => stuck.push(row),
             Stand::Behind => behind.push(row),
             Stand::Paused | Stand::CaughtUp => {}
         }

@@ -13,27 +13,40 @@ use super::{
     error::{CommandVerdict, Error},
     format::time,
     output::{Output, clean},
-    status_view::{StatusView, line, lines},
+    status_filter::StatusFilter,
+    status_table::{TableStyle, lines},
+    status_view::{StatusView, line},
 };
 use crate::status::Row;
 
 const EVERY: Duration = Duration::from_secs(1);
 
 /// Runs until the output is closed, or the one watched replication is gone.
-pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> Result<CommandVerdict, Error> {
+pub(super) async fn run(
+    client: &Client,
+    filter: &StatusFilter,
+    style: TableStyle,
+    out: &mut Output,
+) -> Result<CommandVerdict, Error> {
     let mut first = true;
-    let mut picture = Picture::default();
+    let mut picture = Picture {
+        only: filter.only_id().is_some(),
+        style,
+        drawn: false,
+        lines: Vec::new(),
+        rates: CopyRates::default(),
+    };
     let mut changes = ChangedLines::default();
     let mut ticks = tokio::time::interval(EVERY);
     while !out.closed() {
         ticks.tick().await;
-        let view = match StatusView::request(client, id).await {
+        let view = match StatusView::request(client, filter).await {
             Err(error) if first || error.code() == Some(404) => return Err(error),
             other => other,
         };
         first = false;
         if out.terminal() && !out.json() {
-            picture.draw(client, id, view, out);
+            picture.draw(client, view, out);
         } else {
             changes.print(view, out);
         }
@@ -42,27 +55,27 @@ pub(super) async fn run(client: &Client, id: Option<&str>, out: &mut Output) -> 
 }
 
 /// The lines on the terminal.
-#[derive(Default)]
 struct Picture {
+    /// Everything about one replication.
+    only: bool,
+    style: TableStyle,
     drawn: bool,
     lines: Vec<String>,
     rates: CopyRates,
 }
 
 impl Picture {
-    fn draw(&mut self, client: &Client, id: Option<&str>, view: Result<StatusView, Error>, out: &mut Output) {
+    fn draw(&mut self, client: &Client, view: Result<StatusView, Error>, out: &mut Output) {
+        let room = out.size().map_or(usize::MAX, |(_, height)| height.saturating_sub(3));
         let heading = match view {
             Ok(view) => {
                 let rates = self.rates.update(view.rows(), Instant::now());
-                self.lines = lines(&view, id, Some(&rates), out);
+                self.lines = lines(&view, self.only, Some(&rates), self.style, out).fit(room);
                 format!("{}  {}  {}", time(Utc::now()), clean(&view.reply.value.site), client.server())
             }
             // what was seen last stays
             Err(error) => format!("{}  {}", time(Utc::now()), clean(&error.to_string())),
         };
-        // a terminal that does not know its size says 0
-        let size = rustix::termios::tcgetwinsize(std::io::stdout()).map_or(0, |size| usize::from(size.ws_row));
-        let room = if size == 0 { usize::MAX } else { size.saturating_sub(3) };
         // home, long lines cut off, each line to its end, then everything below
         let mut picture = format!("\x1b[H\x1b[?7l{heading}\x1b[K\n\x1b[K\n");
         for line in self.lines.iter().take(room) {

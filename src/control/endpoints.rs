@@ -17,6 +17,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use chrono::Utc;
 use futures_util::FutureExt;
+use nats_lane::endpoint::nearest;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json as value};
 use tokio::time::{sleep, timeout};
@@ -300,7 +301,10 @@ async fn status(context: &RequestContext, request: Request) -> Result<Status, Fa
     let rows = match &request.replication {
         Some(id) => {
             check_id(id)?;
-            vec![context.supervisor.row(id).ok_or_else(|| not_found(id))?]
+            match context.supervisor.row(id) {
+                Some(row) => vec![row],
+                None => return Err(context.not_found(id).await),
+            }
         }
         None => context.supervisor.rows(),
     };
@@ -336,7 +340,20 @@ impl RequestContext {
     /// The document of a replication that a request names.
     async fn existing(&self, id: &str) -> Result<ConfigEntry, Failure> {
         check_id(id)?;
-        self.documents.get(id).await.ok_or_else(|| not_found(id))
+        match self.documents.get(id).await {
+            Some(entry) => Ok(entry),
+            None => Err(self.not_found(id).await),
+        }
+    }
+
+    /// The refusal for an id that does not exist, with the one that is probably meant.
+    async fn not_found(&self, id: &str) -> Failure {
+        let all = self.documents.list().await;
+        let failure = not_found(id);
+        match nearest(id, all.iter().map(|(id, _)| id.as_str())) {
+            Some(near) => Failure::new(failure.code, format!("{}, did you mean `{near}`?", failure.description)),
+            None => failure,
+        }
     }
 
     /// This service, as the preflight needs it.

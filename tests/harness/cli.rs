@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use rustix::pty;
+use rustix::{pty, termios};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -102,14 +102,25 @@ impl Cli {
         Ok(Running { child: command.spawn()?, folder, terminal: None })
     }
 
-    /// Starts a command on a terminal.
+    /// Starts a command on a terminal that does not know its size.
     pub fn on_terminal<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Result<Running> {
+        self.on_terminal_of((0, 0), arguments)
+    }
+
+    /// Starts a command on a terminal with so many columns and lines.
+    pub fn on_terminal_of<A: AsRef<OsStr>>(
+        &self,
+        (columns, lines): (u16, u16),
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Result<Running> {
         let folder = tempfile::Builder::new().prefix("cli-").tempdir()?;
         let keyboard = pty::openpt(pty::OpenptFlags::RDWR | pty::OpenptFlags::NOCTTY)?;
         pty::grantpt(&keyboard)?;
         pty::unlockpt(&keyboard)?;
         let name = pty::ptsname(&keyboard, Vec::new())?.into_string()?;
         let device = File::options().read(true).write(true).open(name)?;
+        let size = termios::Winsize { ws_col: columns, ws_row: lines, ws_xpixel: 0, ws_ypixel: 0 };
+        termios::tcsetwinsize(&device, size)?;
         let mut command = self.command(arguments)?;
         command.env("TERM", "xterm").stdin(device.try_clone()?).stdout(device.try_clone()?).stderr(device);
         let child = command.spawn()?;

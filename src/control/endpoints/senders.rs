@@ -7,7 +7,7 @@ use nats_lane::parse_duration;
 use regex::{Regex, RegexBuilder};
 use tokio::{task::spawn_blocking, time::sleep};
 
-use super::{DEFAULT_LIMIT, Page, RequestContext, named, not_found, page};
+use super::{DEFAULT_LIMIT, Page, RequestContext, named, page};
 use crate::{
     control::{
         api::{Failure, SenderRow, SendersPage, SendersRequest},
@@ -43,7 +43,9 @@ pub(super) async fn senders(context: &RequestContext, request: Request) -> Resul
     let now = known.as_ref().map_or_else(Utc::now, |(_, now)| *now);
     let since_ns = since.as_deref().map(|text| time(text, now)).transpose()?.unwrap_or(i64::MIN);
     let wanted = Wanted { value, since_ns, advised };
-    known.ok_or_else(|| not_found(&replication))?;
+    if known.is_none() {
+        return Err(context.not_found(&replication).await);
+    }
     let Some((samples, leads)) = context.supervisor.samples(&replication) else {
         return Err(Failure::new(409, format!("replication `{replication}` is not sampled, so no senders are known")));
     };

@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::harness::Cli;
 
 /// Every command that there is.
-const COMMANDS: [&str; 34] = [
+const COMMANDS: [&str; 35] = [
     "serve",
     "replicate",
     "config",
@@ -21,6 +21,7 @@ const COMMANDS: [&str; 34] = [
     "config import",
     "config export",
     "status",
+    "check",
     "pause",
     "resume",
     "position",

@@ -2,6 +2,7 @@
 
 mod admin;
 mod apply;
+mod check;
 mod config;
 mod connection;
 mod edit;

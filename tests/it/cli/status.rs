@@ -21,7 +21,9 @@ async fn status_is_a_table_or_everything_about_one() -> Result<()> {
 
     let table = cli.ok(["status"]).await?;
     let lines: Vec<_> = table.lines().collect();
-    assert_eq!(lines.len(), 3, "{table}");
+    assert_eq!(lines.len(), 7, "{table}");
+    assert_eq!(lines[3..5], ["", "do: correct the document: `last_error` names its problems (BROKEN)"], "{table}");
+    assert_eq!(lines[5..], ["", "2: 1 running, 1 invalid; lag 0, unknown of 1"], "{table}");
     let words: Vec<_> = lines[2].split_whitespace().collect();
     assert_eq!(words[..5], ["ORDERS", "running", "0", "0s", "1,500"], "{table}");
     assert_eq!(words[6], "one", "{table}");
@@ -147,4 +149,75 @@ async fn who_will_not_catch_up_is_told() -> Result<()> {
     assert_eq!(cli.run(["status", "ORDERS", "--wait-caught-up"]).await?.code, Some(0));
     failed(&cli.run(["status", "MISSING", "--wait-caught-up"]).await?, &["`MISSING` does not exist"]);
     Ok(())
+}
+
+#[tokio::test]
+async fn many_rows_are_chosen_sorted_and_summed_up() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    for id in ["S01", "S02", "OTHER"] {
+        site.replicate(id, 5).await?;
+        site.settled(id, 5).await?;
+    }
+    site.send("config.add", site.document("LATER")).await?;
+    site.row_when("LATER", "is held", |row| row["state"] == "held").await?;
+    cli.ok(["pause", "S02"]).await?;
+    site.row_when("S02", "is paused", |row| row["state"] == "paused").await?;
+
+    let ids = |table: &str| -> Vec<String> {
+        let rows = table.lines().skip(1).take_while(|line| !line.is_empty());
+        rows.filter_map(|line| line.split(' ').next().map(str::to_owned)).collect()
+    };
+    let table = cli.ok(["status"]).await?;
+    assert_eq!(ids(&table), ["LATER", "S02", "OTHER", "S01"], "{table}");
+    assert!(table.lines().nth(1).is_some_and(|line| line.contains("s ago: ")), "{table}");
+    let advice = "\ndo: fix the cause that `last_error` names; it is tried every 10 s, at once with `retry` (LATER)\n";
+    assert!(table.contains(advice), "{table}");
+    assert_eq!(table.lines().last(), Some("4: 2 running, 1 paused, 1 held; lag 0, unknown of 1"), "{table}");
+    assert_eq!(ids(&cli.ok(["status", "--sort", "id"]).await?), ["LATER", "OTHER", "S01", "S02"]);
+    assert_eq!(ids(&cli.ok(["status", "S0*"]).await?), ["S02", "S01"]);
+    assert_eq!(ids(&cli.ok(["status", "--state", "running,held"]).await?), ["LATER", "OTHER", "S01"]);
+    assert_eq!(ids(&cli.ok(["status", "S01", "OTHER", "--state", "running"]).await?), ["OTHER", "S01"]);
+
+    let json = cli.ok(["status", "S0*", "-o", "json"]).await?;
+    let json: Value = serde_json::from_str(&json)?;
+    assert_eq!((&json["total"], &json["replications"][1]["state"]), (&2.into(), &"paused".into()), "{json}");
+    let yaml = cli.ok(["status", "LATER", "-o", "yaml"]).await?;
+    let held = cli.json(["status", "LATER"]).await?["replications"][0].take();
+    assert!(yaml.contains(&format!("do: {}\n", held["do"])) && yaml.contains("state: \"held\"\n"), "{yaml}");
+    let wide = cli.ok(["status", "-o", "wide"]).await?;
+    let error = held["last_error"]["message"].as_str().context("an error")?;
+    assert!(wide.lines().next().is_some_and(|line| line.contains("EPOCH")) && wide.contains(error), "{wide}");
+
+    failed(&cli.run(["status", "X*"]).await?, &["none of 4 replications matches `X*`"]);
+    failed(&cli.run(["status", "S01", "OTER"]).await?, &["`OTER` does not exist, did you mean `OTHER`?"]);
+    failed(&cli.run(["status", "LATR"]).await?, &["`LATR` does not exist, did you mean `LATER`? (404)"]);
+    for (arguments, told) in [
+        (&["status", "--state", "broken"][..], "a state is one of starting, running"),
+        (&["status", "-o", "yaml", "--watch"], "shows the status once"),
+    ] {
+        let ended = cli.run(arguments).await?;
+        assert!(ended.code == Some(2) && ended.stderr.contains(told), "{ended:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_small_terminal_shows_the_worst_and_counts_the_rest() -> Result<()> {
+    let site = Site::small().await?;
+    for index in 0..20 {
+        site.put(&format!("R{index:02}"), "{}").await?;
+    }
+    let all_known = async || site.ask("status", r#"{"limit":0}"#).await.is_ok_and(|reply| reply.body["total"] == 20);
+    wait_for("all to be known", crate::harness::LIMIT, all_known).await?;
+    let shown = site.cli().env("NO_COLOR", "1").on_terminal_of((80, 16), ["status"])?.end().await?.stdout;
+    let lines: Vec<_> = shown.lines().map(|line| line.trim_end_matches('\r')).collect();
+    let mut rows = lines.iter().take_while(|line| !line.is_empty());
+    assert!(lines.len() <= 15 && rows.all(|line| line.chars().count() <= 80), "{lines:#?}");
+    assert!(lines.iter().any(|line| line.ends_with(" more")), "{lines:#?}");
+    assert_eq!(lines.last(), Some(&"20: 20 invalid; lag unknown"));
+    let wide = site.cli().on_terminal_of((80, 16), ["status", "-o", "wide"])?.end().await?.stdout;
+    assert!((0..20).all(|index| wide.contains(&format!("R{index:02}"))), "{wide}");
+    let watch = site.cli().on_terminal_of((80, 16), ["status", "--watch"])?;
+    watch.shows(" more\x1b[K").await
 }

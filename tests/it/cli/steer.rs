@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::json;
 
-use crate::harness::cli::failed;
+use crate::harness::cli::{Ended, failed};
 use crate::harness::{Outgoing, Site};
 
 #[tokio::test]
@@ -107,4 +107,49 @@ async fn what_is_held_is_tried_again_or_goes_on_without_a_message() -> Result<()
     assert!(skipped.contains("ORDERS") && skipped.contains("10"), "{skipped}");
     site.settled("ORDERS", 20).await?;
     Ok(())
+}
+
+#[tokio::test]
+async fn patterns_and_all_name_several_replications() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    for id in ["S01", "S02", "OTHER"] {
+        site.replicate(id, 3).await?;
+        site.settled(id, 3).await?;
+    }
+    assert_eq!(cli.ok(["config", "ls", "--ids"]).await?, "OTHER\nS01\nS02\n");
+    assert_eq!(cli.ok(["pause", "S0*"]).await?, "S01 is paused\nS02 is paused\n");
+    assert_eq!(cli.ok(["pause", "--all"]).await?, "OTHER is paused\nS01 is paused\nS02 is paused\n");
+    for id in ["S01", "S02", "OTHER"] {
+        site.row_when(id, "is paused", |row| row["state"] == "paused").await?;
+    }
+    let moved = cli.ok(["position", "S0?", "--source-seq", "1", "--dry-run"]).await?;
+    assert!(moved.starts_with("S01: position 3 -> 1, ") && moved.contains("\nS02: position 3 -> 1, "), "{moved}");
+    // A pattern that matches none stops before anything is done.
+    failed(&cli.run(["resume", "S01", "X*"]).await?, &["none of 3 replications matches `X*`"]);
+    assert_eq!(cli.json(["status", "S01"]).await?["replications"][0]["state"], "paused");
+    assert_eq!(cli.ok(["resume", "*1", "S01"]).await?, "S01 is resumed\n");
+    let typo = failed_text(&cli.run(["resume", "OTHRE"]).await?);
+    assert!(typo.contains("`OTHRE` does not exist, did you mean `OTHER`? (404)"), "{typo}");
+    for arguments in [
+        &["pause"][..],
+        &["pause", "S01", "--all"],
+        &["skip", "--all", "--source-seq", "5"],
+        &["promote", "S0*", "--subject", "a"],
+    ] {
+        let ended = cli.run(arguments).await?;
+        assert!(ended.code == Some(2) && ended.stdout.is_empty(), "{arguments:?}: {ended:?}");
+    }
+
+    let mut running = cli.on_terminal(["config", "rm", "S0*"])?;
+    running.shows("remove 2 replications, S01, S02 (with position and state)? [y/N]").await?;
+    running.types("y\n")?;
+    assert_eq!(running.end().await?.code, Some(0));
+    assert_eq!(cli.ok(["config", "ls", "--ids"]).await?, "OTHER\n");
+    Ok(())
+}
+
+fn failed_text(ended: &Ended) -> String {
+    failed(ended, &["error: "]);
+    ended.stderr.clone()
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 use stream_replicator::config;
 use stream_replicator::events::Event;
-use stream_replicator::status::LastError;
+use stream_replicator::status::{LastError, Row, State};
 
 use crate::harness::client::{ask, connect, request};
 use crate::harness::raw::wait_messages;
@@ -219,6 +219,32 @@ fn every_state_error_and_event_is_explained() -> Result<()> {
     check_headings(&page, "States", states.collect())?;
     check_headings(&page, "Errors", LastError::KINDS.into())?;
     check_headings(&page, "Events", Event::KINDS.into())
+}
+
+/// What `do` of a row says is on the page word for word.
+#[test]
+fn the_page_of_states_has_the_words_of_every_advice() -> Result<()> {
+    let words = page("docs/states.md")?.split_whitespace().collect::<Vec<_>>().join(" ");
+    let hour_ago = chrono::Utc::now() - chrono::TimeDelta::hours(1);
+    let mut seen = BTreeSet::new();
+    for state in State::ALL {
+        for kind in LastError::KINDS {
+            for (headroom, seq) in [(None, None), (Some(1.0), None), (None, Some(1234))] {
+                let error = json!({"at": hour_ago, "kind": kind, "message": "why", "source_seq": seq});
+                let headroom = headroom.map(|left| json!({"seconds": left, "limit": "age", "low_below": 60.0}));
+                let mut row: Row =
+                    serde_json::from_value(json!({"replication": "ORDERS", "state": state, "origin": "kv",
+                    "leader": "i", "epoch": 1, "config_revision": 1, "last_error": error, "headroom": headroom}))?;
+                row.at(chrono::Utc::now());
+                seen.extend(row.todo);
+            }
+        }
+    }
+    ensure!(seen.len() >= 9, "{seen:?}");
+    for advice in seen {
+        ensure!(words.contains(&advice), "docs/states.md does not say: {advice}");
+    }
+    Ok(())
 }
 
 /// Each name has a heading of its own below `## title`, and nothing else has.
