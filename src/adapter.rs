@@ -3,10 +3,11 @@
 //!
 //! Documents are beside those of replications, at the keys `adapters/<NAME>` of the configuration bucket, or in the file of the
 //! site. `plan` decides which revision runs, `task` runs it. Every instance reads (they share a queue group), or with
-//! `exclusive` the one that has the lease. The lease only decides who reads: what was accepted is published in any case, because
+//! `exclusive` the one that has the lease; with `durable` from a stream (`durable.rs`). The lease only decides who reads: what was accepted is published in any case, because
 //! ids make that safe.
 
 mod drops;
+mod durable;
 mod gate;
 mod link;
 mod plan;
@@ -30,10 +31,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{error, info, warn};
 
-pub use self::{
-    drops::DropReason,
-    row::{AdapterConnection, AdapterError, AdapterQueue, AdapterRow, AdapterState},
-};
+pub use self::row::{AdapterConnection, AdapterError, AdapterQueue, AdapterRow, AdapterState};
 use self::{
     gate::GateKeeper,
     plan::{AdapterPlan, RefusedAdapter},

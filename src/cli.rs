@@ -95,9 +95,12 @@ enum ClientCommand {
 
 /// Runs the program with the process's arguments.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse_from(replicate::with_default(std::env::args_os())) {
+    let arguments = replicate::with_default(std::env::args_os());
+    let verb = arguments.iter().skip(1).find(|argument| !argument.to_string_lossy().starts_with('-'));
+    let is_check = verb.is_some_and(|verb| verb == "check");
+    let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
-        Err(error) => return wrong_usage(&error),
+        Err(error) => return wrong_usage(&error, is_check),
     };
     match cli.command {
         Command::Serve(args) => serve::main(&args),
@@ -107,8 +110,7 @@ pub fn main() -> ExitCode {
 }
 
 /// Prints help, the version, or what is wrong with the arguments. A monitoring system takes 2 for a critical state.
-fn wrong_usage(error: &clap::Error) -> ExitCode {
-    let is_check = error.to_string().contains(&format!("Usage: {} check", crate::names::PROGRAM));
+fn wrong_usage(error: &clap::Error, is_check: bool) -> ExitCode {
     // a closed output is no error
     let _ = error.print();
     match error.exit_code() {

@@ -1,7 +1,5 @@
 //! What is not passed on: counted by reason, and reported once per stretch. Pure.
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use tokio::time::{Duration, Instant};
 
 use crate::choria::adapter::Discard;
@@ -10,21 +8,10 @@ use crate::choria::adapter::Discard;
 const CALM: Duration = Duration::from_secs(10);
 
 /// Why a message was not passed on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum DropReason {
-    /// A layer of the message is not JSON or not base64, or a field has another type.
-    Malformed,
-    /// The protocol is not known, or not the one that is configured.
-    Protocol,
-    /// A request does not follow its schema.
-    Schema,
-    /// The sender cannot be a part of a subject.
-    Sender,
-    /// The time has no year of four digits.
-    Time,
-    /// Signatures are verified, and that of the message is not good.
-    Unverified,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum DropReason {
+    /// It was wrong when it came.
+    Discarded(Discard),
     /// The queue is full.
     QueueFull,
     /// The target's server does not take messages of this size.
@@ -37,28 +24,32 @@ pub enum DropReason {
 
 impl DropReason {
     /// All of them.
-    pub const ALL: [Self; 10] = [
-        Self::Malformed,
-        Self::Protocol,
-        Self::Schema,
-        Self::Sender,
-        Self::Time,
-        Self::Unverified,
-        Self::QueueFull,
-        Self::TooLarge,
-        Self::Refused,
-        Self::Stopped,
-    ];
+    pub(super) const ALL: [Self; 10] = {
+        let mut all = [Self::Stopped; 10];
+        let mut at = 0;
+        while at < Discard::ALL.len() {
+            all[at] = Self::Discarded(Discard::ALL[at]);
+            at += 1;
+        }
+        (all[6], all[7], all[8]) = (Self::QueueFull, Self::TooLarge, Self::Refused);
+        all
+    };
+
+    /// Its place among all of them.
+    pub(super) const fn index(self) -> usize {
+        match self {
+            Self::Discarded(discard) => discard as usize,
+            Self::QueueFull => 6,
+            Self::TooLarge => 7,
+            Self::Refused => 8,
+            Self::Stopped => 9,
+        }
+    }
 
     /// Its name in metrics, events and the status.
-    pub const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
-            Self::Malformed => "malformed",
-            Self::Protocol => "protocol",
-            Self::Schema => "schema",
-            Self::Sender => "sender",
-            Self::Time => "time",
-            Self::Unverified => "unverified",
+            Self::Discarded(discard) => discard.name(),
             Self::QueueFull => "queue_full",
             Self::TooLarge => "too_large",
             Self::Refused => "refused",
@@ -66,31 +57,15 @@ impl DropReason {
         }
     }
 
-    /// Whether the message was wrong when it came, rather than lost here.
+    /// Whether the message never was in the queue.
     pub(super) const fn is_of_input(self) -> bool {
-        matches!(
-            self,
-            Self::Malformed
-                | Self::Protocol
-                | Self::Schema
-                | Self::Sender
-                | Self::Time
-                | Self::Unverified
-                | Self::QueueFull
-        )
+        matches!(self, Self::Discarded(_) | Self::QueueFull)
     }
 }
 
 impl From<Discard> for DropReason {
     fn from(discard: Discard) -> Self {
-        match discard {
-            Discard::Malformed => Self::Malformed,
-            Discard::Protocol => Self::Protocol,
-            Discard::Schema => Self::Schema,
-            Discard::Sender => Self::Sender,
-            Discard::Time => Self::Time,
-            Discard::Unverified => Self::Unverified,
-        }
+        Self::Discarded(discard)
     }
 }
 
@@ -129,7 +104,7 @@ impl AdapterDrops {
 
     /// Counts messages; `true` for the first of a stretch.
     pub(super) fn count(&mut self, reason: DropReason, messages: u64, now: Instant) -> bool {
-        let (count, stretch) = (&mut self.counts[reason as usize], &mut self.stretches[reason as usize]);
+        let (count, stretch) = (&mut self.counts[reason.index()], &mut self.stretches[reason.index()]);
         let first = stretch.is_none();
         stretch.get_or_insert(Stretch { before: *count, last: now }).last = now;
         *count += messages;
@@ -145,7 +120,7 @@ impl AdapterDrops {
     pub(super) fn ended(&mut self, now: Instant) -> Vec<StretchEnd> {
         let mut ended = Vec::new();
         for reason in DropReason::ALL {
-            let at = reason as usize;
+            let at = reason.index();
             if let Some(stretch) = self.stretches[at].take_if(|stretch| stretch.last + CALM <= now) {
                 ended.push(StretchEnd { reason, messages: self.counts[at] - stretch.before });
             }
@@ -158,11 +133,12 @@ impl AdapterDrops {
 mod tests {
     use super::*;
 
+    const SENDER: DropReason = DropReason::Discarded(Discard::Sender);
+
     #[test]
     fn reasons_are_in_their_order() {
         for (index, reason) in DropReason::ALL.into_iter().enumerate() {
-            assert_eq!(reason as usize, index);
-            assert_eq!(serde_json::to_value(reason).unwrap(), reason.name());
+            assert_eq!(reason.index(), index, "{}", reason.name());
         }
     }
 
@@ -172,13 +148,13 @@ mod tests {
         let at = |seconds: u64| begin + Duration::from_secs(seconds);
         assert!(drops.count(DropReason::QueueFull, 1, at(0)));
         assert!(!drops.count(DropReason::QueueFull, 5, at(9)));
-        assert!(drops.count(DropReason::Sender, 1, at(12)));
+        assert!(drops.count(SENDER, 1, at(12)));
         assert_eq!((drops.next_end(), drops.ended(at(18))), (Some(at(19)), vec![]));
         assert_eq!(drops.ended(at(19)), [StretchEnd { reason: DropReason::QueueFull, messages: 6 }]);
         assert!(drops.count(DropReason::QueueFull, 2, at(20)));
-        let expect = [(DropReason::Sender, 1), (DropReason::QueueFull, 2)];
+        let expect = [(SENDER, 1), (DropReason::QueueFull, 2)];
         assert_eq!(drops.ended(at(40)), expect.map(|(reason, messages)| StretchEnd { reason, messages }));
         assert_eq!(drops.next_end(), None);
-        assert_eq!(drops.counts()[DropReason::QueueFull as usize], 8);
+        assert_eq!(drops.counts()[DropReason::QueueFull.index()], 8);
     }
 }

@@ -7,6 +7,7 @@ use nats_lane::{Batch, Dial, Error, Lane, ServerRef, Turn, backoff::Backoff, jet
 use serde_json::Value;
 use tokio::time::{Duration, sleep};
 
+use super::durable::DurableConsumer;
 use crate::allow::AllowList;
 
 /// Between two attempts to connect.
@@ -19,8 +20,17 @@ pub(super) struct LinkPlan {
     pub(super) server: ServerRef,
     /// What the server shows.
     pub(super) name: String,
-    /// A stream that is created where it is missing.
-    pub(super) create: Option<(String, Value)>,
+    /// What has to exist before the connection is of use.
+    pub(super) needs: Option<LinkNeed>,
+}
+
+/// What a connection is for.
+#[derive(Debug, Clone)]
+pub(super) enum LinkNeed {
+    /// A stream, which is created if it is missing: name and configuration.
+    Stream(String, Value),
+    /// A consumer.
+    Consumer(DurableConsumer),
 }
 
 /// A connection.
@@ -124,8 +134,13 @@ impl AdapterLink {
                 sleep(delay).await;
             }
             let mut lane = plan.rules.dial(&plan.server, &plan.name).await?;
-            if let Some((stream, config)) = &plan.create {
-                create(&mut lane, stream, config).await.map_err(|error| error.context(format!("stream `{stream}`")))?;
+            match &plan.needs {
+                None => {}
+                Some(LinkNeed::Consumer(consumer)) => consumer.open(&mut lane).await?,
+                Some(LinkNeed::Stream(stream, config)) => {
+                    let created = create(&mut lane, stream, config).await;
+                    created.map_err(|error| error.context(format!("stream `{stream}`")))?;
+                }
             }
             Ok(lane)
         };

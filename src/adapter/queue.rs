@@ -19,6 +19,16 @@ pub(super) struct QueuedMessage {
     pub(super) body: Vec<u8>,
     /// When it was accepted.
     pub(super) since: Instant,
+    /// Where it is from, if it is to be acknowledged there.
+    pub(super) mark: Option<StreamMark>,
+}
+
+/// A message of a stream that waits for its ack.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct StreamMark {
+    pub(super) sequence: u64,
+    /// Subject of the ack.
+    pub(super) ack: String,
 }
 
 impl QueuedMessage {
@@ -88,7 +98,9 @@ impl OutputQueue {
     /// Adds a message; `false` if there is no room for it.
     pub(super) fn push(&mut self, message: QueuedMessage) -> bool {
         let size = message.size();
-        if self.slots.len() >= self.most || self.bytes + size > self.most_bytes {
+        // Of a stream only as much is requested as there is room for.
+        let requested = message.mark.is_some();
+        if !requested && (self.slots.len() >= self.most || self.bytes + size > self.most_bytes) {
             return false;
         }
         self.bytes += size;
@@ -153,7 +165,7 @@ mod tests {
     use super::*;
 
     fn message(body: &str) -> QueuedMessage {
-        QueuedMessage { subject: "a".to_owned(), id: [b'0'; 32], body: body.into(), since: Instant::now() }
+        QueuedMessage { subject: "a".to_owned(), id: [b'0'; 32], body: body.into(), since: Instant::now(), mark: None }
     }
 
     fn bodies(queue: &mut OutputQueue, now: Instant) -> Vec<(u64, String)> {
@@ -173,6 +185,8 @@ mod tests {
         let mut queue = OutputQueue::new(100, 2 * OVERHEAD + 4);
         assert!(queue.push(message("a")) && !queue.push(message("long")) && queue.push(message("b")));
         assert!(!queue.push(message("")));
+        let mark = Some(StreamMark { sequence: 1, ack: "a".to_owned() });
+        assert!(queue.push(QueuedMessage { mark, ..message("it was requested") }));
     }
 
     #[tokio::test]

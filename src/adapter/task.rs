@@ -15,13 +15,14 @@ use tracing::{info, warn};
 
 use super::{
     drops::{AdapterDrops, DropReason},
-    link::{AdapterLink, LinkEvent, LinkPlan},
-    queue::{OutputQueue, QueuedMessage},
+    durable::{DurableConsumer, DurableIngest, silence},
+    link::{AdapterLink, LinkEvent, LinkNeed, LinkPlan},
+    queue::{OutputQueue, QueuedMessage, StreamMark},
     row::{AdapterCell, AdapterCounters, AdapterState},
 };
 use crate::{
     allow::AllowList,
-    choria::adapter::{decode, decode_verified, expand_topic},
+    choria::adapter::{Discard, decode, decode_verified, expand_topic},
     config::Adapter,
     events::{Event, Events},
 };
@@ -29,6 +30,8 @@ use crate::{
 /// Messages in flight to the target, and their bytes.
 const IN_FLIGHT: usize = 1_000;
 const BYTES_IN_FLIGHT: usize = 16 << 20;
+/// Messages of a stream that are requested or wait: twice what is in flight, so that the next ones are here when those settle.
+const MOST_REQUESTED: usize = 2 * IN_FLIGHT;
 /// Bytes of commands that may wait for the system.
 const UNWRITTEN: usize = 1 << 20;
 /// Deadline for an ack: then the connection is made again.
@@ -82,6 +85,8 @@ pub(super) struct AdapterTask {
     job: AdapterJob,
     ingest: AdapterLink,
     target: AdapterLink,
+    /// The reading from a stream; without it a subject is subscribed to.
+    durable: Option<DurableIngest>,
     queue: OutputQueue,
     drops: AdapterDrops,
     counters: AdapterCounters,
@@ -100,17 +105,26 @@ pub(super) struct AdapterTask {
 impl AdapterTask {
     pub(super) fn new(job: AdapterJob) -> Self {
         let adapter = &job.adapter;
-        let plan = |server, side: &str, create| {
+        let plan = |server, side: &str, needs| {
             let name = format!("{} {side}", job.connection_name);
-            AdapterLink::new(LinkPlan { rules: job.rules.clone(), server, name, create })
+            AdapterLink::new(LinkPlan { rules: job.rules.clone(), server, name, needs })
         };
-        let ingest = plan(adapter.ingest.clone(), "ingest", None);
-        let target = plan(adapter.target.clone(), "stream", adapter.create.clone());
+        let consumer = adapter.durable.clone().map(|stream| DurableConsumer {
+            stream,
+            name: adapter.queue_group(),
+            topic: adapter.topic.clone(),
+        });
+        let ingest = plan(adapter.ingest.clone(), "ingest", consumer.clone().map(LinkNeed::Consumer));
+        let create = adapter.create.clone().map(|(stream, config)| LinkNeed::Stream(stream, config));
+        let target = plan(adapter.target.clone(), "stream", create);
+        let most = adapter.queue_messages.min(MOST_REQUESTED);
+        let durable = consumer.map(|consumer| DurableIngest::new(consumer, most));
         let queue = OutputQueue::new(adapter.queue_messages, adapter.queue_bytes);
         Self {
             job,
             ingest,
             target,
+            durable,
             queue,
             drops: AdapterDrops::default(),
             counters: AdapterCounters::default(),
@@ -132,6 +146,7 @@ impl AdapterTask {
             let now = Instant::now();
             self.follow_gate(now);
             self.fill(now);
+            self.pull(now);
             self.check(now);
             self.publish();
             if self.is_drained(now) {
@@ -153,7 +168,7 @@ impl AdapterTask {
 
     /// Opens or ends the connection that reads.
     fn follow_gate(&mut self, now: Instant) {
-        let open = self.drain_until.is_none() && *self.job.gate.borrow() == IngestGate::Open;
+        let open = self.is_open();
         if open && self.leaving.is_none() {
             return self.ingest.open();
         }
@@ -161,8 +176,16 @@ impl AdapterTask {
             return;
         }
         let Some(lane) = self.ingest.lane() else { return self.ingest.close() };
+        if let Some(durable) = &mut self.durable {
+            durable.stop(lane);
+            if self.drain_until.is_none() || !self.queue.is_empty() {
+                // What waits for the target is acknowledged here.
+                return;
+            }
+        }
+        let subscriptions = if self.durable.is_some() { 0 } else { self.job.adapter.workers };
         let leaving = *self.leaving.get_or_insert_with(|| {
-            for worker in 0..self.job.adapter.workers {
+            for worker in 0..subscriptions {
                 lane.close_inbox(sid_of(worker));
             }
             lane.ping();
@@ -177,6 +200,10 @@ impl AdapterTask {
         }
     }
 
+    fn is_open(&self) -> bool {
+        self.drain_until.is_none() && *self.job.gate.borrow() == IngestGate::Open
+    }
+
     fn is_drained(&self, now: Instant) -> bool {
         let Some(until) = self.drain_until else { return false };
         now >= until || self.ingest.is_closed() && self.queue.is_empty()
@@ -186,7 +213,23 @@ impl AdapterTask {
     fn wake(&mut self, now: Instant) -> Option<Instant> {
         let ack = self.queue.oldest_sent().map(|at| at + ACK_WAIT);
         let leaving = self.leaving.map(|_| now + TICK);
-        [ack, leaving, self.hold_until, self.drain_until, self.drops.next_end()].into_iter().flatten().min()
+        let silent = self.silent_at();
+        [ack, leaving, silent, self.hold_until, self.drain_until, self.drops.next_end()].into_iter().flatten().min()
+    }
+
+    fn silent_at(&mut self) -> Option<Instant> {
+        let lane = self.ingest.lane()?;
+        self.durable.as_ref()?.silent_at(lane)
+    }
+
+    /// Requests messages of the stream while the target can take them.
+    fn pull(&mut self, now: Instant) {
+        let ready = self.is_open() && self.target.lane().is_some();
+        let full = self.queue.bytes() >= self.job.adapter.queue_bytes.min(2 * BYTES_IN_FLIGHT);
+        let (Some(durable), Some(lane)) = (&mut self.durable, self.ingest.lane()) else { return };
+        if ready && !full {
+            durable.pull(lane, self.queue.len(), now);
+        }
     }
 
     fn ingested(&mut self, event: LinkEvent) {
@@ -195,9 +238,13 @@ impl AdapterTask {
             LinkEvent::Up => {
                 let Some(lane) = self.ingest.lane() else { return };
                 let (topic, group) = (&self.job.adapter.topic, self.job.adapter.queue_group());
-                for worker in 0..self.job.adapter.workers {
+                let subscriptions = if self.durable.is_some() { 0 } else { self.job.adapter.workers };
+                for worker in 0..subscriptions {
                     let line = format!("SUB {topic} {group} {}\r\n", sid_of(worker));
                     lane.output().extend_from_slice(line.as_bytes());
+                }
+                if let Some(durable) = &mut self.durable {
+                    durable.up(lane);
                 }
                 info!(adapter = self.job.adapter.name, server = lane.address(), topic, group, "adapter reads");
                 self.job.cell.lock().row.ingest.connected = true;
@@ -206,26 +253,38 @@ impl AdapterTask {
                 self.ingest.works();
                 self.accept(&batch);
             }
-            LinkEvent::Down(error) => {
-                self.leaving = None;
-                self.counters.ingest_errors += 1;
-                self.job.cell.lock().row.ingest.connected = false;
-                self.failed(&error, "the connection that reads");
-            }
+            LinkEvent::Down(error) => self.ingest_lost(&error),
         }
+    }
+
+    fn ingest_lost(&mut self, error: &Error) {
+        self.leaving = None;
+        self.counters.ingest_errors += 1;
+        self.job.cell.lock().row.ingest.connected = false;
+        self.failed(error, "the connection that reads");
     }
 
     /// Takes what arrived into the queue.
     fn accept(&mut self, batch: &Batch) {
         let begun = Instant::now();
-        let (mut messages, mut dropped) = (0, [0_u64; DropReason::ALL.len()]);
+        let (mut messages, mut dropped, mut broken) = (0, [0_u64; DropReason::ALL.len()], None);
         for message in batch.iter().filter(|message| message.sid != Lane::REQUEST_SID) {
+            let arrived = self.durable.as_mut().map(|durable| durable.arrived(&message, begun));
+            let mark = match arrived {
+                None => None,
+                Some(Ok(Some(mark))) => Some(mark),
+                // A status, or a redelivery of what waits.
+                Some(Ok(None)) => continue,
+                Some(Err(error)) => {
+                    broken = Some(error);
+                    continue;
+                }
+            };
             messages += 1;
             self.counters.received_bytes += message.payload.len() as u64;
-            let queued = self.queued(message.payload, begun);
-            match queued.and_then(|one| if self.queue.push(one) { Ok(()) } else { Err(DropReason::QueueFull) }) {
+            match self.take(message.payload, mark, begun) {
                 Ok(()) => self.counters.accepted += 1,
-                Err(reason) => dropped[reason as usize] += 1,
+                Err(reason) => dropped[reason.index()] += 1,
             }
         }
         self.counters.received += messages;
@@ -235,6 +294,30 @@ impl AdapterTask {
         }
         for (reason, count) in DropReason::ALL.into_iter().zip(dropped).filter(|(_, count)| *count > 0) {
             self.drop_messages(reason, count, begun);
+        }
+        if let Some(error) = broken {
+            self.ingest.again();
+            self.ingest_lost(&error);
+        }
+    }
+
+    fn take(&mut self, payload: &[u8], mark: Option<StreamMark>, now: Instant) -> Result<(), DropReason> {
+        match self.queued(payload, now) {
+            Ok(message) => {
+                let has_room = self.queue.push(QueuedMessage { mark, ..message });
+                if has_room { Ok(()) } else { Err(DropReason::QueueFull) }
+            }
+            Err(reason) => {
+                self.release(mark);
+                Err(reason)
+            }
+        }
+    }
+
+    /// Acknowledges a message of a stream: the target has it, or can never have it.
+    fn release(&mut self, mark: Option<StreamMark>) {
+        if let (Some(durable), Some(mark)) = (&mut self.durable, mark) {
+            durable.settled(mark, self.ingest.lane());
         }
     }
 
@@ -246,11 +329,11 @@ impl AdapterTask {
         };
         let subject = expand_topic(&adapter.target_topic, &decoded.sender);
         if subject.len() > LONGEST_SUBJECT {
-            return Err(DropReason::Sender);
+            return Err(Discard::Sender.into());
         }
         let mut body = Vec::new();
         adapter.output.encode(&decoded, &mut body);
-        Ok(QueuedMessage { subject, id: decoded.message_id(), body, since: now })
+        Ok(QueuedMessage { subject, id: decoded.message_id(), body, since: now, mark: None })
     }
 
     /// Sends what may be in flight.
@@ -260,7 +343,7 @@ impl AdapterTask {
         }
         self.hold_until = None;
         let Some(lane) = self.target.lane() else { return };
-        let mut too_large = 0;
+        let mut too_large = Vec::new();
         let mut header = Vec::with_capacity(64);
         while self.queue.in_flight().0 < IN_FLIGHT
             && self.queue.in_flight().1 < BYTES_IN_FLIGHT
@@ -272,8 +355,7 @@ impl AdapterTask {
             header.extend_from_slice(&message.id);
             header.extend_from_slice(b"\r\n\r\n");
             if header.len() + message.body.len() > self.largest {
-                self.queue.settle(token);
-                too_large += 1;
+                too_large.extend(self.queue.settle(token));
                 continue;
             }
             let mut reply = Vec::with_capacity(self.inbox.len() + 20);
@@ -281,8 +363,9 @@ impl AdapterTask {
             let _ = write!(reply, "{}{token}", self.inbox);
             headers::publish(lane.output(), message.subject.as_bytes(), &reply, &header, &message.body);
         }
-        if too_large > 0 {
-            self.drop_messages(DropReason::TooLarge, too_large, now);
+        if !too_large.is_empty() {
+            self.drop_messages(DropReason::TooLarge, too_large.len() as u64, now);
+            too_large.into_iter().for_each(|message| self.release(message.mark));
         }
     }
 
@@ -352,11 +435,13 @@ impl AdapterTask {
                     self.job.cell.works();
                 }
                 self.target.works();
+                self.release(settled.mark);
             }
             Err(error) if error.kind == ErrorKind::Poison => {
                 if let Some(message) = self.queue.settle(token) {
                     warn!(adapter = self.job.adapter.name, subject = message.subject, "message dropped: {error}");
                     self.drop_messages(DropReason::Refused, 1, now);
+                    self.release(message.mark);
                 }
             }
             Err(error) => {
@@ -382,6 +467,10 @@ impl AdapterTask {
         if self.queue.oldest_sent().is_some_and(|sent| now >= sent + ACK_WAIT) {
             self.target.again();
             self.target_lost(&Error::retry(format!("the target did not acknowledge a message within {ACK_WAIT:?}")));
+        }
+        if self.silent_at().is_some_and(|at| now >= at) {
+            self.ingest.again();
+            self.ingest_lost(&silence(self.job.adapter.durable.as_deref().unwrap_or_default()));
         }
         for end in self.drops.ended(now) {
             let (reason, messages) = (end.reason, end.messages);
@@ -435,7 +524,8 @@ impl AdapterTask {
 
     fn end(mut self) {
         let lost = self.queue.len() as u64;
-        if lost > 0 {
+        // A stream still has them.
+        if lost > 0 && self.durable.is_none() {
             self.drop_messages(DropReason::Stopped, lost, Instant::now());
         }
         self.publish();

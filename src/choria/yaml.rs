@@ -143,9 +143,11 @@ impl ReplicatorYaml {
             let message = "`name`, the name of the site, is required";
             reader.problems.push(YamlProblem::new(line, "/name", message));
         }
-        if self.streams.is_empty() && self.heartbeats.is_null() && !is_known("streams") && !is_known("heartbeats") {
+        let work = ["streams", "heartbeats", "adapters"];
+        let nothing = self.streams.is_empty() && self.heartbeats.is_null() && self.adapters.is_empty();
+        if nothing && !work.into_iter().any(is_known) {
             let line = reader.lines.get("/streams").copied().unwrap_or(1);
-            let message = "there is nothing to do: write `streams`, `heartbeats` or both";
+            let message = "there is nothing to do: write `streams`, `heartbeats` or `adapters`";
             reader.problems.push(YamlProblem::new(line, "/streams", message));
         }
         for inherited in ["tls", "choria"] {

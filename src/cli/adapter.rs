@@ -1,10 +1,6 @@
 //! `stream-replicator adapter`: Choria's data adapters.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -13,7 +9,7 @@ use tokio::time::timeout;
 
 use super::{
     client::Client,
-    document::pretty,
+    document::{FileArgs, UpdateArgs, change_each, pretty, write},
     error::{CommandVerdict, Error, problem, problems},
     files,
     format::{bytes, count},
@@ -43,11 +39,11 @@ pub(super) struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum AdapterVerb {
     /// Add an adapter
-    Add(AdapterFileArgs),
+    Add(FileArgs),
     /// Replace the document of an adapter
-    Update(AdapterUpdateArgs),
+    Update(UpdateArgs),
     /// Check a document
-    Validate(AdapterFileArgs),
+    Validate(FileArgs),
     /// Show the document of an adapter, secrets as `***`
     Get(AdapterNameArgs),
     /// List adapters
@@ -64,28 +60,6 @@ enum AdapterVerb {
     Resume(AdapterNamesArgs),
     /// Add the adapters of a configuration file of Choria's broker
     Import(AdapterImportArgs),
-}
-
-#[derive(Debug, clap::Args)]
-struct AdapterFileArgs {
-    /// JSON document; `-` for stdin
-    file: PathBuf,
-
-    #[command(flatten)]
-    global: Global,
-}
-
-#[derive(Debug, clap::Args)]
-struct AdapterUpdateArgs {
-    /// JSON document; `-` for stdin. A `***` in `servers` keeps the stored secret
-    file: PathBuf,
-
-    /// Only if the stored document is at this revision
-    #[arg(long, value_name = "N")]
-    revision: Option<u64>,
-
-    #[command(flatten)]
-    global: Global,
 }
 
 #[derive(Debug, clap::Args)]
@@ -151,8 +125,8 @@ impl Args {
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let global = args.global();
     match &args.verb {
-        AdapterVerb::Add(args) => write(global, "adapter.add", &args.file, None, out).await,
-        AdapterVerb::Update(args) => write(global, "adapter.update", &args.file, args.revision, out).await,
+        AdapterVerb::Add(args) => write(global, "adapter.add", &args.file, None, at_revision, out).await,
+        AdapterVerb::Update(args) => write(global, "adapter.update", &args.file, args.revision, at_revision, out).await,
         AdapterVerb::Validate(args) => validate(args, out).await,
         AdapterVerb::Get(args) => get(args, out).await,
         AdapterVerb::Ls(_) => list(global, out).await,
@@ -168,20 +142,7 @@ fn at_revision(changed: &AdapterChanged) -> String {
     format!("{} is at revision {}", changed.adapter, changed.revision)
 }
 
-async fn write(
-    global: &Global,
-    endpoint: &str,
-    file: &Path,
-    revision: Option<u64>,
-    out: &mut Output,
-) -> Result<CommandVerdict, Error> {
-    let document = files::read(file)?;
-    let changed: Reply<AdapterChanged> = Client::connect(global).await?.change_at(endpoint, document, revision).await?;
-    out.reply(&changed, at_revision);
-    Ok(CommandVerdict::Good)
-}
-
-async fn validate(args: &AdapterFileArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
+async fn validate(args: &FileArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     let document = files::read(&args.file)?;
     let client = Client::connect(&args.global).await?;
     let reply: Reply<AdapterValidation> = client.check_document("adapter.validate", document).await?;
@@ -220,20 +181,9 @@ async fn list(global: &Global, out: &mut Output) -> Result<CommandVerdict, Error
 }
 
 async fn each(args: &AdapterNamesArgs, endpoint: &str, done: &str, out: &mut Output) -> Result<CommandVerdict, Error> {
-    let client = Client::connect(&args.global).await?;
-    let mut verdict = CommandVerdict::Good;
-    for adapter in &args.names {
-        let request = AdapterNamed { adapter: adapter.clone() };
-        let changed: Result<Reply<AdapterChanged>, Error> = client.change(endpoint, &request).await;
-        match changed {
-            Ok(reply) => out.reply(&reply, |changed| format!("{} {done}", changed.adapter)),
-            Err(error) => {
-                error.print(out);
-                verdict = CommandVerdict::Bad;
-            }
-        }
-    }
-    Ok(verdict)
+    let requests = args.names.iter().map(|name| AdapterNamed { adapter: name.clone() });
+    let words = |changed: &AdapterChanged| format!("{} {done}", changed.adapter);
+    change_each(&Client::connect(&args.global).await?, endpoint, requests, words, out).await
 }
 
 /// Every instance has its own numbers: asks all of them.

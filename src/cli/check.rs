@@ -280,7 +280,10 @@ fn lag(args: &Args, row: &Row, report: &mut CheckReport) {
                     }
                 }
                 None if has_age => {
-                    report.add(CheckStatus::Unknown, format!("how far {id} is behind in time is not known"));
+                    report.add(
+                        CheckStatus::Unknown,
+                        format!("the age of the oldest message that waits for {id} is not known"),
+                    );
                 }
                 None => {}
             }

@@ -1,13 +1,11 @@
 //! `stream-replicator config`: documents in and out.
 
-use std::path::PathBuf;
-
 use serde_json::{Value, json};
 
 use super::{
     apply,
     client::Client,
-    document::{at_revision, pretty, stored},
+    document::{FileArgs, UpdateArgs, at_revision, change_each, pretty, stored, write},
     edit,
     error::{CommandVerdict, Error, problem, problems},
     files,
@@ -17,7 +15,6 @@ use super::{
     reply::Reply,
     select::SelectedIds,
     status_view::{state_colour, state_name},
-    steer::for_each,
     transfer,
 };
 use crate::{
@@ -55,28 +52,6 @@ enum ConfigVerb {
     Apply(apply::Args),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
-}
-
-#[derive(Debug, clap::Args)]
-struct FileArgs {
-    /// JSON document; `-` for stdin
-    file: PathBuf,
-
-    #[command(flatten)]
-    global: Global,
-}
-
-#[derive(Debug, clap::Args)]
-struct UpdateArgs {
-    /// JSON document; `-` for stdin. A `***` in a URL keeps the stored secret
-    file: PathBuf,
-
-    /// Only if the document is at this revision
-    #[arg(long, value_name = "N")]
-    revision: Option<u64>,
-
-    #[command(flatten)]
-    global: Global,
 }
 
 #[derive(Debug, clap::Args)]
@@ -140,8 +115,8 @@ impl Args {
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let global = args.global();
     match &args.verb {
-        ConfigVerb::Add(args) => write(global, "config.add", &args.file, None, out).await,
-        ConfigVerb::Update(args) => write(global, "config.update", &args.file, args.revision, out).await,
+        ConfigVerb::Add(args) => write(global, "config.add", &args.file, None, at_revision, out).await,
+        ConfigVerb::Update(args) => write(global, "config.update", &args.file, args.revision, at_revision, out).await,
         ConfigVerb::Get(args) => get(args, out).await,
         ConfigVerb::Ls(args) => list(args, out).await,
         ConfigVerb::Rm(args) => remove(args, out).await,
@@ -156,19 +131,6 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict,
         ConfigVerb::Import(args) => transfer::import(args, out).await,
         ConfigVerb::Export(args) => transfer::export(args, out).await,
     }
-}
-
-async fn write(
-    global: &Global,
-    endpoint: &str,
-    file: &std::path::Path,
-    revision: Option<u64>,
-    out: &mut Output,
-) -> Result<CommandVerdict, Error> {
-    let document = files::read(file)?;
-    let changed: Reply<Changed> = Client::connect(global).await?.change_at(endpoint, document, revision).await?;
-    out.reply(&changed, at_revision);
-    Ok(CommandVerdict::Good)
 }
 
 async fn get(args: &GetArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
@@ -230,9 +192,9 @@ async fn remove(args: &RmArgs, out: &mut Output) -> Result<CommandVerdict, Error
     if !args.force && !sure(&ids, args.keep) {
         return Err(Error::Failed("nothing was removed".to_owned()));
     }
-    let request = |replication| DeleteRequest { replication, keep: args.keep };
+    let requests = ids.into_iter().map(|replication| DeleteRequest { replication, keep: args.keep });
     let words = |changed: &Changed| format!("{} is removed", changed.replication);
-    for_each(&client, ids, "config.delete", request, words, out).await
+    change_each(&client, "config.delete", requests, words, out).await
 }
 
 fn sure(ids: &[String], keep: bool) -> bool {

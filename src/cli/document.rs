@@ -1,8 +1,18 @@
 //! What the commands about configuration documents share.
 
+use std::path::{Path, PathBuf};
+
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{client::Client, error::Error, reply::Reply};
+use super::{
+    client::Client,
+    error::{CommandVerdict, Error},
+    files,
+    global::Global,
+    output::Output,
+    reply::Reply,
+};
 use crate::control::api::{Changed, NamedRequest, Status, StatusRequest, StoredDocument};
 
 /// JSON for people.
@@ -25,4 +35,64 @@ pub(super) async fn site(client: &Client) -> Result<String, Error> {
     let request = StatusRequest { limit: Some(0), ..StatusRequest::default() };
     let status: Reply<Status> = client.query("status", &request).await?;
     Ok(status.value.site)
+}
+
+// The help of a verb is that of its variant: no doc comments here.
+#[derive(Debug, clap::Args)]
+pub(super) struct FileArgs {
+    /// JSON document; `-` for stdin
+    pub(super) file: PathBuf,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct UpdateArgs {
+    /// JSON document; `-` for stdin. A `***` in a URL keeps the stored secret
+    pub(super) file: PathBuf,
+
+    /// Only if the document is at this revision
+    #[arg(long, value_name = "N")]
+    pub(super) revision: Option<u64>,
+
+    #[command(flatten)]
+    pub(super) global: Global,
+}
+
+/// Stores the document of a file.
+pub(super) async fn write<T: DeserializeOwned>(
+    global: &Global,
+    endpoint: &str,
+    file: &Path,
+    revision: Option<u64>,
+    words: impl FnOnce(&T) -> String,
+    out: &mut Output,
+) -> Result<CommandVerdict, Error> {
+    let document = files::read(file)?;
+    let changed: Reply<T> = Client::connect(global).await?.change_at(endpoint, document, revision).await?;
+    out.reply(&changed, words);
+    Ok(CommandVerdict::Good)
+}
+
+/// Sends one change after the other; one that is refused is reported, and the others are made.
+pub(super) async fn change_each<T: DeserializeOwned>(
+    client: &Client,
+    endpoint: &str,
+    requests: impl IntoIterator<Item = impl Serialize>,
+    words: impl Fn(&T) -> String,
+    out: &mut Output,
+) -> Result<CommandVerdict, Error> {
+    let mut verdict = CommandVerdict::Good;
+    for request in requests {
+        let changed: Result<Reply<T>, Error> = client.change(endpoint, &request).await;
+        match changed {
+            Ok(reply) => out.reply(&reply, &words),
+            Err(error) => {
+                error.print(out);
+                verdict = CommandVerdict::Bad;
+            }
+        }
+    }
+    Ok(verdict)
 }

@@ -1,14 +1,14 @@
 //! `stream-replicator pause`, `resume`, `position`, `retry`, `skip`, `promote` and `stepdown`.
 
-use serde::{Serialize, de::DeserializeOwned};
+use serde::de::DeserializeOwned;
 
 use super::{
     client::Client,
+    document::change_each,
     error::{CommandVerdict, Error},
     format::{When, count, counted, parse_when},
     global::Global,
     output::Output,
-    reply::Reply,
     select::SelectedIds,
 };
 use crate::control::api::{
@@ -123,30 +123,8 @@ async fn all<T: DeserializeOwned>(
 ) -> Result<CommandVerdict, Error> {
     let client = Client::connect(&args.global).await?;
     let ids = args.selected.resolve(&client).await?;
-    for_each(&client, ids, endpoint, |replication| NamedRequest { replication }, words, out).await
-}
-
-/// Asks for the same for several replications, one after the other; a refusal does not stop those that follow.
-pub(super) async fn for_each<R: Serialize, T: DeserializeOwned>(
-    client: &Client,
-    ids: Vec<String>,
-    endpoint: &str,
-    request: impl Fn(String) -> R,
-    words: impl Fn(&T) -> String,
-    out: &mut Output,
-) -> Result<CommandVerdict, Error> {
-    let mut verdict = CommandVerdict::Good;
-    for id in ids {
-        let changed: Result<Reply<T>, Error> = client.change(endpoint, &request(id)).await;
-        match changed {
-            Ok(reply) => out.reply(&reply, &words),
-            Err(error) => {
-                error.print(out);
-                verdict = CommandVerdict::Bad;
-            }
-        }
-    }
-    Ok(verdict)
+    let requests = ids.into_iter().map(|replication| NamedRequest { replication });
+    change_each(&client, endpoint, requests, words, out).await
 }
 
 pub(super) async fn position(args: &PositionArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
@@ -160,7 +138,7 @@ pub(super) async fn position(args: &PositionArgs, out: &mut Output) -> Result<Co
     let ids = only_one(args.selected.resolve(&client).await?, "--source-seq", source_seq.is_some())?;
     let request =
         |replication| PositionRequest { replication, source_seq, time, ago: ago.clone(), dry_run: args.dry_run };
-    for_each(&client, ids, "position", request, moved_words, out).await
+    change_each(&client, "position", ids.into_iter().map(request), moved_words, out).await
 }
 
 /// A flag that is about one replication is not for several.
@@ -195,7 +173,7 @@ pub(super) async fn promote(args: &PromoteArgs, out: &mut Output) -> Result<Comm
         keep: *keep,
         subjects: subjects.clone(),
     };
-    for_each(&client, ids, "promote", request, promoted_words, out).await
+    change_each(&client, "promote", ids.into_iter().map(request), promoted_words, out).await
 }
 
 fn promoted_words(promoted: &Promoted) -> String {
@@ -221,7 +199,7 @@ pub(super) async fn skip(args: &SkipArgs, out: &mut Output) -> Result<CommandVer
     let request = |replication| SkipRequest { replication, source_seq: args.source_seq };
     let words =
         |skipped: &Skipped| format!("{}: source message {} is skipped", skipped.replication, count(skipped.source_seq));
-    for_each(&client, ids, "skip", request, words, out).await
+    change_each(&client, "skip", ids.into_iter().map(request), words, out).await
 }
 
 #[cfg(test)]

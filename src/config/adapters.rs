@@ -67,6 +67,9 @@ pub struct AdapterDocument {
     pub output_protocol: String,
     /// Whether only one instance of the group reads, the one with the lease. Default: false, all share the messages.
     pub exclusive: bool,
+    /// Whether messages are read from `ingest.stream` by a durable consumer, which is acknowledged when the target has stored them:
+    /// nothing is lost while no instance runs. Default: false, the subject is subscribed to.
+    pub durable: bool,
     /// Whether senders must have signed their messages (second version of the protocol) with the key of a token that one of
     /// `trusted_signers` has signed. Default: false, as in Choria.
     pub verify: bool,
@@ -75,63 +78,73 @@ pub struct AdapterDocument {
     pub trusted_signers: Vec<String>,
 }
 
-/// What an adapter reads.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-#[schemars(rename = "AdapterIngest")]
-pub struct AdapterIngestDocument {
-    /// Subject to read, wildcards allowed, such as `choria.broadcast.agent.registration`. Required.
-    #[schemars(length(max = 1024))]
-    pub topic: String,
-    /// `request` for registration data, or `reply`. Default: reply.
-    #[schemars(length(max = 16))]
-    pub protocol: String,
-    /// Members of the queue group that one instance is, 1 to 256: its share of the messages beside brokers. Default: 10.
-    pub workers: Option<u64>,
-    /// Servers, as in the URL of a replication: `nats://user:password@host:port`, or `host:port,host:port`. Default: those of
-    /// `stream`.
-    pub servers: String,
-    /// Context of the `nats` tool, instead of `servers`.
-    #[schemars(length(max = 128))]
-    pub context: String,
-    /// Credentials file. Default: none.
-    #[schemars(length(max = 4096))]
-    pub credentials: String,
-    /// TLS files. Default: the certificate authorities of the system.
-    pub tls: TlsDocument,
-    /// An identity of Choria's. Default: none.
-    pub choria: ChoriaDocument,
+/// A side of an adapter: its own fields, and those of the connection, which both sides have.
+macro_rules! adapter_side {
+    ($(#[$about:meta])* pub struct $side:ident as $name:literal { $($own:tt)* }) => {
+        $(#[$about])*
+        #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+        #[serde(default, deny_unknown_fields)]
+        #[schemars(rename = $name)]
+        pub struct $side {
+            $($own)*
+            /// Servers, as in the URL of a replication: `nats://user:password@host:port`, or `host:port,host:port`. Default:
+            /// those of the other side.
+            pub servers: String,
+            /// Context of the `nats` tool, instead of `servers`.
+            #[schemars(length(max = 128))]
+            pub context: String,
+            /// Credentials file. Default: none.
+            #[schemars(length(max = 4096))]
+            pub credentials: String,
+            /// TLS files. Default: the certificate authorities of the system.
+            pub tls: TlsDocument,
+            /// An identity of Choria's. Default: none.
+            pub choria: ChoriaDocument,
+        }
+
+        impl $side {
+            fn connection(&self, side: AdapterSide) -> AdapterSideFields<'_> {
+                let Self { servers, context, credentials, tls, choria, .. } = self;
+                AdapterSideFields { side, servers, context, credentials, tls, choria }
+            }
+        }
+    };
 }
 
-/// Where an adapter writes.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-#[schemars(rename = "AdapterStream")]
-pub struct AdapterStreamDocument {
-    /// `jetstream` or `choria_streams`, which are the same. Default: jetstream.
-    #[serde(rename = "type")]
-    #[schemars(length(max = 32))]
-    pub kind: String,
-    /// Subject to publish to, a subject of a stream; each `%s` becomes the sender, whose dots separate tokens. Default: the name.
-    #[schemars(length(max = 1024))]
-    pub topic: String,
-    /// Read for the sake of Choria's documents: one connection publishes, and does not wait for one ack before the next message.
-    pub workers: Option<u64>,
-    /// Servers, as in the URL of a replication: `nats://user:password@host:port`, or `host:port,host:port`. Default: those of
-    /// `ingest`.
-    pub servers: String,
-    /// Context of the `nats` tool, instead of `servers`.
-    #[schemars(length(max = 128))]
-    pub context: String,
-    /// Credentials file. Default: none.
-    #[schemars(length(max = 4096))]
-    pub credentials: String,
-    /// TLS files. Default: the certificate authorities of the system.
-    pub tls: TlsDocument,
-    /// An identity of Choria's. Default: none.
-    pub choria: ChoriaDocument,
-    /// A stream to create where there is none of this name. Default: none, somebody else has created it.
-    pub create: Option<AdapterCreateDocument>,
+adapter_side! {
+    /// What an adapter reads.
+    pub struct AdapterIngestDocument as "AdapterIngest" {
+        /// Subject to read, wildcards allowed, such as `choria.broadcast.agent.registration`. Required.
+        #[schemars(length(max = 1024))]
+        pub topic: String,
+        /// `request` for registration data, or `reply`. Default: reply.
+        #[schemars(length(max = 16))]
+        pub protocol: String,
+        /// Members of the queue group that one instance is, 1 to 256: its share of the messages beside brokers. Default: 10.
+        pub workers: Option<u64>,
+        /// Stream that captures the topic, with `durable`. Required then.
+        #[schemars(length(max = 255))]
+        pub stream: String,
+    }
+}
+
+adapter_side! {
+    /// Where an adapter writes.
+    pub struct AdapterStreamDocument as "AdapterStream" {
+        /// `jetstream` or `choria_streams`, which are the same. Default: jetstream.
+        #[serde(rename = "type")]
+        #[schemars(length(max = 32))]
+        pub kind: String,
+        /// Subject to publish to, a subject of a stream; each `%s` becomes the sender, whose dots separate tokens. Default: the
+        /// name.
+        #[schemars(length(max = 1024))]
+        pub topic: String,
+        /// Read for the sake of Choria's documents: one connection publishes, and does not wait for one ack before the next
+        /// message.
+        pub workers: Option<u64>,
+        /// A stream to create if there is none of this name. Default: none, the stream exists already.
+        pub create: Option<AdapterCreateDocument>,
+    }
 }
 
 /// A stream that an adapter creates; it is not changed later.
@@ -185,12 +198,14 @@ pub struct Adapter {
     pub create: Option<(String, Value)>,
     /// Whether only one instance of the group reads.
     pub exclusive: bool,
+    /// The stream to read from, by a durable consumer.
+    pub durable: Option<String>,
     /// Whose tokens senders must have, if signatures are verified.
     pub trusted: Option<TrustedSigners>,
 }
 
 impl Adapter {
-    /// The queue group of all instances and brokers that share the messages.
+    /// The queue group of all instances and brokers that share the messages, or the durable consumer of the instances.
     pub fn queue_group(&self) -> String {
         format!("nats_ingest_{}", self.name)
     }
@@ -293,6 +308,7 @@ impl AdapterChecker {
         self.kind(stream);
         let output = self.output(&document.output_protocol);
         let trusted = self.trusted(&document);
+        let durable = self.durable(&document);
         let (ingest_server, target) = self.servers(&document, judge)?;
         let create = stream.create.as_ref().and_then(|create| self.create(create, &target_topic));
         self.range("/stream/workers", stream.workers, DEFAULT_WORKERS, WORKERS);
@@ -309,6 +325,7 @@ impl AdapterChecker {
             output,
             create,
             exclusive: document.exclusive,
+            durable,
             trusted,
         })
     }
@@ -410,16 +427,35 @@ impl AdapterChecker {
         }
     }
 
+    /// The stream that is read with `durable`.
+    fn durable(&mut self, document: &AdapterDocument) -> Option<String> {
+        let (path, stream) = ("/ingest/stream", &document.ingest.stream);
+        if document.durable {
+            self.stream_name(path, stream);
+        } else if !stream.is_empty() {
+            self.problem(path, "`ingest.stream` is read only with `durable`: set that, or remove the stream");
+        }
+        document.durable.then(|| stream.clone())
+    }
+
+    fn stream_name(&mut self, path: &str, name: &str) {
+        let legal = |byte: u8| byte.is_ascii_graphic() && !b".*>/\\".contains(&byte);
+        if name.is_empty() || !name.bytes().all(legal) {
+            let field = path.trim_start_matches('/').replace('/', ".");
+            let message =
+                format!("`{field}` is required: the name of a stream, without blanks, `.`, `*`, `>` and slashes");
+            self.problem(path, message);
+        }
+    }
+
     /// The servers of both sides; a side without any has those of the other one.
     fn servers(
         &mut self,
         document: &AdapterDocument,
         judge: impl Fn(AdapterSide, &ServerRef) -> Vec<Problem>,
     ) -> Option<(ServerRef, ServerRef)> {
-        let AdapterIngestDocument { servers, context, credentials, tls, choria, .. } = &document.ingest;
-        let ingest = AdapterSideFields { side: AdapterSide::Ingest, servers, context, credentials, tls, choria };
-        let AdapterStreamDocument { servers, context, credentials, tls, choria, .. } = &document.stream;
-        let stream = AdapterSideFields { side: AdapterSide::Stream, servers, context, credentials, tls, choria };
+        let ingest = document.ingest.connection(AdapterSide::Ingest);
+        let stream = document.stream.connection(AdapterSide::Stream);
         if [&ingest, &stream].iter().all(|side| side.servers.is_empty() && side.context.is_empty()) {
             if !self.is_refused("/ingest") {
                 self.problem("/ingest/servers", "`ingest.servers` is required, or `ingest.context`");
@@ -502,12 +538,7 @@ impl AdapterChecker {
     /// Name and configuration of the stream to create.
     fn create(&mut self, create: &AdapterCreateDocument, topic: &str) -> Option<(String, Value)> {
         let path = |field: &str| format!("/stream/create/{field}");
-        let legal = |byte: u8| byte.is_ascii_graphic() && !b".*>/\\".contains(&byte);
-        if create.name.is_empty() || !create.name.bytes().all(legal) {
-            let message =
-                "`stream.create.name` is required: the name of a stream, without blanks, `.`, `*`, `>` and slashes";
-            self.problem(&path("name"), message);
-        }
+        self.stream_name(&path("name"), &create.name);
         let age = match create.max_age.as_str() {
             "" => "1d",
             age => age,
@@ -604,7 +635,9 @@ mod tests {
         assert_eq!((adapter.protocol, adapter.output), (IngestProtocol::Request, OutputProtocol::ChoriaStreams));
         assert_eq!(adapter.queue_group(), "nats_ingest_inventory");
         assert_eq!(adapter.ingest, adapter.target);
-        assert!(!adapter.exclusive && adapter.create.is_none());
+        assert!(!adapter.exclusive && adapter.create.is_none() && adapter.durable.is_none());
+        let durable = parse(json!({"durable": true, "ingest": {"stream": "IN"}})).unwrap();
+        assert_eq!(durable.durable.as_deref(), Some("IN"));
         assert_eq!(parse(json!({"stream": {"topic": null}})).unwrap().target_topic, "inventory");
         assert_eq!(parse(json!({"ingest": {"protocol": null}})).unwrap().protocol, IngestProtocol::Reply);
         let old = parse(json!({"output_protocol": "choria:adapters:jetstream:output:1"})).unwrap();
@@ -650,6 +683,9 @@ mod tests {
         refused(json!({"verify": true}), &[("/trusted_signers", "go together")]);
         refused(json!({"verify": true, "trusted_signers": ["x"]}), &[("/trusted_signers", "64 hexadecimal")]);
         refused(json!({"ingest": {"tls": {"cert": "/c"}}}), &[("/ingest/tls", "go together")]);
+        refused(json!({"durable": true}), &[("/ingest/stream", "is required")]);
+        refused(json!({"durable": true, "ingest": {"stream": "a.b"}}), &[("/ingest/stream", "without blanks")]);
+        refused(json!({"ingest": {"stream": "IN"}}), &[("/ingest/stream", "only with `durable`")]);
     }
 
     #[test]

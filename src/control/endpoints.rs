@@ -384,20 +384,24 @@ pub(super) async fn checked_document(context: &RequestContext, body: &Bytes) -> 
         problems.extend(found);
         None
     });
-    let replication = match context.rules.parse_value(&document, &context.site) {
-        Ok(replication) if problems.is_empty() => replication,
-        result => {
-            // the words about a secret that is not stored are better than those about one that is missing
-            let others = result.err().map(|problems| problems.0).unwrap_or_default().into_iter();
-            let others: Vec<_> =
-                others.filter(|other| problems.iter().all(|problem| problem.path != other.path)).collect();
-            problems.extend(others);
-            return Err(refused(Problems(problems)));
-        }
-    };
+    let replication = valid(context.rules.parse_value(&document, &context.site), problems)?;
     let document = if unmasked.is_some() { Bytes::from(document.to_string()) } else { body.clone() };
     check_size(&document)?;
     Ok(CheckedDocument { replication, document, unmasked })
+}
+
+/// What was parsed, if there were no problems. Those that were found before are better than others about the same field, such as
+/// the words about a secret that is not stored than those about one that is missing.
+fn valid<T>(parsed: Result<T, Problems>, mut problems: Vec<Problem>) -> Result<T, Failure> {
+    let others = match parsed {
+        Ok(parsed) if problems.is_empty() => return Ok(parsed),
+        Ok(_) => Vec::new(),
+        Err(others) => others.0,
+    };
+    let others = others.into_iter().filter(|other| problems.iter().all(|problem| problem.path != other.path));
+    let others: Vec<_> = others.collect();
+    problems.extend(others);
+    Err(refused(Problems(problems)))
 }
 
 fn check_size(document: &Bytes) -> Result<(), Failure> {

@@ -341,7 +341,8 @@ pub fn free_port() -> io::Result<u16> {
     }
 }
 
-fn binary(role: Role) -> PathBuf {
+/// The program that a server of this role runs.
+pub fn binary(role: Role) -> PathBuf {
     let specific = match role {
         Role::Source => "NATS_SERVER_SOURCE",
         Role::Target => "NATS_SERVER_TARGET",

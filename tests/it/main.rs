@@ -11,4 +11,5 @@ mod group;
 mod harness_self;
 mod limits;
 mod sampling;
+mod topologies;
 mod wire;

@@ -63,6 +63,24 @@ pub enum Discard {
     Unverified,
 }
 
+impl Discard {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Malformed, Self::Protocol, Self::Schema, Self::Sender, Self::Time, Self::Unverified];
+
+    /// Its name in metrics, events and the status.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::Protocol => "protocol",
+            Self::Schema => "schema",
+            Self::Sender => "sender",
+            Self::Time => "time",
+            Self::Unverified => "unverified",
+        }
+    }
+}
+
 /// Versions of the protocol, as indexes.
 const V1: usize = 0;
 const V2: usize = 1;

@@ -14,10 +14,11 @@ use super::{
         service::Request,
     },
     Page, RequestContext, UNMASK_TRIES, check_size, expected_revision, in_time, json, options, page, refused, reply,
+    valid,
 };
 use crate::{
     adapter::{AdapterView, adapter_key, pause_key},
-    config::{self, Json, Problem, Problems},
+    config::{self, Json, Problem},
     status,
     store::{Error, FILE_REVISION, PauseMark, WriteError},
 };
@@ -203,16 +204,7 @@ async fn checked(context: &RequestContext, body: &Bytes) -> Result<CheckedAdapte
         problems.extend(found);
         None
     });
-    let adapter = match context.rules.parse_adapter(&document) {
-        Ok(adapter) if problems.is_empty() => adapter,
-        result => {
-            let others = result.err().map(|problems| problems.0).unwrap_or_default().into_iter();
-            let others: Vec<_> =
-                others.filter(|other| problems.iter().all(|problem| problem.path != other.path)).collect();
-            problems.extend(others);
-            return Err(refused(Problems(problems)));
-        }
-    };
+    let adapter = valid(context.rules.parse_adapter(&document), problems)?;
     let document = if unmasked.is_some() { Bytes::from(document.to_string()) } else { body.clone() };
     check_size(&document)?;
     Ok(CheckedAdapter { name: adapter.name, document, unmasked })

@@ -1,5 +1,6 @@
 //! The files of Choria's replicator, run as they are: `replicate`.
 
+mod adapters;
 mod files;
 mod handover;
 mod identities;

@@ -79,6 +79,19 @@ fn numbers(stored: &[Stored]) -> Result<BTreeSet<u64>> {
     Ok(numbers)
 }
 
+/// The value of a metric `choria_adapter_*` in the line that has this word.
+async fn metric(service: &Service, name: &str, word: &str) -> Option<u64> {
+    let (_, page) = service.get("/metrics").await.ok()?;
+    let start = format!("choria_adapter_{name}{{");
+    let line = page.lines().find(|line| line.starts_with(&start) && line.contains(word))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
+/// Another instance, with metrics.
+async fn other(site: &Site) -> Result<Service> {
+    Service::builder(&site.service_url(), SITE).instance("other").args(["--monitor", "127.0.0.1:0"]).start().await
+}
+
 #[tokio::test]
 async fn registrations_become_messages_of_a_stream() -> Result<()> {
     let site = site().await?;
@@ -188,33 +201,18 @@ async fn instances_share_and_a_stopped_one_drains() -> Result<()> {
     const MESSAGES: u64 = 4_000;
     let site = site().await?;
     add(&site, json!({"queue_len": 10_000})).await?;
-    let mut other = Service::builder(&site.service_url(), SITE)
-        .instance("other")
-        .args(["--monitor", "127.0.0.1:0"])
-        .start()
-        .await?;
-    let counter = |page: &str| -> Option<f64> {
-        let line =
-            page.lines().find(|line| line.starts_with("choria_adapter_received_msgs{") && line.contains("input"))?;
-        line.rsplit(' ').next()?.parse().ok()
-    };
-    let reads = |page: &str| {
-        page.lines()
-            .any(|line| line.starts_with("choria_adapter_connected{") && line.contains("input") && line.ends_with(" 1"))
-    };
+    let mut other = other(&site).await?;
     wait_value("the other one reads", LIMIT, async || {
-        let (_, page) = other.get("/metrics").await.ok()?;
-        reads(&page).then_some(())
+        metric(&other, "connected", "input").await.filter(|value| *value == 1)
     })
     .await?;
     let mut source = site.source().await?;
     publish(&mut source, 0..MESSAGES / 2).await?;
     let shared = wait_value("the other one has a share", LIMIT, async || {
-        let (_, page) = other.get("/metrics").await.ok()?;
-        counter(&page).filter(|count| *count > 0.0)
+        metric(&other, "received_msgs", "input").await.filter(|count| *count > 0)
     })
     .await?;
-    ensure!(shared < MESSAGES as f64 / 2.0, "{shared} is everything");
+    ensure!(shared < MESSAGES / 2, "{shared} is everything");
     let stop = async { other.stop().await };
     let rest = async { publish(&mut source, MESSAGES / 2..MESSAGES).await };
     let (stopped, published) = tokio::join!(stop, rest);
@@ -302,5 +300,160 @@ async fn an_exclusive_adapter_reads_on_one_instance() -> Result<()> {
     publish(&mut site.source().await?, 20..40).await?;
     wait_messages(&mut site.target().await?, STREAM, 40, LIMIT).await?;
     drop(other);
+    Ok(())
+}
+
+const INGEST: &str = "REGISTRATION_IN";
+
+/// A durable adapter; the stream that it reads is a work queue at the source.
+async fn add_durable(site: &Site) -> Result<()> {
+    let ingest = json!({"topic": TOPIC, "protocol": "request", "servers": site.source.url(), "stream": INGEST});
+    request(&site.client, "replicator.adapter.add", document(site, json!({"durable": true, "ingest": ingest}))).await?;
+    let row = row_when(site, "the stream is missed", |row| row["state"] == "retrying").await?;
+    let told = row["last_error"]["message"].as_str().unwrap_or_default();
+    ensure!(told.contains("stream `REGISTRATION_IN` does not exist") && row["last_error"]["hold"] == true, "{row}");
+    let mut source = site.source().await?;
+    source.create_stream(INGEST, json!({"subjects": [TOPIC], "retention": "workqueue"})).await?;
+    row_when(site, "it runs", |row| row["state"] == "running").await.map(drop)
+}
+
+async fn wait_stored(site: &Site, messages: u64) -> Result<()> {
+    let mut target = site.target().await?;
+    let stored = wait_while_moving("all are stored", 2 * LIMIT, async || {
+        let state = target.stream_state(STREAM).await.unwrap_or_default();
+        let count = state["messages"].as_u64().unwrap_or_default();
+        if count == messages { Ok(()) } else { Err(count) }
+    });
+    stored.await
+}
+
+/// Everything in the stream that is read is acknowledged, and so removed.
+async fn wait_acknowledged(source: &mut Raw) -> Result<()> {
+    let mut last = Value::Null;
+    let empty = wait_value("everything is acknowledged", 2 * LIMIT, async || {
+        last = source.stream_state(INGEST).await.ok()?;
+        (last["messages"] == 0).then_some(())
+    });
+    empty.await.with_context(|| format!("{last}"))
+}
+
+/// Two instances share a durable consumer; one is killed in the middle, then both are: each message is stored, once.
+#[tokio::test]
+async fn a_durable_adapter_loses_nothing_to_kill_9() -> Result<()> {
+    const MESSAGES: u64 = 3_000;
+    let mut site = site().await?;
+    add_durable(&site).await?;
+    let mut other = other(&site).await?;
+    wait_value("the other one reads", LIMIT, async || {
+        metric(&other, "connected", "input").await.filter(|value| *value == 1)
+    })
+    .await?;
+    let mut source = site.source().await?;
+    source.send_only(&Outgoing::new(TOPIC, "no JSON")).await?;
+    publish(&mut source, 0..MESSAGES / 3).await?;
+    wait_value("the other one has a share", LIMIT, async || {
+        metric(&other, "received_msgs", "input").await.filter(|count| *count > 0)
+    })
+    .await?;
+    let (publishing, killing) = tokio::join!(publish(&mut source, MESSAGES / 3..MESSAGES), async { other.kill() });
+    (publishing?, killing?);
+    wait_stored(&site, MESSAGES).await?;
+    wait_acknowledged(&mut source).await?;
+
+    site.service.kill()?;
+    publish(&mut source, MESSAGES..MESSAGES + 200).await?;
+    site.service.restart().await?;
+    wait_stored(&site, MESSAGES + 200).await?;
+    wait_acknowledged(&mut source).await?;
+    let found = numbers(&site.target().await?.read_stream(STREAM).await?)?;
+    assert_eq!(found, (0..MESSAGES + 200).collect());
+    Ok(())
+}
+
+/// What arrives while a durable adapter is paused, stopped or without its target is stored later; so is what it held.
+#[tokio::test]
+async fn a_durable_adapter_catches_up() -> Result<()> {
+    let mut site = site().await?;
+    add_durable(&site).await?;
+    let mut source = site.source().await?;
+    request(&site.client, "replicator.adapter.pause", json!({"adapter": "inventory"})).await?;
+    row_when(&site, "it is paused", |row| row["state"] == "paused").await?;
+    publish(&mut source, 0..10).await?;
+    request(&site.client, "replicator.adapter.resume", json!({"adapter": "inventory"})).await?;
+    wait_stored(&site, 10).await?;
+
+    site.target.kill()?;
+    row_when(&site, "the target is missed", |row| row["stream"]["connected"] == false).await?;
+    publish(&mut source, 10..20).await?;
+    site.target.restart().await?;
+    wait_stored(&site, 20).await?;
+    let row = row_when(&site, "it runs", |row| row["state"] == "running" && row["stored"] == 20).await?;
+    assert_eq!(row["dropped"], json!({}));
+    wait_acknowledged(&mut source).await?;
+
+    ensure!(site.service.stop().await?.success(), "{}", site.service.log());
+    publish(&mut source, 20..30).await?;
+    site.service.restart().await?;
+    wait_stored(&site, 30).await?;
+    wait_acknowledged(&mut source).await?;
+    assert_eq!(numbers(&site.target().await?.read_stream(STREAM).await?)?, (0..30).collect());
+
+    // The consumer is deleted by hand: it is created again.
+    source.api(&format!("CONSUMER.DELETE.{INGEST}.nats_ingest_inventory"), Value::Null).await?;
+    publish(&mut source, 30..40).await?;
+    wait_stored(&site, 40).await?;
+    wait_acknowledged(&mut source).await
+}
+
+/// What is lost with a killed instance is what its metrics show as queued.
+#[tokio::test]
+async fn a_killed_instance_loses_its_queue_at_most() -> Result<()> {
+    const MESSAGES: u64 = 600;
+    let mut site = site().await?;
+    add(&site, json!({})).await?;
+    let mut other = other(&site).await?;
+    wait_value("the other one reads", LIMIT, async || {
+        metric(&other, "connected", "input").await.filter(|value| *value == 1)
+    })
+    .await?;
+    site.target.kill()?;
+    row_when(&site, "the target is missed", |row| row["stream"]["connected"] == false).await?;
+    publish(&mut site.source().await?, 0..MESSAGES).await?;
+    let queued = wait_value("all are accepted", LIMIT, async || {
+        let all = [&site.service, &other].map(|service| metric(service, "queue_length", "inventory"));
+        let [mine, others] = all;
+        let (mine, others) = (mine.await?, others.await?);
+        (mine + others == MESSAGES).then_some(others)
+    })
+    .await?;
+    ensure!(queued > 0 && queued < MESSAGES, "{queued} of {MESSAGES}");
+    other.kill()?;
+    site.target.restart().await?;
+    wait_stored(&site, MESSAGES - queued).await?;
+    let found = numbers(&site.target().await?.read_stream(STREAM).await?)?;
+    assert_eq!(found.len() as u64, MESSAGES - queued);
+    Ok(())
+}
+
+/// A member of the queue group that is not ours, such as Choria's broker, gets its share.
+#[tokio::test]
+async fn another_member_of_the_queue_group_shares() -> Result<()> {
+    const MESSAGES: u64 = 2_000;
+    let site = site().await?;
+    add(&site, json!({"queue_len": 10_000})).await?;
+    let mut broker = site.client.queue_subscribe(TOPIC, "nats_ingest_inventory".to_owned()).await?;
+    site.client.flush().await?;
+    publish(&mut site.source().await?, 0..MESSAGES).await?;
+    let mut shared = 0;
+    let (row, shared) = wait_value("each message is with one of both", LIMIT, async || {
+        while let Some(Some(_)) = futures_util::FutureExt::now_or_never(futures_util::StreamExt::next(&mut broker)) {
+            shared += 1;
+        }
+        let row = row(&site).await?;
+        (row["stored"].as_u64()? + shared == MESSAGES).then_some((row, shared))
+    })
+    .await?;
+    ensure!(shared > 0 && shared < MESSAGES, "{shared}");
+    assert_eq!(row["received"], MESSAGES - shared);
     Ok(())
 }
