@@ -179,7 +179,7 @@ impl HeartbeatWork {
             return;
         };
         self.refused = *revision;
-        error!(revision, "heartbeats refused, the previous ones continue: {}", one_line(&problems));
+        error!(revision, "heartbeats refused, the previous ones continue: {}", one_line(problems));
         let event = Event::ConfigRejected { revision: *revision, problems: problems.clone() };
         self.deps.events.emit(event, HEARTBEATS_KEY);
     }

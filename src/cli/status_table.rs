@@ -276,7 +276,7 @@ mod tests {
     #[test]
     fn columns_fit_the_width() {
         let out = Output::new(false);
-        for (width, expect) in [(200, "LEADER"), (60, "BEHIND"), (40, "LAG")] {
+        for (width, expect) in [(200, "LEADER"), (60, "BEHIND"), (44, "LAG")] {
             let lines = out.render(&table(&many(), None, TableStyle::Fitted, Some(width)));
             assert!(lines[0].contains(expect) && lines[0].contains("LAST ERROR"), "{width}: {}", lines[0]);
             assert!(lines.iter().all(|line| line.chars().count() <= width), "{width}: {lines:#?}");

@@ -356,7 +356,8 @@ async fn a_durable_adapter_loses_nothing_to_kill_9() -> Result<()> {
     })
     .await?;
     let (publishing, killing) = tokio::join!(publish(&mut source, MESSAGES / 3..MESSAGES), async { other.kill() });
-    (publishing?, killing?);
+    publishing?;
+    killing?;
     wait_stored(&site, MESSAGES).await?;
     wait_acknowledged(&mut source).await?;
 
