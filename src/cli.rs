@@ -2,13 +2,16 @@
 //! configuration.
 
 mod adapter;
+mod add;
 mod admin;
 mod apply;
+mod assign;
 mod check;
 mod choria_forms;
 mod client;
 mod config;
 mod connection;
+mod diff;
 mod document;
 mod edit;
 mod error;
@@ -32,13 +35,14 @@ mod status_view;
 mod steer;
 mod stream_reader;
 mod transfer;
+mod validation;
 mod wait;
 mod watch;
 mod yaml;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind, parser::ValueSource};
 
 use self::{
     error::{CommandVerdict, Error},
@@ -51,12 +55,68 @@ use self::{
     name = crate::names::PROGRAM,
     version = crate::names::VERSION,
     propagate_version = true,
-    after_help = "Exit codes: 0 done, 1 failed, refused or not valid, 2 wrong usage."
+    after_help = "Flags for the output and the connection may be in front of the command or after it; the help of each \
+                  command has them.\n\nExit codes: 0 done, 1 failed, refused or not valid, 2 wrong usage."
 )]
 struct Cli {
     #[command(subcommand)]
     command: Command,
+
+    /// So that they may be in front of the command too; each command has its own, with the same values.
+    #[command(flatten)]
+    _global: global::Global,
 }
+
+/// The definition of the command line. The flags of all commands are in the help of each, which also reads the environment.
+fn command() -> clap::Command {
+    Cli::command().mut_args(|argument| argument.hide(true).env(clap::builder::Resettable::Reset))
+}
+
+/// Reads the arguments; flags in front of a command that has no use for them are wrong too.
+fn parse(arguments: Vec<std::ffi::OsString>) -> Result<Cli, clap::Error> {
+    let mut matches = command().try_get_matches_from(arguments)?;
+    if let Some((name, given)) = matches.subcommand() {
+        let useless: &[&str] = match name {
+            "serve" => &["json", "timeout", "trace", "connection_name"],
+            "replicate" | "completions" | "man" => GLOBAL_FLAGS,
+            _ => &[],
+        };
+        let is_given = |id: &&&str| given.value_source(id) == Some(ValueSource::CommandLine);
+        if let Some(id) = useless.iter().find(is_given) {
+            let flag = id.replace('_', "-");
+            let message = format!("`--{flag}` has no effect with `{name}`: remove it");
+            return Err(command().error(ErrorKind::ArgumentConflict, message));
+        }
+    }
+    Cli::from_arg_matches_mut(&mut matches)
+}
+
+/// The ids of all flags that may be in front of a command.
+const GLOBAL_FLAGS: &[&str] = &[
+    "json",
+    "prefix",
+    "trace",
+    "server",
+    "user",
+    "password",
+    "token",
+    "creds",
+    "nkey",
+    "jwt",
+    "seed",
+    "tlscert",
+    "tlskey",
+    "tlsca",
+    "tlsfirst",
+    "context",
+    "no_context",
+    "socks_proxy",
+    "js_domain",
+    "js_api_prefix",
+    "inbox_prefix",
+    "timeout",
+    "connection_name",
+];
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -98,7 +158,7 @@ pub fn main() -> ExitCode {
     let arguments = replicate::with_default(std::env::args_os());
     let verb = arguments.iter().skip(1).find(|argument| !argument.to_string_lossy().starts_with('-'));
     let is_check = verb.is_some_and(|verb| verb == "check");
-    let cli = match Cli::try_parse_from(arguments) {
+    let cli = match parse(arguments) {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error, is_check),
     };
@@ -190,8 +250,25 @@ impl ClientCommand {
             Self::Admin(args) => admin::run(args, out).await,
             Self::Heartbeat(args) => heartbeat::run(args, out).await,
             Self::Site(args) => site::run(args, out).await,
-            Self::Completions(args) => Ok(generate::completions(args, Cli::command(), out)),
-            Self::Man(args) => generate::man(args, Cli::command(), out),
+            Self::Completions(args) => Ok(generate::completions(args, command(), out)),
+            Self::Man(args) => generate::man(args, command(), out),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flag_of_all_commands_is_known_by_its_id() {
+        let command = command();
+        let mut ids: Vec<_> = command.get_arguments().map(|argument| argument.get_id().as_str()).collect();
+        let mut known = GLOBAL_FLAGS.to_vec();
+        ids.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(ids, known);
+        assert!(command.get_arguments().all(|argument| argument.is_global_set()));
+        command.debug_assert();
     }
 }

@@ -10,6 +10,7 @@ mod heartbeats;
 mod json;
 mod loops;
 mod mapping;
+mod ordered;
 pub(crate) mod outline;
 pub(crate) mod patterns;
 mod problems;
@@ -35,13 +36,14 @@ pub use heartbeats::{
 pub use json::{Json, MAX_DOCUMENT, why_not_json};
 pub use loops::{LoopProtection, OriginTag};
 pub use mapping::Mapping;
+pub use ordered::{compact_document, pretty_document};
 pub(crate) use problems::one_line;
 pub use problems::{Problem, Problems};
 pub use replication::{
     AdvisorySettings, Former, Inspect, Limits, NativeFeed, NativeKind, OnReject, OnSourceLoss, Replication, Sampling,
     SenderBounds, Sharing, Side, Start,
 };
-pub use schema::replication_schema;
+pub use schema::{field_type, replication_schema};
 pub use scope::Scope;
 pub use secrets::{
     URLS, has_adapter_mask, has_heartbeats_mask, has_mask, mask_adapter, mask_document, mask_heartbeats,

@@ -143,7 +143,7 @@ fn at_revision(changed: &AdapterChanged) -> String {
 }
 
 async fn validate(args: &FileArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
-    let document = files::read(&args.file)?;
+    let document = files::read_document(&args.file)?;
     let client = Client::connect(&args.global).await?;
     let reply: Reply<AdapterValidation> = client.check_document("adapter.validate", document).await?;
     let AdapterValidation { valid, problems } = &reply.value;

@@ -9,15 +9,15 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use nats_lane::MASK;
 use serde::Serialize;
 use serde_json::Value;
-use similar::TextDiff;
 
 use super::{
     client::Client,
-    document::{pretty, site, stored},
+    diff::{diff, show_diff},
+    document::{site, stored},
     error::{CommandVerdict, Error, problem},
-    files::{self, FoundFiles},
+    files::{self, FoundDocuments, FoundFiles},
     global::Global,
-    output::{Colour, Output, clean},
+    output::{self, Output, clean},
     reply::Reply,
 };
 use crate::{
@@ -30,7 +30,8 @@ const PARALLEL: usize = 16;
 
 /// Make the stored documents equal to files: add and update those that differ
 ///
-/// A file holds one document, an array of documents, or several one after another; a folder stands for its *.json.
+/// A file holds one document, an array of documents, or several one after another, in JSON or YAML; a folder stands for its
+/// *.json, *.yaml and *.yml, and everything else in it is skipped and named. `$schema` in a document is for editors.
 /// Everything is read and checked before anything is changed. Each change is shown, secrets as `***`, and is made only
 /// to the revision that it was compared with.
 ///
@@ -43,9 +44,13 @@ pub(super) struct Args {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 
-    /// Remove replications that are in none of the files, with position and state
+    /// Remove replications that are in none of the files, with position and state; asks first
     #[arg(long)]
     prune: bool,
+
+    /// With `--prune`: do not ask; required without a terminal
+    #[arg(long, requires = "prune")]
+    force: bool,
 
     /// Only show the changes
     #[arg(long)]
@@ -59,6 +64,9 @@ pub(super) struct Args {
 #[derive(Debug, Default, Serialize)]
 struct ApplyReport {
     dry_run: bool,
+    /// Files that were not read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    skipped: Vec<String>,
     results: Vec<ApplyOutcome>,
 }
 
@@ -109,20 +117,51 @@ enum Difference {
 }
 
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
-    let found = files::documents(&args.files).map_err(|problems| refuse(&problems, out))?;
-    if found.is_empty() && args.prune {
-        return Err(Error::Failed("the files hold no document: `--prune` would remove everything".to_owned()));
+    let FoundDocuments { documents, skipped } =
+        files::documents(&args.files).map_err(|problems| refuse(&problems, out))?;
+    skipped
+        .iter()
+        .for_each(|file| out.note(&format!("skipped `{file}`: its name does not end with .json, .yaml or .yml")));
+    if documents.is_empty() {
+        return Err(Error::Failed("the files hold no document, nothing was changed".to_owned()));
     }
+    let prune = match (args.prune, args.force || args.dry_run) {
+        (false, _) => Prune::Nothing,
+        (true, true) => Prune::Others,
+        (true, false) if output::can_ask() => Prune::AfterAsking,
+        (true, false) => {
+            let message = "no terminal to ask on: `--prune --force` removes without asking, `--prune --dry-run` shows";
+            return Err(Error::Usage(message.to_owned()));
+        }
+    };
     let client = Client::connect(&args.global).await?;
-    apply(client, found, args.prune, args.dry_run, out).await
+    let report = ApplyReport { dry_run: args.dry_run, skipped, results: Vec::new() };
+    apply(client, documents, prune, report, out).await
 }
 
-/// Makes what is stored equal to what was found; removes what was not found if `prune` says so.
-pub(super) async fn apply(
+/// What becomes of replications that are in none of the files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prune {
+    Nothing,
+    Others,
+    AfterAsking,
+}
+
+/// Makes what is stored equal to what was found, and leaves everything else alone.
+pub(super) async fn apply_found(
     client: Client,
     found: Vec<FoundFiles>,
-    prune: bool,
     dry_run: bool,
+    out: &mut Output,
+) -> Result<CommandVerdict, Error> {
+    apply(client, found, Prune::Nothing, ApplyReport { dry_run, ..ApplyReport::default() }, out).await
+}
+
+async fn apply(
+    client: Client,
+    found: Vec<FoundFiles>,
+    prune: Prune,
+    report: ApplyReport,
     out: &mut Output,
 ) -> Result<CommandVerdict, Error> {
     let site = site(&client).await?;
@@ -134,14 +173,17 @@ pub(super) async fn apply(
     if !problems.is_empty() {
         return Err(refuse(&problems, out));
     }
-    let mut apply = Apply { client, dry_run, report: ApplyReport { dry_run, ..ApplyReport::default() } };
+    let mut apply = Apply { client, dry_run: report.dry_run, report };
     for step in &steps {
         apply.document(step, out).await;
     }
-    if prune {
+    if prune != Prune::Nothing {
         let wanted: BTreeSet<_> = steps.iter().map(|step| step.id.as_str()).collect();
         let others: Vec<_> = revisions.iter().filter(|(id, _)| !wanted.contains(id.as_str())).collect();
-        apply.prune(&others, out).await;
+        if !apply.prune(&others, prune, out).await {
+            apply.summary(out);
+            return Err(Error::Failed("nothing was removed".to_owned()));
+        }
     }
     Ok(apply.summary(out))
 }
@@ -197,6 +239,10 @@ impl ApplyStep {
         found.iter().map(|one| format!("{}: {}", self.place, problem(one))).collect()
     }
 
+    fn diff(&self) -> String {
+        diff(self.stored.as_ref(), &self.id, &self.place, &self.document)
+    }
+
     fn difference(&self) -> Difference {
         let Some(stored) = &self.stored else { return Difference::New };
         let shown = mask_document(&self.document);
@@ -205,17 +251,6 @@ impl ApplyStep {
             () if shown != self.document => Difference::Secret,
             () => Difference::None,
         }
-    }
-
-    /// Unified, secrets masked on both sides.
-    fn diff(&self) -> String {
-        let (before, was) = match &self.stored {
-            Some(stored) => (pretty(&stored.config) + "\n", format!("{} (revision {})", self.id, stored.revision)),
-            None => (String::new(), "/dev/null".to_owned()),
-        };
-        let after = pretty(&mask_document(&self.document)) + "\n";
-        let becomes = format!("{} ({})", self.id, self.place);
-        TextDiff::from_lines(&before, &after).unified_diff().header(&was, &becomes).to_string()
     }
 }
 
@@ -249,7 +284,7 @@ impl Apply {
         let before = step.stored.as_ref().map(|stored| stored.revision);
         let diff = matches!(difference, Difference::New | Difference::Visible).then(|| step.diff());
         if let Some(diff) = &diff {
-            show(diff, out);
+            show_diff(diff, out);
         }
         let (action, sent) = match difference {
             Difference::None => (ApplyAction::Unchanged, Ok(before)),
@@ -279,20 +314,28 @@ impl Apply {
         Ok(Some(changed.value.revision))
     }
 
-    async fn prune(&mut self, others: &[(&String, &u64)], out: &mut Output) {
+    /// Removes the others; `false` if the user does not want that.
+    async fn prune(&mut self, others: &[(&String, &u64)], prune: Prune, out: &mut Output) -> bool {
         if self.report.results.iter().any(|outcome| outcome.action == ApplyAction::Failed) {
             out.note("nothing is removed, because something failed");
-            return;
+            return true;
         }
+        let ids = others.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>().join(", ");
         if !out.json() && !others.is_empty() {
-            let ids: Vec<_> = others.iter().map(|(id, _)| id.as_str()).collect();
-            out.line(&format!("in none of the files: {}", ids.join(", ")));
+            out.line(&format!("in none of the files: {ids}"));
+        }
+        if prune == Prune::AfterAsking && !others.is_empty() {
+            let question = format!("remove {} of them with position and state: {ids}? [y/N]", others.len());
+            if output::confirm(&question) != Some(true) {
+                return false;
+            }
         }
         for (id, revision) in others {
             let request = DeleteRequest { replication: (*id).clone(), keep: false };
             let removed = if self.dry_run { Ok(None) } else { self.remove(&request, **revision).await };
             self.report(id, ApplyAction::Removed, "removed", removed, None, out);
         }
+        true
     }
 
     async fn remove(&self, request: &DeleteRequest, revision: u64) -> Result<Option<u64>, Error> {
@@ -365,21 +408,6 @@ impl Apply {
             out.line(&format!("{dry}{}", words.join(", ")));
         }
         if counts.contains_key(&ApplyAction::Failed) { CommandVerdict::Bad } else { CommandVerdict::Good }
-    }
-}
-
-fn show(diff: &str, out: &mut Output) {
-    if out.json() {
-        return;
-    }
-    for line in diff.lines() {
-        let colour = match line.as_bytes().first() {
-            Some(b'+') => Colour::Green,
-            Some(b'-') => Colour::Red,
-            Some(b'@') => Colour::Cyan,
-            _ => Colour::Plain,
-        };
-        out.line(&out.paint(colour, &clean(line)));
     }
 }
 

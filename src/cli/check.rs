@@ -264,30 +264,23 @@ fn lag(args: &Args, row: &Row, report: &mut CheckReport) {
     let id = &row.replication;
     let has_lag = args.lag_warn.or(args.lag_critical).is_some();
     let has_age = args.behind_warn.or(args.behind_critical).is_some();
-    match row.copy.lag {
-        None if (has_lag || has_age) && matches!(row.state, State::Running | State::Starting) => {
+    let Some(lag) = row.copy.lag else {
+        if (has_lag || has_age) && matches!(row.state, State::Running | State::Starting) {
             report.add(CheckStatus::Unknown, format!("the lag of {id} is not known"));
         }
-        None => {}
-        Some(lag) => {
-            if let Some(status) = over(&lag.messages, args.lag_warn, args.lag_critical) {
-                report.add(status, format!("{id} is behind by {}", counted(lag.messages, "message")));
-            }
-            match lag.seconds {
-                Some(age) => {
-                    if let Some(status) = over(&age, args.behind_warn, args.behind_critical) {
-                        report.add(status, format!("{id} is behind by {}", seconds(age)));
-                    }
-                }
-                None if has_age => {
-                    report.add(
-                        CheckStatus::Unknown,
-                        format!("the age of the oldest message that waits for {id} is not known"),
-                    );
-                }
-                None => {}
-            }
+        return;
+    };
+    if let Some(status) = over(&lag.messages, args.lag_warn, args.lag_critical) {
+        report.add(status, format!("{id} is behind by {}", counted(lag.messages, "message")));
+    }
+    let Some(age) = lag.seconds else {
+        if has_age {
+            report.add(CheckStatus::Unknown, format!("the age of the oldest message that waits for {id} is not known"));
         }
+        return;
+    };
+    if let Some(status) = over(&age, args.behind_warn, args.behind_critical) {
+        report.add(status, format!("{id} is behind by {}", seconds(age)));
     }
 }
 

@@ -1,6 +1,10 @@
 //! Asks the service: a request becomes a reply or the reason why there is none.
 
-use std::{io::Write, marker::PhantomData, time::Duration};
+use std::{
+    io::Write,
+    marker::PhantomData,
+    time::{Duration, Instant},
+};
 
 use async_nats::{Event, HeaderMap, Message, RequestErrorKind, jetstream};
 use bytes::Bytes;
@@ -13,7 +17,7 @@ use tokio::sync::watch;
 use super::{error::Error, global::Global, output::clean, reply::Reply};
 use crate::{
     control::api::{AdapterList, ErrorReply, Failure, Instances, List, Status},
-    names::{self, DEADLINE_HEADER, EXPECTED_REVISION_HEADER, TIME_HEADER},
+    names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER, TIME_HEADER},
 };
 
 /// A connection to where the service is asked.
@@ -26,6 +30,8 @@ pub(super) struct Client {
     api_prefix: String,
     prefix: String,
     answer_within: Duration,
+    /// Whether requests and replies are printed.
+    trace: bool,
     /// The server's last error for this connection; empty for none.
     refusal: watch::Sender<String>,
 }
@@ -71,10 +77,18 @@ impl Client {
             Event::Disconnected => tell("the connection is lost"),
             _ => {}
         };
-        let connected = connect_once(&place, &format!("{} command", names::PROGRAM), answer_within, tell).await;
+        let connected = connect_once(&place, &global.asking.connection_name(), answer_within, tell).await;
         let (nats, connection) = connected.map_err(|error| Error::Failed(clean(&error.to_string())))?;
         let (server, api_prefix) = (connection.endpoint.to_string(), connection.api_prefix);
-        Ok(Self { nats, server, api_prefix, prefix: global.prefix.clone(), answer_within, refusal })
+        Ok(Self {
+            nats,
+            server,
+            api_prefix,
+            prefix: global.prefix.clone(),
+            answer_within,
+            trace: global.trace,
+            refusal,
+        })
     }
 
     /// JetStream where it is connected to.
@@ -198,11 +212,16 @@ impl Client {
 
     async fn ask(&self, endpoint: &str, headers: HeaderMap, body: Bytes) -> Result<Message, Error> {
         let subject = format!("{}.{endpoint}", self.prefix);
+        let bytes = body.len();
         let mut request = async_nats::Request::new().payload(body).timeout(Some(self.answer_within));
         if !headers.is_empty() {
             request = request.headers(headers);
         }
+        let begun = Instant::now();
         let answer = self.nats.send_request(subject.clone(), request).await;
+        if self.trace {
+            trace(&subject, bytes, begun.elapsed(), answer.as_ref().ok());
+        }
         answer.map_err(|error| Error::Failed(self.unanswered(&subject, &error)))
     }
 
@@ -235,6 +254,15 @@ impl Client {
     fn not_understood(&self, endpoint: &str, error: &serde_json::Error) -> Error {
         let subject = format!("{}.{endpoint}", self.prefix);
         Error::Failed(format!("the answer on `{subject}` at `{}` is not understood: {error}", self.server))
+    }
+}
+
+/// A request may hold secrets and is not shown; the service masks those of its replies.
+fn trace(subject: &str, bytes: usize, took: Duration, reply: Option<&Message>) {
+    tell(&format!(">>> {subject}: {bytes} bytes"));
+    match reply {
+        Some(reply) => tell(&format!("<<< {took:.1?}: {}", clean(&String::from_utf8_lossy(&reply.payload)))),
+        None => tell(&format!("<<< {took:.1?}: no reply")),
     }
 }
 

@@ -3,23 +3,25 @@
 use serde_json::{Value, json};
 
 use super::{
+    add::{self, AddArgs, FieldSetArgs},
     apply,
     client::Client,
-    document::{FileArgs, UpdateArgs, at_revision, change_each, pretty, stored, write},
+    diff::{diff, show_diff},
+    document::{FileArgs, UpdateArgs, at_revision, change_each, pretty, site, stored},
     edit,
-    error::{CommandVerdict, Error, problem, problems},
+    error::{CommandVerdict, Error, problems},
     files,
-    format::count,
     global::Global,
     output::{self, Colour, Output, Table},
     reply::Reply,
     select::SelectedIds,
     status_view::{state_colour, state_name},
     transfer,
+    validation::print_validation,
 };
 use crate::{
-    config::Problem,
-    control::api::{Changed, CheckResult, DeleteRequest, List, PreflightSide, StoredDocument, Validation},
+    config::{document_id, pretty_document},
+    control::api::{Changed, DeleteRequest, List, StoredDocument, Validation},
 };
 
 /// Add, change, show and remove replications
@@ -31,8 +33,7 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum ConfigVerb {
-    /// Add a replication
-    Add(FileArgs),
+    Add(Box<AddArgs>),
     /// Replace the document of a replication; one that is stored already is left alone
     Update(UpdateArgs),
     /// Show the document of a replication, secrets as `***`
@@ -49,6 +50,7 @@ enum ConfigVerb {
     Schema(Global),
     /// Change the document of a replication in `$VISUAL` or `$EDITOR`
     Edit(edit::Args),
+    Set(FieldSetArgs),
     Apply(apply::Args),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
@@ -97,13 +99,15 @@ struct RmArgs {
 impl Args {
     pub(super) fn global(&self) -> &Global {
         match &self.verb {
-            ConfigVerb::Add(args) | ConfigVerb::Validate(args) => &args.global,
+            ConfigVerb::Add(args) => &args.global,
+            ConfigVerb::Validate(args) => &args.global,
             ConfigVerb::Update(args) => &args.global,
             ConfigVerb::Get(args) => &args.global,
             ConfigVerb::Ls(args) => &args.global,
             ConfigVerb::Schema(global) => global,
             ConfigVerb::Rm(args) => &args.global,
             ConfigVerb::Edit(args) => &args.global,
+            ConfigVerb::Set(args) => &args.global,
             ConfigVerb::Apply(args) => &args.global,
             ConfigVerb::Import(args) => &args.global,
             ConfigVerb::Export(args) => &args.global,
@@ -115,8 +119,8 @@ impl Args {
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let global = args.global();
     match &args.verb {
-        ConfigVerb::Add(args) => write(global, "config.add", &args.file, None, at_revision, out).await,
-        ConfigVerb::Update(args) => write(global, "config.update", &args.file, args.revision, at_revision, out).await,
+        ConfigVerb::Add(args) => add::add(args, out).await,
+        ConfigVerb::Update(args) => update(args, out).await,
         ConfigVerb::Get(args) => get(args, out).await,
         ConfigVerb::Ls(args) => list(args, out).await,
         ConfigVerb::Rm(args) => remove(args, out).await,
@@ -127,10 +131,26 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict,
             Ok(CommandVerdict::Good)
         }
         ConfigVerb::Edit(args) => edit::run(args, out).await,
+        ConfigVerb::Set(args) => add::set(args, out).await,
         ConfigVerb::Apply(args) => apply::run(args, out).await,
         ConfigVerb::Import(args) => transfer::import(args, out).await,
         ConfigVerb::Export(args) => transfer::export(args, out).await,
     }
+}
+
+async fn update(args: &UpdateArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
+    let document = files::read_document(&args.file)?;
+    let client = Client::connect(&args.global).await?;
+    if !out.json()
+        && let Ok(value) = serde_json::from_slice::<Value>(&document)
+        && let Some(id) = document_id(&value, &site(&client).await?)
+        && let Ok(before) = stored(&client, &id).await
+    {
+        show_diff(&diff(Some(&before.value), &id, &args.file.display().to_string(), &value), out);
+    }
+    let changed: Reply<Changed> = client.change_at("config.update", document, args.revision).await?;
+    out.reply(&changed, at_revision);
+    Ok(CommandVerdict::Good)
 }
 
 async fn get(args: &GetArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
@@ -157,9 +177,9 @@ fn show(reply: &Reply<StoredDocument>, raw: bool, out: &mut Output) {
         problems(out, &reply.value.problems);
     }
     if raw {
-        out.line(&pretty(&reply.value.config));
+        out.line(&pretty_document(&reply.value.config));
     } else {
-        out.reply(reply, |document| pretty(&document.config));
+        out.reply(reply, |document| pretty_document(&document.config));
     }
 }
 
@@ -204,7 +224,7 @@ fn sure(ids: &[String], keep: bool) -> bool {
 }
 
 async fn validate(args: &FileArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
-    let document = files::read(&args.file)?;
+    let document = files::read_document(&args.file)?;
     let reply: Reply<Validation> =
         Client::connect(&args.global).await?.check_document("config.validate", document).await?;
     let verdict = if reply.value.valid { CommandVerdict::Good } else { CommandVerdict::Bad };
@@ -212,43 +232,6 @@ async fn validate(args: &FileArgs, out: &mut Output) -> Result<CommandVerdict, E
         out.reply(&reply, |_| String::new());
         return Ok(verdict);
     }
-    let Validation { valid, problems, warnings, preflight } = reply.value;
-    out.line(&if valid { out.paint(Colour::Green, "valid") } else { out.paint(Colour::Red, "not valid") });
-    print_problems("problem", &problems, out);
-    print_problems("warning", &warnings, out);
-    if let Some(preflight) = preflight {
-        side("source", &preflight.source, out);
-        side("target", &preflight.target, out);
-    }
+    print_validation(&reply.value, out);
     Ok(verdict)
-}
-
-fn print_problems(what: &str, problems: &[Problem], out: &mut Output) {
-    for one in problems {
-        out.line(&format!("{what}: {}", problem(one)));
-    }
-}
-
-fn side(name: &str, side: &PreflightSide, out: &mut Output) {
-    let server = match side.server.as_str() {
-        "" => "no server let us in".to_owned(),
-        server => format!("server {server}, version {}", side.version),
-    };
-    let stream = side.stream.as_ref().map(|stream| {
-        let (messages, first, last) = (count(stream.messages), stream.first_seq, stream.last_seq);
-        format!(", stream with {messages} messages, {first} to {last}")
-    });
-    out.line("");
-    out.line(&output::clean(&format!("{name}: {server}{}", stream.unwrap_or_default())));
-    let mut table = Table::new(&["CHECK", "RESULT", "MESSAGE"]).painted(1);
-    for check in &side.checks {
-        let (result, colour) = match check.result {
-            CheckResult::Ok => ("ok", Colour::Green),
-            CheckResult::Warning => ("warning", Colour::Yellow),
-            CheckResult::Failed => ("failed", Colour::Red),
-            CheckResult::Unknown => ("unknown", Colour::Cyan),
-        };
-        table.row(colour, vec![check.name.clone(), result.to_owned(), check.message.clone()]);
-    }
-    out.table(&table);
 }

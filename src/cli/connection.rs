@@ -4,6 +4,8 @@ use std::{env, path::PathBuf, time::Duration};
 
 use nats_lane::{ContextFields, FieldError, Secret, ServerRef, check_context_name, context, parse_duration};
 
+use crate::names;
+
 /// The service answers within 3 s.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -13,55 +15,75 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) struct ConnectionFlags {
     /// Servers: `nats://[user:password@]host[:port][,host...][?credentials=FILE&nkey=FILE&...]`, also `tls://`, `ws://`
     /// and `wss://`
-    #[arg(long, short, value_name = "URL[,URL]", env = "NATS_URL", hide_env_values = true)]
+    #[arg(long, global = true, short, value_name = "URL[,URL]", env = "NATS_URL", hide_env_values = true)]
     server: Option<Secret>,
 
     /// User, or a token where there is no password
-    #[arg(long, value_name = "USER", env = "NATS_USER", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "USER", env = "NATS_USER", hide_env_values = true)]
     user: Option<String>,
 
     /// Password
-    #[arg(long, value_name = "PASSWORD", env = "NATS_PASSWORD", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "PASSWORD", env = "NATS_PASSWORD", hide_env_values = true)]
     password: Option<Secret>,
 
+    /// Token
+    #[arg(long, global = true, value_name = "TOKEN", env = "NATS_TOKEN", hide_env_values = true)]
+    token: Option<Secret>,
+
     /// Credentials file: a JWT and its seed
-    #[arg(long, value_name = "FILE", env = "NATS_CREDS", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "FILE", env = "NATS_CREDS", hide_env_values = true)]
     creds: Option<PathBuf>,
 
     /// File of an nkey seed
-    #[arg(long, value_name = "FILE", env = "NATS_NKEY", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "FILE", env = "NATS_NKEY", hide_env_values = true)]
     nkey: Option<PathBuf>,
 
+    /// User JWT
+    #[arg(long, global = true, value_name = "JWT", env = "NATS_JWT", hide_env_values = true)]
+    jwt: Option<Secret>,
+
+    /// Seed that belongs to the user JWT
+    #[arg(long, global = true, value_name = "SEED", env = "NATS_SEED", hide_env_values = true)]
+    seed: Option<Secret>,
+
     /// Client certificate, PEM
-    #[arg(long, value_name = "FILE", env = "NATS_CERT", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "FILE", env = "NATS_CERT", hide_env_values = true)]
     tlscert: Option<PathBuf>,
 
     /// Key of the client certificate, PEM
-    #[arg(long, value_name = "FILE", env = "NATS_KEY", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "FILE", env = "NATS_KEY", hide_env_values = true)]
     tlskey: Option<PathBuf>,
 
     /// Certificate authorities to trust instead of the system's, PEM
-    #[arg(long, value_name = "FILE", env = "NATS_CA", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "FILE", env = "NATS_CA", hide_env_values = true)]
     tlsca: Option<PathBuf>,
 
     /// Begin with the TLS handshake
-    #[arg(long)]
+    #[arg(long, global = true)]
     tlsfirst: bool,
 
     /// Context of the `nats` tool
-    #[arg(long, value_name = "NAME", env = "NATS_CONTEXT", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "NAME", env = "NATS_CONTEXT", hide_env_values = true)]
     context: Option<String>,
 
+    /// Use no context, neither NATS_CONTEXT nor the one that is selected in the `nats` tool
+    #[arg(long, global = true)]
+    no_context: bool,
+
+    /// Not supported: an error, so that a connection that should go through a proxy does not go without
+    #[arg(long, global = true, value_name = "URL", env = "NATS_SOCKS_PROXY", hide_env_values = true, hide = true)]
+    socks_proxy: Option<Secret>,
+
     /// JetStream domain
-    #[arg(long, value_name = "DOMAIN", env = "NATS_JS_DOMAIN", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "DOMAIN", env = "NATS_JS_DOMAIN", hide_env_values = true)]
     js_domain: Option<String>,
 
     /// Prefix of the JetStream API, where it is imported from another account
-    #[arg(long, value_name = "SUBJECT", env = "NATS_JS_API_PREFIX", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "SUBJECT", env = "NATS_JS_API_PREFIX", hide_env_values = true)]
     js_api_prefix: Option<String>,
 
     /// Prefix of reply subjects [default: _INBOX]
-    #[arg(long, value_name = "SUBJECT", env = "NATS_INBOX_PREFIX", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "SUBJECT", env = "NATS_INBOX_PREFIX", hide_env_values = true)]
     inbox_prefix: Option<String>,
 }
 
@@ -72,8 +94,12 @@ pub(super) struct RequestFlags {
     connection: ConnectionFlags,
 
     /// How long to wait for an answer, or with `--wait` for the result [default: 5s for an answer, or NATS_TIMEOUT]
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration, help_heading = "Connection")]
+    #[arg(long, global = true, value_name = "DURATION", value_parser = parse_duration, help_heading = "Connection")]
     timeout: Option<Duration>,
+
+    /// Name of the connection, as the server shows it
+    #[arg(long, global = true, value_name = "NAME", help_heading = "Connection")]
+    connection_name: Option<String>,
 }
 
 impl RequestFlags {
@@ -81,6 +107,12 @@ impl RequestFlags {
     /// the flag or the file and shows no secret.
     pub(super) fn place(&self) -> Result<ServerRef, String> {
         self.connection.place_or_selected()
+    }
+
+    /// Name of the connection.
+    pub(super) fn connection_name(&self) -> String {
+        let own = given(self.connection_name.as_ref(), String::as_str);
+        own.unwrap_or_else(|| format!("{} command", names::PROGRAM))
     }
 
     /// How long to wait for an answer.
@@ -102,7 +134,7 @@ impl RequestFlags {
 impl ConnectionFlags {
     /// Whether something says where to go.
     pub(super) fn names_a_place(&self) -> bool {
-        given(self.server.as_ref(), Secret::reveal).is_some() || given(self.context.as_ref(), String::as_str).is_some()
+        given(self.server.as_ref(), Secret::reveal).is_some() || self.context().is_some()
     }
 
     /// A server to go to unless another one is named.
@@ -113,11 +145,15 @@ impl ConnectionFlags {
 
     /// Everything that was given, put together.
     pub(super) fn place(&self) -> Result<ServerRef, String> {
-        self.place_in(given(self.context.as_ref(), String::as_str))
+        self.place_in(self.context())
+    }
+
+    fn context(&self) -> Option<String> {
+        given(self.context.as_ref(), String::as_str).filter(|_| !self.no_context)
     }
 
     fn place_or_selected(&self) -> Result<ServerRef, String> {
-        if self.names_a_place() {
+        if self.names_a_place() || self.no_context {
             return self.place();
         }
         self.place_in(context::selected().map_err(|error| error.to_string())?)
@@ -148,8 +184,12 @@ impl ConnectionFlags {
             url: given(self.server.as_ref(), Secret::reveal),
             user: text(&self.user),
             password: given(self.password.as_ref(), Secret::reveal),
+            token: given(self.token.as_ref(), Secret::reveal),
             creds: file(&self.creds),
             nkey: file(&self.nkey),
+            user_jwt: given(self.jwt.as_ref(), Secret::reveal),
+            user_seed: given(self.seed.as_ref(), Secret::reveal),
+            socks_proxy: given(self.socks_proxy.as_ref(), Secret::reveal),
             cert: file(&self.tlscert),
             key: file(&self.tlskey),
             ca: file(&self.tlsca),
@@ -173,6 +213,10 @@ fn flag_error(error: FieldError) -> String {
         "url" => ("--server", "NATS_URL"),
         "user" => ("--user", "NATS_USER"),
         "password" => ("--password", "NATS_PASSWORD"),
+        "token" => ("--token", "NATS_TOKEN"),
+        "user_jwt" => ("--jwt", "NATS_JWT"),
+        "user_seed" => ("--seed", "NATS_SEED"),
+        "socks_proxy" => ("--socks-proxy", "NATS_SOCKS_PROXY"),
         "creds" => ("--creds", "NATS_CREDS"),
         "nkey" => ("--nkey", "NATS_NKEY"),
         "cert" => ("--tlscert", "NATS_CERT"),
@@ -195,6 +239,7 @@ pub(super) fn without_environment(command: clap::Command) -> clap::Command {
 #[cfg(test)]
 mod tests {
     use clap::{CommandFactory, FromArgMatches, Parser};
+    use nats_lane::Auth;
 
     use super::*;
 
@@ -256,10 +301,28 @@ mod tests {
         check(&["--js-domain", "a", "--js-api-prefix", "b"], "`--js-api-prefix` (or `NATS_JS_API_PREFIX`): a domain");
         check(&["--context", "../x"], "`--context`: `../x` is not possible");
         check(&["--context", "there is none"], "there is no such file");
+        check(
+            &["--socks-proxy", "socks5://u:s3cret@h"],
+            "`--socks-proxy` (or `NATS_SOCKS_PROXY`): a SOCKS proxy is not",
+        );
+    }
+
+    #[test]
+    fn logins_of_the_nats_tool_are_taken() {
+        let auth = |arguments: &[&str]| {
+            let ServerRef::Known(connection) = place(arguments).unwrap() else { panic!("a context") };
+            connection.endpoint.auth
+        };
+        assert_eq!(auth(&["--token", "t"]), Auth::Token("t".into()));
+        let jwt = Auth::Jwt { jwt: "j".into(), seed: Some("s".into()) };
+        assert_eq!(auth(&["--jwt", "j", "--seed", "s"]), jwt);
+        assert_eq!(auth(&["--context", "there is none", "--no-context"]), Auth::Anonymous);
     }
 
     #[test]
     fn secrets_are_not_printed() {
+        let secrets = ["--token", "s3cret", "--jwt", "s3cret", "--seed", "s3cret", "--socks-proxy", "s3cret"];
+        assert!(!format!("{:?}", parse(&secrets)).contains("s3cret"));
         let command = parse(&["-s", "nats://u:s3cret@h", "--password", "s3cret"]);
         assert!(!format!("{command:?}").contains("s3cret"), "{command:?}");
     }

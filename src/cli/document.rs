@@ -10,9 +10,10 @@ use super::{
     error::{CommandVerdict, Error},
     files,
     global::Global,
-    output::Output,
+    output::{Output, clean},
     reply::Reply,
 };
+use crate::config::document_id;
 use crate::control::api::{Changed, NamedRequest, Status, StatusRequest, StoredDocument};
 
 /// JSON for people.
@@ -23,6 +24,20 @@ pub(super) fn pretty(value: &Value) -> String {
 /// The document of a replication as the service shows it.
 pub(super) async fn stored(client: &Client, id: &str) -> Result<Reply<StoredDocument>, Error> {
     client.query("config.get", &NamedRequest { replication: id.to_owned() }).await
+}
+
+/// Refuses a document that would be another replication's.
+pub(super) fn is_id_of(document: &Value, id: &str, site: &str) -> Result<(), Error> {
+    match document_id(document, site) {
+        Some(other) if other != id => {
+            let other = clean(&other);
+            let message = format!(
+                "`stream`, `name` or `id` makes this `{other}`: only the document of `{id}` can be changed here"
+            );
+            Err(Error::Failed(message))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The line that is printed for a change.
@@ -40,7 +55,7 @@ pub(super) async fn site(client: &Client) -> Result<String, Error> {
 // The help of a verb is that of its variant: no doc comments here.
 #[derive(Debug, clap::Args)]
 pub(super) struct FileArgs {
-    /// JSON document; `-` for stdin
+    /// Document, JSON or YAML; `-` for stdin
     pub(super) file: PathBuf,
 
     #[command(flatten)]
@@ -49,7 +64,7 @@ pub(super) struct FileArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct UpdateArgs {
-    /// JSON document; `-` for stdin. A `***` in a URL keeps the stored secret
+    /// Document, JSON or YAML; `-` for stdin. A `***` in a URL keeps the stored secret
     pub(super) file: PathBuf,
 
     /// Only if the document is at this revision
@@ -69,7 +84,7 @@ pub(super) async fn write<T: DeserializeOwned>(
     words: impl FnOnce(&T) -> String,
     out: &mut Output,
 ) -> Result<CommandVerdict, Error> {
-    let document = files::read(file)?;
+    let document = files::read_document(file)?;
     let changed: Reply<T> = Client::connect(global).await?.change_at(endpoint, document, revision).await?;
     out.reply(&changed, words);
     Ok(CommandVerdict::Good)

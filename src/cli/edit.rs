@@ -11,17 +11,19 @@ use tokio::{
 
 use super::{
     client::Client,
-    document::{at_revision, pretty, site, stored},
+    diff::{diff, show_diff},
+    document::{at_revision, is_id_of, site, stored},
     error::{CommandVerdict, Error, problems},
     global::Global,
     output::{self, Output},
+    select::SelectedIds,
 };
-use crate::{config::document_id, control::api::StoredDocument};
+use crate::{config::pretty_document, control::api::StoredDocument};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Replication
-    id: String,
+    #[command(flatten)]
+    selected: SelectedIds,
 
     #[command(flatten)]
     pub(super) global: Global,
@@ -30,11 +32,19 @@ pub(super) struct Args {
 pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict, Error> {
     let client = Client::connect(&args.global).await?;
     let site = site(&client).await?;
-    let document = stored(&client, &args.id).await?.value;
+    for id in args.selected.resolve(&client).await? {
+        edit_one(&client, &id, &site, out).await?;
+    }
+    Ok(CommandVerdict::Good)
+}
+
+/// The first that cannot be changed ends it: the user is asked about each.
+async fn edit_one(client: &Client, id: &str, site: &str, out: &mut Output) -> Result<(), Error> {
+    let document = stored(client, id).await?.value;
     problems(out, &document.problems);
-    let before = pretty(&document.config) + "\n";
+    let before = pretty_document(&document.config) + "\n";
     let file = draft(&before)?;
-    let edited = edit(&client, &document, &site, &before, file.path(), out).await;
+    let edited = edit(client, &document, site, &before, file.path(), out).await;
     // what was written is not lost with the change that was refused
     let is_draft = fs::read(file.path()).is_ok_and(|text| text != before.as_bytes());
     if edited.is_err()
@@ -62,21 +72,23 @@ async fn edit(
     before: &str,
     path: &Path,
     out: &mut Output,
-) -> Result<CommandVerdict, Error> {
+) -> Result<(), Error> {
     loop {
         open_editor(path).await?;
         let text = fs::read(path).map_err(|error| Error::Failed(format!("cannot read the edited file: {error}")))?;
         if text == before.as_bytes() {
             out.note("not changed");
-            return Ok(CommandVerdict::Good);
+            return Ok(());
         }
         let refused = match same(&text, document, site) {
             Ok(()) => {
+                let edited = serde_json::from_slice::<Value>(&text).unwrap_or_default();
                 let changed = client.change_at("config.update", text.into(), Some(document.revision)).await;
                 let error = match changed {
                     Ok(reply) => {
+                        show_diff(&diff(Some(document), &document.replication, "edited", &edited), out);
                         out.reply(&reply, at_revision);
-                        return Ok(CommandVerdict::Good);
+                        return Ok(());
                     }
                     Err(error) => error,
                 };
@@ -117,16 +129,8 @@ async fn was_overtaken(client: &Client, document: &StoredDocument, error: &Error
 
 /// Refuses a document that would be another replication's. Text that is no JSON is refused by the service.
 fn same(text: &[u8], document: &StoredDocument, site: &str) -> Result<(), Error> {
-    let id = serde_json::from_slice::<Value>(text).ok().and_then(|edited| document_id(&edited, site));
-    match id {
-        Some(id) if id != document.replication => {
-            let (was, id) = (&document.replication, output::clean(&id));
-            let message =
-                format!("`stream`, `name` or `id` makes this `{id}`: only the document of `{was}` can be changed here");
-            Err(Error::Failed(message))
-        }
-        _ => Ok(()),
-    }
+    let edited = serde_json::from_slice::<Value>(text).unwrap_or_default();
+    is_id_of(&edited, &document.replication, site)
 }
 
 /// Lets the user edit; the connection is kept alive meanwhile. As in a shell, ctrl-c is the editor's.

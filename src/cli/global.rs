@@ -6,12 +6,13 @@ use crate::names;
 #[derive(Debug, clap::Args)]
 pub(super) struct Global {
     /// Print JSON: the answer as the service sent it
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub(super) json: bool,
 
     /// Subject prefix of the service
     #[arg(
         long,
+        global = true,
         value_name = "SUBJECT",
         env = "STREAM_REPLICATOR_PREFIX",
         hide_env_values = true,
@@ -20,6 +21,10 @@ pub(super) struct Global {
         help_heading = "Connection"
     )]
     pub(super) prefix: String,
+
+    /// Print each request and each reply on stderr
+    #[arg(long, global = true)]
+    pub(super) trace: bool,
 
     #[command(flatten)]
     pub(super) asking: RequestFlags,

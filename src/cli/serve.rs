@@ -59,7 +59,13 @@ pub(super) struct Args {
     monitor: Option<String>,
 
     /// error, warn, info, debug, trace, or a filter such as `info,stream_replicator::copy=debug`
-    #[arg(long, value_name = "L", env = "STREAM_REPLICATOR_LOG_LEVEL", hide_env_values = true, default_value = "info")]
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        env = "STREAM_REPLICATOR_LOG_LEVEL",
+        hide_env_values = true,
+        default_value = "info"
+    )]
     log_level: String,
 
     /// Format of log lines
@@ -69,7 +75,7 @@ pub(super) struct Args {
     /// Prefix of the names of the buckets
     #[arg(
         long,
-        value_name = "P",
+        value_name = "PREFIX",
         env = "STREAM_REPLICATOR_BUCKET_PREFIX",
         hide_env_values = true,
         default_value = names::DEFAULT_BUCKET_PREFIX
@@ -89,7 +95,13 @@ pub(super) struct Args {
 
     /// How long this process may be silent before others take over its replications, 1s to 1h; the same for all of a
     /// group
-    #[arg(long, value_name = "D", env = "STREAM_REPLICATOR_LEASE_TTL", hide_env_values = true, default_value = "15s")]
+    #[arg(
+        long,
+        value_name = "DURATION",
+        env = "STREAM_REPLICATOR_LEASE_TTL",
+        hide_env_values = true,
+        default_value = "15s"
+    )]
     lease_ttl: String,
 
     /// This is the only process of its site: it continues to copy while the control connection is down

@@ -1,7 +1,10 @@
 //! `stream-replicator config import` and `config export`: the file of Choria's replicator into the configuration bucket,
 //! and the configuration into such a file.
 
-use std::path::PathBuf;
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use serde_json::{Map, Value, json};
 
@@ -14,10 +17,12 @@ use super::{
     global::Global,
     output::{Output, clean},
     reply::Reply,
+    select::{all, expand},
     yaml,
 };
 use crate::{
     app::ReplicatorFile,
+    config::pretty_document,
     control::api::{HeartbeatsChanged, HeartbeatsShown, List},
 };
 
@@ -43,14 +48,19 @@ pub(super) struct ImportArgs {
     pub(super) global: Global,
 }
 
-/// Print the configuration as a YAML file that `replicate` and `config import` read; with `--json` as JSON
+/// Write the documents into a folder for `config apply`, or print a YAML file that `replicate` and `config import` read
 ///
-/// Secrets are `***`: `config import` keeps the stored ones, `replicate` needs them written.
+/// With `--json` it prints JSON. Secrets are `***`: `config apply` and `config import` keep the stored ones, `replicate` needs
+/// them written.
 #[derive(Debug, clap::Args)]
 pub(super) struct ExportArgs {
-    /// Replications [default: all, and the heartbeats]
+    /// Replications, or patterns of their ids such as `'S0*'` [default: all; with the heartbeats where no folder is named]
     #[arg(value_name = "ID")]
     ids: Vec<String>,
+
+    /// Write a file ID.json for each replication into this folder, which is made if there is none
+    #[arg(long, value_name = "FOLDER")]
+    dir: Option<PathBuf>,
 
     #[command(flatten)]
     pub(super) global: Global,
@@ -76,7 +86,7 @@ pub(super) async fn import(args: &ImportArgs, out: &mut Output) -> Result<Comman
         let place = clean(&format!("{path}:{}", file.yaml.line(&format!("/streams/{index}"))));
         FoundFiles { place, document }
     });
-    let verdict = apply::apply(client, found.collect(), false, args.dry_run, out).await?;
+    let verdict = apply::apply_found(client, found.collect(), args.dry_run, out).await?;
     if file.yaml.heartbeats.is_null() || args.dry_run || verdict == CommandVerdict::Bad {
         return Ok(verdict);
     }
@@ -92,6 +102,9 @@ pub(super) async fn import(args: &ImportArgs, out: &mut Output) -> Result<Comman
 /// Carries out `config export`.
 pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     let client = Client::connect(&args.global).await?;
+    if let Some(folder) = &args.dir {
+        return export_files(&client, args, folder, out).await;
+    }
     let mut file = Map::new();
     file.insert("name".to_owned(), site(&client).await?.into());
     let ids = match &args.ids[..] {
@@ -103,7 +116,7 @@ pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<Comman
             let list: Reply<List> = client.pages("config.list").await?;
             list.value.replications.into_iter().map(|row| row.replication).collect()
         }
-        ids => ids.to_vec(),
+        ids => expand(&client, ids).await?,
     };
     let mut streams = Vec::new();
     for id in ids {
@@ -114,6 +127,28 @@ pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<Comman
         out.value(&Value::Object(file));
     } else {
         out.text(&yaml::write(&Value::Object(file)));
+    }
+    Ok(CommandVerdict::Good)
+}
+
+/// One file for each replication, as `config get` prints it.
+async fn export_files(
+    client: &Client,
+    args: &ExportArgs,
+    folder: &Path,
+    out: &mut Output,
+) -> Result<CommandVerdict, Error> {
+    let failed = |path: &Path, error: &io::Error| {
+        Error::Failed(format!("cannot write `{}`: {error}", clean(&path.display().to_string())))
+    };
+    fs::create_dir_all(folder).map_err(|error| failed(folder, &error))?;
+    let ids = if args.ids.is_empty() { all(client).await? } else { expand(client, &args.ids).await? };
+    for id in ids {
+        let reply = stored(client, &id).await?;
+        let path = folder.join(format!("{id}.json"));
+        let text = pretty_document(&reply.value.config) + "\n";
+        fs::write(&path, text).map_err(|error| failed(&path, &error))?;
+        out.reply(&reply, |_| clean(&path.display().to_string()));
     }
     Ok(CommandVerdict::Good)
 }

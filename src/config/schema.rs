@@ -23,6 +23,12 @@ pub fn replication_schema() -> &'static Value {
     &REPLICATION.root
 }
 
+/// Type of a field of a replication document, by its path; `None` for one that may be of several types, or is unknown.
+pub fn field_type(path: &[&str]) -> Option<&'static str> {
+    let schema: &'static Schema = &REPLICATION;
+    path.iter().fold(&schema.root, |part, name| schema.part(part, name))["type"].as_str()
+}
+
 /// What documents of one kind look like.
 #[derive(Debug)]
 pub(super) struct Schema {

@@ -371,7 +371,7 @@ impl RequestContext {
 #[derive(Debug)]
 pub(super) struct CheckedDocument {
     pub(super) replication: Replication,
-    /// The document to store: as it was sent, with stored secrets in place of `***`.
+    /// The document to store: in one line, fields in the order of the schema, stored secrets in place of `***`.
     document: Bytes,
     /// The stored revision that its secrets are from: the document may be written only while that revision is stored.
     unmasked: Option<u64>,
@@ -385,7 +385,7 @@ pub(super) async fn checked_document(context: &RequestContext, body: &Bytes) -> 
         None
     });
     let replication = valid(context.rules.parse_value(&document, &context.site), problems)?;
-    let document = if unmasked.is_some() { Bytes::from(document.to_string()) } else { body.clone() };
+    let document = Bytes::from(config::compact_document(&document));
     check_size(&document)?;
     Ok(CheckedDocument { replication, document, unmasked })
 }

@@ -67,6 +67,7 @@ async fn what_differs_is_added_and_updated_and_the_rest_is_left_alone() -> Resul
     files.write("notes.txt", "no JSON")?;
     let first = files.apply(&cli, &[]).await?;
     ended(&first, 0, "5 added, 0 updated, 0 unchanged, 0 removed");
+    assert!(first.stderr.contains("/notes.txt`: its name does not end with .json, .yaml or .yml"), "{first:?}");
     let all = at(&[("A", 2), ("B1", 3), ("B2", 4), ("C1", 5), ("C2.x", 6)]);
     assert_eq!(revisions(&site).await?, all);
 
@@ -79,9 +80,9 @@ async fn what_differs_is_added_and_updated_and_the_rest_is_left_alone() -> Resul
     let changed = files.apply(&cli, &[]).await?;
     ended(&changed, 0, "0 added, 1 updated, 4 unchanged, 0 removed");
     let place = files.path().join("a.json");
-    let diff =
-        format!("--- A (revision 2)\n+++ A ({})\n@@ -1,4 +1,5 @@\n {{\n+  \"max_age\": \"1d\",\n", place.display());
+    let diff = format!("--- A (revision 2)\n+++ A ({})\n@@ ", place.display());
     assert!(changed.stdout.starts_with(&diff), "{diff}\n{}", changed.stdout);
+    assert!(changed.stdout.contains("\n+  \"max_age\": \"1d\""), "{}", changed.stdout);
     assert!(changed.stdout.contains("\nA: updated, revision 7\nB2: unchanged, revision 4\n"), "{}", changed.stdout);
     assert_eq!(revisions(&site).await?, at(&[("A", 7), ("B1", 3), ("B2", 4), ("C1", 5), ("C2.x", 6)]));
     Ok(())
@@ -106,14 +107,13 @@ async fn a_dry_run_shows_the_same_and_changes_nothing() -> Result<()> {
         "--- /dev/null",
         "NEW: added (dry run)",
         "OLD: updated (dry run)",
-        "+  \"max_age\": \"1d\",",
         "in none of the files: OTHER",
         "OTHER: removed (dry run)",
     ] {
         assert!(dry.stdout.lines().any(|found| found == line), "`{line}` is not in {}", dry.stdout);
     }
     assert_eq!(revisions(&site).await?, before);
-    let wet = files.apply(&cli, &["--prune"]).await?;
+    let wet = files.apply(&cli, &["--prune", "--force"]).await?;
     ended(&wet, 0, "1 added, 1 updated, 1 unchanged, 1 removed");
     assert_eq!(revisions(&site).await?, at(&[("NEW", 5), ("OLD", 6), ("SAME", 3)]));
     Ok(())
@@ -173,7 +173,7 @@ async fn nothing_is_changed_when_one_document_is_wrong() -> Result<()> {
         for (name, text) in files {
             folder.write(name, text)?;
         }
-        let refused = folder.apply(&cli, &["--prune"]).await?;
+        let refused = folder.apply(&cli, &["--prune", "--force"]).await?;
         assert_eq!((refused.code, refused.stdout.as_str()), (Some(1), ""), "{refused:?}");
         for text in expect.iter().chain(&["error: the files cannot be applied, nothing was changed"]) {
             assert!(refused.stderr.contains(text), "`{text}` is not in {refused:?}");
@@ -215,9 +215,13 @@ async fn nothing_is_changed_when_one_document_is_wrong() -> Result<()> {
     .await?;
 
     let empty = AppliedFiles::new()?;
-    let refused = empty.apply(&cli, &["--prune"]).await?;
-    assert!(refused.code == Some(1) && refused.stderr.contains("`--prune` would remove everything"), "{refused:?}");
-    ended(&empty.apply(&cli, &[]).await?, 0, "0 added, 0 updated, 0 unchanged, 0 removed");
+    for more in [&["--prune", "--force"][..], &[]] {
+        let refused = empty.apply(&cli, more).await?;
+        assert!(refused.code == Some(1) && refused.stderr.contains("the files hold no document"), "{refused:?}");
+    }
+    empty.write("nothing.json", "[]")?;
+    let refused = empty.apply(&cli, &["--prune", "--force"]).await?;
+    assert!(refused.code == Some(1) && refused.stderr.contains("nothing.json` is empty"), "{refused:?}");
     assert_eq!(revisions(&site).await?, at(&[("KEPT", 2)]));
     let missing = cli.run(["config", "apply", "/no/such/folder"]).await?;
     assert!(missing.code == Some(1) && missing.stderr.contains("cannot read `/no/such/folder`"), "{missing:?}");
@@ -231,7 +235,7 @@ async fn a_program_gets_one_report() -> Result<()> {
     site.add("SAME", json!({})).await?;
     site.add("OTHER", json!({})).await?;
     let documents = json!([site.document("SAME"), site.document("NEW")]).to_string();
-    let run = cli.run_with(["config", "apply", "-", "--prune", "--json"], &documents).await?;
+    let run = cli.run_with(["config", "apply", "-", "--prune", "--force", "--json"], &documents).await?;
     let report: Value = serde_json::from_str(&run.stdout)?;
     let results = report["results"].as_array().cloned().unwrap_or_default();
     assert_eq!((run.code, &report["dry_run"], results.len()), (Some(0), &json!(false), 3), "{report}");
@@ -257,10 +261,65 @@ async fn what_the_service_refuses_is_told_and_the_rest_goes_on() -> Result<()> {
     jetstream.update_stream(config).await?;
     let large = site.document_with("LARGE", json!({"description": "x".repeat(2000)}));
     let documents = json!([large, site.document("NEW")]).to_string();
-    let run = cli.run_with(["config", "apply", "-", "--prune"], &documents).await?;
+    let run = cli.run_with(["config", "apply", "-", "--prune", "--force"], &documents).await?;
     assert!(run.stderr.contains("LARGE:\nerror: ") && run.stderr.contains("nothing is removed"), "{run:?}");
     ended(&run, 1, "1 added, 0 updated, 0 unchanged, 0 removed, 1 failed");
     let ids: Vec<_> = revisions(&site).await?.into_iter().map(|(id, _)| id).collect();
     assert_eq!(ids, ["NEW", "OTHER"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_removal_by_apply_asks_and_needs_force() -> Result<()> {
+    let site = Site::small().await?;
+    let (cli, files) = (site.cli(), AppliedFiles::new()?);
+    site.add("KEPT", json!({})).await?;
+    site.add("OTHER", json!({})).await?;
+    files.write("kept.json", site.document("KEPT").to_string())?;
+    let refused = files.apply(&cli, &["--prune"]).await?;
+    assert!(refused.code == Some(2) && refused.stderr.contains("`--prune --force`"), "{refused:?}");
+    assert_eq!(files.apply(&cli, &["--force"]).await?.code, Some(2));
+    for (answer, code, left) in [("n\n", 1, at(&[("KEPT", 2), ("OTHER", 3)])), ("y\n", 0, at(&[("KEPT", 2)]))] {
+        let arguments = ["config".as_ref(), "apply".as_ref(), files.path().as_os_str(), "--prune".as_ref()];
+        let mut running = cli.on_terminal(arguments)?;
+        running.shows("remove 1 of them with position and state: OTHER? [y/N]").await?;
+        running.types(answer)?;
+        let ended = running.end().await?;
+        assert_eq!(ended.code, Some(code), "{ended:?}");
+        assert_eq!(revisions(&site).await?, left);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn yaml_and_what_get_and_export_write_is_applied() -> Result<()> {
+    let site = Site::small().await?;
+    let (cli, files) = (site.cli(), AppliedFiles::new()?);
+    let (source, target) = (site.document("Y")["source_url"].clone(), site.target.url_as(&format!("copy:{SECRET}")));
+    let yaml = |stream: &str| format!("stream: {stream}\nsource_url: {source}\ntarget_url: {target}\nmax_age: 1d\n");
+    files.write("both.yaml", format!("---\n$schema: urn:x\n{}---\n{}", yaml("Y1"), yaml("Y2")))?;
+    ended(&files.apply(&cli, &[]).await?, 0, "2 added, 0 updated, 0 unchanged, 0 removed");
+
+    // In one line, in the order of the schema, so that `nats kv get` and `history` show it well.
+    let entry = site.bucket("REPLICATOR_CONFIG").await?.get("Y1").await?.unwrap_or_default();
+    let text = String::from_utf8_lossy(&entry).into_owned();
+    assert!(text.starts_with("{\"stream\":\"Y1\",\"source_url\":") && !text.contains('\n'), "{text}");
+    assert!(text.ends_with(",\"max_age\":\"1d\"}"), "{text}");
+
+    let shown = cli.ok(["config", "get", "Y*"]).await?;
+    assert!(shown.starts_with("{\n  \"stream\": \"Y1\",\n  \"source_url\": "), "{shown}");
+    let again = cli.run_with(["config", "apply", "-"], &shown).await?;
+    ended(&again, 0, "0 added, 0 updated, 2 unchanged, 0 removed");
+    let one = cli.ok(["config", "get", "Y1"]).await?;
+    let checked = cli.run_with(["config", "validate", "-"], &one).await?;
+    assert!(!checked.stdout.contains("problem: /target_url: `***`"), "{checked:?}");
+
+    let folder = files.path().join("out");
+    let folder = folder.to_str().expect("a path");
+    let written = cli.ok(["config", "export", "--dir", folder]).await?;
+    assert_eq!(written, format!("{folder}/Y1.json\n{folder}/Y2.json\n"));
+    assert_eq!(fs::read_to_string(format!("{folder}/Y1.json"))?, one);
+    let again = cli.run(["config", "apply", folder]).await?;
+    ended(&again, 0, "0 added, 0 updated, 2 unchanged, 0 removed");
     Ok(())
 }

@@ -42,7 +42,10 @@ async fn a_document_goes_in_is_shown_listed_changed_and_removed() -> Result<()> 
     let file = folder.path().join("orders.json");
     std::fs::write(&file, site.document_with("ORDERS", json!({"max_age": "1d"})).to_string())?;
     let update = ["config".as_ref(), "update".as_ref(), file.as_os_str()];
-    assert_eq!(cli.ok(update).await?, "ORDERS is at revision 3\n");
+    let updated = cli.ok(update).await?;
+    let begin = format!("--- ORDERS (revision 2)\n+++ ORDERS ({})\n@@ ", file.display());
+    assert!(updated.starts_with(&begin) && updated.contains("\n+  \"max_age\": \"1d\"\n"), "{updated}");
+    assert!(updated.ends_with("\nORDERS is at revision 3\n"), "{updated}");
     let late = cli.run(update.into_iter().chain(["--revision".as_ref(), "2".as_ref()])).await?;
     failed(&late, 1, &["error: replication `ORDERS` is at revision 3 (409)"]);
 
@@ -168,7 +171,7 @@ async fn nobody_who_answers_is_told_with_subject_and_server() -> Result<()> {
     failed(&ended, 1, &["no service answers on `elsewhere.status`", &address, "--prefix"]);
     let document = json!({"stream": "A"}).to_string();
     let ended = cli.run_with(["config", "add", "-"], &document).await?;
-    failed(&ended, 1, &["no service answers on `replicator.config.add`", &address]);
+    failed(&ended, 1, &["no service answers on `replicator.config.validate`", &address]);
 
     // Somebody listens who never answers, and somebody who talks about something else.
     let client = connect(&server.url()).await?;
@@ -260,5 +263,68 @@ async fn a_closed_output_changes_neither_work_nor_exit_code() -> Result<()> {
     assert_eq!(site.ask("config.get", "ORDERS").await?.error, Some(404));
     let ended = cli.unread(["config", "rm", "ORDERS", "--force"]).await?;
     failed(&ended, 1, &["does not exist"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn flags_add_a_replication_that_was_checked_first() -> Result<()> {
+    let site = Site::small().await?;
+    site.filled("ORDERS", 4).await?;
+    let cli = site.cli();
+    let document = site.document("ORDERS");
+    let url = |side: &str| document[side].as_str().unwrap_or_default().to_owned();
+    let (source, target) = (url("source_url"), url("target_url"));
+    let add = async |more: &[&str]| {
+        let arguments = ["config", "add", "EU", "--source", &source, "--target", &target];
+        cli.run(arguments.iter().chain(more)).await
+    };
+    let missing = add(&["--stream", "MISSING"]).await?;
+    failed(&missing, 1, &["could not run, nothing was added; `--no-preflight`"]);
+    assert!(missing.stdout.starts_with("not valid\n") && missing.stdout.contains("failed"), "{missing:?}");
+    failed(&add(&["--stream", "ORDERS", "--set", "max_agee=1d"]).await?, 1, &["did you mean `max_age`?"]);
+    let dry = add(&["--stream", "ORDERS", "--dry-run"]).await?;
+    assert!(dry.code == Some(0) && dry.stdout.starts_with("{\n  \"stream\": \"ORDERS\",\n  \"id\": \"EU\""), "{dry:?}");
+    assert_eq!(site.ask("config.list", "").await?.body["total"], 0);
+
+    let flags = ["--stream", "ORDERS", "--filter", "orders.>", "--set", "limits.messages_in_flight=50"];
+    let added = add(&flags).await?;
+    assert_eq!((added.code, added.stdout.as_str()), (Some(0), "EU is at revision 2\n"), "{added:?}");
+    let stored = site.ask("config.get", "EU").await?.body["config"].take();
+    assert_eq!((&stored["id"], &stored["filter_subjects"]), (&json!("EU"), &json!(["orders.>"])), "{stored}");
+    assert_eq!(stored["limits"]["messages_in_flight"], 50);
+    site.settled("EU", 4).await?;
+    assert_eq!(
+        cli.run(["config", "add", "LATER", "--source", &source, "--target", &target, "--no-preflight"]).await?.code,
+        Some(0)
+    );
+    let usage = cli.run(["config", "add", "--source", &source]).await?;
+    failed(&usage, 2, &["`--stream STREAM`"]);
+    failed(&cli.run_with(["config", "add", "-"], " \n").await?, 1, &["`stdin` is empty"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn fields_are_set_and_removed_and_the_change_is_shown() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    let target = site.target.url_as("copy:hunter2");
+    for id in ["S01", "S02"] {
+        site.add(id, json!({"target_url": target})).await?;
+    }
+    let set = cli.ok(["config", "set", "S0*", "max_age=1d", "limits.messages_in_flight=50"]).await?;
+    for text in ["--- S01 (revision 2)\n+++ S01 (as set)\n", "\n+  \"max_age\": \"1d\"", "S02 is at revision 5\n"] {
+        assert!(set.contains(text) && !set.contains("hunter2"), "`{text}` is not in {set}");
+    }
+    let entry = site.bucket("REPLICATOR_CONFIG").await?.get("S01").await?.unwrap_or_default();
+    assert!(String::from_utf8_lossy(&entry).contains("copy:hunter2@"), "the secret is kept");
+    cli.ok(["config", "set", "S01", "max_age="]).await?;
+    let config = site.ask("config.get", "S01").await?.body["config"].take();
+    assert_eq!((&config["max_age"], &config["limits"]), (&Value::Null, &json!({"messages_in_flight": 50})));
+    let dry = cli.ok(["config", "set", "S01", "max_age=2d", "--dry-run"]).await?;
+    assert!(dry.contains("+  \"max_age\": \"2d\"") && !dry.contains("is at revision"), "{dry}");
+    failed(&cli.run(["config", "set", "S01", "max_age=soon"]).await?, 1, &["/max_age: "]);
+    failed(&cli.run(["config", "set", "S01", "stream=OTHER"]).await?, 1, &["makes this `OTHER`"]);
+    failed(&cli.run(["config", "set", "S01", "stream.x=1"]).await?, 1, &["`stream` has no part `x`"]);
+    failed(&cli.run(["config", "set", "S01", "max_age"]).await?, 2, &["write it as `path=value`"]);
     Ok(())
 }

@@ -170,3 +170,38 @@ async fn a_command_takes_no_longer_than_it_may_to_connect() -> Result<()> {
     Cli::new(&format!("{silent},{}", site.service_url())).ok(["status", "--timeout", "3s"]).await?;
     Ok(())
 }
+
+#[tokio::test]
+async fn flags_are_taken_before_and_after_the_command() -> Result<()> {
+    let config = "authorization { token: \"right-t0ken\" }";
+    let server = Server::builder(Role::Control).config(config).start().await?;
+    let cli = Cli::new("nats://127.0.0.1:1");
+    let (url, refused) = (server.url(), "no service answers on `elsewhere.status`");
+    let flags = ["--server", &url, "--token", "right-t0ken", "--prefix", "elsewhere", "--trace"];
+    let verb = ["status"];
+    for arguments in [flags.iter().chain(&verb).collect::<Vec<_>>(), verb.iter().chain(&flags).collect()] {
+        let ended = cli.run(arguments).await?;
+        assert!(ended.code == Some(1) && ended.stderr.contains(refused), "{ended:?}");
+        assert!(
+            ended.stderr.contains(">>> elsewhere.status: 0 bytes\n<<< ") && !ended.stderr.contains("t0ken"),
+            "{ended:?}"
+        );
+    }
+    let by_environment = Cli::new(&url).env("NATS_TOKEN", "right-t0ken");
+    let ended = by_environment.run(["--prefix", "elsewhere", "config", "ls"]).await?;
+    assert!(ended.stderr.contains("no service answers on `elsewhere.config.list`"), "{ended:?}");
+    // A context that is named in the environment, and does not exist.
+    let context = Cli::new(&url).env("NATS_CONTEXT", "none").env("NATS_TOKEN", "right-t0ken");
+    assert!(context.run(["status"]).await?.stderr.contains("there is no such file"));
+    let ended = context.run(["--no-context", "status", "--prefix", "elsewhere"]).await?;
+    assert!(ended.stderr.contains(refused), "{ended:?}");
+    for (arguments, told) in [
+        (&["--json", "serve", "--name", "X"][..], "`--json` has no effect with `serve`"),
+        (&["completions", "bash", "--server", "nats://h"], "`--server` has no effect with `completions`"),
+        (&["status", "--socks-proxy", "socks5://h"], "a SOCKS proxy is not supported"),
+    ] {
+        let ended = cli.run(arguments).await?;
+        assert!(ended.code == Some(2) && ended.stderr.contains(told), "{arguments:?}: {ended:?}");
+    }
+    Ok(())
+}

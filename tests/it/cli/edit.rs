@@ -42,7 +42,9 @@ async fn what_was_edited_is_stored_and_the_secret_stays() -> Result<()> {
     let seen = folder.path().join("seen");
     let script = format!("stat -c %a \"$1\" > {0}; cat \"$1\" >> {0}; sed -i s/1h/2h/ \"$1\"", seen.display());
     let edited = with_editor(&site, &script).ok(["config", "edit", "ORDERS"]).await?;
-    assert_eq!(edited, "ORDERS is at revision 3\n");
+    assert!(edited.starts_with("--- ORDERS (revision 2)\n+++ ORDERS (edited)\n"), "{edited}");
+    assert!(edited.contains("\n+  \"max_age\": \"2h\"\n") && edited.ends_with("ORDERS is at revision 3\n"), "{edited}");
+    assert!(!edited.contains("hunter2"), "{edited}");
     let seen = fs::read_to_string(seen)?;
     assert!(seen.starts_with("600\n{\n") && seen.contains("copy:***@") && !seen.contains("hunter2"), "{seen}");
     assert_eq!(stored(&site).await?.1["max_age"], "2h");

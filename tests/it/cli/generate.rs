@@ -1,11 +1,12 @@
 //! What is made from the definition of the commands: help, completions, manual pages.
 
 use anyhow::Result;
+use serde_json::json;
 
-use crate::harness::Cli;
+use crate::harness::{Cli, Site};
 
 /// Every command that there is.
-const COMMANDS: [&str; 35] = [
+const COMMANDS: [&str; 36] = [
     "serve",
     "replicate",
     "config",
@@ -17,6 +18,7 @@ const COMMANDS: [&str; 35] = [
     "config validate",
     "config schema",
     "config edit",
+    "config set",
     "config apply",
     "config import",
     "config export",
@@ -82,6 +84,42 @@ async fn completions_name_every_command_and_its_options() -> Result<()> {
         for option in ["wait-caught-up", "dry-run", "source-seq", "prune", "follow"] {
             assert!(script.contains(option), "--{option} is not in the completions for {shell}");
         }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn ids_are_completed_from_the_service() -> Result<()> {
+    let site = Site::small().await?;
+    for id in ["ORDERS", "OTHER", "EVENTS"] {
+        site.add(id, json!({})).await?;
+    }
+    let folder = tempfile::tempdir()?;
+    let script = folder.path().join("completions");
+    std::fs::write(&script, site.cli().ok(["completions", "bash"]).await?)?;
+    let program = crate::harness::service::binary()?;
+    let complete = |words: &str| -> Result<Vec<String>> {
+        let call = format!(
+            "source {}; COMP_WORDS=({} {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); _stream__replicator_with_ids \
+             \"${{COMP_WORDS[0]}}\" \"${{COMP_WORDS[COMP_CWORD]}}\" \"${{COMP_WORDS[COMP_CWORD-1]}}\"; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+            script.display(),
+            program.display()
+        );
+        let mut bash = std::process::Command::new("bash");
+        let output =
+            bash.args(["-c", &call]).env("NATS_URL", site.service_url()).env("HOME", "/nonexistent").output()?;
+        assert!(output.status.success() && output.stderr.is_empty(), "{words}: {output:?}");
+        Ok(String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect())
+    };
+    assert_eq!(complete("pause O")?, ["ORDERS", "OTHER"]);
+    assert_eq!(complete("config get E")?, ["EVENTS"]);
+    assert_eq!(complete("status ORDERS OT")?, ["OTHER"]);
+    assert!(complete("adapter pause O")?.iter().all(|word| word != "ORDERS"));
+    assert!(complete("pause --j")?.contains(&"--json".to_owned()));
+    for (shell, expect) in
+        [("zsh", ":_stream_replicator_ids"), ("fish", "-n \"__fish_seen_subcommand_from pause; and not")]
+    {
+        assert!(site.cli().ok(["completions", shell]).await?.contains(expect), "{shell}");
     }
     Ok(())
 }
