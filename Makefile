@@ -15,7 +15,7 @@ demo: servers ## two throw-away servers, a replication, a crash in the middle, a
 	@cargo run --locked --quiet --example demo
 
 test: servers ## all tests, on real nats-servers
-	contrib/run-tests --workspace -- --test-threads 4
+	contrib/run-tests --workspace -- --test-threads 8
 
 architecture: ## the rules of ARCHITECTURE.md, read from the sources: imports, purity, sockets, lengths, names
 	cargo test --locked --test architecture

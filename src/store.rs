@@ -31,8 +31,8 @@ pub use leases::{LeaseChange, LeaseRecord, LeaseStore, SessionRecord, Written};
 pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
 pub use own_streams::OwnStreams;
 pub use positions::{
-    Claim, ClaimError, FromTarget, Orphans, PositionChange, PositionRecord, PositionStore, SaveError, SourceWitness,
-    Stamps, TargetWitness,
+    AfterTarget, Claim, ClaimError, FromTarget, Orphans, PositionChange, PositionRecord, PositionStore, SaveError,
+    SourceWitness, Stamps, TargetWitness,
 };
 pub use senders::{
     PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, SenderWrites, hash as sender_hash,

@@ -424,6 +424,7 @@ fn assemble<'a>(
     let Lanes { replication, source, target } = lanes;
     let Found { resume, tag, .. } = found;
     let now = Instant::now();
+    let window = Window::new(resume.position, resume.target).with_after_target(resume.after_target);
     let gate = Gate::of(&replication.source.stream, &replication.target.stream);
     let watch = TargetWatch::new(drops, tag.clone(), target.names);
     let run = Run {
@@ -446,7 +447,7 @@ fn assemble<'a>(
             silent_at: None,
         },
         target: TargetHalf::new(target.lane, &streams.target, writer, gate, watch),
-        bounds: Bounds::new(Window::new(resume.position, resume.target), &replication.limits, now),
+        bounds: Bounds::new(window, &replication.limits, now),
         rules: CopyRules { scope: replication.scope.clone(), max_age: replication.max_age, tag, returned },
         report,
         rejects,

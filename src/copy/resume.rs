@@ -7,7 +7,7 @@
 //! |---|---|
 //! | witnesses hold, messages of ours are after the saved target sequence | after the newest message that proves that all before it are there; of the rest, messages that are there already are skipped |
 //! | witnesses hold, or the target's message went by purge or expiry, and no newer one is there | after the position |
-//! | target ends before the saved sequence, has another message there, or a hole without an explanation | after the newest message of ours that the source still has; event `target-reset` |
+//! | target ends before the saved sequence, has another message there, a hole without an explanation, or lacks the confirmed copy that should follow | after the newest message of ours that the source still has; event `target-reset` |
 //! | the same, or no record and no message of ours, and the newest copies are those of another site from this very source | not at all, `held`: two sites write one target |
 //! | source has another stored time at the position, or ends before | after the newest copied message that the source still has; without one, at its first message; event `source-reset`. With `on_source_loss: hold` nothing is saved or sent: `held` |
 //! | source begins after the position, without a filter and `max_msgs_per_subject` | at its first message; the missing ones are a gap, event `gap` |
@@ -34,13 +34,15 @@
 //!   time.
 
 mod acks;
+mod already;
 mod search;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use chrono::Utc;
 use tokio::time::{Duration, Instant, sleep};
 
+pub(super) use self::already::{Already, KnownCopy};
 use self::search::{Kept, Proof, RangeFindings, Search, Tail, note};
 use nats_lane::{
     Error, Lane, headers,
@@ -62,10 +64,10 @@ use super::{
     },
 };
 use crate::{
-    config::{Limits, Mapping, Replication, Start},
+    config::{Limits, Replication, Start},
     events::{Event, LossAction},
     status::{OnlyAtTarget, TargetMode},
-    store::{Orphans, PositionRecord, SourceWitness, Stamps, TargetWitness},
+    store::{AfterTarget, Orphans, PositionRecord, SourceWitness, Stamps},
 };
 
 /// Messages searched first when a stream is searched from its end; each further step searches four times as many.
@@ -84,6 +86,8 @@ pub(super) struct Resume {
     pub position: SourcePoint,
     /// The newest message of ours that is known to be at the target.
     pub target: Option<TargetPoint>,
+    /// See [`Window::after_target`](super::flow::window::Window::after_target).
+    pub after_target: Option<TargetPoint>,
     /// Messages after the position that are at the target already.
     pub already: Already,
     /// Whether another writer writes to the target.
@@ -107,6 +111,7 @@ impl Resume {
         Self {
             position,
             target,
+            after_target: None,
             already: Already::default(),
             mode: TargetMode::Exclusive,
             before: None,
@@ -116,103 +121,6 @@ impl Resume {
             only_at_target: None,
             findings: Vec::new(),
         }
-    }
-}
-
-/// Messages at the target after the position. A message is identified by sequence and stored time: a stream that was
-/// recreated uses the same sequences again.
-#[derive(Debug, Default)]
-pub(super) struct Already {
-    /// Source sequence and stored time (ms) to target sequence.
-    stored: BTreeMap<(u64, i64), u64>,
-    /// The same by target subject, where the target has a limit per subject.
-    subjects: HashMap<Box<[u8]>, Vec<(u64, i64)>>,
-    keeps: usize,
-    /// Room for a mapped subject.
-    room: Vec<u8>,
-}
-
-/// How the target already has a source message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum KnownCopy {
-    /// It is at this target sequence.
-    Stored(u64),
-    /// It would be removed at once: the target has as many newer ones of its subject as it keeps.
-    Replaced,
-}
-
-impl Already {
-    fn new(ours: Vec<Ours>, keeps: usize) -> Self {
-        let mut already = Self { keeps, ..Self::default() };
-        for message in ours {
-            let key = (message.origin.seq, message.origin.time_ms);
-            already.stored.insert(key, message.target_seq);
-            if let Some(subject) = message.subject {
-                already.subjects.entry(subject).or_default().push(key);
-            }
-        }
-        already
-    }
-
-    /// One message that waits for its turn.
-    #[cfg(test)]
-    pub(super) fn one(seq: u64, time_ms: i64, target_seq: u64) -> Self {
-        let ours = Ours { origin: MessageOrigin { seq, time_ms }, target_seq, complete: false, subject: None };
-        Self::new(vec![ours], 0)
-    }
-
-    /// Messages that wait for their turn.
-    pub fn len(&self) -> usize {
-        self.stored.len()
-    }
-
-    /// Whether nothing is left.
-    pub fn is_empty(&self) -> bool {
-        self.stored.is_empty()
-    }
-
-    /// The greatest source sequence that is left; 0 for none.
-    pub fn last(&self) -> u64 {
-        self.stored.last_key_value().map_or(0, |((seq, _), _)| *seq)
-    }
-
-    /// Removes a message that was read, and all before it.
-    pub fn take(&mut self, seq: u64, time_ns: i64, subject: &[u8], mapping: &Mapping) -> Option<KnownCopy> {
-        if self.stored.is_empty() {
-            return None;
-        }
-        let key = (seq, time_ns.div_euclid(1_000_000));
-        while let Some(first) = self.stored.first_entry()
-            && *first.key() < key
-        {
-            first.remove();
-        }
-        let known = match self.stored.remove(&key) {
-            Some(target_seq) => Some(KnownCopy::Stored(target_seq)),
-            None if self.keeps > 0 => {
-                let newer = |known: &&(u64, i64)| known.0 > key.0 && known.1 >= key.1;
-                let mapped = mapping.apply(subject, &mut self.room);
-                let newer = self.subjects.get(mapped).map_or(0, |known| known.iter().filter(newer).count());
-                (newer >= self.keeps).then_some(KnownCopy::Replaced)
-            }
-            None => None,
-        };
-        if self.stored.first_key_value().is_some_and(|(first, _)| first.0 <= seq) {
-            self.stored.retain(|known, _| known.0 > seq);
-        }
-        known
-    }
-
-    /// Whether all that wait are after a target sequence.
-    pub fn all_after(&self, target_seq: u64) -> bool {
-        self.stored.values().all(|waiting| *waiting > target_seq)
-    }
-
-    /// How many of them are in a range of source sequences.
-    pub fn within(&self, from: u64, to: u64) -> u64 {
-        let mut seqs: Vec<u64> = self.stored.range((from, i64::MIN)..=(to, i64::MAX)).map(|(key, _)| key.0).collect();
-        seqs.dedup();
-        seqs.len() as u64
     }
 }
 
@@ -250,6 +158,38 @@ pub(super) struct ReadMessages {
     source: HashMap<u64, Option<i64>>,
     /// The newest message that was read from the target, by the requested sequence.
     target: Option<(u64, Option<StoredMessage>)>,
+}
+
+/// What the record says, where the source does not contradict it.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    position: SourcePoint,
+    target: Option<TargetPoint>,
+    /// A copy that is after `target`, by its source sequence.
+    after_target: Option<TargetPoint>,
+}
+
+impl Known {
+    fn has_to_be_there(&self, message: &Ours) -> bool {
+        self.after_target.is_some_and(|copy| copy.source_seq == message.origin.seq)
+    }
+
+    /// The source sequence of the copy that has to be after `target`, if it is not in the tail. Where the copy is there, it is
+    /// the newest known one, unless copies after the position come before it.
+    fn missing_in(&self, tail: &Kept, resume: &mut Resume) -> Option<u64> {
+        let copy = self.after_target?;
+        let Some(found) = tail.ours.iter().rfind(|message| self.has_to_be_there(message)) else {
+            // More than can be in flight were stored since, and a stream loses nothing but its end.
+            return (!tail.is_cut).then_some(copy.source_seq);
+        };
+        let is_after = |message: &Ours| message.origin.seq > self.position.seq;
+        if tail.ours.iter().all(|message| !is_after(message) || message.target_seq > found.target_seq) {
+            resume.target = Some(found.point());
+        } else {
+            resume.after_target = Some(copy);
+        }
+        None
+    }
 }
 
 /// A message of ours at the target.
@@ -290,7 +230,7 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
         (sides.orphans, only_before) = sides.still_lost(orphans, only).await?;
     }
     let mut resume = match &record.source {
-        Some(saved) => sides.with_record(saved, record.target.as_ref()).await?,
+        Some(saved) => sides.with_record(saved, record).await?,
         None => sides.without_record().await?,
     };
     if mode == TargetMode::Shared {
@@ -305,7 +245,7 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
     resume.only_at_target = resume.only_at_target.or(there);
     // A message that the source has not reached yet cannot be the same one later.
     let last = sides.source.state.last_seq;
-    resume.already.stored.retain(|known, _| known.0 <= last);
+    resume.already.forget_after(last);
     sides.not_before_acks(&mut resume).await?;
     sides.look_for_gap(&mut resume, record.source.is_some());
     let known = resume.target.is_some() || record.target.is_some();
@@ -315,48 +255,48 @@ pub(super) async fn find(mut sides: Sides<'_>, record: &PositionRecord, mode: Ta
 }
 
 impl Sides<'_> {
-    async fn with_record(&mut self, saved: &SourceWitness, target: Option<&TargetWitness>) -> Result<Resume, Error> {
-        let target = target.filter(|witness| witness.seq > 0);
+    async fn with_record(&mut self, saved: &SourceWitness, record: &PositionRecord) -> Result<Resume, Error> {
+        let target = record.target.as_ref().filter(|witness| witness.seq > 0);
         if let Some(reason) = self.source_contradicts(saved).await? {
             self.ask_source_again(saved.seq).await?;
             if self.source_contradicts(saved).await?.is_none() {
                 return Err(contradicts_itself());
             }
             let mut resume = self.source_went_back(saved.seq, &reason).await?;
-            if let Some(reason) = target.and_then(|target| self.target_is_short(target)) {
+            if let Some(reason) = self.target_is_short(record) {
                 let resumed = resume.position.seq;
                 resume.findings.push(Event::TargetReset { saved: saved.seq, resumed, reason });
             }
             return Ok(resume);
         }
         let position = SourcePoint { seq: saved.seq, time_ns: saved.time_ns };
+        let point = target.map(|target| TargetPoint { seq: target.seq, source_seq: target.source_seq });
+        let known = Known { position, target: point, after_target: self.has_to_be_there(record).await? };
+        if let Some(reason) = self.target_is_short(record) {
+            return self.target_lost(known, reason).await;
+        }
         let Some(target) = target else {
             // No message of ours was known at the target: there can only be messages that were sent just before a
             // crash.
-            return self.with_tail(position, None, true).await;
+            return self.with_tail(known, true).await;
         };
-        if let Some(reason) = self.target_is_short(target) {
-            let resume = self.target_lost(saved, reason).await?;
-            return Ok(if target.source_seq == 0 { self.not_beyond(position, resume) } else { resume });
-        }
-        let point = TargetPoint { seq: target.seq, source_seq: target.source_seq };
         // After a move back there is nothing to compare; messages after it were stored since.
         if target.seq < self.target.state.first_seq || target.source_seq == 0 {
-            return self.with_tail(position, Some(point), false).await;
+            return self.with_tail(known, false).await;
         }
         match self.at_target(target.seq).await? {
             Some(message) if self.tag.origin(&message.header).is_some_and(|o| o.seq == target.source_seq) => {
                 // If the target message was written in a chain, the following ones may be too; otherwise some may wait
                 // for their turn.
-                self.with_tail(position, Some(point), is_complete(&message.header)).await
+                self.with_tail(known, is_complete(&message.header)).await
             }
             Some(_) => {
                 let reason = format!("another message is at the saved sequence {}", target.seq);
-                self.target_lost(saved, reason).await
+                self.target_lost(known, reason).await
             }
             None => {
                 // Replaced by a newer message (a KV bucket keeps one per key), consumed, or lost.
-                let resume = self.with_tail(position, Some(point), false).await?;
+                let resume = self.with_tail(Known { after_target: None, ..known }, false).await?;
                 let newer = !resume.already.is_empty() || resume.target.is_some_and(|found| found.seq > target.seq);
                 // Or consumed, or no consumer was interested any more.
                 let replaced = is_consumed(self.target) || self.keeps() > 0 && self.target.state.last_seq > target.seq;
@@ -370,18 +310,33 @@ impl Sides<'_> {
                     return Err(Error::retry("the target stored messages while it was checked"));
                 }
                 let reason = format!("no message is at the saved sequence {}", target.seq);
-                self.target_lost(saved, reason).await
+                self.target_lost(known, reason).await
             }
         }
     }
 
-    fn target_is_short(&self, target: &TargetWitness) -> Option<String> {
-        let last = self.target.state.last_seq;
-        match last {
+    fn target_is_short(&self, record: &PositionRecord) -> Option<String> {
+        let saved = record.target.as_ref().map_or(0, |target| target.seq);
+        let saved = saved.max(record.after_target.map_or(0, |copy| copy.at_least));
+        match self.target.state.last_seq {
+            last if last >= saved => None,
             0 => Some("it is empty and new".to_owned()),
-            _ if last < target.seq => Some(format!("its last sequence is {last}, below the saved {}", target.seq)),
-            _ => None,
+            last => Some(format!("its last sequence is {last}, below the saved {saved}")),
         }
+    }
+
+    /// The copy that has to be after the saved target sequence, unless the target may have removed it.
+    async fn has_to_be_there(&mut self, record: &PositionRecord) -> Result<Option<TargetPoint>, Error> {
+        let Some(AfterTarget { at_least, source_seq }) = record.after_target else { return Ok(None) };
+        let begin = record.target.as_ref().map_or(0, |target| target.seq).max(1);
+        if is_consumed(self.target) || self.keeps() > 0 || self.target.state.first_seq > begin {
+            return Ok(None);
+        }
+        // It expires with the message at the source.
+        if self.target.flag("allow_msg_ttl") && self.point_at(source_seq).await?.time_ns.is_none() {
+            return Ok(None);
+        }
+        Ok(Some(TargetPoint { seq: at_least, source_seq }))
     }
 
     /// Messages per subject that the target keeps; 0 for all.
@@ -404,12 +359,8 @@ impl Sides<'_> {
     /// The witnesses hold: messages after the saved target sequence were stored after the last save. If they are one
     /// `chain`, its end is the position; otherwise all of them are read: messages that were sent pipelined before the
     /// chain may have left holes that the chain then filled.
-    async fn with_tail(
-        &mut self,
-        position: SourcePoint,
-        target: Option<TargetPoint>,
-        chain: bool,
-    ) -> Result<Resume, Error> {
+    async fn with_tail(&mut self, known: Known, chain: bool) -> Result<Resume, Error> {
+        let Known { position, target, .. } = known;
         let mut resume = Resume::at(position, target);
         let last = self.target.state.last_seq;
         let behind = target.map_or(0, |point| point.seq);
@@ -419,11 +370,12 @@ impl Sides<'_> {
         let orphans = self.orphans;
         let orphan = |message: &Ours| orphans.is_some_and(|orphans| orphans.contains(message.target_seq));
         let quick = if chain { self.ours_at(last).await? } else { None };
-        let quick = quick.filter(|newest| newest.complete && !orphan(newest));
+        let quick = quick.filter(|newest| newest.complete && !orphan(newest) && known.after_target.is_none());
         let news = |message: &Ours| message.origin.seq > position.seq && !orphan(message);
+        let wanted = |message: &Ours| news(message) || known.has_to_be_there(message);
         let moved = target.is_some_and(|point| point.source_seq == 0);
-        let (mut ours, is_cut) = match (quick, target) {
-            (Some(newest), _) => (vec![newest], false),
+        let tail = match (quick, target) {
+            (Some(newest), _) => Kept { ours: vec![newest], is_cut: false },
             // Without a saved target sequence, older messages at the target do not matter: only those that were stored
             // while the run before was under way, if its chain broke.
             (None, None) => {
@@ -432,14 +384,15 @@ impl Sides<'_> {
                 }
                 // Other clients may have consumed all of them.
                 resume.unseen = last;
-                let kept = self.newest_after(position.seq, news).await?;
-                (kept.ours, kept.is_cut)
+                self.newest_after(position.seq, wanted).await?
             }
-            (None, Some(_)) => {
-                let kept = self.ours_between(behind + 1, last, &mut resume, news).await?;
-                (kept.ours, kept.is_cut)
-            }
+            (None, Some(_)) => self.ours_between(behind + 1, last, &mut resume, wanted).await?,
         };
+        if let Some(missing) = known.missing_in(&tail, &mut resume) {
+            let reason = format!("it confirmed the copy of source sequence {missing}, and has none after {behind}");
+            return self.target_lost(known, reason).await;
+        }
+        let Kept { mut ours, is_cut } = tail;
         ours.retain(news);
         // The last one may be older: it may have been refused and sent again.
         let Some(newest) = ours.iter().map(|message| message.origin).max_by_key(|origin| origin.seq) else {
@@ -525,20 +478,22 @@ impl Sides<'_> {
     }
 
     /// The target lost stored messages: returns to the newest one of ours that it still has.
-    async fn target_lost(&mut self, saved: &SourceWitness, reason: String) -> Result<Resume, Error> {
+    async fn target_lost(&mut self, known: Known, reason: String) -> Result<Resume, Error> {
         self.no_other_site().await?;
+        let saved = known.position.seq;
         let mut resume = match self.newest_known(Proof::NoContradiction).await?.tail {
-            Some(tail) => self.behind(tail, Some(saved.seq)).await?,
+            Some(tail) => self.behind(tail, Some(saved)).await?,
             None => {
                 // A start at the end, or at an age, means the first start: messages that arrived since then have to be
                 // copied again at least.
                 let start = self.configured_start().await?;
-                let start = if start.seq <= saved.seq { start } else { self.point_at(saved.seq).await? };
+                let start = if start.seq <= saved { start } else { self.point_at(saved).await? };
                 Resume::at(start, self.last_of_ours().await?.as_ref().map(Ours::point))
             }
         };
-        resume.findings.push(Event::TargetReset { saved: saved.seq, resumed: resume.position.seq, reason });
-        Ok(resume)
+        resume.findings.push(Event::TargetReset { saved, resumed: resume.position.seq, reason });
+        let moved = known.target.is_some_and(|point| point.source_seq == 0);
+        Ok(if moved { self.not_beyond(known.position, resume) } else { resume })
     }
 
     /// The target lost data after the position was moved back: messages that were copied before the move still prove
@@ -663,7 +618,7 @@ impl Sides<'_> {
         }
         // Reported once: the next start is after it.
         resume.position = SourcePoint { seq: to, time_ns: None };
-        resume.already.stored.retain(|known, _| known.0 > to);
+        resume.already.forget_to(to);
     }
 
     /// Where a first start begins.
@@ -861,52 +816,6 @@ mod tests {
 
     use super::*;
     use crate::{config, copy::source::clock::ClockReading};
-
-    fn ours(seq: u64, time_ms: i64, target_seq: u64, subject: Option<&str>) -> Ours {
-        let subject = subject.map(|subject| Box::from(subject.as_bytes()));
-        Ours { origin: MessageOrigin { seq, time_ms }, target_seq, complete: false, subject }
-    }
-
-    fn take(already: &mut Already, seq: u64, time_ms: i64, subject: &str) -> Option<KnownCopy> {
-        already.take(seq, time_ms * 1_000_000 + 999_999, subject.as_bytes(), &Mapping::default())
-    }
-
-    #[test]
-    fn a_message_is_known_by_sequence_and_time() {
-        let stored = vec![ours(5, 50, 1, None), ours(5, 500, 7, None), ours(7, 70, 2, None), ours(9, 90, 3, None)];
-        let mut already = Already::new(stored, 0);
-        assert_eq!((already.len(), already.within(1, 8)), (4, 2));
-        assert!(already.all_after(0) && !already.all_after(1));
-        assert_eq!(take(&mut already, 4, 40, "a"), None);
-        assert_eq!(take(&mut already, 5, 500, "a"), Some(KnownCopy::Stored(7)));
-        assert_eq!(take(&mut already, 6, 60, "a"), None);
-        // Another one, stored at another time: the sequence alone proves nothing, and it does not come again.
-        assert_eq!(take(&mut already, 7, 71, "a"), None);
-        assert_eq!(already.len(), 1);
-        // 9 is not there any more.
-        assert_eq!(take(&mut already, 10, 100, "a"), None);
-        assert!(already.is_empty());
-        // Nor if the one that was copied was stored later: the source was put back.
-        let mut later = Already::new(vec![ours(9, 90, 3, None)], 0);
-        assert_eq!(take(&mut later, 9, 89, "a"), None);
-    }
-
-    #[test]
-    fn what_the_target_would_not_keep_beside_newer_ones_is_left_out() {
-        let stored = || vec![ours(8, 80, 1, Some("a")), ours(9, 90, 2, Some("a")), ours(9, 1, 3, Some("b"))];
-        let mut one = Already::new(stored(), 1);
-        assert_eq!(take(&mut one, 5, 50, "a"), Some(KnownCopy::Replaced));
-        // Stored before the stream was recreated: not newer.
-        assert_eq!(take(&mut one, 6, 60, "b"), None);
-        assert_eq!(take(&mut one, 7, 70, "c"), None);
-        assert_eq!(take(&mut one, 8, 80, "a"), Some(KnownCopy::Stored(1)));
-        // What counts is the subject at the target.
-        let mapping = Mapping { prefix: String::new(), remove: "x.".to_owned(), ..Mapping::default() };
-        let mut mapped = Already::new(stored(), 1);
-        assert_eq!(mapped.take(5, 50_000_000, b"x.a", &mapping), Some(KnownCopy::Replaced));
-        let mut three = Already::new(stored(), 3);
-        assert_eq!(take(&mut three, 5, 50, "a"), None);
-    }
 
     /// Last sequences that the source reports: first to the run, then to its repeated request.
     async fn resumed(first: u64, second: u64) -> Result<Resume, Error> {

@@ -30,6 +30,10 @@ pub struct PositionRecord {
     pub source: Option<SourceWitness>,
     /// The newest message of ours that is known to be at the target.
     pub target: Option<TargetWitness>,
+    /// The newest message of ours, where it is after `target`: a shared target confirms the messages of a batch without
+    /// their sequences. It is looked for at the next start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after_target: Option<AfterTarget>,
     /// When source and target were saved last, by the clock of the source server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saved_at: Option<DateTime<Utc>>,
@@ -133,6 +137,15 @@ pub struct TargetWitness {
     pub source_seq: u64,
     /// `created` of the stream; a hint, not an identity.
     pub created: String,
+}
+
+/// A message of ours that the target confirmed without its sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AfterTarget {
+    /// The lowest target sequence that it can have.
+    pub at_least: u64,
+    /// Source sequence.
+    pub source_seq: u64,
 }
 
 /// What copies from the target stream carry.
@@ -402,6 +415,7 @@ impl PositionRecord {
             nonce: 0,
             source: None,
             target: None,
+            after_target: None,
             saved_at: None,
             target_mode: TargetMode::default(),
             stamps: None,
@@ -455,6 +469,7 @@ impl PositionRecord {
         // Where nothing was saved yet, the target may have copies from before all the same.
         if record.source.as_ref().is_none_or(|from| to.seq < from.seq) {
             record.moved_back = true;
+            record.after_target = None;
             record.generation += 1;
         }
         if let Some(row) = &mut record.status {

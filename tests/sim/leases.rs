@@ -438,9 +438,10 @@ impl World {
                     _ => None,
                 };
                 let first = revision == 0;
-                // It depends on an earlier read: a write of a process that is gone does not arrive after its successor.
-                let late = began < self.all[at].began
-                    && found.as_ref().is_some_and(|found| found.session == self.all[at].record.session);
+                // It depends on an earlier read: a write of a session that is gone does not arrive after its successor.
+                let successor = &self.all[at].record.session;
+                let late =
+                    record.session != *successor && found.as_ref().is_some_and(|found| found.session == *successor);
                 match found {
                     _ if late => return,
                     Some(found) if found.session != record.session && !first => return,

@@ -80,6 +80,13 @@ fn a_seed_gives_the_same_run_to_the_byte() {
 }
 
 #[test]
+fn lost_copies_that_a_batch_confirmed_are_copied_again() {
+    for seed in 1..=100 {
+        run::run_plan(seed, plan::Plan::forgetting).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
 fn a_source_that_shrinks_under_its_consumer_is_noticed() {
     for seed in 1..=10 {
         run::run_plan(seed, plan::Plan::shrinking).unwrap_or_else(|error| panic!("{error}"));

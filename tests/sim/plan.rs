@@ -360,6 +360,35 @@ impl Plan {
         }
     }
 
+    /// A shared target loses its end in the middle of a batch, whose messages it confirms without their sequences.
+    pub fn forgetting(world: &World) -> Self {
+        let lost = Duration::from_millis(3_000) + world.millis(0, 600);
+        // Where a missing copy may have been replaced, the target's end alone shows the loss: others must not move it.
+        let keeps = world.once_in(2).then_some(1_000);
+        let before = Duration::from_secs(if keeps.is_some() { 1 } else { 8 });
+        let neighbour = (0..20).map(|at| Duration::from_millis(at * 400)).filter(|at| *at < before);
+        Self {
+            batched: true,
+            in_flight: 14,
+            filter: None,
+            max_age: None,
+            keeps,
+            source_keeps: None,
+            poison: None,
+            retention: Retention::Limits,
+            neighbour: neighbour.map(|at| (at, 3)).collect(),
+            dead_letters: false,
+            inspect: None,
+            large: 1,
+            rates: None,
+            bursts: vec![(Duration::from_secs(1), 20), (Duration::from_secs(3), 100)],
+            begins: vec![Duration::ZERO],
+            ttls: vec![TTL_MS],
+            faults: vec![(lost, Fault::TargetForgets(world.between(10, 60)))],
+            ..Self::draw(world)
+        }
+    }
+
     /// What else may be of another kind; drawn from another sequence, so that plans without it stay as they are.
     fn widen(mut self, world: &World) -> Self {
         let mut random = world.aside(16);

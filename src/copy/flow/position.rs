@@ -34,7 +34,8 @@ use crate::{
     events::{Event, Events, LossAction},
     status::{OnlyAtTarget, Row, TargetMode},
     store::{
-        Claim, FromTarget, Orphans, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps, TargetWitness,
+        AfterTarget, Claim, FromTarget, Orphans, PositionRecord, PositionStore, SaveError, SourceWitness, Stamps,
+        TargetWitness,
     },
 };
 
@@ -191,6 +192,7 @@ impl PositionWriter {
         let record = record(&self.record);
         let same = record.source == self.record.source
             && record.target == self.record.target
+            && record.after_target == self.record.after_target
             && record.sampled == self.record.sampled
             && record.unseen_from == self.record.unseen_from;
         let row = row();
@@ -616,6 +618,7 @@ impl Fed<'_> {
         PositionRecord {
             source: Some(SourceWitness { seq, time_ns, created: self.source_created.to_owned() }),
             target: (seq > 0).then_some(target),
+            after_target: None,
             saved_at: Some(self.now.trunc_subsecs(3)),
             target_mode: TargetMode::Exclusive,
             ..saved.clone()
@@ -650,6 +653,10 @@ impl Witnesses<'_> {
                 source_seq: target.source_seq,
                 created: self.target_created.to_owned(),
             }),
+            after_target: self
+                .window
+                .after_target()
+                .map(|end| AfterTarget { at_least: end.seq, source_seq: end.source_seq }),
             saved_at: Some(self.now.trunc_subsecs(3)),
             target_mode: self.mode,
             stamps: Some(self.stamps),

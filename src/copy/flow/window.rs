@@ -12,7 +12,7 @@ pub struct SourcePoint {
 }
 
 /// A message of ours at the target.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TargetPoint {
     /// Target sequence.
     pub seq: u64,
@@ -71,6 +71,8 @@ pub struct Window {
     bytes: usize,
     position: SourcePoint,
     target: Option<TargetPoint>,
+    /// Where the copies in the settled prefix end: the target sequence is a lower bound unless it is that of `target`.
+    end: TargetPoint,
     last_popped: u64,
     /// The known target sequence does not move beyond this.
     target_limit: u64,
@@ -87,6 +89,7 @@ impl Window {
             bytes: 0,
             position,
             target,
+            end: target.unwrap_or_default(),
             last_popped: 0,
             target_limit: u64::MAX,
             keep_through: 0,
@@ -101,6 +104,23 @@ impl Window {
     /// The newest message of ours in the settled prefix whose target sequence is known.
     pub fn target(&self) -> Option<TargetPoint> {
         self.target
+    }
+
+    /// The newest message of ours in the settled prefix, where it is after [`Window::target`]; its target sequence is
+    /// this one or a later one.
+    pub fn after_target(&self) -> Option<TargetPoint> {
+        let known = self.target.map_or(0, |target| target.seq);
+        Some(self.end).filter(|end| end.seq > known)
+    }
+
+    /// Notes such a message of an earlier run.
+    #[must_use]
+    pub fn with_after_target(self, end: Option<TargetPoint>) -> Self {
+        Self { end: end.filter(|end| end.seq > self.end.seq).unwrap_or(self.end), ..self }
+    }
+
+    fn locate(&mut self, target: TargetPoint) {
+        (self.target, self.end) = (Some(target), target);
     }
 
     /// Messages handed out that are not in the settled prefix.
@@ -157,7 +177,9 @@ impl Window {
         if !self.entries.is_empty() {
             self.keep_through = self.first + self.entries.len() as u64 - 1;
         } else if target_seq <= self.target_limit {
-            self.target = Some(TargetPoint { seq: target_seq, source_seq: source.seq });
+            self.locate(TargetPoint { seq: target_seq, source_seq: source.seq });
+        } else {
+            self.end = TargetPoint { seq: target_seq.max(self.end.seq), source_seq: source.seq };
         }
     }
 
@@ -179,7 +201,7 @@ impl Window {
             if target_seq > self.target_limit || token < self.keep_through {
                 return;
             }
-            self.target = Some(TargetPoint { seq: target_seq, source_seq: self.last_popped });
+            self.locate(TargetPoint { seq: target_seq, source_seq: self.last_popped });
         } else if let Some(index) = token.checked_sub(self.first)
             && let Some(entry) = self.entries.get_mut(index as usize)
         {
@@ -226,9 +248,15 @@ impl Window {
         self.bytes -= entry.size.bytes;
         self.position = entry.through;
         self.last_popped = entry.own.seq;
-        let left = self.first - 1;
-        if let Some(seq) = entry.target_seq.filter(|seq| left >= self.keep_through && *seq <= self.target_limit) {
-            self.target = Some(TargetPoint { seq, source_seq: entry.own.seq });
+        let (left, source_seq) = (self.first - 1, entry.own.seq);
+        match entry.target_seq {
+            Some(seq) if left >= self.keep_through && seq <= self.target_limit => {
+                self.locate(TargetPoint { seq, source_seq });
+            }
+            // One that was sent again may be before others.
+            Some(seq) if seq < self.end.seq => {}
+            Some(seq) => self.end = TargetPoint { seq, source_seq },
+            None => self.end = TargetPoint { seq: self.end.seq + 1, source_seq },
         }
         Some(Done { size: entry.size, read_at: entry.read_at })
     }
@@ -264,6 +292,34 @@ mod tests {
         window.settle_through(tokens[3]).unwrap();
         assert_eq!((drain(&mut window), window.position(), window.bytes()), (2, at(14), 0));
         assert_eq!(window.target(), Some(TargetPoint { seq: 101, source_seq: 12 }));
+    }
+
+    #[test]
+    fn copies_after_the_known_target_sequence_are_counted() {
+        let known = TargetPoint { seq: 7, source_seq: 10 };
+        let mut window = Window::new(at(10), Some(known)).with_after_target(None);
+        assert_eq!(window.after_target(), None);
+        let tokens: Vec<_> = (11..=14).map(|seq| window.hand_out(at(seq), size(5), 0, None)).collect();
+        window.settle_through(tokens[2]).unwrap();
+        drain(&mut window);
+        assert_eq!(
+            (window.target(), window.after_target()),
+            (Some(known), Some(TargetPoint { seq: 10, source_seq: 13 }))
+        );
+        // Another writer stored some in between.
+        window.settle(tokens[3], Some(25)).unwrap();
+        drain(&mut window);
+        assert_eq!((window.target(), window.after_target()), (Some(TargetPoint { seq: 25, source_seq: 14 }), None));
+        // What an earlier run left counts until a later copy is known.
+        let left = TargetPoint { seq: 9, source_seq: 12 };
+        let window = Window::new(at(12), Some(known)).with_after_target(Some(left));
+        assert_eq!(window.after_target(), Some(left));
+        assert_eq!(
+            Window::new(at(12), Some(TargetPoint { seq: 9, source_seq: 12 }))
+                .with_after_target(Some(left))
+                .after_target(),
+            None
+        );
     }
 
     #[test]

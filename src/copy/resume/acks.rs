@@ -64,7 +64,7 @@ impl Sides<'_> {
             }
         }
         resume.position = self.point_at(floor).await?;
-        resume.already.stored.retain(|known, _| known.0 > floor);
+        resume.already.forget_to(floor);
         Ok(())
     }
 }

@@ -11,13 +11,10 @@ use crate::harness::{LIMIT, Role, Server, Service, connect, request, service::bi
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// `contrib/install` into a folder, with the program of this build.
-fn install(prefix: &Path, destination: &Path) -> Result<String> {
-    let output = Command::new(Path::new(ROOT).join("contrib/install"))
-        .env("PROGRAM", binary()?)
-        .env("PREFIX", prefix)
-        .env("DESTDIR", destination)
-        .output()?;
+/// `contrib/install` with these variables and the program of this build.
+fn install(variables: &[(&str, &Path)]) -> Result<String> {
+    let mut command = Command::new(Path::new(ROOT).join("contrib/install"));
+    let output = command.env("PROGRAM", binary()?).envs(variables.iter().copied()).output()?;
     ensure!(output.status.success(), "{output:?}");
     Ok(String::from_utf8(output.stdout)?)
 }
@@ -32,7 +29,8 @@ fn options(file: &Path) -> Result<Vec<(String, String)>> {
 #[test]
 fn everything_is_installed_and_options_are_kept() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let said = install(Path::new("/usr"), folder.path())?;
+    let variables = [("PREFIX", Path::new("/usr")), ("DESTDIR", folder.path())];
+    let said = install(&variables)?;
     for file in [
         "usr/bin/stream-replicator",
         "usr/share/man/man1/stream-replicator.1",
@@ -50,12 +48,12 @@ fn everything_is_installed_and_options_are_kept() -> Result<()> {
     // A second time it is an upgrade.
     let file = folder.path().join("etc/stream-replicator/stream-replicator.env");
     std::fs::write(&file, "STREAM_REPLICATOR_NAME=OURS\n")?;
-    install(Path::new("/usr"), folder.path())?;
+    install(&variables)?;
     ensure!(std::fs::read_to_string(&file)? == "STREAM_REPLICATOR_NAME=OURS\n");
     Ok(())
 }
 
-/// Installed below a prefix of its own, so that the program of the unit exists.
+/// Installed below a folder of its own without `DESTDIR`, so that the program of the unit exists.
 #[test]
 fn systemd_finds_nothing_wrong_with_the_unit() -> Result<()> {
     if Command::new("systemd-analyze").arg("--version").output().is_err() {
@@ -64,7 +62,7 @@ fn systemd_finds_nothing_wrong_with_the_unit() -> Result<()> {
     }
     let folder = tempfile::tempdir()?;
     let prefix = folder.path().join("usr");
-    install(&prefix, Path::new(""))?;
+    install(&[("PREFIX", &prefix), ("SYSCONFDIR", &folder.path().join("etc"))])?;
     let unit = prefix.join("lib/systemd/system/stream-replicator.service");
     let output = Command::new("systemd-analyze").args(["--man=no", "verify"]).arg(&unit).output()?;
     let said = String::from_utf8(output.stderr)?;
@@ -84,11 +82,13 @@ async fn the_sample_options_are_options_and_start_the_service() -> Result<()> {
     }
 
     let control = Server::start(Role::Control).await?;
+    let credentials = tempfile::tempdir()?;
     let mut service = Service::with_arguments(["serve"]);
     for (name, value) in &options {
         service = match name.as_str() {
             "STREAM_REPLICATOR_SERVER" => service.env(name, &control.url()),
             "STREAM_REPLICATOR_MONITOR" => service.env(name, "127.0.0.1:0"),
+            "STREAM_REPLICATOR_ALLOW_CREDENTIALS" => service.env(name, &credentials.path().to_string_lossy()),
             // In a cluster only; a file that is not here.
             "STREAM_REPLICATOR_BUCKET_REPLICAS" | "NATS_CREDS" => service,
             _ => service.env(name, value),

@@ -284,6 +284,15 @@ async fn a_load_over_a_broken_slow_line_continues() -> Result<()> {
     // Records in flight when the line broke are delivered twice.
     let delivered: u64 = delivered.parse()?;
     assert!((COUNT..COUNT + COUNT / 4).contains(&delivered), "{line}");
+    // Where the consumer begins that follows the breaks.
+    let list = json!({"offset": 0});
+    let consumers = site.source().await?.api("CONSUMER.LIST.KV_REPLICATOR_STATE", list).await?["consumers"].clone();
+    let consumers = consumers.as_array().context("consumers")?;
+    let of_nodes = consumers.iter().map(|consumer| &consumer["config"]).filter(|config| {
+        config["filter_subject"].as_str().is_some_and(|subject| subject.starts_with("$KV.REPLICATOR_STATE.NODES."))
+    });
+    let begins = of_nodes.filter_map(|config| config["opt_start_seq"].as_u64()).max();
+    assert!(begins.is_some_and(|begins| begins > COUNT / 4), "{consumers:?}");
     Ok(())
 }
 
