@@ -2,8 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Replication;
-
 /// The copies of one replication, or of all replications of a site, from one stream: as their provenance headers name it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct OriginTag {
@@ -39,19 +37,6 @@ impl OriginTag {
             return None;
         }
         Some(Self { stream: stream.to_owned(), site: site.to_owned(), name: name.map(str::to_owned) })
-    }
-}
-
-impl Replication {
-    /// What the copies of this replication carry, also those that were made under former names of the site.
-    pub fn origin_tags(&self, site: &str) -> Vec<OriginTag> {
-        let tag = |site: &str, name: &str| OriginTag {
-            stream: self.source.stream.clone(),
-            site: site.to_owned(),
-            name: Some(name.to_owned()),
-        };
-        let former = self.former.iter().map(|former| tag(&former.site, &former.name));
-        std::iter::once(tag(site, &self.name)).chain(former).collect()
     }
 }
 

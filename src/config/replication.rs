@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use chrono::{DateTime, Utc};
 use nats_lane::ServerRef;
 
-use super::{LoopProtection, Mapping, Scope};
+use super::{LoopProtection, Mapping, OriginTag, Scope};
 use crate::status::Ordering;
 
 /// One configured copy of a source stream into a target stream, valid by construction
@@ -95,6 +95,17 @@ pub struct NativeFeed {
 }
 
 impl Replication {
+    /// What the copies of this replication carry, also those that were made under former names of the site.
+    pub fn origin_tags(&self, site: &str) -> Vec<OriginTag> {
+        let tag = |site: &str, name: &str| OriginTag {
+            stream: self.source.stream.clone(),
+            site: site.to_owned(),
+            name: Some(name.to_owned()),
+        };
+        let former = self.former.iter().map(|former| tag(&former.site, &former.name));
+        std::iter::once(tag(site, &self.name)).chain(former).collect()
+    }
+
     /// Where to publish advisories, if that is enabled.
     pub fn advisory(&self) -> Option<&AdvisorySettings> {
         self.sampling.as_ref()?.advisory.as_ref()

@@ -126,7 +126,10 @@ impl<'a> Opener<'a> {
         let generation = positions.record().generation;
         let rejects = Rejects::open(&mut source.lane, replication, &found.tag, generation, refused);
         let writer = write(replication, &mut target.lane, &streams, &found, positions).await?;
-        let returned = ReturnedMessages::of(self.job, &streams.target.created, positions).await?;
+        let created = &streams.target.created;
+        let (protection, remembered) = (replication.loop_protection.as_ref(), positions.record().from_target.as_ref());
+        let returned = ReturnedMessages::new(protection, &self.job.ways_back, remembered, created);
+        positions.knows_from_target(returned.remembered(created)).await?;
         let goes_back = found.goes_back;
         let mut report =
             Reporter::new(self.job, replication.clone(), self.status, self.events, found.resume.position.seq);

@@ -5,8 +5,11 @@ use std::{fmt, sync::Arc};
 
 use tokio::sync::watch;
 
-use super::{Error, Job, PositionWriter, target::provenance};
-use crate::{config::OriginTag, store::FromTarget};
+use super::target::provenance;
+use crate::{
+    config::{LoopProtection, OriginTag},
+    store::FromTarget,
+};
 
 /// What the copies of the other replications of the service carry, of those that read a stream of the target's name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -59,31 +62,22 @@ pub struct ReturnedMessages {
 }
 
 impl ReturnedMessages {
-    /// With what is known now, and what was `remembered` of the target stream that was `created` then.
-    fn new(
-        ways_back: Option<&WaysBack>,
-        configured: &[OriginTag],
+    /// What a document and the other replications say now, and what was `remembered` of the target stream, if that was
+    /// `created` at the same time. Without `protection`, nothing. To be saved before anything is read.
+    pub fn new(
+        protection: Option<&LoopProtection>,
+        ways_back: &WaysBack,
         remembered: Option<&FromTarget>,
         created: &str,
     ) -> Self {
-        let remembered = remembered.filter(|remembered| remembered.created == created && ways_back.is_some());
+        let Some(protection) = protection else { return Self::default() };
+        let remembered = remembered.filter(|remembered| remembered.created == created);
         let known = remembered.map(|remembered| remembered.tags.clone()).unwrap_or_default();
-        let mut new = Self { ways_back: ways_back.cloned(), configured: configured.to_vec(), known };
-        if let Some(ways_back) = &mut new.ways_back {
-            let now = ways_back.now();
-            new.learn(now);
-        }
+        let mut ways_back = ways_back.clone();
+        let now = ways_back.now();
+        let mut new = Self { ways_back: Some(ways_back), configured: protection.target_origin.clone(), known };
+        new.learn(now);
         new
-    }
-
-    /// With what a job and the position record say; what is known is saved before anything is read.
-    pub async fn of(job: &Job, created: &str, positions: &mut PositionWriter) -> Result<Self, Error> {
-        let protection = job.replication.loop_protection.as_ref();
-        let configured = protection.map(|protection| protection.target_origin.as_slice()).unwrap_or_default();
-        let remembered = positions.record().from_target.as_ref();
-        let returned = Self::new(protection.map(|_| &job.ways_back), configured, remembered, created);
-        positions.knows_from_target(returned.remembered(created)).await?;
-        Ok(returned)
     }
 
     /// Whether a message came from there.
@@ -160,7 +154,9 @@ mod tests {
         let count = changed.clone();
         let ways_back =
             WaysBack::new(changed, move || if *count.borrow() == 0 { known(&[], &[]) } else { known(&["A"], &[]) });
-        let mut returned = ReturnedMessages::new(Some(&ways_back), &[], None, "c");
+        let protection = |tags: &[OriginTag]| LoopProtection { target_origin: tags.to_vec() };
+        let on = protection(&[]);
+        let mut returned = ReturnedMessages::new(Some(&on), &ways_back, None, "c");
         returned.update();
         assert!(returned.is_empty() && returned.remembered("c").is_none());
         news.send_replace(1);
@@ -169,11 +165,12 @@ mod tests {
         assert!(returned.includes(&message("A")));
         let saved = returned.remembered("c").unwrap();
         let none = WaysBack::fixed(KnownOrigins::default());
-        let includes =
-            |ways_back, created| ReturnedMessages::new(ways_back, &[], Some(&saved), created).includes(&message("A"));
-        assert!(includes(Some(&none), "c"));
-        assert!(!includes(Some(&none), "d"));
+        let includes = |protection: Option<&LoopProtection>, created| {
+            ReturnedMessages::new(protection, &none, Some(&saved), created).includes(&message("A"))
+        };
+        assert!(includes(Some(&on), "c"));
+        assert!(!includes(Some(&on), "d"));
         assert!(!includes(None, "c"));
-        assert!(ReturnedMessages::new(Some(&none), &[tag("A")], None, "c").includes(&message("A")));
+        assert!(ReturnedMessages::new(Some(&protection(&[tag("A")])), &none, None, "c").includes(&message("A")));
     }
 }

@@ -215,7 +215,11 @@ impl<'a> Feed<'a> {
             self.position = saved;
         }
         if self.kind == NativeKind::Source {
-            self.returned = ReturnedMessages::of(self.job, &self.target_info.created, positions).await?;
+            let (job, created) = (self.job, &self.target_info.created);
+            let protection = job.replication.loop_protection.as_ref();
+            let remembered = positions.record().from_target.as_ref();
+            self.returned = ReturnedMessages::new(protection, &job.ways_back, remembered, created);
+            positions.knows_from_target(self.returned.remembered(created)).await?;
         }
         let result = tokio::select! {
             biased;
