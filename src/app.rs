@@ -31,7 +31,7 @@ use crate::{
     http::{Monitor, Progress, Sources},
     lease::{self, Driver, Leases, ProcessIdentity},
     names,
-    store::{Buckets, Condition, FileDocuments, Keeper, Stored},
+    store::{Buckets, Condition, FileDocuments, Keeper, Stored, event_stream},
     supervisor::{self, Deps, Supervisor},
 };
 
@@ -65,6 +65,8 @@ pub struct AppSettings {
     pub bucket_prefix: String,
     /// Replicas of buckets that are created.
     pub bucket_replicas: usize,
+    /// Whether a stream for the events is created.
+    pub event_stream: bool,
     /// How long this process may be silent before others take its leases. 1 s to 1 h.
     pub lease_ttl: Duration,
     /// The operator declared this the only instance.
@@ -198,6 +200,14 @@ impl System {
         AbortOnDropHandle::new(tokio::spawn(keeper.keep(say)))
     }
 
+    fn create_event_stream(&self, settings: &AppSettings) -> AbortOnDropHandle<()> {
+        let (client, api_prefix) = (self.client.clone(), self.api_prefix.clone());
+        let AppSettings { prefix, bucket_prefix, bucket_replicas, .. } = settings.clone();
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            event_stream::create(client, &api_prefix, &bucket_prefix, &prefix, bucket_replicas).await;
+        }))
+    }
+
     /// Opens the buckets, starts all other parts and runs until the stop.
     async fn work(&mut self, settings: &AppSettings, stop: &CancellationToken) -> anyhow::Result<()> {
         let AppSettings { site, instance, bucket_prefix, bucket_replicas, .. } = settings;
@@ -215,6 +225,7 @@ impl System {
             return Ok(());
         };
         let record = record?;
+        let _event_stream = settings.event_stream.then(|| self.create_event_stream(settings));
         let rules = settings.rules.clone().with_former(&record.former);
 
         let Parts { leases, driver, handle, supervisor, heartbeats, runner, site_record } =

@@ -394,6 +394,15 @@ pub struct Notice {
     pub instance: String,
     /// When it was published.
     pub time: DateTime<Utc>,
+    /// The type of the event, as in the events of NATS: `io.stream_replicator.event.v1.` and the kind with `_`.
+    #[serde(rename = "type", default)]
+    pub schema_type: String,
+    /// Identifies the event.
+    #[serde(default)]
+    pub id: String,
+    /// The same as `time`, under the name that events of NATS have.
+    #[serde(default)]
+    pub timestamp: DateTime<Utc>,
 }
 
 /// Publishes events; cheap to clone. Never blocks and never fails: an event that cannot be sent is logged.
@@ -462,12 +471,16 @@ impl Events {
         let kind = event.kind();
         let Shared { prefix, site, instance, dropped } = &*self.shared;
         let subject = format!("{prefix}.event.{kind}.{replication}");
+        let time = Utc::now().trunc_subsecs(3);
         let notice = Notice {
             event,
             replication: replication.to_owned(),
             site: site.clone(),
             instance: instance.clone(),
-            time: Utc::now().trunc_subsecs(3),
+            time,
+            schema_type: format!("io.stream_replicator.event.v1.{}", kind.replace('-', "_")),
+            id: nuid::next().to_string(),
+            timestamp: time,
         };
         let body = serde_json::to_vec(&notice).unwrap_or_default();
         if self.queue.try_send(Item::Event { subject, body }).is_err() && dropped.fetch_add(1, Ordering::Relaxed) == 0 {

@@ -7,6 +7,7 @@ mod cells;
 mod config;
 mod config_change;
 mod error;
+pub mod event_stream;
 mod file_documents;
 mod keeper;
 mod leases;

@@ -157,8 +157,9 @@ async fn capturing(context: &jetstream::Context, client: &Client, out: &Output) 
     }
     let Some((name, subjects)) = partial else {
         return Err(Error::Failed(format!(
-            "no stream at `{server}` captures `{all}`: make one, such as with `nats stream add EVENTS \
-             --subjects '{all}' --max-age 30d --defaults`, or watch new events with `--follow`"
+            "no stream at `{server}` captures `{all}`: a start of the service without \
+             `--no-event-stream` makes one, as does `nats stream add EVENTS --subjects '{all}' --max-age 30d --defaults`; \
+             `--follow` shows new events"
         )));
     };
     out.note(&format!("stream `{name}` captures only {}", subjects.join(", ")));
@@ -211,7 +212,7 @@ fn show(message: &Message, wanted: &EventFilter, out: &mut Output) {
 /// Kind of an event, and the texts before and after it. Fields of all kinds look the same, so that one which this
 /// program does not know reads as well.
 fn words(event: &Value) -> Option<(String, [String; 2])> {
-    const COMMON: [&str; 5] = ["kind", "replication", "site", "instance", "time"];
+    const COMMON: [&str; 8] = ["kind", "replication", "site", "instance", "time", "type", "id", "timestamp"];
     let event = event.as_object()?;
     let text = |name: &str| event.get(name).and_then(Value::as_str).map(clean);
     let (kind, replication, time) = (text("kind")?, text("replication")?, text("time")?);

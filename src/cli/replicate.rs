@@ -51,6 +51,10 @@ pub(super) struct Args {
     /// Warn of keys that are unknown instead of refusing them
     #[arg(long)]
     lenient: bool,
+
+    /// Create no stream for the events
+    #[arg(long)]
+    no_event_stream: bool,
 }
 
 /// Flags that stand for `replicate` where no command is named.
@@ -94,6 +98,7 @@ impl Args {
             prefix: file.prefix(),
             bucket_prefix: file.bucket_prefix(),
             bucket_replicas: 1,
+            event_stream: !self.no_event_stream,
             lease_ttl: LEASE_TTL,
             standalone: false,
             heartbeats: file.yaml.heartbeats.clone(),

@@ -93,6 +93,10 @@ pub(super) struct Args {
     )]
     bucket_replicas: u8,
 
+    /// Create no stream for the events; without this, `<bucket prefix>_EVENTS` keeps them for 30 days, 100 MiB at most
+    #[arg(long, env = "STREAM_REPLICATOR_NO_EVENT_STREAM", hide_env_values = true)]
+    no_event_stream: bool,
+
     /// How long this process may be silent before others take over its replications, 1s to 1h; the same for all of a
     /// group
     #[arg(
@@ -222,6 +226,7 @@ impl Args {
             prefix: self.prefix.clone(),
             bucket_prefix: self.bucket_prefix.clone(),
             bucket_replicas: usize::from(self.bucket_replicas),
+            event_stream: !self.no_event_stream,
             lease_ttl: lease_ttl.unwrap_or_default(),
             standalone: self.standalone,
             heartbeats: file.heartbeats,
