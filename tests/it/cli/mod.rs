@@ -9,5 +9,6 @@ mod edit;
 mod events;
 mod generate;
 mod install;
+mod packages;
 mod status;
 mod steer;
