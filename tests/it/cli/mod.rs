@@ -5,6 +5,7 @@ mod apply;
 mod check;
 mod config;
 mod connection;
+mod containers;
 mod edit;
 mod events;
 mod generate;
