@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo install generate test architecture sim chaos check check-long bench format lint clippy breaks-found words commits \
-	servers matrix licences long-tests long-matrix breaks short-bench
+.PHONY: help demo install packages generate test architecture sim chaos check check-long bench format lint clippy breaks-found words \
+	commits servers matrix licences long-tests long-matrix breaks short-bench
 
 # The steps of `check`, and what `check-long` adds.
 CHECK := format clippy breaks-found words commits licences test matrix
@@ -37,6 +37,9 @@ bench: servers ## speed, CPU and memory beside a native source and a stop-and-wa
 
 install: ## the program, its man page, completions and unit below PREFIX (/usr/local), its options below /etc
 	contrib/install
+
+packages: ## a Debian package and an RPM, from `package.metadata` of Cargo.toml
+	contrib/packages
 
 generate: ## what is made from the code: schemas/ and docs/configuration.md
 	GENERATE=1 cargo test --locked --quiet --test it ::current_

@@ -9,7 +9,7 @@ use regex::Regex;
 
 use crate::harness::{LIMIT, Role, Server, Service, connect, request, service::binary, wait_for};
 
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+pub const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// `contrib/install` with these variables and the program of this build.
 fn install(variables: &[(&str, &Path)]) -> Result<String> {
@@ -24,6 +24,12 @@ fn options(file: &Path) -> Result<Vec<(String, String)>> {
     let text = std::fs::read_to_string(file)?;
     let line = Regex::new(r"(?m)^#?([A-Z_]+)=(.*)$")?;
     Ok(line.captures_iter(&text).map(|found| (found[1].to_owned(), found[2].to_owned())).collect())
+}
+
+/// The variables of the options of `serve`.
+pub fn known_options() -> Result<BTreeSet<String>> {
+    let help = String::from_utf8(Command::new(binary()?).args(["serve", "--help"]).output()?.stdout)?;
+    Ok(Regex::new(r"\[env: ([A-Z_]+)")?.captures_iter(&help).map(|found| found[1].to_owned()).collect())
 }
 
 #[test]
@@ -74,8 +80,7 @@ fn systemd_finds_nothing_wrong_with_the_unit() -> Result<()> {
 async fn the_sample_options_are_options_and_start_the_service() -> Result<()> {
     let file = Path::new(ROOT).join("contrib/systemd/stream-replicator.env");
     let options = options(&file)?;
-    let help = String::from_utf8(Command::new(binary()?).args(["serve", "--help"]).output()?.stdout)?;
-    let known: BTreeSet<_> = Regex::new(r"\[env: ([A-Z_]+)")?.captures_iter(&help).map(|m| m[1].to_owned()).collect();
+    let known = known_options()?;
     ensure!(options.len() > 5, "{options:?}");
     for (name, _) in &options {
         ensure!(known.contains(name), "`{name}` is no option of {known:?}");
