@@ -14,6 +14,9 @@ fn detail(mut event: Value, kind: &str, replication: &str) -> Value {
     let time = take("time");
     let at = chrono::DateTime::parse_from_rfc3339(time.as_str().unwrap_or_default()).expect("a time");
     assert!((chrono::Utc::now() - at.to_utc()).num_seconds().abs() < 60, "{time}");
+    let schema_type = format!("io.stream_replicator.event.v1.{}", kind.replace('-', "_"));
+    assert_eq!((take("type"), take("timestamp")), (json!(schema_type), time));
+    assert!(take("id").as_str().is_some_and(|id| !id.is_empty()));
     event
 }
 
