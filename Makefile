@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo install generate test architecture sim chaos check check-long bench format lint clippy breaks-found words commits \
-	servers matrix licences long-tests long-matrix breaks short-bench
+.PHONY: help demo demo-fleet install generate test architecture sim chaos check check-long bench format lint clippy \
+	breaks-found words commits servers matrix licences long-tests long-matrix breaks short-bench
 
 # The steps of `check`, and what `check-long` adds.
 CHECK := format clippy breaks-found words commits licences test matrix
@@ -13,6 +13,10 @@ demo: servers ## two throw-away servers, a replication, a crash in the middle, a
 	@echo "compiling the service and the demo; the first time this takes some minutes"
 	cargo build --locked --bin stream-replicator --example demo
 	@cargo run --locked --quiet --example demo
+
+demo-fleet: servers ## nodes of two sites, adapters, sampled replications and advisories, all counts compared (1 min): ARGS="--nodes n"
+	@echo "compiling the service and the demo; the first time this takes some minutes"
+	contrib/fleet-demo/start $(ARGS)
 
 test: servers ## all tests, on real nats-servers
 	contrib/run-tests --workspace -- --test-threads 8
