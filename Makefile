@@ -1,18 +1,22 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo install packages generate test architecture sim chaos check check-long bench format lint clippy breaks-found words \
-	commits servers matrix licences long-tests long-matrix breaks short-bench
+.PHONY: help demo demo-fleet install packages generate test architecture sim chaos check check-long bench bench-adapter format lint \
+	clippy breaks-found words commits servers matrix licences long-tests long-matrix breaks short-bench
 
 # The steps of `check`, and what `check-long` adds.
 CHECK := format clippy breaks-found words commits licences test matrix
 LONG := long-tests long-matrix sim breaks short-bench
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 demo: servers ## two throw-away servers, a replication, a crash in the middle, a comparison (20 s)
 	@echo "compiling the service and the demo; the first time this takes some minutes"
 	cargo build --locked --bin stream-replicator --example demo
 	@cargo run --locked --quiet --example demo
+
+demo-fleet: servers ## nodes of two sites, adapters, sampled replications and advisories, all counts compared (1 min): ARGS="--nodes n"
+	@echo "compiling the service and the demo; the first time this takes some minutes"
+	contrib/fleet-demo/start $(ARGS)
 
 test: servers ## all tests, on real nats-servers
 	contrib/run-tests --workspace -- --test-threads 8
@@ -34,6 +38,9 @@ check-long: ## check, the long tests and a short bench
 
 bench: servers ## speed, CPU and memory beside a native source and a stop-and-wait copier
 	cargo bench --locked --bench copy -- $(ARGS)
+
+bench-adapter: servers ## Choria's data adapter: rate, an outage of the target, memory, CPU, latency
+	cargo bench --locked --bench adapter -- $(ARGS)
 
 install: ## the program, its man page, completions and unit below PREFIX (/usr/local), its options below /etc
 	contrib/install

@@ -2,6 +2,8 @@
 //! a replication to the other, a crash of the service in the middle, and a comparison of both streams message
 //! by message. Needs about 20 seconds and leaves nothing behind.
 
+#[path = "demo/inventory.rs"]
+mod inventory;
 #[path = "demo/registration.rs"]
 mod registration;
 

@@ -8,6 +8,7 @@
 #![allow(dead_code, unused_imports, unreachable_pub)]
 
 pub mod checker;
+pub mod choria;
 pub mod cli;
 pub mod client;
 pub mod clock;
@@ -25,6 +26,7 @@ pub mod skew;
 pub mod wire;
 
 pub use checker::{Expect, Report};
+pub use choria::{REGISTRATION, Registration};
 pub use cli::Cli;
 pub use client::{connect, request, timed, wait_for, wait_value, wait_while_moving};
 pub use clock::Clock;

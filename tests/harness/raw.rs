@@ -114,6 +114,15 @@ impl Raw {
         self.send(message, &reply).await
     }
 
+    /// Publishes all of them without a reply subject, in one write, and waits for nothing.
+    pub async fn send_all(&mut self, messages: &[Outgoing]) -> Result<()> {
+        let mut buffer = Vec::new();
+        for message in messages {
+            encode(&mut buffer, message, "");
+        }
+        Ok(self.write.write_all(&buffer).await?)
+    }
+
     /// Publishes with any reply subject and waits for nothing.
     pub async fn send_with_reply(&mut self, message: &Outgoing, reply: &str) -> Result<()> {
         self.send(message, reply).await
@@ -225,9 +234,18 @@ impl Raw {
 
     /// Reads what is stored from sequence `first` on.
     pub async fn read_stream_from(&mut self, stream: &str, first: u64) -> Result<Vec<Stored>> {
+        self.read(stream, first, false).await
+    }
+
+    /// Reads a whole stream without the payloads.
+    pub async fn read_headers(&mut self, stream: &str) -> Result<Vec<Stored>> {
+        self.read(stream, 1, true).await
+    }
+
+    async fn read(&mut self, stream: &str, first: u64, headers_only: bool) -> Result<Vec<Stored>> {
         let config = json!({"deliver_policy": "by_start_sequence", "opt_start_seq": first.max(1),
             "ack_policy": "none", "replay_policy": "instant", "mem_storage": true, "num_replicas": 1,
-            "inactive_threshold": 60_000_000_000u64});
+            "inactive_threshold": 60_000_000_000u64, "headers_only": headers_only});
         let body = json!({"stream_name": stream, "config": config});
         let created = self.api(&format!("CONSUMER.CREATE.{stream}"), body).await?;
         let name = created["name"].as_str().context("no consumer name")?.to_owned();

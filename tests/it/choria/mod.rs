@@ -2,6 +2,7 @@
 
 mod adapters;
 mod files;
+mod fleet;
 mod handover;
 mod identities;
 mod metrics;

@@ -3,16 +3,17 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, ensure};
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 
 use crate::harness::client::refused;
 use crate::harness::raw::{header_values, wait_messages};
-use crate::harness::{LIMIT, Outgoing, Raw, SITE, Service, Site, Stored, request, wait_value, wait_while_moving};
+use crate::harness::{
+    LIMIT, Outgoing, REGISTRATION as TOPIC, Raw, Registration, SITE, Service, Site, Stored, request, wait_value,
+    wait_while_moving,
+};
 
 /// What nodes publish, and what becomes of it.
 const VECTORS: &str = include_str!("../../data/choria-adapter.json");
-const TOPIC: &str = "choria.broadcast.agent.registration";
 const STREAM: &str = "CHORIA_REGISTRATION";
 
 async fn site() -> Result<Site> {
@@ -47,16 +48,9 @@ async fn row_when(site: &Site, what: &str, when: impl Fn(&Value) -> bool) -> Res
 
 /// A registration of the first version, as a node publishes it.
 fn registration(number: u64, sender: &str) -> Outgoing {
-    let message = json!({"protocol": "choria:request:1", "message": format!("{{\"n\":{number}}}"), "envelope": {
-        "requestid": format!("{number:032x}"), "senderid": sender, "callerid": format!("choria={sender}"),
-        "collective": "choria", "agent": "registration", "ttl": 60, "time": 1_577_873_472,
-        "filter": {"fact": [], "cf_class": [], "agent": [], "identity": [], "compound": []},
-    }});
-    let secure = json!({"protocol": "choria:secure:request:1", "message": message.to_string(), "signature": "c2ln",
-        "pubcert": "insecure registration"});
-    let data = STANDARD.encode(secure.to_string());
-    let transport = json!({"protocol": "choria:transport:1", "data": data, "headers": {"mc_sender": sender}});
-    Outgoing::new(TOPIC, transport.to_string())
+    let (id, data) = (format!("{number:032x}"), format!("{{\"n\":{number}}}"));
+    let registration = Registration { id: &id, sender, data: &data, time: 1_577_873_472_000_000_000 };
+    Outgoing::new(TOPIC, registration.v1())
 }
 
 async fn publish(raw: &mut Raw, numbers: impl Iterator<Item = u64>) -> Result<()> {

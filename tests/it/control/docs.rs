@@ -152,7 +152,7 @@ async fn documented_permissions_suffice() -> Result<()> {
     let page = page("docs/permissions.md")?;
     let blocks: Vec<&str> =
         page.split("```\npermissions {").skip(1).filter_map(|rest| rest.split("```").next()).collect();
-    let [control, source, queue, target] = blocks.as_slice() else { bail!("{} blocks", blocks.len()) };
+    let [control, source, queue, target, ..] = blocks.as_slice() else { bail!("{} blocks", blocks.len()) };
     let user = |name: &str, block: &str| format!("{{ user: {name}, password: p, permissions {{{block} }}");
     let config = |users: &[String]| {
         let all = "{ user: all, password: p }".to_owned();

@@ -1,5 +1,6 @@
 //! The service over NATS: requests, documents, events, heartbeats.
 
+mod adapter_logins;
 mod adapters;
 mod allow;
 mod config;
