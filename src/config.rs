@@ -37,8 +37,8 @@ pub use json::{Json, MAX_DOCUMENT, why_not_json};
 pub use loops::{LoopProtection, OriginTag};
 pub use mapping::Mapping;
 pub use ordered::{compact_document, pretty_document};
-pub(crate) use problems::one_line;
 pub use problems::{Problem, Problems};
+pub(crate) use problems::{one_line, shorten};
 pub use replication::{
     AdvisorySettings, Former, Inspect, Limits, NativeFeed, NativeKind, OnReject, OnSourceLoss, Replication, Sampling,
     SenderBounds, Sharing, Side, Start,

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use crate::{
     allow::AllowList,
     choria::{ReplicatorYaml, YamlControl, YamlProblem},
-    config::{MAX_DOCUMENT, Replication, URLS, adapter_name, document_id},
+    config::{MAX_DOCUMENT, Replication, URLS, adapter_name, document_id, shorten},
     names::{self, ADAPTERS_PREFIX},
 };
 
@@ -70,7 +70,7 @@ impl ReplicatorFile {
             problems.push(YamlProblem::new(yaml.line(path), path, message));
         };
         if let Err(right) = names::check_token(&yaml.name) {
-            problem("/name", format!("`name` is not possible; it must be {right}"));
+            problem("/name", format!("`name`: `{}` is not possible; it must be {right}", shorten(&yaml.name)));
         }
         let rules = AllowList::default();
         let mut replications = Vec::new();
@@ -114,12 +114,15 @@ impl ReplicatorFile {
             }
         }
         let prefixes = [
-            ("bucket_prefix", yaml.control.bucket_prefix.as_deref().map(names::check_bucket_prefix)),
-            ("prefix", yaml.control.prefix.as_deref().map(names::check_prefix)),
+            ("bucket_prefix", yaml.control.bucket_prefix.as_deref(), names::check_bucket_prefix as fn(&str) -> _),
+            ("prefix", yaml.control.prefix.as_deref(), names::check_prefix),
         ];
-        for (field, checked) in prefixes {
-            if let Some(Err(right)) = checked {
-                problem(&format!("/control/{field}"), format!("`control.{field}` is not possible; it must be {right}"));
+        for (field, value, check) in prefixes {
+            if let Some(value) = value
+                && let Err(right) = check(value)
+            {
+                let wrong = format!("`control.{field}`: `{}` is not possible; it must be {right}", shorten(value));
+                problem(&format!("/control/{field}"), wrong);
             }
         }
         let own = control_server(&yaml.control).unwrap_or_else(|(field, wrong)| {
@@ -406,7 +409,10 @@ mod tests {
                 STREAM.replace("name: A", "name: 17"),
                 "1: name: `name` is `17`, which YAML reads as a number: put it in quotes",
             ),
-            (STREAM.replace("name: A", "name: a.b"), "1: name: `name` is not possible; it must be 1 to 128 letters"),
+            (
+                STREAM.replace("name: A", "name: a.b"),
+                "1: name: `name`: `a.b` is not possible; it must be 1 to 128 letters",
+            ),
             (STREAM.replace("name: A", "name: [a]"), "1: name: `name` holds one value"),
             (
                 stream("filter_subjcts: a.>"),

@@ -2,6 +2,7 @@
 //! and the configuration into such a file.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -22,15 +23,15 @@ use super::{
 };
 use crate::{
     app::ReplicatorFile,
-    config::pretty_document,
-    control::api::{HeartbeatsChanged, HeartbeatsShown, List},
+    config::{adapter_name, pretty_document},
+    control::api::{AdapterChanged, AdapterList, AdapterNamed, AdapterShown, HeartbeatsChanged, HeartbeatsShown, List},
 };
 
 /// Add what a YAML file of Choria's stream-replicator says to the stored configuration
 ///
-/// Its streams become replications and its heartbeats the stored heartbeats. Replications that are stored under the same
-/// id are updated, all others stay. Everything is checked before anything is changed; each change is shown, secrets as
-/// `***`.
+/// Its streams become replications, its heartbeats the stored heartbeats, its adapters stored adapters. What is stored under the
+/// same id or name is updated, everything else stays. Replications are checked before anything is changed; each change
+/// is shown, secrets as `***`.
 #[derive(Debug, clap::Args)]
 pub(super) struct ImportArgs {
     /// File, such as `/etc/stream-replicator/sr.yaml`
@@ -54,7 +55,8 @@ pub(super) struct ImportArgs {
 /// them written.
 #[derive(Debug, clap::Args)]
 pub(super) struct ExportArgs {
-    /// Replications, or patterns of their ids such as `'S0*'` [default: all; with the heartbeats where no folder is named]
+    /// Replications, or patterns of their ids such as `'S0*'` [default: all; with heartbeats and adapters where no folder is
+    /// named]
     #[arg(value_name = "ID")]
     ids: Vec<String>,
 
@@ -87,16 +89,51 @@ pub(super) async fn import(args: &ImportArgs, out: &mut Output) -> Result<Comman
         FoundFiles { place, document }
     });
     let verdict = apply::apply_found(client, found.collect(), args.dry_run, out).await?;
-    if file.yaml.heartbeats.is_null() || args.dry_run || verdict == CommandVerdict::Bad {
+    if args.dry_run || verdict == CommandVerdict::Bad {
         return Ok(verdict);
     }
     let client = Client::connect(&args.global).await?;
-    let body = file.yaml.heartbeats.to_string().into();
-    let changed: Reply<HeartbeatsChanged> = client.change_at("heartbeat.set", body, None).await?;
-    if !out.json() {
-        out.line(&format!("heartbeats are at revision {}", changed.value.revision));
+    if !file.yaml.heartbeats.is_null() {
+        let body = file.yaml.heartbeats.to_string().into();
+        let changed: Reply<HeartbeatsChanged> = client.change_at("heartbeat.set", body, None).await?;
+        if !out.json() {
+            out.line(&format!("heartbeats are at revision {}", changed.value.revision));
+        }
+    }
+    import_adapters(&client, &file.yaml.adapters, out).await
+}
+
+/// Adds adapters, or updates them. One that is refused is reported, and the others are imported.
+async fn import_adapters(client: &Client, adapters: &[Value], out: &mut Output) -> Result<CommandVerdict, Error> {
+    let mut verdict = CommandVerdict::Good;
+    if adapters.is_empty() {
+        return Ok(verdict);
+    }
+    let stored = stored_adapters(client).await?;
+    for document in adapters {
+        let is_stored = adapter_name(document).is_some_and(|name| stored.contains(&name));
+        let endpoint = if is_stored { "adapter.update" } else { "adapter.add" };
+        let changed: Result<Reply<AdapterChanged>, Error> =
+            client.change_at(endpoint, document.to_string().into(), None).await;
+        match changed {
+            Ok(changed) if !out.json() => {
+                let AdapterChanged { adapter, revision, .. } = changed.value;
+                out.line(&format!("adapter {adapter} is at revision {revision}"));
+            }
+            Ok(_) => {}
+            Err(error) => {
+                error.print(out);
+                verdict = CommandVerdict::Bad;
+            }
+        }
     }
     Ok(verdict)
+}
+
+/// Names of the adapters in the configuration bucket.
+async fn stored_adapters(client: &Client) -> Result<BTreeSet<String>, Error> {
+    let list: Reply<AdapterList> = client.pages("adapter.list").await?;
+    Ok(list.value.adapters.into_iter().filter(|row| row.origin == "kv").map(|row| row.adapter).collect())
 }
 
 /// Carries out `config export`.
@@ -112,6 +149,14 @@ pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<Comman
             let shown: Reply<HeartbeatsShown> = client.query("heartbeat.get", &json!({})).await?;
             if !shown.value.config.is_null() {
                 file.insert("heartbeats".to_owned(), shown.value.config);
+            }
+            let mut adapters = Vec::new();
+            for adapter in stored_adapters(&client).await? {
+                let shown: Reply<AdapterShown> = client.query("adapter.get", &AdapterNamed { adapter }).await?;
+                adapters.push(shown.value.config);
+            }
+            if !adapters.is_empty() {
+                file.insert("adapters".to_owned(), adapters.into());
             }
             let list: Reply<List> = client.pages("config.list").await?;
             list.value.replications.into_iter().map(|row| row.replication).collect()

@@ -83,7 +83,7 @@ impl fmt::Display for Problems {
 impl std::error::Error for Problems {}
 
 /// The beginning of a text, for messages; a URL that strayed into another field loses its secret.
-pub(super) fn shorten(text: &str) -> Cow<'_, str> {
+pub(crate) fn shorten(text: &str) -> Cow<'_, str> {
     const MOST: usize = 80;
     let text = if text.contains('@') || text.contains("://") { mask_url(text).into() } else { Cow::Borrowed(text) };
     match text.char_indices().nth(MOST) {

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::messages;
@@ -17,7 +17,9 @@ async fn a_file_is_imported_and_exported_and_imported_again() -> Result<()> {
     let text = format!(
         "name: TEST\nx-link: &link\n  source_url: {source}\n  target_url: {}\nstreams:\n  - <<: *link\n    stream: S\n    \
          filter_subject: s.>\n    max_age: 1.5d\n  - <<: *link\n    stream: T\n    inspect_subject_token: 1\n    inspect_duration: 1h\n\
-         heartbeats:\n  url: {}\n  subjects:\n    - subject: beats.a\n",
+         heartbeats:\n  url: {}\n  subjects:\n    - subject: beats.a\nadapters:\n  - name: inventory\n    stream:\n      \
+         topic: reg.%s\n      servers: {source}\n    ingest:\n      topic: choria.broadcast.agent.registration\n      protocol: \
+         request\n      servers: {source}\n",
         site.target.url(),
         site.source.url()
     );
@@ -30,6 +32,9 @@ async fn a_file_is_imported_and_exported_and_imported_again() -> Result<()> {
 
     let shown = cli.ok(["config", "import", path.as_str()]).await?;
     ensure!(shown.contains("2 added") && shown.contains("heartbeats are at revision"), "{shown}");
+    ensure!(shown.contains("adapter inventory is at revision"), "{shown}");
+    let adapters = request(&site.client, "replicator.adapter.list", json!({})).await?;
+    ensure!(adapters["total"] == 1 && adapters["adapters"][0]["origin"] == "kv", "{adapters}");
     let stored = request(&site.client, "replicator.config.get", json!({"replication": "S"})).await?;
     let config = &stored["config"];
     ensure!(config["hand_back"] == true && config["max_age"] == "129600s", "{stored}");
@@ -37,9 +42,12 @@ async fn a_file_is_imported_and_exported_and_imported_again() -> Result<()> {
 
     let yaml = cli.ok(["config", "export"]).await?;
     ensure!(yaml.contains("stream: \"S\"") && yaml.contains("subject: \"beats.a\""), "{yaml}");
+    ensure!(yaml.contains("name: \"inventory\"") && !yaml.contains("hunter2"), "{yaml}");
     fs::write(&path, &yaml)?;
     let shown = cli.ok(["config", "import", path.as_str()]).await?;
     ensure!(shown.contains("0 added, 0 updated, 2 unchanged"), "{shown}\n{yaml}");
+    let adapter = site.bucket("REPLICATOR_CONFIG").await?.get("adapters/inventory").await?.context("the adapter")?;
+    ensure!(String::from_utf8_lossy(&adapter).contains("u:hunter2@"), "the password is lost");
     let one = cli.json(["config", "export", "T"]).await?;
     ensure!(one["streams"][0]["stream"] == "T" && one["name"] == "TEST" && one.get("heartbeats").is_none(), "{one}");
 
