@@ -13,8 +13,8 @@ use async_nats::{
     Client, HeaderMap, Message, Request, RequestErrorKind, StatusCode,
     header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE,
     jetstream::{
-        self,
-        context::{ContextBuilder, GetStreamErrorKind},
+        self, ErrorCode,
+        context::{AccountErrorKind, ContextBuilder, GetStreamErrorKind},
         message::StreamMessage,
         publish::PublishAck,
         response::Response,
@@ -101,7 +101,11 @@ impl Bucket {
     ) -> Result<Self, Error> {
         let context = ContextBuilder::new().api_prefix(api_prefix).timeout(TIMEOUT).build(client.clone());
         let error = |message: String| Error { bucket: name.to_owned(), message };
-        if !exists(&context, name).await.map_err(error)? {
+        let is_there = match exists(&context, name).await {
+            Ok(is_there) => is_there,
+            Err(why) => return Err(error(no_jetstream(&context).await.unwrap_or(why))),
+        };
+        if !is_there {
             let create = async |markers: Option<Duration>| {
                 let config = stream::Config {
                     name: stream_name(name),
@@ -431,6 +435,26 @@ fn stream_name(bucket: &str) -> String {
 
 async fn exists(context: &jetstream::Context, bucket: &str) -> Result<bool, String> {
     Ok(find_stream(context, bucket).await?.is_some())
+}
+
+/// What to do where there is no JetStream; `None` where there is, or where it cannot be told.
+async fn no_jetstream(context: &jetstream::Context) -> Option<String> {
+    let error = context.query_account().await.err()?;
+    let is_off = match error.kind() {
+        AccountErrorKind::JetStreamUnavailable => true,
+        AccountErrorKind::JetStream(error) => {
+            matches!(
+                error.error_code(),
+                ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT
+            )
+        }
+        _ => false,
+    };
+    is_off.then(|| {
+        "cannot be opened: no JetStream answers at the control server: switch it on with `nats-server -js`, or with \
+         `jetstream {}` in its configuration and `jetstream: enabled` in the account; a cluster may have no leader yet"
+            .to_owned()
+    })
 }
 
 /// The stream of a bucket; `None` if there is none.

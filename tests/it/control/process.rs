@@ -280,3 +280,20 @@ async fn systemd_learns_of_start_state_watchdog_and_stop() -> Result<()> {
     assert_eq!(service.wait(LIMIT).await?.code(), Some(0));
     Ok(())
 }
+
+#[tokio::test]
+async fn a_control_server_without_jetstream_is_named() -> Result<()> {
+    let off = Server::builder(Role::Control).without_jetstream().start().await?;
+    // On at the server, and not for the account of the login.
+    let accounts = "accounts: { SYS: { users: [{ user: s, password: s }] }, A: { users: [{ user: a, password: a }] } }\n\
+                    system_account: SYS";
+    let of_others = Server::builder(Role::Control).config(accounts).start().await?;
+    for url in [off.url(), of_others.url_as("a:a")] {
+        let service = Service::builder(&url, "TEST").spawn()?;
+        for expect in ["no JetStream answers at the control server", "`nats-server -js`"] {
+            let shown = async || service.log().contains(expect);
+            wait_for("the log to say so", LIMIT, shown).await.with_context(|| service.log())?;
+        }
+    }
+    Ok(())
+}
