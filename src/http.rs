@@ -13,7 +13,7 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
-use crate::{adapter::AdapterHandle, events::Events, heartbeat, lease::Leases, metrics, supervisor::Handle};
+use crate::{adapter::AdapterHandle, events::Events, heartbeat, lease::Leases, metrics, names, supervisor::Handle};
 
 /// Deadline for open connections when the monitor stops.
 const GRACE: Duration = Duration::from_millis(500);
@@ -112,6 +112,7 @@ fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
     let beats = heartbeats.as_ref().and_then(heartbeat::HeartbeatHandle::election);
     let mut page = metrics::render(&sources.site, &rows, sources.events.dropped())?;
     page += &metrics::render_buckets(&sources.site, recreated)?;
+    page += &metrics::render_process(names::VERSION)?;
     page += &metrics::render_elections(&sources.site, &elections, beats.as_ref())?;
     if let Some(reading) = heartbeats.and_then(|heartbeats| heartbeats.reading()) {
         page += &metrics::render_heartbeats(&sources.site, &reading)?;

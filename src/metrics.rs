@@ -11,6 +11,9 @@ use prometheus::{
     proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
 };
 
+#[cfg(target_os = "linux")]
+use prometheus::{core::Collector, process_collector::ProcessCollector};
+
 pub use self::adapters::{AdapterReading, render_adapters};
 use crate::{
     names::choria_consumer,
@@ -125,6 +128,26 @@ pub fn render(site: &str, rows: &[Row], dropped_events: u64) -> Result<String, p
     families.retain(|family| !family.get_metric().is_empty());
     families.push(dropped_events_family(site, dropped_events));
     TextEncoder::new().encode_to_string(&families)
+}
+
+/// The version of the program, and what Prometheus' libraries show of a process, in the same format.
+pub fn render_process(version: &str) -> Result<String, prometheus::Error> {
+    let all = vec![series(vec![label("version", version)], MetricType::GAUGE, 1.0)];
+    let name = "choria_stream_replicator_build_info".to_owned();
+    let mut families = vec![family(name, "1; the label is the version of the program", MetricType::GAUGE, all)];
+    families.extend(process_families());
+    TextEncoder::new().encode_to_string(&families)
+}
+
+#[cfg(target_os = "linux")]
+fn process_families() -> Vec<MetricFamily> {
+    ProcessCollector::for_self().collect()
+}
+
+/// The collector reads `/proc`.
+#[cfg(not(target_os = "linux"))]
+fn process_families() -> Vec<MetricFamily> {
+    Vec::new()
 }
 
 /// How many buckets of the service this process recreated, in the same format.

@@ -437,7 +437,7 @@ async fn exists(context: &jetstream::Context, bucket: &str) -> Result<bool, Stri
     Ok(find_stream(context, bucket).await?.is_some())
 }
 
-/// What to do where there is no JetStream; `None` where there is, or where it cannot be told.
+/// What to do where there is no JetStream; `None` where there is one, or where that is not known.
 async fn no_jetstream(context: &jetstream::Context) -> Option<String> {
     let error = context.query_account().await.err()?;
     let is_off = match error.kind() {

@@ -231,8 +231,15 @@ async fn metrics_have_chorias_names_and_agree_with_the_status() -> Result<()> {
     assert_eq!(value("processing_time_seconds_count", labels), 100.0);
     assert_eq!(value("state", &format!("{labels},state=\"running\"")), 1.0);
     assert_eq!(value("copied_messages", r#"stream="NAMED",replicator="TEST",worker="second""#), 10.0);
+    let build = samples.iter().find(|(name, _)| name.starts_with("choria_stream_replicator_build_info{version=\"0."));
+    assert_eq!(build.map(|(_, value)| *value), Some(1.0), "{text}");
+    let resident = samples.get("process_resident_memory_bytes").copied().unwrap_or_default();
+    assert!(resident > 1e6 && resident < 1e9, "{resident}");
     for family in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
         let name = family.split(' ').next().unwrap_or_default();
+        if name.starts_with("process_") {
+            continue;
+        }
         assert!(name.starts_with("choria_stream_replicator_") && !name.ends_with("_total"), "{name}");
     }
     Ok(())
