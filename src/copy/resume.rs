@@ -677,11 +677,19 @@ impl Sides<'_> {
         let found = self.point_at(saved.seq).await?.time_ns;
         let holds = match (found, saved.time_ns) {
             (Some(found), Some(saved)) => found == saved,
+            // A message that was stored since it had none.
+            (Some(found), None) if saved.none_at.is_some_and(|none_at| found > nanos(none_at)) => false,
             (Some(_), None) => same_hint,
             // No message is left that could contradict. If the stream's creation time differs, it is another one.
             (None, _) if saved.seq < first => same_hint || saved.created.is_empty(),
             (None, Some(time_ns)) => !self.has_later_below(saved.seq, time_ns).await?,
-            (None, None) => same_hint || self.newest_known(Proof::Message).await?.tail.is_some(),
+            (None, None) => {
+                let later = match saved.none_at {
+                    Some(none_at) => self.has_later_below(saved.seq, nanos(none_at)).await?,
+                    None => false,
+                };
+                !later && (same_hint || self.newest_known(Proof::Message).await?.tail.is_some())
+            }
         };
         Ok((!holds).then(|| format!("another message is at the saved sequence {} or before it", saved.seq)))
     }
@@ -784,6 +792,10 @@ impl Sides<'_> {
     }
 }
 
+fn nanos(time: chrono::DateTime<Utc>) -> i64 {
+    time.timestamp_nanos_opt().unwrap_or(i64::MAX)
+}
+
 fn contradicts_itself() -> Error {
     Error::retry("the source gave two answers about what was copied that do not agree")
 }
@@ -829,7 +841,7 @@ mod tests {
         let now = Instant::now();
         let clock = SourceClock::new(&ClockReading { sent: now, received: now, server: None, local: Utc::now() });
         let record = PositionRecord {
-            source: Some(SourceWitness { seq: 9, time_ns: Some(5), created: "c".to_owned() }),
+            source: Some(SourceWitness { seq: 9, time_ns: Some(5), none_at: None, created: "c".to_owned() }),
             ..PositionRecord::new()
         };
         let sides = Sides {

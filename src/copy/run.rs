@@ -2,7 +2,7 @@
 
 use std::{future::poll_fn, task::Poll};
 
-use nats_lane::{Batch, Lane, Turn};
+use nats_lane::{Batch, Lane, Turn, jetstream::StreamInfo};
 use tokio::time::{Duration, Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -114,7 +114,7 @@ impl Run<'_> {
         // The server removes the consumer later by itself; deleting it here is a courtesy that must not delay a stop.
         let _ = tokio::time::timeout(LAST_SAVE, source.lane.round_trip()).await;
         let sampled = sampler.as_ref().map(SamplingDriver::sampled);
-        let streams = (source.info.created.as_str(), target.created.as_str());
+        let streams = (&source.info, target.created.as_str());
         let witnesses = witnesses(&bounds.window, &target.writer, &source.clock, streams, sampled);
         // Messages that did not settle in time.
         positions.left_in_flight(&bounds.window, Instant::now());
@@ -134,7 +134,7 @@ impl Run<'_> {
         } else {
             positions.left_in_flight(&bounds.window, Instant::now());
         }
-        let streams = (source.info.created.as_str(), target.created.as_str());
+        let streams = (&source.info, target.created.as_str());
         let witnesses = witnesses(&bounds.window, &target.writer, &source.clock, streams, sampled);
         match tokio::time::timeout(LAST_SAVE, positions.save_now(witnesses, report.row())).await {
             Ok(Err(conflict @ SaveError::Conflict { .. })) => conflict.into(),
@@ -146,9 +146,9 @@ impl Run<'_> {
     /// The content of the position record as of now.
     fn witnesses(&self) -> Witnesses<'_> {
         let (source, target) = (&self.source, &self.target);
-        let created = (source.info.created.as_str(), target.created.as_str());
+        let streams = (&source.info, target.created.as_str());
         let sampled = self.sampler.as_ref().map(SamplingDriver::sampled);
-        witnesses(&self.bounds.window, &target.writer, &source.clock, created, sampled)
+        witnesses(&self.bounds.window, &target.writer, &source.clock, streams, sampled)
     }
 
     /// Waits a short time until the records of senders contain everything that is known of them.
@@ -372,12 +372,12 @@ impl Run<'_> {
     }
 }
 
-/// The content of the position record; `created` has the creation times of the two streams.
+/// The content of the position record, from the source stream as it was when the run began, and `created` of the target.
 fn witnesses<'w>(
     window: &'w Window,
     writer: &Writer,
     clock: &SourceClock,
-    (source_created, target_created): (&'w str, &'w str),
+    (source, target_created): (&'w StreamInfo, &'w str),
     sampled: Option<SenderRecords>,
 ) -> Witnesses<'w> {
     Witnesses {
@@ -385,7 +385,8 @@ fn witnesses<'w>(
         now: clock.now(Instant::now()),
         mode: writer.mode(),
         stamps: writer.stamps(),
-        source_created,
+        source_created: &source.created,
+        opened_at: source.ts,
         target_created,
         sampled,
     }

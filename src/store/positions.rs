@@ -123,6 +123,10 @@ pub struct SourceWitness {
     pub seq: u64,
     /// Stored time of the message at `seq`, nanoseconds since the Unix epoch; `None` if there was none.
     pub time_ns: Option<i64>,
+    /// When there was none, by the source server's clock: a message that was stored at or below `seq` after this time is
+    /// one that the stream stored again after it had lost its end. `None` where the server reports no time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub none_at: Option<DateTime<Utc>>,
     /// `created` of the stream; a hint, not an identity.
     pub created: String,
 }
@@ -518,7 +522,7 @@ mod tests {
 
     #[test]
     fn a_move_back_is_remembered_and_fences_older_holders() {
-        let at = |seq| SourceWitness { seq, time_ns: Some(1), created: "c".to_owned() };
+        let at = |seq| SourceWitness { seq, time_ns: Some(1), none_at: None, created: "c".to_owned() };
         let now = DateTime::from_timestamp_nanos(7);
         let check = |from: Option<u64>, to: u64, expect: (bool, u64)| {
             let record = PositionRecord { epoch: 4, source: from.map(at), ..PositionRecord::new() };

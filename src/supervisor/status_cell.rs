@@ -293,7 +293,7 @@ mod tests {
     fn the_lag_of_another_position_is_not_shown() {
         let cell = StatusCell::new("S", 1);
         let record = |seq| PositionRecord {
-            source: Some(SourceWitness { seq, time_ns: None, created: String::new() }),
+            source: Some(SourceWitness { seq, time_ns: None, none_at: None, created: String::new() }),
             ..PositionRecord::new()
         };
         cell.looked_up(&record(12));

@@ -78,7 +78,10 @@ impl Acks {
     }
 
     pub(super) fn describe(&self, info: &mut Value) {
-        info["ack_floor"] = json!({"consumer_seq": self.floor.0, "stream_seq": self.floor.1});
+        // Before the first ack, a consumer with explicit acks reports nothing of where it began (2.12.8).
+        let unused = self.push.is_none() && self.floor.0 == 0;
+        let stream_seq = if unused { 0 } else { self.floor.1 };
+        info["ack_floor"] = json!({"consumer_seq": self.floor.0, "stream_seq": stream_seq});
         info["num_ack_pending"] = self.pending.len().into();
     }
 
@@ -273,7 +276,10 @@ impl State {
         let (delivered, last) = (consumer.delivered, consumer.last_stream_seq);
         let of = consumer.stream.clone();
         let Some(acks) = &mut consumer.acks else { return };
-        if payload.starts_with(b"-NAK") {
+        if payload.starts_with(b"-NAK ") {
+            // For longer than a run here takes: it is not delivered again.
+            acks.again.retain(|waiting| *waiting != seq);
+        } else if payload.starts_with(b"-NAK") {
             let known = delivery > acks.floor.0 && delivery <= delivered && acks.pending.contains_key(&seq);
             if known && !acks.again.contains(&seq) {
                 acks.again.push_back(seq);

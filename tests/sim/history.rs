@@ -98,6 +98,8 @@ pub struct History {
     /// What the source holds, by sequence.
     held: BTreeMap<u64, usize>,
     incarnation: u32,
+    /// When the source lost its end last.
+    cut: Option<Duration>,
     copies: Vec<Copy>,
     by_target: HashMap<u64, Vec<(usize, u64)>>,
     ids: HashMap<String, usize>,
@@ -131,6 +133,7 @@ impl History {
             by_key: HashMap::new(),
             held: BTreeMap::new(),
             incarnation: 0,
+            cut: None,
             copies: Vec::new(),
             by_target: HashMap::new(),
             ids: HashMap::new(),
@@ -296,12 +299,15 @@ impl History {
             self.originals.iter_mut().for_each(|original| original.cut = original.cut.or(Some(at)));
         }
         self.incarnation += 1;
+        self.cut = Some(at);
     }
 
     /// The target lost everything after a sequence.
     pub fn lost(&mut self, keep: u64) {
         let at = self.world.elapsed();
-        if self.saved.target["seq"].as_u64().is_some_and(|seq| seq > keep) && !self.plan.unsure() {
+        // What others store at the lost sequences may be replaced in turn: then the copy there may have been as well.
+        let tells = keep == 0 || self.plan.keeps.is_none() || self.plan.neighbour.is_empty();
+        if tells && self.saved.target["seq"].as_u64().is_some_and(|seq| seq > keep) && !self.plan.unsure() {
             self.due.push("target-reset");
         }
         for copy in self.copies.iter_mut().filter(|copy| copy.target_seq > keep && copy.lost.is_none()) {
@@ -676,9 +682,12 @@ impl History {
                 }
             }
         }
+        // A save from before the loss of the end may arrive late: it says nothing of what was stored since then.
+        let late = self.cut.is_some() && recently(self.cut);
+        let before = witness["time_ns"].as_i64().filter(|_| late).unwrap_or(i64::MAX);
         let settled: Vec<usize> = self.held.range(..=seq).map(|(_, number)| *number).collect();
         for number in settled {
-            if !self.is_done(number) {
+            if self.originals[number].time_ns <= before && !self.is_done(number) {
                 let Original { seq, time_ns, .. } = self.originals[number];
                 return self.breach(format!("saved {witness} before {seq} of {time_ns} was settled"));
             }

@@ -87,6 +87,13 @@ fn lost_copies_that_a_batch_confirmed_are_copied_again() {
 }
 
 #[test]
+fn a_killed_reader_takes_nothing_with_it() {
+    for seed in 1..=40 {
+        run::run_plan(seed, plan::Plan::killed).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
 fn a_source_that_shrinks_under_its_consumer_is_noticed() {
     for seed in 1..=10 {
         run::run_plan(seed, plan::Plan::shrinking).unwrap_or_else(|error| panic!("{error}"));

@@ -389,6 +389,34 @@ impl Plan {
         }
     }
 
+    /// A reader with explicit acks is killed again and again, while much is pending and its pull is open.
+    pub fn killed(world: &World) -> Self {
+        let kill = |at: u64| {
+            let at = Duration::from_millis(at * 1_000 + world.between(0, 900));
+            let away = Duration::from_millis(world.between(5, 400));
+            (at, Fault::CrashAt(0, Step::Polls(world.between(1, 200)), away))
+        };
+        Self {
+            filter: None,
+            max_age: None,
+            keeps: None,
+            source_keeps: None,
+            poison: None,
+            retention: Retention::WorkQueue,
+            flow_control: false,
+            neighbour: Vec::new(),
+            dead_letters: false,
+            inspect: None,
+            large: 1,
+            rates: None,
+            bursts: (1..25).map(|at| (Duration::from_secs(at), world.between(20, 120))).collect(),
+            begins: vec![Duration::ZERO],
+            ttls: vec![TTL_MS],
+            faults: (2..25).map(kill).collect(),
+            ..Self::draw(world)
+        }
+    }
+
     /// What else may be of another kind; drawn from another sequence, so that plans without it stay as they are.
     fn widen(mut self, world: &World) -> Self {
         let mut random = world.aside(16);

@@ -589,6 +589,8 @@ pub(in crate::copy) struct Witnesses<'a> {
     pub mode: TargetMode,
     pub stamps: Stamps,
     pub source_created: &'a str,
+    /// The source server's time when the run asked it for its stream, before it read any message.
+    pub opened_at: Option<DateTime<Utc>>,
     pub target_created: &'a str,
     /// The state of the senders' records, with sampling.
     pub sampled: Option<SenderRecords>,
@@ -616,7 +618,7 @@ impl Fed<'_> {
         let Some((seq, time_ns)) = self.point else { return saved.clone() };
         let target = TargetWitness { seq: self.target_seq, source_seq: seq, created: self.target_created.to_owned() };
         PositionRecord {
-            source: Some(SourceWitness { seq, time_ns, created: self.source_created.to_owned() }),
+            source: Some(SourceWitness { seq, time_ns, none_at: None, created: self.source_created.to_owned() }),
             target: (seq > 0).then_some(target),
             after_target: None,
             saved_at: Some(self.now.trunc_subsecs(3)),
@@ -639,10 +641,12 @@ impl Witnesses<'_> {
     fn record(&self, saved: &PositionRecord) -> PositionRecord {
         let position = self.window.position();
         let target = self.window.target();
+        let known = saved.source.as_ref().filter(|saved| saved.seq == position.seq).and_then(|saved| saved.none_at);
         PositionRecord {
             source: Some(SourceWitness {
                 seq: position.seq,
                 time_ns: position.time_ns,
+                none_at: position.time_ns.is_none().then(|| known.or(self.opened_at)).flatten(),
                 created: self.source_created.to_owned(),
             }),
             // At their end the target sequence may still go back: a message that is sent again is a duplicate and is

@@ -122,6 +122,11 @@ impl Durable {
         if floor <= source.state.last_seq { floor } else { 0 }
     }
 
+    /// Whether it has never had an ack. (One that pushes is reset at each start, and then counts from 0 again.)
+    fn is_unused(&self) -> bool {
+        self.way == Way::Explicit && self.info.ack_floor.consumer_seq == 0
+    }
+
     /// Keeps the consumer, unless it is ahead of its stream, which lost its end: it never delivers the messages that
     /// the stream stores next, up to the sequence that was delivered before. Servers before 2.14 leave it so. `lost` if
     /// the loss of the end was observed; otherwise the stream has not grown yet.
@@ -134,6 +139,7 @@ impl Durable {
         lost: bool,
     ) -> Result<Option<Self>, Error> {
         let (delivered, state) = (self.info.delivered.stream_seq, &source.state);
+        let lost = lost || self.may_pass_over(lane, replication, source, position).await?;
         let grown = lost && stays_ahead(source) && state.first_seq <= delivered;
         if self.way != Way::Explicit || delivered <= position || !(grown || delivered > state.last_seq) {
             return Ok(Some(self));
@@ -144,6 +150,25 @@ impl Durable {
             return Ok(Some(self));
         }
         self.give_up(lane, replication, source, position).await.map(|()| None)
+    }
+
+    /// Whether messages after `position` may wait where it does not deliver them, though it has never had an ack. A new
+    /// consumer begins at the first message that the stream has; what is before that was stored after the stream had lost
+    /// its end. Messages that it delivered are there as well: to deliver them again costs nothing. (After the first ack
+    /// the position is never below the floor, and the message there shows the loss.)
+    async fn may_pass_over(
+        &self,
+        lane: &mut Lane,
+        replication: &Replication,
+        source: &StreamInfo,
+        position: u64,
+    ) -> Result<bool, Error> {
+        let delivered = self.info.delivered.stream_seq;
+        if !stays_ahead(source) || !self.is_unused() || !is_ours(&self.info.config) || delivered <= position {
+            return Ok(false);
+        }
+        let first = Api::new(lane).message_from(&replication.source.stream, position + 1).await?;
+        Ok(first.is_some_and(|first| first.sequence <= delivered))
     }
 
     /// Whether the ack floor proves nothing about the messages of the stream, because the stream lost its end.
@@ -179,14 +204,12 @@ impl Durable {
         if source.text("retention") != "workqueue" {
             self.keep_messages(lane, replication, position).await?;
         }
-        warn!(
-            replication = replication.id,
-            stream,
-            consumer = self.name,
-            delivered,
-            position,
-            "the durable consumer is ahead of its stream, which lost its end: recreating it"
-        );
+        let why = if self.is_unused() {
+            "the durable consumer never had an ack, and may pass over messages that wait"
+        } else {
+            "the durable consumer is ahead of its stream, which lost its end"
+        };
+        warn!(replication = replication.id, stream, consumer = self.name, delivered, position, "{why}: recreating it");
         Api::new(lane).delete_consumer(stream, &self.name).await
     }
 

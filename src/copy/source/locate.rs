@@ -109,7 +109,8 @@ pub async fn locate(dial: &dyn Dial, replication: &Replication, consumers: &str,
     // Otherwise a consumer may outlive the connection.
     lane.round_trip().await?;
     let forgets = Durable::is_needed(&info);
-    let position = SourceWitness { seq, time_ns, created: info.created };
+    let none_at = info.ts.filter(|_| time_ns.is_none());
+    let position = SourceWitness { seq, time_ns, none_at, created: info.created };
     let now = clock.now(Instant::now());
     Ok(Located::At(Place { position, first_seq, last_seq, forgets, now }))
 }
@@ -228,7 +229,7 @@ mod tests {
     #[test]
     fn only_what_the_stream_has_is_counted() {
         let check = |first_seq, last_seq, one, other, expect| {
-            let position = SourceWitness { seq: 0, time_ns: None, created: String::new() };
+            let position = SourceWitness { seq: 0, time_ns: None, none_at: None, created: String::new() };
             let place = Place { position, first_seq, last_seq, forgets: false, now: DateTime::UNIX_EPOCH };
             assert_eq!(place.between(one, other), expect, "{first_seq}..{last_seq} {one} {other}");
             assert_eq!(place.between(other, one), expect);

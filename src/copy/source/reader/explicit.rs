@@ -45,8 +45,9 @@ const NAK_LATER: &[u8] = b"-NAK 10m";
 const MOST_SORTS: u32 = 5;
 /// Pulls in a row without a message after which no redelivery is owed any more.
 const EMPTY: u32 = 2;
-/// A killed run may still have had a pull open: how often the pending messages are requested again if they changed.
-const SORTED_AGAIN: u32 = 3;
+/// A killed run may still have a pull open, which takes redeliveries away: how often the pending messages are requested
+/// again if that happened. It ends with its connection, or with the bytes that it asked for.
+const SORTED_AGAIN: u32 = 10;
 
 /// Reads from and acknowledges to one durable pull consumer.
 #[derive(Debug)]
@@ -395,23 +396,23 @@ async fn request_redelivery(
     subject: &str,
     mut info: ConsumerInfo,
 ) -> Result<(ConsumerInfo, Vec<u64>), Error> {
-    let mut candidates = Vec::new();
     for _ in 0..SORTED_AGAIN {
         if info.num_ack_pending == 0 {
-            break;
+            return Ok((info, Vec::new()));
         }
         // A NAK counts only with a delivery that is neither acknowledged nor to come.
         let delivered = info.delivered;
         let range = info.ack_floor.stream_seq + 1..=delivered.stream_seq;
-        candidates = pending::candidates(lane, stream, &info.config, range, info.num_ack_pending).await?;
+        let candidates = pending::candidates(lane, stream, &info.config, range, info.num_ack_pending).await?;
         sort_now(lane, subject, &candidates, delivered).await?;
         let now = Api::new(lane).consumer_info(stream, name).await?;
         info = now.ok_or_else(|| Error::retry(format!("consumer `{name}` of stream `{stream}` is gone")))?;
         if info.delivered.consumer_seq == delivered.consumer_seq {
-            break;
+            return Ok((info, candidates));
         }
     }
-    Ok((info, candidates))
+    // What that pull took would be missing among the redeliveries, and count as gone.
+    Err(Error::retry(format!("an earlier run still has a pull open at consumer `{name}` of stream `{stream}`")))
 }
 
 /// Sorts and waits until the server has finished: it handles NAKs from a queue of its own, in order, and answers the
