@@ -246,16 +246,16 @@ impl<'a> Opener<'a> {
         if Durable::is_needed(info) {
             positions.uses_durable(&found.installation).await?;
         }
-        let durable = match found.durable.take() {
-            Some(durable) => durable.unless_ahead(&mut source.lane, replication, info, position, found.another).await?,
-            None => None,
-        };
         let sampler = SamplingDriver::begin(job, position, positions.record(), found.another, info.state.first_seq);
         let inspected = replication.sampling.as_ref().map(|sampling| sampling.inspect.mark());
         let from = sampler.as_ref().map(|(_, from)| *from);
         positions.samples_from(from.zip(inspected)).await?;
         let (sampler, from) = sampler.map_or((None, position), |(sampler, from)| (Some(sampler), from));
         let owner = Owner { site: &job.site, installation: &found.installation };
+        let durable = match found.durable.take() {
+            Some(durable) => durable.unless_ahead(&mut source.lane, replication, info, from, found.another).await?,
+            None => None,
+        };
         let Connected { lane, names } = source;
         let reader = Intake::open(lane, replication, owner, info, durable, names, from).await;
         Ok((sampler, reader.map_err(|e| e.context("source"))?))

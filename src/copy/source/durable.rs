@@ -17,7 +17,7 @@ use nats_lane::{
 };
 use serde_json::{Value, json};
 use tokio::time::Duration;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
     config::{Replication, Start},
@@ -204,12 +204,16 @@ impl Durable {
         if source.text("retention") != "workqueue" {
             self.keep_messages(lane, replication, position).await?;
         }
-        let why = if self.is_unused() {
-            "the durable consumer never had an ack, and may pass over messages that wait"
+        let (id, consumer) = (&replication.id, &self.name);
+        if self.is_unused() {
+            info!(
+                replication = id,
+                stream, consumer, delivered, position, "recreating the consumer, which never had an ack"
+            );
         } else {
-            "the durable consumer is ahead of its stream, which lost its end"
-        };
-        warn!(replication = replication.id, stream, consumer = self.name, delivered, position, "{why}: recreating it");
+            let why = "the durable consumer is ahead of its stream, which lost its end";
+            warn!(replication = id, stream, consumer, delivered, position, "{why}: recreating it");
+        }
         Api::new(lane).delete_consumer(stream, &self.name).await
     }
 
