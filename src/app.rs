@@ -30,6 +30,7 @@ use crate::{
     heartbeat,
     http::{Monitor, Progress, Sources},
     lease::{self, Driver, Leases, ProcessIdentity},
+    metrics::Detail,
     names,
     store::{Buckets, Condition, FileDocuments, Keeper, Stored, event_stream},
     supervisor::{self, Deps, Supervisor},
@@ -59,6 +60,8 @@ pub struct AppSettings {
     pub instance: String,
     /// Where metrics and health are served, `HOST:PORT`.
     pub monitor: Option<String>,
+    /// How much the metrics show of each replication.
+    pub metrics_detail: Detail,
     /// Subject prefix of the service and of events.
     pub prefix: String,
     /// What bucket names begin with.
@@ -149,8 +152,15 @@ impl System {
         let events = Events::new(client.clone(), prefix, site, instance);
         let (progress, view) = watch::channel(Progress::default());
         let host = display_host(instance);
-        let sources =
-            Sources { site: site.clone(), host, client: client.clone(), events: events.clone(), progress: view };
+        let sources = Sources {
+            site: site.clone(),
+            host,
+            instance: instance.clone(),
+            detail: settings.metrics_detail,
+            client: client.clone(),
+            events: events.clone(),
+            progress: view,
+        };
         let monitor = match monitor {
             Some(address) => {
                 let started = Monitor::start(address, sources.clone()).await;

@@ -13,7 +13,15 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
-use crate::{adapter::AdapterHandle, events::Events, heartbeat, lease::Leases, metrics, names, supervisor::Handle};
+use crate::{
+    adapter::AdapterHandle,
+    events::Events,
+    heartbeat,
+    lease::Leases,
+    metrics::{self, InstanceReading},
+    names,
+    supervisor::Handle,
+};
 
 /// Deadline for open connections when the monitor stops.
 const GRACE: Duration = Duration::from_millis(500);
@@ -25,6 +33,10 @@ pub struct Sources {
     pub site: String,
     /// Name of this host.
     pub host: String,
+    /// Name of this instance.
+    pub instance: String,
+    /// How much is shown of each replication.
+    pub detail: metrics::Detail,
     /// The control connection.
     pub client: async_nats::Client,
     /// For what was dropped.
@@ -107,10 +119,13 @@ async fn show_metrics(State(sources): State<Sources>) -> Response {
 
 fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
     let Progress { supervisor, heartbeats, adapters, recreated, .. } = sources.progress.borrow().clone();
-    let (rows, elections) =
-        supervisor.map(|supervisor| (supervisor.own_rows(), supervisor.elections())).unwrap_or_default();
+    let (rows, all, elections) = supervisor
+        .map(|supervisor| (supervisor.own_rows(), supervisor.rows(), supervisor.elections()))
+        .unwrap_or_default();
     let beats = heartbeats.as_ref().and_then(heartbeat::HeartbeatHandle::election);
-    let mut page = metrics::render(&sources.site, &rows, sources.events.dropped())?;
+    let mut page = metrics::render(&sources.site, &rows, sources.events.dropped(), sources.detail)?;
+    page +=
+        &metrics::render_instance(&sources.site, &InstanceReading::of(sources.connected(), &sources.instance, &all))?;
     page += &metrics::render_buckets(&sources.site, recreated)?;
     page += &metrics::render_process(names::VERSION)?;
     page += &metrics::render_elections(&sources.site, &elections, beats.as_ref())?;
@@ -132,6 +147,10 @@ async fn readyz(State(sources): State<Sources>) -> Response {
 }
 
 impl Sources {
+    fn connected(&self) -> bool {
+        self.client.connection_state() == async_nats::connection::State::Connected
+    }
+
     /// An error says why the process does not work any more and has to be started again.
     pub fn alive(&self) -> Result<(), String> {
         self.progress.borrow().dead().map_or(Ok(()), |why| Err(why.to_owned()))
@@ -139,7 +158,7 @@ impl Sources {
 
     /// An error says what is missing until requests are answered and replications run.
     pub fn ready(&self) -> Result<(), String> {
-        if self.client.connection_state() != async_nats::connection::State::Connected {
+        if !self.connected() {
             return Err("the control connection is down".to_owned());
         }
         self.progress.borrow().ready()

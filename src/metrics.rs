@@ -3,6 +3,7 @@
 //! `_total`), and ours beside them.
 
 mod adapters;
+mod instance;
 
 use std::time::Duration;
 
@@ -14,7 +15,10 @@ use prometheus::{
 #[cfg(target_os = "linux")]
 use prometheus::{core::Collector, process_collector::ProcessCollector};
 
-pub use self::adapters::{AdapterReading, render_adapters};
+pub use self::{
+    adapters::{AdapterReading, render_adapters},
+    instance::{InstanceReading, render_instance},
+};
 use crate::{
     names::choria_consumer,
     status::{self, Advised, Repairs, Row, SamplingStatus, State},
@@ -24,6 +28,31 @@ use crate::{
 const PREFIX: &str = "choria_stream_replicator_replicator_";
 const HEARTBEAT_PREFIX: &str = "choria_stream_replicator_heartbeat_";
 const ELECTION_PREFIX: &str = "choria_stream_replicator_election_";
+
+/// How much is shown of each replication.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Detail {
+    /// Everything.
+    #[default]
+    Full,
+    /// What alerts and overviews use: about a dozen series for each replication, no histogram.
+    Off,
+}
+
+/// Per replication, shown with [`Detail::Off`] as well.
+const ESSENTIAL: [&str; 11] = [
+    "copied_messages",
+    "copied_bytes",
+    "skipped_messages",
+    "handler_error_count",
+    "stream_sequence",
+    "stream_lag_messages",
+    "stream_lag_seconds",
+    "gap_messages",
+    "target_dropped_messages",
+    "position_save_errors",
+    "last_error_timestamp_seconds",
+];
 
 /// What sampling knows, with the labels of Choria's parts: their prefix, name and labels differ.
 struct Sampled {
@@ -99,6 +128,7 @@ const READINGS: &[Reading] = &[
     gauge("epoch", "Grows with every new holder of the replication", |r| Some(r.epoch as f64)),
     gauge("source_connected", "1 while the source connection is up", |r| Some(f64::from(u8::from(r.copy.source.connected)))),
     gauge("target_connected", "1 while the target connection is up", |r| Some(f64::from(u8::from(r.copy.target.connected)))),
+    gauge("last_error_timestamp_seconds", "When the newest error happened, over or not, since the Unix epoch; absent without one", |r| r.copy.last_error.as_ref().map(|error| error.at.timestamp_millis() as f64 / 1e3)),
     gauge("target_sequence", "Sequence of the newest message of ours at the target", |r| Some(r.copy.position.target_seq as f64).filter(|_| r.knows_position())),
 ];
 
@@ -114,16 +144,20 @@ const STATES: [(State, &str); 7] = [
 ];
 
 /// The rows in Prometheus' text format. `dropped_events` counts events that found their queue full.
-pub fn render(site: &str, rows: &[Row], dropped_events: u64) -> Result<String, prometheus::Error> {
+pub fn render(site: &str, rows: &[Row], dropped_events: u64, detail: Detail) -> Result<String, prometheus::Error> {
     let labels: Vec<_> = rows.iter().map(|row| labels(site, row)).collect();
     let rows: Vec<_> = rows.iter().zip(&labels).collect();
-    let mut families: Vec<_> = READINGS.iter().map(|reading| reading_family(reading, &rows)).collect();
-    families.push(repairs_family(&rows));
+    let full = detail == Detail::Full;
+    let readings = READINGS.iter().filter(|reading| full || ESSENTIAL.contains(&reading.name));
+    let mut families: Vec<_> = readings.map(|reading| reading_family(reading, &rows)).collect();
     families.push(headroom_family(&rows));
-    families.push(clock_family(&rows));
-    families.push(state_family(&rows));
-    families.push(processing_family(&rows));
-    families.push(gossip_family(&rows));
+    families.push(state_family(&rows, detail));
+    if full {
+        families.push(repairs_family(&rows));
+        families.push(clock_family(&rows));
+        families.push(processing_family(&rows));
+        families.push(gossip_family(&rows));
+    }
     families.extend(sampling_families(site, &rows));
     families.retain(|family| !family.get_metric().is_empty());
     families.push(dropped_events_family(site, dropped_events));
@@ -407,10 +441,11 @@ fn repairs_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
     family(format!("{PREFIX}repairs"), help, MetricType::COUNTER, all)
 }
 
-fn state_family(rows: &[(&Row, &Vec<LabelPair>)]) -> MetricFamily {
+/// All states, or only the current one.
+fn state_family(rows: &[(&Row, &Vec<LabelPair>)], detail: Detail) -> MetricFamily {
     let mut all = Vec::with_capacity(rows.len() * STATES.len());
     for (row, labels) in rows {
-        for (state, name) in STATES {
+        for (state, name) in STATES.into_iter().filter(|(state, _)| detail == Detail::Full || row.state == *state) {
             let labels = labels.iter().cloned().chain([label("state", name)]).collect();
             all.push(series(labels, MetricType::GAUGE, f64::from(u8::from(row.state == state))));
         }
@@ -496,7 +531,7 @@ mod tests {
 
     #[test]
     fn counters_and_gauges_carry_choria_names_and_labels() {
-        let text = render("US", &[row("ORDERS")], 0).unwrap();
+        let text = render("US", &[row("ORDERS")], 0, Detail::Full).unwrap();
         let labels = r#"{stream="ORDERS",replicator="US",worker="US"}"#;
         check(&text, "# TYPE choria_stream_replicator_replicator_copied_messages counter");
         check(&text, &format!("choria_stream_replicator_replicator_total_messages{labels} 5"));
@@ -511,7 +546,7 @@ mod tests {
         let mut unknown = row("NEVER");
         unknown.leader = None;
         unknown.copy = CopyStatus::default();
-        let text = render("US", &[row("ORDERS"), unknown], 0).unwrap();
+        let text = render("US", &[row("ORDERS"), unknown], 0, Detail::Full).unwrap();
         for name in ["stream_lag_messages", "stream_lag_seconds", "stream_sequence", "target_sequence"] {
             let prefix = format!("choria_stream_replicator_replicator_{name}{{");
             let found: Vec<_> = text.lines().filter(|line| line.starts_with(&prefix)).collect();
@@ -523,7 +558,7 @@ mod tests {
 
     #[test]
     fn a_named_replication_is_its_own_worker() {
-        let text = render("US", &[row("ORDERS"), row("ORDERS.fast")], 0).unwrap();
+        let text = render("US", &[row("ORDERS"), row("ORDERS.fast")], 0, Detail::Full).unwrap();
         let line = r#"choria_stream_replicator_replicator_epoch{stream="ORDERS",replicator="US",worker="fast"} 3"#;
         check(&text, line);
         assert_eq!(text.matches("# TYPE choria_stream_replicator_replicator_epoch ").count(), 1);
@@ -531,7 +566,7 @@ mod tests {
 
     #[test]
     fn one_state_is_current() {
-        let text = render("US", &[row("ORDERS")], 0).unwrap();
+        let text = render("US", &[row("ORDERS")], 0, Detail::Full).unwrap();
         let line = |state, value| {
             format!(
                 "choria_stream_replicator_replicator_state\
@@ -546,7 +581,7 @@ mod tests {
     fn repairs_are_counted_by_step() {
         let mut row = row("ORDERS");
         row.copy.counters.repairs.consumer = 2;
-        let text = render("US", &[row], 0).unwrap();
+        let text = render("US", &[row], 0, Detail::Full).unwrap();
         let labels = r#"stream="ORDERS",replicator="US",worker="US""#;
         check(&text, &format!("choria_stream_replicator_replicator_repairs{{{labels},step=\"consumer\"}} 2"));
         check(&text, &format!("choria_stream_replicator_replicator_repairs{{{labels},step=\"everything\"}} 0"));
@@ -554,11 +589,11 @@ mod tests {
 
     #[test]
     fn headroom_has_a_value_only_where_something_can_be_lost() {
-        let text = render("US", &[row("ORDERS")], 0).unwrap();
+        let text = render("US", &[row("ORDERS")], 0, Detail::Full).unwrap();
         assert!(!text.contains("retention_headroom_seconds"), "{text}");
         let mut short = row("ORDERS");
         short.copy.headroom = Some(status::Headroom { seconds: 12.5, limit: RetentionLimit::Age, low_below: 600.0 });
-        let text = render("US", &[short, row("OTHER")], 0).unwrap();
+        let text = render("US", &[short, row("OTHER")], 0, Detail::Full).unwrap();
         let line = r#"choria_stream_replicator_replicator_retention_headroom_seconds{stream="ORDERS",replicator="US",worker="US"} 12.5"#;
         check(&text, line);
         assert_eq!(text.matches("retention_headroom_seconds{").count(), 1, "{text}");
@@ -615,7 +650,7 @@ mod tests {
 
     #[test]
     fn histogram_buckets_are_cumulative() {
-        let text = render("US", &[row("ORDERS")], 0).unwrap();
+        let text = render("US", &[row("ORDERS")], 0, Detail::Full).unwrap();
         let name = "choria_stream_replicator_replicator_processing_time_seconds";
         let labels = r#"stream="ORDERS",replicator="US",worker="US""#;
         check(&text, &format!("{name}_bucket{{{labels},le=\"0.001\"}} 0"));
@@ -627,8 +662,26 @@ mod tests {
     }
 
     #[test]
+    fn without_detail_a_replication_has_few_series() {
+        let mut failed = row("ORDERS");
+        failed.copy.last_error = Some(status::LastError::now("retry", "timed out"));
+        let text = render("US", &[failed], 0, Detail::Off).unwrap();
+        let series: Vec<_> = text.lines().filter(|line| line.contains("stream=\"ORDERS\"")).collect();
+        assert!(series.len() <= ESSENTIAL.len() + 2, "{text}");
+        assert!(series.iter().map(|line| line.len()).sum::<usize>() < 2_000, "{text}");
+        for name in ESSENTIAL {
+            assert!(READINGS.iter().any(|reading| reading.name == name), "{name}");
+        }
+        check(
+            &text,
+            r#"choria_stream_replicator_replicator_state{stream="ORDERS",replicator="US",worker="US",state="running"} 1"#,
+        );
+        assert!(!text.contains("processing_time") && !text.contains("state=\"held\""), "{text}");
+    }
+
+    #[test]
     fn no_replications_are_no_error() {
-        let text = render("US", &[], 2).unwrap();
+        let text = render("US", &[], 2, Detail::Full).unwrap();
         check(&text, r#"choria_stream_replicator_events_dropped{replicator="US"} 2"#);
         assert!(!text.contains("copied_messages"));
     }

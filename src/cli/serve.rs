@@ -12,6 +12,7 @@ use crate::{
     allow::AllowList,
     app::{self, AppSettings},
     config::{self, SiteFile, parse_file},
+    metrics::Detail,
     names,
     store::FileDocuments,
     telemetry,
@@ -57,6 +58,17 @@ pub(super) struct Args {
     /// Serve /metrics, /livez and /readyz here; port 0 takes any that is free
     #[arg(long, value_name = "ADDR:PORT", env = "STREAM_REPLICATOR_MONITOR", hide_env_values = true)]
     monitor: Option<String>,
+
+    /// Metrics of each replication: `full`, or `off` for a dozen series without histograms
+    #[arg(
+        long,
+        value_name = "DETAIL",
+        env = "STREAM_REPLICATOR_METRICS_DETAIL",
+        hide_env_values = true,
+        default_value = "full",
+        value_parser = metrics_detail
+    )]
+    metrics_detail: Detail,
 
     /// error, warn, info, debug, trace, or a filter such as `info,stream_replicator::copy=debug`
     #[arg(
@@ -223,6 +235,7 @@ impl Args {
             site: file.name,
             instance,
             monitor,
+            metrics_detail: self.metrics_detail,
             prefix: self.prefix.clone(),
             bucket_prefix: self.bucket_prefix.clone(),
             bucket_replicas: usize::from(self.bucket_replicas),
@@ -283,6 +296,15 @@ fn adapters(adapters: &[Value]) -> FileDocuments {
 /// An empty environment variable is as good as none.
 fn given(value: Option<&String>) -> Option<String> {
     value.filter(|value| !value.is_empty()).cloned()
+}
+
+fn metrics_detail(text: &str) -> Result<Detail, String> {
+    match text {
+        // As good as none.
+        "" | "full" => Ok(Detail::Full),
+        "off" => Ok(Detail::Off),
+        _ => Err("it must be `full` or `off`".to_owned()),
+    }
 }
 
 fn check_address(address: &str) -> Result<(), &'static str> {

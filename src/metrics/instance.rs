@@ -81,7 +81,9 @@ mod tests {
         let reading = InstanceReading::of(true, "one", &rows);
         assert_eq!(reading, InstanceReading { connected: true, configured: 5, led: 3, running: 2, rejected: 2 });
         let text = render_instance("US", &reading).unwrap();
-        for line in ["control_connected 1", "replications 5", "leases_held 3", "replications_running 2", "documents_rejected 2"] {
+        for line in
+            ["control_connected 1", "replications 5", "leases_held 3", "replications_running 2", "documents_rejected 2"]
+        {
             let (name, value) = line.split_once(' ').unwrap();
             let line = format!("choria_stream_replicator_{name}{{replicator=\"US\"}} {value}");
             assert!(text.lines().any(|found| found == line), "`{line}` is missing in\n{text}");

@@ -171,11 +171,14 @@ impl Service {
         ready.map_err(|e| anyhow!("{e}\n{}", process.tail(30)))
     }
 
-    /// GET from the monitor (`--monitor 127.0.0.1:0`); its status code and body.
+    /// Where the monitor listens (`--monitor 127.0.0.1:0`).
+    pub async fn monitor(&self) -> Result<String> {
+        wait_value("the monitor's address in the log", LIMIT, async || monitor_address(&self.log())).await
+    }
+
+    /// GET from the monitor; its status code and body.
     pub async fn get(&self, path: &str) -> Result<(u16, String)> {
-        let address =
-            wait_value("the monitor's address in the log", LIMIT, async || monitor_address(&self.log())).await?;
-        http_get(&address, path).await
+        http_get(&self.monitor().await?, path).await
     }
 
     fn spawn(&mut self) -> Result<()> {

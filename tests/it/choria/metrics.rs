@@ -43,7 +43,7 @@ fn report(body: Value) -> Outgoing {
 }
 
 /// Names that the panels of Choria's dashboard read with `replicator` and `stream`, and those that they read as they are.
-const PANELS: [&str; 12] = [
+pub const PANELS: [&str; 12] = [
     "replicator_stream_lag_messages",
     "tracker_total_items",
     "replicator_copied_messages",
@@ -57,7 +57,7 @@ const PANELS: [&str; 12] = [
     "replicator_processing_time_seconds_count",
     "advisor_total_messages",
 ];
-const PLAIN_PANELS: [&str; 5] = [
+pub const PLAIN_PANELS: [&str; 5] = [
     "advisor_publish_errors",
     "replicator_ack_failed_count",
     "replicator_consumer_recreated",

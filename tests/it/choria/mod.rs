@@ -5,7 +5,7 @@ mod files;
 mod fleet;
 mod handover;
 mod identities;
-mod metrics;
+pub mod metrics;
 mod old;
 mod origin;
 mod refused;

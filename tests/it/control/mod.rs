@@ -12,6 +12,7 @@ mod hand_edits;
 mod heartbeats;
 mod heartbeats_choria;
 mod instances;
+mod monitoring;
 mod own_buckets;
 mod pause;
 mod position;
