@@ -133,6 +133,25 @@ pub struct SendersRequest {
     pub limit: Option<usize>,
 }
 
+/// `schema`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SchemaRequest {
+    /// Name of the schema, such as `status.reply`, `event/gap` or `replication`; without it the names are listed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// A schema, or the names of all.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct SchemaShown {
+    /// The name of the schema; of all of them where none was asked for.
+    pub names: Vec<String>,
+    /// The JSON schema (2020-12); only where its name was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schema: Option<Value>,
+}
+
 /// A change was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Changed {

@@ -8,6 +8,7 @@ mod pause;
 mod position;
 mod promote;
 mod release;
+mod schema;
 mod senders;
 mod stepdown;
 mod validate;
@@ -35,6 +36,7 @@ use self::{
     position::position,
     promote::promote,
     release::{retry, skip},
+    schema::schema,
     senders::senders,
     stepdown::stepdown,
     validate::config_validate,
@@ -98,7 +100,7 @@ pub(super) struct RequestContext {
 pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> {
     let route = |name: &'static str, kind: EndpointKind, handler: Handler| {
         let subject = format!("{prefix}.{}", name.replace('-', "."));
-        Route { name, subject, kind, handler, data: None }
+        Route { name, subject, kind, metadata: schema::metadata(name), handler, data: None }
     };
     macro_rules! handler {
         ($function:ident) => {{
@@ -127,6 +129,7 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
         route("stepdown", EndpointKind::Mutation, handler!(stepdown)),
         route("retry", EndpointKind::Mutation, handler!(retry)),
         route("skip", EndpointKind::Mutation, handler!(skip)),
+        route("schema", EndpointKind::Query, handler!(schema)),
         route("adapter-add", EndpointKind::Mutation, handler!(adapter_add)),
         route("adapter-update", EndpointKind::Mutation, handler!(adapter_update)),
         route("adapter-validate", EndpointKind::Inquiry, handler!(adapter_validate)),

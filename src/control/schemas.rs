@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 use super::api::{
     AdapterChanged, AdapterList, AdapterNamed, AdapterShown, AdapterStatus, AdapterStatusRequest, AdapterValidation,
     Changed, DeleteRequest, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest, List,
-    ListRequest, NamedRequest, PositionMove, PositionRequest, PromoteRequest, Promoted, SendersPage, SendersRequest,
-    SkipRequest, Skipped, Status, StatusRequest, SteppedDown, StoredDocument, Validation,
+    ListRequest, NamedRequest, PositionMove, PositionRequest, PromoteRequest, Promoted, SchemaRequest, SchemaShown,
+    SendersPage, SendersRequest, SkipRequest, Skipped, Status, StatusRequest, SteppedDown, StoredDocument, Validation,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
@@ -63,6 +63,7 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("stepdown", request::<NamedRequest>(), reply::<SteppedDown>()),
         ("senders", request::<SendersRequest>(), reply::<SendersPage>()),
         ("instances", request::<InstancesRequest>(), reply::<Instances>()),
+        ("schema", request::<SchemaRequest>(), reply::<SchemaShown>()),
         ("adapter.add", adapter_document("The adapter to add."), reply::<AdapterChanged>()),
         (
             "adapter.update",

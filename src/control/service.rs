@@ -47,6 +47,8 @@ pub(super) struct Route {
     pub(super) name: &'static str,
     pub(super) subject: String,
     pub(super) kind: EndpointKind,
+    /// What `$SRV.INFO` says of it besides.
+    pub(super) metadata: BTreeMap<&'static str, String>,
     pub(super) handler: Handler,
     pub(super) data: Option<Data>,
 }
@@ -326,7 +328,12 @@ impl ServiceState {
     fn info(&self) -> Value {
         let mut info = self.about("info_response");
         info["description"] = self.identity.description.as_str().into();
-        info["endpoints"] = self.routes.iter().map(Route::about).collect();
+        let endpoints = self.routes.iter().map(|route| {
+            let mut endpoint = route.about();
+            endpoint["metadata"] = json!(route.metadata);
+            endpoint
+        });
+        info["endpoints"] = endpoints.collect();
         info
     }
 

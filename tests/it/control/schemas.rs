@@ -133,8 +133,22 @@ async fn every_endpoint_has_schemas_for_request_and_reply() -> Result<()> {
         let name = name.context("a subject")?;
         for direction in ["request", "reply"] {
             ensure!(made.contains_key(&format!("{name}.{direction}.json")), "{name} has no schema of its {direction}");
+            let named = &endpoint["metadata"][format!("{direction}_schema")];
+            let shown = request(&site.client, "replicator.schema", json!({"name": named})).await?;
+            ensure!(shown["schema"] == made[&format!("{name}.{direction}.json")], "{name}: {named}");
         }
+        let described = endpoint["metadata"]["description"].as_str().is_some_and(|text| !text.is_empty());
+        ensure!(described, "{endpoint}");
     }
+    let all = request(&site.client, "replicator.schema", Value::Null).await?;
+    let names: Vec<String> = serde_json::from_value(all["names"].clone())?;
+    ensure!(names.len() == made.len() + 1 && names.contains(&"replication".to_owned()), "{names:?}");
+    for name in &names {
+        let shown = request(&site.client, "replicator.schema", json!({"name": name})).await?;
+        ensure!(shown["schema"]["$id"].is_string(), "{name}: {shown}");
+    }
+    let error = request(&site.client, "replicator.schema", json!({"name": "nothing"})).await;
+    ensure!(error.expect_err("refused").to_string().contains("404"));
     Ok(())
 }
 

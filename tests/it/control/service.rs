@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 28] = [
+const ENDPOINTS: [(&str, &str, &str); 29] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -25,6 +25,7 @@ const ENDPOINTS: [(&str, &str, &str); 28] = [
     ("stepdown", "replicator.stepdown", "q"),
     ("retry", "replicator.retry", "q"),
     ("skip", "replicator.skip", "q"),
+    ("schema", "replicator.schema", ""),
     ("adapter-add", "replicator.adapter.add", "q"),
     ("adapter-update", "replicator.adapter.update", "q"),
     ("adapter-validate", "replicator.adapter.validate", "q"),
