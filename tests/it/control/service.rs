@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 28] = [
+const ENDPOINTS: [(&str, &str, &str); 34] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -34,6 +34,12 @@ const ENDPOINTS: [(&str, &str, &str); 28] = [
     ("adapter-status", "replicator.adapter.status", ""),
     ("adapter-pause", "replicator.adapter.pause", "q"),
     ("adapter-resume", "replicator.adapter.resume", "q"),
+    ("link-add", "replicator.link.add", "q"),
+    ("link-update", "replicator.link.update", "q"),
+    ("link-validate", "replicator.link.validate", "q"),
+    ("link-get", "replicator.link.get", ""),
+    ("link-list", "replicator.link.list", ""),
+    ("link-delete", "replicator.link.delete", "q"),
     ("heartbeat-get", "replicator.heartbeat.get", ""),
     ("heartbeat-set", "replicator.heartbeat.set", "q"),
 ];
