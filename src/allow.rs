@@ -16,7 +16,7 @@ use nats_lane::{
 use serde_json::Value;
 use wildmatch::WildMatch;
 
-use crate::config::{self, Adapter, AdapterSide, Former, Heartbeats, Json, Problem, Problems, Replication};
+use crate::config::{self, Adapter, AdapterSide, Former, Heartbeats, Json, Problem, Problems, Replication, UsableLink};
 
 /// Allows everything by default; cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -134,6 +134,11 @@ impl AllowList {
     /// [`config::parse_adapter`] under this list.
     pub fn parse_adapter(&self, value: &Value) -> Result<Adapter, Problems> {
         config::parse_adapter(value, |side, server| self.adapter_problems(side, server))
+    }
+
+    /// [`config::parse_link`] under this list. `key` is the name that the key of the document has.
+    pub fn parse_link(&self, value: &Value, key: Option<&str>) -> Result<UsableLink, Problems> {
+        config::parse_link(value, key, |side, server| self.problems(side, server, value))
     }
 
     fn adapter_problems(&self, side: AdapterSide, server: &ServerRef) -> Vec<Problem> {

@@ -22,6 +22,7 @@ mod generate;
 mod global;
 mod heartbeat;
 mod instances;
+mod link;
 mod output;
 mod replicate;
 mod reply;
@@ -145,6 +146,7 @@ enum ClientCommand {
     Promote(steer::PromoteArgs),
     Instances(instances::Args),
     Events(events::Args),
+    Link(link::Args),
     Adapter(adapter::Args),
     Admin(admin::Args),
     Heartbeat(heartbeat::Args),
@@ -224,6 +226,7 @@ impl ClientCommand {
             Self::Promote(args) => args.global.json,
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
+            Self::Link(args) => args.global().json,
             Self::Adapter(args) => args.global().json,
             Self::Admin(args) => args.json(),
             Self::Heartbeat(args) => args.global().json,
@@ -246,6 +249,7 @@ impl ClientCommand {
             Self::Promote(args) => steer::promote(args, out).await,
             Self::Instances(args) => instances::run(args, out).await,
             Self::Events(args) => events::run(args, out).await,
+            Self::Link(args) => link::run(args, out).await,
             Self::Adapter(args) => adapter::run(args, out).await,
             Self::Admin(args) => admin::run(args, out).await,
             Self::Heartbeat(args) => heartbeat::run(args, out).await,

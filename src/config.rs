@@ -8,6 +8,7 @@ mod document;
 mod file;
 mod heartbeats;
 mod json;
+mod links;
 mod loops;
 mod mapping;
 mod ordered;
@@ -18,6 +19,7 @@ mod replication;
 mod schema;
 mod scope;
 mod secrets;
+mod stream_patterns;
 mod tls;
 mod transform;
 
@@ -34,6 +36,7 @@ pub use heartbeats::{
     Heartbeat, HeartbeatDocument, Heartbeats, HeartbeatsDocument, heartbeats_schema, parse_heartbeats,
 };
 pub use json::{Json, MAX_DOCUMENT, why_not_json};
+pub use links::{LinkUse, Links, UsableLink, link_name, link_schema, named_link, parse_link, resolve, wrong_link_name};
 pub use loops::{LoopProtection, OriginTag};
 pub use mapping::Mapping;
 pub use ordered::{compact_document, pretty_document};
@@ -46,8 +49,9 @@ pub use replication::{
 pub use schema::{field_type, replication_schema};
 pub use scope::Scope;
 pub use secrets::{
-    URLS, has_adapter_mask, has_heartbeats_mask, has_mask, mask_adapter, mask_document, mask_heartbeats,
-    unmask_adapter, unmask_document, unmask_heartbeats,
+    URLS, has_adapter_mask, has_heartbeats_mask, has_mask, mask_adapter, mask_document, mask_heartbeats, mask_link,
+    unmask_adapter, unmask_document, unmask_heartbeats, unmask_link,
 };
+pub use stream_patterns::{StreamPatterns, member_document, member_id};
 pub use tls::TlsDocument;
 pub use transform::{Transform, TransformDocument, Wrong as WrongTransform};

@@ -53,6 +53,18 @@ pub enum Event {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         message: Option<String>,
     },
+    /// A stream at the source matches the patterns of a document: it has a replication from now on.
+    StreamAppeared {
+        /// Name of the stream.
+        stream: String,
+    },
+    /// The source no longer has the stream that a pattern found: its replication is stopped.
+    StreamGone {
+        /// Name of the stream.
+        stream: String,
+        /// Source sequence up to which everything is settled.
+        position: u64,
+    },
     /// The replication was paused: nothing more is copied.
     Paused {
         /// Source sequence up to which everything is settled.
@@ -308,7 +320,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 31] = [
+    pub const KINDS: [&str; 33] = [
         "adapter-started",
         "adapter-stopped",
         "adapter-dropped",
@@ -317,6 +329,8 @@ impl Event {
         "paused",
         "resumed",
         "leader",
+        "stream-appeared",
+        "stream-gone",
         "position-moved",
         "config-changed",
         "config-rejected",
@@ -350,6 +364,8 @@ impl Event {
             Self::AdapterDropped { .. } => "adapter-dropped",
             Self::Started { .. } => "started",
             Self::Stopped { .. } => "stopped",
+            Self::StreamAppeared { .. } => "stream-appeared",
+            Self::StreamGone { .. } => "stream-gone",
             Self::Paused { .. } => "paused",
             Self::Resumed { .. } => "resumed",
             Self::Leader { .. } => "leader",

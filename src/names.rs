@@ -32,6 +32,9 @@ pub const HEARTBEATS_KEY: &str = "heartbeats";
 /// What the keys of adapters in the configuration bucket begin with, beside replication ids.
 pub const ADAPTERS_PREFIX: &str = "adapters/";
 
+/// What the keys of links in the configuration bucket begin with, beside replication ids.
+pub const LINKS_PREFIX: &str = "links/";
+
 /// Key of the site's record in the configuration bucket, beside replication ids; no replication may have this id.
 pub const SITE_KEY: &str = "site";
 

@@ -81,6 +81,9 @@ impl Row {
             (State::Held, Some(LastError { source_seq: Some(seq), .. })) => {
                 return Some(format!("let the target take source message {seq}, or skip it: `skip`"));
             }
+            (State::Held, Some(error)) if error.kind == "gone" => {
+                "nothing if the stream returns: it resumes then; otherwise delete this replication"
+            }
             (State::Held, _) => "fix the cause that `last_error` names; it is tried every 10 s, at once with `retry`",
             (State::Invalid, _) => "correct the document: `last_error` names its problems",
             (State::Running | State::Paused, Some(error)) if error.kind == "invalid" => {
@@ -504,7 +507,7 @@ pub struct LastError {
 
 impl LastError {
     /// All that `kind` can be.
-    pub const KINDS: [&str; 4] = ["retry", "hold", "superseded", "invalid"];
+    pub const KINDS: [&str; 5] = ["retry", "hold", "superseded", "invalid", "gone"];
 
     /// One of these kinds that happens now and is about no message. What is too long for a row is cut.
     pub fn now(kind: &str, message: &str) -> Self {
@@ -673,6 +676,7 @@ mod tests {
             Some("let the target take source message 7, or skip it: `skip`")
         );
         assert!(advice(State::Held, "hold", None).is_some_and(|text| text.contains("`retry`")));
+        assert!(advice(State::Held, "gone", None).is_some_and(|text| text.contains("returns")));
         assert!(advice(State::Running, "invalid", None).is_some_and(|text| text.contains("document")));
         assert_eq!(advice(State::Running, "retry", None), None);
         assert_eq!(advice(State::Starting, "retry", None), None);
@@ -685,6 +689,6 @@ mod tests {
             error.ran();
             error.current
         };
-        assert_eq!(LastError::KINDS.map(after), [false, false, false, true]);
+        assert_eq!(LastError::KINDS.map(after), [false, false, false, true, false]);
     }
 }

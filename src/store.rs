@@ -11,6 +11,7 @@ pub mod event_stream;
 mod file_documents;
 mod keeper;
 mod leases;
+mod linked;
 mod live;
 mod marks;
 mod own_streams;
@@ -24,12 +25,12 @@ pub use bucket::{PutError, Stored};
 pub use buckets::{Buckets, CONFIG_HISTORY};
 pub use cells::Cells;
 pub use config::{ConfigStore, WriteError};
-pub use config_change::{ConfigChange, ConfigEntry};
+pub use config_change::{ConfigChange, ConfigEntry, Family};
 pub use error::Error;
 pub use file_documents::{FILE_REVISION, FileDocuments, FileReloader};
 pub use keeper::{Condition, Keeper};
 pub use leases::{LeaseChange, LeaseRecord, LeaseStore, SessionRecord, Written};
-pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage};
+pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage, StreamsMark};
 pub use own_streams::OwnStreams;
 pub use positions::{
     AfterTarget, Claim, ClaimError, FromTarget, Orphans, PositionChange, PositionRecord, PositionStore, SaveError,

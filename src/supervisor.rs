@@ -51,11 +51,11 @@ use crate::{
     events::Events,
     lease::Leases,
     metrics,
-    names::{ADAPTERS_PREFIX, HEARTBEATS_KEY, SITE_KEY},
+    names::{ADAPTERS_PREFIX, HEARTBEATS_KEY, LINKS_PREFIX, SITE_KEY},
     status::{Row, State},
     store::{
-        ConfigChange, ConfigEntry, ConfigStore, FILE_REVISION, MarkKind, OwnStreams, PositionRecord, PositionStore,
-        SenderStore, SessionRecord, Stored,
+        ConfigChange, ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionRecord, PositionStore, SenderStore,
+        SessionRecord, Stored,
     },
 };
 
@@ -338,6 +338,13 @@ impl Handle {
         let _ = table.wait_for(over).await;
     }
 
+    /// Waits until the mark at `revision` of the configuration bucket, which removed a replication, has taken effect.
+    pub async fn removed_with_mark(&self, id: &str, revision: u64) {
+        let mut table = self.table.clone();
+        // An error means that the supervisor has ended, and its tasks with it.
+        let _ = table.wait_for(|table| table.marked >= revision && !table.cells.contains_key(id)).await;
+    }
+
     /// Whether this is the name of another instance that is present, as far as is known.
     pub fn is_other(&self, instance: &str) -> bool {
         *instance != *self.instance && !self.group.is_gone(instance)
@@ -420,10 +427,10 @@ impl TaskLoop {
     fn follow(&mut self, signal: Signal, listed: &mut BTreeSet<String>) {
         match signal {
             Signal::Began => listed.clear(),
-            // These are for the adapters.
+            // These are for the adapters; links come with the documents that name them.
             Signal::Change(
                 ConfigChange::Put(ConfigEntry { key, revision, .. }) | ConfigChange::Deleted { key, revision },
-            ) if key.starts_with(ADAPTERS_PREFIX) => {
+            ) if key.starts_with(ADAPTERS_PREFIX) || key.starts_with(LINKS_PREFIX) => {
                 self.saw(revision);
             }
             Signal::Change(ConfigChange::Put(entry)) => {
@@ -464,7 +471,7 @@ impl TaskLoop {
                 self.table.send_modify(|table| table.marked = mark.revision);
             }
             // The revision that comes next counts.
-            Signal::Change(ConfigChange::Recreated) => {}
+            Signal::Change(ConfigChange::Recreated) => self.table.send_modify(|table| table.seen = 0),
             Signal::Change(ConfigChange::Loaded) => {
                 self.remove_requests_not_in(listed);
                 if !listed.contains(HEARTBEATS_KEY) {
@@ -510,11 +517,14 @@ impl TaskLoop {
         }
     }
 
-    /// Revisions only grow, unless the bucket was recreated. Documents of a file have none.
+    /// Revisions only grow, unless the bucket was recreated. Documents of a file have none, and one whose link changed is
+    /// delivered with its own.
     fn saw(&self, revision: u64) {
-        if revision != FILE_REVISION {
-            self.table.send_modify(|table| table.seen = revision);
-        }
+        self.table.send_if_modified(|table| {
+            let newer = revision > table.seen;
+            table.seen = table.seen.max(revision);
+            newer
+        });
     }
 
     fn put(&mut self, entry: ConfigEntry) {
@@ -595,7 +605,7 @@ impl TaskLoop {
 
 /// Replaces an older document. Returns whether it was older.
 fn update(old: &mut ConfigEntry, new: ConfigEntry) -> bool {
-    let newer = new.revision != old.revision || new.value != old.value;
+    let newer = new != *old;
     if newer {
         *old = new;
     }

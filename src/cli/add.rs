@@ -60,6 +60,10 @@ struct FieldFlags {
     #[arg(long, value_name = "CONTEXT|URL")]
     target: Option<Secret>,
 
+    /// Link that has the fields which are not given here
+    #[arg(long, value_name = "NAME")]
+    link: Option<String>,
+
     /// Stream to copy [default: the id]
     #[arg(long, value_name = "STREAM")]
     stream: Option<String>,
@@ -104,9 +108,9 @@ pub(super) struct FieldSetArgs {
 
 impl FieldFlags {
     fn given(&self) -> bool {
-        let Self { source, target, stream, target_stream, filters, excludes, sets } = self;
+        let Self { source, target, link, stream, target_stream, filters, excludes, sets } = self;
         [source, target].iter().any(|place| place.is_some())
-            || [stream, target_stream].iter().any(|stream| stream.is_some())
+            || [link, stream, target_stream].iter().any(|stream| stream.is_some())
             || !(filters.is_empty() && excludes.is_empty() && sets.is_empty())
     }
 
@@ -119,6 +123,9 @@ impl FieldFlags {
         fields.insert("stream".to_owned(), stream.into());
         if let Some(id) = id.filter(|id| *id != stream) {
             fields.insert("id".to_owned(), id.into());
+        }
+        if let Some(link) = &self.link {
+            fields.insert("link".to_owned(), link.as_str().into());
         }
         for (side, place) in [("source", &self.source), ("target", &self.target)] {
             if let Some(place) = place {
@@ -220,7 +227,16 @@ mod tests {
 
     fn flags() -> FieldFlags {
         let (filters, excludes, sets) = (Vec::new(), Vec::new(), Vec::new());
-        FieldFlags { source: None, target: None, stream: None, target_stream: None, filters, excludes, sets }
+        FieldFlags {
+            source: None,
+            target: None,
+            link: None,
+            stream: None,
+            target_stream: None,
+            filters,
+            excludes,
+            sets,
+        }
     }
 
     #[test]
@@ -228,6 +244,7 @@ mod tests {
         let all = FieldFlags {
             source: Some("east".into()),
             target: Some("nats://u:p@hub".into()),
+            link: None,
             stream: Some("ORDERS".to_owned()),
             target_stream: Some("ALL".to_owned()),
             filters: vec!["orders.>".to_owned()],

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::{error::Error, global::Global, output::clean, reply::Reply};
 use crate::{
-    control::api::{AdapterList, ErrorReply, Failure, Instances, List, Status},
+    control::api::{AdapterList, ErrorReply, Failure, Instances, LinkList, List, Status},
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER, TIME_HEADER},
 };
 
@@ -52,6 +52,10 @@ impl Paged for List {
 
 impl Paged for AdapterList {
     const ROWS: &'static str = "adapters";
+}
+
+impl Paged for LinkList {
+    const ROWS: &'static str = "links";
 }
 
 impl Paged for Instances {

@@ -14,7 +14,9 @@ use super::{
     reply::Reply,
 };
 use crate::config::document_id;
-use crate::control::api::{Changed, NamedRequest, Status, StatusRequest, StoredDocument};
+use crate::control::api::{
+    Changed, LinkChanged, LinkNamed, LinkShown, NamedRequest, Status, StatusRequest, StoredDocument,
+};
 
 /// JSON for people.
 pub(super) fn pretty(value: &Value) -> String {
@@ -43,6 +45,21 @@ pub(super) fn is_id_of(document: &Value, id: &str, site: &str) -> Result<(), Err
 /// The line that is printed for a change.
 pub(super) fn at_revision(changed: &Changed) -> String {
     format!("{} is at revision {}", changed.replication, changed.revision)
+}
+
+/// The document of a link as the service shows it.
+pub(super) async fn stored_link(client: &Client, name: &str) -> Result<Reply<LinkShown>, Error> {
+    client.query("link.get", &LinkNamed { link: name.to_owned() }).await
+}
+
+/// The line that is printed for a change of a link.
+pub(super) fn link_at_revision(changed: &LinkChanged) -> String {
+    let used_by = match changed.used_by {
+        0 => String::new(),
+        1 => ", used by 1 document".to_owned(),
+        many => format!(", used by {many} documents"),
+    };
+    format!("{} is at revision {}{used_by}", changed.link, changed.revision)
 }
 
 /// Name of the site, which is in ids.

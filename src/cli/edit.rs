@@ -12,13 +12,16 @@ use tokio::{
 use super::{
     client::Client,
     diff::{diff, show_diff},
-    document::{at_revision, is_id_of, site, stored},
+    document::{at_revision, is_id_of, link_at_revision, site, stored, stored_link},
     error::{CommandVerdict, Error, problems},
     global::Global,
     output::{self, Output},
     select::SelectedIds,
 };
-use crate::{config::pretty_document, control::api::StoredDocument};
+use crate::{
+    config::{link_name, pretty_document},
+    control::api::{LinkShown, StoredDocument},
+};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -33,18 +36,75 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict,
     let client = Client::connect(&args.global).await?;
     let site = site(&client).await?;
     for id in args.selected.resolve(&client).await? {
-        edit_one(&client, &id, &site, out).await?;
+        edit_one(&client, &id, &EditedKind::Replication { site: site.clone() }, out).await?;
     }
     Ok(CommandVerdict::Good)
 }
 
+/// What kind of document is edited.
+pub(super) enum EditedKind {
+    /// One of a replication, at this site.
+    Replication { site: String },
+    /// A link.
+    Link,
+}
+
+impl EditedKind {
+    async fn stored(&self, client: &Client, id: &str) -> Result<StoredDocument, Error> {
+        match self {
+            Self::Replication { .. } => Ok(stored(client, id).await?.value),
+            Self::Link => {
+                let LinkShown { link, revision, mut config, problems, .. } = stored_link(client, id).await?.value;
+                if let Value::Object(fields) = &mut config {
+                    fields.entry("name").or_insert_with(|| link.clone().into());
+                }
+                Ok(StoredDocument { replication: link, revision, config, problems })
+            }
+        }
+    }
+
+    /// Stores a document; then prints how it differs.
+    async fn change(
+        &self,
+        client: &Client,
+        text: Vec<u8>,
+        revision: u64,
+        difference: &str,
+        out: &mut Output,
+    ) -> Result<(), Error> {
+        match self {
+            Self::Replication { .. } => {
+                let reply = client.change_at("config.update", text.into(), Some(revision)).await?;
+                show_diff(difference, out);
+                out.reply(&reply, at_revision);
+            }
+            Self::Link => {
+                let reply = client.change_at("link.update", text.into(), Some(revision)).await?;
+                show_diff(difference, out);
+                out.reply(&reply, link_at_revision);
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a document that would be another one's. Text that is no JSON is refused by the service.
+    fn same(&self, text: &[u8], id: &str) -> Result<(), Error> {
+        let edited = serde_json::from_slice::<Value>(text).unwrap_or_default();
+        match self {
+            Self::Replication { site } => is_id_of(&edited, id, site),
+            Self::Link if link_name(&edited).is_none_or(|name| name == id) => Ok(()),
+            Self::Link => Err(Error::Failed(format!("only the document of link `{id}` can be changed here"))),
+        }
+    }
+}
+
 /// The first that cannot be changed ends it: the user is asked about each.
-async fn edit_one(client: &Client, id: &str, site: &str, out: &mut Output) -> Result<(), Error> {
-    let document = stored(client, id).await?.value;
+pub(super) async fn edit_one(client: &Client, id: &str, kind: &EditedKind, out: &mut Output) -> Result<(), Error> {
+    let document = kind.stored(client, id).await?;
     problems(out, &document.problems);
     let before = pretty_document(&document.config) + "\n";
     let file = draft(&before)?;
-    let edited = edit(client, &document, site, &before, file.path(), out).await;
+    let edited = edit(client, &document, kind, &before, file.path(), out).await;
     // what was written is not lost with the change that was refused
     let is_draft = fs::read(file.path()).is_ok_and(|text| text != before.as_bytes());
     if edited.is_err()
@@ -68,7 +128,7 @@ fn draft(text: &str) -> Result<tempfile::NamedTempFile, Error> {
 async fn edit(
     client: &Client,
     document: &StoredDocument,
-    site: &str,
+    kind: &EditedKind,
     before: &str,
     path: &Path,
     out: &mut Output,
@@ -80,19 +140,13 @@ async fn edit(
             out.note("not changed");
             return Ok(());
         }
-        let refused = match same(&text, document, site) {
+        let refused = match kind.same(&text, &document.replication) {
             Ok(()) => {
                 let edited = serde_json::from_slice::<Value>(&text).unwrap_or_default();
-                let changed = client.change_at("config.update", text.into(), Some(document.revision)).await;
-                let error = match changed {
-                    Ok(reply) => {
-                        show_diff(&diff(Some(document), &document.replication, "edited", &edited), out);
-                        out.reply(&reply, at_revision);
-                        return Ok(());
-                    }
-                    Err(error) => error,
-                };
-                if was_overtaken(client, document, &error).await {
+                let difference = diff(Some(document), &document.replication, "edited", &edited);
+                let changed = kind.change(client, text, document.revision, &difference, out).await;
+                let Err(error) = changed else { return Ok(()) };
+                if was_overtaken(client, kind, document, &error).await {
                     error.print(out);
                     let id = &document.replication;
                     return Err(Error::Failed(format!("`{id}` was changed meanwhile: nothing was overwritten")));
@@ -116,21 +170,15 @@ async fn edit(
 
 /// Whether a change was refused because another change was faster. That may also read as a problem with the document: a
 /// secret that `***` stands for is gone.
-async fn was_overtaken(client: &Client, document: &StoredDocument, error: &Error) -> bool {
+async fn was_overtaken(client: &Client, kind: &EditedKind, document: &StoredDocument, error: &Error) -> bool {
     match error.code() {
         Some(409) => true,
         Some(400) => {
-            let now = stored(client, &document.replication).await;
-            now.is_ok_and(|now| now.value.revision != document.revision)
+            let now = kind.stored(client, &document.replication).await;
+            now.is_ok_and(|now| now.revision != document.revision)
         }
         _ => false,
     }
-}
-
-/// Refuses a document that would be another replication's. Text that is no JSON is refused by the service.
-fn same(text: &[u8], document: &StoredDocument, site: &str) -> Result<(), Error> {
-    let edited = serde_json::from_slice::<Value>(text).unwrap_or_default();
-    is_id_of(&edited, &document.replication, site)
 }
 
 /// Lets the user edit; the connection is kept alive meanwhile. As in a shell, ctrl-c is the editor's.

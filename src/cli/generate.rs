@@ -64,7 +64,8 @@ fn with_ids(shell: Shell, script: &str, verbs: &[String]) -> String {
     }
 }
 
-/// A function around the generated one. Adapters have verbs of the same names, and names of their own.
+/// A function around the generated one. Adapters and links have verbs of the same names, and names of
+/// their own.
 fn bash(script: &str, verbs: &[String]) -> String {
     let patterns: Vec<_> = verbs.iter().map(|verb| format!("*\" {verb} \"*")).collect();
     let (program, patterns) = (names::PROGRAM, patterns.join("|"));
@@ -79,7 +80,7 @@ fn bash(script: &str, verbs: &[String]) -> String {
     local word="${{COMP_WORDS[COMP_CWORD]}}"
     [[ $word == -* || ${{COMP_WORDS[COMP_CWORD-1]}} == -* ]] && return
     case " ${{COMP_WORDS[*]:1:COMP_CWORD-1}} " in
-        *" adapter "*) ;;
+        *" adapter "*|*" link "*) ;;
         {patterns})
             COMPREPLY=($(compgen -W "$("${{COMP_WORDS[0]}}" {LIST_IDS})" -- "$word")) ;;
     esac
@@ -110,7 +111,7 @@ fn fish(script: &str, verbs: &[String]) -> String {
     let program = names::PROGRAM;
     let lines = verbs.iter().map(|verb| {
         let seen: Vec<_> = verb.split(' ').map(|word| format!("__fish_seen_subcommand_from {word}")).collect();
-        let seen = format!("{}; and not __fish_seen_subcommand_from adapter", seen.join("; and "));
+        let seen = format!("{}; and not __fish_seen_subcommand_from adapter link", seen.join("; and "));
         format!("complete -c {program} -n \"{seen}\" -f -a \"({program} {LIST_IDS})\"\n")
     });
     format!("{script}{}", lines.collect::<String>())

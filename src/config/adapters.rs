@@ -26,7 +26,7 @@ const QUEUE_BYTES: RangeInclusive<u64> = 1 << 20..=4 << 30;
 const DEFAULT_WORKERS: u64 = 10;
 const WORKERS: RangeInclusive<u64> = 1..=256;
 /// What the names of marks are: an adapter of such a name would have the key of a mark.
-const NOT_NAMES: [&str; 3] = ["paused", "release", "valid"];
+const NOT_NAMES: [&str; 4] = ["paused", "release", "valid", "streams"];
 /// Types of an adapter's stream.
 const TYPES: [&str; 2] = ["jetstream", "choria_streams"];
 /// What begins the subjects of the server's own.

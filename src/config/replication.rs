@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use chrono::{DateTime, Utc};
 use nats_lane::ServerRef;
 
-use super::{LoopProtection, Mapping, OriginTag, Scope};
+use super::{LoopProtection, Mapping, OriginTag, Scope, StreamPatterns};
 use crate::status::Ordering;
 
 /// One configured copy of a source stream into a target stream, valid by construction
@@ -14,6 +14,11 @@ use crate::status::Ordering;
 pub struct Replication {
     /// `STREAM`, or `STREAM.NAME` when `name` is set and is not the site's name.
     pub id: String,
+    /// Whether some of its fields are from a link.
+    pub linked: bool,
+    /// Which streams of the source have a replication each; `None` for a replication of one stream. With patterns, nothing is
+    /// copied by this one: it finds the streams.
+    pub patterns: Option<StreamPatterns>,
     /// The worker's name in provenance, metrics and consumer names; the site's name by default.
     pub name: String,
     /// What stood in provenance for site and name while the site had other names, oldest first.

@@ -12,6 +12,7 @@ use super::{
     Problem, TlsDocument,
     adapters::ADAPTER,
     heartbeats::HEARTBEATS,
+    links::LINK,
     schema::{REPLICATION, Schema, join},
 };
 
@@ -58,6 +59,21 @@ pub fn unmask_document(document: &mut Map<String, Value>, stored: Option<&Value>
 /// Whether something in the document may stand for what is stored.
 pub fn has_mask(document: &Map<String, Value>) -> bool {
     replication().has_mask(document)
+}
+
+/// The fields of a link are those of a replication.
+fn link() -> SecretFields {
+    SecretFields { schema: &LINK, ..replication() }
+}
+
+/// [`mask_document`] for a link.
+pub fn mask_link(document: &Value) -> Value {
+    link().mask(document)
+}
+
+/// [`unmask_document`] for a link.
+pub fn unmask_link(document: &mut Map<String, Value>, stored: Option<&Value>) -> Result<(), Vec<Problem>> {
+    link().unmask(document, stored)
 }
 
 /// [`mask_document`] for heartbeats.

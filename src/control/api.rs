@@ -222,6 +222,78 @@ pub struct SteppedDown {
     pub to: Option<String>,
 }
 
+/// Names one link. The plain name, without JSON, means the same.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LinkNamed {
+    /// Name of the link.
+    pub link: String,
+}
+
+/// A link was changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LinkChanged {
+    /// Name of the link.
+    pub link: String,
+    /// Revision of its document, or of the deletion.
+    pub revision: u64,
+    /// How many documents use it.
+    pub used_by: usize,
+}
+
+/// Reply of `link.validate`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LinkValidation {
+    /// Whether the document can be stored: no problems.
+    pub valid: bool,
+    /// Its problems, and those that the documents that use it would have with it: their paths begin with `/used_by/<id>`.
+    pub problems: Vec<Problem>,
+    /// Documents that use the link of this name, sorted.
+    pub used_by: Vec<String>,
+}
+
+/// Reply of `link.get`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LinkShown {
+    /// Name of the link.
+    pub link: String,
+    /// Revision of its document.
+    pub revision: u64,
+    /// The document as written, secrets as `***`; `null` if it is not JSON.
+    pub config: Value,
+    /// What is wrong with it; replications continue with what they had.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<Problem>,
+    /// Documents that use it, sorted; the first 1,000.
+    pub used_by: Vec<String>,
+}
+
+/// Reply of `link.list`. There are more rows if `offset` and those shown are less than `total`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LinkList {
+    /// Sorted by name.
+    pub links: Vec<LinkListRow>,
+    /// Rows skipped at the beginning.
+    pub offset: usize,
+    /// Rows shown at most.
+    pub limit: usize,
+    /// Rows there are.
+    pub total: usize,
+}
+
+/// One link.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LinkListRow {
+    /// Name of the link.
+    pub link: String,
+    /// Revision of its document.
+    pub revision: u64,
+    /// Whether it can be used.
+    pub valid: bool,
+    /// How many documents use it.
+    pub used_by: usize,
+}
+
 /// Reply of `config.validate`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Validation {

@@ -3,12 +3,16 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use futures_util::StreamExt;
+use serde_json::Value;
 use tokio::{sync::watch, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
-use crate::names::ADAPTERS_PREFIX;
-use crate::store::{ConfigChange, ConfigEntry, ConfigStore, Error};
+use crate::{
+    config::{self, LinkUse, Links},
+    names::{ADAPTERS_PREFIX, LINKS_PREFIX},
+    store::{ConfigChange, ConfigEntry, ConfigStore, Error},
+};
 
 /// How long a request waits for the newest revision before it is answered from memory.
 const CATCH_UP: Duration = Duration::from_millis(100);
@@ -26,6 +30,9 @@ pub(super) struct Documents {
 #[derive(Debug, Default)]
 struct CachedDocuments {
     entries: BTreeMap<String, ConfigEntry>,
+    /// Links as written, by name.
+    link_entries: BTreeMap<String, ConfigEntry>,
+    links: Links,
     /// Of the heartbeats, or of their removal; 0 if there never were any.
     heartbeats: u64,
     /// Newest revision received.
@@ -60,13 +67,34 @@ impl Documents {
         self.known.borrow().entries.get(id).cloned()
     }
 
-    /// Id and revision of all documents, sorted by id.
+    /// Id and revision of all documents that are in the bucket or in a file, sorted by id.
     pub(super) async fn list(&self) -> Vec<(String, u64)> {
         self.catch_up().await;
-        self.known.borrow().entries.values().map(|entry| (entry.key.clone(), entry.revision)).collect()
+        let known = self.known.borrow();
+        let written = known.entries.values().filter(|entry| entry.family.is_none());
+        written.map(|entry| (entry.key.clone(), entry.revision)).collect()
     }
 
-    /// All documents, sorted by id.
+    /// One link as written.
+    pub(super) async fn link(&self, name: &str) -> Option<ConfigEntry> {
+        self.catch_up().await;
+        self.known.borrow().link_entries.get(name).cloned()
+    }
+
+    /// All links as written, sorted by name.
+    pub(super) async fn links(&self) -> Vec<ConfigEntry> {
+        self.catch_up().await;
+        self.known.borrow().link_entries.values().cloned().collect()
+    }
+
+    /// The link that a document names.
+    pub(super) async fn link_of(&self, document: &Value) -> Option<LinkUse> {
+        let name = config::named_link(document)?;
+        self.catch_up().await;
+        Some(self.known.borrow().links.get(name))
+    }
+
+    /// All documents, sorted by id, also those of streams that a document with patterns has found.
     pub(super) async fn all(&self) -> Vec<ConfigEntry> {
         self.catch_up().await;
         self.known.borrow().entries.values().cloned().collect()
@@ -94,6 +122,17 @@ impl CachedDocuments {
                 if key.starts_with(ADAPTERS_PREFIX) =>
             {
                 self.seen = self.seen.max(revision);
+            }
+            ConfigChange::Put(entry) if entry.key.starts_with(LINKS_PREFIX) => {
+                self.seen = self.seen.max(entry.revision);
+                let name = entry.key[LINKS_PREFIX.len()..].to_owned();
+                self.links.put(&name, entry.revision, &entry.value);
+                self.link_entries.insert(name, entry);
+            }
+            ConfigChange::Deleted { key, revision } if key.starts_with(LINKS_PREFIX) => {
+                self.seen = self.seen.max(revision);
+                self.links.remove(&key[LINKS_PREFIX.len()..]);
+                self.link_entries.remove(&key[LINKS_PREFIX.len()..]);
             }
             ConfigChange::Put(entry) => {
                 self.seen = self.seen.max(entry.revision);
@@ -123,9 +162,7 @@ mod tests {
 
     #[test]
     fn revisions_of_a_recreated_bucket_count_from_its_beginning() {
-        let put = |key: &str, revision: u64| {
-            ConfigChange::Put(ConfigEntry { key: key.to_owned(), revision, value: Bytes::new() })
-        };
+        let put = |key: &str, revision: u64| ConfigChange::Put(ConfigEntry::new(key, revision, Bytes::new()));
         let mut known = CachedDocuments::default();
         known.apply(put("A", 100));
         known.apply(put("B", 99));

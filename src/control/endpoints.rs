@@ -2,8 +2,10 @@
 
 mod adapter;
 mod durable;
+mod family;
 mod heartbeat;
 mod instances;
+mod link;
 mod pause;
 mod position;
 mod promote;
@@ -30,8 +32,10 @@ use self::{
         adapter_update, adapter_validate,
     },
     durable::Leaving,
+    family::{Members, delete_member},
     heartbeat::{heartbeat_get, heartbeat_set},
     instances::instances,
+    link::{link_add, link_delete, link_get, link_list, link_update, link_validate},
     pause::{pause, resume},
     position::position,
     promote::promote,
@@ -139,6 +143,12 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
         route("adapter-status", EndpointKind::Query, handler!(adapter_status)),
         route("adapter-pause", EndpointKind::Mutation, handler!(adapter_pause)),
         route("adapter-resume", EndpointKind::Mutation, handler!(adapter_resume)),
+        route("link-add", EndpointKind::Mutation, handler!(link_add)),
+        route("link-update", EndpointKind::Mutation, handler!(link_update)),
+        route("link-validate", EndpointKind::Inquiry, handler!(link_validate)),
+        route("link-get", EndpointKind::Query, handler!(link_get)),
+        route("link-list", EndpointKind::Query, handler!(link_list)),
+        route("link-delete", EndpointKind::Mutation, handler!(link_delete)),
         route("heartbeat-get", EndpointKind::Query, handler!(heartbeat_get)),
         route("heartbeat-set", EndpointKind::Mutation, handler!(heartbeat_set)),
     ]
@@ -219,6 +229,11 @@ async fn config_delete(context: &RequestContext, request: Request) -> Result<Cha
     if MarkKind::of_key(&replication).is_some() || [HEARTBEATS_KEY, SITE_KEY].contains(&replication.as_str()) {
         return Err(not_found(&replication));
     }
+    if let Some(entry) = context.documents.get(&replication).await
+        && let Some(family) = entry.family.clone()
+    {
+        return delete_member(context, entry, family, keep).await;
+    }
     not_only_in_file(context, &replication).await?;
     context.delete(replication, expected, keep).await
 }
@@ -276,7 +291,7 @@ async fn config_get(context: &RequestContext, request: Request) -> Result<Stored
     let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
     let entry = context.existing(&replication).await?;
     let problems =
-        context.rules.parse(&entry.value, &context.site).err().map(|problems| problems.0).unwrap_or_default();
+        entry.replication(&context.rules, &context.site).err().map(|problems| problems.0).unwrap_or_default();
     let config = Json::read(&entry.value).map_or(Value::Null, |json| config::mask_document(&json.value));
     Ok(StoredDocument { replication, revision: entry.revision, config, problems })
 }
@@ -319,9 +334,13 @@ impl RequestContext {
     /// Deletes a document, waits until nothing runs of it, and removes its records unless they are kept.
     async fn delete(&self, replication: String, expected: Option<u64>, keep: bool) -> Result<Changed, Failure> {
         let leaving = Leaving::of(self, &replication).await;
+        let members = Members::of(self, &replication).await;
         let written = self.config.delete(&replication, expected).await;
         let deleted = changed(replication, written, "deleted")?;
         let id = deleted.replication.as_str();
+        if !keep {
+            members.forget(self, id, deleted.revision).await?;
+        }
         if self.config.is_in_file(id) {
             // The file's document runs from now on, from where this one stopped.
             return Ok(deleted);
@@ -375,7 +394,7 @@ impl RequestContext {
 pub(super) struct CheckedDocument {
     pub(super) replication: Replication,
     /// The document to store: in one line, fields in the order of the schema, stored secrets in place of `***`.
-    document: Bytes,
+    pub(super) document: Bytes,
     /// The stored revision that its secrets are from: the document may be written only while that revision is stored.
     unmasked: Option<u64>,
 }
@@ -387,7 +406,10 @@ pub(super) async fn checked_document(context: &RequestContext, body: &Bytes) -> 
         problems.extend(found);
         None
     });
-    let replication = valid(context.rules.parse_value(&document, &context.site), problems)?;
+    let link = context.documents.link_of(&document).await;
+    let resolved = config::resolve(&document, link.as_ref());
+    let parsed = resolved.and_then(|resolved| context.rules.parse_value(&resolved, &context.site));
+    let replication = valid(parsed, problems)?;
     let document = Bytes::from(config::compact_document(&document));
     check_size(&document)?;
     Ok(CheckedDocument { replication, document, unmasked })

@@ -10,9 +10,10 @@ use serde_json::{Map, Value, json};
 
 use super::api::{
     AdapterChanged, AdapterList, AdapterNamed, AdapterShown, AdapterStatus, AdapterStatusRequest, AdapterValidation,
-    Changed, DeleteRequest, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest, List,
-    ListRequest, NamedRequest, PositionMove, PositionRequest, PromoteRequest, Promoted, SchemaRequest, SchemaShown,
-    SendersPage, SendersRequest, SkipRequest, Skipped, Status, StatusRequest, SteppedDown, StoredDocument, Validation,
+    Changed, DeleteRequest, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest, LinkChanged,
+    LinkList, LinkNamed, LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove, PositionRequest,
+    PromoteRequest, Promoted, SchemaRequest, SchemaShown, SendersPage, SendersRequest, SkipRequest, Skipped, Status,
+    StatusRequest, SteppedDown, StoredDocument, Validation,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
@@ -77,6 +78,12 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("adapter.status", request::<AdapterStatusRequest>(), reply::<AdapterStatus>()),
         ("adapter.pause", request::<AdapterNamed>(), reply::<AdapterChanged>()),
         ("adapter.resume", request::<AdapterNamed>(), reply::<AdapterChanged>()),
+        ("link.add", link_document("The link to add."), reply::<LinkChanged>()),
+        ("link.update", link_document("The document that replaces the stored one as a whole."), reply::<LinkChanged>()),
+        ("link.validate", link_document("The document to check."), reply::<LinkValidation>()),
+        ("link.get", request::<LinkNamed>(), reply::<LinkShown>()),
+        ("link.list", request::<ListRequest>(), reply::<LinkList>()),
+        ("link.delete", request::<LinkNamed>(), reply::<LinkChanged>()),
         ("heartbeat.get", json!({"description": "Empty; the payload is ignored."}), reply::<HeartbeatsShown>()),
         ("heartbeat.set", config::heartbeats_schema().clone(), reply::<HeartbeatsChanged>()),
     ]
@@ -108,6 +115,11 @@ fn document(description: &str) -> Value {
 fn adapter_document(description: &str) -> Value {
     let description = format!("{description} `***` instead of a secret keeps the stored secret.");
     with(config::adapter_schema().clone(), [("description", description.into())])
+}
+
+fn link_document(description: &str) -> Value {
+    let description = format!("{description} `***` instead of a secret keeps the stored secret.");
+    with(config::link_schema().clone(), [("description", description.into())])
 }
 
 fn position_request() -> Value {

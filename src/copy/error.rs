@@ -40,6 +40,8 @@ pub struct Error {
     pub(super) stalled: bool,
     /// Whether a server ended the login of a connection that was in use.
     pub(super) login_ended: bool,
+    /// Whether a server refused the login of a new connection.
+    pub login_refused: bool,
 }
 
 impl Error {
@@ -56,6 +58,7 @@ impl Error {
             chain_broken: false,
             stalled: false,
             login_ended: false,
+            login_refused: false,
         }
     }
 
@@ -71,9 +74,9 @@ impl From<nats::Error> for Error {
             nats::ErrorKind::Retry | nats::ErrorKind::ChainBroken | nats::ErrorKind::NoResponders => ErrorKind::Retry,
             nats::ErrorKind::Hold | nats::ErrorKind::Poison | nats::ErrorKind::NotFound => ErrorKind::Hold,
         };
-        let login_ended = error.login_ended();
+        let (login_ended, login_refused) = (error.login_ended(), error.login_refused());
         let chain_broken = error.kind == nats::ErrorKind::ChainBroken;
-        Self { chain_broken, login_ended, ..Self::new(kind, error.message) }
+        Self { chain_broken, login_ended, login_refused, ..Self::new(kind, error.message) }
     }
 }
 

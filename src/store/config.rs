@@ -10,6 +10,7 @@ use super::{
     config_change::{ConfigChange, ConfigEntry},
     error::Error,
     file_documents::FileDocuments,
+    linked,
     marks::{Mark, MarkKind},
     watch::{self, Change},
 };
@@ -62,6 +63,8 @@ impl ConfigStore {
         self.file.has(id)
     }
 
+    /// Documents come with the links that they name, and those with patterns with one for each stream that was found.
+    ///
     /// All keys as they are, then [`ConfigChange::Loaded`], then every change as it happens. Of entries that are read
     /// together the marks come first: a document is never acted on before its pause is known.
     ///
@@ -69,7 +72,8 @@ impl ConfigStore {
     /// and nothing else. `purpose` is one word, another one for each watch of a process.
     pub async fn watch(&self, purpose: &str) -> Result<BoxStream<'static, Result<ConfigChange, Error>>, Error> {
         let changes = watch::watch(self.bucket.clone(), purpose, |key| MarkKind::of_key(key).is_some()).await?;
-        Ok(self.file.overlay(changes.map(|change| change.map(typed)).boxed(), purpose))
+        let changes = self.file.overlay(changes.map(|change| change.map(typed)).boxed(), purpose);
+        Ok(linked::resolved(changes, purpose))
     }
 
     /// Revisions of a key since its last deletion that the bucket still has, newest first.
@@ -79,7 +83,7 @@ impl ConfigStore {
         while let Some(stored) = self.bucket.next(key, from).await? {
             from = stored.revision + 1;
             match stored.value {
-                Some(value) => entries.push(ConfigEntry { key: key.to_owned(), revision: stored.revision, value }),
+                Some(value) => entries.push(ConfigEntry::new(key, stored.revision, value)),
                 None => entries.clear(),
             }
         }
@@ -91,7 +95,7 @@ impl ConfigStore {
     pub async fn get(&self, key: &str) -> Result<Option<ConfigEntry>, Error> {
         Ok(self.bucket.last(key).await?.and_then(|stored| {
             let value = stored.value?;
-            Some(ConfigEntry { key: key.to_owned(), revision: stored.revision, value })
+            Some(ConfigEntry::new(key, stored.revision, value))
         }))
     }
 
@@ -217,7 +221,7 @@ fn typed(change: Change) -> ConfigChange {
         }
         Change::Deleted { key, revision } if key == SITE_KEY => ConfigChange::Site(Stored { revision, value: None }),
         Change::Put { key, revision, value, .. } => mark(&key, revision, Some(&value))
-            .unwrap_or_else(|| ConfigChange::Put(ConfigEntry { key, revision, value })),
+            .unwrap_or_else(|| ConfigChange::Put(ConfigEntry::new(key, revision, value))),
         Change::Deleted { key, revision } => {
             mark(&key, revision, None).unwrap_or(ConfigChange::Deleted { key, revision })
         }

@@ -163,7 +163,7 @@ impl Overlay {
 }
 
 fn of_file(id: &str, value: &Bytes) -> ConfigChange {
-    ConfigChange::Put(ConfigEntry { key: id.to_owned(), revision: FILE_REVISION, value: value.clone() })
+    ConfigChange::Put(ConfigEntry::new(id, FILE_REVISION, value.clone()))
 }
 
 #[cfg(test)]
@@ -175,7 +175,7 @@ mod tests {
     }
 
     fn put(key: &str, revision: u64, value: &'static str) -> ConfigChange {
-        ConfigChange::Put(ConfigEntry { key: key.to_owned(), revision, value: Bytes::from_static(value.as_bytes()) })
+        ConfigChange::Put(ConfigEntry::new(key, revision, Bytes::from_static(value.as_bytes())))
     }
 
     #[tokio::test]

@@ -1,6 +1,8 @@
 //! Marks beside a document, most of them requests of operators, at keys of their own in the configuration bucket. An id
 //! cannot contain `/`, so marks never collide with documents, and operators may put and delete them by hand.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use chrono::{DateTime, SubsecRound, Utc};
 use serde::{Deserialize, Serialize};
@@ -13,13 +15,15 @@ pub enum MarkKind {
     /// `<id>/release`: a held replication tries again at once, or skips the message that blocks it.
     Release,
     /// `<id>/valid`: the newest document that was valid, kept while newer ones are not: these may be more than the
-    /// bucket remembers.
+    /// bucket remembers. With the fields of the link that it had then.
     Valid,
+    /// `<id>/streams`: the streams that a replication of many streams has found.
+    Streams,
 }
 
 impl MarkKind {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Paused, Self::Release, Self::Valid];
+    pub const ALL: [Self; 4] = [Self::Paused, Self::Release, Self::Valid, Self::Streams];
 
     /// The key of a replication's mark.
     pub fn key(self, id: &str) -> String {
@@ -38,6 +42,7 @@ impl MarkKind {
             Self::Paused => "paused",
             Self::Release => "release",
             Self::Valid => "valid",
+            Self::Streams => "streams",
         }
     }
 }
@@ -97,6 +102,25 @@ pub struct ReleaseMark {
     pub source_time_ns: Option<i64>,
     /// When it was asked for.
     pub at: DateTime<Utc>,
+}
+
+/// Value of a mark that says which streams were found. Each has a replication of its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamsMark {
+    /// Format of the value: 1.
+    pub version: u32,
+    /// Streams that the source has.
+    pub streams: BTreeSet<String>,
+    /// Streams that the source had: their replications are stopped.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub gone: BTreeSet<String>,
+}
+
+impl StreamsMark {
+    /// Reads a value, by this program or by hand.
+    pub fn read(value: &[u8]) -> Option<Self> {
+        serde_json::from_slice(value).ok()
+    }
 }
 
 /// What a held replication should do.

@@ -25,6 +25,13 @@ impl OwnStreams {
         })
     }
 
+    /// Whether a stream has the name of one of these, or of the stream that keeps the events.
+    pub fn has_name(&self, stream: &str) -> bool {
+        let own = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let keeps_events = |prefix: &str| own.contains_key(&format!("KV_{prefix}_CONFIG"));
+        own.contains_key(stream) || stream.strip_suffix("_EVENTS").is_some_and(keeps_events)
+    }
+
     /// A stream of these, as it is now.
     pub(super) fn is(&self, stream: &str, created: i128) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).insert(stream.to_owned(), created);

@@ -12,7 +12,7 @@ use tokio::{sync::watch, time::sleep};
 use super::Deps;
 use crate::{
     allow::AllowList,
-    config::{Problem, Problems, Replication},
+    config::{self, Json, Problem, Problems, Replication},
     store::{CONFIG_HISTORY, ConfigChange, ConfigEntry, ConfigStore, Error, MarkKind, Trouble},
 };
 
@@ -83,8 +83,18 @@ pub(super) struct Plan {
 pub(super) struct RunnableDocument {
     pub(super) replication: Replication,
     pub(super) revision: u64,
-    /// The document as written.
+    /// The document as it runs, with the fields of its link.
     pub(super) document: Bytes,
+    /// Whether the source no longer has the stream.
+    pub(super) gone: bool,
+}
+
+/// A document that could run, as a planner remembers it.
+#[derive(Debug, Clone)]
+struct AcceptedDocument {
+    revision: u64,
+    document: Bytes,
+    linked: bool,
 }
 
 /// A document that cannot.
@@ -113,13 +123,15 @@ pub(super) struct Planner {
     site: String,
     rules: AllowList,
     wanted: watch::Receiver<ConfigEntry>,
+    /// The newest document that could run, with the fields of its link.
+    accepted: Option<AcceptedDocument>,
     trouble: Trouble,
 }
 
 impl Planner {
     pub(super) fn new(deps: &Deps, wanted: watch::Receiver<ConfigEntry>) -> Self {
         let (store, site, rules) = (deps.config.clone(), deps.site.clone(), deps.rules.clone());
-        Self { store, site, rules, wanted, trouble: Trouble::new("older revisions cannot be read") }
+        Self { store, site, rules, wanted, accepted: None, trouble: Trouble::new("older revisions cannot be read") }
     }
 
     /// The plan for the newest document.
@@ -152,14 +164,24 @@ impl Planner {
 
     async fn plan(&mut self, entry: ConfigEntry) -> Plan {
         let revision = entry.revision;
-        let problems = match accept(&entry, &self.site, &self.rules) {
-            Ok(replication) => {
-                let work = RunnableDocument { replication, revision, document: entry.value };
+        let problems = match self.runnable(&entry) {
+            Ok(work) => {
+                let (document, linked) = (work.document.clone(), work.replication.linked);
+                self.accepted = Some(AcceptedDocument { revision, document, linked });
                 return Plan { work: Some(work), rejected: None };
             }
             Err(problems) => problems,
         };
         Plan { work: self.newest_valid(&entry).await, rejected: Some(RejectedDocument { revision, problems }) }
+    }
+
+    fn runnable(&self, entry: &ConfigEntry) -> Result<RunnableDocument, Problems> {
+        let replication = entry.accept(&self.rules, &self.site)?;
+        let document = match &entry.link {
+            Some(_) => entry.resolved().map(|json| config::compact_document(&json.value).into())?,
+            None => entry.value.clone(),
+        };
+        Ok(RunnableDocument { replication, revision: entry.revision, document, gone: entry.is_gone() })
     }
 
     async fn newest_valid(&mut self, entry: &ConfigEntry) -> Option<RunnableDocument> {
@@ -169,35 +191,44 @@ impl Planner {
                 Err(error) => self.trouble.wait(&format!("{}: {error}", entry.key)).await,
             }
         };
+        let mut depends = entry.family.is_some();
+        for old in &history {
+            // With its link as it is now. If that cannot be used, it is not known what an older document was.
+            let names = Json::read(&old.value).ok().and_then(|json| config::named_link(&json.value).map(str::to_owned));
+            let link = names.as_ref().and_then(|name| entry.link.clone().filter(|link| link.name == *name));
+            if names.is_some() && link.as_ref().is_none_or(|link| link.fields.is_err()) {
+                depends = true;
+                break;
+            }
+            if let Ok(work) = self.runnable(&ConfigEntry { link, ..old.clone() }) {
+                self.trouble.over();
+                return Some(work);
+            }
+        }
         // The history may have nothing but the last edits, all of them invalid.
-        let kept = if history.len() >= CONFIG_HISTORY { self.kept(&entry.key).await } else { None };
+        let known = self.accepted.clone().filter(|_| depends);
+        let kept = match known {
+            None if depends || history.len() >= CONFIG_HISTORY => self.kept(entry).await,
+            known => known,
+        };
         self.trouble.over();
-        history.iter().chain(&kept).find_map(|old| {
-            let replication = accept(old, &self.site, &self.rules).ok()?;
-            Some(RunnableDocument { replication, revision: old.revision, document: old.value.clone() })
-        })
+        let AcceptedDocument { revision, document, linked } = kept?;
+        let mut work = self.runnable(&ConfigEntry::new(&*entry.key, revision, document)).ok()?;
+        work.replication.linked = linked;
+        work.gone = entry.is_gone();
+        Some(work)
     }
 
     /// The newest valid document, as a task kept it.
-    async fn kept(&mut self, key: &str) -> Option<ConfigEntry> {
+    async fn kept(&mut self, entry: &ConfigEntry) -> Option<AcceptedDocument> {
         loop {
-            match self.store.marked(key, MarkKind::Valid).await {
+            match self.store.marked(&entry.key, MarkKind::Valid).await {
                 Ok(kept) => {
-                    let (revision, value) = kept?;
-                    return Some(ConfigEntry { key: key.to_owned(), revision, value });
+                    let (revision, document) = kept?;
+                    return Some(AcceptedDocument { revision, document, linked: entry.link.is_some() });
                 }
-                Err(error) => self.trouble.wait(&format!("{key}: {error}")).await,
+                Err(error) => self.trouble.wait(&format!("{}: {error}", entry.key)).await,
             }
         }
     }
-}
-
-/// Accepts a document that is valid, connects only to allowed servers and is stored at the key of its own id.
-fn accept(entry: &ConfigEntry, site: &str, rules: &AllowList) -> Result<Replication, Problems> {
-    let replication = rules.parse(&entry.value, site)?;
-    if replication.id == entry.key {
-        return Ok(replication);
-    }
-    let message = format!("the document is that of replication `{}`, but its key is `{}`", replication.id, entry.key);
-    Err(Problems(vec![Problem { path: String::new(), message }]))
 }

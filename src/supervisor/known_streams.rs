@@ -62,9 +62,10 @@ impl KnownStreams {
 
     /// Adds or replaces a document; an invalid one replaces nothing.
     pub(super) fn put(&self, entry: &ConfigEntry) {
-        let Ok(replication) = self.rules.parse(&entry.value, &self.site) else { return };
-        if replication.id != entry.key {
-            return;
+        let Ok(replication) = entry.accept(&self.rules, &self.site) else { return };
+        if replication.patterns.is_some() {
+            // It copies nothing itself.
+            return self.remove(&replication.id);
         }
         let is_native = replication.native.is_some();
         let tags = if is_native { Vec::new() } else { replication.origin_tags(&self.site) };
@@ -78,8 +79,14 @@ impl KnownStreams {
 
     /// The document was deleted.
     pub(super) fn remove(&self, id: &str) {
-        self.lock().remove(id);
-        self.changes.send_modify(|changes| *changes += 1);
+        if self.lock().remove(id).is_some() {
+            self.changes.send_modify(|changes| *changes += 1);
+        }
+    }
+
+    /// Whether both streams of a replication are known to be in one account.
+    pub(super) fn is_one_account(&self, replication: &Replication) -> bool {
+        self.compare(&replication.source, &replication.target) != Comparison::Other
     }
 
     /// All documents have been read.
@@ -165,7 +172,7 @@ mod tests {
         for (field, value) in fields.as_object().unwrap() {
             document[field] = value.clone();
         }
-        ConfigEntry { key: format!("S.{name}"), revision: 1, value: document.to_string().into() }
+        ConfigEntry::new(format!("S.{name}"), 1, document.to_string().into())
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::{
     requests::Requests,
     runner::{CopyRunner, RunnerEnd},
 };
-use crate::{events::Event, status::State};
+use crate::{config::Replication, events::Event, status::State};
 
 /// How long messages in flight may take to settle when a run stops; then the run is dropped.
 const SETTLE: Duration = Duration::from_secs(10);
@@ -50,8 +50,13 @@ impl LeaderTerm<'_> {
             plan = self.planner.current() => Some(plan),
         };
         while let Some(now) = plan {
+            // While paused it is not the planner's.
+            if now.rejected.is_none() && !self.requests.borrow().paused {
+                self.refused.accept(self.context);
+            }
             self.refused.report(self.context, now.rejected);
             plan = match now.work {
+                Some(work) if work.gone && !self.requests.borrow().paused => Box::pin(self.wait_for_stream(work)).await,
                 work if self.requests.borrow().paused => Box::pin(self.stay_paused(work)).await,
                 Some(work) => self.run_document(work).await,
                 None => self.wait_for_valid_document().await,
@@ -71,6 +76,44 @@ impl LeaderTerm<'_> {
         }
     }
 
+    /// The source no longer has the stream: copies nothing until it is there again.
+    async fn wait_for_stream(&mut self, work: RunnableDocument) -> Option<Plan> {
+        let Self { context, planner, requests, stop, runner, refused } = self;
+        context.cell.adopt(&work.replication, work.revision);
+        {
+            let mut noting = pin!(runner.note_gone(&work.replication.source.stream));
+            let mut noted = false;
+            let mut newest = false;
+            loop {
+                let newer = async { if newest { planner.next().await } else { planner.current().await } };
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => return None,
+                    () = paused(requests) => break,
+                    is_ours = &mut noting, if !noted => {
+                        if !is_ours {
+                            return None;
+                        }
+                        (noted, newest) = (true, false);
+                    }
+                    plan = newer => {
+                        newest = true;
+                        if plan.rejected.is_none() {
+                            refused.accept(context);
+                        }
+                        if plan.work.as_ref().is_none_or(|new| !new.gone) {
+                            context.cell.set_state(State::Starting);
+                            context.cell.at_rest();
+                            return Some(plan);
+                        }
+                        refused.report(context, plan.rejected);
+                    }
+                }
+            }
+        }
+        Some(Plan { work: Some(work), rejected: None })
+    }
+
     /// Copies nothing, whatever the document says, until the pause ends.
     async fn stay_paused(&mut self, mut work: Option<RunnableDocument>) -> Option<Plan> {
         let Self { context, planner, requests, stop, runner, refused } = self;
@@ -87,10 +130,13 @@ impl LeaderTerm<'_> {
                     () = stop.cancelled() => return None,
                     Ok(_) = requests.wait_for(|requests| !requests.paused) => break,
                     () = &mut pausing, if !is_paused => (is_paused, newest) = (true, false),
-                    never = retention.follow_between_runs(context, work.as_ref().map(|work| &work.replication)) => match never {},
+                    never = retention.follow_between_runs(context, single(&work)) => match never {},
                     never = keep_pause_current(context), if is_paused => match never {},
                     plan = newer => {
                         newest = true;
+                        if plan.rejected.is_none() {
+                            refused.accept(context);
+                        }
                         refused.report(context, plan.rejected);
                         if let Some(new) = plan.work {
                             context.cell.set_revision(new.revision);
@@ -161,7 +207,10 @@ impl LeaderTerm<'_> {
                 () = self.stop.cancelled() => break None,
                 () = paused(&mut self.requests) => break Some(Next::Pause),
                 plan = self.planner.next() => {
-                    if plan.work.as_ref().is_some_and(|new| new.replication != replication) {
+                    if plan.rejected.is_none() {
+                        self.refused.accept(self.context);
+                    }
+                    if plan.work.as_ref().is_some_and(|new| new.replication != replication || new.gone) {
                         break Some(Next::Plan(Box::new(plan)));
                     }
                     if let Some(new) = plan.work {
@@ -187,6 +236,11 @@ impl LeaderTerm<'_> {
         }
         next
     }
+}
+
+/// The replication, if it copies a stream.
+fn single(work: &Option<RunnableDocument>) -> Option<&Replication> {
+    work.as_ref().map(|work| &work.replication).filter(|replication| replication.patterns.is_none())
 }
 
 /// Waits until the replication is paused.

@@ -7,13 +7,13 @@ use super::{
     context::Context,
     desired::{RejectedDocument, RunnableDocument},
 };
-use crate::{events::Event, store::MarkKind};
+use crate::{config::Problems, events::Event, store::MarkKind};
 
 /// Reports and keeps documents of one replication.
 #[derive(Default)]
 pub(super) struct RefusedDocuments {
-    /// Revision that was reported last.
-    reported: u64,
+    /// What was reported last, unless that is over: revision and problems. Problems of a link come with the same revision.
+    reported: Option<(u64, Problems)>,
     /// The document that was kept last.
     kept: Option<Bytes>,
 }
@@ -34,10 +34,20 @@ impl RefusedDocuments {
         });
     }
 
-    /// Reports, once per revision, why a document does not run.
+    /// The newest document can run: what was reported is over.
+    pub(super) fn accept(&mut self, context: &Context) {
+        self.reported = None;
+        context.cell.accepted();
+    }
+
+    /// Reports, once, why a document does not run.
     pub(super) fn report(&mut self, context: &Context, rejected: Option<RejectedDocument>) {
-        let Some(rejected) = rejected.filter(|rejected| rejected.revision != self.reported) else { return };
-        self.reported = rejected.revision;
+        let Some(rejected) = rejected else { return };
+        let news = (rejected.revision, rejected.problems.clone());
+        if self.reported.as_ref() == Some(&news) {
+            return;
+        }
+        self.reported = Some(news);
         let message = rejected.message();
         error!(replication = context.id, "document refused: {message}");
         context.cell.rejected(&message);

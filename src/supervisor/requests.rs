@@ -29,7 +29,7 @@ impl Requests {
                 let release = |value: &_| Release { revision: mark.revision, skip: ReleaseMark::skip_in(value) };
                 self.release = mark.value.as_deref().map(release);
             }
-            MarkKind::Valid => {}
+            MarkKind::Valid | MarkKind::Streams => {}
         }
     }
 
@@ -38,7 +38,7 @@ impl Requests {
         match kind {
             MarkKind::Paused => self.paused = false,
             MarkKind::Release => self.release = None,
-            MarkKind::Valid => {}
+            MarkKind::Valid | MarkKind::Streams => {}
         }
     }
 
@@ -47,7 +47,7 @@ impl Requests {
         match kind {
             MarkKind::Paused => self.paused,
             MarkKind::Release => self.release.is_some(),
-            MarkKind::Valid => false,
+            MarkKind::Valid | MarkKind::Streams => false,
         }
     }
 }

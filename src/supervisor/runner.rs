@@ -1,8 +1,11 @@
 //! Keeps one document running: claims the position record, copies, waits after errors and tries again.
 
+mod discovery;
+mod gone;
 mod gossip;
 mod hand_back;
 mod kind;
+mod login_grace;
 mod pause;
 mod record;
 mod release;
@@ -21,7 +24,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::{gossip::Gossip, hand_back::HandBack, release::clear_release, state_file::StateFile};
+use self::{
+    gossip::Gossip, hand_back::HandBack, login_grace::LoginGrace, release::clear_release, state_file::StateFile,
+};
 use super::{
     context::Context,
     outage::Outage,
@@ -32,7 +37,7 @@ use super::{
     status_cell::{CopyProgress, StatusCell},
 };
 use crate::{
-    config::Replication,
+    config::{Replication, StreamPatterns},
     copy::{Error, ErrorKind, Escalation, Job, PositionWriter},
     election::{Campaign, Election, Leadership, lost, won},
     events::{Event, Step},
@@ -78,6 +83,7 @@ pub(super) struct CopyRunner {
     outage: Outage,
     escalation: Escalation,
     pub(super) retention: RetentionWatch,
+    login_grace: LoginGrace,
     /// The start of this document was reported.
     start_reported: bool,
     /// The last row was not saved, even if the writer remembers it.
@@ -111,6 +117,7 @@ impl CopyRunner {
             outage: Outage::default(),
             escalation: Escalation::default(),
             retention: RetentionWatch::default(),
+            login_grace: LoginGrace::default(),
             start_reported: false,
             unsaved: false,
             superseded: false,
@@ -189,6 +196,9 @@ impl CopyRunner {
     /// Copies until `stop`, until another instance leads the replication, or until only a complete restart may help.
     /// Follows the lag and the headroom meanwhile.
     async fn keep_copying(&mut self, replication: &Replication, revision: u64, stop: &CancellationToken) -> RunnerEnd {
+        if replication.patterns.is_some() {
+            return self.keep_trying(replication, revision, stop).await;
+        }
         let (context, mut retention) = (self.context.clone(), std::mem::take(&mut self.retention));
         let ended = tokio::select! {
             biased;
@@ -210,7 +220,7 @@ impl CopyRunner {
             let error = match result {
                 Ok(()) if stop.is_cancelled() => return RunnerEnd::Stopped,
                 Ok(()) => Error::new(ErrorKind::Retry, "it ended unasked"),
-                Err(error) => error,
+                Err(error) => self.login_grace.judge(error, replication, begun),
             };
             let outcome = match error.kind {
                 ErrorKind::Superseded => Err(error),
@@ -255,6 +265,9 @@ impl CopyRunner {
                 }
             }
         }
+        if let Some(patterns) = &replication.patterns {
+            return Box::pin(self.discover(replication, patterns, stop)).await;
+        }
         let Some(mut writer) = self.writer.take() else { return Ok(()) };
         let mut job = self.job(replication, release.and_then(|release| release.skip));
         let Self { context, requests, start_reported, outage, .. } = self;
@@ -291,6 +304,25 @@ impl CopyRunner {
             let moved = hand_back::finish(hand_back, &self.context, replication, position);
             tokio::join!(moved, state_file::finish(state_file, samples));
         }
+        self.writer = Some(writer);
+        result
+    }
+
+    /// One run of a document with patterns.
+    async fn discover(
+        &mut self,
+        replication: &Replication,
+        patterns: &StreamPatterns,
+        stop: &CancellationToken,
+    ) -> Result<(), Error> {
+        let Some(mut writer) = self.writer.take() else { return Ok(()) };
+        let Self { context, start_reported, outage, .. } = self;
+        let before = context.cell.progress();
+        let result = tokio::select! {
+            biased;
+            result = discovery::run(context, replication, patterns, &mut writer, stop) => result,
+            never = report_progress(context, before, replication, start_reported, outage) => match never {},
+        };
         self.writer = Some(writer);
         result
     }

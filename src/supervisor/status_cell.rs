@@ -38,6 +38,8 @@ struct Head {
     leads: bool,
     /// Revision of the newest document as the watch reported it. In a recreated bucket, revisions restart.
     newest: u64,
+    /// The newest document cannot run, perhaps because of its link.
+    rejected: bool,
 }
 
 /// How far the copy has come, to detect whether it progresses.
@@ -120,7 +122,7 @@ impl StatusCell {
         let corrected = self.head.send_if_modified(|head| {
             head.config_revision = revision;
             // An older document may run because the newest cannot.
-            revision == head.newest
+            revision == head.newest && !head.rejected
         });
         if corrected {
             self.error_over(|error| error.kind == "invalid");
@@ -267,8 +269,24 @@ impl StatusCell {
         });
     }
 
+    /// The source no longer has the stream.
+    pub(super) fn gone(&self, message: &str) {
+        self.status.send_modify(|(state, copy)| {
+            *state = State::Held;
+            copy.last_error = Some(LastError::now("gone", message));
+            copy.lag = None;
+            (copy.source.first_seq, copy.source.last_seq) = (None, None);
+        });
+    }
+
+    /// The newest document can run.
+    pub(super) fn accepted(&self) {
+        self.head.send_modify(|head| head.rejected = false);
+    }
+
     /// A document cannot run.
     pub(super) fn rejected(&self, message: &str) {
+        self.head.send_modify(|head| head.rejected = true);
         self.status.send_modify(|(_, copy)| copy.last_error = Some(LastError::now("invalid", message)));
     }
 }

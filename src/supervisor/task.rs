@@ -76,8 +76,9 @@ impl ReplicationTask {
                 plan = plan => {
                     newest = true;
                     let cell = &context.cell;
-                    if let Some(rejected) = &plan.rejected {
-                        cell.rejected(&rejected.message());
+                    match &plan.rejected {
+                        Some(rejected) => cell.rejected(&rejected.message()),
+                        None => cell.accepted(),
                     }
                     let sampling = plan.work.as_ref().and_then(|work| work.replication.sampling.as_ref());
                     if senders.as_ref().is_some_and(|senders| sampling.is_none_or(|sampling| !senders.knows_enough(sampling))) {

@@ -75,6 +75,8 @@ pub const LAYOUT: Layout = Layout {
         "choria::adapter",
         "choria::adapter::decode",
         "choria::adapter::output",
+        "config::links",
+        "config::stream_patterns",
         "copy::source::request_limit",
         "copy::source::clock",
         "copy::decide",

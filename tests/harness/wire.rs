@@ -53,7 +53,11 @@ pub fn check(schema: &str, value: &Value) -> Result<()> {
 
 /// The field that plain text stands for.
 fn endpoint_name(endpoint: &str) -> &'static str {
-    if endpoint.starts_with("adapter.") { "adapter" } else { "replication" }
+    match endpoint.split('.').next() {
+        Some("adapter") => "adapter",
+        Some("link") => "link",
+        _ => "replication",
+    }
 }
 
 /// What a request means in JSON: nothing is `{}`, and plain text is an id.

@@ -3,7 +3,7 @@
 
 use std::{
     borrow::Cow,
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     time::Duration,
 };
 
@@ -241,6 +241,17 @@ impl<'a> PublishAck<'a> {
     }
 }
 
+/// `STREAM.NAMES`, one page.
+#[derive(Deserialize)]
+struct NamesPage {
+    #[serde(default)]
+    total: usize,
+    streams: Option<Vec<String>>,
+}
+
+/// Pages of the list of streams that are read; the server has 1,024 names on each.
+const MAX_PAGES: usize = 100;
+
 #[derive(Deserialize)]
 struct ApiReply<T> {
     error: Option<ApiError>,
@@ -292,12 +303,28 @@ impl<'a> Api<'a> {
 
     /// Names of the streams that listen on a subject, or on a part of a pattern; the first page of them.
     pub async fn stream_names(&mut self, subject: &str) -> Result<Vec<String>, Error> {
-        #[derive(Deserialize)]
-        struct NamesPage {
-            streams: Option<Vec<String>>,
-        }
         let names: NamesPage = self.call("STREAM.NAMES", &json!({ "subject": subject })).await?;
         Ok(names.streams.unwrap_or_default())
+    }
+
+    /// Names of all streams. An error also where the list changed while it was read, so that no name is missing.
+    pub async fn all_stream_names(&mut self) -> Result<BTreeSet<String>, Error> {
+        let mut names = BTreeSet::new();
+        let (mut read, mut expected) = (0, None);
+        for _ in 0..MAX_PAGES {
+            let NamesPage { total, streams } = self.call("STREAM.NAMES", &json!({ "offset": read })).await?;
+            let page = streams.unwrap_or_default();
+            if expected.is_some_and(|expected| expected != total) || (page.is_empty() && read < total) {
+                return Err(Error::retry("the list of streams changed while it was read"));
+            }
+            expected = Some(total);
+            read += page.len();
+            names.extend(page);
+            if read >= total {
+                return Ok(names);
+            }
+        }
+        Err(Error::hold(format!("there are more than {read} streams: more than can be listed")))
     }
 
     /// Creates a stream.

@@ -150,6 +150,12 @@ impl Error {
         let said = self.message.rsplit_once(SAYS).map(|(_, text)| text);
         self.kind == ErrorKind::Retry && said.is_some_and(ends_login)
     }
+
+    /// Whether the server refused the login of a new connection.
+    pub fn login_refused(&self) -> bool {
+        let said = self.message.rsplit_once(SAYS).map(|(_, text)| text);
+        self.kind == ErrorKind::Hold && said.is_some_and(ends_login)
+    }
 }
 
 impl ApiError {

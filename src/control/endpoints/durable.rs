@@ -32,6 +32,7 @@ impl Leaving {
             Ok(entry) => runnable(context, entry).await.ok(),
             Err(_) => None,
         };
+        let replication = replication.filter(|replication| replication.patterns.is_none());
         Self { replication, end }
     }
 

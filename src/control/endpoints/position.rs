@@ -124,15 +124,17 @@ async fn rests(context: &RequestContext, id: &str) -> Result<(), Failure> {
 
 /// The newest document that can run.
 pub(super) async fn runnable(context: &RequestContext, entry: ConfigEntry) -> Result<Replication, Failure> {
-    let parse = |entry: &ConfigEntry| {
-        context.rules.parse(&entry.value, &context.site).ok().filter(|replication| replication.id == entry.key)
-    };
-    if let Some(replication) = parse(&entry) {
+    if let Ok(replication) = entry.accept(&context.rules, &context.site) {
         return Ok(replication);
     }
     let older = context.config.history(&entry.key).await.map_err(unavailable)?;
+    // As it was kept when its link could be used.
+    let kept = context.config.marked(&entry.key, MarkKind::Valid).await.map_err(unavailable)?;
+    let kept = kept.map(|(revision, value)| ConfigEntry::new(&*entry.key, revision, value));
+    let of_link = |old: ConfigEntry| ConfigEntry { link: entry.link.clone(), ..old };
     let none = || Failure::new(409, format!("replication `{}` has no document that can run", entry.key));
-    older.iter().find_map(parse).ok_or_else(none)
+    let mut all = older.into_iter().map(of_link).chain(kept);
+    all.find_map(|entry| entry.accept(&context.rules, &context.site).ok()).ok_or_else(none)
 }
 
 async fn at_source(

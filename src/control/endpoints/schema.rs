@@ -16,7 +16,7 @@ use crate::{
 const REPLICATION: &str = "replication";
 
 /// What each endpoint does, for `nats micro info`.
-const DESCRIPTIONS: [(&str, &str); 29] = [
+const DESCRIPTIONS: [(&str, &str); 35] = [
     ("config-add", "Adds a replication"),
     ("config-update", "Replaces the document of a replication"),
     ("config-delete", "Deletes a replication; what it copied stays"),
@@ -44,6 +44,12 @@ const DESCRIPTIONS: [(&str, &str); 29] = [
     ("adapter-status", "Shows queue, counters and connections of adapters"),
     ("adapter-pause", "Stops an adapter"),
     ("adapter-resume", "Continues an adapter that is paused"),
+    ("link-add", "Adds a link: servers, logins and defaults for the replications that name it"),
+    ("link-update", "Replaces the document of a link"),
+    ("link-validate", "Checks the document of a link without a change"),
+    ("link-get", "Shows the document of a link, secrets as ***"),
+    ("link-list", "Lists the links"),
+    ("link-delete", "Deletes a link that no replication names"),
     ("heartbeat-get", "Shows the heartbeats"),
     ("heartbeat-set", "Sets the heartbeats"),
 ];

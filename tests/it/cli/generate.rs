@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::harness::{Cli, Site};
 
 /// Every command that there is.
-const COMMANDS: [&str; 36] = [
+const COMMANDS: [&str; 44] = [
     "serve",
     "replicate",
     "config",
@@ -32,6 +32,14 @@ const COMMANDS: [&str; 36] = [
     "promote",
     "instances",
     "events",
+    "link",
+    "link add",
+    "link update",
+    "link validate",
+    "link get",
+    "link ls",
+    "link rm",
+    "link edit",
     "admin",
     "admin senders",
     "admin advisories",
@@ -53,7 +61,7 @@ fn cli() -> Cli {
 async fn help_names_every_command_and_the_exit_codes() -> Result<()> {
     let help = cli().ok(["--help"]).await?;
     let mut groups = Vec::new();
-    for group in ["config", "admin", "heartbeat"] {
+    for group in ["config", "admin", "heartbeat", "link"] {
         groups.push((group, cli().ok([group, "--help"]).await?));
     }
     for command in COMMANDS {
@@ -115,6 +123,7 @@ async fn ids_are_completed_from_the_service() -> Result<()> {
     assert_eq!(complete("config get E")?, ["EVENTS"]);
     assert_eq!(complete("status ORDERS OT")?, ["OTHER"]);
     assert!(complete("adapter pause O")?.iter().all(|word| word != "ORDERS"));
+    assert!(complete("link get O")?.iter().all(|word| word != "ORDERS"));
     assert!(complete("pause --j")?.contains(&"--json".to_owned()));
     for (shell, expect) in
         [("zsh", ":_stream_replicator_ids"), ("fish", "-n \"__fish_seen_subcommand_from pause; and not")]

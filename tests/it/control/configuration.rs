@@ -120,12 +120,9 @@ fn reference(schema: &Field) -> Result<String> {
     for example in &schema.examples {
         writeln!(page, "```json\n{}\n```\n", serde_json::to_string_pretty(example)?)?;
     }
-    let required = |name: &str| schema.required.iter().any(|required| required == name);
-    for (title, wanted) in [("Required", true), ("Optional", false)] {
-        writeln!(page, "## {title}\n")?;
-        for (name, field) in schema.properties.0.iter().filter(|(name, _)| required(name) == wanted) {
-            section(&mut page, schema, name, field)?;
-        }
+    writeln!(page, "## Fields\n")?;
+    for (name, field) in &schema.properties.0 {
+        section(&mut page, schema, name, field)?;
     }
     page.truncate(page.trim_end().len());
     page.push('\n');

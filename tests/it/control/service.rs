@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 29] = [
+const ENDPOINTS: [(&str, &str, &str); 35] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -35,6 +35,12 @@ const ENDPOINTS: [(&str, &str, &str); 29] = [
     ("adapter-status", "replicator.adapter.status", ""),
     ("adapter-pause", "replicator.adapter.pause", "q"),
     ("adapter-resume", "replicator.adapter.resume", "q"),
+    ("link-add", "replicator.link.add", "q"),
+    ("link-update", "replicator.link.update", "q"),
+    ("link-validate", "replicator.link.validate", "q"),
+    ("link-get", "replicator.link.get", ""),
+    ("link-list", "replicator.link.list", ""),
+    ("link-delete", "replicator.link.delete", "q"),
     ("heartbeat-get", "replicator.heartbeat.get", ""),
     ("heartbeat-set", "replicator.heartbeat.set", "q"),
 ];
