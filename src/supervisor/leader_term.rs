@@ -178,8 +178,11 @@ impl LeaderTerm<'_> {
         }
         // Without one, the history no longer has a valid document: the one that ran is the newest.
         let new = next.work.get_or_insert(work);
-        info!(replication = self.context.id, revision = new.revision, "follows the changed document");
-        self.context.emit(Event::ConfigChanged { revision: new.revision });
+        // A stream that is gone is reported as such.
+        if !new.gone {
+            info!(replication = self.context.id, revision = new.revision, "follows the changed document");
+            self.context.emit(Event::ConfigChanged { revision: new.revision });
+        }
         // The new document may turn out not to run.
         self.context.cell.set_state(State::Starting);
         Some(next)

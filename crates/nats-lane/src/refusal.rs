@@ -265,8 +265,13 @@ mod tests {
 
     #[test]
     fn the_end_of_a_login_is_told_from_other_refusals() {
-        let ended =
-            |text: &str, let_in| Error::of_err_line("expired:4222", text, let_in).context("source").login_ended();
+        let error = |text: &str, let_in| Error::of_err_line("expired:4222", text, let_in).context("source");
+        let ended = |text: &str, let_in| error(text, let_in).login_ended();
+        let refused = |text: &str, let_in| error(text, let_in).login_refused();
+        for text in ["Authorization Violation", "User Authentication Expired"] {
+            assert!(refused(text, false) && !refused(text, true), "{text}");
+        }
+        assert!(!refused("maximum connections exceeded", false) && !refused("Authentication Timeout", false));
         for text in ["User Authentication Expired", "User Authentication Revoked", "Account Authentication Expired"] {
             assert!(ended(text, true) && !ended(text, false), "{text}");
         }

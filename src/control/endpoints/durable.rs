@@ -11,6 +11,7 @@ use crate::{
     config::{NativeKind, Replication},
     copy::source::durable::{self, Durable, Owner},
     native::remove_source,
+    store::ConfigEntry,
 };
 
 /// Deadline for all of a deletion: less than that of a request.
@@ -27,11 +28,17 @@ pub(super) struct Leaving {
 impl Leaving {
     /// Reads it before its document is deleted.
     pub(super) async fn of(context: &RequestContext, id: &str) -> Self {
+        match context.existing(id).await {
+            Ok(entry) => Self::of_entry(context, entry).await,
+            Err(_) => Self { replication: None, end: Instant::now() + WITHIN },
+        }
+    }
+
+    /// The same for a document that was read.
+    pub(super) async fn of_entry(context: &RequestContext, entry: ConfigEntry) -> Self {
         let end = Instant::now() + WITHIN;
-        let replication = match context.existing(id).await {
-            Ok(entry) => runnable(context, entry).await.ok(),
-            Err(_) => None,
-        };
+        let replication = runnable(context, entry).await.ok();
+        // One with patterns makes nothing itself.
         let replication = replication.filter(|replication| replication.patterns.is_none());
         Self { replication, end }
     }

@@ -29,8 +29,8 @@ impl Members {
         let mut members = Vec::new();
         let is_member = |entry: &ConfigEntry| entry.family.as_ref().is_some_and(|of| of.id == family);
         for entry in context.documents.all().await.into_iter().filter(is_member) {
-            let leaving = Leaving::of(context, &entry.key).await;
-            members.push((entry.key, leaving));
+            let id = entry.key.clone();
+            members.push((id, Leaving::of_entry(context, entry).await));
         }
         Self(members)
     }
