@@ -221,7 +221,7 @@ fn reply(version: usize, mut secure: JsonNode<'_>) -> Result<Decoded, Discard> {
 fn inner<'a>(version: usize, secure: &mut JsonNode<'a>, names: [&str; 2]) -> Result<Cow<'a, str>, Discard> {
     let Some(JsonNode::Text(text)) = secure.take(names[version], Keys::AnyCase) else { return Err(Discard::Malformed) };
     if version == V2 {
-        return Ok(text_of(&base64_of(&text)?).into_owned().into());
+        return Ok(into_payload(&text)?.into());
     }
     Ok(text)
 }
@@ -311,6 +311,13 @@ fn object(text: &str) -> Result<JsonNode<'_>, Discard> {
 
 /// Base64 as Go reads it: line breaks in it do not count.
 fn base64_of(text: &str) -> Result<Vec<u8>, Discard> {
+    // Most of the work of an adapter: many characters at a time, but for the last ones, which may have padding.
+    let (whole, end) = text.as_bytes().split_at(text.len().saturating_sub(1) / 4 * 4);
+    if let Ok(mut decoded) = base64_simd::STANDARD_NO_PAD.decode_to_vec(whole)
+        && STANDARD.decode_vec(end, &mut decoded).is_ok()
+    {
+        return Ok(decoded);
+    }
     let decoded = match STANDARD.decode(text) {
         Err(_) if text.contains(['\r', '\n']) => STANDARD.decode(text.replace(['\r', '\n'], "")),
         decoded => decoded,
