@@ -5,6 +5,7 @@
 //! deadlines before it are judged first: decisions and advisories depend on the messages alone, whenever and however
 //! often they are read. Only when there is no message to read does the clock move the time.
 
+mod gone;
 pub(super) mod records;
 
 use std::{
@@ -18,6 +19,8 @@ use chrono::{DateTime, Utc};
 use hashbrown::HashTable;
 use nats_lane::entropy;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use gone::{Gone, LastCopy};
 
 use super::{
     advisory::{Advisory, AdvisoryKind},
@@ -157,6 +160,19 @@ struct Sent {
     generation: u32,
 }
 
+impl SenderSlot {
+    /// The copy that settled last.
+    fn last_copy(&self) -> LastCopy {
+        LastCopy { time: self.copied, seq: self.sequence, size: self.size }
+    }
+}
+
+impl Sent {
+    fn last_copy(&self) -> LastCopy {
+        LastCopy { time: self.time, seq: self.seq, size: self.size }
+    }
+}
+
 /// All senders of one replication.
 #[derive(Debug)]
 pub struct Senders {
@@ -172,8 +188,8 @@ pub struct Senders {
     /// The newest copy in flight, by slot.
     newest: HashMap<u32, Sent>,
     dirty: Vec<u32>,
-    /// Forgotten senders whose records still exist, with the newest source sequence when they were forgotten.
-    gone: HashMap<Arc<str>, u64>,
+    /// Forgotten senders whose records still exist, or of which messages may be read again.
+    gone: HashMap<Arc<str>, Gone>,
     /// Bytes of the names of known and of forgotten senders.
     names: usize,
     /// Names that are too long for keys, by the hash in the key.
@@ -331,13 +347,7 @@ impl Senders {
 
     /// Decides about a message; changes nothing.
     pub fn verdict(&self, sighting: &Sighting<'_>) -> SamplingVerdict {
-        let Some(index) = self.find(sighting.sender) else { return SamplingVerdict::Copy(CopyCause::New) };
-        let slot = &self.slots[index as usize];
-        let (copied, sequence, size) = match self.newest.get(&index) {
-            Some(sent) => (sent.time, sent.seq, sent.size),
-            None => (slot.copied, slot.sequence, slot.size),
-        };
-        let size = if self.rules.by_size_seen { slot.size_seen } else { size };
+        let LastCopy { time: copied, seq: sequence, size } = self.last_copy(sighting);
         let since = sighting.time_ns.saturating_sub(copied);
         let resized = |trigger: u32| (i64::from(size) - i64::from(sighting.size)).unsigned_abs() >= u64::from(trigger);
         SamplingVerdict::Copy(match () {
@@ -348,6 +358,18 @@ impl Senders {
             () if since < -(self.rules.every / 10) => CopyCause::Clock,
             () if self.rules.size_trigger.is_some_and(resized) => CopyCause::Size,
             () => return SamplingVerdict::Skip,
+        })
+    }
+
+    /// What a message is compared with.
+    fn last_copy(&self, sighting: &Sighting<'_>) -> LastCopy {
+        if let Some(gone) = self.gone.get(sighting.sender).filter(|gone| sighting.seq <= gone.read) {
+            return gone.last_copy();
+        }
+        self.find(sighting.sender).map_or(LastCopy::NONE, |index| {
+            let slot = &self.slots[index as usize];
+            let copy = self.newest.get(&index).map_or(slot.last_copy(), Sent::last_copy);
+            LastCopy { size: if self.rules.by_size_seen { slot.size_seen } else { copy.size }, ..copy }
         })
     }
 
@@ -362,8 +384,12 @@ impl Senders {
         let Sighting { sender, seq, time_ns, size, .. } = *sighting;
         let news = seq > self.read;
         if news {
-            self.read = seq;
+            // A sender that this message shows to be gone is not in it, or is new with it.
             self.advance(time_ns);
+            self.read = seq;
+        }
+        if let Some(gone) = self.gone.get_mut(sender).filter(|gone| seq <= gone.read) {
+            return gone.observe(sighting, fate);
         }
         let index = match self.find(sender) {
             Some(index) => {
@@ -379,6 +405,8 @@ impl Senders {
                 return;
             }
             None => {
+                // It is back: it stays in `gone` only until no earlier message of it can be read again.
+                self.leaving.extend(self.gone.get_key_value(sender).map(|(name, _)| name.clone()));
                 let index = self.insert(sender, time_ns, seq);
                 self.schedule(index);
                 self.touch(index);
@@ -433,13 +461,13 @@ impl Senders {
         let known = self.find(sighting.sender);
         let slot = known.map(|index| &self.slots[index as usize]);
         let is_copied = slot.is_some_and(|slot| slot.copied != NEVER && sighting.seq <= slot.sequence);
-        let is_gone = self.gone.get(sighting.sender).is_some_and(|read| sighting.seq <= *read);
-        if is_copied || is_gone {
+        let gone = self.gone.get(sighting.sender).filter(|gone| sighting.seq <= gone.read);
+        if gone.map_or(is_copied, |gone| sighting.seq <= gone.last_copy().seq) {
             return;
         }
         let is_seen = slot.is_some_and(|slot| slot.loaded && sighting.time_ns <= slot.seen);
         let fate = if self.verdict(sighting) == SamplingVerdict::Skip { MessageOutcome::Passed } else { fate };
-        match known.filter(|_| is_seen) {
+        match known.filter(|_| is_seen && gone.is_none()) {
             // Its record was written while the copy was in flight.
             Some(index) if fate == MessageOutcome::Stored => self.stored(index, sighting),
             Some(_) => {}
@@ -477,6 +505,7 @@ impl Senders {
         self.sent.clear();
         self.newest.clear();
         self.outbox.take_back();
+        self.gone.values_mut().for_each(|gone| gone.begin(position));
         if !std::mem::replace(&mut self.begun, true) {
             self.schedule_all();
             self.written_to = saved.unwrap_or(position);
@@ -512,8 +541,11 @@ impl Senders {
                 self.schedule(index);
                 self.happened(AdvisoryKind::Timeout, sender, from.saturating_add(self.rules.warn), seen);
             } else {
+                let size = if self.rules.by_size_seen { slot.size_seen } else { slot.size };
+                let settled = LastCopy { size, ..slot.last_copy() };
+                let in_flight = self.newest.get(&index).map(Sent::last_copy);
                 self.remove(index);
-                self.gone.insert(sender.clone(), self.read);
+                self.gone.insert(sender.clone(), Gone::new(self.read, settled, in_flight));
                 self.leaving.push(sender.clone());
                 self.happened(AdvisoryKind::Expire, sender, from.saturating_add(self.rules.every), seen);
             }
@@ -662,7 +694,7 @@ impl Senders {
             let name = self.slots[index as usize].name.clone();
             self.outbox.forget(&name);
             self.remove(index);
-            self.gone.insert(name.clone(), 0);
+            self.gone.insert(name.clone(), Gone::without_messages(0));
             self.leaving.push(name);
         }
     }
@@ -827,6 +859,49 @@ mod tests {
         senders.settled(20);
         assert_eq!(senders.verdict(&sized(30, 100)), SamplingVerdict::Copy(CopyCause::Size));
         assert_eq!(senders.verdict(&sized(30, 200)), SamplingVerdict::Skip);
+    }
+
+    #[test]
+    fn messages_of_a_forgotten_sender_are_decided_as_before() {
+        use SamplingVerdict::{Copy, Skip};
+        for advises in [true, false] {
+            let mut senders = Senders::new("NODES", &sampling(advises));
+            senders.begin(0, None, false);
+            assert_eq!(take(&mut senders, sight(1, 0.0, "a")), Copy(CopyCause::New));
+            // In flight when the run ends: what follows is read again.
+            senders.observe(&sight(2, 10.0, "b"), MessageOutcome::Sent);
+            assert_eq!(senders.verdict(&sight(3, 50.0, "a")), Skip);
+            senders.observe(&sight(3, 50.0, "a"), MessageOutcome::Passed);
+            senders.observe(&sight(4, 200.0, "b"), MessageOutcome::Sent);
+            assert!(senders.listed("a").is_none());
+
+            // Another process knows only the records.
+            let records: Vec<_> = all_records(&mut senders, 1).into_iter().filter_map(|(_, record)| record).collect();
+            let mut successor = Senders::new("NODES", &sampling(advises));
+            records.into_iter().for_each(|record| successor.take_over(record));
+            for (what, senders) in [("the same process", &mut senders), ("another", &mut successor)] {
+                senders.begin(1, Some(1), false);
+                assert_eq!(senders.verdict(&sight(3, 50.0, "a")), Skip, "{what}, advises: {advises}");
+                assert_eq!(senders.verdict(&sight(5, 201.0, "a")), Copy(CopyCause::New), "{what}");
+                // It is back, and the run ends once more before anything settled.
+                (2..=5).zip(["b", "a", "b", "a"]).for_each(|(seq, sender)| {
+                    let sighting = sight(seq, if seq == 3 { 50.0 } else { 200.0 }, sender);
+                    let is_copied = senders.verdict(&sighting) != Skip;
+                    senders.observe(&sighting, if is_copied { MessageOutcome::Sent } else { MessageOutcome::Passed });
+                });
+                all_records(senders, 1);
+                senders.begin(1, None, false);
+                assert_eq!(senders.verdict(&sight(3, 50.0, "a")), Skip, "{what}, advises: {advises}");
+                // Once everything is written, nothing of it is kept.
+                (2..=5).zip(["b", "a", "b", "a"]).for_each(|(seq, sender)| {
+                    take(senders, sight(seq, if seq == 3 { 50.0 } else { 200.0 }, sender));
+                });
+                tell(senders, 5);
+                all_records(senders, 5);
+                all_records(senders, 5);
+                assert!(senders.gone.is_empty(), "{what}, advises: {advises}: {:?}", senders.gone);
+            }
+        }
     }
 
     #[test]

@@ -58,13 +58,16 @@ pub struct SenderRecord {
     /// Whether its `timeout` advisory was published, and it has not been seen since.
     #[serde(default)]
     pub advised: bool,
-    /// Source sequence of the message that was copied last.
+    /// Source sequence of the message that was copied last; of an expired sender, up to where the source was read.
     #[serde(default)]
     pub sequence: u64,
+    /// Source sequence of the message of an expired sender that was copied last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copied_sequence: Option<u64>,
     /// Advisories about it that have not been confirmed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<PendingAdvisory>,
-    /// Unseen for too long: kept only until its advisory is confirmed.
+    /// Unseen for too long: kept only until its advisory is confirmed and none of its messages can be read again.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub expired: bool,
     /// Fields of other versions.
@@ -99,6 +102,7 @@ impl SenderRecord {
             size: 0,
             advised: false,
             sequence: 0,
+            copied_sequence: None,
             pending: Vec::new(),
             expired: false,
             other: BTreeMap::new(),

@@ -549,6 +549,11 @@ impl Plan {
         self.unsure() || self.has(|fault| matches!(fault, Fault::Stop(..)))
     }
 
+    /// Whether the source may forget messages before the records of their senders are written.
+    pub fn forgets_senders(&self) -> bool {
+        self.inspect.is_some() && self.is_consumed() && self.records_fail()
+    }
+
     /// Whether a stream that remembers ids for two minutes remembers all of them.
     pub fn lasts_less_than_a_window(&self) -> bool {
         self.stormy < Duration::from_secs(60) && !self.has(|fault| !fault.hosts().is_empty())

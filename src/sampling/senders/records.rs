@@ -7,7 +7,11 @@ use std::sync::Arc;
 
 use chrono::DateTime;
 
-use super::{NEVER, Round, SenderSlot, Senders, nanos, time};
+use super::{
+    NEVER, Round, SenderSlot, Senders,
+    gone::{Gone, LastCopy},
+    nanos, time,
+};
 use crate::{
     sampling::{
         advisory::{Advisory, AdvisoryKind},
@@ -54,12 +58,12 @@ impl Senders {
         while write.records.len() < most
             && let Some(sender) = round.gone.pop()
         {
-            self.compose_gone(&sender, &mut write);
+            self.compose_gone(&sender, round.position, &mut write);
         }
         if write.records.is_empty() {
             self.written_to = self.written_to.max(round.position);
             let (gone, written_to) = (&self.gone, self.written_to);
-            let is_settled = |sender: &mut Arc<str>| gone.get(sender).is_none_or(|read| *read <= written_to);
+            let is_settled = |sender: &mut Arc<str>| gone.get(sender).is_none_or(|gone| gone.read <= written_to);
             self.leaving.extend(self.unsettled.extract_if(.., is_settled));
             return None;
         }
@@ -97,15 +101,16 @@ impl Senders {
         write.records.push((slot.name.to_string(), Some(record)));
     }
 
-    fn compose_gone(&mut self, sender: &str, write: &mut Write) {
-        if self.find(sender).is_some() || self.newer.contains(sender) {
+    fn compose_gone(&mut self, sender: &str, position: u64, write: &mut Write) {
+        let Some(gone) = self.gone.get(sender).copied() else { return };
+        let (is_settled, is_back) = (gone.read <= self.written_to, self.find(sender).is_some());
+        if self.newer.contains(sender) || is_settled && is_back {
             self.gone.remove(sender);
             self.release(sender);
             return;
         }
-        let Some(read) = self.gone.get(sender).copied() else { return };
-        if !self.outbox.has(sender) {
-            if read <= self.written_to || !self.rules.advises {
+        if !self.outbox.has(sender) || is_back {
+            if is_settled {
                 self.gone.remove(sender);
                 self.release(sender);
                 self.other.remove(sender);
@@ -114,8 +119,16 @@ impl Senders {
             let name = self.name(sender);
             self.unsettled.push(name);
         }
+        if is_back {
+            // Its record is that of a known sender, which is written once the message has settled that it came back with.
+            return;
+        }
         let mut record = SenderRecord::new(sender, DateTime::UNIX_EPOCH);
-        (record.expired, record.sequence) = (true, read);
+        (record.expired, record.sequence) = (true, gone.read);
+        let copy = gone.settled_at(position);
+        if copy.time != NEVER {
+            (record.copied, record.size, record.copied_sequence) = (Some(time(copy.time)), copy.size, Some(copy.seq));
+        }
         for (number, advisory) in self.outbox.kept_for(sender) {
             record.seen = time(advisory.seen_ns);
             record.pending.push(pending(advisory));
@@ -141,7 +154,7 @@ impl Senders {
                 Some(index) => self.touch(index),
                 None => {
                     let name = self.name(sender);
-                    self.gone.entry(name.clone()).or_insert(self.read);
+                    self.gone.entry(name.clone()).or_insert(Gone::without_messages(self.read));
                     self.leaving.push(name);
                 }
             }
@@ -191,7 +204,7 @@ impl Senders {
         let Some(short) = shortened(&record.sender) else { return false };
         let long = std::mem::replace(&mut record.sender, short);
         let name = self.name(&long);
-        self.gone.insert(name.clone(), 0);
+        self.gone.insert(name.clone(), Gone::without_messages(0));
         if self.begun {
             self.leaving.push(name);
         }
@@ -213,7 +226,7 @@ impl Senders {
         }
         self.outbox.forget(sender);
         if record.expired {
-            self.take_over_expired(sender, record.sequence);
+            self.take_over_expired(&record);
         } else {
             let index = self.take_over_known(&record);
             if is_shortened {
@@ -240,12 +253,15 @@ impl Senders {
     }
 
     /// Another process forgot this sender, up to a source sequence; its record still keeps advisories.
-    fn take_over_expired(&mut self, sender: &str, sequence: u64) {
+    fn take_over_expired(&mut self, record: &SenderRecord) {
+        let sender = record.sender.as_str();
+        let copied = record.copied.zip(record.copied_sequence);
+        let copy = copied.map(|(copied, seq)| LastCopy { time: nanos(copied), seq, size: record.size });
         let name = self.name(sender);
         if let Some(index) = self.find(sender) {
             self.remove(index);
         }
-        self.gone.insert(name.clone(), sequence);
+        self.gone.insert(name.clone(), Gone::new(record.sequence, copy.unwrap_or(LastCopy::NONE), None));
         if self.begun {
             self.leaving.push(name);
         }
