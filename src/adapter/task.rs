@@ -8,7 +8,7 @@ use std::{io::Write, sync::Arc};
 use nats_lane::{Batch, Error, ErrorKind, Lane, Message, entropy, headers, jetstream::PublishAck, parser::number};
 use tokio::{
     sync::watch,
-    time::{Duration, Instant, sleep, sleep_until},
+    time::{Duration, Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -42,9 +42,6 @@ const AFTER_REFUSAL: Duration = Duration::from_millis(250);
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long the server may take to end the subscriptions.
 const LEAVE: Duration = Duration::from_secs(1);
-/// Under load, what arrives within this time is handled together: to wake up, read, write and take an ack costs more
-/// than a message.
-const GATHER: Duration = Duration::from_millis(1);
 /// How often the end of something is checked.
 const TICK: Duration = Duration::from_millis(10);
 /// Longest subject: with two sizes and a reply it fits into the control line of a server, 4096 bytes by default.
@@ -145,7 +142,6 @@ impl AdapterTask {
     pub(super) async fn run(mut self) {
         let (stop, mut gate) = (self.job.stop.clone(), self.job.gate.clone());
         self.target.open();
-        let mut received = None;
         loop {
             let now = Instant::now();
             self.follow_gate(now);
@@ -162,13 +158,7 @@ impl AdapterTask {
                     self.drain_until = Some(Instant::now() + DRAIN);
                 }
                 _ = gate.changed(), if self.drain_until.is_none() => {}
-                event = self.ingest.event() => {
-                    self.ingested(event);
-                    let before = received.replace(Instant::now());
-                    if before.is_some_and(|before| before.elapsed() < GATHER) {
-                        sleep(GATHER).await;
-                    }
-                }
+                event = self.ingest.event() => self.ingested(event),
                 event = self.target.event() => self.answered(event),
                 () = sleep_until(wake.unwrap_or(now)), if wake.is_some() => {}
             }
