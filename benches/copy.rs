@@ -21,6 +21,7 @@ mod table;
 #[path = "copy/ways.rs"]
 mod ways;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -46,6 +47,9 @@ struct Arguments {
     /// Only these ways, where several are compared.
     #[arg(long, value_delimiter = ',')]
     way: Vec<Way>,
+    /// Another build of this program, measured beside it in each of its own ways.
+    #[arg(long, value_name = "PROGRAM")]
+    against: Option<PathBuf>,
     /// Fields that are added to the documents of this program, as JSON: `{"limits": {"messages_in_flight": 1000}}`.
     #[arg(long, value_name = "JSON")]
     fields: Option<serde_json::Value>,
@@ -81,6 +85,8 @@ const LOADS: [(usize, u64); 3] = [(128, 400_000), (1024, 400_000), (16 * 1024, 2
 const MANY: [usize; 3] = [1, 4, 16];
 /// One way of a connection over a continent.
 const FAR: Duration = Duration::from_millis(25);
+/// What marks the rows of `--against`.
+const OTHER: &str = " (other build)";
 /// What is compared where all ways would say nothing more.
 const MAIN: [Way; 4] = [Way::Exclusive, Way::Source, Way::Mirror, Way::StopAndWait];
 
@@ -198,15 +204,16 @@ impl<'a> Bench<'a> {
             (near, Some(FAR), " (target 25 ms away)"),
             (Some(FAR), Some(FAR), " (both 25 ms away)"),
         ];
-        let ways = [Way::Exclusive, Way::Pipelined, Way::StopAndWait];
+        let mut ways = vec![Way::Exclusive, Way::Pipelined, Way::FeedSource, Way::FeedMirror, Way::StopAndWait];
+        ways.retain(|way| self.wants_way(*way));
         let load = self.load(1024, 400_000, 1, 1);
         pair.preload(load).await?;
         let mut rows: Vec<Row> = Vec::new();
         for round in 0..self.rounds {
             for (source, target, note) in places {
                 pair.move_away(source, target).await?;
-                for way in ways {
-                    let sample = way.measure(pair).await?;
+                for &way in &ways {
+                    let sample = way.measure(pair, None).await?;
                     eprintln!("  round {}, {way}{note}: {:.0} msg/s", round + 1, sample.rate());
                     match rows.iter_mut().find(|row| row.way == way && row.note == note) {
                         Some(row) => row.samples.push(sample),
@@ -230,23 +237,41 @@ impl<'a> Bench<'a> {
     /// All ways with one load; interleaved, so that what disturbs the machine for a while disturbs all of them.
     async fn compare(&self, pair: &mut Pair, load: Load, ways: &[Way]) -> Result<Vec<Row>> {
         pair.preload(load).await?;
-        let wanted = |way: &&Way| self.arguments.way.is_empty() || self.arguments.way.contains(way);
-        let row = |way: &Way| Row { load, way: *way, note: String::new(), samples: Vec::new() };
-        let mut rows: Vec<Row> = ways.iter().filter(wanted).map(row).collect();
+        let against = self.arguments.against.as_deref();
+        let mut rows: Vec<Row> = Vec::new();
+        for &way in ways.iter().filter(|way| self.wants_way(**way)) {
+            let row = Row { load, way, note: String::new(), samples: Vec::new() };
+            if against.is_some() && way.is_ours() {
+                rows.push(Row { note: OTHER.to_owned(), ..row.clone() });
+            }
+            rows.push(row);
+        }
         for round in 1..=self.rounds {
             for row in &mut rows {
-                let sample = row.way.measure(pair).await?;
-                eprintln!("  {} B, round {round}, {}: {:.0} msg/s", load.payload, row.way, sample.rate());
+                let program = against.filter(|_| row.note == OTHER);
+                let sample = row.way.measure(pair, program).await?;
+                eprintln!("  {} B, round {round}, {}{}: {:.0} msg/s", load.payload, row.way, row.note, sample.rate());
                 row.samples.push(sample);
             }
         }
         Ok(rows)
     }
 
+    fn wants_way(&self, way: Way) -> bool {
+        self.arguments.way.is_empty() || self.arguments.way.contains(&way)
+    }
+
     fn table(&mut self, title: &str, rows: Vec<Row>) {
-        let against = [Way::Source, Way::Mirror, Way::StopAndWait];
+        let against = [Way::Exclusive, Way::Source, Way::Mirror, Way::StopAndWait];
         let against: Vec<Way> = against.into_iter().filter(|way| rows.iter().any(|row| row.way == *way)).collect();
         table::print(title, &rows, &against);
+        for other in rows.iter().filter(|row| row.note == OTHER) {
+            let same = |row: &&Row| row.load == other.load && row.way == other.way && row.note.is_empty();
+            if let Some(own) = rows.iter().find(same) {
+                let ratio = table::ratio(&own.samples, &other.samples);
+                println!("\n{}, {} B: {ratio:.3} x the other build", own.way, own.load.payload);
+            }
+        }
         self.all.extend(rows);
     }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Pair {
     pub(crate) load: Load,
     /// Fields that the documents of this program have beside the usual ones.
     pub(crate) fields: Value,
+    /// Where each target server takes leafnodes.
+    leaf_ports: Vec<u16>,
     /// Between us and the servers, where the way is long.
     distance: Distance,
 }
@@ -47,6 +49,8 @@ pub(crate) struct Pair {
 struct Distance {
     source: Option<Proxy>,
     target: Option<Proxy>,
+    /// The leafnode port of the target.
+    leaf: Option<Proxy>,
 }
 
 /// Name of a stream at the source.
@@ -66,10 +70,12 @@ impl Pair {
         let listen = format!("leafnodes {{ host: \"127.0.0.1\", port: {port} }}");
         let source = Server::builder(Role::Source).domain(DOMAIN).config(&listen).start().await?;
         let routes = (0..replicas).map(|_| free_port()).collect::<Result<Vec<_>, _>>()?;
+        let leaf_ports = (0..replicas).map(|_| free_port()).collect::<Result<Vec<_>, _>>()?;
         let all: Vec<String> = routes.iter().map(|port| format!("\"nats-route://127.0.0.1:{port}\"")).collect();
         let mut targets = Vec::new();
-        for (index, route) in routes.iter().enumerate() {
-            let mut config = format!("leafnodes {{ remotes: [{{ url: \"nats-leaf://127.0.0.1:{port}\" }}] }}\n");
+        for (index, (route, own)) in routes.iter().zip(&leaf_ports).enumerate() {
+            let remotes = format!("remotes: [{{ url: \"nats-leaf://127.0.0.1:{port}\" }}]");
+            let mut config = format!("leafnodes {{ host: \"127.0.0.1\", port: {own}, {remotes} }}\n");
             if replicas > 1 {
                 let routes = all.join(", ");
                 config += &format!("cluster {{ name: hq, listen: \"127.0.0.1:{route}\", routes: [{routes}] }}");
@@ -79,7 +85,7 @@ impl Pair {
             targets.push(builder.start().await?);
         }
         let load = Load { payload: 0, messages: 0, streams: 0, replicas };
-        let pair = Self { source, targets, load, fields, distance: Distance::default() };
+        let pair = Self { source, targets, load, fields, leaf_ports, distance: Distance::default() };
         pair.wait_ready().await?;
         Ok(pair)
     }
@@ -112,14 +118,17 @@ impl Pair {
 
     /// Puts `delay` between us and the servers, in each direction; a side without delay is reached directly.
     pub(crate) async fn move_away(&mut self, source: Option<Duration>, target: Option<Duration>) -> Result<()> {
-        let proxy = async |delay: Option<Duration>, server: &Server| -> Result<Option<Proxy>> {
+        let proxy = async |delay: Option<Duration>, port: u16| -> Result<Option<Proxy>> {
             let Some(delay) = delay else { return Ok(None) };
-            let proxy = Proxy::start(server.port()).await?;
+            let proxy = Proxy::start(port).await?;
             proxy.delay(delay);
             Ok(Some(proxy))
         };
-        self.distance =
-            Distance { source: proxy(source, &self.source).await?, target: proxy(target, &self.targets[0]).await? };
+        self.distance = Distance {
+            source: proxy(source, self.source.port()).await?,
+            target: proxy(target, self.targets[0].port()).await?,
+            leaf: proxy(target, self.leaf_ports[0]).await?,
+        };
         Ok(())
     }
 
@@ -131,6 +140,14 @@ impl Pair {
     /// Where a copier reaches the target.
     pub(crate) fn target_url(&self) -> String {
         self.distance.target.as_ref().map_or_else(|| self.targets[0].url(), Proxy::url)
+    }
+
+    /// Where a feed reaches the target: all servers, or the one that is far away.
+    pub(crate) fn target_leaf_url(&self) -> String {
+        let far = self.distance.leaf.as_ref().map(Proxy::port);
+        let ports = far.map_or_else(|| self.leaf_ports.clone(), |port| vec![port]);
+        let all: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        format!("nats-leaf://{}", all.join(","))
     }
 
     /// The target as the bench itself asks it.
@@ -168,6 +185,21 @@ impl Pair {
     /// Messages in the first target stream now.
     pub(crate) async fn copied(&self) -> Result<u64> {
         Ok(count(&mut self.target().await?, &target_stream(0)).await)
+    }
+
+    /// Waits for the first message in each target stream: how many are in all of them then.
+    pub(crate) async fn wait_begun(&self) -> Result<u64> {
+        let mut raw = self.target().await?;
+        let mut begun = 0;
+        for index in 0..self.load.streams {
+            let stream = target_stream(index);
+            let what = format!("a message in {stream}");
+            wait_for(&what, LIMIT, async || count(&mut raw, &stream).await > 0).await?;
+        }
+        for index in 0..self.load.streams {
+            begun += count(&mut raw, &target_stream(index)).await;
+        }
+        Ok(begun)
     }
 
     pub(crate) async fn delete_targets(&self) -> Result<()> {

@@ -1,6 +1,7 @@
 //! The ways to copy a stream that are measured side by side.
 
 use std::fmt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
@@ -8,11 +9,15 @@ use async_nats::jetstream::{self, AckKind, consumer};
 use clap::ValueEnum;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
+use stream_replicator::native::FeedSubjects;
 
 use crate::harness::process::{Usage, machine_cpu_seconds};
 use crate::harness::site::merged;
 use crate::harness::{Service, connect, request};
 use crate::pair::{DOMAIN, PREFIX, Pair, source_stream, target_stream};
+
+/// The site of the service.
+pub(crate) const SITE: &str = "BENCH";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Way {
@@ -26,6 +31,10 @@ pub(crate) enum Way {
     Source,
     /// A stream at the target that mirrors it.
     Mirror,
+    /// This program as the origin of a source of the target stream.
+    FeedSource,
+    /// This program as the origin of a mirror.
+    FeedMirror,
     /// Ask for one, publish it, wait for the ack, acknowledge it, ask for the next.
     StopAndWait,
 }
@@ -63,6 +72,8 @@ impl fmt::Display for Way {
             Self::Pipelined => "pipelined",
             Self::Source => "native source",
             Self::Mirror => "native mirror",
+            Self::FeedSource => "feed-source",
+            Self::FeedMirror => "feed-mirror",
             Self::StopAndWait => "stop-and-wait",
         })
     }
@@ -70,15 +81,29 @@ impl fmt::Display for Way {
 
 impl Way {
     /// This program, and what it is held against where all of a table are measured.
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Exclusive, Self::Shared, Self::Pipelined, Self::Source, Self::Mirror, Self::StopAndWait];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Exclusive,
+        Self::Shared,
+        Self::Pipelined,
+        Self::FeedSource,
+        Self::FeedMirror,
+        Self::Source,
+        Self::Mirror,
+        Self::StopAndWait,
+    ];
 
-    /// Copies the source's streams into new streams and removes these again.
-    pub(crate) async fn measure(self, pair: &Pair) -> Result<Sample> {
+    /// Whether this program does it.
+    pub(crate) fn is_ours(self) -> bool {
+        !matches!(self, Self::Source | Self::Mirror | Self::StopAndWait)
+    }
+
+    /// Copies the source's streams into new streams and removes these again. `program` is another build than that of
+    /// this bench.
+    pub(crate) async fn measure(self, pair: &Pair, program: Option<&Path>) -> Result<Sample> {
         let sample = match self {
-            Self::Exclusive | Self::Shared | Self::Pipelined => self.service(pair).await,
-            Self::Source | Self::Mirror => self.native(pair).await,
             Self::StopAndWait => stop_and_wait(pair).await,
+            _ if self.is_ours() => self.service(pair, program).await,
+            _ => self.native(pair).await,
         };
         let sample = sample.with_context(|| self.to_string())?;
         pair.delete_targets().await?;
@@ -88,9 +113,15 @@ impl Way {
     /// Makes the target streams as this way needs them; the native ways begin with this.
     pub(crate) async fn make_targets(self, pair: &Pair) -> Result<()> {
         let origin = |index| json!({"name": source_stream(index), "external": {"api": format!("$JS.{DOMAIN}.API")}});
+        let fed = |index| {
+            let subjects = FeedSubjects::of(SITE, &source_stream(index));
+            json!({"name": source_stream(index), "external": {"api": subjects.api(), "deliver": subjects.deliver()}})
+        };
         pair.make_targets(|index| match self {
             Self::Source => json!({"sources": [origin(index)]}),
             Self::Mirror => json!({"mirror": origin(index)}),
+            Self::FeedSource => json!({"sources": [fed(index)]}),
+            Self::FeedMirror => json!({"mirror": fed(index)}),
             Self::Exclusive | Self::Shared => json!({"subjects": [copied(index)], "allow_batched": true}),
             Self::Pipelined | Self::StopAndWait => json!({"subjects": [copied(index)]}),
         })
@@ -104,23 +135,45 @@ impl Way {
         if self == Self::Shared {
             document["target_mode"] = "shared".into();
         }
+        if let Some(kind) = self.fed_kind() {
+            document["kind"] = kind.into();
+            document["target_leaf_url"] = pair.target_leaf_url().into();
+            document.as_object_mut().map(|document| document.remove("target_subject_prefix"));
+        }
         merged(document, pair.fields.clone())
     }
 
-    async fn service(self, pair: &Pair) -> Result<Sample> {
-        self.make_targets(pair).await?;
-        // A new process each time, so that its peak memory is that of this copy. Its time to start is not counted,
-        // the time from the request on is.
-        let mut service = Service::builder(&pair.source.url(), "BENCH").instance("bench").start().await?;
+    /// The `kind` of a document that is not a copy.
+    fn fed_kind(self) -> Option<&'static str> {
+        match self {
+            Self::FeedSource => Some("source"),
+            Self::FeedMirror => Some("mirror"),
+            _ => None,
+        }
+    }
+
+    async fn service(self, pair: &Pair, program: Option<&Path>) -> Result<Sample> {
+        // The program makes the streams of its feeds, but only with the replicas of the source. A stream that exists
+        // before its origin answers does not ask again for long.
+        if self.fed_kind().is_none() || pair.load.replicas > 1 {
+            self.make_targets(pair).await?;
+        }
+        // A new process each time, so that its peak memory is that of this copy.
+        let mut builder = Service::builder(&pair.source.url(), SITE).instance("bench");
+        if let Some(program) = program {
+            builder = builder.program(program);
+        }
+        let mut service = builder.start().await?;
         let client = connect(&pair.source.url()).await?;
-        let before = service.usage().cpu_seconds;
-        let clock = Clock::start(pair);
         for index in 0..pair.load.streams {
             request(&client, "replicator.config.add", self.document(pair, index)).await?;
         }
+        let begun = pair.wait_begun().await?;
+        let before = service.usage().cpu_seconds;
+        let clock = Clock::start(pair);
         pair.wait_copied(pair.load.messages).await?;
         let usage = service.usage();
-        let sample = clock.stop(pair, pair.load.messages, usage.cpu_seconds - before, usage.rss_peak);
+        let sample = clock.stop(pair, pair.load.messages - begun, usage.cpu_seconds - before, usage.rss_peak);
         for index in 0..pair.load.streams {
             request(&client, "replicator.config.delete", json!({"replication": source_stream(index)})).await?;
         }
@@ -129,10 +182,11 @@ impl Way {
     }
 
     async fn native(self, pair: &Pair) -> Result<Sample> {
-        let clock = Clock::start(pair);
         self.make_targets(pair).await?;
+        let begun = pair.wait_begun().await?;
+        let clock = Clock::start(pair);
         pair.wait_copied(pair.load.messages).await?;
-        Ok(clock.stop(pair, pair.load.messages, 0.0, 0))
+        Ok(clock.stop(pair, pair.load.messages - begun, 0.0, 0))
     }
 }
 
@@ -141,7 +195,8 @@ fn copied(index: usize) -> String {
     format!("{PREFIX}.bench{index}.>")
 }
 
-/// CPU and time since its creation.
+/// CPU and time since its creation. It begins with the first message at the target: how long a server takes until it asks
+/// its origin, and a program to connect, says nothing about the rate.
 struct Clock {
     begin: Instant,
     cpu: (f64, f64),

@@ -19,6 +19,8 @@ const READY: &str = "ready";
 /// How to start the service.
 #[derive(Debug, Clone)]
 pub struct Builder {
+    /// Another one than [`binary`].
+    program: Option<PathBuf>,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     /// What the shell says to its limits first.
@@ -51,6 +53,12 @@ impl Builder {
         self
     }
 
+    /// Another build than the one that is tested.
+    pub fn program(mut self, program: &Path) -> Self {
+        self.program = Some(program.to_owned());
+        self
+    }
+
     /// Under the limits that the shell's `ulimit` sets with these arguments.
     pub fn ulimit(mut self, arguments: &str) -> Self {
         self.ulimit = Some(arguments.to_owned());
@@ -79,7 +87,7 @@ impl Service {
     /// `serve --server <url> --name <site>`, to be refined.
     pub fn builder(url: &str, site: &str) -> Builder {
         let arguments = ["serve", "--server", url, "--name", site].map(OsString::from).to_vec();
-        Builder { arguments, environment: Vec::new(), ulimit: None }
+        Builder { program: None, arguments, environment: Vec::new(), ulimit: None }
     }
 
     /// `replicate --config <file>`.
@@ -90,7 +98,7 @@ impl Service {
     /// With these arguments.
     pub fn with_arguments<A: Into<OsString>>(arguments: impl IntoIterator<Item = A>) -> Builder {
         let arguments = arguments.into_iter().map(Into::into).collect();
-        Builder { arguments, environment: Vec::new(), ulimit: None }
+        Builder { program: None, arguments, environment: Vec::new(), ulimit: None }
     }
 
     /// A service of site `TEST` on this control server.
@@ -184,11 +192,12 @@ impl Service {
     fn spawn(&mut self) -> Result<()> {
         // A log for each start, so that an old ready line says nothing about a new start.
         self.starts += 1;
+        let program = self.how.program.clone().map_or_else(binary, Ok)?;
         let mut command = match &self.how.ulimit {
-            None => Command::new(binary()?),
+            None => Command::new(program),
             Some(ulimit) => {
                 let mut shell = Command::new("sh");
-                shell.args(["-c", &format!("ulimit {ulimit} && exec \"$0\" \"$@\"")]).arg(binary()?);
+                shell.args(["-c", &format!("ulimit {ulimit} && exec \"$0\" \"$@\"")]).arg(program);
                 shell
             }
         };
