@@ -1,4 +1,4 @@
-//! A login that a server refuses is held: somebody has to correct it. But the login of a link is changed at two places, the
+//! A login that a server refuses is held until it is corrected. But the login of a link is changed at two places, the
 //! server and the link, and one of them comes first. So for a moment the replications of a link only try again. Pure.
 
 use std::time::Duration;

@@ -186,7 +186,9 @@ async fn delete_with_keep_leaves_the_position() -> Result<()> {
     site.send("config.add", site.document("ORDERS")).await?;
     site.copied("ORDERS", 15).await?;
     let row = site.settled("ORDERS", 15).await?;
-    assert_eq!((&row["epoch"], &row["counters"]["copied"]), (&json!(2), &json!(5)), "{row}");
+    // The lease may have been taken once more before the deletion was seen.
+    assert!(row["epoch"].as_u64() > Some(1), "{row}");
+    assert_eq!(row["counters"]["copied"], 5, "{row}");
     Ok(())
 }
 
