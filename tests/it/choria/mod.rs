@@ -1,6 +1,7 @@
 //! The files of Choria's replicator, run as they are: `replicate`.
 
 mod adapters;
+mod broker;
 mod files;
 mod fleet;
 mod handover;
