@@ -57,6 +57,10 @@ const POKE_EVERY: Duration = Duration::from_secs(2);
 const STEPDOWN_AFTER: Duration = Duration::from_secs(3);
 /// After this time without a request of the target, the status reports that.
 const UNASKED: Duration = Duration::from_secs(5);
+/// How long a request of a replicated stream for a source waits for a newer one. A new leader knows after up to 0.6 s
+/// what the stream holds; before that a leafnode connection has it ask from the beginning, and what it stored of that would
+/// stay when it asks again (nats-server 2.15, `subscribeToStream` and `retryDisconnectedSyncConsumers`).
+const NEWEST_AFTER: Duration = Duration::from_secs(1);
 /// A target that was given a consumer and does not listen to it after this time will ask again.
 const LISTENS_WITHIN: Duration = Duration::from_secs(10);
 /// How long a target may store none of the delivered messages until the run ends.
@@ -137,6 +141,8 @@ pub(super) struct Feed<'a> {
     leaf: Leaf,
     /// Subjects of deliveries that the target listens on.
     listens: BTreeSet<String>,
+    /// The newest request, and when it is served.
+    request: Option<(ConsumerRequest, Instant)>,
     session: Option<Served>,
     /// Up to where the target can hold what this run gave it.
     given: Option<u64>,
@@ -190,6 +196,7 @@ impl<'a> Feed<'a> {
             target_info,
             leaf,
             listens: BTreeSet::new(),
+            request: None,
             session: None,
             given: None,
             returned: ReturnedMessages::default(),
@@ -241,12 +248,16 @@ impl<'a> Feed<'a> {
         self.check_source(&SavedFeed::of(positions)).await?;
         loop {
             let now = Instant::now();
+            if let Some((asked, _)) = self.request.take_if(|(_, at)| now >= *at) {
+                self.begin(asked, positions).await?;
+            }
             self.deliver(now)?;
             self.acknowledge();
             if now >= self.times.tick {
                 self.tick(now, positions)?;
             }
             let reads = self.session.as_mut().is_none_or(|served| served.reader.may_read(&self.job.budget));
+            let wakes = self.wakes();
             let asked = tokio::select! {
                 biased;
                 saved = poll_fn(|cx| positions.poll(cx)) => {
@@ -269,10 +280,10 @@ impl<'a> Feed<'a> {
                     }
                     None
                 }
-                () = sleep_until(self.times.tick) => None,
+                () = sleep_until(wakes) => None,
             };
             match asked {
-                Some(Ok(asked)) => self.begin(asked, positions).await?,
+                Some(Ok(asked)) => self.request = Some((asked, Instant::now() + self.newest_after())),
                 Some(Err(Unserved { reply, why })) => {
                     let stream = &self.job.replication.target.stream;
                     let error = held(format!("target stream `{stream}` cannot be fed: {why}"));
@@ -281,6 +292,16 @@ impl<'a> Feed<'a> {
                 None => {}
             }
         }
+    }
+
+    /// How long a request waits for a newer one.
+    fn newest_after(&self) -> Duration {
+        let replicated = self.target_info.number("num_replicas") > 1;
+        if self.kind == NativeKind::Source && replicated { NEWEST_AFTER } else { Duration::ZERO }
+    }
+
+    fn wakes(&self) -> Instant {
+        self.request.as_ref().map_or(self.times.tick, |(_, at)| self.times.tick.min(*at))
     }
 
     /// Handles messages of the leafnode connection; returns the newest request for a consumer, which is still to be served.
@@ -640,6 +661,9 @@ impl<'a> Feed<'a> {
                 let message = format!("the target has stored nothing of what was delivered for {STORES_WITHIN:?}");
                 return Err(Error::stalled(message));
             }
+            return Ok(());
+        }
+        if self.request.is_some() {
             return Ok(());
         }
         let waits = now.duration_since(self.times.waits);

@@ -7,14 +7,21 @@ use nats_lane::{
     leafnode::{Leaf, LeafLogin},
 };
 use serde_json::{Value, json};
+use stream_replicator::native::FeedSubjects;
 
 use super::{
     leafnode::VERSIONS,
     mirror::{begin_as, error, message},
 };
 use crate::harness::{
-    LIMIT, Outgoing, Raw, SITE, Service, Site, Stored, client::refused, connect, raw::header_values, request,
-    site::merged, wait_for,
+    Cluster, LIMIT, Outgoing, Raw, Role, SITE, Service, Site, Stored,
+    client::refused,
+    connect,
+    raw::{header_values, wait_messages},
+    request,
+    server::free_port,
+    site::merged,
+    wait_for,
 };
 
 const STREAM: &str = "ORDERS";
@@ -442,5 +449,42 @@ async fn another_feed_of_the_same_target_is_detected() -> Result<()> {
     let held = |row: &Value| row["state"] == "held" && error(row).contains("another feed answers");
     site.row_when(STREAM, "is held", held).await?;
     assert_eq!(site.at_target(TARGET).await?, 65);
+    Ok(())
+}
+
+/// A new leader of a replicated stream asks at once when a leafnode connection comes, and again when it knows what
+/// the stream holds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replicated_target_that_asks_twice_gets_each_once() -> Result<()> {
+    const MESSAGES: u64 = 20_000;
+    let ports = std::sync::Mutex::new(Vec::new());
+    let cluster = Cluster::start_with(Role::Target, |server| {
+        let name = format!("127.0.0.1:{}", free_port().expect("a port"));
+        ports.lock().expect("ports").push(name.clone());
+        server.config(&format!("leafnodes {{ listen: \"{name}\", no_advertise: true }}"))
+    })
+    .await?;
+    let ports = ports.into_inner().expect("ports");
+    let leaf_url = format!("nats-leaf://{}", ports[ports.len() - cluster.servers.len()..].join(","));
+    let site = Site::small().await?;
+    site.filled(STREAM, MESSAGES).await?;
+    let mut raw = Raw::connect(&cluster.servers[0].url()).await?;
+    for round in 0..16 {
+        // Each replication has a prefix of its own.
+        let (id, target) = (format!("R{round}"), format!("{TARGET}{round}"));
+        let subjects = FeedSubjects::of(SITE, &id);
+        let source = json!({"name": STREAM, "external": {"api": subjects.api(), "deliver": subjects.deliver()}});
+        cluster.create_stream(&target, json!({"subjects": [], "num_replicas": 3, "sources": [source]})).await?;
+        // The leafnode connection comes at another moment of the new leader's first 0.6 s each time.
+        tokio::time::sleep(std::time::Duration::from_millis(25 * round)).await;
+        let fields = json!({"kind": "source", "name": id, "id": id, "target_url": cluster.url(),
+            "target_leaf_url": leaf_url, "target_stream": target});
+        request(&site.client, "replicator.config.add", site.document_with(STREAM, fields)).await?;
+        wait_messages(&mut raw, &target, MESSAGES, LIMIT).await.with_context(|| site.service.log())?;
+        let found = raw.stream_state(&target).await?["messages"].as_u64();
+        ensure!(found == Some(MESSAGES), "round {round}: {found:?} messages\n{}", site.service.log());
+        request(&site.client, "replicator.config.delete", json!({"replication": id, "keep": true})).await?;
+        raw.api(&format!("STREAM.DELETE.{target}"), Value::Null).await?;
+    }
     Ok(())
 }
