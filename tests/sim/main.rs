@@ -81,7 +81,7 @@ fn a_seed_gives_the_same_run_to_the_byte() {
 
 #[test]
 fn lost_copies_that_a_batch_confirmed_are_copied_again() {
-    for seed in 1..=100 {
+    for seed in 1..=200 {
         run::run_plan(seed, plan::Plan::forgetting).unwrap_or_else(|error| panic!("{error}"));
     }
 }
