@@ -161,7 +161,9 @@ fn error_lines(error: &LastError) -> Vec<DetailLine> {
     let over = if error.current { "" } else { ", over" };
     let mut lines = vec![("last error", format!("{}, {age} ago{over}, {}: {message}", time(error.at), error.kind))];
     if let Some(seq) = error.source_seq {
-        lines.push(("message", format!("source sequence {seq} can never be stored")));
+        let content = error.source_subject.as_ref().zip(error.source_bytes);
+        let content = content.map(|(subject, size)| format!(", subject {}, {},", clean(subject), bytes(size)));
+        lines.push(("message", format!("source sequence {seq}{} can never be stored", content.unwrap_or_default())));
     }
     lines
 }

@@ -209,6 +209,15 @@ pub struct Skipped {
     pub revision: u64,
     /// Source sequence of the message that is skipped.
     pub source_seq: u64,
+    /// Its stored time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<DateTime<Utc>>,
+    /// Its subject, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    /// Bytes of its subject, headers and payload, where they are known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
 }
 
 /// Reply of `stepdown`.

@@ -658,6 +658,7 @@ pub(in crate::copy) async fn headers_at(
             sequence: delivery.stream_seq,
             time_ns: delivery.time_ns,
             header: message.header.to_vec(),
+            payload: message.payload.len(),
         });
     }
     reader.close(lane);
