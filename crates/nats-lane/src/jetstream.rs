@@ -68,6 +68,8 @@ fn point_in_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Da
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct StreamCluster {
+    /// Name of the cluster.
+    pub name: String,
     /// Name of the server that leads the stream; empty while the stream has no leader.
     pub leader: String,
     /// The others that hold the stream: all but the server that answered.
