@@ -47,8 +47,7 @@ use self::{
 };
 use super::{
     api::{
-        Changed, DeleteRequest, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest,
-        StoredDocument,
+        Changed, DeleteRequest, Failure, GetRequest, List, ListRequest, ListRow, Status, StatusRequest, StoredDocument,
     },
     documents::Documents,
     service::{Data, EndpointKind, Handler, Request, Route},
@@ -288,11 +287,13 @@ async fn stopped_elsewhere(context: &RequestContext, id: &str) {
 }
 
 async fn config_get(context: &RequestContext, request: Request) -> Result<StoredDocument, Failure> {
-    let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
+    let GetRequest { replication, resolved } =
+        named(&request.body, |replication| GetRequest { replication, resolved: false })?;
     let entry = context.existing(&replication).await?;
     let problems =
         entry.replication(&context.rules, &context.site).err().map(|problems| problems.0).unwrap_or_default();
-    let config = Json::read(&entry.value).map_or(Value::Null, |json| config::mask_document(&json.value));
+    let document = if resolved { entry.resolved() } else { Json::read(&entry.value) };
+    let config = document.map_or(Value::Null, |json| config::mask_document(&json.value));
     Ok(StoredDocument { replication, revision: entry.revision, config, problems })
 }
 
