@@ -72,6 +72,11 @@ impl Error {
         }
     }
 
+    /// Whether it is about the connection to this side, `source` or `target`: then its text begins with that.
+    pub fn is_of(&self, side: &str) -> bool {
+        self.message.strip_prefix(side).is_some_and(|rest| rest.starts_with(": "))
+    }
+
     /// An error of a run that made no more progress.
     pub(crate) fn stalled(message: impl Into<String>) -> Self {
         Self { stalled: true, ..Self::new(ErrorKind::Retry, message) }

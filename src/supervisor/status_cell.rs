@@ -283,6 +283,11 @@ impl StatusCell {
         });
     }
 
+    /// Messages copied since this leader began.
+    pub(super) fn copied(&self) -> u64 {
+        self.status.borrow().1.counters.copied
+    }
+
     /// The newest document can run.
     pub(super) fn accepted(&self) {
         self.head.send_modify(|head| head.rejected = false);
