@@ -18,7 +18,7 @@ mod validate;
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use chrono::Utc;
+use chrono::{SecondsFormat, Utc};
 use futures_util::FutureExt;
 use nats_lane::endpoint::nearest;
 use serde::{Serialize, de::DeserializeOwned};
@@ -153,9 +153,11 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
     ]
 }
 
-/// How many replications are in each state: the same fields, however many there are.
+/// How many replications are in each state: the same fields, however many there are. And the time of this instance, which
+/// others can be compared with.
 fn states(context: Arc<RequestContext>) -> Data {
-    Arc::new(move || value!({"replications": context.supervisor.states()}))
+    let time = || Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true);
+    Arc::new(move || value!({"replications": context.supervisor.states(), "time": time()}))
 }
 
 async fn config_add(context: &RequestContext, request: Request) -> Result<Changed, Failure> {
