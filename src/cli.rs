@@ -12,6 +12,7 @@ mod client;
 mod config;
 mod connection;
 mod diff;
+mod doctor;
 mod document;
 mod edit;
 mod error;
@@ -24,6 +25,7 @@ mod heartbeat;
 mod instances;
 mod link;
 mod output;
+mod progress;
 mod replicate;
 mod reply;
 mod select;
@@ -35,6 +37,7 @@ mod status_table;
 mod status_view;
 mod steer;
 mod stream_reader;
+mod template;
 mod transfer;
 mod validation;
 mod wait;
@@ -133,6 +136,7 @@ enum ClientCommand {
     Config(config::Args),
     Status(status::Args),
     Check(check::Args),
+    Doctor(doctor::Args),
     /// Stop copying and keep the position, also over restarts
     Pause(steer::IdsArgs),
     /// Resume after a pause
@@ -220,6 +224,7 @@ impl ClientCommand {
             Self::Config(args) => args.global().json,
             Self::Status(args) => args.json(),
             Self::Check(args) => args.json(),
+            Self::Doctor(args) => args.json(),
             Self::Pause(args) | Self::Resume(args) | Self::Retry(args) | Self::Stepdown(args) => args.global.json,
             Self::Position(args) => args.global.json,
             Self::Skip(args) => args.global.json,
@@ -240,6 +245,7 @@ impl ClientCommand {
             Self::Config(args) => config::run(args, out).await,
             Self::Status(args) => status::run(args, out).await,
             Self::Check(args) => check::run(args, out).await,
+            Self::Doctor(args) => doctor::run(args, out).await,
             Self::Pause(args) => steer::each(args, "pause", "is paused", out).await,
             Self::Resume(args) => steer::each(args, "resume", "is resumed", out).await,
             Self::Position(args) => steer::position(args, out).await,

@@ -118,6 +118,37 @@ pub enum Event {
         /// The part that is recreated.
         step: Step,
     },
+    /// A server stalls many replications of an instance: one event instead of a `stalled` for each.
+    Outage {
+        /// The server, or the context, as the documents name it; no secrets.
+        server: String,
+        /// Description, from one of the replications.
+        message: String,
+        /// How many replications are stalled.
+        count: u64,
+        /// Their ids, sorted; the first 1,000.
+        replications: Vec<String>,
+    },
+    /// The end of `outage`: all of these replications copy again, or no longer wait for that server.
+    OutageOver {
+        /// The server, as in `outage`.
+        server: String,
+        /// How many replications copy again.
+        count: u64,
+        /// Their ids, sorted; the first 1,000.
+        replications: Vec<String>,
+        /// How long it took, seconds.
+        seconds: u64,
+    },
+    /// Nothing is left to copy, for the first time since the replication started or was repaired.
+    CaughtUp {
+        /// Source sequence up to which everything is settled.
+        position: u64,
+        /// Messages that were copied meanwhile.
+        copied: u64,
+        /// How long it took, seconds.
+        seconds: u64,
+    },
     /// Source messages were gone before they were read.
     Gap {
         /// First source sequence that is gone.
@@ -320,7 +351,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 33] = [
+    pub const KINDS: [&str; 36] = [
         "adapter-started",
         "adapter-stopped",
         "adapter-dropped",
@@ -336,6 +367,9 @@ impl Event {
         "config-rejected",
         "repaired",
         "stalled",
+        "outage",
+        "outage-over",
+        "caught-up",
         "gap",
         "headroom-low",
         "headroom-ok",
@@ -374,6 +408,9 @@ impl Event {
             Self::ConfigRejected { .. } => "config-rejected",
             Self::Repaired { .. } => "repaired",
             Self::Stalled { .. } => "stalled",
+            Self::Outage { .. } => "outage",
+            Self::OutageOver { .. } => "outage-over",
+            Self::CaughtUp { .. } => "caught-up",
             Self::Gap { .. } => "gap",
             Self::HeadroomLow { .. } => "headroom-low",
             Self::HeadroomOk { .. } => "headroom-ok",
@@ -402,7 +439,8 @@ pub struct Notice {
     /// Description.
     #[serde(flatten)]
     pub event: Event,
-    /// Replication id; `heartbeats` for the heartbeats; the name of the bucket for `bucket-recreated`.
+    /// Replication id; `heartbeats` for the heartbeats; the name of the bucket for `bucket-recreated`; the instance for `outage`
+    /// and `outage-over`.
     pub replication: String,
     /// The site's name.
     pub site: String,

@@ -39,6 +39,8 @@ use crate::{
     store::OwnStreams,
 };
 
+pub(crate) use self::{permissions::Permissions, subjects::Share};
+
 /// Time reserved for requests to the target that need the answers of the source.
 const SECOND_ROUND: Duration = Duration::from_millis(300);
 

@@ -503,6 +503,12 @@ pub struct LastError {
     /// Stored time of that message, nanoseconds since the Unix epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_time_ns: Option<i64>,
+    /// Subject of that message, where it was read again after the target refused it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_subject: Option<String>,
+    /// Bytes of subject, headers and payload of that message, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_bytes: Option<u64>,
 }
 
 impl LastError {
@@ -518,6 +524,8 @@ impl LastError {
             current: true,
             source_seq: None,
             source_time_ns: None,
+            source_subject: None,
+            source_bytes: None,
         }
     }
 

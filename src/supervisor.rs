@@ -13,6 +13,7 @@ mod refused_documents;
 mod requests;
 mod retention_watch;
 mod runner;
+mod server_outages;
 mod standby_senders;
 mod status_cell;
 mod task;
@@ -41,6 +42,7 @@ use self::{
     group::Group,
     known_streams::KnownStreams,
     requests::Requests,
+    server_outages::ServerOutages,
     status_cell::StatusCell,
     task::ReplicationTask,
 };
@@ -108,9 +110,11 @@ pub fn start(deps: Deps, root: &CancellationToken) -> (Handle, Supervisor) {
     let group = Group::follow(deps.positions.clone(), deps.leases.clone());
     let handle = Handle { table: view.clone(), group, instance: deps.instance.as_str().into() };
     let known_streams = KnownStreams::new(&deps.site, &deps.rules);
+    let outages = ServerOutages::start(deps.events.clone(), &deps.instance);
     let work = TaskLoop {
         deps: Arc::new(deps),
         known_streams,
+        outages,
         stop: stop.clone(),
         table,
         tasks: JoinSet::new(),
@@ -384,6 +388,7 @@ struct StatusTable {
 struct TaskLoop {
     deps: Arc<Deps>,
     known_streams: KnownStreams,
+    outages: ServerOutages,
     stop: CancellationToken,
     table: watch::Sender<StatusTable>,
     tasks: JoinSet<()>,
@@ -571,6 +576,7 @@ impl TaskLoop {
             id: id.clone(),
             cell: cell.clone(),
             known_streams: self.known_streams.clone(),
+            outages: self.outages.clone(),
         };
         let planner = Planner::new(&self.deps, latest);
         let (requests, asked) = watch::channel(self.requests.get(&id).cloned().unwrap_or_default());

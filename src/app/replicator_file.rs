@@ -13,7 +13,9 @@ use serde_json::{Map, Value};
 use crate::{
     allow::AllowList,
     choria::{ReplicatorYaml, YamlControl, YamlProblem},
-    config::{MAX_DOCUMENT, Replication, URLS, adapter_name, document_id, shorten},
+    config::{
+        LinkUse, MAX_DOCUMENT, Replication, URLS, adapter_name, document_id, link_name, named_link, resolve, shorten,
+    },
     names::{self, ADAPTERS_PREFIX},
 };
 
@@ -24,6 +26,8 @@ pub struct ReplicatorFile {
     pub yaml: ReplicatorYaml,
     /// Its replications, in the order of the file.
     pub replications: Vec<Replication>,
+    /// Their documents, with the fields of the links of the file.
+    resolved: Vec<Value>,
     /// What is right and has no effect, with its line.
     pub notices: Vec<YamlProblem>,
     /// The control connection.
@@ -73,15 +77,40 @@ impl ReplicatorFile {
             problem("/name", format!("`name`: `{}` is not possible; it must be {right}", shorten(&yaml.name)));
         }
         let rules = AllowList::default();
-        let mut replications = Vec::new();
+        let mut links = BTreeMap::new();
+        for (index, link) in yaml.links.iter().enumerate() {
+            let (at, link) = (format!("/links/{index}"), Value::Object(link.clone()));
+            let name = link_name(&link);
+            let parsed = rules.parse_link(&unmask(&link), None).map(|link| link.fields).map_err(|found| {
+                found.0.into_iter().for_each(|wrong| problem(&(at.clone() + &wrong.path), wrong.message));
+                format!("link `{}` of this file is not valid", name.as_deref().unwrap_or_default())
+            });
+            let Some(name) = name else { continue };
+            if links.insert(name.clone(), LinkUse { name: name.clone(), fields: parsed }).is_some() {
+                problem(&at, format!("there is another link `{name}` in this file: give one another `name`"));
+            }
+        }
+        let (mut replications, mut resolved) = (Vec::new(), Vec::new());
         let mut ids: BTreeMap<String, usize> = BTreeMap::new();
         for (index, stream) in yaml.streams.iter().enumerate() {
-            let (at, document) = (format!("/streams/{index}"), document(stream));
+            let (at, written) = (format!("/streams/{index}"), Value::Object(stream.clone()));
+            let link = named_link(&written).map(|name| in_file(&links, name));
+            let document = match resolve(&unmask(&written), link.as_ref()) {
+                Ok(Value::Object(fields)) => document(&fields),
+                Ok(_) => continue,
+                Err(found) => {
+                    found.0.into_iter().for_each(|wrong| problem(&(at.clone() + &wrong.path), wrong.message));
+                    continue;
+                }
+            };
             if let Some(wrong) = oversize(&document) {
                 problem(&at, wrong);
             }
-            match rules.parse_value(&unmask(&document), &yaml.name) {
-                Ok(replication) => replications.push(replication),
+            match rules.parse_value(&document, &yaml.name) {
+                Ok(replication) => {
+                    replications.push(replication);
+                    resolved.push(document.clone());
+                }
                 Err(found) => found.0.into_iter().for_each(|wrong| problem(&(at.clone() + &wrong.path), wrong.message)),
             }
             let Some(id) = document_id(&document, &yaml.name) else { continue };
@@ -138,12 +167,12 @@ impl ReplicatorFile {
         };
         let mut notices = notices(&yaml, &replications);
         notices.extend(refused_adapters);
-        Ok(Self { yaml, replications, notices, server })
+        Ok(Self { yaml, replications, resolved, notices, server })
     }
 
     /// The documents by id.
     pub fn documents(&self) -> BTreeMap<String, Bytes> {
-        let documents = self.replications.iter().zip(self.streams());
+        let documents = self.replications.iter().zip(&self.resolved);
         let documents = documents.map(|(replication, document)| (replication.id.clone(), document.to_string().into()));
         let adapters = self.yaml.adapters.iter().filter_map(|document| {
             Some((format!("{ADAPTERS_PREFIX}{}", adapter_name(document)?), document.to_string().into()))
@@ -151,9 +180,18 @@ impl ReplicatorFile {
         documents.chain(adapters).collect()
     }
 
-    /// The streams as documents, in the order of the file.
+    /// The links as documents, in the order of the file.
+    pub fn links(&self) -> Vec<Value> {
+        self.yaml.links.iter().cloned().map(Value::Object).collect()
+    }
+
+    /// The streams as documents, in the order of the file. What a stream leaves to its link, it still does.
     pub fn streams(&self) -> Vec<Value> {
-        self.yaml.streams.iter().map(document).collect()
+        let of_stream = |(stream, resolved): (&Map<String, Value>, &Value)| match stream.contains_key("link") {
+            true => with_link(stream, resolved),
+            false => document(stream),
+        };
+        self.yaml.streams.iter().zip(&self.resolved).map(of_stream).collect()
     }
 
     /// Whether this file differs from another one in its streams at the most.
@@ -214,6 +252,25 @@ fn document(stream: &Map<String, Value>) -> Value {
     // The readers of its copies expect the streams that it makes.
     document.entry("target_like_source").or_insert(Value::Bool(true));
     Value::Object(document)
+}
+
+/// A stream that names a link, with what [`document`] adds where neither of them says it.
+fn with_link(stream: &Map<String, Value>, resolved: &Value) -> Value {
+    let mut document = stream.clone();
+    for field in ["hand_back", "target_like_source"] {
+        if !stream.contains_key(field) && resolved[field] == Value::Bool(true) {
+            document.insert(field.to_owned(), Value::Bool(true));
+        }
+    }
+    Value::Object(document)
+}
+
+/// The link of this name. Those of the bucket do not count: a file says everything that it needs.
+fn in_file(links: &BTreeMap<String, LinkUse>, name: &str) -> LinkUse {
+    let missing =
+        || format!("link `{}` is not in `links` of this file: add it there, or correct the name", shorten(name));
+    let known = links.get(name).cloned();
+    known.unwrap_or_else(|| LinkUse { name: name.to_owned(), fields: Err(missing()) })
 }
 
 /// A document beyond the size that the service accepts.
@@ -302,6 +359,35 @@ mod tests {
         assert_eq!((orders.target.stream.as_str(), orders.mapping.prefix.as_str()), ("ORDERS_COPY", "COPY"));
         assert_eq!((file.bucket_prefix(), &file.server), ("REPLICATOR_FRA1".to_owned(), &orders.source.place));
         assert_eq!(file.state_store(), Some("/var/lib/stream-replicator".into()));
+    }
+
+    #[test]
+    fn streams_have_the_fields_of_the_links_of_the_file() {
+        let head = "name: A\ntls:\n  ca: /ca.pem\nlinks:\n  - name: eu\n    source_url: nats://u:p@a\n    target_url: nats://b\n";
+        let file =
+            good(&format!("{head}    hand_back: false\nstreams:\n  - stream: S\n    link: eu\n    max_age: 1h\n"));
+        let documents = file.documents();
+        let document: Value = serde_json::from_slice(&documents["S"]).unwrap();
+        let text = |field: &str| document[field].as_str().unwrap_or("-").to_owned();
+        assert_eq!(
+            (text("source_url"), text("max_age"), text("link")),
+            ("nats://u:p@a".into(), "1h".into(), "-".into())
+        );
+        assert_eq!((&document["tls"]["ca"], &document["hand_back"]), (&"/ca.pem".into(), &false.into()));
+        // As written, for the configuration of a service.
+        let written = &file.streams()[0];
+        assert_eq!((&written["link"], written.get("source_url"), written.get("tls")), (&"eu".into(), None, None));
+        assert_eq!(file.links()[0]["source_url"], "nats://u:p@a");
+
+        let wrong = |more: &str, expect: &str| {
+            let problems = read(&format!("{head}{more}"), false).unwrap_err();
+            assert!(problems.iter().any(|problem| problem.contains(expect)), "{problems:?}");
+        };
+        let stream = |link: &str| format!("streams:\n  - stream: S\n    link: {link}\n");
+        wrong(&stream("us"), "10: streams[0].link: link `us` is not in `links` of this file");
+        wrong(&format!("    stream: S\n{}", stream("eu")), "8: links[0].stream: `stream` belongs to one replication");
+        wrong(&format!("  - name: eu\n{}", stream("eu")), "8: links[1]: there is another link `eu` in this file");
+        wrong(&format!("    max_age: soon\n{}", stream("eu")), "8: links[0].max_age");
     }
 
     #[test]

@@ -83,6 +83,8 @@ pub struct ReplicatorYaml {
     pub state_store: Option<PathBuf>,
     /// Heartbeats as the service has them; `null` for none.
     pub heartbeats: Value,
+    /// Links, which streams of this file name. With the TLS files and the identity that apply to each.
+    pub links: Vec<Map<String, Value>>,
     /// Replication documents, with the TLS files and the identity that apply to each.
     pub streams: Vec<Map<String, Value>>,
     /// Choria's data adapters, as the service has them.
@@ -154,15 +156,18 @@ impl ReplicatorYaml {
             let Some(general) = fields.get(inherited) else { continue };
             let own: Vec<_> = reader.lines.iter().filter(|(path, _)| is_below(path, inherited)).collect();
             let own: Vec<_> = own.into_iter().map(|(path, line)| (path.clone(), *line)).collect();
-            for (index, stream) in self.streams.iter_mut().enumerate() {
-                if !stream.contains_key(inherited) {
-                    stream.insert(inherited.to_owned(), general.clone());
-                    reader.lines.extend(own.iter().map(|(path, line)| (format!("/streams/{index}{path}"), *line)));
+            let streams = self.streams.iter_mut().enumerate().map(|(index, stream)| ("streams", index, stream));
+            let links = self.links.iter_mut().enumerate().map(|(index, link)| ("links", index, link));
+            // A stream that names a link has those of the link.
+            for (list, index, fields) in streams.filter(|(_, _, stream)| !stream.contains_key("link")).chain(links) {
+                if !fields.contains_key(inherited) {
+                    fields.insert(inherited.to_owned(), general.clone());
+                    reader.lines.extend(own.iter().map(|(path, line)| (format!("/{list}/{index}{path}"), *line)));
                 }
             }
         }
         // An empty text in a mapping of files is as good as none.
-        for stream in &mut self.streams {
+        for stream in self.streams.iter_mut().chain(&mut self.links) {
             for files in ["tls", "source_tls", "target_tls"] {
                 if let Some(Value::Object(files)) = stream.get_mut(files) {
                     files.retain(|_, file| file.as_str().is_none_or(|file| !file.is_empty()));

@@ -17,7 +17,9 @@ use super::{
     output::Output,
     reply::Reply,
     select::expand,
+    template::{required, template},
     validation::print_validation,
+    wait,
 };
 use crate::{
     config::pretty_document,
@@ -43,6 +45,14 @@ pub(super) struct AddArgs {
     /// Check it, print the document and add nothing
     #[arg(long)]
     dry_run: bool,
+
+    /// Wait until everything is copied, and show the progress on a terminal; exit code 1 after `--timeout`
+    #[arg(long, conflicts_with_all = ["dry_run", "template"])]
+    wait_caught_up: bool,
+
+    /// Print a document to fill in, with the fields that are given, and ask no service
+    #[arg(long, conflicts_with = "dry_run")]
+    template: bool,
 
     #[command(flatten)]
     pub(super) global: Global,
@@ -151,6 +161,15 @@ impl FieldFlags {
 
 /// Carries out `config add`.
 pub(super) async fn add(args: &AddArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
+    if args.template {
+        let given = args.what.is_some() || args.fields.given();
+        let document = if given { args.fields.document(args.what.as_deref())? } else { required().into() };
+        match (out.json(), document.as_object()) {
+            (false, Some(fields)) => out.text(&template(fields)),
+            _ => out.value(&document),
+        }
+        return Ok(CommandVerdict::Good);
+    }
     let document: Bytes = match (&args.what, args.fields.given()) {
         (id, true) => args.fields.document(id.as_deref())?.to_string().into(),
         (Some(file), false) => files::read_document(Path::new(file))?,
@@ -170,6 +189,9 @@ pub(super) async fn add(args: &AddArgs, out: &mut Output) -> Result<CommandVerdi
     }
     let changed: Reply<Changed> = client.change_at("config.add", document, None).await?;
     out.reply(&changed, at_revision);
+    if args.wait_caught_up {
+        return wait::added(client, &changed.value.replication, args.global.asking.limit(), out).await;
+    }
     Ok(CommandVerdict::Good)
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     path::PathBuf,
 };
 
@@ -13,7 +14,7 @@ use serde_json::Value;
 use super::{
     client::Client,
     diff::{diff, show_diff},
-    document::{site, stored},
+    document::{link_as_document, site, stored, stored_link},
     error::{CommandVerdict, Error, problem},
     files::{self, FoundDocuments, FoundFiles},
     global::Global,
@@ -21,8 +22,8 @@ use super::{
     reply::Reply,
 };
 use crate::{
-    config::{self, Problem, URLS, document_id, mask_document},
-    control::api::{Changed, DeleteRequest, Failure, List, StoredDocument},
+    config::{self, Problem, URLS, document_id, link_name, mask_document},
+    control::api::{Changed, DeleteRequest, Failure, LinkChanged, List, StoredDocument},
 };
 
 /// Documents that are asked for at once.
@@ -31,7 +32,8 @@ const PARALLEL: usize = 16;
 /// Make the stored documents equal to files: add and update those that differ
 ///
 /// A file holds one document, an array of documents, or several one after another, in JSON or YAML; a folder stands for its
-/// *.json, *.yaml and *.yml, and everything else in it is skipped and named. `$schema` in a document is for editors.
+/// *.json, *.yaml and *.yml, and everything else in it is skipped and named. `$schema` in a document is for editors. A document
+/// with a `name` and without `stream` and `streams` is a link; links come first, and `--prune` leaves them alone.
 /// Everything is read and checked before anything is changed. Each change is shown, secrets as `***`, and is made only
 /// to the revision that it was compared with.
 ///
@@ -70,10 +72,11 @@ struct ApplyReport {
     results: Vec<ApplyOutcome>,
 }
 
-/// ApplyOutcome for one replication, also of a dry run.
+/// ApplyOutcome for one replication or link, also of a dry run.
 #[derive(Debug, Serialize)]
 struct ApplyOutcome {
-    replication: String,
+    #[serde(flatten)]
+    named: DocumentKey,
     action: ApplyAction,
     /// Revision that it has now.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -98,9 +101,44 @@ enum ApplyAction {
     Failed,
 }
 
+/// What a document is, and its id or name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum DocumentKey {
+    // Links are applied first.
+    Link(String),
+    Replication(String),
+}
+
+impl DocumentKey {
+    /// That of a document; a replication that has no id has a problem, which is reported with the others.
+    fn of(document: &Value, site: &str) -> Self {
+        let copies = ["stream", "streams"].iter().any(|field| document.get(*field).is_some());
+        match link_name(document).filter(|_| !copies) {
+            Some(name) => Self::Link(name),
+            None => Self::Replication(document_id(document, site).unwrap_or_default()),
+        }
+    }
+
+    fn name(&self) -> &str {
+        match self {
+            Self::Link(name) | Self::Replication(name) => name,
+        }
+    }
+}
+
+impl fmt::Display for DocumentKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Link(name) => write!(f, "link {name}"),
+            Self::Replication(id) => f.write_str(id),
+        }
+    }
+}
+
 /// A document of a file beside the stored one.
 struct ApplyStep {
-    id: String,
+    key: DocumentKey,
     place: String,
     document: Value,
     stored: Option<StoredDocument>,
@@ -168,7 +206,8 @@ async fn apply(
     let list: Reply<List> = client.pages("config.list").await?;
     let stored = list.value.replications.into_iter().filter(|row| row.origin == "kv");
     let revisions: BTreeMap<_, _> = stored.map(|row| (row.replication, row.revision)).collect();
-    let steps = plan(&client, found, &site, &revisions).await?;
+    let mut steps = plan(&client, found, &site, &revisions).await?;
+    steps.sort_by_key(|step| matches!(step.key, DocumentKey::Replication(_)));
     let problems: Vec<_> = steps.iter().flat_map(|step| step.problems(&site)).chain(twice(&steps)).collect();
     if !problems.is_empty() {
         return Err(refuse(&problems, out));
@@ -178,7 +217,8 @@ async fn apply(
         apply.document(step, out).await;
     }
     if prune != Prune::Nothing {
-        let wanted: BTreeSet<_> = steps.iter().map(|step| step.id.as_str()).collect();
+        let replications = steps.iter().filter(|step| matches!(step.key, DocumentKey::Replication(_)));
+        let wanted: BTreeSet<_> = replications.map(|step| step.key.name()).collect();
         let others: Vec<_> = revisions.iter().filter(|(id, _)| !wanted.contains(id.as_str())).collect();
         if !apply.prune(&others, prune, out).await {
             apply.summary(out);
@@ -196,8 +236,7 @@ fn refuse(problems: &[String], out: &Output) -> Error {
     Error::Failed("the files cannot be applied, nothing was changed".to_owned())
 }
 
-/// Puts the stored documents beside those of the files. One that has no id has a problem, which is reported with the
-/// others.
+/// Puts the stored documents beside those of the files.
 async fn plan(
     client: &Client,
     found: Vec<FoundFiles>,
@@ -205,34 +244,42 @@ async fn plan(
     revisions: &BTreeMap<String, u64>,
 ) -> Result<Vec<ApplyStep>, Error> {
     let steps = found.into_iter().map(|FoundFiles { place, document }| async move {
-        let id = document_id(&document, site).unwrap_or_default();
-        if !revisions.contains_key(&id) {
-            return Ok(ApplyStep { id, place, document, stored: None });
-        }
-        let stored = match stored(client, &id).await {
-            Ok(reply) => Some(reply.value),
+        let key = DocumentKey::of(&document, site);
+        let shown = match &key {
+            DocumentKey::Replication(id) if !revisions.contains_key(id) => {
+                return Ok(ApplyStep { key, place, document, stored: None });
+            }
+            DocumentKey::Replication(id) => stored(client, id).await.map(|reply| reply.value),
+            DocumentKey::Link(name) => stored_link(client, name).await.map(|reply| link_as_document(reply.value)),
+        };
+        let stored = match shown {
+            Ok(shown) => Some(shown),
             Err(error) if error.code() == Some(404) => None,
             Err(error) => return Err(error),
         };
-        Ok(ApplyStep { id, place, document, stored })
+        Ok(ApplyStep { key, place, document, stored })
     });
     stream::iter(steps).buffered(PARALLEL).try_collect().await
 }
 
-/// Ids that more than one document has.
+/// Ids and names that more than one document has.
 fn twice(steps: &[ApplyStep]) -> Vec<String> {
-    let mut places = BTreeMap::<&str, Vec<&str>>::new();
-    for step in steps.iter().filter(|step| !step.id.is_empty()) {
-        places.entry(&step.id).or_default().push(&step.place);
+    let mut places = BTreeMap::<&DocumentKey, Vec<&str>>::new();
+    for step in steps.iter().filter(|step| !step.key.name().is_empty()) {
+        places.entry(&step.key).or_default().push(&step.place);
     }
     let several = places.into_iter().filter(|(_, places)| places.len() > 1);
-    several.map(|(id, places)| clean(&format!("`{id}` is there more than once: {}", places.join("; ")))).collect()
+    several.map(|(key, places)| clean(&format!("`{key}` is there more than once: {}", places.join("; ")))).collect()
 }
 
 impl ApplyStep {
     /// Problems of the document, in lines that begin with their location.
     fn problems(&self, site: &str) -> Vec<String> {
-        let found = match check(&self.document, self.stored.as_ref(), site) {
+        let checked = match &self.key {
+            DocumentKey::Link(_) => check_link(&self.document),
+            DocumentKey::Replication(_) => check(&self.document, self.stored.as_ref(), site),
+        };
+        let found = match checked {
             Ok(()) => return Vec::new(),
             Err(found) => found,
         };
@@ -240,7 +287,7 @@ impl ApplyStep {
     }
 
     fn diff(&self) -> String {
-        diff(self.stored.as_ref(), &self.id, &self.place, &self.document)
+        diff(self.stored.as_ref(), &self.key.to_string(), &self.place, &self.document)
     }
 
     fn difference(&self) -> Difference {
@@ -275,6 +322,17 @@ fn check(document: &Value, stored: Option<&StoredDocument>, site: &str) -> Resul
     config::parse_value(&document, site).map(drop).map_err(|problems| problems.0)
 }
 
+/// The same for a link. Whether a `***` stands for a stored secret is left to the service.
+fn check_link(document: &Value) -> Result<(), Vec<Problem>> {
+    let mut document = document.clone();
+    for url in URLS {
+        if let Some(Value::String(url)) = document.get_mut(url) {
+            *url = url.replace(MASK, "x");
+        }
+    }
+    config::parse_link(&document, None, |_, _| Vec::new()).map(drop).map_err(|problems| problems.0)
+}
+
 /// One after the other; a failure does not stop those that follow.
 struct Apply {
     client: Client,
@@ -295,9 +353,9 @@ impl Apply {
             Difference::New if self.dry_run => (ApplyAction::Added, Ok(None)),
             Difference::Visible if self.dry_run => (ApplyAction::Updated, Ok(None)),
             Difference::Secret if self.dry_run => (ApplyAction::Unknown, Ok(before)),
-            Difference::New => (ApplyAction::Added, self.send("config.add", step, None).await),
+            Difference::New => (ApplyAction::Added, self.send("add", step, None).await),
             Difference::Visible | Difference::Secret => {
-                let sent = self.send("config.update", step, before).await;
+                let sent = self.send("update", step, before).await;
                 let unchanged = matches!(sent, Ok(after) if after == before);
                 (if unchanged { ApplyAction::Unchanged } else { ApplyAction::Updated }, sent)
             }
@@ -309,13 +367,24 @@ impl Apply {
             (ApplyAction::Added, _) => "added",
             _ => "unchanged",
         };
-        self.report(&step.id, action, words, sent, diff, out);
+        self.report(&step.key, action, words, sent, diff, out);
     }
 
-    async fn send(&self, endpoint: &str, step: &ApplyStep, expected: Option<u64>) -> Result<Option<u64>, Error> {
+    async fn send(&self, verb: &str, step: &ApplyStep, expected: Option<u64>) -> Result<Option<u64>, Error> {
         let document = step.document.to_string().into();
-        let changed: Reply<Changed> = self.client.change_at(endpoint, document, expected).await?;
-        Ok(Some(changed.value.revision))
+        let revision = match &step.key {
+            DocumentKey::Link(_) => {
+                let changed: Reply<LinkChanged> =
+                    self.client.change_at(&format!("link.{verb}"), document, expected).await?;
+                changed.value.revision
+            }
+            DocumentKey::Replication(_) => {
+                let changed: Reply<Changed> =
+                    self.client.change_at(&format!("config.{verb}"), document, expected).await?;
+                changed.value.revision
+            }
+        };
+        Ok(Some(revision))
     }
 
     /// Removes the others; `false` if the user does not want that.
@@ -337,7 +406,8 @@ impl Apply {
         for (id, revision) in others {
             let request = DeleteRequest { replication: (*id).clone(), keep: false };
             let removed = if self.dry_run { Ok(None) } else { self.remove(&request, **revision).await };
-            self.report(id, ApplyAction::Removed, "removed", removed, None, out);
+            let key = DocumentKey::Replication((*id).clone());
+            self.report(&key, ApplyAction::Removed, "removed", removed, None, out);
         }
         true
     }
@@ -350,26 +420,26 @@ impl Apply {
 
     fn report(
         &mut self,
-        id: &str,
+        key: &DocumentKey,
         action: ApplyAction,
         words: &str,
         result: Result<Option<u64>, Error>,
         diff: Option<String>,
         out: &mut Output,
     ) {
-        let replication = id.to_owned();
+        let named = key.clone();
         let outcome = match result {
             Ok(revision) => {
                 if !out.json() {
                     let would = if self.dry_run && action != ApplyAction::Unchanged { " (dry run)" } else { "" };
                     let at = revision.filter(|_| action != ApplyAction::Removed);
                     let at = at.map_or_else(String::new, |revision| format!(", revision {revision}"));
-                    out.line(&format!("{id}: {words}{at}{would}"));
+                    out.line(&format!("{key}: {words}{at}{would}"));
                 }
-                ApplyOutcome { replication, action, revision, diff, error: None }
+                ApplyOutcome { named, action, revision, diff, error: None }
             }
             Err(error) => {
-                out.note(&format!("{id}:"));
+                out.note(&format!("{key}:"));
                 if out.json() {
                     // stdout holds the report alone
                     out.note(&format!("error: {error}"));
@@ -380,7 +450,7 @@ impl Apply {
                     Error::Refused(failure) => failure,
                     other => Failure::new(503, other.to_string()),
                 };
-                ApplyOutcome { replication, action: ApplyAction::Failed, revision: None, diff, error: Some(error) }
+                ApplyOutcome { named, action: ApplyAction::Failed, revision: None, diff, error: Some(error) }
             }
         };
         self.report.results.push(outcome);
@@ -424,7 +494,7 @@ mod tests {
     fn step(document: Value, stored: Option<Value>) -> ApplyStep {
         let stored =
             stored.map(|config| StoredDocument { replication: "S".into(), revision: 3, config, problems: vec![] });
-        ApplyStep { id: "S".into(), place: "s.json".into(), document, stored }
+        ApplyStep { key: DocumentKey::Replication("S".into()), place: "s.json".into(), document, stored }
     }
 
     fn with_urls(source: &str, target: &str) -> Value {
@@ -470,6 +540,19 @@ mod tests {
         check("nats://u:***@s", None, false);
         check("nats://u:p@s", None, true);
         check("http://s", None, false);
+    }
+
+    #[test]
+    fn a_link_is_known_by_its_name_and_what_it_lacks() {
+        let check = |document: Value, expect: DocumentKey| {
+            assert_eq!(DocumentKey::of(&document, "SITE"), expect, "{document}");
+        };
+        let link = || DocumentKey::Link("eu".to_owned());
+        let replication = |id: &str| DocumentKey::Replication(id.to_owned());
+        check(json!({"name": "eu", "source_url": "nats://s"}), link());
+        check(json!({"name": "eu", "stream": "S"}), replication("S.eu"));
+        check(json!({"link": "eu", "streams": ["S*"]}), replication("eu"));
+        check(json!({"source_url": "nats://s"}), replication(""));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     config::{document_id, pretty_document},
-    control::api::{Changed, DeleteRequest, List, StoredDocument, Validation},
+    control::api::{Changed, DeleteRequest, GetRequest, List, StoredDocument, Validation},
 };
 
 /// Add, change, show and remove replications
@@ -74,6 +74,10 @@ struct GetArgs {
     /// Print the document alone
     #[arg(long)]
     raw: bool,
+
+    /// Print the document that runs: with the fields of its link
+    #[arg(long)]
+    resolved: bool,
 
     #[command(flatten)]
     global: Global,
@@ -157,7 +161,8 @@ async fn get(args: &GetArgs, out: &mut Output) -> Result<CommandVerdict, Error> 
     let client = Client::connect(&args.global).await?;
     let mut verdict = CommandVerdict::Good;
     for id in args.selected.resolve(&client).await? {
-        match stored(&client, &id).await {
+        let request = GetRequest { replication: id, resolved: args.resolved };
+        match client.query("config.get", &request).await {
             Ok(reply) => show(&reply, args.raw, out),
             Err(error) => {
                 error.print(out);

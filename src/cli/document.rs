@@ -15,7 +15,7 @@ use super::{
 };
 use crate::config::document_id;
 use crate::control::api::{
-    Changed, LinkChanged, LinkNamed, LinkShown, NamedRequest, Status, StatusRequest, StoredDocument,
+    Changed, GetRequest, LinkChanged, LinkNamed, LinkShown, Status, StatusRequest, StoredDocument,
 };
 
 /// JSON for people.
@@ -25,7 +25,7 @@ pub(super) fn pretty(value: &Value) -> String {
 
 /// The document of a replication as the service shows it.
 pub(super) async fn stored(client: &Client, id: &str) -> Result<Reply<StoredDocument>, Error> {
-    client.query("config.get", &NamedRequest { replication: id.to_owned() }).await
+    client.query("config.get", &GetRequest { replication: id.to_owned(), resolved: false }).await
 }
 
 /// Refuses a document that would be another replication's.
@@ -50,6 +50,15 @@ pub(super) fn at_revision(changed: &Changed) -> String {
 /// The document of a link as the service shows it.
 pub(super) async fn stored_link(client: &Client, name: &str) -> Result<Reply<LinkShown>, Error> {
     client.query("link.get", &LinkNamed { link: name.to_owned() }).await
+}
+
+/// A link as a document, with the name that `link add` and `config apply` need.
+pub(super) fn link_as_document(shown: LinkShown) -> StoredDocument {
+    let LinkShown { link, revision, mut config, problems, .. } = shown;
+    if let Value::Object(fields) = &mut config {
+        fields.entry("name").or_insert_with(|| link.clone().into());
+    }
+    StoredDocument { replication: link, revision, config, problems }
 }
 
 /// The line that is printed for a change of a link.

@@ -12,7 +12,7 @@ use tokio::{
 use super::{
     client::Client,
     diff::{diff, show_diff},
-    document::{at_revision, is_id_of, link_at_revision, site, stored, stored_link},
+    document::{at_revision, is_id_of, link_as_document, link_at_revision, site, stored, stored_link},
     error::{CommandVerdict, Error, problems},
     global::Global,
     output::{self, Output},
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     config::{link_name, pretty_document},
-    control::api::{LinkShown, StoredDocument},
+    control::api::StoredDocument,
 };
 
 #[derive(Debug, clap::Args)]
@@ -53,13 +53,7 @@ impl EditedKind {
     async fn stored(&self, client: &Client, id: &str) -> Result<StoredDocument, Error> {
         match self {
             Self::Replication { .. } => Ok(stored(client, id).await?.value),
-            Self::Link => {
-                let LinkShown { link, revision, mut config, problems, .. } = stored_link(client, id).await?.value;
-                if let Value::Object(fields) = &mut config {
-                    fields.entry("name").or_insert_with(|| link.clone().into());
-                }
-                Ok(StoredDocument { replication: link, revision, config, problems })
-            }
+            Self::Link => Ok(link_as_document(stored_link(client, id).await?.value)),
         }
     }
 

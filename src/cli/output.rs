@@ -117,6 +117,20 @@ impl Output {
         let _ = writeln!(io::stderr(), "{}", clean_lines(text));
     }
 
+    /// Whether a line about the progress of something can be drawn again and again, on stderr.
+    pub(super) fn shows_progress(&self) -> bool {
+        !self.json && io::stderr().is_terminal() && env::var_os("TERM").is_some_and(|term| term != "dumb")
+    }
+
+    /// Draws that line; an empty one removes it. It is cut where the terminal ends.
+    pub(super) fn progress(&self, line: &str) {
+        let width = rustix::termios::tcgetwinsize(io::stderr()).map_or(0, |size| usize::from(size.ws_col));
+        let line: String = clean(line).chars().take(if width > 1 { width - 1 } else { usize::MAX }).collect();
+        let mut stderr = io::stderr();
+        let _ = write!(stderr, "\r{line}\x1b[K");
+        let _ = stderr.flush();
+    }
+
     /// The error of stdout, if it is not that the reader is gone.
     pub(super) fn finish(&mut self) -> Option<io::Error> {
         self.flush();

@@ -1,7 +1,5 @@
 //! `stream-replicator status`: the state and progress of replications, once, as they change, or when they have caught up.
 
-use std::time::Duration;
-
 use super::{
     client::Client,
     error::{CommandVerdict, Error},
@@ -13,9 +11,6 @@ use super::{
     wait, watch, yaml,
 };
 use crate::status::State;
-
-/// Time limit for one answer while waiting for the result.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 /// Show the state and progress of replications, the worst first
 ///
@@ -95,7 +90,7 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict,
     let client = Client::connect(&args.global).await?;
     let filter = args.filter();
     if args.wait_caught_up {
-        let client = client.answering_within(ANSWER_WITHIN);
+        let client = client.answering_within(wait::ANSWER_WITHIN);
         return wait::until_caught_up(&client, &filter, args.global.asking.limit(), out).await;
     }
     if args.watch {

@@ -8,6 +8,7 @@ use super::{
     error::Error,
     format::{bytes, count, counted, seconds, time},
     output::{Colour, Output, clean},
+    progress::{percent, time_left},
     reply::Reply,
     status_filter::{StatusFilter, raw_rows},
 };
@@ -116,6 +117,7 @@ fn progress(row: &Row, per_second: Option<f64>) -> Vec<DetailLine> {
     if per_second.is_some() {
         lines.push(("rate", rate(per_second)));
     }
+    lines.extend(far(copy, per_second).map(|far| ("progress", far)));
     lines
 }
 
@@ -161,7 +163,9 @@ fn error_lines(error: &LastError) -> Vec<DetailLine> {
     let over = if error.current { "" } else { ", over" };
     let mut lines = vec![("last error", format!("{}, {age} ago{over}, {}: {message}", time(error.at), error.kind))];
     if let Some(seq) = error.source_seq {
-        lines.push(("message", format!("source sequence {seq} can never be stored")));
+        let content = error.source_subject.as_ref().zip(error.source_bytes);
+        let content = content.map(|(subject, size)| format!(", subject {}, {},", clean(subject), bytes(size)));
+        lines.push(("message", format!("source sequence {seq}{} can never be stored", content.unwrap_or_default())));
     }
     lines
 }
@@ -193,6 +197,16 @@ pub(super) fn known(text: Option<String>) -> String {
 
 fn position(at: Position) -> String {
     format!("source {}, target {}", count(at.source_seq), count(at.target_seq))
+}
+
+/// How far a copy that lags is, by the sequences of the source, and how long it still takes.
+fn far(copy: &CopyStatus, per_second: Option<f64>) -> Option<String> {
+    let left = copy.lag.map(|lag| lag.messages).filter(|left| *left > 0)?;
+    let (first, last) = copy.source.first_seq.zip(copy.source.last_seq)?;
+    let all = last.checked_sub(first)? + 1;
+    let done = (copy.position.source_seq + 1).saturating_sub(first).min(all);
+    let time = time_left(Some(left), per_second).map_or_else(String::new, |time| format!(", {time}"));
+    Some(format!("{} of the source's sequences{time}", percent(done, all)))
 }
 
 /// The lag in words: messages and seconds.

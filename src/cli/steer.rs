@@ -1,18 +1,24 @@
 //! `stream-replicator pause`, `resume`, `position`, `retry`, `skip`, `promote` and `stepdown`.
 
+use chrono::DateTime;
 use serde::de::DeserializeOwned;
 
 use super::{
     client::Client,
     document::change_each,
     error::{CommandVerdict, Error},
-    format::{When, count, counted, parse_when},
+    format::{When, bytes, count, counted, parse_when, time},
     global::Global,
-    output::Output,
+    output::{self, Output, clean},
+    reply::Reply,
     select::SelectedIds,
 };
-use crate::control::api::{
-    Changed, NamedRequest, PositionMove, PositionRequest, PromoteRequest, Promoted, SkipRequest, Skipped, SteppedDown,
+use crate::{
+    control::api::{
+        Changed, NamedRequest, PositionMove, PositionRequest, PromoteRequest, Promoted, SkipRequest, Skipped, Status,
+        SteppedDown,
+    },
+    status::State,
 };
 
 #[derive(Debug, clap::Args)]
@@ -56,6 +62,8 @@ struct To {
 }
 
 /// Skip the message that blocks a replication
+///
+/// It shows the message and asks. `--source-seq` names the message, `--force` takes any: neither asks.
 #[derive(Debug, clap::Args)]
 pub(super) struct SkipArgs {
     #[command(flatten)]
@@ -64,6 +72,10 @@ pub(super) struct SkipArgs {
     /// Only if this is the message that holds it, by its source sequence
     #[arg(long, value_name = "N")]
     source_seq: Option<u64>,
+
+    /// Do not ask; this or `--source-seq` is required without a terminal
+    #[arg(long, visible_alias = "yes")]
+    force: bool,
 
     #[command(flatten)]
     pub(super) global: Global,
@@ -196,10 +208,70 @@ fn promoted_words(promoted: &Promoted) -> String {
 pub(super) async fn skip(args: &SkipArgs, out: &mut Output) -> Result<CommandVerdict, Error> {
     let client = Client::connect(&args.global).await?;
     let ids = only_one(args.selected.resolve(&client).await?, "--source-seq", args.source_seq.is_some())?;
-    let request = |replication| SkipRequest { replication, source_seq: args.source_seq };
-    let words =
-        |skipped: &Skipped| format!("{}: source message {} is skipped", skipped.replication, count(skipped.source_seq));
-    change_each(&client, "skip", ids.into_iter().map(request), words, out).await
+    let mut requests = Vec::new();
+    for replication in ids {
+        let mut source_seq = args.source_seq;
+        if source_seq.is_none() && !args.force {
+            // The service says why nothing can be skipped.
+            if let Some(message) = blocking(&client, &replication).await? {
+                if !is_confirmed(&replication, &message, out)? {
+                    return Err(Error::Failed("nothing was skipped".to_owned()));
+                }
+                source_seq = Some(message.source_seq);
+            }
+        }
+        requests.push(SkipRequest { replication, source_seq });
+    }
+    change_each(&client, "skip", requests, |skipped: &Skipped| format!("{} is skipped", message_words(skipped)), out)
+        .await
+}
+
+/// The message that blocks a replication, as far as the status names one.
+async fn blocking(client: &Client, id: &str) -> Result<Option<BlockingMessage>, Error> {
+    let request = NamedRequest { replication: id.to_owned() };
+    let status: Reply<Status> = match client.query("status", &request).await {
+        Err(error) if error.code() == Some(404) => return Ok(None),
+        status => status?,
+    };
+    let held = status.value.replications.into_iter().find(|row| row.replication == id && row.state == State::Held);
+    let Some(error) = held.and_then(|row| row.copy.last_error) else { return Ok(None) };
+    let Some((source_seq, time_ns)) = error.source_seq.zip(error.source_time_ns) else { return Ok(None) };
+    let (subject, bytes) = (error.source_subject, error.source_bytes);
+    let stored = Some(DateTime::from_timestamp_nanos(time_ns));
+    let skipped = Skipped { replication: id.to_owned(), revision: 0, source_seq, stored, subject, bytes };
+    Ok(Some(BlockingMessage { source_seq, words: message_words(&skipped), why: error.message }))
+}
+
+/// A message that a replication cannot copy.
+struct BlockingMessage {
+    source_seq: u64,
+    words: String,
+    why: String,
+}
+
+fn is_confirmed(id: &str, message: &BlockingMessage, out: &Output) -> Result<bool, Error> {
+    let BlockingMessage { source_seq, words, why } = message;
+    if !output::can_ask() {
+        let message = format!(
+            "no terminal to ask on: `skip {id} --source-seq {source_seq}` skips this message, `--force` skips any without asking"
+        );
+        return Err(Error::Usage(message));
+    }
+    out.note(&format!("{words}\n  {why}"));
+    Ok(output::confirm("skip it? It will not be at the target [y/N]") == Some(true))
+}
+
+/// Source sequence, subject, size and stored time, as far as they are known.
+fn message_words(message: &Skipped) -> String {
+    let Skipped { replication, source_seq, stored, subject, bytes: size, .. } = message;
+    let about = [
+        subject.as_ref().map(|subject| format!("subject {subject}")),
+        size.map(bytes),
+        stored.map(|stored| format!("stored {}", time(stored))),
+    ];
+    let about = about.into_iter().flatten().collect::<Vec<_>>().join(", ");
+    let about = if about.is_empty() { about } else { format!(" ({about})") };
+    clean(&format!("{replication}: source message {}{about}", count(*source_seq)))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! and the configuration into such a file.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
 };
@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::{
     apply,
     client::Client,
-    document::{site, stored},
+    document::{link_as_document, site, stored, stored_link},
     error::{CommandVerdict, Error},
     files::FoundFiles,
     global::Global,
@@ -23,13 +23,13 @@ use super::{
 };
 use crate::{
     app::ReplicatorFile,
-    config::{adapter_name, pretty_document},
+    config::{adapter_name, named_link, pretty_document},
     control::api::{AdapterChanged, AdapterList, AdapterNamed, AdapterShown, HeartbeatsChanged, HeartbeatsShown, List},
 };
 
 /// Add what a YAML file of Choria's stream-replicator says to the stored configuration
 ///
-/// Its streams become replications, its heartbeats the stored heartbeats, its adapters stored adapters. What is stored under the
+/// Its streams become replications, its links stored links, its heartbeats the stored heartbeats, its adapters stored adapters. What is stored under the
 /// same id or name is updated, everything else stays. Replications are checked before anything is changed; each change
 /// is shown, secrets as `***`.
 #[derive(Debug, clap::Args)]
@@ -60,7 +60,7 @@ pub(super) struct ExportArgs {
     #[arg(value_name = "ID")]
     ids: Vec<String>,
 
-    /// Write a file ID.json for each replication into this folder, which is made if there is none
+    /// Write a file ID.json for each replication, and one for each link that they name, into this folder, which is made if there is none
     #[arg(long, value_name = "FOLDER")]
     dir: Option<PathBuf>,
 
@@ -84,9 +84,11 @@ pub(super) async fn import(args: &ImportArgs, out: &mut Output) -> Result<Comman
         let message = format!("`name` is `{}` in the file, and the service is of site `{own}`", file.yaml.name);
         return Err(Error::Failed(message));
     }
-    let found = file.streams().into_iter().enumerate().map(|(index, document)| {
-        let place = clean(&format!("{path}:{}", file.yaml.line(&format!("/streams/{index}"))));
-        FoundFiles { place, document }
+    let documents = [("links", file.links()), ("streams", file.streams())];
+    let found = documents.into_iter().flat_map(|(list, documents)| {
+        let place = |index| clean(&format!("{path}:{}", file.yaml.line(&format!("/{list}/{index}"))));
+        let found = documents.into_iter().enumerate();
+        found.map(|(index, document)| FoundFiles { place: place(index), document }).collect::<Vec<_>>()
     });
     let verdict = apply::apply_found(client, found.collect(), args.dry_run, out).await?;
     if args.dry_run || verdict == CommandVerdict::Bad {
@@ -167,6 +169,10 @@ pub(super) async fn export(args: &ExportArgs, out: &mut Output) -> Result<Comman
     for id in ids {
         streams.push(stored(&client, &id).await?.value.config);
     }
+    let links = links_of(&client, &streams).await?;
+    if !links.is_empty() {
+        file.insert("links".to_owned(), links.into_values().collect());
+    }
     file.insert("streams".to_owned(), streams.into());
     if out.json() {
         out.value(&Value::Object(file));
@@ -188,14 +194,42 @@ async fn export_files(
     };
     fs::create_dir_all(folder).map_err(|error| failed(folder, &error))?;
     let ids = if args.ids.is_empty() { all(client).await? } else { expand(client, &args.ids).await? };
+    let write = |path: &Path, document: &Value| {
+        fs::write(path, pretty_document(document) + "\n").map_err(|error| failed(path, &error))
+    };
+    let mut documents = Vec::new();
     for id in ids {
         let reply = stored(client, &id).await?;
         let path = folder.join(format!("{id}.json"));
-        let text = pretty_document(&reply.value.config) + "\n";
-        fs::write(&path, text).map_err(|error| failed(&path, &error))?;
+        write(&path, &reply.value.config)?;
         out.reply(&reply, |_| clean(&path.display().to_string()));
+        documents.push(reply.value.config);
+    }
+    for (name, link) in links_of(client, &documents).await? {
+        // No id has a blank, so this is the name of no replication's file.
+        let path = folder.join(format!("link {name}.json"));
+        write(&path, &link)?;
+        if out.json() {
+            out.value(&json!({"link": name, "config": link}));
+        } else {
+            out.line(&clean(&path.display().to_string()));
+        }
     }
     Ok(CommandVerdict::Good)
+}
+
+/// The links that documents name, by name. One that does not exist is left to the replication that names it.
+async fn links_of(client: &Client, documents: &[Value]) -> Result<BTreeMap<String, Value>, Error> {
+    let names: BTreeSet<_> = documents.iter().filter_map(named_link).collect();
+    let mut links = BTreeMap::new();
+    for name in names {
+        match stored_link(client, name).await {
+            Ok(reply) => _ = links.insert(name.to_owned(), link_as_document(reply.value).config),
+            Err(error) if error.code() == Some(404) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(links)
 }
 
 #[cfg(test)]

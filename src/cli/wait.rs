@@ -9,6 +9,7 @@ use super::{
     error::{CommandVerdict, Error},
     format::counted,
     output::Output,
+    progress::ProgressMeter,
     status_filter::StatusFilter,
     status_view::{StatusView, lag, state_name},
 };
@@ -31,6 +32,31 @@ enum Stand {
     Paused,
 }
 
+/// Time limit for one answer while waiting for the result.
+pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+/// How long a replication that was added may take to have a row.
+const APPEARS_WITHIN: Duration = Duration::from_secs(10);
+
+/// Waits for a replication that was added just now.
+pub(super) async fn added(
+    client: Client,
+    id: &str,
+    limit: Option<Duration>,
+    out: &mut Output,
+) -> Result<CommandVerdict, Error> {
+    let client = client.answering_within(ANSWER_WITHIN);
+    let filter = StatusFilter { ids: vec![id.to_owned()], ..StatusFilter::default() };
+    let begun = Instant::now();
+    while let Err(error) = StatusView::request(&client, &filter).await {
+        // The instance that answers may not know it yet.
+        if error.code() != Some(404) || begun.elapsed() > APPEARS_WITHIN {
+            return Err(error);
+        }
+        sleep(EVERY).await;
+    }
+    until_caught_up(&client, &filter, limit, out).await
+}
+
 /// Waits for all that are wanted and that are to copy.
 pub(super) async fn until_caught_up(
     client: &Client,
@@ -39,9 +65,17 @@ pub(super) async fn until_caught_up(
     out: &mut Output,
 ) -> Result<CommandVerdict, Error> {
     let mut behind = String::new();
+    let shown = out.shows_progress().then_some(&*out);
+    let waited = match limit {
+        None => Ok(caught_up(client, filter, &mut behind, shown).await),
+        Some(limit) => timeout(limit, caught_up(client, filter, &mut behind, shown)).await,
+    };
+    if let Some(out) = shown {
+        out.progress("");
+    }
     let view = match limit {
-        None => caught_up(client, filter, &mut behind).await?,
-        Some(limit) => match timeout(limit, caught_up(client, filter, &mut behind)).await {
+        None => waited.map_err(|_| Error::Failed(behind))??,
+        Some(limit) => match waited {
             Ok(view) => view?,
             Err(_) if behind.is_empty() => {
                 return Err(Error::Failed(format!("not caught up for {SETTLED:?} within {limit:?}")));
@@ -54,7 +88,14 @@ pub(super) async fn until_caught_up(
 }
 
 /// Polls until nothing was left to copy for a while. A service that has answered once may be silent for a while.
-async fn caught_up(client: &Client, filter: &StatusFilter, behind: &mut String) -> Result<StatusView, Error> {
+/// Shows the progress where there is a terminal.
+async fn caught_up(
+    client: &Client,
+    filter: &StatusFilter,
+    behind: &mut String,
+    shown: Option<&Output>,
+) -> Result<StatusView, Error> {
+    let mut meter = ProgressMeter::begin(Instant::now());
     let mut answered = false;
     let mut since: Option<Instant> = None;
     loop {
@@ -62,6 +103,10 @@ async fn caught_up(client: &Client, filter: &StatusFilter, behind: &mut String) 
         match StatusView::request(client, filter).await {
             Ok(view) => {
                 answered = true;
+                let progress = meter.update(view.rows(), Instant::now());
+                if let Some(out) = shown {
+                    out.progress(&progress.words());
+                }
                 *behind = check(view.rows(), filter.names_each())?;
                 if !behind.is_empty() {
                     since = None;

@@ -107,6 +107,17 @@ pub struct SkipRequest {
     pub source_seq: Option<u64>,
 }
 
+/// `config.get`. The plain id, without JSON, means `{"replication": id}`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GetRequest {
+    /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
+    pub replication: String,
+    /// Show the document that runs: with the fields of its link, and with the names of its streams filled in.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub resolved: bool,
+}
+
 /// `instances`; empty for all.
 pub type InstancesRequest = ListRequest;
 
@@ -209,6 +220,15 @@ pub struct Skipped {
     pub revision: u64,
     /// Source sequence of the message that is skipped.
     pub source_seq: u64,
+    /// Its stored time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<DateTime<Utc>>,
+    /// Its subject, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    /// Bytes of its subject, headers and payload, where they are known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
 }
 
 /// Reply of `stepdown`.

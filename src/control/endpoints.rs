@@ -18,7 +18,7 @@ mod validate;
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use chrono::Utc;
+use chrono::{SecondsFormat, Utc};
 use futures_util::FutureExt;
 use nats_lane::endpoint::nearest;
 use serde::{Serialize, de::DeserializeOwned};
@@ -47,8 +47,7 @@ use self::{
 };
 use super::{
     api::{
-        Changed, DeleteRequest, Failure, List, ListRequest, ListRow, NamedRequest, Status, StatusRequest,
-        StoredDocument,
+        Changed, DeleteRequest, Failure, GetRequest, List, ListRequest, ListRow, Status, StatusRequest, StoredDocument,
     },
     documents::Documents,
     service::{Data, EndpointKind, Handler, Request, Route},
@@ -154,9 +153,11 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
     ]
 }
 
-/// How many replications are in each state: the same fields, however many there are.
+/// How many replications are in each state: the same fields, however many there are. And the time of this instance, which
+/// others can be compared with.
 fn states(context: Arc<RequestContext>) -> Data {
-    Arc::new(move || value!({"replications": context.supervisor.states()}))
+    let time = || Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true);
+    Arc::new(move || value!({"replications": context.supervisor.states(), "time": time()}))
 }
 
 async fn config_add(context: &RequestContext, request: Request) -> Result<Changed, Failure> {
@@ -288,11 +289,13 @@ async fn stopped_elsewhere(context: &RequestContext, id: &str) {
 }
 
 async fn config_get(context: &RequestContext, request: Request) -> Result<StoredDocument, Failure> {
-    let NamedRequest { replication } = named(&request.body, |replication| NamedRequest { replication })?;
+    let GetRequest { replication, resolved } =
+        named(&request.body, |replication| GetRequest { replication, resolved: false })?;
     let entry = context.existing(&replication).await?;
     let problems =
         entry.replication(&context.rules, &context.site).err().map(|problems| problems.0).unwrap_or_default();
-    let config = Json::read(&entry.value).map_or(Value::Null, |json| config::mask_document(&json.value));
+    let document = if resolved { entry.resolved() } else { Json::read(&entry.value) };
+    let config = document.map_or(Value::Null, |json| config::mask_document(&json.value));
     Ok(StoredDocument { replication, revision: entry.revision, config, problems })
 }
 

@@ -10,10 +10,10 @@ use serde_json::{Map, Value, json};
 
 use super::api::{
     AdapterChanged, AdapterList, AdapterNamed, AdapterShown, AdapterStatus, AdapterStatusRequest, AdapterValidation,
-    Changed, DeleteRequest, ErrorReply, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest, LinkChanged,
-    LinkList, LinkNamed, LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove, PositionRequest,
-    PromoteRequest, Promoted, SchemaRequest, SchemaShown, SendersPage, SendersRequest, SkipRequest, Skipped, Status,
-    StatusRequest, SteppedDown, StoredDocument, Validation,
+    Changed, DeleteRequest, ErrorReply, GetRequest, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest,
+    LinkChanged, LinkList, LinkNamed, LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove,
+    PositionRequest, PromoteRequest, Promoted, SchemaRequest, SchemaShown, SendersPage, SendersRequest, SkipRequest,
+    Skipped, Status, StatusRequest, SteppedDown, StoredDocument, Validation,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
@@ -51,7 +51,7 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
             reply::<Validation>(),
         ),
         ("config.delete", request::<DeleteRequest>(), reply::<Changed>()),
-        ("config.get", request::<NamedRequest>(), config_get_reply()),
+        ("config.get", request::<GetRequest>(), config_get_reply()),
         ("config.list", request::<ListRequest>(), reply::<List>()),
         ("config.schema", json!({"description": "Empty; the payload is ignored."}), config_schema_reply()),
         ("status", request::<StatusRequest>(), reply::<Status>()),

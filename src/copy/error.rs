@@ -7,6 +7,16 @@ use crate::store::{SaveError, SourceMessage};
 /// A message that the server refused permanently, and the reason.
 pub(super) type RefusedMessage = (SourceMessage, String);
 
+/// A message that can never be stored at the target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoisonMessage {
+    /// Its sequence and stored time.
+    pub message: SourceMessage,
+    /// Its subject and its bytes of subject, headers and payload; `None` for a refusal of the server until the message is
+    /// read again.
+    pub content: Option<(String, u64)>,
+}
+
 /// What the caller can do about an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorKind {
@@ -27,7 +37,7 @@ pub struct Error {
     /// Description, without secrets.
     pub message: String,
     /// The message that can never be stored at the target, if that is the reason.
-    pub poison: Option<SourceMessage>,
+    pub poison: Option<Box<PoisonMessage>>,
     /// Length in bytes of the longest protocol line that the target had not confirmed when it ended the connection.
     pub(super) unconfirmed_line: Option<usize>,
     /// Messages that the server refused permanently.
@@ -60,6 +70,11 @@ impl Error {
             login_ended: false,
             login_refused: false,
         }
+    }
+
+    /// Whether it is about the connection to this side, `source` or `target`: then its text begins with that.
+    pub fn is_of(&self, side: &str) -> bool {
+        self.message.strip_prefix(side).is_some_and(|rest| rest.starts_with(": "))
     }
 
     /// An error of a run that made no more progress.

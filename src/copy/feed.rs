@@ -20,7 +20,7 @@ use super::{
         window::{SourcePoint, Window},
     },
     source::{
-        consumers::Names,
+        consumers::{ConsumerLabels, Names},
         durable::{Durable, Way},
         reader::{Incoming, Range, Reader, explicit::Explicit, pushed::Pushed},
         renewal::ConsumerRenewal,
@@ -179,7 +179,8 @@ fn pushed(batch: &Batch, made: &ConsumerInfo) -> Result<(), Error> {
 fn renewal(batch: &Batch, replication: &Replication) -> Result<(), Error> {
     let (behind, name) = (SourcePoint { seq: 4, time_ns: Some(1) }, "C".to_owned());
     let mut source = lane()?;
-    let names = (name, Some("W".to_owned()));
+    let labels = ConsumerLabels::default();
+    let names = (name, Some("W".to_owned()), &labels);
     let mut renewal =
         ConsumerRenewal::begin(&mut source, "S", replication.scope.filters(), behind, names, String::new());
     // Whatever it waits for.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nats_lane as nats;
 
-use super::{flow::budget::Budget, returned::WaysBack, samples::Samples};
+use super::{flow::budget::Budget, returned::WaysBack, samples::Samples, source::consumers::ConsumerLabels};
 use crate::{
     config::Replication,
     status::Row,
@@ -40,4 +40,11 @@ pub struct Job {
     pub samples: Option<Samples>,
     /// Makes the connections to both sides.
     pub dial: Arc<dyn nats::Dial>,
+}
+
+impl Job {
+    /// The metadata of its own consumers.
+    pub(crate) fn labels(&self) -> ConsumerLabels {
+        ConsumerLabels::new(&self.site, &self.replication.id, self.row.leader.as_deref())
+    }
 }

@@ -307,7 +307,7 @@ impl Connected {
             acked.accept(subject, &payload);
         };
         let info = Api::new(&mut lane).stream_info_beside(&side.stream, others).await?;
-        let names = clearing.finish(&mut lane).await?;
+        let names = clearing.finish(&mut lane).await?.labelled(job.labels());
         Ok((Self { lane, names }, info))
     }
 }

@@ -15,7 +15,7 @@ use super::{
     error::RefusedMessage,
     flow::window::{SourcePoint, Window},
     source::reader::Incoming,
-    target::{dead_letter::DeadLetters, provenance::Tag, refusal::about},
+    target::{dead_letter::DeadLetters, provenance::Tag, refusal::about_incoming},
 };
 use crate::{
     config::{Limits, OnReject, Replication},
@@ -162,7 +162,7 @@ impl<'a> Rejects<'a> {
         let seq = incoming.delivery.stream_seq;
         let source = SourcePoint { seq, time_ns: Some(incoming.delivery.time_ns) };
         match &mut self.fate {
-            OnRejected::Hold => return Err(about(error, Some(source))),
+            OnRejected::Hold => return Err(about_incoming(error, incoming)),
             OnRejected::Skip => {
                 copy.counters.skipped_refused += 1;
                 copy.counters.skipped_bytes += incoming.bytes() as u64;

@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
-use nats_lane::{entropy as chance, excerpt};
-use tokio::{sync::watch, time::Instant};
+use nats_lane::{Lane, entropy as chance, excerpt, jetstream::Api};
+use tokio::{
+    sync::watch,
+    time::{Duration, Instant},
+};
 use tracing::{info, warn};
 
 use super::{
-    Job,
+    Job, PoisonMessage,
     decide::Reason,
     flow::{
         position::PositionWriter,
@@ -20,7 +23,11 @@ use crate::{
     config::Replication,
     events::{Event, Events, PoisonAction},
     status::{CopyStatus, LastError, Row, State},
+    store::SourceMessage,
 };
+
+/// Time for the source to show a message that the target refused.
+const DESCRIBED: Duration = Duration::from_secs(2);
 
 /// Reports what one run does.
 #[derive(Debug)]
@@ -100,6 +107,30 @@ impl<'a> Reporter<'a> {
         for event in events {
             warn!(replication = self.replication.id, ?event, "skipped, because the target can never store it");
             self.emit(event);
+        }
+    }
+
+    /// Adds subject and size to a message that the target refused: from the error that is shown, if it is about the same
+    /// message, else from the source.
+    pub async fn describe(&self, mut lane: Lane, poison: &mut PoisonMessage) {
+        let SourceMessage { seq, time_ns } = poison.message;
+        let known = self.status.borrow().1.last_error.as_ref().and_then(|error| {
+            let same = error.source_seq == Some(seq) && error.source_time_ns == Some(time_ns);
+            error.source_subject.clone().zip(error.source_bytes).filter(|_| same)
+        });
+        if poison.content.is_none() {
+            poison.content = known;
+        }
+        if poison.content.is_some() {
+            return;
+        }
+        let stream = &self.replication.source.stream;
+        let read = tokio::time::timeout(DESCRIBED, Api::new(&mut lane).message(stream, seq)).await;
+        // It is described by the next run, if it is still held then.
+        let Ok(Ok(Some(message))) = read else { return };
+        if message.time_ns == time_ns {
+            let bytes = message.subject.len() + message.header.len() + message.payload;
+            poison.content = Some((excerpt(&message.subject).into_owned(), bytes as u64));
         }
     }
 

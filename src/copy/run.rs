@@ -27,7 +27,7 @@ use super::{
         writer::{Supply, Writer},
     },
 };
-use crate::store::SaveError;
+use crate::{config::OnReject, store::SaveError};
 
 mod begin;
 mod pump;
@@ -123,11 +123,14 @@ impl Run<'_> {
     }
 
     /// Saves the position of a run that failed; returns why it ended.
-    async fn failed(self, error: Error, positions: &mut PositionWriter) -> Error {
+    async fn failed(self, mut error: Error, positions: &mut PositionWriter) -> Error {
         let Self { report, source, target, bounds, sampler, .. } = self;
         let sampled = sampler.as_ref().map(SamplingDriver::sampled);
-        // First of all nothing more may be sent.
-        drop((source.lane, target.lane));
+        // First of all nothing more may be sent. Where `on_reject` holds, no dead letters are on the source lane, which is
+        // needed once more.
+        drop(target.lane);
+        let reads = error.poison.is_some() && report.replication.on_reject == OnReject::Hold;
+        let lane = reads.then_some(source.lane);
         if error.chain_broken {
             let (exact, by_ids) = (target.writer.exact(&bounds.window), target.writer.is_by_ids());
             positions.broke_at(exact, &bounds.window, by_ids, Instant::now());
@@ -136,11 +139,15 @@ impl Run<'_> {
         }
         let streams = (&source.info, target.created.as_str());
         let witnesses = witnesses(&bounds.window, &target.writer, &source.clock, streams, sampled);
-        match tokio::time::timeout(LAST_SAVE, positions.save_now(witnesses, report.row())).await {
-            Ok(Err(conflict @ SaveError::Conflict { .. })) => conflict.into(),
-            // The next run reads the unsaved part from the target.
-            _ => error,
+        // What is not saved then, the next run reads from the target.
+        let saved = tokio::time::timeout(LAST_SAVE, positions.save_now(witnesses, report.row())).await;
+        if let Ok(Err(conflict @ SaveError::Conflict { .. })) = saved {
+            return conflict.into();
         }
+        if let (Some(lane), Some(poison)) = (lane, &mut error.poison) {
+            report.describe(lane, poison).await;
+        }
+        error
     }
 
     /// The content of the position record as of now.

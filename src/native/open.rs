@@ -63,7 +63,7 @@ pub(super) async fn open(
     )?;
     let clearing = Names::begin_clear(&mut source, &replication.source.stream, &job.consumers);
     let names = clearing.finish(&mut source).await;
-    let names = names.map_err(|error| error.context("source"))?;
+    let names = names.map_err(|error| error.context("source"))?.labelled(job.labels());
     let (source_info, clock) = read_source(job, &mut source).await?;
     let opened = target::open(job, native.kind, &mut target, &source_info, &subjects).await;
     let (target_info, done) = opened.map_err(|error| error.context("target"))?;

@@ -10,7 +10,7 @@ use crate::config::patterns::intersection;
 /// What a user may do; everything by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-pub(super) struct Permissions {
+pub(crate) struct Permissions {
     publish: PermissionRules,
     subscribe: PermissionRules,
 }
@@ -37,7 +37,7 @@ impl PermissionRules {
 
 impl Permissions {
     /// Reads the answer of a server.
-    pub(super) fn parse(answer: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(answer: &[u8]) -> Option<Self> {
         #[derive(Deserialize)]
         struct PermissionAnswer {
             data: User,
@@ -52,7 +52,7 @@ impl Permissions {
 
     /// Whether an answer is from the server with this id. Over leafnodes and routes other servers are asked too, and each
     /// answers with the permissions of the connection over which it was asked.
-    pub(super) fn are_from(answer: &[u8], server_id: &str) -> bool {
+    pub(crate) fn are_from(answer: &[u8], server_id: &str) -> bool {
         #[derive(Deserialize)]
         struct SystemAnswer {
             server: Server,
@@ -65,7 +65,7 @@ impl Permissions {
     }
 
     /// How much of a subject the user may publish to.
-    pub(super) fn publish(&self, subject: &str) -> Share {
+    pub(crate) fn publish(&self, subject: &str) -> Share {
         self.publish.share(subject)
     }
 

@@ -11,7 +11,7 @@ use crate::{
 
 /// How much of a pattern a list of patterns holds. A pattern that only several of them hold together is held in part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Share {
+pub(crate) enum Share {
     None,
     Part,
     All,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Deps, known_streams::KnownStreams, status_cell::StatusCell};
+use super::{Deps, known_streams::KnownStreams, server_outages::ServerOutages, status_cell::StatusCell};
 use crate::{copy, events::Event};
 
 /// The replication that a task runs, and what the task works with.
@@ -12,6 +12,7 @@ pub(super) struct Context {
     pub(super) id: String,
     pub(super) cell: Arc<StatusCell>,
     pub(super) known_streams: KnownStreams,
+    pub(super) outages: ServerOutages,
 }
 
 impl Context {

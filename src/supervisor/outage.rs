@@ -49,7 +49,9 @@ impl Outage {
             ErrorKind::Superseded => Some(Event::Stopped { position: None, message: Some(message.clone()) }),
         };
         let mut events: Vec<_> = event.into_iter().collect();
-        if let Some(source_seq) = poison.map(|message| message.seq).filter(|seq| self.poison != Some(*seq)) {
+        if let Some(source_seq) =
+            poison.as_ref().map(|poison| poison.message.seq).filter(|seq| self.poison != Some(*seq))
+        {
             self.poison = Some(source_seq);
             events.push(Event::poison(source_seq, message, PoisonAction::Held));
         }
@@ -70,7 +72,7 @@ impl Outage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::SourceMessage;
+    use crate::{copy::PoisonMessage, store::SourceMessage};
 
     const STEP: Step = Step::Connections;
 
@@ -135,7 +137,8 @@ mod tests {
         let mut outage = Outage::default();
         let mut reported = |seq, text| -> Vec<_> {
             let mut error = hold(text);
-            error.poison = Some(SourceMessage { seq, time_ns: 1 });
+            let message = SourceMessage { seq, time_ns: 1 };
+            error.poison = Some(Box::new(PoisonMessage { message, content: None }));
             outage.failed(&error, STEP).events.iter().map(Event::kind).collect()
         };
         assert_eq!(reported(5, "5 is too large"), ["held", "poison"]);

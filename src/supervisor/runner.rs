@@ -41,7 +41,7 @@ use crate::{
     copy::{Error, ErrorKind, Escalation, Job, PositionWriter},
     election::{Campaign, Election, Leadership, lost, won},
     events::{Event, Step},
-    status::State,
+    status::{CopyStatus, State},
     store::SourceMessage,
 };
 
@@ -68,6 +68,20 @@ pub(super) enum RunnerEnd {
     Stalled,
 }
 
+/// What was copied since a start or an error, until nothing is left to copy.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CatchUp {
+    since: Instant,
+    /// Messages that were copied before.
+    copied: u64,
+}
+
+impl CatchUp {
+    fn from(copied: u64) -> Self {
+        Self { since: Instant::now(), copied }
+    }
+}
+
 /// Keeps a document running under one lease.
 pub(super) struct CopyRunner {
     context: Context,
@@ -86,6 +100,8 @@ pub(super) struct CopyRunner {
     login_grace: LoginGrace,
     /// The start of this document was reported.
     start_reported: bool,
+    /// Until it is reported that nothing is left to copy.
+    catching_up: Option<CatchUp>,
     /// The last row was not saved, even if the writer remembers it.
     unsaved: bool,
     /// Another instance owns the record: this one does not write it again.
@@ -119,6 +135,7 @@ impl CopyRunner {
             retention: RetentionWatch::default(),
             login_grace: LoginGrace::default(),
             start_reported: false,
+            catching_up: None,
             unsaved: false,
             superseded: false,
             epoch,
@@ -196,21 +213,22 @@ impl CopyRunner {
     /// Copies until `stop`, until another instance leads the replication, or until only a complete restart may help.
     /// Follows the lag and the headroom meanwhile.
     async fn keep_copying(&mut self, replication: &Replication, revision: u64, stop: &CancellationToken) -> RunnerEnd {
-        if replication.patterns.is_some() {
-            return self.keep_trying(replication, revision, stop).await;
-        }
         let (context, mut retention) = (self.context.clone(), std::mem::take(&mut self.retention));
         let ended = tokio::select! {
             biased;
             ended = self.keep_trying(replication, revision, stop) => ended,
-            never = retention.follow(&context, replication) => match never {},
+            never = retention.follow(&context, replication), if replication.patterns.is_none() => match never {},
         };
         self.retention = retention;
+        if ended != RunnerEnd::Stalled {
+            context.outages.left(&context.id);
+        }
         ended
     }
 
     async fn keep_trying(&mut self, replication: &Replication, revision: u64, stop: &CancellationToken) -> RunnerEnd {
         self.start_reported = false;
+        self.catching_up = Some(CatchUp::from(self.context.cell.copied()));
         self.backoff.reset();
         self.context.cell.adopt(replication, revision);
         while !stop.is_cancelled() {
@@ -224,7 +242,7 @@ impl CopyRunner {
             };
             let outcome = match error.kind {
                 ErrorKind::Superseded => Err(error),
-                _ => Box::pin(self.wait_after_error(error, begun, stop)).await,
+                _ => Box::pin(self.wait_after_error(error, replication, begun, stop)).await,
             };
             match outcome {
                 Ok(Step::Everything) if !stop.is_cancelled() => {
@@ -270,7 +288,7 @@ impl CopyRunner {
         }
         let Some(mut writer) = self.writer.take() else { return Ok(()) };
         let mut job = self.job(replication, release.and_then(|release| release.skip));
-        let Self { context, requests, start_reported, outage, .. } = self;
+        let Self { context, requests, start_reported, catching_up, outage, .. } = self;
         let Context { deps, cell, .. } = &*context;
         let saved = writer.saved();
         let before = cell.progress();
@@ -287,7 +305,7 @@ impl CopyRunner {
         let result = tokio::select! {
             biased;
             result = run => result,
-            never = report_progress(context, before, replication, start_reported, outage) => match never {},
+            never = report_progress(context, before, replication, (start_reported, catching_up, outage)) => match never {},
             never = hand_back::follow(&mut hand_back, context, replication) => match never {},
             never = gossip::publish(&mut gossip, context, replication) => match never {},
             never = state_file::follow(&mut state_file, samples.clone()) => match never {},
@@ -316,12 +334,12 @@ impl CopyRunner {
         stop: &CancellationToken,
     ) -> Result<(), Error> {
         let Some(mut writer) = self.writer.take() else { return Ok(()) };
-        let Self { context, start_reported, outage, .. } = self;
+        let Self { context, start_reported, catching_up, outage, .. } = self;
         let before = context.cell.progress();
         let result = tokio::select! {
             biased;
             result = discovery::run(context, replication, patterns, &mut writer, stop) => result,
-            never = report_progress(context, before, replication, start_reported, outage) => match never {},
+            never = report_progress(context, before, replication, (start_reported, catching_up, outage)) => match never {},
         };
         self.writer = Some(writer);
         result
@@ -389,8 +407,7 @@ async fn report_progress(
     context: &Context,
     before: CopyProgress,
     replication: &Replication,
-    start_reported: &mut bool,
-    outage: &mut Outage,
+    (start_reported, catching_up, outage): (&mut bool, &mut Option<CatchUp>, &mut Outage),
 ) -> Infallible {
     let mut status = context.cell.status().subscribe();
     let _ = status.wait_for(|(state, _)| *state == State::Running).await;
@@ -406,8 +423,17 @@ async fn report_progress(
         if row.state == State::Running && (caught_up || context.cell.progress() != before) {
             outage.over();
             info!(replication = context.id, position = row.copy.position.source_seq, "repaired");
-            context.emit(Event::Repaired { position: row.copy.position.source_seq });
+            context.outages.repaired(&context.id, Event::Repaired { position: row.copy.position.source_seq });
         }
+    }
+    let is_caught_up =
+        |(state, copy): &(State, CopyStatus)| *state == State::Running && copy.lag.is_some_and(|lag| lag.messages == 0);
+    if let Some(CatchUp { since, copied }) = catching_up.filter(|_| replication.patterns.is_none()) {
+        let _ = status.wait_for(is_caught_up).await;
+        *catching_up = None;
+        let (position, copied) =
+            (context.cell.row().copy.position.source_seq, context.cell.copied().saturating_sub(copied));
+        context.emit(Event::CaughtUp { position, copied, seconds: since.elapsed().as_secs() });
     }
     pending().await
 }

@@ -253,6 +253,8 @@ impl StatusCell {
             ErrorKind::Hold => "hold",
             ErrorKind::Superseded => "superseded",
         };
+        let poison = error.poison.as_ref();
+        let content = poison.and_then(|poison| poison.content.as_ref());
         self.status.send_modify(|(_, copy)| {
             copy.counters.errors += 1;
             let repairs = &mut copy.counters.repairs;
@@ -262,8 +264,10 @@ impl StatusCell {
                 None => {}
             }
             copy.last_error = Some(LastError {
-                source_seq: error.poison.map(|message| message.seq),
-                source_time_ns: error.poison.map(|message| message.time_ns),
+                source_seq: poison.map(|poison| poison.message.seq),
+                source_time_ns: poison.map(|poison| poison.message.time_ns),
+                source_subject: content.map(|(subject, _)| subject.clone()),
+                source_bytes: content.map(|(_, bytes)| *bytes),
                 ..LastError::now(kind, &error.message)
             });
         });
@@ -277,6 +281,11 @@ impl StatusCell {
             copy.lag = None;
             (copy.source.first_seq, copy.source.last_seq) = (None, None);
         });
+    }
+
+    /// Messages copied since this leader began.
+    pub(super) fn copied(&self) -> u64 {
+        self.status.borrow().1.counters.copied
     }
 
     /// The newest document can run.

@@ -275,7 +275,7 @@ impl Scene {
                 };
                 let _ = timeout(delay, interrupted()).await;
                 // An operator sees the message that blocks the copy, and skips it.
-                if let Some(message) = error.poison {
+                if let Some(message) = error.poison.map(|poison| poison.message) {
                     let mut release = self.release.lock().expect("release");
                     if *release != Some(message) {
                         *release = Some(message);

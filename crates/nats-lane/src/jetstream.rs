@@ -68,6 +68,8 @@ fn point_in_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Da
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct StreamCluster {
+    /// Name of the cluster.
+    pub name: String,
     /// Name of the server that leads the stream; empty while the stream has no leader.
     pub leader: String,
     /// The others that hold the stream: all but the server that answered.
@@ -173,6 +175,8 @@ pub struct StoredMessage {
     pub time_ns: i64,
     /// Header block; empty for none.
     pub header: Vec<u8>,
+    /// Bytes of the payload; 0 where only the headers were read.
+    pub payload: usize,
 }
 
 /// `CONSUMER.CREATE` and `CONSUMER.INFO`, the parts that matter here.
@@ -576,14 +580,38 @@ struct StoredFields {
     time: DateTime<Utc>,
     #[serde(default)]
     hdrs: String,
+    #[serde(default, rename = "data", deserialize_with = "base64_bytes")]
+    payload: usize,
+}
+
+/// How many bytes a base64 text stands for; the text is not kept.
+fn base64_bytes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+    struct Length;
+    impl serde::de::Visitor<'_> for Length {
+        type Value = usize;
+
+        fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            formatter.write_str("a base64 text")
+        }
+
+        fn visit_str<E>(self, text: &str) -> Result<usize, E> {
+            Ok(text.trim_end_matches('=').len() * 3 / 4)
+        }
+
+        fn visit_unit<E>(self) -> Result<usize, E> {
+            Ok(0)
+        }
+    }
+    deserializer.deserialize_any(Length)
 }
 
 impl Got {
     fn message(self) -> Result<StoredMessage, Error> {
-        let StoredFields { seq, subject, time, hdrs } = self.message;
+        let StoredFields { seq, subject, time, hdrs, payload } = self.message;
         let header =
             STANDARD.decode(&hdrs).map_err(|error| Error::retry(format!("headers are not base64: {error}")))?;
-        Ok(StoredMessage { sequence: seq, subject, time_ns: time.timestamp_nanos_opt().unwrap_or_default(), header })
+        let time_ns = time.timestamp_nanos_opt().unwrap_or_default();
+        Ok(StoredMessage { sequence: seq, subject, time_ns, header, payload })
     }
 }
 
@@ -688,6 +716,24 @@ mod tests {
         for reply in ["", "$JS.ACK.S.C.1.42.7", "$JS.ACK.S.C.1.x.7.1.3", "_INBOX.a.b"] {
             assert_eq!(parse_delivery(reply.as_bytes()), None, "{reply}");
         }
+    }
+
+    #[test]
+    fn a_stored_message_says_how_large_it_is() {
+        let check = |data: &str, expect: usize| {
+            let reply = format!(
+                r#"{{"message":{{"subject":"a","seq":3,"time":"2026-01-01T00:00:00Z","hdrs":"TkFUUw=="{data}}}}}"#
+            );
+            let message = decode_message(reply.as_bytes()).unwrap().unwrap();
+            assert_eq!((message.header.as_slice(), message.payload), (&b"NATS"[..], expect), "{data}");
+        };
+        check("", 0);
+        check(r#","data":null"#, 0);
+        check(r#","data":"""#, 0);
+        check(r#","data":"YQ==""#, 1);
+        check(r#","data":"YWI=""#, 2);
+        check(r#","data":"YWJj""#, 3);
+        check(r#","data":"YWJjZA==""#, 4);
     }
 
     #[test]

@@ -146,6 +146,7 @@ const STREAM: &[FileField] = &[
     field("advisory", Group(ADVISORY)),
     // Ours, which the Go program does not have.
     ours("id", Text),
+    ours("link", Text),
     ours("hand_back", Flag),
     ours("target_like_source", Flag),
     ours("compat", Text),
@@ -182,6 +183,7 @@ pub(super) const FILE: &[FileField] = &[
     choria("choria"),
     field("heartbeats", Group(HEARTBEATS)),
     field("streams", Entries(STREAM)),
+    ours("links", Entries(STREAM)),
     ours("adapters", Entries(ADAPTER)),
     ours("control", Group(CONTROL)),
 ];

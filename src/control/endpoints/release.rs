@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use chrono::TimeDelta;
+use chrono::{DateTime, TimeDelta};
 use tokio::time::timeout;
 use tracing::info;
 
@@ -51,7 +51,10 @@ pub(super) async fn skip(context: &RequestContext, request: Request) -> Result<S
     }
     let revision = release(context, &replication, Some(message)).await?;
     info!(replication, revision, source_seq = message.seq, "message will be skipped by request");
-    Ok(Skipped { replication, revision, source_seq: message.seq })
+    let (subject, bytes) =
+        row.copy.last_error.map(|error| (error.source_subject, error.source_bytes)).unwrap_or_default();
+    let stored = Some(DateTime::from_timestamp_nanos(message.time_ns));
+    Ok(Skipped { replication, revision, source_seq: message.seq, stored, subject, bytes })
 }
 
 fn message_that_holds(row: &Row) -> Option<SourceMessage> {

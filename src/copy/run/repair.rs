@@ -150,7 +150,8 @@ impl Run<'_> {
         let counters = &report.copy.counters;
         let read = counters.received_bytes.checked_div(counters.received).unwrap_or_default();
         let heavy = locate::is_heavy(&source.info) || read >= locate::HEAVY;
-        let names = (name, heavy.then(|| source.names.next()));
+        let shows = heavy.then(|| source.names.next());
+        let names = (name, shows, source.names.labels());
         let renewal = ConsumerRenewal::begin(&mut source.lane, &of.stream, scope.filters(), behind, names, deletion);
         source.renewal = Some(renewal);
         times.next_tick = times.next_tick.min(Instant::now() + TICK);

@@ -4,13 +4,15 @@
 use std::collections::HashMap;
 
 use nats_lane::{Error, ErrorKind, Lane, jetstream::decode};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokio::time::{Duration, Instant, timeout_at};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Names that are used in turn. A run that was superseded and does not know it finds its consumer deleted, not another
 /// one of the same name; and a consumer can be recreated while the old one still exists.
 const SLOTS: u8 = 4;
+/// What the names of the metadata begin with.
+const LABEL: &str = "stream-replicator.";
 /// Name of the consumer that finds a sequence by time.
 const BY_TIME: &str = "t";
 /// Names of consumers that check the source while no run reads it: a run may begin meanwhile.
@@ -25,17 +27,49 @@ pub fn consumer_prefix(site: &str, installation: &str, replication: &str) -> Str
     format!("sr_{:016x}", xxh3_64(&key))
 }
 
+/// Metadata of consumers, for people who list those of a stream.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ConsumerLabels(Map<String, Value>);
+
+impl ConsumerLabels {
+    /// Those of a replication that this instance runs.
+    pub fn new(site: &str, replication: &str, instance: Option<&str>) -> Self {
+        let labels = [("site", Some(site)), ("replication", Some(replication)), ("instance", instance)];
+        let labels = labels.into_iter().filter_map(|(name, value)| Some((format!("{LABEL}{name}"), value?.into())));
+        Self(labels.collect())
+    }
+
+    /// Adds them to the configuration of a consumer.
+    pub fn put(&self, config: &mut Value) {
+        for (name, value) in &self.0 {
+            config["metadata"][name] = value.clone();
+        }
+    }
+}
+
 /// Names of a replication's own consumers at one stream.
 #[derive(Debug)]
 pub(crate) struct Names {
     prefix: String,
     next: u8,
+    labels: ConsumerLabels,
 }
 
 impl Names {
     /// Names from the first one; deletes nothing.
     pub fn new(prefix: &str) -> Self {
-        Self { prefix: prefix.to_owned(), next: 0 }
+        Self { prefix: prefix.to_owned(), next: 0, labels: ConsumerLabels::default() }
+    }
+
+    /// Gives the consumers of these names metadata.
+    #[must_use]
+    pub fn labelled(self, labels: ConsumerLabels) -> Self {
+        Self { labels, ..self }
+    }
+
+    /// The metadata of the consumers.
+    pub fn labels(&self) -> &ConsumerLabels {
+        &self.labels
     }
 
     /// Names for a check of the source; those of earlier checks are deleted, and those of runs left alone.

@@ -33,7 +33,7 @@ use crate::copy::{
         budget::{Budget, PIECE_MIN, Reservation},
         window::{MessageSize, SourcePoint},
     },
-    source::consumers::Names,
+    source::consumers::{ConsumerLabels, Names},
 };
 
 /// Interval of the server's heartbeats while it has no message to deliver.
@@ -165,7 +165,7 @@ pub(crate) struct Reader {
 
 impl Range<'_> {
     /// How a consumer of this range is configured.
-    pub fn config(&self, name: &str) -> serde_json::Value {
+    pub fn config(&self, name: &str, labels: &ConsumerLabels) -> serde_json::Value {
         let mut config = json!({
             "name": name,
             "description": "stream-replicator",
@@ -185,6 +185,7 @@ impl Range<'_> {
             [filter] => config["filter_subject"] = filter.as_str().into(),
             filters => config["filter_subjects"] = filters.into(),
         }
+        labels.put(&mut config);
         config
     }
 }
@@ -195,7 +196,7 @@ impl Reader {
         let (mut left, mut counted) = (ELSEWHERE, COUNTED_AGAIN);
         loop {
             let consumer = names.next();
-            let config = range.config(&consumer);
+            let config = range.config(&consumer, names.labels());
             let created = Api::new(lane).create_new_consumer_within(range.stream, &consumer, &config, PLACED).await;
             // If a cluster assigned the consumer to a server that does not answer, another name is tried.
             let info = match created {
@@ -658,6 +659,7 @@ pub(in crate::copy) async fn headers_at(
             sequence: delivery.stream_seq,
             time_ns: delivery.time_ns,
             header: message.header.to_vec(),
+            payload: message.payload.len(),
         });
     }
     reader.close(lane);

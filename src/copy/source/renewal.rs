@@ -18,7 +18,10 @@ use serde_json::{Value, json};
 
 use crate::copy::{
     flow::window::SourcePoint,
-    source::reader::{Range, Reader},
+    source::{
+        consumers::ConsumerLabels,
+        reader::{Range, Reader},
+    },
 };
 
 /// Time for the consumer that shows the witness; it delivers it at once, or not at all.
@@ -32,6 +35,7 @@ pub(in crate::copy) struct ConsumerRenewal {
     /// The newest message that was handed out.
     after: SourcePoint,
     consumer: String,
+    labels: ConsumerLabels,
     /// Name of the consumer that shows the witness without its payload, where one is used.
     shows: Option<String>,
     /// The same once it was requested.
@@ -68,7 +72,7 @@ impl ConsumerRenewal {
         stream: &str,
         filters: &[String],
         after: SourcePoint,
-        (consumer, shows): (String, Option<String>),
+        (consumer, shows, labels): (String, Option<String>, &ConsumerLabels),
         deletion: String,
     ) -> Self {
         let mut renewal = Self {
@@ -78,6 +82,7 @@ impl ConsumerRenewal {
             consumer,
             shows,
             shower: String::new(),
+            labels: labels.clone(),
             config: Value::Null,
             waits_for: Waits::Consumer,
             request: String::new(),
@@ -85,7 +90,7 @@ impl ConsumerRenewal {
             no_room: false,
             again: false,
         };
-        renewal.config = renewal.range().config(&renewal.consumer);
+        renewal.config = renewal.range().config(&renewal.consumer, &renewal.labels);
         renewal.create(lane);
         renewal
     }
@@ -177,7 +182,7 @@ impl ConsumerRenewal {
     /// Requests the consumer that shows the witness.
     fn show(&mut self, lane: &mut Lane, name: &str, info: ConsumerInfo) {
         let range = Range { stream: &self.stream, filters: &[], from: self.after.seq, headers_only: true };
-        let (what, body) = create_new_consumer_call(&self.stream, name, &range.config(name));
+        let (what, body) = create_new_consumer_call(&self.stream, name, &range.config(name, &self.labels));
         self.request = lane.send_request(&format!("{}.{what}", lane.api_prefix()), body.to_string().as_bytes());
         self.shower = name.to_owned();
         self.waits_for = Waits::Shower(Box::new(info));
@@ -213,7 +218,14 @@ mod tests {
         let (mut lane, mut server) = pipe::lane().await;
         let after = SourcePoint { seq: 5, time_ns: Some(1_767_225_605_000_000_000) };
         let deletion = lane.send_request("$JS.API.CONSUMER.DELETE.S.before", b"");
-        let mut renewal = ConsumerRenewal::begin(&mut lane, "S", &[], after, ("next".to_owned(), None), deletion);
+        let mut renewal = ConsumerRenewal::begin(
+            &mut lane,
+            "S",
+            &[],
+            after,
+            ("next".to_owned(), None, &ConsumerLabels::default()),
+            deletion,
+        );
         let answer = async {
             loop {
                 let asked = server.asked().await;

@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 
 use nats_lane::{
-    Error, ErrorKind, Lane, Message, headers,
+    Error, ErrorKind, Lane, Message, excerpt, headers,
     jetstream::{PublishAck, StreamInfo},
     parser::number,
 };
@@ -13,7 +13,7 @@ use tokio::time::{Duration, Instant};
 
 use crate::{
     copy::{
-        Error as RunError, ErrorKind as RunErrorKind,
+        Error as RunError, ErrorKind as RunErrorKind, PoisonMessage,
         flow::window::SourcePoint,
         source::reader::Incoming,
         target::{
@@ -57,6 +57,8 @@ pub(in crate::copy) struct DeadLetters {
 pub(in crate::copy) struct Letter {
     /// Sequence and time of the message at the source.
     pub source: SourcePoint,
+    /// Its subject, shortened.
+    subject: String,
     /// Bytes of the message as it was read.
     pub bytes: usize,
     /// Why the target can never store it.
@@ -119,6 +121,7 @@ impl DeadLetters {
         let source = SourcePoint { seq, time_ns: Some(time_ns) };
         let letter = Letter {
             source,
+            subject: excerpt(&String::from_utf8_lossy(incoming.message.subject)).into_owned(),
             bytes: incoming.bytes(),
             reason: reason.message.clone(),
             sent: now,
@@ -209,7 +212,9 @@ impl DeadLetters {
             "{}; nor can it be published as a dead letter to `{}` at the source: {error}",
             letter.reason, self.subject
         );
-        let poison = letter.source.time_ns.map(|time_ns| SourceMessage { seq: letter.source.seq, time_ns });
+        let source = letter.source.time_ns.map(|time_ns| SourceMessage { seq: letter.source.seq, time_ns });
+        let content = Some((letter.subject.clone(), letter.bytes as u64));
+        let poison = source.map(|message| Box::new(PoisonMessage { message, content }));
         RunError { poison: poison.filter(|_| kind == RunErrorKind::Hold), ..RunError::new(kind, message) }
     }
 }

@@ -9,6 +9,9 @@ use crate::config::{Former, Replication};
 pub(crate) const PREFIX: &str = "replicator.";
 /// The site that created it.
 const SITE: &str = "replicator.site";
+/// The source stream of the replication that created it, and the cluster that holds that stream, where it is one.
+const SOURCE_STREAM: &str = "replicator.source_stream";
+const SOURCE_CLUSTER: &str = "replicator.source_cluster";
 /// The replications that are copied into it, with commas between; one that was deleted stays.
 const REPLICATIONS: &str = "replicator.replications";
 
@@ -41,6 +44,16 @@ pub(crate) fn put(config: &mut Value, site: &str, id: &str) {
     config["metadata"][REPLICATIONS] = joined.into();
 }
 
+/// Adds to the configuration of a stream that is created where its first messages come from.
+pub(crate) fn put_source(config: &mut Value, source: &StreamInfo, stream: &str) {
+    let cluster = source.cluster.as_ref().map(|cluster| cluster.name.as_str()).filter(|name| !name.is_empty());
+    for (key, value) in [(SOURCE_STREAM, Some(stream)), (SOURCE_CLUSTER, cluster)] {
+        if let Some(value) = value {
+            config["metadata"][key] = value.into();
+        }
+    }
+}
+
 fn value<'a>(config: &'a Value, key: &str) -> &'a str {
     config.get("metadata").and_then(|metadata| metadata.get(key)).and_then(Value::as_str).unwrap_or_default()
 }
@@ -67,6 +80,18 @@ mod tests {
         let former = Former { site: "EAST".to_owned(), name: "EAST".to_owned() };
         assert!(is_ours(&config, "WEST", &[former]));
         assert!(names(&stream, "A") && names(&stream, "B.x") && !names(&stream, "B"));
+    }
+
+    #[test]
+    fn a_stream_names_where_it_is_from() {
+        let mut config = json!({"name": "T"});
+        put(&mut config, "EAST", "A");
+        put_source(&mut config, &stream(&json!({})), "S");
+        assert_eq!(config["metadata"]["replicator.source_stream"], "S");
+        assert_eq!(config["metadata"].get("replicator.source_cluster"), None);
+        let clustered = json!({"config": {}, "state": {}, "cluster": {"name": "c1", "leader": "a"}});
+        put_source(&mut config, &serde_json::from_value(clustered).unwrap(), "S");
+        assert_eq!(config["metadata"]["replicator.source_cluster"], "c1");
     }
 
     #[test]

@@ -1,9 +1,14 @@
 //! The meaning of a server's refusal of a message.
 
-use nats_lane::{Error, ErrorKind};
+use nats_lane::{Error, ErrorKind, excerpt, jetstream::Delivery};
 
 use crate::{
-    copy::{Error as RunError, error::RefusedMessage, flow::window::SourcePoint},
+    copy::{
+        Error as RunError,
+        error::{PoisonMessage, RefusedMessage},
+        flow::window::SourcePoint,
+        source::reader::Incoming,
+    },
     store::SourceMessage,
 };
 
@@ -31,7 +36,7 @@ pub(in crate::copy) fn refusal(error: Error, source: Option<SourcePoint>) -> Run
         None => error.context("the target refused a message"),
     };
     let error = about(error, source);
-    let refused: Option<RefusedMessage> = error.poison.map(|message| (message, error.message.clone()));
+    let refused: Option<RefusedMessage> = error.poison.as_ref().map(|poison| (poison.message, error.message.clone()));
     RunError { refused: refused.into_iter().collect(), unheard, ..error }
 }
 
@@ -41,6 +46,19 @@ pub(in crate::copy) fn about(error: Error, source: Option<SourcePoint>) -> RunEr
     RunError { poison: poison.and_then(named), ..error.into() }
 }
 
-fn named(source: SourcePoint) -> Option<SourceMessage> {
-    Some(SourceMessage { seq: source.seq, time_ns: source.time_ns? })
+/// An error about a message that was read.
+pub(in crate::copy) fn about_incoming(error: Error, incoming: &Incoming<'_>) -> RunError {
+    let Delivery { stream_seq: seq, time_ns, .. } = incoming.delivery;
+    let mut error = about(error, Some(SourcePoint { seq, time_ns: Some(time_ns) }));
+    if let Some(poison) = &mut error.poison {
+        // The publisher chose the subject.
+        let subject = excerpt(&String::from_utf8_lossy(incoming.message.subject)).into_owned();
+        poison.content = Some((subject, incoming.bytes() as u64));
+    }
+    error
+}
+
+fn named(source: SourcePoint) -> Option<Box<PoisonMessage>> {
+    let message = SourceMessage { seq: source.seq, time_ns: source.time_ns? };
+    Some(Box::new(PoisonMessage { message, content: None }))
 }

@@ -289,6 +289,7 @@ impl<'a> Opening<'a> {
                 room.reserve(&mut config, self.source);
             }
             mark::put(&mut config, site, &replication.id);
+            mark::put_source(&mut config, self.source, &replication.source.stream);
             match Api::new(self.to).create_stream(name, &config).await {
                 Ok(made) => {
                     self.known = is_whole(&made, self.to, maker).then_some(Some(made));

@@ -182,7 +182,7 @@ impl TargetWatch {
         let (what, body) = match &consumer {
             Some(name) => {
                 let range = Range { stream, filters: &[], from: poll.from, headers_only: true };
-                create_new_consumer_call(stream, name, &range.config(name))
+                create_new_consumer_call(stream, name, &range.config(name, self.names.labels()))
             }
             None => message_from_call(stream, poll.from),
         };

@@ -2,15 +2,16 @@
 
 use std::{future::pending, pin::pin, time::Duration};
 
-use nats_lane::backoff::jitter;
+use nats_lane::{ServerRef, backoff::jitter};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::{CopyRunner, release::clear_release};
+use super::{CatchUp, CopyRunner, release::clear_release};
 use crate::{
+    config::Replication,
     copy::{self, Error, ErrorKind, PositionWriter},
-    events::Step,
+    events::{Event, Step},
     status::State,
     supervisor::{
         context::Context,
@@ -41,6 +42,7 @@ impl CopyRunner {
     pub(super) async fn wait_after_error(
         &mut self,
         error: Error,
+        replication: &Replication,
         begun: Instant,
         stop: &CancellationToken,
     ) -> Result<Step, Error> {
@@ -53,7 +55,9 @@ impl CopyRunner {
             self.escalation.over();
         }
         let step = self.escalation.failed(&error);
-        self.report(&error, step);
+        self.report(&error, step, server_of(&error, replication));
+        let copied = self.context.cell.copied();
+        self.catching_up.get_or_insert_with(|| CatchUp::from(copied));
         let (state, delay) = self.next_attempt(error.kind, begun);
         let wake = Instant::now() + delay;
         self.context.cell.set_state(state);
@@ -95,12 +99,13 @@ impl CopyRunner {
     pub(super) fn end_superseded(&mut self, error: &Error) {
         self.writer = None;
         self.superseded = true;
-        self.report(error, Step::Connections);
+        self.report(error, Step::Connections, None);
         self.context.cell.released();
         self.context.cell.set_state(State::Stopped);
     }
 
-    fn report(&mut self, error: &Error, step: Step) {
+    /// `server` is the one that a transient error is about.
+    fn report(&mut self, error: &Error, step: Step, server: Option<String>) {
         let Error { kind, message, .. } = error;
         let Context { id, cell, .. } = &self.context;
         cell.failed(error, (*kind == ErrorKind::Retry).then_some(step));
@@ -111,8 +116,26 @@ impl CopyRunner {
             (true, ErrorKind::Hold) => error!(replication = id, "held: {message}"),
             (true, ErrorKind::Superseded) => error!(replication = id, "gives it up: {message}"),
         }
+        if *kind != ErrorKind::Retry {
+            self.context.outages.left(id);
+        }
         for event in report.events {
-            self.context.emit(event);
+            match (&event, &server) {
+                (Event::Stalled { .. }, Some(server)) => self.context.outages.stalled(server.clone(), id, event),
+                _ => self.context.emit(event),
+            }
         }
     }
+}
+
+/// The server that an error is about, without secrets.
+fn server_of(error: &Error, replication: &Replication) -> Option<String> {
+    let sides = [("source", &replication.source), ("target", &replication.target)];
+    let (_, side) = sides.into_iter().find(|(name, _)| error.is_of(name))?;
+    Some(match &side.place {
+        ServerRef::Known(connection) => {
+            connection.endpoint.hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+        }
+        context @ ServerRef::Context { .. } => context.to_string(),
+    })
 }

@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::harness::{Cli, Site};
 
 /// Every command that there is.
-const COMMANDS: [&str; 44] = [
+const COMMANDS: [&str; 45] = [
     "serve",
     "replicate",
     "config",
@@ -24,6 +24,7 @@ const COMMANDS: [&str; 44] = [
     "config export",
     "status",
     "check",
+    "doctor",
     "pause",
     "resume",
     "position",

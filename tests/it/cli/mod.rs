@@ -6,6 +6,8 @@ mod check;
 mod config;
 mod connection;
 mod containers;
+mod doc_commands;
+mod doctor;
 mod edit;
 mod events;
 mod generate;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::cli::failed;
 use crate::harness::{Site, wait_for};
@@ -133,6 +133,30 @@ async fn caught_up_is_waited_for() -> Result<()> {
     assert_eq!((ended.code, ended.stdout.as_str()), (Some(0), "caught up: 1 replication\n"), "{ended:?}");
     site.copied("ORDERS", 20).await?;
     assert_eq!(site.at_target("ORDERS").await?, 20);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_progress_of_a_copy_is_drawn_on_a_terminal() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    site.filled("ORDERS", 2_000).await?;
+    let slow = site.document_with("ORDERS", json!({"limits": {"messages_per_second": 400}}));
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(file.path(), slow.to_string())?;
+    let path = file.path().to_str().expect("a path");
+    let mut running = cli.on_terminal(["config", "add", path, "--wait-caught-up"])?;
+    running.shows("ORDERS is at revision").await?;
+    running.shows(" messages (").await?;
+    running.shows("/s, average ").await?;
+    running.shows(" left").await?;
+    running.types("")?;
+    let ended = running.end().await?;
+    assert!(ended.code == Some(0) && ended.stdout.contains("caught up: 1 replication"), "{ended:?}");
+    assert_eq!(site.at_target("ORDERS").await?, 2_000);
+    // A program gets no line about it.
+    let quiet = cli.run(["status", "ORDERS", "--wait-caught-up"]).await?;
+    assert_eq!((quiet.stdout.as_str(), quiet.stderr.as_str()), ("caught up: 1 replication\n", ""));
     Ok(())
 }
 

@@ -104,8 +104,38 @@ async fn what_is_held_is_tried_again_or_goes_on_without_a_message() -> Result<()
     site.row_when("ORDERS", "is held", |row| row["last_error"]["source_seq"] == 10).await?;
     failed(&cli.run(["skip", "ORDERS", "--source-seq", "11"]).await?, &["(409)"]);
     let skipped = cli.ok(["skip", "ORDERS", "--source-seq", "10"]).await?;
-    assert!(skipped.contains("ORDERS") && skipped.contains("10"), "{skipped}");
+    let expect = "ORDERS: source message 10 (subject orders.x, 2.9 KiB, stored 20";
+    assert!(skipped.starts_with(expect) && skipped.ends_with("Z) is skipped\n"), "{skipped}");
     site.settled("ORDERS", 20).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn skip_shows_the_message_and_asks() -> Result<()> {
+    let site = Site::small().await?;
+    let cli = site.cli();
+    site.source_stream("ORDERS", json!({})).await?;
+    let payload = |i| if i == 3 || i == 5 { "x".repeat(3_000) } else { String::new() };
+    site.source().await?.publish_all((1..=6).map(|i| Outgoing::new("orders.x", payload(i)))).await?;
+    site.target_stream("ORDERS", json!({"max_msg_size": 1_000})).await?;
+    site.add("ORDERS", json!({})).await?;
+    site.row_when("ORDERS", "is held", |row| row["last_error"]["source_seq"] == 3).await?;
+    let unasked = cli.run(["skip", "ORDERS"]).await?;
+    assert_eq!(unasked.code, Some(2), "{unasked:?}");
+    assert!(unasked.stderr.contains("`skip ORDERS --source-seq 3`"), "{unasked:?}");
+    for (answer, code) in [("n\n", 1), ("\u{4}", 1), ("y\n", 0)] {
+        let mut running = cli.on_terminal(["skip", "ORDERS"])?;
+        running.shows("skip it? It will not be at the target [y/N]").await?;
+        let shown = running.shown();
+        assert!(shown.contains("ORDERS: source message 3 (subject orders.x, 2.9 KiB, stored 20"), "{shown}");
+        running.types(answer)?;
+        let ended = running.end().await?;
+        assert_eq!(ended.code, Some(code), "{answer:?}: {ended:?}");
+    }
+    site.row_when("ORDERS", "is held again", |row| row["last_error"]["source_seq"] == 5).await?;
+    let skipped = cli.json(["skip", "ORDERS", "--yes"]).await?;
+    assert_eq!((&skipped["source_seq"], &skipped["subject"]), (&json!(5), &json!("orders.x")), "{skipped}");
+    site.settled("ORDERS", 6).await?;
     Ok(())
 }
 

@@ -287,3 +287,70 @@ async fn links_are_handled_from_the_command_line() -> Result<()> {
     assert_eq!(cli.ok(["link", "rm", "eu"]).await?, "eu is removed\n");
     Ok(())
 }
+
+#[tokio::test]
+async fn a_document_is_shown_with_the_fields_of_its_link() -> Result<()> {
+    let site = Site::small().await?;
+    site.source_stream("ORDERS", json!({})).await?;
+    let login = site.source.url_as("u:hunter2");
+    add_link(&site, json!({"source_url": login, "max_age": "1h"})).await?;
+    add(&site, json!({"stream": "ORDERS", "link": "eu", "max_age": "2h"})).await?;
+    let cli = site.cli();
+    let written: Value = serde_json::from_str(&cli.ok(["config", "get", "ORDERS"]).await?)?;
+    assert_eq!(written, json!({"stream": "ORDERS", "link": "eu", "max_age": "2h"}));
+    let resolved: Value = serde_json::from_str(&cli.ok(["config", "get", "ORDERS", "--resolved"]).await?)?;
+    let masked = login.replace("hunter2", "***");
+    assert_eq!((&resolved["source_url"], &resolved["max_age"]), (&json!(masked), &json!("2h")), "{resolved}");
+    assert_eq!((&resolved["target_url"], resolved.get("link")), (&json!(site.target.url()), None), "{resolved}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn links_are_exported_applied_and_imported() -> Result<()> {
+    let site = Site::small().await?;
+    let folder = tempfile::tempdir()?;
+    let cli = site.cli();
+    let login = site.source.url_as("u:hunter2");
+    add_link(&site, json!({"source_url": login})).await?;
+    add(&site, json!({"stream": "ORDERS", "link": "eu"})).await?;
+    add(&site, json!({"id": "all", "streams": ["B_*"], "link": "eu"})).await?;
+
+    let out = folder.path().join("out");
+    let path = out.to_str().context("a path")?;
+    let written = cli.ok(["config", "export", "--dir", path]).await?;
+    assert_eq!(written, format!("{path}/ORDERS.json\n{path}/all.json\n{path}/link eu.json\n"));
+    let same = cli.ok(["config", "apply", path]).await?;
+    assert!(same.ends_with("0 added, 0 updated, 3 unchanged, 0 removed\n"), "{same}");
+    // The secret is not in the files; elsewhere it has to be written.
+    let link = std::fs::read_to_string(out.join("link eu.json"))?;
+    assert!(!link.contains("hunter2"), "{link}");
+    std::fs::write(
+        out.join("link eu.json"),
+        link.replace("u:***", "u:hunter2").replacen('{', "{\"max_age\": \"1h\",", 1),
+    )?;
+    for id in ["ORDERS", "all"] {
+        cli.ok(["config", "rm", id, "--force"]).await?;
+    }
+    cli.ok(["link", "rm", "eu"]).await?;
+    let applied = cli.json(["config", "apply", path]).await?;
+    let results: Vec<_> = applied["results"].as_array().context("results")?.iter().collect();
+    assert_eq!((&results[0]["link"], &results[0]["action"]), (&json!("eu"), &json!("added")), "{applied}");
+    assert_eq!((&results[1]["replication"], results.len()), (&json!("ORDERS"), 3), "{applied}");
+    site.filled("ORDERS", 5).await?;
+    site.copied("ORDERS", 5).await?;
+    // Removing what is in no file leaves links alone.
+    let pruned = cli.ok(["config", "apply", &format!("{path}/ORDERS.json"), "--prune", "--force"]).await?;
+    assert!(pruned.ends_with("1 unchanged, 1 removed\n"), "{pruned}");
+    assert!(cli.ok(["link", "ls"]).await?.contains("eu"));
+
+    let yaml = cli.ok(["config", "export"]).await?;
+    assert!(yaml.contains("links:\n  - name: \"eu\"") || yaml.contains("name: \"eu\""), "{yaml}");
+    let file = folder.path().join("sr.yaml");
+    std::fs::write(&file, &yaml)?;
+    let file = file.to_str().context("a path")?;
+    let imported = cli.ok(["config", "import", file]).await?;
+    assert!(imported.contains("link eu: unchanged") && !imported.contains("hunter2"), "{imported}\n{yaml}");
+    let shown = cli.ok(["config", "get", "ORDERS"]).await?;
+    assert!(shown.contains("\"link\": \"eu\"") && !shown.contains("source_url"), "{shown}");
+    Ok(())
+}

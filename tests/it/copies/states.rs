@@ -164,6 +164,12 @@ async fn two_hundred_copies_are_retrying_while_their_target_is_silent() -> Resul
     let now = lag().await?;
     println!("{looks} looks, all retrying; a lag of {began:.1} s grew to {now:.1} s");
     ensure!(now - began > OUTAGE.as_secs_f64() / 2.0, "the metric stood still: {began}, {now}");
+    // Not one event for each of them: a silent server is noticed within a few seconds by all.
+    let (outages, singly) = (site.events.told("outage"), site.events.told("stalled"));
+    let together: u64 = outages.iter().filter_map(|outage| outage["count"].as_u64()).sum();
+    println!("{} outage events for {together} copies, {} of their own", outages.len(), singly.len());
+    ensure!(together + singly.len() as u64 == COPIES as u64, "{together} and {} of {COPIES}", singly.len());
+    ensure!(outages.len() + singly.len() <= 20, "{} and {} events", outages.len(), singly.len());
     site.target.thaw()?;
     wait_for("all to run again", LONG * 2, async || all("running").await).await
 }

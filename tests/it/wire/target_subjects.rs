@@ -381,6 +381,7 @@ async fn a_source_that_joins_brings_room_and_settings() -> Result<()> {
     assert!(config["max_msgs"].as_i64() >= Some(600) && config["allow_rollup_hdrs"] == true, "{config}");
     assert_eq!(config["metadata"]["replicator.site"], SITE, "{config}");
     assert_eq!(config["metadata"]["replicator.replications"], "A,B", "{config}");
+    assert!(config["metadata"]["replicator.source_stream"].is_string(), "{config}");
     Ok(())
 }
 
