@@ -375,6 +375,7 @@ impl<'a> Feed<'a> {
 
     /// Serves a request: checks whether the target may continue, opens the reader and answers.
     async fn begin(&mut self, asked: ConsumerRequest, positions: &mut PositionWriter) -> Result<(), Error> {
+        let Some(asked) = self.located(asked).await? else { return Ok(()) };
         self.end_session();
         self.count_refusal(&asked)?;
         let opened = async {
@@ -462,7 +463,7 @@ impl<'a> Feed<'a> {
     fn count_refusal(&mut self, asked: &ConsumerRequest) -> Result<(), Error> {
         let delivered = std::mem::take(&mut self.repeats.delivered);
         let start = match asked.wanted {
-            FeedStart::All | FeedStart::Time(_) => 0,
+            FeedStart::All | FeedStart::Time(_) | FeedStart::AfterItsLast => 0,
             FeedStart::From(seq) => seq,
         };
         if !delivered || start != self.repeats.start {

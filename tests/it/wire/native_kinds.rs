@@ -336,3 +336,30 @@ async fn permissions(site: &Site, fields: &Value) -> Result<(String, String)> {
     let root = block[block.find("$SR.").context("a prefix")?..][..20].to_owned();
     Ok((block, root))
 }
+
+/// A target with a durable consumer listens while no feed is there, and continues at once when one comes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_outage_of_the_feed_is_over_at_once() -> Result<()> {
+    const OUTAGE: Duration = Duration::from_secs(45);
+    let outages = ["mirror", "source"].map(async |kind| {
+        let (mut site, fields) = begin_as(kind, "2.15.1", &[]).await?;
+        site.filled(STREAM, 50).await?;
+        site.add(STREAM, fields).await?;
+        site.settled(STREAM, 50).await?;
+        site.service.kill()?;
+        site.publish(STREAM, 51..=100).await?;
+        let killed = Instant::now();
+        wait_for("a long outage", 2 * OUTAGE, async || killed.elapsed() > OUTAGE).await?;
+        site.service.restart().await?;
+        let begun = Instant::now();
+        let all = async || site.at_target(STREAM).await.is_ok_and(|messages| messages == 100);
+        wait_for("everything", 2 * LIMIT, all).await.with_context(|| site.service.log())?;
+        let took = begun.elapsed();
+        eprintln!("{kind}: everything is there {took:?} after the service was ready");
+        // A target that waits by itself needs 20 s and more after such an outage.
+        ensure!(took < Duration::from_secs(15), "{kind}: {took:?}\n{}", site.service.log());
+        site.settled(STREAM, 100).await?;
+        has_each_once(&site, kind).await
+    });
+    futures_util::future::try_join_all(outages).await.map(drop)
+}
