@@ -94,6 +94,19 @@ pub enum Event {
         /// Source messages in between that are passed over.
         passed_over: u64,
     },
+    /// A mirror was turned into a stream that publishers write to.
+    Promoted {
+        /// Name of the stream.
+        stream: String,
+        /// Its subjects.
+        subjects: Vec<String>,
+        /// Last sequence of the mirror.
+        last_seq: u64,
+        /// Messages of the source that it lacks; `null` where the source did not answer.
+        lag: Option<u64>,
+        /// The replication stays, and is paused.
+        kept: bool,
+    },
     /// A document changed and the replication follows it.
     ConfigChanged {
         /// Revision of the document.
@@ -351,7 +364,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 36] = [
+    pub const KINDS: [&str; 37] = [
         "adapter-started",
         "adapter-stopped",
         "adapter-dropped",
@@ -363,6 +376,7 @@ impl Event {
         "stream-appeared",
         "stream-gone",
         "position-moved",
+        "promoted",
         "config-changed",
         "config-rejected",
         "repaired",
@@ -404,6 +418,7 @@ impl Event {
             Self::Resumed { .. } => "resumed",
             Self::Leader { .. } => "leader",
             Self::PositionMoved { .. } => "position-moved",
+            Self::Promoted { .. } => "promoted",
             Self::ConfigChanged { .. } => "config-changed",
             Self::ConfigRejected { .. } => "config-rejected",
             Self::Repaired { .. } => "repaired",

@@ -16,14 +16,17 @@ mod target;
 mod witness;
 
 use nats_lane::ErrorKind;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
+use tracing::info;
 
 pub use subjects::FeedSubjects;
 pub(crate) use target::{
     Fit, check as check_target, refuse_source,
     source::{lacks, remove as remove_source},
 };
+
+use feed::FeedEnd;
 
 use crate::{
     config::NativeFeed,
@@ -41,21 +44,33 @@ pub async fn run(
     events: &Events,
     stop: CancellationToken,
 ) -> Result<(), copy::Error> {
-    let opened = tokio::select! {
-        biased;
-        () = stop.cancelled() => return Ok(()),
-        opened = Box::pin(open::open(job, native, status)) => opened,
-    };
-    let result = match opened {
-        Ok(opened) => Box::pin(feed::Feed::new(job, opened, status, events).run(positions, &stop)).await,
-        Err(error) => Err(error),
-    };
-    status.send_modify(|(_, copy)| {
-        copy.source.connected = false;
-        copy.target.connected = false;
-        copy.in_flight = Default::default();
-    });
-    result
+    loop {
+        let opened = tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(()),
+            opened = Box::pin(open::open(job, native, positions, status)) => opened,
+        };
+        let result = match opened {
+            Ok(opened) => Box::pin(feed::Feed::new(job, opened, status, events).run(positions, &stop)).await,
+            Err(error) => Err(error),
+        };
+        status.send_modify(|(_, copy)| {
+            copy.source.connected = false;
+            copy.target.connected = false;
+            copy.in_flight = Default::default();
+        });
+        match result {
+            Ok(FeedEnd::Stopped) => return Ok(()),
+            Ok(FeedEnd::LogsInAgain) => {
+                info!(replication = job.replication.id, "credentials were renewed: logging in again");
+            }
+            // The next login reads the credentials again, and shows whether it is refused.
+            Err(error) if error.login_ended && positions.logs_in_again(Instant::now()) => {
+                info!(replication = job.replication.id, "the login ended: logging in again: {error}");
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// What a server says when another leafnode connection of the same name has taken the place of this one.
@@ -70,9 +85,10 @@ fn of_leaf(error: nats_lane::Error) -> copy::Error {
         );
         return copy::Error::new(copy::ErrorKind::Hold, message);
     }
-    if error.kind == ErrorKind::Hold {
-        let message = format!("{}: `config validate` prints the permissions that the leaf user needs", error.message);
-        return copy::Error::new(copy::ErrorKind::Hold, message);
+    let refused = error.kind == ErrorKind::Hold && !error.login_refused();
+    let mut error = copy::Error::from(error);
+    if refused {
+        error.message += ": `config validate` prints the permissions that the leaf user needs";
     }
-    error.into()
+    error
 }

@@ -235,7 +235,7 @@ fn colour(kind: &str) -> Colour {
     match kind {
         "held" | "poison" | "gap" | "config-rejected" | "source-reset" | "target-reset" | "target-dropped"
         | "headroom-low" => Colour::Red,
-        "stalled" | "target-shared" | "position-moved" | "clock-offset" => Colour::Yellow,
+        "stalled" | "target-shared" | "position-moved" | "promoted" | "clock-offset" => Colour::Yellow,
         "started" | "resumed" | "repaired" | "headroom-ok" | "clock-ok" => Colour::Green,
         _ => Colour::Cyan,
     }

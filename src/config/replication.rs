@@ -4,6 +4,7 @@ use std::{fmt, time::Duration};
 
 use chrono::{DateTime, Utc};
 use nats_lane::ServerRef;
+use serde::{Deserialize, Serialize};
 
 use super::{LoopProtection, Mapping, OriginTag, Scope, StreamPatterns};
 use crate::status::Ordering;
@@ -73,7 +74,8 @@ pub struct Replication {
 }
 
 /// How the target's own server takes the messages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum NativeKind {
     /// The target stream is a mirror: it has the sequences and stored times of its source, and nothing else.
     Mirror,

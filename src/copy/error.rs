@@ -49,7 +49,7 @@ pub struct Error {
     /// Whether the run was given up because nothing moved.
     pub(super) stalled: bool,
     /// Whether a server ended the login of a connection that was in use.
-    pub(super) login_ended: bool,
+    pub(crate) login_ended: bool,
     /// Whether a server refused the login of a new connection.
     pub login_refused: bool,
 }

@@ -2,6 +2,7 @@
 
 pub(in crate::copy) mod bounds;
 pub(in crate::copy) mod budget;
+pub(in crate::copy) mod logins;
 pub(in crate::copy) mod position;
 pub(in crate::copy) mod throttle;
 pub(in crate::copy) mod unsaved;

@@ -152,6 +152,7 @@ impl<'a> Opener<'a> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
         let FirstAnswers { source: source_info, sent, received, target: known, acked } = first;
         let end_before = known.as_ref().map_or(0, |info| info.state.last_seq);
+        positions.stores_as(None, &replication.target.stream, end_before).await?;
         let source_info = source_info.ok_or_else(|| {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
         })?;

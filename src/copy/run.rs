@@ -12,6 +12,7 @@ use super::{
     decide::CopyRules,
     flow::{
         bounds::Bounds,
+        logins::LoginWatch,
         position::{PositionWriter, SenderRecords, Witnesses},
         throttle,
         watchdog::{DRAIN, LAST_SAVE},
@@ -79,13 +80,13 @@ pub(super) struct Times {
     began: Instant,
     next_tick: Instant,
     /// When to read the files of a login that is about to end.
-    next_login: Instant,
+    logins: LoginWatch,
 }
 
 impl Times {
     /// Everything is due now.
     pub fn new(now: Instant) -> Self {
-        Self { began: now, next_tick: now, next_login: now }
+        Self { began: now, next_tick: now, logins: LoginWatch::default() }
     }
 }
 

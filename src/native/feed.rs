@@ -1,6 +1,7 @@
 //! The loop of a feed: one task, one owner of three connections. Whatever fails ends it, and the next run begins with a
 //! target that asks again.
 
+mod message;
 mod resume;
 
 use std::{collections::BTreeSet, future::poll_fn};
@@ -18,19 +19,20 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use self::message::{count, skipped, splits_at_last, undeliverable};
 use super::{
     FeedSubjects,
     headers::without_ids,
     of_leaf,
     open::OpenedFeed,
     request::{self, ConsumerRequest, FeedStart, Unserved},
-    session::{Amount, FedPoint, FeedSession, is_control, poke},
+    session::{Amount, FedPoint, FeedSession, poke},
     target::{self, Fit},
 };
 use crate::{
     config::{NativeKind, Replication, Scope},
     copy::{
-        Error, ErrorKind, Fed, Job, PositionWriter, ReturnedMessages,
+        Error, ErrorKind, Fed, Job, LoginWatch, PositionWriter, ReturnedMessages,
         source::{
             clock::{ClockReading, SourceClock, shown},
             consumers::Names,
@@ -78,6 +80,8 @@ struct Repeats {
     /// The sequence that was asked for last, after something was delivered.
     start: u64,
     times: u32,
+    /// Something was delivered since the last request.
+    delivered: bool,
 }
 
 /// When something is due.
@@ -91,6 +95,15 @@ struct FeedTimes {
     waits: Instant,
     /// When the target last confirmed stored messages, or had none to store.
     stored: Instant,
+}
+
+/// How a feed ended that did not fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FeedEnd {
+    /// By request.
+    Stopped,
+    /// A login is about to end, and the files have a newer one.
+    LogsInAgain,
 }
 
 /// What was saved of a feed.
@@ -148,6 +161,8 @@ pub(super) struct Feed<'a> {
     given: Option<u64>,
     /// Recognises messages that came from the target.
     returned: ReturnedMessages,
+    /// The target cannot store a subject with `@`.
+    splits_at_last: bool,
     /// Message ids are renamed.
     renames_ids: bool,
     repeats: Repeats,
@@ -160,6 +175,7 @@ pub(super) struct Feed<'a> {
     copy: CopyStatus,
     state: State,
     times: FeedTimes,
+    logins: LoginWatch,
     stepped_down: bool,
     reply: Vec<u8>,
     /// Room for a subject and a header.
@@ -180,6 +196,7 @@ impl<'a> Feed<'a> {
         let seq = if kind == NativeKind::Mirror { target_info.state.last_seq } else { 0 };
         let position = FedPoint { seq, time_ns: None };
         let renames_ids = kind == NativeKind::Source;
+        let splits_at_last = splits_at_last(&leaf.info().version);
         let times = FeedTimes { tick: now, heartbeat: now, info: now + INFO_EVERY, poke: now, waits: now, stored: now };
         Self {
             job,
@@ -200,6 +217,7 @@ impl<'a> Feed<'a> {
             session: None,
             given: None,
             returned: ReturnedMessages::default(),
+            splits_at_last,
             renames_ids,
             repeats: Repeats::default(),
             asked: (None, None),
@@ -208,6 +226,7 @@ impl<'a> Feed<'a> {
             copy,
             state,
             times,
+            logins: LoginWatch::default(),
             stepped_down: false,
             reply: Vec::new(),
             room: Default::default(),
@@ -215,7 +234,7 @@ impl<'a> Feed<'a> {
     }
 
     /// Until the stop, or the first error.
-    pub async fn run(mut self, positions: &mut PositionWriter, stop: &CancellationToken) -> Result<(), Error> {
+    pub async fn run(mut self, positions: &mut PositionWriter, stop: &CancellationToken) -> Result<FeedEnd, Error> {
         if let Some(saved) = SavedFeed::of(positions).point
             && (self.kind == NativeKind::Source || saved.seq == self.position.seq)
         {
@@ -230,7 +249,7 @@ impl<'a> Feed<'a> {
         }
         let result = tokio::select! {
             biased;
-            () = stop.cancelled() => Ok(()),
+            () = stop.cancelled() => Ok(FeedEnd::Stopped),
             result = self.feed(positions) => result,
         };
         if result.as_ref().is_err_and(|error| error.kind == ErrorKind::Superseded) {
@@ -244,7 +263,7 @@ impl<'a> Feed<'a> {
         }
     }
 
-    async fn feed(&mut self, positions: &mut PositionWriter) -> Result<(), Error> {
+    async fn feed(&mut self, positions: &mut PositionWriter) -> Result<FeedEnd, Error> {
         self.check_source(&SavedFeed::of(positions)).await?;
         loop {
             let now = Instant::now();
@@ -255,6 +274,9 @@ impl<'a> Feed<'a> {
             self.acknowledge();
             if now >= self.times.tick {
                 self.tick(now, positions)?;
+                if self.has_newer_login(now) {
+                    return Ok(FeedEnd::LogsInAgain);
+                }
             }
             let reads = self.session.as_mut().is_none_or(|served| served.reader.may_read(&self.job.budget));
             let wakes = self.wakes();
@@ -364,6 +386,7 @@ impl<'a> Feed<'a> {
     fn end_session(&mut self) {
         if let Some(Served { session, reader, .. }) = self.session.take() {
             reader.close(&mut self.source);
+            self.repeats.delivered |= session.delivered() > 0;
             self.given = self.given.max(Some(session.last().seq));
         }
         let now = Instant::now();
@@ -373,12 +396,21 @@ impl<'a> Feed<'a> {
 
     /// Serves a request: checks whether the target may continue, opens the reader and answers.
     async fn begin(&mut self, asked: ConsumerRequest, positions: &mut PositionWriter) -> Result<(), Error> {
-        self.count_refusal(&asked)?;
+        let Some(asked) = self.located(asked).await? else { return Ok(()) };
         self.end_session();
+        self.count_refusal(&asked)?;
         let opened = async {
             let replication = self.scoped(&asked)?;
             let before = self.before(&asked, &SavedFeed::of(positions)).await?;
-            Ok::<_, Error>((before, self.open_reader(&replication, before.seq, positions).await?))
+            let created = self.source_info.created.clone();
+            let reader = self.open_reader(&replication, before.seq, positions).await?;
+            // The reader must be one of the stream that was compared.
+            self.read_source().await?;
+            if self.source_info.created != created {
+                let message = "the source was recreated while the target was compared with it";
+                return Err(Error::new(ErrorKind::Retry, message));
+            }
+            Ok::<_, Error>((before, reader))
         };
         let (before, reader) = match opened.await {
             Ok(opened) => opened,
@@ -450,13 +482,13 @@ impl<'a> Feed<'a> {
 
     /// A message that the target asks for again and again was refused by it.
     fn count_refusal(&mut self, asked: &ConsumerRequest) -> Result<(), Error> {
-        let delivered = self.session.as_ref().is_some_and(|served| served.session.delivered() > 0);
+        let delivered = std::mem::take(&mut self.repeats.delivered);
         let start = match asked.wanted {
-            FeedStart::All | FeedStart::Time(_) => 0,
+            FeedStart::All | FeedStart::Time(_) | FeedStart::AfterItsLast => 0,
             FeedStart::From(seq) => seq,
         };
         if !delivered || start != self.repeats.start {
-            self.repeats = Repeats { start, times: u32::from(delivered) };
+            self.repeats = Repeats { start, times: u32::from(delivered), delivered: false };
             return Ok(());
         }
         self.repeats.times += 1;
@@ -494,7 +526,8 @@ impl<'a> Feed<'a> {
     fn report_gap(&mut self, last: u64) {
         let first = self.source_info.state.first_seq;
         // What is acknowledged is removed, and what is out of scope is not missed.
-        let plain = !Durable::is_needed(&self.source_info) && self.job.replication.scope.is_whole();
+        let Replication { scope, max_age, .. } = &self.job.replication;
+        let plain = !Durable::is_needed(&self.source_info) && scope.is_whole() && max_age.is_none();
         if plain && first > last + 1 {
             let (from, to) = (last + 1, first - 1);
             let gap = Event::Gap { from, to, messages: to - last };
@@ -516,26 +549,32 @@ impl<'a> Feed<'a> {
             self.times.stored = now;
         }
         let (mapping, scope) = (&self.job.replication.mapping, &self.job.replication.scope);
+        let oldest = self.job.replication.max_age.map(|age| {
+            let age = i64::try_from(age.as_nanos()).unwrap_or(i64::MAX);
+            self.clock.now_ns(now).saturating_sub(age)
+        });
+        let mut waits = false;
         while !session.is_full() && self.leaf.unwritten() < UNWRITTEN {
             let Some(incoming) = reader.peek() else { break };
             let (delivery, message, size) = (incoming.delivery, incoming.message, incoming.size());
+            let of = (message.subject, message.header, delivery.time_ns);
+            let skipped = skipped(of, oldest, scope, &self.returned);
+            let mapped = mapping.apply(message.subject, &mut self.room.0);
+            if skipped.is_none()
+                && let Some(why) = undeliverable(message.header, message.payload, mapped, self.splits_at_last)
+            {
+                if session.is_settled() {
+                    return Err(held(format!("source message {} {why}", delivery.stream_seq)));
+                }
+                // What comes before it is stored first.
+                waits = true;
+                break;
+            }
             *read = FedPoint { seq: delivery.stream_seq, time_ns: Some(delivery.time_ns) };
-            self.copy.counters.received += 1;
-            self.copy.counters.received_bytes += size.bytes as u64;
-            self.copy.metered.received_payload += size.payload as u64;
-            let is_excluded = scope.excludes(message.subject);
-            if is_excluded || self.returned.includes(message.header) {
-                let counters = &mut self.copy.counters;
-                *(if is_excluded { &mut counters.skipped_filtered } else { &mut counters.skipped_loop }) += 1;
-                self.copy.counters.skipped_bytes += size.bytes as u64;
-                self.copy.metered.skipped_payload += size.payload as u64;
+            count(&mut self.copy, size, skipped);
+            if skipped.is_some() {
                 reader.take();
                 continue;
-            }
-            let mapped = mapping.apply(message.subject, &mut self.room.0);
-            if let Some(why) = undeliverable(message.header, message.payload, mapped) {
-                let seq = delivery.stream_seq;
-                return Err(held(format!("source message {seq} {why}; delete it at the source")));
             }
             session.deliver(&delivery, mapped, size, &mut self.reply);
             let header = match self.renames_ids {
@@ -548,7 +587,7 @@ impl<'a> Feed<'a> {
                 self.leaf.send(subject, reply.as_bytes(), header, b"");
             }
         }
-        if reader.peek().is_none()
+        if (waits || reader.peek().is_none())
             && let Some((reply, header)) = session.flow_control(true)
         {
             self.leaf.send(subject, reply.as_bytes(), header, b"");
@@ -691,6 +730,18 @@ impl<'a> Feed<'a> {
         Ok(())
     }
 
+    /// Whether a login of one of the connections is about to end, and the files have a newer one.
+    fn has_newer_login(&mut self, now: Instant) -> bool {
+        let Replication { source, target, native, .. } = &self.job.replication;
+        let leaf = native.as_ref().map_or(&target.place, |native| &native.leaf);
+        let sides = [
+            (self.source.login_expires(), &source.place),
+            (self.target.login_expires(), &target.place),
+            (self.leaf.login_expires(), leaf),
+        ];
+        self.logins.has_newer(&*self.job.dial, &sides, now)
+    }
+
     /// Whether the target listens.
     fn is_fed(&self) -> bool {
         self.session.as_ref().is_some_and(|served| served.session.subject().is_some())
@@ -809,16 +860,6 @@ impl<'a> Feed<'a> {
 /// The error in the status while a target does not ask.
 const WAITS: &str =
     "the target has not asked for messages yet: after a long outage of the feed it asks again within 50 s";
-
-/// Why a message cannot be delivered.
-fn undeliverable(header: &[u8], payload: &[u8], subject: &[u8]) -> Option<&'static str> {
-    if is_control(header, payload) {
-        return Some(
-            "has a status and no payload: a target takes it for a sign of life of its origin, and cannot store it",
-        );
-    }
-    subject.is_empty().then_some("has no subject left after the mapping")
-}
 
 fn held(message: String) -> Error {
     Error::new(ErrorKind::Hold, message)

@@ -13,7 +13,7 @@ use super::{FeedSubjects, of_leaf, target};
 use crate::{
     config::{NativeFeed, NativeKind},
     copy::{
-        Error, ErrorKind, Job,
+        Error, ErrorKind, Job, PositionWriter,
         source::{
             clock::{ClockReading, SourceClock},
             consumers::Names,
@@ -46,6 +46,7 @@ pub(crate) fn login(site: &str, id: &str, subjects: &FeedSubjects) -> LeafLogin 
 pub(super) async fn open(
     job: &Job,
     native: &NativeFeed,
+    positions: &mut PositionWriter,
     status: &watch::Sender<(State, CopyStatus)>,
 ) -> Result<OpenedFeed, Error> {
     let replication = &job.replication;
@@ -65,6 +66,9 @@ pub(super) async fn open(
     let names = clearing.finish(&mut source).await;
     let names = names.map_err(|error| error.context("source"))?.labelled(job.labels());
     let (source_info, clock) = read_source(job, &mut source).await?;
+    let known = Api::new(&mut target).stream_info(&replication.target.stream).await;
+    let end = known.map_err(|error| error.context("target"))?.map_or(0, |info| info.state.last_seq);
+    positions.stores_as(Some(native.kind), &replication.target.stream, end).await?;
     let opened = target::open(job, native.kind, &mut target, &source_info, &subjects).await;
     let (target_info, done) = opened.map_err(|error| error.context("target"))?;
     if let Some(done) = done {

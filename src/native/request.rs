@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 const RESPONSE: &str = "io.nats.jetstream.api.v1.consumer_create_response";
+const RESET_RESPONSE: &str = "io.nats.jetstream.api.v1.consumer_reset_response";
 /// Error code of an API that is not available: the target tries again later.
 const UNAVAILABLE: u32 = 10008;
 
@@ -22,6 +23,8 @@ pub(super) enum FeedStart {
     From(u64),
     /// It holds nothing, and takes what was stored from this time on (`opt_start_time` of a stream made by hand).
     Time(DateTime<Utc>),
+    /// It does not say: a durable consumer knows. What the target holds is to be read there.
+    AfterItsLast,
 }
 
 /// One request for a consumer.
@@ -34,10 +37,12 @@ pub(super) struct ConsumerRequest {
     pub wanted: FeedStart,
     /// The subjects that the target wants, where its configuration names them; empty for all.
     pub filters: Vec<String>,
-    /// The subject that the target offers to listen on.
+    /// The subject that the target offers to listen on; empty for the one of its configuration.
     pub deliver: String,
     /// Whether the target listens on the subject of the answer instead (2.14 and later).
     pub takes_subject: bool,
+    /// It has a durable consumer, which begins again.
+    is_reset: bool,
     config: Map<String, Value>,
 }
 
@@ -64,8 +69,12 @@ pub(super) fn read(
     payload: &[u8],
 ) -> Option<Result<ConsumerRequest, Unserved>> {
     let subject = str::from_utf8(subject).ok()?;
-    let rest = subject.strip_prefix(api)?.strip_prefix(".CONSUMER.CREATE.")?;
+    let call = subject.strip_prefix(api)?;
     let reply = str::from_utf8(reply).ok().filter(|reply| !reply.is_empty())?.to_owned();
+    if let Some(rest) = call.strip_prefix(".CONSUMER.RESET.") {
+        return Some(Ok(ConsumerRequest::reset(rest.split('.').next().unwrap_or_default(), reply)));
+    }
+    let rest = call.strip_prefix(".CONSUMER.CREATE.")?;
     let stream = rest.split('.').next().unwrap_or_default();
     Some(parse(stream, &reply, payload).map_err(|why| Unserved { reply, why }))
 }
@@ -101,19 +110,49 @@ fn parse(stream: &str, reply: &str, payload: &[u8]) -> Result<ConsumerRequest, S
         filters,
         deliver,
         takes_subject,
+        is_reset: false,
         config: body.config,
     })
 }
 
 impl ConsumerRequest {
+    /// A request for the durable consumer of the configuration, to begin after what the target holds. It has no body.
+    fn reset(stream: &str, reply: String) -> Self {
+        let config = json!({
+            "ack_policy": "flow_control",
+            "ack_wait": 79_200_000_000_000_u64,
+            "deliver_policy": "all",
+            "flow_control": true,
+            "idle_heartbeat": 1_000_000_000,
+            "max_ack_pending": 100_000,
+            "replay_policy": "instant",
+        });
+        Self {
+            reply,
+            stream: stream.to_owned(),
+            wanted: FeedStart::AfterItsLast,
+            filters: Vec::new(),
+            deliver: String::new(),
+            takes_subject: false,
+            is_reset: true,
+            config: config.as_object().cloned().unwrap_or_default(),
+        }
+    }
+
+    /// Adds what a request for a durable consumer does not say: the last sequence that the target holds, and where it listens.
+    pub fn begins_after(&mut self, last: u64, deliver: String) {
+        self.wanted = if last == 0 { FeedStart::All } else { FeedStart::From(last + 1) };
+        self.deliver = deliver;
+    }
+
     /// The consumer that the target is given. A mirror skips to `before` at once, for good: that is the sequence before the
     /// first one that will be delivered, and never more.
     pub fn answer(&self, consumer: &str, deliver: &str, before: u64, pending: u64) -> String {
         let mut config = self.config.clone();
         config.insert("name".to_owned(), consumer.into());
         config.insert("deliver_subject".to_owned(), deliver.into());
-        json!({
-            "type": RESPONSE,
+        let mut answer = json!({
+            "type": if self.is_reset { RESET_RESPONSE } else { RESPONSE },
             "stream_name": self.stream,
             "name": consumer,
             "config": config,
@@ -123,8 +162,11 @@ impl ConsumerRequest {
             "num_redelivered": 0,
             "num_waiting": 0,
             "num_pending": pending,
-        })
-        .to_string()
+        });
+        if self.is_reset {
+            answer["reset_seq"] = (before + 1).into();
+        }
+        answer.to_string()
     }
 }
 
@@ -166,6 +208,16 @@ mod tests {
             .replace(r#""sourcing":true"#, r#""sourcing":false"#);
         let all = request("$SR.1.API.CONSUMER.CREATE.ORDERS", &all).unwrap().unwrap();
         assert!(all.wanted == FeedStart::All && !all.takes_subject);
+    }
+
+    #[test]
+    fn a_durable_consumer_begins_where_the_target_is() {
+        let asked = request("$SR.1.API.CONSUMER.RESET.ORDERS.SR", "").unwrap().unwrap();
+        assert_eq!((asked.wanted, asked.stream.as_str()), (FeedStart::AfterItsLast, "ORDERS"));
+        assert!(asked.deliver.is_empty() && !asked.takes_subject);
+        let answer: Value = serde_json::from_str(&asked.answer("SR1", "$SR.1.D.S", 17, 3)).unwrap();
+        assert_eq!((&answer["reset_seq"], &answer["delivered"]["stream_seq"]), (&json!(18), &json!(17)));
+        assert_eq!((&answer["name"], &answer["config"]["deliver_subject"]), (&json!("SR1"), &json!("$SR.1.D.S")));
     }
 
     #[test]

@@ -26,6 +26,11 @@ impl FeedSubjects {
         format!("{}.D", self.root)
     }
 
+    /// Where a target with a durable consumer always listens.
+    pub fn durable(&self) -> String {
+        format!("{}.S", self.deliver())
+    }
+
     /// What the subjects begin with on which the target says how far it has come.
     pub fn flow(&self) -> String {
         format!("{}.FC", self.root)

@@ -5,7 +5,7 @@ pub(super) mod source;
 
 use nats_lane::{
     Error, Lane,
-    jetstream::{Api, StreamInfo},
+    jetstream::{Api, SourceProgress, StreamInfo},
 };
 use serde_json::{Value, json};
 
@@ -62,6 +62,24 @@ pub(crate) enum Fit {
     Lacks,
 }
 
+/// What a target with a durable consumer holds of the source: its last sequence there; and where it listens.
+pub(super) fn durable_state(kind: NativeKind, info: &StreamInfo, subjects: &FeedSubjects) -> Option<(u64, String)> {
+    let api = subjects.api();
+    let is_ours = |origin: &&Value| origin["external"]["api"] == api.as_str();
+    let mut all = match kind {
+        NativeKind::Mirror => info.config.get("mirror").into_iter().collect::<Vec<_>>(),
+        NativeKind::Source => info.config["sources"].as_array().into_iter().flatten().collect(),
+    };
+    all.retain(|origin| is_ours(origin));
+    let deliver = all.first()?["consumer"]["deliver_subject"].as_str()?.to_owned();
+    let taken = |progress: &SourceProgress| progress.external.as_ref().is_some_and(|external| external.api == api);
+    let last = match kind {
+        NativeKind::Mirror => info.state.last_seq,
+        NativeKind::Source => info.sources.iter().find(|progress| taken(progress)).map_or(0, |progress| progress.seq),
+    };
+    Some((last, deliver))
+}
+
 /// Whether a stream asks this feed; an error if it cannot be fed.
 pub(crate) fn check(
     kind: NativeKind,
@@ -103,7 +121,7 @@ pub(super) async fn open(
         if check(kind, replication, &info, subjects)? == Fit::Asks {
             return Ok((info, done));
         }
-        source::add(job, lane, &info, &config(kind, replication, source, subjects), subjects).await?;
+        source::add(job, lane, &info, &config(kind, replication, source, subjects, false), subjects).await?;
         done = Some("source added to the target stream");
         // Others may change the stream at the same time, and the last one wins.
         pause().await;
@@ -134,7 +152,8 @@ async fn create(
     subjects: &FeedSubjects,
 ) -> Result<bool, Error> {
     let replication = &job.replication;
-    let mut config = config(kind, replication, source, subjects);
+    let is_durable = source::can_be_durable(&lane.info().version);
+    let mut config = config(kind, replication, source, subjects, is_durable);
     mark::put(&mut config, &job.site, &replication.id);
     loop {
         match Api::new(lane).create_stream(&replication.target.stream, &config).await {
@@ -158,14 +177,20 @@ async fn create(
 }
 
 /// The configuration of a new stream.
-fn config(kind: NativeKind, replication: &Replication, source: &StreamInfo, subjects: &FeedSubjects) -> Value {
+fn config(
+    kind: NativeKind,
+    replication: &Replication,
+    source: &StreamInfo,
+    subjects: &FeedSubjects,
+    is_durable: bool,
+) -> Value {
     let mut config = json!({
         "name": replication.target.stream,
         "retention": "limits",
         "discard": "old",
         "num_replicas": source.number("num_replicas").max(1),
     });
-    let origin = source::entry(&replication.source.stream, subjects);
+    let origin = source::entry(&replication.source.stream, subjects, is_durable);
     match kind {
         NativeKind::Mirror => config["mirror"] = origin,
         NativeKind::Source => config["sources"] = json!([origin]),
@@ -213,7 +238,7 @@ mod tests {
             (NativeKind::Mirror, json!({"mirror": origin, "mirror_direct": true})),
             (NativeKind::Source, json!({"sources": [origin], "allow_direct": true, "allow_msg_counter": true})),
         ] {
-            let config = config(kind, &replication(), &stream(&source), &subjects());
+            let config = config(kind, &replication(), &stream(&source), &subjects(), false);
             let mut expect = both.clone();
             expect.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
             assert_eq!(config, expect);

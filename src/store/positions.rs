@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{bucket::PutError, cells::Cells, error::Error, watch::Change};
 use crate::{
-    config::OriginTag,
+    config::{NativeKind, OriginTag},
     status::{OnlyAtTarget, Row, State, TargetMode},
 };
 
@@ -44,6 +44,10 @@ pub struct PositionRecord {
     /// run sends the first message with another header than the record has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stamps: Option<Stamps>,
+    /// The kind of native feed that the target holds messages of; `None` where it was never fed. Saved before the first
+    /// message is delivered, and removed before the first copy is sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fed: Option<NativeKind>,
     /// The position was moved back, and no run has begun since: messages at the target are copied again as far as they
     /// come after the position.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -434,6 +438,7 @@ impl PositionRecord {
             inspected: None,
             unseen_from: None,
             from_target: None,
+            fed: None,
             electing: false,
             reported_at: None,
             status: None,

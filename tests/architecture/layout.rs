@@ -97,6 +97,7 @@ pub const LAYOUT: Layout = Layout {
         "election::machine",
         "lease::machine",
         "lease::placement",
+        "native::feed::message",
         "native::headers",
         "native::request",
         "native::session",

@@ -433,6 +433,7 @@ impl State {
             return;
         }
         self.batches.retain(|_, batch| now - batch.used < BATCH_IDLE);
+        self.tick_ingest();
         let mut answers = Vec::new();
         for consumer in self.consumers.values_mut() {
             let (delivered, last) = (consumer.delivered, consumer.last_stream_seq);

@@ -5,7 +5,9 @@
 //! `RUST_LOG=debug` it tells what it does. `STOP=1` ends with the first that fails.
 
 mod durable;
+mod feed;
 mod history;
+mod ingest;
 mod jetstream;
 mod judge;
 mod keys;
@@ -69,6 +71,26 @@ fn guarantees_hold_whatever_happens() {
         }
     }
     println!("seed {} took {:.0} % of the time it had", slowest.1, slowest.0 * 100.0);
+    assert!(failed.is_empty(), "seeds that fail: {failed:?}");
+}
+
+#[test]
+fn feeds_are_exact_whatever_happens() {
+    trace();
+    let (mut failed, mut slowest) = (Vec::new(), (std::time::Duration::ZERO, 0));
+    for seed in seeds() {
+        match feed::run(seed) {
+            Ok(took) => slowest = slowest.max((took, seed)),
+            Err(error) => {
+                println!("{error}\n");
+                failed.push(seed);
+                if std::env::var_os("STOP").is_some() {
+                    break;
+                }
+            }
+        }
+    }
+    println!("seed {} took {:?} until all was right", slowest.1, slowest.0);
     assert!(failed.is_empty(), "seeds that fail: {failed:?}");
 }
 

@@ -8,7 +8,10 @@ use std::{
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
-use nats_lane::{Dial, Error, Lane, ServerRef};
+use nats_lane::{
+    Connection as Connected, Dial, Error, Lane, ServerRef,
+    leafnode::{Leaf, LeafLogin},
+};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
@@ -19,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     history::History,
+    ingest::Ingest,
     jetstream::{Consumer, FastBatch},
     plan::Way,
     process::{Hands, Meter},
@@ -49,6 +53,8 @@ pub struct State {
     pub(super) streams: BTreeMap<String, Stream>,
     pub(super) consumers: BTreeMap<String, Consumer>,
     pub(super) batches: HashMap<String, FastBatch>,
+    /// A stream that its own server fills from a feed.
+    pub(super) ingest: Option<Ingest>,
     connections: BTreeMap<u64, Connection>,
     next_connection: u64,
     /// Instances that cannot reach it, and until when.
@@ -67,6 +73,8 @@ pub enum Tamper {
 
 struct Connection {
     subscriptions: Vec<(u64, String)>,
+    /// The name of a leafnode, and what it subscribed to.
+    leaf: Option<(String, Vec<String>)>,
     out: UnboundedSender<(Instant, Vec<u8>)>,
     cut: CancellationToken,
     latency: Duration,
@@ -111,6 +119,7 @@ impl Server {
             streams: BTreeMap::new(),
             consumers: BTreeMap::new(),
             batches: HashMap::new(),
+            ingest: None,
             connections: BTreeMap::new(),
             next_connection: 0,
             apart: BTreeMap::new(),
@@ -159,6 +168,13 @@ impl Server {
         state.streams.insert(stream.name.clone(), stream);
     }
 
+    /// Fills a stream from a feed from now on.
+    pub fn ingest(&self, ingest: Ingest) {
+        let mut state = self.lock();
+        state.streams.get_mut(&ingest.stream).expect("a stream").origin = Some(ingest.config());
+        state.ingest = Some(ingest);
+    }
+
     /// All connections break; what was on its way is lost.
     pub fn cut(&self) {
         let mut state = self.lock();
@@ -183,6 +199,7 @@ impl Server {
         if std::mem::take(&mut state.down) {
             let now_ns = self.world.now_ns(self.host);
             state.streams.values_mut().for_each(|stream| stream.restart(now_ns));
+            state.restart_ingest();
         }
     }
 
@@ -284,6 +301,7 @@ impl Server {
         let id = state.next_connection;
         let connection = Connection {
             subscriptions: Vec::new(),
+            leaf: None,
             out,
             cut: cut.clone(),
             latency,
@@ -382,9 +400,14 @@ impl State {
             let body = at + end + 2;
             let words: Vec<&str> = line.split_whitespace().collect();
             let (size, header_size) = match words.as_slice() {
-                ["PUB", .., size] => (size.parse::<usize>().expect("a size"), 0),
-                ["HPUB", .., header, size] => {
+                ["PUB" | "LMSG", .., size] => (size.parse::<usize>().expect("a size"), 0),
+                ["HPUB" | "HMSG", .., header, size] => {
                     (size.parse::<usize>().expect("a size"), header.parse::<usize>().expect("a size"))
+                }
+                ["CONNECT", ..] => {
+                    self.logs_in(id, &line["CONNECT ".len()..]);
+                    at = body;
+                    continue;
                 }
                 _ => {
                     self.control(id, &words);
@@ -397,10 +420,16 @@ impl State {
             }
             let (header, payload) = input[body..body + size].split_at(header_size);
             let reply = match (words[0], words.len()) {
-                ("PUB", 4) => words[2],
-                ("HPUB", 5) => words[2],
+                ("PUB" | "LMSG", 4) | ("HPUB" | "HMSG", 5) => words[2],
                 _ => "",
             };
+            if matches!(words[0], "LMSG" | "HMSG") {
+                if self.connections.contains_key(&id) {
+                    self.leaf_sends(words[1], reply, header, payload);
+                }
+                at = body + size + 2;
+                continue;
+            }
             let connection = self.connections.get(&id);
             let sender = connection.map(|connection| (connection.opened, connection.who.epoch)).unwrap_or_default();
             self.publish(sender, words[1], reply, header, payload);
@@ -418,9 +447,65 @@ impl State {
             ["SUB", subject, sid] => {
                 connection.subscriptions.push((sid.parse().expect("a sid"), (*subject).to_owned()));
             }
+            ["LS+", subject] => {
+                if let Some((_, subscriptions)) = &mut connection.leaf {
+                    subscriptions.push((*subject).to_owned());
+                }
+            }
             ["UNSUB", sid] => connection.subscriptions.retain(|(known, _)| known.to_string() != *sid),
             _ => {}
         }
+    }
+
+    /// A login: one without a language is that of a leafnode.
+    fn logs_in(&mut self, id: u64, login: &str) {
+        let login: Value = serde_json::from_str(login).expect("a login");
+        let Some(connection) = self.connections.get_mut(&id).filter(|_| login["lang"].is_null()) else { return };
+        connection.leaf = Some((login["name"].as_str().expect("a name").to_owned(), Vec::new()));
+        self.leaf_connected(id);
+    }
+
+    pub(super) fn leafs(&self) -> impl Iterator<Item = (u64, &str)> {
+        self.connections.iter().filter_map(|(id, connection)| Some((*id, connection.leaf.as_ref()?.0.as_str())))
+    }
+
+    pub(super) fn leaf_name(&self, id: u64) -> String {
+        self.leafs().find(|(of, _)| *of == id).map(|(_, name)| name.to_owned()).unwrap_or_default()
+    }
+
+    /// Says why, and closes a connection; what it sends from now on is not read.
+    pub(super) fn evict(&mut self, id: u64, why: &[u8]) {
+        let Some(connection) = self.connections.remove(&id) else { return };
+        let _ = connection.out.send((Instant::now() + connection.latency, why.to_vec()));
+        tokio::spawn(async move {
+            sleep(connection.latency + TICK).await;
+            connection.cut.cancel();
+        });
+    }
+
+    /// Sends a frame to a leaf, or to all that subscribed to a subject; `None` for any.
+    pub(super) fn send_to_leafs(&mut self, only: Option<u64>, subject: Option<&str>, frame: &[u8]) {
+        for (id, connection) in &self.connections {
+            let Some((_, subscriptions)) = &connection.leaf else { continue };
+            let takes = |subject: &str| subscriptions.iter().any(|own| subject.starts_with(own.trim_end_matches('>')));
+            if only.is_none_or(|only| only == *id) && subject.is_none_or(takes) {
+                let _ = connection.out.send((Instant::now() + connection.latency, frame.to_vec()));
+            }
+        }
+    }
+
+    /// How often the next frame arrives.
+    pub(super) fn times(&mut self) -> usize {
+        let mut times = 1;
+        self.tampers.retain_mut(|(after, what)| {
+            if *after == 0 {
+                times = if *what == Tamper::Lose { 0 } else { 2 };
+                return false;
+            }
+            *after -= 1;
+            true
+        });
+        times
     }
 
     fn paths(&mut self, way: Way) -> impl Iterator<Item = &mut Path> {
@@ -448,15 +533,7 @@ impl State {
 
     /// Sends to whoever subscribed to `to`, shown under `subject`.
     pub(super) fn route(&mut self, to: &str, subject: &str, reply: &str, header: &[u8], payload: &[u8]) {
-        let mut times = 1;
-        self.tampers.retain_mut(|(after, what)| {
-            if *after == 0 {
-                times = if *what == Tamper::Lose { 0 } else { 2 };
-                return false;
-            }
-            *after -= 1;
-            true
-        });
+        let times = self.times();
         for connection in self.connections.values() {
             for (sid, pattern) in &connection.subscriptions {
                 let prefix = pattern.trim_end_matches(['*', '>']);
@@ -490,23 +567,41 @@ pub struct Network {
     pub hands: Arc<Hands>,
 }
 
+impl Network {
+    /// A pipe to a server.
+    async fn reach<'a>(&self, place: &'a ServerRef) -> Result<(&'a Connected, &'a str, Meter), Error> {
+        let ServerRef::Known(connection) = place else { panic!("the simulation has no contexts") };
+        let endpoint = &connection.endpoint;
+        let host = endpoint.hosts[0].host.as_str();
+        let server = self.servers.iter().find(|server| server.name == host).expect("a known server");
+        sleep(server.world.millis(0, 20)).await;
+        let limit = endpoint.connect_timeout;
+        if server.is_apart(self.who.instance) {
+            sleep(limit).await;
+            return Err(Error::retry(format!("`{host}`: no answer within {limit:?}")));
+        }
+        let pipe = server.connect(self.who).ok_or_else(|| Error::retry(format!("`{host}`: connection refused")))?;
+        Ok((connection, host, Meter { pipe, hands: (host == "target").then(|| self.hands.clone()) }))
+    }
+}
+
 impl Dial for Network {
     fn dial<'a>(&'a self, place: &'a ServerRef, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
         async move {
-            let ServerRef::Known(connection) = place else { panic!("the simulation has no contexts") };
-            let endpoint = &connection.endpoint;
-            let host = endpoint.hosts[0].host.as_str();
-            let server = self.servers.iter().find(|server| server.name == host).expect("a known server");
-            sleep(server.world.millis(0, 20)).await;
-            let limit = endpoint.connect_timeout;
-            if server.is_apart(self.who.instance) {
-                sleep(limit).await;
-                return Err(Error::retry(format!("`{host}`: no answer within {limit:?}")));
-            }
-            let pipe = server.connect(self.who).ok_or_else(|| Error::retry(format!("`{host}`: connection refused")))?;
-            let pipe = Meter { pipe, hands: (host == "target").then(|| self.hands.clone()) };
-            let greeting = Lane::greet(Box::new(pipe), host, connection, name);
-            tokio::time::timeout(limit, greeting)
+            let (connection, host, pipe) = self.reach(place).await?;
+            let limit = connection.endpoint.connect_timeout;
+            tokio::time::timeout(limit, Lane::greet(Box::new(pipe), host, connection, name))
+                .await
+                .map_err(|_| Error::retry(format!("`{host}`: no answer within {limit:?}")))?
+        }
+        .boxed()
+    }
+
+    fn dial_leaf<'a>(&'a self, place: &'a ServerRef, login: &'a LeafLogin) -> BoxFuture<'a, Result<Leaf, Error>> {
+        async move {
+            let (connection, host, pipe) = self.reach(place).await?;
+            let limit = connection.endpoint.connect_timeout;
+            tokio::time::timeout(limit, Leaf::greet(Box::new(pipe), host, connection, login))
                 .await
                 .map_err(|_| Error::retry(format!("`{host}`: no answer within {limit:?}")))?
         }

@@ -89,6 +89,8 @@ pub struct Stream {
     pub last: u64,
     /// Up to here, what nobody takes was dropped.
     pub swept: u64,
+    /// `mirror` or `sources` of the configuration.
+    pub origin: Option<Value>,
     /// Sequence and time of the message that carried the id.
     ids: HashMap<String, (u64, i64)>,
 }
@@ -114,6 +116,7 @@ impl Stream {
             first: 1,
             last: 0,
             swept: 0,
+            origin: None,
             ids: HashMap::new(),
         }
     }
@@ -213,7 +216,7 @@ impl Stream {
             Retention::WorkQueue => "workqueue",
             Retention::Interest => "interest",
         };
-        json!({
+        let mut info = json!({
             "config": {
                 "name": self.name, "subjects": [format!("{}.>", self.name.to_lowercase())], "retention": retention,
                 "storage": "file", "num_replicas": 1, "duplicate_window": self.config.window_ns,
@@ -222,7 +225,11 @@ impl Stream {
             },
             "created": self.created,
             "state": {"messages": self.messages.len(), "first_seq": self.first, "last_seq": self.last},
-        })
+        });
+        for (field, value) in self.origin.iter().filter_map(Value::as_object).flatten() {
+            info["config"][field] = value.clone();
+        }
+        info
     }
 }
 

@@ -41,6 +41,9 @@ pub struct StreamInfo {
     pub created: String,
     /// Sequences and counts.
     pub state: StreamState,
+    /// How far the sources have come, where the server says that (2.15 and later).
+    #[serde(default)]
+    pub sources: Vec<SourceProgress>,
     /// JetStream domain of the server that answered, if it has one.
     #[serde(default)]
     pub domain: Option<String>,
@@ -62,6 +65,24 @@ fn point_in_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Da
     let value = Option::<Value>::deserialize(deserializer)?;
     let time = value.as_ref().and_then(Value::as_str).and_then(|text| DateTime::parse_from_rfc3339(text).ok());
     Ok(time.map(|time| time.to_utc()).filter(|time| *time > DateTime::UNIX_EPOCH))
+}
+
+/// One of `sources` of [`StreamInfo`].
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct SourceProgress {
+    /// Where it comes from, if that is no stream of the same account and domain.
+    pub external: Option<SourceExternal>,
+    /// Last sequence of the source that was taken; 0 where none was, or the server does not say that.
+    pub seq: u64,
+}
+
+/// `external` of [`SourceProgress`].
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct SourceExternal {
+    /// The API prefix.
+    pub api: String,
 }
 
 /// `cluster` of [`StreamInfo`].

@@ -10,16 +10,15 @@ use crate::config::{NativeFeed, NativeKind, Problem};
 const LEAF: &str = "target_leaf";
 
 /// Fields that say what a native feed does not do: the target's server stores what it is given.
-const NOT_FED: [(&str, &str); 13] = [
-    ("max_age", EVERY_MESSAGE),
-    ("inspect_field", EVERY_MESSAGE),
-    ("inspect_header", EVERY_MESSAGE),
-    ("inspect_subject_token", EVERY_MESSAGE),
-    ("inspect_force_field", EVERY_MESSAGE),
-    ("inspect_duration", EVERY_MESSAGE),
-    ("warn_duration", EVERY_MESSAGE),
-    ("size_trigger", EVERY_MESSAGE),
-    ("advisory", EVERY_MESSAGE),
+const NOT_FED: [(&str, &str); 12] = [
+    ("inspect_field", NO_SAMPLING),
+    ("inspect_header", NO_SAMPLING),
+    ("inspect_subject_token", NO_SAMPLING),
+    ("inspect_force_field", NO_SAMPLING),
+    ("inspect_duration", NO_SAMPLING),
+    ("warn_duration", NO_SAMPLING),
+    ("size_trigger", NO_SAMPLING),
+    ("advisory", NO_SAMPLING),
     ("on_reject", "the target's server stores the messages, and one that it refuses blocks the stream"),
     ("dead_letter", "the target's server stores the messages, and one that it refuses blocks the stream"),
     ("ordering", "the order is always that of the source"),
@@ -36,15 +35,17 @@ const NOT_A_MIRRORS: [(&str, &str); 5] = [
 const NOT_A_SOURCES: [(&str, &str); 2] =
     [("target_mode", "a stream with sources takes messages of others, too"), ("on_source_loss", CANNOT_GO_BACK)];
 const ALL_OF_ORIGIN: &str = "a mirror takes every message of its origin";
-const EVERY_MESSAGE: &str = "every message in scope is taken";
+/// The target's server resumes after its own last message, which may be before what the records of senders say.
+const NO_SAMPLING: &str =
+    "sampling needs kind `copy`: a target that resumes by itself can have less than the records of senders say";
 const CANNOT_GO_BACK: &str = "the target cannot go back: the replication is held when the source lost messages";
 
 /// Limits that are not applied to a native feed.
 const NOT_LIMITED: [(&str, &str); 4] = [
     ("messages_per_second", "the target is fed as fast as it stores"),
     ("bytes_per_second", "the target is fed as fast as it stores"),
-    ("senders", EVERY_MESSAGE),
-    ("sender_bytes", EVERY_MESSAGE),
+    ("senders", NO_SAMPLING),
+    ("sender_bytes", NO_SAMPLING),
 ];
 
 /// What is wrong with the scheme of the URL of a side.
@@ -174,7 +175,6 @@ mod tests {
             ("warn_duration", json!("1h")),
             ("size_trigger", json!(10)),
             ("advisory", json!({"subject": "a"})),
-            ("max_age", json!("1h")),
             ("on_reject", json!("skip")),
             ("dead_letter", json!({"subject": "a"})),
             ("ordering", json!("strict")),
@@ -191,7 +191,7 @@ mod tests {
             check(json!({"limits": {limit: 70_000}}), &format!("/limits/{limit}"), "is not for kind `mirror`");
         }
         let limits = json!({"messages_in_flight": 100, "bytes_in_flight": 1_048_576});
-        document(json!({"on_reject": "hold", "start_at_end": true, "target_update": false, "limits": limits})).unwrap();
+        document(json!({"on_reject": "hold", "max_age": "1h", "start_at_end": true, "target_update": false, "limits": limits})).unwrap();
         let subjects = json!({"filter_subjects": ["a.>", "b"], "exclude_subjects": ["a.b"], "target_subject_prefix": "x",
             "subject_transforms": [{"src": "a.>", "dest": "c.>"}], "target_subject_remove": "y"});
         document(subjects).unwrap();

@@ -18,6 +18,7 @@ use crate::{
         api::{Failure, PromoteRequest, Promoted},
         service::Request,
     },
+    events::Event,
     names,
     native::{FeedSubjects, check_target},
     store::{MarkKind, PauseMark},
@@ -70,6 +71,14 @@ pub(super) async fn promote(context: &RequestContext, request: Request) -> Resul
         }
     };
     info!(replication = replication.id, stream = plan.stream, ?lag, "mirror promoted by request");
+    let event = Event::Promoted {
+        stream: plan.stream.clone(),
+        subjects: plan.subjects.clone(),
+        last_seq: plan.last_seq,
+        lag,
+        kept: asked.keep,
+    };
+    context.events.emit(event, &replication.id);
     let revision = if asked.keep { None } else { Some(delete(context, &replication.id).await?) };
     Ok(plan.promoted(asked, revision, lag))
 }
@@ -159,7 +168,7 @@ impl Promotion {
         let subjects = subjects_of(replication, from.as_ref(), asked)?;
         let config = promoted(&info, &subjects);
         let (origin, last_seq) = (replication.source.stream.clone(), info.state.last_seq);
-        let whole = replication.scope.is_whole();
+        let whole = replication.scope.is_whole() && replication.max_age.is_none();
         Ok(Self { source, target, origin, stream, config, subjects, last_seq, whole })
     }
 

@@ -20,7 +20,7 @@ use tokio::{
 use tracing::warn;
 
 use crate::{
-    config::{Limits, OnSourceLoss, Replication, Sharing},
+    config::{Limits, NativeKind, OnSourceLoss, Replication, Sharing},
     copy::{
         Error, ErrorKind,
         flow::{
@@ -265,6 +265,29 @@ impl PositionWriter {
         Ok(())
     }
 
+    /// Notes, before anything is stored, whether the target is fed natively. An error if it holds messages that it got in
+    /// another way: a copy finds its own messages by headers that fed ones lack, and a target that asks for messages does
+    /// not know of copies.
+    pub(crate) async fn stores_as(
+        &mut self,
+        fed: Option<NativeKind>,
+        target: &str,
+        last_seq: u64,
+    ) -> Result<(), Error> {
+        let before = self.record.fed.map(Some).or(self.record.stamps.map(|_| None));
+        if let Some(before) = before.filter(|before| *before != fed)
+            && last_seq > 0
+        {
+            return Err(Error::new(ErrorKind::Hold, another_kind(before, fed, target)));
+        }
+        if self.record.fed != fed {
+            self.finish().await?;
+            let stamps = self.record.stamps.filter(|_| fed.is_none());
+            self.save_whole(PositionRecord { fed, stamps, ..self.record.clone() }).await?;
+        }
+        Ok(())
+    }
+
     /// Notes, before it is created, that the replication has a durable consumer at its source, and under which
     /// installation's name: it is deleted with the replication.
     pub(crate) async fn uses_durable(&mut self, installation: &str) -> Result<(), Error> {
@@ -413,7 +436,7 @@ impl PositionWriter {
     }
 
     /// Whether a login that the server ended is followed by another one at once: the first of several is.
-    pub(in crate::copy) fn logs_in_again(&mut self, now: Instant) -> bool {
+    pub(crate) fn logs_in_again(&mut self, now: Instant) -> bool {
         let before = self.login_ended.replace(now);
         before.is_none_or(|before| now.duration_since(before) >= LOGINS_APART)
     }
@@ -559,6 +582,17 @@ fn is_same_loss(told: &Event, loss: &Event) -> bool {
         _ => None,
     };
     of(told).zip(of(loss)).is_some_and(|(told, now)| now.0 == told.0 && now.1 >= told.1)
+}
+
+/// The reason of the `held` state where the target got its messages as another kind.
+fn another_kind(before: Option<NativeKind>, now: Option<NativeKind>, target: &str) -> String {
+    let word = |kind: Option<NativeKind>| kind.map_or_else(|| "copy".to_owned(), |kind| kind.to_string());
+    let (before, now) = (word(before), word(now));
+    format!(
+        "target stream `{target}` holds messages that it got while `kind` was `{before}`, and kind `{now}` cannot continue \
+         after them without loss or duplicates: set `kind` back to `{before}`, or add another replication with its own \
+         `name` and `target_stream`, or delete stream `{target}` to store everything again"
+    )
 }
 
 /// The reason of the `held` state after a loss at the source, and the remedy.

@@ -1,13 +1,12 @@
 //! Periodic work: status, save, questions, and the check whether everything still moves.
 
 use chrono::DateTime;
-use nats_lane::{Lane, entropy as chance};
+use nats_lane::entropy as chance;
 use tokio::time::{Duration, Instant};
 use tracing::info;
 
 use super::{Ending, Run};
 use crate::{
-    config::Side,
     copy::{
         Error,
         flow::position::PositionWriter,
@@ -25,10 +24,6 @@ use crate::{
 pub(super) const TICK: Duration = Duration::from_millis(250);
 const TICK_IDLE: Duration = Duration::from_secs(1);
 const TICK_SAVED: Duration = Duration::from_secs(5);
-/// A run logs in again this long before its login ends, if the files have a newer one by then.
-const LOGIN_AHEAD_SECS: i64 = 30;
-/// How often the files are read while they have none.
-const LOGIN_EVERY: Duration = Duration::from_secs(1);
 
 impl Run<'_> {
     /// Does the periodic work that is due: status, save, questions, and the check whether everything still moves.
@@ -105,18 +100,15 @@ impl Run<'_> {
 
     /// Ends the run in time if a login is about to end and the files have its successor.
     fn check_logins(&mut self, now: Instant) {
-        let soon = chance::now().timestamp() + LOGIN_AHEAD_SECS;
-        let (job, replication) = (self.report.job, &self.report.replication);
-        let sides = [(&self.source.lane, &replication.source), (&self.target.lane, &replication.target)];
-        let ending = |(lane, side): &(&Lane, &Side)| {
-            lane.login_expires().is_some_and(|at| at <= soon && job.dial.login_expires(&side.place) > Some(at))
-        };
-        let ends = sides.iter().any(|(lane, _)| lane.login_expires().is_some_and(|at| at <= soon));
-        if !ends || self.ending.is_some() || now < self.times.next_login {
+        if self.ending.is_some() {
             return;
         }
-        self.times.next_login = now + LOGIN_EVERY;
-        if sides.iter().any(ending) {
+        let (job, replication) = (self.report.job, &self.report.replication);
+        let sides = [
+            (self.source.lane.login_expires(), &replication.source.place),
+            (self.target.lane.login_expires(), &replication.target.place),
+        ];
+        if self.times.logins.has_newer(&*job.dial, &sides, now) {
             info!(replication = replication.id, "credentials were renewed: logging in again");
             self.end(Ending::BeginsAgain);
         }

@@ -10,11 +10,34 @@ use crate::{
     native::{
         request::{ConsumerRequest, FeedStart},
         session::FedPoint,
+        target,
         witness::{self, Evidence},
     },
 };
 
 impl Feed<'_> {
+    /// A request with the place that it does not name: the target with a durable consumer is asked what it holds. `None` where
+    /// it has no leader now, and asks again.
+    pub(super) async fn located(&mut self, mut asked: ConsumerRequest) -> Result<Option<ConsumerRequest>, Error> {
+        if asked.wanted != FeedStart::AfterItsLast {
+            return Ok(Some(asked));
+        }
+        let stream = &self.job.replication.target.stream;
+        let info = Api::new(&mut self.target).stream_info(stream).await.map_err(|error| error.context("target"))?;
+        let Some(info) = info else { return Ok(None) };
+        let Some((last, deliver)) = target::durable_state(self.kind, &info, &self.subjects) else { return Ok(None) };
+        let prefix = format!("{}.", self.subjects.deliver());
+        if !deliver.starts_with(&prefix) {
+            return Err(held(format!(
+                "target stream `{stream}` listens on `{deliver}` for its durable consumer, and a feed delivers below \
+                 `{prefix}` only"
+            )));
+        }
+        self.target_info = info;
+        asked.begins_after(last, deliver);
+        Ok(Some(asked))
+    }
+
     /// The sequence before the first one to be delivered, exactly: a mirror skips to it at once.
     pub(super) async fn before(&mut self, asked: &ConsumerRequest, saved: &SavedFeed) -> Result<FedPoint, Error> {
         let replication = &self.job.replication;
@@ -25,7 +48,7 @@ impl Feed<'_> {
         self.read_source().await?;
         let start = match asked.wanted {
             FeedStart::From(start) => start,
-            FeedStart::All | FeedStart::Time(_) => {
+            FeedStart::All | FeedStart::Time(_) | FeedStart::AfterItsLast => {
                 if let Some(point) = self.emptied(saved).await? {
                     return Ok(point);
                 }

@@ -20,9 +20,26 @@ use crate::{
     native::FeedSubjects,
 };
 
-/// The origin below the prefixes of a feed, as a mirror or a source has it.
-pub(super) fn entry(origin: &str, subjects: &FeedSubjects) -> Value {
-    json!({ "name": origin, "external": { "api": subjects.api(), "deliver": subjects.deliver() } })
+/// The origin below the prefixes of a feed, as a mirror or a source has it. A server that can, asks for a durable consumer:
+/// it listens on the subject of that also after a long time without a feed, which can make it ask again at once.
+pub(super) fn entry(origin: &str, subjects: &FeedSubjects, is_durable: bool) -> Value {
+    let mut entry = json!({ "name": origin, "external": { "api": subjects.api(), "deliver": subjects.deliver() } });
+    if is_durable {
+        entry["consumer"] = json!({ "name": DURABLE, "deliver_subject": subjects.durable() });
+    }
+    entry
+}
+
+/// Name of the durable consumer; there is none of this name anywhere.
+const DURABLE: &str = "SR";
+/// Servers from this version on listen for a durable consumer while no feed is there. 2.14 has them, and does not.
+const DURABLE_SINCE: (u32, u32) = (2, 15);
+
+/// Whether a server of this version asks again at once for a durable consumer.
+pub(super) fn can_be_durable(version: &str) -> bool {
+    let mut parts = version.split(['.', '-']).map(|part| part.parse().unwrap_or(0));
+    let mut next = || parts.next().unwrap_or(0);
+    (next(), next()) >= DURABLE_SINCE
 }
 
 fn is_ours(source: &Value, subjects: &FeedSubjects) -> bool {
@@ -81,7 +98,7 @@ pub(super) async fn add(
         mark::put(&mut config, &job.site, &replication.id);
     }
     let mut all: Vec<Value> = sources(&config).cloned().collect();
-    all.push(entry(origin, subjects));
+    all.push(entry(origin, subjects, can_be_durable(&lane.info().version)));
     config["sources"] = all.into();
     Api::new(lane).update_stream(name, &config).await.map(drop).map_err(|error| {
         let lasting = error.kind == ErrorKind::Retry && error.api.as_ref().is_some_and(|api| api.code < 500);
@@ -145,8 +162,8 @@ mod tests {
         let other = json!({"name": "S", "external": {"api": "$JS.hub.API", "deliver": "x"}});
         assert_eq!(fit(json!({"subjects": ["t.>"]})), Ok(Fit::Lacks));
         assert_eq!(fit(json!({ "sources": [other] })), Ok(Fit::Lacks));
-        assert_eq!(fit(json!({ "sources": [other, entry("S", &subjects())] })), Ok(Fit::Asks));
-        let mut filtered = entry("S", &subjects());
+        assert_eq!(fit(json!({ "sources": [other, entry("S", &subjects(), false)] })), Ok(Fit::Asks));
+        let mut filtered = entry("S", &subjects(), false);
         filtered["filter_subject"] = "s.a".into();
         assert_eq!(fit(json!({ "sources": [filtered] })), Ok(Fit::Asks));
     }
@@ -158,9 +175,9 @@ mod tests {
             assert!(error.contains(expect), "{error}");
         };
         check(json!({"mirror": {"name": "S"}}), "is a mirror");
-        check(json!({"sources": [entry("O", &subjects())]}), "a source `O`");
-        check(json!({"sources": [entry("S", &subjects()), entry("S", &subjects())]}), "several sources");
-        let mut elsewhere = entry("S", &subjects());
+        check(json!({"sources": [entry("O", &subjects(), false)]}), "a source `O`");
+        check(json!({"sources": [entry("S", &subjects(), false), entry("S", &subjects(), false)]}), "several sources");
+        let mut elsewhere = entry("S", &subjects(), false);
         elsewhere["external"]["deliver"] = "x".into();
         check(json!({ "sources": [elsewhere] }), "delivery prefix `x`");
     }

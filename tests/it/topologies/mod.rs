@@ -27,6 +27,11 @@ async fn publish(topology: &Topology, server: &str, subject: &str, numbers: (u64
 
 /// Kills everything once while messages of all `publishers` (server, subject) are under way, and checks all `ends`.
 async fn converges(name: &str, publishers: &[(&str, &str)], ends: &[End]) -> Result<()> {
+    converges_within(name, publishers, ends, LIMIT).await.map(drop)
+}
+
+/// The same where nothing may happen for longer; returns what still runs.
+async fn converges_within(name: &str, publishers: &[(&str, &str)], ends: &[End], limit: Duration) -> Result<Topology> {
     let mut topology = Topology::start(name).await?;
     let mut sent = 0;
     for victim in topology.parts() {
@@ -38,21 +43,16 @@ async fn converges(name: &str, publishers: &[(&str, &str)], ends: &[End]) -> Res
         topology.restart(&victim).await?;
     }
     for end in ends {
-        arrived(&topology, *end, sent).await.with_context(|| topology.logs())?;
+        arrived_within(&topology, *end, sent, limit).await.with_context(|| topology.logs())?;
     }
-    topology.settled().await?;
+    topology.settled_within(limit).await?;
     for end in ends {
         has_each_once(&topology, *end, sent).await?;
     }
-    Ok(())
+    Ok(topology)
 }
 
 /// Waits until the stream has as many messages as it should.
-async fn arrived(topology: &Topology, end: End, sent: u64) -> Result<()> {
-    arrived_within(topology, end, sent, LIMIT).await
-}
-
-/// The same where nothing may happen for longer.
 async fn arrived_within(topology: &Topology, (server, stream, from): End, sent: u64, limit: Duration) -> Result<()> {
     let all = sent * from.len() as u64;
     let probe = async || {
@@ -116,6 +116,44 @@ async fn an_archive_and_its_report() -> Result<()> {
     converges("archive-report", &publishers, &[("vault", "ARCHIVE", all), ("office", "REPORT", all)]).await
 }
 
+/// A target of a native feed may wait for up to 50 s before it asks again.
+const ASKS_WITHIN: Duration = Duration::from_secs(120);
+
+/// The stream at the mirror's server has the sequences, times and messages of the other one.
+async fn is_mirrored(topology: &Topology, stream: (&str, &str), mirror: (&str, &str)) -> Result<()> {
+    let (from, to) = (
+        topology.raw(stream.0).await?.read_stream(stream.1).await?,
+        topology.raw(mirror.0).await?.read_stream(mirror.1).await?,
+    );
+    ensure!(from == to, "{mirror:?} differs from {stream:?}: {} and {} messages", to.len(), from.len());
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_archive_and_its_report_natively() -> Result<()> {
+    let all: &[&str] = &["orders.new", "returns.new", "notes.new"];
+    let publishers = [("shop", "orders.new"), ("shop", "returns.new"), ("vault", "notes.new")];
+    let ends = [("vault", "ARCHIVE", all), ("office", "REPORT", all)];
+    let topology = converges_within("archive-report-native", &publishers, &ends, ASKS_WITHIN).await?;
+    is_mirrored(&topology, ("vault", "ARCHIVE"), ("office", "REPORT")).await
+}
+
+const CINEMAS: [(&str, &str); 3] = [("cinema-1", "tickets.1.new"), ("cinema-2", "tickets.2.new"), ("hub", "films.new")];
+const SALES: &[&str] = &["tickets.1.new", "tickets.2.new"];
+
+#[tokio::test]
+async fn cinemas() -> Result<()> {
+    let ends: [End; 2] = [("hub", "sales", SALES), ("cinema-1", "films", &["films.new"])];
+    converges("cinemas", &CINEMAS, &ends).await
+}
+
+#[tokio::test]
+async fn cinemas_natively() -> Result<()> {
+    let ends: [End; 2] = [("hub", "sales", SALES), ("cinema-1", "films", &["films.new"])];
+    let topology = converges_within("cinemas-native", &CINEMAS, &ends, ASKS_WITHIN).await?;
+    is_mirrored(&topology, ("hub", "films"), ("cinema-1", "films")).await
+}
+
 #[tokio::test]
 async fn disaster_recovery() -> Result<()> {
     let mut topology = Topology::start("disaster-recovery").await?;
@@ -164,7 +202,16 @@ async fn disaster_recovery() -> Result<()> {
 #[test]
 fn all_are_tested_and_listed() -> Result<()> {
     let readme = std::fs::read_to_string(setup::folder().join("README.md"))?;
-    let tested = ["archive-report", "chain", "disaster-recovery", "fan-in", "two-way"];
+    let tested = [
+        "archive-report",
+        "archive-report-native",
+        "chain",
+        "cinemas",
+        "cinemas-native",
+        "disaster-recovery",
+        "fan-in",
+        "two-way",
+    ];
     let mut found = Vec::new();
     for entry in std::fs::read_dir(setup::folder())? {
         let entry = entry?;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -181,8 +182,8 @@ impl Topology {
         Ok(serde_json::from_str(&self.ports.replace(document)?)?)
     }
 
-    /// Waits until every replication has settled all messages of its source.
-    pub async fn settled(&self) -> Result<()> {
+    /// Waits until every replication has settled all messages of its source; nothing may happen for this long at most.
+    pub async fn settled_within(&self, limit: Duration) -> Result<()> {
         let client = self.client().await?;
         let probe = async || {
             let reply = request(&client, "replicator.status", json!({})).await.unwrap_or_default();
@@ -196,14 +197,14 @@ impl Topology {
                     None => stream.to_owned(),
                 };
                 let row = rows.iter().find(|row| row["replication"] == id.as_str()).cloned().unwrap_or_default();
-                let last = last_seq(document["source_url"].as_str().unwrap_or_default(), stream).await;
+                let last = last_seq(document, stream).await;
                 let position = row["position"]["source_seq"].clone();
                 all &= row["state"] == "running" && last.is_some() && position.as_u64() == last;
                 positions.push(format!("{id} {} {position} of {last:?}", row["state"]));
             }
             if all { Ok(()) } else { Err(positions) }
         };
-        wait_while_moving("all replications to settle everything", LIMIT, probe).await.with_context(|| self.logs())
+        wait_while_moving("all replications to settle everything", limit, probe).await.with_context(|| self.logs())
     }
 
     /// What the instances have logged.
@@ -212,6 +213,12 @@ impl Topology {
     }
 }
 
-async fn last_seq(url: &str, stream: &str) -> Option<u64> {
-    Raw::connect(url).await.ok()?.stream_state(stream).await.ok()?["last_seq"].as_u64()
+/// Last sequence of the source of a document.
+async fn last_seq(document: &Value, stream: &str) -> Option<u64> {
+    let raw = Raw::connect(document["source_url"].as_str()?).await.ok()?;
+    let mut raw = match document["source_domain"].as_str() {
+        Some(domain) => raw.with_api(&format!("$JS.{domain}.API")),
+        None => raw,
+    };
+    raw.stream_state(stream).await.ok()?["last_seq"].as_u64()
 }

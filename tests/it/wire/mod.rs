@@ -21,6 +21,8 @@ mod leafnode;
 mod limits;
 mod logins;
 mod mirror;
+mod native_faults;
+mod native_kinds;
 mod native_source;
 mod networks;
 mod objects;

@@ -386,26 +386,30 @@ async fn a_mirror_is_promoted() -> Result<()> {
     Ok(())
 }
 
-/// Answers the next request below an API prefix as another feed, and delivers messages from the one that is asked for on.
-async fn feed_instead(leaf: &mut Leaf, root: &str, messages: u64) -> Result<()> {
-    let (mut asked, mut listens) = (None, false);
+/// Answers the next request below an API prefix as another feed, and delivers messages from this one on.
+async fn feed_instead(leaf: &mut Leaf, root: &str, from: u64, messages: u64) -> Result<()> {
+    let (mut asked, mut listens) = (false, false);
     let mut poked: Vec<String> = Vec::new();
-    let own = format!("{root}.D.OTHER");
+    // The subject of the durable consumer, on which the target listens all the time.
+    let own = format!("{root}.D.S");
     while !listens {
         if let Turn::Received(batch) = leaf.turn().await? {
             for message in batch.iter() {
-                let body: Value = serde_json::from_slice(message.payload).unwrap_or_default();
-                let Some(from) = body["config"]["opt_start_seq"].as_u64() else { continue };
-                let mut config = body["config"].clone();
-                (config["name"], config["deliver_subject"]) = ("OTHER".into(), own.as_str().into());
-                let answer = json!({"type": "io.nats.jetstream.api.v1.consumer_create_response", "name": "OTHER",
-                    "stream_name": STREAM, "config": config, "delivered": {"consumer_seq": 0, "stream_seq": from - 1}});
+                if !String::from_utf8_lossy(message.subject).contains(".CONSUMER.RESET.") {
+                    continue;
+                }
+                let config = json!({"name": "OTHER", "deliver_subject": own, "deliver_policy": "all",
+                    "ack_policy": "flow_control", "flow_control": true, "idle_heartbeat": 1_000_000_000,
+                    "max_ack_pending": 1_000, "replay_policy": "instant"});
+                let answer = json!({"type": "io.nats.jetstream.api.v1.consumer_reset_response", "name": "OTHER",
+                    "stream_name": STREAM, "config": config, "reset_seq": from,
+                    "delivered": {"consumer_seq": 0, "stream_seq": from - 1}});
                 leaf.send(message.reply, b"", b"", answer.to_string().as_bytes());
-                asked = Some(from);
+                asked = true;
             }
         }
         for interest in leaf.take_interest().into_iter().filter(|interest| interest.begins) {
-            listens |= interest.subject == own;
+            listens |= asked && interest.subject == own;
             if interest.subject.starts_with(&format!("{root}.D.")) && !poked.contains(&interest.subject) && !listens {
                 // The target asks again where a heartbeat contradicts it.
                 let header =
@@ -415,7 +419,6 @@ async fn feed_instead(leaf: &mut Leaf, root: &str, messages: u64) -> Result<()> 
             }
         }
     }
-    let from = asked.context("a request")?;
     for (number, seq) in (from..from + messages).enumerate() {
         let reply = format!("$JS.ACK.{STREAM}.OTHER.1.{seq}.{}.1000.0@orders.x", number + 1);
         leaf.send(own.as_bytes(), reply.as_bytes(), b"", b"other");
@@ -440,7 +443,7 @@ async fn another_feed_of_the_same_target_is_detected() -> Result<()> {
     let name = "somebody-else".to_owned();
     let login = LeafLogin { account: name.clone(), name, subscriptions: vec![format!("{api}.>")] };
     let mut leaf = Leaf::connect(&Connection::to(Endpoint::parse(&url).expect("a URL")), &login).await?;
-    tokio::time::timeout(LIMIT, feed_instead(&mut leaf, root, 5)).await.context("to be asked")??;
+    tokio::time::timeout(LIMIT, feed_instead(&mut leaf, root, 61, 5)).await.context("to be asked")??;
     let copied = async || site.at_target(TARGET).await.is_ok_and(|messages| messages == 65);
     wait_for("messages of the other feed", LIMIT, copied).await?;
     drop(leaf);

@@ -126,7 +126,7 @@ impl Lane {
         Ok(())
     }
 
-    async fn read_info(&mut self) -> Result<(), Error> {
+    pub(super) async fn read_info(&mut self) -> Result<(), Error> {
         while self.info.version.is_empty() {
             self.read_more().await?;
         }

@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::{
-    Batch, Lane, NEXT_ADDRESS, Turn,
+    Batch, Lane, NEXT_ADDRESS, Stream, Turn,
     connect::{HEAD_START, shown},
     race,
 };
@@ -54,6 +54,21 @@ impl Leaf {
     pub async fn connect(connection: &Connection, login: &LeafLogin) -> Result<Self, Error> {
         let hosts = connection.endpoint.hosts.iter();
         race(hosts, HEAD_START, |host| Self::try_host(connection, host, login)).await
+    }
+
+    /// Logs in over any transport, as [`Lane::greet`] does.
+    pub async fn greet(
+        io: Box<dyn Stream>,
+        address: &str,
+        connection: &Connection,
+        login: &LeafLogin,
+    ) -> Result<Self, Error> {
+        let mut lane = Lane::over(io, address.to_owned(), connection)?;
+        lane.read_info().await?;
+        lane.interest = Some(Vec::new());
+        let mut leaf = Self { lane, early: VecDeque::new() };
+        leaf.handshake(&connection.endpoint, login).await.map_err(no_leafnode_port)?;
+        Ok(leaf)
     }
 
     async fn try_host(connection: &Connection, host: &Host, login: &LeafLogin) -> Result<Self, Error> {
