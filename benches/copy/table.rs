@@ -71,6 +71,9 @@ fn line(row: &Row, rows: &[Row], against: &[Way]) -> String {
 
 /// Whether the machine was ours: what others take, the copies do not get.
 pub(crate) fn foot(rows: &[Row]) {
+    if rows.is_empty() {
+        return;
+    }
     let others = || rows.iter().flat_map(|row| &row.samples).map(|sample| sample.others);
     let (_, most) = range(others());
     let middle = median(others().collect());
