@@ -28,6 +28,17 @@ pub enum ErrorKind {
     Superseded,
 }
 
+impl ErrorKind {
+    /// As in the status.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Retry => "retry",
+            Self::Hold => "hold",
+            Self::Superseded => "superseded",
+        }
+    }
+}
+
 /// Why a run ended.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
