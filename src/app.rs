@@ -8,7 +8,7 @@ mod systemd;
 
 use std::{convert::Infallible, env, fmt::Display, fs, io, path::PathBuf, pin::pin, process, time::Duration};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use async_nats::Client;
 use nats_lane::{ServerRef, backoff::Backoff, client};
 use serde_json::Value;
@@ -28,12 +28,13 @@ use crate::{
     copy::Budget,
     events::{Event, Events},
     heartbeat,
-    http::{Monitor, Progress, Sources},
+    http::{Monitor, OtlpClient, Progress, Sources},
     lease::{self, Driver, Leases, ProcessIdentity},
     metrics::Detail,
     names,
     store::{Buckets, Condition, FileDocuments, Keeper, Stored, event_stream},
     supervisor::{self, Deps, Supervisor},
+    traces::{self, TraceSender, Traces},
 };
 
 /// Everything stops within this.
@@ -62,6 +63,8 @@ pub struct AppSettings {
     pub monitor: Option<String>,
     /// How much the metrics show of each replication.
     pub metrics_detail: Detail,
+    /// The collector that gets spans, a URL that was checked.
+    pub otlp: Option<String>,
     /// Subject prefix of the service and of events.
     pub prefix: String,
     /// What bucket names begin with.
@@ -93,15 +96,40 @@ pub async fn run(settings: AppSettings) -> anyhow::Result<()> {
     if let Some(hook) = settings.on_hangup.clone() {
         signals::serve(hook, system.progress.subscribe()).context("cannot handle signals")?;
     }
-    let result = system.work(&settings, &stop).await;
+    let traces = Collector::start(&settings)?;
+    let result = system.work(&settings, &traces.traces, &stop).await;
     systemd::stopping(GRACE);
     let late = system.stop().await;
+    traces.finish().await;
     result?;
     if late.is_empty() {
         info!("stopped");
         return Ok(());
     }
     bail!("did not stop gracefully in time: {}", late.join(", "))
+}
+
+/// The collector that gets spans, if there is one.
+struct Collector {
+    traces: Traces,
+    sender: Option<TraceSender>,
+}
+
+impl Collector {
+    fn start(settings: &AppSettings) -> anyhow::Result<Self> {
+        let Some(url) = &settings.otlp else { return Ok(Self { traces: Traces::default(), sender: None }) };
+        let client = OtlpClient::new(tokio::runtime::Handle::current());
+        let (traces, sender) = traces::start(url, &settings.site, &settings.instance, client)
+            .map_err(|error| anyhow!("cannot send spans to `--otlp {url}`: {error}"))?;
+        Ok(Self { traces, sender: Some(sender) })
+    }
+
+    /// Sends the last spans.
+    async fn finish(self) {
+        let Some(sender) = self.sender else { return };
+        // A panic there must not change how the process ends.
+        let _ = tokio::task::spawn_blocking(|| sender.finish()).await;
+    }
 }
 
 /// Bytes that all replications together may have asked for or read and not sent.
@@ -219,7 +247,7 @@ impl System {
     }
 
     /// Opens the buckets, starts all other parts and runs until the stop.
-    async fn work(&mut self, settings: &AppSettings, stop: &CancellationToken) -> anyhow::Result<()> {
+    async fn work(&mut self, settings: &AppSettings, traces: &Traces, stop: &CancellationToken) -> anyhow::Result<()> {
         let AppSettings { site, instance, bucket_prefix, bucket_replicas, .. } = settings;
         let open = async || {
             let (client, api_prefix) = (self.client.clone(), &self.api_prefix);
@@ -239,7 +267,7 @@ impl System {
         let rules = settings.rules.clone().with_former(&record.former);
 
         let Parts { leases, driver, handle, supervisor, heartbeats, runner, site_record } =
-            start_parts(settings, &rules, &buckets, &self.events);
+            start_parts(settings, &rules, &buckets, (&self.events, traces));
         let adapter_deps = adapter::AdapterDeps {
             site: site.clone(),
             instance: instance.clone(),
@@ -358,7 +386,12 @@ struct Parts {
 }
 
 /// Starts the leases, the supervisor and the heartbeats.
-fn start_parts(settings: &AppSettings, rules: &AllowList, buckets: &Buckets, events: &Events) -> Parts {
+fn start_parts(
+    settings: &AppSettings,
+    rules: &AllowList,
+    buckets: &Buckets,
+    (events, traces): (&Events, &Traces),
+) -> Parts {
     let AppSettings { site, instance, standalone, .. } = settings;
     let (site_updates, site_record) = watch::channel(None);
     let (heartbeat_updates, stored) = watch::channel(None);
@@ -377,6 +410,7 @@ fn start_parts(settings: &AppSettings, rules: &AllowList, buckets: &Buckets, eve
         leases: leases.clone(),
         senders: buckets.senders.clone(),
         events: events.clone(),
+        traces: traces.clone(),
         state_store: settings.state_store.clone(),
         budget: Budget::new(READ_AHEAD),
         heartbeats: heartbeat_updates,

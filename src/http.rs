@@ -1,5 +1,7 @@
 //! Metrics and health over HTTP. Decides nothing: every answer is read from the state of other modules.
 
+mod otlp;
+
 use std::{io, net::SocketAddr, time::Duration};
 
 use axum::{
@@ -13,6 +15,7 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
+pub use self::otlp::{OtlpClient, check_url as check_collector};
 use crate::{
     adapter::AdapterHandle,
     events::Events,

@@ -39,3 +39,4 @@ pub mod status;
 pub mod store;
 pub mod supervisor;
 pub mod telemetry;
+pub mod traces;

@@ -59,6 +59,7 @@ use crate::{
         ConfigChange, ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionRecord, PositionStore, SenderStore,
         SessionRecord, Stored,
     },
+    traces::Traces,
 };
 
 /// How often a caller that waits for a row checks it.
@@ -92,6 +93,8 @@ pub struct Deps {
     pub senders: SenderStore,
     /// Where events are published.
     pub events: Events,
+    /// Where spans go.
+    pub traces: Traces,
     /// Folder of the state files of Choria's replicator, where they are read and written.
     pub state_store: Option<PathBuf>,
     /// Bytes that all replications together may read ahead.

@@ -90,6 +90,7 @@ impl Args {
         let (documents, reloader) = FileDocuments::new(file.documents());
         let (path, lenient, before) = (self.path().to_owned(), self.lenient, file.clone());
         AppSettings {
+            otlp: None,
             server: file.server.clone(),
             rules: AllowList::default(),
             read_only: false,

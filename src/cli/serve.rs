@@ -12,6 +12,7 @@ use crate::{
     allow::AllowList,
     app::{self, AppSettings},
     config::{self, SiteFile, parse_file},
+    http,
     metrics::Detail,
     names,
     store::FileDocuments,
@@ -69,6 +70,10 @@ pub(super) struct Args {
         value_parser = metrics_detail
     )]
     metrics_detail: Detail,
+
+    /// Send a span for each run and each takeover to this OpenTelemetry collector, by OTLP over HTTP
+    #[arg(long, value_name = "URL", env = "STREAM_REPLICATOR_OTLP", hide_env_values = true)]
+    otlp: Option<String>,
 
     /// error, warn, info, debug, trace, or a filter such as `info,stream_replicator::copy=debug`
     #[arg(
@@ -218,6 +223,15 @@ impl Args {
         if let Some(monitor) = &monitor {
             check("--monitor", monitor, check_address(monitor));
         }
+        let otlp = given(self.otlp.as_ref());
+        if let Some(Err(wrong)) = otlp.as_deref().map(http::check_collector) {
+            problems.push(format!("`--otlp`: {wrong}"));
+        }
+        let mut check = |flag: &str, value: &str, result: Result<(), &str>| {
+            if let Err(right) = result {
+                problems.push(format!("`{flag}`: `{value}` is not possible; it must be {right}"));
+            }
+        };
         let lease_ttl = parse_duration(&self.lease_ttl).ok().filter(|ttl| LEASE_TTL.contains(ttl));
         let right = "a duration from 1s to 1h, such as `15s`";
         check("--lease-ttl", &self.lease_ttl, lease_ttl.map(|_| ()).ok_or(right));
@@ -236,6 +250,7 @@ impl Args {
             instance,
             monitor,
             metrics_detail: self.metrics_detail,
+            otlp,
             prefix: self.prefix.clone(),
             bucket_prefix: self.bucket_prefix.clone(),
             bucket_replicas: usize::from(self.bucket_replicas),

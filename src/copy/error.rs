@@ -28,6 +28,17 @@ pub enum ErrorKind {
     Superseded,
 }
 
+impl ErrorKind {
+    /// As in the status.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Retry => "retry",
+            Self::Hold => "hold",
+            Self::Superseded => "superseded",
+        }
+    }
+}
+
 /// Why a run ended.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
@@ -72,9 +83,13 @@ impl Error {
         }
     }
 
-    /// Whether it is about the connection to this side, `source` or `target`: then its text begins with that.
+    /// Whether it is about the connection to this side, `source` or `target`: its text begins with that, or it ended a run in
+    /// which nothing moved and names that side alone.
     pub fn is_of(&self, side: &str) -> bool {
-        self.message.strip_prefix(side).is_some_and(|rest| rest.starts_with(": "))
+        let begins = self.message.strip_prefix(side).is_some_and(|rest| rest.starts_with(": "));
+        let names = |side: &str| self.message.contains(&format!("the {side} "));
+        let other = if side == "source" { "target" } else { "source" };
+        begins || self.stalled && names(side) && !names(other)
     }
 
     /// An error of a run that made no more progress.
@@ -101,5 +116,25 @@ impl From<SaveError> for Error {
             SaveError::Conflict { .. } => Self::new(ErrorKind::Superseded, error.to_string()),
             SaveError::Deleted { .. } | SaveError::Store(_) => Self::new(ErrorKind::Retry, error.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_a_connection_names_its_side() {
+        let check = |error: Error, expect: Option<&str>| {
+            let found: Vec<_> = ["source", "target"].into_iter().filter(|side| error.is_of(side)).collect();
+            assert_eq!(found, expect.into_iter().collect::<Vec<_>>(), "{error}");
+        };
+        check(Error::new(ErrorKind::Retry, "target: connection refused"), Some("target"));
+        check(Error::new(ErrorKind::Retry, "source: timed out"), Some("source"));
+        check(Error::new(ErrorKind::Retry, "the target refused the message"), None);
+        check(Error::new(ErrorKind::Retry, "targets: none"), None);
+        check(Error::stalled("the target is silent for 6s"), Some("target"));
+        check(Error::stalled("nothing came from the source for 10s"), Some("source"));
+        check(Error::stalled("the source and the target differ"), None);
     }
 }

@@ -43,6 +43,7 @@ use crate::{
     events::{Event, Step},
     status::{CopyStatus, State},
     store::SourceMessage,
+    traces::TraceSpan,
 };
 
 /// Pauses between attempts after transient errors.
@@ -100,6 +101,8 @@ pub(super) struct CopyRunner {
     login_grace: LoginGrace,
     /// The start of this document was reported.
     start_reported: bool,
+    /// From the takeover from another instance until it copies.
+    takeover: Option<TraceSpan>,
     /// Until it is reported that nothing is left to copy.
     catching_up: Option<CatchUp>,
     /// The last row was not saved, even if the writer remembers it.
@@ -135,6 +138,7 @@ impl CopyRunner {
             retention: RetentionWatch::default(),
             login_grace: LoginGrace::default(),
             start_reported: false,
+            takeover: None,
             catching_up: None,
             unsaved: false,
             superseded: false,
@@ -233,8 +237,16 @@ impl CopyRunner {
         self.context.cell.adopt(replication, revision);
         while !stop.is_cancelled() {
             let begun = Instant::now();
+            let mut span = self.begin_span(replication);
+            let copied = self.context.cell.copied();
             let result = self.attempt(replication, stop).await;
             self.context.cell.run_over();
+            span.number("copied", self.context.cell.copied().saturating_sub(copied));
+            span.number("position", self.context.cell.row().copy.position.source_seq);
+            if let Err(error) = &result {
+                span.fail(error.kind.name(), &error.message);
+            }
+            drop(span);
             let error = match result {
                 Ok(()) if stop.is_cancelled() => return RunnerEnd::Stopped,
                 Ok(()) => Error::new(ErrorKind::Retry, "it ended unasked"),
@@ -258,6 +270,14 @@ impl CopyRunner {
             }
         }
         RunnerEnd::Stopped
+    }
+
+    /// The span of a run.
+    fn begin_span(&self, replication: &Replication) -> TraceSpan {
+        let mut span = self.context.deps.traces.begin("run", &self.context.id, self.epoch);
+        span.text("source.stream", &replication.source.stream);
+        span.text("target.stream", &replication.target.stream);
+        span
     }
 
     /// One run.
@@ -288,7 +308,7 @@ impl CopyRunner {
         }
         let Some(mut writer) = self.writer.take() else { return Ok(()) };
         let mut job = self.job(replication, release.and_then(|release| release.skip));
-        let Self { context, requests, start_reported, catching_up, outage, .. } = self;
+        let Self { context, requests, start_reported, takeover, catching_up, outage, .. } = self;
         let Context { deps, cell, .. } = &*context;
         let saved = writer.saved();
         let before = cell.progress();
@@ -305,7 +325,7 @@ impl CopyRunner {
         let result = tokio::select! {
             biased;
             result = run => result,
-            never = report_progress(context, before, replication, (start_reported, catching_up, outage)) => match never {},
+            never = report_progress(context, before, replication, (start_reported, takeover, catching_up, outage)) => match never {},
             never = hand_back::follow(&mut hand_back, context, replication) => match never {},
             never = gossip::publish(&mut gossip, context, replication) => match never {},
             never = state_file::follow(&mut state_file, samples.clone()) => match never {},
@@ -334,12 +354,12 @@ impl CopyRunner {
         stop: &CancellationToken,
     ) -> Result<(), Error> {
         let Some(mut writer) = self.writer.take() else { return Ok(()) };
-        let Self { context, start_reported, catching_up, outage, .. } = self;
+        let Self { context, start_reported, takeover, catching_up, outage, .. } = self;
         let before = context.cell.progress();
         let result = tokio::select! {
             biased;
             result = discovery::run(context, replication, patterns, &mut writer, stop) => result,
-            never = report_progress(context, before, replication, (start_reported, catching_up, outage)) => match never {},
+            never = report_progress(context, before, replication, (start_reported, takeover, catching_up, outage)) => match never {},
         };
         self.writer = Some(writer);
         result
@@ -407,10 +427,17 @@ async fn report_progress(
     context: &Context,
     before: CopyProgress,
     replication: &Replication,
-    (start_reported, catching_up, outage): (&mut bool, &mut Option<CatchUp>, &mut Outage),
+    (start_reported, takeover, catching_up, outage): (
+        &mut bool,
+        &mut Option<TraceSpan>,
+        &mut Option<CatchUp>,
+        &mut Outage,
+    ),
 ) -> Infallible {
     let mut status = context.cell.status().subscribe();
     let _ = status.wait_for(|(state, _)| *state == State::Running).await;
+    // It ends now.
+    *takeover = None;
     if !std::mem::replace(start_reported, true) {
         let (source, target) = (&replication.source.stream, &replication.target.stream);
         info!(replication = context.id, source, target, "copying");

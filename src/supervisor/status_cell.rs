@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use crate::{
     config::Replication,
-    copy::{Error, ErrorKind, Samples, SourcePeek},
+    copy::{Error, Samples, SourcePeek},
     election::CampaignView,
     events::Step,
     metrics,
@@ -248,11 +248,7 @@ impl StatusCell {
 
     /// A run ended with an error; `step` is what the next run opens again, if the error is transient.
     pub(super) fn failed(&self, error: &Error, step: Option<Step>) {
-        let kind = match error.kind {
-            ErrorKind::Retry => "retry",
-            ErrorKind::Hold => "hold",
-            ErrorKind::Superseded => "superseded",
-        };
+        let kind = error.kind.name();
         let poison = error.poison.as_ref();
         let content = poison.and_then(|poison| poison.content.as_ref());
         self.status.send_modify(|(_, copy)| {

@@ -62,7 +62,7 @@ pub const LAYOUT: Layout = Layout {
         &["adapter", "native"],
         &["copy"],
         &["heartbeat", "lease", "sampling"],
-        &["election", "events", "store"],
+        &["election", "events", "store", "traces"],
         &["allow", "nats"],
         &["config", "metrics"],
         &["choria", "status"],

@@ -46,6 +46,11 @@ impl CopyRunner {
             if !std::mem::replace(&mut self.leader_reported, true) {
                 let another = |holder: &String| !holder.is_empty() && *holder != deps.instance;
                 let previous = Some(claim.previous.clone()).filter(another);
+                self.takeover = previous.as_ref().map(|previous| {
+                    let mut span = deps.traces.begin("takeover", id, claim.record.epoch);
+                    span.text("previous", previous);
+                    span
+                });
                 self.context.emit(Event::Leader { epoch: claim.record.epoch, previous });
             }
             self.writer = Some(PositionWriter::new(deps.positions.clone(), deps.events.clone(), id, claim));

@@ -23,6 +23,7 @@ mod schemas;
 mod secrets;
 mod service;
 mod stream_patterns;
+mod traces;
 mod validate;
 mod validate_bridge;
 mod written_json;
