@@ -122,7 +122,12 @@ impl Feed<'_> {
         if let Some(why) = witness::objection(&Evidence { last, source_last, known, source }) {
             return Err(held(self.another_source(&why)));
         }
-        let found = known.into_iter().chain(source).find(|point| point.seq == last);
+        let mut found = known.into_iter().chain(source).find(|point| point.seq == last);
+        if found.is_none() {
+            // The next comparison is with this one.
+            let read = Api::new(&mut self.source).message_from(&replication.source.stream, last).await;
+            found = read.map_err(|error| error.context("source"))?.map(point).filter(|point| point.seq == last);
+        }
         Ok(FedPoint { seq: last, time_ns: found.and_then(|point| point.time_ns) })
     }
 
