@@ -69,7 +69,7 @@ impl ServerOutages {
     fn send(&self, report: Report) {
         match self.reports.try_send(report) {
             Ok(()) => {}
-            // OutageNotice one by one then: nothing is lost.
+            // One by one then: nothing is lost.
             Err(error) => match error.into_inner() {
                 Report::Stalled { id, event, .. } | Report::Repaired { id, event } => self.events.emit(event, &id),
                 Report::Left { .. } => {}
