@@ -25,6 +25,12 @@ pub(super) fn objection(evidence: &Evidence) -> Option<String> {
              recreated, or lost its end"
         ));
     }
+    if let Some(known) = known.filter(|known| source_last < known.seq) {
+        return Some(format!(
+            "the source ends at sequence {source_last}, and was read up to {}: it was recreated, or lost its end",
+            known.seq
+        ));
+    }
     let (known, source) = (known?, source?);
     let (known_ns, time) = (known.time_ns?, source.time_ns?);
     let differs = if source.seq == known.seq { time != known_ns } else { time < known_ns };
@@ -64,5 +70,7 @@ mod tests {
         assert!(check(20, point(10, 6), point(10, 5)), "another message");
         assert!(check(20, point(12, 4), point(10, 5)), "a later message that is older");
         assert!(check(20, point(8, 6), point(8, 5)), "another message than the saved one");
+        assert!(check(20, point(12, 6), point(12, 5)), "another one than one out of scope that was read");
+        assert!(check(11, None, point(12, 5)), "shorter than what was read");
     }
 }

@@ -107,7 +107,8 @@ impl Feed<'_> {
     /// Compares what both sides know of the source's past; returns the last point that the target holds.
     async fn agree(&mut self, last: u64, saved: Option<FedPoint>) -> Result<FedPoint, Error> {
         let replication = &self.job.replication;
-        let saved = saved.filter(|saved| (1..=last).contains(&saved.seq));
+        // It may be after the last one that was delivered, where what followed is out of scope.
+        let saved = saved.filter(|saved| saved.seq > 0);
         let point = |found: StoredMessage| FedPoint { seq: found.sequence, time_ns: Some(found.time_ns) };
         let target = match self.kind {
             NativeKind::Mirror => Api::new(&mut self.target).message(&replication.target.stream, last).await,
