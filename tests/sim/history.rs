@@ -745,11 +745,18 @@ impl History {
 
     /// Source messages that were gone before they were copied.
     pub fn gone(&self) -> BTreeSet<u64> {
-        let gone =
-            self.originals.iter().enumerate().filter(|(number, o)| {
-                o.purged && o.copies.is_empty() && o.excused.is_none() && !self.is_replaced(*number)
-            });
-        gone.map(|(_, original)| original.seq).collect()
+        self.gone_numbers().map(|number| self.originals[number].seq).collect()
+    }
+
+    /// Those of them that the target would not keep any more.
+    pub fn gone_but_replaced(&self) -> BTreeSet<u64> {
+        let replaced = self.gone_numbers().filter(|number| self.is_replaced(*number));
+        replaced.map(|number| self.originals[number].seq).collect()
+    }
+
+    fn gone_numbers(&self) -> impl Iterator<Item = usize> {
+        let gone = self.originals.iter().enumerate();
+        gone.filter(|(_, o)| o.purged && o.copies.is_empty() && o.excused.is_none()).map(|(number, _)| number)
     }
 
     /// Whether a message was copied, or need not be.
