@@ -8,6 +8,8 @@ use nats_lane::{
     leafnode::{Leaf, LeafLogin},
 };
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use super::leafnode::VERSIONS;
 use crate::harness::{
@@ -85,17 +87,34 @@ async fn a_mirror_equals_its_source() -> Result<()> {
     Ok(())
 }
 
-/// Publishes in the background, a little at a time, up to the last number.
-fn load(site: &Site, from: u64, to: u64) -> tokio::task::JoinHandle<Result<()>> {
-    let url = site.source.url();
-    tokio::spawn(async move {
-        let mut raw = Raw::connect(&url).await?;
-        for first in (from..=to).step_by(50) {
-            raw.publish_all((first..=(first + 49).min(to)).map(|number| message(number, ""))).await?;
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        Ok(())
-    })
+/// What is published in the background, a little at a time, until it is stopped.
+struct Load {
+    stop: CancellationToken,
+    published: JoinHandle<Result<u64>>,
+}
+
+impl Load {
+    fn start(site: &Site) -> Self {
+        let (url, stop) = (site.source.url(), CancellationToken::new());
+        let until = stop.clone();
+        let published = tokio::spawn(async move {
+            let mut raw = Raw::connect(&url).await?;
+            let mut last = 0;
+            while !until.is_cancelled() {
+                raw.publish_all((last + 1..=last + 50).map(|number| message(number, ""))).await?;
+                last += 50;
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            Ok(last)
+        });
+        Self { stop, published }
+    }
+
+    /// Returns how many messages there are.
+    async fn end(self) -> Result<u64> {
+        self.stop.cancel();
+        self.published.await?
+    }
 }
 
 /// Waits until the mirror has moved past where it is.
@@ -109,12 +128,11 @@ async fn moves(site: &Site, what: &str) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kills_of_everything_lose_and_double_nothing() -> Result<()> {
-    const MESSAGES: u64 = 15_000;
     for version in VERSIONS {
         let (mut site, fields) = begin(version, &[]).await?;
         site.source_stream(STREAM, json!({})).await?;
         site.add(STREAM, fields).await?;
-        let load = load(&site, 1, MESSAGES);
+        let load = Load::start(&site);
         moves(&site, "the mirror to begin").await?;
         for _ in 0..3 {
             site.service.kill()?;
@@ -125,22 +143,21 @@ async fn kills_of_everything_lose_and_double_nothing() -> Result<()> {
         site.target.kill()?;
         site.target.restart().await?;
         moves(&site, "the mirror to continue after a kill of the target").await?;
-        load.await??;
-        site.settled(STREAM, MESSAGES).await.context(version)?;
-        assert_eq!(verify(&site, version).await? as u64, MESSAGES);
+        let messages = load.end().await?;
+        site.settled(STREAM, messages).await.context(version)?;
+        assert_eq!(verify(&site, version).await? as u64, messages);
     }
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_successor_feeds_while_the_old_feed_is_frozen() -> Result<()> {
-    const MESSAGES: u64 = 6_000;
     const TTL: &str = "3s";
     for version in ["2.10.26", "2.15.1"] {
         let (site, fields) = begin(version, &["--instance", "one", "--lease-ttl", TTL]).await?;
         site.source_stream(STREAM, json!({})).await?;
         site.add(STREAM, fields).await?;
-        let load = load(&site, 1, MESSAGES);
+        let load = Load::start(&site);
         moves(&site, "the mirror to begin").await?;
         let arguments = ["--lease-ttl", TTL];
         let two = Service::builder(&site.service_url(), SITE).instance("two").args(arguments).start().await?;
@@ -151,14 +168,14 @@ async fn a_successor_feeds_while_the_old_feed_is_frozen() -> Result<()> {
         wait_for("a successor", LIMIT, async || leads(new).await).await?;
         moves(&site, "the successor to feed").await?;
         old.thaw()?;
-        load.await??;
+        let messages = load.end().await?;
         wait_for("everything", LIMIT, async || {
             let row = site.row(STREAM).await.unwrap_or_default();
-            row["position"]["source_seq"] == MESSAGES && row["lag"]["messages"] == 0
+            row["position"]["source_seq"] == messages && row["lag"]["messages"] == 0
         })
         .await
         .with_context(|| two.log())?;
-        assert_eq!(verify(&site, version).await? as u64, MESSAGES);
+        assert_eq!(verify(&site, version).await? as u64, messages);
     }
     Ok(())
 }
@@ -429,7 +446,6 @@ async fn a_leaf_user_with_the_permissions_that_validate_prints() -> Result<()> {
 /// A stream that a person made with the prefix that `config validate` shows, on three servers with a leafnode port each.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replicated_mirror_made_by_hand_survives_its_servers() -> Result<()> {
-    const MESSAGES: u64 = 9_000;
     let ports = std::sync::Mutex::new(Vec::new());
     let mut cluster = Cluster::start_with(Role::Target, |server| {
         let port = free_port().expect("a port");
@@ -456,7 +472,7 @@ async fn a_replicated_mirror_made_by_hand_survives_its_servers() -> Result<()> {
     let mirror = json!({"num_replicas": 3, "mirror": {"name": STREAM, "external": external}});
     cluster.create_stream(STREAM, mirror).await?;
     site.add(STREAM, fields).await?;
-    let load = load(&site, 1, MESSAGES);
+    let load = Load::start(&site);
     let position =
         async || site.row(STREAM).await.unwrap_or_default()["position"]["source_seq"].as_u64().unwrap_or_default();
     let moves = async |what: &str| {
@@ -471,8 +487,8 @@ async fn a_replicated_mirror_made_by_hand_survives_its_servers() -> Result<()> {
     cluster.end(0, End::Killed).await?;
     moves("the mirror to continue without the server of its leafnode").await?;
     cluster.servers[0].restart().await?;
-    load.await??;
-    site.settled_within(STREAM, MESSAGES, 2 * LIMIT).await?;
+    let messages = load.end().await?;
+    site.settled_within(STREAM, messages, 2 * LIMIT).await?;
     cluster.wait_leaders(&[STREAM], None).await?;
     let (from, to) = (site.source().await?.read_stream(STREAM).await?, cluster.read_stream(STREAM).await?);
     ensure!(from == to, "{} messages became {}\n{}", from.len(), to.len(), site.service.log());
