@@ -109,7 +109,11 @@ async fn the_statistics_count_replications_by_state_and_do_not_grow() -> Result<
     let data = async || -> Result<Value> {
         let stats = request(&site.client, "$SRV.STATS.replicator", Value::Null).await?;
         let endpoints = stats["endpoints"].as_array().context("endpoints")?;
-        Ok(endpoints.iter().find(|endpoint| endpoint["name"] == "status").context("status")?["data"].clone())
+        let mut data =
+            endpoints.iter().find(|endpoint| endpoint["name"] == "status").context("status")?["data"].clone();
+        let time = data.as_object_mut().and_then(|data| data.remove("time")).context("a time")?;
+        chrono::DateTime::parse_from_rfc3339(time.as_str().unwrap_or_default())?;
+        Ok(data)
     };
     let counts = |running: u64, paused: u64, held: u64| {
         json!({"replications": {

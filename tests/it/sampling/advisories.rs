@@ -23,13 +23,17 @@ async fn advised(config: &str, subject: &str, reliable: bool) -> Result<Site> {
         "stream": "NODES",
         "source_url": site.source.url_as("user:secret"),
         "target_url": site.target.url(),
-        "inspect_field": "sender",
+        "inspect_field": FIELD,
         "inspect_duration": "1h",
         "advisory": {"subject": subject, "reliable": reliable},
     });
     request(&site.client, "replicator.config.add", document).await?;
     Ok(site)
 }
+
+/// An advisory names it, so that one can be longer than any request for a consumer.
+const FIELD: &str = "the_identity_of_the_node_that_registered_as_it_is_written_in_its_certificate_and_known_to_all_of_\
+                     the_others_in_its_collective";
 
 fn admin(site: &Site) -> String {
     site.source.url_as("admin:secret")
@@ -38,7 +42,7 @@ fn admin(site: &Site) -> String {
 /// Publishes one message of each sender; returns the last sequence.
 async fn publish(site: &Site, senders: &[&str]) -> Result<u64> {
     let mut raw = Raw::connect(&admin(site)).await?;
-    raw.publish_all(senders.iter().map(|sender| Outgoing::new("nodes.a", json!({"sender": sender}).to_string()))).await
+    raw.publish_all(senders.iter().map(|sender| Outgoing::new("nodes.a", json!({FIELD: sender}).to_string()))).await
 }
 
 /// The senders whose `new` a stream has stored.
@@ -122,7 +126,7 @@ async fn a_plain_advisory_whose_protocol_line_is_too_long() -> Result<()> {
 #[tokio::test]
 async fn a_server_that_takes_no_advisory_of_this_size() -> Result<()> {
     let config = r#"
-        max_payload: 420
+        max_payload: 540
         authorization { users = [{user: admin, password: secret}, {user: user, password: secret}] }"#;
     refused(config, "adv.%s.%v", false, &["x".repeat(240).as_str()]).await
 }

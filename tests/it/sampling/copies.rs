@@ -176,7 +176,9 @@ async fn senders_are_listed_newest_first_and_in_pages() -> Result<()> {
         let rows = reply["senders"].as_array().cloned().unwrap_or_default();
         rows.iter().filter_map(|row| row["sender"].as_str().map(str::to_owned)).collect()
     };
-    let seen: Vec<_> = first["senders"].as_array().context("rows")?.iter().map(|row| row["seen"].as_str()).collect();
+    // As texts they have more or fewer digits.
+    let time = |row: &Value| chrono::DateTime::parse_from_rfc3339(row["seen"].as_str().unwrap_or_default());
+    let seen: Vec<_> = first["senders"].as_array().context("rows")?.iter().map(time).collect::<Result<_, _>>()?;
     assert!(seen.is_sorted_by(|a, b| a >= b), "newest first");
     let mut all = BTreeSet::new();
     while all.len() < 2_500 {
