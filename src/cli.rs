@@ -28,6 +28,7 @@ mod output;
 mod progress;
 mod replicate;
 mod reply;
+mod report;
 mod select;
 mod serve;
 mod site;
@@ -135,6 +136,7 @@ enum Command {
 enum ClientCommand {
     Config(config::Args),
     Status(status::Args),
+    Report(report::Args),
     Check(check::Args),
     Doctor(doctor::Args),
     /// Stop copying and keep the position, also over restarts
@@ -223,6 +225,7 @@ impl ClientCommand {
         match self {
             Self::Config(args) => args.global().json,
             Self::Status(args) => args.json(),
+            Self::Report(args) => args.global.json,
             Self::Check(args) => args.json(),
             Self::Doctor(args) => args.json(),
             Self::Pause(args) | Self::Resume(args) | Self::Retry(args) | Self::Stepdown(args) => args.global.json,
@@ -244,6 +247,7 @@ impl ClientCommand {
         match self {
             Self::Config(args) => config::run(args, out).await,
             Self::Status(args) => status::run(args, out).await,
+            Self::Report(args) => report::run(args, out).await,
             Self::Check(args) => check::run(args, out).await,
             Self::Doctor(args) => doctor::run(args, out).await,
             Self::Pause(args) => steer::each(args, "pause", "is paused", out).await,

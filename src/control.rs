@@ -9,6 +9,8 @@ mod service;
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use tokio::sync::Semaphore;
+
 pub use self::service::Service;
 use self::{
     documents::Documents,
@@ -22,6 +24,9 @@ use crate::{
 
 /// Name of the service, whatever its subjects begin with.
 pub const SERVICE_NAME: &str = "replicator";
+
+/// Reports that one instance makes at once.
+const REPORTS: usize = 2;
 
 /// Settings of the service.
 #[derive(Debug, Clone)]
@@ -84,6 +89,7 @@ pub async fn start(
         heartbeats,
         adapters,
         events,
+        reports: Semaphore::new(REPORTS),
     };
     let mut routes = endpoints::routes(&Arc::new(context), &control.prefix);
     if read_only {

@@ -47,6 +47,7 @@ use self::{
     task::ReplicationTask,
 };
 
+pub use self::known_streams::KnownSides;
 use crate::{
     allow::AllowList,
     copy::{Budget, Error, ErrorKind, Samples},
@@ -111,8 +112,9 @@ pub fn start(deps: Deps, root: &CancellationToken) -> (Handle, Supervisor) {
     let (table, view) = watch::channel(StatusTable::default());
     let stop = root.child_token();
     let group = Group::follow(deps.positions.clone(), deps.leases.clone());
-    let handle = Handle { table: view.clone(), group, instance: deps.instance.as_str().into() };
     let known_streams = KnownStreams::new(&deps.site, &deps.rules);
+    let instance = deps.instance.as_str().into();
+    let handle = Handle { table: view.clone(), group, known_streams: known_streams.clone(), instance };
     let outages = ServerOutages::start(deps.events.clone(), &deps.instance);
     let work = TaskLoop {
         deps: Arc::new(deps),
@@ -178,6 +180,7 @@ fn pass_on_removal(key: &watch::Sender<Option<Stored>>) {
 pub struct Handle {
     table: watch::Receiver<StatusTable>,
     group: Group,
+    known_streams: KnownStreams,
     instance: Arc<str>,
 }
 
@@ -196,6 +199,11 @@ impl Handle {
     /// All rows as the group sees them, sorted by id.
     pub fn rows(&self) -> Vec<Row> {
         self.table.borrow().cells.values().map(|cell| self.view(cell)).collect()
+    }
+
+    /// Both streams of every replication with a valid document, by id; not of those that only find streams.
+    pub fn sides(&self) -> BTreeMap<String, KnownSides> {
+        self.known_streams.all()
     }
 
     /// The row of one replication as the group sees it.

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::{error::Error, global::Global, output::clean, reply::Reply};
 use crate::{
-    control::api::{AdapterList, ErrorReply, Failure, Instances, LinkList, List, Status},
+    control::api::{AdapterList, ErrorReply, Failure, Instances, LinkList, List, Status, StreamReport},
     names::{DEADLINE_HEADER, EXPECTED_REVISION_HEADER, TIME_HEADER},
 };
 
@@ -40,6 +40,8 @@ pub(super) struct Client {
 pub(super) trait Paged: DeserializeOwned {
     /// The field with the rows.
     const ROWS: &'static str;
+    /// Fields with lists that belong to the rows of a page.
+    const BESIDE: &'static [&'static str] = &[];
 }
 
 impl Paged for Status {
@@ -60,6 +62,11 @@ impl Paged for LinkList {
 
 impl Paged for Instances {
     const ROWS: &'static str = "instances";
+}
+
+impl Paged for StreamReport {
+    const ROWS: &'static str = "replications";
+    const BESIDE: &'static [&'static str] = &["streams", "native"];
 }
 
 impl Client {
@@ -321,8 +328,10 @@ impl<T: Paged> Pages<T> {
         self.pages += 1;
         self.dry = rows::<T>(&page) == 0;
         let (Value::Object(joined), Value::Object(mut page)) = (&mut self.joined, page) else { return };
-        if let (Some(Value::Array(all)), Some(Value::Array(more))) = (joined.get_mut(T::ROWS), page.remove(T::ROWS)) {
-            all.extend(more);
+        for list in [T::ROWS].iter().chain(T::BESIDE) {
+            if let (Some(Value::Array(all)), Some(Value::Array(more))) = (joined.get_mut(*list), page.remove(*list)) {
+                all.extend(more);
+            }
         }
         // the newest number counts: rows may come and go meanwhile
         joined.insert("total".to_owned(), page.remove("total").unwrap_or_default());

@@ -10,6 +10,7 @@ mod pause;
 mod position;
 mod promote;
 mod release;
+mod report;
 mod schema;
 mod senders;
 mod stepdown;
@@ -23,7 +24,10 @@ use futures_util::FutureExt;
 use nats_lane::endpoint::nearest;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json as value};
-use tokio::time::{sleep, timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
 use tracing::{info, warn};
 
 use self::{
@@ -40,6 +44,7 @@ use self::{
     position::position,
     promote::promote,
     release::{retry, skip},
+    report::report,
     schema::schema,
     senders::senders,
     stepdown::stepdown,
@@ -97,6 +102,8 @@ pub(super) struct RequestContext {
     pub(super) heartbeats: heartbeats::HeartbeatHandle,
     pub(super) adapters: AdapterHandle,
     pub(super) events: Events,
+    /// Reports that may be made at once: each asks all servers.
+    pub(super) reports: Semaphore,
 }
 
 /// All endpoints below `prefix`.
@@ -123,6 +130,7 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
         route("config-list", EndpointKind::Query, handler!(config_list)),
         route("config-schema", EndpointKind::Query, handler!(config_schema)),
         Route { data: Some(states(context.clone())), ..route("status", EndpointKind::Query, handler!(status)) },
+        route("report", EndpointKind::Inquiry, handler!(report)),
         route("instances", EndpointKind::Query, handler!(instances)),
         route("senders", EndpointKind::Query, handler!(senders)),
         route("pause", EndpointKind::Mutation, handler!(pause)),

@@ -12,8 +12,8 @@ use super::api::{
     AdapterChanged, AdapterList, AdapterNamed, AdapterShown, AdapterStatus, AdapterStatusRequest, AdapterValidation,
     Changed, DeleteRequest, ErrorReply, GetRequest, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest,
     LinkChanged, LinkList, LinkNamed, LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove,
-    PositionRequest, PromoteRequest, Promoted, SchemaRequest, SchemaShown, SendersPage, SendersRequest, SkipRequest,
-    Skipped, Status, StatusRequest, SteppedDown, StoredDocument, Validation,
+    PositionRequest, PromoteRequest, Promoted, ReportRequest, SchemaRequest, SchemaShown, SendersPage, SendersRequest,
+    SkipRequest, Skipped, Status, StatusRequest, SteppedDown, StoredDocument, StreamReport, Validation,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
@@ -55,6 +55,7 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("config.list", request::<ListRequest>(), reply::<List>()),
         ("config.schema", json!({"description": "Empty; the payload is ignored."}), config_schema_reply()),
         ("status", request::<StatusRequest>(), reply::<Status>()),
+        ("report", request::<ReportRequest>(), reply::<StreamReport>()),
         ("pause", request::<NamedRequest>(), reply::<Changed>()),
         ("resume", request::<NamedRequest>(), reply::<Changed>()),
         ("position", position_request(), reply::<PositionMove>()),

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use crate::{
     allow::AllowList,
-    config::{OriginTag, Replication, Side},
+    config::{NativeKind, OriginTag, Replication, Side},
     copy::{KnownOrigins, WaysBack},
     store::ConfigEntry,
 };
@@ -31,9 +31,13 @@ pub(super) struct KnownStreams {
 
 /// Both streams of one replication.
 #[derive(Debug, Clone, PartialEq)]
-struct KnownSides {
-    source: Side,
-    target: Side,
+pub struct KnownSides {
+    /// Where messages are read.
+    pub source: Side,
+    /// Where messages are stored.
+    pub target: Side,
+    /// As what a native feed fills the target; `None` for a copy.
+    pub native: Option<NativeKind>,
     /// What its copies carry; empty for a native feed, which adds nothing.
     tags: Vec<OriginTag>,
 }
@@ -67,10 +71,10 @@ impl KnownStreams {
             // It copies nothing itself.
             return self.remove(&replication.id);
         }
-        let is_native = replication.native.is_some();
-        let tags = if is_native { Vec::new() } else { replication.origin_tags(&self.site) };
+        let native = replication.native.as_ref().map(|native| native.kind);
+        let tags = if native.is_some() { Vec::new() } else { replication.origin_tags(&self.site) };
         let Replication { id, source, target, .. } = replication;
-        let sides = KnownSides { source, target, tags };
+        let sides = KnownSides { source, target, native, tags };
         let before = self.lock().insert(id, sides.clone());
         if before.as_ref() != Some(&sides) {
             self.changes.send_modify(|changes| *changes += 1);
@@ -82,6 +86,11 @@ impl KnownStreams {
         if self.lock().remove(id).is_some() {
             self.changes.send_modify(|changes| *changes += 1);
         }
+    }
+
+    /// Both streams of every replication, by id.
+    pub(super) fn all(&self) -> BTreeMap<String, KnownSides> {
+        self.lock().clone()
     }
 
     /// Whether both streams of a replication are known to be in one account.

@@ -44,6 +44,9 @@ pub struct StreamInfo {
     /// How far the sources have come, where the server says that (2.15 and later).
     #[serde(default)]
     pub sources: Vec<SourceProgress>,
+    /// How far a mirror has come; `None` for other streams.
+    #[serde(default)]
+    pub mirror: Option<SourceProgress>,
     /// JetStream domain of the server that answered, if it has one.
     #[serde(default)]
     pub domain: Option<String>,
@@ -67,10 +70,19 @@ fn point_in_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Da
     Ok(time.map(|time| time.to_utc()).filter(|time| *time > DateTime::UNIX_EPOCH))
 }
 
-/// One of `sources` of [`StreamInfo`].
+/// `mirror`, or one of `sources`, of [`StreamInfo`].
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct SourceProgress {
+    /// Name of the stream that the messages come from.
+    pub name: String,
+    /// Messages there that are not here yet, as far as the server knows.
+    #[serde(deserialize_with = "count")]
+    pub lag: u64,
+    /// Time since the server heard of it last, nanoseconds; negative where it never did.
+    pub active: i64,
+    /// Why it does not progress.
+    pub error: Option<ApiError>,
     /// Where it comes from, if that is no stream of the same account and domain.
     pub external: Option<SourceExternal>,
     /// Last sequence of the source that was taken; 0 where none was, or the server does not say that.
@@ -127,6 +139,22 @@ pub struct StreamState {
     /// Different subjects of the messages stored.
     #[serde(deserialize_with = "count")]
     pub num_subjects: u64,
+    /// Sequences between the first and the last that were removed.
+    #[serde(rename = "num_deleted", deserialize_with = "count")]
+    pub deleted: u64,
+    /// Messages that the server found damaged on its disk.
+    #[serde(deserialize_with = "lost_messages")]
+    pub lost: u64,
+}
+
+/// How many messages `lost` of a stream's state names.
+fn lost_messages<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    #[derive(Deserialize)]
+    struct LostMessages {
+        msgs: Option<Vec<u64>>,
+    }
+    let lost = Option::<LostMessages>::deserialize(deserializer)?;
+    Ok(lost.and_then(|lost| lost.msgs).map_or(0, |sequences| sequences.len() as u64))
 }
 
 /// Whether the leader of a stream answered a question about it: not if the stream has no leader, or if the leader is one of the others.
@@ -314,16 +342,35 @@ impl<'a> Api<'a> {
         stream: &str,
         others: impl FnMut(&[u8], Bytes),
     ) -> Result<Option<StreamInfo>, Error> {
-        let what = format!("STREAM.INFO.{stream}");
-        let subject = format!("{}.{what}", self.lane.api_prefix());
+        let subject = format!("{}.STREAM.INFO.{stream}", self.lane.api_prefix());
         let reply = self.lane.request_beside(&subject, b"", others).await?;
-        let info: Option<StreamInfo> = found(decode(&reply).map_err(|error| error.context(what)))?;
-        match info {
-            Some(info) if !info.is_leaders() => {
-                Err(Error::retry(format!("stream `{stream}` has no leader, or not the one that answered")))
+        read_info(stream, &reply)
+    }
+
+    /// Asks for many streams, many at a time: `each` gets the name and what [`Api::stream_info`] would say of it.
+    ///
+    /// # Errors
+    ///
+    /// The connection failed: the streams that `each` did not get are not known.
+    pub async fn stream_infos(
+        &mut self,
+        streams: impl IntoIterator<Item = String>,
+        mut each: impl FnMut(String, Result<Option<StreamInfo>, Error>),
+    ) -> Result<(), Error> {
+        let (mut streams, mut waiting) = (streams.into_iter().peekable(), HashMap::new());
+        while streams.peek().is_some() || !waiting.is_empty() {
+            for stream in streams.by_ref().take(ASKED_TOGETHER - waiting.len()) {
+                let subject = format!("{}.STREAM.INFO.{stream}", self.lane.api_prefix());
+                waiting.insert(self.lane.send_request(&subject, b"").into_bytes(), stream);
             }
-            info => Ok(info),
+            for (reply, answer) in self.lane.answers().await? {
+                if let Some(stream) = waiting.remove(&reply) {
+                    let info = read_info(&stream, &answer);
+                    each(stream, info);
+                }
+            }
         }
+        Ok(())
     }
 
     /// Names of the streams that listen on a subject, or on a part of a pattern; the first page of them.
@@ -503,6 +550,21 @@ impl<'a> Api<'a> {
     /// Deletes a consumer; one that is gone already is no error.
     pub async fn delete_consumer(&mut self, stream: &str, name: &str) -> Result<(), Error> {
         found(self.call::<Value>(&format!("CONSUMER.DELETE.{stream}.{name}"), &Value::Null).await).map(|_| ())
+    }
+}
+
+/// What an answer to `STREAM.INFO` says; `None` if there is no such stream.
+fn read_info(stream: &str, answer: &[u8]) -> Result<Option<StreamInfo>, Error> {
+    if answer.is_empty() {
+        return Err(Error::retry(format!("STREAM.INFO.{stream}: no responders")));
+    }
+    let info: Option<StreamInfo> =
+        found(decode(answer).map_err(|error| error.context(format!("STREAM.INFO.{stream}"))))?;
+    match info {
+        Some(info) if !info.is_leaders() => {
+            Err(Error::retry(format!("stream `{stream}` has no leader, or not the one that answered")))
+        }
+        info => Ok(info),
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
 const REPLICATION: &str = "replication";
 
 /// What each endpoint does, for `nats micro info`.
-const DESCRIPTIONS: [(&str, &str); 35] = [
+const DESCRIPTIONS: [(&str, &str); 36] = [
     ("config-add", "Adds a replication"),
     ("config-update", "Replaces the document of a replication"),
     ("config-delete", "Deletes a replication; what it copied stays"),
@@ -25,6 +25,7 @@ const DESCRIPTIONS: [(&str, &str); 35] = [
     ("config-list", "Lists the documents"),
     ("config-schema", "Shows the schema of replication documents"),
     ("status", "Shows state, position, lag and errors of replications"),
+    ("report", "Shows the streams of both sides and what feeds them, as nats stream report does"),
     ("instances", "Lists the instances of the group"),
     ("senders", "Lists the senders that a sampled replication knows"),
     ("pause", "Stops a replication and keeps its position"),

@@ -152,7 +152,7 @@ mod tests {
                 first_seq,
                 last_seq: first_seq + messages - 1,
                 num_subjects: messages,
-                consumers: 0,
+                ..StreamState::default()
             };
             sample(&state).collect::<Vec<_>>()
         };

@@ -238,7 +238,14 @@ mod tests {
 
     fn state(first_seq: u64, last_seq: u64, bytes_each: u64) -> StreamState {
         let messages = last_seq + 1 - first_seq;
-        StreamState { messages, first_seq, last_seq, bytes: messages * bytes_each, num_subjects: 1, consumers: 0 }
+        StreamState {
+            messages,
+            first_seq,
+            last_seq,
+            bytes: messages * bytes_each,
+            num_subjects: 1,
+            ..StreamState::default()
+        }
     }
 
     /// Looks ten seconds apart.

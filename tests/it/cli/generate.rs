@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::harness::{Cli, Site};
 
 /// Every command that there is.
-const COMMANDS: [&str; 45] = [
+const COMMANDS: [&str; 46] = [
     "serve",
     "replicate",
     "config",
@@ -23,6 +23,7 @@ const COMMANDS: [&str; 45] = [
     "config import",
     "config export",
     "status",
+    "report",
     "check",
     "doctor",
     "pause",

@@ -19,6 +19,7 @@ mod pause;
 mod position;
 mod process;
 mod release;
+mod report;
 mod schemas;
 mod secrets;
 mod service;

@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 35] = [
+const ENDPOINTS: [(&str, &str, &str); 36] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -16,6 +16,7 @@ const ENDPOINTS: [(&str, &str, &str); 35] = [
     ("config-list", "replicator.config.list", ""),
     ("config-schema", "replicator.config.schema", ""),
     ("status", "replicator.status", ""),
+    ("report", "replicator.report", "q"),
     ("instances", "replicator.instances", ""),
     ("senders", "replicator.senders", ""),
     ("pause", "replicator.pause", "q"),

@@ -23,6 +23,8 @@ const MEMORY: u64 = if cfg!(debug_assertions) { 240 << 20 } else { 200 << 20 };
 const IDLE_MESSAGES: f64 = 60.0;
 /// `status` and `config.list`, each page.
 const ANSWER: Duration = Duration::from_millis(500);
+/// `report`, all pages together: all streams of both sides are asked for.
+const REPORT: Duration = Duration::from_secs(1);
 /// All of them run within this after the start of the process.
 const ALL_RUN: Duration = Duration::from_secs(60);
 /// How long the CPU time is measured.
@@ -198,7 +200,28 @@ async fn answers_in_time(site: &Site, count: usize) -> Result<()> {
         })
         .await?;
     }
-    Ok(())
+    wait_value(&format!("a report within {REPORT:?}"), LIMIT, async || {
+        let (streams, time) = timed(reported(site)).await.ok()?;
+        println!("report: {streams} streams in {time:?}");
+        (streams >= 2 * count && time < REPORT).then_some(())
+    })
+    .await
+}
+
+/// How many streams the pages of a report show, each with its figures.
+async fn reported(site: &Site) -> Result<usize> {
+    let (mut streams, mut replications) = (0, 0);
+    loop {
+        let page = site.send("report", json!({"offset": replications})).await?.body;
+        let rows = page["streams"].as_array().with_context(|| format!("{page}"))?;
+        ensure!(rows.iter().all(|row| row["messages"].is_u64()), "{page:#}");
+        streams += rows.len();
+        let shown = page["replications"].as_array().map_or(0, Vec::len);
+        replications += shown;
+        if shown == 0 || page["total"] == replications {
+            return Ok(streams);
+        }
+    }
 }
 
 /// Replications that are added, and how long each takes to copy its first message.
