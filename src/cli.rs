@@ -12,6 +12,7 @@ mod client;
 mod config;
 mod connection;
 mod diff;
+mod dlq;
 mod doctor;
 mod document;
 mod edit;
@@ -150,6 +151,7 @@ enum ClientCommand {
     Stepdown(steer::IdsArgs),
     Skip(steer::SkipArgs),
     Promote(steer::PromoteArgs),
+    Dlq(dlq::Args),
     Instances(instances::Args),
     Events(events::Args),
     Link(link::Args),
@@ -232,6 +234,7 @@ impl ClientCommand {
             Self::Position(args) => args.global.json,
             Self::Skip(args) => args.global.json,
             Self::Promote(args) => args.global.json,
+            Self::Dlq(args) => args.global().json,
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
             Self::Link(args) => args.global().json,
@@ -257,6 +260,7 @@ impl ClientCommand {
             Self::Stepdown(args) => steer::stepdown(args, out).await,
             Self::Skip(args) => steer::skip(args, out).await,
             Self::Promote(args) => steer::promote(args, out).await,
+            Self::Dlq(args) => dlq::run(args, out).await,
             Self::Instances(args) => instances::run(args, out).await,
             Self::Events(args) => events::run(args, out).await,
             Self::Link(args) => link::run(args, out).await,

@@ -1,6 +1,7 @@
 //! The endpoints: one function per request.
 
 mod adapter;
+mod dlq;
 mod durable;
 mod family;
 mod heartbeat;
@@ -35,6 +36,7 @@ use self::{
         adapter_add, adapter_delete, adapter_get, adapter_list, adapter_pause, adapter_resume, adapter_status,
         adapter_update, adapter_validate,
     },
+    dlq::{dlq_drop, dlq_list, dlq_replay, dlq_show},
     durable::Leaving,
     family::{Members, delete_member},
     heartbeat::{heartbeat_get, heartbeat_set},
@@ -140,6 +142,10 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
         route("stepdown", EndpointKind::Mutation, handler!(stepdown)),
         route("retry", EndpointKind::Mutation, handler!(retry)),
         route("skip", EndpointKind::Mutation, handler!(skip)),
+        route("dlq-list", EndpointKind::Inquiry, handler!(dlq_list)),
+        route("dlq-show", EndpointKind::Inquiry, handler!(dlq_show)),
+        route("dlq-replay", EndpointKind::Mutation, handler!(dlq_replay)),
+        route("dlq-drop", EndpointKind::Mutation, handler!(dlq_drop)),
         route("schema", EndpointKind::Query, handler!(schema)),
         route("adapter-add", EndpointKind::Mutation, handler!(adapter_add)),
         route("adapter-update", EndpointKind::Mutation, handler!(adapter_update)),

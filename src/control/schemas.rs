@@ -11,9 +11,10 @@ use serde_json::{Map, Value, json};
 use super::api::{
     AdapterChanged, AdapterList, AdapterNamed, AdapterShown, AdapterStatus, AdapterStatusRequest, AdapterValidation,
     Changed, DeleteRequest, ErrorReply, GetRequest, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest,
-    LinkChanged, LinkList, LinkNamed, LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove,
-    PositionRequest, PromoteRequest, Promoted, ReportRequest, SchemaRequest, SchemaShown, SendersPage, SendersRequest,
-    SkipRequest, Skipped, Status, StatusRequest, SteppedDown, StoredDocument, StreamReport, Validation,
+    LetterChange, LetterList, LetterRequest, LetterShown, LettersChanged, LettersRequest, LinkChanged, LinkList,
+    LinkNamed, LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove, PositionRequest,
+    PromoteRequest, Promoted, ReportRequest, SchemaRequest, SchemaShown, SendersPage, SendersRequest, SkipRequest,
+    Skipped, Status, StatusRequest, SteppedDown, StoredDocument, StreamReport, Validation,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
@@ -56,6 +57,10 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("config.schema", json!({"description": "Empty; the payload is ignored."}), config_schema_reply()),
         ("status", request::<StatusRequest>(), reply::<Status>()),
         ("report", request::<ReportRequest>(), reply::<StreamReport>()),
+        ("dlq.list", request::<LettersRequest>(), reply::<LetterList>()),
+        ("dlq.show", request::<LetterRequest>(), reply::<LetterShown>()),
+        ("dlq.replay", letter_change(), reply::<LettersChanged>()),
+        ("dlq.drop", letter_change(), reply::<LettersChanged>()),
         ("pause", request::<NamedRequest>(), reply::<Changed>()),
         ("resume", request::<NamedRequest>(), reply::<Changed>()),
         ("position", position_request(), reply::<PositionMove>()),
@@ -126,6 +131,13 @@ fn link_document(description: &str) -> Value {
 fn position_request() -> Value {
     let either = json!([{"required": ["source_seq"]}, {"required": ["time"]}, {"required": ["ago"]}]);
     with(request::<PositionRequest>(), [("anyOf", either)])
+}
+
+fn letter_change() -> Value {
+    let mut schema = request::<LetterChange>();
+    schema["properties"]["letters"]["minItems"] = 1.into();
+    schema["properties"]["letters"]["maxItems"] = 100.into();
+    schema
 }
 
 /// What is shown without problems is a document.

@@ -15,6 +15,7 @@ pub(crate) mod mode;
 pub(in crate::copy) mod pipelined;
 pub(crate) mod provenance;
 pub(in crate::copy) mod refusal;
+pub(crate) mod replay;
 pub(in crate::copy) mod stray;
 pub(crate) mod stream;
 pub(crate) mod subjects;

@@ -419,6 +419,43 @@ impl<'a> Api<'a> {
         self.get(stream, &message_from_call(stream, sequence).1).await
     }
 
+    /// Reads the first message of a subject at or after a sequence; `None` if there is none.
+    pub async fn message_of(
+        &mut self,
+        stream: &str,
+        subject: &str,
+        sequence: u64,
+    ) -> Result<Option<StoredMessage>, Error> {
+        self.get(stream, &json!({ "seq": sequence, "next_by_subj": subject })).await
+    }
+
+    /// Reads the last message of a subject; `None` if there is none.
+    pub async fn last_message_of(&mut self, stream: &str, subject: &str) -> Result<Option<StoredMessage>, Error> {
+        self.get(stream, &json!({ "last_by_subj": subject })).await
+    }
+
+    /// Reads the message at a sequence, and its payload; `None` if there is none.
+    pub async fn whole_message(
+        &mut self,
+        stream: &str,
+        sequence: u64,
+    ) -> Result<Option<(StoredMessage, Vec<u8>)>, Error> {
+        let (what, body) = message_call(stream, sequence);
+        let subject = format!("{}.{what}", self.lane.api_prefix());
+        let reply = self.lane.request(&subject, body.to_string().as_bytes()).await?;
+        let Some(message) = decode_message(&reply).map_err(|error| error.context(&what))? else { return Ok(None) };
+        let StoredPayload { message: PayloadField { data } } = decode(&reply).map_err(|error| error.context(&what))?;
+        let payload = STANDARD.decode(data.unwrap_or_default());
+        let payload = payload.map_err(|error| Error::retry(format!("{what}: the payload is not base64: {error}")))?;
+        Ok(Some((message, payload)))
+    }
+
+    /// Deletes the message at a sequence; one that is gone already is no error.
+    pub async fn delete_message(&mut self, stream: &str, sequence: u64) -> Result<(), Error> {
+        let what = format!("STREAM.MSG.DELETE.{stream}");
+        found(self.call::<Value>(&what, &json!({ "seq": sequence, "no_erase": true })).await).map(|_| ())
+    }
+
     async fn get(&mut self, stream: &str, wanted: &Value) -> Result<Option<StoredMessage>, Error> {
         let what = format!("STREAM.MSG.GET.{stream}");
         let subject = format!("{}.{what}", self.lane.api_prefix());
@@ -665,6 +702,17 @@ struct StoredFields {
     hdrs: String,
     #[serde(default, rename = "data", deserialize_with = "base64_bytes")]
     payload: usize,
+}
+
+#[derive(Deserialize)]
+struct StoredPayload {
+    message: PayloadField,
+}
+
+#[derive(Deserialize)]
+struct PayloadField {
+    #[serde(default)]
+    data: Option<String>,
 }
 
 /// How many bytes a base64 text stands for; the text is not kept.

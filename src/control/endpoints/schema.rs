@@ -16,7 +16,7 @@ use crate::{
 const REPLICATION: &str = "replication";
 
 /// What each endpoint does, for `nats micro info`.
-const DESCRIPTIONS: [(&str, &str); 36] = [
+const DESCRIPTIONS: [(&str, &str); 40] = [
     ("config-add", "Adds a replication"),
     ("config-update", "Replaces the document of a replication"),
     ("config-delete", "Deletes a replication; what it copied stays"),
@@ -28,6 +28,10 @@ const DESCRIPTIONS: [(&str, &str); 36] = [
     ("report", "Shows the streams of both sides and what feeds them, as nats stream report does"),
     ("instances", "Lists the instances of the group"),
     ("senders", "Lists the senders that a sampled replication knows"),
+    ("dlq-list", "Lists the dead letters of a replication"),
+    ("dlq-show", "Shows one dead letter: the message with headers and payload, and the error"),
+    ("dlq-replay", "Stores the messages of dead letters at the target, and removes the letters"),
+    ("dlq-drop", "Removes dead letters"),
     ("pause", "Stops a replication and keeps its position"),
     ("resume", "Continues a replication that is paused"),
     ("position", "Moves the position of a replication"),

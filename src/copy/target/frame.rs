@@ -22,7 +22,7 @@ use crate::{
 
 /// Longest protocol line in bytes, without its keyword, that a server accepts by default (`max_control_line`);
 /// for a longer one it drops the connection.
-const MAX_LINE: usize = 4096;
+pub(in crate::copy) const MAX_LINE: usize = 4096;
 /// Longest header block that a server accepts, in bytes.
 pub(in crate::copy) const MAX_HEADER: usize = 65_535;
 /// First words of requests of the JetStream API.
@@ -204,7 +204,7 @@ pub(in crate::copy) fn digits(number: u64) -> usize {
 
 /// Whether a server would act on a message with this subject, by the rights of our login, instead of storing it. Only
 /// streams on all subjects have such messages, but a server may deliver any.
-fn is_request(subject: &[u8], api_prefix: &str) -> bool {
+pub(in crate::copy) fn is_request(subject: &[u8], api_prefix: &str) -> bool {
     // Keys of buckets and the like may go through the same prefix.
     let acts = |word: Option<&[u8]>| word.is_some_and(|word| REQUESTS.contains(&word));
     if let Some(rest) = subject.strip_prefix(b"$JS.") {

@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::harness::{Cli, Site};
 
 /// Every command that there is.
-const COMMANDS: [&str; 46] = [
+const COMMANDS: [&str; 51] = [
     "serve",
     "replicate",
     "config",
@@ -32,6 +32,11 @@ const COMMANDS: [&str; 46] = [
     "retry",
     "skip",
     "promote",
+    "dlq",
+    "dlq list",
+    "dlq show",
+    "dlq replay",
+    "dlq drop",
     "instances",
     "events",
     "link",
@@ -63,7 +68,7 @@ fn cli() -> Cli {
 async fn help_names_every_command_and_the_exit_codes() -> Result<()> {
     let help = cli().ok(["--help"]).await?;
     let mut groups = Vec::new();
-    for group in ["config", "admin", "heartbeat", "link"] {
+    for group in ["config", "admin", "heartbeat", "link", "dlq"] {
         groups.push((group, cli().ok([group, "--help"]).await?));
     }
     for command in COMMANDS {

@@ -69,6 +69,22 @@ async fn documented_requests_are_answered_as_documented() -> Result<()> {
             site.add("LEDGER", fields).await?;
             site.settled("LEDGER", 3).await?;
         }
+        if example.endpoint == "dlq.list" {
+            site.source_stream("DEAD", json!({"subjects": ["dead.>"]})).await?;
+            site.source_stream("CRATES", json!({})).await?;
+            site.target_stream("CRATES", json!({"max_msg_size": 512})).await?;
+            for _ in 0..2 {
+                site.source().await?.publish(&Outgoing::new("crates.1", "x".repeat(1000))).await?;
+            }
+            site.add("CRATES", json!({"on_reject": "dead_letter", "dead_letter": {"subject": "dead.crates"}})).await?;
+            site.settled("CRATES", 2).await?;
+        }
+        if example.endpoint == "dlq.replay" {
+            let mut target = site.target().await?;
+            let mut config = target.api("STREAM.INFO.CRATES", Value::Null).await?["config"].take();
+            config["max_msg_size"] = (-1).into();
+            target.api("STREAM.UPDATE.CRATES", config).await?;
+        }
         if example.endpoint == "stepdown" {
             second = Some(another_instance(&site).await?);
         }

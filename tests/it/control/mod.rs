@@ -6,6 +6,7 @@ mod allow;
 mod config;
 mod configuration;
 mod deleted_and_added;
+mod dlq;
 mod docs;
 mod events;
 mod hand_edits;

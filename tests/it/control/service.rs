@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 36] = [
+const ENDPOINTS: [(&str, &str, &str); 40] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -26,6 +26,10 @@ const ENDPOINTS: [(&str, &str, &str); 36] = [
     ("stepdown", "replicator.stepdown", "q"),
     ("retry", "replicator.retry", "q"),
     ("skip", "replicator.skip", "q"),
+    ("dlq-list", "replicator.dlq.list", "q"),
+    ("dlq-show", "replicator.dlq.show", "q"),
+    ("dlq-replay", "replicator.dlq.replay", "q"),
+    ("dlq-drop", "replicator.dlq.drop", "q"),
     ("schema", "replicator.schema", ""),
     ("adapter-add", "replicator.adapter.add", "q"),
     ("adapter-update", "replicator.adapter.update", "q"),
