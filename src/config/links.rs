@@ -168,9 +168,11 @@ fn field_problems(fields: &Map<String, Value>, judge: impl Fn(&str, &ServerRef) 
     };
     document.insert("target_stream".to_owned(), target);
     let found = parse_judged(&Value::Object(document), "", judge).err().map(|problems| problems.0).unwrap_or_default();
+    // A path shows a field that nothing knows shortened, so only a field that is known can be missing.
+    let known = &REPLICATION.root["properties"];
     let is_of_link = |problem: &Problem| {
         let field = problem.path.split('/').nth(1).unwrap_or_default();
-        field.is_empty() || fields.contains_key(&field.replace("~1", "/").replace("~0", "~"))
+        fields.contains_key(field) || known.get(field).is_none()
     };
     found.into_iter().filter(is_of_link).collect()
 }
@@ -341,8 +343,12 @@ mod tests {
         check(json!({"name": 5}), &["/name"]);
         check(json!({"stream": "S", "id": "x"}), &["/stream", "/id"]);
         check(json!({"sorce_url": "nats://h"}), &["/sorce_url"]);
+        check(json!({"so/rce": 1}), &["/so~1rce"]);
         check(json!({"source_url": "http://h", "max_age": 5}), &["/max_age", "/source_url"]);
         check(json!({"tls": {"cert": "/c"}}), &["/tls"]);
+        let long = "x".repeat(10_000);
+        let refused = parse_link(&json!({long: 1}), Some("eu"), |_, _| Vec::new()).unwrap_err();
+        assert!(refused.0[0].message.contains("is unknown"), "{refused:?}");
         let without_name = parse_link(&json!({}), None, |_, _| Vec::new()).unwrap_err();
         assert_eq!(without_name.0[0].path, "/name");
         for name in NOT_NAMES {
