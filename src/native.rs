@@ -4,7 +4,7 @@
 //! code stores it and resumes by itself; as a mirror with the sequence and the stored time of the source.
 //!
 //! [`open`] makes the connections and the target stream, [`feed`] is the loop, [`witness`] decides whether source and
-//! target still belong together. [`headers`], [`request`], [`session`] and [`subjects`] are pure.
+//! target still belong together. [`headers`], [`request`], [`session`], [`window`] and [`subjects`] are pure.
 
 mod feed;
 mod headers;
@@ -13,6 +13,7 @@ mod request;
 mod session;
 mod subjects;
 mod target;
+mod window;
 mod witness;
 
 use nats_lane::ErrorKind;

@@ -24,6 +24,7 @@ use crate::{
     status::Ordering,
 };
 
+mod limits;
 mod loops;
 mod native;
 mod streams;
@@ -422,7 +423,7 @@ impl Checker {
             on_source_loss: on_source_loss(document),
             ordering: ordering(document),
             loop_protection,
-            limits: limits(document.limits.as_ref()),
+            limits: limits::in_flight(document),
             notices: notices::notices(document),
             native: native.filter(|_| alone),
             patterns,
@@ -740,7 +741,7 @@ impl Checker {
             size_trigger: document.size_trigger.filter(|bytes| *bytes > 0),
             force_field: text(&document.inspect_force_field).map(str::to_owned),
             advisory,
-            bounds: sender_bounds(document.limits.as_ref()),
+            bounds: limits::of_senders(document.limits.as_ref()),
             as_choria: text(&document.compat).is_some(),
         })
     }
@@ -852,26 +853,6 @@ fn of_server(subject: &str) -> Option<String> {
 /// A text that is there and not empty.
 fn text(field: &Option<String>) -> Option<&str> {
     field.as_deref().filter(|text| !text.is_empty())
-}
-
-fn limits(document: Option<&LimitsDocument>) -> Limits {
-    let default = Limits::default();
-    let Some(document) = document else { return default };
-    Limits {
-        messages_in_flight: document.messages_in_flight.unwrap_or(default.messages_in_flight),
-        bytes_in_flight: document.bytes_in_flight.unwrap_or(default.bytes_in_flight),
-        messages_per_second: document.messages_per_second,
-        bytes_per_second: document.bytes_per_second,
-    }
-}
-
-fn sender_bounds(document: Option<&LimitsDocument>) -> SenderBounds {
-    let default = SenderBounds::default();
-    let of = |limit: fn(&LimitsDocument) -> Option<usize>| document.and_then(limit);
-    SenderBounds {
-        senders: of(|limits| limits.senders).unwrap_or(default.senders),
-        bytes: of(|limits| limits.sender_bytes).unwrap_or(default.bytes),
-    }
 }
 
 /// Other words are refused by the schema.

@@ -28,6 +28,7 @@ use super::{
     request::{self, ConsumerRequest, FeedStart, Unserved},
     session::{Amount, FedPoint, FeedSession, poke},
     target::{self, Fit},
+    window::FeedWindow,
 };
 use crate::{
     config::{NativeKind, Replication, Scope},
@@ -364,8 +365,9 @@ impl<'a> Feed<'a> {
     /// A message of the target on a subject that is no request: perhaps a flow control answer.
     fn settle(&mut self, subject: &[u8]) {
         let Some(served) = &mut self.session else { return };
-        let Some((amount, last)) = served.session.answered(subject) else { return };
-        self.times.stored = Instant::now();
+        let now = Instant::now();
+        let Some((amount, last)) = served.session.answered(subject, now) else { return };
+        self.times.stored = now;
         self.position = last;
         self.copy.counters.copied += amount.messages;
         self.copy.counters.copied_bytes += amount.bytes;
@@ -421,8 +423,9 @@ impl<'a> Feed<'a> {
         let consumer = format!("SR{}", entropy::name());
         let own = format!("{}.{consumer}", self.subjects.deliver());
         let subject = if asked.takes_subject { own.clone() } else { asked.deliver.clone() };
-        let window =
+        let bound =
             Amount { messages: limits.messages_in_flight as u64, bytes: limits.bytes_in_flight as u64, payload: 0 };
+        let window = FeedWindow::new(bound, self.leaf.login_took());
         let answer = asked.answer(&consumer, &subject, before.seq, reader.pending());
         let deliver = [own, asked.deliver];
         let stream = &self.job.replication.source.stream;
@@ -583,12 +586,12 @@ impl<'a> Feed<'a> {
             };
             self.leaf.send(subject, &self.reply, header, message.payload);
             reader.take();
-            if let Some((reply, header)) = session.flow_control(false) {
+            if let Some((reply, header)) = session.flow_control(false, now) {
                 self.leaf.send(subject, reply.as_bytes(), header, b"");
             }
         }
         if (waits || reader.peek().is_none())
-            && let Some((reply, header)) = session.flow_control(true)
+            && let Some((reply, header)) = session.flow_control(true, now)
         {
             self.leaf.send(subject, reply.as_bytes(), header, b"");
         }

@@ -7,13 +7,10 @@
 use std::{collections::VecDeque, io::Write as _};
 
 use nats_lane::{headers, jetstream::Delivery, parser::number};
+use tokio::time::Instant;
 
+use super::window::FeedWindow;
 use crate::copy::MessageSize;
-
-/// Parts of the window, each with a flow control message at its end.
-const PARTS: usize = 4;
-/// Largest part: a target that is slow holds about this much of each part in memory.
-const LARGEST_PART: usize = 2 << 20;
 
 const FLOW_CONTROL: &[u8] = b"NATS/1.0 100 FlowControl Request\r\n\r\n";
 /// A number of deliveries that no consumer has reached.
@@ -79,24 +76,19 @@ pub(super) struct FeedSession {
     /// Number of the oldest of them.
     first: u64,
     in_flight: Amount,
-    part: Amount,
+    window: FeedWindow,
 }
 
 impl FeedSession {
-    /// A consumer that delivers what comes after `before`. `window` bounds what is in flight.
+    /// A consumer that delivers what comes after `before`.
     pub fn new(
         stream: &str,
         consumer: String,
         deliver: [String; 2],
         flow: &str,
         before: FedPoint,
-        window: Amount,
+        window: FeedWindow,
     ) -> Self {
-        let part = Amount {
-            messages: (window.messages / PARTS as u64).max(1),
-            bytes: (window.bytes / PARTS as u64).clamp(1, LARGEST_PART as u64),
-            payload: 0,
-        };
         let flow = format!("{flow}.{consumer}.");
         Self {
             stream: stream.to_owned(),
@@ -110,7 +102,7 @@ impl FeedSession {
             parts: VecDeque::new(),
             first: 1,
             in_flight: Amount::default(),
-            part,
+            window,
         }
     }
 
@@ -153,7 +145,7 @@ impl FeedSession {
 
     /// Whether the window is full.
     pub fn is_full(&self) -> bool {
-        self.parts.len() >= PARTS
+        self.window.is_full(self.parts.len())
     }
 
     /// Whether the target has stored everything that was delivered.
@@ -186,13 +178,13 @@ impl FeedSession {
 
     /// The flow control message that is due, as its reply subject and header: at the end of a part, and where no more
     /// messages wait, unless one is on its way already.
-    pub fn flow_control(&mut self, dry: bool) -> Option<(String, &'static [u8])> {
-        let Amount { messages, bytes, .. } = self.open.amount;
-        let complete = messages >= self.part.messages || bytes >= self.part.bytes;
-        let due = complete || (dry && messages > 0 && self.parts.is_empty());
+    pub fn flow_control(&mut self, dry: bool, now: Instant) -> Option<(String, &'static [u8])> {
+        let complete = self.window.is_part(&self.open.amount);
+        let due = complete || (dry && self.open.amount.messages > 0 && self.parts.is_empty());
         if !due || self.is_full() {
             return None;
         }
+        self.window.sent(self.parts.len(), now);
         let number = self.first + self.parts.len() as u64;
         self.parts.push_back(std::mem::take(&mut self.open));
         Some((format!("{}{number}", self.flow), FLOW_CONTROL))
@@ -200,7 +192,7 @@ impl FeedSession {
 
     /// Takes the answer to a flow control message: what was stored since the one before, and its last message. `None` if it
     /// is none of this consumer's, or old.
-    pub fn answered(&mut self, subject: &[u8]) -> Option<(Amount, FedPoint)> {
+    pub fn answered(&mut self, subject: &[u8], now: Instant) -> Option<(Amount, FedPoint)> {
         let answered = number(subject.strip_prefix(self.flow.as_bytes())?)?;
         let count =
             (answered + 1).checked_sub(self.first).filter(|count| (1..=self.parts.len() as u64).contains(count))?;
@@ -210,6 +202,7 @@ impl FeedSession {
             last = part.last;
         }
         self.first += count;
+        self.window.stored(count as usize, now);
         self.in_flight.subtract(amount);
         Some((amount, last))
     }
@@ -238,13 +231,16 @@ pub(super) fn is_control(header: &[u8], payload: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
-    const WINDOW: Amount = Amount { messages: 8, bytes: 4000, payload: 0 };
+    const BOUND: Amount = Amount { messages: 8, bytes: 4000, payload: 0 };
 
     fn session() -> FeedSession {
         let deliver = ["D.own".to_owned(), "D.M.theirs".to_owned()];
-        FeedSession::new("S", "C".to_owned(), deliver, "F", FedPoint { seq: 10, time_ns: None }, WINDOW)
+        let window = FeedWindow::new(BOUND, Duration::ZERO);
+        FeedSession::new("S", "C".to_owned(), deliver, "F", FedPoint { seq: 10, time_ns: None }, window)
     }
 
     fn deliver(session: &mut FeedSession, seq: u64) -> String {
@@ -282,24 +278,25 @@ mod tests {
     #[test]
     fn the_window_is_bounded_and_settles_in_order() {
         let mut session = session();
+        let now = Instant::now();
         let mut asked = Vec::new();
         let mut seq = 10;
         while !session.is_full() {
             seq += 1;
             deliver(&mut session, seq);
-            asked.extend(session.flow_control(false).map(|(subject, _)| subject));
+            asked.extend(session.flow_control(false, now).map(|(subject, _)| subject));
         }
         assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(11));
         assert_eq!(asked, ["F.C.1", "F.C.2", "F.C.3", "F.C.4"]);
         assert_eq!(session.in_flight(), Amount { messages: 8, bytes: 800, payload: 720 });
-        assert_eq!(session.answered(b"F.X.1"), None);
-        assert_eq!(session.answered(b"F.C.5"), None);
-        let (amount, last) = session.answered(b"F.C.2").unwrap();
+        assert_eq!(session.answered(b"F.X.1", now), None);
+        assert_eq!(session.answered(b"F.C.5", now), None);
+        let (amount, last) = session.answered(b"F.C.2", now).unwrap();
         assert_eq!((amount.messages, last.seq), (4, 14));
         assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(15));
-        assert_eq!(session.answered(b"F.C.1"), None, "an old answer");
+        assert_eq!(session.answered(b"F.C.1", now), None, "an old answer");
         assert!(!session.is_full());
-        let (amount, last) = session.answered(b"F.C.4").unwrap();
+        let (amount, last) = session.answered(b"F.C.4", now).unwrap();
         assert_eq!((amount.messages, last.seq), (4, 18));
         assert!(session.is_settled() && session.oldest().is_none());
         deliver(&mut session, 19);
@@ -309,23 +306,25 @@ mod tests {
     #[test]
     fn a_window_by_bytes_too() {
         let mut session = session();
+        let now = Instant::now();
         let delivery = Delivery { stream_seq: 11, consumer_seq: 1, time_ns: 5, pending: 0 };
         session.deliver(&delivery, b"a", MessageSize { bytes: 5000, payload: 4999 }, &mut Vec::new());
-        assert!(session.flow_control(false).is_some());
+        assert!(session.flow_control(false, now).is_some());
     }
 
     #[test]
     fn the_end_of_a_backlog_is_settled_too() {
         let mut session = session();
-        assert!(session.flow_control(true).is_none(), "nothing to settle");
+        let now = Instant::now();
+        assert!(session.flow_control(true, now).is_none(), "nothing to settle");
         deliver(&mut session, 11);
-        assert!(session.flow_control(false).is_none());
-        assert!(session.flow_control(true).is_some());
+        assert!(session.flow_control(false, now).is_none());
+        assert!(session.flow_control(true, now).is_some());
         deliver(&mut session, 12);
-        assert!(session.flow_control(true).is_none(), "one is on its way");
-        session.answered(b"F.C.1").unwrap();
-        assert!(session.flow_control(true).is_some());
-        assert_eq!(session.answered(b"F.C.2").unwrap().1.seq, 12);
+        assert!(session.flow_control(true, now).is_none(), "one is on its way");
+        session.answered(b"F.C.1", now).unwrap();
+        assert!(session.flow_control(true, now).is_some());
+        assert_eq!(session.answered(b"F.C.2", now).unwrap().1.seq, 12);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use bytes::BytesMut;
 use serde_json::{Value, json};
 use tokio::{
     io::AsyncWriteExt,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
@@ -47,6 +47,7 @@ pub struct Leaf {
     lane: Lane,
     /// Messages that arrived during the login: a mirror that waits for a leaf asks at once.
     early: VecDeque<Batch>,
+    login_took: Duration,
 }
 
 impl Leaf {
@@ -66,7 +67,7 @@ impl Leaf {
         let mut lane = Lane::over(io, address.to_owned(), connection)?;
         lane.read_info().await?;
         lane.interest = Some(Vec::new());
-        let mut leaf = Self { lane, early: VecDeque::new() };
+        let mut leaf = Self { lane, early: VecDeque::new(), login_took: Duration::ZERO };
         leaf.handshake(&connection.endpoint, login).await.map_err(no_leafnode_port)?;
         Ok(leaf)
     }
@@ -104,7 +105,7 @@ impl Leaf {
             lane.upgrade(endpoint, host).await?;
         }
         lane.interest = Some(Vec::new());
-        let mut leaf = Self { lane, early: VecDeque::new() };
+        let mut leaf = Self { lane, early: VecDeque::new(), login_took: Duration::ZERO };
         leaf.handshake(endpoint, login).await.map_err(no_leafnode_port)?;
         Ok(leaf)
     }
@@ -133,6 +134,7 @@ impl Leaf {
         }
         hello += "PING\r\n";
         lane.pings += 1;
+        let sent = Instant::now();
         lane.io.write_all(hello.as_bytes()).await.map_err(|e| Error::retry(e.to_string()))?;
         lane.io.flush().await.map_err(|e| Error::retry(e.to_string()))?;
         // The PONG proves that login and subscriptions were accepted; an -ERR comes out as an error.
@@ -140,6 +142,7 @@ impl Leaf {
             let read = poll_fn(|cx| lane.poll_read(cx)).await.and_then(|()| lane.take());
             self.early.extend(read.map_err(|error| lane.expired(error))?);
         }
+        self.login_took = sent.elapsed();
         Ok(())
     }
 
@@ -151,6 +154,11 @@ impl Leaf {
     /// Server that this leaf is connected to: `host:port`, or the URL of its websocket.
     pub fn address(&self) -> &str {
         self.lane.address()
+    }
+
+    /// Time from the login to its answer: a round trip of the line, and what the server took to check the login.
+    pub fn login_took(&self) -> Duration {
+        self.login_took
     }
 
     /// Bytes of commands that the system has not taken yet.
