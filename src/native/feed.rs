@@ -54,6 +54,8 @@ const TICK: Duration = Duration::from_millis(250);
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How often both streams are asked for their state.
 const INFO_EVERY: Duration = Duration::from_secs(10);
+/// Pause before they are asked again after an answer that does not count.
+const ASKED_AGAIN: Duration = Duration::from_secs(1);
 /// How often a target that waits for an old consumer gets a heartbeat that contradicts it: it asks once in 2 s at most.
 const POKE_EVERY: Duration = Duration::from_secs(2);
 /// A replicated target that has not asked after this time gets another leader, which asks.
@@ -74,6 +76,8 @@ const REFUSED: u32 = 3;
 const UNWRITTEN: usize = 1 << 20;
 /// How long the last save may take.
 const LAST_SAVE: Duration = Duration::from_secs(2);
+/// Deadline for what is written to the target then.
+const LAST_WRITE: Duration = Duration::from_millis(500);
 
 /// Whether the target asks for the same message again and again.
 #[derive(Debug, Clone, Copy, Default)]
@@ -135,6 +139,8 @@ struct Served {
     reader: Intake,
     /// The newest message that was read: delivered, or out of scope.
     read: FedPoint,
+    /// The reader is one of the stream that the target was compared with: the source said so after it was opened.
+    is_of_compared: bool,
 }
 
 /// A running feed.
@@ -256,6 +262,8 @@ impl<'a> Feed<'a> {
         if result.as_ref().is_err_and(|error| error.kind == ErrorKind::Superseded) {
             return result;
         }
+        // A target whose request is not answered asks again only after half a minute.
+        self.leaf.flush(LAST_WRITE).await;
         let last = timeout(LAST_SAVE, positions.save_fed_now(&self.fed(), self.row())).await;
         match last {
             Ok(Err(conflict @ SaveError::Conflict { .. })) => Err(conflict.into()),
@@ -404,15 +412,7 @@ impl<'a> Feed<'a> {
         let opened = async {
             let replication = self.scoped(&asked)?;
             let before = self.before(&asked, &SavedFeed::of(positions)).await?;
-            let created = self.source_info.created.clone();
-            let reader = self.open_reader(&replication, before.seq, positions).await?;
-            // The reader must be one of the stream that was compared.
-            self.read_source().await?;
-            if self.source_info.created != created {
-                let message = "the source was recreated while the target was compared with it";
-                return Err(Error::new(ErrorKind::Retry, message));
-            }
-            Ok::<_, Error>((before, reader))
+            Ok::<_, Error>((before, self.open_reader(&replication, before.seq, positions).await?))
         };
         let (before, reader) = match opened.await {
             Ok(opened) => opened,
@@ -439,8 +439,10 @@ impl<'a> Feed<'a> {
         (self.times.waits, self.times.stored, self.times.heartbeat) = (now, now, now + HEARTBEAT);
         (self.position, self.compared) = (before, true);
         self.given = self.given.max(Some(before.seq));
-        self.session = Some(Served { session, reader, read: before });
+        self.session = Some(Served { session, reader, read: before, is_of_compared: false });
         self.copy.metered.consumers += 1;
+        // Asked without waiting: a durable consumer delivers already.
+        self.ask_states(now);
         Ok(())
     }
 
@@ -544,9 +546,10 @@ impl<'a> Feed<'a> {
     fn deliver(&mut self, now: Instant) -> Result<(), Error> {
         // Before the messages that were read, as in a copy.
         self.returned.update();
-        let Some(Served { session, reader, read }) = &mut self.session else { return Ok(()) };
+        let Some(Served { session, reader, read, is_of_compared }) = &mut self.session else { return Ok(()) };
         reader.pull(&mut self.source, &self.job.budget, self.leaf.unwritten() < UNWRITTEN);
-        let Some(subject) = session.subject().map(str::to_owned) else { return Ok(()) };
+        let subject = session.subject().filter(|_| *is_of_compared).map(str::to_owned);
+        let Some(subject) = subject else { return Ok(()) };
         let subject = subject.as_bytes();
         if session.is_settled() {
             self.times.stored = now;
@@ -606,6 +609,13 @@ impl<'a> Feed<'a> {
             // Without a leader there is no answer that counts; the next question follows.
             match answer.and_then(leaders_info) {
                 Ok(Some(info)) => {
+                    if let Some(served) = &mut self.session {
+                        if info.created != self.source_info.created {
+                            let message = "the source was recreated while it was read";
+                            return Err(Error::new(ErrorKind::Retry, message));
+                        }
+                        served.is_of_compared = true;
+                    }
                     self.source_is(info, sent);
                     self.end_of_source()?;
                 }
@@ -613,7 +623,7 @@ impl<'a> Feed<'a> {
                     let stream = &self.job.replication.source.stream;
                     return Err(held(format!("source stream `{stream}` does not exist")));
                 }
-                Ok(None) | Err(_) => {}
+                Ok(None) | Err(_) => self.times.info = self.times.info.min(Instant::now() + ASKED_AGAIN),
             }
         }
         if let Some(served) = &mut self.session {
@@ -798,7 +808,7 @@ impl<'a> Feed<'a> {
         let before = copy.lag.filter(|_| copy.position.source_seq == position).and_then(|lag| lag.oldest);
         copy.position = Position { source_seq: position, target_seq };
         (copy.source.first_seq, copy.source.last_seq) = (Some(state.first_seq), Some(state.last_seq.max(position)));
-        let Some(Served { session, reader, read }) = self.session.as_ref().filter(|_| is_fed) else {
+        let Some(Served { session, reader, read, .. }) = self.session.as_ref().filter(|_| is_fed) else {
             (copy.lag, copy.headroom) = (None, None);
             return;
         };

@@ -24,6 +24,7 @@ mod mirror;
 mod native_faults;
 mod native_kinds;
 mod native_source;
+mod native_stores;
 mod networks;
 mod objects;
 mod order;

@@ -257,6 +257,8 @@ async fn queues_filters_and_mappings_are_fed() -> Result<()> {
                 emptied.with_context(|| format!("{what}: {last}\n{}", site.service.log()))
             };
             empties(&mut source, MESSAGES).await?;
+            let log = site.service.log();
+            ensure!(!log.contains("trying again"), "{what}: the consumer delivers from its creation on\n{log}");
             site.service.kill()?;
             site.service.restart().await?;
             source.publish_all((MESSAGES + 1..=2 * MESSAGES).map(job)).await?;
