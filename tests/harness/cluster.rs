@@ -1,6 +1,6 @@
 //! Servers that form a cluster, for replicated streams, leader changes and restarts, with a proxy in front of each.
 
-use std::time::Duration;
+use std::{sync::Mutex, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use futures_util::future::try_join_all;
@@ -56,6 +56,22 @@ impl Cluster {
             }
         }
         Err(last)
+    }
+
+    /// Three target servers with a leafnode port each, and the `target_leaf_url` that names them.
+    pub async fn with_leafnode_ports() -> Result<(Self, String)> {
+        let hosts = Mutex::new(Vec::new());
+        let cluster = Self::start_with(Role::Target, |server| {
+            let host = format!("127.0.0.1:{}", free_port().expect("a port"));
+            let config = format!("leafnodes {{ listen: \"{host}\", no_advertise: true }}");
+            hosts.lock().expect("hosts").push(host);
+            server.config(&config)
+        });
+        let cluster = cluster.await?;
+        // Those of an attempt that failed are before those of the cluster.
+        let hosts = hosts.into_inner().expect("hosts");
+        let url = format!("nats-leaf://{}", hosts[hosts.len() - cluster.servers.len()..].join(","));
+        Ok((cluster, url))
     }
 
     /// `None` if somebody else has taken a port for routes meanwhile: a server notices that after it took clients.

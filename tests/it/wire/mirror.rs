@@ -35,6 +35,15 @@ pub(super) async fn begin_as(kind: &str, version: &str, arguments: &[&str]) -> R
     Ok((site, fields))
 }
 
+/// A server's configuration: a leafnode port, and an account with the users `admin` and `leaf`, of which the second one has
+/// these permissions.
+pub(super) fn leaf_users(port: u16, permissions: &str) -> String {
+    format!(
+        "leafnodes {{ listen: \"127.0.0.1:{port}\" }}\naccounts {{ A: {{ jetstream: enabled, users: [ \
+         {{ user: admin, password: admin }}, {{ user: leaf, password: leaf, {permissions} }} ] }} }}"
+    )
+}
+
 /// Message `number` of a source: every kind of header that a mirror keeps on all versions.
 pub(super) fn message(number: u64, at: &str) -> Outgoing {
     let subject = format!("orders.{}{at}", number % 7);
@@ -380,12 +389,7 @@ async fn a_bucket_is_mirrored_into_a_domain() -> Result<()> {
 async fn a_leaf_user_with_the_permissions_that_validate_prints() -> Result<()> {
     for (version, kind) in VERSIONS.into_iter().flat_map(|version| [(version, "mirror"), (version, "source")]) {
         let port = free_port()?;
-        let users = |permissions: &str| {
-            format!(
-                "leafnodes {{ listen: \"127.0.0.1:{port}\" }}\naccounts {{ A: {{ jetstream: enabled, users: [ \
-                 {{ user: admin, password: admin }}, {{ user: leaf, password: leaf, {permissions} }} ] }} }}"
-            )
-        };
+        let users = |permissions: &str| leaf_users(port, permissions);
         let target = Server::builder(Role::Target).version(version).config(&users("")).start().await?;
         let site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;
         let fields = json!({"kind": kind, "target_url": site.target.url_as("admin:admin"),
@@ -446,20 +450,9 @@ async fn a_leaf_user_with_the_permissions_that_validate_prints() -> Result<()> {
 /// A stream that a person made with the prefix that `config validate` shows, on three servers with a leafnode port each.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replicated_mirror_made_by_hand_survives_its_servers() -> Result<()> {
-    let ports = std::sync::Mutex::new(Vec::new());
-    let mut cluster = Cluster::start_with(Role::Target, |server| {
-        let port = free_port().expect("a port");
-        let name = format!("127.0.0.1:{port}");
-        ports.lock().expect("ports").push(name.clone());
-        server.config(&format!("leafnodes {{ listen: \"{name}\", no_advertise: true }}"))
-    })
-    .await?;
-    // Those of an attempt that failed are before those of the cluster.
-    let ports = ports.into_inner().expect("ports");
-    let ports = &ports[ports.len() - cluster.servers.len()..];
+    let (mut cluster, leaf_url) = Cluster::with_leafnode_ports().await?;
     let site = Site::small().await?;
     site.source_stream(STREAM, json!({})).await?;
-    let leaf_url = format!("nats-leaf://{}", ports.join(","));
     let fields = json!({"kind": "mirror", "target_url": cluster.url(), "target_leaf_url": leaf_url,
         "no_target_create": true});
     let report =

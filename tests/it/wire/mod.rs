@@ -17,6 +17,7 @@ mod frozen;
 mod holds;
 mod kinds;
 mod kv;
+mod labels;
 mod leafnode;
 mod limits;
 mod logins;

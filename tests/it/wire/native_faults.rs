@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     ops::RangeInclusive,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -20,8 +20,8 @@ use tokio::{
 
 use super::mirror::{begin_as, error, message};
 use crate::harness::{
-    Cluster, End, LIMIT, Outgoing, Raw, Role, SITE, Server, Service, Site, Stored, raw::header_values,
-    server::free_port, site::merged, wait_for,
+    Cluster, End, LIMIT, Outgoing, Raw, Role, SITE, Server, Service, Site, Stored, raw::header_values, site::merged,
+    wait_for,
 };
 
 const STREAM: &str = "ORDERS";
@@ -168,26 +168,10 @@ async fn what_an_old_target_cannot_store_is_held() -> Result<()> {
     Ok(())
 }
 
-/// A cluster of three with a leafnode port each, and their `host:port`.
-async fn cluster() -> Result<(Cluster, String)> {
-    let ports = Mutex::new(Vec::new());
-    let cluster = Cluster::start_with(Role::Target, |server| {
-        let port = free_port().expect("a port");
-        let name = format!("127.0.0.1:{port}");
-        ports.lock().expect("ports").push(name.clone());
-        server.config(&format!("leafnodes {{ listen: \"{name}\", no_advertise: true }}"))
-    })
-    .await?;
-    // Those of an attempt that failed are before those of the cluster.
-    let ports = ports.into_inner().expect("ports");
-    let hosts = ports[ports.len() - cluster.servers.len()..].join(",");
-    Ok((cluster, format!("nats-leaf://{hosts}")))
-}
-
 /// A source with three replicas, over everything that can happen to its servers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replicated_source_survives_its_servers() -> Result<()> {
-    let (mut cluster, leaf_url) = cluster().await?;
+    let (mut cluster, leaf_url) = Cluster::with_leafnode_ports().await?;
     let site = Site::small().await?;
     site.source_stream(STREAM, json!({})).await?;
     cluster.create_stream(STREAM, json!({"num_replicas": 3, "subjects": ["own.>"]})).await?;

@@ -21,7 +21,7 @@ use tokio::{
 
 use super::{
     leafnode::VERSIONS,
-    mirror::{begin_as, error},
+    mirror::{begin_as, error, leaf_users},
 };
 use crate::harness::{
     LIMIT, Outgoing, Role, Server, Site, Stored, request, server::free_port, signed::SignedAccount, site::merged,
@@ -282,12 +282,7 @@ async fn a_large_account_costs_a_feed_nothing() -> Result<()> {
     const SUBSCRIPTIONS: usize = 100_000;
     for version in VERSIONS {
         let port = free_port()?;
-        let users = |permissions: &str| {
-            format!(
-                "leafnodes {{ listen: \"127.0.0.1:{port}\" }}\naccounts {{ A: {{ jetstream: enabled, users: [ \
-                 {{ user: admin, password: admin }}, {{ user: leaf, password: leaf, {permissions} }} ] }} }}"
-            )
-        };
+        let users = |permissions: &str| leaf_users(port, permissions);
         let target = Server::builder(Role::Target).version(version).config(&users("")).start().await?;
         let mut site = Site::builder().on(Server::start(Role::Source).await?, target).start().await?;
         let leaf_url = format!("nats-leaf://leaf:leaf@127.0.0.1:{port}");

@@ -14,12 +14,11 @@ use super::{
     mirror::{begin_as, error, message},
 };
 use crate::harness::{
-    Cluster, LIMIT, Outgoing, Raw, Role, SITE, Service, Site, Stored,
+    Cluster, LIMIT, Outgoing, Raw, SITE, Service, Site, Stored,
     client::refused,
     connect,
     raw::{header_values, wait_messages},
     request,
-    server::free_port,
     site::merged,
     wait_for,
 };
@@ -462,15 +461,7 @@ async fn another_feed_of_the_same_target_is_detected() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replicated_target_that_asks_twice_gets_each_once() -> Result<()> {
     const MESSAGES: u64 = 20_000;
-    let ports = std::sync::Mutex::new(Vec::new());
-    let cluster = Cluster::start_with(Role::Target, |server| {
-        let name = format!("127.0.0.1:{}", free_port().expect("a port"));
-        ports.lock().expect("ports").push(name.clone());
-        server.config(&format!("leafnodes {{ listen: \"{name}\", no_advertise: true }}"))
-    })
-    .await?;
-    let ports = ports.into_inner().expect("ports");
-    let leaf_url = format!("nats-leaf://{}", ports[ports.len() - cluster.servers.len()..].join(","));
+    let (cluster, leaf_url) = Cluster::with_leafnode_ports().await?;
     let site = Site::small().await?;
     site.filled(STREAM, MESSAGES).await?;
     let mut raw = Raw::connect(&cluster.servers[0].url()).await?;
