@@ -51,7 +51,7 @@ fn commands(page: &str) -> Result<Vec<DocCommand>> {
 }
 
 /// A process that ends with the test.
-struct Background(Child);
+pub(super) struct Background(pub(super) Child);
 
 impl Drop for Background {
     fn drop(&mut self) {
@@ -85,6 +85,8 @@ impl Host {
         let mut command = Command::new("sh");
         command.arg("-c").arg(text).current_dir(self.folder.path()).env_clear().stdin(Stdio::null());
         command.env("PATH", &self.path).env("HOME", self.folder.path()).env("TERM", "dumb");
+        // The `nats` tool asks the system, not `HOME`, where the user lives.
+        command.env("XDG_CONFIG_HOME", self.at(".config"));
         command
     }
 
@@ -106,6 +108,17 @@ impl Host {
         let found = wait_for(&format!("`{text}` in {log}"), LIMIT, async || shown().contains(text)).await;
         found.with_context(shown)
     }
+}
+
+/// A command of the page as the `nats` tool takes it here: with the servers of the test, which have no logins, and without
+/// questions.
+fn for_nats_tool(text: &str, document: &Value, server: impl Fn(&str) -> Result<String>) -> Result<String> {
+    let mut text = text.replace("'{\"stream\":\"ORDERS\", ...}'", &format!("'{document}'"));
+    if let Some((before, _)) = text.clone().split_once(" --creds ") {
+        let (before, url) = before.rsplit_once(' ').context("no URL")?;
+        text = format!("{before} {}", server(url)?);
+    }
+    Ok(if text.starts_with("nats kv del") { text + " --force" } else { text })
 }
 
 /// What the `nats` tool does with a context: a file, and the selected one.
@@ -142,7 +155,7 @@ async fn nats_kv(client: &async_nats::Client, words: &[&str], document: &Value) 
     Ok(())
 }
 
-/// From top to bottom, as the page says. The `nats` tool is replaced by what it would write: it may not be here.
+/// From top to bottom, as the page says. Where the `nats` tool is not here, it is replaced by what it would write.
 #[tokio::test]
 async fn the_quick_start_works_command_by_command() -> Result<()> {
     let (east, central) = tokio::try_join!(Server::start(Role::Source), Server::start(Role::Target))?;
@@ -160,11 +173,18 @@ async fn the_quick_start_works_command_by_command() -> Result<()> {
         "tls://central.example.net" => Ok(central.url()),
         other => bail!("`{other}` is none of the page's servers"),
     };
+    let has_nats_tool = have(&["nats"]);
     let mut instances = Vec::new();
     for DocCommand { line, text, shown } in commands("docs/quickstart.md")? {
         let at = || format!("docs/quickstart.md:{line}: `{text}`");
         let words: Vec<_> = text.split_whitespace().collect();
         match words.as_slice() {
+            ["nats", ..] if has_nats_tool => {
+                let own = for_nats_tool(&text, &document, place).with_context(at)?;
+                let printed = host.run(&own).await.with_context(at)?;
+                let shows = |field: &str| printed.contains(field);
+                ensure!(!text.contains("kv get") || shows("\"stream\""), "{}: {printed} is printed", at());
+            }
             ["nats", "context", rest @ ..] => nats_context(&host, rest, place).with_context(at)?,
             ["nats", "kv", rest @ ..] => {
                 let rest: Vec<_> = rest.iter().map(|word| word.trim_matches('\'')).collect();

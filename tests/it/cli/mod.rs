@@ -12,6 +12,7 @@ mod edit;
 mod events;
 mod generate;
 mod install;
+mod nats_tool;
 mod packages;
 mod status;
 mod steer;
