@@ -17,7 +17,7 @@ mod resume;
 mod returned;
 mod run;
 mod samples;
-mod sampling_driver;
+pub(crate) mod sampling_driver;
 pub(crate) mod source;
 pub(crate) mod target;
 

@@ -103,7 +103,7 @@ struct SentAdvisory {
 
 /// An occurrence on the connection for advisories.
 #[derive(Debug)]
-pub(super) enum AdvisoryEvent {
+pub(crate) enum AdvisoryEvent {
     /// The connection is open.
     Opened,
     /// Messages, perhaps confirmations.

@@ -45,7 +45,7 @@ type Writing = Pin<Box<dyn Future<Output = Result<(), store::Error>> + Send>>;
 
 /// A finished wait.
 #[derive(Debug)]
-pub(super) enum SamplingEvent {
+pub(crate) enum SamplingEvent {
     /// A write of so many records is over.
     Wrote(u64),
     /// An occurrence on the connection for advisories.
@@ -53,7 +53,7 @@ pub(super) enum SamplingEvent {
 }
 
 /// The sampling of one run.
-pub(super) struct SamplingDriver {
+pub(crate) struct SamplingDriver {
     samples: Samples,
     replication: String,
     inspector: Inspector,

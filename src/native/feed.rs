@@ -3,10 +3,11 @@
 
 mod message;
 mod resume;
+mod sampling;
+mod status;
 
-use std::{collections::BTreeSet, future::poll_fn};
+use std::{collections::BTreeSet, future::poll_fn, task::Poll};
 
-use chrono::DateTime;
 use nats_lane::{
     Batch, Lane, Turn, entropy,
     jetstream::{Api, StreamInfo, answer_in, leaders_info},
@@ -19,7 +20,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use self::message::{count, skipped, splits_at_last, undeliverable};
+use self::{
+    message::{count, skipped, splits_at_last, undeliverable},
+    sampling::{note, replays, sampled_out},
+};
 use super::{
     FeedSubjects,
     headers::without_ids,
@@ -33,18 +37,18 @@ use super::{
 use crate::{
     config::{NativeKind, Replication, Scope},
     copy::{
-        Error, ErrorKind, Fed, Job, LoginWatch, PositionWriter, ReturnedMessages,
+        Error, ErrorKind, Job, LoginWatch, PositionWriter, ReturnedMessages,
+        sampling_driver::SamplingDriver,
         source::{
-            clock::{ClockReading, SourceClock, shown},
+            clock::{ClockReading, SourceClock},
             consumers::Names,
             durable::{Durable, Owner},
             intake::Intake,
-            reader::Reader,
-            retention::{Oldest, Outlook, PollHistory, Retention, Waiting},
+            retention::PollHistory,
         },
     },
     events::{Event, Events},
-    status::{CopyStatus, InFlight, Lag, LastError, Position, Row, State},
+    status::{CopyStatus, State},
     store::{SaveError, TargetWitness},
 };
 
@@ -141,6 +145,7 @@ struct Served {
     read: FedPoint,
     /// The reader is one of the stream that the target was compared with: the source said so after it was opened.
     is_of_compared: bool,
+    sampler: Option<SamplingDriver>,
 }
 
 /// A running feed.
@@ -197,7 +202,9 @@ impl<'a> Feed<'a> {
         events: &'a Events,
     ) -> Self {
         let OpenedFeed { kind, subjects, source, names, source_info, clock, target, target_info, leaf } = opened;
-        let (state, copy) = status.borrow().clone();
+        let (state, mut copy) = status.borrow().clone();
+        let samples = job.replication.sampling.is_some();
+        copy.sampling = samples.then(|| copy.sampling.take().unwrap_or_default());
         let state = if matches!(state, State::Retrying | State::Held) { state } else { State::Starting };
         let now = Instant::now();
         let seq = if kind == NativeKind::Mirror { target_info.state.last_seq } else { 0 };
@@ -264,6 +271,7 @@ impl<'a> Feed<'a> {
         }
         // A target whose request is not answered asks again only after half a minute.
         self.leaf.flush(LAST_WRITE).await;
+        self.finish_sampling().await;
         let last = timeout(LAST_SAVE, positions.save_fed_now(&self.fed(), self.row())).await;
         match last {
             Ok(Err(conflict @ SaveError::Conflict { .. })) => Err(conflict.into()),
@@ -281,6 +289,7 @@ impl<'a> Feed<'a> {
             }
             self.deliver(now)?;
             self.acknowledge();
+            self.sample(now);
             if now >= self.times.tick {
                 self.tick(now, positions)?;
                 if self.has_newer_login(now) {
@@ -293,6 +302,13 @@ impl<'a> Feed<'a> {
                 biased;
                 saved = poll_fn(|cx| positions.poll(cx)) => {
                     self.saved(saved)?;
+                    None
+                }
+                moved = poll_fn(|cx| match &mut self.session {
+                    Some(Served { sampler: Some(sampler), .. }) => sampler.poll(cx),
+                    _ => Poll::Pending,
+                }) => {
+                    self.sampled(moved);
                     None
                 }
                 turn = self.leaf.turn() => match turn.map_err(|error| of_leaf(error.context("target")))? {
@@ -390,7 +406,9 @@ impl<'a> Feed<'a> {
         if served.session.is_settled() && served.read.seq > self.position.seq {
             self.position = served.read;
         }
-        served.reader.settled(&mut self.source, self.position.seq);
+        let (position, now) = (self.position.seq, Instant::now());
+        let forgettable = served.sampler.as_ref().map_or(position, |sampler| sampler.may_forget(position, now));
+        served.reader.settled(&mut self.source, forgettable);
     }
 
     fn end_session(&mut self) {
@@ -412,9 +430,10 @@ impl<'a> Feed<'a> {
         let opened = async {
             let replication = self.scoped(&asked)?;
             let before = self.before(&asked, &SavedFeed::of(positions)).await?;
-            Ok::<_, Error>((before, self.open_reader(&replication, before.seq, positions).await?))
+            let (sampler, from) = self.begin_sampling(before, positions).await?;
+            Ok::<_, Error>((before, self.open_reader(&replication, from, positions).await?, sampler))
         };
-        let (before, reader) = match opened.await {
+        let (before, reader, sampler) = match opened.await {
             Ok(opened) => opened,
             Err(error) if error.kind == ErrorKind::Hold => return Err(self.refuse(&asked.reply, error).await),
             Err(error) => return Err(error),
@@ -439,7 +458,7 @@ impl<'a> Feed<'a> {
         (self.times.waits, self.times.stored, self.times.heartbeat) = (now, now, now + HEARTBEAT);
         (self.position, self.compared) = (before, true);
         self.given = self.given.max(Some(before.seq));
-        self.session = Some(Served { session, reader, read: before, is_of_compared: false });
+        self.session = Some(Served { session, reader, read: before, is_of_compared: false, sampler });
         self.copy.metered.consumers += 1;
         // Asked without waiting: a durable consumer delivers already.
         self.ask_states(now);
@@ -542,11 +561,18 @@ impl<'a> Feed<'a> {
         }
     }
 
+    /// Messages that were stored before this time (nanoseconds since the Unix epoch) are too old.
+    fn oldest_fed(&self, now: Instant) -> Option<i64> {
+        let age = i64::try_from(self.job.replication.max_age?.as_nanos()).unwrap_or(i64::MAX);
+        Some(self.clock.now_ns(now).saturating_sub(age))
+    }
+
     /// Delivers messages that were read, as far as the window allows, and requests more.
     fn deliver(&mut self, now: Instant) -> Result<(), Error> {
         // Before the messages that were read, as in a copy.
         self.returned.update();
-        let Some(Served { session, reader, read, is_of_compared }) = &mut self.session else { return Ok(()) };
+        let oldest = self.oldest_fed(now);
+        let Some(Served { session, reader, read, is_of_compared, sampler }) = &mut self.session else { return Ok(()) };
         reader.pull(&mut self.source, &self.job.budget, self.leaf.unwritten() < UNWRITTEN);
         let subject = session.subject().filter(|_| *is_of_compared).map(str::to_owned);
         let Some(subject) = subject else { return Ok(()) };
@@ -555,16 +581,16 @@ impl<'a> Feed<'a> {
             self.times.stored = now;
         }
         let (mapping, scope) = (&self.job.replication.mapping, &self.job.replication.scope);
-        let oldest = self.job.replication.max_age.map(|age| {
-            let age = i64::try_from(age.as_nanos()).unwrap_or(i64::MAX);
-            self.clock.now_ns(now).saturating_sub(age)
-        });
         let mut waits = false;
         while !session.is_full() && self.leaf.unwritten() < UNWRITTEN {
             let Some(incoming) = reader.peek() else { break };
             let (delivery, message, size) = (incoming.delivery, incoming.message, incoming.size());
-            let of = (message.subject, message.header, delivery.time_ns);
-            let skipped = skipped(of, oldest, scope, &self.returned);
+            let skipped = skipped((message.subject, message.header, delivery.time_ns), oldest, scope, &self.returned);
+            if replays(sampler.as_mut(), &incoming, skipped) {
+                reader.take();
+                continue;
+            }
+            let skipped = skipped.or_else(|| sampled_out(sampler.as_mut(), &incoming));
             let mapped = mapping.apply(message.subject, &mut self.room.0);
             if skipped.is_none()
                 && let Some(why) = undeliverable(message.header, message.payload, mapped, self.splits_at_last)
@@ -578,6 +604,7 @@ impl<'a> Feed<'a> {
             }
             *read = FedPoint { seq: delivery.stream_seq, time_ns: Some(delivery.time_ns) };
             count(&mut self.copy, size, skipped);
+            note(sampler.as_mut(), &incoming, skipped, &mut self.copy);
             if skipped.is_some() {
                 reader.take();
                 continue;
@@ -699,6 +726,7 @@ impl<'a> Feed<'a> {
             self.times.info = now + INFO_EVERY;
             self.ask_states(now);
         }
+        self.tick_sampling(now);
         self.show(now);
         positions.save_fed(now, &self.fed(), || self.row());
         Ok(())
@@ -769,93 +797,6 @@ impl<'a> Feed<'a> {
         self.asked.1 = Some(self.target.send_request(&subject, b""));
     }
 
-    /// Brings the status up to date.
-    fn show(&mut self, now: Instant) {
-        let Amount { messages, bytes, .. } =
-            self.session.as_ref().map(|served| served.session.in_flight()).unwrap_or_default();
-        let is_fed = self.is_fed();
-        self.copy.in_flight = InFlight { messages, bytes };
-        self.show_lag(is_fed, now);
-        let target_seq = self.target_seq();
-        let copy = &mut self.copy;
-        copy.target.last_seq = Some(target_seq);
-        copy.source.clock_offset_seconds =
-            shown(copy.source.clock_offset_seconds, self.clock.offset(now, entropy::now()));
-        if is_fed {
-            self.state = State::Running;
-        }
-        let unasked = !is_fed && now.duration_since(self.times.waits) > UNASKED;
-        let (copy, new) = (&mut self.copy, self.state);
-        self.status.send_modify(|(state, published)| {
-            *state = new;
-            let mut last_error = published.last_error.take();
-            if unasked && last_error.as_ref().is_none_or(|error| !error.current || error.message != WAITS) {
-                last_error = Some(LastError::now("retry", WAITS));
-            }
-            if let Some(error) = last_error.as_mut().filter(|_| new == State::Running && !unasked) {
-                error.ran();
-            }
-            copy.last_error = last_error;
-            *published = copy.clone();
-        });
-    }
-
-    /// Updates position, lag and headroom in the status. The last two are not known while the target has no consumer.
-    fn show_lag(&mut self, is_fed: bool, now: Instant) {
-        let target_seq = self.target_seq();
-        let (copy, state, position) = (&mut self.copy, &self.source_info.state, self.position.seq);
-        // As long as the position stays, so does the oldest message, also where it is not read yet.
-        let before = copy.lag.filter(|_| copy.position.source_seq == position).and_then(|lag| lag.oldest);
-        copy.position = Position { source_seq: position, target_seq };
-        (copy.source.first_seq, copy.source.last_seq) = (Some(state.first_seq), Some(state.last_seq.max(position)));
-        let Some(Served { session, reader, read, .. }) = self.session.as_ref().filter(|_| is_fed) else {
-            (copy.lag, copy.headroom) = (None, None);
-            return;
-        };
-        let counted = reader.pending() + session.in_flight().messages;
-        let seen = read.seq.max(reader.plain().map_or(0, Reader::seen));
-        let all = reader.plain().is_some() && self.job.replication.scope.is_whole();
-        let Waiting { last_seq, messages } = Waiting::of(state, all, position, counted, seen);
-        copy.source.last_seq = Some(last_seq);
-        let next = || reader.next().map(|point| FedPoint { seq: point.seq, time_ns: point.time_ns });
-        let oldest = session.oldest().or_else(next);
-        let stored = oldest.and_then(|point| point.time_ns).map(DateTime::from_timestamp_nanos);
-        let lag = Lag::new(messages, stored.or(before), self.clock.now(now));
-        copy.lag = Some(lag);
-        let oldest = Oldest {
-            seq: oldest.map_or(position + 1, |point| point.seq),
-            age: lag.oldest.and(lag.seconds).map(Duration::from_secs_f64),
-        };
-        copy.headroom = match self.polls.outlook(&Retention::of(&self.source_info), &oldest) {
-            _ if messages == 0 => None,
-            Outlook::Left(headroom) => Some(headroom),
-            Outlook::Safe => None,
-            Outlook::Unknown => copy.headroom,
-        };
-    }
-
-    /// The target's sequence at the position: a mirror has that of the source, another stream its last one when it was read.
-    fn target_seq(&self) -> u64 {
-        match self.kind {
-            NativeKind::Mirror => self.position.seq,
-            NativeKind::Source => self.target_info.state.last_seq,
-        }
-    }
-
-    fn row(&self) -> Row {
-        Row { state: self.state, copy: self.copy.clone(), todo: None, ..self.job.row.clone() }
-    }
-
-    fn fed(&self) -> Fed<'_> {
-        Fed {
-            point: self.compared.then_some((self.position.seq, self.position.time_ns)),
-            target_seq: self.target_seq(),
-            now: self.clock.now(Instant::now()),
-            source_created: &self.source_info.created,
-            target_created: &self.target_info.created,
-        }
-    }
-
     fn saved(&mut self, result: Result<(), SaveError>) -> Result<(), Error> {
         match result {
             Err(conflict @ SaveError::Conflict { .. }) => Err(conflict.into()),
@@ -869,10 +810,6 @@ impl<'a> Feed<'a> {
         }
     }
 }
-
-/// The error in the status while a target does not ask.
-const WAITS: &str =
-    "the target has not asked for messages yet: after a long outage of the feed it asks again within 50 s";
 
 fn held(message: String) -> Error {
     Error::new(ErrorKind::Hold, message)

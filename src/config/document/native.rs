@@ -10,15 +10,7 @@ use crate::config::{NativeFeed, NativeKind, Problem};
 const LEAF: &str = "target_leaf";
 
 /// Fields that say what a native feed does not do: the target's server stores what it is given.
-const NOT_FED: [(&str, &str); 12] = [
-    ("inspect_field", NO_SAMPLING),
-    ("inspect_header", NO_SAMPLING),
-    ("inspect_subject_token", NO_SAMPLING),
-    ("inspect_force_field", NO_SAMPLING),
-    ("inspect_duration", NO_SAMPLING),
-    ("warn_duration", NO_SAMPLING),
-    ("size_trigger", NO_SAMPLING),
-    ("advisory", NO_SAMPLING),
+const NOT_FED: [(&str, &str); 4] = [
     ("on_reject", "the target's server stores the messages, and one that it refuses blocks the stream"),
     ("dead_letter", "the target's server stores the messages, and one that it refuses blocks the stream"),
     ("ordering", "the order is always that of the source"),
@@ -35,17 +27,12 @@ const NOT_A_MIRRORS: [(&str, &str); 5] = [
 const NOT_A_SOURCES: [(&str, &str); 2] =
     [("target_mode", "a stream with sources takes messages of others, too"), ("on_source_loss", CANNOT_GO_BACK)];
 const ALL_OF_ORIGIN: &str = "a mirror takes every message of its origin";
-/// The target's server resumes after its own last message, which may be before what the records of senders say.
-const NO_SAMPLING: &str =
-    "sampling needs kind `copy`: a target that resumes by itself can have less than the records of senders say";
 const CANNOT_GO_BACK: &str = "the target cannot go back: the replication is held when the source lost messages";
 
 /// Limits that are not applied to a native feed.
-const NOT_LIMITED: [(&str, &str); 4] = [
+const NOT_LIMITED: [(&str, &str); 2] = [
     ("messages_per_second", "the target is fed as fast as it stores"),
     ("bytes_per_second", "the target is fed as fast as it stores"),
-    ("senders", NO_SAMPLING),
-    ("sender_bytes", NO_SAMPLING),
 ];
 
 /// What is wrong with the scheme of the URL of a side.
@@ -167,14 +154,6 @@ mod tests {
     #[test]
     fn what_a_feed_does_not_do_is_refused() {
         for (field, value) in [
-            ("inspect_field", json!("sender")),
-            ("inspect_header", json!("Sender")),
-            ("inspect_subject_token", json!(1)),
-            ("inspect_force_field", json!("force")),
-            ("inspect_duration", json!("1h")),
-            ("warn_duration", json!("1h")),
-            ("size_trigger", json!(10)),
-            ("advisory", json!({"subject": "a"})),
             ("on_reject", json!("skip")),
             ("dead_letter", json!({"subject": "a"})),
             ("ordering", json!("strict")),
@@ -187,7 +166,7 @@ mod tests {
         }
         check(json!({"target_update": true}), "/target_update", "is not for kind `mirror`");
         document(json!({"kind": "source", "target_update": true})).unwrap();
-        for limit in ["messages_per_second", "bytes_per_second", "senders", "sender_bytes"] {
+        for limit in ["messages_per_second", "bytes_per_second"] {
             check(json!({"limits": {limit: 70_000}}), &format!("/limits/{limit}"), "is not for kind `mirror`");
         }
         let in_flight = |limits: Value| document(limits).unwrap().limits.messages_in_flight;
@@ -200,6 +179,9 @@ mod tests {
         );
         let limits = json!({"messages_in_flight": 100, "bytes_in_flight": 1_048_576});
         document(json!({"on_reject": "hold", "max_age": "1h", "start_at_end": true, "target_update": false, "limits": limits})).unwrap();
+        let sampling = json!({"inspect_field": "sender", "inspect_duration": "1h", "warn_duration": "5m", "size_trigger": 10,
+            "advisory": {"subject": "a.%s"}, "limits": {"senders": 100, "sender_bytes": 70_000}});
+        assert!(document(sampling).unwrap().sampling.is_some());
         let subjects = json!({"filter_subjects": ["a.>", "b"], "exclude_subjects": ["a.b"], "target_subject_prefix": "x",
             "subject_transforms": [{"src": "a.>", "dest": "c.>"}], "target_subject_remove": "y"});
         document(subjects).unwrap();

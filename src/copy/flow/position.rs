@@ -301,7 +301,7 @@ impl PositionWriter {
 
     /// Notes, before anything is read, up to where the records of senders hold, and how senders are identified; `None`
     /// without sampling.
-    pub(in crate::copy) async fn samples_from(&mut self, sampled: Option<(u64, String)>) -> Result<(), Error> {
+    pub(crate) async fn samples_from(&mut self, sampled: Option<(u64, String)>) -> Result<(), Error> {
         let (sampled, inspected) = sampled.unzip();
         if self.record.sampled.is_some() != sampled.is_some() || self.record.inspected != inspected {
             self.finish().await?;
@@ -645,6 +645,8 @@ pub(crate) struct Fed<'a> {
     pub source_created: &'a str,
     /// `created` of the target stream.
     pub target_created: &'a str,
+    /// The records of senders; `None` where they are not known now: what was saved stays.
+    pub sampled: Option<SenderRecords>,
 }
 
 impl Fed<'_> {
@@ -657,6 +659,8 @@ impl Fed<'_> {
             after_target: None,
             saved_at: Some(self.now.trunc_subsecs(3)),
             target_mode: TargetMode::Exclusive,
+            sampled: self.sampled.map_or(saved.sampled, |sampled| Some(sampled.written_to)),
+            unseen_from: self.sampled.map_or(saved.unseen_from, |sampled| sampled.unseen_from),
             ..saved.clone()
         }
     }
@@ -664,7 +668,7 @@ impl Fed<'_> {
 
 /// The state of the senders' records.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::copy) struct SenderRecords {
+pub(crate) struct SenderRecords {
     /// Up to which source sequence the records hold.
     pub written_to: u64,
     /// Senders of messages that were stored before this time may have been missed.

@@ -7,8 +7,29 @@ use crate::{
     status::{CopyStatus, Counters},
 };
 
-/// The counter of a reason to skip a message.
-pub(super) type SkipCounter = fn(&mut Counters) -> &mut u64;
+/// Why a message that was read is not delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NotFed {
+    /// Stored longer ago than `max_age`.
+    Old,
+    /// Its subject is excluded.
+    Excluded,
+    /// It came from the target.
+    Loop,
+    /// Its sender was copied recently.
+    Sampled,
+}
+
+impl NotFed {
+    fn counter(self, counters: &mut Counters) -> &mut u64 {
+        match self {
+            Self::Old => &mut counters.skipped_old,
+            Self::Excluded => &mut counters.skipped_filtered,
+            Self::Loop => &mut counters.skipped_loop,
+            Self::Sampled => &mut counters.skipped_sampled,
+        }
+    }
+}
 
 /// Why a message of this subject, header and stored time is skipped, if it is.
 pub(super) fn skipped(
@@ -16,24 +37,24 @@ pub(super) fn skipped(
     oldest: Option<i64>,
     scope: &Scope,
     returned: &ReturnedMessages,
-) -> Option<SkipCounter> {
+) -> Option<NotFed> {
     if oldest.is_some_and(|oldest| time_ns < oldest) {
-        return Some(|counters| &mut counters.skipped_old);
+        return Some(NotFed::Old);
     }
     if scope.excludes(subject) {
-        return Some(|counters| &mut counters.skipped_filtered);
+        return Some(NotFed::Excluded);
     }
-    returned.includes(header).then_some(|counters| &mut counters.skipped_loop)
+    returned.includes(header).then_some(NotFed::Loop)
 }
 
 /// Counts a message that was read.
-pub(super) fn count(copy: &mut CopyStatus, size: MessageSize, skipped: Option<SkipCounter>) {
+pub(super) fn count(copy: &mut CopyStatus, size: MessageSize, skipped: Option<NotFed>) {
     let counters = &mut copy.counters;
     counters.received += 1;
     counters.received_bytes += size.bytes as u64;
     copy.metered.received_payload += size.payload as u64;
     if let Some(skipped) = skipped {
-        *skipped(counters) += 1;
+        *skipped.counter(counters) += 1;
         counters.skipped_bytes += size.bytes as u64;
         copy.metered.skipped_payload += size.payload as u64;
     }

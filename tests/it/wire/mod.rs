@@ -24,6 +24,7 @@ mod logins;
 mod mirror;
 mod native_faults;
 mod native_kinds;
+mod native_sampling;
 mod native_source;
 mod native_stores;
 mod networks;
