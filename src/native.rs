@@ -23,7 +23,7 @@ use tracing::info;
 
 pub use subjects::FeedSubjects;
 pub(crate) use target::{
-    Fit, check as check_target, refuse_source,
+    Fit, check as check_target, refuse_source, settings as target_settings,
     source::{lacks, remove as remove_source},
 };
 

@@ -154,8 +154,9 @@ fn stream_kind(kind: StreamKind) -> &'static str {
 }
 
 fn replications(report: &StreamReport) -> Table {
-    let headers = ["STREAM", "KIND", "FROM", "SOURCE STREAM", "ACTIVE", "LAG", "REPLICATION", "STATE", "ERROR"];
-    let mut table = Table::new(&headers).right(&[4, 5]).painted(8);
+    let headers =
+        ["STREAM", "KIND", "FROM", "SOURCE STREAM", "ACTIVE", "LAG", "REPLICATION", "STATE", "DRIFT", "ERROR"];
+    let mut table = Table::new(&headers).right(&[4, 5, 8]).painted(9);
     for row in report.replications.iter().chain(&report.native) {
         let cells = vec![
             row.stream.clone(),
@@ -166,6 +167,7 @@ fn replications(report: &StreamReport) -> Table {
             known(row.lag.map(count)),
             row.replication.clone().unwrap_or_default(),
             row.state.map(state_name).unwrap_or_default(),
+            row.replication.as_ref().map(|_| known(row.drift.map(count))).unwrap_or_default(),
             row.error.clone().unwrap_or_default(),
         ];
         table.row(colour(row.error.is_some()), cells);

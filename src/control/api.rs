@@ -1,5 +1,6 @@
 //! The wire contract: what requests and replies look like, for the service and for those who ask it.
 
+mod drift;
 mod letters;
 mod report;
 
@@ -9,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use self::{
+    drift::{DriftClass, DriftField, DriftReport, DriftRequest, DriftRow},
     letters::{
         LetterChange, LetterDone, LetterList, LetterRequest, LetterRow, LetterShown, LettersChanged, LettersRequest,
     },

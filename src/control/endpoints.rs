@@ -2,6 +2,7 @@
 
 mod adapter;
 mod dlq;
+mod drift;
 mod durable;
 mod family;
 mod heartbeat;
@@ -37,6 +38,7 @@ use self::{
         adapter_update, adapter_validate,
     },
     dlq::{dlq_drop, dlq_list, dlq_replay, dlq_show},
+    drift::drift,
     durable::Leaving,
     family::{Members, delete_member},
     heartbeat::{heartbeat_get, heartbeat_set},
@@ -133,6 +135,7 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
         route("config-schema", EndpointKind::Query, handler!(config_schema)),
         Route { data: Some(states(context.clone())), ..route("status", EndpointKind::Query, handler!(status)) },
         route("report", EndpointKind::Inquiry, handler!(report)),
+        route("drift", EndpointKind::Inquiry, handler!(drift)),
         route("instances", EndpointKind::Query, handler!(instances)),
         route("senders", EndpointKind::Query, handler!(senders)),
         route("pause", EndpointKind::Mutation, handler!(pause)),

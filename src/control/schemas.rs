@@ -10,11 +10,11 @@ use serde_json::{Map, Value, json};
 
 use super::api::{
     AdapterChanged, AdapterList, AdapterNamed, AdapterShown, AdapterStatus, AdapterStatusRequest, AdapterValidation,
-    Changed, DeleteRequest, ErrorReply, GetRequest, HeartbeatsChanged, HeartbeatsShown, Instances, InstancesRequest,
-    LetterChange, LetterList, LetterRequest, LetterShown, LettersChanged, LettersRequest, LinkChanged, LinkList,
-    LinkNamed, LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove, PositionRequest,
-    PromoteRequest, Promoted, ReportRequest, SchemaRequest, SchemaShown, SendersPage, SendersRequest, SkipRequest,
-    Skipped, Status, StatusRequest, SteppedDown, StoredDocument, StreamReport, Validation,
+    Changed, DeleteRequest, DriftReport, DriftRequest, ErrorReply, GetRequest, HeartbeatsChanged, HeartbeatsShown,
+    Instances, InstancesRequest, LetterChange, LetterList, LetterRequest, LetterShown, LettersChanged, LettersRequest,
+    LinkChanged, LinkList, LinkNamed, LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove,
+    PositionRequest, PromoteRequest, Promoted, ReportRequest, SchemaRequest, SchemaShown, SendersPage, SendersRequest,
+    SkipRequest, Skipped, Status, StatusRequest, SteppedDown, StoredDocument, StreamReport, Validation,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
@@ -57,6 +57,7 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("config.schema", json!({"description": "Empty; the payload is ignored."}), config_schema_reply()),
         ("status", request::<StatusRequest>(), reply::<Status>()),
         ("report", request::<ReportRequest>(), reply::<StreamReport>()),
+        ("drift", request::<DriftRequest>(), reply::<DriftReport>()),
         ("dlq.list", request::<LettersRequest>(), reply::<LetterList>()),
         ("dlq.show", request::<LetterRequest>(), reply::<LetterShown>()),
         ("dlq.replay", letter_change(), reply::<LettersChanged>()),

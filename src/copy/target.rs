@@ -4,6 +4,7 @@ pub(in crate::copy) mod batches;
 pub(crate) mod bridge;
 pub(crate) mod dead_letter;
 pub(crate) mod dedup_window;
+pub(crate) mod drift;
 pub(in crate::copy) mod drops;
 pub(in crate::copy) mod frame;
 pub(in crate::copy) mod headers;

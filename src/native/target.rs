@@ -176,6 +176,11 @@ async fn create(
     }
 }
 
+/// The settings of a new stream, whatever its server can.
+pub(crate) fn settings(kind: NativeKind, replication: &Replication, source: &StreamInfo, site: &str) -> Value {
+    config(kind, replication, source, &FeedSubjects::of(site, &replication.id), false)
+}
+
 /// The configuration of a new stream.
 fn config(
     kind: NativeKind,

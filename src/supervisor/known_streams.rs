@@ -30,7 +30,7 @@ pub(super) struct KnownStreams {
 }
 
 /// Both streams of one replication.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct KnownSides {
     /// Where messages are read.
     pub source: Side,
@@ -40,6 +40,16 @@ pub struct KnownSides {
     pub native: Option<NativeKind>,
     /// What its copies carry; empty for a native feed, which adds nothing.
     tags: Vec<OriginTag>,
+    /// The document as it runs.
+    pub replication: Arc<Replication>,
+}
+
+impl KnownSides {
+    /// Whether streams, kind and tags are the same, whatever else the documents say.
+    fn is_like(&self, other: &Self) -> bool {
+        (&self.source, &self.target, self.native, &self.tags)
+            == (&other.source, &other.target, other.native, &other.tags)
+    }
 }
 
 /// How two connections compare.
@@ -73,10 +83,12 @@ impl KnownStreams {
         }
         let native = replication.native.as_ref().map(|native| native.kind);
         let tags = if native.is_some() { Vec::new() } else { replication.origin_tags(&self.site) };
-        let Replication { id, source, target, .. } = replication;
-        let sides = KnownSides { source, target, native, tags };
+        let replication = Arc::new(replication);
+        let Replication { id, source, target, .. } = &*replication;
+        let (id, source, target) = (id.clone(), source.clone(), target.clone());
+        let sides = KnownSides { source, target, native, tags, replication };
         let before = self.lock().insert(id, sides.clone());
-        if before.as_ref() != Some(&sides) {
+        if !before.is_some_and(|before| before.is_like(&sides)) {
             self.changes.send_modify(|changes| *changes += 1);
         }
     }

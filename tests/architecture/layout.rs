@@ -80,6 +80,7 @@ pub const LAYOUT: Layout = Layout {
         "copy::source::request_limit",
         "copy::source::clock",
         "copy::decide",
+        "copy::target::drift",
         "copy::target::drops",
         "copy::source::gap",
         "copy::source::retention",

@@ -105,6 +105,9 @@ pub struct ReportReplication {
     pub state: Option<State>,
     /// The current error.
     pub error: Option<String>,
+    /// Fields in which the target differs from what it would be created with now, see `drift`; `null` where that is not known,
+    /// and for a mirror or a source that this service does not feed.
+    pub drift: Option<u64>,
     /// `node` of the stream that the messages come from, where it is among `streams`.
     pub source: Option<String>,
     /// `node` of the stream that is filled; `null` where the document is not valid.

@@ -14,7 +14,7 @@ use serde::Serialize;
 use tokio::time::{Duration, Instant, timeout_at};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{DEFAULT_LIMIT, RequestContext, options};
+use super::{DEFAULT_LIMIT, RequestContext, drift, options};
 use crate::{
     config,
     control::{
@@ -56,16 +56,22 @@ pub(super) async fn report(context: &RequestContext, request: Request) -> Result
 }
 
 /// One replication of this service.
-struct ReportedReplication {
-    row: Row,
+pub(super) struct ReportedReplication {
+    pub(super) row: Row,
     /// `None` while no valid document is known.
-    sides: Option<KnownSides>,
+    pub(super) sides: Option<KnownSides>,
     /// Seconds since its instance showed a sign of life.
     active: Option<f64>,
 }
 
+impl ReportedReplication {
+    pub(super) fn id(&self) -> &str {
+        &self.row.replication
+    }
+}
+
 /// All replications but those that only find streams, sorted by id.
-fn replications(context: &RequestContext) -> Vec<ReportedReplication> {
+pub(super) fn replications(context: &RequestContext) -> Vec<ReportedReplication> {
     let mut sides = context.supervisor.sides();
     let silent: HashMap<String, f64> =
         context.supervisor.peers().into_iter().map(|peer| (peer.session.instance, peer.silent.as_secs_f64())).collect();
@@ -86,7 +92,7 @@ fn replications(context: &RequestContext) -> Vec<ReportedReplication> {
     wanted.collect()
 }
 
-fn short(error: &str) -> String {
+pub(super) fn short(error: &str) -> String {
     error.chars().take(ERROR_LENGTH).collect()
 }
 
@@ -96,7 +102,7 @@ fn thousandths(seconds: f64) -> f64 {
 
 /// Where streams are asked for: each place once, whatever number of replications names it.
 #[derive(Default)]
-struct ReportPlaces {
+pub(super) struct ReportPlaces {
     places: Vec<ReportPlace>,
 }
 
@@ -109,7 +115,7 @@ struct ReportPlace {
 
 /// What one place said.
 #[derive(Default)]
-struct PlaceAnswer {
+pub(super) struct PlaceAnswer {
     /// Name of the server.
     server: String,
     streams: HashMap<String, Result<StreamInfo, String>>,
@@ -118,7 +124,7 @@ struct PlaceAnswer {
 }
 
 impl ReportPlaces {
-    fn of(context: &RequestContext, wanted: &[ReportedReplication]) -> Self {
+    pub(super) fn of(context: &RequestContext, wanted: &[ReportedReplication]) -> Self {
         let mut places = Self::default();
         for KnownSides { source, target, .. } in wanted.iter().filter_map(|wanted| wanted.sides.as_ref()) {
             for side in [source, target] {
@@ -138,17 +144,26 @@ impl ReportPlaces {
     }
 
     /// Most documents name one of few places, the last one most of all.
-    fn index(&self, server: &ServerRef) -> Option<usize> {
+    pub(super) fn index(&self, server: &ServerRef) -> Option<usize> {
         self.places.iter().rposition(|place| place.server == *server)
     }
 
-    fn not_asked(&self, why: &str) -> Vec<PlaceAnswer> {
+    /// What the servers of a side say of its stream.
+    pub(super) fn info<'a>(&self, answers: &'a [PlaceAnswer], side: &config::Side) -> Result<&'a StreamInfo, &'a str> {
+        let answer = &answers[self.index(&side.place).unwrap_or_default()];
+        match answer.streams.get(&side.stream) {
+            Some(info) => info.as_ref().map_err(String::as_str),
+            None => Err(answer.failed.as_deref().unwrap_or("no answer")),
+        }
+    }
+
+    pub(super) fn not_asked(&self, why: &str) -> Vec<PlaceAnswer> {
         let answer = |_: &ReportPlace| PlaceAnswer { failed: Some(why.to_owned()), ..PlaceAnswer::default() };
         self.places.iter().map(answer).collect()
     }
 
     /// Asks all of them until the time is over; the answers are in the order of the places.
-    async fn ask(&self, context: &RequestContext, until: Instant) -> Vec<PlaceAnswer> {
+    pub(super) async fn ask(&self, context: &RequestContext, until: Instant) -> Vec<PlaceAnswer> {
         let asked: Vec<_> = self.places.iter().map(|place| place.ask(context, until)).collect();
         stream::iter(asked).buffered(PLACES_AT_ONCE).collect().await
     }
@@ -246,7 +261,7 @@ fn fill(
     answers: &[PlaceAnswer],
 ) {
     let feeds = feeds(context);
-    let mut room = ReplyRoom(context.room());
+    let mut room = ReplyRoom::new(context.room());
     let mut streams: BTreeMap<(String, String), ReportStream> = BTreeMap::new();
     let mut native: BTreeMap<(String, String), Vec<ReportReplication>> = BTreeMap::new();
     for wanted in wanted {
@@ -276,17 +291,25 @@ fn fill(
 }
 
 /// Bytes that are left.
-struct ReplyRoom(usize);
+pub(super) struct ReplyRoom(usize);
 
 impl ReplyRoom {
-    fn takes(&mut self, cost: usize) -> bool {
+    pub(super) fn new(bytes: usize) -> Self {
+        Self(bytes)
+    }
+
+    pub(super) fn holds(&self, cost: usize) -> bool {
+        cost <= self.0
+    }
+
+    pub(super) fn takes(&mut self, cost: usize) -> bool {
         let left = self.0.checked_sub(cost);
         self.0 = left.unwrap_or_default();
         left.is_some()
     }
 }
 
-fn size(row: &impl Serialize) -> usize {
+pub(super) fn size(row: &impl Serialize) -> usize {
     serde_json::to_vec(row).map_or(0, |json| json.len() + 1)
 }
 
@@ -352,6 +375,7 @@ impl<'a> End<'a> {
                 lag: Some(progress.lag),
                 state: None,
                 error: error(progress),
+                drift: None,
                 source: beside.filter(|beside| beside.info.is_some()).map(|beside| beside.row.node),
                 target: Some(self.row.node.clone()),
             }
@@ -386,6 +410,7 @@ fn replication(context: &RequestContext, wanted: &ReportedReplication, ends: Opt
         lag: row.copy.lag.map(|lag| lag.messages),
         state: Some(row.state),
         error: current.map(|error| short(&error.message)),
+        drift: None,
         source: None,
         target: None,
     };
@@ -395,6 +420,9 @@ fn replication(context: &RequestContext, wanted: &ReportedReplication, ends: Opt
     shown.from = Some(source.row.url.clone());
     shown.kind = sides.native.into();
     (shown.source, shown.target) = (Some(source.row.node.clone()), Some(target.row.node.clone()));
+    if let (Some(from), Some(to)) = (source.info, target.info) {
+        shown.drift = Some(drift::count(&sides.replication, &context.site, from, to));
+    }
     if sides.native.is_some() {
         // The target's server knows best.
         let prefix = FeedSubjects::of(&context.site, &row.replication).api();

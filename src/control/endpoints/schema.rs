@@ -16,7 +16,7 @@ use crate::{
 const REPLICATION: &str = "replication";
 
 /// What each endpoint does, for `nats micro info`.
-const DESCRIPTIONS: [(&str, &str); 40] = [
+const DESCRIPTIONS: [(&str, &str); 41] = [
     ("config-add", "Adds a replication"),
     ("config-update", "Replaces the document of a replication"),
     ("config-delete", "Deletes a replication; what it copied stays"),
@@ -26,6 +26,7 @@ const DESCRIPTIONS: [(&str, &str); 40] = [
     ("config-schema", "Shows the schema of replication documents"),
     ("status", "Shows state, position, lag and errors of replications"),
     ("report", "Shows the streams of both sides and what feeds them, as nats stream report does"),
+    ("drift", "Compares the configurations of both streams, and applies the safe changes"),
     ("instances", "Lists the instances of the group"),
     ("senders", "Lists the senders that a sampled replication knows"),
     ("dlq-list", "Lists the dead letters of a replication"),

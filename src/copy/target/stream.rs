@@ -551,6 +551,18 @@ pub(crate) fn new_config(
     replicas: i64,
 ) -> Result<Value, Error> {
     let subjects = subjects::of_target(replication, source, learned)?;
+    let mut config = settings(replication, source, maker, replicas);
+    config.insert("subjects".into(), json!(subjects));
+    Ok(Value::Object(config))
+}
+
+/// The same without the subjects, which are not always known.
+pub(crate) fn settings(
+    replication: &Replication,
+    source: &StreamInfo,
+    maker: Maker,
+    replicas: i64,
+) -> Map<String, Value> {
     let apart = subjects::stay_apart(replication, source);
     let mut config = Map::new();
     for name in TAKEN_OVER {
@@ -561,7 +573,6 @@ pub(crate) fn new_config(
     target_limits::take_over(&mut config, replication, source, apart);
     config.insert("name".into(), replication.target.stream.clone().into());
     config.insert("retention".into(), "limits".into());
-    config.insert("subjects".into(), json!(subjects));
     config.insert("num_replicas".into(), replicas.into());
     config.insert("description".into(), format!("copy of stream {}", replication.source.stream).into());
     if replication.target_like_source {
@@ -573,7 +584,7 @@ pub(crate) fn new_config(
     if maker.ttl && source.flag("allow_msg_ttl") {
         config.insert("allow_msg_ttl".into(), true.into());
     }
-    Ok(Value::Object(config))
+    config
 }
 
 /// What a source says of itself to people and tools: its description and its metadata, without what belongs to the server

@@ -8,6 +8,7 @@ mod configuration;
 mod deleted_and_added;
 mod dlq;
 mod docs;
+mod drift;
 mod events;
 mod hand_edits;
 mod heartbeats;

@@ -349,13 +349,13 @@ async fn the_command_prints_tables_and_draws_pictures() -> Result<()> {
     assert_eq!(lines[0].join(" "), head, "{text}");
     let orders = lines.iter().find(|line| line.starts_with(&["ORDERS".into(), "west".into()])).context("a row")?;
     assert_eq!(orders[2..7], ["file", "Stream", "1", "0", "1,500"], "{text}");
-    let head = "STREAM KIND FROM SOURCE STREAM ACTIVE LAG REPLICATION STATE ERROR";
+    let head = "STREAM KIND FROM SOURCE STREAM ACTIVE LAG REPLICATION STATE DRIFT ERROR";
     assert!(lines.iter().any(|line| line.join(" ") == head), "{text}");
     let copy = lines
         .iter()
         .find(|line| line.get(1).is_some_and(|kind| kind == "Copy") && line[0] == "ORDERS")
         .context("a row")?;
-    assert_eq!(copy[2..], [site.source.url().as_str(), "ORDERS", "0s", "0", "ORDERS", "running"], "{text}");
+    assert_eq!(copy[2..], [site.source.url().as_str(), "ORDERS", "0s", "0", "ORDERS", "running", "0"], "{text}");
     assert!(text.contains("stream `MISSING` does not exist"), "{text}");
 
     let folder = tempfile::tempdir()?;

@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 40] = [
+const ENDPOINTS: [(&str, &str, &str); 41] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -17,6 +17,7 @@ const ENDPOINTS: [(&str, &str, &str); 40] = [
     ("config-schema", "replicator.config.schema", ""),
     ("status", "replicator.status", ""),
     ("report", "replicator.report", "q"),
+    ("drift", "replicator.drift", "q"),
     ("instances", "replicator.instances", ""),
     ("senders", "replicator.senders", ""),
     ("pause", "replicator.pause", "q"),
