@@ -40,6 +40,7 @@ mod status_view;
 mod steer;
 mod stream_reader;
 mod template;
+mod top;
 mod transfer;
 mod validation;
 mod wait;
@@ -138,6 +139,7 @@ enum ClientCommand {
     Config(config::Args),
     Status(status::Args),
     Report(report::Args),
+    Top(top::Args),
     Check(check::Args),
     Doctor(doctor::Args),
     /// Stop copying and keep the position, also over restarts
@@ -228,6 +230,7 @@ impl ClientCommand {
             Self::Config(args) => args.global().json,
             Self::Status(args) => args.json(),
             Self::Report(args) => args.global.json,
+            Self::Top(args) => args.global.json,
             Self::Check(args) => args.json(),
             Self::Doctor(args) => args.json(),
             Self::Pause(args) | Self::Resume(args) | Self::Retry(args) | Self::Stepdown(args) => args.global.json,
@@ -251,6 +254,7 @@ impl ClientCommand {
             Self::Config(args) => config::run(args, out).await,
             Self::Status(args) => status::run(args, out).await,
             Self::Report(args) => report::run(args, out).await,
+            Self::Top(args) => top::run(args, out).await,
             Self::Check(args) => check::run(args, out).await,
             Self::Doctor(args) => doctor::run(args, out).await,
             Self::Pause(args) => steer::each(args, "pause", "is paused", out).await,

@@ -15,3 +15,4 @@ mod install;
 mod packages;
 mod status;
 mod steer;
+mod top;
