@@ -28,7 +28,7 @@ use crate::{
     copy::Budget,
     events::{Event, Events},
     heartbeat,
-    http::{Monitor, OtlpClient, Progress, Sources},
+    http::{Monitor, MonitorAuth, OtlpClient, Progress, Sources},
     lease::{self, Driver, Leases, ProcessIdentity},
     metrics::Detail,
     names,
@@ -61,6 +61,8 @@ pub struct AppSettings {
     pub instance: String,
     /// Where metrics and health are served, `HOST:PORT`.
     pub monitor: Option<String>,
+    /// Who may see the monitor; everyone without it.
+    pub monitor_auth: Option<MonitorAuth>,
     /// How much the metrics show of each replication.
     pub metrics_detail: Detail,
     /// The collector that gets spans, a URL that was checked.
@@ -174,7 +176,7 @@ struct System {
 impl System {
     /// Starts the parts that work without a server: the control connection is made in the background.
     async fn start(settings: &AppSettings) -> anyhow::Result<Self> {
-        let AppSettings { server, site, instance, monitor, prefix, .. } = settings;
+        let AppSettings { server, site, instance, monitor, monitor_auth, prefix, .. } = settings;
         let (client, connection) =
             client::connect(server, &format!("{} {site}/{instance}", names::PROGRAM), "control connection").await?;
         let events = Events::new(client.clone(), prefix, site, instance);
@@ -184,6 +186,7 @@ impl System {
             site: site.clone(),
             host,
             instance: instance.clone(),
+            prefix: prefix.clone(),
             detail: settings.metrics_detail,
             client: client.clone(),
             events: events.clone(),
@@ -191,7 +194,7 @@ impl System {
         };
         let monitor = match monitor {
             Some(address) => {
-                let started = Monitor::start(address, sources.clone()).await;
+                let started = Monitor::start(address, monitor_auth.clone(), sources.clone()).await;
                 Some(started.with_context(|| format!("cannot listen on `--monitor {address}`"))?)
             }
             None => None,

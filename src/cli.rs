@@ -41,6 +41,7 @@ mod status_view;
 mod steer;
 mod stream_reader;
 mod template;
+mod top;
 mod transfer;
 mod validation;
 mod wait;
@@ -140,6 +141,7 @@ enum ClientCommand {
     Status(status::Args),
     Report(report::Args),
     Drift(drift::Args),
+    Top(top::Args),
     Check(check::Args),
     Doctor(doctor::Args),
     /// Stop copying and keep the position, also over restarts
@@ -231,6 +233,7 @@ impl ClientCommand {
             Self::Status(args) => args.json(),
             Self::Report(args) => args.global.json,
             Self::Drift(args) => args.global.json,
+            Self::Top(args) => args.global.json,
             Self::Check(args) => args.json(),
             Self::Doctor(args) => args.json(),
             Self::Pause(args) | Self::Resume(args) | Self::Retry(args) | Self::Stepdown(args) => args.global.json,
@@ -255,6 +258,7 @@ impl ClientCommand {
             Self::Status(args) => status::run(args, out).await,
             Self::Report(args) => report::run(args, out).await,
             Self::Drift(args) => drift::run(args, out).await,
+            Self::Top(args) => top::run(args, out).await,
             Self::Check(args) => check::run(args, out).await,
             Self::Doctor(args) => doctor::run(args, out).await,
             Self::Pause(args) => steer::each(args, "pause", "is paused", out).await,

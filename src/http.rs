@@ -1,21 +1,40 @@
-//! Metrics and health over HTTP. Decides nothing: every answer is read from the state of other modules.
+//! Metrics, health and the status page over HTTP. Decides nothing: every answer is read from the state of other modules.
 
+mod auth;
+mod history;
+mod listener;
+mod live;
 mod otlp;
+mod page;
+mod recent_events;
+mod rows;
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{future::IntoFuture, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    extract::State,
-    http::{StatusCode, header::CONTENT_TYPE},
+    extract::{Path, Request, State},
+    http::{
+        StatusCode,
+        header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE},
+    },
+    middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::get,
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 
-pub use self::otlp::{OtlpClient, check_url as check_collector};
+pub use self::{
+    auth::MonitorAuth,
+    otlp::{OtlpClient, check_url as check_collector},
+};
+use self::{
+    auth::{Admission, LoginGate},
+    listener::LimitedListener,
+    live::LivePage,
+};
 use crate::{
     adapter::AdapterHandle,
     events::Events,
@@ -38,6 +57,8 @@ pub struct Sources {
     pub host: String,
     /// Name of this instance.
     pub instance: String,
+    /// Subject prefix of the events.
+    pub prefix: String,
     /// How much is shown of each replication.
     pub detail: metrics::Detail,
     /// The control connection.
@@ -76,21 +97,26 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Listens on `address` (`HOST:PORT`; port 0 takes any that is free) and answers from now on.
-    pub async fn start(address: &str, sources: Sources) -> io::Result<Self> {
+    /// Listens on `address` (`HOST:PORT`; port 0 takes any that is free) and answers from now on; with `auth` only those who
+    /// log in, but for the health.
+    pub async fn start(address: &str, auth: Option<MonitorAuth>, sources: Sources) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
         let stop = CancellationToken::new();
-        let router = Router::new()
-            .route("/metrics", get(show_metrics))
-            // Where dashboards of Choria's broker look for its adapters.
-            .route("/choria/prometheus", get(show_metrics))
-            .route("/livez", get(livez))
-            .route("/readyz", get(readyz))
-            .with_state(sources);
-        let server = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+        if auth.is_none() && !address.ip().is_loopback() {
+            warn!(
+                %address,
+                "everyone who reaches the monitor sees the replications of the group, their streams, servers and errors: set \
+                 `--monitor-auth`, or listen on a loopback address"
+            );
+        }
+        let live = LivePage::new(sources.clone(), stop.clone());
+        let router = router(sources, auth, live.clone());
+        let server =
+            axum::serve(LimitedListener(listener), router).with_graceful_shutdown(stop.clone().cancelled_owned());
         let task = tokio::spawn(async move {
-            if let Err(error) = server.await {
+            let (ended, ()) = tokio::join!(server.into_future(), live.run());
+            if let Err(error) = ended {
                 error!(%address, "monitor ended: {error}");
             }
         });
@@ -110,6 +136,59 @@ impl Monitor {
             debug!("monitor connections were cut");
             self.task.abort();
         }
+    }
+}
+
+/// Health is for everyone; the rest is for those who may see it.
+fn router(sources: Sources, auth: Option<MonitorAuth>, live: Arc<LivePage>) -> Router {
+    let page = Router::new()
+        .route("/live", get(follow))
+        .route("/replication/{id}", get(details))
+        .with_state(live)
+        .route("/", get(page::index))
+        .route("/page.css", get(page::style))
+        .route("/page.js", get(page::script))
+        .route("/icon.svg", get(page::icon));
+    let metrics = Router::new()
+        .route("/metrics", get(show_metrics))
+        // Where dashboards of Choria's broker look for its adapters.
+        .route("/choria/prometheus", get(show_metrics))
+        .with_state(sources.clone());
+    let mut guarded = page.merge(metrics);
+    if let Some(auth) = auth {
+        guarded = guarded.layer(from_fn_with_state(Arc::new(LoginGate::new(auth)), admit));
+    }
+    let health = Router::new().route("/livez", get(livez)).route("/readyz", get(readyz)).with_state(sources);
+    guarded.merge(health).layer(from_fn(page::protect))
+}
+
+async fn admit(State(gate): State<Arc<LoginGate>>, request: Request, next: Next) -> Response {
+    match gate.admit(request.headers().get(AUTHORIZATION)).await {
+        Admission::Granted => next.run(request).await,
+        Admission::Refused => {
+            let challenge = [(WWW_AUTHENTICATE, "Basic realm=\"stream-replicator\", charset=\"UTF-8\"")];
+            (StatusCode::UNAUTHORIZED, challenge, "a login is needed: `--monitor-auth` has its user\n").into_response()
+        }
+        Admission::Busy => busy("too many logins are being checked: try again\n"),
+    }
+}
+
+fn busy(why: &'static str) -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, "5")], why).into_response()
+}
+
+async fn follow(State(live): State<Arc<LivePage>>) -> Response {
+    match live.join() {
+        Some(body) => ([(CONTENT_TYPE, "text/event-stream")], body).into_response(),
+        None => busy("too many viewers: close some\n"),
+    }
+}
+
+async fn details(State(live): State<Arc<LivePage>>, Path(id): Path<String>) -> Response {
+    match live.details(&id).map(|details| serde_json::to_string(&details)) {
+        Some(Ok(json)) => ([(CONTENT_TYPE, "application/json")], json).into_response(),
+        Some(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+        None => (StatusCode::NOT_FOUND, "there is no such replication\n").into_response(),
     }
 }
 

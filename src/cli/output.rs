@@ -41,6 +41,11 @@ impl Output {
         Self { json, terminal, colour: terminal && !dumb && !unwanted("NO_COLOR"), closed: false, failed: None }
     }
 
+    /// Text without colours, for what draws by itself.
+    pub(super) fn plain() -> Self {
+        Self { json: false, terminal: false, colour: false, closed: false, failed: None }
+    }
+
     /// Whether a program reads it.
     pub(super) fn json(&self) -> bool {
         self.json

@@ -14,11 +14,13 @@ use tracing::{error, info, warn};
 use super::{
     error::{CommandVerdict, USAGE},
     output::Output,
+    serve::monitor_auth,
 };
 use crate::{
     allow::AllowList,
     app::{self, AppSettings, HangupHook, ReplicatorFile},
     choria::YamlProblem,
+    http::MonitorAuth,
     metrics::Detail,
     names,
     preflight::{self, CheckOutcome, Finding, OtherReplication, Own},
@@ -56,6 +58,10 @@ pub(super) struct Args {
     /// Create no stream for the events
     #[arg(long)]
     no_event_stream: bool,
+
+    /// Login for the status page and the metrics, with a bcrypt hash as `htpasswd -nB USER` prints it [default: none]
+    #[arg(long, value_name = "USER:HASH", env = "STREAM_REPLICATOR_MONITOR_AUTH", hide_env_values = true)]
+    monitor_auth: Option<String>,
 }
 
 /// Flags that stand for `replicate` where no command is named.
@@ -86,7 +92,7 @@ impl Args {
         self.check.as_ref().or(self.config.as_ref()).map_or(Path::new(""), PathBuf::as_path)
     }
 
-    fn settings(&self, file: &ReplicatorFile, log: Option<Arc<LogFile>>) -> AppSettings {
+    fn settings(&self, file: &ReplicatorFile, auth: Option<MonitorAuth>, log: Option<Arc<LogFile>>) -> AppSettings {
         let (documents, reloader) = FileDocuments::new(file.documents());
         let (path, lenient, before) = (self.path().to_owned(), self.lenient, file.clone());
         AppSettings {
@@ -97,6 +103,7 @@ impl Args {
             site: file.yaml.name.clone(),
             instance: names::default_instance(&app::host_name(), rand::random()),
             monitor: file.monitor(),
+            monitor_auth: auth,
             metrics_detail: Detail::Full,
             prefix: file.prefix(),
             bucket_prefix: file.bucket_prefix(),
@@ -144,6 +151,10 @@ pub(super) fn main(args: &Args) -> ExitCode {
     if args.check.is_some() {
         return super::run_to_end(false, async |out| Ok(check(args.path(), &file, out).await));
     }
+    let auth = match monitor_auth(args.monitor_auth.as_ref()) {
+        Ok(auth) => auth,
+        Err(problem) => return refuse(&[problem]),
+    };
     let log = match start_log(args, &file) {
         Ok(log) => log,
         Err(problem) => return refuse(&[problem]),
@@ -156,7 +167,7 @@ pub(super) fn main(args: &Args) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(app::run(args.settings(&file, log))) {
+    match runtime.block_on(app::run(args.settings(&file, auth, log))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error:#}");

@@ -56,9 +56,13 @@ pub(super) struct Args {
     #[arg(long, value_name = "ID", env = "STREAM_REPLICATOR_INSTANCE", hide_env_values = true)]
     instance: Option<String>,
 
-    /// Serve /metrics, /livez and /readyz here; port 0 takes any that is free
+    /// Serve a status page, /metrics, /livez and /readyz here; port 0 takes any that is free
     #[arg(long, value_name = "ADDR:PORT", env = "STREAM_REPLICATOR_MONITOR", hide_env_values = true)]
     monitor: Option<String>,
+
+    /// Login for the status page and the metrics, with a bcrypt hash as `htpasswd -nB USER` prints it [default: none]
+    #[arg(long, value_name = "USER:HASH", env = "STREAM_REPLICATOR_MONITOR_AUTH", hide_env_values = true)]
+    monitor_auth: Option<String>,
 
     /// Metrics of each replication: `full`, or `off` for a dozen series without histograms
     #[arg(
@@ -223,6 +227,8 @@ impl Args {
         if let Some(monitor) = &monitor {
             check("--monitor", monitor, check_address(monitor));
         }
+        let monitor_auth =
+            monitor_auth(self.monitor_auth.as_ref()).map_err(|wrong| problems.push(wrong)).ok().flatten();
         let otlp = given(self.otlp.as_ref());
         if let Some(Err(wrong)) = otlp.as_deref().map(http::check_collector) {
             problems.push(format!("`--otlp`: {wrong}"));
@@ -249,6 +255,7 @@ impl Args {
             site: file.name,
             instance,
             monitor,
+            monitor_auth,
             metrics_detail: self.metrics_detail,
             otlp,
             prefix: self.prefix.clone(),
@@ -311,6 +318,12 @@ fn adapters(adapters: &[Value]) -> FileDocuments {
 /// An empty environment variable is as good as none.
 fn given(value: Option<&String>) -> Option<String> {
     value.filter(|value| !value.is_empty()).cloned()
+}
+
+/// The login of the monitor, from a flag or the environment.
+pub(super) fn monitor_auth(text: Option<&String>) -> Result<Option<http::MonitorAuth>, String> {
+    let read = |text: String| text.parse().map_err(|wrong: String| format!("`--monitor-auth`: {wrong}"));
+    given(text).map(read).transpose()
 }
 
 fn metrics_detail(text: &str) -> Result<Detail, String> {
@@ -383,6 +396,7 @@ mod tests {
         refused(&["--bucket-prefix", "A B"], "`--bucket-prefix`: `A B`");
         refused(&["--monitor", "8080"], "`--monitor`: `8080`");
         refused(&["--monitor", "host:80800"], "`--monitor`: `host:80800`");
+        refused(&["--monitor-auth", "ops"], "`--monitor-auth`: it must be `USER:HASH`");
     }
 
     #[test]

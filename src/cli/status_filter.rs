@@ -102,7 +102,7 @@ impl StatusFilter {
 }
 
 /// The worst is 0.
-fn rank(row: &Row) -> u8 {
+pub(super) fn rank(row: &Row) -> u8 {
     match row.state {
         State::Held => 0,
         State::Invalid => 1,

@@ -92,15 +92,16 @@ impl Picture {
 }
 
 /// Messages per second since the answer before.
-#[derive(Default)]
-struct CopyRates {
+#[derive(Debug, Default)]
+pub(super) struct CopyRates {
     /// Epoch and messages copied.
     before: BTreeMap<String, (u64, u64)>,
     at: Option<Instant>,
 }
 
 impl CopyRates {
-    fn update(&mut self, rows: &[Row], now: Instant) -> Vec<Option<f64>> {
+    /// The rate of each row; `None` where the answer before does not say it.
+    pub(super) fn update(&mut self, rows: &[Row], now: Instant) -> Vec<Option<f64>> {
         let passed = self.at.map(|at| now.duration_since(at).as_secs_f64()).filter(|passed| *passed > 0.0);
         let rate = |row: &Row| {
             let (epoch, copied) = self.before.get(&row.replication)?;

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::{pty, termios};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -185,6 +186,18 @@ impl Running {
         let what = format!("`{text}` to be printed");
         let shown = wait_value(&what, LIMIT, async || self.shown().contains(text).then_some(())).await;
         shown.with_context(|| self.shown())
+    }
+
+    /// Whether its terminal shows what is typed, line by line: not while a program draws on it.
+    pub fn echoes(&self) -> Result<bool> {
+        let terminal = self.terminal.as_ref().context("there is no terminal")?;
+        let modes = termios::tcgetattr(&terminal.keyboard)?.local_modes;
+        Ok(modes.contains(termios::LocalModes::ECHO | termios::LocalModes::ICANON))
+    }
+
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no pid")?;
+        Ok(kill_process(pid, signal)?)
     }
 
     /// Types at its terminal.

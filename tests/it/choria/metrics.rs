@@ -161,6 +161,8 @@ async fn every_series_of_chorias_list_has_the_right_value() -> Result<()> {
     };
     let done = wait_value("every series with its value", LIMIT, right).await;
     done.with_context(|| format!("{wrong}\n{}", service.log()))?;
+    // It listens on all addresses.
+    ensure!(service.log().contains("set `--monitor-auth`"), "{}", service.log());
     // One for each run; a busy machine may need a second one.
     let consumers = value(&page, "replicator_consumer_recreated", "stream=REG,replicator=EAST,worker=P1");
     ensure!(consumers >= Some(1.0), "{consumers:?}");

@@ -16,3 +16,4 @@ mod nats_tool;
 mod packages;
 mod status;
 mod steer;
+mod top;

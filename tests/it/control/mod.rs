@@ -3,6 +3,7 @@
 mod adapter_logins;
 mod adapters;
 mod allow;
+pub mod browser;
 mod config;
 mod configuration;
 mod deleted_and_added;
@@ -17,6 +18,7 @@ mod instances;
 mod links;
 mod monitoring;
 mod own_buckets;
+pub mod page;
 mod pause;
 mod position;
 mod process;

@@ -250,7 +250,9 @@ async fn see_everything(site: &Site) -> Result<()> {
         }
     }
     site.ask("status", "").await?;
-    for path in ["/metrics", "/livez", "/readyz", "/"] {
+    // Each message of the page is checked as it arrives, and the first has all replications.
+    super::page::Viewer::join(&site.service.monitor().await?).await?;
+    for path in ["/metrics", "/livez", "/readyz", "/", "/replication/PASSWORD", "/replication/WRONG_TOKEN"] {
         site.service.get(path).await?;
     }
     // The configuration holds secrets; nothing else that is stored does.

@@ -2,6 +2,7 @@
 
 mod fuzz_twins;
 mod memory;
+mod page;
 mod properties;
 mod random_requests;
 mod response_times;

@@ -81,12 +81,12 @@ async fn start() -> Result<Site> {
     Site::builder().on(source, target).start().await
 }
 
-fn stream_name(index: usize) -> String {
+pub(super) fn stream_name(index: usize) -> String {
     format!("IDLE{index:04}")
 }
 
 /// So many streams, and a replication of each.
-async fn fill(site: &Site, count: usize) -> Result<()> {
+pub(super) async fn fill(site: &Site, count: usize) -> Result<()> {
     let (_, made) = timed(async {
         let mut source = site.source().await?;
         for index in 0..count {
@@ -110,7 +110,7 @@ async fn create(raw: &mut Raw, stream: &str) -> Result<()> {
     Ok(())
 }
 
-async fn all_run(site: &Site, count: usize) -> Result<()> {
+pub(super) async fn all_run(site: &Site, count: usize) -> Result<()> {
     wait_value("all to run", ALL_RUN, async || {
         let rows = pages(site, "status").await.ok()?.0;
         (rows.len() >= count && rows.iter().all(|row| row["state"] == "running")).then_some(())

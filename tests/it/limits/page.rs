@@ -1,0 +1,81 @@
+//! The status page with a thousand replications: what it transfers, what it keeps in the browser, and how it scrolls.
+
+use anyhow::{Context, Result, ensure};
+use futures_util::{StreamExt, stream};
+
+use super::scale::{all_run, fill, stream_name};
+use crate::control::browser::Browser;
+use crate::control::page::{Viewer, get, opened};
+use crate::harness::Site;
+
+const THOUSAND: usize = 1_000;
+/// Files and everything about a thousand replications, as they are sent.
+const TRANSFERRED: usize = 300 << 10;
+
+/// Scrolls through all rows in 5 s; frames, the longest in ms, those that took longer than two frames at 60 Hz, and the most rows
+/// that were in the document.
+const SCROLL: &str = "new Promise(resolve => {
+    const times = [], end = document.documentElement.scrollHeight - innerHeight, from = performance.now();
+    let rows = 0;
+    const step = now => {
+        times.push(now);
+        rows = Math.max(rows, document.querySelectorAll('#rows tr').length);
+        scrollTo(0, end * Math.min(1, (now - from) / 5000));
+        if (now - from < 5000) return requestAnimationFrame(step);
+        const took = times.slice(1).map((time, at) => time - times[at]);
+        resolve({frames: took.length, seconds: (times[times.length - 1] - times[0]) / 1000, longest: Math.max(...took),
+            late: took.filter(time => time > 33.4).length, rows});
+    };
+    requestAnimationFrame(step);
+})";
+
+#[tokio::test]
+#[ignore = "takes a minute"]
+async fn the_page_holds_a_thousand_replications() -> Result<()> {
+    let site = Site::builder().control_at_source().args(["--monitor", "127.0.0.1:0"]).start().await?;
+    fill(&site, THOUSAND).await?;
+    all_run(&site, THOUSAND).await?;
+    let address = site.service.monitor().await?;
+    let mut transferred = 0;
+    for path in ["/", "/page.css", "/page.js", "/icon.svg"] {
+        let (_, head, body) = get(&address, path, "").await?;
+        println!("{path}: {} bytes", body.len());
+        transferred += head.len() + body.len();
+    }
+    let viewer = Viewer::join(&address).await?;
+    println!("snapshot of {THOUSAND}: {} bytes", viewer.got[0].1);
+    transferred += viewer.got[0].1;
+    println!("transferred: {transferred} bytes");
+    ensure!(transferred < TRANSFERRED, "{transferred} bytes");
+    drop(viewer);
+
+    let Some(mut browser) = Browser::start().await? else { return Ok(()) };
+    browser.look(1440, 900, "light").await?;
+    opened(&mut browser, &address).await?;
+    browser.until(&format!("page.rows.size === {THOUSAND}")).await?;
+    // Changes all the time.
+    let publishes = async {
+        loop {
+            let site = &site;
+            let all = stream::iter(0..100).map(|index| async move { site.publish(&stream_name(index), 1..=20).await });
+            all.buffer_unordered(4).collect::<Vec<_>>().await;
+        }
+    };
+    let measured = async {
+        for round in 0..3 {
+            let value = browser.value(SCROLL).await?;
+            let number = |name: &str| value[name].as_f64().with_context(|| format!("{value}"));
+            println!("round {round}: {:.1} frames/s, {value}", number("frames")? / number("seconds")?);
+            ensure!(number("rows")? < 100.0, "{value}");
+            browser.value("scrollTo(0, 0)").await?;
+        }
+        browser.picture("thousand-1440-light").await?;
+        let shown = browser.value("document.getElementById('count').textContent").await?;
+        ensure!(shown == THOUSAND.to_string().as_str(), "{shown}");
+        Ok(())
+    };
+    tokio::select! {
+        () = publishes => Ok(()),
+        result = measured => result,
+    }
+}
