@@ -2,6 +2,7 @@
 
 mod letters;
 mod report;
+mod verify;
 
 use chrono::{DateTime, Utc};
 use schemars::JsonSchema;
@@ -13,6 +14,7 @@ pub use self::{
         LetterChange, LetterDone, LetterList, LetterRequest, LetterRow, LetterShown, LettersChanged, LettersRequest,
     },
     report::{ReplicationKind, ReportReplication, ReportRequest, ReportStream, StreamKind, StreamReport},
+    verify::{VerifyRequest, VerifyShown, VerifyStarted},
 };
 use crate::{
     adapter::{AdapterRow, AdapterState},

@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::harness::{Cli, Site};
 
 /// Every command that there is.
-const COMMANDS: [&str; 51] = [
+const COMMANDS: [&str; 52] = [
     "serve",
     "replicate",
     "config",
@@ -37,6 +37,7 @@ const COMMANDS: [&str; 51] = [
     "dlq show",
     "dlq replay",
     "dlq drop",
+    "verify",
     "instances",
     "events",
     "link",

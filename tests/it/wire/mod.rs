@@ -20,7 +20,7 @@ mod kv;
 mod leafnode;
 mod limits;
 mod logins;
-mod mirror;
+pub(crate) mod mirror;
 mod native_faults;
 mod native_kinds;
 mod native_source;
