@@ -44,6 +44,7 @@ mod template;
 mod top;
 mod transfer;
 mod validation;
+mod verify;
 mod wait;
 mod watch;
 mod yaml;
@@ -156,6 +157,7 @@ enum ClientCommand {
     Skip(steer::SkipArgs),
     Promote(steer::PromoteArgs),
     Dlq(dlq::Args),
+    Verify(verify::Args),
     Instances(instances::Args),
     Events(events::Args),
     Link(link::Args),
@@ -241,6 +243,7 @@ impl ClientCommand {
             Self::Skip(args) => args.global.json,
             Self::Promote(args) => args.global.json,
             Self::Dlq(args) => args.global().json,
+            Self::Verify(args) => args.global.json,
             Self::Instances(args) => args.global.json,
             Self::Events(args) => args.global.json,
             Self::Link(args) => args.global().json,
@@ -269,6 +272,7 @@ impl ClientCommand {
             Self::Skip(args) => steer::skip(args, out).await,
             Self::Promote(args) => steer::promote(args, out).await,
             Self::Dlq(args) => dlq::run(args, out).await,
+            Self::Verify(args) => verify::run(args, out).await,
             Self::Instances(args) => instances::run(args, out).await,
             Self::Events(args) => events::run(args, out).await,
             Self::Link(args) => link::run(args, out).await,

@@ -22,6 +22,7 @@ mod secrets;
 mod stream_patterns;
 mod tls;
 mod transform;
+mod verification;
 
 pub use adapters::{
     Adapter, AdapterCreateDocument, AdapterDocument, AdapterIngestDocument, AdapterSide, AdapterStreamDocument,
@@ -29,7 +30,8 @@ pub use adapters::{
 };
 pub use choria_document::ChoriaDocument;
 pub use document::{
-    AdvisoryDocument, DeadLetterDocument, Document, LimitsDocument, document_id, parse, parse_judged, parse_value,
+    AdvisoryDocument, DeadLetterDocument, Document, LimitsDocument, VerifyDocument, document_id, parse, parse_judged,
+    parse_value,
 };
 pub use file::{SiteFile, parse_file};
 pub use heartbeats::{
@@ -55,3 +57,4 @@ pub use secrets::{
 pub use stream_patterns::{StreamPatterns, member_document, member_id};
 pub use tls::TlsDocument;
 pub use transform::{Transform, TransformDocument, Wrong as WrongTransform};
+pub use verification::{SamplePart, VerifySchedule};

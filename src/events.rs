@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 
 use crate::{
     config::Problem,
-    status::{OnlyAtTarget, RetentionLimit},
+    status::{OnlyAtTarget, RetentionLimit, VerificationState},
 };
 
 /// Events that may wait for the connection.
@@ -152,6 +152,27 @@ pub enum Event {
         replications: Vec<String>,
         /// How long it took, seconds.
         seconds: u64,
+    },
+    /// Both streams were compared, or that ended before.
+    Verified {
+        /// Identifies the job.
+        job: String,
+        /// How it ended.
+        state: VerificationState,
+        /// First source sequence that was compared.
+        from: u64,
+        /// Last source sequence that was compared.
+        to: u64,
+        /// Messages of the source that were compared.
+        messages: u64,
+        /// Unexpected differences.
+        findings: u64,
+        /// Missing messages that a repair stored; none where it was not requested.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        repaired: Option<u64>,
+        /// Why it failed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        message: Option<String>,
     },
     /// Nothing is left to copy, for the first time since the replication started or was repaired.
     CaughtUp {
@@ -364,7 +385,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 37] = [
+    pub const KINDS: [&str; 38] = [
         "adapter-started",
         "adapter-stopped",
         "adapter-dropped",
@@ -383,6 +404,7 @@ impl Event {
         "stalled",
         "outage",
         "outage-over",
+        "verified",
         "caught-up",
         "gap",
         "headroom-low",
@@ -425,6 +447,7 @@ impl Event {
             Self::Stalled { .. } => "stalled",
             Self::Outage { .. } => "outage",
             Self::OutageOver { .. } => "outage-over",
+            Self::Verified { .. } => "verified",
             Self::CaughtUp { .. } => "caught-up",
             Self::Gap { .. } => "gap",
             Self::HeadroomLow { .. } => "headroom-low",

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | edge | [`cli`], [`app`], [`telemetry`] | arguments, composition, ordered shutdown |
 //! | face | [`control`], [`http`] | how the outside asks |
-//! | work | [`supervisor`], [`adapter`], [`lease`], [`preflight`], [`mirror`], [`copy`], [`sampling`], [`heartbeat`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
+//! | work | [`supervisor`], [`adapter`], [`verify`], [`lease`], [`preflight`], [`mirror`], [`copy`], [`sampling`], [`heartbeat`], [`election`], [`events`] | what runs, and where: desired set against running set, leases, one copy |
 //! | world | [`store`], [`allow`], [`nats`] | buckets, and which connections are allowed |
 //! | words | [`config`], [`choria`], [`status`], [`metrics`], [`names`], `boottime` | no sockets |
 //! | wire | the crate [`nats_lane`] | connections: the only I/O beside [`http`] |
@@ -40,3 +40,4 @@ pub mod store;
 pub mod supervisor;
 pub mod telemetry;
 pub mod traces;
+pub mod verify;

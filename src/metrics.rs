@@ -122,6 +122,9 @@ const READINGS: &[Reading] = &[
     gauge("source_connected", "1 while the source connection is up", |r| Some(f64::from(u8::from(r.copy.source.connected)))),
     gauge("target_connected", "1 while the target connection is up", |r| Some(f64::from(u8::from(r.copy.target.connected)))),
     gauge("last_error_timestamp_seconds", "When the newest error happened, over or not, since the Unix epoch; absent without one", |r| r.copy.last_error.as_ref().map(|error| error.at.timestamp_millis() as f64 / 1e3)).essential(),
+    gauge("verify_findings", "Unexpected differences between both streams, by the newest comparison that is done; absent without one", |r| Some(r.verify.as_ref()?.last.as_ref()?.findings as f64)).essential(),
+    gauge("verify_messages", "Messages of the source that the newest comparison of both streams has compared; absent without one", |r| Some(r.verify.as_ref()?.last.as_ref()?.messages as f64)),
+    gauge("verify_timestamp_seconds", "When the newest comparison of both streams ended, since the Unix epoch; absent without one", |r| Some(r.verify.as_ref()?.last.as_ref()?.at.timestamp_millis() as f64 / 1e3)).essential(),
     gauge("target_sequence", "Sequence of the newest message of ours at the target", |r| Some(r.copy.position.target_seq as f64).filter(|_| r.knows_position())),
 ];
 
@@ -513,6 +516,7 @@ mod tests {
             epoch: 3,
             config_revision: 7,
             copy,
+            verify: None,
             todo: None,
         }
     }

@@ -1,10 +1,17 @@
 //! What a replication says about itself: one [`Row`] per replication, the same in `replicator.status`, in
 //! the position record and, as numbers, in the metrics. Field names are the wire contract.
 
+mod verification;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use nats_lane::entropy;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use self::verification::{
+    DifferenceExample, DifferenceKind, DifferenceSummary, ExpectedCause, RepairResult, SequenceRange, Verification,
+    VerificationResult, VerificationState, VerificationSummary,
+};
 
 /// One replication as its leader sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -24,6 +31,9 @@ pub struct Row {
     /// What the copy says.
     #[serde(flatten)]
     pub copy: CopyStatus,
+    /// The last comparison of both streams; `null` where there was none.
+    #[serde(default)]
+    pub verify: Option<VerificationSummary>,
     /// Action for the operator, in short; `null` where none is needed.
     #[serde(rename = "do", default)]
     pub todo: Option<String>,
@@ -588,6 +598,7 @@ mod tests {
             epoch: 1,
             config_revision: 1,
             copy: CopyStatus { lag, ..CopyStatus::default() },
+            verify: None,
             todo: None,
         }
     }

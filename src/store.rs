@@ -30,11 +30,11 @@ pub use error::Error;
 pub use file_documents::{FILE_REVISION, FileDocuments, FileReloader};
 pub use keeper::{Condition, Keeper};
 pub use leases::{LeaseChange, LeaseRecord, LeaseStore, SessionRecord, Written};
-pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage, StreamsMark};
+pub use marks::{Mark, MarkKind, PauseMark, ReleaseMark, SourceMessage, StreamsMark, VerifyMark};
 pub use own_streams::OwnStreams;
 pub use positions::{
     AfterTarget, Claim, ClaimError, FromTarget, Orphans, PositionChange, PositionRecord, PositionStore, SaveError,
-    SourceWitness, Stamps, TargetWitness,
+    SourceWitness, Stamps, TargetWitness, verification_key,
 };
 pub use senders::{
     PendingAdvisory, SenderChange, SenderChanges, SenderRecord, SenderStore, SenderWrites, hash as sender_hash,

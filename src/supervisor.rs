@@ -17,6 +17,7 @@ mod server_outages;
 mod standby_senders;
 mod status_cell;
 mod task;
+mod verifier;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -55,7 +56,7 @@ use crate::{
     lease::Leases,
     metrics,
     names::{ADAPTERS_PREFIX, HEARTBEATS_KEY, LINKS_PREFIX, SITE_KEY},
-    status::{Row, State},
+    status::{Row, State, Verification},
     store::{
         ConfigChange, ConfigEntry, ConfigStore, MarkKind, OwnStreams, PositionRecord, PositionStore, SenderStore,
         SessionRecord, Stored,
@@ -239,7 +240,7 @@ impl Handle {
 
     /// All rows as this process sees them, sorted by id.
     pub fn own_rows(&self) -> Vec<Row> {
-        self.table.borrow().cells.values().map(|cell| cell.row()).collect()
+        self.table.borrow().cells.values().map(|cell| self.verified(cell.row())).collect()
     }
 
     /// The state of the Choria elections that this process takes part in.
@@ -273,8 +274,22 @@ impl Handle {
         states
     }
 
+    /// The newest verification of a replication.
+    pub fn verification(&self, id: &str) -> Option<Verification> {
+        self.group.verification(id)
+    }
+
+    fn verified(&self, mut row: Row) -> Row {
+        row.verify = self.group.verification(&row.replication).map(|verification| verification.summary());
+        row
+    }
+
     /// The row of a replication: as this process runs it, or as its leader saved it last.
     fn view(&self, cell: &StatusCell) -> Row {
+        self.verified(self.view_of_copy(cell))
+    }
+
+    fn view_of_copy(&self, cell: &StatusCell) -> Row {
         let mut own = cell.row();
         let Some(record) = self.group.record(&own.replication) else { return own };
         if !cell.leads() {

@@ -27,7 +27,14 @@ use crate::{
 mod limits;
 mod loops;
 mod native;
+mod parts;
 mod streams;
+mod verify;
+
+pub use self::{
+    parts::{AdvisoryDocument, DeadLetterDocument, LimitsDocument},
+    verify::VerifyDocument,
+};
 
 /// Longest id; it becomes part of keys and subjects.
 const MAX_ID: usize = 512;
@@ -199,6 +206,9 @@ pub struct Document {
     /// TLS files of the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_tls: Option<TlsDocument>,
+    /// When both streams are compared by itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verify: Option<VerifyDocument>,
     /// `copy`, `mirror` or `source`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kind: Option<String>,
@@ -217,49 +227,6 @@ pub struct Document {
     /// An identity of Choria's for the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_choria: Option<ChoriaDocument>,
-}
-
-/// `limits` of a document.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct LimitsDocument {
-    /// Unsettled messages.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub messages_in_flight: Option<usize>,
-    /// Unsettled bytes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes_in_flight: Option<usize>,
-    /// Messages sent in a second.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub messages_per_second: Option<u64>,
-    /// Bytes sent in a second.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes_per_second: Option<u64>,
-    /// With sampling, senders that are tracked.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub senders: Option<usize>,
-    /// With sampling, bytes of the values of senders that are tracked.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sender_bytes: Option<usize>,
-}
-
-/// `dead_letter` of a document.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct DeadLetterDocument {
-    /// Subject at the source side.
-    pub subject: String,
-}
-
-/// `advisory` of a document.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct AdvisoryDocument {
-    /// Subject at the source side.
-    pub subject: String,
-    /// Whether each one is confirmed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reliable: Option<bool>,
 }
 
 /// Checks a document (schema first, then what a schema cannot say) and turns it into what runs. `site` is the
@@ -396,6 +363,7 @@ impl Checker {
         let sampling = self.sampling(document);
         let on_reject = self.on_reject(document);
         let native = self.native(document);
+        let verify = self.verify(document);
         let id = self.id(document, own_name);
         // What does these for many streams copies nothing itself.
         let alone = patterns.is_none();
@@ -425,6 +393,7 @@ impl Checker {
             loop_protection,
             limits: limits::in_flight(document),
             notices: notices::notices(document),
+            verify: verify.filter(|_| alone),
             native: native.filter(|_| alone),
             patterns,
         })
@@ -1399,6 +1368,7 @@ mod tests {
             advisory: Some(AdvisoryDocument { subject: "x".into(), reliable: Some(true) }),
             on_reject: Some("dead_letter".into()),
             dead_letter: Some(DeadLetterDocument { subject: "x".into() }),
+            verify: Some(VerifyDocument { every: "1h".into(), sample: some(), rate: Some(1) }),
             target_mode: Some("shared".into()),
             on_source_loss: Some("hold".into()),
             target_update: Some(true),

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use nats_lane::ServerRef;
 use serde::{Deserialize, Serialize};
 
-use super::{LoopProtection, Mapping, OriginTag, Scope, StreamPatterns};
+use super::{LoopProtection, Mapping, OriginTag, Scope, StreamPatterns, VerifySchedule};
 use crate::status::Ordering;
 
 /// One configured copy of a source stream into a target stream, valid by construction
@@ -69,6 +69,8 @@ pub struct Replication {
     pub limits: Limits,
     /// What a document says that is accepted and changes nothing; to be logged once.
     pub notices: Vec<String>,
+    /// When both streams are compared by itself; `None`: only by request.
+    pub verify: Option<VerifySchedule>,
     /// How the target is fed natively, kinds `mirror` and `source`; `None` for kind `copy`.
     pub native: Option<NativeFeed>,
 }

@@ -3,6 +3,7 @@
 mod drift;
 mod letters;
 mod report;
+mod verify;
 
 use chrono::{DateTime, Utc};
 use schemars::JsonSchema;
@@ -15,6 +16,7 @@ pub use self::{
         LetterChange, LetterDone, LetterList, LetterRequest, LetterRow, LetterShown, LettersChanged, LettersRequest,
     },
     report::{ReplicationKind, ReportReplication, ReportRequest, ReportStream, StreamKind, StreamReport},
+    verify::{VerifyRequest, VerifyShown, VerifyStarted},
 };
 use crate::{
     adapter::{AdapterRow, AdapterState},

@@ -17,6 +17,7 @@ mod schema;
 mod senders;
 mod stepdown;
 mod validate;
+mod verify;
 
 use std::{sync::Arc, time::Duration};
 
@@ -53,6 +54,7 @@ use self::{
     senders::senders,
     stepdown::stepdown,
     validate::config_validate,
+    verify::{verify, verify_cancel, verify_status},
 };
 use super::{
     api::{
@@ -149,6 +151,9 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
         route("dlq-show", EndpointKind::Inquiry, handler!(dlq_show)),
         route("dlq-replay", EndpointKind::Mutation, handler!(dlq_replay)),
         route("dlq-drop", EndpointKind::Mutation, handler!(dlq_drop)),
+        route("verify", EndpointKind::Mutation, handler!(verify)),
+        route("verify-status", EndpointKind::Query, handler!(verify_status)),
+        route("verify-cancel", EndpointKind::Mutation, handler!(verify_cancel)),
         route("schema", EndpointKind::Query, handler!(schema)),
         route("adapter-add", EndpointKind::Mutation, handler!(adapter_add)),
         route("adapter-update", EndpointKind::Mutation, handler!(adapter_update)),
@@ -272,6 +277,7 @@ async fn forget(
         leaving.remove_source(context, id).await;
         leaving.remove_durable(context, id).await;
         context.positions.remove(id, position).await?;
+        context.positions.remove_verification(id).await?;
         context.senders.remove(id, senders).await?;
         context.leases.forget(id, lease).await?;
         // Its last holder may have released it just now.
@@ -283,7 +289,7 @@ async fn forget(
         info!(replication = id, "was added again while it was deleted: it keeps its position and its lease");
     }
     // The saved copy of the document is removed with it.
-    for kind in [MarkKind::Paused, MarkKind::Release] {
+    for kind in [MarkKind::Paused, MarkKind::Release, MarkKind::Verify] {
         if let Some((marked, _)) = context.config.marked(id, kind).await?
             && marked < revision
         {

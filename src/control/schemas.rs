@@ -14,7 +14,8 @@ use super::api::{
     Instances, InstancesRequest, LetterChange, LetterList, LetterRequest, LetterShown, LettersChanged, LettersRequest,
     LinkChanged, LinkList, LinkNamed, LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove,
     PositionRequest, PromoteRequest, Promoted, ReportRequest, SchemaRequest, SchemaShown, SendersPage, SendersRequest,
-    SkipRequest, Skipped, Status, StatusRequest, SteppedDown, StoredDocument, StreamReport, Validation,
+    SkipRequest, Skipped, Status, StatusRequest, SteppedDown, StoredDocument, StreamReport, Validation, VerifyRequest,
+    VerifyShown, VerifyStarted,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
@@ -62,6 +63,9 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("dlq.show", request::<LetterRequest>(), reply::<LetterShown>()),
         ("dlq.replay", letter_change(), reply::<LettersChanged>()),
         ("dlq.drop", letter_change(), reply::<LettersChanged>()),
+        ("verify", request::<VerifyRequest>(), reply::<VerifyStarted>()),
+        ("verify.status", request::<NamedRequest>(), reply::<VerifyShown>()),
+        ("verify.cancel", request::<NamedRequest>(), reply::<Changed>()),
         ("pause", request::<NamedRequest>(), reply::<Changed>()),
         ("resume", request::<NamedRequest>(), reply::<Changed>()),
         ("position", position_request(), reply::<PositionMove>()),

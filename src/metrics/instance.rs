@@ -69,6 +69,7 @@ mod tests {
             epoch: 1,
             config_revision: 1,
             copy: CopyStatus { last_error: error.map(|kind| LastError::now(kind, "why")), ..CopyStatus::default() },
+            verify: None,
             todo: None,
         };
         let rows = [

@@ -17,13 +17,15 @@ pub enum MarkKind {
     /// `<id>/valid`: the newest document that was valid, kept while newer ones are not: these may be more than the
     /// bucket remembers. With the fields of the link that it had then.
     Valid,
+    /// `<id>/verify`: both streams are compared, until it is removed.
+    Verify,
     /// `<id>/streams`: the streams that a replication of many streams has found.
     Streams,
 }
 
 impl MarkKind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Paused, Self::Release, Self::Valid, Self::Streams];
+    pub const ALL: [Self; 5] = [Self::Paused, Self::Release, Self::Valid, Self::Verify, Self::Streams];
 
     /// The key of a replication's mark.
     pub fn key(self, id: &str) -> String {
@@ -42,6 +44,7 @@ impl MarkKind {
             Self::Paused => "paused",
             Self::Release => "release",
             Self::Valid => "valid",
+            Self::Verify => "verify",
             Self::Streams => "streams",
         }
     }
@@ -120,6 +123,57 @@ impl StreamsMark {
     /// Reads a value, by this program or by hand.
     pub fn read(value: &[u8]) -> Option<Self> {
         serde_json::from_slice(value).ok()
+    }
+}
+
+/// Value of a mark that asks for a comparison of both streams.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyMark {
+    /// Format of the value: 1.
+    pub version: u32,
+    /// Identifies the job.
+    pub job: String,
+    /// When it was asked for.
+    pub at: DateTime<Utc>,
+    /// The document asks for it.
+    #[serde(default)]
+    pub scheduled: bool,
+    /// First source sequence to compare.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<u64>,
+    /// Last source sequence to compare.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<u64>,
+    /// Part of the messages to compare, such as `1%`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample: Option<String>,
+    /// Messages of the source that are read in a second, at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+    /// Whether to copy what is missing.
+    #[serde(default)]
+    pub repair: bool,
+}
+
+impl VerifyMark {
+    /// Compares everything.
+    pub fn now(job: &str) -> Self {
+        Self {
+            version: 1,
+            job: job.to_owned(),
+            at: Utc::now().trunc_subsecs(3),
+            scheduled: false,
+            from: None,
+            to: None,
+            sample: None,
+            rate: None,
+            repair: false,
+        }
+    }
+
+    /// Reads a value. One that was put by hand and says nothing asks for a comparison of everything; its revision names it.
+    pub fn read(value: &[u8], revision: u64) -> Self {
+        serde_json::from_slice(value).unwrap_or_else(|_| Self::now(&format!("r{revision}")))
     }
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::{bucket::PutError, cells::Cells, error::Error, watch::Change};
 use crate::{
     config::{NativeKind, OriginTag},
-    status::{OnlyAtTarget, Row, State, TargetMode},
+    status::{OnlyAtTarget, Row, State, TargetMode, Verification},
 };
 
 /// Value of a replication's key in the positions bucket. Readable JSON; fields that this version does not
@@ -362,6 +362,36 @@ impl PositionStore {
         }
     }
 
+    /// The newest verification of a replication, and the revision to write the next one at.
+    pub async fn verification(&self, id: &str) -> Result<(Option<Verification>, u64), Error> {
+        let stored = self.bucket.last(&verification_key(id)).await?;
+        let revision = stored.as_ref().map_or(0, |stored| stored.revision);
+        let value = stored.and_then(|stored| stored.value);
+        // One that cannot be read is written again.
+        Ok((value.and_then(|value| serde_json::from_slice(&value).ok()), revision))
+    }
+
+    /// Writes a verification if its key is still at `revision`; returns the new revision, and `None` after another write.
+    pub async fn save_verification(
+        &self,
+        id: &str,
+        verification: &Verification,
+        revision: u64,
+    ) -> Result<Option<u64>, Error> {
+        let value = serde_json::to_vec(verification).map_err(|error| self.error(error.to_string()))?;
+        match self.bucket.put(&verification_key(id), value.into(), revision).await {
+            Ok(revision) => Ok(Some(revision)),
+            Err(PutError::Conflict) => Ok(None),
+            Err(PutError::Refused(error) | PutError::Unknown(error)) => Err(error),
+        }
+    }
+
+    /// Forgets the verification of a replication.
+    pub async fn remove_verification(&self, id: &str) -> Result<(), Error> {
+        let (key, (_, revision)) = (verification_key(id), self.verification(id).await?);
+        self.bucket.forget_through(&key, revision).await
+    }
+
     /// Revision of the record of a replication, whatever it is; 0 if there is none.
     pub async fn revision(&self, id: &str) -> Result<u64, Error> {
         Ok(self.bucket.last(id).await?.map_or(0, |stored| stored.revision))
@@ -371,6 +401,11 @@ impl PositionStore {
     pub async fn remove(&self, id: &str, revision: u64) -> Result<(), Error> {
         self.bucket.forget_through(id, revision).await
     }
+}
+
+/// The key of the newest verification of a replication. An id has no `/`.
+pub fn verification_key(id: &str) -> String {
+    format!("{id}/verify")
 }
 
 const CLAIM_TRIES: usize = 10;

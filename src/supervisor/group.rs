@@ -12,7 +12,8 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::{
     boottime,
     lease::{Leases, Sessions},
-    store::{PositionChange, PositionRecord, PositionStore, follow},
+    status::Verification,
+    store::{PositionChange, PositionRecord, PositionStore, follow, verification_key},
 };
 
 /// The group as last received; cheap to clone.
@@ -84,6 +85,11 @@ impl Group {
     /// The record of a replication as its holder last saved it.
     pub(super) fn record(&self, id: &str) -> Option<PositionRecord> {
         serde_json::from_slice(&self.records.borrow().get(id)?.value).ok()
+    }
+
+    /// The newest verification of a replication, as its leader saved it last.
+    pub(super) fn verification(&self, id: &str) -> Option<Verification> {
+        serde_json::from_slice(&self.records.borrow().get(&verification_key(id))?.value).ok()
     }
 
     /// The time of a replication's source server, as counted from what its leader reported last; `None` where it did not.

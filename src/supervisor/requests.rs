@@ -1,5 +1,7 @@
 //! The requests of operators for one replication, as the marks beside its document have them. Pure.
 
+use bytes::Bytes;
+
 use crate::store::{Mark, MarkKind, ReleaseMark, SourceMessage};
 
 /// The requests for one replication.
@@ -9,6 +11,8 @@ pub(super) struct Requests {
     pub(super) paused: bool,
     /// A held replication may try again.
     pub(super) release: Option<Release>,
+    /// Both streams are to be compared: revision and value of the mark.
+    pub(super) verify: Option<(u64, Bytes)>,
 }
 
 /// What a held replication may do.
@@ -29,6 +33,7 @@ impl Requests {
                 let release = |value: &_| Release { revision: mark.revision, skip: ReleaseMark::skip_in(value) };
                 self.release = mark.value.as_deref().map(release);
             }
+            MarkKind::Verify => self.verify = mark.value.clone().map(|value| (mark.revision, value)),
             MarkKind::Valid | MarkKind::Streams => {}
         }
     }
@@ -38,6 +43,7 @@ impl Requests {
         match kind {
             MarkKind::Paused => self.paused = false,
             MarkKind::Release => self.release = None,
+            MarkKind::Verify => self.verify = None,
             MarkKind::Valid | MarkKind::Streams => {}
         }
     }
@@ -47,6 +53,7 @@ impl Requests {
         match kind {
             MarkKind::Paused => self.paused,
             MarkKind::Release => self.release.is_some(),
+            MarkKind::Verify => self.verify.is_some(),
             MarkKind::Valid | MarkKind::Streams => false,
         }
     }

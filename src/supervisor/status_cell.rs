@@ -1,6 +1,9 @@
 //! The status of one replication: written by its task and its run, read by the control service and the metrics.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use nats_lane::entropy;
 use tokio::sync::watch;
@@ -26,6 +29,8 @@ pub(super) struct StatusCell {
     poll: watch::Sender<Option<CampaignView>>,
     /// The senders of a sampled replication.
     samples: watch::Sender<Option<Samples>>,
+    /// The document that runs, or ran last.
+    replication: watch::Sender<Option<Arc<Replication>>>,
 }
 
 /// The part of a row that the task owns.
@@ -62,6 +67,7 @@ impl StatusCell {
             status: watch::Sender::new((State::Starting, copy)),
             poll: watch::Sender::new(None),
             samples: watch::Sender::new(None),
+            replication: watch::Sender::new(None),
         }
     }
 
@@ -92,6 +98,7 @@ impl StatusCell {
             epoch: head.epoch,
             config_revision: head.config_revision,
             copy,
+            verify: None,
             todo: None,
         };
         row.at(row.source_time(entropy::now()));
@@ -145,6 +152,13 @@ impl StatusCell {
     /// A document starts to run.
     pub(super) fn adopt(&self, replication: &Replication, revision: u64) {
         self.set_revision(revision);
+        self.replication.send_if_modified(|known| {
+            let news = known.as_deref() != Some(replication);
+            if news {
+                *known = Some(Arc::new(replication.clone()));
+            }
+            news
+        });
         self.status.send_modify(|(_, copy)| {
             if copy.source.stream != replication.source.stream {
                 copy.source = SourceStatus { stream: replication.source.stream.clone(), ..SourceStatus::default() };
@@ -153,6 +167,11 @@ impl StatusCell {
                 copy.target = TargetStatus { stream: replication.target.stream.clone(), ..TargetStatus::default() };
             }
         });
+    }
+
+    /// The document that runs, or ran last.
+    pub(super) fn replication(&self) -> watch::Receiver<Option<Arc<Replication>>> {
+        self.replication.subscribe()
     }
 
     /// Sets the senders that this process knows; `None` if it no longer follows them.

@@ -8,12 +8,12 @@
 use std::{pin::pin, time::Duration};
 
 use tokio::{sync::watch, time::sleep};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::warn;
 
 use super::{
     context::Context, desired::Planner, leader_term::LeaderTerm, refused_documents::RefusedDocuments,
-    requests::Requests, runner::CopyRunner, standby_senders::StandbySenders,
+    requests::Requests, runner::CopyRunner, standby_senders::StandbySenders, verifier,
 };
 use crate::{
     events::Event,
@@ -105,6 +105,9 @@ impl ReplicationTask {
         let stop = self.stop.child_token();
         let Self { context, planner, requests, refused, senders, .. } = self;
         context.cell.set_leads(true);
+        // Reads both streams beside the copy, and ends with the lease.
+        let verifier = verifier::run(context.clone(), requests.clone(), grant.epoch);
+        let _verifier = AbortOnDropHandle::new(tokio::spawn(verifier));
         let runner = CopyRunner::new(context.clone(), requests.clone(), grant.epoch, senders.take());
         let term = LeaderTerm { context, planner, requests: requests.clone(), stop: stop.clone(), runner, refused };
         // In a box: a future inside a future takes its space twice.

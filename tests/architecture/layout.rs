@@ -59,7 +59,7 @@ pub const LAYOUT: Layout = Layout {
         &["app", "telemetry"],
         &["control", "http"],
         &["preflight", "supervisor"],
-        &["adapter", "native"],
+        &["adapter", "native", "verify"],
         &["copy"],
         &["heartbeat", "lease", "sampling"],
         &["election", "events", "store", "traces"],
@@ -116,6 +116,9 @@ pub const LAYOUT: Layout = Layout {
         "sampling::path",
         "sampling::senders",
         "supervisor::outage",
+        "verify::fingerprint",
+        "verify::merge",
+        "verify::ranges",
     ],
     impure_paths: &[
         "Instant::now",

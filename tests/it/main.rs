@@ -12,4 +12,5 @@ mod harness_self;
 mod limits;
 mod sampling;
 mod topologies;
+mod verify;
 mod wire;

@@ -280,6 +280,7 @@ impl FeedScene {
                 epoch,
                 config_revision: 1,
                 copy: CopyStatus::default(),
+                verify: None,
                 todo: None,
             },
             budget: Budget::new(1 << 20),

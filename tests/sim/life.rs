@@ -183,6 +183,7 @@ impl Scene {
             epoch,
             config_revision: 1,
             copy: CopyStatus::default(),
+            verify: None,
             todo: None,
         };
         let replication = self.replication();

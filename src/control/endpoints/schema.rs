@@ -16,7 +16,7 @@ use crate::{
 const REPLICATION: &str = "replication";
 
 /// What each endpoint does, for `nats micro info`.
-const DESCRIPTIONS: [(&str, &str); 41] = [
+const DESCRIPTIONS: [(&str, &str); 44] = [
     ("config-add", "Adds a replication"),
     ("config-update", "Replaces the document of a replication"),
     ("config-delete", "Deletes a replication; what it copied stays"),
@@ -33,6 +33,9 @@ const DESCRIPTIONS: [(&str, &str); 41] = [
     ("dlq-show", "Shows one dead letter: the message with headers and payload, and the error"),
     ("dlq-replay", "Stores the messages of dead letters at the target, and removes the letters"),
     ("dlq-drop", "Removes dead letters"),
+    ("verify", "Compares both streams of a replication, and copies what is missing if asked"),
+    ("verify-status", "Shows the newest comparison of both streams, or how far it is"),
+    ("verify-cancel", "Ends a comparison of both streams"),
     ("pause", "Stops a replication and keeps its position"),
     ("resume", "Continues a replication that is paused"),
     ("position", "Moves the position of a replication"),

@@ -721,7 +721,17 @@ mod tests {
             copy.counters.copied = 7;
             let (replication, origin) = ("S".to_owned(), "kv".to_owned());
             let state = State::Running;
-            Some(Row { replication, state, origin, leader: None, epoch, config_revision: 1, copy, todo: None })
+            Some(Row {
+                replication,
+                state,
+                origin,
+                leader: None,
+                epoch,
+                config_revision: 1,
+                copy,
+                verify: None,
+                todo: None,
+            })
         };
         let record = |status: Option<Row>| PositionRecord { epoch: 2, status, ..PositionRecord::new() };
         assert_eq!(copied(&record(row(2))), Some(Copied { messages: 7, bytes: 0 }));

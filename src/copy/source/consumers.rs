@@ -17,6 +17,8 @@ const LABEL: &str = "stream-replicator.";
 const BY_TIME: &str = "t";
 /// Names of consumers that check the source while no run reads it: a run may begin meanwhile.
 const CHECK: &str = "g";
+/// Names of consumers that compare both streams.
+const VERIFY: &str = "v";
 /// Time limit for the answers to the deletions.
 const ANSWER: Duration = Duration::from_secs(1);
 
@@ -75,6 +77,11 @@ impl Names {
     /// Names for a check of the source; those of earlier checks are deleted, and those of runs left alone.
     pub async fn clear_of_check(lane: &mut Lane, stream: &str, prefix: &str) -> Result<Self, Error> {
         Self::begin_clear(lane, stream, &format!("{prefix}_{CHECK}")).finish(lane).await
+    }
+
+    /// Names for a comparison of both streams; those of earlier ones are deleted, and those of runs left alone.
+    pub async fn clear_of_verify(lane: &mut Lane, stream: &str, prefix: &str) -> Result<Self, Error> {
+        Self::begin_clear(lane, stream, &format!("{prefix}_{VERIFY}")).finish(lane).await
     }
 
     /// Deletes the consumers that earlier runs left, beside other requests: [`Clearing::finish`] waits for the answers.

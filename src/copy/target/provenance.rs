@@ -108,6 +108,18 @@ impl Tag {
         led.or_else(|| self.matches(headers::last(header, names::SOURCE_HEADER.as_bytes())?))
     }
 
+    /// The origin of a message that was stored at the target after the copy passed it: a replayed dead letter, or a repair. Its
+    /// last hop is one of this site, and the one before is ours.
+    pub fn origin_of_later(&self, header: &[u8]) -> Option<MessageOrigin> {
+        let mut before = None;
+        let mut last = None;
+        for value in values(header) {
+            before = last.replace(value);
+        }
+        Hop::parse(last?).filter(|hop| hop.site == self.site.as_bytes())?;
+        self.matches(before?)
+    }
+
     /// Whether any hop of a message was ours.
     pub fn passed(&self, header: &[u8]) -> bool {
         // Most messages have no provenance at all: one search settles that.
@@ -204,6 +216,11 @@ mod tests {
         block.extend_from_slice(b"\r\n");
         assert_eq!(tag.origin(&block), Some(origin));
         assert!(tag.passed(&block));
+        assert_eq!(tag.origin_of_later(&block), None);
+        let mut later = block.strip_suffix(b"\r\n").unwrap().to_vec();
+        Tag::new("DEAD", "US-EAST", "w1").write(&mut later, MessageOrigin { seq: 3, time_ms: 9 });
+        later.extend_from_slice(b"\r\n");
+        assert_eq!((tag.origin(&later), tag.origin_of_later(&later)), (None, Some(origin)));
         assert!(Tag::new("ORDERS", "EU", "w0").passed(&block));
         assert_eq!(Tag::new("ORDERS", "EU", "w0").origin(&block), None);
     }

@@ -64,6 +64,40 @@ pub(crate) struct ReplayedMessage {
     pub header: Vec<u8>,
 }
 
+/// What a target stores.
+#[derive(Debug)]
+pub(super) struct StoreLimits<'a> {
+    pub target: &'a StreamInfo,
+    /// Prefix of the subjects of the target's JetStream API.
+    pub api_prefix: &'a str,
+    /// Largest message of the target's server.
+    pub max_payload: usize,
+}
+
+impl StoreLimits<'_> {
+    /// An error if the target cannot store a message.
+    pub fn check(&self, subject: &str, header: &[u8], payload: usize) -> Result<(), Error> {
+        let size = header.len() + payload;
+        let limit = usize::try_from(self.target.number("max_msg_size")).ok().filter(|limit| *limit > 0);
+        let why = if subject.is_empty() {
+            "its subject is empty after the mapping".to_owned()
+        } else if is_request(subject.as_bytes(), self.api_prefix) {
+            "its subject is that of a request or an ack, and the target would act on it".to_owned()
+        } else if header.len() > MAX_HEADER {
+            format!("its headers of {} bytes are longer than {MAX_HEADER}", header.len())
+        } else if subject.len() + REPLY > MAX_LINE {
+            format!("its subject of {} bytes is too long for a protocol line", subject.len())
+        } else if size > self.max_payload {
+            format!("its {size} bytes are more than the target's max_payload of {}", self.max_payload)
+        } else if let Some(limit) = limit.filter(|limit| size > *limit) {
+            format!("its {size} bytes are more than the target stream's max_msg_size of {limit}")
+        } else {
+            return Ok(());
+        };
+        Err(Error::hold(format!("the target cannot store it: {why}")))
+    }
+}
+
 /// The tag of a replication, as its dead letters carry it.
 pub(crate) fn letter_tag(replication: &Replication, site: &str) -> Tag {
     Tag::new(&replication.source.stream, site, &replication.name).with_former(&replication.former)
@@ -108,24 +142,9 @@ impl StoredLetter {
         let subject = replication.mapping.apply(self.subject.as_bytes(), &mut room);
         let subject = String::from_utf8_lossy(subject).into_owned();
         let header = self.replayed_header(to);
-        let size = header.len() + self.payload;
-        let limit = usize::try_from(target.number("max_msg_size")).ok().filter(|limit| *limit > 0);
-        let why = if subject.is_empty() {
-            "its subject is empty after the mapping".to_owned()
-        } else if is_request(subject.as_bytes(), to.api_prefix) {
-            "its subject is that of a request or an ack, and the target would act on it".to_owned()
-        } else if header.len() > MAX_HEADER {
-            format!("its headers of {} bytes are longer than {MAX_HEADER}", header.len())
-        } else if subject.len() + REPLY > MAX_LINE {
-            format!("its subject of {} bytes is too long for a protocol line", subject.len())
-        } else if size > to.max_payload {
-            format!("its {size} bytes are more than the target's max_payload of {}", to.max_payload)
-        } else if let Some(limit) = limit.filter(|limit| size > *limit) {
-            format!("its {size} bytes are more than the target stream's max_msg_size of {limit}")
-        } else {
-            return Ok(ReplayedMessage { subject, header });
-        };
-        Err(Error::hold(format!("the target cannot store it: {why}")))
+        let limits = StoreLimits { target, api_prefix: to.api_prefix, max_payload: to.max_payload };
+        limits.check(&subject, &header, self.payload)?;
+        Ok(ReplayedMessage { subject, header })
     }
 
     /// As in a copy, with the id of the letter, and with the hop from the stream of the letters. A rollup would remove newer

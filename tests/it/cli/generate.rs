@@ -38,6 +38,7 @@ const COMMANDS: [&str; 52] = [
     "dlq show",
     "dlq replay",
     "dlq drop",
+    "verify",
     "instances",
     "events",
     "link",

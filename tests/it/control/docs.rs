@@ -85,6 +85,12 @@ async fn documented_requests_are_answered_as_documented() -> Result<()> {
             config["max_msg_size"] = (-1).into();
             target.api("STREAM.UPDATE.CRATES", config).await?;
         }
+        if example.endpoint == "verify.status" {
+            site.row_when("ORDERS", "is compared", |row| row["verify"]["state"] == "done").await?;
+        }
+        if example.endpoint == "verify.cancel" {
+            site.send("verify", json!({"replication": "ORDERS", "rate": 1})).await?;
+        }
         if example.endpoint == "stepdown" {
             second = Some(another_instance(&site).await?);
         }

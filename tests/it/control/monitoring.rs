@@ -61,6 +61,7 @@ fn everything() -> Result<String> {
         epoch: 1,
         config_revision: 1,
         copy,
+        verify: None,
         todo: None,
     };
     let rows = [row];

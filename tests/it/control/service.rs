@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 41] = [
+const ENDPOINTS: [(&str, &str, &str); 44] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -31,6 +31,9 @@ const ENDPOINTS: [(&str, &str, &str); 41] = [
     ("dlq-show", "replicator.dlq.show", "q"),
     ("dlq-replay", "replicator.dlq.replay", "q"),
     ("dlq-drop", "replicator.dlq.drop", "q"),
+    ("verify", "replicator.verify", "q"),
+    ("verify-status", "replicator.verify.status", ""),
+    ("verify-cancel", "replicator.verify.cancel", "q"),
     ("schema", "replicator.schema", ""),
     ("adapter-add", "replicator.adapter.add", "q"),
     ("adapter-update", "replicator.adapter.update", "q"),

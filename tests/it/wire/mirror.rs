@@ -25,7 +25,7 @@ async fn begin(version: &str, arguments: &[&str]) -> Result<(Site, Value)> {
 }
 
 /// The same for a native kind.
-pub(super) async fn begin_as(kind: &str, version: &str, arguments: &[&str]) -> Result<(Site, Value)> {
+pub(crate) async fn begin_as(kind: &str, version: &str, arguments: &[&str]) -> Result<(Site, Value)> {
     let port = free_port()?;
     let leafnodes = format!("leafnodes {{ listen: \"127.0.0.1:{port}\" }}");
     let target = Server::builder(Role::Target).version(version).config(&leafnodes).start().await?;

@@ -21,7 +21,7 @@ mod labels;
 mod leafnode;
 mod limits;
 mod logins;
-mod mirror;
+pub(crate) mod mirror;
 mod native_faults;
 mod native_kinds;
 mod native_sampling;
