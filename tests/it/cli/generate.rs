@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::harness::{Cli, Site};
 
 /// Every command that there is.
-const COMMANDS: [&str; 52] = [
+const COMMANDS: [&str; 53] = [
     "serve",
     "replicate",
     "config",
