@@ -24,9 +24,13 @@ use crate::{
     status::Ordering,
 };
 
+mod consumers;
 mod loops;
 mod native;
+mod parts;
 mod streams;
+
+pub use self::parts::{AdvisoryDocument, DeadLetterDocument, LimitsDocument};
 
 /// Longest id; it becomes part of keys and subjects.
 const MAX_ID: usize = 512;
@@ -183,6 +187,9 @@ pub struct Document {
     /// Whether a refusal may change the order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ordering: Option<String>,
+    /// Durable consumers of the source that the target gets too.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub consumers: Vec<String>,
     /// Free text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
@@ -216,49 +223,6 @@ pub struct Document {
     /// An identity of Choria's for the target.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_choria: Option<ChoriaDocument>,
-}
-
-/// `limits` of a document.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct LimitsDocument {
-    /// Unsettled messages.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub messages_in_flight: Option<usize>,
-    /// Unsettled bytes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes_in_flight: Option<usize>,
-    /// Messages sent in a second.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub messages_per_second: Option<u64>,
-    /// Bytes sent in a second.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes_per_second: Option<u64>,
-    /// With sampling, senders that are tracked.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub senders: Option<usize>,
-    /// With sampling, bytes of the values of senders that are tracked.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sender_bytes: Option<usize>,
-}
-
-/// `dead_letter` of a document.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct DeadLetterDocument {
-    /// Subject at the source side.
-    pub subject: String,
-}
-
-/// `advisory` of a document.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct AdvisoryDocument {
-    /// Subject at the source side.
-    pub subject: String,
-    /// Whether each one is confirmed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reliable: Option<bool>,
 }
 
 /// Checks a document (schema first, then what a schema cannot say) and turns it into what runs. `site` is the
@@ -395,6 +359,7 @@ impl Checker {
         let sampling = self.sampling(document);
         let on_reject = self.on_reject(document);
         let native = self.native(document);
+        let consumers = self.consumers(document);
         let id = self.id(document, own_name);
         // What does these for many streams copies nothing itself.
         let alone = patterns.is_none();
@@ -425,6 +390,7 @@ impl Checker {
             limits: limits(document.limits.as_ref()),
             notices: notices::notices(document),
             native: native.filter(|_| alone),
+            consumers,
             patterns,
         })
     }
@@ -1424,6 +1390,7 @@ mod tests {
             loop_protection: Some(true),
             target_origin: vec![some().unwrap()],
             ordering: Some("strict".into()),
+            consumers: vec!["a".to_owned()],
             description: some(),
             limits: Some(LimitsDocument {
                 messages_in_flight: Some(1),

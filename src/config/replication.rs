@@ -69,6 +69,8 @@ pub struct Replication {
     pub limits: Limits,
     /// What a document says that is accepted and changes nothing; to be logged once.
     pub notices: Vec<String>,
+    /// Durable consumers of the source that the target gets too: names, or patterns of names.
+    pub consumers: Vec<String>,
     /// How the target is fed natively, kinds `mirror` and `source`; `None` for kind `copy`.
     pub native: Option<NativeFeed>,
 }

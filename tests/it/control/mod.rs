@@ -5,6 +5,7 @@ mod adapters;
 mod allow;
 mod config;
 mod configuration;
+mod consumers;
 mod deleted_and_added;
 mod dlq;
 mod docs;
