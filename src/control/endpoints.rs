@@ -17,6 +17,7 @@ mod report;
 mod schema;
 mod senders;
 mod stepdown;
+mod stream_answers;
 mod validate;
 
 use std::{sync::Arc, time::Duration};
