@@ -11,6 +11,7 @@ mod choria_forms;
 mod client;
 mod config;
 mod connection;
+mod consumers;
 mod diff;
 mod dlq;
 mod doctor;
@@ -156,6 +157,7 @@ enum ClientCommand {
     Stepdown(steer::IdsArgs),
     Skip(steer::SkipArgs),
     Promote(steer::PromoteArgs),
+    Consumers(consumers::Args),
     Dlq(dlq::Args),
     Verify(verify::Args),
     Instances(instances::Args),
@@ -242,6 +244,7 @@ impl ClientCommand {
             Self::Position(args) => args.global.json,
             Self::Skip(args) => args.global.json,
             Self::Promote(args) => args.global.json,
+            Self::Consumers(args) => args.global().json,
             Self::Dlq(args) => args.global().json,
             Self::Verify(args) => args.global.json,
             Self::Instances(args) => args.global.json,
@@ -271,6 +274,7 @@ impl ClientCommand {
             Self::Stepdown(args) => steer::stepdown(args, out).await,
             Self::Skip(args) => steer::skip(args, out).await,
             Self::Promote(args) => steer::promote(args, out).await,
+            Self::Consumers(args) => consumers::run(args, out).await,
             Self::Dlq(args) => dlq::run(args, out).await,
             Self::Verify(args) => verify::run(args, out).await,
             Self::Instances(args) => instances::run(args, out).await,

@@ -9,6 +9,7 @@ mod error;
 mod feed;
 mod flow;
 mod job;
+pub(crate) mod moved_consumers;
 mod objects;
 mod open;
 mod reject;

@@ -5,6 +5,7 @@ use serde::de::DeserializeOwned;
 
 use super::{
     client::Client,
+    consumers::moved_line,
     document::change_each,
     error::{CommandVerdict, Error},
     format::{When, bytes, count, counted, parse_when, time},
@@ -189,7 +190,7 @@ pub(super) async fn promote(args: &PromoteArgs, out: &mut Output) -> Result<Comm
 }
 
 fn promoted_words(promoted: &Promoted) -> String {
-    let Promoted { replication, revision, dry_run, stream, subjects, last_seq, lag } = promoted;
+    let Promoted { replication, revision, dry_run, stream, subjects, last_seq, lag, consumers } = promoted;
     let lacks = match lag {
         Some(0) => "has all messages of its source".to_owned(),
         Some(lag) => format!("lacks {} of its source", counted(*lag, "message")),
@@ -202,7 +203,8 @@ fn promoted_words(promoted: &Promoted) -> String {
         (false, Some(_)) => ", replication deleted",
         (false, None) => ", replication paused",
     };
-    format!("{replication}: stream {stream} takes {subjects} after sequence {last} and {lacks}{kept}{dry}")
+    let moved = consumers.iter().map(|moved| format!("\n{}", moved_line(replication, moved))).collect::<String>();
+    format!("{replication}: stream {stream} takes {subjects} after sequence {last} and {lacks}{kept}{dry}{moved}")
 }
 
 pub(super) async fn skip(args: &SkipArgs, out: &mut Output) -> Result<CommandVerdict, Error> {

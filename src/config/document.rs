@@ -24,6 +24,7 @@ use crate::{
     status::Ordering,
 };
 
+mod consumers;
 mod limits;
 mod loops;
 mod native;
@@ -191,6 +192,9 @@ pub struct Document {
     /// Whether a refusal may change the order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ordering: Option<String>,
+    /// Durable consumers of the source that the target gets too.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub consumers: Vec<String>,
     /// Free text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
@@ -363,6 +367,7 @@ impl Checker {
         let sampling = self.sampling(document);
         let on_reject = self.on_reject(document);
         let native = self.native(document);
+        let consumers = self.consumers(document);
         let verify = self.verify(document);
         let id = self.id(document, own_name);
         // What does these for many streams copies nothing itself.
@@ -395,6 +400,7 @@ impl Checker {
             notices: notices::notices(document),
             verify: verify.filter(|_| alone),
             native: native.filter(|_| alone),
+            consumers,
             patterns,
         })
     }
@@ -1375,6 +1381,7 @@ mod tests {
             loop_protection: Some(true),
             target_origin: vec![some().unwrap()],
             ordering: Some("strict".into()),
+            consumers: vec!["a".to_owned()],
             description: some(),
             limits: Some(LimitsDocument {
                 messages_in_flight: Some(1),

@@ -71,6 +71,8 @@ pub struct Replication {
     pub notices: Vec<String>,
     /// When both streams are compared by itself; `None`: only by request.
     pub verify: Option<VerifySchedule>,
+    /// Durable consumers of the source that the target gets too: names, or patterns of names.
+    pub consumers: Vec<String>,
     /// How the target is fed natively, kinds `mirror` and `source`; `None` for kind `copy`.
     pub native: Option<NativeFeed>,
 }

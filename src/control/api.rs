@@ -1,5 +1,6 @@
 //! The wire contract: what requests and replies look like, for the service and for those who ask it.
 
+mod consumers;
 mod drift;
 mod letters;
 mod report;
@@ -11,6 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use self::{
+    consumers::{
+        ConsumersRequest, ExportedConsumer, ExportedConsumers, ImportRequest, ImportedConsumer, ImportedConsumers,
+        MoveOutcome, MovedConsumer,
+    },
     drift::{DriftClass, DriftField, DriftReport, DriftRequest, DriftRow},
     letters::{
         LetterChange, LetterDone, LetterList, LetterRequest, LetterRow, LetterShown, LettersChanged, LettersRequest,
@@ -222,6 +227,8 @@ pub struct Promoted {
     pub last_seq: u64,
     /// Source messages that it lacks; `null` if unknown.
     pub lag: Option<u64>,
+    /// The consumers that the document names, as they were moved last; empty after a dry run.
+    pub consumers: Vec<MovedConsumer>,
 }
 
 /// Reply of `skip`.

@@ -1,6 +1,7 @@
 //! The endpoints: one function per request.
 
 mod adapter;
+mod consumers;
 mod dlq;
 mod drift;
 mod durable;
@@ -16,6 +17,7 @@ mod report;
 mod schema;
 mod senders;
 mod stepdown;
+mod stream_answers;
 mod validate;
 mod verify;
 
@@ -38,6 +40,7 @@ use self::{
         adapter_add, adapter_delete, adapter_get, adapter_list, adapter_pause, adapter_resume, adapter_status,
         adapter_update, adapter_validate,
     },
+    consumers::{consumers_export, consumers_import},
     dlq::{dlq_drop, dlq_list, dlq_replay, dlq_show},
     drift::drift,
     durable::Leaving,
@@ -147,6 +150,8 @@ pub(super) fn routes(context: &Arc<RequestContext>, prefix: &str) -> Vec<Route> 
         route("stepdown", EndpointKind::Mutation, handler!(stepdown)),
         route("retry", EndpointKind::Mutation, handler!(retry)),
         route("skip", EndpointKind::Mutation, handler!(skip)),
+        route("consumers-export", EndpointKind::Inquiry, handler!(consumers_export)),
+        route("consumers-import", EndpointKind::Mutation, handler!(consumers_import)),
         route("dlq-list", EndpointKind::Inquiry, handler!(dlq_list)),
         route("dlq-show", EndpointKind::Inquiry, handler!(dlq_show)),
         route("dlq-replay", EndpointKind::Mutation, handler!(dlq_replay)),

@@ -10,12 +10,12 @@ use serde_json::{Map, Value, json};
 
 use super::api::{
     AdapterChanged, AdapterList, AdapterNamed, AdapterShown, AdapterStatus, AdapterStatusRequest, AdapterValidation,
-    Changed, DeleteRequest, DriftReport, DriftRequest, ErrorReply, GetRequest, HeartbeatsChanged, HeartbeatsShown,
-    Instances, InstancesRequest, LetterChange, LetterList, LetterRequest, LetterShown, LettersChanged, LettersRequest,
-    LinkChanged, LinkList, LinkNamed, LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove,
-    PositionRequest, PromoteRequest, Promoted, ReportRequest, SchemaRequest, SchemaShown, SendersPage, SendersRequest,
-    SkipRequest, Skipped, Status, StatusRequest, SteppedDown, StoredDocument, StreamReport, Validation, VerifyRequest,
-    VerifyShown, VerifyStarted,
+    Changed, ConsumersRequest, DeleteRequest, DriftReport, DriftRequest, ErrorReply, ExportedConsumers, GetRequest,
+    HeartbeatsChanged, HeartbeatsShown, ImportRequest, ImportedConsumers, Instances, InstancesRequest, LetterChange,
+    LetterList, LetterRequest, LetterShown, LettersChanged, LettersRequest, LinkChanged, LinkList, LinkNamed,
+    LinkShown, LinkValidation, List, ListRequest, NamedRequest, PositionMove, PositionRequest, PromoteRequest,
+    Promoted, ReportRequest, SchemaRequest, SchemaShown, SendersPage, SendersRequest, SkipRequest, Skipped, Status,
+    StatusRequest, SteppedDown, StoredDocument, StreamReport, Validation, VerifyRequest, VerifyShown, VerifyStarted,
 };
 use crate::{config, events::Notice, sampling::AgeAdvisory};
 
@@ -59,6 +59,8 @@ fn endpoints() -> Vec<(&'static str, Value, Value)> {
         ("status", request::<StatusRequest>(), reply::<Status>()),
         ("report", request::<ReportRequest>(), reply::<StreamReport>()),
         ("drift", request::<DriftRequest>(), reply::<DriftReport>()),
+        ("consumers.export", request::<ConsumersRequest>(), reply::<ExportedConsumers>()),
+        ("consumers.import", import_request(), reply::<ImportedConsumers>()),
         ("dlq.list", request::<LettersRequest>(), reply::<LetterList>()),
         ("dlq.show", request::<LetterRequest>(), reply::<LetterShown>()),
         ("dlq.replay", letter_change(), reply::<LettersChanged>()),
@@ -136,6 +138,13 @@ fn link_document(description: &str) -> Value {
 fn position_request() -> Value {
     let either = json!([{"required": ["source_seq"]}, {"required": ["time"]}, {"required": ["ago"]}]);
     with(request::<PositionRequest>(), [("anyOf", either)])
+}
+
+fn import_request() -> Value {
+    let mut schema = request::<ImportRequest>();
+    schema["properties"]["consumers"]["minItems"] = 1.into();
+    schema["properties"]["consumers"]["maxItems"] = 500.into();
+    schema
 }
 
 fn letter_change() -> Value {

@@ -7,7 +7,7 @@ use super::{
     CheckOutcome, Judgement, OtherReplication, Own, PreflightReport, SideReport,
     judge::{SideFindings, list},
     loops,
-    side_checks::{CheckAnswer, SideChecks, SideFacts, SideRole, calls},
+    side_checks::{CheckAnswer, NO_CONSUMER, SideChecks, SideFacts, SideRole, calls},
     subjects::{Flow, Share},
 };
 use crate::{
@@ -22,6 +22,8 @@ use crate::{
 
 /// JSON pointer to the field about the leafnode port.
 const LEAF_PATH: &str = "/target_leaf_url";
+/// What moves consumers at the target.
+const CONSUMER_CALLS: [&str; 4] = ["CONSUMER.LIST", "CONSUMER.INFO", "CONSUMER.CREATE", "CONSUMER.DELETE"];
 /// The first servers of each line of versions that check what a leaf publishes; earlier lines never do.
 const CHECKS_LEAVES: [(u32, u32, u32); 3] = [(2, 11, 16), (2, 12, 7), (2, 14, 0)];
 
@@ -139,7 +141,12 @@ fn judge_target(
             _ => None,
         };
         let reads = (native.kind == NativeKind::Mirror).then(|| call("STREAM.MSG.GET"));
-        changes.into_iter().chain(reads).collect()
+        let consumers = CONSUMER_CALLS.into_iter().filter(|_| !replication.consumers.is_empty());
+        let consumers = consumers.map(|what| match what {
+            "CONSUMER.LIST" => call(what),
+            _ => format!("{}.{NO_CONSUMER}", call(what)),
+        });
+        changes.into_iter().chain(reads).chain(consumers).collect()
     });
     judge_calls(facts, needed.unwrap_or_default(), &mut findings);
     findings.add_any("cycle", facts.path, cycle);

@@ -37,7 +37,7 @@ const MAX_SUBJECTS: usize = 64;
 /// Subject on which a server reports the permissions of a user.
 const USER_INFO: &str = "$SYS.REQ.USER.INFO";
 /// Name of a consumer that does not exist.
-const NO_CONSUMER: &str = "sr_preflight";
+pub(super) const NO_CONSUMER: &str = "sr_preflight";
 
 /// Source or target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -515,6 +515,10 @@ pub(super) fn calls(
     }
     if role == SideRole::Source {
         calls.push(question(format!("CONSUMER.INFO.{stream}.{}", Durable::name(replication)), Some("")));
+    }
+    if !replication.consumers.is_empty() {
+        calls.push(question(format!("CONSUMER.LIST.{stream}"), Some("")));
+        calls.push(question(format!("CONSUMER.INFO.{stream}.{NO_CONSUMER}"), Some("")));
     }
     if let Some(source) = durable {
         let way = Way::of(source);

@@ -1,5 +1,6 @@
 //! Keeps one document running: claims the position record, copies, waits after errors and tries again.
 
+mod consumers;
 mod discovery;
 mod gone;
 mod gossip;
@@ -25,7 +26,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use self::{
-    gossip::Gossip, hand_back::HandBack, login_grace::LoginGrace, release::clear_release, state_file::StateFile,
+    consumers::ConsumerRefresh, gossip::Gossip, hand_back::HandBack, login_grace::LoginGrace, release::clear_release,
+    state_file::StateFile,
 };
 use super::{
     context::Context,
@@ -313,6 +315,7 @@ impl CopyRunner {
         let saved = writer.saved();
         let before = cell.progress();
         let mut hand_back = HandBack::for_replication(replication);
+        let mut consumers = ConsumerRefresh::for_replication(replication);
         let mut state_file = StateFile::of(deps.state_store.as_deref(), replication);
         let samples = job.samples.clone();
         let gossip = Gossip::of(replication);
@@ -327,10 +330,12 @@ impl CopyRunner {
             result = run => result,
             never = report_progress(context, before, replication, (start_reported, takeover, catching_up, outage)) => match never {},
             never = hand_back::follow(&mut hand_back, context, replication) => match never {},
+            never = consumers::follow(&mut consumers, context, replication) => match never {},
             never = gossip::publish(&mut gossip, context, replication) => match never {},
             never = state_file::follow(&mut state_file, samples.clone()) => match never {},
             never = clear_release(context, requests.clone(), saved, |_| true) => match never {},
         };
+        consumers::finish(consumers, &self.context).await;
         if self.context.cell.progress() != before {
             self.backoff.reset();
             self.escalation.over();

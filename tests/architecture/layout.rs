@@ -90,6 +90,7 @@ pub const LAYOUT: Layout = Layout {
         "copy::source::source_end",
         "copy::target::subjects",
         "copy::target::target_limits",
+        "copy::moved_consumers::plan",
         "copy::flow::throttle",
         "copy::target::headers",
         "copy::flow::unsaved",

@@ -231,6 +231,9 @@ pub struct StoredMessage {
 /// `CONSUMER.CREATE` and `CONSUMER.INFO`, the parts that matter here.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ConsumerInfo {
+    /// Its name.
+    #[serde(default)]
+    pub name: String,
     /// The configuration exactly as the server tells it.
     #[serde(default)]
     pub config: Value,
@@ -246,6 +249,12 @@ pub struct ConsumerInfo {
     /// Messages that were delivered and are not acknowledged.
     #[serde(default, deserialize_with = "count")]
     pub num_ack_pending: u64,
+    /// Pull requests that wait for messages.
+    #[serde(default, deserialize_with = "count")]
+    pub num_waiting: u64,
+    /// Whether a subscriber listens where it delivers to.
+    #[serde(default)]
+    pub push_bound: bool,
 }
 
 /// A consumer's and a stream's sequence.
@@ -300,6 +309,25 @@ struct NamesPage {
     #[serde(default)]
     total: usize,
     streams: Option<Vec<String>>,
+}
+
+/// `CONSUMER.LIST`, one page.
+#[derive(Deserialize)]
+struct ConsumersPage {
+    #[serde(default)]
+    total: usize,
+    consumers: Option<Vec<ConsumerInfo>>,
+    /// Those whose leader did not answer.
+    missing: Option<Vec<String>>,
+}
+
+/// The consumers of a stream.
+#[derive(Debug, Clone, Default)]
+pub struct ConsumerList {
+    /// Those whose leaders answered.
+    pub consumers: Vec<ConsumerInfo>,
+    /// Whether these are all.
+    pub is_complete: bool,
 }
 
 /// Pages of the list of streams that are read; the server has 1,024 names on each.
@@ -575,6 +603,27 @@ impl<'a> Api<'a> {
     /// Asks for a consumer; `None` if there is none.
     pub async fn consumer_info(&mut self, stream: &str, name: &str) -> Result<Option<ConsumerInfo>, Error> {
         found(self.call(&format!("CONSUMER.INFO.{stream}.{name}"), &Value::Null).await)
+    }
+
+    /// Asks for all consumers of a stream. It is incomplete where leaders of consumers did not answer, and where the list
+    /// changed while it was read.
+    pub async fn consumers(&mut self, stream: &str) -> Result<ConsumerList, Error> {
+        let mut list = ConsumerList { consumers: Vec::new(), is_complete: true };
+        let mut first_total = None;
+        for _ in 0..MAX_PAGES {
+            let body = json!({ "offset": list.consumers.len() });
+            let page: ConsumersPage = self.call(&format!("CONSUMER.LIST.{stream}"), &body).await?;
+            let more = page.consumers.unwrap_or_default();
+            let is_last = more.is_empty() || list.consumers.len() + more.len() >= page.total;
+            list.is_complete &= page.missing.is_none_or(|missing| missing.is_empty());
+            list.is_complete &= *first_total.get_or_insert(page.total) == page.total;
+            list.consumers.extend(more);
+            if is_last {
+                list.is_complete &= list.consumers.len() == page.total;
+                return Ok(list);
+            }
+        }
+        Ok(ConsumerList { is_complete: false, ..list })
     }
 
     /// Lets a consumer begin again (server 2.14): at a sequence, or after what is acknowledged. Its deliveries are

@@ -167,6 +167,7 @@ const STREAM: &[FileField] = &[
     ours("target_update", Flag),
     ours("loop_protection", Flag),
     ours("target_origin", Any),
+    ours("consumers", Any),
     ours("ordering", Text),
     ours("limits", Any),
 ];

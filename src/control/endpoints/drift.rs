@@ -13,7 +13,7 @@ use wildmatch::WildMatch;
 
 use super::{
     DEFAULT_LIMIT, RequestContext, check_id, in_time, named, options,
-    report::{PlaceAnswer, ReplyRoom, ReportPlaces, ReportedReplication, replications, short, size},
+    stream_answers::{PlaceAnswer, ReplyRoom, ReportPlaces, ReportedReplication, replications, short, size},
 };
 use crate::{
     config::{NativeKind, Replication},

@@ -11,11 +11,17 @@ use serde_json::Value;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
 
-use super::{RequestContext, in_time, named, position::runnable, reply, written};
+use super::{
+    RequestContext,
+    consumers::{refresh_last, release},
+    in_time, named,
+    position::runnable,
+    reply, written,
+};
 use crate::{
     config::{NativeKind, Replication},
     control::{
-        api::{Failure, PromoteRequest, Promoted},
+        api::{Failure, MovedConsumer, PromoteRequest, Promoted},
         service::Request,
     },
     events::Event,
@@ -28,6 +34,8 @@ use crate::{
 const WITHIN: Duration = Duration::from_millis(2_500);
 /// Of it, how long the source may need.
 const SOURCE_WITHIN: Duration = Duration::from_millis(1_200);
+/// Deadline for the marks of consumers, after the promotion.
+const RELEASED_WITHIN: Duration = Duration::from_millis(500);
 /// Servers from this version on turn a mirror into a stream.
 const FIRST: (u32, u32) = (2, 12);
 
@@ -61,15 +69,21 @@ pub(super) async fn promote(context: &RequestContext, request: Request) -> Resul
     let paused = within(end, stop_feed(context, &replication.id)).await?;
     let done = async {
         plan.read_target().await?;
-        plan.carry_out(&asked, shown).await
+        let consumers = plan.move_consumers(context, &replication, asked.force).await?;
+        let lag = plan.carry_out(&asked, shown).await?;
+        Ok((lag, consumers))
     };
     let lag = match within(end, done).await {
-        Ok(lag) => lag,
+        Ok((lag, consumers)) => {
+            plan.consumers = consumers;
+            lag
+        }
         Err(failure) => {
             resume(context, &replication.id, paused).await;
             return Err(failure);
         }
     };
+    plan.release_consumers(context, &replication).await;
     info!(replication = replication.id, stream = plan.stream, ?lag, "mirror promoted by request");
     let event = Event::Promoted {
         stream: plan.stream.clone(),
@@ -131,6 +145,8 @@ struct Promotion {
     last_seq: u64,
     /// Every message is mirrored.
     whole: bool,
+    /// What became of the consumers that the document names.
+    consumers: Vec<MovedConsumer>,
 }
 
 impl Promotion {
@@ -169,7 +185,41 @@ impl Promotion {
         let config = promoted(&info, &subjects);
         let (origin, last_seq) = (replication.source.stream.clone(), info.state.last_seq);
         let whole = replication.scope.is_whole() && replication.max_age.is_none();
-        Ok(Self { source, target, origin, stream, config, subjects, last_seq, whole })
+        Ok(Self { source, target, origin, stream, config, subjects, last_seq, whole, consumers: Vec::new() })
+    }
+
+    /// The last refresh of the consumers, now that the mirror has everything. Without its source they stay as they are.
+    async fn move_consumers(
+        &mut self,
+        context: &RequestContext,
+        replication: &Replication,
+        force: bool,
+    ) -> Result<Vec<MovedConsumer>, Failure> {
+        let Some(source) = self.source.as_mut().filter(|_| !replication.consumers.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        match refresh_last(context, replication, source, &mut self.target).await {
+            Err(failure) if force => {
+                warn!(replication = replication.id, "promoting with consumers as they are: {failure}");
+                Ok(Vec::new())
+            }
+            moved => moved,
+        }
+    }
+
+    /// Nothing moves the consumers from here on, also if the replication is added again.
+    async fn release_consumers(&mut self, context: &RequestContext, replication: &Replication) {
+        if replication.consumers.is_empty() {
+            return;
+        }
+        let released = timeout(RELEASED_WITHIN, release(context, replication, &mut self.target)).await;
+        let late = || Err(nats_lane::Error::retry("no answer in time"));
+        if let Err(error) = released.unwrap_or_else(|_| late()) {
+            warn!(
+                replication = replication.id,
+                "the consumers of the promoted stream keep the mark of the replication: {error}"
+            );
+        }
     }
 
     /// Compares both sides, now that the feed has stopped, and changes the stream; returns how many messages the source has that
@@ -225,6 +275,7 @@ impl Promotion {
             subjects: self.subjects,
             last_seq: self.last_seq,
             lag,
+            consumers: self.consumers,
         }
     }
 }

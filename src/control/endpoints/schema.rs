@@ -16,7 +16,7 @@ use crate::{
 const REPLICATION: &str = "replication";
 
 /// What each endpoint does, for `nats micro info`.
-const DESCRIPTIONS: [(&str, &str); 44] = [
+const DESCRIPTIONS: [(&str, &str); 46] = [
     ("config-add", "Adds a replication"),
     ("config-update", "Replaces the document of a replication"),
     ("config-delete", "Deletes a replication; what it copied stays"),
@@ -29,6 +29,8 @@ const DESCRIPTIONS: [(&str, &str); 44] = [
     ("drift", "Compares the configurations of both streams, and applies the safe changes"),
     ("instances", "Lists the instances of the group"),
     ("senders", "Lists the senders that a sampled replication knows"),
+    ("consumers-export", "Shows durable consumers of the source with their positions at the target"),
+    ("consumers-import", "Creates consumers at the target, or moves those that are not used"),
     ("dlq-list", "Lists the dead letters of a replication"),
     ("dlq-show", "Shows one dead letter: the message with headers and payload, and the error"),
     ("dlq-replay", "Stores the messages of dead letters at the target, and removes the letters"),

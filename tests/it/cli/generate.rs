@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::harness::{Cli, Site};
 
 /// Every command that there is.
-const COMMANDS: [&str; 53] = [
+const COMMANDS: [&str; 56] = [
     "serve",
     "replicate",
     "config",
@@ -33,6 +33,9 @@ const COMMANDS: [&str; 53] = [
     "retry",
     "skip",
     "promote",
+    "consumers",
+    "consumers export",
+    "consumers import",
     "dlq",
     "dlq list",
     "dlq show",
@@ -70,7 +73,7 @@ fn cli() -> Cli {
 async fn help_names_every_command_and_the_exit_codes() -> Result<()> {
     let help = cli().ok(["--help"]).await?;
     let mut groups = Vec::new();
-    for group in ["config", "admin", "heartbeat", "link", "dlq"] {
+    for group in ["config", "admin", "heartbeat", "link", "consumers", "dlq"] {
         groups.push((group, cli().ok([group, "--help"]).await?));
     }
     for command in COMMANDS {

@@ -107,7 +107,9 @@ async fn a_read_only_service_answers_questions_and_refuses_changes() -> Result<(
     let changes: Vec<_> = endpoints.iter().filter(|e| e["queue_group"] == "q").map(subject).collect();
     assert!(changes.len() >= 3, "{info}");
     let changes = changes.iter().filter(|change| {
-        ![".validate", ".report", ".drift", ".dlq.list", ".dlq.show"].iter().any(|end| change.ends_with(end))
+        ![".validate", ".report", ".drift", ".consumers.export", ".dlq.list", ".dlq.show"]
+            .iter()
+            .any(|end| change.ends_with(end))
     });
     for change in changes {
         let reply = ask(&site.client, change, site.document("A").to_string().as_bytes()).await?;

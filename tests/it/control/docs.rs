@@ -79,6 +79,11 @@ async fn documented_requests_are_answered_as_documented() -> Result<()> {
             site.add("CRATES", json!({"on_reject": "dead_letter", "dead_letter": {"subject": "dead.crates"}})).await?;
             site.settled("CRATES", 2).await?;
         }
+        if example.endpoint == "consumers.export" {
+            let config = json!({"name": "billing", "durable_name": "billing", "ack_policy": "explicit"});
+            let body = json!({"stream_name": "ORDERS", "config": config});
+            site.source().await?.api("CONSUMER.DURABLE.CREATE.ORDERS.billing", body).await?;
+        }
         if example.endpoint == "dlq.replay" {
             let mut target = site.target().await?;
             let mut config = target.api("STREAM.INFO.CRATES", Value::Null).await?["config"].take();

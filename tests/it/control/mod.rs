@@ -6,6 +6,7 @@ mod allow;
 pub mod browser;
 mod config;
 mod configuration;
+mod consumers;
 mod deleted_and_added;
 mod dlq;
 mod docs;

@@ -7,7 +7,7 @@ use crate::harness::Site;
 use crate::harness::client::{ask, request};
 
 /// Name, subject, queue group.
-const ENDPOINTS: [(&str, &str, &str); 44] = [
+const ENDPOINTS: [(&str, &str, &str); 46] = [
     ("config-add", "replicator.config.add", "q"),
     ("config-update", "replicator.config.update", "q"),
     ("config-delete", "replicator.config.delete", "q"),
@@ -27,6 +27,8 @@ const ENDPOINTS: [(&str, &str, &str); 44] = [
     ("stepdown", "replicator.stepdown", "q"),
     ("retry", "replicator.retry", "q"),
     ("skip", "replicator.skip", "q"),
+    ("consumers-export", "replicator.consumers.export", "q"),
+    ("consumers-import", "replicator.consumers.import", "q"),
     ("dlq-list", "replicator.dlq.list", "q"),
     ("dlq-show", "replicator.dlq.show", "q"),
     ("dlq-replay", "replicator.dlq.replay", "q"),

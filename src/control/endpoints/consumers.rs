@@ -1,0 +1,181 @@
+//! `consumers.*`: durable consumers of a source, with their positions at the target.
+
+use nats_lane::{Dial, Lane};
+use serde_json::Value;
+use tokio::time::{Duration, Instant, timeout_at};
+use tracing::info;
+
+use super::{RequestContext, in_time, json, named, position::runnable};
+use crate::{
+    config::Replication,
+    control::{
+        api::{
+            ConsumersRequest, ExportedConsumer, ExportedConsumers, Failure, ImportRequest, ImportedConsumer,
+            ImportedConsumers, MoveOutcome, MovedConsumer,
+        },
+        service::Request,
+    },
+    copy::moved_consumers::{self, ConsumerMover, ConsumerOutcome, KnownStarts, PlannedConsumer, Selection},
+    names,
+};
+
+/// From the request to the answer: less than a request may take.
+const ANSWER_WITHIN: Duration = Duration::from_millis(2_400);
+/// Consumers of one import.
+const MOST: usize = 500;
+
+pub(super) async fn consumers_export(context: &RequestContext, request: Request) -> Result<ExportedConsumers, Failure> {
+    let end = Instant::now() + ANSWER_WITHIN;
+    let ConsumersRequest { replication, consumers } =
+        named(&request.body, |replication| ConsumersRequest { replication, ..ConsumersRequest::default() })?;
+    let work = async {
+        let mut sides = ConsumerSides::open(context, &replication).await?;
+        let names = if consumers.is_empty() { sides.replication.consumers.clone() } else { consumers };
+        let planned = sides.mover(context).export(&Selection::new(&names)).await.map_err(refused)?;
+        Ok((sides.replication, planned))
+    };
+    let (found, planned) = within(end, work).await?;
+    let exported = planned.into_iter().map(|PlannedConsumer { name, position, start, config }| {
+        let (config, error) = match config {
+            Ok(config) => (config, None),
+            Err(error) => (Value::Null, Some(error)),
+        };
+        ExportedConsumer { name, position, start, config, error }
+    });
+    Ok(ExportedConsumers {
+        replication,
+        stream: found.source.stream,
+        target_stream: found.target.stream,
+        consumers: exported.collect(),
+    })
+}
+
+pub(super) async fn consumers_import(context: &RequestContext, request: Request) -> Result<ImportedConsumers, Failure> {
+    let end = Instant::now() + ANSWER_WITHIN;
+    in_time(&request)?;
+    let ImportRequest { replication, consumers } = json(&request.body)?;
+    if !(1..=MOST).contains(&consumers.len()) {
+        let number = consumers.len();
+        let description = format!("`consumers` has {number} consumers: one request is for 1 to {MOST} of them");
+        return Err(Failure::new(400, description));
+    }
+    consumers.iter().try_for_each(check)?;
+    let work = async {
+        let mut sides = ConsumerSides::open(context, &replication).await?;
+        let mut mover = sides.mover(context);
+        let planned: Vec<_> = consumers
+            .iter()
+            .map(|consumer| mover.exported(&consumer.name, consumer.position, consumer.start, &consumer.config))
+            .collect();
+        let done = mover.import(&planned).await.map_err(refused)?;
+        Ok((sides.replication.target.stream, done))
+    };
+    let (target_stream, done) = within(end, work).await?;
+    info!(replication, consumers = done.len(), "consumers imported by request");
+    Ok(ImportedConsumers { replication, target_stream, consumers: done.into_iter().map(moved).collect() })
+}
+
+/// An export has what a consumer needs; what was written by hand may not.
+fn check(consumer: &ImportedConsumer) -> Result<(), Failure> {
+    let ImportedConsumer { name, start, config, .. } = consumer;
+    let is_name =
+        !name.is_empty() && !name.contains(|c: char| c.is_whitespace() || c.is_control() || ".*>/\\".contains(c));
+    let wrong = if !is_name {
+        "its name is empty or has a character that no consumer's name has"
+    } else if *start == 0 {
+        "`start` is 0: it is the sequence of the first message, at least 1"
+    } else if config["durable_name"] != name.as_str() {
+        "`config.durable_name` is not its name: only durable consumers are imported"
+    } else {
+        return Ok(());
+    };
+    let name: String = name.chars().take(80).collect();
+    Err(Failure::new(400, format!("consumer `{}`: {wrong}", name.escape_debug())))
+}
+
+async fn within<T>(end: Instant, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let late = || Failure::new(504, "source and target did not answer in time; try again");
+    timeout_at(end, work).await.unwrap_or_else(|_| Err(late()))
+}
+
+fn refused(error: nats_lane::Error) -> Failure {
+    Failure::new(503, format!("consumers cannot be moved: {error}"))
+}
+
+/// A replication, connected to both sides.
+pub(super) struct ConsumerSides {
+    replication: Replication,
+    source: Lane,
+    target: Lane,
+}
+
+impl ConsumerSides {
+    async fn open(context: &RequestContext, id: &str) -> Result<Self, Failure> {
+        if context.read_only {
+            return Err(Failure::new(403, "the service is read-only: it connects to no server on request"));
+        }
+        let entry = context.existing(id).await?;
+        let replication = runnable(context, entry).await?;
+        if replication.patterns.is_some() {
+            let description =
+                format!("replication `{id}` finds streams and has none of its own: name one that it has found");
+            return Err(Failure::new(409, description));
+        }
+        let name = format!("{} {id}", names::PROGRAM);
+        let (source, target) = tokio::join!(
+            context.rules.dial(&replication.source.place, &name),
+            context.rules.dial(&replication.target.place, &name)
+        );
+        let source = source.map_err(|error| refused(error.context("source")))?;
+        let target = target.map_err(|error| refused(error.context("target")))?;
+        Ok(Self { replication, source, target })
+    }
+
+    fn mover<'a>(&'a mut self, context: &'a RequestContext) -> ConsumerMover<'a> {
+        mover(context, &self.replication, &mut self.source, &mut self.target)
+    }
+}
+
+fn mover<'a>(
+    context: &'a RequestContext,
+    replication: &'a Replication,
+    source: &'a mut Lane,
+    target: &'a mut Lane,
+) -> ConsumerMover<'a> {
+    let RequestContext { site, installation, .. } = context;
+    ConsumerMover { replication, site, installation, source, target }
+}
+
+/// The last refresh before a promotion.
+pub(super) async fn refresh_last(
+    context: &RequestContext,
+    replication: &Replication,
+    source: &mut Lane,
+    target: &mut Lane,
+) -> Result<Vec<MovedConsumer>, Failure> {
+    let selection = Selection::new(&replication.consumers);
+    let mut mover = mover(context, replication, source, target);
+    let done = mover.refresh(&selection, &mut KnownStarts::default()).await.map_err(refused)?;
+    Ok(done.into_iter().map(moved).collect())
+}
+
+/// From here on, consumers of the target belong to it alone.
+pub(super) async fn release(
+    context: &RequestContext,
+    replication: &Replication,
+    target: &mut Lane,
+) -> Result<(), nats_lane::Error> {
+    moved_consumers::release(target, replication, &context.site).await
+}
+
+fn moved((planned, outcome): (PlannedConsumer, ConsumerOutcome)) -> MovedConsumer {
+    let PlannedConsumer { name, position, start, .. } = planned;
+    let (outcome, reason) = match outcome {
+        ConsumerOutcome::Created => (MoveOutcome::Created, None),
+        ConsumerOutcome::Moved => (MoveOutcome::Moved, None),
+        ConsumerOutcome::Current => (MoveOutcome::Current, None),
+        ConsumerOutcome::InUse => (MoveOutcome::InUse, None),
+        ConsumerOutcome::Refused(why) => (MoveOutcome::Refused, Some(why)),
+    };
+    MovedConsumer { name, position, start, outcome, reason }
+}
