@@ -222,3 +222,54 @@ fn change(client: Arc<Client>, endpoint: &'static str, id: String, arrive: mpsc:
         let _ = arrive.send(Arrival::Changed(answer)).await;
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        io::Read,
+        process::{Command, Stdio},
+    };
+
+    use rustix::{pty, termios};
+
+    use super::*;
+
+    /// A part of the test below; without a terminal it fails to take one.
+    #[test]
+    #[ignore = "another test runs it on a terminal"]
+    #[should_panic]
+    fn a_panic_on_the_screen() {
+        let _screen = Screen(ratatui::try_init().unwrap());
+        panic!("as a mistake would");
+    }
+
+    #[test]
+    fn a_panic_gives_the_terminal_back() {
+        let mut master = File::from(pty::openpt(pty::OpenptFlags::RDWR | pty::OpenptFlags::NOCTTY).unwrap());
+        pty::grantpt(&master).unwrap();
+        pty::unlockpt(&master).unwrap();
+        let name = pty::ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+        let device = File::options().read(true).write(true).open(name).unwrap();
+        let size = termios::Winsize { ws_col: 80, ws_row: 24, ws_xpixel: 0, ws_ypixel: 0 };
+        termios::tcsetwinsize(&device, size).unwrap();
+        let before = termios::tcgetattr(&device).unwrap().local_modes;
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "cli::top::tests::a_panic_on_the_screen", "--ignored", "--nocapture"])
+            .stdin(device.try_clone().unwrap())
+            .stdout(device.try_clone().unwrap())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // What it writes fits into the buffer of the terminal.
+        child.wait().unwrap();
+        assert_eq!(termios::tcgetattr(&device).unwrap().local_modes, before);
+        drop(device);
+        let mut sent = Vec::new();
+        // The end of the other side reads as an error.
+        let _ = master.read_to_end(&mut sent);
+        let sent = String::from_utf8_lossy(&sent);
+        let (taken, back) = (sent.find("\x1b[?1049h"), sent.rfind("\x1b[?1049l"));
+        assert!(taken.is_some() && back > taken, "{sent:?}");
+    }
+}

@@ -9,6 +9,8 @@ use serde_json::Value;
 const MOST: usize = 200;
 /// Characters of each text of one.
 const LONGEST: usize = 600;
+/// Bytes of an event that is kept as it is.
+const LONGEST_BODY: usize = 4_096;
 /// Fields that all events have.
 const COMMON: [&str; 8] = ["kind", "replication", "site", "instance", "time", "type", "id", "timestamp"];
 
@@ -25,50 +27,69 @@ pub(super) struct RecentEvent {
     text: String,
 }
 
-/// The last events, oldest first.
+/// The last events, oldest first. They are read when they are shown: a flood of them costs next to nothing while there are no
+/// viewers, and does not pile up in front of this.
 #[derive(Debug, Default)]
 pub(super) struct RecentEvents {
-    events: VecDeque<RecentEvent>,
+    events: VecDeque<KeptEvent>,
     last: u64,
 }
 
+#[derive(Debug)]
+enum KeptEvent {
+    /// As it was published, with its number.
+    Raw(u64, Box<[u8]>),
+    /// Read and cut, because it is long.
+    Short(RecentEvent),
+}
+
 impl RecentEvents {
-    /// Adds the body of an event; what is not one is ignored: everyone who may publish there can send anything.
+    /// Adds the body of an event.
     pub(super) fn push(&mut self, body: &[u8]) {
-        let Ok(Value::Object(event)) = serde_json::from_slice(body) else { return };
-        let text = |name: &str| event.get(name).and_then(Value::as_str).map(short);
-        let (Some(kind), Some(replication), Some(time)) = (text("kind"), text("replication"), text("time")) else {
-            return;
+        let number = self.last + 1;
+        let kept = match body.len() {
+            ..=LONGEST_BODY => KeptEvent::Raw(number, body.into()),
+            _ => match read(number, body) {
+                Some(event) => KeptEvent::Short(event),
+                None => return,
+            },
         };
-        let mut fields = String::new();
-        for (name, value) in event.iter().filter(|(name, _)| !COMMON.contains(&name.as_str())) {
-            let between = if fields.is_empty() { "" } else { ", " };
-            match value {
-                Value::Null => continue,
-                Value::String(value) => fields += &format!("{between}{}: {}", short(name), short(value)),
-                value => fields += &format!("{between}{}: {}", short(name), short(&value.to_string())),
-            }
-            if fields.len() > LONGEST {
-                break;
-            }
-        }
-        self.last += 1;
-        let instance = text("instance").unwrap_or_default();
-        self.events.push_back(RecentEvent {
-            number: self.last,
-            time,
-            kind,
-            replication,
-            instance,
-            text: short(&fields),
-        });
+        self.last = number;
+        self.events.push_back(kept);
         self.events.drain(..self.events.len().saturating_sub(MOST));
     }
 
-    /// Those after this number.
+    /// Those after this number. What is no event is ignored: everyone who may publish there can send anything.
     pub(super) fn since(&self, number: u64) -> Vec<RecentEvent> {
-        self.events.iter().filter(|event| event.number > number).cloned().collect()
+        let newer = self.events.iter().rev().map_while(|kept| match kept {
+            KeptEvent::Raw(at, body) => (*at > number).then(|| read(*at, body)),
+            KeptEvent::Short(event) => (event.number > number).then(|| Some(event.clone())),
+        });
+        let mut newer: Vec<_> = newer.flatten().collect();
+        newer.reverse();
+        newer
     }
+}
+
+/// The event that a body is; `None` if it is none.
+fn read(number: u64, body: &[u8]) -> Option<RecentEvent> {
+    let Ok(Value::Object(event)) = serde_json::from_slice(body) else { return None };
+    let text = |name: &str| event.get(name).and_then(Value::as_str).map(short);
+    let (kind, replication, time) = (text("kind")?, text("replication")?, text("time")?);
+    let mut fields = String::new();
+    for (name, value) in event.iter().filter(|(name, _)| !COMMON.contains(&name.as_str())) {
+        let between = if fields.is_empty() { "" } else { ", " };
+        match value {
+            Value::Null => continue,
+            Value::String(value) => fields += &format!("{between}{}: {}", short(name), short(value)),
+            value => fields += &format!("{between}{}: {}", short(name), short(&value.to_string())),
+        }
+        if fields.len() > LONGEST {
+            break;
+        }
+    }
+    let instance = text("instance").unwrap_or_default();
+    Some(RecentEvent { number, time, kind, replication, instance, text: short(&fields) })
 }
 
 fn short(text: &str) -> String {
@@ -99,8 +120,11 @@ mod tests {
         }
         assert_eq!((recent.events.len(), recent.last), (MOST, 1_000_000 + 2 * MOST as u64));
         assert!(recent.events.capacity() <= 4 * MOST);
-        let bytes: usize = recent.events.iter().map(|event| event.text.capacity()).sum();
-        assert!(bytes <= MOST * LONGEST * 4, "{bytes}");
+        let bytes = |kept: &KeptEvent| match kept {
+            KeptEvent::Raw(_, body) => body.len(),
+            KeptEvent::Short(event) => event.text.capacity(),
+        };
+        assert!(recent.events.iter().all(|kept| bytes(kept) <= LONGEST_BODY));
         assert_eq!(recent.since(recent.last - 3).len(), 3);
     }
 
@@ -116,6 +140,6 @@ mod tests {
         for garbage in ["", "5", "[]", "{}", r#"{"kind":"held","replication":5,"time":"2026"}"#] {
             recent.push(garbage.as_bytes());
         }
-        assert_eq!(recent.last, 1);
+        assert_eq!(recent.since(0).len(), 1);
     }
 }

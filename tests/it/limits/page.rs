@@ -1,16 +1,23 @@
 //! The status page with a thousand replications: what it transfers, what it keeps in the browser, and how it scrolls.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use futures_util::{StreamExt, stream};
+use serde_json::json;
 
 use super::scale::{all_run, fill, stream_name};
 use crate::control::browser::Browser;
 use crate::control::page::{Viewer, get, opened};
-use crate::harness::Site;
+use crate::harness::{Site, connect};
 
 const THOUSAND: usize = 1_000;
 /// Files and everything about a thousand replications, as they are sent.
 const TRANSFERRED: usize = 300 << 10;
+
+/// How long the CPU time is measured.
+const WATCHED: Duration = Duration::from_secs(10);
+const EVENTS: usize = 200_000;
 
 /// Scrolls through all rows in 5 s; frames, the longest in ms, those that took longer than two frames at 60 Hz, and the most rows
 /// that were in the document.
@@ -42,6 +49,8 @@ async fn the_page_holds_a_thousand_replications() -> Result<()> {
         println!("{path}: {} bytes", body.len());
         transferred += head.len() + body.len();
     }
+    println!("without viewers: {:.1} % of a core", busy(&site).await * 100.0);
+    events_do_not_grow_it(&site).await?;
     let viewer = Viewer::join(&address).await?;
     println!("snapshot of {THOUSAND}: {} bytes", viewer.got[0].1);
     transferred += viewer.got[0].1;
@@ -53,6 +62,7 @@ async fn the_page_holds_a_thousand_replications() -> Result<()> {
     browser.look(1440, 900, "light").await?;
     opened(&mut browser, &address).await?;
     browser.until(&format!("page.rows.size === {THOUSAND}")).await?;
+    println!("with one: {:.1} % of a core", busy(&site).await * 100.0);
     // Changes all the time.
     let publishes = async {
         loop {
@@ -78,4 +88,33 @@ async fn the_page_holds_a_thousand_replications() -> Result<()> {
         () = publishes => Ok(()),
         result = measured => result,
     }
+}
+
+/// The part of a core that the service takes.
+async fn busy(site: &Site) -> f64 {
+    let (before, begun) = (site.service.usage().cpu_seconds, Instant::now());
+    tokio::time::sleep(WATCHED).await;
+    (site.service.usage().cpu_seconds - before) / begun.elapsed().as_secs_f64()
+}
+
+/// As many as in hours of a bad day.
+async fn events_do_not_grow_it(site: &Site) -> Result<()> {
+    let events = async |numbers: std::ops::Range<usize>| {
+        let client = connect(&site.service_url()).await?;
+        for number in numbers {
+            let body = json!({"kind": "held", "replication": format!("R{number}"), "time": "2026-01-01T00:00:00Z",
+                "site": "TEST", "instance": "i", "message": format!("{number:0>200}"), "id": "1",
+                "type": "io.stream_replicator.event.v1.held", "timestamp": "2026-01-01T00:00:00Z"});
+            client.publish(format!("replicator.event.held.R{number}"), body.to_string().into()).await?;
+        }
+        client.flush().await?;
+        anyhow::Ok(())
+    };
+    events(0..EVENTS / 10).await?;
+    let before = site.service.usage().rss;
+    events(EVENTS / 10..EVENTS).await?;
+    let after = site.service.usage().rss;
+    println!("{EVENTS} events: {} KiB resident before, {} KiB after", before >> 10, after >> 10);
+    ensure!(after < before + (16 << 20), "{before} {after}");
+    Ok(())
 }
