@@ -118,6 +118,9 @@ impl LeaderTerm<'_> {
     async fn stay_paused(&mut self, mut work: Option<RunnableDocument>) -> Option<Plan> {
         let Self { context, planner, requests, stop, runner, refused } = self;
         let mut retention = std::mem::take(&mut runner.retention);
+        if let Some(work) = &work {
+            context.cell.knows(&work.replication);
+        }
         {
             let mut pausing = pin!(runner.pause());
             let mut is_paused = false;
@@ -140,6 +143,7 @@ impl LeaderTerm<'_> {
                         refused.report(context, plan.rejected);
                         if let Some(new) = plan.work {
                             context.cell.set_revision(new.revision);
+                            context.cell.knows(&new.replication);
                             if work.as_ref().is_some_and(|old| old.replication != new.replication) {
                                 context.emit(Event::ConfigChanged { revision: new.revision });
                             }

@@ -152,13 +152,7 @@ impl StatusCell {
     /// A document starts to run.
     pub(super) fn adopt(&self, replication: &Replication, revision: u64) {
         self.set_revision(revision);
-        self.replication.send_if_modified(|known| {
-            let news = known.as_deref() != Some(replication);
-            if news {
-                *known = Some(Arc::new(replication.clone()));
-            }
-            news
-        });
+        self.knows(replication);
         self.status.send_modify(|(_, copy)| {
             if copy.source.stream != replication.source.stream {
                 copy.source = SourceStatus { stream: replication.source.stream.clone(), ..SourceStatus::default() };
@@ -166,6 +160,17 @@ impl StatusCell {
             if copy.target.stream != replication.target.stream {
                 copy.target = TargetStatus { stream: replication.target.stream.clone(), ..TargetStatus::default() };
             }
+        });
+    }
+
+    /// The document that runs, or would run if the replication were not paused.
+    pub(super) fn knows(&self, replication: &Replication) {
+        self.replication.send_if_modified(|known| {
+            let news = known.as_deref() != Some(replication);
+            if news {
+                *known = Some(Arc::new(replication.clone()));
+            }
+            news
         });
     }
 

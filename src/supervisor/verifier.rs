@@ -9,7 +9,7 @@ use futures_util::FutureExt;
 use nats_lane::entropy;
 use tokio::{
     sync::watch,
-    time::{Duration, sleep},
+    time::{Duration, sleep, timeout},
 };
 use tracing::{debug, info, warn};
 
@@ -27,6 +27,8 @@ use crate::{
 const SAVE_EVERY: Duration = Duration::from_secs(1);
 /// How long after a failed write or read the next one is tried.
 const AGAIN: Duration = Duration::from_secs(2);
+/// How long the watch may take to deliver a request.
+const DELIVERED: Duration = Duration::from_secs(5);
 /// How often a schedule is compared with the time.
 const CHECK_SCHEDULE: Duration = Duration::from_secs(1);
 
@@ -121,7 +123,7 @@ impl Verifier {
         }
         let mut requests = self.requests.clone();
         // The watch delivers it.
-        let _ = requests.wait_for(|requests| requests.verify.is_some()).await;
+        let _ = timeout(DELIVERED, requests.wait_for(|requests| requests.verify.is_some())).await;
     }
 
     /// Compares, saves the result and removes the request.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nats_lane::{
     Error, ErrorKind,
-    jetstream::{Api, Delivery},
+    jetstream::{Api, Delivery, StreamInfo},
 };
 use tokio::time::{Instant, sleep};
 use tracing::debug;
@@ -128,6 +128,7 @@ impl<'a> StreamComparison<'a> {
                 tokio::try_join!(async { open(source).await.map_err(|error| error.context("source")) }, async {
                     open(target).await.map_err(|error| error.context("target"))
                 },)?;
+            one_source_of_the_name(job, &target.info)?;
             self.returned = ReturnedMessages::new(
                 job.replication.loop_protection.as_ref(),
                 &job.ways_back,
@@ -195,12 +196,13 @@ impl<'a> StreamComparison<'a> {
             WantedRange { filters: &[], from: cursor.read.unwrap_or(0) + 1, to: cursor.end, headers_only: false };
         let mut target = StreamReader::open(&mut sides.target, copies).await?;
         loop {
-            let moved =
-                self.take_copies(&mut target, cursor, piece) | self.take_sources(&mut source, &target, cursor, now_ns);
-            let target_over = target.is_over() || self.is_beyond(cursor);
-            if source.is_over() && target_over {
+            let source_over = source.has_ended().await?;
+            let target_over = target.has_ended().await? || self.is_beyond(cursor);
+            if source_over && target_over {
                 break;
             }
+            let copies = self.take_copies(&mut target, cursor, piece);
+            let moved = self.take_sources(&mut source, source_over, target_over, now_ns) || copies;
             self.report(&source);
             let behind = self.ahead_of_rate();
             if moved && behind.is_none() {
@@ -215,11 +217,8 @@ impl<'a> StreamComparison<'a> {
             source.check(paced || self.merge.has_copies() && source.peek().is_some())?;
             target.check(paced || !self.merge.wants_copies())?;
         }
-        source.close().await?;
-        match target.is_over() {
-            true => target.close().await?,
-            false => _ = target.leave(),
-        }
+        source.close();
+        target.close();
         self.merge.source_over();
         Ok(())
     }
@@ -251,12 +250,11 @@ impl<'a> StreamComparison<'a> {
     fn take_sources(
         &mut self,
         source: &mut StreamReader<'_>,
-        target: &StreamReader<'_>,
-        cursor: &TargetCursor,
+        source_over: bool,
+        target_over: bool,
         now_ns: i64,
     ) -> bool {
-        let target_over = target.is_over() || self.is_beyond(cursor);
-        if source.is_over() {
+        if source_over {
             let had = self.merge.has_copies();
             self.merge.source_over();
             return had;
@@ -384,6 +382,20 @@ impl<'a> StreamComparison<'a> {
             record.differences = differences;
         });
     }
+}
+
+/// A native source says of each message which stream it came from, and a stream of the same name elsewhere looks the same.
+fn one_source_of_the_name(job: &VerifyJob, target: &StreamInfo) -> Result<(), Error> {
+    let name = &job.replication.source.stream;
+    let sources = target.config["sources"].as_array().map_or(&[][..], Vec::as_slice);
+    let same = sources.iter().filter(|source| source["name"] == name.as_str()).count();
+    if job.replication.native.as_ref().is_some_and(|native| native.kind == NativeKind::Source) && same > 1 {
+        return Err(Error::hold(format!(
+            "target stream `{}` has {same} sources named `{name}`: its messages do not show from which of them they are",
+            stream_name(target)
+        )));
+    }
+    Ok(())
 }
 
 /// The time of the source server now, nanoseconds since the Unix epoch.

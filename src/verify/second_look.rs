@@ -192,7 +192,7 @@ impl StreamComparison<'_> {
         }
         let found: HashSet<u64> = looked.late.iter().map(|late| late.seq).collect();
         let explanations = self.explanations(&mut sides).await?;
-        let by_subject = self.by_subject(&sides);
+        let (by_subject, keeps_fewer) = by_subject(&sides);
         let mut asked = Vec::new();
         let scope = &self.job.replication.scope;
         for (from, to) in spans(missing) {
@@ -217,9 +217,13 @@ impl StreamComparison<'_> {
                 let subject = String::from_utf8_lossy(message.subject).into_owned();
                 let candidate = Candidate { seq, joins, subject, bytes };
                 joins = true;
-                match by_subject && asked.len() < LOOK_UPS {
-                    true => asked.push(candidate),
-                    false => looked.missing.push(candidate),
+                if by_subject && asked.len() < LOOK_UPS {
+                    asked.push(candidate);
+                } else if keeps_fewer {
+                    // As the first ones, which were looked up.
+                    *looked.expected.entry(ExpectedCause::RemovedAtTarget).or_default() += 1;
+                } else {
+                    looked.missing.push(candidate);
                 }
             })
             .await?;
@@ -237,12 +241,6 @@ impl StreamComparison<'_> {
         Ok(looked)
     }
 
-    /// Whether the target keeps fewer messages of each subject than the source.
-    fn by_subject(&self, sides: &BothSides) -> bool {
-        let keeps = |side: &StreamSide| side.info.number("max_msgs_per_subject");
-        keeps(&sides.target) > 0
-    }
-
     /// Whether the target removed a copy because it has newer messages of its subject.
     async fn is_replaced(&mut self, sides: &mut BothSides, candidate: &Candidate) -> Result<bool, Error> {
         let mut room = Vec::new();
@@ -256,9 +254,7 @@ impl StreamComparison<'_> {
             return Ok(false);
         }
         // Where both keep the same number, the source would have removed it, too; unless others write to the target.
-        let keeps = |side: &StreamSide| side.info.number("max_msgs_per_subject");
-        let fewer = keeps(&sides.source) <= 0 || keeps(&sides.target) < keeps(&sides.source);
-        if fewer || self.job.is_shared || !self.job.replication.mapping.is_identity() {
+        if by_subject(sides).1 || self.job.is_shared || !self.job.replication.mapping.is_identity() {
             return Ok(true);
         }
         let source = stream_name(&sides.source.info).to_owned();
@@ -437,6 +433,13 @@ impl StreamComparison<'_> {
         }
         Ok(Some((original.subject, differs)))
     }
+}
+
+/// Whether the target keeps a limited number of messages for each subject, and whether that is less than the source keeps.
+fn by_subject(sides: &BothSides) -> (bool, bool) {
+    let keeps = |side: &StreamSide| side.info.number("max_msgs_per_subject");
+    let (source, target) = (keeps(&sides.source), keeps(&sides.target));
+    (target > 0, target > 0 && (source <= 0 || target < source))
 }
 
 fn info_is_empty(side: &StreamSide) -> bool {

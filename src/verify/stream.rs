@@ -41,6 +41,8 @@ pub(super) struct StreamReader<'a> {
     taken: u64,
     /// Nothing is left.
     over: bool,
+    /// The leader of the stream confirmed that.
+    confirmed: bool,
     read: Instant,
 }
 
@@ -61,7 +63,17 @@ impl<'a> StreamReader<'a> {
         let reader = Reader::open(&mut side.lane, &range, &mut side.names, READ_AHEAD).await?;
         let over = reader.pending() == 0 || from > to;
         let budget = Budget::new(usize::MAX);
-        Ok(Self { side, reader, budget, filters, to, taken: from.max(1) - 1, over, read: Instant::now() })
+        Ok(Self {
+            side,
+            reader,
+            budget,
+            filters,
+            to,
+            taken: from.max(1) - 1,
+            over,
+            confirmed: false,
+            read: Instant::now(),
+        })
     }
 
     /// The next message of the range, if it was read.
@@ -113,12 +125,21 @@ impl<'a> StreamReader<'a> {
         Ok(())
     }
 
-    /// Ends reading. An error if the leader of the stream has a message in the range that was not delivered: the consumer may
-    /// have been on a server that has less.
-    pub async fn close(self) -> Result<(), Error> {
+    /// Whether the whole range was taken, and the leader of the stream has no message in it that was not delivered: the consumer
+    /// may be on a server that has less, which is a transient error.
+    pub async fn has_ended(&mut self) -> Result<bool, Error> {
+        if self.confirmed || !self.is_over() {
+            return Ok(self.confirmed);
+        }
+        self.confirm().await?;
+        self.confirmed = true;
+        Ok(true)
+    }
+
+    async fn confirm(&mut self) -> Result<(), Error> {
         let Self { side, reader, filters, to, taken, .. } = self;
-        reader.close(&mut side.lane);
-        if taken >= to {
+        let (filters, to, taken) = (*filters, *to, *taken);
+        if taken >= to || reader.peek().is_some_and(|incoming| incoming.delivery.stream_seq > to) {
             return Ok(());
         }
         let stream = stream_name(&side.info).to_owned();
@@ -137,10 +158,9 @@ impl<'a> StreamReader<'a> {
         Ok(())
     }
 
-    /// Ends reading before the end of the range; returns the sequence up to which everything was taken.
-    pub fn leave(self) -> u64 {
+    /// Ends reading.
+    pub fn close(self) {
         self.reader.close(&mut self.side.lane);
-        self.taken
     }
 }
 
@@ -162,7 +182,9 @@ pub(super) async fn read_each(
             reader.check(false)?;
         }
     }
-    reader.close().await
+    reader.has_ended().await?;
+    reader.close();
+    Ok(())
 }
 
 /// Name of a stream.

@@ -76,6 +76,11 @@ async fn runs_and_takeovers_are_spans() -> Result<()> {
     for (name, expect) in own {
         ensure!(attribute(&process, name) == expect, "{name}: {process}");
     }
+    // A comparison of both streams is one, too.
+    site.ask("verify", "ORDERS").await?;
+    collector
+        .span("verify", |span| attribute(span, "source.messages") == "10" && attribute(span, "findings") == "0")
+        .await?;
     // The header of the message is that of its publisher.
     let stored = site.target().await?.read_stream("ORDERS").await?;
     ensure!(header_values(&stored[0].header, "traceparent") == [traced], "{stored:?}");

@@ -41,6 +41,21 @@ async fn a_job_is_cancelled() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_paused_replication_is_compared_after_a_restart() -> Result<()> {
+    let mut site = Site::small().await?;
+    copied(&site, json!({}), 500).await?;
+    request(&site.client, "replicator.pause", json!({"replication": ID})).await?;
+    for _ in 0..3 {
+        site.service.kill()?;
+        site.service.restart().await?;
+        let found = super::verified(&site, ID, json!({})).await?;
+        clean(&found, &site)?;
+        assert_eq!(found["source_messages"], 500, "{found:#}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn wrong_requests_say_what_is_wrong() -> Result<()> {
     let site = Site::small().await?;
     copied(&site, json!({}), 10).await?;
