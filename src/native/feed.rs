@@ -30,9 +30,9 @@ use super::{
     of_leaf,
     open::OpenedFeed,
     request::{self, ConsumerRequest, FeedStart, Unserved},
-    session::{Amount, FedPoint, FeedSession, poke},
+    session::{FedPoint, FeedSession, poke},
     target::{self, Fit},
-    window::FeedWindow,
+    window::{Amount, FeedWindow},
 };
 use crate::{
     config::{NativeKind, Replication, Scope},

@@ -9,7 +9,7 @@ use std::{collections::VecDeque, io::Write as _};
 use nats_lane::{headers, jetstream::Delivery, parser::number};
 use tokio::time::Instant;
 
-use super::window::FeedWindow;
+use super::window::{Amount, FeedWindow};
 use crate::copy::MessageSize;
 
 const FLOW_CONTROL: &[u8] = b"NATS/1.0 100 FlowControl Request\r\n\r\n";
@@ -23,29 +23,6 @@ pub(super) struct FedPoint {
     pub seq: u64,
     /// Its stored time, nanoseconds since the Unix epoch; `None` where it is not known.
     pub time_ns: Option<i64>,
-}
-
-/// Messages and bytes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Amount {
-    pub messages: u64,
-    pub bytes: u64,
-    /// Bytes of the payloads alone.
-    pub payload: u64,
-}
-
-impl Amount {
-    fn add(&mut self, other: Self) {
-        self.messages += other.messages;
-        self.bytes += other.bytes;
-        self.payload += other.payload;
-    }
-
-    fn subtract(&mut self, other: Self) {
-        self.messages -= other.messages;
-        self.bytes -= other.bytes;
-        self.payload -= other.payload;
-    }
 }
 
 /// What was delivered between two flow control messages.

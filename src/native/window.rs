@@ -7,14 +7,35 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::session::Amount;
-
 /// Parts that a target keeps in memory at most.
 const PARTS: u64 = 4;
 /// Largest part: a target that is slow holds about this much of each part in memory.
 const LARGEST_PART: u64 = 2 << 20;
 /// Time over which the rate is measured at least.
 const MEASURED_OVER: Duration = Duration::from_millis(200);
+
+/// Messages and bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Amount {
+    pub messages: u64,
+    pub bytes: u64,
+    /// Bytes of the payloads alone.
+    pub payload: u64,
+}
+
+impl Amount {
+    pub fn add(&mut self, other: Self) {
+        self.messages += other.messages;
+        self.bytes += other.bytes;
+        self.payload += other.payload;
+    }
+
+    pub fn subtract(&mut self, other: Self) {
+        self.messages -= other.messages;
+        self.bytes -= other.bytes;
+        self.payload -= other.payload;
+    }
+}
 
 /// The window of one consumer.
 #[derive(Debug)]
