@@ -36,7 +36,7 @@ impl Feed<'_> {
         let Some(Served { reader, read, sampler: Some(sampler), .. }) = &mut self.session else { return };
         let Some(status) = &mut self.copy.sampling else { return };
         sampler.settled(self.position.seq);
-        sampler.was_read(read.seq, reader.peek().is_none());
+        sampler.was_read(read.seq, reader.pending() == 0 && reader.peek().is_none());
         sampler.write(self.position.seq, now);
         sampler.publish(status, now);
     }
