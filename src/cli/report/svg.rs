@@ -10,9 +10,9 @@ const HEIGHT: usize = 66;
 const ACROSS: usize = 220;
 const DOWN: usize = 30;
 const MARGIN: usize = 20;
-/// Characters that fit into a box, and onto the line between two.
-const BOX_CHARACTERS: usize = 34;
-const EDGE_CHARACTERS: usize = 32;
+/// Room for a text in a box, and on the line between two.
+const BOX_ROOM: usize = WIDTH - 2 * 8;
+const EDGE_ROOM: usize = ACROSS - 2 * 10;
 /// How far a line that leads back leaves its boxes.
 const BEND: usize = 60;
 
@@ -77,7 +77,7 @@ fn draw_node(text: &mut String, node: &GraphNode, (x, y): (usize, usize)) {
         [(name, " font-weight=\"bold\""), (place, " fill=\"#546e7a\""), (facts, "")].into_iter().enumerate()
     {
         let (left, base) = (x + 10, y + 20 + row * 18);
-        let words = escaped(&cut(words, BOX_CHARACTERS));
+        let words = escaped(&cut(words, BOX_ROOM));
         let _ = write!(text, "<text x=\"{left}\" y=\"{base}\"{style}>{words}</text>");
     }
     text.push_str("</g>\n");
@@ -108,7 +108,7 @@ fn draw_edge(text: &mut String, edge: &GraphEdge, from: (usize, usize), to: (usi
         escaped(&format!("{name}: {facts}"))
     );
     for (words, base) in [(name, label.1.saturating_sub(4)), (facts, label.1 + 13)] {
-        let words = escaped(&cut(words, EDGE_CHARACTERS));
+        let words = escaped(&cut(words, EDGE_ROOM));
         let _ = write!(
             text,
             "<text x=\"{}\" y=\"{base}\" text-anchor=\"middle\" font-size=\"11\" fill=\"{colour}\" stroke=\"#ffffff\" \
@@ -119,11 +119,30 @@ fn draw_edge(text: &mut String, edge: &GraphEdge, from: (usize, usize), to: (usi
     text.push_str("</g>\n");
 }
 
-/// The beginning of a text that is too long; the whole is in the title.
-fn cut(text: &str, most: usize) -> String {
-    match text.char_indices().nth(most) {
-        Some(_) => text.chars().take(most - 1).chain(['…']).collect(),
-        None => text.to_owned(),
+/// The beginning of a text that is wider than the room; the whole is in the title.
+fn cut(text: &str, room: usize) -> String {
+    if text.chars().map(width_of).sum::<usize>() <= room {
+        return text.to_owned();
+    }
+    let mut left = room.saturating_sub(width_of('…'));
+    let fits = |character: &char| match left.checked_sub(width_of(*character)) {
+        Some(rest) => {
+            left = rest;
+            true
+        }
+        None => false,
+    };
+    text.chars().take_while(fits).chain(['…']).collect()
+}
+
+/// How wide a character is at most in the usual fonts of this size.
+fn width_of(character: char) -> usize {
+    match character {
+        'i' | 'j' | 'l' | ' ' | '.' | ',' | ':' | '|' | '\'' => 5,
+        'm' | 'w' | 'M' | 'W' | '@' | '%' => 12,
+        'A'..='Z' | '…' => 10,
+        character if character.is_ascii() => 8,
+        _ => 14,
     }
 }
 
@@ -148,6 +167,15 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_text_ends_inside_its_box() {
+        for text in ["N".repeat(56), "i".repeat(90), "W".repeat(30), "\u{6f22}".repeat(40)] {
+            let shown = cut(&text, BOX_ROOM);
+            assert!(shown.ends_with('…') && shown.chars().map(width_of).sum::<usize>() <= BOX_ROOM, "{shown}");
+        }
+        assert_eq!(cut("ORDERS", BOX_ROOM), "ORDERS");
+    }
 
     fn graph(name: &str, edges: &[(usize, usize)]) -> Graph {
         let node = |_| GraphNode { name: name.into(), place: name.into(), facts: name.into(), is_bad: true };
@@ -177,7 +205,7 @@ mod tests {
     fn long_texts_are_cut_and_whole_in_the_title() {
         let long = "ä".repeat(100);
         let picture = write(&graph(&long, &[]));
-        assert!(picture.contains(&format!(">{}…</text>", "ä".repeat(BOX_CHARACTERS - 1))), "{picture}");
+        assert!(picture.contains(&format!(">{}</text>", cut(&long, BOX_ROOM))), "{picture}");
         assert!(picture.contains(&format!("<title>{long}, {long}: {long}</title>")), "{picture}");
     }
 
