@@ -55,6 +55,8 @@ pub(super) struct Merge {
     /// The source message that was taken last has a copy.
     copied: bool,
     missing: MissingRanges,
+    /// Messages were given up before everything was read: their copies may follow, which are then not compared.
+    pub gave_up: bool,
     /// Copies without an original, to be looked up.
     pub unknown: Vec<TargetMark>,
     pub suspects: Vec<Suspect>,
@@ -79,6 +81,7 @@ impl Merge {
             highest: 0,
             copied: true,
             missing: MissingRanges::default(),
+            gave_up: false,
             unknown: Vec::new(),
             suspects: Vec::new(),
             differences: BTreeMap::new(),
@@ -93,7 +96,7 @@ impl Merge {
     pub fn begin(&mut self, from: u64, to: u64) {
         (self.from, self.to) = (from, to);
         (self.source_taken, self.highest, self.copied) = (from - 1, from - 1, true);
-        (self.missing, self.unknown) = (MissingRanges::default(), Vec::new());
+        (self.missing, self.gave_up, self.unknown) = (MissingRanges::default(), false, Vec::new());
     }
 
     /// The source message that was taken last.
@@ -189,6 +192,7 @@ impl Merge {
                 if self.open.len() > OPEN
                     && let Some((_, oldest)) = self.open.pop_first()
                 {
+                    self.gave_up |= oldest.cause.is_none();
                     self.give_up(oldest);
                 }
             }
@@ -225,6 +229,8 @@ impl Merge {
                 true => self.expect(ExpectedCause::Repaired, 1),
                 false => self.out_of_place(&copy, "after messages that follow it at the source"),
             }
+        } else if self.missing.contains(copy.seq) {
+            // Of a message that was given up: the second look finds it.
         } else if copy.seq > self.highest {
             // In its place, and the source has nothing there any more.
             self.highest = copy.seq;
@@ -477,6 +483,19 @@ mod tests {
         assert_eq!(found(&merge, DifferenceKind::Order), []);
         assert_eq!((ranges(&missing), merge.suspects.len()), (vec![], 4));
         assert_eq!(merge.expected[&ExpectedCause::Repaired], 1);
+    }
+
+    #[test]
+    fn late_copies_of_what_was_given_up_are_left_to_find() {
+        let all: Vec<u64> = (1..=60_000).collect();
+        let late: Vec<u64> = (59_001..=60_000).chain(1..=59_000).collect();
+        let (merge, missing) = merged(&all, &late);
+        assert!(merge.gave_up);
+        assert_eq!(ranges(&missing), [(1, 9_000)], "the others are paired");
+        assert_eq!((merge.unknown.len(), found(&merge, DifferenceKind::Extra)), (0, vec![]));
+        assert!(merge.expected.is_empty(), "{:?}", merge.expected);
+        let (merge, _) = merged(&all[..50_000], &late[..0]);
+        assert!(!merge.gave_up);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use nats_lane::{
 
 use super::{
     compare::{BothSides, StreamComparison, source_time_ns},
-    ranges::MissingRanges,
+    second_look::ConfirmedMissing,
     stream::stream_name,
 };
 use crate::{
@@ -44,9 +44,15 @@ pub fn cannot_repair(replication: &Replication) -> Option<String> {
 
 impl StreamComparison<'_> {
     /// Copies these messages, one after the other.
-    pub async fn repair(&mut self, missing: &MissingRanges) -> Result<(), Error> {
+    pub async fn repair(&mut self, missing: &ConfirmedMissing) -> Result<(), Error> {
         let mut result = RepairResult::default();
-        for range in missing.ranges() {
+        let ConfirmedMissing { ranges, doubt } = missing;
+        if let Some(doubt) = doubt.filter(|_| !ranges.ranges().is_empty()) {
+            result.left = ranges.ranges().iter().map(|range| range.messages).sum::<u64>() + ranges.beyond;
+            result.reason = Some(doubt.to_owned());
+        }
+        let ranges = if doubt.is_some() { &[][..] } else { ranges.ranges() };
+        for range in ranges {
             let mut seq = range.from;
             while seq <= range.to {
                 match self.repair_next(seq, range.to).await {

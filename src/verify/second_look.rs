@@ -12,7 +12,7 @@ use nats_lane::{
 use super::{
     SourcePiece,
     compare::{BothSides, StreamComparison, TargetCursor, source_time_ns},
-    fingerprint::TargetMark,
+    fingerprint::{CopyTime, TargetMark},
     merge::{LOOK_UPS, Suspect},
     ranges::MissingRanges,
     stream::{StreamSide, WantedRange, read_each, stream_name},
@@ -30,6 +30,9 @@ use crate::{
 const APART: usize = 50;
 /// Dead letters, and late copies, that are remembered.
 const REMEMBERED: usize = 200_000;
+/// Why nothing is repaired where more late copies may be there than are remembered.
+const MANY_LATE: &str = "more messages than can be remembered are out of place at the target, so that they may be there: compare \
+                         smaller ranges, with `from` and `to`";
 /// Slack for the time at which a server removes what has expired, nanoseconds.
 const EXPIRY_SLACK: i64 = 5_000_000_000;
 /// Bytes that a copy has in addition, at least.
@@ -52,11 +55,22 @@ struct LookedAgain {
     /// Messages that are missing beside those.
     expected: BTreeMap<ExpectedCause, u64>,
     late: Vec<LateCopy>,
+    doubt: Option<&'static str>,
+}
+
+/// What the second look confirmed.
+#[derive(Debug, Default)]
+pub(super) struct ConfirmedMissing {
+    pub ranges: MissingRanges,
+    /// Why some of them may have a copy, or rightly have none: they are not repaired.
+    pub doubt: Option<&'static str>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct LateCopy {
     seq: u64,
+    /// Stored time at the source, where the copy says it.
+    time: Option<CopyTime>,
     target_seq: u64,
     repaired: bool,
 }
@@ -109,8 +123,8 @@ impl Explanations {
 }
 
 impl StreamComparison<'_> {
-    /// Judges what the first read of a range did not explain. Returns the messages that are missing, as ranges.
-    pub async fn second_look(&mut self, piece: SourcePiece, cursor: TargetCursor) -> Result<MissingRanges, Error> {
+    /// Judges what the first read of a range did not explain. Returns the messages that are missing.
+    pub async fn second_look(&mut self, piece: SourcePiece, cursor: TargetCursor) -> Result<ConfirmedMissing, Error> {
         let missing = self.merge.end();
         let confirmed = self.look_for_missing(&missing, cursor).await?;
         self.look_up_unknown(piece).await?;
@@ -123,8 +137,8 @@ impl StreamComparison<'_> {
         &mut self,
         missing: &MissingRanges,
         cursor: TargetCursor,
-    ) -> Result<MissingRanges, Error> {
-        let mut confirmed = MissingRanges::default();
+    ) -> Result<ConfirmedMissing, Error> {
+        let mut confirmed = ConfirmedMissing::default();
         if missing.ranges().is_empty() {
             return Ok(confirmed);
         }
@@ -134,6 +148,7 @@ impl StreamComparison<'_> {
                 Err(error) => self.wait_after(error).await?,
             }
         };
+        confirmed.doubt = looked.doubt;
         for (cause, messages) in looked.expected {
             self.merge.expect(cause, messages);
         }
@@ -156,9 +171,9 @@ impl StreamComparison<'_> {
         }
         for candidate in looked.missing {
             if !candidate.joins {
-                confirmed.close();
+                confirmed.ranges.close();
             }
-            confirmed.add(candidate.seq);
+            confirmed.ranges.add(candidate.seq);
             let list = self.merge.list(DifferenceKind::Missing);
             list.add(candidate.seq, candidate.joins);
             list.example(DifferenceExample {
@@ -175,22 +190,10 @@ impl StreamComparison<'_> {
         self.connect().await?;
         let Some(mut sides) = self.sides.take() else { return Ok(LookedAgain::default()) };
         let mut looked = LookedAgain::default();
-        // Copies that were stored late, where the target was not read to its end.
-        let read = cursor.read.unwrap_or_default();
-        if read < cursor.end {
-            let prints = &self.prints;
-            let wanted = WantedRange { filters: &[], from: read + 1, to: cursor.end, headers_only: true };
-            read_each(&mut sides.target, wanted, |incoming| {
-                let origin = prints.origin(&incoming.delivery, incoming.message.header);
-                if let Some((seq, _, repaired)) = origin.filter(|(seq, ..)| missing.contains(*seq))
-                    && looked.late.len() < REMEMBERED
-                {
-                    looked.late.push(LateCopy { seq, target_seq: incoming.delivery.stream_seq, repaired });
-                }
-            })
-            .await?;
+        let mut late = self.late_copies(&mut sides.target, missing, cursor).await?;
+        if late.len() >= REMEMBERED {
+            looked.doubt = Some(MANY_LATE);
         }
-        let found: HashSet<u64> = looked.late.iter().map(|late| late.seq).collect();
         let explanations = self.explanations(&mut sides).await?;
         let (by_subject, keeps_fewer) = by_subject(&sides);
         let mut asked = Vec::new();
@@ -203,7 +206,10 @@ impl StreamComparison<'_> {
                 if scope.excludes(message.subject) {
                     return;
                 }
-                if !missing.contains(seq) || found.contains(&seq) {
+                let copy =
+                    late.remove(&seq).filter(|copy| copy.time.is_none_or(|time| time.fits(incoming.delivery.time_ns)));
+                looked.late.extend(copy);
+                if !missing.contains(seq) || copy.is_some() {
                     joins = false;
                     return;
                 }
@@ -239,6 +245,33 @@ impl StreamComparison<'_> {
         looked.missing.sort_by_key(|candidate| candidate.seq);
         self.sides = Some(sides);
         Ok(looked)
+    }
+
+    /// Copies that were stored late: after where the first read of the target ended, or anywhere if it met them when their originals
+    /// had been given up.
+    async fn late_copies(
+        &mut self,
+        target: &mut StreamSide,
+        missing: &MissingRanges,
+        cursor: TargetCursor,
+    ) -> Result<HashMap<u64, LateCopy>, Error> {
+        let mut late = HashMap::new();
+        let from = if self.merge.gave_up { cursor.start } else { cursor.read.unwrap_or_default() + 1 };
+        if from > cursor.end {
+            return Ok(late);
+        }
+        let prints = &self.prints;
+        let wanted = WantedRange { filters: &[], from, to: cursor.end, headers_only: true };
+        read_each(target, wanted, |incoming| {
+            let origin = prints.origin(&incoming.delivery, incoming.message.header);
+            if let Some((seq, time, repaired)) = origin.filter(|(seq, ..)| missing.contains(*seq))
+                && late.len() < REMEMBERED
+            {
+                late.insert(seq, LateCopy { seq, time, target_seq: incoming.delivery.stream_seq, repaired });
+            }
+        })
+        .await?;
+        Ok(late)
     }
 
     /// Whether the target removed a copy because it has newer messages of its subject.

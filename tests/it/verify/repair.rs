@@ -86,6 +86,33 @@ async fn a_repair_replaces_nothing_newer() -> Result<()> {
 }
 
 #[tokio::test]
+async fn many_repaired_messages_are_not_repaired_again() -> Result<()> {
+    const MESSAGES: u64 = 60_100;
+    let site = Site::small().await?;
+    let number = |number: u64| Outgoing::new("orders.1", number.to_string());
+    site.source_stream(ID, json!({})).await?.publish_all((1..=MESSAGES).map(number)).await?;
+    site.add(ID, json!({})).await?;
+    site.settled(ID, MESSAGES).await?;
+    // As after a repair of the first 60,000: they are at the end, with one hop more.
+    tamper(&site, ID, |messages| {
+        messages.rotate_left(60_000);
+        for message in &mut messages[100..] {
+            let hop = header_values(&message.header, "Choria-SR-Source").pop().unwrap_or_default();
+            message.header.truncate(message.header.len() - 2);
+            let hop = hop.replace(" TEST TEST ", " TEST repair:TEST ");
+            message.header.extend_from_slice(format!("Choria-SR-Source: {hop}\r\n\r\n").as_bytes());
+        }
+    })
+    .await?;
+    let found = verified(&site, ID, json!({"repair": true})).await?;
+    clean(&found, &site)?;
+    assert_eq!(found["expected"], json!({"repaired": 60_000}), "{found:#}");
+    assert_eq!(found["repaired"], json!({"stored": 0, "left": 0, "reason": null}), "{found:#}");
+    assert_eq!(site.at_target(ID).await?, MESSAGES);
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_cannot_be_repaired_says_why() -> Result<()> {
     for (fields, why) in [
         (json!({"target_mode": "exclusive"}), "its `target_mode` is `exclusive`"),
