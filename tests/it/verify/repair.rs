@@ -46,6 +46,11 @@ async fn what_is_missing_is_repaired() -> Result<()> {
                 && hops[1].starts_with("ORDERS 500 TEST repair:TEST "),
             "{hops:?}"
         );
+        // Only while the last message of its subject was the one that was looked up.
+        let condition = header_values(&repaired.header, "Nats-Expected-Last-Subject-Sequence");
+        let last =
+            stored[..996].iter().rev().find(|stored| stored.subject == repaired.subject).context("one before")?;
+        assert_eq!(condition, [last.seq.to_string()]);
         // Once more repairs nothing, and the copy continues where it was, also after a restart.
         let found = verified(&site, ID, json!({"repair": true})).await?;
         left(&found, 0);
