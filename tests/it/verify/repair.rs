@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::{ID, clean, copied, message, ranges, tamper, verified};
-use crate::harness::{Outgoing, Site, client::refused, raw::header_values, request};
+use crate::harness::{Outgoing, Service, Site, client::refused, raw::header_values, request};
 
 #[tokio::test]
 async fn what_is_missing_is_repaired() -> Result<()> {
@@ -114,6 +114,28 @@ async fn many_repaired_messages_are_not_repaired_again() -> Result<()> {
     assert_eq!(found["expected"], json!({"repaired": 60_000}), "{found:#}");
     assert_eq!(found["repaired"], json!({"stored": 0, "left": 0, "reason": null}), "{found:#}");
     assert_eq!(site.at_target(ID).await?, MESSAGES);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_renamed_site_knows_what_it_repaired() -> Result<()> {
+    let mut site = Site::small().await?;
+    copied(&site, json!({}), 100).await?;
+    tamper(&site, ID, |messages| messages.retain(|message| ![10, 11].contains(&message.seq))).await?;
+    let found = verified(&site, ID, json!({"repair": true})).await?;
+    assert_eq!(found["repaired"]["stored"], 2, "{found:#}");
+    site.stop().await?;
+    site.cli().ok(["site", "rename", "TEST", "TWO"]).await?;
+    let two = Service::builder(&site.service_url(), "TWO").start().await?;
+    let found = verified(&site, ID, json!({"repair": true})).await?;
+    assert_eq!(
+        (&found["findings"], &found["expected"]),
+        (&json!(0), &json!({"repaired": 2})),
+        "{found:#}\n{}",
+        two.log()
+    );
+    assert_eq!(found["repaired"]["stored"], 0, "{found:#}");
+    assert_eq!(site.at_target(ID).await?, 100);
     Ok(())
 }
 
