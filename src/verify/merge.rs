@@ -264,7 +264,7 @@ impl Merge {
         ];
         let mut suspect = false;
         for (kind, _) in differs.into_iter().filter(|(_, differs)| *differs) {
-            self.list(kind).add(source.seq, false);
+            self.list(kind).add(source.seq);
             suspect = true;
         }
         if suspect && self.suspects.len() < LOOK_UPS {
@@ -274,7 +274,7 @@ impl Merge {
 
     fn out_of_place(&mut self, copy: &TargetMark, how: &str) {
         let list = self.list(DifferenceKind::Order);
-        list.add(copy.seq, false);
+        list.add(copy.seq);
         list.example(DifferenceExample {
             source_seq: Some(copy.seq),
             target_seq: Some(copy.target_seq),
@@ -286,7 +286,7 @@ impl Merge {
     /// Notes a message of the target that is too much.
     pub fn extra(&mut self, seq: Option<u64>, target_seq: u64, subject: Option<String>, detail: &str) {
         let list = self.list(DifferenceKind::Extra);
-        list.add(target_seq, false);
+        list.add(target_seq);
         list.example(DifferenceExample {
             source_seq: seq,
             target_seq: Some(target_seq),

@@ -52,7 +52,7 @@ impl StreamComparison<'_> {
         let mut result = RepairResult::default();
         let ConfirmedMissing { ranges, doubt } = missing;
         if let Some(doubt) = doubt.filter(|_| !ranges.ranges().is_empty()) {
-            result.left = ranges.ranges().iter().map(|range| range.messages).sum::<u64>() + ranges.beyond;
+            result.left = ranges.messages();
             result.reason = Some(doubt.to_owned());
         }
         let ranges = if doubt.is_some() { &[][..] } else { ranges.ranges() };

@@ -14,7 +14,7 @@ use super::{
     compare::{BothSides, StreamComparison, TargetCursor, source_time_ns},
     fingerprint::{CopyTime, TargetMark},
     merge::{LOOK_UPS, Suspect},
-    ranges::MissingRanges,
+    ranges::{EXAMPLES, MissingRanges},
     stream::{StreamSide, WantedRange, read_each, stream_name},
 };
 use crate::{
@@ -42,8 +42,6 @@ const ADDED: usize = 64;
 #[derive(Debug, Clone)]
 struct Candidate {
     seq: u64,
-    /// No message with a copy is between it and the candidate before.
-    joins: bool,
     subject: String,
     bytes: usize,
 }
@@ -51,11 +49,23 @@ struct Candidate {
 /// What was found again.
 #[derive(Debug, Default)]
 struct LookedAgain {
-    missing: Vec<Candidate>,
+    missing: MissingRanges,
+    /// The first ones.
+    examples: Vec<Candidate>,
     /// Messages that are missing beside those.
     expected: BTreeMap<ExpectedCause, u64>,
     late: Vec<LateCopy>,
     doubt: Option<&'static str>,
+}
+
+impl LookedAgain {
+    /// Adds a message that is missing. It is kept only as an example.
+    fn add(&mut self, seq: u64, candidate: impl FnOnce() -> Candidate) {
+        self.missing.add(seq);
+        if self.examples.len() < EXAMPLES {
+            self.examples.push(candidate());
+        }
+    }
 }
 
 /// What the second look confirmed.
@@ -157,7 +167,7 @@ impl StreamComparison<'_> {
                 self.merge.expect(ExpectedCause::Repaired, 1);
             } else {
                 let list = self.merge.list(DifferenceKind::Order);
-                list.add(late.seq, false);
+                list.add(late.seq);
                 list.example(DifferenceExample {
                     source_seq: Some(late.seq),
                     target_seq: Some(late.target_seq),
@@ -169,13 +179,10 @@ impl StreamComparison<'_> {
                 self.merge.suspects.push(Suspect { seq: late.seq, target_seq: late.target_seq });
             }
         }
-        for candidate in looked.missing {
-            if !candidate.joins {
-                confirmed.ranges.close();
-            }
-            confirmed.ranges.add(candidate.seq);
-            let list = self.merge.list(DifferenceKind::Missing);
-            list.add(candidate.seq, candidate.joins);
+        let list = self.merge.list(DifferenceKind::Missing);
+        list.add_missing(&looked.missing);
+        confirmed.ranges = looked.missing;
+        for candidate in looked.examples {
             list.example(DifferenceExample {
                 source_seq: Some(candidate.seq),
                 target_seq: None,
@@ -197,10 +204,12 @@ impl StreamComparison<'_> {
         let explanations = self.explanations(&mut sides).await?;
         let (by_subject, keeps_fewer) = by_subject(&sides);
         let mut asked = Vec::new();
+        // After those that are asked.
+        let mut rest = LookedAgain::default();
         let scope = &self.job.replication.scope;
         for (from, to) in spans(missing) {
             let wanted = WantedRange { filters: scope.filters(), from, to, headers_only: true };
-            let mut joins = false;
+            rest.missing.close();
             read_each(&mut sides.source, wanted, |incoming| {
                 let (seq, message) = (incoming.delivery.stream_seq, &incoming.message);
                 if scope.excludes(message.subject) {
@@ -210,39 +219,39 @@ impl StreamComparison<'_> {
                     late.remove(&seq).filter(|copy| copy.time.is_none_or(|time| time.fits(incoming.delivery.time_ns)));
                 looked.late.extend(copy);
                 if !missing.contains(seq) || copy.is_some() {
-                    joins = false;
+                    rest.missing.close();
                     return;
                 }
                 let bytes =
                     headers::last(message.header, b"Nats-Msg-Size").and_then(number).unwrap_or_default() as usize;
                 if let Some(cause) = explanations.cause(incoming, bytes) {
                     *looked.expected.entry(cause).or_default() += 1;
-                    joins = false;
+                    rest.missing.close();
                     return;
                 }
-                let subject = String::from_utf8_lossy(message.subject).into_owned();
-                let candidate = Candidate { seq, joins, subject, bytes };
-                joins = true;
+                let candidate =
+                    || Candidate { seq, subject: String::from_utf8_lossy(message.subject).into_owned(), bytes };
                 if by_subject && asked.len() < LOOK_UPS {
-                    asked.push(candidate);
+                    asked.push(candidate());
                 } else if keeps_fewer {
                     // As the first ones, which were looked up.
                     *looked.expected.entry(ExpectedCause::RemovedAtTarget).or_default() += 1;
                 } else {
-                    looked.missing.push(candidate);
+                    rest.add(seq, candidate);
                 }
             })
             .await?;
         }
-        for mut candidate in asked {
+        for candidate in asked {
             if self.is_replaced(&mut sides, &candidate).await? {
                 *looked.expected.entry(ExpectedCause::RemovedAtTarget).or_default() += 1;
             } else {
-                candidate.joins = false;
-                looked.missing.push(candidate);
+                looked.missing.close();
+                looked.add(candidate.seq, || candidate);
             }
         }
-        looked.missing.sort_by_key(|candidate| candidate.seq);
+        looked.missing.append(&rest.missing);
+        looked.examples.extend(rest.examples);
         self.sides = Some(sides);
         Ok(looked)
     }
@@ -414,7 +423,7 @@ impl StreamComparison<'_> {
             for (kind, detail) in differs {
                 let list = self.merge.list(kind);
                 if is_late {
-                    list.add(suspect.seq, false);
+                    list.add(suspect.seq);
                 }
                 list.example(DifferenceExample {
                     source_seq: Some(suspect.seq),
