@@ -293,6 +293,9 @@ impl<'a> StreamComparison<'a> {
         }
         match replication.start {
             Start::Sequence(start) if delivery.stream_seq < start => return Some(ExpectedCause::BeforeStart),
+            Start::Time(start) if start.timestamp_nanos_opt().is_some_and(|start| delivery.time_ns < start) => {
+                return Some(ExpectedCause::BeforeStart);
+            }
             _ => {}
         }
         replication.sampling.as_ref().map(|_| ExpectedCause::Sampled)

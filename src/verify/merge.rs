@@ -29,6 +29,22 @@ pub(super) struct Suspect {
     pub target_seq: u64,
 }
 
+/// The first copy that was read of a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FirstCopy {
+    pub seq: u64,
+    pub target_seq: u64,
+}
+
+impl FirstCopy {
+    /// Its source sequence, if the target has no copy before it, or none that matters: the target begins at `first` now, was read
+    /// from `start` on, and has no copy of messages from `missing` on.
+    pub fn at_front(self, start: u64, first: u64, missing: u64) -> Option<u64> {
+        let is_there = self.target_seq >= first;
+        (is_there && (start <= first || self.seq < missing)).then_some(self.seq)
+    }
+}
+
 /// Messages without a copy, and why each may rightly have none.
 #[derive(Debug, Clone, Copy)]
 struct OpenMessage {
@@ -57,6 +73,8 @@ pub(super) struct Merge {
     missing: MissingRanges,
     /// Messages were given up before everything was read: their copies may follow, which are then not compared.
     pub gave_up: bool,
+    /// The first copy that was read and that a run made.
+    pub first_copy: Option<FirstCopy>,
     /// Copies without an original, to be looked up.
     pub unknown: Vec<TargetMark>,
     pub suspects: Vec<Suspect>,
@@ -82,6 +100,7 @@ impl Merge {
             copied: true,
             missing: MissingRanges::default(),
             gave_up: false,
+            first_copy: None,
             unknown: Vec::new(),
             suspects: Vec::new(),
             differences: BTreeMap::new(),
@@ -97,6 +116,7 @@ impl Merge {
         (self.from, self.to) = (from, to);
         (self.source_taken, self.highest, self.copied) = (from - 1, from - 1, true);
         (self.missing, self.gave_up, self.unknown) = (MissingRanges::default(), false, Vec::new());
+        self.first_copy = None;
     }
 
     /// The source message that was taken last.
@@ -119,6 +139,7 @@ impl Merge {
         self.target_messages += 1;
         if !mark.repaired {
             self.last_copy = self.last_copy.max(mark.seq);
+            self.first_copy.get_or_insert(FirstCopy { seq: mark.seq, target_seq: mark.target_seq });
         }
         // Others are of other ranges, or newer than what was settled at the beginning.
         if (self.from..=self.to).contains(&mark.seq) {
@@ -496,6 +517,29 @@ mod tests {
         assert!(merge.expected.is_empty(), "{:?}", merge.expected);
         let (merge, _) = merged(&all[..50_000], &late[..0]);
         assert!(!merge.gave_up);
+    }
+
+    #[test]
+    fn the_first_copy_says_what_limits_removed() {
+        let all: Vec<u64> = (1..=500).collect();
+        let mut repaired = copy(1, 1);
+        repaired.repaired = true;
+        let copies = [vec![repaired], (100..=500).map(|seq| copy(seq, seq + 1_000)).collect()].concat();
+        let (merge, _) = merge_marks(&all, copies);
+        let first = merge.first_copy.unwrap();
+        assert_eq!(first, FirstCopy { seq: 100, target_seq: 1_100 });
+        for (start, first_seq, missing, expect) in [
+            (1, 1, 1, Some(100)),
+            (1, 50, 1, Some(100)),
+            (1, 1_100, 1, Some(100)),
+            // The target removed it meanwhile.
+            (1, 1_101, 1, None),
+            // Read from a later message on: before it are other copies.
+            (60, 50, 1, None),
+            (60, 50, 101, Some(100)),
+        ] {
+            assert_eq!(first.at_front(start, first_seq, missing), expect, "{start} {first_seq} {missing}");
+        }
     }
 
     #[test]

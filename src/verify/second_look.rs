@@ -33,6 +33,9 @@ const REMEMBERED: usize = 200_000;
 /// Why nothing is repaired where more late copies may be there than are remembered.
 const MANY_LATE: &str = "more messages than can be remembered are out of place at the target, so that they may be there: compare \
                          smaller ranges, with `from` and `to`";
+/// Why nothing is repaired where the first copy of the target is not known.
+const UNKNOWN_FRONT: &str = "the first copy that the target has was not found, so that a limit of the target may have removed them, or \
+                             they are before the configured start: compare again";
 /// Slack for the time at which a server removes what has expired, nanoseconds.
 const EXPIRY_SLACK: i64 = 5_000_000_000;
 /// Bytes that a copy has in addition, at least.
@@ -100,6 +103,8 @@ struct Explanations {
     dead_letters: HashSet<u64>,
     /// Subjects of the descriptions of objects begin with this, where some were skipped.
     incomplete: Option<String>,
+    /// Why these may not be all.
+    doubt: Option<&'static str>,
 }
 
 impl Explanations {
@@ -201,7 +206,8 @@ impl StreamComparison<'_> {
         if late.len() >= REMEMBERED {
             looked.doubt = Some(MANY_LATE);
         }
-        let explanations = self.explanations(&mut sides).await?;
+        let explanations = self.explanations(&mut sides, missing, cursor).await?;
+        looked.doubt = looked.doubt.or(explanations.doubt);
         let (by_subject, keeps_fewer) = by_subject(&sides);
         let mut asked = Vec::new();
         // After those that are asked.
@@ -309,7 +315,12 @@ impl StreamComparison<'_> {
         self.prints.origin(&delivery, &message.header).map(|(seq, _, repaired)| (seq, repaired))
     }
 
-    async fn explanations(&mut self, sides: &mut BothSides) -> Result<Explanations, Error> {
+    async fn explanations(
+        &mut self,
+        sides: &mut BothSides,
+        missing: &MissingRanges,
+        cursor: TargetCursor,
+    ) -> Result<Explanations, Error> {
         let replication = &self.job.replication;
         let target = &mut sides.target;
         let stream = stream_name(&target.info).to_owned();
@@ -320,10 +331,17 @@ impl StreamComparison<'_> {
         let (first_seq, ttl) = (info.state.first_seq, info.flag("allow_msg_ttl"));
         let stream_limit = usize::try_from(info.number("max_msg_size")).ok().filter(|limit| *limit > 0);
         let largest = stream_limit.unwrap_or(usize::MAX).min(target.lane.info().max_payload);
-        let first = self.first_copy(target).await?;
+        let from = missing.ranges().first().map_or(1, |range| range.from);
+        let read = self.merge.first_copy.and_then(|first| first.at_front(cursor.start, first_seq, from));
+        let first = match read {
+            Some(first) => Some(first),
+            None => self.first_copy(target).await?,
+        };
         // An empty target that had messages removed all of them.
         let front = first.or((info_is_empty(target)).then_some(u64::MAX));
         let removed_before = front.filter(|_| is_limited && first_seq > 1);
+        let matters = is_limited && first_seq > 1 || replication.start != Start::All;
+        let doubt = (matters && front.is_none()).then_some(UNKNOWN_FRONT);
         let start = first.filter(|_| replication.start != Start::All);
         let mut dead_letters = HashSet::new();
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
@@ -333,7 +351,7 @@ impl StreamComparison<'_> {
         let bucket = replication.source.stream.strip_prefix("OBJ_");
         let incomplete = bucket.filter(|_| self.job.skipped_incomplete).map(|bucket| format!("$O.{bucket}.M."));
         let now_ns = source_time_ns(&sides.source);
-        Ok(Explanations { removed_before, start, ttl, now_ns, largest: Some(largest), dead_letters, incomplete })
+        Ok(Explanations { removed_before, start, ttl, now_ns, largest: Some(largest), dead_letters, incomplete, doubt })
     }
 
     /// The source sequence of the first copy that the target has.

@@ -140,6 +140,23 @@ async fn a_renamed_site_knows_what_it_repaired() -> Result<()> {
 }
 
 #[tokio::test]
+async fn what_a_limit_removed_is_not_repaired() -> Result<()> {
+    let site = Site::small().await?;
+    site.target_stream(ID, json!({"max_msgs": 2_700})).await?;
+    copied(&site, json!({"target_mode": "shared"}), 500).await?;
+    // The limit removes all copies before these.
+    let own = (1..=1_200).map(|i: u64| Outgoing::new("orders.own", i.to_string()));
+    site.target().await?.publish_all(own).await?;
+    site.source().await?.publish_all((501..=2_000).map(message)).await?;
+    site.settled(ID, 2_000).await?;
+    let found = verified(&site, ID, json!({"repair": true})).await?;
+    clean(&found, &site)?;
+    assert_eq!(found["expected"], json!({"other_writer": 1_200, "removed_at_target": 500}), "{found:#}");
+    assert_eq!(found["repaired"]["stored"], 0, "{found:#}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_cannot_be_repaired_says_why() -> Result<()> {
     for (fields, why) in [
         (json!({"target_mode": "exclusive"}), "its `target_mode` is `exclusive`"),
