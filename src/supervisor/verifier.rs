@@ -29,6 +29,8 @@ const SAVE_EVERY: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_secs(2);
 /// How long the watch may take to deliver a request.
 const DELIVERED: Duration = Duration::from_secs(5);
+/// How often a job begins before it is given up.
+const STARTS: u64 = 5;
 /// How often a schedule is compared with the time.
 const CHECK_SCHEDULE: Duration = Duration::from_secs(1);
 
@@ -139,7 +141,11 @@ impl Verifier {
         info!(replication = id, job = mark.job, "compares both streams");
         let mut span = deps.traces.begin("verify", id, self.epoch);
         let (progress, shown) = watch::channel(begun);
-        let end = self.work(revision, &mark, progress, shown.clone()).await;
+        let starts = shown.borrow().starts;
+        let end = match given_up(starts) {
+            Some(error) => JobEnd::Ended(Err(error)),
+            None => self.work(revision, &mark, progress, shown.clone()).await,
+        };
         let mut ended = shown.borrow().clone();
         ended.ended_at = Some(Utc::now().trunc_subsecs(3));
         (ended.state, ended.error) = match end {
@@ -255,6 +261,16 @@ impl Verifier {
         }
         let _ = self.requests.wait_for(|requests| requests.verify.as_ref().is_none_or(|(at, _)| *at != revision)).await;
     }
+}
+
+/// Why a job is not begun once more, where the leaders before ended while they compared.
+fn given_up(starts: u64) -> Option<String> {
+    (starts > STARTS).then(|| {
+        format!(
+            "it began {STARTS} times, and each time the leader stopped or changed before it ended: see why in the logs of the \
+             instances, or compare smaller ranges, with `from` and `to`"
+        )
+    })
 }
 
 /// Waits until a request is no longer there.

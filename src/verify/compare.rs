@@ -70,6 +70,8 @@ pub(super) struct StreamComparison<'a> {
 /// Where the target was left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TargetCursor {
+    /// The first sequence to read.
+    pub start: u64,
     /// The sequence up to which it was read; `None` before the first read.
     pub read: Option<u64>,
     /// Its last sequence when the comparison of the range began.
@@ -143,7 +145,7 @@ impl<'a> StreamComparison<'a> {
     /// Compares a range, across lost connections and restarts of servers. Returns how far the target was read.
     pub async fn compare(&mut self, piece: SourcePiece) -> Result<TargetCursor, Error> {
         self.merge.begin(piece.from, piece.to);
-        let mut cursor = TargetCursor { read: None, end: 0, beyond: 0 };
+        let mut cursor = TargetCursor { start: 1, read: None, end: 0, beyond: 0 };
         loop {
             match self.try_compare(piece, &mut cursor).await {
                 Ok(()) => return Ok(cursor),
@@ -171,8 +173,8 @@ impl<'a> StreamComparison<'a> {
         self.connect().await?;
         let Some(mut sides) = self.sides.take() else { return Ok(()) };
         if cursor.read.is_none() {
-            let start = self.locate(&mut sides.target, piece.from).await?;
-            cursor.read = Some(start.max(1) - 1);
+            cursor.start = self.locate(&mut sides.target, piece.from).await?.max(1);
+            cursor.read = Some(cursor.start - 1);
             cursor.end = sides.target.info.state.last_seq;
         }
         self.merge_both(piece, cursor, &mut sides).await?;
@@ -291,6 +293,9 @@ impl<'a> StreamComparison<'a> {
         }
         match replication.start {
             Start::Sequence(start) if delivery.stream_seq < start => return Some(ExpectedCause::BeforeStart),
+            Start::Time(start) if start.timestamp_nanos_opt().is_some_and(|start| delivery.time_ns < start) => {
+                return Some(ExpectedCause::BeforeStart);
+            }
             _ => {}
         }
         replication.sampling.as_ref().map(|_| ExpectedCause::Sampled)

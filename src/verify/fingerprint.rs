@@ -151,6 +151,16 @@ impl Fingerprints {
         self.origin(&delivery, header).map(|(seq, ..)| seq)
     }
 
+    /// Whether a stored message of the target is a copy of a message of the source.
+    pub fn is_copy(&self, stored: &StoredMessage, original: &StoredMessage) -> bool {
+        let StoredMessage { sequence, time_ns, header, .. } = stored;
+        let delivery = Delivery { stream_seq: *sequence, consumer_seq: 1, time_ns: *time_ns, pending: 0 };
+        let origin = self.origin(&delivery, header);
+        origin.is_some_and(|(seq, time, _)| {
+            seq == original.sequence && time.is_none_or(|time| time.fits(original.time_ns))
+        })
+    }
+
     /// The headers of the message that was taken last, one a line, as they are compared.
     pub fn lines(&self) -> Vec<u8> {
         self.room.clone()

@@ -29,6 +29,22 @@ pub(super) struct Suspect {
     pub target_seq: u64,
 }
 
+/// The first copy that was read of a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FirstCopy {
+    pub seq: u64,
+    pub target_seq: u64,
+}
+
+impl FirstCopy {
+    /// Its source sequence, if the target has no copy before it, or none that matters: the target begins at `first` now, was read
+    /// from `start` on, and has no copy of messages from `missing` on.
+    pub fn at_front(self, start: u64, first: u64, missing: u64) -> Option<u64> {
+        let is_there = self.target_seq >= first;
+        (is_there && (start <= first || self.seq < missing)).then_some(self.seq)
+    }
+}
+
 /// Messages without a copy, and why each may rightly have none.
 #[derive(Debug, Clone, Copy)]
 struct OpenMessage {
@@ -55,6 +71,10 @@ pub(super) struct Merge {
     /// The source message that was taken last has a copy.
     copied: bool,
     missing: MissingRanges,
+    /// Messages were given up before everything was read: their copies may follow, which are then not compared.
+    pub gave_up: bool,
+    /// The first copy that was read and that a run made.
+    pub first_copy: Option<FirstCopy>,
     /// Copies without an original, to be looked up.
     pub unknown: Vec<TargetMark>,
     pub suspects: Vec<Suspect>,
@@ -79,6 +99,8 @@ impl Merge {
             highest: 0,
             copied: true,
             missing: MissingRanges::default(),
+            gave_up: false,
+            first_copy: None,
             unknown: Vec::new(),
             suspects: Vec::new(),
             differences: BTreeMap::new(),
@@ -93,7 +115,8 @@ impl Merge {
     pub fn begin(&mut self, from: u64, to: u64) {
         (self.from, self.to) = (from, to);
         (self.source_taken, self.highest, self.copied) = (from - 1, from - 1, true);
-        (self.missing, self.unknown) = (MissingRanges::default(), Vec::new());
+        (self.missing, self.gave_up, self.unknown) = (MissingRanges::default(), false, Vec::new());
+        self.first_copy = None;
     }
 
     /// The source message that was taken last.
@@ -116,6 +139,7 @@ impl Merge {
         self.target_messages += 1;
         if !mark.repaired {
             self.last_copy = self.last_copy.max(mark.seq);
+            self.first_copy.get_or_insert(FirstCopy { seq: mark.seq, target_seq: mark.target_seq });
         }
         // Others are of other ranges, or newer than what was settled at the beginning.
         if (self.from..=self.to).contains(&mark.seq) {
@@ -189,6 +213,7 @@ impl Merge {
                 if self.open.len() > OPEN
                     && let Some((_, oldest)) = self.open.pop_first()
                 {
+                    self.gave_up |= oldest.cause.is_none();
                     self.give_up(oldest);
                 }
             }
@@ -225,6 +250,8 @@ impl Merge {
                 true => self.expect(ExpectedCause::Repaired, 1),
                 false => self.out_of_place(&copy, "after messages that follow it at the source"),
             }
+        } else if self.missing.contains(copy.seq) {
+            // Of a message that was given up: the second look finds it.
         } else if copy.seq > self.highest {
             // In its place, and the source has nothing there any more.
             self.highest = copy.seq;
@@ -258,7 +285,7 @@ impl Merge {
         ];
         let mut suspect = false;
         for (kind, _) in differs.into_iter().filter(|(_, differs)| *differs) {
-            self.list(kind).add(source.seq, false);
+            self.list(kind).add(source.seq);
             suspect = true;
         }
         if suspect && self.suspects.len() < LOOK_UPS {
@@ -268,7 +295,7 @@ impl Merge {
 
     fn out_of_place(&mut self, copy: &TargetMark, how: &str) {
         let list = self.list(DifferenceKind::Order);
-        list.add(copy.seq, false);
+        list.add(copy.seq);
         list.example(DifferenceExample {
             source_seq: Some(copy.seq),
             target_seq: Some(copy.target_seq),
@@ -280,7 +307,7 @@ impl Merge {
     /// Notes a message of the target that is too much.
     pub fn extra(&mut self, seq: Option<u64>, target_seq: u64, subject: Option<String>, detail: &str) {
         let list = self.list(DifferenceKind::Extra);
-        list.add(target_seq, false);
+        list.add(target_seq);
         list.example(DifferenceExample {
             source_seq: seq,
             target_seq: Some(target_seq),
@@ -477,6 +504,42 @@ mod tests {
         assert_eq!(found(&merge, DifferenceKind::Order), []);
         assert_eq!((ranges(&missing), merge.suspects.len()), (vec![], 4));
         assert_eq!(merge.expected[&ExpectedCause::Repaired], 1);
+    }
+
+    #[test]
+    fn late_copies_of_what_was_given_up_are_left_to_find() {
+        let all: Vec<u64> = (1..=60_000).collect();
+        let late: Vec<u64> = (59_001..=60_000).chain(1..=59_000).collect();
+        let (merge, missing) = merged(&all, &late);
+        assert!(merge.gave_up);
+        assert_eq!(ranges(&missing), [(1, 9_000)], "the others are paired");
+        assert_eq!((merge.unknown.len(), found(&merge, DifferenceKind::Extra)), (0, vec![]));
+        assert!(merge.expected.is_empty(), "{:?}", merge.expected);
+        let (merge, _) = merged(&all[..50_000], &late[..0]);
+        assert!(!merge.gave_up);
+    }
+
+    #[test]
+    fn the_first_copy_says_what_limits_removed() {
+        let all: Vec<u64> = (1..=500).collect();
+        let mut repaired = copy(1, 1);
+        repaired.repaired = true;
+        let copies = [vec![repaired], (100..=500).map(|seq| copy(seq, seq + 1_000)).collect()].concat();
+        let (merge, _) = merge_marks(&all, copies);
+        let first = merge.first_copy.unwrap();
+        assert_eq!(first, FirstCopy { seq: 100, target_seq: 1_100 });
+        for (start, first_seq, missing, expect) in [
+            (1, 1, 1, Some(100)),
+            (1, 50, 1, Some(100)),
+            (1, 1_100, 1, Some(100)),
+            // The target removed it meanwhile.
+            (1, 1_101, 1, None),
+            // Read from a later message on: before it are other copies.
+            (60, 50, 1, None),
+            (60, 50, 101, Some(100)),
+        ] {
+            assert_eq!(first.at_front(start, first_seq, missing), expect, "{start} {first_seq} {missing}");
+        }
     }
 
     #[test]

@@ -16,21 +16,31 @@ impl DifferenceList {
         Self(DifferenceSummary { kind, messages: 0, ranges: Vec::new(), unlisted: 0, examples: Vec::new() })
     }
 
-    /// Adds a message. With `joins`, nothing is between it and the one that was added before.
-    pub fn add(&mut self, seq: u64, joins: bool) {
+    /// Adds a message.
+    pub fn add(&mut self, seq: u64) {
+        self.add_range(SequenceRange { from: seq, to: seq, messages: 1 });
+    }
+
+    /// Adds the messages of a range.
+    pub fn add_range(&mut self, range: SequenceRange) {
         let DifferenceSummary { messages, ranges, unlisted, .. } = &mut self.0;
-        *messages += 1;
+        *messages += range.messages;
         let full = ranges.len() >= RANGES;
-        match ranges.last_mut().filter(|last| *unlisted == 0 && (seq == last.to + 1 || (joins && seq > last.to))) {
+        match ranges.last_mut().filter(|last| *unlisted == 0 && range.from == last.to + 1) {
             Some(last) => {
-                last.to = seq;
-                last.messages += 1;
+                last.to = range.to;
+                last.messages += range.messages;
             }
-            None if *unlisted == 0 && !full => {
-                ranges.push(SequenceRange { from: seq, to: seq, messages: 1 });
-            }
-            None => *unlisted += 1,
+            None if *unlisted == 0 && !full => ranges.push(range),
+            None => *unlisted += range.messages,
         }
+    }
+
+    /// Adds messages without a copy.
+    pub fn add_missing(&mut self, missing: &MissingRanges) {
+        missing.ranges.iter().for_each(|range| self.add_range(*range));
+        self.0.messages += missing.beyond;
+        self.0.unlisted += missing.beyond;
     }
 
     /// Whether another example is wanted.
@@ -78,6 +88,24 @@ impl MissingRanges {
         self.closed = false;
     }
 
+    /// Adds ranges that follow, in the order of the source.
+    pub fn append(&mut self, following: &Self) {
+        for range in &following.ranges {
+            if self.ranges.len() < KEPT && self.beyond == 0 {
+                self.ranges.push(*range);
+            } else {
+                self.beyond += range.messages;
+            }
+        }
+        self.beyond += following.beyond;
+        self.closed = true;
+    }
+
+    /// Messages in all of them.
+    pub fn messages(&self) -> u64 {
+        self.ranges.iter().map(|range| range.messages).sum::<u64>() + self.beyond
+    }
+
     /// A message that is not missing comes next.
     pub fn close(&mut self) {
         self.closed = true;
@@ -105,15 +133,35 @@ mod tests {
     #[test]
     fn neighbours_join_and_the_rest_is_counted() {
         let mut list = DifferenceList::new(DifferenceKind::Missing);
-        for (seq, joins) in [(3, false), (4, false), (9, true), (20, false)] {
-            list.add(seq, joins);
-        }
+        [3, 4].into_iter().for_each(|seq| list.add(seq));
+        list.add_range(range(5, 9, 1));
+        list.add(20);
         let difference = list.difference().unwrap();
         assert_eq!((difference.messages, difference.ranges), (4, vec![range(3, 9, 3), range(20, 20, 1)]));
-        (0..500).for_each(|i| list.add(100 + 2 * i, false));
+        (0..500).for_each(|i| list.add(100 + 2 * i));
         let difference = list.difference().unwrap();
         assert_eq!((difference.messages, difference.ranges.len(), difference.unlisted), (504, RANGES, 402));
         assert_eq!(DifferenceList::new(DifferenceKind::Extra).difference(), None);
+    }
+
+    #[test]
+    fn what_follows_is_added_and_what_does_not_fit_counted() {
+        let mut missing = MissingRanges::default();
+        missing.add(1);
+        let mut following = MissingRanges::default();
+        for seq in 2..=50_000_000 / 1_000 {
+            following.add(1_000 * seq);
+            following.close();
+        }
+        (0..1_000).for_each(|seq| following.add(100_000_000 + seq));
+        missing.append(&following);
+        assert_eq!((missing.ranges().len(), missing.beyond, missing.messages()), (KEPT, 1_000, 51_000));
+        missing.append(&following);
+        assert_eq!((missing.ranges().len(), missing.messages()), (KEPT, 51_000 + 50_999));
+        let mut list = DifferenceList::new(DifferenceKind::Missing);
+        list.add_missing(&missing);
+        let found = list.difference().unwrap();
+        assert_eq!((found.messages, found.unlisted), (101_999, 101_999 - 100));
     }
 
     #[test]

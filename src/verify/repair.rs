@@ -7,7 +7,7 @@ use nats_lane::{
 
 use super::{
     compare::{BothSides, StreamComparison, source_time_ns},
-    ranges::MissingRanges,
+    second_look::ConfirmedMissing,
     stream::stream_name,
 };
 use crate::{
@@ -15,6 +15,10 @@ use crate::{
     copy::target::repair::{RepairTarget, repaired},
     status::RepairResult,
 };
+
+/// The message that is repaired, and the last message of its subject at the target when it was first looked up. It stays the same
+/// while the message is tried again: the try before may have stored it.
+type ExpectedLast = Option<(u64, u64)>;
 
 /// What became of one message.
 enum Repaired {
@@ -44,12 +48,19 @@ pub fn cannot_repair(replication: &Replication) -> Option<String> {
 
 impl StreamComparison<'_> {
     /// Copies these messages, one after the other.
-    pub async fn repair(&mut self, missing: &MissingRanges) -> Result<(), Error> {
+    pub async fn repair(&mut self, missing: &ConfirmedMissing) -> Result<(), Error> {
         let mut result = RepairResult::default();
-        for range in missing.ranges() {
+        let ConfirmedMissing { ranges, doubt } = missing;
+        if let Some(doubt) = doubt.filter(|_| !ranges.ranges().is_empty()) {
+            result.left = ranges.messages();
+            result.reason = Some(doubt.to_owned());
+        }
+        let ranges = if doubt.is_some() { &[][..] } else { ranges.ranges() };
+        for range in ranges {
             let mut seq = range.from;
+            let mut condition = None;
             while seq <= range.to {
-                match self.repair_next(seq, range.to).await {
+                match self.repair_next(seq, range.to, &mut condition).await {
                     Ok(None) => break,
                     Ok(Some((at, done))) => {
                         match done {
@@ -76,7 +87,12 @@ impl StreamComparison<'_> {
     }
 
     /// Copies the next message in scope, up to a sequence; returns which.
-    async fn repair_next(&mut self, from: u64, to: u64) -> Result<Option<(u64, Repaired)>, Error> {
+    async fn repair_next(
+        &mut self,
+        from: u64,
+        to: u64,
+        condition: &mut ExpectedLast,
+    ) -> Result<Option<(u64, Repaired)>, Error> {
         self.connect().await?;
         let Some(mut sides) = self.sides.take() else { return Ok(None) };
         let stream = stream_name(&sides.source.info).to_owned();
@@ -95,13 +111,18 @@ impl StreamComparison<'_> {
                 "it is after the last copy that the target has: the copy stores it itself when it is paused and resumed".to_owned(),
             )
         } else {
-            self.store(&mut sides, next.sequence).await?
+            self.store(&mut sides, next.sequence, condition).await?
         };
         self.sides = Some(sides);
         Ok(Some((next.sequence, done)))
     }
 
-    async fn store(&mut self, sides: &mut BothSides, seq: u64) -> Result<Repaired, Error> {
+    async fn store(
+        &mut self,
+        sides: &mut BothSides,
+        seq: u64,
+        condition: &mut ExpectedLast,
+    ) -> Result<Repaired, Error> {
         let BothSides { source, target } = sides;
         let stream = stream_name(&source.info).to_owned();
         let found = Api::new(&mut source.lane).whole_message(&stream, seq).await?;
@@ -116,21 +137,31 @@ impl StreamComparison<'_> {
             now_ns: source_time_ns(source),
             generation: self.job.generation,
         };
-        let message = match repaired(&original, &to) {
+        let mut message = match repaired(&original, &to) {
             Ok(message) => message,
             Err(error) => return Ok(Repaired::Left(error.message)),
         };
         let into = stream_name(&target.info).to_owned();
+        let last = Api::new(&mut target.lane).last_message_of(&into, &message.subject).await?;
+        if last.as_ref().is_some_and(|last| self.prints.is_copy(last, &original)) {
+            // Of an earlier try whose ack was lost.
+            return Ok(Repaired::Stored);
+        }
         if keeps_last(&target.info)
-            && let Some(last) = Api::new(&mut target.lane).last_message_of(&into, &message.subject).await?
+            && let Some(last) = &last
         {
-            let newer = self.prints.origin_of_stored(&last).is_none_or(|origin| origin > seq);
+            let newer = self.prints.origin_of_stored(last).is_none_or(|origin| origin > seq);
             if newer {
                 return Ok(Repaired::Left(
                     "the target has a newer message of its subject, which it would replace".to_owned(),
                 ));
             }
         }
+        let (_, last) = match *condition {
+            Some(kept) if kept.0 == seq => kept,
+            _ => *condition.insert((seq, last.map_or(0, |last| last.sequence))),
+        };
+        message.follow(last);
         let request = target.lane.send_request_with(&message.subject, &message.header, &payload);
         let answer = loop {
             let answers = target.lane.answers().await?;
@@ -144,6 +175,11 @@ impl StreamComparison<'_> {
         let ack = match PublishAck::parse(&answer, "the target") {
             Ok(ack) => ack,
             Err(error) if error.kind == nats_lane::ErrorKind::Retry => return Err(error),
+            Err(error) if error.kind == nats_lane::ErrorKind::ChainBroken => {
+                return Ok(Repaired::Left(
+                    "the target stored another message of its subject at the same time: repair again".to_owned(),
+                ));
+            }
             Err(error) => return Ok(Repaired::Left(error.message)),
         };
         if ack.stream != into.as_str() {
@@ -155,7 +191,7 @@ impl StreamComparison<'_> {
         }
         // Of an earlier try, or of the copy that was removed: its id is remembered for a while.
         let there = Api::new(&mut target.lane).message(&into, at).await?;
-        let is_there = there.is_some_and(|there| self.prints.origin_of_stored(&there) == Some(seq));
+        let is_there = there.is_some_and(|there| self.prints.is_copy(&there, &original));
         Ok(match is_there {
             true => Repaired::Stored,
             false => Repaired::Left(

@@ -12,9 +12,9 @@ use nats_lane::{
 use super::{
     SourcePiece,
     compare::{BothSides, StreamComparison, TargetCursor, source_time_ns},
-    fingerprint::TargetMark,
+    fingerprint::{CopyTime, TargetMark},
     merge::{LOOK_UPS, Suspect},
-    ranges::MissingRanges,
+    ranges::{EXAMPLES, MissingRanges},
     stream::{StreamSide, WantedRange, read_each, stream_name},
 };
 use crate::{
@@ -30,6 +30,12 @@ use crate::{
 const APART: usize = 50;
 /// Dead letters, and late copies, that are remembered.
 const REMEMBERED: usize = 200_000;
+/// Why nothing is repaired where more late copies may be there than are remembered.
+const MANY_LATE: &str = "more messages than can be remembered are out of place at the target, so that they may be there: compare \
+                         smaller ranges, with `from` and `to`";
+/// Why nothing is repaired where the first copy of the target is not known.
+const UNKNOWN_FRONT: &str = "the first copy that the target has was not found, so that a limit of the target may have removed them, or \
+                             they are before the configured start: compare again";
 /// Slack for the time at which a server removes what has expired, nanoseconds.
 const EXPIRY_SLACK: i64 = 5_000_000_000;
 /// Bytes that a copy has in addition, at least.
@@ -39,8 +45,6 @@ const ADDED: usize = 64;
 #[derive(Debug, Clone)]
 struct Candidate {
     seq: u64,
-    /// No message with a copy is between it and the candidate before.
-    joins: bool,
     subject: String,
     bytes: usize,
 }
@@ -48,15 +52,38 @@ struct Candidate {
 /// What was found again.
 #[derive(Debug, Default)]
 struct LookedAgain {
-    missing: Vec<Candidate>,
+    missing: MissingRanges,
+    /// The first ones.
+    examples: Vec<Candidate>,
     /// Messages that are missing beside those.
     expected: BTreeMap<ExpectedCause, u64>,
     late: Vec<LateCopy>,
+    doubt: Option<&'static str>,
+}
+
+impl LookedAgain {
+    /// Adds a message that is missing. It is kept only as an example.
+    fn add(&mut self, seq: u64, candidate: impl FnOnce() -> Candidate) {
+        self.missing.add(seq);
+        if self.examples.len() < EXAMPLES {
+            self.examples.push(candidate());
+        }
+    }
+}
+
+/// What the second look confirmed.
+#[derive(Debug, Default)]
+pub(super) struct ConfirmedMissing {
+    pub ranges: MissingRanges,
+    /// Why some of them may have a copy, or rightly have none: they are not repaired.
+    pub doubt: Option<&'static str>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct LateCopy {
     seq: u64,
+    /// Stored time at the source, where the copy says it.
+    time: Option<CopyTime>,
     target_seq: u64,
     repaired: bool,
 }
@@ -76,6 +103,8 @@ struct Explanations {
     dead_letters: HashSet<u64>,
     /// Subjects of the descriptions of objects begin with this, where some were skipped.
     incomplete: Option<String>,
+    /// Why these may not be all.
+    doubt: Option<&'static str>,
 }
 
 impl Explanations {
@@ -109,8 +138,8 @@ impl Explanations {
 }
 
 impl StreamComparison<'_> {
-    /// Judges what the first read of a range did not explain. Returns the messages that are missing, as ranges.
-    pub async fn second_look(&mut self, piece: SourcePiece, cursor: TargetCursor) -> Result<MissingRanges, Error> {
+    /// Judges what the first read of a range did not explain. Returns the messages that are missing.
+    pub async fn second_look(&mut self, piece: SourcePiece, cursor: TargetCursor) -> Result<ConfirmedMissing, Error> {
         let missing = self.merge.end();
         let confirmed = self.look_for_missing(&missing, cursor).await?;
         self.look_up_unknown(piece).await?;
@@ -123,8 +152,8 @@ impl StreamComparison<'_> {
         &mut self,
         missing: &MissingRanges,
         cursor: TargetCursor,
-    ) -> Result<MissingRanges, Error> {
-        let mut confirmed = MissingRanges::default();
+    ) -> Result<ConfirmedMissing, Error> {
+        let mut confirmed = ConfirmedMissing::default();
         if missing.ranges().is_empty() {
             return Ok(confirmed);
         }
@@ -134,6 +163,7 @@ impl StreamComparison<'_> {
                 Err(error) => self.wait_after(error).await?,
             }
         };
+        confirmed.doubt = looked.doubt;
         for (cause, messages) in looked.expected {
             self.merge.expect(cause, messages);
         }
@@ -142,7 +172,7 @@ impl StreamComparison<'_> {
                 self.merge.expect(ExpectedCause::Repaired, 1);
             } else {
                 let list = self.merge.list(DifferenceKind::Order);
-                list.add(late.seq, false);
+                list.add(late.seq);
                 list.example(DifferenceExample {
                     source_seq: Some(late.seq),
                     target_seq: Some(late.target_seq),
@@ -154,13 +184,10 @@ impl StreamComparison<'_> {
                 self.merge.suspects.push(Suspect { seq: late.seq, target_seq: late.target_seq });
             }
         }
-        for candidate in looked.missing {
-            if !candidate.joins {
-                confirmed.close();
-            }
-            confirmed.add(candidate.seq);
-            let list = self.merge.list(DifferenceKind::Missing);
-            list.add(candidate.seq, candidate.joins);
+        let list = self.merge.list(DifferenceKind::Missing);
+        list.add_missing(&looked.missing);
+        confirmed.ranges = looked.missing;
+        for candidate in looked.examples {
             list.example(DifferenceExample {
                 source_seq: Some(candidate.seq),
                 target_seq: None,
@@ -175,70 +202,91 @@ impl StreamComparison<'_> {
         self.connect().await?;
         let Some(mut sides) = self.sides.take() else { return Ok(LookedAgain::default()) };
         let mut looked = LookedAgain::default();
-        // Copies that were stored late, where the target was not read to its end.
-        let read = cursor.read.unwrap_or_default();
-        if read < cursor.end {
-            let prints = &self.prints;
-            let wanted = WantedRange { filters: &[], from: read + 1, to: cursor.end, headers_only: true };
-            read_each(&mut sides.target, wanted, |incoming| {
-                let origin = prints.origin(&incoming.delivery, incoming.message.header);
-                if let Some((seq, _, repaired)) = origin.filter(|(seq, ..)| missing.contains(*seq))
-                    && looked.late.len() < REMEMBERED
-                {
-                    looked.late.push(LateCopy { seq, target_seq: incoming.delivery.stream_seq, repaired });
-                }
-            })
-            .await?;
+        let mut late = self.late_copies(&mut sides.target, missing, cursor).await?;
+        if late.len() >= REMEMBERED {
+            looked.doubt = Some(MANY_LATE);
         }
-        let found: HashSet<u64> = looked.late.iter().map(|late| late.seq).collect();
-        let explanations = self.explanations(&mut sides).await?;
+        let explanations = self.explanations(&mut sides, missing, cursor).await?;
+        looked.doubt = looked.doubt.or(explanations.doubt);
         let (by_subject, keeps_fewer) = by_subject(&sides);
         let mut asked = Vec::new();
+        // After those that are asked.
+        let mut rest = LookedAgain::default();
         let scope = &self.job.replication.scope;
         for (from, to) in spans(missing) {
             let wanted = WantedRange { filters: scope.filters(), from, to, headers_only: true };
-            let mut joins = false;
+            rest.missing.close();
             read_each(&mut sides.source, wanted, |incoming| {
                 let (seq, message) = (incoming.delivery.stream_seq, &incoming.message);
                 if scope.excludes(message.subject) {
                     return;
                 }
-                if !missing.contains(seq) || found.contains(&seq) {
-                    joins = false;
+                let copy =
+                    late.remove(&seq).filter(|copy| copy.time.is_none_or(|time| time.fits(incoming.delivery.time_ns)));
+                looked.late.extend(copy);
+                if !missing.contains(seq) || copy.is_some() {
+                    rest.missing.close();
                     return;
                 }
                 let bytes =
                     headers::last(message.header, b"Nats-Msg-Size").and_then(number).unwrap_or_default() as usize;
                 if let Some(cause) = explanations.cause(incoming, bytes) {
                     *looked.expected.entry(cause).or_default() += 1;
-                    joins = false;
+                    rest.missing.close();
                     return;
                 }
-                let subject = String::from_utf8_lossy(message.subject).into_owned();
-                let candidate = Candidate { seq, joins, subject, bytes };
-                joins = true;
+                let candidate =
+                    || Candidate { seq, subject: String::from_utf8_lossy(message.subject).into_owned(), bytes };
                 if by_subject && asked.len() < LOOK_UPS {
-                    asked.push(candidate);
+                    asked.push(candidate());
                 } else if keeps_fewer {
                     // As the first ones, which were looked up.
                     *looked.expected.entry(ExpectedCause::RemovedAtTarget).or_default() += 1;
                 } else {
-                    looked.missing.push(candidate);
+                    rest.add(seq, candidate);
                 }
             })
             .await?;
         }
-        for mut candidate in asked {
+        for candidate in asked {
             if self.is_replaced(&mut sides, &candidate).await? {
                 *looked.expected.entry(ExpectedCause::RemovedAtTarget).or_default() += 1;
             } else {
-                candidate.joins = false;
-                looked.missing.push(candidate);
+                looked.missing.close();
+                looked.add(candidate.seq, || candidate);
             }
         }
-        looked.missing.sort_by_key(|candidate| candidate.seq);
+        looked.missing.append(&rest.missing);
+        looked.examples.extend(rest.examples);
         self.sides = Some(sides);
         Ok(looked)
+    }
+
+    /// Copies that were stored late: after where the first read of the target ended, or anywhere if it met them when their originals
+    /// had been given up.
+    async fn late_copies(
+        &mut self,
+        target: &mut StreamSide,
+        missing: &MissingRanges,
+        cursor: TargetCursor,
+    ) -> Result<HashMap<u64, LateCopy>, Error> {
+        let mut late = HashMap::new();
+        let from = if self.merge.gave_up { cursor.start } else { cursor.read.unwrap_or_default() + 1 };
+        if from > cursor.end {
+            return Ok(late);
+        }
+        let prints = &self.prints;
+        let wanted = WantedRange { filters: &[], from, to: cursor.end, headers_only: true };
+        read_each(target, wanted, |incoming| {
+            let origin = prints.origin(&incoming.delivery, incoming.message.header);
+            if let Some((seq, time, repaired)) = origin.filter(|(seq, ..)| missing.contains(*seq))
+                && late.len() < REMEMBERED
+            {
+                late.insert(seq, LateCopy { seq, time, target_seq: incoming.delivery.stream_seq, repaired });
+            }
+        })
+        .await?;
+        Ok(late)
     }
 
     /// Whether the target removed a copy because it has newer messages of its subject.
@@ -267,7 +315,12 @@ impl StreamComparison<'_> {
         self.prints.origin(&delivery, &message.header).map(|(seq, _, repaired)| (seq, repaired))
     }
 
-    async fn explanations(&mut self, sides: &mut BothSides) -> Result<Explanations, Error> {
+    async fn explanations(
+        &mut self,
+        sides: &mut BothSides,
+        missing: &MissingRanges,
+        cursor: TargetCursor,
+    ) -> Result<Explanations, Error> {
         let replication = &self.job.replication;
         let target = &mut sides.target;
         let stream = stream_name(&target.info).to_owned();
@@ -278,10 +331,17 @@ impl StreamComparison<'_> {
         let (first_seq, ttl) = (info.state.first_seq, info.flag("allow_msg_ttl"));
         let stream_limit = usize::try_from(info.number("max_msg_size")).ok().filter(|limit| *limit > 0);
         let largest = stream_limit.unwrap_or(usize::MAX).min(target.lane.info().max_payload);
-        let first = self.first_copy(target).await?;
+        let from = missing.ranges().first().map_or(1, |range| range.from);
+        let read = self.merge.first_copy.and_then(|first| first.at_front(cursor.start, first_seq, from));
+        let first = match read {
+            Some(first) => Some(first),
+            None => self.first_copy(target).await?,
+        };
         // An empty target that had messages removed all of them.
         let front = first.or((info_is_empty(target)).then_some(u64::MAX));
         let removed_before = front.filter(|_| is_limited && first_seq > 1);
+        let matters = is_limited && first_seq > 1 || replication.start != Start::All;
+        let doubt = (matters && front.is_none()).then_some(UNKNOWN_FRONT);
         let start = first.filter(|_| replication.start != Start::All);
         let mut dead_letters = HashSet::new();
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
@@ -291,7 +351,7 @@ impl StreamComparison<'_> {
         let bucket = replication.source.stream.strip_prefix("OBJ_");
         let incomplete = bucket.filter(|_| self.job.skipped_incomplete).map(|bucket| format!("$O.{bucket}.M."));
         let now_ns = source_time_ns(&sides.source);
-        Ok(Explanations { removed_before, start, ttl, now_ns, largest: Some(largest), dead_letters, incomplete })
+        Ok(Explanations { removed_before, start, ttl, now_ns, largest: Some(largest), dead_letters, incomplete, doubt })
     }
 
     /// The source sequence of the first copy that the target has.
@@ -381,7 +441,7 @@ impl StreamComparison<'_> {
             for (kind, detail) in differs {
                 let list = self.merge.list(kind);
                 if is_late {
-                    list.add(suspect.seq, false);
+                    list.add(suspect.seq);
                 }
                 list.example(DifferenceExample {
                     source_seq: Some(suspect.seq),

@@ -109,14 +109,17 @@ impl Tag {
     }
 
     /// The origin of a message that was stored at the target after the copy passed it: a replayed dead letter, or a repair. Its
-    /// last hop is one of this site, and the one before is ours.
+    /// last hop is one of this site, also under a former name, and the one before is ours.
     pub fn origin_of_later(&self, header: &[u8]) -> Option<MessageOrigin> {
         let mut before = None;
         let mut last = None;
         for value in values(header) {
             before = last.replace(value);
         }
-        Hop::parse(last?).filter(|hop| hop.site == self.site.as_bytes())?;
+        let is_here = |site: &[u8]| {
+            site == self.site.as_bytes() || self.former.iter().any(|former| site == former.site.as_bytes())
+        };
+        Hop::parse(last?).filter(|hop| is_here(hop.site))?;
         self.matches(before?)
     }
 
@@ -254,6 +257,25 @@ mod tests {
             check(&named, site, name, ours, other);
         }
         assert_eq!(Tag::new("RETURNS", "TWO", "TWO").other_site(block("ONE", "ONE").as_bytes()), None);
+    }
+
+    #[test]
+    fn later_copies_of_a_former_site_are_ours() {
+        let former = Former { site: "ONE".to_owned(), name: "w1".to_owned() };
+        let tag = Tag::new("ORDERS", "TWO", "w1").with_former(&[former]);
+        for (copied, later, ours) in [
+            ("ONE", "ONE", true),
+            ("ONE", "TWO", true),
+            ("TWO", "TWO", true),
+            ("ONE", "THREE", false),
+            ("THREE", "ONE", false),
+        ] {
+            let block = format!(
+                "NATS/1.0\r\nChoria-SR-Source: ORDERS 7 {copied} w1 5\r\nChoria-SR-Source: ORDERS 7 {later} repair:w1 5\r\n\r\n"
+            );
+            let expect = ours.then_some(MessageOrigin { seq: 7, time_ms: 5 });
+            assert_eq!(tag.origin_of_later(block.as_bytes()), expect, "{copied} {later}");
+        }
     }
 
     #[test]

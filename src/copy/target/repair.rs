@@ -16,6 +16,9 @@ use super::{
 };
 use crate::config::Replication;
 
+/// Longest header line of a condition.
+const CONDITION: usize = 64;
+
 /// Where a message is repaired.
 #[derive(Debug)]
 pub(crate) struct RepairTarget<'a> {
@@ -57,8 +60,16 @@ pub(crate) fn repaired(message: &StoredMessage, to: &RepairTarget<'_>) -> Result
     Tag::new(&replication.source.stream, site, &format!("repair:{}", replication.name)).write(&mut header, origin);
     header.extend_from_slice(b"\r\n");
     let limits = StoreLimits { target: to.target, api_prefix: to.api_prefix, max_payload: to.max_payload };
-    limits.check(&subject, &header, message.payload)?;
+    limits.check(&subject, &header, message.payload + CONDITION)?;
     Ok(ReplayedMessage { subject, header })
+}
+
+impl ReplayedMessage {
+    /// Has the target store it only while the last message of its subject is the one at this sequence; 0: while there is none.
+    pub fn follow(&mut self, last: u64) {
+        self.header.truncate(self.header.len() - 2);
+        self.header.extend_from_slice(format!("Nats-Expected-Last-Subject-Sequence: {last}\r\n\r\n").as_bytes());
+    }
 }
 
 #[cfg(test)]
@@ -86,7 +97,7 @@ mod tests {
             now_ns: 45_000_000_000,
             generation: 0,
         };
-        let found = repaired(&message, &to).unwrap();
+        let mut found = repaired(&message, &to).unwrap();
         let mut id = MessageId::new("S", "S", 0);
         let expect = format!(
             "NATS/1.0\r\nNats-Msg-Id: {}\r\nNats-Expected-Stream: T\r\nA: 1\r\nChoria-SR-Msg-Id: own\r\nNats-TTL: \
@@ -96,6 +107,10 @@ mod tests {
         assert_eq!((found.subject.as_str(), String::from_utf8_lossy(&found.header)), ("x.orders.1", expect.into()));
         let tag = letter_tag(&replication, "SITE");
         assert_eq!(tag.origin(&found.header), None, "it is no copy of the run");
+        assert_eq!(tag.origin_of_later(&found.header), Some(MessageOrigin { seq: 7, time_ms: 5_000 }));
+        found.follow(u64::MAX);
+        let condition = b"Nats-Expected-Last-Subject-Sequence: 18446744073709551615\r\n\r\n";
+        assert!(found.header.ends_with(condition) && condition.len() - 2 <= CONDITION);
         assert_eq!(tag.origin_of_later(&found.header), Some(MessageOrigin { seq: 7, time_ms: 5_000 }));
         let error = repaired(&StoredMessage { payload: 400, ..message }, &to).unwrap_err();
         assert!(error.message.contains("max_msg_size of 500"), "{error}");

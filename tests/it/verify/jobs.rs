@@ -56,6 +56,30 @@ async fn a_paused_replication_is_compared_after_a_restart() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_job_that_ends_its_leaders_fails() -> Result<()> {
+    let site = Site::small().await?;
+    copied(&site, json!({}), 10).await?;
+    let positions = site.bucket("REPLICATOR_POSITIONS").await?;
+    for (job, starts, state) in [("four", 4, "done"), ("five", 5, "failed")] {
+        // As after so many leaders that ended while they compared.
+        let at = "2026-11-30T12:00:00Z";
+        let record = json!({"version": 1, "job": job, "state": "running", "requested_at": at, "starts": starts});
+        positions.put("ORDERS/verify", record.to_string().into()).await?;
+        site.put("ORDERS/verify", json!({"version": 1, "job": job, "at": at}).to_string()).await?;
+        let found = ended(&site, ID, &json!(job)).await?;
+        assert_eq!((&found["state"], &found["starts"]), (&json!(state), &json!(starts + 1)), "{found:#}");
+        let error = found["error"].as_str().unwrap_or_default();
+        assert_eq!(error.starts_with("it began 5 times"), state == "failed", "{found:#}");
+        let config = site.bucket("REPLICATOR_CONFIG").await?;
+        wait_for("the request to be removed", LIMIT, async || {
+            config.get("ORDERS/verify").await.is_ok_and(|mark| mark.is_none())
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn wrong_requests_say_what_is_wrong() -> Result<()> {
     let site = Site::small().await?;
     copied(&site, json!({}), 10).await?;

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::{ID, clean, copied, message, ranges, tamper, verified};
-use crate::harness::{Outgoing, Site, client::refused, raw::header_values, request};
+use crate::harness::{Outgoing, Service, Site, client::refused, raw::header_values, request};
 
 #[tokio::test]
 async fn what_is_missing_is_repaired() -> Result<()> {
@@ -46,6 +46,11 @@ async fn what_is_missing_is_repaired() -> Result<()> {
                 && hops[1].starts_with("ORDERS 500 TEST repair:TEST "),
             "{hops:?}"
         );
+        // Only while the last message of its subject was the one that was looked up.
+        let condition = header_values(&repaired.header, "Nats-Expected-Last-Subject-Sequence");
+        let last =
+            stored[..996].iter().rev().find(|stored| stored.subject == repaired.subject).context("one before")?;
+        assert_eq!(condition, [last.seq.to_string()]);
         // Once more repairs nothing, and the copy continues where it was, also after a restart.
         let found = verified(&site, ID, json!({"repair": true})).await?;
         left(&found, 0);
@@ -82,6 +87,72 @@ async fn a_repair_replaces_nothing_newer() -> Result<()> {
         .await?;
     assert_eq!(bucket.get("key3").await?.as_deref(), Some(&b"13"[..]));
     assert_eq!(bucket.get("key4").await?.as_deref(), Some(&b"14"[..]));
+    Ok(())
+}
+
+#[tokio::test]
+async fn many_repaired_messages_are_not_repaired_again() -> Result<()> {
+    const MESSAGES: u64 = 60_100;
+    let site = Site::small().await?;
+    let number = |number: u64| Outgoing::new("orders.1", number.to_string());
+    site.source_stream(ID, json!({})).await?.publish_all((1..=MESSAGES).map(number)).await?;
+    site.add(ID, json!({})).await?;
+    site.settled(ID, MESSAGES).await?;
+    // As after a repair of the first 60,000: they are at the end, with one hop more.
+    tamper(&site, ID, |messages| {
+        messages.rotate_left(60_000);
+        for message in &mut messages[100..] {
+            let hop = header_values(&message.header, "Choria-SR-Source").pop().unwrap_or_default();
+            message.header.truncate(message.header.len() - 2);
+            let hop = hop.replace(" TEST TEST ", " TEST repair:TEST ");
+            message.header.extend_from_slice(format!("Choria-SR-Source: {hop}\r\n\r\n").as_bytes());
+        }
+    })
+    .await?;
+    let found = verified(&site, ID, json!({"repair": true})).await?;
+    clean(&found, &site)?;
+    assert_eq!(found["expected"], json!({"repaired": 60_000}), "{found:#}");
+    assert_eq!(found["repaired"], json!({"stored": 0, "left": 0, "reason": null}), "{found:#}");
+    assert_eq!(site.at_target(ID).await?, MESSAGES);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_renamed_site_knows_what_it_repaired() -> Result<()> {
+    let mut site = Site::small().await?;
+    copied(&site, json!({}), 100).await?;
+    tamper(&site, ID, |messages| messages.retain(|message| ![10, 11].contains(&message.seq))).await?;
+    let found = verified(&site, ID, json!({"repair": true})).await?;
+    assert_eq!(found["repaired"]["stored"], 2, "{found:#}");
+    site.stop().await?;
+    site.cli().ok(["site", "rename", "TEST", "TWO"]).await?;
+    let two = Service::builder(&site.service_url(), "TWO").start().await?;
+    let found = verified(&site, ID, json!({"repair": true})).await?;
+    assert_eq!(
+        (&found["findings"], &found["expected"]),
+        (&json!(0), &json!({"repaired": 2})),
+        "{found:#}\n{}",
+        two.log()
+    );
+    assert_eq!(found["repaired"]["stored"], 0, "{found:#}");
+    assert_eq!(site.at_target(ID).await?, 100);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_a_limit_removed_is_not_repaired() -> Result<()> {
+    let site = Site::small().await?;
+    site.target_stream(ID, json!({"max_msgs": 2_700})).await?;
+    copied(&site, json!({"target_mode": "shared"}), 500).await?;
+    // The limit removes all copies before these.
+    let own = (1..=1_200).map(|i: u64| Outgoing::new("orders.own", i.to_string()));
+    site.target().await?.publish_all(own).await?;
+    site.source().await?.publish_all((501..=2_000).map(message)).await?;
+    site.settled(ID, 2_000).await?;
+    let found = verified(&site, ID, json!({"repair": true})).await?;
+    clean(&found, &site)?;
+    assert_eq!(found["expected"], json!({"other_writer": 1_200, "removed_at_target": 500}), "{found:#}");
+    assert_eq!(found["repaired"]["stored"], 0, "{found:#}");
     Ok(())
 }
 
