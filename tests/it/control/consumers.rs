@@ -9,12 +9,12 @@ use futures_util::TryStreamExt;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    LIMIT, Outgoing, Raw, Role, Server, Site,
+    BOTH, LIMIT, Outgoing, Proxy, Raw, Role, Server, Site,
     cli::failed,
     client::{connect, refused, request},
     server::free_port,
     site::merged,
-    wait_for,
+    wait_for, wait_while_moving,
 };
 
 const ID: &str = "ORDERS";
@@ -424,6 +424,42 @@ async fn a_missing_permission_is_named() -> Result<()> {
     }
     drop(service);
     Ok(())
+}
+
+#[tokio::test]
+async fn a_late_import_leaves_no_consumer_deleted() -> Result<()> {
+    const CONSUMERS: u64 = 60;
+    let site = Site::start().await?;
+    site.filled(ID, 10).await?;
+    let proxy = Proxy::start(site.target.port()).await?;
+    site.add(ID, json!({"target_url": proxy.url()})).await?;
+    site.settled(ID, 10).await?;
+    let import = async |start: u64| {
+        let one = |i: u64| {
+            let name = format!("c{i}");
+            let config = json!({"durable_name": name, "ack_policy": "explicit"});
+            json!({"name": name, "position": start - 1, "start": start, "config": config})
+        };
+        let consumers: Vec<_> = (0..CONSUMERS).map(one).collect();
+        site.send("consumers.import", json!({"replication": ID, "consumers": consumers})).await
+    };
+    // The second one moves them all, with three round trips for each, and its answer is due before that.
+    let direct = import(2).await?;
+    assert!(direct.error.is_none_or(|code| code == 504), "{direct:?}");
+    let mut target = site.target().await?;
+    let moved = async |target: &mut Raw, start: u64| -> Result<()> {
+        wait_while_moving(&format!("all of them at {start}"), LIMIT, async || {
+            let listed = target.api(&format!("CONSUMER.LIST.{ID}"), Value::Null).await.unwrap_or_default();
+            let all = listed["consumers"].as_array().into_iter().flatten();
+            let done = all.filter(|one| one["config"]["opt_start_seq"] == start).count() as u64;
+            if done == CONSUMERS { Ok(()) } else { Err(done) }
+        })
+        .await
+    };
+    moved(&mut target, 2).await?;
+    proxy.latency(BOTH, Duration::from_millis(10));
+    refused(&import(5).await?, 504, "did not answer in time");
+    moved(&mut target, 5).await
 }
 
 #[tokio::test]
