@@ -12,7 +12,7 @@ use super::{
     reply::Reply,
 };
 use crate::control::api::{
-    LetterChange, LetterDone, LetterList, LetterRequest, LetterShown, LettersChanged, LettersRequest,
+    LetterChange, LetterDone, LetterList, LetterRefused, LetterRequest, LetterShown, LettersChanged, LettersRequest,
 };
 
 /// Dead letters that one request replays or removes.
@@ -212,7 +212,7 @@ fn confirm(id: &str, letters: u64, out: &Output) -> Result<(), Error> {
     }
 }
 
-/// Asks for parts of the letters, one after the other; the first error ends it.
+/// Asks for parts of the letters, one after the other; the first error ends it, but for letters that are refused alone.
 async fn change(
     client: &Client,
     endpoint: &str,
@@ -223,25 +223,37 @@ async fn change(
     if letters.is_empty() && !out.json() {
         out.line(&format!("{}: no dead letters", clean(&args.id)));
     }
+    let mut stay = 0;
     while !letters.is_empty() {
         let part: Vec<u64> = letters.drain(..letters.len().min(AT_ONCE)).collect();
         let request = LetterChange { replication: args.id.clone(), letters: part };
         let reply: Reply<LettersChanged> = client.change(endpoint, &request).await?;
-        let LettersChanged { replication, done, left, failed } = &reply.value;
+        let LettersChanged { replication, done, refused, left, failed } = &reply.value;
         if out.json() {
             out.reply(&reply, |_| String::new());
         } else {
             for one in done {
                 out.line(&clean(&done_words(replication, one)));
             }
+            for LetterRefused { letter, reason } in refused {
+                out.line(&clean(&format!("{replication}: letter {letter} stays: {reason}")));
+            }
         }
+        stay += refused.len() as u64;
         if let Some(why) = failed {
             return Err(Error::Failed(clean(&format!("{replication}: {why}"))));
         }
-        if done.is_empty() {
+        if done.is_empty() && refused.is_empty() {
             return Err(Error::Failed(clean(&format!("{replication}: no letter was handled in time, try again"))));
         }
         letters.splice(..0, left.iter().copied());
+    }
+    if stay > 0 {
+        return Err(Error::Failed(clean(&format!(
+            "{}: {} could not be replayed",
+            args.id,
+            counted(stay, "dead letter")
+        ))));
     }
     Ok(CommandVerdict::Good)
 }

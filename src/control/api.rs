@@ -18,7 +18,8 @@ pub use self::{
     },
     drift::{DriftClass, DriftField, DriftReport, DriftRequest, DriftRow},
     letters::{
-        LetterChange, LetterDone, LetterList, LetterRequest, LetterRow, LetterShown, LettersChanged, LettersRequest,
+        LetterChange, LetterDone, LetterList, LetterRefused, LetterRequest, LetterRow, LetterShown, LettersChanged,
+        LettersRequest,
     },
     report::{ReplicationKind, ReportReplication, ReportRequest, ReportStream, StreamKind, StreamReport},
     verify::{VerifyRequest, VerifyShown, VerifyStarted},

@@ -3,6 +3,9 @@
 //! No request sets the ack floor of a consumer. So one is deleted and created again to begin after what is acknowledged at the
 //! source, and only while it is not used: no subscriber waits for its messages, and none was delivered. From its first
 //! delivery on it belongs to its subscribers.
+//!
+//! A position is one of a stream, not of a name: a consumer carries when the source stream was created that it was made for, and
+//! stays as it is when the source has recreated that stream.
 
 mod plan;
 mod search;
@@ -17,7 +20,7 @@ use serde_json::Value;
 
 pub(crate) use self::plan::Selection;
 use self::{
-    plan::{ConsumerOwner, is_used, position, target_config},
+    plan::{ConsumerOwner, ConsumerStart, is_of_earlier_stream, is_used, position, target_config},
     search::{FoundStart, StartSearch},
 };
 use crate::{config::Replication, copy::source::consumers::consumer_prefix};
@@ -72,23 +75,35 @@ pub(crate) struct ConsumerMover<'a> {
 }
 
 impl ConsumerMover<'_> {
-    /// The consumers of the source that are selected, and whether these are all.
-    async fn selected(&mut self, selection: &Selection) -> Result<ConsumerList, Error> {
+    /// The consumers of the source that are selected, whether these are all, and `created` of the stream that they belong to.
+    async fn selected(&mut self, selection: &Selection) -> Result<(ConsumerList, String), Error> {
         let stream = &self.replication.source.stream;
-        let list = Api::new(self.source).consumers(stream).await.map_err(|error| error.context("source"))?;
+        let of_source = |error: Error| error.context("source");
+        let created = self.source_created().await.map_err(of_source)?;
+        let list = Api::new(self.source).consumers(stream).await.map_err(of_source)?;
+        if self.source_created().await.map_err(of_source)? != created {
+            return Err(Error::retry(format!("source: stream `{stream}` was recreated meanwhile")));
+        }
         let consumers = list.consumers.into_iter().filter(|consumer| selection.takes(consumer)).collect();
-        Ok(ConsumerList { consumers, ..list })
+        Ok((ConsumerList { consumers, ..list }, created))
+    }
+
+    async fn source_created(&mut self) -> Result<String, Error> {
+        let stream = &self.replication.source.stream;
+        let info = Api::new(self.source).stream_info(stream).await?;
+        info.map(|info| info.created).ok_or_else(|| Error::retry(format!("stream `{stream}` does not exist")))
     }
 
     /// The consumers of the source with their positions at the target; changes nothing.
     pub(crate) async fn export(&mut self, selection: &Selection) -> Result<Vec<PlannedConsumer>, Error> {
-        let list = self.selected(selection).await?;
-        self.translate(&list.consumers, &mut KnownStarts::default()).await
+        let (list, created) = self.selected(selection).await?;
+        self.translate(&list.consumers, &created, &mut KnownStarts::default()).await
     }
 
     async fn translate(
         &mut self,
         consumers: &[ConsumerInfo],
+        source_created: &str,
         known: &mut KnownStarts,
     ) -> Result<Vec<PlannedConsumer>, Error> {
         let Self { replication, site, installation, target, .. } = self;
@@ -119,7 +134,8 @@ impl ConsumerMover<'_> {
                 }
             };
             known.starts.insert(consumer.name.clone(), (position, found));
-            let config = target_config(consumer, replication, &owner, position, found.start);
+            let at = ConsumerStart { source_created: Some(source_created), position, start: found.start };
+            let config = target_config(consumer, replication, &owner, &at);
             planned.push(PlannedConsumer { name: consumer.name.clone(), position, start: found.start, config });
         }
         Ok(planned)
@@ -151,12 +167,13 @@ impl ConsumerMover<'_> {
         selection: &Selection,
         known: &mut KnownStarts,
     ) -> Result<Vec<(PlannedConsumer, ConsumerOutcome)>, Error> {
-        let list = self.selected(selection).await?;
-        let planned = self.translate(&list.consumers, known).await?;
-        let done = self.import(&planned).await?;
+        let (list, created) = self.selected(selection).await?;
+        let planned = self.translate(&list.consumers, &created, known).await?;
+        let mut done = self.import(&planned).await?;
         if list.is_complete {
             let kept: BTreeSet<_> = planned.iter().map(|consumer| consumer.name.as_str()).collect();
-            self.remove_gone(&kept).await.map_err(|error| error.context("target"))?;
+            let stay = self.remove_gone(&kept, &created).await.map_err(|error| error.context("target"))?;
+            done.extend(stay);
         }
         Ok(done)
     }
@@ -179,6 +196,9 @@ impl ConsumerMover<'_> {
             if is_used(there) {
                 return Ok(ConsumerOutcome::InUse);
             }
+            if is_of_earlier_stream(&there.config, config) {
+                return Ok(ConsumerOutcome::Refused(self.of_earlier_stream(name)));
+            }
             if plan::is_same(&there.config, config) {
                 return Ok(ConsumerOutcome::Current);
             }
@@ -192,21 +212,44 @@ impl ConsumerMover<'_> {
         }
     }
 
-    /// Deletes those of ours that are not `kept` and not used.
-    async fn remove_gone(&mut self, kept: &BTreeSet<&str>) -> Result<(), Error> {
+    fn of_earlier_stream(&self, name: &str) -> String {
+        let stream = &self.replication.source.stream;
+        format!(
+            "consumer `{name}` keeps its position in stream `{stream}` as it was before the source recreated it; delete it at the \
+             target to have it created for the stream of now"
+        )
+    }
+
+    /// Deletes those of ours that are not `kept` and not used. Returns those that belong to an earlier stream of the source, which
+    /// says nothing about them.
+    async fn remove_gone(
+        &mut self,
+        kept: &BTreeSet<&str>,
+        created: &str,
+    ) -> Result<Vec<(PlannedConsumer, ConsumerOutcome)>, Error> {
+        let mut stay = Vec::new();
         let owner = ConsumerOwner::of(self.site, &self.replication.id);
         let (from, to) = (&self.replication.source.stream, &self.replication.target.stream);
         for there in Api::new(self.target).consumers(to).await?.consumers {
             if !owner.owns(&there) || is_used(&there) || kept.contains(there.name.as_str()) {
                 continue;
             }
+            if plan::is_made_for_other(&there.config, created) {
+                let why = self.of_earlier_stream(&there.name);
+                let (position, start) = plan::placement(&there.config);
+                let one = PlannedConsumer { name: there.name, position, start, config: Err(why.clone()) };
+                stay.push((one, ConsumerOutcome::Refused(why)));
+                continue;
+            }
             // A list can be short of one that exists.
             let exists = Api::new(self.source).consumer_info(from, &there.name).await?;
-            if exists.is_none_or(|exists| exists.config["durable_name"].as_str().is_none_or(str::is_empty)) {
+            let is_gone = exists.is_none_or(|exists| exists.config["durable_name"].as_str().is_none_or(str::is_empty));
+            // Without the stream that it was made for, that it is gone means nothing.
+            if is_gone && self.source_created().await? == created {
                 Api::new(self.target).delete_consumer(to, &there.name).await?;
             }
         }
-        Ok(())
+        Ok(stay)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use nats_lane::{
     Error,
-    jetstream::{Api, PublishAck, StreamInfo},
+    jetstream::{Api, PublishAck},
 };
 
 use super::{
@@ -12,7 +12,10 @@ use super::{
 };
 use crate::{
     config::{Replication, Sharing},
-    copy::target::repair::{RepairTarget, repaired},
+    copy::target::{
+        repair::{RepairTarget, repaired},
+        replay::{REPLACES_NEWER, keeps_last},
+    },
     status::RepairResult,
 };
 
@@ -152,9 +155,7 @@ impl StreamComparison<'_> {
         {
             let newer = self.prints.origin_of_stored(last).is_none_or(|origin| origin > seq);
             if newer {
-                return Ok(Repaired::Left(
-                    "the target has a newer message of its subject, which it would replace".to_owned(),
-                ));
+                return Ok(Repaired::Left(REPLACES_NEWER.to_owned()));
             }
         }
         let (_, last) = match *condition {
@@ -200,9 +201,4 @@ impl StreamComparison<'_> {
             ),
         })
     }
-}
-
-/// Whether a message replaces older ones of its subject.
-fn keeps_last(target: &StreamInfo) -> bool {
-    target.number("max_msgs_per_subject") > 0
 }

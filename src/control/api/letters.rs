@@ -94,10 +94,22 @@ pub struct LettersChanged {
     pub replication: String,
     /// Dead letters that were replayed, or only removed: they are no longer in the stream of dead letters.
     pub done: Vec<LetterDone>,
-    /// Those that were not, because of `failed`, or because there was no time for them.
+    /// Dead letters that stay where they are; those after them were handled.
+    #[serde(default)]
+    pub refused: Vec<LetterRefused>,
+    /// Those that were not handled, because of `failed`, or because there was no time for them.
     pub left: Vec<u64>,
     /// Why the first of `left` failed.
     pub failed: Option<String>,
+}
+
+/// A dead letter that cannot be replayed as long as the target is as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LetterRefused {
+    /// Its sequence in the stream of dead letters.
+    pub letter: u64,
+    /// Why.
+    pub reason: String,
 }
 
 /// A dead letter that was replayed, or only removed.

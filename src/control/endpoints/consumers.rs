@@ -2,7 +2,7 @@
 
 use nats_lane::{Dial, Lane};
 use serde_json::Value;
-use tokio::time::{Duration, Instant, timeout_at};
+use tokio::time::{Duration, Instant, timeout, timeout_at};
 use tracing::info;
 
 use super::{RequestContext, in_time, json, named, position::runnable};
@@ -21,6 +21,8 @@ use crate::{
 
 /// From the request to the answer: less than a request may take.
 const ANSWER_WITHIN: Duration = Duration::from_millis(2_400);
+/// Deadline of an import, which continues after its answer was due.
+const IMPORT_WITHIN: Duration = Duration::from_secs(10);
 /// Consumers of one import.
 const MOST: usize = 500;
 
@@ -61,18 +63,33 @@ pub(super) async fn consumers_import(context: &RequestContext, request: Request)
     }
     consumers.iter().try_for_each(check)?;
     let work = async {
-        let mut sides = ConsumerSides::open(context, &replication).await?;
-        let mut mover = sides.mover(context);
-        let planned: Vec<_> = consumers
-            .iter()
-            .map(|consumer| mover.exported(&consumer.name, consumer.position, consumer.start, &consumer.config))
-            .collect();
-        let done = mover.import(&planned).await.map_err(refused)?;
-        Ok((sides.replication.target.stream, done))
+        let sides = ConsumerSides::open(context, &replication).await?;
+        // A task, so that a request that takes too long leaves no consumer deleted.
+        let import = tokio::spawn(import(sides, context.site.clone(), context.installation.clone(), consumers));
+        import.await.map_err(|error| Failure::new(500, format!("the import ended: {error}")))?
     };
     let (target_stream, done) = within(end, work).await?;
     info!(replication, consumers = done.len(), "consumers imported by request");
     Ok(ImportedConsumers { replication, target_stream, consumers: done.into_iter().map(moved).collect() })
+}
+
+/// Creates and moves the consumers; returns the stream of the target too.
+async fn import(
+    mut sides: ConsumerSides,
+    site: String,
+    installation: String,
+    consumers: Vec<ImportedConsumer>,
+) -> Result<(String, Vec<(PlannedConsumer, ConsumerOutcome)>), Failure> {
+    let ConsumerSides { replication, source, target } = &mut sides;
+    let mut mover = ConsumerMover { replication, site: &site, installation: &installation, source, target };
+    let planned: Vec<_> = consumers
+        .iter()
+        .map(|consumer| mover.exported(&consumer.name, consumer.position, consumer.start, &consumer.config))
+        .collect();
+    let done = timeout(IMPORT_WITHIN, mover.import(&planned)).await;
+    let done = done.unwrap_or_else(|_| Err(nats_lane::Error::retry(format!("no answer for {IMPORT_WITHIN:?}"))));
+    let done = done.map_err(refused)?;
+    Ok((sides.replication.target.stream, done))
 }
 
 /// An export has what a consumer needs; what was written by hand may not.

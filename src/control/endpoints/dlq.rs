@@ -3,7 +3,7 @@
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use chrono::{DateTime, Utc};
 use nats_lane::{
-    Dial, Lane, headers,
+    Dial, ErrorKind, Lane, headers,
     jetstream::{Api, PublishAck, StreamInfo},
 };
 use tokio::time::{Duration, Instant, timeout_at};
@@ -14,14 +14,14 @@ use crate::{
     config::{OnReject, Replication, Sharing},
     control::{
         api::{
-            Failure, LetterChange, LetterDone, LetterList, LetterRequest, LetterRow, LetterShown, LettersChanged,
-            LettersRequest,
+            Failure, LetterChange, LetterDone, LetterList, LetterRefused, LetterRequest, LetterRow, LetterShown,
+            LettersChanged, LettersRequest,
         },
         service::Request,
     },
     copy::target::{
         provenance::Tag,
-        replay::{ReplayTarget, StoredLetter, letter_tag},
+        replay::{REPLACES_NEWER, ReplayTarget, ReplayedMessage, StoredLetter, keeps_last, letter_tag},
     },
     names,
 };
@@ -36,6 +36,11 @@ const DEFAULT_LIMIT: usize = 100;
 const MOST: usize = 100;
 /// Bytes of payloads that one page reads: the server sends them too.
 const READ_BYTES: usize = 32 << 20;
+/// How often a letter is tried whose subject gets messages at the same time.
+const TRIES: usize = 3;
+/// Why a letter stays whose message the target has had, and has no longer.
+const REMEMBERED: &str =
+    "the target still knows its id, and takes it for a duplicate: replay it again after its duplicate window";
 
 pub(super) async fn dlq_list(context: &RequestContext, request: Request) -> Result<LetterList, Failure> {
     let clock = RequestClock::start();
@@ -214,6 +219,10 @@ async fn show(context: &RequestContext, id: &str, seq: u64) -> Result<LetterShow
     Ok(shown)
 }
 
+fn unchanged(replication: String, left: Vec<u64>) -> LettersChanged {
+    LettersChanged { replication, done: Vec::new(), refused: Vec::new(), left, failed: None }
+}
+
 async fn drop_letters(
     context: &RequestContext,
     id: String,
@@ -221,7 +230,7 @@ async fn drop_letters(
     clock: &RequestClock,
 ) -> Result<LettersChanged, Failure> {
     let mut letters = LetterBox::open(context, &id).await?;
-    let mut changed = LettersChanged { replication: id, done: Vec::new(), left: wanted, failed: None };
+    let mut changed = unchanged(id, wanted);
     while let Some(seq) = changed.left.first().copied()
         && !clock.is_over()
     {
@@ -251,14 +260,18 @@ async fn replay(
     let name = format!("{} {id}", names::PROGRAM);
     let mut target = context.rules.dial(&letters.replication.target.place, &name).await.map_err(of_target)?;
     let streams = ReplayStreams::read(&mut letters, &mut target).await?;
-    let mut changed = LettersChanged { replication: id, done: Vec::new(), left: wanted, failed: None };
+    let mut changed = unchanged(id, wanted);
     while let Some(seq) = changed.left.first().copied()
         && !clock.is_over()
     {
         match replay_one(context, &mut letters, &mut target, &streams, seq).await {
-            Ok(done) => {
+            Ok(Replayed::Done(done)) => {
                 changed.left.remove(0);
                 changed.done.push(done);
+            }
+            Ok(Replayed::Refused(reason)) => {
+                changed.left.remove(0);
+                changed.refused.push(LetterRefused { letter: seq, reason });
             }
             Err(failure) => {
                 changed.failed = Some(failure.description);
@@ -300,6 +313,14 @@ impl ReplayStreams {
     }
 }
 
+/// What became of one letter.
+enum Replayed {
+    /// The target has its message, and the letter is removed.
+    Done(LetterDone),
+    /// It stays; the others are no worse for it.
+    Refused(String),
+}
+
 /// Publishes one letter, and removes it when the target has it.
 async fn replay_one(
     context: &RequestContext,
@@ -307,7 +328,7 @@ async fn replay_one(
     lane: &mut Lane,
     streams: &ReplayStreams,
     seq: u64,
-) -> Result<LetterDone, Failure> {
+) -> Result<Replayed, Failure> {
     let (letter, payload) = letters.letter(seq).await?;
     let api_prefix = lane.api_prefix().to_owned();
     let to = ReplayTarget {
@@ -320,36 +341,96 @@ async fn replay_one(
         ttl: streams.ttl,
         now_ns: Utc::now().timestamp_nanos_opt().unwrap_or_default(),
     };
-    let stream = &letters.replication.target.stream;
     let refused = |error: nats_lane::Error| Failure::new(409, format!("dead letter {seq}: {error}"));
     let message = letter.replay(&to).map_err(refused)?;
-    // The duplicate window may be over since an earlier replay that did not come to its end.
-    let last = Api::new(lane).last_message_of(stream, &message.subject).await.map_err(of_target)?;
-    let done = match last.filter(|last| letter.is_replayed_as(last, &to)) {
-        Some(last) => LetterDone { letter: seq, target_seq: Some(last.sequence), duplicate: true },
-        None => {
-            let request = lane.send_request_with(&message.subject, &message.header, &payload);
-            let answer = loop {
-                let answers = lane.answers().await.map_err(of_target)?;
-                if let Some((_, answer)) = answers.into_iter().find(|(reply, _)| *reply == request.as_bytes()) {
-                    break answer;
-                }
-            };
-            if answer.is_empty() {
-                return Err(refused(nats_lane::Error::hold(format!("no stream takes `{}`", message.subject))));
-            }
-            let ack = PublishAck::parse(&answer, "the target").map_err(refused)?;
-            if ack.seq == 0 {
-                return Err(refused(nats_lane::Error::retry("the target has not stored it yet")));
-            }
-            if ack.stream != stream.as_str() {
-                return Err(refused(nats_lane::Error::hold(format!("stream `{}` took it", ack.stream))));
-            }
-            LetterDone { letter: seq, target_seq: Some(ack.seq), duplicate: ack.duplicate }
-        }
+    let stored = match store(lane, streams, &letter, &letters.tag, message, &payload).await {
+        Ok(Ok(stored)) => stored,
+        Ok(Err(reason)) => return Ok(Replayed::Refused(reason)),
+        Err(StoreError::Target(error)) => return Err(of_target(error)),
+        Err(StoreError::Letter(error)) => return Err(refused(error)),
     };
     let kept =
         |error| Failure::new(503, format!("dead letter {seq} is stored at the target, but was not removed: {error}"));
     letters.remove(seq).await.map_err(kept)?;
-    Ok(done)
+    Ok(Replayed::Done(LetterDone { letter: seq, target_seq: Some(stored.seq), duplicate: stored.duplicate }))
+}
+
+/// Where the target has a message.
+struct StoredAt {
+    seq: u64,
+    duplicate: bool,
+}
+
+/// Why no more letters are tried.
+enum StoreError {
+    Target(nats_lane::Error),
+    Letter(nats_lane::Error),
+}
+
+/// Stores the message of a letter, unless the target has it; the inner error says why this one stays.
+async fn store(
+    lane: &mut Lane,
+    streams: &ReplayStreams,
+    letter: &StoredLetter,
+    tag: &Tag,
+    message: ReplayedMessage,
+    payload: &[u8],
+) -> Result<Result<StoredAt, String>, StoreError> {
+    let stream = streams.target.text("name").to_owned();
+    let conditional = keeps_last(&streams.target);
+    for _ in 0..TRIES {
+        // The duplicate window may be over since an earlier replay that did not come to its end.
+        let last = Api::new(lane).last_message_of(&stream, &message.subject).await.map_err(StoreError::Target)?;
+        if let Some(last) = last.as_ref().filter(|last| letter.is_stored_as(last, tag)) {
+            return Ok(Ok(StoredAt { seq: last.sequence, duplicate: true }));
+        }
+        let mut message = message.clone();
+        if conditional {
+            if last.as_ref().is_some_and(|last| letter.would_replace(last, tag)) {
+                return Ok(Err(REPLACES_NEWER.to_owned()));
+            }
+            // A copy that runs beside it may store a newer one meanwhile.
+            message.expect_last(last.map_or(0, |last| last.sequence));
+        }
+        let stored = match publish(lane, &stream, &message, payload).await {
+            Err(StoreError::Letter(error)) if conditional && error.kind == ErrorKind::ChainBroken => continue,
+            stored => stored?,
+        };
+        // The id is remembered for a while, also that of a message which was removed.
+        if stored.duplicate {
+            let there = Api::new(lane).message(&stream, stored.seq).await.map_err(StoreError::Target)?;
+            if !there.is_some_and(|there| letter.is_stored_as(&there, tag)) {
+                return Ok(Err(REMEMBERED.to_owned()));
+            }
+        }
+        return Ok(Ok(stored));
+    }
+    Ok(Err(format!("`{}` had other messages meanwhile at each of {TRIES} attempts: replay it again", message.subject)))
+}
+
+async fn publish(
+    lane: &mut Lane,
+    stream: &str,
+    message: &ReplayedMessage,
+    payload: &[u8],
+) -> Result<StoredAt, StoreError> {
+    let request = lane.send_request_with(&message.subject, &message.header, payload);
+    let answer = loop {
+        let answers = lane.answers().await.map_err(StoreError::Target)?;
+        if let Some((_, answer)) = answers.into_iter().find(|(reply, _)| *reply == request.as_bytes()) {
+            break answer;
+        }
+    };
+    let hold = |why: String| Err(StoreError::Letter(nats_lane::Error::hold(why)));
+    if answer.is_empty() {
+        return hold(format!("no stream takes `{}`", message.subject));
+    }
+    let ack = PublishAck::parse(&answer, "the target").map_err(StoreError::Letter)?;
+    if ack.seq == 0 {
+        return Err(StoreError::Letter(nats_lane::Error::retry("the target has not stored it yet")));
+    }
+    if ack.stream != stream {
+        return hold(format!("stream `{}` took it", ack.stream));
+    }
+    Ok(StoredAt { seq: ack.seq, duplicate: ack.duplicate })
 }

@@ -13,6 +13,8 @@ use crate::config::{Replication, patterns};
 const OWNER: &str = "stream-replicator.consumer-of";
 /// The source sequence up to which everything was acknowledged when it was created.
 const POSITION: &str = "stream-replicator.position";
+/// When the source stream was created that the position is one of.
+const SOURCE: &str = "stream-replicator.source-created";
 /// Hash of its configuration without the position: servers add fields to what they are sent.
 const HASH: &str = "stream-replicator.config";
 /// Labels of consumers that this service reads through.
@@ -40,6 +42,17 @@ impl Selection {
             consumer.name.starts_with(OWN_PREFIX) || OWN_LABELS.iter().any(|label| metadata[*label].is_string());
         is_durable && !is_own && (self.0.is_empty() || self.0.iter().any(|pattern| pattern.matches(&consumer.name)))
     }
+}
+
+/// Where a consumer at the target begins, and why.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ConsumerStart<'a> {
+    /// `created` of the source stream; `None` where an import does not have it.
+    pub(super) source_created: Option<&'a str>,
+    /// Everything up to this source sequence is acknowledged.
+    pub(super) position: u64,
+    /// The sequence of the target.
+    pub(super) start: u64,
 }
 
 /// The replication that a consumer at the target was created for.
@@ -80,22 +93,22 @@ pub(super) fn target_config(
     consumer: &ConsumerInfo,
     replication: &Replication,
     owner: &ConsumerOwner,
-    position: u64,
-    start: u64,
+    at: &ConsumerStart<'_>,
 ) -> Result<Value, String> {
     let mut config = consumer.config.as_object().cloned().unwrap_or_default();
     // Replicas are those of the stream; a stream of the target may have fewer.
     config.remove("num_replicas");
     map_filters(&mut config, replication)?;
-    Ok(placed(config, owner, position, start))
+    Ok(placed(config, owner, at))
 }
 
 /// A configuration that is one of the target already, with another position.
 pub(super) fn imported(config: &Value, owner: &ConsumerOwner, position: u64, start: u64) -> Value {
-    placed(config.as_object().cloned().unwrap_or_default(), owner, position, start)
+    let at = ConsumerStart { source_created: config["metadata"][SOURCE].as_str(), position, start };
+    placed(config.as_object().cloned().unwrap_or_default(), owner, &at)
 }
 
-fn placed(mut config: Map<String, Value>, owner: &ConsumerOwner, position: u64, start: u64) -> Value {
+fn placed(mut config: Map<String, Value>, owner: &ConsumerOwner, at: &ConsumerStart<'_>) -> Value {
     config.remove("opt_start_time");
     config.remove("opt_start_seq");
     let mut metadata = own_metadata(&config);
@@ -103,17 +116,21 @@ fn placed(mut config: Map<String, Value>, owner: &ConsumerOwner, position: u64, 
     config.insert("metadata".into(), metadata.clone().into());
     let hash = format!("{:016x}", xxh3_64(Value::from(config.clone()).to_string().as_bytes()));
     metadata.insert(OWNER.into(), owner.0.clone().into());
-    metadata.insert(POSITION.into(), position.to_string().into());
+    metadata.insert(POSITION.into(), at.position.to_string().into());
+    if let Some(created) = at.source_created {
+        metadata.insert(SOURCE.into(), created.into());
+    }
     metadata.insert(HASH.into(), hash.into());
     config.insert("metadata".into(), metadata.into());
-    config.insert("opt_start_seq".into(), start.into());
+    config.insert("opt_start_seq".into(), at.start.into());
     config.into()
 }
 
 /// Metadata without that of servers and of an earlier move.
 fn own_metadata(config: &Map<String, Value>) -> Map<String, Value> {
     let all = config.get("metadata").and_then(Value::as_object).into_iter().flatten();
-    let kept = all.filter(|(key, _)| !key.starts_with(OF_SERVER) && ![OWNER, POSITION, HASH].contains(&key.as_str()));
+    let kept =
+        all.filter(|(key, _)| !key.starts_with(OF_SERVER) && ![OWNER, POSITION, SOURCE, HASH].contains(&key.as_str()));
     kept.map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
@@ -144,7 +161,24 @@ fn map_filters(config: &mut Map<String, Value>, replication: &Replication) -> Re
 
 /// Whether a consumer of ours begins where it should, and was created with the same configuration.
 pub(super) fn is_same(there: &Value, wanted: &Value) -> bool {
-    there["opt_start_seq"] == wanted["opt_start_seq"] && there["metadata"][HASH] == wanted["metadata"][HASH]
+    let same = |key: &str| there["metadata"][key] == wanted["metadata"][key];
+    there["opt_start_seq"] == wanted["opt_start_seq"] && same(HASH) && same(SOURCE)
+}
+
+/// Whether a consumer of ours was made for another stream of the source than the one that was created then.
+pub(super) fn is_made_for_other(there: &Value, created: &str) -> bool {
+    there["metadata"][SOURCE].as_str().is_some_and(|made_for| made_for != created)
+}
+
+/// Whether a consumer of ours was made for another stream of the source than the wanted one.
+pub(super) fn is_of_earlier_stream(there: &Value, wanted: &Value) -> bool {
+    wanted["metadata"][SOURCE].as_str().is_some_and(|created| is_made_for_other(there, created))
+}
+
+/// Position and start of a consumer of ours.
+pub(super) fn placement(there: &Value) -> (u64, u64) {
+    let position = there["metadata"][POSITION].as_str().and_then(|position| position.parse().ok());
+    (position.unwrap_or_default(), there["opt_start_seq"].as_u64().unwrap_or_default())
 }
 
 /// The configuration of a consumer that nothing moves any more.
@@ -219,24 +253,33 @@ mod tests {
             "pause_until": "2030-01-01T00:00:00Z", "filter_subject": "s.eu", "metadata": {"team": "x", "_nats.ver": "2"}});
         let one = consumer(json!({"name": "a", "config": config}));
         let renamed = replication(json!({"target_subject_prefix": "p"}));
-        let made = target_config(&one, &renamed, &owner, 40, 7).unwrap();
+        let at = ConsumerStart { source_created: Some("then"), position: 40, start: 7 };
+        let made = target_config(&one, &renamed, &owner, &at).unwrap();
         let hash = made["metadata"][HASH].clone();
         let expect = json!({"durable_name": "a", "deliver_policy": "by_start_sequence", "opt_start_seq": 7,
             "ack_policy": "explicit", "backoff": [1, 2], "headers_only": true, "priority_groups": ["g"],
             "pause_until": "2030-01-01T00:00:00Z", "filter_subject": "p.s.eu",
-            "metadata": {"team": "x", OWNER: "EAST S", POSITION: "40", HASH: hash}});
+            "metadata": {"team": "x", OWNER: "EAST S", POSITION: "40", SOURCE: "then", HASH: hash}});
         assert_eq!(made, expect);
         assert!(owner.owns(&consumer(json!({"config": made}))) && !ConsumerOwner::of("EAST", "T").owns(&one));
         // What a server adds does not count; another start or another setting does.
         let mut there = made.clone();
         there["max_waiting"] = 512.into();
         assert!(is_same(&there, &made));
-        let later = target_config(&one, &renamed, &owner, 41, 8).unwrap();
-        assert!(!is_same(&there, &later));
+        let later = target_config(&one, &renamed, &owner, &ConsumerStart { position: 41, start: 8, ..at }).unwrap();
+        assert!(!is_same(&there, &later) && !is_of_earlier_stream(&there, &later));
+        assert_eq!(placement(&there), (40, 7));
+        // Another stream of the source; an export has it, and what was written by hand may not.
+        let recreated = ConsumerStart { source_created: Some("now"), ..at };
+        let recreated = target_config(&one, &renamed, &owner, &recreated).unwrap();
+        assert!(is_of_earlier_stream(&there, &recreated) && is_made_for_other(&there, "now"));
+        assert!(is_of_earlier_stream(&there, &imported(&recreated, &owner, 40, 7)));
+        let unknown = imported(&one.config, &owner, 40, 7);
+        assert!(!is_of_earlier_stream(&there, &unknown) && !is_made_for_other(&unknown, "now"));
         let mut other = one.config.clone();
         other["headers_only"] = false.into();
         let other = consumer(json!({"name": "a", "config": other}));
-        assert!(!is_same(&there, &target_config(&other, &renamed, &owner, 40, 7).unwrap()));
+        assert!(!is_same(&there, &target_config(&other, &renamed, &owner, &at).unwrap()));
         assert_eq!(released(&made)["metadata"], json!({"team": "x"}));
     }
 

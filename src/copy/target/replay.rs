@@ -58,10 +58,19 @@ pub(crate) struct ReplayTarget<'a> {
 }
 
 /// Subject and header block of a message to publish.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ReplayedMessage {
     pub subject: String,
     pub header: Vec<u8>,
+}
+
+impl ReplayedMessage {
+    /// The target stores it only after this message of its subject; 0 for none. The line comes first, as in a copy.
+    pub fn expect_last(&mut self, sequence: u64) {
+        let at = headers::find_line_end(&self.header).map_or(self.header.len(), |end| end + 2);
+        let line = format!("Nats-Expected-Last-Subject-Sequence: {sequence}\r\n");
+        self.header.splice(at..at, line.into_bytes());
+    }
 }
 
 /// What a target stores.
@@ -96,6 +105,14 @@ impl StoreLimits<'_> {
         };
         Err(Error::hold(format!("the target cannot store it: {why}")))
     }
+}
+
+/// Why a message is not stored after a newer one of its subject.
+pub(crate) const REPLACES_NEWER: &str = "the target has a newer message of its subject, which it would replace";
+
+/// Whether a message of a stream replaces older ones of its subject.
+pub(crate) fn keeps_last(stream: &StreamInfo) -> bool {
+    stream.number("max_msgs_per_subject") > 0
 }
 
 /// The tag of a replication, as its dead letters carry it.
@@ -174,10 +191,23 @@ impl StoredLetter {
         MessageOrigin { seq: self.seq, time_ms: self.time_ns.div_euclid(1_000_000) }
     }
 
-    /// Whether a message of the target is the replay of this letter.
-    pub fn is_replayed_as(&self, message: &StoredMessage, to: &ReplayTarget<'_>) -> bool {
-        self.hop(to).origin(&message.header) == Some(self.own_origin())
+    /// Whether a message of the target is the one of this letter: a replay, of another letter of the same message too, a repair,
+    /// or a copy.
+    pub fn is_stored_as(&self, message: &StoredMessage, tag: &Tag) -> bool {
+        origin_at_target(message, tag) == Some(self.origin)
     }
+
+    /// Whether it would replace a message of the target that is not older: a newer copy, or a message of another writer.
+    pub fn would_replace(&self, message: &StoredMessage, tag: &Tag) -> bool {
+        // Sequences of a recreated source begin again, and times can go back: it has to be later by both.
+        let is_older = |there: MessageOrigin| there.seq < self.origin.seq && there.time_ms <= self.origin.time_ms;
+        !origin_at_target(message, tag).is_some_and(is_older)
+    }
+}
+
+/// What a message of the target was made of, if it is a copy, a repair or a replay of this replication.
+fn origin_at_target(message: &StoredMessage, tag: &Tag) -> Option<MessageOrigin> {
+    tag.origin(&message.header).or_else(|| tag.origin_of_later(&message.header))
 }
 
 #[cfg(test)]
@@ -217,8 +247,9 @@ mod tests {
         };
         let replayed = letter.replay(&to).map_err(|error| error.message)?;
         let message = StoredMessage { header: replayed.header.clone(), ..stored("") };
-        assert!(letter.is_replayed_as(&message, &to));
-        assert_eq!(letter_tag(&replication, "SITE").origin(&message.header), None, "it is no copy of the run");
+        let tag = letter_tag(&replication, "SITE");
+        assert!(letter.is_stored_as(&message, &tag));
+        assert_eq!(tag.origin(&message.header), None, "it is no copy of the run");
         Ok(format!("{} {}", replayed.subject, String::from_utf8(replayed.header).unwrap()))
     }
 
@@ -260,6 +291,34 @@ mod tests {
              SITE 9000\r\n\r\n";
         let found = replayed(&letter, json!({"target_subject_prefix": "x"}), json!({"max_msg_size": 500}));
         assert_eq!(found, Ok(expect.to_owned()));
+    }
+
+    #[test]
+    fn a_newer_message_is_not_replaced() {
+        let tag = Tag::new("S", "SITE", "SITE");
+        let letter = StoredLetter::read(&stored(LETTER), &tag).unwrap();
+        let check = |hops: &[&str], expect: bool| {
+            let hops: String = hops.iter().map(|hop| format!("Choria-SR-Source: {hop}\r\n")).collect();
+            let there = stored(&format!("NATS/1.0\r\n{hops}\r\n"));
+            assert_eq!(letter.would_replace(&there, &tag), expect, "{hops}");
+        };
+        check(&["S 6 SITE SITE 4000"], false);
+        check(&["S 6 SITE SITE 5000", "DEAD 2 SITE SITE 9000"], false);
+        check(&["S 8 SITE SITE 6000"], true);
+        check(&["S 8 SITE SITE 6000", "S 8 SITE repair:SITE 6000"], true);
+        // Of a source that was recreated, before and after the letter.
+        check(&["S 6 SITE SITE 9000"], true);
+        check(&["S 900 SITE SITE 4000"], true);
+        check(&["S 6 SITE other 4000"], true);
+        check(&[], true);
+    }
+
+    #[test]
+    fn a_condition_comes_first() {
+        let mut message = ReplayedMessage { subject: "a".to_owned(), header: b"NATS/1.0\r\nA: 1\r\n\r\n".to_vec() };
+        message.expect_last(7);
+        let expect = "NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: 7\r\nA: 1\r\n\r\n";
+        assert_eq!(String::from_utf8_lossy(&message.header), expect);
     }
 
     #[test]

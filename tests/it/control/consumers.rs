@@ -9,12 +9,12 @@ use futures_util::TryStreamExt;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    LIMIT, Outgoing, Raw, Role, Server, Site,
+    BOTH, LIMIT, Outgoing, Proxy, Raw, Role, Server, Site,
     cli::failed,
     client::{connect, refused, request},
     server::free_port,
     site::merged,
-    wait_for,
+    wait_for, wait_while_moving,
 };
 
 const ID: &str = "ORDERS";
@@ -226,6 +226,61 @@ async fn consumers_follow_until_they_are_used() -> Result<()> {
     Ok(())
 }
 
+/// A copy follows a recreated source; what is at the target has positions in the stream before it.
+#[tokio::test]
+async fn consumers_outlive_a_recreated_source() -> Result<()> {
+    let mut site = Site::start().await?;
+    site.filled(ID, 100).await?;
+    let (mut source, mut target) = (site.source().await?, site.target().await?);
+    for name in ["billing", "shop"] {
+        create(&mut source, ID, name, json!({})).await?;
+        take(&site.source.url(), ID, name, 40, |_| true).await?;
+    }
+    site.add(ID, json!({"consumers": ["*"]})).await?;
+    site.settled(ID, 100).await?;
+    for name in ["billing", "shop"] {
+        wait_position(&mut target, ID, name, 40).await?;
+    }
+    source.api(&format!("STREAM.DELETE.{ID}"), Value::Null).await?;
+    site.source_stream(ID, json!({})).await?;
+    site.publish(ID, 1..=30).await?;
+    // One is created again, with a position in the other stream; the other one is not.
+    create(&mut source, ID, "billing", json!({})).await?;
+    take(&site.source.url(), ID, "billing", 20, |_| true).await?;
+    create(&mut source, ID, "later", json!({})).await?;
+    let stay = async |site: &Site, target: &mut Raw| -> Result<()> {
+        // A pass that is over: a consumer that is new at the source is at the target.
+        for name in ["billing", "shop"] {
+            wait_for(&format!("{name} to be in the log"), LIMIT, async || {
+                site.service.log().contains(&format!("consumer `{name}` keeps its position in stream `{ID}`"))
+            })
+            .await?;
+            let there = info(target, ID, name).await.with_context(|| format!("{name} is gone"))?;
+            assert_eq!((position(&there), &there["config"]["opt_start_seq"]), (Some(40), &json!(41)), "{there}");
+        }
+        Ok(())
+    };
+    wait_position(&mut target, ID, "later", 0).await?;
+    stay(&site, &mut target).await?;
+    // An import says so too, and another instance knows as much.
+    let exported = site.cli().ok(["consumers", "export", ID]).await?;
+    let ended = site.cli().run_with(["consumers", "import", ID], &exported).await?;
+    let text = format!("{}{}", ended.stdout, ended.stderr);
+    assert!(text.contains("consumer `billing` keeps its position in stream `ORDERS`"), "{text}");
+    site.service.kill()?;
+    site.service.restart().await?;
+    create(&mut source, ID, "last", json!({})).await?;
+    wait_position(&mut target, ID, "last", 0).await?;
+    stay(&site, &mut target).await?;
+    // Deleted at the target, it is created for the stream of now; and gone there, it is removed again.
+    target.api(&format!("CONSUMER.DELETE.{ID}.billing"), Value::Null).await?;
+    wait_position(&mut target, ID, "billing", 20).await?;
+    source.api(&format!("CONSUMER.DELETE.{ID}.billing"), Value::Null).await?;
+    wait_for("the deleted one to be removed", LIMIT, async || info(&mut target, ID, "billing").await.is_none()).await?;
+    assert!(info(&mut target, ID, "shop").await.is_some());
+    Ok(())
+}
+
 /// The settings of every kind of consumer arrive, with subjects of the target and positions by the rules of its acks.
 #[tokio::test]
 async fn consumers_of_every_kind_keep_their_settings() -> Result<()> {
@@ -369,6 +424,42 @@ async fn a_missing_permission_is_named() -> Result<()> {
     }
     drop(service);
     Ok(())
+}
+
+#[tokio::test]
+async fn a_late_import_leaves_no_consumer_deleted() -> Result<()> {
+    const CONSUMERS: u64 = 60;
+    let site = Site::start().await?;
+    site.filled(ID, 10).await?;
+    let proxy = Proxy::start(site.target.port()).await?;
+    site.add(ID, json!({"target_url": proxy.url()})).await?;
+    site.settled(ID, 10).await?;
+    let import = async |start: u64| {
+        let one = |i: u64| {
+            let name = format!("c{i}");
+            let config = json!({"durable_name": name, "ack_policy": "explicit"});
+            json!({"name": name, "position": start - 1, "start": start, "config": config})
+        };
+        let consumers: Vec<_> = (0..CONSUMERS).map(one).collect();
+        site.send("consumers.import", json!({"replication": ID, "consumers": consumers})).await
+    };
+    // The second one moves them all, with three round trips for each, and its answer is due before that.
+    let direct = import(2).await?;
+    assert!(direct.error.is_none_or(|code| code == 504), "{direct:?}");
+    let mut target = site.target().await?;
+    let moved = async |target: &mut Raw, start: u64| -> Result<()> {
+        wait_while_moving(&format!("all of them at {start}"), LIMIT, async || {
+            let listed = target.api(&format!("CONSUMER.LIST.{ID}"), Value::Null).await.unwrap_or_default();
+            let all = listed["consumers"].as_array().into_iter().flatten();
+            let done = all.filter(|one| one["config"]["opt_start_seq"] == start).count() as u64;
+            if done == CONSUMERS { Ok(()) } else { Err(done) }
+        })
+        .await
+    };
+    moved(&mut target, 2).await?;
+    proxy.latency(BOTH, Duration::from_millis(10));
+    refused(&import(5).await?, 504, "did not answer in time");
+    moved(&mut target, 5).await
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Outgoing, Raw, Site, Stored, cli::failed, client::refused, raw::header_values, request, site::merged,
+    Outgoing, Raw, Site, Stored, cli::failed, client::refused, raw::header_values, request, site::merged, wait_for,
 };
 
 const ID: &str = "ORDERS";
@@ -176,16 +176,104 @@ async fn again(site: &Site, letter: &Value) -> Result<()> {
     let text = |field: &str| STANDARD.decode(letter[field].as_str().unwrap_or_default());
     let mut source = site.source().await?;
     let mut config = source.api("STREAM.INFO.DEAD", Value::Null).await?["config"].take();
-    config["duplicate_window"] = 100_000_000.into();
-    source.api("STREAM.UPDATE.DEAD", config).await?;
     let stored = Outgoing::new("dead.orders", text("data")?).with_block(text("hdrs")?);
-    // Until the window is over, the stream answers with the old sequence.
+    // Until the window is over, the stream answers with the old sequence. A server sets its timer before the new window counts: a
+    // timer that is faster than the update waits for the old window, so each attempt is another update.
     let before = source.stream_state("DEAD").await?["last_seq"].as_u64();
-    crate::harness::wait_for("the letter to be stored again", Duration::from_secs(30), async || {
+    let mut window = 100_000_000;
+    wait_for("the letter to be stored again", Duration::from_secs(30), async || {
+        window += 1_000_000;
+        config["duplicate_window"] = window.into();
         let Ok(mut raw) = Raw::connect(&site.source.url()).await else { return false };
-        raw.publish(&stored).await.ok() > before
+        raw.api("STREAM.UPDATE.DEAD", config.clone()).await.is_ok() && raw.publish(&stored).await.ok() > before
     })
     .await
+}
+
+#[tokio::test]
+async fn a_replay_replaces_nothing_newer() -> Result<()> {
+    let site = Site::start().await?;
+    site.source_stream("DEAD", json!({"subjects": ["dead.>"]})).await?;
+    let last = json!({"max_msgs_per_subject": 1});
+    let mut source = site.source_stream(ID, last.clone()).await?;
+    let mut target = site.target_stream(ID, merged(last, json!({"max_msg_size": 1_000}))).await?;
+    site.add(ID, json!({"on_reject": "dead_letter", "dead_letter": {"subject": "dead.orders"}})).await?;
+    let (small, large) = ("new".to_owned(), "x".repeat(2_000));
+    let message = |(key, payload): (&str, &String)| Outgoing::new(format!("orders.{key}"), payload.as_str());
+    source.publish_all([("a", &large), ("b", &large), ("c", &small), ("d", &large)].map(message)).await?;
+    site.settled(ID, 4).await?;
+    source.publish_all([("a", &small), ("c", &large)].map(message)).await?;
+    site.settled(ID, 6).await?;
+    assert_eq!(letters(&list(&site).await?), [1, 2, 3, 4]);
+    widen(&site, ID).await?;
+    let before = target.read_stream(ID).await?;
+    let older = before.iter().find(|message| message.subject == "orders.c").context("an older value")?.seq;
+    let change = json!({"replication": ID, "letters": [1, 2, 3, 4]});
+    let done = request(&site.client, "replicator.dlq.replay", change).await?;
+    let reason = "the target has a newer message of its subject, which it would replace";
+    assert_eq!(done["refused"], json!([{"letter": 1, "reason": reason}]), "{done}");
+    assert_eq!(
+        (letters_done(&done), &done["left"], &done["failed"]),
+        (vec![2, 3, 4], &json!([]), &Value::Null),
+        "{done}"
+    );
+    assert_eq!(letters(&list(&site).await?), [1]);
+    let ended = site.cli().run(["dlq", "replay", ID, "--all"]).await?;
+    failed(&ended, &["1 dead letter could not be replayed"]);
+    assert!(ended.stdout.contains(&format!("ORDERS: letter 1 stays: {reason}")), "{ended:?}");
+    let stored = target.read_stream(ID).await?;
+    let payloads: Vec<_> = ["a", "b", "c", "d"]
+        .iter()
+        .map(|key| {
+            stored
+                .iter()
+                .find(|message| message.subject == format!("orders.{key}"))
+                .map(|message| message.payload.clone())
+        })
+        .collect();
+    let large = Some(large.into_bytes());
+    assert_eq!(payloads, [Some(small.into_bytes()), large.clone(), large.clone(), large]);
+    // Nothing that the copy stores meanwhile is replaced either.
+    for (key, expect) in [("c", older), ("d", 0)] {
+        let subject = format!("orders.{key}");
+        let found = stored.iter().find(|message| message.subject == subject).context("a replay")?;
+        assert_eq!(
+            header_values(&found.header, "Nats-Expected-Last-Subject-Sequence"),
+            [expect.to_string()],
+            "{found:?}"
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_stays_if_its_replay_was_removed() -> Result<()> {
+    let site = begin(json!({}), 5).await?;
+    widen(&site, ID).await?;
+    let letter = site.source().await?.api("STREAM.MSG.GET.DEAD", json!({"seq": 1})).await?["message"].take();
+    let change = |letter: u64| json!({"replication": ID, "letters": [letter]});
+    let done = request(&site.client, "replicator.dlq.replay", change(1)).await?;
+    let at = done["done"][0]["target_seq"].as_u64().with_context(|| done.to_string())?;
+    again(&site, &letter).await?;
+    let last = letters(&list(&site).await?).pop().context("a letter")?;
+    let mut target = site.target().await?;
+    target.api(&format!("STREAM.MSG.DELETE.{ID}"), json!({"seq": at})).await?;
+    let kept = request(&site.client, "replicator.dlq.replay", change(last)).await?;
+    let reason = kept["refused"][0]["reason"].as_str().with_context(|| kept.to_string())?;
+    assert!(reason.contains("replay it again after its duplicate window"), "{kept}");
+    assert_eq!((&kept["done"], letters(&list(&site).await?)), (&json!([]), vec![last]), "{kept}");
+    // Each attempt is another update, see `again`.
+    let mut config = target.api(&format!("STREAM.INFO.{ID}"), Value::Null).await?["config"].take();
+    let mut window = 100_000_000;
+    wait_for("the letter to be replayed", Duration::from_secs(30), async || {
+        window += 1_000_000;
+        config["duplicate_window"] = window.into();
+        let updated = target.api(&format!("STREAM.UPDATE.{ID}"), config.clone()).await;
+        let done = request(&site.client, "replicator.dlq.replay", change(last)).await;
+        updated.is_ok() && done.is_ok_and(|done| letters_done(&done) == [last])
+    })
+    .await?;
+    each_once(&site).await
 }
 
 #[tokio::test]
