@@ -91,7 +91,7 @@ async fn documented_requests_are_answered_as_documented() -> Result<()> {
             target.api("STREAM.UPDATE.CRATES", config).await?;
         }
         if example.endpoint == "verify.status" {
-            site.row_when("ORDERS", "is compared", |row| row["verify"]["state"] == "done").await?;
+            site.row_when("NODES", "is compared", |row| row["verify"]["state"] == "done").await?;
         }
         if example.endpoint == "verify.cancel" {
             site.send("verify", json!({"replication": "ORDERS", "rate": 1})).await?;
