@@ -5,7 +5,7 @@
 //! deadlines before it are judged first: decisions and advisories depend on the messages alone, whenever and however
 //! often they are read. Only when there is no message to read does the clock move the time.
 
-mod gone;
+mod forgotten;
 pub(super) mod records;
 
 use std::{
@@ -20,7 +20,7 @@ use hashbrown::HashTable;
 use nats_lane::entropy;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-use gone::{Gone, LastCopy};
+use forgotten::{Forgotten, LastCopy};
 
 use super::{
     advisory::{Advisory, AdvisoryKind},
@@ -92,7 +92,7 @@ struct Round {
     /// The settled position at that moment.
     position: u64,
     slots: Vec<u32>,
-    gone: Vec<Arc<str>>,
+    forgotten: Vec<Arc<str>>,
 }
 
 /// One sender, as listed.
@@ -189,7 +189,7 @@ pub struct Senders {
     newest: HashMap<u32, Sent>,
     dirty: Vec<u32>,
     /// Forgotten senders whose records still exist, or of which messages may be read again.
-    gone: HashMap<Arc<str>, Gone>,
+    forgotten: HashMap<Arc<str>, Forgotten>,
     /// Bytes of the names of known and of forgotten senders.
     names: usize,
     /// Names that are too long for keys, by the hash in the key.
@@ -234,7 +234,7 @@ impl Senders {
             sent: VecDeque::new(),
             newest: HashMap::new(),
             dirty: Vec::new(),
-            gone: HashMap::new(),
+            forgotten: HashMap::new(),
             names: 0,
             hashed: HashMap::new(),
             untracked: 0,
@@ -259,7 +259,7 @@ impl Senders {
         self.outbox.set_reliable(sampling.is_reliable());
         if !self.rules.advises {
             self.outbox.clear();
-            self.leaving.extend(self.gone.keys().cloned());
+            self.leaving.extend(self.forgotten.keys().cloned());
         }
         if self.begun {
             self.schedule_all();
@@ -296,20 +296,20 @@ impl Senders {
 
     /// Senders that take room: known ones, and forgotten ones whose records still exist.
     fn tracked(&self) -> usize {
-        self.table.len() + self.gone.len()
+        self.table.len() + self.forgotten.len()
     }
 
     /// Whether there is no room for an unknown sender.
     fn is_full(&self, sender: &str) -> bool {
         let SenderBounds { senders, bytes } = self.rules.bounds;
-        let is_new = !self.gone.contains_key(sender);
+        let is_new = !self.forgotten.contains_key(sender);
         is_new && (self.tracked() >= senders || self.names + sender.len() > bytes)
     }
 
     /// The same for a loaded record, which may come before that of another one is removed.
     fn is_overfull(&self, sender: &str) -> bool {
         let SenderBounds { senders, bytes } = self.rules.bounds;
-        let is_new = self.find(sender).is_none() && !self.gone.contains_key(sender);
+        let is_new = self.find(sender).is_none() && !self.forgotten.contains_key(sender);
         let most = |bound: usize| bound + bound / 8 + 4_096;
         is_new && (self.tracked() >= most(senders) || self.names + sender.len() > most(bytes))
     }
@@ -319,7 +319,7 @@ impl Senders {
         if let Some(index) = self.find(sender) {
             return self.slots[index as usize].name.clone();
         }
-        if let Some((name, _)) = self.gone.get_key_value(sender) {
+        if let Some((name, _)) = self.forgotten.get_key_value(sender) {
             return name.clone();
         }
         let name: Arc<str> = sender.into();
@@ -332,7 +332,7 @@ impl Senders {
 
     /// An entry of a sender was removed: its name is removed with the last one.
     fn release(&mut self, sender: &str) {
-        if self.find(sender).is_none() && !self.gone.contains_key(sender) {
+        if self.find(sender).is_none() && !self.forgotten.contains_key(sender) {
             self.names = self.names.saturating_sub(sender.len());
             if let Some(hash) = sender_hash(sender) {
                 self.hashed.remove(&hash);
@@ -363,8 +363,9 @@ impl Senders {
 
     /// What a message is compared with.
     fn last_copy(&self, sighting: &Sighting<'_>) -> LastCopy {
-        if let Some(gone) = self.gone.get(sighting.sender).filter(|gone| sighting.seq <= gone.read) {
-            return gone.last_copy();
+        if let Some(forgotten) = self.forgotten.get(sighting.sender).filter(|forgotten| sighting.seq <= forgotten.read)
+        {
+            return forgotten.last_copy();
         }
         self.find(sighting.sender).map_or(LastCopy::NONE, |index| {
             let slot = &self.slots[index as usize];
@@ -388,8 +389,8 @@ impl Senders {
             self.advance(time_ns);
             self.read = seq;
         }
-        if let Some(gone) = self.gone.get_mut(sender).filter(|gone| seq <= gone.read) {
-            return gone.observe(sighting, fate);
+        if let Some(forgotten) = self.forgotten.get_mut(sender).filter(|forgotten| seq <= forgotten.read) {
+            return forgotten.observe(sighting, fate);
         }
         let index = match self.find(sender) {
             Some(index) => {
@@ -405,8 +406,8 @@ impl Senders {
                 return;
             }
             None => {
-                // It is back: it stays in `gone` only until no earlier message of it can be read again.
-                self.leaving.extend(self.gone.get_key_value(sender).map(|(name, _)| name.clone()));
+                // It is back: it stays in `forgotten` only until no earlier message of it can be read again.
+                self.leaving.extend(self.forgotten.get_key_value(sender).map(|(name, _)| name.clone()));
                 let index = self.insert(sender, time_ns, seq);
                 self.schedule(index);
                 self.touch(index);
@@ -461,13 +462,13 @@ impl Senders {
         let known = self.find(sighting.sender);
         let slot = known.map(|index| &self.slots[index as usize]);
         let is_copied = slot.is_some_and(|slot| slot.copied != NEVER && sighting.seq <= slot.sequence);
-        let gone = self.gone.get(sighting.sender).filter(|gone| sighting.seq <= gone.read);
-        if gone.map_or(is_copied, |gone| sighting.seq <= gone.last_copy().seq) {
+        let forgotten = self.forgotten.get(sighting.sender).filter(|forgotten| sighting.seq <= forgotten.read);
+        if forgotten.map_or(is_copied, |forgotten| sighting.seq <= forgotten.last_copy().seq) {
             return;
         }
         let is_seen = slot.is_some_and(|slot| slot.loaded && sighting.time_ns <= slot.seen);
         let fate = if self.verdict(sighting) == SamplingVerdict::Skip { MessageOutcome::Passed } else { fate };
-        match known.filter(|_| is_seen && gone.is_none()) {
+        match known.filter(|_| is_seen && forgotten.is_none()) {
             // Its record was written while the copy was in flight.
             Some(index) if fate == MessageOutcome::Stored => self.stored(index, sighting),
             Some(_) => {}
@@ -505,12 +506,12 @@ impl Senders {
         self.sent.clear();
         self.newest.clear();
         self.outbox.take_back();
-        self.gone.values_mut().for_each(|gone| gone.begin(position));
+        self.forgotten.values_mut().for_each(|forgotten| forgotten.begin(position));
         if !std::mem::replace(&mut self.begun, true) {
             self.schedule_all();
             self.written_to = saved.unwrap_or(position);
             self.read = self.written_to;
-            self.leaving.extend(self.gone.keys().cloned());
+            self.leaving.extend(self.forgotten.keys().cloned());
         }
         if another {
             (self.written_to, self.read) = (position, position);
@@ -545,7 +546,7 @@ impl Senders {
                 let settled = LastCopy { size, ..slot.last_copy() };
                 let in_flight = self.newest.get(&index).map(Sent::last_copy);
                 self.remove(index);
-                self.gone.insert(sender.clone(), Gone::new(self.read, settled, in_flight));
+                self.forgotten.insert(sender.clone(), Forgotten::new(self.read, settled, in_flight));
                 self.leaving.push(sender.clone());
                 self.happened(AdvisoryKind::Expire, sender, from.saturating_add(self.rules.every), seen);
             }
@@ -579,7 +580,7 @@ impl Senders {
         let advisory = self.outbox.confirm(number)?;
         match self.find(&advisory.sender) {
             Some(index) => self.touch(index),
-            None if self.gone.contains_key(&advisory.sender) => self.leaving.push(advisory.sender),
+            None if self.forgotten.contains_key(&advisory.sender) => self.leaving.push(advisory.sender),
             None => {}
         }
         Some(advisory.kind)
@@ -694,7 +695,7 @@ impl Senders {
             let name = self.slots[index as usize].name.clone();
             self.outbox.forget(&name);
             self.remove(index);
-            self.gone.insert(name.clone(), Gone::without_messages(0));
+            self.forgotten.insert(name.clone(), Forgotten::without_messages(0));
             self.leaving.push(name);
         }
     }
@@ -899,7 +900,7 @@ mod tests {
                 tell(senders, 5);
                 all_records(senders, 5);
                 all_records(senders, 5);
-                assert!(senders.gone.is_empty(), "{what}, advises: {advises}: {:?}", senders.gone);
+                assert!(senders.forgotten.is_empty(), "{what}, advises: {advises}: {:?}", senders.forgotten);
             }
         }
     }
@@ -1131,7 +1132,7 @@ mod tests {
         after.replay(&sight(2, 200.0, "b"), MessageOutcome::Stored);
         let told: Vec<_> = tell(&mut after, 2).into_iter().map(|told| told.0).collect();
         assert_eq!(told, [AdvisoryKind::Timeout, AdvisoryKind::Expire, AdvisoryKind::New]);
-        assert!(after.gone.is_empty() && after.len() == 1, "its record went when all was published");
+        assert!(after.forgotten.is_empty() && after.len() == 1, "its record went when all was published");
     }
 
     #[test]
@@ -1199,10 +1200,10 @@ mod tests {
             assert_eq!(new.collect::<Vec<_>>(), ["n1", "n2", "n3"], "an advisory is of a tracked sender");
             // Forgotten senders take room until their records are gone.
             take(&mut senders, sight(9, 200.0, "n6"));
-            assert_eq!((senders.len(), senders.gone.len(), senders.names, senders.untracked()), (0, 3, 6, 5));
+            assert_eq!((senders.len(), senders.forgotten.len(), senders.names, senders.untracked()), (0, 3, 6, 5));
             tell(&mut senders, 9);
             tell(&mut senders, 9);
-            assert_eq!((senders.gone.len(), senders.names, senders.hashed.len()), (0, 0, 0));
+            assert_eq!((senders.forgotten.len(), senders.names, senders.hashed.len()), (0, 0, 0));
             take(&mut senders, sight(10, 201.0, "n6"));
             assert_eq!((senders.len(), senders.names, senders.untracked()), (1, 2, 5));
             assert!(!senders.became_full());
@@ -1245,7 +1246,7 @@ mod tests {
         assert_eq!((senders.len(), senders.names, senders.hashed.len()), (3, 404, 4));
         (0..2).for_each(|number| senders.taken_away(&token(number)));
         senders.taken_away(&token(0));
-        assert_eq!((senders.len(), senders.gone.len(), senders.names, senders.hashed.len()), (2, 0, 202, 2));
+        assert_eq!((senders.len(), senders.forgotten.len(), senders.names, senders.hashed.len()), (2, 0, 202, 2));
         senders.forget_all();
         assert_eq!((senders.len(), senders.names, senders.hashed.len()), (0, 0, 0));
     }

@@ -9,7 +9,7 @@ use chrono::DateTime;
 
 use super::{
     NEVER, Round, SenderSlot, Senders,
-    gone::{Gone, LastCopy},
+    forgotten::{Forgotten, LastCopy},
     nanos, time,
 };
 use crate::{
@@ -45,8 +45,8 @@ impl Senders {
     /// `None` when all of them are written.
     pub fn next_write(&mut self, position: u64, most: usize) -> Option<Write> {
         if self.round.is_none() {
-            let (slots, gone) = (std::mem::take(&mut self.dirty), std::mem::take(&mut self.leaving));
-            self.round = Some(Round { position, slots, gone });
+            let (slots, forgotten) = (std::mem::take(&mut self.dirty), std::mem::take(&mut self.leaving));
+            self.round = Some(Round { position, slots, forgotten });
         }
         let mut round = self.round.take()?;
         let mut write = Write::default();
@@ -56,14 +56,15 @@ impl Senders {
             self.compose(index, round.position, &mut write);
         }
         while write.records.len() < most
-            && let Some(sender) = round.gone.pop()
+            && let Some(sender) = round.forgotten.pop()
         {
-            self.compose_gone(&sender, round.position, &mut write);
+            self.compose_forgotten(&sender, round.position, &mut write);
         }
         if write.records.is_empty() {
             self.written_to = self.written_to.max(round.position);
-            let (gone, written_to) = (&self.gone, self.written_to);
-            let is_settled = |sender: &mut Arc<str>| gone.get(sender).is_none_or(|gone| gone.read <= written_to);
+            let (forgotten, written_to) = (&self.forgotten, self.written_to);
+            let is_settled =
+                |sender: &mut Arc<str>| forgotten.get(sender).is_none_or(|forgotten| forgotten.read <= written_to);
             self.leaving.extend(self.unsettled.extract_if(.., is_settled));
             return None;
         }
@@ -101,17 +102,17 @@ impl Senders {
         write.records.push((slot.name.to_string(), Some(record)));
     }
 
-    fn compose_gone(&mut self, sender: &str, position: u64, write: &mut Write) {
-        let Some(gone) = self.gone.get(sender).copied() else { return };
-        let (is_settled, is_back) = (gone.read <= self.written_to, self.find(sender).is_some());
+    fn compose_forgotten(&mut self, sender: &str, position: u64, write: &mut Write) {
+        let Some(forgotten) = self.forgotten.get(sender).copied() else { return };
+        let (is_settled, is_back) = (forgotten.read <= self.written_to, self.find(sender).is_some());
         if self.newer.contains(sender) || is_settled && is_back {
-            self.gone.remove(sender);
+            self.forgotten.remove(sender);
             self.release(sender);
             return;
         }
         if !self.outbox.has(sender) || is_back {
             if is_settled {
-                self.gone.remove(sender);
+                self.forgotten.remove(sender);
                 self.release(sender);
                 self.other.remove(sender);
                 return write.records.push((sender.to_owned(), None));
@@ -124,8 +125,8 @@ impl Senders {
             return;
         }
         let mut record = SenderRecord::new(sender, DateTime::UNIX_EPOCH);
-        (record.expired, record.sequence) = (true, gone.read);
-        let copy = gone.settled_at(position);
+        (record.expired, record.sequence) = (true, forgotten.read);
+        let copy = forgotten.settled_at(position);
         if copy.time != NEVER {
             (record.copied, record.size, record.copied_sequence) = (Some(time(copy.time)), copy.size, Some(copy.seq));
         }
@@ -147,14 +148,14 @@ impl Senders {
         // Records of this round that are not written yet go into the next one.
         if let Some(round) = self.round.take() {
             self.dirty.extend(round.slots);
-            self.leaving.extend(round.gone);
+            self.leaving.extend(round.forgotten);
         }
         for (sender, _) in &write.records {
             match self.find(sender) {
                 Some(index) => self.touch(index),
                 None => {
                     let name = self.name(sender);
-                    self.gone.entry(name.clone()).or_insert(Gone::without_messages(self.read));
+                    self.forgotten.entry(name.clone()).or_insert(Forgotten::without_messages(self.read));
                     self.leaving.push(name);
                 }
             }
@@ -167,7 +168,7 @@ impl Senders {
         live.into_iter().for_each(|index| self.touch(index));
         if self.begun {
             // Their advisories may not be confirmed yet.
-            self.leaving.extend(self.gone.keys().cloned());
+            self.leaving.extend(self.forgotten.keys().cloned());
         }
     }
 }
@@ -193,7 +194,7 @@ impl Senders {
     pub fn forget_all(&mut self) {
         self.begin_load();
         self.end_load();
-        self.gone.clear();
+        self.forgotten.clear();
         self.outbox.clear();
         self.hashed.clear();
         self.names = 0;
@@ -204,7 +205,7 @@ impl Senders {
         let Some(short) = shortened(&record.sender) else { return false };
         let long = std::mem::replace(&mut record.sender, short);
         let name = self.name(&long);
-        self.gone.insert(name.clone(), Gone::without_messages(0));
+        self.forgotten.insert(name.clone(), Forgotten::without_messages(0));
         if self.begun {
             self.leaving.push(name);
         }
@@ -261,7 +262,7 @@ impl Senders {
         if let Some(index) = self.find(sender) {
             self.remove(index);
         }
-        self.gone.insert(name.clone(), Gone::new(record.sequence, copy.unwrap_or(LastCopy::NONE), None));
+        self.forgotten.insert(name.clone(), Forgotten::new(record.sequence, copy.unwrap_or(LastCopy::NONE), None));
         if self.begun {
             self.leaving.push(name);
         }
@@ -274,7 +275,7 @@ impl Senders {
             Some(index) => index,
             None => self.insert(sender, seen, record.sequence),
         };
-        self.gone.remove(sender);
+        self.forgotten.remove(sender);
         self.newest.remove(&index);
         let waits = record.pending.iter().rev().find_map(|pending| match pending.event.as_str() {
             "timeout" => Some(true),
@@ -311,10 +312,10 @@ impl Senders {
                 None => return,
             },
         };
-        let was_gone = self.gone.remove(name.as_str()).is_some();
+        let was_forgotten = self.forgotten.remove(name.as_str()).is_some();
         match self.find(&name) {
             Some(index) => self.drop_slot(index),
-            None if was_gone => self.release(&name),
+            None if was_forgotten => self.release(&name),
             None => {}
         }
     }

@@ -16,7 +16,7 @@ pub(super) struct LastCopy {
 /// A forgotten sender. After a restart its messages up to `read` are read again, and decided as before: a message that
 /// was skipped would otherwise be copied after later ones.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Gone {
+pub(super) struct Forgotten {
     /// Newest source sequence that was read when it was forgotten.
     pub(super) read: u64,
     settled: LastCopy,
@@ -33,7 +33,7 @@ impl LastCopy {
     }
 }
 
-impl Gone {
+impl Forgotten {
     pub(super) fn new(read: u64, settled: LastCopy, in_flight: Option<LastCopy>) -> Self {
         Self { read, settled, in_flight }
     }
