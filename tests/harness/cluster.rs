@@ -2,7 +2,7 @@
 
 use std::{sync::Mutex, time::Duration};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use futures_util::future::try_join_all;
 use serde_json::{Value, json};
 use tokio::time::timeout;
@@ -223,7 +223,15 @@ impl Cluster {
     pub async fn read_stream(&self, stream: &str) -> Result<Vec<Stored>> {
         let read = async || {
             for server in self.servers.iter().filter(|s| s.pid().is_some()) {
-                let attempt = async { Raw::connect(&server.url()).await?.read_stream(stream).await };
+                let attempt = async {
+                    let mut raw = Raw::connect(&server.url()).await?;
+                    // The leader answers this; the consumer may be on a replica that lacks messages.
+                    let state = raw.stream_state(stream).await?;
+                    let stored = raw.read_stream(stream).await?;
+                    let all = state["messages"].as_u64().context("no number of messages")?;
+                    ensure!(stored.len() as u64 >= all, "read {} of {all} messages", stored.len());
+                    Ok::<_, anyhow::Error>(stored)
+                };
                 if let Ok(Ok(stored)) = timeout(LIMIT, attempt).await {
                     return Some(stored);
                 }
