@@ -2,17 +2,20 @@
 
 use super::{Document, Limits, LimitsDocument, SenderBounds, text};
 
-/// Bound of the kinds `mirror` and `source`, whose messages settle by the megabyte: bytes bound what they have in flight.
-const FED_IN_FLIGHT: usize = 65_536;
+/// Messages in flight of the kinds `mirror` and `source`, whose messages settle by the megabyte.
+const FED_MESSAGES: usize = 262_144;
+/// Bytes in flight of these kinds. A target has a few MiB of it to store; the rest is on a line that is long and fast.
+const FED_BYTES: usize = 64 << 20;
 
 /// What may be in flight, and how fast it is sent.
 pub(super) fn in_flight(document: &Document) -> Limits {
     let fed = matches!(text(&document.kind), Some("mirror" | "source"));
     let default = Limits::default();
-    let messages = if fed { FED_IN_FLIGHT } else { default.messages_in_flight };
-    let Some(limits) = &document.limits else { return Limits { messages_in_flight: messages, ..default } };
+    let default =
+        if fed { Limits { messages_in_flight: FED_MESSAGES, bytes_in_flight: FED_BYTES, ..default } } else { default };
+    let Some(limits) = &document.limits else { return default };
     Limits {
-        messages_in_flight: limits.messages_in_flight.unwrap_or(messages),
+        messages_in_flight: limits.messages_in_flight.unwrap_or(default.messages_in_flight),
         bytes_in_flight: limits.bytes_in_flight.unwrap_or(default.bytes_in_flight),
         messages_per_second: limits.messages_per_second,
         bytes_per_second: limits.bytes_per_second,

@@ -169,13 +169,17 @@ mod tests {
         for limit in ["messages_per_second", "bytes_per_second"] {
             check(json!({"limits": {limit: 70_000}}), &format!("/limits/{limit}"), "is not for kind `mirror`");
         }
-        let in_flight = |limits: Value| document(limits).unwrap().limits.messages_in_flight;
-        assert_eq!(in_flight(json!({})), 65_536);
-        assert_eq!(in_flight(json!({"limits": {"bytes_in_flight": 1_048_576}})), 65_536);
-        assert_eq!(in_flight(json!({"limits": {"messages_in_flight": 7}})), 7);
+        let in_flight = |limits: Value| {
+            let limits = document(limits).unwrap().limits;
+            (limits.messages_in_flight, limits.bytes_in_flight)
+        };
+        assert_eq!(in_flight(json!({})), (262_144, 64 << 20));
+        assert_eq!(in_flight(json!({"limits": {"bytes_in_flight": 1_048_576}})), (262_144, 1_048_576));
+        assert_eq!(in_flight(json!({"limits": {"messages_in_flight": 7}})), (7, 64 << 20));
+        let copies = crate::config::Limits::default();
         assert_eq!(
             in_flight(json!({"kind": "copy", "target_leaf_url": ""})),
-            crate::config::Limits::default().messages_in_flight
+            (copies.messages_in_flight, copies.bytes_in_flight)
         );
         let limits = json!({"messages_in_flight": 100, "bytes_in_flight": 1_048_576});
         document(json!({"on_reject": "hold", "max_age": "1h", "start_at_end": true, "target_update": false, "limits": limits})).unwrap();
