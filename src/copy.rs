@@ -124,6 +124,11 @@ async fn begins_again(
             info!(replication = job.replication.id, "the login ended: logging in again: {error}");
             true
         }
+        // The next run sees whether the target lost its end. If it did not, it had these messages already.
+        Err(error) if error.ended_below && positions.acks_singly(Instant::now()) => {
+            info!(replication = job.replication.id, "asking for an ack of each message: {error}");
+            true
+        }
         // No action is needed: the next run knows how to handle these messages.
         Err(error) if error.poison.is_some() && job.replication.on_reject != OnReject::Hold => {
             refused.add(std::mem::take(&mut error.refused))

@@ -57,6 +57,9 @@ pub struct Error {
     pub(super) unheard: Option<u64>,
     /// Whether the target's last sequence was not what was expected.
     pub(super) chain_broken: bool,
+    /// Whether a batch ended at a target sequence below one that was known: the target lost its end, or had the messages
+    /// already.
+    pub(super) ended_below: bool,
     /// Whether the run was given up because nothing moved.
     pub(super) stalled: bool,
     /// Whether a server ended the login of a connection that was in use.
@@ -77,6 +80,7 @@ impl Error {
             refused: Vec::new(),
             unheard: None,
             chain_broken: false,
+            ended_below: false,
             stalled: false,
             login_ended: false,
             login_refused: false,

@@ -230,6 +230,9 @@ impl<'a> Opener<'a> {
         positions.lost(resume.orphans, resume.only_at_target);
         let goes_back = positions.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
         streams.abilities.share(resume.mode);
+        if positions.has_single_acks(Instant::now()) {
+            streams.abilities.ack_singly();
+        }
         let another = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
         Ok(Found { resume, tag, durable, installation, goes_back, another })
     }

@@ -57,6 +57,9 @@ const MOST_EXPLAINED: usize = 20;
 
 /// Logins that end within this time of each other are an error that is reported.
 const LOGINS_APART: Duration = Duration::from_secs(10);
+/// How long each message gets an ack of its own once that was necessary: the duplicate window of most streams, after which they
+/// forget ids.
+const SINGLE_ACKS: Duration = Duration::from_secs(120);
 
 type Saving = Pin<Box<dyn Future<Output = Result<u64, SaveError>> + Send>>;
 
@@ -88,6 +91,9 @@ pub struct PositionWriter {
     pub(in crate::copy) window_reported: bool,
     /// The longest protocol line that the target accepts, in bytes, if that is less than the default of servers.
     pub(in crate::copy) max_line: Option<usize>,
+    /// Until when each message gets an ack of its own, if that was necessary: that of a duplicate says so, the end of a
+    /// batch does not.
+    single_acks: Option<Instant>,
     /// How much may be requested from the source at once.
     pub(in crate::copy) request_limit: RequestLimit,
     /// Whether a difference between the source's clock and ours was reported.
@@ -132,6 +138,7 @@ impl PositionWriter {
             intruders: Intruders::default(),
             window_reported: false,
             max_line: None,
+            single_acks: None,
             request_limit: RequestLimit::default(),
             clock: Alarm::default(),
             login_ended: None,
@@ -150,6 +157,13 @@ impl PositionWriter {
     /// The saved position, a source sequence.
     pub fn saved(&self) -> watch::Receiver<u64> {
         self.saved.subscribe()
+    }
+
+    /// The source sequence after which an instance that takes over now reads: with sampling, it may be before the saved
+    /// position.
+    pub fn reads_after(&self) -> u64 {
+        let position = saved_seq(&self.record);
+        self.record.sampled.map_or(position, |sampled| sampled.min(position))
     }
 
     /// The saved record.
@@ -439,6 +453,23 @@ impl PositionWriter {
     pub(crate) fn logs_in_again(&mut self, now: Instant) -> bool {
         let before = self.login_ended.replace(now);
         before.is_none_or(|before| now.duration_since(before) >= LOGINS_APART)
+    }
+
+    /// Requests an ack for each message, for a while; whether that is new.
+    pub(crate) fn acks_singly(&mut self, now: Instant) -> bool {
+        let is_new = self.single_acks.is_none_or(|until| now >= until);
+        self.single_acks = Some(now + SINGLE_ACKS);
+        is_new
+    }
+
+    /// Whether each message gets an ack of its own in a run that begins now.
+    pub(in crate::copy) fn has_single_acks(&self, now: Instant) -> bool {
+        self.single_acks.is_some_and(|until| now < until)
+    }
+
+    /// Whether the run shall end because batches are possible again.
+    pub(in crate::copy) fn single_acks_end(&mut self, now: Instant) -> bool {
+        self.single_acks.take_if(|until| now >= *until).is_some()
     }
 
     /// After which target sequence to search for the message that broke the chain of the run before; `None` if it did

@@ -57,6 +57,9 @@ impl Run<'_> {
             info!(replication = id, "the source has not cut a connection for long: asking it for more");
             self.end(Ending::BeginsAgain);
         }
+        if self.ending.is_none() && positions.single_acks_end(now) {
+            self.end(Ending::BeginsAgain);
+        }
         self.source.lane.check_delivery();
         Ok(self.source.reader.check(&self.source.lane, now, self.source.reads)?)
     }

@@ -269,7 +269,7 @@ impl Batches {
         // sequence. Without a sequence no message was stored: the target had all of them already.
         let placed = stream_sequence > 0;
         if shared && placed && batch.refused.is_none() && count > 0 && stream_sequence < end.known_end(window) {
-            return Err(end.went_back(stream_sequence, window).into());
+            return Err(RunError { ended_below: true, ..end.went_back(stream_sequence, window).into() });
         }
         // No message settles by an id alone where the chain says that it was not stored.
         if !shared && batch.refused.is_none() && count >= batch.sent && stream_sequence != end.expected_last {

@@ -91,6 +91,11 @@ impl Abilities {
             self.allowed.rollup_all = false;
         }
     }
+
+    /// Each message gets an ack of its own.
+    pub fn ack_singly(&mut self) {
+        self.transport = Transport::Pipelined;
+    }
 }
 
 /// Determines the abilities of an existing target; refuses pairs of streams that need rules of their own.
