@@ -410,10 +410,30 @@ impl Sides<'_> {
             return Ok(back);
         }
         self.resume_after(&mut resume, &ours, is_cut, moved).await?;
-        let through = resume.position.seq;
-        ours.retain(|message| message.origin.seq > through);
-        resume.already = Already::new(ours, self.keeps());
+        resume.already = self.already(ours, resume.position).await?;
         Ok(resume)
+    }
+
+    /// Those of these copies that are after the position. Where the target keeps few messages per subject, they show which
+    /// older messages it would not keep beside them: but a copy from a stream that this one replaced shows nothing. It is
+    /// older than the message at the position, or than this stream. Where the source's clock was set back, so are
+    /// messages of this one: the source has them.
+    async fn already(&mut self, mut ours: Vec<Ours>, position: SourcePoint) -> Result<Already, Error> {
+        ours.retain(|message| message.origin.seq > position.seq);
+        let created = self.source.created.parse::<chrono::DateTime<Utc>>().map_or(i64::MIN, nanos);
+        let since = position.time_ns.unwrap_or(i64::MIN).max(created).div_euclid(1_000_000);
+        let is_doubtful = |message: &Ours| message.subject.is_some() && message.origin.time_ms < since;
+        if ours.iter().any(is_doubtful) {
+            let doubtful = ours.iter().filter(|message| is_doubtful(message));
+            let seqs: Vec<u64> = doubtful.map(|message| message.origin.seq).collect();
+            let times = self.source_times(seqs.iter().copied()).await?;
+            for message in ours.iter_mut().filter(|message| is_doubtful(message)) {
+                if times.get(&message.origin.seq) != Some(&message.origin.time_ms) {
+                    message.subject = None;
+                }
+            }
+        }
+        Ok(Already::new(ours, self.keeps()))
     }
 
     /// Resumes after the newest of these before which no message is missing. `is_cut` says that there are more before
@@ -579,7 +599,7 @@ impl Sides<'_> {
     /// of later ones: unless headers prove more, everything up to the oldest of these is settled, and of the rest
     /// the messages that were found.
     async fn behind(&mut self, tail: Tail, saved: Option<u64>) -> Result<Resume, Error> {
-        let Tail { mut ours, whole } = tail;
+        let Tail { ours, whole } = tail;
         let (newest, overlap) = (ours.len().saturating_sub(1), self.overlap());
         let mut base = self.newest_complete(&ours).await?;
         if base.is_none() {
@@ -597,9 +617,7 @@ impl Sides<'_> {
                 Resume::at(self.point_at(start).await?, None)
             }
         };
-        let through = resume.position.seq;
-        ours.retain(|message| message.origin.seq > through);
-        resume.already = Already::new(ours, self.keeps());
+        resume.already = self.already(ours, resume.position).await?;
         Ok(resume)
     }
 

@@ -116,6 +116,20 @@ fn a_killed_reader_takes_nothing_with_it() {
 }
 
 #[test]
+fn a_clock_that_is_set_back_makes_no_message_older() {
+    for seed in 1..=60 {
+        run::run_plan(seed, plan::Plan::set_back).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn a_batch_of_known_messages_is_no_loss_of_the_target() {
+    for seed in 1..=60 {
+        run::run_plan(seed, plan::Plan::replaced).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
 fn a_source_that_shrinks_under_its_consumer_is_noticed() {
     for seed in 1..=10 {
         run::run_plan(seed, plan::Plan::shrinking).unwrap_or_else(|error| panic!("{error}"));

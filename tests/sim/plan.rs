@@ -360,6 +360,69 @@ impl Plan {
         }
     }
 
+    /// The source's clock is set back between messages of a subject of which the target keeps the newest, and the process is
+    /// killed before the position is saved.
+    pub fn set_back(world: &World) -> Self {
+        let at = |from: u64, to: u64| Duration::from_millis(world.between(from, to));
+        // Of the source, see `Fault::hosts`.
+        let by = Duration::from_millis(4 * world.between(15_000, 1_500_000) + 1);
+        Self {
+            batched: false,
+            in_flight: 16,
+            filter: None,
+            max_age: None,
+            keeps: Some(1),
+            source_keeps: None,
+            poison: None,
+            retention: Retention::Limits,
+            neighbour: Vec::new(),
+            dead_letters: false,
+            inspect: None,
+            large: 1,
+            rates: None,
+            bursts: vec![(at(900, 1_000), 40), (at(4_000, 4_050), 40), (at(4_200, 4_250), 40)],
+            begins: vec![Duration::ZERO],
+            ttls: vec![TTL_MS],
+            faults: vec![
+                (at(3_900, 4_300), Fault::Refuse(1)),
+                (at(4_060, 4_190), Fault::Clock { by, back: true }),
+                (at(4_250, 4_900), Fault::Crash(0, at(50, 400))),
+            ],
+            ..Self::draw(world)
+        }
+    }
+
+    /// A source loses its end while the process is down. What it still has was copied, and was replaced by copies of what it
+    /// lost: only their ids show the target that it had them.
+    pub fn replaced(world: &World) -> Self {
+        let at = |from: u64, to: u64| Duration::from_millis(world.between(from, to));
+        let down = at(4_000, 4_400);
+        Self {
+            batched: true,
+            window: Duration::from_secs(120),
+            filter: None,
+            max_age: None,
+            keeps: Some(2),
+            source_keeps: None,
+            poison: None,
+            retention: Retention::Interest,
+            flow_control: true,
+            neighbour: (0..24).map(|nth| (at(nth * 500, nth * 500 + 400), 3)).collect(),
+            dead_letters: false,
+            inspect: None,
+            large: 1,
+            rates: None,
+            bursts: vec![(at(900, 1_100), 120), (at(2_800, 3_000), 140), (at(4_450, 4_600), 60)],
+            begins: vec![Duration::ZERO],
+            ttls: vec![TTL_MS],
+            faults: vec![
+                (down, Fault::Crash(0, at(3_000, 4_000))),
+                (down, Fault::SourceForgets(world.between(20, 80))),
+            ],
+            ..Self::draw(world)
+        }
+    }
+
     /// A shared target loses its end in the middle of a batch, whose messages it confirms without their sequences.
     pub fn forgetting(world: &World) -> Self {
         let lost = Duration::from_millis(3_000) + world.millis(0, 600);

@@ -11,8 +11,8 @@ use crate::config::Mapping;
 pub(in crate::copy) struct Already {
     /// Source sequence and stored time (ms) to target sequence.
     stored: BTreeMap<(u64, i64), u64>,
-    /// The same by target subject, where the target has a limit per subject.
-    subjects: HashMap<Box<[u8]>, Vec<(u64, i64)>>,
+    /// Source sequences of the copies that are of this stream, by target subject, where the target has a limit per subject.
+    subjects: HashMap<Box<[u8]>, Vec<u64>>,
     keeps: usize,
     /// Room for a mapped subject.
     room: Vec<u8>,
@@ -34,7 +34,7 @@ impl Already {
             let key = (message.origin.seq, message.origin.time_ms);
             already.stored.insert(key, message.target_seq);
             if let Some(subject) = message.subject {
-                already.subjects.entry(subject).or_default().push(key);
+                already.subjects.entry(subject).or_default().push(key.0);
             }
         }
         already
@@ -60,6 +60,7 @@ impl Already {
     /// Forgets those after a source sequence.
     pub(super) fn forget_after(&mut self, seq: u64) {
         self.stored.retain(|known, _| known.0 <= seq);
+        self.subjects.values_mut().for_each(|known| known.retain(|known| *known <= seq));
     }
 
     /// Messages that wait for their turn.
@@ -91,7 +92,7 @@ impl Already {
         let known = match self.stored.remove(&key) {
             Some(target_seq) => Some(KnownCopy::Stored(target_seq)),
             None if self.keeps > 0 => {
-                let newer = |known: &&(u64, i64)| known.0 > key.0 && known.1 >= key.1;
+                let newer = |known: &&u64| **known > seq;
                 let mapped = mapping.apply(subject, &mut self.room);
                 let newer = self.subjects.get(mapped).map_or(0, |known| known.iter().filter(newer).count());
                 (newer >= self.keeps).then_some(KnownCopy::Replaced)
@@ -153,10 +154,10 @@ mod tests {
 
     #[test]
     fn what_the_target_would_not_keep_beside_newer_ones_is_left_out() {
-        let stored = || vec![ours(8, 80, 1, Some("a")), ours(9, 90, 2, Some("a")), ours(9, 1, 3, Some("b"))];
+        // The clock of the source was set back before 9; the copy of `b` is not of this stream.
+        let stored = || vec![ours(8, 80, 1, Some("a")), ours(9, 45, 2, Some("a")), ours(9, 1, 3, None)];
         let mut one = Already::new(stored(), 1);
         assert_eq!(take(&mut one, 5, 50, "a"), Some(KnownCopy::Replaced));
-        // Stored before the stream was recreated: not newer.
         assert_eq!(take(&mut one, 6, 60, "b"), None);
         assert_eq!(take(&mut one, 7, 70, "c"), None);
         assert_eq!(take(&mut one, 8, 80, "a"), Some(KnownCopy::Stored(1)));
