@@ -108,7 +108,7 @@ impl Run<'_> {
     }
 
     async fn ended_well(mut self, positions: &mut PositionWriter) -> Result<(), Error> {
-        self.write_senders().await;
+        self.write_senders(positions.reads_after()).await;
         let _ = tokio::time::timeout(LAST_ACKS, self.flush_acks()).await;
         let Self { report, mut source, target, bounds, sampler, .. } = self;
         source.reader.close(&mut source.lane);
@@ -160,10 +160,10 @@ impl Run<'_> {
     }
 
     /// Waits a short time until the records of senders contain everything that is known of them.
-    async fn write_senders(&mut self) {
+    async fn write_senders(&mut self, reads_after: u64) {
         let position = self.bounds.window.position().seq;
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
-            let _ = tokio::time::timeout(LAST_SAVE, sampler.finish(position, status)).await;
+            let _ = tokio::time::timeout(LAST_SAVE, sampler.finish(position, reads_after, status)).await;
             let _ = tokio::time::timeout(LAST_ADVISORIES, sampler.finish_post(status)).await;
         }
     }
@@ -200,7 +200,7 @@ impl Run<'_> {
             if now >= self.times.next_tick || self.source.silent_at.is_some_and(|at| now >= at) {
                 self.tick(now, positions)?;
             }
-            let wake = self.wake(now);
+            let wake = self.wake(now, positions.reads_after());
             let (source, target) = (&mut self.source, &mut self.target);
             tokio::select! {
                 biased;
@@ -226,11 +226,11 @@ impl Run<'_> {
     }
 
     /// Does the work that is due at each turn of the loop; returns when the next turn is due at the latest.
-    fn wake(&mut self, now: Instant) -> Instant {
+    fn wake(&mut self, now: Instant, reads_after: u64) -> Instant {
         self.source.silent_at = self.source.next_check(now);
         let supply = self.supply();
         self.target.writer.commit_if_due(&mut self.target.lane, supply, now);
-        self.sample(now);
+        self.sample(now, reads_after);
         let forgettable = self.forgettable(now);
         self.source.reader.settled(&mut self.source.lane, forgettable);
         self.source.reads = self.source.reader.may_read(&self.report.job.budget);
@@ -260,11 +260,11 @@ impl Run<'_> {
     }
 
     /// Writes the records of senders and publishes their advisories, as far as that is due.
-    fn sample(&mut self, now: Instant) {
+    fn sample(&mut self, now: Instant, reads_after: u64) {
         let window = &self.bounds.window;
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
             sampler.was_read(window.newest().seq, self.source.reader.pending() == 0);
-            sampler.write(window.position().seq, now);
+            sampler.write(window.position().seq, reads_after, now);
             sampler.publish(status, now);
         }
     }

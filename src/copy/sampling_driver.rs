@@ -271,14 +271,15 @@ impl SamplingDriver {
         }
     }
 
-    /// Begins a write if records are due and none is under way. `position` is settled.
-    pub fn write(&mut self, position: u64, now: Instant) {
+    /// Begins a write if records are due and none is under way. `position` is settled; an instance
+    /// that took over now would read after `saved`.
+    pub fn write(&mut self, position: u64, saved: u64, now: Instant) {
         let urgent = now >= self.written_at + WRITE_SOON && !self.write_failed && self.samples.lock().is_urgent();
         if self.writing.is_some() || (now < self.next_write && !urgent) {
             return;
         }
         let position = self.known(position);
-        let next = self.samples.lock().next_write(position, TOGETHER);
+        let next = self.samples.lock().next_write(position, saved, TOGETHER);
         let Some(write) = next else {
             self.written_at = now;
             self.next_write = now + WRITE_EVERY;
@@ -324,7 +325,7 @@ impl SamplingDriver {
     }
 
     /// Writes all records that are due and waits for it; no message is handled meanwhile.
-    pub async fn finish(&mut self, position: u64, status: &mut SamplingStatus) {
+    pub async fn finish(&mut self, position: u64, saved: u64, status: &mut SamplingStatus) {
         loop {
             if let Some((writing, _)) = &mut self.writing {
                 let result = writing.await;
@@ -334,7 +335,7 @@ impl SamplingDriver {
                 return;
             }
             self.next_write = Instant::now();
-            self.write(position, self.next_write);
+            self.write(position, saved, self.next_write);
             if self.writing.is_none() {
                 return;
             }

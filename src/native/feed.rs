@@ -271,7 +271,7 @@ impl<'a> Feed<'a> {
         }
         // A target whose request is not answered asks again only after half a minute.
         self.leaf.flush(LAST_WRITE).await;
-        self.finish_sampling().await;
+        self.finish_sampling(positions.reads_after()).await;
         let last = timeout(LAST_SAVE, positions.save_fed_now(&self.fed(), self.row())).await;
         match last {
             Ok(Err(conflict @ SaveError::Conflict { .. })) => Err(conflict.into()),
@@ -289,7 +289,7 @@ impl<'a> Feed<'a> {
             }
             self.deliver(now)?;
             self.acknowledge();
-            self.sample(now);
+            self.sample(now, positions.reads_after());
             if now >= self.times.tick {
                 self.tick(now, positions)?;
                 if self.has_newer_login(now) {

@@ -464,14 +464,19 @@ impl Senders {
         let is_copied = slot.is_some_and(|slot| slot.copied != NEVER && sighting.seq <= slot.sequence);
         let forgotten = self.forgotten.get(sighting.sender).filter(|forgotten| sighting.seq <= forgotten.read);
         if forgotten.map_or(is_copied, |forgotten| sighting.seq <= forgotten.last_copy().seq) {
+            self.read = self.read.max(sighting.seq);
             return;
         }
         let is_seen = slot.is_some_and(|slot| slot.loaded && sighting.time_ns <= slot.seen);
         let fate = if self.verdict(sighting) == SamplingVerdict::Skip { MessageOutcome::Passed } else { fate };
         match known.filter(|_| is_seen && forgotten.is_none()) {
-            // Its record was written while the copy was in flight.
-            Some(index) if fate == MessageOutcome::Stored => self.stored(index, sighting),
-            Some(_) => {}
+            Some(index) => {
+                // Its record was written while the copy was in flight.
+                if fate == MessageOutcome::Stored {
+                    self.stored(index, sighting);
+                }
+                self.read = self.read.max(sighting.seq);
+            }
             None => self.observe(sighting, fate),
         }
     }
@@ -793,7 +798,7 @@ mod tests {
     fn tell(senders: &mut Senders, position: u64) -> Vec<(AdvisoryKind, String, i64)> {
         let mut told = Vec::new();
         loop {
-            while let Some(write) = senders.next_write(position, 3) {
+            while let Some(write) = senders.next_write(position, position, 3) {
                 senders.wrote(&write);
             }
             let Some((number, advisory)) = senders.outbox.take_next() else { return told };
@@ -804,7 +809,7 @@ mod tests {
 
     fn all_records(senders: &mut Senders, position: u64) -> Vec<(String, Option<SenderRecord>)> {
         let mut records = Vec::new();
-        while let Some(write) = senders.next_write(position, 100) {
+        while let Some(write) = senders.next_write(position, position, 100) {
             senders.wrote(&write);
             records.extend(write.records);
         }
@@ -903,6 +908,45 @@ mod tests {
                 assert!(senders.forgotten.is_empty(), "{what}, advises: {advises}: {:?}", senders.forgotten);
             }
         }
+    }
+
+    #[test]
+    fn the_record_of_a_forgotten_sender_stays_until_the_position_is_saved() {
+        let mut senders = Senders::new("NODES", &sampling(false));
+        senders.begin(0, None, false);
+        take(&mut senders, sight(1, 0.0, "a"));
+        all_records(&mut senders, 1);
+        take(&mut senders, sight(2, 200.0, "b"));
+        assert!(senders.listed("a").is_none());
+        let mut written = |saved| {
+            let write = senders.next_write(2, saved, 100);
+            write.map(|write| write.records.into_iter().find(|(name, _)| name == "a").map(|(_, record)| record))
+        };
+        // All is written, but a successor reads message 1 again.
+        let Some(Some(Some(record))) = written(0) else { panic!("no record") };
+        assert!(record.expired && record.copied_sequence == Some(1), "{record:?}");
+        assert!(written(0).is_none() && written(0).is_none());
+        while written(2) != Some(Some(None)) {}
+    }
+
+    #[test]
+    fn a_replayed_message_counts_as_read_when_its_sender_is_forgotten() {
+        let mut before = Senders::new("NODES", &sampling(false));
+        before.begin(0, None, false);
+        take(&mut before, sight(1, 0.0, "a"));
+        take(&mut before, sight(2, 50.0, "a"));
+        let records = all_records(&mut before, 2).into_iter().filter_map(|(_, record)| record);
+        let mut senders = Senders::new("NODES", &sampling(false));
+        records.for_each(|record| senders.take_over(record));
+        // The records hold to 2, but the saved position does not say so.
+        assert_eq!(senders.begin(2, Some(0), false), 0);
+        senders.replay(&sight(1, 0.0, "a"), MessageOutcome::Stored);
+        senders.replay(&sight(2, 50.0, "a"), MessageOutcome::Stored);
+        senders.advance(200 * SECOND + 1_000_000 * SECOND);
+        assert!(senders.listed("a").is_none());
+        senders.begin(2, Some(0), false);
+        senders.replay(&sight(2, 50.0, "a"), MessageOutcome::Stored);
+        assert_eq!(senders.forgotten["a"].last_copy().seq, 1, "2 was skipped");
     }
 
     #[test]

@@ -72,6 +72,7 @@ impl SenderWrites for Writes {
                 }
                 let mut stored = self.records.stored.lock().expect("records");
                 world.note("senders", format!("{record:?}").as_bytes());
+                tracing::debug!(at = ?world.elapsed(), sender, ?record, "written");
                 match record {
                     Some(record) => {
                         self.records.history.lock().expect("history").sender(record);

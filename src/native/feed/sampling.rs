@@ -32,12 +32,12 @@ impl Feed<'_> {
     }
 
     /// Writes the records of senders and publishes their advisories, as far as that is due.
-    pub(super) fn sample(&mut self, now: Instant) {
+    pub(super) fn sample(&mut self, now: Instant, reads_after: u64) {
         let Some(Served { reader, read, sampler: Some(sampler), .. }) = &mut self.session else { return };
         let Some(status) = &mut self.copy.sampling else { return };
         sampler.settled(self.position.seq);
         sampler.was_read(read.seq, reader.pending() == 0 && reader.peek().is_none());
-        sampler.write(self.position.seq, now);
+        sampler.write(self.position.seq, reads_after, now);
         sampler.publish(status, now);
     }
 
@@ -61,11 +61,11 @@ impl Feed<'_> {
     }
 
     /// Waits a short time until the records contain everything that is known of the senders.
-    pub(super) async fn finish_sampling(&mut self) {
+    pub(super) async fn finish_sampling(&mut self, reads_after: u64) {
         let Some(Served { sampler: Some(sampler), .. }) = &mut self.session else { return };
         if let Some(status) = &mut self.copy.sampling {
             sampler.settled(self.position.seq);
-            let _ = timeout(LAST_SAVE, sampler.finish(self.position.seq, status)).await;
+            let _ = timeout(LAST_SAVE, sampler.finish(self.position.seq, reads_after, status)).await;
             let _ = timeout(LAST_ADVISORIES, sampler.finish_post(status)).await;
         }
     }

@@ -42,8 +42,10 @@ impl Senders {
     }
 
     /// The next records to write, at most so many, of those due when everything up to `position` had settled;
-    /// `None` when all of them are written.
-    pub fn next_write(&mut self, position: u64, most: usize) -> Option<Write> {
+    /// `None` when all of them are written. Messages up to `saved` are never read again: an instance that takes over
+    /// reads from there, with the records alone. So until the position is saved with what the records hold, the record of
+    /// a forgotten sender stays.
+    pub fn next_write(&mut self, position: u64, saved: u64, most: usize) -> Option<Write> {
         if self.round.is_none() {
             let (slots, forgotten) = (std::mem::take(&mut self.dirty), std::mem::take(&mut self.leaving));
             self.round = Some(Round { position, slots, forgotten });
@@ -58,13 +60,13 @@ impl Senders {
         while write.records.len() < most
             && let Some(sender) = round.forgotten.pop()
         {
-            self.compose_forgotten(&sender, round.position, &mut write);
+            self.compose_forgotten(&sender, (round.position, saved), &mut write);
         }
         if write.records.is_empty() {
             self.written_to = self.written_to.max(round.position);
-            let (forgotten, written_to) = (&self.forgotten, self.written_to);
+            let forgotten = &self.forgotten;
             let is_settled =
-                |sender: &mut Arc<str>| forgotten.get(sender).is_none_or(|forgotten| forgotten.read <= written_to);
+                |sender: &mut Arc<str>| forgotten.get(sender).is_none_or(|forgotten| forgotten.read <= saved);
             self.leaving.extend(self.unsettled.extract_if(.., is_settled));
             return None;
         }
@@ -102,9 +104,9 @@ impl Senders {
         write.records.push((slot.name.to_string(), Some(record)));
     }
 
-    fn compose_forgotten(&mut self, sender: &str, position: u64, write: &mut Write) {
+    fn compose_forgotten(&mut self, sender: &str, (position, saved): (u64, u64), write: &mut Write) {
         let Some(forgotten) = self.forgotten.get(sender).copied() else { return };
-        let (is_settled, is_back) = (forgotten.read <= self.written_to, self.find(sender).is_some());
+        let (is_settled, is_back) = (forgotten.read <= saved, self.find(sender).is_some());
         if self.newer.contains(sender) || is_settled && is_back {
             self.forgotten.remove(sender);
             self.release(sender);
