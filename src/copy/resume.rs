@@ -275,10 +275,12 @@ impl Sides<'_> {
         if let Some(reason) = self.target_is_short(record) {
             return self.target_lost(known, reason).await;
         }
+        // Messages with ids may have left holes that a chain filled: its end then says nothing of what is after the holes.
+        let chained = record.stamps == Some(Stamps::Chain);
         let Some(target) = target else {
             // No message of ours was known at the target: there can only be messages that were sent just before a
             // crash.
-            return self.with_tail(known, true).await;
+            return self.with_tail(known, chained).await;
         };
         // After a move back there is nothing to compare; messages after it were stored since.
         if target.seq < self.target.state.first_seq || target.source_seq == 0 {
@@ -288,7 +290,7 @@ impl Sides<'_> {
             Some(message) if self.tag.origin(&message.header).is_some_and(|o| o.seq == target.source_seq) => {
                 // If the target message was written in a chain, the following ones may be too; otherwise some may wait
                 // for their turn.
-                self.with_tail(known, is_complete(&message.header)).await
+                self.with_tail(known, chained && is_complete(&message.header)).await
             }
             Some(_) => {
                 let reason = format!("another message is at the saved sequence {}", target.seq);
@@ -453,7 +455,7 @@ impl Sides<'_> {
             && let Some((index, point)) = self.newest_complete(ours).await?
         {
             resume.position = point;
-            resume.target = Some(ours[index].point());
+            resume.target = target_before(ours, index, point.seq).or(resume.target);
         } else if is_cut && !moved {
             // Nothing before the first of these is missing. Say `x` is, with a lower sequence. At least twice the limit
             // (see `overlap`) were stored after the first. Those with lower sequences than it were in flight with it:
@@ -610,7 +612,7 @@ impl Sides<'_> {
             }
         }
         let mut resume = match base {
-            Some((index, position)) => Resume::at(position, Some(ours[index].point())),
+            Some((index, position)) => Resume::at(position, target_before(&ours, index, position.seq)),
             None => {
                 let lowest = ours.iter().map(|message| message.origin.seq).min().unwrap_or(1) - 1;
                 let start = self.configured_start().await?.seq.min(lowest).min(saved.unwrap_or(u64::MAX));
@@ -808,6 +810,13 @@ impl Sides<'_> {
              of its instances and run `stream-replicator site rename {theirs} {ours}`"
         )))
     }
+}
+
+/// The newest of these messages, up to this one, before which the target has no copies of messages after the position: a later
+/// run looks for such copies only after it.
+fn target_before(ours: &[Ours], newest: usize, position: u64) -> Option<TargetPoint> {
+    let earlier = ours[..newest].iter().position(|message| message.origin.seq > position);
+    earlier.unwrap_or(newest + 1).checked_sub(1).map(|index| ours[index].point())
 }
 
 fn nanos(time: chrono::DateTime<Utc>) -> i64 {

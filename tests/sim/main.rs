@@ -130,6 +130,13 @@ fn a_batch_of_known_messages_is_no_loss_of_the_target() {
 }
 
 #[test]
+fn a_chain_over_holes_proves_only_its_own_messages() {
+    for seed in 1..=100 {
+        run::run_plan(seed, plan::Plan::holes).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
 fn a_source_that_shrinks_under_its_consumer_is_noticed() {
     for seed in 1..=10 {
         run::run_plan(seed, plan::Plan::shrinking).unwrap_or_else(|error| panic!("{error}"));

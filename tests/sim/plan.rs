@@ -423,6 +423,44 @@ impl Plan {
         }
     }
 
+    /// A message that was sent with its id is refused, and later ones are stored; then the target takes batches, whose chain
+    /// begins with it, and the process is killed again and again.
+    pub fn holes(world: &World) -> Self {
+        let at = |from: u64, to: u64| Duration::from_millis(world.between(from, to));
+        let kill = |nth: u64| (at(3_300 + nth * 700, 3_900 + nth * 700), Fault::Crash(0, at(50, 400)));
+        let first = world.once_in(2).then(|| (at(900, 1_000), 20));
+        Self {
+            batched: true,
+            in_flight: 10,
+            window: Duration::from_millis(500),
+            filter: None,
+            max_age: None,
+            keeps: None,
+            source_keeps: None,
+            poison: None,
+            retention: Retention::Limits,
+            neighbour: Vec::new(),
+            strict: false,
+            dead_letters: false,
+            inspect: None,
+            large: 1,
+            rates: None,
+            bursts: first.into_iter().chain([(at(3_000, 3_050), world.between(2, 10))]).collect(),
+            begins: vec![Duration::ZERO],
+            ttls: vec![TTL_MS],
+            faults: [
+                (at(1_500, 1_600), Fault::Batches),
+                (at(1_610, 1_700), Fault::Crash(0, at(50, 200))),
+                (at(2_900, 3_040), Fault::Refuse(0)),
+                (at(3_060, 3_200), Fault::Batches),
+            ]
+            .into_iter()
+            .chain((0..5).map(kill))
+            .collect(),
+            ..Self::draw(world)
+        }
+    }
+
     /// A shared target loses its end in the middle of a batch, whose messages it confirms without their sequences.
     pub fn forgetting(world: &World) -> Self {
         let lost = Duration::from_millis(3_000) + world.millis(0, 600);
