@@ -397,17 +397,22 @@ impl Plan {
     pub fn replaced(world: &World) -> Self {
         let at = |from: u64, to: u64| Duration::from_millis(world.between(from, to));
         let down = at(4_000, 4_400);
+        let neighbours = if world.once_in(2) { 24 } else { 0 };
+        // An exclusive target gets ids only while it takes no batches.
+        let batched = neighbours > 0;
+        let batches = (!batched).then_some((down, Fault::Batches));
+        let faults = [(down, Fault::Crash(0, at(3_000, 4_000))), (down, Fault::SourceForgets(world.between(20, 80)))];
         Self {
-            batched: true,
+            batched,
             window: Duration::from_secs(120),
             filter: None,
             max_age: None,
             keeps: Some(2),
             source_keeps: None,
             poison: None,
-            retention: Retention::Interest,
+            retention: if world.once_in(2) { Retention::Interest } else { Retention::Limits },
             flow_control: true,
-            neighbour: (0..24).map(|nth| (at(nth * 500, nth * 500 + 400), 3)).collect(),
+            neighbour: (0..neighbours).map(|nth| (at(nth * 500, nth * 500 + 400), 3)).collect(),
             dead_letters: false,
             inspect: None,
             large: 1,
@@ -415,10 +420,7 @@ impl Plan {
             bursts: vec![(at(900, 1_100), 120), (at(2_800, 3_000), 140), (at(4_450, 4_600), 60)],
             begins: vec![Duration::ZERO],
             ttls: vec![TTL_MS],
-            faults: vec![
-                (down, Fault::Crash(0, at(3_000, 4_000))),
-                (down, Fault::SourceForgets(world.between(20, 80))),
-            ],
+            faults: faults.into_iter().chain(batches).collect(),
             ..Self::draw(world)
         }
     }

@@ -275,7 +275,8 @@ impl Batches {
         if !shared && batch.refused.is_none() && count >= batch.sent && stream_sequence != end.expected_last {
             let expected = end.expected_last;
             let text = format!("the batch ended at target sequence {stream_sequence}, not at {expected}");
-            return Err(Error::retry(text).into());
+            let ended_below = stream_sequence < expected;
+            return Err(RunError { ended_below, ..Error::retry(text).into() });
         }
         // The commit itself is not in the window.
         let count = count.min(batch.sent);
