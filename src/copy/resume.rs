@@ -715,10 +715,16 @@ impl Sides<'_> {
     }
 
     /// Whether a message at or below a sequence was stored later than the message at that sequence: impossible in one
-    /// stream.
+    /// stream, unless the source's clock was set back after that. Then the newest message is older than it, too.
     async fn has_later_below(&mut self, seq: u64, time_ns: i64) -> Result<bool, Error> {
         let time = chrono::DateTime::from_timestamp_nanos(time_ns.saturating_add(1));
-        Ok(self.before_time(time).await? < seq)
+        let before = self.before_time(time).await?;
+        if before >= seq {
+            return Ok(false);
+        }
+        let later = self.point_at(before + 1).await?.time_ns;
+        let newest = self.point_at(self.source.state.last_seq).await?.time_ns;
+        Ok(later.zip(newest).is_none_or(|(later, newest)| newest >= later))
     }
 
     /// The source reports that it lost messages that were copied, up to a sequence: that counts if its leader reports the

@@ -123,6 +123,13 @@ fn a_clock_that_is_set_back_makes_no_message_older() {
 }
 
 #[test]
+fn a_clock_that_is_set_back_is_no_loss_of_the_source() {
+    for seed in 1..=60 {
+        run::run_plan(seed, plan::Plan::set_back_queue).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
 fn a_batch_of_known_messages_is_no_loss_of_the_target() {
     for seed in 1..=60 {
         run::run_plan(seed, plan::Plan::replaced).unwrap_or_else(|error| panic!("{error}"));

@@ -392,6 +392,26 @@ impl Plan {
         }
     }
 
+    /// The source's clock is set back, and messages of others from before that stay in the work queue; then the process is
+    /// killed.
+    pub fn set_back_queue(world: &World) -> Self {
+        let at = |from: u64, to: u64| Duration::from_millis(world.between(from, to));
+        Self {
+            keeps: None,
+            filter: Some("s.1".to_owned()),
+            senders: 3,
+            retention: Retention::WorkQueue,
+            bursts: vec![(at(900, 1_000), 40), (at(4_000, 4_050), 40), (at(4_200, 4_250), 40)],
+            faults: Self::set_back(world)
+                .faults
+                .into_iter()
+                .filter(|(_, fault)| !matches!(fault, Fault::Refuse(_)))
+                .chain([(at(7_000, 8_000), Fault::Crash(0, at(50, 400)))])
+                .collect(),
+            ..Self::set_back(world)
+        }
+    }
+
     /// A source loses its end while the process is down. What it still has was copied, and was replaced by copies of what it
     /// lost: only their ids show the target that it had them.
     pub fn replaced(world: &World) -> Self {
