@@ -6,7 +6,9 @@ mod signals;
 mod site;
 mod systemd;
 
-use std::{convert::Infallible, env, fmt::Display, fs, io, path::PathBuf, pin::pin, process, time::Duration};
+use std::{
+    convert::Infallible, env, fmt::Display, fs, io, path::PathBuf, pin::pin, process, sync::Arc, time::Duration,
+};
 
 use anyhow::{Context as _, anyhow, bail};
 use async_nats::Client;
@@ -32,6 +34,7 @@ use crate::{
     lease::{self, Driver, Leases, ProcessIdentity},
     metrics::Detail,
     names,
+    status::GroupDrift,
     store::{Buckets, Condition, FileDocuments, Keeper, Stored, event_stream},
     supervisor::{self, Deps, Supervisor},
     traces::{self, TraceSender, Traces},
@@ -189,6 +192,8 @@ impl System {
             prefix: prefix.clone(),
             detail: settings.metrics_detail,
             client: client.clone(),
+            api_prefix: connection.api_prefix.clone(),
+            bucket_prefix: settings.bucket_prefix.clone(),
             events: events.clone(),
             progress: view,
         };
@@ -290,10 +295,15 @@ impl System {
             progress.leases = Some(leases.clone());
         });
 
+        let drift = settings.monitor.is_some().then(|| {
+            let (sender, known) = watch::channel(Arc::default());
+            self.progress.send_modify(|progress| progress.drift = Some(known));
+            sender
+        });
         let register = async || {
             let (client, events) = (self.client.clone(), self.events.clone());
             let (leases, works) = (leases.clone(), (handle.clone(), heartbeats.clone()));
-            let control = control_config(settings, &rules);
+            let control = control_config(settings, &rules, drift.clone());
             control::start(client, control, buckets.clone(), leases, works, adapters.clone(), events).await
         };
         let mut keep = pin!(site::keep(&buckets.config, &record, site_record, bucket_prefix));
@@ -434,7 +444,11 @@ fn start_parts(
     Parts { leases, driver, handle, supervisor, heartbeats, runner, site_record }
 }
 
-fn control_config(settings: &AppSettings, rules: &AllowList) -> control::ControlConfig {
+fn control_config(
+    settings: &AppSettings,
+    rules: &AllowList,
+    drift: Option<watch::Sender<Arc<GroupDrift>>>,
+) -> control::ControlConfig {
     control::ControlConfig {
         prefix: settings.prefix.clone(),
         site: settings.site.clone(),
@@ -442,6 +456,7 @@ fn control_config(settings: &AppSettings, rules: &AllowList) -> control::Control
         version: names::VERSION.to_owned(),
         rules: rules.clone(),
         read_only: settings.read_only,
+        drift,
     }
 }
 

@@ -9,17 +9,17 @@ mod service;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 pub use self::service::Service;
 use self::{
     documents::Documents,
-    endpoints::RequestContext,
+    endpoints::{RequestContext, drift_watch},
     service::{EndpointKind, Route},
 };
 use crate::{
-    adapter::AdapterHandle, allow::AllowList, events::Events, heartbeat, lease::Leases, store::Buckets,
-    supervisor::Handle,
+    adapter::AdapterHandle, allow::AllowList, events::Events, heartbeat, lease::Leases, status::GroupDrift,
+    store::Buckets, supervisor::Handle,
 };
 
 /// Name of the service, whatever its subjects begin with.
@@ -43,6 +43,8 @@ pub struct ControlConfig {
     pub rules: AllowList,
     /// Whether every change by request is refused.
     pub read_only: bool,
+    /// Where the drift of all replications is kept, if anything shows it.
+    pub drift: Option<watch::Sender<Arc<GroupDrift>>>,
 }
 
 /// The service could not start.
@@ -71,8 +73,8 @@ pub async fn start(
     };
     let Buckets { config, positions, senders, installation, streams, .. } = buckets;
     let documents = Documents::follow(config.clone()).await.map_err(|error| Error(error.to_string()))?;
-    let ControlConfig { site, instance, rules, read_only, .. } = control;
-    let context = RequestContext {
+    let ControlConfig { site, instance, rules, read_only, drift, .. } = control;
+    let context = Arc::new(RequestContext {
         client: client.clone(),
         site,
         instance,
@@ -90,10 +92,14 @@ pub async fn start(
         adapters,
         events,
         reports: Semaphore::new(REPORTS),
-    };
-    let mut routes = endpoints::routes(&Arc::new(context), &control.prefix);
+    });
+    let mut routes = endpoints::routes(&context, &control.prefix);
     if read_only {
         routes.iter_mut().filter(|route| route.kind == EndpointKind::Mutation).for_each(Route::refuse);
     }
-    Service::start(client, identity, routes).await.map_err(|error| Error(error.to_string()))
+    let service = Service::start(client, identity, routes).await.map_err(|error| Error(error.to_string()))?;
+    Ok(match drift {
+        Some(drift) => service.with_task(|stop| drift_watch::run(context, drift, stop)),
+        None => service,
+    })
 }

@@ -1,6 +1,7 @@
 //! Metrics, health and the status page over HTTP. Decides nothing: every answer is read from the state of other modules.
 
 mod auth;
+mod earlier_events;
 mod history;
 mod listener;
 mod live;
@@ -42,6 +43,7 @@ use crate::{
     lease::Leases,
     metrics::{self, InstanceReading},
     names,
+    status::GroupDrift,
     supervisor::Handle,
 };
 
@@ -63,6 +65,10 @@ pub struct Sources {
     pub detail: metrics::Detail,
     /// The control connection.
     pub client: async_nats::Client,
+    /// Prefix of its JetStream API.
+    pub api_prefix: String,
+    /// What the names of the buckets begin with, and that of the stream of events.
+    pub bucket_prefix: String,
     /// For what was dropped.
     pub events: Events,
     /// How far the process has come.
@@ -78,6 +84,8 @@ pub struct Progress {
     pub heartbeats: Option<heartbeat::HeartbeatHandle>,
     /// The adapters, from the same moment on.
     pub adapters: Option<AdapterHandle>,
+    /// The drift of all replications as it is known, from the same moment on.
+    pub drift: Option<watch::Receiver<Arc<GroupDrift>>>,
     /// Whether the control service answers.
     pub registered: bool,
     /// The session of this instance, once it has one.
@@ -200,12 +208,15 @@ async fn show_metrics(State(sources): State<Sources>) -> Response {
 }
 
 fn metrics_page(sources: &Sources) -> Result<String, prometheus::Error> {
-    let Progress { supervisor, heartbeats, adapters, recreated, .. } = sources.progress.borrow().clone();
+    let Progress { supervisor, heartbeats, adapters, recreated, drift, .. } = sources.progress.borrow().clone();
     let (rows, all, elections) = supervisor
         .map(|supervisor| (supervisor.own_rows(), supervisor.rows(), supervisor.elections()))
         .unwrap_or_default();
     let beats = heartbeats.as_ref().and_then(heartbeat::HeartbeatHandle::election);
     let mut page = metrics::render(&sources.site, &rows, sources.events.dropped(), sources.detail)?;
+    if let Some(drift) = drift {
+        page += &metrics::render_drift(&sources.site, &rows, &drift.borrow())?;
+    }
     page +=
         &metrics::render_instance(&sources.site, &InstanceReading::of(sources.connected(), &sources.instance, &all))?;
     page += &metrics::render_buckets(&sources.site, recreated)?;

@@ -21,7 +21,7 @@ pub use self::{
 };
 use crate::{
     names::choria_consumer,
-    status::{self, Advised, Repairs, Row, SamplingStatus, State},
+    status::{self, Advised, GroupDrift, Repairs, Row, SamplingStatus, State},
 };
 
 /// What every name begins with.
@@ -158,6 +158,24 @@ pub fn render(site: &str, rows: &[Row], dropped_events: u64, detail: Detail) -> 
     families.retain(|family| !family.get_metric().is_empty());
     families.push(dropped_events_family(site, dropped_events));
     TextEncoder::new().encode_to_string(&families)
+}
+
+/// How many settings of each target differ that are not meant to, in the same format; replications that were not compared have no
+/// series.
+pub fn render_drift(site: &str, rows: &[Row], known: &GroupDrift) -> Result<String, prometheus::Error> {
+    let all: Vec<_> = rows
+        .iter()
+        .filter_map(|row| {
+            let count = known.get(&row.replication)?.count?;
+            Some(series(labels(site, row), MetricType::GAUGE, count as f64))
+        })
+        .collect();
+    if all.is_empty() {
+        return Ok(String::new());
+    }
+    let help = "Settings in which the target stream differs from what it would be created with now, see `drift`; absent where \
+                the streams were not compared";
+    TextEncoder::new().encode_to_string(&[family(format!("{PREFIX}drift_settings"), help, MetricType::GAUGE, all)])
 }
 
 /// The version of the program, and what Prometheus' libraries show of a process, in the same format.

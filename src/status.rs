@@ -1,6 +1,7 @@
 //! What a replication says about itself: one [`Row`] per replication, the same in `replicator.status`, in
 //! the position record and, as numbers, in the metrics. Field names are the wire contract.
 
+mod drift;
 mod verification;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -8,6 +9,7 @@ use nats_lane::entropy;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use self::drift::{DriftSetting, GroupDrift, KnownDrift};
 pub use self::verification::{
     DifferenceExample, DifferenceKind, DifferenceSummary, ExpectedCause, RepairResult, SequenceRange, Verification,
     VerificationResult, VerificationState, VerificationSummary,

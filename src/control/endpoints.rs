@@ -4,6 +4,7 @@ mod adapter;
 mod consumers;
 mod dlq;
 mod drift;
+pub(super) mod drift_watch;
 mod durable;
 mod family;
 mod heartbeat;

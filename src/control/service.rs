@@ -159,6 +159,15 @@ impl Service {
         }
     }
 
+    /// Runs work beside the requests until the stop.
+    pub(super) fn with_task<F>(mut self, work: impl FnOnce(CancellationToken) -> F) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.loops.push(tokio::spawn(work(self.stop.clone())));
+        self
+    }
+
     /// Accepts no more requests and waits, for a limited time, until the accepted ones are answered.
     pub async fn stop(self) {
         self.stop.cancel();

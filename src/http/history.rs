@@ -106,13 +106,18 @@ impl History {
         (seconds > 0.0).then(|| (after - before) as f64 / seconds)
     }
 
-    /// The last minutes of the rate as text: the largest, `|`, and a digit of 64 for each point or `-` where it is not known.
-    pub(super) fn line(&self, id: &str) -> String {
+    /// The last minutes of the rate and of the lag, each as text: the largest, `|`, and a digit of 64 for each point or `-` where
+    /// it is not known.
+    pub(super) fn lines(&self, id: &str) -> [String; 2] {
+        [self.line(id, |point| point.rate), self.line(id, |point| point.lag)]
+    }
+
+    fn line(&self, id: &str, value: fn(&Point) -> f32) -> String {
         let Some(points) = self.series.get(id).map(|series| &series.rings[0].points) else { return String::new() };
-        let newest = points.range(points.len().saturating_sub(LINE)..).map(|point| point.rate);
-        let most = newest.clone().filter(|rate| rate.is_finite()).fold(0.0, f32::max);
-        let digit = |rate: f32| match rate.is_finite() {
-            true if most > 0.0 => char::from(DIGITS[((rate / most * 63.0).round() as usize).min(63)]),
+        let newest = points.range(points.len().saturating_sub(LINE)..).map(value);
+        let most = newest.clone().filter(|value| value.is_finite()).fold(0.0, f32::max);
+        let digit = |value: f32| match value.is_finite() {
+            true if most > 0.0 => char::from(DIGITS[((value / most * 63.0).round() as usize).min(63)]),
             true => 'A',
             false => '-',
         };
@@ -215,7 +220,10 @@ mod tests {
             assert!(series.rate.iter().all(|rate| *rate == Some(200.0)), "{series:?}");
             assert!(lags.contains(&series.lag.last().unwrap().unwrap()), "{series:?}");
         }
-        assert_eq!(history.line("A"), format!("200|{}", "/".repeat(LINE)));
+        let [rate, lag] = history.lines("A");
+        assert_eq!(rate, format!("200|{}", "/".repeat(LINE)));
+        // 5, 15, 25, 35, 45 and 55 of 55 wait in turn.
+        assert!(lag.starts_with("55|") && lag.len() == 3 + LINE && lag.contains("/GR"), "{lag}");
     }
 
     #[test]
@@ -234,8 +242,8 @@ mod tests {
         let expect = [Some(10.0), Some(10.0), Some(10.0), None, None, None, Some(20.0), Some(20.0), Some(20.0)];
         assert_eq!(ten.rate, expect);
         assert!(ten.lag.iter().all(Option::is_none));
-        assert_eq!(history.line("A"), "20|ggg---///");
-        assert_eq!((history.rate("B"), history.line("B")), (None, String::new()));
+        assert_eq!(history.lines("A"), ["20|ggg---///", "0|---------"]);
+        assert_eq!((history.rate("B"), history.lines("B")), (None, [String::new(), String::new()]));
     }
 
     #[test]

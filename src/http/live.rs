@@ -7,6 +7,7 @@ use std::{
 };
 
 use axum::body::{Body, Bytes};
+use chrono::{SecondsFormat, Utc};
 use futures_util::{Stream, StreamExt, stream};
 use nats_lane::ServerRef;
 use serde::Serialize;
@@ -18,14 +19,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::{
-    Sources,
+    Sources, earlier_events,
     history::{History, Observed, ShownSeries, rounded},
     recent_events::RecentEvents,
-    rows::{GroupView, RowNumbers, SentView, ShownInstance, ShownRow},
+    rows::{GroupView, RowNumbers, SentView, ShownInstance, ShownRow, SnapshotOrigin},
 };
 use crate::{
     config::{NativeKind, Side},
-    status::Row,
+    status::{GroupDrift, KnownDrift, Row},
     supervisor::{Handle, KnownSides, Peer},
 };
 
@@ -47,6 +48,8 @@ const AGAIN: Duration = Duration::from_secs(5);
 pub(super) struct LivePage {
     sources: Sources,
     started: Instant,
+    /// The same, for viewers.
+    since: String,
     state: Mutex<LiveState>,
     viewers: broadcast::Sender<Bytes>,
     /// There is a first viewer.
@@ -60,6 +63,10 @@ struct LiveState {
     events: RecentEvents,
     sent: SentView,
     observed: Option<Instant>,
+    /// The stream that earlier events were read from.
+    kept: Option<String>,
+    /// Viewers need everything once more.
+    renewed: bool,
 }
 
 /// All about one replication.
@@ -67,20 +74,23 @@ struct LiveState {
 pub(super) struct Details {
     row: Row,
     history: Vec<ShownSeries>,
+    /// The last comparison of the configurations; `None` where there was none yet.
+    drift: Option<KnownDrift>,
 }
 
 impl LivePage {
     pub(super) fn new(sources: Sources, stop: CancellationToken) -> Arc<Self> {
         let (viewers, _) = broadcast::channel(QUEUE);
         let state = Mutex::default();
-        Arc::new(Self { sources, started: Instant::now(), state, viewers, arrival: Notify::new(), stop })
+        let since = Utc::now().to_rfc3339_opts(SecondsFormat::Secs, true);
+        Arc::new(Self { sources, started: Instant::now(), since, state, viewers, arrival: Notify::new(), stop })
     }
 
     /// Keeps the history and serves the viewers until the stop.
     pub(super) async fn run(self: Arc<Self>) {
         let stop = self.stop.clone();
         let work = async {
-            tokio::join!(self.watch(), self.listen());
+            tokio::join!(self.watch(), self.listen(), self.read_earlier());
         };
         tokio::select! {
             () = stop.cancelled() => {}
@@ -112,6 +122,15 @@ impl LivePage {
         }
     }
 
+    /// Reads the events from before the start, once, where a stream keeps them.
+    async fn read_earlier(&self) {
+        let Some((stream, events)) = earlier_events::read(&self.sources).await else { return };
+        let mut state = self.lock();
+        state.events.put_before(&events);
+        state.kept = Some(stream);
+        state.renewed = true;
+    }
+
     /// Everything now, and what changes after that; `None` where there are too many viewers.
     pub(super) fn join(&self) -> Option<Body> {
         let mut state = self.lock();
@@ -135,7 +154,8 @@ impl LivePage {
     pub(super) fn details(&self, id: &str) -> Option<Details> {
         let row = self.supervisor()?.row(id)?;
         let history = self.lock().history.shown(id);
-        Some(Details { row, history })
+        let drift = self.drift().get(id).map(|known| KnownDrift::clone(known));
+        Some(Details { row, history, drift })
     }
 
     /// Brings the history up to date, and what is sent where someone views it.
@@ -151,8 +171,8 @@ impl LivePage {
         if !viewed {
             return;
         }
-        let view = view(&supervisor, rows, &state.history);
-        let worn = state.sent.is_worn();
+        let view = view(&supervisor, rows, &state.history, &self.drift());
+        let worn = state.sent.is_worn() || std::mem::take(&mut state.renewed);
         if worn {
             state.sent.clear();
         }
@@ -164,16 +184,21 @@ impl LivePage {
     }
 
     fn snapshot(&self, state: &mut LiveState) -> Bytes {
-        let LiveState { history, events, sent, .. } = state;
-        let names = (self.sources.site.as_str(), self.sources.instance.as_str());
+        let LiveState { history, events, sent, kept, .. } = state;
+        let Sources { site, instance, .. } = &self.sources;
+        let origin = SnapshotOrigin { site, instance, since: &self.since, kept: kept.as_deref() };
         // What comes after the last that was sent is in the next message for all.
         let mut events = events.since(0);
         events.retain(|event| event.number <= sent.last_event());
-        frame("snapshot", &sent.snapshot(names, events, |id| history.line(id)))
+        frame("snapshot", &sent.snapshot(origin, events, |id| history.lines(id)))
     }
 
     fn supervisor(&self) -> Option<Handle> {
         self.sources.progress.borrow().supervisor.clone()
+    }
+
+    fn drift(&self) -> Arc<GroupDrift> {
+        self.sources.progress.borrow().drift.as_ref().map(|drift| drift.borrow().clone()).unwrap_or_default()
     }
 
     fn lock(&self) -> MutexGuard<'_, LiveState> {
@@ -208,11 +233,12 @@ fn frames(
     stream::once(async move { Ok(first) }).chain(stream::unfold((changes, stop), next))
 }
 
-fn view(supervisor: &Handle, rows: Vec<Row>, history: &History) -> GroupView {
+fn view(supervisor: &Handle, rows: Vec<Row>, history: &History, drift: &GroupDrift) -> GroupView {
     let mut sides = supervisor.sides();
     let rows = rows.into_iter().map(|row| {
         let sides = sides.remove(&row.replication);
-        shown_row(row, sides, history)
+        let known = drift.get(&row.replication).filter(|known| known.count.is_some());
+        ShownRow { drift: known.map(|known| known.words.clone()), ..shown_row(row, sides, history) }
     });
     GroupView { rows: rows.collect(), instances: supervisor.peers().into_iter().map(shown_instance).collect() }
 }
@@ -246,6 +272,7 @@ fn shown_row(row: Row, sides: Option<KnownSides>, history: &History) -> ShownRow
         leader,
         todo,
         error: copy.last_error.filter(|error| error.current).map(|error| error.message),
+        drift: None,
         numbers,
         id,
     }
@@ -279,7 +306,7 @@ fn shown_instance(Peer { session, silent, leads }: Peer) -> ShownInstance {
         instance: session.instance,
         host: session.host,
         version: session.program,
-        started: session.started.to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
+        started: session.started.to_rfc3339_opts(SecondsFormat::Secs, true),
         silent,
         leads: leads.len(),
     }

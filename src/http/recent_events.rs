@@ -1,12 +1,13 @@
 //! The last events of the group, in memory. Pure.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use serde::Serialize;
 use serde_json::Value;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Events that are kept.
-const MOST: usize = 200;
+pub(super) const MOST: usize = 200;
 /// Characters of each text of one.
 const LONGEST: usize = 600;
 /// Bytes of an event that is kept as it is.
@@ -33,6 +34,8 @@ pub(super) struct RecentEvent {
 pub(super) struct RecentEvents {
     events: VecDeque<KeptEvent>,
     last: u64,
+    /// Hashes of those that were read from a stream: the newest of them may arrive once more.
+    earlier: HashSet<u64>,
 }
 
 #[derive(Debug)]
@@ -46,6 +49,38 @@ enum KeptEvent {
 impl RecentEvents {
     /// Adds the body of an event.
     pub(super) fn push(&mut self, body: &[u8]) {
+        if !self.earlier.is_empty() && self.earlier.remove(&xxh3_64(body)) {
+            return;
+        }
+        self.append(body);
+    }
+
+    /// Puts events that were read from a stream, oldest first, before those that arrived meanwhile. All get new numbers.
+    pub(super) fn put_before(&mut self, earlier: &[impl AsRef<[u8]>]) {
+        self.earlier = earlier.iter().map(|body| xxh3_64(body.as_ref())).collect();
+        let arrived = std::mem::take(&mut self.events);
+        earlier.iter().for_each(|body| self.append(body.as_ref()));
+        for mut event in arrived {
+            if let KeptEvent::Raw(_, body) = &event
+                && self.earlier.remove(&xxh3_64(body))
+            {
+                continue;
+            }
+            self.last += 1;
+            match &mut event {
+                KeptEvent::Raw(number, _) => *number = self.last,
+                KeptEvent::Short(event) => event.number = self.last,
+            }
+            self.events.push_back(event);
+        }
+        self.forget_oldest();
+    }
+
+    fn forget_oldest(&mut self) {
+        self.events.drain(..self.events.len().saturating_sub(MOST));
+    }
+
+    fn append(&mut self, body: &[u8]) {
         let number = self.last + 1;
         let kept = match body.len() {
             ..=LONGEST_BODY => KeptEvent::Raw(number, body.into()),
@@ -56,7 +91,7 @@ impl RecentEvents {
         };
         self.last = number;
         self.events.push_back(kept);
-        self.events.drain(..self.events.len().saturating_sub(MOST));
+        self.forget_oldest();
     }
 
     /// Those after this number. What is no event is ignored: everyone who may publish there can send anything.
@@ -126,6 +161,26 @@ mod tests {
         };
         assert!(recent.events.iter().all(|kept| bytes(kept) <= LONGEST_BODY));
         assert_eq!(recent.since(recent.last - 3).len(), 3);
+    }
+
+    #[test]
+    fn earlier_events_come_first_and_once() {
+        let body = |number: usize| {
+            let mut event = event("held");
+            event["message"] = number.to_string().into();
+            event.to_string().into_bytes()
+        };
+        let mut recent = RecentEvents::default();
+        // 3 arrived before the stream was read, 4 is in it and arrives after that.
+        [3, 5].into_iter().for_each(|number| recent.push(&body(number)));
+        recent.put_before(&[1, 2, 3, 4].map(body));
+        [4, 6].into_iter().for_each(|number| recent.push(&body(number)));
+        let shown = recent.since(0);
+        let texts: Vec<_> = shown.iter().map(|event| event.text.as_str()).collect();
+        assert_eq!(texts, [1, 2, 3, 4, 5, 6].map(|number| format!("message: {number}")));
+        assert!(shown.windows(2).all(|pair| pair[0].number < pair[1].number));
+        recent.put_before(&(0..2 * MOST).map(body).collect::<Vec<_>>());
+        assert_eq!(recent.since(0).len(), MOST);
     }
 
     #[test]

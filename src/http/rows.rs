@@ -35,6 +35,8 @@ pub(super) struct ShownRow {
     pub todo: Option<String>,
     /// The error that lasts.
     pub error: Option<String>,
+    /// The settings in which the target differs, empty for none; `None` where that is not known.
+    pub drift: Option<String>,
     /// What changes all the time.
     pub numbers: RowNumbers,
 }
@@ -105,18 +107,21 @@ struct TextTable {
 struct WireRow<'a> {
     number: u32,
     row: &'a ShownRow,
-    texts: [Option<usize>; 7],
-    line: String,
+    texts: [Option<usize>; 8],
+    /// The last minutes of the rate and of the lag.
+    lines: [String; 2],
 }
 
 impl Serialize for WireRow<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let [state, kind, from, to, leader, todo, error] = self.texts;
+        let [state, kind, from, to, leader, todo, error, drift] = self.texts;
+        let [rate_line, lag_line] = &self.lines;
         let ShownRow { id, from_stream, to_stream, numbers, .. } = self.row;
         let names = (self.number, id, state, kind, from, from_stream, to);
         let same = if from_stream == to_stream { "" } else { to_stream };
         let RowNumbers { rate, lag, lag_seconds } = numbers;
-        (names, same, leader, todo, error, (Number(*rate), lag, lag_seconds), &self.line).serialize(serializer)
+        let numbers = (Number(*rate), lag, lag_seconds);
+        (names, same, leader, todo, error, numbers, rate_line, lag_line, drift).serialize(serializer)
     }
 }
 
@@ -133,12 +138,23 @@ impl Serialize for Number {
     }
 }
 
+/// Where a snapshot is from.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct SnapshotOrigin<'a> {
+    /// The site.
+    pub site: &'a str,
+    /// The instance that the viewer is connected to.
+    pub instance: &'a str,
+    /// When this process began to listen to events.
+    pub since: &'a str,
+    /// The stream that events before that were read from; `None` where none was.
+    pub kept: Option<&'a str>,
+}
+
 #[derive(Serialize)]
 struct WireMessage<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    site: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    instance: Option<&'a str>,
+    #[serde(flatten)]
+    origin: Option<SnapshotOrigin<'a>>,
     /// The index of the first of the texts.
     first: usize,
     texts: &'a [String],
@@ -161,12 +177,13 @@ impl TextTable {
         index
     }
 
-    fn of_row(&mut self, row: &ShownRow) -> [Option<usize>; 7] {
-        let ShownRow { state, kind, from, to, leader, todo, error, .. } = row;
+    fn of_row(&mut self, row: &ShownRow) -> [Option<usize>; 8] {
+        let ShownRow { state, kind, from, to, leader, todo, error, drift, .. } = row;
         let mut some = |text: Option<&str>| text.map(|text| self.index(text));
         let mut always = |text: &str| some(Some(text));
         let [state, kind, from, to] = [always(state), always(kind), always(from), always(to)];
-        [state, kind, from, to, some(leader.as_deref()), some(todo.as_deref()), some(error.as_deref())]
+        let [leader, todo, error, drift] = [leader, todo, error, drift].map(|text| some(text.as_deref()));
+        [state, kind, from, to, leader, todo, error, drift]
     }
 }
 
@@ -211,11 +228,10 @@ impl SentView {
         self.last_event = events.last().map_or(self.last_event, |event| event.number);
         let rows = changed.into_iter().filter_map(|(id, texts)| {
             let SentRow { number, row } = self.rows.get(&id)?;
-            Some(WireRow { number: *number, row, texts, line: String::new() })
+            Some(WireRow { number: *number, row, texts, lines: Default::default() })
         });
         Some(text(&WireMessage {
-            site: None,
-            instance: None,
+            origin: None,
             first,
             texts: &self.texts.texts[first..],
             rows: rows.collect(),
@@ -231,12 +247,12 @@ impl SentView {
         self.last_event
     }
 
-    /// Everything, for one who has nothing. `line` draws the last minutes of a replication.
+    /// Everything, for one who has nothing. `lines` draws the last minutes of a replication.
     pub(super) fn snapshot(
         &mut self,
-        (site, instance): (&str, &str),
+        origin: SnapshotOrigin<'_>,
         events: Vec<RecentEvent>,
-        line: impl Fn(&str) -> String,
+        lines: impl Fn(&str) -> [String; 2],
     ) -> String {
         let Self { texts, rows, instances, .. } = self;
         let rows: Vec<_> = rows
@@ -245,12 +261,11 @@ impl SentView {
                 number: *number,
                 row,
                 texts: texts.of_row(row),
-                line: line(&row.id),
+                lines: lines(&row.id),
             })
             .collect();
         text(&WireMessage {
-            site: Some(site),
-            instance: Some(instance),
+            origin: Some(origin),
             first: 0,
             texts: &texts.texts,
             rows,
@@ -276,6 +291,9 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+
+    const ORIGIN: SnapshotOrigin<'_> =
+        SnapshotOrigin { site: "SITE", instance: "one", since: "2026", kept: Some("EVENTS") };
 
     fn row(id: &str, state: &str, lag: u64) -> ShownRow {
         ShownRow {
@@ -307,7 +325,7 @@ mod tests {
         assert_eq!((&lag["rows"], &lag["numbers"]), (&json!([]), &json!([[1, 1.5, 5, null]])));
         let held = update(&mut sent, vec![row("A", "held", 5)]).unwrap();
         assert_eq!((&held["first"], &held["texts"], &held["gone"]), (&json!(4), &json!(["held"]), &json!([2])));
-        let expect = json!([[[1, "A", 4, 1, 2, "A", 3], "COPY_A", null, null, null, [1.5, 5, null], ""]]);
+        let expect = json!([[[1, "A", 4, 1, 2, "A", 3], "COPY_A", null, null, null, [1.5, 5, null], "", "", null]]);
         assert_eq!(held["rows"], expect);
     }
 
@@ -317,11 +335,27 @@ mod tests {
         update(&mut sent, vec![row("A", "running", 0)]);
         update(&mut sent, vec![row("A", "paused", 0)]);
         let snapshot: Value =
-            serde_json::from_str(&sent.snapshot(("SITE", "one"), Vec::new(), |_| "1|A".to_owned())).unwrap();
+            serde_json::from_str(&sent.snapshot(ORIGIN, Vec::new(), |_| ["1|A".to_owned(), "2|B".to_owned()])).unwrap();
         assert_eq!((&snapshot["site"], &snapshot["first"]), (&json!("SITE"), &json!(0)));
         assert_eq!(snapshot["texts"][4], "paused");
-        assert_eq!((&snapshot["rows"][0][0][2], &snapshot["rows"][0][6]), (&json!(4), &json!("1|A")));
+        let first = &snapshot["rows"][0];
+        assert_eq!(
+            (&first[0][2], &first[6], &first[7], &first[8]),
+            (&json!(4), &json!("1|A"), &json!("2|B"), &Value::Null)
+        );
+        assert_eq!((&snapshot["since"], &snapshot["kept"]), (&json!("2026"), &json!("EVENTS")));
         assert_eq!(update(&mut sent, vec![row("A", "running", 0)]).unwrap()["texts"], json!([]));
+    }
+
+    #[test]
+    fn a_drift_is_sent_when_it_changes() {
+        let mut sent = SentView::default();
+        update(&mut sent, vec![row("A", "running", 0)]);
+        let drift = |words: &str| ShownRow { drift: Some(words.to_owned()), ..row("A", "running", 0) };
+        let found = update(&mut sent, vec![drift("max_age")]).unwrap();
+        assert_eq!((&found["texts"], &found["rows"][0][8]), (&json!(["max_age"]), &json!(4)));
+        assert_eq!(update(&mut sent, vec![drift("max_age")]), None);
+        assert_eq!(update(&mut sent, vec![drift("")]).unwrap()["texts"], json!([""]));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use chrono::Utc;
 use nats_lane::{
     Dial, Error, Lane,
     jetstream::{Api, StreamInfo},
@@ -24,7 +25,7 @@ use crate::{
     copy::target::drift::{DriftKind, SettingDrift, StreamPair, without},
     names,
     native::{FeedSubjects, Fit, check_target, target_settings},
-    status::State,
+    status::{DriftSetting, KnownDrift, State},
     supervisor::KnownSides,
 };
 
@@ -135,6 +136,46 @@ fn compared(
         (_, Err(error)) => row.error = Some(short(&format!("target: {error}"))),
     }
     row
+}
+
+/// What is kept of the comparison of these replications, by id.
+pub(super) async fn known(
+    context: &RequestContext,
+    compared_now: &[ReportedReplication],
+    until: Instant,
+) -> Vec<(String, KnownDrift)> {
+    let places = ReportPlaces::of(context, compared_now);
+    let answers = places.ask(context, until).await;
+    let at = Utc::now();
+    let rows = compared_now.iter().map(|one| compared(context, one, &places, &answers));
+    rows.map(|row| {
+        let known = match &row.error {
+            Some(error) => KnownDrift::unknown(at, error),
+            None => {
+                let drifts = row.fields.iter().filter(|field| field.class != DriftClass::Expected);
+                KnownDrift::compared(at, drifts.map(kept).collect(), row.not_fixed)
+            }
+        };
+        (row.replication, known)
+    })
+    .collect()
+}
+
+fn kept(field: &DriftField) -> DriftSetting {
+    let DriftField { field: name, setting, class, source, target, wanted, reason, .. } = field;
+    let value = |value: &Value| match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        value => value.to_string(),
+    };
+    DriftSetting {
+        field: setting.as_ref().map_or_else(|| name.clone(), |setting| format!("{name} ({setting})")),
+        source: value(source),
+        target: value(target),
+        wanted: value(wanted),
+        class: format!("{class:?}").to_lowercase(),
+        reason: reason.clone(),
+    }
 }
 
 /// How many fields of a target differ that are not meant to.

@@ -11,7 +11,7 @@ const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/
 const SVG = "http://www.w3.org/2000/svg";
 
 const byId = (id) => document.getElementById(id);
-const page = { texts: [], rows: new Map(), byName: new Map(), shown: [], events: [], instances: [], site: "", lines: 0 };
+const page = { texts: [], rows: new Map(), byName: new Map(), shown: [], events: [], instances: [], site: "", since: "", kept: null, lines: 0 };
 const view = { filter: "", sort: "worst", down: true, open: null, range: 0, history: null };
 const drawn = new Map();
 
@@ -65,13 +65,14 @@ const severity = (state) => { const at = WORST.indexOf(state); return at < 0 ? 0
 // ---- the wire
 
 function readRow(wire) {
-  const [[number, id, state, kind, from, fromStream, to], toStream, leader, todo, error, [rate, lag, lagSeconds], line] = wire;
+  const [[number, id, state, kind, from, fromStream, to], toStream, leader, todo, error, [rate, lag, lagSeconds], line, lagLine, drift] = wire;
   const text = (index) => (index === null ? null : page.texts[index]);
   const before = page.rows.get(number);
   return {
     number, id, state: text(state), kind: text(kind), from: text(from), fromStream, to: text(to),
-    toStream: toStream || fromStream, leader: text(leader), todo: text(todo), error: text(error), rate, lag, lagSeconds,
-    line: line ? readLine(line) : before ? before.line : [], version: before ? before.version + 1 : 0,
+    toStream: toStream || fromStream, leader: text(leader), todo: text(todo), error: text(error), drift: text(drift), rate, lag, lagSeconds,
+    line: line ? readLine(line) : before ? before.line : [],
+    lagLine: lagLine ? readLine(lagLine) : before ? before.lagLine : [], version: before ? before.version + 1 : 0,
   };
 }
 
@@ -92,6 +93,8 @@ function take(message, all) {
     setText(byId("site"), message.site);
     document.title = `${message.site} · stream-replicator`;
     byId("link").title = `from instance ${message.instance}`;
+    page.since = message.since;
+    page.kept = message.kept;
   }
   page.texts.length = message.first;
   page.texts.push(...message.texts);
@@ -165,7 +168,10 @@ function arrange(renewed) {
   const fits = (row) => {
     if (!words.length) return true;
     const text = [row.id, row.state, row.kind, row.fromStream, row.toStream, row.from, row.to, row.leader || ""].join("\n").toLowerCase();
-    return words.every((word) => (word.startsWith("state:") ? row.state === word.slice(6) : text.includes(word)));
+    return words.every((word) => {
+      if (word === "has:drift") return Boolean(row.drift);
+      return word.startsWith("state:") ? row.state === word.slice(6) : text.includes(word);
+    });
   };
   const inside = byId("rows").contains(document.activeElement);
   if (renewed || !inside) {
@@ -234,14 +240,18 @@ function newLine() {
   const state = element("span", {}), stateText = element("span", {});
   state.append(stateText);
   const from = element("span", { class: "two" }), to = element("span", { class: "two" });
-  const area = shape("path", { class: "area" }), curve = shape("path", { class: "curve" });
-  const plot = shape("svg", { viewBox: `0 0 ${LINE - 1} 20`, preserveAspectRatio: "none", "aria-hidden": "true" }, area, curve);
+  const plot = () => {
+    const area = shape("path", { class: "area" }), curve = shape("path", { class: "curve" });
+    return { area, curve, svg: shape("svg", { viewBox: `0 0 ${LINE - 1} 20`, preserveAspectRatio: "none", "aria-hidden": "true" }, area, curve) };
+  };
+  const ratePlot = plot(), lagPlot = plot();
   const rate = element("td", { class: "n" }), leader = element("td", {});
   const lag = element("span", {}), age = element("span", { class: "age" });
   const tr = element("tr", {},
     element("th", { scope: "row" }, element("span", { class: "two" }, link), second), element("td", {}, state),
-    element("td", {}, from, to), element("td", {}, plot), rate, element("td", { class: "n" }, lag, age), leader);
-  return { tr, link, second, state, stateText, from, to, area, curve, rate, lag, age, leader, version: -1, at: -1, lines: -1, open: null };
+    element("td", {}, from, to), element("td", { class: "plot" }, ratePlot.svg), rate,
+    element("td", { class: "plot" }, lagPlot.svg), element("td", { class: "n" }, lag, age), leader);
+  return { tr, link, second, state, stateText, from, to, ratePlot, lagPlot, rate, lag, age, leader, version: -1, at: -1, lines: -1, open: null };
 }
 
 function fill(line, row, at) {
@@ -262,7 +272,8 @@ function fill(line, row, at) {
       line.tr.title = row.error || "";
       setText(line.link, row.id);
       line.link.href = `#/replication/${encodeURIComponent(row.id)}`;
-      setText(line.second, row.todo ? `do: ${row.todo}` : `${row.kind}, ${streams(row)}`);
+      setText(line.second, row.todo ? `do: ${row.todo}` : row.drift ? `drift: ${row.drift}` : `${row.kind}, ${streams(row)}`);
+      line.second.className = row.drift && !row.todo ? "two drift" : "two dim";
       line.state.className = `s ${row.state}`;
       setText(line.stateText, row.state);
       setText(line.from, row.from || "?");
@@ -279,8 +290,9 @@ function fill(line, row, at) {
   row.news = false;
   if (line.lines !== page.lines) {
     line.lines = page.lines;
-    const most = Math.max(1, ...row.line.map((value) => value ?? 0));
-    plotLine(line.curve, line.area, row.line, LINE, most, 20);
+    for (const [plot, values] of [[line.ratePlot, row.line], [line.lagPlot, row.lagLine]]) {
+      plotLine(plot.curve, plot.area, values, LINE, Math.max(1, ...values.map((value) => value ?? 0)), 20);
+    }
   }
 }
 
@@ -308,8 +320,10 @@ function plotLine(curve, area, values, length, most, height) {
 
 function lengthenLines() {
   for (const row of page.rows.values()) {
-    row.line.push(row.rate);
-    if (row.line.length > LINE) row.line.shift();
+    for (const [values, value] of [[row.line, row.rate], [row.lagLine, row.lag]]) {
+      values.push(value);
+      if (values.length > LINE) values.shift();
+    }
   }
   page.lines += 1;
   draw();
@@ -321,18 +335,23 @@ function showStates() {
   const counts = new Map(WORST.map((state) => [state, 0]));
   for (const row of page.rows.values()) counts.set(row.state, (counts.get(row.state) || 0) + 1);
   const box = byId("states");
-  const known = new Map([...box.children].map((button) => [button.dataset.state, button]));
+  const known = new Map([...box.querySelectorAll("[data-state]")].map((button) => [button.dataset.state, button]));
   for (const [state, number] of counts) {
     let button = known.get(state);
     if (!button) {
       button = element("button", { type: "button", "data-state": state }, element("b", {}), element("span", { class: `s ${state}` }, element("span", {}, state)));
       button.addEventListener("click", () => go({ filter: view.filter === `state:${state}` ? "" : `state:${state}` }));
-      box.append(button);
+      box.insertBefore(button, byId("drifted"));
     }
     button.hidden = number === 0;
     setText(button.firstChild, String(number));
     button.setAttribute("aria-pressed", String(view.filter === `state:${state}`));
   }
+  const drifted = [...page.rows.values()].filter((row) => row.drift).length;
+  const button = byId("drifted");
+  button.hidden = drifted === 0;
+  setText(button.firstChild, String(drifted));
+  button.setAttribute("aria-pressed", String(view.filter === "has:drift"));
 }
 
 function showAttention() {
@@ -559,13 +578,24 @@ function showEvents(added, all) {
       ? element("a", { href: `#/replication/${encodeURIComponent(event.replication)}` }, event.replication)
       : element("span", {}, event.replication);
     const when = new Date(event.time);
-    const time = element("time", { title: event.time }, Number.isNaN(when.getTime()) ? event.time : when.toLocaleTimeString([], { hour12: false }));
+    const time = element("time", { title: event.time }, Number.isNaN(when.getTime()) ? event.time : shortTime(when));
     return element("li", {}, time, element("b", {}, event.kind), subject, element("span", {}, event.text));
   };
   if (all) list.replaceChildren(...page.events.map(item).reverse());
   else list.prepend(...added.map(item).reverse());
   while (list.children.length > MOST_EVENTS) list.lastChild.remove();
   byId("no-events").hidden = list.children.length > 0;
+  const since = new Date(page.since);
+  setText(byId("events-from"), page.kept
+    ? `The last ${MOST_EVENTS}; those before this process started are from stream ${page.kept}.`
+    : `Since ${shortTime(since)}, when this process started: earlier ones are not known here.`);
+}
+
+/** The time of day, with the date where it is another day. */
+function shortTime(when) {
+  const time = when.toLocaleTimeString([], { hour12: false });
+  const date = when.toLocaleDateString([], { month: "short", day: "numeric" });
+  return when.toDateString() === new Date().toDateString() ? time : `${date} ${time}`;
 }
 
 function showInstances() {
@@ -617,6 +647,7 @@ async function loadDetail() {
   showDetail();
   showCharts();
   showFacts();
+  showDrift();
 }
 
 function showCharts() {
@@ -663,6 +694,31 @@ function showFacts() {
   byId("facts").replaceChildren(...facts);
 }
 
+function showDrift() {
+  const drift = view.history && view.history.drift;
+  const box = byId("drift");
+  const key = JSON.stringify([view.open, Boolean(view.history), drift]);
+  if (box.dataset.key === key) return;
+  box.dataset.key = key;
+  let words = "";
+  if (view.history && !drift) words = "The configurations of both streams were not compared yet.";
+  else if (drift) {
+    const at = ` at ${shortTime(new Date(drift.at))}`;
+    const more = drift.count > drift.settings.length ? `, the first ${drift.settings.length} are` : "";
+    if (drift.count === null) words = `Not compared${at}: ${drift.error}`;
+    else if (!drift.count) words = `None${at}: the target is as it would be created now.`;
+    else words = `${drift.count === 1 ? "1 setting differs" : `${drift.count} settings differ`}${at}${more}${drift.not_fixed ? `; not changed by drift --fix: ${drift.not_fixed}` : ""}`;
+  }
+  setText(byId("drift-words"), words);
+  const settings = drift ? drift.settings : [];
+  byId("drift-table").hidden = settings.length === 0;
+  const rows = settings.map((one) => element("tr", {},
+    element("th", { scope: "row" }, one.field), element("td", {}, one.source), element("td", {}, one.target), element("td", {}, one.wanted),
+    element("td", {}, element("span", { class: one.class === "unsafe" ? "s held" : "s retrying" }, element("span", {}, one.class))),
+    element("td", {}, one.reason)));
+  byId("drift-table").tBodies[0].replaceChildren(...rows);
+}
+
 // ---- addresses and keys
 
 /** `#/replication/ID` or `#filter=...&sort=...&down=0`. */
@@ -691,6 +747,7 @@ function follow() {
       showDetail();
       showCharts();
       showFacts();
+      showDrift();
       loadDetail();
       byId("detail-title").focus({ preventScroll: true });
       byId("detail").scrollIntoView({ block: "start" });
@@ -736,6 +793,7 @@ function start() {
     const line = [...drawn.values()].find((one) => one.row && one.row.id === id);
     if (line) line.link.focus();
   };
+  byId("drifted").addEventListener("click", () => go({ filter: view.filter === "has:drift" ? "" : "has:drift" }));
   byId("close").addEventListener("click", close);
   byId("skip").addEventListener("click", (event) => {
     event.preventDefault();

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::install::{ROOT, known_options};
 use super::packages::{have, output};
@@ -59,6 +59,19 @@ fn without_helm(mut documents: Vec<Value>) -> Vec<Value> {
     documents
 }
 
+/// Where a deployment has the login of its monitor from. Its probes use the paths that need none.
+fn login(deployment: &Value) -> Result<&Value> {
+    let container = &deployment["spec"]["template"]["spec"]["containers"][0];
+    for (probe, path) in [("livenessProbe", "/livez"), ("readinessProbe", "/readyz")] {
+        ensure!(container[probe]["httpGet"]["path"] == path, "{container}");
+    }
+    let name = "STREAM_REPLICATOR_MONITOR_AUTH";
+    ensure!(known_options()?.contains(name), "`{name}` is no option");
+    let variables = container["env"].as_array().context("env")?;
+    let login = variables.iter().find(|variable| variable["name"] == name).context("no login")?;
+    Ok(&login["valueFrom"]["secretKeyRef"])
+}
+
 /// With all fields of the API known, where the tool is here.
 fn validate(file: &Path) -> Result<()> {
     if have(&["kubernetes-validate"]) {
@@ -87,6 +100,8 @@ fn the_manifest_is_known_to_kubernetes() -> Result<()> {
     }
     let deployment = of_kind(&given, "Deployment")?;
     ensure!(deployment["spec"]["replicas"] == 2, "{deployment}");
+    let login = login(deployment)?;
+    ensure!(login["key"] == "login" && login["optional"] == true, "{login}");
     of_kind(&given, "PodDisruptionBudget")?;
 
     // A change without a server reads the file into the types of the API, which lose fields that they do not have.
@@ -134,7 +149,28 @@ fn the_chart_renders_the_manifest() -> Result<()> {
     let options = &of_kind(&with_values, "ConfigMap")?["data"];
     ensure!(options["STREAM_REPLICATOR_NAME"] == "EAST" && options["NATS_CREDS"].is_null(), "{options}");
     ensure!(of_kind(&with_values, "Deployment")?["spec"]["replicas"] == 3, "{other}");
-    for text in [rendered, other] {
+
+    let hash = bcrypt::hash("s3cret-word", 4)?;
+    let given = render(&["--set-string", &format!("monitorAuth.login=ops:{hash}")])?;
+    let with_login = documents(&given)?;
+    let secret = of_kind(&with_login, "Secret")?;
+    ensure!(secret["stringData"]["login"] == format!("ops:{hash}").as_str(), "{secret}");
+    let reference = login(of_kind(&with_login, "Deployment")?)?;
+    let expected = json!({"name": secret["metadata"]["name"], "key": "login", "optional": false});
+    ensure!(*reference == expected, "{reference}");
+    let map = of_kind(&with_login, "ConfigMap")?.to_string();
+    ensure!(!map.contains(&hash), "the hash is in {map}");
+    let existing = documents(&render(&["--set", "monitorAuth.secret=logins"])?)?;
+    ensure!(of_kind(&existing, "Secret").is_err());
+    ensure!(login(of_kind(&existing, "Deployment")?)?["name"] == "logins");
+    for wrong in ["monitorAuth.login=ops:word", "monitorAuth.user=ops", "options.STREAM_REPLICATOR_MONITOR_AUTH=ops:x"]
+    {
+        ensure!(render(&["--set-string", wrong]).is_err(), "{wrong}");
+    }
+    let both = format!("monitorAuth.login=ops:{hash},monitorAuth.secret=logins");
+    ensure!(render(&["--set-string", &both]).is_err());
+
+    for text in [rendered, other, given] {
         let file = tempfile::NamedTempFile::with_suffix(".yaml")?;
         std::fs::write(&file, text)?;
         validate(file.path())?;

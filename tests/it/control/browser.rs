@@ -140,6 +140,33 @@ impl Browser {
         Ok(result["result"]["value"].clone())
     }
 
+    /// The value of an expression, and the events that the browser traced meanwhile, of these categories.
+    pub async fn traced(&mut self, expression: &str, categories: &[&str]) -> Result<(Value, Vec<Value>)> {
+        let config = json!({"includedCategories": categories, "excludedCategories": ["*"]});
+        let tab = std::mem::take(&mut self.session);
+        self.call("Tracing.start", json!({"transferMode": "ReportEvents", "traceConfig": config})).await?;
+        self.session = tab;
+        let value = self.value(expression).await?;
+        self.next += 1;
+        self.socket.send(Message::text(json!({"id": self.next, "method": "Tracing.end"}).to_string())).await?;
+        let mut traced = Vec::new();
+        loop {
+            let message = timeout(2 * LIMIT, self.socket.next()).await.context("the trace does not end")?;
+            let message = message.context("the browser ended")??;
+            let Some(text) = message.as_text() else { continue };
+            let mut event: Value = serde_json::from_str(text)?;
+            ensure!(event["error"].is_null(), "Tracing.end: {}", event["error"]);
+            if event["method"] == "Tracing.tracingComplete" {
+                return Ok((value, traced));
+            }
+            if event["method"] == "Tracing.dataCollected"
+                && let Value::Array(some) = event["params"]["value"].take()
+            {
+                traced.extend(some);
+            }
+        }
+    }
+
     /// Waits until an expression is true.
     pub async fn until(&mut self, expression: &str) -> Result<()> {
         let end = tokio::time::Instant::now() + LIMIT;

@@ -196,7 +196,8 @@ async fn documented_permissions_suffice() -> Result<()> {
     let control_server = Server::builder(Role::Control).config(&config(&[user("service", control)]));
     let (source, target) = tokio::try_join!(source_server.start(), target_server.start())?;
     let control = control_server.start().await?;
-    let mut service = Service::builder(&control.url_as("service:p"), SITE).start().await?;
+    let service = Service::builder(&control.url_as("service:p"), SITE);
+    let mut service = service.args(["--monitor", "127.0.0.1:0"]).start().await?;
     let client = connect(&control.url_as("all:p")).await?;
     let mut raw = Raw::connect(&source.url_as("all:p")).await?;
     raw.create_stream("ORDERS", json!({"subjects": ["orders.>"]})).await?;

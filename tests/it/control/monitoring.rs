@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -13,7 +13,8 @@ use stream_replicator::metrics::{
     self, AdapterReading, Detail, ElectionReading, HeartbeatReading, HeartbeatSubject, InstanceReading,
 };
 use stream_replicator::status::{
-    CopyStatus, Headroom, Lag, LastError, Position, RetentionLimit, Row, SamplingStatus, State,
+    CopyStatus, GroupDrift, Headroom, KnownDrift, Lag, LastError, Position, RetentionLimit, Row, SamplingStatus, State,
+    VerificationResult, VerificationState, VerificationSummary,
 };
 
 use super::schemas::is_current;
@@ -61,9 +62,14 @@ fn everything() -> Result<String> {
         epoch: 1,
         config_revision: 1,
         copy,
-        verify: None,
+        verify: Some(VerificationSummary {
+            state: VerificationState::Done,
+            last: Some(VerificationResult { at: chrono::Utc::now(), messages: 1, findings: 1 }),
+        }),
         todo: None,
     };
+    let drift = Arc::new(KnownDrift::compared(chrono::Utc::now(), Vec::new(), None));
+    let drift = GroupDrift::from([(row.replication.clone(), drift)]);
     let rows = [row];
     let election = ElectionReading {
         election: "ORDERS".to_owned(),
@@ -79,6 +85,7 @@ fn everything() -> Result<String> {
         AdapterReading { name: "NODES".to_owned(), dropped: vec![("queue_full", 1)], ..AdapterReading::default() };
     Ok([
         metrics::render("US", &rows, 0, Detail::Full)?,
+        metrics::render_drift("US", &rows, &drift)?,
         metrics::render_instance("US", &InstanceReading::of(true, "one", &rows))?,
         metrics::render_buckets("US", 0)?,
         metrics::render_process("1.0.0")?,

@@ -46,6 +46,8 @@ pub struct Viewer {
     rows: BTreeMap<String, Value>,
     events: Vec<Value>,
     instances: Value,
+    /// The stream that earlier events are from.
+    kept: Value,
     /// Names of the messages and how many bytes they had.
     pub got: Vec<(String, usize)>,
 }
@@ -65,6 +67,7 @@ impl Viewer {
             rows: BTreeMap::new(),
             events: Vec::new(),
             instances: Value::Null,
+            kept: Value::Null,
             got: Vec::new(),
         };
         while !viewer.line().await?.is_empty() {}
@@ -92,6 +95,9 @@ impl Viewer {
         if name == "snapshot" {
             self.rows.clear();
             self.ids.clear();
+            self.events.clear();
+            self.kept = message["kept"].clone();
+            ensure!(message["since"].as_str().is_some_and(|since| since.ends_with('Z')), "{}", message["since"]);
         }
         self.texts.truncate(first);
         ensure!(self.texts.len() == first, "{first} texts were sent, {} arrived", self.texts.len());
@@ -100,7 +106,7 @@ impl Viewer {
             let (number, id) = (row[0][0].as_u64().context("number")?, row[0][1].as_str().context("id")?.to_owned());
             let text = |index: &Value| index.as_u64().map(|index| self.texts[index as usize].clone());
             let shown = json!({"state": text(&row[0][2]), "from": text(&row[0][4]), "to": text(&row[0][6]),
-                "leader": text(&row[2]), "do": text(&row[3]), "error": text(&row[4]), "lag": row[5][1]});
+                "leader": text(&row[2]), "do": text(&row[3]), "error": text(&row[4]), "lag": row[5][1], "drift": text(&row[8])});
             self.ids.insert(number, id.clone());
             self.rows.insert(id, shown);
         }
@@ -318,6 +324,116 @@ async fn many_events_are_shown_as_the_last_few() -> Result<()> {
     let viewer = wait_value("the last event", LIMIT, last).await?;
     assert_eq!(viewer.events.len(), 200);
     assert!(viewer.got[0].1 < 200 * 1_000, "{:?}", viewer.got);
+    Ok(())
+}
+
+fn kinds(viewer: &Viewer) -> Vec<&str> {
+    viewer.events.iter().filter_map(|event| event["kind"].as_str()).collect()
+}
+
+#[tokio::test]
+async fn events_from_before_a_restart_are_shown_once() -> Result<()> {
+    let mut site = site().await?;
+    site.replicate("A", 3).await?;
+    site.settled("A", 3).await?;
+    let mut viewer = Viewer::join(&site.service.monitor().await?).await?;
+    viewer.until("the stream of events", |viewer| viewer.kept == "REPLICATOR_EVENTS").await?;
+    site.ask("pause", "A").await?;
+    viewer.until("the pause", |viewer| kinds(viewer).contains(&"paused")).await?;
+    let before: Vec<String> = kinds(&viewer).into_iter().map(str::to_owned).collect();
+    drop(viewer);
+    site.service.stop().await?;
+    site.service.restart().await?;
+    let mut viewer = Viewer::join(&site.service.monitor().await?).await?;
+    viewer.until("the earlier events", |viewer| viewer.kept == "REPLICATOR_EVENTS").await?;
+    site.ask("resume", "A").await?;
+    viewer.until("the news", |viewer| kinds(viewer).contains(&"resumed")).await?;
+    let shown = kinds(&viewer);
+    // All of before, in their order, then what came after.
+    ensure!(shown.starts_with(&before.iter().map(String::as_str).collect::<Vec<_>>()), "{before:?} {shown:?}");
+    ensure!(shown.iter().filter(|kind| **kind == "paused").count() == 1, "{shown:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_a_stream_of_events_the_page_says_since_when() -> Result<()> {
+    let args = ["--monitor", "127.0.0.1:0", "--no-event-stream"];
+    let mut site = Site::builder().control_at_source().args(args).start().await?;
+    site.replicate("A", 3).await?;
+    site.ask("pause", "A").await?;
+    let mut viewer = Viewer::join(&site.service.monitor().await?).await?;
+    viewer.until("the pause", |viewer| kinds(viewer).contains(&"paused")).await?;
+    ensure!(viewer.kept.is_null(), "{}", viewer.kept);
+    site.service.stop().await?;
+    site.service.restart().await?;
+    let address = site.service.monitor().await?;
+    ensure!(!kinds(&Viewer::join(&address).await?).contains(&"paused"));
+    let Some(mut browser) = Browser::start().await? else { return Ok(()) };
+    opened(&mut browser, &address).await?;
+    browser.until("document.getElementById('events-from').textContent.includes('earlier ones are not known')").await?;
+    Ok(())
+}
+
+/// The words of a cell of the table of settings.
+async fn settings(browser: &mut Browser) -> Result<Value> {
+    let cells =
+        "[...document.querySelectorAll('#drift-table tbody tr')].map(tr => [...tr.children].map(td => td.textContent))";
+    browser.value(cells).await
+}
+
+#[tokio::test]
+async fn a_browser_shows_a_drift_until_it_is_fixed() -> Result<()> {
+    let Some(mut browser) = Browser::start().await? else { return Ok(()) };
+    let site = site().await?;
+    site.filled("ORDERS", 3).await?;
+    site.add("ORDERS", json!({"target_update": true})).await?;
+    site.settled("ORDERS", 3).await?;
+    site.replicate("SAME", 3).await?;
+    let mut target = site.target().await?;
+    let mut config = target.api("STREAM.INFO.ORDERS", Value::Null).await?["config"].take();
+    config["max_age"] = 3_600_000_000_000_u64.into();
+    target.api("STREAM.UPDATE.ORDERS", config).await?;
+    let address = site.service.monitor().await?;
+    browser.look(1440, 900, "light").await?;
+    opened(&mut browser, &address).await?;
+    browser.until(&row_with("ORDERS", "drift: max_age")).await?;
+    browser.value("document.getElementById('drifted').click()").await?;
+    browser
+        .until("location.hash === '#filter=has%3Adrift' && document.querySelectorAll('#rows tr').length === 1")
+        .await?;
+    browser.value("location.hash = '#/replication/ORDERS'").await?;
+    browser.until("!document.getElementById('drift-table').hidden").await?;
+    // The same words as those of the request, and of `report`.
+    let report = request(&site.client, "replicator.drift", json!({"replication": "ORDERS"})).await?;
+    let fields = report["replications"][0]["fields"].as_array().context("fields")?;
+    let found: Vec<_> = fields.iter().filter(|field| field["class"] != "expected").collect();
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string().replace("null", "-"), str::to_owned);
+    let words = |field: &&Value| {
+        let names = ["field", "source", "target", "wanted", "class", "reason"];
+        names.map(|name| text(&field[name]))
+    };
+    assert_eq!(settings(&mut browser).await?, json!(found.iter().map(words).collect::<Vec<_>>()));
+    let rows = request(&site.client, "replicator.report", json!({})).await?;
+    let counts: Vec<_> =
+        rows["replications"].as_array().context("rows")?.iter().map(|row| row["drift"].clone()).collect();
+    assert_eq!(counts, [json!(1), json!(0)]);
+    browser.picture("drift-1440-light").await?;
+    browser.look(400, 900, "dark").await?;
+    let over = browser.value("document.documentElement.scrollWidth - innerWidth").await?;
+    assert!(over.as_i64() <= Some(0), "{over} pixels are cut off");
+    browser.picture("drift-400-dark").await?;
+    let series = "choria_stream_replicator_replicator_drift_settings{";
+    let counted = async |id: &str, count: &str| {
+        let (.., page) = get(&address, "/metrics", "").await.ok()?;
+        let mut lines = page.lines().filter(|line| line.starts_with(series));
+        lines.any(|line| line.contains(id) && line.ends_with(count)).then_some(())
+    };
+    wait_value("the metric", LIMIT, async || counted("\"ORDERS\"", " 1").await).await?;
+
+    request(&site.client, "replicator.drift", json!({"replication": "ORDERS", "fix": true})).await?;
+    browser.until("document.getElementById('drift-words').textContent.startsWith('None at')").await?;
+    browser.until("document.getElementById('drifted').hidden").await?;
+    wait_value("the metric", LIMIT, async || counted("\"ORDERS\"", " 0").await).await?;
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use futures_util::{StreamExt, stream};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::scale::{all_run, fill, stream_name};
 use crate::control::browser::Browser;
@@ -35,6 +35,37 @@ const SCROLL: &str = "new Promise(resolve => {
     };
     requestAnimationFrame(step);
 })";
+
+/// Categories of what the browser traces of frames.
+const FRAMES: [&str; 4] = [
+    "devtools.timeline.frame",
+    "disabled-by-default-devtools.timeline",
+    "disabled-by-default-devtools.timeline.frame",
+    "cc",
+];
+
+/// The frames of a trace: drawn, dropped, and the rate of those that were drawn.
+fn traced_frames(traced: &[Value]) -> Result<String> {
+    let times = |name: &str| -> Vec<f64> {
+        let of_name = traced.iter().filter(|event| event["name"] == name && event["ph"] == "I");
+        let mut times: Vec<_> = of_name.filter_map(|event| event["ts"].as_f64()).collect();
+        times.sort_by(f64::total_cmp);
+        times
+    };
+    let (drawn, begun, dropped) = (times("DrawFrame"), times("BeginFrame"), times("DroppedFrame"));
+    let (first, last) = drawn.first().zip(drawn.last()).context("no frame was traced")?;
+    let seconds = (last - first) / 1e6;
+    let within = |times: &[f64]| times.iter().filter(|time| (*first..=*last).contains(time)).count();
+    let longest = drawn.windows(2).map(|pair| (pair[1] - pair[0]) / 1e3).fold(0.0, f64::max);
+    ensure!(drawn.len() > 10 && seconds > 1.0, "{} frames in {seconds} s", drawn.len());
+    let rate = (drawn.len() - 1) as f64 / seconds;
+    Ok(format!(
+        "trace: {} frames drawn in {seconds:.2} s = {rate:.1}/s, {} begun, {} dropped, longest time between two {longest:.1} ms",
+        drawn.len(),
+        within(&begun),
+        within(&dropped)
+    ))
+}
 
 #[tokio::test]
 #[ignore = "takes a minute"]
@@ -73,9 +104,10 @@ async fn the_page_holds_a_thousand_replications() -> Result<()> {
     };
     let measured = async {
         for round in 0..3 {
-            let value = browser.value(SCROLL).await?;
+            let (value, traced) = browser.traced(SCROLL, &FRAMES).await?;
             let number = |name: &str| value[name].as_f64().with_context(|| format!("{value}"));
-            println!("round {round}: {:.1} frames/s, {value}", number("frames")? / number("seconds")?);
+            println!("round {round}: {:.1} callbacks/s, {value}", number("frames")? / number("seconds")?);
+            println!("round {round}: {}", traced_frames(&traced)?);
             ensure!(number("rows")? < 100.0, "{value}");
             browser.value("scrollTo(0, 0)").await?;
         }
