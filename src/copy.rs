@@ -30,7 +30,11 @@ pub use error::{Error, ErrorKind, PoisonMessage};
 #[doc(hidden)]
 pub use feed::{INBOX, feed};
 pub use flow::{budget::Budget, position::PositionWriter, watchdog::Escalation};
-pub(crate) use flow::{logins::LoginWatch, position::Fed, window::MessageSize};
+pub(crate) use flow::{
+    logins::LoginWatch,
+    position::{Fed, another_kind},
+    window::MessageSize,
+};
 pub use job::Job;
 pub(crate) use returned::ReturnedMessages;
 pub use returned::{KnownOrigins, WaysBack};

@@ -4,14 +4,14 @@
 //! code stores it and resumes by itself; as a mirror with the sequence and the stored time of the source.
 //!
 //! [`open`] makes the connections and the target stream, [`feed`] is the loop, [`witness`] decides whether source and
-//! target still belong together. [`headers`], [`request`], [`session`], [`window`] and [`subjects`] are pure.
+//! target still belong together. [`headers`], [`request`], [`session`] and [`window`] are pure.
 
 mod feed;
 mod headers;
+mod leaves;
 mod open;
 mod request;
 mod session;
-mod subjects;
 mod target;
 mod window;
 mod witness;
@@ -21,7 +21,7 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-pub use subjects::FeedSubjects;
+pub use crate::config::FeedSubjects;
 pub(crate) use target::{
     Fit, check as check_target, refuse_source, settings as target_settings,
     source::{lacks, remove as remove_source},

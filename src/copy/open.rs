@@ -15,7 +15,12 @@ use tracing::info;
 use super::{
     Error, ErrorKind, Job,
     decide::CopyRules,
-    flow::{bounds::Bounds, position::PositionWriter, watchdog::Watchdog, window::Window},
+    flow::{
+        bounds::Bounds,
+        position::{PositionWriter, another_kind},
+        watchdog::Watchdog,
+        window::Window,
+    },
     objects::Gate,
     reject::{Refused, Rejects},
     reporter::Reporter,
@@ -36,7 +41,7 @@ use super::{
         bridge, dead_letter,
         drops::Drops,
         mode,
-        provenance::Tag,
+        provenance::{Tag, at_end, came_from},
         stream::{self, Abilities, Opened, Opening},
         target_half::TargetHalf,
         target_limits,
@@ -45,7 +50,7 @@ use super::{
     },
 };
 use crate::{
-    config::{OnReject, Replication, Side},
+    config::{NativeKind, OnReject, OriginTag, Replication, Side},
     events::{Event, Events},
     names,
     status::{CopyStatus, State, TargetMode},
@@ -118,6 +123,7 @@ impl<'a> Opener<'a> {
         });
         let (mut lanes, first) = Lanes::connect(self.job, positions).await?;
         let mut streams = self.read_streams(&mut lanes, first, positions).await?;
+        self.refuse_echo(&streams.source)?;
         let mut found = Box::pin(self.find(&mut lanes, &mut streams, positions)).await?;
         let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, positions).await?;
         positions.begin_at(streams.target.state.last_seq);
@@ -142,6 +148,22 @@ impl<'a> Opener<'a> {
         Ok(run)
     }
 
+    /// Refuses a source that is a mirror which another replication feeds from the target: nothing in its messages says so.
+    fn refuse_echo(&self, source: &StreamInfo) -> Result<(), Error> {
+        let replication = &self.job.replication;
+        if replication.loop_protection.is_none() || !self.job.ways_back.mirrors_target(source) {
+            return Ok(());
+        }
+        let (from, to) = (&replication.source.stream, &replication.target.stream);
+        Err(Error::new(
+            ErrorKind::Hold,
+            format!(
+                "source stream `{from}` is a mirror that is fed from target stream `{to}`: everything in it would be stored there \
+                 a second time; feed it with kind `source`, or promote it"
+            ),
+        ))
+    }
+
     /// Checks whether the source stream may be copied, and creates or updates the target stream.
     async fn read_streams(
         self,
@@ -152,6 +174,15 @@ impl<'a> Opener<'a> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
         let FirstAnswers { source: source_info, sent, received, target: known, acked } = first;
         let end_before = known.as_ref().map_or(0, |info| info.state.last_seq);
+        if !positions.knows_kind() {
+            let fed = [OriginTag::fed(&replication.source.stream, &job.site, &replication.id)];
+            let is_fed = |header: &[u8]| came_from(header, &fed);
+            let stream = &replication.target.stream;
+            if at_end(&mut target.lane, stream, end_before, is_fed).await.map_err(|e| e.context("target"))? {
+                let why = another_kind(Some(NativeKind::Source), None, stream);
+                return Err(Error::new(ErrorKind::Hold, why));
+            }
+        }
         positions.stores_as(None, &replication.target.stream, end_before).await?;
         let source_info = source_info.ok_or_else(|| {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
