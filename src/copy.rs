@@ -26,7 +26,7 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-pub use error::{Error, ErrorKind, PoisonMessage};
+pub use error::{Error, ErrorKind, ErrorSide, PoisonMessage};
 #[doc(hidden)]
 pub use feed::{INBOX, feed};
 pub use flow::{budget::Budget, position::PositionWriter, watchdog::Escalation};

@@ -81,13 +81,13 @@ const EVICTED: &str = "duplicate remote leafnode connection";
 fn of_leaf(error: nats_lane::Error) -> copy::Error {
     if error.message.to_ascii_lowercase().contains(EVICTED) {
         let message = format!(
-            "{}: another feed of this replication took over: a second service with the same `site` feeds the same target",
+            "target: {}: another feed of this replication took over: a second service with the same `site` feeds the same target",
             error.message
         );
         return copy::Error::new(copy::ErrorKind::Hold, message);
     }
     let refused = error.kind == ErrorKind::Hold && !error.login_refused();
-    let mut error = copy::Error::from(error);
+    let mut error = copy::Error::of_target(error);
     if refused {
         error.message += ": `config validate` prints the permissions that the leaf user needs";
     }

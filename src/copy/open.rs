@@ -178,7 +178,7 @@ impl<'a> Opener<'a> {
             let fed = [OriginTag::fed(&replication.source.stream, &job.site, &replication.id)];
             let is_fed = |header: &[u8]| came_from(header, &fed);
             let stream = &replication.target.stream;
-            if at_end(&mut target.lane, stream, end_before, is_fed).await.map_err(|e| e.context("target"))? {
+            if at_end(&mut target.lane, stream, end_before, is_fed).await.map_err(Error::of_target)? {
                 let why = another_kind(Some(NativeKind::Source), None, stream);
                 return Err(Error::new(ErrorKind::Hold, why));
             }
@@ -189,7 +189,7 @@ impl<'a> Opener<'a> {
         })?;
         let mut clock = SourceClock::new(&heard(sent, received, &source_info));
         if let Some(why) = job.own_streams.refuse(&replication.source.stream, &source_info.created) {
-            return Err(Error::new(ErrorKind::Hold, format!("source: {why}")));
+            return Err(Error::of_source(nats::Error::hold(why)));
         }
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
             dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
@@ -198,7 +198,7 @@ impl<'a> Opener<'a> {
             bridge::check(job, &mut source.lane, &mut target.lane, &source_info).await?;
         }
         let opening = Opening::new(job, &mut source.lane, &mut target.lane, &source_info, None).with_answer(known);
-        let (target_info, opened) = opening.open().await.map_err(|e| e.context("target"))?;
+        let (target_info, opened) = opening.open().await.map_err(Error::of_target)?;
         log_opened(replication, opened);
         let mut source_info = source_info;
         // Messages that an earlier holder copied meanwhile do not prove that the source lost its end.
@@ -227,7 +227,7 @@ impl<'a> Opener<'a> {
         let installation = positions.record().installation.as_ref().unwrap_or(&job.installation).clone();
         let owner = Owner { site: &job.site, installation: &installation };
         let durable = match Durable::is_needed(&streams.source) {
-            true => Durable::find(&mut source.lane, replication, owner).await.map_err(|e| e.context("source"))?,
+            true => Durable::find(&mut source.lane, replication, owner).await.map_err(Error::of_source)?,
             false => None,
         };
         let tag = Tag::new(&replication.source.stream, &job.site, &replication.name)
@@ -290,7 +290,7 @@ impl<'a> Opener<'a> {
         };
         let Connected { lane, names } = source;
         let reader = Intake::open(lane, replication, owner, info, durable, names, from).await;
-        Ok((sampler, reader.map_err(|e| e.context("source"))?))
+        Ok((sampler, reader.map_err(Error::of_source)?))
     }
 }
 
@@ -304,11 +304,11 @@ impl Lanes {
         let replication = Arc::new(replication);
         let name = format!("{} {}", names::PROGRAM, replication.id);
         let (lane, (target, target_info)) = tokio::try_join!(
-            async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
+            async { job.dial.dial(&replication.source.place, &name).await.map_err(Error::of_source) },
             async {
-                let lane = job.dial.dial(&replication.target.place, &name).await.map_err(|e| e.context("target"))?;
+                let lane = job.dial.dial(&replication.target.place, &name).await.map_err(Error::of_target)?;
                 let others = &mut AckedByOthers::default();
-                Connected::with(lane, job, &replication.target, others).await.map_err(|e| e.context("target"))
+                Connected::with(lane, job, &replication.target, others).await.map_err(Error::of_target)
             },
         )?;
         let mut lane = lane;
@@ -317,7 +317,7 @@ impl Lanes {
             if first_start { AckedByOthers::ask(&mut lane, &replication) } else { AckedByOthers::default() };
         let sent = Instant::now();
         let connected = Connected::with(lane, job, &replication.source, &mut acked).await;
-        let (source, source_info) = connected.map_err(|e| e.context("source"))?;
+        let (source, source_info) = connected.map_err(Error::of_source)?;
         let received = Instant::now();
         let first = FirstAnswers { source: source_info, sent, received, target: target_info, acked: acked.floor() };
         Ok((Self { replication, source, target }, first))

@@ -39,7 +39,7 @@ use super::{
 use crate::{
     config::{NativeKind, Replication, Scope},
     copy::{
-        Error, ErrorKind, Job, LoginWatch, PositionWriter, ReturnedMessages,
+        Error, ErrorKind, ErrorSide, Job, LoginWatch, PositionWriter, ReturnedMessages,
         sampling_driver::SamplingDriver,
         source::{
             clock::{ClockReading, SourceClock},
@@ -332,13 +332,13 @@ impl<'a> Feed<'a> {
                     }
                 },
                 turn = self.source.turn(), if reads => {
-                    if let Turn::Received(batch) = turn.map_err(|error| error.context("source"))? {
+                    if let Turn::Received(batch) = turn.map_err(Error::of_source)? {
                         self.hear_source(batch)?;
                     }
                     None
                 }
                 turn = self.target.turn() => {
-                    if let Turn::Received(batch) = turn.map_err(|error| error.context("target"))? {
+                    if let Turn::Received(batch) = turn.map_err(Error::of_target)? {
                         self.hear_target_state(&batch)?;
                     }
                     None
@@ -535,7 +535,7 @@ impl<'a> Feed<'a> {
         after: u64,
         positions: &mut PositionWriter,
     ) -> Result<Intake, Error> {
-        let of_source = |error: nats_lane::Error| Error::from(error.context("source"));
+        let of_source = Error::of_source;
         let (lane, info) = (&mut self.source, &self.source_info);
         let installation = positions.record().installation.as_ref().unwrap_or(&self.job.installation).clone();
         let owner = Owner { site: &self.job.site, installation: &installation };
@@ -552,7 +552,7 @@ impl<'a> Feed<'a> {
     async fn read_source(&mut self) -> Result<(), Error> {
         let stream = &self.job.replication.source.stream;
         let sent = Instant::now();
-        let info = Api::new(&mut self.source).stream_info(stream).await.map_err(|error| error.context("source"))?;
+        let info = Api::new(&mut self.source).stream_info(stream).await.map_err(Error::of_source)?;
         let info = info.ok_or_else(|| held(format!("source stream `{stream}` does not exist")))?;
         self.source_is(info, sent);
         Ok(())
@@ -675,7 +675,7 @@ impl<'a> Feed<'a> {
         }
         self.refusals.accept(&batch)?;
         if let Some(served) = &mut self.session {
-            served.reader.accept(batch).map_err(|lost| lost.error.context("source"))?;
+            served.reader.accept(batch).map_err(|lost| Error::of_source(lost.error))?;
         }
         Ok(())
     }
@@ -703,7 +703,7 @@ impl<'a> Feed<'a> {
         match info {
             Ok(Some(info)) => {
                 let fit = target::check(self.kind, &self.job.replication, &info, &self.subjects);
-                let fit = fit.map_err(|error| error.context("target"))?;
+                let fit = fit.map_err(Error::of_target)?;
                 self.target_info = info;
                 self.check_end();
                 if fit == Fit::Lacks {
@@ -758,7 +758,7 @@ impl<'a> Feed<'a> {
                 Some(plain) => plain.check(&self.source, now),
                 None => reader.check(&self.source, now, true),
             };
-            checked.map_err(|error| error.context("source"))?;
+            checked.map_err(Error::of_source)?;
         }
         if now >= self.times.info {
             self.times.info = now + INFO_EVERY;
@@ -777,7 +777,7 @@ impl<'a> Feed<'a> {
             self.times.waits = now;
             if now.duration_since(self.times.stored) > STORES_WITHIN {
                 let message = format!("the target has stored nothing of what was delivered for {STORES_WITHIN:?}");
-                return Err(Error::stalled(message));
+                return Err(Error::stalled(ErrorSide::Target, message));
             }
             self.ask_after_silence(now);
             return Ok(());

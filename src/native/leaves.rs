@@ -76,7 +76,7 @@ pub(super) struct Leaves {
 impl Leaves {
     /// Connects to one server, and to the others as far as they answer soon.
     pub async fn connect(dial: Arc<dyn Dial>, server: &ServerRef, login: LeafLogin) -> Result<Self, Error> {
-        let of_target = |error: nats_lane::Error| of_leaf(error.context("target"));
+        let of_target = |error: nats_lane::Error| of_leaf(error);
         let first = dial.dial_leaf(server, &login).await.map_err(of_target)?;
         let mut leaves = Self {
             dial,
@@ -167,7 +167,7 @@ impl Leaves {
     }
 
     fn lost(&mut self, index: usize, error: nats_lane::Error) -> Result<LeafTurn, Error> {
-        let error = of_leaf(error.context("target"));
+        let error = of_leaf(error);
         // Another feed, a permission, a login that ended: so it is with the others.
         if self.all.len() == 1 || error.kind != crate::copy::ErrorKind::Retry || error.login_ended {
             return Err(error);
